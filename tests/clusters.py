@@ -40,7 +40,7 @@ class Cluster:
 
     Args:
         port_base: the first of its ports.
-        cpus: of each node.
+        cpus: number of CPUs of each node.
     """
 
     def __init__(self, folder: Path, port_base: int, cpus: int) -> None:

@@ -157,7 +157,7 @@ ROWS = {
 
 def weight_taylor(model, windows, units, output=NEURONS, vectorized=False):
     """Scores of every layer's units, float64 [layers, units]: sum |W * dL/dW| over the weights that each owns, L the
-    the mean cross-entropy of all windows at once; or sum over rows and columns of the sum's absolute value.
+    mean cross-entropy of all windows at once; or sum over rows and columns of the sum's absolute value.
     """
     model = copy.deepcopy(model).double().requires_grad_()
     logits = model(input_ids=windows).logits

@@ -118,7 +118,7 @@ class Clock:
 
 @dataclass
 class Controller:
-    """Slurm inside this process, in place of its commands: thousands of polls in seconds.
+    """Slurm inside this process, in place of its commands: thousands of polling rounds in seconds.
 
     Attributes:
         jobs: id -> [name, state]; a forgotten job is no longer listed.

@@ -1,4 +1,4 @@
-"""Stands in for a process of the fork server (fork_server.py): passes on streams and signals, and ends as it ends.
+"""Stands in for a process of the fork server (fork_server.py): passes on streams and signals, and ends as it does.
 
 python -IS tests/fork_client.py SOCKET ARGUMENT...
 """

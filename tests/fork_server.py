@@ -220,7 +220,7 @@ def _signal_from(client: socket.socket) -> int | None:
     return (client.recv(1) or bytes([signal.SIGKILL]))[0]
 
 
-# Ranks, started and watched as torchrun does.
+# Ranks, started and watched as torchrun would start and watch them.
 
 
 def _watch_ranks(process: Process, client: socket.socket) -> int:

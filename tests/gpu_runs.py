@@ -118,7 +118,7 @@ def _busy(gpus: str) -> list[int]:
 
 
 def seconds_per_unit(beats: list[Beat], kind: str, phase: str, first: int) -> float:
-    """Return a phase's mean time per unit over stages, from the heartbeat after its first ``first`` units on."""
+    """Return the mean over stages of a phase's time per unit, between heartbeats at unit ``first`` and at the last."""
     seconds = []
     for stage in {beat.stage for beat in beats if beat.stage.startswith(f"{kind}/") and beat.phase == phase}:
         of_stage = [beat for beat in beats if beat.stage == stage and beat.phase == phase and beat.done >= first]

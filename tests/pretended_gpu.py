@@ -79,7 +79,7 @@ class _Calls(TorchFunctionMode):
 
     def __torch_function__(self, function, _types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
-        if function is Tensor.backward:  # hooks of backward ask for places, too
+        if function is Tensor.backward:  # its hooks ask where tensors are, too
             with self:
                 run, keeps_graph = Variable._execution_engine.run_backward, bool(kwargs["retain_graph"])
                 how = {"allow_unreachable": True, "accumulate_grad": True}
@@ -98,7 +98,7 @@ class _Calls(TorchFunctionMode):
                 return self._here(first, is_there)
             if name == "to" and first is not None:
                 return self._moved(first, is_there, args[1:], kwargs)
-            if name == "histc":  # of integers, which only a GPU can count
+            if name == "histc":  # its counts of integers exist only on a GPU
                 args = first.float(), *args[1:]
             target = kwargs.get("device")
             if target is not None:

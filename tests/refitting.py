@@ -29,7 +29,7 @@ def checkpoint_in(folder, variant="llama", layers=3):
 
 
 def to_prune(folder, variant, layers):
-    """Return a model and what stays of it: some units of these layers or, in a mixture of experts, some of each MLP."""
+    """Return a checkpoint and what stays of it: some units of these layers, or of each MLP in a mixture of experts."""
     if variant in EXPERTS:
         checkpoint = open_checkpoint(save_model(folder, variant, vocab_size=264))
         return checkpoint, mixtures.some_kept(checkpoint, 2 / 3)
@@ -41,7 +41,7 @@ def windows_of(count, seed=0, tokens=20):
 
 
 def some_kept(layers, seed=0, kinds=KINDS):
-    """Keep some units of every kind in these layers, and all groups of the last layer."""
+    """Keep some units of every kind in these layers, but all groups of the last layer."""
     generator = torch.Generator().manual_seed(seed)
 
     def drawn(count, size):

@@ -57,7 +57,7 @@ def room_of(module):
 
 
 def arrows():
-    """Return (module, imported) across rooms of both packages."""
+    """Yield (module, imported) across rooms of both packages."""
     for package in PACKAGES:
         for module, file in modules(package).items():
             for name in imports_of(file):
@@ -171,7 +171,7 @@ def test_modules_are_short():
 
 
 def positional_parameters():
-    """Return (module.function, number of positional parameters) of all functions, without self and cls."""
+    """Yield (module.function, number of positional parameters) of all functions, without self and cls."""
     for package in PACKAGES:
         for module, file in modules(package).items():
             yield from positional_of(ast.parse(file.read_text()), module, in_class=False)

@@ -203,7 +203,7 @@ def wrong_keys(text, _folder):
 
 
 def tables_of(text):
-    """Return tables as lists of rows, the first of which holds the headings."""
+    """Yield tables as lists of rows, the first of which holds the headings."""
     for block in re.findall(r"(?:^\|.*\n)+", prose_of(text), re.MULTILINE):
         lines = [re.split(r"(?<!\\)\|", line.strip().strip("|")) for line in block.splitlines()]
         rows = [[cell.strip() for cell in row] for row in lines]

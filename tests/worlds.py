@@ -49,7 +49,7 @@ class Death(BaseException):
 
 
 class Call(NamedTuple):
-    """One collective of a rank, and the bytes that it transferred to the rank."""
+    """One collective of a rank, and the bytes that the rank contributed."""
 
     kind: str
     bytes: int

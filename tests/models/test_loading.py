@@ -98,7 +98,7 @@ def test_a_head_is_not_tied_where_only_the_default_of_a_class_says_so(tmp_path, 
 
 
 def test_a_padding_token_needs_no_embedding_and_an_eos_token_does(tmp_path):
-    """Qwen2's tokenizer class adds one for padding, after the 259 of the vocabulary."""
+    """Qwen2's tokenizer class adds a padding token, after the 259 tokens of the vocabulary."""
     folder = save_tiny(tmp_path / "m", "qwen2", vocab_size=259)
     tokenizer = load_tokenizer(folder)
     assert tokenizer.pad_token_id == 259
