@@ -12,7 +12,7 @@ from hfprune_dist.planning.footprint import Evaluate
 
 pytestmark = pytest.mark.slow
 
-# The embedding is the largest tensor; DeepSpeed would leave no matrix unsharded for its size.
+# The embedding is the largest tensor; every matrix has more elements than DeepSpeed leaves unsharded.
 SHAPE = {"hidden_size": 320, "intermediate_size": 832, "num_hidden_layers": 4, "vocab_size": 1200}
 
 
