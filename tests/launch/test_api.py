@@ -1,4 +1,4 @@
-"""What a notebook calls. That a session takes up what a sweep has made is in test_sweep.py."""
+"""The API for notebooks. That a session continues a sweep is tested in test_sweep.py."""
 
 import pytest
 from hfprune_launch.api import Session
@@ -11,7 +11,7 @@ from hfprune_dist.store.heartbeat import Failure
 
 
 class Failing:
-    """A backend whose stages all fail."""
+    """A backend on which every stage fails."""
 
     ranks = 1
     cause = "code"

@@ -1,4 +1,4 @@
-"""What commands refuse: one message, exit code 2, nothing written, in dry runs too. In this process, so it is quick."""
+"""Input that commands refuse: one message, exit code 2, nothing written, also in dry runs. In-process, for speed."""
 
 import os
 import re
@@ -26,7 +26,7 @@ def config(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def safe(monkeypatch):
-    """No network, and nothing runs that should have been refused."""
+    """Block the network, and fail if a stage begins that should have been refused."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("hfprune_launch.local.backend.LocalBackend.run", lambda *_: pytest.fail("a stage has begun"))
 
@@ -96,7 +96,7 @@ def test_a_sweep_that_can_not_be_is_refused(config, tmp_path, monkeypatch, argum
 
 
 def test_a_tracker_that_is_not_installed_is_refused_where_something_is_trained(config, tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "wandb", None)  # as Python sees what can't be imported
+    monkeypatch.setitem(sys.modules, "wandb", None)  # how Python marks modules that can't be imported
     reports = ["--config", config, "--out", tmp_path / "out", "--set", "runtime.report_to=[tensorboard, wandb]"]
     for dry in ([], ["--dry-run"]):
         code, _, said = in_process(sweep.main, *reports, *dry)
@@ -183,7 +183,7 @@ def test_a_folder_comes_before_the_hub(config, tmp_path, monkeypatch):
 
 
 def test_a_hub_id_is_a_model_and_keeps_its_name(tmp_path, monkeypatch):
-    """Its identity is that of an alias for the same commit."""
+    """It has the same identity as an alias for the same commit."""
     commit = save_tiny(tmp_path / "snapshots" / "0123abcd")
     asked = []
 
@@ -221,7 +221,7 @@ def test_ranks_that_a_file_asks_for_are_capped_and_those_of_the_command_line_ref
 
 
 def test_rows_that_brackets_name_are_shown_as_they_are(config, tmp_path):
-    """Where output is marked up, such names would be taken for colours, or end in an error."""
+    """Where output is marked up, such names would be taken for colours or raise an error."""
     out = tmp_path / "100% [red]ä \\ '\"[bold]"
     code, shown, said = in_process(sweep.main, "--config", config, "--out", out, "--dry-run")
     assert (code, said) == (0, "") and "8 cells" in shown
@@ -264,7 +264,7 @@ def test_a_deleted_current_folder_is_one_message(tmp_path, command):
 
 @pytest.mark.parametrize("command", [sweep, report, compare, bench])
 def test_an_interruption_during_imports_is_no_traceback(command, monkeypatch):
-    """In a process of its own, whose first import of a package that takes long is interrupted."""
+    """Each command runs in a separate process, where its first import of a slow package is interrupted."""
     name = command.__name__.rpartition(".")[2]
     needed = {"report": ["x"], "compare": ["x", "--out", "y"], "bench": ["--model", "x"]}.get(name, [])
     script = f"""

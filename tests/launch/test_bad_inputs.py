@@ -28,7 +28,7 @@ def pristine(tmp_path_factory):
 
 @pytest.fixture
 def inputs(pristine, tmp_path):
-    """A copy of good inputs, to be damaged; its lm-eval task reads the data beside it."""
+    """A copy of good inputs, to be damaged; its lm-eval task reads the data next to it."""
     shutil.copytree(pristine, tmp_path / "inputs")
     task = tmp_path / "inputs" / "tasks" / "choice.yaml"
     task.write_text(task.read_text().replace(str(pristine), str(tmp_path / "inputs")))
@@ -37,7 +37,7 @@ def inputs(pristine, tmp_path):
 
 @pytest.fixture
 def refusal(inputs, tmp_path, monkeypatch, capsys):
-    """Returns the message with which a sweep and its dry run refuse the inputs."""
+    """Return the message with which a sweep and its dry run refuse the inputs."""
 
     class Stages:
         def __init__(self, *_):
@@ -89,7 +89,7 @@ def csv_of(*rows, separator=","):
     return "\n".join(separator.join(row) for row in rows) + "\n"
 
 
-# Name of the file, what it holds, parts of the message. None of them is good for anything that reads records.
+# File name, content and parts of the message. No reader of records can use any of these files.
 UNREADABLE = [
     ("empty.jsonl", "", ["empty.jsonl", "no records"]),
     ("blank.jsonl", "\n \n\n", ["blank.jsonl", "no records"]),
@@ -443,7 +443,7 @@ def test_the_last_model_is_checked_before_the_first_runs(inputs, refusal, name):
 
 
 def test_an_unreadable_file(inputs, refusal, monkeypatch):
-    """As root every file can be read: the operating system's refusal is made up."""
+    """Root can read every file, so the operating system's refusal is simulated."""
     whole_open = Path.open
 
     def locked(self, *arguments, **options):

@@ -1,4 +1,4 @@
-"""Making room: what goes, what stays, and what a later sweep does; no stage runs here."""
+"""Freeing disk space: what goes, what stays, and what a later sweep does; no stage runs here."""
 
 import json
 import os
@@ -22,7 +22,7 @@ def config(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def made(config, tmp_path_factory):
-    """A finished sweep over alpha, of which a row with another ratio was forgotten."""
+    """A finished sweep over alpha from which a row with another ratio has been forgotten."""
     out = tmp_path_factory.mktemp("made") / "out"
     chosen = ["--config", config, "--out", out, "--models", "alpha", "--ratios"]
     for ratio in (0.15, 0.2):
@@ -55,7 +55,7 @@ def files(out):
 
 
 def removed(before, out):
-    """Kinds of stages -> files that are gone."""
+    """Map each kind of stage to its files that are gone."""
     found = {}
     for file in sorted(before.keys() - files(out).keys()):
         _, kind, _, name = file.split("/", 3)
@@ -98,7 +98,7 @@ def test_intermediate_checkpoints_go_and_tables_stay(config, out):
     assert {name: (out / name).read_bytes() for name in tables} == tables
     chosen = ["--config", config, "--out", out, "--models", "alpha", "--ratios"]
     assert "stages to run" not in run(*chosen, "0.2", command=sweep)
-    # A new row has its scores; a recovered checkpoint that is deleted has its pruned one made again.
+    # A new row still has its scores; deleting a recovered checkpoint means that its pruned one is made again.
     assert to_run(run(*chosen, "0.1", "--dry-run", command=sweep)) == ["prune", "recover", "evaluate"]
     recovered = json.loads(tables["results.json"])["rows"][2]["checkpoint"].split("/")[-2:]
     shutil.rmtree(out.joinpath("store", *recovered))
@@ -111,7 +111,7 @@ def to_run(plan):
 
 
 def test_the_pass_that_a_row_was_made_from_stays(config, out):
-    """The folder's plan has one that scores for a second method too, and hasn't run."""
+    """The folder's plan has a pass that scores for a second method too, and hasn't run."""
     joined = planned(config, models=["alpha"], ratios=[0.2], methods=["surgeon-uniform-block", "hfprune"])[1]
     record = read_record(out)
     assert not {it for it in joined.stages if it.startswith("importance/")} & {*record.plan.stages}
@@ -122,7 +122,7 @@ def test_the_pass_that_a_row_was_made_from_stays(config, out):
 
 
 def test_what_cannot_be_removed_does_not_count_as_removed(out, monkeypatch):
-    """Such as another user's folder."""
+    """An example is another user's folder."""
     folder = out / "store" / "quarantine" / "theirs"
     folder.mkdir(parents=True)
     monkeypatch.setattr(os, "rmdir", refuse)

@@ -1,4 +1,4 @@
-"""A sweep over a mixture of experts with the default methods and that for whole experts, from command to tables."""
+"""A sweep over a mixture of experts with the default methods and the one for whole experts, from command to tables."""
 
 import pytest
 import torch
@@ -61,7 +61,7 @@ def test_whole_experts_come_to_a_row_too(finished):
 
 
 def test_recovery_has_the_same_bits_sharded_and_whole(config, finished, tmp_path):
-    """Also where routers stay in float32 and everything else is bfloat16."""
+    """This also holds where routers stay in float32 and everything else is bfloat16."""
     finish(config, tmp_path / "out", *ARGUMENTS, "--set", "runtime.sharding=zero3")
     sharded, whole = (artifacts(out, "recover") for out in (tmp_path / "out", finished[0]))
     assert len(whole) > 2 and sharded == whole

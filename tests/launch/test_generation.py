@@ -1,4 +1,4 @@
-"""What it costs to generate with a sharded model is said before the first stage; what can't work is refused there."""
+"""The cost of generating with a sharded model is stated before the first stage, where what can't work is refused."""
 
 import json
 import sys
@@ -58,7 +58,7 @@ def test_what_every_token_gathers_is_told_of_tasks_that_generate(inputs, ranks):
 
 
 def test_a_model_has_the_name_that_the_table_gives_it(inputs):
-    """Its folder's name is no help: that of a snapshot of the hub is a commit."""
+    """Its folder's name is no help: for a snapshot of the hub, that is a commit."""
     own = {"models": ["mine"], "aliases": {"mine": {"path": str(inputs.parent / "alpha")}}}
     (told,) = remarks(inputs, **ALPHA | own, runtime__sharding="zero3", runtime__ranks=2)
     assert "mine is sharded over 2 ranks" in told

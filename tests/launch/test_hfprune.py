@@ -1,4 +1,4 @@
-"""The command hfprune: its sub-commands are the commands of the project, and it answers at once."""
+"""The command hfprune: its sub-commands are the project's commands, and it answers at once."""
 
 import io
 import os

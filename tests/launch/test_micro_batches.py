@@ -1,4 +1,4 @@
-"""Micro-batches that planning chooses: from the GPUs that there are, once for a folder."""
+"""Micro-batches that planning chooses: for the available GPUs, once per folder."""
 
 import os
 
@@ -11,7 +11,7 @@ from hfprune_launch.sweep import sweep_parser
 from hfprune_launch.sweep_folder import write_config
 from sweeps import make_inputs, planned
 
-# So little that a tiny model's activations count.
+# So little that a tiny model's activations matter.
 SMALL, LARGE = 1, 80 * 1024
 
 
@@ -22,7 +22,7 @@ def config(tmp_path_factory):
 
 @pytest.fixture
 def machine(tmp_path, monkeypatch):
-    """Gives this machine two GPUs of so many MiB, as nvidia-smi tells."""
+    """Return a function that gives this machine two GPUs of so many MiB each, as nvidia-smi reports them."""
 
     def build(mebibytes):
         (tmp_path / "bin").mkdir(exist_ok=True)
@@ -42,7 +42,7 @@ def command(config, out, *arguments):
 
 
 def begin(config, out):
-    """What a sweep plans and writes before its first stage; returns recovery's rows at a time."""
+    """Do what a sweep does before its first stage; return recovery's rows at a time and the ids of the stages."""
     prepared = prepare(command(config, out), download=False)
     out.mkdir(exist_ok=True)
     write_config(out, prepared.config, prepared.models)

@@ -1,4 +1,4 @@
-"""configs/sweeps/own-model.yaml as it is, with somebody's files where it says that they can lie, and no network."""
+"""configs/sweeps/own-model.yaml as it is, with user files in the places that it names, and no network."""
 
 import json
 import re
@@ -13,7 +13,7 @@ from tiny import save_tiny, write_documents, write_pairs
 pytestmark = pytest.mark.slow
 
 EXAMPLE = ROOT / "configs" / "sweeps" / "own-model.yaml"
-# Every process that Python starts reads this first: who looks for a machine elsewhere fails, and leaves a trace.
+# Every Python process reads this first: looking for a machine elsewhere fails, and leaves a trace.
 NO_NETWORK = """
 import os, pathlib, socket
 
@@ -46,7 +46,7 @@ def own_files(folder):
 
 
 def commented_task():
-    """The lines of the example that show a file for lm-eval."""
+    """Return the example's lines that show a task file for lm-eval."""
     return re.search(r"^#   task: .*\n(#   .*\n)+", EXAMPLE.read_text(), re.MULTILINE)[0]
 
 

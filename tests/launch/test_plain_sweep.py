@@ -1,4 +1,4 @@
-"""A sweep with a method whose shape is plain, beside the published one, from the command to the tables."""
+"""A sweep with a method whose shape is plain, next to the published one, from the command to the tables."""
 
 import shutil
 
@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 pytestmark = pytest.mark.slow
 
-# The only number of groups that three devices can share: six query heads don't divide 32, as LlamaConfig wants it.
+# The only number of groups that three devices can share: six query heads don't divide 32, as LlamaConfig requires.
 LAYERS, GROUPS, SHARED = 4, 4, 3
 PLAIN = {
     "criterion": "surgeon",
@@ -30,7 +30,7 @@ def command(tmp_path_factory):
     config = make_inputs(folder)
     shutil.rmtree(folder / "alpha")
     save_tiny(folder / "alpha", num_hidden_layers=LAYERS, num_attention_heads=2 * GROUPS, num_key_value_heads=GROUPS)
-    for block in ("self_attn.o_proj", "mlp.down_proj"):  # which nobody misses
+    for block in ("self_attn.o_proj", "mlp.down_proj"):  # which can go unnoticed
         silence(folder / "alpha" / "model.safetensors", f"layers.2.{block}.weight", by=0.01)
     (folder / "plain.yaml").write_text(yaml.safe_dump(PLAIN))
     methods = f"hfprune,{folder / 'plain.yaml'}"

@@ -33,7 +33,7 @@ def of_adapter(out, base):
 
 @pytest.fixture
 def pushed(monkeypatch):
-    """What would have reached the hub: options of the repository, and size by file."""
+    """Record what would have reached the hub: the repository's options, and sizes by file."""
     calls = {}
 
     def create_commit(self, repo_id, operations, **_):
@@ -42,7 +42,7 @@ def pushed(monkeypatch):
 
     monkeypatch.setattr(HfApi, "create_repo", lambda self, repo_id, **options: calls.update({repo_id: options}))
     monkeypatch.setattr(HfApi, "create_commit", create_commit)
-    # These ask the hub before anything is pushed.
+    # These would ask the hub before anything is pushed.
     monkeypatch.setattr(HfApi, "_validate_yaml", lambda *_, **__: None)
     monkeypatch.setattr("huggingface_hub.hf_api.is_xet_available", lambda: False)
     return calls
@@ -121,5 +121,5 @@ def test_a_hub_that_refuses_is_one_message(out, monkeypatch):
 
 
 def without_network():
-    """As where there is no network."""
+    """Return the error that is raised where there is no network."""
     return HfHubHTTPError.__bases__[0]("Name or service not known")

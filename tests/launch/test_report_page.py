@@ -1,4 +1,4 @@
-"""When report.html is written, and that nothing depends on it."""
+"""When report.html is written; nothing depends on it."""
 
 import io
 

@@ -1,4 +1,4 @@
-"""Rivals beside a method of ours: the same windows, one calibration pass, the same parameters removed, one table."""
+"""Rivals next to one of our methods: the same windows, one calibration pass, the same parameters removed, one table."""
 
 import shutil
 from pathlib import Path
@@ -39,7 +39,7 @@ def arguments(ranks):
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
-    """Of nine layers, llm-pruner protects the first and the last."""
+    """Inputs whose model has nine layers; llm-pruner protects the first and the last."""
     folder = tmp_path_factory.mktemp("inputs")
     file = make_inputs(folder)
     for old in (folder / "alpha").iterdir():
@@ -61,7 +61,7 @@ def folders_of(out, kind):
 
 
 def test_rivals_share_a_calibration_pass_and_remove_as_much(finished):
-    """And one has another, in its student."""
+    """One rival needs another pass, in its student."""
     out = finished[0]
     passes = [read_json(it / "manifest.json") for it in folders_of(out, "importance")]
     assert sorted(it["stage"]["params"]["criteria"] == ["coupled_taylor_distilled"] for it in passes) == [False, True]
@@ -96,7 +96,7 @@ def test_wanda_sp_loads_everywhere_and_the_others_where_layers_may_differ(finish
 
 
 def test_flap_is_recovered_and_its_biases_stay(config, finished, tmp_path):
-    """From the artifacts of a sweep without recovery; on two ranks weights, biases among them, are sharded."""
+    """It starts from the artifacts of a sweep without recovery; on two ranks, weights and biases are sharded."""
     out = tmp_path / "out"
     shutil.copytree(finished[0] / "store", out / "store")
     method = ["--models", "alpha", "--ratios", "0.2", "--methods", "flap", "--set", "runtime.ranks=2"]
@@ -125,7 +125,7 @@ def test_what_the_student_lacks_goes_first_and_numbers_are_the_dense_models(fini
 
 
 def test_other_ratios_take_up_the_first_pass_and_settings_the_students(config, finished, tmp_path):
-    """Published settings differ at 30 %; given for both, the student is one."""
+    """Published settings differ at 30 %; where settings are given for both ratios, they share one student."""
 
     def passes(*more):
         given = ["--config", config, "--out", finished[0], *arguments(1), "--dry-run"]
@@ -174,7 +174,7 @@ def test_a_ratio_out_of_reach_is_refused_with_the_largest_that_is_not(config, tm
 
 @pytest.fixture(scope="module")
 def recovered(config, tmp_path_factory):
-    """Of a sweep with no other method, so that no criterion needs the calibration pass; weights are sharded."""
+    """A sweep with no other method, so that no criterion needs the calibration pass; weights are sharded."""
     out = tmp_path_factory.mktemp("recovered") / "out"
     asked = ["--models", "alpha", "--ratios", "0.4", "--methods", "lorap", "--set", "efficiency.enabled=true"]
     sharded = [*FEW_STEPS, "--set", "evaluation.tasks=[]", "--set", "runtime.sharding=zero3"]
@@ -220,7 +220,7 @@ def test_a_recovered_model_is_pruned_by_no_method(recovered, config, tmp_path):
 
 
 def folders_with(out, kind, field):
-    """Artifacts of a kind of stage whose config.json has a field."""
+    """Return the artifacts of a kind of stage whose config.json has the field."""
     return [it for it in (out / "store" / kind).iterdir() if field in read_json(it / "config.json")]
 
 

@@ -1,4 +1,4 @@
-"""Rows of a folder stay until they are removed, and what results stand on needn't be there; no stage runs here."""
+"""Rows of a folder stay until they are removed, even if what their results rest on is gone; no stage runs here."""
 
 import csv
 import json
@@ -26,7 +26,7 @@ def config(tmp_path_factory):
 
 
 def fill(out, wanted, but=()):
-    """Artifacts for all stages of a plan, as if they had run."""
+    """Write artifacts for all stages of a plan, as if they had run."""
     store = Store(out / "store")
     for stage in wanted.stages.values():
         if stage.kind in but or store.manifest(stage.id) is not None:
@@ -44,7 +44,7 @@ def run(*arguments, command=sweep):
 
 
 def done(config, out, *arguments, **overrides):
-    """A run whose stages are all there."""
+    """Run a sweep whose stages are all done, and return what it prints."""
     fill(out, planned(config, **overrides)[1])
     code, shown, said = run("--config", config, "--out", out, *arguments)
     assert code == 0, said
@@ -61,7 +61,7 @@ def labels(out):
 
 
 def planned_actions(config, out, *arguments):
-    """Action -> kinds of stages, as --dry-run tells."""
+    """Map each action that --dry-run names to its kinds of stages."""
     code, shown, said = run("--config", config, "--out", out, "--dry-run", *arguments)
     assert code == 0, said
     actions = {"reuse": set(), "run": set(), "not needed": set()}
@@ -167,7 +167,7 @@ def test_todays_row_replaces_the_one_of_other_settings(config, tmp_path):
 
 
 def test_speed_is_of_the_device_on_which_the_sweep_ran(config, tmp_path, monkeypatch):
-    """Elsewhere the sweep's state can be looked at; a run there would measure again, and nothing else."""
+    """On another device the sweep's state can be viewed; a run there would measure again, and do nothing else."""
     out, asked = tmp_path / "out", ["--set", "efficiency.enabled=true"]
     monkeypatch.setattr(sweep_plan, "device_here", lambda _: "this machine")
     shown = done(config, out, *asked, efficiency__enabled=True, device="this machine")
@@ -197,7 +197,7 @@ def test_a_row_is_removed_on_purpose(config, tmp_path):
 
 
 def test_the_record_of_an_earlier_version_is_read(config, tmp_path):
-    """One without what is new, and with stages whose version has risen since."""
+    """The record lacks the newer fields, and has stages whose version has risen since."""
     out = tmp_path / "out"
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(STAGE_VERSIONS, "prune", 1)
@@ -277,7 +277,7 @@ def test_a_comparison_shows_a_few_columns_and_writes_all(config, tmp_path):
 
 
 def test_a_comparison_names_rows_that_were_measured_otherwise(config, tmp_path):
-    """Their scores would pass for those of another seed."""
+    """Their scores would otherwise pass for those of another seed."""
     for name, seed, windows in (("one", 0, 4), ("two", 1, 4), ("other", 2, 3)):
         overrides = {"models": ["alpha"], "ratios": [0.1], "seed": seed, "evaluation__fidelity__windows": windows}
         settings = ("--set", f"seed={seed}", "--set", f"evaluation.fidelity.windows={windows}")
@@ -311,7 +311,7 @@ def test_a_comparison_tells_the_passes_of_one_model_apart(config, tmp_path):
 
 
 def test_models_that_only_share_a_name_are_not_compared(config, tmp_path):
-    """Their rows would pass for two seeds of one model."""
+    """Their rows would otherwise pass for two seeds of one model."""
     other = config.with_name("other.yaml")
     other.write_text(yaml.safe_dump(yaml.safe_load(config.read_text()) | {"aliases": {"alpha": {"path": "beta"}}}))
     for file, out in ((config, tmp_path / "one"), (other, tmp_path / "two")):

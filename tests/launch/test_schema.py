@@ -1,4 +1,4 @@
-"""JSON schemas for editors: what ships satisfies them, and what the loader refuses by its form does not."""
+"""JSON schemas for editors: they accept what ships, and reject whatever the loader refuses because of its form."""
 
 import json
 
@@ -42,7 +42,7 @@ def schemas():
 
 
 def is_valid(value, rule, root):
-    """As a validator of JSON schemas decides, of the keywords that these schemas have."""
+    """Decide as a validator of JSON schemas does, for the keywords that these schemas use."""
     if isinstance(rule, bool):
         return rule
     if "$ref" in rule:
@@ -92,7 +92,7 @@ def test_mistakes_do_not(kind, text, schemas):
 
 
 def test_keys_are_explained(schemas):
-    """An editor shows the text below a field of the configuration's classes."""
+    """An editor shows the text that stands below a field in the configuration's classes."""
     section = schemas["sweep"]["$defs"]["EvaluationConfig"]["properties"]
     assert section["batch_size"]["description"] == "Requests per forward pass of one rank."
     sections = [*schemas["sweep"]["$defs"].values(), *(schemas[kind] for kind in ("method", "profile", "model"))]

@@ -35,7 +35,7 @@ class Terminal(io.StringIO):
 
 @pytest.fixture
 def on_terminal(monkeypatch):
-    """Shows something on a terminal of 80 columns, and returns its lines without colours."""
+    """Return a function that shows something on a terminal of 80 columns and returns its lines without colours."""
     monkeypatch.setenv("COLUMNS", "80")
     monkeypatch.setenv("TERM", "xterm")
 
@@ -48,7 +48,7 @@ def on_terminal(monkeypatch):
 
 
 def width_of(line):
-    """Columns that a line takes."""
+    """Return how many columns a line occupies."""
     return sum(1 + (unicodedata.east_asian_width(letter) in "WF") for letter in line)
 
 
@@ -100,7 +100,7 @@ def test_longer_names_fit_120_columns():
 def test_no_line_is_longer_than_the_terminal(on_terminal, data):
     rows = data.draw(st.lists(rows_of(), max_size=6))
     lines = on_terminal(show_results, rows)
-    # Messages are left whole, as they have paths to copy.
+    # Messages are not wrapped, as they contain paths to copy.
     assert max(width_of(line) for line in lines if not line.startswith("missing: ")) <= 80
     assert sum(line.startswith("missing: ") for line in lines) == sum(row["status"] == "missing" for row in rows)
 

@@ -35,7 +35,7 @@ def test_two_steps_from_the_plan_to_the_table(tmp_path):
 
 
 def test_two_steps_of_a_plain_shape(tmp_path):
-    """Which plain transformers loads, and which has the same bits on one rank."""
+    """Plain transformers loads the result, which has the same bits on one rank."""
     asked = [*TWO_STEPS, "--methods", "surgeon-plain", "--ratios", "0.25"]
     config, out = make_inputs(tmp_path), tmp_path / "out"
     finish(config, out, *asked)

@@ -30,7 +30,7 @@ def config(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def finished(config, tmp_path_factory):
-    """An undisturbed sweep: every fault below must end where this one ends."""
+    """An undisturbed sweep, with whose results every fault below must end."""
     out = tmp_path_factory.mktemp("finished") / "out"
     return out, finish(config, out)
 
@@ -56,14 +56,14 @@ def short_of(finished, tmp_path):
 
 
 def assert_same_as(finished_out, out):
-    """Whatever happened on the way: the same scores, pruned weights and recovered weights, bit for bit."""
+    """Check that scores, pruned weights and recovered weights are equal bit for bit, whatever happened on the way."""
     for kind in ("importance", "prune", "recover"):
         ours, theirs = artifacts(out, kind), artifacts(finished_out, kind)
         assert ours and all(theirs[name] == content for name, content in ours.items())
 
 
 def test_a_sweep_is_shown_whatever_became_of_its_inputs(finished, config, tmp_path):
-    """Another folder has none of the models and texts that the configuration names."""
+    """The configuration now lies in a folder that has none of the models and texts it names."""
     moved = tmp_path / "moved.yaml"
     moved.write_bytes(config.read_bytes())
     shown = sweep(moved, finished[0], "--status")
@@ -95,7 +95,7 @@ def test_one_row_per_cell_with_its_baselines(finished):
 
 
 def test_its_report_shows_the_numbers_of_its_table(finished):
-    """In a browser: every chart is drawn, from nothing but the file; the table sorts; no window is too narrow."""
+    """In a browser, every chart is drawn from the file alone, the table sorts, and no window is too narrow."""
     out, _ = finished
     rows = results(out)
     with opened(out / "report.html") as shown:
@@ -140,7 +140,7 @@ def test_what_one_would_push_has_a_card_and_no_path_of_this_machine(finished, co
     settings = folder / "adapter" / "adapter_config.json"
     places = [str(place).encode() for place in (out, config.parent)]
     assert not [file for file in files for place in places if file != settings and place in file.read_bytes()]
-    # Seen from far away, the way to the base has the same folders in it.
+    # From a distant folder, the relative path to the base contains the same folders.
     base = json.loads(settings.read_text())["base_model_name_or_path"]
     assert base.startswith(".")
     assert not [place for place in places if place in settings.read_bytes().replace(base.encode(), b"")]
@@ -151,7 +151,7 @@ def test_what_one_would_push_has_a_card_and_no_path_of_this_machine(finished, co
 
 @pytest.mark.parametrize("name", ["alpha-0.2-lora", "alpha-dense-lora"])
 def test_the_adapter_loads_with_its_base_and_gives_the_merged_model(finished, monkeypatch, name):
-    """From the folder in which the sweep was started."""
+    """They load from the folder in which the sweep was started."""
     from peft import AutoPeftModelForCausalLM
 
     monkeypatch.chdir(ROOT)
@@ -164,7 +164,7 @@ def test_the_adapter_loads_with_its_base_and_gives_the_merged_model(finished, mo
 
 
 def test_a_model_of_any_shape_is_recovered_and_evaluated(config, tmp_path):
-    """Its layers differ in heads and widths, already where it is scored for the second of two rounds; it is calibrated
+    """Its layers differ in heads and widths even before it is scored for the second of two rounds; it is calibrated
     on two texts and compared on two.
     """
     settings = ["recovery.max_steps=1", "runtime.ranks=1", "prune.refit=dense", "calibration.samples=4"]
@@ -200,7 +200,7 @@ def test_all_three_reports_agree_and_keep_the_configuration(finished, config):
 
 
 def test_torchrun_starts_the_ranks_and_nothing_stays_in_the_systems_temporary_folder(config, short_of, tmp_path):
-    """Only the pruned model without recovery has not been evaluated yet."""
+    """Only the pruned model without recovery has yet to be evaluated."""
     temporary = tmp_path / "tmp"
     temporary.mkdir()
     out = short_of()
@@ -231,7 +231,7 @@ def test_report_command_makes_the_same_tables(finished):
 
 
 def test_a_session_in_python_takes_up_a_sweep(finished, config, monkeypatch):
-    """With the lines of the README; no stage runs."""
+    """The README's lines run; no stage does."""
     out, _ = finished
     before = {name: (out / name).read_bytes() for name in ("results.csv", "results.md", "results.json")}
     text = (ROOT / "launch" / "README.md").read_text()
@@ -294,13 +294,13 @@ def all_gone(processes):
 
 
 def at_work(out, kind):
-    """Whether ranks have begun a stage of that kind, or ended one."""
+    """Check whether ranks have begun or ended a stage of that kind."""
     store = out / "store"
     return list((store / "work" / kind).glob("*/progress.json")) or list((store / kind).glob("*/manifest.json"))
 
 
 def test_killing_the_launcher_at_any_moment(finished, config, tmp_path):
-    """Before it has planned, and in stages of every kind."""
+    """It is killed before it has planned, and during stages of every kind."""
     out = tmp_path / "out"
     moments = [lambda: True, *(lambda kind=kind: at_work(out, kind) for kind in ("importance", "recover", "evaluate"))]
     for moment in moments:
@@ -315,7 +315,7 @@ def test_killing_the_launcher_at_any_moment(finished, config, tmp_path):
 
 
 def test_no_rank_outlives_its_launcher(config, tmp_path):
-    """A rank that would not end by itself before the test does."""
+    """The rank would not end by itself before the test does."""
     out = tmp_path / "out"
     sleeping = {"PYTHONPATH": str(FAULTS), "SLOW_MATCH": "partial", "SLOW_S": "600"}
     launcher = start(config, out, *ONE_CELL, "--ranks", "1", real=True, environment=sleeping)
@@ -329,7 +329,7 @@ def test_no_rank_outlives_its_launcher(config, tmp_path):
 
 @pytest.mark.parametrize("kind", ["importance", "recover", "evaluate"])
 def test_killing_a_rank(finished, config, short_of, kind):
-    out = short_of(kind, *(["prune", "recover"] if kind == "importance" else []))  # a checkpoint's row would stand
+    out = short_of(kind, *(["prune", "recover"] if kind == "importance" else []))  # or a checkpoint's row would stand
     result = sweep(config, out, *ONE_CELL, environment=killing(0, 6, f"work/{kind}"))
     assert result.returncode == 1
     assert f"failed {kind}" in result.stdout and "a rank died without a message" in result.stdout
@@ -348,7 +348,7 @@ def test_ctrl_c_leaves_nothing_running_and_nothing_half_written(finished, config
     shown = sweep(config, out, *ONE_CELL, "--status").stdout
     assert f"process {launcher.pid}" in shown and "running" in shown and "job" not in shown
     assert "torch.distributed.run" in sweep(config, out, *ONE_CELL, "--logs", "alpha 0.2 + lora").stdout, "said at once"
-    cancelled = sweep(config, out, *ONE_CELL, "--cancel")  # by the signal of Ctrl-C
+    cancelled = sweep(config, out, *ONE_CELL, "--cancel")  # with Ctrl-C's signal
     assert cancelled.returncode == 0 and f"process {launcher.pid} has left it" in cancelled.stdout
     output, _ = launcher.communicate(timeout=600)
     assert launcher.returncode == 130 and "run the same command again" in output and "Traceback" not in output

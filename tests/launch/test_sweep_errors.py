@@ -81,7 +81,7 @@ def test_damaged_checkpoints(tmp_path, damage, expected):
 
 
 def test_what_a_dry_run_shows_can_be_run(config, tmp_path):
-    """What stages would refuse after hours is refused there as well; test_bad_inputs.py has more of it."""
+    """A dry run refuses what stages would refuse after hours, too; test_bad_inputs.py has more cases."""
     refusal = refused(config, tmp_path / "out", "--dry-run", "--set", "recovery.batch_size=5")
     assert "recovery.batch_size 5" in refusal
 
@@ -106,7 +106,7 @@ def test_yaml_that_is_none(tmp_path):
 
 
 def test_help_names_every_flag():
-    """By a process of its own, as everything else here is in forks."""
+    """It runs in a separate process, whereas everything else here runs in forks."""
     result = sweep(None, "unused", "--help", real=True)
     assert result.returncode == 0
     shared = ("--models", "--ratios", "--config", "--set", "--out", "--backend", "--ranks", "--criteria", "--dry-run")

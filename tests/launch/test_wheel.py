@@ -1,4 +1,4 @@
-"""The project as others install it: a wheel in a venv of its own, away from any clone."""
+"""The project as others install it: a wheel in its own venv, away from any clone."""
 
 import json
 import os
@@ -42,7 +42,7 @@ class Installed:
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory):
-    """Built from a commit, and installed without dependencies: those are taken from this environment."""
+    """The wheel, built from a commit and installed without dependencies, which come from this environment."""
     folder = tmp_path_factory.mktemp("wheel")
     source, venv = folder / "source", folder / "venv"
     source.mkdir()
@@ -57,7 +57,7 @@ def installed(tmp_path_factory):
     call(*pip, "--python", venv / "bin" / "python", "install", *OFFLINE, *folder.glob("*.whl"))
     ask = "import sysconfig; print(sysconfig.get_path('purelib'))"
     packages = Path(call(venv / "bin" / "python", "-c", ask).strip())
-    # A folder that is named in a .pth file has none of its own read: the clone stays out of sight.
+    # A folder named in a .pth file has none of its own .pth files read, so the clone stays out of sight.
     (packages / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
     return Installed(call("git", "rev-parse", "HEAD", cwd=source).strip(), venv / "bin" / "hfprune", packages)
 
@@ -92,7 +92,7 @@ def test_a_wheel_knows_the_shipped_configurations_by_the_names_they_have_in_a_cl
 
 
 def test_a_wheel_takes_up_a_sweep(installed, tmp_path):
-    """One that was begun in a clone lacks its pruned checkpoint; ranks of the wheel make the same."""
+    """A sweep begun in a clone lacks its pruned checkpoint; ranks of the wheel make the same one."""
     config, out = make_inputs(tmp_path / "inputs"), tmp_path / "out"
     finish(config, out, *ONE_CELL)
     before = artifacts(out, "prune")

@@ -1,4 +1,4 @@
-"""The two formulations that are compared do compute the same scores."""
+"""The two formulations being compared compute the same scores."""
 
 import copy
 

@@ -1,4 +1,4 @@
-"""How the local backend tells what became of its ranks; scripts stand for torchrun."""
+"""How the local backend finds out how its ranks ended; scripts stand in for torchrun."""
 
 import os
 import shutil
@@ -48,7 +48,7 @@ ENTRY = """[{number}]:
 
 
 def log_of(*ends, said=""):
-    """What torchrun says of ranks that ended by an exit code, or by a signal where it is negative."""
+    """Return what torchrun says of ranks that ended with an exit code, or by a signal where the number is negative."""
 
     def entry(number, rank, code):
         traceback = "To enable traceback see: https://pytorch.org/docs/stable/elastic/errors.html"
@@ -109,7 +109,7 @@ def test_how_ranks_died(tmp_path, left, log, cause, expected):
     [(signal.SIGABRT, "code", False), (signal.SIGKILL, "killed", False), (signal.SIGKILL, "killed", True)],
 )
 def test_torchrun_says_it_like_that(tmp_path, number, cause, real):
-    """The summary is read as this version of torch writes it, and as what stands for torchrun in tests does."""
+    """This version of torch writes the summary in the form that is parsed, as torchrun's stand-in in tests does."""
     script = tmp_path / "rank.py"
     script.write_text(f"import os, time\nos.environ['RANK'] == '1' and os.kill(os.getpid(), {number})\ntime.sleep(60)")
     torchrun = [
@@ -135,7 +135,7 @@ def store(tmp_path):
 
 @pytest.fixture
 def backend(store, tmp_path, monkeypatch):
-    """A backend whose ranks are a shell command, empty until a test says what they do meanwhile."""
+    """A backend whose ranks are the command ``true``; ``meanwhile`` does nothing until a test replaces it."""
 
     class Scripted(LocalBackend):
         meanwhile = staticmethod(lambda claim: None)
@@ -165,7 +165,7 @@ def test_success_is_an_artifact(backend, store):
 
 
 def test_a_failure_of_another_attempt_says_nothing(backend, store):
-    """A rank of the attempt before that dies late, on a host whose clock is ahead."""
+    """A rank of the previous attempt dies late, on a host whose clock is ahead."""
     late = Failure("input", "of the attempt before", 0, 1e10, 1)
     assert run(backend).failure.cause == "killed"
     backend.meanwhile = lambda claim: write_failure_record(store.work(STAGE.id), late)

@@ -1,4 +1,4 @@
-"""Cancelling what a machine runs: a process stands for the launcher."""
+"""Cancelling what runs on a machine; a process stands in for the launcher."""
 
 import os
 import signal
@@ -41,7 +41,7 @@ def store(tmp_path):
 
 @pytest.fixture
 def launcher(store):
-    """Starts a process that claims the stage."""
+    """Return a function that starts a process which claims the stage."""
     started = []
 
     def start(manner, before=None):
@@ -89,7 +89,7 @@ def test_a_launcher_is_interrupted_and_waited_for(store, launcher):
 
 
 def test_a_launcher_that_a_script_has_started_in_the_background_is_ended(store, launcher):
-    """A shell without job control makes it ignore the signal of Ctrl-C."""
+    """A shell without job control makes its background processes ignore Ctrl-C's signal."""
     process = launcher("listens", before=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN))
     (line,) = cancelled(store)
     assert line.startswith("cancelled: ") and process.wait() == -signal.SIGTERM

@@ -1,4 +1,4 @@
-"""What this machine computes on, and whether ranks would compute in a dtype that its CPU is slow with."""
+"""This machine's device, and the note on stages whose dtype its CPU computes slowly."""
 
 import os
 

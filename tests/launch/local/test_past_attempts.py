@@ -1,4 +1,4 @@
-"""What logs, manifests and work folders tell of attempts on this machine."""
+"""Past attempts on this machine, as logs, manifests and work folders record them."""
 
 import os
 import time
@@ -63,7 +63,7 @@ def test_a_stage_that_is_tried_until_it_is_made(handle, logs):
 
 
 def test_the_time_of_a_beginning_is_the_same_in_any_zone(handle, logs, monkeypatch):
-    """A container's clock is often at UTC, and its host's is not."""
+    """A container's clock is often set to UTC where its host's is not."""
     before = int(time.time())
     try:
         monkeypatch.setenv("TZ", "UTC-5")
@@ -81,7 +81,7 @@ def test_the_time_of_a_beginning_is_the_same_in_any_zone(handle, logs, monkeypat
 
 
 def test_a_log_tells_when_an_attempt_began_and_on_how_many_ranks(handle, logs):
-    """As the backend begins it; whatever else a log begins with tells nothing."""
+    """Only the first line that the backend writes says so; any other first line says nothing."""
     beginnings = {
         1: _first_line(STAGE, ["python", "-m", "torch.distributed.run", "--nproc-per-node=3", "run.py"]),
         2: "Traceback (most recent call last):",

@@ -1,4 +1,4 @@
-"""Damaged and stray files among the records of attempts: none ends a launcher, none hides a job that may run."""
+"""Damaged and stray files among the records of attempts: none stops a launcher or hides a job that may be running."""
 
 import json
 
@@ -50,7 +50,7 @@ def damage(request):
 
 
 def test_a_damaged_intent_of_a_job_that_may_run_is_no_room_for_another(attempts, attempt, damage):
-    """Its job is known by id, or by the name in the batch script; what else the intent said is gone."""
+    """Its id, or its name in the batch script, identifies the job; the rest of the intent is lost."""
     attempt.record_job("7")
     damage(attempt.folder / "intent.json")
     found = reread(attempts)
@@ -69,7 +69,7 @@ def test_a_job_of_an_older_version_is_known_by_its_script(attempts, attempt, dam
 
 @pytest.mark.parametrize("name", ["slot", "lane"])
 def test_the_slot_of_a_job_that_an_earlier_version_submitted(attempts, name):
-    """Jobs of both versions together keep to ``--max-running``."""
+    """Jobs of both versions together stay within ``--max-running``."""
     attempt = attempts.open_attempt(STAGE, 8, 64, 30, 3)
     record = json.loads((attempt.folder / "intent.json").read_text())
     record[name] = record.pop("slot")
@@ -147,7 +147,7 @@ def test_stray_files_and_folders_are_no_attempts(attempts, attempt):
 
 
 def test_a_record_that_can_not_be_read_now_is_not_absent(attempts, attempt, monkeypatch):
-    """An error of the disk or the network says nothing about what has been submitted."""
+    """A disk or network error says nothing about what has been submitted."""
     from pathlib import Path
 
     def refuse(file, **_):
@@ -169,7 +169,7 @@ def fake(tmp_path, monkeypatch):
 
 @pytest.fixture
 def launch(tmp_path):
-    """Start a launcher, and return what it told."""
+    """Return a function that starts a launcher and returns its messages."""
 
     def start():
         store, told = Store(tmp_path), []

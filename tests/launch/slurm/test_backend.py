@@ -39,7 +39,7 @@ PRUNES = [Stage("prune", f"a {r}", {"ratio": r}, {"importance": SCORES.as_input(
 
 
 def plan_of(*stages):
-    """A plan without rows, all of whose stages are wanted."""
+    """Return a plan without rows in which all stages are wanted."""
     return Plan({stage.id: stage for stage in stages}, (), asked=tuple(stage.id for stage in stages))
 
 
@@ -120,7 +120,7 @@ def test_only_an_artifact_is_success(fake, store):
     fake.set_state("102", "COMPLETED")
     backend.step()
     assert causes(store, SCORES) == ["done"]
-    for _ in range(9):  # an artifact may be visible here only some time after its job has ended
+    for _ in range(9):  # an artifact may become visible here only some time after its job has ended
         assert causes(store, PRUNES[0]) == [None]
         backend.step_after(7)
     assert causes(store, PRUNES[0])[0] == "killed"
@@ -225,7 +225,7 @@ def test_a_job_that_squeue_does_not_list_is_not_dead(fake, store, answers):
 
 
 def forget(fake, *job_ids):
-    """As after MinJobAge."""
+    """Make Slurm forget the jobs, as it does after MinJobAge."""
     for job_id in job_ids:
         fake.forget(job_id)
 
@@ -319,7 +319,7 @@ def test_whose_a_job_is_stands_in_the_ledger(fake, store):
 
 
 def test_a_job_without_an_id_is_never_submitted_again_before_it_is_looked_for(fake, store):
-    """sbatch took it, but printed nothing, and squeue does not list it for some time."""
+    """sbatch accepted the job but printed nothing, and squeue does not list it for a while."""
     (fake.folder / "answer").write_text("")
     plan = Plan({SCORES.id: SCORES}, (), (SCORES.id,))
     backend = make_backend(store, plan)
@@ -345,7 +345,7 @@ NEED_FORGOTTEN = "sbatch: error: Batch job submission failed: Job dependency pro
 
 
 def test_a_need_that_is_made_meanwhile_is_no_dependency(fake, store, monkeypatch):
-    """A submission that outlasts MinJobAge: the need has ended, and Slurm has forgotten it."""
+    """The submission outlasts MinJobAge: the needed job has ended, and Slurm has forgotten it."""
     plan = Plan({SCORES.id: SCORES, PRUNES[0].id: PRUNES[0]}, (), (SCORES.id, PRUNES[0].id))
     submit = SlurmCommands.submit
 
@@ -361,7 +361,7 @@ def test_a_need_that_is_made_meanwhile_is_no_dependency(fake, store, monkeypatch
 
 
 def test_a_need_that_died_meanwhile_is_made_again(fake, store):
-    """Slurm refuses the dependent, which is not the dependent's fault."""
+    """Slurm refuses the dependent job, which is not to blame."""
     plan = Plan({SCORES.id: SCORES, PRUNES[0].id: PRUNES[0]}, (), (SCORES.id, PRUNES[0].id))
     backend = make_backend(store, plan)
     (fake.bin / "sbatch").write_text(
@@ -409,7 +409,7 @@ def test_a_job_that_could_not_be_launched_is_tried_elsewhere(fake, store):
 @pytest.mark.parametrize(
     ("state", "reason"),
     [
-        ("REQUEUE_HOLD", "launch failure limit exceeded requeued held"),  # of MaxBatchRequeue
+        ("REQUEUE_HOLD", "launch failure limit exceeded requeued held"),  # from MaxBatchRequeue
         ("PENDING", "user env retrieval failed requeued held"),
     ],
 )
@@ -504,7 +504,7 @@ def test_never_more_lanes_than_max_running(fake, store):
 
 
 def test_nothing_joins_a_slot_whose_last_job_has_no_known_id(fake, store):
-    """Slurm took a job without saying its id, or another launcher is submitting it."""
+    """Slurm accepted a job without printing its id, or another launcher is submitting one."""
     complete(store, SCORES)
     (fake.folder / "answer").write_text("")
     fake.answer_squeue(*[HEADER] * 8)
@@ -577,7 +577,7 @@ def test_a_thousand_cells(fake, store, tmp_path, monkeypatch):
     models = resolve_models(config, tmp_path / "none", store.hashes, download=False)
     monkeypatch.setattr(
         "hfprune_dist.planning.build_plan.check_ratios", lambda *_: None
-    )  # so small a model has fewer widths
+    )  # a model this small has fewer widths
     plan = build_plan(config, models, resolve_methods(config, ROOT / "configs" / "methods"), store.hashes)
     assert all(store.verify(stage_id).state == "missing" for stage_id in plan.stages)
     assert len(plan.cells) == 1001 and isinstance(plan.cells[0], Cell)

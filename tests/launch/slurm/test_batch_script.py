@@ -1,4 +1,4 @@
-"""The batch script, run by bash with a fake srun: what reaches the ranks, and what ends the job before them."""
+"""The batch script, run by bash with a fake srun: what reaches the ranks, and what ends the job before they start."""
 
 import os
 import shlex
@@ -175,7 +175,7 @@ def test_every_start_of_a_job_is_marked(run):
     assert run({"SLURM_RESTART_COUNT": "2"}).said.startswith("hfprune: start 2\n")
 
 
-# Characters that people have in paths; what is not refused must reach the ranks as it is.
+# Characters that people have in paths: names that are not refused must reach the ranks unchanged.
 NAMES = st.text(st.characters(codec="utf-8", exclude_characters="/\0"), min_size=1, max_size=12).filter(
     lambda name: name not in (".", "..")
 )

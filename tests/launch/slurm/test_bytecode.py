@@ -1,4 +1,4 @@
-"""Bytecode of a snapshot: whole before a job runs, never written by one, and mended where a full disk cut it off."""
+"""Bytecode of a snapshot: complete before a job runs, never written by one, repaired where a full disk cut it off."""
 
 import os
 import resource
@@ -25,7 +25,7 @@ def compiled(source):
 
 
 def imported(source, **limits):
-    """Import the long module in a process of its own; ``no_room`` limits what it can write."""
+    """Import the long module in a separate process; ``no_room`` limits what it can write."""
     return subprocess.run(
         [sys.executable, "-c", f"import package.long; print(package.long.name_{LINES - 1})"],
         cwd=source.parents[1],
@@ -44,7 +44,7 @@ def no_room():
 def test_jobs_find_bytecode_and_write_none(sources):
     compile_sources(sources)
     before = {source: compiled(source).stat().st_mtime_ns for source in sources}
-    os.utime(sources[1], (1, 1))  # copies change times
+    os.utime(sources[1], (1, 1))  # copies modification times
     assert imported(sources[1]).stdout == f"value {LINES - 1}\n"
     compile_sources(sources)
     assert {source: compiled(source).stat().st_mtime_ns for source in sources} == before

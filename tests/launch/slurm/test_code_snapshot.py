@@ -1,4 +1,4 @@
-"""The copy of the code that jobs run: whole, checked before it is used again, and mended where it has been damaged."""
+"""The copy of the code that jobs run: complete, checked before it is reused, and repaired where it has been damaged."""
 
 import os
 import subprocess
@@ -16,7 +16,7 @@ COMMIT = {"git_commit": "abc"}
 
 @pytest.fixture
 def project(tmp_path):
-    """A project in small: packages with a subpackage, and files that jobs don't need."""
+    """A miniature project: packages with a subpackage, and files that jobs don't need."""
     project = tmp_path / "project"
     for name, text in {
         "hfprune_dist/__init__.py": "",
@@ -44,7 +44,7 @@ def content(snapshot):
 
 
 def copied(project):
-    """What a snapshot holds of a project: the folder launch has its package's name."""
+    """Return a project's files as a snapshot has them: the folder launch is named after its package."""
     return {name.replace("launch/", "hfprune_launch/"): text for name, text in content(project).items()}
 
 
@@ -62,10 +62,10 @@ def test_a_snapshot_holds_the_code_and_its_provenance(project, folder):
 
 
 def test_every_file_of_the_library_is_in_its_snapshot(folder):
-    """Jobs import and read nothing of the project but this."""
+    """The snapshot is all that jobs import and read of the project."""
     snapshot = snapshot_of(ROOT, folder, COMMIT)
     files = [file for file in (ROOT / "hfprune_dist").rglob("*") if file.is_file()]
-    # READMEs, and what a report is made from: jobs write none.
+    # Left out: READMEs, and the files that reports are made from, as jobs write none.
     library = [file for file in files if file.suffix not in (".pyc", ".md", ".css", ".js", ".png")]
     assert len(library) > 50
     for file in library:
@@ -82,7 +82,7 @@ def test_every_file_of_the_library_is_in_its_snapshot(folder):
 
 
 def test_a_good_snapshot_is_used_as_it_is(project, folder):
-    """Running jobs import from it: neither it nor what they have left there is touched."""
+    """Running jobs import from it, so neither it nor the files they have left there are touched."""
     snapshot = snapshot_of(project, folder, COMMIT)
     (snapshot / "core.4711").write_bytes(b"left by a job")
     before = identities(snapshot)
@@ -162,7 +162,7 @@ def test_all_of_it_reaches_the_disk_before_it_gets_its_name(project, folder, mon
 
 
 def test_two_launchers_that_find_the_same_damage(project, folder, monkeypatch):
-    """Whatever the other one does between any two steps of ours, a good snapshot is there in the end."""
+    """Whatever the other launcher does between any two of our steps, there is a good snapshot in the end."""
     snapshot = snapshot_of(project, folder, COMMIT)
     steps = ("_is_intact", "_set_aside", "_publish")
     for step in steps:
@@ -170,7 +170,7 @@ def test_two_launchers_that_find_the_same_damage(project, folder, monkeypatch):
         original = getattr(snapshots, step)
 
         def meanwhile(*arguments, step=step, original=original):
-            monkeypatch.setattr(snapshots, step, original)  # the other one is not disturbed
+            monkeypatch.setattr(snapshots, step, original)  # the other launcher is not disturbed
             snapshot_of(project, folder, COMMIT)
             return original(*arguments)
 

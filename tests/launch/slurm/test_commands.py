@@ -98,7 +98,7 @@ def test_a_full_queue_is_no_refusal(fake, slurm, script, named):
 
 @pytest.mark.parametrize("named", ["QOSMaxWallDurationPerJobLimit", "AssocMaxNodePerJobLimit"])
 def test_a_job_beyond_other_limits_is_refused(fake, slurm, script, named):
-    """Slurm explains all of them with the same sentence."""
+    """Slurm gives the same explanation for all of them."""
     fake.fail_next("sbatch", f"sbatch: error: {named} {POLICY}")
     with pytest.raises(SubmissionRefusedError, match=named):
         slurm.submit(script, "a-name")
@@ -128,7 +128,7 @@ def test_jobs_with_names_in_any_encoding_are_parsed(fake, slurm):
 
 
 def test_a_command_that_can_not_be_started_is_tried_again(fake, slurm, slept, monkeypatch):
-    """A login node lets a user start so many processes at once; a node of a job may lack Slurm's commands."""
+    """A login node limits how many processes a user may start at once; a job's node may lack Slurm's commands."""
     run, failing = subprocess.run, [BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")] * 2
 
     def start(*arguments, **options):
@@ -211,7 +211,7 @@ def test_an_answer_that_is_cut_off_is_none(fake, slurm, slept, answer):
 
 
 def test_every_cut_of_a_line_is_noticed(fake, slurm):
-    """A cut between two lines can't be."""
+    """A cut between two lines can't be noticed."""
     text = f"{HEADER}7|RUNNING|None|n1|N/A|N/A|a\n8|odd|name|;\n"
     fake.answer_squeue(text)
     assert slurm.jobs()["7"].name == "a\n8|odd|name"

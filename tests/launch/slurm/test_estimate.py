@@ -50,7 +50,7 @@ def test_every_round_is_estimated_as_if_nothing_had_gone_yet(inputs, tmp_path):
 
 
 def test_a_micro_batch_has_four_rows_where_ranks_can_share_so_many(inputs, tmp_path):
-    """More where the network or calls would otherwise take longer than the GPU's work; a shard is one rank's."""
+    """It has more where the network or calls would otherwise outlast the GPU's work; a shard belongs to one rank."""
 
     def importance(tflops, **overrides):
         profile = "nodes: 4\n" + GPUS + f"gpu_memory_gib: 80\ngpu_tflops: {tflops}\n"
@@ -105,7 +105,7 @@ def test_a_distillation_is_estimated_from_the_windows_that_it_reads(inputs, tmp_
 
 
 def test_no_more_windows_are_counted_than_run_at_once(inputs, tmp_path):
-    """Neither in a calibration with fewer windows than a micro-batch could have, nor where only texts are compared."""
+    """Fewer run where a calibration has fewer windows than fit a micro-batch, and where only texts are compared."""
 
     def memory(kind, **overrides):
         found = estimates(inputs, tmp_path, GPUS + "gpu_memory_gib: 80\n", **overrides)
@@ -192,7 +192,7 @@ def test_biases_take_what_a_reference_does_on_the_same_windows(inputs, tmp_path)
 
 
 def test_hidden_states_of_a_reference_must_fit_main_memory(inputs, tmp_path):
-    """Those of calibration windows are there as well, where a method distills."""
+    """Where a method distills, those of calibration windows must fit as well."""
 
     def calibration(samples):
         overrides = {"calibration__samples": samples, "calibration__sequence_length": 32}
@@ -208,7 +208,7 @@ def test_hidden_states_of_a_reference_must_fit_main_memory(inputs, tmp_path):
 
 
 def test_one_rank_alone_may_hold_what_two_do_not(inputs, tmp_path):
-    """It gathers nothing: between what one needs and what two need is a memory that the profile's nodes don't have."""
+    """A single rank gathers nothing, so it needs less memory than each of two ranks."""
 
     def importance(nodes, memory):
         profile = f"nodes: {nodes}\ntasks_per_node: 1\ngpus_per_node: 1\ngpu_memory_gib: {memory}\n"
@@ -234,7 +234,7 @@ def test_where_layers_differ_in_width_one_may_keep_all_neurons(inputs, tmp_path)
 
 
 def test_a_plain_shape_is_as_wide_as_the_widest_that_competes(inputs, tmp_path):
-    """With the Gram matrices of attention's output, which its refit reaches too."""
+    """It also has the Gram matrices of attention's output, which its refit includes."""
     ratios = {"ratios": [0.2], "prune__refit": "layerwise", "prune__multiple_of": 1}
     uniform, plain = (
         prunings(inputs, tmp_path, "", methods=[method], **ratios)[0]

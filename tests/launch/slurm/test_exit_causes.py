@@ -1,4 +1,4 @@
-"""How a dead attempt is told from what it left behind."""
+"""The cause of an attempt's death, deduced from what the attempt left behind."""
 
 import time
 
@@ -133,7 +133,7 @@ def test_by_what_a_rank_said(store, attempt, failure, message, expected):
     write_failure_record(store.work(STAGE.id), Failure(failure, message, 1, time.time()))
     end = explain_end(store, STAGE, attempt, job("FAILED", attempt))
     assert end.cause == expected
-    # What a rank says that lost another one explains nothing.
+    # What a rank says after losing another rank explains nothing.
     assert message in end.message or expected == "killed"
 
 
@@ -152,7 +152,7 @@ def test_the_clock_of_another_host_hides_no_reason(store, attempt, skew):
 
 @pytest.mark.parametrize("skew", [-90.0, 90.0])
 def test_the_clock_of_another_host_makes_no_failure_ours(store, attempt, skew):
-    """A rank of the attempt before may die late."""
+    """A rank of the previous attempt may die late."""
     attempt.close(End("killed", "", time.time()))
     again = Attempts(store.root).open_attempt(STAGE, 8, 64, 30, None)
     again.record_job("7")
@@ -230,10 +230,10 @@ def at(phase, done):
         ([at("a", 3), at("a", 3), None], 2),
         ([at("a", 3), None, at("a", 3)], 2),
         ([at("a", 9), at("b", 0)], 0),
-        ([at("a", 5), at("b", 2), at("a", 5), at("b", 2)], 2),  # to and fro
-        ([at("b", 8), at("b", 2), at("b", 4)], 1),  # what was saved was lost: it began anew
+        ([at("a", 5), at("b", 2), at("a", 5), at("b", 2)], 2),  # back and forth
+        ([at("b", 8), at("b", 2), at("b", 4)], 1),  # what was saved was lost, so work began anew
         ([at("b", 8), at("b", 2), at("b", 4), at("b", 9)], 0),
-        ([at("b", 0), at("b", 1), at("b", 0), at("b", 1), at("b", 0)], 2),  # to and fro
+        ([at("b", 0), at("b", 1), at("b", 0), at("b", 1), at("b", 0)], 2),  # back and forth
     ],
 )
 def test_starts_that_got_no_further(progress, fruitless):
@@ -243,13 +243,13 @@ def test_starts_that_got_no_further(progress, fruitless):
 @settings(derandomize=True, deadline=None)
 @given(st.integers(1, 5), st.integers(1, 6), st.randoms(use_true_random=False))
 def test_any_work_that_is_not_begun_anew_comes_to_an_end(phases, total, random):
-    """Whatever starts do, no job requeues itself for ever."""
+    """Whatever its starts do, no job requeues itself forever."""
     history, place = [], (0, 0)
-    # What was never reached before is reached so often; in between, work may begin anew so often, and go on so long.
+    # How often new places can be reached, times how often work may begin anew in between, times how long it may go on.
     bound = (phases * (total + 1) + 1) * FRUITLESS_STARTS * (total + 1)
     while fruitless_starts(history) < FRUITLESS_STARTS and len(history) <= bound:
         place = max(place, (random.randrange(phases), random.randrange(total + 1)))
-        back = (random.randrange(place[0] + 1), 0)  # a start may end in a phase that is done again each time
+        back = (random.randrange(place[0] + 1), 0)  # a start may end in a phase that is redone every time
         history.append(at(*(place if random.random() < 0.5 else back)))
     assert len(history) <= bound
 

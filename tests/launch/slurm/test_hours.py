@@ -1,4 +1,4 @@
-"""Hours of a plan's stages on a profile: which way they go, what they add up to, and the tables in the README."""
+"""Hours of a plan's stages on a profile: how they change, what they add up to, and the tables in the README."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_no_stage_takes_longer_on_faster_gpus_or_networks(models, nodes, per_nod
 @given(samples=st.integers(16, 300), times=st.integers(2, 5), steps=st.integers(1, 300), micro_batch=st.integers(1, 5))
 @settings(max_examples=5, deadline=None)
 def test_more_windows_and_steps_take_longer_whatever_their_number(models, samples, times, steps, micro_batch):
-    """Also where ranks have unequal shares of them."""
+    """This also holds where ranks have unequal shares of them."""
 
     def by_kind(**overrides):
         fixed = {"calibration__micro_batch_size": micro_batch, "recovery__micro_batch_size": 4}
@@ -102,7 +102,7 @@ def test_a_total_is_the_sum_of_what_is_known(models):
 
 
 def test_whole_weights_save_what_gathers_take(models):
-    """Of training, nearly all: a row's gathers and their starts take longer than its products."""
+    """For training that is nearly all: a row's gathers and their starts take longer than its products."""
 
     def recovery(**overrides):
         hours = hours_of([models["llama-2-7b"]], ["hfprune"], profile_of(**H100), **overrides)

@@ -1,4 +1,4 @@
-"""Launchers and jobs in drawn orders, over a Slurm that answers badly."""
+"""Launchers and jobs in randomly drawn orders, with a Slurm that answers unreliably."""
 
 import contextlib
 import tempfile
@@ -47,7 +47,7 @@ EVENTS = st.one_of(
 
 
 class World:
-    """Two launchers and one controller over one store."""
+    """Two launchers and one controller that share a store."""
 
     def __init__(self, folder, accounting):
         self.store = Store(folder / "store")
@@ -132,7 +132,7 @@ def test_never_two_live_jobs_of_a_stage_and_no_live_job_given_up(accounting, eve
 
 
 def finish(world):
-    """Once Slurm answers again and jobs succeed, a new launcher brings the sweep to its end."""
+    """Complete the sweep with a new launcher, now that Slurm answers again and jobs succeed."""
     world.launchers = [world.launcher()]
     world.happen(("restart", 0, {}, 0.0))
     for _ in range(30):

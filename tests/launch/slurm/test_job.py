@@ -44,7 +44,7 @@ def test_ranks_meet_at_an_address_not_a_name():
 
 @pytest.fixture
 def two_networks(monkeypatch):
-    """A node with a loopback device and two networks, of which the route to other nodes takes the second."""
+    """A node with a loopback device and two networks; the route to other nodes uses the second."""
     addresses = {"lo": ["127.0.0.1"], "eth0": ["10.0.0.5"], "ib0": ["10.1.0.5", "fe80::1%ib0"]}
     cards = {name: [SimpleNamespace(address=it) for it in its] for name, its in addresses.items()}
     monkeypatch.setattr(job.psutil, "net_if_addrs", lambda: cards)
@@ -83,7 +83,7 @@ def two_networks(monkeypatch):
 )
 @pytest.mark.usefixtures("two_networks")
 def test_gloo_takes_the_network_of_the_route_to_the_first_rank(change, interface):
-    """Its own choice is the address of the node's name, on Debian 127.0.1.1; the user's choice stands."""
+    """Gloo itself would choose the address of the node's name, on Debian 127.0.1.1; the user's choice stands."""
     assert rank_environment({**TASK, **change})["GLOO_SOCKET_IFNAME"] == interface
 
 
@@ -173,7 +173,7 @@ def attempt(store):
 
 @pytest.fixture
 def rank(store, attempt, monkeypatch):
-    """Rank 0 of a job, whose end is an exception here."""
+    """Rank 0 of a job; leaving its process raises an exception here."""
     for key, value in {**TASK, "SLURM_PROCID": "0", "SUBMITIT_FOLDER": str(attempt.folder)}.items():
         monkeypatch.setenv(key, value)
     monkeypatch.setattr(job, "preflight", lambda *_: None)
@@ -184,7 +184,7 @@ def rank(store, attempt, monkeypatch):
 
 
 def end_of(rank, monkeypatch, stage):
-    """The exit code of a rank whose stage is ``stage``."""
+    """Return the exit code of a rank whose stage is ``stage``."""
 
     def run_stage(handle, interruption, should_run):
         admission = should_run(SoloWorld())
@@ -222,7 +222,7 @@ def test_a_job_that_was_taken_for_dead_leaves_the_stage_to_its_successor(rank, s
 
 
 def test_an_error_that_comes_of_a_lost_claim_is_nobodys_failure(rank, store, attempt, monkeypatch):
-    """A successor finishes, and removes the work folder under the job's feet."""
+    """A successor finishes the stage and removes the work folder while the job still uses it."""
 
     def finished_by_another(claim):
         shutil.rmtree(store.work(STAGE.id))

@@ -1,4 +1,4 @@
-"""Causes told from logs as they really are: captured from Slurm 24.11, gloo of torch 2.13 and CUDA."""
+"""Causes found in real logs, captured from Slurm 24.11, gloo of torch 2.13 and CUDA."""
 
 import time
 
@@ -53,7 +53,7 @@ def attempt(store):
 
 @pytest.fixture
 def end_of(store, attempt):
-    """What is made of a log and of what ranks (by number) said, in this order."""
+    """Return a function that explains an attempt's end by its log and by what ranks (by number) said, in this order."""
 
     def explain(log="", said=None, state="FAILED", started=True):
         if started:
@@ -192,7 +192,7 @@ def test_each_is_named_with_what_to_do(end_of, name):
     log, cause, words = LOGS[name]
     end = end_of(log + "\n")
     assert end.cause == cause, end.message
-    # --status shows the first line alone.
+    # --status shows only the first line.
     assert all(word in end.message.splitlines()[0] for word in words), end.message
 
 
@@ -202,7 +202,7 @@ def test_what_the_user_must_mend_is_not_tried_again():
 
 @pytest.mark.parametrize("lost", [CLOSED, RESET, LATE, NO_MASTER, NOT_ALL, "DistNetworkError: Broken pipe"])
 def test_a_rank_that_lost_another_one_does_not_hide_it(end_of, lost):
-    """Clocks of nodes differ, and the last words of the rank that really failed may be written last."""
+    """Nodes' clocks differ, so the last words of the rank that really failed may appear to be written last."""
     end = end_of(
         DIED.format(how="Exited with exit code 1", then="Terminated"), {0: lost, 1: "ValueError: we are wrong"}
     )
@@ -232,7 +232,7 @@ def test_lost_ranks_without_a_reason(end_of):
 
 
 def test_a_step_that_slurm_ends_after_a_crash_is_no_cancelled_job(end_of):
-    """Where nobody remembers the job, its log decides; srun cancels the step where a rank has died."""
+    """Where the job has been forgotten, its log decides; srun cancels the step after a rank has died."""
     assert end_of(DIED.format(how="Segmentation fault", then="Terminated"), state=None).cause == "crash"
 
 

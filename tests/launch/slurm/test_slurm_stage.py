@@ -1,4 +1,4 @@
-"""A stage's handle on a cluster: its attempts, and what the jobs of ended ones hold."""
+"""A stage's handle on a cluster: its attempts, and what the jobs of ended attempts hold."""
 
 import pytest
 from hfprune_launch.slurm.attempt_records import End

@@ -1,4 +1,4 @@
-"""What --status says of a stage, from files and squeue."""
+"""The status that --status derives from files and squeue."""
 
 import time
 
@@ -19,7 +19,7 @@ MINUTE = 60
 
 @pytest.fixture
 def status(tmp_path):
-    """The status of a stage whose job was started and gave its last sign of life so many minutes ago."""
+    """Return the status of a stage whose job started, and last gave a sign of life, the given minutes ago."""
     store = Store(tmp_path / "store")
     store.work(STAGE.id).mkdir(parents=True)
 
@@ -49,7 +49,7 @@ def test_a_job_that_hangs_before_its_first_step_shows(status):
 
 
 def test_progress_of_an_earlier_start_is_not_stale(status):
-    """A requeued job loads its model while the last heartbeat is of hours ago."""
+    """A requeued job is loading its model, and the last heartbeat is hours old."""
     assert status(started=1, beat=600).detail == ""
 
 
@@ -66,6 +66,6 @@ def test_a_job_that_waits_does_not(status):
 @pytest.mark.parametrize("state", ["PENDING", "REQUEUE_HOLD", "SPECIAL_EXIT", "RESV_DEL_HOLD"])
 @pytest.mark.parametrize(("beat", "hours"), [(120, 2.0), (None, 0.0)])
 def test_a_killed_job_that_waits_again_uses_up_no_hours(status, beat, hours, state):
-    """Neither preemption without notice nor the death of a node leaves a record of the end."""
+    """Neither preemption without notice nor a node's death leaves a record of the end."""
     assert status(started=180, beat=beat, state=state).core_hours == pytest.approx(hours, abs=0.01)
     assert status(started=180, beat=beat, state="RUNNING").core_hours > 5.9

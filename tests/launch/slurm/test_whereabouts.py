@@ -9,7 +9,7 @@ from hfprune_dist.store.artifacts import Store
 
 
 def test_a_user_without_a_name_is_known_by_number(tmp_path, monkeypatch):
-    """In a container that runs as a user of its host."""
+    """This happens in a container that runs as a user of its host."""
 
     def nameless():
         raise KeyError("getpwuid(): uid not found: 1234")

@@ -1,4 +1,4 @@
-"""How a rank ends."""
+"""The end of a rank's process."""
 
 import os
 import subprocess
@@ -7,7 +7,7 @@ import sys
 from hfprune_dist.store.artifacts import Store
 
 STAGE = "prune/0123456789abcdef0123"
-# As where another rank is lost while rank 0 tokenizes a text, which takes hours.
+# As when another rank is lost while rank 0 tokenizes a text, which takes hours.
 LOST = f"""
 import sys, time
 from concurrent.futures import ThreadPoolExecutor

@@ -1,4 +1,4 @@
-"""What is told of stages that no job runs: from claims, heartbeats and failures alone."""
+"""The standing of stages that no job runs, derived only from claims, heartbeats and failures."""
 
 import io
 import json
@@ -41,7 +41,7 @@ def shown(store):
 
 
 def hold(store, **changes):
-    """Leave a claim on the first stage, of a process that differs from this one in something."""
+    """Leave a claim on the first stage by a process that differs from this one in the given fields."""
     store.work(STAGE.id).mkdir(parents=True)
     holder = replace(Holder.me(), **changes)
     (store.work(STAGE.id) / "claim.1").write_text(json.dumps({**asdict(holder), "token": "x"}))
@@ -112,7 +112,7 @@ def test_logs_are_those_of_the_last_start_on_either_side(store, tmp_path):
 
 
 def test_who_follows_does_not_leave_between_two_stages(store, tmp_path, monkeypatch):
-    """After a commit the launcher holds nothing until the first stage's ranks have ended."""
+    """After a commit, the launcher holds no claim until the first stage's ranks have ended."""
     held = []
 
     def commit(stage):
