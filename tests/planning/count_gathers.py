@@ -1,4 +1,4 @@
-"""On each of torchrun's ranks: score micro-batches of a sharded model, and print what each of them gathered."""
+"""On each of torchrun's ranks, score micro-batches of a sharded model, and print what each of them gathered."""
 
 import json
 import os

@@ -1,7 +1,7 @@
-"""Plans of drawn configurations, and what is recorded of their fingerprints.
+"""Plans of randomly drawn configurations, and the record of their fingerprints.
 
-``python tests/planning/recording.py`` draws configurations anew and records what today's code plans for them. To be run
-only where fingerprints are meant to move: the record is what keeps them from moving by mistake.
+``python tests/planning/recording.py`` draws configurations anew and records what today's code plans for them. Run it
+only where fingerprints are meant to change: the record keeps them from changing by mistake.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Drawing:
         return ModelSource(name, checkpoint, f"identity of {name}", name, "checkpoint")
 
     def plan(self, settings: Mapping[str, Any], methods: Mapping[str, Mapping[str, Any]]) -> Plan:
-        """The plan of dotted settings, in which paths are relative to the folder, and of methods by name."""
+        """Return the plan for dotted settings, whose paths are relative to the folder, and for methods by name."""
         paths = {key: str(self._folder / value) for key, value in settings.items() if key.endswith("path") and value}
         config = load_config([], {**settings, **paths})
         parsed = {name: Method(**method) for name, method in methods.items()}
@@ -58,7 +58,7 @@ class Drawing:
 
 
 def fingerprints_of(plan: Plan) -> dict[str, str]:
-    """Kind of stage -> digest of the sorted ids of all such stages."""
+    """Map each kind of stage to a digest of the sorted ids of its stages."""
     ids: dict[str, list[str]] = {}
     for stage in plan.stages.values():
         ids.setdefault(stage.kind, []).append(stage.id)
@@ -66,7 +66,7 @@ def fingerprints_of(plan: Plan) -> dict[str, str]:
 
 
 def _draw(generator: random.Random) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
-    """Settings, and methods by name, each of which differs from its default now and then."""
+    """Draw settings, and methods by name, each of which occasionally differs from its default."""
     choices: dict[str, list[Any]] = {
         "ratios": [[0.1], [0.05, 0.2], [0.125]],
         "seed": [1, 2**31],

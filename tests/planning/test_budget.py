@@ -1,4 +1,4 @@
-"""Budgets of shapes in which everything competes, against the smallest models that they allow."""
+"""Budgets of shapes in which everything competes, checked against the smallest models that they allow."""
 
 import pytest
 import torch

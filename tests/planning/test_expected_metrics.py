@@ -1,4 +1,4 @@
-"""What is expected of stages before they run, on a model of a published shape."""
+"""Expected metrics of stages that haven't run yet, on a model of a published shape."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from hfprune_dist.planning.model_shape import ModelShape
 from hfprune_dist.planning.stage_costs import StageCosts
 
 FILES = (ROOT / "configs" / "methods").glob("*.yaml")
-METHODS = sorted(file.stem for file in FILES if file.stem not in ("hfprune-experts", "reap"))  # which prune none such
+METHODS = sorted(file.stem for file in FILES if file.stem not in ("hfprune-experts", "reap"))  # which are for experts
 GPUS = Gpus(1, 8, 80 * 2**30)
 
 
@@ -40,7 +40,7 @@ def test_every_method_comes_to_a_shape_of_the_ratio_and_to_known_work(model, met
             gone = sum(dims.layer_parameters for dims in kept.layers)
             whole = model.checkpoint.parameters
             body = ModelShape.of(model.checkpoint).layers[0].body_parameters
-            # Multiples of a width come to a little more.
+            # Rounding widths to multiples removes a little more.
             assert stage.params.ratio - 1e-3 < (body - gone) / whole < stage.params.ratio + 0.02
 
 

@@ -1,4 +1,4 @@
-"""Shapes of mixtures of experts: what a ratio makes of every MLP's width, and which methods there are for them."""
+"""Shapes of mixtures of experts: the width of every MLP at a ratio, and the methods that can prune them."""
 
 import math
 import re
@@ -40,7 +40,7 @@ def target(checkpoint, ratio, multiple_of=1):
 
 
 def widths_of(checkpoint, shape):
-    """Of each kind, what its layers' MLPs or each of their experts keep."""
+    """Map each kind to the width that its layers' MLPs, or each of their experts, keep."""
     kinds = {kind: checkpoint.structures[kind] for kind in shape.units}
     for kind, units in kinds.items():
         assert [bool(count) for count in shape.units[kind]] == [bool(count) for count in units.counts]
@@ -60,7 +60,7 @@ def test_the_largest_shape_with_which_the_ratio_goes(config, ratio, multiple_of)
     assert checkpoint.parameter_counts.ratio(shape) >= ratio and is_plain(checkpoint, shape)
     widths = widths_of(checkpoint, shape)
     (width,) = widths[EXPERT_NEURONS]
-    # Of experts no wider than a step nothing goes; what is beside them may be enough.
+    # Experts no wider than a step lose nothing; what the other MLPs lose may be enough.
     assert (width % step == 0 and width < experts) or width == experts <= step
     for kind, (kept,) in widths.items():
         whole = checkpoint.structures[kind].width
@@ -116,7 +116,7 @@ def test_config_json_describes_what_is_left(config, ratio):
 
 @given(mixtures())
 def test_a_token_costs_what_its_experts_cost(config):
-    """Against the same model with no more experts than a token is given to."""
+    """Compare with the same model that has only as many experts as a token is routed to."""
     every = {**config, "num_experts": config["num_experts_per_tok"]}
     if every["num_experts"] < 2:
         return
@@ -162,14 +162,14 @@ def test_a_method_that_adapts_is_left_out_with_a_remark(checkpoint, setting):
     try:
         method = Method(**{**OTHERS[setting], "adapts": True})
     except ValidationError:
-        return  # where there is nothing that it might do without
+        return  # when it has nothing that it could do without
     assert not can_do(method, checkpoint)
     (remark,) = remarks_on_shapes(checkpoint, [0.2], method, "here")
     assert remark.startswith("here: left out, since the model is a mixture of experts; ") and setting in remark
 
 
 def test_the_methods_that_are_possible_are_listed():
-    """Of those that come with the project."""
+    """The list covers the methods that come with the project."""
     folder = Path(__file__).parents[2] / "configs" / "methods"
     methods = {file.stem: Method(**yaml.safe_load(file.read_text())) for file in folder.glob("*.yaml")}
     told = (folder / "README.md").read_text().partition("are pruned by ")[2].partition("\n\n")[0]

@@ -1,4 +1,4 @@
-"""The model against what small models really keep and do."""
+"""The estimates of memory and work against what small models really keep and do."""
 
 import contextlib
 from dataclasses import replace
@@ -69,14 +69,14 @@ def published(size):
 
 @contextlib.contextmanager
 def kept_for_backward(model):
-    """Bytes of distinct tensors, weights aside, that autograd keeps."""
+    """Count the bytes of distinct tensors, other than weights, that autograd keeps."""
     weights = {weight.untyped_storage().data_ptr() for weight in model.parameters()}
     kept = {}
 
     def pack(tensor):
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in weights:
-            kept[storage.data_ptr()] = storage.nbytes(), tensor  # held, so that no address comes twice
+            kept[storage.data_ptr()] = storage.nbytes(), tensor  # held, so that no address is reused
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
@@ -95,7 +95,7 @@ def scored(model, kinds=("neurons",)):
 
 
 def score(model, criteria, groups=False, tokens=128, micro_batches=1):
-    """Micro-batches of two windows; gradients of weights are added up by the only rank."""
+    """Score micro-batches of two windows; the only rank adds up gradients of weights."""
     kinds = ("neurons", "kv_groups") if groups else ("neurons",)
     model_scored = scored(model, kinds)
     sums = UnitSums(model_scored.outputs, [CRITERIA[name] for name in criteria], None, seen_linears(model, kinds))
@@ -105,7 +105,7 @@ def score(model, criteria, groups=False, tokens=128, micro_batches=1):
 
 
 def observing(criteria):
-    """What an ``Importance`` says of such criteria."""
+    """Return the fields of an ``Importance`` that follow from such criteria."""
     summed = {CRITERIA[name].summed for name in criteria}
     forms = {"weight_gradients": "weight_gradient", "squared_products": "weight_product"}
     return {name: it in summed for name, it in {**forms, "coupled_products": "coupled_product"}.items()}
@@ -140,7 +140,7 @@ def test_the_parameters_of_published_models(size):
 
 @pytest.mark.parametrize("criterion", ["self_distillation", "coupled_taylor_distilled"])
 def test_kept_activations_of_a_student(criterion):
-    """Also that the teacher's forward keeps nothing where no loss is the dense model's."""
+    """It also checks that the teacher's forward keeps nothing where no loss is the dense model's."""
     model = tiny_model("llama", **SHAPE).bfloat16().requires_grad_(False)
     use_memory_efficient_backward(model, FAMILIES["llama"])
     job = Importance(windows=2, tokens=128, losses=0, student=True, **observing([criterion]))
@@ -217,7 +217,7 @@ def test_memory_of_the_calibration_pass(losses, checkpointing, groups, monkeypat
     use_memory_efficient_backward(model, FAMILIES["llama"])
     if checkpointing:
         checkpoint_activations(model, FAMILIES["llama"])
-    # What is the same for every model would hide all else of one this small.
+    # Memory that is the same for every model would hide everything else of one this small.
     monkeypatch.setattr(head, "CHUNK_BYTES", 1)
     monkeypatch.setattr(blocks, "CACHE_BYTES", 2**12)
     monkeypatch.setattr(product_footprint, "ACCELERATOR_BYTES", 0)
@@ -227,8 +227,8 @@ def test_memory_of_the_calibration_pass(losses, checkpointing, groups, monkeypat
     job = Importance(2, 48, len(losses) - student, checkpointing=checkpointing, student=student, kv_groups=groups)
     job = replace(job, **seen)
     with PeakBytes() as counted:
-        score(model, losses, groups, tokens=48, micro_batches=1 + seen["weight_gradients"])  # then there are sums
-    # Weights count as well: their transposes are views that are made meanwhile.
+        score(model, losses, groups, tokens=48, micro_batches=1 + seen["weight_gradients"])  # so that there are sums
+    # Weights count as well: their transposes are views made meanwhile.
     assert 0.9 < counted.peak / job.memory(dimensions_of(model.config.to_dict()), 1).total < 1.05
 
 
@@ -291,7 +291,7 @@ def test_memory_of_the_gradients_of_weights(ranks, groups, monkeypatch, tmp_path
 @pytest.mark.parametrize("form", [CoupledProducts, SquaredProducts])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_memory_of_a_layers_products(dtype, form, monkeypatch):
-    """What gradients are made of is alive, one window in float32; coupled, of all three weights of a neuron at once."""
+    """Gradients' ingredients are alive, one window in float32; coupled, of all three weights of a neuron at once."""
     monkeypatch.setattr(blocks, "CACHE_BYTES", 2**40)  # as on a GPU whose portions hold a layer
     inner, hidden, tokens, windows = 224, 96, 64, 3
     dims = replace(published("7B"), hidden_size=hidden, intermediate_size=inner)
@@ -305,7 +305,7 @@ def test_memory_of_a_layers_products(dtype, form, monkeypatch):
             seen.see(*shown)
             seen.see_weight(weight)
     given = sum(it.nbytes for it in (*inputs, *gradients, *weights))
-    if form is CoupledProducts:  # which counts gradients, since these wait for one another
+    if form is CoupledProducts:  # which counts gradients, since its gradients wait for one another
         expected = coupled_bytes(dims, windows, tokens, dtype.itemsize) - sum(it.nbytes for it in gradients)
     else:
         expected = squared_bytes(dims, tokens, dtype.itemsize)
@@ -410,7 +410,7 @@ def test_memory_of_a_refit(kind, rank, ranks, groups, dims, dtype, tmp_path, mon
     with PeakBytes() as counted:
         refit.run(lambda done: None)
     expected = at_once(job.memory(dimensions_of(checkpoint.config), ranks))
-    # Of a step, the weights of the dense layer are counted beside its sums, though they are gone by then.
+    # In a step, the dense layer's weights are counted together with its sums, though they are gone by then.
     assert 0.72 * expected < counted.peak < 1.05 * expected
 
 
@@ -418,7 +418,7 @@ def test_memory_of_a_refit(kind, rank, ranks, groups, dims, dtype, tmp_path, mon
 @pytest.mark.parametrize(
     ("model_type", "sizes", "tokens"),
     [
-        ("qwen3_moe", (64, 128, 8, 2), 16),  # Gram matrices count most
+        ("qwen3_moe", (64, 128, 8, 2), 16),  # Gram matrices dominate
         ("qwen3_moe", (256, 32, 16, 8), 128),  # copies of hidden states do
         ("glm4_moe", (128, 64, 16, 4), 64),
         ("gpt_oss", (64, 128, 8, 2), 16),
@@ -443,7 +443,7 @@ def test_memory_of_a_refit_of_experts(rank, ranks, model_type, sizes, tokens, tm
 
 
 def mixture_in(folder, model_type, *sizes):
-    """One all of whose layers have experts: its hidden size, a width, how many there are and compute a token."""
+    """Open a model all of whose layers have experts: hidden size, width, number of experts, experts per token."""
     number = {"gpt_oss": "num_local_experts", "glm4_moe": "n_routed_experts"}.get(model_type, "num_experts")
     names = "hidden_size", "intermediate_size", number, "num_experts_per_tok"
     settings = dict(zip(names, sizes, strict=True)) | {"vocab_size": 264, "max_position_embeddings": 512}
@@ -473,8 +473,8 @@ def test_refits_keep_hidden_states_of_their_windows_on_the_host():
 
 @pytest.mark.parametrize("biases", [False, True])
 def test_memory_of_a_reference(tmp_path, biases):
-    """Windows are its ranks' own: hidden states on the host, a layer with a micro-batch on the GPU. Means of channels
-    on the way, of which biases are made, take no more.
+    """Each rank has its own windows: hidden states on the host, a layer and a micro-batch on the GPU. Means of channels
+    on the way, from which biases are made, need no more memory.
     """
     sizes = {"hidden_size": 64, "intermediate_size": 512, "num_hidden_layers": 3, "vocab_size": 264}
     checkpoint, windows = open_checkpoint(save_tiny(tmp_path / "model", **sizes)), torch.randint(264, (8, 64))
@@ -495,7 +495,7 @@ def test_memory_of_a_reference(tmp_path, biases):
 
 @pytest.mark.parametrize("dims", [(32, 512, 64), (128, 160, 16)], ids=["wide", "square"])
 def test_memory_of_a_low_rank_pass(dims, tmp_path):
-    """Of long micro-batches what layers read counts, else eigenvectors."""
+    """With long micro-batches, what layers read dominates; otherwise, eigenvectors do."""
     hidden_size, width, tokens = dims
     sizes = {"hidden_size": hidden_size, "intermediate_size": width, "num_hidden_layers": 2, "vocab_size": 264}
     checkpoint, windows = open_checkpoint(save_tiny(tmp_path / "model", **sizes)), torch.randint(264, (8, tokens))
@@ -517,7 +517,7 @@ def test_memory_of_a_low_rank_pass(dims, tmp_path):
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 @pytest.mark.parametrize("kind", ["reference", "dense", "layerwise", "block"])
 def test_what_is_on_its_way_in_a_layer_pass(kind, ranks, tmp_path):
-    """Beside what is computed with: a layer, a micro-batch and a result; what is pinned of the host; by each rank."""
+    """Besides what is computed with, each rank has a layer, a micro-batch and a result, and pinned host memory."""
     sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4, "vocab_size": 264}
     checkpoint, windows = open_checkpoint(save_tiny(tmp_path / "model", **sizes)), torch.randint(264, (8, 11))
     dims, shape = dimensions_of(checkpoint.config), {"windows": 2, "tokens": 11, "samples": 8, "itemsize": 4}
@@ -548,19 +548,19 @@ def test_what_is_on_its_way_in_a_layer_pass(kind, ranks, tmp_path):
     most = {way: max(fake.most[way] for fake in made) for way in made[0].most}
     at_a_time = 2 if ranks < 4 else 1  # of as many micro-batches as a rank has
     assert most[TO_HOST] == at_a_time * micro_batch and most[f"pinned {TO_HOST}"] == at_a_time * 8192
-    if kind != "block":  # whose steps keep inputs, and have targets sent beside them
+    if kind != "block":  # whose steps keep inputs, and have targets sent along with them
         assert most[TO_DEVICE] == at_a_time * micro_batch and most[f"pinned {TO_DEVICE}"] == at_a_time * 8192
     models = 1 + pursues
     assert most[f"pinned {TO_DEVICE}"] <= 2 * models * 8192
     assert job.memory(dims, ranks).ahead == models * layer + (1 + models) * micro_batch
     numbers = {"reference": 4, "dense": 4, "layerwise": 8, "block": 8 + 4 + 4}[kind]
     pinned = job.host_bytes(dims, ranks) - 8 * 11 // ranks * 64 * numbers
-    # Of weights, 64 * 96 numbers are less than PINNED_BYTES.
+    # Weights of 64 * 96 numbers are smaller than PINNED_BYTES.
     assert pinned == (2 * models + 2) * 8192 + 2 * models * 2**15
 
 
 def at_once(memory):
-    """On a CPU, where nothing is on its way."""
+    """Return the memory on a CPU, where nothing is in transit."""
     return memory.total - memory.ahead
 
 
@@ -585,7 +585,7 @@ def test_kept_activations_of_lora_training(monkeypatch, sharded, dropout):
 @pytest.mark.parametrize("dropout", [0.0, 0.05])
 @pytest.mark.parametrize("sharded", [False, True])
 def test_kept_activations_of_masked_units(monkeypatch, sharded, dropout):
-    """What masks add to the activations of LoRA training, beside themselves: one number per channel."""
+    """Besides themselves, masks add one number per channel to the activations of LoRA training."""
     if sharded:
         monkeypatch.setattr(torch.nn.functional, "linear", zero3_linear_wrap)
     kept = []
@@ -637,7 +637,7 @@ def test_floating_point_work_of_the_calibration_pass(losses, checkpointing, grou
     backwards = len(losses_of(CRITERIA[name] for name in losses))
     job = Importance(2, 128, backwards - student, 4, checkpointing=checkpointing, student=student, kv_groups=groups)
     job = replace(job, **observing(losses))
-    # The counter knows matrix products only; it sees no fused attention on a CPU.
+    # The counter knows only matrix products; it sees no fused attention on a CPU.
     later = gathering.attention_flops(dims, 128) * 3 / 4
     attention = (later * 4 / 3 * (1 + student) + later * (2.5 + checkpointing) * backwards) * 2 * 128
     if groups and (job.weight_gradients or job.squared_products):  # the first layer's too, where the model is dense
@@ -661,7 +661,7 @@ def test_more_ranks_need_less_memory_each_and_more_windows_more():
 
 @pytest.mark.parametrize(("experts", "billions"), [(8, 1.0), (128, 128 * 3 * 4096 * 1536 / 1e9)])
 def test_all_experts_of_a_layer_are_gathered_together(experts, billions):
-    """Layers of Qwen3-235B-A22B; where experts are few, DeepSpeed gathers as far ahead as it may."""
+    """Layers of Qwen3-235B-A22B; with few experts, DeepSpeed gathers as far ahead as it may."""
     layers = {"hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 94, "num_attention_heads": 64}
     routed = {"num_experts": experts, "num_experts_per_tok": 8, "moe_intermediate_size": 1536}
     dims = dimensions_of(layers | routed | {"vocab_size": 151936, "num_key_value_heads": 4, "head_dim": 128})

@@ -1,4 +1,4 @@
-"""What two real ranks gather, against the model of it."""
+"""What two real ranks gather, against the estimate of it."""
 
 from pathlib import Path
 
@@ -50,10 +50,10 @@ def test_gathers_of_a_micro_batch(monkeypatch, folder, criteria, losses, structu
     shape = dimensions_of(open_checkpoint(folder).config)
     job = Importance(1, 16, losses, kv_groups="kv_groups" in structures)
     learning, *later = counts(folder, criteria, structures)
-    # DeepSpeed learns the order of layers: every matrix for forward and for each backward, the head once.
+    # While DeepSpeed learns the order of layers: every matrix for forward and for each backward, the head once.
     monkeypatch.setattr(gathering, "LIVE_PARAMETERS", 0)
     assert learning[1] == pytest.approx(job.work(shape).gathered_bytes, rel=0.002)
-    # Then it gathers ahead, and a model this small stays gathered: each matrix once, the body's together.
+    # Then it gathers ahead, and a model this small stays gathered: each matrix once, those of the body together.
     monkeypatch.undo()
     for calls, gathered in later:
         assert gathered == pytest.approx(job.work(shape).gathered_bytes, rel=0.002)

@@ -1,4 +1,4 @@
-"""What dry runs know of shapes, against models that transformers makes."""
+"""Shapes that dry runs predict, against models that transformers makes."""
 
 import pytest
 from blank import SMOLLM2, blank, parameters_of

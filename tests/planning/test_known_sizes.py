@@ -1,4 +1,4 @@
-"""How much there is to train and to evaluate on, as a plan tells it."""
+"""The amount of data to train and to evaluate on, as a plan states it."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""The operations of refits over tiny models of drawn sizes, as torch counts them."""
+"""Operations of refits over tiny models of drawn sizes, as torch counts them."""
 
 import pytest
 import torch
@@ -33,7 +33,7 @@ WINDOWS = st.builds(Windows, st.integers(1, 17), st.integers(8, 16), st.integers
 
 @pytest.fixture
 def as_counted(monkeypatch):
-    """Gram matrices in one go; and a second step, which comes wherever a first one helped."""
+    """Compute Gram matrices in one go, and take a second step wherever a first one helped."""
     monkeypatch.setattr(triangle, "BLOCK", 2**40)
     monkeypatch.setattr(gauss_newton_ranks, "STEP_LENGTHS", (1.0, 0.5, 0.25))
 
@@ -81,7 +81,7 @@ def test_refits_of_mlps_without_a_gate(tmp_path, kind):
 @pytest.mark.usefixtures("as_counted")
 @pytest.mark.parametrize("model_type", EXPERTS)
 def test_refits_of_experts_and_of_their_attention(tmp_path, model_type):
-    """Beside the pass itself, whose routers are not counted; every expert has tokens that are held out."""
+    """The pass itself, whose routers are not counted, is subtracted; every expert has tokens that are held out."""
     checkpoint = open_checkpoint(save_model(tmp_path / "model", model_type))
     groups = not checkpoint.family.whole_groups
     kept, windows = some_kept(checkpoint, 2 / 3, groups=groups), Windows(13, 48, 4)
@@ -96,7 +96,7 @@ def test_refits_of_experts_and_of_their_attention(tmp_path, model_type):
 
 
 def drawn(checkpoint, groups, seed):
-    """Some units of some layers, the first among them."""
+    """Draw some units of some layers, the first layer always among them."""
     generator = torch.Generator().manual_seed(seed)
     layers = tuple(range(1 + seed % checkpoint.num_layers))
 

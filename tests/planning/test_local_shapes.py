@@ -102,7 +102,7 @@ def test_without_protected_layers_the_checkpoint_is_plain(drawn):
         "head_dim": asked.asked.groups.implied["head_dim"],
     }
     if smaller["hidden_size"] % smaller["num_attention_heads"] and variant == "llama":
-        variant = "mistral"  # as is written then
+        variant = "mistral"  # which is written then
     assert asked.asked.counts.of(shape) == parameters_of(variant, **smaller)
 
 
@@ -171,7 +171,7 @@ def test_ratios_that_come_to_the_same_shape_are_refused():
 @settings(derandomize=True, deadline=None, max_examples=60)
 @given(targets(), st.integers(2, 4))
 def test_rounds_end_where_one_would_or_as_close_as_what_is_left_allows(drawn, steps):
-    """Every round lies within the one before, and no shape within that comes closer by more than half a step."""
+    """Each round lies within the previous one, and no shape within that comes closer by more than half a step."""
     _, changes, asked = drawn
     target = asked.asked
     protects = {"protect_first": asked.protect_first, "protect_last": asked.protect_last}

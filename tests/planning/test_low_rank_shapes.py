@@ -1,4 +1,4 @@
-"""Shapes of low rank, against models of such sizes and the formulas of LoRAP's code."""
+"""Low-rank shapes, against models of such sizes and the formulas in LoRAP's code."""
 
 import re
 from dataclasses import replace
@@ -33,7 +33,7 @@ def targets(draw):
 
 
 def matrices_of(checkpoint):
-    """Name -> [out, in] of the first layer's matrices."""
+    """Map the names of the first layer's matrices to their shapes [out, in]."""
     shapes = {name: it.shape for name, it in checkpoint.tensors.items() if ".layers.0." in name}
     return {name.split(".")[-2]: shape for name, shape in shapes.items() if len(shape) == 2}
 
@@ -76,7 +76,7 @@ def test_value_and_output_keep_three_times_what_query_and_key_keep_or_all(asked)
     checkpoint, matrices = asked.asked.checkpoint, matrices_of(asked.asked.checkpoint)
     whole = checkpoint.num_layers * sum(outputs * inputs for outputs, inputs in matrices.values())
     keep = 1 - asked.asked.ratio * asked.asked.counts.total / whole
-    share = {"v_proj": min(1.0, 1.5 * keep), "q_proj": max(0.5 * keep, 2 * keep - 1)}  # both pairs are of one size
+    share = {"v_proj": min(1.0, 1.5 * keep), "q_proj": max(0.5 * keep, 2 * keep - 1)}  # both pairs have the same size
     ranks = {name.split(".")[-1]: row[0] for name, row in shape.ranks.items()}
     for pair in (("v_proj", "o_proj"), ("q_proj", "k_proj")):
         for name in pair:

@@ -1,4 +1,4 @@
-"""What ``multiple_of: auto`` comes to."""
+"""The multiples that ``multiple_of: auto`` resolves to."""
 
 import pytest
 from blank import LLAMA_7B, SMOLLM2, blank, sizes

@@ -1,4 +1,4 @@
-"""The shapes to choose from, against models that transformers makes of them."""
+"""The plain shapes to choose from, against the models that transformers makes of them."""
 
 import re
 from dataclasses import replace
@@ -88,7 +88,7 @@ def test_shapes_come_as_close_to_the_ratio_as_widths_can(drawn, random):
         "head_dim": asked.groups.implied["head_dim"],
     }
     if smaller["hidden_size"] % smaller["num_attention_heads"] and variant == "llama":
-        variant = "mistral"  # as is written then
+        variant = "mistral"  # which is written then
     assert asked.counts.of(shape_of(asked, shape)) == parameters_of(variant, **smaller)
 
 

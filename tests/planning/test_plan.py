@@ -36,7 +36,7 @@ def world(tmp_path_factory):
 
 
 def plan_of(world, *, criteria=None, device="", **overrides):
-    """The plan of a sweep; with one method for each of some criteria, or the methods of its configuration."""
+    """Return the plan of a sweep, with one method for each of some criteria or with its configuration's methods."""
     base = {
         "models": ["a", "b"],
         "ratios": [0.1, 0.2],
@@ -91,7 +91,7 @@ def test_without_recovery_pruned_models_are_evaluated_as_they_are(world):
 
 
 def test_what_prunes_in_recovery_is_a_stage_and_an_evaluation_and_changes_nothing_beside_it(world):
-    """Recovery's settings are its own too; without other methods, only criteria that are asked for need a pass."""
+    """It takes recovery's settings as well; without other methods, only criteria that are asked for need a pass."""
     names, settings = ["surgeon-uniform-block", "loraprune"], {"ratios": [0.1]}
     beside, alone = plan_of(world, methods=names, **settings), plan_of(world, methods=names[1:], **settings)
     without = plan_of(world, methods=names[:1], **settings)
@@ -146,7 +146,7 @@ def test_what_affects_a_result_changes_its_fingerprint_and_no_other(world, chang
 
 
 def test_efficiency_is_of_shapes_and_only_where_it_is_asked_for(world):
-    """Recovery and distillation keep a shape, so that they share its measurement."""
+    """Recovery and distillation keep a shape, so they share its measurement."""
     plain = plan_of(world)
     methods = ["surgeon-block", "surgeon-distilled"]
     before, after = (plan_of(world, methods=methods, efficiency__enabled=it, device="here") for it in (False, True))
@@ -228,7 +228,7 @@ def methods_file(folder, name, **method):
 
 
 def test_one_pass_scores_all_kinds_and_each_method_depends_on_its_own(world, tmp_path):
-    """A method of neurons alone is what it is without others, and one of groups what it is without it."""
+    """A method of neurons only is planned as it is without others, and one of groups as it is without the former."""
     both = methods_file(tmp_path, "both", criterion="surgeon", structures=["kv_groups", "neurons"], allocation="global")
     alone, other, together = (
         plan_of(world, methods=names, models=["a"]) for names in (["hfprune"], [both], ["hfprune", both])
@@ -255,7 +255,7 @@ def test_later_steps_score_what_their_method_prunes(world, tmp_path):
 
 
 def test_layers_are_not_scored(world, tmp_path):
-    """They leave the calibration pass what it is, and change what is pruned."""
+    """They leave the calibration pass unchanged, but change what is pruned."""
     few, more = (
         methods_file(tmp_path, name, criterion="entropy", allocation="searched", structures=structures)
         for name, structures in (("few", ["neurons"]), ("more", ["layers", "neurons"]))
@@ -350,7 +350,7 @@ def test_where_a_shard_is_one_micro_batch_its_curvature_is_rounded_as_ever(
     )
     (importance,) = (stage for stage in plan.stages.values() if stage.kind == "importance")
     assert ("curvature" in importance.params.to_json()) == says_so
-    # What is not made of curvature is known by what it was without.
+    # Scores that need no curvature keep the identity that they had without it.
     entropy_alone = importance.params.scoring(["entropy"], ["neurons"])
     assert "curvature" not in entropy_alone.to_json()
 
@@ -469,7 +469,7 @@ def test_a_checkpoint_whose_layers_differ_is_pruned_again_where_layers_compete(w
 
 
 def test_recoveries_are_told_apart_where_layers_may_differ(world):
-    """Their packed pairs were once not kept from each other; all others keep the fingerprints that they had."""
+    """Their packed pairs were once not kept apart; all others keep the fingerprints that they had."""
     plan = plan_of(world, methods=["hfprune", "surgeon-plain", "surgeon", "surgeon-searched"], ratios=[0.2])
     recoveries = {it.label: it.params.to_json() for it in plan.stages.values() if it.kind == "recover"}
     differ = {label for label, recorded in recoveries.items() if recorded.get("layers_may_differ")}
@@ -629,7 +629,7 @@ def test_only_passes_that_add_biases_in_bfloat16_have_other_fingerprints_than_be
     assert moved == ([stage.label for stage in passes if stage.label.startswith("b")] if dtype == "bfloat16" else [])
 
 
-# Passes that a folder has, in place of narrower ones.
+# Passes that a folder already has, used in place of narrower ones.
 
 OF_PASSES = ["entropy", "cross_entropy", "surgeon", "activation", "magnitude", "weight_taylor"]
 ONE_MODEL = {"models": ["a"], "ratios": [0.2], "recovery__method": "none"}

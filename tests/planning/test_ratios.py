@@ -1,4 +1,4 @@
-"""What an architecture rules out is refused with the plan, by name."""
+"""Ratios that an architecture rules out are refused with the plan, by name."""
 
 import pytest
 from families import save_model

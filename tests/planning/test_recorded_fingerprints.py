@@ -1,4 +1,4 @@
-"""No fingerprint moves by mistake: what drawn configurations were planned as is what they are planned as today."""
+"""No fingerprint changes by mistake: drawn configurations are planned today as they were when they were recorded."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""What is told of settings that are allowed, and do less than they say."""
+"""Remarks about settings that are allowed but do less than they say."""
 
 from pathlib import Path
 

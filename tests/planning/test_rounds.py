@@ -1,4 +1,4 @@
-"""The ratios of rounds: rising, shared, and told apart on a model."""
+"""The ratios of rounds: rising, shared, and distinguishable on a model."""
 
 from hypothesis import given
 from hypothesis import strategies as st

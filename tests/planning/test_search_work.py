@@ -1,4 +1,4 @@
-"""Windows of finals as their costs count them, against the split that the stage makes."""
+"""Windows of the finals as costs count them, against the split that the stage makes."""
 
 from typing import Any
 

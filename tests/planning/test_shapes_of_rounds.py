@@ -1,4 +1,4 @@
-"""What rounds may leave: each shape within one of the round before, and no way that ends before the ratio."""
+"""Shapes that rounds may leave: each lies within the previous one, and no path ends before the ratio."""
 
 import re
 
@@ -99,7 +99,7 @@ def test_a_ratio_that_no_rounds_reach_is_told_as_without_rounds():
 
 
 def test_rounds_that_may_end_before_the_ratio_are_refused():
-    """A round may leave a width that only fewer KV groups could go on from, which the model can't do without."""
+    """A round may leave a width from which only shapes with fewer KV groups follow, and the model can't have fewer."""
     checkpoint = blank(**SMOLLM2)
     with pytest.raises(UserError, match=r"m: no shape of .* comes to ratio 0.2[05].* within 30 layers, .*fewer steps"):
         check_ratios(checkpoint, [0.201], plain(round_ratio=0.2, multiple_of=512), "m")

@@ -1,4 +1,4 @@
-"""The operations of real stages over tiny models, as torch counts them, against what plan and manifests tell."""
+"""Operations of real stages over tiny models, as torch counts them, against what plan and manifests say."""
 
 import importlib
 import shutil
@@ -39,13 +39,13 @@ LIMITS = {"floor": 0.2, "protect_first": 0, "protect_last": 0}
 
 @pytest.fixture(autouse=True)
 def as_on_a_gpu(monkeypatch):
-    """Gram matrices in one go."""
+    """Compute Gram matrices in one go."""
     monkeypatch.setattr(triangle, "BLOCK", 2**40)
     without_deepspeed(monkeypatch)
 
 
 def counted(store, stage):
-    """The operations of a run of a stage to its end, on one rank."""
+    """Count the operations of a complete run of a stage on one rank."""
 
     def work(world):
         store.work(stage.id).mkdir(parents=True, exist_ok=True)
@@ -59,7 +59,7 @@ def counted(store, stage):
 
 
 def cost_of(store, *stages):
-    """Of the last of some stages."""
+    """Return the cost of the last of the given stages."""
     plan = Plan({stage.id: stage for stage in stages}, ())
     return StageCosts(plan, lambda stage_id: store.handle(stage_id).manifest()).of(stages[-1].id)
 
@@ -86,13 +86,13 @@ def test_a_calibration_pass(tmp_path, variant, criteria, structures):
         assert cost == NOTHING and flops < 100
         return
     assert cost.tokens == 6 * 24
-    # How rows are corrected during an elimination is not counted.
+    # The correction of rows during an elimination is not counted.
     assert cost.flops == pytest.approx(flops, rel=0.06 if criteria == ["surgeon"] else 1e-4)
 
 
 @pytest.fixture(scope="module")
 def scored(tmp_path_factory):
-    """A store with a model's scores, and their stage."""
+    """A store with a model's scores, and the stage that made them."""
     folder = tmp_path_factory.mktemp("scored")
     with pytest.MonkeyPatch.context() as patch:
         without_deepspeed(patch)
@@ -131,21 +131,21 @@ def test_a_cut(scored, monkeypatch, allocation, refit, structures):
     params |= {"dtype": "float32", "micro_batch_size": 1} if runs else {}
     inputs = {"model": importance.inputs["model"], "importance": importance.as_input()}
     stage = Stage("prune", "tiny", params, inputs)
-    shutil.rmtree(store.root / "layers", ignore_errors=True)  # nothing is known of their order
+    shutil.rmtree(store.root / "layers", ignore_errors=True)  # the order of layers is not known
     flops, cost = counted(store, stage), cost_of(store, importance, stage)
     assert cost == NOTHING if not runs else cost.tokens == 6 * 24
-    # So few neurons leave a search few shapes, of which some come again.
+    # So few neurons leave a search few shapes, some of which recur.
     assert cost.flops == pytest.approx(flops, rel=0.25 if allocation == "searched" else 1e-4)
     plan = Plan({it.id: it for it in (importance, stage)}, ())
     expected = StageCosts(plan, ExpectedManifests(plan, checkpointing=False).of).of(stage.id)
-    # Shapes of a search, and how many are compared at last, are known once they are measured.
+    # The shapes of a search, and the number of finalists, are known only once they have been measured.
     assert expected.tokens == cost.tokens
     assert expected.flops == pytest.approx(flops, rel=1e-4 if allocation in ("uniform", "low_rank") else 0.8)
 
 
 @pytest.mark.parametrize("refit", ["none", "dense", "layerwise"])
 def test_a_second_round(scored, monkeypatch, refit):
-    """Of a model that numbers its layers anew, compared with the dense one."""
+    """The model numbers its layers anew, and is compared with the dense one."""
     monkeypatch.setattr(finals, "HOPELESS", 1e6)
     store, importance = scored
     params = {"criterion": "entropy", "allocation": "plain", "refit": refit, "multiple_of": 1, "structures": ALL}
@@ -168,12 +168,12 @@ def test_a_second_round(scored, monkeypatch, refit):
 
 
 def fewest_layers(target, before):
-    """The plain shape that lacks the most layers, and the most neurons of those."""
+    """Return the plain shape that lacks the most layers and, among those, the most neurons."""
     return [min(plain_shapes(target, before))]
 
 
 def trained(folder, kind, params, **metrics):
-    """What a training stage costs, by settings and metrics, on a model of which there is the configuration alone."""
+    """Return a training stage's cost from settings and metrics, for a model of which only the configuration exists."""
     scores = Stage("importance", "tiny", calibration_of(24), {"model": Input("digest", str(folder))})
     dense = Stage("reference", "tiny", {}, {"importance": scores.as_input()})
     stage = Stage(kind, "tiny", params, {"model": Input("digest", str(folder)), "reference": dense.as_input()})
@@ -200,7 +200,7 @@ SIZES = st.fixed_dictionaries(
 @given(sizes=SIZES, rank=st.integers(1, 9), distills=st.booleans())
 @settings(max_examples=12, deadline=None)
 def test_a_step_of_lora(tmp_path_factory, sizes, rank, distills):
-    """Of recovery, whose rows hold several pairs; of distillation, whose head has a teacher."""
+    """It covers recovery, whose rows hold several pairs, and distillation, whose head has a teacher."""
     rows, tokens, family = 3, 24, FAMILIES["llama"]
     folder, model = tmp_path_factory.mktemp("model"), tiny_model("llama", **sizes)
     model.config.save_pretrained(folder)
@@ -275,7 +275,7 @@ def test_a_pruned_model_counts_as_it_is_and_what_is_not_known_costs_nothing_know
     manifests = {prune.id: {"metrics": widths}}
     manifests |= {it.id: {"metrics": {"rows": 4, "steps": 1}} for it in (dense, pruned)}
     costs = StageCosts(plan, manifests.get)
-    # Forward and backward to activations: of three matrices in each layer, and adapters beside them.
+    # Forward, and backward to activations, of three matrices in each layer, and the adapters next to them.
     gone = 3 * 48 - sum(widths["intermediate_sizes"])
     less = 4 * 16 * gone * (4 * 3 * 32 + 6 * 3 * 32)
     assert costs.of(dense.id).flops - costs.of(pruned.id).flops == pytest.approx(less)

@@ -1,4 +1,4 @@
-"""What a stage's time is made of, on a model of a published shape."""
+"""The components of a stage's time, on a model of a published shape."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_a_recovery_is_its_steps_on_the_rank_with_most_rows(model, steps, rows, 
 
 
 def test_curvature_costs_a_gram_matrix_a_layer_and_half_of_it_on_its_way_for_every_micro_batch(model):
-    """Beside what removes neurons in order, whose share is the same however the windows are cut."""
+    """In addition to what removes neurons in order, whose share is the same however the windows are cut."""
     tokens, numbers = 1000 * 1024, 32 * 4096**2
     plain, curved = (of_importance(model, it) for it in ("hfprune", "surgeon-uniform"))
     grams = tokens * 2 * numbers / 8 / (FLOAT32 * 312e12)
@@ -84,7 +84,7 @@ def test_curvature_costs_a_gram_matrix_a_layer_and_half_of_it_on_its_way_for_eve
 @given(samples=st.integers(1, 400), ranks=st.integers(1, 9))
 @settings(max_examples=15, deadline=None)
 def test_ranks_wait_for_the_one_with_most_windows(model, samples, ranks):
-    """A whole number of windows for each rank takes as long as one window less for some of them."""
+    """Giving every rank a whole number of windows takes as long as giving some of them one window less."""
     gpus = replace(GPUS, per_node=ranks)
     whole = -(-samples // ranks) * ranks
     one_by_one = {"calibration__shard_size": 1, "importance__dtype": "bfloat16"}

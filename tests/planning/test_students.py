@@ -1,4 +1,4 @@
-"""What a method's student is at a ratio, and at which ratios there can be none."""
+"""A method's student at a ratio, and the ratios at which there can be none."""
 
 import pytest
 from planning.recording import Drawing
@@ -41,7 +41,7 @@ def test_a_ratio_at_which_neurons_without_a_score_would_stay_is_refused(tmp_path
 
 @pytest.mark.parametrize("allocation", ["uniform", "local"])
 def test_so_is_one_at_which_they_would_stay_once_widths_are_rounded(tmp_path, allocation):
-    """Of 100 neurons the student lacks 10. The multiples of 7 next to them are 91, which loses fewer, and 84."""
+    """Of 100 neurons the student lacks 10. The multiples of 7 closest to 90 are 91, which loses fewer, and 84."""
     checkpoint = open_checkpoint(save_tiny(tmp_path / "model", intermediate_size=100))
     method = Method(criterion=CRITERION, student_lacks=0.1, allocation=allocation, multiple_of=7)
     fewer, more = (2 * gone * 3 * 32 / checkpoint.parameters for gone in (10, 13))

@@ -1,4 +1,4 @@
-"""Times of a micro-batch: what they are made of, and which way they go."""
+"""Times of a micro-batch: their components, and how they change."""
 
 import pytest
 import torch
@@ -86,7 +86,7 @@ def test_what_ranks_share_is_divided_and_what_they_repeat_is_not(share, float32,
 
 @pytest.mark.parametrize("lora", [False, True])
 def test_modules_of_a_layer_are_counted_as_a_model_calls_them(lora):
-    """Those that have weights, and dropouts; by rate those that ZeRO-3 gathers."""
+    """A model calls modules with weights and dropouts; of these, ZeRO-3 gathers those with weights."""
     model = tiny_model("llama")
     if lora:
         targets = lora_targets(FAMILIES["llama"])

@@ -1,4 +1,4 @@
-"""Where LoRA training lies in memory, and how many rows it takes at a time."""
+"""Where in memory LoRA training keeps its data, and how many rows it takes at a time."""
 
 from dataclasses import replace
 
@@ -111,7 +111,7 @@ def test_chosen_rows_can_be_shared_and_suit_every_model(count, gib, batch_size, 
 
 
 def test_checkpointing_lets_four_rows_in():
-    """Where the layers' activations of four rows don't fit, their inputs may."""
+    """Where four rows' activations in the layers don't fit, the layers' inputs may."""
     where = gpus(1, 28)
     assert place(job(1), DIMS["7B"], where, "auto").checkpointing is False
     assert chosen(["7B"], where) == 4

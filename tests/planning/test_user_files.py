@@ -1,4 +1,4 @@
-"""The user's files are what the plan says when a stage begins, and still when it commits."""
+"""The user's files are as planned when a stage begins, and still when it commits."""
 
 import json
 import os
@@ -15,7 +15,7 @@ from hfprune_dist.store.hashing import FileHashes
 from hfprune_dist.store.stage import Input, Stage
 
 PLANNED = "since the sweep was planned; run the sweep again"
-# Kind of stage -> the files that it reads.
+# Kind of stage -> the files that it reads
 READS = {
     "importance": ["alpha/model.safetensors", "alpha/config.json", "alpha/tokenizer.json", "calibration.jsonl"],
     "reference": ["alpha/model.safetensors", "heldout.jsonl"],
@@ -101,7 +101,7 @@ def replace_by_the_same(file):
 @pytest.mark.parametrize(
     ("touch", "refused"),
     [
-        (replace_by_the_same, True),  # for a moment, something else may have stood there
+        (replace_by_the_same, True),  # something else may have stood there for a moment
         (lambda file: file.write_bytes(file.read_bytes()), True),
         (lambda file: file.chmod(0o640), False),
         (lambda file: os.link(file, file.with_name(".another-name")), False),
@@ -145,7 +145,7 @@ def test_what_was_read_before_is_not_read_again(folder, stages, tmp_path, monkey
 
 
 def test_a_commit_of_the_hub_only_has_to_be_there(folder, stages):
-    """Its files are named by what is in them, and never change."""
+    """Its files are named after their content, and never change."""
     pinned = Stage("importance", "a", {}, {"model": Input("digest", str(folder / "alpha"), content="commit")})
     files = user_files(pinned)
     (folder / "alpha" / "generation_config.json").write_text("{}")
@@ -166,7 +166,7 @@ def test_a_plan_of_the_previous_version_is_read(folder):
     assert list(old.stages) == list(plan.stages), "fingerprints are the same"
     (folder / "calibration.jsonl").write_text("")
     for stage in old.stages.values():
-        user_files(stage).require_planned()  # nobody knows what to compare with
+        user_files(stage).require_planned()  # there is nothing to compare with
 
 
 def test_the_content_of_an_input_leaves_fingerprints_alone():

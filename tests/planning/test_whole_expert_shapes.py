@@ -1,4 +1,4 @@
-"""Numbers of experts that a ratio asks for, against routers that transformers makes."""
+"""Numbers of experts at a ratio, against routers that transformers makes."""
 
 import math
 import re
@@ -47,7 +47,7 @@ def target(checkpoint, ratio, multiple_of=1):
 
 
 def number_of(checkpoint, shape):
-    """Of experts that layers keep which have some."""
+    """Return how many experts are kept by each layer that has some."""
     assert shape.units.keys() == {EXPERTS}
     kept, there = shape.units[EXPERTS], checkpoint.structures[EXPERTS].counts
     assert [bool(count) for count in kept] == [bool(count) for count in there]
@@ -56,7 +56,7 @@ def number_of(checkpoint, shape):
 
 
 def suffices(config, number):
-    """Whether a router can choose among so many experts."""
+    """Check whether a router can choose among so many experts."""
     groups = config.get("n_group", 1)
     if number % groups or number < max(2, config["num_experts_per_tok"]):
         return False

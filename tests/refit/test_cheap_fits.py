@@ -1,4 +1,4 @@
-"""Cheap refits of many sizes: the same on any number of ranks, which send each other tensors and no pickles of them."""
+"""Cheap refits of many sizes: the same on any number of ranks, which send each other tensors, never pickles of them."""
 
 import pytest
 import torch
@@ -9,18 +9,18 @@ from hfprune_dist.core.selection import top_units
 from hfprune_dist.distributed.layer_stream import LayerStream
 from hfprune_dist.refit.cheap_fits import CheapFits, Scored
 
-# Of an object that is sent: ridges, maxima, shapes, and no weights, the smallest of which is larger.
+# Most bytes of an object that is sent: ridges, maxima, shapes, and no weights, the smallest of which is larger.
 SMALL = 600
 
 
 def pickled(ranks):
-    """Bytes of every object that a rank brought to a collective."""
+    """Return the size in bytes of every object that a rank brought to a collective."""
     kinds = ("broadcast from", "gather")
     return [call.bytes for log in ranks.logs for call in log if call.kind.startswith(kinds)]
 
 
 def sent(ranks):
-    """Bytes of every tensor that one rank sent to the others."""
+    """Return the size in bytes of every tensor that one rank sent to the others."""
     return [call.bytes for log in ranks.logs for call in log if call.kind.startswith("broadcast_tensor")]
 
 

@@ -1,4 +1,4 @@
-"""Refits on dense activations: least squares of every kind against float64, layers that go, ranks and deaths."""
+"""Refits on dense activations: every kind of least squares against float64, dropped layers, ranks and deaths."""
 
 import pytest
 import torch
@@ -36,7 +36,7 @@ from hfprune_dist.models.single_layer import part_of
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_projections_make_their_dense_outputs_of_what_stays(tmp_path, variant):
-    """Each on dense activations, whatever else goes; biases stay."""
+    """Each is fitted on dense activations, whatever else goes; biases stay."""
     checkpoint, kept, windows = checkpoint_in(tmp_path / "model", variant, 4), some_kept((0, 2, 3)), windows_of(16)
     fitted = refit("dense", checkpoint, kept, tmp_path / "refit", world=SoloWorld(), windows_ST=windows)
     fits = dict(zip(kept.layers, fitted.reports(kept.layers), strict=True))
@@ -70,7 +70,7 @@ def test_projections_make_their_dense_outputs_of_what_stays(tmp_path, variant):
     ],
 )
 def test_experts_make_their_dense_outputs_on_their_tokens(tmp_path, model_type, samples, tokens):
-    """Each by what the router makes of it, and with the largest ridge where nothing is held out of its own tokens."""
+    """Each is fitted as the router weights it, with the largest ridge where none of its own tokens are held out."""
     checkpoint, kept = to_prune(tmp_path / "model", model_type, ())
     windows = windows_of(samples, tokens=tokens)
     fitted = refit("dense", checkpoint, kept, tmp_path / "refit", world=SoloWorld(), windows_ST=windows)
@@ -84,7 +84,7 @@ def test_experts_make_their_dense_outputs_on_their_tokens(tmp_path, model_type, 
             ridge: ridge_regression(old, read_BTK.flatten(0, 1), targets.flatten(0, 1), ridge) if read.any() else old
             for ridge in RIDGES
         }
-        # Sums of one token's squares have the rounding of float32, of which a small ridge makes more.
+        # Sums of one token's squares have float32's rounding, which a small ridge amplifies.
         found = [it for it in RIDGES if (result - expected[it]).norm() <= 1e-6 + 2e-2 * (expected[it] - old).norm()]
         assert found, (kind, number, expert)
         if samples > MICRO_BATCH:

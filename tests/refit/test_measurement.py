@@ -1,4 +1,4 @@
-"""Divergences of candidates that have none."""
+"""Divergences of candidates whose outputs are not numbers."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from hfprune_dist.refit.measurement import Measurement, dense_outputs, one_by_on
 
 
 class OneIsStrange:
-    """``Variants`` of which one has weights that are NaN."""
+    """``Variants`` in which one has NaN weights."""
 
     def weights(self, _number, layer, choices):
         name = "mlp.down_proj.weight"

@@ -1,4 +1,4 @@
-"""Refitted layers on disk: what is missing, damaged or of an earlier version is done again."""
+"""Refitted layers on disk: those that are missing, damaged or of an earlier version are done again."""
 
 import json
 
@@ -13,7 +13,7 @@ LAYERS = (0, 2)
 
 
 def written(folder, kinds=KINDS, refit="layerwise"):
-    """Layers of random weights, in a checkpoint of bfloat16."""
+    """Write layers of random weights, in a bfloat16 checkpoint."""
     checkpoint = checkpoint_in(folder / "model")
     fitted = fitted_in(checkpoint, folder / "refit", refit, kinds=kinds)
     for number in LAYERS:

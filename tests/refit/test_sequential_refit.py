@@ -1,4 +1,4 @@
-"""Refits layer after layer: exact maths against whole layers in float64, gaps, ranks, resuming, and what is run."""
+"""Layer-by-layer refits: exact maths against whole layers in float64, gaps, ranks, resuming, and what is run."""
 
 import threading
 from collections import Counter
@@ -57,7 +57,7 @@ def through(gap, hidden):
 
 
 def check(folder, number, name, layer, hidden, targets, fit):
-    """A projection is the ridge regression, with the ridge that held-out windows choose; gets what was found."""
+    """Check a projection against ridge regression with the ridge that held-out windows choose; install the result."""
     linear = part_of(layer, name)
     if linear.bias is not None:
         targets = targets - linear.bias
@@ -73,7 +73,7 @@ def check(folder, number, name, layer, hidden, targets, fit):
 
 
 def check_all(folder, kept, fits, windows, *, model, dense, dense_layers):
-    """Every block of every layer is fitted to what whole layers say."""
+    """Check that every block of every layer is fitted to what whole layers compute."""
     reader, hidden = embedded(model, windows)
     dense_reader, dense_hidden = embedded(dense, windows)
     dense_hidden = through([dense_reader.layer(number) for number in range(dense_layers[0])], dense_hidden)
@@ -116,7 +116,7 @@ def test_layers_that_went_earlier_are_gaps_as_well(tmp_path):
 
 
 def refitted_model(checkpoint, kept, fitted):
-    """Its layers in float64, or without refits where there is no ``fitted``."""
+    """Return its layers in float64, without refits where there is no ``fitted``."""
     reader, _ = embedded(checkpoint, windows_of(1))
     layers = [pruned_layer(reader, number, kept) for number in kept.layers]
     for number, layer in zip(kept.layers, layers, strict=True) if fitted else ():
@@ -138,7 +138,7 @@ def test_what_is_refitted_is_closer_to_the_dense_model_on_text_that_it_never_saw
 
 
 def test_attention_makes_the_refit_better_than_neurons_alone_do(tmp_path):
-    """Also where no group goes."""
+    """This also holds where no group goes."""
     checkpoint, windows = checkpoint_in(tmp_path / "model", "llama", 3), windows_of(96)
     kept = some_kept((0, 1, 2))
     kept.units["kv_groups"][:] = [torch.arange(4)] * 3
@@ -156,7 +156,7 @@ def test_attention_makes_the_refit_better_than_neurons_alone_do(tmp_path):
 
 @pytest.mark.parametrize("ranks", [1, 2, 4, 7])
 def test_nothing_is_solved_twice_however_many_ranks_there_are(tmp_path, monkeypatch, ranks):
-    """Every ridge, and the whole problem by the one that is found; each by one rank."""
+    """Each ridge is solved by one rank, and so is the whole problem with the ridge that is found."""
     solve, solved = LeastSquares.weight, Counter()
 
     def counted(self, ridge):
@@ -176,7 +176,7 @@ def test_nothing_is_solved_twice_however_many_ranks_there_are(tmp_path, monkeypa
 @pytest.mark.parametrize("method", ["layerwise", "block"])
 @pytest.mark.parametrize("samples", [2, 13])
 def test_refits_have_the_same_bits_on_any_number_of_ranks(tmp_path, method, samples):
-    """Two samples are one micro-batch: all ranks but one have nothing to do."""
+    """Two samples make one micro-batch, so all ranks but one have nothing to do."""
     checkpoint, kept = checkpoint_in(tmp_path / "model", "llama-tied-biases", 4), some_kept((0, 2, 3))
     options = {"windows_ST": windows_of(samples), "dtype": torch.bfloat16}
     weights = []
@@ -189,7 +189,7 @@ def test_refits_have_the_same_bits_on_any_number_of_ranks(tmp_path, method, samp
 
 @pytest.mark.parametrize("method", ["layerwise", "block"])
 def test_an_interrupted_refit_goes_on_at_its_layer(tmp_path, monkeypatch, method):
-    """After each layer, and between the two files of each."""
+    """It is interrupted after each layer, and between the two files of each layer."""
     checkpoint, kept = checkpoint_in(tmp_path / "model", "qwen2", 5), some_kept((1, 2, 4))
     options = {"world": SoloWorld(), "windows_ST": windows_of(10)}
     whole = refit(method, checkpoint, kept, tmp_path / "whole", **options)
@@ -221,7 +221,7 @@ def test_an_interrupted_refit_goes_on_at_its_layer(tmp_path, monkeypatch, method
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kinds", [("neurons",), ("neurons", "kv_groups")])
 def test_no_part_of_a_layer_is_run_for_nothing(tmp_path, monkeypatch, kinds, dtype):
-    """Of every layer and micro-batch; besides, one window goes through a dense layer to see what it adds up to."""
+    """Parts run for every layer and micro-batch; one more window passes through a dense layer to check its sum."""
     runs = []
     for kind, part in (("attention", modeling_llama.LlamaAttention), ("mlp", modeling_llama.LlamaMLP)):
         original = part.forward
@@ -234,7 +234,7 @@ def test_no_part_of_a_layer_is_run_for_nothing(tmp_path, monkeypatch, kinds, dty
         for number in undone:
             (tmp_path / f"refit/layer-{number}.json").unlink(missing_ok=True)
         refit("layerwise", checkpoint, kept, tmp_path / "refit", **options)
-        gone = 1 if undone else 0  # the first layer, dense alone
+        gone = 1 if undone else 0  # the first layer, only in the dense model
         passed = max(undone, default=0)  # by both models, and checked on one window
         fits = len(undone)  # need the dense block on the pruned stream, and what the pruned output projection reads
         attention = gone + 2 * passed + (2 * fits if "kv_groups" in kinds else 0)
