@@ -1,4 +1,4 @@
-"""What charts are computed from: overlaps of sets, sessions of work, curves."""
+"""The data that charts are drawn from: overlaps of sets, sessions of work, curves."""
 
 import json
 from itertools import pairwise

@@ -1,4 +1,4 @@
-"""The page as text: what is in it, whatever things are called, and whatever is missing."""
+"""The page as text: what it contains, whatever things are called and whatever is missing."""
 
 import csv
 import json
@@ -22,7 +22,7 @@ CHARTS = ["size", "distance", "tasks", "layers", "overlap", "losses", "halves", 
 
 
 class Parsed(HTMLParser):
-    """Elements, the table's values by column, and the figures."""
+    """Elements of a page, its table's values by column, and its figures."""
 
     def __init__(self, text):
         super().__init__()
@@ -85,7 +85,7 @@ def test_the_table_has_every_number_of_results_csv(tmp_path):
 
 
 def test_stages_that_no_row_needs_any_more_are_not_waited_for(tmp_path):
-    """What results were made from may be gone, or be another pass today."""
+    """What results were made from may be gone, or may be a different pass today."""
     sweep = DrawnSweep(tmp_path, missing={"m 0.5 other + lora"})
     importance = next(iter(sweep.plan.stages))
     shutil.rmtree(tmp_path / "store" / importance)
@@ -106,7 +106,7 @@ def test_figures_have_the_numbers_of_rows(tmp_path):
 
 
 def test_quality_is_drawn_against_speed_where_that_was_measured(tmp_path):
-    """Dense models are as fast as themselves, and lines along all."""
+    """Dense models have speed 1, and are drawn as lines across the chart."""
     charts = quality_charts(DrawnSweep(tmp_path / "timed", timed=True).evidence())
     (speed,) = [it for it in charts if it.id == "speed"]
     for figure in speed.figures:
@@ -140,7 +140,7 @@ def test_names_are_text_whatever_is_in_them(tmp_path):
     assert {row["label"] for row in parsed.rows} == {cell.label for cell in sweep.plan.cells}
     for name in ODD[:3]:
         assert any(name in said for said in parsed.texts), name
-    # plotly.js reads some HTML in names.
+    # plotly.js interprets some HTML in names.
     names = {trace.get("name", "") for figure in parsed.figures for trace in figure["data"]}
     assert not any("<" in name for name in names) and any("&lt;/script&gt;" in name for name in names)
 
@@ -226,7 +226,7 @@ def test_links_lead_to_checkpoints_and_logs_wherever_the_folder_lies(tmp_path):
 
 
 def test_numbers_that_are_none_are_none(tmp_path):
-    """What wasn't finite is null in a manifest, and JSON for a browser must not have NaN."""
+    """What wasn't finite is null in a manifest, and JSON for a browser must not contain NaN."""
     sweep = DrawnSweep(tmp_path)
     rows = [dict(row, kl=None, perplexity=None) for row in sweep.evidence().rows]
     parsed = Parsed(page(collect(tmp_path, sweep.plan, rows, lambda _: (), math.pi)))

@@ -1,4 +1,4 @@
-"""Shares of the dense model's quality."""
+"""The share of the dense model's quality that a checkpoint keeps."""
 
 import pytest
 from hypothesis import given
@@ -12,7 +12,7 @@ CHECKPOINTS = {"dense": (), "dense + lora": ("recover/1",), "cut": ("prune/2",),
 
 
 def plan_of(limits):
-    """Those checkpoints, each evaluated with these limits."""
+    """Return a plan in which those checkpoints are evaluated with each of these limits."""
     stages, cells = {}, []
     for limit in limits:
         for name, producers in CHECKPOINTS.items():

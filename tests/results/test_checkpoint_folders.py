@@ -1,4 +1,4 @@
-"""Named folders: whole or not there, whatever happens, and what the user puts there stays."""
+"""Named folders: complete or absent, whatever happens, and what the user puts there stays."""
 
 import itertools
 import shutil
@@ -12,7 +12,7 @@ FILES = ("model.safetensors", "adapter/adapter_model.safetensors")
 
 
 class Sweep:
-    """A store with artifacts, and the named folders beside it."""
+    """A store with artifacts, and the named folders next to it."""
 
     def __init__(self, out):
         self.root, self.store = out / "checkpoints", out / "store"
@@ -30,7 +30,7 @@ class Sweep:
         return CheckpointFolders(self.root, self.store).update(wanted).remarks
 
     def shown(self):
-        """Name of each folder -> what a reader finds in it."""
+        """Map the name of each folder to what a reader finds in it."""
         folders = list(self.root.glob("[!.]*"))
         return {
             folder.name: {str(it.relative_to(folder)): it.read_text() for it in folder.rglob("*") if it.is_file()}
@@ -88,7 +88,7 @@ def test_an_edited_card_and_files_of_the_users_stay(sweep):
     (remark,) = sweep.update(name=sweep.contents(card="another"))
     assert "README.md: left as it is" in remark
     assert (folder / "README.md").read_text() == "my own words" and (folder / "adapter/adapter_config.json").is_file()
-    # The row gets another checkpoint: theirs stays where it is, ours gets the second name.
+    # The row gets another checkpoint: the user's folder stays where it is, ours gets the second name.
     other = sweep.contents("b")
     (remark,) = sweep.update(name=other)
     assert "name holds files of yours" in remark and "second" in remark
@@ -98,7 +98,7 @@ def test_an_edited_card_and_files_of_the_users_stay(sweep):
 
 
 def test_a_row_that_gets_another_name_says_so(sweep):
-    """As all rows of a folder do when a second method joins."""
+    """All rows of a folder get other names when a second method joins."""
     sweep.update(one=sweep.contents("a"), two=sweep.contents("b"))
     (sweep.root / "two" / "notes.txt").write_text("mine")
     renamed = {"one-hfprune": sweep.contents("a"), "two-hfprune": sweep.contents("b")}
@@ -129,7 +129,7 @@ def test_links_tell_what_is_in_use(sweep):
 
 
 def test_at_every_point_of_an_update(tmp_path):
-    """One folder gets a new card, one other links; a folder that goes does so like the one that is replaced."""
+    """One folder gets a new card, another new links; a folder is removed in the same way as it is replaced."""
     operations = ("rename", "replace", "symlink", "unlink")
     for kill_at in itertools.count(1):
         sweep = Sweep(tmp_path / str(kill_at))

@@ -12,7 +12,7 @@ DENSE = row_of(ratio=0.0, recovery="none", kl=0.0, kl_stderr=0.0)
 
 
 def shown(rows, columns):
-    """Header -> what it shows of each row."""
+    """Map each header to what it shows for each row."""
     return dict(zip([it.header for it in columns], zip(*cells(rows, columns), strict=True), strict=True))
 
 

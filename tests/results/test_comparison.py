@@ -32,7 +32,7 @@ def row(method, kl, ratio=0.2, status="done", measured_as="0123456789ab"):
 
 
 def shown(comparisons, reference):
-    """Of each row, header -> cell."""
+    """Return a map from header to cell for each row."""
     columns = all_columns_of_methods(comparisons, reference)
     return [dict(zip([it.header for it in columns], row, strict=True)) for row in cells(comparisons, columns)]
 
@@ -60,7 +60,7 @@ def test_averages_of_tasks_are_in_percent_and_without_tasks_there_is_no_column()
 
 
 def test_a_share_is_of_a_reference_that_was_measured_alike():
-    """Rows of a folder's earlier runs may be of another text."""
+    """Rows from a folder's earlier runs may have been measured on another text."""
     ours = [row("ours", 0.5), row("other", 0.6, measured_as="another")]
     _, mine, other = compare_methods([[row("hfprune", 1.0), *ours]], "hfprune")
     assert mine.kl_share.mean == 0.5 and other.kl_share is None
@@ -76,7 +76,7 @@ def test_missing_cells_are_left_out_and_a_single_sweep_has_no_spread():
 @pytest.mark.parametrize("reference", [0.5, None, 0.0])
 @pytest.mark.parametrize("measure", ["kl", "top1_agreement", "perplexity", "average"])
 def test_what_a_sweep_has_no_number_for_is_missing(measure, reference):
-    """A model whose logits are no numbers has a result without KL and perplexity."""
+    """A model whose logits are not numbers has a result without KL and perplexity."""
     sweeps = [[row("hfprune", reference), row("ours", 0.5)], [row("hfprune", 0.4), {**row("ours", 0.3), measure: None}]]
     reference, ours = compare_methods(sweeps, "hfprune")
     assert ours.measures[measure] is None and ours.sweeps == 2

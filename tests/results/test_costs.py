@@ -1,4 +1,4 @@
-"""What training a row has cost, from manifests and attempts."""
+"""The cost of training a row, from manifests and attempts."""
 
 import json
 
@@ -59,7 +59,7 @@ def test_hours_of_an_attempt_that_saved_its_work_count_but_are_not_wasted():
 
 @pytest.fixture
 def sweep(tmp_path):
-    """Two ratios of one pass, the first of which is recovered as well; and the dense model's own row."""
+    """Two ratios that share a pass, the first of which is also recovered; and the dense model's own row."""
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text(json.dumps(CONFIG))
     model = Input("digest", str(tmp_path / "model"))
@@ -120,7 +120,7 @@ def test_attempts_that_failed_are_wasted(sweep):
 
 
 def test_what_is_not_known_has_no_cost(sweep):
-    """Of an artifact that is gone nothing, of a model whose configuration is gone the device's time."""
+    """A missing artifact has no cost at all; without the model's configuration, only the device's time is known."""
     plan, store = sweep
     importance = next(iter(plan.stages.values()))
     (store.root.parent / "model" / "config.json").unlink()

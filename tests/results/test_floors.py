@@ -1,4 +1,4 @@
-"""What constant answers get, against models that give them."""
+"""Scores of constant answers, against models that give them."""
 
 import pytest
 from hypothesis import given
@@ -8,7 +8,7 @@ from hfprune_dist.results.floors import average_floors, floor_of, floors_of
 
 
 def details(**tasks):
-    """An evaluation's own results; a task or group -> member -> places of right answers."""
+    """Return an evaluation's own results from a task or group -> member -> positions of right answers."""
     return {
         "tasks": {
             task: {"right_answers": members, "n-samples": {name: {} for name in members}}

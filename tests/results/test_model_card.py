@@ -1,4 +1,4 @@
-"""Cards as the hub reads them, of plans that a real configuration leads to; no stage runs here."""
+"""Cards as the hub reads them, for plans made from a real configuration; no stage runs here."""
 
 import json
 import math
@@ -54,7 +54,7 @@ def fill(store, plan, but=()):
 
 
 def texts(config, out, file="README.md", but=(), **overrides):
-    """Name -> a text in the folder of each checkpoint of a sweep."""
+    """Map the name of each checkpoint of a sweep to a text in its folder."""
     plan, store = planned(config, **overrides)[1], Store(out / "store")
     fill(store, plan, but)
     return {name: it.texts[file] for name, it in named_checkpoints(plan, store, DENSE).items()}

@@ -12,7 +12,7 @@ TABLES = read_published(FILE)
 
 @pytest.mark.parametrize("table", TABLES, ids=lambda it: it.title)
 def test_what_papers_report(table):
-    """Every table has a source and its way of measuring; what is removed is never more than what the paper calls it."""
+    """Every table has a source and a way of measuring; no more is removed than the ratio that the paper gives."""
     assert table.protocol and any(mark in table.title for mark in ("arXiv", "ICML", "Tyr"))
     assert all(row.removed is None or row.removed <= row.ratio for row in table.rows)
     names = [(row.method, row.ratio, row.recovery) for row in table.rows]
@@ -31,7 +31,7 @@ def test_averages_of_tasks_are_the_printed_ones():
 
 
 def test_unsound_rows_are_left_out():
-    """LoRAPrune's row in the first paper's table has one task's score twice."""
+    """LoRAPrune's row in the first paper's table lists one task's score twice."""
     assert "LoRAPrune" not in {row.method for row in TABLES[0].rows}
 
 

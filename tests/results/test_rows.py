@@ -53,7 +53,7 @@ def commit(store, stage, files=None, record=None, **metrics):
 
 
 def table(rows):
-    """Headers and cells of all columns."""
+    """Return the headers and cells of all columns."""
     columns = all_columns(rows)
     return [it.header for it in columns], cells(rows, columns)
 
@@ -99,7 +99,7 @@ def test_records_of_earlier_versions_are_of_models_without_images():
 
 
 def test_a_row_without_a_checkpoint_names_none(store):
-    """Nobody can load one that isn't there; without its evaluation, a row has it all the same."""
+    """Nobody can load a checkpoint that isn't there; a row without its evaluation names its checkpoint all the same."""
     assert collect_rows(PLAN, store, DENSE)[1]["checkpoint"].endswith(PRUNE.id)
     store.discard(PRUNE.id)
     (_, pruned) = collect_rows(PLAN, store, DENSE)
@@ -177,7 +177,7 @@ def test_a_row_stands_without_what_only_its_speed_needs(store):
 
 
 def test_a_result_stands_when_a_pass_behind_it_is_made_again(tmp_path):
-    """For a further criterion, say; what it will cost is not known yet."""
+    """It may be made again for a further criterion, for example; its cost is not known yet."""
     store = Store(tmp_path)
     commit(store, PRUNE, ratio_reached=0.2, parameters=80, intermediate_size=38)
     commit(store, EVALUATE, **SCORES)
@@ -213,7 +213,7 @@ def test_files_hold_every_metric_and_agree(store, tmp_path):
 
 
 def test_a_row_tells_its_own_time_from_what_it_shares(store):
-    """The dense model's evaluation is shared with nobody; two ratios share a pass."""
+    """The dense model's evaluation is not shared with any row; two ratios share a pass."""
     other = Stage("evaluate", "m 0.3", {"limit": 3}, {"model": PRUNE.as_input()})
     commit(store, EVALUATE, record={"wall_time_s": 7.0}, **SCORES)
     cell = Cell("m 0.3", "m", 0.3, "hfprune", "entropy", "none", (IMPORTANCE.id, PRUNE.id), other.id)
@@ -268,7 +268,7 @@ def test_the_table_shows_headlines_and_both_averages(store):
 
 
 def test_a_row_carries_the_pass_that_really_made_it_while_todays_has_not_run(store):
-    """The pass of a sweep with more methods made the checkpoint; a sweep with fewer plans another pass."""
+    """The checkpoint was made by the pass of a sweep with more methods; a sweep with fewer plans another pass."""
     commit(store, EVALUATE, **SCORES)
     params = {"criteria": ["entropy"]}
     today = replace(IMPORTANCE, params=read_parameters("importance", params))

@@ -21,8 +21,8 @@ from hfprune_dist.store.heartbeat import Progress
 
 TOKENS = 6
 SMALLEST = {"hidden_size": 16, "intermediate_size": 20, "num_attention_heads": 4, "num_key_value_heads": 2}
-# The default alone; with a student, a rounded sum and one of activations; and gradients of weights,
-# with products of them beside.
+# Only the default; with a student, a rounded sum and a sum of activations; and gradients of weights,
+# with products of them as well.
 CHOICES = (
     ("surgeon",),
     ("activation", "entropy_bfloat16", "self_distillation", "surgeon"),
@@ -31,7 +31,7 @@ CHOICES = (
 
 
 class Case(NamedTuple):
-    """A pass: windows, micro-batches a shard, windows a micro-batch, which of ``CHOICES``, where it may end, and
+    """A pass: windows, micro-batches per shard, windows per micro-batch, which of ``CHOICES``, where it may end, and
     whether KV groups are scored as well.
     """
 
@@ -48,7 +48,7 @@ class Case(NamedTuple):
 
     @property
     def shards(self):
-        """Micro-batches of every shard."""
+        """Return the number of micro-batches in every shard."""
         micro_batches = math.ceil(self.samples / self.micro_batch_size)
         return [min(self.shard_size, micro_batches - start) for start in range(0, micro_batches, self.shard_size)]
 
@@ -56,14 +56,14 @@ class Case(NamedTuple):
         return min(shards_done * self.shard_size * self.micro_batch_size, self.samples) * TOKENS
 
     def forwards(self, shards_done, ranks):
-        """Of every rank: in each round as many as the longest shard has; a student takes as many again, and a shard's
-        to be chosen.
+        """Return each rank's forwards: as many per round as the longest shard has; with a student, as many again, and
+        those of the shard that chooses it.
         """
         in_rounds = sum(self.shards[first] for first in self._rounds(shards_done, ranks))
         return 2 * in_rounds + self.shards[0] if self.choice == 1 else in_rounds
 
     def _rounds(self, shards_done, ranks):
-        """The first shard of each; where the pass may end, which is after a power of two of them, so does a round."""
+        """Yield each round's first shard; a round also ends where the pass may end, after a power of two of shards."""
         first = 0
         while first < shards_done:
             yield first
@@ -71,8 +71,8 @@ class Case(NamedTuple):
             first += ranks if self.settled is None else min(ranks, point - first)
 
     def backwards(self, forwards):
-        """One for surgeon's loss; of two forwards three, one for the entropy's and one for the student's; or one
-        for the entropy's and one for gradients of weights.
+        """Per forward, one for surgeon's loss. With a student, three per two forwards: surgeon's, the entropy's and the
+        student's. With gradients of weights, one for the entropy and one for them.
         """
         return (forwards, 3 * (forwards - self.shards[0]) // 2, 2 * forwards)[self.choice]
 
@@ -97,7 +97,7 @@ def patch():
 
 @pytest.fixture(scope="module")
 def calibrate(tmp_path_factory, patch):
-    """Runs a pass in a work folder: what it adds up to, of every rank."""
+    """Return a function that runs a pass in a work folder and returns what it adds up to on every rank."""
     without_deepspeed(patch)
     checkpoint = open_checkpoint(save_tiny(tmp_path_factory.mktemp("rounds") / "model", **SMALLEST))
     windows_ST = torch.randint(3, 250, (64, TOKENS), generator=torch.Generator().manual_seed(0))
@@ -153,7 +153,7 @@ def assert_same(totals, expected, tokens):
             assert torch.equal(totals.mean_gradient(weight, layer, tokens), gradient), weight
 
 
-# The victim is counted among the ranks, and the collective before which it dies among its own.
+# The victim is numbered among the ranks, and the collective before which it dies among the victim's own.
 @settings(max_examples=40, deadline=None, derandomize=True)
 @example(case=Case(6, 4, 1, 1, None), size=2, later=3, dies_at=0.9, victim=0)
 @example(case=Case(62, 4, 1, 0, None), size=4, later=3, dies_at=0.5, victim=1)

@@ -1,4 +1,4 @@
-"""Second moments of output gradients: bits over ranks, who holds what, and what travels."""
+"""Second moments of output gradients: the same bits on any ranks, who holds what, and what is sent."""
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ def gradients_of(batch, layer, hidden_size):
 
 
 def add_all(world, curvature, batches, layers, hidden_size):
-    """Micro-batches dealt out to ranks, which go in step: one without any left takes part, and doesn't count."""
+    """Deal micro-batches out to ranks that go in step: a rank with none left takes part, but doesn't count."""
     for first in range(0, batches, world.size):
         mine = first + world.rank
         see = curvature.seeing(counts=mine < batches)
@@ -78,7 +78,7 @@ def test_a_micro_batch_sends_each_layers_integers_to_its_owner_and_nothing_else_
         sent = [call for call in log if call.kind.startswith("add_up_on")]
         expected = 0 if ranks == 1 else steps * layers * len(kinds)
         assert len(sent) == expected and sum(call.bytes for call in sent) == expected * 8 * packed_size(hidden_size)
-        # Once for all: what decides a layer's scale, from rank 0.
+        # Once for everything: what determines a layer's scale, from rank 0.
         rest = [call for call in log if call not in sent]
         assert len(rest) == layers * len(kinds) and max(call.bytes for call in rest) <= 8 * hidden_size
     owners = {layer: layer % ranks for layer in range(layers)}

@@ -1,4 +1,4 @@
-"""Experts, their neurons, those of shared ones and of dense layers beside them, from the stage's first window to its
+"""Experts, their neurons, and those of shared experts and dense layers, from the stage's first window to its
 file.
 """
 
@@ -28,7 +28,7 @@ NAMES = sorted(name for name, it in CRITERIA.items() if it.is_of_experts)
 NAMES_OF_WHOLE = sorted(name for name, it in CRITERIA.items() if it.is_of_whole_experts)
 EVERY = sorted({*NAMES, *NAMES_OF_WHOLE})
 DEFINED = ("cross_entropy", "entropy", "entropy_squared", "fisher", "fisher_signs", "self_distillation")
-# model_type -> what makes it have many experts, of which few tokens leave some without any.
+# model_type -> the setting that gives it many experts; with few tokens, some of them get none.
 MANY_EXPERTS = 6 * COUNT
 MANY = {"mixtral": "num_local_experts", "deepseek_v3": "n_routed_experts", "gpt_oss": "num_local_experts"}
 
@@ -55,7 +55,7 @@ def files_of(store, stage):
 
 
 def weights_of(model, layer, output):
-    """Rows [matrices, units, hidden_size] that make the neurons of an output projection, and their columns."""
+    """Return the rows [matrices, units, hidden_size] that make an output projection's neurons, and their columns."""
     if output.endswith(".experts"):
         experts = experts_of(model)[layer]
         rows, columns = experts.gate_up_proj.data, experts.down_proj.data
@@ -160,7 +160,7 @@ def test_kv_groups_are_scored_beside_experts_where_they_can_go(tmp_path, model_t
             assert (ours_U - expected_U).norm() <= 1e-4 * expected_U.norm(), (name, layer)
 
 
-# The victim is counted among the ranks, and the collective before which it dies among its own.
+# The victim is numbered among the ranks, and the collective before which it dies among the victim's own.
 @settings(derandomize=True, deadline=None, max_examples=6)
 @example(model_type="mixtral", samples=5, tokens=8, micro_batch_size=1, shard_size=1, size=3, later=2, dies_at=0.9)
 @example(model_type="gpt_oss", samples=1, tokens=9, micro_batch_size=1, shard_size=1, size=2, later=1, dies_at=0.5)

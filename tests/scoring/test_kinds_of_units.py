@@ -1,4 +1,4 @@
-"""KV groups scored beside neurons, from the stage's first window to its last file."""
+"""KV groups scored together with neurons, from the stage's first window to its last file."""
 
 from dataclasses import dataclass
 
@@ -49,7 +49,7 @@ class Model:
     def shape(self):
         heads = self.groups * self.queries
         size = {"num_attention_heads": heads, "num_key_value_heads": self.groups, "hidden_size": heads * self.head_dim}
-        if self.variant != "qwen2":  # which knows no other size of a head
+        if self.variant != "qwen2":  # which supports no other head size
             size |= {"hidden_size": 4 * heads, "head_dim": self.head_dim}
         return {"num_hidden_layers": self.layers, "intermediate_size": 20, **size}
 
@@ -88,7 +88,7 @@ class Scored:
         return importance_stage(self.folder, "groups", params)
 
     def files(self, name, ranks, structures=BOTH):
-        """Run the stage in the store of this name; what it leaves."""
+        """Run the stage in the store of this name, and return the files that it leaves."""
         store, stage = Store(self.folder / name), self.stage(structures)
         run_in_threads(store, stage, ranks)
         return {file.name: file.read_bytes() for file in store.path(stage.id).glob("*.safetensors")}
@@ -102,7 +102,7 @@ def assert_as_defined(scores, model, windows, calibration):
     keeps = student(dense, windows[: calibration["micro_batch_size"] * calibration["shard_size"]])
     for name in (*GRADIENT_CRITERIA, "activation", "activation_l1", "fluctuation"):
         if CRITERIA[name].is_rounded and calibration["micro_batch_size"] > 1:
-            continue  # it is defined for windows that are micro-batches
+            continue  # it is defined only where windows are micro-batches
         expected = definition(dense, windows, name, SEED, keeps, channels, OUTPUT)
         ours = torch.stack(scores_of_layers(scores, name, "kv_groups"))
         assert ours.shape == (model.layers, model.groups)
@@ -130,7 +130,7 @@ def norms(attention, groups):
         yield sum(it.double().square().sum() for it in owned).sqrt().item()
 
 
-# The victim is counted among the ranks, and the collective before which it dies among its own.
+# The victim is numbered among the ranks, and the collective before which it dies among the victim's own.
 @settings(derandomize=True, deadline=None, max_examples=10)
 @example(
     model=Model("qwen3", 2, 2, 2, 8),

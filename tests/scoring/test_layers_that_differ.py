@@ -1,4 +1,4 @@
-"""Scores of a checkpoint whose layers differ in units: those of the dense model with what it lacks masked."""
+"""Scores of a checkpoint whose layers differ in units: those of the dense model with the missing units masked."""
 
 import pytest
 import torch
@@ -45,7 +45,7 @@ KEPT = Kept.of_all_layers(
 
 
 def student_of(dense, windows):
-    """Over the dense model's neurons: of those that stay, all but the tenth that is active least."""
+    """Return a mask of the dense model's neurons: of those that stay, all but the least active tenth."""
     keeps = torch.ones(LAYERS, NEURONS, dtype=torch.bool)
     for row_U, scores_U, kept_K in zip(
         keeps, definition(dense, windows, "activation"), KEPT.units["neurons"], strict=True

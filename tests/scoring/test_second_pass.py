@@ -9,7 +9,7 @@ from hfprune_dist.store.artifacts import Store
 
 
 def killed_at(layer):
-    """What makes ``LayerStream.grams`` the last thing that a rank does."""
+    """Return a ``LayerStream.grams`` that kills its rank at a layer."""
     original = LayerStream.grams
 
     def grams(self, number, *rest):

@@ -1,4 +1,4 @@
-"""Sums over shards: those whose running total is rounded, and what a file that was damaged leaves of any."""
+"""Sums over shards: those whose running total is rounded, and what a damaged file leaves of any of them."""
 
 import pytest
 import torch
@@ -27,7 +27,7 @@ def fast():
 
 
 def shard_of(terms):
-    """What a shard of micro-batches with these terms of entropy reports: the float64 sum, and rounded terms."""
+    """Return what a shard of micro-batches with these entropy terms reports: the float64 sum, and rounded terms."""
     exact = sum(torch.full((1, 1), term, dtype=torch.float64) for term in terms)
     rounded = [{"entropy_bfloat16": torch.full((1, 1), term)} for term in terms]
     return Sums({"neurons": KindSums({"entropy": exact}, rounded)}, {"entropy": 0.0})
@@ -59,7 +59,7 @@ def test_rounding_does_not_depend_on_how_micro_batches_are_cut_into_shards(tmp_p
     assert ones[1] == fours[1] != ones[0]
 
 
-# A pass that saves everything that a pass can.
+# A pass that saves everything a pass can save.
 FULL = [CRITERIA[name] for name in ("activation", "entropy_bfloat16", "surgeon")]
 LAYERS, HIDDEN, SHARDS = 2, 3, 5
 NEURONS, GROUPS = Shape((6,) * LAYERS, 1, HIDDEN), Shape((2,) * LAYERS, 4, HIDDEN)
@@ -91,7 +91,7 @@ def add_rounds(file, rounds=SHARDS, shapes=SHAPES, settled=None):
 
 
 def show_gradients(totals):
-    """As a backward of this round's shard does, which is a micro-batch; of neurons the same beside other kinds."""
+    """Do as a backward of this round's shard of one micro-batch does; neurons' gradients ignore other kinds."""
     for kind, see in totals.curvature.seeing(counts=totals.mine_counts).items():
         generator = torch.Generator().manual_seed(2 * totals.mine + (kind != "neurons"))
         for layer in reversed(range(LAYERS)):
@@ -122,7 +122,7 @@ def assert_same_kind(kind, totals, expected):
     how=DAMAGES,
 )
 def test_a_damaged_file_is_set_aside_and_the_pass_begins_anew(tmp_path_factory, rounds, damaged, how):
-    """Whether it is the one that says where the pass is, or one of those that go with it."""
+    """It may be the file that says where the pass is, or one that goes with it."""
     expected = add_rounds(tmp_path_factory.mktemp("expected") / "partial.safetensors")
     folder = tmp_path_factory.mktemp("damaged")
     file = folder / "partial.safetensors"
@@ -155,7 +155,7 @@ def test_death_at_any_write_of_any_round_ends_with_the_same_sums(tmp_path, monke
         with pytest.raises(Death):
             add_rounds(file)
         assert_same(add_rounds(file), expected)
-        # Who died when a pass was whole leaves the state before it, until the stage is done.
+        # A death when the pass was complete leaves the state before it, until the stage is done.
         assert {it.name for it in (file.parent / "curvature").iterdir()} - {str(SHARDS - 1)} == {str(SHARDS)}
 
 
@@ -224,7 +224,7 @@ def test_where_ranks_own_much_not_every_round_is_saved_and_nothing_is_lost_at_an
     ],
 )
 def test_a_file_of_another_pass_is_set_aside(tmp_path, capsys, other):
-    """Saved by the pass under test, found by one that has other criteria, another model or fewer shards."""
+    """It was saved by the pass under test, and is found by one with other criteria, another model or fewer shards."""
     file = tmp_path / "partial.safetensors"
     add_rounds(file, 4)
     totals = Accumulation(

@@ -1,4 +1,4 @@
-"""Gradients of weights over ranks: bits, who holds what, what travels, and passes that are taken up again."""
+"""Gradients of weights over ranks: the same bits, who holds what, what is sent, and passes that are resumed."""
 
 import pytest
 import torch
@@ -28,20 +28,20 @@ def fast():
 
 @st.composite
 def all_sizes(draw):
-    """Weights by name, of which each layer has its own number of rows."""
+    """Draw sizes of weights by name; each layer has its own number of rows."""
     layers, names = draw(st.integers(1, 4)), draw(st.sampled_from((("up",), ("up", "down", "q"))))
     side = st.integers(1, 7)
     return {name: [(draw(side), draw(side)) for _ in range(layers)] for name in names}
 
 
 def seen_of(batch, layer, name, size):
-    """A linear layer's inputs and output gradients, whose size is that of the weight's place."""
+    """Return a linear layer's inputs and output gradients, of the size of the weight at that place."""
     generator = torch.Generator().manual_seed(1000 * batch + 10 * layer + len(name))
     return tuple(torch.randn(TOKENS, it, generator=generator) * 10.0 ** (len(name) - 3) for it in reversed(size))
 
 
 def show(gradients, batch, sizes, *, counts):
-    """As the backward of a micro-batch does."""
+    """Show the gradients as the backward of a micro-batch does."""
     seeing = gradients.seeing(counts=counts)
     for layer in reversed(range(len(next(iter(sizes.values()))))):
         for name, of_layers in sizes.items():
@@ -50,7 +50,7 @@ def show(gradients, batch, sizes, *, counts):
 
 
 def totals_of(world, folder, sizes, batches):
-    """Micro-batches are dealt out to ranks, which go in step: one without any left takes part, and doesn't count."""
+    """Deal micro-batches out to ranks that go in step: a rank with none left takes part, but doesn't count."""
     gradients = WeightGradients(sizes, batches, folder, world)
     for first in range(0, batches, world.size):
         mine = first + world.rank
@@ -87,7 +87,7 @@ def test_each_weights_integers_travel_to_the_layers_owner_and_nothing_else_of_th
         sent = [call for call in log if call.kind.startswith("add_up_on")]
         expected = 0 if ranks == 1 else -(-batches // ranks) * 10
         assert len(sent) == expected and sum(call.bytes for call in sent) == expected * 8 * 32
-        # Once for all: one number that decides a weight's scale, from rank 0; and the barrier at the end.
+        # Once for everything: one number that determines a weight's scale, from rank 0; and the barrier at the end.
         scales = [call for call in log if call.kind.startswith("broadcast_tensor")]
         assert len(scales) == 10 and max(call.bytes for call in scales) <= 8
     owners = {call.kind.split(",")[0] for log in world_of.logs for call in log if "add_up_on" in call.kind}
@@ -106,7 +106,7 @@ def test_gradients_out_of_all_proportion_are_refused_once_the_micro_batch_is_ove
         gradients.check()
 
 
-# A pass for gradients of weights, with sums of units beside them or without.
+# A pass for gradients of weights, with or without sums of units as well.
 LAYERS, SHARDS = 3, 5
 SIZES = {"mlp.up_proj.weight": [(6, 4)] * LAYERS, "mlp.down_proj.weight": [(4, 6)] * LAYERS}
 SHAPES = {"neurons": Shape((6,) * LAYERS, 1, 4)}

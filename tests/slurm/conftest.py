@@ -1,10 +1,10 @@
-"""The real clusters of all tests of this folder, what runs beside each other there, and what every sweep must end with.
+"""The real clusters of this folder's tests, what runs side by side there, and what every sweep must end with.
 
-Most of a disturbed sweep's time is waiting: for time limits, for Slurm, for a launcher's next look. So tests that are
-marked ``beside`` all start together, each in a thread of its own, when the first test of the folder does; the test then
-waits for the end of its thread. Tests of one lane, ``beside("name")``, run one after another. They take fixtures of the
-session only, and must not disturb each other: what belongs to a whole cluster (its controller, its accounting, its
-configuration) is for the lane "disturbed", nodes n3 and n4 for the lane "nodes".
+Most of a disturbed sweep's time is spent waiting: for time limits, for Slurm, for a launcher's next look. So tests
+marked ``beside`` all start together, each in its own thread, when the folder's first test starts; each test then
+waits for the end of its thread. Tests of one lane, ``beside("name")``, run one after another. They take only
+session fixtures and must not disturb each other: what belongs to a whole cluster (its controller, its accounting,
+its configuration) is for the lane "disturbed", nodes n3 and n4 for the lane "nodes".
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import pytest
 from clusters import LAUNCHERS, ONE_CELL, Cluster, label_of
 from sweeps import finish, make_inputs
 
-# Of the clusters. Their distance keeps ids of jobs apart, and with them the ports of ranks.
+# Ports of the clusters. The distance between them keeps job ids apart, and with them the ports of ranks.
 PORT_BASE, DISTURBED_PORT_BASE = 18000, 19000
 LANES_AT_ONCE = 12
 
@@ -44,11 +44,11 @@ def _slurm():
 
 @pytest.fixture(scope="session")
 def new_cluster(_slurm):
-    """A context with a folder for a cluster of one's own, on twelve ports of its own; it goes down at the end."""
+    """A context manager for a cluster with its own folder and twelve ports, which is taken down at the end."""
 
     @contextmanager
     def folder_of(port_base, cpus=2):
-        # Sockets need a short path, munge one that everybody may enter.
+        # Sockets need a short path, and munge one that everybody may enter.
         cluster = Cluster(Path(tempfile.mkdtemp(prefix="hfprune-slurm-")), port_base, cpus)
         try:
             yield cluster
@@ -74,7 +74,7 @@ def cluster(new_cluster):
 
 @pytest.fixture(scope="session")
 def disturbed(new_cluster):
-    """A cluster of which all may be disturbed: its controller, its accounting, its configuration."""
+    """A cluster that may be disturbed in every part: its controller, its accounting, its configuration."""
     with new_cluster(DISTURBED_PORT_BASE) as started:
         prolog = started.folder / "prolog"
         prolog.write_text(f"#!/bin/bash\n[ ! -e {prolog}.fails.$SLURMD_NODENAME ]\n")
@@ -91,7 +91,7 @@ def config(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def finished(config, tmp_path_factory):
-    """The sweep on this machine, without Slurm: every sweep on a cluster must end where this one ends."""
+    """The sweep on this machine, without Slurm, with whose results every sweep on a cluster must end."""
     out = tmp_path_factory.mktemp("finished") / "out"
     finish(config, out, *ONE_CELL)
     return out
@@ -99,7 +99,7 @@ def finished(config, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def without(finished, tmp_path_factory):
-    """Makes a copy of the finished sweep in which some stages are missing, e.g. "prune" or "evaluate alpha dense"."""
+    """Return a function that copies the finished sweep without some stages, e.g. "prune" or "evaluate alpha dense"."""
 
     def copy(*stages):
         out = tmp_path_factory.mktemp("part") / "out"
@@ -115,7 +115,7 @@ def without(finished, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def on_cluster(cluster, config, tmp_path_factory):
-    """Folder and output of a whole sweep, once it has ended."""
+    """Return a function that waits for a whole sweep to end and returns its folder and output."""
     out = tmp_path_factory.mktemp("cluster") / "out"
     submitted = cluster.submit(config, out, "--max-running", "2", real=True)
 
@@ -130,7 +130,7 @@ def on_cluster(cluster, config, tmp_path_factory):
 
 @pytest.fixture(scope="session", autouse=True)
 def _beside(request, _slurm):
-    """Test -> the end of its thread, for those that are marked ``beside``."""
+    """Map each test that is marked ``beside`` to the end of its thread."""
     lanes: dict[str, list[pytest.Function]] = {}
     for item in request.session.items:
         if mark := item.get_closest_marker("beside"):
@@ -146,7 +146,7 @@ def _beside(request, _slurm):
                 ends[item.nodeid].set_exception(error)
 
     pool = ThreadPoolExecutor(LANES_AT_ONCE)
-    for name in sorted(lanes, key=lambda name: "::" in name):  # those that have a name of their own are the longest
+    for name in sorted(lanes, key=lambda name: "::" in name):  # lanes with a name of their own take longest
         pool.submit(run, lanes[name])
     yield ends
     pool.shutdown(wait=False, cancel_futures=True)
@@ -156,7 +156,7 @@ def _beside(request, _slurm):
 
 
 def _scenario(item: pytest.Function, request: pytest.FixtureRequest) -> Callable[[], None]:
-    """A test's function with what it takes, all of which there is for the whole session."""
+    """Return a test's function with its arguments, all of which last for the whole session."""
     given = item.callspec.params if hasattr(item, "callspec") else {}
     names = inspect.signature(item.function).parameters
     return partial(item.function, **{it: given[it] if it in given else request.getfixturevalue(it) for it in names})
@@ -164,7 +164,7 @@ def _scenario(item: pytest.Function, request: pytest.FixtureRequest) -> Callable
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_pyfunc_call(pyfuncitem):
-    """A test that is marked ``beside`` has been started: wait for its end."""
+    """Wait for the end of a test that is marked ``beside``, as it has already been started."""
     if not pyfuncitem.get_closest_marker("beside"):
         return None
     pyfuncitem.funcargs["_beside"][pyfuncitem.nodeid].result()
@@ -173,7 +173,7 @@ def pytest_pyfunc_call(pyfuncitem):
 
 @pytest.hookimpl(hookwrapper=True)
 def pytest_runtest_makereport(item):
-    """With a failure, what the controllers have to say: why a job was ended or requeued stands nowhere else."""
+    """Add the controllers' logs to a failure: only they say why a job was ended or requeued."""
     outcome = yield
     report = outcome.get_result()
     if report.failed:

@@ -1,4 +1,4 @@
-"""Commands of Slurm that answer badly, and jobs that can't start, on real daemons."""
+"""Slurm commands that answer badly, and jobs that can't start, on real daemons."""
 
 import os
 import shutil
@@ -20,7 +20,7 @@ from clusters import (
 
 pytestmark = [pytest.mark.slurm, pytest.mark.beside]
 
-# In turns: the truth, nothing, a list without jobs, one that is cut off within a line.
+# In turn: the truth, nothing, a list without jobs, a list cut off within a line.
 SQUEUE = """#!/bin/bash
 turn=$(( $(cat {folder}/turn 2>/dev/null || echo 0) + 1 ))
 echo $turn >{folder}/turn
@@ -47,7 +47,7 @@ exit 1
 
 
 def path_with(folder, **shims):
-    """A PATH that begins with shims for commands of Slurm, which are written into a new folder."""
+    """Return a PATH that begins with a new folder of shims for Slurm's commands."""
     folder.mkdir()
     for command, text in shims.items():
         (folder / command).write_text(text.replace("{folder}", str(folder)).replace("{real}", shutil.which(command)))
@@ -73,7 +73,7 @@ def test_squeue_and_sbatch_answer_badly(cluster, config, finished, without, miss
 
 
 def test_a_need_is_forgotten_during_a_submission(cluster, config, finished, without):
-    """As if the submission took longer than MinJobAge: Slurm knows the job of a need no more."""
+    """As if the submission took longer than MinJobAge: Slurm no longer knows the job that it needs."""
     out = without(PRUNE, "recover alpha 0.2")
     marker = out / "forgotten"
     sbatch = f"""#!/bin/bash
@@ -105,7 +105,7 @@ def test_cancel_finds_jobs_outside_the_plan(cluster, config, without):
 
 @pytest.mark.beside("disturbed")
 def test_a_prolog_fails(disturbed, config, finished, without):
-    """Slurm holds the job for ever, and drains the node."""
+    """Slurm holds the job indefinitely, and drains the node."""
     broken = disturbed.folder / "prolog.fails.n1"
     broken.touch()
     try:
@@ -126,7 +126,7 @@ def test_why_a_job_waits_is_said(cluster, config, finished, without):
     wait_for(lambda: "PartitionDown" in cluster.slurm("squeue", "--noheader", "--partition=later", "--format=%r"))
     wait_for(lambda: attempt_folders(out) and (attempt_folders(out)[0] / "job.json").exists())
     assert "queued" in cluster.sweep(config, out, "--status")
-    time.sleep(5)  # the launcher's next look at its jobs, of which nothing is seen from outside
+    time.sleep(5)  # the launcher's next look at its jobs, which can't be seen from outside
     cluster.slurm("scontrol", "update", "partitionname=later", "state=up")
     output = done(cluster, out, finished, submitted)
     assert output.count("1 job can't start: PartitionDown") == 1

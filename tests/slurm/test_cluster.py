@@ -1,4 +1,4 @@
-"""The test cluster itself: on loopback only, and gone without a trace when it is taken down."""
+"""The test cluster itself: only on loopback, and gone without a trace once it has been taken down."""
 
 import os
 import signal
@@ -17,11 +17,11 @@ PROGRAMS = {"slurmctld", "slurmd", "slurmstepd", "slurmdbd", "mariadbd", "munged
 
 
 def listening():
-    """Address -> program of what this cluster's programs listen on."""
+    """Map each address that this cluster's programs listen on to its program."""
     found = {}
     for process in psutil.process_iter():
         try:
-            # One that has executed itself anew has the name behind Debian's links, such as slurmd-wlm.
+            # A program that has re-executed itself has the name behind Debian's links, such as slurmd-wlm.
             program = process.name().removesuffix("-wlm")
             if program in PROGRAMS:
                 sockets = [it.laddr for it in process.net_connections("inet") if it.status == psutil.CONN_LISTEN]
@@ -32,7 +32,7 @@ def listening():
 
 
 def processes_in(folder):
-    """Programs that have files of a folder open, or were started with its configuration."""
+    """Return the programs that have files of a folder open or were started with its configuration."""
     found = []
     for process in psutil.process_iter():
         try:
@@ -70,11 +70,11 @@ def test_up_and_down_again(new_cluster):
 
         another.slurm("sbatch", "--output=/dev/null", "--wrap", f"sleep 1000 # {another.folder}")
         wait_for(lambda: "slurmstepd" in processes_in(another.folder))
-        # The worst that can be found: nobody is there to end the job, and a daemon's pid is not known any more.
+        # The worst case: nobody is there to end the job, and a daemon's pid is no longer known.
         psutil.Process(another.pid("slurmctld")).send_signal(signal.SIGKILL)
         (another.folder / "run" / "n1.pid").unlink()
         another.run("stop", "n2")
-        with subprocess.Popen(["sleep", "1000"]) as bystander:  # has n2's pid from before the machine was restarted
+        with subprocess.Popen(["sleep", "1000"]) as bystander:  # has n2's pid from before the machine restarted
             try:
                 (another.folder / "run" / "n2.pid").write_text(f"{bystander.pid}\n")
                 another.run("down")
@@ -106,12 +106,12 @@ def test_a_cluster_goes_down_while_its_daemons_start(new_cluster):
             another.run("stop", node)
         environment = {**os.environ, **another.environment}
         starts = [subprocess.Popen([SCRIPT, "start", another.folder, node], env=environment) for node in ("n1", "n2")]
-        # As if whoever started it had been killed: nobody waits until its pid is known.
+        # As if the process that started it had been killed: nobody waits until its pid is known.
         conf = another.environment["SLURM_CONF"]
         subprocess.run(["slurmd", "-N", "n3", "-f", conf], env=environment, check=True)
         (another.folder / "run" / "n3.pid").unlink(missing_ok=True)
         another.run("down")
-        # One whose turn came after "down" is refused.
+        # A start whose turn came after "down" is refused.
         assert all(start.wait(timeout=60) in (0, 2) for start in starts)
         another.run("down")
         assert processes_in(another.folder) == []

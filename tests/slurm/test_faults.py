@@ -1,4 +1,4 @@
-"""Every fault on real daemons. After it: the same results, nothing done twice, no job left, no hand needed."""
+"""Every fault on real daemons, and afterwards: the same results, nothing done twice, no job left, no hand needed."""
 
 import os
 import shutil
@@ -33,9 +33,9 @@ NO_ACCOUNTING_PORT_BASE = 19500
 @pytest.mark.beside("time limit")
 def test_the_time_limit_is_hit_twice_in_mid_recovery(cluster, config, finished, without):
     first_in_queue = {"nice": -10000}
-    # Two minutes, as ranks on a busy machine need half of one to start.
+    # Two minutes, as ranks on a busy machine need half a minute to start.
     profile = cluster.profile("short", time_minutes=2, signal_seconds=45, sbatch=first_in_queue)
-    # So slow that all steps take more than two limits, where they are slow.
+    # So slow that all steps, where they are slow, take longer than two time limits.
     slowly = {**SLOWLY, "SLOW_S": "16", "SLOW_STARTS": "2"}
     out = without(CONTROL)
     done(cluster, out, finished, cluster.submit(config, out, profile=profile, **slowly))
@@ -47,7 +47,7 @@ def test_the_time_limit_is_hit_twice_in_mid_recovery(cluster, config, finished, 
 
 def test_a_rank_is_killed_in_each_stage(cluster, config, finished, without):
     stages = ["importance alpha", CONTROL, DENSE]
-    out = without(*stages, PRUNE, "recover alpha 0.2")  # a pass runs where something lacks that is made from it
+    out = without(*stages, PRUNE, "recover alpha 0.2")  # a pass runs only where something made from it is missing
     submitted = cluster.submit(config, out, **SLOWLY)
     alive = list(stages)
     while alive:
@@ -85,7 +85,7 @@ def test_a_checkpoint_is_corrupted_while_a_job_needs_it(cluster, config, finishe
     stat, content = victim.stat(), bytearray(victim.read_bytes())
     content[-1] ^= 1
     victim.write_bytes(content)
-    os.utime(victim, ns=(stat.st_atime_ns, stat.st_mtime_ns))  # bit rot: only reading it all shows it
+    os.utime(victim, ns=(stat.st_atime_ns, stat.st_mtime_ns))  # bit rot: only reading all of it shows the damage
     done(cluster, out, finished, cluster.submit(config, out))
     assert causes(out, "recover alpha 0.2") == ["lost input", "done"] and causes(out, PRUNE) == ["done"]
     assert len(list((out / "store" / "quarantine").iterdir())) == 1
@@ -113,7 +113,7 @@ def test_a_second_job_for_a_stage_that_runs(cluster, config, finished, without):
     )
     starts = {job: [read(file) for file in sorted(folder.glob(f"run.{job}.*.json"))] for job in (first, second)}
     assert [of_job[-1]["how"] for of_job in starts.values()] == ["done", "done"]
-    if len(starts[first]) == 1:  # else Slurm took its nodes from it, and the second may have gone on
+    if len(starts[first]) == 1:  # otherwise Slurm took its nodes away, and the second may have continued
         assert starts[second][-1]["ended"] >= starts[first][0]["ended"], "they did not work on it together"
     assert_undisturbed(cluster, out, finished)
 
@@ -185,7 +185,7 @@ def test_the_disk_is_full(cluster, config, finished, without, tmp_path_factory):
 
 @pytest.mark.beside("launcher")
 def test_the_launcher_is_killed_throughout_a_submission(cluster, config, finished, without):
-    """At every third write; the crash campaign (tests/faults) goes through all of them, without a cluster."""
+    """It is killed at every third write; the crash campaign (tests/faults) covers all of them, without a cluster."""
     profile = cluster.partition("closed", nodes="n[1-2]", state="down")  # jobs are accepted, and wait
     for kill_at in range(1, 100, 3):
         out = without(DENSE)

@@ -1,4 +1,4 @@
-"""What surrounds a launcher and its jobs: another job's environment, odd paths, a profile's setup, crashes of ranks."""
+"""Surroundings of a launcher and its jobs: another job's environment, odd paths, a profile's setup, rank crashes."""
 
 import shutil
 
@@ -8,7 +8,7 @@ from sweeps import results
 
 pytestmark = [pytest.mark.slurm, pytest.mark.beside]
 
-# As a shell inside an interactive job on a GPU node has them, and as people set them for jobs of another kind.
+# As in a shell inside an interactive job on a GPU node, and as people set them for jobs of another kind.
 SURROUNDINGS = {
     "SLURM_JOB_ID": "999",
     "SLURM_JOBID": "999",

@@ -1,4 +1,4 @@
-"""A whole sweep on the cluster: the same results as on this machine; and the commands that look at it."""
+"""A whole sweep on the cluster: the same results as on this machine, and the commands that inspect it."""
 
 import pytest
 from clusters import SLOWLY, attempt_folders, causes, job_names, read, table
