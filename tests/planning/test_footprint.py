@@ -543,10 +543,10 @@ def test_what_is_on_its_way_in_a_layer_pass(kind, ranks, tmp_path):
     options = {"pursues": pursues, "steps": kind == "block", "searches": False, "share_kept": 0.5}
     job = Reference(**shape) if kind == "reference" else Refit(**shape, **options)
     micro_batch, layer = 2 * 11 * 64 * 4, dims.layer_parameters * 4
-    unsolved = 64 * 96 * 4 if kind == "dense" and ranks > 1 else 0  # of a layer that waits
+    unsolved = 64 * 96 * 4 if kind == "dense" and ranks > 1 else 0  # of a layer that waits to be solved
     assert max(fake.most[WEIGHTS] for fake in made) == pytest.approx(2 * layer + unsolved, rel=0.01), "norms aside"
     most = {way: max(fake.most[way] for fake in made) for way in made[0].most}
-    at_a_time = 2 if ranks < 4 else 1  # of as many micro-batches as a rank has
+    at_a_time = 2 if ranks < 4 else 1  # no more than a rank has micro-batches
     assert most[TO_HOST] == at_a_time * micro_batch and most[f"pinned {TO_HOST}"] == at_a_time * 8192
     if kind != "block":  # whose steps keep inputs, and have targets sent along with them
         assert most[TO_DEVICE] == at_a_time * micro_batch and most[f"pinned {TO_DEVICE}"] == at_a_time * 8192

@@ -1,4 +1,4 @@
-"""Shapes whose layers lose the same share, against all that there are, and models that transformers makes of them."""
+"""Shapes whose layers lose the same share, against all possible ones, and models that transformers makes of them."""
 
 import itertools
 import re

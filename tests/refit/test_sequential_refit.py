@@ -209,7 +209,7 @@ def test_an_interrupted_refit_goes_on_at_its_layer(tmp_path, monkeypatch, method
         with monkeypatch.context() as patch, pytest.raises(Interrupted):
             patch.setattr(refitted_layers, "write_json", lambda *_: interrupted(0))
             refit(method, checkpoint, kept, folder, **options)
-            interrupted(0)  # where all was done
+            interrupted(0)  # after everything was done
         refit(method, checkpoint, kept, folder, **options)
         again = kept.layers[place + 1 : place + 2]
         assert fitted == [*kept.layers[: place + 1], *again, *kept.layers[place + 1 :]]

@@ -1,4 +1,4 @@
-"""A stage's beginning and end, whatever became of its inputs and its claim meanwhile."""
+"""The beginning and end of a stage, whatever has happened to its inputs and its claim meanwhile."""
 
 import threading
 
@@ -42,7 +42,7 @@ def make_need(store):
 
 
 def begin(store, text, claim=None):
-    """A stage that reads an artifact and a text, with some progress and all that others leave in its work folder."""
+    """Begin a stage that reads an artifact and a text, with progress and all that others leave in its work folder."""
     inputs = {"importance": NEED.as_input(), "text": Input(FileHashes(None).of_file(text), str(text), content="text")}
     stage = Stage("prune", "a", {}, inputs)
     context = Context(stage, store, SoloWorld(), RuntimeConfig(), Progress(None), {}, {}, 1, claim)
@@ -64,7 +64,7 @@ def progress_of(context):
 
 
 def take_over(context, monkeypatch):
-    """As another process does that takes this one for dead."""
+    """Take the claim over, as another process does that takes this one for dead."""
     with monkeypatch.context() as patch:
         patch.setattr(claims, "_lives", lambda *_: False)
         return try_claim(context.work)
@@ -76,7 +76,7 @@ def context_of(world, store):
 
 
 def test_others_hear_that_the_first_rank_goes_on_however_long_its_work_takes(store, monkeypatch):
-    """Work that ends only once they have been told three times."""
+    """The work ends only once the others have been told three times."""
     monkeypatch.setattr(contexts, "TELL_EVERY_S", 0.001)
     told, heard_enough = [], threading.Event()
 
@@ -185,7 +185,7 @@ def test_who_lost_its_claim_commits_nothing_and_leaves_its_successor_alone(store
     successor = take_over(context, monkeypatch)
     his = store.open_draft(context.stage.id, successor)
     assert not draft.exists()
-    draft.mkdir()  # had the successor come before
+    draft.mkdir()  # as if the successor had come first
     (draft / "weights").write_text("late")
     with pytest.raises(ClaimLostError, match=r"another process has taken over this stage"):
         context.commit(draft, {})

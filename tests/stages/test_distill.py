@@ -1,4 +1,4 @@
-"""The distill stage on real ranks: it brings a pruned model closer, on any number of ranks and after any kill."""
+"""The distill stage on real ranks: it brings a pruned model closer to the dense one, on any number, after any kill."""
 
 import json
 import shutil
@@ -32,7 +32,7 @@ def windows():
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
-    """A store with a pruned model, whose layers differ in width, and its dense original's reference."""
+    """A store with a pruned model, whose layers differ in width, and the reference of its dense original."""
     folder = tmp_path_factory.mktemp("distill")
     dense = open_checkpoint(save_tiny(folder / "dense"))
     store = Store(folder / "store")
@@ -54,7 +54,7 @@ def make_reference(store, dense, dtype):
 
 
 def write_stage_file(source, folder, passes=6, **settings):
-    """A copy of the source's store, and a stage to run in it."""
+    """Copy the source's store and lay out a stage to run in it."""
     shutil.copytree(source / "store", folder / "store")
     defaults = {
         "batch_size": 4,
@@ -90,7 +90,7 @@ def weights_of(store, stage):
 
 
 def divergence(dense, model):
-    """Mean KL(dense || model) over all tokens of the windows, nats."""
+    """Return the mean KL(dense || model) over all tokens of the windows, in nats."""
     with torch.no_grad():
         log_p, log_q = (it(input_ids=windows()).logits.double().log_softmax(-1) for it in (dense, model))
     return float((log_p.exp() * (log_p - log_q)).sum(-1).mean())
@@ -113,7 +113,7 @@ def test_plain_transformers_loads_a_closer_model(source, uninterrupted):
     assert [layer.mlp.gate_proj.out_features for layer in distilled.model.layers] == [24, 30]
     before, after = divergence(dense, pruned), divergence(dense, distilled)
     assert after < 0.7 * before
-    # What was logged is the divergence itself: a step's mean over its windows, the first before anything was learnt.
+    # The logged values are the divergence itself: a step's mean over its windows, the first before anything was learnt.
     losses = losses_of(store, stage)
     assert sum(losses[:2]) / 2 == pytest.approx(before, rel=0.05)
     metrics = store.manifest(stage.id)["metrics"]
@@ -124,7 +124,7 @@ def test_plain_transformers_loads_a_closer_model(source, uninterrupted):
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, 3])
 def test_other_numbers_of_ranks_come_close(source, uninterrupted, tmp_path, ranks):
-    """Three ranks have more places than a step has windows: those left over must not count."""
+    """Three ranks have more places than a step has windows: the places left over must not count."""
     store, stage = write_stage_file(source, tmp_path)
     finish(store, stage, ranks, torchrun=ranks == 1)
     assert losses_of(store, stage) == pytest.approx(losses_of(*uninterrupted), rel=1e-3)
@@ -138,7 +138,7 @@ def test_other_numbers_of_ranks_come_close(source, uninterrupted, tmp_path, rank
 @pytest.mark.slow
 @pytest.mark.parametrize(("match", "kill_at"), [("/snapshots", 6), ("/adapter", 1)])
 def test_killed_stage_goes_on_to_the_same_bits(source, uninterrupted, tmp_path, match, kill_at):
-    """Sharded weights before, whole ones afterwards; and with a tracker, which is told each step once."""
+    """Weights are sharded before and whole afterwards; there is a tracker, which is told each step once."""
     store, stage = write_stage_file(source, tmp_path)
     tracked = {**RUNTIME, "report_to": ["tensorboard"]}
     killed = run_stage(store, stage, 2, environment=killing(0, kill_at, match), sharding="zero3", **tracked)
@@ -153,7 +153,7 @@ def test_killed_stage_goes_on_to_the_same_bits(source, uninterrupted, tmp_path, 
 
 @pytest.mark.slow
 def test_short_distillations_learn_too(source, tmp_path):
-    """Where all steps were warm-up, the only one would have a learning rate of 0."""
+    """If all steps were warm-up, the only one would have a learning rate of 0."""
     store, stage = write_stage_file(source, tmp_path, passes=1, batch_size=WINDOWS, warmup_steps=4)
     finish(store, stage, ranks=1)
     before = load_file(store.path(PRUNE.id) / "model.safetensors")

@@ -1,4 +1,4 @@
-"""The efficiency stage: what it tells of a pruned model and of the dense one, on any number of ranks."""
+"""The efficiency stage: its figures for a pruned model and for the dense one, on any number of ranks."""
 
 import json
 from statistics import median

@@ -31,7 +31,7 @@ ALL_TASKS = ["tiny_choice", "tiny_rolling", "tiny_generate", "tiny_lonely", "tin
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory):
-    """A dense model, another model of its shape, held-out text and tasks."""
+    """A dense model, another model of the same shape, held-out text and tasks."""
     folder = tmp_path_factory.mktemp("inputs")
     save_tiny(folder / "dense", seed=0)
     save_tiny(folder / "model", seed=1)
@@ -77,7 +77,7 @@ def write_tasks(folder):
 
 
 def write_task(folder, name, documents, **settings):
-    """The path of the data is relative to the tasks' folder."""
+    """Write a task; the path of its data is relative to the tasks' folder."""
     (folder / f"{name}.jsonl").write_text("".join(json.dumps(document) + "\n" for document in documents))
     source = {"dataset_path": "json", "dataset_kwargs": {"data_files": {"test": f"{name}.jsonl"}}, "test_split": "test"}
     task = {"task": name, **source, "metadata": {"version": 1.0}, **settings}
@@ -87,7 +87,7 @@ def write_task(folder, name, documents, **settings):
 def write_stage_file(
     store, inputs, tasks, *, model="model", sharding="replicate", fewshot=0, texts=("held-out",), **evaluation
 ):
-    """The stage as the plan has it, and its stage.json."""
+    """Return the stage as the plan has it, and write its stage.json."""
     settings = {"tasks": tasks, "dtype": "float32", "batch_size": 2, "num_fewshot": fewshot, **evaluation}
     params = EvaluationConfig.model_validate(settings).model_dump(exclude={"include_path", "fidelity"})
     hashes = FileHashes(None)
@@ -105,7 +105,7 @@ def write_stage_file(
 
 
 def make_reference(store, inputs, dense, dtype, name):
-    """The stage that evaluations need, done."""
+    """Return the stage that evaluations need, once it has run."""
     text = inputs / f"{name}.jsonl"
     settings = {"windows": 5, "sequence_length": 48, "text_field": "text"}
     params = {"dtype": dtype, "micro_batch_size": 1, "add_bos_token": True, "text": settings}
@@ -134,7 +134,7 @@ def run_alone(store, stage):
 
 @pytest.fixture(scope="module")
 def uninterrupted(inputs, tmp_path_factory):
-    """Everything on one rank."""
+    """Everything evaluated on one rank."""
     store = Store(tmp_path_factory.mktemp("uninterrupted"))
     stage = write_stage_file(store, inputs, ALL_TASKS)
     return finish(store, stage, ranks=1), store.path(stage.id)
@@ -379,7 +379,7 @@ def test_stock_lm_eval_gives_the_same_scores(inputs, tmp_path, monkeypatch):
 
 
 def prompts(inputs, folder, monkeypatch, **settings):
-    """The token ids of every sequence that the model scores for two documents."""
+    """Return the token ids of every sequence that the model scores for two documents."""
     seen = []
     original = ShardedLM._model_call
 
@@ -486,7 +486,7 @@ def test_a_name_with_slashes_is_a_file_not_a_folder(inputs, tmp_path):
     [
         ("auto", [1e9, 1e9], "replicate"),
         ("auto", [1e9, 1e3], "zero3"),  # it must fit everywhere
-        ("auto", [1e3], "replicate"),  # nobody to share it with
+        ("auto", [1e3], "replicate"),  # there is nobody to share it with
         ("zero3", [1e9], "zero3"),
         ("replicate", [1e3, 1e3], "replicate"),
     ],
@@ -521,7 +521,7 @@ def test_weights_may_take_most_of_the_free_memory(inputs, monkeypatch):
 
 
 def damaged(inputs, folder, name, place=(0, 0)):
-    """The inputs, with one number of the model's weights NaN."""
+    """Return the folder of a copy of the inputs, in which one number of the model's weights is NaN."""
     shutil.copytree(inputs, folder)
     file = folder / "model" / "model.safetensors"
     tensors = load_file(file)
@@ -531,7 +531,7 @@ def damaged(inputs, folder, name, place=(0, 0)):
 
 
 def test_outputs_that_are_no_numbers_are_no_result(inputs, tmp_path):
-    """Nor is what tasks make of them, which choose among NaN as if they were numbers."""
+    """Nor are the scores of tasks, which choose among NaN as if they were numbers."""
     there = damaged(inputs, tmp_path / "inputs", "model.layers.1.mlp.down_proj.weight")
     store = Store(tmp_path / "store")
     stage = write_stage_file(store, there, [])

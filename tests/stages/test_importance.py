@@ -30,7 +30,7 @@ from hfprune_dist.structures.score_names import score_name, scores_of_layers
 pytestmark = pytest.mark.slow
 
 
-# DeepSpeed shards parameters above 100,000 elements only: here, the MLPs' weights.
+# DeepSpeed shards only parameters with more than 100,000 elements: here, the MLPs' weights.
 SHARDED = {"hidden_size": 256, "intermediate_size": 416}
 
 
@@ -130,7 +130,7 @@ def early_curve(store, stage, criterion):
     [("surgeon", "sums of (h * dL/dh)^2"), ("activation", "sums of h^2"), ("entropy", "scores")],
 )
 def test_every_criterion_that_sums_has_a_curve_and_can_end_the_pass(tmp_path, monkeypatch, criterion, compared):
-    """The default's curve is that of its Fisher sums. On any number of ranks, and after a death at any round."""
+    """The default's curve is that of its Fisher sums. Tested on any number of ranks, after a death at any round."""
     without_deepspeed(monkeypatch)
     stage = make_stage(tmp_path, criteria=[criterion], micro_batch_size=1, shard_size=2, samples=9)
     whole = Store(tmp_path / "whole")
@@ -197,7 +197,7 @@ def test_every_family_matches_its_definition_on_two_ranks(tmp_path, variant):
 
 
 def test_all_criteria_at_once_on_any_number_of_ranks(tmp_path):
-    """The same bits on one rank and on two that die and go on; each as defined, from weights that are sharded; of
+    """The bits are the same on one rank and on two that die and resume; scores are as defined, from sharded weights, of
     neurons and of KV groups.
     """
     kinds = ["neurons", "kv_groups"]
@@ -251,7 +251,7 @@ def test_all_criteria_at_once_on_any_number_of_ranks(tmp_path):
 
 
 def test_two_ranks_of_which_one_has_a_shorter_shard_have_the_bits_of_one(tmp_path):
-    """Shards of four and two micro-batches: the second rank keeps step with the first in forwards and backwards."""
+    """Shards have four and two micro-batches; the second rank keeps step with the first in forwards and backwards."""
     criteria = ["surgeon", "self_distillation"]
     stage = make_stage(tmp_path, criteria=criteria, shape=SHARDED, samples=6, micro_batch_size=1, shard_size=4)
     one, two = (run_in(tmp_path / str(ranks), stage, ranks) for ranks in (1, 2))

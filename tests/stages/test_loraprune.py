@@ -1,4 +1,4 @@
-"""The stage that prunes in recovery, on real ranks: what it writes, and that no kill changes it."""
+"""The stage that prunes during recovery, on real ranks: what it writes, and that no kill changes it."""
 
 import json
 

@@ -30,9 +30,9 @@ IMPORTANCE = Stage("importance", "llama", {}, {})
 
 
 def prepare(folder, shard_size="5GB", criterion="entropy", samples=9, variant="llama", **method):
-    """A store with an importance artifact of random scores by every criterion, and the stage that prunes by one.
+    """Prepare a store with an importance artifact of random scores by every criterion, and a stage that prunes by one.
 
-    What is drawn doesn't depend on which criteria there are.
+    What is drawn doesn't depend on which criteria exist.
     """
     store = Store(folder / "store")
     draft = store.open_draft(IMPORTANCE.id)
@@ -83,7 +83,7 @@ def test_real_ranks_write_a_checkpoint_that_plain_transformers_loads(tmp_path, r
 
 
 def assert_gates_moved(store, stage, folder):
-    """In some layer at least: else nothing but least squares on the down projection was at work."""
+    """Check that they did in some layer: otherwise only least squares on the down projection was at work."""
     kept = json.loads((store.path(stage.id) / "kept.json").read_text())["neurons"]
     dense, pruned = (
         AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).model.layers
@@ -98,7 +98,7 @@ def assert_gates_moved(store, stage, folder):
 @pytest.mark.slow
 @pytest.mark.parametrize(("refit", "samples"), [("dense", 9), ("layerwise", 9), ("block", 64), ("block", 2)])
 def test_refit_has_the_same_bits_on_any_number_of_ranks(tmp_path, refit, samples):
-    """Two samples are one micro-batch: all ranks but one have nothing to do."""
+    """Two samples make one micro-batch, so all ranks but one have nothing to do."""
     weights = []
     for ranks in (1, 2, 4) if samples > 2 else (1, 2):
         folder = tmp_path / str(ranks)
@@ -113,7 +113,7 @@ def test_refit_has_the_same_bits_on_any_number_of_ranks(tmp_path, refit, samples
 
 
 def inside(model, windows, number):
-    """What the down projection of a layer reads, the residual stream beside its MLP, and what the layer puts out."""
+    """Return what a layer's down projection reads, the residual stream next to its MLP, and the layer's output."""
     layer, seen = model.model.layers[number], {}
     handles = [
         layer.mlp.down_proj.register_forward_pre_hook(lambda _m, inputs: seen.update(hidden=inputs[0])),
@@ -146,7 +146,7 @@ def test_refit_on_dense_activations_is_least_squares(tmp_path):
 
 
 def test_refit_layer_by_layer_brings_hidden_states_back_to_the_dense_ones(tmp_path):
-    """Ridge regression, with whole models: half way from the dense MLP's outputs to all that is missing."""
+    """Compared with ridge regression of whole models, half way from the dense MLP's outputs to all that is missing."""
     store, stage, _ = prepare(tmp_path, refit="layerwise")
     run_solo(store, stage)
     metrics = store.manifest(stage.id)["metrics"]
@@ -204,7 +204,7 @@ def test_a_block_that_keeps_little_between_iterations_has_the_same_bits(tmp_path
 
 
 def test_a_later_step_is_refitted_towards_the_dense_model(tmp_path):
-    """Of a model that lost neurons and nothing since, a step that keeps all its neurons makes up for what it lost."""
+    """For a model that has only lost neurons, a step that keeps all its neurons makes up for what was lost."""
     store, first, _ = prepare(tmp_path, ratio=0.2, refit="none")
     run_solo(store, first)
     again = Stage("importance", "step 2/2", {"of": first.id}, {})
@@ -244,7 +244,7 @@ def test_an_interrupted_refit_goes_on_at_its_layer(tmp_path, monkeypatch):
     assert weights_of(store, stage) == weights_of(reference, stage)
 
 
-# Of a layer: two Gram matrices; in each step three sums for the curvature, the right side and every iteration.
+# Per layer: two Gram matrices; in each step three sums for the curvature, the right side and every iteration.
 REDUCTIONS = 2 + 3 * (2 + reconstruct.ITERATIONS) + 3 * (2 + reconstruct.MORE_ITERATIONS)
 
 
@@ -298,7 +298,7 @@ def test_a_search_has_the_same_bits_on_any_number_of_ranks(tmp_path):
 
 
 def test_a_search_takes_the_widths_that_measure_best(tmp_path):
-    """What it measured of the winner is what the finished checkpoint has on the held-out window."""
+    """The winner's measurement is what the finished checkpoint has on the held-out window."""
     store, stage, _ = prepare(tmp_path, ratio=0.15, allocation="searched")
     run_solo(store, stage)
     metrics, folder = store.manifest(stage.id)["metrics"], store.path(stage.id)
@@ -364,7 +364,7 @@ def test_death_at_every_point_ends_with_the_same_weights(tmp_path, method):
 
 @pytest.mark.parametrize(("refit", "allocation"), [("none", "uniform"), ("dense", "uniform"), ("none", "local")])
 def test_a_second_step_is_a_prune_of_the_first_ones_model(tmp_path, refit, allocation):
-    """By hand: a checkpoint of the first step, pruned on its own at the share of it that is left to remove."""
+    """By hand: a checkpoint of the first step, pruned on its own at the share of it that remains to be removed."""
     store, second, _ = prepare(tmp_path, ratio=0.2, refit=refit, allocation=allocation)
     first = Stage("prune", "step 1/2", {**second.params.to_json(), "ratio": 0.1}, second.inputs)
     run_solo(store, first)

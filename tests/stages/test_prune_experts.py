@@ -1,5 +1,5 @@
-"""The prune stage on mixtures of experts: of every expert as many neurons, or of every group as many experts, those
-that score highest.
+"""The prune stage on mixtures of experts: the same number of neurons of every expert, or of experts of every group,
+namely those that score highest.
 """
 
 import json
@@ -30,7 +30,7 @@ BOTH = [NEURONS, KV_GROUPS]
 
 
 def scored(store, number, checkpoint, structures):
-    """An importance artifact of random scores."""
+    """Commit an importance artifact of random scores."""
     stage = Stage("importance", f"round {number}", {"number": number}, {})
     draft = store.open_draft(stage.id)
     scores = {
@@ -50,7 +50,7 @@ def seeded(kind, layer):
 
 
 def pruned(store, ratio, inputs, refit, structures):
-    """The stage, once it has run."""
+    """Run the stage and return it."""
     params = {"ratio": ratio, "criterion": "entropy", "allocation": "uniform", "floor": 0.2, "protect_first": 0}
     params |= {"protect_last": 0, "multiple_of": 1, "refit": refit}
     params |= {} if refit == "none" else {"dtype": "float32", "micro_batch_size": 2}
@@ -63,7 +63,7 @@ def pruned(store, ratio, inputs, refit, structures):
 
 
 def assert_told_of_refit(kinds, metrics, refit):
-    """Of each layer that has such units."""
+    """Check the metrics of the refit for each layer that has such units."""
     for units in kinds:
         name = "refit" if units.kind == NEURONS else f"refit_{units.kind}"
         before, after = (metrics.get(f"{name}_error_{it}") for it in ("before", "after"))
@@ -114,7 +114,7 @@ def test_what_scores_highest_stays_in_one_round_or_two(tmp_path, model_type, ref
 
 
 def test_scores_of_a_version_that_found_fewer_kinds_are_refused_by_name(tmp_path):
-    """As those of granitemoeshared, whose shared MLP once stayed whole."""
+    """An example is granitemoeshared, whose shared MLP once stayed whole."""
     store, folder = Store(tmp_path / "store"), save_model(tmp_path / "model", "qwen2_moe")
     importance, scores = scored(store, 1, open_checkpoint(folder), [NEURONS])
     file = store.path(importance.id) / "importance.safetensors"

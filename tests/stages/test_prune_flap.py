@@ -1,4 +1,4 @@
-"""FLAP's allocation and biases: against definitions, on any number of ranks, after deaths, and pruned again."""
+"""FLAP's allocation and biases: against definitions, on any number of ranks, after deaths, and when pruned again."""
 
 import json
 
@@ -42,7 +42,7 @@ def logits(model, ids=IDS):
 
 
 def dense_means(folder, windows_ST):
-    """Kind -> of each layer, what its output projection reads on average, float64; and the dense model, in float64."""
+    """Return, by kind, the mean of what each layer's output projection reads, and the dense model, both in float64."""
     dense = load_causal_lm(folder, torch.float32).double()
     read = {kind: [[] for _ in dense.model.layers] for kind in OUTPUTS}
     handles = [
@@ -57,7 +57,7 @@ def dense_means(folder, windows_ST):
 
 
 def with_means_in_place(dense, kept, means, kinds=BOTH):
-    """The dense model, in which channels that go are their means, whatever it reads."""
+    """Return the dense model with the channels that go replaced by their means, whatever it reads."""
     for kind in kinds:
         for number, layer in enumerate(dense.model.layers):
             projection, rows = layer.get_submodule(OUTPUTS[kind]), kept.units[kind][number]
@@ -95,7 +95,7 @@ def test_removed_channels_are_their_means_on_any_text(tmp_path, variant):
 
 @pytest.mark.parametrize("variant", ["llama", "llama-tied-biases"])
 def test_on_calibration_text_the_mean_output_of_a_projection_stays(tmp_path, variant):
-    """Of the first layer's attention, which reads what it did before."""
+    """It is checked on the first layer's attention, whose input is the same as before."""
     store, stage = prepare(tmp_path, variant)
     run(store, stage)
     windows = windows_of(store)
@@ -137,7 +137,7 @@ def test_neurons_alone_of_equal_layers_add_biases_to_down_projections_alone(tmp_
 
 @pytest.mark.parametrize("refit", ["bias", "dense", "layerwise"])
 def test_a_checkpoint_with_biases_is_pruned_again(tmp_path, refit):
-    """Its biases stay, and those of another round come on top."""
+    """Its biases stay, and those of another round are added to them."""
     store, first = prepare(tmp_path, "qwen3", ratio=0.1)
     run(store, first)
     second = shapes.next_round(store, first, 0.2, worth=1.0)
@@ -158,7 +158,7 @@ def test_a_checkpoint_with_biases_is_pruned_again(tmp_path, refit):
 
 
 def with_means_kept(half, stages, means):
-    """As ``with_means_in_place``, of a model whose layers differ: what of it goes, the dense model's numbers tell."""
+    """Do as ``with_means_in_place`` for a model whose layers differ; what goes has the dense model's numbers."""
     store, first, second = stages
     had, left = (kept_of(store, it) for it in (first, second))
     for kind in BOTH:
@@ -173,11 +173,11 @@ def with_means_kept(half, stages, means):
     return half
 
 
-# The order in which units go.
+# The order in which units are removed.
 
 
 def standardized_by_hand(scores, criterion):
-    """(standardized score, layer, kind), of every unit; fluctuations are in deviations of channels already."""
+    """Return (standardized score, layer, kind) of every unit; fluctuations are already in channels' deviations."""
     units = []
     for kind in BOTH:
         for layer in range(LAYERS):
@@ -195,7 +195,7 @@ def standardized_by_hand(scores, criterion):
 def test_units_of_all_layers_and_kinds_go_in_one_order_until_enough_parameters_are_gone(
     tmp_path, criterion, ratio, floor, protect_first
 ):
-    """Whatever their size: neurons alone, of those that went, come back, where the last group was too much."""
+    """Sizes don't affect the order; where the last group was too much, only neurons that went come back."""
     limits = {"floor": floor, "protect_first": protect_first}
     store, stage = prepare(tmp_path, criterion=criterion, refit="none", ratio=ratio, worth=2.0, **limits)
     run(store, stage)

@@ -1,4 +1,4 @@
-"""LoRAP's cut against its definition by whole layers in float64; loaded, resumed, the same on any number of ranks."""
+"""LoRAP's cut against its definition with whole layers in float64; loaded, resumed, the same on any number of ranks."""
 
 import json
 import shutil
@@ -38,18 +38,18 @@ def logits_of(model, ids=IDS):
 
 
 def norms(rows_BTD):
-    """Of the channels of what a module reads, over a window on average."""
+    """Return the norms of the channels that a module reads, over a window, averaged over windows."""
     return rows_BTD.double().square().sum(1).mean(0).sqrt()
 
 
 def truncated(weight, read, rank):
-    """The product of LoRAP's factors."""
+    """Return the product of LoRAP's factors."""
     left, values, right = torch.linalg.svd(weight * read, full_matrices=False)
     return (left[:, :rank] * values[:rank]) @ right[:rank] / read
 
 
 def defined(checkpoint, windows_ST, ranks, width):
-    """What stays of every layer, and the matrices that stand for attention's, layer after layer."""
+    """Return what stays of every layer, and the matrices that replace attention's, layer by layer."""
     reader, hidden = embedded(checkpoint, windows_ST)
     kept, products = [], []
     for number in range(checkpoint.num_layers):
@@ -159,7 +159,7 @@ def test_a_layer_of_it_is_read_alone(tmp_path):
 
 
 def test_the_other_criterion_keeps_those_that_score_highest(tmp_path):
-    """Of layers with so few neurons a hundredth is none."""
+    """In layers with so few neurons, a hundredth of them is none."""
     published, highest = (prepare(tmp_path / it, criterion=it) for it in ("lorap", "lorap_highest"))
     for store, stage in (published, highest):
         shapes.run(store, stage, SoloWorld())
@@ -169,7 +169,7 @@ def test_the_other_criterion_keeps_those_that_score_highest(tmp_path):
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory):
-    """One rank's cut, and the stores that its deaths leave with other files of layers."""
+    """One rank's cut, and the stores that its deaths leave with different files of layers."""
     folder = tmp_path_factory.mktemp("written")
     store, stage = prepare(folder / "whole", "qwen2", ratio=0.45)
     untouched = Store(shutil.copytree(store.root, folder / "untouched"))
@@ -179,13 +179,13 @@ def written(tmp_path_factory):
 
 
 def layers_of(store, stage):
-    """Where layers are that are done."""
+    """Return the folder of the layers that are done."""
     return store.work(stage.id) / "low_rank"
 
 
 @pytest.mark.parametrize("ranks", [2, 3, 6])
 def test_any_number_of_ranks_writes_the_same_bits(written, tmp_path, ranks):
-    """Of nine windows in micro-batches of two, the sixth rank has none. Sweeps of rivals compare real ranks."""
+    """Of nine windows in micro-batches of two, the sixth rank gets none. Sweeps of rivals compare real ranks."""
     untouched, stage, _, expected = written
     store = Store(shutil.copytree(untouched.root, tmp_path / "store"))
     Ranks(ranks).run(lambda world: shapes.run(store, stage, world))

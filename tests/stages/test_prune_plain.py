@@ -39,18 +39,18 @@ from hfprune_dist.stages.cheap_measurement import EVERY
 from hfprune_dist.structures.kept import Kept
 
 ALL_HOPEFUL = 1e6
-# Of nine windows, in micro-batches of two: on two candidates are compared, on one the finalists.
+# Of nine windows, in micro-batches of two, candidates are compared on two and finalists on one.
 COMPARED, JUDGED = slice(6, 8), slice(8, 9)
 
 
 @pytest.fixture
 def all_hopeful(monkeypatch):
-    """As many finalists as there may be, however random models differ."""
+    """Allow as many finalists as there may be, however much random models differ."""
     monkeypatch.setattr(finals, "HOPELESS", ALL_HOPEFUL)
 
 
 def numbers_of(name):
-    """Layers, KV groups and width that a metric's name speaks of."""
+    """Return the layers, KV groups and width that a metric's name states."""
     return tuple(map(int, re.fullmatch(r"(\d+) layers, (\d+) KV groups, width (\d+)", name).groups()))
 
 
@@ -98,7 +98,7 @@ def test_the_finalist_that_is_closest_on_windows_apart_is_written(tmp_path, vari
 @pytest.mark.parametrize(("variant", "refit"), [("qwen2", "block"), ("llama-tied-biases", "layerwise")])
 @pytest.mark.usefixtures("all_hopeful")
 def test_finalists_are_compared_with_least_squares_on_windows_apart(tmp_path, monkeypatch, variant, refit):
-    """What is written is what was compared, where the final refit is left out."""
+    """What is written is what was compared, since the final refit is left out."""
     fit, fitted_by_shape = finals.Finals._fitted, {}
 
     def fitting(self, shape, kept):
@@ -125,7 +125,7 @@ def test_finalists_are_compared_with_least_squares_on_windows_apart(tmp_path, mo
 
 
 def expected_finalists(measured, finalists, layers=LAYERS):
-    """Names of finalists, given how close they are."""
+    """Return the names of finalists, given how close they are."""
     most = finals.HOPELESS * min(measured.values())
     hopeful = [it for it in sorted(measured, key=measured.get) if measured[it] <= most]
     mlp_alone = [name for name in hopeful if numbers_of(name)[:2] == (layers, GROUPS)]
@@ -166,7 +166,7 @@ def gone(metrics, num_layers, layers=LAYERS):
 
 
 def shaped(store, shape, order, layers):
-    """What a candidate keeps."""
+    """Return what a candidate keeps."""
     num_layers, groups, width = shape
     staying = tuple(it for it in range(layers) if it not in order[: layers - num_layers])
     scores = scores_of(store)
@@ -213,7 +213,7 @@ def test_without_a_refit_the_candidate_that_measures_best_is_written(tmp_path):
 
 
 def inputs_of(model, windows_ST, name):
-    """What an output projection reads in every layer [windows, tokens, channels], float64."""
+    """Return what an output projection reads in every layer, [windows, tokens, channels] in float64."""
     seen = []
     handles = [
         layer.get_submodule(name).register_forward_pre_hook(lambda _module, inputs: seen.append(inputs[0].double()))
@@ -227,7 +227,7 @@ def inputs_of(model, windows_ST, name):
 
 
 def test_candidates_are_measured_with_least_squares_on_dense_activations(tmp_path):
-    """By ridge regression in float64, on windows that are neither compared nor kept apart."""
+    """The reference is ridge regression in float64, on windows that are neither compared nor set apart."""
     store, stage = prepare(tmp_path)
     run(store, stage, SoloWorld())
     metrics, windows = metrics_of(store, stage), windows_of(store)
@@ -269,7 +269,7 @@ def rows(windows_ST, among_ST):
 
 @pytest.fixture
 def used(monkeypatch):
-    """Windows by what they are used for: measurements by their folder's name, and refits."""
+    """Windows by use: those of measurements by their folder's name, and those of refits."""
     seen = {"finalists refits": [], "refit refits": []}
     init, refit = Measurement.__init__, prune_refit.refit_layers
 
@@ -378,7 +378,7 @@ def test_another_round_lies_within_what_is_left_and_is_compared_with_the_dense_m
 )
 @pytest.mark.usefixtures("all_hopeful")
 def test_any_number_of_ranks_finds_and_writes_the_same(tmp_path, variant, samples, several, method):
-    """Also of fewer micro-batches than ranks."""
+    """This also holds for fewer micro-batches than ranks."""
     outcomes = []
     for ranks in (1, several):
         (folder := tmp_path / str(ranks)).mkdir()
@@ -393,7 +393,7 @@ def test_any_number_of_ranks_finds_and_writes_the_same(tmp_path, variant, sample
 
 
 def test_layers_that_can_not_go_stay(tmp_path):
-    """Of a config.json that tells layers apart by their number."""
+    """The config.json tells layers apart by their numbers."""
     store, stage = prepare(tmp_path, ratio=0.15)
     file = tmp_path / "model" / "config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "num_kv_shared_layers": 1}))
@@ -405,7 +405,7 @@ def test_layers_that_can_not_go_stay(tmp_path):
 
 
 def test_where_attention_is_all_that_counts_neurons_alone_go(tmp_path):
-    """MLPs whose outputs are nothing: whatever else goes is missed."""
+    """The MLPs' outputs are nothing, so whatever else goes is missed."""
     store, stage = prepare(tmp_path, silent="mlp.down_proj.weight")
     run(store, stage, SoloWorld())
     metrics = metrics_of(store, stage)
@@ -424,7 +424,7 @@ def test_where_attention_is_nothing_groups_go(tmp_path):
 
 @given(st.dictionaries(st.text(max_size=3), st.floats(-1e-3, 1e3), min_size=1))
 def test_the_closest_shape_is_always_hopeful(kls):
-    """Also where rounding makes a divergence of nothing negative."""
+    """This also holds where rounding makes a divergence of zero negative."""
     found = finals.hopeful(kls)
     assert kls[found[0]] == min(kls.values())
     assert [kls[name] for name in found] == sorted(kls[name] for name in found)

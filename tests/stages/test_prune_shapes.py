@@ -24,13 +24,13 @@ from hfprune_dist.store.artifacts import Store
 from hfprune_dist.store.stage import Stage
 
 LAYERS = 3
-# Where layers compete, of nine windows in micro-batches of two: on two shapes are compared, on one the finalists.
+# Where layers compete, of nine windows in micro-batches of two, shapes are compared on two and finalists on one.
 COMPARED, JUDGED = slice(6, 8), slice(8, 9)
 NEURONS_ALONE, BOTH, ALL = ["neurons"], ["neurons", "kv_groups"], ["neurons", "kv_groups", "layers"]
 
 
 def prepare(folder, variant="llama", **changes):
-    """A group's score per parameter is about a neuron's."""
+    """Prepare a stage for which a group's score per parameter is about a neuron's."""
     settings = {"criterion": "surgeon", "allocation": "searched", "refit": "none", "structures": BOTH}
     limits = {"floor": 0.2, "protect_first": 0, "protect_last": 0}
     biases = {"attention_bias": True} if variant == "qwen3" else {}
@@ -76,7 +76,7 @@ def test_neurons_and_groups_of_all_layers_compete_and_the_checkpoint_loads(tmp_p
 
 @pytest.mark.parametrize(("structures", "ratio"), [(BOTH, 0.3), (ALL, 0.3), (["neurons", "layers"], 0.35), (ALL, 0.5)])
 def test_a_search_writes_what_measures_closest(tmp_path, structures, ratio):
-    """What it measured of the winner is what the finished checkpoint has on the held-out window."""
+    """The winner's measurement is what the finished checkpoint has on the held-out window."""
     store, stage = prepare(tmp_path, structures=structures, ratio=ratio, floor=0.1)
     run(store, stage)
     metrics, kept = metrics_of(store, stage), kept_of(store, stage)
@@ -165,7 +165,7 @@ def layers_of(name):
 
 @pytest.mark.parametrize(("variant", "refit", "rounds"), [("llama", "block", 1), ("mistral", "layerwise", 2)])
 def test_the_number_of_layers_is_that_of_the_closest_finalist(tmp_path, monkeypatch, variant, refit, rounds):
-    """What is written is a finalist, where it is neither searched any further nor refitted anew."""
+    """What is written is a finalist if it is neither searched any further nor refitted again."""
     monkeypatch.setattr(finals, "HOPELESS", 1e6)
     fit, fitted = finals.Finals._fitted, {}
 
@@ -232,7 +232,7 @@ def test_an_interrupted_search_measures_nothing_twice(tmp_path, monkeypatch):
 
 
 def test_death_on_the_way_ends_with_the_same_checkpoint(tmp_path):
-    """In a second round, which computes what the dense model puts out as well."""
+    """The stage is a second round, which computes what the dense model puts out as well."""
     reference, first = prepare(tmp_path / "whole", structures=ALL, samples=2, ratio=0.1)
     run(reference, first)
     stage = shapes.next_round(reference, first, 0.3)

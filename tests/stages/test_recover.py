@@ -1,4 +1,4 @@
-"""The recover stage, run in ranks of its own: what it writes, and that neither a kill nor the world size changes it."""
+"""The recover stage, run in its own ranks: what it writes, and that neither a kill nor the world size changes it."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ def source(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory, source):
-    """The stage on two ranks, in bfloat16 and with dropout; each has whole weights."""
+    """The stage, run on two ranks, in bfloat16 and with dropout; each has whole weights."""
     run = write_stage_file(tmp_path_factory.mktemp("uninterrupted") / "store", source)
     finish(run, ranks=2, torchrun=True)
     return run
@@ -164,8 +164,8 @@ def test_losses_fall_and_reach_the_manifest(uninterrupted):
 
 @pytest.mark.slow
 def test_killed_stage_goes_on_to_the_same_bits_and_on_another_world_size_close_to_them(tmp_path, source, uninterrupted):
-    """A snapshot of sharded weights is taken up with whole ones, on one rank with sharded ones again. With a tracker,
-    unlike the one that was not killed: it is told each step once, and changes no bit.
+    """A snapshot of sharded weights is resumed with whole ones, on one rank with sharded ones again. Unlike the run
+    that was not killed, this one has a tracker: it is told each step once, and changes no bit.
     """
     killed = write_stage_file(tmp_path / "two" / "store", source, sharding="zero3", report_to=["tensorboard"])
     kill_after_first_snapshot(killed)
@@ -227,7 +227,7 @@ def test_stages_that_differ_in_training_alone_share_their_rows(tmp_path, source,
 
 @pytest.mark.parametrize("what", ["take_all", "save", "is_usable", "the cache"])
 def test_ranks_that_wait_for_rows_hear_of_it(tmp_path, source, monkeypatch, what):
-    """However long it takes to tokenize or to pack, or to check what is there."""
+    """They hear of it however long it takes to tokenize, to pack or to check what is there."""
     ranks, run = Ranks(2), write_stage_file(tmp_path, source)
     expected = prepare_rows(run)
     owner, name = {"is_usable": (instruction_tuning, what), "the cache": (cache.FileCache, "take")}.get(

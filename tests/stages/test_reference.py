@@ -34,7 +34,7 @@ def source(tmp_path_factory):
 
 
 def held_out(source, dtype="float32", text="held-out.jsonl"):
-    """The stage that evaluations compare with."""
+    """Return the stage that evaluations compare with."""
     params = {"dtype": dtype, "micro_batch_size": 1, "add_bos_token": True, "text": TEXT}
     inputs = {"model": Input("dense", str(source / "dense")), "text": Input("text", str(source / text))}
     return Stage("reference", "tiny", params, inputs)
@@ -73,7 +73,7 @@ def test_held_out_text_is_seen_as_the_whole_model_sees_it(source, tmp_path):
 @example(windows=1, micro_batch_size=2, size=4)
 @given(windows=st.integers(1, 7), micro_batch_size=st.integers(1, 3), size=st.integers(2, 6))
 def test_ranks_keep_step_whatever_the_number_of_windows(source, tmp_path_factory, windows, micro_batch_size, size):
-    """Ranks without a micro-batch of their own, and a last one that is not full."""
+    """Some ranks have no micro-batch of their own, and the last one is not full."""
     stage = held_out(source)
     params = {**stage.params.to_json(), "micro_batch_size": micro_batch_size, "text": TEXT | {"windows": windows}}
     stage = Stage(stage.kind, stage.label, params, stage.inputs)
@@ -108,7 +108,7 @@ def test_states_are_kept_in_the_dtype_that_they_are_computed_in(source, tmp_path
 @pytest.mark.slow
 @pytest.mark.parametrize(("ranks", "torchrun"), [(1, True), (2, False), (6, False)])
 def test_any_number_of_ranks_has_the_bits_of_one(source, uninterrupted, tmp_path, ranks, torchrun):
-    """Of two ranks one has a window less; of six, one has none."""
+    """Of two ranks, one has one window less; of six, one has none."""
     store = Store(tmp_path)
     result = run_stage(store, held_out(source), ranks, torchrun=torchrun)
     assert result.returncode == 0, result.stderr[-2000:]
@@ -137,7 +137,7 @@ def test_short_held_out_text_is_refused(source, tmp_path):
 @pytest.mark.parametrize("size", [1, 3])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_states_that_are_no_numbers_are_refused_on_all_ranks(source, tmp_path, size, value):
-    """Also where one rank's windows alone see them: a token's embedding is damaged that few windows have."""
+    """Also if only one rank's windows see them: the embedding that is damaged is of a token that few windows have."""
     stage = held_out(source)
     windows_ST = run_alone(Store(tmp_path / "sound"), stage).windows_ST
     counts = {token: int((windows_ST == token).any(dim=1).sum()) for token in windows_ST.unique().tolist()}

@@ -1,4 +1,4 @@
-"""Passes layer by layer that end early: another number of ranks does what is left, with the same bits."""
+"""Layer-by-layer passes that end early: another number of ranks does the rest, with the same bits."""
 
 import shutil
 
@@ -24,12 +24,12 @@ from hfprune_dist.store.stage import Input, Stage
 
 IMPORTANCE = Stage("importance", "tiny", {}, {})
 RANKS = [(1, 2), (3, 1), (2, 3)]
-# Layers that an uninterrupted search takes its candidates through: what it measures last is known by then.
+# Layers that an uninterrupted search takes its candidates through; what it measures last is known by then.
 SEARCHED = 2 * LAYERS
 
 
 class Interrupting(Interruption):
-    """Asks all ranks to end the so-manieth time that they are asked."""
+    """Asks all ranks to end when they check for an interruption the ``at``-th time."""
 
     def __init__(self, at):
         super().__init__()
@@ -42,7 +42,7 @@ class Interrupting(Interruption):
 
 @pytest.fixture
 def logged(tmp_path, monkeypatch):
-    """Makes calls of a method leave a line, whichever process makes them; returns what reads the lines."""
+    """Return a function that logs a line per call of a method, in any process, and returns the lines' reader."""
     file = tmp_path / "log"
 
     def log(owner, name, line_of):
@@ -78,7 +78,7 @@ def ended(ranks, store, stage, interrupt_at=0):
 
 @pytest.fixture(scope="module")
 def calibrated(tmp_path_factory):
-    """A store whose first pass is complete and whose second has not begun; and what comes of it."""
+    """A store whose first pass is complete and whose second has not begun, its stage, and the whole stage's files."""
     folder = tmp_path_factory.mktemp("calibrated")
     stage, store, whole = make_stage(folder, "qwen2"), Store(folder / "store"), Store(folder / "whole")
     with pytest.MonkeyPatch.context() as patch:
@@ -134,7 +134,7 @@ def test_damaged_scores_of_a_layer_are_made_again(calibrated, tmp_path, logged):
 
 
 def prepare(folder, kind="prune", **method):
-    """Of three held-out micro-batches two ranks have different numbers."""
+    """Prepare a stage; of its three held-out micro-batches, two ranks have different numbers."""
     store = Store(folder / "store")
     draft = store.open_draft(IMPORTANCE.id)
     generator = torch.Generator().manual_seed(0)
@@ -155,7 +155,7 @@ def prepare(folder, kind="prune", **method):
 
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory):
-    """What comes of a stage in one go."""
+    """Return a function for what a stage produces in one go."""
     results = {}
 
     def result(kind="prune", **method):
@@ -197,7 +197,7 @@ def test_a_damaged_layer_of_a_refit_is_fitted_again(tmp_path, uninterrupted, log
 
 @pytest.mark.parametrize(("layers", "before", "after"), [(1, 1, 2), (LAYERS, 3, 1), (LAYERS + 2, 2, 3)])
 def test_a_search_takes_no_candidate_through_a_layer_twice(tmp_path, uninterrupted, logged, layers, before, after):
-    """Also where it ends after the last layer of a measurement, and in the second one."""
+    """It may end after the last layer of a measurement, and also in the second one."""
     expected = uninterrupted(allocation="searched", refit="dense")
     passed = logged(Measurement, "_through", lambda _self, _stream, number, *_: number)
     store, stage = prepare(tmp_path, allocation="searched", refit="dense")

@@ -1,4 +1,4 @@
-"""Attempts to find a plain shape that end early, in any phase: what is left is done once, with the same bits."""
+"""Searches for a plain shape that end early, in any phase: the rest is done once, with the same bits."""
 
 import shutil
 from collections import Counter
@@ -25,13 +25,13 @@ APPEARING = "rename", "replace"
 
 @pytest.fixture(autouse=True)
 def _finals_in_turns(monkeypatch):
-    """The shape that loses neurons alone, then the one with fewer layers: each phase of the finals comes twice."""
+    """Take the shape that loses only neurons, then the one with fewer layers: each phase of the finals comes twice."""
     monkeypatch.setattr(finals, "HOPELESS", 1e6)
     monkeypatch.setattr(prune_plain, "FINALISTS", 0)
 
 
 class Interrupting(Interruption):
-    """Asks all ranks to end the so-manieth time that they are asked; counts how often they were."""
+    """Asks all ranks to end when they check for an interruption the ``at``-th time; counts their checks."""
 
     def __init__(self, at=0):
         super().__init__()
@@ -44,7 +44,7 @@ class Interrupting(Interruption):
 
 @pytest.fixture
 def worked(tmp_path, monkeypatch):
-    """Reads a line for each layer that the first rank took candidates through, and for each that was fitted."""
+    """Log a line for each layer that the first rank took candidates through, and for each that was fitted."""
     file = tmp_path / "log"
 
     def log(owner, name, line_of):
@@ -69,7 +69,7 @@ def worked(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(("refit", "first"), [("dense", 1), ("layerwise", 3)])
 def test_no_layer_is_measured_or_fitted_twice_however_often_an_attempt_ends(tmp_path, worked, refit, first):
-    """It is asked to end after some layers of any phase, and goes on, on another number of ranks."""
+    """It is asked to end after some layers of any phase, and resumes on another number of ranks."""
     reference, stage = prepare(tmp_path / "whole", **SMALL, refit=refit)
     shutil.copytree(reference.root, tmp_path / "before")
     asked = Interrupting()
@@ -89,7 +89,7 @@ def test_no_layer_is_measured_or_fitted_twice_however_often_an_attempt_ends(tmp_
 
 
 def test_a_refit_that_is_over_is_not_gone_through_again(tmp_path, monkeypatch):
-    """Where an attempt ends after it, the windows aren't taken through its layers any more."""
+    """If an attempt ends after the refit, the windows aren't taken through its layers again."""
     monkeypatch.setattr(prune_plain, "FINALISTS", 1)
     store, stage = prepare(tmp_path, **SMALL, refit="layerwise", structures=["neurons", "kv_groups"])
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
@@ -107,7 +107,7 @@ def test_a_refit_that_is_over_is_not_gone_through_again(tmp_path, monkeypatch):
 
 
 def test_death_before_any_file_appears_ends_with_the_same_bits(tmp_path):
-    """Before every file that is written, of every phase, and of the checkpoint."""
+    """It dies before every file that is written, in every phase and for the checkpoint."""
     reference, stage = prepare(tmp_path, **SMALL)
     (tmp_path / "copies").mkdir()
     deaths = deaths_during(lambda: run(reference, stage, SoloWorld()), reference.root, tmp_path / "copies", APPEARING)
@@ -121,7 +121,7 @@ def test_death_before_any_file_appears_ends_with_the_same_bits(tmp_path):
 
 
 def test_death_in_a_second_round_ends_with_the_same_bits(tmp_path):
-    """On another number of ranks, at every fifth file, and before and after the dense model's probe is there."""
+    """It resumes on another number of ranks, at every fifth file and around the writing of the dense model's probe."""
     reference, first = prepare(tmp_path, **SMALL, ratio=0.1, structures=["neurons", "layers"], refit="layerwise")
     run(reference, first, SoloWorld())
     stage = next_round(reference, first, 0.3)

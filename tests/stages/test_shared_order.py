@@ -1,4 +1,4 @@
-"""What was measured to put layers in order serves the store's other prune stages, and changes none of their bits."""
+"""The measurement that orders layers serves the store's other prune stages, and changes none of their bits."""
 
 import shutil
 
@@ -16,7 +16,7 @@ SEARCHED = {"allocation": "searched", "refit": "dense", "floor": 0.1, "protect_f
 
 @pytest.fixture
 def measured(monkeypatch):
-    """How many layers went in each measurement that put layers in order, since it was asked last."""
+    """Return how many layers were left out in each measurement that orders layers, since the last call."""
     asked, original = [], Measurement._measure
 
     def noted(self, candidates):

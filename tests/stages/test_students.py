@@ -21,7 +21,7 @@ from hfprune_dist.structures.score_names import SCORES, scores_of_layers
 
 OF_LABELS, DISTILLED = "coupled_taylor", "coupled_taylor_distilled"
 TAUGHT = {"lacks": 0.1, "teacher_share": 0.42, "teacher_temperature": 0.5}
-# DeepSpeed shards parameters above 100,000 elements only: here, the MLPs' weights.
+# DeepSpeed shards only parameters with more than 100,000 elements: here, the MLPs' weights.
 SHARDED = {"hidden_size": 256, "intermediate_size": 416, "num_hidden_layers": 3}
 
 
@@ -46,7 +46,7 @@ class Passes:
         return cls(first, second)
 
     def run(self, store, run_one):
-        """Scores of both by name, and what files they are in."""
+        """Run both; return their scores by name, and their files' bytes."""
         for stage in (self.first, self.second):
             if not store.handle(stage.id).is_committed():
                 run_one(store, stage)
@@ -55,7 +55,7 @@ class Passes:
 
 
 def in_threads(size, deaths=None, logs=None):
-    """Runs a stage on so many ranks; ``deaths`` says how they die in which stage, ``logs`` gets theirs by stage."""
+    """Return a function that runs a stage; by stage, ``deaths`` says how ranks die and ``logs`` gets their logs."""
 
     def run_one(store, stage):
         ranks = Ranks(size, deaths=(deaths or {}).get(stage.id))
@@ -141,7 +141,7 @@ class TestInThreads:
 @pytest.mark.slow
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_sharded_weights_are_there_when_their_gradients_are(tmp_path, checkpointing):
-    """On real ZeRO-3 ranks: the bits of one rank, which has all weights all the time."""
+    """Real ZeRO-3 ranks give the bits of one rank, which has all weights all the time."""
 
     def run(ranks):
         def run_one(store, stage):

@@ -36,7 +36,7 @@ def test_a_committed_artifact_verifies_and_carries_its_manifest(store):
 
 
 def test_colleagues_may_read_what_the_umask_allows(store):
-    """Some libraries leave their files to their owner alone."""
+    """Some libraries make their files readable by their owner only."""
     draft = store.open_draft(STAGE.id)
     (draft / "scores.bin").touch(mode=0o600)
     before = os.umask(0o027)

@@ -49,7 +49,7 @@ def test_a_holder_on_another_host_lives_as_long_as_it_renews(tmp_path):
 
 
 def test_a_folder_that_its_holder_has_just_removed_is_made_again(tmp_path, monkeypatch):
-    """A stage that finishes discards its work folder, at any moment of another's claim."""
+    """A stage that finishes discards its work folder, at any moment of another process's claim."""
     folder, looked = tmp_path / "work", []
     original = claims._current
 
@@ -81,7 +81,7 @@ def test_of_many_claimants_one_wins(tmp_path):
 
 
 def test_who_lives_lives_whatever_becomes_of_the_clock(tmp_path, monkeypatch):
-    """Unix time of a process's start moves with every adjustment of the system's clock."""
+    """The Unix time of a process's start changes with every adjustment of the system's clock."""
     assert isinstance(try_claim(tmp_path), Claim)
     monkeypatch.setattr(claims, "_start_time", lambda pid: 1.0)
     monkeypatch.setattr(time, "time", lambda: 1e10)
@@ -103,7 +103,7 @@ def test_claims_of_the_previous_version_are_understood(tmp_path):
 
 
 def test_another_system_of_the_same_name_lives_as_long_as_it_renews(tmp_path):
-    """Machines called localhost, and containers that share a host's name: process ids say nothing."""
+    """Of machines called localhost, and containers that share a host's name, process ids say nothing."""
     me = Holder.me()
     file = tmp_path / "claim.1"
     file.write_text(json.dumps(asdict(Holder(me.host, 2**22 + 1, f"another-boot/pid:[1]/{4711}"))))
@@ -131,7 +131,7 @@ def test_a_damaged_claim_holds_nobody_back(tmp_path, content):
 
 
 def test_a_claim_that_can_not_be_read_is_not_taken(tmp_path, monkeypatch):
-    """On NFS a file that was replaced while it was open is stale, and readable once more."""
+    """On NFS, a file that is replaced while it is open is stale, and readable again afterwards."""
     holder, read = try_claim(tmp_path), claims.read_json
     failing = [OSError(errno.ESTALE, "stale")] * 2
 
@@ -149,7 +149,7 @@ def test_a_claim_that_can_not_be_read_is_not_taken(tmp_path, monkeypatch):
 
 
 def test_a_folder_that_can_not_be_listed_takes_no_claim_away(tmp_path, monkeypatch):
-    """Where a ticket for the file system has expired, or a server does not answer."""
+    """It may be that a ticket for the file system has expired, or that a server does not answer."""
     claim = try_claim(tmp_path)
 
     def refuse(*_):
@@ -164,7 +164,7 @@ def test_a_folder_that_can_not_be_listed_takes_no_claim_away(tmp_path, monkeypat
 
 
 def test_a_link_whose_answer_was_lost_is_ours(tmp_path, monkeypatch):
-    """NFS sends the request again, and hears that the name exists."""
+    """NFS repeats the request, and is told that the name exists."""
     link = os.link
 
     def answered_late(*names):
@@ -178,7 +178,7 @@ def test_a_link_whose_answer_was_lost_is_ours(tmp_path, monkeypatch):
 
 
 def test_drafts_of_two_hosts_never_meet(tmp_path, monkeypatch):
-    """Process ids are the same on many hosts."""
+    """The same process ids occur on many hosts."""
     drafts, link = [], os.link
     monkeypatch.setattr(os, "link", lambda draft, file: drafts.append(draft.name) or link(draft, file))
     for _ in range(2):
@@ -187,7 +187,7 @@ def test_drafts_of_two_hosts_never_meet(tmp_path, monkeypatch):
 
 
 def suspended(folder, monkeypatch):
-    """A claim that another process has succeeded."""
+    """Return a claim that another process has taken over, and that process's claim."""
     claim = try_claim(folder)
     with monkeypatch.context() as patch:
         patch.setattr(claims, "_lives", lambda *_: False)
@@ -206,7 +206,7 @@ def test_who_was_taken_for_dead_notices(tmp_path, monkeypatch):
 
 
 def test_a_folder_that_was_made_again_is_another(tmp_path):
-    """A successor finished the stage and removed the folder; later, a third claims the same generation."""
+    """A successor finished the stage and removed the folder; later, a third process claims the same generation."""
     folder = tmp_path / "work"
     lost = try_claim(folder)
     shutil.rmtree(folder)

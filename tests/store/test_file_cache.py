@@ -1,4 +1,4 @@
-"""A cached file is taken whole or not at all, whatever became of the one who kept it."""
+"""A cached file is taken whole or not at all, whatever happened to the process that stored it."""
 
 import itertools
 

@@ -20,7 +20,7 @@ def test_an_unwritable_folder_is_named(tmp_path):
 
 
 def test_a_file_system_without_hard_links_is_named(tmp_path, monkeypatch):
-    """Such as FAT, and many that mount the storage of a cloud."""
+    """Examples are FAT and many mounts of cloud storage."""
 
     def link(*_):
         raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))

@@ -1,4 +1,4 @@
-"""Digests move with content, names and nothing else; a file is read once, unless it may have changed."""
+"""Digests change with content and names, and with nothing else; a file is read once, unless it may have changed."""
 
 import hashlib
 import os
@@ -17,7 +17,7 @@ NAMES = st.text("ab_.", min_size=1, max_size=4).filter(lambda name: set(name) - 
 
 
 def settle(*files):
-    """As if nobody had touched them for long; the kernel's own time of change can't be set, so the rule is moved."""
+    """Let files count as long unchanged; since the kernel's time of change can't be set, the rule is moved instead."""
     newest = max(file.stat().st_ctime_ns for file in files)
     while time.time_ns() <= newest:
         time.sleep(0.001)
@@ -60,7 +60,7 @@ def test_what_tools_leave_behind_does_not_count(tmp_path, name):
 @settings(max_examples=30, deadline=None, derandomize=True)
 @given(names=st.sets(NAMES, max_size=5))
 def test_a_folder_without_such_names_has_the_digest_that_it_always_had(tmp_path_factory, names):
-    """The rule of before left out names that begin with an underscore or a dot."""
+    """The earlier rule left out names that begin with an underscore or a dot."""
     folder = tmp_path_factory.mktemp("tasks")
     for name in names:
         (folder / name).write_text(name)
@@ -117,7 +117,7 @@ def test_whatever_changes_is_read_again(tmp_path, reads, change):
 
 
 def test_a_file_that_has_just_changed_is_not_remembered_for_others(tmp_path):
-    """It may change again within the same tick of the file system's clock, and look the same."""
+    """It may change again within the same tick of the file system's clock, and look unchanged."""
     file, cache = tmp_path / "weights", tmp_path / "hashes"
     file.write_text("weights")
     hashes = FileHashes(cache)
@@ -168,7 +168,7 @@ def files_of_sizes(folder, *sizes):
 @pytest.mark.usefixtures("all_large")
 @pytest.mark.parametrize("sizes", [(9, 17, 0, 30), (5, 0), (0, 0), ()])
 def test_large_files_are_read_side_by_side_and_others_hear_of_it_from_one_thread(tmp_path, sizes):
-    """The digest is that of files read one after another."""
+    """The digest is the same as for files read one after another."""
     names = [file.name for file in files_of_sizes(tmp_path, *sizes)]
     readers, heard, compute = set(), [], FileHashes._compute
 
@@ -188,7 +188,7 @@ def test_large_files_are_read_side_by_side_and_others_hear_of_it_from_one_thread
 
 @pytest.mark.usefixtures("all_large")
 def test_large_files_wait_for_each_other_only_where_cores_are_few(tmp_path, monkeypatch):
-    """Two threads meet in the middle of their files: neither could go on alone."""
+    """Two threads meet in the middle of their files, so neither could go on alone."""
     monkeypatch.setattr(identity, "usable_cores", lambda: 2)
     meeting = threading.Barrier(2, timeout=60)
 

@@ -1,4 +1,4 @@
-"""What ranks leave is read by others at any moment, and on other hosts."""
+"""What ranks leave is read by other processes at any moment, and on other hosts."""
 
 import json
 import time
@@ -35,7 +35,7 @@ def test_what_is_half_written_or_foreign_is_not_there(tmp_path, content):
 
 
 def test_records_of_other_versions_are_read(tmp_path):
-    """A field more, or one less."""
+    """They have one field more, or one less."""
     beat = {"phase": "shards", "done": 1, "total": 2, "updated": 3.0}
     (tmp_path / "progress.json").write_text(json.dumps({**beat, "pace": 4}))
     assert read_heartbeat(tmp_path) == Heartbeat(**beat)
@@ -44,7 +44,7 @@ def test_records_of_other_versions_are_read(tmp_path):
 
 
 def test_time_left_is_by_the_pace_of_the_phase_and_of_this_attempt(tmp_path, monkeypatch):
-    """Whatever phases came before, and whatever an earlier attempt had done of this one."""
+    """Neither earlier phases nor what an earlier attempt did of this phase matter."""
     now = [0.0]
     monkeypatch.setattr(progress.time, "time", lambda: now[0])
     written = Progress(tmp_path)
@@ -63,7 +63,7 @@ def test_time_left_is_by_the_pace_of_the_phase_and_of_this_attempt(tmp_path, mon
 
 
 def test_a_failure_that_vanishes_while_it_is_read_is_not_there(tmp_path, monkeypatch):
-    """The next attempt forgets the failures of the one before."""
+    """The next attempt clears the failures of the previous one."""
     write_failure_record(tmp_path, Failure("code", "x", 0, 1.0))
     listed = progress.listed
 

@@ -1,4 +1,4 @@
-"""Whatever the order in which several processes come to their next file-system operation."""
+"""Several processes whose next file-system operations happen in any order."""
 
 import contextlib
 import json
@@ -42,12 +42,12 @@ def corrupt(store):
 
 
 def find_and_mend(scratch, makes):
-    """What a sweep does that finds damage: set it aside, and make what is missing."""
+    """Do what a sweep does that finds damage: set it aside, and make what is missing."""
     store = Store(scratch / "store")
     if store.verify(STAGE.id, thorough=True).state == "corrupt":
         aside = store.set_aside(STAGE.id)
         if makes and store.verify(STAGE.id).state == "missing":
-            made = store.root / STAGE.kind / f".draft-{id(store)}"  # each has its own claim's draft
+            made = store.root / STAGE.kind / f".draft-{id(store)}"  # each claim has a draft of its own
             made.mkdir(parents=True)
             (made / "model.bin").write_text("weights")
             store.commit(STAGE, made, {"metrics": {}})
@@ -71,7 +71,7 @@ def test_damage_is_set_aside_once_and_what_was_made_anew_stays(scratch, order, m
 
 
 def test_who_comes_late_leaves_what_was_made_anew_alone(scratch, monkeypatch):
-    """Found corrupt by both, set aside by one, made anew, and only then taken by the other."""
+    """Both find it corrupt; one sets it aside and makes it anew, and only then does the other take it."""
     store = fresh(scratch)
     corrupt(store)
     late, verify = Store(store.root), Store.verify
@@ -107,7 +107,7 @@ def test_of_those_who_claim_one_wins(scratch, order, count, left):
 
 
 def commit_unless_lost(scratch, claim, content):
-    """An attempt at the stage, up to its end or to where it notices that it has lost its claim."""
+    """Make an attempt at the stage, up to its end or until it notices that it has lost its claim."""
     store = Store(scratch / "store")
     try:
         draft = store.open_draft(STAGE.id, claim)

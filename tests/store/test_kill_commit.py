@@ -1,4 +1,4 @@
-"""Death at every point of a commit: what is there afterwards is whole, or is not there."""
+"""Death at every point of a commit: what is there afterwards is complete, or is not there."""
 
 import itertools
 
@@ -42,7 +42,7 @@ def test_at_every_point_of_a_commit(tmp_path):
 
 @pytest.mark.parametrize("remove", [Store.discard, Store.empty])
 def test_at_every_point_of_a_removal(tmp_path, remove):
-    """What is left can't be taken for an artifact, and the next removal, or commit, finds its way."""
+    """The remains can't be taken for an artifact, and the next removal or commit copes with them."""
     states = []
     for kill_at in itertools.count(1):
         store = Store(tmp_path / str(kill_at))

@@ -1,4 +1,4 @@
-"""What a process may use of its machine, by its affinity and by control groups of both versions, which are faked."""
+"""Cores and memory that a process may use, by its affinity and by (faked) control groups of both versions."""
 
 import math
 import os
@@ -15,7 +15,7 @@ from hfprune_dist.store.machine import ControlGroups, available_memory, usable_c
 GIB = 2**30
 CACHED = f"anon 5\ninactive_file {GIB}\nactive_file {2 * GIB}\ntotal_inactive_file 7\n"
 CACHED_1 = f"inactive_file 7\ntotal_inactive_file {GIB}\ntotal_active_file {2 * GIB}\n"
-# The membership of a process, files below the root, the cores and the memory that they leave.
+# The membership of a process, files below the root, and the cores and memory that they leave.
 CASES = {
     "no groups": ("", {}, math.inf, math.inf),
     "no limits": ("0::/a\n", {"a/cpu.max": "max 100000\n", "a/memory.max": "max\n"}, math.inf, math.inf),

@@ -8,7 +8,7 @@ def git(folder, *arguments):
 
 
 def test_changes_in_any_encoding_have_a_digest(tmp_path):
-    """git shows a text in Latin-1 as it is."""
+    """git prints a Latin-1 text as it is."""
     git(tmp_path, "init", "--quiet")
     text = tmp_path / "notes.txt"
     text.write_bytes(b"caf\xe9\n")

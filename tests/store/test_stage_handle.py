@@ -1,4 +1,4 @@
-"""What a stage's handle answers, from before the stage runs to after its artifact is committed."""
+"""The answers of a stage's handle, from before the stage runs until its artifact is committed."""
 
 import pytest
 

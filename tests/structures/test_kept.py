@@ -1,4 +1,4 @@
-"""Kept units by number: of a model that was pruned before, and how many parameters they are."""
+"""Kept units by number, in a model that was pruned before, and how many parameters they make up."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ def model_of(kept, neurons, groups):
 
 
 def survivors(kept, layers, counts):
-    """What stays, as (layer, kind, unit), and where each of them was."""
+    """Map each unit that stays to where it was, both as (layer, kind, unit)."""
     found = {}
     for number, layer in enumerate(layers):
         for kind, count in counts.items():

@@ -1,4 +1,4 @@
-"""A made-up kind of unit goes through every stage: nothing between scores and files knows what neurons are."""
+"""A made-up kind of unit goes through every stage: nothing between scores and files knows about neurons."""
 
 import json
 from dataclasses import dataclass
@@ -77,7 +77,7 @@ CALIBRATIONS = st.fixed_dictionaries(
 
 
 def score(folder, model, calibration, criteria, ranks=1):
-    """Run the importance stage; returns its store, with the stage."""
+    """Run the importance stage; return its store and the stage."""
     if not (folder / "model").exists():
         save_tiny(folder / "model", model.variant, **model.shape)
         write_documents(folder / "text.jsonl")
@@ -111,12 +111,12 @@ def test_scores_of_pairs_are_as_defined_on_any_number_of_ranks(tmp_path_factory,
     keeps = student(dense, first_shard, CHANNELS)
     for name in (*GRADIENT_CRITERIA, "activation", "activation_l1", "fluctuation"):
         if CRITERIA[name].is_rounded and calibration["micro_batch_size"] > 1:
-            continue  # it is defined for windows that are micro-batches
+            continue  # it is defined only where windows are micro-batches
         expected = definition(dense, windows, name, SEED, keeps, CHANNELS)
         ours = torch.stack([scores[f"layers.{layer}.{name}"] for layer in range(model.layers)])
         assert ours.shape == (model.layers, model.pairs)
         tolerance = 1e-2 if CRITERIA[name].is_rounded else 1e-4
-        # A student of a few pairs lacks none of them, and its divergence is 0.
+        # A student of a few pairs lacks none of them, so its divergence is 0.
         assert (ours - expected).norm() < tolerance * expected.norm() + 1e-12, name
     ours = torch.stack([scores[f"layers.{layer}.coupled_taylor"] for layer in range(model.layers)])
     torch.testing.assert_close(ours, of_units(coupled_taylor(dense, windows), CHANNELS), rtol=1e-3, atol=1e-9)
@@ -153,7 +153,7 @@ OF_OTHERS = ("prunes_in", "adapts", "steps", "round_ratio", "distill")
 
 
 def prune(folder, scored, ratio, method, ranks=1):
-    """Run the prune stage after the importance stage of one rank; returns its store, with the stage."""
+    """Run the prune stage after the importance stage of one rank; return its store and the stage."""
     store, importance = scored
     params = {
         "ratio": ratio,
@@ -169,7 +169,7 @@ def prune(folder, scored, ratio, method, ranks=1):
 
 
 def reachable(checkpoint, share, method):
-    """A share of what the method can remove at most, as a ratio; none where rounding leaves nothing of it."""
+    """Return a share of the most that the method can remove, as a ratio; rounding must leave some of it."""
     size = size_of(checkpoint)
     ratio = share * size.ratio_of(size.num_layers * size.units)
     try:
@@ -181,7 +181,7 @@ def reachable(checkpoint, share, method):
 
 @torch.no_grad()
 def masked(dense, kept):
-    """The dense model, float64, of whose pairs all but these put nothing out."""
+    """Return the dense model in float64, in which only these pairs put anything out."""
     dense = dense.double()
     for layer, row in zip(dense.model.layers, kept, strict=True):
         keeps = torch.zeros(layer.mlp.down_proj.in_features, dtype=torch.float64)
@@ -238,7 +238,7 @@ def test_pairs_go_through_budget_allocation_refit_and_surgery(
     parameters = [sum(it.numel() for it in some.parameters()) for some in (dense, reloaded)]
     assert metrics["parameters"] == parameters[1]
     assert metrics["ratio_reached"] == pytest.approx((parameters[0] - parameters[1]) / parameters[0])
-    # The uniform width, which a search may find to be the closest, has a step in all layers.
+    # The uniform width, which a search may find to be the closest, changes by a step in all layers.
     step = method.multiple_of * (1 if method.allocation == "global" else model.layers)
     assert abs(metrics["ratio_reached"] - ratio) <= size_of(checkpoint).ratio_of(step)
     with torch.no_grad():

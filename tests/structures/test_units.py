@@ -1,4 +1,4 @@
-"""Units against the models whose they are."""
+"""Units against the models that they belong to."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ from hfprune_dist.structures.units import LAYER_SIZES, PER_LAYER, Block, Owned
 
 @pytest.fixture(params=["neurons", "pairs"])
 def channels(request, monkeypatch):
-    """What a unit is, of what down_proj reads."""
+    """The number of channels of what down_proj reads that make up a unit."""
     if request.param == "neurons":
         return 1
     prune_pairs(monkeypatch)

@@ -42,7 +42,7 @@ def masks_of(task, snapshot):
 
 
 def expected_scores(task, snapshot, step):
-    """Of the step that follows a snapshot, by autograd in one process, as the paper's code writes it."""
+    """Return the scores of the step after a snapshot, by autograd in one process, as the paper's code writes it."""
     settings, family = task.settings, task.checkpoint.family
     model = AutoModelForCausalLM.from_pretrained(task.checkpoint.path, dtype=torch.float64)
     adapter = LoraConfig(r=settings.rank, lora_alpha=settings.alpha, target_modules=lora_targets(family))
@@ -100,14 +100,14 @@ def scored_weights(task):
 
 
 def lora_of(task, snapshot):
-    """LoRA's weights beside those that are scored."""
+    """Return LoRA's weights in the modules whose weights are scored."""
     modules = tuple(f"base_model.model.{name.removesuffix('weight')}" for name in scored_weights(task))
     return [tensor for name, tensor in snapshot.weights.items() if name.startswith(modules)]
 
 
 @pytest.mark.slow
 def test_sharded_weights_and_any_snapshot_lead_to_the_same_bits(monkeypatch, tmp_path):
-    """Of the first and the last snapshot but one; and close ones on another number of ranks."""
+    """It resumes from the first snapshot and the last but one; another number of ranks comes close."""
     checkpoint = open_checkpoint(save_tiny(tmp_path / "model", "qwen3", num_hidden_layers=3, **WIDE))
     task = masking_task(checkpoint, dropout=0.1)
     monkeypatch.setattr(snapshots, "KEPT_SNAPSHOTS", STEPS)
@@ -125,9 +125,9 @@ def test_sharded_weights_and_any_snapshot_lead_to_the_same_bits(monkeypatch, tmp
             for key, tensor in getattr(expected, part).items():
                 assert torch.equal(tensor, getattr(snapshot, part)[key]), (name, key)
     assert masks_of(task, expected).kept().shape == task.masked_to
-    # Gathered in a step with whole weights: LoRA's after it, and with their moments for the snapshot before it; for
-    # scores, LoRA's of what is scored, with their gradients. Where weights are sharded, what is scored of them as well,
-    # and all for each micro-batch.
+    # Gathered per step with whole weights: LoRA's after it, and with their moments for the snapshot before it; for
+    # scores, LoRA's of the scored weights, with their gradients. With sharded weights, the scored ones as well, and all
+    # of them for each micro-batch.
     lora = 4 * sum(it.numel() for it in expected.weights.values())
     scored = 4 * sum(it.numel() for it in lora_of(task, expected))
     steps = {name: of_steps[2] - of_steps[1] for name, of_steps in counts.items()}
@@ -144,8 +144,8 @@ def test_sharded_weights_and_any_snapshot_lead_to_the_same_bits(monkeypatch, tmp
 
 @pytest.mark.parametrize(("ranks", "whole"), [(1, True), (2, True), (2, False)])
 def test_memory_of_scores(monkeypatch, tmp_path, ranks, whole):
-    """For one weight at a time, three numbers in float32 for each of its own, and its factors, their gradients and what
-    clipping makes of these; the same on any number of ranks.
+    """For one weight at a time: three float32 numbers for each of its elements, and its factors, their gradients and
+    what clipping makes of these; the same on any number of ranks.
     """
     checkpoint = open_checkpoint(save_tiny(tmp_path / "model", "qwen3", num_hidden_layers=3, **WIDE))
     task, scores = masking_task(checkpoint, dtype="bfloat16"), LoraGradients.scores
@@ -163,7 +163,7 @@ def test_memory_of_scores(monkeypatch, tmp_path, ranks, whole):
     last, _ = train(tmp_path / "run", ranks, replace(task, total_steps=1))
     sizes = [checkpoint.tensors[name].shape for name in scored_weights(task)]
     expected = max(4 * 3 * (outputs * inputs + task.settings.rank * (outputs + inputs)) for outputs, inputs in sizes)
-    # The optimizer's shards of LoRA and of its gradient are read, and so counted although they were there before.
+    # The optimizer's shards of LoRA and of its gradient are read, and so counted, although they existed before.
     expected += 2 * 4 * sum(it.numel() for it in last.weights.values()) / ranks
     if not whole:  # a layer at a time is gathered: the middle one is the largest; its shards were there before, too
         middle = (checkpoint.tensors[name].numel for name in scored_weights(task) if ".layers.1." in name)

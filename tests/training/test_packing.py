@@ -34,7 +34,7 @@ def task_of(folder):
 
 
 def model_in(folder, layers):
-    """A folder with a tiny model whose layers are alike, or differ as this version, or an earlier one, writes it."""
+    """Return a folder with a tiny model whose layers are alike, or differ as this or an earlier version writes it."""
     dense = save_tiny(folder / "dense", "llama", num_hidden_layers=2)
     if layers == "alike":
         return dense

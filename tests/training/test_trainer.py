@@ -1,4 +1,4 @@
-"""The loss of recovery is a mean over all tokens of a step, whatever a model's class does on its own."""
+"""The loss of recovery is a mean over all tokens of a step, whatever a model's class does by itself."""
 
 from dataclasses import replace
 
@@ -15,8 +15,8 @@ from hfprune_dist.models.loading import load_causal_lm
 ROWS, TOKENS = 3, 24
 
 
-# Left to themselves, qwens would take the mean of each micro-batch, which is NaN without a label, and mixtral would add
-# the load balance of its experts.
+# By themselves, Qwen models would take each micro-batch's mean, which is NaN without a label, and Mixtral would add its
+# experts' load-balancing loss.
 @pytest.mark.parametrize(
     ("model_type", "changes"),
     [

@@ -1,4 +1,4 @@
-"""Units that are masked in a model: what it computes then, and which they are."""
+"""Units that are masked in a model: what it computes then, and which units they are."""
 
 import tempfile
 from pathlib import Path
@@ -19,7 +19,7 @@ from hfprune_dist.training.unit_masks import UnitMasks
 
 
 def state_of(checkpoint, kept):
-    """What a snapshot has where this is what stays."""
+    """Return what a snapshot contains if these units stay."""
     state = {}
     for kind, rows in kept.units.items():
         for layer, row in enumerate(rows):

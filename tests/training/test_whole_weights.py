@@ -1,4 +1,4 @@
-"""Frozen weights whole on every rank or sharded over all: the same bits, and how much is gathered for them."""
+"""Frozen weights, whole on every rank or sharded over all: the same bits, and how much is gathered for them."""
 
 import pytest
 import torch
@@ -48,11 +48,11 @@ def test_all_learn_the_same_bits_and_gather_what_their_formulas_say(monkeypatch,
     lora = sum(it.numel() for it in expected.weights.values()) * compute.itemsize
     frozen = sum(it.numel for it in checkpoint.tensors.values() if it.numel > SMALL_PARAMETER) * compute.itemsize
     shared = ranks > 1  # one rank alone has everything
-    # Whole: nothing for a micro-batch, nothing frozen at all. LoRA's weights while DeepSpeed sets up its hooks, for the
-    # first step and after each step.
+    # Whole: nothing for a micro-batch, and nothing frozen at all. LoRA's weights while DeepSpeed sets up its hooks, for
+    # the first step and after each step.
     for name in counts.keys() & {"whole-plain", "whole-checkpointed"}:
         assert counts[name] == [lora * (1 + (1 + step) * shared) for step in range(1, STEPS + 1)]
-    # Sharded: all for each micro-batch. A model this small then stays gathered until its backward is over.
+    # Sharded: everything for each micro-batch. A model this small then stays gathered until its backward is over.
     later, micro_batches = counts["sharded-plain"][2] - counts["sharded-plain"][1], ROWS // ranks
     assert later // frozen == micro_batches * shared
     assert later % frozen <= 2 * micro_batches * lora

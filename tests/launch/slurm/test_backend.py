@@ -568,7 +568,7 @@ def test_cancel_finds_what_is_outside_the_plan_unlisted_or_without_an_id(fake, s
 
 
 def test_a_thousand_cells(fake, store, tmp_path, monkeypatch):
-    """Polled with one squeue call per round."""
+    """Polling takes one squeue call per round."""
     ratios = [round(0.05 + number * 0.0001, 4) for number in range(1000)]
     config_file = make_inputs(tmp_path)
     config = load_config(
