@@ -30,7 +30,7 @@ def command(tmp_path_factory):
     config = make_inputs(folder)
     shutil.rmtree(folder / "alpha")
     save_tiny(folder / "alpha", num_hidden_layers=LAYERS, num_attention_heads=2 * GROUPS, num_key_value_heads=GROUPS)
-    for block in ("self_attn.o_proj", "mlp.down_proj"):  # which can go unnoticed
+    for block in ("self_attn.o_proj", "mlp.down_proj"):  # so that the layer isn't missed
         silence(folder / "alpha" / "model.safetensors", f"layers.2.{block}.weight", by=0.01)
     (folder / "plain.yaml").write_text(yaml.safe_dump(PLAIN))
     methods = f"hfprune,{folder / 'plain.yaml'}"

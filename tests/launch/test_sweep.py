@@ -164,7 +164,7 @@ def test_the_adapter_loads_with_its_base_and_gives_the_merged_model(finished, mo
 
 
 def test_a_model_of_any_shape_is_recovered_and_evaluated(config, tmp_path):
-    """Its layers differ in heads and widths even before it is scored for the second of two rounds; it is calibrated
+    """Its layers differ in heads and widths already when it is scored for the second of two rounds; it is calibrated
     on two texts and compared on two.
     """
     settings = ["recovery.max_steps=1", "runtime.ranks=1", "prune.refit=dense", "calibration.samples=4"]

@@ -1,4 +1,4 @@
-"""The distill stage on real ranks: it brings a pruned model closer to the dense one, on any number, after any kill."""
+"""The distill stage: it brings a pruned model closer to the dense one, on any number of real ranks, after any kill."""
 
 import json
 import shutil

@@ -83,7 +83,7 @@ def test_real_ranks_write_a_checkpoint_that_plain_transformers_loads(tmp_path, r
 
 
 def assert_gates_moved(store, stage, folder):
-    """Check that they did in some layer: otherwise only least squares on the down projection was at work."""
+    """Check that some layer's gates moved: otherwise only least squares on the down projection was at work."""
     kept = json.loads((store.path(stage.id) / "kept.json").read_text())["neurons"]
     dense, pruned = (
         AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).model.layers

@@ -1,5 +1,5 @@
-"""The prune stage on mixtures of experts: the same number of neurons of every expert, or of experts of every group,
-namely those that score highest.
+"""The prune stage on mixtures of experts: it keeps the same number of neurons in every expert, or of experts in every
+group, those that score highest.
 """
 
 import json

@@ -165,7 +165,7 @@ def layers_of(name):
 
 @pytest.mark.parametrize(("variant", "refit", "rounds"), [("llama", "block", 1), ("mistral", "layerwise", 2)])
 def test_the_number_of_layers_is_that_of_the_closest_finalist(tmp_path, monkeypatch, variant, refit, rounds):
-    """What is written is a finalist if it is neither searched any further nor refitted again."""
+    """Without any further search or a new refit, what is written is a finalist."""
     monkeypatch.setattr(finals, "HOPELESS", 1e6)
     fit, fitted = finals.Finals._fitted, {}
 

@@ -44,7 +44,7 @@ class Interrupting(Interruption):
 
 @pytest.fixture
 def worked(tmp_path, monkeypatch):
-    """Log a line for each layer that the first rank took candidates through, and for each that was fitted."""
+    """Return a function that lists the layers that the first rank took candidates through, and those fitted."""
     file = tmp_path / "log"
 
     def log(owner, name, line_of):

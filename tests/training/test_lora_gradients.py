@@ -42,7 +42,7 @@ def masks_of(task, snapshot):
 
 
 def expected_scores(task, snapshot, step):
-    """Return the scores of the step after a snapshot, by autograd in one process, as the paper's code writes it."""
+    """Return the scores of the step after a snapshot, by autograd in one process, computed as in the paper's code."""
     settings, family = task.settings, task.checkpoint.family
     model = AutoModelForCausalLM.from_pretrained(task.checkpoint.path, dtype=torch.float64)
     adapter = LoraConfig(r=settings.rank, lora_alpha=settings.alpha, target_modules=lora_targets(family))
@@ -126,8 +126,8 @@ def test_sharded_weights_and_any_snapshot_lead_to_the_same_bits(monkeypatch, tmp
                 assert torch.equal(tensor, getattr(snapshot, part)[key]), (name, key)
     assert masks_of(task, expected).kept().shape == task.masked_to
     # Gathered per step with whole weights: LoRA's after it, and with their moments for the snapshot before it; for
-    # scores, LoRA's of the scored weights, with their gradients. With sharded weights, the scored ones as well, and all
-    # of them for each micro-batch.
+    # scores, LoRA's of the scored weights, with their gradients. With sharded weights, the scored weights as well, and
+    # all weights for each micro-batch.
     lora = 4 * sum(it.numel() for it in expected.weights.values())
     scored = 4 * sum(it.numel() for it in lora_of(task, expected))
     steps = {name: of_steps[2] - of_steps[1] for name, of_steps in counts.items()}

@@ -102,7 +102,7 @@ def test_a_total_is_the_sum_of_what_is_known(models):
 
 
 def test_whole_weights_save_what_gathers_take(models):
-    """For training that is nearly all: a row's gathers and their starts take longer than its products."""
+    """That is nearly all of training's time: a row's gathers and their starts take longer than its products."""
 
     def recovery(**overrides):
         hours = hours_of([models["llama-2-7b"]], ["hfprune"], profile_of(**H100), **overrides)

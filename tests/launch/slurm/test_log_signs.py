@@ -202,7 +202,7 @@ def test_what_the_user_must_mend_is_not_tried_again():
 
 @pytest.mark.parametrize("lost", [CLOSED, RESET, LATE, NO_MASTER, NOT_ALL, "DistNetworkError: Broken pipe"])
 def test_a_rank_that_lost_another_one_does_not_hide_it(end_of, lost):
-    """Nodes' clocks differ, so the last words of the rank that really failed may appear to be written last."""
+    """Nodes' clocks differ, and the last words of the rank that really failed may be written last."""
     end = end_of(
         DIED.format(how="Exited with exit code 1", then="Terminated"), {0: lost, 1: "ValueError: we are wrong"}
     )
