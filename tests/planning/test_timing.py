@@ -86,7 +86,7 @@ def test_what_ranks_share_is_divided_and_what_they_repeat_is_not(share, float32,
 
 @pytest.mark.parametrize("lora", [False, True])
 def test_modules_of_a_layer_are_counted_as_a_model_calls_them(lora):
-    """A model calls modules with weights and dropouts; of these, ZeRO-3 gathers those with weights."""
+    """A model calls modules with weights, and dropouts; of these, ZeRO-3 gathers those with weights."""
     model = tiny_model("llama")
     if lora:
         targets = lora_targets(FAMILIES["llama"])

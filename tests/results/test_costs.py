@@ -120,7 +120,7 @@ def test_attempts_that_failed_are_wasted(sweep):
 
 
 def test_what_is_not_known_has_no_cost(sweep):
-    """A missing artifact has no cost at all; without the model's configuration, only the device's time is known."""
+    """Nothing is known of a missing artifact; without the model's configuration, only the device's time is known."""
     plan, store = sweep
     importance = next(iter(plan.stages.values()))
     (store.root.parent / "model" / "config.json").unlink()

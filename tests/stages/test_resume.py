@@ -134,7 +134,7 @@ def test_damaged_scores_of_a_layer_are_made_again(calibrated, tmp_path, logged):
 
 
 def prepare(folder, kind="prune", **method):
-    """Prepare a stage; of its three held-out micro-batches, two ranks have different numbers."""
+    """Prepare a stage; of its three held-out micro-batches, two ranks get different numbers."""
     store = Store(folder / "store")
     draft = store.open_draft(IMPORTANCE.id)
     generator = torch.Generator().manual_seed(0)

@@ -13,7 +13,7 @@ from hfprune_dist.structures.units import LAYER_SIZES, PER_LAYER, Block, Owned
 
 @pytest.fixture(params=["neurons", "pairs"])
 def channels(request, monkeypatch):
-    """The number of channels of what down_proj reads that make up a unit."""
+    """Return how many of the channels that down_proj reads make up a unit."""
     if request.param == "neurons":
         return 1
     prune_pairs(monkeypatch)
