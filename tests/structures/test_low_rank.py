@@ -1,4 +1,4 @@
-"""Low-rank projections as config.json and tensors tell of them."""
+"""Low-rank projections as recorded in config.json and tensors."""
 
 import pytest
 

@@ -106,7 +106,7 @@ def test_any_of_the_logs_may_say_it(store, attempt, telling):
 
 @pytest.mark.parametrize("starts_again", [False, True])
 def test_ranks_that_did_not_start_again_say_nothing_of_the_last_end(store, attempt, starts_again):
-    """The batch script says first that a job starts; a failing line of setup ends it before its ranks do."""
+    """The batch script logs first that a job starts; a failing line of setup ends the job before its ranks log it."""
     started(attempt)
     script, rank = (attempt.folder / f"7_{name}_log.err" for name in ("0", "1"))
     rank.write_text(f"{START} 0\nRuntimeError: CUDA out of memory\n")

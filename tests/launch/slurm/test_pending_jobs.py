@@ -1,4 +1,4 @@
-"""Which waiting jobs are told of, when, and which are given up."""
+"""Reports about waiting jobs: which jobs are named, when, and which are given up."""
 
 import pytest
 from hfprune_launch.slurm.commands import JobInfo
@@ -10,14 +10,14 @@ def waiting(reason, job_id="7", state="PENDING"):
 
 
 class Watched:
-    """Pending jobs with a clock that is set by hand, and what they told."""
+    """Pending jobs with a clock that is set by hand, and the messages about them."""
 
     def __init__(self):
         self.told, self.now = [], 1000.0
         self.jobs = PendingJobs(self.told.append, lambda: self.now)
 
     def note_at(self, seconds, *jobs):
-        """What was told of these jobs so many seconds after the beginning."""
+        """Return the messages about these jobs at so many seconds after the beginning."""
         self.now, before = 1000.0 + seconds, len(self.told)
         self.jobs.note(jobs)
         return self.told[before:]

@@ -1,4 +1,4 @@
-"""Which slot a new job joins, and behind which job."""
+"""The slot that a new job joins, and the job that it follows there."""
 
 from dataclasses import dataclass
 from types import SimpleNamespace
