@@ -19,11 +19,12 @@ from hfprune_dist.errors import UserError
 DEFINITION = re.compile(r"^(task|group|tag):[ \t]*[\"']?([^\s\"'#]+)[\"']?[ \t]*$", re.MULTILINE)
 # The default output type of a task; see ``lm_eval.config.task.TaskConfig``.
 GENERATES = "generate_until"
-# Keys of tasks that lm-eval refuses to evaluate without more than a language model, and what they need.
-_UNSUITED = {
-    "unsafe_code": "runs code that the model writes",
-    "doc_to_image": "shows images to the model",
-    "doc_to_audio": "plays sounds to the model",
+# Keys of tasks that lm-eval refuses to evaluate without more than a language model, what they need, and the values
+# with which they don't.
+_UNSUITED: dict[str, tuple[str, tuple[Any, ...]]] = {
+    "unsafe_code": ("runs code that the model writes", (False,)),
+    "doc_to_image": ("shows images to the model", (None,)),
+    "doc_to_audio": ("plays sounds to the model", (None, False, "")),
 }
 
 
@@ -94,8 +95,9 @@ def refuse_unsuited(tasks: Sequence[str], known: Mapping[str, Definition]) -> No
     for task in tasks:
         for definition in _tasks_of(task, known):
             content = _content_of(definition) or {}
-            if needs := next((told for key, told in _UNSUITED.items() if content.get(key, False) is not False), None):
-                raise UserError(f"evaluation.tasks: {task!r} ({definition.file}) {needs}, which isn't done here")
+            for key, (needs, without) in _UNSUITED.items():
+                if key in content and content[key] not in without:
+                    raise UserError(f"evaluation.tasks: {task!r} ({definition.file}) {needs}, which isn't done here")
 
 
 def refuse_renamed(tasks: Sequence[str], known: Mapping[str, Definition]) -> None:
@@ -233,7 +235,7 @@ def _name_of(member: Any) -> str:
 
 
 class _TaskYaml(yaml.SafeLoader):
-    """YAML loader that accepts lm-eval's ``!function module.name`` tags without importing anything."""
+    """YAML loader that keeps lm-eval's ``!function module.name`` as text, without importing anything."""
 
 
-_TaskYaml.add_multi_constructor("!function", lambda loader, suffix, node: None)
+_TaskYaml.add_multi_constructor("!function", lambda loader, suffix, node: f"!function {node.value}")

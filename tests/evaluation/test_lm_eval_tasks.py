@@ -76,6 +76,17 @@ def test_tasks_that_lm_eval_would_refuse_later_are_refused_at_once(no_full_index
         check_tasks(["arc_easy", task], None)
 
 
+def test_a_task_that_leaves_out_the_images_of_one_that_it_includes_is_evaluated(own, no_full_index):
+    """As by lm-eval, which takes ``doc_to_image: null`` as without images, but ``unsafe_code: null`` as with code."""
+    (own / "base").write_text("doc_to_image: picture\ndoc_to_audio: sound\nunsafe_code: true\n")
+    settings = "include: base\ntask: my_text\ndoc_to_image: null\ndoc_to_audio: null\nunsafe_code: "
+    (own / "text.yaml").write_text(f"{settings}false\n")
+    check_tasks(["my_text"], own)
+    (own / "text.yaml").write_text(f"{settings}null\n")
+    with pytest.raises(UserError, match=r"'my_text' \(.* runs code"):
+        check_tasks(["my_text"], own)
+
+
 def test_unknown_names_are_listed_with_close_ones(own, monkeypatch):
     monkeypatch.setattr(evaluation, "_open_index", lambda folders, include_path: Index)
     (own / "broken.yaml").write_text("task: [")
