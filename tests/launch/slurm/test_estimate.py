@@ -18,6 +18,15 @@ from hfprune_dist.store.artifacts import Store
 
 STRUCTURES = ("neurons", "kv_groups", "layers")
 GPUS = "tasks_per_node: 2\ngpus_per_node: 2\n"
+LLAMA_7B = dimensions_of(
+    {
+        "hidden_size": 4096,
+        "intermediate_size": 11008,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "vocab_size": 32000,
+    }
+)
 
 
 @pytest.fixture(scope="module")
@@ -120,9 +129,18 @@ def test_no_more_windows_are_counted_than_run_at_once(inputs, tmp_path):
 
 
 def test_windows_of_text_are_never_batched_and_requests_of_tasks_are_not_taken_to_be_as_long():
-    assert Evaluate.of(8, 512, 2) == Evaluate(8, 512, 2) and Evaluate.of(8, 1024, 2) == Evaluate(8, 1024, 2)
-    assert Evaluate.of(4, 8192, 2) == Evaluate(1, 8192, 2) and Evaluate.of(16, 8192, 2) == Evaluate(16, 1024, 2)
-    assert Evaluate.of(0, 512, 2) == Evaluate.of(1, 512, 2) == Evaluate(1, 512, 2)
+    def tokens(job):
+        one, none = (Evaluate(number, 1).memory(LLAMA_7B, 1).activations for number in (1, 0))
+        return (job.memory(LLAMA_7B, 1).activations - none) / (one - none)
+
+    assert tokens(Evaluate.of(8, 512, 2)) == 8 * 512 and tokens(Evaluate.of(8, 1024, 2)) == 8 * 1024
+    assert tokens(Evaluate.of(4, 8192, 2)) == 8192 and tokens(Evaluate.of(16, 8192, 2)) == 16 * 1024
+    assert tokens(Evaluate.of(0, 512, 2)) == tokens(Evaluate.of(1, 512, 2)) == 512
+
+
+def test_a_smaller_batch_is_not_suggested_where_windows_of_text_do_not_fit():
+    assert Evaluate.of(64, 32768, 2).resized(4).memory(LLAMA_7B, 1) == Evaluate.of(0, 32768, 2).memory(LLAMA_7B, 1)
+    assert Evaluate.of(1, 2048, 2).resized(4).memory(LLAMA_7B, 1) == Evaluate.of(4, 2048, 2).memory(LLAMA_7B, 1)
 
 
 def test_two_models_that_are_timed_in_turn_must_fit_one_gpu(inputs, tmp_path):
