@@ -15,7 +15,7 @@ another recovery of the same pruned model, a recovered checkpoint that was delet
 rounds. Scores of calibration passes stay, so another ratio costs as much as before otherwise. An adapter in
 checkpoints/ no longer names a base that was removed.
 
-exit codes: 0 done; 2 a stage of the sweep is running, or bad input
+exit codes: 0 done; 2 a stage of the sweep is running, something can't be removed, or bad input
 """
 
 from __future__ import annotations

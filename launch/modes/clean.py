@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from hfprune_launch.modes.past_attempts import past_attempts
@@ -25,7 +25,8 @@ def clean(out: Path, *, intermediates: bool, dry_run: bool) -> None:
         intermediates: also remove the checkpoints that finished rows have been recovered from.
 
     Raises:
-        UserError: if the folder is not a sweep's, or one of its stages is running.
+        UserError: if the folder is not a sweep's, or one of its stages is running; once all else is removed, for what
+            can't be, such as another user's.
     """
     sweep, store = read_sweep(out, past_attempts(out)), Store(out / "store")
     _refuse_while_needed(store)
@@ -33,16 +34,28 @@ def clean(out: Path, *, intermediates: bool, dry_run: bool) -> None:
     found = list(unused(store, {*as_made(sweep.plan, store).stages, *linked}))
     if intermediates:
         found += _intermediates(sweep, store, linked)
-    console = make_console()
-    for leftover in found:
-        if not dry_run:
-            leftover.remove()
+    console, total = make_console(), 0
+    staying: list[str] = []
+    for leftover in found if dry_run else _removed(found, staying):
         say(console, f"{leftover.size_bytes:>15,} bytes  {leftover.path}: {leftover.reason}")
-    total = sum(leftover.size_bytes for leftover in found)
+        total += leftover.size_bytes
     say(console, f"{total:>15,} bytes {'would be removed' if dry_run else 'removed'}")
     if not dry_run:
         for remark in sweep.record.write_checkpoints(out).remarks:
             say(console, f"note: {remark}")
+    if staying:
+        raise UserError("\n".join(staying))
+
+
+def _removed(found: Iterable[Leftover], staying: list[str]) -> Iterator[Leftover]:
+    """Remove leftovers and yield those that are gone; add to ``staying`` why others aren't."""
+    for leftover in found:
+        try:
+            leftover.remove()
+        except UserError as error:
+            staying.append(str(error))
+        else:
+            yield leftover
 
 
 def _refuse_while_needed(store: Store) -> None:

@@ -10,6 +10,7 @@ from hfprune_launch import clean, report, sweep
 from hfprune_launch.sweep_folder import Record, read_record, write_record
 from sweeps import in_process, make_inputs, planned
 
+from hfprune_dist.store import leftovers
 from hfprune_dist.store.artifacts import Store
 
 UNKNOWN = "0" * 20  # no stage's fingerprint
@@ -122,16 +123,15 @@ def test_the_pass_that_a_row_was_made_from_stays(config, out):
 
 
 def test_what_cannot_be_removed_does_not_count_as_removed(out, monkeypatch):
-    """An example is another user's folder."""
-    folder = out / "store" / "quarantine" / "theirs"
-    folder.mkdir(parents=True)
-    monkeypatch.setattr(os, "rmdir", refuse)
+    """Such as another user's folder; all others are removed."""
+    theirs, ours = (out / "store" / "quarantine" / name for name in ("another's", "ours"))
+    for folder in (theirs, ours):
+        folder.mkdir(parents=True)
+    remove = leftovers.shutil.rmtree
+    monkeypatch.setattr(leftovers.shutil, "rmtree", lambda path, **how: path == theirs or remove(path, **how))
     code, shown, said = in_process(clean.main, out)
-    assert code == 2 and f"{folder}: part of it can't be removed" in said and "theirs" not in shown
-
-
-def refuse(*_, **__):
-    raise PermissionError(1, "Operation not permitted")
+    assert code == 2 and f"{theirs}: part of it can't be removed" in said and str(theirs) not in shown
+    assert str(ours) in shown and not ours.exists() and "bytes removed" in shown
 
 
 def test_what_a_missing_row_needs_stays(config, out):
