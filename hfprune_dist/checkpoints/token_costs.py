@@ -130,6 +130,7 @@ def _channels_of(checkpoint: Checkpoint, shapes: Mapping[str, Sequence[int]]) ->
     _, key, value, output = (linear_modules(name, checkpoint.ranks) for name in family.attention_modules)
     if f"{key[-1]}.weight" not in shapes:
         return 0, 0, 0
-    keys, values = (shapes[f"{linears[-1]}.weight"][0] for linears in (key, value))
+    keys = shapes[f"{key[-1]}.weight"][0]
+    values = shapes.get(f"{value[-1]}.weight", (keys,))[0]  # without a projection, keys are values too
     summed = shapes[f"{output[0]}.weight"][1]
     return summed * keys // values, summed, keys + values

@@ -75,6 +75,14 @@ def check(checkpoint, batch_size, tokens):
     assert costs.parameters_without_embeddings == costs.parameters - sum(tables.values())
 
 
+def check_a_prompt(checkpoint, batch_size, tokens):
+    costs, model = TokenCosts.of(checkpoint), load_causal_lm(checkpoint.path, torch.float32)
+    flops, cache = counted_flops(model, torch.randint(64, (batch_size, tokens)))
+    assert flops == batch_size * tokens * costs.flops(tokens)
+    held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+    assert held == batch_size * tokens * costs.cache_bytes(torch.float32.itemsize)
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_dense_models_of_every_family(tmp_path, variant):
     check(open_checkpoint(save_tiny(tmp_path / "dense", variant)), batch_size=2, tokens=7)
@@ -105,12 +113,15 @@ def test_attention_of_low_rank(tmp_path, variant):
 
 def test_latent_attention_has_queries_and_values_of_sizes_of_their_own(tmp_path):
     checkpoint = open_checkpoint(save_model(tmp_path, "youtu"))
-    costs, model = TokenCosts.of(checkpoint), load_causal_lm(checkpoint.path, torch.float32)
+    costs = TokenCosts.of(checkpoint)
     assert (costs.query_channels, costs.value_channels) == (3 * 4 * (8 + 8), 3 * 4 * 8)
-    flops, cache = counted_flops(model, torch.randint(64, (2, 7)))
-    assert flops == 2 * 7 * costs.flops(7)
-    held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
-    assert held == 2 * 7 * costs.cache_bytes(torch.float32.itemsize)
+    check_a_prompt(checkpoint, batch_size=2, tokens=7)
+
+
+def test_keys_are_values_too_in_layers_without_a_projection_of_values(tmp_path):
+    checkpoint = open_checkpoint(save_model(tmp_path, "gemma4_text", attention_k_eq_v=True))
+    assert sum(name.endswith("v_proj.weight") for name in checkpoint.tensors) == 1 < checkpoint.num_layers
+    check_a_prompt(checkpoint, batch_size=2, tokens=3)
 
 
 @pytest.mark.parametrize(
