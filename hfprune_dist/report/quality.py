@@ -48,7 +48,8 @@ class Scale:
 
 FLOORS = "Thin dots across: what always choosing the same answer gets."
 # Of values that are all alike, as those of dense models, plotly.js would show the axis to 200 %; marks need some room.
-PERCENT = {"tickformat": ".3~p", "autorangeoptions": {"clipmin": -0.05, "clipmax": 1.05}}
+OF_SHARES = "autorangeoptions"
+PERCENT = {"tickformat": ".3~p", OF_SHARES: {"clipmin": -0.05, "clipmax": 1.05}}
 LOG = {"type": "log", "exponentformat": "none"}
 SIZE = Scale("parameters", lambda row: row["parameters"], {"tickformat": ".4~s"})
 SPEED = Scale("decoding speed, dense = 1", lambda row: row["decode_speed"], {"tickformat": ".3~g"})
@@ -156,11 +157,14 @@ def _figure(evidence: Evidence, model: str, measure: Measure, scale: Scale) -> F
             trace = _points(key, of_key, measure, scale)
             traces.append((trace if method else _across(trace, known, scale)) | _marks(key))
     traces += _floors(known, measure, scale)
-    return Figure(f"{model}: {measure.title}", model, traces, _layout(measure, scale))
+    return Figure(f"{model}: {measure.title}", model, traces, _layout(known, measure, scale))
 
 
-def _layout(measure: Measure, scale: Scale) -> dict[str, Any]:
-    return {"xaxis": axis(scale.title, **scale.axis), "yaxis": dict(measure.axis)}
+def _layout(rows: Sequence[Row], measure: Measure, scale: Scale) -> dict[str, Any]:
+    along = dict(measure.axis)
+    if any(value > 1 for row in rows if (value := measure.value(row)) is not None):
+        along.pop(OF_SHARES, None)  # which would leave out scores that a task reports in percent
+    return {"xaxis": axis(scale.title, **scale.axis), "yaxis": along}
 
 
 def _floors(rows: Sequence[Row], measure: Measure, scale: Scale) -> list[Trace]:

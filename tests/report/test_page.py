@@ -125,6 +125,15 @@ def test_tasks_show_what_a_constant_answer_gets(tmp_path):
     assert sorted(floors) == [[0.333] * 2, [0.517] * 2], "once in each panel, and none where it is not known"
 
 
+def test_scores_that_a_task_reports_in_percent_are_not_cut_off(tmp_path):
+    """As f1 of lm-eval's scrolls_qasper: only shares have an axis of possible shares."""
+    sweep = DrawnSweep(tmp_path, tasks=("piqa", "scrolls"))
+    rows = [dict(row, tasks={**row["tasks"], "scrolls": {"f1": 61.2}}) for row in sweep.evidence().rows]
+    (tasks,) = [it for it in quality_charts(collect(tmp_path, sweep.plan, rows, lambda _: (), 0.0)) if it.id == "tasks"]
+    limits = {it.title: "autorangeoptions" in it.layout["yaxis"] for it in tasks.figures}
+    assert limits == {"m: piqa": True, "m: scrolls": False}
+
+
 def _flat(values):
     return [value for value in values if isinstance(value, float)]
 
