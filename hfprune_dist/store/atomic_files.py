@@ -114,9 +114,18 @@ def publish(draft: Path, file: Path) -> None:
 
 def usual_mode() -> int:
     """The mode of new files: readable and writable, minus the bits in the umask."""
-    mask = os.umask(0)  # it can't be read without being set
+    return 0o666 & ~_umask()
+
+
+def _umask(status: Path = Path("/proc/self/status")) -> int:
+    """The umask of this process. Without Linux's file on it, it has to be set for a moment, which threads notice."""
+    lines = status.read_text().splitlines() if status.is_file() else []
+    for line in lines:
+        if line.startswith("Umask:"):
+            return int(line.split()[1], 8)
+    mask = os.umask(0o077)
     os.umask(mask)
-    return 0o666 & ~mask
+    return mask
 
 
 def set_aside(file: Path, reason: str) -> None:
