@@ -21,14 +21,14 @@ def with_earlier_rows(today: Plan, earlier: Plan) -> Plan:
         return today
     needed = {stage_id: earlier.stages[stage_id] for cell in kept for stage_id in earlier.upstream(cell)}
     stages = {**today.stages, **{stage_id: stage for stage_id, stage in needed.items() if stage_id not in today.stages}}
-    cells = [*today.cells, *_relabelled(kept, today)]
+    cells = _relabelled([*today.cells, *kept])
     return replace(today, stages=stages, cells=tuple(_in_order(cells, [*earlier.cells, *today.cells])))
 
 
 def kept_rows(today: Plan, folder: Plan) -> list[Cell]:
     """Return the rows of a folder that are not in today's plan."""
-    planned = set(today.cells)
-    return [cell for cell in folder.cells if cell not in planned]
+    planned = {cell.evaluate for cell in today.cells}
+    return [cell for cell in folder.cells if cell.evaluate not in planned]
 
 
 def without_rows(plan: Plan, labels: Iterable[str]) -> Plan:
@@ -49,11 +49,11 @@ def scale_of(stage: Stage) -> object:
     return stage.version, stage.params.to_json(), inputs
 
 
-def _relabelled(kept: list[Cell], today: Plan) -> list[Cell]:
+def _relabelled(cells: list[Cell]) -> list[Cell]:
     """Add each row's method to its label if there are several methods."""
-    if len({cell.method for cell in (*kept, *today.cells)} - {None}) < 2:
-        return kept
-    return [replace(cell, label=label_of(cell.model, cell.ratio, cell.method, cell.recovery)) for cell in kept]
+    if len({cell.method for cell in cells} - {None}) < 2:
+        return cells
+    return [replace(cell, label=label_of(cell.model, cell.ratio, cell.method, cell.recovery)) for cell in cells]
 
 
 def _in_order(cells: list[Cell], seen: list[Cell]) -> list[Cell]:

@@ -140,7 +140,7 @@ def test_rows_of_other_ratios_models_and_methods_stay(config, tmp_path):
     assert labels(out)[2:5] == [
         "alpha 0.1 surgeon-uniform-block + lora",
         "alpha 0.2 surgeon-uniform-block + lora",
-        "alpha 0.2 + lora",
+        "alpha 0.2 hfprune + lora",
     ]
     assert len(set(labels(out))) == len(labels(out)) == 8
     again = labels(out)
