@@ -107,6 +107,22 @@ class Arrived:
         self._weights = None
 
 
+class PlainLanes:
+    """``Lanes`` to a device on which every copy is waited for."""
+
+    def __init__(self, device):
+        self._device = device
+
+    def to_device(self, tensor):
+        return Arrived(tensor.to(self._device))
+
+    def to_host(self, tensor):
+        return Arrived(tensor.cpu())
+
+    def weights(self, reader, number):
+        return Arrived(reader.weights(number, lambda tensor, dtype: tensor.to(self._device, dtype)))
+
+
 @contextmanager
 def lanes() -> Iterator[list[FakeLanes]]:
     """Let all passes use fake lanes, and yield those that are made."""

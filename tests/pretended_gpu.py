@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from lanes import Arrived
+from lanes import PlainLanes
 from torch import Tensor
 from torch.autograd import Variable
 from torch.overrides import TorchFunctionMode
@@ -145,25 +145,12 @@ class _Calls(TorchFunctionMode):
         return away
 
 
-class _Lanes:
-    """``Lanes`` on which every copy is waited for."""
-
-    def to_device(self, tensor):
-        return Arrived(tensor.to(GPU))
-
-    def to_host(self, tensor):
-        return Arrived(tensor.cpu())
-
-    def weights(self, reader, number):
-        return Arrived(reader.weights(number, lambda tensor, dtype: tensor.to(GPU, dtype)))
-
-
 @contextmanager
 def pretended_gpu() -> Iterator[None]:
     """Within the context, tensors may be moved to ``GPU``; mixing them with others raises ``MixedError``."""
     places = _Places()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(host_transfers, "lanes_of", lambda device: _Lanes() if device.type == "cuda" else None)
+        patch.setattr(host_transfers, "lanes_of", lambda device: PlainLanes(device) if device.type == "cuda" else None)
         patch.setattr(torch.cuda, "get_device_capability", lambda _device=None: (7, 0))
         with _Calls(places), _Operations(places):
             yield

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from lanes import Arrived
+from lanes import PlainLanes
 from ranks import SoloWorld
 from refitting import checkpoint_in, refit, some_kept, weights_in, windows_of
 
@@ -84,19 +84,6 @@ def test_refits_have_the_bits_of_plain_copies(tmp_path, method, monkeypatch):
     options = {"world": SoloWorld(device=GPU), "windows_ST": windows_of(31, tokens=64), "dtype": torch.bfloat16}
     refit(method, checkpoint, kept, tmp_path / "ahead", **options)
     with monkeypatch.context() as patch:
-        patch.setattr(host_transfers, "lanes_of", lambda _device: Plain())
+        patch.setattr(host_transfers, "lanes_of", PlainLanes)
         refit(method, checkpoint, kept, tmp_path / "plain", **options)
     assert weights_in(tmp_path / "ahead") == weights_in(tmp_path / "plain")
-
-
-class Plain:
-    """``Lanes`` on which every copy is waited for."""
-
-    def to_device(self, tensor):
-        return Arrived(tensor.to(GPU))
-
-    def to_host(self, tensor):
-        return Arrived(tensor.cpu())
-
-    def weights(self, reader, number):
-        return Arrived(reader.weights(number, lambda tensor, dtype: tensor.to(GPU, dtype)))

@@ -459,6 +459,15 @@ def test_why_jobs_wait_is_said_once(fake, store):
     assert fake.calls("scancel") == [], "who holds a job means it"
 
 
+def told_of_waiting(fake, store, state, reason):
+    """What is told once the only job waits in a state, for a reason."""
+    backend = make_backend(store)
+    backend.start()
+    fake.set_state("101", state, nodes="", reason=reason)
+    backend.step_after(1)
+    return [event.message for event in backend.told if event.what == "waiting"]
+
+
 @pytest.mark.parametrize(
     ("reason", "said"),
     [
@@ -469,11 +478,7 @@ def test_why_jobs_wait_is_said_once(fake, store):
     ],
 )
 def test_a_reason_is_said_without_its_nodes_but_else_whole(fake, store, reason, said):
-    backend = make_backend(store)
-    backend.start()
-    fake.set_state("101", "PENDING", nodes="", reason=reason)
-    backend.step_after(1)
-    assert [event.message for event in backend.told if event.what == "waiting"] == [f"1 job can't start: {said} (101)"]
+    assert told_of_waiting(fake, store, "PENDING", reason) == [f"1 job can't start: {said} (101)"]
 
 
 @pytest.mark.parametrize(
@@ -485,11 +490,7 @@ def test_a_reason_is_said_without_its_nodes_but_else_whole(fake, store, reason, 
     ],
 )
 def test_why_slurm_holds_a_job_is_said(fake, store, state, reason):
-    backend = make_backend(store)
-    backend.start()
-    fake.set_state("101", state, nodes="", reason=reason)
-    backend.step_after(1)
-    (told,) = [event.message for event in backend.told if event.what == "waiting"]
+    (told,) = told_of_waiting(fake, store, state, reason)
     assert reason in told and ("scontrol release" in told) == ("requeued" in reason)
     assert fake.calls("scancel") == []
 
