@@ -7,7 +7,6 @@ import json
 import os
 import subprocess
 import sys
-import tempfile
 from collections.abc import Mapping
 from typing import Any
 
@@ -28,12 +27,12 @@ def call(function: str, arguments: Mapping[str, Any], environment: Mapping[str, 
     Raises:
         UserError: if the process fails, with the end of its error output.
     """
-    with tempfile.TemporaryDirectory() as scratch:
-        torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", f"--log-dir={scratch}"]
-        command = [sys.executable, *(torchrun if ranks > 1 else []), __file__, function, json.dumps(arguments)]
-        result = subprocess.run(
-            command, env={**os.environ, **QUIET, **environment}, capture_output=True, text=True, check=False
-        )
+    # torchrun would leave a folder for its own files behind.
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", f"--log-dir={os.devnull}"]
+    command = [sys.executable, *(torchrun if ranks > 1 else []), __file__, function, json.dumps(arguments)]
+    result = subprocess.run(
+        command, env={**os.environ, **QUIET, **environment}, capture_output=True, text=True, check=False
+    )
     answers = [line for line in result.stdout.splitlines() if line.startswith(ANSWER)]
     if result.returncode != 0 or not answers:
         raise UserError(f"{function} failed:\n" + "\n".join(result.stderr.strip().splitlines()[-12:]))

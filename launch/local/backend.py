@@ -8,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -58,8 +57,7 @@ class LocalBackend:
             attempt = attempts_so_far(handle) + 1
             write_stage_file(handle, stage, self._provenance, attempt)
             log = self._log(stage, attempt)
-            with tempfile.TemporaryDirectory(prefix="hfprune-", ignore_cleanup_errors=True) as scratch:
-                _watch(self._start(stage, claim, log, scratch), handle, claim, on_heartbeat)
+            _watch(self._start(stage, claim, log), handle, claim, on_heartbeat)
             failure = None if handle.is_done() else self._failure(handle, claim, log, _Attempt(attempt, started))
         except ClaimLostError as lost:
             failure = None if handle.is_done() else Failure("duplicate", str(lost), -1, time.time())
@@ -72,10 +70,10 @@ class LocalBackend:
         self._logs.mkdir(parents=True, exist_ok=True)
         return self._logs / f"{stage.kind}-{stage.fingerprint}.{attempt}.log"
 
-    def _start(self, stage: Stage, claim: Claim, log: Path, scratch: str) -> subprocess.Popen[bytes]:
+    def _start(self, stage: Stage, claim: Claim, log: Path) -> subprocess.Popen[bytes]:
         ranks = 1 if stage.params.on_one_rank else self.ranks
-        # Without a folder for its own files, torchrun makes one and leaves it behind.
-        options = ["--standalone", f"--nproc-per-node={ranks}", f"--log-dir={scratch}"]
+        # torchrun would leave a folder for its own files behind, as would this process if it were killed.
+        options = ["--standalone", f"--nproc-per-node={ranks}", f"--log-dir={os.devnull}"]
         torchrun = [sys.executable, "-m", "torch.distributed.run", *options]
         command = [*torchrun, str(STAGE_SCRIPT), str(self._store.root.resolve()), stage.id, "--claim", claim.ticket]
         with log.open("wb") as stream:

@@ -118,12 +118,15 @@ def test_torchrun_says_it_like_that(tmp_path, number, cause, real):
         "torch.distributed.run",
         "--standalone",
         "--nproc-per-node=2",
-        f"--log-dir={tmp_path}",
+        f"--log-dir={os.devnull}",
         str(script),
     ]
+    (temporary := tmp_path / "temporary").mkdir()
+    environment = {**os.environ, "TMPDIR": str(temporary)}
     with (tmp_path / "log").open("wb") as stream:
         started = torchrun if real else forked(torchrun)
-        subprocess.run(started, stdout=stream, stderr=subprocess.STDOUT, check=False)
+        subprocess.run(started, env=environment, stdout=stream, stderr=subprocess.STDOUT, check=False)
+    assert not list(temporary.iterdir())
     failure = explain_death(None, tmp_path / "log", 1)
     assert failure.cause == cause and f"rank 1 by {number.name}" in failure.message
 
@@ -140,7 +143,7 @@ def backend(store, tmp_path, monkeypatch):
     class Scripted(LocalBackend):
         meanwhile = staticmethod(lambda claim: None)
 
-        def _start(self, stage, claim, log, scratch):
+        def _start(self, stage, claim, log):
             self.meanwhile(claim)
             log.write_text("the end\n")
             return subprocess.Popen(["true"])
@@ -216,11 +219,35 @@ def test_what_its_successor_has_done_is_done(backend, store):
     assert run(backend).state == "done"
 
 
+KILLED_LAUNCHER = """
+import os, signal, sys
+from pathlib import Path
+from hfprune_launch.local import backend
+from hfprune_launch.stage.stage_file import Provenance
+from hfprune_dist.config.schema import RuntimeConfig
+from hfprune_dist.store.artifacts import Store
+from hfprune_dist.store.stage import Input, Stage
+
+backend._watch = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+stage = Stage("prune", "a 0.2", {"ratio": 0.2}, {"model": Input("digest", "/somewhere")})
+store, logs = Store(Path(sys.argv[1], "store")), Path(sys.argv[1], "logs")
+backend.LocalBackend(store, logs, Provenance(RuntimeConfig(ranks=1), {}, {})).run(stage, print)
+"""
+
+
+def test_a_launcher_that_is_killed_leaves_nothing_outside_its_sweep(tmp_path):
+    (temporary := tmp_path / "temporary").mkdir()
+    environment = {**os.environ, "TMPDIR": str(temporary)}
+    command = [sys.executable, "-c", KILLED_LAUNCHER, str(tmp_path)]
+    assert subprocess.run(command, env=environment, check=False).returncode == -signal.SIGKILL
+    assert (tmp_path / "logs").is_dir() and not list(temporary.iterdir())
+
+
 def test_ranks_end_when_their_launcher_has_lost_its_claim(backend, store, monkeypatch):
     monkeypatch.setattr(claims, "RENEW_S", 0.0)
     processes = []
 
-    def start(stage, claim, log, scratch):
+    def start(stage, claim, log):
         processes.append(subprocess.Popen(["sleep", "60"]))
         take_over(store)
         return processes[0]
