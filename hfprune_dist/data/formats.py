@@ -84,6 +84,15 @@ def files_of(path: Path) -> list[Path]:
     return named
 
 
+def is_plain_text(path: Path) -> bool:
+    """Whether a local text has no records, and so no fields.
+
+    Raises:
+        UserError: if there are no files.
+    """
+    return all(_format_of(file)[0] == PLAIN for file in files_of(path))
+
+
 def identity_of(path: Path, hashes: FileHashes, after_each: AfterEach = nothing) -> str:
     """The identity of a local text in fingerprints: its files' content and how it is read, but not their names.
 

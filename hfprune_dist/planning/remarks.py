@@ -7,19 +7,17 @@ from collections.abc import Mapping
 from hfprune_dist.config.method import Method
 from hfprune_dist.config.schema import SweepConfig
 from hfprune_dist.config.training import RecoveryConfig
+from hfprune_dist.planning.idle_settings import idle_settings
 from hfprune_dist.planning.plan import NONE
 
 
 def remarks_on_settings(config: SweepConfig, methods: Mapping[str, Method]) -> list[str]:
-    """Return a sentence about each such setting."""
-    return [*_without_effect(config, methods), *_only_warm_up(config.recovery)]
+    """Return a sentence about each such setting.
 
-
-def _without_effect(config: SweepConfig, methods: Mapping[str, Method]) -> list[str]:
-    """Settings of the ``prune`` section that change nothing with some of the methods."""
-    given = config.prune.model_dump(exclude_none=True)
-    idle = {name: [it for it, method in methods.items() if name in method.without_effect] for name in given}
-    return [f"prune.{name} changes nothing with {', '.join(those)}" for name, those in idle.items() if those]
+    Raises:
+        UserError: if a text has no files.
+    """
+    return [*idle_settings(config, methods), *_only_warm_up(config.recovery)]
 
 
 def _only_warm_up(recovery: RecoveryConfig) -> list[str]:
