@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import socket
 from collections.abc import MutableMapping
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -13,8 +14,22 @@ from hfprune_dist.errors import UserError
 if TYPE_CHECKING:
     from hfprune_dist.distributed.world import World
 
-# A node, and an address that tells its GPUs apart.
-Place = tuple[str, str]
+BOOT = Path("/proc/sys/kernel/random/boot_id")
+
+
+class Place(NamedTuple):
+    """The place of a GPU.
+
+    Attributes:
+        machine: identifies the running system that the GPU is in, which nodes of one name don't share, and containers
+            on one node do.
+        address: tells the machine's GPUs apart.
+        node: name of the node, for people; one machine may have several.
+    """
+
+    machine: str
+    address: str
+    node: str
 
 
 def claim_device(environment: MutableMapping[str, str]) -> torch.device:
@@ -41,7 +56,16 @@ def place_of(device: torch.device) -> Place | None:
     gpu: Any = torch.cuda.get_device_properties(device)
     # Slices of one GPU share its bus address, by which NCCL tells GPUs apart. torch before 2.9 doesn't report it.
     address = f"{gpu.pci_domain_id:04x}:{gpu.pci_bus_id:02x}" if hasattr(gpu, "pci_bus_id") else str(gpu.uuid)
-    return socket.gethostname(), address
+    node = socket.gethostname()
+    return Place(_machine() or node, address, node)
+
+
+def _machine() -> str | None:
+    """Return the id that Linux draws when it boots, which NCCL looks at too; None if there is none to be read."""
+    try:
+        return BOOT.read_text(encoding="ascii").strip() or None
+    except OSError:
+        return None
 
 
 def require_own_gpus(world: World, place: Place | None) -> None:
@@ -50,12 +74,13 @@ def require_own_gpus(world: World, place: Place | None) -> None:
     Raises:
         UserError: naming the ranks and the GPU, on all ranks.
     """
-    places = world.gather(place)
-    for rank, found in enumerate(places):
-        first = places.index(found)
-        if found is not None and first != rank:
-            node, address = found
+    first_there: dict[tuple[str, str], int] = {}
+    for rank, found in enumerate(world.gather(place)):
+        if found is None:
+            continue
+        first = first_there.setdefault((found.machine, found.address), rank)
+        if first != rank:
             raise UserError(
-                f"ranks {first} and {rank} are on one GPU, {address} of node {node}; NCCL refuses that, also where "
-                "they are MIG slices of it: give each rank a GPU of its own, or use one rank"
+                f"ranks {first} and {rank} are on one GPU, {found.address} of node {found.node}; NCCL refuses that, "
+                "also where they are MIG slices of it: give each rank a GPU of its own, or use one rank"
             )

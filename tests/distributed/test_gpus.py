@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from worlds import Ranks
 
-from hfprune_dist.distributed.gpus import claim_device, place_of, require_own_gpus
+from hfprune_dist.distributed import gpus
+from hfprune_dist.distributed.gpus import Place, claim_device, place_of, require_own_gpus
 from hfprune_dist.errors import UserError
 
 
@@ -26,7 +27,7 @@ def claimed(monkeypatch, visible, local_rank):
 @given(ranks=st.integers(1, 8), each=st.integers(1, 4), shown=st.sampled_from(["all", "own", "one"]))
 def test_ranks_of_a_node_have_different_gpus_under_every_binding(ranks, each, shown):
     """A launcher shows a task all GPUs of its node, only its own (by environment variable or cgroup), or just one."""
-    gpus = []
+    taken = []
     with pytest.MonkeyPatch.context() as patch:
         for rank in range(ranks):
             visible = {
@@ -36,8 +37,8 @@ def test_ranks_of_a_node_have_different_gpus_under_every_binding(ranks, each, sh
             }
             numbers = claimed(patch, len(visible[shown]), rank)
             assert len(set(numbers)) == 1
-            gpus.append(visible[shown][numbers[0]])
-    assert len(set(gpus)) == ranks
+            taken.append(visible[shown][numbers[0]])
+    assert len(set(taken)) == ranks
 
 
 def test_without_a_gpu_nothing_is_claimed(monkeypatch):
@@ -54,15 +55,36 @@ def test_without_a_gpu_nothing_is_claimed(monkeypatch):
 )
 def test_a_gpu_is_known_by_its_place_on_the_bus(monkeypatch, properties, address):
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(**properties))
-    assert place_of(torch.device("cuda", 0))[1] == address
+    assert place_of(torch.device("cuda", 0)).address == address
+
+
+def test_a_machine_is_known_by_its_boot(monkeypatch, tmp_path):
+    """Nodes may have one name (localhost), and the containers on one node several."""
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(uuid="GPU-1"))
+    monkeypatch.setattr(gpus, "BOOT", tmp_path / "boot_id")
+    places = []
+    for boot, name in (("1-2", "localhost"), ("3-4", "localhost"), ("1-2", "container")):
+        (tmp_path / "boot_id").write_text(f"{boot}\n")
+        monkeypatch.setattr(gpus.socket, "gethostname", lambda name=name: name)
+        places.append(place_of(torch.device("cuda", 0)))
+    assert [place.machine for place in places] == ["1-2", "3-4", "1-2"]
+    assert [place.node for place in places] == ["localhost", "localhost", "container"]
+    (tmp_path / "boot_id").unlink()
+    assert place_of(torch.device("cuda", 0)).machine == "container"
+
+
+A, B, C = Place("1", "0000:1b", "n1"), Place("1", "0000:1c", "n1"), Place("2", "0000:1b", "n2")
 
 
 @pytest.mark.parametrize(
     ("places", "message"),
     [
-        ([("n1", "0000:1b"), ("n1", "0000:1c"), ("n2", "0000:1b")], None),
+        ([A, B, C], None),
         ([None, None, None], None),
-        ([("n1", "0000:1b"), ("n2", "0000:1b"), ("n1", "0000:1b")], "ranks 0 and 2 are on one GPU, 0000:1b of node n1"),
+        ([A, C, A], "ranks 0 and 2 are on one GPU, 0000:1b of node n1"),
+        ([A, B, C._replace(node="n1")], None),
+        ([C, B, A._replace(node="container")], None),
+        ([A, B, A._replace(node="container")], "ranks 0 and 2 are on one GPU, 0000:1b of node container"),
     ],
 )
 def test_ranks_that_share_a_gpu_are_named_on_all_of_them(places, message):
