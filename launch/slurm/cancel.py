@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from hfprune_launch.slurm.attempts import Attempt, Attempts
 from hfprune_launch.slurm.commands import SlurmCommands
-from hfprune_launch.slurm.whereabouts import Whereabouts
+from hfprune_launch.slurm.whereabouts import REVOKED, Whereabouts
 
 from hfprune_dist.planning.plan import Plan
 from hfprune_dist.store.artifacts import Store
@@ -39,7 +39,9 @@ def cancel_jobs(plan: Plan, store: Store, slurm: SlurmCommands) -> Cancelled:
     foreign = [each for each in attempts if whereabouts.is_elsewhere(each) or whereabouts.is_somebody_elses(each)]
     stages = {attempt.intent.job_name: attempt.intent.stage_id for attempt in attempts if attempt not in foreign}
     # Pending jobs come first: they would start when the jobs that they wait for are gone.
-    found = [job for job in whereabouts.jobs.values() if job.name in stages and job.is_live]
+    # A job that another cluster has taken is cancelled there by way of its copy here.
+    goes_on = (job for job in whereabouts.jobs.values() if job.is_live or job.state == REVOKED)
+    found = [job for job in goes_on if job.name in stages]
     found.sort(key=lambda job: (not job.is_waiting, job.job_id))
     slurm.cancel([job.job_id for job in found])
     for name in stages.keys() - {job.name for job in whereabouts.jobs.values()}:

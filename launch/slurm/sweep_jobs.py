@@ -69,8 +69,15 @@ class SweepJobs:
         return self.whereabouts.is_missing(attempt)
 
     def is_foreign(self, attempt: Attempt) -> bool:
-        """Return whether a job can't be seen from here; if so, report whose it is."""
+        """Return whether a job can't be seen from here; if so, report whose it is, or who has taken it."""
         intent = attempt.intent
+        if self.whereabouts.is_revoked(attempt):
+            message = (
+                "another cluster of the federation has taken it (REVOKED); its artifact is waited for. To keep jobs on "
+                "one cluster: --cancel, then export SLURM_CLUSTERS=<name> and run the same command"
+            )
+            self.tell(Event("waiting", self.stage_of(attempt), attempt.job_id, message))
+            return True
         if not (self.whereabouts.is_elsewhere(attempt) or self.whereabouts.is_somebody_elses(attempt)):
             return False
         message = (

@@ -4,6 +4,10 @@ squeue lists a user's jobs. A job's absence from that list says nothing yet: the
 lines, or the job may be another user's or cluster's, or have ended long ago. So the controller is asked about it
 (scontrol), and if it knows no such job, accounting (sacct). A job that none of them knows counts as gone after some
 minutes in which nothing in the store shows that it lives.
+
+In a federation, a job has a copy of the same id on each cluster. Where another cluster takes it, the copy here is
+REVOKED, and says neither whether the job waits or runs there, nor afterwards, for a while, that it is over. So such a
+job counts as gone only if one of its starts has stopped showing that it lives.
 """
 
 from __future__ import annotations
@@ -24,6 +28,7 @@ from hfprune_dist.store.artifacts import Store
 GONE_AFTER_S = 180.0
 # Seconds between two questions to the controller about a job that squeue does not list.
 ASK_AGAIN_S = 60.0
+REVOKED = "REVOKED"
 
 
 @dataclass(frozen=True)
@@ -46,11 +51,15 @@ GONE_SIGHTING = Sighting(None, is_gone=True)
 
 @dataclass
 class _Absence:
-    """The time since which squeue has not listed a job, and the store's signs of life then. Times are of the clock."""
+    """The time since which squeue has not listed a job, and the store's signs of life then. Times are of the clock.
+
+    ``is_revoked``: whether another cluster had taken it when the controller was last asked.
+    """
 
     since: float
     signs: object
     asked: float | None = None
+    is_revoked: bool = False
 
 
 class Whereabouts:
@@ -89,7 +98,7 @@ class Whereabouts:
         unlisted = {}
         for job_id, attempt in attempts.items():
             job = by_name.get(attempt.intent.job_name, self.jobs.get(job_id))
-            if job is not None and _is_named(job, attempt):
+            if job is not None and _is_named(job, attempt) and job.state != REVOKED:
                 self._absences.pop(attempt.folder, None)
                 self._sightings[attempt.folder] = Sighting(job)
             else:
@@ -108,6 +117,11 @@ class Whereabouts:
     def is_missing(self, attempt: Attempt) -> bool:
         """Return whether nothing in Slurm knew a job."""
         return attempt.folder in self._absences
+
+    def is_revoked(self, attempt: Attempt) -> bool:
+        """Return whether another cluster of a federation has taken a job."""
+        absence = self._absences.get(attempt.folder)
+        return absence is not None and absence.is_revoked
 
     def is_elsewhere(self, attempt: Attempt) -> bool:
         """Return whether a job is on another cluster, about which Slurm knows nothing here."""
@@ -147,15 +161,20 @@ class Whereabouts:
 
     def _ask(self, job_id: str, attempt: Attempt, past: JobInfo | None) -> Sighting:
         job = self._slurm.job(job_id)
-        if job is not None and _is_named(job, attempt):  # ids are reused if a cluster was set up anew
+        is_known = job is not None and _is_named(job, attempt)  # ids are reused if a cluster was set up anew
+        absence = self._absence(attempt)
+        absence.is_revoked = is_known and job is not None and job.state == REVOKED
+        if is_known and not absence.is_revoked:
             return Sighting(job)
         # Only after the controller: accounting may still show the end of a start after which the job was requeued.
-        if past is not None and _is_named(past, attempt) and not past.is_live:
+        if past is not None and _is_named(past, attempt) and not past.is_live and past.state != REVOKED:
             return Sighting(past)
         if self.is_somebody_elses(attempt):
             return UNKNOWN
         if _said_that_it_ended(attempt):
             return GONE_SIGHTING
+        if absence.is_revoked and not _is_under_way(attempt):
+            return UNKNOWN
         return GONE_SIGHTING if self.missing_for(attempt) >= GONE_AFTER_S else UNKNOWN
 
     def _absence(self, attempt: Attempt) -> _Absence:
@@ -163,7 +182,8 @@ class Whereabouts:
         signs = self._signs_of_life(attempt)
         absence = self._absences.get(attempt.folder)
         if absence is None or absence.signs != signs:
-            absence = _Absence(self._clock(), signs, asked=absence.asked if absence is not None else None)
+            before = _Absence(0.0, None) if absence is None else absence
+            absence = _Absence(self._clock(), signs, before.asked, before.is_revoked)
             self._absences[attempt.folder] = absence
         return absence
 
@@ -188,3 +208,9 @@ def _said_that_it_ended(attempt: Attempt) -> bool:
     """Return whether a job's last start recorded an end after which the job is not requeued."""
     runs = attempt.runs()
     return bool(runs) and runs[-1].how in ("done", "failed", "duplicate")
+
+
+def _is_under_way(attempt: Attempt) -> bool:
+    """Return whether a job's last start recorded no end: it runs, or has died."""
+    runs = attempt.runs()
+    return bool(runs) and runs[-1].ended is None

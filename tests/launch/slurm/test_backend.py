@@ -282,6 +282,38 @@ def test_a_job_that_said_itself_that_it_ended_is_over_once_slurm_knows_none(fake
     assert causes(store, SCORES) == ["killed", None]
 
 
+def test_a_job_that_another_cluster_of_a_federation_has_taken_is_waited_for(fake, store):
+    backend = make_backend(store, plan_of(SCORES))
+    backend.start()
+    fake.set_state("101", "REVOKED")
+    for _ in range(5):
+        backend.step_after(100)
+    assert causes(store, SCORES) == [None] and len(fake.jobs()) == 1
+    assert "another cluster of the federation has taken it" in backend.told[-1].message
+    complete(store, SCORES)
+    backend.step()
+    assert causes(store, SCORES) == ["done"]
+
+
+@pytest.mark.parametrize(("how", "is_over"), [("failed", True), ("interrupted", False), (None, True)])
+def test_a_start_of_a_taken_job_tells_when_it_is_over(fake, store, how, is_over):
+    """Interrupted, it is queued again on that cluster; without an end, it has died."""
+    backend = make_backend(store, plan_of(SCORES))
+    backend.start()
+    attempt = Attempts(store.root).of(SCORES.id)[0]
+    attempt.record_run(Run("101", 0, "n1", 1.0, None if how is None else 2.0, how))
+    fake.set_state("101", "REVOKED")
+    for _ in range(5):
+        backend.step_after(100)
+    assert (causes(store, SCORES)[0] is not None) == is_over
+
+
+def test_a_job_that_another_cluster_has_taken_is_cancelled(fake, store):
+    make_backend(store, plan_of(SCORES)).start()
+    fake.set_state("101", "REVOKED")
+    assert cancel_jobs(plan_of(SCORES), store, SlurmCommands()).job_ids == ["101"]
+
+
 @pytest.mark.parametrize("whose", [{"cluster": "other"}, {"user": "somebody"}])
 def test_a_job_of_another_cluster_or_user_is_never_taken_for_dead(fake, store, whose):
     attempt = Attempts(store.root).open_attempt(SCORES, 0, 1, 60, None, **{"cluster": "fake", "user": "", **whose})
