@@ -22,6 +22,7 @@ from hfprune_dist.checkpoints.config_types import check_types
 from hfprune_dist.checkpoints.discovery import BUFFERS, discover
 from hfprune_dist.checkpoints.families import FAMILIES, Family, not_supported, refuse_other_kinds, with_width
 from hfprune_dist.checkpoints.lfs_pointers import refuse_pointer
+from hfprune_dist.checkpoints.licences import LICENCE_PATTERNS
 from hfprune_dist.checkpoints.safetensors_header import TensorInfo
 from hfprune_dist.checkpoints.stored_names import SAME, StoredNames
 from hfprune_dist.checkpoints.text_decoder import KNOWN, beside_decoder, decoder_config, has_vision, with_decoder
@@ -47,9 +48,10 @@ COMPANION_PATTERNS = (
 # For models of images and text, further files, which say how images become tokens.
 PROCESSOR_PATTERNS = ("*processor_config.json",)
 # Files that travel with every pruned copy too, but that no result depends on, so that they aren't part of its identity:
-# named chat templates, code for a tokenizer (which runs only with trust_remote_code), and the form of a tokenizer that
-# transformers takes where mistral-common is installed.
-UNREAD_PATTERNS = ("additional_chat_templates/*.jinja", "tokenization_*.py", "tekken.json")
+# named chat templates, code for a tokenizer (which runs only with trust_remote_code), the form of a tokenizer that
+# transformers takes where mistral-common is installed, and licences (two of their names are above, where they stay so that
+# identities do).
+UNREAD_PATTERNS = ("additional_chat_templates/*.jinja", "tokenization_*.py", "tekken.json", *LICENCE_PATTERNS)
 COMPARED_BYTES = 2**20
 # Kinds of rope scaling whose factor multiplies max_position_embeddings, or the original number of positions.
 _STRETCHING = ("linear", "dynamic", "yarn")
@@ -180,7 +182,7 @@ class Checkpoint:
     @cached_property
     def travelling_files(self) -> list[str]:
         """Names, relative to its folder, of the files that a pruned copy has unchanged, config.json aside."""
-        return [*self.companion_files, *matching(self.path, UNREAD_PATTERNS)]
+        return sorted({*self.companion_files, *matching(self.path, UNREAD_PATTERNS)})
 
     @cached_property
     def beside_decoder(self) -> frozenset[str]:

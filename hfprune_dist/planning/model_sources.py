@@ -9,6 +9,7 @@ from itertools import combinations
 from pathlib import Path
 
 from hfprune_dist.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from hfprune_dist.checkpoints.licences import LICENCE_PATTERNS
 from hfprune_dist.config.load import is_hub_id, parse, read_yaml
 from hfprune_dist.config.schema import ModelAlias, SweepConfig
 from hfprune_dist.errors import UserError, did_you_mean
@@ -122,8 +123,8 @@ def _snapshot(name: str, hub_id: str, revision: str, download: bool) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-    patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "LICENSE*", "NOTICE*", "README.md"]
-    patterns += ["tokenization_*.py"]
+    patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "README.md"]
+    patterns += ["tokenization_*.py", *LICENCE_PATTERNS]
     # Mistral's models hold all weights twice, once more in their publisher's own format.
     twice = ["consolidated*.safetensors"]
     try:

@@ -12,6 +12,7 @@ from typing import Any
 
 import yaml
 
+from hfprune_dist.checkpoints.licences import is_licence
 from hfprune_dist.planning.plan import OWN
 from hfprune_dist.results.card_scores import TASK_TYPE, eval_results, scores_of, scores_table
 from hfprune_dist.results.card_subject import Subject, text_of
@@ -90,7 +91,7 @@ def _facts(subject: Subject) -> dict[str, str | None]:
 
 
 def _licence_files(subject: Subject) -> str:
-    found = [f"`{name}`" for name in subject.files if name.startswith(("LICENSE", "NOTICE"))]
+    found = [f"`{name}`" for name in subject.files if is_licence(name)]
     return f"see {', '.join(found)}" if found else "not known: see the base model before you share this one"
 
 

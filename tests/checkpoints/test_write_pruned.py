@@ -90,6 +90,18 @@ def test_files_for_other_programs_travel_along_without_identifying_the_checkpoin
     assert type(trusted).__name__ == "Own" and (tmp_path / "pruned" / "tekken.json").is_file()
 
 
+def test_licences_travel_along_whatever_they_are_called(tmp_path):
+    dense = save_tiny(tmp_path / "dense")
+    before = open_checkpoint(dense).companion_files
+    licences = ["COPYING", "LICENCE", "LICENSE", "License.txt", "MODEL_LICENSE", "Notice.md", "copyright", "license-code"]
+    for name in (*licences, "unlicensed.txt"):
+        (dense / name).write_text(name)
+    prune(dense, tmp_path / "pruned")
+    assert [name for name in licences if (tmp_path / "pruned" / name).read_text() == name] == licences
+    assert not (tmp_path / "pruned" / "unlicensed.txt").exists()
+    assert open_checkpoint(dense).companion_files == sorted([*before, "LICENSE"]), "others don't identify it"
+
+
 def test_infinite_numbers_in_a_config_stay(tmp_path):
     dense = save_tiny(tmp_path / "dense")
     told = json.loads((dense / "config.json").read_text())
