@@ -49,8 +49,8 @@ COMPANION_PATTERNS = (
 PROCESSOR_PATTERNS = ("*processor_config.json",)
 # Files that travel with every pruned copy too, but that no result depends on, so that they aren't part of its identity:
 # named chat templates, code for a tokenizer (which runs only with trust_remote_code), the form of a tokenizer that
-# transformers takes where mistral-common is installed, and licences (two of their names are above, where they stay so that
-# identities do).
+# transformers takes where mistral-common is installed, and licences (the names that are listed above too have always
+# been part of identities, and stay so).
 UNREAD_PATTERNS = ("additional_chat_templates/*.jinja", "tokenization_*.py", "tekken.json", *LICENCE_PATTERNS)
 COMPARED_BYTES = 2**20
 # Kinds of rope scaling whose factor multiplies max_position_embeddings, or the original number of positions.

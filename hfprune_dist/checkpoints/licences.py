@@ -11,7 +11,7 @@ def _in_any_case(word: str) -> str:
     return "".join(f"[{letter.upper()}{letter}]" if letter.isalpha() else letter for letter in word)
 
 
-# Globs for names that begin with one of the words, or have it after a dash or an underscore: License.txt, MODEL_LICENSE.
+# Globs for names with one of the words at the beginning, or after a dash or an underscore: License.txt, MODEL_LICENSE.
 LICENCE_PATTERNS = tuple(f"{start}{_in_any_case(word)}*" for word in _WORDS for start in ("", "*[-_]"))
 
 

@@ -93,7 +93,7 @@ def test_files_for_other_programs_travel_along_without_identifying_the_checkpoin
 def test_licences_travel_along_whatever_they_are_called(tmp_path):
     dense = save_tiny(tmp_path / "dense")
     before = open_checkpoint(dense).companion_files
-    licences = ["COPYING", "LICENCE", "LICENSE", "License.txt", "MODEL_LICENSE", "Notice.md", "copyright", "license-code"]
+    licences = ["COPYING", "LICENCE", "LICENSE", "License.txt", "MODEL_LICENSE", "Notice.md", "license-code"]
     for name in (*licences, "unlicensed.txt"):
         (dense / name).write_text(name)
     prune(dense, tmp_path / "pruned")

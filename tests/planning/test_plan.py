@@ -429,7 +429,7 @@ def test_a_name_that_begins_like_a_home_folder_is_unknown_like_any_other(world):
             ["additional_chat_templates/rag.jinja", "tokenization_own.py", "modeling_own.py", "tekken.json"],
             r"additional_chat_templates/rag\.jinja, tokenization_own\.py, tekken\.json",
         ),
-        (["License.md", "COPYING", "MODEL_LICENSE", "NOTICE", "policy.md"], "License.md, COPYING, MODEL_LICENSE, NOTICE"),
+        (["License.md", "COPYING", "A_LICENSE", "NOTICE", "more.md"], "License.md, COPYING, A_LICENSE, NOTICE"),
     ],
 )
 def test_what_is_downloaded_is_what_a_pruned_copy_needs_and_weights_once(tmp_path, monkeypatch, files, chosen):
