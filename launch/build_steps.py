@@ -29,7 +29,7 @@ def _built_from() -> dict[str, Any]:
 
 def _write(folder: Path, content: dict[str, Any]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / BUILD_FILE).write_text(json.dumps(content) + "\n", encoding="utf-8")
+    (folder / BUILD_FILE).write_text(json.dumps(content, allow_nan=False) + "\n", encoding="utf-8")
 
 
 class BuildWheel(build_py):  # type: ignore[misc]

@@ -228,7 +228,7 @@ def save_rows(file: Path, encoded: Sequence[Pair | None], packing: Packing) -> R
         packing_efficiency=tokens / (len(rows) * packing.sequence_length),
     )
     arrays = fill_rows(pairs, rows, packing.sequence_length, packing.pad)
-    save_tensors(arrays, file, {"counts": json.dumps(asdict(counts))})
+    save_tensors(arrays, file, {"counts": json.dumps(asdict(counts), allow_nan=False)})
     return counts
 
 

@@ -66,6 +66,7 @@ class AnswerLog:
         with self._file.open("a", encoding="utf-8") as stream:
             for chunk, chunk_answers in zip(chunks, answers, strict=True):
                 entry = [digest_of(chunk), chunk_answers]
+                # Read back here alone, and as it was: infinite log-likelihoods have Python's names.
                 stream.write("\n" + json.dumps([*entry, _checksum(entry)]))
             stream.flush()
             os.fsync(stream.fileno())

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from hfprune_dist.config.texts import FIRST, OTHER_TEXTS
 from hfprune_dist.results.card_subject import Subject, text_of
-from hfprune_dist.results.column import markdown_of
 from hfprune_dist.results.formats import counted
+from hfprune_dist.results.markdown import escaped, table
 
 if TYPE_CHECKING:  # takes a while to import; commands should answer at once
     from huggingface_hub import EvalResult
@@ -30,7 +30,7 @@ class Score:
 
     Attributes:
         place: type (or id), config, split and revision of the data set, as far as it has them; identifies it.
-        dataset: the data set, described for people.
+        dataset: the data set, described for people in Markdown.
         metric: identifier of the metric.
         title: the metric, described for people.
         error: standard error, None if it isn't known.
@@ -92,7 +92,7 @@ def _tasks(subject: Subject) -> Iterator[Score]:
             if value is not None and not metric.endswith(STDERR):
                 yield Score(
                     {"type": task},
-                    f"{task} ({how})",
+                    f"{escaped(task)} ({how})",
                     metric,
                     metric,
                     value,
@@ -135,5 +135,6 @@ def scores_table(scores: list[Score]) -> str:
         again = number > 0 and scores[number - 1].dataset == score.dataset
         error = "" if score.error is None else f" ± {score.error:.2g}"
         dense = "-" if score.dense is None else f"{score.dense:.5g}"
-        lines.append(["" if again else score.dataset, score.title, f"{score.value:.5g}{error}", *[dense] * with_dense])
-    return markdown_of(["on", "metric", "value", *["dense"] * with_dense], lines)
+        told = ["" if again else score.dataset, escaped(score.title)]
+        lines.append([*told, f"{score.value:.5g}{error}", *[dense] * with_dense])
+    return table(["on", "metric", "value", *["dense"] * with_dense], lines)

@@ -12,6 +12,7 @@ from hfprune_dist.config.texts import FIRST, OTHER_TEXTS, reference_role
 from hfprune_dist.planning.earlier_rows import scale_of
 from hfprune_dist.planning.plan import Cell, Plan
 from hfprune_dist.results.base_model import BaseModel
+from hfprune_dist.results.markdown import code, escaped
 from hfprune_dist.results.rows import DenseModel, Manifest
 from hfprune_dist.store.artifacts import Store
 from hfprune_dist.store.stage import CUTTING, RECOVERING, Input, Stage
@@ -102,14 +103,14 @@ def _dense_scores(cell: Cell, plan: Plan, store: Store) -> Mapping[str, Any]:
 
 
 def text_of(settings: Mapping[str, Any], source: Input | None) -> str:
-    """Describe a text for people: a data set on the hub, or the name of a file.
+    """Describe a text for people, in Markdown: a data set on the hub, or the name of a file.
 
     Args:
         settings: settings of the text, as a stage records them.
         source: the stage's input, if the text is a file.
     """
     if source is not None:
-        return f"the file `{Path(source.location).name}` (sha256 `{source.identity[:12]}`)"
+        return f"the file {code(Path(source.location).name)} (sha256 `{source.identity[:12]}`)"
     parts = [settings.get("dataset"), settings.get("name"), settings.get("split")]
-    revision = f" at {settings['revision']}" if settings.get("revision") else ""
-    return f"`{'/'.join(str(part) for part in parts if part)}`{revision}"
+    revision = f" at {escaped(settings['revision'])}" if settings.get("revision") else ""
+    return code("/".join(str(part) for part in parts if part)) + revision

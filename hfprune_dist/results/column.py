@@ -6,6 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
+from hfprune_dist.results.markdown import on_one_line, table_of_texts
+
 T = TypeVar("T")
 
 
@@ -24,20 +26,10 @@ class Column(Generic[T]):
 
 def cells(rows: Sequence[T], columns: Sequence[Column[T]]) -> list[list[str]]:
     """Text of each column for each row, on one line."""
-    return [[" ".join(column.show(row).split()) for column in columns] for row in rows]
+    return [[on_one_line(column.show(row)) for column in columns] for row in rows]
 
 
 def markdown(rows: Sequence[T], columns: Sequence[Column[T]]) -> str:
-    """A table in GitHub's markdown."""
+    """A table in Markdown."""
     sides = ["---" if column.is_text else "---:" for column in columns]
-    return markdown_of([column.header for column in columns], cells(rows, columns), sides) + "\n"
-
-
-def markdown_of(head: Sequence[str], body: Sequence[Sequence[str]], sides: Sequence[str] | None = None) -> str:
-    """A table in GitHub's markdown from the text of its cells, without a trailing newline.
-
-    Args:
-        sides: ``---`` for each left-aligned column, ``---:`` for each right-aligned one; None: all left-aligned.
-    """
-    first, *others = ["| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in (head, *body)]
-    return "\n".join([first, f"|{'|'.join(sides or ['---'] * len(head))}|", *others])
+    return table_of_texts([column.header for column in columns], cells(rows, columns), sides) + "\n"

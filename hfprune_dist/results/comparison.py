@@ -15,8 +15,9 @@ from numpy.typing import NDArray
 from safetensors.numpy import load_file
 
 from hfprune_dist.errors import UserError
-from hfprune_dist.results.column import Column, markdown, markdown_of
+from hfprune_dist.results.column import Column, markdown
 from hfprune_dist.results.formats import byte_count, duration, measured, number
+from hfprune_dist.results.markdown import escaped, table_of_texts
 from hfprune_dist.results.rows import Row
 from hfprune_dist.structures import EXPERT_NEURONS, EXPERTS, NEURONS, SHARED_NEURONS
 from hfprune_dist.structures.score_names import SCORES, criteria_in, scores_of_layers
@@ -97,7 +98,7 @@ def _comparison(
 
 
 def _spread_of_known(values: Sequence[float | None]) -> Spread | None:
-    known = [value for value in values if value is not None]
+    known = [value for value in values if value is not None and math.isfinite(value)]
     return spread(known) if len(known) == len(values) else None
 
 
@@ -142,7 +143,8 @@ def _of_layers(
 
 
 def compare_criteria(of_units: Iterable[Scores], shares_kept: Sequence[float]) -> list[dict[str, Any]]:
-    """For every pair of criteria: rank correlation and overlap of the kept sets, layer by layer.
+    """For every pair of criteria: rank correlation (None in a layer with a single unit) and overlap of the kept sets,
+    layer by layer.
 
     Args:
         of_units: for each sort of units, criterion -> scores of each layer, float64 [units]. A pair is compared by the
@@ -164,8 +166,10 @@ def compare_criteria(of_units: Iterable[Scores], shares_kept: Sequence[float]) -
     ]
 
 
-def spearman(a_D: NDArray[np.float64], b_D: NDArray[np.float64]) -> float:
-    """Rank correlation; units with equal scores are ranked in their order."""
+def spearman(a_D: NDArray[np.float64], b_D: NDArray[np.float64]) -> float | None:
+    """Rank correlation; units with equal scores are ranked in their order. None for a single unit: it isn't defined."""
+    if len(a_D) < 2:
+        return None
     a_ranks_D, b_ranks_D = (np.argsort(np.argsort(it, kind="stable")) for it in (a_D, b_D))
     return float(np.corrcoef(a_ranks_D, b_ranks_D)[0, 1])
 
@@ -221,7 +225,7 @@ def note_on_methods(columns: Sequence[Column[Comparison]]) -> str:
 def methods_table(comparisons: Sequence[Comparison], reference: str) -> str:
     """Markdown table of methods, with a note below."""
     columns = all_columns_of_methods(comparisons, reference)
-    return f"{markdown(comparisons, columns)}\n{note_on_methods(columns)}\n"
+    return f"{markdown(comparisons, columns)}\n{escaped(note_on_methods(columns))}\n"
 
 
 def criteria_table(pairs: Sequence[Mapping[str, Any]]) -> str:
@@ -232,7 +236,7 @@ def criteria_table(pairs: Sequence[Mapping[str, Any]]) -> str:
         [" / ".join(pair["criteria"]), _mean(pair["spearman"]), *(_mean(pair["overlap"][share]) for share in shares)]
         for pair in pairs
     ]
-    return markdown_of(head, lines) + "\n"
+    return table_of_texts(head, lines) + "\n"
 
 
 def convergence_table(points: Sequence[Mapping[str, Any]]) -> str:
@@ -254,7 +258,7 @@ def convergence_table(points: Sequence[Mapping[str, Any]]) -> str:
         ]
         for criterion, share in places
     ]
-    return markdown_of(head, lines) + "\n"
+    return table_of_texts(head, lines) + "\n"
 
 
 def _overlap(value: float | None) -> str:
@@ -262,12 +266,13 @@ def _overlap(value: float | None) -> str:
 
 
 def _shown(value: Spread | None, digits: int, times: int = 1) -> str:
-    if value is None or not math.isfinite(value.mean):
+    if value is None:
         return "-"
     if value.deviation is None:
         return number(times * value.mean, f".{digits}f")
     return measured(times * value.mean, times * value.deviation, digits)
 
 
-def _mean(values: Sequence[float]) -> str:
-    return f"{statistics.fmean(values):.3f}"
+def _mean(values: Sequence[float | None]) -> str:
+    known = [value for value in values if value is not None]
+    return f"{statistics.fmean(known):.3f}" if known else "-"

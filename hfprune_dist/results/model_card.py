@@ -16,8 +16,8 @@ from hfprune_dist.checkpoints.licences import is_licence
 from hfprune_dist.planning.plan import OWN
 from hfprune_dist.results.card_scores import TASK_TYPE, eval_results, scores_of, scores_table
 from hfprune_dist.results.card_subject import Subject, text_of
-from hfprune_dist.results.column import markdown_of
 from hfprune_dist.results.formats import counted, number
+from hfprune_dist.results.markdown import code, code_block, escaped, table
 from hfprune_dist.results.rows import EXPERT_WIDTHS, weight_bytes_of
 from hfprune_dist.store.stage import CUTTING, RECOVERING, Stage
 from hfprune_dist.structures.experts import NUMBERS, SHARED_WIDTHS
@@ -48,7 +48,7 @@ def model_card(subject: Subject) -> str:
         **base.carried,
     )
     parts = [
-        f"---\n{data.to_yaml()}\n---\n\n# {subject.name}",
+        f"---\n{data.to_yaml()}\n---\n\n# {escaped(subject.name)}",
         _summary(subject),
         _facts_table(_facts(subject)),
         "## Scores",
@@ -61,12 +61,13 @@ def model_card(subject: Subject) -> str:
 
 def _summary(subject: Subject) -> str:
     cell, base = subject.cell, subject.base
-    model = f"[{base.hub_id}](https://huggingface.co/{base.hub_id})" if base.hub_id else f"`{base.name}`"
+    model = f"[{escaped(base.hub_id)}](https://huggingface.co/{base.hub_id})" if base.hub_id else code(base.name)
     if cell.ratio is None:
         return f"{model} with the fine-tuning that its pruned versions get: the control that they are held against."
     after = ", then fine-tuned with LoRA to recover" if subject.trained_on else ""
     after = ", while it was fine-tuned with LoRA to recover" if cell.recovery == OWN else after
-    return f"{model} with {100 * cell.ratio:.4g}% of its parameters pruned by the method `{cell.method}`{after}."
+    pruned = f"{100 * cell.ratio:.4g}% of its parameters pruned by the method {code(str(cell.method))}"
+    return f"{model} with {pruned}{after}."
 
 
 def _facts(subject: Subject) -> dict[str, str | None]:
@@ -76,10 +77,10 @@ def _facts(subject: Subject) -> dict[str, str | None]:
     dense = subject.dense.parameters
     parameters = dense if cell.ratio is None else subject.shape.get("parameters")
     return {
-        "base model": (f"{base.hub_id}{revision}" if base.hub_id else f"`{base.name}`, a local checkpoint")
+        "base model": (f"{escaped(base.hub_id)}{revision}" if base.hub_id else f"{code(base.name)}, a local checkpoint")
         + f", {dense:,} parameters",
-        "licence of the base model": base.licence or _licence_files(subject),
-        "method": cell.method and f"`{cell.method}`: {_method(subject)}",
+        "licence of the base model": escaped(base.licence) if base.licence else _licence_files(subject),
+        "method": cell.method and f"{code(cell.method)}: {_method(subject)}",
         "ratio asked": f"{cell.ratio:g} of all parameters" if cell.ratio is not None else None,
         "ratio reached": None if cell.ratio is None else _number(subject.shape.get("ratio_reached"), "{:.4f}"),
         "parameters": _number(parameters, "{:,}"),
@@ -91,12 +92,12 @@ def _facts(subject: Subject) -> dict[str, str | None]:
 
 
 def _licence_files(subject: Subject) -> str:
-    found = [f"`{name}`" for name in subject.files if is_licence(name)]
+    found = [code(name) for name in subject.files if is_licence(name)]
     return f"see {', '.join(found)}" if found else "not known: see the base model before you share this one"
 
 
 def _facts_table(facts: Mapping[str, str | None]) -> str:
-    return markdown_of(["", ""], [[name, value] for name, value in facts.items() if value])
+    return table(["", ""], [[name, value] for name, value in facts.items() if value])
 
 
 def _number(value: float | None, template: str) -> str | None:
@@ -186,16 +187,16 @@ def _why_code(subject: Subject) -> str:
 
 
 def _how_to_load(subject: Subject) -> str:
-    code = ", trust_remote_code=True" if NEEDS_CODE in subject.files else ""
+    trust = ", trust_remote_code=True" if NEEDS_CODE in subject.files else ""
     auto = "AutoModelForImageTextToText" if subject.dense.has_vision else "AutoModelForCausalLM"
     lines = [
         f"from transformers import {auto}, AutoTokenizer",
         "",
-        f'model = {auto}.from_pretrained("{subject.name}"{code})  # this folder, or its id on the hub',
+        f'model = {auto}.from_pretrained("{subject.name}"{trust})  # this folder, or its id on the hub',
         f'tokenizer = AutoTokenizer.from_pretrained("{subject.name}")',
     ]
-    text = "## How to load it\n\n```python\n" + "\n".join(lines) + "\n```"
-    if code:
+    text = "## How to load it\n\n" + code_block("python", "\n".join(lines))
+    if trust:
         text += f"\n\n{_why_code(subject)}, for which transformers has no class: `trust_remote_code` loads the one in "
         text += f"`{NEEDS_CODE}`."
     if subject.trained_on:
@@ -214,9 +215,9 @@ def _how_it_was_made(subject: Subject) -> str:
     command += "" if cell.ratio is None else f" --ratios {cell.ratio:g} --methods {shlex.quote(str(cell.method))}"
     settings = [_portable(_settings(stage)) for stage in subject.stages]
     return (
-        f"## How it was made\n\nWith {_versions(subject.manifest.get('provenance', {}))}:\n\n```bash\n"
-        f"{command}\n```\n\n{_whose(cell.method)}and these settings of its stages (files by name and sha256):\n\n"
-        f"```yaml\n{yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)}```"
+        f"## How it was made\n\nWith {_versions(subject.manifest.get('provenance', {}))}:\n\n"
+        f"{code_block('bash', command)}\n\n{_whose(cell.method)}and these settings of its stages (files by name and "
+        f"sha256):\n\n{code_block('yaml', yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))}"
     )
 
 
@@ -225,7 +226,8 @@ def _whose(method: str | None) -> str:
     if method is None:
         return ""
     file = shlex.quote(f"{method}.yaml")
-    return f"where `{method}` is a method of the project's, or else its author's own (`--methods {file}`), "
+    own = code(f"--methods {file}")
+    return f"where {code(method)} is a method of the project's, or else its author's own ({own}), "
 
 
 def _versions(provenance: Mapping[str, Any]) -> str:

@@ -51,7 +51,7 @@ def _contents(subject: Subject, store: Store) -> Contents:
 def _adapter_config(artifact: Path, recover: Stage, store: Store) -> str:
     """The adapter's settings plus the model that it was trained on, which the settings in the artifact leave open."""
     config = (read_object(artifact / ADAPTER_CONFIG) or {}) | _base_of_adapter(recover, store)
-    return json.dumps(config, indent=1, sort_keys=True) + "\n"
+    return json.dumps(config, indent=1, sort_keys=True, allow_nan=False) + "\n"
 
 
 def _base_of_adapter(recover: Stage, store: Store) -> dict[str, Any]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,9 +12,10 @@ from hfprune_dist.results.column import markdown
 from hfprune_dist.results.columns import all_columns, few_columns
 from hfprune_dist.results.costs import MEASURES, OWN, SHARED
 from hfprune_dist.results.efficiency import by_workload
+from hfprune_dist.results.markdown import escaped
 from hfprune_dist.results.notes import causes, notes, wide_notes
 from hfprune_dist.results.rows import BY_LAYER, Row
-from hfprune_dist.store.atomic_files import write_text
+from hfprune_dist.store.atomic_files import write_json, write_text
 
 # Fields of a row that only results.json has; results of texts, tasks and workloads get columns of their own.
 NESTED = (
@@ -36,7 +36,7 @@ RESULTS = ("results.csv", "results.md", "results.json")
 
 def write_reports(rows: Sequence[Row], out: Path) -> None:
     """Write results.json (nested), results.csv (flat, every metric a column) and results.md (the table)."""
-    write_text(out / "results.json", json.dumps({"rows": rows}, indent=1, allow_nan=False) + "\n")
+    write_json(out / "results.json", {"rows": rows}, sort_keys=False)
     write_text(out / "results.csv", _csv([flat_row(row) for row in rows]))
     write_text(out / "results.md", report(rows))
 
@@ -75,4 +75,4 @@ def report(rows: Sequence[Row]) -> str:
 
 
 def _listed(paragraphs: Sequence[str]) -> str:
-    return "".join(f"- {it}\n" for it in paragraphs)
+    return "".join(f"- {escaped(it)}\n" for it in paragraphs)

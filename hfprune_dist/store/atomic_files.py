@@ -29,9 +29,13 @@ def write_text(file: Path, text: str) -> None:
         draft.unlink(missing_ok=True)
 
 
-def write_json(file: Path, value: Any) -> None:
-    """Replace ``file`` atomically with a JSON value."""
-    write_text(file, json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n")
+def write_json(file: Path, value: Any, *, sort_keys: bool = True) -> None:
+    """Replace ``file`` atomically with a JSON value.
+
+    Raises:
+        ValueError: if it holds a number that isn't finite, which JSON has no word for; None stands for these.
+    """
+    write_text(file, json.dumps(value, indent=1, sort_keys=sort_keys, allow_nan=False) + "\n")
 
 
 def read_json(file: Path) -> Any:

@@ -192,7 +192,7 @@ def try_claim(folder: Path, job: str | None = None, ended_jobs: Collection[str] 
             return holder
         claim = Claim(folder, generation + 1, uuid.uuid4().hex[:12])
         file = folder / f"claim.{generation + 1}"
-        if _create(file, json.dumps({**asdict(Holder.me(job)), "token": claim.token})):
+        if _create(file, json.dumps({**asdict(Holder.me(job)), "token": claim.token}, allow_nan=False)):
             return claim
 
 

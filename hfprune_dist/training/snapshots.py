@@ -49,7 +49,7 @@ class Snapshots:
         """Write a snapshot, then delete all but the newest two."""
         self.folder.mkdir(parents=True, exist_ok=True)
         file = self.folder / f"step-{snapshot.step:08d}.safetensors"
-        texts = {"step": str(snapshot.step), "losses": json.dumps(snapshot.losses)}
+        texts = {"step": str(snapshot.step), "losses": json.dumps(snapshot.losses, allow_nan=False)}
         save_tensors({**snapshot.weights, **snapshot.moments, **snapshot.units}, file, texts)
         for outdated in self._files()[KEPT_SNAPSHOTS:]:
             outdated.unlink()

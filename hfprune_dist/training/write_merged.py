@@ -25,7 +25,7 @@ def write_trained(checkpoint: Checkpoint, trained: Snapshot, settings: LoraTrain
     """Write what was trained: ``adapter/`` and ``loss.jsonl``."""
     targets = lora_targets(checkpoint.family, checkpoint.ranks)
     write_adapter(draft / ADAPTER, trained.weights, targets, settings.rank, settings.alpha)
-    write_text(draft / LOSSES, "".join(json.dumps(line) + "\n" for line in trained.losses))
+    write_text(draft / LOSSES, "".join(json.dumps(line, allow_nan=False) + "\n" for line in trained.losses))
 
 
 def write_merged(

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from hfprune_dist.results.column import markdown_of
+from hfprune_dist.results.markdown import table_of_texts
 
 
 @dataclass(frozen=True)
@@ -61,4 +61,4 @@ def markdown(lines: Sequence[Line]) -> str:
         ]
         for line in lines
     ]
-    return markdown_of(["section", "what", "measured", "target"], rows)
+    return table_of_texts(["section", "what", "measured", "target"], rows)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -28,9 +27,10 @@ from hfprune_dist.results.comparison import (
     note_on_methods,
     scores_to_compare,
 )
+from hfprune_dist.results.markdown import escaped
 from hfprune_dist.results.notes import measured_otherwise
 from hfprune_dist.store.artifacts import Store
-from hfprune_dist.store.atomic_files import write_text
+from hfprune_dist.store.atomic_files import write_json, write_text
 from hfprune_dist.store.stage import Stage
 from hfprune_dist.store.stage_handle import StageHandle
 
@@ -55,10 +55,12 @@ def compare(folders: Sequence[Path], out: Path, named: str | None, wide: bool) -
     if named is not None and named not in names:
         raise UserError(f"--reference: no method {named!r}{did_you_mean(named, names)}; valid: {', '.join(names)}")
     criteria = _criteria(sweeps[0])
-    pages = [f"# Criteria: {model}\n\n{criteria_table(pairs)}" for model, pairs in criteria.items() if pairs]
+    pages = [f"# Criteria: {escaped(model)}\n\n{criteria_table(pairs)}" for model, pairs in criteria.items() if pairs]
     settling = _settling(sweeps[0])
     pages += [
-        f"# Calibration windows: {model}\n\n{convergence_table(points)}" for model, points in settling.items() if points
+        f"# Calibration windows: {escaped(model)}\n\n{convergence_table(points)}"
+        for model, points in settling.items()
+        if points
     ]
     record = {
         "methods": [asdict(it) for it in methods],
@@ -67,9 +69,9 @@ def compare(folders: Sequence[Path], out: Path, named: str | None, wide: bool) -
         "sweeps": [str(it) for it in folders],
     }
     out.mkdir(parents=True, exist_ok=True)
-    write_text(out / "comparison.json", json.dumps(record, indent=1) + "\n")
+    write_json(out / "comparison.json", record, sort_keys=False)
     warnings = _measured_otherwise(sweeps)
-    table = "\n".join([methods_table(methods, reference), *(f"{it}\n" for it in warnings)])
+    table = "\n".join([methods_table(methods, reference), *(f"{escaped(it)}\n" for it in warnings)])
     write_text(out / "comparison.md", "\n".join([f"# Methods\n\n{table}", *pages]))
     console = make_console()
     show_methods(console, methods, reference, wide)

@@ -113,6 +113,15 @@ def test_every_pair_of_criteria_in_every_layer():
     assert json.dumps(pairs) and criteria_table(pairs).count("\n") == 5
 
 
+def test_a_layer_with_a_single_unit_has_no_rank_correlation():
+    one, two = {name: [np.ones(1)] for name in "ab"}, {name: [np.ones(1), np.arange(3.0)] for name in "ab"}
+    (alone,), (pair,) = compare_criteria([one], [0.5]), compare_criteria([two], [0.5])
+    assert (alone["spearman"], pair["spearman"]) == ([None], [None, pytest.approx(1.0)])
+    assert json.dumps([alone, pair], allow_nan=False)
+    assert criteria_table([alone]).endswith("| a / b | - | 1.000 |\n"), "not nan"
+    assert criteria_table([pair]).endswith("| a / b | 1.000 | 1.000 |\n"), "the mean of those that have one"
+
+
 def test_settling_has_a_row_for_each_criterion_and_share():
     points = [
         {"windows": windows, "criterion": criterion, "share_kept": share, "overlap": windows / 100 + share / 10}

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 from huggingface_hub import EvalResult, ModelCard
+from markdown_it import MarkdownIt
 from sweeps import make_inputs, planned
 
 from hfprune_dist.config.texts import OTHER_TEXTS
@@ -174,6 +175,27 @@ def test_shells_and_people_read_odd_names_and_ratios_as_they_are(config, tmp_pat
     subject = Subject.of("name", replace(plan.cells[1], model="my $model", ratio=0.125), plan, store, DENSE["alpha"])
     card = model_card(subject)
     assert "--models 'my $model' --ratios 0.125 " in card and "12.5% of its parameters" in card
+
+
+def test_names_read_as_they_are_once_rendered(config, tmp_path):
+    plan, store = planned(config)[1], Store(tmp_path / "store")
+    fill(store, plan)
+    odd = replace(next(cell for cell in plan.cells if cell.method), method="a`|*b*", model="my_`model`\n<b>")
+    subject = Subject.of("_name_", odd, plan, store, DENSE["alpha"])
+    files = {**subject.manifest["files"], "License.txt": "0123"}
+    scores = {**SCORES, "tasks": {"*task*": {"_acc_": 0.5}}}
+    evaluated = {**subject.manifests[odd.evaluate], "metrics": scores}
+    subject = replace(
+        subject,
+        manifest={**subject.manifest, "files": files},
+        manifests={**subject.manifests, odd.evaluate: evaluated},
+    )
+    parsed = MarkdownIt("commonmark").enable("table").parse(model_card(subject).split("---\n\n", 1)[1])
+    shown = ["".join(part.content or " " for part in it.children) for it in parsed if it.type == "inline"]
+    assert "_name_" in shown and "my_`model` <b>, a local checkpoint, 100 parameters" in shown
+    assert "see License.txt" in shown and any(it.startswith("a`|*b*: neurons go") for it in shown)
+    assert any(it.startswith("*task* (lm-eval") for it in shown) and "_acc_" in shown
+    assert not [it for it in parsed if "html" in it.type], "no name is a tag"
 
 
 def test_bars_in_names_end_no_cell_of_a_table(config, tmp_path):

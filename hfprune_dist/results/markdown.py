@@ -1,0 +1,54 @@
+"""GitHub's Markdown for texts that may hold anything, names above all: they read as they are once rendered.
+
+A line break in a text becomes a space.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+# Underscores within a word, as in intermediate_size, are no markup, nor are asterisks between spaces.
+_MARKUP = re.compile(r"[\\`\[<&~#]|(?<! )\*|\*(?! )|(?<!\w)_+|_+(?!\w)")
+_BACKTICKS = re.compile("`+")
+
+
+def escaped(text: str) -> str:
+    """A text within a line, in which nothing is markup."""
+    return _MARKUP.sub(lambda found: "".join(f"\\{it}" for it in found[0]), on_one_line(text))
+
+
+def code(text: str) -> str:
+    """A code span."""
+    line = on_one_line(text)
+    runs = {len(run) for run in _BACKTICKS.findall(line)}
+    marks = "`" * next(length for length in range(1, len(runs) + 2) if length not in runs)
+    room = " " if line.startswith("`") or line.endswith("`") else ""
+    return f"{marks}{room}{line}{room}{marks}"
+
+
+def code_block(language: str, text: str) -> str:
+    """Lines of code, without a trailing newline."""
+    lines = text.rstrip("\n")
+    marks = "`" * max(3, 1 + max(map(len, _BACKTICKS.findall(text)), default=0))
+    return f"{marks}{language}\n{lines}\n{marks}"
+
+
+def table(head: Sequence[str], body: Sequence[Sequence[str]], sides: Sequence[str] | None = None) -> str:
+    """A table from cells in Markdown, without a trailing newline.
+
+    Args:
+        sides: ``---`` for each left-aligned column, ``---:`` for each right-aligned one; None: all left-aligned.
+    """
+    first, *others = ["| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in (head, *body)]
+    return "\n".join([first, f"|{'|'.join(sides or ['---'] * len(head))}|", *others])
+
+
+def table_of_texts(head: Sequence[str], body: Sequence[Sequence[str]], sides: Sequence[str] | None = None) -> str:
+    """A table from cells that hold texts, as ``table`` makes it."""
+    return table([*map(escaped, head)], [[*map(escaped, line)] for line in body], sides)
+
+
+def on_one_line(text: str) -> str:
+    """A text with single spaces in place of line breaks and of several spaces."""
+    return " ".join(text.split())

@@ -1,0 +1,60 @@
+"""Texts in Markdown, as a parser renders them."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from markdown_it import MarkdownIt
+
+from hfprune_dist.results.markdown import code, code_block, escaped, on_one_line, table, table_of_texts
+
+ODD = st.text(alphabet="ab1 _*`<>[](){}!|\\~&;#$-+.\n", min_size=1).filter(str.strip)
+PARSER = MarkdownIt("commonmark").enable(["table", "strikethrough"])
+
+
+def inline(text):
+    """The parts of a rendered line: (kind, text) of each."""
+    (line,) = [it for it in PARSER.parse(text) if it.type == "inline"]
+    return [(it.type, it.content) for it in line.children if it.content]
+
+
+def cells(text):
+    return ["".join(child.content for child in it.children) for it in PARSER.parse(text) if it.type == "inline"]
+
+
+@given(ODD)
+def test_a_text_reads_as_it_is(text):
+    parts = inline(f"# name: {escaped(text)}")
+    assert {kind for kind, _ in parts} <= {"text", "text_special"}
+    assert "".join(shown for _, shown in parts) == f"name: {on_one_line(text)}"
+
+
+@given(ODD)
+def test_code_reads_as_it_is(text):
+    assert inline(f"name: {code(text)}, then") == [
+        ("text", "name: "),
+        ("code_inline", on_one_line(text)),
+        ("text", ", then"),
+    ]
+
+
+@given(st.lists(ODD, min_size=2, max_size=4))
+def test_cells_read_as_they_are(texts):
+    expected = [on_one_line(text) for text in texts]
+    assert cells(table_of_texts(texts, [texts])) == expected * 2
+    assert cells(table([""] * len(texts), [[*map(code, texts)]])) == [""] * len(texts) + expected
+
+
+@given(ODD)
+def test_no_text_ends_a_block_of_code(text):
+    (block, after) = [it for it in PARSER.parse(f"{code_block('yaml', text)}\n\nafter") if it.content]
+    assert (block.type, block.info, block.content, after.content) == (
+        "fence",
+        "yaml",
+        text.rstrip("\n") + "\n",
+        "after",
+    )
+
+
+@pytest.mark.parametrize("name", ["surgeon-plain", "crows_pairs_english", "down_proj", "(h * dL/dh)^2", "Qwen2.5"])
+def test_usual_names_need_no_escape(name):
+    assert (escaped(name), code(name)) == (name, f"`{name}`")
