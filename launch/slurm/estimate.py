@@ -258,7 +258,7 @@ def gpus_of(resources: Resources) -> Gpus:
 
 def placed_job(job: Job, dims: Dimensions, gpus: Gpus, runtime: RuntimeConfig) -> tuple[Job, Gpus]:
     """Return a job as it will run, and the GPUs that hold one copy of the model: one GPU if each has whole weights."""
-    if isinstance(job, Train) and gpus.memory:
+    if isinstance(job, Train):  # on GPUs of unknown memory in the way that takes least
         way = place(job, dims, gpus, runtime.sharding)
         return dataclasses.replace(job, checkpointing=way.checkpointing), copy_of(way, gpus)
     if isinstance(job, Evaluate) and runtime.sharding != "zero3":

@@ -13,6 +13,9 @@ from rich.table import Table
 
 from hfprune_dist.config.schema import RuntimeConfig
 from hfprune_dist.planning.dimensions import checkpoint_dimensions
+from hfprune_dist.planning.evaluation_footprint import Evaluate
+from hfprune_dist.planning.footprint import Job, Train
+from hfprune_dist.planning.gpu_needs import Gpus
 from hfprune_dist.planning.plan import Plan
 from hfprune_dist.planning.rates import ASSUMED
 from hfprune_dist.planning.stage_times import StageTime, StageTimes
@@ -56,7 +59,14 @@ def _time(times: StageTimes, plan: Plan, stage: Stage, where: tuple[Profile, Run
     if gpus is not None and runs_a_model(stage.params):
         dims = checkpoint_dimensions(plan.dense_checkpoint(stage))
         job, placed = placed_job(job_of(plan, stage, runtime), dims, gpus, runtime)
+        if gpus.flops is not None and not gpus.memory and _depends_on_memory(job, gpus, runtime):
+            return StageTime(None, resources.gpus, "all of it: the profile has no gpu_memory_gib")
     return replace(times.of(stage, job, gpus, placed), gpus=resources.gpus)  # some GPUs may have no rank
+
+
+def _depends_on_memory(job: Job, gpus: Gpus, runtime: RuntimeConfig) -> bool:
+    """Return whether the GPUs' memory decides if weights are whole, or if layers run again in training."""
+    return isinstance(job, Train) or (isinstance(job, Evaluate) and runtime.sharding == "auto" and gpus.ranks > 1)
 
 
 def show_hours(console: Console, hours: Sequence[StageHours]) -> None:

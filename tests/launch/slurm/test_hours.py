@@ -150,6 +150,15 @@ def test_what_the_profile_does_not_say_is_named(inputs):
     assert all(each.time.gpus == 0 for each in no_gpus)
 
 
+def test_hours_of_stages_that_memory_decides_on_need_it(inputs):
+    def missing(**overrides):
+        hours = of_inputs(inputs, profile_of(**A100 | {"gpu_memory_gib": None}), **overrides)
+        return {it.stage.kind for it in hours if it.time.missing == "all of it: the profile has no gpu_memory_gib"}
+
+    assert missing() == {"recover", "evaluate"}, "their weights may be whole, and layers run again or not"
+    assert missing(runtime__sharding="zero3") == missing(runtime__sharding="replicate") == {"recover"}
+
+
 def test_the_table_shows_every_stage_its_total_and_what_is_assumed(models):
     hours = hours_of([models["llama-2-7b"]], ["hfprune"], profile_of(**A100))
     screen = io.StringIO()
