@@ -111,8 +111,11 @@ def _speed(rows: Sequence[Row]) -> list[str]:
 
 
 def _device(efficiency: Mapping[str, Any]) -> str:
-    threads = f", threads: {efficiency['threads']}" if "threads" in efficiency else ""
-    return f"{efficiency['device']}{threads}"
+    if "threads" not in efficiency:
+        return f"{efficiency['device']}"
+    threads = efficiency["threads"]
+    cores = efficiency.get("cores", threads)  # earlier versions didn't record it
+    return f"{efficiency['device']}, threads: {threads}" + (f" on {counted(cores, 'core')}" if cores < threads else "")
 
 
 def _efficiency(rows: Sequence[Row]) -> list[str]:

@@ -22,6 +22,7 @@ from hfprune_dist.models.loading import load_causal_lm
 from hfprune_dist.stages.context import Context as AnyContext
 from hfprune_dist.store.atomic_files import write_json
 from hfprune_dist.store.hashing import AfterEach
+from hfprune_dist.store.machine import usable_cores
 from hfprune_dist.store.provenance import cpu_model
 
 Context = AnyContext[EfficiencyParameters]
@@ -105,10 +106,10 @@ def _measure(
 
 
 def _device(device: torch.device) -> dict[str, Any]:
-    """The device that the models were measured on."""
+    """The device that the models were measured on; of a CPU also its threads, and the cores that these could use."""
     if device.type == "cuda":
         return {"device": torch.cuda.get_device_name(device)}
-    return {"device": cpu_model(), "threads": torch.get_num_threads()}
+    return {"device": cpu_model(), "threads": torch.get_num_threads(), "cores": usable_cores()}
 
 
 def _costs(context: Context, role: str) -> dict[str, int]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -12,9 +12,9 @@ from hfprune_launch.modes.generation import Generation
 from hfprune_launch.modes.sweep_arguments import Command
 from hfprune_launch.preflight import check_stages
 from hfprune_launch.project import PROJECT
-from hfprune_launch.slurm.batch_script import refuse_unusable_path
+from hfprune_launch.slurm.batch_script import default_threads, refuse_unusable_path
 from hfprune_launch.slurm.estimate import Estimate, estimate_stages, gpus_of_profile, refuse_what_cannot_fit
-from hfprune_launch.slurm.profile import Profile
+from hfprune_launch.slurm.profile import Profile, Resources
 from hfprune_launch.sweep_folder import Record, Sweep, read_record, require_apart, require_folder
 
 from hfprune_dist.config.method import Method
@@ -23,6 +23,7 @@ from hfprune_dist.config.schema import RuntimeConfig, SweepConfig
 from hfprune_dist.errors import UserError
 from hfprune_dist.planning.build_plan import build_plan
 from hfprune_dist.planning.dimensions import checkpoint_dimensions
+from hfprune_dist.planning.earlier_measurements import with_earlier_measurements
 from hfprune_dist.planning.earlier_passes import with_earlier_passes
 from hfprune_dist.planning.earlier_rows import with_earlier_rows
 from hfprune_dist.planning.known_shapes import KnownShape, dense_shape, known_shape
@@ -33,7 +34,7 @@ from hfprune_dist.planning.ratios import remarks_on_shapes
 from hfprune_dist.planning.refusals import place_of
 from hfprune_dist.planning.remarks import remarks_on_settings
 from hfprune_dist.planning.training_memory import choose_micro_batches, chooses
-from hfprune_dist.store.artifacts import Verdict
+from hfprune_dist.store.artifacts import Store, Verdict
 
 # Section of the configuration -> the kind of stage that it configures.
 TRAINING_STAGES = {"recovery": "recover", "distillation": "distill"}
@@ -115,8 +116,9 @@ def prepare(command: Command, *, download: bool) -> Prepared:
     require_folder(command.out)
     store = command.store
     profile = command.profile()
-    device = None if profile is None else profile.resources["efficiency"].device
-    config, models, methods, plan = _plan(command, device, download=download)
+    config, models, methods, plan = _plan(command, _device_in(profile), download=download)
+    if profile is not None:
+        plan = _with_measured(plan, profile.resources["efficiency"], config.runtime, store)
     require_apart(command.out, plan)
     for remark in remarks_on_settings(config, methods):
         command.tell(f"note: {remark}")
@@ -147,12 +149,35 @@ def sweep_to_show(command: Command) -> Sweep:
     store, out = command.store, command.out
     show, record = partial(Sweep, store=store, out=out), read_record(out)
     try:
-        *_, today = _plan(command, _device_of(record), download=False)
+        device = _device_of(record)
+        *_, today = _plan(command, device_here if device is None else lambda _: device, download=False)
     except UserError:
         if record is None:
             raise
         return show(record.plan)
     return show(with_earlier_rows(today, record.plan) if record else today)
+
+
+def _device_in(profile: Profile | None) -> Callable[[RuntimeConfig], str]:
+    """Return what tells, for a runtime, on which device of a profile, or of this machine, efficiency is measured."""
+    if profile is None:
+        return device_here
+    resources = profile.resources["efficiency"]
+    return lambda runtime: resources.device(default_threads(resources, runtime.threads_per_rank))
+
+
+def _with_measured(plan: Plan, resources: Resources, runtime: RuntimeConfig, store: Store) -> Plan:
+    """Return the plan with measurements by an earlier version, which described a rank's cores in place of its threads,
+    if as many threads ran as would run today.
+    """
+    threads = default_threads(resources, runtime.threads_per_rank)
+
+    def stands(stage_id: str) -> bool:
+        handle = store.handle(stage_id)
+        metrics = (handle.manifest() or {}).get("metrics", {})
+        return metrics.get("threads") == threads and handle.is_done()
+
+    return with_earlier_measurements(plan, resources.device(resources.cpus_per_task), stands)
 
 
 def _device_of(record: Record | None) -> str | None:
@@ -163,19 +188,19 @@ def _device_of(record: Record | None) -> str | None:
 
 
 def _plan(
-    command: Command, device: str | None, *, download: bool
+    command: Command, device: Callable[[RuntimeConfig], str], *, download: bool
 ) -> tuple[SweepConfig, list[ModelSource], dict[str, Method], Plan]:
     """Return the configuration with all that planning chooses, and its models, methods and plan.
 
     Args:
-        device: device on which efficiency is measured; None for that of this machine.
+        device: tells on which device efficiency is measured.
     """
     config, hashes = command.configuration(), command.store.hashes
     models = resolve_models(config, PROJECT.configs / "models", hashes, download)
     if chooses(config):
         config = _with_micro_batches(command, config, models)
     methods = resolve_methods(config, PROJECT.configs / "methods")
-    plan = build_plan(config, models, methods, hashes, device or device_here(config.runtime))
+    plan = build_plan(config, models, methods, hashes, device(config.runtime))
     with suppress(UserError):  # from a damaged record, whose rows are lost
         if record := read_record(command.out):
             plan = with_earlier_passes(plan, record.plan, lambda stage_id: command.store.handle(stage_id).is_done())

@@ -211,6 +211,9 @@ def _srun_arguments(resources: Resources) -> list[str]:
 
 
 def default_threads(resources: Resources, threads_per_rank: int | None) -> int:
-    """Return the CPU threads of a rank: as configured, else its cores, but no more than OMP_NUM_THREADS, if set."""
+    """Return the CPU threads of a rank: OMP_NUM_THREADS in the profile's environment, else as configured, else its
+    cores, but no more than OMP_NUM_THREADS here, if set.
+    """
     limit = threads_allowed(os.environ) or resources.cpus_per_task
-    return threads_per_rank or min(limit, resources.cpus_per_task)
+    own = threads_allowed(resources.environment)
+    return own or threads_per_rank or min(limit, resources.cpus_per_task)

@@ -129,13 +129,16 @@ class Resources(Section):
     def cores(self) -> int:
         return self.ranks * self.cpus_per_task
 
-    @property
-    def device(self) -> str:
-        """The device of a rank, as far as the profile specifies it."""
+    def device(self, threads: int) -> str:
+        """Describe the device of a rank, as far as the profile specifies it.
+
+        Args:
+            threads: CPU threads of a rank.
+        """
         asked = {"partition": self.partition, "constraint": self.constraint, "gres": self.sbatch.get("gres")}
         typed = {"gpu_type": self.gpu_type if self.gpus else None}
         told = [f"{name} {value}" for name, value in {**asked, **typed}.items() if value is not None]
-        return ", ".join([*told, "a GPU" if self.gpus else f"threads: {self.cpus_per_task}"])
+        return ", ".join([*told, "a GPU" if self.gpus else f"threads: {threads}"])
 
 
 class ProfileFile(Resources):

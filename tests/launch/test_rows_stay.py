@@ -182,6 +182,21 @@ def test_speed_is_of_the_device_on_which_the_sweep_ran(config, tmp_path, monkeyp
     assert planned_actions(config, out)["run"] == set(), "which nobody asks for"
 
 
+def test_speed_on_a_cluster_is_of_the_threads_that_run(config, tmp_path):
+    """Earlier versions told the cores of a rank in place of its threads; what as many threads measured still stands."""
+    out, profile = tmp_path / "out", tmp_path / "profile.yaml"
+    profile.write_text("partition: cpu\ncpus_per_task: 4\n")
+    asked = ["--set", "efficiency.enabled=true", "--set", "runtime.threads_per_rank=2", "--profile", profile]
+    fill(out, planned(config, efficiency__enabled=True, device="partition cpu, threads: 4")[1])
+    assert planned_actions(config, out, *asked)["run"] == set(), "2 threads have run"
+    asked[3] = "runtime.threads_per_rank=3"
+    assert planned_actions(config, out, *asked)["run"] == {"efficiency"}
+    fill(out, planned(config, efficiency__enabled=True, device="partition cpu, threads: 3")[1])
+    assert planned_actions(config, out, *asked)["run"] == set()
+    profile.write_text("partition: cpu\ncpus_per_task: 4\nenvironment: {OMP_NUM_THREADS: '1'}\n")
+    assert planned_actions(config, out, *asked)["run"] == {"efficiency"}, "which the profile's environment decides"
+
+
 def test_a_row_is_removed_on_purpose(config, tmp_path):
     out = tmp_path / "out"
     done(config, out)

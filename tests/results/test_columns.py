@@ -6,7 +6,7 @@ from hfprune_dist.results.columns import all_columns, few_columns
 from hfprune_dist.results.efficiency import efficiency_of
 from hfprune_dist.results.formats import byte_count, count, duration
 from hfprune_dist.results.notes import causes, notes, wide_notes
-from hfprune_dist.results.table import flat_row
+from hfprune_dist.results.table import flat_row, report
 
 DENSE = row_of(ratio=0.0, recovery="none", kl=0.0, kl_stderr=0.0)
 
@@ -89,6 +89,8 @@ def test_speed_has_columns_where_it_was_measured():
     assert (everything["FLOPs/token"][1], everything["cache/token"][1]) == ("215M", "46kB")
     (told,) = [it for it in notes(rows) if it.startswith("speed")]
     assert told.endswith("(batch 4, 32 in, 16 out; a processor, threads: 2)")
+    crowded = {**rows[1], "efficiency": rows[1]["efficiency"] | {"cores": 1}}
+    assert any("threads: 2 on 1 core)" in note for note in notes([crowded])), "an affinity or a control group"
     flat = flat_row(rows[1])
     assert flat["efficiency/batch 1, 32 in, 16 out/decode_speed"] == 1.0 and "efficiency" not in flat
     assert flat["efficiency/batch 4, 32 in, 16 out/peak_memory_bytes"] == 3_000_000
@@ -130,6 +132,10 @@ def test_notes_on_older_evaluations_and_bias():
 def test_names_do_not_break_markdown():
     table = markdown(["a|b\nc"], [Column("name", str, is_text=True), Column("length", lambda it: f"{len(it)}")])
     assert table == "| name | length |\n|---|---:|\n| a\\|b c | 5 |\n"
+    assert markdown(["*a*"], [Column("_name_", str)]) == "| \\_name\\_ |\n|---:|\n| \\*a\\* |\n"
+    assert "\n- missing: a \\*b\\*: no \\`c\\` here\n" in report(
+        [row_of(status="missing", label="a *b*", cause="no `c`\nhere")]
+    )
 
 
 @pytest.mark.parametrize(

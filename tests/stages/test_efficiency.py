@@ -13,6 +13,7 @@ from hfprune_dist.stages import context as contexts
 from hfprune_dist.stages import efficiency
 from hfprune_dist.stages.efficiency import RESULTS
 from hfprune_dist.store.artifacts import Store
+from hfprune_dist.store.machine import usable_cores
 from hfprune_dist.store.provenance import cpu_model
 from hfprune_dist.store.stage import Input, Stage
 
@@ -52,6 +53,7 @@ def test_both_models_are_measured_under_every_workload(source, tmp_path, ranks):
     sizes = [(it["batch_size"], it["prompt_tokens"], it["new_tokens"]) for it in metrics["runs"]]
     assert sizes == [(1, 4, 3), (1, 9, 3), (3, 4, 3), (3, 9, 3)]
     assert metrics["device"] == cpu_model() and metrics["threads"] == torch.get_num_threads()
+    assert metrics["cores"] == usable_cores()
     gone = 2 * 3 * 31 * 32  # layers, projections, neurons, hidden size
     assert metrics["dense"]["parameters"] - metrics["model"]["parameters"] == gone
     assert metrics["dense"]["flops_per_token"] - metrics["model"]["flops_per_token"] == 2 * gone

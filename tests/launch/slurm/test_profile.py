@@ -105,11 +105,11 @@ def test_efficiency_is_measured_by_one_rank_on_what_is_asked_for(tmp_path):
     common = "partition: gpu\nnodes: 2\ntasks_per_node: 8\ngpus_per_node: 8\nconstraint: a100\n"
     efficiency = load_profile(write(tmp_path, common), SHIPPED).resources["efficiency"]
     assert (efficiency.ranks, efficiency.gpus) == (1, 1)
-    assert efficiency.device == "partition gpu, constraint a100, a GPU"
+    assert efficiency.device(3) == "partition gpu, constraint a100, a GPU"
     typed = load_profile(write(tmp_path, common + "gpu_type: a100\n"), SHIPPED).resources["efficiency"]
-    assert typed.device == "partition gpu, constraint a100, gpu_type a100, a GPU"
+    assert typed.device(3) == "partition gpu, constraint a100, gpu_type a100, a GPU"
     own = "stages: {efficiency: {constraint: h100, sbatch: {gres: 'gpu:h100:1'}}}\n"
     other = load_profile(write(tmp_path, common + own), SHIPPED).resources["efficiency"]
-    assert other.device == "partition gpu, constraint h100, gres gpu:h100:1, a GPU"
+    assert other.device(3) == "partition gpu, constraint h100, gres gpu:h100:1, a GPU"
     without = load_profile(write(tmp_path, "cpus_per_task: 4\n"), SHIPPED).resources["efficiency"]
-    assert without.gpus == 0 and without.device == "threads: 4"
+    assert without.gpus == 0 and without.device(3) == "threads: 3"
