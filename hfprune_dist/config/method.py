@@ -101,8 +101,8 @@ class Method(Section):
     multiple_of: PositiveOrAuto = 1
     """Round intermediate_size, or the number of experts, to a multiple of this: 64 or 128 suit GPUs; for experts,
     take the number of devices that share them. auto: for each model and ratio, the largest of 256, 128, 64 and 32 with
-    which at least the ratio is removed, and at most 0.0125 more; if there is none, 32 for models whose
-    intermediate_size is at least 1,024, otherwise 1; always 1 for experts. With ``round_ratio``, the first round
+    which at least the ratio is removed, and at most 0.0125 more, within ``floor``; if there is none, 32 for models
+    whose intermediate_size is at least 1,024, otherwise 1; always 1 for experts. With ``round_ratio``, the first round
     decides; with allocation: plain, the multiple must suit every round."""
     steps: Positive = 1
     """Number of equal rounds in which the ratio is removed. Before every round but the first, the pruned model is

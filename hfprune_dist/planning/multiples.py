@@ -11,6 +11,7 @@ from dataclasses import replace
 from hfprune_dist.checkpoints.checkpoint import Checkpoint
 from hfprune_dist.config.method import Method, structures_possible
 from hfprune_dist.errors import UserError
+from hfprune_dist.planning.budget import Limits, budget_of
 from hfprune_dist.planning.expert_shapes import ExpertTarget
 from hfprune_dist.planning.local_shapes import LocalTarget
 from hfprune_dist.planning.low_rank_shapes import LowRankTarget
@@ -18,7 +19,7 @@ from hfprune_dist.planning.plain_shapes import all_plain_shapes, ratio_of
 from hfprune_dist.planning.rounds import round_ratios
 from hfprune_dist.planning.shape_target import ShapeTarget
 from hfprune_dist.planning.widths import Target, size_of
-from hfprune_dist.structures import EXPERTS, KV_GROUPS
+from hfprune_dist.structures import EXPERTS, KV_GROUPS, NEURONS
 
 # Multiples, in the order in which they are tried.
 MULTIPLES = (256, 128, 64, 32)
@@ -83,6 +84,11 @@ def _what_auto_is(method: Method, checkpoint: Checkpoint, ratio: float, where: s
     return next(fitting, LEAST if checkpoint.units.width >= WIDE else 1)
 
 
+def limits_of(method: Method) -> Limits:
+    """The bounds on what layers that compete may lose, for a method with numbers."""
+    return method.floor, *protected_by(method)
+
+
 def target_of(method: Method, checkpoint: Checkpoint, ratio: float, where: str) -> ShapeTarget:
     """Return the target of a method whose ``multiple_of`` is a number."""
     assert isinstance(method.multiple_of, int), "planned with a number"
@@ -106,7 +112,22 @@ def _suits(multiple_of: int, method: Method, checkpoint: Checkpoint, ratio: floa
         return _suits_alone(LowRankTarget(target))
     shapes = all_plain_shapes(target)
     as_many = len(shapes) == len(all_plain_shapes(finest)) > 0
-    return as_many and all(ratio_of(target, shape) <= ratio + MOST_BEYOND for shape in shapes)
+    little = as_many and all(ratio_of(target, shape) <= ratio + MOST_BEYOND for shape in shapes)
+    return little and (method.allocation == "plain" or _within_limits(target, limits_of(method)))
+
+
+def _within_limits(target: ShapeTarget, limits: Limits) -> bool:
+    """Whether layers that compete can come to the ratio with floors that are rounded up to the multiple."""
+    try:
+        if target.structures == (NEURONS,):
+            widths = Target(size_of(target.checkpoint), target.ratio, target.multiple_of, target.where)
+            widths.removals(widths.narrowest_widths(*limits))
+        else:
+            split = target.tensor_parallel if KV_GROUPS in target.structures else 1
+            budget_of(replace(target, multiple_of=math.lcm(target.multiple_of, split)), limits)
+    except UserError:
+        return False
+    return True
 
 
 def _suits_alone(target: LocalTarget | LowRankTarget | ExpertTarget) -> bool:

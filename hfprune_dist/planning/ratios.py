@@ -9,10 +9,10 @@ from itertools import pairwise
 from hfprune_dist.checkpoints.checkpoint import Checkpoint
 from hfprune_dist.config.method import Method
 from hfprune_dist.errors import UserError
-from hfprune_dist.planning.budget import Limits, budget_of
+from hfprune_dist.planning.budget import budget_of
 from hfprune_dist.planning.expert_shapes import can_do, refuse_unaligned, refuse_with_experts, why_not_experts
 from hfprune_dist.planning.low_rank_shapes import LowRankTarget
-from hfprune_dist.planning.multiples import protected_by, suited, target_of, with_numbers
+from hfprune_dist.planning.multiples import limits_of, protected_by, suited, target_of, with_numbers
 from hfprune_dist.planning.rounds import round_ratios
 from hfprune_dist.planning.shape_target import ShapeTarget
 from hfprune_dist.planning.shapes_of_rounds import local_shapes, plain_shapes_of_rounds
@@ -191,7 +191,7 @@ def _deciding_numbers(checkpoint: Checkpoint, ratio: float, method: Method, wher
         return _widths(size_of(checkpoint), target, method)
     # The smallest step is one of a layer's width.
     step = target.multiple_of * target.counts.units[NEURONS]
-    return (budget_of(target, _limits(method)).parameters + step // 2) // step
+    return (budget_of(target, limits_of(method)).parameters + step // 2) // step
 
 
 def _widths(size: ModelSize, asked: ShapeTarget, method: Method) -> tuple[int, ...]:
@@ -200,7 +200,7 @@ def _widths(size: ModelSize, asked: ShapeTarget, method: Method) -> tuple[int, .
     if method.allocation not in ("global", "standardized") and asked.neurons.is_uniform:
         numbers.append(target.uniform_width())
     if method.allocation != "uniform":
-        wanted = target.removals(target.narrowest_widths(*_limits(method)))
+        wanted = target.removals(target.narrowest_widths(*limits_of(method)))
         # If every layer shrinks in steps of this size only, the closest number of steps is taken.
         all_alike = all(count % target.multiple_of == 0 for count in size.counts)
         numbers.append((wanted + target.multiple_of // 2) // target.multiple_of if all_alike else wanted)
@@ -221,7 +221,3 @@ def _splits(checkpoint: Checkpoint, ratio: float, method: Method, tensor_paralle
     except UserError:
         return False
     return True
-
-
-def _limits(method: Method) -> Limits:
-    return method.floor, *protected_by(method)

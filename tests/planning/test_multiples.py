@@ -57,7 +57,8 @@ def suits(it, checkpoint, ratio, auto):
         target_of(auto.model_copy(update={"multiple_of": each}), checkpoint, ratio, "m") for each in (it, 1)
     )
     reached = [ratio_of(asked, shape) for shape in all_plain_shapes(asked)]
-    return len(reached) == len(all_plain_shapes(finest)) > 0 and max(reached) <= ratio + MOST_BEYOND
+    little = len(reached) == len(all_plain_shapes(finest)) > 0 and max(reached) <= ratio + MOST_BEYOND
+    return little and works(checkpoint, ratio, auto.model_copy(update={"multiple_of": it}), 1)
 
 
 def local_shape(checkpoint, ratio, method):
@@ -92,6 +93,21 @@ def test_protected_layers_are_a_number_or_a_share_of_the_models(share, layers, n
 
 def test_of_a_large_model_it_is_large():
     assert multiple(blank(**LLAMA_7B), 0.5, method()) >= 64
+
+
+@pytest.mark.parametrize(
+    ("structures", "floor", "ratio", "expected"),
+    [(["neurons"], 0.2, 0.5, 256), (["neurons"], 0.2, 0.51, 64), (BOTH, 0.4, 0.68, 256), (BOTH, 0.4, 0.69, 64)],
+)
+@pytest.mark.parametrize("allocation", ["global", "searched"])
+def test_none_puts_the_ratio_out_of_reach_of_floors(allocation, structures, floor, ratio, expected):
+    """Floors are rounded up to the multiple."""
+    checkpoint = blank(**LLAMA_7B)
+    competing = Method(
+        criterion="surgeon", structures=structures, allocation=allocation, floor=floor, multiple_of="auto"
+    )
+    assert multiple(checkpoint, ratio, competing) == expected
+    check_ratios(checkpoint, [ratio], competing, "m")
 
 
 def test_what_is_given_stays():
