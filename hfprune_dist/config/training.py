@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import ceil
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -75,6 +76,17 @@ class RecoveryConfig(TextSource, LoraTraining):
     """Passes over the packed rows."""
     max_steps: Positive | None = None
     """Number of optimizer steps after which training stops; overrides epochs."""
+
+    def steps(self, steps_per_epoch: int) -> int:
+        """Number of optimizer steps: ``max_steps``, or the fewest that are at least ``epochs``.
+
+        A quotient of integers is the float nearest to it, as ``epochs`` is to what was written, so that 11 of 10 steps
+        are 1.1 epochs; the product of the float 1.1 and 10 is more than 11.
+        """
+        if self.max_steps is not None:
+            return self.max_steps
+        rounded_up = ceil(self.epochs * steps_per_epoch)
+        return rounded_up - ((rounded_up - 1) / steps_per_epoch >= self.epochs)
 
     @property
     def pair_fields(self) -> list[str]:

@@ -7,7 +7,6 @@ others; where scores decide, every layer is assumed to lose the same share.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import ceil
 from typing import Any
 
 from hfprune_dist.checkpoints.checkpoint import Checkpoint
@@ -109,8 +108,9 @@ def _trained(recovery: RecoveryConfig) -> dict[str, Any] | None:
     rows = packed_rows(recovery)
     if rows is None and recovery.max_steps is None:
         return None
-    steps = recovery.max_steps or steps_of(rows or 1, recovery.batch_size, recovery.epochs)
-    return {"rows": rows or recovery.batch_size, "steps": steps}
+    known = rows or recovery.batch_size
+    # An epoch is cut into steps as by data.schedule.Schedule, which imports torch.
+    return {"rows": known, "steps": recovery.steps(-(-known // recovery.batch_size))}
 
 
 def _locally(dense: Checkpoint, params: LoraPruneParameters, where: str) -> dict[str, Any]:
@@ -120,11 +120,6 @@ def _locally(dense: Checkpoint, params: LoraPruneParameters, where: str) -> dict
     for kind in params.structures:
         told |= dense.structures[kind].sizes(shape.units[kind])
     return told
-
-
-def steps_of(rows: int, batch_size: int, epochs: float) -> int:
-    """Optimizer steps of ``epochs`` passes over the rows, as the stage counts them."""
-    return ceil(epochs * -(-rows // batch_size))
 
 
 def _plain(

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import islice
-from math import ceil
 from pathlib import Path
 
 from hfprune_dist.checkpoints.checkpoint import Checkpoint
@@ -162,7 +161,7 @@ def _train(context: Context, checkpoint: Checkpoint, counts: RowCounts, masked_t
         distills=False,
         schedule=schedule,
         warmup_steps=settings.warmup_steps,
-        total_steps=settings.max_steps or ceil(settings.epochs * schedule.steps_per_epoch),
+        total_steps=settings.steps(schedule.steps_per_epoch),
         save_every_steps=context.runtime.save_every_steps,
         timeout_minutes=context.runtime.collective_timeout_minutes,
         run=context.tracked_run,

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from published import published_model, published_plan
 from ranks import ROOT
 
 from hfprune_dist.config.parameters import EvaluateParameters, LoraPruneParameters, PruneParameters, RecoverParameters
+from hfprune_dist.config.training import RecoveryConfig
 from hfprune_dist.data.schedule import Schedule
-from hfprune_dist.planning.expected_metrics import ExpectedManifests, steps_of
+from hfprune_dist.planning.expected_metrics import ExpectedManifests
 from hfprune_dist.planning.gpu_needs import Gpus
 from hfprune_dist.planning.model_shape import ModelShape
 from hfprune_dist.planning.stage_costs import StageCosts
@@ -56,8 +55,5 @@ def test_a_recovery_is_known_by_its_steps_its_data_or_not_at_all(model):
     assert expected(dataset="someone/some-pairs", max_steps=7)["metrics"]["steps"] == 7
     once, twice = (expected(epochs=epochs)["metrics"]["steps"] for epochs in (1.0, 2.0))
     assert twice == 2 * once > 1000
-
-
-@given(rows=st.integers(1, 500), batch_size=st.integers(1, 60), epochs=st.integers(1, 3))
-def test_steps_are_those_of_the_schedule(rows, batch_size, epochs):
-    assert steps_of(rows, batch_size, epochs) == epochs * Schedule(rows, batch_size, seed=0).steps_per_epoch
+    told = expected(batch_size=100, epochs=1.1)["metrics"]
+    assert told["steps"] == RecoveryConfig(epochs=1.1).steps(Schedule(told["rows"], 100, seed=0).steps_per_epoch)
