@@ -103,8 +103,9 @@ def divergences(dense: Outputs, models: Sequence[Outputs]) -> list[float]:
     """Return KL(dense || model) for each of several models, summed over the same tokens, in nats.
 
     The dense model's logits are computed once. At any time, only one chunk's logits exist, for it and one other model.
+    The sums stay on the device until the last chunk, so that no chunk waits for the host.
     """
-    sums = [0.0] * len(models)
+    sums = [dense.hidden_NC.new_zeros((), dtype=torch.float64) for _ in models]
     chunks = [model.logits() for model in models]
     for _, dense_NV in dense.logits():
         log_p_NV = dense_NV.log_softmax(dim=-1)
@@ -112,7 +113,7 @@ def divergences(dense: Outputs, models: Sequence[Outputs]) -> list[float]:
         for place, of_model in enumerate(chunks):
             _, model_NV = next(of_model)
             sums[place] += _kl(p_NV, log_p_NV, model_NV.log_softmax(dim=-1))
-    return sums
+    return [float(it) for it in torch.stack(sums).tolist()] if sums else []
 
 
 @torch.no_grad()
@@ -145,7 +146,7 @@ def compare_logits(dense_NV: Tensor, model_NV: Tensor, next_ids_N: Tensor) -> Fi
     has_next = next_ids_N >= 0
     nll_N = -log_q_NV[has_next].gather(1, next_ids_N[has_next, None])
     return FidelitySums(
-        kl=_kl(log_p_NV.exp(), log_p_NV, log_q_NV),
+        kl=_kl(log_p_NV.exp(), log_p_NV, log_q_NV).item(),
         agree=((log_p_NV.argmax(dim=-1) == log_q_NV.argmax(dim=-1)) & known_N).sum().item(),
         nll=nll_N.sum(dtype=torch.float64).item(),
         tokens=next_ids_N.numel(),
@@ -153,8 +154,8 @@ def compare_logits(dense_NV: Tensor, model_NV: Tensor, next_ids_N: Tensor) -> Fi
     )
 
 
-def _kl(p_NV: Tensor, log_p_NV: Tensor, log_q_NV: Tensor) -> float:
-    return (p_NV * (log_p_NV - log_q_NV)).sum(dim=-1).sum(dtype=torch.float64).item()
+def _kl(p_NV: Tensor, log_p_NV: Tensor, log_q_NV: Tensor) -> Tensor:
+    return (p_NV * (log_p_NV - log_q_NV)).sum(dim=-1).sum(dtype=torch.float64)
 
 
 def next_ids(input_ids_T: Tensor) -> Tensor:

@@ -185,7 +185,7 @@ class UnitSums:
         Returns:
             Loss name -> sum over windows of the loss per token.
         """
-        values = {}
+        sums: dict[str, tuple[Tensor, float]] = {}
         self._phase.windows = len(hidden_BTC)
         for number, (loss, (loss_N, gradient_NC)) in enumerate(gradients.items(), start=1):
             terms = loss.terms(hidden_BTC.shape[1])
@@ -197,8 +197,9 @@ class UnitSums:
                 retain_graph=number < len(gradients),
             )
             self._phase.backward_of = None
-            values[loss.name] = loss_N.sum(dtype=torch.float64).item() / terms
-        return values
+            sums[loss.name] = loss_N.sum(dtype=torch.float64), terms
+        # Only now, or each backward would begin when the one before it is over, rather than queued behind it.
+        return {name: total.item() / terms for name, (total, terms) in sums.items()}
 
 
 def _multiplied(outputs: UnitOutputs, criterion: Criterion, observer: KindObserver) -> list[SeenLinear]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -51,11 +52,12 @@ def _shuffled(rows: int, seed: int, epoch: int) -> Tensor:
     return torch.randperm(rows, generator=generator)
 
 
-class ScheduledRows(Dataset[Mapping[str, Tensor]]):
+class ScheduledRows(Dataset[Mapping[str, Any]]):
     """The rows of optimizer steps ``first_step`` to ``last_step`` (exclusive), in order.
 
     Every step has the same number of ``slots``, a multiple of ``multiple_of``; slots that its rows leave free hold a
-    row without loss. An item is what ``read`` returns, plus ``place`` [2]: its step and its slot.
+    row without loss. An item is what ``read`` returns, plus ``place``: its step and its slot, which aren't a tensor, so
+    that they stay on the host.
     """
 
     def __init__(self, read: RowReader, schedule: Schedule, first_step: int, last_step: int, multiple_of: int) -> None:
@@ -68,10 +70,10 @@ class ScheduledRows(Dataset[Mapping[str, Tensor]]):
     def __len__(self) -> int:
         return self._steps * self.slots
 
-    def __getitem__(self, index: int) -> Mapping[str, Tensor]:
+    def __getitem__(self, index: int) -> Mapping[str, Any]:
         step, slot = self._first_step + index // self.slots, index % self.slots
         rows = self._schedule.rows_of(step)
         row = self._read(rows[slot] if slot < len(rows) else rows[0])
         if slot >= len(rows):
             row["labels"].fill_(IGNORED)
-        return {**row, "place": torch.tensor([step, slot])}
+        return {**row, "place": (step, slot)}

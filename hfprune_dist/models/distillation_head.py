@@ -28,18 +28,19 @@ class DistillingHead:
         self._after = after
         head.forward = self._diverge
         self._head = head
-        self._dense_BTC = self._counts_B = head.weight.new_empty(0)
+        self._dense_BTC, self._rows = head.weight.new_empty(0), 0
 
-    def expect(self, dense_BTC: Tensor, counts_B: Tensor) -> None:
+    def expect(self, dense_BTC: Tensor, rows: int) -> None:
         """Set, before each forward, what the dense model computes for the same tokens.
 
         Args:
             dense_BTC: the dense model's final hidden states [rows, tokens, hidden_size], in this model's dtype.
-            counts_B: which rows count, bool [rows]; the others are there only to keep the ranks in step.
+            rows: how many rows count, the first ones; the others are there only to keep the ranks in step. A number on
+                the host, since a mask on a GPU would make the host wait for it.
         """
-        self._dense_BTC, self._counts_B = dense_BTC, counts_B
+        self._dense_BTC, self._rows = dense_BTC, rows
 
     def _diverge(self, hidden_BTC: Tensor) -> Tensor:
         """Sum of KL(dense || model), in nats, over the tokens of the rows that count."""
-        hidden_NC, dense_NC = (it[self._counts_B].flatten(0, 1) for it in (hidden_BTC, self._dense_BTC))
+        hidden_NC, dense_NC = (it[: self._rows].flatten(0, 1) for it in (hidden_BTC, self._dense_BTC))
         return summed_divergence(hidden_NC, dense_NC, self._head.weight, self._head.bias, self._after)

@@ -52,8 +52,9 @@ class LoraGradients:
                         self._of_weight(units.tensor(layer, it.tensor), it, share, made_here) for it in _owned(units)
                     ]
                     if made_here:
-                        mine[units.kind, layer] = torch.stack(parts).sum(0).cpu()
-        return {key: scores for part in self._world.gather(mine) for key, scores in part.items()}
+                        mine[units.kind, layer] = torch.stack(parts).sum(0)
+        told = self._world.gather({key: scores.cpu() for key, scores in mine.items()})  # only now the host waits
+        return {key: scores for part in told for key, scores in part.items()}
 
     def _of_weight(self, name: str, owned: Owned, share: float, made_here: bool) -> Tensor:
         """One weight's part of its units' scores. All ranks contribute their shards of LoRA's, and one computes."""
@@ -69,11 +70,12 @@ class LoraGradients:
 
     def _clipped_share(self) -> float:
         """The factor by which clipping scales every gradient of this step; 1 if their norm is small enough."""
-        squares = 0.0
-        for parameter in self._model.parameters():
-            if parameter.requires_grad:
-                squares += float(safe_get_local_grad(parameter).double().square().sum())
-        norm = math.sqrt(sum(self._world.gather(squares)))
+        squares = [
+            safe_get_local_grad(parameter).double().square().sum()
+            for parameter in self._model.parameters()
+            if parameter.requires_grad
+        ]
+        norm = math.sqrt(sum(self._world.gather(sum(torch.stack(squares).tolist()))))
         return min(1.0, self._largest_norm / (norm + 1e-6))
 
     @contextmanager

@@ -29,7 +29,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import PrinterCallback, Trainer, TrainerCallback
 
 from hfprune_dist.core.lora_scores import masks_after
-from hfprune_dist.data.schedule import IGNORED, ScheduledRows
+from hfprune_dist.data.schedule import ScheduledRows
 from hfprune_dist.distributed.deepspeed_patches import (
     before_each_step,
     keep_gathered,
@@ -145,8 +145,8 @@ class _LoraTrainer(Trainer):  # type: ignore[misc]
             )
         return self.lr_scheduler
 
-    def training_step(self, model: nn.Module, inputs: dict[str, Tensor], num_items_in_batch: Any = None) -> Tensor:
-        place = inputs.pop("place")[0].tolist()
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        place = inputs.pop("places")[0]
         torch.manual_seed(int(digest_of([self._task.seed, *place])[:15], 16))
         loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
         return loss
@@ -201,16 +201,18 @@ class _DistillingTrainer(_LoraTrainer):
     def __init__(self, task: FineTuning, *context: Any, model: Any, **trainer_arguments: Any) -> None:
         super().__init__(task, *context, model=model, **trainer_arguments)
         self._head = DistillingHead(model.get_base_model(), task.checkpoint.family, after_head(task.checkpoint))
-        self._tokens_of_step = 0
+        self._tokens_of_step = self._counted_rows = 0
 
-    def training_step(self, model: nn.Module, inputs: dict[str, Tensor], num_items_in_batch: Any = None) -> Tensor:
-        step = int(inputs["place"][0, 0])
-        self._tokens_of_step = len(self._task.schedule.rows_of(step)) * inputs["input_ids"].shape[1]
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        step, _ = inputs["places"][0]
+        rows = len(self._task.schedule.rows_of(step))
+        self._tokens_of_step = rows * inputs["input_ids"].shape[1]
+        self._counted_rows = sum(slot < rows for _, slot in inputs["places"])
         return super().training_step(model, inputs, num_items_in_batch)
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Tensor], *_: Any, **__: Any) -> Tensor:
-        counts_B = inputs.pop("labels")[:, 0] != IGNORED
-        self._head.expect(inputs.pop(DENSE), counts_B)
+        del inputs["labels"]  # so that the model computes no loss of its own
+        self._head.expect(inputs.pop(DENSE), self._counted_rows)
         divergence: Tensor = model(**inputs).logits
         # DeepSpeed takes the mean of the ranks' gradients.
         return divergence * (self._world.size / self._tokens_of_step)
@@ -296,5 +298,7 @@ def _trained(model: nn.Module) -> list[tuple[str, Any]]:
     return [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
 
 
-def _stack(rows: list[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+def _stack(rows: list[Mapping[str, Any]]) -> dict[str, Any]:
+    """A micro-batch: rows' tensors stacked, and their ``places``, which the host needs and no device gets."""
+    tensors = {name: torch.stack([row[name] for row in rows]) for name in rows[0] if name != "place"}
+    return {**tensors, "places": [row["place"] for row in rows]}

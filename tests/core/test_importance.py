@@ -325,6 +325,20 @@ def test_lost_gradients_name_the_last_layer_that_has_them_not():
     assert not any(sums.kinds[kind].exact["entropy"].any() for kind in BOTH)
 
 
+def test_losses_are_read_after_the_last_backward(monkeypatch):
+    """So that each backward can be queued while a GPU still computes the one before it."""
+    events = []
+    for name in ("backward", "item"):
+        own = getattr(torch.Tensor, name)
+        monkeypatch.setattr(
+            torch.Tensor,
+            name,
+            lambda *args, _own=own, _name=name, **options: events.append(_name) or _own(*args, **options),
+        )
+    all_sums(tiny_model().requires_grad_(False), some_windows(1), 1, ["entropy", "fisher"])
+    assert events == ["backward", "backward", "item", "item"]
+
+
 @pytest.mark.parametrize("options", [{}, {"hidden_act": "gelu"}])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_checkpointed_activations_give_the_same_bits(dtype, options):

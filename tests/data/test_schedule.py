@@ -33,8 +33,9 @@ def test_every_number_of_ranks_and_every_resume_sees_the_same_rows():
         seen = {step: [] for step in range(first, 4)}
         for index in range(len(rows)):
             item = rows[index]
+            assert all(type(it) is int for it in item["place"]), "a tensor would go to the GPU and be read back"
             if (item["labels"] != IGNORED).any():
-                seen[int(item["place"][0])].append(int(item["input_ids"]))
+                seen[item["place"][0]].append(int(item["input_ids"]))
         return seen
 
     whole = steps(0, 1)

@@ -209,7 +209,7 @@ def test_a_step_of_lora(tmp_path_factory, sizes, rank, distills):
     with counting() as total:
         if distills:
             head = DistillingHead(model, family)
-            head.expect(torch.randn(rows, tokens, sizes["hidden_size"]), torch.ones(rows, dtype=torch.bool))
+            head.expect(torch.randn(rows, tokens, sizes["hidden_size"]), rows)
             adapted(input_ids=input_ids, use_cache=False).logits.backward()
         else:
             labels = {"position_ids": positions, "labels": input_ids}

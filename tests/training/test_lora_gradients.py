@@ -2,13 +2,16 @@
 
 import shutil
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 from fine_tunings import make_task, train
 from gather_counter import SMALL_PARAMETER
+from host_reads import HostReads
 from peak_bytes import PeakBytes
 from peft import LoraConfig, get_peft_model
+from ranks import SoloWorld
 from tiny import save_tiny
 from transformers import AutoModelForCausalLM
 
@@ -17,7 +20,7 @@ from hfprune_dist.checkpoints.lora_adapter import lora_targets
 from hfprune_dist.core.lora_scores import DECAY
 from hfprune_dist.planning.training_memory import Placement
 from hfprune_dist.structures.kept import Shape
-from hfprune_dist.training import snapshots, trainer
+from hfprune_dist.training import lora_gradients, snapshots, trainer
 from hfprune_dist.training.engine_setup import MAX_GRAD_NORM
 from hfprune_dist.training.lora_gradients import LoraGradients
 from hfprune_dist.training.snapshots import read_snapshot
@@ -87,6 +90,29 @@ def test_averages_are_those_of_the_whole_batch(monkeypatch, tmp_path, variant, r
         name = f"units.{kind}.{layer}.average"
         expected = DECAY * before.units[name] + (1 - DECAY) * scores_U
         torch.testing.assert_close(last.units[name], expected, rtol=2e-4, atol=1e-6)
+
+
+def test_the_host_waits_once_for_all_scores(monkeypatch, tmp_path):
+    """Nothing is read from a GPU before the last layer's scores are queued there."""
+    checkpoint = open_checkpoint(save_tiny(tmp_path / "model", **SMALL))
+    model = AutoModelForCausalLM.from_pretrained(checkpoint.path)
+    config = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=lora_targets(checkpoint.family))
+    adapted = get_peft_model(model, config)
+    trained = [it for it in adapted.parameters() if it.requires_grad]
+    for parameter in trained:
+        parameter.grad = torch.randn_like(parameter)
+    for name in ("safe_get_full_grad", "safe_get_local_grad"):
+        monkeypatch.setattr(lora_gradients, name, lambda parameter: parameter.grad)
+    monkeypatch.setattr(lora_gradients, "safe_get_full_fp32_param", lambda parameter: parameter.data)
+    events, score, to_host = [], lora_gradients.unit_scores, torch.Tensor.cpu
+    monkeypatch.setattr(lora_gradients, "unit_scores", lambda *args: events.append("score") or score(*args))
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda tensor: events.append("wait") or to_host(tensor))
+    layers = masks_of(masking_task(checkpoint), SimpleNamespace(units=None)).kinds_by_layer
+    gradients = LoraGradients(adapted.get_base_model(), SoloWorld(), whole=True, largest_norm=MAX_GRAD_NORM)
+    with HostReads() as reads, torch.no_grad():
+        scores = gradients.scores(layers)
+    assert reads.names == [] and len(scores) == 3
+    assert events == sorted(events) and events.count("wait") == len(scores)
 
 
 def scored_weights(task):
