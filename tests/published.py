@@ -79,6 +79,6 @@ def published_plan(
     changed = {"methods": list(methods), **{key.replace("__", "."): value for key, value in overrides.items()}}
     config = load_config([ROOT / "configs" / "sweeps" / "paper.yaml"], changed)
     dims = [dimensions_of(it.checkpoint.config) for it in models]
-    config = choose_micro_batches(config, dims, {"recovery": gpus, "distillation": gpus})
     resolved = resolve_methods(config, ROOT / "configs" / "methods")
+    config = choose_micro_batches(config, dims, {"recovery": gpus, "distillation": gpus}, resolved.values())
     return config, build_plan(config, models, resolved, FileHashes(None))

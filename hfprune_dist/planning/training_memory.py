@@ -5,10 +5,11 @@ Planning, estimating and running a training follow the same rule. Only the numbe
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from hfprune_dist.config.method import Method
 from hfprune_dist.config.schema import SweepConfig
 from hfprune_dist.config.training import LoraTraining
 from hfprune_dist.core.memory_limits import WEIGHTS_SHARE
@@ -80,18 +81,24 @@ def as_chosen_before(config: SweepConfig, earlier: Mapping[str, int | Literal["a
     return _with_rows(config, earlier)
 
 
-def choose_micro_batches(config: SweepConfig, models: Sequence[Dimensions], gpus: Mapping[str, Gpus]) -> SweepConfig:
+def choose_micro_batches(
+    config: SweepConfig, models: Sequence[Dimensions], gpus: Mapping[str, Gpus], methods: Iterable[Method] = ()
+) -> SweepConfig:
     """Return the configuration with a number for every micro-batch size of LoRA training.
 
     Args:
         models: every dense model of the sweep; the one that leaves room for the fewest rows decides.
         gpus: section -> what its stages run on; a section is absent without GPUs, or if their memory is unknown.
+        methods: the sweep's methods; all recoveries have the same rows, those that mask units (LoRAPrune) included.
     """
+    masking = any(it.prunes_in == "recovery" for it in methods)
     tokens = {"recovery": config.recovery.sequence_length, "distillation": config.calibration.sequence_length}
     rows: dict[str, int | Literal["auto"]] = {}
     for section, settings in _trainings(config).items():
         where, one = gpus.get(section), settings.model_copy(update={"micro_batch_size": 1})
-        job = Train.of(one, tokens[section], distills=section == "distillation")
+        job = Train.of(
+            one, tokens[section], distills=section == "distillation", masks=masking and section == "recovery"
+        )
         rows[section] = 1
         if where is not None:
             sharding, batch = config.runtime.sharding, settings.batch_size

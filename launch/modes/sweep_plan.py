@@ -197,9 +197,9 @@ def _plan(
     """
     config, hashes = command.configuration(), command.store.hashes
     models = resolve_models(config, PROJECT.configs / "models", hashes, download)
-    if chooses(config):
-        config = _with_micro_batches(command, config, models)
     methods = resolve_methods(config, PROJECT.configs / "methods")
+    if chooses(config):
+        config = _with_micro_batches(command, config, models, methods)
     plan = build_plan(config, models, methods, hashes, device(config.runtime))
     with suppress(UserError):  # from a damaged record, whose rows are lost
         if record := read_record(command.out):
@@ -207,7 +207,9 @@ def _plan(
     return config, models, methods, plan
 
 
-def _with_micro_batches(command: Command, config: SweepConfig, models: Sequence[ModelSource]) -> SweepConfig:
+def _with_micro_batches(
+    command: Command, config: SweepConfig, models: Sequence[ModelSource], methods: Mapping[str, Method]
+) -> SweepConfig:
     """Return the configuration with micro-batches that suit the GPUs of the profile, or of this machine."""
     profile = command.profile()
     if profile is None:
@@ -215,7 +217,8 @@ def _with_micro_batches(command: Command, config: SweepConfig, models: Sequence[
     else:
         found = {name: gpus_of_profile(profile.resources[kind]) for name, kind in TRAINING_STAGES.items()}
     gpus = {name: it for name, it in found.items() if it is not None}
-    chosen = choose_micro_batches(config, [checkpoint_dimensions(it.checkpoint) for it in models], gpus)
+    dims = [checkpoint_dimensions(it.checkpoint) for it in models]
+    chosen = choose_micro_batches(config, dims, gpus, methods.values())
     rows = {name: getattr(chosen, name).rows_at_once for name in TRAINING_STAGES}
     told = " and ".join(f"{name} {number}" for name, number in rows.items())
     if gpus:

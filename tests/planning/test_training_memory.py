@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hfprune_dist.config.load import parse
+from hfprune_dist.config.method import Method
 from hfprune_dist.config.schema import SweepConfig
 from hfprune_dist.errors import UserError
 from hfprune_dist.planning.dimensions import dimensions_of
@@ -146,6 +147,23 @@ def test_where_rates_are_known_no_other_rows_that_fit_are_faster(model, count, g
     every = [it for it in map(seconds_a_row, (1, 2, 4, 8, 16, 32, 64)) if it is not None]
     if every:
         assert seconds_a_row(rows) <= 1.02 * min(every)
+
+
+def test_rows_leave_room_for_masks():
+    """Where a method masks units while it recovers, attention's output is kept a second time (see ``Train``)."""
+    config = SweepConfig(recovery={"dropout": 0.0})
+    masking = Method(prunes_in="recovery", allocation="local")
+    fewer = 0
+    for gib in range(20, 100):
+        where = gpus(1, gib)
+        plain, masked = (
+            choose_micro_batches(config, [DIMS["7B"]], {"recovery": where}, methods).recovery.rows_at_once
+            for methods in ([], [masking])
+        )
+        at_once = Train.of(config.recovery.model_copy(update={"micro_batch_size": masked}), 1024, False, masks=True)
+        assert place(at_once, DIMS["7B"], where, "auto").fits or masked == 1
+        fewer += masked < plain
+    assert fewer
 
 
 def test_without_gpus_it_is_what_it_was_by_default():
