@@ -59,8 +59,7 @@ class Generation:
         gpus = gpus_here(self._config.runtime) if self._profile is None and self._measurements() else None
         for stage in self._measurements() if gpus else ():
             assert gpus is not None and isinstance(stage.params, EfficiencyParameters)
-            params, dims = stage.params, self._dims(stage)
-            job = Generate(max(params.batch_sizes), params.most_tokens, ITEMSIZE[params.dtype])
+            job, dims = Generate.of(stage.params, self._plan.dense_checkpoint(stage)), self._dims(stage)
             if not fits(job, dims, gpus):
                 raise UserError(
                     f"efficiency {stage.label}: about {job.memory(dims, 1).total / GIB:,.0f} GiB on the GPU of rank 0, "

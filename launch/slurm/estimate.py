@@ -179,7 +179,7 @@ def job_of(plan: Plan, stage: Stage, runtime: RuntimeConfig) -> Job:
             batch_size = params.batch_size if params.tasks else 0
             return Evaluate.of(batch_size, _held_out(plan, stage).sequence_length, ITEMSIZE[params.dtype])
         case EfficiencyParameters() as params:
-            return Generate(max(params.batch_sizes), params.most_tokens, ITEMSIZE[params.dtype])
+            return Generate.of(params, plan.dense_checkpoint(stage))
     raise AssertionError(f"{stage.id} was planned by another version of the code")
 
 
