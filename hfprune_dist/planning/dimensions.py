@@ -32,7 +32,8 @@ class Dimensions:
     ``row_projections``: number of matrices that produce an MLP's neurons: gate and up, or only up.
     ``ranks``: of attention's query, key, value and output projections, 0 for one that is whole; empty if all are.
     ``intermediate_size`` counts the neurons that compute a token, ``stored_size`` all neurons of a layer, experts that
-    aren't chosen included (0: the same number). ``experts``: sizes of the experts, for layers that have some.
+    aren't chosen included (0: no layer of the model has experts). ``experts``: sizes of the experts, for layers that
+    have some; a model's are taken to be in all layers.
     """
 
     hidden_size: int
@@ -59,10 +60,25 @@ class Dimensions:
         """Output projections of a layer's MLP, or of its experts and the MLP that runs alongside them."""
         if self.experts is None:
             return [Outputs(self.intermediate_size)]
-        beside = self.intermediate_size - self.experts.chosen * self.experts.width
         share = self.experts.chosen / self.experts.count
         routed = Outputs(self.experts.width, self.experts.count, share)
-        return [routed, Outputs(beside)] if beside > 0 else [routed]
+        return [routed, Outputs(self.beside_experts)] if self.beside_experts else [routed]
+
+    @property
+    def is_mixture(self) -> bool:
+        """Whether any layer of the model has experts."""
+        return self.stored_size > 0
+
+    @property
+    def routed_channels(self) -> int:
+        """Channels of all outputs of experts for one token, which the router's weights multiply and add up."""
+        return 0 if self.experts is None else self.experts.chosen * self.hidden_size
+
+    @property
+    def beside_experts(self) -> int:
+        """Neurons of a layer's MLP that belong to no expert."""
+        routed = 0 if self.experts is None else self.experts.chosen * self.experts.width
+        return max(0, self.intermediate_size - routed)
 
     @property
     def attention_size(self) -> int:

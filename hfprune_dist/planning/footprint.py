@@ -224,7 +224,8 @@ class Importance:
 
 @dataclass(frozen=True)
 class Train:
-    """LoRA training: ``rows`` of ``tokens`` at a time, rank ``rank`` on all projections of a layer.
+    """LoRA training: ``rows`` of ``tokens`` at a time, rank ``rank`` on all projections of a layer; in a mixture of
+    experts, on those of attention alone.
 
     If it ``distills``, its head never holds the logits of all tokens, but has a dense model's in addition to its own.
     If it ``masks`` units (LoRAPrune), the inputs of output projections are multiplied by masks. Scores take less, after
@@ -285,30 +286,37 @@ class Train:
         return dims.num_layers * kept
 
     def lora_parameters(self, dims: Dimensions) -> int:
-        """Parameters of A and B of every projection."""
+        """Parameters of A and B of every projection that is trained (see ``checkpoints.lora_adapter``)."""
         hidden, inner = dims.hidden_size, dims.intermediate_size
         heads, groups = dims.num_heads * dims.head_size, dims.num_key_value_heads * dims.head_size
-        sides = 2 * (hidden + heads) + 2 * (hidden + groups) + dims.mlp_matrices * (hidden + inner)
+        sides = 2 * (hidden + heads) + 2 * (hidden + groups)
         sides += 2 * sum(dims.ranks)  # in a projection of low rank, each factor gets an adapter
+        sides += 0 if dims.is_mixture else dims.mlp_matrices * (hidden + inner)
         return dims.num_layers * self.rank * sides
 
     def layer_bytes(self, dims: Dimensions, *, sharded: bool) -> int:
         """Bytes per token that one of Hugging Face's layers keeps for backward. If weights are sharded, DeepSpeed's
         linear layers are used, which keep their inputs whether they are frozen or not.
         """
-        heads = dims.num_heads * dims.head_size
         norms = 2 * 4 * dims.hidden_size
         attention = 2 * (dims.num_heads + dims.num_key_value_heads) * dims.head_size * self.itemsize
         gated = (2 * dims.row_projections - 1) * dims.intermediate_size * self.itemsize
-        if self.dropout:  # a copy after dropout and a mask for each projection
-            inputs = (3 + dims.row_projections) * dims.hidden_size + heads + dims.intermediate_size
-            inputs *= self.itemsize + 1
-            inputs += (2 * dims.hidden_size + dims.intermediate_size) * self.itemsize * sharded
-        else:
-            inputs = (2 * dims.hidden_size + dims.intermediate_size) * self.itemsize
+        routed = dims.routed_channels * self.itemsize  # the weights that multiply them have a gradient
         # Attention keeps its output; whoever keeps the output projection's input keeps that one masked.
-        masked = heads * self.itemsize * (self.masks and (sharded or not self.dropout))
-        return norms + attention + gated + inputs + masked
+        masked = dims.attention_size * self.itemsize * (self.masks and (sharded or not self.dropout))
+        return norms + attention + gated + routed + self._input_bytes(dims, sharded=sharded) + masked
+
+    def _input_bytes(self, dims: Dimensions, *, sharded: bool) -> int:
+        """Bytes per token of the inputs that linear layers keep in one layer: those that are trained, and the frozen
+        ones if weights are sharded. Experts aren't linear layers.
+        """
+        hidden, in_mlp = dims.hidden_size, dims.hidden_size + dims.beside_experts
+        if not self.dropout:
+            return (hidden + in_mlp * (sharded or not dims.is_mixture)) * self.itemsize
+        dropped = 3 * hidden + dims.attention_size  # a copy after dropout and a mask for each trained projection
+        if not dims.is_mixture:
+            dropped += dims.row_projections * hidden + dims.intermediate_size
+        return dropped * (self.itemsize + 1) + (hidden + in_mlp) * self.itemsize * sharded
 
     def work(self, dims: Dimensions) -> Work:
         """Work of one micro-batch: a forward, a backward without gradients of frozen weights, and a teacher's head.
@@ -316,10 +324,8 @@ class Train:
         Without distillation, several pairs share a row, and the mask that separates them forgoes the savings of purely
         causal attention. The input of the first layer's attention gets no gradient.
         """
-        matrices, active = (
-            dims.body_parameters + dims.head_parameters,
-            dims.active_body_parameters + dims.head_parameters,
-        )
+        matrices = dims.body_parameters + dims.head_parameters
+        active = dims.active_body_parameters + dims.head_parameters
         teacher = 2 * dims.head_parameters if self.distills else 0
         attention = attention_flops(dims, self.tokens) * (1 if self.distills else 2)
         flops = 4 * active + teacher + 6 * self.lora_parameters(dims) + 3.5 * attention

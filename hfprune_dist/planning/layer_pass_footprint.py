@@ -223,7 +223,5 @@ def tokens_of_a_rank(samples: int, windows: int, tokens: int, ranks: int) -> int
 def widest(dims: Dimensions) -> int:
     """Numbers per token that a forward without gradients holds at a time."""
     of_mlp = 2 * dims.row_projections * dims.intermediate_size
-    if dims.experts is not None:  # each expert reads copies of its tokens; its outputs are weighted and reordered
-        copy = dims.experts.chosen * dims.hidden_size
-        of_mlp = max(of_mlp + copy, 4 * copy)
-    return of_mlp + 8 * dims.hidden_size
+    copy = dims.routed_channels  # each expert reads copies of its tokens; its outputs are weighted and reordered
+    return max(of_mlp + copy, 4 * copy) + 8 * dims.hidden_size

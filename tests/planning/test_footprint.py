@@ -7,9 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 from deepspeed.runtime.zero.linear import zero3_linear_wrap
-from families import save_model
+from families import EXPERTS, save_model
+from families import FAMILIES as FEATURES
 from lanes import TO_DEVICE, TO_HOST, WEIGHTS, lanes
 from mixtures import some_kept
+from more_families import MORE_EXPERTS
 from peak_bytes import PeakBytes
 from peft import LoraConfig, get_peft_model
 from ranks import SoloWorld
@@ -22,6 +24,7 @@ from worlds import Ranks
 from hfprune_dist.checkpoints.checkpoint import open_checkpoint
 from hfprune_dist.checkpoints.families import FAMILIES
 from hfprune_dist.checkpoints.lora_adapter import lora_targets
+from hfprune_dist.config.parameters import EfficiencyParameters
 from hfprune_dist.core import blocks, elimination, head, triangle
 from hfprune_dist.core.bound_losses import Batch, Teaching
 from hfprune_dist.core.criteria import CRITERIA, losses_of
@@ -35,8 +38,17 @@ from hfprune_dist.planning import footprint, gathering, product_footprint
 from hfprune_dist.planning.dimensions import checkpoint_dimensions, dimensions_of
 from hfprune_dist.planning.evaluation_footprint import Evaluate
 from hfprune_dist.planning.footprint import Importance, Train, fits
+from hfprune_dist.planning.generation_footprint import Generate
 from hfprune_dist.planning.gpu_needs import Gpus
-from hfprune_dist.planning.layer_pass_footprint import LowRank, Reference, Refit, memory_of_layer_pass, pinned_bytes
+from hfprune_dist.planning.layer_pass_footprint import (
+    LowRank,
+    Reference,
+    Refit,
+    memory_of_layer_pass,
+    pinned_bytes,
+    widest,
+)
+from hfprune_dist.planning.model_shape import ModelShape
 from hfprune_dist.planning.product_footprint import coupled_bytes, squared_bytes
 from hfprune_dist.refit.dense_refit import DenseRefit
 from hfprune_dist.refit.low_rank_layers import LowRankLayers
@@ -580,6 +592,54 @@ def test_kept_activations_of_lora_training(monkeypatch, sharded, dropout):
         assert 2 * 128 * dims.num_layers * job.layer_bytes(dims, sharded=sharded) == pytest.approx(counted(), rel=0.15)
     trained = sum(weight.numel() for weight in adapted.parameters() if weight.requires_grad)
     assert job.lora_parameters(dims) == trained
+
+
+WITH_EXPERTS = {"hidden_size": 128, "head_dim": 32, "intermediate_size": 80, "num_experts_per_tok": 3}
+
+
+@pytest.mark.parametrize("model_type", ["llama", "deepseek_v3", "qwen3_next"])
+def test_generation_caches_what_attention_caches(tmp_path, model_type):
+    """Latent vectors in place of keys and values; in a hybrid, nothing of layers without attention."""
+    features = {**FEATURES, **EXPERTS, **MORE_EXPERTS}[model_type]
+    checkpoint = open_checkpoint(save_model(tmp_path, model_type, **features))
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    with torch.no_grad():
+        cache = model(input_ids=torch.randint(64, (2, 7)), use_cache=True).past_key_values
+    held = sum(it.keys.nbytes + it.values.nbytes for it in cache.layers if getattr(it, "keys", None) is not None)
+    settings = {"batch_sizes": [1, 2], "prompt_tokens": [3, 5], "new_tokens": 2, "repeats": 1, "dtype": "float32"}
+    job = Generate.of(EfficiencyParameters(**settings, device="cpu", packages={}), checkpoint)
+    dims = checkpoint_dimensions(checkpoint)
+    assert job.memory(dims, 1).activations == held + 2 * 7 * 4 * widest(dims)
+
+
+@pytest.mark.parametrize("model_type", ["mixtral", "qwen3_moe"])  # the latter with a layer that has no experts
+def test_lora_of_experts_is_that_of_attention(tmp_path, model_type):
+    checkpoint = open_checkpoint(save_model(tmp_path, model_type, **EXPERTS[model_type]))
+    model = AutoModelForCausalLM.from_pretrained(tmp_path)
+    adapted = get_peft_model(
+        model, LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=lora_targets(checkpoint.family))
+    )
+    trained = sum(it.numel() for it in adapted.parameters() if it.requires_grad)
+    job = Train(rows=2, tokens=128, rank=4, dropout=False)
+    assert job.lora_parameters(checkpoint_dimensions(checkpoint)) == trained
+    assert ModelShape.of(checkpoint).mean(job.lora_parameters) == trained
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.05])
+@pytest.mark.parametrize("sharded", [False, True])
+def test_kept_activations_of_experts_in_lora_training(tmp_path, monkeypatch, sharded, dropout):
+    """Every expert that a token is given to has a copy of it."""
+    checkpoint = open_checkpoint(save_model(tmp_path, "mixtral", **EXPERTS["mixtral"], **WITH_EXPERTS))
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    if sharded:
+        monkeypatch.setattr(torch.nn.functional, "linear", zero3_linear_wrap)
+    targets = lora_targets(checkpoint.family)
+    config = LoraConfig(task_type="CAUSAL_LM", r=4, lora_dropout=dropout, target_modules=targets)
+    adapted = get_peft_model(model, config, autocast_adapter_dtype=False).train()
+    job, dims = Train(rows=2, tokens=32, rank=4, dropout=dropout > 0), checkpoint_dimensions(checkpoint)
+    with kept_for_backward(adapted) as counted:
+        adapted.base_model.model.model(torch.randint(64, (2, 32)), use_cache=False)
+        assert 2 * 32 * job.activation_bytes(dims, sharded=sharded) == pytest.approx(counted(), rel=0.1)
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.05])
