@@ -155,7 +155,7 @@ class Importance:
         first, kept = dims.intermediate_size * self.itemsize, self.layer_bytes(dims)
         rows = dims.row_projections * dims.intermediate_size
         if self.kv_groups:  # attention's output, what the norm after it reads, and the MLP's gate and up
-            first += (dims.attention_size + dims.hidden_size + rows) * self.itemsize + 4
+            first += (dims.attention_size + dims.hidden_size + rows + dims.routed_channels) * self.itemsize + 4
         if self._sees_attention:  # all but the input of the norm before attention
             first = kept - dims.hidden_size * self.itemsize - 4
         elif self._sees_mlps and not self.kv_groups:
@@ -165,13 +165,13 @@ class Importance:
 
     def layer_bytes(self, dims: Dimensions) -> int:
         """Bytes per token of one layer: the norms' inputs; q, k, v and attention's output; gate and up; h for a student
-        or an MLP without a gate; with gradients of weights, h and the norms' outputs.
+        or an MLP without a gate; experts' outputs; with gradients of weights, h and the norms' outputs.
         """
         values = 2 * dims.hidden_size + 2 * (dims.num_heads + dims.num_key_value_heads) * dims.head_size
         without_gate = dims.row_projections == 1  # then it isn't our own backward, which recomputes h
         of_mlp = dims.row_projections + (self.student or self._sees_mlps or without_gate) + self._sees_student
         values += of_mlp * dims.intermediate_size
-        values += (self._sees_mlps + self._sees_attention) * dims.hidden_size
+        values += (self._sees_mlps + self._sees_attention) * dims.hidden_size + dims.routed_channels
         return values * self.itemsize + 4 * (2 + dims.num_heads)  # float32: norms' scales, log-sum-exp of each head
 
     def _sizes(self, dims: Dimensions) -> list[int]:

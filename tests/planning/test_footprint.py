@@ -30,9 +30,10 @@ from hfprune_dist.core.bound_losses import Batch, Teaching
 from hfprune_dist.core.criteria import CRITERIA, losses_of
 from hfprune_dist.core.importance import ScoredModel, UnitSums, score_batch
 from hfprune_dist.core.linear_observer import SeenLinear
-from hfprune_dist.core.unit_sums import Maker
+from hfprune_dist.core.unit_sums import Maker, UnitOutputs
 from hfprune_dist.core.weight_products import CoupledProducts, SquaredProducts
 from hfprune_dist.distributed.layer_stream import LayerStream
+from hfprune_dist.models.experts import see_experts
 from hfprune_dist.models.memory_efficient_backward import checkpoint_activations, use_memory_efficient_backward
 from hfprune_dist.planning import footprint, gathering, product_footprint
 from hfprune_dist.planning.dimensions import checkpoint_dimensions, dimensions_of
@@ -595,6 +596,24 @@ def test_kept_activations_of_lora_training(monkeypatch, sharded, dropout):
 
 
 WITH_EXPERTS = {"hidden_size": 128, "head_dim": 32, "intermediate_size": 80, "num_experts_per_tok": 3}
+
+
+def test_kept_activations_of_experts_in_the_calibration_pass(tmp_path):
+    """The router's weights get gradients, for which experts' outputs are kept, except in the first layer."""
+    checkpoint = open_checkpoint(save_model(tmp_path, "mixtral", **EXPERTS["mixtral"], **WITH_EXPERTS))
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16).requires_grad_(False)
+    use_memory_efficient_backward(model, checkpoint.family)
+    model_scored = ScoredModel(
+        body=lambda input_ids: model.model(input_ids=input_ids, use_cache=False).last_hidden_state,
+        head=lambda: contextlib.nullcontext((model.lm_head.weight, None)),
+        outputs={"expert_neurons": UnitOutputs(see_experts(model, checkpoint.family), 1, experts=4)},
+    )
+    input_ids_BT = torch.randint(64, (2, 32))
+    with kept_for_backward(model) as counted:
+        sums = UnitSums(model_scored.outputs, [CRITERIA["entropy"]])
+        score_batch(model_scored, Batch(input_ids_BT, range(2), 64, 0, Teaching(0.4, 0.2)), sums)
+        estimate = 2 * 32 * Importance(windows=2, tokens=32).activation_bytes(checkpoint_dimensions(checkpoint))
+        assert estimate == pytest.approx(counted(), rel=0.1)
 
 
 @pytest.mark.parametrize("model_type", ["llama", "deepseek_v3", "qwen3_next"])
