@@ -62,7 +62,6 @@ STATE_CAUSES = {
     "BOOT_FAIL": "node failure",
     "LAUNCH_FAILED": "bad node",
     "PREEMPTED": "preempted",
-    "OUT_OF_MEMORY": "out of memory",
 }
 # Messages of Slurm in a job's log, used if neither squeue nor sacct remembers the job. The step of a job is also
 # cancelled if one of its ranks has died.

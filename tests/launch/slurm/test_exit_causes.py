@@ -1,12 +1,21 @@
 """The cause of an attempt's death, deduced from what the attempt left behind."""
 
 import time
+from dataclasses import replace
 
 import pytest
+from hfprune_launch.slurm import exit_causes
 from hfprune_launch.slurm.attempt_records import End, Run
 from hfprune_launch.slurm.attempts import Attempts
 from hfprune_launch.slurm.commands import JobInfo
-from hfprune_launch.slurm.exit_causes import FRUITLESS_STARTS, RETRIES, explain_end, never_gets_further
+from hfprune_launch.slurm.exit_causes import (
+    FRUITLESS_STARTS,
+    LOG_TAIL_LINES,
+    RETRIES,
+    explain_end,
+    log_tail,
+    never_gets_further,
+)
 from hfprune_launch.slurm.log_signs import SETUP_FAILED, START
 from hfprune_launch.slurm.progress import fruitless_starts
 from hypothesis import given, settings
@@ -56,6 +65,7 @@ def cause(store, attempt, state):
         ("CANCELLED", "cancelled"),
         ("FAILED", "killed"),
         ("TIMEOUT", "time limit without progress"),
+        ("DEADLINE", "time limit without progress"),
         (None, "killed"),
     ],
 )
@@ -73,6 +83,11 @@ def test_by_state_of_the_job(store, attempt, state, expected):
             "node failure",
         ),
         ("slurmstepd: error: *** JOB 7 ON n1 CANCELLED AT 2026-01-01T00:00:00 DUE TO PREEMPTION ***", "preempted"),
+        (
+            "slurmstepd: error: *** JOB 7 ON n1 CANCELLED AT 2026-01-01T00:00:00 DUE TO TIME LIMIT ***",
+            "time limit without progress",
+        ),
+        ("slurmstepd: error: *** JOB 7 ON n1 CANCELLED AT 2026-01-01T00:00:00 DUE TO JOB REQUEUE ***", "killed"),
         ("slurmstepd: error: *** JOB 7 ON n1 CANCELLED AT 2026-01-01T00:00:00 ***", "cancelled"),
         ("torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB", "out of memory"),
         ("slurmstepd: error: Detected 1 oom_kill event in StepId=7.0", "out of memory"),
@@ -89,6 +104,10 @@ def test_folders_that_nodes_may_not_see_are_suspected_only_if_a_job_left_nothing
         return explain_end(store, STAGE, attempt, job("FAILED", attempt)).message
 
     assert "its nodes may not see that folder" in said()
+    log = attempt.folder / "7_0_log.err"
+    log.write_text("something\n")
+    assert "a rank died without a message" in said(), "there is a log"
+    log.unlink()
     started(attempt)
     assert "a rank died without a message" in said(), "it wrote that it had started"
 
@@ -114,7 +133,9 @@ def test_ranks_that_did_not_start_again_say_nothing_of_the_last_end(store, attem
     if starts_again:
         with rank.open("a") as log:
             log.write(f"{START} 1\nRuntimeError: CUDA out of memory\n")
-    assert (explain_end(store, STAGE, attempt, job("FAILED", attempt)).cause == "out of memory") == starts_again
+    assert (cause(store, attempt, "FAILED") == "out of memory") == starts_again
+    (attempt.folder / "7_2_log.err").write_text("RuntimeError: CUDA out of memory\n")
+    assert cause(store, attempt, "FAILED") == "out of memory", "a log that names no start may be of the last one"
 
 
 @pytest.mark.parametrize(
@@ -126,6 +147,7 @@ def test_ranks_that_did_not_start_again_say_nothing_of_the_last_end(store, attem
         ("code", "ValueError: we are wrong", "code"),
         ("code", "RuntimeError: [gloo/transport/tcp/pair.cc] Connection closed by peer [127.0.0.1]", "killed"),
         ("code", "torch.OutOfMemoryError: CUDA out of memory", "out of memory"),
+        ("code", "torch.AcceleratorError: CUDA error: uncorrectable ECC error encountered", "bad node"),
     ],
 )
 def test_by_what_a_rank_said(store, attempt, failure, message, expected):
@@ -178,10 +200,86 @@ def test_a_job_that_left_the_stage_to_another_is_a_duplicate(store, attempt):
     write_failure_record(store.work(STAGE.id), Failure("input", "the other's", 0, time.time()))
     end = explain_end(store, STAGE, attempt, job("FAILED", attempt))
     assert end.cause == "duplicate" and "another process" in end.message and end.cause in RETRIES
+    attempt.record_run(Run("7", 1, "n1", time.time()))
+    assert cause(store, attempt, "FAILED") == "input", "the next start had the stage to itself"
+
+
+def commit(store, stage):
+    draft = store.open_draft(stage.id)
+    (draft / "content").write_text("content")
+    store.commit(stage, draft, {"metrics": {}})
 
 
 def test_a_job_that_never_ran_went_with_what_it_depends_on(store, attempt):
     assert cause(store, attempt, "CANCELLED") == "dependency"
+    commit(store, NEED)
+    assert cause(store, attempt, "CANCELLED") == "cancelled", "all that it needs is there"
+
+
+def test_what_explains_most_comes_first(store, attempt):
+    """Each piece of evidence is added to all of those before it, which it explains."""
+    log, said = attempt.folder / "7_0_log.err", store.work(STAGE.id)
+
+    def add(line):
+        with log.open("a") as stream:
+            stream.write(f"{line}\n")
+
+    def fail(rank, cause, message):
+        write_failure_record(said, Failure(cause, message, rank, time.time(), 1))
+
+    started(attempt)
+    added = [
+        ("FAILED", "collective timeout", lambda: fail(0, "code", "Timed out waiting 4000ms for recv operation")),
+        ("FAILED", "code", lambda: fail(1, "code", "ValueError: we are wrong")),
+        ("FAILED", "crash", lambda: add("srun: error: n2: task 1: Segmentation fault")),
+        ("FAILED", "bad node", lambda: add("CUDA error: uncorrectable ECC error encountered")),
+        ("PREEMPTED", "preempted", lambda: None),
+        ("PREEMPTED", "out of memory", lambda: add("slurmstepd: error: Detected 1 oom_kill event in StepId=7.0")),
+        ("OUT_OF_MEMORY", "input", lambda: fail(2, "input", "no such text")),
+        ("FAILED", "duplicate", lambda: attempt.record_run(Run("7", 1, "n1", time.time(), time.time(), "duplicate"))),
+        ("FAILED", "done", lambda: commit(store, STAGE)),
+    ]
+    for state, expected, more in added:
+        more()
+        assert cause(store, attempt, state) == expected and expected in {*RETRIES, "done"}
+
+
+def test_an_artifact_is_success_whatever_slurm_says(store, attempt):
+    started(attempt)
+    (attempt.folder / "7_0_log.err").write_text("srun: error: Node failure on n1\n")
+    commit(store, STAGE)
+    end = explain_end(store, STAGE, attempt, job("NODE_FAIL", attempt))
+    assert (end.cause, end.message, end.log_tail, end.bad_nodes) == ("done", "", "", [])
+    assert (end.state, end.nodes) == ("NODE_FAIL", "n1")
+
+
+@pytest.fixture
+def far_east(monkeypatch):
+    """A time zone nine hours ahead of UTC."""
+    monkeypatch.setenv("TZ", "JST-9")
+    time.tzset()
+    yield
+    monkeypatch.undo()
+    time.tzset()
+
+
+@pytest.mark.usefixtures("far_east")
+def test_the_end_is_slurms_in_local_time_or_else_the_last_sign_of_life(store, attempt, monkeypatch):
+    begin, beat, now = 1_704_067_200.0, 1_704_067_210.0, 1_704_067_300.0
+    attempt.record_run(Run("7", 0, "n1", begin))
+
+    def ended(end="N/A"):
+        return explain_end(store, STAGE, attempt, replace(job("FAILED", attempt), end=end))
+
+    monkeypatch.setattr(time, "time", lambda: now)
+    assert (ended().at, ended().run_seconds) == (now, now - begin)
+    assert explain_end(store, STAGE, attempt, None).at == now
+    monkeypatch.setattr(time, "time", lambda: beat)
+    Progress(store.work(STAGE.id)).update("calibration", 3, 9)
+    monkeypatch.setattr(time, "time", lambda: now)
+    assert (ended().at, ended().run_seconds, ended().gpu_seconds) == (beat, 10.0, 80.0)
+    end = ended("2024-01-01T09:00:05")
+    assert (end.at, end.run_seconds) == (begin + 5, 5.0)
 
 
 def test_the_time_limit_is_forgiven_where_the_job_got_further(store, attempt):
@@ -197,14 +295,30 @@ def test_the_time_limit_is_forgiven_where_the_job_got_further(store, attempt):
     assert explain_end(store, STAGE, again, job("TIMEOUT", again)).cause == "time limit"
 
 
-def test_the_failing_node_is_named(store, attempt):
-    started(attempt, nodes="n[1-2]")
+@pytest.mark.parametrize("nodes", ["n[1-2]", "n1,n2", ""])
+def test_the_failing_node_is_named(store, attempt, nodes):
+    started(attempt, nodes=nodes)
     (attempt.folder / "7_0_log.err").write_text("srun: error: Node failure on n2\n")
     assert explain_end(store, STAGE, attempt, job("NODE_FAIL", attempt)).bad_nodes == ["n2"]
     (attempt.folder / "7_0_log.err").write_text("")
     assert explain_end(store, STAGE, attempt, job("NODE_FAIL", attempt)).bad_nodes == []
     started(attempt, nodes="n4")
     assert explain_end(store, STAGE, attempt, job("NODE_FAIL", attempt)).bad_nodes == ["n4"]
+
+
+def test_the_last_lines_of_a_log_are_those_that_say_something(tmp_path, monkeypatch):
+    log = tmp_path / "7_0_log.err"
+    idle = ["", "  ", f"{START} 0", "submitit INFO (2026-01-01) - Job completed"]
+    log.write_text("\n".join(line for number in range(9) for line in (*idle, f"line {number}")) + "\n")
+    assert log_tail([log], 3).splitlines() == ["  7_0_log.err:", *(f"    line {number}" for number in (6, 7, 8))]
+    assert len(log_tail([log]).splitlines()) == 1 + 9
+    log.write_text("\n".join(map(str, range(40))))
+    assert len(log_tail([log]).splitlines()) == 1 + LOG_TAIL_LINES
+    log.write_text("\n".join(idle))
+    assert log_tail([log]) == ""
+    monkeypatch.setattr(exit_causes, "LOG_TAIL_BYTES", 4)
+    log.write_text("an end of é é")  # the first of the last four bytes is in the middle of a character
+    assert log_tail([log]).endswith("\ufffd é") and "an end" not in log_tail([log])
 
 
 def test_gpu_seconds_count_every_start_of_the_job(store, attempt):

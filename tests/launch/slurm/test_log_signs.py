@@ -6,8 +6,8 @@ import pytest
 from hfprune_launch.slurm.attempt_records import Run
 from hfprune_launch.slurm.attempts import Attempts
 from hfprune_launch.slurm.commands import JobInfo
-from hfprune_launch.slurm.exit_causes import RETRIES, explain_end
-from hfprune_launch.slurm.log_signs import SIGNALS, SIGNS, START, since_last_start
+from hfprune_launch.slurm.exit_causes import NO_PROGRESS, RETRIES, explain_end
+from hfprune_launch.slurm.log_signs import SIGNALS, SIGNS, START, last_start, since_last_start
 
 from hfprune_dist.store.artifacts import Store
 from hfprune_dist.store.heartbeat import Failure, write_failure_record
@@ -78,6 +78,12 @@ def test_a_signal_is_named_with_its_rank(end_of, how):
     signal, cause, meaning = SIGNALS[how]
     assert end.cause == cause
     assert f"rank 1 on n2 was ended by {signal} ({how.lower()}): {meaning}" in end.message.splitlines()[0]
+    assert end.bad_nodes == [], "other jobs may run there"
+
+
+def test_ranks_that_ended_together_are_all_named(end_of):
+    end = end_of("srun: error: n2: tasks 0-3,5: Bus error (core dumped)\n")
+    assert end.cause == "crash" and "rank 0-3,5 on n2 was ended by SIGBUS" in end.message
 
 
 def test_what_is_ended_by_a_limit_is_not_tried_again():
@@ -198,6 +204,7 @@ def test_each_is_named_with_what_to_do(end_of, name):
 
 def test_what_the_user_must_mend_is_not_tried_again():
     assert RETRIES["input"] == 0 and all(sign.cause in RETRIES for sign in SIGNS)
+    assert not any(RETRIES[cause] for cause in ("out of memory", "code", "cancelled", "refused", NO_PROGRESS))
 
 
 @pytest.mark.parametrize("lost", [CLOSED, RESET, LATE, NO_MASTER, NOT_ALL, "DistNetworkError: Broken pipe"])
@@ -221,9 +228,9 @@ def test_a_mistake_that_srun_followed_with_kills(end_of):
 
 @pytest.mark.parametrize("said", [LATE, NOT_ALL, NO_MASTER])
 def test_a_rank_that_hangs(end_of, said):
-    end = end_of(DIED.format(how="Exited with exit code 1", then="Killed"), {0: said})
+    end = end_of(DIED.format(how="Exited with exit code 1", then="Killed"), {2: said, 0: said})
     assert end.cause == "collective timeout"
-    assert "collective_timeout_minutes" in end.message and "ranks that waited: 0" in end.message
+    assert "collective_timeout_minutes" in end.message and "ranks that waited: 0, 2" in end.message
 
 
 def test_lost_ranks_without_a_reason(end_of):
@@ -237,7 +244,8 @@ def test_a_step_that_slurm_ends_after_a_crash_is_no_cancelled_job(end_of):
 
 
 def test_the_node_at_fault_is_avoided(end_of):
-    assert end_of(LOGS["a launch that failed"][0]).bad_nodes == ["n2"]
+    log = LOGS["a launch that failed"][0] + "\nsrun: error: n1: task 0: Exited with exit code 1"
+    assert end_of(log).bad_nodes == ["n2"]
 
 
 def test_the_node_whose_rank_ended_first_is_avoided(end_of):
@@ -279,9 +287,10 @@ def test_a_damaged_record_of_a_failure_is_left_out(end_of, store):
 
 
 def test_a_requeued_job_is_judged_by_what_it_has_written_since_its_last_start():
-    assert since_last_start("no start\nat all") == "no start\nat all"
+    assert since_last_start("no start\nat all") == "no start\nat all" and last_start("no start\nat all") is None
     once = f"before\n{START} 0\nfirst\n"
     assert since_last_start(once) == f"{START} 0\nfirst\n"
     assert since_last_start(f"{once}{START} 1\nsecond\nsays {START} 2\n") == f"{START} 1\nsecond\nsays {START} 2\n"
+    assert last_start(f"{once}{START} 1\nsecond\nsays {START} 2\nand {START} 3\n") == 1
     # The batch script and srun's ranks may write to one file.
     assert since_last_start(f"{once}{START} 1\nscript\n{START} 1\nrank\n").startswith(f"{START} 1\nscript\n")
