@@ -1,5 +1,7 @@
 """The share of the dense model's quality that a checkpoint keeps."""
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -47,6 +49,18 @@ def test_shares_are_of_the_dense_row_that_was_measured_alike(scores, floor):
             assert row["average_above_floor_of_dense"] == expected
         bare = [row["average_of_dense_before_recovery"] for row in rows[first : first + 4]]
         assert bare == [None, rows[first]["average_of_dense"], None, rows[first + 2]["average_of_dense"]]
+
+
+def test_each_model_has_a_dense_row_and_each_average_a_floor_of_its_own():
+    plan = plan_of([1])
+    others = tuple(replace(cell, model="other") for cell in plan.cells)
+    rows = [row_of(score) for score in (0.8, 0.8, 0.6, 0.4, 0.5, 0.5, 0.1, 0.2)]
+    for row in rows:
+        row |= {"average_floor": 0.0, "average_without_crows_pairs_floor": 0.3}
+    add_shares_of_dense(rows, Plan(plan.stages, (*plan.cells, *others)))
+    assert [row["average_of_dense"] for row in rows] == pytest.approx([1, 1, 0.75, 0.5, 1, 1, 0.2, 0.4])
+    above = [rows[2][f"{name}_above_floor_of_dense"] for name in AVERAGES]
+    assert above == pytest.approx([0.75, 0.6])
 
 
 def test_without_a_dense_row_there_are_no_shares():

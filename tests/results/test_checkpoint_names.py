@@ -52,6 +52,13 @@ def test_rows_whose_names_would_be_the_same_are_told_apart_whatever_the_order():
     assert names[with_digits("a-b-0.2-lora", rows[0])] == rows[0]
 
 
+def test_whatever_tells_rows_apart_tells_their_names_apart():
+    rows = [cell(), cell(ratio=0.2 + 1e-9), cell(method="hf prune"), cell(method="hf-prune")]
+    rows += [cell(recovery="none"), cell(recovery="own")]
+    names = checkpoint_names(rows)
+    assert len(names) == len(rows) and all("llama-0.2-hf" in name for name in names)
+
+
 MODELS = st.text("aA.-_ /模\n", max_size=8) | st.sampled_from(["a..-..a", "a" * 100, "a" * 120, "A" * 120])
 
 

@@ -1,5 +1,5 @@
 import pytest
-from rows import TRAINING, efficiency, missing, row_of
+from rows import SHARES, TRAINING, efficiency, missing, row_of
 
 from hfprune_dist.results.column import Column, cells, markdown
 from hfprune_dist.results.columns import all_columns, few_columns
@@ -35,10 +35,31 @@ def test_what_is_alike_or_unknown_in_all_rows_has_no_column():
     rows = [row_of(kl_stderr=None, average=None), row_of(method="hfprune", kl_stderr=None, average=None)]
     few = shown(rows, few_columns(rows))
     assert "recovery" not in few and "avg" not in few and few["KL"] == ("0.263", "0.263")
+    rows = [row_of(average=None), row_of()]
+    few = shown(rows, few_columns(rows, with_errors=False))
+    assert few["avg"] == ("-", "68.3±4.2") and few["KL"] == ("0.263", "0.263")
+
+
+def test_averages_without_crows_pairs_are_shown_where_they_differ():
+    alike = row_of(average_without_crows_pairs_of_dense=0.5)
+    everything = shown([alike], all_columns([alike]))
+    assert everything["avg % of dense"] == ("90.1",) and "avg w/o crows" not in everything
+    rows = [alike, row_of(average=0.7)]
+    everything = shown(rows, all_columns(rows))
+    assert (everything["avg"], everything["avg w/o crows"]) == (("68.3±4.2", "70.0±4.2"), ("68.3±4.2", "68.3±4.2"))
+    assert everything["avg % of dense"] == ("50.0", "90.1")
+    nothing = row_of(**dict.fromkeys(SHARES))
+    assert not [it for it in shown([nothing], all_columns([nothing])) if "dense" in it or "recovery" in it]
+
+
+@pytest.mark.parametrize(("widths", "width"), [([9, 7, 8], "7-9"), ([8, 8], "8"), (None, "-")])
+def test_a_width_is_that_of_all_layers_or_of_the_narrowest_and_the_widest(widths, width):
+    row = row_of(intermediate_size=None, intermediate_sizes=widths)
+    assert shown([row], all_columns([row]))["width"] == (width,)
 
 
 def test_all_columns_have_the_rest():
-    rows = [row_of(), missing(row_of(ratio=0.3))]
+    rows = [row_of(shared_training_tokens=7), missing(row_of(ratio=0.3))]
     everything = shown(rows, all_columns(rows))
     assert everything["ppl"] == ("17.52±0.51", "-") and everything["agree"] == ("0.762±0.015", "-")
     assert everything["demo_docstring"] == ("73.3±5.8", "-") and everything["KL"] == ("0.2629±0.0123", "missing")
@@ -46,7 +67,7 @@ def test_all_columns_have_the_rest():
     assert (everything["avg % of dense"], everything["above floor % of dense"]) == (("90.1", "-"), ("85.0", "-"))
     assert everything["before recovery"][0] == "70.0" and everything["shared FLOPs"] == ("45T", "-")
     costs = [everything[name][0] for name in ("tokens", "FLOPs", "device-h", "wasted-h")]
-    assert costs == ["10.24k", "45T", "0.073", "0"]
+    assert costs == ["10.24k", "45T", "0.073", "0"] and everything["shared tokens"] == ("7", "-")
     assert everything.keys() > {"reached", "params", "size", "width", "avg"}
 
 
@@ -71,7 +92,8 @@ def test_mixtures_of_experts_have_columns_of_their_own():
 def test_notes_tell_directions_numbers_and_what_is_shared():
     rows = [DENSE, row_of(), row_of(model="qwen", tokens=4096, windows=16), missing(row_of(ratio=0.5))]
     fidelity, average, floors, costs, training = notes(rows)
-    assert "lower is better" in fidelity and "n = 16-24 windows, 4,096-6,144 tokens" in fidelity
+    assert "lower is better" in fidelity and "±: standard error over windows" in fidelity
+    assert "n = 16-24 windows, 4,096-6,144 tokens" in fidelity
     assert "higher is better" in average and "demo_docstring acc_norm (n = 60)" in average
     assert costs.endswith("llama 3.0m"), "the only model of which several rows are done"
     assert floors.endswith("demo_docstring 25.0, avg 25.0")
@@ -81,11 +103,13 @@ def test_notes_tell_directions_numbers_and_what_is_shared():
 
 
 def test_speed_has_columns_where_it_was_measured():
-    measured = {"metrics": efficiency(1.254, tokens_per_s=123.4, seconds=0.0456)}
-    rows = [DENSE, row_of(**efficiency_of(measured))]
+    metrics = efficiency(1.254, tokens_per_s=123.4, seconds=0.0456) | {"dense": {}}
+    metrics["runs"][-1] |= {"dense": {}, "first_token_speed": {"median": 2.5}}
+    rows = [DENSE, row_of(**efficiency_of({"metrics": metrics}))]
     assert shown(rows, few_columns(rows))["speed"] == ("-", "1.25")
     everything = shown(rows, all_columns(rows))
     assert (everything["tokens/s"][1], everything["first token"][1]) == ("123.4", "45.6ms")
+    assert everything["speeds"] == ("-", "1.13-1.38")
     assert (everything["FLOPs/token"][1], everything["cache/token"][1]) == ("215M", "46kB")
     (told,) = [it for it in notes(rows) if it.startswith("speed")]
     assert told.endswith("(batch 4, 32 in, 16 out; a processor, threads: 2)")
@@ -96,6 +120,12 @@ def test_speed_has_columns_where_it_was_measured():
     assert flat["efficiency/batch 4, 32 in, 16 out/peak_memory_bytes"] == 3_000_000
     assert rows[1]["efficiency"].keys() == {"device", "threads", "model", "runs"}, "the dense model has its own row"
     assert flat["efficiency/batch 4, 32 in, 16 out/decode_tokens_per_s"] == flat["decode_tokens_per_s"] == 123.4
+    first_token = flat["efficiency/batch 4, 32 in, 16 out/first_token_speed"]
+    assert first_token == flat["first_token_speed"] == 2.5
+    elsewhere = [*rows, row_of(**efficiency_of({"metrics": metrics | {"threads": 8}}))]
+    assert [
+        it for it in notes(elsewhere) if it.endswith("threads: 2 / batch 4, 32 in, 16 out; a processor, threads: 8)")
+    ]
     unmeasured = [DENSE, row_of()]
     assert "speed" not in shown(unmeasured, few_columns(unmeasured))
     assert not [it for it in notes(unmeasured) if it.startswith("speed")]
@@ -116,7 +146,7 @@ def test_rows_that_were_measured_in_another_way_are_named():
 
 
 def test_notes_on_older_evaluations_and_bias():
-    bias = {"tasks": {"crows_pairs_english": {"pct_stereotype": 0.6}}, "samples": {}}
+    bias = {"tasks": {"crows_pairs_english": {"pct_stereotype": 0.6}, "piqa": {"acc": 0.7}}, "samples": {}}
     unknown = {
         **dict.fromkeys(TRAINING),
         "average_floor": None,
@@ -126,7 +156,32 @@ def test_notes_on_older_evaluations_and_bias():
     fidelity, average, _ = notes([row_of(kl_stderr=None, windows=None, **bias, **unknown)])
     assert "n = 6,144 tokens" in fidelity and "±" not in fidelity
     assert "(n = 1 window, 1 token)" in notes([row_of(windows=1, tokens=1)])[0]
-    assert "for crows_pairs lower is" in average and "crows_pairs_english pct_stereotype" in average
+    assert "for crows_pairs lower is" in average and average.endswith("crows_pairs_english pct_stereotype, piqa acc")
+
+
+def test_notes_tell_the_range_of_what_differs_between_rows():
+    costs = {"own_training_flops": 9e13, "shared_training_flops": 1e12, "training_device": "cuda"}
+    rows = [row_of(), row_of(ratio=0.3, **costs), row_of(ratio=0.0, own_training_flops=0.0)]
+    training = notes(rows)[-1]
+    assert "own stages 45T to 90T FLOPs, 0.073 device-hours" in training, "what costs nothing is no part of a range"
+    assert "that it shares 1.0T to 45T FLOPs" in training
+    assert "0.073 GPU-hours" in notes([rows[1]])[-1]
+    floors = [row_of(), row_of(floors={"demo_docstring": 0.5}, average_floor=None)]
+    (told,) = [it for it in notes(floors) if it.startswith("floor")]
+    assert told.endswith("demo_docstring 25.0 or 50.0, avg 25.0, avg w/o crows 25.0")
+    (told,) = [it for it in notes(floors[1:]) if it.startswith("floor")]
+    assert told.endswith("demo_docstring 50.0, avg w/o crows 25.0")
+
+
+def test_a_recovery_that_prunes_too_is_explained_where_a_row_has_it():
+    own = [row_of(), row_of(method="loraprune", recovery="own")]
+    assert notes(own)[0].startswith("recovery own: ") and not notes(own[:1])[0].startswith("recovery own")
+
+
+def test_scores_of_tasks_stand_beside_what_tells_their_worth():
+    flat = flat_row(row_of())
+    told = [flat[f"demo_docstring/{name}"] for name in ("acc_norm", "samples", "floor", "of_dense")]
+    assert told == [0.7333, 60, 0.25, 0.9]
 
 
 def test_names_do_not_break_markdown():

@@ -1,9 +1,13 @@
 import json
+import math
 import re
 from dataclasses import asdict
+from itertools import product
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
 from hfprune_dist.errors import UserError
@@ -50,6 +54,37 @@ def test_methods_are_set_against_the_reference_of_their_own_sweep():
     assert {it["ratio"] for it in shown([reference, ours], "hfprune")} == {"0.2"}
     assert ours.peak_memory_bytes == 2**30
     assert shown([reference, ours], "hfprune")[1]["KL"] == "0.550±0.071"
+
+
+def test_models_ratios_and_recoveries_are_kept_apart():
+    places = list(product(("m", "n"), (0.2, 0.4), ("none", "lora")))
+    rows = [
+        row(method, kl, ratio) | {"model": model, "recovery": recovery}
+        for number, (model, ratio, recovery) in enumerate(places, 1)
+        for method, kl in (("hfprune", float(number)), ("ours", 1.0))
+    ]
+    found = compare_methods([rows], "hfprune")
+    ours = [it for it in found if it.method == "ours"]
+    assert [(it.model, it.ratio, it.recovery) for it in ours] == places
+    assert [it.kl_share.mean for it in ours] == [1 / number for number in range(1, 9)]
+    assert [it["recovery"] for it in shown(ours, "hfprune")] == [recovery for *_, recovery in places]
+
+
+def test_times_are_averaged_and_of_memory_the_peak_counts():
+    costs = [(10.0, 3), (None, None), (30.0, 5), (None, 4)]
+    sweeps = [[row("ours", 0.5) | {"wall_time_s": time, "peak_memory_bytes": peak}] for time, peak in costs]
+    (ours,) = compare_methods(sweeps, "ours")
+    assert (ours.wall_time_s, ours.peak_memory_bytes) == (20.0, 5)
+    (unknown,) = compare_methods(sweeps[1:2], "ours")
+    assert unknown.wall_time_s is unknown.peak_memory_bytes is None
+
+
+def test_a_divergence_beyond_all_numbers_is_a_dash():
+    found = compare_methods([[row("ours", math.inf), row("other", 0.5) | {"average": None}]], "ours")
+    ours, other = shown(found, "ours")
+    assert (ours["KL"], ours["agreement"], ours["perplexity"], ours["avg"]) == ("-", "0.600", "20.0", "51.2")
+    assert other["avg"] == "-"
+    assert "KL: mean divergence" in methods_table(found, "ours") and "avg: mean of" in methods_table(found, "ours")
 
 
 def test_averages_of_tasks_are_in_percent_and_without_tasks_there_is_no_column():
@@ -103,6 +138,25 @@ def test_rank_correlation_and_overlap():
     assert overlap(rising, rising + noise * 0, 0.5) == 1.0
     assert overlap(rising, -rising, 0.5) == 0.0
     assert overlap(rising, -rising, 0.8) == 0.75
+    assert overlap(rising, -rising, 0.55) == 2 / 6, "six of ten units"
+    assert overlap(np.arange(4.0), np.array([2.0, 1.0, 0.0, 3.0]), 0.25) == 1.0, "high scores stay"
+    assert overlap(rising, rising, 0.01) == 1.0, "at least one unit stays"
+
+
+@given(st.permutations(range(7)), st.permutations(range(7)))
+def test_rank_correlation_is_spearmans(first, second):
+    """Without ties, 1 - 6 * sum(d^2) / (n (n^2 - 1)) with the differences d of ranks."""
+    squares = sum((a - b) ** 2 for a, b in zip(first, second, strict=True))
+    found = spearman(np.array(first) ** 3.0, np.exp(np.array(second)))
+    assert found == pytest.approx(1 - 6 * squares / (7 * 48))
+
+
+def test_tables_of_criteria_have_means_over_layers():
+    pair = {"criteria": ["a", "b"], "spearman": [0.2, 0.6], "overlap": {"0.5": [0.5, 1.0]}}
+    assert criteria_table([pair]).splitlines()[::2] == [
+        "| criteria | Spearman | overlap, 50% kept |",
+        "| a / b | 0.400 | 0.750 |",
+    ]
 
 
 def test_every_pair_of_criteria_in_every_layer():
@@ -125,7 +179,7 @@ def test_a_layer_with_a_single_unit_has_no_rank_correlation():
 def test_settling_has_a_row_for_each_criterion_and_share():
     points = [
         {"windows": windows, "criterion": criterion, "share_kept": share, "overlap": windows / 100 + share / 10}
-        for windows in (16, 32)
+        for windows in (32, 16)
         for criterion in ("entropy", "fisher")
         for share in (0.8, 0.5)
     ]
@@ -151,12 +205,13 @@ def test_criteria_are_compared_by_units_that_both_score_in_layers_that_have_some
     rng = np.random.default_rng(0)
     # Layer 0 has no experts, as in models whose first layers are dense.
     experts = {f"layers.{n}.experts.{it}": rng.random(4 if n else 0) for n in range(3) for it in ("entropy", "reap")}
-    neurons = {f"layers.{n}.{kind}entropy": rng.random(8) for n in range(3) for kind in ("", "expert_neurons.")}
+    kinds = ("", "expert_neurons.", "shared_neurons.")
+    neurons = {f"layers.{n}.{kind}entropy": rng.random(8) for n in range(3) for kind in kinds}
     save_file(experts | neurons, tmp_path / "importance.safetensors")
     (pair,) = compare_criteria(scores_to_compare(tmp_path), [0.5])
     assert pair["criteria"] == ["entropy", "reap"] and len(pair["spearman"]) == 2 == len(pair["overlap"]["0.5"])
     json.dumps(pair, allow_nan=False)
-    assert [len(row) for row in read_scores(tmp_path)["entropy"]] == [16] * 3
+    assert [len(row) for row in read_scores(tmp_path)["entropy"]] == [24] * 3
     assert [len(row) for row in read_scores(tmp_path)["reap"]] == [0, 4, 4]
 
 

@@ -149,3 +149,12 @@ def test_a_reference_is_part_of_its_distillation():
     cell = Cell("m", "m", 0.2, "x", "entropy", "none", ("reference/a", "distill/b"), "evaluate/c")
     told = table.of_row(cell)
     assert told["costs"] == {"distill": dict.fromkeys(MEASURES, 3.0)} and told["training_device"] == "cuda, cpu"
+
+
+def test_every_other_kind_of_training_stands_for_itself():
+    stage_ids = tuple(f"{kind}/a" for kind in ("importance", "prune", "distill", "recover", "loraprune"))
+    costs = {stage_id: dict.fromkeys(MEASURES, 1.0) for stage_id in stage_ids}
+    table = CostTable(costs, dict.fromkeys(stage_ids), shared=set(stage_ids))
+    told = table.of_row(Cell("m", "m", 0.2, "x", "entropy", "none", stage_ids, "evaluate/c"))
+    assert [f"{kind}/a" for kind in told["costs"]] == [*stage_ids]
+    assert told["shared_training_tokens"] == 5.0 and told["own_training_tokens"] == 0

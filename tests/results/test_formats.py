@@ -21,7 +21,8 @@ from hfprune_dist.results.formats import (
     [
         *((count(999_949), "999.9k"), (count(999_999), "1M"), (count(999_960_000_000), "1000B")),
         *((byte_count(999_400_000), "999MB"), (byte_count(999_600_000), "1.0GB"), (flop_count(9.996e14), "1.0P")),
-        *((duration(99.4), "99s"), (duration(99.6), "1.7m"), (duration(5_990), "1.7h"), (duration(0), "0s")),
+        *((duration(99.4), "99s"), (duration(99.5), "1.7m"), (duration(5_990), "1.7h"), (duration(0), "0s")),
+        *((byte_count(9.9e9), "9.9GB"), (byte_count(1e10), "10GB"), (duration(600), "10m")),
     ],
 )
 def test_what_would_be_rounded_to_a_further_digit_is_in_the_next_unit(shown, expected):

@@ -11,6 +11,9 @@ from hfprune_dist.results.headline import average_errors, averages, headline, he
         ({"likelihood_diff": 3.0, "pct_stereotype": 0.6}, 0.6),
         ({"exact_match[flexible-extract]": 0.3, "exact_match[strict-match]": 0.2}, 0.2),
         ({"exact_match[get-answer]": 0.7, "exact_match[get-answer]_stderr": 0.1}, 0.7),
+        ({"exact_match[b]": 0.7, "exact_match[a]": 0.3}, 0.3),  # in any order that lm-eval reports them
+        ({"f1": 0.6, "em": 0.4}, 0.4),
+        ({"pass@1[create_test]": 0.3}, 0.3),
         ({"acc": 0, "acc_norm": 0}, 0.0),
         ({"exact": 61.2, "f1": 75.0, "HasAns_exact": 60.1, "HasAns_f1": 74.9}, 0.75),  # squadv2, in percent
         ({"word_perplexity": 12.0, "byte_perplexity": 2.0}, None),
@@ -60,3 +63,4 @@ def test_the_error_is_that_of_the_headline():
     assert headline_error({"acc": 0.4, "acc_norm": 0.5, "acc_norm_stderr": 0.1, "acc_stderr": 0.2}) == 0.1
     assert headline_error({"exact_match[strict]": 0.4, "exact_match[strict]_stderr": 0.3}) == 0.3
     assert headline_error({"f1": 0.4}) is None
+    assert headline_error({"f1": 75.0, "f1_stderr": 1.5, "HasAns_f1": 74.9}) == 0.015

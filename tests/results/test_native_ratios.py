@@ -72,6 +72,11 @@ def test_one_width_says_as_much_as_a_list():
     )
 
 
+def test_a_layer_that_went_as_a_whole_was_pruned():
+    found = native_ratios(Decoder(120, 3, 8, 2), 40, {"num_hidden_layers": 2, "intermediate_size": 8})
+    assert found == {"ratio_of_decoder": 40 / 120, "ratio_of_pruned_layers": 1.0}
+
+
 def test_a_layer_whose_attention_has_low_rank_is_pruned_even_if_rounding_leaves_all_its_neurons():
     sizes = {"intermediate_size": 8, "intermediate_sizes": [8, 8], "attention_ranks": {"q_proj": 3}}
     assert native_ratios(Decoder(120, 2, 8, 2), 30, sizes)["ratio_of_pruned_layers"] == 0.25

@@ -1,11 +1,14 @@
 import csv
 import json
 import shutil
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
+from families import save_model
 from headers import CONFIG, checkpoint_of, tensors_of
+from safetensors.numpy import load_file
 
+from hfprune_dist.checkpoints.checkpoint import open_checkpoint
 from hfprune_dist.config.parameters import read_parameters
 from hfprune_dist.planning.plan import Cell, Plan
 from hfprune_dist.results.column import cells
@@ -71,6 +74,7 @@ def test_a_finished_cell_shows_what_was_measured(store):
     commit(store, EVALUATE, **SCORES)
     dense, pruned = collect_rows(PLAN, store, DENSE)
     assert (dense["parameters"], dense["ratio_reached"], dense["wall_time_s"]) == (100, 0.0, 2.0)
+    assert (dense["ratio"], pruned["ratio"], pruned["weight_bytes"]) == (0.0, 0.2, None)
     assert (pruned["parameters"], pruned["ratio_reached"], pruned["intermediate_size"]) == (79, 0.21, 15)
     assert pruned["peak_memory_bytes"] == 110, "the importance pass's, the longest name here"
     assert pruned["wall_time_s"] == 6.0 and pruned["checkpoint"].endswith(PRUNE.id)
@@ -90,6 +94,25 @@ def test_rows_tell_the_ratio_as_other_papers_define_it(store):
     store.discard(PRUNE.id)
     _, missing = collect_rows(PLAN, store, {"m": replace(DENSE["m"], decoder=decoder)})
     assert missing["ratio_of_decoder"] is missing["ratio_of_pruned_layers"] is None
+
+
+@pytest.mark.parametrize("kind", ["prune", "loraprune"])
+def test_a_row_has_the_shape_of_its_last_cut(store, kind):
+    last = Stage(kind, "m 0.3", {"ratio": 0.3}, {"model": PRUNE.as_input()})
+    evaluate = Stage("evaluate", "m 0.3", {}, {"model": last.as_input()})
+    commit(store, last, {"model.safetensors": "123"}, ratio_reached=0.3, parameters=70, intermediate_size=9)
+    cell = replace(PLAN.cells[1], producers=(*PLAN.cells[1].producers, last.id), evaluate=evaluate.id)
+    (row,) = collect_rows(Plan({**PLAN.stages, last.id: last, evaluate.id: evaluate}, (cell,)), store, DENSE)
+    assert (row["parameters"], row["ratio_reached"], row["intermediate_size"]) == (70, 0.3, 9)
+    assert row["checkpoint"].endswith(last.id) and row["weight_bytes"] == 3
+
+
+def test_what_is_known_of_a_dense_model_comes_back_from_its_record(tmp_path):
+    checkpoint = open_checkpoint(save_model(tmp_path, "llama"))
+    facts = DenseModel.of(checkpoint)
+    tensors = load_file(tmp_path / "model.safetensors").values()
+    assert facts.weight_bytes == sum(tensor.nbytes for tensor in tensors) and facts.decoder == Decoder.of(checkpoint)
+    assert DenseModel.from_json(json.loads(json.dumps(asdict(facts)))) == facts
 
 
 def test_records_of_earlier_versions_are_of_models_without_images():
@@ -210,6 +233,7 @@ def test_files_hold_every_metric_and_agree(store, tmp_path):
     tables = [line.count("|") for line in lines if line.startswith("|")]
     assert len(set(tables[:4])) == len(set(tables[4:])) == 1 and len(tables) == 8
     assert "- missing: m 0.2: evaluate has not run yet" in lines
+    assert any(line.startswith("- width: ") for line in lines[lines.index("## All columns") :])
 
 
 def test_a_row_tells_its_own_time_from_what_it_shares(store):
@@ -224,12 +248,13 @@ def test_a_row_tells_its_own_time_from_what_it_shares(store):
     assert [pruned[it] for it in times] == [7.0, 4.0, 11.0]
     assert [late[it] for it in times] == [None, 4.0, None]
     assert pruned["stages"] == {IMPORTANCE.id: 2.0, PRUNE.id: 2.0, EVALUATE.id: 7.0}
+    assert dense["measured_as"] == pruned["measured_as"] != late["measured_as"]
 
 
 def test_weights_are_counted_without_the_adapter(tmp_path):
     store = Store(tmp_path)
     weights = {"model-1.safetensors": "12", "model-2.safetensors": "345", "adapter/adapter_model.safetensors": "6789"}
-    commit(store, PRUNE, weights, ratio_reached=0.2, parameters=80, intermediate_size=38)
+    commit(store, PRUNE, weights | {"tokenizer.json": "{}"}, ratio_reached=0.2, parameters=80, intermediate_size=38)
     dense, pruned = collect_rows(PLAN, store, {"m": DenseModel(100, 48, 400)})
     assert (dense["weight_bytes"], pruned["weight_bytes"]) == (400, 5)
     assert collect_rows(PLAN, store, DENSE)[0]["weight_bytes"] is None, "in the record of an earlier version"
@@ -249,7 +274,8 @@ def test_a_row_tells_where_it_comes_from_and_over_how_many_examples(store):
 
 
 def test_errors_of_older_evaluations_are_unknown(store):
-    errors = {"perplexity_stderr": 0.5, "kl_stderr": 0.01, "top1_agreement_stderr": 0.02, "windows": 24}
+    errors = {"perplexity_stderr": 0.5, "kl_stderr": 0.01, "top1_agreement_stderr": 0.02}
+    errors |= {"windows": 24, "tokens": 6144}
     commit(store, EVALUATE, **SCORES | {"fidelity": SCORES["fidelity"] | errors})
     rows = collect_rows(PLAN, store, DENSE)
     headers, (dense, pruned) = table(rows)
