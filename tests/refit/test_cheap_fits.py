@@ -7,7 +7,9 @@ from worlds import Ranks
 
 from hfprune_dist.core.selection import top_units
 from hfprune_dist.distributed.layer_stream import LayerStream
-from hfprune_dist.refit.cheap_fits import CheapFits, Scored
+from hfprune_dist.refit.cheap_fits import CheapFits, Scored, kept_of
+from hfprune_dist.refit.finished_layers import candidates_of
+from hfprune_dist.structures.kept import Kept
 
 # Most bytes of an object that is sent: ridges, maxima, shapes, and no weights, the smallest of which is larger.
 SMALL = 600
@@ -47,6 +49,17 @@ def test_every_size_has_the_same_weights_on_all_ranks_and_travels_once(tmp_path,
     weights = sorted(count * hidden_size * 4 for count in counts[:-1])
     assert sorted(it for it in sent(ranks) if it)[-len(weights) :] == weights
     assert max(pickled(ranks)) < SMALL < min(weights)
+
+
+def test_candidates_name_what_each_layer_keeps(tmp_path):
+    structures = checkpoint_in(tmp_path / "model").structures
+    scores = {"neurons": torch.arange(float(NEURONS)), "kv_groups": torch.tensor([3.0, 0.0, 2.0, 1.0])}
+    kinds = [Scored(structures[kind], [it, -it, it.flip(0)]) for kind, it in scores.items()]
+    kept = kept_of(kinds, ((2, 1), None, (1, 3)))
+    assert kept.layers == (0, 2)
+    assert [it.tolist() for it in kept.units["neurons"]] == [[NEURONS - 2, NEURONS - 1], [0]]
+    assert [it.tolist() for it in kept.units["kv_groups"]] == [[0], [0, 1, 3]]
+    assert candidates_of([kept, Kept((1,))], 3) == [((0,), None, (0,)), (None, (1,), None)]
 
 
 @pytest.mark.parametrize("size", [1, 2, 4])

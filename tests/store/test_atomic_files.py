@@ -1,12 +1,25 @@
-"""Modes of new files follow the umask, which is read without being changed; files of JSON are JSON."""
+"""Files are replaced as a whole and durably, what can't be read is absent, modes follow the umask, JSON is JSON."""
 
 import ast
 import os
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 from hfprune_dist.store import atomic_files
+from hfprune_dist.store.atomic_files import (
+    as_record,
+    fsync_folders,
+    listed,
+    publish,
+    read_json,
+    read_object,
+    read_record,
+    set_aside,
+    write_json,
+    write_text,
+)
 
 ROOT = Path(__file__).parents[2]
 # Modules whose texts aren't files of JSON, or must have Python's names for numbers that aren't finite: config.json as
@@ -60,3 +73,99 @@ def test_no_module_writes_others():
         if any("allow_nan" not in {keyword.arg for keyword in call.keywords} for call in dumps):
             lax.add(str(file.relative_to(ROOT)))
     assert lax == NOT_STRICT
+
+
+@pytest.fixture
+def flushed(monkeypatch):
+    """Paths in the order in which they are flushed, each with its content at that time; None for folders."""
+    seen = []
+
+    def flush(path):
+        seen.append((path, path.read_text() if path.is_file() else None))
+
+    monkeypatch.setattr(atomic_files, "fsync_path", flush)
+    return seen
+
+
+@pytest.mark.parametrize("value", [float("nan"), {1, 2}])
+def test_what_can_not_be_written_leaves_the_file_as_it_was(tmp_path, value):
+    file = tmp_path / "state.json"
+    write_json(file, {"b": "é", "a": 1})
+    before = file.read_bytes()
+    with pytest.raises((TypeError, ValueError)):
+        write_json(file, value)
+    with pytest.raises(UnicodeEncodeError):
+        write_text(file, "\ud800")
+    assert file.read_bytes() == before and list(tmp_path.iterdir()) == [file]
+    assert read_json(file) == {"b": "é", "a": 1}
+
+
+def test_a_value_has_the_same_bytes_in_whatever_order_its_keys_came(tmp_path):
+    for number, value in enumerate(({"b": 2, "a": 1}, {"a": 1, "b": 2})):
+        write_json(tmp_path / f"{number}", value)
+    assert (tmp_path / "0").read_bytes() == (tmp_path / "1").read_bytes() == b'{\n "a": 1,\n "b": 2\n}\n'
+
+
+def test_what_is_no_object_is_told_apart_only_where_it_matters(tmp_path):
+    file = tmp_path / "state.json"
+    assert read_json(file) is read_object(file) is None
+    for content in ("", "{", "\xff"):
+        file.write_bytes(content.encode("latin-1"))
+        with pytest.raises(ValueError):
+            read_json(file)
+        assert read_object(file) is None
+    file.write_text("[1]")
+    assert read_json(file) == [1] and read_object(file) is None
+    assert read_object(tmp_path) is None, "a folder"
+
+
+@dataclass(frozen=True)
+class Record:
+    name: str
+    number: int | None = None
+
+
+def test_a_record_is_read_whatever_version_wrote_it_or_not_at_all(tmp_path):
+    assert as_record(Record, {"name": "a", "number": 3, "of a later version": 4}) == Record("a", 3)
+    assert as_record(Record, {"name": "a"}) == Record("a")
+    assert as_record(Record, {"number": 3}) is as_record(Record, {"name": 3}) is as_record(Record, None) is None
+    write_json(tmp_path / "record.json", {"name": "a"})
+    assert read_record(Record, tmp_path / "record.json") == Record("a")
+    assert read_record(Record, tmp_path / "gone.json") is None
+
+
+def test_files_are_listed_by_name_and_case_counts(tmp_path):
+    for name in ("b.json", "a.json", "A.JSON", ".c.json", "a.json.tmp"):
+        (tmp_path / name).touch()
+    assert [it.name for it in listed(tmp_path, "*.json")] == [".c.json", "a.json", "b.json"]
+    assert [it.name for it in listed(tmp_path, "a.json")] == ["a.json"]
+    assert listed(tmp_path / "gone", "*") == listed(tmp_path / "a.json", "*") == []
+
+
+def test_a_published_file_is_on_disk_before_it_has_its_name_and_its_name_afterwards(tmp_path, flushed):
+    file, draft = tmp_path / "weights", tmp_path / ".draft"
+    file.write_text("old")
+    draft.touch(mode=0o600)
+    draft.write_text("new")
+    publish(draft, file)
+    assert flushed == [(draft, "new"), (tmp_path, None)] and file.read_text() == "new"
+    assert file.stat().st_mode & 0o777 == atomic_files.usual_mode() and not draft.exists()
+
+
+def test_folders_are_flushed_up_to_the_root_and_no_further(tmp_path, flushed):
+    fsync_folders(tmp_path / "a" / "b", tmp_path)
+    assert [path for path, _ in flushed] == [tmp_path / "a" / "b", tmp_path / "a", tmp_path]
+    flushed.clear()
+    fsync_folders(tmp_path, tmp_path)
+    assert [path for path, _ in flushed] == [tmp_path]
+
+
+def test_damaged_files_are_all_kept(tmp_path, capsys):
+    for content in ("one", "two"):
+        (tmp_path / "scores").write_text(content)
+        set_aside(tmp_path / "scores", "it is short")
+    assert {it.name: it.read_text() for it in tmp_path.iterdir()} == {
+        "scores.damaged-1": "one",
+        "scores.damaged-2": "two",
+    }
+    assert "scores: it is short; set aside as scores.damaged-2" in capsys.readouterr().out

@@ -11,7 +11,7 @@ import psutil
 import pytest
 
 from hfprune_dist.store import claims
-from hfprune_dist.store.claims import Claim, ClaimLostError, Holder, Renewal, try_claim
+from hfprune_dist.store.claims import Claim, ClaimLostError, Holder, OpenClaim, Renewal, open_claim, try_claim
 
 
 def test_a_second_claim_meets_the_holder(tmp_path):
@@ -110,6 +110,31 @@ def test_another_system_of_the_same_name_lives_as_long_as_it_renews(tmp_path):
     assert isinstance(try_claim(tmp_path), Holder)
     os.utime(file, (0, 0))
     assert isinstance(try_claim(tmp_path), Claim)
+
+
+def test_a_requeued_job_succeeds_itself_and_anyone_a_job_that_has_ended(tmp_path):
+    assert isinstance(try_claim(tmp_path, "7"), Claim)
+    for job, ended in ((None, ()), ("8", ()), ("8", ("9",))):
+        assert try_claim(tmp_path, job, ended) == Holder.me("7")
+    again = try_claim(tmp_path, "7")
+    assert isinstance(again, Claim) and isinstance(try_claim(tmp_path, "8", {"6", "7"}), Claim)
+    assert not again.is_held()
+
+
+def test_whoever_is_not_a_job_is_not_taken_for_one(tmp_path):
+    assert isinstance(try_claim(tmp_path), Claim)
+    assert try_claim(tmp_path, "7", ("6",)) == try_claim(tmp_path) == Holder.me()
+
+
+def test_a_claim_is_open_until_it_is_released_though_its_holder_may_be_dead(tmp_path):
+    assert open_claim(tmp_path / "gone") is open_claim(tmp_path) is None
+    claim = try_claim(tmp_path)
+    assert open_claim(tmp_path) == OpenClaim(Holder.me(), lives=True)
+    claim.release()
+    assert open_claim(tmp_path) is None
+    dead = Holder(Holder.me().host, os.getpid(), 1.0)
+    (tmp_path / "claim.2").write_text(json.dumps(asdict(dead)))
+    assert open_claim(tmp_path) == OpenClaim(dead, lives=False)
 
 
 def test_a_clock_that_is_ahead_declares_nobody_dead(tmp_path, monkeypatch):

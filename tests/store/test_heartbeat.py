@@ -118,6 +118,7 @@ def test_a_failure_belongs_to_the_attempt_that_it_names(attempt, mine, skew):
 def test_a_failure_of_the_previous_version_belongs_by_its_time():
     assert Failure("input", "", 0, 1000.0).is_of(2, created=999.0)
     assert not Failure("input", "", 0, 1000.0).is_of(2, created=1001.0)
+    assert Failure("input", "", 0, 1000.0).is_of(2, created=1000.0), "clocks tick slowly"
 
 
 def test_a_rank_says_which_attempt_failed(tmp_path):
@@ -133,6 +134,27 @@ def test_a_clock_that_is_set_back_silences_nobody(tmp_path, monkeypatch):
     now[0] -= 600
     beat.update("shards", 2, 9)
     assert read_heartbeat(tmp_path).done == 2
+
+
+def test_heartbeats_are_written_at_most_twice_a_second_but_for_the_last_and_guarded_where_they_are(
+    tmp_path, monkeypatch
+):
+    now, guarded = [1000.0], []
+    monkeypatch.setattr(progress.time, "time", lambda: now[0])
+    beat, silent = Progress(tmp_path, lambda: guarded.append(now[0])), Progress(None, lambda: 1 / 0)
+
+    def told(seconds, done):
+        now[0] = 1000.0 + seconds
+        beat.update("shards", done, 9)
+        silent.update("shards", done, 9)
+        return read_heartbeat(tmp_path).done
+
+    assert [told(0, 1), told(0.25, 2), told(0.5, 3), told(0.75, 4), told(0.75, 9)] == [1, 1, 3, 3, 9]
+    assert guarded == [1000.0, 1000.5, 1000.75]
+    beat = Progress(tmp_path, lambda: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        told(9, 1)
+    assert read_heartbeat(tmp_path).done == 9, "who lost the stage says nothing any more"
 
 
 @pytest.mark.parametrize(

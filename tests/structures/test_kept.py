@@ -1,5 +1,7 @@
 """Kept units by number, in a model that was pruned before, and how many parameters they make up."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -43,6 +45,7 @@ def test_numbers_of_a_second_pruning_are_those_of_the_dense_model(data):
 def test_a_shape_is_how_much_is_kept():
     kept = Kept((1, 3), {"kv_groups": [torch.tensor([0]), torch.tensor([1, 2])]})
     assert kept.shape == Shape((1, 3), {"kv_groups": (1, 2)})
+    assert [kept.of_layer(layer, "kv_groups").tolist() for layer in kept.layers] == [[0], [1, 2]]
     assert Kept.of_all_layers({"neurons": [torch.tensor([4])] * 3}).layers == (0, 1, 2)
 
 
@@ -62,3 +65,6 @@ def test_a_layer_keeps_at_least_one_of_its_units_and_at_most_all():
     for count in (0, most + 1):
         with pytest.raises(AssertionError, match="can't keep"):
             Shape(layers, {"neurons": (count,) * units.num_layers}).counts(units)
+    partly = replace(units, counts=(0, most))
+    assert Shape((0, 1), {"neurons": (0, 1)}).counts(partly) == (0, 1), "of none it keeps none"
+    assert Shape((1,)).counts(partly) == (most,)

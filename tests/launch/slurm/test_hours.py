@@ -101,6 +101,16 @@ def test_a_total_is_the_sum_of_what_is_known(models):
     assert total.gpu_hours == pytest.approx(8 * total.hours)
 
 
+def test_gpus_without_a_rank_are_held_all_the_same(models):
+    hours = hours_of([models["llama-2-7b"]], ["hfprune"], profile_of(tasks_per_node=4, **A100))
+    assert {each.time.gpus for each in hours} == {8}
+    assert Total.of(hours).gpu_hours == pytest.approx(8 * Total.of(hours).hours)
+
+
+def test_hours_are_as_exact_as_they_are_short():
+    assert [shown(it) for it in (None, 0.004, 9.99, 10, 1234.5)] == ["?", "0.00", "9.99", "10", "1,234"]
+
+
 def test_whole_weights_save_what_gathers_take(models):
     """That is nearly all of training's time: a row's gathers and their starts take longer than its products."""
 

@@ -1,0 +1,88 @@
+"""Fits of an output projection by its Gram matrices, against least squares on the tokens themselves."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from worlds import Ranks
+
+from hfprune_dist.core.least_squares import RIDGES
+from hfprune_dist.distributed.gram_sums import Grams
+from hfprune_dist.refit.least_squares_fit import solve, solve_expert, solve_together
+
+
+def gram_of(hidden_ND):
+    return hidden_ND.T @ hidden_ND / len(hidden_ND)
+
+
+def grams_of(fitted_ND, held_out_ND):
+    share = len(held_out_ND) / (len(fitted_ND) + len(held_out_ND))
+    return Grams(gram_of(fitted_ND), gram_of(held_out_ND), share)
+
+
+def solution(weight_CD, hidden_ND, kept, ridge):
+    """Return the kept columns by least squares on tokens, with further rows that pull towards the old columns."""
+    scale = math.sqrt(len(hidden_ND))
+    pull = math.sqrt(ridge * hidden_ND[:, kept].square().mean())
+    inputs = torch.cat([hidden_ND[:, kept] / scale, pull * torch.eye(len(kept), dtype=torch.float64)])
+    targets = torch.cat([hidden_ND @ weight_CD.T / scale, pull * weight_CD[:, kept].T])
+    return torch.linalg.lstsq(inputs, targets).solution.T
+
+
+def lost(weight_CD, hidden_ND, kept, new_CK):
+    target_NC = hidden_ND @ weight_CD.T
+    return ((target_NC - hidden_ND[:, kept] @ new_CK.double().T).square().sum() / target_NC.square().sum()).item()
+
+
+def drawn(seed, *shape):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+@settings(derandomize=True, deadline=None, max_examples=30)
+@given(st.data(), st.integers(0, 1000))
+def test_a_fit_is_least_squares_with_the_ridge_that_is_best_on_held_out_tokens(data, seed):
+    channels, hidden = data.draw(st.integers(2, 8)), data.draw(st.integers(1, 4))
+    kept = torch.tensor(sorted(data.draw(st.sets(st.integers(0, channels - 1), min_size=1, max_size=channels - 1))))
+    mixing_DD = drawn(seed, channels, channels)  # makes channels depend on each other
+    fitted, held_out = (drawn(seed + n, data.draw(st.integers(1, 30)), channels) @ mixing_DD for n in (1, 2))
+    weight_CD, whole = drawn(seed + 3, hidden, channels), torch.cat([fitted, held_out])
+    found = solve(weight_CD.float(), grams_of(fitted, held_out), kept)
+    weight_CD = weight_CD.float().double()
+    errors = [lost(weight_CD, held_out, kept, solution(weight_CD, fitted, kept, ridge)) for ridge in RIDGES]
+    assert errors[RIDGES.index(found.fit.ridge)] == pytest.approx(min(errors), rel=1e-6, abs=1e-9)
+    close = {"rtol": 1e-3, "atol": 1e-5, "check_dtype": False}
+    torch.testing.assert_close(found.fitted_CK, solution(weight_CD, fitted, kept, found.fit.ridge), **close)
+    torch.testing.assert_close(found.whole_CK, solution(weight_CD, whole, kept, found.fit.ridge), **close)
+    assert found.fit.error_before == pytest.approx(lost(weight_CD, whole, kept, weight_CD[:, kept]), abs=1e-9)
+    assert found.fit.error_after == pytest.approx(lost(weight_CD, whole, kept, found.whole_CK), abs=1e-5)
+    assert found.energy == pytest.approx((whole @ weight_CD.T).square().sum().item() / len(whole))
+    for gram_KK, tokens in ((found.fitted_KK, fitted), (found.whole_KK, whole)):
+        torch.testing.assert_close(gram_KK, gram_of(tokens[:, kept]))
+    assert found.fitted_CK.dtype == found.whole_CK.dtype == torch.float32
+
+
+WEIGHT, KEPT = drawn(1, 3, 6), torch.tensor([0, 2, 5])
+TOKENS, NONE = drawn(2, 20, 6), torch.zeros(4, 6, dtype=torch.float64)
+
+
+def test_an_expert_without_tokens_to_choose_a_ridge_by_stays_close_to_what_it_was():
+    both = grams_of(TOKENS, drawn(3, 10, 6))
+    assert solve_expert(WEIGHT, both, KEPT).fit == solve(WEIGHT, both, KEPT).fit
+    for grams in (grams_of(TOKENS, NONE), grams_of(NONE, TOKENS)):
+        found = solve_expert(WEIGHT, grams, KEPT)
+        assert found.fit.ridge == max(RIDGES) and 0 < found.fit.error_after < found.fit.error_before
+    silent = solve_expert(WEIGHT, grams_of(NONE, NONE), KEPT)
+    assert torch.equal(silent.whole_CK, WEIGHT[:, KEPT].float()) and silent.energy == 0
+    assert (silent.fit.error_before, silent.fit.error_after) == (0.0, 0.0)
+
+
+@pytest.mark.parametrize("size", [1, 2, 7])
+def test_ranks_find_the_same_together(size):
+    """There are more ranks than ridges, or fewer."""
+    grams = grams_of(TOKENS, drawn(3, 10, 6))
+    alone = solve(WEIGHT, grams, KEPT)
+    for found in Ranks(size).run(lambda world: solve_together(WEIGHT, grams, KEPT, world)):
+        assert (found.fit, found.energy) == (alone.fit, alone.energy)
+        assert torch.equal(found.fitted_CK, alone.fitted_CK) and torch.equal(found.whole_CK, alone.whole_CK)
