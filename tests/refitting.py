@@ -21,11 +21,11 @@ MICRO_BATCH = 2
 O_PROJ, DOWN = "self_attn.o_proj", "mlp.down_proj"
 
 
-def checkpoint_in(folder, variant="llama", layers=3):
+def checkpoint_in(folder, variant="llama", layers=3, dtype=torch.float32):
     heads = {"num_key_value_heads": GROUPS, "num_attention_heads": GROUPS * QUERIES}
     biases = {"attention_bias": True} if variant == "qwen3" else {}
     sizes = {"intermediate_size": NEURONS, "num_hidden_layers": layers}
-    return open_checkpoint(save_tiny(folder, variant, **heads, **sizes, **biases))
+    return open_checkpoint(save_tiny(folder, variant, dtype=dtype, **heads, **sizes, **biases))
 
 
 def to_prune(folder, variant, layers):

@@ -14,6 +14,7 @@ from hfprune_dist.config.texts import OTHER_TEXTS
 from hfprune_dist.results.base_model import BaseModel
 from hfprune_dist.results.card_scores import eval_results, scores_of
 from hfprune_dist.results.card_subject import Subject
+from hfprune_dist.results.checkpoint_names import checkpoint_names, with_digits
 from hfprune_dist.results.model_card import model_card
 from hfprune_dist.results.named_checkpoints import named_checkpoints
 from hfprune_dist.results.rows import DenseModel
@@ -133,18 +134,21 @@ def test_people_read_how_it_was_made(config, tmp_path):
         "With hfprune_dist 0.1.0 at commit `0123abc` with changes (Python 3.12.1, torch 2.9)",
     ):
         assert shown in card, shown
+    assert "nats (lower is better) | 0.25 ± 0.031 | 0.25 |" in cards["beta-0.2-lora"], "beside its own dense model"
     assert "control" in cards["alpha-dense-lora"] and "ratio asked" not in cards["alpha-dense-lora"]
     assert "trust_remote_code" not in card
 
 
 def test_sentences_read_well_whatever_goes_and_however_little_was_read(config, tmp_path):
     once = {"calibration__samples": 1, "evaluation__fidelity__windows": 1, "recovery__max_steps": 1}
+    once |= {"evaluation__limit": 1, "evaluation__num_fewshot": 5}
     cards = texts(config, tmp_path, methods=["surgeon-plain"], runtime__ranks=1, **once)
     card = cards["alpha-0.2-lora"]
     for shown in (
         "`surgeon-plain`: neurons, KV groups and layers go",
         "| 1 window of 32 tokens of the file `calibration.jsonl`",
         "held-out text, 1 window of 32 tokens",
+        "tiny_choice (lm-eval, 5-shot, at most 1 document a task)",
         "1 step)",
         "method of the project's, or else its author's own (`--methods surgeon-plain.yaml`)",
     ):
@@ -196,6 +200,24 @@ def test_names_read_as_they_are_once_rendered(config, tmp_path):
     assert "see License.txt" in shown and any(it.startswith("a`|*b*: neurons go") for it in shown)
     assert any(it.startswith("*task* (lm-eval") for it in shown) and "_acc_" in shown
     assert not [it for it in parsed if "html" in it.type], "no name is a tag"
+
+
+def test_a_base_of_the_hub_is_linked_and_its_commit_named(config, tmp_path):
+    plan, store = planned(config)[1], Store(tmp_path / "store")
+    fill(store, plan)
+    pruned = next(cell for cell in plan.cells if cell.ratio == 0.2)
+    subject = Subject.of("name", pruned, plan, store, DENSE["alpha"])
+    subject.__dict__["base"] = BaseModel("alpha", "digest", "org/model", "0123", {"license": "mit", "language": ["en"]})
+    card = model_card(subject)
+    data = ModelCard(card).data
+    assert (data.base_model, data.license, data.language) == ("org/model", "mit", ["en"])
+    for shown in (
+        "[org/model](https://huggingface.co/org/model) with 20% of its parameters pruned",
+        "| base model | org/model, commit `0123`, 100 parameters |",
+        "| licence of the base model | mit |",
+        "--models org/model@0123 --ratios 0.2",
+    ):
+        assert shown in card, shown
 
 
 def test_bars_in_names_end_no_cell_of_a_table(config, tmp_path):
@@ -259,6 +281,17 @@ def test_a_checkpoint_that_is_committed_meanwhile_is_left_for_the_next_time(conf
 
     monkeypatch.setattr(Store, "manifest", read_too_early)
     assert named_checkpoints(plan, store, DENSE).keys() == named.keys() - {"alpha-0.2-lora"}
+
+
+def test_every_file_is_a_link_to_the_artifact_or_a_text_of_its_own(config, tmp_path):
+    plan, store = planned(config)[1], Store(tmp_path / "store")
+    fill(store, plan)
+    cells = checkpoint_names(plan.cells)
+    for name, contents in named_checkpoints(plan, store, DENSE).items():
+        folder = store.path(cells[name].producers[-1])
+        assert contents.links == {file: folder / file for file in ("config.json", "model.safetensors")}
+        assert contents.texts.keys() == {"README.md", "adapter/adapter_config.json"}
+        assert contents.second_name == with_digits(name, cells[name])
 
 
 def test_a_base_of_the_hub_is_named_with_its_licence(tmp_path):
