@@ -2,7 +2,9 @@
 
 import gc
 import os
+import shlex
 import signal
+import sys
 from pathlib import Path
 
 import fork_server
@@ -49,9 +51,12 @@ def pytest_configure():
 
 
 def pytest_xdist_setupnodes(config, specs):
-    """Workers share one fork server; without workers, the first test that needs the server starts it."""
+    """Workers share one fork server, whose forks they are; without workers, the first test that needs it starts it."""
     if len(specs) > 1:
         os.environ[fork_server.ADDRESS] = fork_server.start()
+        worker = shlex.join(fork_server.forked([sys.executable, fork_server.WORKER]))
+        for spec in specs:
+            spec.python = worker
 
 
 @pytest.hookimpl(wrapper=True)

@@ -2,8 +2,9 @@
 
 The server has computed nothing: it has one thread and no process group. Every process that it forks gets a session,
 an environment, a folder, streams and seeds of its own, runs its script as ``__main__``, and starts its own project
-processes in the same way. The server starts and watches ranks with an agent that behaves as torchrun does, instead of
-torchrun; every kind of stage also runs under torchrun in at least one test.
+processes in the same way; all but pytest's workers, whose tests start real ones as well. The server starts and watches
+ranks with an agent that behaves as torchrun does, instead of torchrun; every kind of stage also runs under torchrun in
+at least one test.
 
 Since all forks share the server's hash seed and its environment at import time, real processes remain the reference.
 """
@@ -39,6 +40,7 @@ from hfprune_dist.config.parameters import PARAMETERS
 FOLDER = Path(__file__).resolve().parent
 TORCHRUN = "torch.distributed.run"
 SCRIPTS = FOLDER.parent / "launch"
+WORKER = FOLDER / "xdist_worker.py"
 ADDRESS = "HFPRUNE_FORK_SERVER"  # set in processes that the server forks
 IMPORTED = (
     "torch.distributed",
@@ -196,7 +198,8 @@ def _be_agent(client: socket.socket) -> NoReturn:
             os.dup2(stream, number)
             os.close(stream)
         code = _watch_ranks(process, client) if process.ranks else _watch_one(process, client)
-        client.sendall(code.to_bytes(4, "big", signed=True))
+        with contextlib.suppress(BrokenPipeError):  # where the client was killed
+            client.sendall(code.to_bytes(4, "big", signed=True))
     except BaseException:
         traceback.print_exc()
     finally:
@@ -354,7 +357,8 @@ def _surround(process: Process) -> None:
     if process.environment.get("PYTHONUNBUFFERED"):
         sys.stdout.reconfigure(write_through=True)
     np.random.seed()  # unlike numpy, random reseeds itself
-    subprocess.Popen = _Popen
+    if process.script != str(WORKER):
+        subprocess.Popen = _Popen
 
 
 class _Popen(subprocess.Popen):

@@ -9,7 +9,7 @@ import time
 
 import psutil
 import pytest
-from fork_server import forked
+from fork_server import WORKER, forked
 
 TELL = """
 import json, os, random, sys
@@ -146,3 +146,10 @@ for command in (help, [sys.executable, "-c", "print('usage: none')"]):
     print(started.args[1], started.communicate()[0].split()[0], started.returncode)
 """
     assert run(script(text)).stdout.splitlines() == ["-IS usage: 0", "-c usage: 0"]
+
+
+def test_a_worker_of_pytest_runs_what_it_is_given_and_starts_real_processes():
+    """As execnet gives it, a line of its own protocol at a time."""
+    line = "import subprocess, sys; print('deepspeed' in sys.modules, subprocess.Popen.__module__)"
+    result = run(str(WORKER), "-u", "-c", "import sys;exec(eval(sys.stdin.readline()))", input=f"{line!r}\n")
+    assert (result.returncode, result.stdout, result.stderr) == (0, "True subprocess\n", "")
