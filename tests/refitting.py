@@ -63,10 +63,10 @@ def refit(method, checkpoint, kept, folder, *, dense=None, **options):
 
     Args:
         dense: the dense checkpoint and the numbers of the layers there, if it is another one.
-        options: ``world``, ``windows_ST``, ``dtype`` and ``after_each``.
+        options: ``world``, ``windows_ST``, ``dtype``, ``micro_batch_size`` and ``after_each``.
     """
     world, windows_ST = options["world"], options["windows_ST"]
-    where = windows_ST, options.get("dtype", torch.float32), MICRO_BATCH, world
+    where = windows_ST, options.get("dtype", torch.float32), options.get("micro_batch_size", MICRO_BATCH), world
     fitted = fitted_in(checkpoint, folder, method, kinds=list(kept.units))
     stream = LayerStream(checkpoint, *where)
     if method == "dense":

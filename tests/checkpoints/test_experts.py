@@ -301,8 +301,8 @@ def test_a_refit_lowers_the_error(checkpoint_of, tmp_path, model_type, fused, gr
     if fused:
         checkpoint = as_modules_have_it(checkpoint.path, tmp_path / "fused", model_type)
     kept = some_kept(checkpoint, 2 / 3, groups=groups and not checkpoint.family.whole_groups)
-    world = SoloWorld()
-    fitted = refit("dense", checkpoint, kept, tmp_path / "refit", world=world, windows_ST=windows_ST)
+    options = {"world": SoloWorld(), "windows_ST": windows_ST, "micro_batch_size": 6}
+    fitted = refit("dense", checkpoint, kept, tmp_path / "refit", **options)
     write(checkpoint, kept, tmp_path / "cut")
     write(checkpoint, kept, tmp_path / "fitted", fitted.replacements(kept.layers))
     before, after = (errors_of_layers(checkpoint, tmp_path / it, windows_ST) for it in ("cut", "fitted"))
