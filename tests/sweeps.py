@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -142,6 +143,12 @@ def without_costs(row: dict[str, str]) -> dict[str, str]:
     """Return what two undisturbed sweeps have in common: everything but times and memory."""
     costs = ("own_time_s", "shared_time_s", "wall_time_s", "peak_memory_bytes")
     return {name: value for name, value in row.items() if name not in costs and not name.endswith("device_hours")}
+
+
+def begin_with(out: Path, finished: Path, *kinds: str) -> None:
+    """Copy the artifacts of some kinds of stages from another sweep, so that these stages don't run again."""
+    for kind in kinds:
+        shutil.copytree(finished / "store" / kind, out / "store" / kind)
 
 
 def artifacts(out: Path, kind: str) -> dict[str, bytes]:

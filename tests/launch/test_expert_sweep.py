@@ -4,7 +4,7 @@ import pytest
 import torch
 import yaml
 from families import save_model
-from sweeps import artifacts, finish, make_inputs, results, sweep
+from sweeps import artifacts, begin_with, finish, make_inputs, results, sweep
 from transformers import AutoModelForCausalLM
 
 from hfprune_dist.checkpoints.checkpoint import open_checkpoint
@@ -62,6 +62,7 @@ def test_whole_experts_come_to_a_row_too(finished):
 
 def test_recovery_has_the_same_bits_sharded_and_whole(config, finished, tmp_path):
     """This also holds where routers stay in float32 and everything else is bfloat16."""
+    begin_with(tmp_path / "out", finished[0], "importance", "prune", "reference")
     finish(config, tmp_path / "out", *ARGUMENTS, "--set", "runtime.sharding=zero3")
     sharded, whole = (artifacts(out, "recover") for out in (tmp_path / "out", finished[0]))
     assert len(whole) > 2 and sharded == whole

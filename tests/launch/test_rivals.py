@@ -7,7 +7,7 @@ import pytest
 import torch
 from hfprune_launch import sweep as sweep_command
 from safetensors.torch import load_file
-from sweeps import artifacts, finish, in_process, make_inputs, results, without_costs
+from sweeps import artifacts, begin_with, finish, in_process, make_inputs, results, without_costs
 from tiny import save_tiny
 from transformers import AutoModelForCausalLM
 
@@ -50,9 +50,11 @@ def config(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def finished(config, tmp_path_factory):
-    outs = [tmp_path_factory.mktemp("finished") / str(ranks) for ranks in (1, 2)]
-    for ranks, out in enumerate(outs, start=1):
-        finish(config, out, *arguments(ranks))
+    """One sweep on one rank and one on two, which evaluates nothing again: stages/test_evaluate.py compares that."""
+    outs = one, two = [tmp_path_factory.mktemp("finished") / str(ranks) for ranks in (1, 2)]
+    finish(config, one, *arguments(1))
+    begin_with(two, one, "reference", "evaluate")
+    finish(config, two, *arguments(2))
     return outs
 
 

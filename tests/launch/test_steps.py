@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
-from sweeps import artifacts, finish, make_inputs, results, sweep
+from sweeps import artifacts, begin_with, finish, make_inputs, results, sweep
 from transformers import AutoModelForCausalLM
 
 pytestmark = pytest.mark.slow
@@ -27,6 +27,7 @@ def test_two_steps_from_the_plan_to_the_table(tmp_path):
     kept = json.loads((Path(pruned["checkpoint"]) / "kept.json").read_text())["neurons"]
     assert [len(row) for row in kept] == [14, 14] and max(map(max, kept)) > 30, "numbers of the dense model's neurons"
 
+    begin_with(tmp_path / "one", out, "reference", "evaluate")
     finish(config, tmp_path / "one", *TWO_STEPS, "--ranks", "1")
     for kind in ("importance", "prune"):
         assert artifacts(tmp_path / "one", kind) == artifacts(out, kind)
@@ -43,5 +44,6 @@ def test_two_steps_of_a_plain_shape(tmp_path):
     model = AutoModelForCausalLM.from_pretrained(pruned["checkpoint"])
     assert sum(it.numel() for it in model.parameters()) == int(pruned["parameters"])
     assert float(pruned["ratio_reached"]) == pytest.approx(0.25, abs=0.02)
+    begin_with(tmp_path / "one", out, "reference", "evaluate")
     finish(config, tmp_path / "one", *asked, "--ranks", "1")
     assert artifacts(tmp_path / "one", "prune") == artifacts(out, "prune")

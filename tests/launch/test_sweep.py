@@ -329,11 +329,15 @@ def test_no_rank_outlives_its_launcher(config, tmp_path):
 
 @pytest.mark.parametrize("kind", ["importance", "recover", "evaluate"])
 def test_killing_a_rank(finished, config, short_of, kind):
+    """Cells that don't need its stage are finished meanwhile."""
     out = short_of(kind, *(["prune", "recover"] if kind == "importance" else []))  # or a checkpoint's row would stand
     result = sweep(config, out, *ONE_CELL, environment=killing(0, 6, f"work/{kind}"))
     assert result.returncode == 1
     assert f"failed {kind}" in result.stdout and "a rank died without a message" in result.stdout
-    missing = [row for row in results(out) if row["status"] == "missing"]
+    rows = results(out)
+    missing = [row for row in rows if row["status"] == "missing"]
+    if kind == "importance":
+        assert [row["status"] for row in rows] == ["done", "done", "missing"]
     assert missing and all(f"{kind} failed (killed)" in row["cause"] for row in missing)
     result = sweep(config, out, *ONE_CELL)
     assert result.returncode == 0, result.stdout
@@ -366,15 +370,6 @@ def test_two_sweeps_at_once_share_the_work(finished, config, short_of):
     logs = [log.name for log in (out / "logs").iterdir()]
     assert all(log.endswith(".1.log") for log in logs) and len(logs) == 3, "every stage ran once"
     assert_same_as(finished[0], out)
-
-
-def test_one_failed_cell_never_blocks_its_siblings(config, short_of):
-    out = short_of("importance", "prune", "recover")
-    result = sweep(config, out, *ONE_CELL, environment=killing(0, 1, "work/importance"))
-    assert result.returncode == 1
-    rows = results(out)
-    assert [row["status"] for row in rows] == ["done", "done", "missing"]
-    assert "importance failed (killed)" in rows[2]["cause"]
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root to mount a small disk")
