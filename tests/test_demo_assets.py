@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from hfprune_launch import demo_assets
 from hfprune_launch.demo import assets, models, tasks
-from hfprune_launch.demo.docstrings import documented_in, instruction_pairs, standard_library
+from hfprune_launch.demo.docstrings import documented_in, instruction_pairs
 from hfprune_launch.demo.jsonl import write_jsonl
 from hfprune_launch.demo.parts import MANIFEST, Parts
 from hfprune_launch.demo.prose import (
@@ -17,7 +17,6 @@ from hfprune_launch.demo.prose import (
     own_paragraphs,
     pack,
     passages,
-    reference_prose,
     shingles,
 )
 
@@ -47,7 +46,7 @@ def _private():
 
 @pytest.fixture(scope="module")
 def prose():
-    return reference_prose()
+    return assets._prose()  # which building the assets reads as well
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +56,7 @@ def papers():
 
 @pytest.fixture(scope="module")
 def library():
-    return standard_library()
+    return assets._library()
 
 
 @pytest.fixture(scope="module")

@@ -58,7 +58,7 @@ def path_with(folder, **shims):
 @pytest.mark.parametrize(
     "missing, shims",
     [
-        (CONTROL, {"squeue": SQUEUE, "sbatch": SBATCH}),
+        (DENSE, {"squeue": SQUEUE, "sbatch": SBATCH}),
         (DENSE, {"squeue": SQUEUE, "sbatch": SBATCH, "sacct": NO_ACCOUNTING}),
         ("evaluate alpha 0.2 + lora", {"squeue": SQUEUE, "sbatch": SILENT_SBATCH, "sacct": NO_ACCOUNTING}),
     ],
