@@ -2,7 +2,7 @@
 # From a fresh clone to the demo's table of results: installs into .venv, makes the demo's models and text, and runs the
 # sweep. Running it again resumes; further arguments are passed to launch/sweep.py.
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+CDPATH= cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source launch/setup.sh
 "$PYTHON" launch/demo_assets.py
 exec "$PYTHON" launch/sweep.py --models llama,qwen --ratios 0.2,0.5 --config configs/demo.yaml "$@"

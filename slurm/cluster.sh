@@ -328,35 +328,63 @@ down() {
 }
 
 status() {
+    local daemon
     for daemon in "${DAEMONS[@]}"; do
         echo "$daemon $(is_running "$daemon" && echo running || echo stopped)"
     done
     if is_running slurmctld; then sinfo && squeue; fi
 }
 
+# The command line.
+
+require_number() {
+    local name=$1 value=$2 least=$3 most=$4
+    [[ $value =~ ^(0|[1-9][0-9]{0,5})$ ]] && ((value >= least && value <= most)) ||
+        fail "$name '$value': must be a whole number from $least to $most"
+}
+
 command=${1:-}
-[ "$command" = install ] && { install_packages; exit; }
-[ $# -ge 2 ] || fail "usage: $0 up|down|status|start|stop DIR; see the top of this file"
-FOLDER=$2
+case $command in
+    install)
+        install_packages
+        exit
+        ;;
+    up | down | status | start | stop) ;;
+    *) fail "unknown command '$command'; valid: install, up, down, status, start, stop" ;;
+esac
+FOLDER=${2:-}
+[ -n "$FOLDER" ] || fail "usage: $0 $command DIR; see the top of this file"
 shift 2
 ACCOUNTING=yes
 GRACE_TIME=0
 DAEMON=
 while [ $# -gt 0 ]; do
-    case $1 in
-        --no-accounting) ACCOUNTING=no ;;
-        --grace-time) GRACE_TIME=$2 && shift ;;
-        --*) fail "unknown option '$1'; valid: --no-accounting, --grace-time SECONDS" ;;
-        *) DAEMON=$1 ;;
+    case $command:$1 in
+        up:--no-accounting) ACCOUNTING=no ;;
+        up:--grace-time)
+            GRACE_TIME=${2:-}
+            require_number --grace-time "$GRACE_TIME" 0 100000
+            shift
+            ;;
+        up:*) fail "unknown option '$1'; valid: --no-accounting, --grace-time SECONDS" ;;
+        start:* | stop:*)
+            [ -z "$DAEMON" ] || fail "$command takes one daemon, not also '$1'"
+            DAEMON=$1
+            ;;
+        *) fail "$command takes nothing after DIR, not '$1'" ;;
     esac
     shift
 done
-case $command in
-    up) mkdir -p "$FOLDER" 2>/dev/null || fail "$FOLDER: can't be made; give a folder that can be written to" ;;
-    down | status | start | stop) [ -f "$FOLDER/slurm.conf" ] || fail "$FOLDER: no cluster there; start one with: $0 up DIR" ;;
-    *) fail "unknown command '$command'; valid: install, up, down, status, start, stop" ;;
-esac
-DIR=$(cd "$FOLDER" && pwd -P)
+require_number PORT_BASE "$PORT_BASE" 1024 65524 # and eleven more ports
+require_number CPUS "$CPUS" 1 100000
+DIR=$(realpath -m -- "$FOLDER")
+if [ "$command" = up ]; then
+    [[ $DIR != *[[:space:]\"\'\#%\\]* ]] ||
+        fail "$DIR: can't be in Slurm's configuration; give a folder without white space, quotes, #, % and \\ in its path"
+    mkdir -p "$DIR" 2>/dev/null || fail "$FOLDER: can't be made; give a folder that can be written to"
+else
+    [ -f "$DIR/slurm.conf" ] || fail "$FOLDER: no cluster there; start one with: $0 up DIR"
+fi
 export SLURM_CONF=$DIR/slurm.conf
 # Only one command at a time, since a daemon that one of them is starting has no pid file yet for the others to see.
 exec 9>"$DIR/lock"

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # From a fresh clone to a tested one: installs into .venv, then lint, types and all tests. Arguments go to pytest.
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+CDPATH= cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source launch/setup.sh
 # The tests bring up a Slurm cluster of their own and open a report in a browser; without Slurm, or without Chromium, they
 # are skipped, or fail where CI is set.

@@ -1,0 +1,105 @@
+"""Shell scripts: what they refuse, and surroundings in which they work all the same; nothing is installed here."""
+
+import os
+import shutil
+import subprocess
+
+import pytest
+from ranks import ROOT
+
+CLUSTER = ROOT / "slurm" / "cluster.sh"
+# Stands in for Python and, in an environment, for its pip and the project's commands.
+PYTHON = """#!/bin/bash
+echo "$*" >>"$CALLS"
+if [ "$1 $2" = "-m venv" ]; then
+    mkdir -p "$3/bin"
+    cp "$0" "$3/bin/python"
+    touch "$3/bin/activate"
+fi
+"""
+
+
+@pytest.fixture
+def project(tmp_path):
+    """A clone with its scripts alone, in a folder with a space."""
+    project = tmp_path / "a clone"
+    (project / "launch").mkdir(parents=True)
+    (project / "pyproject.toml").touch()
+    for name in ("setup.sh", "quickstart.sh"):
+        shutil.copy(ROOT / "launch" / name, project / "launch")
+    return project
+
+
+@pytest.fixture
+def quickstart(project, tmp_path):
+    """Return a function that runs the quickstart: its process, and the calls of Python since the last one."""
+    calls, python = tmp_path / "calls", tmp_path / "python"
+    python.write_text(PYTHON)
+    python.chmod(0o755)
+
+    def run(**environment):
+        calls.write_text("")
+        result = subprocess.run(
+            ["bash", "launch/quickstart.sh"],
+            cwd=project,
+            env={**os.environ, "CALLS": str(calls), "PYTHON_BASE": str(python), **environment},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        return result, calls.read_text().splitlines()
+
+    return run
+
+
+def test_the_quickstart_installs_once(quickstart, project):
+    result, calls = quickstart()
+    assert result.returncode == 0, result.stderr
+    assert f"-m venv {project}/.venv" in calls and calls[-1].startswith("launch/sweep.py --models llama,qwen")
+    assert [call.split()[0] for call in quickstart()[1]] == ["launch/demo_assets.py", "launch/sweep.py"]
+
+
+def test_an_environment_that_was_not_finished_is_made_anew(quickstart, project):
+    quickstart()
+    (project / ".venv" / "bin" / "activate").unlink()
+    result, calls = quickstart()
+    assert result.returncode == 0 and f"-m venv {project}/.venv" in calls
+
+
+@pytest.mark.parametrize("cdpath", [".", "elsewhere"])
+def test_folders_of_the_same_name_elsewhere_are_left_alone(quickstart, project, cdpath):
+    (project / "elsewhere" / "launch").mkdir(parents=True)
+    result, calls = quickstart(CDPATH=cdpath)
+    assert result.returncode == 0, result.stderr
+    assert f"-m venv {project}/.venv" in calls
+
+
+def test_no_other_python_is_taken_than_the_one_asked_for(quickstart, project):
+    result, _ = quickstart(PYTHON_BASE="/no/such/python")
+    assert result.returncode == 2 and "(tried: /no/such/python)" in result.stderr
+    assert not (project / ".venv").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "environment", "expected"),
+    [
+        (["upp", "cluster"], {}, "unknown command 'upp'; valid: install, up"),
+        (["up"], {}, "up DIR"),
+        (["up", "cluster", "--grace"], {}, "unknown option '--grace'; valid: --no-accounting"),
+        (["up", "cluster", "--grace-time"], {}, "--grace-time '': must be a whole number"),
+        (["up", "cluster", "--grace-time", "soon"], {}, "--grace-time 'soon': must be a whole number"),
+        (["down", "cluster", "n1"], {}, "down takes nothing after DIR, not 'n1'"),
+        (["stop", "cluster", "n1", "n2"], {}, "stop takes one daemon, not also 'n2'"),
+        (["status", "cluster"], {}, "cluster: no cluster there"),
+        (["up", "my cluster"], {}, "white space"),
+        (["up", "cluster"], {"PORT_BASE": "http"}, "PORT_BASE 'http': must be a whole number from 1024 to 65524"),
+        (["up", "cluster"], {"PORT_BASE": "65530"}, "PORT_BASE '65530'"),
+        (["up", "cluster"], {"CPUS": "0"}, "CPUS '0': must be a whole number from 1"),
+    ],
+)
+def test_the_cluster_refuses_what_can_not_be(tmp_path, arguments, environment, expected):
+    result = subprocess.run(
+        [CLUSTER, *arguments], cwd=tmp_path, env={**os.environ, **environment}, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 2 and result.stderr.startswith("error: ") and expected in result.stderr
+    assert list(tmp_path.iterdir()) == [], "nothing is written"
