@@ -99,7 +99,12 @@ def test_no_other_python_is_taken_than_the_one_asked_for(quickstart, project):
 )
 def test_the_cluster_refuses_what_can_not_be(tmp_path, arguments, environment, expected):
     result = subprocess.run(
-        [CLUSTER, *arguments], cwd=tmp_path, env={**os.environ, **environment}, capture_output=True, text=True, check=False
+        [CLUSTER, *arguments],
+        cwd=tmp_path,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert result.returncode == 2 and result.stderr.startswith("error: ") and expected in result.stderr
     assert list(tmp_path.iterdir()) == [], "nothing is written"

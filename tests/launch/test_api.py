@@ -4,7 +4,6 @@ import pytest
 from hfprune_launch.api import Session
 from hfprune_launch.modes import sweep_run
 from hfprune_launch.stage.outcome import Outcome
-from sweeps import make_inputs
 
 from hfprune_dist.errors import UserError
 from hfprune_dist.store.heartbeat import Failure
@@ -25,11 +24,6 @@ class Failing:
         handle.work.mkdir(parents=True, exist_ok=True)
         handle.report_failure(failure)
         return Outcome("failed", 1.0, failure)
-
-
-@pytest.fixture(scope="module")
-def config(tmp_path_factory):
-    return make_inputs(tmp_path_factory.mktemp("inputs"))
 
 
 @pytest.mark.parametrize(("cause", "error"), [("code", RuntimeError), ("input", UserError)])

@@ -10,18 +10,13 @@ import yaml
 from hfprune_launch import bench, compare, report, sweep
 from hfprune_launch.local.hardware import fitting_runtime
 from ranks import ROOT
-from sweeps import in_process, make_inputs
+from sweeps import in_process
 from tiny import save_tiny
 
 from hfprune_dist.config.load import load_config
 from hfprune_dist.config.schema import SweepConfig
 from hfprune_dist.planning import model_sources as sources
 from hfprune_dist.store.hashing import FileHashes
-
-
-@pytest.fixture(scope="module")
-def config(tmp_path_factory):
-    return make_inputs(tmp_path_factory.mktemp("inputs"))
 
 
 @pytest.fixture(autouse=True)

@@ -8,17 +8,12 @@ import shutil
 import pytest
 from hfprune_launch import clean, report, sweep
 from hfprune_launch.sweep_folder import Record, read_record, write_record
-from sweeps import in_process, make_inputs, planned
+from sweeps import in_process, planned
 
 from hfprune_dist.store import leftovers
 from hfprune_dist.store.artifacts import Store
 
 UNKNOWN = "0" * 20  # no stage's fingerprint
-
-
-@pytest.fixture(scope="module")
-def config(tmp_path_factory):
-    return make_inputs(tmp_path_factory.mktemp("inputs"))
 
 
 @pytest.fixture(scope="module")

@@ -9,15 +9,10 @@ from hfprune_launch.modes.sweep_plan import prepare, sweep_to_show
 from hfprune_launch.screen import make_console
 from hfprune_launch.sweep import sweep_parser
 from hfprune_launch.sweep_folder import write_config
-from sweeps import make_inputs, planned
+from sweeps import planned
 
 # So little that a tiny model's activations matter.
 SMALL, LARGE = 1, 80 * 1024
-
-
-@pytest.fixture(scope="module")
-def config(tmp_path_factory):
-    return make_inputs(tmp_path_factory.mktemp("inputs"))
 
 
 @pytest.fixture

@@ -13,16 +13,11 @@ from hfprune_launch import compare, report, sweep
 from hfprune_launch.modes import sweep_plan
 from rows import efficiency
 from safetensors.numpy import save_file
-from sweeps import in_process, make_inputs, planned
+from sweeps import in_process, planned
 
 from hfprune_dist.store.artifacts import Store
 from hfprune_dist.store.stage import STAGE_VERSIONS
 from hfprune_dist.structures.score_names import SCORES
-
-
-@pytest.fixture(scope="module")
-def config(tmp_path_factory):
-    return make_inputs(tmp_path_factory.mktemp("inputs"))
 
 
 def fill(out, wanted, but=()):

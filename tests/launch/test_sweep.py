@@ -17,15 +17,10 @@ from browser import opened
 from fork_server import forked
 from huggingface_hub import ModelCard
 from ranks import FAULTS, ROOT, killing
-from sweeps import artifacts, command, finish, make_inputs, results, sweep
+from sweeps import artifacts, command, finish, results, sweep
 from transformers import AutoModelForCausalLM
 
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(scope="module")
-def config(tmp_path_factory):
-    return make_inputs(tmp_path_factory.mktemp("inputs"))
 
 
 @pytest.fixture(scope="module")

@@ -4,11 +4,6 @@ import pytest
 from sweeps import make_inputs, sweep
 
 
-@pytest.fixture(scope="module")
-def config(tmp_path_factory):
-    return make_inputs(tmp_path_factory.mktemp("inputs"))
-
-
 def refused(config, out, *arguments):
     result = sweep(config, out, *arguments)
     assert result.returncode == 2, result.stdout + result.stderr
@@ -81,7 +76,7 @@ def test_damaged_checkpoints(tmp_path, damage, expected):
 
 
 def test_what_a_dry_run_shows_can_be_run(config, tmp_path):
-    """A dry run refuses what stages would refuse after hours, too; test_bad_inputs.py has more cases."""
+    """A dry run refuses what stages would refuse after hours, too; test_preflight.py has more cases."""
     refusal = refused(config, tmp_path / "out", "--dry-run", "--set", "recovery.batch_size=5")
     assert "recovery.batch_size 5" in refusal
 

@@ -12,7 +12,6 @@ from hfprune_launch.slurm.batch_script import SRUN_VARIABLES, Request, batch_scr
 from hfprune_launch.slurm.profile import Resources
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from sweeps import make_inputs
 
 from hfprune_dist.errors import UserError
 from hfprune_dist.store.stage import Input, Stage
@@ -198,11 +197,6 @@ def test_paths_reach_the_ranks_as_they_are_or_are_refused(tmp_path_factory, name
     assert words[words.index("--output") + 1] == str(folder / "attempt" / "%j_%t_log.out")
     assert words[-1] == str(folder / "attempt")
     assert f"export HFPRUNE_CODE={shlex.quote(str(folder / 'code'))}\n" in script
-
-
-@pytest.fixture(scope="module")
-def config(tmp_path_factory):
-    return make_inputs(tmp_path_factory.mktemp("inputs"))
 
 
 @pytest.mark.parametrize("name", ["50%", "back\\slash", "a:b", "two\nlines", "tab\tbed"])
