@@ -8,6 +8,7 @@ from hfprune_dist.planning.rates import LINK
 
 # Bytes of a number in each compute dtype.
 ITEMSIZE = {"float32": 4, "bfloat16": 2}
+GIB = 2**30
 
 
 @dataclass(frozen=True)

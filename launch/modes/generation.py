@@ -6,8 +6,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from hfprune_launch.local.hardware import gpus_here, ranks_here
-from hfprune_launch.slurm.estimate import GIB
 from hfprune_launch.slurm.profile import Profile
+from hfprune_launch.slurm.stage_jobs import gpus_of
 
 from hfprune_dist.config.parameters import EfficiencyParameters, EvaluateParameters
 from hfprune_dist.config.schema import RuntimeConfig, SweepConfig
@@ -15,7 +15,7 @@ from hfprune_dist.errors import UserError
 from hfprune_dist.planning.dimensions import Dimensions, checkpoint_dimensions
 from hfprune_dist.planning.footprint import fits
 from hfprune_dist.planning.generation_footprint import Generate, gathered_per_token
-from hfprune_dist.planning.gpu_needs import ITEMSIZE, Gpus
+from hfprune_dist.planning.gpu_needs import GIB, ITEMSIZE, Gpus
 from hfprune_dist.planning.plan import Plan
 from hfprune_dist.store.stage import Stage
 
@@ -93,8 +93,7 @@ class Generation:
     def _gpus_of_evaluations(self) -> Gpus:
         """Return the GPUs of evaluations; unknown memory counts as 0, as for ranks without GPUs."""
         if self._profile is not None:
-            resources = self._profile.resources["evaluate"]
-            return Gpus(resources.nodes, resources.tasks_per_node, (resources.gpu_memory_gib or 0.0) * GIB)
+            return gpus_of(self._profile.resources["evaluate"])
         runtime: RuntimeConfig = self._config.runtime
         return gpus_here(runtime) or Gpus(nodes=1, per_node=ranks_here(runtime), memory=0.0)
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from hfprune_launch.slurm.estimate import gpus_of, job_of, placed_job, runs_a_model
 from hfprune_launch.slurm.profile import Profile
+from hfprune_launch.slurm.stage_jobs import gpus_of, job_of, placed_job, runs_a_model
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -48,11 +48,10 @@ def plan_hours(plan: Plan, todo: Sequence[str], profile: Profile, runtime: Runti
     """Return the hours of the stages in ``todo``, each on the nodes that the profile has for its kind."""
     times = StageTimes(plan, checkpointing=runtime.activation_checkpointing)
     stages = [plan.stages[stage_id] for stage_id in todo]
-    return [StageHours(stage, _time(times, plan, stage, (profile, runtime))) for stage in stages]
+    return [StageHours(stage, _time(times, plan, stage, profile, runtime)) for stage in stages]
 
 
-def _time(times: StageTimes, plan: Plan, stage: Stage, where: tuple[Profile, RuntimeConfig]) -> StageTime:
-    profile, runtime = where
+def _time(times: StageTimes, plan: Plan, stage: Stage, profile: Profile, runtime: RuntimeConfig) -> StageTime:
     resources = profile.resources[stage.kind]
     gpus = gpus_of(resources) if resources.gpus else None
     job, placed = None, gpus

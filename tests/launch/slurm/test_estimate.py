@@ -1,6 +1,6 @@
 import pytest
 from families import save_model
-from hfprune_launch.slurm.estimate import GIB, estimate_stages, refuse_what_cannot_fit
+from hfprune_launch.slurm.estimate import estimate_stages, refuse_what_cannot_fit
 from hfprune_launch.slurm.profile import load_profile
 from sweeps import make_inputs, planned, sweep
 
@@ -10,6 +10,7 @@ from hfprune_dist.planning.dimensions import checkpoint_dimensions, dimensions_o
 from hfprune_dist.planning.evaluation_footprint import Evaluate
 from hfprune_dist.planning.expert_shapes import ExpertTarget
 from hfprune_dist.planning.footprint import RESERVE
+from hfprune_dist.planning.gpu_needs import GIB
 from hfprune_dist.planning.layer_pass_footprint import LowRank, Reference, Refit
 from hfprune_dist.planning.local_shapes import LocalTarget
 from hfprune_dist.planning.plain_shapes import plain_shapes

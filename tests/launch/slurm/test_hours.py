@@ -7,9 +7,9 @@ import re
 from dataclasses import replace
 
 import pytest
-from hfprune_launch.slurm.estimate import gpus_of
 from hfprune_launch.slurm.hours import Total, plan_hours, show_hours, shown
 from hfprune_launch.slurm.profile import Profile, Resources
+from hfprune_launch.slurm.stage_jobs import gpus_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from published import SHAPES, published_model, published_plan
