@@ -165,7 +165,7 @@ def show_results(console: Console, rows: Sequence[Row], wide: bool = False) -> N
     for note in [*notes(rows), *(wide_notes(rows) if wide else [SAID_OF_WIDE])]:
         console.print(note, highlight=False, markup=False)
     for cause in causes(rows):
-        console.print(cause, highlight=False, markup=False, soft_wrap=True)
+        say(console, cause)
 
 
 def _results(rows: Sequence[Row], columns: Sequence[Column[Row]], gap: int) -> Table:
@@ -205,7 +205,7 @@ def show_checkpoints(console: Console, update: Update) -> None:
     """Show where the rows' checkpoints are, and remarks on their folders."""
     lines = ["checkpoints:", *(f"  {folder}" for folder in update.folders.values())] if update.folders else []
     for line in (*lines, *(f"note: {remark}" for remark in update.remarks)):
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
+        say(console, line)
 
 
 def show_published(console: Console, tables: Sequence[PublishedTable], wide: bool = False) -> None:

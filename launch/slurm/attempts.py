@@ -135,7 +135,7 @@ class Attempts:
         over = {job_id for job_id, end in attempts if job_id is not None and end is not None and end.state}
         return over - {job_id for job_id, end in attempts if job_id is not None and end is None}
 
-    def open_attempt(
+    def begin(
         self,
         stage: Stage,
         gpus: int,

@@ -11,6 +11,7 @@ from functools import partial
 from time import sleep
 
 from hfprune_launch.project import Project
+from hfprune_launch.screen import say
 from hfprune_launch.slurm.attempts import Attempts
 from hfprune_launch.slurm.backend import SlurmBackend
 from hfprune_launch.slurm.batch_script import Request, batch_script, default_threads
@@ -76,9 +77,9 @@ def run_on_slurm(
         the exit code when leaving at once; None after staying.
     """
     store = sweep.store
-    provenance, say = new_jobs.provenance, partial(console.print, markup=False)
-    say(f"{len(todo)} of {len(sweep.plan.stages)} stages to run on Slurm; logs in {store.root / 'attempts'}")
-    snapshot = take_snapshot(new_jobs.project, (sweep.out / "code").resolve(), provenance.code, say)
+    provenance, tell = new_jobs.provenance, partial(say, console)
+    tell(f"{len(todo)} of {len(sweep.plan.stages)} stages to run on Slurm; logs in {store.root / 'attempts'}")
+    snapshot = take_snapshot(new_jobs.project, (sweep.out / "code").resolve(), provenance.code, tell)
     with _Screen(console, sweep).shown() as screen:
         submitting = Submitting(provenance, new_jobs.profile, snapshot, new_jobs.max_running)
         backend = SlurmBackend(store, sweep.plan, submitting, SlurmCommands(), partial(_tell, screen, on_end))
@@ -89,9 +90,9 @@ def run_on_slurm(
         backend.follow_missing(lambda: screen.refresh(backend.jobs))
     if left := backend.unsubmitted():
         names = ", ".join(f"{stage.kind} {stage.label}" for stage in left)
-        console.print(f"not submitted: {names}; run the same command again", markup=False, highlight=False)
+        tell(f"not submitted: {names}; run the same command again")
         return 1
-    console.print("jobs are submitted; --status shows them, the same command again follows them")
+    tell("jobs are submitted; --status shows them, the same command again follows them")
     return 0
 
 
@@ -127,7 +128,8 @@ def cancel_sweep(console: Console, sweep: Sweep) -> None:
         f"not cancelled: job {attempt.job_id} of user {attempt.intent.user} on cluster {attempt.intent.cluster}"
         for attempt in cancelled.foreign
     ]
-    console.print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)
+    for line in lines:
+        say(console, line)
 
 
 def show_jobs(
@@ -137,9 +139,8 @@ def show_jobs(
     todo = sweep.plan.lacking(lambda stage_id: verdicts[stage_id].state == "done")
     missing = [sweep.plan.stages[stage_id] for stage_id in todo]
     for stage in missing:
-        console.print(f"\n# {stage.kind} {stage.label}", markup=False, highlight=False)
-        script = batch_script(_planned(sweep, stage, profile, runtime, verdicts))
-        console.print(script, markup=False, highlight=False, soft_wrap=True)
+        say(console, f"\n# {stage.kind} {stage.label}")
+        say(console, batch_script(_planned(sweep, stage, profile, runtime, verdicts)))
     resources = [profile.resources[stage.kind] for stage in missing]
     gpu_hours = sum(each.gpus * each.time_minutes for each in resources) / 60
     core_hours = sum(each.cores * each.time_minutes for each in resources) / 60
@@ -197,7 +198,7 @@ class _StatusJobs:
         try:
             self._whereabouts.look(attempts)
         except SlurmUnavailableError as error:
-            self._console.print(f"Slurm does not answer ({error}): jobs are not shown", markup=False)
+            say(self._console, f"Slurm does not answer ({error}): jobs are not shown")
             return {}
         return self._whereabouts.jobs
 

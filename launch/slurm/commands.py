@@ -157,22 +157,23 @@ class SlurmCommands:
             if result.returncode == 0:
                 return self._find_patiently(job_name)
             if _is_full(result.stderr) or not _is_transient(result):
-                return self._find(job_name) or _raise_refusal(script, result.stderr)
+                return self.find(job_name) or _raise_refusal(script, result.stderr)
             if delay is not None:
                 self._sleep(delay)
-                if arrived := self._find(job_name):
+                if arrived := self.find(job_name):
                     return arrived
                 self.cancel_named(job_name)
         raise SlurmUnavailableError(f"sbatch: {_last_line(result.stderr)}")
 
     def _find_patiently(self, job_name: str) -> str | None:
         for delay in (*self._delays, None):
-            if (job_id := self._find(job_name)) or delay is None:
+            if (job_id := self.find(job_name)) or delay is None:
                 return job_id
             self._sleep(delay)
         return None
 
-    def _find(self, job_name: str) -> str | None:
+    def find(self, job_name: str) -> str | None:
+        """Return the id of the job that squeue lists under a name; of a live one if there are several."""
         found = [job for job in self.jobs().values() if job.name == job_name]
         return max(found, key=lambda job: job.is_live).job_id if found else None
 

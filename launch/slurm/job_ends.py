@@ -100,27 +100,28 @@ class JobEnds:
     def _find(self, attempt: Attempt) -> None:
         """Find the job of an intent whose launcher died before it wrote the job's id, or is about to write it."""
         job = self._jobs.whereabouts.named(attempt.intent.job_name)
-        if job is None and not self._jobs.is_foreign(attempt):
-            job = self._find_claimed(attempt)
-        if job is not None:
-            attempt.record_job(job.job_id)
-            self._jobs.tell(Event("adopted", self._jobs.stage_of(attempt), job.job_id))
+        job_id = None if job is None else job.job_id
+        if job_id is None and not self._jobs.is_foreign(attempt):
+            job_id = self._find_claimed(attempt)
+        if job_id is not None:
+            attempt.record_job(job_id)
+            self._jobs.tell(Event("adopted", self._jobs.stage_of(attempt), job_id))
 
-    def _find_claimed(self, attempt: Attempt) -> JobInfo | None:
-        """Look a second time and return the job; if there certainly is none, close the attempt."""
+    def _find_claimed(self, attempt: Attempt) -> str | None:
+        """Look a second time and return the job's id; if there certainly is none, close the attempt."""
         stage, name = self._jobs.stage_of(attempt), attempt.intent.job_name
         # Only the claim's holder may decide that a submission came to nothing: its launcher may still be submitting.
         claim = self._jobs.handle(stage.id).claim()
         if isinstance(claim, Holder):
             return None
         try:
-            job_id = attempt.job_id
-            job = next((job for job in self._jobs.slurm.jobs().values() if job.name == name), None)
-            if job is None and job_id is None and self._came_to_nothing(attempt):
+            recorded = attempt.job_id  # before squeue, as in take_up
+            found = self._jobs.slurm.find(name)
+            if found is None and recorded is None and self._came_to_nothing(attempt):
                 self.close(stage, attempt, End("lost job", "the launcher died while it submitted", time.time()))
         finally:
             claim.release()
-        return job
+        return found
 
     def _came_to_nothing(self, attempt: Attempt) -> bool:
         """Return whether an intent certainly has no job; that squeue does not list one is not enough."""

@@ -123,7 +123,7 @@ class Submission:
         if slot is None:
             self.is_held_up = True
             return
-        attempt = self._attempts.open_attempt(
+        attempt = self._attempts.begin(
             stage,
             resources.gpus,
             resources.cores,
@@ -133,7 +133,17 @@ class Submission:
             ranks=resources.ranks,
         )
         write_stage_file(handle, stage, submitting.provenance, attempt.intent.number)
-        request = Request(
+        request = self._request(stage, attempt, after_ok, slot.after_any)
+        script = write_submission(request, attempt, self._jobs.store.root)
+        # A job may outlive this machine, so what it reads and what tells the next launcher about it must do so as well.
+        for folder in (attempt.folder, handle.work):
+            fsync_folders(folder, self._jobs.store.root)
+        self._hand_over(stage, attempt, script)
+
+    def _request(self, stage: Stage, attempt: Attempt, after_ok: Sequence[str], after_any: str | None) -> Request:
+        submitting = self._submitting
+        resources = submitting.profile.resources[stage.kind]
+        return Request(
             stage=stage,
             resources=resources,
             folder=attempt.folder,
@@ -141,14 +151,9 @@ class Submission:
             snapshot=submitting.snapshot,
             threads=default_threads(resources, submitting.provenance.runtime.threads_per_rank),
             after_ok=after_ok,
-            after_any=slot.after_any,
+            after_any=after_any,
             exclude=self._nodes_to_avoid(stage),
         )
-        script = write_submission(request, attempt, self._jobs.store.root)
-        # A job may outlive this machine, so what it reads and what tells the next launcher about it must do so as well.
-        for folder in (attempt.folder, handle.work):
-            fsync_folders(folder, self._jobs.store.root)
-        self._hand_over(stage, attempt, script)
 
     def _hand_over(self, stage: Stage, attempt: Attempt, script: Path) -> None:
         """Submit, and record the job's id or why there is none."""

@@ -37,7 +37,7 @@ def attempts(tmp_path):
 
 @pytest.fixture
 def attempt(attempts):
-    return attempts.open_attempt(STAGE, 8, 64, 30, None)
+    return attempts.begin(STAGE, 8, 64, 30, None)
 
 
 def reread(attempts):
@@ -70,7 +70,7 @@ def test_a_job_of_an_older_version_is_known_by_its_script(attempts, attempt, dam
 @pytest.mark.parametrize("name", ["slot", "lane"])
 def test_the_slot_of_a_job_that_an_earlier_version_submitted(attempts, name):
     """Jobs of both versions together stay within ``--max-running``."""
-    attempt = attempts.open_attempt(STAGE, 8, 64, 30, 3)
+    attempt = attempts.begin(STAGE, 8, 64, 30, 3)
     record = json.loads((attempt.folder / "intent.json").read_text())
     record[name] = record.pop("slot")
     (attempt.folder / "intent.json").write_text(json.dumps(record))
@@ -87,7 +87,7 @@ def test_a_damaged_intent_whose_script_may_have_been_submitted(attempts, attempt
 def test_a_damaged_intent_before_the_script_came_to_nothing(attempts, attempt, damage):
     damage(attempt.folder / "intent.json")
     assert reread(attempts) is None
-    assert attempts.open_attempt(STAGE, 8, 64, 30, None).intent.number == 2, "its number is not given again"
+    assert attempts.begin(STAGE, 8, 64, 30, None).intent.number == 2, "its number is not given again"
 
 
 def test_a_damaged_intent_that_a_running_job_reads(attempts, attempt, damage):
@@ -116,7 +116,7 @@ def test_a_damaged_end_is_told_again(attempts, attempt, damage):
 def test_a_damaged_end_of_the_attempt_before(attempts, attempt, damage):
     attempt.record_run(Run("7", 0, "n1", 1.0))
     attempt.close(End("killed", "", 1.0, progress={"done": 3}))
-    second = attempts.open_attempt(STAGE, 8, 64, 30, None)
+    second = attempts.begin(STAGE, 8, 64, 30, None)
     assert second.earlier_progress() == [{"done": 3}]
     damage(attempt.folder / "end.json")
     assert second.earlier_progress() == []
@@ -143,7 +143,7 @@ def test_stray_files_and_folders_are_no_attempts(attempts, attempt):
         (folder / name).mkdir()
     (folder / "6" / "intent.json").mkdir()
     assert [found.intent for found in attempts.of(STAGE.id)] == [attempt.intent]
-    assert attempts.open_attempt(STAGE, 8, 64, 30, None).intent.number == 7
+    assert attempts.begin(STAGE, 8, 64, 30, None).intent.number == 7
 
 
 def test_a_record_that_can_not_be_read_now_is_not_absent(attempts, attempt, monkeypatch):

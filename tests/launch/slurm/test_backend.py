@@ -1,6 +1,7 @@
 """The backend's decisions, with fake commands in place of Slurm."""
 
 import getpass
+import io
 import signal
 import subprocess
 import time
@@ -10,11 +11,13 @@ import pytest
 from clusters import wait_for
 from fake_slurm import HEADER, Clock, FakeSlurm
 from fork_server import forked
+from hfprune_launch.project import PROJECT
+from hfprune_launch.slurm import cli
 from hfprune_launch.slurm.attempt_records import GONE, End, Run
 from hfprune_launch.slurm.attempts import Attempts
 from hfprune_launch.slurm.backend import SlurmBackend
 from hfprune_launch.slurm.cancel import cancel_jobs
-from hfprune_launch.slurm.cli import Sweep, show_status
+from hfprune_launch.slurm.cli import NewJobs, Sweep, run_on_slurm, show_status
 from hfprune_launch.slurm.commands import SlurmCommands
 from hfprune_launch.slurm.profile import Profile, Resources
 from hfprune_launch.slurm.submission import Submitting
@@ -44,6 +47,8 @@ def plan_of(*stages):
 
 
 PLAN = plan_of(SCORES, *PRUNES)
+TRIED_AGAIN = {"101": "CANCELLED", "102": "RUNNING"}
+RESOURCES = dict.fromkeys(("importance", "prune", "recover", "evaluate"), Resources())
 
 
 @pytest.fixture
@@ -58,9 +63,8 @@ def store(tmp_path):
 
 def make_backend(store, plan=PLAN, max_running=None):
     told = []
-    resources = dict.fromkeys(("importance", "prune", "recover", "evaluate"), Resources())
     submitting = Submitting(
-        Provenance(RuntimeConfig(), {}, {}), Profile("test", resources, None), store.root / "code", max_running
+        Provenance(RuntimeConfig(), {}, {}), Profile("test", RESOURCES, None), store.root / "code", max_running
     )
     clock = Clock()
     backend = SlurmBackend(store, plan, submitting, SlurmCommands(sleep=clock.sleep), told.append, clock=clock)
@@ -102,6 +106,15 @@ def test_dependencies_become_slurms(fake, store):
     for stage in PRUNES:
         assert "#SBATCH --dependency=afterok:101\n" in script_of(store, stage)
         assert "#SBATCH --kill-on-invalid-dep=yes" in script_of(store, stage)
+
+
+def test_paths_are_said_in_one_piece_on_any_terminal(fake, store, tmp_path, monkeypatch):
+    monkeypatch.setattr(cli, "take_snapshot", lambda *_: tmp_path / "code")
+    console, profile = Console(width=40, file=io.StringIO()), Profile("test", RESOURCES, None)
+    jobs = NewJobs(Provenance(RuntimeConfig(), {}, {}), profile, None, PROJECT)
+    swept = Sweep(PLAN, store, tmp_path)
+    assert run_on_slurm(console, swept, list(PLAN.stages), jobs, follow=False, on_end=lambda: None) == 0
+    assert f"3 of 3 stages to run on Slurm; logs in {store.root / 'attempts'}\n" in console.file.getvalue()
 
 
 def test_what_is_done_or_queued_is_not_submitted_again(fake, store):
@@ -176,13 +189,23 @@ def test_a_job_whose_id_was_never_written_is_adopted(fake, store):
 
 
 def test_an_intent_that_came_to_nothing_is_submitted_again(fake, store):
-    Attempts(store.root).open_attempt(SCORES, 0, 1, 60, None)
+    Attempts(store.root).begin(SCORES, 0, 1, 60, None)
     make_backend(store).start()
     assert causes(store, SCORES) == ["lost job", None]
 
 
+def test_of_jobs_with_one_name_the_live_one_is_adopted(fake, store):
+    """A submission was tried again and its first job cancelled; squeue lists neither of them at first."""
+    attempt = Attempts(store.root).begin(SCORES, 0, 1, 60, None)
+    jobs = [f"{number}|{state}|None|n1|N/A|N/A|{attempt.intent.job_name}" for number, state in TRIED_AGAIN.items()]
+    (fake.folder / "jobs").write_text("\n".join(jobs) + "\n")
+    fake.answer_squeue(HEADER)
+    make_backend(store).start()
+    assert Attempts(store.root).last(SCORES.id).job_id == "102" and causes(store, SCORES) == [None]
+
+
 def test_a_launcher_that_is_submitting_is_left_alone(fake, store):
-    Attempts(store.root).open_attempt(SCORES, 0, 1, 60, None)
+    Attempts(store.root).begin(SCORES, 0, 1, 60, None)
     claim = try_claim(store.work(SCORES.id))
     make_backend(store).start()
     assert causes(store, SCORES) == [None] and fake.calls("sbatch") == []
@@ -190,7 +213,7 @@ def test_a_launcher_that_is_submitting_is_left_alone(fake, store):
 
 
 def test_a_job_that_noted_its_own_start_needs_no_squeue(fake, store):
-    attempt = Attempts(store.root).open_attempt(SCORES, 0, 1, 60, None)
+    attempt = Attempts(store.root).begin(SCORES, 0, 1, 60, None)
     attempt.record_run(Run("55", 0, "n1", time.time()))
     complete(store, SCORES)
     make_backend(store).start()
@@ -200,7 +223,7 @@ def test_a_job_that_noted_its_own_start_needs_no_squeue(fake, store):
 
 
 def test_a_new_cluster_may_give_an_id_again(fake, store):
-    attempt = Attempts(store.root).open_attempt(SCORES, 0, 1, 60, None)
+    attempt = Attempts(store.root).begin(SCORES, 0, 1, 60, None)
     attempt.record_job("7")
     (fake.folder / "jobs").write_text("7|RUNNING|None|n1|N/A|N/A|somebody-else\n")
     backend = make_backend(store)
@@ -275,7 +298,7 @@ def test_where_the_controller_does_not_answer_nothing_is_over(fake, store):
 
 
 def test_a_job_that_said_itself_that_it_ended_is_over_once_slurm_knows_none(fake, store):
-    attempt = Attempts(store.root).open_attempt(SCORES, 0, 1, 60, None)
+    attempt = Attempts(store.root).begin(SCORES, 0, 1, 60, None)
     attempt.record_job("101")
     attempt.record_run(Run("101", 0, "n1", 1000.0, 1010.0, "failed"))
     make_backend(store).start()
@@ -316,9 +339,9 @@ def test_a_job_that_another_cluster_has_taken_is_cancelled(fake, store):
 
 @pytest.mark.parametrize("whose", [{"cluster": "other"}, {"user": "somebody"}])
 def test_a_job_of_another_cluster_or_user_is_never_taken_for_dead(fake, store, whose):
-    attempt = Attempts(store.root).open_attempt(SCORES, 0, 1, 60, None, **{"cluster": "fake", "user": "", **whose})
+    attempt = Attempts(store.root).begin(SCORES, 0, 1, 60, None, **{"cluster": "fake", "user": "", **whose})
     attempt.record_job("101")
-    nameless = Attempts(store.root).open_attempt(PRUNES[0], 0, 1, 60, None, **whose)
+    nameless = Attempts(store.root).begin(PRUNES[0], 0, 1, 60, None, **whose)
     backend = make_backend(store)
     backend.start()
     backend.follow_missing()
@@ -336,11 +359,11 @@ def test_only_jobs_that_are_over_lose_their_claims(fake, store):
     attempts = Attempts(store.root)
     ends = [End("killed", "", 0.0), End("killed", "", 0.0, state="FAILED"), End("killed", "", 0.0, state=GONE)]
     for number, end in enumerate(ends, 5):
-        attempt = attempts.open_attempt(SCORES, 0, 1, 60, None)
+        attempt = attempts.begin(SCORES, 0, 1, 60, None)
         attempt.record_job(str(number))
         attempt.close(end)
     assert attempts.ended_jobs(SCORES.id) == {"6", "7"}
-    attempts.open_attempt(SCORES, 0, 1, 60, None).record_job("7")
+    attempts.begin(SCORES, 0, 1, 60, None).record_job("7")
     assert attempts.ended_jobs(SCORES.id) == {"6"}, "another cluster gave the id again"
 
 
@@ -365,7 +388,7 @@ def test_a_job_without_an_id_is_never_submitted_again_before_it_is_looked_for(fa
 
 
 def test_a_job_that_did_not_arrive_is_cancelled_by_name_before_the_next(fake, store):
-    attempt = Attempts(store.root).open_attempt(SCORES, 0, 1, 60, None)
+    attempt = Attempts(store.root).begin(SCORES, 0, 1, 60, None)
     (attempt.folder / "job.sh").write_text("#!/bin/bash\n")
     make_backend(store).start()
     assert causes(store, SCORES) == ["lost job", None]
@@ -590,8 +613,8 @@ def test_cancel_finds_what_is_outside_the_plan_unlisted_or_without_an_id(fake, s
     make_backend(store).start()
     attempts = Attempts(store.root)
     (attempts.last(PRUNES[0].id).folder / "job.json").unlink()
-    lost = attempts.open_attempt(Stage("evaluate", "x", {}, {}), 0, 1, 60, None)
-    foreign = attempts.open_attempt(Stage("evaluate", "y", {}, {}), 0, 1, 60, None, cluster="other", user="somebody")
+    lost = attempts.begin(Stage("evaluate", "x", {}, {}), 0, 1, 60, None)
+    foreign = attempts.begin(Stage("evaluate", "y", {}, {}), 0, 1, 60, None, cluster="other", user="somebody")
     fake.answer_squeue(HEADER + "".join("|".join(job) + "|;\n" for i, job in fake.jobs().items() if i != "103"))
     cancelled = cancel_jobs(Plan({SCORES.id: SCORES}, (), (SCORES.id,)), store, SlurmCommands())
     assert cancelled.job_ids == ["101", "102", "103"]
@@ -617,7 +640,7 @@ def test_a_thousand_cells(fake, store, tmp_path, monkeypatch):
     monkeypatch.setattr("os.fsync", lambda _: None)  # 4,000 of them are slow on a busy disk
     attempts, lines = Attempts(store.root), []
     for number, stage in enumerate(plan.stages.values(), 1000):
-        attempt = attempts.open_attempt(stage, 0, 1, 60, None)
+        attempt = attempts.begin(stage, 0, 1, 60, None)
         attempt.record_job(str(number))
         lines.append(f"{number}|PENDING|Priority||N/A|N/A|{attempt.intent.job_name}\n")
     (fake.folder / "jobs").write_text("".join(lines))

@@ -38,7 +38,7 @@ def store(tmp_path):
 
 @pytest.fixture
 def attempt(store):
-    attempt = Attempts(store.root).open_attempt(STAGE, 8, 64, 30, None)
+    attempt = Attempts(store.root).begin(STAGE, 8, 64, 30, None)
     attempt.record_job("7")
     return attempt
 
@@ -176,7 +176,7 @@ def test_the_clock_of_another_host_hides_no_reason(store, attempt, skew):
 def test_the_clock_of_another_host_makes_no_failure_ours(store, attempt, skew):
     """A rank of the previous attempt may die late."""
     attempt.close(End("killed", "", time.time()))
-    again = Attempts(store.root).open_attempt(STAGE, 8, 64, 30, None)
+    again = Attempts(store.root).begin(STAGE, 8, 64, 30, None)
     again.record_job("7")
     started(again)
     write_failure_record(store.work(STAGE.id), Failure("input", "of the first", 0, time.time() + skew, 1))
@@ -288,7 +288,7 @@ def test_the_time_limit_is_forgiven_where_the_job_got_further(store, attempt):
     end = explain_end(store, STAGE, attempt, job("TIMEOUT", attempt))
     assert end.cause == "time limit" and end.progress["done"] == 3
     attempt.close(end)
-    again = Attempts(store.root).open_attempt(STAGE, 8, 64, 30, None)
+    again = Attempts(store.root).begin(STAGE, 8, 64, 30, None)
     again.record_job("8")
     assert explain_end(store, STAGE, again, job("TIMEOUT", again)).cause == "time limit without progress"
     Progress(store.work(STAGE.id)).update("calibration", 4, 9)
@@ -384,10 +384,10 @@ def test_a_job_that_gets_nowhere_is_not_requeued_for_ever(store, attempt):
 def test_progress_counts_across_attempts_up_to_the_last_artifact(store, attempt):
     attempts = Attempts(store.root)
     for number, (how, done) in enumerate([("done", 9), ("killed", 4), ("killed", 4)]):
-        each = attempt if number == 0 else attempts.open_attempt(STAGE, 8, 64, 30, None)
+        each = attempt if number == 0 else attempts.begin(STAGE, 8, 64, 30, None)
         each.record_run(Run("7", 0, "n1", 100.0))
         each.close(End(how, "", 0.0, state="FAILED", progress=at("calibration", done)))
-    last = attempts.open_attempt(STAGE, 8, 64, 30, None)
+    last = attempts.begin(STAGE, 8, 64, 30, None)
     last.record_run(Run("8", 0, "n1", 100.0, 150.0, "interrupted", at("calibration", 4)))
     assert [each["done"] for each in last.earlier_progress()] == [4, 4, 4]
     assert never_gets_further(last) is None

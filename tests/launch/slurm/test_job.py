@@ -139,7 +139,7 @@ def test_a_job_that_its_time_limit_ends_before_it_gets_further_is_not_requeued(
     stage = Stage("importance", "a", {}, {"model": Input("digest", "/model")})
     store, fake = Store(tmp_path / "store"), FakeSlurm(tmp_path / "slurm").on_path(monkeypatch)
     (fake.folder / "job").write_text(f"JobId=7 JobName=x {says} Reason=None\n")
-    attempt = Attempts(store.root).open_attempt(stage, 0, 1, 60, None)
+    attempt = Attempts(store.root).begin(stage, 0, 1, 60, None)
     earlier = {"phase": "calibration", "done": 3, "total": 9, "updated": 0.0}
     for number in range(3):
         attempt.record_run(Run("7", number, "n1", 1.0 + number, 2.0 + number, "interrupted", earlier))
@@ -168,7 +168,7 @@ def store(tmp_path):
 
 @pytest.fixture
 def attempt(store):
-    return Attempts(store.root).open_attempt(STAGE, 0, 1, 60, None)
+    return Attempts(store.root).begin(STAGE, 0, 1, 60, None)
 
 
 @pytest.fixture

@@ -46,7 +46,7 @@ def store(tmp_path):
 
 @pytest.fixture
 def attempt(store):
-    attempt = Attempts(store.root).open_attempt(STAGE, 0, 2, 30, None)
+    attempt = Attempts(store.root).begin(STAGE, 0, 2, 30, None)
     attempt.record_job("5")
     return attempt
 

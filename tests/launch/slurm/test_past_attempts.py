@@ -26,14 +26,14 @@ def told(tmp_path):
 
 def test_every_start_of_every_job_has_its_end(tmp_path):
     assert told(tmp_path) == []
-    attempt = Attempts(tmp_path).open_attempt(STAGE, 8, 64, 30, None)
+    attempt = Attempts(tmp_path).begin(STAGE, 8, 64, 30, None)
     assert told(tmp_path) == [(1, "open", None, None, "no end known", "job unknown")]
     attempt.record_run(Run("7", 0, "n1", 100.0))
     attempt.record_run(Run("7", 1, "n2", 200.0))
     requeued = (1, "failed", 100.0, None, "died", "job 7 on n1")
     assert told(tmp_path) == [requeued, (1, "open", 200.0, None, "no end known", "job 7 on n2")]
     attempt.close(End("node failure", "n2 is down", 250.0))
-    second = Attempts(tmp_path).open_attempt(STAGE, 8, 64, 30, None)
+    second = Attempts(tmp_path).begin(STAGE, 8, 64, 30, None)
     second.record_run(Run("8", 0, "n3", 300.0, 400.0, "done"))
     second.close(End("done", "", 401.0))
     assert told(tmp_path) == [
@@ -46,7 +46,7 @@ def test_every_start_of_every_job_has_its_end(tmp_path):
 @pytest.mark.parametrize(("ranks", "told_ranks"), [(2, 2), (None, 8)])
 def test_gpus_without_a_rank_are_not_taken_for_ranks(tmp_path, ranks, told_ranks):
     """Artifacts' hours count ranks as well; records of earlier versions state only GPUs."""
-    Attempts(tmp_path).open_attempt(STAGE, 8, 64, 30, None, ranks=ranks)
+    Attempts(tmp_path).begin(STAGE, 8, 64, 30, None, ranks=ranks)
     (start,) = past_attempts(SlurmStage(Store(tmp_path), STAGE.id))
     assert start.ranks == told_ranks
 
@@ -55,7 +55,7 @@ def test_a_start_that_was_killed_ended_when_slurm_or_its_heartbeat_says(tmp_path
     """The next launcher may notice only days later."""
     store, started = Store(tmp_path), time.time() - 86_400
     store.work(STAGE.id).mkdir(parents=True)
-    attempt = Attempts(tmp_path).open_attempt(STAGE, 8, 64, 30, None)
+    attempt = Attempts(tmp_path).begin(STAGE, 8, 64, 30, None)
     attempt.record_job("7")
     attempt.record_run(Run("7", 0, "n1", started))
     ended = time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(started + 600))

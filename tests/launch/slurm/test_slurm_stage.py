@@ -18,7 +18,7 @@ def handle(tmp_path):
 
 
 def submitted(handle, job_id):
-    attempt = Attempts(handle.store.root).open_attempt(STAGE, 0, 1, 60, None)
+    attempt = Attempts(handle.store.root).begin(STAGE, 0, 1, 60, None)
     attempt.record_job(job_id)
     return attempt
 
@@ -32,7 +32,7 @@ def test_attempts_are_those_of_the_stage(handle):
     submitted(handle, "2")
     assert [attempt.job_id for attempt in handle.attempts()] == ["1", "2"]
     assert handle.open_attempt().job_id == handle.last_attempt().job_id == "2"
-    Attempts(handle.store.root).open_attempt(Stage("prune", "b", {"ratio": 0.3}, {}), 0, 1, 60, None)
+    Attempts(handle.store.root).begin(Stage("prune", "b", {"ratio": 0.3}, {}), 0, 1, 60, None)
     assert len(handle.attempts()) == 2
 
 

@@ -24,7 +24,7 @@ def status(tmp_path):
     store.work(STAGE.id).mkdir(parents=True)
 
     def at(started=None, beat=None, state="RUNNING"):
-        attempt = Attempts(store.root).open_attempt(STAGE, 0, 2, 30, None)
+        attempt = Attempts(store.root).begin(STAGE, 0, 2, 30, None)
         attempt.record_job("5")
         now = time.time()
         if started is not None:

@@ -99,7 +99,7 @@ def test_logs_are_those_of_the_last_start_on_either_side(store, tmp_path):
     def shown_log():
         return cell_logs(PLAN, store, tmp_path / "logs", STAGE.fingerprint, 40).splitlines()[-1].strip()
 
-    attempt = Attempts(store.root).open_attempt(STAGE, 0, 1, 30, None)
+    attempt = Attempts(store.root).begin(STAGE, 0, 1, 30, None)
     (attempt.folder / "7_0_log.out").write_text("in a job\n")
     assert shown_log() == "in a job"
     (tmp_path / "logs").mkdir()
