@@ -78,8 +78,8 @@ def read_record(out: Path) -> Record | None:
 
 
 @dataclass(frozen=True)
-class Finished:
-    """A sweep as recorded in its folder, whether or not it has finished."""
+class RecordedSweep:
+    """A sweep as recorded in its folder by its last run, with the rows that the store has for it by now."""
 
     folder: Path
     record: Record
@@ -90,7 +90,7 @@ class Finished:
         return self.record.plan
 
 
-def read_sweep(out: Path, attempts_of: AttemptsOf) -> Finished:
+def read_sweep(out: Path, attempts_of: AttemptsOf) -> RecordedSweep:
     """Read the record left by the last run, and collect its rows.
 
     Args:
@@ -100,7 +100,7 @@ def read_sweep(out: Path, attempts_of: AttemptsOf) -> Finished:
         UserError: if the folder is not a sweep's.
     """
     record = _require_record(out)
-    return Finished(out, record, record.rows(Store(out / "store"), attempts_of))
+    return RecordedSweep(out, record, record.rows(Store(out / "store"), attempts_of))
 
 
 def planned_sweep(out: Path) -> Sweep:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from hfprune_launch.modes.past_attempts import past_attempts
 from hfprune_launch.screen import make_console, say
-from hfprune_launch.sweep_folder import Finished, read_sweep
+from hfprune_launch.sweep_folder import RecordedSweep, read_sweep
 
 from hfprune_dist.errors import UserError
 from hfprune_dist.results.as_made import as_made
@@ -16,6 +16,7 @@ from hfprune_dist.store.artifacts import Store
 from hfprune_dist.store.leftovers import Leftover, files_of, running, unused
 
 CONFIG = "config.json"  # which every checkpoint has
+REASON = "an intermediate checkpoint of finished rows"
 
 
 def clean(out: Path, *, intermediates: bool, dry_run: bool) -> None:
@@ -70,15 +71,12 @@ def _linked(out: Path, store: Store) -> set[str]:
     return {"/".join(file.parts[:2]) for file in checkpoint_folders(out, store).linked()}
 
 
-def _intermediates(sweep: Finished, store: Store, linked: set[str]) -> Iterator[Leftover]:
+def _intermediates(sweep: RecordedSweep, store: Store, linked: set[str]) -> Iterator[Leftover]:
     """Yield checkpoints that belong to no row and that no missing stage reads."""
     plan = sweep.plan
     missing = plan.lacking(lambda stage_id: store.handle(stage_id).is_done())
     kept = {*linked, *plan.asked, *(result for cell in plan.cells for result in cell.results)}
     kept |= {need for stage_id in missing for need in plan.stages[stage_id].needs}
     for handle in (store.handle(stage_id) for stage_id in plan.stages if stage_id not in kept):
-        if CONFIG in (handle.manifest() or {}).get("files", {}) and (leftover := files_of(handle, _REASON)).size_bytes:
+        if CONFIG in (handle.manifest() or {}).get("files", {}) and (leftover := files_of(handle, REASON)).size_bytes:
             yield leftover
-
-
-_REASON = "an intermediate checkpoint of finished rows"

@@ -10,7 +10,7 @@ from typing import Any
 
 from hfprune_launch.modes.past_attempts import past_attempts
 from hfprune_launch.screen import ROOMY, SAID_OF_WIDE, TIGHT, make_console, say, show_table, table_of
-from hfprune_launch.sweep_folder import Finished, read_sweep, require_folder
+from hfprune_launch.sweep_folder import RecordedSweep, read_sweep, require_folder
 from rich.console import Console
 
 from hfprune_dist.core.split_half import SHARES_KEPT
@@ -34,52 +34,73 @@ from hfprune_dist.store.atomic_files import write_json, write_text
 from hfprune_dist.store.stage import Stage
 from hfprune_dist.store.stage_handle import StageHandle
 
+REFERENCE = "hfprune"  # unless another method is named
+# Of each model, or pass over it: one record per pair of criteria, or per criterion and number of windows.
+Records = dict[str, list[dict[str, Any]]]
+
 
 def compare(folders: Sequence[Path], out: Path, named: str | None, wide: bool) -> None:
     """Compare the finished cells of several sweeps, with the method ``named`` as the reference.
 
     Args:
         wide: show all columns of the table of methods.
+
+    Raises:
+        UserError: if sweeps can't be compared, none has a finished cell, or none has the method ``named``.
     """
+    sweeps = _read(folders)
+    require_folder(out)
+    reference = REFERENCE if named is None else named
+    methods = compare_methods([sweep.rows for sweep in sweeps], reference)
+    if not methods:
+        raise UserError(f"{', '.join(map(str, folders))}: no cell is finished; run the sweeps first")
+    if named is not None:
+        _require_method(named, methods)
+    criteria, convergence = _criteria(sweeps[0]), _convergence(sweeps[0])
+    pages, warnings = _pages(criteria, convergence), _measured_otherwise(sweeps)
+    record = {
+        "methods": [asdict(it) for it in methods],
+        "criteria": criteria,
+        "settling": convergence,
+        "sweeps": [str(it) for it in folders],
+    }
+    table = "\n".join([methods_table(methods, reference), *(f"{escaped(it)}\n" for it in warnings)])
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(out / "comparison.json", record, sort_keys=False)
+    write_text(out / "comparison.md", "\n".join([f"# Methods\n\n{table}", *pages]))
+    console = make_console()
+    show_methods(console, methods, reference, wide)
+    for text in (*warnings, *(f"\n{page}" for page in pages)):
+        say(console, text)
+    say(console, f"written: {out / 'comparison.md'}, comparison.json")
+
+
+def _read(folders: Sequence[Path]) -> list[RecordedSweep]:
+    """Read sweeps that can be compared: each given once, of the same models, and without a row in common."""
     if len({folder.resolve() for folder in folders}) < len(folders):
         raise UserError(f"{', '.join(map(str, folders))}: one folder is given twice; give each sweep once")
     sweeps = [read_sweep(folder, past_attempts(folder)) for folder in folders]
     _refuse_other_models(sweeps)
     _refuse_rows_twice(sweeps)
-    require_folder(out)
-    reference = "hfprune" if named is None else named
-    methods = compare_methods([sweep.rows for sweep in sweeps], reference)
-    if not methods:
-        raise UserError(f"{', '.join(map(str, folders))}: no cell is finished; run the sweeps first")
+    return sweeps
+
+
+def _require_method(named: str, methods: Sequence[Comparison]) -> None:
     names = sorted({it.method for it in methods})
-    if named is not None and named not in names:
+    if named not in names:
         raise UserError(f"--reference: no method {named!r}{did_you_mean(named, names)}; valid: {', '.join(names)}")
-    criteria = _criteria(sweeps[0])
-    pages = [f"# Criteria: {escaped(model)}\n\n{criteria_table(pairs)}" for model, pairs in criteria.items() if pairs]
-    settling = _settling(sweeps[0])
-    pages += [
-        f"# Calibration windows: {escaped(model)}\n\n{convergence_table(points)}"
-        for model, points in settling.items()
-        if points
+
+
+def _pages(criteria: Records, convergence: Records) -> list[str]:
+    """Return the pages in Markdown that follow the table of methods."""
+    return [
+        *(f"# Criteria: {escaped(model)}\n\n{criteria_table(pairs)}" for model, pairs in criteria.items() if pairs),
+        *(
+            f"# Calibration windows: {escaped(model)}\n\n{convergence_table(points)}"
+            for model, points in convergence.items()
+            if points
+        ),
     ]
-    record = {
-        "methods": [asdict(it) for it in methods],
-        "criteria": criteria,
-        "settling": settling,
-        "sweeps": [str(it) for it in folders],
-    }
-    out.mkdir(parents=True, exist_ok=True)
-    write_json(out / "comparison.json", record, sort_keys=False)
-    warnings = _measured_otherwise(sweeps)
-    table = "\n".join([methods_table(methods, reference), *(f"{escaped(it)}\n" for it in warnings)])
-    write_text(out / "comparison.md", "\n".join([f"# Methods\n\n{table}", *pages]))
-    console = make_console()
-    show_methods(console, methods, reference, wide)
-    for warning in warnings:
-        say(console, warning)
-    for page in pages:
-        say(console, f"\n{page}")
-    say(console, f"written: {out / 'comparison.md'}, comparison.json")
 
 
 def show_methods(console: Console, methods: Sequence[Comparison], reference: str, wide: bool) -> None:
@@ -94,7 +115,7 @@ def show_methods(console: Console, methods: Sequence[Comparison], reference: str
         console.print(note, markup=False, highlight=False)
 
 
-def _refuse_other_models(sweeps: Sequence[Finished]) -> None:
+def _refuse_other_models(sweeps: Sequence[RecordedSweep]) -> None:
     """Refuse sweeps with different checkpoints under one name, whose rows would be mistaken for other seeds."""
     known: dict[str, tuple[str, Path]] = {}
     for sweep in sweeps:
@@ -107,7 +128,7 @@ def _refuse_other_models(sweeps: Sequence[Finished]) -> None:
                 )
 
 
-def _refuse_rows_twice(sweeps: Sequence[Finished]) -> None:
+def _refuse_rows_twice(sweeps: Sequence[RecordedSweep]) -> None:
     """Refuse sweeps that have a row in common, which would be mistaken for that of a second seed."""
     known: dict[str, Path] = {}
     for sweep in sweeps:
@@ -120,7 +141,7 @@ def _refuse_rows_twice(sweeps: Sequence[Finished]) -> None:
                 )
 
 
-def _measured_otherwise(sweeps: Sequence[Finished]) -> list[str]:
+def _measured_otherwise(sweeps: Sequence[RecordedSweep]) -> list[str]:
     """Name the finished rows whose scores can't be compared with their model's first one, as of other held-out text."""
     rows = [
         {**row, "label": f"{sweep.folder}: {row['label']}"}
@@ -131,28 +152,28 @@ def _measured_otherwise(sweeps: Sequence[Finished]) -> list[str]:
     return measured_otherwise(rows)
 
 
-def _calibrations(sweep: Finished) -> list[Stage]:
+def _calibrations(sweep: RecordedSweep) -> list[Stage]:
     """Return the calibration passes of a sweep's dense models, labelled with the models' names."""
     stages = [stage for stage in sweep.plan.stages.values() if stage.kind == "importance"]
     return [stage for stage in stages if not stage.needs]
 
 
-def _criteria(sweep: Finished) -> dict[str, list[dict[str, Any]]]:
+def _criteria(sweep: RecordedSweep) -> Records:
     """Model, or pass over it -> agreement of its criteria, from the first sweep's scores of the dense model."""
     return {
         label: compare_criteria(scores_to_compare(scored.artifact), SHARES_KEPT) for label, scored in _scored(sweep)
     }
 
 
-def _settling(sweep: Finished) -> dict[str, list[dict[str, Any]]]:
-    """Model, or pass over it -> how the units that its criteria keep settle with more windows, from the first sweep's
+def _convergence(sweep: RecordedSweep) -> Records:
+    """Model, or pass over it -> how the units that its criteria keep converge with more windows, from the first sweep's
     scores.
     """
     manifests = {label: scored.manifest() for label, scored in _scored(sweep)}
     return {label: found["metrics"].get("split_half_overlap", []) for label, found in manifests.items() if found}
 
 
-def _scored(sweep: Finished) -> list[tuple[str, StageHandle]]:
+def _scored(sweep: RecordedSweep) -> list[tuple[str, StageHandle]]:
     """Return (model, stage) for every calibration pass of a dense model that has been made.
 
     If rows of earlier runs have passes of their own, as with other calibration text, the ids of a model's passes are
