@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import yaml
@@ -118,14 +120,31 @@ def _notes_on_card(file: Path) -> list[str]:
 
 
 def _push(folder: Path, repo_id: str, private: bool, ignored: list[str] | None) -> str:
+    """Push a folder, and return the address of the commit.
+
+    Raises:
+        UserError: if the hub refuses, or the repository is there already and public although ``private`` is asked for.
+    """
     api = HfApi()
-    try:
+    with _refusals_told(repo_id):
         api.create_repo(repo_id, private=private or None, exist_ok=True)
+        is_exposed = private and not api.model_info(repo_id).private
+    if is_exposed:
+        raise UserError(
+            f"--private: {repo_id} is there already, and public; make it private in its settings, or name another one"
+        )
+    with _refusals_told(repo_id):
         pushed = api.upload_folder(
             repo_id=repo_id, folder_path=folder, ignore_patterns=ignored, commit_message=f"Add {folder.name}"
         )
+    return str(pushed.commit_url)
+
+
+@contextmanager
+def _refusals_told(repo_id: str) -> Iterator[None]:
+    try:
+        yield
     except _REFUSALS as error:
         raise UserError(
             f"{repo_id}: the hub refused, or wasn't reached: {error}; is `hf auth login` done, and may you write there?"
         ) from None
-    return str(pushed.commit_url)

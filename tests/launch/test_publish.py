@@ -41,6 +41,7 @@ def pushed(monkeypatch):
         return SimpleNamespace(commit_url=f"https://hub/{repo_id}", oid="0", pr_url=None)
 
     monkeypatch.setattr(HfApi, "create_repo", lambda self, repo_id, **options: calls.update({repo_id: options}))
+    monkeypatch.setattr(HfApi, "model_info", lambda _, repo_id: SimpleNamespace(private=repo_id != "me/public"))
     monkeypatch.setattr(HfApi, "create_commit", create_commit)
     # These would ask the hub before anything is pushed.
     monkeypatch.setattr(HfApi, "_validate_yaml", lambda *_, **__: None)
@@ -65,6 +66,12 @@ def test_links_are_pushed_as_files_and_an_adapter_without_a_public_base_stays(ou
         "adapter/adapter_config.json",
         "adapter/adapter_model.safetensors",
     }
+
+
+def test_what_is_to_be_private_is_not_pushed_where_everybody_can_read(out, pushed):
+    code, _, said = run(out, "name", "me/public", "--private")
+    assert code == 2 and "me/public is there already, and public" in said and "files" not in pushed
+    assert run(out, "name", "me/public")[0] == 0 and "files" in pushed
 
 
 def test_a_dry_run_shows_the_same_files_and_pushes_nothing(out, pushed):
