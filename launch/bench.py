@@ -143,7 +143,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--model", metavar="PATH", type=folder, help="a checkpoint folder; default: the demo's llama")
     parser.add_argument("--only", metavar="A,B", help=f"sections to measure, of {', '.join(SECTIONS)}; default: all")
     parser.add_argument("--quick", action="store_true", help="fewer rounds and points, to see that it works")
-    parser.add_argument("--out", metavar="DIR", type=folder, default=Path("runs/bench"), help="default: runs/bench")
+    default = Path("runs/bench")
+    parser.add_argument("--out", metavar="DIR", type=folder, default=default, help=f"for results; default: {default}")
     return parser
 
 

@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _build(argv: Sequence[str] | None) -> int:
     parser = make_parser(__doc__)
     default = Path("runs/demo-assets")
-    parser.add_argument("--out", metavar="DIR", type=folder, default=default, help=f"default: {default}")
+    parser.add_argument("--out", metavar="DIR", type=folder, default=default, help=f"their folder; default: {default}")
     arguments = parser.parse_args(argv)
     from hfprune_launch.demo.assets import QUIET_AND_OFFLINE, build
 

@@ -139,7 +139,10 @@ def sweep_parser() -> argparse.ArgumentParser:
         help="end what runs of the sweep, its process on this machine or all jobs of its store; saved work stays",
     )
     instead.add_argument(
-        "--logs", metavar="CELL", help="show the last lines of a cell's logs, e.g. 'llama 0.2 hfprune + lora'"
+        "--logs",
+        metavar="ROW",
+        help="show the last lines of a row's logs, e.g. 'llama 0.2 hfprune + lora'; or of a stage's, by the id that "
+        "--dry-run shows",
     )
     instead.add_argument(
         "--forget",

@@ -76,7 +76,8 @@ def ranks_here(runtime: RuntimeConfig) -> int:
     gpus = count_gpus()
     ranks = runtime.ranks or gpus or 1
     if gpus and ranks > gpus:
-        raise UserError(f"--ranks {ranks}: this machine has {gpus} GPUs, a rank needs one of its own")
+        has = "1 GPU" if gpus == 1 else f"{gpus} GPUs"
+        raise UserError(f"--ranks {ranks}: this machine has {has}, and a rank needs one of its own; ask for {gpus}")
     return ranks
 
 

@@ -89,7 +89,10 @@ def refuse_unusable_path(out: Path) -> None:
             if unicodedata.category(character) in ("Cc", "Cs"):  # control characters, and bytes that aren't UTF-8
                 why = "it can't be written into a batch script"
             if why is not None:
-                raise UserError(f"--out {str(path)!r}: a folder of jobs can't have {character!r} in its path, as {why}")
+                raise UserError(
+                    f"--out {str(path)!r}: a folder of jobs can't have {character!r} in its path, as {why}; choose "
+                    "another --out"
+                )
 
 
 def batch_script(request: Request) -> str:

@@ -21,12 +21,18 @@ Kind = Literal["importance", "reference", "prune", "distill", "recover", "evalua
 Scalar = str | int | bool
 # Units of Slurm's --mem; megabytes if none is given.
 UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
-# Options of sbatch that a sweep sets itself, most of them from settings of their own.
-OWN_OPTIONS = {
-    *("nodes", "ntasks", "ntasks-per-node", "gpus-per-node", "cpus-per-task", "mem", "time", "signal", "partition"),
-    *("account", "qos", "constraint", "exclude", "dependency", "requeue", "chdir", "job-name", "output", "error"),
-    "array",
+# Options of sbatch that have a setting of their own, and its name.
+SETTINGS = {
+    **{name: name for name in ("nodes", "partition", "account", "qos", "constraint", "exclude")},
+    **{name: name.replace("-", "_") for name in ("gpus-per-node", "cpus-per-task")},
+    "ntasks": "tasks_per_node",
+    "ntasks-per-node": "tasks_per_node",
+    "mem": "memory",
+    "time": "time_minutes",
+    "signal": "signal_seconds",
 }
+# Options of sbatch that only a sweep sets.
+OWN_OPTIONS = {"dependency", "requeue", "chdir", "job-name", "output", "error", "array"}
 
 
 class Resources(Section):
@@ -93,9 +99,10 @@ class Resources(Section):
                 f"tasks_per_node {self.tasks_per_node} is more than gpus_per_node {self.gpus_per_node}; a rank needs a "
                 "GPU of its own"
             )
-        taken = sorted(OWN_OPTIONS & {name.replace("_", "-") for name in self.sbatch})
-        if taken:
-            raise ValueError(f"sbatch: {taken[0]} is not to be given there; see the settings of this file")
+        given = {name.replace("_", "-") for name in self.sbatch}
+        if taken := sorted(given & (SETTINGS.keys() | OWN_OPTIONS)):
+            instead = f"use {SETTINGS[taken[0]]}" if taken[0] in SETTINGS else "the sweep itself sets it"
+            raise ValueError(f"sbatch: {taken[0]} is not to be given there; {instead}")
         if "clusters" in self.sbatch or "cluster" in self.sbatch:
             raise ValueError(
                 "sbatch: the cluster is not to be given there, since jobs have to be found there too; before each "

@@ -203,13 +203,11 @@ def test_ranks_that_a_file_asks_for_are_capped_and_those_of_the_command_line_ref
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
     where = ["--config", config, "--out", tmp_path / "out", "--dry-run"]
     code, shown, said = in_process(sweep.main, *where)
-    assert (code, said) == (
-        0,
-        "",
-    ) and "runtime.ranks 2 is more than the GPUs of this machine; stages run with 1" in shown
+    assert (code, said) == (0, "")
+    assert "runtime.ranks 2 is more than the GPUs of this machine; stages run with 1" in shown
     for asked in (["--ranks", "2"], ["--set", "runtime.ranks=2"], ["--set", "runtime={ranks: 2}"]):
         code, _, said = in_process(sweep.main, *where, *asked)
-        assert code == 2 and "--ranks 2: this machine has 1 GPUs" in said
+        assert code == 2 and "--ranks 2: this machine has 1 GPU, and a rank needs one of its own; ask for 1" in said
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
     runtime = load_config([config], {}).runtime
     assert fitting_runtime(runtime) == (runtime, "")
