@@ -33,16 +33,19 @@ def project(tmp_path):
 @pytest.fixture
 def quickstart(project, tmp_path):
     """Return a function that runs the quickstart: its process, and the calls of Python since the last one."""
-    calls, python = tmp_path / "calls", tmp_path / "python"
-    python.write_text(PYTHON)
-    python.chmod(0o755)
+    calls, programs = tmp_path / "calls", tmp_path / "bin"
+    programs.mkdir()
+    for name in ("python3", "python3.11", "python3.12", "python3.13"):
+        (programs / name).write_text(PYTHON)
+        (programs / name).chmod(0o755)
+    path = f"{programs}:{os.environ['PATH']}"
 
     def run(**environment):
         calls.write_text("")
         result = subprocess.run(
             ["bash", "launch/quickstart.sh"],
             cwd=project,
-            env={**os.environ, "CALLS": str(calls), "PYTHON_BASE": str(python), **environment},
+            env={**os.environ, "CALLS": str(calls), "PATH": path, "PYTHON_BASE": "", **environment},
             capture_output=True,
             text=True,
             check=False,
