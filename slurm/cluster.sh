@@ -9,6 +9,7 @@
 #   slurm/cluster.sh status DIR
 #   slurm/cluster.sh down DIR
 #
+# DIR is a folder of the cluster's own, in whose path Slurm's configuration allows no white space, quotes, #, % and \.
 # To let clients find it:  export SLURM_CONF=DIR/slurm.conf
 # PORT_BASE (default 17000) is the first of the 12 ports it uses; change it to run two clusters side by side.
 # CPUS (default 2) is the number of CPUs that each node has for Slurm, which only counts them.
