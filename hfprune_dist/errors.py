@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
-_MENDABLE = {
+_FIXABLE = {
     errno.ENOSPC: "make room on the disk and run the sweep again, it goes on where it stopped",
     errno.EDQUOT: "make room in your quota and run the sweep again, it goes on where it stopped",
     errno.EACCES: "check the permissions",
@@ -36,7 +36,7 @@ class UserError(Exception):
 
     EXIT_CODE = 2
     CAUSE = "input"
-    """Cause that a failed stage records; see ``progress.Failure``."""
+    """Cause that a failed stage records; see ``store.heartbeat.Failure``."""
 
 
 class LostInputError(UserError):
@@ -54,7 +54,7 @@ def did_you_mean(word: str, valid: Iterable[str]) -> str:
 
 def from_os_error(error: Exception) -> Exception:
     """Turn an operating system error that the user can fix into a ``UserError``; return other errors unchanged."""
-    return error if isinstance(error, UserError) else _explained(error, _MENDABLE)
+    return error if isinstance(error, UserError) else _explained(error, _FIXABLE)
 
 
 def _explained(error: Exception, remedies: Mapping[int, str]) -> Exception:
@@ -76,8 +76,8 @@ def explained() -> Iterator[None]:
     try:
         yield
     except (UserError, OSError) as error:
-        mended = error if isinstance(error, UserError) else _explained(error, _MENDABLE | _WRONG_PATH)
-        if not isinstance(mended, UserError):
+        reported = error if isinstance(error, UserError) else _explained(error, _FIXABLE | _WRONG_PATH)
+        if not isinstance(reported, UserError):
             raise
-        print(f"error: {mended}", file=sys.stderr)
+        print(f"error: {reported}", file=sys.stderr)
         sys.exit(UserError.EXIT_CODE)

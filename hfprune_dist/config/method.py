@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
 from pydantic import AfterValidator, ConfigDict, Field, model_validator
@@ -164,11 +165,7 @@ class Method(Section):
                 raise ValueError(f"criterion: {alone[0]} scores whole experts alone; it needs structures: [{EXPERTS}]")
             return self
         needed = {"prunes_in": "calibration", "allocation": "uniform", "refit": "none", "distill": 0}
-        others = {name: getattr(self, name) for name, value in needed.items() if getattr(self, name) != value}
-        if others:
-            named = ", ".join(f"{name}: {it}" for name, it in others.items())
-            instead = ", ".join(f"{name}: {needed[name]}" for name in others)
-            raise ValueError(f"structures: [{EXPERTS}] goes with {instead}, not with {named}")
+        self._refuse_others(needed, f"structures: [{EXPERTS}]")
         possible = [name for name, it in CRITERIA.items() if it.is_of_whole_experts]
         if self.criterion is not None and self.criterion not in possible:
             raise ValueError(
@@ -178,32 +175,40 @@ class Method(Section):
         return self
 
     @model_validator(mode="after")
-    def _is_scored_once(self) -> Method:
+    def _criterion_suits_prunes_in(self) -> Method:
         if self.prunes_in == "calibration" and self.criterion is None:
             raise ValueError(f"needs a criterion: {', '.join(get_args(MethodCriterion))}; or prunes_in: recovery")
         if self.prunes_in == "recovery":
             needed = {"criterion": None, "allocation": "local", "refit": "none", "steps": 1}
-            needed |= {"round_ratio": None, "distill": 0}
-            others = {name: getattr(self, name) for name, value in needed.items() if getattr(self, name) != value}
-            if others:
-                named = ", ".join(f"{name}: {'null' if it is None else it}" for name, it in others.items())
-                instead = ", ".join(f"{it}: {'null' if needed[it] is None else needed[it]}" for it in others)
-                raise ValueError(f"prunes_in: recovery goes with {instead}, not with {named}")
+            self._refuse_others(needed | {"round_ratio": None, "distill": 0}, "prunes_in: recovery")
         return self
 
+    def _refuse_others(self, needed: Mapping[str, object], setting: str) -> None:
+        """Refuse values other than those that a setting goes with."""
+        others = {name: getattr(self, name) for name, value in needed.items() if getattr(self, name) != value}
+        if others:
+            instead = {name: needed[name] for name in others}
+            raise ValueError(f"{setting} goes with {_named(instead)}, not with {_named(others)}")
+
+    @property
+    def _rounds(self) -> str:
+        """The setting that says in which rounds the ratio is removed, for messages; empty if there is only one."""
+        if self.round_ratio is not None:
+            return f"round_ratio: {self.round_ratio:g}"
+        return f"steps: {self.steps}" if self.steps > 1 else ""
+
     @model_validator(mode="after")
-    def _structures_and_parts_suit_the_criterion(self) -> Method:
+    def _structures_and_rounds_suit_the_criterion(self) -> Method:
         of_neurons = any(CRITERIA[name].is_of_neurons for name in self.scored_before)
         if of_neurons and KV_GROUPS in self.structures:
             raise ValueError(
                 f"criterion: {self.criterion} scores neurons alone, whose weights meet at the hidden channels; with "
                 f"structures: [{', '.join(self.structures)}] use another criterion, such as weight_taylor"
             )
-        if self.student_chosen_by is not None and (self.steps > 1 or self.round_ratio is not None):
-            named = f"steps: {self.steps}" if self.round_ratio is None else f"round_ratio: {self.round_ratio:g}"
+        if self.student_chosen_by is not None and self._rounds:
             raise ValueError(
-                f"criterion: {self.criterion} is of a student of the dense model, and with {named} it would be of "
-                "what is left of that; leave it out"
+                f"criterion: {self.criterion} is of a student of the dense model, and with {self._rounds} it would be "
+                "of what is left of that; leave it out"
             )
         return self
 
@@ -214,11 +219,10 @@ class Method(Section):
                 f"steps: {self.steps} and round_ratio: {self.round_ratio:g} are two ways to say in which parts a model "
                 "is pruned; give one of them"
             )
-        if self.allocation == "low_rank" and (self.steps > 1 or self.round_ratio is not None):
-            named = f"steps: {self.steps}" if self.round_ratio is None else f"round_ratio: {self.round_ratio:g}"
+        if self.allocation == "low_rank" and self._rounds:
             raise ValueError(
-                f"{named} needs allocation: uniform, plain, local, global, standardized or searched; a model whose "
-                "matrices have low rank isn't pruned again"
+                f"{self._rounds} needs allocation: uniform, plain, local, global, standardized or searched; a model "
+                "whose matrices have low rank isn't pruned again"
             )
         return self
 
@@ -270,12 +274,17 @@ class Method(Section):
     @property
     def scored_before(self) -> frozenset[CriterionName]:
         """The scores that a calibration pass computes for it."""
-        return frozenset(name for name in CRITERIA if name == self.criterion)
+        return frozenset(CRITERIA.keys() & {self.criterion})
 
     @property
     def student_chosen_by(self) -> CriterionName | None:
         """The criterion whose scores choose the student on which this method's are computed; None without a student."""
         return next((CRITERIA[name].student_of for name in self.scored_before), None)
+
+
+def _named(settings: Mapping[str, object]) -> str:
+    """Settings as they are written in YAML, for messages."""
+    return ", ".join(f"{name}: {'null' if value is None else value}" for name, value in settings.items())
 
 
 class PruneConfig(Section):

@@ -79,8 +79,9 @@ def _as_input(settings: object) -> object:
 
 
 def _placed(settings: object, place: str) -> object:
-    is_file = isinstance(settings, Mapping) and "dataset" not in settings
-    return {**settings, "path": place} if is_file else settings  # type: ignore[dict-item]
+    if isinstance(settings, Mapping) and "dataset" not in settings:
+        return {**settings, "path": place}
+    return settings
 
 
 # Marks settings of a text. A file's path and name don't matter: it is an input of the stage, identified by its content.
@@ -130,13 +131,10 @@ class ImportanceParameters(Parameters):
         """The same pass, for these criteria and these kinds of units."""
         names = sorted(criteria)
         calibration = self.calibration
-        # If a shard is a single micro-batch, it makes no difference.
-        is_cut = (
-            min(calibration.shard_size * calibration.micro_batch_size, calibration.samples)
-            > calibration.micro_batch_size
-        )
         moments = any(CRITERIA[name].needs_moments for name in names)
-        curvature = "rounded by micro-batch" if moments and is_cut else None
+        # It makes no difference where a shard is a single micro-batch.
+        several_to_a_shard = calibration.shard_size > 1 and calibration.samples > calibration.micro_batch_size
+        curvature = "rounded by micro-batch" if moments and several_to_a_shard else None
         return self.model_copy(update={"criteria": names, "structures": list(structures), "curvature": curvature})
 
 

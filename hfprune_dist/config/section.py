@@ -14,8 +14,7 @@ Positive = Annotated[int, Field(ge=1, lt=2**31)]
 
 def _positive_or_auto(value: object) -> object:
     """Check both kinds of value, with one message for either."""
-    whole = isinstance(value, int) and not isinstance(value, bool)
-    if value == "auto" or (whole and 1 <= value < 2**31):  # type: ignore[operator]
+    if value == "auto" or (isinstance(value, int) and not isinstance(value, bool) and 1 <= value < 2**31):
         return value
     raise ValueError(f"give a whole number from 1 on, or auto (got {value!r})")
 
