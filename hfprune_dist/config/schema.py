@@ -19,6 +19,8 @@ from hfprune_dist.core.criteria import CriterionName
 Ratio = Annotated[float, Field(gt=0.0, lt=1.0)]
 # The Trainer's trackers that can resume a run; these are also the names of their packages.
 Tracker = Literal["tensorboard", "trackio", "wandb"]
+# How ranks hold frozen weights: all of them each, a shard each, or whichever the free memory allows (auto).
+Sharding = Literal["auto", "replicate", "zero3"]
 
 
 def _once_each(values: list[Any]) -> list[Any]:
@@ -36,20 +38,20 @@ class ImportanceConfig(Section):
     backward for each loss.
 
     entropy: sum over tokens of |h * dH/dh| (HFPrune). entropy_bfloat16: the same, summed over micro-batches in
-    bfloat16, to show the effect of rounding. entropy_squared: sum of squares of the same terms.
-    cross_entropy: sum of |h * dCE/dh| (LLM-Pruner's first order). fisher: sum of (h * dlog p(y)/dh)^2 with y drawn
-    from p. fisher_signs: the same expectation, from random signs. self_distillation: sum of |h * dKL/dh| in a student
-    that lacks a tenth of its neurons, against the dense model (SDMPrune; another forward and backward). activation:
-    norm of h times the norm of the down_proj column. activation_l1: norm of h times the sum of the absolute weights in
-    that column (Wanda-sp). fluctuation: variance of h times the squared norm of that column (FLAP). surgeon: KL
-    divergence in nats that removing the neuron costs once all cheaper ones are gone and the others are refitted (K-FAC;
-    a second forward over the windows, layer by layer). weight_taylor: sum over the neuron's weights of |W * dCE/dW|, of
-    the mean over all windows (LLM-Pruner's first order; memory for these gradients). weight_taylor_vectorized: the
-    same, of products summed over each row and column. weight_taylor_second_order: sum over windows and the neuron's
-    weights of (W * dCE/dW)^2 (LLM-Pruner's second order). coupled_taylor: sum over windows of the mean over hidden
-    channels of |W * dCE/dW summed over the neuron's weights at that channel| (SDMPrune's start). reap: for whole
-    experts alone, the mean over their tokens of |output| * routing weight. magnitude: norm of the weights. random: a
-    random order. coupled_taylor_distilled is not for this list: it needs a method that chooses its student.
+    bfloat16, to show the effect of rounding. entropy_squared: sum of squares of the same terms. cross_entropy: sum of
+    |h * dCE/dh| (LLM-Pruner's first order, on activations). fisher: sum of (h * dlog p(y)/dh)^2 with y drawn from p.
+    fisher_signs: the same expectation, from random signs. self_distillation: sum of |h * dKL/dh| in a student that
+    lacks a tenth of its neurons, against the dense model (SDMPrune; another forward and backward). activation: norm of
+    h times the norm of the down_proj column. activation_l1: norm of h times the sum of the absolute weights in that
+    column (Wanda-sp). fluctuation: variance of h times the squared norm of that column (FLAP). surgeon: KL divergence
+    in nats that removing the neuron costs once all cheaper ones are gone and the others are refitted (K-FAC; a second
+    forward over the windows, layer by layer). weight_taylor: sum over the neuron's weights of |W * dCE/dW|, of the mean
+    over all windows (LLM-Pruner's first order; memory for these gradients). weight_taylor_vectorized: the same, of
+    products summed over each row and column. weight_taylor_second_order: sum over windows and the neuron's weights of
+    (W * dCE/dW)^2 (LLM-Pruner's second order). coupled_taylor: sum over windows of the mean over hidden channels of
+    |W * dCE/dW summed over the neuron's weights at that channel| (SDMPrune's start). reap: for whole experts alone, the
+    mean over their tokens of |output| * routing weight. magnitude: norm of the weights. random: a random order.
+    coupled_taylor_distilled is not for this list: it needs a method that chooses its student.
     """
     dtype: Dtype = "bfloat16"
     """Compute dtype of forward and backward; scores are accumulated in float64, except for entropy_bfloat16."""
@@ -120,7 +122,7 @@ class RuntimeConfig(Section):
     """CPU threads of each rank; null: OMP_NUM_THREADS if set, otherwise the usable cores divided by the ranks."""
     activation_checkpointing: bool = False
     """Importance: keep only the layers' inputs and run each layer again in backward; less memory, identical scores."""
-    sharding: Literal["auto", "replicate", "zero3"] = "auto"
+    sharding: Sharding = "auto"
     """Evaluation, distillation, recovery: replicate the model on every rank, shard it with ZeRO-3, or decide by the
     free memory (auto)."""
     save_every_steps: Positive = 50
@@ -189,8 +191,9 @@ class SweepConfig(Section):
     @field_validator("ratios")
     @classmethod
     def _are_told_apart(cls, ratios: list[float]) -> list[float]:
-        labels = [f"{ratio:g}" for ratio in ratios]
-        for label, ratio in zip(labels, ratios, strict=True):
-            if labels.count(label) > 1:
-                raise ValueError(f"{ratio} and another one are both called {label}")
+        by_label: dict[str, float] = {}
+        for ratio in ratios:
+            earlier = by_label.setdefault(f"{ratio:g}", ratio)
+            if earlier != ratio:
+                raise ValueError(f"{earlier} and {ratio} are both called {ratio:g} in tables; leave one of them out")
         return ratios

@@ -10,19 +10,19 @@ import torch
 from torch import Tensor, nn
 
 from hfprune_dist.checkpoints.checkpoint import Checkpoint
+from hfprune_dist.config.schema import Sharding
 from hfprune_dist.core.memory_limits import WEIGHTS_SHARE
 from hfprune_dist.distributed.world import World
 from hfprune_dist.models.loading import load_causal_lm
 from hfprune_dist.store.machine import available_memory
 
-Sharding = Literal["replicate", "zero3"]
+# How a model is sharded once that is decided.
+DecidedSharding = Literal["replicate", "zero3"]
 # Alignment of torch's allocations, in bytes.
 ALIGNMENT = 64
 
 
-def choose_sharding(
-    requested: Literal["auto", "replicate", "zero3"], checkpoint: Checkpoint, dtype: torch.dtype, world: World
-) -> Sharding:
+def choose_sharding(requested: Sharding, checkpoint: Checkpoint, dtype: torch.dtype, world: World) -> DecidedSharding:
     """Decide together how to place a model: whole on each rank if the weights fit everywhere, otherwise sharded."""
     if requested != "auto":
         return requested
@@ -49,7 +49,7 @@ class FrozenModel:
     """
 
     def __init__(
-        self, checkpoint: Checkpoint, dtype: torch.dtype, batch_size: int, sharding: Sharding, world: World
+        self, checkpoint: Checkpoint, dtype: torch.dtype, batch_size: int, sharding: DecidedSharding, world: World
     ) -> None:
         self._family = checkpoint.family
         self.world = world

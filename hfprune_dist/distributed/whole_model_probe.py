@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from hfprune_dist.checkpoints.checkpoint import Checkpoint
 from hfprune_dist.checkpoints.families import Family
 from hfprune_dist.checkpoints.tensor_files import is_usable, load_tensors, save_tensors
-from hfprune_dist.distributed.frozen_model import FrozenModel, Sharding, choose_sharding
+from hfprune_dist.config.schema import Sharding
+from hfprune_dist.distributed.frozen_model import FrozenModel, choose_sharding
 from hfprune_dist.distributed.world import World
 from hfprune_dist.errors import UserError
 
@@ -143,7 +144,7 @@ def obtain_probe(
     world: World,
     *,
     saved: Path | None,
-    sharding: Sharding | str,
+    sharding: Sharding,
 ) -> Probe:
     """Return the probe of a model for a pass over some windows; collective.
 
@@ -163,7 +164,9 @@ def record_probe(model: nn.Module, family: Family, file: Path) -> None:
     _record(model, family, lambda probe: save_probe(probe, file))
 
 
-def _computed(checkpoint: Checkpoint, windows_BT: Tensor, dtype: torch.dtype, sharding: Any, world: World) -> Probe:
+def _computed(
+    checkpoint: Checkpoint, windows_BT: Tensor, dtype: torch.dtype, sharding: Sharding, world: World
+) -> Probe:
     placed = choose_sharding(sharding, checkpoint, dtype, world)
 
     def compute() -> Probe:

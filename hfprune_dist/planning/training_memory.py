@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from hfprune_dist.config.method import Method
-from hfprune_dist.config.schema import SweepConfig
+from hfprune_dist.config.schema import Sharding, SweepConfig
 from hfprune_dist.config.training import LoraTraining
 from hfprune_dist.core.memory_limits import WEIGHTS_SHARE
 from hfprune_dist.planning.dimensions import Dimensions
@@ -25,8 +25,6 @@ MOST_ROWS = 64
 # If the rates of GPUs are known, fewer rows are as good if each takes at most this many times as long.
 AS_FAST = 1.02
 AUTO = "auto"
-
-Sharding = Literal["auto", "replicate", "zero3"]
 
 
 @dataclass(frozen=True)

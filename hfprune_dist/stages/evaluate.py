@@ -25,7 +25,7 @@ from hfprune_dist.config.parameters import EvaluateParameters
 from hfprune_dist.config.texts import FIRST, OTHER_TEXTS, compared_texts
 from hfprune_dist.core.fidelity import FidelitySums, Outputs, compare_outputs, next_ids, standard_errors
 from hfprune_dist.data.tokenizer import load_tokenizer
-from hfprune_dist.distributed.frozen_model import FrozenModel, Sharding, choose_sharding
+from hfprune_dist.distributed.frozen_model import DecidedSharding, FrozenModel, choose_sharding
 from hfprune_dist.distributed.world import World
 from hfprune_dist.errors import UserError
 from hfprune_dist.evaluation.lm_eval_tasks import TaskLoader, details_of, plain, scores_of
@@ -58,7 +58,7 @@ def run(context: Context) -> None:
     if texts:
         model = _measure_fidelity(context, sharding, texts)
     if tasks:
-        _evaluate_tasks(context, model or _load(context, "model", sharding), tasks)
+        _evaluate_tasks(context, model or _load(context, sharding), tasks)
     _commit(context, sharding)
 
 
@@ -86,12 +86,12 @@ def _dtype(context: Context) -> torch.dtype:
     return dtype
 
 
-def _load(context: Context, role: str, sharding: Sharding) -> FrozenModel:
-    checkpoint = open_checkpoint(context.input_path(role))
+def _load(context: Context, sharding: DecidedSharding) -> FrozenModel:
+    checkpoint = open_checkpoint(context.input_path("model"))
     return FrozenModel(checkpoint, _dtype(context), context.params.batch_size, sharding, context.world)
 
 
-def _commit(context: Context, sharding: Sharding) -> None:
+def _commit(context: Context, sharding: DecidedSharding) -> None:
     draft = context.open_draft()
     metrics: dict[str, Any] = {}
     if context.world.is_first:
@@ -126,14 +126,14 @@ def _texts(context: Context) -> dict[str, str]:
     return compared_texts(context.stage.inputs)
 
 
-def _measure_fidelity(context: Context, sharding: Sharding, texts: Sequence[str]) -> FrozenModel | None:
+def _measure_fidelity(context: Context, sharding: DecidedSharding, texts: Sequence[str]) -> FrozenModel | None:
     """Compare the model with its dense original on some texts and keep the results; return the model, still loaded.
 
     Only the head of the dense model is read. It is its own reference, so it isn't loaded to be measured itself.
     """
     head = LayerReader(open_checkpoint(context.input_path("dense")), _dtype(context), context.world.device).head()
     is_dense = context.stage.inputs["model"].identity == context.stage.inputs["dense"].identity
-    model = None if is_dense else _load(context, "model", sharding)
+    model = None if is_dense else _load(context, sharding)
     for text in texts:
         _save_fidelity(context, text, _compare(context, text, head, model))
     return model

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
 
 from hfprune_dist.checkpoints.checkpoint import Checkpoint
+from hfprune_dist.config.schema import Sharding
 from hfprune_dist.config.training import LoraTraining
 from hfprune_dist.data.schedule import RowReader, Schedule
 from hfprune_dist.errors import UserError
@@ -47,7 +47,7 @@ class FineTuning:
     save_every_steps: int
     timeout_minutes: int
     run: TrackedRun
-    sharding: Literal["auto", "replicate", "zero3"] = "auto"
+    sharding: Sharding = "auto"
     masked_to: Shape | None = None
     start: Snapshot | None = None
 
