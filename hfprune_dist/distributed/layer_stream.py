@@ -10,7 +10,7 @@ ranks.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
@@ -43,6 +43,8 @@ from hfprune_dist.models.single_layer import (
 from hfprune_dist.structures.units import Units
 
 HIDDEN = "hidden"
+# Called on every rank, in passes layer by layer, with the number of layers that are done; may raise ``Interrupted``.
+AfterLayer = Callable[[int], None]
 _Sums = WindowSums[Any, Any]
 
 

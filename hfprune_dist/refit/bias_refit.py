@@ -11,10 +11,9 @@ from hfprune_dist.checkpoints.checkpoint import Checkpoint
 from hfprune_dist.checkpoints.read_tensors import dtype_of
 from hfprune_dist.checkpoints.saved_layers import SavedLayers
 from hfprune_dist.core.selection import entries_of
-from hfprune_dist.distributed.layer_stream import LayerStream
+from hfprune_dist.distributed.layer_stream import AfterLayer, LayerStream
 from hfprune_dist.distributed.world import World
 from hfprune_dist.models.single_layer import output_of
-from hfprune_dist.refit.dense_refit import AfterEach
 from hfprune_dist.structures.kept import Kept
 from hfprune_dist.structures.units import Units
 
@@ -46,7 +45,7 @@ class BiasRefit:
         self._saved = saved
         self._world = world
 
-    def run(self, after_each: AfterEach) -> None:
+    def run(self, after_each: AfterLayer) -> None:
         """Find the biases of all layers that stay and are not done yet.
 
         Raises:

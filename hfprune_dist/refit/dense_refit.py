@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from hfprune_dist.core.selection import entries_of
 from hfprune_dist.distributed.gram_sums import Grams
 from hfprune_dist.distributed.interruption import Interrupted
-from hfprune_dist.distributed.layer_stream import LayerStream
+from hfprune_dist.distributed.layer_stream import AfterLayer, LayerStream
 from hfprune_dist.distributed.turns import Turns
 from hfprune_dist.distributed.world import World
 from hfprune_dist.models.output_projections import output_weights
@@ -25,9 +25,6 @@ from hfprune_dist.refit.refitted_layers import (
 )
 from hfprune_dist.structures.kept import Kept
 from hfprune_dist.structures.units import Units
-
-# Called on every rank with the number of layers that are done.
-AfterEach = Callable[[int], None]
 
 
 @dataclass(frozen=True)
@@ -63,7 +60,7 @@ class DenseRefit:
         self._fitted = fitted
         self._world = world
 
-    def run(self, after_each: AfterEach) -> None:
+    def run(self, after_each: AfterLayer) -> None:
         """Refit all layers that stay and are not done yet; if interrupted, ranks first solve the layers that wait.
 
         Raises:

@@ -15,10 +15,9 @@ from torch import Tensor, nn
 
 from hfprune_dist.checkpoints.checkpoint import Checkpoint
 from hfprune_dist.core.low_rank import channel_norms, kept_neurons, low_rank_factors, neuron_scores
-from hfprune_dist.distributed.layer_stream import LayerStream
+from hfprune_dist.distributed.layer_stream import AfterLayer, LayerStream
 from hfprune_dist.distributed.world import World
 from hfprune_dist.models.single_layer import linear_of, row_matrices
-from hfprune_dist.refit.dense_refit import AfterEach
 from hfprune_dist.refit.low_rank_layers import LowRankLayers
 
 
@@ -66,7 +65,7 @@ class LowRankPass:
         self._query, *_, self._output = checkpoint.family.attention_modules
         self._row, self._down = self._neurons.weights[0].removesuffix(".weight"), self._neurons.output
 
-    def run(self, after_each: AfterEach) -> None:
+    def run(self, after_each: AfterLayer) -> None:
         """Compress all layers that are not done yet; windows go no further than the last of these.
 
         Raises:

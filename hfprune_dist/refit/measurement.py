@@ -21,6 +21,7 @@ from hfprune_dist.core.fidelity import divergences
 from hfprune_dist.distributed.gram_sums import is_held_out
 from hfprune_dist.distributed.host_transfers import HostTransfers
 from hfprune_dist.distributed.layer_states import LayerStates, Named
+from hfprune_dist.distributed.layer_stream import AfterLayer
 from hfprune_dist.distributed.world import World
 from hfprune_dist.errors import UserError
 from hfprune_dist.models.single_layer import LayerReader, put_weights, run
@@ -61,7 +62,7 @@ class Measurement:
         reference: returns the ``dense_outputs`` for these micro-batches, or for more; collective.
         every: one token in this many is compared. With a large vocabulary, logits cost more than all layers.
         folder: keeps, for a later attempt, the results so far and the state of a measurement.
-        after_each: called on every rank with the number of layers that are done, over all measurements so far.
+        after_each: called with the number of layers that are done, over all measurements so far.
     """
 
     def __init__(
@@ -75,7 +76,7 @@ class Measurement:
         dtype: torch.dtype,
         world: World,
         folder: Path,
-        after_each: Callable[[int], None],
+        after_each: AfterLayer,
     ) -> None:
         self._checkpoint = checkpoint
         self._variants = variants
@@ -176,13 +177,9 @@ def dense_outputs(
     micro_batches: Mapping[int, Tensor],
     dtype: torch.dtype,
     world: World,
-    after_each: Callable[[int], None],
+    after_each: AfterLayer,
 ) -> Hidden:
-    """Outputs of the dense model's last layer for this rank's share of a ``Measurement``'s micro-batches.
-
-    Args:
-        after_each: called on every rank with the number of layers that are done.
-    """
+    """Outputs of the dense model's last layer for this rank's share of a ``Measurement``'s micro-batches."""
     reader = LayerReader(dense, dtype, world.device)
     transfers = HostTransfers(world.device)
     hidden = reader.embed(_share_of(micro_batches, world))

@@ -16,7 +16,7 @@ from hfprune_dist.core.gauss_newton import Biases, MlpWeights
 from hfprune_dist.core.least_squares import vectors_of_targets, weight_of_targets
 from hfprune_dist.distributed.gram_sums import GramSums
 from hfprune_dist.distributed.host_transfers import HostTransfers
-from hfprune_dist.distributed.layer_stream import LayerStream
+from hfprune_dist.distributed.layer_stream import AfterLayer, LayerStream
 from hfprune_dist.distributed.window_sums import unusable
 from hfprune_dist.distributed.world import World
 from hfprune_dist.models.single_layer import (
@@ -31,7 +31,6 @@ from hfprune_dist.models.single_layer import (
     run,
     weights_kept,
 )
-from hfprune_dist.refit.dense_refit import AfterEach
 from hfprune_dist.refit.gauss_newton_ranks import Reconstruction, Start
 from hfprune_dist.refit.least_squares_fit import Solution, solve_together
 from hfprune_dist.refit.refitted_layers import ProjectionFit, RefittedLayers
@@ -99,7 +98,7 @@ class SequentialRefit:
         self._transfers = HostTransfers(world.device)
         self._world = world
 
-    def run(self, after_each: AfterEach) -> None:
+    def run(self, after_each: AfterLayer) -> None:
         """Refit all layers that stay and are not done yet; windows go no further than the last of these.
 
         Raises:

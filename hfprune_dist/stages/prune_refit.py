@@ -13,10 +13,10 @@ from hfprune_dist.checkpoints.checkpoint import Checkpoint
 from hfprune_dist.checkpoints.kept_file import read_kept
 from hfprune_dist.checkpoints.saved_layers import SavedLayers
 from hfprune_dist.config.parameters import PruneParameters
-from hfprune_dist.distributed.layer_stream import LayerStream
+from hfprune_dist.distributed.layer_stream import AfterLayer, LayerStream
 from hfprune_dist.distributed.whole_model_probe import PROBE, Probe, obtain_probe, save_probe
 from hfprune_dist.refit.bias_refit import BiasRefit
-from hfprune_dist.refit.dense_refit import AfterEach, DenseRefit
+from hfprune_dist.refit.dense_refit import DenseRefit
 from hfprune_dist.refit.measurement import Hidden, dense_outputs
 from hfprune_dist.refit.refitted_layers import ProjectionFit, RefittedLayers
 from hfprune_dist.refit.sequential_refit import SequentialRefit
@@ -161,7 +161,7 @@ def outputs_of_dense(context: Context, dense: Checkpoint, micro_batches: Mapping
     return dense_outputs(dense, micro_batches, dtype, context.world, after_each)
 
 
-def after_each_layer(context: Context, phase: str, total: int) -> AfterEach:
+def after_each_layer(context: Context, phase: str, total: int) -> AfterLayer:
     """Return a callback that reports how many layers are done, and ends the stage if any rank was asked to."""
 
     def after_each(done: int) -> None:

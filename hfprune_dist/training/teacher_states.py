@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 from safetensors import safe_open
@@ -16,7 +15,7 @@ from torch import Tensor
 from hfprune_dist.data.windows import load_windows, save_windows
 from hfprune_dist.distributed.interruption import Interrupted
 from hfprune_dist.distributed.layer_states import LayerStates
-from hfprune_dist.distributed.layer_stream import LayerStream
+from hfprune_dist.distributed.layer_stream import AfterLayer, LayerStream
 from hfprune_dist.distributed.world import World
 from hfprune_dist.errors import UserError
 
@@ -50,14 +49,13 @@ class DenseStates:
 
 
 def write_dense_states(
-    stream: LayerStream, states: LayerStates, folder: Path, world: World, after_each: Callable[[int], None]
+    stream: LayerStream, states: LayerStates, folder: Path, world: World, after_each: AfterLayer
 ) -> None:
     """Take windows through a model layer by layer, so that it is never loaded whole, and write their final states.
 
     Args:
         stream: the windows before the first layer; every rank has some.
         states: where this attempt is saved if it is interrupted, and where an earlier one may have been.
-        after_each: called on every rank with the number of layers that are done; it may raise ``Interrupted``.
 
     Raises:
         UserError: on all ranks, if the states are NaN or infinite, since nothing can be compared with them.
