@@ -6,12 +6,12 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.autograd import Function
 
 from hfprune_dist.core.head import NOTHING, AfterHead, Rows, head_gradients
 from hfprune_dist.core.losses import distillation_gradient
+from hfprune_dist.core.wide import wide_dtype
 
 
 class Divergence(Function):
@@ -46,7 +46,7 @@ def summed_divergence(
         after: transformation of the head's logits.
     """
     if not len(hidden_NC):
-        return hidden_NC.sum(dtype=torch.promote_types(hidden_NC.dtype, torch.float32))
+        return hidden_NC.sum(dtype=wide_dtype(hidden_NC.dtype))
     gradients = partial(
         head_gradients,
         weight_VC=weight_VC,

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from hfprune_dist.core.blocks import row_blocks
 from hfprune_dist.core.memory_limits import CHUNK_BYTES
+from hfprune_dist.core.wide import wide_dtype
 
 
 @dataclass(frozen=True)
@@ -109,7 +110,7 @@ def _fill_gradient(
     after: AfterHead,
 ) -> Iterator[Tensor]:
     """Write a loss's gradient at the head's logits, perhaps in place of them; yield each block's loss per token."""
-    wide = torch.promote_types(logits_NV.dtype, torch.float32)
+    wide = wide_dtype(logits_NV.dtype)
     for block in row_blocks(logits_NV):
         rows = Rows(
             logits_NV[block].to(wide, copy=True),
@@ -126,7 +127,7 @@ def logit_chunks(
     hidden_NC: Tensor, weight_VC: Tensor, bias_V: Tensor | None, after: AfterHead = NOTHING
 ) -> Iterator[tuple[slice, Tensor]]:
     """Yield (rows, logits of those rows) in float32 or wider, at most ``CHUNK_BYTES`` of logits at a time."""
-    wide = torch.promote_types(hidden_NC.dtype, torch.float32)
+    wide = wide_dtype(hidden_NC.dtype)
     for rows in _chunks(hidden_NC, weight_VC, wide):
         yield rows, after(torch.nn.functional.linear(hidden_NC[rows], weight_VC, bias_V)).to(wide)
 

@@ -15,6 +15,7 @@ from torch.autograd import Function
 from torch.nn.functional import linear, silu
 
 from hfprune_dist.core.blocks import row_blocks
+from hfprune_dist.core.wide import widened
 
 # Called with some tokens' h * dL/dh in float32 or wider, [tokens, channels], until all tokens have been shown.
 Observer = Callable[[Tensor], None]
@@ -128,7 +129,7 @@ class GatedProduct(Function):
         gate_ND, up_ND, gradient_ND = (tensor.flatten(0, -2) for tensor in (*ctx.saved_tensors, gradient_BTD))
         gate_gradient_ND, up_gradient_ND = torch.empty_like(gate_ND), torch.empty_like(up_ND)
         for rows in row_blocks(gate_ND):
-            gate, up, gradient = _widened(gate_ND[rows]), _widened(up_ND[rows]), _widened(gradient_ND[rows])
+            gate, up, gradient = widened(gate_ND[rows]), widened(up_ND[rows]), widened(gradient_ND[rows])
             up_gradient = silu(gate).mul_(gradient)
             up_gradient_ND[rows] = up_gradient
             gate_gradient_ND[rows] = torch.ops.aten.silu_backward(gradient * up, gate)
@@ -252,8 +253,4 @@ def observe_gradient(h_BTD: Tensor, observer: Observer) -> None:
 
 def _show_products(hidden_ND: Tensor, gradient_ND: Tensor, observer: Observer) -> None:
     for rows in row_blocks(hidden_ND):
-        observer(_widened(hidden_ND[rows]) * _widened(gradient_ND[rows]))
-
-
-def _widened(tensor: Tensor) -> Tensor:
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+        observer(widened(hidden_ND[rows]) * widened(gradient_ND[rows]))

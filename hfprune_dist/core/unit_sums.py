@@ -23,6 +23,7 @@ from torch.utils.hooks import RemovableHandle
 from hfprune_dist.core.blocks import row_blocks
 from hfprune_dist.core.criteria import Criterion, Loss
 from hfprune_dist.core.memory_efficient import can_be_observed, masked, observe_gradient, observed
+from hfprune_dist.core.wide import widened
 
 
 class NonFiniteError(ValueError):
@@ -244,7 +245,7 @@ class KindObserver:
         """Hook that runs after an expert."""
         _, expert, weights_N = inputs
         if self._phase.backward_of is None and self._phase.student is None:
-            norms_N = torch.linalg.vector_norm(_widened(output_NC.detach()), dim=-1)
+            norms_N = torch.linalg.vector_norm(widened(output_NC.detach()), dim=-1)
             terms_2N = torch.stack([norms_N * weights_N.detach(), torch.ones_like(norms_N)])
             for criterion in self._criteria:
                 if criterion.summed == "routed_output":
@@ -280,7 +281,7 @@ class KindObserver:
             if criterion.summed == "moments":
                 self._add(criterion, place, _moments_over_tokens(hidden_BTD))
             elif criterion.summed == "activation":
-                self._add(criterion, place, _sum_over_tokens(criterion, _widened(hidden_BTD).abs()))
+                self._add(criterion, place, _sum_over_tokens(criterion, widened(hidden_BTD).abs()))
 
     def _reduce_gradient(self, place: _Place, product_ND: Tensor) -> None:
         """Add some tokens' h * dL/dh to the micro-batch's sums."""
@@ -326,10 +327,6 @@ def sum_over_channels(values_D: Tensor, channels_per_unit: int) -> Tensor:
         return values_D
     sums_U: Tensor = values_D.unflatten(-1, (-1, channels_per_unit)).sum(dim=-1)
     return sums_U
-
-
-def _widened(tensor: Tensor) -> Tensor:
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def _moments_over_tokens(hidden_BTD: Tensor) -> Tensor:

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from hfprune_dist.core.blocks import row_blocks
 from hfprune_dist.core.linear_observer import SeenLinear
 from hfprune_dist.core.unit_sums import Maker
+from hfprune_dist.core.wide import wide_dtype
 
 # Bytes per element of a block of weights, in float32: the products, and what is added to or multiplied with them.
 BLOCK_BYTES = 2 * 4
@@ -51,12 +52,11 @@ class Owned:
     @property
     def nothing(self) -> Tensor:
         """Zeros as the start of sums over windows, float32 or wider [rows]."""
-        wide = torch.promote_types(self.weight.dtype, torch.float32)
-        return torch.zeros(len(self.weight), dtype=wide, device=self.weight.device)
+        return torch.zeros(len(self.weight), dtype=wide_dtype(self.weight.dtype), device=self.weight.device)
 
     def of_window(self, window: int) -> Callable[[slice], Tensor]:
         """Return a function: slice of rows -> their products with the window's gradients, float32 or wider."""
-        wide = torch.promote_types(self.weight.dtype, torch.float32)
+        wide = wide_dtype(self.weight.dtype)
         gradients_TD, inputs_TC = self.gradients[window], self.inputs[window].to(wide)
 
         def products(rows: slice) -> Tensor:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from hfprune_dist.core.exact_sums import ExactSum
+from hfprune_dist.core.wide import wide_dtype
 from hfprune_dist.distributed.window_sums import WindowSums
 
 
@@ -19,9 +20,8 @@ class MeanSums(WindowSums[ExactSum, Tensor]):
         return own.value()
 
     def _add(self, _index: int, vectors_ND: Tensor) -> None:
-        wide = torch.promote_types(vectors_ND.dtype, torch.float32)
         # The scale is of absolute values: terms may cancel in the first sum, and not in others.
-        own = self._sums or self._at_scale_of(vectors_ND.abs().sum(dim=0, dtype=wide))
+        own = self._sums or self._at_scale_of(vectors_ND.abs().sum(dim=0, dtype=wide_dtype(vectors_ND.dtype)))
         own.add(vectors_ND.sum(dim=0, dtype=torch.float64))
 
     def _empty(self, first_D: Tensor) -> ExactSum:

@@ -6,12 +6,12 @@ from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from hfprune_dist.core.exact_sums import PackedGramScale
 from hfprune_dist.core.gram import gram_matrix
 from hfprune_dist.core.unit_sums import SeeOutputGradients
+from hfprune_dist.core.wide import widened
 from hfprune_dist.distributed.world import World
 from hfprune_dist.scoring.layer_sums import LayerSums, MatrixSums
 
@@ -38,5 +38,4 @@ class Curvature(LayerSums):
 
 
 def _see(sums: MatrixSums, counts: bool, layer: int, gradients_NC: Tensor) -> None:
-    wide = torch.promote_types(gradients_NC.dtype, torch.float32)
-    sums.add(layer, gram_matrix(gradients_NC.to(wide)) if counts else None)
+    sums.add(layer, gram_matrix(widened(gradients_NC)) if counts else None)

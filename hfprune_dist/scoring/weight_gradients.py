@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from hfprune_dist.core.exact_sums import TensorScale
 from hfprune_dist.core.linear_observer import SeeLinear
+from hfprune_dist.core.wide import widened
 from hfprune_dist.distributed.world import World
 from hfprune_dist.scoring.layer_sums import LayerSums, MatrixSums, Size
 
@@ -39,5 +39,4 @@ class WeightGradients(LayerSums):
 
 def _see(sums: MatrixSums, counts: bool, layer: int, inputs_BTI: Tensor, gradients_BTO: Tensor) -> None:
     inputs_NI, gradients_NO = inputs_BTI.flatten(0, -2), gradients_BTO.flatten(0, -2)
-    wide = torch.promote_types(gradients_NO.dtype, torch.float32)
-    sums.add(layer, gradients_NO.to(wide).T @ inputs_NI.to(wide) if counts else None)
+    sums.add(layer, widened(gradients_NO).T @ widened(inputs_NI) if counts else None)
