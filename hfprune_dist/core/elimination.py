@@ -81,24 +81,13 @@ def eliminate(
     order, costs = [], []
     for start in range(0, units, block):
         candidates = (~gone_U).nonzero().flatten()
-        inverse_Ucc, curvature_Ucc = inverse.blocks_Ucc[candidates], curvature.blocks_Ucc[candidates]
-        cost_U = 0.5 * torch.maximum(
-            _traces(inverse_Ucc, curvature_Ucc + correction_Ucc[candidates]),
-            _traces(inverse_Ucc, LEAST_SHARE * curvature_Ucc),
-        )
+        blocks_Ucc = inverse.blocks_Ucc[candidates], curvature.blocks_Ucc[candidates]
+        cost_U = _costs(*blocks_Ucc, correction_Ucc[candidates])
         cheapest = cost_U.sort(stable=True).indices[:block]
         gone = candidates[cheapest]
         order.append(left_U[gone])
         costs.append(cost_U[cheapest])
-        # Block elimination: P - P[:, gone] P[gone, gone]^-1 P[gone, :] is the inverse of G without those removed.
-        gone_channels = entries_of(gone, channels)
-        rows_BD = inverse.rows(gone_channels)
-        absorbed_BD = torch.linalg.solve(rows_BD[:, gone_channels], rows_BD)
-        inverse.subtract(absorbed_BD.T, rows_BD)
-        # The columns that stay become W - W[:, gone] absorbed, W^T F W accordingly.
-        curved_BD = curvature.rows(gone_channels)
-        half_BD = curved_BD - 0.5 * curved_BD[:, gone_channels] @ absorbed_BD
-        curvature.subtract(torch.cat([absorbed_BD, half_BD]).T, torch.cat([half_BD, absorbed_BD]))
+        _remove(entries_of(gone, channels), inverse, curvature)
         gone_U[gone] = True
         if (start // block + 1) % WAITING == 0:
             stay_S = (~gone_U).nonzero().flatten()
@@ -142,6 +131,24 @@ class _Shrinking:
         self._matrix_DD = self._matrix_DD.index_select(1, channels).addmm_(left_SR, right_RS, alpha=-1)
         self.blocks_Ucc = self.blocks_Ucc[stay_S]
         self._waiting = []
+
+
+def _remove(gone: Tensor, inverse: _Shrinking, curvature: _Shrinking) -> None:
+    """Update G^-1 and W^T F W for the removal of some channels, whose work the others take over."""
+    # Block elimination: P - P[:, gone] P[gone, gone]^-1 P[gone, :] is the inverse of G without those removed.
+    rows_BD = inverse.rows(gone)
+    absorbed_BD = torch.linalg.solve(rows_BD[:, gone], rows_BD)
+    inverse.subtract(absorbed_BD.T, rows_BD)
+    # The columns that stay become W - W[:, gone] absorbed, W^T F W accordingly.
+    curved_BD = curvature.rows(gone)
+    half_BD = curved_BD - 0.5 * curved_BD[:, gone] @ absorbed_BD
+    curvature.subtract(torch.cat([absorbed_BD, half_BD]).T, torch.cat([half_BD, absorbed_BD]))
+
+
+def _costs(inverse_Ucc: Tensor, curvature_Ucc: Tensor, correction_Ucc: Tensor) -> Tensor:
+    """Return the cost of removing each unit, of which the correction leaves ``LEAST_SHARE`` at least."""
+    corrected_U = _traces(inverse_Ucc, curvature_Ucc + correction_Ucc)
+    return 0.5 * torch.maximum(corrected_U, _traces(inverse_Ucc, LEAST_SHARE * curvature_Ucc))
 
 
 # Blocks of one channel are plain numbers: the only case in most models, and much cheaper without matrix products.
