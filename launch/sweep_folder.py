@@ -16,7 +16,7 @@ from hfprune_dist.errors import UserError, did_you_mean
 from hfprune_dist.planning.earlier_rows import without_rows
 from hfprune_dist.planning.model_sources import ModelSource
 from hfprune_dist.planning.plan import Plan
-from hfprune_dist.planning.training_memory import as_chosen_before
+from hfprune_dist.planning.training_memory import with_micro_batches
 from hfprune_dist.results.checkpoint_folders import Update
 from hfprune_dist.results.named_checkpoints import checkpoint_folders, named_checkpoints
 from hfprune_dist.results.rows import DenseModel, Row, collect_rows
@@ -215,7 +215,7 @@ def configuration(out: Path, files: Sequence[Path], overrides: Mapping[str, Any]
     """
     own = out / CONFIG_FILE
     if files or not own.is_file():
-        return as_chosen_before(load_config(files, overrides, PROJECT.configs), _chosen_rows(own)), ""
+        return with_micro_batches(load_config(files, overrides, PROJECT.configs), _chosen_rows(own)), ""
     try:
         if "models" not in read_yaml(own, "configuration", "keys and values at the top level"):
             raise UserError(f"{own}: damaged, it doesn't name any models")
@@ -226,7 +226,7 @@ def configuration(out: Path, files: Sequence[Path], overrides: Mapping[str, Any]
             "--config"
         ) from None
     laid_over = ", with this command's settings over it" if overrides else ""
-    config = as_chosen_before(load_config([own], overrides), _chosen_rows(own))
+    config = with_micro_batches(load_config([own], overrides), _chosen_rows(own))
     return config, f"configuration: {own}, of the last run in this folder{laid_over}"
 
 

@@ -172,3 +172,8 @@ def dimensions_of(config: Mapping[str, Any], row_projections: int = 2) -> Dimens
         tied=bool(config.get("tie_word_embeddings", False)),
         row_projections=row_projections,
     )
+
+
+def attention_flops(dims: Dimensions, tokens: int) -> float:
+    """Operations per token of both products of causal attention, which involve no weights: in all layers, forward."""
+    return dims.num_layers * 2 * tokens * dims.num_heads * dims.head_size

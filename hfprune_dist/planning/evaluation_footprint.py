@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from hfprune_dist.planning.dimensions import Dimensions
-from hfprune_dist.planning.gathering import attention_flops, gathered_at_a_time
+from hfprune_dist.planning.dimensions import Dimensions, attention_flops
+from hfprune_dist.planning.gathering import gathered_at_a_time
 from hfprune_dist.planning.gpu_needs import Memory, Work
 from hfprune_dist.planning.layer_pass_footprint import widest
 

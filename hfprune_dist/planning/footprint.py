@@ -13,9 +13,9 @@ from dataclasses import dataclass, replace
 from hfprune_dist.config.training import LoraTraining
 from hfprune_dist.core.memory_limits import ACCELERATOR_BYTES, CHUNK_BYTES
 from hfprune_dist.core.triangle import BLOCK, packed_size
-from hfprune_dist.planning.dimensions import Dimensions
+from hfprune_dist.planning.dimensions import Dimensions, attention_flops
 from hfprune_dist.planning.evaluation_footprint import Evaluate
-from hfprune_dist.planning.gathering import attention_flops, gathered_at_a_time, stays_gathered
+from hfprune_dist.planning.gathering import gathered_at_a_time, stays_gathered
 from hfprune_dist.planning.generation_footprint import Generate
 from hfprune_dist.planning.gpu_needs import ITEMSIZE, Gpus, Memory, Work
 from hfprune_dist.planning.layer_pass_footprint import (

@@ -1,4 +1,4 @@
-"""How much of a sharded model DeepSpeed gathers at a time, and the work of attention that involves no weights."""
+"""How much of a sharded model DeepSpeed gathers at a time."""
 
 from __future__ import annotations
 
@@ -20,8 +20,3 @@ def gathered_at_a_time(dims: Dimensions, itemsize: int, ranks: int) -> float:
 def stays_gathered(dims: Dimensions) -> bool:
     """Whether DeepSpeed keeps the parameters gathered in forward until backward is over."""
     return dims.parameters <= LIVE_PARAMETERS
-
-
-def attention_flops(dims: Dimensions, tokens: int) -> float:
-    """Operations per token of both products of causal attention in all layers, forward."""
-    return dims.num_layers * 2 * tokens * dims.num_heads * dims.head_size

@@ -63,25 +63,23 @@ def requests_of(params: EvaluateParameters) -> tuple[list[Requests], list[str]]:
     known, unknown = [], []
     for task in params.tasks:
         asked = TASKS.get(task, USUAL)
-        documents = min(it for it in (params.limit, TASKS.get(task) and asked.documents, 2**31) if it)
-        if documents == 2**31:
+        documents = asked.documents if task in TASKS else params.limit
+        if documents is None:
             unknown.append(task)
         else:
+            documents = min(documents, params.limit or documents)
             known.append(Requests(documents, asked.each, asked.tokens * (1 + (params.num_fewshot or 0))))
     return known, unknown
 
 
 def packed_rows(recovery: RecoveryConfig) -> int | None:
     """Estimate how many rows the instruction pairs fill; None if the number of pairs is unknown."""
-    found = _pairs_of_files(Path(recovery.path)) if recovery.path else None
-    if found is None:
-        known = PAIRS.get(recovery.dataset or "") if recovery.path is None else None
-        pairs = min((it for it in (known, recovery.samples) if it), default=None)
-        found = None if pairs is None else (pairs, TOKENS_OF_A_PAIR)
-    if found is None:
+    of_hub = PAIRS.get(recovery.dataset or "") if recovery.path is None else None
+    of_files = _pairs_of_files(Path(recovery.path)) if recovery.path else None
+    pairs, tokens = of_files or (of_hub, TOKENS_OF_A_PAIR)
+    used = min((it for it in (pairs, recovery.samples) if it), default=None)
+    if used is None:
         return None
-    pairs, tokens = found
-    used = min(pairs, recovery.samples or pairs)
     return max(1, -(-used * min(tokens, recovery.sequence_length) // recovery.sequence_length))
 
 

@@ -10,8 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from hfprune_dist.planning.dimensions import Dimensions, Outputs
-from hfprune_dist.planning.gathering import attention_flops
+from hfprune_dist.planning.dimensions import Dimensions, Outputs, attention_flops
 from hfprune_dist.planning.model_shape import ModelShape
 from hfprune_dist.planning.operations import Operations
 

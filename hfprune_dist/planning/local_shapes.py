@@ -13,6 +13,7 @@ from hfprune_dist.checkpoints.checkpoint import Checkpoint
 from hfprune_dist.checkpoints.pruned_config import plain_group_counts
 from hfprune_dist.config.parameters import LoraPruneParameters, PruneParameters
 from hfprune_dist.planning.shape_target import ShapeTarget
+from hfprune_dist.planning.widths import closest_multiple
 from hfprune_dist.structures import KV_GROUPS, NEURONS
 from hfprune_dist.structures.kept import Shape
 from hfprune_dist.structures.units import Units
@@ -124,7 +125,8 @@ class LocalTarget:
 
     def _shape(self, groups: Sequence[int]) -> Shape:
         share = self._left(groups) / (self.asked.counts.units[NEURONS] * sum(self._widths))
-        widths = [self._rounded((1 - min(max(share, 0.0), 1.0)) * width, width) for width in self._widths]
+        left = 1 - min(max(share, 0.0), 1.0)
+        widths = [closest_multiple(left * width, width, self.asked.multiple_of) for width in self._widths]
         most = self._left_before(self.asked.neurons)
         return self._whole_but([min(pair) for pair in zip(widths, most, strict=True)], groups)
 
@@ -132,12 +134,6 @@ class LocalTarget:
         """Units of one kind that the pruned layers have when this round begins."""
         counts = units.counts if self.before is None else self.before.counts(units)
         return [counts[layer] for layer in self._pruned]
-
-    def _rounded(self, exact: float, width: int) -> int:
-        """The permitted number of neurons closest to ``exact``, for a layer of this width."""
-        multiple_of = self.asked.multiple_of
-        multiple = max(multiple_of, round(exact / multiple_of) * multiple_of)
-        return min((min(multiple, width), width), key=lambda kept: abs(kept - exact))
 
     def _largest(self, rows: Sequence[Sequence[int]]) -> float:
         if not self._pruned:
@@ -155,7 +151,7 @@ class LocalTarget:
         return Shape(tuple(layers), units)
 
     def _out_of_reach(self, largest: float) -> Exception:
-        wider = LocalTarget(self.asked.largest_structures, self.protect_first, self.protect_last)
+        wider = LocalTarget(self.asked.with_all_structures, self.protect_first, self.protect_last)
         protects = self.protect_first + self.protect_last > 0
         limits = " with the layers that prune.protect_first and protect_last set aside" if protects else ""
         return self.asked.out_of_reach(largest, wider.largest(), limits)

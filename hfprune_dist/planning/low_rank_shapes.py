@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 
 from hfprune_dist.errors import UserError
 from hfprune_dist.planning.shape_target import ShapeTarget
-from hfprune_dist.planning.widths import round_down
+from hfprune_dist.planning.widths import closest_multiple, round_down
 from hfprune_dist.structures import NEURONS
 from hfprune_dist.structures.kept import Shape
 
@@ -75,14 +75,10 @@ class LowRankTarget:
         ranks = {name: (rank,) * len(layers) for name, rank in self._ranks(share).items()}
         whole = Shape(tuple(layers), ranks=ranks)
         left = self._wanted - (asked.counts.total - asked.counts.of(whole))
-        width = self._rounded(asked.neurons.most - left / (len(layers) * asked.counts.units[NEURONS]))
+        most = asked.neurons.most
+        exact = most - left / (len(layers) * asked.counts.units[NEURONS])
+        width = closest_multiple(exact, most, asked.multiple_of)
         return replace(whole, units={NEURONS: (width,) * len(layers)})
-
-    def _rounded(self, exact: float) -> int:
-        """The permitted number of neurons closest to ``exact``."""
-        multiple_of, most = self.asked.multiple_of, self.asked.neurons.most
-        multiple = max(multiple_of, round(exact / multiple_of) * multiple_of)
-        return min((min(multiple, most), most), key=lambda kept: abs(kept - exact))
 
     def _ranks(self, share: float) -> dict[str, int]:
         """Name within a layer of each projection that gets a low rank -> that rank."""

@@ -6,6 +6,7 @@ so there must be few. If a model is pruned in rounds, each shape lies within the
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
@@ -21,6 +22,7 @@ from hfprune_dist.structures.kept import Shape
 MOST_SHAPES, MOST_GROUP_COUNTS = 24, 4
 # Numbers of layers are tried in steps of one layer for every LAYERS_OF_A_STEP layers of the model.
 LAYERS_OF_A_STEP = 15
+_NAME = re.compile(r"(\d+) layers, (\d+) KV groups, width (\d+)")
 
 T = TypeVar("T")
 
@@ -43,6 +45,18 @@ class PlainShape:
     def name(self) -> str:
         """Its name in metrics."""
         return f"{self.num_layers} layers, {self.kv_groups} KV groups, width {self.width}"
+
+    @classmethod
+    def named(cls, name: str) -> PlainShape:
+        """Return the shape with a ``name``.
+
+        Raises:
+            ValueError: if it is no name of one.
+        """
+        found = _NAME.fullmatch(name)
+        if found is None:
+            raise ValueError(f"{name!r} names no shape")
+        return cls(*map(int, found.groups()))
 
 
 def plain_shapes(target: ShapeTarget, before: PlainShape | None = None) -> list[PlainShape]:
@@ -133,7 +147,7 @@ def _with_width(target: ShapeTarget, before: PlainShape, num_layers: int, kv_gro
 def _none_reaches(target: ShapeTarget) -> UserError:
     largest = _largest(target)
     if target.ratio > largest:
-        return target.out_of_reach(largest, _largest(target.largest_structures))
+        return target.out_of_reach(largest, _largest(target.with_all_structures))
     cells = _cells(target, PlainShape.of(target.checkpoint))
     larger = min(it for it in (_smallest(target, *cell) for cell in cells) if it > target.ratio)
     return UserError(

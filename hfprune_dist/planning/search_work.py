@@ -27,6 +27,7 @@ from hfprune_dist.planning.layer_pass_work import (
 )
 from hfprune_dist.planning.model_shape import ModelShape
 from hfprune_dist.planning.operations import NO_OPERATIONS, Operations
+from hfprune_dist.planning.plain_shapes import PlainShape
 from hfprune_dist.structures import KV_GROUPS, LAYERS, NEURONS
 
 # stages.cheap_measurement: windows on which candidates are compared, fewer for an order of layers; one in EVERY tokens.
@@ -37,7 +38,6 @@ JUDGED_EVERY, FINALISTS = 16, 2
 # core.drop_order: layers that are measured again; core.width_search: number of times a search measures.
 CONTENDERS, MEASUREMENTS = 5, 3
 
-PLAIN = re.compile(r"(\d+) layers, (\d+) KV groups, width (\d+)")
 LAYERS_ALONE = re.compile(r"(\d+) layers")
 
 # What a candidate makes of a layer, and a number to distinguish choices of unknown sizes; None: the layer goes.
@@ -196,15 +196,9 @@ class Search:
         return [None if number in gone else (dims, 0) for number, dims in enumerate(self.model.layers)]
 
     def _plain(self, name: str) -> Candidate:
-        found = PLAIN.fullmatch(name)
-        if found is None:
-            raise ValueError(f"{name!r} names no shape")
-        layers, groups, width = map(int, found.groups())
-        gone = self._dropped[: len(self.model.layers) - layers]
-        return [
-            None if number in gone else (_smaller(dims, groups, width), 0)
-            for number, dims in enumerate(self.model.layers)
-        ]
+        shape = PlainShape.named(name)
+        gone = self._dropped[: len(self.model.layers) - shape.num_layers]
+        return [None if number in gone else (_smaller(dims, shape), 0) for number, dims in enumerate(self.model.layers)]
 
     def _named(self, name: str, number: int) -> Candidate:
         """The candidate that metrics call ``name``; if its sizes aren't recorded, about those of the outcome."""
@@ -227,9 +221,9 @@ def layers_in_order(told: Mapping[str, Any], model: ModelShape, dense: ModelShap
     return order if layers == len(dense.layers) else [*range(layers)][layers - len(order) :][::-1]
 
 
-def _smaller(dims: Dimensions, groups: int, width: int) -> Dimensions:
-    queries = dims.num_heads // dims.num_key_value_heads
-    return replace(dims, num_key_value_heads=groups, num_heads=groups * queries, intermediate_size=width)
+def _smaller(dims: Dimensions, shape: PlainShape) -> Dimensions:
+    heads = shape.kv_groups * (dims.num_heads // dims.num_key_value_heads)
+    return replace(dims, num_key_value_heads=shape.kv_groups, num_heads=heads, intermediate_size=shape.width)
 
 
 def _cheap_fits(dims: Dimensions, choices: set[tuple[Dimensions, int]], kv_groups: bool) -> Operations:

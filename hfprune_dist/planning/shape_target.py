@@ -76,7 +76,7 @@ class ShapeTarget:
         return max(-(-2 * self.checkpoint.num_layers // 3), len(self.undroppable))
 
     @property
-    def largest_structures(self) -> ShapeTarget:
+    def with_all_structures(self) -> ShapeTarget:
         """The same target with all possible structures."""
         return replace(self, structures=self.possible)
 

@@ -147,7 +147,7 @@ class StageTimes:
             case DistillParameters() | RecoverParameters() | LoraPruneParameters(), Train():
                 return self._training(stage, job, gpus, placed)
             case EvaluateParameters() as params, Evaluate():
-                return self._evaluation(stage, params, job, (gpus, placed))
+                return self._evaluation(stage, params, job, gpus, placed)
             case EfficiencyParameters() as params, _:
                 return self._generations(stage, params, gpus)
         raise AssertionError(f"{stage.id} was planned by another version of the code")
@@ -250,10 +250,9 @@ class StageTimes:
         return replace(load, operations=operations, windows=1 / gpus.ranks, exchanged=load.exchanged + gathered)
 
     def _evaluation(
-        self, stage: Stage, params: EvaluateParameters, job: Evaluate, gpus: tuple[Gpus, Gpus]
+        self, stage: Stage, params: EvaluateParameters, job: Evaluate, gpus: Gpus, placed: Gpus
     ) -> _Load | None:
         """Load of held-out windows one by one, with both models' logits, and of requests in batches."""
-        everywhere, placed = gpus
         shape, dense = self._costs.shape(stage), self._plan.dense_folder(stage)
         is_dense = str(dense) == stage.inputs["model"].location
         total = NO_SECONDS
@@ -262,12 +261,12 @@ class StageTimes:
             text = self._plan.stages[reference.location].params
             assert isinstance(text, ReferenceParameters) and text.text is not None
             window = _of_shape(replace(job, sequences=1, tokens=text.text.sequence_length), shape, placed)
-            rounds = _ceil(text.text.windows, everywhere.ranks)
+            rounds = _ceil(text.text.windows, gpus.ranks)
             total = _sum(total, NO_SECONDS if is_dense else window * (2 * rounds))
         known, unknown = requests_of(params)
         for task in known:
             batch = _of_shape(replace(job, sequences=params.batch_size, tokens=task.tokens), shape, placed)
-            total = _sum(total, batch * _ceil(task.count, params.batch_size * everywhere.ranks))
+            total = _sum(total, batch * _ceil(task.count, params.batch_size * gpus.ranks))
         missing = [f"documents of {', '.join(unknown)} (evaluation.limit bounds them)"] if unknown else []
         others = [task for task in params.tasks if task not in TASKS and task not in unknown]
         missing += [f"answers that a model writes for {', '.join(others)}"] if others else []

@@ -74,11 +74,6 @@ def chooses(config: SweepConfig) -> bool:
     return any(settings.micro_batch_size == AUTO for settings in _trainings(config).values())
 
 
-def as_chosen_before(config: SweepConfig, earlier: Mapping[str, int | Literal["auto"]]) -> SweepConfig:
-    """Return the configuration with micro-batch sizes chosen earlier, by section, where it leaves them open."""
-    return _with_rows(config, earlier)
-
-
 def choose_micro_batches(
     config: SweepConfig, models: Sequence[Dimensions], gpus: Mapping[str, Gpus], methods: Iterable[Method] = ()
 ) -> SweepConfig:
@@ -101,15 +96,15 @@ def choose_micro_batches(
         if where is not None:
             sharding, batch = config.runtime.sharding, settings.batch_size
             rows[section] = min(_most_rows(job, dims, where, batch, sharding) for dims in models)
-    return _with_rows(config, rows)
+    return with_micro_batches(config, rows)
 
 
 def _trainings(config: SweepConfig) -> dict[str, LoraTraining]:
     return {"recovery": config.recovery, "distillation": config.distillation}
 
 
-def _with_rows(config: SweepConfig, rows: Mapping[str, int | Literal["auto"]]) -> SweepConfig:
-    """Set these micro-batch sizes, by section, where they are still to be chosen."""
+def with_micro_batches(config: SweepConfig, rows: Mapping[str, int | Literal["auto"]]) -> SweepConfig:
+    """Return the configuration with these micro-batch sizes, by section, where they are still to be chosen."""
     open_to_choice = {name: it for name, it in _trainings(config).items() if it.micro_batch_size == AUTO}
     return config.model_copy(
         update={

@@ -137,6 +137,12 @@ class Target:
         )
 
 
+def closest_multiple(exact: float, width: int, multiple_of: int) -> int:
+    """The number of units closest to ``exact`` that a layer may keep: all ``width`` of them, or fewer in a multiple."""
+    multiple = max(multiple_of, round(exact / multiple_of) * multiple_of)
+    return min((min(multiple, width), width), key=lambda kept: abs(kept - exact))
+
+
 def round_down(ratio: float) -> str:
     """Format a ratio for messages, rounded down so that it can be reached."""
     return f"{int(ratio * 10000) / 10000:.4f}"

@@ -35,8 +35,8 @@ from hfprune_dist.core.weight_products import CoupledProducts, SquaredProducts
 from hfprune_dist.distributed.layer_stream import LayerStream
 from hfprune_dist.models.experts import see_experts
 from hfprune_dist.models.memory_efficient_backward import checkpoint_activations, use_memory_efficient_backward
-from hfprune_dist.planning import footprint, gathering, product_footprint
-from hfprune_dist.planning.dimensions import checkpoint_dimensions, dimensions_of
+from hfprune_dist.planning import footprint, product_footprint
+from hfprune_dist.planning.dimensions import attention_flops, checkpoint_dimensions, dimensions_of
 from hfprune_dist.planning.evaluation_footprint import Evaluate
 from hfprune_dist.planning.footprint import Importance, Train, fits
 from hfprune_dist.planning.generation_footprint import Generate
@@ -717,7 +717,7 @@ def test_floating_point_work_of_the_calibration_pass(losses, checkpointing, grou
     job = Importance(2, 128, backwards - student, 4, checkpointing=checkpointing, student=student, kv_groups=groups)
     job = replace(job, **observing(losses))
     # The counter knows only matrix products; it sees no fused attention on a CPU.
-    later = gathering.attention_flops(dims, 128) * 3 / 4
+    later = attention_flops(dims, 128) * 3 / 4
     attention = (later * 4 / 3 * (1 + student) + later * (2.5 + checkpointing) * backwards) * 2 * 128
     if groups and (job.weight_gradients or job.squared_products):  # the first layer's too, where the model is dense
         attention += later / 3 * 2.5 * job.losses * 2 * 128

@@ -16,11 +16,11 @@ from hfprune_dist.planning.gpu_needs import Gpus
 from hfprune_dist.planning.timing import seconds
 from hfprune_dist.planning.training_memory import (
     MOST_ROWS,
-    as_chosen_before,
     choose_micro_batches,
     chooses,
     copy_of,
     place,
+    with_micro_batches,
 )
 
 GIB = 2**30
@@ -172,7 +172,7 @@ def test_without_gpus_it_is_what_it_was_by_default():
 
 def test_what_was_chosen_stays_and_what_is_set_is_not_chosen():
     now = SweepConfig(recovery={"micro_batch_size": "auto"}, distillation={"micro_batch_size": 4})
-    again = as_chosen_before(now, {"recovery": 8, "distillation": 2, "calibration": 16})
+    again = with_micro_batches(now, {"recovery": 8, "distillation": 2, "calibration": 16})
     assert (again.recovery.micro_batch_size, again.distillation.micro_batch_size) == (8, 4)
 
 
