@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from hfprune_dist.checkpoints.discovered_blocks import Shapes
 from hfprune_dist.checkpoints.refusals import Refusals
 from hfprune_dist.structures.experts import (
     CHOSEN,
@@ -26,8 +27,6 @@ from hfprune_dist.structures.experts import (
     shared_experts,
 )
 from hfprune_dist.structures.units import Owned
-
-Shapes = Mapping[str, Sequence[int]]
 
 # Names of the MLP that every token goes through, inside the block of experts or next to it; and its projections.
 _SHARED = ("{}.shared_expert", "{}.shared_experts", "{}.shared_mlp", "shared_mlp")

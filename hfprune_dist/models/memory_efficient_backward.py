@@ -54,7 +54,7 @@ def branch_off(model: nn.Module, family: Family) -> None:
     parts = {part for layer in family.layers_of(model) for part in _branching(layer.get_submodule(family.mlp))}
     for module in model.modules():
         if module in parts or type(module).__name__.endswith("Norm"):
-            module.register_forward_pre_hook(_viewed)
+            module.register_forward_pre_hook(view_input)
 
 
 def _branching(mlp: nn.Module) -> list[nn.Module]:
@@ -63,7 +63,8 @@ def _branching(mlp: nn.Module) -> list[nn.Module]:
     return [part for part in mlp.modules() if not isinstance(part, nn.Linear)] if is_mixture else [mlp]
 
 
-def _viewed(_module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+def view_input(_module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Hook before a module's forward: give it a view of its input, whose gradients from inside it are summed apart."""
     return inputs[0].view_as(inputs[0]), *inputs[1:]
 
 

@@ -16,6 +16,7 @@ from hfprune_dist.results.formats import count, duration, measured, number, perc
 from hfprune_dist.results.named_checkpoints import CHECKPOINTS
 from hfprune_dist.results.rows import Row
 from hfprune_dist.results.table import flat_row
+from hfprune_dist.store.stage import kind_of
 
 
 def _measured(row: Row, name: str, digits: int) -> str:
@@ -117,17 +118,13 @@ def _short(checkpoint: str | None) -> str:
 def _logs(cell: Cell, evidence: Evidence) -> str:
     """HTML of links to the newest log of every stage behind a row."""
     newest = [(stage_id, _newest_log(stage_id, evidence)) for stage_id in evidence.plan.upstream(cell)]
-    links = [f'<a href="{link(log, evidence.out)}">{_kind(stage_id)}</a>' for stage_id, log in newest if log]
+    links = [f'<a href="{link(log, evidence.out)}">{kind_of(stage_id)}</a>' for stage_id, log in newest if log]
     return f"<td class=logs>{' '.join(links) or '-'}</td>"
 
 
 def _newest_log(stage_id: str, evidence: Evidence) -> Path | None:
     logs = [log for attempt in evidence.attempts[stage_id] for log in attempt.logs]
     return logs[-1] if logs else None
-
-
-def _kind(stage_id: str) -> str:
-    return stage_id.partition("/")[0]
 
 
 def link(target: Path, out: Path) -> str:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from hfprune_dist.planning.earlier_rows import scale_of
 from hfprune_dist.planning.plan import NONE, Cell, Plan
 from hfprune_dist.results.headline import headline
+from hfprune_dist.store.stage import kind_of
 
 if TYPE_CHECKING:  # rows are made with this
     from hfprune_dist.results.rows import Row
@@ -38,7 +39,7 @@ def _scale(cell: Cell, plan: Plan) -> str:
 
 def _checkpoint(cell: Cell, plan: Plan) -> str:
     """Key of a row's checkpoint before recovery, and of how it is measured."""
-    pruned = [it for it in cell.producers if not it.startswith("recover/")]
+    pruned = [it for it in cell.producers if kind_of(it) != "recover"]
     return repr((_scale(cell, plan), pruned))
 
 

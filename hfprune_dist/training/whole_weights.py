@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from hfprune_dist.distributed.frozen_model import free_bytes
 from hfprune_dist.distributed.world import World
+from hfprune_dist.models.memory_efficient_backward import view_input
 from hfprune_dist.planning.dimensions import checkpoint_dimensions
 from hfprune_dist.planning.footprint import Train
 from hfprune_dist.planning.gpu_needs import Gpus
@@ -52,14 +53,10 @@ def _compute_as_sharded(model: nn.Module) -> None:
     """
     for module in model.modules():
         if isinstance(module, LoraLayer) or type(module).__name__.endswith(("Norm", "MLP")):
-            module.register_forward_pre_hook(_branch_off)
+            module.register_forward_pre_hook(view_input)
         if type(module) is nn.Linear:
             trained = module.weight.requires_grad
             module.forward = partial(_train_linear if trained else _run_frozen, module)  # type: ignore[method-assign]
-
-
-def _branch_off(_module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    return inputs[0].view_as(inputs[0]), *inputs[1:]
 
 
 def _train_linear(linear: nn.Linear, x_BTC: Tensor) -> Tensor:
