@@ -86,11 +86,13 @@ class Linearized:
         acted_NK, slope_NK = biases.acted(first_NK)
         self._input_NC = input_NC
         self._down_CK = weights.down_CK
-        self._by_rows_NK = [slope_NK]
-        self.hidden_NK = acted_NK
-        for up_NK in gated:
+        if gated:
+            (up_NK,) = gated
             self._by_rows_NK = [slope_NK * up_NK, acted_NK]
             self.hidden_NK = acted_NK * up_NK
+        else:
+            self._by_rows_NK = [slope_NK]
+            self.hidden_NK = acted_NK
 
     @staticmethod
     def bytes_of(weights: MlpWeights, input_NC: Tensor) -> int:
@@ -179,14 +181,14 @@ def solve_normal_equations(
     inverse = curvature.inverse()
     solution = MlpWeights.of(*(torch.zeros_like(it) for it in right.tensors()))
     residual, direction = right, inverse(right)
-    power = residual.dot(direction)
+    rho = residual.dot(direction)
     for _ in range(iterations):
-        if power <= 0:  # solved, up to rounding
+        if rho <= 0:  # solved, up to rounding
             break
-        bent = product(direction).plus(damping.times(direction))
-        step = power / direction.dot(bent)
-        solution, residual = solution.plus(direction, step), residual.plus(bent, -step)
-        before, preconditioned = power, inverse(residual)
-        power = residual.dot(preconditioned)
-        direction = preconditioned.plus(direction, power / before)
+        image = product(direction).plus(damping.times(direction))
+        step = rho / direction.dot(image)
+        solution, residual = solution.plus(direction, step), residual.plus(image, -step)
+        rho_before, preconditioned = rho, inverse(residual)
+        rho = residual.dot(preconditioned)
+        direction = preconditioned.plus(direction, rho / rho_before)
     return solution

@@ -30,14 +30,14 @@ from hfprune_dist.distributed.world import World
 from hfprune_dist.models.output_projections import channels_of, channels_read
 from hfprune_dist.models.single_layer import (
     LayerReader,
-    added,
-    entering,
     input_of,
     linear_of,
     mlp_of,
+    norm_before,
     output_of,
     part_of,
     read_by,
+    residual_update,
     run,
 )
 from hfprune_dist.structures.units import Units
@@ -117,11 +117,11 @@ class LayerStream:
         """Continue from ``advance_to``, if the units' block is the layer's MLP and a residual one, as
         ``require_residual`` checks; the same bits as ``advance``.
         """
-        block, enter = mlp_of(layer, mlp), entering(layer, mlp)
+        block, norm = mlp_of(layer, mlp), norm_before(layer, mlp)
 
         @torch.no_grad()
         def rest(residual_BTC: Tensor) -> Tensor:
-            output_BTC: Tensor = residual_BTC + added(layer, mlp, block(enter(residual_BTC)))
+            output_BTC: Tensor = residual_BTC + residual_update(layer, mlp, block(norm(residual_BTC)))
             return output_BTC
 
         self._hidden.update(self._transfers.through(self._hidden.items(), rest))
@@ -201,7 +201,7 @@ class LayerStream:
         for place, units in enumerate(kinds):
             error = None
             if streams:
-                found_BTC = streams[place] + added(layer, units, outputs[place])
+                found_BTC = streams[place] + residual_update(layer, units, outputs[place])
                 error = relative_error(*(it.flatten(0, 1).double() for it in (found_BTC, streams[place + 1])))
             what = (
                 f"{self._family.model_type}: in layer {self._done}, the inputs of {units.block.reader} plus the "

@@ -1,4 +1,7 @@
-"""A checkpoint's decoder, one layer at a time: memory for one layer, whatever the model's size."""
+"""A checkpoint's decoder, one layer at a time: memory for one layer, whatever the model's size.
+
+In functions, a ``layer`` is a decoder with only one, as ``LayerReader.layer`` makes it, and names are those within it.
+"""
 
 from __future__ import annotations
 
@@ -59,9 +62,7 @@ class LayerReader:
         self._config: Any = AutoConfig.from_pretrained(checkpoint.path)
 
     def embed(self, batches: Mapping[int, Tensor]) -> dict[int, Tensor]:
-        """The first layer's inputs for micro-batches of ids [windows, tokens]: [windows, tokens, hidden_size] each, on
-        the CPU.
-        """
+        """The first layer's inputs [windows, tokens, hidden_size] for batches of ids [windows, tokens]; on the CPU."""
         table = self._checkpoint.family.embedding_tensor()
         body = self._body(0).eval()  # some apply dropout to embeddings
         body.load_state_dict({**self._beside(), **self._read_within([table])}, strict=False, assign=True)
@@ -240,39 +241,39 @@ def input_of(module: nn.Module, compute: Callable[[], object]) -> Tensor:
 
 
 def mlp_of(layer: nn.Module, units: Units) -> nn.Module:
-    """The MLP that some units belong to, in a decoder that ``LayerReader.layer`` made."""
+    """The MLP that some units belong to."""
     return layer.get_submodule(f"{LAYER}.{units.block.name}")
 
 
-def entering(layer: nn.Module, units: Units) -> nn.Module:
-    """The module of such a layer that turns the residual stream into the input of the units' block."""
+def norm_before(layer: nn.Module, units: Units) -> nn.Module:
+    """The module that turns the residual stream into the input of the units' block: a norm, or the identity."""
     norm = units.block.norm
     return nn.Identity() if norm is None else part_of(layer, norm)
 
 
 @torch.no_grad()
-def added(layer: nn.Module, units: Units, output_BTC: Tensor) -> Tensor:
-    """What such a layer adds to its residual stream for this output of the units' output projection."""
+def residual_update(layer: nn.Module, units: Units, output_BTC: Tensor) -> Tensor:
+    """What is added to the residual stream for this output of the units' output projection."""
     block = units.block
     if block.norm_after is not None:
         output_BTC = part_of(layer, block.norm_after)(output_BTC)
     return output_BTC if block.multiplier == 1.0 else output_BTC * block.multiplier
 
 
-def put_out(layer: nn.Module, units: Units, wanted_NC: Tensor, like_NC: Tensor) -> Tensor:
-    """The output that the units' output projection needs for ``wanted_NC`` to be added to the residual stream.
+def output_for_update(layer: nn.Module, units: Units, update_NC: Tensor, like_NC: Tensor) -> Tensor:
+    """The inverse of ``residual_update``: the output of the units' output projection for which this update is added.
 
     A norm after it divides by each token's size, taken from ``like_NC``; channels that it multiplies by 0 need nothing.
 
     Args:
-        wanted_NC: float32 [tokens, hidden_size].
-        like_NC: its current output, or one close to it [tokens, hidden_size].
+        update_NC: float32 [tokens, hidden_size].
+        like_NC: the projection's current output, or one close to it [tokens, hidden_size].
     """
     if units.block.norm_after is None and units.block.multiplier == 1.0:
-        return wanted_NC
-    sizes_NC = like_NC.float().square().mean(dim=-1, keepdim=True).sqrt().clamp(min=1e-12).expand_as(wanted_NC)
-    scale_NC = added(layer, units, sizes_NC.to(like_NC.dtype)).float() / sizes_NC
-    return wanted_NC / scale_NC.where(scale_NC.abs() * sizes_NC.clamp(min=1) > 1e-6, torch.inf)
+        return update_NC
+    sizes_NC = like_NC.float().square().mean(dim=-1, keepdim=True).sqrt().clamp(min=1e-12).expand_as(update_NC)
+    scale_NC = residual_update(layer, units, sizes_NC.to(like_NC.dtype)).float() / sizes_NC
+    return update_NC / scale_NC.where(scale_NC.abs() * sizes_NC.clamp(min=1) > 1e-6, torch.inf)
 
 
 @dataclass(frozen=True)
@@ -294,18 +295,17 @@ class BeforeDown:
 
 
 def before_down(layer: nn.Module, units: Units) -> BeforeDown:
-    """The parts before the down projection of such a layer's MLP, of which ``units`` are the neurons."""
+    """The parts before the down projection of the MLP of which ``units`` are the neurons."""
     mlp = mlp_of(layer, units)
     rows, weights = _rows(layer, units), row_matrices(layer, units)
     biases = [part for row in rows if row.bias is not None for part in row.bias.data.chunk(units.row_parts[0])]
     acting = [it for it in mlp.children() if not isinstance(it, nn.Linear)]
-    is_silu = not acting or isinstance(acting[0], SILU)
-    activation = nn.functional.silu if is_silu else acting[0]
+    activation = nn.functional.silu if not acting or isinstance(acting[0], SILU) else acting[0]
     return BeforeDown(weights, tuple(biases) or (None,) * len(weights), activation)
 
 
 def row_matrices(layer: nn.Module, units: Units) -> tuple[Tensor, ...]:
-    """The matrices that compute the neurons of such a layer's MLP, gate and up or only up [neurons, hidden_size]."""
+    """The matrices that compute the neurons of the MLP: gate and up, or only up [neurons, hidden_size]."""
     return tuple(part for row in _rows(layer, units) for part in row.weight.data.chunk(units.row_parts[0]))
 
 
@@ -314,22 +314,22 @@ def _rows(layer: nn.Module, units: Units) -> list[nn.Linear]:
 
 
 def part_of(layer: nn.Module, name: str) -> nn.Module:
-    """A module of such a layer, by its name within it."""
+    """A module, by its name."""
     return layer.get_submodule(f"{LAYER}.{name}")
 
 
 def linear_of(layer: nn.Module, name: str) -> nn.Linear:
-    """A projection of such a layer, by its name within it."""
+    """A projection, by its name."""
     return cast("nn.Linear", part_of(layer, name))
 
 
 def output_of(layer: nn.Module, units: Units) -> nn.Linear:
-    """The output projection of such a layer, which reads the units' channels."""
+    """The output projection, which reads the units' channels."""
     return linear_of(layer, units.output)
 
 
 def weights_kept(layer: nn.Module, units: Units, kept: Tensor | None = None) -> dict[str, Tensor]:
-    """The remaining part of every parameter that units own a part of, by its name within the layer.
+    """The remaining part of every parameter that units own a part of, by its name.
 
     Args:
         kept: ascending int64 indices of the units that stay; None: all.
@@ -345,6 +345,6 @@ def weights_kept(layer: nn.Module, units: Units, kept: Tensor | None = None) -> 
 
 
 def put_weights(layer: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    """Replace such a layer's parameters, given by their names within the layer; sizes may differ."""
+    """Replace parameters, given by their names; sizes may differ."""
     for name, weight in weights.items():
         layer.get_parameter(f"{LAYER}.{name}").data = weight

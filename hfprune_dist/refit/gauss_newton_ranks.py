@@ -98,10 +98,10 @@ class Reconstruction:
         def product(change: MlpWeights) -> MlpWeights:
             rounded = change.to(self._dtype)
 
-            def bent(at: Linearized) -> tuple[Tensor, ...]:
+            def normal_product(at: Linearized) -> tuple[Tensor, ...]:
                 return at.backward(at.forward(rounded)).tensors()
 
-            return MlpWeights.of(*self._sum(map(bent, around())))
+            return MlpWeights.of(*self._sum(map(normal_product, around())))
 
         targets = self._sent(self._targets, indices)
 

@@ -28,7 +28,7 @@ class Sizes:
     Attributes:
         width: number of neurons.
         ranks: name, within a layer, of each projection that gets a low rank -> that rank.
-        lowest_stay: whether the neurons that stay are those that score lowest (``core.low_rank.kept_neurons``).
+        lowest_stay: whether some of those that score lowest stay as well (``core.low_rank.kept_neurons``).
     """
 
     width: int

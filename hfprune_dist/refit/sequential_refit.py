@@ -20,14 +20,14 @@ from hfprune_dist.distributed.layer_stream import AfterLayer, LayerStream
 from hfprune_dist.distributed.window_sums import unusable
 from hfprune_dist.distributed.world import World
 from hfprune_dist.models.single_layer import (
-    added,
     before_down,
-    entering,
     input_of,
     mlp_of,
+    norm_before,
+    output_for_update,
     output_of,
-    put_out,
     put_weights,
+    residual_update,
     run,
     weights_kept,
 )
@@ -218,18 +218,18 @@ class SequentialRefit:
         """What a block's output projection reads [tokens, channels]."""
         compute = partial(run, layer, residual_BTC)
         if block.units is self._mlp:
-            compute = partial(mlp_of(layer, self._mlp), entering(layer, self._mlp)(residual_BTC))
+            compute = partial(mlp_of(layer, self._mlp), norm_before(layer, self._mlp)(residual_BTC))
         return input_of(output_of(layer, block.units), compute).flatten(0, 1)
 
     @torch.no_grad()
     def _target(self, layer: nn.Module, residual_BTC: Tensor, block: _Block, wanted_BTC: Tensor) -> Tensor:
         """What a block should put out, float32 [tokens, hidden_size]."""
         if block.units is self._mlp:
-            own_NC: Tensor = mlp_of(block.dense, self._mlp)(entering(layer, self._mlp)(residual_BTC).flatten(0, 1))
+            own_NC: Tensor = mlp_of(block.dense, self._mlp)(norm_before(layer, self._mlp)(residual_BTC).flatten(0, 1))
         else:
             own_NC = output_of(block.dense, block.units)(self._hidden(block.dense, block, residual_BTC))
-        residual_NC, put_out_NC = residual_BTC.flatten(0, 1), own_NC
-        own_NC = added(layer, block.units, own_NC)
+        residual_NC, output_NC = residual_BTC.flatten(0, 1), own_NC
+        own_NC = residual_update(layer, block.units, own_NC)
         if block.gap:
             reached_BTC = (residual_NC + own_NC).view_as(residual_BTC)
             for gone in block.gap:
@@ -237,18 +237,18 @@ class SequentialRefit:
             own_NC = reached_BTC.flatten(0, 1).float() - residual_NC.float()
         own_NC = own_NC.float()
         missing_NC = wanted_BTC.flatten(0, 1).to(own_NC) - residual_NC.float()
-        return put_out(layer, block.units, own_NC.lerp(missing_NC, SHARE_MADE_UP), put_out_NC)
+        return output_for_update(layer, block.units, own_NC.lerp(missing_NC, SHARE_MADE_UP), output_NC)
 
     def _moved(
         self, number: int, layer: nn.Module, solution: Solution, targets: Mapping[int, Tensor]
     ) -> dict[str, Tensor]:
         """Gate, up and down after Gauss-Newton steps, the first from a least-squares down on the same windows."""
-        enter = entering(layer, self._mlp)
+        norm = norm_before(layer, self._mlp)
         mlp = before_down(layer, self._mlp)
         reconstruction = Reconstruction(
             mlp.dtype,
             Biases(mlp.biases, mlp.activation),
-            dict(self._transfers.through(self._stream.all_hidden().items(), lambda it: enter(it).flatten(0, 1))),
+            dict(self._transfers.through(self._stream.all_hidden().items(), lambda it: norm(it).flatten(0, 1))),
             targets,
             micro_batches=self._stream.micro_batches,
             world=self._world,

@@ -5,7 +5,7 @@ from tiny import VARIANTS, save_tiny
 from transformers import AutoModelForCausalLM
 
 from hfprune_dist.checkpoints.checkpoint import open_checkpoint
-from hfprune_dist.models.single_layer import LayerReader, added, part_of, put_out, run
+from hfprune_dist.models.single_layer import LayerReader, output_for_update, part_of, residual_update, run
 
 CPU = torch.device("cpu")
 
@@ -71,6 +71,7 @@ def test_an_output_of_any_size_is_what_its_own_effect_needs_and_channels_without
     norm.weight.data = torch.linspace(-0.95, 0.95, len(norm.weight))  # plus one
     norm.weight.data[3] = -1
     output_NC = torch.randn(5, len(norm.weight), generator=torch.Generator().manual_seed(0)) * size
-    needed_NC = put_out(layer, checkpoint.units, added(layer, checkpoint.units, output_NC), output_NC)
+    update_NC = residual_update(layer, checkpoint.units, output_NC)
+    needed_NC = output_for_update(layer, checkpoint.units, update_NC, output_NC)
     output_NC[:, 3] = 0
     torch.testing.assert_close(needed_NC, output_NC, rtol=1e-3, atol=0)
