@@ -202,10 +202,12 @@ def with_included(file: Path) -> dict[str, Any]:
     """Content of a task's YAML file, merged with the files that it includes, as lm-eval reads it.
 
     Raises:
-        UserError: if an included file is missing or can't be read.
+        UserError: if an included file is missing or can't be read, or ``include`` names no files.
     """
     content = dict(_read_yaml(file))
     included = content.pop("include", None) or []
+    if not isinstance(included, str | list):
+        raise UserError(f"{file}: include must be the name of a file, or a list of names, not {included!r}")
     merged: dict[str, Any] = {}
     for other in [included] if isinstance(included, str) else included:
         try:

@@ -40,6 +40,15 @@ def test_what_the_users_tasks_do(own, task, expected):
     assert generating_tasks([task], own) == [task] * expected
 
 
+@pytest.mark.parametrize("included", ["5", "true", "{base: yml}"])
+def test_an_include_that_names_no_files_is_refused(own, included):
+    """In a task to evaluate; without an effect on what is told of the others."""
+    (own / "odd.yaml").write_text(f"task: odd\ninclude: {included}\n")
+    assert generating_tasks(["odd", "says"], own) == ["says"]
+    with pytest.raises(UserError, match=r"odd\.yaml: include must be the name of a file, or a list of names, not "):
+        check_tasks(["odd"], own)
+
+
 def test_what_lm_evals_tasks_do():
     """Also through included files."""
     asked = ["gsm8k", "arc_easy", "triviaqa", "nq_open", "wikitext", "hellaswag", "bbh_cot_fewshot", "mmlu", "no_such"]
