@@ -90,8 +90,8 @@ class ExpectedManifests:
         if params.allocation == "low_rank":
             return _low_rank(dense, params, stage.label)
         gone = params.ratio * size.parameters / size.parameters_per_unit / sum(size.counts)
-        told = dense.units.sizes([max(1, round(count * (1 - gone))) for count in size.counts])
-        return told | (_searched(size.num_layers, params) if params.allocation == "searched" else {})
+        metrics = dense.units.sizes([max(1, round(count * (1 - gone))) for count in size.counts])
+        return metrics | (_searched(size.num_layers, params) if params.allocation == "searched" else {})
 
     def _before(self, stage: Stage) -> PlainShape:
         """The shape that a search for a plain shape starts from, if the first candidate wins in every round."""
@@ -116,10 +116,10 @@ def _trained(recovery: RecoveryConfig) -> dict[str, Any] | None:
 def _locally(dense: Checkpoint, params: LoraPruneParameters, where: str) -> dict[str, Any]:
     """Sizes of a local shape, which the ratio alone decides."""
     shape = LocalTarget.of(dense, params, where).shape()
-    told: dict[str, Any] = {}
+    metrics: dict[str, Any] = {}
     for kind in params.structures:
-        told |= dense.structures[kind].sizes(shape.units[kind])
-    return told
+        metrics |= dense.structures[kind].sizes(shape.units[kind])
+    return metrics
 
 
 def _plain(
@@ -129,10 +129,10 @@ def _plain(
     names = [it.name for it in shapes]
     first, layers = shapes[0], before.num_layers
     gone = layers - min(it.num_layers for it in shapes)
-    told = dense.units.sizes([first.width] * first.num_layers)
-    told |= dense.structures[KV_GROUPS].sizes([first.kv_groups] * first.num_layers)
+    metrics = dense.units.sizes([first.width] * first.num_layers)
+    metrics |= dense.structures[KV_GROUPS].sizes([first.kv_groups] * first.num_layers)
     finalists = names[: FINALISTS + 1] if params.refit != "none" and len(names) > 1 else []
-    return told | {
+    return metrics | {
         "num_hidden_layers": first.num_layers,
         "layers_in_order_of_dropping": [*range(layers)][layers - gone :][::-1],
         "search_kl": dict.fromkeys(names),

@@ -61,19 +61,20 @@ class ModelShape:
         by_layer = {ours: read_counts(config, field) for field, ours in _OF_LAYERS.items() if field in config}
         return cls._of_layers([whole] * whole.num_layers, by_layer)
 
-    def pruned(self, told: Mapping[str, Any]) -> ModelShape:
+    def pruned(self, metrics: Mapping[str, Any]) -> ModelShape:
         """Return the shape of the checkpoint that a prune stage made of this model.
 
         Args:
-            told: the stage's metrics.
+            metrics: the stage's metrics.
         """
         if self.config is not None:
-            sizes = {key: told[key] for key in _OF_EXPERTS if told.get(key)}
-            heads = {ours: told[field] for field, ours in _HEADS.items() if told.get(field)}
+            sizes = {key: metrics[key] for key in _OF_EXPERTS if metrics.get(key)}
+            heads = {ours: metrics[field] for field, ours in _HEADS.items() if metrics.get(field)}
             return self._of_mixture(replace(self.layers[0], **heads), {**self.config, **sizes})
-        count = told.get("num_hidden_layers") or len(self.layers)
-        by_layer = {ours: told[plural_of(field)] for field, ours in _OF_LAYERS.items() if told.get(plural_of(field))}
-        ranks = _ranks(told.get("attention_ranks") or {})
+        count = metrics.get("num_hidden_layers") or len(self.layers)
+        fields = ((plural_of(field), ours) for field, ours in _OF_LAYERS.items())
+        by_layer = {ours: metrics[field] for field, ours in fields if metrics.get(field)}
+        ranks = _ranks(metrics.get("attention_ranks") or {})
         return self._of_layers([replace(dims, num_layers=count, ranks=ranks) for dims in self.layers[:count]], by_layer)
 
     @classmethod
@@ -99,7 +100,7 @@ class ModelShape:
         return sum(of(dims) * count for dims, count in Counter(self.layers).items()) / len(self.layers)
 
 
-def _ranks(told: Mapping[str, int]) -> tuple[int, ...]:
+def _ranks(ranks: Mapping[str, int]) -> tuple[int, ...]:
     """Ranks in the order of ``Dimensions``; the output projection's name depends on the family."""
-    output = next((name for name in told if name not in ATTENTION[:3]), ATTENTION[3])
-    return tuple(told.get(name, 0) for name in (*ATTENTION[:3], output)) if told else ()
+    output = next((name for name in ranks if name not in ATTENTION[:3]), ATTENTION[3])
+    return tuple(ranks.get(name, 0) for name in (*ATTENTION[:3], output)) if ranks else ()

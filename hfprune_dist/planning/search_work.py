@@ -52,7 +52,7 @@ class Search:
     Attributes:
         model: the model that is pruned, which differs from ``dense`` after the first round.
         kept: the outcome.
-        told: the stage's metrics.
+        metrics: the stage's metrics.
     """
 
     params: PruneParameters
@@ -60,7 +60,7 @@ class Search:
     dense: ModelShape
     kept: ModelShape
     windows: Windows
-    told: Mapping[str, Any]
+    metrics: Mapping[str, Any]
 
     def operations(self) -> Operations:
         """Operations of everything before the refit of the result.
@@ -91,7 +91,7 @@ class Search:
 
     @property
     def _dropped(self) -> list[int]:
-        return layers_in_order(self.told, self.model, self.dense)
+        return layers_in_order(self.metrics, self.model, self.dense)
 
     # Windows.
 
@@ -128,12 +128,12 @@ class Search:
 
     def _grid(self) -> Operations:
         windows = self._seen
-        candidates = [self._plain(name) for name in self.told.get("search_kl", {})]
+        candidates = [self._plain(name) for name in self.metrics.get("search_kl", {})]
         fitted = windows if self.params.refit != "none" else None
         return self._measured(candidates, self._compared(windows, WINDOWS), self._every, fitted)
 
     def _finals(self) -> Operations:
-        finalists = [self._named(name, number) for number, name in enumerate(self.told.get("finalists_kl", {}), 1)]
+        finalists = [self._named(name, number) for number, name in enumerate(self.metrics.get("finalists_kl", {}), 1)]
         if not finalists:
             return NO_OPERATIONS
         first = FINALISTS + self._is_plain
@@ -150,10 +150,10 @@ class Search:
         return dense_refit(self.model, kept, self._seen, kv_groups=self._kv_groups, dropped=dropped)
 
     def _searched(self, windows: Windows) -> Operations:
-        candidates = [self._named(name, number) for number, name in enumerate(self.told.get("search_kl", {}), 1)]
+        candidates = [self._named(name, number) for number, name in enumerate(self.metrics.get("search_kl", {}), 1)]
         tokens = self._compared(windows, WINDOWS)
         fitted = windows if self.params.refit != "none" else None
-        again = MEASUREMENTS - 1 + any(LAYERS_ALONE.fullmatch(name) for name in self.told.get("search_kl", {}))
+        again = MEASUREMENTS - 1 + any(LAYERS_ALONE.fullmatch(name) for name in self.metrics.get("search_kl", {}))
         flops = self._measured(candidates, tokens, self._every, fitted)
         return flops + self._measured([], tokens, self._every, fitted, checked=True) * again
 
@@ -211,13 +211,13 @@ class Search:
         return [None if it in gone else (like, number) for it in range(len(self.model.layers))]
 
 
-def layers_in_order(told: Mapping[str, Any], model: ModelShape, dense: ModelShape) -> list[int]:
+def layers_in_order(metrics: Mapping[str, Any], model: ModelShape, dense: ModelShape) -> list[int]:
     """The layers of the model that is pruned, in the order in which they would go.
 
     Metrics use the dense model's indices. A model that has lost layers renumbers the others; its last layers are
     assumed to go.
     """
-    order, layers = list(told.get("layers_in_order_of_dropping") or []), len(model.layers)
+    order, layers = list(metrics.get("layers_in_order_of_dropping") or []), len(model.layers)
     return order if layers == len(dense.layers) else [*range(layers)][layers - len(order) :][::-1]
 
 

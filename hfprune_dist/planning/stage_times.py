@@ -220,14 +220,14 @@ class StageTimes:
         raise AssertionError(stage.kind)
 
     def _training(self, stage: Stage, job: Train, gpus: Gpus, placed: Gpus) -> _Load | None:
-        told = self._expected.of(stage.id)
-        if told is None or told["metrics"].keys().isdisjoint({"steps", "tokens"}):
+        expected = self._expected.of(stage.id)
+        if expected is None or expected["metrics"].keys().isdisjoint({"steps", "tokens"}):
             return None
         match stage.params:
             case RecoverParameters(recovery=recovery) | LoraPruneParameters(recovery=recovery):
-                batch_size, steps = recovery.batch_size, told["metrics"]["steps"]
+                batch_size, steps = recovery.batch_size, expected["metrics"]["steps"]
             case DistillParameters(distillation=distillation, passes=passes):
-                rows = _ceil(told["metrics"]["tokens"], job.tokens)
+                rows = _ceil(expected["metrics"]["tokens"], job.tokens)
                 # A pass is cut into steps as by data.schedule.Schedule, which imports torch.
                 each = _ceil(rows, distillation.batch_size)
                 batch_size, steps = _ceil(rows, each), passes * each

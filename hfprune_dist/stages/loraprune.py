@@ -8,7 +8,7 @@ from hfprune_dist.config.parameters import LoraPruneParameters
 from hfprune_dist.planning.local_shapes import LocalTarget
 from hfprune_dist.stages.context import Context as AnyContext
 from hfprune_dist.stages.instruction_tuning import train_on_instructions
-from hfprune_dist.stages.told_of_shape import told_of_shape
+from hfprune_dist.stages.shape_metrics import shape_metrics
 from hfprune_dist.structures.kept import Shape
 from hfprune_dist.training.unit_masks import UnitMasks
 from hfprune_dist.training.write_merged import write_merged, write_trained
@@ -28,7 +28,7 @@ def run(context: Context) -> None:
     if context.world.is_first:
         write_trained(checkpoint, trained.last, context.params.recovery, draft)
     write_merged(checkpoint, draft, context.world, context.progress, kept)
-    metrics = told_of_shape(checkpoint, kept.shape, checkpoint.config) | trained.metrics()
+    metrics = shape_metrics(checkpoint, kept.shape, checkpoint.config) | trained.metrics()
     context.commit(draft, metrics | {"kept_sha256": digest_of_kept(kept)})
 
 

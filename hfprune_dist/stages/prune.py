@@ -21,10 +21,10 @@ from hfprune_dist.stages.prune_refit import (
     final_refit,
     in_dense_numbering,
     pruned_kinds,
-    told_of_refit,
+    refit_metrics,
 )
 from hfprune_dist.stages.prune_shapes import decide_shape
-from hfprune_dist.stages.told_of_shape import told_of_shape
+from hfprune_dist.stages.shape_metrics import shape_metrics
 from hfprune_dist.structures.kept import Kept
 from hfprune_dist.structures.score_names import SCORES, scores_of_layers
 
@@ -33,7 +33,7 @@ def run(context: Context) -> None:
     """Write a Hugging Face folder, and ``kept.json``: the units that stayed, in the dense model's numbering."""
     checkpoint = open_checkpoint(context.input_path("model"))
     dense = open_checkpoint(context.input_path("dense")) if context.has_input("dense") else checkpoint
-    kept, replacements, told = _decide(context, checkpoint, dense)
+    kept, replacements, metrics = _decide(context, checkpoint, dense)
     draft = context.open_draft()
     files = checkpoint.weight_files
     for done, file in enumerate(files[context.world.rank :: context.world.size]):
@@ -46,7 +46,7 @@ def run(context: Context) -> None:
     if context.world.is_first:
         write_companions(checkpoint, draft, config)
         write_kept(draft, kept_of_dense)
-    metrics = told_of_shape(dense, kept_of_dense.shape, config) | told
+    metrics = shape_metrics(dense, kept_of_dense.shape, config) | metrics
     context.commit(draft, metrics | {"kept_sha256": digest_of_kept(kept_of_dense)})
 
 
@@ -54,20 +54,20 @@ def _decide(context: Context, checkpoint: Checkpoint, dense: Checkpoint) -> tupl
     """Return what stays, new weights for it, and metrics."""
     params = context.params
     if params.allocation == "low_rank":
-        kept, replacements, told = decide_low_rank(context, checkpoint)
-        return _agreed(context, kept), replacements, told
+        kept, replacements, metrics = decide_low_rank(context, checkpoint)
+        return _agreed(context, kept), replacements, metrics
     scores = _scores(context, checkpoint)
     if params.allocation == "plain":
-        kept, replacements, told = decide_plain(context, (checkpoint, dense), scores)
-        return _agreed(context, kept), replacements, told
-    kept, told = decide_shape(context, checkpoint, dense, scores)
+        kept, replacements, metrics = decide_plain(context, (checkpoint, dense), scores)
+        return _agreed(context, kept), replacements, metrics
+    kept, metrics = decide_shape(context, checkpoint, dense, scores)
     kept = _agreed(context, kept)
     if params.refit == "none":
-        return kept, {}, told
+        return kept, {}, metrics
     if params.refit == "bias":
-        return kept, added_biases(context, checkpoint, kept), told
+        return kept, added_biases(context, checkpoint, kept), metrics
     fitted = final_refit(context, (checkpoint, dense), kept)
-    return kept, fitted.replacements(kept.layers), told | told_of_refit(fitted, kept.layers)
+    return kept, fitted.replacements(kept.layers), metrics | refit_metrics(fitted, kept.layers)
 
 
 def _scores(context: Context, checkpoint: Checkpoint) -> dict[str, list[Tensor]]:

@@ -32,5 +32,5 @@ def decide_low_rank(context: Context, checkpoint: Checkpoint) -> tuple[Kept, Rep
         world=context.world,
     ).run(after_each_layer(context, "low rank", checkpoint.num_layers))
     kept = Kept(shape.layers, {NEURONS: [layers.kept(number) for number in shape.layers]}, shape.ranks)
-    told = {name.rpartition(".")[2]: rank for name, rank in ranks.items()}
-    return kept, layers.replacements(), {"attention_ranks": told}
+    attention_ranks = {name.rpartition(".")[2]: rank for name, rank in ranks.items()}
+    return kept, layers.replacements(), {"attention_ranks": attention_ranks}

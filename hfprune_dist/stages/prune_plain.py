@@ -27,7 +27,7 @@ from hfprune_dist.stages.prune_refit import (
     dense_numbers,
     final_refit,
     pruned_kinds,
-    told_of_refit,
+    refit_metrics,
 )
 from hfprune_dist.structures import KV_GROUPS, NEURONS, kinds_among
 from hfprune_dist.structures.kept import Kept
@@ -45,16 +45,16 @@ def decide_plain(
     windows = Windows.apart(context.calibration_windows(), context.params.forward_pass()[1])
     grid = _Grid(context, models, scores, windows.seen_ST)
     kls = grid.kl()
-    told: dict[str, Any] = {"layers_in_order_of_dropping": grid.order_in_dense_model, "search_kl": kls}
+    metrics: dict[str, Any] = {"layers_in_order_of_dropping": grid.order_in_dense_model, "search_kl": kls}
     if context.params.refit == "none":
-        return grid.kept(min(kls, key=kls.__getitem__)), {}, told
+        return grid.kept(min(kls, key=kls.__getitem__)), {}, metrics
     competing = hopeful(kls)
     finals = Finals(context, models, windows, grid.kept)
     best = finals.closest(_first_finalists(competing, grid), lambda closest: grid.with_fewer_layers(closest, competing))
     kept = grid.kept(best)
     fitted = final_refit(context, models, kept)
-    told |= {"finalists_kl": finals.kl} if finals.kl else {}
-    return kept, fitted.replacements(kept.layers), told | told_of_refit(fitted, kept.layers)
+    metrics |= {"finalists_kl": finals.kl} if finals.kl else {}
+    return kept, fitted.replacements(kept.layers), metrics | refit_metrics(fitted, kept.layers)
 
 
 def _first_finalists(competing: Sequence[str], grid: _Grid) -> list[str]:

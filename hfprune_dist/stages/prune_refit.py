@@ -109,16 +109,16 @@ def dense_numbers(context: Context, checkpoint: Checkpoint) -> tuple[int, ...]:
     return in_dense_numbering(context, every).layers
 
 
-def told_of_refit(fitted: RefittedLayers, layers: Sequence[int]) -> dict[str, Any]:
+def refit_metrics(fitted: RefittedLayers, layers: Sequence[int]) -> dict[str, Any]:
     """Metrics, for the manifest, of least squares on the output projections of each kind, layer by layer."""
     reports = fitted.reports(layers)
-    told: dict[str, Any] = {}
+    metrics: dict[str, Any] = {}
     for units in fitted.kinds:
-        told |= _told(units, [report.get(units.kind) for report in reports])
-    return told
+        metrics |= _fit_metrics(units, [report.get(units.kind) for report in reports])
+    return metrics
 
 
-def _told(units: Units, fits: Sequence[ProjectionFit | None]) -> dict[str, list[float | None]]:
+def _fit_metrics(units: Units, fits: Sequence[ProjectionFit | None]) -> dict[str, list[float | None]]:
     """One kind's metrics, with None for layers that have no units of that kind."""
     name = "refit" if units.kind == NEURONS else f"refit_{units.kind}"
     return {

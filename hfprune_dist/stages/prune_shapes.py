@@ -61,8 +61,8 @@ def decide_shape(
         others = [ladder.dearer(rate) for ladder in contest.others]
         counts = allocate_globally([*contest.neurons, *others], contest.removals)
         return kept_of(kinds, contest.candidate(counts)), {}
-    found, told = _Search(context, (checkpoint, dense), kinds, contest).run()
-    return kept_of(kinds, found), told
+    found, metrics = _Search(context, (checkpoint, dense), kinds, contest).run()
+    return kept_of(kinds, found), metrics
 
 
 def _choices(kinds: Sequence[Scored], shape: Shape) -> Candidate:
@@ -126,15 +126,15 @@ class _Search:
             refit=self._context.params.refit != "none",
             measurements=MEASUREMENTS + (len(contests) > 1),
         )
-        best, told = self._number_of_layers(contests, measurement)
+        best, metrics = self._number_of_layers(contests, measurement)
         found = search_shapes(
             best.reweighted(),
             self._plain(best),
             lambda many: measurement.kl([best.candidate(counts) for counts in many]),
         )
         numbers = dense_numbers(self._context, self._checkpoint)
-        told |= {"layers_in_order_of_dropping": [numbers[it] for it in order]} if order else {}
-        return best.candidate(found.counts), told | {"search_kl": told.get("search_kl", {}) | found.candidates}
+        metrics |= {"layers_in_order_of_dropping": [numbers[it] for it in order]} if order else {}
+        return best.candidate(found.counts), metrics | {"search_kl": metrics.get("search_kl", {}) | found.candidates}
 
     def _contests(self, order: Sequence[int]) -> dict[str, Contest]:
         """Name -> contest, one for each number of layers to try; the most layers first."""

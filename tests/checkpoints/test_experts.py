@@ -39,7 +39,7 @@ from hfprune_dist.models.single_layer import LayerReader, run
 from hfprune_dist.planning.model_shape import ModelShape
 from hfprune_dist.planning.ratios import check_ratios, remarks_on_shapes
 from hfprune_dist.scoring.shard_scorer import ShardScorer
-from hfprune_dist.stages.told_of_shape import told_of_shape
+from hfprune_dist.stages.shape_metrics import shape_metrics
 from hfprune_dist.structures import EXPERTS as WHOLE
 from hfprune_dist.structures import NEURONS
 from hfprune_dist.structures.experts import mlp_widths
@@ -260,8 +260,8 @@ def test_widths_of_layers_without_experts_count_in_what_is_left(checkpoint_of, t
     checkpoint = checkpoint_of(model_type)
     kept = some_kept(checkpoint, 2 / 3)
     write(checkpoint, kept, tmp_path / "pruned")
-    told = told_of_shape(checkpoint, kept.shape, checkpoint.config)
-    assert ModelShape.of(checkpoint).pruned(told) == ModelShape.of(open_checkpoint(tmp_path / "pruned"))
+    metrics = shape_metrics(checkpoint, kept.shape, checkpoint.config)
+    assert ModelShape.of(checkpoint).pruned(metrics) == ModelShape.of(open_checkpoint(tmp_path / "pruned"))
 
 
 def scorer_of(checkpoint, world):

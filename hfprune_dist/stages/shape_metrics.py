@@ -11,17 +11,17 @@ from hfprune_dist.structures import EXPERTS
 from hfprune_dist.structures.kept import Shape
 
 
-def told_of_shape(dense: Checkpoint, shape: Shape, config: Mapping[str, Any]) -> dict[str, Any]:
+def shape_metrics(dense: Checkpoint, shape: Shape, config: Mapping[str, Any]) -> dict[str, Any]:
     """Reached ratio, parameters, and sizes; those of layers and of kinds other than neurons and experts if some went.
 
     Args:
         config: the ``config.json`` of what is left, which says whether biases were added.
     """
-    told = {}
+    sizes = {}
     if len(shape.layers) < dense.num_layers:
-        told["num_hidden_layers"] = len(shape.layers)
+        sizes["num_hidden_layers"] = len(shape.layers)
     for kind, units in dense.structures.items():
         if kind in shape.units or kind in (dense.units.kind, EXPERTS):
-            told |= units.sizes(shape.counts(units))
+            sizes |= units.sizes(shape.counts(units))
     total, parameters = dense.parameters, dense.parameter_counts.of(shape) + parameters_of_biases(dense, config)
-    return {"ratio_reached": (total - parameters) / total, "parameters": parameters, **told}
+    return {"ratio_reached": (total - parameters) / total, "parameters": parameters, **sizes}
