@@ -10,7 +10,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from hfprune_dist.checkpoints.checkpoint import Checkpoint
 from hfprune_dist.core.drop_order import drop_order
 from hfprune_dist.refit.cheap_fits import CheapFits, Scored
 from hfprune_dist.refit.measurement import (
@@ -22,7 +21,7 @@ from hfprune_dist.refit.measurement import (
     held_out_batches,
     one_by_one,
 )
-from hfprune_dist.stages.prune_refit import Context, after_each_layer, outputs_of_dense, probe_of, stream_of
+from hfprune_dist.stages.prune_refit import Context, Models, after_each_layer, outputs_of_dense, probe_of, stream_of
 from hfprune_dist.store.file_cache import FileCache
 from hfprune_dist.store.hashing import digest_of
 from hfprune_dist.store.stage import STAGE_VERSIONS
@@ -42,15 +41,12 @@ class Measured:
     """Everything that the measurements of a prune stage have in common.
 
     Attributes:
-        checkpoint: the model that is pruned.
-        dense: the model that candidates are compared with: the same, or the one that it comes from.
         kinds: the units that may go with their scores, in the order of a choice's numbers.
         windows_ST: the windows of all ranks that refits and measurements see.
     """
 
     context: Context
-    checkpoint: Checkpoint
-    dense: Checkpoint
+    models: Models
     kinds: Sequence[Scored]
     windows_ST: Tensor
 
@@ -65,7 +61,7 @@ class Measured:
             measurements: how many times it will be called.
             windows: the most windows that candidates are compared on.
         """
-        context, checkpoint, windows_ST = self.context, self.checkpoint, self.windows_ST
+        context, checkpoint, windows_ST = self.context, self.models.checkpoint, self.windows_ST
         name, size = context.params.forward_pass()
         probe = probe_of(context, checkpoint, windows_ST)
         # Without a refit, only the probe's micro-batch goes through the layers, once, to check them against the model.
@@ -142,10 +138,10 @@ class Measured:
     @cached_property
     def _outputs(self) -> Hidden:
         """The dense model's outputs; one pass through its layers serves all measurements."""
-        return outputs_of_dense(self.context, self.dense, self._compared(WINDOWS))
+        return outputs_of_dense(self.context, self.models.dense, self._compared(WINDOWS))
 
     def _whole_without(self, gone: Sequence[int]) -> Candidate:
         return tuple(
             None if layer in gone else tuple(len(it.scores[layer]) for it in self.kinds)
-            for layer in range(self.checkpoint.num_layers)
+            for layer in range(self.models.checkpoint.num_layers)
         )

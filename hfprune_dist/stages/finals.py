@@ -14,12 +14,12 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from hfprune_dist.checkpoints.checkpoint import Checkpoint
 from hfprune_dist.refit.finished_layers import FinishedLayers, candidates_of
 from hfprune_dist.refit.measurement import Hidden, Measurement, one_by_one
 from hfprune_dist.refit.refitted_layers import RefittedLayers
 from hfprune_dist.stages.prune_refit import (
     Context,
+    Models,
     after_each_layer,
     outputs_of_dense,
     probe_of,
@@ -71,7 +71,6 @@ class Finals:
     """Shapes that are fitted layer by layer, and compared on windows that were kept apart.
 
     Args:
-        models: the one that is pruned, and the dense one: the same, or the one that it comes from.
         kept: returns what the shape with a name keeps; collective.
 
     Attributes:
@@ -81,15 +80,16 @@ class Finals:
     def __init__(
         self,
         context: Context,
-        models: tuple[Checkpoint, Checkpoint],
+        models: Models,
         windows: Windows,
         kept: Callable[[str], Kept],
     ) -> None:
         self._context = context
-        self._checkpoint, self._dense = models
+        self._models = models
+        self._checkpoint = models.checkpoint
         self._windows = windows
         self._kept = kept
-        self._models: dict[str, tuple[Kept, RefittedLayers]] = {}
+        self._finalists: dict[str, tuple[Kept, RefittedLayers]] = {}
         self.kl: dict[str, float] = {}
 
     def closest(self, first: Sequence[str], with_fewer_layers: Callable[[str], str | None]) -> str:
@@ -112,29 +112,28 @@ class Finals:
         """Refit some more shapes, and compare all shapes so far."""
         for shape in shapes:
             kept = self._kept(shape)
-            self._models[shape] = kept, self._fitted(shape, kept)
-        candidates = candidates_of([kept for kept, _ in self._models.values()], self._checkpoint.num_layers)
-        self.kl = dict(zip(self._models, self._measurement().kl(candidates), strict=True))
+            self._finalists[shape] = kept, self._fitted(shape, kept)
+        candidates = candidates_of([kept for kept, _ in self._finalists.values()], self._checkpoint.num_layers)
+        self.kl = dict(zip(self._finalists, self._measurement().kl(candidates), strict=True))
 
     def _fitted(self, shape: str, kept: Kept) -> RefittedLayers:
         """Refit a shape by least squares only: further steps take several times as long, and don't change the order."""
         context, checkpoint = self._context, self._checkpoint
         folder = context.work / f"final-{re.sub('[^a-zA-Z0-9]+', '-', shape)}"
         fitted = RefittedLayers(checkpoint, pruned_kinds(context, checkpoint), whole_mlp=False, folder=folder)
-        models = checkpoint, self._dense
-        refit_layers(context, models, kept, self._windows.seen_ST, fitted, phase="finalists")
+        refit_layers(context, self._models, kept, self._windows.seen_ST, fitted, phase="finalists")
         return fitted
 
     def _measurement(self) -> Measurement:
-        """The measurement of all models so far; it knows the results of those that were compared before."""
+        """The measurement of all finalists so far; it knows the results of those that were compared before."""
         context, checkpoint = self._context, self._checkpoint
         name, size = context.params.forward_pass()
         probe = probe_of(context, checkpoint, self._windows.seen_ST)
 
         def variants() -> FinishedLayers:
             through_ST = probe.micro_batch_of(self._windows.seen_ST, size)
-            models = list(self._models.values())
-            return FinishedLayers(models, stream_of(context, checkpoint, through_ST, probe))
+            finalists = list(self._finalists.values())
+            return FinishedLayers(finalists, stream_of(context, checkpoint, through_ST, probe))
 
         return Measurement(
             checkpoint,
@@ -150,4 +149,4 @@ class Finals:
     @cached_property
     def _outputs(self) -> Hidden:
         """The dense model's outputs."""
-        return outputs_of_dense(self._context, self._dense, self._windows.judged)
+        return outputs_of_dense(self._context, self._models.dense, self._windows.judged)

@@ -16,6 +16,7 @@ from hfprune_dist.stages.prune_low_rank import decide_low_rank
 from hfprune_dist.stages.prune_plain import decide_plain
 from hfprune_dist.stages.prune_refit import (
     Context,
+    Models,
     Replacements,
     added_biases,
     final_refit,
@@ -33,7 +34,7 @@ def run(context: Context) -> None:
     """Write a Hugging Face folder, and ``kept.json``: the units that stayed, in the dense model's numbering."""
     checkpoint = open_checkpoint(context.input_path("model"))
     dense = open_checkpoint(context.input_path("dense")) if context.has_input("dense") else checkpoint
-    kept, replacements, metrics = _decide(context, checkpoint, dense)
+    kept, replacements, metrics = _decide(context, Models(checkpoint, dense))
     draft = context.open_draft()
     files = checkpoint.weight_files
     for done, file in enumerate(files[context.world.rank :: context.world.size]):
@@ -50,23 +51,23 @@ def run(context: Context) -> None:
     context.commit(draft, metrics | {"kept_sha256": digest_of_kept(kept_of_dense)})
 
 
-def _decide(context: Context, checkpoint: Checkpoint, dense: Checkpoint) -> tuple[Kept, Replacements, dict[str, Any]]:
+def _decide(context: Context, models: Models) -> tuple[Kept, Replacements, dict[str, Any]]:
     """Return what stays, new weights for it, and metrics."""
-    params = context.params
+    params, checkpoint = context.params, models.checkpoint
     if params.allocation == "low_rank":
         kept, replacements, metrics = decide_low_rank(context, checkpoint)
         return _agreed(context, kept), replacements, metrics
     scores = _scores(context, checkpoint)
     if params.allocation == "plain":
-        kept, replacements, metrics = decide_plain(context, (checkpoint, dense), scores)
+        kept, replacements, metrics = decide_plain(context, models, scores)
         return _agreed(context, kept), replacements, metrics
-    kept, metrics = decide_shape(context, checkpoint, dense, scores)
+    kept, metrics = decide_shape(context, models, scores)
     kept = _agreed(context, kept)
     if params.refit == "none":
         return kept, {}, metrics
     if params.refit == "bias":
         return kept, added_biases(context, checkpoint, kept), metrics
-    fitted = final_refit(context, (checkpoint, dense), kept)
+    fitted = final_refit(context, models, kept)
     return kept, fitted.replacements(kept.layers), metrics | refit_metrics(fitted, kept.layers)
 
 

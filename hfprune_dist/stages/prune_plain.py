@@ -14,7 +14,6 @@ from typing import Any
 
 from torch import Tensor
 
-from hfprune_dist.checkpoints.checkpoint import Checkpoint
 from hfprune_dist.planning.plain_shapes import PlainShape, plain_shapes
 from hfprune_dist.planning.shape_target import ShapeTarget
 from hfprune_dist.refit.cheap_fits import Scored, kept_of
@@ -23,6 +22,7 @@ from hfprune_dist.stages.cheap_measurement import Measured
 from hfprune_dist.stages.finals import FINALISTS, Finals, Windows, hopeful
 from hfprune_dist.stages.prune_refit import (
     Context,
+    Models,
     Replacements,
     dense_numbers,
     final_refit,
@@ -34,12 +34,11 @@ from hfprune_dist.structures.kept import Kept
 
 
 def decide_plain(
-    context: Context, models: tuple[Checkpoint, Checkpoint], scores: Mapping[str, Sequence[Tensor]]
+    context: Context, models: Models, scores: Mapping[str, Sequence[Tensor]]
 ) -> tuple[Kept, Replacements, dict[str, Any]]:
     """Return what stays, its refitted weights, and metrics of the search; the same on every rank.
 
     Args:
-        models: the one that is pruned, and the dense one: the same, or the one that it comes from.
         scores: kind -> scores of each layer's units.
     """
     windows = Windows.apart(context.calibration_windows(), context.params.forward_pass()[1])
@@ -68,25 +67,21 @@ def _first_finalists(competing: Sequence[str], grid: _Grid) -> list[str]:
 
 
 class _Grid:
-    """Candidate shapes, and how far from the dense model a cheap refit leaves each of them.
-
-    Args:
-        models: the one that is pruned, and the dense one.
-    """
+    """Candidate shapes, and how far from the dense model a cheap refit leaves each of them."""
 
     def __init__(
         self,
         context: Context,
-        models: tuple[Checkpoint, Checkpoint],
+        models: Models,
         scores: Mapping[str, Sequence[Tensor]],
         windows_ST: Tensor,
     ) -> None:
         self._context = context
-        self._checkpoint, dense = models
+        self._checkpoint = models.checkpoint
         self._numbers = dense_numbers(context, self._checkpoint)
         self._kinds = [Scored(units, scores[units.kind]) for units in pruned_kinds(context, self._checkpoint)]
-        self._measured = Measured(context, *models, self._kinds, windows_ST)
-        self._target = ShapeTarget.of(dense, context.params, context.stage.label)
+        self._measured = Measured(context, models, self._kinds, windows_ST)
+        self._target = ShapeTarget.of(models.dense, context.params, context.stage.label)
         self._shapes = {it.name: it for it in plain_shapes(self._target, PlainShape.of(self._checkpoint))}
         self._order = self._layers_in_order()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -31,20 +32,28 @@ Context = AnyContext[PruneParameters]
 Replacements = Mapping[str, Callable[[], Tensor]]
 
 
+@dataclass(frozen=True)
+class Models:
+    """The models that a prune stage reads.
+
+    Attributes:
+        checkpoint: the one that is pruned: the dense one, or what an earlier round left of it.
+        dense: the one whose parameters ratios refer to, and which results are compared with.
+    """
+
+    checkpoint: Checkpoint
+    dense: Checkpoint
+
+
 def pruned_kinds(context: Context, checkpoint: Checkpoint) -> list[Units]:
     """The kinds of units that the stage prunes, the MLP's first."""
     return checkpoint.pruned_kinds(context.params.structures)
 
 
-def final_refit(context: Context, models: tuple[Checkpoint, Checkpoint], kept: Kept) -> RefittedLayers:
-    """Refit what the stage will write, as its settings say, on all calibration windows.
-
-    Args:
-        models: the one that is pruned, and the dense one: the same, or the one that it comes from.
-    """
-    checkpoint, _ = models
-    kinds, whole_mlp = pruned_kinds(context, checkpoint), context.params.refit == "block"
-    fitted = RefittedLayers(checkpoint, kinds, whole_mlp, context.work / "refit")
+def final_refit(context: Context, models: Models, kept: Kept) -> RefittedLayers:
+    """Refit what the stage will write, as its settings say, on all calibration windows."""
+    kinds, whole_mlp = pruned_kinds(context, models.checkpoint), context.params.refit == "block"
+    fitted = RefittedLayers(models.checkpoint, kinds, whole_mlp, context.work / "refit")
     refit_layers(context, models, kept, context.calibration_windows(), fitted, phase="refit")
     return fitted
 
@@ -66,7 +75,7 @@ def _identity(bias_C: Tensor) -> Tensor:
 
 def refit_layers(
     context: Context,
-    models: tuple[Checkpoint, Checkpoint],
+    models: Models,
     kept: Kept,
     windows_ST: Tensor,
     fitted: RefittedLayers,
@@ -76,11 +85,10 @@ def refit_layers(
     """Refit what stays on some windows, or resume where an earlier attempt was interrupted.
 
     Args:
-        models: the one that is pruned, and the dense one: the same, or the one that it comes from.
         fitted: where refitted layers are written.
         phase: its name in progress reports.
     """
-    checkpoint, dense = models
+    checkpoint = models.checkpoint
     refit: DenseRefit | SequentialRefit
     if context.params.refit == "dense":
         stream = stream_of(context, checkpoint, windows_ST, probe_of(context, checkpoint, windows_ST))
@@ -90,7 +98,7 @@ def refit_layers(
             checkpoint.family,
             kept,
             stream_of(context, checkpoint, windows_ST),
-            stream_of(context, dense, windows_ST, probe_of(context, dense, windows_ST)),
+            stream_of(context, models.dense, windows_ST, probe_of(context, models.dense, windows_ST)),
             fitted,
             dense_layers=in_dense_numbering(context, kept).layers,
             world=context.world,

@@ -27,42 +27,44 @@ from hfprune_dist.refit.measurement import Candidate, Measurement
 from hfprune_dist.stages.cheap_measurement import Measured
 from hfprune_dist.stages.contest import Contest
 from hfprune_dist.stages.finals import FINALISTS, Finals, Windows, hopeful
-from hfprune_dist.stages.prune_refit import Context, dense_numbers, pruned_kinds
+from hfprune_dist.stages.prune_refit import Context, Models, dense_numbers, pruned_kinds
 from hfprune_dist.structures import LAYERS, NEURONS
 from hfprune_dist.structures.kept import Kept, Shape
 
 
 def decide_shape(
-    context: Context, checkpoint: Checkpoint, dense: Checkpoint, scores: Mapping[str, Sequence[Tensor]]
+    context: Context, models: Models, scores: Mapping[str, Sequence[Tensor]]
 ) -> tuple[Kept, dict[str, Any]]:
     """Return what stays, and metrics of the search if there was one.
 
     Args:
-        checkpoint: the model that is pruned: the dense one, or what an earlier round left of it.
-        dense: the model whose parameters ratios refer to, and which candidates are compared with.
         scores: kind -> scores of each layer's units.
     """
+    checkpoint, allocation = models.checkpoint, context.params.allocation
     kinds = [Scored(units, scores[units.kind]) for units in pruned_kinds(context, checkpoint)]
-    if checkpoint.family.experts:
-        shape = mixture_target(ShapeTarget.of(dense, context.params, context.stage.label)).shape()
-        return kept_of(kinds, _choices(kinds, shape)), {}
-    if context.params.allocation == "uniform":
-        width = _target(context, dense).uniform_width()
-        return kept_of(kinds, ((width,),) * checkpoint.num_layers), {}
-    if context.params.allocation == "local":
-        target = LocalTarget.of(dense, context.params, context.stage.label)
-        shape = replace(target, before=_whole(checkpoint)).shape()
-        return kept_of(kinds, _choices(kinds, shape)), {}
-    gone = dense.parameters - checkpoint.parameters
-    budget = _budget(context, dense).left(dense_numbers(context, checkpoint), gone)
+    if checkpoint.family.experts or allocation in ("uniform", "local"):
+        return kept_of(kinds, _decided_by_ratio(context, models, kinds)), {}
+    gone = models.dense.parameters - checkpoint.parameters
+    budget = _budget(context, models.dense).left(dense_numbers(context, checkpoint), gone)
     contest = Contest.of(context.params, checkpoint, kinds, budget)
-    if context.params.allocation in ("global", "standardized"):
-        rate = EXCHANGE if context.params.allocation == "global" else 1.0
+    if allocation in ("global", "standardized"):
+        rate = EXCHANGE if allocation == "global" else 1.0
         others = [ladder.dearer(rate) for ladder in contest.others]
         counts = allocate_globally([*contest.neurons, *others], contest.removals)
         return kept_of(kinds, contest.candidate(counts)), {}
-    found, metrics = _Search(context, (checkpoint, dense), kinds, contest).run()
+    found, metrics = _Search(context, models, kinds, contest).run()
     return kept_of(kinds, found), metrics
+
+
+def _decided_by_ratio(context: Context, models: Models, kinds: Sequence[Scored]) -> Candidate:
+    """The candidate whose number of units in each layer follows from the ratio, without a look at scores."""
+    checkpoint, dense, params, label = models.checkpoint, models.dense, context.params, context.stage.label
+    if checkpoint.family.experts:
+        return _choices(kinds, mixture_target(ShapeTarget.of(dense, params, label)).shape())
+    if params.allocation == "uniform":
+        return ((_target(context, dense).uniform_width(),),) * checkpoint.num_layers
+    target = replace(LocalTarget.of(dense, params, label), before=_whole(checkpoint))
+    return _choices(kinds, target.shape())
 
 
 def _choices(kinds: Sequence[Scored], shape: Shape) -> Candidate:
@@ -96,23 +98,21 @@ class _Search:
     """Candidate shapes, and how far from the dense model a cheap refit leaves each of them.
 
     Args:
-        models: the one that is pruned, and the dense one: the same, or the one that it comes from.
         contest: the one in which all layers stay.
     """
 
-    def __init__(
-        self, context: Context, models: tuple[Checkpoint, Checkpoint], kinds: Sequence[Scored], contest: Contest
-    ) -> None:
+    def __init__(self, context: Context, models: Models, kinds: Sequence[Scored], contest: Contest) -> None:
         self._context = context
-        self._checkpoint, self._dense = models
+        self._models = models
+        self._checkpoint = models.checkpoint
         self._kinds = kinds
         self._contest = contest
-        self._target = ShapeTarget.of(self._dense, context.params, context.stage.label)
+        self._target = ShapeTarget.of(models.dense, context.params, context.stage.label)
         windows_ST, micro_batch_size = context.calibration_windows(), context.params.forward_pass()[1]
         self._windows = Windows.apart(windows_ST, micro_batch_size)
         # Without finals, no windows need to be kept apart.
         seen_ST = self._windows.seen_ST if LAYERS in context.params.structures else windows_ST
-        self._measured = Measured(context, *models, kinds, seen_ST)
+        self._measured = Measured(context, models, kinds, seen_ST)
 
     def run(self) -> tuple[Candidate, dict[str, Any]]:
         """Return the shape that was measured to be closest, and metrics."""
@@ -162,7 +162,7 @@ class _Search:
 
         finals = Finals(
             self._context,
-            (self._checkpoint, self._dense),
+            self._models,
             self._windows,
             lambda name: self._context.world.broadcast(kept_of(self._kinds, candidates[name])),
         )
@@ -171,10 +171,10 @@ class _Search:
 
     def _plain(self, contest: Contest) -> dict[str, Counts]:
         """Name -> shape that is the same in all layers of a contest, for those that the contest allows."""
-        if not self._dense.is_uniform:
+        if not self._models.dense.is_uniform:
             return {}
         if self._target.structures == (NEURONS,):
-            uniform = (_target(self._context, self._dense).uniform_width(),) * len(contest.layers)
+            uniform = (_target(self._context, self._models.dense).uniform_width(),) * len(contest.layers)
             return {"uniform": uniform} if contest.allows(uniform) else {}
         shapes = [it for it in all_plain_shapes(self._target) if it.num_layers == len(contest.layers)]
         plain = {}
