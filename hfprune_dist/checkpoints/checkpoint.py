@@ -165,7 +165,7 @@ class Checkpoint:
         if self.surplus:
             named = ", ".join(self.surplus[:3]) + (", ..." if len(self.surplus) > 3 else "")
             told.append(
-                f"{len(self.surplus)} tensors in its files are no part of the model that config.json describes: they "
+                f"{len(self.surplus)} tensors in its files aren't part of the model that config.json describes: they "
                 f"aren't counted, and pruned checkpoints lack them ({named})"
             )
         return told

@@ -65,9 +65,11 @@ def check_config(config: Mapping[str, Any], file: Path) -> None:
             _require_positive(config.get(key), key, file)
     heads, key_value_heads = config["num_attention_heads"], config.get("num_key_value_heads")
     if heads % (key_value_heads or heads):
-        raise UserError(f"{file}: num_attention_heads {heads} is no multiple of num_key_value_heads {key_value_heads}")
+        raise UserError(
+            f"{file}: num_attention_heads {heads} is not a multiple of num_key_value_heads {key_value_heads}"
+        )
     if not config.get("head_dim") and config["hidden_size"] % heads:
-        raise UserError(f"{file}: hidden_size {config['hidden_size']} is no multiple of num_attention_heads {heads}")
+        raise UserError(f"{file}: hidden_size {config['hidden_size']} is not a multiple of num_attention_heads {heads}")
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     if not isinstance(rope, dict):
         raise UserError(f"{file}: rope_parameters and rope_scaling must be objects, not {rope!r}")
@@ -192,7 +194,7 @@ def check_factors(
         for layer, rank in enumerate(row):
             names = [any_units.tensor(layer, f"{projection}.{factor}.weight") for factor in FACTORS]
             if odd := [name for name in names if len(tensors[name].shape) != 2]:
-                raise UserError(f"{path}: {odd[0]} has shape {list(tensors[odd[0]].shape)}, and is no matrix")
+                raise UserError(f"{path}: {odd[0]} has shape {list(tensors[odd[0]].shape)}, which is not a matrix's")
             size: Sequence[int] = (tensors[names[1]].shape[0], tensors[names[0]].shape[1])
             if own := owners.get(f"{projection}.weight"):  # otherwise modules tell its size
                 units, owned = own

@@ -151,7 +151,7 @@ class _Search:
         names = self._config.get("architectures") or [""]
         found = re.fullmatch(rf"(?:Pruned)?(\w+){task}", str(names[0]))
         if found is None:
-            raise self._refusals.unsupported(f"architectures is {names[0]!r}, which is no ...{task}")
+            raise self._refusals.unsupported(f"architectures is {names[0]!r}, which doesn't end in {task}")
         return found[1], task
 
     def prefix(self) -> str:
@@ -165,11 +165,14 @@ class _Search:
         if not stacks and len(numbers) == 1:
             ((prefix, there),) = numbers.items()
             missing = min({*wanted} - there)
-            told = f"num_hidden_layers is {len(wanted)}, and they have no {prefix}.{missing}"
-            raise self._refusals.unlike_tensors(told)
+            raise self._refusals.unlike_tensors(
+                f"num_hidden_layers is {len(wanted)}, and they have no {prefix}.{missing}"
+            )
         if len(stacks) != 1:
             found_here = ", ".join(sorted(numbers)) or "none"
-            raise self._refusals.unsupported(f"it has no one stack of {len(wanted)} layers (tensors of: {found_here})")
+            raise self._refusals.unsupported(
+                f"it doesn't have exactly one stack of {len(wanted)} layers (tensors of: {found_here})"
+            )
         return stacks[0]
 
     def parts_of_layers(self, layers: str) -> Sequence[Shapes]:
@@ -206,13 +209,15 @@ class _Search:
             expected = {f"{block}{name}.{part}" for name in known for part in ("weight", "bias")}
             inside = {name for name in there if block and name.startswith(block) and not _is_of_activation(name, there)}
             if more := sorted(inside - expected):
-                raise self._refusals.unsupported(f"in layer {layer}, {more[0]} is no part of a plain MLP")
+                raise self._refusals.unsupported(f"in layer {layer}, {more[0]} is not part of a plain MLP")
 
     def _check_width(self, weights: Sequence[str], parts: Mapping[int, Shapes], row_parts: int) -> None:
         first = min(parts)
         *rows, down = (parts[first][name] for name in weights)
         if len(down) != 2:
-            raise self._refusals.unsupported(f"{weights[-1]} of layer {first} has shape {list(down)}, and is no matrix")
+            raise self._refusals.unsupported(
+                f"{weights[-1]} of layer {first} has shape {list(down)}, which is not a matrix's"
+            )
         width = down[1] * row_parts
         wanted = [width, self._hidden_size]
         for name, row in zip(weights, rows, strict=False):
@@ -227,7 +232,7 @@ class _Search:
         names = {name.rpartition(".")[0] for name in found if name.endswith(".weight")}
         if len(names) != 1:
             raise self._refusals.unsupported(
-                f"behind its layers it has no one norm with a weight (but {sorted(found)})"
+                f"it doesn't have exactly one norm with a weight after its layers (found: {sorted(found)})"
             )
         return names.pop()
 
@@ -241,7 +246,7 @@ class _Search:
                 f"{tables[0]} has shape {list(self._shapes[tables[0]])}, but vocab_size and hidden_size are {wanted}"
             )
         if len(found) != 1:
-            raise self._refusals.unsupported(f"it has no one table of embeddings of shape {wanted}")
+            raise self._refusals.unsupported(f"it doesn't have exactly one table of embeddings of shape {wanted}")
         return found[0].removesuffix(".weight")
 
     def head(self, body: str) -> str:

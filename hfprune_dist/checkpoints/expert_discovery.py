@@ -275,7 +275,7 @@ class _Found:
         for rows, down, parts in _OF_SHARED:
             if f"{name}.{rows[0]}.weight" in there:
                 return rows, down, parts
-        raise self._refusals.unsupported(f"{name} is no MLP of a kind that is known")
+        raise self._refusals.unsupported(f"{name} is not an MLP of a known kind")
 
     def _tensors_of(self, shared: Shared) -> set[str]:
         rows, down, _ = shared.projections
@@ -290,9 +290,7 @@ class _Found:
             if (number := _OF_EXPERT.match(inside)) and int(number[1]) >= count:
                 raise self._refusals.unlike_tensors(f"layer {layer} has {name}, of {count} experts")
             if inside != name and not _BESIDE.fullmatch(inside):
-                raise self._refusals.unsupported(
-                    f"in layer {layer}, {name} is no part of experts of a kind that is known"
-                )
+                raise self._refusals.unsupported(f"in layer {layer}, {name} is not part of experts of a known kind")
 
 
 def _is_in(value: Any, valid: range) -> bool:

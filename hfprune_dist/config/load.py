@@ -52,7 +52,7 @@ class _YamlLoader(yaml.SafeLoader):
         """The value of a node.
 
         Raises:
-            ConstructorError: for text in the form of a type that is no valid value of it, such as 2024-13-45 or
+            ConstructorError: for text in the form of a type that isn't a valid value of it, such as 2024-13-45 or
                 !!bool maybe.
         """
         try:

@@ -246,7 +246,7 @@ class Method(Section):
         if self.allocation == "low_rank" and (self.structures != [NEURONS] or self.refit != "none"):
             raise ValueError(
                 f"allocation: low_rank needs structures: [{NEURONS}] and refit: none, not structures: [{named}] and "
-                f"refit: {self.refit}; nothing of attention goes as a whole, and its new weights are no refit"
+                f"refit: {self.refit}; nothing of attention goes as a whole, and its new weights aren't a refit"
             )
         if self.allocation == "uniform" and self.structures not in ([NEURONS], [EXPERTS]):
             possible = (

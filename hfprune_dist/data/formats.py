@@ -33,7 +33,7 @@ SUPPORTED = (
     "but .parquet also compressed (.gz, .bz2, .xz, .zst); or a folder of such files"
 )
 PLAIN = "plain text"
-# Begins a file that some editors save as UTF-8; it is no part of the text.
+# Begins a file that some editors save as UTF-8; it isn't part of the text.
 _MARK = codecs.BOM_UTF8.decode()
 _BY_ENDING = {
     ".jsonl": "jsonl",
@@ -80,7 +80,7 @@ def files_of(path: Path) -> list[Path]:
         files = [file for file in sorted(path.iterdir()) if file.is_file() and not file.name.startswith(".")]
     named = [file for file in files if _ending(file) in _BY_ENDING or _ending(file) in _REFUSED]
     if not named:
-        raise UserError(f"{path}: in this folder is no file that ends in {', '.join(_BY_ENDING)}; {SUPPORTED}")
+        raise UserError(f"{path}: this folder has no file that ends in {', '.join(_BY_ENDING)}; {SUPPORTED}")
     return named
 
 

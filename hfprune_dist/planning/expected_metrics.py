@@ -6,7 +6,7 @@ others; where scores decide, every layer is assumed to lose the same share.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from hfprune_dist.checkpoints.checkpoint import Checkpoint
@@ -82,8 +82,7 @@ class ExpectedManifests:
             return _plain(dense, params, before, shapes)
         if dense.family.experts:
             shape = mixture_target(ShapeTarget.of(dense, params, stage.label)).shape()
-            kinds = (dense.structures[kind] for kind in shape.units)
-            return {name: size for it in kinds for name, size in it.sizes(shape.units[it.kind]).items()}
+            return _sizes(dense, shape.units)
         if params.allocation == "uniform":
             width = Target(size, params.ratio, params.multiple_of, stage.label).uniform_width()
             return dense.units.sizes([width] * size.num_layers)
@@ -116,9 +115,14 @@ def _trained(recovery: RecoveryConfig) -> dict[str, Any] | None:
 def _locally(dense: Checkpoint, params: LoraPruneParameters, where: str) -> dict[str, Any]:
     """Sizes of a local shape, which the ratio alone decides."""
     shape = LocalTarget.of(dense, params, where).shape()
+    return _sizes(dense, {kind: shape.units[kind] for kind in params.structures})
+
+
+def _sizes(dense: Checkpoint, counts: Mapping[str, Sequence[int]]) -> dict[str, Any]:
+    """Sizes by their names in metrics, for numbers of units: kind -> number in each layer."""
     metrics: dict[str, Any] = {}
-    for kind in params.structures:
-        metrics |= dense.structures[kind].sizes(shape.units[kind])
+    for kind, of_layers in counts.items():
+        metrics |= dense.structures[kind].sizes(of_layers)
     return metrics
 
 

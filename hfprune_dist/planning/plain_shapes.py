@@ -51,7 +51,7 @@ class PlainShape:
         """Return the shape with a ``name``.
 
         Raises:
-            ValueError: if it is no name of one.
+            ValueError: if it isn't the name of one.
         """
         found = _NAME.fullmatch(name)
         if found is None:

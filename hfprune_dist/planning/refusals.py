@@ -41,6 +41,11 @@ def place_of(model: str, method: str) -> str:
 
 
 def refuse_same_rows(cells: Iterable[Cell]) -> None:
+    """Refuse rows that differ in nothing but their names.
+
+    Raises:
+        UserError: naming two of them.
+    """
     labels: dict[str, str] = {}
     for cell in cells:
         label = label_of(cell.model, cell.ratio, cell.method, cell.recovery)

@@ -139,7 +139,7 @@ class RefittedLayers:
             self._report(number)
         except (ValueError, TypeError, KeyError):
             if self._report_file(number).is_file():
-                set_aside(self._report_file(number), "is no report of ours")
+                set_aside(self._report_file(number), "is not a report of ours")
             return False
         return self._files.is_done(number)
 

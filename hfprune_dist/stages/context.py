@@ -157,7 +157,7 @@ class Context(Generic[P]):
         However long it takes, no rank waits longer than the collective timeout, since rank 0 keeps telling the others
         that it is still at work. If ``work`` raises a ``UserError``, all ranks do.
         """
-        return self._let_first(lambda after_each: _told(work, after_each))
+        return self._let_first(lambda after_each: _in_thread(work, after_each))
 
     def open_draft(self) -> Path:
         """Return a folder in which all ranks may write files of the artifact."""
@@ -184,16 +184,16 @@ class Context(Generic[P]):
     def _let_first(self, action: Callable[[AfterEach], T]) -> T:
         """Run an action on rank 0, return its result on every rank; if it ends the stage, all ranks leave in order."""
 
-        def outcome(after_each: AfterEach) -> tuple[T | None, UserError | ClaimLostError | None]:
+        def outcome(after_each: AfterEach) -> T | UserError | ClaimLostError:
             try:
-                return action(after_each), None
+                return action(after_each)
             except (UserError, ClaimLostError) as error:
-                return None, error
+                return error
 
-        value, error = self.world.let_first(outcome)
-        if error is not None:
-            raise error
-        return value  # type: ignore[return-value]
+        result = self.world.let_first(outcome)
+        if isinstance(result, UserError | ClaimLostError):
+            raise result
+        return result
 
     def _record(self, metrics: dict[str, Any], peak_memory: Mapping[str, int | None]) -> dict[str, Any]:
         finished = time.time()
@@ -211,7 +211,7 @@ class Context(Generic[P]):
         }
 
 
-def _told(work: Callable[[], T], go_on: AfterEach) -> T:
+def _in_thread(work: Callable[[], T], go_on: AfterEach) -> T:
     """Run ``work`` in a thread of its own, and return its result; call ``go_on`` now and then meanwhile."""
     pool = ThreadPoolExecutor(1)
     try:

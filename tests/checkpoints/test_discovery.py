@@ -89,7 +89,7 @@ def test_an_activation_may_learn():
     numbers = {f"model.layers.{layer}.mlp.act_fn.alpha": [1] for layer in range(2)}
     family, _ = discover(CONFIG, shapes_of() | numbers, "here")
     assert numbers.keys() <= family.tensors(CONFIG)
-    with pytest.raises(UserError, match=r"mlp\.act_fn\.alpha is no part of a plain MLP"):
+    with pytest.raises(UserError, match=r"mlp\.act_fn\.alpha is not part of a plain MLP"):
         discover(CONFIG, shapes_of() | {key: [12] for key in numbers}, "here")
 
 
@@ -104,14 +104,14 @@ def test_the_head_and_positions_beside_the_layers_are_found():
     ("layer", "outside", "expected"),
     [
         (without("mlp.up_proj"), {}, "its layers have no MLP of a kind that is known (they have mlp.down_proj"),
-        (LAYER | {"mlp.sub_norm": [12]}, {}, "in layer 0, mlp.sub_norm.weight is no part of a plain MLP"),
+        (LAYER | {"mlp.sub_norm": [12]}, {}, "in layer 0, mlp.sub_norm.weight is not part of a plain MLP"),
         (LAYER | {"mlp.gate_proj": [11, 8]}, {}, "mlp.gate_proj.weight of layer 0 has shape [11, 8], not [12, 8]"),
         (LAYER, {"model__wpe__weight": [64, 8]}, "beside its layers it has model.wpe.weight"),
-        (LAYER, {"model__other_norm__weight": [8]}, "behind its layers it has no one norm with a weight"),
+        (LAYER, {"model__other_norm__weight": [8]}, "it doesn't have exactly one norm with a weight after its layers"),
         (
             LAYER,
             {"model__embed_tokens__weight": [21, 8], "model__wte__weight": [22, 8]},
-            "it has no one table of embeddings of shape [20, 8]",
+            "it doesn't have exactly one table of embeddings of shape [20, 8]",
         ),
     ],
     ids=str,

@@ -149,7 +149,7 @@ def test_more_experts_than_config_json_says_are_named(config):
 def test_what_is_there_besides_is_named(config, part):
     last = config["num_hidden_layers"] - 1
     shapes = tensors_of(config) | {f"model.layers.{last}.{part}": [64]}
-    with pytest.raises(UserError, match=f"in layer {last}, {part} is no part of experts of a kind that is known"):
+    with pytest.raises(UserError, match=f"in layer {last}, {part} is not part of experts of a known kind"):
         discover(config, shapes, "here")
 
 
