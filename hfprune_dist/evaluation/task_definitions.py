@@ -190,7 +190,11 @@ def own_definitions(folder: Path | None) -> tuple[dict[str, Definition], dict[Pa
             unreadable[file] = explain(error)
             continue
         if isinstance(content, dict):
-            _define(content, file, found)
+            tags = content.get("tag")
+            if tags is None or isinstance(tags, str | list):
+                _define(content, file, found)
+            else:  # lm-eval skips the file
+                unreadable[file] = f"tag must be a name, or a list of names, not {tags!r}"
     return found, unreadable
 
 

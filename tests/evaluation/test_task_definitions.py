@@ -6,7 +6,7 @@ import pytest
 
 from hfprune_dist.errors import UserError
 from hfprune_dist.evaluation.lm_eval_tasks import TaskLoader, check_tasks
-from hfprune_dist.evaluation.task_definitions import generating_tasks
+from hfprune_dist.evaluation.task_definitions import generating_tasks, own_definitions
 
 OWN = {
     "writes": "task: writes\n",
@@ -47,6 +47,15 @@ def test_an_include_that_names_no_files_is_refused(own, included):
     assert generating_tasks(["odd", "says"], own) == ["says"]
     with pytest.raises(UserError, match=r"odd\.yaml: include must be the name of a file, or a list of names, not "):
         check_tasks(["odd"], own)
+
+
+def test_a_file_with_a_tag_that_is_not_a_name_is_left_out(own):
+    """As by lm-eval; other tasks are evaluated."""
+    (own / "odd.yaml").write_text("task: odd\ntag: 5\n")
+    found, unreadable = own_definitions(own)
+    assert "says" in found and "odd" not in found
+    assert unreadable == {own / "odd.yaml": "tag must be a name, or a list of names, not 5"}
+    check_tasks(["says"], own)
 
 
 def test_what_lm_evals_tasks_do():
