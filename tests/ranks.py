@@ -32,16 +32,16 @@ class SoloWorld(World):
     def broadcast(self, value, source=0):
         return value
 
-    def gather(self, value):
+    def all_gather(self, value):
         return [value]
 
     def broadcast_tensor(self, tensor, source):
         pass
 
-    def add_up(self, tensor):
+    def all_reduce(self, tensor):
         pass
 
-    def add_up_on(self, tensor, owner):
+    def reduce(self, tensor, owner):
         pass
 
 

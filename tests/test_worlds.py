@@ -8,17 +8,23 @@ from worlds import Death, DivergedError, Ranks
 def test_collectives_bring_what_real_ones_would():
     def work(world):
         tensor = torch.tensor([world.rank, 1])
-        world.add_up(tensor)
+        world.all_reduce(tensor)
         mine = torch.full((2,), float(world.rank))
         world.broadcast_tensor(mine, 2)
         told = world.let_first(lambda go_on: [go_on(), "told"][1])
         world.barrier()
-        return world.gather(world.rank), world.broadcast({"of": world.rank}, 1), tensor.tolist(), mine.tolist(), told
+        return (
+            world.all_gather(world.rank),
+            world.broadcast({"of": world.rank}, 1),
+            tensor.tolist(),
+            mine.tolist(),
+            told,
+        )
 
     ranks = Ranks(3)
     assert ranks.run(work) == [([0, 1, 2], {"of": 1}, [3, 3], [2.0, 2.0], "told")] * 3
     assert [call.kind.split(" ")[0] for call in ranks.logs[0]] == [call.kind.split(" ")[0] for call in ranks.logs[2]]
-    assert ranks.counts(1)["add_up torch.int64 [2]"] == 1 and ranks.logs[1][0].bytes == 16
+    assert ranks.counts(1)["all_reduce torch.int64 [2]"] == 1 and ranks.logs[1][0].bytes == 16
 
 
 def test_ranks_share_no_object():
@@ -29,14 +35,17 @@ def test_ranks_share_no_object():
 @pytest.mark.parametrize(
     ("odd_one", "message"),
     [
-        (lambda world: world.gather(0), "rank 1 is in its collective 1, gather"),
-        (lambda world: world.add_up(torch.zeros(2)), r"rank 1 is in its collective 1, add_up torch.float32 \[2\]"),
+        (lambda world: world.all_gather(0), "rank 1 is in its collective 1, all_gather"),
+        (
+            lambda world: world.all_reduce(torch.zeros(2)),
+            r"rank 1 is in its collective 1, all_reduce torch.float32 \[2\]",
+        ),
         (lambda world: None, "rank 1 has ended after 1"),
     ],
 )
 def test_ranks_that_diverge_are_named(odd_one, message):
     def work(world):
-        world.gather(0)
+        world.all_gather(0)
         if world.rank == 1:
             odd_one(world)
         else:
@@ -62,7 +71,7 @@ def test_a_rank_dies_before_the_collective_that_was_chosen():
 
     def work(world):
         for number in range(3):
-            world.gather(number)
+            world.all_gather(number)
             done.append((world.rank, number))
 
     with pytest.raises(Death, match="rank 1 before its collective 2"):

@@ -179,21 +179,21 @@ class ThreadWorld(World):
         brought = self._meet(f"broadcast from {source}", mine, len(mine))
         return value if self.rank == source else pickle.loads(brought[source])
 
-    def gather(self, value: T) -> list[T]:
+    def all_gather(self, value: T) -> list[T]:
         mine = pickle.dumps(value)
-        return [pickle.loads(theirs) for theirs in self._meet("gather", mine, len(mine))]
+        return [pickle.loads(theirs) for theirs in self._meet("all_gather", mine, len(mine))]
 
     def broadcast_tensor(self, tensor: torch.Tensor, source: int) -> None:
         mine = tensor.clone() if self.rank == source else None
         kind = f"broadcast_tensor from {source}, {tensor.dtype} {list(tensor.shape)}"
         tensor.copy_(self._meet(kind, mine, 0 if mine is None else mine.nbytes)[source])
 
-    def add_up(self, tensor: torch.Tensor) -> None:
-        brought = self._meet(f"add_up {tensor.dtype} {list(tensor.shape)}", tensor.clone(), tensor.nbytes)
+    def all_reduce(self, tensor: torch.Tensor) -> None:
+        brought = self._meet(f"all_reduce {tensor.dtype} {list(tensor.shape)}", tensor.clone(), tensor.nbytes)
         tensor.copy_(torch.stack(brought).sum(0))
 
-    def add_up_on(self, tensor: torch.Tensor, owner: int) -> None:
-        kind = f"add_up_on {owner}, {tensor.dtype} {list(tensor.shape)}"
+    def reduce(self, tensor: torch.Tensor, owner: int) -> None:
+        kind = f"reduce {owner}, {tensor.dtype} {list(tensor.shape)}"
         brought = self._meet(kind, tensor.clone(), tensor.nbytes)
         tensor.copy_(torch.stack(brought).sum(0)) if self.rank == owner else tensor.fill_(-1)
 

@@ -28,7 +28,7 @@ def choose_sharding(requested: Sharding, checkpoint: Checkpoint, dtype: torch.dt
         return requested
     fits = checkpoint.parameters * dtype.itemsize <= WEIGHTS_SHARE * free_bytes(world)
     # A single rank gains nothing from sharding.
-    return "replicate" if all(world.gather(fits)) or world.size == 1 else "zero3"
+    return "replicate" if all(world.all_gather(fits)) or world.size == 1 else "zero3"
 
 
 def free_bytes(world: World) -> float:
@@ -105,14 +105,14 @@ class FrozenModel:
         token_BT = torch.zeros((1, 1), dtype=torch.int64, device=self.world.device)
         self._idle = True
         with torch.no_grad():
-            while any(self.world.gather(False)):
+            while any(self.world.all_gather(False)):
                 self.module(input_ids=token_BT, use_cache=False)
         self._idle = False
 
     def _announce(self, *_: Any) -> None:
         """Tell the ranks that are done, before a forward, to take part in it."""
         if not self._idle:
-            self.world.gather(True)
+            self.world.all_gather(True)
 
 
 def load_whole(checkpoint: Checkpoint, dtype: torch.dtype, world: World) -> nn.Module:

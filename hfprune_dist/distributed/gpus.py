@@ -75,7 +75,7 @@ def require_own_gpus(world: World, place: Place | None) -> None:
         UserError: naming the ranks and the GPU, on all ranks.
     """
     first_there: dict[tuple[str, str], int] = {}
-    for rank, found in enumerate(world.gather(place)):
+    for rank, found in enumerate(world.all_gather(place)):
         if found is None:
             continue
         first = first_there.setdefault((found.machine, found.address), rank)

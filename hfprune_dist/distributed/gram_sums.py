@@ -58,7 +58,7 @@ class GramSums(WindowSums[tuple[ExactGram, ExactGram], Tensor]):
         (held_out if is_held_out(index, self._count) else fitted).add(term_DD)
 
     def _added_up(self, own: ExactGram) -> Tensor:
-        self._world.add_up(own.total_DD)
+        self._world.all_reduce(own.total_DD)
         return own.value()
 
     def _empty(self, first_D: Tensor) -> tuple[ExactGram, ExactGram]:
@@ -96,7 +96,7 @@ class ExpertGramSums(WindowSums[list[tuple[ExactGram, ExactGram]], Sequence[Tens
                 (held_out if is_held_out(index, self._count) else fitted).add(gram_matrix(part_ND))
 
     def _added_up(self, own: ExactGram) -> Tensor:
-        self._world.add_up(own.total_DD)
+        self._world.all_reduce(own.total_DD)
         return own.value() if own.is_resolved else torch.zeros_like(own.total_DD, dtype=torch.float64)
 
     def _empty(self, first_D: Tensor) -> list[tuple[ExactGram, ExactGram]]:
@@ -110,7 +110,7 @@ class SquareSums(WindowSums[ExactSquares, Tensor]):
     def of_all_ranks(self) -> Tensor:
         """The sums, float64 [size], on the device, once begun; collective."""
         sums = self._begun()
-        self._world.add_up(sums.total_D)
+        self._world.all_reduce(sums.total_D)
         return sums.value()
 
     def _add(self, _index: int, vectors_ND: Tensor) -> None:

@@ -33,7 +33,7 @@ class Interruption:
 
     def agreed(self, world: World) -> bool:
         """Whether any rank was asked to end; collective, so every rank must call it at the same point."""
-        return self._listening and any(world.gather(self.signal is not None))
+        return self._listening and any(world.all_gather(self.signal is not None))
 
     def stop_if_agreed(self, world: World) -> None:
         """Leave the stage if any rank was asked to; to be called where nothing would be lost.

@@ -39,7 +39,7 @@ class LayerStates:
         """
         for done in self._world.broadcast(self._complete()):
             usable = [is_usable(self._file(done, index)) for index in self._mine]
-            if all(self._world.gather(all(usable))):
+            if all(self._world.all_gather(all(usable))):
                 return done, {index: load_tensors(self._file(done, index))[0] for index in self._mine}
         return 0, {}
 

@@ -51,13 +51,13 @@ class World:
             used, reserved = (
                 most(self.device) for most in (torch.cuda.max_memory_allocated, torch.cuda.max_memory_reserved)
             )
-        everywhere = self.gather((used, reserved))
+        everywhere = self.all_gather((used, reserved))
         used, reserved = (max(values) for values in zip(*everywhere, strict=True))
         return {"peak_memory_bytes": used, "peak_reserved_bytes": reserved or None}
 
     def barrier(self) -> None:
         self.broadcast(None)
-        self.gather(None)
+        self.all_gather(None)
 
     def broadcast(self, value: T, source: int = 0) -> T:
         """Return the value that rank ``source`` passed (any picklable object)."""
@@ -99,17 +99,17 @@ class World:
         """Overwrite a tensor of every rank, on the CPU or the device, with that of rank ``source``."""
         dist.broadcast(tensor, src=source)
 
-    def add_up(self, tensor: torch.Tensor) -> None:
+    def all_reduce(self, tensor: torch.Tensor) -> None:
         """Overwrite a tensor of every rank with the sum over all ranks; exact only for integers."""
         dist.all_reduce(tensor)
 
-    def add_up_on(self, tensor: torch.Tensor, owner: int) -> None:
+    def reduce(self, tensor: torch.Tensor, owner: int) -> None:
         """Overwrite a tensor of rank ``owner`` with the sum over all ranks, and the others' with anything; exact only
         for integers.
         """
         dist.reduce(tensor, dst=owner)
 
-    def gather(self, value: T) -> list[T]:
+    def all_gather(self, value: T) -> list[T]:
         """Return the values of all ranks, in rank order, on every rank (any picklable objects)."""
         boxes: list[T] = [value] * self.size
         dist.all_gather_object(boxes, value)

@@ -208,7 +208,7 @@ class ShardedLM(HFLM):  # type: ignore[misc]
         """Answer this rank's chunk, if it has one; return the answers to all chunks."""
         answers = self._answer(*chunks[self._world.rank]) if self._world.rank < len(chunks) else []
         self._frozen.join_idle_forwards()
-        return self._world.gather(answers)[: len(chunks)]
+        return self._world.all_gather(answers)[: len(chunks)]
 
     def _answer(self, method: str, number: int, arguments: list[Arguments]) -> list[Any]:
         """Have lm-eval's own code answer a chunk; sampling, if any, is seeded with the chunk's number."""

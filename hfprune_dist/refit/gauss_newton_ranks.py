@@ -155,7 +155,7 @@ class Reconstruction:
             del term, part  # as large as the next one
             term = next(terms, None)
         for total in sums:
-            self._world.add_up(total.total)
+            self._world.all_reduce(total.total)
         return tuple(total.value().float() for total in sums)
 
     def _held_out_error(self, weights: MlpWeights) -> float:
@@ -167,5 +167,5 @@ class Reconstruction:
         for index in judged:
             missing_NC = next(targets) - Linearized(rounded, self._biases, next(inputs)).output()
             own[index] = float(missing_NC.square().sum(dtype=torch.float64))
-        everywhere = {index: value for share in self._world.gather(own) for index, value in share.items()}
+        everywhere = {index: value for share in self._world.all_gather(own) for index, value in share.items()}
         return sum(everywhere[index] for index in sorted(everywhere))

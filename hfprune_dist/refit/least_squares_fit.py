@@ -87,7 +87,7 @@ def ridge_of_all_ranks(fitted: LeastSquares, held_out: LeastSquares, world: Worl
     """
     mine = RIDGES[world.rank :: world.size]
     own = best_ridge(fitted, held_out, mine) if mine else None
-    tried = world.gather(None if own is None else (own.error, own.ridge))
+    tried = world.all_gather(None if own is None else (own.error, own.ridge))
     (error, ridge), rank = min((it, rank) for rank, it in enumerate(tried) if it is not None)
     return Ridge(ridge, error, fitted.old_CK if own is None else own.weight_CK), rank
 

@@ -159,8 +159,8 @@ class Measurement:
             dense, *others = (head.outputs(hidden_BTC) for _, hidden_BTC in islice(compared, len(models)))
             for members, kl in zip(branches, divergences(dense, others), strict=True):
                 own |= {(member, index): kl for member in members}
-        everywhere = {key: value for share in self._world.gather(own) for key, value in share.items()}
-        tokens = sum(self._world.gather(sum(ids[:, :: self._every].numel() for ids in self._batches.values())))
+        everywhere = {key: value for share in self._world.all_gather(own) for key, value in share.items()}
+        tokens = sum(self._world.all_gather(sum(ids[:, :: self._every].numel() for ids in self._batches.values())))
         totals = [0.0] * count
         for member, index in sorted(everywhere):
             totals[member] += everywhere[member, index]

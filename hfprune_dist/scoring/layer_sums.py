@@ -76,7 +76,7 @@ class MatrixSums:
         if term is not None:
             scale.add(term, total)
         del term  # the collective may need as much memory itself
-        self._world.add_up_on(total, owner)
+        self._world.reduce(total, owner)
         if owner == self._world.rank:
             self._total(layer).add_(total)
 

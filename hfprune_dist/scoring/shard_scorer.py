@@ -134,7 +134,7 @@ class ShardScorer:
             for kind in kinds
             for number in range(world.rank, self._checkpoint.num_layers, world.size)
         }
-        keeps = {place: keeps_U for share in world.gather(mine) for place, keeps_U in share.items()}
+        keeps = {place: keeps_U for share in world.all_gather(mine) for place, keeps_U in share.items()}
         layers = range(self._checkpoint.num_layers)
         student: dict[str, Sequence[Tensor]] = {
             kind: [keeps[kind, number].to(world.device) for number in layers] for kind in kinds

@@ -119,7 +119,7 @@ class Accumulation:
 
     def add_round(self, shard: Sums) -> None:
         """Add the sums of every rank's shard of this round, and save if it is due."""
-        losses = self._world.gather(shard.losses)
+        losses = self._world.all_gather(shard.losses)
         for source in range(self.counted):
             received = {kind: totals.add(shard.kinds[kind], source) for kind, totals in self.kinds.items()}
             self.losses = {name: self.losses.get(name, 0.0) + value for name, value in losses[source].items()}
@@ -199,7 +199,7 @@ class Accumulation:
         curvature = {kind: first[self._name(kind, FIRST)] for kind in self.curvature.first_shapes()}
         gradients = {weight: first[f"{FIRST_GRADIENTS}.{weight}"] for weight in self.gradients.first_shapes()}
         problems = [self.curvature.resume(curvature, shards), self.gradients.resume(gradients, shards)]
-        problem = next(filter(None, itertools.chain(*self._world.gather(problems))), "")
+        problem = next(filter(None, itertools.chain(*self._world.all_gather(problems))), "")
         if not problem:
             return saved
         for sums in self._of_layers:

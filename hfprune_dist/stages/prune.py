@@ -93,6 +93,6 @@ def _scores(context: Context, checkpoint: Checkpoint) -> dict[str, list[Tensor]]
 def _agreed(context: Context, kept: Kept) -> Kept:
     """Return what rank 0 keeps on every rank, and check that all ranks hold the same."""
     kept = context.world.broadcast(kept)
-    hashes = context.world.gather(digest_of_kept(kept))
+    hashes = context.world.all_gather(digest_of_kept(kept))
     assert len(set(hashes)) == 1, f"ranks disagree about the kept units: {hashes}"
     return kept

@@ -53,7 +53,7 @@ class LoraGradients:
                     ]
                     if made_here:
                         mine[units.kind, layer] = torch.stack(parts).sum(0)
-        told = self._world.gather({key: scores.cpu() for key, scores in mine.items()})  # only now the host waits
+        told = self._world.all_gather({key: scores.cpu() for key, scores in mine.items()})  # only now the host waits
         return {key: scores for part in told for key, scores in part.items()}
 
     def _of_weight(self, name: str, owned: Owned, share: float, made_here: bool) -> Tensor:
@@ -75,7 +75,7 @@ class LoraGradients:
             for parameter in self._model.parameters()
             if parameter.requires_grad
         ]
-        norm = math.sqrt(sum(self._world.gather(sum(torch.stack(squares).tolist()))))
+        norm = math.sqrt(sum(self._world.all_gather(sum(torch.stack(squares).tolist()))))
         return min(1.0, self._largest_norm / (norm + 1e-6))
 
     @contextmanager

@@ -76,7 +76,7 @@ def write_dense_states(
     for index, hidden_BTC in stream.final_hidden():
         save_file({DENSE: hidden_BTC.contiguous()}, _file(folder, index))
         is_finite = is_finite and bool(hidden_BTC.isfinite().all())
-    if not all(world.gather(is_finite)):
+    if not all(world.all_gather(is_finite)):
         raise UserError("the dense model's final hidden states are NaN or infinite; check the checkpoint's weights")
 
 

@@ -25,7 +25,7 @@ def place_training(task: FineTuning, world: World) -> Placement:
     """Decide together how to place a training in the free memory; the rank with the least of it decides for all."""
     tokens = len(task.rows(0)["input_ids"])
     job = Train.of(task.settings, tokens, task.distills, masks=task.masked_to is not None)
-    gpus = Gpus(nodes=1, per_node=world.size, memory=min(world.gather(free_bytes(world))))
+    gpus = Gpus(nodes=1, per_node=world.size, memory=min(world.all_gather(free_bytes(world))))
     return place(job, checkpoint_dimensions(task.checkpoint), gpus, task.sharding)
 
 

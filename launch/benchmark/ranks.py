@@ -76,7 +76,7 @@ def score(model: str, text: str, tokens: int, shards: int) -> dict[str, Any]:
     seconds = time.perf_counter() - started
     entropy = {shard: sums.kinds["neurons"].exact["entropy"] for shard, sums in mine.items()}
     digests = {shard: hashlib.sha256(it.numpy().tobytes()).hexdigest() for shard, it in entropy.items()}
-    everybody = {shard: digest for share in world.gather(digests) for shard, digest in share.items()}
+    everybody = {shard: digest for share in world.all_gather(digests) for shard, digest in share.items()}
     return {"seconds": seconds, "digests": [everybody[shard] for shard in sorted(everybody)]}
 
 

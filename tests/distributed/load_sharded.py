@@ -19,7 +19,7 @@ def main(folder):
     world = join_world(os.environ, timeout_minutes=2)
     with PeakBytes() as counted:
         model = FrozenModel(open_checkpoint(Path(folder)), torch.float32, 1, "zero3", world)
-    taken = world.gather((counted.peak, counted.live))
+    taken = world.all_gather((counted.peak, counted.live))
     model.release()
     groups = dist.distributed_c10d._world.pg_map
     assert {group._get_backend(torch.device("cpu")).options._timeout for group in groups} == {timedelta(minutes=2)}

@@ -18,7 +18,7 @@ def test_of_gpus_tensors_are_told_and_what_the_allocator_kept_for_them(monkeypat
     """Each is the maximum over ranks."""
 
     class OnGpus(World):
-        def gather(self, value):
+        def all_gather(self, value):
             return [value, (3, 900), (500, 4)]
 
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda _device: 100)

@@ -17,7 +17,7 @@ SMALL = 600
 
 def pickled(ranks):
     """Return the size in bytes of every object that a rank brought to a collective."""
-    kinds = ("broadcast from", "gather")
+    kinds = ("broadcast from", "all_gather")
     return [call.bytes for log in ranks.logs for call in log if call.kind.startswith(kinds)]
 
 

@@ -75,15 +75,15 @@ def test_a_micro_batch_sends_each_layers_integers_to_its_owner_and_nothing_else_
     world_of.run(run)
     steps = -(-batches // ranks)
     for log in world_of.logs:
-        sent = [call for call in log if call.kind.startswith("add_up_on")]
+        sent = [call for call in log if call.kind.startswith("reduce")]
         expected = 0 if ranks == 1 else steps * layers * len(kinds)
         assert len(sent) == expected and sum(call.bytes for call in sent) == expected * 8 * packed_size(hidden_size)
         # Once for everything: what determines a layer's scale, from rank 0.
         rest = [call for call in log if call not in sent]
         assert len(rest) == layers * len(kinds) and max(call.bytes for call in rest) <= 8 * hidden_size
     owners = {layer: layer % ranks for layer in range(layers)}
-    assert {call.kind.split(",")[0] for log in world_of.logs for call in log if "add_up_on" in call.kind} == (
-        set() if ranks == 1 else {f"add_up_on {owner}" for owner in owners.values()}
+    assert {call.kind.split(",")[0] for log in world_of.logs for call in log if "reduce" in call.kind} == (
+        set() if ranks == 1 else {f"reduce {owner}" for owner in owners.values()}
     )
     assert sorted(file.name for file in (tmp_path / str(batches)).iterdir()) == sorted(
         f"{kind}-{layer}.safetensors" for kind in kinds for layer in range(layers)

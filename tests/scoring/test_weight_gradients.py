@@ -84,14 +84,14 @@ def test_each_weights_integers_travel_to_the_layers_owner_and_nothing_else_of_th
     world_of = Ranks(ranks)
     world_of.run(lambda world: totals_of(world, tmp_path, sizes, batches))
     for log in world_of.logs:
-        sent = [call for call in log if call.kind.startswith("add_up_on")]
+        sent = [call for call in log if call.kind.startswith("reduce")]
         expected = 0 if ranks == 1 else -(-batches // ranks) * 10
         assert len(sent) == expected and sum(call.bytes for call in sent) == expected * 8 * 32
         # Once for everything: one number that determines a weight's scale, from rank 0; and the barrier at the end.
         scales = [call for call in log if call.kind.startswith("broadcast_tensor")]
         assert len(scales) == 10 and max(call.bytes for call in scales) <= 8
-    owners = {call.kind.split(",")[0] for log in world_of.logs for call in log if "add_up_on" in call.kind}
-    assert owners == (set() if ranks == 1 else {f"add_up_on {layer % ranks}" for layer in range(5)})
+    owners = {call.kind.split(",")[0] for log in world_of.logs for call in log if "reduce" in call.kind}
+    assert owners == (set() if ranks == 1 else {f"reduce {layer % ranks}" for layer in range(5)})
 
 
 @pytest.mark.parametrize(

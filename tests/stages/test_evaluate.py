@@ -493,7 +493,7 @@ def test_a_name_with_slashes_is_a_file_not_a_folder(inputs, tmp_path):
 )
 def test_models_are_sharded_where_they_do_not_fit(inputs, monkeypatch, requested, free, expected):
     class Several(World):
-        def gather(self, value):
+        def all_gather(self, value):
             return [parameters * 4 <= 0.6 * bytes_there for bytes_there in free]
 
     monkeypatch.setattr(inference, "free_bytes", lambda world: free[0])
@@ -509,7 +509,7 @@ def test_weights_may_take_most_of_the_free_memory(inputs, monkeypatch):
     claims = []
 
     class Asked(World):
-        def gather(self, value):
+        def all_gather(self, value):
             claims.append(value)
             return [value]
 
