@@ -133,7 +133,7 @@ class InProcess(LocalBackend):
     def __init__(self, store: Store, logs: Path) -> None:
         super().__init__(store, logs, Provenance(RuntimeConfig(ranks=1, save_every_steps=1), {}, {}))
 
-    def _start(self, stage: Stage, claim: Claim, log: Path, scratch: str):
+    def _start(self, stage: Stage, claim: Claim, log: Path):
         log.touch()
         os.environ["OMP_NUM_THREADS"] = "1"
         sys.argv = ["run.py", str(self._store.root), stage.id, "--claim", claim.ticket]
