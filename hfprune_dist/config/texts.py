@@ -60,8 +60,7 @@ class CalibrationConfig(TextSource):
     fluctuation, reap, weight_taylor, weight_taylor_vectorized, magnitude and random, whose units have no single sum,
     and entropy_bfloat16, which rounds its sums, don't take part in the decision."""
     add_bos_token: Annotated[bool | None, LeftOutAt(None)] = None
-    """Begin every window with the tokenizer's BOS token; null: as in evaluation.add_bos_token. A model that was pruned
-    on windows with BOS is further from the dense model on text without it."""
+    """Begin every window with the tokenizer's BOS token; null: as in evaluation.add_bos_token."""
     mixture: Annotated[list[MixedText] | None, LeftOutAt(None)] = None
     """Several texts instead of one: a list of texts, each with the usual keys (path, or dataset, name, ...) and a
     ``weight``, e.g. [{path: code.jsonl, weight: 1}, {dataset: allenai/c4, name: en, weight: 3}]. They are interleaved,
