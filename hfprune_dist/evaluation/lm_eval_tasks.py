@@ -28,6 +28,9 @@ from hfprune_dist.store.hashing import digest_of
 
 # Loaders of the datasets library that read local files; what they build isn't worth keeping in the user's cache.
 FILE_LOADERS = ("arrow", "csv", "json", "parquet", "text")
+# The library names a lock after the whole path of what it locks, and shortens names of more characters than a file's
+# name has bytes. A character of UTF-8 takes up to four.
+LONGEST_LOCK_NAME = 255 // 4
 
 
 def check_tasks(tasks: Sequence[str], include_path: Path | None) -> None:
@@ -107,17 +110,22 @@ class TaskLoader:
 
     @contextlib.contextmanager
     def _own_cache(self, name: str) -> Iterator[None]:
-        """Keep what is built from local files out of the user's cache of downloaded data sets."""
+        """Keep what is built from local files out of the user's cache of downloaded data sets.
+
+        Names of locks are shortened by a hash that each process computes differently, so this is for our own cache,
+        which a single process uses.
+        """
         import datasets
 
-        usual = datasets.config.HF_DATASETS_CACHE
+        usual, lock = datasets.config.HF_DATASETS_CACHE, datasets.builder.FileLock
+        longest = lock.MAX_FILENAME_LENGTH
         entry = self._index.task_index.get(name)
         if entry is not None and (entry.cfg or {}).get("dataset_path") in FILE_LOADERS:
-            datasets.config.HF_DATASETS_CACHE = self._cache
+            datasets.config.HF_DATASETS_CACHE, lock.MAX_FILENAME_LENGTH = self._cache, LONGEST_LOCK_NAME
         try:
             yield
         finally:
-            datasets.config.HF_DATASETS_CACHE = usual
+            datasets.config.HF_DATASETS_CACHE, lock.MAX_FILENAME_LENGTH = usual, longest
 
 
 def plain(value: Any) -> Any:

@@ -131,6 +131,17 @@ def test_a_data_set_that_cannot_be_reached_is_named(tmp_path, monkeypatch):
         loader.load("arc_easy", 0)
 
 
+def test_tasks_are_loaded_below_a_long_path_in_any_script(tmp_path):
+    """The datasets library names its locks after such a path, which has few characters and many bytes."""
+    task = 'task: mine\ndataset_path: json\ndataset_kwargs: {data_files: {test: "mine.jsonl"}}\ntest_split: test\n'
+    (tmp_path / "mine.yaml").write_text(f'{task}doc_to_text: "{{{{text}}}}"\ndoc_to_target: "{{{{text}}}}"\n')
+    (tmp_path / "mine.jsonl").write_text('{"text": "a b"}\n')
+    cache = tmp_path / ("模型" * 20) / ("剪枝" * 20) / "datasets"
+    assert len(str(cache)) < 255 < len(str(cache).encode())
+    loaded = TaskLoader(["mine"], tmp_path, cache).load("mine", 0)
+    assert loaded["tasks"]["mine"].eval_docs[0] == {"text": "a b"}
+
+
 def test_metric_names_are_readable():
     raw = {
         "alias": "x",

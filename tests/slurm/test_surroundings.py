@@ -3,7 +3,7 @@
 import shutil
 
 import pytest
-from clusters import CONTROL, attempt_folders, causes, read
+from clusters import CONTROL, DENSE, attempt_folders, causes, read
 from sweeps import results
 
 pytestmark = [pytest.mark.slurm, pytest.mark.beside]
@@ -62,7 +62,7 @@ def test_a_launcher_inside_another_job(cluster, config, without):
 
 def test_odd_characters_in_the_path(cluster, config, without, tmp_path_factory):
     out = tmp_path_factory.mktemp("odd") / 'it\'s a "test" $HOME `id` #1 ~ & ; * [x] Größe 模型' / "out"
-    shutil.copytree(without(CONTROL), out)
+    shutil.copytree(without(DENSE), out)
     code, output = cluster.submit(config, out).end()
     assert code == 0, output
     assert causes(out) == ["done"]
