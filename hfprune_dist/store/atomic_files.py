@@ -1,10 +1,15 @@
-"""Atomic writes: a reader, or a resumed run, sees either the old content of a file or the new, never a part of it."""
+"""Atomic writes: a reader, or a resumed run, sees either the old content of a file or the new, never a part of it.
+
+What is read may be replaced or removed at any moment by other hosts; NFS then reports some things twice, or as stale.
+"""
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import uuid
+from collections.abc import Callable
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, TypeVar
@@ -13,7 +18,26 @@ from pydantic import TypeAdapter, ValidationError
 
 T = TypeVar("T")
 
+# How often something that is stale is read before it counts as an error.
+READING_ATTEMPTS = 5
 _ADAPTERS: dict[type[Any], TypeAdapter[Any]] = {}
+
+
+def unless_stale(read: Callable[[], T]) -> T:
+    """Read something, from its opening on, and do so again if NFS says that what was opened is stale.
+
+    A file is if another host has replaced or removed it since, a folder if it was removed.
+
+    Raises:
+        OSError: if it can't be read for another reason, or is stale every time.
+    """
+    for _ in range(READING_ATTEMPTS - 1):
+        try:
+            return read()
+        except OSError as error:
+            if error.errno != errno.ESTALE:
+                raise
+    return read()
 
 
 def write_text(file: Path, text: str) -> None:
@@ -24,7 +48,7 @@ def write_text(file: Path, text: str) -> None:
             stream.write(text)
             stream.flush()
             os.fsync(stream.fileno())
-        draft.replace(file)
+        _replace(draft, file)
     finally:
         draft.unlink(missing_ok=True)
 
@@ -41,7 +65,7 @@ def write_json(file: Path, value: Any, *, sort_keys: bool = True) -> None:
 def read_json(file: Path) -> Any:
     """Return the JSON value in ``file``, or None if there is no such file."""
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
+        return json.loads(unless_stale(lambda: file.read_text(encoding="utf-8")))
     except FileNotFoundError:
         return None
 
@@ -83,9 +107,17 @@ def listed(folder: Path, pattern: str) -> list[Path]:
         OSError: if the folder can't be listed, which says nothing about its files; ``Path.glob`` would find none.
     """
     try:
-        return sorted(path for path in folder.iterdir() if fnmatchcase(path.name, pattern))
+        return unless_stale(lambda: sorted(path for path in folder.iterdir() if fnmatchcase(path.name, pattern)))
     except (FileNotFoundError, NotADirectoryError):
         return []
+
+
+def modified_at(file: Path) -> float | None:
+    """Unix time of a file's last change, by the clock of its file system; None if there is no such file (any more)."""
+    try:
+        return file.stat().st_mtime
+    except FileNotFoundError:
+        return None
 
 
 def fsync_path(path: Path) -> None:
@@ -112,8 +144,18 @@ def publish(draft: Path, file: Path) -> None:
     """
     draft.chmod(usual_mode())
     fsync_path(draft)
-    draft.replace(file)
+    _replace(draft, file)
     fsync_path(file.parent)
+
+
+def _replace(draft: Path, file: Path) -> None:
+    """Rename a draft over a file. If an answer is lost, NFS asks again, and is told that there is no draft."""
+    inode = draft.stat().st_ino
+    try:
+        draft.replace(file)
+    except FileNotFoundError:
+        if not file.exists() or file.stat().st_ino != inode:
+            raise
 
 
 def usual_mode() -> int:

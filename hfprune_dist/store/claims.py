@@ -22,7 +22,7 @@ from typing import Any
 
 import psutil
 
-from hfprune_dist.store.atomic_files import as_record, listed, read_json, write_json
+from hfprune_dist.store.atomic_files import as_record, listed, modified_at, read_json, write_json
 
 CLAIM_FILES = "claim.*"
 # The process of a holder on another host can't be checked; it counts as dead if its claim wasn't renewed for this long.
@@ -30,7 +30,6 @@ RENEWAL_LIMIT_S = 300.0
 RENEW_S = 60.0
 # Unix times computed for the start of one process may differ by this much while the system's clock is adjusted.
 START_TOLERANCE_S = 2.0
-READING_ATTEMPTS = 5
 
 Clock = Callable[[], float]
 
@@ -229,18 +228,11 @@ def _read(file: Path) -> dict[str, Any]:
     Raises:
         OSError: if it can't be read, in which case its holder may well be alive.
     """
-    for _ in range(READING_ATTEMPTS):
-        try:
-            record = read_json(file)
-        except ValueError:
-            return {}
-        except OSError as error:
-            if error.errno != errno.ESTALE:  # on NFS: replaced while it was open, so there is a new one
-                raise
-            stale = error
-        else:
-            return record if isinstance(record, dict) else {}
-    raise stale
+    try:
+        record = read_json(file)
+    except ValueError:
+        return {}
+    return record if isinstance(record, dict) else {}
 
 
 def _newest_generation(folder: Path) -> int:
@@ -253,12 +245,14 @@ def _lives(holder: Holder, file: Path) -> bool:
     running = holder.is_running()
     if running is not None:
         return running
-    try:
-        renewed_at = file.stat().st_mtime
-    except FileNotFoundError:
+    renewed_at = modified_at(file)
+    if renewed_at is None:
         return False
-    # This host's clock may be ahead, so the file system's clock is checked too before the holder counts as dead.
-    return time.time() - renewed_at < RENEWAL_LIMIT_S or _clock_of(file.parent) - renewed_at < RENEWAL_LIMIT_S
+    # This host's clock may be ahead or behind; what decides is the clock of the file system, which is slower to read.
+    silent_s = time.time() - renewed_at
+    if not 0 <= silent_s < RENEWAL_LIMIT_S:
+        silent_s = _clock_of(file.parent) - renewed_at
+    return silent_s < RENEWAL_LIMIT_S
 
 
 def _clock_of(folder: Path) -> float:
@@ -285,7 +279,9 @@ def _create(file: Path, text: str) -> bool:
         os.link(draft, file)
     except FileExistsError:
         return _has_two_names(draft)
-    except FileNotFoundError:
+    except OSError as error:
+        if error.errno not in (errno.ENOENT, errno.ESTALE):  # stale on NFS if it was removed while it was written
+            raise
         return False
     finally:
         draft.unlink(missing_ok=True)

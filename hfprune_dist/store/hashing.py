@@ -13,7 +13,7 @@ from queue import SimpleQueue
 from typing import Any, TypeVar
 
 from hfprune_dist.errors import UserError
-from hfprune_dist.store.atomic_files import read_object, write_json
+from hfprune_dist.store.atomic_files import read_object, unless_stale, write_json
 from hfprune_dist.store.machine import usable_cores
 
 # Bytes per read. ``after_each`` is called in between: a slow disk must not keep other ranks waiting for minutes.
@@ -62,8 +62,7 @@ class FileHashes:
             UserError: if the file can't be read.
         """
         try:
-            key = _key_of(file)
-            return self._recall(key) or self._compute(file, key, after_each)
+            return unless_stale(lambda: self._digest(file, after_each))
         except OSError as error:
             raise UserError(f"{file}: {error.strerror or error}") from None
 
@@ -84,6 +83,10 @@ class FileHashes:
             for name in self._stable:
                 write_json(self._cache / name, self._fresh.pop(name))
             self._stable.clear()
+
+    def _digest(self, file: Path, after_each: AfterEach) -> str:
+        key = _key_of(file)
+        return self._recall(key) or self._compute(file, key, after_each)
 
     def _compute(self, file: Path, key: list[Any], after_each: AfterEach) -> str:
         read_at_ns = time.time_ns()
@@ -176,7 +179,7 @@ def files_below(folder: Path) -> list[str]:
     if not folder.is_dir():
         raise UserError(f"{folder}: {'a file, not a folder' if folder.exists() else 'no such folder'}")
     try:
-        return sorted(str(file.relative_to(folder)) for file in _walk(folder) if file.is_file())
+        return unless_stale(lambda: sorted(str(it.relative_to(folder)) for it in _walk(folder) if it.is_file()))
     except OSError as error:
         raise UserError(f"{error.filename or folder}: {error.strerror or error}") from None
 

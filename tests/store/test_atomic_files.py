@@ -1,6 +1,7 @@
 """Files are replaced as a whole and durably, what can't be read is absent, modes follow the umask, JSON is JSON."""
 
 import ast
+import errno
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,9 +10,11 @@ import pytest
 
 from hfprune_dist.store import atomic_files
 from hfprune_dist.store.atomic_files import (
+    READING_ATTEMPTS,
     as_record,
     fsync_folders,
     listed,
+    modified_at,
     publish,
     read_json,
     read_object,
@@ -169,3 +172,69 @@ def test_damaged_files_are_all_kept(tmp_path, capsys):
         "scores.damaged-2": "two",
     }
     assert "scores: it is short; set aside as scores.damaged-2" in capsys.readouterr().out
+
+
+READERS = {"file": (Path, "read_text", read_json), "folder": (Path, "iterdir", lambda file: listed(file.parent, "*"))}
+
+
+@pytest.fixture(params=READERS)
+def stale(request, tmp_path, monkeypatch):
+    """Return a function that lets NFS say so many times that what a reader has opened is stale, and then reads."""
+    (tmp_path / "state.json").write_text("3")
+    owner, name, read = READERS[request.param]
+    original = getattr(owner, name)
+
+    def reading(times, number=errno.ESTALE):
+        answers = [number] * times
+
+        def answer(path, **how):
+            if answers:
+                raise OSError(answers.pop(), "refused")
+            return original(path, **how)
+
+        monkeypatch.setattr(owner, name, answer)
+        return read(tmp_path / "state.json"), len(answers)
+
+    return reading
+
+
+def test_what_is_stale_is_read_again(stale):
+    found, _ = stale(0)
+    assert stale(1) == stale(READING_ATTEMPTS - 1) == (found, 0)
+
+
+def test_what_stays_stale_or_fails_in_another_way_is_an_error(stale):
+    with pytest.raises(OSError, match="refused") as caught:
+        stale(READING_ATTEMPTS)
+    assert caught.value.errno == errno.ESTALE
+    with pytest.raises(OSError, match="refused") as caught:
+        stale(1, errno.EIO)
+    assert caught.value.errno == errno.EIO
+
+
+def test_a_time_of_change_is_that_of_a_file_that_is_there(tmp_path):
+    (tmp_path / "log").touch()
+    os.utime(tmp_path / "log", (3, 4))
+    assert modified_at(tmp_path / "log") == 4.0 and modified_at(tmp_path / "gone") is None
+
+
+@pytest.mark.parametrize("is_done", [True, False])
+def test_a_replacement_whose_answer_was_lost_is_no_failure(tmp_path, monkeypatch, is_done):
+    """NFS repeats the request, and is told that there is no draft."""
+    replace, file = Path.replace, tmp_path / "state"
+    file.write_text("old")
+
+    def answered_late(draft, target):
+        if is_done:
+            replace(draft, target)
+        else:
+            draft.unlink()
+        raise FileNotFoundError
+
+    monkeypatch.setattr(Path, "replace", answered_late)
+    if is_done:
+        write_text(file, "new")
+    else:
+        with pytest.raises(FileNotFoundError):
+            write_text(file, "new")
+    assert file.read_text() == ("new" if is_done else "old") and list(tmp_path.iterdir()) == [file]

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from dataclasses import asdict
+from pathlib import Path
 
 import psutil
 import pytest
@@ -147,6 +148,14 @@ def test_a_clock_that_is_ahead_declares_nobody_dead(tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["claim.1"]
 
 
+def test_a_clock_that_is_behind_keeps_no_dead_holder_alive(tmp_path, monkeypatch):
+    file, now = tmp_path / "claim.1", time.time()
+    file.write_text(json.dumps(asdict(Holder("another-host", 1, 1.0))))
+    os.utime(file, (now - 400, now - 400))
+    monkeypatch.setattr(time, "time", lambda: now - 3600)
+    assert isinstance(try_claim(tmp_path), Claim)
+
+
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"host": 1}', '{"pid": "x"}'])
 def test_a_damaged_claim_holds_nobody_back(tmp_path, content):
     (tmp_path / "claim.1").write_text(content)
@@ -157,20 +166,36 @@ def test_a_damaged_claim_holds_nobody_back(tmp_path, content):
 
 def test_a_claim_that_can_not_be_read_is_not_taken(tmp_path, monkeypatch):
     """On NFS, a file that is replaced while it is open is stale, and readable again afterwards."""
-    holder, read = try_claim(tmp_path), claims.read_json
+    holder, read = try_claim(tmp_path), Path.read_text
     failing = [OSError(errno.ESTALE, "stale")] * 2
 
-    def stale_at_first(file):
-        if failing:
+    def stale_at_first(file, **how):
+        if failing and file.name == "claim.1":
             raise failing.pop()
-        return read(file)
+        return read(file, **how)
 
-    monkeypatch.setattr(claims, "read_json", stale_at_first)
+    monkeypatch.setattr(Path, "read_text", stale_at_first)
     assert isinstance(try_claim(tmp_path), Holder) and not failing
     failing += [OSError(errno.EIO, "broken")]
     with pytest.raises(OSError, match="broken"):
         try_claim(tmp_path)
     assert holder.is_held()
+
+
+def test_a_folder_that_is_removed_while_a_claim_is_written_is_made_again(tmp_path, monkeypatch):
+    """On NFS, what is written to a file that another host has removed is refused as stale."""
+    write, folder, refused = Path.write_text, tmp_path / "work", []
+
+    def removed_meanwhile(file, text, **how):
+        if not refused:
+            refused.append(file)
+            shutil.rmtree(folder)
+            raise OSError(errno.ESTALE, "stale")
+        return write(file, text, **how)
+
+    monkeypatch.setattr(Path, "write_text", removed_meanwhile)
+    claim = try_claim(folder)
+    assert isinstance(claim, Claim) and claim.is_held() and refused
 
 
 def test_a_folder_that_can_not_be_listed_takes_no_claim_away(tmp_path, monkeypatch):

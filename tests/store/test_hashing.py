@@ -1,9 +1,11 @@
 """Digests change with content and names, and with nothing else; a file is read once, unless it may have changed."""
 
+import errno
 import hashlib
 import os
 import threading
 import time
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -237,3 +239,33 @@ def test_what_can_not_be_read_is_named(tmp_path):
         FileHashes(None).of_file(tmp_path / "gone")
     with pytest.raises(UserError, match=r"gone: no such folder"):
         FileHashes(None).of_folder(tmp_path / "gone")
+
+
+def test_a_file_that_is_replaced_while_it_is_read_is_read_again(tmp_path, monkeypatch):
+    """On NFS, what was opened is stale then."""
+    file, compute, refused = tmp_path / "text", FileHashes._compute, []
+    file.write_text("before")
+
+    def replaced_meanwhile(self, path, *rest):
+        if not refused:
+            refused.append(path)
+            path.write_text("after")
+            raise OSError(errno.ESTALE, "stale")
+        return compute(self, path, *rest)
+
+    monkeypatch.setattr(FileHashes, "_compute", replaced_meanwhile)
+    assert FileHashes(None).of_file(file) == hashlib.sha256(b"after").hexdigest() and refused
+
+
+def test_a_folder_that_is_replaced_while_it_is_listed_is_listed_again(tmp_path, monkeypatch):
+    iterdir, refused = Path.iterdir, []
+    (tmp_path / "text").touch()
+
+    def stale_at_first(folder):
+        if not refused:
+            refused.append(folder)
+            raise OSError(errno.ESTALE, "stale")
+        return iterdir(folder)
+
+    monkeypatch.setattr(Path, "iterdir", stale_at_first)
+    assert files_below(tmp_path) == ["text"] and refused
