@@ -44,6 +44,7 @@ class Context(Generic[P]):
         attempt: number of this attempt, from 1.
         claim: the claim under which the stage runs, on rank 0; None if nobody claimed it.
         interruption: tells whether this attempt has been asked to end early.
+        began: when this attempt began, in seconds of a clock that nobody sets.
         work: folder for the stage's progress; it outlives a crash, and the next attempt resumes from it.
     """
 
@@ -57,7 +58,7 @@ class Context(Generic[P]):
     attempt: int
     claim: Claim | None = None
     interruption: Interruption = field(default_factory=Interruption)
-    started: float = field(default_factory=time.time)
+    began: float = field(default_factory=time.monotonic)
 
     @property
     def params(self) -> P:
@@ -196,17 +197,17 @@ class Context(Generic[P]):
         return result
 
     def _record(self, metrics: dict[str, Any], peak_memory: Mapping[str, int | None]) -> dict[str, Any]:
-        finished = time.time()
+        finished, seconds = time.time(), time.monotonic() - self.began
         return {
             "config": self.config,
             "metrics": metrics,
             "provenance": {**self.code, **environment()},
             "world_size": self.world.size,
             "device": self.world.device.type,
-            "started": self.started,
+            "started": finished - seconds,
             "finished": finished,
             **peak_memory,
-            "wall_time_s": finished - self.started,
+            "wall_time_s": seconds,
             "attempts": self.attempt,
         }
 

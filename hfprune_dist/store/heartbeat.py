@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import re
 import time
 import traceback
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from hfprune_dist.errors import UserError
 from hfprune_dist.store.atomic_files import listed, read_record, write_json
@@ -29,7 +31,8 @@ class Heartbeat:
     """Latest report of a running stage: ``done`` of ``total`` units of the current phase, at unix time ``updated``.
 
     Attributes:
-        began: unix time of the first report on this phase; None in records older than this field.
+        began: unix time of the first report on this phase, by the clock of the latest; None in records older than this
+            field.
         done_before: units that were already done at that time, perhaps in an earlier attempt.
     """
 
@@ -52,33 +55,49 @@ class Heartbeat:
         return f"{self.phase} {self.done}/{self.total}"
 
 
+class _Beginning(NamedTuple):
+    """The first report on a phase: units done, and seconds of the clock."""
+
+    phase: str
+    done: int
+    at: float
+
+
 class Progress:
     """Writes the heartbeat of a stage, at most twice a second.
 
     Args:
         work: the stage's work folder; None writes nothing (all ranks but one).
         guard: called before each heartbeat; an exception that it raises ends the stage.
+        clock: returns seconds, from any origin; unlike the time of day, they aren't set by anybody.
     """
 
-    def __init__(self, work: Path | None, guard: Callable[[], None] | None = None) -> None:
+    def __init__(
+        self,
+        work: Path | None,
+        guard: Callable[[], None] | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._work = work
         self._guard = guard
-        self._written_at = 0.0
-        self._first: Heartbeat | None = None
+        self._clock = clock
+        self._written_at = -math.inf
+        self._first: _Beginning | None = None
 
     def update(self, phase: str, done: int, total: int) -> None:
         """Report that ``done`` of ``total`` units of a phase are done; its pace is measured from the first call."""
-        now = time.time()
+        now = self._clock()
         first = self._first
         if first is None or first.phase != phase or done < first.done:
-            first = self._first = Heartbeat(phase, done, total, now)
-        since = now - self._written_at
-        if self._work is None or (0 <= since < WRITE_INTERVAL_S and done < total):
+            first = self._first = _Beginning(phase, done, now)
+        if self._work is None or (now - self._written_at < WRITE_INTERVAL_S and done < total):
             return
         if self._guard is not None:
             self._guard()
         self._written_at = now
-        write_json(self._work / PROGRESS, asdict(Heartbeat(phase, done, total, now, first.updated, first.done)))
+        updated = time.time()
+        beat = Heartbeat(phase, done, total, updated, began=updated - (now - first.at), done_before=first.done)
+        write_json(self._work / PROGRESS, asdict(beat))
 
 
 def read_heartbeat(work: Path) -> Heartbeat | None:

@@ -49,11 +49,11 @@ class LocalBackend:
 
     def run(self, stage: Stage, on_heartbeat: OnHeartbeat) -> Outcome:
         """Claim a stage, run it on all ranks, and return how it ended; only a verified artifact counts as success."""
-        started, handle = time.time(), self._store.handle(stage.id)
+        started, began, handle = time.time(), time.monotonic(), self._store.handle(stage.id)
         claim = _claim(handle, on_heartbeat)
         try:
             if handle.is_done():  # another sweep was faster
-                return Outcome("done", time.time() - started)
+                return Outcome("done", time.monotonic() - began)
             attempt = attempts_so_far(handle) + 1
             write_stage_file(handle, stage, self._provenance, attempt)
             log = self._log(stage, attempt)
@@ -63,7 +63,7 @@ class LocalBackend:
             failure = None if handle.is_done() else Failure("duplicate", str(lost), -1, time.time())
         finally:
             claim.release()
-        return Outcome("failed" if failure else "done", time.time() - started, failure)
+        return Outcome("failed" if failure else "done", time.monotonic() - began, failure)
 
     def _log(self, stage: Stage, attempt: int) -> Path:
         """Return the path of the attempt's log file, and make its folder."""

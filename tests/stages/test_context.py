@@ -1,6 +1,7 @@
 """The beginning and end of a stage, whatever has happened to its inputs and its claim meanwhile."""
 
 import threading
+import time
 
 import pytest
 from ranks import SoloWorld
@@ -236,3 +237,15 @@ def test_damage_that_another_stage_has_mended_meanwhile_is_none(store, text, mon
     monkeypatch.setattr(Store, "set_aside", others_were_faster)
     begin(store, text).check_inputs()
     assert len(list((store.root / "quarantine").iterdir())) == 1
+
+
+@pytest.mark.parametrize("set_by", [-3600.0, 3600.0])
+def test_a_clock_that_is_set_lengthens_no_stage(store, text, monkeypatch, set_by):
+    context, wrong = begin(store, text), time.time() + set_by
+    monkeypatch.setattr(time, "time", lambda: wrong)
+    draft = context.open_draft()
+    (draft / "model.bin").write_text("weights")
+    context.commit(draft, {})
+    manifest = store.manifest(context.stage.id)
+    assert 0 <= manifest["wall_time_s"] < 600
+    assert manifest["finished"] - manifest["started"] == pytest.approx(manifest["wall_time_s"], abs=1e-3)

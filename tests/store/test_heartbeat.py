@@ -43,11 +43,10 @@ def test_records_of_other_versions_are_read(tmp_path):
     assert read_failure(tmp_path) == Failure("code", "x", 0, 1.0, None)
 
 
-def test_time_left_is_by_the_pace_of_the_phase_and_of_this_attempt(tmp_path, monkeypatch):
+def test_time_left_is_by_the_pace_of_the_phase_and_of_this_attempt(tmp_path):
     """Neither earlier phases nor what an earlier attempt did of this phase matter."""
     now = [0.0]
-    monkeypatch.setattr(progress.time, "time", lambda: now[0])
-    written = Progress(tmp_path)
+    written = Progress(tmp_path, clock=lambda: now[0])
 
     def left(at, *update):
         now[0] = float(at)
@@ -57,9 +56,9 @@ def test_time_left_is_by_the_pace_of_the_phase_and_of_this_attempt(tmp_path, mon
     assert left(100, "shards", 1, 2) is None, "one word is no pace"
     assert left(200, "shards", 2, 2) is None, "nothing is left"
     assert left(300, "layers", 4, 10) is None
-    assert left(310, "layers", 5, 10) == 50.0 and left(320, "layers", 8, 10) == 10.0
+    assert left(310, "layers", 5, 10) == pytest.approx(50.0) and left(320, "layers", 8, 10) == pytest.approx(10.0)
     assert left(400, "layers", 1, 10) is None, "the phase again"
-    assert left(401, "layers", 2, 10) == 8.0
+    assert left(401, "layers", 2, 10) == pytest.approx(8.0)
 
 
 def test_a_failure_that_vanishes_while_it_is_read_is_not_there(tmp_path, monkeypatch):
@@ -126,22 +125,25 @@ def test_a_rank_says_which_attempt_failed(tmp_path):
     assert read_failure(tmp_path).attempt == 7
 
 
-def test_a_clock_that_is_set_back_silences_nobody(tmp_path, monkeypatch):
-    now = [1000.0]
-    monkeypatch.setattr(progress.time, "time", lambda: now[0])
-    beat = Progress(tmp_path)
+@pytest.mark.parametrize("set_by", [-600.0, 600.0])
+def test_a_clock_that_is_set_silences_nobody_and_changes_no_pace(tmp_path, monkeypatch, set_by):
+    now, wrong = [1000.0], time.time() + set_by
+    beat = Progress(tmp_path, clock=lambda: now[0])
     beat.update("shards", 1, 9)
-    now[0] -= 600
+    monkeypatch.setattr(progress.time, "time", lambda: wrong)
+    now[0] += 10
     beat.update("shards", 2, 9)
     assert read_heartbeat(tmp_path).done == 2
+    assert read_heartbeat(tmp_path).seconds_left == pytest.approx(70.0)
 
 
-def test_heartbeats_are_written_at_most_twice_a_second_but_for_the_last_and_guarded_where_they_are(
-    tmp_path, monkeypatch
-):
+def test_heartbeats_are_written_at_most_twice_a_second_but_for_the_last_and_guarded_where_they_are(tmp_path):
     now, guarded = [1000.0], []
-    monkeypatch.setattr(progress.time, "time", lambda: now[0])
-    beat, silent = Progress(tmp_path, lambda: guarded.append(now[0])), Progress(None, lambda: 1 / 0)
+
+    def clock():
+        return now[0]
+
+    beat, silent = Progress(tmp_path, lambda: guarded.append(now[0]), clock), Progress(None, lambda: 1 / 0, clock)
 
     def told(seconds, done):
         now[0] = 1000.0 + seconds

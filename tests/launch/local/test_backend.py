@@ -5,6 +5,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 
 import pytest
@@ -165,6 +166,16 @@ def commit(store, claim=None):
 def test_success_is_an_artifact(backend, store):
     backend.meanwhile = lambda claim: commit(store, claim)
     assert run(backend).state == "done"
+
+
+def test_a_clock_that_is_set_back_gives_no_negative_time(backend, store, monkeypatch):
+    def meanwhile(claim):
+        wrong = time.time() - 3600
+        monkeypatch.setattr(time, "time", lambda: wrong)
+        commit(store, claim)
+
+    backend.meanwhile = meanwhile
+    assert 0 <= run(backend).seconds < 600
 
 
 def test_a_failure_of_another_attempt_says_nothing(backend, store):
