@@ -8,9 +8,9 @@ from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 
-from hfprune_launch.stage.stage_file import find_stage_file
+from hfprune_launch.stage.stage_file import began_at, find_stage_file
 
-from hfprune_dist.store.artifacts import STAGE_FILE
+from hfprune_dist.store.atomic_files import listed, modified_at
 from hfprune_dist.store.attempt import Attempt
 from hfprune_dist.store.stage import Stage
 from hfprune_dist.store.stage_handle import StageHandle
@@ -25,7 +25,7 @@ RANKS = re.compile(r"--nproc-per-node=(\d+)")
 def logs_below(folder: Path) -> LogsOfStages:
     """Find the logs of all stages of a sweep in a single pass over their folder."""
     found: dict[str, dict[int, Path]] = {}
-    for log in folder.glob("*.*.log"):
+    for log in listed(folder, "*.*.log"):
         stage, *_, number, _ = log.name.split(".")
         found.setdefault(stage, {})[int(number) if number.isdecimal() else 0] = log
     return found
@@ -49,7 +49,7 @@ def past_attempts(stage: Stage, handle: StageHandle, logs: LogsOfStages) -> list
 def _cut_off(number: int, log: Path) -> Attempt:
     started, ranks = _beginning(log)
     said = "its log tells how far it came"
-    return Attempt(number, "failed", started, _modified(log), "cut off", said, logs=(log,), ranks=ranks)
+    return Attempt(number, "failed", started, modified_at(log), "cut off", said, logs=(log,), ranks=ranks)
 
 
 def _beginning(log: Path) -> tuple[float | None, int | None]:
@@ -67,13 +67,6 @@ def _beginning(log: Path) -> tuple[float | None, int | None]:
     return started, None if ranks is None else int(ranks.group(1))
 
 
-def _modified(file: Path) -> float | None:
-    try:
-        return file.stat().st_mtime
-    except FileNotFoundError:
-        return None
-
-
 def _made(handle: StageHandle) -> Attempt | None:
     """Return the attempt that made the artifact; None if there is none."""
     manifest = handle.manifest()
@@ -88,7 +81,7 @@ def _unfinished(handle: StageHandle) -> Attempt | None:
     content = find_stage_file(handle)
     if content is None:
         return None
-    started, failure = _modified(handle.work / STAGE_FILE), handle.failure()
+    started, failure = began_at(handle), handle.failure()
     if failure is not None:
         return Attempt(content.attempt, "failed", started, failure.at, failure.cause, failure.message)
     beat = handle.heartbeat()

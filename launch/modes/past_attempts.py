@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cache
+from heapq import merge
 from pathlib import Path
 
 from hfprune_launch.local import past_attempts as local
@@ -34,6 +35,7 @@ def past_attempts(out: Path) -> AttemptsOf:
         here = local.past_attempts(stage, store.handle(stage.id), logs(out / "logs"))
         # An artifact made by a job has a manifest too, which adds nothing to the job's own record.
         own = [it for it in here if it.logs or not on_cluster]
-        return sorted([*on_cluster, *own], key=lambda it: it.started or it.ended or 0.0)
+        # Each list keeps its order, whatever the clocks of nodes say.
+        return list(merge(on_cluster, own, key=lambda it: it.started or it.ended or 0.0))
 
     return of

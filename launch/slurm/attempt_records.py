@@ -21,7 +21,7 @@ from typing import Annotated, Any, TypeVar
 
 from pydantic import AliasChoices, Field
 
-from hfprune_dist.store.atomic_files import as_record, read_json
+from hfprune_dist.store.atomic_files import as_record, listed, modified_at, read_json
 
 Record = TypeVar("Record")
 
@@ -143,7 +143,7 @@ def _recover_intent(folder: Path) -> Intent | None:
     """
     job, script = read_attempt_record(folder / JOB, Job), _read_script(folder / SCRIPT)
     options = dict(re.findall(r"^#SBATCH --([a-z-]+)=(\S+)$", script, re.MULTILINE))
-    if job is None and not script and not list(folder.glob("run.*.json")):
+    if job is None and not script and not listed(folder, "run.*.json"):
         return None
     stage_id, number = "/".join(folder.parts[-3:-1]), int(folder.name)
     name = (job.job_name if job is not None else None) or options.get("job-name")
@@ -151,7 +151,7 @@ def _recover_intent(folder: Path) -> Intent | None:
         stage_id=stage_id,
         number=number,
         job_name=name or job_name_of(stage_id, number),
-        created=min(file.stat().st_mtime for file in folder.iterdir()),
+        created=min(time for file in listed(folder, "*") if (time := modified_at(file)) is not None),
         gpus=0,
         cores=0,
         time_minutes=int(options.get("time", "0")),

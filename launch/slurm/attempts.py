@@ -30,7 +30,7 @@ from hfprune_launch.slurm.attempt_records import (
 )
 
 from hfprune_dist.errors import UserError
-from hfprune_dist.store.atomic_files import write_json
+from hfprune_dist.store.atomic_files import listed, write_json
 from hfprune_dist.store.stage import Stage
 
 
@@ -59,9 +59,15 @@ class Attempt:
         write_json(self.folder / END, asdict(end))
 
     def runs(self) -> list[Run]:
-        """Return all starts of the job, in order."""
-        runs = [read_attempt_record(file, Run) for file in self.folder.glob("run.*.json")]
-        return sorted((run for run in runs if run is not None), key=lambda run: run.started)
+        """Return all starts of the job, in order: by their numbers, as each node has its own clock.
+
+        If there are two jobs (a submission whose answer was lost), the one that started first comes first.
+        """
+        read = [read_attempt_record(file, Run) for file in listed(self.folder, "run.*.json")]
+        jobs: dict[str, list[Run]] = {}
+        for run in sorted((it for it in read if it is not None), key=lambda run: run.started):
+            jobs.setdefault(run.job_id, []).append(run)
+        return [run for runs in jobs.values() for run in sorted(runs, key=lambda run: run.restart)]
 
     def record_run(self, run: Run) -> None:
         write_json(self.folder / f"run.{run.job_id}.{run.restart}.json", asdict(run))
@@ -89,7 +95,7 @@ class Attempt:
 
     def logs(self) -> list[Path]:
         """Return the log files of the ranks, and of the batch script and srun."""
-        return sorted([*self.folder.glob("*_log.out"), *self.folder.glob("*_log.err")])
+        return sorted([*listed(self.folder, "*_log.out"), *listed(self.folder, "*_log.err")])
 
 
 class Attempts:
@@ -123,8 +129,9 @@ class Attempts:
 
     def open_attempts(self) -> list[Attempt]:
         """Return all attempts of the store that have no end, whichever sweep made them."""
-        stages = sorted(folder.relative_to(self._root) for folder in self._root.glob("*/*"))
-        return [attempt for stage in stages for attempt in self.of(str(stage)) if attempt.end is None]
+        stages = (folder for kind in listed(self._root, "*") for folder in listed(kind, "*"))
+        ids = (str(folder.relative_to(self._root)) for folder in stages)
+        return [attempt for stage_id in ids for attempt in self.of(stage_id) if attempt.end is None]
 
     def ended_jobs(self, stage_id: str) -> set[str]:
         """Return the jobs of a stage that are over, according to Slurm or because they are gone; their claims are void.
@@ -171,8 +178,7 @@ class Attempts:
         return again
 
     def _iterate(self, stage_id: str, newest_first: bool = False) -> Iterator[Attempt]:
-        folder = self._root / stage_id
-        for _, path in sorted(_numbered(folder), reverse=newest_first) if folder.is_dir() else []:
+        for _, path in sorted(_numbered(self._root / stage_id), reverse=newest_first):
             intent = read_intent(path)
             if intent is not None:
                 yield Attempt(path, intent)
@@ -180,4 +186,4 @@ class Attempts:
 
 def _numbered(folder: Path) -> list[tuple[int, Path]]:
     """Return number and path of each attempt in a stage's folder; stray files have other names."""
-    return [(int(path.name), path) for path in folder.iterdir() if re.fullmatch("[1-9][0-9]*", path.name)]
+    return [(int(path.name), path) for path in listed(folder, "*") if re.fullmatch("[1-9][0-9]*", path.name)]

@@ -33,7 +33,7 @@ def _ended(runs: Sequence[Run], end: End | None) -> float | None:
     """Return when the last start ended, by its own record or else by that of the attempt's end."""
     if runs and runs[-1].ended is not None:
         return runs[-1].ended
-    return None if end is None else max([end.at, *(run.started for run in runs)])
+    return None if end is None else max([end.at, *(run.started for run in runs[-1:])])
 
 
 def _state(end: End | None) -> Literal["done", "failed", "open"]:

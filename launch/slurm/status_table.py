@@ -19,6 +19,7 @@ from rich.table import Table
 from hfprune_dist.errors import UserError, did_you_mean
 from hfprune_dist.planning.plan import Plan
 from hfprune_dist.store.artifacts import Store
+from hfprune_dist.store.atomic_files import listed, modified_at
 from hfprune_dist.store.heartbeat import Heartbeat
 from hfprune_dist.store.stage import Stage
 
@@ -100,9 +101,9 @@ def _state(stage: Stage, handle: SlurmStage, job: JobInfo | None) -> tuple[str, 
 
 
 def _started(open_attempt: Attempt | None, handle: SlurmStage) -> list[float]:
-    """Return the unix times at which the stage was started, in jobs or on this machine."""
+    """Return the unix time at which the stage was last started, in a job or on this machine; empty if it wasn't."""
     if open_attempt is not None:
-        return [run.started for run in open_attempt.runs()]
+        return [run.started for run in open_attempt.runs()[-1:]]
     began = began_at(handle)
     return [] if began is None else [began]
 
@@ -164,7 +165,7 @@ def cell_logs(plan: Plan, store: Store, local_logs: Path, name: str, lines: int)
     for stage_id in stages:
         stage = plan.stages[stage_id]
         attempt = SlurmStage(store, stage_id).last_attempt()
-        local = sorted(local_logs.glob(f"{stage.kind}-{stage.fingerprint}.*.log"), key=_written)
+        local = sorted(listed(local_logs, f"{stage.kind}-{stage.fingerprint}.*.log"), key=_written)
         logs = _newest_logs(attempt, local)
         shown = log_tail(logs, lines) or f"  no log: {_why_no_log(stage, SlurmStage(store, stage_id))}"
         parts.append(f"{stage.kind} {stage.label} ({stage_id})\n{shown}")
@@ -179,7 +180,7 @@ def _newest_logs(attempt: Attempt | None, local: list[Path]) -> list[Path]:
 
 
 def _written(log: Path) -> float:
-    return log.stat().st_mtime
+    return modified_at(log) or 0.0
 
 
 def _why_no_log(stage: Stage, handle: SlurmStage) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 from hfprune_dist.config.schema import RuntimeConfig
 from hfprune_dist.errors import UserError
 from hfprune_dist.store.artifacts import STAGE_FILE
-from hfprune_dist.store.atomic_files import read_record, write_json
+from hfprune_dist.store.atomic_files import modified_at, read_record, write_json
 from hfprune_dist.store.stage import Stage
 from hfprune_dist.store.stage_handle import StageHandle
 
@@ -75,10 +75,7 @@ def read_stage_file(handle: StageHandle) -> StageFile:
 
 def began_at(handle: StageHandle) -> float | None:
     """Return when the last attempt began, in unix time; None if the work folder has none."""
-    try:
-        return (handle.work / STAGE_FILE).stat().st_mtime
-    except FileNotFoundError:
-        return None
+    return modified_at(handle.work / STAGE_FILE)
 
 
 def attempts_so_far(handle: StageHandle) -> int:

@@ -1,9 +1,12 @@
 """Damaged and stray files among the records of attempts: none stops a launcher or hides a job that may be running."""
 
+import errno
 import json
+import os
 
 import pytest
 from fake_slurm import FakeSlurm
+from hfprune_launch.slurm import attempt_records
 from hfprune_launch.slurm.attempt_records import End, Run
 from hfprune_launch.slurm.attempts import Attempts
 from hfprune_launch.slurm.backend import SlurmBackend
@@ -156,6 +159,37 @@ def test_a_record_that_can_not_be_read_now_is_not_absent(attempts, attempt, monk
     monkeypatch.setattr(Path, "read_text", refuse)
     with pytest.raises(OSError, match="Input/output"):
         reread(attempts)
+
+
+def test_a_folder_that_can_not_be_listed_now_is_not_empty(attempts, attempt, monkeypatch):
+    """As if its job had never started, or no job had been submitted."""
+    attempt.record_run(Run("7", 0, "n1", 1.0))
+
+    def refuse(*_):
+        raise PermissionError(errno.EACCES, "expired")
+
+    monkeypatch.setattr(os, "listdir", refuse)
+    monkeypatch.setattr(os, "scandir", refuse)
+    for read in (attempt.runs, attempt.logs, attempts.open_attempts):
+        with pytest.raises(PermissionError, match="expired"):
+            read()
+
+
+def test_records_that_are_being_written_are_no_hindrance(attempts, attempt, damage, monkeypatch):
+    """A draft has its final name by the time it is looked at."""
+    attempt.record_job("7")
+    damage(attempt.folder / "intent.json")
+    seen = attempt_records.listed
+    monkeypatch.setattr(attempt_records, "listed", lambda folder, names: [*seen(folder, names), folder / ".draft"])
+    assert reread(attempts).job_id == "7"
+
+
+def test_starts_are_in_order_whatever_the_clocks_of_their_nodes(attempt):
+    attempt.record_run(Run("7", 0, "n1", 900.0, 1000.0, "interrupted"))
+    attempt.record_run(Run("7", 1, "n2", 400.0, 500.0, "interrupted"))
+    attempt.record_run(Run("7", 10, "n3", 450.0, 550.0, "done"))
+    attempt.record_run(Run("8", 0, "n4", 600.0, 601.0, "duplicate"))
+    assert [(run.job_id, run.restart) for run in attempt.runs()] == [("7", 0), ("7", 1), ("7", 10), ("8", 0)]
 
 
 def cut(file):

@@ -4,6 +4,7 @@ import time
 from dataclasses import asdict
 
 import pytest
+from hfprune_launch.modes.past_attempts import past_attempts as all_attempts
 from hfprune_launch.slurm.attempt_records import End, Run
 from hfprune_launch.slurm.attempts import Attempts
 from hfprune_launch.slurm.commands import JobInfo
@@ -70,3 +71,27 @@ def test_a_start_that_was_killed_ended_when_slurm_or_its_heartbeat_says(tmp_path
     attempt.record_run(Run("7", 1, "n1", started + 400))
     (_, last) = past_attempts(SlurmStage(store, STAGE.id))
     assert last.started == last.ended, "it ended before its first heartbeat"
+
+
+def test_starts_on_nodes_with_wrong_clocks(tmp_path):
+    """What the last start says is not taken for what an earlier one said, and nothing lasts a negative time."""
+    attempt = Attempts(tmp_path).begin(STAGE, 8, 64, 30, None)
+    attempt.record_run(Run("7", 0, "n1", 900.0, 1000.0, "interrupted"))
+    attempt.record_run(Run("7", 1, "n2", 400.0))
+    attempt.close(End("node failure", "n2 is down", 390.0))
+    assert told(tmp_path) == [
+        (1, "failed", 900.0, 1000.0, "interrupted", "job 7 on n1"),
+        (1, "failed", 400.0, 400.0, "node failure", "job 7 on n2"),
+    ]
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs" / f"{STAGE.kind}-{STAGE.fingerprint}.1.log").write_text("1970-01-01 00:07:30+0000 prune\n")
+    (tmp_path / "store").symlink_to(".")
+    assert [it.started for it in all_attempts(tmp_path)(STAGE)] == [450.0, 900.0, 400.0]
+
+
+def test_the_node_at_fault_is_that_of_the_last_start(tmp_path):
+    attempt = Attempts(tmp_path).begin(STAGE, 8, 64, 30, None)
+    attempt.record_run(Run("7", 0, "n1", 900.0, 1000.0, "interrupted"))
+    attempt.record_run(Run("7", 1, "n2", 400.0))
+    job = JobInfo("7", "NODE_FAIL", "None", "n2", "N/A", "Unknown", attempt.intent.job_name)
+    assert explain_end(Store(tmp_path), STAGE, attempt, job).bad_nodes == ["n2"]

@@ -23,12 +23,13 @@ def status(tmp_path):
     store = Store(tmp_path / "store")
     store.work(STAGE.id).mkdir(parents=True)
 
-    def at(started=None, beat=None, state="RUNNING"):
+    def at(started=None, beat=None, state="RUNNING", earlier=()):
         attempt = Attempts(store.root).begin(STAGE, 0, 2, 30, None)
         attempt.record_job("5")
         now = time.time()
         if started is not None:
-            attempt.record_run(Run("5", 0, "n1", now - started * MINUTE))
+            for restart, minutes in enumerate((*earlier, started)):
+                attempt.record_run(Run("5", restart, "n1", now - minutes * MINUTE))
         if beat is not None:
             record = {"phase": "calibration", "done": 3, "total": 9, "updated": now - beat * MINUTE}
             write_json(store.work(STAGE.id) / "progress.json", record)
@@ -51,6 +52,10 @@ def test_a_job_that_hangs_before_its_first_step_shows(status):
 def test_progress_of_an_earlier_start_is_not_stale(status):
     """A requeued job is loading its model, and the last heartbeat is hours old."""
     assert status(started=1, beat=600).detail == ""
+
+
+def test_an_earlier_start_on_a_node_whose_clock_is_ahead_hides_no_hang(status):
+    assert status(started=60, beat=7.2, earlier=(-30,)).detail == "stale for 7 min"
 
 
 @pytest.mark.parametrize("times", [{"started": 60, "beat": 1}, {"started": 2}, {}])
