@@ -19,6 +19,7 @@ from torch import Tensor
 from hfprune_dist.checkpoints.tensor_files import DamagedFileError, load_tensors, save_tensors
 from hfprune_dist.core.exact_sums import OUT_OF_RANGE, ExactOverflowError, GramScale, TensorScale
 from hfprune_dist.distributed.world import World
+from hfprune_dist.store.atomic_files import listed
 
 TOTAL = "total"
 
@@ -149,7 +150,8 @@ class MatrixSums:
         total = tensors.get(TOTAL, torch.zeros(0))
         if total.dtype != torch.int64 or tuple(total.shape) != self._scale.total_shape(self._sizes[layer]):
             raise DamagedFileError(f"goes with {file.name}, which is of another pass")
-        return total.to(self._world.device)
+        # Not a view of the file, which is removed once a later state is saved, perhaps by another host.
+        return total.to(self._world.device, copy=True)
 
 
 class LayerSums:
@@ -221,10 +223,10 @@ class LayerSums:
         return self._sums[name].value(layer, self._of(shards) / name)
 
     def keep_only(self, shards: int) -> None:
-        """Remove the states saved after any other number of shards."""
-        for folder in self._folder.iterdir():
+        """Remove the states saved after any other number of shards; what stays of them is removed with a later one."""
+        for folder in listed(self._folder, "*"):
             if folder != self._of(shards):
-                shutil.rmtree(folder)
+                shutil.rmtree(folder, ignore_errors=True)
 
     def _of(self, shards: int) -> Path:
         return self._folder / str(shards)

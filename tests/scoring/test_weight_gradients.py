@@ -1,5 +1,9 @@
 """Gradients of weights over ranks: the same bits, who holds what, what is sent, and passes that are resumed."""
 
+import errno
+import os
+from pathlib import Path
+
 import pytest
 import torch
 from damage import nothing_reaches_the_disk
@@ -187,3 +191,33 @@ def test_a_whole_file_is_taken_up(tmp_path):
     accumulated(SoloWorld(), tmp_path / "partial", ["weight_taylor"], rounds=3)
     _, begun_at = accumulated(SoloWorld(), tmp_path / "partial", ["weight_taylor"])
     assert begun_at == 3
+
+
+def test_what_is_resumed_outlives_its_file(tmp_path):
+    """Whoever saves a later state removes it, perhaps on another host, and with it what a view has yet to read."""
+    sizes = {"up": [(2, 3)]}
+    gradients = WeightGradients(sizes, 1, tmp_path, SoloWorld())
+    show(gradients, 0, sizes, counts=True)
+    gradients.save(1)
+    resumed = WeightGradients(sizes, 1, tmp_path, SoloWorld())
+    assert resumed.resume(gradients.first(), 1) == ""
+    assert str(tmp_path) not in Path("/proc/self/maps").read_text()
+
+
+def test_a_state_that_can_not_be_removed_yet_is_removed_with_the_next(tmp_path, monkeypatch):
+    """On NFS, a folder stays as long as somebody has a file in it open."""
+    sizes = {"up": [(2, 3)]}
+    gradients = WeightGradients(sizes, 2, tmp_path, SoloWorld())
+    for saved in (1, 2):
+        show(gradients, saved - 1, sizes, counts=True)
+        gradients.save(saved)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "rmdir", refuse)
+        gradients.keep_only(2)
+    assert sorted(it.name for it in tmp_path.iterdir()) == ["1", "2"]
+    gradients.keep_only(2)
+    assert [it.name for it in tmp_path.iterdir()] == ["2"]
+
+
+def refuse(*_, **__):
+    raise OSError(errno.ENOTEMPTY, "Directory not empty")
