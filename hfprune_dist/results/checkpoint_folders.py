@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 
-from hfprune_dist.store.atomic_files import publish, read_object, write_json, write_text
+from hfprune_dist.store.atomic_files import listed, publish, read_object, unless_stale, write_json, write_text
 
 LOCK, WRITTEN = ".lock", ".written"
 # Prefix of folders and files that are being written or removed.
@@ -109,7 +109,7 @@ class CheckpointFolders:
         outgoing = self._outgoing(folder) if folder.is_dir() else None
         draft.rename(folder)
         if outgoing is not None:
-            shutil.rmtree(outgoing)
+            _remove(outgoing)
         return []
 
     def _write_text(self, file: Path, text: str) -> list[str]:
@@ -142,9 +142,9 @@ class CheckpointFolders:
         return self._root / f"{DRAFT}{uuid.uuid4().hex[:8]}"
 
     def _remove_drafts(self) -> None:
-        """Remove drafts that a dead process left behind."""
-        for draft in self._root.glob(f"{DRAFT}*"):
-            shutil.rmtree(draft) if draft.is_dir() else draft.unlink()
+        """Remove drafts that a dead process left behind, or of which a part stayed."""
+        for draft in listed(self._root, f"{DRAFT}*"):
+            _remove(draft)
 
     def _remove(self, folder: Path, successor: Path | None) -> list[str]:
         """Remove a folder whose row is gone or has another name now, unless it holds files of the user's."""
@@ -153,7 +153,7 @@ class CheckpointFolders:
         if others := self._others(folder):
             why = "its row is gone" if successor is None else f"its checkpoint is called {successor.name} now"
             return [f"{folder}: {why}, but it stays, since it holds files of yours ({others[0]})"]
-        shutil.rmtree(self._outgoing(folder))
+        _remove(self._outgoing(folder))
         return [] if successor is None else [f"{folder} is called {successor.name} now"]
 
     def _successor(self, folder: Path, places: Mapping[Path, Contents]) -> Path | None:
@@ -207,6 +207,15 @@ def _locked(file: Path) -> Iterator[None]:
         yield
 
 
+def _remove(draft: Path) -> None:
+    """Remove a draft as far as possible: on NFS, files that somebody has open stay as long as they are."""
+    if draft.is_dir():
+        shutil.rmtree(draft, ignore_errors=True)
+    else:
+        with suppress(OSError):
+            draft.unlink()
+
+
 def _absolute(path: Path) -> Path:
     """Make a path absolute without resolving links, since the store may be reached through some."""
     return Path(os.path.abspath(path))  # noqa: PTH100
@@ -218,7 +227,10 @@ def _files_in(folder: Path) -> list[Path]:
 
 
 def _digest(path: Path) -> str | None:
-    """sha256 of a small file; None for anything else."""
-    if path.is_symlink() or not path.is_file() or path.stat().st_size > MOST_BYTES:
+    """sha256 of a small file; None for anything else, and for what its user removes at this moment."""
+    try:
+        if path.is_symlink() or not path.is_file() or path.stat().st_size > MOST_BYTES:
+            return None
+        return sha256(unless_stale(path.read_bytes)).hexdigest()
+    except FileNotFoundError:
         return None
-    return sha256(path.read_bytes()).hexdigest()

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from hfprune_dist.errors import UserError
-from hfprune_dist.store.atomic_files import fsync_path, listed, read_object, usual_mode, write_json
+from hfprune_dist.store.atomic_files import fsync_path, listed, read_json, read_object, usual_mode, write_json
 from hfprune_dist.store.claims import CLAIM_FILES, Claim
 from hfprune_dist.store.hashing import AfterEach, FileHashes, for_each_file, nothing
 from hfprune_dist.store.heartbeat import FAILURES, PROGRESS
@@ -112,7 +112,7 @@ class Store:
     def _check_file(self, file: Path, entry: dict[str, Any], thorough: bool, after_each: AfterEach) -> str:
         try:
             stat = file.stat()
-        except OSError:
+        except FileNotFoundError:
             return "missing"
         if stat.st_size != entry["bytes"]:
             return f"{stat.st_size:,} bytes, committed with {entry['bytes']:,}"
@@ -136,6 +136,9 @@ class Store:
 
         Returns:
             its new path; None if there is no such artifact (any more).
+
+        Raises:
+            OSError, UserError: if part of it can't be read at present, which says nothing about it.
         """
         folder = self.path(stage_id)
         judged = _inode(folder)
@@ -144,6 +147,8 @@ class Store:
         verdict = self.verify(stage_id, thorough=True, after_each=after_each)
         if verdict.state != "corrupt" and verdict != NOTHING_LEFT:
             return None
+        with contextlib.suppress(ValueError, IsADirectoryError):
+            read_json(folder / MANIFEST)  # which looks damaged to ``verify`` if the disk doesn't answer
         target = self.root / "quarantine" / f"{stage_id.replace('/', '-')}-{uuid.uuid4().hex[:6]}"
         target.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -249,11 +254,14 @@ class Store:
                 return
             aside = self.set_aside(stage_id, after_each)
             if aside is not None and (read_object(aside / MANIFEST) or {}).get(EMPTIED):
-                shutil.rmtree(aside)
+                shutil.rmtree(aside, ignore_errors=True)
         raise taken
 
     def empty(self, stage_id: str) -> None:
-        """Remove an artifact's files, except for its manifest; the artifact is made again when its files are needed."""
+        """Remove an artifact's files, except for its manifest; the artifact is made again when its files are needed.
+
+        Files that can't be removed stay: another user's, or on NFS those that are open, under other names.
+        """
         folder, manifest = self.path(stage_id), self.manifest(stage_id)
         if manifest is None:
             return
@@ -261,9 +269,10 @@ class Store:
         fsync_path(folder)
         for path in listed(folder, "*"):
             if path.is_dir():
-                shutil.rmtree(path)
+                shutil.rmtree(path, ignore_errors=True)
             elif path.name != MANIFEST:
-                path.unlink()
+                with contextlib.suppress(OSError):
+                    path.unlink()
 
     def discard(self, stage_id: str) -> None:
         """Remove an artifact; a process that dies meanwhile leaves a draft behind."""

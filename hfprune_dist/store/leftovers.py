@@ -69,8 +69,7 @@ def unused(store: Store, kept: Collection[str]) -> Iterator[Leftover]:
 
 def files_of(handle: StageHandle, reason: str) -> Leftover:
     """The files of an artifact, except its manifest, as a leftover."""
-    size = size_of(handle.artifact) - size_of(handle.artifact / MANIFEST)
-    return Leftover(handle.artifact, reason, size, handle.empty)
+    return Leftover(handle.artifact, reason, _bytes_beside_manifest(handle), partial(_empty, handle))
 
 
 def _handles(store: Store, folder: Path) -> list[StageHandle]:
@@ -80,9 +79,15 @@ def _handles(store: Store, folder: Path) -> list[StageHandle]:
 
 
 def size_of(path: Path) -> int:
-    """Bytes of a file, or of all files below a folder."""
-    files = [path] if path.is_file() else [it for it in path.rglob("*") if it.is_file()]
-    return sum(file.lstat().st_size for file in files)
+    """Bytes of a file, or of all files below a folder; those that vanish meanwhile count as nothing."""
+    return sum(map(_bytes_of, [path] if path.is_file() else path.rglob("*")))
+
+
+def _bytes_of(path: Path) -> int:
+    try:
+        return path.lstat().st_size if path.is_file() else 0
+    except FileNotFoundError:
+        return 0
 
 
 def _folder(folder: Path, reason: str) -> Leftover:
@@ -97,4 +102,23 @@ def _remove(folder: Path) -> None:
     """
     shutil.rmtree(folder, ignore_errors=True)
     if folder.exists():
-        raise UserError(f"{folder}: part of it can't be removed; is it another user's?")
+        raise _stays(folder)
+
+
+def _empty(handle: StageHandle) -> None:
+    """Remove the files of an artifact, except its manifest.
+
+    Raises:
+        UserError: if some stay.
+    """
+    handle.empty()
+    if _bytes_beside_manifest(handle):
+        raise _stays(handle.artifact)
+
+
+def _bytes_beside_manifest(handle: StageHandle) -> int:
+    return size_of(handle.artifact) - size_of(handle.artifact / MANIFEST)
+
+
+def _stays(folder: Path) -> UserError:
+    return UserError(f"{folder}: part of it can't be removed; is it another user's, or in use?")

@@ -1,12 +1,15 @@
 """Named folders: complete or absent, whatever happens, and what the user puts there stays."""
 
+import errno
 import itertools
+import os
 import shutil
+from pathlib import Path
 
 import pytest
 from faults.kill import die_in_fork
 
-from hfprune_dist.results.checkpoint_folders import CheckpointFolders, Contents
+from hfprune_dist.results.checkpoint_folders import DRAFT, CheckpointFolders, Contents
 
 FILES = ("model.safetensors", "adapter/adapter_model.safetensors")
 
@@ -145,3 +148,36 @@ def test_at_every_point_of_an_update(tmp_path):
         if not died:
             break
     assert kill_at > 12
+
+
+def test_what_somebody_has_open_is_removed_another_time(sweep, monkeypatch):
+    """On NFS, its folder stays until then."""
+    sweep.update(one=sweep.contents(), two=sweep.contents("b"))
+    changed = {"one": sweep.contents("c")}
+
+    def refuse(*_, **__):
+        raise OSError(errno.EBUSY, "Device or resource busy")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "rmdir", refuse)
+        assert sweep.update(**changed) == []
+        assert sweep.update(**changed) == []
+    assert sweep.shown() == {"one": whole(changed["one"])} and len([*sweep.root.glob(f"{DRAFT}*")]) == 2
+    sweep.update(**changed)
+    assert not [*sweep.root.glob(f"{DRAFT}*")]
+
+
+def test_what_a_user_removes_at_this_moment_is_not_there(sweep, monkeypatch):
+    """Such as an editor's swap file."""
+    contents = sweep.contents()
+    sweep.update(name=contents)
+    (sweep.root / "name" / ".README.md.swp").write_text("")
+    read = Path.read_bytes
+
+    def gone(file):
+        if file.suffix == ".swp":
+            file.unlink(missing_ok=True)
+        return read(file)
+
+    monkeypatch.setattr(Path, "read_bytes", gone)
+    assert sweep.update(name=contents) == [] and sweep.shown() == {"name": whole(contents)}

@@ -1,5 +1,7 @@
+import errno
 import json
 import os
+from pathlib import Path
 
 import pytest
 
@@ -109,3 +111,45 @@ def test_drafts_of_dead_attempts_go(store):
     stale = store.open_draft(STAGE.id)
     fresh = store.open_draft(STAGE.id)
     assert not stale.exists() and fresh.is_dir()
+
+
+@pytest.mark.parametrize("reader", ["read_text", "stat"])
+def test_what_can_not_be_read_now_is_not_set_aside(store, monkeypatch, reader):
+    """A server that doesn't answer, or a lack of permission, says nothing about an artifact."""
+    make(store)
+    original, hidden = getattr(Path, reader), (MANIFEST, "model.bin")
+
+    def refuse(path, **how):
+        if path.name in hidden:
+            raise OSError(errno.EIO, "Input/output error", str(path))
+        return original(path, **how)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, reader, refuse)
+        with pytest.raises(OSError, match="Input/output"):
+            store.set_aside(STAGE.id)
+    assert store.verify(STAGE.id).state == "done"
+
+
+def test_what_is_emptied_may_be_in_use(store, monkeypatch):
+    """On NFS, a file that is open stays under another name, which can't be removed, and so does its folder."""
+    make(store)
+    with monkeypatch.context() as patch:
+        for function in ("rmdir", "unlink"):
+            patch.setattr(os, function, unless_named(("model.bin", "sub"), getattr(os, function)))
+        store.empty(STAGE.id)
+    assert not store.is_committed(STAGE.id)
+    assert {it.name for it in store.path(STAGE.id).iterdir()} == {MANIFEST, "model.bin", "sub"}
+    make(store)
+    assert store.verify(STAGE.id).state == "done"
+
+
+def unless_named(names, remove):
+    """Return a function that removes what has another name."""
+
+    def removing(path, **how):
+        if Path(path).name in names:
+            raise OSError(errno.EBUSY, "Device or resource busy")
+        remove(path, **how)
+
+    return removing
