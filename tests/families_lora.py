@@ -5,21 +5,62 @@ from __future__ import annotations
 import torch
 from families_masked import dense_of
 from peft import LoraConfig, get_peft_model
+from torch import nn
 
 from hfprune_dist.checkpoints.lora_adapter import lora_targets, merge_weight_file, read_adapter, write_adapter
 from hfprune_dist.checkpoints.write_pruned import write_companions
+from hfprune_dist.planning.dimensions import checkpoint_dimensions
+from hfprune_dist.planning.footprint import Train
+
+# Blocks of a layer that attend to other tokens; convolutions and state-space blocks don't.
+ATTENTION = {"self_attn", "attention", "linear_attn"}
+# Linear layers of attention without an adapter: what chooses keys has no gradient, and peft would take this gate of a
+# mixture of experts for the experts'.
+CHOOSING = frozenset({"indexer.wq_b", "indexer.wk", "indexer.weights_proj"})
+WITHOUT = {"deepseek_v32": CHOOSING, "glm_moe_dsa": CHOOSING, "afmoe": frozenset({"gate_proj"})}
+# Families in which early versions adapted other layers; results of all others keep their fingerprints.
+ADAPTED_OTHERWISE = {
+    *("doge", "lfm2", "lfm3", "lfm2_moe", "laguna", "minimax", "kimi_linear", "bailing_hybrid"),
+    *("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text"),
+}
+# Families whose adapters are estimated, as if each layer had queries, keys, values and outputs, all heads were alike,
+# and gate and up were separate.
+ESTIMATED = {
+    *("gemma4_text", "gemma4_unified_text", "mimo_v2_flash"),
+    *("phi3", "gpt_neox", "persimmon", "glm", "glm4"),
+    *("youtu", "deepseek_v2", "deepseek_v3", "deepseek_v32", "glm4_moe_lite", "glm_moe_dsa", "axk1", "sarvam_mla"),
+    *("bamba", "granitemoehybrid", "jamba"),
+    *("opt", "biogpt"),
+}
+
+
+def linears_to_train(model, family):
+    """Return the names of all linear layers in the decoder's attention and, without experts, in its MLPs."""
+    mlp = {".".join(filter(None, (family.mlp, name))) for name in (*family.row_projections, family.down_projection)}
+    found = set()
+    for number, layer in enumerate(family.layers_of(model)):
+        for name, module in layer.named_modules():
+            block, _, inside = name.partition(".")
+            attends = block in ATTENTION and inside not in WITHOUT.get(family.model_type, ())
+            if isinstance(module, nn.Linear) and (attends or (name in mlp and not family.experts)):
+                found.add(f"{family.layers}.{number}.{name}")
+    return found
 
 
 def trained_and_merged(checkpoint, folder, windows):
-    """Train for some steps until the loss has fallen; write ``folder/adapter`` and ``folder/merged``.
+    """Train for some steps until the loss has fallen; write ``folder/adapter`` and ``folder/merged``. All linear layers
+    that are to be trained are, and no others.
 
     Returns:
         The model with its adapter.
     """
     torch.manual_seed(0)
+    assert bool(checkpoint.family.adapted_attention) == (checkpoint.family.model_type in ADAPTED_OTHERWISE)
     targets = lora_targets(checkpoint.family, checkpoint.ranks)
     adapter = LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=6, target_modules=targets)
-    model = get_peft_model(dense_of(checkpoint), adapter)
+    dense = dense_of(checkpoint)
+    expected = linears_to_train(dense, checkpoint.family)
+    model = get_peft_model(dense, adapter)
     optimizer = torch.optim.AdamW([it for it in model.parameters() if it.requires_grad], lr=1e-2)
     losses = []
     for _ in range(6):
@@ -29,6 +70,13 @@ def trained_and_merged(checkpoint, folder, windows):
         optimizer.zero_grad()
     assert losses[-1] < losses[0]
     weights = {name: tensor.detach() for name, tensor in model.named_parameters() if "lora_" in name}
+    factor = ".lora_B.default.weight"
+    trained = {name.removesuffix(factor) for name, it in weights.items() if name.endswith(factor) and it.any()}
+    assert trained == {f"base_model.model.{name}" for name in expected}
+    assert len(weights) == 2 * len(expected)
+    if checkpoint.family.model_type not in ESTIMATED and not checkpoint.ranks:
+        job = Train(rows=1, tokens=1, rank=4, dropout=False)
+        assert job.lora_parameters(checkpoint_dimensions(checkpoint)) == sum(it.numel() for it in weights.values())
     write_adapter(folder / "adapter", weights, targets, 4, 6)
     (folder / "merged").mkdir()
     for file in checkpoint.weight_files:

@@ -13,6 +13,12 @@ Shapes = Mapping[str, Sequence[int]]
 
 _ATTENTIONS = tuple(("q_proj", "k_proj", "v_proj", output) for output in ("o_proj", "out_proj", "dense"))
 _BLOCKS = r"(self_attn|attention)\."
+# What layers have in place of it where attention is linear; short convolutions and state-space blocks are no attention.
+_LINEAR_ATTENTION = "linear_attn"
+# Parts of attention that choose keys: no gradient reaches their weights.
+_CHOOSING = ".indexer."
+# In a mixture of experts, peft takes these names for those of experts' matrices.
+_OF_EXPERTS = ("gate_proj", "up_proj", "down_proj")
 # The norms of a layer -> for attention and for the MLP, the norm before the block and the norm after it.
 _NORMS: dict[frozenset[str], tuple[tuple[str | None, str | None], tuple[str | None, str | None]]] = {
     frozenset(norm for block in blocks for norm in block if norm): blocks
@@ -84,7 +90,7 @@ class Attention:
         """Attention of another kind, whose linear layers can be trained, but not pruned in part."""
         inside = {it: shape for there in parts for it, shape in there.items() if re.match(_BLOCKS, it)}
         name = next((it.partition(".")[0] for it in inside), "self_attn")
-        own = {it: shape for it, shape in inside.items() if ".indexer." not in it}  # chooses keys, is never trained
+        own = {it: shape for it, shape in inside.items() if _CHOOSING not in it}
         linears = {it.split(".")[-2] for it, shape in own.items() if it.endswith(".weight") and len(shape) == 2}
         latent = next((it for it in inside if ".kv_a_proj" in it), None)
         fused = next((it for it in inside if ".qkv_proj" in it or ".query_key_value" in it), None)
@@ -134,6 +140,26 @@ def _why_whole(
             if list(there[more]) != [head_dim] or "norm" not in more:
                 return f"{more} has something of all heads"
     return ""
+
+
+def adapted_linears(attention: Attention, parts: Sequence[Shapes], *, experts: bool) -> tuple[str, ...]:
+    """See ``Family.adapted_attention``: names within a layer of the linear layers that get an adapter in attention of
+    whatever kind; empty if the names of its projections are the same layers' and no others'.
+
+    Args:
+        experts: whether the model is a mixture of experts.
+    """
+    matrices = {
+        name.removesuffix(".weight")
+        for there in parts
+        for name, shape in there.items()
+        if name.endswith(".weight") and len(shape) == 2 and "norm" not in name
+    }
+    blocks = (f"{attention.name}.", f"{_LINEAR_ATTENTION}.")
+    linears = {name for name in matrices if name.startswith(blocks) and _CHOOSING not in name}
+    linears -= {name for name in linears if experts and name.rpartition(".")[2] in _OF_EXPERTS}
+    by_projections = {name for name in matrices if name.rpartition(".")[2] in attention.projections}
+    return () if linears == by_projections else tuple(sorted(linears))
 
 
 def _attends(there: Shapes) -> bool:

@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from hfprune_dist.checkpoints.discovered_blocks import Attention, Shapes, norms_of
+from hfprune_dist.checkpoints.discovered_blocks import Attention, Shapes, adapted_linears, norms_of
 from hfprune_dist.checkpoints.expert_discovery import find_experts
 from hfprune_dist.checkpoints.families import CAUSAL, WITH_VISION, Family
 from hfprune_dist.checkpoints.refusals import Refusals
@@ -109,6 +109,7 @@ def discover(
         keeps_apart=search.keeps_apart(parts, attention, outside),
         experts=experts,
         dense_layers=bool(plain),
+        adapted_attention=adapted_linears(attention, parts, experts=experts is not None),
         **attention.names(),
         **(norms_of(config, parts, mlp) | ({"no_sequence": "it has experts"} if experts else {})),
     )

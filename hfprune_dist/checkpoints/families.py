@@ -46,6 +46,8 @@ class Family:
         twin: the model_type that computes the same if there are no biases, for numbers of heads that don't divide
             ``hidden_size``, which this one's configuration class refuses; None if there is none.
         any_heads: whether its configuration class accepts numbers of heads that don't divide ``hidden_size``.
+        adapted_attention: names within a layer of the linear layers that LoRA adapts in attention, of all its kinds in
+            the model; empty if these are the layers called ``attention_projections``, and no others are.
         row_parts: number of matrices in each row projection, one after the other: two if it holds both gate and up.
         mlp_norm, attention_norm: the norm whose output the block reads; None: the block reads the residual stream.
         mlp_norm_after, attention_norm_after: the norm that the block's outputs go through, if any.
@@ -70,6 +72,7 @@ class Family:
     attention_norm: str | None = "input_layernorm"
     attention_norm_after: str | None = None
     attention_projections: tuple[str, ...] = ATTENTION
+    adapted_attention: tuple[str, ...] = ()
     head_norms: tuple[str, ...] = ()
     mlp: str = "mlp"
     mlp_norm: str | None = "post_attention_layernorm"

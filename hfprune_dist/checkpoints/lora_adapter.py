@@ -41,18 +41,21 @@ class Adapter:
 
 
 def lora_targets(family: Family, low_rank: Iterable[str] = ()) -> list[str] | str:
-    """Names of the linear layers that get an adapter: all projections of attention and MLP, and both factors of those
-    of low rank. If other parts of the model may use the same names, a pattern that matches only the decoder's. In
-    mixtures of experts, only attention gets adapters: peft would take the names of MLP projections for the experts',
-    whose adapters can't be merged matrix by matrix.
+    """Names of the linear layers that get an adapter: all of attention and of MLPs, and both factors of those of low
+    rank. If other parts of the model may use the same names, a pattern that matches only the decoder's. In mixtures of
+    experts, only attention gets adapters: peft would take the names of MLP projections for the experts', whose adapters
+    can't be merged matrix by matrix.
 
     Args:
         low_rank: names within a layer of its low-rank projections.
     """
-    factored = {name.rpartition(".")[2]: () for name in low_rank}
-    attention = [linear for name in family.attention_projections for linear in linear_modules(name, factored)]
+    within_layers = family.adapted_attention
+    factored = {name if within_layers else name.rpartition(".")[2]: () for name in low_rank}
+    projections = within_layers or family.attention_projections
+    attention = [linear for name in projections for linear in linear_modules(name, factored)]
     names = attention if family.experts else [*attention, *family.row_projections, family.down_projection]
-    return rf"{re.escape(family.layers)}\.\d+\.(.*\.)?({'|'.join(names)})" if family.has_vision else names
+    pattern = "|".join(map(re.escape, names))
+    return rf"{re.escape(family.layers)}\.\d+\.(.*\.)?({pattern})" if family.has_vision else names
 
 
 def write_adapter(

@@ -30,6 +30,11 @@ OF_A_DATA_SET = {"dataset", "name", "split", "revision"}
 AN_INPUT = "(an input of the stage)"
 
 
+# What LoRA adapts, for models in which early versions adapted other layers, since they went by the names of one kind of
+# attention's projections (see ``Family.adapted_attention``). Absent for all others.
+Adapted = Annotated[Literal["attention of every kind"] | None, LeftOutAt(None)]
+
+
 class Parameters(Section):
     """The settings that a stage's result depends on, besides its inputs and the version of its code.
 
@@ -203,6 +208,7 @@ class DistillParameters(Parameters):
     distillation: DistillationConfig
     passes: int
     seed: int
+    adapted: Adapted = None
 
     @property
     def compute_dtype(self) -> Dtype:
@@ -216,6 +222,7 @@ class RecoverParameters(Parameters):
     seed: int
     layers_may_differ: Annotated[bool, LeftOutAt(False)] = False
     """Whether layers of the model may differ in size. Early versions didn't keep pairs in a row apart if they did."""
+    adapted: Adapted = None
 
     @property
     def compute_dtype(self) -> Dtype:
@@ -233,6 +240,7 @@ class LoraPruneParameters(Parameters):
     tensor_parallel: int
     protect_first: int
     protect_last: int
+    adapted: Adapted = None
 
     @property
     def compute_dtype(self) -> Dtype:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from hfprune_dist.config.method import Method
 from hfprune_dist.config.parameters import (
+    Adapted,
     DistillParameters,
     EfficiencyParameters,
     EvaluateParameters,
@@ -93,6 +94,7 @@ class _Variant:
     checkpoint: Input
     cut: Input
     layers_may_differ: bool
+    adapted: Adapted
     ratio: float | None = None
     method: str | None = None
     producers: tuple[str, ...] = ()
@@ -118,13 +120,14 @@ class _Planner:
         # First, since most of the sweep waits for it.
         importance = self._importance_for_all(model, dense)
         differ = not model.checkpoint.is_plain
+        adapted: Adapted = "attention of every kind" if model.checkpoint.family.adapted_attention else None
         label = label_of(model.name, None, None, NONE)
-        cells = self._finish(_Variant(label, model.name, dense, dense, dense, differ))
+        cells = self._finish(_Variant(label, model.name, dense, dense, dense, differ, adapted))
         for ratio in self.config.ratios:
             for name, method in methods.items():
                 settled = with_numbers(method, model.checkpoint, ratio, place_of(model.name, name))
                 label = label_of(model.name, ratio, name if len(self.methods) > 1 else None, NONE)
-                variant = _Variant(label, model.name, dense, dense, dense, differ, ratio, name)
+                variant = _Variant(label, model.name, dense, dense, dense, differ, adapted, ratio, name)
                 cells += self._pruned(variant, settled, importance)
         return cells
 
@@ -151,7 +154,7 @@ class _Planner:
         if method.prunes_in == "recovery":
             return [self._pruned_in_recovery(variant, method, variant.ratio)]
         assert importance is not None, "the method needs scores"
-        chain = self._rounds(variant.label, variant.dense, importance, variant.ratio, method)
+        chain = self._rounds(variant, importance, variant.ratio, method)
         cut = next(stage.as_input() for stage in reversed(chain) if stage.kind == "prune")
         made = replace(variant, checkpoint=chain[-1].as_input(), cut=cut, producers=tuple(stage.id for stage in chain))
         return self._finish(replace(made, layers_may_differ=made.layers_may_differ or method.tells_layers_apart))
@@ -184,6 +187,7 @@ class _Planner:
             tensor_parallel=method.tensor_parallel if KV_GROUPS in method.structures else 1,
             protect_first=first,
             protect_last=last,
+            adapted=variant.adapted,
         )
         inputs = {"model": variant.dense, **self._text("instructions", self.config.recovery)}
         made = self._add(Stage("loraprune", variant.label, params, inputs))
@@ -212,10 +216,11 @@ class _Planner:
     def _add(self, stage: Stage) -> Stage:
         return self.stages.setdefault(stage.id, stage)
 
-    def _rounds(self, label: str, dense: Input, importance: Stage, ratio: float, method: Method) -> list[Stage]:
+    def _rounds(self, variant: _Variant, importance: Stage, ratio: float, method: Method) -> list[Stage]:
         """Alternating importance and prune stages, from the dense model to the one pruned at ``ratio``, and then the
         method's distillation, if it has one.
         """
+        label, dense = variant.label, variant.dense
         chain, model = [importance], dense
         scored = scored_for(method, biased=importance_parameters(importance).biases is not None)
         student = student_of(method, ratio)
@@ -236,7 +241,7 @@ class _Planner:
             model = chain[-1].as_input()
         if method.distill:
             chain.append(self._reference_of_calibration(importance))
-            chain.append(self._distill(label, model, chain[-1], method.distill))
+            chain.append(self._distill(variant, model, chain[-1], method.distill))
         return chain
 
     def _importance(
@@ -289,14 +294,19 @@ class _Planner:
             references[reference_role(name if references else FIRST)] = stage.as_input()
         return references
 
-    def _distill(self, label: str, pruned: Input, reference: Stage, passes: int) -> Stage:
-        params = DistillParameters(distillation=self.config.distillation, passes=passes, seed=self.config.seed)
+    def _distill(self, variant: _Variant, pruned: Input, reference: Stage, passes: int) -> Stage:
+        params = DistillParameters(
+            distillation=self.config.distillation, passes=passes, seed=self.config.seed, adapted=variant.adapted
+        )
         inputs = {"model": pruned, "reference": reference.as_input()}
-        return self._add(Stage("distill", label, params, inputs))
+        return self._add(Stage("distill", variant.label, params, inputs))
 
     def _recover(self, variant: _Variant) -> Stage:
         params = RecoverParameters(
-            recovery=self.config.recovery, seed=self.config.seed, layers_may_differ=variant.layers_may_differ
+            recovery=self.config.recovery,
+            seed=self.config.seed,
+            layers_may_differ=variant.layers_may_differ,
+            adapted=variant.adapted,
         )
         inputs = {"model": variant.checkpoint, **self._text("instructions", self.config.recovery)}
         return self._add(Stage("recover", variant.label, params, inputs))

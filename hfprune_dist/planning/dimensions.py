@@ -8,6 +8,7 @@ from typing import Any
 
 from hfprune_dist.checkpoints.checkpoint import Checkpoint
 from hfprune_dist.structures.experts import ExpertSizes, expert_sizes, mlp_widths, number_of_experts
+from hfprune_dist.structures.low_rank import linear_modules
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,8 @@ class Dimensions:
     ``beside_decoder``: parameters outside the text decoder, in a model of images and text.
     ``row_projections``: number of matrices that produce an MLP's neurons: gate and up, or only up.
     ``ranks``: of attention's query, key, value and output projections, 0 for one that is whole; empty if all are.
+    ``adapted_sides``: inputs and outputs, each added up over the linear layers of a layer's attention that LoRA adapts,
+    on average over layers; None: those of the query, key, value and output projections.
     ``intermediate_size`` counts the neurons that compute a token, ``stored_size`` all neurons of a layer, experts that
     aren't chosen included (0: no layer of the model has experts). ``experts``: sizes of the experts, for layers that
     have some; a model's are taken to be in all layers.
@@ -47,6 +50,7 @@ class Dimensions:
     beside_decoder: int = 0
     row_projections: int = 2
     ranks: tuple[int, ...] = ()
+    adapted_sides: tuple[float, float] | None = None
     stored_size: int = 0
     experts: ExpertSizes | None = None
 
@@ -84,6 +88,18 @@ class Dimensions:
     def attention_size(self) -> int:
         """Channels that attention's output projection reads."""
         return self.num_heads * self.head_size
+
+    @property
+    def adapted_inputs(self) -> float:
+        """Inputs of all linear layers of a layer's attention that LoRA adapts, added up."""
+        return self.adapted_sides[0] if self.adapted_sides else 3 * self.hidden_size + self.attention_size
+
+    @property
+    def adapted_outputs(self) -> float:
+        """Outputs of the same layers."""
+        if self.adapted_sides:
+            return self.adapted_sides[1]
+        return self.attention_size + 2 * self.num_key_value_heads * self.head_size + self.hidden_size
 
     @property
     def attention_parameters(self) -> int:
@@ -142,7 +158,20 @@ class Dimensions:
 def checkpoint_dimensions(checkpoint: Checkpoint) -> Dimensions:
     """The dimensions of a checkpoint's decoder."""
     dims = dimensions_of(checkpoint.config, row_projections_of(checkpoint))
-    return replace(dims, beside_decoder=sum(checkpoint.tensors[name].numel for name in checkpoint.beside_decoder))
+    beside = sum(checkpoint.tensors[name].numel for name in checkpoint.beside_decoder)
+    return replace(dims, beside_decoder=beside, adapted_sides=adapted_sides_of(checkpoint))
+
+
+def adapted_sides_of(checkpoint: Checkpoint) -> tuple[float, float] | None:
+    """See ``Dimensions.adapted_sides``."""
+    family = checkpoint.family
+    if not family.adapted_attention:
+        return None
+    linears = [it for name in family.adapted_attention for it in linear_modules(name, checkpoint.ranks)]
+    names = (f"{family.layers}.{layer}.{it}.weight" for layer in range(checkpoint.num_layers) for it in linears)
+    shapes = [checkpoint.tensors[name].shape for name in names if name in checkpoint.tensors]
+    outputs, inputs = (sum(sides) / checkpoint.num_layers for sides in zip(*shapes, strict=True))
+    return inputs, outputs
 
 
 def row_projections_of(checkpoint: Checkpoint) -> int:

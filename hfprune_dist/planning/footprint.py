@@ -224,8 +224,8 @@ class Importance:
 
 @dataclass(frozen=True)
 class Train:
-    """LoRA training: ``rows`` of ``tokens`` at a time, rank ``rank`` on all projections of a layer; in a mixture of
-    experts, on those of attention alone.
+    """LoRA training: ``rows`` of ``tokens`` at a time, rank ``rank`` on all linear layers of attention and MLP;
+    in a mixture of experts, on those of attention alone.
 
     If it ``distills``, its head never holds the logits of all tokens, but has a dense model's in addition to its own.
     If it ``masks`` units (LoRAPrune), the inputs of output projections are multiplied by masks. Scores take less, after
@@ -287,12 +287,10 @@ class Train:
 
     def lora_parameters(self, dims: Dimensions) -> int:
         """Parameters of A and B of every projection that is trained (see ``checkpoints.lora_adapter``)."""
-        hidden, inner = dims.hidden_size, dims.intermediate_size
-        heads, groups = dims.num_heads * dims.head_size, dims.num_key_value_heads * dims.head_size
-        sides = 2 * (hidden + heads) + 2 * (hidden + groups)
+        sides = dims.adapted_inputs + dims.adapted_outputs
         sides += 2 * sum(dims.ranks)  # in a projection of low rank, each factor gets an adapter
-        sides += 0 if dims.is_mixture else dims.mlp_matrices * (hidden + inner)
-        return dims.num_layers * self.rank * sides
+        sides += 0 if dims.is_mixture else dims.mlp_matrices * (dims.hidden_size + dims.intermediate_size)
+        return round(dims.num_layers * self.rank * sides)
 
     def layer_bytes(self, dims: Dimensions, *, sharded: bool) -> int:
         """Bytes per token that one of Hugging Face's layers keeps for backward. If weights are sharded, DeepSpeed's
@@ -313,7 +311,7 @@ class Train:
         hidden, in_mlp = dims.hidden_size, dims.hidden_size + dims.beside_experts
         if not self.dropout:
             return (hidden + in_mlp * (sharded or not dims.is_mixture)) * self.itemsize
-        dropped = 3 * hidden + dims.attention_size  # a copy after dropout and a mask for each trained projection
+        dropped = round(dims.adapted_inputs)  # a copy after dropout and a mask for each trained projection
         if not dims.is_mixture:
             dropped += dims.row_projections * hidden + dims.intermediate_size
         return dropped * (self.itemsize + 1) + (hidden + in_mlp) * self.itemsize * sharded

@@ -9,7 +9,7 @@ from typing import Any
 
 from hfprune_dist.checkpoints.checkpoint import Checkpoint
 from hfprune_dist.checkpoints.families import ATTENTION
-from hfprune_dist.planning.dimensions import Dimensions, dimensions_of, row_projections_of
+from hfprune_dist.planning.dimensions import Dimensions, adapted_sides_of, dimensions_of, row_projections_of
 from hfprune_dist.structures.experts import (
     ALL_WIDTHS,
     NUMBERS,
@@ -43,7 +43,8 @@ class ModelShape:
     @classmethod
     def of(cls, checkpoint: Checkpoint) -> ModelShape:
         """The shape of a checkpoint's decoder."""
-        return cls.of_config(checkpoint.config, row_projections_of(checkpoint))
+        shape, sides = cls.of_config(checkpoint.config, row_projections_of(checkpoint)), adapted_sides_of(checkpoint)
+        return cls(tuple(replace(dims, adapted_sides=sides) for dims in shape.layers), shape.config)
 
     @classmethod
     def of_config(cls, config: Mapping[str, Any], row_projections: int = 2) -> ModelShape:

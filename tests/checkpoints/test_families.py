@@ -254,6 +254,14 @@ def test_lora_trains_and_merges(checkpoint_of, tmp_path, model_type):
     assert (ours - theirs).abs().max() <= 1e-4 * theirs.abs().max()
 
 
+def test_adapters_are_told_by_blocks_only_where_names_mislead(tmp_path):
+    """Norms of all heads are matrices, but no linear layers; without convolutions, no other layer has a name alike."""
+    normed = open_checkpoint(save_model(tmp_path / "normed", "cohere", use_qk_norm=True))
+    assert len(normed.tensors["model.layers.0.self_attn.q_norm.weight"].shape) == 2
+    full = open_checkpoint(save_model(tmp_path / "full", "lfm2", layer_types=["full_attention"] * 3))
+    assert not normed.family.adapted_attention and not full.family.adapted_attention
+
+
 @every_decoder
 @torch.no_grad()
 def test_pairs_that_share_a_row_of_training_do_not_see_each_other_where_the_family_says_so(checkpoint_of, model_type):

@@ -8,6 +8,7 @@ import json
 import pytest
 import torch
 from families import ALL_SEEING, IMAGE_TOKEN, IMAGE_TOKENS, SEEING, SEEING_EXPERTS, SHAPE, save_model
+from families_lora import trained_and_merged
 from families_masked import assert_same, load, masked, some_kept, through_layers, two_layers
 from masking import write
 from mixtures import KIND, WHOLE, definition, experts_of
@@ -80,6 +81,13 @@ def test_with_an_image_it_is_the_masked_model(checkpoint_of, tmp_path, model_typ
     kept = some_kept(checkpoint, two_layers(checkpoint), (15, 15))
     write(checkpoint, kept, tmp_path)
     assert_same(logits_of(load(tmp_path), model_type), logits_of(masked(checkpoint, kept), model_type))
+
+
+@pytest.mark.parametrize("model_type", SEEING_EXPERTS)
+def test_lora_of_experts_trains_attention_of_both_kinds_and_merges(checkpoint_of, tmp_path, model_type):
+    windows = torch.randint(3, 64, (8, 12), generator=torch.Generator().manual_seed(0))
+    model = trained_and_merged(checkpoint_of(model_type), tmp_path, windows)
+    assert_same(logits_of(load(tmp_path / "merged"), model_type), logits_of(model, model_type))
 
 
 @every_model

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import huggingface_hub
 import pytest
+from families import save_model
 from huggingface_hub.utils import filter_repo_objects
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -35,8 +36,8 @@ def world(tmp_path_factory):
     return folder
 
 
-def plan_of(world, *, criteria=None, device="", **overrides):
-    """Return the plan of a sweep, with one method for each of some criteria or with its configuration's methods."""
+def plan_of(world, *, criteria=None, own=None, device="", **overrides):
+    """Return the plan of a sweep, with methods of its own, one for each of some criteria, or its configuration's."""
     base = {
         "models": ["a", "b"],
         "ratios": [0.1, 0.2],
@@ -50,7 +51,7 @@ def plan_of(world, *, criteria=None, device="", **overrides):
     config = load_config([], base | {key.replace("__", "."): value for key, value in overrides.items()})
     hashes = FileHashes(None)
     models = resolve_models(config, world / "none", hashes, download=False)
-    own = {name: Method(criterion=name) for name in criteria or ()}
+    own = own or {name: Method(criterion=name) for name in criteria or ()}
     return build_plan(config, models, own or resolve_methods(config, METHODS), hashes, device)
 
 
@@ -476,6 +477,20 @@ def test_recoveries_are_told_apart_where_layers_may_differ(world):
     differ = {label for label, recorded in recoveries.items() if recorded.get("layers_may_differ")}
     assert differ == {it for it in recoveries if it.endswith((" surgeon", "surgeon-searched"))} and differ
     assert all("layers_may_differ" not in recoveries[label] for label in recoveries.keys() - differ)
+
+
+def test_trainings_are_told_apart_where_early_versions_adapted_other_layers(world, tmp_path):
+    """Of all other models, a store keeps what they trained."""
+    own = {
+        "distilled": Method(criterion="surgeon", allocation="global", refit="block", distill=1),
+        "pruned in recovery": Method(prunes_in="recovery", structures=["neurons"], allocation="local"),
+    }
+    recorded = {}
+    for name in ("lfm2", "olmo2"):
+        plan = plan_of(world, models=[str(save_model(tmp_path / name, name))], ratios=[0.1], own=own)
+        stages = {it.kind: it.params.to_json() for it in plan.stages.values()}
+        recorded[name] = {kind for kind, params in stages.items() if "adapted" in params}
+    assert recorded == {"lfm2": {"distill", "recover", "loraprune"}, "olmo2": set()}
 
 
 def test_each_method_is_a_row_and_shares_the_importance_pass(world):
