@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from safetensors.numpy import load_file
 
 from hfprune_dist.errors import UserError
+from hfprune_dist.planning.plan import NONE
 from hfprune_dist.results.column import Column, markdown
 from hfprune_dist.results.formats import byte_count, duration, measured, number
 from hfprune_dist.results.markdown import escaped, table_of_texts
@@ -44,7 +45,8 @@ class Comparison:
         measures: kl, top1_agreement, perplexity, and the average of the tasks' scores; None if the value isn't a number
             in some sweep.
         kl_share: KL divided by the reference method's KL in the same sweep, over sweeps with a reference; None without
-            any, and if KL isn't a number in one of them.
+            any, and if KL isn't a number in one of them. Where pruning and recovery are one training, the reference is
+            the recovered one.
         sweeps: number of sweeps with a result.
         wall_time_s: time of all stages behind a row, shared ones included; mean over the rows for which it is known.
         peak_memory_bytes: the highest peak of a rank in any of these stages, None if none was recorded.
@@ -73,9 +75,9 @@ def compare_methods(sweeps: Sequence[Sequence[Row]], reference: str) -> list[Com
     return [_comparison(*key, members) for key, members in groups.items()]
 
 
-def _place(row: Row) -> tuple[str, float, str, str]:
+def _place(row: Row) -> tuple[str, float, bool, str]:
     """Key shared by rows of a sweep that can be compared; rows of its earlier runs may be measured in another way."""
-    return row["model"], row["ratio"], row["recovery"], row["measured_as"]
+    return row["model"], row["ratio"], row["recovery"] != NONE, row["measured_as"]
 
 
 def _comparison(

@@ -70,6 +70,12 @@ def test_models_ratios_and_recoveries_are_kept_apart():
     assert [it["recovery"] for it in shown(ours, "hfprune")] == [recovery for *_, recovery in places]
 
 
+def test_a_method_that_recovers_while_it_prunes_is_set_against_the_recovered_reference():
+    references = [row("hfprune", kl) | {"recovery": recovery} for kl, recovery in ((4.0, "none"), (2.0, "lora"))]
+    *_, own = compare_methods([[*references, row("loraprune", 1.0) | {"recovery": "own"}]], "hfprune")
+    assert own.recovery == "own" and own.kl_share.mean == 0.5
+
+
 def test_times_are_averaged_and_of_memory_the_peak_counts():
     costs = [(10.0, 3), (None, None), (30.0, 5), (None, 4)]
     sweeps = [[row("ours", 0.5) | {"wall_time_s": time, "peak_memory_bytes": peak}] for time, peak in costs]
