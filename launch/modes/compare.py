@@ -119,11 +119,12 @@ def _refuse_other_models(sweeps: Sequence[RecordedSweep]) -> None:
     """Refuse sweeps with different checkpoints under one name, whose rows would be mistaken for other seeds."""
     known: dict[str, tuple[str, Path]] = {}
     for sweep in sweeps:
-        for stage in _calibrations(sweep):
-            identity, first = known.setdefault(stage.label, (stage.inputs["model"].identity, sweep.folder))
-            if identity != stage.inputs["model"].identity:
+        for cell in sweep.plan.cells:
+            dense = sweep.plan.stages[cell.evaluate].inputs["dense"]
+            identity, first = known.setdefault(cell.model, (dense.identity, sweep.folder))
+            if identity != dense.identity:
                 raise UserError(
-                    f"{sweep.folder}: its model {stage.label!r} is another checkpoint than that of {first}; compare "
+                    f"{sweep.folder}: its model {cell.model!r} is another checkpoint than that of {first}; compare "
                     "sweeps of the same models, or run one of them again with the model under another alias"
                 )
 

@@ -320,12 +320,14 @@ def test_a_comparison_tells_the_passes_of_one_model_apart(config, tmp_path):
     assert named == sorted(f"# Criteria: alpha, importance/{it.name}" for it in passes) and len(passes) == 2
 
 
-def test_models_that_only_share_a_name_are_not_compared(config, tmp_path):
-    """Their rows would otherwise pass for two seeds of one model."""
+@pytest.mark.parametrize("method", ["surgeon-uniform-block", "loraprune"])
+def test_models_that_only_share_a_name_are_not_compared(config, tmp_path, method):
+    """Their rows would otherwise pass for two seeds of one model; not all methods calibrate."""
     other = config.with_name("other.yaml")
     other.write_text(yaml.safe_dump(yaml.safe_load(config.read_text()) | {"aliases": {"alpha": {"path": "beta"}}}))
     for file, out in ((config, tmp_path / "one"), (other, tmp_path / "two")):
-        done(file, out, "--models", "alpha", models=["alpha"])
+        asked = ("--models", "alpha", "--ratios", 0.1, "--methods", method)
+        done(file, out, *asked, models=["alpha"], ratios=[0.1], methods=[method])
     code, _, said = run(tmp_path / "one", tmp_path / "two", "--out", tmp_path / "both", command=compare)
     assert code == 2 and f"{tmp_path / 'two'}: its model 'alpha' is another checkpoint than that of" in said
     assert not (tmp_path / "both").exists()
