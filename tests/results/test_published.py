@@ -30,6 +30,14 @@ def test_averages_of_tasks_are_the_printed_ones():
             assert row.scores[0] == pytest.approx(sum(row.of_tasks) / len(row.of_tasks), abs=0.06)
 
 
+def test_all_ratios_of_the_decoders_matrices_are_shown_as_shares_of_all_parameters():
+    """LLaMA-7B has 32 layers of 202,375,168 weights, and 6,738,415,616 parameters."""
+    rows = [row for table in TABLES if table.title.startswith("LLaMA-7B") for row in table.rows]
+    of_decoder = [row for row in rows if row.method in ("FLAP", "Wanda-sp", "LoRAP")]
+    assert {row.ratio for row in of_decoder} == {0.2, 0.3, 0.5}
+    assert all(row.removed == round(row.ratio * 32 * 202375168 / 6738415616, 3) for row in of_decoder)
+
+
 def test_unsound_rows_are_left_out():
     """LoRAPrune's row in the first paper's table lists one task's score twice."""
     assert "LoRAPrune" not in {row.method for row in TABLES[0].rows}
