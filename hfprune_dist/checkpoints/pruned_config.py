@@ -64,8 +64,7 @@ def pruned_config(checkpoint: Checkpoint, shape: Shape, biased: Iterable[str] = 
     changed = {field: row for field, row in values.items() if any(value not in (0, known[field]) for value in row)}
     if HEADS in changed:
         stated |= checkpoint.structures["kv_groups"].implied
-    own = checkpoint.family.biased(checkpoint.config)
-    added = [module for module in biased if module.rpartition(".")[2] not in own]
+    added = [module for module in biased if not _has_bias(checkpoint, module)]
     stated |= {OUTPUT_BIASES: [*stated.get(OUTPUT_BIASES, ()), *added]} if added else {}
     if added or not is_plain(checkpoint, shape):
         name = checkpoint.family.pruned_class
@@ -79,8 +78,14 @@ def pruned_config(checkpoint: Checkpoint, shape: Shape, biased: Iterable[str] = 
 
 def parameters_of_biases(dense: Checkpoint, config: Mapping[str, Any]) -> int:
     """Number of parameters in biases that a model with ``config`` has and its dense original lacks."""
-    added = dense.family.biased(config) - dense.family.biased(dense.config)
+    added = [module for module in config.get(OUTPUT_BIASES, ()) if not _has_bias(dense, module)]
     return len(added) * int(config["num_hidden_layers"]) * int(config["hidden_size"])
+
+
+def _has_bias(checkpoint: Checkpoint, module: str) -> bool:
+    """Whether a projection has a bias: as tensors say, since each architecture has settings of its own for that."""
+    layers = range(checkpoint.num_layers)
+    return all(checkpoint.units.tensor(layer, f"{module}.bias") in checkpoint.tensors for layer in layers)
 
 
 def _values(checkpoint: Checkpoint, shape: Shape) -> dict[str, list[int]]:

@@ -5,9 +5,12 @@ from blank import SMOLLM2, blank, parameters_of
 from families import save_model
 
 from hfprune_dist.checkpoints.checkpoint import open_checkpoint
+from hfprune_dist.checkpoints.pruned_config import pruned_config
 from hfprune_dist.config.method import Method
 from hfprune_dist.errors import UserError
 from hfprune_dist.planning.known_shapes import KnownShape, Span, dense_shape, known_shape
+from hfprune_dist.structures import NEURONS
+from hfprune_dist.structures.kept import Shape
 
 ALL = ["neurons", "kv_groups", "layers"]
 BIASES = {"llama-biases": {"mlp_bias": True, "attention_bias": True}}
@@ -52,6 +55,19 @@ def test_biases_that_a_refit_adds_count(variant, allocation):
     added = sum(f"{name}_bias" not in BIASES.get(variant, {}) for name in projections)
     more = added * SMALL["num_hidden_layers"] * checkpoint.config["hidden_size"] / checkpoint.parameters
     assert known_shape(checkpoint, 0.2, method, "m").reached == one(pytest.approx(without.least - more))
+
+
+@pytest.mark.parametrize("model_type", ["starcoder2", "opt", "phi"])
+def test_biases_that_an_architecture_has_count_once_and_leave_a_checkpoint_plain(tmp_path, model_type):
+    """Whatever its setting for them is called, and even if it has none."""
+    checkpoint = open_checkpoint(save_model(tmp_path / "m", model_type))
+    method = Method(criterion="fluctuation", refit="bias")
+    without = known_shape(checkpoint, 0.1, method.model_copy(update={"refit": "none"}), "m")
+    assert known_shape(checkpoint, 0.1, method, "m") == without and without.reached.least > 0.05
+    layers = tuple(range(checkpoint.num_layers))
+    narrower = Shape(layers, {NEURONS: (without.width.least,) * len(layers)})
+    config = pruned_config(checkpoint, narrower, [checkpoint.units.output])
+    assert not {"output_biases", "auto_map"} & config.keys()
 
 
 def test_low_rank_leaves_layers_and_heads_alone():
