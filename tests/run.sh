@@ -14,9 +14,17 @@ if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
 fi
 "$PYTHON" -m ruff check .
 "$PYTHON" -m ruff format --check .
-"$PYTHON" -m mypy
 # Where this is set, every rank, launcher and job of the tests compiles the project anew.
 unset PYTHONDONTWRITEBYTECODE
+# mypy uses one processor alone, so it runs beside the tests; what it says comes last.
+types=$(mktemp)
+"$PYTHON" -m mypy >"$types" 2>&1 &
+checking=$!
+trap 'kill $checking 2>/dev/null || true; rm -f "$types"' EXIT
 # Each worker takes whole files (tests/conftest.py). Workers, and the ranks that they start, use one thread each.
-export OMP_NUM_THREADS=1
-exec "$PYTHON" -m pytest --numprocesses auto --maxprocesses 4 --no-loadscope-reorder "$@"
+code=0
+OMP_NUM_THREADS=1 "$PYTHON" -m pytest --numprocesses auto --maxprocesses 4 --no-loadscope-reorder "$@" || code=$?
+[ $code != 2 ] || exit $code # interrupted
+wait $checking || code=$?
+cat "$types"
+exit $code
