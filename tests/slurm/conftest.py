@@ -21,6 +21,8 @@ from pathlib import Path
 
 import pytest
 from clusters import LAUNCHERS, ONE_CELL, Cluster, label_of
+from hfprune_launch.project import PROJECT
+from hfprune_launch.slurm.code_snapshot import take_snapshot
 from sweeps import finish, make_inputs
 
 # Ports of the clusters. The distance between them keeps job ids apart, and with them the ports of ranks.
@@ -98,12 +100,24 @@ def finished(config, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def without(finished, tmp_path_factory):
-    """Return a function that copies the finished sweep without some stages, e.g. "prune" or "evaluate alpha dense"."""
+def code(tmp_path_factory):
+    """The code of jobs as an earlier sweep left it: whole, and compiled."""
+    folder = tmp_path_factory.mktemp("code")
+    take_snapshot(PROJECT, folder, PROJECT.code_version())
+    return folder
+
+
+@pytest.fixture(scope="session")
+def without(finished, code, tmp_path_factory):
+    """Return a function that copies the finished sweep without some stages, e.g. "prune" or "evaluate alpha dense".
+
+    Launchers check its code, and need not compile it; ``on_cluster`` has none.
+    """
 
     def copy(*stages):
         out = tmp_path_factory.mktemp("part") / "out"
         shutil.copytree(finished, out)
+        (out / "code").symlink_to(code)
         artifacts = [manifest.parent for manifest in (out / "store").glob("*/*/manifest.json")]
         for artifact in artifacts:
             if label_of(out, artifact) in stages:
