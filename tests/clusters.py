@@ -15,7 +15,7 @@ from typing import Any
 
 import psutil
 import yaml
-from fork_server import forked
+from fork_server import EXECUTABLE, forked
 from ranks import FAULTS, ROOT
 from sweeps import artifacts, command, finish, results, without_costs
 
@@ -24,6 +24,8 @@ from hfprune_dist.store.atomic_files import read_json
 SCRIPT = ROOT / "slurm" / "cluster.sh"
 # Ranks sleep before each heartbeat, so that tests have a moment in which to disturb them.
 SLOWLY = {"PYTHONPATH": str(FAULTS), "SLOW_MATCH": "progress.json", "SLOW_S": "0.5"}
+# Jobs of a launcher that is a fork start ranks that are forks, too: only where nothing ends or signals a rank.
+FORKED_RANKS = {EXECUTABLE: str(ROOT / "tests" / "forked_rank.sh")}
 CONTROL = "recover alpha dense"
 DENSE = "evaluate alpha dense"
 PRUNE = "prune alpha 0.2"

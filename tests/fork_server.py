@@ -42,6 +42,7 @@ TORCHRUN = "torch.distributed.run"
 SCRIPTS = FOLDER.parent / "launch"
 WORKER = FOLDER / "xdist_worker.py"
 ADDRESS = "HFPRUNE_FORK_SERVER"  # set in processes that the server forks
+EXECUTABLE = "HFPRUNE_EXECUTABLE"  # what they take for their Python, which they start jobs with
 IMPORTED = (
     "torch.distributed",
     "transformers.integrations",
@@ -347,6 +348,7 @@ def _surround(process: Process) -> None:
     os.environ[ADDRESS] = sys.argv[1]
     os.chdir(process.folder)
     sys.argv = [process.script, *process.arguments]
+    sys.executable = process.environment.get(EXECUTABLE, sys.executable)
     sys.path[0] = str(Path(process.script).resolve().parent)
     given = process.environment.get("PYTHONPATH", "")
     sys.path[1:1] = [path for path in given.split(os.pathsep) if path]

@@ -9,7 +9,7 @@ import time
 
 import psutil
 import pytest
-from fork_server import WORKER, forked
+from fork_server import EXECUTABLE, WORKER, forked
 
 TELL = """
 import json, os, random, sys
@@ -146,6 +146,11 @@ for command in (help, [sys.executable, "-c", "print('usage: none')"]):
     print(started.args[1], started.communicate()[0].split()[0], started.returncode)
 """
     assert run(script(text)).stdout.splitlines() == ["-IS usage: 0", "-c usage: 0"]
+
+
+def test_its_jobs_are_started_with_what_it_is_told(script):
+    result = run(script("import sys; print(sys.executable)"), env={**os.environ, EXECUTABLE: "/its/python"})
+    assert result.stdout == "/its/python\n"
 
 
 def test_a_worker_of_pytest_runs_what_it_is_given_and_starts_real_processes():

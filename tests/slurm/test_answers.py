@@ -8,6 +8,7 @@ import pytest
 from clusters import (
     CONTROL,
     DENSE,
+    FORKED_RANKS,
     PRUNE,
     SLOWLY,
     attempt_folders,
@@ -67,7 +68,7 @@ def path_with(folder, **shims):
 def test_squeue_and_sbatch_answer_badly(cluster, config, finished, without, missing, shims):
     out = without(missing)
     path = path_with(out / "bin", **shims)
-    submitted = cluster.submit(config, out, **SLOWLY, PATH=path, SQUEUE_PARTITION="urgent")
+    submitted = cluster.submit(config, out, **SLOWLY, **FORKED_RANKS, PATH=path, SQUEUE_PARTITION="urgent")
     done(cluster, out, finished, submitted)
     assert causes(out) == ["done"]
 
@@ -85,7 +86,7 @@ if grep -q afterok "${{@: -1}}" && [ ! -e {marker} ]; then
 fi
 {{real}} "$@"
 """
-    submitted = cluster.submit(config, out, PATH=path_with(out / "bin", sbatch=sbatch))
+    submitted = cluster.submit(config, out, **FORKED_RANKS, PATH=path_with(out / "bin", sbatch=sbatch))
     output = done(cluster, out, finished, submitted)
     assert marker.exists()
     assert "refused" not in output and set(causes(out)) == {"done"}
@@ -110,7 +111,7 @@ def test_a_prolog_fails(disturbed, config, finished, without):
     broken.touch()
     try:
         out = without(DENSE)
-        output = done(disturbed, out, finished, disturbed.submit(config, out))
+        output = done(disturbed, out, finished, disturbed.submit(config, out, **FORKED_RANKS))
         assert "launch failed requeued held" in output and "could not be started on n1" in output
         assert causes(out) == ["bad node", "done"]
         assert read(attempt_folders(out)[0] / "end.json")["bad_nodes"] == ["n1"]
@@ -122,7 +123,7 @@ def test_a_prolog_fails(disturbed, config, finished, without):
 def test_why_a_job_waits_is_said(cluster, config, finished, without):
     profile = cluster.partition("later", nodes="n[1-2]", state="down")
     out = without(DENSE)
-    submitted = cluster.submit(config, out, profile=profile)
+    submitted = cluster.submit(config, out, profile=profile, **FORKED_RANKS)
     wait_for(lambda: "PartitionDown" in cluster.slurm("squeue", "--noheader", "--partition=later", "--format=%r"))
     wait_for(lambda: attempt_folders(out) and (attempt_folders(out)[0] / "job.json").exists())
     assert "queued" in cluster.sweep(config, out, "--status")

@@ -10,6 +10,7 @@ import pytest
 from clusters import (
     CONTROL,
     DENSE,
+    FORKED_RANKS,
     PRUNE,
     SLOWLY,
     assert_undisturbed,
@@ -86,14 +87,14 @@ def test_a_checkpoint_is_corrupted_while_a_job_needs_it(cluster, config, finishe
     content[-1] ^= 1
     victim.write_bytes(content)
     os.utime(victim, ns=(stat.st_atime_ns, stat.st_mtime_ns))  # bit rot: only reading all of it shows the damage
-    done(cluster, out, finished, cluster.submit(config, out))
+    done(cluster, out, finished, cluster.submit(config, out, **FORKED_RANKS))
     assert causes(out, "recover alpha 0.2") == ["lost input", "done"] and causes(out, PRUNE) == ["done"]
     assert len(list((out / "store" / "quarantine").iterdir())) == 1
 
 
 def test_two_sweeps_at_once(cluster, config, finished, without):
     out = without(DENSE, "evaluate alpha 0.2 + lora")
-    both = [cluster.submit(config, out) for _ in range(2)]
+    both = [cluster.submit(config, out, **FORKED_RANKS) for _ in range(2)]
     ends = [submitted.end() for submitted in both]
     assert [code for code, _ in ends] == [0, 0], ends
     assert_undisturbed(cluster, out, finished)
@@ -150,7 +151,7 @@ def test_a_node_dies(cluster, config, finished, without):
 def test_the_controller_restarts_and_accounting_is_down(disturbed, config, finished, without):
     out = without(CONTROL)
     disturbed.run("stop", "slurmdbd")
-    submitted = disturbed.submit(config, out, **SLOWLY)
+    submitted = disturbed.submit(config, out, **SLOWLY, **FORKED_RANKS)
     submitted.job_at_work(CONTROL)
     disturbed.run("stop", "slurmctld")
     time.sleep(5)
@@ -201,7 +202,7 @@ def test_the_launcher_is_killed_throughout_a_submission(cluster, config, finishe
         cluster.slurm("scancel", *jobs)
     assert kill_at > 15, "there are many writes to die at"
     cluster.slurm("scontrol", "update", "partitionname=closed", "state=up")
-    done(cluster, out, finished, cluster.submit(config, out, profile=profile))
+    done(cluster, out, finished, cluster.submit(config, out, profile=profile, **FORKED_RANKS))
 
 
 def test_accounting_is_off(new_cluster, config, finished, without):
