@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from functools import partial
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -18,16 +20,35 @@ from hfprune_dist.structures.units import Owned, Units
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
+# Name of a tensor in the model -> the tensor, in the dtype of the file, on the CPU.
+Read = Callable[[str], Tensor]
+
+
+@contextmanager
+def open_weights(checkpoint: Checkpoint) -> Iterator[Read]:
+    """Yield a function that reads a checkpoint's tensors; files that it needs stay open, since opening takes longer."""
+    with ExitStack() as files:
+        opened: dict[str, Any] = {}
+
+        def read(name: str) -> Tensor:
+            file = checkpoint.tensors[name].file
+            if file not in opened:
+                opened[file] = files.enter_context(safe_open(checkpoint.path / file, framework="pt"))
+            tensor: Tensor = opened[file].get_tensor(checkpoint.names.in_files(name))
+            return tensor
+
+        yield read
+
+
 def read_tensor(checkpoint: Checkpoint, name: str) -> Tensor:
     """Read one tensor, in the dtype of the file, on the CPU."""
-    with safe_open(checkpoint.path / checkpoint.tensors[name].file, framework="pt") as source:
-        tensor: Tensor = source.get_tensor(checkpoint.names.in_files(name))
-    return tensor
+    with open_weights(checkpoint) as read:
+        return read(name)
 
 
-def read_module_tensor(checkpoint: Checkpoint, made: ModuleTensor) -> Tensor:
+def read_module_tensor(read: Read, made: ModuleTensor) -> Tensor:
     """Read a tensor of a module, in the dtype of the files, on the CPU."""
-    matrices = [[read_tensor(checkpoint, name) for name in names] for names in made.sources]
+    matrices = [[read(name) for name in names] for names in made.sources]
     whole = [parts[0] if len(parts) == 1 else torch.cat(parts) for parts in matrices]
     return torch.stack(whole) if made.is_stacked else whole[0]
 

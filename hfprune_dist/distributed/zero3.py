@@ -15,7 +15,7 @@ from transformers.integrations import HfDeepSpeedConfig
 
 from hfprune_dist.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from hfprune_dist.checkpoints.module_tensors import module_tensors
-from hfprune_dist.checkpoints.read_tensors import read_module_tensor
+from hfprune_dist.checkpoints.read_tensors import open_weights, read_module_tensor
 from hfprune_dist.distributed.deepspeed_patches import begin_steps_at, limit_timeouts, skip_inference_kernels
 from hfprune_dist.distributed.world import World
 from hfprune_dist.models.loading import load_causal_lm, require_exact_rotary, stays_float32
@@ -86,12 +86,13 @@ def keep_float32(module: nn.Module, checkpoint: Checkpoint, device: torch.device
 
     DeepSpeed has one dtype for all parameters, and rounded routers would choose other experts.
     """
-    for name, made in module_tensors(checkpoint).items():
-        if stays_float32(checkpoint, name):
-            owner, _, part = name.rpartition(".")
-            whole = read_module_tensor(checkpoint, made).to(device, torch.float32)
-            vars(module.get_submodule(owner))["_parameters"].pop(part, None)
-            module.get_submodule(owner).register_buffer(part, whole, persistent=False)
+    with open_weights(checkpoint) as read:
+        for name, made in module_tensors(checkpoint).items():
+            if stays_float32(checkpoint, name):
+                owner, _, part = name.rpartition(".")
+                whole = read_module_tensor(read, made).to(device, torch.float32)
+                vars(module.get_submodule(owner))["_parameters"].pop(part, None)
+                module.get_submodule(owner).register_buffer(part, whole, persistent=False)
 
 
 @contextmanager

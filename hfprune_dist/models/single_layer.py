@@ -19,7 +19,7 @@ from hfprune_dist.checkpoints.checkpoint import Checkpoint
 from hfprune_dist.checkpoints.layer_settings import of_layers
 from hfprune_dist.checkpoints.modeling_pruned import add_output_biases, config_of_layer, factorize
 from hfprune_dist.checkpoints.module_tensors import module_tensors
-from hfprune_dist.checkpoints.read_tensors import read_module_tensor, read_tensor
+from hfprune_dist.checkpoints.read_tensors import open_weights, read_module_tensor, read_tensor
 from hfprune_dist.core.fidelity import Outputs
 from hfprune_dist.core.head import AfterHead
 from hfprune_dist.core.selection import entries_of
@@ -83,12 +83,11 @@ class LayerReader:
             place: moves a tensor from a file to the device, in a given dtype.
         """
         prefix = f"{self._checkpoint.family.layers}.{number}."
-        return {
-            f"{LAYER}.{name.removeprefix(prefix)}": place(
-                read_module_tensor(self._checkpoint, made), self._dtype_of(name)
-            )
-            for name, made in module_tensors(self._checkpoint, number).items()
-        }
+        with open_weights(self._checkpoint) as read:
+            return {
+                f"{LAYER}.{name.removeprefix(prefix)}": place(read_module_tensor(read, made), self._dtype_of(name))
+                for name, made in module_tensors(self._checkpoint, number).items()
+            }
 
     def _dtype_of(self, name: str) -> torch.dtype:
         return torch.float32 if stays_float32(self._checkpoint, name) else self._dtype
