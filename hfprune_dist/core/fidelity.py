@@ -112,7 +112,10 @@ def divergences(dense: Outputs, models: Sequence[Outputs]) -> list[float]:
         p_NV = log_p_NV.exp()
         for place, of_model in enumerate(chunks):
             _, model_NV = next(of_model)
-            sums[place] += _kl(p_NV, log_p_NV, model_NV.log_softmax(dim=-1))
+            log_q_NV = model_NV.log_softmax(dim=-1)
+            del model_NV
+            # In place, since making room for as many numbers as there are logits takes longer than computing them.
+            sums[place] += _summed(torch.sub(log_p_NV, log_q_NV, out=log_q_NV).mul_(p_NV))
     return [float(it) for it in torch.stack(sums).tolist()] if sums else []
 
 
@@ -155,7 +158,12 @@ def compare_logits(dense_NV: Tensor, model_NV: Tensor, next_ids_N: Tensor) -> Fi
 
 
 def _kl(p_NV: Tensor, log_p_NV: Tensor, log_q_NV: Tensor) -> Tensor:
-    return (p_NV * (log_p_NV - log_q_NV)).sum(dim=-1).sum(dtype=torch.float64)
+    return _summed(p_NV * (log_p_NV - log_q_NV))
+
+
+def _summed(terms_NV: Tensor) -> Tensor:
+    """The sum of float32 terms, in float64 over tokens."""
+    return terms_NV.sum(dim=-1).sum(dtype=torch.float64)
 
 
 def next_ids(input_ids_T: Tensor) -> Tensor:
