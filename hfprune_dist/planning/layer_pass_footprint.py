@@ -106,15 +106,14 @@ class Refit:
         return list(zip(channels, kept, strict=True))
 
     def _solving(self, dims: Dimensions) -> Iterator[float]:
-        """Bytes of least squares on each block, in float64: two Gram matrices of all channels and their products with
-        the weight, four of those that stay, and weights; plus what remains of the previous block, and the matrices of
-        blocks summed together with this one.
+        """Bytes of least squares on each block, in float64: two Gram matrices of all channels, four of those that stay,
+        and weights; plus what remains of the previous block, and the matrices of blocks summed together with this one.
         """
         blocks, solved = self._blocks(dims), 0.0
         together = sum(it**2 for it, _ in blocks)
         for size, kept in blocks:
             waiting = 0 if self.pursues else GRAMS_BYTES * (together - size**2)
-            yield 8 * (2 * size**2 + 4 * kept**2 + dims.hidden_size * (2 * size + 6 * kept)) + waiting + solved
+            yield 8 * (2 * size**2 + 4 * kept**2 + dims.hidden_size * (size + 6 * kept)) + waiting + solved
             solved = GRAMS_BYTES * kept**2 + 2 * 4 * dims.hidden_size * kept
 
     def _stepping(self, dims: Dimensions, kept: float, ranks: int) -> float:

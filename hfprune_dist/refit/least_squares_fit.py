@@ -41,14 +41,14 @@ def solve(weight_CD: Tensor, grams: Grams, kept: Tensor) -> Solution:
         grams: Gram matrices of its channels.
         kept: ascending int64 indices of the channels that stay.
     """
-    return _solved(_problems(_projections(weight_CD, grams), kept), grams.held_out_share, RIDGES)
+    return _solved(_problems(weight_CD, grams, kept), grams.held_out_share, RIDGES)
 
 
 def solve_expert(weight_CD: Tensor, grams: Grams, kept: Tensor) -> Solution:
     """``solve`` for an expert, which may have been given few tokens. If the fitted or the held-out ones have no energy,
     no ridge is chosen, and the largest one pulls towards the weight from before; if both have none, that weight stays.
     """
-    fitted, held_out = _problems(_projections(weight_CD, grams), kept)
+    fitted, held_out = _problems(weight_CD, grams, kept)
     tells = min(fitted.energy, held_out.energy) > 0
     return _solved((fitted, held_out), grams.held_out_share, RIDGES if tells else RIDGES[-1:])
 
@@ -59,47 +59,24 @@ def _solved(problems: tuple[LeastSquares, LeastSquares], held_out_share: float, 
     whole = fitted.mixed(held_out, held_out_share)
     del held_out, problems
     whole_CK = whole.weight(best.ridge)
-    fit = ProjectionFit(best.ridge, error_before=whole.error(whole.old_CK), error_after=whole.error(whole_CK))
-    return _solution(fit, best.weight_CK, whole_CK, (fitted, whole))
+    return _solution(_fit(best.ridge, whole, whole_CK), best.weight_CK, whole_CK, (fitted, whole))
 
 
 def solve_together(weight_CD: Tensor, grams: Grams, kept: Tensor, world: World) -> Solution:
     """``solve``, with the same bits, where all ranks have the same problem: each solves a part. Collective."""
     if world.size == 1:
         return solve(weight_CD, grams, kept)
-    fitted, held_out = _problems(projections_of(weight_CD, grams, world), kept)
+    fitted, held_out = _problems(weight_CD, grams, kept)
     best, rank = ridge_of_all_ranks(fitted, held_out, world)
     fitted_CK = best.weight_CK if world.rank == rank else _like(fitted.old_CK)
     world.broadcast_tensor(fitted_CK, rank)
     whole = fitted.mixed(held_out, grams.held_out_share)
     del held_out
-    # While the first rank solves, the last one finds out what is lost without a refit.
-    before = whole.error(whole.old_CK) if world.rank == world.size - 1 else 0.0
     whole_CK = whole.weight(best.ridge) if world.is_first else _like(whole.old_CK)
-    after = whole.error(whole_CK) if world.is_first else 0.0
-    fit = ProjectionFit(best.ridge, world.broadcast(before, world.size - 1), world.broadcast(after, 0))
+    fit = world.broadcast(_fit(best.ridge, whole, whole_CK) if world.is_first else None)
+    assert fit is not None
     world.broadcast_tensor(whole_CK, 0)
     return _solution(fit, fitted_CK, whole_CK, (fitted, whole))
-
-
-def projections_of(weight_CD: Tensor, grams: Grams, world: World) -> tuple[Projection, Projection]:
-    """The projection on the windows that are fitted, and on those that are held out, where all ranks have the same.
-
-    Of their products with Gram matrices, each of the first two ranks computes one, and sends it to the others.
-    Collective.
-    """
-    weight_CD = weight_CD.to(grams.fitted_DD)
-    if world.size == 1:
-        return _projections(weight_CD, grams)
-    both = grams.fitted_DD, grams.held_out_DD
-    products = [
-        weight_CD @ gram_DD if world.rank == owner else torch.zeros_like(weight_CD)
-        for owner, gram_DD in enumerate(both)
-    ]
-    for owner, product_CD in enumerate(products):
-        world.broadcast_tensor(product_CD, owner)
-    fitted, held_out = (Projection(weight_CD, *it) for it in zip(both, products, strict=True))
-    return fitted, held_out
 
 
 def ridge_of_all_ranks(fitted: LeastSquares, held_out: LeastSquares, world: World) -> tuple[Ridge, int]:
@@ -120,14 +97,16 @@ def _like(weight_CK: Tensor) -> Tensor:
     return torch.empty_like(weight_CK, memory_format=torch.contiguous_format)
 
 
-def _projections(weight_CD: Tensor, grams: Grams) -> tuple[Projection, Projection]:
-    return Projection(weight_CD, grams.fitted_DD), Projection(weight_CD, grams.held_out_DD)
-
-
-def _problems(projections: tuple[Projection, Projection], kept: Tensor) -> tuple[LeastSquares, LeastSquares]:
+def _problems(weight_CD: Tensor, grams: Grams, kept: Tensor) -> tuple[LeastSquares, LeastSquares]:
     """The problems on the windows that are fitted, and on those that are held out."""
-    fitted, held_out = (it.keeping(kept) for it in projections)
+    fitted, held_out = (
+        Projection(weight_CD, gram_DD).keeping(kept) for gram_DD in (grams.fitted_DD, grams.held_out_DD)
+    )
     return fitted, held_out
+
+
+def _fit(ridge: float, whole: LeastSquares, whole_CK: Tensor) -> ProjectionFit:
+    return ProjectionFit(ridge, error_before=whole.error(whole.old_CK), error_after=whole.error(whole_CK))
 
 
 def _solution(

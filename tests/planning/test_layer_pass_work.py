@@ -121,8 +121,7 @@ def flops_of(kind, checkpoint, kept, windows, folder, vocabulary=264):
     if kind == "dense":
         refit = DenseRefit(kept, dense, fitted, world)
     else:
-        whose = {"dense_layers": kept.layers, "residual": set()}
-        refit = SequentialRefit(checkpoint.family, kept, pruned, dense, fitted, **whose, world=world)
+        refit = SequentialRefit(checkpoint.family, kept, pruned, dense, fitted, dense_layers=kept.layers, world=world)
     with counting() as total:
         refit.run(lambda done: None)
         return total()
