@@ -7,13 +7,11 @@ integers, and integers add up exactly: in any order, over any number of ranks, b
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from hfprune_dist.core.blocks import row_blocks
-from hfprune_dist.core.memory_limits import CACHE_BYTES
 from hfprune_dist.core.triangle import block_rows, packed_size
 
 # The diagonal of the sum may grow to this multiple of what the first term's diagonal predicts; 2^20 of 2^62 leaves 42
@@ -22,13 +20,6 @@ HEADROOM = 2.0**20
 # Smallest mean of a total's diagonal, in multiples of the rounding unit, at which rounding errors are negligible next
 # to a ten-thousandth of it: for a thousand terms of 16,384 channels they form a matrix of norm 2^12.
 RESOLVED = 2.0**26
-# Largest scale that float32 holds: scaling by powers of two and rounding are then as exact in it as in float64.
-MOST_IN_FLOAT32 = 2.0**127
-# Sums of integers up to this one are exact in float64, in which CPUs add much faster: half of what it holds, since
-# bounds may be a little too small.
-MOST_IN_FLOAT64 = 2.0**52
-# Numbers that are converted at a time.
-PORTION = CACHE_BYTES // 16
 OUT_OF_RANGE = "values are NaN, infinite, or more than a thousand times those of the first windows"
 
 
@@ -36,42 +27,8 @@ class ExactOverflowError(ValueError):
     """A term is so much larger than the first that the sum can't hold it."""
 
 
-class ExactTotal:
-    """A sum of integers: in float64 as long as this is exact, in int64 beyond."""
-
-    def __init__(self, shape: Sequence[int], device: torch.device) -> None:
-        self._latest = torch.zeros(shape, dtype=torch.float64, device=device)
-        self._largest = 0.0
-        self._earlier: Tensor | None = None
-
-    def with_room_for(self, largest: float) -> Tensor:
-        """Return the float64 part of the sum, to which integers up to about ``largest`` can be added exactly, once."""
-        assert self._latest.dtype == torch.float64, "over"
-        if self._largest and self._largest + largest > MOST_IN_FLOAT64:
-            latest, self._latest = self._latest, torch.zeros_like(self._latest)
-            self._earlier = self._with_earlier(latest)
-            self._largest = 0.0
-        self._largest += largest
-        return self._latest
-
-    def integers(self) -> Tensor:
-        """Return the sum, int64, which may be overwritten with that of all ranks; nothing can be added any more."""
-        if self._latest.dtype != torch.int64:
-            self._latest = self._with_earlier(self._latest)
-        return self._latest
-
-    def _with_earlier(self, latest: Tensor) -> Tensor:
-        """Turn the float64 part into integers, in its own memory, and add the earlier ones."""
-        integers = latest.view(torch.int64)
-        for source, target in zip(latest.view(-1).split(PORTION), integers.view(-1).split(PORTION), strict=True):
-            target.copy_(source.to(torch.int64))
-        return integers if self._earlier is None else integers.add_(self._earlier)
-
-
 class GramScale:
     """Scale at which the Gram matrices x x^T of many terms are rounded to integers: fixed for each row and column.
-
-    Totals are packed (see ``core.triangle``), since terms are symmetric.
 
     Args:
         first_diagonal_D: the diagonal of one term that all ranks agree on; it determines the scale.
@@ -83,7 +40,7 @@ class GramScale:
         # A channel may be silent in the first term.
         floor = diagonal_D.mean().clamp(min=1e-30) * 2.0**-10
         largest_D = torch.maximum(diagonal_D, floor) * terms * HEADROOM
-        # A power of two, so that scaling rounds nothing; between 2^-60 and 2^76, so that float32 holds it.
+        # A power of two, so that scaling rounds nothing.
         self._scale_D = torch.exp2(torch.floor(31 - torch.log2(largest_D) / 2))
         # If the first term is not finite, no term can be added.
         self._limit_D = torch.where(largest_D.isfinite(), largest_D / terms, -1.0)
@@ -101,7 +58,7 @@ class GramScale:
     @staticmethod
     def total_shape(size: tuple[int, ...]) -> tuple[int, ...]:
         """Return the shape of a total of terms of the given size."""
-        return (packed_size(size[0]),)
+        return size
 
     def holds(self, term_DD: Tensor) -> Tensor:
         """Return whether a term can be added: a bool on the term's device, also False if the term is not finite."""
@@ -111,10 +68,6 @@ class GramScale:
         """Return the same for the term with this diagonal."""
         return (diagonal_D.double() <= self._limit_D).all()
 
-    def largest(self, term_DD: Tensor) -> Tensor:
-        """Return a bound of the integers that a term is rounded to, float64: the largest on its diagonal."""
-        return term_DD.diagonal().double().mul(self._scale_D).mul_(self._scale_D).amax()
-
     def rounded_squares(self, diagonal_D: Tensor) -> Tensor:
         """Return the integers that a term's diagonal adds to that of a total."""
         return diagonal_D.double().mul(self._scale_D).mul_(self._scale_D).round_().to(torch.int64)
@@ -123,32 +76,41 @@ class GramScale:
         """Return the values that a total's diagonal represents, float64."""
         return total_D.double().div_(self._scale_D).div_(self._scale_D)
 
-    def add(self, term_DD: Tensor, total_P: Tensor) -> None:
-        """Add a term that this scale ``holds``, float32 or float64, to a total: int64, or float64 if it has room."""
-        scale_D = self._scale_D.to(term_DD.dtype)
-        for start, end, first in block_rows(len(term_DD)):
-            term_RE = term_DD[start:end, start:]
-            total_RE = total_P[first : first + term_RE.numel()].view(term_RE.shape)
-            for rows in row_blocks(term_RE, scratch_bytes=_scratch_bytes(term_RE)):
-                scaled_RE = term_RE[rows].mul(scale_D[start:end][rows, None]).mul_(scale_D[start:])
-                total_RE[rows] += scaled_RE.round_().to(total_P.dtype)
+    def add(self, term_DD: Tensor, total_DD: Tensor) -> None:
+        """Add a term that this scale ``holds``, float32 or float64, to an int64 total."""
+        for rows in row_blocks(term_DD, scratch_bytes=16):
+            scaled_RD = term_DD[rows].to(torch.float64, copy=True).mul_(self._scale_D[rows, None]).mul_(self._scale_D)
+            total_DD[rows] += scaled_RD.round_().to(torch.int64)
 
-    def diagonal_of(self, total_P: Tensor) -> Tensor:
-        """Return the integers on a total's diagonal."""
-        size = len(self._scale_D)
-        parts = [total_P[first :: size - start + 1][: end - start] for start, end, first in block_rows(size)]
-        return torch.cat(parts)
+    def value_of(self, total_DD: Tensor) -> Tensor:
+        """Return the values that a total represents, float64."""
+        return total_DD.double().div_(self._scale_D[:, None]).div_(self._scale_D)
+
+
+class PackedGramScale(GramScale):
+    """A ``GramScale`` whose totals are packed (see ``core.triangle``)."""
+
+    @staticmethod
+    def total_shape(size: tuple[int, ...]) -> tuple[int, ...]:
+        """Return the shape of a total of terms of the given size."""
+        return (packed_size(size[0]),)
+
+    def add(self, term_DD: Tensor, total_P: Tensor) -> None:
+        """Add a term that this scale ``holds``, float32 or float64, to an int64 total."""
+        for start, end, first in block_rows(len(term_DD)):
+            scaled_RE = term_DD[start:end, start:].to(torch.float64, copy=True)
+            scaled_RE.mul_(self._scale_D[start:end, None]).mul_(self._scale_D[start:])
+            total_P[first : first + scaled_RE.numel()] += scaled_RE.round_().to(torch.int64).flatten()
 
     def value_of(self, total_P: Tensor) -> Tensor:
-        """Return the whole matrix that a total represents, float64."""
+        """Return the whole matrix that a packed total represents, float64."""
         size = len(self._scale_D)
-        value_DD = total_P.new_empty(size, size, dtype=torch.float64)
+        total_DD = total_P.new_empty(size, size)
         for start, end, first in block_rows(size):
-            row_RE = total_P[first : first + (end - start) * (size - start)].view(end - start, size - start).double()
-            row_RE.div_(self._scale_D[start:end, None]).div_(self._scale_D[start:])
-            value_DD[start:end, start:] = row_RE
-            value_DD[end:, start:end] = row_RE[:, end - start :].T
-        return value_DD
+            row_RE = total_P[first : first + (end - start) * (size - start)].view(end - start, size - start)
+            total_DD[start:end, start:] = row_RE
+            total_DD[end:, start:end] = row_RE[:, end - start :].T
+        return super().value_of(total_DD)
 
 
 class ExactGram:
@@ -159,13 +121,13 @@ class ExactGram:
         terms: number of terms in the whole sum.
 
     Attributes:
-        total_P: packed; add the totals of all ranks to get the whole sum.
+        total_DD: int64; add the totals of all ranks to get the whole sum.
     """
 
     def __init__(self, first_diagonal_D: Tensor, terms: int) -> None:
+        size = len(first_diagonal_D)
         self._scale = GramScale(first_diagonal_D, terms)
-        shape = self._scale.total_shape(tuple(first_diagonal_D.shape))
-        self.total_P = ExactTotal(shape, first_diagonal_D.device)
+        self.total_DD = torch.zeros(size, size, dtype=torch.int64, device=first_diagonal_D.device)
 
     def add(self, term_DD: Tensor) -> None:
         """Add one term, a float32 or float64 Gram matrix.
@@ -175,16 +137,16 @@ class ExactGram:
         """
         if not bool(self._scale.holds(term_DD)):
             raise ExactOverflowError(OUT_OF_RANGE)
-        self._scale.add(term_DD, self.total_P.with_room_for(float(self._scale.largest(term_DD))))
+        self._scale.add(term_DD, self.total_DD)
 
     @property
     def is_resolved(self) -> bool:
         """Whether the sum is much larger than the errors that rounding its terms may have caused."""
-        return bool(self._scale.diagonal_of(self.total_P.integers()).double().mean() >= RESOLVED)
+        return bool(self.total_DD.diagonal().double().mean() >= RESOLVED)
 
     def value(self) -> Tensor:
         """The sum, float64."""
-        return self._scale.value_of(self.total_P.integers())
+        return self._scale.value_of(self.total_DD)
 
 
 class TensorScale:
@@ -200,8 +162,7 @@ class TensorScale:
         first = float(first_maximum)
         largest = max(first, 1e-30) * HEADROOM if math.isfinite(first) else 1.0
         self._scale = 2.0 ** math.floor(62 - math.log2(largest * terms))
-        # The largest integer that may come from a term.
-        self.most = largest * self._scale if math.isfinite(first) else -1.0
+        self._limit = largest if math.isfinite(first) else -1.0
 
     @staticmethod
     def first_of(term: Tensor) -> Tensor:
@@ -220,20 +181,14 @@ class TensorScale:
 
     def holds(self, term: Tensor) -> Tensor:
         """Return whether a term can be added: a bool on the term's device, also False if the term is not finite."""
-        return self.largest(term) <= self.most
-
-    def largest(self, term: Tensor) -> Tensor:
-        """Return the largest absolute value of a scaled term, float64; NaN if there is one."""
         least, most = torch.aminmax(term)
-        return torch.maximum(-least, most).double() * self._scale
+        return torch.maximum(-least, most).double() <= self._limit  # which may be beyond float32
 
     def add(self, term: Tensor, total: Tensor) -> None:
-        """Add a term that this scale ``holds``, float32 or float64, to a total: int64, or float64 if it has room."""
+        """Add a term that this scale ``holds``, float32 or float64, to an int64 total."""
         term_RD, total_RD = term.reshape(len(term), -1), total.view(len(term), -1)
-        if self._scale > MOST_IN_FLOAT32:
-            term_RD = term_RD.double()
-        for rows in row_blocks(term_RD, scratch_bytes=_scratch_bytes(term_RD)):
-            total_RD[rows] += term_RD[rows].mul(self._scale).round_().to(total.dtype)
+        for rows in row_blocks(term_RD, scratch_bytes=16):
+            total_RD[rows] += term_RD[rows].to(torch.float64, copy=True).mul_(self._scale).round_().to(torch.int64)
 
     def value_of(self, total: Tensor) -> Tensor:
         """Return the values that a total represents, float64."""
@@ -251,14 +206,14 @@ class ExactSum:
         ExactOverflowError: if ``first_maximum`` is not finite.
 
     Attributes:
-        total: add the totals of all ranks to get the whole sum.
+        total: int64; add the totals of all ranks to get the whole sum.
     """
 
     def __init__(self, first_maximum: float, terms: int, shape: torch.Size, device: torch.device) -> None:
         if not math.isfinite(first_maximum):
             raise ExactOverflowError(OUT_OF_RANGE)
         self._scale = TensorScale(torch.tensor(first_maximum, dtype=torch.float64), terms)
-        self.total = ExactTotal(shape, device)
+        self.total = torch.zeros(shape, dtype=torch.int64, device=device)
 
     def add(self, term: Tensor) -> None:
         """Add one term, float32 or float64.
@@ -266,14 +221,13 @@ class ExactSum:
         Raises:
             ExactOverflowError: if the term is out of range or not finite; the sum is then unchanged.
         """
-        largest = float(self._scale.largest(term))
-        if not largest <= self._scale.most:
+        if not bool(self._scale.holds(term)):
             raise ExactOverflowError(OUT_OF_RANGE)
-        self._scale.add(term, self.total.with_room_for(largest))
+        self._scale.add(term, self.total)
 
     def value(self) -> Tensor:
         """The sum, float64."""
-        return self._scale.value_of(self.total.integers())
+        return self._scale.value_of(self.total)
 
 
 class ExactSquares:
@@ -304,8 +258,3 @@ class ExactSquares:
     def value(self) -> Tensor:
         """The sum, float64."""
         return self._scale.squares_of(self.total_D)
-
-
-def _scratch_bytes(term: Tensor) -> int:
-    """Bytes of temporary results per number while a term is rounded: scaled, and as wide as a total."""
-    return term.itemsize + torch.int64.itemsize

@@ -48,10 +48,9 @@ class GramSums(WindowSums[tuple[ExactGram, ExactGram], Tensor]):
 
     def of_all_ranks(self) -> tuple[Tensor, Tensor]:
         """The sums, float64 [size, size] each. Collective; this rank's own sums are gone afterwards."""
-        left = [*self._begun()]
+        fitted, held_out = self._begun()
         self._sums = None
-        fitted_DD = self._added_up(left.pop(0))
-        return fitted_DD, self._added_up(left.pop())
+        return self._added_up(fitted), self._added_up(held_out)
 
     def _add(self, index: int, vectors_ND: Tensor) -> None:
         term_DD = gram_matrix(vectors_ND.float())
@@ -59,7 +58,7 @@ class GramSums(WindowSums[tuple[ExactGram, ExactGram], Tensor]):
         (held_out if is_held_out(index, self._count) else fitted).add(term_DD)
 
     def _added_up(self, own: ExactGram) -> Tensor:
-        self._world.all_reduce(own.total_P.integers())
+        self._world.all_reduce(own.total_DD)
         return own.value()
 
     def _empty(self, first_D: Tensor) -> tuple[ExactGram, ExactGram]:
@@ -97,9 +96,8 @@ class ExpertGramSums(WindowSums[list[tuple[ExactGram, ExactGram]], Sequence[Tens
                 (held_out if is_held_out(index, self._count) else fitted).add(gram_matrix(part_ND))
 
     def _added_up(self, own: ExactGram) -> Tensor:
-        self._world.all_reduce(own.total_P.integers())
-        value_DD = own.value()
-        return value_DD if own.is_resolved else value_DD.zero_()
+        self._world.all_reduce(own.total_DD)
+        return own.value() if own.is_resolved else torch.zeros_like(own.total_DD, dtype=torch.float64)
 
     def _empty(self, first_D: Tensor) -> list[tuple[ExactGram, ExactGram]]:
         scales = first_D.maximum(first_D.mean()).chunk(self._experts)
