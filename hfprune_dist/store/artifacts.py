@@ -112,7 +112,7 @@ class Store:
     def _check_file(self, file: Path, entry: dict[str, Any], thorough: bool, after_each: AfterEach) -> str:
         try:
             stat = file.stat()
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return "missing"
         if stat.st_size != entry["bytes"]:
             return f"{stat.st_size:,} bytes, committed with {entry['bytes']:,}"

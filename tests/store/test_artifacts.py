@@ -53,6 +53,14 @@ def test_what_has_no_manifest_does_not_exist(store):
     assert store.verify(STAGE.id).state == "corrupt"
 
 
+def test_a_folder_in_whose_place_there_is_a_file_is_damage(store):
+    make(store)
+    (store.path(STAGE.id) / "sub" / "more.txt").unlink()
+    (store.path(STAGE.id) / "sub").rmdir()
+    (store.path(STAGE.id) / "sub").write_text("a file")
+    assert store.verify(STAGE.id).state == "corrupt" and store.set_aside(STAGE.id).is_dir()
+
+
 @pytest.mark.parametrize("damage", ["missing", "truncated", "flipped", "manifest"])
 def test_damage_is_found_and_set_aside(store, damage):
     make(store)
