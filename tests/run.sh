@@ -26,5 +26,6 @@ code=0
 OMP_NUM_THREADS=1 "$PYTHON" -m pytest --numprocesses auto --maxprocesses 4 --no-loadscope-reorder "$@" || code=$?
 [ $code != 2 ] || exit $code # interrupted
 wait $checking || code=$?
+trap 'rm -f "$types"' EXIT # its number may be another process's now
 cat "$types"
 exit $code

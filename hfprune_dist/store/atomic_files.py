@@ -26,7 +26,7 @@ _ADAPTERS: dict[type[Any], TypeAdapter[Any]] = {}
 def unless_stale(read: Callable[[], T]) -> T:
     """Read something, from its opening on, and do so again if NFS says that what was opened is stale.
 
-    A file is if another host has replaced or removed it since, a folder if it was removed.
+    A file becomes stale when another host replaces or removes it, a folder when another host removes it.
 
     Raises:
         OSError: if it can't be read for another reason, or is stale every time.

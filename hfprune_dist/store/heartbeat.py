@@ -69,7 +69,7 @@ class Progress:
     Args:
         work: the stage's work folder; None writes nothing (all ranks but one).
         guard: called before each heartbeat; an exception that it raises ends the stage.
-        clock: returns seconds, from any origin; unlike the time of day, they aren't set by anybody.
+        clock: returns seconds since any moment; unlike the time of day, it can't be set.
     """
 
     def __init__(
