@@ -107,7 +107,9 @@ class ExpertTarget(MixtureTarget):
         return Shape(tuple(range(checkpoint.num_layers)), units)
 
     def _groups(self, width: int) -> int:
-        """KV groups of each layer for experts of this width."""
+        """KV groups of each layer for experts of this width: the possible number closest to the same share of them, and
+        halfway between two the smaller one. Either would do, since shapes are chosen by what they remove in all.
+        """
         share, every = width / self._experts.width, self._possible_groups
         return min(every, key=lambda count: abs(count - share * every[-1]))
 

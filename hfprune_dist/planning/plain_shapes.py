@@ -152,14 +152,14 @@ def _none_reaches(target: ShapeTarget) -> UserError:
     larger = min(it for it in (_smallest(target, *cell) for cell in cells) if it > target.ratio)
     return UserError(
         f"{target.where}: no shape of {', '.join(target.structures)} comes to ratio {target.ratio:g}; the next larger "
-        f"one that is possible is {int(larger * 1e6) / 1e6:g} ({target.rounding})"
+        f"one that is possible is {int(larger * 1e6) / 1e6:g}{target.rounding}"
     )
 
 
 def _none_within(target: ShapeTarget, before: PlainShape) -> UserError:
     return UserError(
         f"{target.where}: no shape of {', '.join(target.structures)} comes to ratio {target.ratio:g} within "
-        f"{before.name}, which an earlier round may leave ({target.rounding}); use fewer steps, a larger "
+        f"{before.name}, which an earlier round may leave{target.rounding}; use fewer steps, a larger "
         "prune.round_ratio or another ratio"
     )
 

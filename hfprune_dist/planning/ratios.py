@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
 
@@ -18,7 +18,7 @@ from hfprune_dist.planning.shape_target import ShapeTarget
 from hfprune_dist.planning.shapes_of_rounds import local_shapes, plain_shapes_of_rounds
 from hfprune_dist.planning.students import check_student
 from hfprune_dist.planning.whole_expert_shapes import mixture_target, refuse_without_experts
-from hfprune_dist.planning.widths import ModelSize, Target, size_of
+from hfprune_dist.planning.widths import ModelSize, Target, size_of, to_multiples_of
 from hfprune_dist.structures import EXPERTS, KV_GROUPS, NEURONS
 from hfprune_dist.structures.low_rank import rank_field
 
@@ -54,8 +54,8 @@ def check_ratios(checkpoint: Checkpoint, ratios: Sequence[float], method: Method
         if decided in reached:
             what, step, finer = _rounded(checkpoint, settled)
             raise UserError(
-                f"{where}: ratios {reached[decided]:g} and {ratio:g} would be the same checkpoint, with {what} that "
-                f"are multiples of {step}; leave one of them out{finer and f' or use {finer}'}"
+                f"{where}: ratios {reached[decided]:g} and {ratio:g} would be the same checkpoint once {what} are "
+                f"rounded{to_multiples_of(step)}; leave one of them out{finer and f' or use {finer}'}"
             )
         reached[decided] = ratio
 
@@ -106,7 +106,7 @@ def _rounded(checkpoint: Checkpoint, method: Method) -> tuple[str, int, str]:
     smaller = "a smaller prune.multiple_of"
     if not checkpoint.family.experts:
         assert isinstance(method.multiple_of, int), "planned with a number"
-        return "widths", method.multiple_of, smaller
+        return "widths", method.multiple_of, smaller if method.multiple_of > 1 else ""
     asked = target_of(method, checkpoint, 0.0, "")
     step, finest = (mixture_target(it).step for it in (asked, replace(asked, multiple_of=1)))
     what = "numbers of experts" if EXPERTS in method.structures else "widths of experts"
@@ -137,10 +137,30 @@ def remarks_on_shapes(checkpoint: Checkpoint, ratios: Sequence[float], method: M
         told.append(f"{where}: multiple_of is {', '.join(f'{multiple} at {ratio:g}' for ratio, multiple in multiples)}")
     if method.allocation == "low_rank":
         told += [_told_of_ranks(checkpoint, ratio, method, where) for ratio in ratios]
-    if KV_GROUPS in method.structures:
-        largest = min(_largest_split(checkpoint, ratio, method, where) for ratio in ratios)
-        told.append(f"{where}: the largest prune.tensor_parallel that works is {largest}")
+    if method.allocation == "local" and not checkpoint.family.experts:
+        told += [it for ratio in ratios for it in _told_of_groups(checkpoint, ratio, method, where)]
     return told
+
+
+def largest_split(checkpoint: Checkpoint, ratios: Sequence[float], methods: Mapping[str, Method]) -> int | None:
+    """Return the largest ``tensor_parallel`` with which all methods that may remove KV groups reach all ratios.
+
+    Args:
+        methods: what messages call a method -> the method.
+
+    Returns:
+        None if no method of these may remove KV groups of this model.
+    """
+    applied = {where: it for where, it in methods.items() if can_do(it, checkpoint)}
+    removing = {where: it for where, it in applied.items() if KV_GROUPS in suited(it, checkpoint).structures}
+    if not removing:
+        return None
+    groups = checkpoint.structures[KV_GROUPS].most
+
+    def works(split: int) -> bool:
+        return all(_splits(checkpoint, ratio, it, split, where) for where, it in removing.items() for ratio in ratios)
+
+    return next(it for it in range(groups, 0, -1) if it == 1 or works(it))
 
 
 def _left_out(checkpoint: Checkpoint, method: Method, where: str) -> list[str]:
@@ -157,6 +177,24 @@ def _told_of_ranks(checkpoint: Checkpoint, ratio: float, method: Method, where: 
     return f"{where}: at {ratio:g}, in every layer {ranks}; attention's other matrices stay whole"
 
 
+def _told_of_groups(checkpoint: Checkpoint, ratio: float, method: Method, where: str) -> list[str]:
+    """A sentence if rounds keep KV groups that would go in one: neurons have made up for them in smaller rounds."""
+    settled = with_numbers(method, checkpoint, ratio, where)
+    in_one = settled.model_copy(update={"steps": 1, "round_ratio": None})
+    kept, fewer = (sum(local_shapes(it, checkpoint, ratio, where)[-1].units[KV_GROUPS]) for it in (settled, in_one))
+    if kept <= fewer:
+        return []
+    share = checkpoint.parameter_counts.units[KV_GROUPS] * checkpoint.num_layers / checkpoint.parameters
+    return [
+        f"{where}: rounds to {ratio:g} keep {kept} KV groups, where one round would keep {fewer}: they are small "
+        f"beside a group of every layer, {share:.1%} of the model; {_fewer_rounds(method)} would let groups go"
+    ]
+
+
+def _fewer_rounds(method: Method) -> str:
+    return "fewer steps" if method.round_ratio is None else "a larger prune.round_ratio"
+
+
 def _of_all_rounds(checkpoint: Checkpoint, ratio: float, method: Method, where: str) -> Hashable:
     """The numbers that decide what stays in each round to a ratio."""
     rounds = round_ratios(method, ratio)
@@ -169,11 +207,10 @@ def _of_all_rounds(checkpoint: Checkpoint, ratio: float, method: Method, where: 
         decided = [_deciding_numbers(checkpoint, it, method, where) for it in rounds]
     for (before, then), (earlier, later) in zip(pairwise(rounds), pairwise(decided), strict=True):
         if earlier == later:
-            setting = "fewer steps" if method.round_ratio is None else "a larger prune.round_ratio"
             what, step, finer = _rounded(checkpoint, method)
             raise UserError(
                 f"{where}: of {len(rounds)} rounds to ratio {ratio:g}, the one from {before:g} to {then:g} removes "
-                f"nothing once {what} are rounded to multiples of {step}; use {setting} or another ratio"
+                f"nothing once {what} are rounded{to_multiples_of(step)}; use {_fewer_rounds(method)} or another ratio"
                 f"{finer and f' or {finer}'}"
             )
     return tuple(decided)
@@ -205,12 +242,6 @@ def _widths(size: ModelSize, asked: ShapeTarget, method: Method) -> tuple[int, .
         all_alike = all(count % target.multiple_of == 0 for count in size.counts)
         numbers.append((wanted + target.multiple_of // 2) // target.multiple_of if all_alike else wanted)
     return tuple(numbers)
-
-
-def _largest_split(checkpoint: Checkpoint, ratio: float, method: Method, where: str) -> int:
-    """The largest ``tensor_parallel`` with which the method reaches a ratio."""
-    groups = checkpoint.structures[KV_GROUPS].most
-    return next(it for it in range(groups, 0, -1) if it == 1 or _splits(checkpoint, ratio, method, it, where))
 
 
 def _splits(checkpoint: Checkpoint, ratio: float, method: Method, tensor_parallel: int, where: str) -> bool:

@@ -11,7 +11,7 @@ from hfprune_dist.checkpoints.layer_settings import undroppable_layers
 from hfprune_dist.config.method import structures_possible
 from hfprune_dist.config.parameters import LoraPruneParameters, PruneParameters
 from hfprune_dist.errors import UserError
-from hfprune_dist.planning.widths import round_down
+from hfprune_dist.planning.widths import or_a_smaller, round_down, rounding
 from hfprune_dist.structures import KV_GROUPS, LAYERS, NEURONS, TOGETHER, Structure
 from hfprune_dist.structures.parameter_counts import ParameterCounts
 from hfprune_dist.structures.units import Units
@@ -82,9 +82,8 @@ class ShapeTarget:
 
     @property
     def rounding(self) -> str:
-        """The settings that units are rounded by, for messages."""
-        split = f", tensor_parallel {self.tensor_parallel}" if self.tensor_parallel > 1 else ""
-        return f"multiple_of {self.multiple_of}{split}"
+        """See ``widths.rounding``."""
+        return rounding(self.multiple_of, self.tensor_parallel)
 
     def out_of_reach(self, largest: float, with_all: float, limits: str = "") -> UserError:
         """The error for a ratio that is larger than can be reached.
@@ -99,14 +98,14 @@ class ShapeTarget:
         more = f"; with {' and '.join(missing)} in prune.structures {round_down(with_all)}" if helps else ""
         return UserError(
             f"{self.where}: ratio {self.ratio:g} can't be reached by pruning {_listed(self.structures)}{limits}; the "
-            f"largest possible is {round_down(largest)} ({self.rounding}){more}"
+            f"largest possible is {round_down(largest)}{self.rounding}{more}"
         )
 
     def removes_nothing(self) -> UserError:
         """The error for a ratio that is so small that nothing is removed after rounding."""
         return UserError(
-            f"{self.where}: ratio {self.ratio:g} removes nothing once units are rounded ({self.rounding}); use a "
-            "larger ratio or a smaller prune.multiple_of"
+            f"{self.where}: ratio {self.ratio:g} removes nothing once units are rounded{self.rounding}; use a larger "
+            f"ratio{or_a_smaller(self.multiple_of)}"
         )
 
     def unusable_split(self, largest: int) -> UserError:

@@ -84,7 +84,7 @@ class Target:
         if self.ratio > largest:
             raise UserError(
                 f"{self.where}: ratio {self.ratio:g} can't be reached by pruning {size.kind} alone; the largest "
-                f"possible is {round_down(largest)} (multiple_of {multiple_of})"
+                f"possible is {round_down(largest)}{rounding(multiple_of)}"
             )
         width = self.closest_width()
         if width >= size.units:
@@ -122,8 +122,8 @@ class Target:
         if wanted > most:
             raise UserError(
                 f"{self.where}: ratio {self.ratio:g} can't be reached with the floors that prune.floor, protect_first "
-                f"and protect_last set; the largest possible is {round_down(size.ratio_of(most))} "
-                f"(multiple_of {self.multiple_of})"
+                f"and protect_last set; the largest possible is {round_down(size.ratio_of(most))}"
+                f"{rounding(self.multiple_of)}"
             )
         fewest = min(count - (count - 1) // self.multiple_of * self.multiple_of for count in size.counts)
         if wanted < (fewest + 1) // 2:
@@ -132,8 +132,8 @@ class Target:
 
     def _removes_nothing(self) -> UserError:
         return UserError(
-            f"{self.where}: ratio {self.ratio:g} removes nothing once widths are rounded to multiples of "
-            f"{self.multiple_of}; use a larger ratio or a smaller prune.multiple_of"
+            f"{self.where}: ratio {self.ratio:g} removes nothing once widths are rounded"
+            f"{to_multiples_of(self.multiple_of)}; use a larger ratio{or_a_smaller(self.multiple_of)}"
         )
 
 
@@ -141,6 +141,23 @@ def closest_multiple(exact: float, width: int, multiple_of: int) -> int:
     """The number of units closest to ``exact`` that a layer may keep: all ``width`` of them, or fewer in a multiple."""
     multiple = max(multiple_of, round(exact / multiple_of) * multiple_of)
     return min((min(multiple, width), width), key=lambda kept: abs(kept - exact))
+
+
+def rounding(multiple_of: int, tensor_parallel: int = 1) -> str:
+    """The settings that units are rounded by, for messages: in parentheses after a space; empty if they are all 1."""
+    settings = {"multiple_of": multiple_of, "tensor_parallel": tensor_parallel}
+    told = [f"{name} {number}" for name, number in settings.items() if number > 1]
+    return f" ({', '.join(told)})" if told else ""
+
+
+def to_multiples_of(step: int) -> str:
+    """The same after a verb: to multiples of 64; empty for 1."""
+    return f" to multiples of {step}" if step > 1 else ""
+
+
+def or_a_smaller(multiple_of: int) -> str:
+    """The end of a sentence that advises another ratio; empty if there is no smaller multiple."""
+    return " or a smaller prune.multiple_of" if multiple_of > 1 else ""
 
 
 def round_down(ratio: float) -> str:

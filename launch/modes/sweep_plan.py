@@ -31,7 +31,7 @@ from hfprune_dist.planning.known_shapes import KnownShape, dense_shape, known_sh
 from hfprune_dist.planning.methods import resolve_methods
 from hfprune_dist.planning.model_sources import ModelSource, resolve_models
 from hfprune_dist.planning.plan import Plan
-from hfprune_dist.planning.ratios import remarks_on_shapes
+from hfprune_dist.planning.ratios import largest_split, remarks_on_shapes
 from hfprune_dist.planning.refusals import place_of
 from hfprune_dist.planning.remarks import remarks_on_settings
 from hfprune_dist.planning.training_memory import choose_micro_batches, chooses
@@ -69,12 +69,18 @@ class Prepared:
         """Return sentences on the effect of settings: how texts are mixed, and what each method does to each model."""
         shares = [f"{it.windows} of {it.text.path or it.text.dataset}" for it in self.config.calibration.shares()]
         mixed = [f"calibration windows: {', '.join(shares)}"] if len(shares) > 1 else []
-        return mixed + [
-            remark
-            for model in self.models
-            for name, method in self.methods.items()
-            for remark in remarks_on_shapes(model.checkpoint, self.config.ratios, method, place_of(model.name, name))
+        return mixed + [remark for model in self.models for remark in self._of_shapes(model)]
+
+    def _of_shapes(self, model: ModelSource) -> list[str]:
+        """What each method does to a model; and how far checkpoints can be split, once for all methods of the sweep."""
+        ratios, methods = self.config.ratios, {place_of(model.name, name): it for name, it in self.methods.items()}
+        told = [
+            it for where, method in methods.items() for it in remarks_on_shapes(model.checkpoint, ratios, method, where)
         ]
+        split = largest_split(model.checkpoint, ratios, methods)
+        if split is not None:
+            told.append(f"model {model.name!r}: the largest prune.tensor_parallel that works is {split}")
+        return told
 
     @property
     def generation(self) -> Generation:

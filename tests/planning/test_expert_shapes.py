@@ -82,7 +82,7 @@ def test_kv_groups_lose_the_share_of_neurons_that_is_nearest(config, ratio, spli
     shape, experts = asked.shape(), checkpoint.structures[EXPERT_NEURONS]
     (groups,), (width,) = {*shape.units["kv_groups"]}, widths_of(checkpoint, shape)[EXPERT_NEURONS]
     wanted = possible[-1] * width / experts.width
-    assert abs(groups - wanted) == min(abs(it - wanted) for it in possible)
+    assert groups == min(possible, key=lambda it: (abs(it - wanted), it))
     assert checkpoint.parameter_counts.ratio(shape) >= ratio and is_plain(checkpoint, shape)
     stated = pruned_config(checkpoint, shape)
     assert (stated["num_key_value_heads"], stated["num_attention_heads"]) == (groups, 2 * groups)
@@ -90,6 +90,12 @@ def test_kv_groups_lose_the_share_of_neurons_that_is_nearest(config, ratio, spli
     assert ModelShape.of(checkpoint).pruned(told).layers[0].num_heads == 2 * groups
     for neurons_alone in [target(checkpoint, ratio)] if ratio <= target(checkpoint, ratio).largest() else []:
         assert neurons_alone.shape().units[EXPERT_NEURONS] <= shape.units[EXPERT_NEURONS]
+
+
+@pytest.mark.parametrize(("width", "groups"), [(64, 2), (56, 2), (48, 1), (8, 1)])
+def test_halfway_between_two_numbers_of_kv_groups_it_is_the_smaller_one(checkpoint, width, groups):
+    assert checkpoint.structures[EXPERT_NEURONS].width == 64
+    assert ExpertTarget(ShapeTarget(checkpoint, 0.2, ("neurons", "kv_groups"), 1, "here"))._groups(width) == groups
 
 
 @given(mixtures(), st.floats(0.05, 0.4), st.floats(1.0, 2.0))
@@ -189,7 +195,7 @@ def test_experts_that_transformers_does_not_run_are_refused(width):
 def test_ratios_that_come_to_one_shape_are_told(checkpoint):
     method = Method(**LIKE_HFPRUNE)
     check_ratios(checkpoint, [0.1, 0.3], method, "here")
-    told = r"ratios 0\.3 and 0\.301 would be the same checkpoint, with widths of experts that are multiples of "
+    told = r"ratios 0\.3 and 0\.301 would be the same checkpoint once widths of experts are rounded to multiples of "
     with pytest.raises(UserError, match=f"{told}8; leave one of them out$"):
         check_ratios(checkpoint, [0.3, 0.301], method, "here")
     with pytest.raises(UserError, match=f"{told}16; leave one of them out or use a smaller prune.multiple_of$"):
@@ -199,7 +205,8 @@ def test_ratios_that_come_to_one_shape_are_told(checkpoint):
 @pytest.mark.parametrize(("multiple_of", "step", "least"), [(1, 8, 8), (12, 24, 24), (50, 200, 64)])
 def test_a_ratio_out_of_reach_is_told_with_the_width_that_stays(checkpoint, multiple_of, step, least):
     told = f"of which {least} of 64 in each expert must stay: widths of experts are multiples of {step}; the largest"
-    with pytest.raises(UserError, match=told):
+    setting = "" if multiple_of == 1 else rf" \(multiple_of {multiple_of}\)"
+    with pytest.raises(UserError, match=rf"{told} possible is 0\.\d+{setting}$"):
         check_ratios(checkpoint, [0.95], Method(**LIKE_HFPRUNE, multiple_of=multiple_of), "here")
 
 

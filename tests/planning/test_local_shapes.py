@@ -15,7 +15,7 @@ from hfprune_dist.config.method import Method
 from hfprune_dist.errors import UserError
 from hfprune_dist.planning.known_shapes import known_shape
 from hfprune_dist.planning.local_shapes import LocalTarget
-from hfprune_dist.planning.ratios import check_ratios
+from hfprune_dist.planning.ratios import check_ratios, remarks_on_shapes
 from hfprune_dist.planning.rounds import round_ratios
 from hfprune_dist.planning.shape_target import ShapeTarget
 from hfprune_dist.planning.shapes_of_rounds import local_shapes
@@ -139,7 +139,7 @@ def test_a_message_says_what_else_bounds_the_ratio_and_what_might_go_too():
         target(checkpoint, 0.6, NEURONS, protects=(4, 2)).shape()
     assert re.fullmatch(
         r"m: ratio 0.6 can't be reached by pruning neurons alone with the layers that prune.protect_first and "
-        r"protect_last set aside; the largest possible is 0.4732 \(multiple_of 1\); with kv_groups in "
+        r"protect_last set aside; the largest possible is 0.4732; with kv_groups in "
         r"prune.structures 0.5[0-9]+",
         str(caught.value),
     )
@@ -207,6 +207,22 @@ def test_rounds_end_where_one_would_or_as_close_as_what_is_left_allows(drawn, st
         closest = min(abs(removed(*it) - ratio * counts.total) for it in itertools.product(widths, rows))
         assert abs(removed(width, groups) - ratio * counts.total) <= closest + step / 2 + 1e-3
         before = width, groups
+
+
+@pytest.mark.parametrize(
+    ("parts", "advice"), [({"round_ratio": 0.05}, "a larger prune.round_ratio"), ({"steps": 12}, "fewer steps")]
+)
+def test_rounds_that_are_too_small_for_groups_are_told(parts, advice):
+    """The number of groups to keep is a share of the dense model's, but neurons have made up for what should go."""
+    checkpoint, asked = blank(**SMOLLM2), {"criterion": "entropy", "allocation": "local", "multiple_of": 1}
+    small, large = (Method(**asked, structures=[*BOTH], **it) for it in (parts, {"round_ratio": 0.1}))
+    assert {*local_shapes(small, checkpoint, 0.6, "m")[-1].units["kv_groups"]} == {3}
+    told = "m: rounds to 0.6 keep 90 KV groups, where one round would keep 30: they are small beside a group of every "
+    assert remarks_on_shapes(checkpoint, [0.1, 0.6], small, "m") == [
+        f"{told}layer, 6.6% of the model; {advice} would let groups go"
+    ]
+    assert remarks_on_shapes(checkpoint, [0.1, 0.6], large, "m") == []
+    assert remarks_on_shapes(checkpoint, [0.5], small.model_copy(update={"structures": ["neurons"]}), "m") == []
 
 
 def test_groups_that_went_in_a_round_stay_away_and_dry_runs_know_the_last_shape():

@@ -10,7 +10,7 @@ from hfprune_dist.errors import UserError
 from hfprune_dist.planning.local_shapes import LocalTarget
 from hfprune_dist.planning.multiples import MOST_BEYOND, MULTIPLES, protected_by, target_of, with_numbers
 from hfprune_dist.planning.plain_shapes import all_plain_shapes, plain_shapes, ratio_of
-from hfprune_dist.planning.ratios import check_ratios, remarks_on_shapes
+from hfprune_dist.planning.ratios import check_ratios, largest_split, remarks_on_shapes
 from hfprune_dist.planning.widths import Target, size_of
 
 BOTH = ["neurons", "kv_groups"]
@@ -117,7 +117,9 @@ def test_what_is_given_stays():
 def test_ratios_that_come_to_the_same_shapes_are_refused():
     checkpoint = blank(**SMOLLM2)
     check_ratios(checkpoint, [0.2, 0.3], method(), "m")
-    with pytest.raises(UserError, match=r"m: ratios 0.2 and 0.2001 .* same checkpoint, .* multiples of 32; leave one"):
+    with pytest.raises(
+        UserError, match=r"m: ratios 0.2 and 0.2001 .* same checkpoint once .* multiples of 32; leave one"
+    ):
         check_ratios(checkpoint, [0.2, 0.2001], method(), "m")
     with pytest.raises(UserError, match=r"ratios 0.2 and 0.20001 would be the same checkpoint"):
         check_ratios(checkpoint, [0.2, 0.20001], method("searched", multiple_of=32), "m")
@@ -126,14 +128,24 @@ def test_ratios_that_come_to_the_same_shapes_are_refused():
 @pytest.mark.parametrize("allocation", ["plain", "local", "global", "searched"])
 @settings(derandomize=True, deadline=None, max_examples=15)
 @given(sizes(), st.floats(0.02, 0.6))
-def test_the_split_that_remarks_name_works_and_no_larger_one_does(allocation, changes, ratio):
+def test_the_largest_split_works_and_no_larger_one_does(allocation, changes, ratio):
     checkpoint, some = blank("mistral", **changes), method(allocation, multiple_of=1)
     assume(works(checkpoint, ratio, some, 1))
-    (remark,) = remarks_on_shapes(checkpoint, [ratio], some, "m")
-    largest = int(remark.rsplit(" ", 1)[1])
+    largest = largest_split(checkpoint, [ratio], {"m": some})
     assert works(checkpoint, ratio, some, largest)
     larger = range(largest + 1, changes["num_key_value_heads"] + 2)
     assert not any(works(checkpoint, ratio, some, size) for size in larger)
+
+
+def test_the_largest_split_works_with_every_method_and_ratio():
+    """Nine groups are too few for one of them, and nine devices can't share the twelve groups of the other."""
+    sizes = {"num_key_value_heads": 12, "num_attention_heads": 12, "hidden_size": 48, "intermediate_size": 96}
+    checkpoint = blank("mistral", **sizes, num_hidden_layers=6, vocab_size=64, head_dim=4)
+    methods = {name: method(name, multiple_of=1) for name in ("local", "searched")}
+    alone = {name: largest_split(checkpoint, [0.2, 0.6], {name: it}) for name, it in methods.items()}
+    assert alone == {"local": 9, "searched": 12}
+    assert largest_split(checkpoint, [0.2, 0.6], methods | {"neurons": method("uniform")}) == 6
+    assert largest_split(checkpoint, [0.2], {"neurons": method("uniform")}) is None
 
 
 def works(checkpoint, ratio, some, tensor_parallel):
@@ -146,7 +158,7 @@ def works(checkpoint, ratio, some, tensor_parallel):
 
 def test_remarks_name_the_multiple_of_each_ratio():
     told = remarks_on_shapes(blank(**SMOLLM2), [0.2, 0.5], method(), "m")
-    assert told == ["m: multiple_of is 32 at 0.2, 32 at 0.5", "m: the largest prune.tensor_parallel that works is 3"]
+    assert told == ["m: multiple_of is 32 at 0.2, 32 at 0.5"]
     assert remarks_on_shapes(blank(**SMOLLM2), [0.2], method("uniform", multiple_of=1), "m") == []
 
 

@@ -148,7 +148,7 @@ def test_rounds_and_multiples_are_of_experts(checkpoint):
         assert known_shape(checkpoint, 0.25, method, "here").experts == Span(expected, expected)
     with pytest.raises(UserError, match=r"of 2 rounds .* removes nothing once numbers of experts are rounded"):
         check_ratios(checkpoint, [0.1], Method(**LIKE_HFPRUNE, steps=2), "here")
-    told = r"ratios 0\.3 and 0\.301 .* numbers of experts that are multiples of 2; leave one of them out$"
+    told = r"ratios 0\.3 and 0\.301 .* once numbers of experts are rounded to multiples of 2; leave one of them out$"
     with pytest.raises(UserError, match=told):
         check_ratios(checkpoint, [0.3, 0.301], Method(**LIKE_HFPRUNE), "here")
     with pytest.raises(UserError, match="multiple_of comes to 16, but layers have 12 experts at most"):

@@ -45,12 +45,14 @@ def test_what_is_to_be_removed_is_as_close_as_units_allow_and_no_more_than_floor
     target = Target(size, 0.03, 1, "m")
     assert (size.units, size.num_layers, size.reached([50, 100])) == (100, 2, 0.015)
     assert target.removals([50, 50]) == 100 == size.removed([50, 50])
-    with pytest.raises(UserError, match=r"largest possible is 0.0297 \(multiple_of 1\)"):
+    with pytest.raises(UserError, match=r"largest possible is 0.0297$"):
         target.removals([50, 51])
     # The last step of 100 in steps of 48 removes 4: a ratio that removes 2 is rounded to it, and one of 1 to nothing.
     assert Target(size, 0.0006, 48, "m").removals([1, 1]) == 2
     with pytest.raises(UserError, match="removes nothing"):
         Target(size, 0.0003, 48, "m").removals([1, 1])
+    with pytest.raises(UserError, match=r"removes nothing once widths are rounded; use a larger ratio$"):
+        Target(size, 0.0001, 1, "m").removals([1, 1])
     even = ModelSize(10_000, (96, 96), 3, "neurons")
     assert Target(even, 0.0075, 48, "m").removals([1, 1]) == 25
     with pytest.raises(UserError, match="removes nothing"):
