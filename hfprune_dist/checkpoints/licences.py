@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from fnmatch import fnmatchcase
 
 _WORDS = ("license", "licence", "copying", "copyright", "notice", "use_policy")
 
 
-def _in_any_case(word: str) -> str:
-    return "".join(f"[{letter.upper()}{letter}]" if letter.isalpha() else letter for letter in word)
+def _globs(word: str) -> Iterator[str]:
+    """Globs for names with this word, or its plural, at the beginning, or after a dash or an underscore: License.txt,
+    MODEL_LICENSES. The word ends there, or a capital letter begins the next one: LicenseAgreement.pdf, not licensed.md.
+    """
+    in_any_case = "".join(f"[{letter.upper()}{letter}]" if letter.isalpha() else letter for letter in word)
+    for start in ("", "*[-_]"):
+        for whole in (in_any_case, f"{in_any_case}[Ss]"):
+            yield f"{start}{whole}"
+            yield f"{start}{whole}[!A-Za-z]*"
+        yield f"{start}[{word[0].upper()}{word[0]}]{word[1:]}[A-Z]*"
 
 
-# Globs for names with one of the words at the beginning, or after a dash or an underscore: License.txt, MODEL_LICENSE.
-LICENCE_PATTERNS = tuple(f"{start}{_in_any_case(word)}*" for word in _WORDS for start in ("", "*[-_]"))
+LICENCE_PATTERNS = tuple(glob for word in _WORDS for glob in _globs(word))
 
 
 def is_licence(name: str) -> bool:
