@@ -23,7 +23,7 @@ from hfprune_dist.checkpoints.discovery import BUFFERS, discover
 from hfprune_dist.checkpoints.families import FAMILIES, Family, not_supported, refuse_other_kinds, with_width
 from hfprune_dist.checkpoints.lfs_pointers import refuse_pointer
 from hfprune_dist.checkpoints.licences import LICENCE_PATTERNS
-from hfprune_dist.checkpoints.safetensors_header import TensorInfo
+from hfprune_dist.checkpoints.safetensors_header import TensorInfo, bytes_of_files
 from hfprune_dist.checkpoints.stored_names import SAME, StoredNames
 from hfprune_dist.checkpoints.text_decoder import KNOWN, beside_decoder, decoder_config, has_vision, with_decoder
 from hfprune_dist.checkpoints.weight_files import matching, read_headers, read_json_object
@@ -70,6 +70,7 @@ class Checkpoint:
         has_untied_head: whether config.json ties the head and ``config``, for that reason, doesn't.
         names: the names of tensors in the files, where they differ from those in the model.
         whole: config.json, unchanged.
+        bytes_on_disk: size of the files with its weights.
     """
 
     path: Path
@@ -80,6 +81,7 @@ class Checkpoint:
     has_untied_head: bool = False
     names: StoredNames = SAME
     whole: Mapping[str, Any] = field(default_factory=dict)
+    bytes_on_disk: int = 0
 
     @cached_property
     def num_layers(self) -> int:
@@ -240,9 +242,10 @@ def _described(path: Path, whole: Mapping[str, Any], config: dict[str, Any]) -> 
     check_dtypes(path, found, known)
     check_tensors(path, config, family, tensors)
     untied = bool(config.get("tie_word_embeddings")) and _heads_differ(path, family, tensors)
-    checkpoint = Checkpoint(
-        path, config | ({"tie_word_embeddings": False} if untied else {}), family, tensors, unused, untied, names, whole
-    )
+    if untied:
+        config = {**config, "tie_word_embeddings": False}
+    on_disk = bytes_of_files(stored.values())
+    checkpoint = Checkpoint(path, config, family, tensors, unused, untied, names, whole, on_disk)
     for name in checkpoint.companion_files:
         refuse_pointer(path / name)
     check_shapes(path, tensors, checkpoint.structures, config["hidden_size"])

@@ -68,6 +68,14 @@ def read_safetensors_header(file: Path) -> dict[str, TensorInfo]:
     return tensors
 
 
+def bytes_of_files(tensors: Iterable[TensorInfo]) -> int:
+    """Size of the files, headers included, that hold these tensors and no others."""
+    ends: dict[str, int] = {}
+    for info in tensors:
+        ends[info.file] = max(ends.get(info.file, 0), info.offset + info.bytes)
+    return sum(ends.values())
+
+
 def _tensor_info(file: str, data: int, entry: Mapping[str, Any]) -> TensorInfo:
     """Read a header's entry; offsets in it count from ``data``, the end of the header."""
     begin, end = entry["data_offsets"]

@@ -51,7 +51,8 @@ class DenseModel:
     """Facts in a dense row that no stage measures.
 
     Attributes:
-        weight_bytes: size of its tensors.
+        weight_bytes: size of the files with its weights, as ``weight_bytes_of`` counts them; records of earlier
+            versions leave out the files' headers.
         decoder: sizes of its layers, if they are alike.
         expert_widths: for a mixture of experts, field of config.json -> its value, and the number of experts.
         has_vision: whether it is a model of images and text.
@@ -69,12 +70,11 @@ class DenseModel:
     @classmethod
     def of(cls, checkpoint: Checkpoint) -> DenseModel:
         """Collect the facts from a dense checkpoint."""
-        weights = sum(tensor.bytes for tensor in checkpoint.tensors.values())
         kinds = checkpoint.structures.values()
         sizes = _with_experts({name: size for it in kinds for name, size in it.sizes(it.counts).items()})
         experts = {field: sizes[field] for field in (NUM_EXPERTS, *EXPERT_WIDTHS.values()) if field in sizes}
         width, decoder, vision = sizes.get("intermediate_size"), Decoder.of(checkpoint), checkpoint.family.has_vision
-        return cls(checkpoint.parameters, width, weights, decoder, experts or None, vision)
+        return cls(checkpoint.parameters, width, checkpoint.bytes_on_disk, decoder, experts or None, vision)
 
     @classmethod
     def from_json(cls, facts: Mapping[str, Any]) -> DenseModel:

@@ -3,10 +3,12 @@ import json
 import shutil
 from dataclasses import asdict, replace
 
+import numpy as np
 import pytest
 from families import save_model
 from headers import CONFIG, checkpoint_of, tensors_of
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from hfprune_dist.checkpoints.checkpoint import open_checkpoint
 from hfprune_dist.config.parameters import read_parameters
@@ -110,9 +112,26 @@ def test_a_row_has_the_shape_of_its_last_cut(store, kind):
 def test_what_is_known_of_a_dense_model_comes_back_from_its_record(tmp_path):
     checkpoint = open_checkpoint(save_model(tmp_path, "llama"))
     facts = DenseModel.of(checkpoint)
-    tensors = load_file(tmp_path / "model.safetensors").values()
-    assert facts.weight_bytes == sum(tensor.nbytes for tensor in tensors) and facts.decoder == Decoder.of(checkpoint)
+    assert facts.decoder == Decoder.of(checkpoint) and facts.weight_bytes is not None
     assert DenseModel.from_json(json.loads(json.dumps(asdict(facts)))) == facts
+
+
+@pytest.mark.parametrize("size", ["20KB", "1GB"])
+def test_the_size_of_a_dense_model_is_counted_as_that_of_a_pruned_one(tmp_path, store, size):
+    """Files, whose headers and tensors that the model doesn't compute with count."""
+    folder = save_model(tmp_path / "m", "llama")
+    resaved = AutoModelForCausalLM.from_pretrained(folder)
+    (folder / "model.safetensors").unlink()
+    resaved.save_pretrained(folder, max_shard_size=size)
+    last = sorted(folder.glob("*.safetensors"))[-1]
+    save_file({**load_file(last), "zz.inv_freq": np.ones(7, np.float32)}, last, {"format": "pt"})
+    if (index := folder / "model.safetensors.index.json").exists():
+        told = json.loads(index.read_text())
+        index.write_text(json.dumps(told | {"weight_map": {**told["weight_map"], "zz.inv_freq": last.name}}))
+    weights = {it.name: it.read_bytes() for it in folder.glob("*.safetensors")}
+    commit(store, PRUNE, {name: "x" * len(content) for name, content in weights.items()})
+    dense, pruned = collect_rows(PLAN, store, {"m": DenseModel.of(open_checkpoint(folder))})
+    assert dense["weight_bytes"] == pruned["weight_bytes"] and (len(weights) > 1) == (size == "20KB")
 
 
 def test_records_of_earlier_versions_are_of_models_without_images():
