@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from hfprune_dist.config.parameters import EfficiencyParameters
 from hfprune_dist.planning.plan import Plan
+from hfprune_dist.planning.stages_instead import with_instead
 from hfprune_dist.store.stage import Stage
 
 
@@ -21,9 +22,4 @@ def with_earlier_measurements(today: Plan, device: str, stands: Callable[[str], 
         if isinstance(stage.params, EfficiencyParameters) and stage.params.device != device:
             earlier = replace(stage, params=stage.params.model_copy(update={"device": device}))
             instead |= {stage_id: earlier} if stands(earlier.id) else {}
-    if not instead:
-        return today
-    stages = (instead.get(stage_id, stage) for stage_id, stage in today.stages.items())
-    ids = {stage_id: stage.id for stage_id, stage in instead.items()}
-    cells = (replace(cell, efficiency=ids.get(cell.efficiency or "", cell.efficiency)) for cell in today.cells)
-    return replace(today, stages={stage.id: stage for stage in stages}, cells=tuple(cells))
+    return with_instead(today, instead)

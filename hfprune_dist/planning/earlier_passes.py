@@ -7,13 +7,12 @@ from dataclasses import replace
 
 from hfprune_dist.config.parameters import ImportanceParameters
 from hfprune_dist.planning.plan import Plan
+from hfprune_dist.planning.stages_instead import with_instead
 from hfprune_dist.store.stage import Stage
 
 
 def with_earlier_passes(today: Plan, earlier: Plan, is_done: Callable[[str], bool]) -> Plan:
     """Return today's plan with passes replaced by those of an earlier run that contain their scores already.
-
-    Fingerprints stay the same: a stage identifies a pass only by the part it reads.
 
     Args:
         is_done: whether the stage with this id has its artifact.
@@ -21,7 +20,7 @@ def with_earlier_passes(today: Plan, earlier: Plan, is_done: Callable[[str], boo
     wanted = [stage for stage in today.stages.values() if stage.kind == "importance" and not is_done(stage.id)]
     made = [it for it in earlier.stages.values() if it.kind == "importance" and is_done(it.id)] if wanted else []
     holding = ((stage, next((it for it in made if _holds(it, stage)), None)) for stage in wanted)
-    return _with_instead(today, {stage.id: found for stage, found in holding if found is not None})
+    return with_instead(today, {stage.id: found for stage, found in holding if found is not None})
 
 
 def _holds(made: Stage, wanted: Stage) -> bool:
@@ -33,19 +32,3 @@ def _holds(made: Stage, wanted: Stage) -> bool:
     if has.calibration.settled is not None or not is_part:
         return False
     return replace(made, params=has.scoring(asks.criteria, asks.structures)).id == wanted.id
-
-
-def _with_instead(plan: Plan, instead: dict[str, Stage]) -> Plan:
-    """Return a plan in which stages are replaced: id of a stage -> its replacement."""
-    ids = {stage_id: it.id for stage_id, it in instead.items()}
-    stages: dict[str, Stage] = {}
-    for stage_id, stage in plan.stages.items():
-        inputs = {
-            role: replace(source, location=ids.get(source.location, source.location))
-            for role, source in stage.inputs.items()
-        }
-        # A replacement reads the same content, wherever the earlier plan located it.
-        standing = replace(instead.get(stage_id, stage), inputs=inputs, label=stage.label)
-        stages.setdefault(standing.id, standing)
-    cells = [replace(cell, producers=tuple(ids.get(it, it) for it in cell.producers)) for cell in plan.cells]
-    return Plan(stages, tuple(cells), tuple(ids.get(it, it) for it in plan.asked))
