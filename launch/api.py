@@ -23,7 +23,7 @@ from hfprune_launch.sweep_folder import read_sweep
 from numpy.typing import NDArray
 
 from hfprune_dist.errors import UserError
-from hfprune_dist.results.comparison import read_scores
+from hfprune_dist.results.agreement import read_scores
 from hfprune_dist.results.rows import Row
 from hfprune_dist.store.stage import Stage
 

@@ -46,16 +46,20 @@ def wide_notes(rows: Sequence[Row]) -> list[str]:
 
 def causes(rows: Sequence[Row]) -> list[str]:
     """Lines on each row without a result, on rows that can't be compared with others, and on missing speeds."""
-    missing = [f"missing: {row['label']}: {row['cause']}" for row in rows if row["status"] == "missing"]
     unmeasured: dict[str, list[str]] = {}
     for row in rows:
         if row["speed_cause"] is not None:
             unmeasured.setdefault(row["speed_cause"], []).append(row["label"])
     return [
-        *missing,
+        *missing(rows),
         *measured_otherwise(rows),
         *(f"speed missing: {', '.join(labels)}: {cause}" for cause, labels in unmeasured.items()),
     ]
+
+
+def missing(rows: Sequence[Row]) -> list[str]:
+    """A line on each row without a result."""
+    return [f"missing: {row['label']}: {row['cause']}" for row in rows if row["status"] == "missing"]
 
 
 def measured_otherwise(rows: Sequence[Row]) -> list[str]:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from hfprune_launch.modes.past_attempts import past_attempts
 from hfprune_launch.screen import ROOMY, SAID_OF_WIDE, TIGHT, make_console, say, show_table, table_of
@@ -15,20 +15,24 @@ from rich.console import Console
 
 from hfprune_dist.core.split_half import SHARES_KEPT
 from hfprune_dist.errors import UserError, did_you_mean
+from hfprune_dist.results.agreement import (
+    columns_of_convergences,
+    columns_of_pairs,
+    compare_criteria,
+    convergences,
+    scores_to_compare,
+)
+from hfprune_dist.results.column import Column, markdown
 from hfprune_dist.results.comparison import (
     Comparison,
     all_columns_of_methods,
-    compare_criteria,
     compare_methods,
-    convergence_table,
-    criteria_table,
     few_columns_of_methods,
     methods_table,
     note_on_methods,
-    scores_to_compare,
 )
 from hfprune_dist.results.markdown import escaped
-from hfprune_dist.results.notes import measured_otherwise
+from hfprune_dist.results.notes import measured_otherwise, missing
 from hfprune_dist.store.artifacts import Store
 from hfprune_dist.store.atomic_files import write_json, write_text
 from hfprune_dist.store.stage import Stage
@@ -37,6 +41,24 @@ from hfprune_dist.store.stage_handle import StageHandle
 REFERENCE = "hfprune"  # unless another method is named
 # Of each model, or pass over it: one record per pair of criteria, or per criterion and number of windows.
 Records = dict[str, list[dict[str, Any]]]
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Page(Generic[T]):
+    """A table that follows the one of methods."""
+
+    title: str
+    rows: Sequence[T]
+    columns: Sequence[Column[T]]
+
+    def text(self) -> str:
+        """Return the page in Markdown."""
+        return f"# {escaped(self.title)}\n\n{markdown(self.rows, self.columns)}"
+
+    def show(self, console: Console, wide: bool) -> None:
+        say(console, f"\n{self.title}")
+        show_table(console, [table_of(self.rows, self.columns, gap) for gap in (ROOMY, TIGHT)], wide)
 
 
 def compare(folders: Sequence[Path], out: Path, named: str | None, wide: bool) -> None:
@@ -57,7 +79,7 @@ def compare(folders: Sequence[Path], out: Path, named: str | None, wide: bool) -
     if named is not None:
         _require_method(named, methods)
     criteria, convergence = _criteria(sweeps[0]), _convergence(sweeps[0])
-    pages, warnings = _pages(criteria, convergence), _measured_otherwise(sweeps)
+    pages, warnings = _pages(criteria, convergence), _warnings(sweeps)
     record = {
         "methods": [asdict(it) for it in methods],
         "criteria": criteria,
@@ -67,11 +89,13 @@ def compare(folders: Sequence[Path], out: Path, named: str | None, wide: bool) -
     table = "\n".join([methods_table(methods, reference), *(f"{escaped(it)}\n" for it in warnings)])
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / "comparison.json", record, sort_keys=False)
-    write_text(out / "comparison.md", "\n".join([f"# Methods\n\n{table}", *pages]))
+    write_text(out / "comparison.md", "\n".join([f"# Methods\n\n{table}", *(it.text() for it in pages)]))
     console = make_console()
     show_methods(console, methods, reference, wide)
-    for text in (*warnings, *(f"\n{page}" for page in pages)):
+    for text in warnings:
         say(console, text)
+    for page in pages:
+        page.show(console, wide)
     say(console, f"written: {out / 'comparison.md'}, comparison.json")
 
 
@@ -91,16 +115,15 @@ def _require_method(named: str, methods: Sequence[Comparison]) -> None:
         raise UserError(f"--reference: no method {named!r}{did_you_mean(named, names)}; valid: {', '.join(names)}")
 
 
-def _pages(criteria: Records, convergence: Records) -> list[str]:
-    """Return the pages in Markdown that follow the table of methods."""
-    return [
-        *(f"# Criteria: {escaped(model)}\n\n{criteria_table(pairs)}" for model, pairs in criteria.items() if pairs),
-        *(
-            f"# Calibration windows: {escaped(model)}\n\n{convergence_table(points)}"
-            for model, points in convergence.items()
-            if points
-        ),
-    ]
+def _pages(criteria: Records, convergence: Records) -> list[Page[Any]]:
+    """Return the pages that follow the table of methods."""
+    pages: list[Page[Any]] = []
+    for model, pairs in criteria.items():
+        pages += [Page(f"Criteria: {model}", pairs, columns_of_pairs(pairs))] if pairs else []
+    for model, points in convergence.items():
+        rows = convergences(points)
+        pages += [Page(f"Calibration windows: {model}", rows, columns_of_convergences(rows))] if rows else []
+    return pages
 
 
 def show_methods(console: Console, methods: Sequence[Comparison], reference: str, wide: bool) -> None:
@@ -111,7 +134,7 @@ def show_methods(console: Console, methods: Sequence[Comparison], reference: str
     """
     columns = (all_columns_of_methods if wide else few_columns_of_methods)(methods, reference)
     show_table(console, [table_of(methods, columns, gap) for gap in (ROOMY, TIGHT)], wide)
-    for note in [note_on_methods(columns), *([] if wide else [SAID_OF_WIDE])]:
+    for note in [note_on_methods(methods, columns), *([] if wide else [SAID_OF_WIDE])]:
         console.print(note, markup=False, highlight=False)
 
 
@@ -142,15 +165,12 @@ def _refuse_rows_twice(sweeps: Sequence[RecordedSweep]) -> None:
                 )
 
 
-def _measured_otherwise(sweeps: Sequence[RecordedSweep]) -> list[str]:
-    """Name the finished rows whose scores can't be compared with their model's first one, as of other held-out text."""
-    rows = [
-        {**row, "label": f"{sweep.folder}: {row['label']}"}
-        for sweep in sweeps
-        for row in sweep.rows
-        if row["status"] == "done"
-    ]
-    return measured_otherwise(rows)
+def _warnings(sweeps: Sequence[RecordedSweep]) -> list[str]:
+    """Name the rows without a result, which the table leaves out, and why; and the finished ones whose scores can't be
+    compared with their model's first one, as of other held-out text.
+    """
+    rows = [{**row, "label": f"{sweep.folder}: {row['label']}"} for sweep in sweeps for row in sweep.rows]
+    return [*missing(rows), *measured_otherwise([row for row in rows if row["status"] == "done"])]
 
 
 def _calibrations(sweep: RecordedSweep) -> list[Stage]:

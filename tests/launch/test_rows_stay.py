@@ -11,6 +11,7 @@ import pytest
 import yaml
 from hfprune_launch import compare, report, sweep
 from hfprune_launch.modes import sweep_plan
+from hfprune_launch.sweep_folder import read_record
 from rows import efficiency
 from safetensors.numpy import save_file
 from sweeps import in_process, planned
@@ -303,6 +304,20 @@ def test_a_comparison_names_rows_that_were_measured_otherwise(config, tmp_path):
             assert named == told and f"{tmp_path / 'one'}: alpha" not in text
 
 
+def test_a_comparison_names_rows_without_a_result(config, tmp_path):
+    """The table has no row of them, as if nobody had asked for them."""
+    out, both = tmp_path / "out", tmp_path / "both"
+    done(config, out, "--models", "alpha", models=["alpha"])
+    for artifact in (out / "store" / "importance").iterdir():
+        save_file({"layers.0.entropy": np.arange(8.0)}, artifact / SCORES)
+    lost = next(cell for cell in read_record(out).plan.cells if cell.label == "alpha 0.1 + lora")
+    Store(out / "store").discard(lost.evaluate)
+    code, shown, said = run(out, "--out", both, command=compare)
+    assert code == 0, said
+    line = f"missing: {out}: alpha 0.1 + lora: evaluate has not run yet"
+    assert line in shown.splitlines() and "has not run yet" in (both / "comparison.md").read_text()
+
+
 def test_a_comparison_tells_the_passes_of_one_model_apart(config, tmp_path):
     """Rows of an earlier run were scored on other windows."""
     out = tmp_path / "out"
@@ -316,8 +331,9 @@ def test_a_comparison_tells_the_passes_of_one_model_apart(config, tmp_path):
         save_file({f"layers.0.{name}": np.arange(8.0) for name in ("entropy", "surgeon")}, artifact / SCORES)
     code, shown, said = run(out, "--out", tmp_path / "both", command=compare)
     assert code == 0, said
-    named = sorted(line for line in shown.splitlines() if line.startswith("# Criteria"))
-    assert named == sorted(f"# Criteria: alpha, importance/{it.name}" for it in passes) and len(passes) == 2
+    named = sorted(line for line in shown.splitlines() if line.startswith("Criteria"))
+    assert named == sorted(f"Criteria: alpha, importance/{it.name}" for it in passes) and len(passes) == 2
+    assert all(f"# {title}\n" in (tmp_path / "both" / "comparison.md").read_text() for title in named)
 
 
 @pytest.mark.parametrize("method", ["surgeon-uniform-block", "loraprune"])

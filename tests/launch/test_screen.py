@@ -7,7 +7,7 @@ import unicodedata
 from pathlib import Path
 
 import pytest
-from hfprune_launch.modes.compare import show_methods
+from hfprune_launch.modes.compare import Page, show_methods
 from hfprune_launch.project import PROJECT
 from hfprune_launch.screen import make_console, say, show_checkpoints, show_published, show_results, stage_screen
 from hfprune_launch.stage import progress_lines
@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 from rows import missing, row_of
 
+from hfprune_dist.results.agreement import columns_of_pairs
 from hfprune_dist.results.checkpoint_folders import Update
 from hfprune_dist.results.comparison import compare_methods
 from hfprune_dist.results.published import read_published
@@ -81,6 +82,17 @@ def test_a_usual_comparison_fits_80_columns(on_terminal):
         "0.762±0.000",
         "3",
     ]
+
+
+@pytest.mark.parametrize("wide", [False, True])
+def test_names_read_as_they_are_on_a_screen_and_in_a_file(on_terminal, wide):
+    """Signs of Markdown are escaped in files alone."""
+    pairs = [{"criteria": ["_a_", "[b]"], "spearman": [0.2, 0.6], "overlap": {"0.5": [0.5, 1.0]}}]
+    page = Page("Criteria: <m>", pairs, columns_of_pairs(pairs))
+    title, head, line = filter(None, on_terminal(page.show, wide=wide))
+    assert (title, line.split()) == ("Criteria: <m>", ["_a_", "/", "[b]", "0.400", "0.750"])
+    assert head.startswith("criteria ") and "overlap, 50% kept" in head
+    assert page.text().splitlines()[::4] == [r"# Criteria: \<m>", r"| \_a\_ / \[b] | 0.400 | 0.750 |"]
 
 
 def test_longer_names_fit_120_columns():

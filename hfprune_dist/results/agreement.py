@@ -1,0 +1,163 @@
+"""Agreement of criteria: between their scores, and between what each keeps after few and many calibration windows."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors.numpy import load_file
+
+from hfprune_dist.errors import UserError
+from hfprune_dist.results.column import Column
+from hfprune_dist.results.formats import number
+from hfprune_dist.structures import EXPERT_NEURONS, EXPERTS, NEURONS, SHARED_NEURONS
+from hfprune_dist.structures.score_names import SCORES, criteria_in, scores_of_layers
+
+Scores = Mapping[str, list[NDArray[np.float64]]]
+# Two criteria: their names, and their agreement in each layer.
+Pair = Mapping[str, Any]
+# Kinds of units that a layer's MLPs consist of.
+_MLPS = (NEURONS, EXPERT_NEURONS, SHARED_NEURONS)
+
+
+def read_scores(importance: Path) -> dict[str, list[NDArray[np.float64]]]:
+    """Criterion -> its scores of every layer's neurons, from an importance artifact; those of experts are concatenated.
+    If only whole experts were scored, their scores.
+
+    Raises:
+        UserError: if the file is missing.
+    """
+    neurons, experts = scores_to_compare(importance)
+    return {name: neurons.get(name) or experts[name] for name in sorted({*neurons, *experts})}
+
+
+def scores_to_compare(importance: Path) -> tuple[Scores, Scores]:
+    """Criterion -> its scores of every layer's neurons, as in ``read_scores``; and the same of whole experts.
+
+    Raises:
+        UserError: if the file is missing.
+    """
+    file = importance / SCORES
+    if not file.is_file():
+        raise UserError(f"{file}: missing; run the sweep again, it makes only what is missing")
+    stored = load_file(file)
+    of_all = ({name: _of_layers(stored, name, kinds) for name in criteria_in(stored)} for kinds in (_MLPS, [EXPERTS]))
+    neurons, experts = ({name: rows for name, rows in of_kinds.items() if rows} for of_kinds in of_all)
+    return neurons, experts
+
+
+def _of_layers(
+    stored: Mapping[str, NDArray[np.float64]], criterion: str, kinds: Sequence[str]
+) -> list[NDArray[np.float64]]:
+    of_kinds = (scores_of_layers(stored, criterion, kind) for kind in kinds)
+    layers = zip(*(of_layers for of_layers in of_kinds if of_layers), strict=True)
+    return [np.concatenate(of_layer) if len(of_layer) > 1 else of_layer[0] for of_layer in layers]
+
+
+def compare_criteria(of_units: Iterable[Scores], shares_kept: Sequence[float]) -> list[dict[str, Any]]:
+    """For every pair of criteria: rank correlation (None in a layer with a single unit) and overlap of the kept sets,
+    layer by layer.
+
+    Args:
+        of_units: for each sort of units, criterion -> scores of each layer, float64 [units]. A pair is compared by the
+            first that both score, in the layers that have such units.
+        shares_kept: widths to compare, as shares of the layer's units.
+    """
+    pairs: dict[tuple[str, str], list[tuple[NDArray[np.float64], NDArray[np.float64]]]] = {}
+    for scores in of_units:
+        for first, second in combinations(scores, 2):
+            layers = zip(scores[first], scores[second], strict=True)
+            pairs.setdefault((first, second), [layer for layer in layers if len(layer[0])])
+    return [
+        {
+            "criteria": list(names),
+            "spearman": [spearman(a, b) for a, b in pairs[names]],
+            "overlap": {f"{share:g}": [overlap(a, b, share) for a, b in pairs[names]] for share in shares_kept},
+        }
+        for names in sorted(pairs)
+    ]
+
+
+def spearman(a_D: NDArray[np.float64], b_D: NDArray[np.float64]) -> float | None:
+    """Rank correlation; units with equal scores are ranked in their order. None for a single unit: it isn't defined."""
+    if len(a_D) < 2:
+        return None
+    a_ranks_D, b_ranks_D = (np.argsort(np.argsort(it, kind="stable")) for it in (a_D, b_D))
+    return float(np.corrcoef(a_ranks_D, b_ranks_D)[0, 1])
+
+
+def overlap(a_D: NDArray[np.float64], b_D: NDArray[np.float64], share: float) -> float:
+    """Share of the units kept by one criterion that the other one keeps too."""
+    width = max(1, round(share * len(a_D)))
+    kept = [set(np.argsort(-it, kind="stable")[:width].tolist()) for it in (a_D, b_D)]
+    return len(kept[0] & kept[1]) / width
+
+
+def columns_of_pairs(pairs: Sequence[Pair]) -> list[Column[Pair]]:
+    """Columns for pairs of criteria, as ``compare_criteria`` returns them: means over layers."""
+    shares = list(pairs[0]["overlap"]) if pairs else []
+    return [
+        Column("criteria", lambda it: " / ".join(it["criteria"]), is_text=True),
+        Column("Spearman", lambda it: _mean(it["spearman"])),
+        *(Column(f"overlap, {float(share):.0%} kept", partial(_mean_overlap, share=share)) for share in shares),
+    ]
+
+
+def _mean_overlap(pair: Pair, share: str) -> str:
+    return _mean(pair["overlap"][share])
+
+
+def _mean(values: Sequence[float | None]) -> str:
+    known = [value for value in values if value is not None]
+    return f"{statistics.fmean(known):.3f}" if known else "-"
+
+
+@dataclass(frozen=True)
+class Convergence:
+    """Overlap between the units that two halves of the windows keep.
+
+    Attributes:
+        criterion: its name, and what was compared if not its scores.
+        overlaps: number of windows -> overlap, as far as known.
+    """
+
+    criterion: str
+    share_kept: float
+    overlaps: Mapping[int, float]
+
+
+def convergences(points: Sequence[Mapping[str, Any]]) -> list[Convergence]:
+    """Return the convergence of each criterion and share, in order of first appearance.
+
+    Args:
+        points: ``split_half_overlap`` from the metrics of an importance artifact.
+    """
+    found: dict[tuple[str, float], dict[int, float]] = {}
+    compared: dict[str, str] = {}
+    for point in points:
+        criterion, share = point["criterion"], point["share_kept"]
+        found.setdefault((criterion, share), {})[point["windows"]] = point["overlap"]
+        compared[criterion] = point.get("compared", "scores")
+    names = {it: it if what == "scores" else f"{it} ({what})" for it, what in compared.items()}
+    return [Convergence(names[criterion], share, overlaps) for (criterion, share), overlaps in found.items()]
+
+
+def columns_of_convergences(rows: Sequence[Convergence]) -> list[Column[Convergence]]:
+    """Columns for convergences, one for each number of windows."""
+    sizes = sorted({windows for row in rows for windows in row.overlaps})
+    return [
+        Column("criterion", lambda it: it.criterion, is_text=True),
+        Column("kept", lambda it: f"{it.share_kept:.0%}"),
+        *(Column(f"{windows} windows", partial(_overlap_of, windows=windows)) for windows in sizes),
+    ]
+
+
+def _overlap_of(row: Convergence, windows: int) -> str:
+    return number(row.overlaps.get(windows), ".3f")
