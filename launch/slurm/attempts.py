@@ -30,7 +30,7 @@ from hfprune_launch.slurm.attempt_records import (
 )
 
 from hfprune_dist.errors import UserError
-from hfprune_dist.store.atomic_files import listed, write_json
+from hfprune_dist.store.atomic_files import listed, modified_at, write_json
 from hfprune_dist.store.stage import Stage
 
 
@@ -46,6 +46,14 @@ class Attempt:
         """The job's id, as recorded by the launcher, or by the job itself if the launcher died before that."""
         job = read_attempt_record(self.folder / JOB, Job)
         return job.job_id if job is not None else next((run.job_id for run in self.runs()), None)
+
+    @property
+    def recorded_at(self) -> float:
+        """Unix time at which the intent was written, by the file system's clock, since each launcher has its own; by
+        the launcher's if the record is lost.
+        """
+        written = modified_at(self.folder / INTENT)
+        return self.intent.created if written is None else written
 
     @property
     def end(self) -> End | None:

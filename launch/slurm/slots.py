@@ -35,7 +35,7 @@ def choose_slot(limit: int | None, live: Iterable[Attempt], after_ok: Collection
     if limit is None:
         return Slot(None, None)
     last: dict[int, Attempt] = {}
-    for attempt in sorted(live, key=lambda attempt: attempt.intent.created):
+    for attempt in sorted(live, key=_order):
         if attempt.intent.slot is not None:
             last[attempt.intent.slot] = attempt
     free = next((slot for slot in range(limit) if slot not in last), None)
@@ -45,5 +45,10 @@ def choose_slot(limit: int | None, live: Iterable[Attempt], after_ok: Collection
     ids = {slot: job_id for slot in last if slot < limit and (job_id := last[slot].job_id) is not None}
     if not ids:
         return None
-    slot = min(ids, key=lambda slot: (ids[slot] not in after_ok, last[slot].intent.created))
+    slot = min(ids, key=lambda slot: (ids[slot] not in after_ok, *_order(last[slot])))
     return Slot(slot, ids[slot])
+
+
+def _order(attempt: Attempt) -> tuple[float, float]:
+    """Orders attempts as they were recorded; those of one launcher too, within a tick of the file system's clock."""
+    return attempt.recorded_at, attempt.intent.created

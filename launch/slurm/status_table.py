@@ -174,7 +174,7 @@ def cell_logs(plan: Plan, store: Store, local_logs: Path, name: str, lines: int)
 
 def _newest_logs(attempt: Attempt | None, local: list[Path]) -> list[Path]:
     """Return the logs of the last job, or the last log on this machine if it was written after the job's submission."""
-    if attempt is None or (local and _written(local[-1]) > attempt.intent.created):
+    if attempt is None or (local and _written(local[-1]) > attempt.recorded_at):
         return local[-1:]
     return attempt.logs()
 
