@@ -127,10 +127,15 @@ def seconds_per_unit(beats: list[Beat], kind: str, phase: str, first: int) -> fl
     return statistics.mean(seconds)
 
 
+def manifests_of(out: Path, kind: str) -> list[dict]:
+    """Return the manifests of all artifacts of a kind."""
+    return [json.loads(file.read_text()) for file in (out / "store" / kind).glob("*/manifest.json")]
+
+
 def manifest_of(out: Path, kind: str) -> dict:
     """Return the manifest of the only artifact of a kind."""
-    (manifest,) = (out / "store" / kind).glob("*/manifest.json")
-    return json.loads(manifest.read_text())
+    (manifest,) = manifests_of(out, kind)
+    return manifest
 
 
 def logs_of(out: Path) -> str:

@@ -1,11 +1,22 @@
-"""Memory is as estimated (check 5), GPUs are busy (check 6), and larger micro-batches pay off (check 7)."""
+"""Memory is as estimated (check 5); the load of GPUs (check 6) and the gain of larger micro-batches (check 7) are told.
 
-import json
+No bound is asserted on loads and times, which depend on the machine: pytest -rP shows them, --junitxml=FILE keeps them.
+"""
+
 import statistics
 
 import pytest
 from gpu_marks import MODEL
-from gpu_runs import finish_watched, folder_of, manifest_of, seconds_per_unit, shape_of, visible, write_config
+from gpu_runs import (
+    finish_watched,
+    folder_of,
+    manifest_of,
+    manifests_of,
+    seconds_per_unit,
+    shape_of,
+    visible,
+    write_config,
+)
 from hfprune_launch.local.hardware import count_gpus
 
 from hfprune_dist.planning.footprint import Importance
@@ -26,17 +37,18 @@ def test_memory_of_a_calibration_pass_is_as_estimated(real_assets, tmp_path, win
 
 
 @pytest.mark.gpu
-def test_gpus_are_busy_in_the_calibration_pass_of_the_best_method(real_assets, tmp_path):
+def test_the_load_of_gpus_in_the_calibration_pass_of_the_best_method(real_assets, tmp_path, record_property):
     config = write_config(tmp_path, real_assets, folder_of(MODEL), methods=["surgeon-plain"])
     beats = finish_watched(config, tmp_path / "out", environment=visible(count_gpus()))
     busy = [share for beat in beats if beat.phase == "calibration" and beat.done for share in beat.busy]
-    assert statistics.mean(busy) > 70, json.dumps(busy)
+    assert busy and all(0 <= share <= 100 for share in busy)
+    report(record_property, "load in %, mean over heartbeats", statistics.mean(busy))
 
 
 @pytest.mark.gpu
-def test_recovery_is_at_least_twice_as_fast_with_four_rows_at_a_time(real_assets, tmp_path):
-    """Twenty steps each, without running out of memory."""
-    seconds = {}
+def test_recovery_with_four_rows_at_a_time_takes_the_same_steps(real_assets, tmp_path, record_property):
+    """Twenty each, without running out of memory."""
+    seconds, steps = {}, {}
     for rows in (1, 4):
         folder = tmp_path / str(rows)
         folder.mkdir()
@@ -51,4 +63,11 @@ def test_recovery_is_at_least_twice_as_fast_with_four_rows_at_a_time(real_assets
         config = write_config(folder, real_assets, folder_of(MODEL), recovery=recovery)
         beats = finish_watched(config, folder / "out", environment=visible(count_gpus()))
         seconds[rows] = seconds_per_unit(beats, "recover", "recovery", first=3)
-    assert seconds[1] >= 2 * seconds[4], seconds
+        steps[rows] = {it["metrics"]["steps"] for it in manifests_of(folder / "out", "recover")}
+    assert steps == {1: {20}, 4: {20}}
+    report(record_property, "time of a step with one row / with four", seconds[1] / seconds[4])
+
+
+def report(record_property, what, value):
+    record_property(what, value)
+    print(f"{what}: {value:.3g}")
