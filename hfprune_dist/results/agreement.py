@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from hfprune_dist.errors import UserError
@@ -32,7 +33,7 @@ def read_scores(importance: Path) -> dict[str, list[NDArray[np.float64]]]:
     If only whole experts were scored, their scores.
 
     Raises:
-        UserError: if the file is missing.
+        UserError: if the file is missing or damaged.
     """
     neurons, experts = scores_to_compare(importance)
     return {name: neurons.get(name) or experts[name] for name in sorted({*neurons, *experts})}
@@ -42,12 +43,15 @@ def scores_to_compare(importance: Path) -> tuple[Scores, Scores]:
     """Criterion -> its scores of every layer's neurons, as in ``read_scores``; and the same of whole experts.
 
     Raises:
-        UserError: if the file is missing.
+        UserError: if the file is missing or damaged.
     """
     file = importance / SCORES
-    if not file.is_file():
-        raise UserError(f"{file}: missing; run the sweep again, it makes only what is missing")
-    stored = load_file(file)
+    try:
+        stored = load_file(file)
+    except FileNotFoundError:
+        raise UserError(f"{file}: missing") from None
+    except SafetensorError as error:
+        raise UserError(f"{file}: damaged ({error})") from None
     of_all = ({name: _of_layers(stored, name, kinds) for name in criteria_in(stored)} for kinds in (_MLPS, [EXPERTS]))
     neurons, experts = ({name: rows for name, rows in of_kinds.items() if rows} for of_kinds in of_all)
     return neurons, experts

@@ -78,8 +78,8 @@ def compare(folders: Sequence[Path], out: Path, named: str | None, wide: bool) -
         raise UserError(f"{', '.join(map(str, folders))}: no cell is finished; run the sweeps first")
     if named is not None:
         _require_method(named, methods)
-    criteria, convergence = _criteria(sweeps[0]), _convergence(sweeps[0])
-    pages, warnings = _pages(criteria, convergence), _warnings(sweeps)
+    (criteria, unread), convergence = _criteria(sweeps[0]), _convergence(sweeps[0])
+    pages, warnings = _pages(criteria, convergence), [*_warnings(sweeps), *unread]
     record = {
         "methods": [asdict(it) for it in methods],
         "criteria": criteria,
@@ -179,11 +179,18 @@ def _calibrations(sweep: RecordedSweep) -> list[Stage]:
     return [stage for stage in stages if not stage.needs]
 
 
-def _criteria(sweep: RecordedSweep) -> Records:
-    """Model, or pass over it -> agreement of its criteria, from the first sweep's scores of the dense model."""
-    return {
-        label: compare_criteria(scores_to_compare(scored.artifact), SHARES_KEPT) for label, scored in _scored(sweep)
-    }
+def _criteria(sweep: RecordedSweep) -> tuple[Records, list[str]]:
+    """Model, or pass over it -> agreement of its criteria, from the first sweep's scores of the dense model; and a note
+    on each pass whose scores can't be read. Rows stand without them.
+    """
+    records: Records = {}
+    unread: list[str] = []
+    for label, scored in _scored(sweep):
+        try:
+            records[label] = compare_criteria(scores_to_compare(scored.artifact), SHARES_KEPT)
+        except UserError as error:
+            unread.append(f"no agreement of criteria on {label}: {error}")
+    return records, unread
 
 
 def _convergence(sweep: RecordedSweep) -> Records:

@@ -318,6 +318,18 @@ def test_a_comparison_names_rows_without_a_result(config, tmp_path):
     assert line in shown.splitlines() and "has not run yet" in (both / "comparison.md").read_text()
 
 
+def test_a_comparison_stands_without_scores_that_are_damaged(config, tmp_path):
+    """No row needs them any more, so no run makes them again."""
+    out, both = tmp_path / "out", tmp_path / "both"
+    done(config, out, "--models", "alpha", models=["alpha"])
+    (scored,) = (out / "store" / "importance").iterdir()
+    for damage in (lambda: None, lambda: (scored / SCORES).write_bytes(b"")):
+        damage()
+        code, shown, said = run(out, "--out", both, command=compare)
+        assert code == 0 and shown.startswith("model"), said
+        assert f"no agreement of criteria on alpha: {scored / SCORES}: " in shown
+
+
 def test_a_comparison_tells_the_passes_of_one_model_apart(config, tmp_path):
     """Rows of an earlier run were scored on other windows."""
     out = tmp_path / "out"

@@ -120,3 +120,12 @@ def test_criteria_are_compared_by_units_that_both_score_in_layers_that_have_some
 def test_scores_that_are_missing_are_named(tmp_path):
     with pytest.raises(UserError, match=re.escape(f"{tmp_path / SCORES}: missing")):
         read_scores(tmp_path)
+
+
+def test_scores_that_are_damaged_are_named(tmp_path):
+    save_file({"layers.0.entropy": np.arange(8.0)}, tmp_path / SCORES)
+    content = (tmp_path / SCORES).read_bytes()
+    for damage in (content[:-1], content[:20], b""):
+        (tmp_path / SCORES).write_bytes(damage)
+        with pytest.raises(UserError, match=re.escape(f"{tmp_path / SCORES}: damaged (")):
+            read_scores(tmp_path)
