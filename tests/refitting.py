@@ -63,7 +63,7 @@ def refit(method, checkpoint, kept, folder, *, dense=None, **options):
 
     Args:
         dense: the dense checkpoint and the numbers of the layers there, if it is another one.
-        options: ``world``, ``windows_ST``, ``dtype``, ``micro_batch_size`` and ``after_each``.
+        options: ``world``, ``windows_ST``, ``dtype``, ``micro_batch_size``, ``residual`` and ``after_each``.
     """
     world, windows_ST = options["world"], options["windows_ST"]
     where = windows_ST, options.get("dtype", torch.float32), options.get("micro_batch_size", MICRO_BATCH), world
@@ -74,7 +74,8 @@ def refit(method, checkpoint, kept, folder, *, dense=None, **options):
     else:
         model, layers = dense or (checkpoint, kept.layers)
         streams = stream, LayerStream(model, *where)
-        made = SequentialRefit(checkpoint.family, kept, *streams, fitted, dense_layers=layers, world=world)
+        whose = {"dense_layers": layers, "residual": options.get("residual", set())}
+        made = SequentialRefit(checkpoint.family, kept, *streams, fitted, **whose, world=world)
     made.run(options.get("after_each", lambda _done: None))
     return fitted
 

@@ -22,12 +22,13 @@ class Projection:
     Args:
         weight_CD: the weight before pruning [hidden_size, channels].
         gram_DD: float64, the mean (or sum) over tokens of h h^T, for all channels.
+        outputs_CD: their product E[W h h^T], float64, if another rank has computed it.
     """
 
-    def __init__(self, weight_CD: Tensor, gram_DD: Tensor) -> None:
+    def __init__(self, weight_CD: Tensor, gram_DD: Tensor, outputs_CD: Tensor | None = None) -> None:
         self._weight_CD = weight_CD.to(gram_DD)
         self._gram_DD = gram_DD
-        self._outputs_CD = self._weight_CD @ gram_DD  # E[W h h^T]
+        self._outputs_CD = self._weight_CD @ gram_DD if outputs_CD is None else outputs_CD
         self._energy = (self._outputs_CD * self._weight_CD).sum()
 
     def keeping(self, kept: Tensor) -> LeastSquares:

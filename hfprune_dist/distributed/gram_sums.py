@@ -48,9 +48,9 @@ class GramSums(WindowSums[tuple[ExactGram, ExactGram], Tensor]):
 
     def of_all_ranks(self) -> tuple[Tensor, Tensor]:
         """The sums, float64 [size, size] each. Collective; this rank's own sums are gone afterwards."""
-        fitted, held_out = self._begun()
+        left = [*self._begun()][::-1]
         self._sums = None
-        return self._added_up(fitted), self._added_up(held_out)
+        return self._added_up(left.pop()), self._added_up(left.pop())
 
     def _add(self, index: int, vectors_ND: Tensor) -> None:
         term_DD = gram_matrix(vectors_ND.float())
@@ -58,7 +58,7 @@ class GramSums(WindowSums[tuple[ExactGram, ExactGram], Tensor]):
         (held_out if is_held_out(index, self._count) else fitted).add(term_DD)
 
     def _added_up(self, own: ExactGram) -> Tensor:
-        self._world.all_reduce(own.total_DD)
+        self._world.all_reduce(own.total_P.integers())
         return own.value()
 
     def _empty(self, first_D: Tensor) -> tuple[ExactGram, ExactGram]:
@@ -83,11 +83,10 @@ class ExpertGramSums(WindowSums[list[tuple[ExactGram, ExactGram]], Sequence[Tens
         """Yield each expert's sums, float64 [size, size] each; 0 if they are too small for the scale. Collective; this
         rank's own sums are released on the way.
         """
-        left = self._begun()[::-1]
+        left = [it for of_expert in self._begun() for it in of_expert][::-1]
         self._sums = None
         while left:
-            fitted, held_out = left.pop()
-            yield self._added_up(fitted), self._added_up(held_out)
+            yield self._added_up(left.pop()), self._added_up(left.pop())
 
     def _add(self, index: int, parts: Sequence[Tensor]) -> None:
         sums = self._sums or self._at_scale_of(torch.cat([part_ND.square().sum(dim=0) for part_ND in parts]))
@@ -96,8 +95,9 @@ class ExpertGramSums(WindowSums[list[tuple[ExactGram, ExactGram]], Sequence[Tens
                 (held_out if is_held_out(index, self._count) else fitted).add(gram_matrix(part_ND))
 
     def _added_up(self, own: ExactGram) -> Tensor:
-        self._world.all_reduce(own.total_DD)
-        return own.value() if own.is_resolved else torch.zeros_like(own.total_DD, dtype=torch.float64)
+        self._world.all_reduce(own.total_P.integers())
+        value_DD = own.value()
+        return value_DD if own.is_resolved else value_DD.zero_()
 
     def _empty(self, first_D: Tensor) -> list[tuple[ExactGram, ExactGram]]:
         scales = first_D.maximum(first_D.mean()).chunk(self._experts)

@@ -16,7 +16,7 @@ class MeanSums(WindowSums[ExactSum, Tensor]):
     def of_all_ranks(self) -> Tensor:
         """The sum, float64 [size]. Collective."""
         own = self._begun()
-        self._world.all_reduce(own.total)
+        self._world.all_reduce(own.total.integers())
         return own.value()
 
     def _add(self, _index: int, vectors_ND: Tensor) -> None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 from hfprune_dist.config.training import LoraTraining
 from hfprune_dist.core.memory_limits import ACCELERATOR_BYTES, CHUNK_BYTES
-from hfprune_dist.core.triangle import BLOCK, packed_size
+from hfprune_dist.core.triangle import packed_size
 from hfprune_dist.planning.dimensions import Dimensions, attention_flops
 from hfprune_dist.planning.evaluation_footprint import Evaluate
 from hfprune_dist.planning.gathering import gathered_at_a_time, stays_gathered
@@ -27,6 +27,14 @@ from hfprune_dist.planning.layer_pass_footprint import (
     tokens_of_a_rank,
 )
 from hfprune_dist.planning.product_footprint import coupled_bytes, squared_bytes
+from hfprune_dist.planning.sum_footprint import (
+    MEAN_BYTES,
+    ROUNDED_BYTES,
+    TERM_BYTES,
+    TOTAL_BYTES,
+    gram_term_bytes,
+    means_bytes,
+)
 
 # Share of a GPU's memory that is kept free for the runtime's context, communication buffers and fragmentation.
 RESERVE = 0.1
@@ -35,13 +43,9 @@ RESERVE = 0.1
 HEAD_CHUNK_BYTES = 2 * CHUNK_BYTES + 3 * 2 * CHUNK_BYTES
 # core.memory_efficient: number of portions, in float32, that a gated MLP's backward holds.
 GATED_PORTIONS = 7
-# scoring.layer_sums, for each number of a layer's matrix: while it is computed, in float32; while it is rounded, for
-# curvature one block of rows at a time; while a rank owns it or it is in transit, for curvature packed; in main memory
-# while it is saved.
-TERM_BYTES, ROUNDED_BYTES, OWNED_BYTES, SAVED_BYTES = 4, 16, 8, 16
-# core.elimination: for each number of a layer's Gram matrix, with what is computed from it but without pending products
-# (384 numbers per neuron); and for each number of a matrix that waits for its turn.
-ELIMINATION_BYTES, MOMENTS_BYTES = 32, 8
+# scoring.layer_sums, for each number of a total: in main memory while it is saved. core.elimination, for each number of
+# a layer's Gram matrix: with what is computed from it but without pending products (384 numbers per neuron).
+SAVED_BYTES, ELIMINATION_BYTES = 16, 32
 
 
 @dataclass(frozen=True)
@@ -88,16 +92,14 @@ class Importance:
         """Bytes of curvature: for each kind of unit in the layers that a rank owns, and in the layer being computed."""
         if not self.curvature:
             return 0
-        size = dims.hidden_size
-        packed = len(self._sizes(dims)) * -(-dims.num_layers // ranks) + (ranks > 1)
-        made = TERM_BYTES * size**2 + ROUNDED_BYTES * min(BLOCK, size) * size
-        return OWNED_BYTES * packed * packed_size(size) + made
+        totals = len(self._sizes(dims)) * -(-dims.num_layers // ranks) + (ranks > 1)
+        return TOTAL_BYTES * totals * packed_size(dims.hidden_size) + gram_term_bytes(dims.hidden_size)
 
     def gradient_bytes(self, dims: Dimensions, ranks: int) -> int:
         """Bytes of weight gradients: in the layers that a rank owns, and of the one weight being computed."""
         weights = self._weights(dims)
-        owned = OWNED_BYTES * -(-dims.num_layers // ranks) * sum(weights)
-        made = TERM_BYTES + ROUNDED_BYTES + (OWNED_BYTES if ranks > 1 else 0)
+        owned = TOTAL_BYTES * -(-dims.num_layers // ranks) * sum(weights)
+        made = TERM_BYTES + ROUNDED_BYTES + (TOTAL_BYTES if ranks > 1 else 0)
         return owned + made * max(weights, default=0)
 
     @property
@@ -119,11 +121,12 @@ class Importance:
         """Memory on one of the ranks that the model is sharded over: what the larger of the two passes needs."""
         sizes = self._sizes(dims)
         moments = memory_of_layer_pass(dims, self.windows * self.tokens, self.itemsize, sizes)
-        # While matrices of one kind are processed, those of others wait; on several ranks, those of another layer too.
-        matrices = [size**2 for size in sizes]
-        waiting = MOMENTS_BYTES * sum(matrices)
-        eliminating = max(ELIMINATION_BYTES * it + waiting - MOMENTS_BYTES * it for it in matrices)
-        moments = replace(moments, sums=max(moments.sums + (waiting if ranks > 1 else 0), eliminating))
+        # Both means of windows make that of all, for each kind. While matrices of one kind are processed, those of
+        # others wait; on several ranks, those of another layer too, while this one's are summed.
+        waiting = MEAN_BYTES * sum(size**2 for size in sizes)
+        summing = max(moments.sums, means_bytes(sizes) + waiting) + (waiting if ranks > 1 else 0)
+        eliminating = waiting + max((ELIMINATION_BYTES - MEAN_BYTES) * size**2 for size in sizes)
+        moments = replace(moments, sums=max(summing, eliminating))
         pass_through = self._memory_of_pass(dims, ranks)
         return max(pass_through, moments, key=lambda it: it.total) if self.curvature else pass_through
 

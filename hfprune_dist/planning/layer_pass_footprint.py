@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from hfprune_dist.core.memory_limits import KEPT_BYTES, PINNED_BYTES
 from hfprune_dist.planning.dimensions import Dimensions
 from hfprune_dist.planning.gpu_needs import Memory
+from hfprune_dist.planning.sum_footprint import grams_bytes, means_bytes
 
-# distributed.layer_stream: for each number of a Gram matrix, two exact sums of 8 bytes each, or the two matrices that
-# are computed from them; and what is being added to them.
-GRAMS_BYTES, TERM_BYTES = 16, 20
 # core.low_rank: for each number of W W^T, in float64: the number, the eigenvectors and the solver's workspace.
 EIGENVECTORS_BYTES = 5 * 8
 # core.gauss_newton: for each number of the activations' Gram matrix, while it is inverted and afterwards; for each
@@ -67,7 +66,7 @@ class Refit:
         """
         channels = self._channels(dims)
         weights = 0 if dims.experts is None else self.itemsize * dims.hidden_size * sum(channels)
-        return int(GRAMS_BYTES * sum(size**2 for size in channels) + weights)
+        return means_bytes(channels) + weights
 
     def memory(self, dims: Dimensions, ranks: int) -> Memory:
         """Memory on one rank, in whichever phase needs most: the sums, least squares or a step."""
@@ -83,38 +82,52 @@ class Refit:
             layer_pass = replace(layer_pass, weights=2 * layer_pass.weights, ahead=layer_pass.ahead + more)
         elif ranks > 1 and dims.experts is None:
             layer_pass = replace(layer_pass, sums=layer_pass.sums + self._waiting(dims))
-        phases = [layer_pass.sums, *self._solving(dims)]
+        phases = [layer_pass.sums, *self._solving(dims, ranks)]
+        if self.searches:
+            phases.append(self._trying(dims))
         if self.steps:
             phases.append(self._stepping(dims, self.share_kept * dims.intermediate_size, ranks))
         return replace(layer_pass, sums=max(phases))
 
-    def _channels(self, dims: Dimensions) -> list[float]:
+    def _channels(self, dims: Dimensions) -> list[int]:
         """Channels that output projections read: of MLPs or experts, and of attention if that is fitted."""
         return [*self._mlp_channels(dims), *([dims.attention_size] if self.kv_groups else [])]
 
-    def _mlp_channels(self, dims: Dimensions) -> list[float]:
+    def _mlp_channels(self, dims: Dimensions) -> list[int]:
         return [it.channels for it in dims.mlp_outputs for _ in range(it.count)]
 
-    def _blocks(self, dims: Dimensions) -> list[tuple[float, float]]:
+    def _blocks(self, dims: Dimensions) -> list[tuple[int, int]]:
         """For each block, in the order in which blocks are fitted: the size of the vectors whose Gram matrices are
         summed, and the number of channels that stay.
         """
         mlp, channels = self._mlp_channels(dims), self._channels(dims)
-        kept = [*(self.share_kept * it for it in mlp), *channels[len(mlp) :]]
+        kept = [*(math.ceil(self.share_kept * it) for it in mlp), *channels[len(mlp) :]]
         if self.pursues:
             return [(it + dims.hidden_size, it) for it in reversed(kept)]
         return list(zip(channels, kept, strict=True))
 
-    def _solving(self, dims: Dimensions) -> Iterator[float]:
-        """Bytes of least squares on each block, in float64: two Gram matrices of all channels, four of those that stay,
-        and weights; plus what remains of the previous block, and the matrices of blocks summed together with this one.
+    def _solving(self, dims: Dimensions, ranks: int) -> Iterator[int]:
+        """Bytes of least squares on each block, in float64: two Gram matrices of all channels; while its two problems
+        are set up, the weight, its product with one of these or, sent by other ranks, with both, and the problems;
+        while they are solved, four matrices of the channels that stay, and weights. Plus what remains of the previous
+        block, and the matrices of blocks summed together with this one.
         """
-        blocks, solved = self._blocks(dims), 0.0
-        together = sum(it**2 for it, _ in blocks)
+        blocks, solved = self._blocks(dims), 0
+        together, products = means_bytes([size for size, _ in blocks]), 2 if self.pursues and ranks > 1 else 1
         for size, kept in blocks:
-            waiting = 0 if self.pursues else GRAMS_BYTES * (together - size**2)
-            yield 8 * (2 * size**2 + 4 * kept**2 + dims.hidden_size * (size + 6 * kept)) + waiting + solved
-            solved = GRAMS_BYTES * kept**2 + 2 * 4 * dims.hidden_size * kept
+            waiting = 0 if self.pursues else together - means_bytes([size])
+            set_up = 2 * kept**2 + dims.hidden_size * ((1 + products) * size + 4 * kept)
+            in_solves = 4 * kept**2 + dims.hidden_size * (size + 6 * kept)
+            yield means_bytes([size]) + 8 * max(set_up, in_solves) + waiting + solved
+            solved = means_bytes([kept]) + 2 * 4 * dims.hidden_size * kept
+
+    def _trying(self, dims: Dimensions) -> int:
+        """Bytes of the cheap refits of a search, in float64: a layer's Gram matrices; and for the block whose are the
+        largest, of which nearly all channels stay in some shape, three more, and seven times its weight: that and its
+        product, the problem's three and the solution's two.
+        """
+        channels = self._channels(dims)
+        return means_bytes(channels) + 8 * (3 * max(channels) ** 2 + 7 * dims.hidden_size * max(channels))
 
     def _stepping(self, dims: Dimensions, kept: float, ranks: int) -> float:
         """Bytes of a step: two Gram matrices of the kept neurons in float64, their inversion, and the iterations."""
@@ -179,23 +192,22 @@ class Reference:
         return memory_of_layer_pass(dims, self.windows * self.tokens, self.itemsize, [])
 
 
-def memory_of_layer_pass(dims: Dimensions, tokens: int, itemsize: int, sizes: Sequence[float]) -> Memory:
+def memory_of_layer_pass(dims: Dimensions, tokens: int, itemsize: int, sizes: Sequence[int]) -> Memory:
     """Memory of one layer at a time, while Gram matrices of vectors of ``sizes`` are summed. Meanwhile the next layer
     and the next micro-batch arrive, and the last micro-batch's result leaves.
     """
-    matrices = [size**2 for size in sizes]
     weights = dims.layer_parameters * itemsize
     return Memory(
         weights=weights,
         gathered=0.0,
         activations=tokens * (widest(dims) * itemsize + (4 * _read_at_a_time(dims, sizes) if sizes else 0)),
         scratch=0.0,
-        sums=GRAMS_BYTES * sum(matrices) + TERM_BYTES * max(matrices, default=0),
+        sums=grams_bytes(sizes),
         ahead=weights + 2 * tokens * dims.hidden_size * itemsize,
     )
 
 
-def _read_at_a_time(dims: Dimensions, sizes: Sequence[float]) -> float:
+def _read_at_a_time(dims: Dimensions, sizes: Sequence[int]) -> int:
     """Numbers per token that are summed at a time, in float32: of one output projection, or of all experts together."""
     return max(sizes) if dims.experts is None else max(*sizes, dims.experts.chosen * dims.experts.width)
 

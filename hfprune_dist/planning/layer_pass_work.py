@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from hfprune_dist.core.triangle import packed_size
 from hfprune_dist.planning.dimensions import Dimensions, Outputs, attention_flops
 from hfprune_dist.planning.model_shape import ModelShape
 from hfprune_dist.planning.operations import Operations
@@ -103,24 +104,44 @@ def outputs_of(dims: Dimensions, kv_groups: bool) -> list[Outputs]:
 
 
 def summed_numbers(shape: ModelShape, kv_groups: bool) -> float:
-    """Numbers in the Gram matrices of all fitted output projections."""
-    return sum(it.count * it.channels**2 for dims in shape.layers for it in outputs_of(dims, kv_groups))
+    """Numbers in the packed Gram matrices of all fitted output projections."""
+    return sum(it.count * packed_size(it.channels) for dims in shape.layers for it in outputs_of(dims, kv_groups))
+
+
+def multiplied_numbers(shape: ModelShape, kv_groups: bool) -> float:
+    """Numbers in the products of all fitted output projections with their Gram matrices."""
+    return sum(
+        it.count * shape.hidden_size * it.channels for dims in shape.layers for it in outputs_of(dims, kv_groups)
+    )
+
+
+def summing(shape: ModelShape, kv_groups: bool) -> float:
+    """Operations per token for the Gram matrices of all fitted output projections."""
+    return sum(it.count * it.share * gram(it.channels) for dims in shape.layers for it in outputs_of(dims, kv_groups))
 
 
 def least_squares(outputs: int, channels: int, kept: int) -> Operations:
     """Least squares for one output projection: its problem on two sets of tokens, a weight and its error per ridge, and
-    the weight on all tokens with the errors before and after.
+    the weight on all tokens with the errors before and after; ranks wait for this weight and the error after.
     """
-    return least_squares_for(outputs, channels, kept, problems=2, ridges=RIDGES + 1, errors=RIDGES + 2)
+    tried = least_squares_for(outputs, channels, kept, problems=2, ridges=RIDGES, errors=RIDGES + 1)
+    return tried + least_squares_for(outputs, channels, kept, problems=0, ridges=1, errors=1)
 
 
 def least_squares_for(outputs: int, channels: int, kept: int, *, problems: int, ridges: int, errors: int) -> Operations:
-    """Setting up this many problems, solving for a weight per ridge and computing this many errors, all in float64;
-    ranks that have the same problem share its ridges.
+    """Setting up this many problems, solving for a weight per ridge and computing this many errors, all in float64.
+
+    Ranks that fit together set up a problem each, then try a ridge each, with its error. So however many they are, they
+    wait for one of each: of n pieces among N ranks, one has at most 1 + (n - 1) / N.
     """
+    product, error = 2 * outputs * channels**2, 2 * outputs * kept**2
     solved = cholesky(kept) + 2 * kept**2 * outputs
-    own = problems * 2 * outputs * channels**2 + errors * 2 * outputs * kept**2
-    return Operations(float64=ridges * solved, own_float64=own)
+
+    def of(problems: int, ridges: int, errors: int) -> float:
+        return problems * product + ridges * solved + errors * error
+
+    awaited = of(min(problems, 1), min(ridges, 1), min(errors, 1))
+    return Operations(float64=of(problems, ridges, errors) - awaited, own_float64=awaited)
 
 
 def cholesky(size: int) -> float:
@@ -154,14 +175,15 @@ def _experts_again(dims: Dimensions) -> float:
 def sequential_refit(
     dense: ModelShape, kept: ModelShape, windows: Windows, *, kv_groups: bool, whole_mlp: bool = False
 ) -> Operations:
-    """A pass through both models, every block fitted towards the dense one's hidden states on the way."""
+    """A pass through both models, every block fitted towards the dense one's hidden states on the way; besides
+    ``residual_checks``.
+    """
     tokens, length = windows.tokens, windows.length
-    # One extra window through the dense model shows that blocks are residual. A layer that goes is run again behind the
-    # block that makes up for it.
+    # A layer that goes is run again behind the block that makes up for it.
     gone = dense.layers[len(kept.layers) :]
     flops = Operations(tokens * (forward_of_all(dense, length) + sum(forward(dims, length) for dims in gone)))
     for whole, left in zip(dense.layers, kept.layers, strict=False):
-        flops += Operations(length * forward(whole, length) + tokens * forward(left, length))
+        flops += Operations(tokens * forward(left, length))
         if kv_groups:
             target = attention_block(whole, length)
             read = attention_block(left, length) - 2 * left.attention_size * left.hidden_size
@@ -173,6 +195,17 @@ def sequential_refit(
         if whole_mlp:
             flops += steps(left, windows)
     return flops
+
+
+def residual_checks(dense: ModelShape, layers: int, length: int) -> Operations:
+    """One window through those of the dense model's layers that stay in any sequential refit of a stage, which shows,
+    once for all its refits, that their blocks are residual.
+
+    Args:
+        layers: how many stay.
+        length: tokens of a window.
+    """
+    return Operations(length * sum(forward(dims, length) for dims in dense.layers[:layers]))
 
 
 def _fitted_to_targets(outputs: int, kept: int, tokens: int) -> Operations:

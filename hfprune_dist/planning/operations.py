@@ -16,7 +16,7 @@ class Operations:
         float32: products for Gram matrices; ranks share them by windows.
         float64: factors of matrices and solves with them; ranks share them by layers or by problems.
         own_float32: products that every rank repeats.
-        own_float64: the part of least squares that every rank repeats.
+        own_float64: the part of least squares that every rank repeats, or waits for.
     """
 
     products: float = 0.0

@@ -132,8 +132,20 @@ class Search:
         fitted = windows if self.params.refit != "none" else None
         return self._measured(candidates, self._compared(windows, WINDOWS), self._every, fitted)
 
+    def layers_refitted(self) -> int:
+        """The most layers that stay in any refitted shape but the outcome; those that stay in others are among them.
+
+        Raises:
+            ValueError: if the metrics are another version's.
+        """
+        return max((sum(it is not None for it in candidate) for candidate in self._finalists()), default=0)
+
+    def _finalists(self) -> list[Candidate]:
+        """The shapes that were compared once they were refitted."""
+        return [self._named(name, number) for number, name in enumerate(self.metrics.get("finalists_kl", {}), 1)]
+
     def _finals(self) -> Operations:
-        finalists = [self._named(name, number) for number, name in enumerate(self.metrics.get("finalists_kl", {}), 1)]
+        finalists = self._finalists()
         if not finalists:
             return NO_OPERATIONS
         first = FINALISTS + self._is_plain

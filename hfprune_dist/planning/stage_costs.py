@@ -31,6 +31,7 @@ from hfprune_dist.planning.layer_pass_work import (
     forward_of_all,
     gram,
     low_rank,
+    residual_checks,
     second_moments,
     sequential_refit,
 )
@@ -150,8 +151,11 @@ class StageCosts:
         kept, windows, flops = dense.pruned(metrics), self._calibration(stage), NO_OPERATIONS
         if params.allocation == "low_rank":
             return Cost(windows.tokens, low_rank(dense, kept, windows))
+        refitted = len(kept.layers)
         if searches:
-            flops += Search(params, model, dense, kept, windows, metrics).operations()
+            search = Search(params, model, dense, kept, windows, metrics)
+            flops += search.operations()
+            refitted = max(refitted, search.layers_refitted())
         kv_groups = KV_GROUPS in params.structures
         if params.refit == "bias":
             flops += Operations(windows.tokens * forward_of_all(model, windows.length))
@@ -160,6 +164,7 @@ class StageCosts:
             flops += dense_refit(model, kept, windows, kv_groups=kv_groups, dropped=dropped)
         elif params.refit != "none":
             flops += sequential_refit(dense, kept, windows, kv_groups=kv_groups, whole_mlp=params.refit == "block")
+            flops += residual_checks(dense, refitted, windows.length)
             if "dense" in stage.inputs:  # it wasn't scored: one micro-batch shows what its layers must compute
                 flops += Operations(windows.micro_batch * windows.length * forward_of_all(dense, windows.length))
         return Cost(windows.tokens, flops)

@@ -27,21 +27,21 @@ from hfprune_dist.planning.expected_metrics import ExpectedManifests
 from hfprune_dist.planning.footprint import Importance, Job, Train
 from hfprune_dist.planning.gpu_needs import ITEMSIZE, Gpus
 from hfprune_dist.planning.known_sizes import TASKS, requests_of
-from hfprune_dist.planning.layer_pass_work import channels_of, forward_of_all, summed_numbers
+from hfprune_dist.planning.layer_pass_work import forward_of_all, multiplied_numbers, summed_numbers, summing
 from hfprune_dist.planning.model_shape import ModelShape
 from hfprune_dist.planning.operations import NO_OPERATIONS, Operations
 from hfprune_dist.planning.plan import Plan
 from hfprune_dist.planning.rates import CALL_S, DISK, HASHING, HOST_COPY, MODULES, START_S
-from hfprune_dist.planning.stage_costs import NOTHING, StageCosts, scored_weights
+from hfprune_dist.planning.stage_costs import NOTHING, Cost, StageCosts, scored_weights
 from hfprune_dist.planning.timing import Seconds, network_seconds, precise_seconds, product_rate, seconds
 from hfprune_dist.store.stage import Stage
 from hfprune_dist.structures import KV_GROUPS
 
 # Bytes on disk per parameter of a checkpoint.
 ON_DISK = 2
-# Bytes of a number in exact sums of Gram matrices; and in all such sums together: over windows that are fitted and held
-# out, each reduced and then sent to all ranks.
-SUM_BYTES, ALL_SUMS_BYTES = 8, 2 * 2 * 8
+# Bytes of a number in exact sums of Gram matrices; in all such sums together, over windows that are fitted and held
+# out, each reduced and then sent to all ranks; and in products with these matrices, which one rank sends to the others.
+SUM_BYTES, ALL_SUMS_BYTES, ALL_PRODUCTS_BYTES = 8, 2 * 2 * 8, 2 * 8
 # Bytes per gradient of a LoRA weight that ranks exchange: its sum over ranks, and the result sent back.
 GRADIENT_BYTES = 2 * 4
 # Bytes per LoRA weight that ranks gather for the scores of a step: the weight and its gradient.
@@ -171,11 +171,10 @@ class StageTimes:
             return replace(load, exchanged=network_seconds(reduced, gpus))
         kinds = 1 + job.kv_groups
         reduced += SUM_BYTES * rounds * len(shape.layers) * kinds * packed_size(shape.hidden_size)
-        moments = sum(size**2 for dims in shape.layers for size in channels_of(dims, job.kv_groups))
         return replace(
             load,
             problems=_ceil(len(shape.layers), gpus.ranks) / len(shape.layers),
-            exchanged=network_seconds(reduced + ALL_SUMS_BYTES * moments, gpus),
+            exchanged=network_seconds(reduced + ALL_SUMS_BYTES * summed_numbers(shape, job.kv_groups), gpus),
             copied=_copied(shape, cost.tokens * share, job.itemsize, 1),
         )
 
@@ -192,18 +191,13 @@ class StageTimes:
         passes = cost.operations.products / (cost.tokens * forward_of_all(shape, length))
         called = passes * mine * len(shape.layers) * MODULES * CALL_S
         at_work = cost.operations.products * share / product_rate(gpus, itemsize)
-        # A Gram matrix of n^2 numbers took 2 n^2 operations per token; an expert's, only for the tokens that it reads.
-        summed = cost.operations.float32 / (2 * cost.tokens)
-        if summed and shape.config is not None:
-            kv_groups = isinstance(params, PruneParameters) and KV_GROUPS in params.structures
-            summed = summed_numbers(shape, kv_groups)
         is_reference = isinstance(params, ReferenceParameters)
         return _Load(
             overlapping=Seconds(at_work, 0.0, called),
             operations=cost.operations,
             windows=share,
             problems=_ceil(len(shape.layers), gpus.ranks) / len(shape.layers),
-            exchanged=network_seconds(ALL_SUMS_BYTES * summed, gpus),
+            exchanged=network_seconds(_of_grams(shape, stage, cost), gpus),
             copied=_copied(shape, cost.tokens * share, itemsize, passes),
             written=cost.tokens * shape.hidden_size * itemsize if is_reference else self._on_disk(stage),
         )
@@ -301,6 +295,20 @@ def _of_shape(job: Importance | Train | Evaluate, shape: ModelShape, gpus: Gpus)
         return shape.mean(lambda dims: of(seconds(job, dims, gpus)))
 
     return Seconds(mean(lambda it: it.at_work), mean(lambda it: it.on_network), mean(lambda it: it.in_calls))
+
+
+def _of_grams(shape: ModelShape, stage: Stage, cost: Cost) -> float:
+    """Bytes that ranks exchange of Gram matrices in passes layer by layer, and of products with them if all ranks have
+    the same problems; the number of such passes follows from the counted operations.
+    """
+    params = stage.params
+    if not isinstance(params, PruneParameters):
+        return 0.0
+    kv_groups = KV_GROUPS in params.structures
+    exchanged = ALL_SUMS_BYTES * summed_numbers(shape, kv_groups)
+    if params.refit in ("layerwise", "block") or params.allocation in ("plain", "searched"):
+        exchanged += ALL_PRODUCTS_BYTES * multiplied_numbers(shape, kv_groups)
+    return exchanged * cost.operations.float32 / (cost.tokens * summing(shape, kv_groups))
 
 
 def _copied(shape: ModelShape, tokens: float, itemsize: int, passes: float) -> float:

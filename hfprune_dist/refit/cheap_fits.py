@@ -9,13 +9,12 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from hfprune_dist.core.least_squares import Projection
 from hfprune_dist.core.selection import entries_of, top_units_of_each
 from hfprune_dist.distributed.gram_sums import Grams
 from hfprune_dist.distributed.layer_stream import LayerStream
 from hfprune_dist.distributed.world import World
 from hfprune_dist.models.single_layer import output_of, weights_kept
-from hfprune_dist.refit.least_squares_fit import ridge_of_all_ranks
+from hfprune_dist.refit.least_squares_fit import projections_of, ridge_of_all_ranks
 from hfprune_dist.refit.measurement import Candidate, Choice, Weights
 from hfprune_dist.structures.kept import Kept
 from hfprune_dist.structures.units import Units
@@ -109,9 +108,8 @@ class CheapFits:
         channels = {count: entries_of(kept_K, units.channels_per_unit) for count, kept_K in kept.items()}
         on_device = {count: channels_K.to(weight_CD.device) for count, channels_K in channels.items()}
         fewest_K = on_device[min(on_device)]
-        held_out = Projection(weight_CD, grams.held_out_DD).keeping(fewest_K)
-        fitted = Projection(weight_CD, grams.fitted_DD)
-        best, _ = ridge_of_all_ranks(fitted.keeping(fewest_K), held_out, self._world)
+        fitted, held_out = projections_of(weight_CD, grams, self._world)
+        best, _ = ridge_of_all_ranks(fitted.keeping(fewest_K), held_out.keeping(fewest_K), self._world)
         del held_out
         empty = partial(weight_CD.new_empty, dtype=torch.float32)
         weights = {count: empty(len(weight_CD), len(channels_K)) for count, channels_K in on_device.items()}

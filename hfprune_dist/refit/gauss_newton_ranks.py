@@ -155,7 +155,7 @@ class Reconstruction:
             del term, part  # as large as the next one
             term = next(terms, None)
         for total in sums:
-            self._world.all_reduce(total.total)
+            self._world.all_reduce(total.total.integers())
         return tuple(total.value().float() for total in sums)
 
     def _held_out_error(self, weights: MlpWeights) -> float:

@@ -59,24 +59,47 @@ def _solved(problems: tuple[LeastSquares, LeastSquares], held_out_share: float, 
     whole = fitted.mixed(held_out, held_out_share)
     del held_out, problems
     whole_CK = whole.weight(best.ridge)
-    return _solution(_fit(best.ridge, whole, whole_CK), best.weight_CK, whole_CK, (fitted, whole))
+    fit = ProjectionFit(best.ridge, error_before=whole.error(whole.old_CK), error_after=whole.error(whole_CK))
+    return _solution(fit, best.weight_CK, whole_CK, (fitted, whole))
 
 
 def solve_together(weight_CD: Tensor, grams: Grams, kept: Tensor, world: World) -> Solution:
     """``solve``, with the same bits, where all ranks have the same problem: each solves a part. Collective."""
     if world.size == 1:
         return solve(weight_CD, grams, kept)
-    fitted, held_out = _problems(weight_CD, grams, kept)
+    fitted, held_out = (it.keeping(kept) for it in projections_of(weight_CD, grams, world))
     best, rank = ridge_of_all_ranks(fitted, held_out, world)
     fitted_CK = best.weight_CK if world.rank == rank else _like(fitted.old_CK)
     world.broadcast_tensor(fitted_CK, rank)
     whole = fitted.mixed(held_out, grams.held_out_share)
     del held_out
+    # While the first rank solves, the last one finds out what is lost without a refit.
+    before = whole.error(whole.old_CK) if world.rank == world.size - 1 else 0.0
     whole_CK = whole.weight(best.ridge) if world.is_first else _like(whole.old_CK)
-    fit = world.broadcast(_fit(best.ridge, whole, whole_CK) if world.is_first else None)
-    assert fit is not None
+    after = whole.error(whole_CK) if world.is_first else 0.0
+    fit = ProjectionFit(best.ridge, world.broadcast(before, world.size - 1), world.broadcast(after, 0))
     world.broadcast_tensor(whole_CK, 0)
     return _solution(fit, fitted_CK, whole_CK, (fitted, whole))
+
+
+def projections_of(weight_CD: Tensor, grams: Grams, world: World) -> tuple[Projection, Projection]:
+    """The projection on the windows that are fitted, and on those that are held out, where all ranks have the same.
+
+    Of their products with Gram matrices, each of the first two ranks computes one, and sends it to the others.
+    Collective.
+    """
+    weight_CD, both = weight_CD.to(grams.fitted_DD), (grams.fitted_DD, grams.held_out_DD)
+    if world.size == 1:
+        fitted, held_out = (Projection(weight_CD, it) for it in both)
+        return fitted, held_out
+    products = [
+        weight_CD @ gram_DD if world.rank == owner else torch.zeros_like(weight_CD)
+        for owner, gram_DD in enumerate(both)
+    ]
+    for owner, product_CD in enumerate(products):
+        world.broadcast_tensor(product_CD, owner)
+    fitted, held_out = (Projection(weight_CD, *it) for it in zip(both, products, strict=True))
+    return fitted, held_out
 
 
 def ridge_of_all_ranks(fitted: LeastSquares, held_out: LeastSquares, world: World) -> tuple[Ridge, int]:
@@ -103,10 +126,6 @@ def _problems(weight_CD: Tensor, grams: Grams, kept: Tensor) -> tuple[LeastSquar
         Projection(weight_CD, gram_DD).keeping(kept) for gram_DD in (grams.fitted_DD, grams.held_out_DD)
     )
     return fitted, held_out
-
-
-def _fit(ridge: float, whole: LeastSquares, whole_CK: Tensor) -> ProjectionFit:
-    return ProjectionFit(ridge, error_before=whole.error(whole.old_CK), error_after=whole.error(whole_CK))
 
 
 def _solution(

@@ -75,6 +75,8 @@ class SequentialRefit:
         dense: the same windows before the first layer of the dense model.
         fitted: where refitted layers are written. Its kinds say which blocks are fitted; if it holds whole MLPs, Gauss-
             Newton steps on all their projections follow least squares on the down projection.
+        residual: numbers of the dense model's layers that were found to be their residual stream plus their blocks; the
+            others are checked, and added.
     """
 
     def __init__(
@@ -86,6 +88,7 @@ class SequentialRefit:
         fitted: RefittedLayers,
         *,
         dense_layers: Sequence[int],
+        residual: set[int],
         world: World,
     ) -> None:
         self._family = family
@@ -95,6 +98,7 @@ class SequentialRefit:
         self._stream = stream
         self._dense = dense
         self._fitted = fitted
+        self._residual = residual
         self._transfers = HostTransfers(world.device)
         self._world = world
 
@@ -138,8 +142,10 @@ class SequentialRefit:
         """Take the dense model's windows through a layer and the gap behind it, and return what its blocks are fitted
         to, the MLP's at the end.
         """
-        layer = next(dense_layers)[1]
-        self._dense.require_residual(layer, [*self._attention, self._mlp])
+        place, layer = next(dense_layers)
+        if place not in self._residual:
+            self._dense.require_residual(layer, [*self._attention, self._mlp])
+            self._residual.add(place)
         self._dense.advance_to(layer, self._mlp)
         blocks = [_Block(units, layer, self._dense.all_hidden()) for units in self._attention]
         self._dense.advance_from(layer, self._mlp)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from hfprune_dist.core.exact_sums import PackedGramScale
+from hfprune_dist.core.exact_sums import GramScale
 from hfprune_dist.core.gram import gram_matrix
 from hfprune_dist.core.unit_sums import SeeOutputGradients
 from hfprune_dist.core.wide import widened
@@ -27,7 +27,7 @@ class Curvature(LayerSums):
 
     def __init__(self, shapes: Mapping[str, tuple[int, int]], micro_batches: int, folder: Path, world: World) -> None:
         sums = {
-            kind: MatrixSums([(hidden_size, hidden_size)] * num_layers, PackedGramScale, micro_batches, world)
+            kind: MatrixSums([(hidden_size, hidden_size)] * num_layers, GramScale, micro_batches, world)
             for kind, (num_layers, hidden_size) in shapes.items()
         }
         super().__init__(sums, folder)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -39,10 +39,12 @@ class Models:
     Attributes:
         checkpoint: the one that is pruned: the dense one, or what an earlier round left of it.
         dense: the one whose parameters ratios refer to, and which results are compared with.
+        residual: numbers of its layers that refits have found to be their residual stream plus their blocks.
     """
 
     checkpoint: Checkpoint
     dense: Checkpoint
+    residual: set[int] = field(default_factory=set)
 
 
 def pruned_kinds(context: Context, checkpoint: Checkpoint) -> list[Units]:
@@ -101,6 +103,7 @@ def refit_layers(
             stream_of(context, models.dense, windows_ST, probe_of(context, models.dense, windows_ST)),
             fitted,
             dense_layers=in_dense_numbering(context, kept).layers,
+            residual=models.residual,
             world=context.world,
         )
     refit.run(after_each_layer(context, phase, checkpoint.num_layers))

@@ -8,7 +8,7 @@ from hfprune_dist.core.exact_sums import (
     ExactSquares,
     ExactSum,
     GramScale,
-    PackedGramScale,
+    TensorScale,
 )
 from hfprune_dist.core.gram import gram_matrix
 from hfprune_dist.core.triangle import packed_size
@@ -27,8 +27,8 @@ def summed(grams, order, parts=1):
         gram = ExactGram(grams[0].diagonal(), len(grams))
         for index in order[part::parts]:
             gram.add(grams[index])
-        totals.append(gram.total_DD)
-    gram.total_DD = torch.stack(totals).sum(0)
+        totals.append(gram.total_P.integers())
+    gram.total_P.integers().copy_(torch.stack(totals).sum(0))
     return gram.value()
 
 
@@ -77,9 +77,8 @@ def test_what_is_out_of_range_is_refused(bad):
 
 
 @pytest.mark.parametrize("first", [float("nan"), float("inf")])
-@pytest.mark.parametrize("scale", [GramScale, PackedGramScale])
-def test_a_first_term_that_is_not_finite_holds_nothing(scale, first):
-    holds = scale(torch.tensor([1.0, first]), 4).holds
+def test_a_first_term_that_is_not_finite_holds_nothing(first):
+    holds = GramScale(torch.tensor([1.0, first]), 4).holds
     assert not holds(torch.diag(torch.tensor([1.0, first])))
     assert not holds(torch.eye(2))
 
@@ -115,16 +114,52 @@ def test_infinity_is_refused_even_if_the_range_goes_beyond_float32():
 
 
 @pytest.mark.parametrize("size", [1, 7, 8, 9, 20])
-def test_a_packed_total_is_the_same_matrix(size, monkeypatch):
+def test_a_total_is_packed_and_makes_the_whole_matrix(size, monkeypatch):
+    """Rounded as in float64, whatever the dtype of the terms."""
     monkeypatch.setattr(triangle, "BLOCK", 8)
-    grams = [gram_matrix(torch.randn(30, size, generator=torch.Generator().manual_seed(seed))) for seed in range(4)]
-    scale, packed = (it(grams[0].diagonal(), len(grams)) for it in (GramScale, PackedGramScale))
-    total_DD, total_P = torch.zeros(size, size, dtype=torch.int64), torch.zeros(packed_size(size), dtype=torch.int64)
-    for term in grams:
-        scale.add(term, total_DD)
-        packed.add(term, total_P)
-    assert torch.equal(packed.value_of(total_P), scale.value_of(total_DD))
-    assert packed.total_shape((size, size)) == tuple(total_P.shape)
+    loudness = torch.logspace(-19, 17, size)
+    grams = [
+        gram_matrix(torch.randn(30, size, generator=torch.Generator().manual_seed(seed)) * loudness)
+        for seed in range(4)
+    ]
+    scale = GramScale(grams[0].diagonal(), len(grams))
+    exact_D = scale._scale_D
+    rounded_DD = sum((it.double() * exact_D[:, None] * exact_D).round() for it in grams)
+    for dtype in (torch.float32, torch.float64):
+        total_P = torch.zeros(packed_size(size), dtype=torch.int64)
+        for term in grams:
+            assert scale.holds(term)
+            scale.add(term.to(dtype), total_P)
+        assert torch.equal(scale.value_of(total_P), rounded_DD / exact_D[:, None] / exact_D)
+        assert torch.equal(scale.diagonal_of(total_P), rounded_DD.diagonal().long())
+    assert scale.total_shape((size, size)) == tuple(total_P.shape)
     rows = list(triangle.block_rows(size))
     assert [row.start for row in rows] == list(range(0, size, 8)) and rows[-1].end == size
     assert len(total_P) == sum(min(8, size - start) * (size - start) for start in range(0, size, 8))
+
+
+@pytest.mark.parametrize("maximum", [1e-38, 1e-30, 1e-9, 1.0, 1e9, 1e35])
+def test_float32_terms_are_rounded_as_in_float64(maximum):
+    """Also where float32 doesn't hold the scale, and where it holds a term only with fewer bits."""
+    scale = TensorScale(torch.tensor(maximum, dtype=torch.float64), 4)
+    term = torch.randn(50, 30, generator=torch.Generator().manual_seed(1)) * maximum
+    term[:, :5] *= torch.logspace(0, -8, 50)[:, None]
+    totals = [torch.zeros(50, 30, dtype=torch.int64) for _ in range(2)]
+    for total, dtype in zip(totals, (torch.float32, torch.float64), strict=True):
+        scale.add(term.to(dtype), total)
+    assert torch.equal(*totals) and totals[0].any() == term.any()
+
+
+def test_what_is_beyond_float64_is_added_up_exactly():
+    """Later terms may be much larger than the first, whose last bits still count."""
+    generator = torch.Generator().manual_seed(3)
+    term, factors = torch.randn(4, 3, generator=generator), (1, 2.0**19, 1.1, -(2.0**18.5), 3, 2.0**19, 1.3)
+    exact = ExactSum(float(term.abs().max()), 8, term.shape, torch.device("cpu"))
+    scale = TensorScale(term.abs().max().double(), 8)
+    expected = torch.zeros(term.shape, dtype=torch.int64)
+    for factor in factors:
+        exact.add(term * factor)
+        scale.add(term * factor, expected)
+    assert expected.abs().max() > 2**53
+    assert torch.equal(exact.total.integers(), expected)
+    assert torch.equal(exact.value(), scale.value_of(expected))

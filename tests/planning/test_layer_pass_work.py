@@ -13,7 +13,14 @@ from tiny import save_tiny
 from hfprune_dist.checkpoints.checkpoint import open_checkpoint
 from hfprune_dist.core import triangle
 from hfprune_dist.distributed.layer_stream import LayerStream
-from hfprune_dist.planning.layer_pass_work import Windows, dense_refit, forward_of_all, sequential_refit
+from hfprune_dist.planning.layer_pass_work import (
+    Windows,
+    dense_refit,
+    forward_of_all,
+    least_squares,
+    residual_checks,
+    sequential_refit,
+)
 from hfprune_dist.planning.model_shape import ModelShape
 from hfprune_dist.refit import gauss_newton_ranks
 from hfprune_dist.refit.dense_refit import DenseRefit
@@ -59,6 +66,7 @@ def test_refits(tmp_path_factory, kind, groups):
             found = dense_refit(dense, left, windows, kv_groups=groups, dropped=[*gone])
         else:
             found = sequential_refit(dense, left, windows, kv_groups=groups, whole_mlp=kind == "block")
+            found += residual_checks(dense, len(kept.layers), windows.length)
         assert found.total == pytest.approx(counted, rel=1e-4)
 
     holds()
@@ -75,6 +83,7 @@ def test_refits_of_mlps_without_a_gate(tmp_path, kind):
     left = dense.pruned(checkpoint.units.sizes(kept.shape.counts(checkpoint.units)))
     assert left.layers[0].mlp_matrices == 2
     found = sequential_refit(dense, left, windows, kv_groups=False, whole_mlp=kind == "block")
+    found += residual_checks(dense, 3, windows.length)
     assert found.total == pytest.approx(counted, rel=1e-4)
 
 
@@ -93,6 +102,14 @@ def test_refits_of_experts_and_of_their_attention(tmp_path, model_type):
         told |= units.sizes(kept.shape.counts(units))
     found = dense_refit(dense, dense.pruned(told), windows, kv_groups=groups).total
     assert found - windows.tokens * forward_of_all(dense, windows.length) == pytest.approx(counted, rel=1e-4)
+
+
+def test_ranks_that_fit_together_wait_for_a_product_a_ridge_and_the_last_weight():
+    outputs, channels, kept = 16, 60, 44
+    product, error, solved = 2 * outputs * channels**2, 2 * outputs * kept**2, kept**3 / 3 + 2 * kept**2 * outputs
+    found = least_squares(outputs, channels, kept)
+    assert found.own_float64 == pytest.approx(product + 2 * (solved + error))
+    assert found.total == pytest.approx(2 * product + 6 * solved + 7 * error)
 
 
 def drawn(checkpoint, groups, seed):
@@ -121,7 +138,8 @@ def flops_of(kind, checkpoint, kept, windows, folder, vocabulary=264):
     if kind == "dense":
         refit = DenseRefit(kept, dense, fitted, world)
     else:
-        refit = SequentialRefit(checkpoint.family, kept, pruned, dense, fitted, dense_layers=kept.layers, world=world)
+        whose = {"dense_layers": kept.layers, "residual": set()}
+        refit = SequentialRefit(checkpoint.family, kept, pruned, dense, fitted, **whose, world=world)
     with counting() as total:
         refit.run(lambda done: None)
         return total()

@@ -70,7 +70,7 @@ def test_curvature_costs_a_gram_matrix_a_layer_and_half_of_it_on_its_way_for_eve
     slow, slower = (replace(GPUS, link=GPUS.link / factor) for factor in (1e4, 2e4))
     shards = [of_importance(model, "surgeon-uniform", slow, calibration__shard_size=size) for size in (25, 5)]
     assert shards[0] == shards[1], "125 micro-batches of each rank either way"
-    sent = 32 * 8 * (125 * sum(256 * (4096 - start) for start in range(0, 4096, 256)) + 4 * 11008**2)
+    sent = 32 * 8 * (125 * packed(4096) + 4 * packed(11008))
 
     def more(method):
         took = [of_importance(model, method, gpus, calibration__shard_size=5) for gpus in (slow, slower)]
@@ -79,6 +79,27 @@ def test_curvature_costs_a_gram_matrix_a_layer_and_half_of_it_on_its_way_for_eve
     assert more("surgeon-uniform") - more("hfprune") == pytest.approx(
         sent * 7 / 8 / NETWORK * (1 / slower.link - 1 / slow.link)
     )
+
+
+def packed(size):
+    """Numbers of a symmetric matrix without the blocks below its diagonal."""
+    return sum(min(256, size - start) * (size - start) for start in range(0, size, 256))
+
+
+def test_refits_send_gram_matrices_and_where_ranks_solve_together_products_with_them(model):
+    slow, slower = (replace(GPUS, link=GPUS.link / factor) for factor in (1e4, 2e4))
+
+    def sent(method):
+        _, plan = published_plan([model], [method], GPUS)
+        times, stage = StageTimes(plan, checkpointing=False), first(plan, "prune")
+        took = [times.of(stage, None, gpus, gpus).seconds for gpus in (slow, slower)]
+        return (took[1] - took[0]) * 8 / 7 * NETWORK / (1 / slower.link - 1 / slow.link)
+
+    sums = 32 * 2 * 2 * 8 * packed(11008)
+    assert sent("surgeon-uniform") == pytest.approx(sums)
+    # The vectors that it sums over are longer than half of the neurons and shorter than all, and so are products.
+    block, products = sent("surgeon-uniform-block"), 32 * 2 * 8 * 4096 * 11008
+    assert 0.5 * (sums + products) < block < 2 * (sums + products)
 
 
 @given(samples=st.integers(1, 400), ranks=st.integers(1, 9))

@@ -33,6 +33,7 @@ from hfprune_dist.checkpoints.checkpoint import open_checkpoint
 from hfprune_dist.checkpoints.families import FAMILIES, Family
 from hfprune_dist.core.least_squares import RIDGES, LeastSquares
 from hfprune_dist.distributed.interruption import Interrupted
+from hfprune_dist.distributed.layer_stream import LayerStream
 from hfprune_dist.errors import UserError
 from hfprune_dist.models.single_layer import part_of, run
 from hfprune_dist.refit import refitted_layers
@@ -156,21 +157,28 @@ def test_attention_makes_the_refit_better_than_neurons_alone_do(tmp_path):
 
 @pytest.mark.parametrize("ranks", [1, 2, 4, 7])
 def test_nothing_is_solved_twice_however_many_ranks_there_are(tmp_path, monkeypatch, ranks):
-    """Each ridge is solved by one rank, and so is the whole problem with the ridge that is found."""
-    solve, solved = LeastSquares.weight, Counter()
+    """Each ridge is solved by one rank, and so is the whole problem with the ridge that is found; meanwhile another one
+    computes the error without a refit.
+    """
+    counts = {"weight": Counter(), "error": Counter()}
+    for name, count in counts.items():
+        original = getattr(LeastSquares, name)
 
-    def counted(self, ridge):
-        solved[threading.get_ident()] += 1
-        return solve(self, ridge)
+        def counted(self, argument, count=count, original=original):
+            count[threading.get_ident()] += 1
+            return original(self, argument)
 
-    monkeypatch.setattr(LeastSquares, "weight", counted)
+        monkeypatch.setattr(LeastSquares, name, counted)
     checkpoint, kept = checkpoint_in(tmp_path / "model", layers=3), some_kept((0, 2))
     Ranks(ranks).run(
         lambda world: refit("layerwise", checkpoint, kept, tmp_path / "refit", world=world, windows_ST=windows_of(9))
     )
     projections = 2 * len(kept.layers)
-    assert sum(solved.values()) == projections * (len(RIDGES) + 1)
-    assert max(solved.values()) == projections * (-(-len(RIDGES) // ranks) + 1)
+    solved, errors = (count.values() for count in counts.values())
+    assert sum(solved) == projections * (len(RIDGES) + 1)
+    assert max(solved) == projections * (-(-len(RIDGES) // ranks) + 1)
+    assert sum(errors) == projections * (len(RIDGES) + 2)
+    assert max(errors) == projections * (-(-len(RIDGES) // ranks) + (2 if ranks == 1 else 1))
 
 
 @pytest.mark.parametrize("method", ["layerwise", "block"])
@@ -242,6 +250,22 @@ def test_no_part_of_a_layer_is_run_for_nothing(tmp_path, monkeypatch, kinds, dty
         assert runs.count("attention") == 10 // MICRO_BATCH * attention + passed
         assert runs.count("mlp") == 10 // MICRO_BATCH * mlp + passed
         runs.clear()
+
+
+def test_dense_layers_that_another_refit_has_checked_are_not_checked_again(tmp_path, monkeypatch):
+    checked, original = [], LayerStream.require_residual
+
+    def noted(self, *arguments):
+        checked.append(self._done)
+        original(self, *arguments)
+
+    monkeypatch.setattr(LayerStream, "require_residual", noted)
+    checkpoint, residual = checkpoint_in(tmp_path / "model", layers=5), set()
+    for staying, expected in [((1, 2), [1, 2]), ((0, 2, 4), [0, 4])]:
+        options = {"world": SoloWorld(), "windows_ST": windows_of(4), "residual": residual}
+        refit("layerwise", checkpoint, some_kept(staying), tmp_path / f"{staying}", **options)
+        assert checked == expected and residual >= {*staying}
+        checked.clear()
 
 
 def test_norms_behind_the_attention_are_refused_before_anything_is_fitted(tmp_path, monkeypatch):
