@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import shutil
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -14,6 +15,8 @@ from torch import Tensor
 from hfprune_dist.checkpoints.tensor_files import is_usable, load_tensors, save_tensors
 from hfprune_dist.distributed.world import World
 
+# Passes save after a layer if their last save was longer ago. Small models' layers take less time than saving does.
+SAVE_EVERY_S = 5.0
 # Hidden states by name.
 Named = Mapping[str, Tensor]
 
@@ -31,6 +34,7 @@ class LayerStates:
         self._all = list(micro_batches)
         self._mine = self._all[world.rank :: world.size]
         self._world = world
+        self._saved_at = time.monotonic()
 
     def newest(self) -> tuple[int, dict[int, Named]]:
         """Number of layers after which all micro-batches were saved, and this rank's states; 0 and none if never.
@@ -57,6 +61,13 @@ class LayerStates:
             for file in self._folder.glob(f"*.{index}.safetensors"):
                 if file != self._file(done, index):
                     file.unlink()
+        self._saved_at = time.monotonic()
+
+    def is_due(self) -> bool:
+        """Whether the last save, or the beginning of the pass, was so long ago that it is time for another; collective,
+        and the first rank's clock decides.
+        """
+        return self._world.broadcast(time.monotonic() - self._saved_at >= SAVE_EVERY_S)
 
     def discard(self) -> None:
         """Delete the states of the pass, which is over; collective."""

@@ -20,6 +20,7 @@ from hfprune_dist.checkpoints.checkpoint import Checkpoint
 from hfprune_dist.core.fidelity import divergences
 from hfprune_dist.distributed.gram_sums import is_held_out
 from hfprune_dist.distributed.host_transfers import HostTransfers
+from hfprune_dist.distributed.interruption import Interrupted
 from hfprune_dist.distributed.layer_states import LayerStates, Named
 from hfprune_dist.distributed.layer_stream import AfterLayer
 from hfprune_dist.distributed.world import World
@@ -114,7 +115,7 @@ class Measurement:
         return LayerStates(self._folder / f"candidates-{digest_of(candidates)[:16]}", self._all, self._world)
 
     def _measure(self, candidates: Sequence[Candidate]) -> list[float]:
-        """Measure candidates; save after each layer, and resume after the last one that was saved."""
+        """Measure candidates; save now and then and where it ends early, and resume after the last saved layer."""
         reference, states, variants = self._reference(), self._states(candidates), self._variants()
         num_layers = self._checkpoint.num_layers
         done, saved = states.newest()
@@ -127,9 +128,15 @@ class Measurement:
                 variants.go_past(layer)
             else:
                 branches = self._through(variants, number, layer, branches, [it[number] for it in candidates])
-                states.save(number + 1, _packed(branches, self._batches))
+                if states.is_due():
+                    states.save(number + 1, _packed(branches, self._batches))
             del layer
-            self._after_each(self._measurements * num_layers + number + 1)
+            try:
+                self._after_each(self._measurements * num_layers + number + 1)
+            except Interrupted:
+                if number >= done:
+                    states.save(number + 1, _packed(branches, self._batches))
+                raise
         return self._compared(branches, reference, len(candidates))
 
     def _through(

@@ -9,7 +9,9 @@ from forks import INTERRUPTED, on_ranks
 from ranks import SoloWorld
 from shapes import metrics_of, next_round, outcome, prepare, run
 
+from hfprune_dist.distributed import layer_states
 from hfprune_dist.distributed.interruption import Interruption
+from hfprune_dist.distributed.layer_stream import LayerStream
 from hfprune_dist.distributed.whole_model_probe import PROBE
 from hfprune_dist.refit.measurement import Measurement
 from hfprune_dist.refit.refitted_layers import RefittedLayers
@@ -88,6 +90,36 @@ def test_no_layer_is_measured_or_fitted_twice_however_often_an_attempt_ends(tmp_
         assert outcome(store, stage) == outcome(reference, stage)
 
 
+@pytest.mark.parametrize(("every", "saves"), [(0.0, True), (3600.0, False)])
+def test_measurements_save_when_it_is_time(tmp_path, monkeypatch, every, saves):
+    saved, original = set(), layer_states.LayerStates.save
+
+    def noted(self, done, hidden):
+        saved.add((self._folder, done))
+        original(self, done, hidden)
+
+    monkeypatch.setattr(layer_states, "SAVE_EVERY_S", every)
+    monkeypatch.setattr(layer_states.LayerStates, "save", noted)
+    store, stage = prepare(tmp_path, **SMALL, refit="dense")
+    run(store, stage, SoloWorld())
+    passes = Counter(folder for folder, _ in saved)
+    assert bool(passes) is saves and set(passes.values()) <= {SMALL["layers"]}
+
+
+def test_each_layer_of_the_dense_model_is_checked_once_for_all_refits(tmp_path, monkeypatch):
+    checked, original = [], LayerStream.require_residual
+
+    def noted(self, *arguments):
+        checked.append(self._done)
+        original(self, *arguments)
+
+    monkeypatch.setattr(LayerStream, "require_residual", noted)
+    store, stage = prepare(tmp_path, **SMALL, refit="layerwise")
+    run(store, stage, SoloWorld())
+    assert len(metrics_of(store, stage)["finalists_kl"]) == 2
+    assert sorted(checked) == list(range(SMALL["layers"]))
+
+
 def test_a_refit_that_is_over_is_not_gone_through_again(tmp_path, monkeypatch):
     """If an attempt ends after the refit, the windows aren't taken through its layers again."""
     monkeypatch.setattr(prune_plain, "FINALISTS", 1)
@@ -106,8 +138,9 @@ def test_a_refit_that_is_over_is_not_gone_through_again(tmp_path, monkeypatch):
     assert folders == {"refit"}, "the final one; those of finalists are over"
 
 
-def test_death_before_any_file_appears_ends_with_the_same_bits(tmp_path):
+def test_death_before_any_file_appears_ends_with_the_same_bits(tmp_path, monkeypatch):
     """It dies before every file that is written, in every phase and for the checkpoint."""
+    monkeypatch.setattr(layer_states, "SAVE_EVERY_S", 0.0)
     reference, stage = prepare(tmp_path, **SMALL)
     (tmp_path / "copies").mkdir()
     deaths = deaths_during(lambda: run(reference, stage, SoloWorld()), reference.root, tmp_path / "copies", APPEARING)
@@ -120,8 +153,9 @@ def test_death_before_any_file_appears_ends_with_the_same_bits(tmp_path):
     assert len(deaths) > 40 and found >= PHASES
 
 
-def test_death_in_a_second_round_ends_with_the_same_bits(tmp_path):
+def test_death_in_a_second_round_ends_with_the_same_bits(tmp_path, monkeypatch):
     """It resumes on another number of ranks, at every fifth file and around the writing of the dense model's probe."""
+    monkeypatch.setattr(layer_states, "SAVE_EVERY_S", 0.0)
     reference, first = prepare(tmp_path, **SMALL, ratio=0.1, structures=["neurons", "layers"], refit="layerwise")
     run(reference, first, SoloWorld())
     stage = next_round(reference, first, 0.3)
