@@ -50,9 +50,7 @@ def with_numbers(method: Method, checkpoint: Checkpoint, ratio: float, where: st
     multiple_of = method.multiple_of
     if multiple_of == "auto":
         multiple_of = _what_auto_is(method, checkpoint, ratio, where)
-    if KV_GROUPS in method.structures:
-        multiple_of = math.lcm(multiple_of, method.tensor_parallel)
-    return method.model_copy(update={"multiple_of": multiple_of})
+    return method.model_copy(update={"multiple_of": _divisible(multiple_of, method)})
 
 
 def protected_by(method: Method) -> tuple[int, int]:
@@ -60,6 +58,11 @@ def protected_by(method: Method) -> tuple[int, int]:
     first, last = method.protect_first, method.protect_last
     assert isinstance(first, int) and isinstance(last, int), "planned with numbers"
     return first, last
+
+
+def _divisible(multiple_of: int, method: Method) -> int:
+    """The least multiple of ``multiple_of`` that ``tensor_parallel`` divides, where it has an effect."""
+    return math.lcm(multiple_of, method.tensor_parallel if KV_GROUPS in method.structures else 1)
 
 
 def _with_protected(method: Method, checkpoint: Checkpoint) -> Method:
@@ -73,14 +76,16 @@ def _what_auto_is(method: Method, checkpoint: Checkpoint, ratio: float, where: s
     """If shapes compete, a number with which every plain shape of the method's structures is possible; for experts, 1.
 
     Shapes are compared at one multiple, which rules none of them out. With ``round_ratio`` it is the first round's, so
-    that the rounds are the same whatever ratio they lead to; for plain shapes it must suit every round.
+    that the rounds are the same whatever ratio they lead to; for plain shapes it must suit every round. Multiples are
+    tried as ``tensor_parallel`` leaves them: on three devices, 256 is 768.
     """
     if EXPERTS in method.structures:
         return 1
     decisive = [ratio if method.round_ratio is None else min(ratio, method.round_ratio)]
     if method.allocation == "plain":
         decisive = round_ratios(method, ratio)
-    fitting = (it for it in MULTIPLES if all(_suits(it, method, checkpoint, each, where) for each in decisive))
+    tried = [_divisible(it, method) for it in MULTIPLES]
+    fitting = (it for it in tried if all(_suits(it, method, checkpoint, each, where) for each in decisive))
     return next(fitting, LEAST if checkpoint.units.width >= WIDE else 1)
 
 
@@ -123,8 +128,7 @@ def _within_limits(target: ShapeTarget, limits: Limits) -> bool:
             widths = Target(size_of(target.checkpoint), target.ratio, target.multiple_of, target.where)
             widths.removals(widths.narrowest_widths(*limits))
         else:
-            split = target.tensor_parallel if KV_GROUPS in target.structures else 1
-            budget_of(replace(target, multiple_of=math.lcm(target.multiple_of, split)), limits)
+            budget_of(target, limits)
     except UserError:
         return False
     return True

@@ -42,6 +42,27 @@ def test_it_is_the_largest_that_costs_little(changes, width, ratio, allocation):
     assert chosen == (fitting[0] if fitting else 32 if width >= 1024 else 1)
 
 
+@pytest.mark.parametrize("allocation", ["plain", "local"])
+@settings(derandomize=True, deadline=None, max_examples=20)
+@given(st.floats(0.05, 0.55))
+def test_what_three_devices_make_of_it_costs_as_little(allocation, ratio):
+    """Of 256 they make 768: half of this model's width."""
+    checkpoint, shared = blank(**SMOLLM2), method(allocation, tensor_parallel=3)
+    fitting = [it for it in (768, 384, 192, 96) if suits(it, checkpoint, ratio, shared)]
+    assert multiple(checkpoint, ratio, shared) == (fitting[0] if fitting else 96)
+
+
+def test_three_devices_put_no_ratio_out_of_reach():
+    asked = [0.09, 0.19, 0.29]
+    shapes = [local_shape(blank(**SMOLLM2), it, settled_for_three(it)) for it in asked]
+    reached = [blank(**SMOLLM2).parameter_counts.ratio(shape) for shape in shapes]
+    assert reached == pytest.approx(asked, abs=0.02)
+
+
+def settled_for_three(ratio):
+    return with_numbers(method("local", tensor_parallel=3), blank(**SMOLLM2), ratio, "m")
+
+
 def suits(it, checkpoint, ratio, auto):
     if auto.allocation == "uniform":
         size = size_of(checkpoint)
