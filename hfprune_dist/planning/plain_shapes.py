@@ -172,11 +172,12 @@ def _largest(target: ShapeTarget) -> float:
 
 
 def _smallest(target: ShapeTarget, num_layers: int, kv_groups: int) -> float:
-    """The ratio of the widest shape that lacks something."""
+    """The ratio of the widest shape that lacks something; 0 if there is none."""
     most, multiple_of = target.neurons.most, target.multiple_of
-    widest = PlainShape(num_layers, kv_groups, max(most // multiple_of * multiple_of, 1))
-    narrower = replace(widest, width=max(widest.width - multiple_of, 1))
-    return ratio_of(target, narrower if widest == PlainShape.of(target.checkpoint) else widest)
+    widest = PlainShape(num_layers, kv_groups, most // multiple_of * multiple_of)
+    if widest == PlainShape.of(target.checkpoint):
+        widest = replace(widest, width=most - multiple_of)
+    return ratio_of(target, widest) if widest.width else 0.0
 
 
 def _spread(values: Sequence[T], most: int) -> list[T]:

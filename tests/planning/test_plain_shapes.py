@@ -186,3 +186,13 @@ def test_layers_that_must_stay_stay():
 def test_what_can_not_be_is_one_message(asked, message):
     with pytest.raises(UserError, match=message):
         plain_shapes(target(blank(**SMOLLM2), **asked))
+
+
+def test_the_next_larger_ratio_is_that_of_a_shape():
+    """Where the only multiple is the whole width, no shape lacks neurons alone."""
+    asked = target(blank(head_dim=32, intermediate_size=48), 0.01, ALL[:2], multiple_of=48)
+    (smallest,) = plain_shapes(replace(asked, ratio=0.24))
+    with pytest.raises(UserError, match="next larger") as told:
+        plain_shapes(asked)
+    named = re.search(r"possible is ([\d.]+) ", str(told.value))
+    assert float(named[1]) == pytest.approx(ratio_of(asked, smallest), abs=1e-6)
