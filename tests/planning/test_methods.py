@@ -26,6 +26,15 @@ def test_hfprune_is_the_published_method():
     assert (method.criterion, method.allocation, method.refit, method.multiple_of) == ("entropy", "uniform", "none", 1)
 
 
+@pytest.mark.parametrize(
+    ("name", "in_one_step"), [("surgeon-plain-rounds", "surgeon-plain"), ("surgeon-rounds", "surgeon-any-shape")]
+)
+def test_a_method_of_rounds_is_another_but_for_its_rounds(name, in_one_step):
+    """So it takes the same models, whose KV groups can't go or whose blocks can't be refitted one by one, say."""
+    methods = resolved(methods=[name, in_one_step])
+    assert methods[name].model_copy(update={"round_ratio": None}) == methods[in_one_step]
+
+
 def test_the_prune_section_wins_over_every_method():
     methods = resolved(methods=["hfprune", "surgeon"], **{"prune.multiple_of": 64, "prune.floor": 0.5})
     assert {(it.multiple_of, it.floor) for it in methods.values()} == {(64, 0.5)}
