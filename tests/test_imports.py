@@ -26,6 +26,11 @@ TORCH_FREE = [
     *(f"hfprune_launch.{name}" for name in ("modes.sweep", "report", "sweep_folder", "slurm.cli", "local.backend")),
     *(f"hfprune_launch.{name}" for name in ("hfprune", "schema", "status", "modes.clean")),
 ]
+# Libraries that take a rank some tenths of a second each to import -> kinds of stages that import them in any case.
+# Others do so only in what needs them: sharding a model, running lm-eval's tasks, a data set of the hub, tracking.
+TRAINING = {"distill", "recover", "loraprune"}
+HEAVY = {"deepspeed": TRAINING, "peft": TRAINING, "datasets": TRAINING, "pandas": TRAINING}
+HEAVY |= {"lm_eval": set(), "tensorboard": set()}
 
 
 DISCARDS = {"discard", "empty", "discard_drafts", "discard_work", "discard_progress"}
@@ -216,6 +221,24 @@ for name in {names}:
     importlib.import_module(name)
     if large := {{'torch', 'transformers', 'deepspeed', 'plotly'}} & set(sys.modules):
         sys.exit(f"{{name}} imports {{large}}")
+"""
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+
+
+def test_stages_wait_for_no_library_that_they_may_not_need():
+    """One process imports all kinds, those that may import the least first."""
+    kinds = sorted(PARAMETERS, key=lambda kind: sum(kind in those for those in HEAVY.values()))
+    unneeded = {kind: [name for name, those in HEAVY.items() if kind not in those] for kind in kinds}
+    script = f"""
+import gc, importlib, sys
+gc.disable()
+importlib.import_module("hfprune_launch.stage.run")
+importlib.import_module("hfprune_dist.stages.context")
+for kind, unneeded in {unneeded}.items():
+    importlib.import_module(f"hfprune_dist.stages.{{kind}}")
+    if large := sorted(set(unneeded) & set(sys.modules)):
+        sys.exit(f"hfprune_dist.stages.{{kind}} imports {{large}}")
 """
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
