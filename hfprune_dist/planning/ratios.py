@@ -204,7 +204,8 @@ def _of_all_rounds(checkpoint: Checkpoint, ratio: float, method: Method, where: 
         shapes = local_shapes(method, checkpoint, ratio, where)
         decided: list[Hashable] = [tuple(shape.units.values()) for shape in shapes]
     else:
-        decided = [_deciding_numbers(checkpoint, it, method, where) for it in rounds]
+        last = _deciding_numbers(checkpoint, ratio, method, where)  # reports a ratio that is out of reach as such
+        decided = [*(_deciding_numbers(checkpoint, it, method, where) for it in rounds[:-1]), last]
     for (before, then), (earlier, later) in zip(pairwise(rounds), pairwise(decided), strict=True):
         if earlier == later:
             what, step, finer = _rounded(checkpoint, method)

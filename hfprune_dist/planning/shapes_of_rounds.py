@@ -21,6 +21,8 @@ def local_shapes(method: Method, checkpoint: Checkpoint, ratio: float, where: st
     Raises:
         UserError: as ``LocalTarget.shape`` does.
     """
+    # Reports a ratio that is out of reach as such.
+    LocalTarget(target_of(method, checkpoint, ratio, where), *protected_by(method)).shape()
     shapes: list[Shape] = []
     for reached in round_ratios(method, ratio):
         asked = target_of(method, checkpoint, reached, where)

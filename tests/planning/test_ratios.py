@@ -1,6 +1,7 @@
 """Ratios that an architecture rules out are refused with the plan, by name."""
 
 import pytest
+from blank import SMOLLM2, blank
 from families import save_model
 
 from hfprune_dist.checkpoints.checkpoint import open_checkpoint
@@ -91,3 +92,31 @@ def test_ratios_that_scores_divide_among_layers_differ_by_a_step_and_stay_above_
         check_ratios(checkpoint, [0.1, 0.1001], method, "m by it")
     with pytest.raises(UserError, match=r"ratio 0.6 can't be reached.* with the floors"):
         check_ratios(checkpoint, [0.6], method, "m by it")
+
+
+ALL = ["neurons", "kv_groups", "layers"]
+
+
+@pytest.mark.parametrize("rounds", [{"steps": 4}, {"round_ratio": 0.2}])
+@pytest.mark.parametrize(
+    ("allocation", "structures"),
+    [("uniform", ALL[:1]), ("plain", ALL), ("local", ALL[:2]), ("global", ALL[:2]), ("searched", ALL)],
+)
+def test_a_ratio_out_of_reach_is_named_and_not_that_of_a_round(allocation, structures, rounds):
+    method = Method(**PLAIN | rounds, allocation=allocation, structures=structures)
+    with pytest.raises(UserError, match=r"m: ratio 0\.97 can't be reached by"):
+        check_ratios(blank(**SMOLLM2), [0.97], method, "m")
+
+
+@pytest.mark.parametrize(("multiple_of", "helps"), [(1, False), (64, True)])
+@pytest.mark.parametrize(
+    ("allocation", "structures"), [("uniform", ALL[:1]), ("local", ALL[:2]), ("global", ALL[:2]), ("searched", ALL)]
+)
+def test_a_smaller_multiple_is_advised_where_there_is_one(allocation, structures, multiple_of, helps):
+    method = Method(criterion="entropy", allocation=allocation, structures=structures, multiple_of=multiple_of)
+    with pytest.raises(UserError, match="use a larger ratio") as told:
+        check_ratios(blank(**SMOLLM2), [1e-7], method, "m")
+    assert ("or a smaller prune.multiple_of" in str(told.value)) == helps
+    with pytest.raises(UserError, match="leave one of them out") as told:
+        check_ratios(blank(**SMOLLM2), [0.3, 0.3 + 1e-7], method, "m")
+    assert ("or use a smaller prune.multiple_of" in str(told.value)) == helps
