@@ -269,7 +269,8 @@ def test_ranks_share_the_curvature_of_layers(kinds, ranks, layers):
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3])
-def test_memory_of_the_curvature_of_layers(ranks, tmp_path):
+def test_memory_of_the_curvature_of_layers(ranks, monkeypatch, tmp_path):
+    monkeypatch.setattr(blocks, "CACHE_BYTES", 2**40)  # as on a GPU: in one go
     layers, hidden_size = 5, 600
     with PeakBytes() as counted:
         see = Curvature({"neurons": (layers, hidden_size)}, 2, tmp_path, SoloWorld(0, ranks)).seeing(counts=True)
