@@ -5,7 +5,6 @@ In functions, a ``layer`` is a decoder with only one, as ``LayerReader.layer`` m
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -13,23 +12,18 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig
 
 from hfprune_dist.checkpoints.checkpoint import Checkpoint
-from hfprune_dist.checkpoints.layer_settings import of_layers
-from hfprune_dist.checkpoints.modeling_pruned import add_output_biases, config_of_layer, factorize
 from hfprune_dist.checkpoints.module_tensors import module_tensors
 from hfprune_dist.checkpoints.read_tensors import open_weights, read_module_tensor, read_tensor
 from hfprune_dist.core.fidelity import Outputs
 from hfprune_dist.core.head import AfterHead
 from hfprune_dist.core.selection import entries_of
 from hfprune_dist.models.after_head import after_head
-from hfprune_dist.models.loading import ONE_AT_A_TIME, attention_of, auto_class, stays_float32
+from hfprune_dist.models.empty_decoders import LAYER, EmptyDecoders
+from hfprune_dist.models.loading import stays_float32
 from hfprune_dist.models.memory_efficient_backward import SILU
 from hfprune_dist.structures.units import Units
-
-# Name of the only layer in a decoder that ``LayerReader.layer`` makes.
-LAYER = "layers.0"
 
 
 @dataclass(frozen=True)
@@ -59,12 +53,12 @@ class LayerReader:
         self._checkpoint = checkpoint
         self._dtype = dtype
         self._device = device
-        self._config: Any = AutoConfig.from_pretrained(checkpoint.path)
+        self._empty = EmptyDecoders(checkpoint, dtype)
 
     def embed(self, batches: Mapping[int, Tensor]) -> dict[int, Tensor]:
         """The first layer's inputs [windows, tokens, hidden_size] for batches of ids [windows, tokens]; on the CPU."""
         table = self._checkpoint.family.embedding_tensor()
-        body = self._body(0).eval()  # some apply dropout to embeddings
+        body = self._empty.of_layer(0).eval()  # some apply dropout to embeddings
         body.load_state_dict({**self._beside(), **self._read_within([table])}, strict=False, assign=True)
         first = body.get_submodule(LAYER)
         return {
@@ -95,7 +89,7 @@ class LayerReader:
     def with_weights(self, number: int, weights: Mapping[str, Tensor]) -> nn.Module:
         """The same as ``layer``, with weights that were read before."""
         family = self._checkpoint.family
-        body = self._body(number)
+        body = self._empty.of_layer(number)
         body.set_submodule(_within(family.body, family.norm), nn.Identity())
         body.set_submodule(_within(family.body, family.embedding), nn.Identity())
         body.load_state_dict({**self._beside(), **weights}, strict=False, assign=True)
@@ -118,7 +112,7 @@ class LayerReader:
     def final_norm(self) -> nn.Module:
         """The norm between the last layer and the head."""
         family = self._checkpoint.family
-        norm: nn.Module = self._model(0).get_submodule(family.norm)
+        norm = self._empty.of_layer(0).get_submodule(_within(family.body, family.norm))
         norm.load_state_dict({name: self._read(f"{family.norm}.{name}") for name in norm.state_dict()}, assign=True)
         return norm.requires_grad_(False)
 
@@ -134,60 +128,16 @@ class LayerReader:
         body = self._checkpoint.family.body
         return {_within(body, name): read_tensor(self._checkpoint, name).to(self._dtype) for name in names}
 
-    def _body(self, number: int) -> nn.Module:
-        """The decoder of one layer, whose parameters have no values yet."""
-        model = self._model(number)
-        body: nn.Module = self._checkpoint.family.body_of(model)
-        for module in body.modules():
-            _compute_buffers(model, module)
-        return body
-
-    def _model(self, number: int) -> Any:
-        config = self._layer_config(number)
-        with ONE_AT_A_TIME, torch.device("meta"):
-            model = auto_class(self._checkpoint).from_config(
-                config, dtype=self._dtype, attn_implementation=attention_of(self._checkpoint)
-            )
-            (layer,) = self._checkpoint.family.layers_of(model)
-            factorize(layer, config.get_text_config())
-            add_output_biases(config.get_text_config(), layer)
-        return model
-
     def _read(self, name: str) -> Tensor:
         return self._placed(read_tensor(self._checkpoint, name), self._dtype)
 
     def _placed(self, tensor: Tensor, dtype: torch.dtype) -> Tensor:
         return tensor.to(self._device, dtype)
 
-    def _layer_config(self, number: int) -> Any:
-        text = self._config.get_text_config()
-        own = copy.deepcopy(config_of_layer(text, number))
-        for key, value in of_layers(vars(own), [number]).items():
-            setattr(own, key, value)
-        own.use_cache = False
-        if text is self._config:
-            return own
-        whole = copy.copy(self._config)
-        whole.text_config = own
-        return whole
-
 
 def _within(body: str, name: str) -> str:
     """A module's name within the decoder."""
     return name.removeprefix(f"{body}.")
-
-
-def _compute_buffers(model: Any, module: nn.Module) -> None:
-    """Compute a module's buffers as they are before weights (some of them buffers) are loaded: those of rotary
-    embeddings from their configuration, others as transformers does it.
-    """
-    buffers = {name: it for name, it in module.named_buffers(recurse=False) if it.is_meta}
-    if not buffers:
-        return
-    for name, buffer in buffers.items():
-        in_files = name not in module._non_persistent_buffers_set
-        module.register_buffer(name, torch.empty_like(buffer, device="cpu"), persistent=in_files)
-    model._init_weights(module)
 
 
 @torch.no_grad()

@@ -1,0 +1,57 @@
+import pytest
+import torch
+from families import save_model
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from hfprune_dist.checkpoints.checkpoint import open_checkpoint
+from hfprune_dist.models import empty_decoders
+from hfprune_dist.models.empty_decoders import LAYER, EmptyDecoders
+
+
+def test_layers_of_one_configuration_are_copies_and_few_are_kept(tmp_path, monkeypatch):
+    """Two layers of three have a sliding window, which is not in their weights."""
+    monkeypatch.setattr(empty_decoders, "_MADE", {str(number): nn.Identity() for number in range(empty_decoders._MOST)})
+    made = []
+    make = AutoModelForCausalLM.from_config
+    monkeypatch.setattr(
+        AutoModelForCausalLM, "from_config", lambda *args, **opts: made.append(1) or make(*args, **opts)
+    )
+    checkpoint = open_checkpoint(save_model(tmp_path, "gemma2"))
+    made.clear()
+    for decoders in (EmptyDecoders(checkpoint, torch.float32) for _ in range(2)):
+        attention = [decoders.of_layer(number).get_submodule(f"{LAYER}.self_attn") for number in (0, 1, 2)]
+        assert [it.sliding_window for it in attention] == [4, None, 4] and len(made) == 2
+    assert EmptyDecoders(checkpoint, torch.bfloat16).of_layer(0).dtype == torch.bfloat16 and len(made) == 3
+    assert list(empty_decoders._MADE)[:-3] == [str(number) for number in range(3, empty_decoders._MOST)]
+
+
+@pytest.mark.parametrize("model_type", ["gemma3", "mixtral", "bamba"])
+def test_whatever_is_done_to_a_decoder_the_next_ones_are_as_if_it_were_the_first(tmp_path, monkeypatch, model_type):
+    checkpoint = open_checkpoint(save_model(tmp_path, model_type))
+    decoders = EmptyDecoders(checkpoint, torch.bfloat16)
+    first, second = (decoders.of_layer(0) for _ in range(2))
+    monkeypatch.setattr(empty_decoders, "_MADE", {})
+    untouched = EmptyDecoders(checkpoint, torch.bfloat16).of_layer(0)
+    monkeypatch.undo()
+    for module in first.modules():
+        module.register_forward_pre_hook(print)
+        vars(getattr(module, "config", module))["spoilt"] = True
+    for tensor in (*first.parameters(), *first.buffers()):
+        tensor.requires_grad_(False).add_(1)
+    first.set_submodule(LAYER, nn.Identity())
+    assert_alike(second, untouched)
+    assert_alike(decoders.of_layer(0), untouched)
+
+
+def assert_alike(decoder, expected):
+    assert str(decoder) == str(expected)
+    for ours, theirs in zip(decoder.modules(), expected.modules(), strict=True):
+        assert not ours._forward_pre_hooks and not hasattr(getattr(ours, "config", ours), "spoilt")
+        assert vars(ours).keys() == vars(theirs).keys() and ours.training == theirs.training
+    for (name, ours), (_, theirs) in zip(decoder.named_parameters(), expected.named_parameters(), strict=True):
+        assert (ours.is_meta, ours.shape, ours.dtype, ours.requires_grad) == (True, theirs.shape, theirs.dtype, True), (
+            name
+        )
+    for (name, ours), (_, theirs) in zip(decoder.named_buffers(), expected.named_buffers(), strict=True):
+        assert ours.dtype == theirs.dtype and torch.equal(ours, theirs), name
