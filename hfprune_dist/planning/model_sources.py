@@ -46,7 +46,7 @@ def resolve_models(config: SweepConfig, shipped: Path, hashes: FileHashes, downl
     Raises:
         UserError: for an unknown alias or a damaged checkpoint.
     """
-    aliases = {**shipped_aliases(shipped), **config.aliases}
+    aliases: dict[str, ModelAlias | Path] = {**shipped_aliases(shipped), **config.aliases}
     sources = [_resolve(name, aliases, hashes, download) for name in config.models]
     _refuse_twice(sources)
     return sources
@@ -63,20 +63,24 @@ def _refuse_twice(sources: Sequence[ModelSource]) -> None:
             raise UserError(f"--models: two models are called {one.name!r}; give one of them an alias")
 
 
-def shipped_aliases(folder: Path) -> dict[str, ModelAlias]:
-    """Read the alias files of a folder: ``<alias>.yaml`` with a hub_id or a path.
+def shipped_aliases(folder: Path) -> dict[str, Path]:
+    """Alias -> its file, ``<alias>.yaml``; only those that are used are read."""
+    return {file.stem: file for file in folder.glob("*.yaml")}
+
+
+def read_alias(file: Path) -> ModelAlias:
+    """Read an alias file, which has a hub_id or a path.
 
     Raises:
         UserError: for a file that can't be read as one.
     """
-    return {
-        file.stem: parse(ModelAlias, read_yaml(file, "alias", "the keys of an alias"), str(file))
-        for file in sorted(folder.glob("*.yaml"))
-    }
+    return parse(ModelAlias, read_yaml(file, "alias", "the keys of an alias"), str(file))
 
 
-def _resolve(name: str, aliases: Mapping[str, ModelAlias], hashes: FileHashes, download: bool) -> ModelSource:
+def _resolve(name: str, aliases: Mapping[str, ModelAlias | Path], hashes: FileHashes, download: bool) -> ModelSource:
     alias = aliases.get(name)
+    if isinstance(alias, Path):
+        alias = read_alias(alias)
     if alias is None:
         folder = Path(name)
         if folder.is_file():

@@ -18,7 +18,7 @@ from hfprune_dist.errors import UserError
 from hfprune_dist.planning.build_plan import build_plan
 from hfprune_dist.planning.earlier_passes import with_earlier_passes
 from hfprune_dist.planning.methods import resolve_methods
-from hfprune_dist.planning.model_sources import resolve_models
+from hfprune_dist.planning.model_sources import read_alias, resolve_models, shipped_aliases
 from hfprune_dist.planning.plan import Plan
 from hfprune_dist.store.hashing import FileHashes
 
@@ -410,6 +410,15 @@ def test_an_alias_file_that_is_none_is_named(world, tmp_path):
     (tmp_path / "mine.yaml").write_text("")
     with pytest.raises(UserError, match=r"(?s)mine\.yaml.*needs exactly one of path and hub_id"):
         resolve_models(load_config([], {"models": ["mine"]}), tmp_path, FileHashes(None), download=False)
+    (tmp_path / "another.yaml").write_text(f"path: {world / 'a'}\n")
+    (another,) = resolve_models(load_config([], {"models": ["another"]}), tmp_path, FileHashes(None), download=False)
+    assert another.name == "another", "whatever is wrong with files that nobody asked for"
+
+
+def test_all_shipped_aliases_name_a_commit_or_branch_of_the_hub():
+    aliases = shipped_aliases(METHODS.parent / "models")
+    assert {"llama", "qwen"} <= aliases.keys()
+    assert all(it.hub_id and it.revision for it in map(read_alias, aliases.values()))
 
 
 def test_a_name_that_begins_like_a_home_folder_is_unknown_like_any_other(world):
