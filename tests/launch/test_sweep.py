@@ -323,18 +323,17 @@ def test_no_rank_outlives_its_launcher(config, tmp_path):
     wait_for(lambda: all_gone(started), 30)
 
 
-@pytest.mark.parametrize("kind", ["importance", "recover", "evaluate"])
-def test_killing_a_rank(finished, config, short_of, kind):
-    """Cells that don't need its stage are finished meanwhile."""
-    out = short_of(kind, *(["prune", "recover"] if kind == "importance" else []))  # or a checkpoint's row would stand
-    result = sweep(config, out, *ONE_CELL, environment=killing(0, 6, f"work/{kind}"))
-    assert result.returncode == 1
-    assert f"failed {kind}" in result.stdout and "a rank died without a message" in result.stdout
-    rows = results(out)
-    missing = [row for row in rows if row["status"] == "missing"]
-    if kind == "importance":
-        assert [row["status"] for row in rows] == ["done", "done", "missing"]
-    assert missing and all(f"{kind} failed (killed)" in row["cause"] for row in missing)
+def test_killing_a_rank_of_one_stage_after_another(finished, config, short_of):
+    """Each time, cells that don't need the stage are finished; the next sweep goes on to the next stage."""
+    kinds = ("importance", "recover", "evaluate")
+    out = short_of("prune", *kinds)
+    for kind in kinds:
+        result = sweep(config, out, *ONE_CELL, environment=killing(0, 6, f"work/{kind}"))
+        assert result.returncode == 1
+        assert f"failed {kind}" in result.stdout and "a rank died without a message" in result.stdout
+        dense, control, pruned = results(out)
+        assert dense["status"] == control["status"] == "done"
+        assert pruned["status"] == "missing" and f"{kind} failed (killed)" in pruned["cause"]
     result = sweep(config, out, *ONE_CELL)
     assert result.returncode == 0, result.stdout
     assert_same_as(finished[0], out)
