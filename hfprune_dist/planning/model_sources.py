@@ -65,7 +65,7 @@ def _refuse_twice(sources: Sequence[ModelSource]) -> None:
 
 def shipped_aliases(folder: Path) -> dict[str, Path]:
     """Alias -> its file, ``<alias>.yaml``; only those that are used are read."""
-    return {file.stem: file for file in folder.glob("*.yaml")}
+    return {file.stem: file for file in sorted(folder.glob("*.yaml"))}
 
 
 def read_alias(file: Path) -> ModelAlias:

@@ -110,7 +110,7 @@ def columns_of_pairs(pairs: Sequence[Pair]) -> list[Column[Pair]]:
     return [
         Column("criteria", lambda it: " / ".join(it["criteria"]), is_text=True),
         Column("Spearman", lambda it: _mean(it["spearman"])),
-        *(Column(f"overlap, {float(share):.0%} kept", partial(_mean_overlap, share=share)) for share in shares),
+        *(Column(f"overlap at {float(share):.0%}", partial(_mean_overlap, share=share)) for share in shares),
     ]
 
 
@@ -154,12 +154,12 @@ def convergences(points: Sequence[Mapping[str, Any]]) -> list[Convergence]:
 
 
 def columns_of_convergences(rows: Sequence[Convergence]) -> list[Column[Convergence]]:
-    """Columns for convergences, one for each number of windows."""
+    """Columns for convergences, one for each number of windows, which is all that its header says: it has to fit."""
     sizes = sorted({windows for row in rows for windows in row.overlaps})
     return [
         Column("criterion", lambda it: it.criterion, is_text=True),
         Column("kept", lambda it: f"{it.share_kept:.0%}"),
-        *(Column(f"{windows} windows", partial(_overlap_of, windows=windows)) for windows in sizes),
+        *(Column(str(windows), partial(_overlap_of, windows=windows)) for windows in sizes),
     ]
 
 

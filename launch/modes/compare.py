@@ -189,7 +189,7 @@ def _criteria(sweep: RecordedSweep) -> tuple[Records, list[str]]:
         try:
             records[label] = compare_criteria(scores_to_compare(scored.artifact), SHARES_KEPT)
         except UserError as error:
-            unread.append(f"no agreement of criteria on {label}: {error}")
+            unread.append(f"criteria can't be compared on {label}: {error}")
     return records, unread
 
 

@@ -49,8 +49,8 @@ class Attempt:
 
     @property
     def recorded_at(self) -> float:
-        """Unix time at which the intent was written, by the file system's clock, since each launcher has its own; by
-        the launcher's if the record is lost.
+        """Unix time at which the intent was written, by the file system's clock if it has one (NFS has, on Lustre it is
+        the writer's), since each launcher has its own; by the launcher's if the record is lost.
         """
         written = modified_at(self.folder / INTENT)
         return self.intent.created if written is None else written

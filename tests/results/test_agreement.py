@@ -56,7 +56,7 @@ def test_rank_correlation_is_spearmans(first, second):
 def test_tables_of_criteria_have_means_over_layers():
     pair = {"criteria": ["a", "b"], "spearman": [0.2, 0.6], "overlap": {"0.5": [0.5, 1.0]}}
     assert criteria_table([pair]).splitlines()[::2] == [
-        "| criteria | Spearman | overlap, 50% kept |",
+        "| criteria | Spearman | overlap at 50% |",
         "| a / b | 0.400 | 0.750 |",
     ]
 
@@ -86,7 +86,7 @@ def test_settling_has_a_row_for_each_criterion_and_share():
         for share in (0.8, 0.5)
     ]
     lines = convergence_table(points).splitlines()
-    assert lines[0] == "| criterion | kept | 16 windows | 32 windows |"
+    assert lines[0] == "| criterion | kept | 16 | 32 |"
     assert lines[2] == "| entropy | 80% | 0.240 | 0.400 |" and len(lines) == 6
     late = {"windows": 32, "criterion": "surgeon", "compared": "sums of (h * dL/dh)^2", "share_kept": 0.8}
     line = convergence_table([*points, {**late, "overlap": 0.5}]).splitlines()[-1]

@@ -142,5 +142,7 @@ def finish(world):
         world.check()
         if all(world.store.verify(stage_id).state == "done" for stage_id in PLAN.stages):
             break
+    else:
+        pytest.fail("unfinished")
     world.happen(("step", 0, {}, 100.0))
-    assert not world.controller.live(), "unfinished, or done again"
+    assert not world.controller.live(), "done again"
