@@ -10,13 +10,15 @@ _WORDS = ("license", "licence", "copying", "copyright", "notice", "use_policy")
 
 def _globs(word: str) -> Iterator[str]:
     """Globs for names with this word, or its plural, at the beginning, or after a dash or an underscore: License.txt,
-    MODEL_LICENSES. The word ends there, or a capital letter begins the next one: LicenseAgreement.pdf, not licensed.md.
+    MODEL_LICENSES. The word ends there, or a version
+    or a capital letter follows: COPYINGv3, LicenseAgreement.pdf, not licensed.md.
     """
     in_any_case = "".join(f"[{letter.upper()}{letter}]" if letter.isalpha() else letter for letter in word)
     for start in ("", "*[-_]"):
         for whole in (in_any_case, f"{in_any_case}[Ss]"):
             yield f"{start}{whole}"
             yield f"{start}{whole}[!A-Za-z]*"
+            yield f"{start}{whole}[Vv][0-9]*"
         yield f"{start}[{word[0].upper()}{word[0]}]{word[1:]}[A-Z]*"
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from hfprune_dist.checkpoints.tensor_files import is_usable, load_tensors, save_tensors
 from hfprune_dist.distributed.world import World
 
-# Passes save after a layer if their last save was longer ago. Small models' layers take less time than saving does.
+# Measurements save after a layer if their last save was longer ago: small models' layers take less time than saving.
 SAVE_EVERY_S = 5.0
 # Hidden states by name.
 Named = Mapping[str, Tensor]

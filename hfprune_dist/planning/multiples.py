@@ -50,7 +50,7 @@ def with_numbers(method: Method, checkpoint: Checkpoint, ratio: float, where: st
     multiple_of = method.multiple_of
     if multiple_of == "auto":
         multiple_of = _what_auto_is(method, checkpoint, ratio, where)
-    return method.model_copy(update={"multiple_of": _divisible(multiple_of, method)})
+    return method.model_copy(update={"multiple_of": divisible(multiple_of, method)})
 
 
 def protected_by(method: Method) -> tuple[int, int]:
@@ -60,7 +60,7 @@ def protected_by(method: Method) -> tuple[int, int]:
     return first, last
 
 
-def _divisible(multiple_of: int, method: Method) -> int:
+def divisible(multiple_of: int, method: Method) -> int:
     """The least multiple of ``multiple_of`` that ``tensor_parallel`` divides, where it has an effect."""
     return math.lcm(multiple_of, method.tensor_parallel if KV_GROUPS in method.structures else 1)
 
@@ -84,7 +84,7 @@ def _what_auto_is(method: Method, checkpoint: Checkpoint, ratio: float, where: s
     decisive = [ratio if method.round_ratio is None else min(ratio, method.round_ratio)]
     if method.allocation == "plain":
         decisive = round_ratios(method, ratio)
-    tried = [_divisible(it, method) for it in MULTIPLES]
+    tried = [divisible(it, method) for it in MULTIPLES]
     fitting = (it for it in tried if all(_suits(it, method, checkpoint, each, where) for each in decisive))
     return next(fitting, LEAST if checkpoint.units.width >= WIDE else 1)
 

@@ -12,7 +12,7 @@ from hfprune_dist.errors import UserError
 from hfprune_dist.planning.budget import budget_of
 from hfprune_dist.planning.expert_shapes import can_do, refuse_unaligned, refuse_with_experts, why_not_experts
 from hfprune_dist.planning.low_rank_shapes import LowRankTarget
-from hfprune_dist.planning.multiples import limits_of, protected_by, suited, target_of, with_numbers
+from hfprune_dist.planning.multiples import divisible, limits_of, protected_by, suited, target_of, with_numbers
 from hfprune_dist.planning.rounds import round_ratios
 from hfprune_dist.planning.shape_target import ShapeTarget
 from hfprune_dist.planning.shapes_of_rounds import local_shapes, plain_shapes_of_rounds
@@ -106,7 +106,7 @@ def _rounded(checkpoint: Checkpoint, method: Method) -> tuple[str, int, str]:
     smaller = "a smaller prune.multiple_of"
     if not checkpoint.family.experts:
         assert isinstance(method.multiple_of, int), "planned with a number"
-        return "widths", method.multiple_of, smaller if method.multiple_of > 1 else ""
+        return "widths", method.multiple_of, smaller if method.multiple_of > divisible(1, method) else ""
     asked = target_of(method, checkpoint, 0.0, "")
     step, finest = (mixture_target(it).step for it in (asked, replace(asked, multiple_of=1)))
     what = "numbers of experts" if EXPERTS in method.structures else "widths of experts"
@@ -184,10 +184,12 @@ def _told_of_groups(checkpoint: Checkpoint, ratio: float, method: Method, where:
     kept, fewer = (sum(local_shapes(it, checkpoint, ratio, where)[-1].units[KV_GROUPS]) for it in (settled, in_one))
     if kept <= fewer:
         return []
-    share = checkpoint.parameter_counts.units[KV_GROUPS] * checkpoint.num_layers / checkpoint.parameters
+    split = settled.tensor_parallel
+    what = "a group" if split == 1 else f"{split} groups"
+    share = split * checkpoint.parameter_counts.units[KV_GROUPS] * checkpoint.num_layers / checkpoint.parameters
     return [
         f"{where}: rounds to {ratio:g} keep {kept} KV groups, where one round would keep {fewer}: they are small "
-        f"beside a group of every layer, {share:.1%} of the model; {_fewer_rounds(method)} would let groups go"
+        f"beside {what} of every layer, {share:.1%} of the model; {_fewer_rounds(method)} would let groups go"
     ]
 
 

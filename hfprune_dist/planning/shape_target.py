@@ -103,9 +103,10 @@ class ShapeTarget:
 
     def removes_nothing(self) -> UserError:
         """The error for a ratio that is so small that nothing is removed after rounding."""
+        split = self.tensor_parallel if KV_GROUPS in self.structures else 1
         return UserError(
             f"{self.where}: ratio {self.ratio:g} removes nothing once units are rounded{self.rounding}; use a larger "
-            f"ratio{or_a_smaller(self.multiple_of)}"
+            f"ratio{or_a_smaller(self.multiple_of, split)}"
         )
 
     def unusable_split(self, largest: int) -> UserError:

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from hfprune_dist.core.triangle import BLOCK, packed_size
 
 # Bytes of each number: in a total, which is packed if it is that of Gram matrices (where later terms are a thousand
-# times the first, it needs as much again); in a term, which is float32; in those rows of a term that are being rounded,
-# in float32 and then as wide as a total; in a mean over windows, which is float64.
+# times the first, or channels that are silent in it become loud, it needs as much again); in a term, which is float32;
+# in those rows of a term that are being rounded, in float32 and then as wide as a total; in a mean over windows, which
+# is float64.
 TOTAL_BYTES, TERM_BYTES, ROUNDED_BYTES, MEAN_BYTES = 8, 4, 4 + 8, 8
 
 

@@ -155,9 +155,11 @@ def to_multiples_of(step: int) -> str:
     return f" to multiples of {step}" if step > 1 else ""
 
 
-def or_a_smaller(multiple_of: int) -> str:
-    """The end of a sentence that advises another ratio; empty if there is no smaller multiple."""
-    return " or a smaller prune.multiple_of" if multiple_of > 1 else ""
+def or_a_smaller(multiple_of: int, tensor_parallel: int = 1) -> str:
+    """The end of a sentence that advises another ratio; empty if no smaller multiple is divisible by
+    ``tensor_parallel``.
+    """
+    return " or a smaller prune.multiple_of" if multiple_of > tensor_parallel else ""
 
 
 def round_down(ratio: float) -> str:

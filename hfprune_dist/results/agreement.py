@@ -50,7 +50,7 @@ def scores_to_compare(importance: Path) -> tuple[Scores, Scores]:
         stored = load_file(file)
     except FileNotFoundError:
         raise UserError(f"{file}: missing") from None
-    except SafetensorError as error:
+    except (SafetensorError, OSError) as error:
         raise UserError(f"{file}: damaged ({error})") from None
     of_all = ({name: _of_layers(stored, name, kinds) for name in criteria_in(stored)} for kinds in (_MLPS, [EXPERTS]))
     neurons, experts = ({name: rows for name, rows in of_kinds.items() if rows} for of_kinds in of_all)

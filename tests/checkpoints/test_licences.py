@@ -41,6 +41,11 @@ def test_the_end_of_another_word_names_none(before, word, end):
     assert not is_licence(f"{before}{word}{end}")
 
 
+@pytest.mark.parametrize("name", ["COPYINGv3", "LICENSEv2.txt", "model_licenseV1.1.md"])
+def test_a_version_may_follow(name):
+    assert is_licence(name)
+
+
 @pytest.mark.parametrize("name", ["noticed.json", "unlicensed.txt", "licensee.md", "copyrighted.txt", "NOTICED.json"])
 def test_words_like_them_name_none(name):
     assert not is_licence(name)

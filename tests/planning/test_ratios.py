@@ -108,12 +108,13 @@ def test_a_ratio_out_of_reach_is_named_and_not_that_of_a_round(allocation, struc
         check_ratios(blank(**SMOLLM2), [0.97], method, "m")
 
 
-@pytest.mark.parametrize(("multiple_of", "helps"), [(1, False), (64, True)])
+@pytest.mark.parametrize(("multiple_of", "split", "helps"), [(1, 1, False), (64, 1, True), (1, 3, False), (2, 3, True)])
 @pytest.mark.parametrize(
     ("allocation", "structures"), [("uniform", ALL[:1]), ("local", ALL[:2]), ("global", ALL[:2]), ("searched", ALL)]
 )
-def test_a_smaller_multiple_is_advised_where_there_is_one(allocation, structures, multiple_of, helps):
-    method = Method(criterion="entropy", allocation=allocation, structures=structures, multiple_of=multiple_of)
+def test_a_smaller_multiple_is_advised_where_there_is_one(allocation, structures, multiple_of, split, helps):
+    method = Method(**PLAIN | {"multiple_of": multiple_of}, allocation=allocation, structures=structures)
+    method = method.model_copy(update={"tensor_parallel": split})
     with pytest.raises(UserError, match="use a larger ratio") as told:
         check_ratios(blank(**SMOLLM2), [1e-7], method, "m")
     assert ("or a smaller prune.multiple_of" in str(told.value)) == helps

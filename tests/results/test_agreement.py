@@ -129,3 +129,7 @@ def test_scores_that_are_damaged_are_named(tmp_path):
         (tmp_path / SCORES).write_bytes(damage)
         with pytest.raises(UserError, match=re.escape(f"{tmp_path / SCORES}: damaged (")):
             read_scores(tmp_path)
+    (tmp_path / SCORES).unlink()
+    (tmp_path / SCORES).mkdir()
+    with pytest.raises(UserError, match=re.escape(f"{tmp_path / SCORES}: damaged (")):
+        read_scores(tmp_path)
