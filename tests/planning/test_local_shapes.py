@@ -225,6 +225,16 @@ def test_rounds_that_are_too_small_for_groups_are_told(parts, advice):
     assert remarks_on_shapes(checkpoint, [0.5], small.model_copy(update={"structures": ["neurons"]}), "m") == []
 
 
+@pytest.mark.parametrize(
+    ("split", "beside"), [(2, "2 groups of every layer, 6.2%"), (4, "4 groups of every layer, 12.3%")]
+)
+def test_on_several_devices_more_groups_would_have_to_go_at_once(split, beside):
+    checkpoint = blank(**SMOLLM2 | {"hidden_size": 512, "num_attention_heads": 8, "num_key_value_heads": 8})
+    asked = {"criterion": "entropy", "allocation": "local", "multiple_of": 1, "structures": [*BOTH]}
+    (told,) = remarks_on_shapes(checkpoint, [0.3], Method(**asked, round_ratio=0.05, tensor_parallel=split), "m")
+    assert f"keep 240 KV groups, where one round would keep {240 - split * 30}: they are small beside {beside} " in told
+
+
 def test_groups_that_went_in_a_round_stay_away_and_dry_runs_know_the_last_shape():
     checkpoint = blank(**SMOLLM2)
     method = Method(criterion="entropy", allocation="local", structures=[*BOTH], steps=3)
