@@ -92,7 +92,11 @@ def projections_of(weight_CD: Tensor, grams: Grams, world: World) -> tuple[Proje
     if world.size == 1:
         fitted, held_out = (Projection(weight_CD, it) for it in both)
         return fitted, held_out
-    products = [weight_CD @ gram_DD if world.rank == owner else _like(weight_CD) for owner, gram_DD in enumerate(both)]
+    # Those received are contiguous, as products are, whatever the weight's strides.
+    products = [
+        weight_CD @ gram_DD if world.rank == owner else weight_CD.new_zeros(weight_CD.shape)
+        for owner, gram_DD in enumerate(both)
+    ]
     for owner, product_CD in enumerate(products):
         world.broadcast_tensor(product_CD, owner)
     fitted, held_out = (Projection(weight_CD, *it) for it in zip(both, products, strict=True))
