@@ -352,13 +352,18 @@ def test_curvature_of_a_large_model_with_its_attention_heads_fits_gpus():
     assert job.curvature_bytes(published("70B"), 16) < 4 * 2**30
 
 
+def of_one_layer(folder, hidden_size, intermediate_size):
+    """Return a model of one layer, and the stream of 16 windows of 16 tokens through it."""
+    sizes = {"hidden_size": hidden_size, "intermediate_size": intermediate_size, "num_hidden_layers": 1}
+    checkpoint = open_checkpoint(save_tiny(folder, **sizes, vocab_size=264))
+    return checkpoint, LayerStream(checkpoint, torch.randint(264, (16, 16)), torch.float32, 2, SoloWorld())
+
+
 @pytest.mark.parametrize("kinds", [["neurons"], ["neurons", "kv_groups"]])
 @pytest.mark.parametrize("dims", [(32, 1024), (512, 512)], ids=["wide", "square"])
 def test_memory_of_the_gram_matrices_of_a_layer(dims, kinds, tmp_path, monkeypatch):
     monkeypatch.setattr(blocks, "CACHE_BYTES", 2**40)  # as on a GPU: in one go
-    sizes = {"hidden_size": dims[0], "intermediate_size": dims[1], "num_hidden_layers": 1, "vocab_size": 264}
-    checkpoint = open_checkpoint(save_tiny(tmp_path / "model", **sizes))
-    stream = LayerStream(checkpoint, torch.randint(264, (16, 16)), torch.float32, 2, SoloWorld())
+    checkpoint, stream = of_one_layer(tmp_path / "model", *dims)
     with PeakBytes() as counted:
         stream.grams(0, next(stream.layers([0]))[1], [checkpoint.structures[kind] for kind in kinds])
     channels = [dims[1], dims[0]][: len(kinds)]
@@ -432,9 +437,7 @@ def test_memory_of_a_refit(kind, rank, ranks, groups, dims, dtype, tmp_path, mon
 @pytest.mark.parametrize("dims", [(64, 1024), (256, 512)], ids=["wide", "square"])
 def test_memory_of_the_cheap_refits_of_a_search(dims, kinds, tmp_path, monkeypatch):
     monkeypatch.setattr(blocks, "CACHE_BYTES", 2**40)  # as on a GPU: in one go
-    sizes = {"hidden_size": dims[0], "intermediate_size": dims[1], "num_hidden_layers": 1, "vocab_size": 264}
-    checkpoint = open_checkpoint(save_tiny(tmp_path / "model", **sizes))
-    stream = LayerStream(checkpoint, torch.randint(264, (16, 16)), torch.float32, 2, SoloWorld())
+    checkpoint, stream = of_one_layer(tmp_path / "model", *dims)
     units = [checkpoint.structures[kind] for kind in kinds]
     fits = CheapFits([Scored(it, [torch.rand(it.counts[0])]) for it in units], stream, True, SoloWorld())
     layer = next(stream.layers([0]))[1]
