@@ -6,11 +6,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from ranks import SoloWorld
 from worlds import Ranks
 
 from hfprune_dist.core.least_squares import RIDGES
 from hfprune_dist.distributed.gram_sums import Grams
-from hfprune_dist.refit.least_squares_fit import solve, solve_expert, solve_together
+from hfprune_dist.refit.least_squares_fit import projections_of, solve, solve_expert, solve_together
 
 
 def gram_of(hidden_ND):
@@ -86,3 +87,12 @@ def test_ranks_find_the_same_together(size):
     for found in Ranks(size).run(lambda world: solve_together(WEIGHT, grams, KEPT, world)):
         assert (found.fit, found.energy) == (alone.fit, alone.energy)
         assert torch.equal(found.fitted_CK, alone.fitted_CK) and torch.equal(found.whole_CK, alone.whole_CK)
+
+
+@pytest.mark.parametrize("rank", [0, 1, 2])
+def test_what_ranks_send_is_contiguous_whatever_the_weight(rank, monkeypatch):
+    """Collectives send memory as it lies there."""
+    world, sent = SoloWorld(rank, 3), []
+    monkeypatch.setattr(world, "broadcast_tensor", lambda tensor, owner: sent.append((tensor.is_contiguous(), owner)))
+    projections_of(WEIGHT.T.contiguous().T, grams_of(TOKENS, drawn(3, 10, 6)), world)
+    assert sent == [(True, 0), (True, 1)]
