@@ -17,7 +17,8 @@ from hfprune_launch.slurm.backend import SlurmBackend
 from hfprune_launch.slurm.batch_script import Request, batch_script, default_threads
 from hfprune_launch.slurm.cancel import cancel_jobs
 from hfprune_launch.slurm.code_snapshot import take_snapshot
-from hfprune_launch.slurm.commands import JobInfo, SlurmCommands, SlurmUnavailableError
+from hfprune_launch.slurm.commands import SlurmCommands, SlurmUnavailableError
+from hfprune_launch.slurm.job_info import JobInfo
 from hfprune_launch.slurm.profile import Profile
 from hfprune_launch.slurm.slurm_stage import SlurmStage
 from hfprune_launch.slurm.status_table import stage_statuses, status_table

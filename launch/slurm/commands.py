@@ -13,9 +13,10 @@ import shutil
 import subprocess
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, NoReturn
+
+from hfprune_launch.slurm.job_info import NO_NODES, JobInfo
 
 from hfprune_dist.errors import UserError
 
@@ -35,12 +36,6 @@ NO_CONFIGURATION = re.compile("could not establish a configuration source|unable
 # Slurm names the limit that a job exceeds, before a sentence that is the same for all limits.
 NAMED_LIMIT = re.compile(r"\b(?:QOS|Assoc)\w*Limit\b", re.IGNORECASE)
 TOO_MANY_JOBS = re.compile(r"MaxSubmit|SubmitJob|job count limit|job submit limit", re.IGNORECASE)
-# Live, but on no node; in the last three Slurm holds a job until somebody releases or cancels it.
-WAITING_STATES = frozenset({"PENDING", "REQUEUE_HOLD", "SPECIAL_EXIT", "RESV_DEL_HOLD"})
-LIVE_STATES = WAITING_STATES | {
-    *("CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED", "STOPPED", "RESIZING", "SIGNALING", "STAGE_OUT"),
-    *("REQUEUED", "REQUEUE_FED", "EXPEDITING"),
-}
 # The final mark shows that a line is complete, since names may contain any character, including line ends.
 SQUEUE_FIELDS = "%i|%T|%r|%N|%S|%e|%j|;"
 SQUEUE_HEADER = re.compile(r"^JOBID\|.*\|;\n", re.MULTILINE)
@@ -67,33 +62,6 @@ class SubmissionRefusedError(UserError):
 
 class NeedEndedError(Exception):
     """Slurm has forgotten a job on which the submitted one was to depend, since it ended some time ago."""
-
-
-@dataclass(frozen=True)
-class JobInfo:
-    """Slurm's information on a job.
-
-    Attributes:
-        state: as squeue names it, e.g. RUNNING or NODE_FAIL.
-        reason: why it waits or ended; "None" if there is no reason.
-        nodes: its nodes in Slurm's notation, e.g. n[1-2]; empty while it waits.
-    """
-
-    job_id: str
-    state: str
-    reason: str
-    nodes: str
-    start: str
-    end: str
-    name: str
-
-    @property
-    def is_live(self) -> bool:
-        return self.state in LIVE_STATES
-
-    @property
-    def is_waiting(self) -> bool:
-        return self.state in WAITING_STATES
 
 
 class SlurmCommands:
@@ -207,7 +175,7 @@ class SlurmCommands:
     def launched_on(self, job_id: str) -> str:
         """Return the nodes of a job's last start in accounting, in Slurm's notation; empty if it knows of none."""
         nodes = [info.nodes for info in self._accounting([job_id], "--duplicates")]
-        return next((node for node in reversed(nodes) if node and node != "None assigned"), "")
+        return next((node for node in reversed(nodes) if node and node != NO_NODES), "")
 
     def _accounting(self, job_ids: Collection[str], *options: str) -> list[JobInfo]:
         if not job_ids or shutil.which("sacct") is None:
@@ -221,8 +189,7 @@ class SlurmCommands:
             return []
         lines = [line for line in result.stdout.splitlines(keepends=True) if line.endswith("\n")]
         infos = [JobInfo(*line.rstrip("\n").split("|", 6)) for line in lines if line.count("|") >= 6]
-        # "CANCELLED by 1000"
-        return [replace(info, state=info.state.split(" ")[0]) for info in infos]
+        return [info.in_words_of_squeue() for info in infos]
 
     def cancel(self, job_ids: Sequence[str]) -> None:
         """Cancel jobs; it is no error if one has already ended."""

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from hfprune_launch.slurm.attempt_records import NEED_ENDED, QUEUE_FULL, End
 from hfprune_launch.slurm.attempts import Attempt
-from hfprune_launch.slurm.commands import JobInfo
+from hfprune_launch.slurm.job_info import JobInfo
 from hfprune_launch.slurm.log_signs import (
     COLLECTIVE_TIMEOUT,
     OUT_OF_MEMORY,
@@ -85,6 +85,7 @@ class _Evidence:
 
     Attributes:
         state: the job's last state in Slurm; empty if it isn't known.
+        was_dropped: whether Slurm cancelled it because a job on which it depends did not succeed.
         failures: failures reported by ranks of this attempt, the best explanation first.
         heartbeat: the stage's last heartbeat; None if there was none.
         text: lines of the logs since the job's last start: the last ones, and all that Slurm wrote.
@@ -95,6 +96,7 @@ class _Evidence:
     stage: Stage
     attempt: Attempt
     state: str
+    was_dropped: bool
     failures: list[Failure]
     heartbeat: Heartbeat | None
     text: str
@@ -144,7 +146,8 @@ def _collect(store: Store, stage: Stage, attempt: Attempt, job: JobInfo | None) 
     state = job.state if job is not None else _state_from(text)
     intent, handle = attempt.intent, store.handle(stage.id)
     failures = [failure for failure in handle.failures() if failure.is_of(intent.number, intent.created)]
-    return _Evidence(store, stage, attempt, state, failures, handle.heartbeat(), text, log_tail(logs))
+    was_dropped = job is not None and job.was_dropped
+    return _Evidence(store, stage, attempt, state, was_dropped, failures, handle.heartbeat(), text, log_tail(logs))
 
 
 def _cause(evidence: _Evidence) -> tuple[str, str]:
@@ -171,9 +174,10 @@ def _cause(evidence: _Evidence) -> tuple[str, str]:
 def _cancelled(evidence: _Evidence) -> _Explanation:
     if evidence.state != "CANCELLED":
         return None
-    missing = [need for need in evidence.stage.needs if not evidence.store.handle(need).is_done()]
-    if missing and not evidence.attempt.runs():
-        return "dependency", f"{evidence.job} was dropped with the job of {missing[0]}, on which it depends"
+    # All artifacts may be there by now, as from a job that died after it had made its own.
+    needs = sorted(evidence.stage.needs, key=lambda need: evidence.store.handle(need).is_done())
+    if evidence.was_dropped and needs:
+        return "dependency", f"{evidence.job} was dropped with the job of {needs[0]}, on which it depends"
     return "cancelled", f"{evidence.job} was cancelled; run the same command again to go on"
 
 

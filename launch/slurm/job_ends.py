@@ -8,8 +8,8 @@ from dataclasses import replace
 
 from hfprune_launch.slurm.attempt_records import GONE, NEED_ENDED, QUEUE_FULL, SCRIPT, End
 from hfprune_launch.slurm.attempts import Attempt
-from hfprune_launch.slurm.commands import JobInfo
 from hfprune_launch.slurm.exit_causes import RETRIES, explain_end
+from hfprune_launch.slurm.job_info import JobInfo
 from hfprune_launch.slurm.pending_jobs import PendingJobs
 from hfprune_launch.slurm.sweep_jobs import Event, SweepJobs
 from hfprune_launch.slurm.whereabouts import GONE_AFTER_S, Sighting

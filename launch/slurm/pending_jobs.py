@@ -5,12 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 
-from hfprune_launch.slurm.commands import JobInfo
+from hfprune_launch.slurm.job_info import NEVER, JobInfo
 
 # A node could not launch the job, once or more often than the cluster allows ("launch failure limit exceeded requeued
 # held"), or could not read the user's environment: Slurm holds it for ever, even after the node has been repaired.
 LAUNCH_FAILED = re.compile(r"requeued.held|JobHoldMaxRequeue", re.IGNORECASE)
-NEVER = "DependencyNeverSatisfied"
 HELD = ("JobHeldUser", "JobHeldAdmin", "job requeued in held state", "job requeued in special exit state")
 # Reasons that occur in every queue, of interest only if the wait is long.
 ORDINARY = ("None", "Priority", "Resources", "BeginTime", "Prolog", "Cleaning")

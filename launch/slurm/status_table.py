@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from hfprune_launch.slurm.attempts import Attempt
-from hfprune_launch.slurm.commands import JobInfo
 from hfprune_launch.slurm.exit_causes import log_tail
+from hfprune_launch.slurm.job_info import JobInfo
 from hfprune_launch.slurm.slurm_stage import SlurmStage
 from hfprune_launch.stage.stage_file import began_at
 from hfprune_launch.stage.standing import staleness, standing_of, time_left

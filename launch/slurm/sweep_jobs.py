@@ -6,7 +6,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from hfprune_launch.slurm.attempts import Attempt
-from hfprune_launch.slurm.commands import JobInfo, SlurmCommands
+from hfprune_launch.slurm.commands import SlurmCommands
+from hfprune_launch.slurm.job_info import JobInfo
 from hfprune_launch.slurm.slurm_stage import SlurmStage
 from hfprune_launch.slurm.whereabouts import Whereabouts
 

@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from hfprune_launch.slurm.attempts import Attempt
-from hfprune_launch.slurm.commands import JobInfo, SlurmCommands, SlurmUnavailableError
+from hfprune_launch.slurm.commands import SlurmCommands, SlurmUnavailableError
+from hfprune_launch.slurm.job_info import JobInfo
 
 from hfprune_dist.store.artifacts import Store
 

@@ -151,13 +151,19 @@ def test_retries_are_bounded(fake, store):
     assert len(causes(store, SCORES)) == 4, "the same command tries again"
 
 
+def drop(fake, *job_ids):
+    """Let Slurm cancel jobs because one on which they depend did not succeed."""
+    for job_id in job_ids:
+        fake.set_state(job_id, "CANCELLED", nodes="", reason="DependencyNeverSatisfied")
+
+
 def test_a_cancelled_job_waits_for_the_user(fake, store):
     backend = make_backend(store)
     backend.start()
     attempts = Attempts(store.root)
     attempts.last(SCORES.id).record_run(Run("101", 0, "n1", time.time()))
-    for job_id in ("101", "102", "103"):
-        fake.set_state(job_id, "CANCELLED")
+    fake.set_state("101", "CANCELLED")
+    drop(fake, "102", "103")
     backend.follow()
     assert causes(store, SCORES) == ["cancelled"] and causes(store, PRUNES[0]) == ["dependency"]
     assert len(fake.calls("sbatch")) == 3
@@ -165,12 +171,30 @@ def test_a_cancelled_job_waits_for_the_user(fake, store):
     assert len(fake.calls("sbatch")) == 6
 
 
+def test_a_job_that_was_cancelled_while_it_waited_for_another_is_not_submitted_again(fake, store):
+    backend = make_backend(store)
+    backend.start()
+    fake.set_state("102", "CANCELLED", nodes="", reason="Dependency")
+    backend.step()
+    assert causes(store, PRUNES[0]) == ["cancelled"] and len(fake.calls("sbatch")) == 3
+
+
+def test_a_job_that_went_with_one_that_died_after_its_work_is_submitted_again(fake, store):
+    backend = make_backend(store)
+    backend.start()
+    complete(store, SCORES)
+    fake.set_state("101", "NODE_FAIL")
+    drop(fake, "102")
+    backend.step()
+    assert causes(store, SCORES) == ["done"] and causes(store, PRUNES[0]) == ["dependency", None]
+    assert "--dependency" not in script_of(store, PRUNES[0], 2)
+
+
 def test_dependents_follow_a_retry(fake, store):
     backend = make_backend(store)
     backend.start()
     fake.set_state("101", "NODE_FAIL", "n3")
-    fake.set_state("102", "CANCELLED")
-    fake.set_state("103", "CANCELLED")
+    drop(fake, "102", "103")
     Attempts(store.root).last(SCORES.id).record_run(Run("101", 0, "n3", time.time()))
     backend.step()
     assert "#SBATCH --exclude=n3" in script_of(store, SCORES, 2)

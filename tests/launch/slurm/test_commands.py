@@ -152,6 +152,12 @@ def test_history_is_empty_without_accounting(fake, slurm):
     assert slurm.history([]) == {} and len(fake.calls("sacct")) == 2
 
 
+def test_a_job_that_never_started_and_nobody_cancelled_was_dropped_by_slurm(fake, slurm):
+    ends = {"7": "CANCELLED by 1000|None|None assigned", "8": "CANCELLED|None|None assigned", "9": "CANCELLED|None|n1"}
+    (fake.folder / "history").write_text("".join(f"{job}|{end}|None|N/A|name\n" for job, end in ends.items()))
+    assert [job_id for job_id, job in slurm.history(list(ends)).items() if job.was_dropped] == ["8"]
+
+
 def test_cancelling_what_has_ended_is_no_error(fake, slurm):
     fake.fail_next("scancel", "scancel: error: Kill job error on job id 7: Invalid job id specified")
     slurm.cancel(["7"])

@@ -7,7 +7,6 @@ import pytest
 from hfprune_launch.slurm import exit_causes
 from hfprune_launch.slurm.attempt_records import End, Run
 from hfprune_launch.slurm.attempts import Attempts
-from hfprune_launch.slurm.commands import JobInfo
 from hfprune_launch.slurm.exit_causes import (
     FRUITLESS_STARTS,
     LOG_TAIL_LINES,
@@ -16,6 +15,7 @@ from hfprune_launch.slurm.exit_causes import (
     log_tail,
     never_gets_further,
 )
+from hfprune_launch.slurm.job_info import NEVER, JobInfo
 from hfprune_launch.slurm.log_signs import SETUP_FAILED, START
 from hfprune_launch.slurm.progress import fruitless_starts
 from hypothesis import given, settings
@@ -210,10 +210,16 @@ def commit(store, stage):
     store.commit(stage, draft, {"metrics": {}})
 
 
-def test_a_job_that_never_ran_went_with_what_it_depends_on(store, attempt):
-    assert cause(store, attempt, "CANCELLED") == "dependency"
+def test_a_job_that_slurm_dropped_went_with_what_it_depends_on(store, attempt):
+    dropped = replace(job("CANCELLED", attempt), reason=NEVER)
+    assert explain_end(store, STAGE, attempt, dropped).cause == "dependency"
     commit(store, NEED)
-    assert cause(store, attempt, "CANCELLED") == "cancelled", "all that it needs is there"
+    assert explain_end(store, STAGE, attempt, dropped).cause == "dependency", "its job died after it had made that"
+
+
+def test_a_job_that_somebody_cancelled_while_it_waited_for_another_is_cancelled(store, attempt):
+    waited = replace(job("CANCELLED", attempt), reason="Dependency")
+    assert explain_end(store, STAGE, attempt, waited).cause == "cancelled"
 
 
 def test_what_explains_most_comes_first(store, attempt):

@@ -5,8 +5,8 @@ import time
 import pytest
 from hfprune_launch.slurm.attempt_records import Run
 from hfprune_launch.slurm.attempts import Attempts
-from hfprune_launch.slurm.commands import JobInfo
 from hfprune_launch.slurm.exit_causes import NO_PROGRESS, RETRIES, explain_end
+from hfprune_launch.slurm.job_info import JobInfo
 from hfprune_launch.slurm.log_signs import SIGNALS, SIGNS, START, last_start, since_last_start
 
 from hfprune_dist.store.artifacts import Store

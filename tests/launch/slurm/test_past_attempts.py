@@ -7,8 +7,8 @@ import pytest
 from hfprune_launch.modes.past_attempts import past_attempts as all_attempts
 from hfprune_launch.slurm.attempt_records import End, Run
 from hfprune_launch.slurm.attempts import Attempts
-from hfprune_launch.slurm.commands import JobInfo
 from hfprune_launch.slurm.exit_causes import explain_end
+from hfprune_launch.slurm.job_info import JobInfo
 from hfprune_launch.slurm.past_attempts import past_attempts
 from hfprune_launch.slurm.slurm_stage import SlurmStage
 

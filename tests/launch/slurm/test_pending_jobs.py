@@ -1,8 +1,8 @@
 """Reports about waiting jobs: which jobs are named, when, and which are given up."""
 
 import pytest
-from hfprune_launch.slurm.commands import JobInfo
-from hfprune_launch.slurm.pending_jobs import LONG_WAIT_S, NEVER, REMIND_S, STUCK_S, PendingJobs
+from hfprune_launch.slurm.job_info import NEVER, JobInfo
+from hfprune_launch.slurm.pending_jobs import LONG_WAIT_S, REMIND_S, STUCK_S, PendingJobs
 
 
 def waiting(reason, job_id="7", state="PENDING"):

@@ -5,7 +5,7 @@ import time
 import pytest
 from hfprune_launch.slurm.attempt_records import Run
 from hfprune_launch.slurm.attempts import Attempts
-from hfprune_launch.slurm.commands import JobInfo
+from hfprune_launch.slurm.job_info import JobInfo
 from hfprune_launch.slurm.status_table import stage_statuses
 
 from hfprune_dist.planning.plan import Plan
