@@ -84,11 +84,15 @@ def run_on_slurm(
     with _Screen(console, sweep).shown() as screen:
         submitting = Submitting(provenance, new_jobs.profile, snapshot, new_jobs.max_running)
         backend = SlurmBackend(store, sweep.plan, submitting, SlurmCommands(), partial(_tell, screen, on_end))
-        backend.start()
-        if follow is not False:
-            backend.follow(lambda: screen.refresh(backend.jobs))
-            return None
-        backend.follow_missing(lambda: screen.refresh(backend.jobs))
+        try:
+            backend.start()
+            if follow is not False:
+                backend.follow(lambda: screen.refresh(backend.jobs))
+                return None
+            backend.follow_missing(lambda: screen.refresh(backend.jobs))
+        except KeyboardInterrupt:
+            tell("submitted jobs go on; --status shows them, --cancel ends them")
+            raise
     if left := backend.unsubmitted():
         names = ", ".join(f"{stage.kind} {stage.label}" for stage in left)
         tell(f"not submitted: {names}; run the same command again")

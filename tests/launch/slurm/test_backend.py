@@ -740,4 +740,5 @@ def test_a_launcher_is_interrupted_while_it_waits(fake, tmp_path):
     launcher.send_signal(signal.SIGINT)
     output, _ = launcher.communicate(timeout=600)
     assert launcher.returncode == 130 and "run the same command again" in output and "Traceback" not in output, output
+    assert "submitted jobs go on; --status shows them, --cancel ends them" in output
     assert [claim for claim in (tmp_path / "out").rglob("claim.*") if "released" not in claim.read_text()] == []
