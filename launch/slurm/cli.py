@@ -113,7 +113,8 @@ def show_status(console: Console, sweep: Sweep, keep_on: bool) -> None:
     with _Screen(console, sweep).shown() as screen:
         looks_at_rest = 0
         while keep_on and looks_at_rest < LOOKS_AT_REST:
-            looks_at_rest = 0 if screen.refresh(jobs.now()) else looks_at_rest + 1
+            goes_on = screen.refresh(jobs.now()) or jobs.is_silent
+            looks_at_rest = 0 if goes_on else looks_at_rest + 1
             if not sweep.plan.lacking(lambda stage_id: sweep.store.handle(stage_id).is_committed()):
                 break
             sleep(STATUS_INTERVAL_S)
@@ -187,9 +188,14 @@ def _expected(missing: list[Stage], sweep: Sweep, profile: Profile) -> tuple[flo
 
 
 class _StatusJobs:
-    """All jobs, for read-only commands; none if this machine has no Slurm or Slurm does not answer at once."""
+    """All jobs, for read-only commands; none if this machine has no Slurm or Slurm does not answer at once.
+
+    Attributes:
+        is_silent: whether Slurm did not answer when it was last asked.
+    """
 
     def __init__(self, console: Console, sweep: Sweep) -> None:
+        self.is_silent = False
         self._console = console
         self._sweep = sweep
         self._whereabouts = Whereabouts(sweep.store, SlurmCommands(retry_delays_s=()), time.monotonic)
@@ -203,8 +209,11 @@ class _StatusJobs:
         try:
             self._whereabouts.look(attempts)
         except SlurmUnavailableError as error:
-            say(self._console, f"Slurm does not answer ({error}): jobs are not shown")
+            if not self.is_silent:
+                say(self._console, f"Slurm does not answer ({error}): jobs are not shown")
+            self.is_silent = True
             return {}
+        self.is_silent = False
         return self._whereabouts.jobs
 
 

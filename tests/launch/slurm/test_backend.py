@@ -717,6 +717,16 @@ def test_status_says_at_once_that_slurm_does_not_answer(fake, store, tmp_path, c
     assert len(fake.calls("squeue")) == before + 1
 
 
+def test_status_is_followed_while_slurm_does_not_answer(fake, store, tmp_path, monkeypatch, capsys):
+    make_backend(store).start()
+    fake.fail_next("squeue", *["slurm_load_jobs error: Unable to contact slurm controller"] * 6)
+    rounds = iter(range(8))
+    monkeypatch.setattr(cli, "sleep", lambda _: next(rounds))
+    with pytest.raises(StopIteration):
+        show_status(Console(width=200), Sweep(PLAN, store, tmp_path), keep_on=True)
+    assert capsys.readouterr().out.count("Slurm does not answer") == 1
+
+
 def test_status_asks_about_jobs_that_squeue_does_not_list(fake, store, tmp_path, capsys):
     make_backend(store).start()
     fake.set_state("101", "RUNNING")
