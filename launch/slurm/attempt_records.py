@@ -141,7 +141,7 @@ def _recover_intent(folder: Path) -> Intent | None:
 
     The batch script is written after the intent and before the submission; without it there is no job.
     """
-    job, script = read_attempt_record(folder / JOB, Job), _read_script(folder / SCRIPT)
+    job, script = read_attempt_record(folder / JOB, Job), read_script(folder / SCRIPT)
     options = dict(re.findall(r"^#SBATCH --([a-z-]+)=(\S+)$", script, re.MULTILINE))
     if job is None and not script and not listed(folder, "run.*.json"):
         return None
@@ -164,7 +164,8 @@ def job_name_of(stage_id: str, number: int) -> str:
     return f"hfprune-{kind}-{fingerprint[:8]}-{number}-"
 
 
-def _read_script(file: Path) -> str:
+def read_script(file: Path) -> str:
+    """Return a batch script; empty if there is none."""
     try:
         return file.read_text(encoding="utf-8", errors="replace")
     except FileNotFoundError:

@@ -53,6 +53,7 @@ class SlurmBackend:
     def start(self) -> None:
         """Take over what earlier launchers left, then submit missing stages."""
         self._ends.take_up_earlier()
+        self._submission.tell_of_outdated()
         self._submission.submit_missing()
 
     def step(self) -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from hfprune_launch.slurm.attempt_records import SCRIPT
+from hfprune_launch.slurm.attempt_records import SCRIPT, read_script
 from hfprune_launch.slurm.attempts import Attempt
 from hfprune_launch.slurm.job import StageJob
 from hfprune_launch.slurm.log_signs import SETUP_FAILED, START
@@ -29,6 +30,8 @@ UNUSABLE = {
     "\\": "Slurm takes names of log files literally that contain it",
     ":": "it separates the folders of PYTHONPATH",
 }
+# Lines of a script that differ between jobs of one profile, or with the version of the code.
+OF_ONE_JOB = ("#SBATCH --dependency=", "#SBATCH --chdir=", "export HFPRUNE_CODE=", "export PYTHONPATH=", "ln -sfn ")
 # Variables (SLURM_...) from which srun reads options. A job inherits them from a launcher that runs inside another job
 # or whose user sets them for other work; Slurm itself sets only those for options with which the job was submitted.
 SRUN_VARIABLES = (
@@ -119,6 +122,20 @@ def batch_script(request: Request) -> str:
         srun_args=_srun_arguments(resources),
     )
     return executor.text()
+
+
+def is_as_submitted(request: Request) -> bool:
+    """Return whether a submitted job's batch script is what its profile now says; True if it can't be read."""
+    submitted = _of_profile(read_script(request.folder / SCRIPT))
+    return not submitted or submitted == _of_profile(batch_script(request))
+
+
+def _of_profile(script: str) -> list[str]:
+    """Return what a profile decides in a batch script: without the job's folder, to which several paths may lead."""
+    folder = re.search("^#SBATCH --output='?(.+)/", script, re.MULTILINE)
+    if folder is None:
+        return []
+    return [line.replace(folder[1], "") for line in script.splitlines() if not line.startswith(OF_ONE_JOB)]
 
 
 def write_submission(request: Request, attempt: Attempt, store: Path) -> Path:

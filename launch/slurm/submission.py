@@ -9,7 +9,7 @@ from pathlib import Path
 
 from hfprune_launch.slurm.attempt_records import NEED_ENDED, QUEUE_FULL, End
 from hfprune_launch.slurm.attempts import Attempt, Attempts
-from hfprune_launch.slurm.batch_script import Request, default_threads, write_submission
+from hfprune_launch.slurm.batch_script import Request, default_threads, is_as_submitted, write_submission
 from hfprune_launch.slurm.commands import (
     NeedEndedError,
     SlurmUnavailableError,
@@ -72,6 +72,24 @@ class Submission:
                 message = f"{error}; the rest is submitted when jobs have ended"
                 self._jobs.tell(Event("waiting", stage, None, message))
                 return
+
+    def tell_of_outdated(self) -> None:
+        """Report queued jobs that were submitted with another profile, or another limit, than this launcher's."""
+        count = sum(self._is_outdated(attempt) for attempt in self._jobs.live.values())
+        if count:
+            message = (
+                f"{'1 queued job keeps' if count == 1 else f'{count} queued jobs keep'} to the profile or the "
+                "--max-running of an earlier command; --cancel, then the same command, submits with those of now"
+            )
+            self._jobs.tell(Event("waiting", None, None, message))
+
+    def _is_outdated(self, attempt: Attempt) -> bool:
+        job = self._jobs.whereabouts.sighting(attempt).job
+        if job is None or not job.is_waiting:
+            return False
+        slot, limit = attempt.intent.slot, self._submitting.max_running
+        keeps_limit = slot is None if limit is None else slot is not None and slot < limit
+        return not (keeps_limit and is_as_submitted(self._request(self._jobs.stage_of(attempt), attempt, (), None)))
 
     def _submit_patiently(self, stage: Stage) -> None:
         try:

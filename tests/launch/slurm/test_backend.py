@@ -61,10 +61,10 @@ def store(tmp_path):
     return Store(tmp_path / "store")
 
 
-def make_backend(store, plan=PLAN, max_running=None):
+def make_backend(store, plan=PLAN, max_running=None, resources=RESOURCES):
     told = []
     submitting = Submitting(
-        Provenance(RuntimeConfig(), {}, {}), Profile("test", RESOURCES, None), store.root / "code", max_running
+        Provenance(RuntimeConfig(), {}, {}), Profile("test", resources, None), store.root / "code", max_running
     )
     clock = Clock()
     backend = SlurmBackend(store, plan, submitting, SlurmCommands(sleep=clock.sleep), told.append, clock=clock)
@@ -596,6 +596,23 @@ def test_nothing_joins_a_slot_whose_last_job_has_no_known_id(fake, store):
     backend.step()
     assert len(fake.calls("sbatch")) == 2
     assert "#SBATCH --dependency=afterany:101" in script_of(store, PRUNES[1])
+
+
+@pytest.mark.parametrize("now", [{"resources": dict.fromkeys(RESOURCES, Resources(qos="long"))}, {"max_running": 2}])
+def test_jobs_that_wait_as_an_earlier_command_submitted_them_are_told_of(fake, store, tmp_path, now):
+    complete(store, SCORES)
+    make_backend(store).start()
+    fake.set_state("102", "RUNNING")
+
+    def told(store, **settings):
+        backend = make_backend(store, **settings)
+        backend.start()
+        return [event.message for event in backend.told]
+
+    (alias := tmp_path / "alias").symlink_to(store.root)
+    assert told(store) == told(Store(alias)) == []
+    (message,) = told(store, **now)
+    assert message.startswith("1 queued job keeps to the profile") and "--cancel" in message
 
 
 def test_what_only_results_that_stand_were_made_from_is_not_submitted(fake, store):
