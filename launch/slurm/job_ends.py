@@ -49,7 +49,7 @@ class JobEnds:
         """Look up the states of all jobs, and close the attempts whose jobs are over."""
         jobs = self._jobs
         # Records of attempts are read before squeue, so that a recorded job is either in squeue or over.
-        for stage_id in jobs.todo - jobs.live.keys():
+        for stage_id in (it for it in jobs.plan.stages if it in jobs.todo and it not in jobs.live):
             if attempt := jobs.handle(stage_id).open_attempt():
                 jobs.live[stage_id] = attempt
         job_ids = {stage_id: attempt.job_id for stage_id, attempt in jobs.live.items()}

@@ -125,6 +125,16 @@ def test_what_is_done_or_queued_is_not_submitted_again(fake, store):
     assert "--dependency" not in script_of(store, PRUNES[0])
 
 
+def test_jobs_are_told_of_in_the_order_of_the_plan(fake, store):
+    stages = [Stage("prune", str(number), {"number": number}, {}) for number in range(6)]
+    make_backend(store, plan_of(*stages)).start()
+    for job_id in fake.jobs():
+        fake.set_state(job_id, "PENDING", nodes="", reason="PartitionDown")
+    backend = make_backend(store, plan_of(*stages))
+    backend.start()
+    assert [event.message for event in backend.told] == ["6 jobs can't start: PartitionDown (101, 102, 103, ...)"]
+
+
 def test_only_an_artifact_is_success(fake, store):
     backend = make_backend(store)
     backend.start()
