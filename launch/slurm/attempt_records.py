@@ -32,6 +32,7 @@ END = "end.json"
 # Causes of attempts that ended before Slurm accepted their job; the folder is used again for the next try.
 QUEUE_FULL = "submit limit"  # the user had too many jobs
 NEED_ENDED = "need ended"  # a job that it was to wait for had already ended
+NOT_ACCEPTED = (QUEUE_FULL, NEED_ENDED)
 # Instead of a state of Slurm's: the job is over, as Slurm has long known no such job and it shows no sign of life.
 GONE = "GONE"
 

@@ -18,8 +18,7 @@ from hfprune_launch.slurm.attempt_records import (
     END,
     INTENT,
     JOB,
-    NEED_ENDED,
-    QUEUE_FULL,
+    NOT_ACCEPTED,
     End,
     Intent,
     Job,
@@ -166,7 +165,7 @@ class Attempts:
         folder = self._root / stage.id
         folder.mkdir(parents=True, exist_ok=True)
         last = self.last(stage.id)
-        if last is not None and last.end is not None and last.end.cause in (QUEUE_FULL, NEED_ENDED):
+        if last is not None and last.end is not None and last.end.cause in NOT_ACCEPTED:
             return self._reopen(last, slot, cluster, user)
         number = 1 + max((number for number, _ in _numbered(folder)), default=0)
         name = job_name_of(stage.id, number) + uuid.uuid4().hex[:8]

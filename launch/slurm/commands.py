@@ -292,7 +292,7 @@ def _field(text: str, name: str) -> str:
 
 def _raise_refusal(script: Path, message: str) -> NoReturn:
     if _is_full(message):
-        raise SubmitLimitError(_last_line(message))
+        raise SubmitLimitError("; ".join(message.strip().splitlines()))  # the first line names the limit
     if DEPENDENCY_PROBLEM.search(message):
         raise NeedEndedError(_last_line(message))
     raise SubmissionRefusedError(f"sbatch refused {script}: {message.strip()}; check the profile")

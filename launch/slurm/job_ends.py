@@ -6,7 +6,7 @@ import time
 from collections import Counter
 from dataclasses import replace
 
-from hfprune_launch.slurm.attempt_records import GONE, NEED_ENDED, QUEUE_FULL, SCRIPT, End
+from hfprune_launch.slurm.attempt_records import GONE, NOT_ACCEPTED, SCRIPT, End
 from hfprune_launch.slurm.attempts import Attempt
 from hfprune_launch.slurm.exit_causes import RETRIES, explain_end
 from hfprune_launch.slurm.job_info import JobInfo
@@ -21,7 +21,7 @@ from hfprune_dist.store.stage import Stage
 # Time after a job's completion by which its artifact has to be visible here (file systems lag).
 LAG_S = 60.0
 # Causes in another stage or outside, for which the stage itself has no failure to report.
-NO_FAILURE = ("dependency", "duplicate", "lost job", QUEUE_FULL, NEED_ENDED)
+NO_FAILURE = ("dependency", "duplicate", "lost job", *NOT_ACCEPTED)
 
 
 class JobEnds:
@@ -85,7 +85,8 @@ class JobEnds:
             self._ended.setdefault(stage.id, []).append(end.cause)
         self._report_failure(stage, end)
         jobs.todo |= {need for need in stage.needs if not jobs.handle(need).is_done()}
-        jobs.tell(Event("ended", stage, attempt.job_id, f"{end.cause}: {end.message}"))
+        if end.cause not in NOT_ACCEPTED:  # the submission, which is tried again every few seconds, tells of them once
+            jobs.tell(Event("ended", stage, attempt.job_id, f"{end.cause}: {end.message}"))
 
     def _report_failure(self, stage: Stage, end: End) -> None:
         """Leave the cause for the report, instead of what the ranks said as they died."""

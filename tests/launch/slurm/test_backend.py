@@ -638,6 +638,7 @@ def test_a_full_queue_is_filled_up_later(fake, store):
     backend = make_backend(store)
     backend.start()
     assert causes(store, SCORES) == ["submit limit"]
+    assert [event.what for event in backend.told] == ["waiting"], "as a message that is printed once"
     assert backend.unsubmitted() == list(PLAN.stages.values())
     backend.step()
     assert causes(store, SCORES) == [None], "the same attempt"

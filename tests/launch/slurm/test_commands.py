@@ -96,6 +96,13 @@ def test_a_full_queue_is_no_refusal(fake, slurm, script, named):
         slurm.submit(script, "a-name")
 
 
+def test_the_limit_that_is_reached_is_named(fake, slurm, script):
+    (fake.folder / "arrived.fail").write_text(f"sbatch: error: QOSMaxSubmitJobPerUserLimit\n{POLICY}")
+    fake.answer_squeue(HEADER)
+    with pytest.raises(SubmitLimitError, match=r"QOSMaxSubmitJobPerUserLimit; .*accounting/QOS policy"):
+        slurm.submit(script, "a-name")
+
+
 @pytest.mark.parametrize("named", ["QOSMaxWallDurationPerJobLimit", "AssocMaxNodePerJobLimit"])
 def test_a_job_beyond_other_limits_is_refused(fake, slurm, script, named):
     """Slurm gives the same explanation for all of them."""
