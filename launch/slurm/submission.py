@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from hfprune_launch.slurm.attempt_records import NEED_ENDED, QUEUE_FULL, End
@@ -89,7 +89,9 @@ class Submission:
             return False
         slot, limit = attempt.intent.slot, self._submitting.max_running
         keeps_limit = slot is None if limit is None else slot is not None and slot < limit
-        return not (keeps_limit and is_as_submitted(self._request(self._jobs.stage_of(attempt), attempt, (), None)))
+        request = self._request(self._jobs.stage_of(attempt), attempt, (), None)
+        requests = request, replace(request, exclude=())  # either may be what Slurm accepted
+        return not (keeps_limit and any(is_as_submitted(it) for it in requests))
 
     def _submit_patiently(self, stage: Stage) -> None:
         try:
@@ -151,12 +153,7 @@ class Submission:
             ranks=resources.ranks,
         )
         write_stage_file(handle, stage, submitting.provenance, attempt.intent.number)
-        request = self._request(stage, attempt, after_ok, slot.after_any)
-        script = write_submission(request, attempt, self._jobs.store.root)
-        # A job may outlive this machine, so what it reads and what tells the next launcher about it must do so as well.
-        for folder in (attempt.folder, handle.work):
-            fsync_folders(folder, self._jobs.store.root)
-        self._hand_over(stage, attempt, script)
+        self._hand_over(attempt, self._request(stage, attempt, after_ok, slot.after_any))
 
     def _request(self, stage: Stage, attempt: Attempt, after_ok: Sequence[str], after_any: str | None) -> Request:
         submitting = self._submitting
@@ -173,11 +170,11 @@ class Submission:
             exclude=self._nodes_to_avoid(stage),
         )
 
-    def _hand_over(self, stage: Stage, attempt: Attempt, script: Path) -> None:
+    def _hand_over(self, attempt: Attempt, request: Request) -> None:
         """Submit, and record the job's id or why there is none."""
-        jobs = self._jobs
+        jobs, stage = self._jobs, request.stage
         try:
-            job_id = jobs.slurm.submit(script, attempt.intent.job_name)
+            job_id = self._submit_anywhere(attempt, request)
         except SubmissionRefusedError as error:
             self._ends.close(stage, attempt, End("refused", str(error), time.time()))
             return
@@ -196,6 +193,25 @@ class Submission:
             return
         attempt.record_job(job_id)
         jobs.tell(Event("submitted", stage, job_id))
+
+    def _submit_anywhere(self, attempt: Attempt, request: Request) -> str | None:
+        """Submit; if Slurm refuses to do without the nodes to avoid, which may be needed or gone, then for any node."""
+        try:
+            return self._write_and_submit(attempt, request)
+        except SubmissionRefusedError as error:
+            if not request.exclude:
+                raise
+            nodes = ", ".join(request.exclude)
+            message = f"{error}, or Slurm can't do without {nodes}, where it has failed; submitted again for any node"
+            self._jobs.tell(Event("waiting", request.stage, None, message))
+            return self._write_and_submit(attempt, replace(request, exclude=()))
+
+    def _write_and_submit(self, attempt: Attempt, request: Request) -> str | None:
+        script = write_submission(request, attempt, self._jobs.store.root)
+        # A job may outlive this machine, so what it reads and what tells the next launcher about it must do so as well.
+        for folder in (attempt.folder, self._jobs.handle(request.stage.id).work):
+            fsync_folders(folder, self._jobs.store.root)
+        return self._jobs.slurm.submit(script, attempt.intent.job_name)
 
     def _nodes_to_avoid(self, stage: Stage) -> list[str]:
         ends = [end for attempt in self._jobs.handle(stage.id).attempts() if (end := attempt.end) is not None]

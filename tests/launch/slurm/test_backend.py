@@ -467,10 +467,33 @@ def test_a_need_that_died_meanwhile_is_made_again(fake, store):
     )
     backend.start()
     assert causes(store, PRUNES[0]) == ["need ended"] and causes(store, SCORES) == [None]
+    assert "ended" not in [event.what for event in backend.told]
     for _ in range(5):
         backend.step_after(100)
     assert causes(store, SCORES) == ["killed", None] and causes(store, PRUNES[0]) == [None], "the same attempt"
     assert "--dependency=afterok:102\n" in script_of(store, PRUNES[0])
+
+
+@pytest.mark.parametrize("refusal", ["Requested node configuration is not available", "Invalid node name specified"])
+def test_a_node_at_fault_that_slurm_does_not_do_without_is_not_avoided(fake, store, refusal):
+    """The partition has no other, or the node is gone from Slurm's configuration."""
+    plan = plan_of(SCORES)
+    backend = make_backend(store, plan)
+    backend.start()
+    Attempts(store.root).last(SCORES.id).record_run(Run("101", 0, "n3", time.time()))
+    fake.set_state("101", "NODE_FAIL", "n3")
+    fake.fail_next("sbatch", f"sbatch: error: Batch job submission failed: {refusal}")
+    backend.step()
+    assert causes(store, SCORES) == ["node failure", None] and "--exclude" not in script_of(store, SCORES, 2)
+    (told,) = [event.message for event in backend.told if event.what == "waiting"]
+    assert refusal in told and "can't do without n3" in told
+    again = make_backend(store, plan)
+    again.start()
+    assert again.told == [], "the job waits as this command would submit it"
+    fake.set_state("102", "NODE_FAIL", "n3")
+    fake.fail_next("sbatch", *["sbatch: error: Invalid account"] * 2)
+    backend.step()
+    assert causes(store, SCORES) == ["node failure", "node failure", "refused"]
 
 
 HELD = "launch failed requeued held"
