@@ -33,6 +33,8 @@ END = "end.json"
 QUEUE_FULL = "submit limit"  # the user had too many jobs
 NEED_ENDED = "need ended"  # a job that it was to wait for had already ended
 NOT_ACCEPTED = (QUEUE_FULL, NEED_ENDED)
+# Cause of an attempt whose job Slurm ended before it started, as it avoided nodes that it can't do without.
+NODES_NEEDED = "avoided node needed"
 # Instead of a state of Slurm's: the job is over, as Slurm has long known no such job and it shows no sign of life.
 GONE = "GONE"
 

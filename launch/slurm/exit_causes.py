@@ -7,9 +7,10 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from hfprune_launch.slurm.attempt_records import NEED_ENDED, QUEUE_FULL, End
-from hfprune_launch.slurm.attempts import Attempt
-from hfprune_launch.slurm.job_info import JobInfo
+from hfprune_launch.slurm.attempt_records import NEED_ENDED, NODES_NEEDED, QUEUE_FULL, End
+from hfprune_launch.slurm.attempts import Attempt, Attempts
+from hfprune_launch.slurm.avoided_nodes import avoided_by, nodes_at_fault
+from hfprune_launch.slurm.job_info import DEPENDENCY, NEVER, JobInfo
 from hfprune_launch.slurm.log_signs import (
     COLLECTIVE_TIMEOUT,
     OUT_OF_MEMORY,
@@ -36,6 +37,7 @@ RETRIES = {
     "preempted": 1000,
     "node failure": 10,
     "bad node": 3,
+    NODES_NEEDED: 3,
     "time limit": 1000,  # only if the job got further, as it then does each time, and so comes to an end
     "interrupted": 20,
     "killed": 2,
@@ -74,9 +76,6 @@ LOG_STATES = {
 }
 # Lines of srun, of slurmstepd, and of bash about the batch script.
 BY_SLURM = re.compile(r"srun: |slurmstepd\S*: |\S*slurm_script: |" + re.escape(SETUP_FAILED))
-NODE_AT_FAULT = re.compile(
-    r"srun: error: Node failure on (\S+)|task launch for .* failed on node ([^\s:]+)", re.IGNORECASE
-)
 
 
 @dataclass(frozen=True)
@@ -85,7 +84,7 @@ class _Evidence:
 
     Attributes:
         state: the job's last state in Slurm; empty if it isn't known.
-        was_dropped: whether Slurm cancelled it because a job on which it depends did not succeed.
+        reason: why it waited or ended, as squeue names it; empty if it isn't known.
         failures: failures reported by ranks of this attempt, the best explanation first.
         heartbeat: the stage's last heartbeat; None if there was none.
         text: lines of the logs since the job's last start: the last ones, and all that Slurm wrote.
@@ -96,7 +95,7 @@ class _Evidence:
     stage: Stage
     attempt: Attempt
     state: str
-    was_dropped: bool
+    reason: str
     failures: list[Failure]
     heartbeat: Heartbeat | None
     text: str
@@ -132,7 +131,7 @@ def explain_end(store: Store, stage: Stage, attempt: Attempt, job: JobInfo | Non
         at=ended,
         state=evidence.state,
         nodes=job.nodes if job is not None else "",
-        bad_nodes=_bad_nodes(cause, evidence.text, attempt),
+        bad_nodes=nodes_at_fault(cause, evidence.text, attempt),
         log_tail=evidence.tail if cause != "done" else "",
         run_seconds=seconds,
         gpu_seconds=seconds * attempt.intent.gpus,
@@ -146,8 +145,8 @@ def _collect(store: Store, stage: Stage, attempt: Attempt, job: JobInfo | None) 
     state = job.state if job is not None else _state_from(text)
     intent, handle = attempt.intent, store.handle(stage.id)
     failures = [failure for failure in handle.failures() if failure.is_of(intent.number, intent.created)]
-    was_dropped = job is not None and job.was_dropped
-    return _Evidence(store, stage, attempt, state, was_dropped, failures, handle.heartbeat(), text, log_tail(logs))
+    reason = job.reason if job is not None else ""
+    return _Evidence(store, stage, attempt, state, reason, failures, handle.heartbeat(), text, log_tail(logs))
 
 
 def _cause(evidence: _Evidence) -> tuple[str, str]:
@@ -156,6 +155,7 @@ def _cause(evidence: _Evidence) -> tuple[str, str]:
         return "done", ""
     explanations = (
         _cancelled,
+        _no_node_suits,
         _left_to_another,
         _known_to_a_rank,
         _out_of_memory,
@@ -174,11 +174,31 @@ def _cause(evidence: _Evidence) -> tuple[str, str]:
 def _cancelled(evidence: _Evidence) -> _Explanation:
     if evidence.state != "CANCELLED":
         return None
-    # All artifacts may be there by now, as from a job that died after it had made its own.
-    needs = sorted(evidence.stage.needs, key=lambda need: evidence.store.handle(need).is_done())
-    if evidence.was_dropped and needs:
-        return "dependency", f"{evidence.job} was dropped with the job of {needs[0]}, on which it depends"
+    if _was_dropped(evidence):
+        return "dependency", f"{evidence.job} was dropped, as a job on which it depends did not succeed"
     return "cancelled", f"{evidence.job} was cancelled; run the same command again to go on"
+
+
+def _was_dropped(evidence: _Evidence) -> bool:
+    """Return whether Slurm itself cancelled a job, because one on which it depends did not succeed.
+
+    By now the artifact may be there, as of a job that died after its work. Slurm gives any reason for a job that it
+    drops as soon as it is submitted, but for one that somebody cancelled while it waited for others still says so.
+    """
+    if evidence.reason == NEVER:
+        return bool(evidence.stage.needs)
+    if evidence.reason == DEPENDENCY or evidence.attempt.runs():
+        return False
+    return any(not evidence.store.handle(need).is_done() for need in evidence.stage.needs)
+
+
+def _no_node_suits(evidence: _Evidence) -> _Explanation:
+    if (evidence.state, evidence.reason) != ("FAILED", "BadConstraints"):
+        return None
+    nodes = avoided_by(evidence.attempt, Attempts(evidence.store.root).of(evidence.stage.id))
+    if nodes:
+        return NODES_NEEDED, f"{evidence.job} can't do without {', '.join(nodes)}, where the stage has failed"
+    return "refused", f"{evidence.job}: no node suits what it asks for (BadConstraints); check the profile"
 
 
 def _left_to_another(evidence: _Evidence) -> _Explanation:
@@ -281,19 +301,6 @@ def _end_of(job: JobInfo | None, heartbeat: Heartbeat | None) -> float:
         except ValueError:
             pass
     return time.time() if heartbeat is None else heartbeat.updated
-
-
-def _bad_nodes(cause: str, text: str, attempt: Attempt) -> list[str]:
-    """Return the nodes at fault: those that the log names, else the only node of the job's last start."""
-    if cause not in ("node failure", "bad node"):
-        return []
-    named = {first or second for first, second in NODE_AT_FAULT.findall(text)}
-    death = first_death(text)
-    if not named and death is not None:
-        named = {death.node}
-    if not named and (runs := attempt.runs()):
-        named = {runs[-1].nodes}
-    return sorted(node for node in named if node and "[" not in node and "," not in node)
 
 
 def _state_from(text: str) -> str:

@@ -10,7 +10,8 @@ LIVE_STATES = WAITING_STATES | {
     *("CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED", "STOPPED", "RESIZING", "SIGNALING", "STAGE_OUT"),
     *("REQUEUED", "REQUEUE_FED", "EXPEDITING"),
 }
-# Why a job waits, and why it was ended if Slurm ends such jobs: one on which it depends did not succeed.
+# Why a job waits for others; and why it would wait for ever, as one of them did not succeed, if Slurm did not end it.
+DEPENDENCY = "Dependency"
 NEVER = "DependencyNeverSatisfied"
 # What accounting says of a job that has never started.
 NO_NODES = "None assigned"
@@ -42,16 +43,12 @@ class JobInfo:
     def is_waiting(self) -> bool:
         return self.state in WAITING_STATES
 
-    @property
-    def was_dropped(self) -> bool:
-        """Whether Slurm itself cancelled it, as a job on which it depends did not succeed."""
-        return self.state == "CANCELLED" and self.reason == NEVER
-
     def in_words_of_squeue(self) -> JobInfo:
-        """Return what accounting says in the words of squeue.
+        """Return what accounting says in the words of squeue, which keeps the reason for which a cancelled job waited.
 
-        Accounting names the user who cancelled a job ("CANCELLED by 1000") but no reason; if nobody did, it was Slurm.
+        Accounting gives no reason, but the user who cancelled the job ("CANCELLED by 1000"). If nobody did, Slurm did.
         """
-        if self.state == "CANCELLED" and self.nodes == NO_NODES:
-            return replace(self, reason=NEVER)
-        return replace(self, state=self.state.split(" ")[0])
+        state, *by = self.state.split(" ")
+        if state != "CANCELLED" or self.nodes != NO_NODES:
+            return replace(self, state=state)
+        return replace(self, state=state, reason=DEPENDENCY if by else NEVER)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 
-from hfprune_launch.slurm.job_info import NEVER, JobInfo
+from hfprune_launch.slurm.job_info import DEPENDENCY, NEVER, JobInfo
 
 # A node could not launch the job, once or more often than the cluster allows ("launch failure limit exceeded requeued
 # held"), or could not read the user's environment: Slurm holds it for ever, even after the node has been repaired.
@@ -40,7 +40,7 @@ class PendingJobs:
         now = self._clock()
         waiting: dict[str, list[str]] = {}
         for job in jobs:
-            if job.is_waiting and job.reason != "Dependency":
+            if job.is_waiting and job.reason != DEPENDENCY:
                 waiting.setdefault(_short(job.reason), []).append(job.job_id)
         self._since = {reason: self._since.get(reason, now) for reason in waiting}
         for reason, job_ids in waiting.items():

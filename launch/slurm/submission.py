@@ -9,6 +9,7 @@ from pathlib import Path
 
 from hfprune_launch.slurm.attempt_records import NEED_ENDED, QUEUE_FULL, End
 from hfprune_launch.slurm.attempts import Attempt, Attempts
+from hfprune_launch.slurm.avoided_nodes import nodes_to_avoid
 from hfprune_launch.slurm.batch_script import Request, default_threads, is_as_submitted, write_submission
 from hfprune_launch.slurm.commands import (
     NeedEndedError,
@@ -25,9 +26,6 @@ from hfprune_launch.stage.stage_file import Provenance, write_stage_file
 from hfprune_dist.store.atomic_files import fsync_folders
 from hfprune_dist.store.claims import Holder
 from hfprune_dist.store.stage import Stage
-
-# The nodes at fault in this many previous attempts are avoided.
-EXCLUDING_ATTEMPTS = 3
 
 
 @dataclass(frozen=True)
@@ -167,7 +165,7 @@ class Submission:
             threads=default_threads(resources, submitting.provenance.runtime.threads_per_rank),
             after_ok=after_ok,
             after_any=after_any,
-            exclude=self._nodes_to_avoid(stage),
+            exclude=nodes_to_avoid(self._jobs.handle(stage.id).attempts()),
         )
 
     def _hand_over(self, attempt: Attempt, request: Request) -> None:
@@ -212,7 +210,3 @@ class Submission:
         for folder in (attempt.folder, self._jobs.handle(request.stage.id).work):
             fsync_folders(folder, self._jobs.store.root)
         return self._jobs.slurm.submit(script, attempt.intent.job_name)
-
-    def _nodes_to_avoid(self, stage: Stage) -> list[str]:
-        ends = [end for attempt in self._jobs.handle(stage.id).attempts() if (end := attempt.end) is not None]
-        return sorted({node for end in ends[-EXCLUDING_ATTEMPTS:] for node in end.bad_nodes})

@@ -48,7 +48,7 @@ def plan_of(*stages):
 
 PLAN = plan_of(SCORES, *PRUNES)
 TRIED_AGAIN = {"101": "CANCELLED", "102": "RUNNING"}
-RESOURCES = dict.fromkeys(("importance", "prune", "recover", "evaluate"), Resources())
+RESOURCES = dict.fromkeys(("importance", "reference", "prune", "recover", "evaluate"), Resources())
 
 
 @pytest.fixture
@@ -494,6 +494,21 @@ def test_a_node_at_fault_that_slurm_does_not_do_without_is_not_avoided(fake, sto
     fake.fail_next("sbatch", *["sbatch: error: Invalid account"] * 2)
     backend.step()
     assert causes(store, SCORES) == ["node failure", "node failure", "refused"]
+
+
+def test_a_node_at_fault_without_which_slurm_starts_no_job_is_not_avoided(fake, store):
+    """Slurm accepts a job that avoids the only node of a partition, and ends it."""
+    backend = make_backend(store, plan_of(SCORES))
+    backend.start()
+    Attempts(store.root).last(SCORES.id).record_run(Run("101", 0, "n3", time.time()))
+    fake.set_state("101", "NODE_FAIL", "n3")
+    backend.step()
+    assert "#SBATCH --exclude=n3\n" in script_of(store, SCORES, 2)
+    fake.set_state("102", "FAILED", nodes="", reason="BadConstraints")
+    backend.step()
+    assert causes(store, SCORES) == ["node failure", "avoided node needed", None]
+    assert "--exclude" not in script_of(store, SCORES, 3)
+    assert "can't do without n3" in backend.told[-2].message
 
 
 HELD = "launch failed requeued held"

@@ -159,10 +159,18 @@ def test_history_is_empty_without_accounting(fake, slurm):
     assert slurm.history([]) == {} and len(fake.calls("sacct")) == 2
 
 
-def test_a_job_that_never_started_and_nobody_cancelled_was_dropped_by_slurm(fake, slurm):
-    ends = {"7": "CANCELLED by 1000|None|None assigned", "8": "CANCELLED|None|None assigned", "9": "CANCELLED|None|n1"}
-    (fake.folder / "history").write_text("".join(f"{job}|{end}|None|N/A|name\n" for job, end in ends.items()))
-    assert [job_id for job_id, job in slurm.history(list(ends)).items() if job.was_dropped] == ["8"]
+@pytest.mark.parametrize(
+    ("said", "reason"),
+    [
+        ("CANCELLED by 1000|None|None assigned", "Dependency"),
+        ("CANCELLED|None|None assigned", "DependencyNeverSatisfied"),
+        ("CANCELLED|None|n1", "None"),
+    ],
+)
+def test_why_a_cancelled_job_waited_follows_from_who_cancelled_it(fake, slurm, said, reason):
+    (fake.folder / "history").write_text(f"7|{said}|None|N/A|name\n")
+    (job,) = slurm.history(["7"]).values()
+    assert (job.state, job.reason) == ("CANCELLED", reason)
 
 
 def test_cancelling_what_has_ended_is_no_error(fake, slurm):

@@ -217,9 +217,21 @@ def test_a_job_that_slurm_dropped_went_with_what_it_depends_on(store, attempt):
     assert explain_end(store, STAGE, attempt, dropped).cause == "dependency", "its job died after it had made that"
 
 
+def test_a_job_that_slurm_dropped_at_its_submission_has_another_reason(store, attempt):
+    dropped = replace(job("CANCELLED", attempt), reason="ReqNodeNotAvail, May be reserved for other job")
+    assert explain_end(store, STAGE, attempt, dropped).cause == "dependency"
+    commit(store, NEED)
+    assert explain_end(store, STAGE, attempt, dropped).cause == "cancelled", "it waited for something else"
+
+
 def test_a_job_that_somebody_cancelled_while_it_waited_for_another_is_cancelled(store, attempt):
     waited = replace(job("CANCELLED", attempt), reason="Dependency")
     assert explain_end(store, STAGE, attempt, waited).cause == "cancelled"
+
+
+def test_a_job_that_no_node_suits_is_refused(store, attempt):
+    ended = replace(job("FAILED", attempt, nodes=""), reason="BadConstraints")
+    assert explain_end(store, STAGE, attempt, ended).cause == "refused"
 
 
 def test_what_explains_most_comes_first(store, attempt):
