@@ -135,9 +135,11 @@ class Failure:
 
 
 def in_one_line(message: str) -> str:
-    """The essence of a failure's message: the last line of a traceback, otherwise the first; the rest is from a log."""
+    """The essence of a failure's message: the last line of a traceback, otherwise the first; the rest is from a log,
+    which a colon announces.
+    """
     lines = message.strip().splitlines() or [""]
-    return lines[-1 if lines[0].startswith(("Traceback", 'File "')) else 0].strip()
+    return lines[-1 if lines[0].startswith(("Traceback", 'File "')) else 0].strip().removesuffix(":")
 
 
 def write_failure(work: Path, error: BaseException, rank: int, attempt: int | None) -> None:

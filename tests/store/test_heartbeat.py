@@ -177,6 +177,10 @@ def test_a_failure_in_one_line(message, line):
     assert line in found and "\n" not in found and "===" not in found
 
 
+def test_no_colon_announces_what_is_left_out():
+    assert in_one_line("job 7 ran out of memory:\n  7_0_log.err:\n    Killed") == "job 7 ran out of memory"
+
+
 def test_an_exception_is_told_by_its_last_line(tmp_path):
     try:
         int("x")
