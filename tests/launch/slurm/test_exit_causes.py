@@ -224,6 +224,13 @@ def test_a_job_that_slurm_dropped_at_its_submission_has_another_reason(store, at
     assert explain_end(store, STAGE, attempt, dropped).cause == "cancelled", "it waited for something else"
 
 
+def test_a_job_without_needs_can_not_have_been_dropped_for_one(store):
+    attempt = Attempts(store.root).begin(NEED, 8, 64, 30, None)
+    attempt.record_job("7")
+    ended = replace(job("CANCELLED", attempt), reason=NEVER)
+    assert explain_end(store, NEED, attempt, ended).cause == "cancelled", "it would be tried again for ever"
+
+
 def test_a_job_that_somebody_cancelled_while_it_waited_for_another_is_cancelled(store, attempt):
     waited = replace(job("CANCELLED", attempt), reason="Dependency")
     assert explain_end(store, STAGE, attempt, waited).cause == "cancelled"
