@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,7 +21,7 @@ class Ladder:
 
     Attributes:
         layer: number of the layer.
-        scores: scores of the units, float64 [units], in a unit of measure that all ladders share.
+        scores: scores of the units, float64 [units], none negative, in a unit of measure that all ladders share.
         fewest: lower bound on the number of units that stay.
         parameters: number of parameters of one unit.
         multiple_of: once any units are removed, the number that stays is a multiple of this.
@@ -56,9 +57,17 @@ class Ladder:
         return replace(self, scores=self.scores * factor)
 
 
-@dataclass(frozen=True)
-class Step:
-    """Units of ladder ``place`` that are removed together, at ``price`` per parameter; ``number`` orders its steps."""
+class Step(NamedTuple):
+    """Units of one ladder that are removed together. Steps compare in the order in which they are taken.
+
+    Attributes:
+        price: mean score of a unit, per parameter in multiples of those of the smallest unit.
+        layer: number of the layer.
+        place: index of the ladder.
+        number: number of steps of the same ladder that come before.
+        left: number of the ladder's units that stay after this step.
+        parameters: number of parameters that the step removes.
+    """
 
     price: float
     layer: int
@@ -79,8 +88,7 @@ def allocate_globally(ladders: Sequence[Ladder], removals: int) -> list[int]:
         Number of units that each ladder keeps. At equal prices, the lower layer loses first, then the earlier ladder.
     """
     finest = min(ladder.parameters for ladder in ladders)
-    steps = [step for place, ladder in enumerate(ladders) for step in _steps(ladder, place, finest)]
-    steps.sort(key=lambda step: (step.price, step.layer, step.place, step.number))
+    steps = sorted(step for place, ladder in enumerate(ladders) for step in _steps(ladder, place, finest))
     left, taken = removals, 0
     while left > 0 and taken < len(steps):
         left -= steps[taken].parameters

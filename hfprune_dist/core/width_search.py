@@ -44,6 +44,7 @@ class Reweighting:
     exchange: float = math.log(EXCHANGE)
 
     def moved(self, axis: int, step: float) -> Reweighting:
+        """Return the reweighting a step away along one of its numbers; evenness stays within its bounds."""
         values = list(astuple(self))
         values[axis] += step
         return Reweighting(min(max(values[0], 0.0), 1.0), *values[1:])
@@ -70,7 +71,7 @@ class ReweightedShapes:
     """Shapes for every reweighting, all with the same number of parameters, as closely as steps allow.
 
     Args:
-        neurons: ladder of each layer's neurons, the smallest units.
+        neurons: ladder of each layer's neurons, the smallest units; all have the same ``multiple_of``.
         others: ladders of the units that compete with them.
         removals: number of parameters to remove.
     """
@@ -83,6 +84,7 @@ class ReweightedShapes:
         self.axes = len(STEPS) if others else len(STEPS) - 1
 
     def counts(self, reweighting: Reweighting) -> Counts:
+        """Return the shape for a reweighting: widths from scores made dearer, then moved towards their mean."""
         rate = math.exp(reweighting.exchange)
         neurons = self._reweighted(self._neurons, reweighting)
         others = [ladder.dearer(rate) for ladder in self._reweighted(self._others, reweighting)]
@@ -90,11 +92,11 @@ class ReweightedShapes:
         widths = wanted[: len(neurons)]
         return *self._with_total(list(self._evened(widths, reweighting.evenness)), sum(widths)), *wanted[len(neurons) :]
 
-    def name(self, reweighting: Reweighting) -> str:
-        """Return the name of a reweighting's shape in ``Found``."""
-        evenness, tilt, bend, exchange = astuple(reweighting)
-        told = f"evenness {evenness:.3g}, tilt {tilt:.3g}, bend {bend:.3g}"
-        return f"{told}, exchange {exchange:.3g}" if self._others else told
+    def name(self, reweighting: Reweighting, digits: int = 3) -> str:
+        """Return the name of a reweighting's shape in ``Found``, with its numbers rounded to so many digits."""
+        evenness, tilt, bend, exchange = (f"{number:.{digits}g}" for number in astuple(reweighting))
+        name = f"evenness {evenness}, tilt {tilt}, bend {bend}"
+        return f"{name}, exchange {exchange}" if self._others else name
 
     def _reweighted(self, ladders: Sequence[Ladder], reweighting: Reweighting) -> list[Ladder]:
         """Return ladders made dearer according to their places among the layers, from -1 (first) to 1 (last)."""
@@ -114,13 +116,13 @@ class ReweightedShapes:
 
     def _with_total(self, widths: list[int], total: int) -> list[int]:
         """Change widths by single steps, from the first layer on, until they add up to ``total`` up to rounding."""
-        multiple_of = self._neurons[0].multiple_of
+        multiple_of, excess = self._neurons[0].multiple_of, sum(widths) - total
         for layer in itertools.cycle(range(len(widths))):
-            excess = sum(widths) - total
             if abs(excess) <= multiple_of // 2:
                 return widths
             ladder, width = self._neurons[layer], widths[layer]
             widths[layer] = ladder.above(width) if excess < 0 else ladder.below(width)
+            excess += widths[layer] - width
         raise AssertionError("a model without layers")
 
 
@@ -138,7 +140,9 @@ def search_shapes(reweighted: ReweightedShapes, also: Mapping[str, Counts], meas
     def kl_of(reweightings: Sequence[Reweighting]) -> list[float]:
         candidates = [reweighted.counts(reweighting) for reweighting in reweightings]
         for reweighting, counts in zip(reweightings, candidates, strict=True):
-            names.setdefault(counts, reweighted.name(reweighting))
+            if counts not in names:  # a later step may be too short for a name of its own with so few digits
+                options = (reweighted.name(reweighting, digits) for digits in itertools.count(3))
+                names[counts] = next(name for name in options if name not in names.values())
         unknown = [counts for counts in names if counts not in measured]
         measured.update(zip(unknown, measure(unknown), strict=True))
         return [measured[counts] for counts in candidates]
