@@ -302,12 +302,15 @@ class KindObserver:
             self._seen.sums[name] = sum_N
 
     def _explain(self, sums: Mapping[str, Tensor]) -> None:
+        """Raise the error for sums that aren't all finite; it names the layer in which that began."""
         lost_in = next((layer for layer in self._modules if not self._seen.activation_sum[layer].isfinite()), None)
         if lost_in is not None:
             raise NonFiniteError(f"activations of layer {lost_in} are NaN or infinite")
-        what = "gradients" if any(criterion.loss for criterion in self._criteria) else "squared activations"
-        lost = max(int((~it.isfinite()).any(dim=1).nonzero().max()) for it in sums.values() if not it.isfinite().all())
-        raise NonFiniteError(f"{what} of layer {lost} are NaN or infinite")
+        criterion = next(it for it in self._criteria if not sums[it.name].isfinite().all())
+        layers = (~sums[criterion.name].isfinite()).any(dim=1).nonzero().flatten().tolist()
+        if criterion.loss is None:
+            raise NonFiniteError(f"squared activations of layer {layers[0]} are NaN or infinite")
+        raise NonFiniteError(f"gradients of layer {layers[-1]} are NaN or infinite")  # a backward begins at the end
 
 
 def _nothing_yet(outputs: UnitOutputs, criteria: Sequence[Criterion]) -> KindSums:

@@ -315,6 +315,16 @@ def test_a_layer_with_nan_weights_is_named(layer, where, names, kinds):
 
 def test_lost_gradients_name_the_last_layer_that_has_them_not():
     model = tiny_model().requires_grad_(False)
+def test_squares_that_overflow_are_told_from_gradients_and_named_where_they_begin():
+    model = tiny_model()
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.mlp.up_proj.weight[3] *= 1e25
+            layer.mlp.down_proj.weight[:, 3] = 0
+    with pytest.raises(NonFiniteError, match=r"^squared activations of layer 0 are"):
+        all_sums(model, some_windows(1), 1, ["entropy", "activation"])
+
+
     family = FAMILIES["llama"]
     entropy = CRITERIA["entropy"]
     sums = UnitSums(outputs_of(model, BOTH), [entropy])
