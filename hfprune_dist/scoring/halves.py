@@ -70,10 +70,10 @@ class Halves:
 
     def is_curve(self, points_P4: Tensor) -> bool:
         """Return whether these may be a saved curve: (number of shards, index of criterion, share kept, overlap)."""
-        if not len(points_P4):
+        if not points_P4.numel():
             return True
         is_table = points_P4.dim() == 2 and points_P4.shape[1] == 4
-        return is_table and bool((points_P4[:, 1] < len(self._criteria)).all())
+        return is_table and bool(torch.isin(points_P4[:, 1], torch.arange(len(self._criteria)).to(points_P4)).all())
 
     def resume(self, saved: Saved, world: World) -> None:
         """Restore what ``saved`` returned; only rank 0 has it."""

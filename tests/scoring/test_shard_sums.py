@@ -241,7 +241,10 @@ def test_a_file_of_another_pass_is_set_aside(tmp_path, capsys, other):
     assert_same(add_rounds(file), add_rounds(tmp_path / "expected" / "partial.safetensors"))
 
 
-@pytest.mark.parametrize("points", [torch.ones(3), torch.ones(2, 5), torch.tensor([[2.0, 9.0, 0.5, 1.0]])])
+@pytest.mark.parametrize(
+    "points",
+    [torch.ones(()), torch.ones(3), torch.ones(2, 5), *(torch.tensor([[2.0, it, 0.5, 1.0]]) for it in (9, -1, 0.5))],
+)
 def test_a_curve_that_is_none_is_of_another_pass(tmp_path, points):
     file = tmp_path / "partial.safetensors"
     add_rounds(file, 2)
