@@ -199,7 +199,7 @@ class Method(Section):
 
     @model_validator(mode="after")
     def _structures_and_rounds_suit_the_criterion(self) -> Method:
-        of_neurons = any(CRITERIA[name].is_of_neurons for name in self.scored_before)
+        of_neurons = any(CRITERIA[name].is_of_neurons_alone for name in self.scored_before)
         if of_neurons and KV_GROUPS in self.structures:
             raise ValueError(
                 f"criterion: {self.criterion} scores neurons alone, whose weights meet at the hidden channels; with "

@@ -99,12 +99,12 @@ class Criterion:
         return of_tokens or self.needs_weight_products
 
     @property
-    def is_of_neurons(self) -> bool:
+    def is_of_neurons_alone(self) -> bool:
         """Whether only neurons have scores: rows of attention's projections share no common channel."""
         return self.summed == "coupled_product"
 
     @property
-    def is_of_experts(self) -> bool:
+    def is_of_expert_neurons(self) -> bool:
         """Whether neurons of experts have scores. Each expert sees only its own tokens, so the criterion must not sum
         products of tokens, nor anything about whole weights.
         """
@@ -119,7 +119,7 @@ class Criterion:
     def is_of_whole_experts(self) -> bool:
         """Whether whole experts have scores; not where a student is scored, since it lacks some of their neurons."""
         of_dense = self.loss is None or self.loss.of == "dense"
-        return self.is_of_whole_experts_alone or (self.is_of_experts and of_dense)
+        return self.is_of_whole_experts_alone or (self.is_of_expert_neurons and of_dense)
 
     @property
     def needs_weight_products(self) -> bool:

@@ -204,7 +204,7 @@ class UnitSums:
 
 def _multiplied(outputs: UnitOutputs, criterion: Criterion, observer: KindObserver) -> list[SeenLinear]:
     """Return the linear layers that a criterion's weight products need; their sums go to ``observer``."""
-    form = CoupledProducts if criterion.is_of_neurons else SquaredProducts
+    form = CoupledProducts if criterion.summed == "coupled_product" else SquaredProducts
     products = [
         form(outputs.makers[layer], columns, outputs.units(layer), partial(observer.see_sum, criterion, layer))
         for layer, columns in outputs.seen_modules()

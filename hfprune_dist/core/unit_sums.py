@@ -23,6 +23,7 @@ from torch.utils.hooks import RemovableHandle
 from hfprune_dist.core.blocks import row_blocks
 from hfprune_dist.core.criteria import Criterion, Loss
 from hfprune_dist.core.memory_efficient import can_be_observed, masked, observe_gradient, observed
+from hfprune_dist.core.scored_units import scores_units
 from hfprune_dist.core.wide import widened
 
 
@@ -69,11 +70,12 @@ class UnitOutputs:
 
     def have(self, criterion: Criterion) -> bool:
         """Return whether these units have sums for a criterion."""
-        if self.are_experts:
-            return criterion.has_sums_of_units and criterion.is_of_whole_experts
-        if criterion.is_of_whole_experts_alone or (self.experts is not None and not criterion.is_of_experts):
-            return False
-        return criterion.has_sums_of_units and (self.are_neurons or not criterion.is_of_neurons)
+        return criterion.has_sums_of_units and scores_units(
+            criterion,
+            are_neurons=self.are_neurons,
+            are_experts=self.are_experts,
+            are_of_experts=self.experts is not None and not self.are_experts,
+        )
 
     def units(self, layer: int) -> int:
         """Return the number of units in a layer."""

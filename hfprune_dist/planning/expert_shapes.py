@@ -160,7 +160,7 @@ def _why_not_scored(criterion: str, structures: Collection[Structure]) -> str:
     possible = [
         name
         for name, it in CRITERIA.items()
-        if (NEURONS in structures and it.is_of_experts) or (EXPERTS in structures and it.is_of_whole_experts)
+        if (NEURONS in structures and it.is_of_expert_neurons) or (EXPERTS in structures and it.is_of_whole_experts)
     ]
     return "" if criterion in possible else f"criterion: {criterion} isn't possible; {', '.join(possible)} are"
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from hfprune_dist.core.criteria import Criterion
+from hfprune_dist.core.scored_units import scores_units
 from hfprune_dist.core.unit_sums import KindSums
 from hfprune_dist.distributed.world import World
 from hfprune_dist.structures import EXPERTS, NEURONS
@@ -20,11 +21,13 @@ Layout = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 
 def scored_by(criteria: Sequence[Criterion], kind: str, experts: int = 1) -> list[Criterion]:
     """Return the criteria that have scores for a kind of units, in layers with ``experts`` experts."""
-    if kind == EXPERTS:
-        return [criterion for criterion in criteria if criterion.is_of_whole_experts]
-    others = [criterion for criterion in criteria if not criterion.is_of_whole_experts_alone]
-    of_kind = [criterion for criterion in others if kind == NEURONS or not criterion.is_of_neurons]
-    return [criterion for criterion in of_kind if experts == 1 or criterion.is_of_experts]
+    are_neurons, are_experts = kind == NEURONS, kind == EXPERTS
+    are_of_experts = experts > 1 and not are_experts
+    return [
+        criterion
+        for criterion in criteria
+        if scores_units(criterion, are_neurons=are_neurons, are_experts=are_experts, are_of_experts=are_of_experts)
+    ]
 
 
 class Shape(NamedTuple):

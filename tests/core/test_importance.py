@@ -21,7 +21,9 @@ from hfprune_dist.models.memory_efficient_backward import checkpoint_activations
 
 NEURONS, GROUPS = "neurons", "kv_groups"
 BOTH = (NEURONS, GROUPS)
-OF_OTHERS = {name for name, it in CRITERIA.items() if it.is_rounded or it.is_of_neurons or it.is_of_whole_experts_alone}
+OF_OTHERS = {
+    name for name, it in CRITERIA.items() if it.is_rounded or it.is_of_neurons_alone or it.is_of_whole_experts_alone
+}
 SUMMED = [name for name, it in CRITERIA.items() if it.has_sums_of_units and name not in OF_OTHERS]
 
 
@@ -313,8 +315,6 @@ def test_a_layer_with_nan_weights_is_named(layer, where, names, kinds):
         all_sums(model, some_windows(1), 1, names, kinds=kinds)
 
 
-def test_lost_gradients_name_the_last_layer_that_has_them_not():
-    model = tiny_model().requires_grad_(False)
 def test_squares_that_overflow_are_told_from_gradients_and_named_where_they_begin():
     model = tiny_model()
     with torch.no_grad():
@@ -325,6 +325,8 @@ def test_squares_that_overflow_are_told_from_gradients_and_named_where_they_begi
         all_sums(model, some_windows(1), 1, ["entropy", "activation"])
 
 
+def test_lost_gradients_name_the_last_layer_that_has_them_not():
+    model = tiny_model().requires_grad_(False)
     family = FAMILIES["llama"]
     entropy = CRITERIA["entropy"]
     sums = UnitSums(outputs_of(model, BOTH), [entropy])

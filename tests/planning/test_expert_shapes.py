@@ -218,7 +218,7 @@ def test_a_round_that_removes_nothing_is_told_with_what_experts_are_rounded_to(c
 
 @pytest.mark.parametrize("name", sorted(CRITERIA))
 def test_further_criteria_are_those_that_neurons_of_experts_have_scores_by(checkpoint, name):
-    if CRITERIA[name].is_of_experts:
+    if CRITERIA[name].is_of_expert_neurons:
         refuse_criteria(["entropy", name], checkpoint, ["neurons", "experts"])
     else:
         with pytest.raises(UserError, match=f"importance.criteria: .*criterion: {name} isn't possible; entropy, "):

@@ -24,7 +24,7 @@ from hfprune_dist.structures.score_names import SCORES, score_name
 
 SEED, VOCABULARY = 3, 264
 BOTH = [NEURONS, WHOLE]
-NAMES = sorted(name for name, it in CRITERIA.items() if it.is_of_experts)
+NAMES = sorted(name for name, it in CRITERIA.items() if it.is_of_expert_neurons)
 NAMES_OF_WHOLE = sorted(name for name, it in CRITERIA.items() if it.is_of_whole_experts)
 EVERY = sorted({*NAMES, *NAMES_OF_WHOLE})
 DEFINED = ("cross_entropy", "entropy", "entropy_squared", "fisher", "fisher_signs", "self_distillation")

@@ -162,7 +162,7 @@ def test_groups_are_as_defined_and_neurons_as_without_them_on_any_ranks_after_an
     }
     alone = scored.load("without", SCORES, ["neurons"])
     assert len(alone) == model.layers * len(OF_ONE_PASS)
-    of_neurons = [name for name in OF_ONE_PASS if CRITERIA[name].is_of_neurons]
+    of_neurons = [name for name in OF_ONE_PASS if CRITERIA[name].is_of_neurons_alone]
     assert len(scores) == 2 * len(alone) - model.layers * len(of_neurons)
     for name, expected in alone.items():
         assert torch.equal(scores[name], expected), name

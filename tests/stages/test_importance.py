@@ -212,7 +212,7 @@ def test_all_criteria_at_once_on_any_number_of_ranks(tmp_path):
         score_name(layer, name, kind)
         for layer in range(2)
         for name in OF_ONE_PASS
-        for kind in kinds[: 1 if CRITERIA[name].is_of_neurons else 2]
+        for kind in kinds[: 1 if CRITERIA[name].is_of_neurons_alone else 2]
     }
     for name, expected in scores.items():
         assert torch.equal(scores_of(two, stage)[name], expected), name
