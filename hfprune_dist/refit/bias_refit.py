@@ -12,6 +12,7 @@ from hfprune_dist.checkpoints.read_tensors import dtype_of
 from hfprune_dist.checkpoints.saved_layers import SavedLayers
 from hfprune_dist.core.selection import entries_of
 from hfprune_dist.distributed.layer_stream import AfterLayer, LayerStream
+from hfprune_dist.distributed.unfinished import unfinished, up_to_last
 from hfprune_dist.distributed.world import World
 from hfprune_dist.models.single_layer import output_of
 from hfprune_dist.structures.kept import Kept
@@ -51,9 +52,8 @@ class BiasRefit:
         Raises:
             UserError: as ``LayerStream.channel_means`` does.
         """
-        done = self._world.broadcast(self._saved.done() if self._world.is_first else set())
-        left = [number for number in self._kept.layers if number not in done]
-        for number, layer in self._stream.layers(range(left[-1] + 1 if left else 0)):
+        left = unfinished(self._kept.layers, self._saved.done, self._world)
+        for number, layer in self._stream.layers(up_to_last(left)):
             if number in left:
                 means = self._stream.channel_means(number, layer, self._kinds)
                 if self._world.is_first:

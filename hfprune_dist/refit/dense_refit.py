@@ -13,6 +13,7 @@ from hfprune_dist.distributed.gram_sums import Grams
 from hfprune_dist.distributed.interruption import Interrupted
 from hfprune_dist.distributed.layer_stream import AfterLayer, LayerStream
 from hfprune_dist.distributed.turns import Turns
+from hfprune_dist.distributed.unfinished import unfinished, up_to_last
 from hfprune_dist.distributed.world import World
 from hfprune_dist.models.output_projections import output_weights
 from hfprune_dist.refit.least_squares_fit import solve, solve_expert
@@ -66,8 +67,8 @@ class DenseRefit:
         Raises:
             UserError: as ``LayerStream.grams`` does.
         """
-        done = self._world.broadcast(self._fitted.done(self._kept.layers) if self._world.is_first else set())
-        left = [number for number in self._kept.layers if number not in done]
+        staying = self._kept.layers
+        left = unfinished(staying, lambda: self._fitted.done(staying), self._world)
         turns = Turns(left, self._world, self._solve)
         try:
             for number, layer in self._stream.layers(range(left[-1] + 1 if left else 0)):

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from hfprune_dist.checkpoints.checkpoint import Checkpoint
 from hfprune_dist.core.low_rank import channel_norms, kept_neurons, low_rank_factors, neuron_scores
 from hfprune_dist.distributed.layer_stream import AfterLayer, LayerStream
+from hfprune_dist.distributed.unfinished import unfinished, up_to_last
 from hfprune_dist.distributed.world import World
 from hfprune_dist.models.single_layer import linear_of, row_matrices
 from hfprune_dist.refit.low_rank_layers import LowRankLayers
@@ -71,10 +72,8 @@ class LowRankPass:
         Raises:
             UserError: if layers depart from the whole model, or what they read is NaN or infinite.
         """
-        every = range(self._stream.num_layers)
-        done = self._world.broadcast(self._layers.done() if self._world.is_first else set())
-        left = [number for number in every if number not in done]
-        for number, layer in self._stream.layers(range(left[-1] + 1 if left else 0)):
+        left = unfinished(range(self._stream.num_layers), self._layers.done, self._world)
+        for number, layer in self._stream.layers(up_to_last(left)):
             self._whole.advance(layer)
             if number in left:
                 self._compress(number, layer)

@@ -17,6 +17,7 @@ from hfprune_dist.core.least_squares import vectors_of_targets, weight_of_target
 from hfprune_dist.distributed.gram_sums import GramSums
 from hfprune_dist.distributed.host_transfers import HostTransfers
 from hfprune_dist.distributed.layer_stream import AfterLayer, LayerStream
+from hfprune_dist.distributed.unfinished import unfinished, up_to_last
 from hfprune_dist.distributed.window_sums import unusable
 from hfprune_dist.distributed.world import World
 from hfprune_dist.models.single_layer import (
@@ -108,16 +109,15 @@ class SequentialRefit:
         Raises:
             UserError: if a layer of the dense model is not its residual stream plus its blocks.
         """
-        done = self._world.broadcast(self._fitted.done(self._kept.layers) if self._world.is_first else set())
-        left = [number for number in self._kept.layers if number not in done]
-        staying = [it for it in self._kept.layers if left and it <= left[-1]]
-        dense_layers = self._dense.layers(range(self._behind(staying[-1]) if staying else 0))
+        left = unfinished(self._kept.layers, lambda: self._fitted.done(self._kept.layers), self._world)
+        staying = [number for number in self._kept.layers if number in up_to_last(left)]
+        dense_layers = self._dense.layers(range(self._next_place(staying[-1]) if staying else 0))
         place = 0
         for number, layer in self._stream.layers(staying):
             for _ in range(place, self._places[number]):  # before the first that stays
                 self._dense.advance(next(dense_layers)[1])
-            place = self._behind(number)
-            self._through(number, layer, dense_layers, is_done=number in done)
+            place = self._next_place(number)
+            self._through(number, layer, dense_layers, is_done=number not in left)
             del layer
             after_each(number + 1)
 

@@ -29,6 +29,7 @@ from hfprune_dist.distributed.gram_sums import Grams
 from hfprune_dist.distributed.interruption import Interrupted
 from hfprune_dist.distributed.layer_stream import LayerStream
 from hfprune_dist.distributed.turns import Turns
+from hfprune_dist.distributed.unfinished import unfinished, up_to_last
 from hfprune_dist.distributed.whole_model_probe import PROBE, obtain_probe, record_probe
 from hfprune_dist.errors import UserError
 from hfprune_dist.scoring.calibration_pass import CalibrationPass, cut_into_shards
@@ -203,8 +204,7 @@ def _scores(
     """
     world = context.world
     saved = SavedLayers(context.work / "scores", range(checkpoint.num_layers))
-    done = world.broadcast(saved.done() if world.is_first else set())
-    left = [number for number in range(checkpoint.num_layers) if number not in done]
+    left = unfinished(range(checkpoint.num_layers), saved.done, world)
 
     def write(layer: _Layer) -> None:
         of_kinds = (_layer_scores(kind, it, criteria, totals.kinds[kind]) for kind, it in layer.kinds.items())
@@ -213,11 +213,11 @@ def _scores(
     turns = Turns(left, world, write)
     second_pass = _SecondPass(context, checkpoint, criteria, totals, windows_ST)
     try:
-        for number in range(left[-1] + 1 if left else 0):
-            if number in done:
-                second_pass.go_past(number)
-            else:
+        for number in up_to_last(left):
+            if number in left:
                 turns.add(number, second_pass.layer(number, turns.is_mine(number)))
+            else:
+                second_pass.go_past(number)
             second_pass.after(number)
     except Interrupted:
         turns.finish()
