@@ -112,7 +112,7 @@ class Routed(Function):
     @staticmethod
     def backward(ctx: Any, gradient_SC: Tensor) -> tuple[Tensor, None]:
         (order_S,) = ctx.saved_tensors
-        return returned(gradient_SC, order_S, ctx.tokens), None
+        return summed_per_token(gradient_SC, order_S, ctx.tokens), None
 
 
 class GatedProduct(Function):
@@ -207,7 +207,7 @@ def routed(x_NC: Tensor, order_S: Tensor) -> Tensor:
     return routed_SC
 
 
-def returned(routed_SC: Tensor, order_S: Tensor, tokens: int) -> Tensor:
+def summed_per_token(routed_SC: Tensor, order_S: Tensor, tokens: int) -> Tensor:
     """Return for each of ``tokens`` tokens the sum of the rows that were ``routed`` from it."""
     places_S = torch.empty_like(order_S)
     places_S[order_S] = torch.arange(len(order_S), device=order_S.device)

@@ -72,7 +72,7 @@ class ScoredLayer:
     gradients: MeanGradients | None = None
 
 
-def finished(criterion: Criterion, sum_N: Tensor, layer: ScoredLayer) -> Tensor:
+def scores_from_sums(criterion: Criterion, sum_N: Tensor, layer: ScoredLayer) -> Tensor:
     """Return scores [units] from the criterion's sums over tokens, both float64 on the CPU.
 
     Args:

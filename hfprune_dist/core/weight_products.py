@@ -33,7 +33,7 @@ BLOCK_BYTES = 2 * 4
 
 
 @dataclass(frozen=True)
-class Owned:
+class OwnedRows:
     """A weight whose rows the units own, and the two factors of its gradient g^T x.
 
     A projection that reads the units' channels is treated as one that makes them, by transposing its weight and
@@ -99,17 +99,17 @@ class WeightProducts(ABC, Generic[Part]):
     def _see_weight(self, number: int, weight_OI: Tensor) -> None:
         inputs_BTI, gradients_BTO = self._shown.pop(number)
         if self._linears[number] is self._linears[-1]:
-            owned = [Owned(weight_OI.T, gradients_BTO, inputs_BTI)]
+            owned = [OwnedRows(weight_OI.T, gradients_BTO, inputs_BTI)]
         else:
             parts = self._linears[number].parts
             pairs = zip(weight_OI.chunk(parts), gradients_BTO.chunk(parts, dim=-1), strict=True)
-            owned = [Owned(weight, inputs_BTI, gradients) for weight, gradients in pairs]
+            owned = [OwnedRows(weight, inputs_BTI, gradients) for weight, gradients in pairs]
         self._parts[number] = [self._part(it) for it in owned]
         if len(self._parts) == len(self._linears):
             self._add(self._scores([part for it in range(len(self._linears)) for part in self._parts.pop(it)]))
 
     @abstractmethod
-    def _part(self, owned: Owned) -> Part:
+    def _part(self, owned: OwnedRows) -> Part:
         """Return what must be kept of a linear layer until all have been shown."""
 
     @abstractmethod
@@ -122,15 +122,15 @@ class WeightProducts(ABC, Generic[Part]):
         return sums_U
 
 
-class CoupledProducts(WeightProducts[Owned]):
+class CoupledProducts(WeightProducts[OwnedRows]):
     """Sum over windows of the mean over hidden channels of |W * dL/dW, summed over one row of each weight|; units own
     the same number of rows of every weight.
     """
 
-    def _part(self, owned: Owned) -> Owned:
+    def _part(self, owned: OwnedRows) -> OwnedRows:
         return owned
 
-    def _scores(self, parts: Sequence[Owned]) -> Tensor:
+    def _scores(self, parts: Sequence[OwnedRows]) -> Tensor:
         first, scores_D = parts[0], parts[0].nothing
         for window in range(len(first.inputs)):
             products = [owned.of_window(window) for owned in parts]
@@ -145,7 +145,7 @@ class CoupledProducts(WeightProducts[Owned]):
 class SquaredProducts(WeightProducts[Tensor]):
     """Sum over windows and over all weights that a unit owns of (W * dL/dW)^2."""
 
-    def _part(self, owned: Owned) -> Tensor:
+    def _part(self, owned: OwnedRows) -> Tensor:
         squares_D = owned.nothing
         for window in range(len(owned.inputs)):
             products = owned.of_window(window)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers.integrations import moe
 
 from hfprune_dist.checkpoints.families import Family
-from hfprune_dist.core.memory_efficient import frozen_expert, gated_product, returned, routed
+from hfprune_dist.core.memory_efficient import frozen_expert, gated_product, routed, summed_per_token
 from hfprune_dist.errors import UserError
 from hfprune_dist.models.memory_efficient_backward import SILU
 
@@ -112,7 +112,7 @@ def _run(experts: Any, hidden_NC: Tensor, index_NK: Tensor, weights_NK: Tensor) 
     down = getattr(experts, _PROJECTIONS)
     outputs = [down(_activations(experts, x_NC, it), it, of_N) for it, (x_NC, of_N) in enumerate(parts) if len(x_NC)]
     weighted_SC = torch.cat(outputs) * weights_S[:, None]
-    return returned(weighted_SC, order_S, len(hidden_NC)).to(hidden_NC.dtype)
+    return summed_per_token(weighted_SC, order_S, len(hidden_NC)).to(hidden_NC.dtype)
 
 
 def _of_each(

@@ -54,7 +54,7 @@ class CalibrationPass:
             scorer.choose_student(self._shards[0])
         while not totals.is_complete:
             before_round(totals.next_shard)
-            with _explaining(totals.mine):
+            with _explaining(totals.own_shard):
                 totals.add_round(self._score_round(scorer))
             try:
                 after_round()
@@ -65,7 +65,7 @@ class CalibrationPass:
 
     def _score_round(self, scorer: ShardScorer) -> Sums:
         totals = self._totals
-        return scorer.score(self._shards[totals.mine], self._most_forwards(), counts=totals.mine_counts)
+        return scorer.score(self._shards[totals.own_shard], self._most_forwards(), counts=totals.own_shard_counts)
 
     def _most_forwards(self) -> int:
         """Number of micro-batches in the round's longest shard: its first, since only the very last one is shorter."""

@@ -11,7 +11,7 @@ from hfprune_dist.core.criteria import Criterion
 from hfprune_dist.core.split_half import SHARES_KEPT, split_half_overlap
 from hfprune_dist.core.unit_sums import sum_over_channels
 from hfprune_dist.distributed.world import World
-from hfprune_dist.scoring.kind_totals import Layout, Saved, Shape
+from hfprune_dist.scoring.kind_totals import KindSizes, Layout, Saved
 
 CURVE = "curve"
 
@@ -30,11 +30,11 @@ class Halves:
 
     ODD = "odd"
 
-    def __init__(self, criteria: Sequence[Criterion], shape: Shape) -> None:
+    def __init__(self, criteria: Sequence[Criterion], sizes: KindSizes) -> None:
         self.curve: dict[tuple[int, str, float], float] = {}
         self._criteria = criteria
-        self._shape = shape
-        self._odd_KLU = torch.zeros(len(criteria), shape.layers, shape.units, dtype=torch.float64)
+        self._sizes = sizes
+        self._odd_KLU = torch.zeros(len(criteria), sizes.layers, sizes.units, dtype=torch.float64)
 
     def add(self, number: int, exact: Mapping[str, Tensor]) -> None:
         """Add a shard if its number belongs to the half that is summed; the other half is the total minus this one."""
@@ -85,9 +85,9 @@ class Halves:
         world.broadcast_tensor(self._odd_KLU, 0)
 
     def _of_units(self, criterion: Criterion, exact: Mapping[str, Tensor]) -> Tensor:
-        channels = self._shape.channels_per_unit if criterion.is_of_channels else 1
+        channels = self._sizes.channels_per_unit if criterion.is_of_channels else 1
         return sum_over_channels(exact[criterion.name], channels)
 
     def _layers(self, sums_LU: Tensor) -> list[Tensor]:
         """Return the sums of each layer that has units, without padding."""
-        return [sums_U[:count] for sums_U, count in zip(sums_LU, self._shape.counts, strict=True) if count]
+        return [sums_U[:count] for sums_U, count in zip(sums_LU, self._sizes.counts, strict=True) if count]

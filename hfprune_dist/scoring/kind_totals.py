@@ -30,7 +30,7 @@ def scored_by(criteria: Sequence[Criterion], kind: str, experts: int = 1) -> lis
     ]
 
 
-class Shape(NamedTuple):
+class KindSizes(NamedTuple):
     """Sizes of a model for one kind of its units: units of each layer, and the width of their projections' outputs.
 
     With experts, a layer's units are those of its first expert (or that expert itself), then those of its second, and
@@ -67,17 +67,17 @@ class KindTotals:
         criteria: the criteria that have something to sum.
 
     Attributes:
-        sums: criterion -> float64 [num_layers, sums of units] (``Shape.of_sums``), added in shard order; for criteria
-            with a narrower ``accumulated_in``, added micro-batch by micro-batch and rounded to it each time. Layers
-            with fewer units than others are padded with zeros.
+        sums: criterion -> float64 [num_layers, sums of units] (``KindSizes.of_sums``), added in shard order; for
+            criteria with a narrower ``accumulated_in``, added micro-batch by micro-batch and rounded to it each time.
+            Layers with fewer units than others are padded with zeros.
         experts: number of experts among which a layer's units are divided equally.
     """
 
-    def __init__(self, criteria: Sequence[Criterion], shape: Shape, world: World) -> None:
-        self.sums = {it.name: torch.zeros(shape.of_sums(it), dtype=torch.float64) for it in criteria}
-        self.experts = shape.experts
+    def __init__(self, criteria: Sequence[Criterion], sizes: KindSizes, world: World) -> None:
+        self.sums = {it.name: torch.zeros(sizes.of_sums(it), dtype=torch.float64) for it in criteria}
+        self.experts = sizes.experts
         self._criteria = criteria
-        self._shape = shape
+        self._sizes = sizes
         self._world = world
 
     def add(self, shard: KindSums, source: int) -> dict[str, Tensor]:
@@ -100,7 +100,7 @@ class KindTotals:
 
     def of_layer(self, criterion: Criterion, layer: int) -> Tensor:
         """Return a criterion's sums for a layer's units or channels, float64; zeros if it sums nothing."""
-        count = self._shape.own(criterion, layer)
+        count = self._sizes.own(criterion, layer)
         sums_LN = self.sums.get(criterion.name)
         return torch.zeros(count, dtype=torch.float64) if sums_LN is None else sums_LN[layer, :count]
 

@@ -14,7 +14,7 @@ from hfprune_dist.core.bound_losses import Batch, Teaching
 from hfprune_dist.core.criteria import CRITERIA, Criterion, losses_of
 from hfprune_dist.core.importance import ScoredModel, UnitSums, score_batch
 from hfprune_dist.core.linear_observer import SeenLinear
-from hfprune_dist.core.scores import STUDENT_CRITERION, finished, student_keeps
+from hfprune_dist.core.scores import STUDENT_CRITERION, scores_from_sums, student_keeps
 from hfprune_dist.core.unit_sums import KindSums, Maker, UnitOutputs
 from hfprune_dist.distributed.world import World
 from hfprune_dist.models.after_head import after_head, require_known_logits
@@ -146,7 +146,7 @@ class ShardScorer:
         units = self._checkpoint.structures[kind]
         layer = scored_layer(self._checkpoint, units, number, self._seed)
         own_D = sums_D[: layer.units * units.channels_per_unit]
-        return student_keeps(finished(CRITERIA[STUDENT_CRITERION], own_D, layer) if layer.units else own_D)
+        return student_keeps(scores_from_sums(CRITERIA[STUDENT_CRITERION], own_D, layer) if layer.units else own_D)
 
     def release(self) -> None:
         """Free the memory of the model's weights; nothing can be scored afterwards."""

@@ -14,7 +14,7 @@ from hfprune_dist.core.criteria import Criterion, losses_of
 from hfprune_dist.distributed.world import World
 from hfprune_dist.scoring.curvature import Curvature
 from hfprune_dist.scoring.halves import CURVE, Halves, next_point
-from hfprune_dist.scoring.kind_totals import KindTotals, Layout, Saved, Shape, scored_by
+from hfprune_dist.scoring.kind_totals import KindSizes, KindTotals, Layout, Saved, scored_by
 from hfprune_dist.scoring.layer_sums import Size
 from hfprune_dist.scoring.shard_scorer import Sums
 from hfprune_dist.scoring.weight_gradients import WeightGradients
@@ -33,7 +33,7 @@ class Accumulation:
 
     Args:
         criteria: the criteria that have something to sum.
-        shapes: kind -> its shape, for each kind of units that is scored. Halves are compared for the first kind only: a
+        sizes: kind -> its sizes, for each kind of units that is scored. Halves are compared for the first kind only: a
             layer may have too few units of others, and scoring more kinds must not change where a pass ends.
         shards: number of shards in the whole pass.
         micro_batches: number of micro-batches in the whole pass.
@@ -55,7 +55,7 @@ class Accumulation:
     def __init__(
         self,
         criteria: Sequence[Criterion],
-        shapes: Mapping[str, Shape],
+        sizes: Mapping[str, KindSizes],
         shards: int,
         file: Path,
         world: World,
@@ -65,20 +65,18 @@ class Accumulation:
         settled: float | None = None,
     ) -> None:
         of_units = [criterion for criterion in criteria if criterion.has_sums_of_units]
-        self.kinds = {
-            kind: KindTotals(scored_by(of_units, kind, shape.experts), shape, world) for kind, shape in shapes.items()
-        }
+        self.kinds = {kind: KindTotals(scored_by(of_units, kind, it.experts), it, world) for kind, it in sizes.items()}
         self.losses: dict[str, float] = {}
         self.next_shard = 0
         self.shards = shards
-        self._first = next(iter(shapes))
-        self._halves = Halves(of_units, shapes[self._first])
+        self._first = next(iter(sizes))
+        self._halves = Halves(of_units, sizes[self._first])
         self._sufficient_overlap = settled
         self._criteria = criteria
         self._file = file
         self._world = world
-        moments = shapes if any(it.needs_moments for it in criteria) else {}
-        curvature = {kind: (shape.layers, shape.hidden_size) for kind, shape in moments.items()}
+        moments = sizes if any(it.needs_moments for it in criteria) else {}
+        curvature = {kind: (it.layers, it.hidden_size) for kind, it in moments.items()}
         self.curvature = Curvature(curvature, micro_batches, file.parent / CURVATURE, world)
         needed = weights if weights and any(it.needs_weight_gradients for it in criteria) else {}
         self.gradients = WeightGradients(needed, micro_batches, file.parent / GRADIENTS, world)
@@ -91,12 +89,12 @@ class Accumulation:
         return self.next_shard >= self.shards or self._has_settled()
 
     @property
-    def mine(self) -> int:
+    def own_shard(self) -> int:
         """Shard of this rank in this round; ranks beyond the last shard repeat it, since forwards are collective."""
         return min(self.next_shard + self._world.rank, self.shards - 1)
 
     @property
-    def counted(self) -> int:
+    def num_counted(self) -> int:
         """Number of the ranks' shards that count in this round.
 
         The layers' matrices are summed as they appear. So if there are any and the pass may end early, a round does not
@@ -108,9 +106,9 @@ class Accumulation:
         return min(self._world.size, left)
 
     @property
-    def mine_counts(self) -> bool:
+    def own_shard_counts(self) -> bool:
         """Whether this rank's shard counts in this round."""
-        return self._world.rank < self.counted
+        return self._world.rank < self.num_counted
 
     @property
     def curve(self) -> dict[tuple[int, str, float], float]:
@@ -120,7 +118,7 @@ class Accumulation:
     def add_round(self, shard: Sums) -> None:
         """Add the sums of every rank's shard of this round, and save if it is due."""
         losses = self._world.all_gather(shard.losses)
-        for source in range(self.counted):
+        for source in range(self.num_counted):
             received = {kind: totals.add(shard.kinds[kind], source) for kind, totals in self.kinds.items()}
             self.losses = {name: self.losses.get(name, 0.0) + value for name, value in losses[source].items()}
             self._halves.add(self.next_shard, received[self._first])

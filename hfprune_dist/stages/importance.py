@@ -23,7 +23,7 @@ from hfprune_dist.checkpoints.read_tensors import mean_gradients, scored_layer
 from hfprune_dist.checkpoints.saved_layers import SavedLayers
 from hfprune_dist.core.bound_losses import Teaching
 from hfprune_dist.core.criteria import CRITERIA, Criterion, losses_of
-from hfprune_dist.core.scores import MeanGradients, ScoredLayer, SecondMoments, finished, student_keeps
+from hfprune_dist.core.scores import MeanGradients, ScoredLayer, SecondMoments, scores_from_sums, student_keeps
 from hfprune_dist.data.windows import load_windows, save_windows
 from hfprune_dist.distributed.gram_sums import Grams
 from hfprune_dist.distributed.interruption import Interrupted
@@ -33,7 +33,7 @@ from hfprune_dist.distributed.unfinished import unfinished, up_to_last
 from hfprune_dist.distributed.whole_model_probe import PROBE, obtain_probe, record_probe
 from hfprune_dist.errors import UserError
 from hfprune_dist.scoring.calibration_pass import CalibrationPass, cut_into_shards
-from hfprune_dist.scoring.kind_totals import KindTotals, Shape, scored_by
+from hfprune_dist.scoring.kind_totals import KindSizes, KindTotals, scored_by
 from hfprune_dist.scoring.layer_sums import Size
 from hfprune_dist.scoring.shard_scorer import GivenStudent, ShardScorer
 from hfprune_dist.scoring.shard_sums import Accumulation
@@ -113,13 +113,13 @@ def _accumulate(
     windows = len(windows_ST) if criteria else 0
     shards = cut_into_shards(windows, settings.micro_batch_size, settings.shard_size)
     hidden_size = checkpoint.config["hidden_size"]
-    shapes = {
-        kind: Shape(units.counts, units.channels_per_unit, hidden_size, units.experts)
+    sizes = {
+        kind: KindSizes(units.counts, units.channels_per_unit, hidden_size, units.experts)
         for kind, units in _scored_units(context, checkpoint).items()
     }
     totals = Accumulation(
         criteria,
-        shapes,
+        sizes,
         len(shards),
         context.work / PARTIAL,
         context.world,
@@ -315,7 +315,7 @@ def _layer_scores(
     scores = {}
     for criterion in scored_by(criteria, kind, totals.experts):
         sums_N = totals.of_layer(criterion, layer.number)
-        scores_U = finished(criterion, sums_N, layer).clone() if layer.units else sums_N
+        scores_U = scores_from_sums(criterion, sums_N, layer).clone() if layer.units else sums_N
         if not scores_U.isfinite().all():
             raise UserError(
                 f"importance: {criterion.name} of layer {layer.number} is NaN or infinite; "

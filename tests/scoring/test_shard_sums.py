@@ -13,7 +13,7 @@ from hfprune_dist.checkpoints.tensor_files import load_tensors, save_tensors
 from hfprune_dist.core.criteria import CRITERIA
 from hfprune_dist.core.unit_sums import KindSums
 from hfprune_dist.scoring import shard_sums
-from hfprune_dist.scoring.kind_totals import Shape
+from hfprune_dist.scoring.kind_totals import KindSizes
 from hfprune_dist.scoring.shard_scorer import Sums
 from hfprune_dist.scoring.shard_sums import Accumulation
 
@@ -35,10 +35,10 @@ def shard_of(terms):
 
 def accumulate(folder, shards, restart=False):
     file, world = folder / "partial.safetensors", SoloWorld()
-    shapes = {"neurons": Shape((1,), 1, 1)}
+    shapes = {"neurons": KindSizes((1,), 1, 1)}
     totals = Accumulation(CHOSEN, shapes, len(shards), file, world, micro_batches=len(shards))
     while not totals.is_complete:
-        totals.add_round(shard_of(shards[totals.mine]))
+        totals.add_round(shard_of(shards[totals.own_shard]))
         if restart:
             totals = Accumulation(CHOSEN, shapes, len(shards), file, world, micro_batches=len(shards))
     return [totals.kinds["neurons"].sums[it.name].item() for it in CHOSEN]
@@ -62,7 +62,7 @@ def test_rounding_does_not_depend_on_how_micro_batches_are_cut_into_shards(tmp_p
 # A pass that saves everything a pass can save.
 FULL = [CRITERIA[name] for name in ("activation", "entropy_bfloat16", "surgeon")]
 LAYERS, HIDDEN, SHARDS = 2, 3, 5
-NEURONS, GROUPS = Shape((6,) * LAYERS, 1, HIDDEN), Shape((2,) * LAYERS, 4, HIDDEN)
+NEURONS, GROUPS = KindSizes((6,) * LAYERS, 1, HIDDEN), KindSizes((2,) * LAYERS, 4, HIDDEN)
 SHAPES = {"neurons": NEURONS, "kv_groups": GROUPS}
 
 
@@ -86,14 +86,14 @@ def add_rounds(file, rounds=SHARDS, shapes=SHAPES, settled=None):
     totals = Accumulation(FULL, shapes, SHARDS, file, SoloWorld(), micro_batches=SHARDS, settled=settled)
     while not totals.is_complete and totals.next_shard < rounds:
         show_gradients(totals)
-        totals.add_round(full_shard(totals.mine, shapes))
+        totals.add_round(full_shard(totals.own_shard, shapes))
     return totals
 
 
 def show_gradients(totals):
     """Do as a backward of this round's shard of one micro-batch does; neurons' gradients ignore other kinds."""
-    for kind, see in totals.curvature.seeing(counts=totals.mine_counts).items():
-        generator = torch.Generator().manual_seed(2 * totals.mine + (kind != "neurons"))
+    for kind, see in totals.curvature.seeing(counts=totals.own_shard_counts).items():
+        generator = torch.Generator().manual_seed(2 * totals.own_shard + (kind != "neurons"))
         for layer in reversed(range(LAYERS)):
             see(layer, torch.randn(4, HIDDEN, generator=generator))
 
@@ -190,7 +190,7 @@ def test_where_ranks_own_much_not_every_round_is_saved_and_nothing_is_lost_at_an
         where, begun_at = [], totals.next_shard
         while not totals.is_complete and len(where) < rounds:
             show_gradients(totals)
-            totals.add_round(full_shard(totals.mine, SHAPES))
+            totals.add_round(full_shard(totals.own_shard, SHAPES))
             where.append(totals.next_shard)
         if ends:
             totals.save()

@@ -16,7 +16,7 @@ from hfprune_dist.core.criteria import CRITERIA
 from hfprune_dist.core.exact_sums import ExactOverflowError
 from hfprune_dist.core.unit_sums import KindSums
 from hfprune_dist.scoring import shard_sums
-from hfprune_dist.scoring.kind_totals import Shape
+from hfprune_dist.scoring.kind_totals import KindSizes
 from hfprune_dist.scoring.shard_scorer import Sums
 from hfprune_dist.scoring.shard_sums import Accumulation
 from hfprune_dist.scoring.weight_gradients import WeightGradients
@@ -113,7 +113,7 @@ def test_gradients_out_of_all_proportion_are_refused_once_the_micro_batch_is_ove
 # A pass for gradients of weights, with or without sums of units as well.
 LAYERS, SHARDS = 3, 5
 SIZES = {"mlp.up_proj.weight": [(6, 4)] * LAYERS, "mlp.down_proj.weight": [(4, 6)] * LAYERS}
-SHAPES = {"neurons": Shape((6,) * LAYERS, 1, 4)}
+SHAPES = {"neurons": KindSizes((6,) * LAYERS, 1, 4)}
 
 
 def accumulated(world, file, criteria, rounds=SHARDS, settled=None):
@@ -122,10 +122,10 @@ def accumulated(world, file, criteria, rounds=SHARDS, settled=None):
     totals = Accumulation(chosen, SHAPES, SHARDS, file, world, **options)
     begun_at = totals.next_shard
     while not totals.is_complete and rounds > 0:
-        show(totals.gradients, totals.mine, SIZES, counts=totals.mine_counts)
-        generator = torch.Generator().manual_seed(totals.mine)
+        show(totals.gradients, totals.own_shard, SIZES, counts=totals.own_shard_counts)
+        generator = torch.Generator().manual_seed(totals.own_shard)
         entropy = {"entropy": torch.rand(LAYERS, 6, generator=generator).double()} if "entropy" in criteria else {}
-        losses = {criterion.loss.name: 1.0 + totals.mine for criterion in chosen}
+        losses = {criterion.loss.name: 1.0 + totals.own_shard for criterion in chosen}
         totals.add_round(Sums({"neurons": KindSums(entropy, [])}, losses))
         rounds -= 1
     return totals, begun_at
