@@ -24,14 +24,16 @@ SHARED_NUMBERS = ("n_shared_experts", "num_shared_experts", "moe_num_shared_expe
 _UNSTATED_SHARED = {"hunyuan_v1_moe": 1}
 # Keys for the width of MLPs in layers without experts, where it isn't ``intermediate_size``.
 _DENSE_WIDTHS = ("dense_intermediate_size", "prefix_dense_intermediate_size")
-# Keys that say which layers have experts: lists of an entry for each layer, as transformers writes it or (numbers that
-# are 0 for layers without) as files of mimo_v2_flash and minimax_m3 have it; those from a given number on, ...
+# Keys that say which layers have experts. Lists with an entry for each layer: names, as transformers writes them, or
+# numbers that are 0 for layers without experts, as in files of mimo_v2_flash and minimax_m3.
 _KINDS, _FLAGS = "mlp_layer_types", "moe_layer_freq"
+# The first layer that has experts.
 _FIRSTS = ("first_k_dense_replace", "num_dense_layers", "moe_layer_start_index")
-# ... those whose number plus one is divisible by a step; those whose number modulo a period is the offset; ...
+# A step: only layers whose number plus one is divisible by it have experts.
 _STEPS = ("decoder_sparse_step", "moe_layer_interval")
+# A period: only layers whose number modulo it is the offset have experts.
 _PERIOD, _OFFSET = "expert_layer_period", "expert_layer_offset"
-# ... but not those that are listed, nor those after a last one.
+# A list of layers that have none all the same, and the last layer that has some.
 LAYERS_WITHOUT, _LAST = "mlp_only_layers", "moe_layer_end_index"
 # The keys above that hold integers: those that select layers, and those of widths, which are positive.
 PLACES = (*_FIRSTS, *_STEPS, _PERIOD, _OFFSET, _LAST)
@@ -121,7 +123,7 @@ def expert_sizes(config: Mapping[str, Any]) -> list[ExpertSizes | None]:
     layers, experts = range(int(config["num_hidden_layers"])), number_of_experts(config)
     if not experts:
         return [None for _ in layers]
-    width = int(next(config[key] for key in WIDTHS if config.get(key) is not None))
+    width = int(config[_width_key(config)])
     sizes = ExpertSizes(experts, int(chosen_experts(config) or 1), width)
     return [sizes if has_experts(config, layer) else None for layer in layers]
 
@@ -148,16 +150,16 @@ def shared_experts(config: Mapping[str, Any]) -> tuple[str, Any]:
         return own, 1
     unstated = _UNSTATED_SHARED.get(str(config.get("model_type")))
     number = next((config[key] for key in SHARED_NUMBERS if config.get(key) is not None), unstated)
-    return next(key for key in WIDTHS if config.get(key) is not None), number
+    return _width_key(config), number
 
 
 def mlp_widths(config: Mapping[str, Any]) -> list[tuple[int, int]]:
-    """Return for each layer how many neurons process each token, and how many there are, including those of experts."""
+    """Return for each layer the number of neurons that process each token, and of all, including those of experts."""
     experts = number_of_experts(config)
     if not experts:
         return [(width, width) for width in read_counts(config, "intermediate_size")]
-    dense = read_counts(config, _dense_width(config))
-    width = int(next(config[key] for key in WIDTHS if config.get(key) is not None))
+    dense = read_counts(config, _dense_width_key(config))
+    width = int(config[_width_key(config)])
     field, copies = shared_experts(config)
     shared = int(config[field]) * int(copies or 0)
     sparse = width * int(chosen_experts(config) or 1) + shared, width * experts + shared
@@ -228,14 +230,23 @@ def shared_neurons(config: Mapping[str, Any], mlp: Block, experts: Experts) -> U
 
 def dense_neurons(config: Mapping[str, Any], mlp: Block, experts: Experts, projections: Projections) -> Units:
     """Return the neurons of the layers that have a plain MLP instead of experts."""
-    units, field = neurons(config, mlp, *projections), _dense_width(config)
+    units, field = neurons(config, mlp, *projections), _dense_width_key(config)
     counts = tuple(0 if it in experts.layers else count for it, count in enumerate(read_counts(config, field)))
     return replace(units, counts=counts, fields={field: 1})
 
 
-def _dense_width(config: Mapping[str, Any]) -> str:
+def _width_key(config: Mapping[str, Any]) -> str:
+    """Return the key of config.json for the width of an expert."""
+    return next(key for key in WIDTHS if config.get(key) is not None)
+
+
+def _dense_width_key(config: Mapping[str, Any]) -> str:
+    """Return the key of config.json for the width of MLPs in layers without experts."""
     return next((key for key in _DENSE_WIDTHS if config.get(key) is not None), "intermediate_size")
 
 
 def _counts(config: Mapping[str, Any], field: str, copies: int, layers: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the number of units in each layer: ``copies`` for each one that the field counts, and none outside
+    ``layers``.
+    """
     return tuple(width * copies if it in layers else 0 for it, width in enumerate(read_counts(config, field)))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from hfprune_dist.structures import KV_GROUPS
 from hfprune_dist.structures.units import Block, Owned, Units, read_counts
 
 
@@ -23,7 +24,7 @@ def kv_groups(config: Mapping[str, Any], attention: Block, projections: Sequence
     queries = int(config["num_attention_heads"]) // int(config["num_key_value_heads"])
     owned = ((query, queries * head_dim), (key, head_dim), (value, head_dim))
     return Units(
-        kind="kv_groups",
+        kind=KV_GROUPS,
         counts=read_counts(config, "num_key_value_heads"),
         rows=tuple(Owned(f"{name}.{part}", 0, size) for name, size in owned for part in ("weight", "bias")),
         output=output,
@@ -37,7 +38,7 @@ def kv_groups(config: Mapping[str, Any], attention: Block, projections: Sequence
 def whole_groups(config: Mapping[str, Any], attention: Block) -> Units:
     """Return the KV groups of a model whose attention can't lose any; they are counted, but own no parameters."""
     return Units(
-        kind="kv_groups",
+        kind=KV_GROUPS,
         counts=read_counts(config, "num_key_value_heads"),
         rows=(),
         output=attention.name,

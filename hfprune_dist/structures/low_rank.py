@@ -50,10 +50,11 @@ def with_products(config: Mapping[str, Any], shapes: Mapping[str, Sequence[int]]
         projection = name.removesuffix(f".{FACTORS[0]}.weight")
         first, second = (f"{projection}.{factor}" for factor in FACTORS)
         factors = [shapes.get(f"{it}.weight", ()) for it in (first, second)]
-        if rank_field(projection) in sizes and all(len(it) == len(FACTORS) for it in factors):
+        if rank_field(projection) in sizes and all(len(shape) == 2 for shape in factors):
             inputs, outputs = whole.pop(f"{first}.weight")[1], whole.pop(f"{second}.weight")[0]
             whole[f"{projection}.weight"] = [outputs, inputs]
-            whole |= {f"{projection}.bias": whole.pop(it) for it in (f"{second}.bias",) if it in whole}
+            if f"{second}.bias" in whole:
+                whole[f"{projection}.bias"] = whole.pop(f"{second}.bias")
     return whole
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from hfprune_dist.structures import NEURONS
 from hfprune_dist.structures.units import Block, Owned, Units, read_counts
 
 # Names of ``intermediate_size`` in configurations of opt and granitemoehybrid; and a second one that lfm2 reads first.
@@ -24,7 +25,7 @@ def neurons(config: Mapping[str, Any], mlp: Block, row_projections: Sequence[str
         parts: number of matrices stacked in each row projection.
     """
     return Units(
-        kind="neurons",
+        kind=NEURONS,
         counts=read_counts(config, "intermediate_size"),
         rows=tuple(
             Owned(mlp.within(f"{name}.{part}"), axis=0, parts=parts)
