@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 # Sets of removed layers, ascending -> KL divergence from the dense model, nats per token, of the models without them.
 MeasureWithout = Callable[[Sequence[tuple[int, ...]]], Sequence[float]]
 
-# After the first removal, only this many layers are measured again: those whose removal by itself cost least. Of ten
-# layers removed from a small model, each was among the first five.
+# All layers are measured for the first removal. For each later one, only this many are: those left whose removal by
+# itself cost least. Of ten layers removed from a small model, each was among these five.
 CONTENDERS = 5
 
 

@@ -149,16 +149,12 @@ def compare_logits(dense_NV: Tensor, model_NV: Tensor, next_ids_N: Tensor) -> Fi
     has_next = next_ids_N >= 0
     nll_N = -log_q_NV[has_next].gather(1, next_ids_N[has_next, None])
     return FidelitySums(
-        kl=_kl(log_p_NV.exp(), log_p_NV, log_q_NV).item(),
+        kl=_summed(log_p_NV.exp() * (log_p_NV - log_q_NV)).item(),
         agree=((log_p_NV.argmax(dim=-1) == log_q_NV.argmax(dim=-1)) & known_N).sum().item(),
         nll=nll_N.sum(dtype=torch.float64).item(),
         tokens=next_ids_N.numel(),
         predicted=int(has_next.sum()),
     )
-
-
-def _kl(p_NV: Tensor, log_p_NV: Tensor, log_q_NV: Tensor) -> Tensor:
-    return _summed(p_NV * (log_p_NV - log_q_NV))
 
 
 def _summed(terms_NV: Tensor) -> Tensor:

@@ -34,18 +34,23 @@ class MlpWeights:
         return cls(tensors[:-1], tensors[-1])
 
     def tensors(self) -> tuple[Tensor, ...]:
+        """Return all weights, down last."""
         return *self.rows_KC, self.down_CK
 
     def to(self, dtype: torch.dtype) -> MlpWeights:
+        """Return the same weights in a dtype."""
         return MlpWeights.of(*(it.to(dtype) for it in self.tensors()))
 
     def plus(self, other: MlpWeights, scale: float = 1.0) -> MlpWeights:
+        """Return ``self + scale * other``."""
         return MlpWeights.of(*(a + scale * b for a, b in zip(self.tensors(), other.tensors(), strict=True)))
 
     def times(self, other: MlpWeights) -> MlpWeights:
+        """Return the product, element by element."""
         return MlpWeights.of(*(a * b for a, b in zip(self.tensors(), other.tensors(), strict=True)))
 
     def dot(self, other: MlpWeights) -> float:
+        """Return the inner product over all weights, added up in float64."""
         return sum(
             float((a * b).sum(dtype=torch.float64)) for a, b in zip(self.tensors(), other.tensors(), strict=True)
         )
@@ -53,8 +58,11 @@ class MlpWeights:
 
 @dataclass(frozen=True)
 class Biases:
-    """Biases [kept] of gate and up, or only of up, None where the architecture has none; and the activation function
-    that it applies to the first of these projections.
+    """Biases and activation function of an MLP, as applied to the outputs of gate and up.
+
+    Attributes:
+        rows_K: biases [kept] of gate and up, or only of up; None where the architecture has none.
+        activation: activation function of the first of these projections.
     """
 
     rows_K: tuple[Tensor | None, ...] = (None, None)
@@ -170,12 +178,14 @@ class GaussNewtonSums:
 def solve_normal_equations(
     product: Callable[[MlpWeights], MlpWeights], right: MlpWeights, curvature: GaussNewtonSums, iterations: int
 ) -> MlpWeights:
-    """Solve (J^T J + DAMPING (diag + its mean)) x = right by preconditioned conjugate gradients.
+    """Return an approximate solution x of (J^T J + DAMPING (diag + its mean)) x = right, with diag the approximate
+    diagonal of J^T J, by preconditioned conjugate gradients from x = 0.
 
     Args:
         product: v -> J^T J v.
         right: J^T residual.
         curvature: sums over the same tokens.
+        iterations: number of iterations, fewer if the residual vanishes.
     """
     damping = MlpWeights.of(*(DAMPING * (it + it.mean()) for it in curvature.diagonal().tensors()))
     inverse = curvature.inverse()

@@ -1,8 +1,8 @@
 """Products of all the weights that a unit owns with their gradients, window by window.
 
 ``CoupledProducts``: neuron n of a gated MLP has three weights at hidden channel j, gate_nj, up_nj and down_jn. To first
-order, the sum of the three products W * dL/dW is what the loss loses if all three are removed at once; products of
-opposite sign cancel (SDMPrune: arXiv 2506.11120).
+order, removing all three at once lowers the loss by the sum of their products W * dL/dW, in which products of opposite
+sign cancel (SDMPrune: arXiv 2506.11120).
 
 ``SquaredProducts``: with the mean over windows of (dL/dW)^2 as the diagonal of the loss's Hessian, the second-order
 effect of removing a weight is half of W^2 times that (LLM-Pruner: arXiv 2305.11627, eq. 5). It has no sign, so each

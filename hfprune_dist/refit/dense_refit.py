@@ -45,9 +45,9 @@ class _Unsolved:
 class DenseRefit:
     """Fits output projections to their dense outputs, from the kept channels of the dense model's activations.
 
-    In a mixture of experts, each expert is fitted on the tokens that it is given. An error counts as much as the router
-    makes of it: times the square of the weight of the expert's output. An expert with few tokens stays nearer to what
-    it was (``solve_expert``), and one with none keeps its columns as they are.
+    In a mixture of experts, each expert is fitted on the tokens that it is given. Errors count by the square of the
+    routing weight, by which the expert's output is multiplied. An expert with few tokens stays closer to its old weight
+    (``solve_expert``), and one with none keeps its columns as they are.
 
     Args:
         kept: what stays of the model.
@@ -71,7 +71,7 @@ class DenseRefit:
         left = unfinished(staying, lambda: self._fitted.done(staying), self._world)
         turns = Turns(left, self._world, self._solve)
         try:
-            for number, layer in self._stream.layers(range(left[-1] + 1 if left else 0)):
+            for number, layer in self._stream.layers(up_to_last(left)):
                 if number in left:
                     turns.add(number, self._prepared(number, layer, turns.is_mine(number)))
                 else:
@@ -87,10 +87,10 @@ class DenseRefit:
         kinds = self._fitted.kinds_of(number)
         grams = self._stream.grams(number, layer, kinds)
         weights = {units.kind: output_weights(layer, units) for units in kinds}
-        return self._to_wait(_Unsolved(number, weights, grams)) if is_mine else None
+        return self._parked(_Unsolved(number, weights, grams)) if is_mine else None
 
-    def _to_wait(self, unsolved: _Unsolved) -> _Unsolved:
-        """Among several ranks, hold tensors of experts, which may be most of a GPU, in main memory until solved."""
+    def _parked(self, unsolved: _Unsolved) -> _Unsolved:
+        """Move tensors of experts, which may fill most of a GPU, to main memory if the layer waits for other ranks."""
         place = self._world.device if self._world.size == 1 else torch.device("cpu")
         for kind in (units.kind for units in self._fitted.kinds_of(unsolved.number) if units.experts > 1):
             unsolved.weights[kind] = [it.to(place) for it in unsolved.weights[kind]]

@@ -1,4 +1,4 @@
-"""Layers of refitted models, to be measured next to each other."""
+"""Models that have been refitted already, as candidates to be measured next to each other."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ from hfprune_dist.structures.kept import Kept
 
 
 def candidates_of(kepts: Sequence[Kept], num_layers: int) -> list[Candidate]:
-    """Candidates for the models that keep this; a choice is the index of a model.
+    """Return one candidate for each refitted model; in every layer that it keeps, its choice is the model's index.
 
     Args:
-        num_layers: of the model that is pruned.
+        kepts: what each model keeps.
+        num_layers: number of layers before pruning.
     """
     return [
         tuple((model,) if layer in kept.layers else None for layer in range(num_layers))

@@ -16,13 +16,14 @@ from hfprune_dist.refit.refitted_layers import ProjectionFit
 
 @dataclass(frozen=True)
 class Solution:
-    """Least-squares weights of an output projection, float32 [hidden_size, kept], and the mean of h h^T, float64
-    [kept, kept].
+    """Result of a least-squares fit of an output projection.
 
     Attributes:
-        energy: mean square of the projection's outputs before pruning.
-        fitted_CK, fitted_KK: those on the windows that are not held out.
-        whole_CK, whole_KK: those on all windows.
+        fit: report of the fit.
+        energy: mean over tokens of the squared norm of the projection's outputs before pruning.
+        fitted_CK: weight fitted on the windows that are not held out, float32 [hidden_size, kept].
+        fitted_KK: mean of h h^T over the tokens of these windows, float64 [kept, kept].
+        whole_CK, whole_KK: the same on all windows.
     """
 
     fit: ProjectionFit
@@ -45,12 +46,14 @@ def solve(weight_CD: Tensor, grams: Grams, kept: Tensor) -> Solution:
 
 
 def solve_expert(weight_CD: Tensor, grams: Grams, kept: Tensor) -> Solution:
-    """``solve`` for an expert, which may have been given few tokens. If the fitted or the held-out ones have no energy,
-    no ridge is chosen, and the largest one pulls towards the weight from before; if both have none, that weight stays.
+    """``solve`` for an expert, which may have been given few tokens, or none.
+
+    If all its outputs on the fitted or on the held-out windows are zero, there is nothing to choose a ridge by; the
+    largest one is used, which pulls towards the old weight. If its outputs are zero on both, the old weight stays.
     """
     fitted, held_out = _problems(weight_CD, grams, kept)
-    tells = min(fitted.energy, held_out.energy) > 0
-    return _solved((fitted, held_out), grams.held_out_share, RIDGES if tells else RIDGES[-1:])
+    can_choose = min(fitted.energy, held_out.energy) > 0
+    return _solved((fitted, held_out), grams.held_out_share, RIDGES if can_choose else RIDGES[-1:])
 
 
 def _solved(problems: tuple[LeastSquares, LeastSquares], held_out_share: float, ridges: Sequence[float]) -> Solution:

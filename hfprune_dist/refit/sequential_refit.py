@@ -38,8 +38,8 @@ from hfprune_dist.refit.refitted_layers import ProjectionFit, RefittedLayers
 from hfprune_dist.structures.kept import Kept
 from hfprune_dist.structures.units import Units
 
-# How far a block makes up for earlier ones. What those have lost is hardly a function of what this one reads: making up
-# for all of it would fit the calibration windows rather than the model.
+# Share of what earlier blocks have lost that a block makes up for. That loss is hardly a function of what this block
+# reads, so making up for all of it would fit the calibration windows rather than the model.
 SHARE_MADE_UP = 0.5
 # Layers with their numbers, in order.
 Layers = Iterator[tuple[int, nn.Module]]
@@ -52,7 +52,7 @@ class _Block:
     Attributes:
         units: the units that are pruned in it.
         dense: the dense model's layer that has this block.
-        gap: layers of the dense model that follow and go; the last block before them makes up for them.
+        gap: the layers that are removed right after this one; the last block before them makes up for them.
         wanted: micro-batch -> the dense model's residual stream after the block, or after the gap, on the CPU.
     """
 
@@ -65,8 +65,8 @@ class _Block:
 class SequentialRefit:
     """Fits blocks that bring the pruned model's residual stream back to the dense one's, layer by layer.
 
-    A block's target lies between what the dense model's block would put out in its place, and everything that the
-    residual stream lacks there of the dense model's, which makes up for earlier blocks as well (``SHARE_MADE_UP``).
+    A block's target lies between two outputs: that of the dense model's block for the same input, and the one that
+    would turn the residual stream into the dense model's, which makes up for earlier blocks too (``SHARE_MADE_UP``).
 
     Args:
         family: of the model that is pruned.
@@ -121,12 +121,12 @@ class SequentialRefit:
             del layer
             after_each(number + 1)
 
-    def _behind(self, number: int) -> int:
+    def _next_place(self, number: int) -> int:
         """Number, in the dense model, of the next layer that stays; the number of layers if there is none."""
         return min((it for it in self._places.values() if it > self._places[number]), default=self._dense.num_layers)
 
     def _through(self, number: int, layer: nn.Module, dense_layers: Layers, *, is_done: bool) -> None:
-        """Take the windows of both models through a layer, and the dense model's through the gap behind it."""
+        """Take the windows of both models through a layer, and the dense model's through the gap after it."""
         blocks = self._advance_dense(number, dense_layers)
         for units in (*self._attention, self._mlp):
             put_weights(layer, weights_kept(layer, units, self._kept.of_layer(number, units.kind)))
@@ -139,7 +139,7 @@ class SequentialRefit:
         self._stream.advance_from(layer, self._mlp)
 
     def _advance_dense(self, number: int, dense_layers: Layers) -> list[_Block]:
-        """Take the dense model's windows through a layer and the gap behind it, and return what its blocks are fitted
+        """Take the dense model's windows through a layer and the gap after it, and return what its blocks are fitted
         to, the MLP's at the end.
         """
         place, layer = next(dense_layers)
@@ -149,7 +149,7 @@ class SequentialRefit:
         self._dense.advance_to(layer, self._mlp)
         blocks = [_Block(units, layer, self._dense.all_hidden()) for units in self._attention]
         self._dense.advance_from(layer, self._mlp)
-        gap = [next(dense_layers)[1] for _ in range(self._places[number] + 1, self._behind(number))]
+        gap = [next(dense_layers)[1] for _ in range(self._places[number] + 1, self._next_place(number))]
         for gone in gap:
             self._dense.advance(gone)
         return [*blocks, _Block(self._mlp, layer, self._dense.all_hidden(), gap)]
@@ -181,7 +181,7 @@ class SequentialRefit:
         self._world.barrier()
 
     def _put(self, number: int, layer: nn.Module, fitted: Mapping[str, Tensor]) -> None:
-        """Install a fitted block as rank 0 will save it, for what follows. Every rank has the same bits to round."""
+        """Give the layer a fitted block, rounded as rank 0 will save it; every rank has the same bits to round."""
         like = output_of(layer, self._mlp).weight
         put_weights(layer, {name: it.to(like) for name, it in self._fitted.rounded(number, fitted).items()})
 
@@ -196,7 +196,7 @@ class SequentialRefit:
         weight_CK = output_of(layer, block.units).weight.data
         sums = self._stream.sums_of(number, sum(weight_CK.shape))
         fitted_to = self._summed(layer, block, sums)
-        if targets is None:
+        if targets is None:  # only the sums are needed
             collections.deque(fitted_to, maxlen=0)
         else:
             targets.update(self._transfers.to_host(fitted_to))
@@ -274,5 +274,5 @@ class SequentialRefit:
             raise unusable(number, error) from None
         names = *self._mlp.row_weights(number), self._mlp.output_weight(number)
         within_layer = [name.removeprefix(self._mlp.tensor(number, "")) for name in names]
-        rows = moved.rows_KC if self._mlp.row_parts[0] == 1 else [torch.cat(moved.rows_KC)]
+        rows = moved.rows_KC if self._mlp.row_parts[0] == 1 else [torch.cat(moved.rows_KC)]  # gate and up are one
         return dict(zip(within_layer, [*rows, moved.down_CK], strict=True))

@@ -1,4 +1,4 @@
-"""The calibration pass over all shards of the windows, on all ranks, with a save of the sums after rounds."""
+"""The calibration pass over all shards of the windows, on all ranks; sums are saved between rounds."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def cut_into_shards(windows: int, micro_batch_size: int, shard_size: int) -> lis
 
 
 class CalibrationPass:
-    """The rest of a pass on one rank; all ranks run it together, one round of consecutive shards at a time.
+    """One rank's part of what is left of a pass; all ranks run it together, one round of consecutive shards at a time.
 
     Args:
         totals: sums over the shards so far.

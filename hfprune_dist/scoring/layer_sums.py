@@ -223,7 +223,7 @@ class LayerSums:
         return self._sums[name].value(layer, self._of(shards) / name)
 
     def keep_only(self, shards: int) -> None:
-        """Remove the states saved after any other number of shards; what stays of them is removed with a later one."""
+        """Remove the states saved after any other number of shards; what fails to go now is left to a later call."""
         for folder in listed(self._folder, "*"):
             if folder != self._of(shards):
                 shutil.rmtree(folder, ignore_errors=True)
