@@ -49,7 +49,7 @@ class GramSums(WindowSums[tuple[ExactGram, ExactGram], Tensor]):
     def of_all_ranks(self) -> tuple[Tensor, Tensor]:
         """The sums, float64 [size, size] each. Collective; this rank's own sums are gone afterwards."""
         left = [*self._begun()][::-1]
-        self._sums = None
+        self._sums = None  # only the list refers to them now, so each is freed once it has been added up
         return self._added_up(left.pop()), self._added_up(left.pop())
 
     def _add(self, index: int, vectors_ND: Tensor) -> None:
@@ -84,7 +84,7 @@ class ExpertGramSums(WindowSums[list[tuple[ExactGram, ExactGram]], Sequence[Tens
         rank's own sums are released on the way.
         """
         left = [it for of_expert in self._begun() for it in of_expert][::-1]
-        self._sums = None
+        self._sums = None  # only the list refers to them now, so each is freed once it has been added up
         while left:
             yield self._added_up(left.pop()), self._added_up(left.pop())
 
