@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from hfprune_dist.errors import UserError
 from hfprune_dist.store.atomic_files import read_json
 
 KEPT = "kept.json"
@@ -21,12 +22,14 @@ def read_kept_numbers(folder: Path) -> tuple[tuple[int, ...], Numbers]:
 
     Raises:
         FileNotFoundError: if there is no such file.
+        UserError: if a later version wrote it.
     """
     content: dict[str, Any] | None = read_json(folder / KEPT)
     if content is None:
         raise FileNotFoundError(f"{folder / KEPT}: missing")
-    layers = content.pop("layers")
-    if "format" not in content:
+    version, layers = content.pop("format", None), content.pop("layers")
+    if version is None:
         return tuple(range(len(layers))), {"neurons": layers}
-    assert content.pop("format") == FORMAT, f"{folder / KEPT} is of a later version"
+    if version != FORMAT:
+        raise UserError(f"{folder / KEPT}: has format {version}, which a later version wrote; use that version")
     return tuple(layers), content

@@ -71,18 +71,23 @@ def _curves(evidence: Evidence) -> Iterator[Curve]:
     for kind in TITLES:
         for stage, _ in evidence.finished(kind):
             cell = evidence.cells_of(stage.id)[0]
-            if losses := _read(evidence.store.handle(stage.id).artifact / "loss.jsonl"):
+            if losses := _training_losses(evidence.store.handle(stage.id).artifact / "loss.jsonl"):
                 yield Curve(cell.model, kind, cell.method, cell.ratio, stage.label, losses)
+
+
+def _training_losses(file: Path) -> Mapping[int, float]:
+    """Step -> loss; none if the file can't be read, without which the rest of the page can be drawn."""
+    try:
+        return _read(file)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return {}
 
 
 @cache
 def _read(file: Path) -> Mapping[int, float]:
     """Step -> loss, thinned to about ``MOST_POINTS``. Artifacts never change, so each file is read only once."""
-    try:
-        records = [json.loads(text) for text in file.read_text(encoding="utf-8").splitlines()]
-        losses = [(int(it["step"]), float(it["loss"])) for it in records if it.get("loss") is not None]
-    except (OSError, ValueError, KeyError, TypeError):
-        return {}
+    records = [json.loads(text) for text in file.read_text(encoding="utf-8").splitlines()]
+    losses = [(int(it["step"]), float(it["loss"])) for it in records if it.get("loss") is not None]
     stride = -(-len(losses) // MOST_POINTS) or 1
     return dict([*losses[::stride], *losses[-1:]])
 

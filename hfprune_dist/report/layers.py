@@ -11,6 +11,7 @@ from statistics import fmean
 from typing import Any
 
 from hfprune_dist.checkpoints.kept_numbers import read_kept_numbers
+from hfprune_dist.errors import UserError
 from hfprune_dist.report.chart import (
     Chart,
     Figure,
@@ -76,7 +77,7 @@ def _pruned(evidence: Evidence) -> Iterator[Pruned]:
     for stage, _ in evidence.finished(*CUTTING):
         # A cell also depends on the stages of earlier rounds; only the one of the last round counts.
         cells = [cell for cell in evidence.cells_of(stage.id) if _last_pruning(cell.producers) == stage.id]
-        kept = _read(evidence.store.handle(stage.id).artifact)
+        kept = _kept(evidence.store.handle(stage.id).artifact)
         if cells and kept:
             yield Pruned(cells[0].model, cells[0].ratio or 0.0, cells[0].method or "", kept)
 
@@ -85,13 +86,18 @@ def _last_pruning(producers: Sequence[str]) -> str:
     return [stage_id for stage_id in producers if kind_of(stage_id) in CUTTING][-1]
 
 
+def _kept(artifact: Path) -> Mapping[str, Units]:
+    """Kind -> the kept units; none if ``kept.json`` can't be read, without which the rest of the page can be drawn."""
+    try:
+        return _read(artifact)
+    except (UserError, OSError, ValueError, LookupError, TypeError, AttributeError):
+        return {}
+
+
 @cache
 def _read(artifact: Path) -> Mapping[str, Units]:
     """Kind -> kept units, from an artifact's ``kept.json``. Artifacts never change, so each is read only once."""
-    try:
-        layers, units = read_kept_numbers(artifact)
-    except (OSError, ValueError):
-        return {}
+    layers, units = read_kept_numbers(artifact)
     return {kind: Units(dict(zip(layers, map(_bits, rows), strict=True))) for kind, rows in units.items()}
 
 

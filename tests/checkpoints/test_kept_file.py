@@ -2,11 +2,13 @@
 
 import json
 
+import pytest
 import torch
 from hypothesis import given, settings
 from masking import kept_of
 
 from hfprune_dist.checkpoints.kept_file import digest_of_kept, read_kept, write_kept
+from hfprune_dist.errors import UserError
 from hfprune_dist.store.hashing import digest_of
 from hfprune_dist.structures.kept import Kept
 
@@ -31,6 +33,12 @@ def test_a_file_of_an_earlier_version_has_the_neurons_of_all_layers(tmp_path):
     rows = [[0, 2], [1, 3, 4]]
     (tmp_path / "kept.json").write_text(json.dumps({"layers": rows}))
     assert plain(read_kept(tmp_path)) == ((0, 1), {"neurons": rows})
+
+
+def test_a_file_of_a_later_version_is_refused(tmp_path):
+    (tmp_path / "kept.json").write_text(json.dumps({"format": 3, "layers": [0], "neurons": [[0]]}))
+    with pytest.raises(UserError, match=r"kept\.json: has format 3, which a later version wrote"):
+        read_kept(tmp_path)
 
 
 def test_neurons_alone_have_the_digest_that_earlier_versions_told():

@@ -3,11 +3,12 @@
 import json
 from itertools import pairwise
 
+import pytest
 from drawn_sweep import BEGIN, DrawnSweep, made
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hfprune_dist.report import curves
+from hfprune_dist.report import curves, layers
 from hfprune_dist.report.chart import GREY, SYMBOLS, Key, dashes_told, line, method_key
 from hfprune_dist.report.layers import Units, _bits
 from hfprune_dist.report.legend import legend_entry
@@ -22,6 +23,7 @@ from hfprune_dist.report.timeline import (
 )
 from hfprune_dist.store.stage import STAGE_VERSIONS
 
+ODD_ROWS = '{"format": 2, "layers": [0, 1], "neurons": [[0]]}'
 KEPT = st.dictionaries(st.integers(0, 5), st.sets(st.integers(0, 70), min_size=1), min_size=1)
 
 
@@ -82,8 +84,26 @@ def test_ratios_are_told_as_they_were_asked_for():
 def test_long_curves_are_thinned_to_their_end(tmp_path):
     file = tmp_path / "loss.jsonl"
     file.write_text("".join(json.dumps({"step": step, "loss": 1 / step}) + "\n" for step in range(1, 1001)))
-    losses = curves._read(file)
+    losses = curves._training_losses(file)
     assert len(losses) <= curves.MOST_POINTS + 1 and losses[1000] == 1 / 1000 and losses[1] == 1.0
-    damaged = tmp_path / "damaged.jsonl"
-    damaged.write_text('{"step": 1, "lo')
-    assert curves._read(damaged) == {} == curves._read(tmp_path / "none.jsonl")
+
+
+@pytest.mark.parametrize("damaged", ['{"step": 1, "lo', "[]", "3", '{"step": [], "loss": 1}', '{"loss": 1.0}'])
+def test_losses_that_cannot_be_read_are_left_out_until_they_can(tmp_path, damaged):
+    file = tmp_path / "loss.jsonl"
+    assert curves._training_losses(file) == {}
+    file.write_text(damaged)
+    assert curves._training_losses(file) == {}
+    file.write_text('{"step": 1, "loss": 0.5}')
+    assert curves._training_losses(file) == {1: 0.5}
+
+
+@pytest.mark.parametrize(
+    "damaged", ['{"layers": [', "[]", "3", '{"format": 2}', '{"format": 3, "layers": [0]}', ODD_ROWS, '{"layers": 3}']
+)
+def test_units_that_cannot_be_read_are_left_out_until_they_can(tmp_path, damaged):
+    assert layers._kept(tmp_path) == {}
+    (tmp_path / "kept.json").write_text(damaged)
+    assert layers._kept(tmp_path) == {}
+    (tmp_path / "kept.json").write_text('{"format": 2, "layers": [1], "neurons": [[0, 2]]}')
+    assert layers._kept(tmp_path) == {"neurons": Units({1: 0b101})}
