@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from hfprune_dist.errors import UserError
 from hfprune_dist.results.agreement import read_scores
 from hfprune_dist.results.rows import Row
-from hfprune_dist.store.stage import Stage
+from hfprune_dist.store.stage import kind_of
 
 
 class Session:
@@ -55,7 +55,7 @@ class Session:
             RuntimeError: if a stage fails.
         """
         prepared = prepare(self._command, download=True)
-        passes = [stage for stage in prepared.sweep.plan.stages.values() if _scores_a_dense_model(stage)]
+        passes = [it for it in prepared.sweep.plan.stages.values() if it.kind == "importance" and not it.needs]
         self._make(prepared, [stage.id for stage in passes])
         store = prepared.sweep.store
         return {stage.label: read_scores(store.handle(stage.id).artifact) for stage in passes}
@@ -75,9 +75,8 @@ class Session:
         made: dict[tuple[str, float, str], str] = {}
         for cell in prepared.sweep.plan.cells:
             if cell.ratio is not None and cell.method is not None:
-                *_, made[cell.model, cell.ratio, cell.method] = (
-                    stage_id for stage_id in cell.producers if not stage_id.startswith("recover/")
-                )
+                before_recovery = [stage_id for stage_id in cell.producers if kind_of(stage_id) != "recover"]
+                made[cell.model, cell.ratio, cell.method] = before_recovery[-1]
         self._make(prepared, made.values())
         return {key: prepared.sweep.store.handle(stage_id).artifact for key, stage_id in made.items()}
 
@@ -107,7 +106,3 @@ class Session:
             if (failure := handle.failure()) is not None:
                 error = UserError if failure.cause == UserError.CAUSE else RuntimeError
                 raise error(f"{sweep.plan.stages[handle.id].kind} failed: {failure.message}")
-
-
-def _scores_a_dense_model(stage: Stage) -> bool:
-    return stage.kind == "importance" and not stage.inputs["model"].is_stage

@@ -1,6 +1,7 @@
 """The API for notebooks. That a session continues a sweep is tested in test_sweep.py."""
 
 import pytest
+from hfprune_launch import api
 from hfprune_launch.api import Session
 from hfprune_launch.modes import sweep_run
 from hfprune_launch.stage.outcome import Outcome
@@ -36,6 +37,14 @@ def test_a_stage_that_fails_is_an_exception(config, tmp_path, monkeypatch, cause
             ask()
     (dense, *_) = session.compare()
     assert dense["status"] == "missing" and "broke" in dense["cause"]
+
+
+def test_scores_are_those_of_dense_models_and_of_no_student(config, tmp_path, monkeypatch):
+    made = []
+    monkeypatch.setattr(Session, "_make", lambda _session, _prepared, stage_ids: made.extend(stage_ids))
+    monkeypatch.setattr(api, "read_scores", lambda _artifact: {})
+    session = Session(tmp_path / "out", config, models=["alpha"], ratios=[0.2], methods=["hfprune", "sdmprune"])
+    assert session.score() == {"alpha": {}} and len(made) == 1
 
 
 @pytest.mark.parametrize(
