@@ -52,6 +52,16 @@ def did_you_mean(word: str, valid: Iterable[str]) -> str:
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
+def hub_errors() -> tuple[type[Exception], ...]:
+    """Errors that a request to the Hugging Face hub raises: it is refused, its connection breaks, or a name is invalid.
+
+    The client's own errors derive from those of its HTTP library, and which library that is depends on its version.
+    """
+    from huggingface_hub.errors import HfHubHTTPError  # which most commands do without
+
+    return (*HfHubHTTPError.__bases__, OSError, ValueError)
+
+
 def from_os_error(error: Exception) -> Exception:
     """Turn an operating system error that the user can fix into a ``UserError``; return other errors unchanged."""
     return error if isinstance(error, UserError) else _explained(error, _FIXABLE)

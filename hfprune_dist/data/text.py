@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from hfprune_dist.data.formats import Placed, Record, read_files
-from hfprune_dist.errors import UserError
+from hfprune_dist.errors import UserError, hub_errors
 
 # Characters of a local source that are read before a sweep begins: most sources as a whole, in a second or two.
 CHECKED_CHARACTERS = 32 * 2**20
@@ -91,13 +91,14 @@ def field_of(record: Record, key: str, where: str) -> str:
 def _stream(source: Mapping[str, Any], seed: int) -> Iterator[Placed]:
     from datasets import load_dataset
 
+    refusals: tuple[type[Exception], ...] = (*hub_errors(), RuntimeError)
     try:
         dataset = load_dataset(
             source["dataset"], source["name"], split=source["split"], revision=source["revision"], streaming=True
         )
         for number, record in enumerate(dataset.shuffle(seed=seed, buffer_size=10_000), start=1):
             yield f"{source['dataset']}, record {number}", record
-    except (OSError, ValueError, RuntimeError) as error:
+    except refusals as error:
         raise UserError(
             f"data set {source['dataset']!r} (split {source['split']!r}): {error}; give a local file with path instead"
         ) from None

@@ -12,7 +12,7 @@ from hfprune_dist.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from hfprune_dist.checkpoints.licences import LICENCE_PATTERNS
 from hfprune_dist.config.load import is_hub_id, parse, read_yaml
 from hfprune_dist.config.schema import ModelAlias, SweepConfig
-from hfprune_dist.errors import UserError, did_you_mean
+from hfprune_dist.errors import UserError, did_you_mean, hub_errors
 from hfprune_dist.planning.user_files import checkpoint_identity, content_files
 from hfprune_dist.store.hashing import FileHashes, digest_of
 from hfprune_dist.store.stage import Content
@@ -125,7 +125,7 @@ def _local(name: str, folder: Path, hashes: FileHashes, spelling: str) -> ModelS
 
 def _snapshot(name: str, hub_id: str, revision: str, download: bool) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import LocalEntryNotFoundError
 
     patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "README.md"]
     patterns += ["tokenization_*.py", *LICENCE_PATTERNS]
@@ -142,7 +142,7 @@ def _snapshot(name: str, hub_id: str, revision: str, download: bool) -> Path:
     except LocalEntryNotFoundError:
         action = "check the network" if download else "it is downloaded when the sweep runs without --dry-run"
         raise UserError(f"model {name!r}: {hub_id}@{revision} is not in the local hub cache; {action}") from None
-    except (HfHubHTTPError, OSError, ValueError) as error:  # ValueError: not a valid name
+    except hub_errors() as error:
         raise UserError(
             f"model {name!r}: {hub_id}@{revision} can't be downloaded: {error}; for a gated model, accept its licence "
             "on its page and run `hf auth login`"

@@ -10,17 +10,14 @@ from pathlib import Path
 import yaml
 from hfprune_launch.screen import make_console, say
 from huggingface_hub import HfApi, ModelCard
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
-from hfprune_dist.errors import UserError, did_you_mean
+from hfprune_dist.errors import UserError, did_you_mean, hub_errors
 from hfprune_dist.results.base_model import CARD
 from hfprune_dist.results.named_checkpoints import ADAPTER_CONFIG, CHECKPOINTS
 from hfprune_dist.store.artifacts import MANIFEST
 from hfprune_dist.store.atomic_files import read_object
-
-# Errors of the HTTP library that huggingface_hub uses, and of the hub about a card or a token.
-_REFUSALS: tuple[type[Exception], ...] = (*HfHubHTTPError.__bases__, OSError, ValueError)
 
 
 def publish(out: Path, name: str, repo_id: str, *, private: bool, dry_run: bool) -> None:
@@ -144,7 +141,7 @@ def _push(folder: Path, repo_id: str, private: bool, ignored: list[str] | None) 
 def _refusals_told(repo_id: str) -> Iterator[None]:
     try:
         yield
-    except _REFUSALS as error:
+    except hub_errors() as error:  # ValueError: also of a card or a token
         raise UserError(
             f"{repo_id}: the hub refused, or wasn't reached: {error}; is `hf auth login` done, and may you write there?"
         ) from None

@@ -5,6 +5,7 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 from families import save_model
+from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import filter_repo_objects
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -450,6 +451,18 @@ def test_what_is_downloaded_is_what_a_pruned_copy_needs_and_weights_once(tmp_pat
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", downloaded)
     with pytest.raises(UserError, match=f"downloads {chosen};"):
+        resolve_models(load_config([], {"models": ["org/name"]}), tmp_path, FileHashes(None), download=True)
+
+
+@pytest.mark.parametrize("error", HfHubHTTPError.__bases__)
+def test_a_download_that_breaks_off_is_an_error_of_the_user(tmp_path, monkeypatch, error):
+    """Whichever library the hub's client uses: its errors need not be the operating system's."""
+
+    def broken(_hub_id, **_asked):
+        raise error("the connection was reset")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", broken)
+    with pytest.raises(UserError, match="can't be downloaded: the connection was reset"):
         resolve_models(load_config([], {"models": ["org/name"]}), tmp_path, FileHashes(None), download=True)
 
 
