@@ -201,7 +201,7 @@ class CheckpointFolders:
 @contextmanager
 def _locked(file: Path) -> Iterator[None]:
     """Keep out other launchers of the same sweep; a process that dies leaves no lock behind."""
-    with file.open("a") as stream:
+    with file.open("ab") as stream:
         with suppress(OSError):  # a file system without locks
             fcntl.flock(stream, fcntl.LOCK_EX)
         yield

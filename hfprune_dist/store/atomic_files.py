@@ -165,7 +165,7 @@ def usual_mode() -> int:
 
 def _umask(status: Path = Path("/proc/self/status")) -> int:
     """The umask of this process. Without Linux's file on it, it has to be set for a moment, which threads notice."""
-    lines = status.read_text().splitlines() if status.is_file() else []
+    lines = status.read_text(encoding="utf-8", errors="replace").splitlines() if status.is_file() else []
     for line in lines:
         if line.startswith("Umask:"):
             return int(line.split()[1], 8)

@@ -46,7 +46,7 @@ def _version(package: str) -> str | None:
 
 def cpu_model() -> str:
     """Name of this machine's processor; its architecture if there is no name."""
-    lines = CPU_INFO.read_text(errors="replace").splitlines() if CPU_INFO.is_file() else []
+    lines = CPU_INFO.read_text(encoding="utf-8", errors="replace").splitlines() if CPU_INFO.is_file() else []
     named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     return next(named, "") or platform.machine()
 

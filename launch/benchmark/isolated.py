@@ -31,7 +31,7 @@ def call(function: str, arguments: Mapping[str, Any], environment: Mapping[str, 
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", f"--log-dir={os.devnull}"]
     command = [sys.executable, *(torchrun if ranks > 1 else []), __file__, function, json.dumps(arguments)]
     result = subprocess.run(
-        command, env={**os.environ, **QUIET, **environment}, capture_output=True, text=True, check=False
+        command, env={**os.environ, **QUIET, **environment}, capture_output=True, encoding="utf-8", check=False
     )
     answers = [line for line in result.stdout.splitlines() if line.startswith(ANSWER)]
     if result.returncode != 0 or not answers:

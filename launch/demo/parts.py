@@ -31,7 +31,7 @@ class Parts:
     @contextmanager
     def exclusive(self) -> Iterator[None]:
         """Let only one build at a time work here, and remove the drafts that a killed one left."""
-        with (self.root / ".lock").open("a") as lock:
+        with (self.root / ".lock").open("ab") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             for draft in self.root.glob(f"{DRAFT_PREFIX}*"):
                 _remove(draft)

@@ -45,7 +45,8 @@ def device_here(runtime: RuntimeConfig) -> str:
     """Return the device of a stage with one rank: this machine's kind of GPU, or its CPU and number of threads."""
     if not count_gpus():
         return f"{cpu_model()}, threads: {threads_of_a_rank(runtime, 1)}"
-    facts = [line for file in sorted(GPUS.glob("*/information")) for line in file.read_text().splitlines()]
+    files = sorted(GPUS.glob("*/information"))
+    facts = [line for file in files for line in file.read_text(encoding="utf-8").splitlines()]
     models = {line.partition(":")[2].strip() for line in facts if line.startswith("Model:")}
     return ", ".join(sorted(models)) or "a GPU"
 
@@ -87,7 +88,7 @@ def gpus_here(runtime: RuntimeConfig) -> Gpus | None:
         return None
     query = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
     try:
-        told = subprocess.run(query, capture_output=True, text=True, timeout=60, check=True).stdout
+        told = subprocess.run(query, capture_output=True, encoding="utf-8", timeout=60, check=True).stdout
         memory = min(int(line) for line in told.splitlines()) * 2**20
     except (OSError, subprocess.SubprocessError, ValueError):
         return None
@@ -111,5 +112,6 @@ def _bfloat16_is_slow() -> bool:
     """Return whether this is an x86 without AVX-512, on which torch multiplies bfloat16 numbers one at a time."""
     if not CPU_INFO.is_file():
         return False
-    flags = next((line.split() for line in CPU_INFO.read_text().splitlines() if line.startswith("flags")), [])
+    lines = CPU_INFO.read_text(encoding="utf-8", errors="replace").splitlines()
+    flags = next((line.split() for line in lines if line.startswith("flags")), [])
     return "sse2" in flags and "avx512bw" not in flags

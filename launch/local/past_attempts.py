@@ -58,7 +58,7 @@ def _beginning(log: Path) -> tuple[float | None, int | None]:
     The line begins with the time and, except in logs of earlier versions, its offset from UTC.
     """
     try:
-        with log.open(errors="replace") as stream:
+        with log.open(encoding="utf-8", errors="replace") as stream:
             first = stream.readline()
         started = datetime.fromisoformat(" ".join(first.split(" ", 2)[:2])).timestamp()
     except (OSError, ValueError, OverflowError):

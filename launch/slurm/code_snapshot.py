@@ -15,7 +15,7 @@ from hfprune_launch.project import Project
 from hfprune_launch.slurm.bytecode import compile_sources
 
 from hfprune_dist.errors import UserError
-from hfprune_dist.store.atomic_files import fsync_path, write_json, write_text
+from hfprune_dist.store.atomic_files import fsync_path, write_json
 from hfprune_dist.store.hashing import FileHashes, digest_of
 
 _DRAFT = ".draft-"
@@ -49,7 +49,7 @@ def take_snapshot(
                 tell(f"the code in {snapshot} was damaged: set aside as {aside}, copied again")
             compile_sources(_sources(draft))
             write_json(draft / "provenance.json", dict(code))
-            write_text(draft / "uncommitted.diff", _uncommitted(project.clone))
+            (draft / "uncommitted.diff").write_bytes(_uncommitted(project.clone))
             if _publish(draft, snapshot):
                 return snapshot
         finally:
@@ -115,14 +115,11 @@ def _publish(draft: Path, snapshot: Path) -> bool:
     return True
 
 
-def _uncommitted(clone: Path | None) -> str:
-    """Return the uncommitted changes as a patch; empty outside a git repository."""
+def _uncommitted(clone: Path | None) -> bytes:
+    """Return the uncommitted changes as a patch, whatever their encoding; empty outside a git repository."""
     if clone is None:
-        return ""
+        return b""
     try:
-        result = subprocess.run(
-            ["git", "-C", str(clone), "diff", "HEAD"], capture_output=True, text=True, errors="replace", check=False
-        )
+        return subprocess.run(["git", "-C", str(clone), "diff", "HEAD"], capture_output=True, check=False).stdout
     except OSError:
-        return ""
-    return result.stdout
+        return b""

@@ -61,6 +61,19 @@ def test_a_snapshot_holds_the_code_and_its_provenance(project, folder):
     assert (snapshot / "uncommitted.diff").is_file()
 
 
+def test_changes_are_kept_as_a_patch_that_applies_whatever_their_encoding(project, folder):
+    source, before, after = project / "launch" / "setup.sh", b"echo caf\xe9\r\n", b"echo th\xe9\r\n"
+    git = ["git", "-C", str(project), "-c", "user.name=a", "-c", "user.email=a@b"]
+    source.write_bytes(before)
+    for arguments in (["init", "--quiet"], ["add", "."], ["commit", "--quiet", "--message", "all"]):
+        subprocess.run([*git, *arguments], check=True)
+    source.write_bytes(after)
+    patch = snapshot_of(project, folder, COMMIT) / "uncommitted.diff"
+    source.write_bytes(before)
+    subprocess.run([*git, "apply", "--whitespace=nowarn", str(patch)], check=True)
+    assert source.read_bytes() == after
+
+
 def test_every_file_of_the_library_is_in_its_snapshot(folder):
     """The snapshot is all that jobs import and read of the project."""
     snapshot = snapshot_of(ROOT, folder, COMMIT)
