@@ -135,8 +135,10 @@ class ShardedLM(HFLM):  # type: ignore[misc]
     def task(self, log: AnswerLog, report: Callable[[int, int], None]) -> Iterator[None]:
         """Answer from ``log`` where possible, add new answers to it, and report (done, total) requests."""
         self._log, self._report = log, report
-        yield
-        self._log, self._report = None, lambda done, total: None
+        try:
+            yield
+        finally:
+            self._log, self._report = None, lambda done, total: None
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
         return [(float(value), bool(greedy)) for value, greedy in self._ask("loglikelihood", requests)]
@@ -222,8 +224,10 @@ class ShardedLM(HFLM):  # type: ignore[misc]
     @contextmanager
     def _without_bos(self) -> Iterator[None]:
         self.add_bos_token = False
-        yield
-        self.add_bos_token = self._wants_bos
+        try:
+            yield
+        finally:
+            self.add_bos_token = self._wants_bos
 
     def _loglikelihood_tokens(self, requests: Any, disable_tqdm: bool = True, override_bs: int | None = None) -> Any:
         return super()._loglikelihood_tokens(requests, disable_tqdm=True, override_bs=override_bs)

@@ -65,6 +65,18 @@ def test_ranks_that_wait_for_lm_eval_hear_that_it_is_at_work(tmp_path, monkeypat
     assert len(answers) == 7 and len(set(answers)) > 1
 
 
+def test_a_task_that_fails_leaves_no_log_for_the_next(tmp_path):
+    lm = object.__new__(ShardedLM)
+    with (
+        pytest.raises(ValueError, match="a task of others"),
+        lm.task(AnswerLog(tmp_path / "log"), lambda _done, _total: None),
+    ):
+        raise ValueError("a task of others")
+    with pytest.raises(sharded_lm.ModelError) as refusal:
+        lm.loglikelihood([])
+    assert isinstance(refusal.value.__cause__, AssertionError), "there is no log, rather than that of another task"
+
+
 def test_nobody_is_told_of_work_that_has_failed(tmp_path, monkeypatch):
     monkeypatch.setattr(sharded_lm, "TELL_EVERY_S", 0.001)
     checkpoint, ranks = open_checkpoint(save_tiny(tmp_path / "model")), Ranks(1)
