@@ -9,9 +9,9 @@ _WORDS = ("license", "licence", "copying", "copyright", "notice", "use_policy")
 
 
 def _globs(word: str) -> Iterator[str]:
-    """Globs for names with this word, or its plural, at the beginning, or after a dash or an underscore: License.txt,
-    MODEL_LICENSES. The word ends there, or a version
-    or a capital letter follows: COPYINGv3, LicenseAgreement.pdf, not licensed.md.
+    """Globs for names with this word, or its plural, at the beginning or after a dash or an underscore: License.txt,
+    MODEL_LICENSES. The word ends there, or is followed by a version or a capital letter: COPYINGv3,
+    LicenseAgreement.pdf, but not licensed.md.
     """
     in_any_case = "".join(f"[{letter.upper()}{letter}]" if letter.isalpha() else letter for letter in word)
     for start in ("", "*[-_]"):

@@ -210,8 +210,17 @@ class _Planner:
     def _cell(self, variant: _Variant, recovery: str, producers: tuple[str, ...], evaluate: Stage) -> Cell:
         criterion = None if variant.method is None else self.methods[variant.method].criterion
         measured = self._efficiency(variant).id if self.config.efficiency.enabled else None
-        made = (variant.model, variant.ratio, variant.method, criterion, recovery, producers)
-        return Cell(evaluate.label, *made, evaluate.id, measured)
+        return Cell(
+            label=evaluate.label,
+            model=variant.model,
+            ratio=variant.ratio,
+            method=variant.method,
+            criterion=criterion,
+            recovery=recovery,
+            producers=producers,
+            evaluate=evaluate.id,
+            efficiency=measured,
+        )
 
     def _add(self, stage: Stage) -> Stage:
         return self.stages.setdefault(stage.id, stage)

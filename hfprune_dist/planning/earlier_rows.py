@@ -15,8 +15,8 @@ def with_earlier_rows(today: Plan, earlier: Plan) -> Plan:
     An earlier row is replaced by one of today with the same model, ratio, method and recovery, whatever its settings,
     or with the same evaluation. If earlier rows are added, rows are sorted by model, ratio, method and recovery.
     """
-    places = {_place(cell) for cell in today.cells} | {cell.evaluate for cell in today.cells}
-    kept = [cell for cell in earlier.cells if not {_place(cell), cell.evaluate} & places]
+    places = {_place(cell) for cell in today.cells}
+    kept = [cell for cell in kept_rows(today, earlier) if _place(cell) not in places]
     if not kept:
         return today
     needed = {stage_id: earlier.stages[stage_id] for cell in kept for stage_id in earlier.upstream(cell)}
@@ -39,8 +39,8 @@ def without_rows(plan: Plan, labels: Iterable[str]) -> Plan:
     return replace(plan, stages={key: stage for key, stage in plan.stages.items() if key in needed}, cells=cells)
 
 
-def _place(cell: Cell) -> str:
-    return repr((cell.model, None if cell.ratio is None else f"{cell.ratio:g}", cell.method, cell.recovery))
+def _place(cell: Cell) -> tuple[str | None, ...]:
+    return cell.model, None if cell.ratio is None else f"{cell.ratio:g}", cell.method, cell.recovery
 
 
 def scale_of(stage: Stage) -> object:

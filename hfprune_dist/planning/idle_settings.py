@@ -16,8 +16,8 @@ from hfprune_dist.config.texts import FIRST, CalibrationConfig
 from hfprune_dist.data.formats import is_plain_text
 from hfprune_dist.planning.plan import NONE
 
-# What a data set on the hub has and a file hasn't.
-OF_A_DATA_SET = ("name", "split", "revision")
+# Settings that choose a part of a data set on the hub; a file has no parts.
+PARTS_OF_A_DATA_SET = ("name", "split", "revision")
 # The trackers that file runs under a project.
 WITH_PROJECTS = {"trackio", "wandb"}
 
@@ -70,7 +70,7 @@ def _texts(config: SweepConfig, methods: Mapping[str, Method], calibrates: bool)
 
 def _of_a_text(key: str, text: TextSource) -> Iterator[str]:
     if text.path is not None:
-        for name in (name for name in OF_A_DATA_SET if _is_given(text, name)):
+        for name in (name for name in PARTS_OF_A_DATA_SET if _is_given(text, name)):
             yield f"{key}.{name} changes nothing beside {key}.path: only data sets have one"
     if not _is_given(text, "text_field"):
         return

@@ -41,8 +41,7 @@ def check_ratios(checkpoint: Checkpoint, ratios: Sequence[float], method: Method
         raise UserError(
             f"{where}: its layers differ in width or in heads, so it has been pruned already; allocation: "
             f"{method.allocation} makes them alike. Use a method whose allocation is local, global, standardized or "
-            "searched, or "
-            "prune the model that it came from, at a larger ratio"
+            "searched, or prune the model that it came from, at a larger ratio"
         )
     reached: dict[Hashable, float] = {}
     for ratio in ratios:

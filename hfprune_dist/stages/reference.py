@@ -16,6 +16,7 @@ from hfprune_dist.training.teacher_states import write_dense_states
 
 Context = AnyContext[ReferenceParameters]
 
+# Of the choice of windows: the same for every seed of a sweep, so that rows of several seeds can be compared.
 SEED = 0
 
 

@@ -67,5 +67,5 @@ def read_snapshot(file: Path) -> Snapshot:
     tensors, texts = load_tensors(file)
     moments = {name: tensor for name, tensor in tensors.items() if name.endswith(MOMENTS)}
     units = {name: tensor for name, tensor in tensors.items() if name.startswith(PREFIX)}
-    weights = {name: tensor for name, tensor in tensors.items() if name not in moments.keys() | units.keys()}
+    weights = {name: tensor for name, tensor in tensors.items() if name not in moments and name not in units}
     return Snapshot(int(texts["step"]), weights, moments, json.loads(texts["losses"]), units)

@@ -94,7 +94,7 @@ def _open_wandb(run: TrackedRun, first_step: int, closing: ExitStack) -> Trainer
     run.folder.mkdir(parents=True, exist_ok=True)
     try:
         wandb.init(project=run.project, name=run.name, id=run.digits, resume="allow", dir=run.folder)
-    except Exception as error:
+    except Exception as error:  # its own, of the network or of its service: all mean that nothing can be tracked
         raise UserError(
             f"runtime.report_to: wandb: {error}; log in with `wandb login`, or set WANDB_MODE=offline"
         ) from error

@@ -26,7 +26,7 @@ from hfprune_dist.errors import UserError, from_os_error
 from hfprune_dist.store.artifacts import Store
 from hfprune_dist.store.claims import Claim, ClaimLostError
 from hfprune_dist.store.heartbeat import Progress
-from hfprune_dist.store.stage import Stage
+from hfprune_dist.store.stage import Stage, kind_of
 from hfprune_dist.store.stage_handle import StageHandle
 
 if TYPE_CHECKING:  # torch takes seconds to import; a rank that can't run should say so at once
@@ -110,8 +110,7 @@ def run_stage(handle: StageHandle, interruption: Interruption, should_run: Calla
         from hfprune_dist.distributed.world import join_world, leave_world
         from hfprune_dist.stages.context import Context
 
-    kind = handle.id.partition("/")[0]
-    world = join_world(os.environ, _timeout_minutes(handle), reproducible=kind in REPRODUCIBLE)
+    world = join_world(os.environ, _timeout_minutes(handle), reproducible=kind_of(handle.id) in REPRODUCIBLE)
     admission = should_run(world)
     if admission.runs:
         content, claim = read_stage_file(handle), admission.claim
