@@ -22,6 +22,7 @@ from hfprune_dist.planning.plan import Plan
 from hfprune_dist.results.checkpoint_folders import Update
 from hfprune_dist.results.column import Column, cells
 from hfprune_dist.results.columns import all_columns, few_columns
+from hfprune_dist.results.formats import counted
 from hfprune_dist.results.notes import causes, notes, wide_notes
 from hfprune_dist.results.published import PublishedTable
 from hfprune_dist.results.rows import Row
@@ -63,9 +64,8 @@ def show_plan(console: Console, plan: Plan, verdicts: Mapping[str, Verdict], tod
     console.print(lines)
     counts = Counter(actions.values())
     unneeded = f", {counts['not needed']} not needed" if counts["not needed"] else ""
-    console.print(
-        f"{len(plan.cells)} cells, {len(plan.stages)} stages: {counts['reuse']} reuse, {counts['run']} run{unneeded}"
-    )
+    size = f"{counted(len(plan.cells), 'cell')}, {counted(len(plan.stages), 'stage')}"
+    console.print(f"{size}: {counts['reuse']} reuse, {counts['run']} run{unneeded}")
 
 
 def show_shapes(console: Console, shapes: Mapping[str, KnownShape]) -> None:

@@ -13,6 +13,7 @@ from hfprune_dist.config.schema import RuntimeConfig
 from hfprune_dist.distributed.threads import threads_allowed
 from hfprune_dist.errors import UserError
 from hfprune_dist.planning.gpu_needs import Gpus
+from hfprune_dist.results.formats import counted
 from hfprune_dist.store.machine import usable_cores
 from hfprune_dist.store.provenance import CPU_INFO, cpu_model
 from hfprune_dist.store.stage import Stage
@@ -64,7 +65,10 @@ def fitting_runtime(runtime: RuntimeConfig) -> tuple[RuntimeConfig, str]:
     gpus = count_gpus()
     if not gpus or runtime.ranks is None or runtime.ranks <= gpus:
         return runtime, ""
-    told = f"note: runtime.ranks {runtime.ranks} is more than the GPUs of this machine; stages run with {gpus} ranks"
+    told = (
+        f"note: runtime.ranks {runtime.ranks} is more than this machine's {counted(gpus, 'GPU')}; stages run with "
+        f"{counted(gpus, 'rank')}"
+    )
     return runtime.model_copy(update={"ranks": gpus}), told
 
 
@@ -77,7 +81,7 @@ def ranks_here(runtime: RuntimeConfig) -> int:
     gpus = count_gpus()
     ranks = runtime.ranks or gpus or 1
     if gpus and ranks > gpus:
-        has = "1 GPU" if gpus == 1 else f"{gpus} GPUs"
+        has = counted(gpus, "GPU")
         raise UserError(f"--ranks {ranks}: this machine has {has}, and a rank needs one of its own; ask for {gpus}")
     return ranks
 

@@ -63,7 +63,8 @@ def _refuse_while_needed(store: Store) -> None:
     if store.root.is_symlink():
         raise UserError(f"{store.root} is a link, so other sweeps may use what is there; nothing is removed")
     if stages := running(store):
-        raise UserError(f"{store.root}: {', '.join(stages)} is running; wait for its end, or cancel it")
+        running_now = f"{', '.join(stages)} {'is' if len(stages) == 1 else 'are'} running"
+        raise UserError(f"{store.root}: {running_now}; let the sweep end, or cancel it")
 
 
 def _linked(out: Path, store: Store) -> set[str]:

@@ -15,6 +15,7 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from hfprune_dist.errors import UserError, did_you_mean, hub_errors
 from hfprune_dist.results.base_model import CARD
+from hfprune_dist.results.formats import counted
 from hfprune_dist.results.named_checkpoints import ADAPTER_CONFIG, CHECKPOINTS
 from hfprune_dist.store.artifacts import MANIFEST
 from hfprune_dist.store.atomic_files import read_object
@@ -39,7 +40,7 @@ def publish(out: Path, name: str, repo_id: str, *, private: bool, dry_run: bool)
         say(console, f"{size:>15,} bytes  {file}")
     for note in notes:
         say(console, f"note: {note}")
-    total = f"{sum(files.values()):,} bytes in {len(files)} files"
+    total = f"{sum(files.values()):,} bytes in {counted(len(files), 'file')}"
     if dry_run:
         say(console, f"would be pushed to {repo_id}: {total}")
         return

@@ -21,6 +21,7 @@ from hfprune_launch.sweep_folder import Record, Sweep, read_record, set_record_a
 from hfprune_dist.errors import UserError
 from hfprune_dist.planning.earlier_rows import kept_rows, with_earlier_rows
 from hfprune_dist.planning.plan import Cell
+from hfprune_dist.results.formats import counted
 from hfprune_dist.results.rows import DenseModel
 from hfprune_dist.results.table import RESULTS, write_reports
 from hfprune_dist.store.file_system import require_usable
@@ -96,7 +97,8 @@ def _runner(command: Command, prepared: Prepared) -> RunStages:
 def _run_here(command: Command, prepared: Prepared, backend: LocalBackend, on_end: Callable[[], None]) -> None:
     stages, todo = prepared.sweep.plan.stages, prepared.todo
     logs = prepared.sweep.out / "logs"
-    command.tell(f"{len(todo)} of {len(stages)} stages to run, {backend.ranks} ranks each; logs in {logs}")
+    every = counted(len(stages), "stage")
+    command.tell(f"{len(todo)} of {every} to run, {counted(backend.ranks, 'rank')} each; logs in {logs}")
     if note := note_on_bfloat16(stages[stage_id] for stage_id in todo):
         command.tell(f"note: {note}")
     with stage_screen(command.console, len(todo)) as screen:

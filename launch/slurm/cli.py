@@ -33,6 +33,7 @@ from rich.live import Live
 from rich.markup import escape
 
 from hfprune_dist.config.schema import RuntimeConfig
+from hfprune_dist.results.formats import counted
 from hfprune_dist.store.artifacts import Verdict
 from hfprune_dist.store.stage import Stage
 
@@ -79,7 +80,8 @@ def run_on_slurm(
     """
     store = sweep.store
     provenance, tell = new_jobs.provenance, partial(say, console)
-    tell(f"{len(todo)} of {len(sweep.plan.stages)} stages to run on Slurm; logs in {store.root / 'attempts'}")
+    every = counted(len(sweep.plan.stages), "stage")
+    tell(f"{len(todo)} of {every} to run on Slurm; logs in {store.root / 'attempts'}")
     snapshot = take_snapshot(new_jobs.project, (sweep.out / "code").resolve(), provenance.code, tell)
     with _Screen(console, sweep).shown() as screen:
         submitting = Submitting(provenance, new_jobs.profile, snapshot, new_jobs.max_running)
@@ -127,7 +129,7 @@ def cancel_sweep(console: Console, sweep: Sweep) -> None:
     slurm.require()
     cancelled = cancel_jobs(sweep.plan, sweep.store, slurm)
     job_ids = cancelled.job_ids
-    lines = [f"cancelled {len(job_ids)} jobs: {' '.join(job_ids)}" if job_ids else "no jobs to cancel"]
+    lines = [f"cancelled {counted(len(job_ids), 'job')}: {' '.join(job_ids)}" if job_ids else "no jobs to cancel"]
     if cancelled.outside:
         lines.append(f"some of them belong to stages outside of this plan: {', '.join(cancelled.outside)}")
     lines += [
@@ -151,8 +153,8 @@ def show_jobs(
     gpu_hours = sum(each.gpus * each.time_minutes for each in resources) / 60
     core_hours = sum(each.cores * each.time_minutes for each in resources) / 60
     console.print(
-        f"{len(missing)} jobs; at most {gpu_hours:,.1f} GPU-hours and {core_hours:,.1f} core-hours, if each used up "
-        "its time limit once"
+        f"{counted(len(missing), 'job')}; at most {gpu_hours:,.1f} GPU-hours and {core_hours:,.1f} core-hours, if each "
+        "used up its time limit once"
     )
     gpu_hours, core_hours, known = _expected(missing, sweep, profile)
     if known:

@@ -19,6 +19,7 @@ from hfprune_dist.planning.gpu_needs import Gpus
 from hfprune_dist.planning.plan import Plan
 from hfprune_dist.planning.rates import ASSUMED
 from hfprune_dist.planning.stage_times import StageTime, StageTimes
+from hfprune_dist.results.formats import counted
 from hfprune_dist.store.stage import Stage
 
 
@@ -77,12 +78,12 @@ def show_hours(console: Console, hours: Sequence[StageHours]) -> None:
         lines.add_column(name, justify="right" if name in ("GPUs", "GPU-hours", "hours") else "left")
     for each in hours:
         time = each.time
-        counted = shown(time.gpu_hours), shown(time.hours)
-        lines.add_row(each.stage.kind, escape(each.stage.label), str(time.gpus), *counted, escape(time.missing))
+        hours_of_it = shown(time.gpu_hours), shown(time.hours)
+        lines.add_row(each.stage.kind, escape(each.stage.label), str(time.gpus), *hours_of_it, escape(time.missing))
     total = Total.of(hours)
     unknown = len(hours) - total.known
     name = "at least" if any(it.time.missing for it in hours) else "all"
-    left_out = f"all of {unknown} {'stage' if unknown == 1 else 'stages'}" if unknown else ""
+    left_out = f"all of {counted(unknown, 'stage')}" if unknown else ""
     lines.add_row(name, "", "", shown(total.gpu_hours), shown(total.hours), left_out)
     console.print("\nhours on the profile's nodes, one stage after the other; computed, nothing here was measured:")
     console.print(lines)

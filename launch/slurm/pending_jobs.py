@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 
 from hfprune_launch.slurm.job_info import DEPENDENCY, NEVER, JobInfo
 
+from hfprune_dist.results.formats import counted
+
 # A node could not launch the job, once or more often than the cluster allows ("launch failure limit exceeded requeued
 # held"), or could not read the user's environment: Slurm holds it for ever, even after the node has been repaired.
 LAUNCH_FAILED = re.compile(r"requeued.held|JobHoldMaxRequeue", re.IGNORECASE)
@@ -71,6 +73,5 @@ def _short(reason: str) -> str:
 def _sentence(reason: str, job_ids: Sequence[str], lasted: float) -> str:
     named = ", ".join(job_ids[:NAMED_JOBS]) + (", ..." if len(job_ids) > NAMED_JOBS else "")
     time = f" for {lasted / 60:.0f} min" if lasted >= 60 else ""
-    release = "; scontrol release lets it go" if reason in HELD else ""
-    jobs = "1 job" if len(job_ids) == 1 else f"{len(job_ids)} jobs"
-    return f"{jobs} can't start{time}: {reason} ({named}){release}"
+    release = "; scontrol release frees a held job" if reason in HELD else ""
+    return f"{counted(len(job_ids), 'job')} can't start{time}: {reason} ({named}){release}"

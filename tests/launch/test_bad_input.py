@@ -207,7 +207,7 @@ def test_ranks_that_a_file_asks_for_are_capped_and_those_of_the_command_line_ref
     where = ["--config", config, "--out", tmp_path / "out", "--dry-run"]
     code, shown, said = in_process(sweep.main, *where)
     assert (code, said) == (0, "")
-    assert "runtime.ranks 2 is more than the GPUs of this machine; stages run with 1" in shown
+    assert "runtime.ranks 2 is more than this machine's 1 GPU; stages run with 1 rank" in shown
     for asked in (["--ranks", "2"], ["--set", "runtime.ranks=2"], ["--set", "runtime={ranks: 2}"]):
         code, _, said = in_process(sweep.main, *where, *asked)
         assert code == 2 and "--ranks 2: this machine has 1 GPU, and a rank needs one of its own; ask for 1" in said

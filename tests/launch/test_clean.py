@@ -172,6 +172,11 @@ def test_nothing_goes_while_a_stage_runs(out):
     for options in ([], ["--dry-run"]):
         code, _, said = in_process(clean.main, out, *options)
         assert code == 2 and f"prune/{UNKNOWN} is running" in said
+    other = Store(out / "store").handle(f"recover/{UNKNOWN}")
+    another = other.claim()
+    assert f"prune/{UNKNOWN}, recover/{UNKNOWN} are running" in in_process(clean.main, out)[2]
+    another.release()
+    shutil.rmtree(other.work)
     claim.release()
     shutil.rmtree(handle.work)
     assert files(out) == before

@@ -9,7 +9,15 @@ from pathlib import Path
 import pytest
 from hfprune_launch.modes.compare import Page, show_methods
 from hfprune_launch.project import PROJECT
-from hfprune_launch.screen import make_console, say, show_checkpoints, show_published, show_results, stage_screen
+from hfprune_launch.screen import (
+    make_console,
+    say,
+    show_checkpoints,
+    show_plan,
+    show_published,
+    show_results,
+    stage_screen,
+)
 from hfprune_launch.stage import progress_lines
 from hfprune_launch.stage.outcome import Outcome
 from hfprune_launch.stage.progress_lines import ProgressLines
@@ -18,10 +26,12 @@ from hypothesis import strategies as st
 from rich.console import Console
 from rows import missing, row_of
 
+from hfprune_dist.planning.plan import Cell, Plan
 from hfprune_dist.results.agreement import Convergence, columns_of_convergences, columns_of_pairs
 from hfprune_dist.results.checkpoint_folders import Update
 from hfprune_dist.results.comparison import compare_methods
 from hfprune_dist.results.published import read_published
+from hfprune_dist.store.artifacts import Verdict
 from hfprune_dist.store.heartbeat import Heartbeat
 from hfprune_dist.store.stage import Input, Stage
 
@@ -51,6 +61,13 @@ def on_terminal(monkeypatch):
 def width_of(line):
     """Return how many columns a line occupies."""
     return sum(1 + (unicodedata.east_asian_width(letter) in "WF") for letter in line)
+
+
+def test_a_plan_of_one_stage_is_told_in_the_singular(on_terminal):
+    stage = Stage("evaluate", "a dense", {}, {"model": Input("digest", "/a")})
+    plan = Plan({stage.id: stage}, (Cell("a dense", "a", None, None, None, "none", (), stage.id),))
+    *_, told = on_terminal(show_plan, plan, {stage.id: Verdict("missing", "")}, [stage.id])
+    assert told == "1 cell, 1 stage: 0 reuse, 1 run"
 
 
 @pytest.mark.parametrize("model", ["llama", "smollm2-1.7b", "llama-3.2-1b"])

@@ -12,6 +12,7 @@ from hfprune_dist.config.schema import EvaluationConfig, RuntimeConfig
 from hfprune_dist.config.texts import CalibrationConfig
 from hfprune_dist.config.training import RecoveryConfig
 from hfprune_dist.distributed.threads import threads_allowed
+from hfprune_dist.errors import UserError
 from hfprune_dist.store import provenance
 from hfprune_dist.store.stage import Stage
 
@@ -71,6 +72,15 @@ def test_no_note_where_bfloat16_is_no_slower(machine, line, gpus):
 def test_gpus_are_counted_as_cuda_does(monkeypatch, visible, gpus):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     assert hardware.count_gpus() == gpus
+
+
+def test_ranks_are_told_with_the_gpus_there_are(monkeypatch):
+    for visible, gpus, ranks in (("0", "1 GPU", "1 rank"), ("0,1", "2 GPUs", "2 ranks")):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        runtime = RuntimeConfig(ranks=3)
+        assert hardware.fitting_runtime(runtime)[1].endswith(f"this machine's {gpus}; stages run with {ranks}")
+        with pytest.raises(UserError, match=f"this machine has {gpus}, and"):
+            hardware.ranks_here(runtime)
 
 
 @pytest.mark.parametrize(
