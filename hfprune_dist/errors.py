@@ -11,8 +11,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 _FIXABLE = {
-    errno.ENOSPC: "make room on the disk and run the sweep again, it goes on where it stopped",
-    errno.EDQUOT: "make room in your quota and run the sweep again, it goes on where it stopped",
+    errno.ENOSPC: "make room on the disk and run the sweep again; it continues where it stopped",
+    errno.EDQUOT: "make room in your quota and run the sweep again; it continues where it stopped",
     errno.EACCES: "check the permissions",
     errno.EROFS: "choose a folder on a writable file system",
 }

@@ -52,7 +52,7 @@ def _weight_files(path: Path, indexed: list[str]) -> list[str]:
     """Names of the weight files: those in the index, or the only one there is."""
     if (path / SINGLE_FILE).is_file():
         if indexed not in ([], [SINGLE_FILE]):  # transformers would read the single file
-            raise UserError(f"{path}: has both {SINGLE_FILE} and {INDEX_FILE} of other files; remove one of them")
+            raise UserError(f"{path}: has both {SINGLE_FILE} and an {INDEX_FILE} that names other files; remove one")
         return [SINGLE_FILE]
     if indexed:
         return indexed

@@ -254,7 +254,7 @@ def _copy(source: BufferedReader, stream: BinaryIO, size: int) -> None:
     while size:
         read = source.readinto(buffer[:size])
         if not read:
-            raise OSError(f"{source.name}: it has been cut short while it was read")
+            raise OSError(f"{source.name}: it was cut short while being read")
         stream.write(buffer[:read])
         size -= read
 

@@ -45,7 +45,7 @@ class _YamlLoader(yaml.SafeLoader):
         names = [key.value for key, _ in node.value]
         for name, (key, _) in zip(names, node.value, strict=True):
             if names.count(name) > 1:
-                raise ComposerError(None, None, f"the key {name!r} stands twice", key.start_mark)
+                raise ComposerError(None, None, f"the key {name!r} appears twice", key.start_mark)
         return node
 
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
@@ -294,7 +294,7 @@ def absolute_path(path: str, base: Path) -> str:
     try:
         return str((base / Path(path).expanduser()).resolve())
     except (ValueError, RuntimeError, OSError) as error:  # a NUL byte, a loop of links
-        raise UserError(f"{path!r}: no path ({error})") from None
+        raise UserError(f"{path!r}: not a valid path ({error})") from None
 
 
 def _explain(schema: type[Section], problem: Mapping[str, Any]) -> str:

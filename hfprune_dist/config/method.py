@@ -207,8 +207,8 @@ class Method(Section):
             )
         if self.student_chosen_by is not None and self._rounds:
             raise ValueError(
-                f"criterion: {self.criterion} is of a student of the dense model, and with {self._rounds} it would be "
-                "of what is left of that; leave it out"
+                f"criterion: {self.criterion} is computed in a student of the dense model, and with {self._rounds} it "
+                "would be computed in a student of a pruned one; leave that out"
             )
         return self
 

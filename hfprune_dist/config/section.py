@@ -16,7 +16,7 @@ def _positive_or_auto(value: object) -> object:
     """Check both kinds of value, with one message for either."""
     if value == "auto" or (isinstance(value, int) and not isinstance(value, bool) and 1 <= value < 2**31):
         return value
-    raise ValueError(f"give a whole number from 1 on, or auto (got {value!r})")
+    raise ValueError(f"give a whole number of at least 1, or auto (got {value!r})")
 
 
 # A count, or ``auto``: chosen during planning.
@@ -28,7 +28,7 @@ def _number_or_share(value: object) -> object:
     number = isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**31
     if number or (isinstance(value, float) and 0 < value < 1):
         return value
-    raise ValueError(f"give a whole number from 0 on, or a share between 0 and 1 (got {value!r})")
+    raise ValueError(f"give a whole number of at least 0, or a share between 0 and 1 (got {value!r})")
 
 
 # A number of things, or a share of all of them.

@@ -235,7 +235,7 @@ def _read_json(file: Path, stream: BinaryIO) -> Iterator[Placed]:
             cut = "" if text.next_character() else "; is the file cut short?"
             raise UserError(f"{where}: not followed by ',' or ']'{cut}")
     if is_array and (not text.skip("]") or text.next_character()):
-        raise UserError(f"{file}: the array has no end, or something stands after the array; is the file damaged?")
+        raise UserError(f"{file}: the array is not closed, or something follows it; is the file damaged?")
 
 
 class _JsonText:
@@ -289,7 +289,7 @@ def _read_table(file: Path, stream: BinaryIO, separator: str) -> Iterator[Placed
     rows = csv.reader(io.TextIOWrapper(stream, encoding="utf-8-sig", newline=""), delimiter=separator, strict=True)
     names = next(rows, [])
     if len(set(names)) < len(names):
-        raise UserError(f"{file}: a field stands twice in the first line, which must name the fields")
+        raise UserError(f"{file}: a field appears twice in the first line, which must name the fields")
     for row in rows:
         where = f"{file}:{rows.line_num}"
         if row and len(row) != len(names):

@@ -71,6 +71,6 @@ def require_known_logits(
     error = float((ours_NV - theirs_NV).norm() / theirs_NV.norm().clamp(min=1e-30))
     if not error <= _TOLERANCES.get(hidden_NC.dtype, 1e-4):
         raise UserError(
-            f"{checkpoint.path}: {checkpoint.family.model_type} makes other logits than its final hidden states "
-            f"and its head, by {error:.2g} of their size, so scores would be wrong; it is not supported"
+            f"{checkpoint.path}: logits of {checkpoint.family.model_type} differ from what its head makes of its final "
+            f"hidden states, by {error:.2g} of their size, so scores would be wrong; it is not supported"
         )

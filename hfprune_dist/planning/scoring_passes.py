@@ -99,6 +99,6 @@ def check_criteria(config: SweepConfig, methods: Mapping[str, Method]) -> None:
     named = ", ".join(sorted(criteria | of_none))
     able = [name for name, it in CRITERIA.items() if it.has_halves and it.student_of is None]
     raise UserError(
-        f"calibration.settled: by {named} alone nobody can tell when what is kept has settled; "
-        f"set it to null, or add to importance.criteria one of {', '.join(able)}"
+        f"calibration.settled: {named} alone can't show when what is kept has settled; set it to null, or add one of "
+        f"these to importance.criteria: {', '.join(able)}"
     )

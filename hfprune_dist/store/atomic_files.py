@@ -180,4 +180,4 @@ def set_aside(file: Path, reason: str) -> None:
     while (aside := file.with_name(f"{file.name}.damaged-{number}")).exists():
         number += 1
     file.rename(aside)
-    print(f"{file}: {reason}; set aside as {aside.name}, and what it told is worked out again", flush=True)
+    print(f"{file}: {reason}; set aside as {aside.name}, and what it held is computed again", flush=True)

@@ -71,9 +71,9 @@ def cancel_running(running: list[Running]) -> Iterator[str]:
         elif not _interrupt(it.holder.pid):
             yield f"not cancelled: {it} is another user's, who can end it by Ctrl-C or {kill}"
         elif _ends(it):
-            yield f"cancelled: {it} has left it; what was saved stays, and the same command goes on"
+            yield f"cancelled: {it} has stopped work on it; what was saved stays, and the same command continues"
         else:
-            yield f"not cancelled yet: {it} was interrupted and has not left it; {kill} ends it"
+            yield f"not cancelled yet: {it} was interrupted but is still at work on it; {kill} ends it"
 
 
 def _interrupt(pid: int) -> bool:

@@ -94,7 +94,7 @@ def _files(folder: Path, left_out: str | None) -> dict[str, int]:
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder)
         if path.is_symlink() and not path.exists():
-            raise UserError(f"{path}: the file in the store is gone; run the sweep again, it makes what is missing")
+            raise UserError(f"{path}: the file in the store is gone; run the sweep again to make what is missing")
         if path.is_file() and name.parts[0] != left_out:
             files[str(name)] = path.stat().st_size
     return files
@@ -121,7 +121,7 @@ def _push(folder: Path, repo_id: str, private: bool, ignored: list[str] | None) 
     """Push a folder, and return the address of the commit.
 
     Raises:
-        UserError: if the hub refuses, or the repository is there already and public although ``private`` is asked for.
+        UserError: if the hub refuses, or if ``private`` is asked for and the repository exists and is public.
     """
     api = HfApi()
     with _refusals_told(repo_id):
@@ -129,7 +129,7 @@ def _push(folder: Path, repo_id: str, private: bool, ignored: list[str] | None) 
         is_exposed = private and not api.model_info(repo_id).private
     if is_exposed:
         raise UserError(
-            f"--private: {repo_id} is there already, and public; make it private in its settings, or name another one"
+            f"--private: {repo_id} already exists and is public; make it private in its settings, or name another one"
         )
     with _refusals_told(repo_id):
         pushed = api.upload_folder(
@@ -144,5 +144,6 @@ def _refusals_told(repo_id: str) -> Iterator[None]:
         yield
     except hub_errors() as error:  # ValueError: also of a card or a token
         raise UserError(
-            f"{repo_id}: the hub refused, or wasn't reached: {error}; is `hf auth login` done, and may you write there?"
+            f"{repo_id}: the hub refused, or can't be reached: {error}; run `hf auth login` with a token that may "
+            "write there"
         ) from None

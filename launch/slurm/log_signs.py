@@ -79,18 +79,18 @@ SIGNS = (
         r"^.*(task launch for .* failed on node|invalid job credential|credential (expired|replayed)"
         r"|munge decode failed|protocol authentication error).*$",
         "bad node",
-        "Slurm could not start a rank on a node; where it goes on, tell the cluster's administrators",
+        "Slurm could not start a rank on a node; if it persists, tell the cluster's administrators",
     ),
     _sign(
         r"^.*(uncorrectable ECC|has fallen off the bus|CUDA-capable device\(s\) is/are busy|no CUDA-capable device"
         r"|CUDA driver version is insufficient|unspecified launch failure|NVLink error).*$",
         "bad node",
-        "a GPU of a node, or its driver, is at fault; where it goes on, tell the cluster's administrators",
+        "a GPU of a node, or its driver, is at fault; if it persists, tell the cluster's administrators",
     ),
     _sign(
         r"^.*op\.preamble\.length <= op\.nbytes.*$",
         "code",
-        "the ranks met in different collectives, a mistake in this project's code; please report it with the log",
+        "the ranks entered different collectives, a mistake in this project's code; please report it with the log",
     ),
 )
 
@@ -132,7 +132,7 @@ _DEATH = re.compile(r"^srun: error: (\S+): tasks? ([\d,-]+): (.+?)(?: \(core dum
 # srun's name of a signal -> the signal, the cause, and its meaning.
 SIGNALS = {
     "Segmentation fault": ("SIGSEGV", "crash", "a fault of a native library, or of the node"),
-    "Bus error": ("SIGBUS", "crash", "a file that was cut while it was read, a full /dev/shm, or a fault of the node"),
+    "Bus error": ("SIGBUS", "crash", "a file cut short while being read, a full /dev/shm, or a fault of the node"),
     "Aborted": ("SIGABRT", "crash", "a native library gave up; its last words are in the rank's log"),
     "Illegal instruction": ("SIGILL", "crash", "a library was built for another kind of CPU than the node's"),
     "Floating point exception": ("SIGFPE", "crash", "a fault of a native library"),

@@ -74,16 +74,16 @@ class SweepJobs:
         intent = attempt.intent
         if self.whereabouts.is_revoked(attempt):
             message = (
-                "another cluster of the federation has taken it (REVOKED); its artifact is waited for. To keep jobs on "
-                "one cluster: --cancel, then export SLURM_CLUSTERS=<name> and run the same command"
+                "another cluster of the federation has taken it (REVOKED); this sweep waits for its artifact. To keep "
+                "jobs on one cluster: --cancel, then export SLURM_CLUSTERS=<name> and run the same command"
             )
             self.tell(Event("waiting", self.stage_of(attempt), attempt.job_id, message))
             return True
         if not (self.whereabouts.is_elsewhere(attempt) or self.whereabouts.is_somebody_elses(attempt)):
             return False
         message = (
-            f"user {intent.user} submitted it on cluster {intent.cluster}; its artifact is waited for. Where that job "
-            f"is gone for good, remove {attempt.folder}"
+            f"user {intent.user} submitted it on cluster {intent.cluster}; this sweep waits for its artifact. If that "
+            f"job is gone for good, remove {attempt.folder}"
         )
         self.tell(Event("waiting", self.stage_of(attempt), attempt.job_id, message))
         return True

@@ -21,7 +21,7 @@ class Standing:
     """The state of a stage.
 
     Attributes:
-        state: running: its claim is held; died: the claim's holder has ended without a word; waiting: an artifact
+        state: running: its claim is held; died: the claim's holder ended without giving a reason; waiting: an artifact
             that it needs is missing; missing: it could run.
         detail: who runs it, why it failed, or what it waits for.
     """
@@ -43,7 +43,7 @@ def standing_of(stage: Stage, handle: StageHandle, claim: OpenClaim | None) -> S
     if (failure := handle.failure()) is not None:
         return Standing("failed", f"{failure.cause}: {in_one_line(failure.message)}")
     if claim is not None:
-        return Standing("died", f"{name_of(claim.holder)} has ended without a word; the same command goes on")
+        return Standing("died", f"{name_of(claim.holder)} ended without giving a reason; run the same command again")
     missing = [need for need in stage.needs if not handle.store.handle(need).is_committed()]
     return Standing("waiting", f"for {missing[0]}") if missing else Standing("missing", "")
 

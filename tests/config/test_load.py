@@ -103,13 +103,13 @@ def test_the_papers_recipe_is_the_default():
         ({"recovery": {"method": "lore"}}, ["recovery.method", "'lora'"]),
         ({"prune": {"structures": []}}, ["prune.structures", "neurons must be among them", "kv_groups, layers"]),
         ({"prune": {"structures": ["layers"]}}, ["prune.structures", "neurons must be among them"]),
-        ({"prune": {"multiple_of": 0}}, ["prune.multiple_of", "a whole number from 1 on, or auto (got 0)"]),
+        ({"prune": {"multiple_of": 0}}, ["prune.multiple_of", "a whole number of at least 1, or auto (got 0)"]),
         ({"prune": {"multiple_of": "automatic"}}, ["prune.multiple_of", "or auto (got 'automatic')"]),
         ({"prune": {"multiple_of": 64.0}}, ["prune.multiple_of", "or auto (got 64.0)"]),
         ({"prune": {"multiple_of": True}}, ["prune.multiple_of", "or auto (got True)"]),
         (
             {"recovery": {"micro_batch_size": 0}},
-            ["recovery.micro_batch_size: give a whole number from 1 on, or auto (got 0)"],
+            ["recovery.micro_batch_size: give a whole number of at least 1, or auto (got 0)"],
         ),
         ({"distillation": {"micro_batch_size": "all"}}, ["distillation.micro_batch_size", "or auto (got 'all')"]),
         ({"prune": {"tensor_parallel": 0}}, ["prune.tensor_parallel", "greater than or equal to 1"]),
@@ -237,7 +237,7 @@ def test_what_is_merged_may_itself_have_been_merged(tmp_path):
     config = load_config([file], {})
     assert (config.calibration.path, config.calibration.text_field) == (str(tmp_path / "b"), "x")
     file.write_text("seed: 1\nseed: 2\n")
-    with pytest.raises(UserError, match="the key 'seed' stands twice"):
+    with pytest.raises(UserError, match="the key 'seed' appears twice"):
         load_config([file], {})
 
 

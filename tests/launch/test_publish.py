@@ -70,7 +70,7 @@ def test_links_are_pushed_as_files_and_an_adapter_without_a_public_base_stays(ou
 
 def test_what_is_to_be_private_is_not_pushed_where_everybody_can_read(out, pushed):
     code, _, said = run(out, "name", "me/public", "--private")
-    assert code == 2 and "me/public is there already, and public" in said and "files" not in pushed
+    assert code == 2 and "me/public already exists and is public" in said and "files" not in pushed
     assert run(out, "name", "me/public")[0] == 0 and "files" in pushed
 
 

@@ -30,7 +30,7 @@ def refused(config, out, *arguments):
         (["--set", "calibration.path=nowhere.jsonl"], ["nowhere.jsonl", "No such file"]),
         (["--set", "evaluation.tasks=[tiny_choise]"], ["tiny_choise", "tiny_choice"]),
         (["--set", "calibration.name=2024-13-45"], ["2024-13-45", "not a YAML value", "month"]),
-        (["--set", "calibration={samples: 3, samples: 4}"], ["the key 'samples' stands twice"]),
+        (["--set", "calibration={samples: 3, samples: 4}"], ["the key 'samples' appears twice"]),
         (["--set", "calibration.dataset=wikitext"], ["path (", "dataset (wikitext)", "set one of them to null"]),
         (["--set", "recovery.learning_rate=.inf"], ["recovery.learning_rate", "finite"]),
         (["--set", "seed=5000000000"], ["seed", "less than"]),

@@ -83,7 +83,8 @@ def test_a_finished_sweep_is_not_waited_for(store, monkeypatch):
 def test_a_launcher_is_interrupted_and_waited_for(store, launcher):
     process = launcher("listens")
     assert cancelled(store) == [
-        f"cancelled: prune a 0.2: process {process.pid} has left it; what was saved stays, and the same command goes on"
+        f"cancelled: prune a 0.2: process {process.pid} has stopped work on it; what was saved stays, and the same "
+        "command continues"
     ]
     assert process.stdout.readline() == "interrupted\n" and running_without_job(PLAN, store) == []
 

@@ -65,7 +65,7 @@ def test_a_stage_that_runs_shows_how_far_it_is_and_who_runs_it(store):
 
 def test_a_stage_whose_process_died_is_told_from_one_that_runs(store):
     hold(store, started=1.0)
-    assert shown(store)[0].startswith(f"importance a died process {os.getpid()} has ended without a word")
+    assert shown(store)[0].startswith(f"importance a died process {os.getpid()} ended without giving a reason")
     store.handle(STAGE.id).report_failure(Failure("input", "a bad text\nand more", 0, 0.0, 1))
     assert shown(store)[0] == "importance a failed input: a bad text"
 
