@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from hfprune_dist.core.memory_limits import ACCELERATOR_BYTES
 from hfprune_dist.planning.dimensions import Dimensions
+from hfprune_dist.planning.gpu_needs import ITEMSIZE
 
-FLOAT32 = 4
+FLOAT32 = ITEMSIZE["float32"]  # bytes
 
 
 def coupled_bytes(dims: Dimensions, windows: int, tokens: int, itemsize: int) -> int:

@@ -39,11 +39,10 @@ from hfprune_dist.planning.model_shape import ModelShape
 from hfprune_dist.planning.operations import NO_OPERATIONS, Operations
 from hfprune_dist.planning.plan import Plan
 from hfprune_dist.planning.search_work import Search, layers_in_order
+from hfprune_dist.store.artifacts import Manifest
 from hfprune_dist.store.atomic_files import read_object
 from hfprune_dist.store.stage import CUTTING, Stage
 from hfprune_dist.structures import KV_GROUPS
-
-Manifest = Mapping[str, Any]
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from typing import Any
 
 from hfprune_dist.planning.plan import Cell, Plan
 from hfprune_dist.results.rows import Row
-from hfprune_dist.store.artifacts import Store
+from hfprune_dist.store.artifacts import Manifest, Store
 from hfprune_dist.store.attempt import Attempt, AttemptsOf
 from hfprune_dist.store.stage import Stage
 
@@ -35,7 +35,7 @@ class Evidence:
     plan: Plan
     store: Store
     rows: Sequence[Row]
-    manifests: Mapping[str, Mapping[str, Any] | None]
+    manifests: Mapping[str, Manifest | None]
     attempts: Mapping[str, Sequence[Attempt]]
     config: str
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from datetime import UTC, datetime
 from html import escape
 from pathlib import Path
@@ -13,11 +13,10 @@ from hfprune_dist.report.evidence import Evidence
 from hfprune_dist.report.rows_table import link
 from hfprune_dist.results.formats import counted
 from hfprune_dist.results.notes import MEASURED_OTHERWISE, otherwise_measured
+from hfprune_dist.store.artifacts import Manifest
 from hfprune_dist.store.attempt import Attempt
 from hfprune_dist.store.heartbeat import in_one_line
 from hfprune_dist.store.stage import Stage
-
-Manifest = Mapping[str, Any]
 
 LONGEST_MESSAGE = 500
 # With more stages or rows of a kind than this, the others are counted.

@@ -40,7 +40,7 @@ NOTHING_PRUNED = "No model has been pruned yet."
 
 
 @dataclass(frozen=True)
-class Units:
+class KeptUnits:
     """The units of one kind that a checkpoint keeps: layer -> their indices, as the bits of an integer."""
 
     layers: Mapping[int, int]
@@ -49,7 +49,7 @@ class Units:
         """Number of units kept in each of a model's layers; 0 if the layer was removed."""
         return [self.layers.get(layer, 0).bit_count() for layer in range(layers)]
 
-    def common_share(self, other: Units) -> float:
+    def common_share(self, other: KeptUnits) -> float:
         """Share of the units kept by either checkpoint that both keep."""
         layers = self.layers.keys() | other.layers.keys()
         pairs = [(self.layers.get(layer, 0), other.layers.get(layer, 0)) for layer in layers]
@@ -64,7 +64,7 @@ class Pruned:
     model: str
     ratio: float
     method: str
-    units: Mapping[str, Units]
+    units: Mapping[str, KeptUnits]
 
 
 def layer_charts(evidence: Evidence) -> list[Chart]:
@@ -86,7 +86,7 @@ def _last_pruning(producers: Sequence[str]) -> str:
     return [stage_id for stage_id in producers if kind_of(stage_id) in CUTTING][-1]
 
 
-def _kept(artifact: Path) -> Mapping[str, Units]:
+def _kept(artifact: Path) -> Mapping[str, KeptUnits]:
     """Kind -> the kept units; none if ``kept.json`` can't be read, without which the rest of the page can be drawn."""
     try:
         return _read(artifact)
@@ -95,10 +95,10 @@ def _kept(artifact: Path) -> Mapping[str, Units]:
 
 
 @cache
-def _read(artifact: Path) -> Mapping[str, Units]:
+def _read(artifact: Path) -> Mapping[str, KeptUnits]:
     """Kind -> kept units, from an artifact's ``kept.json``. Artifacts never change, so each is read only once."""
     layers, units = read_kept_numbers(artifact)
-    return {kind: Units(dict(zip(layers, map(_bits, rows), strict=True))) for kind, rows in units.items()}
+    return {kind: KeptUnits(dict(zip(layers, map(_bits, rows), strict=True))) for kind, rows in units.items()}
 
 
 def _bits(numbers: Sequence[int]) -> int:

@@ -13,8 +13,8 @@ from hfprune_dist.planning.earlier_rows import scale_of
 from hfprune_dist.planning.plan import Cell, Plan
 from hfprune_dist.results.base_model import BaseModel
 from hfprune_dist.results.markdown import code, escaped
-from hfprune_dist.results.rows import DenseModel, Manifest
-from hfprune_dist.store.artifacts import Store
+from hfprune_dist.results.rows import DenseModel
+from hfprune_dist.store.artifacts import Manifest, Store
 from hfprune_dist.store.stage import CUTTING, RECOVERING, Input, Stage
 
 

@@ -8,10 +8,9 @@ from typing import Any
 
 from hfprune_dist.planning.plan import Cell, Plan
 from hfprune_dist.planning.stage_costs import StageCosts
+from hfprune_dist.store.artifacts import Manifest
 from hfprune_dist.store.attempt import Attempt, AttemptsOf
 from hfprune_dist.store.stage import kind_of
-
-Manifest = Mapping[str, Any]
 
 # Costs of each stage, to be summed. Device-hours cover all attempts, wasted ones only those that failed.
 MEASURES = ("tokens", "flops", "device_hours", "wasted_device_hours")

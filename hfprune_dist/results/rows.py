@@ -19,7 +19,7 @@ from hfprune_dist.results.efficiency import efficiency_of
 from hfprune_dist.results.floors import average_floors, floors_of
 from hfprune_dist.results.headline import average_errors, averages
 from hfprune_dist.results.native_ratios import Decoder, native_ratios
-from hfprune_dist.store.artifacts import Store
+from hfprune_dist.store.artifacts import Manifest, Store
 from hfprune_dist.store.atomic_files import read_object
 from hfprune_dist.store.attempt import AttemptsOf
 from hfprune_dist.store.hashing import digest_of
@@ -29,7 +29,6 @@ from hfprune_dist.structures.experts import NUMBERS, SHARED_WIDTHS
 from hfprune_dist.structures.units import plural_of
 
 Row = dict[str, Any]
-Manifest = Mapping[str, Any]
 
 # Measures of the comparison with the dense model on one text.
 _MEASURED = ("perplexity", "kl", "top1_agreement")

@@ -37,8 +37,8 @@ MODELS = ("model", "dense")
 
 
 @dataclass(frozen=True)
-class Measured:
-    """Everything that the measurements of a prune stage have in common.
+class CheapMeasurements:
+    """The measurements of a prune stage's candidates, and all that these have in common.
 
     Attributes:
         kinds: the units that may go with their scores, in the order of a choice's numbers.

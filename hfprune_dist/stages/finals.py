@@ -39,7 +39,7 @@ HOPELESS = 1.25
 
 
 @dataclass(frozen=True)
-class Windows:
+class SplitWindows:
     """Calibration windows, split for the finals.
 
     Attributes:
@@ -51,7 +51,7 @@ class Windows:
     judged: Mapping[int, Tensor]
 
     @classmethod
-    def apart(cls, windows_ST: Tensor, micro_batch_size: int) -> Windows:
+    def apart(cls, windows_ST: Tensor, micro_batch_size: int) -> SplitWindows:
         """Keep the last windows apart; if there is only one micro-batch, it is both seen and judged."""
         batches = windows_ST.split(micro_batch_size)
         judged = max(1, len(batches) // JUDGED_EVERY)
@@ -81,7 +81,7 @@ class Finals:
         self,
         context: Context,
         models: Models,
-        windows: Windows,
+        windows: SplitWindows,
         kept: Callable[[str], Kept],
     ) -> None:
         self._context = context

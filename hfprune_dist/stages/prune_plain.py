@@ -18,8 +18,8 @@ from hfprune_dist.planning.plain_shapes import PlainShape, plain_shapes
 from hfprune_dist.planning.shape_target import ShapeTarget
 from hfprune_dist.refit.cheap_fits import Scored, kept_of
 from hfprune_dist.refit.measurement import Candidate
-from hfprune_dist.stages.cheap_measurement import Measured
-from hfprune_dist.stages.finals import FINALISTS, Finals, Windows, hopeful
+from hfprune_dist.stages.cheap_measurement import CheapMeasurements
+from hfprune_dist.stages.finals import FINALISTS, Finals, SplitWindows, hopeful
 from hfprune_dist.stages.prune_refit import (
     Context,
     Models,
@@ -41,7 +41,7 @@ def decide_plain(
     Args:
         scores: kind -> scores of each layer's units.
     """
-    windows = Windows.apart(context.calibration_windows(), context.params.forward_pass()[1])
+    windows = SplitWindows.apart(context.calibration_windows(), context.params.forward_pass()[1])
     grid = _Grid(context, models, scores, windows.seen_ST)
     kls = grid.kl()
     metrics: dict[str, Any] = {"layers_in_order_of_dropping": grid.order_in_dense_model, "search_kl": kls}
@@ -80,7 +80,7 @@ class _Grid:
         self._checkpoint = models.checkpoint
         self._numbers = dense_numbers(context, self._checkpoint)
         self._kinds = [Scored(units, scores[units.kind]) for units in pruned_kinds(context, self._checkpoint)]
-        self._measured = Measured(context, models, self._kinds, windows_ST)
+        self._measurements = CheapMeasurements(context, models, self._kinds, windows_ST)
         self._target = ShapeTarget.of(models.dense, context.params, context.stage.label)
         self._shapes = {it.name: it for it in plain_shapes(self._target, PlainShape.of(self._checkpoint))}
         self._order = self._layers_in_order()
@@ -112,7 +112,7 @@ class _Grid:
     def kl(self) -> dict[str, float]:
         """Divergence of every shape from the dense model, nats per token."""
         refit, folder = self._context.params.refit != "none", self._context.work / "shapes"
-        measurement = self._measured.measurement("shapes", folder, refit=refit, measurements=1)
+        measurement = self._measurements.measurement("shapes", folder, refit=refit, measurements=1)
         candidates = [self._candidate(shape) for shape in self._shapes.values()]
         return dict(zip(self._shapes, measurement.kl(candidates), strict=True))
 
@@ -128,4 +128,4 @@ class _Grid:
         count = self._checkpoint.num_layers - min(shape.num_layers for shape in self._shapes.values())
         stuck = self._target.undroppable
         droppable = [layer for layer, number in enumerate(self._numbers) if number not in stuck]
-        return self._measured.layers_in_order(droppable, count)
+        return self._measurements.layers_in_order(droppable, count)

@@ -24,9 +24,9 @@ from hfprune_dist.planning.whole_expert_shapes import mixture_target
 from hfprune_dist.planning.widths import Target, size_of
 from hfprune_dist.refit.cheap_fits import Scored, kept_of
 from hfprune_dist.refit.measurement import Candidate, Measurement
-from hfprune_dist.stages.cheap_measurement import Measured
+from hfprune_dist.stages.cheap_measurement import CheapMeasurements
 from hfprune_dist.stages.contest import Contest
-from hfprune_dist.stages.finals import FINALISTS, Finals, Windows, hopeful
+from hfprune_dist.stages.finals import FINALISTS, Finals, SplitWindows, hopeful
 from hfprune_dist.stages.prune_refit import Context, Models, dense_numbers, pruned_kinds
 from hfprune_dist.structures import LAYERS, NEURONS
 from hfprune_dist.structures.kept import Kept, Shape
@@ -109,18 +109,18 @@ class _Search:
         self._contest = contest
         self._target = ShapeTarget.of(models.dense, context.params, context.stage.label)
         windows_ST, micro_batch_size = context.calibration_windows(), context.params.forward_pass()[1]
-        self._windows = Windows.apart(windows_ST, micro_batch_size)
+        self._windows = SplitWindows.apart(windows_ST, micro_batch_size)
         # Without finals, no windows need to be kept apart.
         seen_ST = self._windows.seen_ST if LAYERS in context.params.structures else windows_ST
-        self._measured = Measured(context, models, kinds, seen_ST)
+        self._measurements = CheapMeasurements(context, models, kinds, seen_ST)
 
     def run(self) -> tuple[Candidate, dict[str, Any]]:
         """Return the shape that was measured to be closest, and metrics."""
         budget = self._contest.budget
         most_gone = min(len(budget.droppable), self._checkpoint.num_layers - budget.fewest_layers)
-        order = self._measured.layers_in_order(budget.droppable, most_gone)
+        order = self._measurements.layers_in_order(budget.droppable, most_gone)
         contests = self._contests(order)
-        measurement = self._measured.measurement(
+        measurement = self._measurements.measurement(
             "search",
             self._context.work,
             refit=self._context.params.refit != "none",

@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import shutil
 import uuid
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -28,6 +29,7 @@ from hfprune_dist.store.stage import Stage
 from hfprune_dist.store.stage_handle import StageHandle
 
 MANIFEST = "manifest.json"
+Manifest = Mapping[str, Any]
 # Marks the manifest of an artifact whose files were removed; the manifest stays, for the tables.
 EMPTIED = "emptied"
 STAGE_FILE = "stage.json"  # in a work folder: written by ``launch/stage/stage_file.py`` for the ranks

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from hfprune_dist.report import curves, layers
 from hfprune_dist.report.chart import GREY, SYMBOLS, Key, dashes_told, line, method_key
-from hfprune_dist.report.layers import Units, _bits
+from hfprune_dist.report.layers import KeptUnits, _bits
 from hfprune_dist.report.legend import legend_entry
 from hfprune_dist.report.timeline import (
     COLORS,
@@ -29,7 +29,9 @@ KEPT = st.dictionaries(st.integers(0, 5), st.sets(st.integers(0, 70), min_size=1
 
 @given(KEPT, KEPT)
 def test_overlap_is_what_sets_have_in_common(ours, theirs):
-    first, second = (Units({layer: _bits(sorted(units)) for layer, units in kept.items()}) for kept in (ours, theirs))
+    first, second = (
+        KeptUnits({layer: _bits(sorted(units)) for layer, units in kept.items()}) for kept in (ours, theirs)
+    )
     pairs = [{(layer, unit) for layer, units in kept.items() for unit in units} for kept in (ours, theirs)]
     assert first.common_share(second) == len(pairs[0] & pairs[1]) / len(pairs[0] | pairs[1])
     assert first.counts(6) == [len(ours.get(layer, ())) for layer in range(6)]
@@ -106,4 +108,4 @@ def test_units_that_cannot_be_read_are_left_out_until_they_can(tmp_path, damaged
     (tmp_path / "kept.json").write_text(damaged)
     assert layers._kept(tmp_path) == {}
     (tmp_path / "kept.json").write_text('{"format": 2, "layers": [1], "neurons": [[0, 2]]}')
-    assert layers._kept(tmp_path) == {"neurons": Units({1: 0b101})}
+    assert layers._kept(tmp_path) == {"neurons": KeptUnits({1: 0b101})}
