@@ -37,7 +37,7 @@ def _clean(argv: Sequence[str] | None) -> int:
     parser.add_argument(
         "--intermediates",
         action="store_true",
-        help="also remove the files of pruned and distilled checkpoints that finished rows have gone on from",
+        help="also remove the files of pruned and distilled checkpoints that finished rows were trained from",
     )
     parser.add_argument("--dry-run", action="store_true", help="show what would be removed; removes nothing")
     arguments = parser.parse_args(argv)

@@ -27,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _publish(argv: Sequence[str] | None) -> int:
     parser = make_parser(__doc__)
     parser.add_argument("out", type=folder, help="folder of a sweep, e.g. runs/demo")
-    parser.add_argument("name", help="of a folder in its checkpoints/, e.g. llama-0.2-hfprune-lora")
+    parser.add_argument("name", help="name of a folder in its checkpoints/, e.g. llama-0.2-hfprune-lora")
     parser.add_argument("repo_id", help="repository on the hub, e.g. me/llama-pruned; created if it doesn't exist")
     parser.add_argument(
         "--private", action="store_true", help="make the repository private; refuse one that exists and is public"

@@ -21,8 +21,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _report(argv: Sequence[str] | None) -> int:
     parser = make_parser(__doc__)
     parser.add_argument("out", type=folder, help="folder of a sweep, e.g. runs/demo")
-    parser.add_argument("--published", action="store_true", help="show what papers report, and how they came to it")
-    parser.add_argument("--wide", action="store_true", help="show all columns, however wide that is")
+    parser.add_argument(
+        "--published", action="store_true", help="show the results that papers report, and how they were obtained"
+    )
+    parser.add_argument("--wide", action="store_true", help="show all columns, however wide the table gets")
     arguments = parser.parse_args(argv)
     from hfprune_launch.modes.past_attempts import past_attempts
     from hfprune_launch.modes.report_page import ReportPage

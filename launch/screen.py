@@ -155,7 +155,7 @@ def show_results(console: Console, rows: Sequence[Row], wide: bool = False) -> N
     """Show the table of results, notes on its meaning, and the reasons why rows have no result.
 
     Args:
-        wide: show all columns, however wide that is, instead of a few that fit the terminal.
+        wide: show all columns, however wide it gets, instead of a few that fit the terminal.
     """
     if wide:
         layouts = [_results(rows, all_columns(rows), ROOMY)]
@@ -212,7 +212,7 @@ def show_published(console: Console, tables: Sequence[PublishedTable], wide: boo
     """Show the results that papers report, and how they were obtained.
 
     Args:
-        wide: show every task's score too, however wide that is.
+        wide: show every task's score too, however wide it gets.
     """
     for table in tables:
         console.print(f"\n{table.title}", highlight=False, markup=False)

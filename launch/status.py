@@ -20,7 +20,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _status(argv: Sequence[str] | None) -> int:
     parser = make_parser(__doc__)
     parser.add_argument("out", type=folder, help="folder of a sweep, e.g. runs/demo")
-    parser.add_argument("--follow", action="store_true", help="keep showing it while a stage is queued or running")
+    parser.add_argument("--follow", action="store_true", help="keep it up to date while a stage is queued or running")
     arguments = parser.parse_args(argv)
     from hfprune_launch.modes.report_page import ReportPage
     from hfprune_launch.screen import make_console

@@ -124,7 +124,7 @@ def sweep_parser() -> argparse.ArgumentParser:
         "--follow: keep showing the state",
     )
     parser.add_argument(
-        "--wide", action="store_true", help="show all columns of the table of results, however wide that is"
+        "--wide", action="store_true", help="show all columns of the table of results, however wide it gets"
     )
     instead = parser.add_mutually_exclusive_group()
     instead.add_argument(
@@ -136,7 +136,7 @@ def sweep_parser() -> argparse.ArgumentParser:
     instead.add_argument(
         "--cancel",
         action="store_true",
-        help="end what runs of the sweep, its process on this machine or all jobs of its store; saved work stays",
+        help="end the sweep's process on this machine, or all jobs of its store; saved work stays",
     )
     instead.add_argument(
         "--logs",

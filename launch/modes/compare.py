@@ -130,7 +130,7 @@ def show_methods(console: Console, methods: Sequence[Comparison], reference: str
     """Show the table of methods, and notes on its meaning.
 
     Args:
-        wide: show all columns, however wide that is, instead of a few that fit the terminal.
+        wide: show all columns, however wide it gets, instead of a few that fit the terminal.
     """
     columns = (all_columns_of_methods if wide else few_columns_of_methods)(methods, reference)
     show_table(console, [table_of(methods, columns, gap) for gap in (ROOMY, TIGHT)], wide)
