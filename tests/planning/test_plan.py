@@ -359,7 +359,7 @@ def test_where_a_shard_is_one_micro_batch_its_curvature_is_rounded_as_ever(
 
 @pytest.mark.parametrize("criteria", [["magnitude"], ["magnitude", "random"], ["entropy_bfloat16"]])
 def test_no_early_end_where_no_criterion_can_tell(world, criteria):
-    with pytest.raises(UserError, match=r"calibration\.settled: by .* nobody can tell .* null, or add .* entropy, "):
+    with pytest.raises(UserError, match=r"calibration\.settled: .* alone can't show when .* null, or add .*entropy, "):
         plan_of(world, criteria=criteria, calibration__settled=0.9)
     plan_of(world, criteria=criteria)
     plan_of(world, criteria=criteria, calibration__settled=0.9, importance__criteria=["entropy"])
@@ -546,7 +546,7 @@ def test_a_method_that_scores_while_it_prunes_needs_the_windows_alone(world):
     assert (nothing, scored) == ([], ["entropy"]) and alone.id == beside.id
     recorded = alone.params.to_json()
     assert recorded["dtype"] and recorded["micro_batch_size"] and not {"floor", "protect_first"} & recorded.keys()
-    with pytest.raises(UserError, match=r"calibration\.settled: by lorap alone nobody can tell"):
+    with pytest.raises(UserError, match=r"calibration\.settled: lorap alone can't show"):
         prune_of_lorap(methods=["lorap"], calibration__settled=0.9)
 
 
