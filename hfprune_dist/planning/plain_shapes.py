@@ -66,7 +66,8 @@ def plain_shapes(target: ShapeTarget, before: PlainShape | None = None) -> list[
     to the ratio as possible; with larger multiples, widths are rounded down, so that at least the ratio is removed.
 
     Args:
-        before: what earlier rounds left, within which the shapes must lie; None: this is the first round.
+        before: what earlier rounds left, within which the shapes must lie; in the first of several, the dense model's
+            own shape. None: there is only one round.
 
     Raises:
         UserError: if no shape reaches the ratio, or ``tensor_parallel`` divides no number of groups.
@@ -157,10 +158,11 @@ def _none_reaches(target: ShapeTarget) -> UserError:
 
 
 def _none_within(target: ShapeTarget, before: PlainShape) -> UserError:
+    is_first = before == PlainShape.of(target.checkpoint)
+    place = ", where the first round ends" if is_first else f" within {before.name}, which an earlier round may leave"
     return UserError(
-        f"{target.where}: no shape of {', '.join(target.structures)} comes to ratio {target.ratio:g} within "
-        f"{before.name}, which an earlier round may leave{target.rounding}; use fewer steps, a larger "
-        "prune.round_ratio or another ratio"
+        f"{target.where}: no shape of {', '.join(target.structures)} comes to ratio {target.ratio:g}{place}"
+        f"{target.rounding}; use fewer steps, a larger prune.round_ratio or another ratio"
     )
 
 

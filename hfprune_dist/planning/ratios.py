@@ -236,13 +236,13 @@ def _deciding_numbers(checkpoint: Checkpoint, ratio: float, method: Method, wher
 def _widths(size: ModelSize, asked: ShapeTarget, method: Method) -> tuple[int, ...]:
     target = Target(size, asked.ratio, asked.multiple_of, asked.where)
     numbers: list[int] = []
-    if method.allocation not in ("global", "standardized") and asked.neurons.is_uniform:
-        numbers.append(target.uniform_width())
-    if method.allocation != "uniform":
+    if method.allocation != "uniform":  # first, since floors allow less than widths that are the same in all layers
         wanted = target.removals(target.narrowest_widths(*limits_of(method)))
         # If every layer shrinks in steps of this size only, the closest number of steps is taken.
         all_alike = all(count % target.multiple_of == 0 for count in size.counts)
         numbers.append((wanted + target.multiple_of // 2) // target.multiple_of if all_alike else wanted)
+    if method.allocation not in ("global", "standardized") and asked.neurons.is_uniform:
+        numbers.append(target.uniform_width())
     return tuple(numbers)
 
 

@@ -45,6 +45,6 @@ def plain_shapes_of_rounds(method: Method, checkpoint: Checkpoint, ratio: float,
     rounds: list[list[PlainShape]] = []
     for reached in round_ratios(method, ratio):
         asked = target_of(method, checkpoint, reached, where)
-        left = rounds[-1] if rounds else [None]
+        left = rounds[-1] if rounds else [PlainShape.of(checkpoint)]
         rounds.append(sorted({shape for before in left for shape in plain_shapes(asked, before)}, reverse=True))
     return rounds

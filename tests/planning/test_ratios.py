@@ -121,3 +121,11 @@ def test_a_smaller_multiple_is_advised_where_there_is_one(allocation, structures
     with pytest.raises(UserError, match="leave one of them out") as told:
         check_ratios(blank(**SMOLLM2), [0.3, 0.3 + 1e-7], method, "m")
     assert ("or use a smaller prune.multiple_of" in str(told.value)) == helps
+
+
+@pytest.mark.parametrize("allocation", ["global", "searched"])
+def test_the_largest_ratio_within_floors_is_told_and_can_be_reached(allocation):
+    checkpoint, method = blank(**SMOLLM2), Method(**PLAIN, allocation=allocation, floor=0.5)
+    with pytest.raises(UserError, match=r"m: ratio 0\.9 can't be reached with the floors") as told:
+        check_ratios(checkpoint, [0.9], method, "m")
+    check_ratios(checkpoint, [float(str(told.value).split()[-1])], method, "m")

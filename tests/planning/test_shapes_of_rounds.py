@@ -103,3 +103,16 @@ def test_rounds_that_may_end_before_the_ratio_are_refused():
     checkpoint = blank(**SMOLLM2)
     with pytest.raises(UserError, match=r"m: no shape of .* comes to ratio 0.2[05].* within 30 layers, .*fewer steps"):
         check_ratios(checkpoint, [0.201], plain(round_ratio=0.2, multiple_of=512), "m")
+
+
+def test_a_first_round_that_removes_too_little_is_named():
+    """Larger ratios have the same first round, so the next larger shape is no help."""
+    small = {"hidden_size": 56, "intermediate_size": 97, "num_hidden_layers": 31, "head_dim": 8, "vocab_size": 17}
+    checkpoint = blank("qwen2", **small, num_attention_heads=8, num_key_value_heads=4)
+    split = {"tensor_parallel": 3, "multiple_of": 3}  # all shapes lack a quarter of the KV groups
+    check_ratios(checkpoint, [0.3], plain(**split), "m")
+    with pytest.raises(
+        UserError,
+        match=r"m: no shape of .* comes to ratio 0.01, where the first round ends \(.*\); use .* larger prune.round_",
+    ):
+        check_ratios(checkpoint, [0.3], plain(**split, round_ratio=0.01), "m")
