@@ -7,6 +7,7 @@ the results are those of ``launch/sweep.py``; each reuses what the other has mad
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +23,7 @@ from hfprune_launch.sweep import sweep_parser
 from hfprune_launch.sweep_folder import read_sweep
 from numpy.typing import NDArray
 
+from hfprune_dist.config.load import to_yaml
 from hfprune_dist.errors import UserError
 from hfprune_dist.results.agreement import read_scores
 from hfprune_dist.results.rows import Row
@@ -39,7 +41,8 @@ class Session:
     """
 
     def __init__(self, out: str | Path, config: str | Path | None = None, **settings: Any) -> None:
-        assignments = [f"{key}={json.dumps(value, default=str)}" for key, value in settings.items()]
+        plain = json.loads(json.dumps(settings, default=str))
+        assignments = [f"{key}={to_yaml(value, width=math.inf, flow=True)}" for key, value in plain.items()]
         arguments = sweep_parser().parse_args([])
         arguments.config, arguments.set = [] if config is None else [Path(config)], assignments
         self._command = Command(arguments, Path(out), make_console())

@@ -47,6 +47,13 @@ def test_scores_are_those_of_dense_models_and_of_no_student(config, tmp_path, mo
     assert session.score() == {"alpha": {}} and len(made) == 1
 
 
+def test_settings_are_those_that_are_given(config, tmp_path):
+    place = tmp_path / "\N{SLIGHTLY SMILING FACE} of \N{LATIN SMALL LETTER E WITH ACUTE}\N{LINE SEPARATOR}"
+    session = Session(tmp_path / "out", config, aliases={"mine": {"path": place}}, recovery={"learning_rate": 1e-5})
+    made = session._command.configuration()
+    assert made.aliases["mine"].path == str(place) and made.recovery.learning_rate == 1e-5
+
+
 @pytest.mark.parametrize(
     ("settings", "expected"),
     [({"models": ["nope"]}, "'nope'"), ({"ratio": [0.2]}, "unknown key 'ratio'; did you mean 'ratios'")],
