@@ -103,7 +103,7 @@ def require_room(tokenizer: Any, sequence_length: int) -> None:
     if taken >= sequence_length:
         raise UserError(
             f"recovery.sequence_length {sequence_length} has no room for a response: the template around an "
-            f"instruction takes {taken} tokens alone"
+            f"instruction takes {taken} tokens alone; choose a larger one"
         )
 
 

@@ -216,7 +216,11 @@ def pairs(**fields):
     [
         (pairs(response=" \n"), [], ["none of 3 pairs", "response token"]),
         (pairs(instruction="x" * 400), [], ["none of 3 pairs", "recovery.sequence_length 320"]),
-        (pairs(), ["recovery.sequence_length=64"], ["recovery.sequence_length 64", "no room", "takes 141 tokens"]),
+        (
+            pairs(),
+            ["recovery.sequence_length=64"],
+            ["recovery.sequence_length 64", "takes 141 tokens alone; choose a larger one"],
+        ),
         (pairs(), ["recovery.response_field=instruction"], ["response_field", "instruction_field"]),
     ],
 )
