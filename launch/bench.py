@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 SECTIONS = ("pass", "criteria", "scaling", "ranks", "prune", "launcher")
 ASSETS = Path("runs/demo-assets")
-TOKENS, ROUNDS, QUICK_ROUNDS = 1024, 3, 1
+ROUNDS, QUICK_ROUNDS = 3, 1
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -50,12 +50,13 @@ def run_sections(sections: list[str], arguments: argparse.Namespace) -> None:
     """Measure section by section; the findings of each are on disk before the next one begins."""
     from hfprune_launch.benchmark.plot import can_plot, plot
     from hfprune_launch.benchmark.results import Findings, markdown
+    from hfprune_launch.benchmark.settings import require_measurable
 
     from hfprune_dist.checkpoints.checkpoint import open_checkpoint
     from hfprune_dist.store.atomic_files import write_json, write_text
 
     if arguments.model is not None:
-        open_checkpoint(arguments.model)
+        require_measurable(open_checkpoint(arguments.model))
     out: Path = arguments.out
     out.mkdir(parents=True, exist_ok=True)
     findings = Findings()
@@ -92,9 +93,11 @@ def _measure(section: str, settings: Settings) -> Findings:
 
 def _settings(arguments: argparse.Namespace, scratch: Path) -> Settings:
     """Return settings with the user's model, or the demo's (made if missing), and with the demo's text."""
-    from hfprune_launch.benchmark.settings import Settings
+    from hfprune_launch.benchmark.settings import Settings, tokens_of
     from hfprune_launch.demo.assets import QUIET_AND_OFFLINE, build
     from hfprune_launch.demo.prose import reference_prose
+
+    from hfprune_dist.checkpoints.checkpoint import open_checkpoint
 
     os.environ.update(QUIET_AND_OFFLINE)
     if arguments.model is None:
@@ -102,7 +105,9 @@ def _settings(arguments: argparse.Namespace, scratch: Path) -> Settings:
     text = scratch / "text.txt"
     text.write_text("\n\n".join(reference_prose().calibration), encoding="utf-8")
     rounds = QUICK_ROUNDS if arguments.quick else ROUNDS
-    return Settings(str(arguments.model or ASSETS / "llama"), str(text), TOKENS, rounds, arguments.quick, scratch)
+    model = arguments.model or ASSETS / "llama"
+    tokens = tokens_of(open_checkpoint(model))
+    return Settings(str(model), str(text), tokens, rounds, arguments.quick, scratch)
 
 
 def _told(settings: Settings) -> dict[str, Any]:

@@ -9,14 +9,12 @@ import torch
 from hfprune_launch.benchmark.isolated import TIDY, call
 from hfprune_launch.benchmark.measure import paired_ratios, peak_anonymous_bytes
 from hfprune_launch.benchmark.results import Findings, Line
-from hfprune_launch.benchmark.settings import Settings
+from hfprune_launch.benchmark.settings import RATIO, Settings
 from hfprune_launch.benchmark.subject import kept_width
 
 from hfprune_dist.checkpoints.checkpoint import open_checkpoint
 from hfprune_dist.checkpoints.write_pruned import write_weight_file
 from hfprune_dist.structures.kept import Kept
-
-RATIO = 0.2
 
 
 def measure_prune(settings: Settings) -> Findings:

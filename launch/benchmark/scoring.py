@@ -8,12 +8,11 @@ import torch
 from hfprune_launch.benchmark.isolated import TIDY, call
 from hfprune_launch.benchmark.measure import paired_ratios, peak_bytes
 from hfprune_launch.benchmark.results import Findings, Line
-from hfprune_launch.benchmark.settings import Settings
+from hfprune_launch.benchmark.settings import RATIO, Settings
 from hfprune_launch.benchmark.subject import Subject, kept_width, load_subject, read_text
 from torch import Tensor
 
 DTYPES = ("float32", "bfloat16")
-RATIO = 0.2
 # Each needs a backward pass of its own.
 GRADIENT_CRITERIA = ("entropy", "cross_entropy", "fisher", "fisher_signs")
 TIME_TARGETS = {"float32": 2.2, "bfloat16": 2.3}

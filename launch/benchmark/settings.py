@@ -1,9 +1,18 @@
-"""The settings that every section of the benchmark gets."""
+"""The settings that every section of the benchmark gets, and what a model must be to be measured."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+
+from hfprune_dist.checkpoints.checkpoint import Checkpoint
+from hfprune_dist.errors import UserError
+from hfprune_dist.planning.widths import Target, size_of
+
+# Tokens per window, if the model has as many positions.
+TOKENS = 1024
+# The ratio at which neurons are kept, and weights are pruned.
+RATIO = 0.2
 
 
 @dataclass(frozen=True)
@@ -25,3 +34,23 @@ class Settings:
     rounds: int
     quick: bool
     scratch: Path
+
+
+def require_measurable(checkpoint: Checkpoint) -> None:
+    """Refuse a model of the user's that isn't measured: the published formulation is about one MLP in each layer, and
+    both formulations are compared at one width of all layers.
+
+    Raises:
+        UserError: saying why, and what to give instead.
+    """
+    where = f"--model {checkpoint.path}"
+    if checkpoint.family.experts:
+        raise UserError(f"{where}: a mixture of experts; give a model with one MLP in each layer")
+    if not checkpoint.is_plain:
+        raise UserError(f"{where}: its layers have been pruned to sizes of their own; give the model that it came from")
+    Target(size_of(checkpoint), RATIO, 1, where).uniform_width()
+
+
+def tokens_of(checkpoint: Checkpoint) -> int:
+    """Tokens per window of a model."""
+    return min(TOKENS, checkpoint.max_positions or TOKENS)

@@ -6,24 +6,27 @@ import contextlib
 import copy
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from hfprune_launch.benchmark.published import PublishedScores
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging
 
 from hfprune_dist.checkpoints.checkpoint import open_checkpoint
-from hfprune_dist.checkpoints.families import FAMILIES
+from hfprune_dist.checkpoints.families import FAMILIES, Family
 from hfprune_dist.core.bound_losses import Batch
 from hfprune_dist.core.criteria import CRITERIA
+from hfprune_dist.core.head import NOTHING, AfterHead
 from hfprune_dist.core.importance import ScoredModel, UnitSums, score_batch
 from hfprune_dist.core.unit_sums import UnitOutputs
 from hfprune_dist.data.tokenizer import bos_id, load_tokenizer, plain_ids
 from hfprune_dist.data.windows import Sampling, sample_windows
+from hfprune_dist.models.after_head import after_head
+from hfprune_dist.models.loading import load_causal_lm
 from hfprune_dist.models.memory_efficient_backward import checkpoint_activations, use_memory_efficient_backward
 from hfprune_dist.structures import NEURONS
+from hfprune_dist.structures.units import Units
 
 SEED = 0
 
@@ -33,17 +36,26 @@ class Subject:
 
     Args:
         model: a Hugging Face causal language model; nothing else may hold a reference to it.
+        family, units: its family, and its neurons.
+        after: what its architecture does to the head's logits.
         checkpointing: keep only the layers' inputs (``importance`` with activation checkpointing).
     """
 
-    def __init__(self, model: nn.Module, checkpointing: bool = False) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        family: Family,
+        units: Units,
+        *,
+        after: AfterHead = NOTHING,
+        checkpointing: bool = False,
+    ) -> None:
         self._model = model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
-        config: Any = model.config
-        self._family = FAMILIES[config.model_type]
-        self._units = self._family.units(config.to_dict())
-        self._vocabulary: int = config.vocab_size
-        self._published = PublishedScores(self._model, self._units.outputs_of(self._model))
-        self._ours = self._scored(checkpointing)
+        self._family = family
+        self._units = units
+        self._vocabulary = family.head_of(model).out_features
+        self._published = PublishedScores(self._model, units.outputs_of(self._model))
+        self._ours = self._scored(after, checkpointing)
 
     @torch.no_grad()
     def forward(self, input_ids_BT: Tensor) -> None:
@@ -69,7 +81,7 @@ class Subject:
     def _device(self) -> torch.device:
         return next(self._model.parameters()).device
 
-    def _scored(self, checkpointing: bool) -> ScoredModel:
+    def _scored(self, after: AfterHead, checkpointing: bool) -> ScoredModel:
         """Return a frozen copy that shares the weights' storage."""
         shared = {id(weight): nn.Parameter(weight.data, requires_grad=False) for weight in self._model.parameters()}
         frozen = copy.deepcopy(self._model, shared)
@@ -81,21 +93,24 @@ class Subject:
             body=lambda input_ids_BT: body(input_ids=input_ids_BT, use_cache=False).last_hidden_state,
             head=lambda: contextlib.nullcontext((head.weight, head.bias)),
             outputs={NEURONS: UnitOutputs(self._units.outputs_of(frozen), self._units.channels_per_unit)},
+            after=after,
         )
 
 
 def load_subject(model: str, dtype: str, checkpointing: bool = False) -> Subject:
     """Load the checkpoint in folder ``model``."""
     logging.set_verbosity_error()
-    loaded = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype), attn_implementation="sdpa")
-    return Subject(loaded, checkpointing)
+    checkpoint = open_checkpoint(Path(model))
+    loaded, after = load_causal_lm(checkpoint.path, getattr(torch, dtype)), after_head(checkpoint)
+    return Subject(loaded, checkpoint.family, checkpoint.units, after=after, checkpointing=checkpointing)
 
 
 def random_subject(dtype: str, shape: dict[str, int], checkpointing: bool = False) -> Subject:
     """Return a Llama of the given shape with random weights."""
     torch.manual_seed(SEED)
     config = LlamaConfig(**shape, attn_implementation="sdpa", tie_word_embeddings=True)
-    return Subject(LlamaForCausalLM(config).to(getattr(torch, dtype)), checkpointing)
+    model, family = LlamaForCausalLM(config).to(getattr(torch, dtype)), FAMILIES["llama"]
+    return Subject(model, family, family.units(config.to_dict()), checkpointing=checkpointing)
 
 
 def read_text(model: str, text: str, windows: int, tokens: int) -> Tensor:
