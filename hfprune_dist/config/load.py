@@ -289,12 +289,17 @@ def absolute_path(path: str, base: Path) -> str:
     """The absolute form of a path that is relative to ``base`` or begins with ``~``.
 
     Raises:
-        UserError: if there is none.
+        UserError: if there is none, or if it isn't UTF-8, which logs, tables and cards that name it are.
     """
     try:
-        return str((base / Path(path).expanduser()).resolve())
+        found = str((base / Path(path).expanduser()).resolve())
     except (ValueError, RuntimeError, OSError) as error:  # a NUL byte, a loop of links
         raise UserError(f"{path!r}: not a valid path ({error})") from None
+    try:
+        found.encode()
+    except UnicodeEncodeError:
+        raise UserError(f"{found!r}: this path isn't UTF-8; rename the file or folder") from None
+    return found
 
 
 def _explain(schema: type[Section], problem: Mapping[str, Any]) -> str:

@@ -2,11 +2,14 @@
 
 import os
 import re
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import yaml
+from families import save_model
 from hfprune_launch import bench, compare, report, sweep
 from hfprune_launch.local.hardware import fitting_runtime
 from ranks import ROOT
@@ -249,6 +252,20 @@ def test_other_commands_refuse_too(tmp_path, monkeypatch, command, arguments, ex
     assert files_below(tmp_path) == []
 
 
+@pytest.mark.parametrize(
+    ("model_type", "changes", "expected"),
+    [
+        ("mixtral", {}, "a mixture of experts; give a model with one MLP in each layer"),
+        ("llama", {"intermediate_size": 2}, "ratio 0.2 can't be reached by pruning neurons alone"),
+    ],
+)
+def test_a_model_that_is_not_measured_is_refused(tmp_path, model_type, changes, expected):
+    model = save_model(tmp_path / "model", model_type, **changes)
+    code, _, said = in_process(bench.main, "--model", model, "--out", tmp_path / "out")
+    assert code == 2 and f"--model {model}: {expected}" in said and "Traceback" not in said
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("command", ["sweep.py", "report.py", "compare.py", "bench.py"])
 def test_a_deleted_current_folder_is_one_message(tmp_path, command):
     gone = tmp_path / "gone"
@@ -285,7 +302,14 @@ def test_a_folder_that_may_not_be_written_to(config, tmp_path, monkeypatch):
     assert code == 2 and f"{tmp_path} can't be written to" in said
 
 
-def test_names_that_are_no_text_are_refused(config, tmp_path):
+def test_names_that_are_no_text_are_refused(config, tmp_path, monkeypatch):
     name = os.fsdecode(b"\xff")
     code, _, said = in_process(sweep.main, "--config", config, "--out", tmp_path / name, "--dry-run")
     assert code == 2 and "isn't UTF-8" in said
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(config.parent, name)
+    copied = Path(name, config.name)
+    asked = [(config, "--models", f"{name}/alpha"), (config, "--models", name), (copied, "--models", "alpha")]
+    for file, *given in asked:
+        code, _, said = in_process(sweep.main, "--config", file, "--out", "out", "--dry-run", *given)
+        assert code == 2 and "this path isn't UTF-8; rename the file or folder" in said, said
