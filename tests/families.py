@@ -11,6 +11,7 @@ from more_families import LATENT, MAMBA, MORE_EXPERTS
 from tiny import tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from written_once import write_once
 
 from hfprune_dist.structures.experts import NUMBERS
 
@@ -256,6 +257,10 @@ def make_model(model_type: str, seed: int = 0, **changes: object) -> torch.nn.Mo
 
 def save_model(folder: Path, model_type: str, **changes: object) -> Path:
     """Write a checkpoint folder as a user has it."""
-    make_model(model_type, **changes).save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
-    return folder
+
+    def make(empty: Path) -> None:
+        make_model(model_type, **changes).save_pretrained(empty)
+        tiny_tokenizer().save_pretrained(empty)
+
+    settings = [of_some.get(model_type) for of_some in (ALL_SEEING, FAMILIES, EXPERTS)]
+    return write_once(folder, f"{model_type} {settings} {sorted(changes.items())}", make)

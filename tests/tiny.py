@@ -21,6 +21,7 @@ from transformers import (
     Qwen3Config,
     Qwen3ForCausalLM,
 )
+from written_once import write_once
 
 from hfprune_dist.store.hashing import FileHashes
 from hfprune_dist.store.stage import Input, Stage
@@ -86,9 +87,12 @@ def save_tiny(
     **options: object,
 ) -> Path:
     """Write a checkpoint folder as a user has it."""
-    tiny_model(variant, **options).to(dtype).save_pretrained(folder, max_shard_size=shard_size)
-    tiny_tokenizer().save_pretrained(folder)
-    return folder
+
+    def make(empty: Path) -> None:
+        tiny_model(variant, **options).to(dtype).save_pretrained(empty, max_shard_size=shard_size)
+        tiny_tokenizer().save_pretrained(empty)
+
+    return write_once(folder, f"{VARIANTS[variant]} {shard_size} {dtype} {sorted(options.items())}", make)
 
 
 def tiny_text(words: int, seed: int) -> str:
