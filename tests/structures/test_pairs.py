@@ -76,11 +76,14 @@ CALIBRATIONS = st.fixed_dictionaries(
 )
 
 
-def score(folder, model, calibration, criteria, ranks=1):
-    """Run the importance stage; return its store and the stage."""
-    if not (folder / "model").exists():
-        save_tiny(folder / "model", model.variant, **model.shape)
-        write_documents(folder / "text.jsonl")
+def save(folder, model):
+    """Write the model and its text."""
+    save_tiny(folder / "model", model.variant, **model.shape)
+    write_documents(folder / "text.jsonl")
+
+
+def score(folder, calibration, criteria, ranks=1):
+    """Run the importance stage over what ``save`` wrote; return its store and the stage."""
     settings = {"sequence_length": 24, "text_field": "text", "settled": None, **calibration}
     params = {"calibration": settings, "criteria": sorted(criteria), "dtype": "float32", "add_bos_token": True}
     stage = importance_stage(folder, "pairs", {**params, "seed": SEED})
@@ -101,9 +104,10 @@ def windows_of(store, stage):
 @given(model=MODELS, calibration=CALIBRATIONS, ranks=st.integers(2, 3))
 def test_scores_of_pairs_are_as_defined_on_any_number_of_ranks(tmp_path_factory, model, calibration, ranks):
     folder = tmp_path_factory.mktemp("scores")
-    store, stage = score(folder, model, calibration, OF_ONE_PASS)
+    save(folder, model)
+    store, stage = score(folder, calibration, OF_ONE_PASS)
     scores, windows = scores_of(store, stage), windows_of(store, stage)
-    again = scores_of(*score(folder, model, calibration, OF_ONE_PASS, ranks))
+    again = scores_of(*score(folder, calibration, OF_ONE_PASS, ranks))
     assert scores.keys() == again.keys() and all(torch.equal(again[name], it) for name, it in scores.items())
 
     dense = model.tiny()
@@ -213,9 +217,10 @@ def test_pairs_go_through_budget_allocation_refit_and_surgery(
 ):
     assume(method.protect_last < model.layers)
     folder = tmp_path_factory.mktemp("pruned")
-    scored = score(folder, model, calibration, [method.criterion])
+    save(folder, model)
     checkpoint = open_checkpoint(folder / "model")
     ratio = reachable(checkpoint, share, method)
+    scored = score(folder, calibration, [method.criterion])
     store, stage = prune(folder, scored, ratio, method)
     again, _ = prune(folder, scored, ratio, method, ranks)
     pruned, other = store.path(stage.id), again.path(stage.id)
