@@ -63,7 +63,7 @@ def trained_and_merged(checkpoint, folder, windows):
     model = get_peft_model(dense, adapter)
     optimizer = torch.optim.AdamW([it for it in model.parameters() if it.requires_grad], lr=1e-2)
     losses = []
-    for _ in range(6):
+    for _ in range(3):
         losses.append(model(input_ids=windows, labels=windows).loss)
         losses[-1].backward()
         optimizer.step()
