@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import json
 import re
@@ -73,7 +74,6 @@ def test_scores_are_those_of_autograd(checkpoint_of, model_type):
 def test_products_of_neurons_weights_are_those_of_autograd(checkpoint_of, model_type):
     """Also where gate and up are one matrix."""
     checkpoint = checkpoint_of(model_type)
-    require_own_weights(checkpoint)
     criteria = [CRITERIA["coupled_taylor"], CRITERIA["weight_taylor_second_order"]]
     found = scorer_of(checkpoint, SoloWorld(), criteria).score([range(2)]).kinds["neurons"].exact
     units, model = checkpoint.units, dense_of(checkpoint).double().requires_grad_()
@@ -187,34 +187,50 @@ def test_layer_after_layer_is_the_whole_model(checkpoint_of, model_type):
 
 
 @every_decoder
-@pytest.mark.parametrize("method", ["dense", "layerwise", "block"])
-def test_a_refit_lowers_the_error(checkpoint_of, tmp_path, model_type, method):
+def test_refits_lower_the_error(checkpoint_of, tmp_path, model_type):
+    """One layer after another, where the family allows that, and all layers on dense activations."""
     checkpoint = checkpoint_of(model_type)
-    if method != "dense" and checkpoint.family.no_sequence:
-        pytest.skip(checkpoint.family.no_sequence)
-    layers = range(3)
-    units = {"neurons": [torch.arange(2, 20)] * 3}
-    if "kv_groups" in kinds_of(checkpoint) and method != "block":
-        others = torch.tensor([1]) if model_type in SEEING else torch.arange(2)  # models of images must stay plain
-        units["kv_groups"] = [torch.tensor([0])] + [others] * 2
-    kept = Kept(tuple(layers), units)
     windows_ST = torch.randint(3, 64, (24, 12), generator=torch.Generator().manual_seed(2))
     options = {"world": SoloWorld(), "windows_ST": windows_ST, "micro_batch_size": 6}
-    fitted = refit(method, checkpoint, kept, tmp_path / "fit", **options)
-    for report in fitted.reports(layers):
-        for fit in report.values():
-            assert fit.error_after < fit.error_before or fit.error_before < 1e-9
-    dense, model = dense_of(checkpoint), masked(checkpoint, kept)
-    write(checkpoint, kept, tmp_path / "pruned")
-    pruned = load_causal_lm(tmp_path / "pruned", torch.float32)
-    for number in layers:
+    dense_STV = log_probabilities(dense_of(checkpoint), windows_ST)
+
+    def lost(model):
+        return (dense_STV.exp() * (dense_STV - log_probabilities(model, windows_ST))).sum()
+
+    attention = {"kv_groups": groups_kept(model_type)} if "kv_groups" in kinds_of(checkpoint) else {}
+    refits = [(("dense",), attention)]
+    if not checkpoint.family.no_sequence:
+        refits = [(("dense", "layerwise"), attention), (("block",), {})]
+    for methods, others in refits:
+        kept = Kept(tuple(range(3)), {"neurons": [torch.arange(2, 20)] * 3, **others})
+        write(checkpoint, kept, tmp_path / methods[0])
+        cut, before = load_causal_lm(tmp_path / methods[0], torch.float32), lost(masked(checkpoint, kept))
+        for method in methods:
+            fitted = refit(method, checkpoint, kept, tmp_path / f"{method} fit", **options)
+            assert lost(with_weights(cut, checkpoint, fitted)) < before, method
+            for fit in (fit for report in fitted.reports(range(3)) for fit in report.values()):
+                assert fit.error_after < fit.error_before or fit.error_before < 1e-9, method
+
+
+@torch.no_grad()
+def log_probabilities(model, windows_ST):
+    return model(input_ids=windows_ST).logits.log_softmax(-1)
+
+
+def groups_kept(model_type):
+    """Return some KV groups of each layer; models of images must stay plain."""
+    others = torch.tensor([1]) if model_type in SEEING else torch.arange(2)
+    return [torch.tensor([0]), others, others]
+
+
+def with_weights(model, checkpoint, fitted):
+    """Return a copy of a pruned model that has refitted weights."""
+    model = copy.deepcopy(model)
+    for number in range(3):
         prefix = checkpoint.units.tensor(number, "")
         for name, weight in fitted.weights(number, like=torch.zeros(1)).items():
-            pruned.get_parameter(prefix + name).data = weight
-    with torch.no_grad():
-        log_p, *logs_q = (it(input_ids=windows_ST).logits.log_softmax(-1) for it in (dense, model, pruned))
-    before, after = ((log_p.exp() * (log_p - log_q)).sum() for log_q in logs_q)
-    assert after < before
+            model.get_parameter(prefix + name).data = weight
+    return model
 
 
 @every_family
