@@ -17,7 +17,7 @@ import pytest
 import torch
 from families import EXPERTS, save_model, with_experts
 from families_lora import trained_and_merged
-from families_masked import through_layers
+from families_masked import assert_same, dense_of, through_layers
 from families_ranks import assert_two_ranks_have_the_bits_of_one
 from masking import write
 from mixtures import KIND, definition, experts_of, some_kept
@@ -63,7 +63,9 @@ def checkpoint_of(tmp_path_factory):
     @functools.cache
     def made(name, structure=NEURONS):
         changes = MORE_EXPERTS.get(name, {}) | (with_experts(name, 8) if structure == WHOLE else {})
-        return open_checkpoint(save_model(tmp_path_factory.mktemp(name) / "model", name, **changes))
+        checkpoint = open_checkpoint(save_model(tmp_path_factory.mktemp(name) / "model", name, **changes))
+        require_own_weights(checkpoint)
+        return checkpoint
 
     return made
 
@@ -112,7 +114,7 @@ def never_chosen(layer, gone_E):
 
 def masked(checkpoint, kept):
     """Return the dense model with zero outputs of neurons that go, and a router that never chooses experts that go."""
-    model = load(checkpoint.path)
+    model = dense_of(checkpoint)
     for layer, rows in zip(kept.layers, kept.units.get(WHOLE, ()), strict=False):
         if len(rows):
             never_chosen(model.model.layers[layer], gone_of(checkpoint.structures[WHOLE], kept, layer).flatten())
@@ -130,11 +132,6 @@ def masked(checkpoint, kept):
             else:
                 module.down_proj.data.transpose(1, 2)[gone_EN] = 0
     return model
-
-
-def assert_same(ours, theirs):
-    """Check that logits differ by at most 1e-5 of the largest."""
-    assert (ours - theirs).abs().max() <= 1e-5 * theirs.abs().max()
 
 
 def as_modules_have_it(folder, target, model_type):
@@ -170,7 +167,6 @@ def assert_pruned_is_masked(checkpoint, kept, folder):
     assert is_plain(checkpoint, kept.shape)
     write(checkpoint, kept, folder)
     smaller, loaded, dense = open_checkpoint(folder), load(folder), masked(checkpoint, kept)
-    require_own_weights(checkpoint)
     require_own_weights(smaller)
     assert type(loaded).__module__.startswith("transformers.")
     assert_same(logits_of(loaded), logits_of(dense))
@@ -200,6 +196,7 @@ def test_a_pruned_checkpoint_is_the_masked_model(checkpoint_of, tmp_path, model_
     checkpoint = checkpoint_of(model_type, structure)
     if fused:
         checkpoint = as_modules_have_it(checkpoint.path, tmp_path / "fused", model_type)
+        require_own_weights(checkpoint)
         assert not checkpoint.family.experts.each
     kept = some_kept(checkpoint, SHARES[structure][0], structure, groups=groups and not checkpoint.family.whole_groups)
     assert_pruned_is_masked(checkpoint, kept, tmp_path / "pruned")
@@ -212,6 +209,7 @@ def test_a_list_of_equal_numbers_is_one(checkpoint_of, tmp_path):
     config = json.loads(file.read_text())
     file.write_text(json.dumps(config | {"moe_topk": [2] * 3, "moe_intermediate_size": [24] * 3}))
     checkpoint = open_checkpoint(tmp_path / "model")
+    require_own_weights(checkpoint)
     assert_pruned_is_masked(checkpoint, some_kept(checkpoint, 2 / 3), tmp_path / "pruned")
     file.write_text(json.dumps(config | {"moe_topk": [2, 1, 2]}))
     with pytest.raises(
@@ -231,6 +229,7 @@ def test_what_is_around_experts_computes_the_same(checkpoint_of, tmp_path, model
 @pytest.mark.parametrize("model_type", ["phimoe", "lfm2_moe", "kimi_linear"])
 def test_files_may_have_what_modules_have(checkpoint_of, tmp_path, model_type):
     checkpoint = as_modules_have_it(checkpoint_of(model_type).path, tmp_path / "fused", model_type)
+    require_own_weights(checkpoint)
     assert not checkpoint.family.experts.each and not checkpoint.names.pairs
     assert_pruned_is_masked(checkpoint, some_kept(checkpoint, 2 / 3), tmp_path / "pruned")
 
@@ -273,7 +272,7 @@ def scorer_of(checkpoint, world):
 
 @further
 def test_scores_are_those_that_are_defined(checkpoint_of, model_type):
-    checkpoint, model = checkpoint_of(model_type), load(checkpoint_of(model_type).path)
+    checkpoint, model = checkpoint_of(model_type), dense_of(checkpoint_of(model_type))
     units = {it.kind: it for it in checkpoint.pruned_kinds([NEURONS])}
     others = {
         (kind, layer): it.tensor(layer, it.output)
@@ -312,7 +311,7 @@ def test_a_refit_lowers_the_error(checkpoint_of, tmp_path, model_type, fused, gr
     for number, report in enumerate(fitted.reports(kept.layers)):
         assert report.keys() == {kind for kind, rows in kept.units.items() if len(rows[number])}
         assert all(it.error_after < it.error_before for it in report.values())
-    dense, cut, better = (load(it) for it in (checkpoint.path, tmp_path / "cut", tmp_path / "fitted"))
+    dense, (cut, better) = dense_of(checkpoint), (load(tmp_path / it) for it in ("cut", "fitted"))
     assert type(better).__module__.startswith("transformers.")
     if model_type != "minimax":  # its layers amplify the first ones' losses by more than a refit recovers
         assert divergence(dense, better) < divergence(dense, cut)
@@ -421,7 +420,8 @@ def test_pruning_twice_is_pruning_once(checkpoint_of, tmp_path, model_type, stru
 @torch.no_grad()
 def test_layer_after_layer_is_the_whole_model(checkpoint_of, model_type, dtype):
     checkpoint = checkpoint_of(model_type)
-    through_layers(checkpoint, load(checkpoint.path, dtype), WINDOWS)
+    model = dense_of(checkpoint) if dtype == torch.float32 else load(checkpoint.path, dtype)
+    through_layers(checkpoint, model, WINDOWS)
 
 
 @every_mixture
@@ -433,7 +433,7 @@ def test_lora_trains_and_merges_and_leaves_experts_as_they_are(checkpoint_of, tm
     before, after = (load_file(folder / "model.safetensors") for folder in (checkpoint.path, tmp_path / "merged"))
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert {checkpoint.names.in_modules(name) for name in changed} == set(read_adapter(tmp_path / "adapter").factors)
-    saved = PeftModel.from_pretrained(load(checkpoint.path), tmp_path / "adapter")
+    saved = PeftModel.from_pretrained(dense_of(checkpoint), tmp_path / "adapter")
     assert torch.equal(logits_of(saved.eval()), theirs)
 
 
