@@ -3,8 +3,8 @@
 The server has computed nothing: it has one thread and no process group. Every process that it forks gets a session,
 an environment, a folder, streams and seeds of its own, runs its script as ``__main__``, and starts its own project
 processes in the same way; all but pytest's workers, whose tests start real ones as well. The server starts and watches
-ranks with an agent that behaves as torchrun does, instead of torchrun; every kind of stage also runs under torchrun in
-at least one test.
+ranks with an agent that behaves as torchrun does, instead of torchrun. All kinds of stages but
+loraprune also run in an interpreter of their own in at least one test, and some of them in several under torchrun.
 
 Since all forks share the server's hash seed and its environment at import time, real processes remain the reference.
 """

@@ -64,12 +64,12 @@ def run_stage(
     ranks: int = 1,
     *,
     environment: dict[str, str] | None = None,
-    torchrun: bool = False,
+    interpreters: bool = False,
     **runtime: object,
 ) -> subprocess.CompletedProcess[str]:
     """Lay a stage out and run it to its end, as ``run_ranks`` does."""
     write_stage_file(store, stage, **runtime)
-    return run_ranks(store, stage, ranks, environment=environment, torchrun=torchrun)
+    return run_ranks(store, stage, ranks, environment=environment, interpreters=interpreters)
 
 
 def run_ranks(
@@ -78,18 +78,19 @@ def run_ranks(
     ranks: int = 1,
     *,
     environment: dict[str, str] | None = None,
-    torchrun: bool = False,
+    interpreters: bool = False,
 ) -> subprocess.CompletedProcess[str]:
     """Run a stage that is already laid out to its end, with one thread per rank so that its bits can be compared.
 
     Args:
-        torchrun: whether ranks are interpreters started by torchrun, rather than forks (fork_server.py).
+        interpreters: whether ranks are interpreters, several of them started by torchrun, rather than forks
+            (fork_server.py).
     """
-    launcher = _torchrun(ranks) if torchrun or ranks > 1 else []
+    launcher = _torchrun(ranks) if ranks > 1 else []
     script = ROOT / "launch" / "stage" / "run.py"
     command = [sys.executable, *launcher, str(script), str(store.root), stage.id]
     return subprocess.run(
-        command if torchrun else forked(command),
+        command if interpreters else forked(command),
         env={**os.environ, "OMP_NUM_THREADS": "1", "RANK": "0", **(environment or {})},
         capture_output=True,
         text=True,

@@ -71,8 +71,8 @@ def write_stage_file(source, folder, passes=6, **settings):
     return Store(folder / "store"), Stage("distill", "tiny", params, inputs)
 
 
-def finish(store, stage, ranks, torchrun=False):
-    result = run_stage(store, stage, ranks, torchrun=torchrun, **RUNTIME)
+def finish(store, stage, ranks, interpreters=False):
+    result = run_stage(store, stage, ranks, interpreters=interpreters, **RUNTIME)
     assert result.returncode == 0, result.stderr[-2000:]
     return result.stdout
 
@@ -126,7 +126,7 @@ def test_plain_transformers_loads_a_closer_model(source, uninterrupted):
 def test_other_numbers_of_ranks_come_close(source, uninterrupted, tmp_path, ranks):
     """Three ranks have more places than a step has windows: the places left over must not count."""
     store, stage = write_stage_file(source, tmp_path)
-    finish(store, stage, ranks, torchrun=ranks == 1)
+    finish(store, stage, ranks, interpreters=ranks == 1)
     assert losses_of(store, stage) == pytest.approx(losses_of(*uninterrupted), rel=1e-3)
     # Adam would hide a gradient that is too large by a factor, such as the number of ranks.
     norms = losses_of(store, stage, "grad_norm")

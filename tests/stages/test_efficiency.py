@@ -78,9 +78,9 @@ def test_the_dense_model_is_as_fast_as_itself(source, tmp_path):
 
 
 @pytest.mark.slow
-def test_it_runs_under_torchrun(source, tmp_path):
+def test_it_runs_in_an_interpreter_of_its_own(source, tmp_path):
     store, stage = Store(tmp_path), stage_of(source, batch_sizes=[1], prompt_tokens=[4])
-    result = run_stage(store, stage, torchrun=True)
+    result = run_stage(store, stage, interpreters=True)
     assert result.returncode == 0, result.stderr[-2000:]
     assert len(metrics_of(store, stage)["runs"]) == 1
 

@@ -91,10 +91,10 @@ def test_anyone_can_recompute_the_scores_from_the_windows(on_one_rank):
     assert metrics["tokens"] == 11 * 32 and metrics["documents_used"] == 11
 
 
-@pytest.mark.parametrize(("ranks", "torchrun"), [(2, True), (4, False)])
-def test_any_number_of_ranks_gives_the_same_bits(on_one_rank, ranks, torchrun):
+@pytest.mark.parametrize(("ranks", "interpreters"), [(2, True), (4, False)])
+def test_any_number_of_ranks_gives_the_same_bits(on_one_rank, ranks, interpreters):
     folder, stage, one = on_one_rank
-    many = run_in(folder / str(ranks), stage, ranks, torchrun=torchrun)
+    many = run_in(folder / str(ranks), stage, ranks, interpreters=interpreters)
     assert many.manifest(stage.id)["world_size"] == ranks
     for name, expected in scores_of(one, stage).items():
         assert torch.equal(scores_of(many, stage)[name], expected), name

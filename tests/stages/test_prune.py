@@ -70,7 +70,7 @@ def weights_of(store, stage):
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_real_ranks_write_a_checkpoint_that_plain_transformers_loads(tmp_path, ranks):
     store, stage, scores = prepare(tmp_path, shard_size="20KB")
-    result = run_stage(store, stage, ranks, torchrun=ranks == 1)
+    result = run_stage(store, stage, ranks, interpreters=ranks == 1)
     assert result.returncode == 0, result.stderr[-2000:]
     kept = json.loads((store.path(stage.id) / "kept.json").read_text())["neurons"]
     model = AutoModelForCausalLM.from_pretrained(store.path(stage.id))
@@ -98,9 +98,11 @@ def assert_gates_moved(store, stage, folder):
 @pytest.mark.slow
 @pytest.mark.parametrize(("refit", "samples"), [("dense", 9), ("layerwise", 9), ("block", 64), ("block", 2)])
 def test_refit_has_the_same_bits_on_any_number_of_ranks(tmp_path, refit, samples):
-    """Two samples make one micro-batch, so all ranks but one have nothing to do."""
+    """Two samples make one micro-batch, so all ranks but one have nothing to do. Ranks that are threads try other
+    numbers (tests/refit).
+    """
     weights = []
-    for ranks in (1, 2, 4) if samples > 2 else (1, 2):
+    for ranks in (1, 2, 4) if samples > 9 else (1, 2):
         folder = tmp_path / str(ranks)
         folder.mkdir()
         store, stage, _ = prepare(folder, refit=refit, samples=samples, dtype="bfloat16")
@@ -330,10 +332,10 @@ def test_an_interrupted_search_measures_nothing_twice(tmp_path, monkeypatch):
 
 
 def test_each_criterion_keeps_its_own_neurons(tmp_path):
+    store, template, scores = prepare(tmp_path)
     kept_by = {}
     for criterion in CRITERIA:
-        (tmp_path / criterion).mkdir()
-        store, stage, scores = prepare(tmp_path / criterion, criterion=criterion)
+        stage = Stage("prune", "llama", {**template.params.to_json(), "criterion": criterion}, template.inputs)
         run_solo(store, stage)
         kept = json.loads((store.path(stage.id) / "kept.json").read_text())["neurons"]
         for layer in range(2):
