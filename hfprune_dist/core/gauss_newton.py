@@ -43,7 +43,8 @@ class MlpWeights:
 
     def plus(self, other: MlpWeights, scale: float = 1.0) -> MlpWeights:
         """Return ``self + scale * other``."""
-        return MlpWeights.of(*(a + scale * b for a, b in zip(self.tensors(), other.tensors(), strict=True)))
+        pairs = zip(self.tensors(), other.tensors(), strict=True)
+        return MlpWeights.of(*((scale * b).add_(a) for a, b in pairs))  # into the product, which makes no third tensor
 
     def times(self, other: MlpWeights) -> MlpWeights:
         """Return the product, element by element."""
@@ -192,13 +193,15 @@ def solve_normal_equations(
     solution = MlpWeights.of(*(torch.zeros_like(it) for it in right.tensors()))
     residual, direction = right, inverse(right)
     rho = residual.dot(direction)
-    for _ in range(iterations):
+    for following in reversed(range(iterations)):
         if rho <= 0:  # solved, up to rounding
             break
         image = product(direction).plus(damping.times(direction))
         step = rho / direction.dot(image)
-        solution, residual = solution.plus(direction, step), residual.plus(image, -step)
-        rho_before, preconditioned = rho, inverse(residual)
-        rho = residual.dot(preconditioned)
-        direction = preconditioned.plus(direction, rho / rho_before)
+        solution = solution.plus(direction, step)
+        if following:  # the last direction needs none after it
+            residual = residual.plus(image, -step)
+            rho_before, preconditioned = rho, inverse(residual)
+            rho = residual.dot(preconditioned)
+            direction = preconditioned.plus(direction, rho / rho_before)
     return solution

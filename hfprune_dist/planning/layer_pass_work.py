@@ -226,7 +226,8 @@ def steps(dims: Dimensions, windows: Windows) -> Operations:
 
 def _step(dims: Dimensions, tokens: int, iterations: int) -> Operations:
     """One step: at the current weights, gate and up, the inputs' Gram matrix and the residual; then in each iteration
-    four products forward and four backward, one fewer of each without a gate. Preconditioners are inverted once.
+    four products forward and four backward, one fewer of each without a gate. Preconditioners are inverted once, and
+    applied before each iteration.
     """
     outputs, kept, rows = dims.hidden_size, dims.intermediate_size, dims.row_projections
     product = 2 * outputs * kept
@@ -234,7 +235,7 @@ def _step(dims: Dimensions, tokens: int, iterations: int) -> Operations:
     return Operations(
         products=tokens * (rows + 1 + (rows + 2) * (1 + 2 * iterations)) * product,
         float32=tokens * gram(outputs),
-        own_float32=(iterations + 1) * preconditioned,
+        own_float32=iterations * preconditioned,
         own_float64=inverse(outputs) + inverse(kept),
     )
 

@@ -1,4 +1,5 @@
 from dataclasses import replace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -122,6 +123,16 @@ def test_conjugate_gradients_solve_the_damped_equations():
     left, diagonal = at.backward(at.forward(change)), curvature.diagonal()
     for a, b, v, d in zip(left.tensors(), right.tensors(), change.tensors(), diagonal.tensors(), strict=True):
         torch.testing.assert_close(a + DAMPING * (d + d.mean()) * v, b, rtol=1e-3, atol=1e-2)
+
+
+@pytest.mark.parametrize("iterations", [1, 2, 4])
+def test_an_iteration_costs_one_product_and_one_preconditioning(iterations):
+    weights, x = some()
+    at = Linearized(weights, Biases(), x)
+    curvature, right = curvature_of(at), at.backward(mlp(some(3)[0], Biases(), x) - at.output())
+    product, inverse = Mock(side_effect=lambda v: at.backward(at.forward(v))), Mock(side_effect=curvature.inverse())
+    solve_normal_equations(product, right, Mock(diagonal=curvature.diagonal, inverse=lambda: inverse), iterations)
+    assert product.call_count == inverse.call_count == iterations
 
 
 def test_a_step_or_two_find_weights_that_were_moved_a_little():
