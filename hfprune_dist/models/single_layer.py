@@ -277,6 +277,16 @@ def output_of(layer: nn.Module, units: Units) -> nn.Linear:
     return linear_of(layer, units.output)
 
 
+def reads_alike(layer: nn.Module, other: nn.Module, units: Units) -> bool:
+    """Whether the units' output projection reads the same in two layers with the same residual stream before the units'
+    block, because all weights in between are the same.
+    """
+    parts = (units.block.within(""), *([] if units.block.norm is None else [f"{units.block.norm}."]))
+    ours, theirs = (dict(it.get_submodule(LAYER).named_parameters()) for it in (layer, other))
+    before = [name for name in ours if name.startswith(parts) and not name.startswith(f"{units.output}.")]
+    return all(torch.equal(ours[name], theirs[name]) for name in before)
+
+
 def weights_kept(layer: nn.Module, units: Units, kept: Tensor | None = None) -> dict[str, Tensor]:
     """The remaining part of every parameter that units own a part of, by its name.
 

@@ -185,9 +185,10 @@ def sequential_refit(
     for whole, left in zip(dense.layers, kept.layers, strict=False):
         flops += Operations(tokens * forward(left, length))
         if kv_groups:
-            target = attention_block(whole, length)
-            read = attention_block(left, length) - 2 * left.attention_size * left.hidden_size
-            flops += Operations(tokens * (target + read))
+            flops += Operations(tokens * attention_block(whole, length))
+            if left.attention_size < whole.attention_size:  # otherwise both output projections read the same
+                read = attention_block(left, length) - 2 * left.attention_size * left.hidden_size
+                flops += Operations(tokens * read)
             flops += _fitted_to_targets(left.hidden_size, left.attention_size, tokens)
         read = 2 * left.row_projections * left.hidden_size * left.intermediate_size
         flops += Operations(tokens * (mlp_block(whole) + read))

@@ -28,6 +28,7 @@ from hfprune_dist.models.single_layer import (
     output_for_update,
     output_of,
     put_weights,
+    reads_alike,
     residual_update,
     run,
     weights_kept,
@@ -207,13 +208,18 @@ class SequentialRefit:
 
     def _summed(self, layer: nn.Module, block: _Block, sums: GramSums) -> Iterator[tuple[int, Tensor]]:
         """Yield the targets of every micro-batch of this rank, once its terms for least squares have been added up."""
-        output = output_of(layer, block.units)
+        output, is_mlp = output_of(layer, block.units), block.units is self._mlp
+        is_whole = not is_mlp and reads_alike(layer, block.dense, block.units)
         wanted = self._transfers.to_device((index, block.wanted[index]) for index in self._stream.all_hidden())
         for index, residual_BTC in self._stream.standing():
-            target_NC = self._target(layer, residual_BTC, block, next(wanted)[1])
+            dense_ND = None if is_mlp else self._hidden(block.dense, block, residual_BTC)
+            target_NC = self._target(layer, residual_BTC, block, next(wanted)[1], dense_ND)
             if output.bias is not None:
                 target_NC -= output.bias.float()
-            hidden_NK = self._hidden(layer, block, residual_BTC)
+            hidden_NK = dense_ND if is_whole else None
+            del dense_ND  # before another is made
+            if hidden_NK is None:
+                hidden_NK = self._hidden(layer, block, residual_BTC)
             sums.add(index, vectors_of_targets(output.weight.data, hidden_NK, target_NC))
             del hidden_NK, residual_BTC
             yield index, target_NC
@@ -228,12 +234,18 @@ class SequentialRefit:
         return input_of(output_of(layer, block.units), compute).flatten(0, 1)
 
     @torch.no_grad()
-    def _target(self, layer: nn.Module, residual_BTC: Tensor, block: _Block, wanted_BTC: Tensor) -> Tensor:
-        """What a block should put out, float32 [tokens, hidden_size]."""
-        if block.units is self._mlp:
+    def _target(
+        self, layer: nn.Module, residual_BTC: Tensor, block: _Block, wanted_BTC: Tensor, dense_ND: Tensor | None
+    ) -> Tensor:
+        """What a block should put out, float32 [tokens, hidden_size].
+
+        Args:
+            dense_ND: what the dense block's output projection reads; None for an MLP.
+        """
+        if dense_ND is None:
             own_NC: Tensor = mlp_of(block.dense, self._mlp)(norm_before(layer, self._mlp)(residual_BTC).flatten(0, 1))
         else:
-            own_NC = output_of(block.dense, block.units)(self._hidden(block.dense, block, residual_BTC))
+            own_NC = output_of(block.dense, block.units)(dense_ND)
         residual_NC, output_NC = residual_BTC.flatten(0, 1), own_NC
         own_NC = residual_update(layer, block.units, own_NC)
         if block.gap:

@@ -5,7 +5,17 @@ from tiny import VARIANTS, save_tiny
 from transformers import AutoModelForCausalLM
 
 from hfprune_dist.checkpoints.checkpoint import open_checkpoint
-from hfprune_dist.models.single_layer import LayerReader, output_for_update, part_of, residual_update, run
+from hfprune_dist.models.empty_decoders import LAYER
+from hfprune_dist.models.single_layer import (
+    LayerReader,
+    output_for_update,
+    part_of,
+    put_weights,
+    reads_alike,
+    residual_update,
+    run,
+    weights_kept,
+)
 
 CPU = torch.device("cpu")
 
@@ -59,6 +69,21 @@ def test_a_layer_has_its_own_weights_alone(tmp_path):
     weight = whole.model.layers[2].mlp.down_proj.weight
     assert torch.equal(part_of(layer, "mlp").down_proj.weight, weight)
     assert sum(p.numel() for p in layer.parameters()) == sum(p.numel() for p in whole.model.layers[2].parameters())
+
+
+def test_output_projections_read_alike_if_no_weight_behind_the_residual_stream_differs(tmp_path):
+    checkpoint = open_checkpoint(save_tiny(tmp_path, "qwen3"))
+    reader, groups = LayerReader(checkpoint, torch.float32, CPU), checkpoint.structures["kv_groups"]
+    dense, decisive = reader.layer(0), set()
+    for name, _ in dense.get_submodule(LAYER).named_parameters():
+        changed = reader.layer(0)
+        put_weights(changed, {name: changed.get_parameter(f"{LAYER}.{name}").data + 1})
+        decisive |= set() if reads_alike(changed, dense, groups) else {name.removesuffix(".weight")}
+    projections = {f"self_attn.{it}" for it in ("q_proj", "k_proj", "v_proj", "q_norm", "k_norm")}
+    assert decisive == {"input_layernorm", *projections}
+    cut = reader.layer(0)
+    put_weights(cut, weights_kept(cut, groups, torch.arange(groups.counts[0] - 1)))
+    assert not reads_alike(cut, dense, groups)
 
 
 @torch.no_grad()
