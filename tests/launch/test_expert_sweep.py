@@ -1,5 +1,7 @@
 """A sweep over a mixture of experts with the default methods and the one for whole experts, from command to tables."""
 
+import shutil
+
 import pytest
 import torch
 import yaml
@@ -9,6 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from hfprune_dist.checkpoints.checkpoint import open_checkpoint
 from hfprune_dist.checkpoints.token_costs import TokenCosts
+from hfprune_dist.store.atomic_files import read_json
 
 pytestmark = pytest.mark.slow
 
@@ -61,11 +64,18 @@ def test_whole_experts_come_to_a_row_too(finished):
 
 
 def test_recovery_has_the_same_bits_sharded_and_whole(config, finished, tmp_path):
-    """This also holds where routers stay in float32 and everything else is bfloat16."""
-    begin_with(tmp_path / "out", finished[0], "importance", "prune", "reference")
-    finish(config, tmp_path / "out", *ARGUMENTS, "--set", "runtime.sharding=zero3")
-    sharded, whole = (artifacts(out, "recover") for out in (tmp_path / "out", finished[0]))
-    assert len(whole) > 2 and sharded == whole
+    """This also holds where routers stay in float32 and everything else is bfloat16; one result is made again, too."""
+    out = tmp_path / "out"
+    begin_with(out, finished[0], "importance", "prune", "reference", "evaluate")
+    (last,) = (it for it in out.glob("store/evaluate/*") if label_of(it) == "moe 0.2 hfprune-experts + lora")
+    shutil.rmtree(last)
+    finish(config, out, *ARGUMENTS, "--set", "runtime.sharding=zero3")
+    sharded, whole = (artifacts(it, "recover") for it in (out, finished[0]))
+    assert len(whole) > 2 and sharded == whole and last.exists()
+
+
+def label_of(artifact):
+    return read_json(artifact / "manifest.json")["stage"]["label"]
 
 
 def test_a_second_run_starts_no_stage_and_a_dry_run_tells_what_is_left_out(config, finished):
