@@ -37,7 +37,7 @@ def inputs(pristine, tmp_path):
 
 @pytest.fixture
 def refusal(inputs, tmp_path, monkeypatch, capsys):
-    """Return the message with which a sweep and its dry run refuse the inputs."""
+    """Return the message with which a sweep and its dry run refuse the inputs, or one of the two alone."""
 
     class Stages:
         def __init__(self, *_):
@@ -46,8 +46,8 @@ def refusal(inputs, tmp_path, monkeypatch, capsys):
         def run(self, stage, _):
             pytest.fail(f"{stage.kind} {stage.label} began")
 
-    def message(*arguments):
-        return [_refuse(inputs, tmp_path / "out", capsys, *arguments, *dry) for dry in (["--dry-run"], [])][-1]
+    def message(*arguments, ways=(["--dry-run"], [])):
+        return [_refuse(inputs, tmp_path / "out", capsys, *arguments, *way) for way in ways][-1]
 
     monkeypatch.setattr(sweep_run, "LocalBackend", Stages)
     return message
@@ -141,9 +141,11 @@ UNREADABLE = [
 @pytest.mark.parametrize("key", [CALIBRATION, PAIRS])
 @pytest.mark.parametrize(("name", "content", "expected"), UNREADABLE, ids=[name for name, *_ in UNREADABLE])
 def test_unreadable_text(inputs, refusal, key, name, content, expected):
+    """A dry run reads it as text and a sweep as pairs, because both ask the same readers."""
     file = inputs / name
     file.write_bytes(content.encode() if isinstance(content, str) else content)
-    assert_parts(refusal("--set", f"{key}={file}"), *expected)
+    way = ["--dry-run"] if key == CALIBRATION else []
+    assert_parts(refusal("--set", f"{key}={file}", ways=[way]), *expected)
 
 
 TOO_SHORT = [
@@ -484,6 +486,17 @@ def test_a_chat_template_is_needed_where_it_is_applied(refusal):
 
 
 # Tasks.
+
+
+def test_a_misspelt_task(refusal, tmp_path, monkeypatch):
+    """lm-eval's index reads all tasks that are beside it, which takes 12 s; here there are a few of them."""
+    from lm_eval.tasks import manager
+
+    shutil.copytree(Path(manager.__file__).parent / "arc", tmp_path / "shipped" / "arc")
+    monkeypatch.setattr(manager, "__file__", str(tmp_path / "shipped" / "manager.py"))
+    message = refusal("--set", "evaluation.tasks=[tiny_choise, arc_esy, arc_easy]")
+    assert_parts(message, "'tiny_choise'; did you mean 'tiny_choice'?", "'arc_esy'; did you mean 'arc_easy'?\n")
+    assert "'arc_easy';" not in message
 
 
 def tasks_gone(inputs):

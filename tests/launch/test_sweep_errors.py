@@ -28,7 +28,6 @@ def refused(config, out, *arguments):
         (["--set", "calibration.samples=few"], ["calibration.samples", "integer"]),
         (["--set", "samples"], ["--set 'samples'", "key=value"]),
         (["--set", "calibration.path=nowhere.jsonl"], ["nowhere.jsonl", "No such file"]),
-        (["--set", "evaluation.tasks=[tiny_choise]"], ["tiny_choise", "tiny_choice"]),
         (["--set", "calibration.name=2024-13-45"], ["2024-13-45", "not a YAML value", "month"]),
         (["--set", "calibration={samples: 3, samples: 4}"], ["the key 'samples' appears twice"]),
         (["--set", "calibration.dataset=wikitext"], ["path (", "dataset (wikitext)", "set one of them to null"]),
