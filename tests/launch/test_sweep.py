@@ -34,20 +34,36 @@ ONE_CELL = ["--models", "alpha", "--ratios", "0.2"]
 WITHOUT_RECOVERY = [*ONE_CELL, "--set", "recovery.method=none"]
 
 
+# What the cell's row stands on, in order; its baselines stand on others.
+SCORES, PRUNE, RECOVER, EVALUATE = (
+    "importance alpha",
+    "prune alpha 0.2",
+    "recover alpha 0.2",
+    "evaluate alpha 0.2 + lora",
+)
+
+
 @pytest.fixture
 def short_of(finished, tmp_path):
-    """Make a copy of the finished sweep that lacks the artifacts of some kinds of stages and the record of its rows."""
+    """Make a copy of the finished sweep that lacks the artifacts of some stages and the record of its rows."""
 
-    def copy(*kinds):
+    def copy(*stages):
         out = tmp_path / "out"
         shutil.copytree(finished[0], out)
-        for name in (*kinds, "work"):
-            shutil.rmtree(out / "store" / name, ignore_errors=True)
+        for stage in stages:
+            shutil.rmtree(out / "store" / id_of(finished[0], stage))
+        shutil.rmtree(out / "store" / "work", ignore_errors=True)
         shutil.rmtree(out / "logs")
         (out / "sweep.json").unlink()
         return out
 
     return copy
+
+
+def id_of(out, stage):
+    """Return the id of a stage, which is named by its kind and label."""
+    stages = json.loads((out / "sweep.json").read_text())["stages"]
+    return next(f"{it['kind']}/{it['fingerprint']}" for it in stages if f"{it['kind']} {it['label']}" == stage)
 
 
 def assert_same_as(finished_out, out):
@@ -194,18 +210,6 @@ def test_all_three_reports_agree_and_keep_the_configuration(finished, config):
     assert manifest["config"] == resolved and manifest["provenance"]["packages"]["torch"]
 
 
-def test_torchrun_starts_the_ranks_and_nothing_stays_in_the_systems_temporary_folder(config, short_of, tmp_path):
-    """Only the pruned model without recovery has yet to be evaluated."""
-    temporary = tmp_path / "tmp"
-    temporary.mkdir()
-    out = short_of()
-    environment = {"TMPDIR": str(temporary), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}  # torch's own
-    result = finish(config, out, *WITHOUT_RECOVERY, environment=environment, real=True)
-    assert "1 of 5 stages to run, 2 ranks each" in result.stdout
-    assert [row["status"] for row in results(out)] == ["done"] * 2
-    assert list(temporary.iterdir()) == []
-
-
 def test_a_second_run_runs_nothing(finished, config):
     out, _ = finished
     before = {file: file.stat().st_mtime_ns for file in (out / "store").rglob("*") if file.is_file()}
@@ -289,16 +293,17 @@ def all_gone(processes):
     return not any(process.is_running() and process.status() != psutil.STATUS_ZOMBIE for process in processes)
 
 
-def at_work(out, kind):
-    """Check whether ranks have begun or ended a stage of that kind."""
+def at_work(out, stage_id):
+    """Check whether ranks have begun or ended a stage; an asterisk stands for any fingerprint."""
     store = out / "store"
-    return list((store / "work" / kind).glob("*/progress.json")) or list((store / kind).glob("*/manifest.json"))
+    return [*store.glob(f"work/{stage_id}/progress.json"), *store.glob(f"{stage_id}/manifest.json")]
 
 
-def test_killing_the_launcher_at_any_moment(finished, config, tmp_path):
+def test_killing_the_launcher_at_any_moment(finished, config, short_of):
     """It is killed before it has planned, and during stages of every kind."""
-    out = tmp_path / "out"
-    moments = [lambda: True, *(lambda kind=kind: at_work(out, kind) for kind in ("importance", "recover", "evaluate"))]
+    out = short_of(SCORES, PRUNE, RECOVER, EVALUATE)
+    ids = [id_of(finished[0], stage) for stage in (SCORES, RECOVER, EVALUATE)]
+    moments = [lambda: True, *(lambda stage_id=stage_id: at_work(out, stage_id) for stage_id in ids)]
     for moment in moments:
         launcher = start(config, out, *ONE_CELL)
         wait_for(moment)
@@ -315,7 +320,7 @@ def test_no_rank_outlives_its_launcher(config, tmp_path):
     out = tmp_path / "out"
     sleeping = {"PYTHONPATH": str(FAULTS), "SLOW_MATCH": "partial", "SLOW_S": "600"}
     launcher = start(config, out, *ONE_CELL, "--ranks", "1", real=True, environment=sleeping)
-    wait_for(lambda: at_work(out, "importance"))
+    wait_for(lambda: at_work(out, "importance/*"))
     started = descendants_of(launcher)
     assert len(started) >= 2, "torchrun and a rank"
     launcher.kill()
@@ -325,9 +330,8 @@ def test_no_rank_outlives_its_launcher(config, tmp_path):
 
 def test_killing_a_rank_of_one_stage_after_another(finished, config, short_of):
     """Each time, cells that don't need the stage are finished; the next sweep goes on to the next stage."""
-    kinds = ("importance", "recover", "evaluate")
-    out = short_of("prune", *kinds)
-    for kind in kinds:
+    out = short_of(SCORES, PRUNE, RECOVER, EVALUATE, "evaluate alpha dense")
+    for kind in ("importance", "recover", "evaluate"):
         result = sweep(config, out, *ONE_CELL, environment=killing(0, 6, f"work/{kind}"))
         assert result.returncode == 1
         assert f"failed {kind}" in result.stdout and "a rank died without a message" in result.stdout
@@ -340,7 +344,7 @@ def test_killing_a_rank_of_one_stage_after_another(finished, config, short_of):
 
 
 def test_ctrl_c_leaves_nothing_running_and_nothing_half_written(finished, config, short_of):
-    out = short_of("importance", "prune", "recover")  # without a checkpoint, so that all of it is needed
+    out = short_of(SCORES, PRUNE, RECOVER)  # without a checkpoint, so that all of it is needed
     launcher = start(config, out, *ONE_CELL, real=True)
     wait_for(lambda: list((out / "store" / "work").glob("*/*/stage.json")) and len(descendants_of(launcher)) >= 3)
     started = descendants_of(launcher)
@@ -358,7 +362,7 @@ def test_ctrl_c_leaves_nothing_running_and_nothing_half_written(finished, config
 
 
 def test_two_sweeps_at_once_share_the_work(finished, config, short_of):
-    out = short_of("importance", "prune")
+    out = short_of(SCORES, PRUNE)
     sweeps = [start(config, out, *WITHOUT_RECOVERY) for _ in range(2)]
     outputs = [process.communicate(timeout=600)[0] for process in sweeps]
     assert [process.returncode for process in sweeps] == [0, 0], outputs
@@ -378,7 +382,7 @@ def test_a_full_disk(config, tmp_path):
         assert "No space left on device" in result.stdout + result.stderr and "Traceback" not in result.stderr
         assert not list((disk / "out" / "store").rglob(".draft*"))
         subprocess.run(["mount", "-o", "remount,size=16m", str(disk)], check=True)
-        result = sweep(config, disk / "out", *WITHOUT_RECOVERY)
+        result = sweep(config, disk / "out", *WITHOUT_RECOVERY, "--ranks", "1")
         assert result.returncode == 0, result.stdout
     finally:
         subprocess.run(["umount", str(disk)], check=True)

@@ -1,6 +1,5 @@
 """The project as others install it: a wheel in its own venv, away from any clone."""
 
-import json
 import os
 import shutil
 import subprocess
@@ -14,17 +13,17 @@ import yaml
 from hfprune_launch.project import PROJECT, Project
 from hfprune_launch.slurm.code_snapshot import take_snapshot
 from ranks import ROOT
-from sweeps import artifacts, finish, make_inputs
+from sweeps import finish, make_inputs, results, without_costs
 
 import hfprune_dist
+from hfprune_dist.store.atomic_files import read_json
 
 pytestmark = pytest.mark.slow
 PARTS = ["pyproject.toml", "hfprune_dist", "launch", "slurm", "configs", "README.md", ".gitignore"]
 GIT = ["git", "-c", "user.name=a", "-c", "user.email=a@b"]
 OFFLINE = ["--quiet", "--no-deps", "--no-index", "--disable-pip-version-check"]
 # Five stages.
-ONE_CELL = ["--models", "alpha", "--ratios", "0.2", "--methods", "hfprune", "--ranks", "1"]
-ONE_CELL += ["--set", "recovery.method=none", "--set", "evaluation.tasks=[]"]
+ONE_CELL = ["--models", "alpha", "--ratios", "0.2", "--methods", "hfprune", "--set", "recovery.method=none"]
 
 
 def call(*command, **options):
@@ -92,19 +91,33 @@ def test_a_wheel_knows_the_shipped_configurations_by_the_names_they_have_in_a_cl
 
 
 def test_a_wheel_takes_up_a_sweep(installed, tmp_path):
-    """A sweep begun in a clone lacks its pruned checkpoint; ranks of the wheel make the same one."""
+    """A sweep begun in a clone lacks the pruned model's results; ranks of the wheel, which torchrun starts, come to the
+    same ones, and nothing stays in the system's temporary folder.
+    """
     config, out = make_inputs(tmp_path / "inputs"), tmp_path / "out"
-    finish(config, out, *ONE_CELL)
-    before = artifacts(out, "prune")
-    shutil.rmtree(out / "store" / "prune")
+    finish(config, out, *ONE_CELL, "--ranks", "1")
+    before = [without_costs(row) for row in results(out)]
+    shutil.rmtree(evaluation_of_pruned(out))
     (out / "report.html").unlink()
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    away = tmp_path / "away"
-    away.mkdir()
+    away, temporary = tmp_path / "away", tmp_path / "tmp"
+    for folder in (away, temporary):
+        folder.mkdir()
+    places = {"TMPDIR": str(temporary), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}  # torch's own
+    environment = {**os.environ, **places, "OMP_NUM_THREADS": "1"}
     shown = call(installed.hfprune, "sweep", "--config", config, "--out", out, *ONE_CELL, cwd=away, env=environment)
-    assert "1 of 5 stages to run" in shown and artifacts(out, "prune") == before
+    assert "1 of 5 stages to run, 2 ranks each" in shown
+    assert [without_costs(row) for row in results(out)] == before
+    assert list(temporary.iterdir()) == []
     assert "alpha 0.2" in (out / "report.html").read_text(), "its styles and script are in the wheel"
-    (manifest,) = (out / "store" / "prune").glob("*/manifest.json")
-    provenance = json.loads(manifest.read_text())["provenance"]
+    manifest = read_json(evaluation_of_pruned(out) / "manifest.json")
+    provenance = manifest["provenance"]
+    assert manifest["world_size"] == 2
     assert (provenance["hfprune_dist"], provenance["git_commit"]) == (hfprune_dist.__version__, installed.commit)
     assert provenance["dirty_diff_sha256"] is None
+
+
+def evaluation_of_pruned(out):
+    """Return the artifact that has a pruned model's results."""
+    found = (out / "store" / "evaluate").iterdir()
+    (folder,) = [it for it in found if read_json(it / "manifest.json")["stage"]["label"] == "alpha 0.2"]
+    return folder
