@@ -7,6 +7,7 @@ import os
 import re
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -26,6 +27,8 @@ SCRIPT = ROOT / "slurm" / "cluster.sh"
 SLOWLY = {"PYTHONPATH": str(FAULTS), "SLOW_MATCH": "progress.json", "SLOW_S": "0.5"}
 # Jobs of a launcher that is a fork start ranks that are forks, too: only where nothing ends or signals a rank.
 FORKED_RANKS = {EXECUTABLE: str(ROOT / "tests" / "forked_rank.sh")}
+# A stage's first ranks, which the test ends or signals, are interpreters; those that go on after them are forks.
+FORKED_SUCCESSORS = {**FORKED_RANKS, "INTERPRETER": sys.executable, "INTERPRETED_STARTS": "1"}
 CONTROL = "recover alpha dense"
 DENSE = "evaluate alpha dense"
 PRUNE = "prune alpha 0.2"

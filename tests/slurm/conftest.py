@@ -3,8 +3,8 @@
 Most of a disturbed sweep's time is spent waiting: for time limits, for Slurm, for a launcher's next look. So tests
 marked ``beside`` all start together, each in its own thread, when the folder's first test starts; each test then
 waits for the end of its thread. Tests of one lane, ``beside("name")``, run one after another. They take only
-session fixtures and must not disturb each other: what belongs to a whole cluster (its controller, its accounting,
-its configuration) is for the lane "disturbed", nodes n3 and n4 for the lane "nodes".
+fixtures that last for all of them and must not disturb each other: what belongs to a whole cluster (its controller, its
+accounting, its configuration) is for the lane "disturbed", nodes n3 and n4 for the lane "nodes".
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def pytest_configure(config):
     config.addinivalue_line("markers", "beside(lane): starts with the first test of tests/slurm, in a thread")
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def _slurm():
     path = f"{os.environ['PATH']}:/usr/sbin"
     if not all(shutil.which(name, path=path) for name in ("slurmctld", "slurmd", "slurmdbd", "sbatch", "munged")):
@@ -44,7 +44,7 @@ def _slurm():
         pytest.skip(message)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def new_cluster(_slurm):
     """A context manager for a cluster with its own folder and twelve ports, which is taken down at the end."""
 
@@ -62,7 +62,7 @@ def new_cluster(_slurm):
     return folder_of
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def cluster(new_cluster):
     """Jobs that ask for nothing else run on n1 and n2: n3 and n4 are for tests that take nodes away from jobs.
 
@@ -74,7 +74,7 @@ def cluster(new_cluster):
         yield started
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def disturbed(new_cluster):
     """A cluster that may be disturbed in every part: its controller, its accounting, its configuration."""
     with new_cluster(DISTURBED_PORT_BASE) as started:
@@ -86,12 +86,12 @@ def disturbed(new_cluster):
         yield started
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def config(tmp_path_factory):
     return make_inputs(tmp_path_factory.mktemp("inputs"))
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def finished(config, tmp_path_factory):
     """The sweep on this machine, without Slurm, with whose results every sweep on a cluster must end."""
     out = tmp_path_factory.mktemp("finished") / "out"
@@ -99,7 +99,7 @@ def finished(config, tmp_path_factory):
     return out
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def code(tmp_path_factory):
     """The code of jobs as an earlier sweep left it: whole, and compiled."""
     folder = tmp_path_factory.mktemp("code")
@@ -107,7 +107,7 @@ def code(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def without(finished, code, tmp_path_factory):
     """Return a function that copies the finished sweep without some stages, e.g. "prune" or "evaluate alpha dense".
 
@@ -127,7 +127,7 @@ def without(finished, code, tmp_path_factory):
     return copy
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def on_cluster(cluster, config, tmp_path_factory):
     """Return a function that waits for a whole sweep to end and returns its folder and output."""
     out = tmp_path_factory.mktemp("cluster") / "out"
@@ -142,7 +142,7 @@ def on_cluster(cluster, config, tmp_path_factory):
     return ended
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="package", autouse=True)
 def _beside(request, _slurm):
     """Map each test that is marked ``beside`` to the end of its thread."""
     lanes: dict[str, list[pytest.Function]] = {}
@@ -170,7 +170,7 @@ def _beside(request, _slurm):
 
 
 def _scenario(item: pytest.Function, request: pytest.FixtureRequest) -> Callable[[], None]:
-    """Return a test's function with its arguments, all of which last for the whole session."""
+    """Return a test's function with its arguments, all of which last for this folder's tests."""
     given = item.callspec.params if hasattr(item, "callspec") else {}
     names = inspect.signature(item.function).parameters
     return partial(item.function, **{it: given[it] if it in given else request.getfixturevalue(it) for it in names})

@@ -11,6 +11,7 @@ from clusters import (
     CONTROL,
     DENSE,
     FORKED_RANKS,
+    FORKED_SUCCESSORS,
     PRUNE,
     SLOWLY,
     assert_undisturbed,
@@ -37,7 +38,7 @@ def test_the_time_limit_is_hit_twice_in_mid_recovery(cluster, config, finished, 
     # Two minutes, as ranks on a busy machine need half a minute to start.
     profile = cluster.profile("short", time_minutes=2, signal_seconds=45, sbatch=first_in_queue)
     # So slow that all steps, where they are slow, take longer than two time limits.
-    slowly = {**SLOWLY, "SLOW_S": "16", "SLOW_STARTS": "2"}
+    slowly = {**SLOWLY, **FORKED_SUCCESSORS, "SLOW_S": "16", "SLOW_STARTS": "2", "INTERPRETED_STARTS": "2"}
     out = without(CONTROL)
     done(cluster, out, finished, cluster.submit(config, out, profile=profile, **slowly))
     assert causes(out) == ["done"], "one job, requeued by itself"
@@ -49,7 +50,7 @@ def test_the_time_limit_is_hit_twice_in_mid_recovery(cluster, config, finished, 
 def test_a_rank_is_killed_in_each_stage(cluster, config, finished, without):
     stages = ["importance alpha", CONTROL, DENSE]
     out = without(*stages, PRUNE, "recover alpha 0.2")  # a pass runs only where something made from it is missing
-    submitted = cluster.submit(config, out, **SLOWLY)
+    submitted = cluster.submit(config, out, **SLOWLY, **FORKED_SUCCESSORS)
     alive = list(stages)
     while alive:
         stage = wait_for(lambda: next((stage for stage in alive if submitted.is_at_work(stage)), None))
@@ -63,18 +64,18 @@ def test_a_rank_is_killed_in_each_stage(cluster, config, finished, without):
 
 def test_scancel(cluster, config, finished, without):
     out = without(CONTROL)
-    submitted = cluster.submit(config, out, **SLOWLY)
+    submitted = cluster.submit(config, out, **SLOWLY, **FORKED_SUCCESSORS)
     cluster.slurm("scancel", submitted.job_at_work(CONTROL, beats=2))
     code, output = submitted.end()
     assert code == 1 and "cancelled" in output
     assert ["cancelled" in row["cause"] for row in results(out) if row["status"] == "missing"] == [True]
-    done(cluster, out, finished, cluster.submit(config, out))
+    done(cluster, out, finished, cluster.submit(config, out, **FORKED_RANKS))
     assert causes(out) == ["cancelled", "done"] and runs(out, CONTROL) == ["interrupted", "done"]
 
 
 def test_requeue_by_hand(cluster, config, finished, without):
     out = without(CONTROL)
-    submitted = cluster.submit(config, out, **SLOWLY)
+    submitted = cluster.submit(config, out, **SLOWLY, **FORKED_SUCCESSORS)
     cluster.slurm("scontrol", "requeue", submitted.job_at_work(CONTROL, beats=3))
     done(cluster, out, finished, submitted)
     assert causes(out) == ["done"] and len(runs(out, CONTROL)) == 2
@@ -104,7 +105,7 @@ def test_two_sweeps_at_once(cluster, config, finished, without):
 def test_a_second_job_for_a_stage_that_runs(cluster, config, finished, without):
     """As if a submission had been repeated: the second job waits for the first, and then has nothing to do."""
     out = without(CONTROL)
-    submitted = cluster.submit(config, out, **SLOWLY)
+    submitted = cluster.submit(config, out, **SLOWLY, **FORKED_RANKS)
     first = submitted.job_at_work(CONTROL)
     (folder,) = attempt_folders(out)
     second = cluster.slurm("sbatch", "--parsable", f"{folder}/job.sh").strip()
@@ -124,7 +125,7 @@ def test_a_second_job_for_a_stage_that_runs(cluster, config, finished, without):
 def test_preemption(cluster, config, finished, without, grace_time):
     profile = cluster.partition(f"grace{grace_time}", nodes="n[3-4]", gracetime=str(grace_time), preemptmode="requeue")
     out = without(CONTROL)
-    submitted = cluster.submit(config, out, profile=profile, **SLOWLY)
+    submitted = cluster.submit(config, out, profile=profile, **SLOWLY, **FORKED_SUCCESSORS)
     submitted.job_at_work(CONTROL, beats=2)
     cluster.slurm("srun", "--partition=urgent", "--nodelist=n[3-4]", "--exclusive", "true")
     done(cluster, out, finished, submitted)
@@ -136,7 +137,7 @@ def test_preemption(cluster, config, finished, without, grace_time):
 def test_a_node_dies(cluster, config, finished, without):
     profile = cluster.partition("mortal", nodes="n[2-4]")
     out = without(CONTROL)
-    submitted = cluster.submit(config, out, profile=profile, **SLOWLY)
+    submitted = cluster.submit(config, out, profile=profile, **SLOWLY, **FORKED_SUCCESSORS)
     submitted.job_at_work(CONTROL, beats=2)
     ranks = rank_processes(out, CONTROL)
     victim = ranks[max(ranks)].environ()["SLURMD_NODENAME"]
@@ -171,7 +172,7 @@ def test_the_disk_is_full(cluster, config, finished, without, tmp_path_factory):
         out = disk / "out"
         # Drafts of its code come and go: other launchers check the same folder.
         shutil.copytree(without(CONTROL), out, ignore=shutil.ignore_patterns(".draft-*"))
-        assert cluster.submit(config, out, "--no-follow", profile=profile).end()[0] == 0
+        assert cluster.submit(config, out, "--no-follow", profile=profile, **FORKED_RANKS).end()[0] == 0
         ballast = disk / "ballast"
         ballast.write_bytes(bytes(shutil.disk_usage(disk).free - 64 * 1024))
         cluster.slurm("scontrol", "update", "partitionname=disk", "state=up")
@@ -179,7 +180,7 @@ def test_the_disk_is_full(cluster, config, finished, without, tmp_path_factory):
         code, output = cluster.submit(config, out, profile=profile).end()
         assert code == 2 and "No space left on device" in output and "Traceback" not in output, output
         ballast.unlink()
-        done(cluster, out, finished, cluster.submit(config, out, profile=profile))
+        done(cluster, out, finished, cluster.submit(config, out, profile=profile, **FORKED_RANKS))
         assert causes(out)[-1] == "done"
     finally:
         subprocess.run(["umount", "--lazy", str(disk)], check=True)
@@ -210,7 +211,7 @@ def test_accounting_is_off(new_cluster, config, finished, without):
     with new_cluster(NO_ACCOUNTING_PORT_BASE) as cluster:
         cluster.run("up", "--no-accounting")
         out = without(DENSE)
-        submitted = cluster.submit(config, out, **SLOWLY)
+        submitted = cluster.submit(config, out, **SLOWLY, **FORKED_SUCCESSORS)
         submitted.job_at_work(DENSE)
         for process in rank_processes(out, DENSE).values():
             process.send_signal(signal.SIGKILL)
