@@ -45,10 +45,10 @@ esac
 HEADER = "JOBID|STATE|REASON|NODELIST|START_TIME|END_TIME|NAME|;\n"
 PRELUDE = """#!/bin/bash
 cd {folder}
-echo "$(basename "$0") $*" >>calls
+echo "${{0##*/}} $*" >>calls
 # The first line of <command>.fail is the next failure's message.
 next_failure() {{
-    local file; file=$(basename "$0").fail
+    local file=${{0##*/}}.fail
     [ -s $file ] || return 0
     head -n 1 $file >&2
     sed -i 1d $file
