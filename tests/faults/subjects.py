@@ -56,7 +56,8 @@ Count = Callable[[], None]
 Mark = Callable[[object], None]
 
 
-WITHOUT_RECOVERY = ["--set", "recovery.method=none"]
+# Results are made of held-out text alone: "evaluate" has tasks.
+SHORT = ["--set", "recovery.method=none", "--set", "evaluation.tasks=[]"]
 # Remains of a record if ``files.write_text`` dies.
 DRAFT_OF_RECORD = re.compile(r"\..+\.[0-9a-f]{8}")
 
@@ -361,7 +362,7 @@ class WholeSweep(Subject):
         os.environ["OMP_NUM_THREADS"] = "1"
         sweep_run.LocalBackend = lambda store, logs, provenance: InProcess(store, logs)
         chosen = ["--models", "alpha", "--ratios", "0.2", "--methods", "hfprune", "--ranks", "1"]
-        assert sweep.main(["--config", str(self.prepared), "--out", str(root), *chosen, *WITHOUT_RECOVERY]) == 0
+        assert sweep.main(["--config", str(self.prepared), "--out", str(root), *chosen, *SHORT]) == 0
         weights = sorted(root.glob("store/*/*/*.safetensors"))
         files = {str(file.relative_to(root)): FileHashes(None).of_file(file) for file in weights}
         named = sorted(str(path.relative_to(root)) for path in root.glob("checkpoints/*/*") if path.exists())
@@ -480,8 +481,7 @@ def subjects() -> list[Subject]:
             _prune(allocation="plain", refit="dense", structures=["neurons", "kv_groups", "layers"], ratio=0.4),
             {Measurement: "_through", DenseRefit: "_prepared"},
         ),
-        StageSubject("importance", _importance, {ShardScorer: "score"}),
-        StageSubject("importance's second pass", _importance, {LayerStream: "grams"}),
+        StageSubject("importance", _importance, {ShardScorer: "score", LayerStream: "grams"}),
         StageSubject("evaluate", _evaluate, {ShardedLM: "_answer"}),
         StageSubject("loraprune", _loraprune, {finetune._LoraTrainer: "training_step"}),
     ]

@@ -13,7 +13,7 @@ pytestmark = pytest.mark.slow
 
 SUBJECTS = [
     *("commit", "claims", "cache", "code", "slurm", "sweep", "reference", "prune block", "prune dense"),
-    *("prune searched", "prune plain", "importance", "importance's second pass", "evaluate", "loraprune"),
+    *("prune searched", "prune plain", "importance", "evaluate", "loraprune"),
 ]
 # States per subject, and half as many after a second crash.
 DRAWN = 4
