@@ -46,7 +46,7 @@ def refusal(inputs, tmp_path, monkeypatch, capsys):
         def run(self, stage, _):
             pytest.fail(f"{stage.kind} {stage.label} began")
 
-    def message(*arguments, ways=(["--dry-run"], [])):
+    def message(*arguments, ways=(("--dry-run",), ())):
         return [_refuse(inputs, tmp_path / "out", capsys, *arguments, *way) for way in ways][-1]
 
     monkeypatch.setattr(sweep_run, "LocalBackend", Stages)
@@ -144,7 +144,7 @@ def test_unreadable_text(inputs, refusal, key, name, content, expected):
     """A dry run reads it as text and a sweep as pairs, because both ask the same readers."""
     file = inputs / name
     file.write_bytes(content.encode() if isinstance(content, str) else content)
-    way = ["--dry-run"] if key == CALIBRATION else []
+    way = ("--dry-run",) if key == CALIBRATION else ()
     assert_parts(refusal("--set", f"{key}={file}", ways=[way]), *expected)
 
 
