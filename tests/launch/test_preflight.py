@@ -119,7 +119,7 @@ UNREADABLE = [
     ("cut.json", f"[{LINE}, {LINE}", ["cut.json", "record 2", "cut short"]),
     ("middle.json", f"[{LINE}, {LINE[:-9]}", ["middle.json", "record 2", "not valid JSON"]),
     ("comma.json", f"[{LINE} {LINE}]", ["comma.json", "record 1", "','"]),
-    ("more.json", f"[{LINE}] {LINE}", ["more.json", "after the array"]),
+    ("more.json", f"[{LINE}] {LINE}", ["more.json", "something follows it"]),
     ("strings.json", json.dumps([DOCUMENT]), ["strings.json", "record 1", "JSON object"]),
     ("columns.json", json.dumps({"text": [DOCUMENT]}), ["columns.json", "record 1"]),
     ("nested.json", json.dumps({"data": [json.loads(LINE)]}), ["nested.json", "the record has data"]),
