@@ -182,8 +182,9 @@ def _cancelled(evidence: _Evidence) -> _Explanation:
 def _was_dropped(evidence: _Evidence) -> bool:
     """Return whether Slurm itself cancelled a job, because one on which it depends did not succeed.
 
-    By now the artifact may be there, as of a job that died after its work. Slurm gives any reason for a job that it
-    drops as soon as it is submitted, but for one that somebody cancelled while it waited for others still says so.
+    That job may have died after it had made what this one needs, so the artifact may be there by now. A job that Slurm
+    drops as soon as it is submitted can have any reason; one that somebody cancelled while it waited for others keeps
+    the reason for which it waited.
     """
     if evidence.reason == NEVER:
         return bool(evidence.stage.needs)
