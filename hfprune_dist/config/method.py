@@ -35,7 +35,8 @@ def _goes_together(structures: list[Structure]) -> list[Structure]:
 # What is pruned, in a fixed order whatever order it is given in; and what is scored, possibly for several methods.
 Structures = Annotated[list[Structure], AfterValidator(_in_order), AfterValidator(_goes_together)]
 Kinds = Annotated[list[Kind], AfterValidator(_in_order)]
-# Share of the dense model's parameters removed per round; smaller shares would mean more rounds than anyone waits for.
+# Number of rounds, and share of the dense model's parameters removed per round; nobody waits for more rounds than 100.
+Rounds = Annotated[int, Field(ge=1, le=100)]
 RoundRatio = Annotated[float, Field(ge=0.01, lt=1)]
 # Share of the neurons that a student lacks; divisor of logits, which must stay finite.
 Share = Annotated[float, Field(gt=0, lt=1)]
@@ -105,7 +106,7 @@ class Method(Section):
     which at least the ratio is removed, and at most 0.0125 more, within ``floor``; if there is none, 32 for models
     whose intermediate_size is at least 1,024, otherwise 1; always 1 for experts. With ``round_ratio``, the first round
     decides; with allocation: plain, the multiple must suit every round."""
-    steps: Positive = 1
+    steps: Rounds = 1
     """Number of equal rounds in which the ratio is removed. Before every round but the first, the pruned model is
     scored again on the same windows. The refit ``dense`` then uses that model's activations; other refits aim at the
     dense model in every round, and ``searched`` and ``plain`` compare with it."""
@@ -302,7 +303,7 @@ class PruneConfig(Section):
     tensor_parallel: Positive | None = None
     refit: Refit | None = None
     multiple_of: PositiveOrAuto | None = None
-    steps: Positive | None = None
+    steps: Rounds | None = None
     round_ratio: RoundRatio | None = None
     distill: Annotated[int, Field(ge=0)] | None = None
     student_lacks: Share | None = None

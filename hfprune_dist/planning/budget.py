@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from hfprune_dist.planning.shape_target import ShapeTarget
-from hfprune_dist.planning.widths import Target, size_of
+from hfprune_dist.planning.widths import Target, protected_layers, size_of
 from hfprune_dist.structures import KV_GROUPS, NEURONS
 from hfprune_dist.structures.kept import Shape
 
@@ -87,7 +87,7 @@ def _bounded(target: ShapeTarget, limits: Limits) -> Budget:
     goes = KV_GROUPS in target.structures
     if goes and target.divisor % target.tensor_parallel:
         raise target.unusable_split(target.divisor)
-    protected = {*range(first), *range(num_layers - last, num_layers)}
+    protected = protected_layers(num_layers, first, last)
     widths = Target(size_of(target.checkpoint), target.ratio, target.multiple_of, target.where)
     return Budget(
         parameters=round(target.ratio * target.counts.total),

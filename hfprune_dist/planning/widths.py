@@ -100,7 +100,7 @@ class Target:
     def narrowest_widths(self, floor: float, protect_first: int, protect_last: int) -> list[int]:
         """The least width of each layer: the share ``floor`` of its units, or all of them if it is protected."""
         size = self.size
-        protected = {*range(protect_first), *range(size.num_layers - protect_last, size.num_layers)}
+        protected = protected_layers(size.num_layers, protect_first, protect_last)
         rounded = [-(-max(1, round(floor * count)) // self.multiple_of) * self.multiple_of for count in size.counts]
         return [
             count if layer in protected else min(least, count)
@@ -135,6 +135,12 @@ class Target:
             f"{self.where}: ratio {self.ratio:g} removes nothing once widths are rounded"
             f"{to_multiples_of(self.multiple_of)}; use a larger ratio{or_a_smaller(self.multiple_of)}"
         )
+
+
+def protected_layers(num_layers: int, protect_first: int, protect_last: int) -> set[int]:
+    """Indices of the layers that lose nothing: all of them if more are to be protected than there are."""
+    layers = range(num_layers)
+    return {*layers[:protect_first], *layers[max(num_layers - protect_last, 0) :]}
 
 
 def closest_multiple(exact: float, width: int, multiple_of: int) -> int:

@@ -62,6 +62,7 @@ def test_a_file_of_ones_own_is_found_beside_the_configuration(tmp_path):
         ),
         ("criterion: entropy\nrefits: dense\n", "unknown key 'refits'.*did you mean 'refit'"),
         ("criterion: entropy\nsteps: 0\n", "steps.*greater than or equal to 1"),
+        ("criterion: entropy\nsteps: 2147483647\n", "steps.*less than or equal to 100"),
         ("criterion: entropy\nsteps: 2\nround_ratio: 0.1\n", "steps: 2 and round_ratio: 0.1 are two ways.*give one"),
         (
             "criterion: coupled_taylor\nallocation: local\nstructures: [neurons, kv_groups]\n",

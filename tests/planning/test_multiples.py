@@ -112,6 +112,13 @@ def test_protected_layers_are_a_number_or_a_share_of_the_models(share, layers, n
     assert protected_by(settled) == (number, 1) and type(settled.protect_first) is int
 
 
+@pytest.mark.parametrize("protects", [{"protect_first": 2**31 - 1}, {"protect_last": 2**31 - 1}])
+@pytest.mark.parametrize("allocation", ["local", "global", "searched"])
+def test_more_protected_layers_than_there_are_take_no_memory(allocation, protects):
+    with pytest.raises(UserError, match="leave none of its 30 layers to prune"):
+        check_ratios(blank(**SMOLLM2), [0.2], method(allocation, **protects), "m")
+
+
 def test_of_a_large_model_it_is_large():
     assert multiple(blank(**LLAMA_7B), 0.5, method()) >= 64
 
