@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from hfprune_dist.planning.plain_shapes import step_of_layers
 from hfprune_dist.planning.shape_target import ShapeTarget
 from hfprune_dist.planning.widths import Target, protected_layers, size_of
 from hfprune_dist.structures import KV_GROUPS, NEURONS
@@ -50,16 +51,20 @@ def budget_of(target: ShapeTarget, limits: Limits) -> Budget:
     """Return the budget that a ratio asks for.
 
     Raises:
-        UserError: if the bounds don't allow that much to be removed, rounding leaves nothing to remove, or
-            ``tensor_parallel`` doesn't divide the number of KV groups.
+        UserError: if the bounds don't allow that much to be removed, or allow only more, where a layer has more than
+            all units that may go; if rounding leaves nothing to remove; or if ``tensor_parallel`` doesn't divide the
+            number of KV groups.
     """
     budget, largest = _bounded(target, limits), largest_ratio(target, limits)
+    floors = " with the floors that prune.floor, protect_first and protect_last set"
     if target.ratio > largest:
-        floors = " with the floors that prune.floor, protect_first and protect_last set"
         raise target.out_of_reach(largest, largest_ratio(target.with_all_structures, limits), floors)
     fewest = min(target.multiple_of, target.neurons.most) * target.counts.units[NEURONS]
     if 2 * budget.parameters < fewest:
         raise target.removes_nothing()
+    larger = _next_larger(target, budget, fewest)
+    if larger is not None:
+        raise target.comes_to_none(larger / target.counts.total, floors)
     return budget
 
 
@@ -72,6 +77,27 @@ def largest_ratio(target: ShapeTarget, limits: Limits) -> float:
     layers = tuple(layer for layer in range(num_layers) if layer not in gone)
     least = {kind: tuple(counts[layer] for layer in layers) for kind, counts in budget.least.items()}
     return target.counts.ratio(Shape(layers, least))
+
+
+def _next_larger(target: ShapeTarget, budget: Budget, step: int) -> int | None:
+    """Parameters that go with the layers of the next larger shape, if whatever units go, shapes with fewer layers lack
+    more than the budget, and all others less; None if the budget can be met, up to half a step of widths or a millionth
+    of the model, as messages round ratios.
+
+    Where layers differ, measurements may still choose layers with which it can't.
+    """
+    counts, num_layers = target.counts, target.checkpoint.num_layers
+    at_least = [_at_least(target, budget, layer) for layer in range(num_layers)]
+    units = sum(counts.layers) - sum(at_least)
+    layers, remainders = (sorted(it[layer] for layer in budget.droppable) for it in (counts.layers, at_least))
+    most_gone = min(len(layers), num_layers - budget.fewest_layers)
+    tried = {*range(0, most_gone + 1, step_of_layers(num_layers)), most_gone}
+    least_gone = {gone: sum(layers[:gone]) for gone in tried}
+    slack = max(step / 2, counts.total / 1e6)
+    too_many = [gone for gone, least in least_gone.items() if least - budget.parameters > slack]
+    if any(units + sum(remainders[-gone:] if gone else []) >= budget.parameters for gone in tried.difference(too_many)):
+        return None
+    return min(least_gone[gone] for gone in too_many)
 
 
 def _at_least(target: ShapeTarget, budget: Budget, layer: int) -> int:

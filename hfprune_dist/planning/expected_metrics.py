@@ -22,7 +22,7 @@ from hfprune_dist.config.training import RecoveryConfig
 from hfprune_dist.planning.known_sizes import packed_rows
 from hfprune_dist.planning.local_shapes import LocalTarget
 from hfprune_dist.planning.low_rank_shapes import LowRankTarget
-from hfprune_dist.planning.plain_shapes import LAYERS_OF_A_STEP, PlainShape, plain_shapes
+from hfprune_dist.planning.plain_shapes import PlainShape, plain_shapes, step_of_layers
 from hfprune_dist.planning.plan import Plan
 from hfprune_dist.planning.search_work import FINALISTS
 from hfprune_dist.planning.shape_target import ShapeTarget
@@ -155,7 +155,7 @@ def _searched(num_layers: int, params: PruneParameters) -> dict[str, Any]:
     shapes: list[str] = [f"shape {number}" for number in range(SEARCHED)]
     if LAYERS not in params.structures:
         return {"search_kl": dict.fromkeys(shapes)}
-    gone, step = int(params.ratio * num_layers), max(1, round(num_layers / LAYERS_OF_A_STEP))
+    gone, step = int(params.ratio * num_layers), step_of_layers(num_layers)
     contests = [f"{num_layers - number} layers" for number in range(0, gone + 1, step)]
     return {
         "layers_in_order_of_dropping": [*range(num_layers)][num_layers - gone :][::-1],

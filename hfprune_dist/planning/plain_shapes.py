@@ -59,6 +59,11 @@ class PlainShape:
         return cls(*map(int, found.groups()))
 
 
+def step_of_layers(num_layers: int) -> int:
+    """By how much the numbers of layers that are tried differ, for a model with ``num_layers``."""
+    return max(1, round(num_layers / LAYERS_OF_A_STEP))
+
+
 def plain_shapes(target: ShapeTarget, before: PlainShape | None = None) -> list[PlainShape]:
     """Return the shapes to choose from, at most ``MOST_SHAPES``, sorted by numbers of layers, then groups, descending.
 
@@ -126,8 +131,7 @@ def group_counts(target: ShapeTarget) -> list[int]:
 
 def _cells(target: ShapeTarget, before: PlainShape) -> list[tuple[int, int]]:
     """Possible pairs (layers, KV groups)."""
-    step = max(1, round(target.checkpoint.num_layers / LAYERS_OF_A_STEP))
-    numbers = range(before.num_layers, target.fewest_layers - 1, -step)
+    numbers = range(before.num_layers, target.fewest_layers - 1, -step_of_layers(target.checkpoint.num_layers))
     groups = _spread([it for it in group_counts(target) if it <= before.kv_groups], MOST_GROUP_COUNTS)
     return [(number, count) for number in numbers for count in groups]
 
@@ -151,10 +155,7 @@ def _none_reaches(target: ShapeTarget) -> UserError:
         return target.out_of_reach(largest, _largest(target.with_all_structures))
     cells = _cells(target, PlainShape.of(target.checkpoint))
     larger = min(it for it in (_smallest(target, *cell) for cell in cells) if it > target.ratio)
-    return UserError(
-        f"{target.where}: no shape of {', '.join(target.structures)} comes to ratio {target.ratio:g}; the next larger "
-        f"one that is possible is {int(larger * 1e6) / 1e6:g}{target.rounding}"
-    )
+    return target.comes_to_none(larger)
 
 
 def _none_within(target: ShapeTarget, before: PlainShape) -> UserError:

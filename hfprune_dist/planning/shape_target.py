@@ -101,6 +101,18 @@ class ShapeTarget:
             f"largest possible is {round_down(largest)}{self.rounding}{more}"
         )
 
+    def comes_to_none(self, larger: float, limits: str = "") -> UserError:
+        """The error for a ratio between those of any two shapes.
+
+        Args:
+            larger: the next larger ratio that is possible.
+            limits: what else bounds the shapes.
+        """
+        return UserError(
+            f"{self.where}: no shape of {', '.join(self.structures)} comes to ratio {self.ratio:g}{limits}; the next "
+            f"larger one that is possible is {int(larger * 1e6) / 1e6:g}{self.rounding}"
+        )
+
     def removes_nothing(self) -> UserError:
         """The error for a ratio that is so small that nothing is removed after rounding."""
         split = self.tensor_parallel if KV_GROUPS in self.structures else 1

@@ -18,7 +18,7 @@ from hfprune_dist.core.allocation import EXCHANGE, allocate_globally
 from hfprune_dist.core.width_search import MEASUREMENTS, START, Counts, search_shapes
 from hfprune_dist.planning.budget import Budget, budget_of
 from hfprune_dist.planning.local_shapes import LocalTarget
-from hfprune_dist.planning.plain_shapes import LAYERS_OF_A_STEP, all_plain_shapes, shape_of
+from hfprune_dist.planning.plain_shapes import all_plain_shapes, shape_of, step_of_layers
 from hfprune_dist.planning.shape_target import ShapeTarget
 from hfprune_dist.planning.whole_expert_shapes import mixture_target
 from hfprune_dist.planning.widths import Target, size_of
@@ -138,7 +138,7 @@ class _Search:
 
     def _contests(self, order: Sequence[int]) -> dict[str, Contest]:
         """Name -> contest, one for each number of layers to try; the most layers first."""
-        step = max(1, round(self._checkpoint.num_layers / LAYERS_OF_A_STEP))
+        step = step_of_layers(self._checkpoint.num_layers)
         contests = _possible([self._contest.without(order[:gone]) for gone in range(0, len(order) + 1, step)])
         contests = contests or [self._contest.without(order)]  # if steps skip the fewest layers
         return {f"{len(it.layers)} layers": it for it in contests}

@@ -1,5 +1,7 @@
 """Budgets of shapes in which everything competes, checked against the smallest models that they allow."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from blank import SMOLLM2, blank, parameters_of, sizes
@@ -35,7 +37,8 @@ def test_a_budget_is_what_its_bounds_leave(data, variant, changes, ratio):
     try:
         budget = budget_of(asked, limits)
     except UserError as error:
-        assert ratio > largest_ratio(asked, limits) or "removes nothing" in str(error)
+        out_of_reach = ratio > largest_ratio(asked, limits)
+        assert out_of_reach or "removes nothing" in str(error) or "comes to ratio" in str(error)
         return
     assert abs(budget.parameters / asked.counts.total - ratio) <= 1 / asked.counts.total
     _, first, last = limits
@@ -62,6 +65,43 @@ def test_the_largest_ratio_is_that_of_the_smallest_model(variant, changes, struc
     assume(variant != "llama" or smallest["hidden_size"] % smallest["num_attention_heads"] == 0)
     total = parameters_of(variant, **changes)
     assert largest_ratio(asked, LIMITS) == pytest.approx(1 - parameters_of(variant, **smallest) / total, abs=1e-12)
+
+
+@settings(derandomize=True, deadline=None, max_examples=60)
+@given(
+    layers=st.integers(2, 40),
+    width=st.integers(4, 60),
+    multiple_of=st.sampled_from([1, 4]),
+    structures=st.sampled_from([ALL, ALL[::2]]),
+    floor=st.sampled_from([0.3, 0.7, 0.9, 1.0]),
+    first=st.integers(0, 3),
+    ratio=st.floats(0.01, 0.6),
+)
+def test_a_ratio_between_shapes_with_more_and_with_fewer_layers_is_refused(
+    layers, width, multiple_of, structures, floor, first, ratio
+):
+    """Removals range from those of the layers that go to those of all units that may go, too."""
+    sizes = {"num_hidden_layers": layers, "intermediate_size": width, "num_key_value_heads": 2}
+    checkpoint = blank("mistral", **sizes, num_attention_heads=4, hidden_size=32, vocab_size=64)
+    asked, limits = target(checkpoint, ratio, structures, multiple_of), (floor, first, 0)
+    assume(first < layers and ratio <= largest_ratio(asked, limits))
+    counts, most = asked.counts, min(layers - first, layers - asked.fewest_layers)
+    least = min(-(-round(floor * width) // multiple_of) * multiple_of, width)
+    units = counts.units["neurons"] * (width - least) + counts.units["kv_groups"] * ("kv_groups" in structures)
+    step, slack = max(1, round(layers / 15)), counts.units["neurons"] * multiple_of / 2
+    spans = [
+        (gone * counts.layers[0] - slack, gone * counts.layers[0] + (layers - first - gone) * units)
+        for gone in sorted({*range(0, most + 1, step), most})
+    ]
+    wanted = round(ratio * counts.total)
+    assume(2 * wanted >= multiple_of * counts.units["neurons"])
+    if any(low <= wanted <= high for low, high in spans):
+        assert budget_of(asked, limits).parameters == wanted
+        return
+    larger = min(low + slack for low, _ in spans if low > wanted) / counts.total
+    with pytest.raises(UserError, match=rf"comes to ratio {ratio:g} with the floors .* is {int(larger * 1e6) / 1e6:g}"):
+        budget_of(asked, limits)
+    budget_of(replace(asked, ratio=int(larger * 1e6) / 1e6), limits)
 
 
 def test_of_a_model_whose_layers_differ_the_largest_ratio_is_reached_whichever_layers_go(tmp_path):
