@@ -109,8 +109,19 @@ def shape_of(target: ShapeTarget, plain: PlainShape, layers: Sequence[int] | Non
 
 
 def ratio_of(target: ShapeTarget, plain: PlainShape) -> float:
-    """The share of the dense model's parameters that a plain shape lacks."""
+    """The share of the dense model's parameters that a plain shape lacks, if the last layers are the ones that go."""
     return target.counts.ratio(shape_of(target, plain))
+
+
+def ratios_of(target: ShapeTarget, plain: PlainShape) -> tuple[float, float]:
+    """The smallest and the largest such share, whichever layers go: kinds of attention may differ in parameters."""
+    sizes, every = target.counts.layers, range(target.checkpoint.num_layers)
+    gone = len(every) - plain.num_layers
+    droppable = sorted((layer for layer in every if layer not in target.undroppable), key=lambda layer: sizes[layer])
+    smallest, largest = droppable[:gone], droppable[len(droppable) - gone :]
+    stays = ([layer for layer in every if layer not in them] for them in (smallest, largest))
+    least, most = (target.counts.ratio(shape_of(target, plain, layers)) for layers in stays)
+    return least, most
 
 
 def group_counts(target: ShapeTarget) -> list[int]:

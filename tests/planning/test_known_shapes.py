@@ -1,14 +1,19 @@
 """Shapes that dry runs predict, against models that transformers makes."""
 
+from itertools import combinations
+
 import pytest
 from blank import SMOLLM2, blank, parameters_of
 from families import save_model
 
 from hfprune_dist.checkpoints.checkpoint import open_checkpoint
+from hfprune_dist.checkpoints.layer_settings import undroppable_layers
 from hfprune_dist.checkpoints.pruned_config import pruned_config
 from hfprune_dist.config.method import Method
 from hfprune_dist.errors import UserError
 from hfprune_dist.planning.known_shapes import KnownShape, Span, dense_shape, known_shape
+from hfprune_dist.planning.multiples import suited, target_of
+from hfprune_dist.planning.plain_shapes import plain_shapes, shape_of
 from hfprune_dist.structures import NEURONS
 from hfprune_dist.structures.kept import Shape
 
@@ -114,3 +119,22 @@ def test_what_scores_and_searches_decide_is_left_open(allocation, structures, la
 def test_a_ratio_out_of_reach_is_refused():
     with pytest.raises(UserError, match="can't be reached"):
         known(0.99)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "ratio"), [("gemma4_text", 0.35), ("lfm3", 0.3), ("qwen3_5_text", 0.3), ("llama", 0.3)]
+)
+@pytest.mark.parametrize("structures", [ALL, ALL[::2]])
+def test_what_is_reached_holds_whichever_layers_go(tmp_path, model_type, ratio, structures):
+    """Layers with another kind of attention have more parameters than others, or fewer; all widths are the same."""
+    checkpoint = open_checkpoint(save_model(tmp_path / "m", model_type))
+    method = Method(criterion="entropy", allocation="plain", structures=structures, adapts=True)
+    shape = known_shape(checkpoint, ratio, method, "m")
+    counts, stuck = checkpoint.parameter_counts, undroppable_layers(checkpoint.config)
+    asked = target_of(suited(method, checkpoint), checkpoint, ratio, "m")
+    reached = {
+        counts.ratio(shape_of(asked, plain, sorted({*range(3)} - {*gone})))
+        for plain in plain_shapes(asked)
+        for gone in combinations({*range(3)} - stuck.keys(), 3 - plain.num_layers)
+    }
+    assert (shape.reached.least, shape.reached.most) == (min(reached), max(reached))
