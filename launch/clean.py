@@ -7,7 +7,7 @@ examples:
 
 Removed: artifacts and progress of rows that were removed (--forget) or replaced by others, drafts of stages that
 ended early, artifacts that failed verification, and files that stages share, which are made again when needed. Kept:
-rows, tables, named checkpoints and logs, and whatever is linked to from checkpoints/.
+rows, tables, named checkpoints and logs, whatever is linked to from checkpoints/, and what waiting Slurm jobs need.
 
 Later sweeps: the same command still runs nothing, since the rows are complete. --intermediates removes pruned and
 distilled checkpoints that finished rows were recovered from; they are made again only if something needs them, such as

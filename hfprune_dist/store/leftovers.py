@@ -45,14 +45,18 @@ def running(store: Store) -> list[str]:
     return [stage_id for stage_id, claim in claims if claim is not None and claim.lives]
 
 
-def unused(store: Store, kept: Collection[str]) -> Iterator[Leftover]:
+def unused(store: Store, kept: Collection[str], about_to_run: Collection[str] = ()) -> Iterator[Leftover]:
     """Everything that the stages with these ids don't need: other artifacts and their progress, drafts, artifacts that
     failed verification, and shared files.
 
     To be called only while no stage runs: the drafts of running stages would be included.
+
+    Args:
+        about_to_run: ids of stages that may begin at any moment. Their drafts and all shared files are left out.
     """
     for kind in STAGE_VERSIONS:
-        for draft in listed(store.root / kind, ".draft-*"):
+        begun = tuple(f".draft-{it.partition('/')[2]}-" for it in about_to_run)
+        for draft in (it for it in listed(store.root / kind, ".draft-*") if not it.name.startswith(begun)):
             yield _folder(draft, "a draft of a stage that ended early")
         for handle in (it for it in _handles(store, store.root / kind) if it.id not in kept):
             yield Leftover(
@@ -62,7 +66,7 @@ def unused(store: Store, kept: Collection[str]) -> Iterator[Leftover]:
             yield _folder(handle.work, "progress of a stage of no row of the tables")
     for folder in listed(store.root / "quarantine", "*"):
         yield _folder(folder, "an artifact that failed verification")
-    for name, what in SHARED.items():
+    for name, what in {} if about_to_run else SHARED.items():
         if (folder := store.root / name).is_dir():
             yield _folder(folder, what)
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from hfprune_launch.modes.past_attempts import past_attempts
 from hfprune_launch.screen import make_console, say
+from hfprune_launch.slurm.jobs_needs import needs_of_jobs
 from hfprune_launch.sweep_folder import RecordedSweep, read_sweep
 
 from hfprune_dist.errors import UserError
@@ -31,11 +32,14 @@ def clean(out: Path, *, intermediates: bool, dry_run: bool) -> None:
     """
     sweep, store = read_sweep(out, past_attempts(out)), Store(out / "store")
     _refuse_while_needed(store)
-    linked = _linked(out, store)
-    found = list(unused(store, {*as_made(sweep.plan, store).stages, *linked}))
+    jobs = needs_of_jobs(store)
+    used = {*_linked(out, store), *jobs, *(need for needs in jobs.values() for need in needs)}
+    found = list(unused(store, {*as_made(sweep.plan, store).stages, *used}, about_to_run=jobs))
     if intermediates:
-        found += _intermediates(sweep, store, linked)
+        found += _intermediates(sweep, store, used)
     console, total = make_console(), 0
+    if jobs:
+        say(console, f"note: what jobs need that may wait or run stays, those of {', '.join(jobs)}")
     staying: list[str] = []
     for leftover in found if dry_run else _removed(found, staying):
         say(console, f"{leftover.size_bytes:>15,} bytes  {leftover.path}: {leftover.reason}")
@@ -72,11 +76,15 @@ def _linked(out: Path, store: Store) -> set[str]:
     return {"/".join(file.parts[:2]) for file in checkpoint_folders(out, store).linked()}
 
 
-def _intermediates(sweep: RecordedSweep, store: Store, linked: set[str]) -> Iterator[Leftover]:
-    """Yield checkpoints that belong to no row and that no missing stage reads."""
+def _intermediates(sweep: RecordedSweep, store: Store, used: set[str]) -> Iterator[Leftover]:
+    """Yield checkpoints that belong to no row and that no missing stage reads.
+
+    Args:
+        used: ids of stages whose artifacts are in use in another way.
+    """
     plan = sweep.plan
     missing = plan.lacking(lambda stage_id: store.handle(stage_id).is_done())
-    kept = {*linked, *plan.asked, *(result for cell in plan.cells for result in cell.results)}
+    kept = {*used, *plan.asked, *(result for cell in plan.cells for result in cell.results)}
     kept |= {need for stage_id in missing for need in plan.stages[stage_id].needs}
     for handle in (store.handle(stage_id) for stage_id in plan.stages if stage_id not in kept):
         if CONFIG in (handle.manifest() or {}).get("files", {}) and (leftover := files_of(handle, REASON)).size_bytes:

@@ -45,6 +45,11 @@ class Sighting:
     job: JobInfo | None
     is_gone: bool = False
 
+    @property
+    def is_over(self) -> bool:
+        """Whether the job has ended, or counts as over."""
+        return self.is_gone or (self.job is not None and not self.job.is_live)
+
 
 UNKNOWN = Sighting(None)
 GONE_SIGHTING = Sighting(None, is_gone=True)

@@ -6,12 +6,17 @@ import re
 import shutil
 
 import pytest
+from fake_slurm import FakeSlurm
 from hfprune_launch import clean, report, sweep
+from hfprune_launch.slurm.attempts import Attempts
+from hfprune_launch.stage.stage_file import Provenance, write_stage_file
 from hfprune_launch.sweep_folder import Record, read_record, write_record
 from sweeps import in_process, planned
 
+from hfprune_dist.config.schema import RuntimeConfig
 from hfprune_dist.store import leftovers
 from hfprune_dist.store.artifacts import Store
+from hfprune_dist.store.stage import Input, Stage
 
 UNKNOWN = "0" * 20  # no stage's fingerprint
 
@@ -138,6 +143,30 @@ def test_what_a_missing_row_needs_stays(config, out):
     before = files(out)
     run(out, "--intermediates")
     assert removed(before, out) == {}
+
+
+@pytest.mark.parametrize("answer", ["waits", "silent", "gone"])
+def test_what_a_job_in_the_queue_needs_stays_until_the_job_is_over(out, tmp_path, monkeypatch, answer):
+    """Even of a row that was forgotten after its submission, and if Slurm doesn't say whether the job still waits."""
+    fake, store = FakeSlurm(tmp_path / "slurm").on_path(monkeypatch), Store(out / "store")
+    (forgotten,) = set(pruned(store)) - read_record(out).plan.stages.keys()
+    stage = Stage("recover", "alpha 0.15", {}, {"model": Input(forgotten, forgotten, is_stage=True)})
+    attempt = Attempts(store.root).begin(stage, 0, 1, 60, None)
+    attempt.record_job("101")
+    write_stage_file(store.handle(stage.id), stage, Provenance(RuntimeConfig(), {}, {}), 1)
+    draft = store.open_draft(stage.id)
+    state = "CANCELLED" if answer == "gone" else "PENDING"
+    (fake.folder / "jobs").write_text(f"101|{state}|None||N/A|N/A|{attempt.intent.job_name}\n")
+    if answer == "silent":
+        fake.fail_next("squeue", "slurm_load_jobs error: Unable to contact slurm controller")
+    shown = run(out, "--intermediates")
+    stays = [forgotten] if answer != "gone" else []
+    assert [it for it in pruned(store) if (store.root / it / "model.safetensors").exists()] == stays
+    assert draft.exists() == store.work(stage.id).exists() == (f"those of {stage.id}" in shown) == bool(stays)
+
+
+def pruned(store):
+    return [f"prune/{it.name}" for it in (store.root / "prune").iterdir()]
 
 
 def test_links_of_the_users_keep_what_they_lead_to(out):
