@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -115,7 +114,7 @@ def show_status(console: Console, sweep: Sweep, keep_on: bool) -> None:
     with _Screen(console, sweep).shown() as screen:
         looks_at_rest = 0
         while keep_on and looks_at_rest < LOOKS_AT_REST:
-            goes_on = screen.refresh(jobs.now()) or jobs.is_silent
+            goes_on = screen.refresh(jobs.now())
             looks_at_rest = 0 if goes_on else looks_at_rest + 1
             if not sweep.plan.lacking(lambda stage_id: sweep.store.handle(stage_id).is_committed()):
                 break
@@ -195,32 +194,29 @@ def _expected(missing: list[Stage], sweep: Sweep, profile: Profile) -> tuple[flo
 
 
 class _StatusJobs:
-    """All jobs, for read-only commands; none if this machine has no Slurm or Slurm does not answer at once.
-
-    Attributes:
-        is_silent: whether Slurm did not answer when it was last asked.
-    """
+    """All jobs, for read-only commands."""
 
     def __init__(self, console: Console, sweep: Sweep) -> None:
-        self.is_silent = False
+        self._is_silent = False
         self._console = console
         self._sweep = sweep
         self._whereabouts = Whereabouts(sweep.store, SlurmCommands(retry_delays_s=()), time.monotonic)
 
-    def now(self) -> dict[str, JobInfo]:
+    def now(self) -> Mapping[str, JobInfo] | None:
+        """Return the jobs, by id; None if this machine has no Slurm, or Slurm does not answer at once."""
         store = self._sweep.store
-        if shutil.which("squeue") is None or Attempts(store.root).is_empty:
+        if Attempts(store.root).is_empty:
             return {}
         newest = [SlurmStage(store, stage_id).open_attempt() for stage_id in self._sweep.plan.stages]
         attempts = {job_id: it for it in newest if it is not None and (job_id := it.job_id) is not None}
         try:
             self._whereabouts.look(attempts)
         except SlurmUnavailableError as error:
-            if not self.is_silent:
-                say(self._console, f"Slurm does not answer ({error}): jobs are not shown")
-            self.is_silent = True
-            return {}
-        self.is_silent = False
+            if not self._is_silent and any(newest):
+                say(self._console, f"Slurm does not answer ({error}): submitted jobs may wait or run")
+            self._is_silent = True
+            return None
+        self._is_silent = False
         return self._whereabouts.jobs
 
 
@@ -242,8 +238,8 @@ class _Screen:
         with Live(console=self._console, transient=True, auto_refresh=False) as self._live:
             yield self
 
-    def refresh(self, jobs: Mapping[str, JobInfo]) -> bool:
-        """Update the shown state; return whether a stage is queued or running."""
+    def refresh(self, jobs: Mapping[str, JobInfo] | None) -> bool:
+        """Update the shown state; return whether a stage is queued or running, or may be."""
         statuses = stage_statuses(self._sweep.plan, self._sweep.store, jobs)
         for status in statuses:
             if status.state == "running":

@@ -31,7 +31,8 @@ class StageStatus:
     """One line of the table; strings are empty if there is nothing to show.
 
     Attributes:
-        state: done, running, queued, failed, died, waiting, missing or not needed; or Slurm's state of its job.
+        state: done, running, queued, failed, died, waiting, missing or not needed; submitted, if nobody says what has
+            become of its job; or Slurm's state of its job.
         detail: why it waits or failed, who runs it, or for how long it has given no sign of life.
         left: time until the end of its current phase.
         gpu_hours, core_hours: totals of all attempts, None before the first.
@@ -49,8 +50,12 @@ class StageStatus:
     core_hours: float | None
 
 
-def stage_statuses(plan: Plan, store: Store, jobs: Mapping[str, JobInfo]) -> list[StageStatus]:
-    """Return one line per stage, in plan order."""
+def stage_statuses(plan: Plan, store: Store, jobs: Mapping[str, JobInfo] | None) -> list[StageStatus]:
+    """Return one line per stage, in plan order.
+
+    Args:
+        jobs: by id; None if nothing is known of any, as Slurm does not answer.
+    """
     now = time.time()
     statuses = [_status(stage, SlurmStage(store, stage.id), jobs, now) for stage in plan.stages.values()]
     needed = set(plan.lacking(lambda stage_id: store.handle(stage_id).is_committed()))
@@ -62,12 +67,14 @@ def stage_statuses(plan: Plan, store: Store, jobs: Mapping[str, JobInfo]) -> lis
     ]
 
 
-def _status(stage: Stage, handle: SlurmStage, jobs: Mapping[str, JobInfo], now: float) -> StageStatus:
+def _status(stage: Stage, handle: SlurmStage, jobs: Mapping[str, JobInfo] | None, now: float) -> StageStatus:
     attempts = handle.attempts()
     last = attempts[-1] if attempts else None
     open_attempt = last if last is not None and last.end is None else None
-    job = jobs.get(open_attempt.job_id or "") if open_attempt is not None else None
+    job = jobs.get(open_attempt.job_id or "") if jobs is not None and open_attempt is not None else None
     state, detail = _state(stage, handle, job)
+    if jobs is None and open_attempt is not None and state in ("missing", "waiting", "died"):
+        state, detail = "submitted", ""
     last_beat = handle.heartbeat()
     heartbeat = last_beat if state == "running" else None
     started = _started(open_attempt, handle)
@@ -110,7 +117,7 @@ def _started(open_attempt: Attempt | None, handle: SlurmStage) -> list[float]:
 
 def _held_until(state: str, heartbeat: Heartbeat | None, now: float) -> float:
     """Return until when a start without a recorded end held its nodes; it was killed if its job waits again."""
-    if state != "queued":
+    if state not in ("queued", "submitted"):
         return now
     return 0.0 if heartbeat is None else heartbeat.updated
 

@@ -789,7 +789,8 @@ def test_status_says_at_once_that_slurm_does_not_answer(fake, store, tmp_path, c
     before = len(fake.calls("squeue"))
     fake.fail_next("squeue", *["slurm_load_jobs error: Unable to contact slurm controller"] * 9)
     show_status(Console(width=200), Sweep(PLAN, store, tmp_path), keep_on=False)
-    assert "Slurm does not answer" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "Slurm does not answer" in shown and shown.count(" submitted  ") == 3 and "missing" not in shown
     assert len(fake.calls("squeue")) == before + 1
 
 

@@ -1,6 +1,8 @@
 """The status that --status derives from files and squeue."""
 
+import json
 import time
+from dataclasses import asdict, replace
 
 import pytest
 from hfprune_launch.slurm.attempt_records import Run
@@ -11,6 +13,8 @@ from hfprune_launch.slurm.status_table import stage_statuses
 from hfprune_dist.planning.plan import Plan
 from hfprune_dist.store.artifacts import Store
 from hfprune_dist.store.atomic_files import write_json
+from hfprune_dist.store.claims import Holder
+from hfprune_dist.store.heartbeat import Failure
 from hfprune_dist.store.stage import Input, Stage
 
 STAGE = Stage("importance", "a", {}, {"model": Input("digest", "/somewhere")})
@@ -74,3 +78,20 @@ def test_a_killed_job_that_waits_again_uses_up_no_hours(status, beat, hours, sta
     """Neither preemption without notice nor a node's death leaves a record of the end."""
     assert status(started=180, beat=beat, state=state).core_hours == pytest.approx(hours, abs=0.01)
     assert status(started=180, beat=beat, state="RUNNING").core_hours > 5.9
+
+
+def test_what_was_submitted_is_not_called_missing_where_slurm_does_not_answer(tmp_path):
+    """Nor dead, if a launcher died at it before. What has failed, or was never submitted, is shown as it is."""
+    store = Store(tmp_path)
+    waits, begun, failed, never = (
+        Stage("importance", name, {"seed": number}, {}) for number, name in enumerate("abcd")
+    )
+    for number, stage in enumerate((waits, begun, failed)):
+        Attempts(store.root).begin(stage, 0, 2, 30, None).record_job(str(number))
+        store.work(stage.id).mkdir(parents=True)
+    dead = {**asdict(replace(Holder.me(), started=1.0)), "token": "x"}
+    (store.work(begun.id) / "claim.1").write_text(json.dumps(dead))
+    store.handle(failed.id).report_failure(Failure("input", "a bad text", 0, 0.0, 1))
+    plan = Plan({stage.id: stage for stage in (waits, begun, failed, never)}, (), (waits.id, begun.id, never.id))
+    assert [line.state for line in stage_statuses(plan, store, None)] == ["submitted", "submitted", "failed", "missing"]
+    assert [line.state for line in stage_statuses(plan, store, {})] == ["missing", "died", "failed", "missing"]
