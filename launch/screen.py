@@ -6,7 +6,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
 from hfprune_launch.stage.outcome import Outcome
 from hfprune_launch.stage.progress_lines import ProgressLines
@@ -40,12 +40,21 @@ SAID_OF_WIDE = "all columns: --wide"
 T = TypeVar("T")
 
 
+class _PipedConsole(Console):
+    """A console that lets commands end as usual where the reader of their output, such as head, has gone; rich would
+    exit with 1.
+    """
+
+    def on_broken_pipe(self) -> NoReturn:
+        raise BrokenPipeError
+
+
 def make_console() -> Console:
     """Return a console as wide as the terminal; a pipe or file has no width, so tables keep their full width there.
 
     Rich would show the ``:100:`` of ``train.py:100: error`` as a picture.
     """
-    return Console(width=None if sys.stdout.isatty() else 400, emoji=False)
+    return _PipedConsole(width=None if sys.stdout.isatty() else 400, emoji=False)
 
 
 def say(console: Console, text: str) -> None:

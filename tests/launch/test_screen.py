@@ -1,6 +1,7 @@
 """Tables as a terminal shows them."""
 
 import io
+import os
 import re
 import sys
 import unicodedata
@@ -56,6 +57,15 @@ def on_terminal(monkeypatch):
         return re.sub(r"\x1b\[[0-9;]*m", "", sys.stdout.getvalue()).splitlines()
 
     return shown
+
+
+def test_whoever_stops_reading_ends_a_command_as_a_closed_pipe_does(monkeypatch):
+    """As ``| head`` does; rich would exit with 1, which says that a stage failed."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    with pytest.raises(BrokenPipeError), os.fdopen(writing, "w", buffering=1, closefd=True) as stream:
+        monkeypatch.setattr(sys, "stdout", stream)
+        make_console().print("a line")
 
 
 def width_of(line):
