@@ -125,7 +125,7 @@ def _push(folder: Path, repo_id: str, private: bool, ignored: list[str] | None) 
     """
     api = HfApi()
     with _refusals_told(repo_id):
-        api.create_repo(repo_id, private=private or None, exist_ok=True)
+        repo_id = api.create_repo(repo_id, private=private or None, exist_ok=True).repo_id  # with the owner's name
         is_exposed = private and not api.model_info(repo_id).private
     if is_exposed:
         raise UserError(

@@ -1,11 +1,12 @@
-"""Pushing a named checkpoint: nothing here reaches a network."""
+"""Pushing a named checkpoint, to a hub on this machine or to none: nothing here reaches a network."""
 
 import json
 from types import SimpleNamespace
 
 import pytest
 from hfprune_launch import publish
-from huggingface_hub import HfApi
+from hub import TOKEN, Repository, local_hub
+from huggingface_hub import HfApi, constants
 from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 from sweeps import in_process
 
@@ -40,7 +41,11 @@ def pushed(monkeypatch):
         calls["files"] = {it.path_in_repo: it.upload_info.size for it in operations if hasattr(it, "upload_info")}
         return SimpleNamespace(commit_url=f"https://hub/{repo_id}", oid="0", pr_url=None)
 
-    monkeypatch.setattr(HfApi, "create_repo", lambda self, repo_id, **options: calls.update({repo_id: options}))
+    def create_repo(self, repo_id, **options):
+        calls[repo_id] = options
+        return SimpleNamespace(repo_id=repo_id)
+
+    monkeypatch.setattr(HfApi, "create_repo", create_repo)
     monkeypatch.setattr(HfApi, "model_info", lambda _, repo_id: SimpleNamespace(private=repo_id != "me/public"))
     monkeypatch.setattr(HfApi, "create_commit", create_commit)
     # These would ask the hub before anything is pushed.
@@ -130,3 +135,41 @@ def test_a_hub_that_refuses_is_one_message(out, monkeypatch):
 def without_network():
     """Return the error that is raised where there is no network."""
     return HfHubHTTPError.__bases__[0]("Name or service not known")
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    with local_hub() as hub:
+        settings = {"ENDPOINT": hub.endpoint, "HF_HUB_OFFLINE": False, "HF_HUB_DISABLE_XET": True}
+        for name, value in settings.items():
+            monkeypatch.setattr(constants, name, value)
+        yield hub
+
+
+@pytest.mark.parametrize("named", ["me/it", "it"])
+def test_what_arrives_at_a_hub_is_the_folder(out, hub, named):
+    """Whoever gives no owner means their own account."""
+    code, shown, said = run(out, "name", named, "--private")
+    assert code == 0, said
+    assert f"{hub.endpoint}/me/it/commit/{1:040x}" in shown
+    assert hub.repositories == {
+        "me/it": Repository(True, {"README.md": CARD.encode(), "model.safetensors": b"x" * 1000}, ["Add name"])
+    }
+    (out / "checkpoints" / "name" / "README.md").write_text(CARD + "more\n")
+    assert run(out, "name", named)[0] == 0
+    again = hub.repositories["me/it"]
+    assert again.private and again.files["README.md"] == f"{CARD}more\n".encode() and len(again.commits) == 2
+
+
+def test_a_hub_gets_nothing_that_it_or_the_user_refuses(out, hub, monkeypatch):
+    hub.repositories["me/public"] = Repository(False)
+    code, _, said = run(out, "name", "me/public", "--private")
+    assert code == 2 and "already exists and is public" in said
+    for named, broken in (("another/it", "^$"), ("me/public", "/commit/")):
+        hub.broken = broken
+        code, _, said = run(out, "name", named)
+        assert code == 2 and "the hub refused" in said and "Traceback" not in said
+    monkeypatch.setenv("HF_TOKEN", "another")
+    code, _, said = run(out, "name", "me/new")
+    assert code == 2 and "hf auth login" in said and hub.repositories == {"me/public": Repository(False)}
