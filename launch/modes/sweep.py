@@ -120,9 +120,9 @@ def forget(command: Command) -> int:
     """Remove rows from the folder's tables; the artifacts behind them stay."""
     labels = command.arguments.forget
     rows, checkpoints = forget_rows(command.out, labels, past_attempts(command.out))
+    ReportPage(command.out, command.console).write()
     show_results(command.console, rows, command.arguments.wide)
     show_checkpoints(command.console, checkpoints)
-    ReportPage(command.out, command.console).write()
     store = command.out / "store"
     command.tell(f"removed: {', '.join(labels)}; a run that plans such a row brings it back from {store}")
     return 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from functools import partial
 
 from hfprune_launch.local.backend import LocalBackend
@@ -143,15 +144,28 @@ def _with_earlier(command: Command, prepared: Prepared) -> Record:
     return Record(with_earlier_rows(plan, earlier.plan), {**earlier.dense, **dense}) if earlier else Record(plan, dense)
 
 
+def _recorded(command: Command, prepared: Prepared) -> Record:
+    """Return the folder's record, which this run has written; if it was lost since, it is written again."""
+    with suppress(UserError):
+        if (record := read_record(command.out)) is not None:
+            return record
+    record = _with_earlier(command, prepared)
+    write_record(command.out, record)
+    return record
+
+
 def _report(command: Command, prepared: Prepared) -> None:
-    """Write and show the tables of all rows of the folder, including those begun by another run in the meantime."""
-    out, today, folder = command.out, prepared.sweep.plan, _with_earlier(command, prepared)
+    """Write and show the tables of all rows of the folder, as other commands have left them in the meantime: with those
+    that another run has begun, and without those that were forgotten.
+    """
+    out, today, folder = command.out, prepared.sweep.plan, _recorded(command, prepared)
     rows = folder.rows(prepared.sweep.store, past_attempts(out))
     write_reports(rows, out)
+    update = folder.write_checkpoints(out)
     show_results(command.console, rows, command.arguments.wide)
     if kept := kept_rows(today, folder.plan):
         command.tell(f"rows of earlier runs: {_labels(kept)}; to remove one: --forget '{kept[0].label}'")
-    show_checkpoints(command.console, folder.write_checkpoints(out))
+    show_checkpoints(command.console, update)
 
 
 def _labels(cells: Sequence[Cell]) -> str:

@@ -9,8 +9,8 @@ import shutil
 import numpy as np
 import pytest
 import yaml
-from hfprune_launch import compare, report, sweep
-from hfprune_launch.modes import sweep_plan
+from hfprune_launch import compare, report, screen, sweep
+from hfprune_launch.modes import sweep_plan, sweep_run
 from hfprune_launch.sweep_folder import read_record
 from rows import efficiency
 from safetensors.numpy import save_file
@@ -205,6 +205,52 @@ def test_a_row_is_removed_on_purpose(config, tmp_path):
     assert (out / "sweep.json").read_bytes() == before
     assert run("--out", tmp_path / "never", "--forget", "x")[0] == 2 and not (tmp_path / "never").exists()
     assert list((out / "store" / "prune").iterdir()), "artifacts stay"
+
+
+@pytest.mark.parametrize("command", ["report", "forget", "sweep"])
+def test_what_nobody_reads_to_its_end_is_written_before(config, tmp_path, monkeypatch, command):
+    """A reader of the output such as head ends a command where it shows its table."""
+    out = tmp_path / "out"
+    done(config, out)
+    (out / "report.html").unlink()
+    shutil.rmtree(out / "checkpoints")
+
+    class ClosedError(Exception):
+        pass
+
+    def closed(*_):
+        raise ClosedError
+
+    monkeypatch.setattr(screen, "show_table", closed)
+    with pytest.raises(ClosedError):
+        if command == "report":
+            run(out, command=report)
+        else:
+            run("--out", out, *(["--forget", "alpha 0.1 + lora"] if command == "forget" else []))
+    assert (out / "report.html").exists() and list((out / "checkpoints").glob("[!.]*"))
+
+
+@pytest.mark.parametrize("record", ["as it is", "damaged", "removed"])
+def test_a_row_that_was_forgotten_while_the_sweep_ran_does_not_come_back_at_its_end(
+    config, tmp_path, monkeypatch, record
+):
+    """If meanwhile the record of all rows was lost, the sweep's own rows are recorded again."""
+    out = tmp_path / "out"
+    done(config, out)
+    before = labels(out)
+
+    def meanwhile(*_):
+        assert run("--out", out, "--forget", "alpha 0.1 + lora")[0] == 0
+        if record != "as it is":
+            (out / "sweep.json").write_text("{")
+        if record == "removed":
+            (out / "sweep.json").unlink()
+
+    monkeypatch.setattr(sweep_run, "_clean_up", meanwhile)
+    assert run("--config", config, "--out", out)[0] == 0
+    left = [label for label in before if label != "alpha 0.1 + lora"] if record == "as it is" else before
+    assert labels(out) == left == [cell.label for cell in read_record(out).plan.cells]
+    assert (out / "checkpoints" / "alpha-0.1-lora").exists() == (left == before)
 
 
 def test_the_record_of_an_earlier_version_is_read(config, tmp_path):
