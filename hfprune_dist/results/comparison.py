@@ -35,6 +35,7 @@ class Comparison:
             any, and if KL isn't a number in one of them. Where pruning and recovery are one training, the reference is
             the recovered one.
         sweeps: number of sweeps with a result.
+        sweeps_with_reference: number of those behind ``kl_share``.
         wall_time_s: time of all stages behind a row, shared ones included; mean over the rows for which it is known.
         peak_memory_bytes: the highest peak of a rank in any of these stages, None if none was recorded.
     """
@@ -46,12 +47,17 @@ class Comparison:
     measures: Mapping[str, Spread | None]
     kl_share: Spread | None
     sweeps: int
+    sweeps_with_reference: int
     wall_time_s: float | None
     peak_memory_bytes: int | None
 
 
 def compare_methods(sweeps: Sequence[Sequence[Row]], reference: str) -> list[Comparison]:
-    """Group the finished rows of several sweeps by model, ratio, method and recovery, in order of first appearance."""
+    """Group the finished rows of several sweeps by model, ratio, method and recovery.
+
+    Models come in order of first appearance, each with its ratios from low to high, and their methods in order of first
+    appearance.
+    """
     groups: dict[tuple[str, float, str, str], list[tuple[Row, float | None]]] = {}
     for rows in sweeps:
         done = [row for row in rows if row["status"] == "done"]
@@ -59,7 +65,9 @@ def compare_methods(sweeps: Sequence[Sequence[Row]], reference: str) -> list[Com
         for row in done:
             key = (row["model"], row["ratio"], row["method"] or "dense", row["recovery"])
             groups.setdefault(key, []).append((row, references.get(_place(row))))
-    return [_comparison(*key, members) for key, members in groups.items()]
+    models = list(dict.fromkeys(model for model, *_ in groups))
+    in_order = sorted(groups, key=lambda key: (models.index(key[0]), key[1]))
+    return [_comparison(*key, groups[key]) for key in in_order]
 
 
 def _place(row: Row) -> tuple[str, float, bool, str]:
@@ -81,6 +89,7 @@ def _comparison(
         {name: _spread_of_known([row[name] for row in rows]) for name in MEASURES},
         _spread_of_known(shares) if shares else None,
         len(rows),
+        len(shares),
         statistics.fmean(times) if times else None,
         max((row["peak_memory_bytes"] for row in rows if row["peak_memory_bytes"]), default=None),
     )
@@ -141,7 +150,19 @@ def note_on_methods(comparisons: Sequence[Comparison], columns: Sequence[Column[
     spreads = (it for row in comparisons for it in (*row.measures.values(), row.kl_share))
     if any(it is not None and it.deviation is not None for it in spreads):
         told.append("±: standard deviation over seeds")
+    told += [
+        f"{it.header}: {fewer}" for it in columns if it.header.startswith("KL / ") and (fewer := _fewer(comparisons))
+    ]
     return "; ".join(told)
+
+
+def _fewer(comparisons: Sequence[Comparison]) -> str:
+    """Name the rows that have no reference in some of their seeds; empty if there are none."""
+    some = [it for it in comparisons if 0 < it.sweeps_with_reference < it.sweeps]
+    names = (
+        f"{it.model} {it.ratio:g} {it.method} {it.recovery} {it.sweeps_with_reference} of {it.sweeps}" for it in some
+    )
+    return f"over the seeds that have both methods ({', '.join(names)})" if some else ""
 
 
 def methods_table(comparisons: Sequence[Comparison], reference: str) -> str:

@@ -44,6 +44,30 @@ def test_methods_are_set_against_the_reference_of_their_own_sweep():
     assert shown([reference, ours], "hfprune")[1]["KL"] == "0.550±0.071"
 
 
+def test_a_share_over_fewer_seeds_than_its_row_has_says_so():
+    sweeps = [[row("hfprune", 1.0), row("ours", 0.5)], [row("hfprune", 2.0, status="missing"), row("ours", 0.6)]]
+    found = compare_methods(sweeps, "hfprune")
+    columns = few_columns_of_methods(found, "hfprune")
+    assert "KL / hfprune: over the seeds that have both methods (m 0.2 ours none 1 of 2)" in note_on_methods(
+        found, columns
+    )
+    assert shown(found, "hfprune")[1]["KL / hfprune"] == "0.500" and shown(found, "hfprune")[1]["seeds"] == "2"
+    whole = compare_methods(sweeps[:1], "hfprune")
+    assert "over the seeds" not in note_on_methods(whole, few_columns_of_methods(whole, "hfprune"))
+
+
+def test_what_only_a_later_sweep_has_stands_beside_its_model():
+    first = [row("hfprune", 1.0), row("hfprune", 1.0) | {"model": "n"}]
+    later = [row("ours", 1.0, 0.1), row("ours", 1.0)]
+    found = compare_methods([first, later], "hfprune")
+    assert [(it.model, it.ratio, it.method) for it in found] == [
+        ("m", 0.1, "ours"),
+        ("m", 0.2, "hfprune"),
+        ("m", 0.2, "ours"),
+        ("n", 0.2, "hfprune"),
+    ]
+
+
 def test_models_ratios_and_recoveries_are_kept_apart():
     places = list(product(("m", "n"), (0.2, 0.4), ("none", "lora")))
     rows = [
@@ -96,7 +120,7 @@ def test_a_share_is_of_a_reference_that_was_measured_alike():
 
 
 def test_missing_cells_are_left_out_and_a_single_sweep_has_no_spread():
-    ours, dense = compare_methods([[row("ours", 0.5), row("other", None, status="missing"), row(None, 0.0, 0.0)]], "x")
+    dense, ours = compare_methods([[row("ours", 0.5), row("other", None, status="missing"), row(None, 0.0, 0.0)]], "x")
     assert (ours.method, dense.method) == ("ours", "dense")
     assert ours.kl_share is None and ours.measures["kl"].deviation is None
     assert shown([ours], "x")[0]["KL"] == "0.500"
