@@ -11,10 +11,12 @@ from typing import NoReturn, TypeVar
 from hfprune_launch.stage.outcome import Outcome
 from hfprune_launch.stage.progress_lines import ProgressLines
 from hfprune_launch.stage.standing import time_left
+from rich.cells import cell_len
 from rich.console import Console, JustifyMethod
 from rich.markup import escape
 from rich.measure import Measurement
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.table import Column as RichColumn
 from rich.table import Table
 
 from hfprune_dist.planning.known_shapes import KnownShape, Span
@@ -62,11 +64,16 @@ def say(console: Console, text: str) -> None:
     console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
+def plain_table(*headers: str) -> Table:
+    """Return a table in which text breaks over lines where it doesn't fit, rather than being cut off."""
+    return Table(*(RichColumn(header, overflow="fold") for header in headers), box=None, pad_edge=False)
+
+
 def show_plan(console: Console, plan: Plan, verdicts: Mapping[str, Verdict], todo: Sequence[str]) -> None:
     """Show one line per stage: reuse, run or not needed, and the reason."""
     actions = {stage_id: "reuse" if verdict.state == "done" else "not needed" for stage_id, verdict in verdicts.items()}
     actions |= dict.fromkeys(todo, "run")
-    lines = Table("stage", "for", "id", "action", "reason", box=None, pad_edge=False)
+    lines = plain_table("stage", "for", "id", "action", "reason")
     for stage in plan.stages.values():
         reason = escape(verdicts[stage.id].reason)
         lines.add_row(stage.kind, escape(stage.label), stage.fingerprint, actions[stage.id], reason)
@@ -79,10 +86,10 @@ def show_plan(console: Console, plan: Plan, verdicts: Mapping[str, Verdict], tod
 
 def show_shapes(console: Console, shapes: Mapping[str, KnownShape]) -> None:
     """Show the shape of each cell's checkpoint; "-" and ranges stand for sizes that only a stage can determine."""
-    lines = Table(box=None, pad_edge=False)
     experts = ["experts"] if any(shape.experts for shape in shapes.values()) else []
-    for header in ("checkpoint of", *experts, "width", "KV heads", "layers", "ratio", ""):
-        lines.add_column(header, justify="left" if header in ("checkpoint of", "") else "right")
+    lines = plain_table("checkpoint of", *experts, "width", "KV heads", "layers", "ratio", "")
+    for column in lines.columns[1:-1]:
+        column.justify = "right"
     for label, shape in shapes.items():
         sizes = ([shape.experts] if experts else []) + [shape.width, shape.kv_heads, shape.layers]
         lines.add_row(escape(label), *(_span(it, "d") for it in sizes), _span(shape.reached, ".4f"), shape.open)
@@ -196,18 +203,25 @@ def table_of(rows: Sequence[T], columns: Sequence[Column[T]], gap: int) -> Table
 
 
 def show_table(console: Console, layouts: Sequence[Table], wide: bool) -> None:
-    """Show the first layout that fits the terminal; if none does, the last one, with its names broken over lines.
+    """Show the first layout that fits the terminal; if none does, the last one, with its names broken over lines. No
+    number is cut off: where they alone are too wide, the terminal breaks the lines of the first layout.
 
     Args:
         wide: show the first one, whatever the terminal's width.
     """
     widths = [Measurement.get(console, console.options.update(max_width=WIDEST), it).maximum for it in layouts]
-    if wide:
+    if wide or _least_width(layouts[-1]) > console.width:
         layouts[0].width = widths[0]
         console.print(layouts[0], soft_wrap=True)
     else:
         fitting = (it for it, width in zip(layouts, widths, strict=True) if width <= console.width)
         console.print(next(fitting, layouts[-1]))
+
+
+def _least_width(table: Table) -> int:
+    """Characters that a table of ``table_of`` takes with its names broken into single ones, which may be two wide."""
+    numbers = (max(map(cell_len, (str(it.header), *map(str, it.cells)))) if it.no_wrap else 2 for it in table.columns)
+    return sum(width + table.padding[1] for width in numbers)
 
 
 def show_checkpoints(console: Console, update: Update) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from hfprune_launch.screen import plain_table
 from hfprune_launch.slurm.attempts import Attempt
 from hfprune_launch.slurm.exit_causes import log_tail
 from hfprune_launch.slurm.job_info import JobInfo
@@ -137,7 +138,7 @@ def status_table(statuses: list[StageStatus]) -> Table:
     of_jobs = ["job", "nodes", "attempts", "GPU-h" if on_gpus else "core-h"]
     has_jobs = any(status.attempts for status in statuses)
     headers = ["stage", "for", "state", "progress", "left", *(of_jobs if has_jobs else [])]
-    lines = Table(*headers, "", box=None, pad_edge=False)
+    lines = plain_table(*headers, "")
     for status in statuses:
         color = COLORS.get(status.state, "yellow")
         lines.add_row(

@@ -80,6 +80,18 @@ def test_a_plan_of_one_stage_is_told_in_the_singular(on_terminal):
     assert told == "1 cell, 1 stage: 0 reuse, 1 run"
 
 
+@pytest.mark.parametrize("columns", ["1", "20", "40", "60"])
+def test_no_terminal_is_so_narrow_that_numbers_or_names_are_cut_off(on_terminal, monkeypatch, columns):
+    monkeypatch.setenv("COLUMNS", columns)
+    shown = "".join("".join(on_terminal(show_results, USUAL)).split())
+    assert all(number in shown for number in ("134.5M", "0.263", "4.597", "68.3±4.2", "269MB", "4.4m"))
+    stage = Stage("evaluate", "llama 0.2 surgeon-any-shape + lora", {}, {"model": Input("digest", "/a")})
+    plan = Plan({stage.id: stage}, (), (stage.id,))
+    if columns != "1":
+        lines = "".join(on_terminal(show_plan, plan, {stage.id: Verdict("missing", "not made yet")}, [stage.id]))
+        assert "…" not in lines
+
+
 @pytest.mark.parametrize("model", ["llama", "smollm2-1.7b", "llama-3.2-1b"])
 def test_a_usual_sweep_fits_80_columns_with_its_names_whole(on_terminal, model):
     rows = [row | {"model": model} for row in USUAL]
