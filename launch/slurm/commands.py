@@ -33,9 +33,13 @@ OPTION_VARIABLES = ("SLURM_", "SBATCH_", "SQUEUE_", "SACCT_", "SCANCEL_", "SINFO
 # The ones among them that say which cluster is asked, and as which user.
 CONNECTION_VARIABLES = ("SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_CLUSTERS", "SLURM_JWT")
 NO_CONFIGURATION = re.compile("could not establish a configuration source|unable to process configuration", re.I)
-# Slurm names the limit that a job exceeds, before a sentence that is the same for all limits.
-NAMED_LIMIT = re.compile(r"\b(?:QOS|Assoc)\w*Limit\b", re.IGNORECASE)
-TOO_MANY_JOBS = re.compile(r"MaxSubmit|SubmitJob|job count limit|job submit limit", re.IGNORECASE)
+# Slurm names the limit that a job exceeds (QOSMinGRES), before a sentence that is the same for all limits.
+NAMED_LIMIT = re.compile(r"error: (\w+)\s+sbatch: error: ")
+# The limit of a user, an account or a QOS; and the cluster's own, at which sbatch tries again for minutes.
+TOO_MANY_JOBS = re.compile(
+    r"MaxSubmit|SubmitJob|job count limit|job submit limit|job queue full|temporarily unable to accept job",
+    re.IGNORECASE,
+)
 # The final mark shows that a line is complete, since names may contain any character, including line ends.
 SQUEUE_FIELDS = "%i|%T|%r|%N|%S|%e|%j|;"
 SQUEUE_HEADER = re.compile(r"^JOBID\|.*\|;\n", re.MULTILINE)
@@ -270,8 +274,10 @@ def _run(command: list[str]) -> subprocess.CompletedProcess[str]:
             check=False,
             timeout=COMMAND_TIMEOUT_S,
         )
-    except subprocess.TimeoutExpired:
-        return subprocess.CompletedProcess(command, 1, "", f"{command[0]}: timed out after {COMMAND_TIMEOUT_S:.0f} s")
+    except subprocess.TimeoutExpired as error:
+        said = (error.stderr or b"").decode(errors="replace")  # why it takes long, if it says so
+        ended = f"{command[0]}: timed out after {COMMAND_TIMEOUT_S:.0f} s"
+        return subprocess.CompletedProcess(command, 1, "", f"{said}{ended}")
     except OSError as error:  # e.g. a node on which the user may start no more processes at this moment
         return subprocess.CompletedProcess(command, -1, "", f"{command[0]}: {error.strerror or error}")
 

@@ -72,8 +72,8 @@ def test_a_refusal_says_why_and_is_not_repeated(fake, slurm, script, slept, name
         ),
         *("Communication connection failure", "Communication shutdown failure", "Message receive failure"),
         *("Slurm backup controller in standby mode", "Rate limit exceeded, please retry momentarily"),
-        *("Zero Bytes were transmitted or received", "Slurm temporarily unable to accept job, sleeping and retrying"),
-        *("Resource temporarily unavailable", "Unable to create job record, try again", "Connection timed out writing"),
+        *("Zero Bytes were transmitted or received", "Resource temporarily unavailable"),
+        *("Unable to create job record, try again", "Connection timed out writing"),
         *("Process is shutting down and closing all communications", "Unexpected missing socket error"),
     ],
 )
@@ -89,7 +89,9 @@ POLICY = (
 )
 
 
-@pytest.mark.parametrize("named", ["QOSMaxSubmitJobPerUserLimit", "AssocGrpSubmitJobsLimit", ""])
+@pytest.mark.parametrize(
+    "named", ["QOSMaxSubmitJobPerUserLimit", "AssocGrpSubmitJobsLimit", "MaxSubmitJobsPerAccount", ""]
+)
 def test_a_full_queue_is_no_refusal(fake, slurm, script, named):
     fake.fail_next("sbatch", f"sbatch: error: {named} {POLICY}")
     with pytest.raises(SubmitLimitError):
@@ -103,7 +105,28 @@ def test_the_limit_that_is_reached_is_named(fake, slurm, script):
         slurm.submit(script, "a-name")
 
 
-@pytest.mark.parametrize("named", ["QOSMaxWallDurationPerJobLimit", "AssocMaxNodePerJobLimit"])
+def test_a_queue_of_the_cluster_that_is_full_is_no_refusal_either(fake, slurm, script, slept, monkeypatch):
+    """sbatch then tries again by itself, for longer than a command may take here."""
+    run, said = subprocess.run, "sbatch: error: Slurm temporarily unable to accept job, sleeping and retrying\n"
+
+    def time_out(command, **options):
+        if command[0] == "sbatch":
+            raise subprocess.TimeoutExpired(command, 90.0, stderr=said.encode())
+        return run(command, **options)
+
+    monkeypatch.setattr(subprocess, "run", time_out)
+    with pytest.raises(SubmitLimitError, match=r"unable to accept job.*; sbatch: timed out after 90 s"):
+        slurm.submit(script, "a-name")
+    assert slept == []
+
+
+@pytest.mark.parametrize(
+    "named",
+    [
+        *("QOSMaxWallDurationPerJobLimit", "AssocMaxNodePerJobLimit", "QOSMaxMemoryPerJob", "QOSMinGRES"),
+        *("QOSMinCpuNotSatisfied", "MaxGRESPerAccount", "QOSGrpBilling"),
+    ],
+)
 def test_a_job_beyond_other_limits_is_refused(fake, slurm, script, named):
     """Slurm gives the same explanation for all of them."""
     fake.fail_next("sbatch", f"sbatch: error: {named} {POLICY}")
