@@ -19,6 +19,7 @@ from hfprune_dist.store.stage import STAGE_VERSIONS
 
 Kind = Literal["importance", "reference", "prune", "distill", "recover", "evaluate", "efficiency", "loraprune"]
 Scalar = str | int | bool
+OptionName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_-]+$")]
 # Units of Slurm's --mem; megabytes if none is given.
 UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 # Options of sbatch that have a setting of their own, and its name.
@@ -27,12 +28,16 @@ SETTINGS = {
     **{name: name.replace("-", "_") for name in ("gpus-per-node", "cpus-per-task")},
     "ntasks": "tasks_per_node",
     "ntasks-per-node": "tasks_per_node",
+    "tasks-per-node": "tasks_per_node",
     "mem": "memory",
     "time": "time_minutes",
     "signal": "signal_seconds",
 }
-# Options of sbatch that only a sweep sets.
-OWN_OPTIONS = {"dependency", "requeue", "chdir", "job-name", "output", "error", "array"}
+# Options of sbatch that only a sweep sets, or that would keep sbatch from submitting a job and saying its id at once.
+OWN_OPTIONS = {
+    *("dependency", "kill-on-invalid-dep", "requeue", "no-requeue", "chdir", "job-name", "array"),
+    *("output", "error", "open-mode", "wait", "test-only"),
+}
 
 
 class Resources(Section):
@@ -80,10 +85,19 @@ class Resources(Section):
     fails ends the job. Neither CUDA nor a Python is needed."""
     environment: dict[Annotated[str, Field(pattern=r"^[A-Za-z_]\w*$")], str] = Field(default_factory=dict)
     """Environment variables of all ranks."""
-    sbatch: dict[str, Scalar] = Field(default_factory=dict)
+    sbatch: dict[OptionName, Scalar] = Field(default_factory=dict)
     """Further sbatch options, without the dashes: {reservation: week4, exclusive: true}; false leaves one out."""
     srun_args: list[str] = Field(default_factory=list)
     """Further arguments of srun."""
+
+    @field_validator("partition", "account", "qos", "constraint", "exclude", "sbatch")
+    @classmethod
+    def _in_one_line(cls, given: Any) -> Any:
+        """Refuse text that would end its line of the batch script, so that a shell would read the rest."""
+        for text in given.values() if isinstance(given, dict) else [given]:
+            if isinstance(text, str) and not text.isprintable():
+                raise ValueError(f"{text!r} has a character that a line of a batch script can't have")
+        return given
 
     @field_validator("sbatch")
     @classmethod
