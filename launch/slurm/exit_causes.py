@@ -225,7 +225,9 @@ def _out_of_memory(evidence: _Evidence) -> _Explanation:
 def _ended_by_slurm(evidence: _Evidence) -> _Explanation:
     if evidence.state in STATE_CAUSES:
         return STATE_CAUSES[evidence.state], f"{evidence.job} ended by Slurm: {evidence.state}"
-    return _time_limit(evidence) if evidence.state in ("TIMEOUT", "DEADLINE") else None
+    if evidence.state == "DEADLINE":  # even of a job that has not started
+        return "resource limit", f"{evidence.job} met the deadline that the profile's sbatch sets; set a later one"
+    return _time_limit(evidence) if evidence.state == "TIMEOUT" else None
 
 
 def _time_limit(evidence: _Evidence) -> tuple[str, str]:

@@ -65,7 +65,7 @@ def cause(store, attempt, state):
         ("CANCELLED", "cancelled"),
         ("FAILED", "killed"),
         ("TIMEOUT", "time limit without progress"),
-        ("DEADLINE", "time limit without progress"),
+        ("DEADLINE", "resource limit"),
         (None, "killed"),
     ],
 )
