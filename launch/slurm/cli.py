@@ -208,7 +208,7 @@ class _StatusJobs:
         if Attempts(store.root).is_empty:
             return {}
         newest = [SlurmStage(store, stage_id).open_attempt() for stage_id in self._sweep.plan.stages]
-        attempts = {job_id: it for it in newest if it is not None and (job_id := it.job_id) is not None}
+        attempts = [(job_id, it) for it in newest if it is not None and (job_id := it.job_id) is not None]
         try:
             self._whereabouts.look(attempts)
         except SlurmUnavailableError as error:

@@ -54,7 +54,7 @@ class JobEnds:
                 jobs.live[stage_id] = attempt
         job_ids = {stage_id: attempt.job_id for stage_id, attempt in jobs.live.items()}
         jobs.whereabouts.look(
-            {job_id: jobs.live[stage_id] for stage_id, job_id in job_ids.items() if job_id is not None}
+            [(job_id, jobs.live[stage_id]) for stage_id, job_id in job_ids.items() if job_id is not None]
         )
         sightings = {stage_id: jobs.whereabouts.sighting(jobs.live[stage_id]) for stage_id in job_ids}
         self._pending.note([sighting.job for sighting in sightings.values() if sighting.job is not None])

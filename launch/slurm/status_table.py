@@ -12,6 +12,7 @@ from hfprune_launch.slurm.attempts import Attempt
 from hfprune_launch.slurm.exit_causes import log_tail
 from hfprune_launch.slurm.job_info import JobInfo
 from hfprune_launch.slurm.slurm_stage import SlurmStage
+from hfprune_launch.slurm.whereabouts import is_named
 from hfprune_launch.stage.stage_file import began_at
 from hfprune_launch.stage.standing import staleness, standing_of, time_left
 from rich.markup import escape
@@ -72,7 +73,7 @@ def _status(stage: Stage, handle: SlurmStage, jobs: Mapping[str, JobInfo] | None
     attempts = handle.attempts()
     last = attempts[-1] if attempts else None
     open_attempt = last if last is not None and last.end is None else None
-    job = jobs.get(open_attempt.job_id or "") if jobs is not None and open_attempt is not None else None
+    job = None if open_attempt is None or jobs is None else _job_of(open_attempt, jobs)
     state, detail = _state(stage, handle, job)
     if jobs is None and open_attempt is not None and state in ("missing", "waiting", "died"):
         state, detail = "submitted", ""
@@ -96,6 +97,12 @@ def _status(stage: Stage, handle: SlurmStage, jobs: Mapping[str, JobInfo] | None
         gpu_hours=_hours(seconds, [attempt.intent.gpus for attempt in attempts]),
         core_hours=_hours(seconds, [attempt.intent.cores for attempt in attempts]),
     )
+
+
+def _job_of(attempt: Attempt, jobs: Mapping[str, JobInfo]) -> JobInfo | None:
+    """Return an attempt's job; None if its id is that of another job, on another cluster or one set up anew."""
+    job = jobs.get(attempt.job_id or "")
+    return job if job is not None and is_named(job, attempt) else None
 
 
 def _state(stage: Stage, handle: SlurmStage, job: JobInfo | None) -> tuple[str, str]:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import getpass
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -89,11 +89,11 @@ class Whereabouts:
         """Cluster and user of the jobs that are submitted from here."""
         return {"cluster": self._slurm.cluster(), "user": self._user}
 
-    def look(self, attempts: Mapping[str, Attempt]) -> None:
+    def look(self, attempts: Iterable[tuple[str, Attempt]]) -> None:
         """Ask Slurm about all jobs.
 
         Args:
-            attempts: open attempts, by job id.
+            attempts: job ids and their open attempts; several have one id if a cluster that was set up anew reuses it.
 
         Raises:
             SlurmUnavailableError: if squeue did not answer.
@@ -101,14 +101,14 @@ class Whereabouts:
         self.jobs = self._slurm.jobs()
         by_name = {job.name: job for job in sorted(self.jobs.values(), key=lambda job: job.is_live)}
         self._sightings = {}
-        unlisted = {}
-        for job_id, attempt in attempts.items():
+        unlisted = []
+        for job_id, attempt in attempts:
             job = by_name.get(attempt.intent.job_name, self.jobs.get(job_id))
-            if job is not None and _is_named(job, attempt) and job.state != REVOKED:
+            if job is not None and is_named(job, attempt) and job.state != REVOKED:
                 self._absences.pop(attempt.folder, None)
                 self._sightings[attempt.folder] = Sighting(job)
             else:
-                unlisted[job_id] = attempt
+                unlisted.append((job_id, attempt))
         self._ask_about(unlisted)
 
     def named(self, job_name: str) -> JobInfo | None:
@@ -141,17 +141,17 @@ class Whereabouts:
         """Return the seconds since a job was last seen, whether or not its id is known; 0.0 at the first call."""
         return self._clock() - self._absence(attempt).since
 
-    def _ask_about(self, unlisted: Mapping[str, Attempt]) -> None:
-        due = {job_id: attempt for job_id, attempt in unlisted.items() if self._is_due(attempt)}
-        past = self._slurm.history(due)
-        for job_id, attempt in due.items():
+    def _ask_about(self, unlisted: Iterable[tuple[str, Attempt]]) -> None:
+        due = [(job_id, attempt) for job_id, attempt in unlisted if self._is_due(attempt)]
+        past = self._slurm.history({job_id for job_id, _ in due})
+        for job_id, attempt in due:
             try:
                 sighting = self._ask(job_id, attempt, past.get(job_id))
             except SlurmUnavailableError:
                 continue
             self._sightings[attempt.folder] = sighting
             if sighting.job is not None:
-                self.jobs[job_id] = sighting.job
+                self.jobs.setdefault(job_id, sighting.job)
                 self._absences.pop(attempt.folder, None)
 
     def _is_due(self, attempt: Attempt) -> bool:
@@ -167,13 +167,13 @@ class Whereabouts:
 
     def _ask(self, job_id: str, attempt: Attempt, past: JobInfo | None) -> Sighting:
         job = self._slurm.job(job_id)
-        is_known = job is not None and _is_named(job, attempt)  # ids are reused if a cluster was set up anew
+        is_known = job is not None and is_named(job, attempt)  # ids are reused if a cluster was set up anew
         absence = self._absence(attempt)
         absence.is_revoked = is_known and job is not None and job.state == REVOKED
         if is_known and not absence.is_revoked:
             return Sighting(job)
         # Only after the controller: accounting may still show the end of a start after which the job was requeued.
-        if past is not None and _is_named(past, attempt) and not past.is_live and past.state != REVOKED:
+        if past is not None and is_named(past, attempt) and not past.is_live and past.state != REVOKED:
             return Sighting(past)
         if self.is_somebody_elses(attempt):
             return UNKNOWN
@@ -205,7 +205,7 @@ def _own_name() -> str:
         return str(os.getuid())
 
 
-def _is_named(job: JobInfo, attempt: Attempt) -> bool:
+def is_named(job: JobInfo, attempt: Attempt) -> bool:
     """Return whether a job has an attempt's name. Only the beginning counts, as damaged records may lose the rest."""
     return job.name.startswith(attempt.intent.job_name)
 

@@ -268,6 +268,21 @@ def test_a_new_cluster_may_give_an_id_again(fake, store):
     assert 180 <= backend.clock.now < 300
 
 
+@pytest.mark.parametrize(("lost", "lives"), [PRUNES, PRUNES[::-1]])
+def test_of_two_attempts_with_one_id_each_is_followed(fake, store, lost, lives):
+    """The cluster has been set up anew, and gives the id of a job that was lost with it to another job."""
+    complete(store, SCORES)
+    for prune in (lost, lives):
+        Attempts(store.root).begin(prune, 0, 1, 60, None).record_job("7")
+    names = [Attempts(store.root).last(prune.id).intent.job_name for prune in (lost, lives)]
+    (fake.folder / "history").write_text(f"7|NODE_FAIL|None|n1|N/A|N/A|{names[0]}\n")
+    (fake.folder / "jobs").write_text(f"7|RUNNING|None|n1|N/A|N/A|{names[1]}\n")
+    backend = make_backend(store)
+    backend.start()
+    backend.follow_missing()
+    assert causes(store, lost) == ["node failure", None] and causes(store, lives) == [None]
+
+
 @pytest.mark.parametrize("answers", [[HEADER], [HEADER] * 5, ["", HEADER], [HEADER, None, HEADER]])
 def test_a_job_that_squeue_does_not_list_is_not_dead(fake, store, answers):
     backend = make_backend(store)

@@ -27,7 +27,7 @@ def status(tmp_path):
     store = Store(tmp_path / "store")
     store.work(STAGE.id).mkdir(parents=True)
 
-    def at(started=None, beat=None, state="RUNNING", earlier=()):
+    def at(started=None, beat=None, state="RUNNING", earlier=(), name=None):
         attempt = Attempts(store.root).begin(STAGE, 0, 2, 30, None)
         attempt.record_job("5")
         now = time.time()
@@ -37,7 +37,7 @@ def status(tmp_path):
         if beat is not None:
             record = {"phase": "calibration", "done": 3, "total": 9, "updated": now - beat * MINUTE}
             write_json(store.work(STAGE.id) / "progress.json", record)
-        jobs = {"5": JobInfo("5", state, "None", "n1", "N/A", "N/A", attempt.intent.job_name)}
+        jobs = {"5": JobInfo("5", state, "None", "n1", "N/A", "N/A", name or attempt.intent.job_name)}
         (line,) = stage_statuses(Plan({STAGE.id: STAGE}, (), (STAGE.id,)), store, jobs)
         return line
 
@@ -95,3 +95,9 @@ def test_what_was_submitted_is_not_called_missing_where_slurm_does_not_answer(tm
     plan = Plan({stage.id: stage for stage in (waits, begun, failed, never)}, (), (waits.id, begun.id, never.id))
     assert [line.state for line in stage_statuses(plan, store, None)] == ["submitted", "submitted", "failed", "missing"]
     assert [line.state for line in stage_statuses(plan, store, {})] == ["missing", "died", "failed", "missing"]
+
+
+def test_a_job_of_another_cluster_is_not_shown(status):
+    """Another cluster, or one set up anew, gives the same ids to other jobs."""
+    line = status(name="something-else")
+    assert (line.state, line.nodes) == ("missing", "")
