@@ -15,3 +15,10 @@ def test_it_is_the_mean_over_layers():
     other = scores.clone()
     other[1] = -other[1]
     assert split_half_overlap(scores, other, 0.5) == 0.5
+
+
+def test_among_equal_sums_both_halves_keep_the_same_units():
+    silent = torch.zeros(1, 20, dtype=torch.float64)
+    other = silent.clone()
+    other[0, 3] = 1.0
+    assert [split_half_overlap(silent, other, share) for share in (0.8, 0.65, 0.5)] == [1.0, 1.0, 1.0]
