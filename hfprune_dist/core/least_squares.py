@@ -16,6 +16,10 @@ from torch import Tensor
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 
 
+class UnresolvedError(ValueError):
+    """The Gram matrix of the kept channels is mostly rounding errors: those of sums with much larger channels."""
+
+
 class Projection:
     """An output projection on some tokens, from which the problem for any choice of kept channels follows.
 
@@ -62,6 +66,9 @@ class LeastSquares:
 
         Args:
             ridge: strength of the pull towards the old weight, as a share of the kept channels' mean of h^2.
+
+        Raises:
+            UnresolvedError: if the Gram matrix, with the ridge, isn't positive definite.
         """
         energy = self.gram_KK.diagonal().mean()
         if energy == 0:
@@ -69,7 +76,9 @@ class LeastSquares:
         strength = ridge * energy
         damped_KK = self.gram_KK.clone()
         damped_KK.diagonal().add_(strength)
-        factor_KK = torch.linalg.cholesky(damped_KK)
+        factor_KK, problem = torch.linalg.cholesky_ex(damped_KK)
+        if problem:
+            raise UnresolvedError("some are so large that others, which stay, are lost in rounding")
         del damped_KK
         right_CK = self.cross_CK + strength * self.old_CK
         return torch.cholesky_solve(right_CK.T, factor_KK).T.contiguous()

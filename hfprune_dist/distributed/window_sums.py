@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from hfprune_dist.core.exact_sums import ExactOverflowError
+from hfprune_dist.core.least_squares import UnresolvedError
 from hfprune_dist.distributed.world import World
 from hfprune_dist.errors import UserError
 
@@ -19,9 +20,17 @@ Sums = TypeVar("Sums")
 Read = TypeVar("Read")
 
 
-def unusable(number: int, error: ExactOverflowError) -> UserError:
-    """The error to raise if sums over a layer's activations can't be made."""
-    return UserError(f"activations of layer {number}: {error}; check the checkpoint's weights")
+@contextmanager
+def explaining(number: int) -> Iterator[None]:
+    """Name a layer where sums over its activations can't be made, or say too little to fit anything to them.
+
+    Raises:
+        UserError: instead of the errors that say so.
+    """
+    try:
+        yield
+    except (ExactOverflowError, UnresolvedError) as error:
+        raise UserError(f"activations of layer {number}: {error}; check the checkpoint's weights") from None
 
 
 class WindowSums(ABC, Generic[Sums, Read]):
@@ -46,7 +55,7 @@ class WindowSums(ABC, Generic[Sums, Read]):
         Raises:
             UserError: if they are not finite, or out of all proportion.
         """
-        with self._explaining():
+        with explaining(self._number):
             self._add(index, read)
 
     def begin(self) -> None:
@@ -55,7 +64,7 @@ class WindowSums(ABC, Generic[Sums, Read]):
         Raises:
             UserError: if rank 0's first term is not finite, and no sums can be made at its scale.
         """
-        with self._explaining():
+        with explaining(self._number):
             self._at_scale_of(torch.zeros(self._size))
 
     @abstractmethod
@@ -77,13 +86,6 @@ class WindowSums(ABC, Generic[Sums, Read]):
             self._world.broadcast_tensor(first_D, 0)
             self._sums = self._empty(first_D.to(self._world.device))
         return self._sums
-
-    @contextmanager
-    def _explaining(self) -> Iterator[None]:
-        try:
-            yield
-        except ExactOverflowError as error:
-            raise unusable(self._number, error) from None
 
     def _begun(self) -> Sums:
         assert self._sums is not None, "not begun"

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from hfprune_dist.core.selection import entries_of, top_units_of_each
 from hfprune_dist.distributed.gram_sums import Grams
 from hfprune_dist.distributed.layer_stream import LayerStream
+from hfprune_dist.distributed.window_sums import explaining
 from hfprune_dist.distributed.world import World
 from hfprune_dist.models.single_layer import output_of, weights_kept
 from hfprune_dist.refit.least_squares_fit import projections_of, ridge_of_all_ranks
@@ -93,7 +94,10 @@ class CheapFits:
         units, most = scored.units, len(scored.scores[number])
         kept = {count: scored.kept(number, count) for count in counts if count < most}
         of_kind = grams.get(units.kind)
-        fitted = self._fitted(layer, units, kept, of_kind[0]) if of_kind is not None and kept else {}
+        fitted: Mapping[int, Tensor] = {}
+        if of_kind is not None and kept:
+            with explaining(number):
+                fitted = self._fitted(layer, units, kept, of_kind[0])
         weights = {most: weights_kept(layer, units)}
         for count, kept_K in kept.items():
             weights[count] = weights_kept(layer, units, kept_K)

@@ -14,6 +14,7 @@ from hfprune_dist.distributed.interruption import Interrupted
 from hfprune_dist.distributed.layer_stream import AfterLayer, LayerStream
 from hfprune_dist.distributed.turns import Turns
 from hfprune_dist.distributed.unfinished import unfinished, up_to_last
+from hfprune_dist.distributed.window_sums import explaining
 from hfprune_dist.distributed.world import World
 from hfprune_dist.models.output_projections import output_weights
 from hfprune_dist.refit.least_squares_fit import solve, solve_expert
@@ -65,7 +66,7 @@ class DenseRefit:
         """Refit all layers that stay and are not done yet; if interrupted, ranks first solve the layers that wait.
 
         Raises:
-            UserError: as ``LayerStream.grams`` does.
+            UserError: as ``LayerStream.grams`` and ``explaining`` do.
         """
         staying = self._kept.layers
         left = unfinished(staying, lambda: self._fitted.done(staying), self._world)
@@ -113,5 +114,6 @@ class DenseRefit:
         for expert, kept_U in enumerate(self._kept.of_layer(number, units.kind).chunk(units.experts)):
             channels_K = entries_of(kept_U - width * expert, units.channels_per_unit).to(device)
             weight_CD, grams = unsolved.weights[units.kind][expert], unsolved.grams[units.kind][expert]
-            solution = solved(weight_CD.to(device), grams.to(device), channels_K)
+            with explaining(number):
+                solution = solved(weight_CD.to(device), grams.to(device), channels_K)
             yield FittedProjection(solution.whole_CK.to(dtype).cpu(), solution.fit, solution.energy)

@@ -11,14 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from hfprune_dist.checkpoints.families import Family
-from hfprune_dist.core.exact_sums import ExactOverflowError
 from hfprune_dist.core.gauss_newton import Biases, MlpWeights
 from hfprune_dist.core.least_squares import vectors_of_targets, weight_of_targets
 from hfprune_dist.distributed.gram_sums import GramSums
 from hfprune_dist.distributed.host_transfers import HostTransfers
 from hfprune_dist.distributed.layer_stream import AfterLayer, LayerStream
 from hfprune_dist.distributed.unfinished import unfinished, up_to_last
-from hfprune_dist.distributed.window_sums import unusable
+from hfprune_dist.distributed.window_sums import explaining
 from hfprune_dist.distributed.world import World
 from hfprune_dist.models.single_layer import (
     before_down,
@@ -108,7 +107,8 @@ class SequentialRefit:
         """Refit all layers that stay and are not done yet; windows go no further than the last of these.
 
         Raises:
-            UserError: if a layer of the dense model is not its residual stream plus its blocks.
+            UserError: if a layer of the dense model is not its residual stream plus its blocks; or as ``explaining``
+                does.
         """
         left = unfinished(self._kept.layers, lambda: self._fitted.done(self._kept.layers), self._world)
         staying = [number for number in self._kept.layers if number in up_to_last(left)]
@@ -204,7 +204,8 @@ class SequentialRefit:
         sums.begin()
         grams = self._stream.means(sums)
         kept = torch.arange(weight_CK.shape[1], device=weight_CK.device)
-        return solve_together(weight_of_targets(weight_CK), grams, kept, self._world)
+        with explaining(number):
+            return solve_together(weight_of_targets(weight_CK), grams, kept, self._world)
 
     def _summed(self, layer: nn.Module, block: _Block, sums: GramSums) -> Iterator[tuple[int, Tensor]]:
         """Yield the targets of every micro-batch of this rank, once its terms for least squares have been added up."""
@@ -277,13 +278,11 @@ class SequentialRefit:
         fitted_weights, whole_weights = (
             MlpWeights(rows_KC, down_CK) for down_CK in (solution.fitted_CK, solution.whole_CK)
         )
-        try:
+        with explaining(number):
             moved = reconstruction.improve(
                 Start(fitted_weights, solution.fitted_KK, self._stream.fitted_tokens),
                 Start(whole_weights, solution.whole_KK, self._stream.tokens),
             )
-        except ExactOverflowError as error:
-            raise unusable(number, error) from None
         names = *self._mlp.row_weights(number), self._mlp.output_weight(number)
         within_layer = [name.removeprefix(self._mlp.tensor(number, "")) for name in names]
         rows = moved.rows_KC if self._mlp.row_parts[0] == 1 else [torch.cat(moved.rows_KC)]  # gate and up are one

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from hfprune_dist.core.least_squares import Projection, best_ridge
+from hfprune_dist.core.least_squares import Projection, UnresolvedError, best_ridge
 
 D, C, T = 12, 5, 300
 
@@ -52,6 +52,13 @@ def test_error_is_the_lost_share_of_the_outputs_energy():
     expected = (output - pruned).square().sum() / output.square().sum()
     assert problem.error(new) == pytest.approx(expected.item())
     assert expected < problem.error(WEIGHT[:, KEPT])
+
+
+def test_a_gram_matrix_of_rounding_errors_is_refused():
+    gram = torch.eye(D, dtype=torch.float64)
+    gram[0, 2] = gram[2, 0] = 2.0
+    with pytest.raises(UnresolvedError, match="lost in rounding"):
+        Projection(WEIGHT, gram).keeping(KEPT).weight(1e-4)
 
 
 @pytest.mark.parametrize("silent", ["activations", "outputs"])

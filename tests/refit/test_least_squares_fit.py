@@ -7,10 +7,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from ranks import SoloWorld
+from refitting import MICRO_BATCH, NEURONS, checkpoint_in, refit, some_kept, windows_of
+from safetensors.torch import load_file, save_file
 from worlds import Ranks
 
-from hfprune_dist.core.least_squares import RIDGES
+from hfprune_dist.checkpoints.checkpoint import open_checkpoint
+from hfprune_dist.core.least_squares import RIDGES, LeastSquares, UnresolvedError
 from hfprune_dist.distributed.gram_sums import Grams
+from hfprune_dist.distributed.layer_stream import LayerStream
+from hfprune_dist.errors import UserError
+from hfprune_dist.refit.cheap_fits import CheapFits, Scored
 from hfprune_dist.refit.least_squares_fit import projections_of, solve, solve_expert, solve_together
 
 
@@ -96,3 +102,54 @@ def test_what_ranks_send_is_contiguous_whatever_the_weight(rank, monkeypatch):
     monkeypatch.setattr(world, "broadcast_tensor", lambda tensor, owner: sent.append((tensor.is_contiguous(), owner)))
     projections_of(WEIGHT.T.contiguous().T, grams_of(TOKENS, drawn(3, 10, 6)), world)
     assert sent == [(True, 0), (True, 1)]
+
+
+def with_one_huge_neuron(folder, number):
+    """Return a checkpoint whose first layer has a neuron that is 10^8 times as large as it was."""
+    file = checkpoint_in(folder).path / "model.safetensors"
+    tensors = load_file(file)
+    tensors["model.layers.0.mlp.up_proj.weight"][number] *= 1e8
+    file.unlink()
+    save_file(tensors, file, {"format": "pt"})
+    return open_checkpoint(folder)
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_channels_lost_in_rounding_beside_a_huge_one_that_goes_get_a_message(tmp_path, size):
+    kept, windows_ST = some_kept((0, 1, 2)), windows_of(9)
+    goes = min({*range(NEURONS)} - {*kept.of_layer(0, "neurons").tolist()})
+    checkpoint = with_one_huge_neuron(tmp_path / "model", goes)
+
+    def fit(world):
+        refit("layerwise", checkpoint, kept, tmp_path / "fitted", world=world, windows_ST=windows_ST)
+
+    with pytest.raises(
+        UserError, match=r"^activations of layer \d: some are so large that others, which stay, are lost"
+    ):
+        Ranks(size).run(fit)
+
+
+@pytest.mark.parametrize("method", ["dense", "layerwise", "cheap"])
+def test_every_fit_names_the_layer_whose_gram_matrix_is_rounding_errors(tmp_path, monkeypatch, method):
+    checkpoint, kept, windows_ST, world = (
+        checkpoint_in(tmp_path / "model"),
+        some_kept((0, 1)),
+        windows_of(5),
+        SoloWorld(),
+    )
+
+    def refuse(*_):
+        raise UnresolvedError("lost")
+
+    def cheap_fit():
+        stream = LayerStream(checkpoint, windows_ST, torch.float32, MICRO_BATCH, world)
+        _, layer = next(stream.layers([0]))
+        scored = Scored(checkpoint.structures["neurons"], [torch.ones(NEURONS)])
+        CheapFits([scored], stream, True, world).weights(0, layer, [(11,)])
+
+    monkeypatch.setattr(LeastSquares, "weight", refuse)
+    with pytest.raises(UserError, match=r"^activations of layer 0: lost; check the checkpoint's weights$"):
+        if method == "cheap":
+            cheap_fit()
+        else:
+            refit(method, checkpoint, kept, tmp_path / "fitted", world=world, windows_ST=windows_ST)
