@@ -61,7 +61,7 @@ class Step(NamedTuple):
     """Units of one ladder that are removed together. Steps compare in the order in which they are taken.
 
     Attributes:
-        price: mean score of a unit, per parameter in multiples of those of the smallest unit.
+        price: mean score of its units, divided by their size; the smallest unit has size 1.
         layer: number of the layer.
         place: index of the ladder.
         number: number of steps of the same ladder that come before.

@@ -29,7 +29,7 @@ from hfprune_dist.stages.prune_refit import (
 )
 from hfprune_dist.structures.kept import Kept
 
-# One micro-batch of windows in this many is kept apart from everything else, to compare finalists.
+# One micro-batch of windows in this many is kept apart from everything else in the stage, to compare finalists.
 JUDGED_EVERY = 16
 # How many of the shapes that cheap refits leave closest are finalists.
 FINALISTS = 2

@@ -2,7 +2,8 @@
 
 Layers that may go are first ordered by how little the model misses them. Shapes that drop none or some of them, with
 the units that scores ask for, are compared: with a cheap refit, then the best of them fitted layer by layer, on windows
-that no earlier step has seen. The search continues with as many layers as the closest shape has.
+that nothing in the stage has been fitted to or measured on. The search continues with as many layers as the closest
+shape has.
 """
 
 from __future__ import annotations
