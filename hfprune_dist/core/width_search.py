@@ -107,12 +107,14 @@ class ReweightedShapes:
         return [ladder.dearer(factor) for ladder, factor in zip(ladders, factors, strict=True)]
 
     def _evened(self, widths: Sequence[int], evenness: float) -> Iterator[int]:
-        """Yield widths moved towards their mean, each to a width that its layer allows."""
+        """Yield widths moved towards their mean, each to the closest one that its layer allows."""
         mean = sum(widths) / len(widths)
         for width, ladder in zip(widths, self._neurons, strict=True):
-            multiple_of = ladder.multiple_of
-            rounded = round((evenness * mean + (1 - evenness) * width) / multiple_of) * multiple_of
-            yield ladder.most if rounded >= ladder.most else max(rounded, ladder.least)
+            multiple_of, wanted = ladder.multiple_of, evenness * mean + (1 - evenness) * width
+            rounded = round(wanted / multiple_of) * multiple_of
+            # A layer that loses nothing may have a width that isn't a multiple.
+            is_whole = rounded >= ladder.most or ladder.most - wanted < abs(rounded - wanted)
+            yield ladder.most if is_whole else max(rounded, ladder.least)
 
     def _with_total(self, widths: list[int], total: int) -> list[int]:
         """Change widths by single steps, from the first layer on, until they add up to ``total`` up to rounding."""

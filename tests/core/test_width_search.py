@@ -26,6 +26,13 @@ def test_the_middle_of_the_family_is_what_scores_want():
     assert list(reweighted.counts(Reweighting(0.0, 0.0, 0.0))) == allocate_globally(ladders(scores, [4] * 6), 90)
 
 
+def test_it_is_so_where_a_layer_loses_nothing_and_its_width_is_no_multiple():
+    scores = [*some_scores(layers=3, neurons=49), torch.full((49,), 100.0, dtype=torch.float64)]
+    wanted = allocate_globally(ladders(scores, [4] * 4, multiple_of=4), 90)
+    assert wanted[-1] == 49
+    assert list(of_neurons(scores, 90, [4] * 4, 4).counts(Reweighting(0.0, 0.0, 0.0))) == wanted
+
+
 def test_all_even_is_uniform():
     assert of_neurons(some_scores(), 90, [4] * 6, 1).counts(Reweighting(1.0, 0.0, 0.0)) == (25,) * 6
 
