@@ -12,7 +12,7 @@ from transformers import AutoConfig, PreTrainedConfig
 from hfprune_dist.checkpoints.checkpoint import Checkpoint
 from hfprune_dist.checkpoints.layer_settings import of_layers
 from hfprune_dist.checkpoints.modeling_pruned import add_output_biases, config_of_layer, factorize
-from hfprune_dist.models.loading import ONE_AT_A_TIME, attention_of, auto_class
+from hfprune_dist.models.loading import ONE_AT_A_TIME, attention_of, auto_class, name_outputs
 
 # Name of the only layer in such a decoder.
 LAYER = "layers.0"
@@ -67,6 +67,7 @@ class EmptyDecoders:
         for key, value in of_layers(vars(own), [number]).items():
             setattr(own, key, value)
         own.use_cache = False
+        name_outputs(own)
         if text is self._config:
             return own
         whole = copy.copy(self._config)

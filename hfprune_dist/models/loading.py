@@ -37,9 +37,18 @@ def load_causal_lm(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
     model, missing = _loaded(checkpoint, dtype=dtype)
     _refuse_missing(checkpoint, missing)
     require_exact_rotary(model, folder)
+    for config in (model.config, model.config.get_text_config()):
+        name_outputs(config)
     if checkpoint.family.has_vision:
         checkpoint.family.body_of(model).register_forward_pre_hook(_with_text_positions, with_kwargs=True)
     return model
+
+
+def name_outputs(config: Any) -> None:
+    """Have models return named outputs, and of hidden states only the last, whatever their config.json asks for."""
+    config.return_dict = True
+    config.output_hidden_states = False
+    config.output_attentions = False
 
 
 def _loaded(checkpoint: Checkpoint, **options: Any) -> tuple[PreTrainedModel, list[str]]:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from families import ALL_SEEING, save_model
+from families_masked import through_layers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -179,6 +180,26 @@ def test_rotary_frequencies_stay_float32(tmp_path, variant):
     layer = LayerReader(open_checkpoint(folder), torch.bfloat16, torch.device("cpu")).layer(1)
     for model in (load_causal_lm(folder, torch.bfloat16), layer):
         assert set(frequencies(model).values()) == {torch.float32}
+
+
+@pytest.mark.parametrize("variant", ["gemma2", "mistral3"])
+def test_outputs_have_names_whatever_a_config_says(tmp_path, variant):
+    """config.json may ask for tuples, or for the states and the attention of every layer."""
+    folder = save_model(tmp_path / "m", variant)
+    stated = json.loads((folder / "config.json").read_text())
+    for config in (stated, stated.get("text_config", {})):
+        config.update(return_dict=False, output_hidden_states=True)
+    if "text_config" not in stated:  # of images and text, transformers makes no model that returns its attention
+        stated["output_attentions"] = True
+    (folder / "config.json").write_text(json.dumps(stated))
+    checkpoint = open_checkpoint(folder)
+    require_own_weights(checkpoint)
+    model = load_causal_lm(folder, torch.float32)
+    windows = torch.randint(3, 60, (2, 8), generator=torch.Generator().manual_seed(0))
+    for part in (model, checkpoint.family.body_of(model)):
+        outputs = part(input_ids=windows, use_cache=False)
+        assert outputs.hidden_states is None and outputs.attentions is None
+    through_layers(checkpoint, model, windows)
 
 
 def test_rounded_rotary_frequencies_are_refused(tmp_path):
