@@ -239,6 +239,8 @@ _OTHER_KINDS = {
     "audio_config": "a model of sound and text",
     "is_encoder_decoder": "an encoder-decoder",
 }
+# Keys by which attention also sees later tokens, so that no output predicts the next one -> the values that do this.
+_SEEING_AHEAD: dict[str, tuple[object, ...]] = {"is_causal": (False,), "use_bidirectional_attention": (True, "all")}
 # Further such keys, checked only for listed architectures.
 _OTHER_THAN_LISTED = dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts"), "a mixture of experts")
 
@@ -253,7 +255,7 @@ _UNFIT = {
     "lara_mini": "its files have in one matrix what its linear attention has in four",
     "sarvam_moe": "its files have queries, keys and values in one matrix, which its attention has in three",
     "axk2": "its files have queries and their gates in one matrix, which its attention has in two",
-    **dict.fromkeys(("deepseek_v4", "hy_v4"), "several residual streams run through its layers"),
+    **dict.fromkeys(("deepseek_v4", "hy_v4", "gemma3n_text"), "several residual streams run through its layers"),
     **dict.fromkeys(
         ("inkling_text", "inkling2_text", "inkling2_loop_text"), "its shared experts are routed to as well"
     ),
@@ -298,6 +300,9 @@ def refuse_other_kinds(config: Mapping[str, Any], where: str) -> None:
     found = next((key for key in kinds if config.get(key) not in (None, False)), None)
     if found:
         raise not_supported(config, where, f"it is {kinds[found]} ({found})")
+    ahead = next((key for key, values in _SEEING_AHEAD.items() if config.get(key) in values), None)
+    if ahead:
+        raise not_supported(config, where, f"its tokens see those that follow ({ahead} {config[ahead]!r})")
     missing = [key for key in _NEEDED if key not in config]
     if missing and config.get("model_type") not in FAMILIES:
         raise not_supported(config, where, f"config.json has no {', '.join(missing)}")

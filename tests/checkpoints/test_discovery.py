@@ -152,6 +152,19 @@ def test_config_json_alone_may_rule_a_model_out():
         refuse_other_kinds(CONFIG | {"audio_config": {}}, "here")
 
 
+@pytest.mark.parametrize(
+    ("key", "ahead", "not_ahead"),
+    [("is_causal", [False], [True, None]), ("use_bidirectional_attention", [True, "all"], [False, "vision", None])],
+)
+def test_a_model_whose_tokens_see_those_that_follow_is_refused(key, ahead, not_ahead):
+    for model_type in ("llama", "gemma3_text"):
+        for value in ahead:
+            with pytest.raises(UserError, match=rf"its tokens see those that follow \({key} {value!r}\)"):
+                refuse_other_kinds(CONFIG | {"model_type": model_type, key: value}, "here")
+        for value in not_ahead:
+            refuse_other_kinds(CONFIG | {"model_type": model_type, key: value}, "here")
+
+
 def test_a_config_without_a_type_is_refused():
     for told in ({}, {"model_type": None}, {"model_type": ["llama"]}):
         with pytest.raises(UserError, match=r"here: model_type is .*; it must name an architecture"):
@@ -161,6 +174,7 @@ def test_a_config_without_a_type_is_refused():
 REFUSED = (
     *("gpt2", "falcon_h1", "olmo_hybrid", "nemotron_h", "zamba2", "recurrent_gemma", "llama4_text", "jetmoe", "beam"),
     *("diffllama", "minicpm3", "lara_mini", "sarvam_moe", "axk2", "deepseek_v4", "hy_v4", "inkling_text"),
+    "gemma3n_text",
 )
 
 
