@@ -29,10 +29,9 @@ def idle_settings(config: SweepConfig, methods: Mapping[str, Method]) -> Iterato
         UserError: if a text has no files.
     """
     yield from _of_methods(config, methods)
-    calibrates = bool(config.importance.criteria) or any(it.prunes_in == "calibration" for it in methods.values())
-    if not calibrates and config.calibration != CalibrationConfig():
+    if not _calibrates(config, methods) and config.calibration != CalibrationConfig():
         yield f"calibration changes nothing with {', '.join(methods)}, which score while they recover"
-    for key, text in _texts(config, methods, calibrates).items():
+    for key, text in texts_read(config, methods).items():
         yield from _of_a_text(key, text)
     yield from _of_training(config, methods)
     for name, alias in config.aliases.items():
@@ -52,10 +51,10 @@ def _of_methods(config: SweepConfig, methods: Mapping[str, Method]) -> Iterator[
             yield f"{name} in the method {it} changes nothing"
 
 
-def _texts(config: SweepConfig, methods: Mapping[str, Method], calibrates: bool) -> dict[str, TextSource]:
+def texts_read(config: SweepConfig, methods: Mapping[str, Method]) -> dict[str, TextSource]:
     """The texts that the sweep reads, by the keys of their settings."""
     texts: dict[str, TextSource] = {}
-    if calibrates:
+    if _calibrates(config, methods):
         for number, text in enumerate(config.calibration.mixture or []):
             texts[f"calibration.mixture.{number}"] = text
         if not texts:
@@ -90,6 +89,10 @@ def _of_training(config: SweepConfig, methods: Mapping[str, Method]) -> Iterator
     elif _is_given(runtime, "tracking_project") and not WITH_PROJECTS & set(runtime.report_to):
         named = " nor ".join(sorted(WITH_PROJECTS))
         yield f"runtime.tracking_project changes nothing: runtime.report_to names neither {named}"
+
+
+def _calibrates(config: SweepConfig, methods: Mapping[str, Method]) -> bool:
+    return bool(config.importance.criteria) or any(method.prunes_in == "calibration" for method in methods.values())
 
 
 def _trains_on_pairs(config: SweepConfig, methods: Mapping[str, Method]) -> bool:

@@ -1,13 +1,15 @@
-"""What is told of settings that are allowed, and do less than they say."""
+"""What is told of settings that are allowed, and do less, or show more, than they say."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 
 from hfprune_dist.config.method import Method
 from hfprune_dist.config.schema import SweepConfig
+from hfprune_dist.config.section import TextSource
 from hfprune_dist.config.training import RecoveryConfig
-from hfprune_dist.planning.idle_settings import idle_settings
+from hfprune_dist.planning.idle_settings import idle_settings, texts_read
 from hfprune_dist.planning.plan import NONE
 
 
@@ -17,7 +19,28 @@ def remarks_on_settings(config: SweepConfig, methods: Mapping[str, Method]) -> l
     Raises:
         UserError: if a text has no files.
     """
-    return [*idle_settings(config, methods), *_only_warm_up(config.recovery)]
+    texts = texts_read(config, methods)
+    return [*idle_settings(config, methods), *_seen_before(texts), *_only_warm_up(config.recovery)]
+
+
+def _seen_before(texts: Mapping[str, TextSource]) -> Iterator[str]:
+    """Texts for comparison that models are also pruned on."""
+    calibration = {key: text for key, text in texts.items() if key.startswith("calibration")}
+    for held_out in (key for key in texts if key.startswith("evaluation")):
+        for key in (key for key, text in calibration.items() if _overlap(text, texts[held_out])):
+            yield (
+                f"{held_out} and {key} read the same text: pruned models seem closer to the dense model on it than "
+                "they are on text that they weren't pruned on"
+            )
+
+
+def _overlap(one: TextSource, other: TextSource) -> bool:
+    """Whether two sources are the same, or one is a file in the other's folder."""
+    if one.path is None or other.path is None:
+        parts = ("path", "dataset", "name", "split", "revision")
+        return all(getattr(one, part) == getattr(other, part) for part in parts)
+    first, second = Path(one.path).resolve(), Path(other.path).resolve()
+    return first == second or first.parent == second or second.parent == first
 
 
 def _only_warm_up(recovery: RecoveryConfig) -> list[str]:

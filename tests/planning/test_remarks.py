@@ -107,6 +107,32 @@ def test_plain_text_has_no_fields(tmp_path, name, is_plain):
     assert remarks({"calibration": {"path": path, "text_field": "content"}}) == told
 
 
+@pytest.mark.parametrize(
+    ("settings", "same"),
+    [
+        ({"calibration.path": "/a.jsonl", "evaluation.fidelity.path": "/x/../a.jsonl"}, [("", "")]),
+        ({"calibration.path": "/a.jsonl", "evaluation.fidelity.path": "/b.jsonl"}, []),
+        ({"calibration.path": "/texts", "evaluation.fidelity.path": "/texts/a.jsonl"}, [("", "")]),
+        ({"calibration.path": "/texts/a.jsonl", "evaluation.fidelity.path": "/texts"}, [("", "")]),
+        ({"calibration.path": "/texts", "evaluation.fidelity.path": "/texts/more/a.jsonl"}, []),
+        ({"evaluation.fidelity.split": "train"}, [("", "")]),
+        ({"evaluation.fidelity.split": "train", "calibration.name": "de"}, []),
+        ({"calibration.path": "/a.jsonl", "evaluation.fidelity.split": "train"}, []),
+        (
+            {
+                "calibration.mixture": [{"path": "/a.jsonl"}, {"path": "/b.jsonl"}],
+                "evaluation.fidelity.texts": {"own": {"path": "/b.jsonl"}, "news": {"path": "/c.jsonl"}},
+            },
+            [(".texts.own", ".mixture.1")],
+        ),
+        ({"methods": ["loraprune"], "evaluation.fidelity.split": "train"}, []),
+    ],
+)
+def test_a_comparison_on_text_that_models_are_pruned_on_is_told(settings, same):
+    told = [f"evaluation.fidelity{one} and calibration{other} read the same text" for one, other in same]
+    assert [it.partition(":")[0] for it in remarks(settings)] == told
+
+
 def test_a_setting_of_a_methods_own_file_that_it_takes_no_notice_of_is_told(tmp_path):
     (tmp_path / "mine.yaml").write_text("{criterion: entropy, floor: 0.1, multiple_of: 8}")
     assert remarks({"methods": [str(tmp_path / "mine.yaml")]}) == ["floor in the method mine changes nothing"]
