@@ -25,9 +25,9 @@ from hfprune_dist.store.atomic_files import read_json
 SCRIPT = ROOT / "slurm" / "cluster.sh"
 # Ranks sleep before each heartbeat, so that tests have a moment in which to disturb them.
 SLOWLY = {"PYTHONPATH": str(FAULTS), "SLOW_MATCH": "progress.json", "SLOW_S": "0.5"}
-# Jobs of a launcher that is a fork start ranks that are forks, too: only where nothing ends or signals a rank.
+# Jobs of a launcher that is a fork start ranks that are forks, too, and end with the processes that Slurm knows.
 FORKED_RANKS = {EXECUTABLE: str(ROOT / "tests" / "forked_rank.sh")}
-# A stage's first ranks, which the test ends or signals, are interpreters; those that go on after them are forks.
+# A stage's first ranks are interpreters, as a test of each kind of end has them; those that go on are forks.
 FORKED_SUCCESSORS = {**FORKED_RANKS, "INTERPRETER": sys.executable, "INTERPRETED_STARTS": "1"}
 CONTROL = "recover alpha dense"
 DENSE = "evaluate alpha dense"

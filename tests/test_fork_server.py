@@ -84,13 +84,20 @@ def test_ends(script, text, code, said):
 WAIT = """
 import os, signal, sys, time
 signal.signal(signal.SIGTERM, lambda *_: sys.exit(5))
+signal.signal(signal.SIGUSR2, lambda *_: sys.exit(6))
 os.write(1, f"{os.getpid()}\\n".encode())  # at once, as two ranks write there
 time.sleep(60)
 """
 
 
 @pytest.mark.parametrize(
-    ("number", "code"), [(signal.SIGTERM, 5), (signal.SIGINT, -signal.SIGINT), (signal.SIGKILL, -signal.SIGKILL)]
+    ("number", "code"),
+    [
+        (signal.SIGTERM, 5),
+        (signal.SIGUSR2, 6),
+        (signal.SIGINT, -signal.SIGINT),
+        (signal.SIGKILL, -signal.SIGKILL),
+    ],
 )
 @pytest.mark.parametrize("torchrun", [[], ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]])
 def test_signals_reach_it(script, torchrun, number, code):

@@ -38,7 +38,7 @@ def test_the_time_limit_is_hit_twice_in_mid_recovery(cluster, config, finished, 
     # Two minutes, as ranks on a busy machine need half a minute to start.
     profile = cluster.profile("short", time_minutes=2, signal_seconds=45, sbatch=first_in_queue)
     # So slow that all steps, where they are slow, take longer than two time limits.
-    slowly = {**SLOWLY, **FORKED_SUCCESSORS, "SLOW_S": "16", "SLOW_STARTS": "2", "INTERPRETED_STARTS": "2"}
+    slowly = {**SLOWLY, **FORKED_RANKS, "SLOW_S": "16", "SLOW_STARTS": "2"}
     out = without(CONTROL)
     done(cluster, out, finished, cluster.submit(config, out, profile=profile, **slowly))
     assert causes(out) == ["done"], "one job, requeued by itself"
@@ -50,7 +50,7 @@ def test_the_time_limit_is_hit_twice_in_mid_recovery(cluster, config, finished, 
 def test_a_rank_is_killed_in_each_stage(cluster, config, finished, without):
     stages = ["importance alpha", CONTROL, DENSE]
     out = without(*stages, PRUNE, "recover alpha 0.2")  # a pass runs only where something made from it is missing
-    submitted = cluster.submit(config, out, **SLOWLY, **FORKED_SUCCESSORS)
+    submitted = cluster.submit(config, out, **SLOWLY, **FORKED_RANKS)
     alive = list(stages)
     while alive:
         stage = wait_for(lambda: next((stage for stage in alive if submitted.is_at_work(stage)), None))
@@ -75,7 +75,7 @@ def test_scancel(cluster, config, finished, without):
 
 def test_requeue_by_hand(cluster, config, finished, without):
     out = without(CONTROL)
-    submitted = cluster.submit(config, out, **SLOWLY, **FORKED_SUCCESSORS)
+    submitted = cluster.submit(config, out, **SLOWLY, **FORKED_RANKS)
     cluster.slurm("scontrol", "requeue", submitted.job_at_work(CONTROL, beats=3))
     done(cluster, out, finished, submitted)
     assert causes(out) == ["done"] and len(runs(out, CONTROL)) == 2
@@ -121,11 +121,11 @@ def test_a_second_job_for_a_stage_that_runs(cluster, config, finished, without):
 
 
 @pytest.mark.beside("nodes")
-@pytest.mark.parametrize("grace_time", [0, 20])
-def test_preemption(cluster, config, finished, without, grace_time):
+@pytest.mark.parametrize("grace_time, ranks", [(0, FORKED_RANKS), (20, FORKED_SUCCESSORS)], ids=["0", "20"])
+def test_preemption(cluster, config, finished, without, grace_time, ranks):
     profile = cluster.partition(f"grace{grace_time}", nodes="n[3-4]", gracetime=str(grace_time), preemptmode="requeue")
     out = without(CONTROL)
-    submitted = cluster.submit(config, out, profile=profile, **SLOWLY, **FORKED_SUCCESSORS)
+    submitted = cluster.submit(config, out, profile=profile, **SLOWLY, **ranks)
     submitted.job_at_work(CONTROL, beats=2)
     cluster.slurm("srun", "--partition=urgent", "--nodelist=n[3-4]", "--exclusive", "true")
     done(cluster, out, finished, submitted)
@@ -137,7 +137,7 @@ def test_preemption(cluster, config, finished, without, grace_time):
 def test_a_node_dies(cluster, config, finished, without):
     profile = cluster.partition("mortal", nodes="n[2-4]")
     out = without(CONTROL)
-    submitted = cluster.submit(config, out, profile=profile, **SLOWLY, **FORKED_SUCCESSORS)
+    submitted = cluster.submit(config, out, profile=profile, **SLOWLY, **FORKED_RANKS)
     submitted.job_at_work(CONTROL, beats=2)
     ranks = rank_processes(out, CONTROL)
     victim = ranks[max(ranks)].environ()["SLURMD_NODENAME"]

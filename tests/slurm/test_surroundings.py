@@ -3,7 +3,7 @@
 import shutil
 
 import pytest
-from clusters import CONTROL, DENSE, FORKED_SUCCESSORS, attempt_folders, causes, read
+from clusters import CONTROL, DENSE, FORKED_RANKS, attempt_folders, causes, read
 from sweeps import results
 
 pytestmark = [pytest.mark.slurm, pytest.mark.beside]
@@ -89,7 +89,7 @@ def test_a_rank_that_crashes(cluster, config, without, tmp_path_factory):
         "    ctypes.string_at(0)\n"
     )
     out = without(CONTROL)
-    code, output = cluster.submit(config, out, PYTHONPATH=str(folder), **FORKED_SUCCESSORS).end()
+    code, output = cluster.submit(config, out, PYTHONPATH=str(folder), **FORKED_RANKS).end()
     assert code == 0, output
     assert causes(out) == ["crash", "done"]
     end = read(attempt_folders(out)[0] / "end.json")

@@ -1,7 +1,7 @@
 """A whole sweep on the cluster: the same results as on this machine, and the commands that inspect it."""
 
 import pytest
-from clusters import SLOWLY, attempt_folders, causes, job_names, read, table
+from clusters import FORKED_RANKS, SLOWLY, attempt_folders, causes, job_names, read, table
 from sweeps import artifacts
 
 pytestmark = [pytest.mark.slurm, pytest.mark.beside]
@@ -61,7 +61,7 @@ def test_a_second_run_submits_nothing(cluster, on_cluster, config):
 
 def test_status_logs_and_cancel(cluster, config, without):
     out = without("recover alpha dense", "evaluate alpha dense + lora")
-    submitted = cluster.submit(config, out, "--no-follow", **SLOWLY)
+    submitted = cluster.submit(config, out, "--no-follow", **SLOWLY, **FORKED_RANKS)
     code, output = submitted.end()
     assert code == 0 and "--status shows them" in output
     job_id = submitted.job_at_work("recover alpha dense", beats=2)
