@@ -3,8 +3,9 @@
 The server has computed nothing: it has one thread and no process group. Every process that it forks gets a session,
 an environment, a folder, streams and seeds of its own, runs its script as ``__main__``, and starts its own project
 processes in the same way; all but pytest's workers, whose tests start real ones as well. The server starts and watches
-ranks with an agent that behaves as torchrun does, instead of torchrun. All kinds of stages but
-loraprune also run in an interpreter of their own in at least one test, and some of them in several under torchrun.
+ranks with an agent that behaves as torchrun does, instead of torchrun. All kinds of stages but loraprune also run in an
+interpreter of their own in at least one test: importance and evaluate under torchrun, distill and efficiency without
+it, and all those of a whole sweep in Slurm jobs.
 
 Since all forks share the server's hash seed and its environment at import time, real processes remain the reference.
 """
@@ -164,6 +165,7 @@ def serve(address: str) -> NoReturn:
     sys.stdout.flush()  # otherwise every fork would repeat what imports printed
     gc.freeze()  # objects that are never collected stay shared with the forks
     gc.enable()
+    os.fsync = lambda _: None  # nothing in a fork has to survive a crash, and each call waits for the disk
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(f"{address}.new")
         listener.listen(64)

@@ -141,6 +141,11 @@ def test_one_rank_takes_the_others_along(script):
     assert result.returncode == 1 and "exitcode  : 9" in result.stderr.partition("Root Cause")[2]
 
 
+def test_it_waits_for_no_disk(script):
+    """A real process would be told that there is no such file."""
+    assert run(script("import os; print(os.fsync(-1))")).stdout == "None\n"
+
+
 def test_its_own_processes_are_forks_too(script):
     """Only processes of the project's commands: others are left alone."""
     text = """

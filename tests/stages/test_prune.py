@@ -70,7 +70,7 @@ def weights_of(store, stage):
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_real_ranks_write_a_checkpoint_that_plain_transformers_loads(tmp_path, ranks):
     store, stage, scores = prepare(tmp_path, shard_size="20KB")
-    result = run_stage(store, stage, ranks, interpreters=ranks == 1)
+    result = run_stage(store, stage, ranks)
     assert result.returncode == 0, result.stderr[-2000:]
     kept = json.loads((store.path(stage.id) / "kept.json").read_text())["neurons"]
     model = AutoModelForCausalLM.from_pretrained(store.path(stage.id))

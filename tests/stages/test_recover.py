@@ -95,8 +95,8 @@ def write_stage_file(
     return Run(Store(root), stage)
 
 
-def finish(run: Run, ranks: int, code: int = 0, interpreters: bool = False) -> str:
-    ended = run_ranks(run.store, run.stage, ranks, interpreters=interpreters)
+def finish(run: Run, ranks: int, code: int = 0) -> str:
+    ended = run_ranks(run.store, run.stage, ranks)
     assert ended.returncode == code, ended.stdout + ended.stderr
     return ended.stdout + ended.stderr
 
@@ -181,7 +181,7 @@ def test_killed_stage_goes_on_to_the_same_bits_and_on_another_world_size_close_t
     for name, tensor in killed.weights().items():
         assert torch.equal(tensor, uninterrupted.weights()[name]), name
 
-    assert "step 1/" not in finish(alone, ranks=1, interpreters=True)
+    assert "step 1/" not in finish(alone, ranks=1)
     assert alone.losses() == pytest.approx(uninterrupted.losses(), rel=1e-3)
     expected, actual = (
         load_file(run.artifact / "adapter" / "adapter_model.safetensors") for run in (uninterrupted, alone)
