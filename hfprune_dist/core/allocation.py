@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -52,29 +52,36 @@ class Ladder:
         """Return the number of units one step above ``count``, or ``count`` if there is no such step."""
         return min((count // self.multiple_of + 1) * self.multiple_of, self.most)
 
+    def step_sizes(self) -> Tensor:
+        """Return the number of units that each step removes, int64 [steps]."""
+        sizes_S = torch.full((-(-(self.most - self.least) // self.multiple_of),), self.multiple_of)
+        sizes_S[:1] = self.most - self.below(self.most)
+        return sizes_S
+
+    def after(self, steps: int) -> int:
+        """Return the number of units that are left after so many steps."""
+        return self.below(self.most) - (steps - 1) * self.multiple_of if steps else self.most
+
     def dearer(self, factor: float) -> Ladder:
         """Return the same ladder with its scores multiplied by ``factor``."""
         return replace(self, scores=self.scores * factor)
 
 
-class Step(NamedTuple):
-    """Units of one ladder that are removed together. Steps compare in the order in which they are taken.
+class Steps(NamedTuple):
+    """Steps in the order in which they are taken: by price, at equal prices by layer, then by ladder.
+
+    A step removes units of one ladder together. Its price is the mean score of its units divided by their size, where
+    the smallest unit has size 1, but no lower than that of the step that must come before it.
 
     Attributes:
-        price: mean score of its units, divided by their size; the smallest unit has size 1.
-        layer: number of the layer.
-        place: index of the ladder.
-        number: number of steps of the same ladder that come before.
-        left: number of the ladder's units that stay after this step.
-        parameters: number of parameters that the step removes.
+        places_S: index of each step's ladder, int64 [steps].
+        parameters_S: number of parameters that each step removes, int64 [steps].
+        are_finest_S: whether a step removes units of the smallest size, bool [steps].
     """
 
-    price: float
-    layer: int
-    place: int
-    number: int
-    left: int
-    parameters: int
+    places_S: Tensor
+    parameters_S: Tensor
+    are_finest_S: Tensor
 
 
 def allocate_globally(ladders: Sequence[Ladder], removals: int) -> list[int]:
@@ -87,17 +94,19 @@ def allocate_globally(ladders: Sequence[Ladder], removals: int) -> list[int]:
     Returns:
         Number of units that each ladder keeps. At equal prices, the lower layer loses first, then the earlier ladder.
     """
-    finest = min(ladder.parameters for ladder in ladders)
-    steps = sorted(step for place, ladder in enumerate(ladders) for step in _steps(ladder, place, finest))
-    left, taken = removals, 0
-    while left > 0 and taken < len(steps):
-        left -= steps[taken].parameters
-        taken += 1
-    small = [step for step in steps[:taken] if ladders[step.place].parameters == finest]
-    while small and -2 * left > small[-1].parameters:
-        left += small.pop().parameters
-    large = (step for step in steps[:taken] if ladders[step.place].parameters != finest)
-    return _counts(ladders, [*large, *small])
+    places_S, parameters_S, are_finest_S = _in_order(ladders)
+    gone_S = parameters_S.cumsum(0)
+    taken = min(int(torch.searchsorted(gone_S, removals)) + 1, len(gone_S)) if removals > 0 else 0
+    left = removals - int(parameters_S[:taken].sum())
+    small_N = are_finest_S[:taken].nonzero().flatten()
+    undone = 0
+    while undone < len(small_N) and -2 * left > (parameters := int(parameters_S[small_N[-1 - undone]])):
+        left += parameters
+        undone += 1
+    stand_T = torch.ones(taken, dtype=torch.bool)
+    stand_T[small_N[len(small_N) - undone :]] = False
+    numbers = torch.bincount(places_S[:taken][stand_T], minlength=len(ladders)).tolist()
+    return [ladder.after(number) for ladder, number in zip(ladders, numbers, strict=True)]
 
 
 def layer_mean_one(scores: Sequence[Tensor]) -> list[Tensor]:
@@ -117,21 +126,26 @@ def standardized(scores: Sequence[Tensor], *, in_deviations: bool) -> list[Tenso
     return [it / (float(it.std()) or 1.0) if len(it) > 1 else it for it in centred]
 
 
-def _steps(ladder: Ladder, place: int, finest: int) -> list[Step]:
-    """Return a ladder's steps from all units down; no step is cheaper than the one that must come before it."""
-    rising = ladder.scores.sort().values.tolist()
-    count, price, weight = ladder.most, 0.0, ladder.parameters / finest
-    steps: list[Step] = []
-    while (fewer := ladder.below(count)) < count:
-        gone = rising[ladder.most - count : ladder.most - fewer]
-        price = max(price, sum(gone) / len(gone) / weight)
-        steps.append(Step(price, ladder.layer, place, len(steps), fewer, len(gone) * ladder.parameters))
-        count = fewer
-    return steps
+def _in_order(ladders: Sequence[Ladder]) -> Steps:
+    """Return the steps of all ladders."""
+    finest = min(ladder.parameters for ladder in ladders)
+    places = sorted(range(len(ladders)), key=lambda place: ladders[place].layer)
+    sizes = [ladders[place].step_sizes() for place in places]
+    prices = [_prices(ladders[place], sizes_S, finest) for place, sizes_S in zip(places, sizes, strict=True)]
+    order_S = torch.cat(prices).sort(stable=True).indices
+    places_S = torch.tensor(places).repeat_interleave(torch.tensor([len(sizes_S) for sizes_S in sizes]))[order_S]
+    per_unit_S = torch.tensor([ladder.parameters for ladder in ladders])[places_S]
+    return Steps(places_S, torch.cat(sizes)[order_S] * per_unit_S, per_unit_S == finest)
 
 
-def _counts(ladders: Sequence[Ladder], taken: Iterable[Step]) -> list[int]:
-    counts = [ladder.most for ladder in ladders]
-    for step in taken:
-        counts[step.place] = min(counts[step.place], step.left)
-    return counts
+def _prices(ladder: Ladder, sizes_S: Tensor, finest: int) -> Tensor:
+    """Return the prices of a ladder's steps, float64 [steps], given the numbers of units that they remove."""
+    rising_U = ladder.scores.double().cpu().sort().values
+    last = int(sizes_S.sum())
+    # Only the first step may have fewer units than others; zeros before them leave its sum as it is.
+    padding = len(sizes_S) * ladder.multiple_of - last
+    units_SM = torch.cat([rising_U.new_zeros(padding), rising_U[:last]]).view(len(sizes_S), ladder.multiple_of)
+    total_S = rising_U.new_zeros(len(sizes_S))
+    for units_S in units_SM.unbind(dim=1):  # one after another, so that the sum's bits don't depend on the machine
+        total_S += units_S
+    return (total_S / sizes_S / (ladder.parameters / finest)).clamp(min=0.0).cummax(0).values

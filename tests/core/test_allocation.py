@@ -1,5 +1,7 @@
 import itertools
 from fractions import Fraction
+from functools import reduce
+from operator import add
 
 import pytest
 import torch
@@ -105,6 +107,55 @@ def test_of_neurons_alone_the_same_go_as_in_earlier_versions(data):
     removals = data.draw(st.integers(0, sum(sizes)))
     found = allocate_globally(ladders(layers, narrowest, multiple_of, cost), removals * cost)
     assert found == of_neurons_alone(layers, removals, narrowest, multiple_of)
+
+
+def step_by_step(kept, removals):
+    """The definition: steps are tuples in the order in which they are taken, and remember what they leave."""
+    finest, steps = min(ladder.parameters for ladder in kept), []
+    for place, ladder in enumerate(kept):
+        rising, count, price, number = ladder.scores.sort().values.tolist(), ladder.most, 0.0, 0
+        while (fewer := ladder.below(count)) < count:
+            gone = rising[ladder.most - count : ladder.most - fewer]
+            price = max(price, reduce(add, gone, 0.0) / len(gone) / (ladder.parameters / finest))
+            steps.append((price, ladder.layer, place, number, fewer, len(gone) * ladder.parameters))
+            count, number = fewer, number + 1
+    taken = []
+    for step in sorted(steps):
+        if removals <= 0:
+            break
+        taken.append(step)
+        removals -= step[-1]
+    for step in [it for it in taken if kept[it[2]].parameters == finest][::-1]:
+        if -2 * removals <= step[-1]:
+            break
+        taken.remove(step)
+        removals += step[-1]
+    return [min([it.most, *(step[4] for step in taken if step[2] == place)]) for place, it in enumerate(kept)]
+
+
+@st.composite
+def any_ladders(draw):
+    """Draw ladders in any order of layers, of any sizes and multiples, with some negative scores and many ties."""
+    ladders = []
+    for _ in range(draw(st.integers(1, 5))):
+        scores_of_units = draw(st.lists(st.sampled_from([-0.1, 0.0, 0.1, 0.2, 0.3, 0.7, 1.0]), min_size=1, max_size=9))
+        ladders.append(
+            Ladder(
+                draw(st.integers(0, 2)),
+                torch.tensor(scores_of_units, dtype=torch.float64),
+                draw(st.integers(0, len(scores_of_units))),
+                draw(st.sampled_from([1, 3, 10, 30])),
+                draw(st.integers(1, 4)),
+            )
+        )
+    return ladders
+
+
+@settings(max_examples=300, deadline=None)
+@given(any_ladders(), st.floats(-0.1, 1.1))
+def test_the_same_go_as_step_by_step(kept, share):
+    removals = round(share * sum(ladder.most * ladder.parameters for ladder in kept))
+    assert allocate_globally(kept, removals) == step_by_step(kept, removals)
 
 
 @st.composite
