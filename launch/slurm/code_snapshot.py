@@ -119,7 +119,8 @@ def _uncommitted(clone: Path | None) -> bytes:
     """Return the uncommitted changes as a patch, whatever their encoding; empty outside a git repository."""
     if clone is None:
         return b""
+    diff = ["git", "-C", str(clone), "diff", "--binary", "HEAD"]
     try:
-        return subprocess.run(["git", "-C", str(clone), "diff", "HEAD"], capture_output=True, check=False).stdout
+        return subprocess.run(diff, capture_output=True, check=False).stdout
     except OSError:
         return b""

@@ -61,8 +61,11 @@ def test_a_snapshot_holds_the_code_and_its_provenance(project, folder):
     assert (snapshot / "uncommitted.diff").is_file()
 
 
-def test_changes_are_kept_as_a_patch_that_applies_whatever_their_encoding(project, folder):
-    source, before, after = project / "launch" / "setup.sh", b"echo caf\xe9\r\n", b"echo th\xe9\r\n"
+@pytest.mark.parametrize(
+    ("before", "after"), [(b"echo caf\xe9\r\n", b"echo th\xe9\r\n"), (b"\0a picture", b"\0another")]
+)
+def test_changes_are_kept_as_a_patch_that_applies_whatever_their_encoding(project, folder, before, after):
+    source = project / "launch" / "setup.sh"
     git = ["git", "-C", str(project), "-c", "user.name=a", "-c", "user.email=a@b"]
     source.write_bytes(before)
     for arguments in (["init", "--quiet"], ["add", "."], ["commit", "--quiet", "--message", "all"]):
