@@ -42,7 +42,7 @@ def cancel_jobs(plan: Plan, store: Store, slurm: SlurmCommands) -> Cancelled:
     # A job that another cluster has taken is cancelled there by way of its copy here.
     goes_on = (job for job in whereabouts.jobs.values() if job.is_live or job.state == REVOKED)
     found = [job for job in goes_on if job.name in stages]
-    found.sort(key=lambda job: (not job.is_waiting, job.job_id))
+    found.sort(key=lambda job: (not job.is_waiting, int(job.job_id)))
     slurm.cancel([job.job_id for job in found])
     for name in stages.keys() - {job.name for job in whereabouts.jobs.values()}:
         slurm.cancel_named(name)  # squeue may have missed it

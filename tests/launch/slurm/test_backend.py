@@ -714,6 +714,12 @@ def test_cancel_ends_the_sweeps_jobs_only(fake, store):
     assert fake.calls("scancel") == ["scancel 101 102 103"]
 
 
+def test_cancelled_jobs_are_named_in_the_order_of_their_numbers(fake, store):
+    (fake.folder / "last_id").write_text("98")
+    make_backend(store).start()
+    assert cancel_jobs(PLAN, store, SlurmCommands()).job_ids == ["99", "100", "101"]
+
+
 def test_cancel_finds_what_is_outside_the_plan_unlisted_or_without_an_id(fake, store):
     make_backend(store).start()
     attempts = Attempts(store.root)
