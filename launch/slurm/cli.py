@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ from hfprune_launch.slurm.cancel import cancel_jobs
 from hfprune_launch.slurm.code_snapshot import take_snapshot
 from hfprune_launch.slurm.commands import SlurmCommands, SlurmUnavailableError
 from hfprune_launch.slurm.job_info import JobInfo
+from hfprune_launch.slurm.pending_jobs import REMIND_S
 from hfprune_launch.slurm.profile import Profile
 from hfprune_launch.slurm.slurm_stage import SlurmStage
 from hfprune_launch.slurm.status_table import stage_statuses, status_table
@@ -221,13 +223,18 @@ class _StatusJobs:
 
 
 class _Screen:
-    """A live table on a terminal, occasional lines of progress elsewhere, and always one line per event."""
+    """A live table on a terminal, occasional lines of progress elsewhere, and always one line per event.
 
-    def __init__(self, console: Console, sweep: Sweep) -> None:
+    Args:
+        clock: seconds of a monotonic clock.
+    """
+
+    def __init__(self, console: Console, sweep: Sweep, clock: Callable[[], float] = time.monotonic) -> None:
         self._console = console
         self._sweep = sweep
         self._live: Live | None = None
-        self._told: set[str] = set()
+        self._clock = clock
+        self._told_at: dict[str, float] = {}
         self._lines = ProgressLines(console)
 
     @contextmanager
@@ -249,10 +256,11 @@ class _Screen:
         return any(status.state not in AT_REST for status in statuses)
 
     def tell(self, event: Event) -> None:
-        """Print an event; a message about waiting is printed only the first time."""
-        if event.what == "waiting" and event.message in self._told:
+        """Print an event; a message about waiting, of which every round tells, only once in ``REMIND_S``."""
+        now = self._clock()
+        if event.what == "waiting" and now - self._told_at.get(event.message, -math.inf) < REMIND_S:
             return
-        self._told.add(event.message)
+        self._told_at[event.message] = now
         color = EVENT_COLORS.get(event.what, "cyan")
         stage = f" {event.stage.kind} {escape(event.stage.label)}" if event.stage is not None else ""
         job = f" job {event.job_id}" if event.job_id else ""

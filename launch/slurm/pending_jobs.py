@@ -18,6 +18,7 @@ ORDINARY = ("None", "Priority", "Resources", "BeginTime", "Prolog", "Cleaning")
 LONG_WAIT_S = 300.0
 # kill-on-invalid-dep ends a job whose dependency failed; if it hasn't after this time, it does not work.
 STUCK_S = 60.0
+# Seconds after which what still keeps the sweep waiting is told again.
 REMIND_S = 3600.0
 NAMED_JOBS = 3
 

@@ -67,9 +67,17 @@ class Submission:
                 self._jobs.tell(Event("waiting", stage, None, f"{error}; tried again"))
             except SubmitLimitError as error:
                 self.is_held_up = True
-                message = f"{error}; the rest is submitted when jobs have ended"
-                self._jobs.tell(Event("waiting", stage, None, message))
+                self._jobs.tell(Event("waiting", stage, None, f"{error}; {self._way_below_the_limit()}"))
                 return
+
+    def _way_below_the_limit(self) -> str:
+        """Return how room for more jobs can come about, for messages."""
+        if self._jobs.live or any(job.is_live for job in self._jobs.whereabouts.jobs.values()):
+            return "the rest is submitted when jobs have ended"
+        return (
+            "none of your jobs is in the queue, so the limit allows none, or other users' jobs reach it; if this "
+            "lasts, name another account, qos or partition in the profile"
+        )
 
     def tell_of_outdated(self) -> None:
         """Report queued jobs that were submitted with another profile, or another limit, than this launcher's."""

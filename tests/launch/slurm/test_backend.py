@@ -21,6 +21,7 @@ from hfprune_launch.slurm.cli import NewJobs, Sweep, run_on_slurm, show_jobs, sh
 from hfprune_launch.slurm.commands import SlurmCommands
 from hfprune_launch.slurm.profile import Profile, Resources
 from hfprune_launch.slurm.submission import Submitting
+from hfprune_launch.slurm.sweep_jobs import Event
 from hfprune_launch.stage.stage_file import Provenance
 from ranks import ROOT
 from rich.console import Console
@@ -696,6 +697,28 @@ def test_a_full_queue_is_filled_up_later(fake, store):
     backend.step()
     assert causes(store, SCORES) == [None], "the same attempt"
     assert len(fake.jobs()) == 3 and backend.unsubmitted() == []
+
+
+def test_a_limit_that_may_never_be_met_is_told_as_such(fake, store):
+    fake.fail_next("sbatch", *["sbatch: error: AssocMaxSubmitJobLimit"] * 2)
+    backend = make_backend(store)
+    backend.start()
+    assert "the limit allows none, or other users' jobs reach it" in backend.told[-1].message
+    with (fake.folder / "jobs").open("a") as stream:
+        stream.write("999|RUNNING|None|n1|N/A|N/A|mine\n")
+    backend.step()
+    assert backend.told[-1].message.endswith("the rest is submitted when jobs have ended")
+
+
+def test_what_a_sweep_waits_for_is_told_again_after_an_hour(store, tmp_path, capsys):
+    clock = Clock()
+    screen = cli._Screen(Console(width=200), Sweep(PLAN, store, tmp_path), clock)
+    for seconds, lines in ((0.0, 1), (10.0, 1), (3580.0, 1), (10.0, 2), (10.0, 2)):
+        clock.sleep(seconds)
+        screen.tell(Event("waiting", SCORES, None, "AssocMaxSubmitJobLimit"))
+        said = capsys.readouterr().out
+        print(said, end="")
+        assert said.count("AssocMaxSubmitJobLimit") == lines
 
 
 def test_a_refused_job_keeps_back_only_what_needs_it(fake, store):
