@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import types
 import typing
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,13 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 from yaml.composer import ComposerError
 from yaml.constructor import ConstructorError
 
+from hfprune_dist.config.explain import explain, kind_of
 from hfprune_dist.config.schema import SweepConfig
 from hfprune_dist.config.section import Section
-from hfprune_dist.errors import UserError, did_you_mean
+from hfprune_dist.errors import UserError
 
 # Keys whose value is a path: relative ones are resolved against the folder of the YAML file that names them, or against
 # the current folder when they come from the command line.
@@ -156,7 +156,7 @@ def parse(schema: type[SectionT], raw: Mapping[str, Any], where: str) -> Section
     try:
         return schema.model_validate(dict(raw))
     except ValidationError as error:
-        lines = [_explain(schema, problem) for problem in error.errors()]
+        lines = [explain(schema, problem) for problem in error.errors()]
         raise UserError(f"configuration ({where}):\n" + "\n".join(f"  {line}" for line in lines)) from None
 
 
@@ -207,7 +207,7 @@ def read_yaml(file: Path, flag: str, expected: str) -> dict[str, Any]:
     if raw is None:
         return {}
     if not isinstance(raw, dict):
-        raise UserError(f"{flag} {file}: expected {expected}, found {type(raw).__name__}")
+        raise UserError(f"{flag} {file}: expected {expected}, found {kind_of(raw)}")
     return raw
 
 
@@ -300,42 +300,3 @@ def absolute_path(path: str, base: Path) -> str:
     except UnicodeEncodeError:
         raise UserError(f"{found!r}: this path isn't UTF-8; rename the file or folder") from None
     return found
-
-
-def _explain(schema: type[Section], problem: Mapping[str, Any]) -> str:
-    """Turn one of pydantic's problems into a line in our own words."""
-    location = [str(part) for part in problem["loc"] if part != "[key]"]
-    key = ".".join(location)
-    if problem["type"] == "extra_forbidden":
-        valid = sorted(_fields_at(schema, location[:-1]))
-        hint = did_you_mean(location[-1], valid)
-        return f"unknown key {key!r}{hint}; valid keys: {', '.join(valid)}"
-    message = problem["msg"].removeprefix("Value error, ")
-    if key and "input" in problem and problem["type"] not in ("value_error", "missing"):
-        given = problem["input"]
-        percent = location[0] == "ratios" and problem["type"] == "less_than" and 2 <= given < 100
-        hint = f"; did you mean {given / 100:g}?" if percent else _hint_on_numbers(given)
-        return f"{key}: {message} (got {given!r}){hint}"
-    return f"{key}: {message}" if key else message
-
-
-def _hint_on_numbers(given: Any) -> str:
-    """Hint for a string that looks like a number: YAML requires a decimal point and a signed exponent."""
-    found = re.fullmatch(r"([+-]?\d+)(\.\d*)?[eE]([+-]?)(\d+)", given) if isinstance(given, str) else None
-    if found is None:
-        return ""
-    digits, fraction, sign, exponent = found.groups()
-    return f"; YAML reads this as text, write {digits}{fraction or '.0'}e{sign or '+'}{exponent}"
-
-
-def _fields_at(schema: type[BaseModel], location: Iterable[str]) -> list[str]:
-    """Return the valid keys of the section that ``location`` leads to."""
-    annotation: Any = schema
-    for part in location:
-        if isinstance(annotation, types.UnionType):  # a section, or null
-            annotation = typing.get_args(annotation)[0]
-        if typing.get_origin(annotation) in (dict, list):
-            annotation = typing.get_args(annotation)[-1]
-        elif issubclass(annotation, BaseModel) and part in annotation.model_fields:
-            annotation = annotation.model_fields[part].annotation
-    return list(annotation.model_fields)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from datetime import date
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
@@ -12,11 +13,18 @@ Dtype = Literal["float32", "bfloat16"]
 Positive = Annotated[int, Field(ge=1, lt=2**31)]
 
 
+def as_written(value: object) -> str:
+    """A value for messages, as YAML has it where that differs from Python."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    return str(value) if isinstance(value, date) else repr(value)
+
+
 def _positive_or_auto(value: object) -> object:
     """Check both kinds of value, with one message for either."""
     if value == "auto" or (isinstance(value, int) and not isinstance(value, bool) and 1 <= value < 2**31):
         return value
-    raise ValueError(f"give a whole number of at least 1, or auto (got {value!r})")
+    raise ValueError(f"give a whole number of at least 1, or auto (got {as_written(value)})")
 
 
 # A count, or ``auto``: chosen during planning.
@@ -28,7 +36,7 @@ def _number_or_share(value: object) -> object:
     number = isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**31
     if number or (isinstance(value, float) and 0 < value < 1):
         return value
-    raise ValueError(f"give a whole number of at least 0, or a share between 0 and 1 (got {value!r})")
+    raise ValueError(f"give a whole number of at least 0, or a share between 0 and 1 (got {as_written(value)})")
 
 
 # A number of things, or a share of all of them.

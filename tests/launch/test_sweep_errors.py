@@ -25,7 +25,7 @@ def refused(config, out, *arguments):
         (["--ratios", "0.2,0.20000001"], ["ratios", "both called 0.2"]),
         (["--ratios", "a lot"], ["--ratios 'a lot'"]),
         (["--set", "calibration.sample=3"], ["unknown key 'calibration.sample'", "did you mean 'samples'"]),
-        (["--set", "calibration.samples=few"], ["calibration.samples", "integer"]),
+        (["--set", "calibration.samples=few"], ["calibration.samples", "whole number"]),
         (["--set", "samples"], ["--set 'samples'", "key=value"]),
         (["--set", "calibration.path=nowhere.jsonl"], ["nowhere.jsonl", "No such file"]),
         (["--set", "calibration.name=2024-13-45"], ["2024-13-45", "not a YAML value", "month"]),
