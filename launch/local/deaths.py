@@ -8,9 +8,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from hfprune_launch.stage.logs import end_of_log
+
 from hfprune_dist.store.heartbeat import LOST_RANK, Failure
 
 LOG_TAIL_LINES = 12
+# The end of a log that holds the last words of all ranks of a machine, and torchrun's summary after them.
+LOG_END_BYTES = 2**20
 # torchrun's summary of a rank that a signal ended; the lines between are its exit code and its error file.
 _SIGNAL = re.compile(
     r"^ *rank +: (?P<rank>\d+) .*\n(?:.*\n){1,3}? *traceback : Signal \d+ \((?P<signal>SIG\w+)\) received by PID",
@@ -43,7 +47,7 @@ def explain_death(left: Failure | None, log: Path, attempt: int) -> Failure:
     """
     if left is not None and left.cause != "code":
         return left
-    text = log.read_text(encoding="utf-8", errors="replace")
+    text = end_of_log(log, LOG_END_BYTES)
     deaths = [Death(int(found["rank"]), found["signal"]) for found in _SIGNAL.finditer(text)]
     killed = [death for death in deaths if death.signal in FROM_OUTSIDE]
     crashed = [death for death in deaths if death.signal in BY_ITSELF]

@@ -23,6 +23,7 @@ from hfprune_launch.slurm.log_signs import (
     since_last_start,
 )
 from hfprune_launch.slurm.progress import as_progress, fruitless_starts
+from hfprune_launch.stage.logs import end_of_log
 
 from hfprune_dist.store.artifacts import Store
 from hfprune_dist.store.heartbeat import Failure, Heartbeat
@@ -316,7 +317,7 @@ def _telling_lines(logs: list[Path]) -> str:
     A log that knows only of earlier starts has none: the last one ended before this rank began.
     """
     kept = []
-    texts = [_end_of_file(log) for log in logs]
+    texts = [end_of_log(log, LOG_TAIL_BYTES) for log in logs]
     newest = max((start for start in map(last_start, texts) if start is not None), default=None)
     for text in (it for it in texts if last_start(it) in (None, newest)):
         lines = [line for line in since_last_start(text).splitlines() if _says_something(line)]
@@ -329,16 +330,11 @@ def log_tail(logs: list[Path], lines: int = LOG_TAIL_LINES) -> str:
     """Return the last lines of every log, each under the log's name."""
     parts = []
     for log in logs:
-        kept = [line for line in _end_of_file(log).splitlines() if _says_something(line)][-lines:]
+        text = end_of_log(log, LOG_TAIL_BYTES)
+        kept = [line for line in text.splitlines() if _says_something(line)][-lines:]
         if kept:
             parts.append("\n".join([f"  {log.name}:", *(f"    {line}" for line in kept)]))
     return "\n".join(parts)
-
-
-def _end_of_file(log: Path) -> str:
-    with log.open("rb") as stream:
-        stream.seek(max(0, log.stat().st_size - LOG_TAIL_BYTES))
-        return stream.read().decode("utf-8", errors="replace")
 
 
 def _says_something(line: str) -> bool:

@@ -11,6 +11,7 @@ from dataclasses import replace
 import pytest
 from fork_server import forked
 from hfprune_launch.local import backend as local
+from hfprune_launch.local import deaths
 from hfprune_launch.local.backend import LocalBackend
 from hfprune_launch.local.deaths import OUT_OF_STEP, explain_death
 from hfprune_launch.stage.stage_file import Provenance, attempts_so_far, find_stage_file
@@ -102,6 +103,16 @@ def test_how_ranks_died(tmp_path, left, log, cause, expected):
     for part in expected:
         assert part in failure.message
     assert "from outside" not in failure.message or cause == "killed"
+
+
+def test_what_a_long_log_said_long_before_its_end_is_not_read(tmp_path, monkeypatch):
+    log = tmp_path / "prune.3.log"
+    log.write_text(log_of((0, 2), (1, -9)) + "more\n" * 100)
+    assert "rank 1 by SIGKILL" in explain_death(None, log, 3).message
+    monkeypatch.setattr(deaths, "LOG_END_BYTES", 500)
+    assert "SIGKILL" not in explain_death(None, log, 3).message
+    log.unlink()
+    assert explain_death(None, log, 3).cause == "killed"
 
 
 @pytest.mark.slow
