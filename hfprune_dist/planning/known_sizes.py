@@ -87,12 +87,12 @@ def _pairs_of_files(place: Path) -> tuple[int, int] | None:
     """Number of records in files with one per line, estimated from their beginnings, and tokens per record."""
     try:
         files = files_of(place)
-    except UserError:  # a record doesn't say where they lie
+        if any(file.suffix not in LINES for file in files):
+            return None
+        beginnings = [_beginning(file) for file in files]
+        size, lines, read = sum(it.stat().st_size for it in files), *_sums(beginnings)
+    except (UserError, OSError):  # a record doesn't say where they lie; they vanish; this user may not read them
         return None
-    if any(file.suffix not in LINES for file in files):
-        return None
-    beginnings = [_beginning(file) for file in files]
-    size, lines, read = sum(it.stat().st_size for it in files), *_sums(beginnings)
     if not lines:
         return None
     return max(1, round(size * lines / read)), TEMPLATE + round(read / lines / BYTES_OF_A_TOKEN)

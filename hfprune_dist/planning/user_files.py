@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -117,8 +118,16 @@ def _files(source: Input) -> list[Path]:
 
 def _changed_part(source: Input) -> str:
     """How to name an input that has changed; of several files, the one that changed last is the best guess."""
-    newest = max(_files(source), key=lambda file: file.stat().st_ctime_ns, default=Path(source.location))
+    newest = max(_files(source), key=_changed_at, default=Path(source.location))
     return str(newest) if newest == Path(source.location) else f"{source.location} (most recently {newest.name})"
+
+
+def _changed_at(file: Path) -> int:
+    """Unix time in ns of a file's last change; now, if it was removed after it had been listed."""
+    try:
+        return file.stat().st_ctime_ns
+    except FileNotFoundError:
+        return time.time_ns()
 
 
 def _traits_of(file: Path) -> Traits:

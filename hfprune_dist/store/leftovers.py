@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 from collections.abc import Callable, Collection, Iterator
@@ -84,7 +85,8 @@ def _handles(store: Store, folder: Path) -> list[StageHandle]:
 
 def size_of(path: Path) -> int:
     """Bytes of a file, or of all files below a folder; those that vanish meanwhile count as nothing."""
-    return sum(map(_bytes_of, [path] if path.is_file() else path.rglob("*")))
+    below = (Path(folder, name) for folder, _, names in os.walk(path) for name in names)  # as far as it can be listed
+    return sum(map(_bytes_of, [path] if path.is_file() else below))
 
 
 def _bytes_of(path: Path) -> int:

@@ -77,3 +77,8 @@ def test_long_files_are_told_from_their_beginning(tmp_path, monkeypatch):
     assert pairs == 500
     file.write_text("")
     assert packed_rows(RecoveryConfig(path=str(file))) is None
+
+
+def test_pairs_that_vanish_meanwhile_are_of_unknown_number(tmp_path, monkeypatch):
+    monkeypatch.setattr(known_sizes, "files_of", lambda _: [tmp_path / "gone.jsonl"])
+    assert packed_rows(RecoveryConfig(path=str(tmp_path), dataset=None)) is None

@@ -9,7 +9,7 @@ from sweeps import make_inputs, planned
 
 from hfprune_dist.errors import UserError
 from hfprune_dist.planning.plan import Plan
-from hfprune_dist.planning.user_files import ChangedInputError, UserFiles
+from hfprune_dist.planning.user_files import ChangedInputError, UserFiles, _changed_part
 from hfprune_dist.store import hashing as identity
 from hfprune_dist.store.hashing import FileHashes
 from hfprune_dist.store.stage import Input, Stage
@@ -174,3 +174,10 @@ def test_the_content_of_an_input_leaves_fingerprints_alone():
         Stage("prune", "", {}, {"model": Input("id", "/x", content=content)}) for content in ("", "file", "commit")
     ]
     assert len({stage.id for stage in stages}) == 1
+
+
+def test_a_file_that_vanishes_while_the_newest_is_looked_for_is_the_newest(tmp_path, monkeypatch):
+    (tmp_path / "old.yaml").write_text("")
+    monkeypatch.setattr("hfprune_dist.planning.user_files.files_below", lambda _: ["old.yaml", "gone.yaml"])
+    named = _changed_part(Input("digest", str(tmp_path), content="folder"))
+    assert named == f"{tmp_path} (most recently gone.yaml)"

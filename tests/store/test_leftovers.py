@@ -1,6 +1,7 @@
 """What is removed to make room may be in use, or vanish, at this moment."""
 
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -40,4 +41,18 @@ def test_a_file_that_vanishes_takes_no_room(tmp_path, monkeypatch):
         return lstat(path)
 
     monkeypatch.setattr(Path, "lstat", gone)
+    assert size_of(tmp_path) == 5
+
+
+def test_a_folder_that_vanishes_takes_no_room(tmp_path, monkeypatch):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").write_text("12345")
+    lstat = Path.lstat
+
+    def other_gone(path):
+        shutil.rmtree(tmp_path / ("b" if path.parent.name == "a" else "a"))
+        return lstat(path)
+
+    monkeypatch.setattr(Path, "lstat", other_gone)
     assert size_of(tmp_path) == 5
