@@ -1,6 +1,6 @@
 """Output projections of a model's units, and the projections that feed them, as the calibration pass has them."""
 
-from hfprune_dist.core.unit_sums import Maker, UnitOutputs
+from hfprune_dist.core.unit_outputs import Maker, UnitOutputs
 
 
 def unit_outputs(units, model):

@@ -14,7 +14,8 @@ from hfprune_dist.core.bound_losses import Batch, bind
 from hfprune_dist.core.criteria import Criterion, Loss, losses_of
 from hfprune_dist.core.head import NOTHING, AfterHead, head_gradients
 from hfprune_dist.core.linear_observer import LinearObserver, SeenLinear
-from hfprune_dist.core.unit_sums import KindObserver, KindSums, Phase, SeeOutputGradients, UnitOutputs
+from hfprune_dist.core.unit_outputs import UnitOutputs
+from hfprune_dist.core.unit_sums import KindObserver, KindSums, Phase, SeeOutputGradients
 from hfprune_dist.core.weight_products import CoupledProducts, SquaredProducts
 
 

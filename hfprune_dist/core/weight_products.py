@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from hfprune_dist.core.blocks import row_blocks
 from hfprune_dist.core.linear_observer import SeenLinear
-from hfprune_dist.core.unit_sums import Maker
+from hfprune_dist.core.unit_outputs import Maker
 from hfprune_dist.core.wide import wide_dtype
 
 # Bytes per element of a block of weights, in float32: the products, and what is added to or multiplied with them.

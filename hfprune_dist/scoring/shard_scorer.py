@@ -15,7 +15,8 @@ from hfprune_dist.core.criteria import CRITERIA, Criterion, losses_of
 from hfprune_dist.core.importance import ScoredModel, UnitSums, score_batch
 from hfprune_dist.core.linear_observer import SeenLinear
 from hfprune_dist.core.scores import STUDENT_CRITERION, scores_from_sums, student_keeps
-from hfprune_dist.core.unit_sums import KindSums, Maker, UnitOutputs
+from hfprune_dist.core.unit_outputs import Maker, UnitOutputs
+from hfprune_dist.core.unit_sums import KindSums
 from hfprune_dist.distributed.world import World
 from hfprune_dist.models.after_head import after_head, require_known_logits
 from hfprune_dist.models.experts import see_experts

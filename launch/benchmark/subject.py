@@ -19,7 +19,7 @@ from hfprune_dist.core.bound_losses import Batch
 from hfprune_dist.core.criteria import CRITERIA
 from hfprune_dist.core.head import NOTHING, AfterHead
 from hfprune_dist.core.importance import ScoredModel, UnitSums, score_batch
-from hfprune_dist.core.unit_sums import UnitOutputs
+from hfprune_dist.core.unit_outputs import UnitOutputs
 from hfprune_dist.data.tokenizer import bos_id, load_tokenizer, plain_ids
 from hfprune_dist.data.windows import Sampling, sample_windows
 from hfprune_dist.models.after_head import after_head

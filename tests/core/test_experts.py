@@ -12,7 +12,8 @@ from hfprune_dist.core.bound_losses import Batch
 from hfprune_dist.core.criteria import CRITERIA
 from hfprune_dist.core.head import AfterHead
 from hfprune_dist.core.importance import ScoredModel, UnitSums, score_batch
-from hfprune_dist.core.unit_sums import NonFiniteError, UnitOutputs
+from hfprune_dist.core.unit_outputs import UnitOutputs
+from hfprune_dist.core.unit_sums import NonFiniteError
 from hfprune_dist.models.experts import see_experts
 from hfprune_dist.models.memory_efficient_backward import (
     checkpoint_activations,

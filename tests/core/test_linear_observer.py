@@ -13,7 +13,8 @@ from hfprune_dist.core.bound_losses import Batch
 from hfprune_dist.core.criteria import CRITERIA
 from hfprune_dist.core.importance import ScoredModel, UnitSums, score_batch
 from hfprune_dist.core.linear_observer import SeenLinear
-from hfprune_dist.core.unit_sums import NonFiniteError, UnitOutputs
+from hfprune_dist.core.unit_outputs import UnitOutputs
+from hfprune_dist.core.unit_sums import NonFiniteError
 from hfprune_dist.models.memory_efficient_backward import (
     checkpoint_activations,
     keep_no_gathered_weights,

@@ -17,7 +17,8 @@ from hfprune_dist.core import blocks
 from hfprune_dist.core.bound_losses import Batch, Teaching
 from hfprune_dist.core.criteria import CRITERIA
 from hfprune_dist.core.importance import ScoredModel, UnitSums, score_batch
-from hfprune_dist.core.unit_sums import Maker, NonFiniteError
+from hfprune_dist.core.unit_outputs import Maker
+from hfprune_dist.core.unit_sums import NonFiniteError
 from hfprune_dist.core.weight_products import CoupledProducts, SquaredProducts
 from hfprune_dist.models.memory_efficient_backward import (
     checkpoint_activations,
