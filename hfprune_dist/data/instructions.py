@@ -23,7 +23,7 @@ from torch import Tensor
 from hfprune_dist.checkpoints.tensor_files import read_texts, save_tensors
 from hfprune_dist.data.schedule import IGNORED
 from hfprune_dist.data.text import Beginning
-from hfprune_dist.data.tokenizer import all_plain_ids, bos_id
+from hfprune_dist.data.tokenizer import all_plain_ids, bos_id, by_tokenizer
 from hfprune_dist.errors import UserError
 
 TokenizeAll = Callable[[list[str]], list[list[int]]]
@@ -103,7 +103,7 @@ def require_room(tokenizer: Any, sequence_length: int) -> None:
     if taken >= sequence_length:
         raise UserError(
             f"recovery.sequence_length {sequence_length} has no room for a response: the template around an "
-            f"instruction takes {taken} tokens alone; choose a larger one"
+            f"instruction takes {taken} tokens alone {by_tokenizer(tokenizer)}; choose a larger one"
         )
 
 

@@ -55,7 +55,7 @@ def _read(source: Source, tokenizer: Any, sampling: Sampling, where: str) -> Win
     own = replace(sampling, samples=source.windows)
     windows = read_windows(source.settings, source.path, tokenizer, own, where)
     if windows.documents_used < source.windows:  # some gave several windows
-        require_tokens(windows.tokens, own, own.body(tokenizer), f"{where} {source.path or source.settings['dataset']}")
+        require_tokens(windows.tokens, tokenizer, own, f"{where} {source.path or source.settings['dataset']}")
     return windows
 
 

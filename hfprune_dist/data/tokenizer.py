@@ -24,6 +24,11 @@ def load_tokenizer(checkpoint: Path) -> Any:
         raise UserError(f"{checkpoint}: the tokenizer can't be loaded ({error})") from None
 
 
+def by_tokenizer(tokenizer: Any) -> str:
+    """Whose tokenizer counted some tokens, for messages."""
+    return f"by the tokenizer of {tokenizer.name_or_path}"
+
+
 def bos_id(tokenizer: Any, add_bos_token: bool) -> int | None:
     """The id that begins every sequence; None if it isn't wanted or the tokenizer has none (Qwen)."""
     return tokenizer.bos_token_id if add_bos_token else None

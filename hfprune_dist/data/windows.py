@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,11 +12,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from hfprune_dist.data.text import Beginning, read_texts
-from hfprune_dist.data.tokenizer import bos_id, plain_ids
+from hfprune_dist.data.tokenizer import bos_id, by_tokenizer, plain_ids
 from hfprune_dist.errors import UserError
 from hfprune_dist.store.atomic_files import publish
-
-Tokenize = Callable[[str], list[int]]
 
 WINDOWS, INPUT_IDS = "windows.safetensors", "input_ids"
 # Limits of what is tokenized before a sweep begins, in search of documents that are long enough: characters per token
@@ -78,8 +76,7 @@ def read_windows(
     texts = (text for (text,) in read_texts(source, path, [source["text_field"]], sampling.seed, where))
     return sample_windows(
         texts if path is None else in_random_order(texts, sampling.seed),
-        lambda text: plain_ids(tokenizer, text),
-        bos_id(tokenizer, sampling.add_bos_token),
+        tokenizer,
         sampling,
         f"{where} {path or source['dataset']}",
     )
@@ -98,10 +95,9 @@ def require_long_enough(beginning: Beginning, tokenizer: Any, sampling: Sampling
     if (counted := _tokens_if_too_few(beginning, tokenizer, sampling)) is None:
         return
     found, longest = counted
-    body = sampling.body(tokenizer)
     if not found:
-        raise _too_short(where, body, len(beginning.texts), longest)
-    require_tokens(found, sampling, body, where)
+        raise _too_short(where, tokenizer, sampling, len(beginning.texts), longest)
+    require_tokens(found, tokenizer, sampling, where)
 
 
 def remark_on_overlap(beginning: Beginning, tokenizer: Any, sampling: Sampling, where: str) -> str | None:
@@ -111,8 +107,8 @@ def remark_on_overlap(beginning: Beginning, tokenizer: Any, sampling: Sampling, 
         return None
     needed = sampling.samples * sampling.body(tokenizer)
     return (
-        f"{where}: {counted[0]} tokens in documents that are long enough, and {sampling.samples} windows take "
-        f"{needed}: they overlap, and tell less than as many windows of a longer text"
+        f"{where}: {counted[0]} tokens in documents that are long enough {by_tokenizer(tokenizer)}, and "
+        f"{sampling.samples} windows take {needed}: they overlap, and tell less than as many windows of a longer text"
     )
 
 
@@ -140,20 +136,20 @@ def _tokens_if_too_few(beginning: Beginning, tokenizer: Any, sampling: Sampling)
     return found, longest
 
 
-def require_tokens(found: int, sampling: Sampling, body: int, where: str) -> None:
+def require_tokens(found: int, tokenizer: Any, sampling: Sampling, where: str) -> None:
     """Refuse a text that is so short that windows would see much of it several times.
 
     Args:
         found: tokens in documents that are long enough.
-        body: tokens of a window that come from the text.
 
     Raises:
         UserError: if there are fewer than in all windows together; the message states both numbers.
     """
-    if found < sampling.samples * body:
+    needed = sampling.samples * sampling.body(tokenizer)
+    if found < needed:
         raise UserError(
-            f"{where}: {found} tokens in documents that are long enough, and its share of {sampling.samples} windows "
-            f"takes {sampling.samples * body}; give it a smaller weight or more text, or use fewer samples"
+            f"{where}: {found} tokens in documents that are long enough {by_tokenizer(tokenizer)}, and its share of "
+            f"{sampling.samples} windows takes {needed}; give it a smaller weight or more text, or use fewer samples"
         )
 
 
@@ -175,33 +171,29 @@ def load_windows(folder: Path) -> Tensor:
     return windows_ST
 
 
-def sample_windows(
-    texts: Iterable[str], tokenize: Tokenize, bos: int | None, sampling: Sampling, where: str
-) -> Windows:
+def sample_windows(texts: Iterable[str], tokenizer: Any, sampling: Sampling, where: str) -> Windows:
     """Cut one random window from each document that is long enough; start again if documents run out.
 
     Args:
         texts: documents in the order in which they are used.
-        tokenize: text -> token ids without special tokens.
-        bos: first token of every window; None if they have none.
         where: the source, for messages.
 
     Raises:
         UserError: if no document is long enough; the message states the longest one's length.
     """
-    body = sampling.sequence_length - (bos is not None)
+    body, bos = sampling.body(tokenizer), bos_id(tokenizer, sampling.add_bos_token)
     documents: list[list[int]] = []
     read = longest = 0
     for text in texts:
         if len(documents) == sampling.samples:
             break
-        ids = tokenize(text)
+        ids = plain_ids(tokenizer, text)
         read += 1
         longest = max(longest, len(ids))
         if len(ids) >= body:
             documents.append(ids)
     if not documents:
-        raise _too_short(where, body, read, longest)
+        raise _too_short(where, tokenizer, sampling, read, longest)
     generator = torch.Generator().manual_seed(sampling.seed)
     rows = [_window(documents[index % len(documents)], body, bos, generator) for index in range(sampling.samples)]
     return Windows(torch.tensor(rows, dtype=torch.int64), read, len(documents), sum(map(len, documents)))
@@ -214,10 +206,10 @@ def in_random_order(texts: Iterable[str], seed: int) -> list[str]:
     return [listed[index] for index in order.tolist()]
 
 
-def _too_short(where: str, body: int, read: int, longest: int) -> UserError:
+def _too_short(where: str, tokenizer: Any, sampling: Sampling, read: int, longest: int) -> UserError:
     return UserError(
-        f"{where}: no document has {body} tokens ({read} read, the longest has {longest}); "
-        "use longer documents or a smaller sequence_length"
+        f"{where}: no document has {sampling.body(tokenizer)} tokens {by_tokenizer(tokenizer)} ({read} read, the "
+        f"longest has {longest}); use longer documents or a smaller sequence_length"
     )
 
 

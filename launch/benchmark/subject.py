@@ -20,7 +20,7 @@ from hfprune_dist.core.criteria import CRITERIA
 from hfprune_dist.core.head import NOTHING, AfterHead
 from hfprune_dist.core.importance import ScoredModel, UnitSums, score_batch
 from hfprune_dist.core.unit_outputs import UnitOutputs
-from hfprune_dist.data.tokenizer import bos_id, load_tokenizer, plain_ids
+from hfprune_dist.data.tokenizer import load_tokenizer
 from hfprune_dist.data.windows import Sampling, sample_windows
 from hfprune_dist.models.after_head import after_head
 from hfprune_dist.models.loading import load_causal_lm
@@ -116,13 +116,8 @@ def random_subject(dtype: str, shape: dict[str, int], checkpointing: bool = Fals
 def read_text(model: str, text: str, windows: int, tokens: int) -> Tensor:
     """Return windows [windows, tokens] of the text in file ``text``, tokenized for the model."""
     tokenizer = load_tokenizer(Path(model))
-    return sample_windows(
-        [Path(text).read_text(encoding="utf-8")],
-        lambda whole: plain_ids(tokenizer, whole),
-        bos_id(tokenizer, add_bos_token=True),
-        Sampling(windows, tokens, SEED),
-        text,
-    ).input_ids_ST
+    whole = Path(text).read_text(encoding="utf-8")
+    return sample_windows([whole], tokenizer, Sampling(windows, tokens, SEED), text).input_ids_ST
 
 
 def kept_width(model: str, ratio: float) -> int:

@@ -7,7 +7,6 @@ from tiny import tiny_tokenizer
 from hfprune_dist.data import windows
 from hfprune_dist.data.instructions import encode_for, nothing_to_train_on, prompt_for, require_room, require_trainable
 from hfprune_dist.data.text import Beginning
-from hfprune_dist.data.tokenizer import bos_id, plain_ids
 from hfprune_dist.data.windows import Sampling, remark_on_overlap, require_long_enough, require_tokens, sample_windows
 from hfprune_dist.errors import UserError
 
@@ -17,7 +16,7 @@ TOKENIZER = tiny_tokenizer()
 class CountingTokenizer:
     """A token for every ``per_token`` characters; counts the characters that it is given."""
 
-    bos_token_id = None
+    bos_token_id, name_or_path = None, "/models/counting"
 
     def __init__(self, per_token):
         self.per_token = per_token
@@ -43,9 +42,8 @@ def test_the_check_and_the_stage_agree_on_windows(documents, length, add_bos, ap
     sampling = Sampling(apart, length, 0, add_bos)
 
     def stage():
-        tokenize, bos = lambda text: plain_ids(TOKENIZER, text), bos_id(TOKENIZER, add_bos)
-        cut = sample_windows(documents, tokenize, bos, sampling, "here")
-        require_tokens(cut.tokens, sampling, sampling.body(TOKENIZER), "here")
+        cut = sample_windows(documents, TOKENIZER, sampling, "here")
+        require_tokens(cut.tokens, TOKENIZER, sampling, "here")
 
     whole = Beginning([(text,) for text in documents], is_all=True)
     assert message_of(require_long_enough, whole, TOKENIZER, sampling, "here") == message_of(stage)
@@ -81,9 +79,19 @@ def test_a_text_whose_windows_must_overlap_is_told(lengths, samples, sequence_le
     found = sum(length for length in lengths if length >= sequence_length)
     remark = remark_on_overlap(whole, tokenizer, sampling, "here")
     assert (remark is not None) == (found < samples * sequence_length)
-    beginning = f"here: {found} tokens in documents that are long enough, and {samples} windows"
-    assert remark is None or remark.startswith(beginning)
+    said = f"here: {found} tokens in documents that are long enough by the tokenizer of /models/counting, and {samples}"
+    assert remark is None or remark.startswith(f"{said} windows")
     assert remark_on_overlap(Beginning(whole.texts, is_all=False), tokenizer, sampling, "here") is None
+
+
+def test_messages_about_short_texts_name_the_model_whose_tokenizer_counted():
+    tokenizer, named = CountingTokenizer(1), "by the tokenizer of /models/counting"
+    short, apart = Beginning([("x" * 9,)], is_all=True), Sampling(2, 8, 0)
+    too_short = message_of(require_long_enough, short, tokenizer, Sampling(1, 10, 0), "here")
+    assert too_short.startswith(f"here: no document has 10 tokens {named} (1 read, the longest has 9)")
+    assert f"9 tokens in documents that are long enough {named}" in message_of(
+        require_long_enough, short, tokenizer, apart, "here"
+    )
 
 
 def test_a_document_of_few_tokens_is_tokenized_as_a_whole():
