@@ -33,7 +33,7 @@ class Project:
 
     @classmethod
     def around(cls, launch: Path) -> Project:
-        """The project that the folder of the package ``hfprune_launch`` belongs to."""
+        """Return the project that the folder of the package ``hfprune_launch`` belongs to."""
         top = launch.parent
         packages = {"hfprune_dist": top / "hfprune_dist", "hfprune_launch": launch}
         if (launch / "configs").is_dir():

@@ -35,7 +35,7 @@ def save_tensors(tensors: Mapping[str, Tensor], file: Path, texts: Mapping[str, 
 
 
 def load_tensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Return the tensors and the texts that ``save_tensors`` wrote. A file of an earlier version has no checksum.
+    """The tensors and the texts that ``save_tensors`` wrote. A file of an earlier version has no checksum.
 
     Raises:
         DamagedFileError: if the file is cut short, or its content is not what was written.
@@ -51,7 +51,7 @@ def load_tensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def read_texts(file: Path) -> dict[str, str]:
-    """Return the texts that ``save_tensors`` wrote, without reading the tensors."""
+    """The texts that ``save_tensors`` wrote, without reading the tensors."""
     return _about(file)[0]
 
 

@@ -83,7 +83,7 @@ def _hint_on_numbers(given: Any) -> str:
 
 
 def _fields_at(schema: type[BaseModel], location: Iterable[str]) -> list[str]:
-    """Return the valid keys of the section that ``location`` leads to; none if that is no section."""
+    """The valid keys of the section that ``location`` leads to; none if that is no section."""
     annotation: Any = schema
     for part in location:
         if isinstance(annotation, types.UnionType):  # a section, or null

@@ -44,7 +44,7 @@ NumberOrShare = Annotated[int | float, BeforeValidator(_number_or_share)]
 
 
 def explained_by(*others: type[BaseModel]) -> Callable[[dict[str, Any], type[BaseModel]], None]:
-    """Return what completes a section's JSON schema: keys without an explanation get that of the same key in a section
+    """What completes a section's JSON schema: keys without an explanation get that of the same key in a section
     that theirs inherits from, or in another one.
     """
 

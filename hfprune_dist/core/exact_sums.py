@@ -179,7 +179,7 @@ class ExactGram:
         return bool(self._scale.diagonal_of(self.total_P.integers()).double().mean() >= RESOLVED)
 
     def value(self) -> Tensor:
-        """The sum, float64."""
+        """Return the sum, float64."""
         return self._scale.value_of(self.total_P.integers())
 
 
@@ -267,7 +267,7 @@ class ExactSum:
         self._scale.add(term, self.total.with_room_for(largest))
 
     def value(self) -> Tensor:
-        """The sum, float64."""
+        """Return the sum, float64."""
         return self._scale.value_of(self.total.integers())
 
 
@@ -297,10 +297,10 @@ class ExactSquares:
         self.total_D += self._scale.rounded_squares(term_D)
 
     def value(self) -> Tensor:
-        """The sum, float64."""
+        """Return the sum, float64."""
         return self._scale.squares_of(self.total_D)
 
 
 def _scratch_bytes(dtype: torch.dtype) -> int:
-    """Bytes of temporary results per number of a term that is rounded in a dtype: scaled, and as wide as a total."""
+    """Return bytes of temporary results per number of a term in a dtype: scaled, and as wide as a total."""
     return dtype.itemsize + torch.int64.itemsize

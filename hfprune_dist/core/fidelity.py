@@ -158,7 +158,7 @@ def compare_logits(dense_NV: Tensor, model_NV: Tensor, next_ids_N: Tensor) -> Fi
 
 
 def _summed(terms_NV: Tensor) -> Tensor:
-    """The sum of float32 terms, in float64 over tokens."""
+    """Return the sum of float32 terms, in float64 over tokens."""
     return terms_NV.sum(dim=-1).sum(dtype=torch.float64)
 
 

@@ -64,7 +64,7 @@ class LinearObserver:
         return handles + [it.module.register_forward_hook(partial(self._after, it.see)) for it in self._linears]
 
     def _is_observed(self) -> bool:
-        """Whether the model that is running is the one that this loss belongs to."""
+        """Return whether the model that is running is the one that this loss belongs to."""
         return torch.is_grad_enabled() and (self._phase.student is not None) == (self._loss.of == "student")
 
     def _before_weight_goes(

@@ -101,7 +101,7 @@ def require_long_enough(beginning: Beginning, tokenizer: Any, sampling: Sampling
 
 
 def remark_on_overlap(beginning: Beginning, tokenizer: Any, sampling: Sampling, where: str) -> str | None:
-    """Return a sentence about a source that has fewer tokens than all its windows together, as far as can be told."""
+    """A sentence about a source that has fewer tokens than all its windows together, as far as can be told."""
     counted = _tokens_if_too_few(beginning, tokenizer, sampling)
     if counted is None:
         return None
@@ -113,7 +113,7 @@ def remark_on_overlap(beginning: Beginning, tokenizer: Any, sampling: Sampling, 
 
 
 def _tokens_if_too_few(beginning: Beginning, tokenizer: Any, sampling: Sampling) -> tuple[int, int] | None:
-    """Return the tokens in documents that are long enough, and in the longest document.
+    """The tokens in documents that are long enough, and in the longest document.
 
     None if all windows have tokens enough, or if that can't be told from what was read and is quickly tokenized.
     """

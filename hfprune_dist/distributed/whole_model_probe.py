@@ -50,7 +50,7 @@ class Probe:
         return rows[0] if rows else None
 
     def micro_batch_of(self, windows_ST: Tensor, micro_batch_size: int) -> Tensor:
-        """The windows of the probe's micro-batch, out of some windows that contain the probe's."""
+        """Return the windows of the probe's micro-batch, out of some windows that contain the probe's."""
         row = self.row_in(windows_ST)
         assert row is not None, "the probe is of another window"
         first = row // micro_batch_size * micro_batch_size

@@ -38,7 +38,7 @@ class World:
         return self.rank == 0
 
     def peak_memory(self) -> dict[str, int | None]:
-        """The most memory that any one rank's process has used so far, for a manifest. Collective.
+        """Return the most memory that any one rank's process has used so far, for a manifest. Collective.
 
         What earlier attempts used is not known; resident memory includes pages of mapped files.
 

@@ -33,7 +33,7 @@ class Budget:
     fewest_layers: int
 
     def left(self, layers: Sequence[int], gone: int) -> Budget:
-        """Return the rest of the budget for a model that has been pruned already, with its layers renumbered from 0.
+        """The rest of the budget for a model that has been pruned already, with its layers renumbered from 0.
 
         Args:
             layers: the indices of its layers in this budget, ascending.
@@ -48,7 +48,7 @@ class Budget:
 
 
 def budget_of(target: ShapeTarget, limits: Limits) -> Budget:
-    """Return the budget that a ratio asks for.
+    """The budget that a ratio asks for.
 
     Raises:
         UserError: if the bounds don't allow that much to be removed, or allow only more, where a layer has more than

@@ -12,7 +12,7 @@ from hfprune_dist.store.stage import Stage
 
 
 def with_earlier_passes(today: Plan, earlier: Plan, is_done: Callable[[str], bool]) -> Plan:
-    """Return today's plan with passes replaced by those of an earlier run that contain their scores already.
+    """Today's plan with passes replaced by those of an earlier run that contain their scores already.
 
     Args:
         is_done: whether the stage with this id has its artifact.

@@ -10,7 +10,7 @@ from hfprune_dist.store.stage import Stage
 
 
 def with_earlier_rows(today: Plan, earlier: Plan) -> Plan:
-    """Return today's plan with every earlier row that it doesn't replace.
+    """Today's plan with every earlier row that it doesn't replace.
 
     An earlier row is replaced by one of today with the same model, ratio, method and recovery, whatever its settings,
     or with the same evaluation. If earlier rows are added, rows are sorted by model, ratio, method and recovery.
@@ -26,13 +26,13 @@ def with_earlier_rows(today: Plan, earlier: Plan) -> Plan:
 
 
 def kept_rows(today: Plan, folder: Plan) -> list[Cell]:
-    """Return the rows of a folder that are not in today's plan."""
+    """The rows of a folder that are not in today's plan."""
     planned = {cell.evaluate for cell in today.cells}
     return [cell for cell in folder.cells if cell.evaluate not in planned]
 
 
 def without_rows(plan: Plan, labels: Iterable[str]) -> Plan:
-    """Return a plan without some of its rows and without the stages that nothing else needs."""
+    """A plan without some of its rows and without the stages that nothing else needs."""
     dropped = set(labels)
     cells = tuple(cell for cell in plan.cells if cell.label not in dropped)
     needed = {stage_id for cell in cells for stage_id in plan.upstream(cell)} | {*plan.asked}

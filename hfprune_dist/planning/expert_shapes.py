@@ -34,7 +34,7 @@ class MixtureTarget(ABC):
     asked: ShapeTarget
 
     def shape(self) -> Shape:
-        """Return the largest shape that removes at least the ratio.
+        """The largest shape that removes at least the ratio.
 
         Raises:
             UserError: if no shape reaches the ratio.

@@ -75,7 +75,7 @@ class Importance:
     coupled_products: bool = False
 
     def resized(self, windows: int) -> Importance:
-        """Return a copy with this many windows in a micro-batch."""
+        """A copy with this many windows in a micro-batch."""
         return replace(self, windows=windows)
 
     def host_bytes(self, dims: Dimensions, ranks: int) -> int:
@@ -246,7 +246,7 @@ class Train:
 
     @classmethod
     def of(cls, settings: LoraTraining, tokens: int, distills: bool, *, masks: bool = False) -> Train:
-        """Return the job of a stage with these settings on rows of ``tokens`` tokens."""
+        """The job of a stage with these settings on rows of ``tokens`` tokens."""
         return cls(
             rows=settings.rows_at_once,
             tokens=tokens,
@@ -258,7 +258,7 @@ class Train:
         )
 
     def resized(self, rows: int) -> Train:
-        """Return a copy with this many rows in a micro-batch."""
+        """A copy with this many rows in a micro-batch."""
         return replace(self, rows=rows)
 
     def memory(self, dims: Dimensions, ranks: int) -> Memory:

@@ -28,7 +28,7 @@ class Generate:
 
     @classmethod
     def of(cls, params: EfficiencyParameters, dense: Checkpoint) -> Generate:
-        """Return the job of a stage that measures the efficiency of this dense model, or of one pruned from it."""
+        """The job of a stage that measures the efficiency of this dense model, or of one pruned from it."""
         cached = TokenCosts.of(dense).cached_channels
         return cls(max(params.batch_sizes), params.most_tokens, cached, ITEMSIZE[params.dtype])
 

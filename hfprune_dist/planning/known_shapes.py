@@ -31,7 +31,7 @@ class Span(Generic[Number]):
 
     @classmethod
     def of(cls, numbers: Iterable[Number]) -> Span[Number]:
-        """Return the span of at least one number."""
+        """The span of at least one number."""
         every = sorted(numbers)
         return cls(every[0], every[-1])
 

@@ -59,7 +59,7 @@ USUAL = Requests(1, 4, 128)
 
 
 def requests_of(params: EvaluateParameters) -> tuple[list[Requests], list[str]]:
-    """Return the requests of the tasks whose sizes are known, and the names of the other tasks."""
+    """The requests of the tasks whose sizes are known, and the names of the other tasks."""
     known, unknown = [], []
     for task in params.tasks:
         asked = TASKS.get(task, USUAL)

@@ -42,7 +42,7 @@ class Refit:
     kv_groups: bool = False
 
     def resized(self, windows: int) -> Refit:
-        """Return a copy with this many windows in a micro-batch."""
+        """A copy with this many windows in a micro-batch."""
         return replace(self, windows=windows)
 
     def host_bytes(self, dims: Dimensions, ranks: int) -> int:
@@ -148,7 +148,7 @@ class LowRank:
     itemsize: int = 2
 
     def resized(self, windows: int) -> LowRank:
-        """Return a copy with this many windows in a micro-batch."""
+        """A copy with this many windows in a micro-batch."""
         return replace(self, windows=windows)
 
     def host_bytes(self, dims: Dimensions, ranks: int) -> int:
@@ -178,7 +178,7 @@ class Reference:
     itemsize: int = 2
 
     def resized(self, windows: int) -> Reference:
-        """Return a copy with this many windows in a micro-batch."""
+        """A copy with this many windows in a micro-batch."""
         return replace(self, windows=windows)
 
     def host_bytes(self, dims: Dimensions, ranks: int) -> int:

@@ -36,11 +36,11 @@ class LocalTarget:
 
     @classmethod
     def of(cls, checkpoint: Checkpoint, params: PruneParameters | LoraPruneParameters, where: str) -> LocalTarget:
-        """Return the target of a stage that prunes with ``allocation: local``; ``checkpoint`` is the dense model."""
+        """The target of a stage that prunes with ``allocation: local``; ``checkpoint`` is the dense model."""
         return cls(ShapeTarget.of(checkpoint, params, where), *params.protected())
 
     def shape(self) -> Shape:
-        """Return the shape whose parameters come as close to the ratio as rounding allows.
+        """The shape whose parameters come as close to the ratio as rounding allows.
 
         Of the numbers of KV groups for which neurons can make up the rest, layers keep the one closest to the share.
         Without protected layers, layers that were alike stay alike, and the checkpoint is a plain one.

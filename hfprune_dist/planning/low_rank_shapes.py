@@ -34,7 +34,7 @@ class LowRankTarget:
     asked: ShapeTarget
 
     def shape(self) -> Shape:
-        """Return the shape whose parameters come as close to the ratio as widths allow.
+        """The shape whose parameters come as close to the ratio as widths allow.
 
         Raises:
             UserError: if no shape reaches the ratio, or rounding leaves nothing to remove.

@@ -63,7 +63,7 @@ class ModelShape:
         return cls._of_layers([whole] * whole.num_layers, by_layer)
 
     def pruned(self, metrics: Mapping[str, Any]) -> ModelShape:
-        """Return the shape of the checkpoint that a prune stage made of this model.
+        """The shape of the checkpoint that a prune stage made of this model.
 
         Args:
             metrics: the stage's metrics.

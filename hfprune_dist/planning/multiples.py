@@ -30,7 +30,7 @@ WIDE, LEAST = 1024, 32
 
 
 def suited(method: Method, checkpoint: Checkpoint) -> Method:
-    """Return a method that ``adapts`` without what the model's architecture rules out; any other method unchanged."""
+    """A method that ``adapts`` without what the model's architecture rules out; any other method unchanged."""
     family, changes = checkpoint.family, dict[str, object]()
     if method.adapts and family.whole_groups:
         changes["structures"] = [it for it in method.structures if it != KV_GROUPS]
@@ -40,7 +40,7 @@ def suited(method: Method, checkpoint: Checkpoint) -> Method:
 
 
 def with_numbers(method: Method, checkpoint: Checkpoint, ratio: float, where: str) -> Method:
-    """Return the method as it suits the model, with numbers for ``multiple_of`` and the protected layers; if KV groups
+    """The method as it suits the model, with numbers for ``multiple_of`` and the protected layers; if KV groups
     may go, ``tensor_parallel`` divides ``multiple_of``.
 
     Raises:
@@ -95,7 +95,7 @@ def limits_of(method: Method) -> Limits:
 
 
 def target_of(method: Method, checkpoint: Checkpoint, ratio: float, where: str) -> ShapeTarget:
-    """Return the target of a method whose ``multiple_of`` is a number."""
+    """The target of a method whose ``multiple_of`` is a number."""
     assert isinstance(method.multiple_of, int), "planned with a number"
     structures, possible = tuple(method.structures), structures_possible(method.allocation)
     return ShapeTarget(checkpoint, ratio, structures, method.multiple_of, where, method.tensor_parallel, possible)

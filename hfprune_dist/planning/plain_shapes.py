@@ -37,7 +37,7 @@ class PlainShape:
 
     @classmethod
     def of(cls, checkpoint: Checkpoint) -> PlainShape:
-        """Return the current shape of a model whose layers are alike."""
+        """The current shape of a model whose layers are alike."""
         structures = checkpoint.structures
         return cls(checkpoint.num_layers, structures[KV_GROUPS].most, structures[NEURONS].most)
 
@@ -48,7 +48,7 @@ class PlainShape:
 
     @classmethod
     def named(cls, name: str) -> PlainShape:
-        """Return the shape with a ``name``.
+        """The shape with a ``name``.
 
         Raises:
             ValueError: if it isn't the name of one.
@@ -65,7 +65,7 @@ def step_of_layers(num_layers: int) -> int:
 
 
 def plain_shapes(target: ShapeTarget, before: PlainShape | None = None) -> list[PlainShape]:
-    """Return the shapes to choose from, at most ``MOST_SHAPES``, sorted by numbers of layers, then groups, descending.
+    """The shapes to choose from, at most ``MOST_SHAPES``, sorted by numbers of layers, then groups, descending.
 
     The first is the one that only loses neurons, if those are enough. With ``multiple_of`` 1, parameters come as close
     to the ratio as possible; with larger multiples, widths are rounded down, so that at least the ratio is removed.
@@ -84,7 +84,7 @@ def plain_shapes(target: ShapeTarget, before: PlainShape | None = None) -> list[
 
 
 def all_plain_shapes(target: ShapeTarget, before: PlainShape | None = None) -> list[PlainShape]:
-    """Return all such shapes, however many there are; none if none reaches the ratio or layers differ already.
+    """All such shapes, however many there are; none if none reaches the ratio or layers differ already.
 
     Raises:
         UserError: if ``tensor_parallel`` divides no number of groups.

@@ -117,6 +117,6 @@ class Plan:
 
 
 def label_of(model: str, ratio: float | None, method: str | None, recovery: str) -> str:
-    """Return the label of a row, with the method if it is given."""
+    """The label of a row, with the method if it is given."""
     pruned = f"{model} dense" if ratio is None else f"{model} {ratio:g}" + (f" {method}" if method else "")
     return pruned if recovery in (NONE, OWN) else f"{pruned} + {recovery}"

@@ -122,7 +122,7 @@ def _check_protected(checkpoint: Checkpoint, method: Method, where: str) -> None
 
 
 def remarks_on_shapes(checkpoint: Checkpoint, ratios: Sequence[float], method: Method, where: str) -> list[str]:
-    """Return sentences for dry runs about a method's settings that depend on the model.
+    """Sentences for dry runs about a method's settings that depend on the model.
 
     Raises:
         UserError: as ``check_ratios`` does.
@@ -142,7 +142,7 @@ def remarks_on_shapes(checkpoint: Checkpoint, ratios: Sequence[float], method: M
 
 
 def largest_split(checkpoint: Checkpoint, ratios: Sequence[float], methods: Mapping[str, Method]) -> int | None:
-    """Return the largest ``tensor_parallel`` with which all methods that may remove KV groups reach all ratios.
+    """The largest ``tensor_parallel`` with which all methods that may remove KV groups reach all ratios.
 
     Args:
         methods: what messages call a method -> the method.

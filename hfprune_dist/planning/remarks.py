@@ -14,7 +14,7 @@ from hfprune_dist.planning.plan import NONE
 
 
 def remarks_on_settings(config: SweepConfig, methods: Mapping[str, Method]) -> list[str]:
-    """Return a sentence about each such setting.
+    """A sentence about each such setting.
 
     Raises:
         UserError: if a text has no files.

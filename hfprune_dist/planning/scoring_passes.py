@@ -27,7 +27,7 @@ class Scored:
 
 
 def scored_for(method: Method, *, biased: bool) -> Scored:
-    """Return the scores that a method prunes by."""
+    """The scores that a method prunes by."""
     return Scored(method.scored_before, kinds_among(method.structures), biased)
 
 
@@ -41,7 +41,7 @@ def first_criteria(method: Method) -> frozenset[CriterionName]:
 def pass_parameters(
     config: SweepConfig, scored: Scored, student: StudentParameters | None = None
 ) -> ImportanceParameters:
-    """Return the settings of a pass that computes the given scores."""
+    """The settings of a pass that computes the given scores."""
     by_sums = None
     if config.calibration.settled is not None:
         # Criteria whose scores are more than sums have a say in where the pass ends, too, by their sums. Fingerprints
@@ -73,7 +73,7 @@ def part_of(importance: Stage, scored: Scored) -> Input:
 
 
 def importance_parameters(stage: Stage) -> ImportanceParameters:
-    """Return the settings of a planned pass."""
+    """The settings of a planned pass."""
     assert isinstance(stage.params, ImportanceParameters)
     return stage.params
 

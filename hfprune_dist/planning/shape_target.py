@@ -41,7 +41,7 @@ class ShapeTarget:
 
     @classmethod
     def of(cls, checkpoint: Checkpoint, params: PruneParameters | LoraPruneParameters, where: str) -> ShapeTarget:
-        """Return the target of a stage that prunes; ``checkpoint`` is the dense model that its ratio refers to."""
+        """The target of a stage that prunes; ``checkpoint`` is the dense model that its ratio refers to."""
         possible = structures_possible(params.allocation if isinstance(params, PruneParameters) else "local")
         structures, split = tuple(params.structures), params.tensor_parallel
         return cls(checkpoint, params.ratio, structures, params.multiple_of, where, split, possible)

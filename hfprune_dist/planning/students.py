@@ -20,7 +20,7 @@ PUBLISHED = {0.2: (0.4, 0.2), 0.3: (0.42, 0.5), 0.4: (0.1, 0.2)}
 
 
 def student_of(method: Method, ratio: float) -> StudentParameters | None:
-    """Return the settings of a method's student; None if its criterion needs none. What the method leaves open is as
+    """The settings of a method's student; None if its criterion needs none. What the method leaves open is as
     published for the nearest ratio (of two equally near ones, the smaller).
     """
     if method.student_chosen_by is None:

@@ -43,7 +43,7 @@ class Placement:
 
 
 def place(job: Train, dims: Dimensions, gpus: Gpus, sharding: Sharding) -> Placement:
-    """Return the fastest placement that fits; if none does, the one that takes the least memory.
+    """The fastest placement that fits; if none does, the one that takes the least memory.
 
     Args:
         gpus: of all ranks.
@@ -77,7 +77,7 @@ def chooses(config: SweepConfig) -> bool:
 def choose_micro_batches(
     config: SweepConfig, models: Sequence[Dimensions], gpus: Mapping[str, Gpus], methods: Iterable[Method] = ()
 ) -> SweepConfig:
-    """Return the configuration with a number for every micro-batch size of LoRA training.
+    """The configuration with a number for every micro-batch size of LoRA training.
 
     Args:
         models: every dense model of the sweep; the one that leaves room for the fewest rows decides.
@@ -104,7 +104,7 @@ def _trainings(config: SweepConfig) -> dict[str, LoraTraining]:
 
 
 def with_micro_batches(config: SweepConfig, rows: Mapping[str, int | Literal["auto"]]) -> SweepConfig:
-    """Return the configuration with these micro-batch sizes, by section, where they are still to be chosen."""
+    """The configuration with these micro-batch sizes, by section, where they are still to be chosen."""
     open_to_choice = {name: it for name, it in _trainings(config).items() if it.micro_batch_size == AUTO}
     return config.model_copy(
         update={

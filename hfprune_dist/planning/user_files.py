@@ -27,7 +27,7 @@ def content_files(checkpoint: Checkpoint) -> list[str]:
 
 
 def checkpoint_identity(checkpoint: Checkpoint, content: str) -> str:
-    """Return the identity of a checkpoint, from the digest of its files.
+    """The identity of a checkpoint, from the digest of its files.
 
     If the model doesn't compute with everything in them, its number of parameters is part of the identity: an earlier
     version counted the unused parameters too, so that a ratio meant something else in its artifacts.

@@ -60,7 +60,7 @@ class WholeExpertTarget(MixtureTarget):
 
 
 def mixture_target(asked: ShapeTarget) -> MixtureTarget:
-    """Return the target for a mixture of experts, whichever of its structures may be removed."""
+    """The target for a mixture of experts, whichever of its structures may be removed."""
     return WholeExpertTarget(asked) if EXPERTS in asked.structures else ExpertTarget(asked)
 
 

@@ -69,7 +69,7 @@ class Reconstruction:
         self._world = world
 
     def improve(self, fitted: Start, whole: Start) -> MlpWeights:
-        """Return the weights after a step, if it is better on held-out windows, and after another on all windows.
+        """The weights after a step, if it is better on held-out windows, and after another on all windows.
 
         The held-out windows, which the first step hasn't seen, also decide how far both steps go.
 
@@ -112,7 +112,7 @@ class Reconstruction:
         return solve_normal_equations(product, right, curvature, iterations)
 
     def _around(self, weights: MlpWeights, indices: Sequence[int]) -> Callable[[], Iterator[Linearized]]:
-        """Return a function that yields the MLP, linearized around some weights, on each of some micro-batches.
+        """A function that yields the MLP, linearized around some weights, on each of some micro-batches.
 
         What fits is kept for all iterations, which saves a third of their time; the rest is made anew each time.
         """

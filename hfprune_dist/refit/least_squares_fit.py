@@ -107,7 +107,7 @@ def projections_of(weight_CD: Tensor, grams: Grams, world: World) -> tuple[Proje
 
 
 def ridge_of_all_ranks(fitted: LeastSquares, held_out: LeastSquares, world: World) -> tuple[Ridge, int]:
-    """Return what ``best_ridge`` does, with each rank trying some ridges, and the rank that has its weight. Collective.
+    """What ``best_ridge`` does, with each rank trying some ridges, and the rank that has its weight. Collective.
 
     Returns:
         The ridge and its rank; on other ranks its weight is not the one that belongs to it.

@@ -95,7 +95,7 @@ class Measurement:
         self._batches = _share_of(micro_batches, world)
 
     def kl(self, candidates: Sequence[Candidate]) -> list[float]:
-        """Return every candidate's KL(dense || candidate) per token, in nats; equal candidates are measured once.
+        """Every candidate's KL(dense || candidate) per token, in nats; equal candidates are measured once.
 
         Raises:
             UserError: on all ranks, if one is NaN or infinite.

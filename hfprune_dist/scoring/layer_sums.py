@@ -168,7 +168,7 @@ class LayerSums:
         self._folder = folder
 
     def __bool__(self) -> bool:
-        """Whether there is anything to sum."""
+        """Return whether there is anything to sum."""
         return bool(self._sums)
 
     @property

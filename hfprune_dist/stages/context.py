@@ -161,7 +161,7 @@ class Context(Generic[P]):
         return self._let_first(lambda after_each: _in_thread(work, after_each))
 
     def open_draft(self) -> Path:
-        """Return a folder in which all ranks may write files of the artifact."""
+        """A folder in which all ranks may write files of the artifact."""
         return self._let_first(lambda _: self.handle.open_draft(self.claim))
 
     def commit(self, draft: Path, metrics: dict[str, Any]) -> None:

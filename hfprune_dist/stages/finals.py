@@ -93,7 +93,7 @@ class Finals:
         self.kl: dict[str, float] = {}
 
     def closest(self, first: Sequence[str], with_fewer_layers: Callable[[str], str | None]) -> str:
-        """Return the shape that is closest once its layers have been fitted one by one.
+        """The shape that is closest once its layers have been fitted one by one.
 
         Args:
             first: the shapes to compare first; among equally close ones, the first wins.

@@ -36,7 +36,7 @@ from hfprune_dist.structures.kept import Kept
 def decide_plain(
     context: Context, models: Models, scores: Mapping[str, Sequence[Tensor]]
 ) -> tuple[Kept, Replacements, dict[str, Any]]:
-    """Return what stays, its refitted weights, and metrics of the search; the same on every rank.
+    """What stays, its refitted weights, and metrics of the search; the same on every rank.
 
     Args:
         scores: kind -> scores of each layer's units.
@@ -106,7 +106,7 @@ class _Grid:
         return max(fewer, key=shapes.__getitem__, default=None)
 
     def kept(self, name: str) -> Kept:
-        """Return what rank 0 would keep of a shape, on every rank."""
+        """What rank 0 would keep of a shape, on every rank."""
         return self._context.world.broadcast(kept_of(self._kinds, self._candidate(self._shapes[name])))
 
     def kl(self) -> dict[str, float]:

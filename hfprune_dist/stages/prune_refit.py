@@ -173,7 +173,7 @@ def outputs_of_dense(context: Context, dense: Checkpoint, micro_batches: Mapping
 
 
 def after_each_layer(context: Context, phase: str, total: int) -> AfterLayer:
-    """Return a callback that reports how many layers are done, and ends the stage if any rank was asked to."""
+    """A callback that reports how many layers are done, and ends the stage if any rank was asked to."""
 
     def after_each(done: int) -> None:
         context.progress.update(phase, done, total)

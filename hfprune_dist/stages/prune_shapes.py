@@ -36,7 +36,7 @@ from hfprune_dist.structures.kept import Kept, Shape
 def decide_shape(
     context: Context, models: Models, scores: Mapping[str, Sequence[Tensor]]
 ) -> tuple[Kept, dict[str, Any]]:
-    """Return what stays, and metrics of the search if there was one.
+    """What stays, and metrics of the search if there was one.
 
     Args:
         scores: kind -> scores of each layer's units.
@@ -116,7 +116,7 @@ class _Search:
         self._measurements = CheapMeasurements(context, models, kinds, seen_ST)
 
     def run(self) -> tuple[Candidate, dict[str, Any]]:
-        """Return the shape that was measured to be closest, and metrics."""
+        """The shape that was measured to be closest, and metrics."""
         budget = self._contest.budget
         most_gone = min(len(budget.droppable), self._checkpoint.num_layers - budget.fewest_layers)
         order = self._measurements.layers_in_order(budget.droppable, most_gone)
@@ -147,7 +147,7 @@ class _Search:
     def _number_of_layers(
         self, contests: Mapping[str, Contest], measurement: Measurement
     ) -> tuple[Contest, dict[str, Any]]:
-        """Return the contest whose shape, with the units that scores ask for, is the closest, and metrics."""
+        """The contest whose shape, with the units that scores ask for, is the closest, and metrics."""
         first, *others = contests
         if not others:
             return contests[first], {}

@@ -63,7 +63,7 @@ def write_json(file: Path, value: Any, *, sort_keys: bool = True) -> None:
 
 
 def read_json(file: Path) -> Any:
-    """Return the JSON value in ``file``, or None if there is no such file."""
+    """The JSON value in ``file``, or None if there is no such file."""
     try:
         return json.loads(unless_stale(lambda: file.read_text(encoding="utf-8")))
     except FileNotFoundError:

@@ -167,7 +167,7 @@ def mlp_widths(config: Mapping[str, Any]) -> list[tuple[int, int]]:
 
 
 def has_experts(config: Mapping[str, Any], layer: int) -> bool:
-    """Whether a layer of a mixture of experts has experts rather than a plain MLP."""
+    """Return whether a layer of a mixture of experts has experts rather than a plain MLP."""
     kinds, flags = config.get(_KINDS), config.get(_FLAGS)
     if kinds:
         return bool(kinds[layer] == "sparse")

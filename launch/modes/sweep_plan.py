@@ -72,7 +72,7 @@ class Prepared:
         return mixed + [remark for model in self.models for remark in self._of_shapes(model)]
 
     def _of_shapes(self, model: ModelSource) -> list[str]:
-        """What each method does to a model; and how far checkpoints can be split, once for all methods of the sweep."""
+        """Return what each method does to a model, and how far checkpoints can be split, once for all methods."""
         ratios, methods = self.config.ratios, {place_of(model.name, name): it for name, it in self.methods.items()}
         told = [
             it for where, method in methods.items() for it in remarks_on_shapes(model.checkpoint, ratios, method, where)
