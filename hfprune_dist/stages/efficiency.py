@@ -127,6 +127,7 @@ def _costs(context: Context, role: str) -> dict[str, int]:
 
 
 def _bytes_on_disk(checkpoint: Checkpoint) -> int:
+    """Bytes of all weights, without the headers of their files, which a table's size includes."""
     return sum(tensor.bytes for tensor in checkpoint.tensors.values())
 
 
