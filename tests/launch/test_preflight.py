@@ -221,7 +221,7 @@ def pairs(**fields):
         (
             pairs(),
             ["recovery.sequence_length=64"],
-            ["recovery.sequence_length 64", "takes 141 tokens alone; choose a larger one"],
+            ["recovery.sequence_length 64", "takes 141 tokens alone by the tokenizer of"],
         ),
         (pairs(), ["recovery.response_field=instruction"], ["response_field", "instruction_field"]),
     ],
