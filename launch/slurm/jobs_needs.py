@@ -26,7 +26,7 @@ def _attempts_that_go_on(store: Store) -> list[Attempt]:
         return []
     whereabouts = Whereabouts(store, SlurmCommands(retry_delays_s=()), time.monotonic)
     try:
-        whereabouts.look({job_id: attempt for attempt in attempts if (job_id := attempt.job_id) is not None})
+        whereabouts.look([(job_id, attempt) for attempt in attempts if (job_id := attempt.job_id) is not None])
     except SlurmUnavailableError:
         return attempts
     return [attempt for attempt in attempts if not whereabouts.sighting(attempt).is_over]
