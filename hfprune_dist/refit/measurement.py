@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from hfprune_dist.checkpoints.checkpoint import Checkpoint
-from hfprune_dist.core.fidelity import divergences
+from hfprune_dist.core.fidelity import Outputs, divergences
 from hfprune_dist.distributed.gram_sums import is_held_out
 from hfprune_dist.distributed.host_transfers import HostTransfers
 from hfprune_dist.distributed.interruption import Interrupted
@@ -25,7 +25,7 @@ from hfprune_dist.distributed.layer_states import LayerStates, Named
 from hfprune_dist.distributed.layer_stream import AfterLayer
 from hfprune_dist.distributed.world import World
 from hfprune_dist.errors import UserError
-from hfprune_dist.models.single_layer import LayerReader, put_weights, run
+from hfprune_dist.models.single_layer import Head, LayerReader, put_weights, run
 from hfprune_dist.store.atomic_files import read_json, set_aside, write_json
 from hfprune_dist.store.hashing import digest_of
 
@@ -92,7 +92,7 @@ class Measurement:
         self._reader = LayerReader(checkpoint, dtype, world.device)
         self._transfers = HostTransfers(world.device)
         self._all = list(micro_batches)
-        self._batches = _share_of(micro_batches, world)
+        self._batches = share_of(micro_batches, world)
 
     def kl(self, candidates: Sequence[Candidate]) -> list[float]:
         """Every candidate's KL(dense || candidate) per token, in nats; equal candidates are measured once.
@@ -163,7 +163,8 @@ class Measurement:
         )
         own: dict[tuple[int, int], float] = {}
         for index in self._batches:
-            dense, *others = (head.outputs(hidden_BTC) for _, hidden_BTC in islice(compared, len(models)))
+            states = (hidden_BTC for _, hidden_BTC in islice(compared, len(models)))
+            dense, others = normed_outputs(head, next(states)), [head.outputs(hidden_BTC) for hidden_BTC in states]
             for members, kl in zip(branches, divergences(dense, others), strict=True):
                 own |= {(member, index): kl for member in members}
         everywhere = {key: value for share in self._world.all_gather(own) for key, value in share.items()}
@@ -179,6 +180,11 @@ class Measurement:
         return [total / tokens for total in totals]
 
 
+def normed_outputs(head: Head, normed_BTC: Tensor) -> Outputs:
+    """A model's outputs, given what its head reads."""
+    return Outputs(normed_BTC.flatten(0, 1), head.weight_VC, head.bias_V, head.after)
+
+
 def dense_outputs(
     dense: Checkpoint,
     micro_batches: Mapping[int, Tensor],
@@ -186,18 +192,23 @@ def dense_outputs(
     world: World,
     after_each: AfterLayer,
 ) -> Hidden:
-    """Outputs of the dense model's last layer for this rank's share of a ``Measurement``'s micro-batches."""
+    """What the dense model's head reads for this rank's share of a ``Measurement``'s micro-batches.
+
+    The pruned model has the same head, but its final norm may have been refitted in an earlier round.
+    """
     reader = LayerReader(dense, dtype, world.device)
     transfers = HostTransfers(world.device)
-    hidden = reader.embed(_share_of(micro_batches, world))
+    hidden = reader.embed(share_of(micro_batches, world))
     for number, layer in transfers.layers(reader, range(dense.num_layers)):
         hidden.update(transfers.through(hidden.items(), partial(run, layer)))
         del layer
         after_each(number + 1)
+    hidden.update(transfers.through(hidden.items(), reader.final_norm()))
     return hidden
 
 
-def _share_of(micro_batches: Mapping[int, Tensor], world: World) -> dict[int, Tensor]:
+def share_of(micro_batches: Mapping[int, Tensor], world: World) -> dict[int, Tensor]:
+    """The micro-batches of this rank."""
     return {index: micro_batches[index] for index in [*micro_batches][world.rank :: world.size]}
 
 
