@@ -100,6 +100,10 @@ class Method(Section):
     by layer, on the pruned model's own activations; the target lies halfway between the dense MLP's output there and
     the output that would restore the dense model's hidden states. block: as layerwise, then Gauss-Newton steps on
     gate_proj, up_proj and down_proj together; takes minutes, not seconds."""
+    refit_final_norm: bool = False
+    """Whether the weight of the final norm is refitted as well, at the end: a factor for each of its channels with
+    which the distribution of the next token comes closest to the dense model's. A pruned model is surer of its next
+    token than the dense one, and more so the more is removed. Has an effect only with refit: layerwise or block."""
     multiple_of: PositiveOrAuto = 1
     """Round intermediate_size, or the number of experts, to a multiple of this: 64 or 128 suit GPUs; for experts,
     take the number of devices that share them. auto: for each model and ratio, the largest of 256, 128, 64 and 32 with
@@ -151,6 +155,7 @@ class Method(Section):
         idle = set() if self.can_protect else {"floor", "protect_first", "protect_last"}
         idle |= {"floor"} if self.allocation == "local" else set()
         idle |= set() if KV_GROUPS in self.structures else {"tensor_parallel"}
+        idle |= set() if self.refit in ("layerwise", "block") else {"refit_final_norm"}
         return idle | (set(OF_A_STUDENT) if self.student_chosen_by is None else set())
 
     def of_one_cut(self) -> dict[str, Any]:
@@ -302,6 +307,7 @@ class PruneConfig(Section):
     adapts: bool | None = None
     tensor_parallel: Positive | None = None
     refit: Refit | None = None
+    refit_final_norm: bool | None = None
     multiple_of: PositiveOrAuto | None = None
     steps: Rounds | None = None
     round_ratio: RoundRatio | None = None

@@ -19,6 +19,8 @@ from hfprune_dist.planning.operations import Operations
 HOLD_OUT_EVERY, RIDGES = 8, 5
 # refit.gauss_newton_ranks: iterations of the first and the second step; step lengths that are tried.
 ITERATIONS, STEP_LENGTHS = (4, 2), 3
+# refit.final_norm_refit: about the most tokens that it sees.
+NORM_TOKENS = 2**15
 
 
 @dataclass(frozen=True)
@@ -244,6 +246,19 @@ def _step(dims: Dimensions, tokens: int, iterations: int) -> Operations:
 def inverse(size: int) -> float:
     """Inverse of a symmetric matrix from its Cholesky factor."""
     return cholesky(size) + 2 * size**3 / 3
+
+
+def final_norm_refit(dense: ModelShape, kept: ModelShape, windows: Windows, *, passes: int) -> Operations:
+    """Some of the windows through both models, and each pass over what their heads read: both models' logits, the
+    gradients of two losses, and the Gram matrix of one of them.
+    """
+    first = min(windows.micro_batch, windows.count) * windows.length
+    every = -(-windows.batches // max(1, NORM_TOKENS // first))
+    starts = range(0, windows.count, every * windows.micro_batch)
+    tokens = sum(min(windows.micro_batch, windows.count - start) for start in starts) * windows.length
+    through = sum(forward_of_all(it, windows.length) for it in (dense, kept))
+    heads = 4 * 2 * dense.hidden_size * dense.layers[0].vocabulary
+    return Operations(tokens * (through + passes * heads), float32=tokens * passes * gram(dense.hidden_size))
 
 
 def low_rank(dense: ModelShape, kept: ModelShape, windows: Windows) -> Operations:

@@ -28,6 +28,7 @@ from hfprune_dist.planning.importance_job import importance_job
 from hfprune_dist.planning.layer_pass_work import (
     Windows,
     dense_refit,
+    final_norm_refit,
     forward_of_all,
     gram,
     low_rank,
@@ -166,6 +167,8 @@ class StageCosts:
             flops += residual_checks(dense, refitted, windows.length)
             if "dense" in stage.inputs:  # it wasn't scored: one micro-batch shows what its layers must compute
                 flops += Operations(windows.micro_batch * windows.length * forward_of_all(dense, windows.length))
+        if params.refit_final_norm:
+            flops += final_norm_refit(dense, kept, windows, passes=len(metrics["final_norm_kl"]))
         return Cost(windows.tokens, flops)
 
     def _calibration(self, stage: Stage) -> Windows:

@@ -23,6 +23,8 @@ from hfprune_dist.stages.prune_refit import (
     in_dense_numbering,
     pruned_kinds,
     refit_metrics,
+    refitted_final_norm,
+    require_final_norm,
 )
 from hfprune_dist.stages.prune_shapes import decide_shape
 from hfprune_dist.stages.shape_metrics import shape_metrics
@@ -34,7 +36,12 @@ def run(context: Context) -> None:
     """Write a Hugging Face folder, and ``kept.json``: the units that stayed, in the dense model's numbering."""
     checkpoint = open_checkpoint(context.input_path("model"))
     dense = open_checkpoint(context.input_path("dense")) if context.has_input("dense") else checkpoint
-    kept, replacements, metrics = _decide(context, Models(checkpoint, dense))
+    models = Models(checkpoint, dense)
+    require_final_norm(context, checkpoint)
+    kept, replacements, metrics = _decide(context, models)
+    if context.params.refit_final_norm:
+        of_norm, found = refitted_final_norm(context, models, kept, replacements)
+        replacements, metrics = {**replacements, **of_norm}, metrics | found
     draft = context.open_draft()
     files = checkpoint.weight_files
     for done, file in enumerate(files[context.world.rank :: context.world.size]):

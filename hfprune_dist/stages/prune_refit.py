@@ -12,12 +12,16 @@ from torch import Tensor
 
 from hfprune_dist.checkpoints.checkpoint import Checkpoint
 from hfprune_dist.checkpoints.kept_file import read_kept
+from hfprune_dist.checkpoints.read_tensors import dtype_of
 from hfprune_dist.checkpoints.saved_layers import SavedLayers
 from hfprune_dist.config.parameters import PruneParameters
 from hfprune_dist.distributed.layer_stream import AfterLayer, LayerStream
 from hfprune_dist.distributed.whole_model_probe import PROBE, Probe, obtain_probe, save_probe
+from hfprune_dist.models.norm_factors import weight_offset, with_factors
+from hfprune_dist.models.single_layer import LayerReader
 from hfprune_dist.refit.bias_refit import BiasRefit
 from hfprune_dist.refit.dense_refit import DenseRefit
+from hfprune_dist.refit.final_norm_refit import FinalNormRefit, micro_batches_of_fit, pruned_outputs
 from hfprune_dist.refit.measurement import Hidden, dense_outputs
 from hfprune_dist.refit.refitted_layers import ProjectionFit, RefittedLayers
 from hfprune_dist.refit.sequential_refit import SequentialRefit
@@ -69,6 +73,38 @@ def added_biases(context: Context, checkpoint: Checkpoint, kept: Kept) -> Replac
     refit = BiasRefit(checkpoint, kept, kinds, stream, saved, world=context.world)
     refit.run(after_each_layer(context, "biases", checkpoint.num_layers))
     return {name: partial(_identity, bias_C) for name, bias_C in saved.read().items()}
+
+
+def require_final_norm(context: Context, checkpoint: Checkpoint) -> None:
+    """Raise a ``UserError`` if the stage would refit a final norm of a kind for which this can't be done."""
+    if context.params.refit_final_norm:
+        weight_offset(LayerReader(checkpoint, torch.float32, torch.device("cpu")).final_norm())
+
+
+def refitted_final_norm(
+    context: Context, models: Models, kept: Kept, replacements: Replacements
+) -> tuple[Replacements, dict[str, Any]]:
+    """Refit the final norm of the model that the stage will write; collective.
+
+    Args:
+        replacements: its refitted weights.
+
+    Returns:
+        The norm's new weights, and the divergence from the dense model before the fit and after each step of it.
+    """
+    checkpoint, world = models.checkpoint, context.world
+    name, size = context.params.forward_pass()
+    dtype, batches = getattr(torch, name), micro_batches_of_fit(context.calibration_windows(), size)
+    after_each = after_each_layer(context, "final norm", checkpoint.num_layers)
+    pruned = pruned_outputs(checkpoint, kept, replacements, batches, dtype=dtype, world=world, after_each=after_each)
+    dense = outputs_of_dense(context, models.dense, batches)
+    reader = LayerReader(checkpoint, dtype, world.device)
+    refit = FinalNormRefit(reader.head(), batches, dense, pruned, number=checkpoint.num_layers, world=world)
+    fit = refit.fit()
+    norm, tensor = reader.final_norm(), f"{checkpoint.family.norm}."
+    weights = {tensor + of_norm: it for of_norm, it in with_factors(norm, fit.factors_C).items()}
+    found = {it: partial(_identity, weight_C.to("cpu", dtype_of(checkpoint, it))) for it, weight_C in weights.items()}
+    return found, {"final_norm_kl": fit.kl}
 
 
 def _identity(bias_C: Tensor) -> Tensor:

@@ -13,6 +13,8 @@ from tiny import save_tiny
 from hfprune_dist.checkpoints.checkpoint import open_checkpoint
 from hfprune_dist.core import triangle
 from hfprune_dist.distributed.layer_stream import LayerStream
+from hfprune_dist.models.single_layer import LayerReader
+from hfprune_dist.planning import layer_pass_work
 from hfprune_dist.planning.layer_pass_work import (
     Windows,
     dense_refit,
@@ -22,8 +24,9 @@ from hfprune_dist.planning.layer_pass_work import (
     sequential_refit,
 )
 from hfprune_dist.planning.model_shape import ModelShape
-from hfprune_dist.refit import gauss_newton_ranks
+from hfprune_dist.refit import final_norm_refit, gauss_newton_ranks
 from hfprune_dist.refit.dense_refit import DenseRefit
+from hfprune_dist.refit.measurement import dense_outputs
 from hfprune_dist.refit.refitted_layers import RefittedLayers
 from hfprune_dist.refit.sequential_refit import SequentialRefit
 from hfprune_dist.structures.kept import Kept
@@ -70,6 +73,25 @@ def test_refits(tmp_path_factory, kind, groups):
         assert found.total == pytest.approx(counted, rel=1e-4)
 
     holds()
+
+
+@pytest.mark.usefixtures("as_counted")
+@pytest.mark.parametrize(("samples", "most"), [(5, 2**15), (7, 50), (1, 50)])
+def test_a_refit_of_the_final_norm(tmp_path, monkeypatch, samples, most):
+    monkeypatch.setattr(final_norm_refit, "TOKENS", most)
+    monkeypatch.setattr(layer_pass_work, "NORM_TOKENS", most)
+    checkpoint, world = open_checkpoint(save_tiny(tmp_path / "model")), SoloWorld()
+    windows_ST = torch.randint(264, (samples, 12), generator=torch.Generator().manual_seed(0))
+    batches = final_norm_refit.micro_batches_of_fit(windows_ST, 2)
+    head = LayerReader(checkpoint, torch.float32, world.device).head()
+    with counting() as total:
+        states = [dense_outputs(checkpoint, batches, torch.float32, world, lambda _done: None) for _ in range(2)]
+        states[1] = {index: it * 1.5 for index, it in states[1].items()}
+        fit = final_norm_refit.FinalNormRefit(head, batches, *states, number=2, world=world).fit()
+        counted = total()
+    shape = ModelShape.of(checkpoint)
+    found = layer_pass_work.final_norm_refit(shape, shape, Windows(samples, 12, 2), passes=len(fit.kl))
+    assert len(fit.kl) > 1 and found.total == pytest.approx(counted, rel=1e-4)
 
 
 @pytest.mark.usefixtures("as_counted")

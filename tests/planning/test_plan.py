@@ -658,6 +658,15 @@ def test_too_many_steps_for_a_model_are_refused(world):
         plan_of(world, methods=["surgeon-rounds"], ratios=[0.201], prune__round_ratio=0.2, prune__multiple_of=4)
 
 
+def test_a_method_that_refits_no_final_norm_has_the_fingerprints_of_before(world):
+    before, without, after = (
+        plan_of(world, **settings)
+        for settings in ({}, {"prune__refit_final_norm": False}, {"prune__refit_final_norm": True})
+    )
+    assert list(before.stages) == list(without.stages)
+    assert [one.kind for one in before.stages.values() if one.id not in after.stages][:1] == ["prune"]
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_only_passes_that_add_biases_in_bfloat16_have_other_fingerprints_than_before(world, dtype):
     plan = plan_of(world, importance__dtype=dtype, prune__steps=2)

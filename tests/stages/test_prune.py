@@ -96,8 +96,11 @@ def assert_gates_moved(store, stage, folder):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("refit", "samples"), [("dense", 9), ("layerwise", 9), ("block", 64), ("block", 2)])
-def test_refit_has_the_same_bits_on_any_number_of_ranks(tmp_path, refit, samples):
+@pytest.mark.parametrize(
+    ("refit", "samples", "final_norm"),
+    [("dense", 9, False), ("layerwise", 9, True), ("block", 64, False), ("block", 2, False), ("layerwise", 2, True)],
+)
+def test_refit_has_the_same_bits_on_any_number_of_ranks(tmp_path, refit, samples, final_norm):
     """Two samples make one micro-batch, so all ranks but one have nothing to do. Ranks that are threads try other
     numbers (tests/refit).
     """
@@ -105,7 +108,8 @@ def test_refit_has_the_same_bits_on_any_number_of_ranks(tmp_path, refit, samples
     for ranks in (1, 2, 4) if samples > 9 else (1, 2):
         folder = tmp_path / str(ranks)
         folder.mkdir()
-        store, stage, _ = prepare(folder, refit=refit, samples=samples, dtype="bfloat16")
+        also = {"refit_final_norm": True} if final_norm else {}
+        store, stage, _ = prepare(folder, refit=refit, samples=samples, dtype="bfloat16", **also)
         result = run_stage(store, stage, ranks)
         assert result.returncode == 0, result.stderr[-2000:]
         weights.append(weights_of(store, stage))
@@ -228,6 +232,19 @@ def test_a_later_step_is_refitted_towards_the_dense_model(tmp_path):
     assert left < 0.9 * lost  # half of it is aimed at
 
 
+def test_a_refitted_final_norm_brings_the_distribution_closer_and_changes_nothing_else(tmp_path):
+    tensors, metrics = [], {}
+    for also in ({}, {"refit_final_norm": True}):
+        folder = tmp_path / str(len(also))
+        folder.mkdir()
+        store, stage, _ = prepare(folder, ratio=0.25, refit="layerwise", **also)
+        run_solo(store, stage)
+        tensors.append(load_file(store.path(stage.id) / "model.safetensors"))
+        metrics = store.manifest(stage.id)["metrics"]
+    assert {name for name, it in tensors[0].items() if not torch.equal(it, tensors[1][name])} == {"model.norm.weight"}
+    assert min(metrics["final_norm_kl"]) < metrics["final_norm_kl"][0]
+
+
 def test_an_interrupted_refit_goes_on_at_its_layer(tmp_path, monkeypatch):
     fitted = []
     original = SequentialRefit._fit
@@ -346,7 +363,13 @@ def test_each_criterion_keeps_its_own_neurons(tmp_path):
 
 @pytest.mark.parametrize(
     "method",
-    [{"refit": "none"}, {"refit": "dense"}, {"refit": "block", "samples": 64}, {"allocation": "searched"}],
+    [
+        {"refit": "none"},
+        {"refit": "dense"},
+        {"refit": "block", "samples": 64},
+        {"refit": "layerwise", "refit_final_norm": True},
+        {"allocation": "searched"},
+    ],
     ids=str,
 )
 def test_death_at_every_point_ends_with_the_same_weights(tmp_path, method):

@@ -1,0 +1,159 @@
+"""Refit of the final norm: factors on its outputs that bring the pruned model's distribution to the dense one's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from hfprune_dist.checkpoints.checkpoint import Checkpoint
+from hfprune_dist.core.bound_losses import Batch, bind
+from hfprune_dist.core.criteria import RANDOM_SIGNS, SELF_DISTILLATION
+from hfprune_dist.core.final_norm import Derivatives, best_factors
+from hfprune_dist.core.head import head_gradients
+from hfprune_dist.distributed.gram_sums import GramSums
+from hfprune_dist.distributed.host_transfers import HostTransfers
+from hfprune_dist.distributed.layer_stream import AfterLayer
+from hfprune_dist.distributed.world import World
+from hfprune_dist.models.single_layer import Head, LayerReader, put_weights, run, weights_kept
+from hfprune_dist.refit.measurement import Hidden, share_of
+from hfprune_dist.structures.kept import Kept
+
+# Factors are few: more tokens than these would only take time.
+TOKENS = 2**15
+# Of the random signs from which the curvature is estimated.
+SEED = 0
+
+
+@dataclass(frozen=True)
+class NormFit:
+    """Factors on the outputs of the final norm.
+
+    Attributes:
+        factors_C: float64 [hidden_size], on the device; all 1 if no others came closer to the dense model.
+        kl: divergence from the dense model before the fit and in each later pass, on its windows, nats per token.
+    """
+
+    factors_C: Tensor
+    kl: list[float]
+
+
+def micro_batches_of_fit(windows_ST: Tensor, micro_batch_size: int) -> dict[int, Tensor]:
+    """Micro-batches of up to ``TOKENS`` tokens in all, at even distances: number -> ids [windows, tokens]."""
+    batches = windows_ST.split(micro_batch_size)
+    every = -(-len(batches) // max(1, TOKENS // batches[0].numel()))
+    return {index: batches[index] for index in range(0, len(batches), every)}
+
+
+def pruned_outputs(
+    checkpoint: Checkpoint,
+    kept: Kept,
+    replacements: Mapping[str, Callable[[], Tensor]],
+    micro_batches: Mapping[int, Tensor],
+    *,
+    dtype: torch.dtype,
+    world: World,
+    after_each: AfterLayer,
+) -> Hidden:
+    """What the head reads of a pruned model, before its final norm is refitted; as ``dense_outputs``.
+
+    Args:
+        replacements: name of a tensor of the checkpoint -> function that reads what the pruned model has in its place.
+    """
+    reader, transfers = LayerReader(checkpoint, dtype, world.device), HostTransfers(world.device)
+    hidden = reader.embed(share_of(micro_batches, world))
+    for number, layer in transfers.layers(reader, kept.layers):
+        for kind in kept.units:
+            units = checkpoint.structures[kind]
+            put_weights(layer, weights_kept(layer, units, kept.of_layer(number, kind)))
+        prefix = f"{checkpoint.family.layers}.{number}."
+        new = {name.removeprefix(prefix): read() for name, read in replacements.items() if name.startswith(prefix)}
+        put_weights(layer, {name: it.to(world.device, dtype) for name, it in new.items()})
+        hidden.update(transfers.through(hidden.items(), partial(run, layer)))
+        del layer
+        after_each(number + 1)
+    hidden.update(transfers.through(hidden.items(), reader.final_norm()))
+    return hidden
+
+
+class FinalNormRefit:
+    """Newton's method for the factors; the same bits on any number of ranks.
+
+    Args:
+        head: the pruned model's head, which is also the dense model's; its norm is not used.
+        micro_batches: number -> ids [windows, tokens], of all ranks together.
+        dense: what the head reads in the dense model for this rank's micro-batches, on the CPU.
+        pruned: what it reads in the pruned model.
+        number: of the model's layers, for messages.
+    """
+
+    def __init__(
+        self,
+        head: Head,
+        micro_batches: Mapping[int, Tensor],
+        dense: Hidden,
+        pruned: Hidden,
+        *,
+        number: int,
+        world: World,
+    ) -> None:
+        self._head = head
+        self._micro_batches = micro_batches
+        self._dense = dense
+        self._pruned = pruned
+        self._number = number
+        self._transfers = HostTransfers(world.device)
+        self._world = world
+        self._tokens = sum(ids_BT.numel() for ids_BT in micro_batches.values())
+
+    def fit(self) -> NormFit:
+        """Return the closest of the factors that were reached; collective.
+
+        Raises:
+            UserError: if gradients at the final hidden states are NaN, infinite or out of all proportion.
+        """
+        hidden_size = self._head.weight_VC.shape[1]
+        factors_C = torch.ones(hidden_size, dtype=torch.float64, device=self._world.device)
+        return NormFit(*best_factors(self._derivatives, factors_C))
+
+    def _derivatives(self, factors_C: Tensor) -> Derivatives:
+        """Divergence and its derivatives over the tokens of all ranks, the same bits on every rank; collective."""
+        self._world.broadcast_tensor(factors_C, 0)  # solved on every rank, each with a device of its own
+        sums = GramSums(self._number, len(factors_C), len(self._micro_batches), self._world)
+        own: dict[int, tuple[float, Tensor]] = {}
+        for index, dense_NC, pruned_NC in self._states():
+            batch = self._batch(index)
+            (kl_N, slope_NC), (_, signs_NC) = head_gradients(
+                (pruned_NC * factors_C).to(pruned_NC),
+                self._head.weight_VC,
+                self._head.bias_V,
+                [bind(loss, batch) for loss in (SELF_DISTILLATION, RANDOM_SIGNS)],
+                dense_NC,
+                after=self._head.after,
+            )
+            own[index] = float(kl_N.sum(dtype=torch.float64)), (slope_NC.double() * pruned_NC).sum(dim=0).cpu()
+            sums.add(index, signs_NC.float() * pruned_NC)
+        sums.begin()
+        fitted_CC, held_out_CC = sums.of_all_ranks()
+        everywhere = {index: it for share in self._world.all_gather(own) for index, it in share.items()}
+        kls, slopes = zip(*(everywhere[index] for index in sorted(everywhere)), strict=True)
+        gradient_C = torch.stack(slopes).sum(dim=0).to(factors_C)
+        curvature_CC = fitted_CC.add_(held_out_CC)
+        return Derivatives(sum(kls) / self._tokens, gradient_C / self._tokens, curvature_CC / self._tokens)
+
+    def _states(self) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """Yield the number of every micro-batch of this rank, and its states on the device [tokens, hidden_size]."""
+        models = self._dense, self._pruned
+        both = self._transfers.to_device((index, states[index]) for index in self._pruned for states in models)
+        for _, dense_BTC in both:
+            index, pruned_BTC = next(both)
+            yield index, dense_BTC.flatten(0, 1), pruned_BTC.flatten(0, 1)
+
+    def _batch(self, index: int) -> Batch:
+        ids_BT = self._micro_batches[index].to(self._world.device)
+        most = len(next(iter(self._micro_batches.values())))
+        numbers = range(index * most, index * most + len(ids_BT))
+        return Batch(ids_BT, numbers, len(self._head.weight_VC), SEED)

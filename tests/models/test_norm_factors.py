@@ -1,0 +1,31 @@
+import pytest
+import torch
+from families import save_model
+from torch import nn
+
+from hfprune_dist.checkpoints.checkpoint import open_checkpoint
+from hfprune_dist.errors import UserError
+from hfprune_dist.models.norm_factors import weight_offset, with_factors
+from hfprune_dist.models.single_layer import LayerReader
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gemma2", "stablelm"])
+@pytest.mark.parametrize(("least", "most"), [(0.5, 1.5), (0.98, 0.99)])
+def test_outputs_are_multiplied_whether_the_norm_adds_one_to_its_weight_or_has_a_bias(
+    tmp_path, model_type, least, most
+):
+    checkpoint = open_checkpoint(save_model(tmp_path, model_type))
+    norm = LayerReader(checkpoint, torch.float32, torch.device("cpu")).final_norm()
+    for it in norm.parameters():
+        it.data += torch.linspace(-0.3, 0.3, len(it))
+    hidden_NC = torch.randn(7, len(norm.weight))
+    factors_C = torch.linspace(least, most, len(norm.weight))
+    wanted_NC = norm(hidden_NC) * factors_C
+    for name, value in with_factors(norm, factors_C.double()).items():
+        norm.get_parameter(name).data = value
+    torch.testing.assert_close(norm(hidden_NC), wanted_NC)
+
+
+def test_a_norm_without_weights_is_one_message():
+    with pytest.raises(UserError, match="the final norm, a LayerNorm, has no weight"):
+        weight_offset(nn.LayerNorm(4, elementwise_affine=False))

@@ -1,0 +1,82 @@
+"""Factors on the final norm's outputs, from windows of text."""
+
+import pytest
+import torch
+from ranks import SoloWorld
+from refitting import checkpoint_in, some_kept, windows_of
+
+from hfprune_dist.models.single_layer import LayerReader
+from hfprune_dist.refit import final_norm_refit
+from hfprune_dist.refit.final_norm_refit import FinalNormRefit, micro_batches_of_fit, pruned_outputs
+from hfprune_dist.refit.measurement import dense_outputs
+
+WORLD = SoloWorld()
+
+
+def nothing(_done):
+    pass
+
+
+@pytest.fixture
+def states(tmp_path):
+    """A head, micro-batches, and what the head reads in them, in float32."""
+    checkpoint, batches = checkpoint_in(tmp_path / "model"), micro_batches_of_fit(windows_of(8), 2)
+    dense = dense_outputs(checkpoint, batches, torch.float32, WORLD, nothing)
+    return LayerReader(checkpoint, torch.float32, WORLD.device).head(), batches, dense
+
+
+def divergence(head, dense, pruned, factors_C):
+    log_p, log_q = (
+        (torch.cat([*it.values()]).flatten(0, 1).double() * by @ head.weight_VC.double().T).log_softmax(-1)
+        for it, by in ((dense, 1.0), (pruned, factors_C))
+    )
+    return (log_p.exp() * (log_p - log_q)).sum(-1).mean()
+
+
+def test_states_that_are_too_large_are_made_smaller(states):
+    head, batches, dense = states
+    head.weight_VC.mul_(6)  # a model that is sure of something
+    generator = torch.Generator().manual_seed(0)
+    pruned = {index: it * 1.6 + 0.1 * torch.randn(it.shape, generator=generator) for index, it in dense.items()}
+    fit = FinalNormRefit(head, batches, dense, pruned, number=3, world=WORLD).fit()
+    assert fit.factors_C.mean() == pytest.approx(1 / 1.6, abs=0.05)
+    measured = [divergence(head, dense, pruned, it).item() for it in (1.0, fit.factors_C)]
+    assert [fit.kl[0], min(fit.kl)] == pytest.approx(measured, rel=1e-3) and measured[1] < 0.4 * measured[0]
+
+
+def test_a_model_that_is_as_close_as_it_can_be_stays_as_it_is(states):
+    head, batches, dense = states
+    fit = FinalNormRefit(head, batches, dense, dense, number=3, world=WORLD).fit()
+    torch.testing.assert_close(fit.factors_C, torch.ones_like(fit.factors_C), rtol=0, atol=1e-3)
+
+
+def test_few_tokens_are_enough(monkeypatch):
+    windows_ST = windows_of(9)
+    assert [*micro_batches_of_fit(windows_ST, 2)] == [0, 1, 2, 3, 4]
+    monkeypatch.setattr(final_norm_refit, "TOKENS", 2 * 2 * 20)
+    batches = micro_batches_of_fit(windows_ST, 2)
+    assert [*batches] == [0, 3] and torch.equal(batches[3], windows_ST[6:8])
+    monkeypatch.setattr(final_norm_refit, "TOKENS", 1)
+    assert [*micro_batches_of_fit(windows_ST, 2)] == [0]
+
+
+def test_the_pruned_models_layers_are_those_that_it_is_written_with(tmp_path):
+    checkpoint, batches, kept = (
+        checkpoint_in(tmp_path / "model"),
+        micro_batches_of_fit(windows_of(4), 2),
+        some_kept([0, 2]),
+    )
+    name = "model.layers.2.mlp.down_proj.weight"
+    outputs = {
+        scale: pruned_outputs(
+            checkpoint,
+            kept,
+            {name: lambda scale=scale: torch.full((32, 13), scale)},
+            batches,
+            dtype=torch.float32,
+            world=WORLD,
+            after_each=nothing,
+        )
+        for scale in (0.0, 1.0)
+    }
+    assert outputs[0.0].keys() == batches.keys() and not torch.equal(outputs[0.0][1], outputs[1.0][1])
