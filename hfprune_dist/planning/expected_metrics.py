@@ -33,6 +33,8 @@ from hfprune_dist.structures import KV_GROUPS, LAYERS, NEURONS
 
 # core.width_search: shapes measured around two centres, two on each of four axes, plus the first and the last.
 SEARCHED = 2 * 2 * 4 + 2
+# core.final_norm: the most passes of a fit.
+NORM_PASSES = 5
 
 
 class ExpectedManifests:
@@ -66,7 +68,7 @@ class ExpectedManifests:
             case DistillParameters():
                 return self._metrics(self._plan.stages[stage.inputs["reference"].location])
             case PruneParameters() as params:
-                return self._cut(stage, params)
+                return self._cut(stage, params) | _of_final_norm(params)
             case RecoverParameters(recovery=recovery):
                 return _trained(recovery)
             case LoraPruneParameters(recovery=recovery) as params:
@@ -100,6 +102,10 @@ class ExpectedManifests:
         earlier = self._plan.stages[stage.inputs["model"].location]
         assert isinstance(earlier.params, PruneParameters), f"{earlier.id} prunes no plain shape"
         return plain_shapes(ShapeTarget.of(dense, earlier.params, earlier.label), self._before(earlier))[0]
+
+
+def _of_final_norm(params: PruneParameters) -> dict[str, Any]:
+    return {"final_norm_kl": [None] * NORM_PASSES} if params.refit_final_norm else {}
 
 
 def _trained(recovery: RecoveryConfig) -> dict[str, Any] | None:
