@@ -29,37 +29,37 @@ SHORTER = 0.25
 
 
 @dataclass(frozen=True)
-class Derivatives:
-    """The mean divergence at some factors, nats per token.
+class Place:
+    """The mean divergence at some factors, and where to go from there.
 
     Attributes:
-        gradient_C: its derivative by the factors, float64 [hidden_size].
-        curvature_CC: its second derivative, float64 [hidden_size, hidden_size].
+        kl: the divergence, nats per token.
+        step_C: Newton's step, float64 [hidden_size].
+        gain: what the step takes off the divergence, as far as gradient and curvature can tell.
     """
 
     kl: float
-    gradient_C: Tensor
-    curvature_CC: Tensor
+    step_C: Tensor
+    gain: float
 
 
-def best_factors(derivatives: Callable[[Tensor], Derivatives], ones_C: Tensor) -> tuple[Tensor, list[float]]:
+def best_factors(visit: Callable[[Tensor], Place], ones_C: Tensor) -> tuple[Tensor, list[float]]:
     """Return the closest factors that were found, float64 [hidden_size], and the divergence in each pass.
 
     Args:
-        derivatives: called with the factors of each pass, the first time with ``ones_C``.
+        visit: called with the factors of each pass, the first time with ``ones_C``.
     """
     best_C = candidate_C = ones_C
     step_C, kls = torch.zeros_like(ones_C), list[float]()
     while len(kls) < PASSES:
-        there = derivatives(candidate_C)
+        there = visit(candidate_C)
         kls.append(there.kl)
         if there.kl == min(kls):
-            best_C, step_C = candidate_C, newton_step(candidate_C, there.gradient_C, there.curvature_CC)
-            gain = -0.5 * float(there.gradient_C @ step_C)
+            best_C, step_C = candidate_C, there.step_C
+            if there.gain <= LITTLE * there.kl:
+                break
         else:
-            step_C, gain = SHORTER * step_C, kls[0]
-        if gain <= LITTLE * there.kl:
-            break
+            step_C = SHORTER * step_C
         candidate_C = best_C + step_C
     return best_C, kls
 
@@ -69,7 +69,8 @@ def newton_step(factors_C: Tensor, gradient_C: Tensor, curvature_CC: Tensor) -> 
 
     Args:
         factors_C: the current factors, float64.
-        gradient_C, curvature_CC: see ``Derivatives``.
+        gradient_C: the derivative of the mean divergence by the factors, float64.
+        curvature_CC: its second derivative, float64 [hidden_size, hidden_size].
     """
     energy = curvature_CC.diagonal().mean()
     if not energy > 0:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -12,12 +13,13 @@ from torch import Tensor
 from hfprune_dist.checkpoints.checkpoint import Checkpoint
 from hfprune_dist.core.bound_losses import Batch, bind
 from hfprune_dist.core.criteria import RANDOM_SIGNS, SELF_DISTILLATION
-from hfprune_dist.core.final_norm import Derivatives, best_factors
+from hfprune_dist.core.final_norm import Place, best_factors, newton_step
 from hfprune_dist.core.head import head_gradients
 from hfprune_dist.distributed.gram_sums import GramSums
 from hfprune_dist.distributed.host_transfers import HostTransfers
 from hfprune_dist.distributed.layer_stream import AfterLayer
 from hfprune_dist.distributed.world import World
+from hfprune_dist.errors import UserError
 from hfprune_dist.models.single_layer import Head, LayerReader, put_weights, run, weights_kept
 from hfprune_dist.refit.measurement import Hidden, share_of
 from hfprune_dist.structures.kept import Kept
@@ -88,6 +90,7 @@ class FinalNormRefit:
         dense: what the head reads in the dense model for this rank's micro-batches, on the CPU.
         pruned: what it reads in the pruned model.
         number: of the model's layers, for messages.
+        after_each: called with the number of passes that are done.
     """
 
     def __init__(
@@ -99,6 +102,7 @@ class FinalNormRefit:
         *,
         number: int,
         world: World,
+        after_each: AfterLayer,
     ) -> None:
         self._head = head
         self._micro_batches = micro_batches
@@ -107,21 +111,39 @@ class FinalNormRefit:
         self._number = number
         self._transfers = HostTransfers(world.device)
         self._world = world
+        self._after_each = after_each
+        self._passes = 0
         self._tokens = sum(ids_BT.numel() for ids_BT in micro_batches.values())
 
     def fit(self) -> NormFit:
         """Return the closest of the factors that were reached; collective.
 
         Raises:
-            UserError: if gradients at the final hidden states are NaN, infinite or out of all proportion.
+            UserError: if the divergence of the model as it is, or a gradient at the final hidden states, is NaN or
+                infinite; or if gradients are out of all proportion.
         """
         hidden_size = self._head.weight_VC.shape[1]
         factors_C = torch.ones(hidden_size, dtype=torch.float64, device=self._world.device)
-        return NormFit(*best_factors(self._derivatives, factors_C))
+        return NormFit(*best_factors(self._visit, factors_C))
 
-    def _derivatives(self, factors_C: Tensor) -> Derivatives:
-        """Divergence and its derivatives over the tokens of all ranks, the same bits on every rank; collective."""
-        self._world.broadcast_tensor(factors_C, 0)  # solved on every rank, each with a device of its own
+    def _visit(self, factors_C: Tensor) -> Place:
+        """The divergence over the tokens of all ranks, and a step that is the same on every rank; collective."""
+        kl, gradient_C, curvature_CC = self._derivatives(factors_C)
+        if not (self._passes or math.isfinite(kl)):
+            raise UserError(
+                "the final norm can't be refitted: the pruned model's outputs, or the dense model's, are NaN or "
+                f"infinite in {self._head.weight_VC.dtype}; set importance.dtype=float32, or check the checkpoint's "
+                "weights"
+            )
+        self._passes += 1
+        self._after_each(self._passes)
+        step_C = newton_step(factors_C, gradient_C, curvature_CC)
+        self._world.broadcast_tensor(step_C, 0)  # other ranks' devices may round in another way
+        gain = self._world.broadcast(-0.5 * float(gradient_C @ step_C))
+        return Place(kl, step_C, gain)
+
+    def _derivatives(self, factors_C: Tensor) -> tuple[float, Tensor, Tensor]:
+        """The mean divergence, its gradient and its curvature, the same bits on every rank; collective."""
         sums = GramSums(self._number, len(factors_C), len(self._micro_batches), self._world)
         own: dict[int, tuple[float, Tensor]] = {}
         for index, dense_NC, pruned_NC in self._states():
@@ -142,7 +164,7 @@ class FinalNormRefit:
         kls, slopes = zip(*(everywhere[index] for index in sorted(everywhere)), strict=True)
         gradient_C = torch.stack(slopes).sum(dim=0).to(factors_C)
         curvature_CC = fitted_CC.add_(held_out_CC)
-        return Derivatives(sum(kls) / self._tokens, gradient_C / self._tokens, curvature_CC / self._tokens)
+        return sum(kls) / self._tokens, gradient_C / self._tokens, curvature_CC / self._tokens
 
     def _states(self) -> Iterator[tuple[int, Tensor, Tensor]]:
         """Yield the number of every micro-batch of this rank, and its states on the device [tokens, hidden_size]."""

@@ -8,13 +8,14 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hfprune_dist.checkpoints.checkpoint import Checkpoint
 from hfprune_dist.checkpoints.kept_file import read_kept
 from hfprune_dist.checkpoints.read_tensors import dtype_of
 from hfprune_dist.checkpoints.saved_layers import SavedLayers
 from hfprune_dist.config.parameters import PruneParameters
+from hfprune_dist.core.final_norm import PASSES
 from hfprune_dist.distributed.layer_stream import AfterLayer, LayerStream
 from hfprune_dist.distributed.whole_model_probe import PROBE, Probe, obtain_probe, save_probe
 from hfprune_dist.models.norm_factors import weight_offset, with_factors
@@ -78,7 +79,7 @@ def added_biases(context: Context, checkpoint: Checkpoint, kept: Kept) -> Replac
 def require_final_norm(context: Context, checkpoint: Checkpoint) -> None:
     """Raise a ``UserError`` if the stage would refit a final norm of a kind for which this can't be done."""
     if context.params.refit_final_norm:
-        weight_offset(LayerReader(checkpoint, torch.float32, torch.device("cpu")).final_norm())
+        weight_offset(_final_norm(checkpoint))
 
 
 def refitted_final_norm(
@@ -93,18 +94,29 @@ def refitted_final_norm(
         The norm's new weights, and the divergence from the dense model before the fit and after each step of it.
     """
     checkpoint, world = models.checkpoint, context.world
-    name, size = context.params.forward_pass()
-    dtype, batches = getattr(torch, name), micro_batches_of_fit(context.calibration_windows(), size)
+    dtype_name, size = context.params.forward_pass()
+    dtype, batches = getattr(torch, dtype_name), micro_batches_of_fit(context.calibration_windows(), size)
     after_each = after_each_layer(context, "final norm", checkpoint.num_layers)
     pruned = pruned_outputs(checkpoint, kept, replacements, batches, dtype=dtype, world=world, after_each=after_each)
     dense = outputs_of_dense(context, models.dense, batches)
-    reader = LayerReader(checkpoint, dtype, world.device)
-    refit = FinalNormRefit(reader.head(), batches, dense, pruned, number=checkpoint.num_layers, world=world)
-    fit = refit.fit()
-    norm, tensor = reader.final_norm(), f"{checkpoint.family.norm}."
-    weights = {tensor + of_norm: it for of_norm, it in with_factors(norm, fit.factors_C).items()}
-    found = {it: partial(_identity, weight_C.to("cpu", dtype_of(checkpoint, it))) for it, weight_C in weights.items()}
+    fit = FinalNormRefit(
+        LayerReader(checkpoint, dtype, world.device).head(),
+        batches,
+        dense,
+        pruned,
+        number=checkpoint.num_layers,
+        world=world,
+        after_each=after_each_layer(context, "passes for the final norm", PASSES),
+    ).fit()
+    weights = with_factors(_final_norm(checkpoint), fit.factors_C.cpu())
+    named = {f"{checkpoint.family.norm}.{of_norm}": weight_C for of_norm, weight_C in weights.items()}
+    found = {name: partial(_identity, weight_C.to(dtype_of(checkpoint, name))) for name, weight_C in named.items()}
     return found, {"final_norm_kl": fit.kl}
+
+
+def _final_norm(checkpoint: Checkpoint) -> nn.Module:
+    """The norm as the checkpoint has it, whatever dtype passes compute in."""
+    return LayerReader(checkpoint, torch.float32, torch.device("cpu")).final_norm()
 
 
 def _identity(bias_C: Tensor) -> Tensor:

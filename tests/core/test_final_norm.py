@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from hfprune_dist.core import final_norm
-from hfprune_dist.core.final_norm import Derivatives, best_factors, newton_step
+from hfprune_dist.core.final_norm import Place, best_factors, newton_step
 
 C, V, T = 5, 11, 40
 
@@ -23,16 +23,17 @@ def divergence(factors, logits):
     return (log_p.exp() * (log_p - log_q)).sum(-1).mean()
 
 
-def derivatives_by(logits):
-    def derivatives(factors):
+def visits_by(logits):
+    def visit(factors):
         gradient, curvature = (of(divergence)(factors, logits) for of in (torch.func.grad, torch.func.hessian))
-        return Derivatives(divergence(factors, logits).item(), gradient, curvature)
+        step = newton_step(factors, gradient, curvature)
+        return Place(divergence(factors, logits).item(), step, -0.5 * (gradient @ step).item())
 
-    return derivatives
+    return visit
 
 
 def fitted(logits):
-    return best_factors(derivatives_by(logits), ONES)[0]
+    return best_factors(visits_by(logits), ONES)[0]
 
 
 @pytest.fixture(autouse=True)
@@ -57,17 +58,24 @@ def test_the_ridge_pulls_factors_together_and_not_towards_one(monkeypatch, ridge
 
 def test_a_step_that_leads_away_is_followed_by_a_shorter_one():
     """A model that is sure of everything has hardly any curvature."""
-    factors, kls = best_factors(derivatives_by(STATES @ HEAD.T / 5), 10 * ONES)
+    factors, kls = best_factors(visits_by(STATES @ HEAD.T / 5), 10 * ONES)
     assert max(kls) > kls[0] and min(kls) < 0.01 * kls[0]
     torch.testing.assert_close(factors, ONES / 5, rtol=0.1, atol=0)
 
 
+@pytest.mark.parametrize("worse", [1e12, float("nan")])
+def test_a_step_may_lead_away_as_far_as_it_likes(worse):
+    kls = iter([0.01, worse, worse, 0.001])
+    factors, found = best_factors(lambda _factors: Place(kl := next(kls), ONES, gain=0.5 if kl > 0.001 else 0.0), ONES)
+    assert len(found) == 4 and torch.equal(factors, ONES * (1 + final_norm.SHORTER**2))
+
+
 def test_passes_end_with_little_to_gain(monkeypatch):
     monkeypatch.setattr(final_norm, "LITTLE", 0.9)
-    assert len(best_factors(derivatives_by((STATES * (1 + 0.5 * drawn(C, seed=2))) @ HEAD.T), ONES)[1]) < 5
+    assert len(best_factors(visits_by((STATES * (1 + 0.5 * drawn(C, seed=2))) @ HEAD.T), ONES)[1]) < 5
 
 
 def test_outputs_that_nothing_depends_on_stay_as_they_are():
     nothing = torch.zeros(C, C, dtype=torch.float64)
     assert not newton_step(drawn(C, seed=3), nothing[0], nothing).any()
-    assert torch.equal(best_factors(lambda _factors: Derivatives(0.0, nothing[0], nothing), ONES)[0], ONES)
+    assert torch.equal(best_factors(lambda _factors: Place(0.0, nothing[0], 0.0), ONES)[0], ONES)

@@ -1,14 +1,19 @@
 """Factors on the final norm's outputs, from windows of text."""
 
+import itertools
+
 import pytest
 import torch
 from ranks import SoloWorld
 from refitting import checkpoint_in, some_kept, windows_of
+from worlds import Ranks
 
+from hfprune_dist.core.final_norm import newton_step
+from hfprune_dist.errors import UserError
 from hfprune_dist.models.single_layer import LayerReader
 from hfprune_dist.refit import final_norm_refit
 from hfprune_dist.refit.final_norm_refit import FinalNormRefit, micro_batches_of_fit, pruned_outputs
-from hfprune_dist.refit.measurement import dense_outputs
+from hfprune_dist.refit.measurement import dense_outputs, share_of
 
 WORLD = SoloWorld()
 
@@ -38,7 +43,7 @@ def test_states_that_are_too_large_are_made_smaller(states):
     head.weight_VC.mul_(6)  # a model that is sure of something
     generator = torch.Generator().manual_seed(0)
     pruned = {index: it * 1.6 + 0.1 * torch.randn(it.shape, generator=generator) for index, it in dense.items()}
-    fit = FinalNormRefit(head, batches, dense, pruned, number=3, world=WORLD).fit()
+    fit = FinalNormRefit(head, batches, dense, pruned, number=3, world=WORLD, after_each=nothing).fit()
     assert fit.factors_C.mean() == pytest.approx(1 / 1.6, abs=0.05)
     measured = [divergence(head, dense, pruned, it).item() for it in (1.0, fit.factors_C)]
     assert [fit.kl[0], min(fit.kl)] == pytest.approx(measured, rel=1e-3) and measured[1] < 0.4 * measured[0]
@@ -46,7 +51,7 @@ def test_states_that_are_too_large_are_made_smaller(states):
 
 def test_a_model_that_is_as_close_as_it_can_be_stays_as_it_is(states):
     head, batches, dense = states
-    fit = FinalNormRefit(head, batches, dense, dense, number=3, world=WORLD).fit()
+    fit = FinalNormRefit(head, batches, dense, dense, number=3, world=WORLD, after_each=nothing).fit()
     torch.testing.assert_close(fit.factors_C, torch.ones_like(fit.factors_C), rtol=0, atol=1e-3)
 
 
@@ -80,3 +85,39 @@ def test_the_pruned_models_layers_are_those_that_it_is_written_with(tmp_path):
         for scale in (0.0, 1.0)
     }
     assert outputs[0.0].keys() == batches.keys() and not torch.equal(outputs[0.0][1], outputs[1.0][1])
+
+
+def on_ranks(states, ranks):
+    """Fit factors where each rank has what it reads of its share of the micro-batches, and one may have none."""
+    head, batches, dense = states
+    pruned = {index: it * 1.6 for index, it in dense.items()}
+
+    def fitted(world):
+        own = [{index: it[index] for index in share_of(batches, world)} for it in (dense, pruned)]
+        passes = []
+        fit = FinalNormRefit(head, batches, *own, number=3, world=world, after_each=passes.append).fit()
+        assert passes == [*range(1, len(fit.kl) + 1)]
+        return fit
+
+    return Ranks(ranks).run(fitted)
+
+
+def test_factors_have_the_same_bits_on_any_number_of_ranks(states):
+    (alone,) = on_ranks(states, 1)
+    for ranks in (2, 5):  # four micro-batches
+        for fit in on_ranks(states, ranks):
+            assert fit.kl == alone.kl and torch.equal(fit.factors_C, alone.factors_C)
+
+
+def test_ranks_whose_devices_round_differently_go_the_same_way(states, monkeypatch):
+    calls = itertools.count()
+    monkeypatch.setattr(final_norm_refit, "newton_step", lambda *them: newton_step(*them) * (next(calls) % 3))
+    first, *others = on_ranks(states, 3)
+    assert all(it.kl == first.kl and torch.equal(it.factors_C, first.factors_C) for it in others)
+
+
+def test_outputs_that_are_not_finite_are_one_message(states):
+    head, batches, dense = states
+    broken = {index: torch.full_like(it, torch.nan) for index, it in dense.items()}
+    with pytest.raises(UserError, match=r"the final norm can't be refitted: .* NaN or infinite in torch.float32"):
+        FinalNormRefit(head, batches, broken, dense, number=3, world=WORLD, after_each=nothing).fit()
