@@ -5,10 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hfprune_dist.checkpoints.checkpoint import Checkpoint
 from hfprune_dist.core.bound_losses import Batch, bind
@@ -20,8 +19,8 @@ from hfprune_dist.distributed.host_transfers import HostTransfers
 from hfprune_dist.distributed.layer_stream import AfterLayer
 from hfprune_dist.distributed.world import World
 from hfprune_dist.errors import UserError
-from hfprune_dist.models.single_layer import Head, LayerReader, put_weights, run, weights_kept
-from hfprune_dist.refit.measurement import Hidden, share_of
+from hfprune_dist.models.single_layer import Head, LayerReader, put_weights, weights_kept
+from hfprune_dist.refit.measurement import Hidden, read_by_head, share_of
 from hfprune_dist.structures.kept import Kept
 
 # Factors are few: more tokens than these would only take time.
@@ -65,20 +64,16 @@ def pruned_outputs(
     Args:
         replacements: name of a tensor of the checkpoint -> function that reads what the pruned model has in its place.
     """
-    reader, transfers = LayerReader(checkpoint, dtype, world.device), HostTransfers(world.device)
-    hidden = reader.embed(share_of(micro_batches, world))
-    for number, layer in transfers.layers(reader, kept.layers):
+
+    def prune(number: int, layer: nn.Module) -> None:
         for kind in kept.units:
-            units = checkpoint.structures[kind]
-            put_weights(layer, weights_kept(layer, units, kept.of_layer(number, kind)))
+            put_weights(layer, weights_kept(layer, checkpoint.structures[kind], kept.of_layer(number, kind)))
         prefix = f"{checkpoint.family.layers}.{number}."
         new = {name.removeprefix(prefix): read() for name, read in replacements.items() if name.startswith(prefix)}
         put_weights(layer, {name: it.to(world.device, dtype) for name, it in new.items()})
-        hidden.update(transfers.through(hidden.items(), partial(run, layer)))
-        del layer
-        after_each(number + 1)
-    hidden.update(transfers.through(hidden.items(), reader.final_norm()))
-    return hidden
+
+    reader, batches = LayerReader(checkpoint, dtype, world.device), share_of(micro_batches, world)
+    return read_by_head(reader, kept.layers, batches, world.device, after_each, change=prune)
 
 
 class FinalNormRefit:

@@ -197,9 +197,28 @@ def dense_outputs(
     The pruned model has the same head, but its final norm may have been refitted in an earlier round.
     """
     reader = LayerReader(dense, dtype, world.device)
-    transfers = HostTransfers(world.device)
-    hidden = reader.embed(share_of(micro_batches, world))
-    for number, layer in transfers.layers(reader, range(dense.num_layers)):
+    return read_by_head(reader, range(dense.num_layers), share_of(micro_batches, world), world.device, after_each)
+
+
+def read_by_head(
+    reader: LayerReader,
+    layers: Sequence[int],
+    batches: Mapping[int, Tensor],
+    device: torch.device,
+    after_each: AfterLayer,
+    *,
+    change: Callable[[int, nn.Module], None] = lambda _number, _layer: None,
+) -> Hidden:
+    """What a model's head reads for some ids [windows, tokens].
+
+    Args:
+        layers: numbers of the layers that the model has.
+        change: gives a layer, after its number, other weights before it is run.
+    """
+    transfers = HostTransfers(device)
+    hidden = reader.embed(batches)
+    for number, layer in transfers.layers(reader, layers):
+        change(number, layer)
         hidden.update(transfers.through(hidden.items(), partial(run, layer)))
         del layer
         after_each(number + 1)

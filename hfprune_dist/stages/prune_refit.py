@@ -96,7 +96,7 @@ def refitted_final_norm(
     checkpoint, world = models.checkpoint, context.world
     dtype_name, size = context.params.forward_pass()
     dtype, batches = getattr(torch, dtype_name), micro_batches_of_fit(context.calibration_windows(), size)
-    after_each = after_each_layer(context, "final norm", checkpoint.num_layers)
+    after_each = after_each_layer(context, "pruned model", checkpoint.num_layers)
     pruned = pruned_outputs(checkpoint, kept, replacements, batches, dtype=dtype, world=world, after_each=after_each)
     dense = outputs_of_dense(context, models.dense, batches)
     fit = FinalNormRefit(

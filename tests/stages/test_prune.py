@@ -12,6 +12,7 @@ from tiny import save_tiny
 from transformers import AutoModelForCausalLM
 
 from hfprune_dist.config.schema import RuntimeConfig
+from hfprune_dist.core import final_norm
 from hfprune_dist.core.criteria import CRITERIA
 from hfprune_dist.core.least_squares import Projection
 from hfprune_dist.models.loading import load_causal_lm
@@ -243,6 +244,16 @@ def test_a_refitted_final_norm_brings_the_distribution_closer_and_changes_nothin
         metrics = store.manifest(stage.id)["metrics"]
     assert {name for name, it in tensors[0].items() if not torch.equal(it, tensors[1][name])} == {"model.norm.weight"}
     assert min(metrics["final_norm_kl"]) < metrics["final_norm_kl"][0]
+
+
+def test_a_final_norm_with_nothing_to_gain_keeps_its_weights_whatever_dtype_passes_compute_in(tmp_path, monkeypatch):
+    monkeypatch.setattr(final_norm, "PASSES", 1)  # the model as it is
+    store, stage, _ = prepare(tmp_path, refit="layerwise", refit_final_norm=True, dtype="bfloat16")
+    file = tmp_path / "model" / "model.safetensors"
+    weights = torch.linspace(0.9, 1.1, 32)
+    save_file(load_file(file) | {"model.norm.weight": weights}, file, {"format": "pt"})
+    run_solo(store, stage)
+    assert torch.equal(load_file(store.path(stage.id) / "model.safetensors")["model.norm.weight"], weights)
 
 
 def test_an_interrupted_refit_goes_on_at_its_layer(tmp_path, monkeypatch):
