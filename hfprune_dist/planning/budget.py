@@ -80,11 +80,13 @@ def largest_ratio(target: ShapeTarget, limits: Limits) -> float:
 
 
 def _next_larger(target: ShapeTarget, budget: Budget, step: int) -> int | None:
-    """Parameters that go with the layers of the next larger shape, if whatever units go, shapes with fewer layers lack
-    more than the budget, and all others less; None if the budget can be met, up to half a step of widths or a millionth
-    of the model, as messages round ratios.
+    """Parameters of the layers that go in the next larger shape, if no shape meets the budget; None if one does.
 
-    Where layers differ, measurements may still choose layers with which it can't.
+    None does if shapes with many layers remove less than the budget even without all units that may go, and shapes with
+    fewer layers remove more by their layers alone. Up to half a step of widths more is close enough, and up to a
+    millionth of the model, as messages round ratios.
+
+    Where layers differ, measurements may still choose layers with which the budget can't be met.
     """
     counts, num_layers = target.counts, target.checkpoint.num_layers
     at_least = [_at_least(target, budget, layer) for layer in range(num_layers)]

@@ -39,7 +39,7 @@ def clean(out: Path, *, intermediates: bool, dry_run: bool) -> None:
         found += _intermediates(sweep, store, used)
     console, total = make_console(), 0
     if jobs:
-        say(console, f"note: what jobs need that may wait or run stays, those of {', '.join(jobs)}")
+        say(console, f"note: the jobs of {', '.join(jobs)} may still wait or run, so what they need stays")
     staying: list[str] = []
     for leftover in found if dry_run else _removed(found, staying):
         say(console, f"{leftover.size_bytes:>15,} bytes  {leftover.path}: {leftover.reason}")

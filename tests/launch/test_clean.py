@@ -162,7 +162,7 @@ def test_what_a_job_in_the_queue_needs_stays_until_the_job_is_over(out, tmp_path
     shown = run(out, "--intermediates")
     stays = [forgotten] if answer != "gone" else []
     assert [it for it in pruned(store) if (store.root / it / "model.safetensors").exists()] == stays
-    assert draft.exists() == store.work(stage.id).exists() == (f"those of {stage.id}" in shown) == bool(stays)
+    assert draft.exists() == store.work(stage.id).exists() == (f"the jobs of {stage.id} may" in shown) == bool(stays)
 
 
 def pruned(store):
