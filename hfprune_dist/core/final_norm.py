@@ -7,6 +7,8 @@ q = softmax(W (s * x)), KL(p || q) is convex in the factors s of the channels, a
     gradient  E[x * W^T (q - p)]
     curvature E[v v^T], v = x * W^T u, with u of random signs such that E[u u^T] = diag(q) - q q^T
 
+Where logits are capped, the slope of the cap is part of W, and the curvature is that of Gauss and Newton.
+
 A ridge pulls the factors towards their common mean, which is not held back, since one number is well known.
 """
 

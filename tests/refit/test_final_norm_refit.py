@@ -1,6 +1,7 @@
 """Factors on the final norm's outputs, from windows of text."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from refitting import checkpoint_in, some_kept, windows_of
 from worlds import Ranks
 
 from hfprune_dist.core.final_norm import newton_step
+from hfprune_dist.core.head import NOTHING, AfterHead
 from hfprune_dist.errors import UserError
 from hfprune_dist.models.single_layer import LayerReader
 from hfprune_dist.refit import final_norm_refit
@@ -32,15 +34,16 @@ def states(tmp_path):
 
 def divergence(head, dense, pruned, factors_C):
     log_p, log_q = (
-        (torch.cat([*it.values()]).flatten(0, 1).double() * by @ head.weight_VC.double().T).log_softmax(-1)
+        head.after(torch.cat([*it.values()]).flatten(0, 1).double() * by @ head.weight_VC.double().T).log_softmax(-1)
         for it, by in ((dense, 1.0), (pruned, factors_C))
     )
     return (log_p.exp() * (log_p - log_q)).sum(-1).mean()
 
 
-def test_states_that_are_too_large_are_made_smaller(states):
+@pytest.mark.parametrize("after", [NOTHING, AfterHead(scale=0.5), AfterHead(scale=2.0, cap=8.0)], ids=str)
+def test_states_that_are_too_large_are_made_smaller(states, after):
     head, batches, dense = states
-    head.weight_VC.mul_(6)  # a model that is sure of something
+    head = replace(head, weight_VC=6 / after.scale * head.weight_VC, after=after)  # a model that is sure of something
     generator = torch.Generator().manual_seed(0)
     pruned = {index: it * 1.6 + 0.1 * torch.randn(it.shape, generator=generator) for index, it in dense.items()}
     fit = FinalNormRefit(head, batches, dense, pruned, number=3, world=WORLD, after_each=nothing).fit()
