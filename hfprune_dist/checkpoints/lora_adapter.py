@@ -12,8 +12,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from hfprune_dist.checkpoints.checkpoint import Checkpoint
+from hfprune_dist.checkpoints.cut import Cut, StackedCut
 from hfprune_dist.checkpoints.families import Family
 from hfprune_dist.checkpoints.pruned_config import is_plain
+from hfprune_dist.checkpoints.rounding import as_stored
 from hfprune_dist.checkpoints.stored_names import SAME
 from hfprune_dist.checkpoints.write_pruned import Changes, Transform, stream_weight_file, unit_cuts
 from hfprune_dist.store.atomic_files import read_json, write_json
@@ -105,22 +107,30 @@ def merge_weight_file(
 
     Args:
         kept: the units that all layers keep after merging; None: all, so that no shape changes.
+
+    Raises:
+        UserError: as ``as_stored`` does.
     """
     unknown = adapter.factors.keys() - checkpoint.tensors.keys()
     assert not unknown, f"the adapter has weights that the checkpoint lacks: {sorted(unknown)[:3]}"
-    merges = {name: partial(merged, adapter.scale, *factors) for name, factors in adapter.factors.items()}
     cuts = {} if kept is None else unit_cuts(checkpoint, kept)
-    transforms: dict[str, Transform] = {**{name: cut.apply for name, cut in cuts.items()}, **merges}
-    transforms |= {name: partial(_in_turn, merges[name], cuts[name].apply) for name in merges.keys() & cuts.keys()}
+    transforms: dict[str, Transform] = {name: cut.apply for name, cut in cuts.items()}
+    for name in adapter.factors:
+        transforms[name] = partial(_merged_and_cut, checkpoint, name, adapter, cuts.get(name))
     shapes = {name: cut.shape(checkpoint.tensors[name].shape) for name, cut in cuts.items()}
     stored = checkpoint.names if kept is None or is_plain(checkpoint, kept.shape) else SAME
     stream_weight_file(checkpoint, file, Changes(transforms, shapes, stored=stored), target)
 
 
-def _in_turn(first: Transform, then: Transform, tensor: Tensor) -> Tensor:
-    return then(first(tensor))
+def _merged_and_cut(
+    checkpoint: Checkpoint, name: str, adapter: Adapter, cut: Cut | StackedCut | None, weight: Tensor
+) -> Tensor:
+    """What stays of a merged weight, rounded once, to the dtype that the weight has."""
+    whole = merged(adapter.scale, *adapter.factors[name], weight)
+    staying = whole if cut is None else cut.apply(whole)
+    return as_stored(checkpoint, name, staying, otherwise="lower the training's learning_rate")
 
 
 def merged(scale: float, factor_a: Tensor, factor_b: Tensor, weight: Tensor) -> Tensor:
-    """W + scale * B @ A, summed in float32 and rounded to the weight's dtype once."""
-    return (weight.float() + scale * (factor_b.float() @ factor_a.float())).to(weight.dtype)
+    """W + scale * B @ A in float32."""
+    return weight.float() + scale * (factor_b.float() @ factor_a.float())

@@ -8,13 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from hfprune_dist.checkpoints.checkpoint import Checkpoint
-from hfprune_dist.checkpoints.read_tensors import dtype_of
+from hfprune_dist.checkpoints.rounding import as_stored
 from hfprune_dist.checkpoints.saved_layers import SavedLayers
 from hfprune_dist.core.selection import entries_of
 from hfprune_dist.distributed.layer_stream import AfterLayer, LayerStream
 from hfprune_dist.distributed.unfinished import unfinished, up_to_last
 from hfprune_dist.distributed.world import World
 from hfprune_dist.models.single_layer import output_of
+from hfprune_dist.refit.refitted_layers import OTHER_REFIT
 from hfprune_dist.structures.kept import Kept
 from hfprune_dist.structures.units import Units
 
@@ -50,14 +51,15 @@ class BiasRefit:
         """Find the biases of all layers that stay and are not done yet.
 
         Raises:
-            UserError: as ``LayerStream.channel_means`` does.
+            UserError: as ``LayerStream.channel_means`` and ``as_stored`` do.
         """
         left = unfinished(self._kept.layers, self._saved.done, self._world)
         for number, layer in self._stream.layers(up_to_last(left)):
             if number in left:
                 means = self._stream.channel_means(number, layer, self._kinds)
-                if self._world.is_first:
-                    self._saved.write(number, dict(self._bias(number, layer, it, means) for it in self._kinds))
+                biases = dict(self._bias(number, layer, it, means) for it in self._kinds)
+                if self._world.is_first:  # the others have made them so that all raise the same errors
+                    self._saved.write(number, biases)
             else:
                 self._stream.advance(layer)
             del layer
@@ -72,4 +74,5 @@ class BiasRefit:
         bias_C = output.weight.data[:, goes_D].double() @ mean_D[goes_D]
         if output.bias is not None:
             bias_C += output.bias.data
-        return units.output_bias(number), bias_C.to(dtype_of(self._checkpoint, units.output_weight(number))).cpu()
+        name, like = units.output_bias(number), units.output_weight(number)
+        return name, as_stored(self._checkpoint, name, bias_C, like=like, otherwise=OTHER_REFIT).cpu()

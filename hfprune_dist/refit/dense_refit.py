@@ -66,7 +66,7 @@ class DenseRefit:
         """Refit all layers that stay and are not done yet; if interrupted, ranks first solve the layers that wait.
 
         Raises:
-            UserError: as ``LayerStream.grams`` and ``explaining`` do.
+            UserError: as ``LayerStream.grams``, ``explaining`` and ``RefittedLayers.rounded`` do.
         """
         staying = self._kept.layers
         left = unfinished(staying, lambda: self._fitted.done(staying), self._world)
@@ -110,10 +110,11 @@ class DenseRefit:
     def _fitted_projections(self, unsolved: _Unsolved, units: Units) -> Iterator[FittedProjection]:
         """Fit the output projection of each expert, or the single one."""
         device, number, solved = self._world.device, unsolved.number, solve_expert if units.experts > 1 else solve
-        dtype, width = self._fitted.output_dtype(number, units), units.counts[number] // units.experts
+        width = units.counts[number] // units.experts
         for expert, kept_U in enumerate(self._kept.of_layer(number, units.kind).chunk(units.experts)):
             channels_K = entries_of(kept_U - width * expert, units.channels_per_unit).to(device)
             weight_CD, grams = unsolved.weights[units.kind][expert], unsolved.grams[units.kind][expert]
             with explaining(number):
                 solution = solved(weight_CD.to(device), grams.to(device), channels_K)
-            yield FittedProjection(solution.whole_CK.to(dtype).cpu(), solution.fit, solution.energy)
+            weight_CK = self._fitted.rounded_output(number, units, expert, solution.whole_CK)
+            yield FittedProjection(weight_CK, solution.fit, solution.energy)

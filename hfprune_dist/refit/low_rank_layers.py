@@ -11,12 +11,14 @@ from torch import Tensor, nn
 
 from hfprune_dist.checkpoints.checkpoint import Checkpoint
 from hfprune_dist.checkpoints.modeling_pruned import in_two
-from hfprune_dist.checkpoints.read_tensors import dtype_of
+from hfprune_dist.checkpoints.rounding import as_stored
 from hfprune_dist.checkpoints.saved_layers import SavedLayers
 from hfprune_dist.models.single_layer import linear_of, part_of, put_weights, weights_kept
 from hfprune_dist.structures.low_rank import FACTORS
 
 KEPT = "kept"
+# What helps against factors that are too large, besides another dtype.
+OTHER_METHOD = "choose a method with another allocation"
 # Name of a projection within a layer -> its factors, in the order in which they are applied.
 Factors = Mapping[str, Sequence[Tensor]]
 
@@ -39,19 +41,28 @@ class LowRankLayers:
         """Numbers of the layers that are done. Damaged files are set aside, and their layers don't count."""
         return self._files.done()
 
-    def write(self, number: int, kept: Tensor, factors: Factors) -> None:
+    def rounded(self, number: int, factors: Factors) -> dict[str, Tensor]:
+        """Round a layer's factors to the checkpoint's dtypes; on the CPU, by their names in the pruned model.
+
+        Raises:
+            UserError: as ``as_stored`` does.
+        """
+        tensors = {}
+        for projection, pair in factors.items():
+            like = self._name(number, f"{projection}.weight")
+            for name, weight in zip(self._factors(number, projection), pair, strict=True):
+                whole = as_stored(self._checkpoint, name, weight, like=like, otherwise=OTHER_METHOD)
+                tensors[name] = whole.cpu().contiguous()
+        return tensors
+
+    def write(self, number: int, kept: Tensor, rounded: Mapping[str, Tensor]) -> None:
         """Publish a layer.
 
         Args:
             kept: ascending int64 indices of the neurons that stay.
-            factors: they are rounded to the checkpoint's dtypes.
+            rounded: what ``rounded`` returns.
         """
-        tensors = {KEPT: kept}
-        for projection, pair in factors.items():
-            dtype = dtype_of(self._checkpoint, self._name(number, f"{projection}.weight"))
-            for factor, weight in zip(FACTORS, pair, strict=True):
-                tensors[self._name(number, f"{projection}.{factor}.weight")] = weight.to(dtype).cpu().contiguous()
-        self._files.write(number, tensors)
+        self._files.write(number, {KEPT: kept, **rounded})
 
     def kept(self, number: int) -> Tensor:
         """The neurons that stay in a layer that is done."""

@@ -70,7 +70,8 @@ class LowRankPass:
         """Compress all layers that are not done yet; windows go no further than the last of these.
 
         Raises:
-            UserError: if layers depart from the whole model, or what they read is NaN or infinite.
+            UserError: if layers depart from the whole model, or what they read is NaN or infinite; or as ``as_stored``
+                does.
         """
         left = unfinished(range(self._stream.num_layers), self._layers.done, self._world)
         for number, layer in self._stream.layers(up_to_last(left)):
@@ -87,7 +88,7 @@ class LowRankPass:
         names = [self._query, self._output, self._row, self._down]
         squares = self._stream.squares(number, layer, names)
         norms = {name: channel_norms(it, len(self._stream.windows_ST)) for name, it in squares.items()}
-        factors = self._factors(layer, norms)
+        factors = self._layers.rounded(number, self._factors(layer, norms))  # on every rank, so that all raise
         if self._world.is_first:
             self._layers.write(number, self._kept(layer, norms), factors)
         self._world.barrier()

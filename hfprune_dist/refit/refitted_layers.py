@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from hfprune_dist.checkpoints.checkpoint import Checkpoint
-from hfprune_dist.checkpoints.read_tensors import dtype_of
+from hfprune_dist.checkpoints.rounding import as_stored
 from hfprune_dist.checkpoints.saved_layers import SavedLayers
 from hfprune_dist.models.single_layer import output_of, put_weights
 from hfprune_dist.store.atomic_files import read_json, set_aside, write_json
@@ -71,6 +71,9 @@ def output_tensors(units: Units, weights_CK: Sequence[Tensor]) -> dict[str, Tens
     return {owned.tensor: it for owned, it in zip(units.output_columns, weights_CK, strict=True)}
 
 
+# What helps against weights that are too large, besides another dtype.
+OTHER_REFIT = "choose a method with another refit"
+
 # Kind of units -> what least squares did to a layer's output projection that reads their channels.
 LayerFit = Mapping[str, ProjectionFit]
 
@@ -95,20 +98,28 @@ class RefittedLayers:
         """The kinds that have units in a layer."""
         return [units for units in self.kinds if units.counts[number]]
 
-    def output_dtype(self, number: int, units: Units) -> torch.dtype:
-        """Dtype of a layer's output projections in the checkpoint's files."""
-        return dtype_of(self._checkpoint, units.tensor(number, units.output_columns[0].tensor))
+    def rounded_output(self, number: int, units: Units, expert: int, weight_CK: Tensor) -> Tensor:
+        """Round the output projection of one expert, or the single one, as ``rounded`` does.
+
+        Args:
+            expert: its number; 0 for the single one.
+        """
+        first = units.output_columns[0]
+        own = first if first.stacked else units.output_columns[expert]
+        name, like = (units.tensor(number, it.tensor) for it in (own, first))
+        return as_stored(self._checkpoint, name, weight_CK, like=like, otherwise=OTHER_REFIT).cpu()
 
     def done(self, layers: Sequence[int]) -> set[int]:
         """The layers, among these, that are done. Damaged files are set aside, and their layers don't count."""
         return {number for number in layers if self._is_done(number)}
 
     def rounded(self, number: int, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Round some of a layer's tensors, by their names within it, to the checkpoint's dtypes; on the CPU."""
-        return {
-            name: tensor.to(dtype_of(self._checkpoint, self.kinds[0].tensor(number, name))).cpu().contiguous()
-            for name, tensor in tensors.items()
-        }
+        """Round some of a layer's tensors, by their names within it, to the checkpoint's dtypes; on the CPU.
+
+        Raises:
+            UserError: as ``as_stored`` does.
+        """
+        return {name: self._rounded(number, name, tensor) for name, tensor in tensors.items()}
 
     def write(self, number: int, tensors: Mapping[str, Tensor], fit: LayerFit) -> None:
         """Publish a layer: its refitted tensors, by their names within it, rounded to the checkpoint's dtypes."""
@@ -133,6 +144,10 @@ class RefittedLayers:
     def replacements(self, layers: Sequence[int]) -> dict[str, Callable[[], Tensor]]:
         """Name of every refitted tensor of these layers -> function that reads it."""
         return {name: partial(self._files.tensor, number, name) for number in layers for name in self._names(number)}
+
+    def _rounded(self, number: int, name: str, tensor: Tensor) -> Tensor:
+        whole_name = self.kinds[0].tensor(number, name)
+        return as_stored(self._checkpoint, whole_name, tensor, otherwise=OTHER_REFIT).cpu().contiguous()
 
     def _is_done(self, number: int) -> bool:
         try:

@@ -108,7 +108,7 @@ class SequentialRefit:
 
         Raises:
             UserError: if a layer of the dense model is not its residual stream plus its blocks; or as ``explaining``
-                does.
+                and ``RefittedLayers.rounded`` do.
         """
         left = unfinished(self._kept.layers, lambda: self._fitted.done(self._kept.layers), self._world)
         staying = [number for number in self._kept.layers if number in up_to_last(left)]
@@ -177,6 +177,7 @@ class SequentialRefit:
             tensors |= self._moved(number, layer, solution, targets)
         else:
             tensors[f"{self._mlp.output}.weight"] = solution.whole_CK
+        tensors = self._fitted.rounded(number, tensors)  # on every rank, so that all of them raise
         if self._world.is_first:
             self._fitted.write(number, tensors, fits)
         self._world.barrier()

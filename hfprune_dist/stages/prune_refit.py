@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from hfprune_dist.checkpoints.checkpoint import Checkpoint
 from hfprune_dist.checkpoints.kept_file import read_kept
-from hfprune_dist.checkpoints.read_tensors import dtype_of
+from hfprune_dist.checkpoints.rounding import as_stored
 from hfprune_dist.checkpoints.saved_layers import SavedLayers
 from hfprune_dist.config.parameters import PruneParameters
 from hfprune_dist.core.final_norm import PASSES
@@ -92,6 +92,9 @@ def refitted_final_norm(
 
     Returns:
         The norm's new weights, and the divergence from the dense model before the fit and after each step of it.
+
+    Raises:
+        UserError: on all ranks, as ``as_stored`` does.
     """
     checkpoint, world = models.checkpoint, context.world
     dtype_name, size = context.params.forward_pass()
@@ -110,7 +113,8 @@ def refitted_final_norm(
     ).fit()
     weights = with_factors(_final_norm(checkpoint), fit.factors_C.cpu())
     named = {f"{checkpoint.family.norm}.{of_norm}": weight_C for of_norm, weight_C in weights.items()}
-    found = {name: partial(_identity, weight_C.to(dtype_of(checkpoint, name))) for name, weight_C in named.items()}
+    rounded = partial(as_stored, checkpoint, otherwise="leave out refit_final_norm")
+    found = {name: partial(_identity, rounded(name, weight_C)) for name, weight_C in named.items()}
     return found, {"final_norm_kl": fit.kl}
 
 

@@ -7,14 +7,22 @@ from functools import partial
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
 from tiny import VARIANTS, save_tiny
 from transformers import AutoModelForCausalLM
 
 from hfprune_dist.checkpoints.checkpoint import open_checkpoint
 from hfprune_dist.checkpoints.families import FAMILIES
-from hfprune_dist.checkpoints.lora_adapter import lora_targets, merge_weight_file, read_adapter, write_adapter
+from hfprune_dist.checkpoints.lora_adapter import (
+    Adapter,
+    lora_targets,
+    merge_weight_file,
+    read_adapter,
+    write_adapter,
+)
 from hfprune_dist.checkpoints.pruned_config import pruned_config
 from hfprune_dist.checkpoints.write_pruned import write_companions, write_weight_file
+from hfprune_dist.errors import UserError
 from hfprune_dist.models.loading import load_causal_lm
 from hfprune_dist.structures.kept import Kept
 from hfprune_dist.structures.low_rank import factor_shapes
@@ -129,3 +137,24 @@ def test_bfloat16_is_rounded_once(tmp_path):
     exact = original.double() + ALPHA / RANK * factor_b @ factor_a
     assert result.dtype == torch.bfloat16
     assert (result == exact.to(torch.bfloat16)).float().mean() > 0.99
+
+
+@pytest.mark.parametrize("stays", [True, False])
+def test_a_merged_weight_that_float16_cannot_hold_is_told_if_it_stays(tmp_path, stays):
+    """The last neuron's weights are too large; it is cut, or stays."""
+    source = save_tiny(tmp_path / "source", dtype=torch.float16)
+    checkpoint, name = open_checkpoint(source), "model.layers.0.mlp.up_proj.weight"
+    (file,) = checkpoint.weight_files
+    neurons, hidden_size = checkpoint.tensors[name].shape
+    factor_b = torch.zeros(neurons, 1)
+    factor_b[-1] = 1e5
+    kept = Kept((0, 1), {"neurons": [torch.arange(neurons - 1 + stays)] * 2})
+    adapter = Adapter(1.0, {name: (torch.ones(1, hidden_size), factor_b)})
+    if stays:
+        for units in (None, kept):
+            with pytest.raises(UserError, match=rf"^{source}: the new {name} has values up to 100,\d{{3}}, .*float16"):
+                merge_weight_file(checkpoint, file, adapter, tmp_path, units)
+    else:
+        merge_weight_file(checkpoint, file, adapter, tmp_path, kept)
+        written = load_file(tmp_path / file)
+        assert torch.equal(written[name], load_file(source / file)[name][:-1])

@@ -15,8 +15,10 @@ from hfprune_dist.config.schema import RuntimeConfig
 from hfprune_dist.core import final_norm
 from hfprune_dist.core.criteria import CRITERIA
 from hfprune_dist.core.least_squares import Projection
+from hfprune_dist.errors import UserError
 from hfprune_dist.models.loading import load_causal_lm
 from hfprune_dist.refit import gauss_newton_ranks as reconstruct
+from hfprune_dist.refit.final_norm_refit import FinalNormRefit, NormFit
 from hfprune_dist.refit.measurement import Measurement
 from hfprune_dist.refit.refitted_layers import RefittedLayers
 from hfprune_dist.refit.sequential_refit import SequentialRefit
@@ -254,6 +256,16 @@ def test_a_final_norm_with_nothing_to_gain_keeps_its_weights_whatever_dtype_pass
     save_file(load_file(file) | {"model.norm.weight": weights}, file, {"format": "pt"})
     run_solo(store, stage)
     assert torch.equal(load_file(store.path(stage.id) / "model.safetensors")["model.norm.weight"], weights)
+
+
+def test_a_refitted_final_norm_that_float16_cannot_hold_is_told(tmp_path, monkeypatch):
+    store, stage, _ = prepare(tmp_path, ratio=0.25, refit="layerwise", refit_final_norm=True)
+    file = tmp_path / "model" / "model.safetensors"
+    save_file({name: it.half() for name, it in load_file(file).items()}, file, {"format": "pt"})
+    monkeypatch.setattr(FinalNormRefit, "fit", lambda _self: NormFit(torch.full((32,), 1e5), [1.0, 0.5]))
+    message = rf"^{tmp_path / 'model'}: the new model\.norm\.weight has values up to .*, or leave out refit_final_norm$"
+    with pytest.raises(UserError, match=message):
+        run_solo(store, stage)
 
 
 def test_an_interrupted_refit_goes_on_at_its_layer(tmp_path, monkeypatch):

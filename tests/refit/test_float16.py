@@ -1,0 +1,102 @@
+"""Every kind of refit tells if new weights are too large for a checkpoint in float16, instead of writing infinities."""
+
+import pytest
+import torch
+from ranks import SoloWorld
+from refitting import checkpoint_in, fitted_in, refit, some_kept, windows_of
+from safetensors.torch import load_file, save_file
+from worlds import Ranks
+
+from hfprune_dist.checkpoints.checkpoint import open_checkpoint
+from hfprune_dist.checkpoints.saved_layers import SavedLayers
+from hfprune_dist.distributed.layer_stream import LayerStream
+from hfprune_dist.errors import UserError
+from hfprune_dist.refit.bias_refit import BiasRefit
+from hfprune_dist.refit.low_rank_layers import LowRankLayers
+from hfprune_dist.refit.low_rank_pass import LowRankPass, Sizes
+
+LAYERS = (0, 2)
+WINDOWS = windows_of(8)
+LARGEST = torch.finfo(torch.float16).max
+DOWN, OUTPUT = "model.layers.0.mlp.down_proj.weight", "model.layers.0.self_attn.o_proj.weight"
+
+
+def at_the_end(folder, *names, tiny=()):
+    """A checkpoint in float16 in which all values of some tensors lie at the ends of its range, and others near 0."""
+    checkpoint = checkpoint_in(folder, dtype=torch.float16)
+    tensors = load_file(folder / "model.safetensors")
+    for name in (*names, *tiny):
+        tensors[name] = torch.full_like(tensors[name], 1e-7 if name in tiny else LARGEST).copysign(tensors[name])
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    return open_checkpoint(checkpoint.path)
+
+
+def told_by_all(work, ranks=2):
+    """What each of some ranks is told."""
+
+    def told(world):
+        with pytest.raises(UserError) as error:
+            work(world)
+        return str(error.value)
+
+    return Ranks(ranks).run(told)
+
+
+def nothing(_done):
+    pass
+
+
+@pytest.mark.parametrize("name", [DOWN, OUTPUT])
+@pytest.mark.parametrize("method", ["layerwise", "block"])
+def test_refits_layer_by_layer_tell_it_on_all_ranks(tmp_path, method, name):
+    checkpoint = at_the_end(tmp_path / "model", name)
+    told = told_by_all(
+        lambda world: refit(method, checkpoint, some_kept(LAYERS), tmp_path / "refit", world=world, windows_ST=WINDOWS)
+    )
+    for message in told:
+        assert message.startswith(f"{tmp_path / 'model'}: the new {name} has values up to ")
+    assert not list((tmp_path / "refit").glob("layer-*"))
+
+
+@pytest.mark.parametrize("name", [DOWN, OUTPUT])
+def test_refits_on_dense_activations_tell_it(tmp_path, name):
+    checkpoint = at_the_end(tmp_path / "model", name)
+    with pytest.raises(UserError, match=f"the new {name} has values up to .*, or choose a method with another refit$"):
+        refit("dense", checkpoint, some_kept(LAYERS), tmp_path / "refit", world=SoloWorld(), windows_ST=WINDOWS)
+
+
+def test_whatever_is_written_is_checked(tmp_path):
+    fitted = fitted_in(checkpoint_in(tmp_path / "model", dtype=torch.float16), tmp_path / "refit", "layerwise")
+    new = {f"{units.output}.weight": torch.full((32, 5), 1e5) for units in fitted.kinds}
+    with pytest.raises(UserError, match=f"the new {DOWN} has values up to 100,000"):
+        fitted.write(0, new, {})
+
+
+def test_biases_tell_it_on_all_ranks(tmp_path):
+    checkpoint = at_the_end(tmp_path / "model", DOWN, DOWN.replace("down", "up"))
+    kept, kinds = some_kept(LAYERS), [checkpoint.structures[kind] for kind in ("neurons", "kv_groups")]
+
+    def work(world):
+        stream = LayerStream(checkpoint, WINDOWS, torch.float32, 2, world)
+        saved = SavedLayers(tmp_path / "biases", kept.layers)
+        BiasRefit(checkpoint, kept, kinds, stream, saved, world=world).run(nothing)
+
+    for message in told_by_all(work):
+        assert message.startswith(f"{tmp_path / 'model'}: the new {DOWN.replace('weight', 'bias')} has values up to ")
+    assert not list(tmp_path.glob("biases/*"))
+
+
+def test_factors_of_low_rank_tell_it_on_all_ranks(tmp_path):
+    """Where a projection reads next to nothing, its right factor is all the larger."""
+    checkpoint = at_the_end(tmp_path / "model", OUTPUT, tiny=[OUTPUT.replace("o_proj", "v_proj")])
+
+    def work(world):
+        stream, whole = (LayerStream(checkpoint, it, torch.float32, 2, world) for it in (WINDOWS, WINDOWS[:2]))
+        ranks = {f"self_attn.{name}_proj": 4 for name in "qo"}
+        layers = LowRankLayers(checkpoint, list(ranks), tmp_path / "layers")
+        LowRankPass(checkpoint, Sizes(12, ranks, True), stream, layers, whole=whole, world=world).run(nothing)
+
+    first, *others = told_by_all(work)
+    assert first.startswith(f"{tmp_path / 'model'}: the new model.layers.0.self_attn.o_proj.")
+    assert others == [first] and first.endswith(", or choose a method with another allocation")
+    assert not list(tmp_path.glob("layers/*"))
