@@ -41,8 +41,14 @@ class Turns(Generic[Work]):
             self.finish()
 
     def finish(self) -> None:
-        """Solve the layers that wait; collective, so that no rank leaves while another one still saves."""
+        """Solve the layers that wait; collective, so that no rank leaves while another one still saves.
+
+        Raises:
+            UserError: on all ranks, if solving any of the layers raises it.
+        """
+        self._world.work_apart(self._solve_mine)
+
+    def _solve_mine(self) -> None:
         if self._waiting is not None:
             self._solve(self._waiting)
             self._waiting = None
-        self._world.barrier()

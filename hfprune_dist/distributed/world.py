@@ -17,6 +17,7 @@ import torch.distributed as dist
 from hfprune_dist.distributed.determinism import compute_deterministically
 from hfprune_dist.distributed.gpus import claim_device, place_of, require_own_gpus
 from hfprune_dist.distributed.threads import threads_allowed
+from hfprune_dist.errors import UserError
 from hfprune_dist.store.machine import usable_cores
 
 T = TypeVar("T")
@@ -58,6 +59,22 @@ class World:
     def barrier(self) -> None:
         self.broadcast(None)
         self.all_gather(None)
+
+    def work_apart(self, work: Callable[[], None]) -> None:
+        """Run work of each rank's own, without collectives, and wait until all ranks are done.
+
+        Raises:
+            UserError: on all ranks, if one of them raises it; that of the first such rank.
+        """
+        failure: UserError | None = None
+        try:
+            work()
+        except UserError as error:
+            failure = error
+        self.broadcast(None)
+        for found in self.all_gather(failure):
+            if found is not None:
+                raise found
 
     def broadcast(self, value: T, source: int = 0) -> T:
         """Return the value that rank ``source`` passed (any picklable object)."""

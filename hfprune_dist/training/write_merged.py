@@ -37,14 +37,20 @@ def write_merged(
 
     Args:
         kept: the units of all layers that stay after merging, also written to ``kept.json``; None for all of them.
+
+    Raises:
+        UserError: on all ranks, as ``merge_weight_file`` does on any.
     """
     world.barrier()
     adapter = read_adapter(draft / ADAPTER)
     files = checkpoint.weight_files
-    for done, file in enumerate(files[world.rank :: world.size]):
-        progress.update("merging", done * world.size, len(files))
-        merge_weight_file(checkpoint, file, adapter, draft, kept)
-    world.barrier()
+
+    def write_share() -> None:
+        for done, file in enumerate(files[world.rank :: world.size]):
+            progress.update("merging", done * world.size, len(files))
+            merge_weight_file(checkpoint, file, adapter, draft, kept)
+
+    world.work_apart(write_share)
     if world.is_first:
         write_companions(
             checkpoint, draft, checkpoint.config if kept is None else pruned_config(checkpoint, kept.shape)
