@@ -105,8 +105,9 @@ def allocate_globally(ladders: Sequence[Ladder], removals: int) -> list[int]:
         undone += 1
     stand_T = torch.ones(taken, dtype=torch.bool)
     stand_T[small_N[len(small_N) - undone :]] = False
-    numbers = torch.bincount(places_S[:taken][stand_T], minlength=len(ladders)).tolist()
-    return [ladder.after(number) for ladder, number in zip(ladders, numbers, strict=True)]
+    standing = places_S[:taken][stand_T].unique(return_counts=True)
+    numbers = dict(zip(*(it.tolist() for it in standing), strict=True))
+    return [ladder.after(numbers.get(place, 0)) for place, ladder in enumerate(ladders)]
 
 
 def layer_mean_one(scores: Sequence[Tensor]) -> list[Tensor]:

@@ -161,7 +161,7 @@ def prune(folder, scored, ratio, method, ranks=1):
     store, importance = scored
     params = {
         "ratio": ratio,
-        **method.model_dump(exclude={*OF_OTHERS, "structures", "tensor_parallel", *OF_A_STUDENT}),
+        **method.model_dump(exclude={*OF_OTHERS, *OF_A_STUDENT, "structures", "tensor_parallel", "refit_final_norm"}),
     }
     params |= {"dtype": "float32", "micro_batch_size": 2}
     stage = Stage("prune", "pairs", params, {"model": importance.inputs["model"], "importance": importance.as_input()})
