@@ -76,7 +76,7 @@ def test_what_is_left_is_the_plan_s_shape_of_the_trained_model(source, uninterru
     adapter, cuts, written = read_adapter(artifact / "adapter"), unit_cuts(dense, kept), weights_of(artifact)
     for name, weight in weights_of(source / "model").items():
         expected = merged(adapter.scale, *adapter.factors[name], weight) if name in adapter.factors else weight
-        expected = cuts[name].apply(expected) if name in cuts else expected
+        expected = (cuts[name].apply(expected) if name in cuts else expected).to(weight.dtype)
         assert torch.equal(written[name], expected), name
     model = AutoModelForCausalLM.from_pretrained(artifact, trust_remote_code=True)
     assert torch.isfinite(model(torch.arange(3, 23)[None]).logits).all()
