@@ -302,5 +302,5 @@ class ExactSquares:
 
 
 def _scratch_bytes(dtype: torch.dtype) -> int:
-    """Return bytes of temporary results per number of a term in a dtype: scaled, and as wide as a total."""
+    """Return the bytes of temporary results for each number of a term in a dtype: scaled, and as wide as a total."""
     return dtype.itemsize + torch.int64.itemsize

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -103,6 +103,11 @@ class Attempt:
     def logs(self) -> list[Path]:
         """Return the log files of the ranks, and of the batch script and srun."""
         return sorted([*listed(self.folder, "*_log.out"), *listed(self.folder, "*_log.err")])
+
+
+def with_job_ids(attempts: Iterable[Attempt]) -> list[tuple[str, Attempt]]:
+    """Return attempts whose jobs have recorded ids, each after its job's id."""
+    return [(job_id, attempt) for attempt in attempts if (job_id := attempt.job_id) is not None]
 
 
 class Attempts:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 
-from hfprune_launch.slurm.attempts import Attempt, Attempts
+from hfprune_launch.slurm.attempts import Attempt, Attempts, with_job_ids
 from hfprune_launch.slurm.commands import SlurmCommands
 from hfprune_launch.slurm.whereabouts import REVOKED, Whereabouts
 
@@ -35,7 +35,7 @@ def cancel_jobs(plan: Plan, store: Store, slurm: SlurmCommands) -> Cancelled:
     """
     attempts = Attempts(store.root).open_attempts()
     whereabouts = Whereabouts(store, slurm, time.monotonic)
-    whereabouts.look([(job_id, attempt) for attempt in attempts if (job_id := attempt.job_id) is not None])
+    whereabouts.look(with_job_ids(attempts))
     foreign = [each for each in attempts if whereabouts.is_elsewhere(each) or whereabouts.is_somebody_elses(each)]
     stages = {attempt.intent.job_name: attempt.intent.stage_id for attempt in attempts if attempt not in foreign}
     # Pending jobs come first: they would start when the jobs that they wait for are gone.

@@ -12,7 +12,7 @@ from time import sleep
 
 from hfprune_launch.project import Project
 from hfprune_launch.screen import say
-from hfprune_launch.slurm.attempts import Attempts
+from hfprune_launch.slurm.attempts import Attempts, with_job_ids
 from hfprune_launch.slurm.backend import SlurmBackend
 from hfprune_launch.slurm.batch_script import Request, batch_script, default_threads
 from hfprune_launch.slurm.cancel import cancel_jobs
@@ -210,9 +210,8 @@ class _StatusJobs:
         if Attempts(store.root).is_empty:
             return {}
         newest = [SlurmStage(store, stage_id).open_attempt() for stage_id in self._sweep.plan.stages]
-        attempts = [(job_id, it) for it in newest if it is not None and (job_id := it.job_id) is not None]
         try:
-            self._whereabouts.look(attempts)
+            self._whereabouts.look(with_job_ids(it for it in newest if it is not None))
         except SlurmUnavailableError as error:
             if not self._is_silent and any(newest):
                 say(self._console, f"Slurm does not answer ({error}): submitted jobs may wait or run")

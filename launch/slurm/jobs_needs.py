@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 
-from hfprune_launch.slurm.attempts import Attempt, Attempts
+from hfprune_launch.slurm.attempts import Attempt, Attempts, with_job_ids
 from hfprune_launch.slurm.commands import SlurmCommands, SlurmUnavailableError
 from hfprune_launch.slurm.whereabouts import Whereabouts
 from hfprune_launch.stage.stage_file import find_stage_file
@@ -26,7 +26,7 @@ def _attempts_that_go_on(store: Store) -> list[Attempt]:
         return []
     whereabouts = Whereabouts(store, SlurmCommands(retry_delays_s=()), time.monotonic)
     try:
-        whereabouts.look([(job_id, attempt) for attempt in attempts if (job_id := attempt.job_id) is not None])
+        whereabouts.look(with_job_ids(attempts))
     except SlurmUnavailableError:
         return attempts
     return [attempt for attempt in attempts if not whereabouts.sighting(attempt).is_over]
