@@ -104,6 +104,11 @@ class Method(Section):
     """Whether the weight of the final norm is refitted as well, at the end: a factor for each of its channels with
     which the distribution of the next token comes closest to the dense model's. A pruned model is surer of its next
     token than the dense one, and more so the more is removed. Has an effect only with refit: layerwise or block."""
+    refit_norms: bool = False
+    """Whether the weights of all norms before (and, in some architectures, after) attention and MLPs are refitted at
+    the end, together with that of the final norm: a factor for each channel, found by a few steps that lower the
+    divergence from the dense model's distribution of the next token; no other weight changes. Replaces
+    refit_final_norm. Has an effect only with refit: layerwise or block."""
     multiple_of: PositiveOrAuto = 1
     """Round intermediate_size, or the number of experts, to a multiple of this: 64 or 128 suit GPUs; for experts,
     take the number of devices that share them. auto: for each model and ratio, the largest of 256, 128, 64 and 32 with
@@ -155,7 +160,8 @@ class Method(Section):
         idle = set() if self.can_protect else {"floor", "protect_first", "protect_last"}
         idle |= {"floor"} if self.allocation == "local" else set()
         idle |= set() if KV_GROUPS in self.structures else {"tensor_parallel"}
-        idle |= set() if self.refit in ("layerwise", "block") else {"refit_final_norm"}
+        idle |= set() if self.refit in ("layerwise", "block") else {"refit_norms", "refit_final_norm"}
+        idle |= {"refit_final_norm"} if self.refit_norms else set()
         return idle | (set(OF_A_STUDENT) if self.student_chosen_by is None else set())
 
     def of_one_cut(self) -> dict[str, Any]:
@@ -308,6 +314,7 @@ class PruneConfig(Section):
     tensor_parallel: Positive | None = None
     refit: Refit | None = None
     refit_final_norm: bool | None = None
+    refit_norms: bool | None = None
     multiple_of: PositiveOrAuto | None = None
     steps: Rounds | None = None
     round_ratio: RoundRatio | None = None

@@ -181,6 +181,7 @@ class PruneParameters(Parameters):
     structures: Annotated[Structures, LeftOutAt([NEURONS])] = Field(default=[NEURONS])
     tensor_parallel: Annotated[int, LeftOutAt(1)] = 1
     refit_final_norm: Annotated[bool, LeftOutAt(False)] = False
+    refit_norms: Annotated[bool, LeftOutAt(False)] = False
 
     @property
     def compute_dtype(self) -> Dtype | None:

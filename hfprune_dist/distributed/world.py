@@ -6,7 +6,7 @@ import datetime
 import resource
 import sys
 import threading
-from collections.abc import Callable, Iterator, MutableMapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypeVar
@@ -21,6 +21,7 @@ from hfprune_dist.errors import UserError
 from hfprune_dist.store.machine import usable_cores
 
 T = TypeVar("T")
+K = TypeVar("K", int, tuple[int, int])
 # How often a rank that is busy for long tells the others that it is at work: far more often than collectives time out.
 TELL_EVERY_S = 5.0
 
@@ -131,6 +132,11 @@ class World:
         boxes: list[T] = [value] * self.size
         dist.all_gather_object(boxes, value)
         return boxes
+
+    def merge(self, own: Mapping[K, T]) -> dict[K, T]:
+        """Return the entries of all ranks in the order of their keys; no two ranks have the same key."""
+        everywhere = {key: value for share in self.all_gather(dict(own)) for key, value in share.items()}
+        return {key: everywhere[key] for key in sorted(everywhere)}
 
 
 def join_world(environment: MutableMapping[str, str], timeout_minutes: int, *, reproducible: bool = False) -> World:

@@ -112,9 +112,17 @@ class LayerReader:
     def final_norm(self) -> nn.Module:
         """The norm between the last layer and the head."""
         family = self._checkpoint.family
-        norm = self._empty.of_layer(0).get_submodule(_within(family.body, family.norm))
-        norm.load_state_dict({name: self._read(f"{family.norm}.{name}") for name in norm.state_dict()}, assign=True)
-        return norm.requires_grad_(False)
+        return self._alone(0, _within(family.body, family.norm), family.norm)
+
+    def norm_in_layer(self, number: int, name: str) -> nn.Module:
+        """A norm of a layer, by its name within it."""
+        return self._alone(number, f"{LAYER}.{name}", f"{self._checkpoint.family.layers}.{number}.{name}")
+
+    def _alone(self, number: int, within: str, stored: str) -> nn.Module:
+        """A module of the decoder of one layer, by its name there and its name in the checkpoint."""
+        module = self._empty.of_layer(number).get_submodule(within)
+        module.load_state_dict({name: self._read(f"{stored}.{name}") for name in module.state_dict()}, assign=True)
+        return module.requires_grad_(False)
 
     def _beside(self) -> dict[str, Tensor]:
         """The decoder's tensors outside its layers, embeddings and final norm: positions, if any."""
@@ -143,6 +151,11 @@ def _within(body: str, name: str) -> str:
 @torch.no_grad()
 def run(layer: nn.Module, hidden_BTC: Tensor) -> Tensor:
     """One layer's output, of the same shape as its input."""
+    return run_with_graph(layer, hidden_BTC)
+
+
+def run_with_graph(layer: nn.Module, hidden_BTC: Tensor) -> Tensor:
+    """As ``run``, but autograd follows."""
 
     def enter(_layer: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
         return (hidden_BTC, *inputs[1:])  # replaces what the decoder makes of embeddings before its layers

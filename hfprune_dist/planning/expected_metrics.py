@@ -33,8 +33,8 @@ from hfprune_dist.structures import KV_GROUPS, LAYERS, NEURONS
 
 # core.width_search: shapes measured around two centres, two on each of four axes, plus the first and the last.
 SEARCHED = 2 * 2 * 4 + 2
-# core.final_norm: the most passes of a fit.
-NORM_PASSES = 5
+# core.final_norm and core.quasi_newton: the most passes of a fit of the final norm, and of all norms.
+NORM_PASSES, NORMS_PASSES = 5, 8
 
 
 class ExpectedManifests:
@@ -68,7 +68,7 @@ class ExpectedManifests:
             case DistillParameters():
                 return self._metrics(self._plan.stages[stage.inputs["reference"].location])
             case PruneParameters() as params:
-                return self._cut(stage, params) | _of_final_norm(params)
+                return self._cut(stage, params) | _of_norms(params)
             case RecoverParameters(recovery=recovery):
                 return _trained(recovery)
             case LoraPruneParameters(recovery=recovery) as params:
@@ -104,7 +104,9 @@ class ExpectedManifests:
         return plain_shapes(ShapeTarget.of(dense, earlier.params, earlier.label), self._before(earlier))[0]
 
 
-def _of_final_norm(params: PruneParameters) -> dict[str, Any]:
+def _of_norms(params: PruneParameters) -> dict[str, Any]:
+    if params.refit_norms:
+        return {"norms_kl": [None] * NORMS_PASSES}
     return {"final_norm_kl": [None] * NORM_PASSES} if params.refit_final_norm else {}
 
 

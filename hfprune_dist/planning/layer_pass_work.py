@@ -19,7 +19,7 @@ from hfprune_dist.planning.operations import Operations
 HOLD_OUT_EVERY, RIDGES = 8, 5
 # refit.gauss_newton_ranks: iterations of the first and the second step; step lengths that are tried.
 ITERATIONS, STEP_LENGTHS = (4, 2), 3
-# refit.final_norm_refit: about the most tokens that it sees.
+# refit.final_norm_refit: about the most tokens that refits of norms see.
 NORM_TOKENS = 2**15
 
 
@@ -252,13 +252,35 @@ def final_norm_refit(dense: ModelShape, kept: ModelShape, windows: Windows, *, p
     """Some of the windows through both models, and each pass over what their heads read: both models' logits, the
     gradients of two losses, and the Gram matrix of one of them.
     """
+    tokens = tokens_of_norms(windows)
+    through = sum(forward_of_all(it, windows.length) for it in (dense, kept))
+    heads = 4 * head(dense)
+    return Operations(tokens * (through + passes * heads), float32=tokens * passes * gram(dense.hidden_size))
+
+
+def norms_refit(dense: ModelShape, kept: ModelShape, windows: Windows, *, passes: int) -> Operations:
+    """Some of the windows through the dense model, and in each pass through the pruned one: forwards, once more layer
+    by layer, and backwards, without gradients of weights; and both models' logits, and the gradient of one loss.
+    """
+    once, cores = (
+        sum(of_layer(dims, windows.length) for dims in kept.layers) for of_layer in (forward, attention_core)
+    )
+    backward = once + 1.5 * cores  # it computes a part of attention again
+    each = 2 * once + backward + 3 * head(dense)
+    return Operations(tokens_of_norms(windows) * (forward_of_all(dense, windows.length) + passes * each))
+
+
+def tokens_of_norms(windows: Windows) -> int:
+    """Number of tokens that refits of norms see."""
     first = min(windows.micro_batch, windows.count) * windows.length
     every = -(-windows.batches // max(1, NORM_TOKENS // first))
     starts = range(0, windows.count, every * windows.micro_batch)
-    tokens = sum(min(windows.micro_batch, windows.count - start) for start in starts) * windows.length
-    through = sum(forward_of_all(it, windows.length) for it in (dense, kept))
-    heads = 4 * 2 * dense.hidden_size * dense.layers[0].vocabulary
-    return Operations(tokens * (through + passes * heads), float32=tokens * passes * gram(dense.hidden_size))
+    return sum(min(windows.micro_batch, windows.count - start) for start in starts) * windows.length
+
+
+def head(shape: ModelShape) -> float:
+    """Operations per token for logits."""
+    return 2.0 * shape.hidden_size * shape.layers[0].vocabulary
 
 
 def low_rank(dense: ModelShape, kept: ModelShape, windows: Windows) -> Operations:

@@ -32,6 +32,7 @@ from hfprune_dist.planning.layer_pass_work import (
     forward_of_all,
     gram,
     low_rank,
+    norms_refit,
     residual_checks,
     second_moments,
     sequential_refit,
@@ -167,7 +168,9 @@ class StageCosts:
             flops += residual_checks(dense, refitted, windows.length)
             if "dense" in stage.inputs:  # it wasn't scored: one micro-batch shows what its layers must compute
                 flops += Operations(windows.micro_batch * windows.length * forward_of_all(dense, windows.length))
-        if params.refit_final_norm:
+        if params.refit_norms:
+            flops += norms_refit(dense, kept, windows, passes=len(metrics["norms_kl"]))
+        elif params.refit_final_norm:
             flops += final_norm_refit(dense, kept, windows, passes=len(metrics["final_norm_kl"]))
         return Cost(windows.tokens, flops)
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from hfprune_dist.checkpoints.checkpoint import Checkpoint
 from hfprune_dist.core.bound_losses import Batch, bind
 from hfprune_dist.core.criteria import RANDOM_SIGNS, SELF_DISTILLATION
 from hfprune_dist.core.final_norm import Place, best_factors, newton_step
@@ -19,9 +18,9 @@ from hfprune_dist.distributed.host_transfers import HostTransfers
 from hfprune_dist.distributed.layer_stream import AfterLayer
 from hfprune_dist.distributed.world import World
 from hfprune_dist.errors import UserError
-from hfprune_dist.models.single_layer import Head, LayerReader, put_weights, weights_kept
+from hfprune_dist.models.single_layer import Head
 from hfprune_dist.refit.measurement import Hidden, read_by_head, share_of
-from hfprune_dist.structures.kept import Kept
+from hfprune_dist.refit.pruned_layers import PrunedLayers
 
 # Factors are few: more tokens than these would only take time.
 TOKENS = 2**15
@@ -50,30 +49,11 @@ def micro_batches_of_fit(windows_ST: Tensor, micro_batch_size: int) -> dict[int,
 
 
 def pruned_outputs(
-    checkpoint: Checkpoint,
-    kept: Kept,
-    replacements: Mapping[str, Callable[[], Tensor]],
-    micro_batches: Mapping[int, Tensor],
-    *,
-    dtype: torch.dtype,
-    world: World,
-    after_each: AfterLayer,
+    pruned: PrunedLayers, micro_batches: Mapping[int, Tensor], world: World, after_each: AfterLayer
 ) -> Hidden:
-    """What the head reads of a pruned model, before its final norm is refitted; as ``dense_outputs``.
-
-    Args:
-        replacements: name of a tensor of the checkpoint -> function that reads what the pruned model has in its place.
-    """
-
-    def prune(number: int, layer: nn.Module) -> None:
-        for kind in kept.units:
-            put_weights(layer, weights_kept(layer, checkpoint.structures[kind], kept.of_layer(number, kind)))
-        prefix = f"{checkpoint.family.layers}.{number}."
-        new = {name.removeprefix(prefix): read() for name, read in replacements.items() if name.startswith(prefix)}
-        put_weights(layer, {name: it.to(world.device, dtype) for name, it in new.items()})
-
-    reader, batches = LayerReader(checkpoint, dtype, world.device), share_of(micro_batches, world)
-    return read_by_head(reader, kept.layers, batches, world.device, after_each, change=prune)
+    """What the head reads of a pruned model, before its final norm is refitted; as ``dense_outputs``."""
+    batches = share_of(micro_batches, world)
+    return read_by_head(pruned.reader, pruned.numbers, batches, world.device, after_each, change=pruned.change)
 
 
 class FinalNormRefit:
@@ -155,8 +135,7 @@ class FinalNormRefit:
             sums.add(index, signs_NC.float() * pruned_NC)
         sums.begin()
         fitted_CC, held_out_CC = sums.of_all_ranks()
-        everywhere = {index: it for share in self._world.all_gather(own) for index, it in share.items()}
-        kls, slopes = zip(*(everywhere[index] for index in sorted(everywhere)), strict=True)
+        kls, slopes = zip(*self._world.merge(own).values(), strict=True)
         gradient_C = torch.stack(slopes).sum(dim=0).to(factors_C)
         curvature_CC = fitted_CC.add_(held_out_CC)
         return sum(kls) / self._tokens, gradient_C / self._tokens, curvature_CC / self._tokens

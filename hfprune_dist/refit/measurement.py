@@ -167,11 +167,10 @@ class Measurement:
             dense, others = normed_outputs(head, next(states)), [head.outputs(hidden_BTC) for hidden_BTC in states]
             for members, kl in zip(branches, divergences(dense, others), strict=True):
                 own |= {(member, index): kl for member in members}
-        everywhere = {key: value for share in self._world.all_gather(own) for key, value in share.items()}
         tokens = sum(self._world.all_gather(sum(ids[:, :: self._every].numel() for ids in self._batches.values())))
         totals = [0.0] * count
-        for member, index in sorted(everywhere):
-            totals[member] += everywhere[member, index]
+        for (member, _), kl in self._world.merge(own).items():
+            totals[member] += kl
         if strange := sum(not math.isfinite(total) for total in totals):
             raise UserError(
                 f"{strange} of {count} shapes can't be compared: their outputs, or the dense model's, are NaN or "

@@ -13,6 +13,7 @@ from hfprune_dist.checkpoints.pruned_config import pruned_config
 from hfprune_dist.checkpoints.write_pruned import write_companions, write_weight_file
 from hfprune_dist.errors import UserError
 from hfprune_dist.stages.prune_low_rank import decide_low_rank
+from hfprune_dist.stages.prune_norms import refitted_norms, require_norms
 from hfprune_dist.stages.prune_plain import decide_plain
 from hfprune_dist.stages.prune_refit import (
     Context,
@@ -23,8 +24,6 @@ from hfprune_dist.stages.prune_refit import (
     in_dense_numbering,
     pruned_kinds,
     refit_metrics,
-    refitted_final_norm,
-    require_final_norm,
 )
 from hfprune_dist.stages.prune_shapes import decide_shape
 from hfprune_dist.stages.shape_metrics import shape_metrics
@@ -37,11 +36,9 @@ def run(context: Context) -> None:
     checkpoint = open_checkpoint(context.input_path("model"))
     dense = open_checkpoint(context.input_path("dense")) if context.has_input("dense") else checkpoint
     models = Models(checkpoint, dense)
-    require_final_norm(context, checkpoint)
+    require_norms(context, checkpoint)
     kept, replacements, metrics = _decide(context, models)
-    if context.params.refit_final_norm:
-        of_norm, found = refitted_final_norm(context, models, kept, replacements)
-        replacements, metrics = {**replacements, **of_norm}, metrics | found
+    replacements, of_norms = refitted_norms(context, models, kept, replacements)
     draft = context.open_draft()
     files = checkpoint.weight_files
     for done, file in enumerate(files[context.world.rank :: context.world.size]):
@@ -54,7 +51,7 @@ def run(context: Context) -> None:
     if context.world.is_first:
         write_companions(checkpoint, draft, config)
         write_kept(draft, kept_of_dense)
-    metrics = shape_metrics(dense, kept_of_dense.shape, config) | metrics
+    metrics = shape_metrics(dense, kept_of_dense.shape, config) | metrics | of_norms
     context.commit(draft, metrics | {"kept_sha256": digest_of_kept(kept_of_dense)})
 
 

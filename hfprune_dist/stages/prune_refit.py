@@ -8,21 +8,16 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from hfprune_dist.checkpoints.checkpoint import Checkpoint
 from hfprune_dist.checkpoints.kept_file import read_kept
-from hfprune_dist.checkpoints.rounding import as_stored
 from hfprune_dist.checkpoints.saved_layers import SavedLayers
 from hfprune_dist.config.parameters import PruneParameters
-from hfprune_dist.core.final_norm import PASSES
 from hfprune_dist.distributed.layer_stream import AfterLayer, LayerStream
 from hfprune_dist.distributed.whole_model_probe import PROBE, Probe, obtain_probe, save_probe
-from hfprune_dist.models.norm_factors import weight_offset, with_factors
-from hfprune_dist.models.single_layer import LayerReader
 from hfprune_dist.refit.bias_refit import BiasRefit
 from hfprune_dist.refit.dense_refit import DenseRefit
-from hfprune_dist.refit.final_norm_refit import FinalNormRefit, micro_batches_of_fit, pruned_outputs
 from hfprune_dist.refit.measurement import Hidden, dense_outputs
 from hfprune_dist.refit.refitted_layers import ProjectionFit, RefittedLayers
 from hfprune_dist.refit.sequential_refit import SequentialRefit
@@ -74,53 +69,6 @@ def added_biases(context: Context, checkpoint: Checkpoint, kept: Kept) -> Replac
     refit = BiasRefit(checkpoint, kept, kinds, stream, saved, world=context.world)
     refit.run(after_each_layer(context, "biases", checkpoint.num_layers))
     return {name: partial(_identity, bias_C) for name, bias_C in saved.read().items()}
-
-
-def require_final_norm(context: Context, checkpoint: Checkpoint) -> None:
-    """Raise a ``UserError`` if the stage would refit a final norm of a kind for which this can't be done."""
-    if context.params.refit_final_norm:
-        weight_offset(_final_norm(checkpoint))
-
-
-def refitted_final_norm(
-    context: Context, models: Models, kept: Kept, replacements: Replacements
-) -> tuple[Replacements, dict[str, Any]]:
-    """Refit the final norm of the model that the stage will write; collective.
-
-    Args:
-        replacements: its refitted weights.
-
-    Returns:
-        The norm's new weights, and the divergence from the dense model before the fit and after each step of it.
-
-    Raises:
-        UserError: on all ranks, as ``as_stored`` does.
-    """
-    checkpoint, world = models.checkpoint, context.world
-    dtype_name, size = context.params.forward_pass()
-    dtype, batches = getattr(torch, dtype_name), micro_batches_of_fit(context.calibration_windows(), size)
-    after_each = after_each_layer(context, "pruned model", checkpoint.num_layers)
-    pruned = pruned_outputs(checkpoint, kept, replacements, batches, dtype=dtype, world=world, after_each=after_each)
-    dense = outputs_of_dense(context, models.dense, batches)
-    fit = FinalNormRefit(
-        LayerReader(checkpoint, dtype, world.device).head(),
-        batches,
-        dense,
-        pruned,
-        number=checkpoint.num_layers,
-        world=world,
-        after_each=after_each_layer(context, "passes for the final norm", PASSES),
-    ).fit()
-    weights = with_factors(_final_norm(checkpoint), fit.factors_C.cpu())
-    named = {f"{checkpoint.family.norm}.{of_norm}": weight_C for of_norm, weight_C in weights.items()}
-    rounded = partial(as_stored, checkpoint, otherwise="leave out refit_final_norm")
-    found = {name: partial(_identity, rounded(name, weight_C)) for name, weight_C in named.items()}
-    return found, {"final_norm_kl": fit.kl}
-
-
-def _final_norm(checkpoint: Checkpoint) -> nn.Module:
-    """The norm as the checkpoint has it, whatever dtype passes compute in."""
-    return LayerReader(checkpoint, torch.float32, torch.device("cpu")).final_norm()
 
 
 def _identity(bias_C: Tensor) -> Tensor:

@@ -27,5 +27,5 @@ def test_outputs_are_multiplied_whether_the_norm_adds_one_to_its_weight_or_has_a
 
 
 def test_a_norm_without_weights_is_one_message():
-    with pytest.raises(UserError, match="the final norm, a LayerNorm, has no weight"):
+    with pytest.raises(UserError, match="a norm, LayerNorm, has no weight"):
         weight_offset(nn.LayerNorm(4, elementwise_affine=False))

@@ -43,13 +43,14 @@ def test_every_method_comes_to_a_shape_of_the_ratio_and_to_known_work(model, met
             assert stage.params.ratio - 1e-3 < (body - gone) / whole < stage.params.ratio + 0.02
 
 
-def test_a_refit_of_the_final_norm_adds_known_work(model):
+def test_refits_of_norms_add_known_work(model):
     def work(**settings):
         _, plan = published_plan([model], ["surgeon-uniform-block"], GPUS, ratios=[0.3], **settings)
         costs = StageCosts(plan, ExpectedManifests(plan, checkpointing=False).of)
         return next(costs.of(it.id) for it in plan.stages.values() if isinstance(it.params, PruneParameters))
 
-    assert work(prune__refit_final_norm=True).operations.total > work().operations.total
+    last, every = work(prune__refit_final_norm=True).operations, work(prune__refit_norms=True).operations
+    assert every.total > last.total > work().operations.total
 
 
 def test_a_recovery_is_known_by_its_steps_its_data_or_not_at_all(model):

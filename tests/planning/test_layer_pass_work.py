@@ -27,6 +27,9 @@ from hfprune_dist.planning.model_shape import ModelShape
 from hfprune_dist.refit import final_norm_refit, gauss_newton_ranks
 from hfprune_dist.refit.dense_refit import DenseRefit
 from hfprune_dist.refit.measurement import dense_outputs
+from hfprune_dist.refit.norm_gradients import NormGradients
+from hfprune_dist.refit.norms_refit import NormsRefit
+from hfprune_dist.refit.pruned_layers import PrunedLayers
 from hfprune_dist.refit.refitted_layers import RefittedLayers
 from hfprune_dist.refit.sequential_refit import SequentialRefit
 from hfprune_dist.structures.kept import Kept
@@ -92,6 +95,26 @@ def test_a_refit_of_the_final_norm(tmp_path, monkeypatch, samples, most):
         counted = total()
     shape = ModelShape.of(checkpoint)
     found = layer_pass_work.final_norm_refit(shape, shape, Windows(samples, 12, 2), passes=len(fit.kl))
+    assert len(fit.kl) > 1 and found.total == pytest.approx(counted, rel=1e-4)
+
+
+@pytest.mark.usefixtures("as_counted")
+@pytest.mark.parametrize(("samples", "most"), [(5, 2**15), (7, 50), (1, 50)])
+def test_a_refit_of_all_norms(tmp_path, monkeypatch, samples, most):
+    monkeypatch.setattr(final_norm_refit, "TOKENS", most)
+    monkeypatch.setattr(layer_pass_work, "NORM_TOKENS", most)
+    checkpoint, world = open_checkpoint(save_tiny(tmp_path / "model")), SoloWorld()
+    windows_ST = torch.randint(264, (samples, 12), generator=torch.Generator().manual_seed(0))
+    batches = final_norm_refit.micro_batches_of_fit(windows_ST, 2)
+    with counting() as total:
+        dense = dense_outputs(checkpoint, batches, torch.float32, world, lambda _done: None)
+        pruned = PrunedLayers(checkpoint, Kept((0,)), {}, torch.float32, world.device)
+        gradients = NormGradients(pruned, batches, dense, world=world, after_each=lambda _done: None)
+        fit = NormsRefit(gradients, tmp_path / "norms.safetensors", world).fit()
+        counted = total()
+    shape = ModelShape.of(checkpoint)
+    left = shape.pruned({"num_hidden_layers": 1})
+    found = layer_pass_work.norms_refit(shape, left, Windows(samples, 12, 2), passes=len(fit.kl))
     assert len(fit.kl) > 1 and found.total == pytest.approx(counted, rel=1e-4)
 
 

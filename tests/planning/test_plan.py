@@ -658,13 +658,18 @@ def test_too_many_steps_for_a_model_are_refused(world):
         plan_of(world, methods=["surgeon-rounds"], ratios=[0.201], prune__round_ratio=0.2, prune__multiple_of=4)
 
 
-def test_a_method_that_refits_no_final_norm_has_the_fingerprints_of_before(world):
+@pytest.mark.parametrize("setting", ["refit_final_norm", "refit_norms"])
+def test_a_method_that_refits_no_norm_has_the_fingerprints_of_before(world, setting):
     before, without, after = (
-        plan_of(world, **settings)
-        for settings in ({}, {"prune__refit_final_norm": False}, {"prune__refit_final_norm": True})
+        plan_of(world, **settings) for settings in ({}, {f"prune__{setting}": False}, {f"prune__{setting}": True})
     )
     assert list(before.stages) == list(without.stages)
     assert [one.kind for one in before.stages.values() if one.id not in after.stages][:1] == ["prune"]
+
+
+def test_with_all_norms_refitted_the_final_one_is_among_them(world):
+    plans = [plan_of(world, prune__refit_norms=True, prune__refit_final_norm=it) for it in (False, True)]
+    assert list(plans[0].stages) == list(plans[1].stages)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])

@@ -16,6 +16,7 @@ from hfprune_dist.models.single_layer import LayerReader
 from hfprune_dist.refit import final_norm_refit
 from hfprune_dist.refit.final_norm_refit import FinalNormRefit, micro_batches_of_fit, pruned_outputs
 from hfprune_dist.refit.measurement import dense_outputs, share_of
+from hfprune_dist.refit.pruned_layers import PrunedLayers
 
 WORLD = SoloWorld()
 
@@ -69,24 +70,12 @@ def test_few_tokens_are_enough(monkeypatch):
 
 
 def test_the_pruned_models_layers_are_those_that_it_is_written_with(tmp_path):
-    checkpoint, batches, kept = (
-        checkpoint_in(tmp_path / "model"),
-        micro_batches_of_fit(windows_of(4), 2),
-        some_kept([0, 2]),
-    )
-    name = "model.layers.2.mlp.down_proj.weight"
-    outputs = {
-        scale: pruned_outputs(
-            checkpoint,
-            kept,
-            {name: lambda scale=scale: torch.full((32, 13), scale)},
-            batches,
-            dtype=torch.float32,
-            world=WORLD,
-            after_each=nothing,
-        )
-        for scale in (0.0, 1.0)
-    }
+    checkpoint, batches = checkpoint_in(tmp_path / "model"), micro_batches_of_fit(windows_of(4), 2)
+    name, outputs = "model.layers.2.mlp.down_proj.weight", {}
+    for scale in (0.0, 1.0):
+        new = {name: lambda scale=scale: torch.full((32, 13), scale)}
+        pruned = PrunedLayers(checkpoint, some_kept([0, 2]), new, torch.float32, WORLD.device)
+        outputs[scale] = pruned_outputs(pruned, batches, WORLD, nothing)
     assert outputs[0.0].keys() == batches.keys() and not torch.equal(outputs[0.0][1], outputs[1.0][1])
 
 

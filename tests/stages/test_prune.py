@@ -100,10 +100,16 @@ def assert_gates_moved(store, stage, folder):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("refit", "samples", "final_norm"),
-    [("dense", 9, False), ("layerwise", 9, True), ("block", 64, False), ("block", 2, False), ("layerwise", 2, True)],
+    ("refit", "samples", "norms"),
+    [
+        ("dense", 9, {}),
+        ("layerwise", 9, {"refit_norms": True}),
+        ("block", 64, {}),
+        ("block", 2, {"refit_norms": True}),
+        ("layerwise", 2, {"refit_final_norm": True}),
+    ],
 )
-def test_refit_has_the_same_bits_on_any_number_of_ranks(tmp_path, refit, samples, final_norm):
+def test_refit_has_the_same_bits_on_any_number_of_ranks(tmp_path, refit, samples, norms):
     """Two samples make one micro-batch, so all ranks but one have nothing to do. Ranks that are threads try other
     numbers (tests/refit).
     """
@@ -111,8 +117,7 @@ def test_refit_has_the_same_bits_on_any_number_of_ranks(tmp_path, refit, samples
     for ranks in (1, 2, 4) if samples > 9 else (1, 2):
         folder = tmp_path / str(ranks)
         folder.mkdir()
-        also = {"refit_final_norm": True} if final_norm else {}
-        store, stage, _ = prepare(folder, refit=refit, samples=samples, dtype="bfloat16", **also)
+        store, stage, _ = prepare(folder, refit=refit, samples=samples, dtype="bfloat16", **norms)
         result = run_stage(store, stage, ranks)
         assert result.returncode == 0, result.stderr[-2000:]
         weights.append(weights_of(store, stage))
@@ -235,17 +240,23 @@ def test_a_later_step_is_refitted_towards_the_dense_model(tmp_path):
     assert left < 0.9 * lost  # half of it is aimed at
 
 
-def test_a_refitted_final_norm_brings_the_distribution_closer_and_changes_nothing_else(tmp_path):
+NORMS = ["model.norm", *(f"model.layers.{n}.{it}_layernorm" for n in (0, 1) for it in ("input", "post_attention"))]
+
+
+@pytest.mark.parametrize(("setting", "norms"), [("refit_final_norm", NORMS[:1]), ("refit_norms", NORMS)])
+def test_refitted_norms_bring_the_distribution_closer_and_nothing_else_changes(tmp_path, setting, norms):
     tensors, metrics = [], {}
-    for also in ({}, {"refit_final_norm": True}):
+    for also in ({}, {setting: True}):
         folder = tmp_path / str(len(also))
         folder.mkdir()
         store, stage, _ = prepare(folder, ratio=0.25, refit="layerwise", **also)
         run_solo(store, stage)
         tensors.append(load_file(store.path(stage.id) / "model.safetensors"))
         metrics = store.manifest(stage.id)["metrics"]
-    assert {name for name, it in tensors[0].items() if not torch.equal(it, tensors[1][name])} == {"model.norm.weight"}
-    assert min(metrics["final_norm_kl"]) < metrics["final_norm_kl"][0]
+    changed = {name for name, it in tensors[0].items() if not torch.equal(it, tensors[1][name])}
+    assert changed == {f"{it}.weight" for it in norms}
+    kls = metrics["norms_kl" if setting == "refit_norms" else "final_norm_kl"]
+    assert min(kls) < kls[0]
 
 
 def test_a_final_norm_with_nothing_to_gain_keeps_its_weights_whatever_dtype_passes_compute_in(tmp_path, monkeypatch):
@@ -391,6 +402,7 @@ def test_each_criterion_keeps_its_own_neurons(tmp_path):
         {"refit": "dense"},
         {"refit": "block", "samples": 64},
         {"refit": "layerwise", "refit_final_norm": True},
+        {"refit": "layerwise", "refit_norms": True},
         {"allocation": "searched"},
     ],
     ids=str,

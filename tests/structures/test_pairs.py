@@ -154,6 +154,7 @@ METHODS = st.builds(
 
 # Settings of a method that no prune stage has.
 OF_OTHERS = ("prunes_in", "adapts", "steps", "round_ratio", "distill")
+OF_NORMS = ("refit_norms", "refit_final_norm")
 
 
 def prune(folder, scored, ratio, method, ranks=1):
@@ -161,7 +162,7 @@ def prune(folder, scored, ratio, method, ranks=1):
     store, importance = scored
     params = {
         "ratio": ratio,
-        **method.model_dump(exclude={*OF_OTHERS, *OF_A_STUDENT, "structures", "tensor_parallel", "refit_final_norm"}),
+        **method.model_dump(exclude={*OF_OTHERS, *OF_A_STUDENT, "structures", "tensor_parallel", *OF_NORMS}),
     }
     params |= {"dtype": "float32", "micro_batch_size": 2}
     stage = Stage("prune", "pairs", params, {"model": importance.inputs["model"], "importance": importance.as_input()})
