@@ -16,6 +16,8 @@ EIGENVECTORS_BYTES = 5 * 8
 # core.gauss_newton: for each number of the activations' Gram matrix, while it is inverted and afterwards; for each
 # weight of an MLP, the vectors of conjugate gradients and the starting points of steps.
 INVERSE_BYTES, INVERTED_BYTES, STEP_BYTES = 36, 12, 60
+# refit.final_norm_refit: about the most tokens that refits of norms see.
+NORM_TOKENS = 2**15
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,7 @@ class Refit:
         searches: whether shapes are measured before it, with refits of the dense model's layers.
         share_kept: share of the widest layer's neurons that stays.
         kv_groups: whether attention's output projections are fitted as well; all of their channels may stay.
+        norms: whether a refit of all norms follows, which sees some of the windows.
     """
 
     windows: int
@@ -40,6 +43,7 @@ class Refit:
     share_kept: float
     itemsize: int = 2
     kv_groups: bool = False
+    norms: bool = False
 
     def resized(self, windows: int) -> Refit:
         """A copy with this many windows in a micro-batch."""
@@ -58,7 +62,16 @@ class Refit:
         if self.steps:  # results are targets, in float32
             pinned += 2 * (_of_a_block(4 * numbers) - _of_a_block(self.itemsize * numbers))
         waiting = self._waiting(dims) if dims.experts is not None and ranks > 1 else 0
-        return mine * dims.hidden_size * number_bytes + pinned + waiting
+        needed = mine * dims.hidden_size * number_bytes + pinned + waiting
+        return max(needed, self._before_layers(dims, ranks) + pinned) if self.norms else needed
+
+    def _before_layers(self, dims: Dimensions, ranks: int) -> int:
+        """Bytes of what a refit of norms keeps: hidden states before each layer and after the last, those of the dense
+        model, and gradients on their way through a layer.
+        """
+        samples = min(self.samples, max(self.windows, NORM_TOKENS // self.tokens))
+        numbers = tokens_of_a_rank(samples, self.windows, self.tokens, ranks) * dims.hidden_size
+        return (dims.num_layers + 4) * numbers * self.itemsize
 
     def _waiting(self, dims: Dimensions) -> int:
         """Bytes of a layer whose matrices wait until every rank has a layer to solve; for experts, also those of the

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from hfprune_dist.core.triangle import packed_size
 from hfprune_dist.planning.dimensions import Dimensions, Outputs, attention_flops
+from hfprune_dist.planning.layer_pass_footprint import NORM_TOKENS
 from hfprune_dist.planning.model_shape import ModelShape
 from hfprune_dist.planning.operations import Operations
 
@@ -19,8 +20,6 @@ from hfprune_dist.planning.operations import Operations
 HOLD_OUT_EVERY, RIDGES = 8, 5
 # refit.gauss_newton_ranks: iterations of the first and the second step; step lengths that are tried.
 ITERATIONS, STEP_LENGTHS = (4, 2), 3
-# refit.final_norm_refit: about the most tokens that refits of norms see.
-NORM_TOKENS = 2**15
 
 
 @dataclass(frozen=True)

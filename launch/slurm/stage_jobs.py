@@ -87,6 +87,7 @@ def _refit(params: PruneParameters, plan: Plan, stage: Stage) -> Refit | LowRank
         tokens=calibration.sequence_length,
         samples=calibration.samples,
         pursues=params.refit != "dense",
+        norms=params.refit_norms,
         steps=params.refit == "block",
         searches=params.allocation in ("plain", "searched"),
         share_kept=_most_kept(params, stage, dense) / size_of(dense).units,

@@ -35,7 +35,7 @@ from hfprune_dist.core.weight_products import CoupledProducts, SquaredProducts
 from hfprune_dist.distributed.layer_stream import LayerStream
 from hfprune_dist.models.experts import see_experts
 from hfprune_dist.models.memory_efficient_backward import checkpoint_activations, use_memory_efficient_backward
-from hfprune_dist.planning import footprint, product_footprint
+from hfprune_dist.planning import footprint, layer_pass_footprint, product_footprint
 from hfprune_dist.planning.dimensions import attention_flops, checkpoint_dimensions, dimensions_of
 from hfprune_dist.planning.evaluation_footprint import Evaluate
 from hfprune_dist.planning.footprint import Importance, Train, fits
@@ -55,6 +55,9 @@ from hfprune_dist.refit.cheap_fits import CheapFits, Scored
 from hfprune_dist.refit.dense_refit import DenseRefit
 from hfprune_dist.refit.low_rank_layers import LowRankLayers
 from hfprune_dist.refit.low_rank_pass import LowRankPass, Sizes
+from hfprune_dist.refit.measurement import dense_outputs
+from hfprune_dist.refit.norm_gradients import NormGradients
+from hfprune_dist.refit.pruned_layers import PrunedLayers
 from hfprune_dist.refit.refitted_layers import RefittedLayers
 from hfprune_dist.refit.sequential_refit import SequentialRefit
 from hfprune_dist.scoring.curvature import Curvature
@@ -503,6 +506,29 @@ def test_refits_keep_hidden_states_of_their_windows_on_the_host():
     pinned = (4 * 2 + 2 * 4) * 2 * 512 * 4096 + 2 * 2 * 2**25  # targets come back in float32
     assert job.host_bytes(published("7B"), 4) == (3 * 2 + 4) * states + pinned
     assert replace(job, kv_groups=True).host_bytes(published("7B"), 4) == (4 * 2 + 4) * states + pinned
+
+
+@pytest.mark.parametrize(("samples", "layers"), [(24, 12), (24, 5), (3, 9)])
+def test_refits_of_norms_keep_hidden_states_before_all_layers_on_the_host(tmp_path, monkeypatch, samples, layers):
+    monkeypatch.setattr(layer_pass_footprint, "NORM_TOKENS", 16 * 256)
+    sizes = {"hidden_size": 64, "intermediate_size": 32, "num_hidden_layers": layers, "vocab_size": 264}
+    checkpoint, world = open_checkpoint(save_tiny(tmp_path / "model", **sizes)), SoloWorld()
+    batches = dict(enumerate(torch.randint(264, (min(samples, 16), 256)).split(2)))
+    dense = dense_outputs(checkpoint, batches, torch.float32, world, lambda _done: None)
+    pruned = PrunedLayers(checkpoint, Kept(tuple(range(layers))), {}, torch.float32, world.device)
+    gradients = NormGradients(pruned, batches, dense, world=world, after_each=lambda _done: None)
+    with PeakBytes() as counted:
+        gradients.at(torch.ones(gradients.shape, dtype=torch.float64))
+    job = Refit(2, 256, samples, pursues=True, steps=False, searches=False, share_kept=0.5, itemsize=4, norms=True)
+    dims = dimensions_of(checkpoint.config)
+    states = job._before_layers(dims, 1)
+    at_head = 2 * 256 * (5 * 264 + 6 * 64) * 4  # both logits, copies of them, a gradient; and states
+    dense_states = sum(it.nbytes for it in dense.values())
+    assert 0.9 < (counted.peak + dense_states) / (states + at_head) < 1.05
+    assert job.host_bytes(dims, 1) == states + pinned_bytes(dims, 2 * 256, 4, models=2)
+    assert replace(job, samples=2**20).host_bytes(dims, 1) == replace(job, samples=2**20, norms=False).host_bytes(
+        dims, 1
+    )
 
 
 @pytest.mark.parametrize("biases", [False, True])
