@@ -19,6 +19,8 @@ from hfprune_dist.distributed.host_transfers import CudaLanes, HostTransfers, on
 from hfprune_dist.distributed.layer_stream import LayerStream
 from hfprune_dist.models.single_layer import LayerReader, run
 from hfprune_dist.refit.measurement import Measurement, dense_outputs, one_by_one
+from hfprune_dist.refit.norm_gradients import NormGradients
+from hfprune_dist.refit.pruned_layers import PrunedLayers
 from hfprune_dist.training.teacher_states import write_dense_states
 
 DRAWN = settings(derandomize=True, deadline=None, max_examples=60)
@@ -225,6 +227,25 @@ def test_measurements_have_the_bits_of_plain_copies(tmp_path):
             found.append((dense, measured.kl([(None, (1,), (1,)), ((1,), (1,), (1,)), ((1,), None, (1,))])))
     (plain, kls), (ahead, same_kls) = found
     assert kls == same_kls and kls[1] == 0 < kls[0] and all(torch.equal(ahead[it], plain[it]) for it in plain)
+
+
+def test_gradients_at_norms_have_the_bits_of_plain_copies(tmp_path):
+    """Micro-batches of both models, and gradients, go to the device once for each part; a result comes back from it."""
+    checkpoint, batches = checkpoint_in(tmp_path / "model", layers=3), dict(enumerate(windows_of(5).split(2)))
+    dense = dense_outputs(checkpoint, batches, torch.bfloat16, SoloWorld(), lambda _done: None)
+    found = []
+    for through in (contextlib.nullcontext([]), lanes()):
+        with through as made:
+            pruned = PrunedLayers(checkpoint, some_kept((0, 2)), {}, torch.bfloat16, SoloWorld().device)
+            gradients = NormGradients(pruned, batches, dense, world=SoloWorld(), after_each=lambda _done: None)
+            found.append(gradients.at(torch.ones(gradients.shape, dtype=torch.float64)))
+    plain, ahead = found
+    assert ahead.kl == plain.kl and torch.equal(ahead.gradient_RC, plain.gradient_RC)
+    (fake,) = made
+    sizes = Counter(2 * it.numel() * checkpoint.config["hidden_size"] for it in batches.values())
+    assert not fake.on_the_way and Counter(fake.copied[TO_HOST]) == Counter({it: 5 * n for it, n in sizes.items()})
+    assert Counter(fake.copied[TO_DEVICE]) == Counter({it: 8 * n for it, n in sizes.items()})
+    assert fake.most[TO_DEVICE] <= 4 * max(sizes)
 
 
 class Same:

@@ -8,6 +8,7 @@ from sweeps import artifacts, finish, results, sweep
 
 SMALL = {
     "methods": ["surgeon-uniform-block", "llm-pruner"],
+    "prune": {"refit_norms": True},
     "calibration": {"samples": 16, "sequence_length": 256, "shard_size": 1},
 }
 
@@ -38,9 +39,9 @@ def test_a_second_run_has_the_same_bits(config, on_one, tmp_path):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("where", ["partial.draft", "layer-"])
+@pytest.mark.parametrize("where", ["partial.draft", "layer-", "norms.draft"])
 def test_a_resume_has_the_same_bits(config, on_one, tmp_path, where):
-    """It is killed in the middle of the calibration pass, or of the layers that follow."""
+    """It is killed in the middle of the calibration pass, of the layers that follow, or of the norms."""
     killed = sweep(config, tmp_path / "out", environment={**visible(1), **killing(0, 5, where)}, real=True)
     assert killed.returncode == 1
     finish(config, tmp_path / "out", environment=visible(1), real=True)
