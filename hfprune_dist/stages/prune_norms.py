@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -42,7 +43,8 @@ def refitted_norms(
         replacements: refitted weights of the model that the stage will write.
 
     Returns:
-        These and the norms' new weights; and the divergence from the dense model before the fit and in its passes.
+        These and the norms' new weights; and the divergence from the dense model before the fit and in its passes, None
+        where it is NaN or infinite.
 
     Raises:
         UserError: on all ranks, as ``as_stored`` and the refits do.
@@ -71,7 +73,7 @@ def _refitted_all(
     )
     fit = NormsRefit(gradients, context.work / "norms.safetensors", context.world).fit()
     norms = _norms_of(pruned.checkpoint, gradients.norms)
-    return _with_factors(pruned.checkpoint, norms, fit.factors_RC, "refit_norms"), {"norms_kl": fit.kl}
+    return _with_factors(pruned.checkpoint, norms, fit.factors_RC, "refit_norms"), {"norms_kl": _if_finite(fit.kl)}
 
 
 def _refitted_last(
@@ -90,7 +92,7 @@ def _refitted_last(
         after_each=after_each_layer(context, "passes for the final norm", final_norm.PASSES),
     ).fit()
     weights = _with_factors(checkpoint, _norms_of(checkpoint, []), fit.factors_C[None].cpu(), "refit_final_norm")
-    return weights, {"final_norm_kl": fit.kl}
+    return weights, {"final_norm_kl": _if_finite(fit.kl)}
 
 
 def _norms_of(checkpoint: Checkpoint, of_layers: list[tuple[int, str]]) -> Norms:
@@ -107,6 +109,11 @@ def _with_factors(checkpoint: Checkpoint, norms: Norms, factors_RC: Tensor, sett
     for (name, norm), factors_C in zip(norms.items(), factors_RC, strict=True):
         found |= {f"{name}.{of_norm}": weight_C for of_norm, weight_C in with_factors(norm, factors_C).items()}
     return {name: partial(_itself, rounded(name, weight_C)) for name, weight_C in found.items()}
+
+
+def _if_finite(kls: Sequence[float]) -> list[float | None]:
+    """Divergences for the manifest, which holds no others: None where a step went so far that there is none."""
+    return [kl if math.isfinite(kl) else None for kl in kls]
 
 
 def _itself(weight_C: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 import json
 import zlib
+from dataclasses import replace
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from hfprune_dist.models.loading import load_causal_lm
 from hfprune_dist.refit import gauss_newton_ranks as reconstruct
 from hfprune_dist.refit.final_norm_refit import FinalNormRefit, NormFit
 from hfprune_dist.refit.measurement import Measurement
+from hfprune_dist.refit.norm_gradients import NormGradients
 from hfprune_dist.refit.refitted_layers import RefittedLayers
 from hfprune_dist.refit.sequential_refit import SequentialRefit
 from hfprune_dist.stages import prune, prune_shapes
@@ -257,6 +259,27 @@ def test_refitted_norms_bring_the_distribution_closer_and_nothing_else_changes(t
     assert changed == {f"{it}.weight" for it in norms}
     kls = metrics["norms_kl" if setting == "refit_norms" else "final_norm_kl"]
     assert min(kls) < kls[0]
+
+
+@pytest.mark.parametrize("setting", ["refit_final_norm", "refit_norms"])
+@pytest.mark.parametrize("kl", [float("nan"), float("inf")])
+def test_a_pass_in_which_norms_went_too_far_is_missing_in_the_manifest(tmp_path, monkeypatch, setting, kl):
+    passes, refits = [], {"refit_final_norm": (FinalNormRefit, "_derivatives"), "refit_norms": (NormGradients, "at")}
+    found = getattr(*refits[setting])
+
+    def going_too_far(self, factors):
+        passes.append(factors)
+        there = found(self, factors)
+        if len(passes) != 2:
+            return there
+        return (kl, *there[1:]) if isinstance(there, tuple) else replace(there, kl=kl)
+
+    monkeypatch.setattr(*refits[setting], going_too_far)
+    store, stage, _ = prepare(tmp_path, ratio=0.25, refit="layerwise", **{setting: True})
+    run_solo(store, stage)
+    metrics = store.manifest(stage.id)["metrics"]
+    first, second, *later = metrics["norms_kl" if setting == "refit_norms" else "final_norm_kl"]
+    assert second is None and min(later) < first
 
 
 def test_a_final_norm_with_nothing_to_gain_keeps_its_weights_whatever_dtype_passes_compute_in(tmp_path, monkeypatch):
