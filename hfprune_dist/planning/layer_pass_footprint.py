@@ -89,10 +89,11 @@ class Refit:
         passes += [self._channels(dims)] if self.searches else []
         needs = [memory_of_layer_pass(dims, tokens, self.itemsize, sizes) for sizes in passes]
         layer_pass = max(needs, key=lambda it: it.total)
+        weights = layer_pass.weights
         if self.pursues:
             # Each model has a next layer in transit, and the dense model's states travel along.
-            more = layer_pass.weights + tokens * dims.hidden_size * self.itemsize
-            layer_pass = replace(layer_pass, weights=2 * layer_pass.weights, ahead=layer_pass.ahead + more)
+            more = weights + tokens * dims.hidden_size * self.itemsize
+            layer_pass = replace(layer_pass, weights=2 * weights, ahead=layer_pass.ahead + more)
         elif ranks > 1 and dims.experts is None:
             layer_pass = replace(layer_pass, sums=layer_pass.sums + self._waiting(dims))
         phases = [layer_pass.sums, *self._solving(dims, ranks)]
@@ -100,6 +101,8 @@ class Refit:
             phases.append(self._trying(dims))
         if self.steps:
             phases.append(self._stepping(dims, self.share_kept * dims.intermediate_size, ranks))
+        if self.norms:  # only one model's layer is there, and nothing is summed
+            phases.append(self._differentiating(dims) - layer_pass.activations - (layer_pass.weights - weights))
         return replace(layer_pass, sums=max(phases))
 
     def _channels(self, dims: Dimensions) -> list[int]:
@@ -149,6 +152,16 @@ class Refit:
         weights = dims.mlp_matrices * kept * dims.hidden_size
         inverting, iterating = INVERSE_BYTES * kept**2, INVERTED_BYTES * kept**2 + STEP_BYTES * weights
         return 16 * kept**2 + max(inverting, iterating) + linearized
+
+    def _differentiating(self, dims: Dimensions) -> int:
+        """Bytes of a refit of norms: the head, and one micro-batch's way back through a layer. That is at its widest in
+        the MLP, whose rows are there three times, with activations and gradients; of attention, what it keeps; norms
+        keep float32.
+        """
+        in_mlp = 3 * dims.row_projections * dims.intermediate_size
+        in_attention = 2 * (dims.num_heads + dims.num_key_value_heads) * dims.head_size
+        of_a_token = self.itemsize * (in_mlp + in_attention + 5 * dims.hidden_size) + 4 * 3 * dims.hidden_size
+        return self.windows * self.tokens * of_a_token + dims.vocabulary * dims.hidden_size * self.itemsize
 
 
 @dataclass(frozen=True)

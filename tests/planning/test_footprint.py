@@ -531,6 +531,26 @@ def test_refits_of_norms_keep_hidden_states_before_all_layers_on_the_host(tmp_pa
     )
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dims", [(64, 1024), (128, 384)], ids=["wide", "usual"])
+def test_memory_of_a_refit_of_norms(dims, dtype, tmp_path):
+    sizes = {"hidden_size": dims[0], "intermediate_size": dims[1], "num_hidden_layers": 1, "vocab_size": 264}
+    checkpoint, world = open_checkpoint(save_tiny(tmp_path / "model", **sizes)), SoloWorld()
+    batches = {0: torch.randint(264, (2, 512))}
+    dense = dense_outputs(checkpoint, batches, dtype, world, lambda _done: None)
+    with PeakBytes() as counted:
+        pruned = PrunedLayers(checkpoint, Kept((0,)), {}, dtype, world.device)
+        gradients = NormGradients(pruned, batches, dense, world=world, after_each=lambda _done: None)
+        gradients.at(torch.ones(gradients.shape, dtype=torch.float64))
+    job = Refit(2, 512, 2, pursues=True, steps=False, searches=False, share_kept=0.1, itemsize=dtype.itemsize)
+    size, refit = dimensions_of(checkpoint.config), replace(job, norms=True)
+    expected = at_once(refit.memory(size, 1))
+    assert 0.85 < counted.peak / (expected + refit._before_layers(size, 1)) < 1.05
+    assert expected > 1.15 * at_once(job.memory(size, 1))
+    many = replace(job, windows=1, tokens=8, share_kept=0.9)  # where sums need more
+    assert replace(many, norms=True).memory(size, 1) == many.memory(size, 1)
+
+
 @pytest.mark.parametrize("biases", [False, True])
 def test_memory_of_a_reference(tmp_path, biases):
     """Each rank has its own windows: hidden states on the host, a layer and a micro-batch on the GPU. Means of channels
