@@ -166,7 +166,10 @@ def _left_out(checkpoint: Checkpoint, method: Method, where: str) -> list[str]:
     """What an adaptive method leaves out for this model, and why."""
     family, left = checkpoint.family, suited(method, checkpoint)
     told = [f"{where}: KV groups stay: {family.whole_groups}"] if left.structures != method.structures else []
-    return told + ([f"{where}: refit is {left.refit}: {family.no_sequence}"] if left.refit != method.refit else [])
+    if left.refit != method.refit:
+        norms = ", and no norm is refitted" if method.refit_norms or method.refit_final_norm else ""
+        told.append(f"{where}: refit is {left.refit}{norms}: {family.no_sequence}")
+    return told
 
 
 def _told_of_ranks(checkpoint: Checkpoint, ratio: float, method: Method, where: str) -> str:

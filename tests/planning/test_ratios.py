@@ -58,6 +58,15 @@ def test_a_method_that_adapts_does_without(tmp_path, model_type, changes, told):
     assert known_shape(checkpoint, 0.1, method, "m by it").layers is not None
 
 
+@pytest.mark.parametrize("setting", ["refit_norms", "refit_final_norm"])
+def test_norms_that_an_adapted_refit_leaves_alone_are_told(tmp_path, setting):
+    checkpoint = open_checkpoint(save_model(tmp_path / "m", "cohere2"))
+    method = Method(**PLAIN, refit="layerwise", adapts=True, **{setting: True})
+    (told,) = remarks_on_shapes(checkpoint, [0.1], method, "m by it")
+    assert told.startswith("m by it: refit is dense, and no norm is refitted: its attention")
+    assert setting not in with_numbers(method, checkpoint, 0.1, "m by it").of_one_cut()
+
+
 def test_heads_that_stay_are_shown(tmp_path):
     heads = dense_shape(open_checkpoint(save_model(tmp_path / "m", "olmo2"))).kv_heads
     assert (heads.least, heads.most) == (2, 2)
