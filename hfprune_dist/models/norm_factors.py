@@ -46,8 +46,11 @@ def with_factors(norm: nn.Module, factors_C: Tensor) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def weight_offset(norm: nn.Module) -> float:
+def weight_offset(norm: nn.Module, called: str = "a norm") -> float:
     """The number that a norm adds to its weight before it multiplies by it: 0 or 1.
+
+    Args:
+        called: what messages call the norm.
 
     Raises:
         UserError: if its outputs are no multiple of its weight plus either of them.
@@ -62,7 +65,7 @@ def weight_offset(norm: nn.Module) -> float:
             if departure_NC.abs().max() <= TOLERANCE * wanted_NC.abs().max():
                 return offset
     raise UserError(
-        f"a norm, {type(norm).__name__}, has no weight that multiplies its outputs; leave out refit_norms and "
+        f"{called}, {type(norm).__name__}, has no weight that multiplies its outputs; leave out refit_norms and "
         "refit_final_norm"
     )
 

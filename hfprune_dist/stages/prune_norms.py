@@ -30,8 +30,8 @@ def require_norms(context: Context, checkpoint: Checkpoint) -> None:
     """Raise a ``UserError`` if the stage would refit norms of a kind for which this can't be done."""
     layers = range(checkpoint.num_layers if context.params.refit_norms else 0)
     if context.params.refit_norms or context.params.refit_final_norm:
-        for norm in _norms_of(checkpoint, norms_of_layers(checkpoint, layers)).values():
-            weight_offset(norm)
+        for name, norm in _norms_of(checkpoint, norms_of_layers(checkpoint, layers)).items():
+            weight_offset(norm, f"{checkpoint.path}: {name}")
 
 
 def refitted_norms(

@@ -18,6 +18,7 @@ from hfprune_dist.core.criteria import CRITERIA
 from hfprune_dist.core.least_squares import Projection
 from hfprune_dist.errors import UserError
 from hfprune_dist.models.loading import load_causal_lm
+from hfprune_dist.models.single_layer import LayerReader
 from hfprune_dist.refit import gauss_newton_ranks as reconstruct
 from hfprune_dist.refit.final_norm_refit import FinalNormRefit, NormFit
 from hfprune_dist.refit.measurement import Measurement
@@ -290,6 +291,31 @@ def test_a_final_norm_with_nothing_to_gain_keeps_its_weights_whatever_dtype_pass
     save_file(load_file(file) | {"model.norm.weight": weights}, file, {"format": "pt"})
     run_solo(store, stage)
     assert torch.equal(load_file(store.path(stage.id) / "model.safetensors")["model.norm.weight"], weights)
+
+
+class Shifting(torch.nn.Module):
+    """A norm whose weight is added to its outputs."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(32))
+
+    def forward(self, hidden):
+        return torch.nn.functional.rms_norm(hidden, (32,)) + self.weight
+
+
+@pytest.mark.parametrize(
+    ("setting", "which"), [("refit_final_norm", "norm"), ("refit_norms", "layers.1.post_attention_layernorm")]
+)
+def test_a_norm_that_cannot_be_refitted_is_named_before_anything_is_computed(tmp_path, monkeypatch, setting, which):
+    store, stage, _ = prepare(tmp_path, refit="layerwise", **{setting: True})
+    read = LayerReader._alone
+    monkeypatch.setattr(
+        LayerReader, "_alone", lambda self, *of: Shifting() if of[2] == f"model.{which}" else read(self, *of)
+    )
+    with pytest.raises(UserError, match=rf"^{tmp_path / 'model'}: model\.{which}, Shifting, has no weight that multip"):
+        run_solo(store, stage)
+    assert not list(store.work(stage.id).iterdir())
 
 
 def test_a_refitted_final_norm_that_float16_cannot_hold_is_told(tmp_path, monkeypatch):
