@@ -17,6 +17,9 @@ from hfprune_dist.refit.cheap_fits import CheapFits, Scored
 from hfprune_dist.refit.low_rank_layers import LowRankLayers
 from hfprune_dist.refit.low_rank_pass import LowRankPass, Sizes
 from hfprune_dist.refit.measurement import Measurement, dense_outputs, one_by_one
+from hfprune_dist.refit.norm_gradients import NormGradients
+from hfprune_dist.refit.norms_refit import NormsRefit
+from hfprune_dist.refit.pruned_layers import PrunedLayers
 from hfprune_dist.store.artifacts import Store
 from hfprune_dist.training.teacher_states import write_dense_states
 
@@ -79,6 +82,19 @@ def test_measurements(tmp_path):
             after_each=nothing,
         )
         assert all(kl > 0 for kl in measurement.kl([((11, 2), (24, 4), None), ((24, 4), (13, 1), (9, 3))]))
+
+
+@pytest.mark.parametrize("variant", ["llama-tied-biases", "qwen3"])
+def test_refits_of_norms(tmp_path, variant):
+    checkpoint, batches = checkpoint_in(tmp_path / "model", variant), dict(enumerate(windows_of(5).split(MICRO_BATCH)))
+    with pretended_gpu():
+        dense = dense_outputs(checkpoint, batches, DTYPE, WORLD, nothing)
+        pruned = PrunedLayers(checkpoint, some_kept([0, 2]), {}, DTYPE, GPU)
+        gradients = NormGradients(pruned, batches, dense, world=WORLD, after_each=nothing)
+        fit = NormsRefit(gradients, tmp_path / "norms.safetensors", WORLD).fit()
+        again = NormsRefit(gradients, tmp_path / "norms.safetensors", WORLD).fit()
+        assert fit.factors_RC.device.type == "cpu" and torch.equal(again.factors_RC, fit.factors_RC)
+    assert min(fit.kl) < fit.kl[0]
 
 
 def test_biases_low_ranks_and_references(tmp_path):
