@@ -169,20 +169,21 @@ class NormGradients:
                 del input_BTC, other_BTC, output_BTC, slope_BTC, reached, gradient_BTC, at_norms, seen
 
         slopes = dict(self._transfers.to_host(each()))
-        added = functools.reduce(torch.add, self._world.merge(own).values())
+        on_host = {index: sums.cpu() for index, sums in own.items()}  # only now, when there is nothing left to compute
+        added = functools.reduce(torch.add, self._world.merge(on_host).values())
         return slopes, dict(zip(norms, added, strict=True))
 
     def _sums(self, norms: Sequence[int], seen: Sequence[Multiplied], at_norms: Sequence[Tensor]) -> Tensor:
-        """What a micro-batch adds to the sums of some norms, float64 [norms, 2, hidden_size], on the CPU.
+        """What a micro-batch adds to the sums of some norms, float64 [norms, 2, hidden_size], on the device.
 
         Args:
             at_norms: the gradient at each of the products that were seen.
         """
-        sums = torch.zeros(len(norms), 2, self.shape[1], dtype=torch.float64)
+        sums = torch.zeros(len(norms), 2, self.shape[1], dtype=torch.float64, device=self._world.device)
         for it, slope_BTC in zip(seen, at_norms, strict=True):
             terms_NC = (slope_BTC.float() * it.output_BTC.detach()).flatten(0, -2)
             both = [each_NC.sum(dim=0, dtype=torch.float64) for each_NC in (terms_NC, terms_NC.square())]
-            sums[norms.index(it.norm)] += torch.stack(both).cpu()
+            sums[norms.index(it.norm)] += torch.stack(both)
         return sums
 
     def _count(self) -> None:

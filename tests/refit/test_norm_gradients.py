@@ -1,5 +1,6 @@
 """Derivatives of a pruned model's divergence by factors on its norms, against autograd through the whole model."""
 
+import itertools
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -15,6 +16,7 @@ from worlds import Ranks
 
 from hfprune_dist.checkpoints.checkpoint import open_checkpoint
 from hfprune_dist.models.norm_factors import norms_of_layers
+from hfprune_dist.refit import norm_gradients
 from hfprune_dist.refit.measurement import dense_outputs
 from hfprune_dist.refit.norm_gradients import NormGradients
 from hfprune_dist.refit.pruned_layers import PrunedLayers
@@ -113,3 +115,14 @@ def test_layers_and_units_that_go_have_no_part_in_it(tmp_path):
     there, step_RC = gradients.at(factors_RC), 1e-4 * factors_of(gradients.shape, seed=1)
     ahead, behind = (gradients.at(factors_RC + sign * step_RC).kl for sign in (1, -1))
     assert (ahead - behind) / 2 == pytest.approx((there.gradient_RC * step_RC).sum().item(), rel=1e-3)
+
+
+def test_sums_stay_on_the_device_until_all_micro_batches_are_done(tmp_path, monkeypatch):
+    """Otherwise the host would wait for each of them, with a GPU that has nothing to do meanwhile."""
+    checkpoint, done = checkpoint_in(tmp_path / "model"), []
+    gradients = gradients_of(checkpoint, some_kept([0, 2]), {}, windows_of(3), 1)
+    away, through = torch.Tensor.cpu, norm_gradients.run_with_graph
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda self: done.append("host") or away(self))
+    monkeypatch.setattr(norm_gradients, "run_with_graph", lambda *it: done.append("layer") or through(*it))
+    gradients.at(factors_of(gradients.shape))
+    assert [it for it, _ in itertools.groupby(done)] == ["host", *["layer", "host"] * 2]
