@@ -24,11 +24,14 @@ LAYERS, GROUPS, QUERIES, NEURONS = 4, 4, 2, 48
 MICRO_BATCH = 2
 
 
-def prepare(folder, variant="llama", *, samples=9, layers=LAYERS, groups=GROUPS, silent=None, worth=1.0, **settings):
+def prepare(
+    folder, variant="llama", *, samples=9, layers=LAYERS, groups=GROUPS, silent=None, worth=1.0, model=None, **settings
+):
     """A store with an importance artifact of random scores, and the stage that searches for a shape by them.
 
-    ``silent``: ending of the names of tensors that are all zeros. ``worth``: of a group's score, relative to a
-    neuron's. ``settings``: of the stage; ``attention_bias`` is the model's.
+    ``model``: folder of the model, if it isn't a ``variant`` of tiny sizes. ``silent``: ending of the names of tensors
+    that are all zeros. ``worth``: of a group's score, relative to a neuron's. ``settings``: of the stage;
+    ``attention_bias`` is the model's.
     """
     folder.mkdir(exist_ok=True)
     store = Store(folder / "store")
@@ -36,17 +39,20 @@ def prepare(folder, variant="llama", *, samples=9, layers=LAYERS, groups=GROUPS,
     generator = torch.Generator().manual_seed(0)
     biases = {name: settings.pop(name) for name in ("attention_bias",) if name in settings}
     criterion = settings.get("criterion", "entropy")
+    if model is None:
+        heads = {"num_key_value_heads": groups, "num_attention_heads": groups * QUERIES}
+        sizes = {"intermediate_size": NEURONS, "num_hidden_layers": layers}
+        model = save_tiny(folder / "model", variant, **sizes, **heads, **biases)
+    neurons, kv_groups = (open_checkpoint(model).structures[kind].counts for kind in ("neurons", "kv_groups"))
     scores = {
-        f"layers.{layer}.{name}{criterion}": torch.rand(count, generator=generator, dtype=torch.float64) * factor
-        for layer in range(layers)
-        for name, count, factor in (("", NEURONS, 1.0), ("kv_groups.", groups, worth))
+        f"layers.{layer}.{name}{criterion}": torch.rand(counts[layer], generator=generator, dtype=torch.float64)
+        * factor
+        for layer in range(len(neurons))
+        for name, counts, factor in (("", neurons, 1.0), ("kv_groups.", kv_groups, worth))
     }
     save_file(scores, draft / "importance.safetensors")
     windows_ST = torch.randint(3, 264, (samples, 12), generator=generator)
     save_file({"input_ids": windows_ST}, draft / "windows.safetensors")
-    heads = {"num_key_value_heads": groups, "num_attention_heads": groups * QUERIES}
-    sizes = {"intermediate_size": NEURONS, "num_hidden_layers": layers}
-    model = save_tiny(folder / "model", variant, **sizes, **heads, **biases)
     if silent is not None:
         silence(model / "model.safetensors", silent)
     leave_probe(model, windows_ST, draft)

@@ -11,7 +11,7 @@ from hfprune_dist.checkpoints.pruned_config import parameters_of_biases, pruned_
 from hfprune_dist.config.method import Method
 from hfprune_dist.planning.low_rank_shapes import LowRankTarget
 from hfprune_dist.planning.multiples import target_of, with_numbers
-from hfprune_dist.planning.plain_shapes import PlainShape, ratios_of
+from hfprune_dist.planning.plain_shapes import PlainShape, possible_outcomes
 from hfprune_dist.planning.shape_target import ShapeTarget
 from hfprune_dist.planning.shapes_of_rounds import local_shapes, plain_shapes_of_rounds
 from hfprune_dist.planning.whole_expert_shapes import mixture_target
@@ -122,11 +122,12 @@ def _of_experts(target: ShapeTarget) -> KnownShape:
 def _plain(target: ShapeTarget, rounds: Sequence[Sequence[PlainShape]]) -> KnownShape:
     *earlier, shapes = rounds
     which = "one" if earlier else "the closest"
+    outcomes = [outcome for shape in shapes for outcome in possible_outcomes(target, shape)]
     return KnownShape(
         layers=Span.of(shape.num_layers for shape in shapes),
         kv_heads=Span.of(shape.kv_groups for shape in shapes),
-        width=Span.of(shape.width for shape in shapes),
-        reached=Span.of(ratio for shape in shapes for ratio in ratios_of(target, shape)),
+        width=Span.of(shape.width for shape, _ in outcomes),
+        reached=Span.of(ratio for _, ratio in outcomes),
         open=f"{which} of {len(shapes)} shapes, by measurement" if len(shapes) > 1 else "",
     )
 

@@ -6,8 +6,9 @@ so there must be few. If a model is pruned in rounds, each shape lies within the
 
 from __future__ import annotations
 
+import itertools
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
@@ -96,6 +97,19 @@ def all_plain_shapes(target: ShapeTarget, before: PlainShape | None = None) -> l
     return [shape for shape in shapes if shape is not None]
 
 
+def fitted_to_layers(
+    target: ShapeTarget, before: PlainShape, plain: PlainShape, layers: Sequence[int]
+) -> PlainShape | None:
+    """A shape with the width that the ratio asks for if these layers stay, whose parameters may differ; None if no
+    width reaches it.
+
+    Args:
+        before: as for ``plain_shapes``.
+        layers: indices of as many layers of the dense model as the shape has.
+    """
+    return _with_width(target, before, plain.num_layers, plain.kv_groups, layers)
+
+
 def shape_of(target: ShapeTarget, plain: PlainShape, layers: Sequence[int] | None = None) -> Shape:
     """A plain shape of a model.
 
@@ -108,20 +122,34 @@ def shape_of(target: ShapeTarget, plain: PlainShape, layers: Sequence[int] | Non
     return Shape(kept, {kind: (count,) * len(kept) for kind, count in each.items()})
 
 
-def ratio_of(target: ShapeTarget, plain: PlainShape) -> float:
-    """The share of the dense model's parameters that a plain shape lacks, if the last layers are the ones that go."""
-    return target.counts.ratio(shape_of(target, plain))
+def ratio_of(target: ShapeTarget, plain: PlainShape, layers: Sequence[int] | None = None) -> float:
+    """The share of the dense model's parameters that a plain shape lacks; layers are those of ``shape_of``."""
+    return target.counts.ratio(shape_of(target, plain, layers))
 
 
-def ratios_of(target: ShapeTarget, plain: PlainShape) -> tuple[float, float]:
-    """The smallest and the largest such share, whichever layers go: kinds of attention may differ in parameters."""
-    sizes, every = target.counts.layers, range(target.checkpoint.num_layers)
-    gone = len(every) - plain.num_layers
-    droppable = sorted((layer for layer in every if layer not in target.undroppable), key=lambda layer: sizes[layer])
-    smallest, largest = droppable[:gone], droppable[len(droppable) - gone :]
-    stays = ([layer for layer in every if layer not in them] for them in (smallest, largest))
-    least, most = (target.counts.ratio(shape_of(target, plain, layers)) for layers in stays)
-    return least, most
+def possible_outcomes(target: ShapeTarget, plain: PlainShape) -> list[tuple[PlainShape, float]]:
+    """What a planned shape may become, and the share of the dense model's parameters that it then lacks, once it is
+    known which layers go: kinds of attention may differ in parameters, and the width makes up for that.
+    """
+    before = PlainShape.of(target.checkpoint)
+    outcomes: list[tuple[PlainShape, float]] = []
+    for layers in _layers_that_may_stay(target, plain.num_layers):
+        fitted = fitted_to_layers(target, before, plain, layers)
+        outcomes += [] if fitted is None else [(fitted, ratio_of(target, fitted, layers))]
+    return outcomes or [(plain, ratio_of(target, plain))]
+
+
+def _layers_that_may_stay(target: ShapeTarget, count: int) -> Iterator[list[int]]:
+    """Indices of ``count`` layers, once for each number of layers of each size that may go."""
+    every, sizes = range(target.checkpoint.num_layers), target.counts.layers
+    of_size: dict[int, list[int]] = {}
+    for layer in every:
+        if layer not in target.undroppable:
+            of_size.setdefault(sizes[layer], []).append(layer)
+    for numbers in itertools.product(*(range(len(them) + 1) for them in of_size.values())):
+        if sum(numbers) == len(every) - count:
+            gone = {it for number, them in zip(numbers, of_size.values(), strict=True) for it in them[:number]}
+            yield [layer for layer in every if layer not in gone]
 
 
 def group_counts(target: ShapeTarget) -> list[int]:
@@ -147,13 +175,17 @@ def _cells(target: ShapeTarget, before: PlainShape) -> list[tuple[int, int]]:
     return [(number, count) for number in numbers for count in groups]
 
 
-def _with_width(target: ShapeTarget, before: PlainShape, num_layers: int, kv_groups: int) -> PlainShape | None:
-    """The shape with the width that the ratio asks for; None if there is none, or if it removes nothing."""
+def _with_width(
+    target: ShapeTarget, before: PlainShape, num_layers: int, kv_groups: int, layers: Sequence[int] | None = None
+) -> PlainShape | None:
+    """The shape with the width that the ratio asks for; None if there is none, or if it removes nothing. Layers are
+    those of ``shape_of``.
+    """
     counts, most, multiple_of = target.counts, before.width, target.multiple_of
     whole, narrowest = (PlainShape(num_layers, kv_groups, width) for width in (most, multiple_of))
-    if multiple_of > most or target.ratio > ratio_of(target, narrowest):
+    if multiple_of > most or target.ratio > ratio_of(target, narrowest, layers):
         return None
-    gone = counts.total - counts.of(shape_of(target, whole))
+    gone = counts.total - counts.of(shape_of(target, whole, layers))
     exact = most - (target.ratio * counts.total - gone) / (num_layers * counts.units[NEURONS])
     width = round(exact) if multiple_of == 1 else int(exact // multiple_of) * multiple_of
     shape = replace(whole, width=max(width, multiple_of))

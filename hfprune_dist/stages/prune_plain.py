@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
-from hfprune_dist.planning.plain_shapes import PlainShape, plain_shapes
+from hfprune_dist.planning.plain_shapes import PlainShape, fitted_to_layers, plain_shapes
 from hfprune_dist.planning.shape_target import ShapeTarget
 from hfprune_dist.refit.cheap_fits import Scored, kept_of
 from hfprune_dist.refit.measurement import Candidate
@@ -82,8 +82,12 @@ class _Grid:
         self._kinds = [Scored(units, scores[units.kind]) for units in pruned_kinds(context, self._checkpoint)]
         self._measurements = CheapMeasurements(context, models, self._kinds, windows_ST)
         self._target = ShapeTarget.of(models.dense, context.params, context.stage.label)
-        self._shapes = {it.name: it for it in plain_shapes(self._target, PlainShape.of(self._checkpoint))}
-        self._order = self._layers_in_order()
+        before = PlainShape.of(self._checkpoint)
+        planned = plain_shapes(self._target, before)
+        self._order = self._layers_in_order(min(shape.num_layers for shape in planned))
+        fitted = [fitted_to_layers(self._target, before, it, self._layers_of(it)) for it in planned]
+        shapes = [it for it in fitted if it is not None] or planned
+        self._shapes = {it.name: it for it in shapes}
 
     @property
     def order_in_dense_model(self) -> list[int]:
@@ -118,14 +122,26 @@ class _Grid:
 
     def _candidate(self, shape: PlainShape) -> Candidate:
         """The candidate with a shape's units in each of the layers that are missed most."""
-        gone = self._order[: self._checkpoint.num_layers - shape.num_layers]
+        gone = self._gone(shape)
         counts = {NEURONS: shape.width, KV_GROUPS: shape.kv_groups}
         choice = tuple(counts[kind] for kind in kinds_among(self._context.params.structures))
         return tuple(None if layer in gone else choice for layer in range(self._checkpoint.num_layers))
 
-    def _layers_in_order(self) -> list[int]:
-        """The layers that candidates drop, in the order in which they go."""
-        count = self._checkpoint.num_layers - min(shape.num_layers for shape in self._shapes.values())
+    def _gone(self, shape: PlainShape) -> list[int]:
+        return self._order[: self._checkpoint.num_layers - shape.num_layers]
+
+    def _layers_of(self, shape: PlainShape) -> list[int]:
+        """Numbers in the dense model of the layers that a shape keeps."""
+        gone = self._gone(shape)
+        return [number for layer, number in enumerate(self._numbers) if layer not in gone]
+
+    def _layers_in_order(self, fewest: int) -> list[int]:
+        """The layers that candidates drop, in the order in which they go.
+
+        Args:
+            fewest: how many layers stay in the candidate that has the fewest.
+        """
+        count = self._checkpoint.num_layers - fewest
         stuck = self._target.undroppable
         droppable = [layer for layer, number in enumerate(self._numbers) if number not in stuck]
         return self._measurements.layers_in_order(droppable, count)

@@ -13,7 +13,7 @@ from hfprune_dist.config.method import Method
 from hfprune_dist.errors import UserError
 from hfprune_dist.planning.known_shapes import KnownShape, Span, dense_shape, known_shape
 from hfprune_dist.planning.multiples import suited, target_of
-from hfprune_dist.planning.plain_shapes import plain_shapes, shape_of
+from hfprune_dist.planning.plain_shapes import PlainShape, fitted_to_layers, plain_shapes, shape_of
 from hfprune_dist.structures import NEURONS
 from hfprune_dist.structures.kept import Shape
 
@@ -131,10 +131,16 @@ def test_what_is_reached_holds_whichever_layers_go(tmp_path, model_type, ratio, 
     method = Method(criterion="entropy", allocation="plain", structures=structures, adapts=True)
     shape = known_shape(checkpoint, ratio, method, "m")
     counts, stuck = checkpoint.parameter_counts, undroppable_layers(checkpoint.config)
-    asked = target_of(suited(method, checkpoint), checkpoint, ratio, "m")
-    reached = {
-        counts.ratio(shape_of(asked, plain, sorted({*range(3)} - {*gone})))
-        for plain in plain_shapes(asked)
-        for gone in combinations({*range(3)} - stuck.keys(), 3 - plain.num_layers)
-    }
+    asked, before = target_of(suited(method, checkpoint), checkpoint, ratio, "m"), PlainShape.of(checkpoint)
+    reached, widths = set(), set()
+    for plain in plain_shapes(asked):
+        for gone in combinations({*range(3)} - stuck.keys(), 3 - plain.num_layers):
+            layers = sorted({*range(3)} - {*gone})
+            fitted = fitted_to_layers(asked, before, plain, layers)
+            if fitted is not None:
+                reached.add(counts.ratio(shape_of(asked, fitted, layers)))
+                widths.add(fitted.width)
     assert (shape.reached.least, shape.reached.most) == (min(reached), max(reached))
+    assert (shape.width.least, shape.width.most) == (min(widths), max(widths))
+    neuron = checkpoint.parameters_per_unit / checkpoint.parameters
+    assert all(abs(it - ratio) <= 3 * neuron / 2 + 1e-9 for it in reached), "within rounding of one width"

@@ -6,6 +6,7 @@ import re
 
 import pytest
 import torch
+from families import save_model
 from forks import on_ranks
 from hypothesis import given
 from hypothesis import strategies as st
@@ -30,13 +31,14 @@ from shapes import (
 )
 
 from hfprune_dist.checkpoints.checkpoint import open_checkpoint
+from hfprune_dist.checkpoints.layer_settings import undroppable_layers
 from hfprune_dist.core.least_squares import RIDGES
 from hfprune_dist.core.selection import entries_of, top_units
 from hfprune_dist.planning.plain_shapes import PlainShape
 from hfprune_dist.refit.measurement import Measurement
 from hfprune_dist.stages import finals, prune_plain, prune_refit
-from hfprune_dist.stages.cheap_measurement import EVERY
-from hfprune_dist.structures.kept import Kept
+from hfprune_dist.stages.cheap_measurement import EVERY, CheapMeasurements
+from hfprune_dist.structures.kept import Kept, Shape
 
 ALL_HOPEFUL = 1e6
 # Of nine windows, in micro-batches of two, candidates are compared on two and finalists on one.
@@ -430,3 +432,28 @@ def test_the_closest_shape_is_always_hopeful(kls):
     assert [kls[name] for name in found] == sorted(kls[name] for name in found)
     farther = [kls[name] for name in kls if name not in found]
     assert all(it > max(kls[found[0]], finals.HOPELESS * kls[found[0]]) for it in farther)
+
+
+@pytest.mark.parametrize("order", [[0, 1, 2], [1, 0, 2], [2, 1, 0]])
+@pytest.mark.parametrize("model_type", ["gemma4_text", "lfm3", "qwen3_5_text"])
+def test_the_ratio_is_met_whichever_layers_go(tmp_path, monkeypatch, model_type, order):
+    """Layers with another kind of attention have more parameters than others, or fewer; the width makes up for it."""
+    model = save_model(tmp_path / "model", model_type, vocab_size=264)
+    stuck = undroppable_layers(open_checkpoint(model).config)
+    chosen = [it for it in order if it not in stuck]
+    monkeypatch.setattr(CheapMeasurements, "layers_in_order", lambda _self, _droppable, count: chosen[:count])
+    settings = {"structures": ["neurons", "layers"], "refit": "none", "ratio": 0.3}
+    store, stage = prepare(tmp_path, model=model, **settings)
+    run(store, stage, SoloWorld())
+    metrics, shapes = metrics_of(store, stage), metrics_of(store, stage)["search_kl"]
+    checkpoint = open_checkpoint(model)
+    neuron = checkpoint.parameters_per_unit / checkpoint.parameters
+    best = numbers_of(min(shapes, key=shapes.get))
+    assert shape_in(store.path(stage.id))[::2] == best[::2]
+    assert abs(metrics["ratio_reached"] - 0.3) <= best[0] * neuron / 2 + 1e-9
+    counts = checkpoint.parameter_counts
+    for layers, groups, width in map(numbers_of, shapes):
+        kept = [it for it in range(3) if it not in chosen[: 3 - layers]]
+        units = {"neurons": (width,) * layers, "kv_groups": (groups,) * layers}
+        reached = counts.ratio(Shape(tuple(kept), units))
+        assert abs(reached - 0.3) <= layers * neuron / 2 + 1e-9
