@@ -107,6 +107,8 @@ def fitted_to_layers(
         before: as for ``plain_shapes``.
         layers: indices of as many layers of the dense model as the shape has.
     """
+    if ratio_of(target, plain, layers) == ratio_of(target, plain):
+        return plain  # as planned
     return _with_width(target, before, plain.num_layers, plain.kv_groups, layers)
 
 
