@@ -16,8 +16,8 @@ EIGENVECTORS_BYTES = 5 * 8
 # core.gauss_newton: for each number of the activations' Gram matrix, while it is inverted and afterwards; for each
 # weight of an MLP, the vectors of conjugate gradients and the starting points of steps.
 INVERSE_BYTES, INVERTED_BYTES, STEP_BYTES = 36, 12, 60
-# refit.final_norm_refit: about the most tokens that refits of norms see.
-NORM_TOKENS = 2**15
+# refit.final_norm_refit: about the most tokens that refits of norms see. refit.norms_refit: the most in a micro-batch.
+NORM_TOKENS, NORM_TOKENS_AT_ONCE = 2**15, 2**10
 
 
 @dataclass(frozen=True)
@@ -69,8 +69,9 @@ class Refit:
         """Bytes of what a refit of norms keeps: hidden states before each layer and after the last, those of the dense
         model, and gradients on their way through a layer.
         """
-        samples = min(self.samples, max(self.windows, NORM_TOKENS // self.tokens))
-        numbers = tokens_of_a_rank(samples, self.windows, self.tokens, ranks) * dims.hidden_size
+        windows = windows_for_norms(self.windows, self.tokens)
+        samples = min(self.samples, max(windows, NORM_TOKENS // self.tokens))
+        numbers = tokens_of_a_rank(samples, windows, self.tokens, ranks) * dims.hidden_size
         return (dims.num_layers + 4) * numbers * self.itemsize
 
     def _waiting(self, dims: Dimensions) -> int:
@@ -161,7 +162,8 @@ class Refit:
         in_mlp = 3 * dims.row_projections * dims.intermediate_size
         in_attention = 2 * (dims.num_heads + dims.num_key_value_heads) * dims.head_size
         of_a_token = self.itemsize * (in_mlp + in_attention + 5 * dims.hidden_size) + 4 * 3 * dims.hidden_size
-        return self.windows * self.tokens * of_a_token + dims.vocabulary * dims.hidden_size * self.itemsize
+        at_once = windows_for_norms(self.windows, self.tokens) * self.tokens
+        return at_once * of_a_token + dims.vocabulary * dims.hidden_size * self.itemsize
 
 
 @dataclass(frozen=True)
@@ -251,6 +253,11 @@ def pinned_bytes(dims: Dimensions, tokens: int, itemsize: int, models: int = 1) 
 def _of_a_block(size: int) -> int:
     """Bytes that torch pins for a block of ``size`` bytes: the next power of two."""
     return 1 << (size - 1).bit_length()
+
+
+def windows_for_norms(windows: int, tokens: int) -> int:
+    """Windows of ``tokens`` in a micro-batch of a refit of all norms, given those in others."""
+    return max(1, min(windows, NORM_TOKENS_AT_ONCE // tokens))
 
 
 def tokens_of_a_rank(samples: int, windows: int, tokens: int, ranks: int) -> int:

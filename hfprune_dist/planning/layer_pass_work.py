@@ -8,11 +8,11 @@ one dtype; ``Operations`` holds several.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from hfprune_dist.core.triangle import packed_size
 from hfprune_dist.planning.dimensions import Dimensions, Outputs, attention_flops
-from hfprune_dist.planning.layer_pass_footprint import NORM_TOKENS
+from hfprune_dist.planning.layer_pass_footprint import NORM_TOKENS, windows_for_norms
 from hfprune_dist.planning.model_shape import ModelShape
 from hfprune_dist.planning.operations import Operations
 
@@ -266,6 +266,7 @@ def norms_refit(dense: ModelShape, kept: ModelShape, windows: Windows, *, passes
     )
     backward = once + 1.5 * cores  # it computes a part of attention again
     each = 2 * once + backward + 3 * head(dense)
+    windows = replace(windows, micro_batch=windows_for_norms(windows.micro_batch, windows.length))
     return Operations(tokens_of_norms(windows) * (forward_of_all(dense, windows.length) + passes * each))
 
 

@@ -18,10 +18,19 @@ from hfprune_dist.checkpoints.tensor_files import is_usable, load_tensors, save_
 from hfprune_dist.core.quasi_newton import QuasiNewton
 from hfprune_dist.distributed.world import World
 from hfprune_dist.errors import UserError
+from hfprune_dist.refit.final_norm_refit import micro_batches_of_fit
 from hfprune_dist.refit.norm_gradients import NormGradients
 
+# Micro-batches have at most so many tokens, or one window, whatever calibration has: ``TOKENS`` are soon used up by
+# larger ones, and ranks without a micro-batch would wait for the others.
+AT_ONCE = 2**10
 # A channel that hardly any token uses has hardly any curvature; each gets this share of its norm's mean.
 RIDGE = 0.1
+
+
+def micro_batches_of_norms(windows_ST: Tensor, micro_batch_size: int) -> dict[int, Tensor]:
+    """As ``micro_batches_of_fit``, with at most ``AT_ONCE`` tokens in each, or one window."""
+    return micro_batches_of_fit(windows_ST, max(1, min(micro_batch_size, AT_ONCE // windows_ST.shape[1])))
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from hfprune_dist.models.norm_factors import norms_of_layers, weight_offset, wit
 from hfprune_dist.models.single_layer import LayerReader
 from hfprune_dist.refit.final_norm_refit import FinalNormRefit, micro_batches_of_fit, pruned_outputs
 from hfprune_dist.refit.norm_gradients import NormGradients
-from hfprune_dist.refit.norms_refit import NormsRefit
+from hfprune_dist.refit.norms_refit import NormsRefit, micro_batches_of_norms
 from hfprune_dist.refit.pruned_layers import PrunedLayers
 from hfprune_dist.stages.prune_refit import Context, Models, Replacements, after_each_layer, outputs_of_dense
 from hfprune_dist.structures.kept import Kept
@@ -54,9 +54,10 @@ def refitted_norms(
         return replacements, {}
     name, size = params.forward_pass()
     pruned = PrunedLayers(checkpoint, kept, replacements, getattr(torch, name), context.world.device)
-    batches = micro_batches_of_fit(context.calibration_windows(), size)
-    refit = _refitted_all if params.refit_norms else _refitted_last
-    weights, metrics = refit(context, models, pruned, batches)
+    refit, cut = (
+        (_refitted_all, micro_batches_of_norms) if params.refit_norms else (_refitted_last, micro_batches_of_fit)
+    )
+    weights, metrics = refit(context, models, pruned, cut(context.calibration_windows(), size))
     return {**replacements, **weights}, metrics
 
 

@@ -14,7 +14,7 @@ from hfprune_dist.checkpoints.checkpoint import open_checkpoint
 from hfprune_dist.core import triangle
 from hfprune_dist.distributed.layer_stream import LayerStream
 from hfprune_dist.models.single_layer import LayerReader
-from hfprune_dist.planning import layer_pass_work
+from hfprune_dist.planning import layer_pass_footprint, layer_pass_work
 from hfprune_dist.planning.layer_pass_work import (
     Windows,
     dense_refit,
@@ -24,11 +24,10 @@ from hfprune_dist.planning.layer_pass_work import (
     sequential_refit,
 )
 from hfprune_dist.planning.model_shape import ModelShape
-from hfprune_dist.refit import final_norm_refit, gauss_newton_ranks
+from hfprune_dist.refit import final_norm_refit, gauss_newton_ranks, norms_refit
 from hfprune_dist.refit.dense_refit import DenseRefit
 from hfprune_dist.refit.measurement import dense_outputs
 from hfprune_dist.refit.norm_gradients import NormGradients
-from hfprune_dist.refit.norms_refit import NormsRefit
 from hfprune_dist.refit.pruned_layers import PrunedLayers
 from hfprune_dist.refit.refitted_layers import RefittedLayers
 from hfprune_dist.refit.sequential_refit import SequentialRefit
@@ -103,18 +102,20 @@ def test_a_refit_of_the_final_norm(tmp_path, monkeypatch, samples, most):
 def test_a_refit_of_all_norms(tmp_path, monkeypatch, samples, most):
     monkeypatch.setattr(final_norm_refit, "TOKENS", most)
     monkeypatch.setattr(layer_pass_work, "NORM_TOKENS", most)
+    for module, name in ((norms_refit, "AT_ONCE"), (layer_pass_footprint, "NORM_TOKENS_AT_ONCE")):
+        monkeypatch.setattr(module, name, 2 * 12 + 5)
     checkpoint, world = open_checkpoint(save_tiny(tmp_path / "model")), SoloWorld()
     windows_ST = torch.randint(264, (samples, 12), generator=torch.Generator().manual_seed(0))
-    batches = final_norm_refit.micro_batches_of_fit(windows_ST, 2)
+    batches = norms_refit.micro_batches_of_norms(windows_ST, 3)
     with counting() as total:
         dense = dense_outputs(checkpoint, batches, torch.float32, world, lambda _done: None)
         pruned = PrunedLayers(checkpoint, Kept((0,)), {}, torch.float32, world.device)
         gradients = NormGradients(pruned, batches, dense, world=world, after_each=lambda _done: None)
-        fit = NormsRefit(gradients, tmp_path / "norms.safetensors", world).fit()
+        fit = norms_refit.NormsRefit(gradients, tmp_path / "norms.safetensors", world).fit()
         counted = total()
     shape = ModelShape.of(checkpoint)
     left = shape.pruned({"num_hidden_layers": 1})
-    found = layer_pass_work.norms_refit(shape, left, Windows(samples, 12, 2), passes=len(fit.kl))
+    found = layer_pass_work.norms_refit(shape, left, Windows(samples, 12, 3), passes=len(fit.kl))
     assert len(fit.kl) > 1 and found.total == pytest.approx(counted, rel=1e-4)
 
 

@@ -16,9 +16,10 @@ from hfprune_dist.checkpoints.checkpoint import open_checkpoint
 from hfprune_dist.core import quasi_newton
 from hfprune_dist.distributed.interruption import Interrupted
 from hfprune_dist.errors import UserError
+from hfprune_dist.refit.final_norm_refit import TOKENS
 from hfprune_dist.refit.measurement import dense_outputs
 from hfprune_dist.refit.norm_gradients import NormGradients
-from hfprune_dist.refit.norms_refit import RIDGE, NormsRefit, curvature_of
+from hfprune_dist.refit.norms_refit import AT_ONCE, RIDGE, NormsRefit, curvature_of, micro_batches_of_norms
 from hfprune_dist.refit.pruned_layers import PrunedLayers
 
 WORLD = SoloWorld()
@@ -143,3 +144,12 @@ def test_curvature_is_held_up_by_its_norms_mean_and_infinite_where_nothing_matte
     search.tell(1.0, torch.tensor([1.0, 1, 1, 1, 0, 0, 0, 0], dtype=torch.float64))
     search.tell(0.5, torch.tensor([0.5, 0.4, 0.6, 0.5, 0, 0, 0, 0], dtype=torch.float64))
     assert (search.candidate_P[:4] != 1).all() and torch.equal(search.candidate_P[4:], torch.ones(4).double())
+
+
+@given(samples=st.integers(1, 300), tokens=st.sampled_from((8, 500, 1024, 3000)), size=st.integers(1, 40))
+def test_micro_batches_are_small_so_that_many_ranks_have_some(samples, tokens, size):
+    batches = micro_batches_of_norms(torch.zeros(samples, tokens, dtype=torch.int64), size)
+    assert all(len(it) == 1 or (len(it) <= size and it.numel() <= AT_ONCE) for it in batches.values())
+    assert sum(it.numel() for it in batches.values()) <= max(TOKENS, tokens)
+    if samples >= 32 and tokens == 1024:
+        assert len(batches) >= 16
