@@ -2,7 +2,7 @@
 
 Layers that are fitted one by one each make up for what is lost so far, and none of them for what the logits lose in the
 end. Factors on norms' outputs are few, a checkpoint holds them in weights that it has anyway, and together they reach
-every block. The divergence is lowered by L-BFGS (``core.quasi_newton``) on up to ``TOKENS`` tokens of the windows.
+every block. The divergence is lowered by L-BFGS (``core.quasi_newton``) on some of the windows.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from hfprune_dist.errors import UserError
 from hfprune_dist.refit.final_norm_refit import micro_batches_of_fit
 from hfprune_dist.refit.norm_gradients import NormGradients
 
-# Micro-batches have at most so many tokens, or one window, whatever calibration has: ``TOKENS`` are soon used up by
-# larger ones, and ranks without a micro-batch would wait for the others.
+# Micro-batches have at most so many tokens, or one window, whatever calibration has: this refit sees few tokens, which
+# would make few larger ones, and ranks without any would wait for the others.
 AT_ONCE = 2**10
 # A channel that hardly any token uses has hardly any curvature; each gets this share of its norm's mean.
 RIDGE = 0.1

@@ -1,3 +1,5 @@
+import time
+
 import pytest
 import torch
 from hfprune_launch.benchmark import measure
@@ -15,7 +17,7 @@ def test_ratios_are_medians_of_pairs_after_a_warm_up(monkeypatch):
 def test_memory_that_is_gone_at_the_end_is_seen(peak):
     def run():
         block = torch.ones(2**24)  # 64 MiB
-        for _ in range(20):
-            block.mul_(1.0)
+        time.sleep(0.5)  # so that a busy machine, too, gets round to looking
+        block.mul_(1.0)
 
     assert 2**25 < peak(run) < 2**27
