@@ -98,8 +98,7 @@ class NormGradients:
             del layer, compute, norms
             self._count()
         tokens = sum(ids_BT.numel() for ids_BT in self._micro_batches.values())
-        none_2C = torch.zeros(2, self.shape[1], dtype=torch.float64)
-        gradient_RC, squares_RC = torch.stack([sums.get(it, none_2C) for it in range(self.shape[0])], dim=1) / tokens
+        gradient_RC, squares_RC = torch.stack([sums[it] for it in range(self.shape[0])], dim=1) / tokens
         return Derivatives(kl / tokens, gradient_RC, squares_RC)
 
     def _forwards(self, factors_RC: Tensor) -> list[Hidden]:
