@@ -62,7 +62,10 @@ def peak_bytes(run: Callable[[], object]) -> int:
 
 
 def peak_anonymous_bytes(run: Callable[[], object]) -> int:
-    """Return the peak memory that ``run`` takes, not counting pages of files, sampled every millisecond."""
+    """Return the peak memory that ``run`` takes, not counting pages of files, sampled every millisecond.
+
+    As for ``peak_bytes``, use a process with ``isolated.TIDY``.
+    """
     _require_linux()
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
