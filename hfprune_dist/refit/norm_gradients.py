@@ -101,6 +101,10 @@ class NormGradients:
         gradient_RC, squares_RC = torch.stack([sums[it] for it in range(self.shape[0])], dim=1) / tokens
         return Derivatives(kl / tokens, gradient_RC, squares_RC)
 
+    def count_from(self, passes: int) -> None:
+        """Count the layers of an earlier attempt's passes among those that are done."""
+        self._done = 2 * len(self._pruned.numbers) * passes
+
     def _forwards(self, factors_RC: Tensor) -> list[Hidden]:
         """What each layer reads of this rank's micro-batches, and what the last one puts out."""
         entering = [self._pruned.reader.embed(share_of(self._micro_batches, self._world))]

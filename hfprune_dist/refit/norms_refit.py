@@ -67,7 +67,9 @@ class NormsRefit:
             UserError: if the divergence of the model as it is, or its gradient, is NaN or infinite.
         """
         search = self._restored() if self._world.is_first else None
-        if not self._world.broadcast(search is not None):
+        passes = self._world.broadcast(0 if search is None else len(search.values))
+        self._gradients.count_from(passes)
+        if passes == 0:
             search = self._first_pass()
         while not self._world.broadcast(search is None or search.is_over):
             factors_RC = self._agreed(None if search is None else search.candidate_P)
