@@ -29,6 +29,8 @@ NEEDS_CODE = "modeling_pruned.py"  # plain transformers loads it only with trust
 PROJECT = "hfprune_dist"
 # What people call structures, where that differs.
 _STRUCTURES = {"kv_groups": "KV groups"}
+# Settings of a prune stage that refit norms -> what a card says of them; the first that is set counts.
+_NORMS = {"refit_norms": ", then all norms", "refit_final_norm": ", then the final norm"}
 
 
 def model_card(subject: Subject) -> str:
@@ -111,10 +113,11 @@ def _method(subject: Subject) -> str:
     if subject.cell.recovery == OWN:
         return f"{what} go, scored by LoRA's own gradients while it recovers the model"
     in_parts = f" anew in each of {len(cuts)} parts" if len(cuts) > 1 else ""
+    norms = next((it for key, it in _NORMS.items() if settings.get(key)), "")
     distilled = ", distillation" if any(it.kind == "distill" for it in subject.stages) else ""
     return (
         f"{what} go, scored by {settings.get('criterion')}{in_parts}; allocation {settings.get('allocation')}, refit "
-        f"{settings.get('refit')}{distilled}"
+        f"{settings.get('refit')}{norms}{distilled}"
     )
 
 

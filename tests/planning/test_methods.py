@@ -29,10 +29,11 @@ def test_hfprune_is_the_published_method():
 @pytest.mark.parametrize(
     ("name", "in_one_step"), [("surgeon-plain-rounds", "surgeon-plain"), ("surgeon-rounds", "surgeon-any-shape")]
 )
-def test_a_method_of_rounds_is_another_but_for_its_rounds(name, in_one_step):
+def test_a_method_of_rounds_is_another_but_for_its_rounds_and_norms(name, in_one_step):
     """So it takes the same models, whose KV groups can't go or whose blocks can't be refitted one by one, say."""
     methods = resolved(methods=[name, in_one_step])
-    assert methods[name].model_copy(update={"round_ratio": None}) == methods[in_one_step]
+    one = {"round_ratio": None, "refit_norms": False}
+    assert methods[name].model_copy(update=one) == methods[in_one_step] != methods[name]
 
 
 def test_the_prune_section_wins_over_every_method():

@@ -485,9 +485,11 @@ def test_a_checkpoint_whose_layers_differ_is_pruned_again_where_layers_compete(w
     for method in ("hfprune", "surgeon-plain"):
         with pytest.raises(UserError, match=f"'narrowed', method '{method}': its layers differ in width.*or searched"):
             plan_of(world, models=["a", str(folder)], methods=[method])
-    methods = ["surgeon", "surgeon-searched", "surgeon-rounds"]
-    plan = plan_of(world, models=[str(folder)], methods=methods, ratios=[0.05, 0.15], recovery__method="none")
-    assert [len(cell.producers) for cell in plan.cells] == [0, 2, 2, 2, 2, 2, 4]
+    settings = {"models": [str(folder)], "ratios": [0.05, 0.15], "recovery__method": "none"}
+    plan = plan_of(world, methods=["surgeon", "surgeon-searched"], **settings)
+    assert [len(cell.producers) for cell in plan.cells] == [0, 2, 2, 2, 2]
+    plan = plan_of(world, methods=["surgeon-rounds"], prune__round_ratio=0.1, **settings)
+    assert [len(cell.producers) for cell in plan.cells] == [0, 2, 4]
     with pytest.raises(UserError, match=r"ratio 0.4 can't be reached with the floors .* largest possible is 0.1"):
         plan_of(world, models=[str(folder)], methods=["surgeon"], ratios=[0.4])
 
@@ -574,8 +576,9 @@ def test_a_first_step_is_shared_with_the_row_of_its_ratio(world):
 
 
 def test_rounds_of_rising_ratios_share_their_stages_whatever_else_is_asked_for(world):
-    def producers(ratios, **settings):
-        plan = plan_of(world, models=["a"], methods=["surgeon-rounds"], ratios=ratios, **settings)
+    def producers(ratios, round_ratio=0.1):
+        chosen = {"methods": ["surgeon-rounds"], "prune__round_ratio": round_ratio}
+        plan = plan_of(world, models=["a"], ratios=ratios, **chosen)
         return plan, {cell.ratio: list(cell.producers[:-1]) for cell in plan.cells if cell.ratio}
 
     plan, of = producers([0.25, 0.2, 0.1, 0.3])
@@ -591,14 +594,16 @@ def test_rounds_of_rising_ratios_share_their_stages_whatever_else_is_asked_for(w
     assert "round_ratio" not in last[5].params.to_json()
     for ratio, chain in of.items():
         assert producers([ratio])[1] == {ratio: chain}
-    assert producers([0.2], prune__round_ratio=0.05)[1][0.2][:2] != of[0.2][:2]
+    assert producers([0.2], round_ratio=0.05)[1][0.2][:2] != of[0.2][:2]
 
 
 def test_one_round_has_the_fingerprints_of_a_method_without(world):
-    one, none = (plan_of(world, methods=[name], ratios=[0.1]) for name in ("surgeon-rounds", "surgeon-any-shape"))
+    methods, same = ["surgeon-rounds", "surgeon-any-shape"], {"prune__refit_norms": False}
+    one, none = (plan_of(world, methods=[name], ratios=[0.1], **same) for name in methods)
     assert list(one.stages) == list(none.stages)
+    assert list(plan_of(world, methods=methods[:1], ratios=[0.1]).stages) != list(none.stages), "it refits norms"
     with pytest.raises(UserError, match=r"'a 0.1 surgeon-any-shape .* and 'a 0.1 surgeon-rounds .* do the same"):
-        plan_of(world, models=["a"], methods=["surgeon-any-shape", "surgeon-rounds"])
+        plan_of(world, models=["a"], methods=methods[::-1], **same)
 
 
 def test_steps_of_an_allocation_that_is_not_uniform_share_a_round_of_the_same_ratio(world):

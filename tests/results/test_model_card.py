@@ -139,6 +139,19 @@ def test_people_read_how_it_was_made(config, tmp_path):
     assert "trust_remote_code" not in card
 
 
+@pytest.mark.parametrize(
+    ("settings", "shown"),
+    [
+        ({}, "refit block |"),
+        ({"prune__refit_final_norm": True}, "refit block, then the final norm |"),
+        ({"prune__refit_norms": True}, "refit block, then all norms |"),
+        ({"prune__refit_norms": True, "prune__refit": "dense"}, "refit dense |"),
+    ],
+)
+def test_people_read_which_norms_were_refitted(config, tmp_path, settings, shown):
+    assert shown in texts(config, tmp_path, **settings)["alpha-0.2-lora"]
+
+
 def test_sentences_read_well_whatever_goes_and_however_little_was_read(config, tmp_path):
     once = {"calibration__samples": 1, "evaluation__fidelity__windows": 1, "recovery__max_steps": 1}
     once |= {"evaluation__limit": 1, "evaluation__num_fewshot": 5}

@@ -51,7 +51,7 @@ def test_stages_that_run_a_model_on_gpus_are_estimated(inputs, tmp_path):
 
 
 def test_every_round_is_estimated_as_if_nothing_had_gone_yet(inputs, tmp_path):
-    settings = {"methods": ["surgeon-rounds"], "models": ["alpha"], "ratios": [0.2]}
+    settings = {"methods": ["surgeon-rounds"], "models": ["alpha"], "ratios": [0.2], "prune__round_ratio": 0.1}
     found = estimates(inputs, tmp_path, GPUS + "gpu_memory_gib: 80\n", **settings)
     for kind in ("importance", "prune"):
         first, second = (each for each in found if each.stage.kind == kind)
