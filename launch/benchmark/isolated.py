@@ -30,8 +30,13 @@ def call(function: str, arguments: Mapping[str, Any], environment: Mapping[str, 
     # torchrun would leave a folder for its own files behind.
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", f"--log-dir={os.devnull}"]
     command = [sys.executable, *(torchrun if ranks > 1 else []), __file__, function, json.dumps(arguments)]
+    # A rank inherited from a job would keep a single process from answering; torchrun numbers its own.
     result = subprocess.run(
-        command, env={**os.environ, **QUIET, **environment}, capture_output=True, encoding="utf-8", check=False
+        command,
+        env={**os.environ, "RANK": "0", **QUIET, **environment},
+        capture_output=True,
+        encoding="utf-8",
+        check=False,
     )
     answers = [line for line in result.stdout.splitlines() if line.startswith(ANSWER)]
     if result.returncode != 0 or not answers:
@@ -43,7 +48,7 @@ def main() -> None:
     """Run the function that ``call`` asked for, in the new process."""
     module, name = sys.argv[1].split(":")
     answer = getattr(importlib.import_module(module), name)(**json.loads(sys.argv[2]))
-    if os.environ.get("RANK", "0") == "0":
+    if os.environ["RANK"] == "0":
         print(ANSWER + json.dumps(answer), flush=True)
     # Threads of gloo and DeepSpeed sometimes abort during the interpreter's own shutdown.
     sys.stderr.flush()
