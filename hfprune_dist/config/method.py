@@ -100,6 +100,10 @@ class Method(Section):
     by layer, on the pruned model's own activations; the target lies halfway between the dense MLP's output there and
     the output that would restore the dense model's hidden states. block: as layerwise, then Gauss-Newton steps on
     gate_proj, up_proj and down_proj together; takes minutes, not seconds."""
+    refit_copies: Annotated[int, Field(ge=0, le=100)] = 0
+    """Number of copies of each calibration window that the refit sees as well. In a copy, half of the tokens are
+    redrawn from the dense model's distribution of the next token, given the original text. This makes up for some of
+    what more text would bring; the refit takes that many times longer. Has no effect with refit: none or bias."""
     refit_final_norm: bool = False
     """Whether the weight of the final norm is refitted as well, at the end: a factor for each of its channels with
     which the distribution of the next token comes closest to the dense model's. A pruned model is surer of its next
@@ -162,6 +166,7 @@ class Method(Section):
         idle |= set() if KV_GROUPS in self.structures else {"tensor_parallel"}
         idle |= set() if self.refit in ("layerwise", "block") else {"refit_norms", "refit_final_norm"}
         idle |= {"refit_final_norm"} if self.refit_norms else set()
+        idle |= {"refit_copies"} if self.refit in ("none", "bias") else set()
         return idle | (set(OF_A_STUDENT) if self.student_chosen_by is None else set())
 
     def of_one_cut(self) -> dict[str, Any]:
@@ -313,6 +318,7 @@ class PruneConfig(Section):
     adapts: bool | None = None
     tensor_parallel: Positive | None = None
     refit: Refit | None = None
+    refit_copies: Annotated[int, Field(ge=0, le=100)] | None = None
     refit_final_norm: bool | None = None
     refit_norms: bool | None = None
     multiple_of: PositiveOrAuto | None = None

@@ -180,6 +180,7 @@ class PruneParameters(Parameters):
     micro_batch_size: Annotated[int | None, LeftOutAt(None)] = None
     structures: Annotated[Structures, LeftOutAt([NEURONS])] = Field(default=[NEURONS])
     tensor_parallel: Annotated[int, LeftOutAt(1)] = 1
+    refit_copies: Annotated[int, LeftOutAt(0)] = 0
     refit_final_norm: Annotated[bool, LeftOutAt(False)] = False
     refit_norms: Annotated[bool, LeftOutAt(False)] = False
 

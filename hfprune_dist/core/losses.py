@@ -142,7 +142,7 @@ def labels_and_teacher_gradient(
 
 def draw_uniform(seed: int, window: int, tokens: int) -> Tensor:
     """Draw one number in [0, 1) for each token of a calibration window, float64 on the CPU."""
-    return torch.rand(tokens, generator=_generator(seed, window, "labels"), dtype=torch.float64)
+    return torch.rand(tokens, generator=window_generator(seed, window, "labels"), dtype=torch.float64)
 
 
 def draw_sign_bits(seed: int, window: int, group: int, vocabulary: int) -> Tensor:
@@ -154,7 +154,7 @@ def draw_sign_bits(seed: int, window: int, group: int, vocabulary: int) -> Tenso
         group: number of the group of tokens, which begins at the window's token ``group * SIGN_TOKENS``.
     """
     words = torch.empty(SIGN_TOKENS, -(-vocabulary // 64), dtype=torch.int64)
-    generator = _generator(seed, window, f"signs {group}")
+    generator = window_generator(seed, window, f"signs {group}")
     return words.random_(torch.iinfo(torch.int64).min, None, generator=generator).view(torch.uint8)
 
 
@@ -171,6 +171,7 @@ def _signs_of_bytes(dtype: torch.dtype, device: torch.device) -> Tensor:
     return ((bytes_256[:, None] >> places_8) & 1).to(dtype).mul_(2).sub_(1)
 
 
-def _generator(seed: int, window: int, purpose: str) -> torch.Generator:
+def window_generator(seed: int, window: int, purpose: str) -> torch.Generator:
+    """Return the source of a calibration window's random numbers for some purpose; on the CPU."""
     digest = hashlib.sha256(f"{seed} {window} {purpose}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:4], "little"))

@@ -32,6 +32,7 @@ class Refit:
         share_kept: share of the widest layer's neurons that stays.
         kv_groups: whether attention's output projections are fitted as well; all of their channels may stay.
         norms: whether a refit of all norms follows, which sees some of the windows.
+        copies: of each window, which the refit sees as well.
     """
 
     windows: int
@@ -44,6 +45,12 @@ class Refit:
     itemsize: int = 2
     kv_groups: bool = False
     norms: bool = False
+    copies: int = 0
+
+    @property
+    def _samples_seen(self) -> int:
+        """Windows and their copies."""
+        return self.samples * (1 + self.copies)
 
     def resized(self, windows: int) -> Refit:
         """A copy with this many windows in a micro-batch."""
@@ -54,7 +61,7 @@ class Refit:
         blocks if attention is fitted to them; for steps, an MLP's inputs and, in float32, its targets; pinned memory;
         for experts, matrices that wait.
         """
-        mine = tokens_of_a_rank(self.samples, self.windows, self.tokens, ranks)
+        mine = tokens_of_a_rank(self._samples_seen, self.windows, self.tokens, ranks)
         between = self.pursues and self.kv_groups
         number_bytes = self.itemsize * (1 + self.pursues + between + self.steps) + 4 * self.steps
         numbers = self.windows * self.tokens * dims.hidden_size
@@ -102,8 +109,12 @@ class Refit:
             phases.append(self._trying(dims))
         if self.steps:
             phases.append(self._stepping(dims, self.share_kept * dims.intermediate_size, ranks))
-        if self.norms:  # only one model's layer is there, and nothing is summed
-            phases.append(self._differentiating(dims) - layer_pass.activations - (layer_pass.weights - weights))
+        # Then only one model's layer is there, and nothing is summed.
+        idle = layer_pass.activations + layer_pass.weights - weights
+        if self.copies:
+            phases.append(_head_bytes(dims, self.itemsize) - idle)
+        if self.norms:
+            phases.append(self._differentiating(dims) - idle)
         return replace(layer_pass, sums=max(phases))
 
     def _channels(self, dims: Dimensions) -> list[int]:
@@ -148,7 +159,7 @@ class Refit:
 
     def _stepping(self, dims: Dimensions, kept: float, ranks: int) -> float:
         """Bytes of a step: two Gram matrices of the kept neurons in float64, their inversion, and the iterations."""
-        mine = tokens_of_a_rank(self.samples, self.windows, self.tokens, ranks)
+        mine = tokens_of_a_rank(self._samples_seen, self.windows, self.tokens, ranks)
         linearized = min(KEPT_BYTES, mine * (dims.mlp_matrices * kept + dims.hidden_size) * self.itemsize)
         weights = dims.mlp_matrices * kept * dims.hidden_size
         inverting, iterating = INVERSE_BYTES * kept**2, INVERTED_BYTES * kept**2 + STEP_BYTES * weights
@@ -163,7 +174,7 @@ class Refit:
         in_attention = 2 * (dims.num_heads + dims.num_key_value_heads) * dims.head_size
         of_a_token = self.itemsize * (in_mlp + in_attention + 5 * dims.hidden_size) + 4 * 3 * dims.hidden_size
         at_once = windows_for_norms(self.windows, self.tokens) * self.tokens
-        return at_once * of_a_token + dims.vocabulary * dims.hidden_size * self.itemsize
+        return at_once * of_a_token + _head_bytes(dims, self.itemsize)
 
 
 @dataclass(frozen=True)
@@ -263,6 +274,10 @@ def windows_for_norms(windows: int, tokens: int) -> int:
 def tokens_of_a_rank(samples: int, windows: int, tokens: int, ranks: int) -> int:
     """The most tokens that any rank gets when whole micro-batches are distributed."""
     return min(samples, -(-samples // (windows * ranks)) * windows) * tokens
+
+
+def _head_bytes(dims: Dimensions, itemsize: int) -> int:
+    return dims.vocabulary * dims.hidden_size * itemsize
 
 
 def widest(dims: Dimensions) -> int:

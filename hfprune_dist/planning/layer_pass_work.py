@@ -199,6 +199,11 @@ def sequential_refit(
     return flops
 
 
+def copies(dense: ModelShape, windows: Windows, count: int) -> Operations:
+    """Copies of windows for a refit: a forward of the dense model, and logits for half of the tokens of each copy."""
+    return Operations(windows.tokens * ((count > 0) * forward_of_all(dense, windows.length) + count / 2 * head(dense)))
+
+
 def residual_checks(dense: ModelShape, layers: int, length: int) -> Operations:
     """One window through those of the dense model's layers that stay in any sequential refit of a stage, which shows,
     once for all its refits, that their blocks are residual.

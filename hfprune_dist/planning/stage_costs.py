@@ -8,7 +8,7 @@ computes gradients of activations in a calibration pass, of activations and adap
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -27,6 +27,7 @@ from hfprune_dist.planning.footprint import Train
 from hfprune_dist.planning.importance_job import importance_job
 from hfprune_dist.planning.layer_pass_work import (
     Windows,
+    copies,
     dense_refit,
     final_norm_refit,
     forward_of_all,
@@ -158,13 +159,15 @@ class StageCosts:
             flops += search.operations()
             refitted = max(refitted, search.layers_refitted())
         kv_groups = KV_GROUPS in params.structures
+        seen = replace(windows, count=windows.count * (1 + params.refit_copies))
+        flops += copies(dense, windows, params.refit_copies)
         if params.refit == "bias":
             flops += Operations(windows.tokens * forward_of_all(model, windows.length))
         elif params.refit == "dense":
             dropped = layers_in_order(metrics, model, dense)[: len(model.layers) - len(kept.layers)]
-            flops += dense_refit(model, kept, windows, kv_groups=kv_groups, dropped=dropped)
+            flops += dense_refit(model, kept, seen, kv_groups=kv_groups, dropped=dropped)
         elif params.refit != "none":
-            flops += sequential_refit(dense, kept, windows, kv_groups=kv_groups, whole_mlp=params.refit == "block")
+            flops += sequential_refit(dense, kept, seen, kv_groups=kv_groups, whole_mlp=params.refit == "block")
             flops += residual_checks(dense, refitted, windows.length)
             if "dense" in stage.inputs:  # it wasn't scored: one micro-batch shows what its layers must compute
                 flops += Operations(windows.micro_batch * windows.length * forward_of_all(dense, windows.length))

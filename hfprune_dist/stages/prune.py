@@ -12,6 +12,7 @@ from hfprune_dist.checkpoints.kept_file import digest_of_kept, write_kept
 from hfprune_dist.checkpoints.pruned_config import pruned_config
 from hfprune_dist.checkpoints.write_pruned import write_companions, write_weight_file
 from hfprune_dist.errors import UserError
+from hfprune_dist.stages.final_refit import final_refit
 from hfprune_dist.stages.prune_low_rank import decide_low_rank
 from hfprune_dist.stages.prune_norms import refitted_norms, require_norms
 from hfprune_dist.stages.prune_plain import decide_plain
@@ -20,7 +21,6 @@ from hfprune_dist.stages.prune_refit import (
     Models,
     Replacements,
     added_biases,
-    final_refit,
     in_dense_numbering,
     pruned_kinds,
     refit_metrics,

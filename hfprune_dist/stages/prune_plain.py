@@ -19,13 +19,13 @@ from hfprune_dist.planning.shape_target import ShapeTarget
 from hfprune_dist.refit.cheap_fits import Scored, kept_of
 from hfprune_dist.refit.measurement import Candidate
 from hfprune_dist.stages.cheap_measurement import CheapMeasurements
+from hfprune_dist.stages.final_refit import final_refit
 from hfprune_dist.stages.finals import FINALISTS, Finals, SplitWindows, hopeful
 from hfprune_dist.stages.prune_refit import (
     Context,
     Models,
     Replacements,
     dense_numbers,
-    final_refit,
     pruned_kinds,
     refit_metrics,
 )

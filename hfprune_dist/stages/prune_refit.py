@@ -52,14 +52,6 @@ def pruned_kinds(context: Context, checkpoint: Checkpoint) -> list[Units]:
     return checkpoint.pruned_kinds(context.params.structures)
 
 
-def final_refit(context: Context, models: Models, kept: Kept) -> RefittedLayers:
-    """Refit what the stage will write, as its settings say, on all calibration windows."""
-    kinds, whole_mlp = pruned_kinds(context, models.checkpoint), context.params.refit == "block"
-    fitted = RefittedLayers(models.checkpoint, kinds, whole_mlp, context.work / "refit")
-    refit_layers(context, models, kept, context.calibration_windows(), fitted, phase="refit")
-    return fitted
-
-
 def added_biases(context: Context, checkpoint: Checkpoint, kept: Kept) -> Replacements:
     """Find the biases that make up for what goes, on all calibration windows."""
     saved = SavedLayers(context.work / "biases", kept.layers)

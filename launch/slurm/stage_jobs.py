@@ -86,6 +86,7 @@ def _refit(params: PruneParameters, plan: Plan, stage: Stage) -> Refit | LowRank
         windows=min(windows, calibration.samples),
         tokens=calibration.sequence_length,
         samples=calibration.samples,
+        copies=params.refit_copies,
         pursues=params.refit != "dense",
         norms=params.refit_norms,
         steps=params.refit == "block",

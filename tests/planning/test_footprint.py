@@ -551,6 +551,19 @@ def test_memory_of_a_refit_of_norms(dims, dtype, tmp_path):
     assert replace(many, norms=True).memory(size, 1) == many.memory(size, 1)
 
 
+def test_copies_are_windows_of_a_refit_alone():
+    job = Refit(2, 512, 64, pursues=True, steps=True, searches=False, share_kept=0.5, norms=True)
+    dims = published("7B")
+    copied, larger = replace(job, copies=3), replace(job, samples=256)
+    for ranks in (1, 8):
+        assert copied.memory(dims, ranks) == larger.memory(dims, ranks)
+        without = [replace(it, norms=False).host_bytes(dims, ranks) for it in (copied, larger, job)]
+        assert without[0] == without[1] > without[2]
+        assert copied.host_bytes(dims, ranks) == max(without[0], job.host_bytes(dims, ranks))
+    head = replace(dims, vocabulary=2**24)
+    assert replace(copied, norms=False).memory(head, 1).sums > replace(job, norms=False).memory(head, 1).sums
+
+
 @pytest.mark.parametrize("biases", [False, True])
 def test_memory_of_a_reference(tmp_path, biases):
     """Each rank has its own windows: hidden states on the host, a layer and a micro-batch on the GPU. Means of channels

@@ -663,10 +663,12 @@ def test_too_many_steps_for_a_model_are_refused(world):
         plan_of(world, methods=["surgeon-rounds"], ratios=[0.201], prune__round_ratio=0.2, prune__multiple_of=4)
 
 
-@pytest.mark.parametrize("setting", ["refit_final_norm", "refit_norms"])
-def test_a_method_that_refits_no_norm_has_the_fingerprints_of_before(world, setting):
+@pytest.mark.parametrize(
+    ("setting", "off", "on"), [("refit_final_norm", False, True), ("refit_norms", False, True), ("refit_copies", 0, 1)]
+)
+def test_a_method_without_a_later_setting_has_the_fingerprints_of_before(world, setting, off, on):
     before, without, after = (
-        plan_of(world, **settings) for settings in ({}, {f"prune__{setting}": False}, {f"prune__{setting}": True})
+        plan_of(world, **settings) for settings in ({}, {f"prune__{setting}": off}, {f"prune__{setting}": on})
     )
     assert list(before.stages) == list(without.stages)
     assert [one.kind for one in before.stages.values() if one.id not in after.stages][:1] == ["prune"]

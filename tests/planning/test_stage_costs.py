@@ -143,6 +143,17 @@ def test_a_cut(scored, monkeypatch, allocation, refit, structures):
     assert expected.flops == pytest.approx(flops, rel=1e-4 if allocation in ("uniform", "low_rank") else 0.8)
 
 
+@pytest.mark.parametrize("refit", ["dense", "layerwise", "block"])
+def test_a_cut_whose_refit_sees_copies(scored, refit):
+    """About half of a copy's tokens are redrawn."""
+    store, importance = scored
+    params = {"ratio": 0.25, "criterion": "entropy", "allocation": "uniform", "refit": refit, "multiple_of": 1}
+    params |= {"dtype": "float32", "micro_batch_size": 1, "refit_copies": 2}
+    stage = Stage("prune", "tiny", params, {"model": importance.inputs["model"], "importance": importance.as_input()})
+    flops = counted(store, stage)
+    assert cost_of(store, importance, stage).flops == pytest.approx(flops, rel=0.02)
+
+
 @pytest.mark.parametrize("refit", ["none", "dense", "layerwise"])
 def test_a_second_round(scored, monkeypatch, refit):
     """The model numbers its layers anew, and is compared with the dense one."""

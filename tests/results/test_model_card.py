@@ -146,9 +146,14 @@ def test_people_read_how_it_was_made(config, tmp_path):
         ({"prune__refit_final_norm": True}, "refit block, then the final norm |"),
         ({"prune__refit_norms": True}, "refit block, then all norms |"),
         ({"prune__refit_norms": True, "prune__refit": "dense"}, "refit dense |"),
+        ({"prune__refit_copies": 1}, "refit block on the windows and 1 redrawn copy of each |"),
+        (
+            {"prune__refit_copies": 2, "prune__refit_norms": True},
+            "refit block on the windows and 2 redrawn copies of each, then all norms |",
+        ),
     ],
 )
-def test_people_read_which_norms_were_refitted(config, tmp_path, settings, shown):
+def test_people_read_what_was_refitted(config, tmp_path, settings, shown):
     assert shown in texts(config, tmp_path, **settings)["alpha-0.2-lora"]
 
 

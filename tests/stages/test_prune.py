@@ -1,15 +1,14 @@
 """The prune stage on real ranks, and death at every point of it."""
 
 import json
-import zlib
 from dataclasses import replace
 
 import pytest
 import torch
+from cuts import IMPORTANCE, prepare, run_solo, weights_of
 from faults.kill import deaths_during
 from ranks import SoloWorld, killing, killing_in_reduction, run_stage
 from safetensors.torch import load_file, save_file
-from tiny import save_tiny
 from transformers import AutoModelForCausalLM
 
 from hfprune_dist.config.schema import RuntimeConfig
@@ -25,51 +24,11 @@ from hfprune_dist.refit.measurement import Measurement
 from hfprune_dist.refit.norm_gradients import NormGradients
 from hfprune_dist.refit.refitted_layers import RefittedLayers
 from hfprune_dist.refit.sequential_refit import SequentialRefit
-from hfprune_dist.stages import prune, prune_shapes
+from hfprune_dist.stages import prune_shapes
 from hfprune_dist.stages.context import Context
 from hfprune_dist.store.artifacts import Store
-from hfprune_dist.store.hashing import FileHashes
 from hfprune_dist.store.heartbeat import Progress
-from hfprune_dist.store.stage import Input, Stage
-
-IMPORTANCE = Stage("importance", "llama", {}, {})
-
-
-def prepare(folder, shard_size="5GB", criterion="entropy", samples=9, variant="llama", **method):
-    """Prepare a store with an importance artifact of random scores by every criterion, and a stage that prunes by one.
-
-    What is drawn doesn't depend on which criteria exist.
-    """
-    store = Store(folder / "store")
-    draft = store.open_draft(IMPORTANCE.id)
-    names = [f"layers.{layer}.{name}" for name in CRITERIA for layer in range(2)]
-    scores = {name: torch.rand(48, generator=seeded(name), dtype=torch.float64) for name in names}
-    save_file(scores, draft / "importance.safetensors")
-    windows_ST = torch.randint(264, (samples, 20), generator=seeded("windows"))
-    save_file({"input_ids": windows_ST}, draft / "windows.safetensors")
-    store.commit(IMPORTANCE, draft, {"metrics": {}})
-    model = save_tiny(folder / "model", variant, shard_size=shard_size)
-    settings = {"allocation": "global", "floor": 0.2, "protect_first": 0, "protect_last": 0, "multiple_of": 1}
-    calibration = {"dtype": "float32", "micro_batch_size": 2}
-    uniform = {"allocation": "uniform", "refit": "none"}
-    params = {"ratio": 0.2, "criterion": criterion, **settings, **calibration, **uniform, **method}
-    identity = FileHashes(None).of_folder(model)
-    stage = Stage("prune", "llama", params, {"model": Input(identity, str(model)), "importance": IMPORTANCE.as_input()})
-    return store, stage, scores
-
-
-def seeded(name):
-    return torch.Generator().manual_seed(zlib.crc32(name.encode()) + 1)
-
-
-def run_solo(store, stage):
-    world = SoloWorld()
-    store.work(stage.id).mkdir(parents=True, exist_ok=True)
-    prune.run(Context(stage, store, world, RuntimeConfig(), Progress(None), {}, {}, 1))
-
-
-def weights_of(store, stage):
-    return {file.name: file.read_bytes() for file in store.path(stage.id).glob("*.safetensors")}
+from hfprune_dist.store.stage import Stage
 
 
 @pytest.mark.slow
@@ -103,16 +62,16 @@ def assert_gates_moved(store, stage, folder):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("refit", "samples", "norms"),
+    ("refit", "samples", "more"),
     [
-        ("dense", 9, {}),
+        ("dense", 9, {"refit_copies": 1}),
         ("layerwise", 9, {"refit_norms": True}),
         ("block", 64, {}),
         ("block", 2, {"refit_norms": True}),
         ("layerwise", 2, {"refit_final_norm": True}),
     ],
 )
-def test_refit_has_the_same_bits_on_any_number_of_ranks(tmp_path, refit, samples, norms):
+def test_refit_has_the_same_bits_on_any_number_of_ranks(tmp_path, refit, samples, more):
     """Two samples make one micro-batch, so all ranks but one have nothing to do. Ranks that are threads try other
     numbers (tests/refit).
     """
@@ -120,7 +79,7 @@ def test_refit_has_the_same_bits_on_any_number_of_ranks(tmp_path, refit, samples
     for ranks in (1, 2, 4) if samples > 9 else (1, 2):
         folder = tmp_path / str(ranks)
         folder.mkdir()
-        store, stage, _ = prepare(folder, refit=refit, samples=samples, dtype="bfloat16", **norms)
+        store, stage, _ = prepare(folder, refit=refit, samples=samples, dtype="bfloat16", **more)
         result = run_stage(store, stage, ranks)
         assert result.returncode == 0, result.stderr[-2000:]
         weights.append(weights_of(store, stage))
@@ -452,6 +411,7 @@ def test_each_criterion_keeps_its_own_neurons(tmp_path):
         {"refit": "block", "samples": 64},
         {"refit": "layerwise", "refit_final_norm": True},
         {"refit": "layerwise", "refit_norms": True},
+        {"refit": "dense", "refit_copies": 2},
         {"allocation": "searched"},
     ],
     ids=str,

@@ -154,7 +154,8 @@ METHODS = st.builds(
 
 # Settings of a method that no prune stage has.
 OF_OTHERS = ("prunes_in", "adapts", "steps", "round_ratio", "distill")
-OF_NORMS = ("refit_norms", "refit_final_norm")
+# Settings of a refit that are left at their defaults.
+OF_REFITS = ("refit_copies", "refit_norms", "refit_final_norm")
 
 
 def prune(folder, scored, ratio, method, ranks=1):
@@ -162,7 +163,7 @@ def prune(folder, scored, ratio, method, ranks=1):
     store, importance = scored
     params = {
         "ratio": ratio,
-        **method.model_dump(exclude={*OF_OTHERS, *OF_A_STUDENT, "structures", "tensor_parallel", *OF_NORMS}),
+        **method.model_dump(exclude={*OF_OTHERS, *OF_A_STUDENT, "structures", "tensor_parallel", *OF_REFITS}),
     }
     params |= {"dtype": "float32", "micro_batch_size": 2}
     stage = Stage("prune", "pairs", params, {"model": importance.inputs["model"], "importance": importance.as_input()})

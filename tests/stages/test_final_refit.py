@@ -1,0 +1,89 @@
+"""What the refit of a prune stage sees: calibration windows, and copies of them."""
+
+import pytest
+import torch
+from cuts import IMPORTANCE, prepare, run_solo, weights_of
+from hypothesis import given
+from hypothesis import strategies as st
+from worlds import Ranks, run_in_threads
+
+from hfprune_dist.data.windows import load_windows
+from hfprune_dist.distributed.gram_sums import HOLD_OUT_EVERY, is_held_out
+from hfprune_dist.stages import final_refit
+from hfprune_dist.stages.final_refit import in_refit_order
+from hfprune_dist.store.artifacts import Store
+from hfprune_dist.store.stage import Stage
+
+
+def held_out(windows, size):
+    """Positions, among so many windows, of those that refits hold out."""
+    return [it for it in range(windows) if is_held_out(it // size, -(-windows // size))]
+
+
+@given(windows=st.integers(1, 70), copies=st.integers(1, 4), size=st.integers(1, 9))
+def test_copies_are_held_out_with_their_originals_as_far_as_there_is_room(windows, copies, size):
+    """A window's tokens are its number; a copy's are negative."""
+    windows_ST = torch.arange(1, windows + 1)[:, None]
+    ordered_ST = in_refit_order(windows_ST, -windows_ST.expand(copies, -1, -1), size)
+    numbers = ordered_ST[:, 0].tolist()
+    assert sorted(numbers) == sorted([*range(1, windows + 1), *[-it for it in range(1, windows + 1)] * copies])
+    before = {1 + it for it in held_out(windows, size)}
+    apart = [numbers[it] for it in held_out(len(numbers), size)]
+    among = sum(abs(number) in before for number in apart)
+    assert among == min(len(apart), len(before) * (1 + copies))
+    if windows // size >= HOLD_OUT_EVERY:
+        assert all(abs(number) not in before for number in set(numbers) - set(apart))
+    if among < len(before) * (1 + copies):
+        assert all(number in apart for number in list(before)[: len(apart)]), "originals go before copies"
+
+
+@pytest.mark.parametrize("refit", ["dense", "layerwise", "block"])
+def test_a_refit_sees_copies_and_makes_other_weights(tmp_path, refit, monkeypatch):
+    seen = {}
+
+    def refit_layers(context, models, kept, windows_ST, fitted, *, phase, of=final_refit.refit_layers):
+        seen[context.params.refit_copies] = windows_ST
+        of(context, models, kept, windows_ST, fitted, phase=phase)
+
+    monkeypatch.setattr(final_refit, "refit_layers", refit_layers)
+    store, template, _ = prepare(tmp_path, refit=refit)
+    weights = []
+    for copies in (0, 1, 3):
+        stage = Stage(
+            "prune",
+            "llama",
+            {**template.params.to_json(), **({"refit_copies": copies} if copies else {})},
+            template.inputs,
+        )
+        run_solo(store, stage)
+        weights.append(weights_of(store, stage))
+    assert weights[0] != weights[1] != weights[2] != weights[0]
+    windows_ST = load_windows(store.path(IMPORTANCE.id))
+    assert torch.equal(seen[0], windows_ST)
+    for copies in (1, 3):
+        assert len(seen[copies]) == (1 + copies) * len(windows_ST)
+        rows = {tuple(row.tolist()) for row in seen[copies]}
+        assert len(rows) == len(seen[copies]) and rows >= {tuple(row.tolist()) for row in windows_ST}
+    assert {tuple(row.tolist()) for row in seen[1]} <= {tuple(row.tolist()) for row in seen[3]}
+
+
+@pytest.mark.parametrize(("samples", "ranks"), [(1, 2), (9, 3), (17, 5)])
+def test_copies_have_the_same_bits_on_any_number_of_ranks(tmp_path, samples, ranks):
+    store, stage, _ = prepare(tmp_path, refit="layerwise", refit_copies=2, samples=samples)
+    run_solo(store, stage)
+    other = Store(tmp_path / "other")
+    other.path(IMPORTANCE.id).parent.mkdir(parents=True)
+    other.path(IMPORTANCE.id).symlink_to(store.path(IMPORTANCE.id))
+    run_in_threads(other, stage, Ranks(ranks))
+    assert weights_of(other, stage) == weights_of(store, stage)
+
+
+def test_copies_are_made_once(tmp_path, monkeypatch):
+    store, stage, _ = prepare(tmp_path, refit="dense", refit_copies=1)
+    made = []
+    monkeypatch.setattr(final_refit, "_redrawn", lambda *args, of=final_refit._redrawn: made.append(1) or of(*args))
+    monkeypatch.setattr(final_refit, "refit_layers", lambda *_args, **_: 1 / 0)
+    for _ in range(2):
+        with pytest.raises(ZeroDivisionError):
+            run_solo(store, stage)
+    assert len(made) == 1
