@@ -102,8 +102,9 @@ class Method(Section):
     gate_proj, up_proj and down_proj together; takes minutes, not seconds."""
     refit_copies: Annotated[int, Field(ge=0, le=100)] = 0
     """Number of copies of each calibration window that the refit sees as well. In a copy, half of the tokens are
-    redrawn from the dense model's distribution of the next token, given the original text. This makes up for some of
-    what more text would bring; the refit takes that many times longer. Has no effect with refit: none or bias."""
+    redrawn from the dense model's distribution of the next token, given the original text. This brings some of what
+    more text would; with n copies, the refit takes about n + 1 times as long. Searches and refits of norms don't see
+    copies. Has no effect with refit: none or bias."""
     refit_final_norm: bool = False
     """Whether the weight of the final norm is refitted as well, at the end: a factor for each of its channels with
     which the distribution of the next token comes closest to the dense model's. A pruned model is surer of its next

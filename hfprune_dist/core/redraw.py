@@ -6,8 +6,6 @@ one forward of the original is enough for any number of copies.
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor
 
@@ -24,26 +22,27 @@ SEED = 0
 
 
 @torch.no_grad()
-def redrawn_copy(ids_T: Tensor, dense: Outputs, *, window: int, copy: int) -> Tensor:
-    """A copy of a window in which some tokens are redrawn, int64 on the CPU; its first token stays.
+def redrawn_copies(ids_T: Tensor, dense: Outputs, copies: int, *, window: int) -> Tensor:
+    """Copies of a window in which some tokens are redrawn, int64 [copies, tokens] on the CPU; its first token stays.
 
     Args:
         ids_T: the original, int64 on the CPU.
-        dense: the dense model's outputs for it.
-        window: number of the window; it and ``copy`` determine what is drawn.
+        dense: the dense model's outputs for it; their logits are computed once.
+        window: number of the window, which determines what is drawn; the first copies are the same however many follow.
     """
-    generator = window_generator(SEED, window, f"copy {copy}")
-    chosen_T, uniform_T = torch.rand(2, len(ids_T), generator=generator, dtype=torch.float64)
-    before_N = (chosen_T[1:] < REDRAWN).nonzero().squeeze(1)
-    copied_T = ids_T.clone()
-    if len(before_N):
-        device = dense.hidden_NC.device
-        uniform_N = uniform_T[before_N].to(device)
-        predicting = replace(dense, hidden_NC=dense.hidden_NC[before_N.to(device)])
-        drawn = [
-            sample_labels(logits_NV[block], uniform_N[rows][block])
-            for rows, logits_NV in predicting.logits()
-            for block in row_blocks(logits_NV, SCRATCH_BYTES)
-        ]
-        copied_T[1 + before_N] = torch.cat(drawn).cpu()
-    return copied_T
+    random_R2T = torch.stack([_random(window, copy, len(ids_T)) for copy in range(copies)])
+    uniform_RT = random_R2T[:, 1].to(dense.hidden_NC.device)
+    drawn_RT = ids_T.repeat(copies, 1)
+    for rows, logits_NV in dense.logits():
+        for block in row_blocks(logits_NV, SCRATCH_BYTES):
+            some = slice(rows.start + block.start, rows.start + block.stop)
+            for drawn_T, uniform_T in zip(drawn_RT, uniform_RT, strict=True):
+                drawn_T[some] = sample_labels(logits_NV[block], uniform_T[some]).cpu()
+    redrawn_RT = random_R2T[:, 0] < REDRAWN
+    redrawn_RT[:, 0] = False
+    return drawn_RT.roll(1, dims=1).where(redrawn_RT, ids_T)
+
+
+def _random(window: int, copy: int, tokens: int) -> Tensor:
+    """For each token of a copy, a number that says whether it is redrawn, and one that says which its successor is."""
+    return torch.rand(2, tokens, generator=window_generator(SEED, window, f"copy {copy}"), dtype=torch.float64)

@@ -199,9 +199,9 @@ def sequential_refit(
     return flops
 
 
-def copies(dense: ModelShape, windows: Windows, count: int) -> Operations:
-    """Copies of windows for a refit: a forward of the dense model, and logits for half of the tokens of each copy."""
-    return Operations(windows.tokens * ((count > 0) * forward_of_all(dense, windows.length) + count / 2 * head(dense)))
+def copies(dense: ModelShape, windows: Windows) -> Operations:
+    """Copies of windows for a refit: the dense model's logits of all tokens, whatever the number of copies."""
+    return Operations(windows.tokens * (forward_of_all(dense, windows.length) + head(dense)))
 
 
 def residual_checks(dense: ModelShape, layers: int, length: int) -> Operations:

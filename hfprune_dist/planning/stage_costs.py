@@ -7,7 +7,7 @@ computes gradients of activations in a calibration pass, of activations and adap
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
@@ -56,10 +56,12 @@ class Cost:
         tokens: those of calibration windows, once for each stage whose model reads them; those of training rows, as
             often as they are trained on.
         operations: those of all ranks together.
+        without_copies: what they would be if the refit saw no copies of windows; None if it sees none.
     """
 
     tokens: int
     operations: Operations
+    without_copies: Operations | None = None
 
     @property
     def flops(self) -> float:
@@ -158,16 +160,7 @@ class StageCosts:
             search = Search(params, model, dense, kept, windows, metrics)
             flops += search.operations()
             refitted = max(refitted, search.layers_refitted())
-        kv_groups = KV_GROUPS in params.structures
-        seen = replace(windows, count=windows.count * (1 + params.refit_copies))
-        flops += copies(dense, windows, params.refit_copies)
-        if params.refit == "bias":
-            flops += Operations(windows.tokens * forward_of_all(model, windows.length))
-        elif params.refit == "dense":
-            dropped = layers_in_order(metrics, model, dense)[: len(model.layers) - len(kept.layers)]
-            flops += dense_refit(model, kept, seen, kv_groups=kv_groups, dropped=dropped)
-        elif params.refit != "none":
-            flops += sequential_refit(dense, kept, seen, kv_groups=kv_groups, whole_mlp=params.refit == "block")
+        if params.refit in ("layerwise", "block"):
             flops += residual_checks(dense, refitted, windows.length)
             if "dense" in stage.inputs:  # it wasn't scored: one micro-batch shows what its layers must compute
                 flops += Operations(windows.micro_batch * windows.length * forward_of_all(dense, windows.length))
@@ -175,7 +168,14 @@ class StageCosts:
             flops += norms_refit(dense, kept, windows, passes=len(metrics["norms_kl"]))
         elif params.refit_final_norm:
             flops += final_norm_refit(dense, kept, windows, passes=len(metrics["final_norm_kl"]))
-        return Cost(windows.tokens, flops)
+        dropped = layers_in_order(metrics, model, dense)[: len(model.layers) - len(kept.layers)]
+        refit = _FinalRefit(params, model, dense, kept, dropped)
+        without_copies = flops + refit.operations(windows)
+        if not params.refit_copies:
+            return Cost(windows.tokens, without_copies)
+        flops += copies(dense, windows)
+        flops += refit.operations(replace(windows, count=windows.count * (1 + params.refit_copies)))
+        return Cost(windows.tokens, flops, without_copies)
 
     def _calibration(self, stage: Stage) -> Windows:
         """The calibration windows that a stage reads; only those that were scored, if the pass ended early."""
@@ -236,3 +236,30 @@ def rows_trained(rows: int, batch_size: int, steps: int) -> int:
     steps_per_epoch = -(-rows // batch_size)
     epochs, part = divmod(steps, steps_per_epoch)
     return epochs * rows + rows * part // steps_per_epoch
+
+
+@dataclass(frozen=True)
+class _FinalRefit:
+    """The refit of what a prune stage writes.
+
+    Attributes:
+        model: shape of the model that is pruned; ``dense`` and ``kept``, of the dense one and of the result.
+        dropped: the layers that go.
+    """
+
+    params: PruneParameters
+    model: ModelShape
+    dense: ModelShape
+    kept: ModelShape
+    dropped: Sequence[int]
+
+    def operations(self, windows: Windows) -> Operations:
+        """Its operations if it sees these windows."""
+        refit, kv_groups = self.params.refit, KV_GROUPS in self.params.structures
+        if refit == "none":
+            return NO_OPERATIONS
+        if refit == "bias":
+            return Operations(windows.tokens * forward_of_all(self.model, windows.length))
+        if refit == "dense":
+            return dense_refit(self.model, self.kept, windows, kv_groups=kv_groups, dropped=self.dropped)
+        return sequential_refit(self.dense, self.kept, windows, kv_groups=kv_groups, whole_mlp=refit == "block")

@@ -175,7 +175,7 @@ class StageTimes:
             load,
             problems=_ceil(len(shape.layers), gpus.ranks) / len(shape.layers),
             exchanged=network_seconds(reduced + ALL_SUMS_BYTES * summed_numbers(shape, job.kv_groups), gpus),
-            copied=_copied(shape, cost.tokens * share, job.itemsize, 1),
+            copied=_weights_bytes(shape, job.itemsize) + _states_bytes(shape, cost.tokens * share, job.itemsize),
         )
 
     def _layer_pass(self, stage: Stage, gpus: Gpus) -> _Load | None:
@@ -188,7 +188,11 @@ class StageTimes:
         mine = _ceil(_ceil(cost.tokens, length * micro_batch), gpus.ranks)
         share = min(1.0, mine * micro_batch * length / cost.tokens)
         itemsize = ITEMSIZE[params.compute_dtype or "bfloat16"]
-        passes = cost.operations.products / (cost.tokens * forward_of_all(shape, length))
+        # Copies of windows make a pass longer, and weights pass no more often.
+        products = (cost.without_copies or cost.operations).products
+        passes, passes_without_copies = (
+            it / (cost.tokens * forward_of_all(shape, length)) for it in (cost.operations.products, products)
+        )
         called = passes * mine * len(shape.layers) * MODULES * CALL_S
         at_work = cost.operations.products * share / product_rate(gpus, itemsize)
         is_reference = isinstance(params, ReferenceParameters)
@@ -198,7 +202,8 @@ class StageTimes:
             windows=share,
             problems=_ceil(len(shape.layers), gpus.ranks) / len(shape.layers),
             exchanged=network_seconds(_of_grams(shape, stage, cost), gpus),
-            copied=_copied(shape, cost.tokens * share, itemsize, passes),
+            copied=passes * _states_bytes(shape, cost.tokens * share, itemsize)
+            + passes_without_copies * _weights_bytes(shape, itemsize),
             written=cost.tokens * shape.hidden_size * itemsize if is_reference else self._on_disk(stage),
         )
 
@@ -308,13 +313,18 @@ def _of_grams(shape: ModelShape, stage: Stage, cost: Cost) -> float:
     exchanged = ALL_SUMS_BYTES * summed_numbers(shape, kv_groups)
     if params.refit in ("layerwise", "block") or params.allocation in ("plain", "searched"):
         exchanged += ALL_PRODUCTS_BYTES * multiplied_numbers(shape, kv_groups)
-    return exchanged * cost.operations.float32 / (cost.tokens * summing(shape, kv_groups))
+    operations = cost.without_copies or cost.operations  # copies add terms, but no sums
+    return exchanged * operations.float32 / (cost.tokens * summing(shape, kv_groups))
 
 
-def _copied(shape: ModelShape, tokens: float, itemsize: int, passes: float) -> float:
-    """Bytes copied in passes layer by layer: a rank's hidden states to each layer and back, and all layers' weights."""
-    weights = shape.mean(lambda dims: dims.body_parameters) * itemsize
-    return passes * (weights + 2 * len(shape.layers) * tokens * shape.hidden_size * itemsize)
+def _weights_bytes(shape: ModelShape, itemsize: int) -> float:
+    """Bytes of all layers' weights, which a pass layer by layer copies."""
+    return shape.mean(lambda dims: dims.body_parameters) * itemsize
+
+
+def _states_bytes(shape: ModelShape, tokens: float, itemsize: int) -> float:
+    """Bytes of a rank's hidden states, which a pass layer by layer copies to each layer and back."""
+    return 2 * len(shape.layers) * tokens * shape.hidden_size * itemsize
 
 
 def _sum(one: Seconds, other: Seconds) -> Seconds:

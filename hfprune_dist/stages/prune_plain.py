@@ -3,7 +3,7 @@
 Layers are first ordered by how little the model misses them. Candidates on a grid then differ in how many layers, KV
 groups and neurons they keep, all with about the same number of parameters; they are measured with a cheap refit. The
 candidate that prunes only MLPs and the best others are then fitted layer by layer, and compared on windows that nothing
-in the stage has been fitted to or measured on. The closest gets its final refit on all windows. In rounds, candidates
+in the stage has been fitted to or measured on. The closest gets its final refit, on all windows. In rounds, candidates
 lie within what the previous round left, and all are compared with the dense model.
 """
 

@@ -83,7 +83,7 @@ def _refit(params: PruneParameters, plan: Plan, stage: Stage) -> Refit | LowRank
         at_once = min(windows, calibration.samples)
         return LowRank(at_once, calibration.sequence_length, calibration.samples, ITEMSIZE[dtype])
     return Refit(
-        windows=min(windows, calibration.samples),
+        windows=min(windows, calibration.samples * (1 + params.refit_copies)),
         tokens=calibration.sequence_length,
         samples=calibration.samples,
         copies=params.refit_copies,

@@ -8,7 +8,7 @@ from sweeps import artifacts, finish, results, sweep
 
 SMALL = {
     "methods": ["surgeon-uniform-block", "llm-pruner"],
-    "prune": {"refit_norms": True},
+    "prune": {"refit_norms": True, "refit_copies": 1},
     "calibration": {"samples": 16, "sequence_length": 256, "shard_size": 1},
 }
 

@@ -145,13 +145,16 @@ def test_a_cut(scored, monkeypatch, allocation, refit, structures):
 
 @pytest.mark.parametrize("refit", ["dense", "layerwise", "block"])
 def test_a_cut_whose_refit_sees_copies(scored, refit):
-    """About half of a copy's tokens are redrawn."""
     store, importance = scored
     params = {"ratio": 0.25, "criterion": "entropy", "allocation": "uniform", "refit": refit, "multiple_of": 1}
     params |= {"dtype": "float32", "micro_batch_size": 1, "refit_copies": 2}
     stage = Stage("prune", "tiny", params, {"model": importance.inputs["model"], "importance": importance.as_input()})
-    flops = counted(store, stage)
-    assert cost_of(store, importance, stage).flops == pytest.approx(flops, rel=0.02)
+    flops, cost = counted(store, stage), cost_of(store, importance, stage)
+    assert cost.flops == pytest.approx(flops, rel=1e-4)
+    del params["refit_copies"]
+    without = Stage("prune", "tiny", params, stage.inputs)
+    counted(store, without)
+    assert cost.without_copies == cost_of(store, importance, without).operations
 
 
 @pytest.mark.parametrize("refit", ["none", "dense", "layerwise"])

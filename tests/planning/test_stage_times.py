@@ -124,3 +124,15 @@ def test_a_rate_that_is_not_known_and_gpus_that_are_not_there_are_named(model):
     assert times.of(stage, None, None, None).missing == "all of it: it has no GPUs in the profile"
     copies = times.of(first(plan, "prune"), None, None, None)
     assert (copies.gpus, copies.missing) == (0, "") and copies.seconds > START_S
+
+
+def test_copies_lengthen_the_passes_of_a_refit_and_send_no_more(model):
+    gpus = replace(GPUS, nodes=2, network=100e9 / 8)
+    loads = []
+    for copies in (0, 15):
+        _, plan = published_plan([model], ["surgeon-uniform"], gpus, prune__refit_copies=copies)
+        load = StageTimes(plan, checkpointing=False)._layer_pass(first(plan, "prune"), gpus)
+        assert load is not None
+        loads.append(load)
+    assert loads[0].exchanged == pytest.approx(loads[1].exchanged) != 0
+    assert loads[1].overlapping.longest > 8 * loads[0].overlapping.longest
