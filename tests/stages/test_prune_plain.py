@@ -36,7 +36,7 @@ from hfprune_dist.core.least_squares import RIDGES
 from hfprune_dist.core.selection import entries_of, top_units
 from hfprune_dist.planning.plain_shapes import PlainShape
 from hfprune_dist.refit.measurement import Measurement
-from hfprune_dist.stages import finals, prune_plain, prune_refit
+from hfprune_dist.stages import final_refit, finals, prune_plain, prune_refit
 from hfprune_dist.stages.cheap_measurement import EVERY, CheapMeasurements
 from hfprune_dist.structures.kept import Kept, Shape
 
@@ -284,7 +284,7 @@ def used(monkeypatch):
         refit(context, models, kept, windows_ST, fitted, phase=phase)
 
     monkeypatch.setattr(Measurement, "__init__", measuring)
-    for module in (finals, prune_refit):
+    for module in (finals, final_refit):
         monkeypatch.setattr(module, "refit_layers", refitting)
     return seen
 
