@@ -75,6 +75,7 @@ def refit(method, checkpoint, kept, folder, *, dense=None, **options):
         model, layers = dense or (checkpoint, kept.layers)
         streams = stream, LayerStream(model, *where)
         whose = {"dense_layers": layers, "residual": options.get("residual", set())}
+        whose["more_iterations"] = options.get("more_iterations", 2)
         made = SequentialRefit(checkpoint.family, kept, *streams, fitted, **whose, world=world)
     made.run(options.get("after_each", lambda _done: None))
     return fitted

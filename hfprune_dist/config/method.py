@@ -38,6 +38,9 @@ Kinds = Annotated[list[Kind], AfterValidator(_in_order)]
 # Number of rounds, and share of the dense model's parameters removed per round; nobody waits for more rounds than 100.
 Rounds = Annotated[int, Field(ge=1, le=100)]
 RoundRatio = Annotated[float, Field(ge=0.01, lt=1)]
+# Iterations of conjugate gradients; and how many the last Gauss-Newton step has by default.
+Iterations = Annotated[int, Field(ge=1, le=100)]
+MORE_ITERATIONS = 2
 # Share of the neurons that a student lacks; divisor of logits, which must stay finite.
 Share = Annotated[float, Field(gt=0, lt=1)]
 Temperature = Annotated[float, Field(ge=0.01, le=100)]
@@ -100,6 +103,10 @@ class Method(Section):
     by layer, on the pruned model's own activations; the target lies halfway between the dense MLP's output there and
     the output that would restore the dense model's hidden states. block: as layerwise, then Gauss-Newton steps on
     gate_proj, up_proj and down_proj together; takes minutes, not seconds."""
+    refit_iterations: Iterations = MORE_ITERATIONS
+    """Iterations of the last Gauss-Newton step of refit: block, the one on all windows: with more, weights come closer
+    to what fits these windows best. Each takes as long as four forwards of the layers' MLPs. Has an effect only with
+    refit: block."""
     refit_copies: Annotated[int, Field(ge=0, le=100)] = 0
     """Number of copies of each calibration window that the refit sees as well. In a copy, half of the tokens are
     redrawn from the dense model's distribution of the next token, given the original text. This brings some of what
@@ -167,6 +174,7 @@ class Method(Section):
         idle |= set() if KV_GROUPS in self.structures else {"tensor_parallel"}
         idle |= set() if self.refit in ("layerwise", "block") else {"refit_norms", "refit_final_norm"}
         idle |= {"refit_final_norm"} if self.refit_norms else set()
+        idle |= set() if self.refit == "block" else {"refit_iterations"}
         idle |= {"refit_copies"} if self.refit in ("none", "bias") else set()
         return idle | (set(OF_A_STUDENT) if self.student_chosen_by is None else set())
 
@@ -319,6 +327,7 @@ class PruneConfig(Section):
     adapts: bool | None = None
     tensor_parallel: Positive | None = None
     refit: Refit | None = None
+    refit_iterations: Iterations | None = None
     refit_copies: Annotated[int, Field(ge=0, le=100)] | None = None
     refit_final_norm: bool | None = None
     refit_norms: bool | None = None

@@ -17,7 +17,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import BaseModel, BeforeValidator, Field, ValidationError
 
 from hfprune_dist.config.left_out import LeftOutAt, left_out
-from hfprune_dist.config.method import Allocation, Kinds, Refit, Structures
+from hfprune_dist.config.method import MORE_ITERATIONS, Allocation, Kinds, Refit, Structures
 from hfprune_dist.config.section import Dtype, Section, TextSource
 from hfprune_dist.config.texts import CalibrationConfig, FidelityConfig
 from hfprune_dist.config.training import DistillationConfig, RecoveryConfig
@@ -180,6 +180,7 @@ class PruneParameters(Parameters):
     micro_batch_size: Annotated[int | None, LeftOutAt(None)] = None
     structures: Annotated[Structures, LeftOutAt([NEURONS])] = Field(default=[NEURONS])
     tensor_parallel: Annotated[int, LeftOutAt(1)] = 1
+    refit_iterations: Annotated[int, LeftOutAt(MORE_ITERATIONS)] = MORE_ITERATIONS
     refit_copies: Annotated[int, LeftOutAt(0)] = 0
     refit_final_norm: Annotated[bool, LeftOutAt(False)] = False
     refit_norms: Annotated[bool, LeftOutAt(False)] = False

@@ -19,7 +19,7 @@ from hfprune_dist.planning.operations import Operations
 # distributed.gram_sums: one of this many micro-batches is held out. core.least_squares: ridges that are tried.
 HOLD_OUT_EVERY, RIDGES = 8, 5
 # refit.gauss_newton_ranks: iterations of the first and the second step; step lengths that are tried.
-ITERATIONS, STEP_LENGTHS = (4, 2), 3
+ITERATIONS, STEP_LENGTHS = 4, 3
 
 
 @dataclass(frozen=True)
@@ -174,10 +174,13 @@ def _experts_again(dims: Dimensions) -> float:
 
 
 def sequential_refit(
-    dense: ModelShape, kept: ModelShape, windows: Windows, *, kv_groups: bool, whole_mlp: bool = False
+    dense: ModelShape, kept: ModelShape, windows: Windows, *, kv_groups: bool, more_iterations: int = 0
 ) -> Operations:
     """A pass through both models, every block fitted towards the dense one's hidden states on the way; besides
     ``residual_checks``.
+
+    Args:
+        more_iterations: of the step on all windows; 0 without Gauss-Newton steps.
     """
     tokens, length = windows.tokens, windows.length
     # A layer that goes is run again behind the block that makes up for it.
@@ -194,8 +197,8 @@ def sequential_refit(
         read = 2 * left.row_projections * left.hidden_size * left.intermediate_size
         flops += Operations(tokens * (mlp_block(whole) + read))
         flops += _fitted_to_targets(left.hidden_size, left.intermediate_size, tokens)
-        if whole_mlp:
-            flops += steps(left, windows)
+        if more_iterations:
+            flops += steps(left, windows, more_iterations)
     return flops
 
 
@@ -221,14 +224,12 @@ def _fitted_to_targets(outputs: int, kept: int, tokens: int) -> Operations:
     return Operations(float32=tokens * (2 * kept * outputs + gram(size))) + least_squares(outputs, size, kept)
 
 
-def steps(dims: Dimensions, windows: Windows) -> Operations:
+def steps(dims: Dimensions, windows: Windows, more_iterations: int) -> Operations:
     """Gauss-Newton on a pruned MLP: one step on the windows that are not held out, judged on those that are, and one on
     all windows.
     """
     flops = Operations(STEP_LENGTHS * windows.held_out * mlp_block(dims))
-    for tokens, iterations in zip((windows.fitted, windows.tokens), ITERATIONS, strict=True):
-        flops += _step(dims, tokens, iterations)
-    return flops
+    return flops + _step(dims, windows.fitted, ITERATIONS) + _step(dims, windows.tokens, more_iterations)
 
 
 def _step(dims: Dimensions, tokens: int, iterations: int) -> Operations:

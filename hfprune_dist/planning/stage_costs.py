@@ -262,4 +262,5 @@ class _FinalRefit:
             return Operations(windows.tokens * forward_of_all(self.model, windows.length))
         if refit == "dense":
             return dense_refit(self.model, self.kept, windows, kv_groups=kv_groups, dropped=self.dropped)
-        return sequential_refit(self.dense, self.kept, windows, kv_groups=kv_groups, whole_mlp=refit == "block")
+        more = self.params.refit_iterations if refit == "block" else 0
+        return sequential_refit(self.dense, self.kept, windows, kv_groups=kv_groups, more_iterations=more)

@@ -16,9 +16,8 @@ from hfprune_dist.distributed.gram_sums import is_held_out
 from hfprune_dist.distributed.host_transfers import HostTransfers
 from hfprune_dist.distributed.world import World
 
-# Iterations of conjugate gradients, in a step and in the one that follows on all windows; each iteration costs about
-# as much as four forwards of the MLP.
-ITERATIONS, MORE_ITERATIONS = 4, 2
+# Iterations of conjugate gradients in the first step; each costs about as much as four forwards of the MLP.
+ITERATIONS = 4
 # Shares of the step that are tried on held-out windows.
 STEP_LENGTHS = (0.0, 1.0, 0.5)
 
@@ -48,6 +47,7 @@ class Reconstruction:
         inputs: micro-batch of this rank -> what the MLP reads in it, in that dtype [tokens, hidden_size], on the CPU.
         targets: micro-batch -> what the MLP should put out, without the down projection's bias, float32 on the CPU.
         micro_batches: their number on all ranks together.
+        more_iterations: those of the step that follows on all windows.
     """
 
     def __init__(
@@ -58,8 +58,10 @@ class Reconstruction:
         targets: Mapping[int, Tensor],
         *,
         micro_batches: int,
+        more_iterations: int,
         world: World,
     ) -> None:
+        self._more_iterations = more_iterations
         self._dtype = dtype
         self._biases = biases
         self._inputs = inputs
@@ -87,7 +89,7 @@ class Reconstruction:
         if not length:
             return whole.weights
         moved = replace(whole, weights=fitted.weights.plus(step, length))
-        return moved.weights.plus(self._step(moved, list(self._inputs), MORE_ITERATIONS), length)
+        return moved.weights.plus(self._step(moved, list(self._inputs), self._more_iterations), length)
 
     def _step(self, start: Start, indices: Sequence[int], iterations: int) -> MlpWeights:
         """A Gauss-Newton step, on some micro-batches of this rank and those of the other ranks."""

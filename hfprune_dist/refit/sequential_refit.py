@@ -76,6 +76,7 @@ class SequentialRefit:
         dense: the same windows before the first layer of the dense model.
         fitted: where refitted layers are written. Its kinds say which blocks are fitted; if it holds whole MLPs, Gauss-
             Newton steps on all their projections follow least squares on the down projection.
+        more_iterations: of the Gauss-Newton step on all windows.
         residual: numbers of the dense model's layers that were found to be their residual stream plus their blocks; the
             others are checked, and added.
     """
@@ -89,6 +90,7 @@ class SequentialRefit:
         fitted: RefittedLayers,
         *,
         dense_layers: Sequence[int],
+        more_iterations: int,
         residual: set[int],
         world: World,
     ) -> None:
@@ -99,6 +101,7 @@ class SequentialRefit:
         self._stream = stream
         self._dense = dense
         self._fitted = fitted
+        self._more_iterations = more_iterations
         self._residual = residual
         self._transfers = HostTransfers(world.device)
         self._world = world
@@ -271,6 +274,7 @@ class SequentialRefit:
             dict(self._transfers.through(self._stream.all_hidden().items(), lambda it: norm(it).flatten(0, 1))),
             targets,
             micro_batches=self._stream.micro_batches,
+            more_iterations=self._more_iterations,
             world=self._world,
         )
 

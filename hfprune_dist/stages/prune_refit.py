@@ -95,6 +95,7 @@ def refit_layers(
             stream_of(context, models.dense, windows_ST, probe_of(context, models.dense, windows_ST)),
             fitted,
             dense_layers=in_dense_numbering(context, kept).layers,
+            more_iterations=context.params.refit_iterations,
             residual=models.residual,
             world=context.world,
         )

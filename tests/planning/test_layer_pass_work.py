@@ -70,7 +70,7 @@ def test_refits(tmp_path_factory, kind, groups):
             gone = {*range(checkpoint.num_layers)} - {*kept.layers}
             found = dense_refit(dense, left, windows, kv_groups=groups, dropped=[*gone])
         else:
-            found = sequential_refit(dense, left, windows, kv_groups=groups, whole_mlp=kind == "block")
+            found = sequential_refit(dense, left, windows, kv_groups=groups, more_iterations=2 * (kind == "block"))
             found += residual_checks(dense, len(kept.layers), windows.length)
         assert found.total == pytest.approx(counted, rel=1e-4)
 
@@ -129,7 +129,7 @@ def test_refits_of_mlps_without_a_gate(tmp_path, kind):
     dense = ModelShape.of(checkpoint)
     left = dense.pruned(checkpoint.units.sizes(kept.shape.counts(checkpoint.units)))
     assert left.layers[0].mlp_matrices == 2
-    found = sequential_refit(dense, left, windows, kv_groups=False, whole_mlp=kind == "block")
+    found = sequential_refit(dense, left, windows, kv_groups=False, more_iterations=2 * (kind == "block"))
     found += residual_checks(dense, 3, windows.length)
     assert found.total == pytest.approx(counted, rel=1e-4)
 
@@ -185,7 +185,7 @@ def flops_of(kind, checkpoint, kept, windows, folder, vocabulary=264):
     if kind == "dense":
         refit = DenseRefit(kept, dense, fitted, world)
     else:
-        whose = {"dense_layers": kept.layers, "residual": set()}
+        whose = {"dense_layers": kept.layers, "residual": set(), "more_iterations": 2}
         refit = SequentialRefit(checkpoint.family, kept, pruned, dense, fitted, **whose, world=world)
     with counting() as total:
         refit.run(lambda done: None)

@@ -664,7 +664,13 @@ def test_too_many_steps_for_a_model_are_refused(world):
 
 
 @pytest.mark.parametrize(
-    ("setting", "off", "on"), [("refit_final_norm", False, True), ("refit_norms", False, True), ("refit_copies", 0, 1)]
+    ("setting", "off", "on"),
+    [
+        ("refit_final_norm", False, True),
+        ("refit_norms", False, True),
+        ("refit_copies", 0, 1),
+        ("refit_iterations", 2, 3),
+    ],
 )
 def test_a_method_without_a_later_setting_has_the_fingerprints_of_before(world, setting, off, on):
     before, without, after = (

@@ -11,6 +11,7 @@ from ranks import SoloWorld, killing, killing_in_reduction, run_stage
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from hfprune_dist.config.method import MORE_ITERATIONS
 from hfprune_dist.config.schema import RuntimeConfig
 from hfprune_dist.core import final_norm
 from hfprune_dist.core.criteria import CRITERIA
@@ -306,7 +307,7 @@ def test_an_interrupted_refit_goes_on_at_its_layer(tmp_path, monkeypatch):
 
 
 # Per layer: two Gram matrices; in each step three sums for the curvature, the right side and every iteration.
-REDUCTIONS = 2 + 3 * (2 + reconstruct.ITERATIONS) + 3 * (2 + reconstruct.MORE_ITERATIONS)
+REDUCTIONS = 2 + 3 * (2 + reconstruct.ITERATIONS) + 3 * (2 + MORE_ITERATIONS)
 
 
 @pytest.mark.slow
