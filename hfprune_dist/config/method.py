@@ -41,6 +41,8 @@ RoundRatio = Annotated[float, Field(ge=0.01, lt=1)]
 # Iterations of conjugate gradients; and how many the last Gauss-Newton step has by default.
 Iterations = Annotated[int, Field(ge=1, le=100)]
 MORE_ITERATIONS = 2
+# Copies of each window that a refit sees; nobody waits for more than 100.
+Copies = Annotated[int, Field(ge=0, le=100)]
 # Share of the neurons that a student lacks; divisor of logits, which must stay finite.
 Share = Annotated[float, Field(gt=0, lt=1)]
 Temperature = Annotated[float, Field(ge=0.01, le=100)]
@@ -107,7 +109,7 @@ class Method(Section):
     """Iterations of the last Gauss-Newton step of refit: block, the one on all windows: with more, weights come closer
     to what fits these windows best. Each takes as long as four forwards of the layers' MLPs. Has an effect only with
     refit: block."""
-    refit_copies: Annotated[int, Field(ge=0, le=100)] = 0
+    refit_copies: Copies = 0
     """Number of copies of each calibration window that the refit sees as well. In a copy, half of the tokens are
     redrawn from the dense model's distribution of the next token, given the original text. This brings some of what
     more text would; with n copies, the refit takes about n + 1 times as long. Searches and refits of norms don't see
@@ -328,7 +330,7 @@ class PruneConfig(Section):
     tensor_parallel: Positive | None = None
     refit: Refit | None = None
     refit_iterations: Iterations | None = None
-    refit_copies: Annotated[int, Field(ge=0, le=100)] | None = None
+    refit_copies: Copies | None = None
     refit_final_norm: bool | None = None
     refit_norms: bool | None = None
     multiple_of: PositiveOrAuto | None = None

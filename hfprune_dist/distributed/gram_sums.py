@@ -125,3 +125,9 @@ def is_held_out(index: int, count: int) -> bool:
     """Whether the micro-batch ``index``, one of ``count``, is held out rather than fitted."""
     every = min(HOLD_OUT_EVERY, count)
     return count > 1 and index % every == every - 1
+
+
+def windows_held_out(windows: int, micro_batch_size: int) -> list[bool]:
+    """For each window, whether its micro-batch is held out rather than fitted."""
+    batches = -(-windows // micro_batch_size)
+    return [is_held_out(window // micro_batch_size, batches) for window in range(windows)]

@@ -7,7 +7,7 @@ from hfprune_dist.config.parameters import ImportanceParameters
 from hfprune_dist.data.mixture import Source, read_mixture
 from hfprune_dist.data.tokenizer import load_tokenizer
 from hfprune_dist.data.windows import WINDOWS, Sampling, Windows, read_windows, save_windows
-from hfprune_dist.distributed.gram_sums import is_held_out
+from hfprune_dist.distributed.gram_sums import windows_held_out
 from hfprune_dist.stages.context import Context as AnyContext
 from hfprune_dist.store.atomic_files import read_object, write_json
 
@@ -50,6 +50,5 @@ def _cut_windows(context: Context) -> Windows:
     ]
     if settings.mixture is None:
         return read_windows(sources[0].settings, sources[0].path, tokenizer, sampling, "calibration")
-    batches = -(-settings.samples // settings.micro_batch_size)
-    apart = [is_held_out(window // settings.micro_batch_size, batches) for window in range(settings.samples)]
+    apart = windows_held_out(settings.samples, settings.micro_batch_size)
     return read_mixture(sources, tokenizer, sampling, apart, "calibration")

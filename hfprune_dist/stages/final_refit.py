@@ -8,7 +8,7 @@ from torch import Tensor
 from hfprune_dist.checkpoints.checkpoint import Checkpoint
 from hfprune_dist.checkpoints.tensor_files import is_usable, load_tensors, save_tensors
 from hfprune_dist.core.redraw import redrawn_copies
-from hfprune_dist.distributed.gram_sums import is_held_out
+from hfprune_dist.distributed.gram_sums import windows_held_out
 from hfprune_dist.models.single_layer import LayerReader
 from hfprune_dist.refit.measurement import normed_outputs
 from hfprune_dist.refit.refitted_layers import RefittedLayers
@@ -73,20 +73,14 @@ def in_refit_order(windows_ST: Tensor, copies_SRT: Tensor, micro_batch_size: int
         copies_SRT: copies of all windows [windows, copies of each, tokens].
     """
     everything_SRT = torch.cat([windows_ST[:, None], copies_SRT], dim=1)
-    versions, apart = everything_SRT.shape[1], _held_out(len(windows_ST), micro_batch_size)
+    versions, apart = everything_SRT.shape[1], windows_held_out(len(windows_ST), micro_batch_size)
     # Windows in order, each with its copies: where there is no room, or too much, few windows are on both sides.
     held_out, fitted = (
         [window * versions + it for window, is_apart in enumerate(apart) if is_apart is side for it in range(versions)]
         for side in (True, False)
     )
     order = []
-    for is_apart in _held_out(everything_SRT[..., 0].numel(), micro_batch_size):
+    for is_apart in windows_held_out(everything_SRT[..., 0].numel(), micro_batch_size):
         first, second = (held_out, fitted) if is_apart else (fitted, held_out)
         order.append(first.pop(0) if first else second.pop())
     return everything_SRT.flatten(0, 1)[order]
-
-
-def _held_out(windows: int, micro_batch_size: int) -> list[bool]:
-    """For each window, whether refits hold it out."""
-    batches = -(-windows // micro_batch_size)
-    return [is_held_out(window // micro_batch_size, batches) for window in range(windows)]

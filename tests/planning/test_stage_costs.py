@@ -148,6 +148,7 @@ def test_a_cut_whose_refit_sees_copies(scored, refit):
     store, importance = scored
     params = {"ratio": 0.25, "criterion": "entropy", "allocation": "uniform", "refit": refit, "multiple_of": 1}
     params |= {"dtype": "float32", "micro_batch_size": 1, "refit_copies": 2}
+    params |= {"refit_iterations": 5} if refit == "block" else {}
     stage = Stage("prune", "tiny", params, {"model": importance.inputs["model"], "importance": importance.as_input()})
     flops, cost = counted(store, stage), cost_of(store, importance, stage)
     assert cost.flops == pytest.approx(flops, rel=1e-4)
