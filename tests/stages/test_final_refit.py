@@ -5,6 +5,7 @@ import torch
 from cuts import IMPORTANCE, prepare, run_solo, weights_of
 from hypothesis import given
 from hypothesis import strategies as st
+from ranks import killing, run_stage
 from worlds import Ranks, run_in_threads
 
 from hfprune_dist.data.windows import load_windows
@@ -97,3 +98,17 @@ def test_copies_are_made_once(tmp_path, monkeypatch):
     with pytest.raises(ZeroDivisionError):
         run_solo(store, stage)
     assert len(made) == 2, "a damaged file is made again"
+
+
+@pytest.mark.slow
+def test_a_rank_that_died_as_it_saved_copies_leaves_the_others_nothing_wrong(tmp_path):
+    (tmp_path / "whole").mkdir()
+    reference, stage, _ = prepare(tmp_path / "whole", refit="layerwise", refit_copies=2)
+    run_solo(reference, stage)
+    store, stage, _ = prepare(tmp_path, refit="layerwise", refit_copies=2)
+    killed = run_stage(store, stage, 2, environment=killing(0, 2, "copies."))
+    assert killed.returncode != 0 and not store.path(stage.id).exists()
+    assert not (store.work(stage.id) / "copies.safetensors").exists()
+    resumed = run_stage(store, stage, 2)
+    assert resumed.returncode == 0, resumed.stderr[-2000:]
+    assert weights_of(store, stage) == weights_of(reference, stage)
