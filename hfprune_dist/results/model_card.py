@@ -114,12 +114,18 @@ def _method(subject: Subject) -> str:
         return f"{what} go, scored by LoRA's own gradients while it recovers the model"
     in_parts = f" anew in each of {len(cuts)} parts" if len(cuts) > 1 else ""
     copies = settings.get("refit_copies", 0)
+    iterations = settings.get("refit_iterations")
+    steps = (
+        f" ({counted(iterations, 'iteration')} in its last step)"
+        if iterations and settings.get("refit") == "block"
+        else ""
+    )
     text = f" on the windows and {copies} redrawn {'copies' if copies > 1 else 'copy'} of each" if copies else ""
     norms = next((it for key, it in _NORMS.items() if settings.get(key)), "")
     distilled = ", distillation" if any(it.kind == "distill" for it in subject.stages) else ""
     return (
         f"{what} go, scored by {settings.get('criterion')}{in_parts}; allocation {settings.get('allocation')}, refit "
-        f"{settings.get('refit')}{text}{norms}{distilled}"
+        f"{settings.get('refit')}{steps}{text}{norms}{distilled}"
     )
 
 

@@ -146,6 +146,12 @@ def test_people_read_how_it_was_made(config, tmp_path):
         ({"prune__refit_final_norm": True}, "refit block, then the final norm |"),
         ({"prune__refit_norms": True}, "refit block, then all norms |"),
         ({"prune__refit_norms": True, "prune__refit": "dense"}, "refit dense |"),
+        ({"prune__refit_iterations": 1}, "refit block (1 iteration in its last step) |"),
+        ({"prune__refit_iterations": 6, "prune__refit": "dense"}, "refit dense |"),
+        (
+            {"prune__refit_iterations": 6, "prune__refit_copies": 1},
+            "refit block (6 iterations in its last step) on the windows and 1 redrawn copy of each |",
+        ),
         ({"prune__refit_copies": 1}, "refit block on the windows and 1 redrawn copy of each |"),
         (
             {"prune__refit_copies": 2, "prune__refit_norms": True},
