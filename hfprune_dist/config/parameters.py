@@ -162,10 +162,11 @@ class ReferenceParameters(Parameters):
 class PruneParameters(Parameters):
     """Parameters of one cut: the settings of a ``Method`` that it depends on.
 
-    ``ratio``: removed parameters / all parameters of the dense model, after this cut. ``floor``, ``protect_first`` and
-    ``protect_last`` are None if the allocation doesn't use them, ``dtype`` and ``micro_batch_size`` (windows per
-    forward pass of one rank) if no model runs. ``tensor_parallel`` divides ``multiple_of`` and the layers' numbers of
-    KV groups; it is 1 if no KV groups are pruned.
+    ``ratio``: removed parameters / all of the dense model's, after this cut. ``floor``, ``protect_first`` and
+    ``protect_last`` are None if the allocation doesn't use them, ``dtype`` and ``micro_batch_size`` (windows per rank's
+    forward pass) if no model runs. ``tensor_parallel`` divides ``multiple_of`` and the layers' numbers of KV groups; it
+    is 1 if none are pruned. ``mlp_targets``: MLPs are refitted to the outputs of dense ones, which stand behind dense
+    norms; absent unless an earlier round refitted norms, and in records of cuts in which they stood behind those.
     """
 
     ratio: float
@@ -184,6 +185,7 @@ class PruneParameters(Parameters):
     refit_copies: Annotated[int, LeftOutAt(0)] = 0
     refit_final_norm: Annotated[bool, LeftOutAt(False)] = False
     refit_norms: Annotated[bool, LeftOutAt(False)] = False
+    mlp_targets: Annotated[Literal["with dense norms"] | None, LeftOutAt(None)] = None
 
     @property
     def compute_dtype(self) -> Dtype | None:
@@ -342,9 +344,7 @@ def _recorded(value: object) -> object:
 
 
 def _without_place(source: TextSource) -> set[str]:
-    """Fields of a text source that a record leaves out: the path and, for a file, what describes a data set; for a
-    mixture, all fields of a single text.
-    """
+    """Fields that records leave out: a path, for a file what describes a data set, for a mixture those of one text."""
     if isinstance(source, CalibrationConfig) and source.mixture is not None:
         return set(TextSource.model_fields)
     return {"path"} if source.path is None else {"path", *OF_A_DATA_SET}

@@ -31,12 +31,7 @@ from hfprune_dist.planning.model_sources import ModelSource
 from hfprune_dist.planning.multiples import protected_by, suited, with_numbers
 from hfprune_dist.planning.plan import NONE, OWN, Cell, Plan, label_of
 from hfprune_dist.planning.ratios import check_ratios
-from hfprune_dist.planning.refusals import (
-    check_positions,
-    check_recovery,
-    place_of,
-    refuse_same_rows,
-)
+from hfprune_dist.planning.refusals import check_positions, check_recovery, place_of, refuse_same_rows
 from hfprune_dist.planning.rounds import round_ratios
 from hfprune_dist.planning.scoring_passes import (
     Scored,
@@ -265,11 +260,13 @@ class _Planner:
     def _prune(self, label: str, inputs: dict[str, Input], ratio: float, method: Method) -> Stage:
         # These run windows through the model again.
         runs_model = method.refit != "none" or method.allocation in ("plain", "searched", "low_rank")
+        other_norms = "dense" in inputs and method.refit_norms and method.refit in ("layerwise", "block")
         params = PruneParameters(
             ratio=ratio,
             **method.of_one_cut(),
             dtype=self.config.importance.dtype if runs_model else None,
             micro_batch_size=self.config.calibration.micro_batch_size if runs_model else None,
+            mlp_targets="with dense norms" if other_norms else None,
         )
         return self._add(Stage("prune", label, params, inputs))
 

@@ -248,11 +248,13 @@ class SequentialRefit:
             dense_ND: what the dense block's output projection reads; None for an MLP.
         """
         if dense_ND is None:
-            own_NC: Tensor = mlp_of(block.dense, self._mlp)(norm_before(layer, self._mlp)(residual_BTC).flatten(0, 1))
+            # An earlier round may have refitted the pruned layer's norms.
+            normed_NC = norm_before(block.dense, self._mlp)(residual_BTC).flatten(0, 1)
+            own_NC: Tensor = mlp_of(block.dense, self._mlp)(normed_NC)
         else:
             own_NC = output_of(block.dense, block.units)(dense_ND)
         residual_NC, output_NC = residual_BTC.flatten(0, 1), own_NC
-        own_NC = residual_update(layer, block.units, own_NC)
+        own_NC = residual_update(block.dense, block.units, own_NC)
         if block.gap:
             reached_BTC = (residual_NC + own_NC).view_as(residual_BTC)
             for gone in block.gap:

@@ -680,6 +680,16 @@ def test_a_method_without_a_later_setting_has_the_fingerprints_of_before(world, 
     assert [one.kind for one in before.stages.values() if one.id not in after.stages][:1] == ["prune"]
 
 
+@pytest.mark.parametrize("refit", ["dense", "layerwise", "block"])
+@pytest.mark.parametrize("norms", ["refit_norms", "refit_final_norm"])
+def test_only_rounds_after_a_refit_of_all_norms_say_whose_norms_stand_before_mlps(world, refit, norms):
+    settings = {"prune__steps": 3, "prune__refit": refit, f"prune__{norms}": True}
+    plan = plan_of(world, models=["a"], methods=["surgeon-uniform"], ratios=[0.2], **settings)
+    later = norms == "refit_norms" and refit != "dense"
+    says_so = ["mlp_targets" in plan.stages[it].params.to_json() for it in plan.cells[-1].producers[1:-1:2]]
+    assert says_so == [False, later, later]
+
+
 def test_with_all_norms_refitted_the_final_one_is_among_them(world):
     plans = [plan_of(world, prune__refit_norms=True, prune__refit_final_norm=it) for it in (False, True)]
     assert list(plans[0].stages) == list(plans[1].stages)

@@ -1,7 +1,9 @@
 """Layer-by-layer refits: exact maths against whole layers in float64, gaps, ranks, resuming, and what is run."""
 
+import shutil
 import threading
 from collections import Counter
+from itertools import product
 
 import pytest
 import tiny
@@ -24,6 +26,7 @@ from refitting import (
     weights_in,
     windows_of,
 )
+from safetensors.torch import load_file, save_file
 from tiny import VARIANTS
 from transformers import Olmo2Config, Olmo2ForCausalLM
 from transformers.models.llama import modeling_llama
@@ -114,6 +117,30 @@ def test_layers_that_went_earlier_are_gaps_as_well(tmp_path):
     options = {"world": SoloWorld(), "windows_ST": windows, "dense": (dense, (1, 4, 5))}
     fits = refit("layerwise", model, kept, tmp_path / "refit", **options).reports(kept.layers)
     check_all(tmp_path / "refit", kept, fits, windows, model=model, dense=dense, dense_layers=(1, 4, 5))
+
+
+def with_other_norms(checkpoint, folder):
+    """Return a checkpoint that computes the same, bit for bit, with norms of twice the size."""
+    shutil.copytree(checkpoint.path, folder)
+    tensors = load_file(folder / "model.safetensors")
+    for name, tensor in tensors.items():
+        if name.endswith(("input_layernorm.weight", f"{NORM}.weight")):
+            tensor *= 2
+        elif name.endswith(("q_proj.weight", "k_proj.weight", "v_proj.weight", "gate_proj.weight", "up_proj.weight")):
+            tensor /= 2
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    return open_checkpoint(folder)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_norms_that_an_earlier_round_has_refitted_change_no_target(tmp_path, variant):
+    dense, kept = checkpoint_in(tmp_path / "dense", variant, 4), some_kept((0, 1, 3))
+    same = with_other_norms(dense, tmp_path / "same")
+    options = {"world": SoloWorld(), "windows_ST": windows_of(16), "dense": (dense, kept.layers)}
+    for model in (dense, same):
+        refit("layerwise", model, kept, tmp_path / f"refit {model.path.name}", **options)
+    for number, name in product(kept.layers, (O_PROJ, DOWN)):
+        assert torch.equal(*(found(tmp_path / f"refit {it}", number, name) for it in ("dense", "same")))
 
 
 def refitted_model(checkpoint, kept, fitted):
