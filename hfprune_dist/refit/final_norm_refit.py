@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -56,6 +56,39 @@ def pruned_outputs(
     return read_by_head(pruned.reader, pruned.numbers, batches, world.device, after_each, change=pruned.change)
 
 
+class Curvature:
+    """Exact sums over all ranks' micro-batches, unless one's vectors are out of all proportion to the first one's.
+
+    Args:
+        size: length of a vector.
+        count: number of micro-batches of all ranks.
+    """
+
+    def __init__(self, size: int, count: int, world: World) -> None:
+        self._sums = GramSums(0, size, count, world)  # its messages, which name a layer, are not shown
+        self._world = world
+        self._fit = True
+
+    def add(self, index: int, vectors_NC: Tensor) -> None:
+        """Add a micro-batch's vectors; the first call is collective."""
+        self._try(lambda: self._sums.add(index, vectors_NC))
+
+    def of_all_ranks(self) -> Tensor | None:
+        """The sum of v v^T, float64 [size, size], None if there is none; collective."""
+        self._try(self._sums.begin)
+        if not all(self._world.all_gather(self._fit)):
+            return None
+        fitted_CC, held_out_CC = self._sums.of_all_ranks()
+        return fitted_CC.add_(held_out_CC)
+
+    def _try(self, action: Callable[[], None]) -> None:
+        if self._fit:
+            try:
+                action()
+            except UserError:
+                self._fit = False
+
+
 class FinalNormRefit:
     """Newton's method for the factors; the same bits on any number of ranks.
 
@@ -64,7 +97,6 @@ class FinalNormRefit:
         micro_batches: number -> ids [windows, tokens], of all ranks together.
         dense: what the head reads in the dense model for this rank's micro-batches, on the CPU.
         pruned: what it reads in the pruned model.
-        number: of the model's layers, for messages.
         after_each: called with the number of passes that are done.
     """
 
@@ -75,7 +107,6 @@ class FinalNormRefit:
         dense: Hidden,
         pruned: Hidden,
         *,
-        number: int,
         world: World,
         after_each: AfterLayer,
     ) -> None:
@@ -83,7 +114,6 @@ class FinalNormRefit:
         self._micro_batches = micro_batches
         self._dense = dense
         self._pruned = pruned
-        self._number = number
         self._transfers = HostTransfers(world.device)
         self._world = world
         self._after_each = after_each
@@ -94,8 +124,8 @@ class FinalNormRefit:
         """Return the closest of the factors that were reached; collective.
 
         Raises:
-            UserError: if the divergence of the model as it is, or a gradient at the final hidden states, is NaN or
-                infinite; or if gradients are out of all proportion.
+            UserError: if, for the model as it is, the divergence or a gradient at the final hidden states is NaN or
+                infinite, or gradients are out of all proportion.
         """
         hidden_size = self._head.weight_VC.shape[1]
         factors_C = torch.ones(hidden_size, dtype=torch.float64, device=self._world.device)
@@ -104,22 +134,32 @@ class FinalNormRefit:
     def _visit(self, factors_C: Tensor) -> Place:
         """The divergence over the tokens of all ranks, and a step that is the same on every rank; collective."""
         kl, gradient_C, curvature_CC = self._derivatives(factors_C)
-        if not (self._passes or math.isfinite(kl)):
+        if not self._passes and (curvature_CC is None or not math.isfinite(kl)):
+            what = (
+                "gradients at the pruned model's final hidden states are NaN, infinite or out of all proportion"
+                if math.isfinite(kl)
+                else "the pruned model's outputs, or the dense model's, are NaN or infinite"
+            )
             raise UserError(
-                "the final norm can't be refitted: the pruned model's outputs, or the dense model's, are NaN or "
-                f"infinite in {self._head.weight_VC.dtype}; set importance.dtype=float32, or check the checkpoint's "
-                "weights"
+                f"the final norm can't be refitted: {what} in {self._head.weight_VC.dtype}; set "
+                "importance.dtype=float32, or check the checkpoint's weights"
             )
         self._passes += 1
         self._after_each(self._passes)
+        if curvature_CC is None:
+            return Place(kl, torch.zeros_like(factors_C), 0.0)
         step_C = newton_step(factors_C, gradient_C, curvature_CC)
         self._world.broadcast_tensor(step_C, 0)  # other ranks' devices may round in another way
         gain = self._world.broadcast(-0.5 * float(gradient_C @ step_C))
         return Place(kl, step_C, gain)
 
-    def _derivatives(self, factors_C: Tensor) -> tuple[float, Tensor, Tensor]:
-        """The mean divergence, its gradient and its curvature, the same bits on every rank; collective."""
-        sums = GramSums(self._number, len(factors_C), len(self._micro_batches), self._world)
+    def _derivatives(self, factors_C: Tensor) -> tuple[float, Tensor, Tensor | None]:
+        """The mean divergence, its gradient and its curvature, the same bits on every rank; collective.
+
+        Where a step has led far away, the model may be so sure of some tokens that those of other micro-batches are out
+        of all proportion, or nothing is finite; then there is no curvature.
+        """
+        sums = Curvature(len(factors_C), len(self._micro_batches), self._world)
         own: dict[int, tuple[float, Tensor]] = {}
         for index, dense_NC, pruned_NC in self._states():
             batch = self._batch(index)
@@ -133,12 +173,11 @@ class FinalNormRefit:
             )
             own[index] = float(kl_N.sum(dtype=torch.float64)), (slope_NC.double() * pruned_NC).sum(dim=0).cpu()
             sums.add(index, signs_NC.float() * pruned_NC)
-        sums.begin()
-        fitted_CC, held_out_CC = sums.of_all_ranks()
+        curvature_CC = sums.of_all_ranks()
         kls, slopes = zip(*self._world.merge(own).values(), strict=True)
         gradient_C = torch.stack(slopes).sum(dim=0).to(factors_C)
-        curvature_CC = fitted_CC.add_(held_out_CC)
-        return sum(kls) / self._tokens, gradient_C / self._tokens, curvature_CC / self._tokens
+        kl, curvature = sum(kls) / self._tokens, None if curvature_CC is None else curvature_CC / self._tokens
+        return kl, gradient_C / self._tokens, curvature
 
     def _states(self) -> Iterator[tuple[int, Tensor, Tensor]]:
         """Yield the number of every micro-batch of this rank, and its states on the device [tokens, hidden_size]."""

@@ -88,7 +88,6 @@ def _refitted_last(
         batches,
         outputs_of_dense(context, models.dense, batches),
         states,
-        number=checkpoint.num_layers,
         world=world,
         after_each=after_each_layer(context, "passes for the final norm", final_norm.PASSES),
     ).fit()

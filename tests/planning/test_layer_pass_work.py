@@ -89,8 +89,7 @@ def test_a_refit_of_the_final_norm(tmp_path, monkeypatch, samples, most):
     with counting() as total:
         states = [dense_outputs(checkpoint, batches, torch.float32, world, lambda _done: None) for _ in range(2)]
         states[1] = {index: it * 1.5 for index, it in states[1].items()}
-        options = {"number": 2, "world": world, "after_each": lambda _done: None}
-        fit = final_norm_refit.FinalNormRefit(head, batches, *states, **options).fit()
+        fit = final_norm_refit.FinalNormRefit(head, batches, *states, world=world, after_each=lambda _done: None).fit()
         counted = total()
     shape = ModelShape.of(checkpoint)
     found = layer_pass_work.final_norm_refit(shape, shape, Windows(samples, 12, 2), passes=len(fit.kl))

@@ -14,7 +14,7 @@ from hfprune_dist.core.head import NOTHING, AfterHead
 from hfprune_dist.errors import UserError
 from hfprune_dist.models.single_layer import LayerReader
 from hfprune_dist.refit import final_norm_refit
-from hfprune_dist.refit.final_norm_refit import FinalNormRefit, micro_batches_of_fit, pruned_outputs
+from hfprune_dist.refit.final_norm_refit import Curvature, FinalNormRefit, micro_batches_of_fit, pruned_outputs
 from hfprune_dist.refit.measurement import dense_outputs, share_of
 from hfprune_dist.refit.pruned_layers import PrunedLayers
 
@@ -47,7 +47,7 @@ def test_states_that_are_too_large_are_made_smaller(states, after):
     head = replace(head, weight_VC=6 / after.scale * head.weight_VC, after=after)  # a model that is sure of something
     generator = torch.Generator().manual_seed(0)
     pruned = {index: it * 1.6 + 0.1 * torch.randn(it.shape, generator=generator) for index, it in dense.items()}
-    fit = FinalNormRefit(head, batches, dense, pruned, number=3, world=WORLD, after_each=nothing).fit()
+    fit = FinalNormRefit(head, batches, dense, pruned, world=WORLD, after_each=nothing).fit()
     assert fit.factors_C.mean() == pytest.approx(1 / 1.6, abs=0.05)
     measured = [divergence(head, dense, pruned, it).item() for it in (1.0, fit.factors_C)]
     assert [fit.kl[0], min(fit.kl)] == pytest.approx(measured, rel=1e-3) and measured[1] < 0.4 * measured[0]
@@ -55,7 +55,7 @@ def test_states_that_are_too_large_are_made_smaller(states, after):
 
 def test_a_model_that_is_as_close_as_it_can_be_stays_as_it_is(states):
     head, batches, dense = states
-    fit = FinalNormRefit(head, batches, dense, dense, number=3, world=WORLD, after_each=nothing).fit()
+    fit = FinalNormRefit(head, batches, dense, dense, world=WORLD, after_each=nothing).fit()
     torch.testing.assert_close(fit.factors_C, torch.ones_like(fit.factors_C), rtol=0, atol=1e-3)
 
 
@@ -79,15 +79,15 @@ def test_the_pruned_models_layers_are_those_that_it_is_written_with(tmp_path):
     assert outputs[0.0].keys() == batches.keys() and not torch.equal(outputs[0.0][1], outputs[1.0][1])
 
 
-def on_ranks(states, ranks):
+def on_ranks(states, ranks, size=1.6):
     """Fit factors where each rank has what it reads of its share of the micro-batches, and one may have none."""
     head, batches, dense = states
-    pruned = {index: it * 1.6 for index, it in dense.items()}
+    pruned = {index: it * size for index, it in dense.items()}
 
     def fitted(world):
         own = [{index: it[index] for index in share_of(batches, world)} for it in (dense, pruned)]
         passes = []
-        fit = FinalNormRefit(head, batches, *own, number=3, world=world, after_each=passes.append).fit()
+        fit = FinalNormRefit(head, batches, *own, world=world, after_each=passes.append).fit()
         assert passes == [*range(1, len(fit.kl) + 1)]
         return fit
 
@@ -108,8 +108,42 @@ def test_ranks_whose_devices_round_differently_go_the_same_way(states, monkeypat
     assert all(it.kl == first.kl and torch.equal(it.factors_C, first.factors_C) for it in others)
 
 
+def test_steps_that_leave_no_curvature_are_followed_by_shorter_ones(states, monkeypatch):
+    """A model that is sure of everything, so that the first step leads to one whose gradients are 0 for many tokens."""
+    head, batches, dense = states
+    sure, found = (replace(head, weight_VC=10 * head.weight_VC), batches, dense), []
+    newton = newton_step
+    monkeypatch.setattr(final_norm_refit, "newton_step", lambda *them: found.append(them[2]) or newton(*them))
+    (alone,) = on_ranks(sure, 1, size=5.0)
+    assert len(found) < len(alone.kl), "no step is computed without a curvature"
+    assert max(alone.kl) > 100 * alone.kl[0] and min(alone.kl) < alone.kl[0]
+    for ranks in (2, 5):
+        for fit in on_ranks(sure, ranks, size=5.0):
+            assert fit.kl == alone.kl and torch.equal(fit.factors_C, alone.factors_C)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 5])
+@pytest.mark.parametrize("size", [1e10, float("inf"), float("nan")])
+@pytest.mark.parametrize("large", range(4))
+def test_a_curvature_is_missing_on_all_ranks_or_on_none(ranks, size, large):
+    vectors = {index: torch.full((2, 3), size if index == large else 1.0) for index in range(4)}
+    ordinary = {**vectors, large: torch.ones(2, 3)}
+
+    def added_up(world, terms):
+        sums = Curvature(3, 4, world)
+        for index in share_of(dict.fromkeys(terms, torch.zeros(1)), world):
+            sums.add(index, terms[index])
+        return sums.of_all_ranks()
+
+    assert all(it is None for it in Ranks(ranks).run(lambda world: added_up(world, vectors))) is not (
+        large == 0 and size == 1e10
+    )
+    for total_CC in Ranks(ranks).run(lambda world: added_up(world, ordinary)):
+        assert torch.equal(total_CC, torch.full((3, 3), 8.0, dtype=torch.float64))
+
+
 def test_outputs_that_are_not_finite_are_one_message(states):
     head, batches, dense = states
     broken = {index: torch.full_like(it, torch.nan) for index, it in dense.items()}
     with pytest.raises(UserError, match=r"the final norm can't be refitted: .* NaN or infinite in torch.float32"):
-        FinalNormRefit(head, batches, broken, dense, number=3, world=WORLD, after_each=nothing).fit()
+        FinalNormRefit(head, batches, broken, dense, world=WORLD, after_each=nothing).fit()
