@@ -46,6 +46,17 @@ class Budget:
             self.fewest_layers,
         )
 
+    def most_layers_gone(self, of_layers: Sequence[int]) -> int:
+        """How many layers may go: as many as bounds allow, or the first number tried whose layers exceed the budget.
+
+        Args:
+            of_layers: parameters of each layer.
+        """
+        most = min(len(self.droppable), len(of_layers) - self.fewest_layers)
+        smallest_first = sorted(of_layers[layer] for layer in self.droppable)
+        tried = range(0, most, step_of_layers(len(of_layers)))
+        return next((gone for gone in tried if sum(smallest_first[:gone]) > self.parameters), most)
+
 
 def budget_of(target: ShapeTarget, limits: Limits) -> Budget:
     """The budget that a ratio asks for.

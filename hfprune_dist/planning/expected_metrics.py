@@ -19,6 +19,7 @@ from hfprune_dist.config.parameters import (
     ReferenceParameters,
 )
 from hfprune_dist.config.training import RecoveryConfig
+from hfprune_dist.planning.budget import budget_of
 from hfprune_dist.planning.known_sizes import packed_rows
 from hfprune_dist.planning.local_shapes import LocalTarget
 from hfprune_dist.planning.low_rank_shapes import LowRankTarget
@@ -92,7 +93,35 @@ class ExpectedManifests:
             return _low_rank(dense, params, stage.label)
         gone = params.ratio * size.parameters / size.parameters_per_unit / sum(size.counts)
         metrics = dense.units.sizes([max(1, round(count * (1 - gone))) for count in size.counts])
-        return metrics | (_searched(size.num_layers, params) if params.allocation == "searched" else {})
+        return metrics | (self._searched(stage, params) if params.allocation == "searched" else {})
+
+    def _searched(self, stage: Stage, params: PruneParameters) -> dict[str, Any]:
+        """Metrics of a layer-by-layer search, assuming that the last layers are dropped first, and none by a round."""
+        shapes: list[str] = [f"shape {number}" for number in range(SEARCHED)]
+        if LAYERS not in params.structures:
+            return {"search_kl": dict.fromkeys(shapes)}
+        dense = self.dense(stage)
+        counts, layers = dense.parameter_counts, dense.num_layers
+        removed = round(self._earlier(stage).ratio * counts.total) if "dense" in stage.inputs else 0
+        budget = budget_of(ShapeTarget.of(dense, params, stage.label), params.limits()).left(range(layers), removed)
+        gone = budget.most_layers_gone(counts.layers)
+        fits = [
+            it
+            for it in range(0, gone + 1, step_of_layers(layers))
+            if sum(counts.layers[layers - it :]) <= budget.parameters
+        ]
+        contests = [f"{layers - it} layers" for it in fits] if len(fits) > 1 else []
+        return {
+            "layers_in_order_of_dropping": [*range(layers)][layers - gone :][::-1],
+            "search_kl": dict.fromkeys([*contests, *shapes]),
+            "finalists_kl": dict.fromkeys(contests[:FINALISTS] if params.refit != "none" else []),
+        }
+
+    def _earlier(self, stage: Stage) -> PruneParameters:
+        """The parameters of the round before a stage."""
+        earlier = self._plan.stages[stage.inputs["model"].location]
+        assert isinstance(earlier.params, PruneParameters), f"{earlier.id} is not a round"
+        return earlier.params
 
     def _before(self, stage: Stage) -> PlainShape:
         """The shape that a search for a plain shape starts from, if the first candidate wins in every round."""
@@ -100,8 +129,8 @@ class ExpectedManifests:
         if "dense" not in stage.inputs:
             return PlainShape.of(dense)
         earlier = self._plan.stages[stage.inputs["model"].location]
-        assert isinstance(earlier.params, PruneParameters), f"{earlier.id} prunes no plain shape"
-        return plain_shapes(ShapeTarget.of(dense, earlier.params, earlier.label), self._before(earlier))[0]
+        target = ShapeTarget.of(dense, self._earlier(stage), earlier.label)
+        return plain_shapes(target, self._before(earlier))[0]
 
 
 def _of_norms(params: PruneParameters) -> dict[str, Any]:
@@ -156,17 +185,3 @@ def _low_rank(dense: Checkpoint, params: PruneParameters, where: str) -> dict[st
     shape = LowRankTarget(ShapeTarget.of(dense, params, where)).shape()
     ranks = {name.rpartition(".")[2]: row[0] for name, row in shape.ranks.items()}
     return dense.units.sizes(shape.units[NEURONS]) | {"attention_ranks": ranks}
-
-
-def _searched(num_layers: int, params: PruneParameters) -> dict[str, Any]:
-    """Metrics of a layer-by-layer search; if layers may be dropped, up to the ratio's share of them are."""
-    shapes: list[str] = [f"shape {number}" for number in range(SEARCHED)]
-    if LAYERS not in params.structures:
-        return {"search_kl": dict.fromkeys(shapes)}
-    gone, step = int(params.ratio * num_layers), step_of_layers(num_layers)
-    contests = [f"{num_layers - number} layers" for number in range(0, gone + 1, step)]
-    return {
-        "layers_in_order_of_dropping": [*range(num_layers)][num_layers - gone :][::-1],
-        "search_kl": dict.fromkeys([*contests, *shapes]),
-        "finalists_kl": dict.fromkeys(contests[:FINALISTS] if len(contests) > 1 and params.refit != "none" else []),
-    }

@@ -118,7 +118,7 @@ class _Search:
     def run(self) -> tuple[Candidate, dict[str, Any]]:
         """The shape that was measured to be closest, and metrics."""
         budget = self._contest.budget
-        most_gone = min(len(budget.droppable), self._checkpoint.num_layers - budget.fewest_layers)
+        most_gone = budget.most_layers_gone(self._checkpoint.parameter_counts.layers)
         order = self._measurements.layers_in_order(budget.droppable, most_gone)
         contests = self._contests(order)
         measurement = self._measurements.measurement(

@@ -13,6 +13,7 @@ from tiny import VARIANTS, save_tiny
 from hfprune_dist.checkpoints.checkpoint import open_checkpoint
 from hfprune_dist.errors import UserError
 from hfprune_dist.planning.budget import Budget, budget_of, largest_ratio
+from hfprune_dist.planning.plain_shapes import step_of_layers
 from hfprune_dist.planning.shape_target import ShapeTarget
 from hfprune_dist.planning.widths import Target, size_of
 from hfprune_dist.structures.kept import Kept, Shape
@@ -49,6 +50,19 @@ def test_a_budget_is_what_its_bounds_leave(data, variant, changes, ratio):
         assert least == groups or (least == split and "kv_groups" in structures and layer not in protected)
     assert not protected & set(budget.droppable) and budget.fewest_layers >= 2 * layers / 3
     assert bool(budget.droppable) <= ("layers" in structures)
+
+
+@settings(derandomize=True, deadline=None)
+@given(data=st.data(), of_layers=st.lists(st.integers(5, 9), min_size=1, max_size=40), parameters=st.integers(-5, 150))
+def test_no_more_layers_may_go_than_the_budget_allows_and_one_number_beyond(data, of_layers, parameters):
+    droppable = data.draw(st.sets(st.sampled_from(range(len(of_layers)))))
+    fewest = data.draw(st.integers(1, len(of_layers)))
+    gone = Budget(parameters, {}, tuple(sorted(droppable)), fewest).most_layers_gone(of_layers)
+    bound, step = min(len(droppable), len(of_layers) - fewest), step_of_layers(len(of_layers))
+    smallest = sorted(of_layers[layer] for layer in droppable)
+    within = [number for number in range(0, bound + 1, step) if sum(smallest[:number]) <= parameters]
+    assert gone <= bound and max(within, default=0) <= gone
+    assert gone == bound or gone == (within[-1] + step if within else 0)
 
 
 @settings(derandomize=True, deadline=None, max_examples=20)

@@ -6,6 +6,8 @@ import pytest
 from ranks import SoloWorld
 from shapes import metrics_of, next_round, outcome, prepare, run
 
+from hfprune_dist.planning.expected_metrics import ExpectedManifests
+from hfprune_dist.planning.plan import Plan
 from hfprune_dist.refit.measurement import Measurement
 from hfprune_dist.store.artifacts import Store
 from hfprune_dist.store.stage import Stage
@@ -50,6 +52,18 @@ def test_another_ratio_measures_what_is_left(tmp_path, measured, first, second, 
     run(alone, other(stage, ratio=second), SoloWorld())
     assert here == measured()[len(before) :] and bool(here) is left
     assert outcome(store, other(stage, ratio=second)) == outcome(alone, other(stage, ratio=second))
+
+
+@pytest.mark.parametrize(("ratio", "tried"), [(0.05, 1), (0.15, 3), (0.5, 4)])
+def test_a_search_orders_no_more_layers_than_might_go(tmp_path, measured, ratio, tried):
+    store, stage = prepare(tmp_path, **SMALL | SEARCHED | {"layers": 12}, ratio=ratio)
+    run(store, stage, SoloWorld())
+    assert measured() == [*range(1, 1 + tried)]
+    expected = ExpectedManifests(Plan({stage.id: stage}, ()), checkpointing=False).of(stage.id)["metrics"]
+    found, name = metrics_of(store, stage), "layers_in_order_of_dropping"
+    assert len(expected[name]) == len(found[name]) == tried
+    tables = [{it for it in metrics["search_kl"] if it.endswith("layers")} for metrics in (expected, found)]
+    assert tables[0] == tables[1]
 
 
 @pytest.mark.parametrize(
