@@ -28,7 +28,7 @@ from hfprune_dist.data.formats import identity_of
 from hfprune_dist.errors import UserError
 from hfprune_dist.planning.expert_shapes import can_do, refuse_criteria, refuse_with_experts
 from hfprune_dist.planning.model_sources import ModelSource
-from hfprune_dist.planning.multiples import protected_by, suited, with_numbers
+from hfprune_dist.planning.multiples import suited, with_numbers
 from hfprune_dist.planning.plan import NONE, OWN, Cell, Plan, label_of
 from hfprune_dist.planning.ratios import check_ratios
 from hfprune_dist.planning.refusals import check_positions, check_recovery, place_of, refuse_same_rows
@@ -43,6 +43,7 @@ from hfprune_dist.planning.scoring_passes import (
     scored_for,
 )
 from hfprune_dist.planning.students import student_of
+from hfprune_dist.planning.targets import protected_by
 from hfprune_dist.planning.training_memory import choose_micro_batches
 from hfprune_dist.store.hashing import FileHashes
 from hfprune_dist.store.provenance import package_versions

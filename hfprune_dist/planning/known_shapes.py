@@ -10,10 +10,11 @@ from hfprune_dist.checkpoints.checkpoint import Checkpoint
 from hfprune_dist.checkpoints.pruned_config import parameters_of_biases, pruned_config
 from hfprune_dist.config.method import Method
 from hfprune_dist.planning.low_rank_shapes import LowRankTarget
-from hfprune_dist.planning.multiples import target_of, with_numbers
+from hfprune_dist.planning.multiples import with_numbers
 from hfprune_dist.planning.plain_shapes import PlainShape, possible_outcomes
 from hfprune_dist.planning.shape_target import ShapeTarget
 from hfprune_dist.planning.shapes_of_rounds import local_shapes, plain_shapes_of_rounds
+from hfprune_dist.planning.targets import target_of
 from hfprune_dist.planning.whole_expert_shapes import mixture_target
 from hfprune_dist.planning.widths import Target, size_of
 from hfprune_dist.structures import EXPERTS, KV_GROUPS, LAYERS, NEURONS

@@ -5,19 +5,20 @@ Multiples are sizes that run fast on hardware, if that costs few parameters, and
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 
 from hfprune_dist.checkpoints.checkpoint import Checkpoint
-from hfprune_dist.config.method import Method, structures_possible
+from hfprune_dist.config.method import Method
 from hfprune_dist.errors import UserError
 from hfprune_dist.planning.budget import Limits, budget_of
+from hfprune_dist.planning.decided_numbers import check_multiple, decided_by_rounds
 from hfprune_dist.planning.expert_shapes import ExpertTarget
 from hfprune_dist.planning.local_shapes import LocalTarget
 from hfprune_dist.planning.low_rank_shapes import LowRankTarget
 from hfprune_dist.planning.plain_shapes import all_plain_shapes, ratio_of
 from hfprune_dist.planning.rounds import round_ratios
 from hfprune_dist.planning.shape_target import ShapeTarget
+from hfprune_dist.planning.targets import divisible, limits_of, protected_by, target_of
 from hfprune_dist.planning.widths import Target, size_of
 from hfprune_dist.structures import EXPERTS, KV_GROUPS, NEURONS
 
@@ -53,18 +54,6 @@ def with_numbers(method: Method, checkpoint: Checkpoint, ratio: float, where: st
     return method.model_copy(update={"multiple_of": divisible(multiple_of, method)})
 
 
-def protected_by(method: Method) -> tuple[int, int]:
-    """How many of the first and of the last layers lose nothing, for a method with numbers."""
-    first, last = method.protect_first, method.protect_last
-    assert isinstance(first, int) and isinstance(last, int), "planned with numbers"
-    return first, last
-
-
-def divisible(multiple_of: int, method: Method) -> int:
-    """The least multiple of ``multiple_of`` that ``tensor_parallel`` divides, where it has an effect."""
-    return math.lcm(multiple_of, method.tensor_parallel if KV_GROUPS in method.structures else 1)
-
-
 def _with_protected(method: Method, checkpoint: Checkpoint) -> Method:
     """Replace shares of the layers by the nearest whole numbers."""
     given = {"protect_first": method.protect_first, "protect_last": method.protect_last}
@@ -77,7 +66,8 @@ def _what_auto_is(method: Method, checkpoint: Checkpoint, ratio: float, where: s
 
     Shapes are compared at one multiple, which rules none of them out. With ``round_ratio`` it is the first round's, so
     that the rounds are the same whatever ratio they lead to; for plain shapes it must suit every round. Multiples are
-    tried as ``tensor_parallel`` leaves them: on three devices, 256 is 768.
+    tried as ``tensor_parallel`` leaves them: on three devices, 256 is 768. None exceeds the widths themselves, or makes
+    a round impossible.
     """
     if EXPERTS in method.structures:
         return 1
@@ -85,20 +75,13 @@ def _what_auto_is(method: Method, checkpoint: Checkpoint, ratio: float, where: s
     if method.allocation == "plain":
         decisive = round_ratios(method, ratio)
     tried = [divisible(it, method) for it in MULTIPLES]
-    fitting = (it for it in tried if all(_suits(it, method, checkpoint, each, where) for each in decisive))
+    fitting = (
+        it
+        for it in tried
+        if all(_suits(it, method, checkpoint, each, where) for each in decisive)
+        and _is_possible(method.model_copy(update={"multiple_of": it}), checkpoint, ratio, where)
+    )
     return next(fitting, LEAST if checkpoint.units.width >= WIDE else 1)
-
-
-def limits_of(method: Method) -> Limits:
-    """The bounds on what layers that compete may lose, for a method with numbers."""
-    return method.floor, *protected_by(method)
-
-
-def target_of(method: Method, checkpoint: Checkpoint, ratio: float, where: str) -> ShapeTarget:
-    """The target of a method whose ``multiple_of`` is a number."""
-    assert isinstance(method.multiple_of, int), "planned with a number"
-    structures, possible = tuple(method.structures), structures_possible(method.allocation)
-    return ShapeTarget(checkpoint, ratio, structures, method.multiple_of, where, method.tensor_parallel, possible)
 
 
 def _suits(multiple_of: int, method: Method, checkpoint: Checkpoint, ratio: float, where: str) -> bool:
@@ -119,6 +102,17 @@ def _suits(multiple_of: int, method: Method, checkpoint: Checkpoint, ratio: floa
     as_many = len(shapes) == len(all_plain_shapes(finest)) > 0
     little = as_many and all(ratio_of(target, shape) <= ratio + MOST_BEYOND for shape in shapes)
     return little and (method.allocation == "plain" or _within_limits(target, limits_of(method)))
+
+
+def _is_possible(method: Method, checkpoint: Checkpoint, ratio: float, where: str) -> bool:
+    """Whether planning accepts the multiple, in every round; a single round has been found to suit."""
+    try:
+        check_multiple(checkpoint, method, where)
+        if len(round_ratios(method, ratio)) > 1:
+            decided_by_rounds(checkpoint, ratio, method, where)
+    except UserError:
+        return False
+    return True
 
 
 def _within_limits(target: ShapeTarget, limits: Limits) -> bool:

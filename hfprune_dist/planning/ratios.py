@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import replace
-from itertools import pairwise
 
 from hfprune_dist.checkpoints.checkpoint import Checkpoint
 from hfprune_dist.config.method import Method
 from hfprune_dist.errors import UserError
-from hfprune_dist.planning.budget import budget_of
+from hfprune_dist.planning.decided_numbers import check_multiple, decided_by_rounds, fewer_rounds, what_is_rounded
 from hfprune_dist.planning.expert_shapes import can_do, refuse_unaligned, refuse_with_experts, why_not_experts
 from hfprune_dist.planning.low_rank_shapes import LowRankTarget
-from hfprune_dist.planning.multiples import divisible, limits_of, protected_by, suited, target_of, with_numbers
-from hfprune_dist.planning.rounds import round_ratios
-from hfprune_dist.planning.shape_target import ShapeTarget
-from hfprune_dist.planning.shapes_of_rounds import local_shapes, plain_shapes_of_rounds
+from hfprune_dist.planning.multiples import suited, with_numbers
+from hfprune_dist.planning.shapes_of_rounds import local_shapes
 from hfprune_dist.planning.students import check_student
-from hfprune_dist.planning.whole_expert_shapes import mixture_target, refuse_without_experts
-from hfprune_dist.planning.widths import ModelSize, Target, size_of, to_multiples_of
-from hfprune_dist.structures import EXPERTS, KV_GROUPS, NEURONS
+from hfprune_dist.planning.targets import protected_by, target_of
+from hfprune_dist.planning.whole_expert_shapes import refuse_without_experts
+from hfprune_dist.planning.widths import to_multiples_of
+from hfprune_dist.structures import KV_GROUPS
 from hfprune_dist.structures.low_rank import rank_field
 
 
@@ -46,12 +43,12 @@ def check_ratios(checkpoint: Checkpoint, ratios: Sequence[float], method: Method
     reached: dict[Hashable, float] = {}
     for ratio in ratios:
         settled = with_numbers(method, checkpoint, ratio, where)
-        _check_multiple(checkpoint, settled, where)
+        check_multiple(checkpoint, settled, where)
         _check_protected(checkpoint, settled, where)
         check_student(checkpoint, ratio, settled, where)
-        decided = _of_all_rounds(checkpoint, ratio, settled, where)
+        decided = decided_by_rounds(checkpoint, ratio, settled, where)
         if decided in reached:
-            what, step, finer = _rounded(checkpoint, settled)
+            what, step, finer = what_is_rounded(checkpoint, settled)
             raise UserError(
                 f"{where}: ratios {reached[decided]:g} and {ratio:g} would be the same checkpoint once {what} are "
                 f"rounded{to_multiples_of(step)}; leave one of them out{finer and f' or use {finer}'}"
@@ -86,30 +83,6 @@ def _check_family(checkpoint: Checkpoint, method: Method, where: str) -> None:
             f"{where}: refit: {method.refit} isn't possible with {family.model_type}: {family.no_sequence}; use dense "
             "or none"
         )
-
-
-def _check_multiple(checkpoint: Checkpoint, method: Method, where: str) -> None:
-    most, what = checkpoint.units.width, "neurons"
-    if EXPERTS in method.structures:
-        most, what = checkpoint.structures[EXPERTS].most, EXPERTS
-    if isinstance(method.multiple_of, int) and method.multiple_of > most:
-        split = f" with prune.tensor_parallel {method.tensor_parallel}" if method.tensor_parallel > 1 else ""
-        raise UserError(
-            f"{where}: prune.multiple_of comes to {method.multiple_of}{split}, but layers have {most} {what} at most; "
-            f"use a number up to {most}"
-        )
-
-
-def _rounded(checkpoint: Checkpoint, method: Method) -> tuple[str, int, str]:
-    """What is rounded, to multiples of which number, and a setting that makes it smaller; empty if none does."""
-    smaller = "a smaller prune.multiple_of"
-    if not checkpoint.family.experts:
-        assert isinstance(method.multiple_of, int), "planned with a number"
-        return "widths", method.multiple_of, smaller if method.multiple_of > divisible(1, method) else ""
-    asked = target_of(method, checkpoint, 0.0, "")
-    step, finest = (mixture_target(it).step for it in (asked, replace(asked, multiple_of=1)))
-    what = "numbers of experts" if EXPERTS in method.structures else "widths of experts"
-    return what, step, smaller if step > finest else ""
 
 
 def _check_protected(checkpoint: Checkpoint, method: Method, where: str) -> None:
@@ -191,62 +164,8 @@ def _told_of_groups(checkpoint: Checkpoint, ratio: float, method: Method, where:
     share = split * checkpoint.parameter_counts.units[KV_GROUPS] * checkpoint.num_layers / checkpoint.parameters
     return [
         f"{where}: rounds to {ratio:g} keep {kept} KV groups, where one round would keep {fewer}: they are small "
-        f"beside {what} of every layer, {share:.1%} of the model; {_fewer_rounds(method)} would let groups go"
+        f"beside {what} of every layer, {share:.1%} of the model; {fewer_rounds(method)} would let groups go"
     ]
-
-
-def _fewer_rounds(method: Method) -> str:
-    return "fewer steps" if method.round_ratio is None else "a larger prune.round_ratio"
-
-
-def _of_all_rounds(checkpoint: Checkpoint, ratio: float, method: Method, where: str) -> Hashable:
-    """The numbers that decide what stays in each round to a ratio."""
-    rounds = round_ratios(method, ratio)
-    if method.allocation == "plain":
-        return tuple(map(tuple, plain_shapes_of_rounds(method, checkpoint, ratio, where)))
-    if method.allocation == "local" and not checkpoint.family.experts:
-        shapes = local_shapes(method, checkpoint, ratio, where)
-        decided: list[Hashable] = [tuple(shape.units.values()) for shape in shapes]
-    else:
-        last = _deciding_numbers(checkpoint, ratio, method, where)  # reports a ratio that is out of reach as such
-        decided = [*(_deciding_numbers(checkpoint, it, method, where) for it in rounds[:-1]), last]
-    for (before, then), (earlier, later) in zip(pairwise(rounds), pairwise(decided), strict=True):
-        if earlier == later:
-            what, step, finer = _rounded(checkpoint, method)
-            raise UserError(
-                f"{where}: of {len(rounds)} rounds to ratio {ratio:g}, the one from {before:g} to {then:g} removes "
-                f"nothing once {what} are rounded{to_multiples_of(step)}; use {_fewer_rounds(method)} or another ratio"
-                f"{finer and f' or {finer}'}"
-            )
-    return tuple(decided)
-
-
-def _deciding_numbers(checkpoint: Checkpoint, ratio: float, method: Method, where: str) -> Hashable:
-    """The numbers that decide what stays, together with scores and measurements."""
-    target = target_of(method, checkpoint, ratio, where)
-    if method.allocation == "low_rank":
-        shape = LowRankTarget(target).shape()
-        return *shape.ranks.items(), *shape.units.items()
-    if checkpoint.family.experts:
-        return tuple(mixture_target(target).shape().units.items())
-    if method.structures == [NEURONS]:
-        return _widths(size_of(checkpoint), target, method)
-    # The smallest step is one of a layer's width.
-    step = target.multiple_of * target.counts.units[NEURONS]
-    return (budget_of(target, limits_of(method)).parameters + step // 2) // step
-
-
-def _widths(size: ModelSize, asked: ShapeTarget, method: Method) -> tuple[int, ...]:
-    target = Target(size, asked.ratio, asked.multiple_of, asked.where)
-    numbers: list[int] = []
-    if method.allocation != "uniform":  # first, since floors allow less than widths that are the same in all layers
-        wanted = target.removals(target.narrowest_widths(*limits_of(method)))
-        # If every layer shrinks in steps of this size only, the closest number of steps is taken.
-        all_alike = all(count % target.multiple_of == 0 for count in size.counts)
-        numbers.append((wanted + target.multiple_of // 2) // target.multiple_of if all_alike else wanted)
-    if method.allocation not in ("global", "standardized") and asked.neurons.is_uniform:
-        numbers.append(target.uniform_width())
-    return tuple(numbers)
 
 
 def _splits(checkpoint: Checkpoint, ratio: float, method: Method, tensor_parallel: int, where: str) -> bool:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from hfprune_dist.checkpoints.checkpoint import Checkpoint
 from hfprune_dist.config.method import Method
 from hfprune_dist.planning.local_shapes import LocalTarget
-from hfprune_dist.planning.multiples import protected_by, target_of
 from hfprune_dist.planning.plain_shapes import PlainShape, plain_shapes
 from hfprune_dist.planning.rounds import round_ratios
+from hfprune_dist.planning.targets import protected_by, target_of
 from hfprune_dist.structures.kept import Shape
 
 

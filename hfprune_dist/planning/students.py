@@ -10,7 +10,7 @@ from hfprune_dist.config.parameters import StudentParameters
 from hfprune_dist.core.criteria import lacking
 from hfprune_dist.errors import UserError
 from hfprune_dist.planning.local_shapes import LocalTarget
-from hfprune_dist.planning.multiples import protected_by, target_of
+from hfprune_dist.planning.targets import protected_by, target_of
 from hfprune_dist.planning.widths import Target, size_of
 from hfprune_dist.structures import NEURONS
 

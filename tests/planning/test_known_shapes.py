@@ -12,8 +12,9 @@ from hfprune_dist.checkpoints.pruned_config import pruned_config
 from hfprune_dist.config.method import Method
 from hfprune_dist.errors import UserError
 from hfprune_dist.planning.known_shapes import KnownShape, Span, dense_shape, known_shape
-from hfprune_dist.planning.multiples import suited, target_of
+from hfprune_dist.planning.multiples import suited
 from hfprune_dist.planning.plain_shapes import PlainShape, fitted_to_layers, plain_shapes, shape_of
+from hfprune_dist.planning.targets import target_of
 from hfprune_dist.structures import NEURONS
 from hfprune_dist.structures.kept import Shape
 

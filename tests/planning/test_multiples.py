@@ -8,9 +8,10 @@ from hypothesis import strategies as st
 from hfprune_dist.config.method import Method
 from hfprune_dist.errors import UserError
 from hfprune_dist.planning.local_shapes import LocalTarget
-from hfprune_dist.planning.multiples import MOST_BEYOND, MULTIPLES, protected_by, target_of, with_numbers
+from hfprune_dist.planning.multiples import MOST_BEYOND, MULTIPLES, with_numbers
 from hfprune_dist.planning.plain_shapes import all_plain_shapes, plain_shapes, ratio_of
 from hfprune_dist.planning.ratios import check_ratios, largest_split, remarks_on_shapes
+from hfprune_dist.planning.targets import protected_by, target_of
 from hfprune_dist.planning.widths import Target, size_of
 
 BOTH = ["neurons", "kv_groups"]
@@ -18,7 +19,8 @@ ALL = [*BOTH, "layers"]
 
 
 def method(allocation="plain", **options):
-    structures = {"uniform": ["neurons"], "global": BOTH, "local": BOTH}.get(allocation, ALL)
+    neurons = ["neurons"]
+    structures = {"uniform": neurons, "low_rank": neurons, "global": BOTH, "local": BOTH}.get(allocation, ALL)
     given = {"criterion": "surgeon", "multiple_of": "auto"} | options
     return Method(**given, allocation=allocation, structures=structures)
 
@@ -40,6 +42,32 @@ def test_it_is_the_largest_that_costs_little(changes, width, ratio, allocation):
     chosen = multiple(checkpoint, ratio, auto)
     fitting = [it for it in MULTIPLES if suits(it, checkpoint, ratio, auto)]
     assert chosen == (fitting[0] if fitting else 32 if width >= 1024 else 1)
+
+
+@settings(derandomize=True, deadline=None, max_examples=150)
+@given(
+    width=st.sampled_from([40, 64, 200, 300, 1023, 1500, 3000]),
+    layers=st.integers(1, 6),
+    ratio=st.floats(0.003, 0.6),
+    rounds=st.sampled_from([{}, {"steps": 2}, {"steps": 5}, {"round_ratio": 0.05}, {"round_ratio": 0.125}]),
+    allocation=st.sampled_from(["plain", "uniform", "global", "local", "searched", "low_rank"]),
+)
+def test_no_ratio_is_refused_because_of_it(width, layers, ratio, rounds, allocation):
+    """Unless it is the least that there is, which a person may still undercut."""
+    options = {"criterion": "lorap", "refit": "none"} if allocation == "low_rank" else rounds
+    auto = method(allocation, **options)
+    checkpoint = blank("mistral", **SMOLLM2 | {"num_hidden_layers": layers, "intermediate_size": width})
+    least = 32 if width >= 1024 else 1
+    if possible(checkpoint, ratio, auto.model_copy(update={"multiple_of": least})):
+        assert possible(checkpoint, ratio, auto)
+
+
+def possible(checkpoint, ratio, it):
+    try:
+        check_ratios(checkpoint, [ratio], it, "m")
+    except UserError:
+        return False
+    return True
 
 
 @pytest.mark.parametrize("allocation", ["plain", "local"])

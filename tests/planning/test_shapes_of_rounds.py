@@ -11,11 +11,12 @@ from tiny import VARIANTS
 from hfprune_dist.config.method import Method
 from hfprune_dist.errors import UserError
 from hfprune_dist.planning.known_shapes import Span, known_shape
-from hfprune_dist.planning.multiples import target_of, with_numbers
+from hfprune_dist.planning.multiples import with_numbers
 from hfprune_dist.planning.plain_shapes import PlainShape, plain_shapes, ratio_of
 from hfprune_dist.planning.ratios import check_ratios
 from hfprune_dist.planning.rounds import round_ratios
 from hfprune_dist.planning.shapes_of_rounds import plain_shapes_of_rounds
+from hfprune_dist.planning.targets import target_of
 
 ALL = ["neurons", "kv_groups", "layers"]
 
