@@ -70,7 +70,19 @@ def folder(argument: str) -> Path:
     """
     if not argument:
         raise UserError("an argument that names a folder is empty; give a folder (. for the current one)")
-    return Path(argument)
+    return place(argument)
+
+
+def place(argument: str) -> Path:
+    """Argument type for files and folders: shells leave the ``~`` in ``--out=~/runs`` as it is.
+
+    Raises:
+        UserError: for the home of a user who doesn't exist.
+    """
+    try:
+        return Path(argument).expanduser()
+    except RuntimeError as error:
+        raise UserError(f"{argument!r}: not a valid path ({error})") from None
 
 
 def _require_current_folder() -> None:

@@ -20,11 +20,10 @@ import argparse
 import signal
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
-from hfprune_launch.command import folder, make_parser, run
+from hfprune_launch.command import folder, make_parser, place, run
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -80,7 +79,7 @@ def sweep_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--config",
         metavar="FILE",
-        type=Path,
+        type=place,
         action="append",
         default=[],
         help="YAML configuration; may be repeated, later files win key by key",

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 import typing
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -53,10 +54,11 @@ class _YamlLoader(yaml.SafeLoader):
 
         Raises:
             ConstructorError: for text in the form of a type that isn't a valid value of it, such as 2024-13-45 or
-                !!bool maybe.
+                !!bool maybe; or for half of a character, which no file can hold.
         """
         try:
-            return super().construct_object(node, deep)
+            value = super().construct_object(node, deep)
+            return value.encode().decode() if isinstance(value, str) else value
         except (ValueError, LookupError, AttributeError) as error:
             raise ConstructorError(None, None, f"{node.value!r}: {error}", node.start_mark) from None
 
@@ -118,12 +120,17 @@ def read_layers(files: Sequence[Path], overrides: Mapping[str, Any], shipped: Pa
     Raises:
         UserError: for an unreadable file.
     """
-    layers = [Layer(str(file), _content_of(file, shipped)) for file in files]
+    contents = [_content_of(file, shipped) for file in files]
     command_line: dict[str, Any] = {}
     for key, value in overrides.items():
         _set_dotted(command_line, key, value)
+    aliases = _aliases_in([*contents, command_line], shipped)
+    layers = [
+        Layer(str(file), _resolve_paths(content, file.resolve().parent, aliases))
+        for file, content in zip(files, contents, strict=True)
+    ]
     if overrides:
-        layers.append(Layer("command line", _resolve_paths(command_line, Path.cwd())))
+        layers.append(Layer("command line", _resolve_paths(command_line, Path.cwd(), aliases)))
     return layers
 
 
@@ -140,12 +147,17 @@ def merge_layers(layers: Sequence[Layer]) -> SweepConfig:
 
 
 def _content_of(file: Path, shipped: Path | None) -> dict[str, Any]:
-    named = file
     if shipped is not None and file.parts[:1] == (SHIPPED,) and not file.exists():
         own = shipped.joinpath(*file.parts[1:])
         file = own if own.is_file() else file
-    content = read_yaml(file, "--config", "keys and values at the top level")
-    return _resolve_paths(content, named.resolve().parent)
+    return read_yaml(file, "--config", "keys and values at the top level")
+
+
+def _aliases_in(contents: Iterable[Mapping[str, Any]], shipped: Path | None) -> set[str]:
+    """Names that stand for models, of the project's and of all layers."""
+    sections = [content.get("aliases") for content in contents]
+    own = {str(name) for section in sections if isinstance(section, dict) for name in section}
+    return own if shipped is None else own.union(file.stem for file in (shipped / "models").glob("*.yaml"))
 
 
 SectionT = typing.TypeVar("SectionT", bound=Section)
@@ -241,7 +253,7 @@ def _set_dotted(target: dict[str, Any], key: str, value: Any) -> None:
     target[leaf] = _merge(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
 
 
-def _resolve_paths(raw: dict[str, Any], base: Path) -> dict[str, Any]:
+def _resolve_paths(raw: dict[str, Any], base: Path, aliases: Collection[str]) -> dict[str, Any]:
     """Make the relative paths in ``raw`` absolute; they are relative to ``base``."""
     for key in PATH_KEYS:
         *parents, leaf = key.split(".")
@@ -250,10 +262,10 @@ def _resolve_paths(raw: dict[str, Any], base: Path) -> dict[str, Any]:
         holder = _value_at(raw, key.split("."))
         for section in holder.values() if isinstance(holder, dict) else holder if isinstance(holder, list) else ():
             _resolve_key(section, "path", base)
-    for key, is_path in (("methods", _is_file), ("models", _is_folder)):
+    for key, is_path in (("methods", _is_file), ("models", partial(_is_folder, base=base, aliases=aliases))):
         names = raw.get(key)
         if isinstance(names, list):
-            raw[key] = [absolute_path(name, base) if is_path(name, base) else name for name in names]
+            raw[key] = [absolute_path(name, base) if is_path(name) else name for name in names]
     return raw
 
 
@@ -269,15 +281,19 @@ def _resolve_key(section: Any, key: str, base: Path) -> None:
         section[key] = absolute_path(section[key], base)
 
 
-def _is_file(method: Any, _base: Path) -> bool:
+def _is_file(method: Any) -> bool:
     return isinstance(method, str) and method.endswith((".yaml", ".yml"))
 
 
-def _is_folder(model: Any, base: Path) -> bool:
-    """Aliases have no slash; a name that could be a hub id is a folder only if that folder exists."""
-    return (
-        isinstance(model, str) and "/" in model and (not is_hub_id(model) or Path(absolute_path(model, base)).is_dir())
-    )
+def _is_folder(model: Any, base: Path, aliases: Collection[str]) -> bool:
+    """A name that is no alias may be a hub id; then it is a folder only if there is one, as is a name without a slash,
+    if it holds a checkpoint.
+    """
+    if not isinstance(model, str) or model in aliases:
+        return False
+    if "/" not in model:
+        return Path(absolute_path(model, base), "config.json").is_file()
+    return not is_hub_id(model) or Path(absolute_path(model, base)).is_dir()
 
 
 def is_hub_id(model: str) -> bool:

@@ -60,7 +60,7 @@ class ImportanceConfig(Section):
 class EvaluationConfig(Section):
     """lm-eval tasks, and fidelity to the dense model."""
 
-    tasks: list[str] = Field(
+    tasks: Annotated[list[str], AfterValidator(_once_each)] = Field(
         default=[
             "arc_challenge",
             "arc_easy",

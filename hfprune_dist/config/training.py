@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from math import ceil
+from math import ceil, isqrt
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -112,9 +112,8 @@ class RecoveryConfig(TextSource, LoraTraining):
         below = self.batch_size // at_once * at_once
         if below == self.batch_size:
             return
-        most = self.batch_size // self.rows_at_once
-        rank_counts = [n for n in range(1, most + 1) if self.batch_size % (n * self.rows_at_once) == 0]
-        fewer = [rows for rows in range(1, self.rows_at_once) if self.batch_size % (rows * world_size) == 0]
+        rank_counts = _divisors_of_quotient(self.batch_size, self.rows_at_once)
+        fewer = [it for it in _divisors_of_quotient(self.batch_size, world_size) if it < self.rows_at_once]
         rows = f", or micro_batch_size to {fewer[-1]}" if fewer else ""  # it may be an earlier run's choice
         ranks = f", or the ranks to one of {', '.join(map(str, rank_counts))}" if rank_counts else ""
         raise UserError(
@@ -122,3 +121,12 @@ class RecoveryConfig(TextSource, LoraTraining):
             f"{self.micro_batch_size} times {world_size} ranks; set batch_size to "
             f"{f'{below} or ' if below else ''}{below + at_once}{rows}{ranks}"
         )
+
+
+def _divisors_of_quotient(number: int, divisor: int) -> list[int]:
+    """The numbers whose product with ``divisor`` divides ``number``, ascending."""
+    if number % divisor:
+        return []
+    quotient = number // divisor
+    small = [it for it in range(1, isqrt(quotient) + 1) if quotient % it == 0]
+    return sorted({*small, *(quotient // it for it in small)})

@@ -19,9 +19,15 @@ def load_tokenizer(checkpoint: Path) -> Any:
     """
     logging.set_verbosity_error()
     try:
-        return AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=False)
     except Exception as error:  # tokenizers, in Rust, raises the base class
         raise UserError(f"{checkpoint}: the tokenizer can't be loaded ({error})") from None
+    length = tokenizer.model_max_length
+    if isinstance(length, bool) or not isinstance(length, int | float):
+        raise UserError(
+            f"{checkpoint / 'tokenizer_config.json'}: model_max_length is {length!r}, not a number; correct it"
+        )
+    return tokenizer
 
 
 def by_tokenizer(tokenizer: Any) -> str:

@@ -86,7 +86,7 @@ class Resources(Section):
     environment: dict[Annotated[str, Field(pattern=r"^[A-Za-z_]\w*$")], str] = Field(default_factory=dict)
     """Environment variables of all ranks."""
     sbatch: dict[OptionName, Scalar] = Field(default_factory=dict)
-    """Further sbatch options, without the dashes: {reservation: week4, exclusive: true}; false leaves one out."""
+    """More sbatch options, without the dashes: {reservation: week4, exclusive: true}; false or null leaves one out."""
     srun_args: list[str] = Field(default_factory=list)
     """Further arguments of srun."""
 
@@ -98,6 +98,11 @@ class Resources(Section):
             if isinstance(text, str) and not text.isprintable():
                 raise ValueError(f"{text!r} has a character that a line of a batch script can't have")
         return given
+
+    @field_validator("sbatch", mode="before")
+    @classmethod
+    def _without_null(cls, given: object) -> object:
+        return {name: it for name, it in given.items() if it is not None} if isinstance(given, dict) else given
 
     @field_validator("sbatch")
     @classmethod

@@ -164,6 +164,9 @@ def test_the_papers_recipe_is_the_default():
         ("calibration: {samples: true}", ["calibration.samples: give a whole number (got true)"]),
         ("seed: 1.0", ["seed: give a whole number (got 1.0)"]),
         ("recovery: {learning_rate: null}", ["recovery.learning_rate: give a number (got null)"]),
+        ('aliases: {"\\ud800": {path: x}}', ["sweep.yaml", "not valid YAML", "surrogates"]),
+        ('models: ["a\\udfff"]', ["not valid YAML", "line 1"]),
+        ("evaluation: {tasks: [a, b, a]}", ["evaluation.tasks: a is listed twice"]),
         ("models: a,b", ["models: give a list: [a,b] (got 'a,b')"]),
         ("ratios: null", ["ratios: give a list (got null)"]),
         ("efficiency: {batch_sizes: []}", ["efficiency.batch_sizes: must have at least 1 item (got [])"]),
@@ -213,6 +216,32 @@ def test_paths_are_seen_from_the_file_that_names_them(tmp_path, monkeypatch):
     assert config.calibration.path == str(tmp_path / "here" / "text.jsonl")
     assert config.aliases["m"].path == str(tmp_path / "m")
     assert config.recovery.path == str(tmp_path / "elsewhere" / "pairs.jsonl")
+
+
+@pytest.mark.parametrize("name", ["alpha", "org/alpha", "./alpha", "sub/alpha/beta"])
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_models_beside_a_file_are_meant_by_it_whatever_the_current_folder_has(tmp_path, monkeypatch, name, elsewhere):
+    for place in ["here", "elsewhere"][: 1 + elsewhere]:
+        (tmp_path / place / name).mkdir(parents=True)
+        (tmp_path / place / name / "config.json").write_text("{}")
+    (tmp_path / "elsewhere").mkdir(exist_ok=True)
+    file = write(tmp_path / "here", {"models": [name, "beta"]})
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert load_config([file], {}).models == [str((tmp_path / "here" / name).resolve()), "beta"]
+
+
+@pytest.mark.parametrize("shipped", [False, True])
+def test_an_alias_is_no_folder(tmp_path, shipped):
+    """Whichever file has it."""
+    (tmp_path / "alpha").mkdir()
+    (tmp_path / "alpha" / "config.json").write_text("{}")
+    (tmp_path / "shipped" / "models").mkdir(parents=True)
+    (tmp_path / "aliases").mkdir()
+    if shipped:
+        (tmp_path / "shipped" / "models" / "alpha.yaml").write_text("hub_id: a/b")
+    aliases = write(tmp_path / "aliases", {} if shipped else {"aliases": {"alpha": {"hub_id": "a/b"}}})
+    files = [write(tmp_path, {"models": ["alpha"]}), aliases]
+    assert load_config(files, {}, tmp_path / "shipped").models == ["alpha"]
 
 
 def test_a_shipped_file_is_found_by_the_name_it_has_in_a_clone(tmp_path, monkeypatch):

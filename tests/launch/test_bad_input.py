@@ -243,6 +243,7 @@ def test_rows_that_brackets_name_are_shown_as_they_are(config, tmp_path):
         (bench, ["--only", "passs"], "did you mean 'pass'"),
         (bench, ["--out", ""], "folder is empty"),
         (bench, ["--model", "nowhere"], "no such folder"),
+        (report, ["~nobody-of-this-name/runs"], "'~nobody-of-this-name/runs': not a valid path"),
     ],
 )
 def test_other_commands_refuse_too(tmp_path, monkeypatch, command, arguments, expected):
@@ -250,6 +251,20 @@ def test_other_commands_refuse_too(tmp_path, monkeypatch, command, arguments, ex
     code, _, said = in_process(command.main, *arguments)
     assert code == 2 and expected in said and "Traceback" not in said
     assert files_below(tmp_path) == []
+
+
+def test_a_tilde_is_the_home_folder_however_it_is_given(config, tmp_path, monkeypatch):
+    """Shells replace it in ``--out ~/x``, but not in ``--out=~/x``."""
+    (tmp_path / "current").mkdir()
+    monkeypatch.chdir(tmp_path / "current")
+    monkeypatch.setenv("HOME", str(config.parent))
+    code, shown, said = in_process(sweep.main, f"--config=~/{config.name}", "--out=~/out", "--dry-run")
+    assert (code, said) == (0, "") and "8 cells" in shown
+    (config.parent / "out").mkdir()
+    (config.parent / "out" / "config.yaml").write_text(yaml.safe_dump(load_config([config], {}).model_dump()))
+    code, shown, said = in_process(sweep.main, "--out=~/out", "--status")
+    assert (code, said) == (0, "") and f"configuration: {config.parent / 'out'}" in shown
+    assert files_below(tmp_path / "current") == []
 
 
 @pytest.mark.parametrize(

@@ -361,6 +361,14 @@ def with_token(content, identity):
     return damage
 
 
+def with_length(length):
+    def damage(model):
+        file = model / "tokenizer_config.json"
+        file.write_text(json.dumps({**json.loads(file.read_text()), "model_max_length": length}))
+
+    return damage
+
+
 def without_eos(model):
     file = model / "tokenizer_config.json"
     settings = json.loads(file.read_text())
@@ -430,6 +438,8 @@ MODELS = {
     "empty folder": (emptied(), ["config.json", "missing"]),
     "tokenizer cut": (lambda model: (model / "tokenizer.json").write_text('{"version"'), ["tokenizer can't be loaded"]),
     "tokenizer empty": (lambda model: (model / "tokenizer.json").write_text(""), ["tokenizer can't be loaded"]),
+    "tokenizer length": (with_length("x"), ["tokenizer_config.json", "model_max_length is 'x', not a number"]),
+    "tokenizer lengths": (with_length([5]), ["tokenizer_config.json", "model_max_length is [5], not a number"]),
     "large token": (with_token("<far>", 300), ["'<far>'", "300", "264 rows"]),
     "no eos": (without_eos, ["no end-of-sequence token"]),
 }

@@ -46,9 +46,9 @@ def test_environment_and_sbatch_are_merged_key_by_key_and_lists_replaced(tmp_pat
     assert profile.resources["loraprune"] == recover, "which it is, where nothing is said of it"
 
 
-def test_an_option_that_is_false_is_left_out(tmp_path):
+def test_an_option_that_is_false_or_null_is_left_out(tmp_path):
     """Slurm has no --exclusive=False."""
-    text = "sbatch: {exclusive: true, hold: false}\nstages: {prune: {sbatch: {exclusive: false}}}\n"
+    text = "sbatch: {exclusive: true, hold: false, nice: null}\nstages: {prune: {sbatch: {exclusive: false}}}\n"
     resources = load_profile(write(tmp_path, text), SHIPPED).resources
     assert resources["recover"].sbatch == {"exclusive": True} and resources["prune"].sbatch == {}
 
