@@ -26,6 +26,7 @@ from hfprune_dist.errors import UserError
 from hfprune_dist.planning.footprint import Train
 from hfprune_dist.planning.importance_job import importance_job
 from hfprune_dist.planning.layer_pass_work import (
+    ITERATIONS,
     Windows,
     copies,
     dense_refit,
@@ -57,11 +58,13 @@ class Cost:
             often as they are trained on.
         operations: those of all ranks together.
         without_copies: what they would be if the refit saw no copies of windows; None if it sees none.
+        added_up: numbers that ranks add up in Gauss-Newton steps, the same for any number of windows.
     """
 
     tokens: int
     operations: Operations
     without_copies: Operations | None = None
+    added_up: int = 0
 
     @property
     def flops(self) -> float:
@@ -172,10 +175,10 @@ class StageCosts:
         refit = _FinalRefit(params, model, dense, kept, dropped)
         without_copies = flops + refit.operations(windows)
         if not params.refit_copies:
-            return Cost(windows.tokens, without_copies)
+            return Cost(windows.tokens, without_copies, added_up=refit.added_up)
         flops += copies(dense, windows)
         flops += refit.operations(replace(windows, count=windows.count * (1 + params.refit_copies)))
-        return Cost(windows.tokens, flops, without_copies)
+        return Cost(windows.tokens, flops, without_copies, refit.added_up)
 
     def _calibration(self, stage: Stage) -> Windows:
         """The calibration windows that a stage reads; only those that were scored, if the pass ended early."""
@@ -252,6 +255,15 @@ class _FinalRefit:
     dense: ModelShape
     kept: ModelShape
     dropped: Sequence[int]
+
+    @property
+    def added_up(self) -> int:
+        """As in ``Cost``: right sides and curvature of two steps, and a product for each iteration."""
+        if self.params.refit != "block":
+            return 0
+        products = 2 + ITERATIONS + self.params.refit_iterations
+        weights = (sum(dims.layer_weights(attention=False)) for dims in self.kept.layers)
+        return products * sum(weights) + 2 * len(self.kept.layers) * self.kept.hidden_size**2
 
     def operations(self, windows: Windows) -> Operations:
         """Its operations if it sees these windows."""

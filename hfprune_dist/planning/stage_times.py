@@ -303,8 +303,8 @@ def _of_shape(job: Importance | Train | Evaluate, shape: ModelShape, gpus: Gpus)
 
 
 def _of_grams(shape: ModelShape, stage: Stage, cost: Cost) -> float:
-    """Bytes that ranks exchange of Gram matrices in passes layer by layer, and of products with them if all ranks have
-    the same problems; the number of such passes follows from the counted operations.
+    """Bytes that ranks exchange of Gram matrices in passes layer by layer, of products with them if all ranks have the
+    same problems, and in Gauss-Newton steps; the number of such passes follows from the counted operations.
     """
     params = stage.params
     if not isinstance(params, PruneParameters):
@@ -314,7 +314,8 @@ def _of_grams(shape: ModelShape, stage: Stage, cost: Cost) -> float:
     if params.refit in ("layerwise", "block") or params.allocation in ("plain", "searched"):
         exchanged += ALL_PRODUCTS_BYTES * multiplied_numbers(shape, kv_groups)
     operations = cost.without_copies or cost.operations  # copies add terms, but no sums
-    return exchanged * operations.float32 / (cost.tokens * summing(shape, kv_groups))
+    passes = operations.float32 / (cost.tokens * summing(shape, kv_groups))
+    return exchanged * passes + ALL_PRODUCTS_BYTES * cost.added_up
 
 
 def _weights_bytes(shape: ModelShape, itemsize: int) -> float:

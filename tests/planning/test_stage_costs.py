@@ -10,13 +10,14 @@ from counted_flops import counting
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
+from refitting import checkpoint_in, refit, some_kept, windows_of
 from scoring import make_stage
 from tiny import tiny_model
 from worlds import Ranks, without_deepspeed
 
 from hfprune_dist.checkpoints.families import FAMILIES
 from hfprune_dist.checkpoints.lora_adapter import lora_targets
-from hfprune_dist.config.parameters import LoraPruneParameters, RecoverParameters
+from hfprune_dist.config.parameters import LoraPruneParameters, PruneParameters, RecoverParameters
 from hfprune_dist.config.schema import RuntimeConfig
 from hfprune_dist.config.training import DistillationConfig, RecoveryConfig
 from hfprune_dist.core import triangle
@@ -24,9 +25,10 @@ from hfprune_dist.core.lora_scores import Factors, unit_scores
 from hfprune_dist.data.schedule import Schedule
 from hfprune_dist.models.distillation_head import DistillingHead
 from hfprune_dist.planning.expected_metrics import ExpectedManifests
+from hfprune_dist.planning.model_shape import ModelShape
 from hfprune_dist.planning.plain_shapes import plain_shapes
 from hfprune_dist.planning.plan import Plan
-from hfprune_dist.planning.stage_costs import NOTHING, StageCosts, rows_trained
+from hfprune_dist.planning.stage_costs import NOTHING, StageCosts, _FinalRefit, rows_trained
 from hfprune_dist.stages import finals, prune_plain
 from hfprune_dist.stages.context import Context
 from hfprune_dist.store.artifacts import Store
@@ -312,3 +314,25 @@ def test_metrics_and_settings_of_other_versions_tell_no_cost(scored):
         cut = Stage("prune", "tiny", params, {"model": importance.inputs["model"], "importance": source.as_input()})
         plan = Plan({it.id: it for it in (source, cut)}, ())
         assert StageCosts(plan, {cut.id: {"metrics": metrics}}.get).of(cut.id) is None
+
+
+@pytest.mark.parametrize("iterations", [1, 2, 6])
+def test_ranks_add_up_as_many_numbers_in_gauss_newton_steps(tmp_path, iterations):
+    checkpoint, kept = checkpoint_in(tmp_path / "model", "qwen3", 3), some_kept((0, 2))
+    summed = {}
+    for method in ("layerwise", "block"):
+        ranks, options = Ranks(2), {"windows_ST": windows_of(64), "more_iterations": iterations}
+        ranks.run(
+            lambda world, ranks=ranks, method=method, options=options: refit(
+                method, checkpoint, kept, tmp_path / method, world=world, **options
+            )
+        )
+        summed[method] = sum(call.bytes for call in ranks.logs[0] if call.kind.startswith("all_reduce"))
+    params = PruneParameters(
+        ratio=0.3, criterion="surgeon", allocation="global", refit="block", multiple_of=1, refit_iterations=iterations
+    )
+    whole = ModelShape.of(checkpoint)
+    shape = whole.pruned({"intermediate_sizes": [len(it) for it in kept.units["neurons"]], "num_hidden_layers": 2})
+    expected = _FinalRefit(params, whole, whole, shape, [1]).added_up
+    of_neurons = 2 * 2 * sum(len(it) for it in kept.units["neurons"])  # gate's and up's, too few to be counted
+    assert summed["block"] - summed["layerwise"] == 8 * (expected + of_neurons)
