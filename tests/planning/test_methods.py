@@ -36,6 +36,13 @@ def test_a_method_of_rounds_is_another_but_for_its_rounds_and_norms(name, in_one
     assert methods[name].model_copy(update=one) == methods[in_one_step] != methods[name]
 
 
+@pytest.mark.parametrize("name", ["surgeon-plain", "surgeon-any-shape"])
+def test_a_thorough_method_is_another_but_for_its_refit(name):
+    methods = resolved(methods=[name, f"{name}-thorough"])
+    quick = {"refit_norms": False, "refit_copies": 0, "refit_iterations": 2}
+    assert methods[f"{name}-thorough"].model_copy(update=quick) == methods[name] != methods[f"{name}-thorough"]
+
+
 def test_the_prune_section_wins_over_every_method():
     methods = resolved(methods=["hfprune", "surgeon"], **{"prune.multiple_of": 64, "prune.floor": 0.5})
     assert {(it.multiple_of, it.floor) for it in methods.values()} == {(64, 0.5)}
