@@ -7,7 +7,6 @@ names (0.6 s), and only the folders that define them are indexed, if that is sur
 from __future__ import annotations
 
 import contextlib
-import glob
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -24,10 +23,9 @@ from hfprune_dist.evaluation.task_definitions import (
     unfolded,
     with_included,
 )
+from hfprune_dist.evaluation.task_files import FILE_LOADERS, data_folder, matching, paths_in
 from hfprune_dist.store.hashing import digest_of
 
-# Loaders of the datasets library that read local files; what they build isn't worth keeping in the user's cache.
-FILE_LOADERS = ("arrow", "csv", "json", "parquet", "text")
 # The library names a lock after the whole path of what it locks, and shortens names of more characters than a file's
 # name has bytes. A character of UTF-8 takes up to four.
 LONGEST_LOCK_NAME = 255 // 4
@@ -233,31 +231,15 @@ def _check_data(name: str, file: Path, include_path: Path) -> None:
     options = content.get("dataset_kwargs")
     if content.get("dataset_path") not in FILE_LOADERS or not isinstance(options, Mapping):
         return
-    for pattern in _paths_in(options.get("data_files")):
+    place = data_folder(content, include_path)
+    for pattern in paths_in(options.get("data_files")):
         if "://" in pattern:
             continue
-        files = _matching(include_path / pattern)
+        files = matching(place / pattern)
         if not files:
-            raise UserError(
-                f"task {name!r} ({file}): its data {pattern} is missing; it is looked for in {include_path}"
-            )
+            raise UserError(f"task {name!r} ({file}): its data {pattern} is missing; it is looked for in {place}")
         if all(_is_blank(it) for it in files):
             raise UserError(f"task {name!r} ({file}): its data {pattern} is empty")
-
-
-def _paths_in(data_files: Any) -> Iterator[str]:
-    """Yield the paths in ``data_files``: a single one, several, or those of each split."""
-    if isinstance(data_files, str):
-        yield data_files
-    elif isinstance(data_files, Mapping | list):
-        for entry in data_files.values() if isinstance(data_files, Mapping) else data_files:
-            yield from _paths_in(entry)
-
-
-def _matching(pattern: Path) -> list[Path]:
-    """The file with this name, or the files that match it as a pattern."""
-    names = [str(pattern)] if pattern.is_file() else glob.glob(str(pattern), recursive=True)  # noqa: PTH207
-    return [Path(name) for name in names]
 
 
 def _is_blank(file: Path) -> bool:

@@ -208,19 +208,32 @@ def with_included(file: Path) -> dict[str, Any]:
     Raises:
         UserError: if an included file is missing or can't be read, or ``include`` names no files.
     """
+    return merged_with_included(file)[0]
+
+
+def merged_with_included(file: Path) -> tuple[dict[str, Any], list[Path]]:
+    """Content as ``with_included`` returns it, and the files that it comes from: this one, and all that are included.
+
+    Raises:
+        UserError: if an included file is missing or can't be read, or ``include`` names no files.
+    """
     content = dict(_read_yaml(file))
     included = content.pop("include", None) or []
     if not isinstance(included, str | list):
         raise UserError(f"{file}: include must be the name of a file, or a list of names, not {included!r}")
     merged: dict[str, Any] = {}
+    sources = [file]
     for other in [included] if isinstance(included, str) else included:
         try:
-            merged |= with_included(file.parent / other)
+            # Of a link, lm-eval takes the folder of the file that it leads to.
+            below, its_sources = merged_with_included(file.resolve().parent / other)
         except FileNotFoundError:
             raise UserError(f"{file}: includes {other}, which is missing") from None
         except (yaml.YAMLError, OSError, ValueError, TypeError, RecursionError) as error:
             raise UserError(f"{file}: includes {other}, which can't be read: {explain(error)}") from None
-    return merged | content
+        merged |= below
+        sources += its_sources
+    return merged | content, sources
 
 
 def _define(content: Mapping[str, Any], file: Path, found: dict[str, Definition]) -> None:

@@ -45,6 +45,7 @@ from hfprune_dist.planning.scoring_passes import (
 from hfprune_dist.planning.students import student_of
 from hfprune_dist.planning.targets import protected_by
 from hfprune_dist.planning.training_memory import choose_micro_batches
+from hfprune_dist.planning.user_files import own_tasks
 from hfprune_dist.store.hashing import FileHashes
 from hfprune_dist.store.provenance import package_versions
 from hfprune_dist.store.stage import Input, Stage
@@ -104,6 +105,7 @@ class _Planner:
         self.methods = methods
         self.hashes = hashes
         self.device = device
+        self.own_tasks = own_tasks(config.evaluation.include_path, hashes)
         self.stages: dict[str, Stage] = {}
         self.asked: list[str] = []
 
@@ -322,10 +324,7 @@ class _Planner:
         evaluation = self.config.evaluation
         params = EvaluateParameters(**evaluation.model_dump(exclude={"include_path", "fidelity"}))
         inputs = {"model": checkpoint, "dense": variant.dense}
-        inputs |= self._references_of_held_out(variant.model, variant.dense)
-        if evaluation.include_path is not None:
-            folder = Path(evaluation.include_path)
-            inputs["tasks"] = Input(self.hashes.of_folder(folder), str(folder), content="folder")
+        inputs |= self._references_of_held_out(variant.model, variant.dense) | self.own_tasks
         return self._add(Stage("evaluate", label, params, inputs))
 
     def _efficiency(self, variant: _Variant) -> Stage:

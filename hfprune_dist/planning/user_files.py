@@ -10,6 +10,7 @@ from pathlib import Path
 from hfprune_dist.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from hfprune_dist.data.formats import files_of, identity_of
 from hfprune_dist.errors import UserError
+from hfprune_dist.evaluation.task_files import outside_files
 from hfprune_dist.store.hashing import AfterEach, FileHashes, digest_of, files_below, nothing
 from hfprune_dist.store.stage import Input
 
@@ -34,6 +35,27 @@ def checkpoint_identity(checkpoint: Checkpoint, content: str) -> str:
     """
     recounted = checkpoint.surplus or checkpoint.has_untied_head
     return digest_of([content, checkpoint.parameters]) if recounted else content
+
+
+def own_tasks(include_path: str | None, hashes: FileHashes) -> dict[str, Input]:
+    """The user's lm-eval tasks as inputs of an evaluation: their folder and, if there are any, the files elsewhere.
+
+    Raises:
+        UserError: if there is no such folder, or a file can't be read.
+    """
+    if include_path is None:
+        return {}
+    folder = Path(include_path)
+    inputs = {"tasks": Input(hashes.of_folder(folder), str(folder), content="folder")}
+    elsewhere = outside_files(folder)
+    if elsewhere:
+        inputs["files of tasks"] = Input(_identity_of(elsewhere, hashes), str(folder), content="files of tasks")
+    return inputs
+
+
+def _identity_of(files: Iterable[Path], hashes: FileHashes, after_each: AfterEach = nothing) -> str:
+    """The identity of files wherever they are; the order of their paths tells files of one name apart."""
+    return digest_of([[file.name, hashes.of_file(file, after_each)] for file in files])
 
 
 class UserFiles:
@@ -98,6 +120,8 @@ def _identity_now(source: Input, hashes: FileHashes, after_each: AfterEach) -> s
         return source.identity
     if source.content == "text":
         return identity_of(location, hashes, after_each)
+    if source.content == "files of tasks":
+        return _identity_of(outside_files(location), hashes, after_each)
     content = hashes.of_files(location, _names(source), after_each)
     return checkpoint_identity(open_checkpoint(location), content) if source.content == "checkpoint" else content
 
@@ -113,13 +137,17 @@ def _files(source: Input) -> list[Path]:
     location = Path(source.location)
     if source.content == "text":
         return files_of(location)
+    if source.content == "files of tasks":
+        return outside_files(location)
     return [] if source.content == "commit" else [location / name for name in _names(source)]
 
 
 def _changed_part(source: Input) -> str:
     """How to name an input that has changed; of several files, the one that changed last is the best guess."""
     newest = max(_files(source), key=_changed_at, default=Path(source.location))
-    return str(newest) if newest == Path(source.location) else f"{source.location} (most recently {newest.name})"
+    if newest == Path(source.location) or source.content == "files of tasks":
+        return str(newest)
+    return f"{source.location} (most recently {newest.name})"
 
 
 def _changed_at(file: Path) -> int:

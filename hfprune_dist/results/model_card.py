@@ -256,7 +256,7 @@ def _settings(stage: Stage) -> dict[str, Any]:
     files = {
         role: f"{Path(source.location).name} {source.identity}"
         for role, source in stage.inputs.items()
-        if source.content in ("text", "folder")
+        if source.content in ("text", "folder", "files of tasks")
     }
     return {"stage": stage.kind, **stage.params.to_json(), **({"files": files} if files else {})}
 

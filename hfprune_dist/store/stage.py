@@ -25,7 +25,7 @@ STAGE_VERSIONS = {
 # Kinds whose artifact is a model with parts of their input model removed, and kinds that train on instructions.
 CUTTING = frozenset({"prune", "loraprune"})
 RECOVERING = frozenset({"recover", "loraprune"})
-Content = Literal["", "text", "folder", "checkpoint", "commit"]
+Content = Literal["", "text", "folder", "files of tasks", "checkpoint", "commit"]
 
 
 @dataclass(frozen=True)
@@ -36,9 +36,10 @@ class Input:
     files of the user's, the identity is a digest of their content, and the location their path.
 
     Attributes:
-        content: what the identity of a user's files is the digest of: a ``text``, all files of a ``folder``, the files
-            that make up a ``checkpoint``, or the name of a ``commit`` on the hub, whose files never change. Empty for
-            artifacts, and in records older than this field: such files are not checked.
+        content: what the identity of a user's files is the digest of: a ``text``, all files of a ``folder``, the
+            ``files of tasks`` that a folder's lm-eval tasks read elsewhere, the files that make up a ``checkpoint``, or
+            the name of a ``commit`` on the hub, whose files never change. Empty for artifacts, and in records older
+            than this field: such files are not checked.
     """
 
     identity: str

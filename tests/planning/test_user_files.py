@@ -181,3 +181,80 @@ def test_a_file_that_vanishes_while_the_newest_is_looked_for_is_the_newest(tmp_p
     monkeypatch.setattr("hfprune_dist.planning.user_files.files_below", lambda _: ["old.yaml", "gone.yaml"])
     named = _changed_part(Input("digest", str(tmp_path), content="folder"))
     assert named == f"{tmp_path} (most recently gone.yaml)"
+
+
+# Files outside the folder of tasks that these read.
+
+OUTSIDE = ["data/more.jsonl", "data/base.yml"]
+
+
+def evaluation_in(folder):
+    return {it.kind: it for it in planned(folder / "tiny.yaml", models=["alpha"])[1].stages.values()}["evaluate"]
+
+
+@pytest.fixture
+def reading_elsewhere(folder):
+    (folder / "data").mkdir()
+    (folder / "data" / "more.jsonl").write_text("{}\n")
+    (folder / "data" / "base.yml").write_text("output_type: multiple_choice\n")
+    (folder / "tasks" / "more.yaml").write_text(
+        "task: more\ninclude: ../data/base.yml\ndataset_path: json\n"
+        "dataset_kwargs: {data_files: {test: ../data/more.jsonl}}\n"
+    )
+    return folder
+
+
+def test_tasks_that_read_nothing_elsewhere_have_the_inputs_of_earlier_versions(folder):
+    assert "files of tasks" not in evaluation_in(folder).inputs
+
+
+@pytest.mark.parametrize("name", OUTSIDE)
+def test_what_tasks_read_elsewhere_is_part_of_the_fingerprint(reading_elsewhere, name):
+    before, file = evaluation_in(reading_elsewhere), reading_elsewhere / name
+    content = file.read_text()
+    assert evaluation_in(reading_elsewhere).id == before.id
+    file.write_text(content + " \n")
+    assert evaluation_in(reading_elsewhere).id != before.id
+    file.write_text(content)
+    assert evaluation_in(reading_elsewhere).id == before.id
+    file.unlink()
+    assert evaluation_in(reading_elsewhere).id != before.id
+
+
+def test_another_place_is_no_change(reading_elsewhere, tmp_path_factory):
+    before, elsewhere = evaluation_in(reading_elsewhere), tmp_path_factory.mktemp("moved") / "all"
+    reading_elsewhere.rename(elsewhere)
+    task = elsewhere / "tasks" / "choice.yaml"
+    assert str(reading_elsewhere) in task.read_text(), "its own data is named in full, and so is not the same any more"
+    after = evaluation_in(elsewhere)
+    assert after.inputs["files of tasks"].identity == before.inputs["files of tasks"].identity
+
+
+@pytest.mark.parametrize("name", OUTSIDE)
+@pytest.mark.parametrize("change", ["write", "remove"])
+def test_a_change_elsewhere_is_refused_and_named(reading_elsewhere, name, change):
+    stage, file = evaluation_in(reading_elsewhere), reading_elsewhere / name
+    files = user_files(stage)
+    files.require_planned()
+    files.require_untouched()
+    if change == "write":
+        file.write_text(file.read_text() + " ")
+    else:
+        file.unlink()
+    named = file.name.replace(".", r"\.") if change == "write" else "tasks|data"
+    with pytest.raises(ChangedInputError, match=rf"({named}).*: changed {PLANNED}"):
+        user_files(stage).require_planned()
+    with pytest.raises(ChangedInputError, match=file.name.replace(".", r"\.")):
+        files.require_untouched()
+
+
+def test_files_elsewhere_that_change_places_are_a_change(reading_elsewhere):
+    data, task = reading_elsewhere / "data", reading_elsewhere / "tasks" / "more.yaml"
+    (data / "other").mkdir()
+    (data / "other" / "more.jsonl").write_text('{"q": 1}\n')
+    task.write_text(task.read_text().replace("more.jsonl}", "more.jsonl, train: ../data/other/more.jsonl}"))
+    before = evaluation_in(reading_elsewhere)
+    (data / "other" / "more.jsonl").rename(data / "kept")
+    (data / "more.jsonl").rename(data / "other" / "more.jsonl")
+    (data / "kept").rename(data / "more.jsonl")
+    assert evaluation_in(reading_elsewhere).id != before.id
