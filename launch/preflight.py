@@ -20,7 +20,7 @@ from hfprune_dist.config.parameters import (
     RecoverParameters,
     ReferenceParameters,
 )
-from hfprune_dist.config.schema import RuntimeConfig, SweepConfig
+from hfprune_dist.config.schema import EvaluationConfig, RuntimeConfig, SweepConfig
 from hfprune_dist.config.section import TextSource
 from hfprune_dist.data.text import Beginning, read_beginning
 from hfprune_dist.errors import UserError
@@ -62,7 +62,8 @@ def check_stages(config: SweepConfig, plan: Plan, todo: Sequence[str], profile: 
 
     Raises:
         UserError: for a tracker that isn't installed, a text that can't be read or is too short, a batch that ranks
-            can't share, an unknown task, or a model with unsuitable tokenizer, weights or positions.
+            can't share, an unknown task, more examples than a task has documents, or a model with unsuitable tokenizer,
+            chat template, weights or positions.
     """
     if {*RECOVERING, "distill"} & {plan.stages[stage_id].kind for stage_id in todo}:
         _check_trackers(config.runtime)
@@ -73,16 +74,22 @@ def check_stages(config: SweepConfig, plan: Plan, todo: Sequence[str], profile: 
         config.recovery.require_two_fields()
         config.recovery.require_shared_evenly(ranks)
     if config.evaluation.tasks and "evaluate" in models:
-        from hfprune_dist.evaluation.lm_eval_tasks import check_tasks  # lm-eval takes seconds to import
-
-        include_path = config.evaluation.include_path
-        check_tasks(config.evaluation.tasks, Path(include_path) if include_path else None)
+        _check_tasks(config.evaluation)
     remarks: list[str] = []
     for folder in dict.fromkeys(folder for folders in models.values() for folder in folders):
         kinds = [kind for kind, folders in models.items() if folder in folders]
         of_folder = [it for kind in kinds for it in readings.get(kind, [])]
         remarks += _check_model(config, folder, of_folder, "evaluate" in kinds)
     return list(dict.fromkeys(remarks))
+
+
+def _check_tasks(evaluation: EvaluationConfig) -> None:
+    from hfprune_dist.evaluation.examples import check_examples
+    from hfprune_dist.evaluation.lm_eval_tasks import check_tasks  # lm-eval takes seconds to import
+
+    include_path = Path(evaluation.include_path) if evaluation.include_path else None
+    check_tasks(evaluation.tasks, include_path)
+    check_examples(evaluation.tasks, include_path, evaluation.num_fewshot)
 
 
 def _check_trackers(runtime: RuntimeConfig) -> None:
@@ -144,7 +151,7 @@ def _begin(
 
 def _check_model(config: SweepConfig, folder: Path, readings: Sequence[Reading], evaluates: bool) -> list[str]:
     # These import torch and transformers, which takes seconds.
-    from hfprune_dist.data.tokenizer import load_tokenizer, require_embedded
+    from hfprune_dist.data.tokenizer import load_tokenizer, require_chat, require_embedded
     from hfprune_dist.models.loading import require_finite_routers, require_own_weights
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # otherwise it warns when stages are started from here
@@ -153,8 +160,8 @@ def _check_model(config: SweepConfig, folder: Path, readings: Sequence[Reading],
     require_finite_routers(checkpoint)
     tokenizer = load_tokenizer(folder)
     require_embedded(tokenizer, checkpoint.config["vocab_size"], folder)
-    if evaluates and config.evaluation.tasks and config.evaluation.apply_chat_template and not tokenizer.chat_template:
-        raise UserError(f"{folder}: the tokenizer has no chat template, which evaluation.apply_chat_template needs")
+    if evaluates and config.evaluation.tasks and config.evaluation.apply_chat_template:
+        require_chat(tokenizer, folder, with_examples=bool(config.evaluation.num_fewshot))
     for reading in readings:
         _check_length(reading, folder, checkpoint.max_positions)
     return [remark for reading in readings if (remark := _check_text(reading, folder, tokenizer))]

@@ -79,3 +79,26 @@ def require_embedded(tokenizer: Any, rows: int, where: Path) -> None:
             f"{where}: the tokenizer gives the token {token!r} the id {largest}, but the embedding has {rows} rows; "
             "add rows with resize_token_embeddings, or take the token out of the tokenizer's files"
         )
+
+
+def require_chat(tokenizer: Any, where: Path, *, with_examples: bool) -> None:
+    """Refuse a tokenizer without a chat template, or with one that can't be rendered as lm-eval does.
+
+    Args:
+        with_examples: whether prompts hold examples, which are earlier turns of the conversation.
+
+    Raises:
+        UserError: naming the folder and the reason.
+    """
+    if not tokenizer.chat_template:
+        raise UserError(f"{where}: the tokenizer has no chat template, which evaluation.apply_chat_template needs")
+    question, answer = {"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}
+    conversation = [question, answer, question] if with_examples else [question]
+    try:
+        tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
+    except Exception as error:  # a template is a program: anything can happen
+        turns = "a question after an example" if with_examples else "a question"
+        raise UserError(
+            f"{where}: the tokenizer's chat template can't be rendered for {turns} "
+            f"({type(error).__name__}: {error}); mend it, or set evaluation.apply_chat_template to false"
+        ) from None

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from hfprune_dist.errors import UserError, did_you_mean
+from hfprune_dist.evaluation.examples import require_examples
 from hfprune_dist.evaluation.task_definitions import (
     Definition,
     explain,
@@ -92,7 +93,8 @@ class TaskLoader:
             tasks in the form that ``lm_eval.evaluator.evaluate`` takes.
 
         Raises:
-            UserError: if its YAML file or its data can't be loaded; the message names the task and the reason.
+            UserError: if its YAML file or its data can't be loaded, or it has too few documents for that many
+                examples; the message names the task and the reason.
         """
         try:
             with self._own_folder(), self._own_cache(name):
@@ -101,6 +103,8 @@ class TaskLoader:
                 _set_fewshot(task, num_fewshot)
         except Exception as error:  # a task is third-party code and data: anything can happen
             raise UserError(f"task {name!r} can't be loaded: {explain(error)}") from error
+        for member, task in loaded["tasks"].items():
+            require_examples(member, task)
         return loaded
 
     def _own_folder(self) -> contextlib.AbstractContextManager[None]:

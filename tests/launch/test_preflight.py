@@ -495,7 +495,58 @@ def test_a_chat_template_is_needed_where_it_is_applied(refusal):
     assert_parts(refusal("--set", "evaluation.apply_chat_template=true"), "alpha", "chat template")
 
 
+def write_chat_template(inputs, template):
+    for model in ("alpha", "beta"):
+        file = inputs / model / "tokenizer_config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"chat_template": template}))
+
+
+USERS_ONLY = (
+    "{% for m in messages %}{% if m.role != 'user' %}{{ raise_exception('users only') }}{% endif %}{% endfor %}"
+)
+ADDING = "{% for m in messages %}{{ m.content + %s }}{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    ("template", "examples", "expected"),
+    [
+        ("{{ bad", 0, ["for a question (", "TemplateSyntaxError: "]),
+        ("{{ messages[0].none.none }}", 0, ["UndefinedError: "]),
+        (ADDING.replace("%s", "1"), 0, ["TypeError: "]),
+        (USERS_ONLY, 2, ["for a question after an example (", "users only"]),
+    ],
+)
+def test_a_chat_template_that_cannot_be_rendered(inputs, refusal, template, examples, expected):
+    write_chat_template(inputs, template)
+    message = refusal("--set", "evaluation.apply_chat_template=true", "--set", f"evaluation.num_fewshot={examples}")
+    assert_parts(message, f"{inputs / 'alpha'}: the tokenizer's chat template can't be rendered", *expected)
+    assert_parts(message, "mend it, or set evaluation.apply_chat_template to false")
+
+
+@pytest.mark.parametrize(
+    ("template", "arguments"),
+    [
+        ("{{ bad", []),
+        ("{{ bad", ["--set", "evaluation.apply_chat_template=true", "--set", "evaluation.tasks=[]"]),
+        (USERS_ONLY, ["--set", "evaluation.apply_chat_template=true"]),
+        (ADDING.replace("%s", "'!'"), ["--set", "evaluation.apply_chat_template=true"]),
+    ],
+)
+def test_a_chat_template_that_serves_its_purpose(inputs, tmp_path, template, arguments):
+    write_chat_template(inputs, template)
+    config = ["--config", str(inputs / "tiny.yaml"), "--out", str(tmp_path / "out")]
+    assert sweep.main([*config, "--dry-run", *arguments]) == 0
+
+
 # Tasks.
+
+
+@pytest.mark.parametrize("number", [7, 100])
+def test_more_examples_than_a_task_has_documents(refusal, number):
+    message = refusal("--set", f"evaluation.num_fewshot={number}")
+    assert_parts(
+        message, "evaluation.num_fewshot: task 'tiny_choice'", f"{number} examples", "6 documents", "at most 6"
+    )
 
 
 def test_a_misspelt_task(refusal, tmp_path, monkeypatch):
