@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterable
 from dataclasses import replace
+from pathlib import Path
 
+from hfprune_dist.errors import UserError
 from hfprune_dist.planning.plan import NONE, Cell, Plan, label_of
-from hfprune_dist.store.stage import Stage
+from hfprune_dist.store.stage import Input, Stage
 
 
 def with_earlier_rows(today: Plan, earlier: Plan) -> Plan:
@@ -15,14 +18,64 @@ def with_earlier_rows(today: Plan, earlier: Plan) -> Plan:
     An earlier row is replaced by one of today with the same model, ratio, method and recovery, whatever its settings,
     or with the same evaluation. If earlier rows are added, rows are sorted by model, ratio, method and recovery.
     """
-    places = {_place(cell) for cell in today.cells}
-    kept = [cell for cell in kept_rows(today, earlier) if _place(cell) not in places]
+    kept = _not_replaced(today, earlier)
     if not kept:
         return today
     needed = {stage_id: earlier.stages[stage_id] for cell in kept for stage_id in earlier.upstream(cell)}
     stages = {**today.stages, **{stage_id: stage for stage_id, stage in needed.items() if stage_id not in today.stages}}
     cells = _relabelled([*today.cells, *kept])
     return replace(today, stages=stages, cells=tuple(_in_order(cells, [*earlier.cells, *today.cells])))
+
+
+def refuse_other_checkpoints(today: Plan, earlier: Plan, out: Path) -> None:
+    """Refuse a model if earlier rows of another checkpoint with its name would stay in the folder: what rows say of
+    their dense model is known by its name alone, so they would be described as made from today's.
+
+    Args:
+        out: the folder, for the message.
+
+    Raises:
+        UserError: naming both checkpoints, and the rows that would stay.
+    """
+    now = {cell.model: _dense(today, cell) for cell in today.cells}
+    others = [
+        cell
+        for cell in _not_replaced(today, earlier)
+        if cell.model in now and _dense(earlier, cell).identity != now[cell.model].identity
+    ]
+    if others:
+        name = others[0].model
+        labels = [cell.label for cell in others if cell.model == name]
+        both = f"{name!r} ({_told_apart(now[name], _dense(earlier, others[0]))})"
+        raise UserError(
+            f"--out {out}: its rows {', '.join(map(repr, labels))}, which this sweep doesn't replace, are of another "
+            f"checkpoint than its model {both}; give the model another name through an alias ({_alias(now[name])}), "
+            f"use another --out, or remove these rows first: {' '.join(map(_forget, labels))}"
+        )
+
+
+def _told_apart(now: Input, before: Input) -> str:
+    same_place = now.location == before.location
+    return f"{now.location}, " + ("whose files have changed since" if same_place else f"not {before.location}")
+
+
+def _alias(model: Input) -> str:
+    place = "hub_id=ORG/MODEL" if model.content == "commit" else f"path={model.location}"
+    return f"--set {shlex.quote(f'aliases.NAME.{place}')} --models NAME"
+
+
+def _forget(label: str) -> str:
+    return f"--forget {shlex.quote(label)}"
+
+
+def _dense(plan: Plan, cell: Cell) -> Input:
+    return plan.stages[cell.evaluate].inputs["dense"]
+
+
+def _not_replaced(today: Plan, earlier: Plan) -> list[Cell]:
+    """The earlier rows that ``with_earlier_rows`` adds."""
+    places = {_place(cell) for cell in today.cells}
+    return [cell for cell in kept_rows(today, earlier) if _place(cell) not in places]
 
 
 def kept_rows(today: Plan, folder: Plan) -> list[Cell]:

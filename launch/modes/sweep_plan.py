@@ -26,7 +26,7 @@ from hfprune_dist.planning.build_plan import build_plan
 from hfprune_dist.planning.dimensions import checkpoint_dimensions
 from hfprune_dist.planning.earlier_measurements import with_earlier_measurements
 from hfprune_dist.planning.earlier_passes import with_earlier_passes
-from hfprune_dist.planning.earlier_rows import with_earlier_rows
+from hfprune_dist.planning.earlier_rows import refuse_other_checkpoints, with_earlier_rows
 from hfprune_dist.planning.known_shapes import KnownShape, dense_shape, known_shape
 from hfprune_dist.planning.methods import resolve_methods
 from hfprune_dist.planning.model_sources import ModelSource, resolve_models
@@ -127,6 +127,8 @@ def prepare(command: Command, *, download: bool) -> Prepared:
     if profile is not None:
         plan = _with_measured(plan, profile.resources["efficiency"], config.runtime, store)
     require_apart(command.out, plan)
+    if record := _readable_record(command):
+        refuse_other_checkpoints(plan, record.plan, command.out)
     for remark in remarks_on_settings(config, methods):
         command.tell(f"note: {remark}")
     for model in models:
@@ -208,10 +210,16 @@ def _plan(
     if chooses(config):
         config = _with_micro_batches(command, config, models, methods)
     plan = build_plan(config, models, methods, hashes, device(config.runtime))
-    with suppress(UserError):  # from a damaged record, whose rows are lost
-        if record := read_record(command.out):
-            plan = with_earlier_passes(plan, record.plan, lambda stage_id: command.store.handle(stage_id).is_done())
+    if record := _readable_record(command):
+        plan = with_earlier_passes(plan, record.plan, lambda stage_id: command.store.handle(stage_id).is_done())
     return config, models, methods, plan
+
+
+def _readable_record(command: Command) -> Record | None:
+    """Return the folder's record; None if there is none, or if it is damaged, whose rows are lost."""
+    with suppress(UserError):
+        return read_record(command.out)
+    return None
 
 
 def _with_micro_batches(

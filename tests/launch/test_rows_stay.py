@@ -16,6 +16,8 @@ from rows import efficiency
 from safetensors.numpy import save_file
 from sweeps import in_process, planned
 
+from hfprune_dist.checkpoints.checkpoint import open_checkpoint
+from hfprune_dist.config.load import load_config, to_yaml
 from hfprune_dist.store.artifacts import Store
 from hfprune_dist.store.stage import STAGE_VERSIONS
 from hfprune_dist.structures.score_names import SCORES
@@ -160,6 +162,93 @@ def test_todays_row_replaces_the_one_of_other_settings(config, tmp_path):
     shown = done(config, out, "--set", "evaluation.fidelity.windows=3", "--ratios", "0.2", **other_text)
     assert "since measured in another way: alpha 0.1 + lora, beta 0.1 + lora" in " ".join(shown.split())
     assert "since measured in another way: alpha 0.1 + lora, beta 0.1 + lora" in (out / "results.md").read_text()
+
+
+@pytest.fixture
+def no_stages(monkeypatch):
+    """Fail if a stage begins that should have been refused."""
+    monkeypatch.setattr("hfprune_launch.local.backend.LocalBackend.run", lambda *_: pytest.fail("a stage has begun"))
+
+
+@pytest.fixture
+def namesake(config, tmp_path):
+    """Another checkpoint in a folder of the same name; the path to it."""
+    (tmp_path / "elsewhere").mkdir()
+    return shutil.copytree(config.with_name("beta"), tmp_path / "elsewhere" / "alpha")
+
+
+@pytest.fixture
+def of_folders(config, tmp_path):
+    """A configuration without aliases."""
+    file = tmp_path / "of folders.yaml"
+    settings = load_config([config], {"models": [str(config.with_name("alpha"))], "aliases": {}}).model_dump()
+    file.write_text(to_yaml(settings))
+    return file
+
+
+ANOTHER_WAY = {
+    "another ratio": (["--ratios", "0.2"], ["'alpha 0.1 + lora'"]),
+    "another method": (["--ratios", "0.1", "--methods", "hfprune"], ["'alpha 0.1 + lora'"]),
+    "no recovery": (
+        ["--ratios", "0.1", "--set", "recovery.method=none"],
+        ["'alpha dense + lora'", "'alpha 0.1 + lora'"],
+    ),
+}
+
+
+@pytest.mark.usefixtures("no_stages")
+@pytest.mark.parametrize(("settings", "stay"), ANOTHER_WAY.values(), ids=ANOTHER_WAY)
+@pytest.mark.parametrize("mode", [[], ["--dry-run"]], ids=["run", "dry run"])
+def test_rows_of_another_checkpoint_with_the_same_name_are_refused(
+    of_folders, namesake, tmp_path, settings, stay, mode
+):
+    """Their shares and model cards would be those of today's model."""
+    out = tmp_path / "out"
+    done(of_folders, out, "--ratios", "0.1", ratios=[0.1])
+    before = {path: path.lstat().st_mtime_ns for path in out.rglob("*")}
+    code, _, said = run("--config", of_folders, "--out", out, "--models", namesake, *settings, *mode)
+    assert code == 2 and "Traceback" not in said
+    assert f"--out {out}: its rows {', '.join(stay)}, which this sweep doesn't replace" in said
+    assert all(f"--forget {label}" in said for label in stay) and said.count("--forget") == len(stay)
+    assert f"'alpha' ({namesake}, not " in said and f"--set aliases.NAME.path={namesake} --models NAME" in said
+    assert {path: path.lstat().st_mtime_ns for path in out.rglob("*")} == before
+
+
+@pytest.mark.parametrize("remedy", ["all replaced", "forgotten", "an alias", "another folder", "the same content"])
+def test_a_checkpoint_may_have_the_name_of_another_whose_rows_are_gone(of_folders, namesake, tmp_path, remedy):
+    out, wanted = tmp_path / "out", {"models": [str(namesake)], "ratios": [0.2]}
+    done(of_folders, out, "--ratios", "0.1", ratios=[0.1])
+    asked = ["--models", namesake]
+    if remedy == "all replaced":
+        wanted["ratios"] = [0.1, 0.2]
+    elif remedy == "forgotten":
+        assert run("--out", out, "--forget", "alpha 0.1 + lora")[0] == 0
+    elif remedy == "an alias":
+        asked = ["--set", f"aliases.other.path={namesake}", "--models", "other"]
+        wanted |= {"models": ["other"], "aliases.other.path": str(namesake)}
+    elif remedy == "another folder":
+        out = tmp_path / "another"
+    else:
+        shutil.rmtree(namesake)
+        shutil.copytree(of_folders.parent / load_config([of_folders], {}).models[0], namesake)
+    done(of_folders, out, *asked, "--ratios", ",".join(map(str, wanted["ratios"])), **wanted)
+    rows = [label for label in labels(out) if "0." in label]
+    stays = ["alpha 0.1 + lora"] if remedy in ("an alias", "the same content") else []
+    name = "other" if remedy == "an alias" else "alpha"
+    assert rows == [*stays, *(f"{name} {ratio} + lora" for ratio in wanted["ratios"])]
+    dense = next(row for row in csv.DictReader((out / "results.csv").open()) if row["label"] == f"{name} dense")
+    assert int(dense["parameters"]) == open_checkpoint(namesake).parameters
+
+
+@pytest.mark.usefixtures("no_stages")
+def test_a_checkpoint_that_changed_in_its_folder_is_another(of_folders, namesake, tmp_path):
+    out = tmp_path / "out"
+    done(of_folders, out, "--models", namesake, "--ratios", "0.1", models=[str(namesake)], ratios=[0.1])
+    config = json.loads((namesake / "config.json").read_text())
+    (namesake / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 1e-4}))
+    code, _, said = run("--config", of_folders, "--out", out, "--models", namesake, "--ratios", "0.2")
+    assert code == 2 and f"({namesake}, whose files have changed since)" in said
+    done(of_folders, out, "--models", namesake, "--ratios", "0.1", models=[str(namesake)], ratios=[0.1])
 
 
 def test_speed_is_of_the_device_on_which_the_sweep_ran(config, tmp_path, monkeypatch):
