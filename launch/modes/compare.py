@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -10,11 +11,12 @@ from typing import Any, Generic, TypeVar
 
 from hfprune_launch.modes.past_attempts import past_attempts
 from hfprune_launch.screen import ROOMY, SAID_OF_WIDE, TIGHT, make_console, say, show_table, table_of
-from hfprune_launch.sweep_folder import RecordedSweep, read_sweep, require_folder
+from hfprune_launch.sweep_folder import CONFIG_FILE, RecordedSweep, read_sweep, require_folder
 from rich.console import Console
 
 from hfprune_dist.core.split_half import SHARES_KEPT
 from hfprune_dist.errors import UserError, did_you_mean
+from hfprune_dist.planning.plan import Cell
 from hfprune_dist.results.agreement import (
     columns_of_convergences,
     columns_of_pairs,
@@ -33,6 +35,7 @@ from hfprune_dist.results.comparison import (
 )
 from hfprune_dist.results.markdown import escaped
 from hfprune_dist.results.notes import measured_otherwise, missing
+from hfprune_dist.results.recipes import Difference, Recipe, first_difference
 from hfprune_dist.store.artifacts import Store
 from hfprune_dist.store.atomic_files import write_json, write_text
 from hfprune_dist.store.stage import Stage
@@ -100,12 +103,15 @@ def compare(folders: Sequence[Path], out: Path, named: str | None, wide: bool) -
 
 
 def _read(folders: Sequence[Path]) -> list[RecordedSweep]:
-    """Read sweeps that can be compared: each given once, of the same models, and without a row in common."""
+    """Read sweeps that can be compared: each given once, of the same models, without a row in common, and with the same
+    settings behind rows that they both have.
+    """
     if len({folder.resolve() for folder in folders}) < len(folders):
         raise UserError(f"{', '.join(map(str, folders))}: one folder is given twice; give each sweep once")
     sweeps = [read_sweep(folder, past_attempts(folder)) for folder in folders]
     _refuse_other_models(sweeps)
     _refuse_rows_twice(sweeps)
+    _refuse_other_settings(sweeps)
     return sweeps
 
 
@@ -159,10 +165,41 @@ def _refuse_rows_twice(sweeps: Sequence[RecordedSweep]) -> None:
         for cell in sweep.plan.cells:
             first = known.setdefault(cell.evaluate, sweep.folder) if cell.producers else sweep.folder
             if first != sweep.folder:
-                raise UserError(
-                    f"{sweep.folder}: its row {cell.label!r} is the same as in {first}, seed and settings too; "
-                    "compare sweeps that differ in their seed (--set seed=1)"
-                )
+                raise _given_twice(sweep.folder, cell, first)
+
+
+def _given_twice(folder: Path, cell: Cell, first: Path) -> UserError:
+    return UserError(
+        f"{folder}: its row {cell.label!r} is the same as in {first}, seed and settings too; compare sweeps that "
+        "differ in their seed (--set seed=1)"
+    )
+
+
+def _refuse_other_settings(sweeps: Sequence[RecordedSweep]) -> None:
+    """Refuse sweeps whose finished rows differ in more than the seed, since their mean would be one of seeds; and rows
+    that don't even differ in the seed, although their stages do.
+    """
+    known: dict[tuple[object, ...], list[tuple[Path, Recipe]]] = {}
+    for sweep in sweeps:
+        done = (cell for cell, row in zip(sweep.plan.cells, sweep.rows, strict=True) if row["status"] == "done")
+        for cell in done:
+            recipe = Recipe.of(sweep.plan, cell)
+            seeds = known.setdefault((cell.model, cell.ratio, cell.method, cell.recovery), [])
+            for first, other in seeds:
+                if (found := first_difference(other, recipe)) is not None:
+                    raise _not_a_seed(sweep.folder, cell, first, found)
+                if recipe.seeds and recipe.seeds == other.seeds:
+                    raise _given_twice(sweep.folder, cell, first)
+            seeds.append((sweep.folder, recipe))
+
+
+def _not_a_seed(folder: Path, cell: Cell, first: Path, found: Difference) -> UserError:
+    return UserError(
+        f"{folder}: its row {cell.label!r} differs from that of {first} in more than the seed: {found.name} (stage "
+        f"{found.stage}) is {found.one} in {first}, {found.other} in {folder}; compare sweeps that differ in their "
+        f"seed alone, as run with --config {first / CONFIG_FILE} --set seed=1 --out NEW, or remove the row from one: "
+        f"sweep.py --out {folder} --forget {shlex.quote(cell.label)}"
+    )
 
 
 def _warnings(sweeps: Sequence[RecordedSweep]) -> list[str]:

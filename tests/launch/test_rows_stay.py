@@ -422,21 +422,91 @@ def test_a_comparison_shows_a_few_columns_and_writes_all(config, tmp_path):
     assert "| memory |" in (both / "comparison.md").read_text()
 
 
+def seed_of(config, out, seed=0, device="", **overrides):
+    """Finish a sweep of one model with this seed; dots in keys are written as ``__``."""
+    overrides = {"models": ["alpha"], "ratios": [0.1], "seed": seed} | overrides
+    settings = [f"{key.replace('__', '.')}={to_yaml(value, flow=True)}" for key, value in overrides.items()]
+    done(config, out, *(word for setting in settings for word in ("--set", setting)), device=device, **overrides)
+    for artifact in (out / "store" / "importance").iterdir():
+        save_file({f"layers.0.{name}": np.arange(8.0) for name in ("entropy", "surgeon")}, artifact / SCORES)
+    return out
+
+
 def test_a_comparison_names_rows_that_were_measured_otherwise(config, tmp_path):
-    """Their scores would otherwise pass for those of another seed."""
-    for name, seed, windows in (("one", 0, 4), ("two", 1, 4), ("other", 2, 3)):
-        overrides = {"models": ["alpha"], "ratios": [0.1], "seed": seed, "evaluation__fidelity__windows": windows}
-        settings = ("--set", f"seed={seed}", "--set", f"evaluation.fidelity.windows={windows}")
-        done(config, tmp_path / name, "--models", "alpha", "--ratios", 0.1, *settings, **overrides)
-        for artifact in (tmp_path / name / "store" / "importance").iterdir():
-            save_file({"layers.0.entropy": np.arange(8.0)}, artifact / SCORES)
-    for second, told in (("two", False), ("other", True)):
-        both = tmp_path / f"with {second}"
-        code, shown, said = run(tmp_path / "one", tmp_path / second, "--out", both, command=compare)
+    """A row of an earlier run stands beside those of the last one."""
+    one, two = seed_of(config, tmp_path / "one"), seed_of(config, tmp_path / "two", 1)
+    other = seed_of(config, tmp_path / "other", 2, ratios=[0.2], evaluation__fidelity__windows=3)
+    seed_of(config, other, 2)
+    for second, told in ((two, False), (other, True)):
+        both = tmp_path / f"with {second.name}"
+        code, shown, said = run(one, second, "--out", both, command=compare)
         assert code == 0, said
         for text in (shown, (both / "comparison.md").read_text()):
-            named = "measured in another way" in text and f"{tmp_path / second}: alpha 0.1 + lora" in text
-            assert named == told and f"{tmp_path / 'one'}: alpha" not in text
+            named = "measured in another way" in text and f"{second}: alpha 0.2 + lora" in text
+            assert named == told and f"{one}: alpha" not in text
+
+
+OTHER_SETTINGS = {
+    "calibration": ({"calibration__samples": 4}, "calibration.samples (stage importance) is 8 in {one}, 4 in {two}"),
+    "a method's setting": ({"prune__multiple_of": 2}, "multiple_of (stage prune) is "),
+    "recovery": ({"recovery__max_steps": 3}, "recovery.max_steps (stage recover) is 4 in {one}, 3 in {two}"),
+    "held-out text": (
+        {"evaluation__fidelity__windows": 3},
+        "text.windows (stage held-out reference) is 4 in {one}, 3 in {two}",
+    ),
+    "tasks": ({"evaluation__limit": 3}, "limit (stage evaluate) is null in {one}, 3 in {two}"),
+}
+
+
+@pytest.mark.parametrize(("overrides", "told"), OTHER_SETTINGS.values(), ids=OTHER_SETTINGS)
+def test_rows_of_other_settings_do_not_pass_for_other_seeds(config, tmp_path, overrides, told):
+    one, two = seed_of(config, tmp_path / "one"), seed_of(config, tmp_path / "two", 1, **overrides)
+    code, shown, said = run(one, two, "--out", tmp_path / "both", command=compare)
+    assert code == 2 and not shown and told.format(one=one, two=two) in said and f"{two}: its row 'alpha" in said
+    assert not (tmp_path / "both").exists()
+
+
+def test_rows_without_a_result_may_have_other_settings(config, tmp_path):
+    """No mean has them."""
+    one, two = seed_of(config, tmp_path / "one"), seed_of(config, tmp_path / "two", 1, recovery__max_steps=3)
+    for cell in read_record(two).plan.cells:
+        if cell.recovery == "lora":
+            Store(two / "store").discard(cell.evaluate)
+    code, shown, said = run(one, two, "--out", tmp_path / "both", command=compare)
+    assert code == 0 and "missing: " in shown, said
+
+
+def test_seeds_of_one_configuration_are_compared_wherever_and_beside_whatever_they_ran(config, tmp_path, monkeypatch):
+    moved = shutil.copytree(config.parent, tmp_path / "moved")
+    calibration = (moved / "calibration.jsonl").rename(moved / "renamed.jsonl")
+    machine = {"efficiency__enabled": True, "runtime__ranks": 1, "recovery__micro_batch_size": 2}
+    paths = {"calibration__path": str(calibration), "evaluation__include_path": str(config.with_name("tasks"))}
+    others = {"ratios": [0.1, 0.2], "methods": ["hfprune", "surgeon-uniform-block"], "models": ["alpha", "beta"]}
+    folders = []
+    for seed, (device, file, overrides) in enumerate(
+        [
+            ("one machine", config, {"efficiency__enabled": True}),
+            ("another", moved / config.name, machine | paths),
+            ("", config, others),
+        ]
+    ):
+        monkeypatch.setattr(sweep_plan, "device_here", lambda _, device=device: device)
+        folders.append(seed_of(file, tmp_path / str(seed), seed, device, **overrides))
+    code, _, said = run(*folders, "--out", tmp_path / "all", command=compare)
+    assert code == 0, said
+    methods = json.loads((tmp_path / "all" / "comparison.json").read_text())["methods"]
+    counts = {(it["model"], it["ratio"], it["method"], it["recovery"]): it["sweeps"] for it in methods}
+    shared = [("dense", "none", 0.0), ("dense", "lora", 0.0), ("surgeon-uniform-block", "lora", 0.1)]
+    in_all = {key for key, count in counts.items() if count == len(folders)}
+    assert in_all == {("alpha", ratio, method, recovery) for method, recovery, ratio in shared}
+    assert len(counts) > len(in_all) and {count for key, count in counts.items() if key not in in_all} == {1}
+
+
+def test_one_seed_on_two_machines_is_not_two(config, tmp_path):
+    """Micro-batches suit GPUs; with others, the seed's stages are others too."""
+    one, two = (seed_of(config, tmp_path / str(rows), recovery__micro_batch_size=rows) for rows in (1, 2))
+    code, _, said = run(one, two, "--out", tmp_path / "both", command=compare)
+    assert code == 2 and f"{two}: its row 'alpha dense + lora' is the same as in {one}" in said
 
 
 def test_a_comparison_names_rows_without_a_result(config, tmp_path):
