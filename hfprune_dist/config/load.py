@@ -292,7 +292,7 @@ def _is_folder(model: Any, base: Path, aliases: Collection[str]) -> bool:
     if not isinstance(model, str) or model in aliases:
         return False
     if "/" not in model:
-        return Path(absolute_path(model, base), "config.json").is_file()
+        return (base / model / "config.json").is_file()
     return not is_hub_id(model) or Path(absolute_path(model, base)).is_dir()
 
 

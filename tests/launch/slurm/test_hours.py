@@ -21,7 +21,7 @@ from hfprune_dist.planning.rates import ASSUMED, START_S
 from hfprune_dist.store.stage import STAGE_VERSIONS
 
 README = ROOT / "launch" / "slurm" / "README.md"
-METHODS = ["hfprune", "surgeon-uniform-block", "surgeon-plain"]
+METHODS = ["hfprune", "surgeon-uniform-block", "surgeon-plain", "surgeon-plain-thorough"]
 A100 = {"gpu_tflops": 312, "gpu_link_gbytes": 300, "network_gbits": 400}
 H100 = {"gpu_tflops": 989, "gpu_link_gbytes": 450, "network_gbits": 400}
 NODE = {"tasks_per_node": 8, "gpus_per_node": 8, "gpu_memory_gib": 80}
@@ -210,6 +210,7 @@ ROWS = {
     "prune 20 %, `hfprune`": ("hfprune", "prune", " 0.2"),
     "prune 20 %, `surgeon-uniform-block`": ("surgeon-uniform-block", "prune", " 0.2"),
     "prune 20 %, `surgeon-plain`": ("surgeon-plain", "prune", " 0.2"),
+    "prune 20 %, `surgeon-plain-thorough`": ("surgeon-plain-thorough", "prune", " 0.2"),
     "recovery, the dense model": ("hfprune", "recover", " dense"),
     "recovery, 20 % pruned": ("hfprune", "recover", " 0.2"),
     "evaluation, 20 % pruned": ("hfprune", "evaluate", " 0.2 + lora"),
