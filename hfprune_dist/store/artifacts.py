@@ -76,8 +76,9 @@ class Store:
         return self.root / "work" / stage_id
 
     def manifest(self, stage_id: str) -> dict[str, Any] | None:
-        """The manifest of a committed artifact; None if there is none. Does not verify the files."""
-        return read_object(self.path(stage_id) / MANIFEST)
+        """The manifest of a committed artifact; None if there is none, or a damaged one. Does not verify the files."""
+        found = read_object(self.path(stage_id) / MANIFEST)
+        return found if found is not None and isinstance(found.get("metrics"), dict) else None
 
     def is_committed(self, stage_id: str) -> bool:
         """Whether there is an artifact, verified or not, whose files have not been removed to make room."""
@@ -95,7 +96,7 @@ class Store:
         if not folder.is_dir():
             return Verdict("missing", "not made yet")
         manifest = self.manifest(stage_id)
-        if manifest is None or not _is_listing(manifest.get("files")) or not isinstance(manifest.get("metrics"), dict):
+        if manifest is None or not _is_listing(manifest.get("files")):
             return Verdict("corrupt", f"{MANIFEST} is missing or damaged")
         if manifest.get(EMPTIED):
             return NOTHING_LEFT

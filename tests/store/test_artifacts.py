@@ -87,6 +87,14 @@ def test_a_manifest_of_something_else_is_damage(store, change):
     assert store.verify(STAGE.id).state == "corrupt"
 
 
+@pytest.mark.parametrize("content", ["{}", "[]", "null", '{"metrics": []}', '{"files": {}}', "{"])
+def test_a_manifest_without_metrics_is_none(store, content):
+    make(store)
+    (store.path(STAGE.id) / MANIFEST).write_text(content)
+    assert store.manifest(STAGE.id) is None and not store.is_committed(STAGE.id)
+    assert store.verify(STAGE.id).state == "corrupt"
+
+
 def test_damage_behind_an_unchanged_modification_time_is_found_by_reading(store):
     make(store)
     file = store.path(STAGE.id) / "model.bin"
