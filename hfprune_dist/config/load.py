@@ -58,7 +58,9 @@ class _YamlLoader(yaml.SafeLoader):
         """
         try:
             value = super().construct_object(node, deep)
-            return value.encode().decode() if isinstance(value, str) else value
+            if isinstance(value, str):
+                value.encode()
+            return value
         except (ValueError, LookupError, AttributeError) as error:
             raise ConstructorError(None, None, f"{node.value!r}: {error}", node.start_mark) from None
 
@@ -286,8 +288,8 @@ def _is_file(method: Any) -> bool:
 
 
 def _is_folder(model: Any, base: Path, aliases: Collection[str]) -> bool:
-    """A name that is no alias may be a hub id; then it is a folder only if there is one, as is a name without a slash,
-    if it holds a checkpoint.
+    """Whether a model is named by its folder. A name without a slash is if it is no alias and a checkpoint has it; one
+    that could be a hub id is if there is such a folder.
     """
     if not isinstance(model, str) or model in aliases:
         return False

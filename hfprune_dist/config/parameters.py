@@ -165,8 +165,8 @@ class PruneParameters(Parameters):
     ``ratio``: removed parameters / all of the dense model's, after this cut. ``floor``, ``protect_first`` and
     ``protect_last`` are None if the allocation doesn't use them, ``dtype`` and ``micro_batch_size`` (windows per rank's
     forward pass) if no model runs. ``tensor_parallel`` divides ``multiple_of`` and the layers' numbers of KV groups; it
-    is 1 if none are pruned. ``mlp_targets``: MLPs are refitted to the outputs of dense ones, which stand behind dense
-    norms; absent unless an earlier round refitted norms, and in records of cuts in which they stood behind those.
+    is 1 if none are pruned. ``mlp_targets``: after a round that refitted norms, which norms the dense MLPs read
+    through whose outputs are the targets; absent in all other cuts, and where they read through the refitted norms.
     """
 
     ratio: float

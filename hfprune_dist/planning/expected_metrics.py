@@ -102,7 +102,7 @@ class ExpectedManifests:
             return {"search_kl": dict.fromkeys(shapes)}
         dense = self.dense(stage)
         counts, layers = dense.parameter_counts, dense.num_layers
-        removed = round(self._earlier(stage).ratio * counts.total) if "dense" in stage.inputs else 0
+        removed = round(self._earlier(stage)[1].ratio * counts.total) if "dense" in stage.inputs else 0
         budget = budget_of(ShapeTarget.of(dense, params, stage.label), params.limits()).left(range(layers), removed)
         gone = budget.most_layers_gone(counts.layers)
         fits = [
@@ -117,20 +117,19 @@ class ExpectedManifests:
             "finalists_kl": dict.fromkeys(contests[:FINALISTS] if params.refit != "none" else []),
         }
 
-    def _earlier(self, stage: Stage) -> PruneParameters:
-        """The parameters of the round before a stage."""
+    def _earlier(self, stage: Stage) -> tuple[Stage, PruneParameters]:
+        """The round before a stage, and its parameters."""
         earlier = self._plan.stages[stage.inputs["model"].location]
         assert isinstance(earlier.params, PruneParameters), f"{earlier.id} is not a round"
-        return earlier.params
+        return earlier, earlier.params
 
     def _before(self, stage: Stage) -> PlainShape:
         """The shape that a search for a plain shape starts from, if the first candidate wins in every round."""
         dense = self.dense(stage)
         if "dense" not in stage.inputs:
             return PlainShape.of(dense)
-        earlier = self._plan.stages[stage.inputs["model"].location]
-        target = ShapeTarget.of(dense, self._earlier(stage), earlier.label)
-        return plain_shapes(target, self._before(earlier))[0]
+        earlier, params = self._earlier(stage)
+        return plain_shapes(ShapeTarget.of(dense, params, earlier.label), self._before(earlier))[0]
 
 
 def _of_norms(params: PruneParameters) -> dict[str, Any]:
