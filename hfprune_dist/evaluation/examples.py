@@ -65,10 +65,10 @@ def _require(name: str, wanted: int, documents: int, are_evaluated: bool) -> Non
     """Check a number of examples; a document that is itself evaluated is no example for its own prompt."""
     most = max(0, documents - are_evaluated)
     if wanted > most:
-        itself = ", one of which is the one being evaluated" if are_evaluated else ""
+        itself = " (besides the one being evaluated)" if are_evaluated else ""
         raise UserError(
-            f"evaluation.num_fewshot: task {name!r} is to show {wanted} examples, but has {documents} documents to "
-            f"draw them from{itself}; choose at most {most}"
+            f"evaluation.num_fewshot: task {name!r} is to show more examples, {wanted}, than it has documents to draw "
+            f"them from{itself}; choose at most {most}"
         )
 
 

@@ -111,7 +111,7 @@ def test_the_number_is_the_one_that_is_shown(folder, usual, number, refused):
 
 def test_the_message_says_how_many_there_are(folder):
     write(folder, {"test": "six.jsonl"}, fewshot_split="test")
-    expected = "'mine' is to show 100 examples, but has 6 documents .*, one of which is .* evaluated; choose at most 5$"
+    expected = r"'mine' is to show more examples, 100, than .* \(besides the one being evaluated\); choose at most 5$"
     for refuse in (
         lambda: check_examples(["mine"], folder, 100),
         lambda: TaskLoader(["mine"], folder, folder.parent / "cache").load("mine", 100),
