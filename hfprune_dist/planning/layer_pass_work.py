@@ -174,12 +174,19 @@ def _experts_again(dims: Dimensions) -> float:
 
 
 def sequential_refit(
-    dense: ModelShape, kept: ModelShape, windows: Windows, *, kv_groups: bool, more_iterations: int = 0
+    dense: ModelShape,
+    kept: ModelShape,
+    windows: Windows,
+    *,
+    kv_groups: bool,
+    other_norms: bool = False,
+    more_iterations: int = 0,
 ) -> Operations:
     """A pass through both models, every block fitted towards the dense one's hidden states on the way; besides
     ``residual_checks``.
 
     Args:
+        other_norms: an earlier round refitted the norms, so that no layer's attention works as the dense one's does.
         more_iterations: of the step on all windows; 0 without Gauss-Newton steps.
     """
     tokens, length = windows.tokens, windows.length
@@ -190,7 +197,8 @@ def sequential_refit(
         flops += Operations(tokens * forward(left, length))
         if kv_groups:
             flops += Operations(tokens * attention_block(whole, length))
-            if left.attention_size < whole.attention_size:  # otherwise both output projections read the same
+            # With the same weights before them, both output projections read the same.
+            if other_norms or left.attention_size < whole.attention_size:
                 read = attention_block(left, length) - 2 * left.attention_size * left.hidden_size
                 flops += Operations(tokens * read)
             flops += _fitted_to_targets(left.hidden_size, left.attention_size, tokens)

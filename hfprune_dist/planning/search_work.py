@@ -157,7 +157,8 @@ class Search:
     def _refitted(self, candidate: Candidate) -> Operations:
         kept = ModelShape(tuple(choice[0] for choice in candidate if choice is not None))
         if self.params.refit != "dense":
-            return sequential_refit(self.dense, kept, self._seen, kv_groups=self._kv_groups)
+            other_norms = self.params.mlp_targets is not None
+            return sequential_refit(self.dense, kept, self._seen, kv_groups=self._kv_groups, other_norms=other_norms)
         dropped = [number for number, choice in enumerate(candidate) if choice is None]
         return dense_refit(self.model, kept, self._seen, kv_groups=self._kv_groups, dropped=dropped)
 

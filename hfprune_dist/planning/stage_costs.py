@@ -268,6 +268,7 @@ class _FinalRefit:
     def operations(self, windows: Windows) -> Operations:
         """Its operations if it sees these windows."""
         refit, kv_groups = self.params.refit, KV_GROUPS in self.params.structures
+        other_norms = self.params.mlp_targets is not None
         if refit == "none":
             return NO_OPERATIONS
         if refit == "bias":
@@ -275,4 +276,6 @@ class _FinalRefit:
         if refit == "dense":
             return dense_refit(self.model, self.kept, windows, kv_groups=kv_groups, dropped=self.dropped)
         more = self.params.refit_iterations if refit == "block" else 0
-        return sequential_refit(self.dense, self.kept, windows, kv_groups=kv_groups, more_iterations=more)
+        return sequential_refit(
+            self.dense, self.kept, windows, kv_groups=kv_groups, other_norms=other_norms, more_iterations=more
+        )

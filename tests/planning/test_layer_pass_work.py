@@ -1,5 +1,7 @@
 """Operations of refits over tiny models of drawn sizes, as torch counts them."""
 
+import shutil
+
 import pytest
 import torch
 from counted_flops import counting
@@ -9,6 +11,7 @@ from hypothesis import strategies as st
 from mixtures import some_kept
 from ranks import SoloWorld
 from tiny import save_tiny
+from transformers import AutoModelForCausalLM
 
 from hfprune_dist.checkpoints.checkpoint import open_checkpoint
 from hfprune_dist.core import triangle
@@ -75,6 +78,34 @@ def test_refits(tmp_path_factory, kind, groups):
         assert found.total == pytest.approx(counted, rel=1e-4)
 
     holds()
+
+
+@pytest.mark.usefixtures("as_counted")
+@pytest.mark.parametrize("kind", ["layerwise", "block"])
+def test_refits_after_a_round_that_refitted_norms(tmp_path, kind):
+    """Layers that keep all of their groups run their attention once more than the first round does."""
+    dense_checkpoint = open_checkpoint(save_tiny(tmp_path / "dense", num_hidden_layers=3))
+    shutil.copytree(tmp_path / "dense", tmp_path / "model")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "dense")
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "norm" in name:
+                weight.mul_(1.25)
+    model.save_pretrained(tmp_path / "model")
+    checkpoint = open_checkpoint(tmp_path / "model")
+    every, some = torch.arange(2), torch.tensor([1])
+    neurons = [torch.arange(20)] * 3
+    kept, windows = Kept((0, 1, 2), {"neurons": neurons, "kv_groups": [every, some, every]}), Windows(5, 12, 2)
+    counted = flops_of(kind, checkpoint, kept, windows, tmp_path, dense_checkpoint=dense_checkpoint)
+    dense = ModelShape.of(checkpoint)
+    told = {}
+    for name, units in checkpoint.structures.items():
+        told |= units.sizes(kept.shape.counts(units)) if name in kept.units else {}
+    found = sequential_refit(
+        dense, dense.pruned(told), windows, kv_groups=True, other_norms=True, more_iterations=2 * (kind == "block")
+    )
+    found += residual_checks(dense, 3, windows.length)
+    assert found.total == pytest.approx(counted, rel=1e-4)
 
 
 @pytest.mark.usefixtures("as_counted")
@@ -171,10 +202,14 @@ def drawn(checkpoint, groups, seed):
     return Kept(layers, units | ({"kv_groups": [some(2, 1) for _ in layers]} if groups else {}))
 
 
-def flops_of(kind, checkpoint, kept, windows, folder, vocabulary=264):
+def flops_of(kind, checkpoint, kept, windows, folder, vocabulary=264, dense_checkpoint=None):
+    """Count the operations of a refit; ``dense_checkpoint`` is another model's of the same shape, if there is one."""
     world, kinds = SoloWorld(), [checkpoint.structures[name] for name in kept.units]
     windows_ST = torch.randint(vocabulary, (windows.count, windows.length), generator=torch.Generator().manual_seed(0))
-    dense, pruned = (LayerStream(checkpoint, windows_ST, torch.float32, windows.micro_batch, world) for _ in range(2))
+    dense, pruned = (
+        LayerStream(it, windows_ST, torch.float32, windows.micro_batch, world)
+        for it in (dense_checkpoint or checkpoint, checkpoint)
+    )
     fitted = RefittedLayers(checkpoint, kinds, kind == "block", folder / "fitted")
     if kind == "none":
         with counting() as total:
