@@ -14,6 +14,7 @@ import json
 import math
 import os
 import threading
+import traceback
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -28,6 +29,7 @@ from hfprune_dist.distributed.frozen_model import FrozenModel
 from hfprune_dist.distributed.interruption import Interruption
 from hfprune_dist.distributed.world import TELL_EVERY_S
 from hfprune_dist.errors import UserError
+from hfprune_dist.evaluation.task_definitions import explain
 from hfprune_dist.store.hashing import digest_of
 
 TELLER = "tells the other ranks that lm-eval is at work"
@@ -38,6 +40,9 @@ CHUNK_BATCHES = 4
 # Chunks per task, as long as batches stay whole: ranks wait for each other after each, and the last ones may get none.
 WANTED_CHUNKS = 64
 
+# What lm-eval and transformers raise, before a forward, for a request that they can't put to the model.
+_UNSUITABLE = (AssertionError, IndexError, TypeError, ValueError)
+
 Arguments = tuple[Any, ...]
 # (name of the model's method, index of the chunk, arguments of its requests)
 Chunk = tuple[str, int, list[Arguments]]
@@ -45,6 +50,10 @@ Chunk = tuple[str, int, list[Arguments]]
 
 class ModelError(Exception):
     """The model failed to answer; ``__cause__`` is the reason. Other errors inside lm-eval are those of a task."""
+
+
+class RequestError(Exception):
+    """A request that no model, or not this one, can answer: too long, or with options that there aren't."""
 
 
 class AnswerLog:
@@ -157,6 +166,8 @@ class ShardedLM(HFLM):  # type: ignore[misc]
         """Have all ranks answer requests, each one chunk at a time."""
         try:
             return self._ask_all_ranks(method, [tuple(request.args) for request in requests])
+        except RequestError:  # an error of the task
+            raise
         except Exception as error:
             raise ModelError(f"{method}: {error}") from error
 
@@ -204,13 +215,31 @@ class ShardedLM(HFLM):  # type: ignore[misc]
                 self._interruption.stop_if_agreed(self._world)
 
     def _share(self, chunks: list[Chunk]) -> list[list[Any]]:
-        return self._answer_mine(self._world.broadcast(chunks))
+        """Have every rank answer a chunk at most.
 
-    def _answer_mine(self, chunks: list[Chunk]) -> list[list[Any]]:
-        """Answer this rank's chunk, if it has one; return the answers to all chunks."""
-        answers = self._answer(*chunks[self._world.rank]) if self._world.rank < len(chunks) else []
+        Raises:
+            RequestError: if one of the chunks has a request that can't be answered.
+        """
+        answers = []
+        for found in self._answer_mine(self._world.broadcast(chunks)):
+            if isinstance(found, RequestError):
+                raise found
+            answers.append(found)
+        return answers
+
+    def _answer_mine(self, chunks: list[Chunk]) -> list[list[Any] | RequestError]:
+        """Answer this rank's chunk, if it has one; return the answers to all chunks, or why there are none."""
+        answers = self._answer_or_refuse(*chunks[self._world.rank]) if self._world.rank < len(chunks) else []
         self._frozen.join_idle_forwards()
         return self._world.all_gather(answers)[: len(chunks)]
+
+    def _answer_or_refuse(self, method: str, number: int, arguments: list[Arguments]) -> list[Any] | RequestError:
+        try:
+            return self._answer(method, number, arguments)
+        except _UNSUITABLE as error:
+            # Of a bare assertion, all that is known is its line.
+            reason = explain(error) if str(error) else f"{traceback.extract_tb(error.__traceback__)[-1].line} fails"
+            return RequestError(f"{method}, by a model that reads {self.max_length} tokens: {reason}")
 
     def _answer(self, method: str, number: int, arguments: list[Arguments]) -> list[Any]:
         """Have lm-eval's own code answer a chunk; sampling, if any, is seeded with the chunk's number."""

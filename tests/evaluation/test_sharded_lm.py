@@ -127,3 +127,39 @@ def test_nobody_is_told_anything_once_rank_0_has_failed_to_answer(tmp_path, monk
         ranks.run(work)
     before, after = told
     assert after == before
+
+
+UNSUITABLE = {
+    "longer than the model reads": ("loglikelihood", ("a b", " long" * 200), "continuation_enc.*max_length"),
+    "nothing after nothing": ("loglikelihood", ("", ""), "IndexError"),
+    "as long an answer as the model reads": ("generate_until", ("a b", {"max_gen_toks": 512}), "512.*must be less"),
+    "an option that there isn't": ("generate_until", ("a b", {"max_gen_toks": 2, "tempo": 1}), "not used.*tempo"),
+}
+
+
+@pytest.mark.parametrize("what", UNSUITABLE)
+@pytest.mark.parametrize(("size", "place"), [(1, 2), (3, 0), (3, 4)])
+def test_a_request_that_cannot_be_answered_is_an_error_of_the_task_and_leaves_all_ranks_in_step(
+    tmp_path, what, size, place
+):
+    checkpoint = open_checkpoint(save_tiny(tmp_path / "model"))
+    method, unsuitable, message = UNSUITABLE[what]
+    usual = {"loglikelihood": ("a b", " c"), "generate_until": ("a b", {"max_gen_toks": 2})}[method]
+    requests = [Instance(method, {}, usual, number) for number in range(5)]
+    mixed = [*requests[:place], Instance(method, {}, unsuitable, place), *requests[place + 1 :]]
+
+    def work(world):
+        model = FrozenModel(checkpoint, torch.float32, 1, "replicate", world)
+        lm = ShardedLM(model, load_tokenizer(checkpoint.path), Interruption(), 1, True)
+        if not world.is_first:
+            lm.serve()
+            return None
+        with lm.task(AnswerLog(tmp_path / "log"), lambda _done, _total: None):
+            with pytest.raises(sharded_lm.RequestError, match=f"{method}.*{message}"):
+                getattr(lm, method)(mixed)
+            answers = getattr(lm, method)(requests)
+        lm.dismiss()
+        return answers
+
+    (answers, *_) = Ranks(size).run(work)
+    assert len(answers) == len(requests)

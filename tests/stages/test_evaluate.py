@@ -451,6 +451,7 @@ def test_a_bfloat16_model_is_scored_in_float32(inputs, tmp_path, monkeypatch):
         ({"test_split": "exam"}, "tiny_broken.*can't be loaded.*exam"),
         ({"doc_to_choice": "{{nothing}}"}, "tiny_broken.*can't be"),
         ({"metric_list": [{"metric": "no_such_metric"}]}, "tiny_broken.*can't be loaded"),
+        ({"doc_to_choice": ["b", "long " * 200]}, "tiny_broken.*can't be evaluated.*loglikelihood.*512 tokens"),
     ],
 )
 def test_a_broken_task_is_named(inputs, tmp_path, change, message):
