@@ -18,6 +18,8 @@ from hfprune_dist.evaluation.task_definitions import (
     Definition,
     explain,
     own_definitions,
+    plain_members,
+    refuse_hollow,
     refuse_renamed,
     refuse_unsuited,
     shipped_definitions,
@@ -36,16 +38,21 @@ def check_tasks(tasks: Sequence[str], include_path: Path | None) -> None:
     """Refuse task names that lm-eval doesn't know, and tasks of the user's own that can't be used.
 
     Raises:
-        UserError: for unknown names, listing all of them with close matches, if any; for an ``include_path`` without
-            tasks; for a group of which lm-eval would score only some tasks; for tasks that run code or need images; for
-            a missing or empty file that one of the user's own tasks reads, naming it.
+        UserError: for unknown names, also in groups, listing all of them with close matches, if any; for an
+            ``include_path`` without tasks; for a group without members, or of which lm-eval would score only some
+            tasks; for tasks that run code or need images; for a missing or empty file that one of the user's own tasks
+            reads, naming it.
     """
     own, unreadable = own_definitions(include_path)
     if include_path is not None and not (own or unreadable):
         raise UserError(f"evaluation.include_path: no task is defined in {include_path}/**/*.yaml")
+    refuse_hollow(tasks, own)
     shipped = shipped_definitions() if set(unfolded(tasks, own)) - set(own) else {}
     known = {**shipped, **own}
-    _refuse_unknown([task for task in tasks if task not in known], include_path, own, unreadable)
+    members = {name: f" (listed in {file})" for name, file in plain_members(tasks, own).items()}
+    wanted = members | dict.fromkeys(tasks, "")
+    unknown = {name: where for name, where in wanted.items() if name not in known}
+    _refuse_unknown(unknown, include_path, own, unreadable)
     refuse_renamed(tasks, known)
     refuse_unsuited(tasks, known)
     for name in unfolded(tasks, own):
@@ -55,15 +62,19 @@ def check_tasks(tasks: Sequence[str], include_path: Path | None) -> None:
 
 
 def _refuse_unknown(
-    tasks: Sequence[str], include_path: Path | None, own: Mapping[str, Definition], unreadable: Mapping[Path, str]
+    tasks: Mapping[str, str], include_path: Path | None, own: Mapping[str, Definition], unreadable: Mapping[Path, str]
 ) -> None:
-    """Refuse names that only lm-eval's index may know, if it doesn't."""
+    """Refuse names that only lm-eval's index may know, if it doesn't.
+
+    Args:
+        tasks: each name -> where it is from, for messages.
+    """
     if not tasks:
         return
     known = set(own) | set(_open_index(None, include_path).task_index)
     unknown = [task for task in tasks if task not in known]
     if unknown:
-        lines = [f"unknown task {task!r}{did_you_mean(task, known)}" for task in unknown]
+        lines = [f"unknown task {task!r}{tasks[task]}{did_you_mean(task, known)}" for task in unknown]
         lines += [f"{file}: can't be read: {reason}" for file, reason in unreadable.items()]
         where = f" and {include_path}" if include_path else " (evaluation.include_path names a folder with more)"
         raise UserError("evaluation.tasks:\n  " + "\n  ".join(lines) + f"\nknown are the tasks of lm-eval{where}")

@@ -123,6 +123,38 @@ def refuse_renamed(tasks: Sequence[str], known: Mapping[str, Definition]) -> Non
         wanted += [member for member in dict.fromkeys(_names_in(members)) if member not in wanted]
 
 
+def refuse_hollow(tasks: Sequence[str], own: Mapping[str, Definition]) -> None:
+    """Refuse groups of the user's own without members, of which lm-eval would score nothing, and groups that are
+    members of themselves.
+
+    Raises:
+        UserError: naming the first of them.
+    """
+    for name in unfolded(tasks, own):
+        if name in own and own[name].kind == "group":
+            where = f"evaluation.tasks: group {name!r} ({own[name].file})"
+            if not _listed(own[name]):
+                raise UserError(f"{where} has no members; name them in a list under task, e.g. task: [arc_easy]")
+            if name in unfolded(own[name].members, own):
+                raise UserError(f"{where} is a member of itself; take it out of its own list, or rename it")
+
+
+def plain_members(tasks: Sequence[str], own: Mapping[str, Definition]) -> dict[str, str]:
+    """Names that groups of the user's own list without settings -> the group's file. They must be defined elsewhere;
+    a member with settings may be defined by these.
+    """
+    groups = [own[name] for name in unfolded(tasks, own) if name in own and own[name].kind == "group"]
+    return {member: str(group.file) for group in groups for member in _plain_in(_listed(group))}
+
+
+def _plain_in(members: Sequence[Any]) -> Iterator[str]:
+    for member in members:
+        if not isinstance(member, Mapping):
+            yield str(member)
+        elif isinstance(member.get("task"), list):
+            yield from _plain_in(member["task"])
+
+
 def _listed(group: Definition) -> list[Any]:
     members = with_included(group.file).get("task")
     return members if isinstance(members, list) else []

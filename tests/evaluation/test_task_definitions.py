@@ -1,6 +1,7 @@
 """Tasks in which the model writes its answer, recognized by their YAML files alone."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 
@@ -108,3 +109,33 @@ def test_lm_eval_still_takes_names_away_where_a_group_is_refused(groups, tmp_pat
     loader = TaskLoader([*KEPT, *LOST], groups, tmp_path / "cache")
     for name in (*KEPT, *LOST):
         assert (set(loader.load(name, 0)["tasks"]) <= {"a", "b", "c"}) == (name in KEPT), name
+
+
+HOLLOW = {
+    "no list": ("task: a", "'g' .*g.yaml.* has no members"),
+    "an empty list": ("task: []", "has no members"),
+    "no key": ("aggregate_metric_list: [{metric: acc}]", "has no members"),
+    "itself": ("task: [a, g]", "'g' .* is a member of itself"),
+    "itself with settings": ("task: [a, {task: g, num_fewshot: 1}]", "'g' .* is a member of itself"),
+    "itself in another": ("task: [a, other]", "'g' .* is a member of itself"),
+    "an unknown name": ("task: [a, bb, c]", r"unknown task 'bb' \(listed in .*g.yaml\); did you mean"),
+    "an unknown name inside": ("task: [{group: inline, task: [a, nowhere]}]", r"unknown task 'nowhere' \(listed in"),
+}
+
+
+@pytest.mark.parametrize("what", HOLLOW)
+@pytest.mark.parametrize("asked", ["g", "around"])
+def test_groups_that_lm_eval_cannot_unfold_are_refused_before_it_tries(groups, monkeypatch, what, asked):
+    monkeypatch.setattr(lm_eval_tasks, "_open_index", lambda *_: SimpleNamespace(task_index={}))
+    members, message = HOLLOW[what]
+    (groups / "g.yaml").write_text(f"group: g\n{members}\n")
+    (groups / "other.yaml").write_text("group: other\ntask: [b, g]\n")
+    (groups / "around.yaml").write_text("group: around\ntask: [c, g]\n")
+    with pytest.raises(UserError, match=message):
+        check_tasks([asked], groups)
+
+
+def test_a_group_may_define_a_member_by_its_settings(groups):
+    task = "{task: new, dataset_path: json, dataset_kwargs: {data_files: {test: data.json}}, test_split: test}"
+    (groups / "g.yaml").write_text(f"group: g\ntask: [a, {task}]\n")
+    check_tasks(["g"], groups)
