@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, TypeVar, get_args
 
 from pydantic import AfterValidator, ConfigDict, Field, model_validator
 
-from hfprune_dist.config.section import NumberOrShare, Positive, PositiveOrAuto, Section, explained_by
+from hfprune_dist.config.section import NonNegative, NumberOrShare, Positive, PositiveOrAuto, Section, explained_by
 from hfprune_dist.core.criteria import CRITERIA, SCORED_WHILE_PRUNED, CriterionName, MethodCriterion
 from hfprune_dist.structures import EXPERTS, KV_GROUPS, LAYERS, NEURONS, TOGETHER, Kind, Structure
 
@@ -136,7 +136,7 @@ class Method(Section):
     round_ratio: RoundRatio | None = None
     """Instead of ``steps``: prune in rounds that remove this share of all parameters each; the last one removes what is
     left of the ratio. Different ratios then share their first rounds. null: ``steps`` sets the number of rounds."""
-    distill: Annotated[int, Field(ge=0)] = 0
+    distill: NonNegative = 0
     """Passes over the calibration windows, after pruning, in which the pruned model learns the dense model's output
     distribution (see ``DistillationConfig``). This needs no labels and no further text, but it is training."""
 
@@ -336,7 +336,7 @@ class PruneConfig(Section):
     multiple_of: PositiveOrAuto | None = None
     steps: Rounds | None = None
     round_ratio: RoundRatio | None = None
-    distill: Annotated[int, Field(ge=0)] | None = None
+    distill: NonNegative | None = None
     student_lacks: Share | None = None
     teacher_share: Annotated[float, Field(ge=0, le=1)] | None = None
     teacher_temperature: Temperature | None = None

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from hfprune_dist.config.method import PruneConfig
-from hfprune_dist.config.section import Dtype, Positive, Section
+from hfprune_dist.config.section import Dtype, NonNegative, Positive, Section
 from hfprune_dist.config.texts import CalibrationConfig, FidelityConfig
 from hfprune_dist.config.training import DistillationConfig, RecoveryConfig
 from hfprune_dist.core.criteria import CriterionName
@@ -77,7 +77,7 @@ class EvaluationConfig(Section):
     """lm-eval task names; the default is the paper's suite. If it is empty, only fidelity is measured."""
     include_path: Annotated[str, Field(min_length=1)] | None = None
     """Folder with further lm-eval task YAML files."""
-    num_fewshot: Annotated[int, Field(ge=0)] | None = 0
+    num_fewshot: NonNegative | None = 0
     """Number of examples in the prompt; null leaves it to each task."""
     add_bos_token: bool = True
     """Begin every sequence with the tokenizer's BOS token. Applies to calibration windows too, unless set there."""

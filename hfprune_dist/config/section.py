@@ -11,6 +11,9 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 Dtype = Literal["float32", "bfloat16"]
 # Counts. The limit is beyond any sensible value: a mistyped one would make a stage fail, or never end.
 Positive = Annotated[int, Field(ge=1, lt=2**31)]
+NonNegative = Annotated[int, Field(ge=0, lt=2**31)]
+# Tokens of a window, or of a row of pairs.
+Length = Annotated[int, Field(ge=8, lt=2**31)]
 
 
 def as_written(value: object) -> str:

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, Field, model_validator
 
 from hfprune_dist.config.left_out import LeftOutAt
-from hfprune_dist.config.section import Positive, TextSource
+from hfprune_dist.config.section import Length, Positive, TextSource
 
 # Stands for the name of the text whose numbers come first in tables.
 FIRST = ""
@@ -47,7 +47,7 @@ class CalibrationConfig(TextSource):
     samples: Positive = 1024
     """Number of calibration windows, one at random from each document that is long enough. If there are fewer such
     documents, each gives several, which may overlap; a plain-text file is one document."""
-    sequence_length: Annotated[int, Field(ge=8)] = 1024
+    sequence_length: Length = 1024
     """Tokens per window, the beginning-of-sequence token included."""
     micro_batch_size: Positive = 1
     """Windows per forward pass of one rank."""
@@ -125,7 +125,7 @@ class FidelityConfig(HeldOutText):
     windows: Positive = 64
     """Number of held-out windows from each text, cut as those of calibration. Standard errors take them for
     independent: with far fewer documents than windows they are too small."""
-    sequence_length: Annotated[int, Field(ge=8)] = 1024
+    sequence_length: Length = 1024
     """Tokens per window, the beginning-of-sequence token included."""
     texts: Annotated[dict[Annotated[str, AfterValidator(_text_name)], HeldOutText] | None, LeftOutAt(None)] = None
     """Several texts instead of one, under names of your choice, each with the keys of a text (path, or dataset, ...),

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from hfprune_dist.config.section import Dtype, Positive, PositiveOrAuto, Section, TextSource
+from hfprune_dist.config.section import Dtype, Length, NonNegative, Positive, PositiveOrAuto, Section, TextSource
 from hfprune_dist.errors import UserError
 
 
@@ -24,7 +24,7 @@ class LoraTraining(Section):
     configuration keeps it."""
     learning_rate: Annotated[float, Field(gt=0)] = 4e-4
     """Peak learning rate; it decays to zero along a cosine."""
-    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    warmup_steps: NonNegative = 0
     """Optimizer steps of linear warm-up."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     """AdamW weight decay."""
@@ -51,7 +51,7 @@ class DistillationConfig(LoraTraining):
 
     batch_size: Positive = 16
     learning_rate: Annotated[float, Field(gt=0)] = 1e-3
-    warmup_steps: Annotated[int, Field(ge=0)] = 4
+    warmup_steps: NonNegative = 4
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
 
 
@@ -70,9 +70,9 @@ class RecoveryConfig(TextSource, LoraTraining):
     """Without effect: pairs are read from instruction_field and response_field."""
     samples: Positive | None = None
     """Use only this many instruction pairs, the first ones; null uses all of them."""
-    sequence_length: Annotated[int, Field(ge=8)] = 1024
+    sequence_length: Length = 1024
     """Pairs are packed into rows of this many tokens; attention does not cross pairs."""
-    epochs: Annotated[float, Field(gt=0)] = 2.0
+    epochs: Annotated[float, Field(gt=0, lt=2**31)] = 2.0
     """Passes over the packed rows."""
     max_steps: Positive | None = None
     """Number of optimizer steps after which training stops; overrides epochs."""

@@ -1,10 +1,14 @@
+import re
 import typing
+from functools import reduce
 from pathlib import Path
 
 import pytest
 import yaml
 
 from hfprune_dist.config.load import load_config, parse_assignment, parse_list, parse_ratios
+from hfprune_dist.config.schema import SweepConfig
+from hfprune_dist.config.section import Section
 from hfprune_dist.core.criteria import CRITERIA, CriterionName
 from hfprune_dist.errors import UserError
 
@@ -83,6 +87,7 @@ def test_the_papers_recipe_is_the_default():
         ({"calibration": {"samples": "many"}}, ["calibration.samples: give a whole number (got 'many')"]),
         ({"calibration": {"samples": 0}}, ["calibration.samples", "greater than or equal to 1"]),
         ({"calibration": {"samples": 10**22}}, ["calibration.samples", "less than"]),
+        ({"recovery": {"epochs": 1e308}}, ["recovery.epochs", "less than"]),
         ({"runtime": {"collective_timeout_minutes": 10**17}}, ["collective_timeout_minutes", "less than"]),
         ({"calibration": {"path": ""}}, ["calibration.path", "at least 1 character"]),
         ({"evaluation": {"include_path": ""}}, ["evaluation.include_path", "at least 1 character"]),
@@ -178,6 +183,22 @@ def test_bad_configuration_is_explained(tmp_path, content, expected):
         load_config([write(tmp_path, content)], {})
     for part in expected:
         assert part in str(caught.value)
+
+
+def whole_numbers(section, place=()):
+    """Yield the places of the keys that take a whole number."""
+    for name, field in section.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
+            yield from whole_numbers(field.annotation, (*place, name))
+        elif re.match(r"(?!list).*\bint\b", str(field.annotation)):
+            yield (*place, name)
+
+
+@pytest.mark.parametrize("place", whole_numbers(SweepConfig), ids=".".join)
+def test_numbers_that_no_float_can_hold_are_refused(tmp_path, place):
+    content = reduce(lambda inner, name: {name: inner}, reversed(place), 10**400)
+    with pytest.raises(UserError, match=re.escape(".".join(place))):
+        load_config([write(tmp_path, content)], {})
 
 
 def test_every_criterion_can_be_configured():
