@@ -320,7 +320,7 @@ def _read_parquet(file: Path, fields: Sequence[str]) -> Iterator[Placed]:
                 yield f"{file}, row {number}", unread | record
     except ArrowException as error:
         raise UserError(f"{file}: not a whole Parquet file ({' '.join(str(error).split())})") from None
-    except OverflowError as error:  # a time that Python can't represent, in a column that is wanted
+    except (OverflowError, KeyError) as error:  # a time or time zone that Python lacks, in a column that is wanted
         raise UserError(f"{file}: {' or '.join(columns)} holds times, not text ({error})") from None
 
 

@@ -160,8 +160,11 @@ def test_times_that_python_cannot_represent_hide_no_message(tmp_path):
     for fields in (["body"], ["text", "body"]):
         with pytest.raises(UserError, match="row 1: no text in field 'body'; the record has text, when"):
             list(read_texts({}, file, fields, 0, "here"))
-    with pytest.raises(UserError, match="when holds times, not text"):
-        list(read_texts({}, file, ["when"], 0, "here"))
+    nowhere = pyarrow.table({"when": pyarrow.array([0], pyarrow.timestamp("us", tz="Mars/Phobos"))})
+    parquet.write_table(nowhere, tmp_path / "nowhere.parquet")
+    for times in (file, tmp_path / "nowhere.parquet"):
+        with pytest.raises(UserError, match=f"{times.name}: when holds times, not text"):
+            list(read_texts({}, times, ["when"], 0, "here"))
 
 
 # Fingerprints.
