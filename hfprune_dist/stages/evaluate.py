@@ -262,7 +262,7 @@ def _run_task(context: Context, lm: Any, loader: TaskLoader, task: str) -> dict[
 
 
 def _task_file(folder: Path, task: str) -> Path:
-    return folder / TASKS / (task.replace("/", "%2F") + ".json")
+    return folder / TASKS / (task.replace("%", "%25").replace("/", "%2F") + ".json")
 
 
 def _seed_all() -> None:

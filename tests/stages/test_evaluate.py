@@ -1,5 +1,6 @@
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -480,6 +481,14 @@ def test_a_name_with_slashes_is_a_file_not_a_folder(inputs, tmp_path):
     stage = write_stage_file(store, own, ["tiny/lonely"])
     assert set(run_alone(store, stage)["tasks"]) == {"tiny/lonely"}
     assert [it.name for it in (store.path(stage.id) / "tasks").iterdir()] == ["tiny%2Flonely.json"]
+
+
+@settings(deadline=None, derandomize=True)
+@given(st.lists(st.text("a/%25F", min_size=1, max_size=6), min_size=2, max_size=6, unique=True))
+def test_no_two_tasks_share_a_file(names):
+    files = {evaluate._task_file(Path("work"), name) for name in names}
+    assert len(files) == len(names)
+    assert {file.parent for file in files} == {Path("work/tasks")}
 
 
 @pytest.mark.parametrize(
