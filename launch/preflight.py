@@ -62,8 +62,8 @@ def check_stages(config: SweepConfig, plan: Plan, todo: Sequence[str], profile: 
 
     Raises:
         UserError: for a tracker that isn't installed, a text that can't be read or is too short, a batch that ranks
-            can't share, an unknown task, more examples than a task has documents, or a model with unsuitable tokenizer,
-            chat template, weights or positions.
+            can't share, an unknown task, more examples than a task has documents, answers too long for a model, or a
+            model with unsuitable tokenizer, chat template, weights or positions.
     """
     if {*RECOVERING, "distill"} & {plan.stages[stage_id].kind for stage_id in todo}:
         _check_trackers(config.runtime)
@@ -87,9 +87,20 @@ def _check_tasks(evaluation: EvaluationConfig) -> None:
     from hfprune_dist.evaluation.examples import check_examples
     from hfprune_dist.evaluation.lm_eval_tasks import check_tasks  # lm-eval takes seconds to import
 
-    include_path = Path(evaluation.include_path) if evaluation.include_path else None
+    include_path = _include_path(evaluation)
     check_tasks(evaluation.tasks, include_path)
     check_examples(evaluation.tasks, include_path, evaluation.num_fewshot)
+
+
+def _check_answers(evaluation: EvaluationConfig, positions: int | None, folder: Path) -> None:
+    from hfprune_dist.evaluation.task_definitions import require_room_for_answers  # searches thousands of files
+
+    if positions is not None:
+        require_room_for_answers(evaluation.tasks, _include_path(evaluation), positions, folder)
+
+
+def _include_path(evaluation: EvaluationConfig) -> Path | None:
+    return Path(evaluation.include_path) if evaluation.include_path else None
 
 
 def _check_trackers(runtime: RuntimeConfig) -> None:
@@ -160,8 +171,10 @@ def _check_model(config: SweepConfig, folder: Path, readings: Sequence[Reading],
     require_finite_routers(checkpoint)
     tokenizer = load_tokenizer(folder)
     require_embedded(tokenizer, checkpoint.config["vocab_size"], folder)
-    if evaluates and config.evaluation.tasks and config.evaluation.apply_chat_template:
-        require_chat(tokenizer, folder, with_examples=bool(config.evaluation.num_fewshot))
+    if evaluates and config.evaluation.tasks:
+        _check_answers(config.evaluation, checkpoint.max_positions, folder)
+        if config.evaluation.apply_chat_template:
+            require_chat(tokenizer, folder, with_examples=bool(config.evaluation.num_fewshot))
     for reading in readings:
         _check_length(reading, folder, checkpoint.max_positions)
     return [remark for reading in readings if (remark := _check_text(reading, folder, tokenizer))]

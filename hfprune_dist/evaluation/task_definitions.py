@@ -19,6 +19,9 @@ from hfprune_dist.errors import UserError
 DEFINITION = re.compile(r"^(task|group|tag):[ \t]*[\"']?([^\s\"'#]+)[\"']?[ \t]*$", re.MULTILINE)
 # The default output type of a task; see ``lm_eval.config.task.TaskConfig``.
 GENERATES = "generate_until"
+# Options for the most tokens that an answer may have: lm-eval takes the first that is given, or its own number.
+_MOST_TOKENS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
+_USUAL_MOST = 256
 # Keys of tasks that lm-eval refuses to evaluate without more than a language model, what they need, and the values
 # with which they don't.
 _UNSUITED: dict[str, tuple[str, tuple[Any, ...]]] = {
@@ -76,6 +79,40 @@ def _members_in(group: Definition) -> tuple[str, ...]:
 def _generates(task: Definition) -> bool:
     content = _content_of(task)
     return content is not None and "class" not in content and content.get("output_type", GENERATES) == GENERATES
+
+
+def require_room_for_answers(tasks: Sequence[str], include_path: Path | None, positions: int, model: Path) -> None:
+    """Refuse tasks whose answers may be as long as all that a model reads, which leaves no room for a prompt.
+
+    Of members of groups, which may have settings for them, a stage finds out.
+
+    Args:
+        positions: the most tokens that the model reads.
+        model: its folder, for messages.
+
+    Raises:
+        UserError: naming the first such task, and both numbers.
+    """
+    own, _ = own_definitions(include_path)
+    known = {**(shipped_definitions() if set(tasks) - set(own) else {}), **own}
+    for task in tasks:
+        definition = known.get(task)
+        if definition is not None and definition.kind == "task" and _generates(definition):
+            tokens = _most_tokens(_content_of(definition) or {})
+            if tokens >= positions:
+                raise UserError(
+                    f"evaluation.tasks: answers of {task!r} ({definition.file}) may have {tokens} tokens "
+                    f"(generation_kwargs), but the model in {model} reads {positions}, prompt included; leave the "
+                    "task out, or evaluate one of your own with a smaller max_gen_toks"
+                )
+
+
+def _most_tokens(content: Mapping[str, Any]) -> int:
+    """The most tokens that an answer may have; 0 if the task's file has no number there."""
+    options = content.get("generation_kwargs")
+    given = [options[key] for key in _MOST_TOKENS if options.get(key) is not None] if isinstance(options, dict) else []
+    most = given[0] if given else _USUAL_MOST
+    return most if isinstance(most, int) else 0
 
 
 def _content_of(task: Definition) -> dict[str, Any] | None:

@@ -4,11 +4,13 @@ import json
 from types import SimpleNamespace
 
 import pytest
+import yaml
+from lm_eval.models.utils import normalize_gen_kwargs
 
 from hfprune_dist.errors import UserError
 from hfprune_dist.evaluation import lm_eval_tasks
 from hfprune_dist.evaluation.lm_eval_tasks import TaskLoader, check_tasks
-from hfprune_dist.evaluation.task_definitions import generating_tasks, own_definitions
+from hfprune_dist.evaluation.task_definitions import generating_tasks, own_definitions, require_room_for_answers
 
 OWN = {
     "writes": "task: writes\n",
@@ -139,3 +141,22 @@ def test_a_group_may_define_a_member_by_its_settings(groups):
     task = "{task: new, dataset_path: json, dataset_kwargs: {data_files: {test: data.json}}, test_split: test}"
     (groups / "g.yaml").write_text(f"group: g\ntask: [a, {task}]\n")
     check_tasks(["g"], groups)
+
+
+@pytest.mark.parametrize(
+    ("options", "tokens"),
+    [
+        *((f"{{{key}: 40}}", 40) for key in ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")),
+        ("{max_tokens: 7, max_gen_toks: null, max_new_tokens: 30, until: [x]}", 30),
+        *(("{until: [x]}", 256), ("{}", 256), ("null", 256)),
+    ],
+)
+def test_an_answer_as_long_as_all_that_a_model_reads_is_refused(tmp_path, options, tokens):
+    assert normalize_gen_kwargs(yaml.safe_load(options) or {})["max_gen_toks"] == tokens, "as lm-eval counts"
+    (tmp_path / "long.yaml").write_text(f"task: long\ndataset_path: x\ngeneration_kwargs: {options}\n")
+    (tmp_path / "choice.yaml").write_text("task: choice\noutput_type: multiple_choice\n")
+    (tmp_path / "odd.yaml").write_text("task: odd\ngeneration_kwargs: {max_gen_toks: many}\n")
+    require_room_for_answers(["odd", "choice", "long"], tmp_path, tokens + 1, tmp_path)
+    for positions in (tokens, tokens - 1):
+        with pytest.raises(UserError, match=f"'long' .* may have {tokens} tokens .* reads {positions}, prompt incl"):
+            require_room_for_answers(["odd", "choice", "long"], tmp_path, positions, tmp_path)

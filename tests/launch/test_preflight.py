@@ -547,6 +547,14 @@ def test_more_examples_than_a_task_has_documents(refusal, number):
     assert_parts(message, "evaluation.num_fewshot: task 'tiny_choice'", f"more examples, {number},", "at most 6")
 
 
+def test_answers_as_long_as_all_that_a_model_reads(inputs, refusal):
+    task = inputs / "tasks" / "choice.yaml"
+    task.write_text(
+        f"{task.read_text()}generation_kwargs: {{max_gen_toks: 512}}\n".replace("multiple_choice", "generate_until")
+    )
+    assert_parts(refusal(), "'tiny_choice'", str(task), "512 tokens", str(inputs / "alpha"), "smaller max_gen_toks")
+
+
 def test_a_misspelt_task(refusal, tmp_path, monkeypatch):
     """lm-eval's index reads all tasks that are beside it, which takes 12 s; here there are a few of them."""
     from lm_eval.tasks import manager
