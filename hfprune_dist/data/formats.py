@@ -314,6 +314,8 @@ def _read_parquet(file: Path, fields: Sequence[str]) -> Iterator[Placed]:
         with parquet.ParquetFile(file) as table:
             names = table.schema_arrow.names
             columns = [field for field in fields if field in names]
+            if repeated := [field for field in columns if names.count(field) > 1]:
+                raise UserError(f"{file}: several columns are named {repeated[0]!r}; rename all but one")
             unread = dict.fromkeys(names) if len(columns) < len(fields) else {}
             batches = table.iter_batches(batch_size=1024, columns=columns)
             for number, record in enumerate((row for batch in batches for row in batch.to_pylist()), start=1):

@@ -167,6 +167,17 @@ def test_times_that_python_cannot_represent_hide_no_message(tmp_path):
             list(read_texts({}, times, ["when"], 0, "here"))
 
 
+@pytest.mark.parametrize("names", [["text", "text"], ["text", "other", "text"], ["text", "other", "other"]])
+def test_columns_of_one_name_are_refused_where_they_are_wanted(tmp_path, names):
+    file = tmp_path / "table.parquet"
+    parquet.write_table(pyarrow.table([[f"column {number}"] for number in range(len(names))], names=names), file)
+    if names.count("text") > 1:
+        with pytest.raises(UserError, match=r"table.parquet: several columns are named 'text'; rename all but one"):
+            list(read_texts({}, file, ["text"], 0, "here"))
+    else:
+        assert texts_of(file) == ["column 0"]
+
+
 # Fingerprints.
 
 
