@@ -115,6 +115,10 @@ class StageScreen:
         self._finished = 0
         self._bar: TaskID | None = None
 
+    def expect(self, more: int) -> None:
+        """Count further stages, which turned out to be missing."""
+        self._total += more
+
     def begin(self, stage: Stage) -> None:
         name = f"{stage.kind} {escape(stage.label)}"
         self._bar = self._progress.add_task(name, total=None, phase="starting", left="")

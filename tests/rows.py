@@ -1,4 +1,4 @@
-"""Rows of a table, as ``collect_rows`` gives them, without a sweep."""
+"""Rows of a table, as ``collect_rows`` gives them, and artifacts behind rows, without a sweep."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from typing import Any
 
 from hfprune_dist.results.efficiency import efficiency_of
 from hfprune_dist.results.rows import Row
+from hfprune_dist.store.artifacts import Store
+from hfprune_dist.store.stage import Stage
 
 MEASURES = {"perplexity": 17.52, "kl": 0.26294, "top1_agreement": 0.7617}
 ERRORS = {"perplexity_stderr": 0.51, "kl_stderr": 0.01234, "top1_agreement_stderr": 0.0151}
@@ -84,6 +86,16 @@ def efficiency(factor: float, tokens_per_s: float, seconds: float) -> dict[str, 
     ]
     costs = {"flops_per_token": 215_000_000, "cache_bytes_per_token": 46_080}
     return {"device": "a processor", "threads": 2, "model": costs, "dense": costs, "runs": runs}
+
+
+def make_artifact(store: Store, stage: Stage) -> None:
+    """Write an artifact from which a row can be collected, as if its stage had run."""
+    draft = store.open_draft(stage.id)
+    (draft / "content").write_text(stage.id)
+    metrics = {"fidelity": {"perplexity": 9.0, "kl": 0.5, "top1_agreement": 0.5}, "tasks": {}}
+    shape = {"ratio_reached": 0.1, "parameters": 5, "intermediate_size": 7, "intermediate_sizes": None}
+    measured = metrics | shape | efficiency(1.5, tokens_per_s=30.0, seconds=0.1)
+    store.commit(stage, draft, {"metrics": measured, "wall_time_s": 1.0, "peak_memory_bytes": 1})
 
 
 def missing(row: Row) -> Row:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from functools import partial
@@ -16,10 +17,11 @@ from hfprune_launch.project import PROJECT
 from hfprune_launch.screen import StageScreen, show_checkpoints, show_results, stage_screen
 from hfprune_launch.slurm.cli import NewJobs, run_on_slurm
 from hfprune_launch.slurm.commands import SlurmCommands
+from hfprune_launch.stage.outcome import Outcome
 from hfprune_launch.stage.stage_file import Provenance
 from hfprune_launch.sweep_folder import Record, Sweep, read_record, set_record_aside, write_config, write_record
 
-from hfprune_dist.errors import UserError
+from hfprune_dist.errors import LostInputError, UserError
 from hfprune_dist.planning.earlier_rows import kept_rows, with_earlier_rows
 from hfprune_dist.planning.plan import Cell
 from hfprune_dist.results.formats import counted
@@ -108,16 +110,32 @@ def _run_here(command: Command, prepared: Prepared, backend: LocalBackend, on_en
 
 
 def _run_in_order(sweep: Sweep, todo: Sequence[str], backend: LocalBackend, screen: StageScreen) -> Iterator[Stage]:
-    """Run missing stages in plan order and yield those that ran; stages that need a missing artifact are skipped."""
-    stages = sweep.plan.stages
-    for stage in (stages[stage_id] for stage_id in todo):
-        missing = next((need for need in stage.needs if not sweep.store.handle(need).is_done()), None)
+    """Run missing stages in plan order and yield those that ran; stages that need a missing artifact are skipped.
+
+    If a stage finds an artifact that it reads damaged, that one is made again, and then the stage has another try.
+    """
+    stages, store, waiting = sweep.plan.stages, sweep.store, deque(todo)
+    tries: Counter[str] = Counter()
+    while waiting:
+        stage = stages[waiting.popleft()]
+        missing = next((need for need in stage.needs if not store.handle(need).is_done()), None)
         if missing is not None:
             screen.skip(stage, stages[missing])
             continue
         screen.begin(stage)
-        screen.end(stage, backend.run(stage, partial(screen.beat, stage)))
+        outcome = backend.run(stage, partial(screen.beat, stage))
+        screen.end(stage, outcome)
+        tries[stage.id] += 1
+        # Each try finds one of its artifacts at most; more tries than that mean a disk that damages them again.
+        if _has_lost_input(outcome) and tries[stage.id] <= len(stage.needs):
+            again = sweep.plan.lacking_for([stage.id], lambda stage_id: store.handle(stage_id).is_done())
+            waiting.extendleft(reversed(again))
+            screen.expect(len(again))
         yield stage
+
+
+def _has_lost_input(outcome: Outcome) -> bool:
+    return outcome.failure is not None and outcome.failure.cause == LostInputError.CAUSE
 
 
 def _clean_up(command: Command, prepared: Prepared) -> None:

@@ -12,7 +12,7 @@ import yaml
 from hfprune_launch import compare, report, screen, sweep
 from hfprune_launch.modes import sweep_plan, sweep_run
 from hfprune_launch.sweep_folder import read_record
-from rows import efficiency
+from rows import make_artifact
 from safetensors.numpy import save_file
 from sweeps import in_process, planned
 
@@ -29,12 +29,7 @@ def fill(out, wanted, but=()):
     for stage in wanted.stages.values():
         if stage.kind in but or store.manifest(stage.id) is not None:
             continue
-        draft = store.open_draft(stage.id)
-        (draft / "content").write_text(stage.id)
-        metrics = {"fidelity": {"perplexity": 9.0, "kl": 0.5, "top1_agreement": 0.5}, "tasks": {}}
-        shape = {"ratio_reached": 0.1, "parameters": 5, "intermediate_size": 7, "intermediate_sizes": None}
-        measured = metrics | shape | efficiency(1.5, tokens_per_s=30.0, seconds=0.1)
-        store.commit(stage, draft, {"metrics": measured, "wall_time_s": 1.0, "peak_memory_bytes": 1})
+        make_artifact(store, stage)
 
 
 def run(*arguments, command=sweep):

@@ -1,0 +1,83 @@
+"""Artifacts whose damage only the stage that reads them finds, since their sizes and times are as committed."""
+
+import os
+
+import pytest
+from hfprune_launch import sweep
+from hfprune_launch.modes import sweep_run
+from hfprune_launch.stage.outcome import Outcome
+from rows import make_artifact
+from sweeps import in_process, planned
+
+from hfprune_dist.store.artifacts import Store
+from hfprune_dist.store.heartbeat import Failure
+
+ONE_CELL = {"models": ["alpha"], "ratios": [0.2]}
+
+
+class Reading:
+    """A backend whose stages read what they need as ranks do, and then make their artifacts at once."""
+
+    ranks = 1
+    damages_again = False
+
+    def __init__(self, store, *_):
+        self._store = store
+
+    def run(self, stage, _):
+        for need in map(self._store.handle, stage.needs):
+            if need.verify(thorough=True).state == "corrupt":
+                need.set_aside()
+                return Outcome("failed", 1.0, Failure("lost input", f"{need.id}: set aside", 0, 0.0))
+        make_artifact(self._store, stage)
+        if self.damages_again:
+            damage(self._store, stage)
+        return Outcome("done", 1.0)
+
+
+def damage(store, stage):
+    """Change a file behind its size and times."""
+    file = store.path(stage.id) / "content"
+    times = file.stat()
+    file.write_text(stage.id[::-1])
+    os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
+
+
+@pytest.fixture
+def wanted(config, tmp_path, monkeypatch):
+    """The plan of a sweep whose artifacts are all there."""
+    monkeypatch.setattr(sweep_run, "LocalBackend", Reading)
+    _, plan = planned(config, **ONE_CELL)
+    for stage in plan.stages.values():
+        make_artifact(Store(tmp_path / "store"), stage)
+    return plan
+
+
+def run(config, out):
+    return in_process(sweep.main, "--config", config, "--out", out, "--models", "alpha", "--ratios", "0.2")
+
+
+@pytest.mark.parametrize("damaged", [["prune"], ["recover", "reference"], ["importance", "prune", "reference"]])
+@pytest.mark.parametrize("gone", [["evaluate"], ["recover", "evaluate"], ["prune", "recover", "evaluate"]])
+def test_what_a_stage_finds_damaged_is_made_again_before_another_try(config, tmp_path, wanted, damaged, gone):
+    store = Store(tmp_path / "store")
+    for stage in wanted.stages.values():
+        if stage.kind in gone:
+            store.discard(stage.id)
+        elif stage.kind in damaged:
+            damage(store, stage)
+    code, shown, said = run(config, tmp_path)
+    assert code == 0, shown + said
+    assert "missing" not in shown
+    reads = {need for stage in wanted.stages.values() if stage.kind in gone for need in stage.needs}
+    assert {store.verify(stage_id, thorough=True).state for stage_id in reads} == {"done"}
+    counts = [line.split("]")[0][1:].split("/") for line in shown.splitlines() if line.startswith("[")]
+    assert counts[-1][0] == counts[-1][1] == str(len(counts)), "every try is counted"
+
+
+def test_a_disk_that_damages_all_that_is_made_ends_the_sweep(config, tmp_path, wanted, monkeypatch):
+    monkeypatch.setattr(Reading, "damages_again", True)
+    for stage in wanted.stages.values():
+        Store(tmp_path / "store").discard(stage.id)
+    code, shown, _ = run(config, tmp_path)
+    assert code == 1 and "set aside" in shown
