@@ -5,13 +5,11 @@ submitit starts it and pickles only a ``StageJob``; everything else about the st
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
 import signal
 import socket
 import sys
-import threading
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -26,6 +24,7 @@ from hfprune_launch.slurm.commands import SlurmCommands, SlurmUnavailableError
 from hfprune_launch.slurm.exit_causes import never_gets_further
 from hfprune_launch.slurm.log_signs import START
 from hfprune_launch.slurm.progress import as_progress
+from hfprune_launch.slurm.renewals import keep_renewed
 from hfprune_launch.slurm.slurm_stage import SlurmStage
 from hfprune_launch.stage.parent import die_with_parent
 from hfprune_launch.stage.run import (
@@ -40,7 +39,7 @@ from hfprune_launch.stage.run import (
 from hfprune_dist.distributed.interruption import Interrupted, Interruption
 from hfprune_dist.errors import UserError, from_os_error
 from hfprune_dist.store.artifacts import Store
-from hfprune_dist.store.claims import RENEWAL_LIMIT_S, Claim, ClaimLostError, Holder, Renewal
+from hfprune_dist.store.claims import RENEWAL_LIMIT_S, Claim, ClaimLostError, Holder
 from hfprune_dist.store.heartbeat import Failure
 
 if TYPE_CHECKING:
@@ -281,7 +280,7 @@ class _StartGate:
             return "done"
         self._close_earlier_runs()
         self._handle.clear_failures()
-        threading.Thread(target=_renew, args=(Renewal(claim),), daemon=True).start()
+        keep_renewed(claim)
         return "run"
 
     def end(self, how: str) -> None:
@@ -303,14 +302,6 @@ class _StartGate:
             if run.job_id == self._run.job_id and run.restart < self._run.restart and run.ended is None:
                 ended = max(run.started, heartbeat.updated if heartbeat else 0.0)
                 self._attempt.record_run(replace(run, ended=ended, how="died", progress=as_progress(heartbeat)))
-
-
-def _renew(renewal: Renewal) -> None:
-    """Renew the claim until it is released or lost; the stage itself notices a loss at its next heartbeat."""
-    with contextlib.suppress(ClaimLostError):
-        while True:
-            sleep(CLAIM_POLL_S)
-            renewal.tick()
 
 
 def array_job_id(slurm: Mapping[str, str]) -> str:

@@ -19,6 +19,7 @@ from hfprune_launch.slurm.commands import (
 )
 from hfprune_launch.slurm.job_ends import JobEnds
 from hfprune_launch.slurm.profile import Profile
+from hfprune_launch.slurm.renewals import keep_renewed
 from hfprune_launch.slurm.slots import choose_slot
 from hfprune_launch.slurm.sweep_jobs import Event, SweepJobs
 from hfprune_launch.stage.stage_file import Provenance, write_stage_file
@@ -127,6 +128,7 @@ class Submission:
         if isinstance(claim, Holder):
             self.is_held_up = True
             return
+        submitted = keep_renewed(claim)  # a controller that doesn't answer may take longer than a claim lasts
         try:
             verdict = handle.verify()
             if verdict.state == "done":
@@ -139,6 +141,7 @@ class Submission:
                     handle.set_aside()
                 self._submit_claimed(stage, after_ok)
         finally:
+            submitted.set()
             claim.release()
 
     def _submit_claimed(self, stage: Stage, after_ok: Sequence[str]) -> None:

@@ -16,7 +16,7 @@ from hfprune_dist.distributed.interruption import Interruption
 from hfprune_dist.errors import UserError
 from hfprune_dist.store import claims
 from hfprune_dist.store.artifacts import Store
-from hfprune_dist.store.claims import Renewal, try_claim
+from hfprune_dist.store.claims import try_claim
 from hfprune_dist.store.heartbeat import Progress, read_failure
 from hfprune_dist.store.stage import Input, Stage
 
@@ -231,30 +231,3 @@ def test_an_error_that_comes_of_a_lost_claim_is_nobodys_failure(rank, store, att
     monkeypatch.setattr(sys, "excepthook", lambda *_: None)
     assert end_of(rank, monkeypatch, finished_by_another) == 1
     assert not store.work(STAGE.id).exists() and attempt.runs()[-1].how == "duplicate"
-
-
-def test_renewal_survives_a_file_system_that_fails_once(tmp_path, monkeypatch):
-    claim, ticks = try_claim(tmp_path), []
-
-    class Clock:
-        def __call__(self):
-            return 100.0 * len(ticks)
-
-    def sleep(_):
-        ticks.append(1)
-        if len(ticks) == 4:
-            claim.release()
-
-    utime, failing = os.utime, [OSError(errno.ESTALE, "stale")]
-    renewed = []
-
-    def fail_once(file):
-        if failing:
-            raise failing.pop()
-        renewed.append(len(ticks))
-        utime(file)
-
-    monkeypatch.setattr(job, "sleep", sleep)
-    monkeypatch.setattr(os, "utime", fail_once)
-    job._renew(Renewal(claim, None, Clock()))  # returns when the claim is gone
-    assert renewed == [2, 3]
