@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,11 +23,12 @@ from hfprune_dist.results.named_checkpoints import checkpoint_folders, named_che
 from hfprune_dist.results.rows import DenseModel, Row, collect_rows
 from hfprune_dist.results.table import write_reports
 from hfprune_dist.store.artifacts import Store
-from hfprune_dist.store.atomic_files import read_json, write_json, write_text
+from hfprune_dist.store.atomic_files import locked, read_json, write_json, write_text
 from hfprune_dist.store.attempt import AttemptsOf
 
 SWEEP_FILE = "sweep.json"
 CONFIG_FILE = "config.yaml"
+LOCK = ".lock"
 
 
 @dataclass(frozen=True)
@@ -124,6 +126,11 @@ def write_record(out: Path, record: Record) -> None:
     write_json(out / SWEEP_FILE, {**record.plan.to_json(), "dense": dense})
 
 
+def record_locked(out: Path) -> AbstractContextManager[None]:
+    """Keep other commands from changing a folder's record; what they would change has to be read after this."""
+    return locked(out / LOCK)
+
+
 def set_record_aside(out: Path) -> str:
     """Rename a record that can't be read, as another version may be able to, and return its new name."""
     number = 1
@@ -145,6 +152,17 @@ def forget_rows(out: Path, labels: Sequence[str], attempts_of: AttemptsOf) -> tu
     Raises:
         UserError: if there is no such row.
     """
+    _with_all_rows(out, labels)  # nothing is written unless they are there
+    with record_locked(out):
+        record = _with_all_rows(out, labels)
+        left = Record(without_rows(record.plan, labels), record.dense)
+        write_record(out, left)
+    rows_left = left.rows(Store(out / "store"), attempts_of)
+    write_reports(rows_left, out)
+    return rows_left, left.write_checkpoints(out)
+
+
+def _with_all_rows(out: Path, labels: Sequence[str]) -> Record:
     record = read_record(out)
     known = [cell.label for cell in record.plan.cells] if record else []
     for label in labels:
@@ -152,11 +170,7 @@ def forget_rows(out: Path, labels: Sequence[str], attempts_of: AttemptsOf) -> tu
             rows = f"rows: {', '.join(known)}" if known else "the folder has no rows"
             raise UserError(f"--forget: no row {label!r} in {out}{did_you_mean(label, known)}; {rows}")
     assert record is not None
-    left = Record(without_rows(record.plan, labels), record.dense)
-    write_record(out, left)
-    rows_left = left.rows(Store(out / "store"), attempts_of)
-    write_reports(rows_left, out)
-    return rows_left, left.write_checkpoints(out)
+    return record
 
 
 def require_folder(out: Path) -> None:

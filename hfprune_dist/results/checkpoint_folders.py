@@ -6,17 +6,16 @@ by their sha256, which is noted in ``.written`` before the file is written.
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shutil
 import uuid
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 
-from hfprune_dist.store.atomic_files import listed, publish, read_object, unless_stale, write_json, write_text
+from hfprune_dist.store.atomic_files import listed, locked, publish, read_object, unless_stale, write_json, write_text
 
 LOCK, WRITTEN = ".lock", ".written"
 # Prefix of folders and files that are being written or removed.
@@ -75,7 +74,7 @@ class CheckpointFolders:
         if not wanted and not self._root.is_dir():
             return Update({}, [])
         self._root.mkdir(parents=True, exist_ok=True)
-        with _locked(self._root / LOCK):
+        with locked(self._root / LOCK):
             self._remove_drafts()
             self._note(text for contents in wanted.values() for text in contents.texts.values())
             places = {self._place_of(name, contents): contents for name, contents in wanted.items()}
@@ -196,15 +195,6 @@ class CheckpointFolders:
         self._written = {sha256(text.encode()).hexdigest() for text in texts} | {it for it in noted if it in there}
         if self._written != set(noted):
             write_json(self._root / WRITTEN, {"sha256": sorted(self._written)})
-
-
-@contextmanager
-def _locked(file: Path) -> Iterator[None]:
-    """Keep out other launchers of the same sweep; a process that dies leaves no lock behind."""
-    with file.open("ab") as stream:
-        with suppress(OSError):  # a file system without locks
-            fcntl.flock(stream, fcntl.LOCK_EX)
-        yield
 
 
 def _remove(draft: Path) -> None:

@@ -5,11 +5,13 @@ What is read may be replaced or removed at any moment by other hosts; NFS then r
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import fcntl
 import json
 import os
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, TypeVar
@@ -156,6 +158,15 @@ def _replace(draft: Path, file: Path) -> None:
     except FileNotFoundError:
         if not file.exists() or file.stat().st_ino != inode:
             raise
+
+
+@contextlib.contextmanager
+def locked(file: Path) -> Iterator[None]:
+    """Keep out other processes that lock the same file; one that dies leaves no lock behind."""
+    with contextlib.ExitStack() as held:
+        with contextlib.suppress(OSError):  # a file system without locks, or another user's file
+            fcntl.flock(held.enter_context(file.open("ab")), fcntl.LOCK_EX)
+        yield
 
 
 def usual_mode() -> int:

@@ -19,7 +19,15 @@ from hfprune_launch.slurm.cli import NewJobs, run_on_slurm
 from hfprune_launch.slurm.commands import SlurmCommands
 from hfprune_launch.stage.outcome import Outcome
 from hfprune_launch.stage.stage_file import Provenance
-from hfprune_launch.sweep_folder import Record, Sweep, read_record, set_record_aside, write_config, write_record
+from hfprune_launch.sweep_folder import (
+    Record,
+    Sweep,
+    read_record,
+    record_locked,
+    set_record_aside,
+    write_config,
+    write_record,
+)
 
 from hfprune_dist.errors import LostInputError, UserError
 from hfprune_dist.planning.earlier_rows import kept_rows, with_earlier_rows
@@ -65,7 +73,8 @@ def run_missing(command: Command, prepared: Prepared, finish: Callable[[], None]
         command.tell(f"note: {remark}")
     require_usable(command.out)
     write_config(command.out, prepared.config, prepared.models)
-    write_record(command.out, _with_earlier(command, prepared))
+    with record_locked(command.out):
+        write_record(command.out, _with_earlier(command, prepared))
     store.hashes.save()  # of input files; every stage that reads one compares its hash with the plan
     _clean_up(command, prepared)
     report = ReportPage(command.out, command.console)
@@ -164,12 +173,13 @@ def _with_earlier(command: Command, prepared: Prepared) -> Record:
 
 def _recorded(command: Command, prepared: Prepared) -> Record:
     """Return the folder's record, which this run has written; if it was lost since, it is written again."""
-    with suppress(UserError):
-        if (record := read_record(command.out)) is not None:
-            return record
-    record = _with_earlier(command, prepared)
-    write_record(command.out, record)
-    return record
+    with record_locked(command.out):
+        with suppress(UserError):
+            if (record := read_record(command.out)) is not None:
+                return record
+        record = _with_earlier(command, prepared)
+        write_record(command.out, record)
+        return record
 
 
 def _report(command: Command, prepared: Prepared) -> None:

@@ -5,11 +5,13 @@ import json
 import os
 import re
 import shutil
+import threading
+from functools import partial
 
 import numpy as np
 import pytest
 import yaml
-from hfprune_launch import compare, report, screen, sweep
+from hfprune_launch import compare, report, screen, sweep, sweep_folder
 from hfprune_launch.modes import sweep_plan, sweep_run
 from hfprune_launch.sweep_folder import read_record
 from rows import make_artifact
@@ -335,6 +337,32 @@ def test_a_row_that_was_forgotten_while_the_sweep_ran_does_not_come_back_at_its_
     left = [label for label in before if label != "alpha 0.1 + lora"] if record == "as it is" else before
     assert labels(out) == left == [cell.label for cell in read_record(out).plan.cells]
     assert (out / "checkpoints" / "alpha-0.1-lora").exists() == (left == before)
+
+
+@pytest.mark.parametrize("command", ["sweep", "forget"])
+def test_of_two_commands_that_change_the_record_at_once_neither_undoes_the_other(
+    config, tmp_path, monkeypatch, command
+):
+    """Between what a command reads of the record and what it writes, another one would remove a row."""
+    out = tmp_path / "out"
+    done(config, out)
+    before, write = labels(out), sweep_folder.write_record
+    forgets = partial(sweep_folder.forget_rows, out, ["alpha 0.1 + lora"], lambda _: ())
+    others = [threading.Thread(target=forgets)]
+
+    def write_while_another_forgets(*record):
+        if not others[0].ident:
+            others[0].start()
+            others[0].join(2)
+        write(*record)
+
+    for module in (sweep_run, sweep_folder):
+        monkeypatch.setattr(module, "write_record", write_while_another_forgets)
+    own = ["--ratios", "0.2", "--config", config] if command == "sweep" else ["--forget", "beta dense"]
+    assert run("--out", out, *own)[0] == 0
+    others[0].join()
+    gone = {"alpha 0.1 + lora"} | ({"beta dense"} if command == "forget" else set())
+    assert [cell.label for cell in read_record(out).plan.cells] == [it for it in before if it not in gone]
 
 
 def test_the_record_of_an_earlier_version_is_read(config, tmp_path):
