@@ -16,7 +16,7 @@ from hfprune_dist.planning.shape_target import ShapeTarget
 from hfprune_dist.planning.shapes_of_rounds import local_shapes, plain_shapes_of_rounds
 from hfprune_dist.planning.targets import divisible, limits_of, target_of
 from hfprune_dist.planning.whole_expert_shapes import mixture_target
-from hfprune_dist.planning.widths import ModelSize, Target, size_of, to_multiples_of
+from hfprune_dist.planning.widths import ModelSize, NoShapeError, Target, size_of, to_multiples_of
 from hfprune_dist.structures import EXPERTS, NEURONS
 
 
@@ -31,23 +31,35 @@ def decided_by_rounds(checkpoint: Checkpoint, ratio: float, method: Method, wher
             impossible.
     """
     rounds = round_ratios(method, ratio)
+
+    def impossible(why: str) -> UserError:
+        what, step, finer = what_is_rounded(checkpoint, method)
+        return UserError(
+            f"{where}: of {len(rounds)} rounds to ratio {ratio:g}, {why} once {what} are rounded"
+            f"{to_multiples_of(step)}; use {fewer_rounds(method)} or another ratio{finer and f' or {finer}'}"
+        )
+
     if method.allocation == "plain":
         return tuple(map(tuple, plain_shapes_of_rounds(method, checkpoint, ratio, where)))
-    if method.allocation == "local" and not checkpoint.family.experts:
-        shapes = local_shapes(method, checkpoint, ratio, where)
-        decided: list[Hashable] = [tuple(shape.units.values()) for shape in shapes]
-    else:
-        last = _deciding_numbers(checkpoint, ratio, method, where)  # reports a ratio that is out of reach as such
-        decided = [*(_deciding_numbers(checkpoint, it, method, where) for it in rounds[:-1]), last]
+    try:
+        decided = _decided_one_by_one(checkpoint, ratio, method, where)
+    except NoShapeError as error:
+        if error.ratio == ratio:
+            raise
+        raise impossible(f"no shape comes to the one that ends at {error.ratio:g}") from None
     for (before, then), (earlier, later) in zip(pairwise(rounds), pairwise(decided), strict=True):
         if earlier == later:
-            what, step, finer = what_is_rounded(checkpoint, method)
-            raise UserError(
-                f"{where}: of {len(rounds)} rounds to ratio {ratio:g}, the one from {before:g} to {then:g} removes "
-                f"nothing once {what} are rounded{to_multiples_of(step)}; use {fewer_rounds(method)} or another ratio"
-                f"{finer and f' or {finer}'}"
-            )
+            raise impossible(f"the one from {before:g} to {then:g} removes nothing")
     return tuple(decided)
+
+
+def _decided_one_by_one(checkpoint: Checkpoint, ratio: float, method: Method, where: str) -> list[Hashable]:
+    """The deciding numbers of each round; a ratio that is itself impossible is reported before any round's."""
+    if method.allocation == "local" and not checkpoint.family.experts:
+        return [tuple(shape.units.values()) for shape in local_shapes(method, checkpoint, ratio, where)]
+    last = _deciding_numbers(checkpoint, ratio, method, where)
+    earlier = round_ratios(method, ratio)[:-1]
+    return [*(_deciding_numbers(checkpoint, it, method, where) for it in earlier), last]
 
 
 def check_multiple(checkpoint: Checkpoint, method: Method, where: str) -> None:

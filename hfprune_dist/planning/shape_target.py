@@ -11,7 +11,7 @@ from hfprune_dist.checkpoints.layer_settings import undroppable_layers
 from hfprune_dist.config.method import structures_possible
 from hfprune_dist.config.parameters import LoraPruneParameters, PruneParameters
 from hfprune_dist.errors import UserError
-from hfprune_dist.planning.widths import or_a_smaller, round_down, rounding
+from hfprune_dist.planning.widths import NoShapeError, or_a_smaller, round_down, rounding
 from hfprune_dist.structures import KV_GROUPS, LAYERS, NEURONS, TOGETHER, Structure
 from hfprune_dist.structures.parameter_counts import ParameterCounts
 from hfprune_dist.structures.units import Units
@@ -101,24 +101,26 @@ class ShapeTarget:
             f"largest possible is {round_down(largest)}{self.rounding}{more}"
         )
 
-    def comes_to_none(self, larger: float, limits: str = "") -> UserError:
+    def comes_to_none(self, larger: float, limits: str = "") -> NoShapeError:
         """The error for a ratio between those of any two shapes.
 
         Args:
             larger: the next larger ratio that is possible.
             limits: what else bounds the shapes.
         """
-        return UserError(
+        return NoShapeError(
             f"{self.where}: no shape of {', '.join(self.structures)} comes to ratio {self.ratio:g}{limits}; the next "
-            f"larger one that is possible is {int(larger * 1e6) / 1e6:g}{self.rounding}"
+            f"larger one that is possible is {int(larger * 1e6) / 1e6:g}{self.rounding}",
+            self.ratio,
         )
 
-    def removes_nothing(self) -> UserError:
+    def removes_nothing(self) -> NoShapeError:
         """The error for a ratio that is so small that nothing is removed after rounding."""
         split = self.tensor_parallel if KV_GROUPS in self.structures else 1
-        return UserError(
+        return NoShapeError(
             f"{self.where}: ratio {self.ratio:g} removes nothing once units are rounded{self.rounding}; use a larger "
-            f"ratio{or_a_smaller(self.multiple_of, split)}"
+            f"ratio{or_a_smaller(self.multiple_of, split)}",
+            self.ratio,
         )
 
     def unusable_split(self, largest: int) -> UserError:

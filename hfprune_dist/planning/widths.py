@@ -13,6 +13,18 @@ from hfprune_dist.checkpoints.checkpoint import Checkpoint
 from hfprune_dist.errors import UserError
 
 
+class NoShapeError(UserError):
+    """No shape comes to a ratio, since what stays is rounded.
+
+    Attributes:
+        ratio: that of the message, which may be a round's.
+    """
+
+    def __init__(self, message: str, ratio: float) -> None:
+        super().__init__(message)
+        self.ratio = ratio
+
+
 @dataclass(frozen=True)
 class ModelSize:
     """The numbers that decide which widths a ratio needs.
@@ -130,10 +142,11 @@ class Target:
             raise self._removes_nothing()
         return wanted
 
-    def _removes_nothing(self) -> UserError:
-        return UserError(
+    def _removes_nothing(self) -> NoShapeError:
+        return NoShapeError(
             f"{self.where}: ratio {self.ratio:g} removes nothing once widths are rounded"
-            f"{to_multiples_of(self.multiple_of)}; use a larger ratio{or_a_smaller(self.multiple_of)}"
+            f"{to_multiples_of(self.multiple_of)}; use a larger ratio{or_a_smaller(self.multiple_of)}",
+            self.ratio,
         )
 
 

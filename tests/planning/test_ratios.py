@@ -118,6 +118,25 @@ def test_a_ratio_out_of_reach_is_named_and_not_that_of_a_round(allocation, struc
         check_ratios(blank(**SMOLLM2), [0.97], method, "m")
 
 
+@pytest.mark.parametrize(
+    ("allocation", "structures", "ratio", "rounds", "advice"),
+    [
+        ("uniform", ALL[:1], 0.1, {"steps": 4}, "fewer steps"),
+        ("uniform", ALL[:1], 0.1, {"round_ratio": 0.025}, "a larger prune.round_ratio"),
+        ("local", ALL[:2], 0.1, {"steps": 4}, "fewer steps"),
+        ("local", ALL[:2], 0.1, {"round_ratio": 0.025}, "a larger prune.round_ratio"),
+        ("global", ALL[:1], 0.004, {"steps": 4}, "fewer steps"),
+        ("global", ALL[:2], 0.004, {"steps": 4}, "fewer steps"),
+        ("searched", ALL, 0.004, {"steps": 4}, "fewer steps"),
+    ],
+)
+def test_a_round_that_comes_to_no_shape_is_not_mistaken_for_the_ratio(allocation, structures, ratio, rounds, advice):
+    method = Method(criterion="entropy", multiple_of=256, allocation=allocation, structures=structures, **rounds)
+    told = rf"^m: of 4 rounds to ratio {ratio}, no shape .* {ratio / 4} once widths are rounded .* 256; use {advice} or"
+    with pytest.raises(UserError, match=told):
+        check_ratios(blank(**SMOLLM2), [ratio], method, "m")
+
+
 @pytest.mark.parametrize(("multiple_of", "split", "helps"), [(1, 1, False), (64, 1, True), (1, 3, False), (2, 3, True)])
 @pytest.mark.parametrize(
     ("allocation", "structures"), [("uniform", ALL[:1]), ("local", ALL[:2]), ("global", ALL[:2]), ("searched", ALL)]
