@@ -81,7 +81,11 @@ def _left_out(folder: Path) -> str | None:
     if config is None:
         return None
     base = config.get("base_model_name_or_path")
-    return Path(ADAPTER_CONFIG).parts[0] if base is None or base.startswith(".") else None
+    try:
+        validate_repo_id(str(base or ""))
+    except HFValidationError:  # a folder, which users may have made absolute; or none
+        return Path(ADAPTER_CONFIG).parts[0]
+    return None
 
 
 def _files(folder: Path, left_out: str | None) -> dict[str, int]:

@@ -73,6 +73,13 @@ def test_links_are_pushed_as_files_and_an_adapter_without_a_public_base_stays(ou
     }
 
 
+@pytest.mark.parametrize("base", ["./store/a", "../a", "/home/me/runs/x/store/prune/a", "~/models/a", "", None])
+def test_an_adapter_whose_base_is_a_folder_stays_however_its_user_has_written_that(out, pushed, base):
+    of_adapter(out, base)
+    code, shown, _ = run(out, "name", "me/it")
+    assert code == 0 and "adapter/ stays here" in shown and set(pushed["files"]) == {"README.md", "model.safetensors"}
+
+
 def test_what_is_to_be_private_is_not_pushed_where_everybody_can_read(out, pushed):
     code, _, said = run(out, "name", "me/public", "--private")
     assert code == 2 and "me/public already exists and is public" in said and "files" not in pushed
