@@ -7,6 +7,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from hfprune_dist.config.load import load_config
 from hfprune_dist.config.training import RecoveryConfig
 from hfprune_dist.errors import UserError
 
@@ -46,6 +47,13 @@ def test_all_numbers_of_ranks_and_rows_that_share_a_step_evenly_are_told(rows, a
 def test_huge_numbers_of_rows_are_refused_at_once(rows, at_once):
     with pytest.raises(UserError, match="isn't a multiple of"):
         RecoveryConfig(batch_size=rows, micro_batch_size=at_once).require_shared_evenly(2**20 - 3)
+
+
+@given(epochs=st.floats(2**31, allow_nan=False))
+@example(1e308)
+def test_more_epochs_than_can_be_counted_in_steps_are_refused(epochs):
+    with pytest.raises(UserError, match=r"recovery\.epochs: must be (less than 2147483648|a finite number)"):
+        load_config([], {"recovery.epochs": epochs})
 
 
 def test_max_steps_overrides_epochs():
