@@ -66,7 +66,12 @@ FAMILIES: dict[str, dict[str, object]] = {
     "cohere": {},
     "cwm": SLIDING,
     "gemma4_unified_text": {"global_head_dim": 16, "final_logit_softcapping": 5.0, **SLIDING},
-    "granite_swa": {"residual_multiplier": 0.3, "logits_scaling": 4.0, "embedding_multiplier": 3.0},
+    "granite_swa": {
+        "residual_multiplier": 0.3,
+        "logits_scaling": 4.0,
+        "embedding_multiplier": 3.0,
+        "layer_rope_theta": [10000.0, 0.0, 50.0],
+    },
     "hyperclovax": {"residual_multiplier": 0.3, "logits_scaling": 4.0, "embedding_multiplier": 3.0},
     "internlm3": {},
     "iquestcoder": {},

@@ -99,7 +99,7 @@ MORE_EXPERTS: dict[str, dict[str, object]] = {
     "mimo_v2_flash": _TYPES | _SLIDING | {"n_routed_experts": 4, "moe_intermediate_size": 24},
     "cohere2_moe": _SLIDING
     | {"num_experts": 4, "num_shared_experts": 2, "logit_scale": 0.25, "prefix_dense_intermediate_size": 16, **_TYPES},
-    "granitemoe_swa": _GRANITE,
+    "granitemoe_swa": _GRANITE | {"layer_rope_theta": [10000.0, 0.0, 50.0]},
     "mellum": {"num_local_experts": 4, "moe_intermediate_size": 24},
     "minimax": {
         "num_local_experts": 4,
@@ -118,5 +118,5 @@ MORE_EXPERTS: dict[str, dict[str, object]] = {
     },
     "bailing_hybrid": _KIMI | _GROUPS,
     "hy_v3": _TYPES | {"num_experts": 4, "moe_intermediate_size": 24, "num_shared_experts": 2},
-    "laguna": _SHARED | _TYPES,
+    "laguna": _SHARED | _TYPES | {"num_attention_heads_per_layer": [4, 2, 4]},
 }

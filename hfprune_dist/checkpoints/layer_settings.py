@@ -10,7 +10,7 @@ from hfprune_dist.structures.experts import LAYERS_WITHOUT, has_experts
 from hfprune_dist.structures.units import PER_LAYER
 
 # Lists with one entry per layer.
-LISTS = ("layer_types", "mlp_layer_types", "no_rope_layers")
+LISTS = ("layer_types", "mlp_layer_types", "no_rope_layers", "layer_rope_theta", "num_attention_heads_per_layer")
 # The number of leading layers of one kind.
 OF_THE_FIRST = ("max_window_layers", "first_k_dense_replace", "num_dense_layers")
 # Architectures whose layers from max_window_layers on have a sliding window -> their classes' default for it.

@@ -122,6 +122,7 @@ def unchanged(checkpoint, smaller):
         "num_hidden_layers",
         "layer_types",
         "no_rope_layers",
+        "layer_rope_theta",
         "max_window_layers",
         "attn_layer_indices",
     }
