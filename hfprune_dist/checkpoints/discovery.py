@@ -37,6 +37,8 @@ _OF_ACTIVATION = re.compile(r"\w+\.act_fn\.\w+")
 # whatever chooses among keys; and architectures that don't pass positions to their attention.
 _BLIND_PARTS = r"conv1d\.|\.A_log$|\.slope_rate$|\.indexer\."
 _BLIND = ("afmoe", "gpt_oss")
+# Architectures in which a layer that doesn't choose keys itself attends to those that an earlier layer chose.
+_SHARING_CHOICES, _CHOOSES = ("glm_moe_dsa",), "self_attn.indexer."
 # Next to a model's layers: tables of positions, which are added to the embeddings.
 _POSITIONS = "embed_positions"
 # The final norm of architectures whose norms have no weights.
@@ -79,6 +81,7 @@ def discover(
     outside = {name for name in shapes if name.startswith(f"{body}.") and not name.startswith(apart)}
     embedding = search.embedding(outside)
     tensors = search.parts_of_layers(layers)
+    search.check_choices(tensors)
     parts = [with_products(config, there) for there in tensors]
     experts = find_experts(config, parts, refusals)
     plain = {layer: there for layer, there in enumerate(parts) if experts is None or layer not in experts.layers}
@@ -185,6 +188,16 @@ class _Search:
                 if number.isdigit() and int(number) < len(parts):
                     parts[int(number)][part] = shape
         return parts
+
+    def check_choices(self, parts: Sequence[Shapes]) -> None:
+        """Refuse layers that attend to keys that another one chose, which passes that run one layer at a time lack."""
+        if self._config["model_type"] not in _SHARING_CHOICES:
+            return
+        sharing = [number for number, there in enumerate(parts) if not any(it.startswith(_CHOOSES) for it in there)]
+        if sharing:
+            raise self._refusals.unsupported(
+                f"layer {sharing[0]} attends to keys that an earlier one chose (it has no {_CHOOSES.rstrip('.')})"
+            )
 
     def mlp(self, parts: Mapping[int, Shapes]) -> tuple[str, tuple[str, ...], str, int]:
         """The MLP that all of these layers have: its name, its row projections, its down projection, and the number of

@@ -144,6 +144,19 @@ def test_a_layer_without_what_the_others_have_is_named():
         discover(CONFIG, shapes, "here")
 
 
+@pytest.mark.parametrize("model_type", ["glm_moe_dsa", "minimax_m3_vl_text"])
+@pytest.mark.parametrize("without", [0, 1])
+def test_a_layer_for_which_another_chooses_keys_is_refused_where_it_would_attend_to_all_elsewhere(model_type, without):
+    config, shapes = CONFIG | {"model_type": model_type}, shapes_of(LAYER | {"self_attn.indexer.q_proj": [8, 8]})
+    discover(config, shapes, "here")
+    del shapes[f"model.layers.{without}.self_attn.indexer.q_proj.weight"]
+    if model_type != "glm_moe_dsa":
+        discover(config, shapes, "here")
+        return
+    with pytest.raises(UserError, match=rf"layer {without} attends to keys that an earlier one chose"):
+        discover(config, shapes, "here")
+
+
 def test_config_json_alone_may_rule_a_model_out():
     assert "its last 1 layers read keys" in refusal(config=CONFIG | {"num_kv_shared_layers": 1})
     assert "architectures is 'NewModel'" in refusal(config=CONFIG | {"architectures": ["NewModel"]})
