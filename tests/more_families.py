@@ -58,7 +58,7 @@ MORE_EXPERTS: dict[str, dict[str, object]] = {
     "hunyuan_v1_moe": {"num_experts": 4, "moe_topk": 2},
     "phimoe": {"num_local_experts": 4, "attention_bias": True, "lm_head_bias": True},
     "minimax_m2": {"num_local_experts": 4},
-    "glm4_moe_lite": _ROUTED | LATENT | _GROUPS | _TYPES,
+    "glm4_moe_lite": _ROUTED | LATENT | _GROUPS | _TYPES | {"num_attention_heads": 5, "num_key_value_heads": 5},
     "glm_moe_dsa": _ROUTED | LATENT | _GROUPS | _TYPES | _INDEX,
     "deepseek_v32": _ROUTED | LATENT | _GROUPS | _INDEX,
     "flex_olmo": {"num_experts": 4},

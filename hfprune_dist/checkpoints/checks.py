@@ -68,7 +68,8 @@ def check_config(config: Mapping[str, Any], file: Path) -> None:
         raise UserError(
             f"{file}: num_attention_heads {heads} is not a multiple of num_key_value_heads {key_value_heads}"
         )
-    if not config.get("head_dim") and config["hidden_size"] % heads:
+    # Latent attention has sizes of its own for heads.
+    if not (config.get("head_dim") or config.get("kv_lora_rank")) and config["hidden_size"] % heads:
         raise UserError(f"{file}: hidden_size {config['hidden_size']} is not a multiple of num_attention_heads {heads}")
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     if not isinstance(rope, dict):

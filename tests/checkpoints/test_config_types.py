@@ -7,14 +7,19 @@ import json
 import shutil
 import struct
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
-from families import save_model
+from families import EXPERTS, FAMILIES, save_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from more_families import MORE_EXPERTS
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from hfprune_dist.checkpoints.checkpoint import open_checkpoint
+from hfprune_dist.checkpoints.checks import check_config
+from hfprune_dist.checkpoints.config_types import check_types
+from hfprune_dist.checkpoints.families import with_width
 from hfprune_dist.checkpoints.layer_settings import LISTS, NUMBERS, OF_THE_FIRST, PERIODS, of_layers, undroppable_layers
 from hfprune_dist.checkpoints.text_decoder import DEEPSTACK
 from hfprune_dist.errors import UserError
@@ -121,3 +126,12 @@ def test_the_key_and_what_it_must_be_are_named(folder_of, tmp_path, changes, tol
     with pytest.raises(UserError) as caught:
         open_checkpoint(file.parent)
     assert str(caught.value).startswith(f"{file}: {told}")
+
+
+@pytest.mark.parametrize("model_type", FAMILIES | EXPERTS | MORE_EXPERTS)
+def test_the_sizes_of_the_model_that_a_class_was_made_for_are_taken(model_type):
+    """They are its defaults, with what its files state besides."""
+    stated = {"head_dim": 128} if model_type == "glm4_moe" else {}
+    config = with_width(CONFIG_MAPPING[model_type]().to_dict() | stated)
+    check_config(config, Path("config.json"))
+    check_types(config, "config.json")
