@@ -10,6 +10,9 @@ from pydantic import Field
 from hfprune_dist.config.section import Dtype, Length, NonNegative, Positive, PositiveOrAuto, Section, TextSource
 from hfprune_dist.errors import UserError
 
+# Its limit is beyond any sensible value: AdamW's first step is ten times the rate, which float32 must hold.
+LearningRate = Annotated[float, Field(gt=0, lt=1e37)]
+
 
 class LoraTraining(Section):
     """Settings of LoRA training, on all attention and MLP projections (of mixtures of experts on attention's alone),
@@ -22,7 +25,7 @@ class LoraTraining(Section):
     """Rows per forward pass of one rank. auto: chosen to suit the memory of the GPUs that the sweep is planned for and,
     if known, their speed (1 if their memory isn't known). The first run in a folder chooses it, and the folder's
     configuration keeps it."""
-    learning_rate: Annotated[float, Field(gt=0)] = 4e-4
+    learning_rate: LearningRate = 4e-4
     """Peak learning rate; it decays to zero along a cosine."""
     warmup_steps: NonNegative = 0
     """Optimizer steps of linear warm-up."""
@@ -50,7 +53,7 @@ class DistillationConfig(LoraTraining):
     """
 
     batch_size: Positive = 16
-    learning_rate: Annotated[float, Field(gt=0)] = 1e-3
+    learning_rate: LearningRate = 1e-3
     warmup_steps: NonNegative = 4
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
 

@@ -88,6 +88,8 @@ def test_the_papers_recipe_is_the_default():
         ({"calibration": {"samples": 0}}, ["calibration.samples", "greater than or equal to 1"]),
         ({"calibration": {"samples": 10**22}}, ["calibration.samples", "less than"]),
         ({"recovery": {"epochs": 1e308}}, ["recovery.epochs", "less than"]),
+        ({"recovery": {"learning_rate": 1e38}}, ["recovery.learning_rate", "less than"]),
+        ({"distillation": {"learning_rate": 1e300}}, ["distillation.learning_rate", "less than"]),
         ({"runtime": {"collective_timeout_minutes": 10**17}}, ["collective_timeout_minutes", "less than"]),
         ({"calibration": {"path": ""}}, ["calibration.path", "at least 1 character"]),
         ({"evaluation": {"include_path": ""}}, ["evaluation.include_path", "at least 1 character"]),

@@ -1,14 +1,16 @@
-"""How long recovery trains."""
+"""How long recovery trains, how fast, and how ranks share its rows."""
 
 from fractions import Fraction
 from math import ceil
 
 import pytest
+import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from hfprune_dist.config.load import load_config
-from hfprune_dist.config.training import RecoveryConfig
+from hfprune_dist.config.training import DistillationConfig, RecoveryConfig
 from hfprune_dist.errors import UserError
 
 
@@ -58,3 +60,19 @@ def test_more_epochs_than_can_be_counted_in_steps_are_refused(epochs):
 
 def test_max_steps_overrides_epochs():
     assert RecoveryConfig(epochs=1.1, max_steps=5).steps(10) == 5
+
+
+@pytest.mark.parametrize("section", [DistillationConfig, RecoveryConfig])
+@given(rate=st.floats(0, exclude_min=True, allow_infinity=False))
+@example(9.99e36)
+@example(1e38)
+def test_every_learning_rate_that_is_accepted_is_one_that_the_optimizer_can_use(section, rate):
+    try:
+        learning_rate = section(learning_rate=rate).learning_rate
+    except ValidationError:
+        assert rate >= 1e37
+        return
+    weight = torch.nn.Parameter(torch.ones(2))
+    weight.grad = torch.ones(2)
+    torch.optim.AdamW([weight], lr=learning_rate).step()
+    assert weight.isfinite().all()
