@@ -18,6 +18,7 @@ from hfprune_dist.checkpoints.pruned_config import is_plain
 from hfprune_dist.checkpoints.rounding import as_stored
 from hfprune_dist.checkpoints.stored_names import SAME
 from hfprune_dist.checkpoints.write_pruned import Changes, Transform, stream_weight_file, unit_cuts
+from hfprune_dist.errors import UserError
 from hfprune_dist.store.atomic_files import read_json, write_json
 from hfprune_dist.structures.kept import Kept
 from hfprune_dist.structures.low_rank import linear_modules
@@ -109,7 +110,7 @@ def merge_weight_file(
         kept: the units that all layers keep after merging; None: all, so that no shape changes.
 
     Raises:
-        UserError: as ``as_stored`` does.
+        UserError: if a merged weight is NaN or infinite, and as ``as_stored`` does.
     """
     unknown = adapter.factors.keys() - checkpoint.tensors.keys()
     assert not unknown, f"the adapter has weights that the checkpoint lacks: {sorted(unknown)[:3]}"
@@ -128,7 +129,13 @@ def _merged_and_cut(
     """What stays of a merged weight, rounded once, to the dtype that the weight has."""
     whole = merged(adapter.scale, *adapter.factors[name], weight)
     staying = whole if cut is None else cut.apply(whole)
-    return as_stored(checkpoint, name, staying, otherwise="lower the training's learning_rate")
+    rounded = as_stored(checkpoint, name, staying, otherwise="lower the training's learning_rate")
+    if not rounded.isfinite().all():  # the loss of the last step, which was finite, is of the weights before it
+        raise UserError(
+            f"{checkpoint.path}: the new {name} is NaN or infinite after the training's last step; lower the "
+            "training's learning_rate or weight_decay"
+        )
+    return rounded
 
 
 def merged(scale: float, factor_a: Tensor, factor_b: Tensor, weight: Tensor) -> Tensor:

@@ -14,13 +14,18 @@ from hfprune_dist.store.heartbeat import Progress
 from hfprune_dist.training.write_merged import ADAPTER, write_merged
 
 
-def test_a_weight_that_float16_cannot_hold_is_told_on_all_ranks(tmp_path):
-    checkpoint = open_checkpoint(save_tiny(tmp_path / "source", dtype=torch.float16, shard_size="20KB"))
+def told_of_merging(folder, dtype, factor_a, factor_b):
+    """Merge an update of one weight on three ranks, which all refuse it.
+
+    Returns:
+        The weight's name, and what each rank said.
+    """
+    checkpoint = open_checkpoint(save_tiny(folder / "source", dtype=dtype, shard_size="20KB"))
     module = "model.layers.1.mlp.up_proj"
     neurons, hidden_size = checkpoint.tensors[f"{module}.weight"].shape
-    factors = {"A": torch.ones(1, hidden_size), "B": torch.full((neurons, 1), 1e5)}
+    factors = {"A": torch.full((1, hidden_size), factor_a), "B": torch.full((neurons, 1), factor_b)}
     parameters = {f"base_model.model.{module}.lora_{it}.default.weight": factor for it, factor in factors.items()}
-    draft = tmp_path / "draft"
+    draft = folder / "draft"
     draft.mkdir()
     write_adapter(draft / ADAPTER, parameters, ["up_proj"], rank=1, alpha=1)
 
@@ -29,7 +34,21 @@ def test_a_weight_that_float16_cannot_hold_is_told_on_all_ranks(tmp_path):
             write_merged(checkpoint, draft, world, Progress(None))
         return str(error.value)
 
-    first, *others = Ranks(3).run(told)
-    assert first.startswith(f"{tmp_path / 'source'}: the new {module}.weight has values up to 100,")
-    assert first.endswith(", or lower the training's learning_rate") and others == [first] * 2
+    messages = Ranks(3).run(told)
     assert len(checkpoint.weight_files) >= 3 and not (draft / "config.json").exists()
+    return f"{module}.weight", messages
+
+
+def test_a_weight_that_float16_cannot_hold_is_told_on_all_ranks(tmp_path):
+    name, (first, *others) = told_of_merging(tmp_path, torch.float16, 1.0, 1e5)
+    assert first.startswith(f"{tmp_path / 'source'}: the new {name} has values up to 100,")
+    assert first.endswith(", or lower the training's learning_rate") and others == [first] * 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("factor_a", "factor_b"), [(10.0, 1e38), (1.0, float("nan")), (0.0, float("inf"))])
+def test_a_weight_that_training_lost_is_told_on_all_ranks(tmp_path, dtype, factor_a, factor_b):
+    """The loss of the last step was still finite: it is that of the weights before the step."""
+    name, (first, *others) = told_of_merging(tmp_path, dtype, factor_a, factor_b)
+    assert first.startswith(f"{tmp_path / 'source'}: the new {name} is NaN or infinite")
+    assert "learning_rate" in first and others == [first] * 2
