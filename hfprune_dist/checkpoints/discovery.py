@@ -72,6 +72,7 @@ def discover(
     Raises:
         UserError: naming what is missing or unexpected.
     """
+    shapes = {name: shape for name, shape in shapes.items() if not name.endswith(BUFFERS)}
     refusals = Refusals(config, where)
     search = _Search(config, shapes, refusals)
     architecture, task = search.architecture(has_vision)
@@ -108,7 +109,7 @@ def discover(
         down_projection=down,
         heads=attention.heads,
         any_heads=config["hidden_size"] % int(config["num_attention_heads"]) != 0,
-        found=frozenset(name for name in of_layers | outside | of_head if not name.endswith(BUFFERS)),
+        found=frozenset(of_layers | outside | of_head),
         keeps_apart=search.keeps_apart(parts, attention, outside),
         experts=experts,
         dense_layers=bool(plain),
@@ -287,7 +288,7 @@ class _Search:
             raise self._refusals.unsupported(
                 f"its embeddings are of another size than its layers (word_embed_proj_dim {embedded})"
             )
-        modules = {name: name.rpartition(".")[0] for name in outside if not name.endswith(BUFFERS)}
+        modules = {name: name.rpartition(".")[0] for name in outside}
         more = [name for name, it in modules.items() if it not in known and not it.endswith(f".{_POSITIONS}")]
         if more:
             raise self._refusals.unsupported(f"beside its layers it has {sorted(more)[0]}")

@@ -65,6 +65,13 @@ def test_blocks_that_predict_further_tokens_are_no_part_of_it():
     assert family.tensors(CONFIG) == {*shapes_of(), "lm_head.weight"} and family.layers == "model.layers"
 
 
+@pytest.mark.parametrize("buffer", ["self_attn.rotary_emb.inv_freq", "attention.bias", "attention.masked_bias"])
+@pytest.mark.parametrize("where", ["model", "model.layers.0", "model.layers.1"])
+def test_buffers_that_older_files_hold_change_nothing(where, buffer):
+    expected = found()
+    assert found(**{f"{where}.{buffer}": [1]}) == expected and expected[0].whole_groups == ""
+
+
 def test_gate_and_up_in_one_matrix_are_two_parts_of_it():
     family, _ = found(without("mlp.gate_proj", "mlp.up_proj") | {"mlp.gate_up_proj": [24, 8]})
     units = family.units(CONFIG)
