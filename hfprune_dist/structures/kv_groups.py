@@ -36,10 +36,12 @@ def kv_groups(config: Mapping[str, Any], attention: Block, projections: Sequence
 
 
 def whole_groups(config: Mapping[str, Any], attention: Block) -> Units:
-    """Return the KV groups of a model whose attention can't lose any; they are counted, but own no parameters."""
+    """Return the KV groups of a model whose attention can't lose any; they own no parameters, and count as if all
+    layers had as many, since a class of transformers may give those of one kind fewer (``gemma4_text``).
+    """
     return Units(
         kind=KV_GROUPS,
-        counts=read_counts(config, "num_key_value_heads"),
+        counts=(int(config["num_key_value_heads"]),) * int(config["num_hidden_layers"]),
         rows=(),
         output=attention.name,
         block=attention,

@@ -175,6 +175,26 @@ def test_layers_that_differ_load_with_their_code_and_are_pruned_again(checkpoint
     assert_same(logits_of(twice), logits_of(masked(checkpoint, second.numbered_by(kept))))
 
 
+@pytest.mark.parametrize("model_type", ["gemma4_text", "gemma4_unified_text"])
+@pytest.mark.parametrize("as_published", [True, False])
+def test_layers_of_a_kind_that_has_fewer_heads_leave_a_checkpoint_plain(tmp_path, model_type, as_published):
+    """What the files of its authors say by two keys, transformers saves as settings of single layers."""
+    fewer = {"attention_k_eq_v": True, "num_global_key_value_heads": 1, "global_head_dim": 16}
+    folder = save_model(tmp_path / "dense", model_type, **fewer)
+    file = folder / "config.json"
+    config = json.loads(file.read_text())
+    assert config["per_layer_config"]["1"] == {"head_dim": 16, "num_key_value_heads": 1}
+    if as_published:
+        config.pop("per_layer_config")
+        file.write_text(json.dumps(config | fewer))
+    checkpoint = open_checkpoint(folder)
+    kept = some_kept(checkpoint, (0, 2), (15, 15))
+    assert checkpoint.is_plain and is_plain(checkpoint, kept.shape)
+    assert_same(logits_of(load_causal_lm(folder, torch.float32)), logits_of(load(folder)))
+    write(checkpoint, kept, tmp_path / "pruned")
+    assert_same(logits_of(load_causal_lm(tmp_path / "pruned", torch.float32)), logits_of(masked(checkpoint, kept)))
+
+
 @every_decoder
 @torch.no_grad()
 def test_layer_after_layer_is_the_whole_model(checkpoint_of, model_type):
