@@ -18,6 +18,8 @@ from hfprune_dist.structures.low_rank import linear_modules
 # one latent vector stands for the keys and values of all heads.
 _DECAY = re.compile(r"(self_attn|attention)\.(\w+\.)?A_log$")
 _LATENT = "kv_a_proj_with_mqa"
+# Tensors that no vector is multiplied by as by a matrix, whatever their shapes: some norms have a row for each head.
+_NO_MATRIX = re.compile(r"bias|norm\.weight$")
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,7 @@ class TokenCosts:
         of_layers = (
             math.prod(shape)
             for name, shape in shapes.items()
-            if name.startswith(f"{family.layers}.") and len(shape) in dimensions and "bias" not in name
+            if name.startswith(f"{family.layers}.") and len(shape) in dimensions and not _NO_MATRIX.search(name)
         )
         idle, idle_matrices = _idle(checkpoint)
         queries, values, cached = (sum(them) for them in zip(*_attention_channels(checkpoint), strict=True))

@@ -118,6 +118,13 @@ def test_latent_attention_has_queries_and_values_of_sizes_of_their_own(tmp_path)
     check_a_prompt(checkpoint, batch_size=2, tokens=7)
 
 
+@pytest.mark.parametrize(
+    ("model_type", "changes"), [("cohere", {"use_qk_norm": True}), ("stablelm", {"qk_layernorm": True})]
+)
+def test_norms_with_a_row_for_each_head_are_no_matrices(tmp_path, model_type, changes):
+    check_a_prompt(open_checkpoint(save_model(tmp_path, model_type, **changes)), batch_size=2, tokens=7)
+
+
 def test_keys_are_values_too_in_layers_without_a_projection_of_values(tmp_path):
     checkpoint = open_checkpoint(save_model(tmp_path, "gemma4_text", attention_k_eq_v=True))
     assert sum(name.endswith("v_proj.weight") for name in checkpoint.tensors) == 1 < checkpoint.num_layers
