@@ -68,11 +68,19 @@ def check_multiple(checkpoint: Checkpoint, method: Method, where: str) -> None:
     if EXPERTS in method.structures:
         most, what = checkpoint.structures[EXPERTS].most, EXPERTS
     if isinstance(method.multiple_of, int) and method.multiple_of > most:
-        split = f" with prune.tensor_parallel {method.tensor_parallel}" if method.tensor_parallel > 1 else ""
+        split = divisible(1, method)
+        shared = f" with prune.tensor_parallel {split}" if split > 1 else ""
         raise UserError(
-            f"{where}: prune.multiple_of comes to {method.multiple_of}{split}, but layers have {most} {what} at most; "
-            f"use a number up to {most}"
+            f"{where}: prune.multiple_of comes to {method.multiple_of}{shared}, but layers have {most} {what} at most; "
+            f"use {_smaller_multiple(most, split)}"
         )
+
+
+def _smaller_multiple(most: int, split: int) -> str:
+    """The settings whose least common multiple with ``split``, the number of devices, is ``most`` at most."""
+    if split > most:
+        return f"a prune.tensor_parallel up to {most}"
+    return f"a number up to {most // split}" + (f", or a multiple of {split} up to {most}" if split > 1 else "")
 
 
 def what_is_rounded(checkpoint: Checkpoint, method: Method) -> tuple[str, int, str]:

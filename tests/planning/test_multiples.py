@@ -1,5 +1,7 @@
 """The multiples that ``multiple_of: auto`` resolves to."""
 
+import re
+
 import pytest
 from blank import LLAMA_7B, SMOLLM2, blank, sizes
 from hypothesis import assume, given, settings
@@ -7,6 +9,7 @@ from hypothesis import strategies as st
 
 from hfprune_dist.config.method import Method
 from hfprune_dist.errors import UserError
+from hfprune_dist.planning.decided_numbers import check_multiple
 from hfprune_dist.planning.local_shapes import LocalTarget
 from hfprune_dist.planning.multiples import MOST_BEYOND, MULTIPLES, with_numbers
 from hfprune_dist.planning.plain_shapes import all_plain_shapes, plain_shapes, ratio_of
@@ -246,7 +249,46 @@ def test_neurons_alone_are_not_rounded_for_devices():
     assert multiple(blank(**SMOLLM2), 0.2, neurons) == 1
 
 
-@pytest.mark.parametrize(("multiple_of", "devices", "told"), [(2048, 1, "2048, but"), (1024, 3, "3072 with prune.te")])
+@pytest.mark.parametrize(
+    ("multiple_of", "devices", "told"),
+    [
+        (2048, 1, "2048, but layers have 1536 neurons at most; use a number up to 1536"),
+        (1024, 3, "3072 with prune.tensor_parallel 3, .*; use a number up to 512, or a multiple of 3 up to 1536"),
+        (1, 2000, "2000 with prune.tensor_parallel 2000, .*; use a prune.tensor_parallel up to 1536"),
+    ],
+)
 def test_multiples_beyond_the_width_are_refused(multiple_of, devices, told):
-    with pytest.raises(UserError, match=f"multiple_of comes to {told}.* use a number up to 1536"):
+    with pytest.raises(UserError, match=f"multiple_of comes to {told}$"):
         check_ratios(blank(**SMOLLM2), [0.2], method(multiple_of=multiple_of, tensor_parallel=devices), "m")
+
+
+@settings(derandomize=True, deadline=None, max_examples=60)
+@given(st.integers(1, 40), st.integers(1, 60), st.integers(1, 60), st.sampled_from([BOTH, ["neurons"]]), st.data())
+def test_advice_on_multiples_beyond_the_width_can_be_followed(width, multiple_of, devices, structures, data):
+    """It is enough for any number of devices, those that neurons alone aren't rounded for among them."""
+    checkpoint = blank("mistral", intermediate_size=width)
+    asked = Method(
+        criterion="surgeon",
+        allocation="global",
+        structures=structures,
+        multiple_of=multiple_of,
+        tensor_parallel=devices,
+    )
+    told = refusal_of_multiple(checkpoint, asked)
+    assume(told)
+    assert ("tensor_parallel" in told) == (structures == BOTH and devices > 1)
+    if found := re.search(r"use a prune.tensor_parallel up to (\d+)$", told):
+        asked = asked.model_copy(update={"tensor_parallel": data.draw(st.integers(1, int(found[1])))})
+        told = refusal_of_multiple(checkpoint, asked) or "use a number up to 1"
+    numbers = re.search(r"use a number up to (\d+)(?:, or a multiple of (\d+) up to (\d+))?$", told)
+    most, step, largest = (int(it or 1) for it in numbers.groups())
+    advised = data.draw(st.integers(1, most) | st.integers(1, largest // step).map(lambda it: it * step))
+    assert refusal_of_multiple(checkpoint, asked.model_copy(update={"multiple_of": advised})) is None
+
+
+def refusal_of_multiple(checkpoint, asked):
+    try:
+        check_multiple(checkpoint, with_numbers(asked, checkpoint, 0.2, "m"), "m")
+    except UserError as error:
+        return str(error)
+    return None
