@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from hfprune_dist.planning.plan import NONE, OWN
+
 Trace = dict[str, Any]
 
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
@@ -78,6 +80,11 @@ def method_key(method: str | None, methods: Sequence[str]) -> Key:
     number = methods.index(method)
     look = style(number)
     return Key(method, look.color, symbol=look.symbol if number >= len(PALETTE) else None)
+
+
+def row_name(method: str | None, recovery: str) -> str:
+    """The name of a method's rows with this recovery."""
+    return (method or "dense") + ("" if recovery in (NONE, OWN) else f" + {recovery}")
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -24,6 +25,7 @@ from hfprune_dist.report.chart import (
     line,
     method_key,
     percent_of,
+    row_name,
     shown,
 )
 from hfprune_dist.report.evidence import Evidence
@@ -64,6 +66,7 @@ class Pruned:
     model: str
     ratio: float
     method: str
+    recovery: str
     units: Mapping[str, KeptUnits]
 
 
@@ -79,7 +82,8 @@ def _pruned(evidence: Evidence) -> Iterator[Pruned]:
         cells = [cell for cell in evidence.cells_of(stage.id) if _last_pruning(cell.producers) == stage.id]
         kept = _kept(evidence.store.handle(stage.id).artifact)
         if cells and kept:
-            yield Pruned(cells[0].model, cells[0].ratio or 0.0, cells[0].method or "", kept)
+            first = cells[0]
+            yield Pruned(first.model, first.ratio or 0.0, first.method or "", first.recovery, kept)
 
 
 def _last_pruning(producers: Sequence[str]) -> str:
@@ -182,10 +186,18 @@ def _heat_map(model: str, ratio: float, kind: str, pruned: Sequence[Pruned]) -> 
     those = [it for it in pruned if kind in it.units]
     if len(those) < 2:
         return None
-    names = [shown(it.method) for it in those]
+    names = [shown(it) for it in _names(those)]
     shares = [[ours.units[kind].common_share(theirs.units[kind]) for theirs in those] for ours in those]
     map_of = {"type": "heatmap", "x": names, "y": names, "z": shares, "zmin": 0, "zmax": 1, "colorscale": "Cividis"}
     text = {"texttemplate": "%{z:.2f}", "hovertemplate": "%{y} and %{x}: %{z:.3f}", "name": "", "showscale": False}
     layout = {"xaxis": {"type": "category"}, "yaxis": {"type": "category", "autorange": "reversed"}}
     title = f"{model}, {percent_of(ratio)} removed: {TITLES[kind]}"
     return Figure(title, model, [map_of | text], layout, height=160 + 28 * len(those))
+
+
+def _names(pruned: Sequence[Pruned]) -> list[str]:
+    """The methods behind checkpoints of one model and ratio. A method may have several, each for rows of its own
+    recovery, if runs differed in their settings.
+    """
+    counts = Counter(it.method for it in pruned)
+    return [it.method if counts[it.method] == 1 else row_name(it.method, it.recovery) for it in pruned]

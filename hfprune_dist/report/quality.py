@@ -10,8 +10,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from hfprune_dist.config.texts import OTHER_TEXTS
-from hfprune_dist.planning.plan import NONE, OWN
-from hfprune_dist.report.chart import GREY, Chart, Figure, Key, Trace, axis, line, method_key, style
+from hfprune_dist.planning.plan import NONE
+from hfprune_dist.report.chart import GREY, Chart, Figure, Key, Trace, axis, line, method_key, row_name, style
 from hfprune_dist.report.evidence import Evidence
 from hfprune_dist.results.headline import headline, headline_error
 from hfprune_dist.results.rows import Row
@@ -127,7 +127,7 @@ def keys_of(evidence: Evidence) -> Keys:
     return {
         (method, recovery): replace(
             method_key(method, methods),
-            name=_name(method, recovery),
+            name=row_name(method, recovery),
             dash="dot" if recovery == NONE else "solid",
             symbol=None if method is None else style(number).symbol,
         )
@@ -138,10 +138,6 @@ def keys_of(evidence: Evidence) -> Keys:
 def _place(key: tuple[str | None, str], methods: Sequence[str]) -> tuple[int, bool, str]:
     method, recovery = key
     return -1 if method is None else methods.index(method), recovery != NONE, recovery
-
-
-def _name(method: str | None, recovery: str) -> str:
-    return (method or "dense") + ("" if recovery in (NONE, OWN) else f" + {recovery}")
 
 
 def _figure(evidence: Evidence, model: str, measure: Measure, scale: Scale) -> Figure | None:

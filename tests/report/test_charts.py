@@ -8,6 +8,7 @@ from drawn_sweep import BEGIN, DrawnSweep, made
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hfprune_dist.planning.plan import Plan
 from hfprune_dist.report import curves, layers
 from hfprune_dist.report.chart import GREY, SYMBOLS, Key, dashes_told, line, method_key
 from hfprune_dist.report.layers import KeptUnits, _bits
@@ -35,6 +36,19 @@ def test_overlap_is_what_sets_have_in_common(ours, theirs):
     pairs = [{(layer, unit) for layer, units in kept.items() for unit in units} for kept in (ours, theirs)]
     assert first.common_share(second) == len(pairs[0] & pairs[1]) / len(pairs[0] | pairs[1])
     assert first.counts(6) == [len(ours.get(layer, ())) for layer in range(6)]
+
+
+def test_checkpoints_of_one_method_are_told_apart_where_their_overlap_is_drawn(tmp_path):
+    """As when rows without recovery are of an earlier run with other calibration text."""
+    sweep = DrawnSweep(tmp_path, methods=("hfprune", "hfprune", "other"), ratios=(0.2,))
+    dense, again, other = sweep.plan.cells[:2], sweep.plan.cells[2:6], sweep.plan.cells[6:]
+    cells = (*dense, again[0], again[3], *other)
+    assert [it.recovery for it in cells] == ["none", "lora"] * 3 and again[0].producers[1] != again[3].producers[1]
+    sweep.plan = Plan(sweep.plan.stages, cells)
+    (overlap,) = [it for it in layers.layer_charts(sweep.evidence()) if it.id == "overlap"]
+    (shares,) = [trace for figure in overlap.figures for trace in figure.data]
+    assert shares["x"] == shares["y"] == ["hfprune", "hfprune + lora", "other"]
+    assert shares["z"][0][1] == shares["z"][1][0] < 1
 
 
 @given(st.lists(st.tuples(st.floats(0, 1e5), st.floats(0, 1e4)), min_size=1, max_size=8))
