@@ -167,6 +167,18 @@ def test_the_ends_of_long_names_can_be_read_on_phones_and_on_paper(tmp_path):
         assert shown.page.evaluate(right, "#rows") <= shown.page.evaluate(right, "#rows-section")
 
 
+def test_long_names_in_notes_do_not_widen_the_page(tmp_path):
+    """Names with underscores have no place where a line may end."""
+    sweep = DrawnSweep(tmp_path, ["A_model_with_a_name_of_70B_parameters_fine_tuned_on_Instructions_v2"])
+    rows = [dict(row, measured_as=row["label"]) for row in sweep.evidence().rows]
+    rows[-1] |= {"status": "missing", "cause": "evaluate has not run yet"}
+    running = made(1, BEGIN, None, state="open")
+    evidence = collect(tmp_path, sweep.plan, rows, lambda _: [running], BEGIN + 1)
+    (tmp_path / "report.html").write_text(page(evidence))
+    with opened(tmp_path / "report.html") as shown:
+        assert shown.overflow(390) == 0
+
+
 def test_shares_that_are_all_alike_are_on_an_axis_of_possible_shares(tmp_path, monkeypatch):
     monkeypatch.undo()  # the library is needed
     (tmp_path / "report.html").write_text(page(DrawnSweep(tmp_path, methods=(), ratios=()).evidence()))
