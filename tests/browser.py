@@ -33,7 +33,7 @@ class Opened:
         for place in range(0, height, 700):
             self.page.evaluate(f"scrollTo(0, {place})")
             self.page.evaluate("new Promise((done) => requestAnimationFrame(() => setTimeout(done)))")
-        self.page.wait_for_function("[...document.querySelectorAll('.plot')].every((it) => it.querySelector('svg'))")
+        self.page.wait_for_selector(".plot:not(:has(svg))", state="detached")  # without eval, which the page forbids
         return self.page.evaluate(DRAWN)
 
     def overflow(self, width):

@@ -179,6 +179,15 @@ def test_long_names_in_notes_do_not_widen_the_page(tmp_path):
         assert shown.overflow(390) == 0
 
 
+def test_a_slow_machine_is_waited_for(tmp_path):
+    late = "setTimeout(() => { document.querySelector('.plot').innerHTML = '<svg class=main-svg></svg>' }, 1000)"
+    policy = f'<meta http-equiv="Content-Security-Policy" content="{page_module.POLICY}">'
+    figure = "<section id=a><figure><div class=plot></div></figure></section>"
+    (tmp_path / "report.html").write_text(f"<!doctype html>{policy}{figure}<script>{late}</script>")
+    with opened(tmp_path / "report.html") as shown:
+        assert [it["marks"] for it in shown.drawn()] == [1]
+
+
 def test_shares_that_are_all_alike_are_on_an_axis_of_possible_shares(tmp_path, monkeypatch):
     monkeypatch.undo()  # the library is needed
     (tmp_path / "report.html").write_text(page(DrawnSweep(tmp_path, methods=(), ratios=()).evidence()))
