@@ -74,7 +74,10 @@ def read_record(out: Path) -> Record | None:
         if record is None:
             return None
         dense = {name: DenseModel.from_json(facts) for name, facts in record["dense"].items()}
-        return Record(Plan.from_json(record), dense)
+        plan = Plan.from_json(record)
+        if not all(cell.model in dense and {*plan.upstream(cell)} <= plan.stages.keys() for cell in plan.cells):
+            raise KeyError("a row's model or stage")
+        return Record(plan, dense)
     except (ValueError, TypeError, KeyError, AttributeError):
         raise UserError(f"{out / SWEEP_FILE}: damaged; run the sweep again, it makes only what is missing") from None
 

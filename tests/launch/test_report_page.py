@@ -1,15 +1,19 @@
 """When report.html is written; nothing depends on it."""
 
 import io
+import json
 
 import hfprune_launch.modes.report_page as report_page
 import pytest
 from drawn_sweep import DrawnSweep
 from hfprune_launch import report
 from hfprune_launch.modes.report_page import REPORT, ReportPage
-from hfprune_launch.sweep_folder import Record, write_record
+from hfprune_launch.sweep_folder import Record, read_record, write_record
 from rich.console import Console
 from sweeps import in_process
+
+from hfprune_dist.errors import UserError
+from hfprune_dist.planning.plan import Plan
 
 
 @pytest.fixture
@@ -45,6 +49,21 @@ def test_one_that_cannot_be_written_ends_nothing(drawn, monkeypatch):
     ReportPage(drawn.out, Console(file=said)).write()
     first, second = said.getvalue().splitlines()
     assert "can't be written" in first and "can't be written" in second and "broken" in second
+
+
+@pytest.mark.parametrize("lost", ["model", "evaluate", "recover", "prune", "importance"])
+def test_a_record_that_lacks_what_its_rows_are_made_of_is_damaged(drawn, lost):
+    file = drawn.out / "sweep.json"
+    record = json.loads(file.read_text())
+    if lost == "model":
+        record["dense"].clear()
+    else:
+        plan = drawn.plan
+        stages = {id: stage for id, stage in plan.stages.items() if stage.kind != lost}
+        record |= Plan(stages, plan.cells).to_json()
+    file.write_text(json.dumps(record))
+    with pytest.raises(UserError, match=r"sweep\.json: damaged; run the sweep again"):
+        read_record(drawn.out)
 
 
 def test_report_writes_it_and_nothing_lies_where_no_sweep_has_run(drawn, tmp_path):
