@@ -8,7 +8,7 @@ from pathlib import Path
 from hfprune_dist.config.method import Method
 from hfprune_dist.config.schema import SweepConfig
 from hfprune_dist.config.section import TextSource
-from hfprune_dist.config.training import RecoveryConfig
+from hfprune_dist.config.training import DistillationConfig, RecoveryConfig
 from hfprune_dist.planning.idle_settings import idle_settings, texts_read
 from hfprune_dist.planning.plan import NONE
 
@@ -20,7 +20,9 @@ def remarks_on_settings(config: SweepConfig, methods: Mapping[str, Method]) -> l
         UserError: if a text has no files.
     """
     texts = texts_read(config, methods)
-    return [*idle_settings(config, methods), *_seen_before(texts), *_only_warm_up(config.recovery)]
+    distills = any(method.distill for method in methods.values())
+    idle_rows = _idle_rows(config.distillation) if distills else []
+    return [*idle_settings(config, methods), *_seen_before(texts), *_only_warm_up(config.recovery), *idle_rows]
 
 
 def _seen_before(texts: Mapping[str, TextSource]) -> Iterator[str]:
@@ -52,4 +54,15 @@ def _only_warm_up(recovery: RecoveryConfig) -> list[str]:
     return [
         f"recovery ends before its warm-up: max_steps is {steps} and warmup_steps {warmup_steps}, so the learning rate "
         f"comes to {reached:.0%} of learning_rate"
+    ]
+
+
+def _idle_rows(distillation: DistillationConfig) -> list[str]:
+    """A forward pass that has more rows than the whole step it belongs to."""
+    at_once, batch_size = distillation.rows_at_once, distillation.batch_size
+    if at_once <= batch_size:
+        return []
+    return [
+        f"distillation.micro_batch_size is {at_once} and batch_size {batch_size}: each rank computes {at_once} rows in "
+        f"a step, and only {batch_size} of them all count"
     ]

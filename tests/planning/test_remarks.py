@@ -159,3 +159,12 @@ def test_nothing_is_to_be_told_of_shipped_sweeps(name):
 def test_a_recovery_that_is_all_warm_up_is_told(settings, told):
     found = remarks({f"recovery.{name}": value for name, value in settings.items()})
     assert len(found) == bool(told) and all(part in " ".join(found) for part in told)
+
+
+@pytest.mark.parametrize("method", ["surgeon-distilled", "surgeon-plain"])
+@pytest.mark.parametrize(("batch_size", "at_once"), [(4, 4), (4, 5), (1, "auto"), (16, 64)])
+def test_rows_of_distillation_beyond_a_step_are_told(method, batch_size, at_once):
+    sizes = {"distillation.batch_size": batch_size, "distillation.micro_batch_size": at_once}
+    told = remarks({"methods": [method], **sizes})
+    is_told = method == "surgeon-distilled" and at_once != "auto" and at_once > batch_size
+    assert any(it.startswith(f"distillation.micro_batch_size is {at_once} and") for it in told) == is_told
