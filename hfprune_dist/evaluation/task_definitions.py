@@ -9,6 +9,7 @@ import importlib.util
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -51,8 +52,13 @@ def generating_tasks(tasks: Sequence[str], include_path: Path | None) -> list[st
     A task that is defined by a Python class, or whose file can't be read, doesn't count: what it does is not known.
     """
     own, _ = own_definitions(include_path)
-    known = {**(shipped_definitions() if set(tasks) - set(own) else {}), **own}
+    known = _known(tasks, own)
     return [task for task in tasks if any(_generates(it) for it in _tasks_of(task, known))]
+
+
+def _known(tasks: Sequence[str], own: Mapping[str, Definition]) -> dict[str, Definition]:
+    """The user's own definitions, with lm-eval's if these tasks need any of them."""
+    return {**(shipped_definitions() if set(tasks) - set(own) else {}), **own}
 
 
 def _tasks_of(name: str, known: Mapping[str, Definition]) -> Iterator[Definition]:
@@ -94,7 +100,7 @@ def require_room_for_answers(tasks: Sequence[str], include_path: Path | None, po
         UserError: naming the first such task, and both numbers.
     """
     own, _ = own_definitions(include_path)
-    known = {**(shipped_definitions() if set(tasks) - set(own) else {}), **own}
+    known = _known(tasks, own)
     for task in tasks:
         definition = known.get(task)
         if definition is not None and definition.kind == "task" and _generates(definition):
@@ -236,8 +242,12 @@ def unfolded(tasks: Sequence[str], own: Mapping[str, Definition]) -> list[str]:
     return wanted
 
 
-def shipped_definitions() -> dict[str, Definition]:
-    """Names in lm-eval's own YAML files, found without parsing; tags in lists and inherited names are missed."""
+@cache
+def shipped_definitions() -> Mapping[str, Definition]:
+    """Names in lm-eval's own YAML files, found without parsing; tags in lists and inherited names are missed.
+
+    The thousands of files are read once: checks of each model ask again.
+    """
     spec = importlib.util.find_spec("lm_eval")
     assert spec is not None and spec.submodule_search_locations
     found: dict[str, Definition] = {}

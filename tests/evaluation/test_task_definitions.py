@@ -10,7 +10,12 @@ from lm_eval.models.utils import normalize_gen_kwargs
 from hfprune_dist.errors import UserError
 from hfprune_dist.evaluation import lm_eval_tasks
 from hfprune_dist.evaluation.lm_eval_tasks import TaskLoader, check_tasks
-from hfprune_dist.evaluation.task_definitions import generating_tasks, own_definitions, require_room_for_answers
+from hfprune_dist.evaluation.task_definitions import (
+    generating_tasks,
+    own_definitions,
+    require_room_for_answers,
+    shipped_definitions,
+)
 
 OWN = {
     "writes": "task: writes\n",
@@ -160,3 +165,7 @@ def test_an_answer_as_long_as_all_that_a_model_reads_is_refused(tmp_path, option
     for positions in (tokens, tokens - 1):
         with pytest.raises(UserError, match=f"'long' .* may have {tokens} tokens .* reads {positions}, prompt incl"):
             require_room_for_answers(["odd", "choice", "long"], tmp_path, positions, tmp_path)
+
+
+def test_lm_evals_own_files_are_searched_once():
+    assert shipped_definitions() is shipped_definitions()
