@@ -185,6 +185,18 @@ def parse_assignment(assignment: str) -> tuple[str, Any]:
         raise UserError(f"--set {key}: {text!r} is not a YAML value ({error})") from None
 
 
+def parse_assignments(assignments: Iterable[str]) -> dict[str, Any]:
+    """Merge ``--set key=value`` arguments as files are merged: key by key, and later ones win.
+
+    Returns:
+        keys of the top level, whose values may be sections.
+    """
+    merged: dict[str, Any] = {}
+    for assignment in assignments:
+        _set_dotted(merged, *parse_assignment(assignment))
+    return merged
+
+
 def parse_list(flag: str, text: str) -> list[str]:
     """Split a comma-separated flag; an empty list or item is refused."""
     items = [item.strip() for item in text.split(",")]

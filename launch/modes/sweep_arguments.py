@@ -13,7 +13,7 @@ from hfprune_launch.slurm.profile import Profile, load_profile
 from hfprune_launch.sweep_folder import configuration
 from rich.console import Console
 
-from hfprune_dist.config.load import parse_assignment, parse_list, parse_ratios
+from hfprune_dist.config.load import parse_assignments, parse_list, parse_ratios
 from hfprune_dist.config.schema import SweepConfig
 from hfprune_dist.errors import UserError
 from hfprune_dist.store.artifacts import Store
@@ -49,7 +49,7 @@ class Command:
     def overrides(self) -> dict[str, Any]:
         """Return command-line flags as dotted keys; a dedicated flag wins over --set."""
         arguments = self.arguments
-        overrides = dict(parse_assignment(assignment) for assignment in arguments.set)
+        overrides = parse_assignments(arguments.set)
         if arguments.models is not None:
             overrides["models"] = parse_list("--models", arguments.models)
         if arguments.ratios is not None:

@@ -5,8 +5,10 @@ from pathlib import Path
 
 import pytest
 import yaml
+from hypothesis import given
+from hypothesis import strategies as st
 
-from hfprune_dist.config.load import load_config, parse_assignment, parse_list, parse_ratios
+from hfprune_dist.config.load import load_config, parse_assignment, parse_assignments, parse_list, parse_ratios
 from hfprune_dist.config.schema import SweepConfig
 from hfprune_dist.config.section import Section
 from hfprune_dist.core.criteria import CRITERIA, CriterionName
@@ -289,6 +291,19 @@ def test_assignments_are_yaml():
     for bad in ("samples", "=3", "x=[1"):
         with pytest.raises(UserError, match="--set"):
             parse_assignment(bad)
+
+
+def written(section, key, value, whole):
+    """Return an argument of --set: of a section's key, or of a section that has this key alone."""
+    return f"{section}={{{key}: {value}}}" if whole else f"{section}.{key}={value}"
+
+
+@given(st.lists(st.tuples(st.sampled_from(["samples", "shard_size"]), st.integers(1, 99), st.booleans())))
+def test_later_assignments_win_key_by_key_in_whichever_way_they_are_written(drawn):
+    assignments = [written("calibration", *it) for it in drawn]
+    calibration = load_config([], parse_assignments(assignments)).calibration
+    expected = {"samples": 1024, "shard_size": 4} | {key: value for key, value, _ in drawn}
+    assert calibration.model_dump(include={*expected}) == expected
 
 
 def test_lists_and_ratios_from_the_command_line():

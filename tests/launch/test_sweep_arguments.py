@@ -1,0 +1,31 @@
+"""What the flags of a command line come to as settings."""
+
+from pathlib import Path
+
+import pytest
+from hfprune_launch.modes.sweep_arguments import Command
+from hfprune_launch.screen import make_console
+from hfprune_launch.sweep import sweep_parser
+
+from hfprune_dist.config.load import load_config
+
+
+def configured(*arguments):
+    command = Command(sweep_parser().parse_args(arguments), Path("out"), make_console())
+    return load_config([], command.overrides())
+
+
+KEY, SECTION = "runtime.ranks=2", "runtime={ranks: 3}"
+
+
+@pytest.mark.parametrize("written", [[KEY], [SECTION], [KEY, SECTION], [SECTION, KEY]])
+def test_a_flag_of_its_own_wins_over_assignments_in_whichever_way_they_are_written(written):
+    given = [it for assignment in written for it in ("--set", assignment)]
+    assert configured(*given, "--ranks", "5").runtime.ranks == 5
+
+
+def test_assignments_to_one_section_are_merged_and_the_last_to_a_key_wins():
+    sections = configured("--set", "prune={steps: 2, refit: dense}", "--set", "prune={refit: none}").prune
+    assert (sections.steps, sections.refit) == (2, "none")
+    keys = configured("--set", "prune.steps=1", "--set", "prune={steps: 2}", "--set", "prune.steps=3").prune
+    assert keys.steps == 3
