@@ -61,10 +61,12 @@ def check_stages(config: SweepConfig, plan: Plan, todo: Sequence[str], profile: 
         profile: profile of the cluster on which they run; None for this machine.
 
     Raises:
-        UserError: for a tracker that isn't installed, a text that can't be read or is too short, a batch that ranks
-            can't share, an unknown task, more examples than a task has documents, answers too long for a model, or a
-            model with unsuitable tokenizer, chat template, weights or positions.
+        UserError: for more ranks than this machine has GPUs, a tracker that isn't installed, a text that can't be read
+            or is too short, a batch that ranks can't share, an unknown task, more examples than a task has documents,
+            answers too long for a model, or a model with unsuitable tokenizer, chat template, weights or positions.
     """
+    if todo and profile is None:
+        ranks_here(config.runtime)
     if {*RECOVERING, "distill"} & {plan.stages[stage_id].kind for stage_id in todo}:
         _check_trackers(config.runtime)
     models = _models_by_kind(plan, todo)

@@ -214,6 +214,10 @@ def test_ranks_that_a_file_asks_for_are_capped_and_those_of_the_command_line_ref
     for asked in (["--ranks", "2"], ["--set", "runtime.ranks=2"], ["--set", "runtime={ranks: 2}"]):
         code, _, said = in_process(sweep.main, *where, *asked)
         assert code == 2 and "--ranks 2: this machine has 1 GPU, and a rank needs one of its own; ask for 1" in said
+    cuts_alone = ["--ranks", "2", "--set", "recovery.method=none", "--set", "evaluation.tasks=[]"]
+    for dry in (["--dry-run"], []):  # whatever the stages that are missing
+        code, _, said = in_process(sweep.main, *where[:4], *cuts_alone, *dry)
+        assert code == 2 and "--ranks 2: this machine has 1 GPU" in said and not (tmp_path / "out").exists()
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
     runtime = load_config([config], {}).runtime
     assert fitting_runtime(runtime) == (runtime, "")
