@@ -10,7 +10,7 @@ import re
 import time
 import uuid
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -169,25 +169,23 @@ class Attempts:
         """Record the next attempt; the caller must hold the stage's claim."""
         folder = self._root / stage.id
         folder.mkdir(parents=True, exist_ok=True)
-        last = self.last(stage.id)
-        if last is not None and last.end is not None and last.end.cause in NOT_ACCEPTED:
-            return self._reopen(last, slot, cluster, user)
-        number = 1 + max((number for number, _ in _numbered(folder)), default=0)
-        name = job_name_of(stage.id, number) + uuid.uuid4().hex[:8]
+        number, name = self._next(stage.id)
         attempt = Attempt(
             folder / str(number),
             Intent(stage.id, number, name, time.time(), gpus, cores, time_minutes, slot, cluster, user, ranks),
         )
-        attempt.folder.mkdir()
+        attempt.folder.mkdir(exist_ok=True)
         write_json(attempt.folder / INTENT, asdict(attempt.intent))
+        (attempt.folder / END).unlink(missing_ok=True)
         return attempt
 
-    def _reopen(self, attempt: Attempt, slot: int | None, cluster: str, user: str) -> Attempt:
-        intent = replace(attempt.intent, created=time.time(), slot=slot, cluster=cluster, user=user)
-        again = Attempt(attempt.folder, intent)
-        write_json(again.folder / INTENT, asdict(again.intent))
-        (again.folder / END).unlink()
-        return again
+    def _next(self, stage_id: str) -> tuple[int, str]:
+        """Return number and job name of the next attempt: those of the last one if its job was not accepted."""
+        last = self.last(stage_id)
+        if last is not None and last.end is not None and last.end.cause in NOT_ACCEPTED:
+            return last.intent.number, last.intent.job_name
+        number = 1 + max((number for number, _ in _numbered(self._root / stage_id)), default=0)
+        return number, job_name_of(stage_id, number) + uuid.uuid4().hex[:8]
 
     def _iterate(self, stage_id: str, newest_first: bool = False) -> Iterator[Attempt]:
         for _, path in sorted(_numbered(self._root / stage_id), reverse=newest_first):

@@ -3,11 +3,12 @@
 import errno
 import json
 import os
+from dataclasses import replace
 
 import pytest
 from fake_slurm import FakeSlurm
 from hfprune_launch.slurm import attempt_records
-from hfprune_launch.slurm.attempt_records import End, Run
+from hfprune_launch.slurm.attempt_records import NOT_ACCEPTED, End, Run
 from hfprune_launch.slurm.attempts import Attempts
 from hfprune_launch.slurm.backend import SlurmBackend
 from hfprune_launch.slurm.commands import SlurmCommands
@@ -190,6 +191,21 @@ def test_starts_are_in_order_whatever_the_clocks_of_their_nodes(attempt):
     attempt.record_run(Run("7", 10, "n3", 450.0, 550.0, "done"))
     attempt.record_run(Run("8", 0, "n4", 600.0, 601.0, "duplicate"))
     assert [(run.job_id, run.restart) for run in attempt.runs()] == [("7", 0), ("7", 1), ("7", 10), ("8", 0)]
+
+
+@pytest.mark.parametrize("cause", NOT_ACCEPTED)
+def test_a_job_that_was_not_accepted_is_recorded_as_it_is_submitted_at_last(attempts, attempt, cause):
+    """With the resources and the time limit of the profile of then, whose hours are counted and told."""
+    attempt.close(End(cause, "", 1.0))
+    asked = {"cluster": "c", "user": "u", "ranks": 12}
+    again = attempts.begin(STAGE, 16, 96, 720, 1, **asked)
+    intent = reread(attempts).intent
+    assert (
+        intent
+        == again.intent
+        == replace(attempt.intent, created=intent.created, gpus=16, cores=96, time_minutes=720, slot=1, **asked)
+    )
+    assert reread(attempts).end is None and len(attempts.of(STAGE.id)) == 1
 
 
 def cut(file):
