@@ -70,15 +70,20 @@ def _hint(location: list[str], problem: Mapping[str, Any]) -> str:
     given = problem["input"]
     if location[0] == "ratios" and problem["type"] == "less_than" and 2 <= given < 100:
         return f"; did you mean {given / 100:g}?"
-    return _hint_on_numbers(given)
+    return _hint_on_numbers(given, whole=problem["type"] == "int_type")
 
 
-def _hint_on_numbers(given: Any) -> str:
-    """Hint for a string that looks like a number: YAML requires a decimal point and a signed exponent."""
+def _hint_on_numbers(given: Any, whole: bool) -> str:
+    """Hint for a string that looks like a number: YAML requires a decimal point and a signed exponent, with which a
+    number isn't a whole one.
+    """
     found = re.fullmatch(r"([+-]?\d+)(\.\d*)?[eE]([+-]?)(\d+)", given) if isinstance(given, str) else None
     if found is None:
         return ""
     digits, fraction, sign, exponent = found.groups()
+    if whole:
+        number = float(given)
+        return f"; write {number:.0f}" if number.is_integer() and abs(number) < 2**31 else ""
     return f"; YAML reads this as text, write {digits}{fraction or '.0'}e{sign or '+'}{exponent}"
 
 

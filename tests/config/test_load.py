@@ -101,6 +101,11 @@ def test_the_papers_recipe_is_the_default():
             ["(got '1e9'); YAML reads this as text, write 1.0e+9"],
         ),
         ("recovery: {learning_rate: 2.5E4}", ["(got '2.5E4'); YAML reads this as text, write 2.5e+4"]),
+        ("calibration: {samples: 1e3}", ["calibration.samples: give a whole number (got '1e3'); write 1000\n"]),
+        ("calibration: {samples: 2.5E1}", ["calibration.samples: give a whole number (got '2.5E1'); write 25\n"]),
+        ("calibration: {samples: 25e-1}", ["calibration.samples: give a whole number (got 2.5)\n"]),
+        ("calibration: {samples: 2.55e1}", ["calibration.samples: give a whole number (got '2.55e1')\n"]),
+        ("calibration: {samples: 1e999}", ["calibration.samples: give a whole number (got '1e999')\n"]),
         ("calibration: {samples: 010}", ["calibration.samples", "whole number", "'010'"]),
         ("seed: 12:30", ["seed", "whole number", "'12:30'"]),
         ("a: " + 20_000 * "[", ["sweep.yaml", "not valid YAML"]),
@@ -186,7 +191,7 @@ def test_bad_configuration_is_explained(tmp_path, content, expected):
     with pytest.raises(UserError) as caught:
         load_config([write(tmp_path, content)], {})
     for part in expected:
-        assert part in str(caught.value)
+        assert part in f"{caught.value}\n"
 
 
 def whole_numbers(section, place=()):
