@@ -54,12 +54,13 @@ class _YamlLoader(yaml.SafeLoader):
 
         Raises:
             ConstructorError: for text in the form of a type that isn't a valid value of it, such as 2024-13-45 or
-                !!bool maybe; or for half of a character, which no file can hold.
+                !!bool maybe; for half of a character, which no file can hold, or a number too long to be written; or
+                for a section or list that is part of itself.
         """
         try:
-            value = super().construct_object(node, deep)
-            if isinstance(value, str):
-                value.encode()
+            value = super().construct_object(node, deep=True)
+            if isinstance(value, str | int):
+                str(value).encode()
             return value
         except (ValueError, LookupError, AttributeError) as error:
             raise ConstructorError(None, None, f"{node.value!r}: {error}", node.start_mark) from None

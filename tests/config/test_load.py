@@ -180,6 +180,10 @@ def test_the_papers_recipe_is_the_default():
         ("recovery: {learning_rate: null}", ["recovery.learning_rate: give a number (got null)"]),
         ('aliases: {"\\ud800": {path: x}}', ["sweep.yaml", "not valid YAML", "surrogates"]),
         ('models: ["a\\udfff"]', ["not valid YAML", "line 1"]),
+        ("calibration: {samples: 0x" + 5000 * "f" + "}", ["sweep.yaml", "not valid YAML", "line 1, column 24"]),
+        ("recovery: {learning_rate: 0b" + 20000 * "1" + "}", ["sweep.yaml", "not valid YAML", "line 1, column 27"]),
+        ("calibration: &a {calibration: *a}", ["sweep.yaml", "not valid YAML", "recursive"]),
+        ("models: &a [*a]", ["sweep.yaml", "not valid YAML", "recursive"]),
         ("evaluation: {tasks: [a, b, a]}", ["evaluation.tasks: a is listed twice"]),
         ("models: a,b", ["models: give a list: [a,b] (got 'a,b')"]),
         ("ratios: null", ["ratios: give a list (got null)"]),
@@ -189,7 +193,7 @@ def test_the_papers_recipe_is_the_default():
 )
 def test_bad_configuration_is_explained(tmp_path, content, expected):
     with pytest.raises(UserError) as caught:
-        load_config([write(tmp_path, content)], {})
+        load_config(2 * [write(tmp_path, content)], {})
     for part in expected:
         assert part in f"{caught.value}\n"
 
