@@ -8,17 +8,30 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from hfprune_dist.config.load import absolute_path, parse, read_yaml
 from hfprune_dist.config.parameters import PARAMETERS
-from hfprune_dist.config.section import Positive, Section
+from hfprune_dist.config.section import Positive, Section, as_written
 from hfprune_dist.errors import UserError, did_you_mean
 from hfprune_dist.planning.rates import LINK
 from hfprune_dist.store.stage import STAGE_VERSIONS
 
 Kind = Literal["importance", "reference", "prune", "distill", "recover", "evaluate", "efficiency", "loraprune"]
-Scalar = str | int | bool
+
+
+def _option(value: object) -> object:
+    """Check all kinds of values, with one message for any."""
+    if value is None or isinstance(value, str | int):
+        return value
+    raise ValueError(
+        "give text (in quotes if it looks like something else), a whole number, true, false or null "
+        f"(got {as_written(value)})"
+    )
+
+
+# Value of an option of sbatch.
+Option = Annotated[str | int | bool | None, BeforeValidator(_option)]
 OptionName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_-]+$")]
 # Units of Slurm's --mem; megabytes if none is given.
 UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
@@ -85,7 +98,7 @@ class Resources(Section):
     fails ends the job. Neither CUDA nor a Python is needed."""
     environment: dict[Annotated[str, Field(pattern=r"^[A-Za-z_]\w*$")], str] = Field(default_factory=dict)
     """Environment variables of all ranks."""
-    sbatch: dict[OptionName, Scalar] = Field(default_factory=dict)
+    sbatch: dict[OptionName, Option] = Field(default_factory=dict)
     """More sbatch options, without the dashes: {reservation: week4, exclusive: true}; false or null leaves one out."""
     srun_args: list[str] = Field(default_factory=list)
     """Further arguments of srun."""
@@ -99,15 +112,10 @@ class Resources(Section):
                 raise ValueError(f"{text!r} has a character that a line of a batch script can't have")
         return given
 
-    @field_validator("sbatch", mode="before")
-    @classmethod
-    def _without_null(cls, given: object) -> object:
-        return {name: it for name, it in given.items() if it is not None} if isinstance(given, dict) else given
-
     @field_validator("sbatch")
     @classmethod
-    def _without_false(cls, sbatch: dict[str, Scalar]) -> dict[str, Scalar]:
-        return {name: value for name, value in sbatch.items() if value is not False}
+    def _without_what_is_left_out(cls, sbatch: dict[str, Option]) -> dict[str, Option]:
+        return {name: value for name, value in sbatch.items() if value is not False and value is not None}
 
     @model_validator(mode="after")
     def _agrees_with_itself(self) -> Resources:

@@ -91,6 +91,11 @@ def test_mistakes_do_not(kind, text, schemas):
     assert not is_valid(yaml.safe_load(text), schemas[kind], schemas[kind])
 
 
+@pytest.mark.parametrize("value", ["week4", 5, True, False, None])
+def test_an_option_of_sbatch_may_be_left_out(value, schemas):
+    assert is_valid({"sbatch": {"some": value}}, schemas["profile"], schemas["profile"])
+
+
 def test_keys_are_explained(schemas):
     """An editor shows the text that stands below a field in the configuration's classes."""
     section = schemas["sweep"]["$defs"]["EvaluationConfig"]["properties"]

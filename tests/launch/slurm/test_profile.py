@@ -82,6 +82,9 @@ def test_an_option_that_is_false_or_null_is_left_out(tmp_path):
         ("sbatch: {p: gpu}", ["sbatch", "pattern"]),
         ('sbatch: {comment: "two\\nlines"}', ["sbatch: 'two\\nlines' has a character"]),
         ('constraint: "a100\\n"', ["constraint: 'a100\\n' has a character"]),
+        ("sbatch: {begin: 2026-01-01}", ["mine.yaml):\n  sbatch.begin: give text (in quotes", "(got 2026-01-01)\n"]),
+        ("stages: {prune: {sbatch: {nice: 1.5}}}", ["stages.prune):\n  sbatch.nice: give text", "(got 1.5)\n"]),
+        ("sbatch: {gres: [gpu]}", ["sbatch.gres: give text", "a whole number, true, false or null (got ['gpu'])\n"]),
         ("sbatch: {wait: true}", ["wait is not to be given there; the sweep itself sets it"]),
         ("sbatch: {no-requeue: true}", ["no-requeue is not to be given there"]),
         ("sbatch: {chdir: /}", ["chdir is not to be given there; the sweep itself sets it"]),
@@ -95,7 +98,7 @@ def test_mistakes_are_explained(tmp_path, text, expected):
     with pytest.raises(UserError) as caught:
         load_profile(write(tmp_path, text), SHIPPED)
     for part in expected:
-        assert part in str(caught.value)
+        assert part in f"{caught.value}\n"
 
 
 def test_an_unknown_profile(tmp_path):
