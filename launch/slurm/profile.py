@@ -115,7 +115,7 @@ class Resources(Section):
     @field_validator("sbatch")
     @classmethod
     def _without_what_is_left_out(cls, sbatch: dict[str, Option]) -> dict[str, Option]:
-        return {name: value for name, value in sbatch.items() if value is not False and value is not None}
+        return {name: it for name, it in _with_dashes(sbatch).items() if it is not False and it is not None}
 
     @model_validator(mode="after")
     def _agrees_with_itself(self) -> Resources:
@@ -126,8 +126,7 @@ class Resources(Section):
                 f"tasks_per_node {self.tasks_per_node} is more than gpus_per_node {self.gpus_per_node}; a rank needs a "
                 "GPU of its own"
             )
-        given = {name.replace("_", "-") for name in self.sbatch}
-        if taken := sorted(given & (SETTINGS.keys() | OWN_OPTIONS)):
+        if taken := sorted(self.sbatch.keys() & (SETTINGS.keys() | OWN_OPTIONS)):
             instead = f"use {SETTINGS[taken[0]]}" if taken[0] in SETTINGS else "the sweep itself sets it"
             raise ValueError(f"sbatch: {taken[0]} is not to be given there; {instead}")
         if "clusters" in self.sbatch or "cluster" in self.sbatch:
@@ -240,12 +239,17 @@ def _own(whole: ProfileFile, kind: str) -> Mapping[str, Any]:
     return own.get(kind, own.get("recover", {}) if kind == "loraprune" else {})
 
 
+def _with_dashes(sbatch: Mapping[Any, Any]) -> dict[Any, Any]:
+    """Return options of sbatch by their names as sbatch has them; with underscores they mean the same."""
+    return {name.replace("_", "-") if isinstance(name, str) else name: value for name, value in sbatch.items()}
+
+
 def _laid_over(common: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
     """Return the settings of all stages, overridden by a kind's own."""
     merged = {**common, **own}
-    for key in ("environment", "sbatch"):
+    for key, named in (("environment", dict), ("sbatch", _with_dashes)):
         if isinstance(own.get(key), dict):
-            merged[key] = {name: value for name, value in {**common[key], **own[key]}.items() if value is not None}
+            merged[key] = {name: it for name, it in {**common[key], **named(own[key])}.items() if it is not None}
     return merged
 
 

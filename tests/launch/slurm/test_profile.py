@@ -1,3 +1,4 @@
+import itertools
 from pathlib import Path
 
 import pytest
@@ -53,6 +54,15 @@ def test_an_option_that_is_false_or_null_is_left_out(tmp_path):
     assert resources["recover"].sbatch == {"exclusive": True} and resources["prune"].sbatch == {}
 
 
+@pytest.mark.parametrize("names", itertools.product(["mem_per_gpu", "mem-per-gpu"], repeat=2))
+@pytest.mark.parametrize(("value", "left"), [("null", {}), ("2G", {"mem-per-gpu": "2G"}), ("false", {})])
+def test_an_option_is_the_same_with_underscores_and_with_dashes(tmp_path, names, value, left):
+    common, own = names
+    text = f"sbatch: {{{common}: 1G}}\nstages: {{prune: {{sbatch: {{{own}: {value}}}}}}}\n"
+    resources = load_profile(write(tmp_path, text), SHIPPED).resources
+    assert resources["prune"].sbatch == left and resources["recover"].sbatch == {"mem-per-gpu": "1G"}
+
+
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
@@ -84,6 +94,7 @@ def test_an_option_that_is_false_or_null_is_left_out(tmp_path):
         ('constraint: "a100\\n"', ["constraint: 'a100\\n' has a character"]),
         ("sbatch: {begin: 2026-01-01}", ["mine.yaml):\n  sbatch.begin: give text (in quotes", "(got 2026-01-01)\n"]),
         ("stages: {prune: {sbatch: {nice: 1.5}}}", ["stages.prune):\n  sbatch.nice: give text", "(got 1.5)\n"]),
+        ("stages: {prune: {sbatch: {1: a}}}", ["stages.prune):\n  sbatch.1: give text"]),
         ("sbatch: {gres: [gpu]}", ["sbatch.gres: give text", "a whole number, true, false or null (got ['gpu'])\n"]),
         ("sbatch: {wait: true}", ["wait is not to be given there; the sweep itself sets it"]),
         ("sbatch: {no-requeue: true}", ["no-requeue is not to be given there"]),
