@@ -11,7 +11,7 @@ from typing import Any
 
 from hfprune_launch.project import PROJECT
 
-from hfprune_dist.config.load import Layer, load_config, read_layers, read_yaml, to_yaml
+from hfprune_dist.config.load import Layer, load_config, merge_layers, read_layers, read_yaml, to_yaml
 from hfprune_dist.config.schema import SweepConfig
 from hfprune_dist.errors import UserError, did_you_mean
 from hfprune_dist.planning.earlier_rows import without_rows
@@ -260,10 +260,14 @@ def _chosen_rows(own: Path) -> dict[str, int]:
 
 
 def configuration_layers(out: Path, files: Sequence[Path], overrides: Mapping[str, Any]) -> list[Layer]:
-    """Return the layers that ``configuration`` merges.
+    """Return the layers that ``configuration`` merges; the last one has what an earlier run chose, if it applies.
 
     Raises:
         UserError: for bad input.
     """
     own = out / CONFIG_FILE
-    return read_layers(files or ([own] if own.is_file() else []), overrides, PROJECT.configs)
+    layers = read_layers(files or ([own] if own.is_file() else []), overrides, PROJECT.configs)
+    given, rows = merge_layers(layers), _chosen_rows(own)
+    before, after = given.model_dump(), with_micro_batches(given, rows).model_dump()
+    chosen = {name: {"micro_batch_size": it} for name, it in rows.items() if before.get(name) != after.get(name)}
+    return [*layers, Layer(str(own), chosen)] if chosen else layers

@@ -4,6 +4,7 @@ import os
 
 import pytest
 import yaml
+from hfprune_launch.modes.sweep import show_config
 from hfprune_launch.modes.sweep_arguments import Command
 from hfprune_launch.modes.sweep_plan import prepare, sweep_to_show
 from hfprune_launch.screen import make_console
@@ -54,6 +55,16 @@ def test_the_first_run_in_a_folder_chooses_for_all_that_follow(machine, config, 
     for again in (config, None):
         assert begin(again, tmp_path / "one") == (rows, stages)
         assert set(sweep_to_show(command(again, tmp_path / "one")).plan.stages) == stages
+
+
+def test_what_an_earlier_run_chose_is_shown_as_such(machine, config, tmp_path, capsys):
+    machine(LARGE)
+    rows, _ = begin(config, tmp_path / "one")
+    for given, said in ([], "one/config.yaml"), (["--set", "recovery.micro_batch_size=2"], "command line"):
+        show_config(command(config, tmp_path / "one", *given))
+        lines = capsys.readouterr().out.splitlines()
+        (shown,) = (it for it in lines[lines.index("recovery:") :] if it.startswith("  micro_batch_size: "))
+        assert shown.startswith(f"  micro_batch_size: {2 if given else rows}  # ") and shown.endswith(said)
 
 
 def test_a_number_that_was_set_before_stays_too(machine, config, tmp_path):
