@@ -16,7 +16,7 @@ from hfprune_dist.planning.shape_target import ShapeTarget
 from hfprune_dist.planning.shapes_of_rounds import local_shapes, plain_shapes_of_rounds
 from hfprune_dist.planning.targets import divisible, limits_of, target_of
 from hfprune_dist.planning.whole_expert_shapes import mixture_target
-from hfprune_dist.planning.widths import ModelSize, NoShapeError, Target, size_of, to_multiples_of
+from hfprune_dist.planning.widths import ModelSize, NoShapeError, OutOfReachError, Target, size_of, to_multiples_of
 from hfprune_dist.structures import EXPERTS, NEURONS
 
 
@@ -30,6 +30,24 @@ def decided_by_rounds(checkpoint: Checkpoint, ratio: float, method: Method, wher
         UserError: if the ratio is out of reach, or if a round removes nothing or leaves what makes a later one
             impossible.
     """
+    try:
+        return _decided_by_rounds(checkpoint, ratio, method, where)
+    except OutOfReachError as error:
+        if len(round_ratios(method, ratio)) == 1 or _is_possible(checkpoint, error.largest, method, where):
+            raise
+        raise UserError(f"{error} (in a single round)") from None
+
+
+def _is_possible(checkpoint: Checkpoint, ratio: float, method: Method, where: str) -> bool:
+    """Whether a method's rounds lead to a ratio that is possible in a single one."""
+    try:
+        _decided_by_rounds(checkpoint, ratio, method, where)
+    except UserError:
+        return False
+    return True
+
+
+def _decided_by_rounds(checkpoint: Checkpoint, ratio: float, method: Method, where: str) -> Hashable:
     rounds = round_ratios(method, ratio)
 
     def impossible(why: str) -> UserError:

@@ -11,7 +11,7 @@ from hfprune_dist.checkpoints.layer_settings import undroppable_layers
 from hfprune_dist.config.method import structures_possible
 from hfprune_dist.config.parameters import LoraPruneParameters, PruneParameters
 from hfprune_dist.errors import UserError
-from hfprune_dist.planning.widths import NoShapeError, or_a_smaller, round_down, rounding
+from hfprune_dist.planning.widths import NoShapeError, OutOfReachError, or_a_smaller, round_down, rounding
 from hfprune_dist.structures import KV_GROUPS, LAYERS, NEURONS, TOGETHER, Structure
 from hfprune_dist.structures.parameter_counts import ParameterCounts
 from hfprune_dist.structures.units import Units
@@ -85,7 +85,7 @@ class ShapeTarget:
         """See ``widths.rounding``."""
         return rounding(self.multiple_of, self.tensor_parallel)
 
-    def out_of_reach(self, largest: float, with_all: float, limits: str = "") -> UserError:
+    def out_of_reach(self, largest: float, with_all: float, limits: str = "") -> OutOfReachError:
         """The error for a ratio that is larger than can be reached.
 
         Args:
@@ -96,9 +96,10 @@ class ShapeTarget:
         missing = [name for name in self.possible if name not in self.structures]
         helps = missing and round_down(with_all) > round_down(largest)
         more = f"; with {' and '.join(missing)} in prune.structures {round_down(with_all)}" if helps else ""
-        return UserError(
+        return OutOfReachError(
             f"{self.where}: ratio {self.ratio:g} can't be reached by pruning {_listed(self.structures)}{limits}; the "
-            f"largest possible is {round_down(largest)}{self.rounding}{more}"
+            f"largest possible is {round_down(largest)}{self.rounding}{more}",
+            largest,
         )
 
     def comes_to_none(self, larger: float, limits: str = "") -> NoShapeError:

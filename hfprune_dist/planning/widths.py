@@ -25,6 +25,18 @@ class NoShapeError(UserError):
         self.ratio = ratio
 
 
+class OutOfReachError(UserError):
+    """No shape comes to a ratio, as nothing more is left that may be removed.
+
+    Attributes:
+        largest: the largest ratio that can be reached in a single round, as the message has it.
+    """
+
+    def __init__(self, message: str, largest: float) -> None:
+        super().__init__(message)
+        self.largest = float(round_down(largest))
+
+
 @dataclass(frozen=True)
 class ModelSize:
     """The numbers that decide which widths a ratio needs.
@@ -94,9 +106,10 @@ class Target:
         size, multiple_of = self.size, self.multiple_of
         largest = size.reached([min(multiple_of, size.units)] * size.num_layers)
         if self.ratio > largest:
-            raise UserError(
+            raise OutOfReachError(
                 f"{self.where}: ratio {self.ratio:g} can't be reached by pruning {size.kind} alone; the largest "
-                f"possible is {round_down(largest)}{rounding(multiple_of)}"
+                f"possible is {round_down(largest)}{rounding(multiple_of)}",
+                largest,
             )
         width = self.closest_width()
         if width >= size.units:
@@ -132,10 +145,11 @@ class Target:
         wanted = round(self.ratio * size.parameters / size.parameters_per_unit)
         most = size.removed(narrowest)
         if wanted > most:
-            raise UserError(
+            raise OutOfReachError(
                 f"{self.where}: ratio {self.ratio:g} can't be reached with the floors that prune.floor, protect_first "
                 f"and protect_last set; the largest possible is {round_down(size.ratio_of(most))}"
-                f"{rounding(self.multiple_of)}"
+                f"{rounding(self.multiple_of)}",
+                size.ratio_of(most),
             )
         fewest = min(count - (count - 1) // self.multiple_of * self.multiple_of for count in size.counts)
         if wanted < (fewest + 1) // 2:

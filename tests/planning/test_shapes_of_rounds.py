@@ -99,6 +99,34 @@ def test_a_ratio_that_no_rounds_reach_is_told_as_without_rounds():
             check_ratios(checkpoint, [0.9], plain(steps=steps), "m")
 
 
+WAYS = [
+    {"allocation": "plain", "structures": ALL},
+    {"allocation": "local", "structures": ALL[:2]},
+    {"allocation": "searched", "structures": ALL, "floor": 0.1},
+    {"allocation": "global", "floor": 0.5},
+    {},
+]
+
+
+@settings(derandomize=True, deadline=None, max_examples=150)
+@given(sizes(), st.sampled_from(sorted(VARIANTS)), st.sampled_from(WAYS), st.sampled_from([1, 8, 32]), PARTS)
+def test_the_largest_ratio_that_is_told_is_possible_or_told_as_that_of_a_single_round(
+    changes, variant, way, multiple_of, parts
+):
+    checkpoint = blank(variant, **changes)
+    at_once = Method(**{"criterion": "entropy", "multiple_of": multiple_of, **way})
+    in_parts = at_once.model_copy(update=parts)
+    with pytest.raises(UserError) as caught:
+        check_ratios(checkpoint, [0.999], in_parts, "m")
+    told = re.search(r"the largest possible is (0\.\d+)", str(caught.value))
+    assume(told is not None and float(told[1]) > 0)
+    largest, is_of_one = float(told[1]), str(caught.value).endswith("(in a single round)")
+    check_ratios(checkpoint, [largest], at_once if is_of_one else in_parts, "m")
+    if is_of_one:
+        with pytest.raises(UserError, match=r"round|no shape of"):
+            check_ratios(checkpoint, [largest], in_parts, "m")
+
+
 def test_rounds_that_may_end_before_the_ratio_are_refused():
     """A round may leave a width from which only shapes with fewer KV groups follow, and the model can't have fewer."""
     checkpoint = blank(**SMOLLM2)
