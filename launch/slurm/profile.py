@@ -83,7 +83,7 @@ class Resources(Section):
     cpus_per_task: Positive = 1
     """CPU cores of each rank; also its number of threads, unless runtime.threads_per_rank is set, or OMP_NUM_THREADS is
     and is smaller where the sweep is started, as on some login nodes."""
-    memory: Annotated[str, Field(pattern=r"^\d+[KMGTkmgt]?[Bb]?$")] | None = None
+    memory: Annotated[str, Field(pattern=r"^\d+([KMGTkmgt][Bb]?)?$")] | None = None
     """Main memory per node, in Slurm's notation, e.g. 200G."""
     time_minutes: Positive = 60
     """Time limit of one job. If a stage needs longer, its job is requeued and resumes where it stopped."""

@@ -72,6 +72,7 @@ def test_an_option_is_the_same_with_underscores_and_with_dashes(tmp_path, names,
         ("time_minutes: 4 hours", ["time_minutes", "whole number"]),
         ("nodes: 0", ["nodes", "greater than or equal to 1"]),
         ("memory: lots", ["memory", "pattern"]),
+        ("memory: 200B", ["memory", "pattern"]),  # nor would sbatch take it
         ("time_minutes: 5\nsignal_seconds: 6000", ["signal_seconds 6000 is more than time_minutes 5"]),
         ("gpus_per_node: 8\ntasks_per_node: 16", ["tasks_per_node 16 is more than gpus_per_node 8"]),
         ("gpus_per_node: 8\ngpu_type: 'a100:8'", ["gpu_type", "'a100:8'"]),
