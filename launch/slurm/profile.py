@@ -106,9 +106,11 @@ class Resources(Section):
     @field_validator("partition", "account", "qos", "constraint", "exclude", "sbatch")
     @classmethod
     def _in_one_line(cls, given: Any) -> Any:
-        """Refuse text that would end its line of the batch script, so that a shell would read the rest."""
+        """Refuse text that would end its line of the batch script, so that a shell would read the rest; and
+        backslashes, which sbatch removes even from text in quotes.
+        """
         for text in given.values() if isinstance(given, dict) else [given]:
-            if isinstance(text, str) and not text.isprintable():
+            if isinstance(text, str) and not (text.isprintable() and "\\" not in text):
                 raise ValueError(f"{text!r} has a character that a line of a batch script can't have")
         return given
 
