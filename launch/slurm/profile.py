@@ -33,6 +33,9 @@ def _option(value: object) -> object:
 # Value of an option of sbatch.
 Option = Annotated[str | int | bool | None, BeforeValidator(_option)]
 OptionName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_-]+$")]
+# Slurm keeps some numbers in 16 bits, where the largest ones mean something else, and takes larger ones modulo 65536.
+MOST_OF_16_BITS = 65532
+Few = Annotated[int, Field(ge=1, le=MOST_OF_16_BITS)]
 # Units of Slurm's --mem; megabytes if none is given.
 UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 # Options of sbatch that have a setting of their own, and its name.
@@ -64,7 +67,7 @@ class Resources(Section):
     """Quality of service."""
     nodes: Positive = 1
     """Nodes of a job."""
-    tasks_per_node: Positive = 1
+    tasks_per_node: Few = 1
     """Ranks on each node; on a GPU cluster, one per GPU."""
     gpus_per_node: Annotated[int, Field(ge=0)] = 0
     """GPUs on each node; 0 asks for none."""
@@ -80,14 +83,14 @@ class Resources(Section):
     gpu_link_gbytes: Annotated[float, Field(gt=0)] = LINK / 1e9
     """Nominal rate between a GPU and the others of its node, one way, in GB/s; the default is PCIe 4.0's. NVLink: 300
     on an A100, 450 on an H100."""
-    cpus_per_task: Positive = 1
+    cpus_per_task: Few = 1
     """CPU cores of each rank; also its number of threads, unless runtime.threads_per_rank is set, or OMP_NUM_THREADS is
     and is smaller where the sweep is started, as on some login nodes."""
     memory: Annotated[str, Field(pattern=r"^\d+([KMGTkmgt][Bb]?)?$")] | None = None
     """Main memory per node, in Slurm's notation, e.g. 200G."""
     time_minutes: Positive = 60
     """Time limit of one job. If a stage needs longer, its job is requeued and resumes where it stopped."""
-    signal_seconds: Annotated[int, Field(ge=10)] = 120
+    signal_seconds: Annotated[int, Field(ge=10, le=MOST_OF_16_BITS)] = 120
     """Seconds before the time limit at which a job is asked to save; longer than a save and the work between two."""
     constraint: str | None = None
     """Features that nodes must have."""
