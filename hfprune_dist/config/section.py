@@ -31,7 +31,7 @@ def _positive_or_auto(value: object) -> object:
 
 
 # A count, or ``auto``: chosen during planning.
-PositiveOrAuto = Annotated[int | Literal["auto"], BeforeValidator(_positive_or_auto)]
+PositiveOrAuto = Annotated[Positive | Literal["auto"], BeforeValidator(_positive_or_auto)]
 
 
 def _number_or_share(value: object) -> object:
@@ -43,7 +43,7 @@ def _number_or_share(value: object) -> object:
 
 
 # A number of things, or a share of all of them.
-NumberOrShare = Annotated[int | float, BeforeValidator(_number_or_share)]
+NumberOrShare = Annotated[NonNegative | Annotated[float, Field(gt=0, lt=1)], BeforeValidator(_number_or_share)]
 
 
 def explained_by(*others: type[BaseModel]) -> Callable[[dict[str, Any], type[BaseModel]], None]:
