@@ -316,7 +316,9 @@ def _named(settings: Mapping[str, object]) -> str:
 
 
 class PruneConfig(Section):
-    """Settings that override those of every method; null keeps the method's own value (see ``Method``)."""
+    """Settings that override those of every method; null keeps the method's own value (see ``Method``), except that
+    either of ``steps`` and ``round_ratio`` replaces both.
+    """
 
     model_config = ConfigDict(json_schema_extra=explained_by(Method))
 

@@ -36,6 +36,15 @@ def test_a_method_of_rounds_is_another_but_for_its_rounds_and_norms(name, in_one
     assert methods[name].model_copy(update=one) == methods[in_one_step] != methods[name]
 
 
+@pytest.mark.parametrize("name", ["surgeon-plain-rounds", "surgeon-uniform-2-steps", "surgeon-plain"])
+@pytest.mark.parametrize("asked", [{"steps": 1}, {"steps": 3}, {"round_ratio": 0.1}])
+def test_rounds_that_are_asked_for_replace_those_of_a_method_in_whichever_way_it_has_them(name, asked):
+    method, own = (resolved(methods=[name], **it)[name] for it in ({f"prune.{k}": v for k, v in asked.items()}, {}))
+    assert method == own.model_copy(update={"steps": 1, "round_ratio": None, **asked})
+    with pytest.raises(UserError, match="are two ways"):
+        resolved(methods=[name], **{"prune.steps": 2, "prune.round_ratio": 0.1})
+
+
 @pytest.mark.parametrize("name", ["surgeon-plain", "surgeon-any-shape"])
 def test_a_thorough_method_is_another_but_for_its_refit(name):
     methods = resolved(methods=[name, f"{name}-thorough"])
