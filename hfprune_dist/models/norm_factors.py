@@ -47,7 +47,7 @@ def with_factors(norm: nn.Module, factors_C: Tensor) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def weight_offset(norm: nn.Module, called: str = "a norm") -> float:
-    """The number that a norm adds to its weight before it multiplies by it: 0 or 1.
+    """The number that a norm adds to its weight before it multiplies by it: 0 or 1, whatever its weight.
 
     Args:
         called: what messages call the norm.
@@ -55,7 +55,8 @@ def weight_offset(norm: nn.Module, called: str = "a norm") -> float:
     Raises:
         UserError: if its outputs are no multiple of its weight plus either of them.
     """
-    parameters = _parameters(norm)
+    # Next to a large weight of its own, 1 more would be lost in what outputs may depart.
+    parameters = {name: torch.ones_like(it) for name, it in _parameters(norm).items()}
     if "weight" in parameters and parameters.keys() <= {"weight", "bias"}:
         twice_C = torch.full_like(parameters["weight"], 2.0)
         sample_NC = torch.randn(8, len(twice_C), generator=torch.Generator().manual_seed(0)).to(twice_C)

@@ -26,6 +26,19 @@ def test_outputs_are_multiplied_whether_the_norm_adds_one_to_its_weight_or_has_a
     torch.testing.assert_close(norm(hidden_NC), wanted_NC)
 
 
+@pytest.mark.parametrize("model_type", ["llama", "gemma2", "stablelm"])
+@pytest.mark.parametrize("size", [0.0, 1e-3, 300.0, -300.0, 3e4])
+def test_outputs_are_multiplied_however_large_or_small_weights_are(tmp_path, model_type, size):
+    checkpoint = open_checkpoint(save_model(tmp_path, model_type))
+    norm = LayerReader(checkpoint, torch.float32, torch.device("cpu")).final_norm()
+    norm.weight.data[5] = size
+    hidden_NC, factors_C = torch.randn(7, len(norm.weight)), torch.linspace(0.5, 1.5, len(norm.weight))
+    wanted_NC = norm(hidden_NC) * factors_C
+    for name, value in with_factors(norm, factors_C.double()).items():
+        norm.get_parameter(name).data = value
+    torch.testing.assert_close(norm(hidden_NC), wanted_NC)
+
+
 def test_a_norm_without_weights_is_one_message():
     with pytest.raises(UserError, match="a norm, LayerNorm, has no weight"):
         weight_offset(nn.LayerNorm(4, elementwise_affine=False))
