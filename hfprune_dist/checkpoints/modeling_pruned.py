@@ -75,8 +75,8 @@ class SizesPerLayer:
         for number, layer in enumerate(body.layers):
             own = config_of_layer(config, number)
             body.layers[number] = type(layer)(own, number, **kind_of_layer(layer, config, number))
-            factorize(body.layers[number], own)
             add_output_biases(config, body.layers[number])
+            factorize(body.layers[number], own)
             for module in body.layers[number].modules():
                 if getattr(module, "config", None) is own:
                     module.config = body.config  # the attention that is chosen later

@@ -54,8 +54,8 @@ class EmptyDecoders:
                 config, dtype=self._dtype, attn_implementation=attention_of(self._checkpoint)
             )
             (layer,) = self._checkpoint.family.layers_of(model)
-            factorize(layer, config.get_text_config())
             add_output_biases(config.get_text_config(), layer)
+            factorize(layer, config.get_text_config())
         body: nn.Module = self._checkpoint.family.body_of(model)
         for module in body.modules():
             _compute_buffers(model, module)

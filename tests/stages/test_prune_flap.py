@@ -135,6 +135,34 @@ def test_neurons_alone_of_equal_layers_add_biases_to_down_projections_alone(tmp_
     torch.testing.assert_close(logits(remote), expected.float(), rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_attention_that_was_given_biases_gets_a_low_rank(tmp_path, variant):
+    store, stage = prepare(tmp_path / "first", variant, allocation="local")
+    run(store, stage)
+    first = store.path(stage.id)
+    asked = {"allocation": "low_rank", "criterion": "lorap", "refit": "none", "structures": ["neurons"], "ratio": 0.4}
+    again, second = shapes.prepare(tmp_path / "second", model=first, **asked)
+    run(again, second)
+    folder = again.path(second.id)
+    require_own_weights(open_checkpoint(folder))
+    ours, expected = load_causal_lm(folder, torch.float32), load_causal_lm(first, torch.float32)
+    rows = kept_of(again, second)["neurons"]
+    for layer, low, kept in zip(expected.model.layers, ours.model.layers, rows, strict=True):
+        staying = torch.zeros(layer.mlp.down_proj.in_features).index_fill_(0, torch.tensor(kept), 1)
+        layer.mlp.down_proj.weight.data *= staying
+        down, up = low.self_attn.o_proj
+        layer.self_attn.o_proj.weight.data = up.weight.data @ down.weight.data
+        assert torch.equal(up.bias, layer.self_attn.o_proj.bias) and up.bias.abs().max() > 0
+        for name in ("q_proj", "k_proj", "v_proj"):
+            made = getattr(low.self_attn, name)
+            product = made[1].weight @ made[0].weight if isinstance(made, torch.nn.Sequential) else made.weight
+            getattr(layer.self_attn, name).weight.data = product.data
+    torch.testing.assert_close(logits(ours), logits(expected), rtol=1e-3, atol=1e-3)
+    remote = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32)
+    assert torch.equal(logits(remote), logits(ours))
+    assert metrics_of(again, second)["parameters"] == sum(it.numel() for it in remote.parameters())
+
+
 @pytest.mark.parametrize("refit", ["bias", "dense", "layerwise"])
 def test_a_checkpoint_with_biases_is_pruned_again(tmp_path, refit):
     """Its biases stay, and those of another round are added to them."""
