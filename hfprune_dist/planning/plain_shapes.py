@@ -76,11 +76,14 @@ def plain_shapes(target: ShapeTarget, before: PlainShape | None = None) -> list[
             own shape. None: there is only one round.
 
     Raises:
-        UserError: if no shape reaches the ratio, or ``tensor_parallel`` divides no number of groups.
+        UserError: if no shape reaches the ratio whichever layers go; or ``tensor_parallel`` divides no number of
+            groups.
     """
     found = all_plain_shapes(target, before)
+    if before is None and (not found or target.ratio > _largest(target)):
+        raise _none_reaches(target)
     if not found:
-        raise _none_reaches(target) if before is None else _none_within(target, before)
+        raise _none_within(target, before)
     return _spread(found, MOST_SHAPES)
 
 
@@ -213,10 +216,18 @@ def _none_within(target: ShapeTarget, before: PlainShape) -> UserError:
 
 
 def _largest(target: ShapeTarget) -> float:
+    """The largest ratio that a shape reaches even if the layers that go are those with the fewest parameters."""
     if target.multiple_of > target.neurons.most:
         return 0.0
-    cells = _cells(target, PlainShape.of(target.checkpoint))
-    return max(ratio_of(target, PlainShape(*cell, target.multiple_of)) for cell in cells)
+    narrowest = [PlainShape(*cell, target.multiple_of) for cell in _cells(target, PlainShape.of(target.checkpoint))]
+    return max(ratio_of(target, it, _without_smallest(target, it.num_layers)) for it in narrowest)
+
+
+def _without_smallest(target: ShapeTarget, num_layers: int) -> list[int]:
+    """Indices of the layers that stay if those with the fewest parameters go."""
+    every = range(target.checkpoint.num_layers)
+    droppable = sorted({*every} - target.undroppable, key=target.counts.layers.__getitem__)
+    return sorted({*every} - {*droppable[: len(every) - num_layers]})
 
 
 def _smallest(target: ShapeTarget, num_layers: int, kv_groups: int) -> float:

@@ -1,26 +1,30 @@
 """The plain shapes to choose from, against the models that transformers makes of them."""
 
+import itertools
 import re
 from dataclasses import replace
 
 import pytest
 from blank import SMOLLM2, blank, parameters_of, sizes
+from families import FAMILIES, save_model
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from tiny import VARIANTS
 
+from hfprune_dist.checkpoints.checkpoint import open_checkpoint
 from hfprune_dist.checkpoints.pruned_config import is_plain
 from hfprune_dist.errors import UserError
 from hfprune_dist.planning.plain_shapes import (
     MOST_SHAPES,
     PlainShape,
     all_plain_shapes,
+    fitted_to_layers,
     plain_shapes,
     ratio_of,
     shape_of,
 )
 from hfprune_dist.planning.shape_target import ShapeTarget
-from hfprune_dist.planning.widths import Target, size_of
+from hfprune_dist.planning.widths import OutOfReachError, Target, size_of
 
 ALL = ("neurons", "kv_groups", "layers")
 STRUCTURES = [ALL, ALL[:2], ALL[::2]]
@@ -196,3 +200,31 @@ def test_the_next_larger_ratio_is_that_of_a_shape():
         plain_shapes(asked)
     named = re.search(r"possible is ([\d.]+) ", str(told.value))
     assert float(named[1]) == pytest.approx(ratio_of(asked, smallest), abs=1e-6)
+
+
+@pytest.mark.parametrize("multiple_of", [1, 4])
+@pytest.mark.parametrize("structures", [ALL, ALL[::2]])
+@pytest.mark.parametrize("model_type", ["gemma4_text", "lfm3", "qwen3_5_text"])
+def test_where_layers_differ_in_size_the_largest_ratio_is_reached_whichever_layers_go(
+    tmp_path, model_type, structures, multiple_of
+):
+    kinds = FAMILIES[model_type]["layer_types"]
+    changes = {"num_hidden_layers": 6, "layer_types": [*(kinds[it % 2] for it in range(5)), "full_attention"]}
+    checkpoint = open_checkpoint(save_model(tmp_path / "model", model_type, intermediate_size=40, **changes))
+    asked = target(checkpoint, 0.99, structures, multiple_of)
+    assert len(set(asked.counts.layers)) > 1
+    with pytest.raises(OutOfReachError) as told:
+        plain_shapes(asked)
+    largest = told.value.largest
+    with pytest.raises(OutOfReachError):
+        plain_shapes(replace(asked, ratio=largest + 1e-4))
+    asked = replace(asked, ratio=largest)
+    planned, before = plain_shapes(asked), PlainShape.of(checkpoint)
+    most_gone = 6 - min(shape.num_layers for shape in planned)
+    step = multiple_of * asked.counts.units["neurons"] / asked.counts.total
+    for order in itertools.permutations({*range(6)} - asked.undroppable, most_gone):
+        left = [[layer for layer in range(6) if layer not in order[: 6 - it.num_layers]] for it in planned]
+        fitted = [(fitted_to_layers(asked, before, *those), those[1]) for those in zip(planned, left, strict=True)]
+        reached = [ratio_of(asked, shape, layers) for shape, layers in fitted if shape is not None]
+        assert reached and all(abs(it - largest) <= 6 * step for it in reached)
+        assert multiple_of == 1 or min(reached) >= largest
