@@ -199,10 +199,12 @@ def _provenance(evaluation: Manifest) -> Row:
 
 def _cause(stage_id: str, plan: Plan, store: Store) -> str:
     """Why a stage has no artifact, in one line; for a stage that waits for another, the other's reason."""
-    stage = plan.stages[stage_id]
-    failure = store.handle(stage_id).failure()
+    stage, handle = plan.stages[stage_id], store.handle(stage_id)
+    failure = handle.failure()
     if failure is not None:
         return f"{stage.kind} failed ({failure.cause}): {in_one_line(failure.message)}"
+    if handle.manifest() is None and (verdict := handle.verify()).state == "corrupt":
+        return f"{handle.artifact}: {verdict.reason}; run the sweep again, which makes it anew"
     waiting_for = next((need for need in stage.needs if not store.handle(need).is_committed()), None)
     return _cause(waiting_for, plan, store) if waiting_for else f"{stage.kind} has not run yet"
 
@@ -239,7 +241,7 @@ def _averages(tasks: Mapping[str, Mapping[str, Any]], floors: Mapping[str, float
 
 def _times(manifests: Mapping[str, Manifest | None], shared: Set[str]) -> Row:
     """Seconds of the stages behind a row: of each, and in total for its own stages, for shared ones, and for all."""
-    seconds = {stage_id: found["wall_time_s"] if found else None for stage_id, found in manifests.items()}
+    seconds = {stage_id: found.get("wall_time_s") if found else None for stage_id, found in manifests.items()}
     return {
         "stages": seconds,
         "own_time_s": _sum_of_known(seconds[it] for it in seconds if it not in shared),

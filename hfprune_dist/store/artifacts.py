@@ -25,7 +25,8 @@ from hfprune_dist.store.atomic_files import fsync_path, listed, read_json, read_
 from hfprune_dist.store.claims import CLAIM_FILES, Claim
 from hfprune_dist.store.hashing import AfterEach, FileHashes, for_each_file, nothing
 from hfprune_dist.store.heartbeat import FAILURES, PROGRESS
-from hfprune_dist.store.stage import Stage
+from hfprune_dist.store.manifest_form import is_manifest
+from hfprune_dist.store.stage import Stage, kind_of
 from hfprune_dist.store.stage_handle import StageHandle
 
 MANIFEST = "manifest.json"
@@ -78,7 +79,7 @@ class Store:
     def manifest(self, stage_id: str) -> dict[str, Any] | None:
         """The manifest of a committed artifact; None if there is none, or a damaged one. Does not verify the files."""
         found = read_object(self.path(stage_id) / MANIFEST)
-        return found if found is not None and isinstance(found.get("metrics"), dict) else None
+        return found if found is not None and is_manifest(kind_of(stage_id), found) else None
 
     def is_committed(self, stage_id: str) -> bool:
         """Whether there is an artifact, verified or not, whose files have not been removed to make room."""
@@ -96,7 +97,7 @@ class Store:
         if not folder.is_dir():
             return Verdict("missing", "not made yet")
         manifest = self.manifest(stage_id)
-        if manifest is None or not _is_listing(manifest.get("files")):
+        if manifest is None or not manifest["files"]:
             return Verdict("corrupt", f"{MANIFEST} is missing or damaged")
         if manifest.get(EMPTIED):
             return NOTHING_LEFT
@@ -298,13 +299,6 @@ class Store:
                 shutil.rmtree(path, ignore_errors=True)
             else:
                 path.unlink(missing_ok=True)
-
-
-def _is_listing(files: Any) -> bool:
-    """Whether a manifest's list of files is not empty and has what verification needs for every file."""
-    if not isinstance(files, dict) or not files:
-        return False
-    return all(isinstance(entry, dict) and {"bytes", "mtime_ns", "sha256"} <= entry.keys() for entry in files.values())
 
 
 def _remove(draft: Path) -> None:

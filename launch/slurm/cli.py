@@ -188,7 +188,7 @@ def _expected(missing: list[Stage], sweep: Sweep, profile: Profile) -> tuple[flo
     times: dict[str, list[float]] = {}
     for stage in sweep.plan.stages.values():
         manifest = sweep.store.handle(stage.id).manifest()
-        if manifest is not None:
+        if manifest is not None and manifest.get("wall_time_s") is not None:
             times.setdefault(stage.kind, []).append(manifest["wall_time_s"])
     known = [stage.kind for stage in missing if stage.kind in times]
     hours = [(profile.resources[kind], sum(times[kind]) / len(times[kind]) / 3600) for kind in known]

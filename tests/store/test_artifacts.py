@@ -1,5 +1,6 @@
 import errno
 import json
+import math
 import os
 from pathlib import Path
 
@@ -85,6 +86,32 @@ def test_a_manifest_of_something_else_is_damage(store, change):
     file = store.path(STAGE.id) / MANIFEST
     file.write_text(json.dumps(json.loads(file.read_text()) | change))
     assert store.verify(STAGE.id).state == "corrupt"
+
+
+FILE = {"bytes": 7, "mtime_ns": 1, "sha256": "0"}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *({"files": {"model.bin": FILE | {name: None}}} for name in FILE),
+        {"files": {"model.bin": FILE | {"bytes": "7"}}},
+        *({name: "1.5"} for name in ("wall_time_s", "started", "finished", "world_size", "peak_memory_bytes")),
+        *({name: "text"} for name in ("stage", "config", "provenance", "metrics", "attempts")),
+        {"wall_time_s": math.nan},
+        {"provenance": {"seen": [math.inf]}},
+        {"metrics": {"parameters": "5"}},
+        {"metrics": {"intermediate_size": 7.5}},
+        {"metrics": {"intermediate_sizes": [7, "7"]}},
+        {"metrics": {"search_kl": {"a": math.nan}}},
+    ],
+)
+def test_values_that_no_version_has_written_are_damage(store, change):
+    make(store)
+    file = store.path(STAGE.id) / MANIFEST
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    assert store.manifest(STAGE.id) is None and store.verify(STAGE.id).state == "corrupt"
+    assert store.set_aside(STAGE.id).is_dir()
 
 
 @pytest.mark.parametrize("content", ["{}", "[]", "null", '{"metrics": []}', '{"files": {}}', "{"])
