@@ -9,7 +9,9 @@ import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 _FIXABLE = {
     errno.ENOSPC: "make room on the disk and run the sweep again; it continues where it stopped",
     errno.EDQUOT: "make room in your quota and run the sweep again; it continues where it stopped",
@@ -75,9 +77,22 @@ def _explained(error: Exception, remedies: Mapping[int, str]) -> Exception:
 def _refusal(error: Exception) -> tuple[int, str]:
     """Return the operating system's error number (0 if it has none), and a prefix with the file's name if known."""
     if isinstance(error, OSError):
-        return error.errno or 0, f"{error.filename}: " if error.filename else ""
+        file = error.filename2 or error.filename  # where there are two, what was written is the second
+        return error.errno or 0, f"{file}: " if file else ""
     found = _IN_RUST.search(str(error))
     return int(found[1]) if found else 0, ""
+
+
+@contextmanager
+def naming(file: Path) -> Iterator[None]:
+    """Have the error of a full disk name the file that is written, which those of writing and flushing don't."""
+    try:
+        yield
+    except Exception as error:
+        number, where = _refusal(error)
+        if number not in _FULL or where:
+            raise
+        raise OSError(number, os.strerror(number), str(file)) from error
 
 
 @contextmanager

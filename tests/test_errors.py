@@ -1,12 +1,23 @@
 """Whatever the operating system refuses is reported in one message, wherever it was refused."""
 
 import errno
+import os
+import shutil
+import subprocess
 
 import pytest
 import torch
 from safetensors.torch import save_file
+from tiny import save_tiny
 
+from hfprune_dist.checkpoints.checkpoint import open_checkpoint
+from hfprune_dist.checkpoints.tensor_files import save_tensors
+from hfprune_dist.checkpoints.write_pruned import write_weight_file
+from hfprune_dist.data.windows import WINDOWS, save_windows
 from hfprune_dist.errors import UserError, did_you_mean, explained, from_os_error
+from hfprune_dist.evaluation.sharded_lm import AnswerLog
+from hfprune_dist.store.atomic_files import write_json
+from hfprune_dist.structures.kept import Kept
 
 
 def test_a_full_disk_met_by_safetensors_is_one_too(tmp_path):
@@ -53,3 +64,41 @@ def test_a_wrong_path_ends_a_command_with_one_message(tmp_path, capsys, action, 
 )
 def test_what_begins_alike_is_meant_before_what_looks_alike(word, valid, told):
     assert did_you_mean(word, valid) == told
+
+
+@pytest.fixture
+def full(tmp_path):
+    """A disk with room for names, but for no content."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4k", "tmpfs", str(disk)], check=True)
+    (disk / "all").write_bytes(bytes(4096))
+    yield disk
+    subprocess.run(["umount", str(disk)], check=True)
+
+
+def write_weights(file):
+    dense = save_tiny(file.parent.parent / "dense")
+    write_weight_file(open_checkpoint(dense), file.name, Kept((0,), {}), file.parent)
+
+
+def keep_answers(file):
+    AnswerLog(file).add([["a"]], [[1.0]])
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root to mount a small disk")
+@pytest.mark.parametrize(
+    ("name", "write"),
+    [
+        ("a.json", lambda file: write_json(file, {})),
+        ("a.safetensors", lambda file: save_tensors({"a": torch.zeros(2)}, file)),
+        (WINDOWS, lambda file: save_windows(torch.zeros(1, 2), file.parent)),
+        ("model.safetensors", write_weights),
+        ("a.jsonl", keep_answers),
+        ("a.py", lambda file: shutil.copyfile(__file__, file)),
+    ],
+)
+def test_a_full_disk_is_told_with_the_file_that_was_written(full, name, write):
+    with pytest.raises(Exception, match=r"No space left|os error 28") as met:
+        write(full / name)
+    assert str(from_os_error(met.value)).startswith(f"{full / name}: No space left on device; make room")

@@ -18,7 +18,7 @@ from hfprune_dist.checkpoints.pruned_config import is_plain
 from hfprune_dist.checkpoints.rounding import as_stored
 from hfprune_dist.checkpoints.stored_names import SAME
 from hfprune_dist.checkpoints.write_pruned import Changes, Transform, stream_weight_file, unit_cuts
-from hfprune_dist.errors import UserError
+from hfprune_dist.errors import UserError, naming
 from hfprune_dist.store.atomic_files import read_json, write_json
 from hfprune_dist.structures.kept import Kept
 from hfprune_dist.structures.low_rank import linear_modules
@@ -82,11 +82,9 @@ def write_adapter(
         "target_modules": targets if isinstance(targets, str) else list(targets),
     }
     write_json(folder / ADAPTER_CONFIG, config)
-    save_file(
-        {name.replace(".default.weight", ".weight"): tensor for name, tensor in parameters.items()},
-        folder / ADAPTER_WEIGHTS,
-        {"format": "pt"},
-    )
+    weights = {name.replace(".default.weight", ".weight"): tensor for name, tensor in parameters.items()}
+    with naming(folder / ADAPTER_WEIGHTS):
+        save_file(weights, folder / ADAPTER_WEIGHTS, {"format": "pt"})
 
 
 def read_adapter(folder: Path) -> Adapter:

@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from hfprune_dist.errors import naming
 from hfprune_dist.store.atomic_files import publish, set_aside
 
 # The only entry of a header's metadata: safetensors writes several entries in an order that changes each time.
@@ -30,7 +31,8 @@ def save_tensors(tensors: Mapping[str, Tensor], file: Path, texts: Mapping[str, 
     """
     about = {"texts": dict(texts or {}), "crc32": _checksum(tensors, texts or {})}
     draft = file.with_suffix(".draft")
-    save_file(dict(tensors), draft, {ABOUT: json.dumps(about, sort_keys=True)})
+    with naming(file):
+        save_file(dict(tensors), draft, {ABOUT: json.dumps(about, sort_keys=True)})
     publish(draft, file)
 
 

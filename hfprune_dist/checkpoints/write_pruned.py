@@ -26,6 +26,7 @@ from hfprune_dist.checkpoints.read_tensors import DTYPES
 from hfprune_dist.checkpoints.safetensors_header import TensorInfo, read_safetensors_header
 from hfprune_dist.checkpoints.stored_names import SAME, StoredNames
 from hfprune_dist.checkpoints.weight_files import INDEX_FILE
+from hfprune_dist.errors import naming
 from hfprune_dist.store.atomic_files import write_json, write_text
 from hfprune_dist.structures import EXPERT_NEURONS, EXPERTS
 from hfprune_dist.structures.kept import Kept
@@ -199,7 +200,12 @@ def stream_weight_file(checkpoint: Checkpoint, file: str, changes: Changes, targ
     infos = {name: info for name, info in every.items() if info.file == file}
     written = [it for name, info in infos.items() for it in changes.of(name, info)]
     path = checkpoint.path / file
-    with safe_open(path, framework="pt") as source, path.open("rb") as raw, (target / file).open("wb") as stream:
+    with (
+        naming(target / file),
+        safe_open(path, framework="pt") as source,
+        path.open("rb") as raw,
+        (target / file).open("wb") as stream,
+    ):
 
         def transformed(name: str, transform: Transform) -> Tensor:
             like = changes.added.get(name)

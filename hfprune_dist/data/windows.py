@@ -13,7 +13,7 @@ from torch import Tensor
 
 from hfprune_dist.data.text import Beginning, read_texts
 from hfprune_dist.data.tokenizer import bos_id, by_tokenizer, plain_ids
-from hfprune_dist.errors import UserError
+from hfprune_dist.errors import UserError, naming
 from hfprune_dist.store.atomic_files import publish
 
 WINDOWS, INPUT_IDS = "windows.safetensors", "input_ids"
@@ -161,7 +161,8 @@ def _parts_to_try(text: str, characters: int) -> Sequence[str]:
 def save_windows(input_ids_ST: Tensor, folder: Path) -> None:
     """Save the exact windows in an artifact, finished or not; readers of earlier ones aren't disturbed."""
     draft = folder / f".{WINDOWS}.draft"
-    save_file({INPUT_IDS: input_ids_ST}, draft)
+    with naming(folder / WINDOWS):
+        save_file({INPUT_IDS: input_ids_ST}, draft)
     publish(draft, folder / WINDOWS)
 
 

@@ -28,7 +28,7 @@ from lm_eval.models.huggingface import HFLM
 from hfprune_dist.distributed.frozen_model import FrozenModel
 from hfprune_dist.distributed.interruption import Interruption
 from hfprune_dist.distributed.world import TELL_EVERY_S
-from hfprune_dist.errors import UserError
+from hfprune_dist.errors import UserError, naming
 from hfprune_dist.evaluation.task_definitions import explain
 from hfprune_dist.store.hashing import digest_of
 
@@ -72,7 +72,7 @@ class AnswerLog:
         return self._answers.get(digest_of(chunk))
 
     def add(self, chunks: Sequence[Chunk], answers: Sequence[list[Any]]) -> None:
-        with self._file.open("a", encoding="utf-8") as stream:
+        with naming(self._file), self._file.open("a", encoding="utf-8") as stream:
             for chunk, chunk_answers in zip(chunks, answers, strict=True):
                 entry = [digest_of(chunk), chunk_answers]
                 # Read back here alone, and as it was: infinite log-likelihoods have Python's names.

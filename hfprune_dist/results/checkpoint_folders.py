@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 
+from hfprune_dist.errors import naming
 from hfprune_dist.store.atomic_files import listed, locked, publish, read_object, unless_stale, write_json, write_text
 
 LOCK, WRITTEN = ".lock", ".written"
@@ -117,7 +118,8 @@ class CheckpointFolders:
         if not file.is_file() or file.read_text(encoding="utf-8") != text:
             file.parent.mkdir(exist_ok=True)
             draft = self._new_draft()
-            draft.write_text(text, encoding="utf-8")
+            with naming(file):
+                draft.write_text(text, encoding="utf-8")
             publish(draft, file)
         return []
 

@@ -31,7 +31,7 @@ from hfprune_dist.distributed.layer_stream import LayerStream
 from hfprune_dist.distributed.turns import Turns
 from hfprune_dist.distributed.unfinished import unfinished, up_to_last
 from hfprune_dist.distributed.whole_model_probe import PROBE, obtain_probe, record_probe
-from hfprune_dist.errors import UserError
+from hfprune_dist.errors import UserError, naming
 from hfprune_dist.scoring.calibration_pass import CalibrationPass, cut_into_shards
 from hfprune_dist.scoring.kind_totals import KindSizes, KindTotals, scored_by
 from hfprune_dist.scoring.layer_sums import Size
@@ -56,7 +56,8 @@ def run(context: Context) -> None:
     scores = _scores(context, checkpoint, criteria, totals, windows_ST)
     draft = context.open_draft()
     if context.world.is_first:
-        save_file(scores, draft / SCORES)
+        with naming(draft / SCORES):
+            save_file(scores, draft / SCORES)
         save_windows(windows_ST, draft)
         if (context.work / PROBE).is_file():
             shutil.copyfile(context.work / PROBE, draft / PROBE)

@@ -18,6 +18,8 @@ from typing import Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
+from hfprune_dist.errors import naming
+
 T = TypeVar("T")
 
 # How often something that is stale is read before it counts as an error.
@@ -46,7 +48,7 @@ def write_text(file: Path, text: str) -> None:
     """Replace ``file`` atomically: write a sibling, fsync it, and rename it over ``file``."""
     draft = file.with_name(f".{file.name}.{uuid.uuid4().hex[:8]}")
     try:
-        with draft.open("w", encoding="utf-8") as stream:
+        with naming(file), draft.open("w", encoding="utf-8") as stream:
             stream.write(text)
             stream.flush()
             os.fsync(stream.fileno())
@@ -126,7 +128,8 @@ def fsync_path(path: Path) -> None:
     """Flush a file, or the entries of a folder, to disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(handle)
+        with naming(path):
+            os.fsync(handle)
     finally:
         os.close(handle)
 

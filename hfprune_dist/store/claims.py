@@ -22,6 +22,7 @@ from typing import Any
 
 import psutil
 
+from hfprune_dist.errors import naming
 from hfprune_dist.store.atomic_files import as_record, listed, modified_at, read_json, write_json
 
 CLAIM_FILES = "claim.*"
@@ -275,7 +276,8 @@ def _create(file: Path, text: str) -> bool:
     """
     draft = file.with_name(f".{file.name}.{socket.gethostname()}.{uuid.uuid4().hex}")
     try:
-        draft.write_text(text, encoding="utf-8")
+        with naming(file):
+            draft.write_text(text, encoding="utf-8")
         os.link(draft, file)
     except FileExistsError:
         return _has_two_names(draft)

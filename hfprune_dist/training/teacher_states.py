@@ -17,7 +17,7 @@ from hfprune_dist.distributed.interruption import Interrupted
 from hfprune_dist.distributed.layer_states import LayerStates
 from hfprune_dist.distributed.layer_stream import AfterLayer, LayerStream
 from hfprune_dist.distributed.world import World
-from hfprune_dist.errors import UserError
+from hfprune_dist.errors import UserError, naming
 
 DENSE = "dense"
 
@@ -74,7 +74,8 @@ def write_dense_states(
             raise
     is_finite = True
     for index, hidden_BTC in stream.final_hidden():
-        save_file({DENSE: hidden_BTC.contiguous()}, _file(folder, index))
+        with naming(file := _file(folder, index)):
+            save_file({DENSE: hidden_BTC.contiguous()}, file)
         is_finite = is_finite and bool(hidden_BTC.isfinite().all())
     if not all(world.all_gather(is_finite)):
         raise UserError("the dense model's final hidden states are NaN or infinite; check the checkpoint's weights")
