@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from hfprune_launch.project import PROJECT
+from pydantic import TypeAdapter
 
 from hfprune_dist.config.load import Layer, load_config, merge_layers, read_layers, read_yaml, to_yaml
 from hfprune_dist.config.schema import SweepConfig
 from hfprune_dist.errors import UserError, did_you_mean
 from hfprune_dist.planning.earlier_rows import without_rows
 from hfprune_dist.planning.model_sources import ModelSource
-from hfprune_dist.planning.plan import Plan
+from hfprune_dist.planning.plan import Cell, Plan
 from hfprune_dist.planning.training_memory import with_micro_batches
 from hfprune_dist.results.checkpoint_folders import Update
 from hfprune_dist.results.named_checkpoints import checkpoint_folders, named_checkpoints
@@ -25,6 +27,7 @@ from hfprune_dist.results.table import write_reports
 from hfprune_dist.store.artifacts import Store
 from hfprune_dist.store.atomic_files import locked, read_json, write_json, write_text
 from hfprune_dist.store.attempt import AttemptsOf
+from hfprune_dist.store.stage import CUTTING, kind_of
 
 SWEEP_FILE = "sweep.json"
 CONFIG_FILE = "config.yaml"
@@ -77,9 +80,23 @@ def read_record(out: Path) -> Record | None:
         plan = Plan.from_json(record)
         if not all(cell.model in dense and {*plan.upstream(cell)} <= plan.stages.keys() for cell in plan.cells):
             raise KeyError("a row's model or stage")
+        _require_types(plan.cells, dense.values())
         return Record(plan, dense)
     except (ValueError, TypeError, KeyError, AttributeError):
         raise UserError(f"{out / SWEEP_FILE}: damaged; run the sweep again, it makes only what is missing") from None
+
+
+def _require_types(cells: Sequence[Cell], dense: Iterable[DenseModel]) -> None:
+    """Check the values of rows and models, of which dataclasses take any.
+
+    Raises:
+        ValueError: if one is of another type, isn't finite, or if a row has a ratio and no stage that prunes.
+    """
+    for kind, values in ((Cell, cells), (DenseModel, dense)):
+        written = json.dumps([asdict(it) for it in values], allow_nan=False)
+        TypeAdapter(list[kind]).validate_json(written, strict=True)  # type: ignore[valid-type]
+    if not all(cell.ratio is None or CUTTING.intersection(map(kind_of, cell.producers)) for cell in cells):
+        raise ValueError("a row with a ratio is pruned")
 
 
 @dataclass(frozen=True)

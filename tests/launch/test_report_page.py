@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 
 import hfprune_launch.modes.report_page as report_page
 import pytest
@@ -64,6 +65,20 @@ def test_a_record_that_lacks_what_its_rows_are_made_of_is_damaged(drawn, lost):
     file.write_text(json.dumps(record))
     with pytest.raises(UserError, match=r"sweep\.json: damaged; run the sweep again"):
         read_record(drawn.out)
+
+
+@pytest.mark.parametrize("other", ["text", None, math.nan, -1, {}, []], ids=str)
+def test_a_record_of_other_values_is_damaged_or_shown(drawn, other):
+    """Some values may be null, and a number that is another one can't be told from it."""
+    file, record = drawn.out / "sweep.json", json.loads((drawn.out / "sweep.json").read_text())
+    dense, pruned = record["cells"][0], record["cells"][2]
+    for values in (dense, pruned, record["dense"]["m"]):
+        for key, value in [*values.items()]:
+            values[key] = other
+            file.write_text(json.dumps(record))
+            values[key] = value
+            code, _, said = in_process(report.main, drawn.out)
+            assert code == 0 or (code == 2 and "sweep.json: damaged; run the sweep again" in said), (key, said)
 
 
 def test_report_writes_it_and_nothing_lies_where_no_sweep_has_run(drawn, tmp_path):
