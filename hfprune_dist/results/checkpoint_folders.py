@@ -16,7 +16,7 @@ from hashlib import sha256
 from pathlib import Path
 
 from hfprune_dist.errors import naming
-from hfprune_dist.store.atomic_files import listed, locked, publish, read_object, unless_stale, write_json, write_text
+from hfprune_dist.store.atomic_files import listed, locked, publish, read_record, unless_stale, write_json, write_text
 
 LOCK, WRITTEN = ".lock", ".written"
 # Prefix of folders and files that are being written or removed.
@@ -51,6 +51,13 @@ class Update:
 
     folders: Mapping[str, Path]
     remarks: Sequence[str]
+
+
+@dataclass(frozen=True)
+class _Written:
+    """Content of ``.written``."""
+
+    sha256: list[str]
 
 
 class CheckpointFolders:
@@ -192,7 +199,7 @@ class CheckpointFolders:
 
     def _note(self, texts: Iterable[str]) -> None:
         """Record the hashes of what is about to be written, and of earlier files of ours that still exist."""
-        noted = (read_object(self._root / WRITTEN) or {}).get("sha256", [])
+        noted = (read_record(_Written, self._root / WRITTEN) or _Written([])).sha256
         there = {_digest(path) for folder in self._folders() for path in _files_in(folder)}
         self._written = {sha256(text.encode()).hexdigest() for text in texts} | {it for it in noted if it in there}
         if self._written != set(noted):

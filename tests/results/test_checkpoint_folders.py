@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from faults.kill import die_in_fork
 
-from hfprune_dist.results.checkpoint_folders import DRAFT, CheckpointFolders, Contents
+from hfprune_dist.results.checkpoint_folders import DRAFT, WRITTEN, CheckpointFolders, Contents
 
 FILES = ("model.safetensors", "adapter/adapter_model.safetensors")
 
@@ -98,6 +98,16 @@ def test_an_edited_card_and_files_of_the_users_stay(sweep):
     assert (folder / "notes.txt").read_text() == "mine" and sweep.shown()["second"] == whole(other)
     (remark,) = sweep.update()
     assert "name: its row is gone, but it stays" in remark and [*sweep.shown()] == ["name"]
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", *(f'{{"sha256": {it}}}' for it in ("null", "1", '"a"', "[[1]]"))])
+def test_where_the_record_of_what_was_written_is_damaged_other_texts_count_as_the_users(sweep, content):
+    sweep.update(name=sweep.contents())
+    (sweep.root / WRITTEN).write_text(content)
+    assert sweep.update(name=sweep.contents()) == []
+    (sweep.root / WRITTEN).write_text(content)
+    (remark,) = sweep.update(name=sweep.contents(card="another card"))
+    assert remark == f"{sweep.root / 'name' / 'README.md'}: left as it is, since it was edited"
 
 
 def test_a_row_that_gets_another_name_says_so(sweep):
