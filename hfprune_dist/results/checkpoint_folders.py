@@ -81,6 +81,9 @@ class CheckpointFolders:
         """
         if not wanted and not self._root.is_dir():
             return Update({}, [])
+        if self._root.is_symlink():  # relative links below it would lead elsewhere
+            why = "is a link, from where links into the store would lead elsewhere"
+            return Update({}, [f"{self._root} {why}; named checkpoints are written once it is gone"])
         self._root.mkdir(parents=True, exist_ok=True)
         with locked(self._root / LOCK):
             self._remove_drafts()

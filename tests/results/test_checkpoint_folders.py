@@ -110,6 +110,15 @@ def test_where_the_record_of_what_was_written_is_damaged_other_texts_count_as_th
     assert remark == f"{sweep.root / 'name' / 'README.md'}: left as it is, since it was edited"
 
 
+def test_where_links_would_lead_elsewhere_nothing_is_written(sweep, tmp_path):
+    (tmp_path / "another" / "disk").mkdir(parents=True)
+    sweep.root.symlink_to(tmp_path / "another" / "disk")
+    (remark,) = sweep.update(name=sweep.contents())
+    assert remark.startswith(f"{sweep.root} is a link") and not list(sweep.root.iterdir())
+    sweep.root.unlink()
+    assert sweep.update(name=sweep.contents()) == [] and sweep.shown() == {"name": whole(sweep.contents())}
+
+
 def test_a_row_that_gets_another_name_says_so(sweep):
     """All rows of a folder get other names when a second method joins."""
     sweep.update(one=sweep.contents("a"), two=sweep.contents("b"))
