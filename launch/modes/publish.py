@@ -11,7 +11,11 @@ import yaml
 from hfprune_launch.screen import make_console, say
 from huggingface_hub import HfApi, ModelCard
 from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+from huggingface_hub.utils import (  # type: ignore[attr-defined]
+    DEFAULT_IGNORE_PATTERNS,
+    filter_repo_objects,
+    validate_repo_id,
+)
 
 from hfprune_dist.errors import UserError, did_you_mean, hub_errors
 from hfprune_dist.results.base_model import CARD
@@ -31,7 +35,8 @@ def publish(out: Path, name: str, repo_id: str, *, private: bool, dry_run: bool)
     folder = _folder(out, name)
     left_out = _left_out(folder)
     _check_whole(folder, out / "store")
-    files = _files(folder, left_out)
+    ignored = [f"{left_out}/*"] if left_out else []
+    files = _files(folder, [*DEFAULT_IGNORE_PATTERNS, *ignored])
     notes = _notes_on_card(folder / CARD)
     if left_out:
         notes.append(f"{left_out}/ stays here: its base model is not on the hub (it is part of the weights)")
@@ -44,7 +49,7 @@ def publish(out: Path, name: str, repo_id: str, *, private: bool, dry_run: bool)
     if dry_run:
         say(console, f"would be pushed to {repo_id}: {total}")
         return
-    place = _push(folder, repo_id, private, [f"{left_out}/*"] if left_out else None)
+    place = _push(folder, repo_id, private, ignored)
     say(console, f"pushed: {total}, to {place}")
 
 
@@ -88,20 +93,22 @@ def _left_out(folder: Path) -> str | None:
     return None
 
 
-def _files(folder: Path, left_out: str | None) -> dict[str, int]:
+def _files(folder: Path, ignored: list[str]) -> dict[str, int]:
     """Name -> size in bytes of every file that is pushed.
+
+    Args:
+        ignored: globs of names that the hub's client leaves out.
 
     Raises:
         UserError: if a link is broken.
     """
     files = {}
     for path in sorted(folder.rglob("*")):
-        name = path.relative_to(folder)
         if path.is_symlink() and not path.exists():
             raise UserError(f"{path}: the file in the store is gone; run the sweep again to make what is missing")
-        if path.is_file() and name.parts[0] != left_out:
-            files[str(name)] = path.stat().st_size
-    return files
+        if path.is_file():
+            files[path.relative_to(folder).as_posix()] = path.stat().st_size
+    return {name: files[name] for name in filter_repo_objects(files, ignore_patterns=ignored)}
 
 
 def _notes_on_card(file: Path) -> list[str]:
@@ -121,7 +128,7 @@ def _notes_on_card(file: Path) -> list[str]:
     return [f"{file} doesn't name {' or '.join(missing)}, since it isn't known here"] if missing else []
 
 
-def _push(folder: Path, repo_id: str, private: bool, ignored: list[str] | None) -> str:
+def _push(folder: Path, repo_id: str, private: bool, ignored: list[str]) -> str:
     """Push a folder, and return the address of the commit.
 
     Raises:

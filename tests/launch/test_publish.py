@@ -95,6 +95,20 @@ def test_a_dry_run_shows_the_same_files_and_pushes_nothing(out, pushed):
     assert "doesn't name a licence (license) or the base model's id (base_model)" in shown
 
 
+@pytest.mark.parametrize("kept", [".git/config", "adapter/.git/config", ".cache/huggingface/upload/x.metadata"])
+def test_what_the_client_keeps_to_itself_is_neither_pushed_nor_shown(out, pushed, kept):
+    """A user may have cloned a repository there, or have uploaded the folder by other means."""
+    file = out / "checkpoints" / "name" / kept
+    file.parent.mkdir(parents=True)
+    file.write_text("secret")
+    of_adapter(out, "org/base")
+    _, told, _ = run(out, "name", "me/it", "--dry-run")
+    code, shown, _ = run(out, "name", "me/it")
+    assert code == 0 and len(pushed["files"]) == 4
+    assert [line.split()[-1] for line in told.splitlines() if " bytes  " in line] == sorted(pushed["files"])
+    assert f"in {len(pushed['files'])} files" in told and f"in {len(pushed['files'])} files" in shown
+
+
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
