@@ -15,12 +15,12 @@ from hfprune_dist.planning.plan import Cell, Plan
 from hfprune_dist.results.against_dense import AVERAGES, add_shares_of_dense
 from hfprune_dist.results.as_made import as_made
 from hfprune_dist.results.costs import CostTable
+from hfprune_dist.results.details import read_details
 from hfprune_dist.results.efficiency import efficiency_of
 from hfprune_dist.results.floors import average_floors, floors_of
 from hfprune_dist.results.headline import average_errors, averages
 from hfprune_dist.results.native_ratios import Decoder, native_ratios
 from hfprune_dist.store.artifacts import Manifest, Store
-from hfprune_dist.store.atomic_files import read_object
 from hfprune_dist.store.attempt import AttemptsOf
 from hfprune_dist.store.hashing import digest_of
 from hfprune_dist.store.heartbeat import in_one_line
@@ -133,7 +133,7 @@ def _row(cell: Cell, known: _Known, dense: DenseModel) -> Row:
         del manifests[unmeasured]
     cause = _cause(missing[0], plan, store) if missing else None
     metrics: Mapping[str, Any] = evaluation["metrics"] if evaluation else {}
-    details = read_object(store.handle(cell.evaluate).artifact / "results.json") or {}
+    details = read_details(store.handle(cell.evaluate).artifact)
     return {
         "label": cell.label,
         "model": cell.model,

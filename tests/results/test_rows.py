@@ -1,5 +1,6 @@
 import csv
 import json
+import math
 import shutil
 from dataclasses import asdict, replace
 
@@ -17,7 +18,7 @@ from hfprune_dist.results.column import cells
 from hfprune_dist.results.columns import all_columns
 from hfprune_dist.results.native_ratios import Decoder
 from hfprune_dist.results.rows import DenseModel, collect_rows
-from hfprune_dist.results.table import flat_row, write_reports
+from hfprune_dist.results.table import flat_row, report, write_reports
 from hfprune_dist.store.artifacts import Store
 from hfprune_dist.store.atomic_files import write_json
 from hfprune_dist.store.heartbeat import Failure, write_failure_record
@@ -290,6 +291,22 @@ def test_a_row_tells_where_it_comes_from_and_over_how_many_examples(store):
     assert pruned["samples"] == {"piqa": 30, "mmlu_a": 10, "mmlu_b": 5, "mmlu": 15}
     assert flat_row(pruned)["piqa/samples"] == 30 and "provenance" not in flat_row(pruned)
     assert dense["samples"] == {} and dense["provenance"]["date"] is None, "as of an earlier version"
+
+
+@pytest.mark.parametrize(
+    "tasks",
+    [
+        *([], "text", {"piqa": None}, {"piqa": "text"}, {"piqa": {"n-samples": ["piqa"]}}),
+        *({"piqa": {"n-samples": {"piqa": it}}} for it in (30, {}, {"effective": "30"}, {"effective": math.nan})),
+        *({"piqa": {"right_answers": it}} for it in ([3, 4], {"piqa": 7}, {"piqa": ["3", "4"]})),
+    ],
+    ids=str,
+)
+def test_scores_stand_without_details_that_are_damaged(store, tasks):
+    commit(store, EVALUATE, {"results.json": json.dumps({"tasks": tasks})}, **SCORES)
+    _, row = rows = collect_rows(PLAN, store, DENSE)
+    assert (row["status"], row["kl"], row["samples"], row["floors"]) == ("done", 0.25, {}, {})
+    assert "piqa acc_norm" in report(rows)
 
 
 def test_errors_of_older_evaluations_are_unknown(store):
