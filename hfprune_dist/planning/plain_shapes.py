@@ -80,9 +80,10 @@ def plain_shapes(target: ShapeTarget, before: PlainShape | None = None) -> list[
             groups.
     """
     found = all_plain_shapes(target, before)
-    if before is None and (not found or target.ratio > _largest(target)):
-        raise _none_reaches(target)
-    if not found:
+    if before is None:
+        if not found or target.ratio > _largest(target):
+            raise _none_reaches(target)
+    elif not found:
         raise _none_within(target, before)
     return _spread(found, MOST_SHAPES)
 

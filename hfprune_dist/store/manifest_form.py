@@ -12,6 +12,8 @@ from hfprune_dist.store.atomic_files import as_record
 
 # What JSON has no words for, NaN and infinities, is refused everywhere, and so isn't looked for here.
 _Number = Annotated[float, Field(strict=True)]
+# Seconds since 1970, in years of four digits, which dates can name.
+_Time = Annotated[float, Field(strict=True, ge=0, lt=253_402_300_800)]
 _Size = StrictInt | None
 _Sizes = list[StrictInt] | None
 _Scores = dict[str, _Number | bool | None]
@@ -46,8 +48,8 @@ class _Manifest:
     provenance: _Provenance = field(default_factory=_Provenance)
     world_size: StrictInt | None = None
     device: str | None = None
-    started: _Number | None = None
-    finished: _Number | None = None
+    started: _Time | None = None
+    finished: _Time | None = None
     wall_time_s: _Number | None = None
     peak_memory_bytes: StrictInt | None = None
     attempts: StrictInt = 1

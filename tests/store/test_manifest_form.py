@@ -1,6 +1,7 @@
 """What no version of the code has written into a manifest is damage: tables and cards are made all the same."""
 
 import copy
+import itertools
 import json
 import math
 
@@ -65,10 +66,12 @@ def test_everything_is_shown_whatever_a_manifest_holds(tmp_path, kind):
     whole = json.loads(file.read_text()) | ELSE
     file.write_text(json.dumps(whole))
     assert set(show(sweep)) == {None}, "as it is written, it is whole"
-    for place in places(whole):
-        for other in (GONE, None, "text", math.nan, {}):
+    for place, wrong in zip(places(whole), itertools.cycle((None, "text", math.nan, {}, 1e300))):
+        for other in (GONE, wrong):
             file.write_text(json.dumps(changed(whole, place, other)))
             show(sweep)
+    file.write_text(json.dumps(whole | {"finished": 1e300}))
+    show(sweep)
     file.write_text(json.dumps(whole | {"wall_time_s": "60"}))
     told = f"{file.parent}: manifest.json is missing or damaged; run the sweep again, which makes it anew"
     assert told in show(sweep) or kind in ("importance", "efficiency"), "rows stand without these"
