@@ -37,17 +37,19 @@ def clean(out: Path, *, intermediates: bool, dry_run: bool) -> None:
     found = list(unused(store, {*as_made(sweep.plan, store).stages, *used}, about_to_run=jobs))
     if intermediates:
         found += _intermediates(sweep, store, used)
-    console, total = make_console(), 0
+    staying: list[str] = []
+    gone = found if dry_run else list(_removed(found, staying))
+    remarks = [] if dry_run else sweep.record.write_checkpoints(out).remarks
+    # Shown once all is done, as a reader such as head may end the command.
+    console = make_console()
     if jobs:
         say(console, f"note: the jobs of {', '.join(jobs)} may still wait or run, so what they need stays")
-    staying: list[str] = []
-    for leftover in found if dry_run else _removed(found, staying):
+    for leftover in gone:
         say(console, f"{leftover.size_bytes:>15,} bytes  {leftover.path}: {leftover.reason}")
-        total += leftover.size_bytes
+    total = sum(leftover.size_bytes for leftover in gone)
     say(console, f"{total:>15,} bytes {'would be removed' if dry_run else 'removed'}")
-    if not dry_run:
-        for remark in sweep.record.write_checkpoints(out).remarks:
-            say(console, f"note: {remark}")
+    for remark in remarks:
+        say(console, f"note: {remark}")
     if staying:
         raise UserError("\n".join(staying))
 

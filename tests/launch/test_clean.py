@@ -8,6 +8,7 @@ import shutil
 import pytest
 from fake_slurm import FakeSlurm
 from hfprune_launch import clean, report, sweep
+from hfprune_launch.modes import clean as modes_clean
 from hfprune_launch.slurm.attempts import Attempts
 from hfprune_launch.stage.stage_file import Provenance, write_stage_file
 from hfprune_launch.sweep_folder import Record, read_record, write_record
@@ -105,6 +106,26 @@ def test_intermediate_checkpoints_go_and_tables_stay(config, out):
     shutil.rmtree(out.joinpath("store", *recovered))
     plan = run(*chosen, "0.2", "--dry-run", command=sweep)
     assert to_run(plan) == ["prune", "recover"] and "its files were removed to make room" in plan
+
+
+def test_what_nobody_reads_to_its_end_is_done_before(out, tmp_path, monkeypatch):
+    """A reader of the output such as head ends the command where it shows what was removed."""
+    undisturbed = tmp_path / "undisturbed"
+    shutil.copytree(out, undisturbed, symlinks=True)
+    for folder in (out, undisturbed):
+        (next(iter((folder / "checkpoints").glob("[!.]*"))) / "README.md").unlink()
+    run(undisturbed, "--intermediates")
+
+    class ClosedError(Exception):
+        pass
+
+    def closed(*_):
+        raise ClosedError
+
+    monkeypatch.setattr(modes_clean, "say", closed)
+    with pytest.raises(ClosedError):
+        run(out, "--intermediates")
+    assert files(out).keys() == files(undisturbed).keys()
 
 
 def to_run(plan):
