@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from hfprune_launch.command import folder, place
 from hfprune_launch.modes.past_attempts import past_attempts
 from hfprune_launch.modes.sweep_arguments import Command
 from hfprune_launch.modes.sweep_plan import Prepared, prepare
@@ -38,14 +39,17 @@ class Session:
         config: a YAML file, as for ``--config``. By default the folder's own ``config.yaml``, if it has one.
         settings: sections and keys of ``config/schema.py``, which override the file key by key:
             ``ratios=[0.2], calibration={"samples": 64}``.
+
+    Raises:
+        UserError: if ``out`` is empty, or a path begins with the home of a user who doesn't exist.
     """
 
     def __init__(self, out: str | Path, config: str | Path | None = None, **settings: Any) -> None:
         plain = json.loads(json.dumps(settings, default=str))
         assignments = [f"{key}={to_yaml(value, width=math.inf, flow=True)}" for key, value in plain.items()]
         arguments = sweep_parser().parse_args([])
-        arguments.config, arguments.set = [] if config is None else [Path(config)], assignments
-        self._command = Command(arguments, Path(out), make_console())
+        arguments.config, arguments.set = [] if config is None else [place(str(config))], assignments
+        self._command = Command(arguments, folder(str(out)), make_console())
 
     def score(self) -> dict[str, dict[str, list[NDArray[np.float64]]]]:
         """Score the neurons of the dense models.

@@ -54,6 +54,18 @@ def test_settings_are_those_that_are_given(config, tmp_path):
     assert made.aliases["mine"].path == str(place) and made.recovery.learning_rate == 1e-5
 
 
+def test_places_are_those_of_the_command_line(config, tmp_path, monkeypatch):
+    """A notebook has no shell that replaces a tilde."""
+    monkeypatch.setenv("HOME", str(config.parent))
+    command = Session("~/out", f"~/{config.name}")._command
+    assert command.out == config.parent / "out" and command.configuration().models == ["alpha", "beta"]
+    with pytest.raises(UserError, match="folder is empty"):
+        Session("", config)
+    for places in [("~nobody-of-this-name/out", config), (tmp_path / "out", "~nobody-of-this-name/my.yaml")]:
+        with pytest.raises(UserError, match="not a valid path"):
+            Session(*places)
+
+
 @pytest.mark.parametrize(
     ("settings", "expected"),
     [({"models": ["nope"]}, "'nope'"), ({"ratio": [0.2]}, "unknown key 'ratio'; did you mean 'ratios'")],
