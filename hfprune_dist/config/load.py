@@ -304,7 +304,7 @@ def _is_folder(model: Any, base: Path, aliases: Collection[str]) -> bool:
     """Whether a model is named by its folder. A name without a slash is if it is no alias and a checkpoint has it; one
     that could be a hub id is if there is such a folder.
     """
-    if not isinstance(model, str) or model in aliases:
+    if not isinstance(model, str) or model in {"", *aliases}:  # empty ones are refused
         return False
     if "/" not in model:
         return (base / model / "config.json").is_file()

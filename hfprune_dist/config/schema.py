@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from hfprune_dist.config.method import PruneConfig
-from hfprune_dist.config.section import Dtype, NonNegative, Positive, Section
+from hfprune_dist.config.section import Dtype, Name, NonNegative, Positive, Section
 from hfprune_dist.config.texts import CalibrationConfig, FidelityConfig
 from hfprune_dist.config.training import DistillationConfig, RecoveryConfig
 from hfprune_dist.core.criteria import CriterionName
@@ -75,7 +75,7 @@ class EvaluationConfig(Section):
         ]
     )
     """lm-eval task names; the default is the paper's suite. If it is empty, only fidelity is measured."""
-    include_path: Annotated[str, Field(min_length=1)] | None = None
+    include_path: Name | None = None
     """Folder with further lm-eval task YAML files."""
     num_fewshot: NonNegative | None = 0
     """Number of examples in the prompt; null leaves it to each task."""
@@ -131,16 +131,16 @@ class RuntimeConfig(Section):
     """A collective operation that takes longer than this ends the stage (otherwise a lost rank would hang the rest)."""
     report_to: Annotated[list[Tracker], AfterValidator(_once_each)] = Field(default=[])
     """Experiment trackers to which recovery and distillation report losses as they train: one run for each stage."""
-    tracking_project: Annotated[str, Field(min_length=1)] = "hfprune"
+    tracking_project: Name = "hfprune"
     """Project under which trackers that have projects (trackio, wandb) file the runs."""
 
 
 class ModelAlias(Section):
     """A short name for a model: a local checkpoint folder or a hub id."""
 
-    path: str | None = None
+    path: Name | None = None
     """Folder with a Hugging Face checkpoint (config.json, *.safetensors, tokenizer)."""
-    hub_id: str | None = None
+    hub_id: Name | None = None
     """Model id on the Hugging Face hub."""
     revision: str = "main"
     """Commit, tag or branch on the hub."""
@@ -155,7 +155,7 @@ class ModelAlias(Section):
 class SweepConfig(Section):
     """The configuration of a sweep."""
 
-    models: list[str] = Field(default=["llama", "qwen"], min_length=1)
+    models: list[Name] = Field(default=["llama", "qwen"], min_length=1)
     """Aliases (configs/models/*.yaml, or the aliases section), folders of Hugging Face checkpoints, or hub ids
     (org/name, org/name@revision); a folder of that name takes precedence over the hub."""
     ratios: list[Ratio] = Field(default=[0.2, 0.3], min_length=1)

@@ -12,6 +12,8 @@ Dtype = Literal["float32", "bfloat16"]
 # Counts. The limit is beyond any sensible value: a mistyped one would make a stage fail, or never end.
 Positive = Annotated[int, Field(ge=1, lt=2**31)]
 NonNegative = Annotated[int, Field(ge=0, lt=2**31)]
+# A name or a path; an empty path would mean the current folder.
+Name = Annotated[str, Field(min_length=1)]
 # Tokens of a window, or of a row of pairs.
 Length = Annotated[int, Field(ge=8, lt=2**31)]
 
@@ -77,12 +79,12 @@ class Section(BaseModel):
 class TextSource(Section):
     """Source of a text: a local file (``path``) if given, otherwise a data set on the Hugging Face hub."""
 
-    path: Annotated[str, Field(min_length=1)] | None = None
+    path: Name | None = None
     """A file of text: .jsonl or .ndjson (one JSON object per line), .json (an array of objects, or concatenated
     objects), .csv or .tsv (the first line names the fields), .parquet, or any other UTF-8 file as plain text (one
     document). All but .parquet may be compressed (.gz, .bz2, .xz, .zst). A folder stands for all of its files with one
     of these extensions or .txt, in the order of their names."""
-    dataset: str | None = None
+    dataset: Name | None = None
     """Hub id of a data set; it is streamed, so only the documents that are used are downloaded."""
     name: str | None = None
     """Configuration name of the data set."""

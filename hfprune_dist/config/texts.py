@@ -10,7 +10,7 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, Field, model_validator
 
 from hfprune_dist.config.left_out import LeftOutAt
-from hfprune_dist.config.section import Length, Positive, TextSource
+from hfprune_dist.config.section import Length, Name, Positive, TextSource
 
 # Stands for the name of the text whose numbers come first in tables.
 FIRST = ""
@@ -42,7 +42,7 @@ class Share:
 class CalibrationConfig(TextSource):
     """The text on which units are scored."""
 
-    dataset: str | None = "allenai/c4"
+    dataset: Name | None = "allenai/c4"
     name: str | None = "en"
     samples: Positive = 1024
     """Number of calibration windows, one at random from each document that is long enough. If there are fewer such
@@ -120,7 +120,7 @@ def _text_name(name: str) -> str:
 class FidelityConfig(HeldOutText):
     """Held-out text on which a model is compared with its dense original, token by token."""
 
-    dataset: str | None = "allenai/c4"
+    dataset: Name | None = "allenai/c4"
     name: str | None = "en"
     windows: Positive = 64
     """Number of held-out windows from each text, cut as those of calibration. Standard errors take them for

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from hfprune_dist.config.section import Dtype, Length, NonNegative, Positive, PositiveOrAuto, Section, TextSource
+from hfprune_dist.config.section import Dtype, Length, Name, NonNegative, Positive, PositiveOrAuto, Section, TextSource
 from hfprune_dist.errors import UserError
 
 # Its limit is beyond any sensible value: AdamW's first step is ten times the rate, which float32 must hold.
@@ -64,7 +64,7 @@ class RecoveryConfig(TextSource, LoraTraining):
     method: Literal["none", "lora"] = "lora"
     """lora: LoRA on all attention and MLP projections (of mixtures of experts on attention's alone), merged afterwards.
     none: no recovery."""
-    dataset: str | None = "MBZUAI/LaMini-instruction"
+    dataset: Name | None = "MBZUAI/LaMini-instruction"
     instruction_field: str = "instruction"
     """Field that holds the instruction."""
     response_field: str = "response"

@@ -252,6 +252,31 @@ def test_paths_are_seen_from_the_file_that_names_them(tmp_path, monkeypatch):
     assert config.recovery.path == str(tmp_path / "elsewhere" / "pairs.jsonl")
 
 
+@pytest.mark.parametrize(
+    ("key", "content"),
+    [
+        ("models.1", {"models": ["alpha", ""]}),
+        ("aliases.x.path", {"aliases": {"x": {"path": ""}}}),
+        ("aliases.x.hub_id", {"aliases": {"x": {"hub_id": ""}}}),
+        ("calibration.path", {"calibration": {"path": ""}}),
+        ("calibration.mixture.0.path", {"calibration": {"mixture": [{"path": ""}]}}),
+        ("evaluation.fidelity.texts.x.path", {"evaluation": {"fidelity": {"texts": {"x": {"path": ""}}}}}),
+        ("evaluation.include_path", {"evaluation": {"include_path": ""}}),
+        *((f"{name}.dataset", {name: {"dataset": ""}}) for name in ("calibration", "recovery")),
+        ("evaluation.fidelity.dataset", {"evaluation": {"fidelity": {"dataset": ""}}}),
+    ],
+    ids=lambda it: it if isinstance(it, str) else "",
+)
+@pytest.mark.parametrize("in_checkpoint", [False, True])
+def test_nothing_is_meant_by_an_empty_name(tmp_path, monkeypatch, key, content, in_checkpoint):
+    """As a path it would be the folder of the file, or the current one, which may be a checkpoint's."""
+    if in_checkpoint:
+        (tmp_path / "config.json").write_text("{}")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=rf"{re.escape(key)}: must have at least 1 character \(got ''\)"):
+        load_config([write(tmp_path, content)], {})
+
+
 @pytest.mark.parametrize("name", ["alpha", "org/alpha", "./alpha", "sub/alpha/beta"])
 @pytest.mark.parametrize("elsewhere", [False, True])
 def test_models_beside_a_file_are_meant_by_it_whatever_the_current_folder_has(tmp_path, monkeypatch, name, elsewhere):
