@@ -250,6 +250,19 @@ def test_a_build_killed_before_listing_leaves_nothing_whole(tmp_path, monkeypatc
         assert not parts.draft("part").exists()
 
 
+@pytest.mark.parametrize(
+    "manifest",
+    ["", "{", "[]", "3", "\0", '{"parts": 3}', '{"parts": []}', '{"parts": {"part": 3}}', '{"parts": {"part": {}}}'],
+)
+def test_where_the_manifest_is_damaged_parts_are_made_again(tmp_path, manifest):
+    parts = Parts(tmp_path)
+    commit(parts, "a")
+    (tmp_path / MANIFEST).write_text(manifest)
+    assert not parts.is_whole("part", MADE_FROM)
+    commit(parts, "b")
+    assert parts.is_whole("part", MADE_FROM) and read_jsonl(tmp_path / "part" / "a.jsonl") == [{"text": "b"}]
+
+
 # --- the command --------------------------------------------------------------------------------------------------
 
 

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from hfprune_dist.store.atomic_files import fsync_path, read_json, write_json
+from hfprune_dist.store.atomic_files import fsync_path, read_object, write_json
 
 MANIFEST = "assets.json"
 DRAFT_PREFIX = ".draft-"
@@ -40,7 +40,9 @@ class Parts:
     def is_whole(self, name: str, made_from: Mapping[str, str]) -> bool:
         """Return whether a part was made from these sources and its files still have their original sizes."""
         entry = self._entries().get(name)
-        return entry is not None and entry["made_from"] == made_from and entry["files"] == _sizes(self.root / name)
+        if not isinstance(entry, dict):
+            return False
+        return entry.get("made_from") == made_from and entry.get("files") == _sizes(self.root / name)
 
     def draft(self, name: str) -> Path:
         """Return the path at which to make a part."""
@@ -61,7 +63,9 @@ class Parts:
         self._write({**entries, name: entry})
 
     def _entries(self) -> dict[str, Any]:
-        return dict((read_json(self.root / MANIFEST) or {}).get("parts", {}))
+        """The manifest's entries by name; none if it is damaged."""
+        parts = (read_object(self.root / MANIFEST) or {}).get("parts")
+        return dict(parts) if isinstance(parts, dict) else {}
 
     def _write(self, entries: Mapping[str, Any]) -> None:
         write_json(self.root / MANIFEST, {"parts": entries})
