@@ -84,6 +84,7 @@ def _finished_sweep(folder: Path, cells: int) -> list[str]:
         "models": ["model"],
         "aliases": {"model": {"path": "model"}},
         "ratios": [0.1 + 0.1 * number / cells for number in range(cells)],
+        "methods": ["hfprune"],
         "calibration": {"path": "text.txt"},
         "recovery": {"path": "text.txt", "method": "none"},
         "evaluation": {"tasks": [], "fidelity": {"path": "text.txt"}},

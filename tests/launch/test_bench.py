@@ -3,6 +3,7 @@ import subprocess
 import sys
 
 import pytest
+from damage import nothing_reaches_the_disk
 from fork_server import forked
 from hfprune_launch.benchmark import isolated, launcher
 from ranks import ROOT
@@ -35,11 +36,14 @@ def test_pruning_takes_the_memory_of_two_tensors(tmp_path):
     assert taken <= 2.0
 
 
-def test_a_finished_sweep_is_found_finished(tmp_path):
-    command = launcher._finished_sweep(tmp_path / "sweep", 3)
+@pytest.mark.parametrize("cells", [launcher.FEW_CELLS, launcher.QUICK_CELLS, launcher.CELLS])
+def test_a_finished_sweep_is_found_finished(tmp_path, cells):
+    with nothing_reaches_the_disk():
+        command = launcher._finished_sweep(tmp_path / "sweep", cells)
     result = subprocess.run(forked(command), capture_output=True, text=True, timeout=600, check=False)
     assert result.returncode == 0, result.stderr
     assert "to run" not in result.stdout and "missing" not in result.stdout
+    assert result.stdout.count(" hfprune ") == cells
 
 
 def test_a_process_that_fails_says_why():
