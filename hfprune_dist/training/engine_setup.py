@@ -35,7 +35,8 @@ def prepare_process() -> None:
 def _zero3_config(bfloat16: bool, whole: bool) -> dict[str, Any]:
     """Parameters, gradients and optimizer states sharded; gradients reduced and added up in float32.
 
-    If frozen weights are ``whole``, DeepSpeed doesn't manage them, and LoRA's stay gathered between optimizer steps.
+    Blocks of experts are hooked like all other modules, as in ``distributed.zero3``. If frozen weights are ``whole``,
+    DeepSpeed doesn't manage them, and LoRA's stay gathered between optimizer steps.
     Otherwise, parameters are released right after use. To find those that backward uses again soon, DeepSpeed would
     walk over up to a billion parameters ahead for every module: 20 s in the second step, with LoRA's many modules.
     """
@@ -48,6 +49,7 @@ def _zero3_config(bfloat16: bool, whole: bool) -> dict[str, Any]:
             "overlap_comm": True,
             "contiguous_gradients": False,
             "stage3_max_reuse_distance": 0,
+            "leaf_module": {"classes": []},
             **(KEEP_ALL_GATHERED if whole else {}),
         },
         "bf16": {"enabled": bfloat16},

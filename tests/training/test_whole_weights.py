@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from families import save_model
 from fine_tunings import ROWS, STEPS, make_task, train
 from gather_counter import SMALL_PARAMETER
 from tiny import save_tiny
@@ -23,6 +24,19 @@ WAYS = {
     for whole in ("sharded", "whole")
     for checkpointing in ("plain", "checkpointed")
 }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model_type", ["deepseek_v3", "mixtral", "qwen2_moe", "qwen3_moe"])
+def test_mixtures_of_experts_learn_the_same_bits(monkeypatch, tmp_path, model_type):
+    """DeepSpeed hooks blocks of some classes as one module, unless told otherwise."""
+    checkpoint = open_checkpoint(save_model(tmp_path / "model", model_type, vocab_size=264))
+    snapshots = {}
+    for name in ("sharded-plain", "whole-plain"):
+        monkeypatch.setattr(trainer, "place_training", lambda *_, way=WAYS[name]: way)
+        snapshots[name], _ = train(tmp_path / name, 1, make_task(checkpoint, dtype="float32"))
+    whole, sharded = map(state_of, snapshots.values())
+    assert all(torch.equal(tensor, sharded[key]) for key, tensor in whole.items())
 
 
 @pytest.mark.slow
