@@ -36,7 +36,7 @@ def test_pruning_takes_the_memory_of_two_tensors(tmp_path):
     assert taken <= 2.0
 
 
-@pytest.mark.parametrize("cells", [launcher.FEW_CELLS, launcher.QUICK_CELLS, launcher.CELLS])
+@pytest.mark.parametrize("cells", [launcher.FEW_CELLS, launcher.QUICK_CELLS])
 def test_a_finished_sweep_is_found_finished(tmp_path, cells):
     with nothing_reaches_the_disk():
         command = launcher._finished_sweep(tmp_path / "sweep", cells)
