@@ -16,6 +16,7 @@ from hfprune_dist.errors import did_you_mean
 # Pydantic's name of a problem -> what to give instead, where its own message is about types of Python.
 _WANTED = {
     "string_type": "give text, in quotes if it looks like something else",
+    "string_unicode": "this path isn't UTF-8; rename the file or folder",
     "bool_type": "give true or false",
     "int_type": "give a whole number",
     "int_from_float": "give a whole number",
