@@ -101,13 +101,13 @@ class LocalBackend:
             ClaimLostError: if another process has since claimed the stage and uses its work folder.
         """
         said = (failure for failure in handle.failures() if failure.is_of(attempt.number, attempt.started))
-        left = next(said, None) or self._full_disk()
+        recorded = next(said, None)
+        left = recorded or self._full_disk()
         handle.discard_drafts(claim)  # makes room for what is written below
         claim.require_held()
         failure = explain_death(left, log, attempt.number)
-        if failure is not left:
+        if failure is not recorded:
             handle.clear_failures()
-        if failure.rank < 0:
             handle.report_failure(failure)
         return failure
 

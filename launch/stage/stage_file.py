@@ -79,6 +79,6 @@ def began_at(handle: StageHandle) -> float | None:
 
 
 def attempts_so_far(handle: StageHandle) -> int:
-    """Return the number of attempts that the local backend has begun in the current work folder."""
+    """Return the number of attempts begun in the current work folder, by either backend."""
     content = find_stage_file(handle)
     return 0 if content is None else content.attempt

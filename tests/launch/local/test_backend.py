@@ -150,14 +150,18 @@ def store(tmp_path):
 
 @pytest.fixture
 def backend(store, tmp_path, monkeypatch):
-    """A backend whose ranks are the command ``true``; ``meanwhile`` does nothing until a test replaces it."""
+    """A backend whose ranks are the command ``true``; ``meanwhile`` does nothing until a test replaces it.
+
+    What it has ``said`` is its log.
+    """
 
     class Scripted(LocalBackend):
         meanwhile = staticmethod(lambda claim: None)
+        said = "the end\n"
 
         def _start(self, stage, claim, log):
             self.meanwhile(claim)
-            log.write_text("the end\n")
+            log.write_text(self.said)
             return subprocess.Popen(["true"])
 
     monkeypatch.setattr(local, "POLL_S", 0.01)
@@ -187,6 +191,27 @@ def test_a_clock_that_is_set_back_gives_no_negative_time(backend, store, monkeyp
 
     backend.meanwhile = meanwhile
     assert 0 <= run(backend).seconds < 600
+
+
+@pytest.mark.parametrize(
+    ("left", "log"),
+    [
+        (code(TIMEOUT), log_of((0, 1), (1, -15))),
+        (code(CLOSED), log_of((0, 1), (1, -9))),
+        (code("ValueError: ours"), log_of((0, 1), (1, -15))),
+        (Failure("input", "bad text", 0, 1.0, 3), ""),
+        (None, log_of((1, -11))),
+    ],
+    ids=["hangs", "killed", "ours", "input", "crashed"],
+)
+def test_the_failure_that_is_told_is_the_one_on_record(backend, store, left, log):
+    def meanwhile(claim):
+        if left is not None:
+            write_failure_record(store.work(STAGE.id), replace(left, attempt=1))
+
+    backend.meanwhile, backend.said = meanwhile, log
+    told = run(backend).failure
+    assert told == read_failure(store.work(STAGE.id)) and told.attempt == 1
 
 
 def test_a_failure_of_another_attempt_says_nothing(backend, store):
