@@ -232,12 +232,15 @@ def _ended_by_slurm(evidence: _Evidence) -> _Explanation:
 
 
 def _time_limit(evidence: _Evidence) -> tuple[str, str]:
-    """Explain a job that reached its time limit before it could save its work and requeue itself. What counts is
+    """Explain a job that reached its time limit before it had saved its work and requeued itself. What counts is
     whether it got further than the starts before it.
     """
-    attempt = evidence.attempt
+    attempt, runs = evidence.attempt, evidence.attempt.runs()
     reached = f"{evidence.job} reached its time limit of {attempt.intent.time_minutes} minutes"
-    if fruitless_starts([*attempt.earlier_progress(), as_progress(evidence.heartbeat)]) == 0:
+    # A start that saved its work, and waited in vain for Slurm to requeue it, has recorded how far it got.
+    has_recorded = bool(runs) and runs[-1].ended is not None
+    progress = attempt.earlier_progress()
+    if fruitless_starts(progress if has_recorded else [*progress, as_progress(evidence.heartbeat)]) == 0:
         return "time limit", f"{reached}, and got further"
     return NO_PROGRESS, f"{reached} without getting further than before; {WHAT_TO_RAISE}"
 

@@ -320,6 +320,20 @@ def test_the_time_limit_is_forgiven_where_the_job_got_further(store, attempt):
     assert explain_end(store, STAGE, again, job("TIMEOUT", again)).cause == "time limit"
 
 
+@pytest.mark.parametrize("saves", [True, False], ids=["saved", "killed"])
+def test_the_time_limit_is_hit_while_slurm_does_not_answer_a_requeue(store, attempt, saves):
+    def ends_at(done, restart):
+        Progress(store.work(STAGE.id)).update("calibration", done, 9)
+        saved = {"ended": 200.0, "how": "interrupted", "progress": at("calibration", done)} if saves else {}
+        attempt.record_run(Run("7", restart, "n1", 100.0 * restart, **saved))
+        return explain_end(store, STAGE, attempt, job("TIMEOUT", attempt)).cause
+
+    assert ends_at(3, 0) == "time limit"
+    attempt.record_run(Run("7", 0, "n1", 0.0, 50.0, "interrupted", at("calibration", 3)))
+    assert ends_at(3, 1) == "time limit without progress"
+    assert ends_at(4, 1) == "time limit"
+
+
 @pytest.mark.parametrize("nodes", ["n[1-2]", "n1,n2", ""])
 def test_the_failing_node_is_named(store, attempt, nodes):
     started(attempt, nodes=nodes)
