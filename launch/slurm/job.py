@@ -133,17 +133,26 @@ def _interface_towards(address: str) -> str:
     return next(has_own, "")
 
 
-def preflight(store: Store, environment: Mapping[str, str]) -> None:
-    """Check that the node sees the store, the sweep's code and its GPUs, before anything slow is imported.
+def require_store(store: Store, environment: Mapping[str, str]) -> None:
+    """Check that the node sees the store and can write to it.
 
     Raises:
-        NodeError: if it does not; names the node and what it lacks.
+        NodeError: if it does not; names the node.
     """
-    node = environment.get("SLURMD_NODENAME", socket.gethostname())
+    node = _node(environment)
     if not store.root.is_dir():
         raise NodeError(f"node {node} does not see {store.root}; --out must lie on a file system that all nodes share")
     if not os.access(store.root, os.W_OK):
         raise NodeError(f"node {node} can't write to {store.root}")
+
+
+def preflight(environment: Mapping[str, str]) -> None:
+    """Check that the node runs the sweep's code and sees its GPUs, before anything slow is imported.
+
+    Raises:
+        NodeError: if it does not; names the node and what it lacks.
+    """
+    node = _node(environment)
     code = environment["HFPRUNE_CODE"]
     if not Path(__file__).is_relative_to(code):
         raise NodeError(f"node {node} runs {__file__}, not the sweep's snapshot {code}; check the profile's setup")
@@ -152,6 +161,10 @@ def preflight(store: Store, environment: Mapping[str, str]) -> None:
 
         if not torch.cuda.is_available():
             raise NodeError(f"node {node} was allocated with GPUs, but torch finds none; check its driver")
+
+
+def _node(environment: Mapping[str, str]) -> str:
+    return environment.get("SLURMD_NODENAME", socket.gethostname())
 
 
 class _Rank:
@@ -163,14 +176,14 @@ class _Rank:
         self._rank = int(os.environ.get("SLURM_PROCID", "0"))
         self._attempt = int(Path(os.environ["SUBMITIT_FOLDER"]).name)
         self._gate: _StartGate | None = None
-        if self._rank == 0:
-            self._gate = _StartGate(store, stage_id, Path(os.environ["SUBMITIT_FOLDER"]))
 
     def run(self) -> None:
         try:
             os.environ.update(rank_environment(os.environ))
             prepare_environment()
-            preflight(self._handle.store, os.environ)
+            require_store(self._handle.store, os.environ)
+            self._record_start()
+            preflight(os.environ)
             run_stage(self._handle, self._interruption, self._admit)
         except Interrupted:
             leave_process(0 if self._rank > 0 or self._requeue() else 1)
@@ -184,6 +197,11 @@ class _Rank:
         self._end("done")
         # Don't return to submitit: it would pickle a result that nobody reads; the exit code must not depend on that.
         leave_process(0)
+
+    def _record_start(self) -> None:
+        """On rank 0: record that the job has started."""
+        if self._rank == 0:
+            self._gate = _StartGate(self._handle.store, self._handle.id, Path(os.environ["SUBMITIT_FOLDER"]))
 
     def _admit(self, world: World) -> Admission:
         """Return whether the stage has to run here: rank 0 asks until there is an answer, which all ranks learn."""

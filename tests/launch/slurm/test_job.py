@@ -9,7 +9,7 @@ from fake_slurm import FakeSlurm
 from hfprune_launch.slurm import job
 from hfprune_launch.slurm.attempt_records import Run
 from hfprune_launch.slurm.attempts import Attempts
-from hfprune_launch.slurm.job import NodeError, _Rank, array_job_id, preflight, rank_environment
+from hfprune_launch.slurm.job import NodeError, _Rank, array_job_id, preflight, rank_environment, require_store
 from ranks import SoloWorld
 
 from hfprune_dist.distributed.interruption import Interruption
@@ -120,9 +120,9 @@ def test_an_array_element_is_not_its_whole_array():
 
 def test_preflight_names_node_and_lack(tmp_path):
     with pytest.raises(NodeError, match=r"node n7 does not see .*file system that all nodes share"):
-        preflight(Store(tmp_path / "elsewhere"), {"SLURMD_NODENAME": "n7", "HFPRUNE_CODE": str(tmp_path)})
+        require_store(Store(tmp_path / "elsewhere"), {"SLURMD_NODENAME": "n7"})
     with pytest.raises(NodeError, match="not the sweep's snapshot"):
-        preflight(Store(tmp_path), {"SLURMD_NODENAME": "n7", "HFPRUNE_CODE": str(tmp_path)})
+        preflight({"SLURMD_NODENAME": "n7", "HFPRUNE_CODE": str(tmp_path)})
 
 
 @pytest.mark.parametrize(
@@ -147,6 +147,7 @@ def test_a_job_that_its_time_limit_ends_before_it_gets_further_is_not_requeued(
     for name, value in {**environment, "SUBMITIT_FOLDER": str(attempt.folder)}.items():
         monkeypatch.setenv(name, value)
     rank = _Rank(store, stage.id, Interruption())
+    rank._record_start()
     store.work(stage.id).mkdir(parents=True)
     Progress(store.work(stage.id)).update("calibration", done, 9)
     assert rank._requeue() is requeued
@@ -195,6 +196,14 @@ def end_of(rank, monkeypatch, stage):
     with pytest.raises(SystemExit) as end:
         rank.run()
     return end.value.code
+
+
+def test_rank_0_says_what_its_node_lacks_where_it_can_record_nothing(rank, store, monkeypatch, capfd):
+    shutil.rmtree(store.root)
+    assert end_of(rank, monkeypatch, lambda claim: None) == 2
+    said = capfd.readouterr().err
+    assert "error: node" in said and f"does not see {store.root}" in said and "Traceback" not in said
+    assert not store.root.exists()
 
 
 def test_a_rank_says_which_attempt_failed(rank, store, attempt, monkeypatch):
