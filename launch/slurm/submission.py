@@ -18,6 +18,7 @@ from hfprune_launch.slurm.commands import (
     SubmitLimitError,
 )
 from hfprune_launch.slurm.job_ends import JobEnds
+from hfprune_launch.slurm.jobs_needs import attempts_that_go_on
 from hfprune_launch.slurm.profile import Profile
 from hfprune_launch.slurm.renewals import keep_renewed
 from hfprune_launch.slurm.slots import choose_slot
@@ -56,15 +57,17 @@ class Submission:
         self._ends = ends
         self._submitting = submitting
         self._attempts = Attempts(jobs.store.root)
+        self._outside: list[Attempt] | None = None
         self.is_held_up = False
 
     def submit_missing(self) -> None:
         """Submit every missing stage whose inputs exist or are being made, in plan order."""
-        self.is_held_up = False
+        self.is_held_up, self._outside = False, None
         for stage in self._jobs.plan.stages.values():
             try:
                 self._submit_patiently(stage)
             except NeedEndedError as error:
+                self.is_held_up = True
                 self._jobs.tell(Event("waiting", stage, None, f"{error}; tried again"))
             except SubmitLimitError as error:
                 self.is_held_up = True
@@ -148,7 +151,7 @@ class Submission:
         """Record the intent, submit, record the job; ``JobEnds`` repairs a death between any two of these steps."""
         submitting, handle = self._submitting, self._jobs.handle(stage.id)
         resources = submitting.profile.resources[stage.kind]
-        slot = choose_slot(submitting.max_running, self._jobs.live.values(), after_ok)
+        slot = choose_slot(submitting.max_running, self._in_slots(), after_ok)
         if slot is None:
             self.is_held_up = True
             return
@@ -163,6 +166,17 @@ class Submission:
         )
         write_stage_file(handle, stage, submitting.provenance, attempt.intent.number)
         self._hand_over(attempt, self._request(stage, attempt, after_ok, slot.after_any))
+
+    def _in_slots(self) -> list[Attempt]:
+        """Return the attempts whose jobs may be in slots: also those that commands with other plans have submitted."""
+        if self._submitting.max_running is None:
+            return []
+        if self._outside is None:
+            jobs = self._jobs
+            others = (it for it in attempts_that_go_on(jobs.store) if it.intent.stage_id not in jobs.plan.stages)
+            # What Slurm doesn't tell this user about here can't be waited for.
+            self._outside = [attempt for attempt in others if not jobs.is_out_of_sight(attempt)]
+        return [*self._outside, *self._jobs.live.values()]
 
     def _request(self, stage: Stage, attempt: Attempt, after_ok: Sequence[str], after_any: str | None) -> Request:
         submitting = self._submitting

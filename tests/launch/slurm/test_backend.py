@@ -647,6 +647,22 @@ def test_never_more_lanes_than_max_running(fake, store):
     assert found == [[], [], *([f"#SBATCH --dependency=afterany:{job}"] for job in (101, 102, 103))]
 
 
+def test_jobs_of_commands_with_other_plans_count_for_max_running(fake, store):
+    plans = [plan_of(*(Stage("prune", f"{plan} {n}", {"n": n, "plan": plan}, {}) for n in range(2))) for plan in "abcd"]
+    first, second, third, fourth = [make_backend(store, plan, max_running=2) for plan in plans]
+    first.start()
+    second.start()
+    waits = [script_of(store, stage).count("--dependency=afterany:10") for stage in plans[1].stages.values()]
+    assert waits == [1, 1] and len(fake.calls("sbatch")) == 4
+    for job_id in ("101", "102", "103"):
+        fake.set_state(job_id, "COMPLETED")
+    third.start()
+    waits = [script_of(store, stage).count("--dependency=afterany:104") for stage in plans[2].stages.values()]
+    assert waits == [0, 1], "one slot is free, and the job that waits in the other one comes first"
+    fourth.start()
+    assert len(fake.calls("sbatch")) == 8
+
+
 def test_nothing_joins_a_slot_whose_last_job_has_no_known_id(fake, store):
     """Slurm accepted a job without printing its id, or another launcher is submitting one."""
     complete(store, SCORES)
