@@ -27,8 +27,8 @@ def clean(out: Path, *, intermediates: bool, dry_run: bool) -> None:
         intermediates: also remove the checkpoints that finished rows have been recovered from.
 
     Raises:
-        UserError: if the folder is not a sweep's, or one of its stages is running; once all else is removed, for what
-            can't be, such as another user's.
+        UserError: if the folder is not a sweep's, or one of its stages is running, or begins meanwhile; once all else
+            is removed, for what can't be, such as another user's.
     """
     sweep, store = read_sweep(out, past_attempts(out)), Store(out / "store")
     _refuse_while_needed(store)
@@ -38,7 +38,7 @@ def clean(out: Path, *, intermediates: bool, dry_run: bool) -> None:
     if intermediates:
         found += _intermediates(sweep, store, used)
     staying: list[str] = []
-    gone = found if dry_run else list(_removed(found, staying))
+    gone = found if dry_run else list(_removed(store, found, staying))
     remarks = [] if dry_run else sweep.record.write_checkpoints(out).remarks
     # Shown once all is done, as a reader such as head may end the command.
     console = make_console()
@@ -54,9 +54,14 @@ def clean(out: Path, *, intermediates: bool, dry_run: bool) -> None:
         raise UserError("\n".join(staying))
 
 
-def _removed(found: Iterable[Leftover], staying: list[str]) -> Iterator[Leftover]:
+def _removed(store: Store, found: Iterable[Leftover], staying: list[str]) -> Iterator[Leftover]:
     """Remove leftovers and yield those that are gone; add to ``staying`` why others aren't."""
     for leftover in found:
+        try:
+            _refuse_while_needed(store)  # they were looked for, and measured, over minutes
+        except UserError as error:
+            staying.append(str(error))
+            return
         try:
             leftover.remove()
         except UserError as error:

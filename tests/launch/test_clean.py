@@ -236,6 +236,23 @@ def test_nothing_goes_while_a_stage_runs(out):
     assert code == 2 and "other sweeps" in said
 
 
+def test_nothing_goes_once_a_stage_has_begun_while_it_was_looked_for(out, monkeypatch):
+    before, claims, measure = files(out / "store"), [], leftovers.size_of
+    handle = Store(out / "store").handle(f"prune/{UNKNOWN}")
+
+    def begins(path):
+        if not claims:
+            claims.append(handle.claim())
+        return measure(path)
+
+    monkeypatch.setattr(leftovers, "size_of", begins)
+    code, shown, said = in_process(clean.main, out)
+    assert code == 2 and f"prune/{UNKNOWN} is running" in said and " 0 bytes removed" in shown
+    claims[0].release()
+    shutil.rmtree(handle.work)
+    assert files(out / "store") == before
+
+
 def test_a_folder_that_is_no_sweeps_is_refused(tmp_path):
     code, _, said = in_process(clean.main, tmp_path)
     assert code == 2 and "sweep.json" in said and not list(tmp_path.iterdir())
