@@ -94,7 +94,6 @@ SelectTypeParameters=CR_Core
 SlurmdParameters=config_overrides
 ReturnToService=2
 SlurmdTimeout=30
-KillWait=5
 SchedulerParameters=bf_interval=1,sched_min_interval=0
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
@@ -159,13 +158,15 @@ is_running() {
     pid=$(cat "$DIR/run/$1.pid" 2>/dev/null) && [[ "$(cat "/proc/$pid/comm" 2>/dev/null)" == "$(program_of "$1")"* ]]
 }
 
-# Processes of this cluster, with or without a pid file: those of its programs that have files in this folder open.
+# Processes of this cluster, with or without a pid file: those of its programs that have files in this folder open, are
+# told of such files, or run with this cluster's configuration.
 left_over() {
     local pattern process
     pattern=$(sed 's/[][*?\\]/\\&/g' <<<"$DIR")
     for process in $({
         find /proc/[0-9]*/fd -lname "$pattern/*"
-        grep -lF "$DIR/" /proc/[0-9]*/cmdline /proc/[0-9]*/environ
+        grep -lzE "^(--[a-z-]+=)?$(sed 's/[][*?\\.^$(){}+|]/\\&/g' <<<"$DIR")/" /proc/[0-9]*/cmdline
+        grep -lzxF -e "SLURM_CONF=$DIR/slurm.conf" -e "SLURM_CONF=$DIR/slurmdbd.conf" /proc/[0-9]*/environ
     } 2>/dev/null | cut -d / -f 3 | sort -u); do
         case $(cat "/proc/$process/comm" 2>/dev/null) in
             slurmctld* | slurmd* | slurmstepd* | slurmscriptd* | mariadbd | munged) echo "$process" ;;
@@ -239,7 +240,7 @@ stop() {
         kill -0 "$pid" 2>/dev/null || break
         sleep 0.1
     done
-    kill -9 "$pid" 2>/dev/null || true
+    if is_running "$1"; then kill -9 "$pid" 2>/dev/null || true; fi
     rm -f "$DIR/run/$1.pid"
 }
 

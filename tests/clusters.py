@@ -9,8 +9,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +85,8 @@ class Cluster:
     ) -> Submitted:
         """Start a sweep on this cluster; ``real`` has the same meaning as in ``sweeps.sweep``."""
         started = command(config, out, *ONE_CELL, "--profile", profile, *arguments)
-        whole = {**os.environ, **self.environment, "OMP_NUM_THREADS": "1", **environment}
+        hold = {"SLOW_WHILE": str(hold_file(out))}
+        whole = {**os.environ, **self.environment, "OMP_NUM_THREADS": "1", **hold, **environment}
         return Submitted(started if real else forked(started), whole, out)
 
     def sweep(self, config: Path, out: Path, *arguments: str) -> str:
@@ -161,6 +162,16 @@ class Submitted:
         """Wait until a stage has made some progress and return its job."""
         return str(wait_for(lambda: self.is_at_work(stage, beats)))
 
+    @contextmanager
+    def held(self, *stages: str) -> Iterator[tuple[str, dict[int, psutil.Process]]]:
+        """Wait until one of these stages has made some progress, let none get further, yield it and rank -> process."""
+        stage = wait_for(lambda: next((stage for stage in stages if self.is_at_work(stage)), None))
+        hold_file(self.out).touch()
+        try:
+            yield stage, rank_processes(self.out, stage)
+        finally:
+            hold_file(self.out).unlink()
+
     def is_at_work(self, stage: str, beats: int = 1) -> str | None:
         """Return the job of a stage if it has made some progress."""
         for folder in attempt_folders(self.out, stage):
@@ -171,6 +182,11 @@ class Submitted:
             if run and beat and beat["done"] >= beats and not beat["phase"].startswith("tokenizing"):
                 return str(read(run)["job_id"])
         return None
+
+
+def hold_file(out: Path) -> Path:
+    """Return the file while which exists ranks that run slowly get no further."""
+    return out.parent / "hold"
 
 
 def read(file: Path) -> Any:
@@ -215,10 +231,11 @@ def job_names(out: Path) -> set[str]:
 def rank_processes(out: Path, stage: str) -> dict[int, psutil.Process]:
     """Return rank -> process, for the ranks that run a stage."""
     found = {}
+    folders = {str(folder) for folder in attempt_folders(out, stage)}
     for process in psutil.process_iter():
         try:
             line = process.cmdline()
-            if "submitit.core._submit" in line and any(str(f) in line for f in attempt_folders(out, stage)):
+            if "submitit.core._submit" in line and folders & set(line):
                 environment = process.environ()
                 if "SLURM_PROCID" in environment and process.name().startswith("python"):
                     found[int(environment["SLURM_PROCID"])] = process

@@ -42,10 +42,19 @@ def countdown(kill_at):
     return count
 
 
-def slow_down(match, seconds):
-    """From now on, sleep before every replacement of a file whose path contains ``match``."""
+def slow_down(match, seconds, while_exists=None):
+    """From now on, sleep before every replacement of a file whose path contains ``match``.
+
+    While the file ``while_exists`` exists, sleep on.
+    """
+
+    def sleep():
+        time.sleep(seconds)
+        while while_exists and Path(while_exists).exists():
+            time.sleep(seconds)
+
     for name in ("rename", "replace"):
-        before(name, match, lambda: time.sleep(seconds))
+        before(name, match, sleep)
 
 
 def before(name, match, action):

@@ -5,6 +5,7 @@ KILL_AT=n         it dies before its n-th operation that makes something durable
 KILL_MATCH=text   counting only operations on paths that contain this text; without it, all-reduces are counted
 SLOW_MATCH=text   ranks sleep before each operation on a path that contains this text
 SLOW_S=seconds    how long they sleep
+SLOW_WHILE=file   they sleep on while this file exists
 SLOW_STARTS=n     only in the first n starts of a job; without it, in all of them
 """
 
@@ -23,4 +24,4 @@ is_slow = "SLOW_MATCH" in os.environ and start < int(os.environ.get("SLOW_STARTS
 if is_slow and rank != "launcher":
     from kill import slow_down
 
-    slow_down(os.environ["SLOW_MATCH"], float(os.environ["SLOW_S"]))
+    slow_down(os.environ["SLOW_MATCH"], float(os.environ["SLOW_S"]), os.environ.get("SLOW_WHILE"))

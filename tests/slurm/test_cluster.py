@@ -1,6 +1,7 @@
 """The test cluster itself: only on loopback, and gone without a trace once it has been taken down."""
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -83,6 +84,26 @@ def test_up_and_down_again(new_cluster):
                 bystander.kill()
         assert processes_in(another.folder) == []
         another.run("down")
+
+
+@of_another
+def test_daemons_of_other_clusters_are_left_alone(new_cluster, tmp_path):
+    """One was started from within this cluster's folder, and the folder of another ends like this one's."""
+    shutil.copy(shutil.which("sleep"), tmp_path / "munged")
+    with new_cluster(PORT_BASE) as another:
+        another.run("up", "--no-accounting")
+        environment = {
+            **os.environ,
+            "OLDPWD": f"{another.folder}/logs",
+            "SLURM_CONF": f"/srv{another.folder}/slurm.conf",
+        }
+        with subprocess.Popen([tmp_path / "munged", "1000"], env=environment) as bystander:
+            try:
+                another.run("down")
+                assert bystander.poll() is None
+            finally:
+                bystander.kill()
+        assert processes_in(another.folder) == []
 
 
 @of_another

@@ -19,7 +19,6 @@ from clusters import (
     causes,
     done,
     job_names,
-    rank_processes,
     read,
     runs,
     wait_for,
@@ -53,9 +52,8 @@ def test_a_rank_is_killed_in_each_stage(cluster, config, finished, without):
     submitted = cluster.submit(config, out, **SLOWLY, **FORKED_RANKS)
     alive = list(stages)
     while alive:
-        stage = wait_for(lambda: next((stage for stage in alive if submitted.is_at_work(stage)), None))
-        ranks = rank_processes(out, stage)
-        ranks[max(ranks)].send_signal(signal.SIGKILL)
+        with submitted.held(*alive) as (stage, ranks):
+            ranks[max(ranks)].send_signal(signal.SIGKILL)
         alive.remove(stage)
     done(cluster, out, finished, submitted)
     for stage in stages:
@@ -138,10 +136,9 @@ def test_a_node_dies(cluster, config, finished, without):
     profile = cluster.partition("mortal", nodes="n[2-4]")
     out = without(CONTROL)
     submitted = cluster.submit(config, out, profile=profile, **SLOWLY, **FORKED_RANKS)
-    submitted.job_at_work(CONTROL, beats=2)
-    ranks = rank_processes(out, CONTROL)
-    victim = ranks[max(ranks)].environ()["SLURMD_NODENAME"]
-    cluster.kill_node(victim)
+    with submitted.held(CONTROL) as (_, ranks):
+        victim = ranks[max(ranks)].environ()["SLURMD_NODENAME"]
+        cluster.kill_node(victim)
     done(cluster, out, finished, submitted)
     cluster.run("start", victim)
     assert causes(out)[-1] == "done" and len(runs(out, CONTROL)) == 2
@@ -212,8 +209,8 @@ def test_accounting_is_off(new_cluster, config, finished, without):
         cluster.run("up", "--no-accounting")
         out = without(DENSE)
         submitted = cluster.submit(config, out, **SLOWLY, **FORKED_SUCCESSORS)
-        submitted.job_at_work(DENSE)
-        for process in rank_processes(out, DENSE).values():
-            process.send_signal(signal.SIGKILL)
+        with submitted.held(DENSE) as (_, ranks):
+            for process in ranks.values():
+                process.send_signal(signal.SIGKILL)
         done(cluster, out, finished, submitted)
         assert causes(out) == ["killed", "done"]
