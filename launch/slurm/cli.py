@@ -134,8 +134,9 @@ def cancel_sweep(console: Console, sweep: Sweep) -> None:
     if cancelled.outside:
         lines.append(f"some of them belong to stages outside of this plan: {', '.join(cancelled.outside)}")
     lines += [
-        f"not cancelled: job {attempt.job_id} of user {attempt.intent.user} on cluster {attempt.intent.cluster}"
-        for attempt in cancelled.foreign
+        f"not cancelled: job {job.job_id or job.intent.job_name} of user {job.intent.user} on cluster "
+        f"{job.intent.cluster}"
+        for job in cancelled.foreign
     ]
     for line in lines:
         say(console, line)

@@ -157,7 +157,8 @@ def _advice(job: Job, dims: Dimensions, gpus: Gpus, placed: Gpus, rows: _SharedR
         return "" if fits(job, dims, placed) else _smaller(job, dims, placed, rows.sizes(gpus.ranks))
     smallest = job.resized(1)
     # A single rank gathers nothing, so fewer nodes may hold a job that more nodes can't.
-    candidates = (dataclasses.replace(gpus, nodes=n) for n in (*range(gpus.nodes, MOST_NODES), *range(1, gpus.nodes)))
+    counts = (*range(gpus.nodes, max(MOST_NODES, gpus.nodes) + 1), *range(1, gpus.nodes))
+    candidates = (dataclasses.replace(gpus, nodes=n) for n in counts)
     holding = [it for it in candidates if fits(smallest, dims, it)]
     if not holding:
         return ""

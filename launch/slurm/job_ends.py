@@ -7,7 +7,7 @@ from collections import Counter
 from dataclasses import replace
 
 from hfprune_launch.slurm.attempt_records import GONE, NOT_ACCEPTED, SCRIPT, End
-from hfprune_launch.slurm.attempts import Attempt
+from hfprune_launch.slurm.attempts import JobAttempt
 from hfprune_launch.slurm.exit_causes import RETRIES, explain_end
 from hfprune_launch.slurm.job_info import JobInfo
 from hfprune_launch.slurm.pending_jobs import PendingJobs
@@ -69,7 +69,7 @@ class JobEnds:
         ended = Counter(self._ended.get(stage.id, []))
         return all(count <= RETRIES.get(cause, 0) for cause, count in ended.items())
 
-    def close(self, stage: Stage, attempt: Attempt, end: End) -> None:
+    def close(self, stage: Stage, attempt: JobAttempt, end: End) -> None:
         """Record how an attempt ended, for the next launcher and the report."""
         jobs = self._jobs
         attempt.close(end)
@@ -83,22 +83,22 @@ class JobEnds:
             return
         if attempt.intent.job_name not in self._inherited:
             self._ended.setdefault(stage.id, []).append(end.cause)
-        self._report_failure(stage, end)
+        self._report_failure(stage, attempt, end)
         jobs.todo |= {need for need in stage.needs if not jobs.handle(need).is_done()}
         if end.cause not in NOT_ACCEPTED:  # the submission, which is tried again every few seconds, tells of them once
             jobs.tell(Event("ended", stage, attempt.job_id, f"{end.cause}: {end.message}"))
 
-    def _report_failure(self, stage: Stage, end: End) -> None:
+    def _report_failure(self, stage: Stage, attempt: JobAttempt, end: End) -> None:
         """Leave the cause for the report, instead of what the ranks said as they died."""
         handle = self._jobs.handle(stage.id)
         handle.work.mkdir(parents=True, exist_ok=True)
         handle.clear_failures()
         if end.cause not in NO_FAILURE:
-            handle.report_failure(Failure(end.cause, end.message, -1, end.at))
+            handle.report_failure(Failure(end.cause, end.message, -1, end.at, attempt.intent.number))
 
     # Jobs whose ids are unknown.
 
-    def _find(self, attempt: Attempt) -> None:
+    def _find(self, attempt: JobAttempt) -> None:
         """Find the job of an intent whose launcher died before it wrote the job's id, or is about to write it."""
         job = self._jobs.whereabouts.named(attempt.intent.job_name)
         job_id = None if job is None else job.job_id
@@ -108,7 +108,7 @@ class JobEnds:
             attempt.record_job(job_id)
             self._jobs.tell(Event("adopted", self._jobs.stage_of(attempt), job_id))
 
-    def _find_claimed(self, attempt: Attempt) -> str | None:
+    def _find_claimed(self, attempt: JobAttempt) -> str | None:
         """Look a second time and return the job's id; if there certainly is none, close the attempt."""
         stage, name = self._jobs.stage_of(attempt), attempt.intent.job_name
         # Only the claim's holder may decide that a submission came to nothing: its launcher may still be submitting.
@@ -124,7 +124,7 @@ class JobEnds:
             claim.release()
         return found
 
-    def _came_to_nothing(self, attempt: Attempt) -> bool:
+    def _came_to_nothing(self, attempt: JobAttempt) -> bool:
         """Return whether an intent certainly has no job; that squeue does not list one is not enough."""
         jobs = self._jobs
         if not (attempt.folder / SCRIPT).exists():
@@ -136,7 +136,7 @@ class JobEnds:
 
     # Jobs with known ids.
 
-    def _close_if_over(self, attempt: Attempt, sighting: Sighting) -> None:
+    def _close_if_over(self, attempt: JobAttempt, sighting: Sighting) -> None:
         stage, job = self._jobs.stage_of(attempt), sighting.job
         if job is not None and job.is_live:
             self._give_up_hopeless(stage, attempt, job)
@@ -156,7 +156,7 @@ class JobEnds:
         now = self._jobs.clock()
         return now - self._completed_since.setdefault(stage.id, now) < LAG_S
 
-    def _close_gone(self, stage: Stage, attempt: Attempt) -> None:
+    def _close_gone(self, stage: Stage, attempt: JobAttempt) -> None:
         """Close an attempt whose job is no longer known anywhere, unless its claim shows that it lives."""
         claim = self._jobs.handle(stage.id).claim()
         if isinstance(claim, Holder):
@@ -168,14 +168,14 @@ class JobEnds:
         finally:
             claim.release()
 
-    def _end(self, stage: Stage, attempt: Attempt, job: JobInfo | None) -> End:
+    def _end(self, stage: Stage, attempt: JobAttempt, job: JobInfo | None) -> End:
         end = explain_end(self._jobs.store, stage, attempt, job)
         given_up = self._given_up.pop(stage.id, None)
         if given_up is None or end.cause == "done":
             return end
         return replace(end, cause=given_up.cause, message=given_up.message, bad_nodes=given_up.bad_nodes)
 
-    def _tell_of_missing(self, stage: Stage, attempt: Attempt) -> None:
+    def _tell_of_missing(self, stage: Stage, attempt: JobAttempt) -> None:
         if not self._jobs.is_foreign(attempt):
             message = (
                 f"Slurm says nothing of it; it counts as gone after {GONE_AFTER_S / 60:.0f} min without a sign of life"
@@ -184,7 +184,7 @@ class JobEnds:
 
     # Jobs that Slurm will never start.
 
-    def _give_up_hopeless(self, stage: Stage, attempt: Attempt, job: JobInfo) -> None:
+    def _give_up_hopeless(self, stage: Stage, attempt: JobAttempt, job: JobInfo) -> None:
         """Cancel a job that Slurm will never start; the next round finds it ended, and tries again."""
         cause = self._pending.hopeless(job)
         if cause is None or self._jobs.whereabouts.is_somebody_elses(attempt):
