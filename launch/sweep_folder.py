@@ -25,7 +25,7 @@ from hfprune_dist.results.named_checkpoints import checkpoint_folders, named_che
 from hfprune_dist.results.rows import DenseModel, Row, collect_rows
 from hfprune_dist.results.table import write_reports
 from hfprune_dist.store.artifacts import Store
-from hfprune_dist.store.atomic_files import locked, read_json, write_json, write_text
+from hfprune_dist.store.atomic_files import locked, read_json, rename_aside, write_json, write_text
 from hfprune_dist.store.attempt import AttemptsOf
 from hfprune_dist.store.stage import CUTTING, kind_of
 
@@ -153,11 +153,7 @@ def record_locked(out: Path) -> AbstractContextManager[None]:
 
 def set_record_aside(out: Path) -> str:
     """Rename a record that can't be read, as another version may be able to, and return its new name."""
-    number = 1
-    while (aside := out / f"{SWEEP_FILE}.unread-{number}").exists():
-        number += 1
-    (out / SWEEP_FILE).rename(aside)
-    return aside.name
+    return rename_aside(out / SWEEP_FILE, "unread").name
 
 
 def forget_rows(out: Path, labels: Sequence[str], attempts_of: AttemptsOf) -> tuple[list[Row], Update]:
@@ -249,7 +245,7 @@ def configuration(out: Path, files: Sequence[Path], overrides: Mapping[str, Any]
     """
     own = out / CONFIG_FILE
     if files or not own.is_file():
-        return with_micro_batches(load_config(files, overrides, PROJECT.configs), _chosen_rows(own)), ""
+        return with_micro_batches(load_config(files, overrides, PROJECT.configs), _chosen_micro_batches(own)), ""
     try:
         if "models" not in read_yaml(own, "configuration", "keys and values at the top level"):
             raise UserError(f"{own}: damaged, it doesn't name any models")
@@ -260,11 +256,11 @@ def configuration(out: Path, files: Sequence[Path], overrides: Mapping[str, Any]
             "--config"
         ) from None
     laid_over = ", with this command's settings over it" if overrides else ""
-    config = with_micro_batches(load_config([own], overrides), _chosen_rows(own))
+    config = with_micro_batches(load_config([own], overrides), _chosen_micro_batches(own))
     return config, f"configuration: {own}, of the last run in this folder{laid_over}"
 
 
-def _chosen_rows(own: Path) -> dict[str, int]:
+def _chosen_micro_batches(own: Path) -> dict[str, int]:
     """Section -> the micro-batch size that the last run in a folder trained with; empty if the file is damaged."""
     if not own.is_file():
         return {}
@@ -272,8 +268,8 @@ def _chosen_rows(own: Path) -> dict[str, int]:
         raw = read_yaml(own, "configuration", "keys and values at the top level")
     except UserError:
         return {}
-    rows = {name: section.get("micro_batch_size") for name, section in raw.items() if isinstance(section, dict)}
-    return {name: number for name, number in rows.items() if isinstance(number, int) and number > 0}
+    sizes = {name: section.get("micro_batch_size") for name, section in raw.items() if isinstance(section, dict)}
+    return {name: size for name, size in sizes.items() if isinstance(size, int) and size > 0}
 
 
 def configuration_layers(out: Path, files: Sequence[Path], overrides: Mapping[str, Any]) -> list[Layer]:
@@ -284,7 +280,7 @@ def configuration_layers(out: Path, files: Sequence[Path], overrides: Mapping[st
     """
     own = out / CONFIG_FILE
     layers = read_layers(files or ([own] if own.is_file() else []), overrides, PROJECT.configs)
-    given, rows = merge_layers(layers), _chosen_rows(own)
-    before, after = given.model_dump(), with_micro_batches(given, rows).model_dump()
-    chosen = {name: {"micro_batch_size": it} for name, it in rows.items() if before.get(name) != after.get(name)}
+    given, sizes = merge_layers(layers), _chosen_micro_batches(own)
+    before, after = given.model_dump(), with_micro_batches(given, sizes).model_dump()
+    chosen = {name: {"micro_batch_size": it} for name, it in sizes.items() if before.get(name) != after.get(name)}
     return [*layers, Layer(str(own), chosen)] if chosen else layers

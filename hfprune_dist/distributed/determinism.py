@@ -22,8 +22,8 @@ def compute_deterministically() -> None:
     # Otherwise, cuBLAS may choose among kernels by the scratch memory that other streams leave it.
     os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
     torch.use_deterministic_algorithms(True)
-    filling: Any = torch.utils.deterministic
-    filling.fill_uninitialized_memory = False  # a pass over each new tensor that we fill anyway
+    deterministic: Any = torch.utils.deterministic
+    deterministic.fill_uninitialized_memory = False  # a pass over each new tensor that we fill anyway
     torch.backends.cuda.enable_cudnn_sdp(False)  # its backward is not among the operations that raise
     # NVIDIA's containers ask by TORCH_ALLOW_TF32_CUBLAS_OVERRIDE for products of float32 with three digits.
     torch.set_float32_matmul_precision("highest")

@@ -1,6 +1,6 @@
 """Gram matrices and sums of squares over the windows of all ranks, with the same bits on any number of ranks.
 
-There are two kinds of micro-batches: most are fitted, some are held out to choose how much to trust the others.
+There are two kinds of micro-batches: most are used for the fit, some are held out to choose its ridge.
 """
 
 from __future__ import annotations

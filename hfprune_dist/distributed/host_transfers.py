@@ -47,7 +47,8 @@ def one_ahead(items: Iterable[tuple[K, T]], begin: Callable[[T], InFlight[U]]) -
     However the iteration ends, nothing is on its way afterwards.
 
     Args:
-        items: (key, item) pairs. One is requested once the pair two places before it has been handed out.
+        items: (key, item) pairs. At most two are in flight: an item is taken once the one two places before it has
+            been handed out.
         begin: sends an item on its way.
     """
     handed_out: InFlight[U] | None = None

@@ -245,21 +245,19 @@ class Store:
     def _publish(self, draft: Path, stage_id: str, after_each: AfterEach) -> None:
         """Give a finished draft its final name, unless a valid artifact has it already."""
         final = self.path(stage_id)
-        for _ in range(PUBLISHING_ATTEMPTS):
+        for attempts_left in reversed(range(PUBLISHING_ATTEMPTS)):
             try:
                 draft.rename(final)
                 return
-            except OSError as error:
-                if not final.is_dir():
+            except OSError:
+                if not final.is_dir() or not attempts_left:
                     raise
-                taken = error
             if self.verify(stage_id, after_each=after_each).state == "done":
                 shutil.rmtree(draft, ignore_errors=True)
                 return
             aside = self.set_aside(stage_id, after_each)
             if aside is not None and (read_object(aside / MANIFEST) or {}).get(EMPTIED):
                 shutil.rmtree(aside, ignore_errors=True)
-        raise taken
 
     def empty(self, stage_id: str) -> None:
         """Remove an artifact's files, except for its manifest; the artifact is made again when its files are needed.

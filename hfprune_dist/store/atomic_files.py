@@ -190,8 +190,13 @@ def _umask(status: Path = Path("/proc/self/status")) -> int:
 
 def set_aside(file: Path, reason: str) -> None:
     """Rename a file that can't be used, which frees its name for a new one, and print a message."""
-    number = 1
-    while (aside := file.with_name(f"{file.name}.damaged-{number}")).exists():
-        number += 1
-    file.rename(aside)
+    aside = rename_aside(file, "damaged")
     print(f"{file}: {reason}; set aside as {aside.name}, and what it held is computed again", flush=True)
+
+
+def rename_aside(file: Path, why: str) -> Path:
+    """Rename a file to the first free name of ``<name>.<why>-1``, ``<name>.<why>-2``, ..., and return the new path."""
+    number = 1
+    while (aside := file.with_name(f"{file.name}.{why}-{number}")).exists():
+        number += 1
+    return file.rename(aside)

@@ -120,7 +120,8 @@ def for_each_file(
         after_each: called for each of these calls, always in the current thread.
 
     Raises:
-        Exception: the one raised for the first file whose ``work`` failed, or by ``after_each``; all threads then stop.
+        Exception: the one raised for the first file whose ``work`` failed, once all others have been processed; or by
+            ``after_each``, whereupon all threads stop.
     """
     large = [file for file, size in sizes.items() if size >= LARGE_BYTES]
     if len(large) < 2:

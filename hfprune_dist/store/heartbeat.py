@@ -64,7 +64,7 @@ class _Beginning(NamedTuple):
 
 
 class Progress:
-    """Writes the heartbeat of a stage, at most twice a second.
+    """Writes the heartbeat of a stage, at most twice a second and at the end of each phase.
 
     Args:
         work: the stage's work folder; None writes nothing (all ranks but one).

@@ -16,7 +16,10 @@ PACKAGES = ("torch", "transformers", "deepspeed", "peft", "accelerate", "dataset
 
 
 def code_version(root: Path) -> dict[str, Any]:
-    """Commit of the working tree at ``root``, and the sha256 of its uncommitted changes (None: there are none)."""
+    """Commit of the working tree at ``root``, and the sha256 of its uncommitted changes (None: there are none).
+
+    Files that git doesn't track count by their names.
+    """
     commit = _git(root, "rev-parse", "HEAD")
     if commit is None:
         return {"git_commit": None, "dirty_diff_sha256": None}

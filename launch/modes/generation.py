@@ -38,13 +38,13 @@ class Generation:
     def remarks(self) -> Iterator[str]:
         """Yield sentences on the cost of generating with sharded models, and on stages that never shard theirs."""
         gathered = self._gathered()
-        tasks = self._tasks() if gathered else []
-        for model, (size, ranks) in gathered.items() if tasks else ():
-            yield (
-                f"{', '.join(tasks)}: the model generates, and {model} is sharded over {ranks} ranks (ZeRO-3), so that "
-                f"each of them gathers all {size / 1e9:,.3g} GB of it for every token; where it fits on each GPU "
-                "runtime.sharding replicate is much faster, else leave such tasks out"
-            )
+        if gathered and (tasks := self._tasks()):
+            for model, (size, ranks) in gathered.items():
+                yield (
+                    f"{', '.join(tasks)}: the model generates, and {model} is sharded over {ranks} ranks (ZeRO-3), so "
+                    f"that each of them gathers all {size / 1e9:,.3g} GB of it for every token; where it fits on each "
+                    "GPU runtime.sharding replicate is much faster, else leave such tasks out"
+                )
         if self._config.runtime.sharding == "zero3" and self._measurements():
             yield "efficiency is measured with whole models on rank 0, whatever runtime.sharding says"
 
@@ -56,9 +56,11 @@ class Generation:
         Raises:
             UserError: if it has no room; names the stage, what it needs and what helps.
         """
-        gpus = gpus_here(self._config.runtime) if self._profile is None and self._measurements() else None
-        for stage in self._measurements() if gpus else ():
-            assert gpus is not None and isinstance(stage.params, EfficiencyParameters)
+        measurements = self._measurements()
+        if self._profile is not None or not measurements or (gpus := gpus_here(self._config.runtime)) is None:
+            return
+        for stage in measurements:
+            assert isinstance(stage.params, EfficiencyParameters)
             job, dims = Generate.of(stage.params, self._plan.dense_checkpoint(stage)), self._dims(stage)
             if not fits(job, dims, gpus):
                 raise UserError(

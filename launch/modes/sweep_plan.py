@@ -234,8 +234,8 @@ def _with_micro_batches(
     gpus = {name: it for name, it in found.items() if it is not None}
     dims = [checkpoint_dimensions(it.checkpoint) for it in models]
     chosen = choose_micro_batches(config, dims, gpus, methods.values())
-    rows = {name: getattr(chosen, name).rows_at_once for name in TRAINING_STAGES}
-    told = " and ".join(f"{name} {number}" for name, number in rows.items())
+    sizes = {name: getattr(chosen, name).rows_at_once for name in TRAINING_STAGES}
+    told = " and ".join(f"{name} {size}" for name, size in sizes.items())
     if gpus:
         command.tell(f"note: micro-batches of {told}")
     elif profile is not None and any(profile.resources[kind].gpus for kind in TRAINING_STAGES.values()):

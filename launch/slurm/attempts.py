@@ -33,7 +33,7 @@ from hfprune_dist.store.atomic_files import listed, modified_at, write_json
 from hfprune_dist.store.stage import Stage
 
 
-class Attempt:
+class JobAttempt:
     """One attempt's folder."""
 
     def __init__(self, folder: Path, intent: Intent) -> None:
@@ -89,7 +89,7 @@ class Attempt:
         It begins after the last attempt that made the artifact: if that was lost, the work started over.
         """
         number = self.intent.number
-        before = [Attempt(self.folder.with_name(str(n)), self.intent) for n in range(1, number)]
+        before = [JobAttempt(self.folder.with_name(str(n)), self.intent) for n in range(1, number)]
         ends = [attempt.end for attempt in before]
         first = max((n for n, end in enumerate(ends, 1) if end is not None and end.cause == "done"), default=0)
         return [progress for attempt in [*before[first:], self] for progress in attempt._progress()]
@@ -105,7 +105,7 @@ class Attempt:
         return sorted([*listed(self.folder, "*_log.out"), *listed(self.folder, "*_log.err")])
 
 
-def with_job_ids(attempts: Iterable[Attempt]) -> list[tuple[str, Attempt]]:
+def with_job_ids(attempts: Iterable[JobAttempt]) -> list[tuple[str, JobAttempt]]:
     """Return attempts whose jobs have recorded ids, each after its job's id."""
     return [(job_id, attempt) for attempt in attempts if (job_id := attempt.job_id) is not None]
 
@@ -121,14 +121,14 @@ class Attempts:
         """Whether no job has been submitted for this store."""
         return not self._root.is_dir()
 
-    def of(self, stage_id: str) -> list[Attempt]:
+    def of(self, stage_id: str) -> list[JobAttempt]:
         """Return the attempts at a stage, first to last, without folders from which nothing can have been submitted."""
         return list(self._iterate(stage_id))
 
-    def last(self, stage_id: str) -> Attempt | None:
+    def last(self, stage_id: str) -> JobAttempt | None:
         return next(self._iterate(stage_id, newest_first=True), None)
 
-    def attempt_at(self, folder: Path) -> Attempt:
+    def attempt_at(self, folder: Path) -> JobAttempt:
         """Return the attempt in a folder of the store.
 
         Raises:
@@ -137,9 +137,9 @@ class Attempts:
         intent = read_intent(folder)
         if intent is None:
             raise UserError(f"{folder}: no record of an attempt; jobs are submitted by a sweep")
-        return Attempt(folder, intent)
+        return JobAttempt(folder, intent)
 
-    def open_attempts(self) -> list[Attempt]:
+    def open_attempts(self) -> list[JobAttempt]:
         """Return all attempts of the store that have no end, whichever sweep made them."""
         stages = (folder for kind in listed(self._root, "*") for folder in listed(kind, "*"))
         ids = (str(folder.relative_to(self._root)) for folder in stages)
@@ -165,12 +165,12 @@ class Attempts:
         cluster: str = "",
         user: str = "",
         ranks: int | None = None,
-    ) -> Attempt:
+    ) -> JobAttempt:
         """Record the next attempt; the caller must hold the stage's claim."""
         folder = self._root / stage.id
         folder.mkdir(parents=True, exist_ok=True)
         number, name = self._next(stage.id)
-        attempt = Attempt(
+        attempt = JobAttempt(
             folder / str(number),
             Intent(stage.id, number, name, time.time(), gpus, cores, time_minutes, slot, cluster, user, ranks),
         )
@@ -187,11 +187,11 @@ class Attempts:
         number = 1 + max((number for number, _ in _numbered(self._root / stage_id)), default=0)
         return number, job_name_of(stage_id, number) + uuid.uuid4().hex[:8]
 
-    def _iterate(self, stage_id: str, newest_first: bool = False) -> Iterator[Attempt]:
+    def _iterate(self, stage_id: str, newest_first: bool = False) -> Iterator[JobAttempt]:
         for _, path in sorted(_numbered(self._root / stage_id), reverse=newest_first):
             intent = read_intent(path)
             if intent is not None:
-                yield Attempt(path, intent)
+                yield JobAttempt(path, intent)
 
 
 def _numbered(folder: Path) -> list[tuple[int, Path]]:

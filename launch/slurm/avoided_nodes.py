@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 
 from hfprune_launch.slurm.attempt_records import NODES_NEEDED, SCRIPT, read_script
-from hfprune_launch.slurm.attempts import Attempt
+from hfprune_launch.slurm.attempts import JobAttempt
 from hfprune_launch.slurm.log_signs import first_death
 
 # The nodes at fault in this many previous attempts are avoided.
@@ -16,7 +16,7 @@ NODE_AT_FAULT = re.compile(
 )
 
 
-def nodes_at_fault(cause: str, text: str, attempt: Attempt) -> list[str]:
+def nodes_at_fault(cause: str, text: str, attempt: JobAttempt) -> list[str]:
     """Return the nodes at fault: those that the log names, else the only node of the job's last start."""
     if cause not in ("node failure", "bad node"):
         return []
@@ -29,7 +29,7 @@ def nodes_at_fault(cause: str, text: str, attempt: Attempt) -> list[str]:
     return sorted(node for node in named if node and "[" not in node and "," not in node)
 
 
-def nodes_to_avoid(attempts: Sequence[Attempt]) -> list[str]:
+def nodes_to_avoid(attempts: Sequence[JobAttempt]) -> list[str]:
     """Return the nodes that a stage's next job avoids; none if the last job could not start without them."""
     ends = [end for attempt in attempts if (end := attempt.end) is not None]
     if ends and ends[-1].cause == NODES_NEEDED:
@@ -37,7 +37,7 @@ def nodes_to_avoid(attempts: Sequence[Attempt]) -> list[str]:
     return sorted({node for end in ends[-EXCLUDING_ATTEMPTS:] for node in end.bad_nodes})
 
 
-def avoided_by(attempt: Attempt, attempts: Sequence[Attempt]) -> list[str]:
+def avoided_by(attempt: JobAttempt, attempts: Sequence[JobAttempt]) -> list[str]:
     """Return the nodes that an attempt's job avoids, apart from those that its profile excludes.
 
     Args:

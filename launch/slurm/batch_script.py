@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hfprune_launch.slurm.attempt_records import SCRIPT, read_script
-from hfprune_launch.slurm.attempts import Attempt
+from hfprune_launch.slurm.attempts import JobAttempt
 from hfprune_launch.slurm.job import StageJob
 from hfprune_launch.slurm.log_signs import SETUP_FAILED, START
 from hfprune_launch.slurm.profile import Resources
@@ -138,7 +138,7 @@ def _of_profile(script: str) -> list[str]:
     return [line.replace(folder[1], "") for line in script.splitlines() if not line.startswith(OF_ONE_JOB)]
 
 
-def write_submission(request: Request, attempt: Attempt, store: Path) -> Path:
+def write_submission(request: Request, attempt: JobAttempt, store: Path) -> Path:
     """Write the pickle and the batch script into the attempt's folder; return the script."""
     submission = DelayedSubmission(StageJob(str(store.resolve()), request.stage.id))
     submission.set_timeout(request.resources.time_minutes, 0)

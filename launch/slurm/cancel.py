@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 
-from hfprune_launch.slurm.attempts import Attempt, Attempts, with_job_ids
+from hfprune_launch.slurm.attempts import Attempts, JobAttempt, with_job_ids
 from hfprune_launch.slurm.commands import SlurmCommands
 from hfprune_launch.slurm.whereabouts import REVOKED, Whereabouts
 
@@ -24,7 +24,7 @@ class Cancelled:
 
     job_ids: list[str]
     outside: list[str]
-    foreign: list[Attempt]
+    foreign: list[JobAttempt]
 
 
 def cancel_jobs(plan: Plan, store: Store, slurm: SlurmCommands) -> Cancelled:

@@ -14,7 +14,7 @@ import subprocess
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Literal, NoReturn
+from typing import Literal
 
 from hfprune_launch.slurm.job_info import NO_NODES, JobInfo
 
@@ -129,7 +129,9 @@ class SlurmCommands:
             if result.returncode == 0:
                 return self._find_patiently(job_name)
             if _is_full(result.stderr) or not _is_transient(result):
-                return self.find(job_name) or _raise_refusal(script, result.stderr)
+                if arrived := self.find(job_name):
+                    return arrived
+                raise _refusal(script, result.stderr)
             if delay is not None:
                 self._sleep(delay)
                 if arrived := self.find(job_name):
@@ -296,12 +298,13 @@ def _field(text: str, name: str) -> str:
     return "" if found is None or found[1] == "(null)" else found[1]
 
 
-def _raise_refusal(script: Path, message: str) -> NoReturn:
+def _refusal(script: Path, message: str) -> Exception:
+    """Return the error that says why sbatch refused a job."""
     if _is_full(message):
-        raise SubmitLimitError("; ".join(message.strip().splitlines()))  # the first line names the limit
+        return SubmitLimitError("; ".join(message.strip().splitlines()))  # the first line names the limit
     if DEPENDENCY_PROBLEM.search(message):
-        raise NeedEndedError(_last_line(message))
-    raise SubmissionRefusedError(f"sbatch refused {script}: {message.strip()}; check the profile")
+        return NeedEndedError(_last_line(message))
+    return SubmissionRefusedError(f"sbatch refused {script}: {message.strip()}; check the profile")
 
 
 def _is_transient(result: subprocess.CompletedProcess[str]) -> bool:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hfprune_launch.slurm.attempt_records import NEED_ENDED, NODES_NEEDED, QUEUE_FULL, End
-from hfprune_launch.slurm.attempts import Attempt, Attempts
+from hfprune_launch.slurm.attempts import Attempts, JobAttempt
 from hfprune_launch.slurm.avoided_nodes import avoided_by, nodes_at_fault
 from hfprune_launch.slurm.job_info import DEPENDENCY, NEVER, JobInfo
 from hfprune_launch.slurm.log_signs import (
@@ -94,7 +94,7 @@ class _Evidence:
 
     store: Store
     stage: Stage
-    attempt: Attempt
+    attempt: JobAttempt
     state: str
     reason: str
     failures: list[Failure]
@@ -120,7 +120,7 @@ class _Evidence:
 _Explanation = tuple[str, str] | None
 
 
-def explain_end(store: Store, stage: Stage, attempt: Attempt, job: JobInfo | None) -> End:
+def explain_end(store: Store, stage: Stage, attempt: JobAttempt, job: JobInfo | None) -> End:
     """Return how an attempt whose job is over ended; only a verified artifact counts as success."""
     evidence = _collect(store, stage, attempt, job)
     cause, message = _cause(evidence)
@@ -140,7 +140,7 @@ def explain_end(store: Store, stage: Stage, attempt: Attempt, job: JobInfo | Non
     )
 
 
-def _collect(store: Store, stage: Stage, attempt: Attempt, job: JobInfo | None) -> _Evidence:
+def _collect(store: Store, stage: Stage, attempt: JobAttempt, job: JobInfo | None) -> _Evidence:
     logs = attempt.logs()
     text = _telling_lines(logs)
     state = job.state if job is not None else _state_from(text)
@@ -204,7 +204,7 @@ def _no_node_suits(evidence: _Evidence) -> _Explanation:
 
 
 def _left_to_another(evidence: _Evidence) -> _Explanation:
-    """Explain a job whose last start left the stage to another process, which now owns all of the work folder."""
+    """Explain a job whose last start left the stage to another process; the files in the work folder are then its."""
     runs = evidence.attempt.runs()
     if not runs or runs[-1].how != "duplicate":
         return None
@@ -288,7 +288,7 @@ def _without_a_word(evidence: _Evidence) -> str:
     return f"{who} without a message\nits log ends with:\n{evidence.tail}"
 
 
-def never_gets_further(attempt: Attempt) -> Failure | None:
+def never_gets_further(attempt: JobAttempt) -> Failure | None:
     """Return why an interrupted job must not be requeued, or None if its last starts got further than those before."""
     starts = fruitless_starts(attempt.earlier_progress())
     if starts < FRUITLESS_STARTS:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 
-from hfprune_launch.slurm.attempts import Attempt, Attempts, with_job_ids
+from hfprune_launch.slurm.attempts import Attempts, JobAttempt, with_job_ids
 from hfprune_launch.slurm.commands import SlurmCommands, SlurmUnavailableError
 from hfprune_launch.slurm.whereabouts import Whereabouts
 from hfprune_launch.stage.stage_file import find_stage_file
@@ -19,7 +19,7 @@ def needs_of_jobs(store: Store) -> Mapping[str, list[str]]:
     return {stage_id: _read_by(store, stage_id) for stage_id in sorted(submitted)}
 
 
-def attempts_that_go_on(store: Store) -> list[Attempt]:
+def attempts_that_go_on(store: Store) -> list[JobAttempt]:
     """Open attempts at any stage, except those whose jobs are over as Slurm says; all of them if it doesn't answer."""
     attempts = Attempts(store.root).open_attempts()
     if not attempts:

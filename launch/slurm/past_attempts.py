@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Literal
 
-from hfprune_launch.slurm import attempts
 from hfprune_launch.slurm.attempt_records import End, Run
+from hfprune_launch.slurm.attempts import JobAttempt
 from hfprune_launch.slurm.slurm_stage import SlurmStage
 
 from hfprune_dist.store.attempt import Attempt
@@ -17,7 +17,7 @@ def past_attempts(handle: SlurmStage) -> list[Attempt]:
     return [it for attempt in handle.attempts() for it in _starts(attempt)]
 
 
-def _starts(attempt: attempts.Attempt) -> Iterator[Attempt]:
+def _starts(attempt: JobAttempt) -> Iterator[Attempt]:
     end, runs, logs = attempt.end, attempt.runs(), tuple(attempt.logs())
     number, ranks = attempt.intent.number, attempt.intent.ranks or attempt.intent.gpus or None
     for run in runs[:-1]:

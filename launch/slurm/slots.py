@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable
 from typing import NamedTuple
 
-from hfprune_launch.slurm.attempts import Attempt
+from hfprune_launch.slurm.attempts import JobAttempt
 
 
 class Slot(NamedTuple):
@@ -24,7 +24,7 @@ class Slot(NamedTuple):
     after_any: str | None
 
 
-def choose_slot(limit: int | None, live: Iterable[Attempt], after_ok: Collection[str]) -> Slot | None:
+def choose_slot(limit: int | None, live: Iterable[JobAttempt], after_ok: Collection[str]) -> Slot | None:
     """Choose the slot that a new job joins; None if the last jobs of all slots have ids that aren't known (yet).
 
     Args:
@@ -34,7 +34,7 @@ def choose_slot(limit: int | None, live: Iterable[Attempt], after_ok: Collection
     """
     if limit is None:
         return Slot(None, None)
-    last: dict[int, Attempt] = {}
+    last: dict[int, JobAttempt] = {}
     for attempt in sorted(live, key=_order):
         if attempt.intent.slot is not None:
             last[attempt.intent.slot] = attempt
@@ -49,6 +49,6 @@ def choose_slot(limit: int | None, live: Iterable[Attempt], after_ok: Collection
     return Slot(slot, ids[slot])
 
 
-def _order(attempt: Attempt) -> tuple[float, float]:
+def _order(attempt: JobAttempt) -> tuple[float, float]:
     """Orders attempts as they were recorded; those of one launcher too, within a tick of the file system's clock."""
     return attempt.recorded_at, attempt.intent.created

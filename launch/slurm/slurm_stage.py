@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from hfprune_launch.slurm.attempts import Attempt, Attempts
+from hfprune_launch.slurm.attempts import Attempts, JobAttempt
 
 from hfprune_dist.store.artifacts import Store
 from hfprune_dist.store.claims import Claim, Holder, OpenClaim
@@ -18,15 +18,15 @@ class SlurmStage(StageHandle):
         super().__init__(store, id)
         self._attempts = Attempts(store.root)
 
-    def attempts(self) -> list[Attempt]:
+    def attempts(self) -> list[JobAttempt]:
         """Return all attempts, first to last."""
         return self._attempts.of(self.id)
 
-    def last_attempt(self) -> Attempt | None:
+    def last_attempt(self) -> JobAttempt | None:
         """Return the newest attempt; None before the first."""
         return self._attempts.last(self.id)
 
-    def open_attempt(self) -> Attempt | None:
+    def open_attempt(self) -> JobAttempt | None:
         """Return the newest attempt if it has no end yet; its job may be waiting, running or over."""
         last = self.last_attempt()
         return last if last is not None and last.end is None else None

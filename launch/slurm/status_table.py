@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from hfprune_launch.screen import plain_table
-from hfprune_launch.slurm.attempts import Attempt
+from hfprune_launch.slurm.attempts import JobAttempt
 from hfprune_launch.slurm.exit_causes import log_tail
 from hfprune_launch.slurm.job_info import JobInfo
 from hfprune_launch.slurm.slurm_stage import SlurmStage
@@ -99,7 +99,7 @@ def _status(stage: Stage, handle: SlurmStage, jobs: Mapping[str, JobInfo] | None
     )
 
 
-def _job_of(attempt: Attempt, jobs: Mapping[str, JobInfo]) -> JobInfo | None:
+def _job_of(attempt: JobAttempt, jobs: Mapping[str, JobInfo]) -> JobInfo | None:
     """Return an attempt's job; None if its id is that of another job, on another cluster or one set up anew."""
     job = jobs.get(attempt.job_id or "")
     return job if job is not None and is_named(job, attempt) else None
@@ -115,7 +115,7 @@ def _state(stage: Stage, handle: SlurmStage, job: JobInfo | None) -> tuple[str, 
     return standing.state, standing.detail
 
 
-def _started(open_attempt: Attempt | None, handle: SlurmStage) -> list[float]:
+def _started(open_attempt: JobAttempt | None, handle: SlurmStage) -> list[float]:
     """Return the unix time at which the stage was last started, in a job or on this machine; empty if it wasn't."""
     if open_attempt is not None:
         return [run.started for run in open_attempt.runs()[-1:]]
@@ -130,7 +130,7 @@ def _held_until(state: str, heartbeat: Heartbeat | None, now: float) -> float:
     return 0.0 if heartbeat is None else heartbeat.updated
 
 
-def _seconds(attempt: Attempt, held_until: float) -> float:
+def _seconds(attempt: JobAttempt, held_until: float) -> float:
     end = attempt.end
     return attempt.run_seconds(held_until) if end is None else end.run_seconds
 
@@ -187,7 +187,7 @@ def cell_logs(plan: Plan, store: Store, local_logs: Path, name: str, lines: int)
     return "\n".join(parts)
 
 
-def _newest_logs(attempt: Attempt | None, local: list[Path]) -> list[Path]:
+def _newest_logs(attempt: JobAttempt | None, local: list[Path]) -> list[Path]:
     """Return the logs of the last job, or the last log on this machine if it was written after the job's submission."""
     if attempt is None or (local and _written(local[-1]) > attempt.recorded_at):
         return local[-1:]

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from hfprune_launch.slurm.attempt_records import NEED_ENDED, QUEUE_FULL, End
-from hfprune_launch.slurm.attempts import Attempt, Attempts
+from hfprune_launch.slurm.attempts import Attempts, JobAttempt
 from hfprune_launch.slurm.avoided_nodes import nodes_to_avoid
 from hfprune_launch.slurm.batch_script import Request, default_threads, is_as_submitted, write_submission
 from hfprune_launch.slurm.commands import (
@@ -57,7 +57,7 @@ class Submission:
         self._ends = ends
         self._submitting = submitting
         self._attempts = Attempts(jobs.store.root)
-        self._outside: list[Attempt] | None = None
+        self._outside: list[JobAttempt] | None = None
         self.is_held_up = False
 
     def submit_missing(self) -> None:
@@ -93,7 +93,7 @@ class Submission:
             )
             self._jobs.tell(Event("waiting", None, None, message))
 
-    def _is_outdated(self, attempt: Attempt) -> bool:
+    def _is_outdated(self, attempt: JobAttempt) -> bool:
         job = self._jobs.whereabouts.sighting(attempt).job
         if job is None or not job.is_waiting:
             return False
@@ -167,7 +167,7 @@ class Submission:
         write_stage_file(handle, stage, submitting.provenance, attempt.intent.number)
         self._hand_over(attempt, self._request(stage, attempt, after_ok, slot.after_any))
 
-    def _in_slots(self) -> list[Attempt]:
+    def _in_slots(self) -> list[JobAttempt]:
         """Return the attempts whose jobs may be in slots: also those that commands with other plans have submitted."""
         if self._submitting.max_running is None:
             return []
@@ -178,7 +178,7 @@ class Submission:
             self._outside = [attempt for attempt in others if not jobs.is_out_of_sight(attempt)]
         return [*self._outside, *self._jobs.live.values()]
 
-    def _request(self, stage: Stage, attempt: Attempt, after_ok: Sequence[str], after_any: str | None) -> Request:
+    def _request(self, stage: Stage, attempt: JobAttempt, after_ok: Sequence[str], after_any: str | None) -> Request:
         submitting = self._submitting
         resources = submitting.profile.resources[stage.kind]
         return Request(
@@ -193,7 +193,7 @@ class Submission:
             exclude=nodes_to_avoid(self._jobs.handle(stage.id).attempts()),
         )
 
-    def _hand_over(self, attempt: Attempt, request: Request) -> None:
+    def _hand_over(self, attempt: JobAttempt, request: Request) -> None:
         """Submit, and record the job's id or why there is none."""
         jobs, stage = self._jobs, request.stage
         try:
@@ -217,7 +217,7 @@ class Submission:
         attempt.record_job(job_id)
         jobs.tell(Event("submitted", stage, job_id))
 
-    def _submit_anywhere(self, attempt: Attempt, request: Request) -> str | None:
+    def _submit_anywhere(self, attempt: JobAttempt, request: Request) -> str | None:
         """Submit; if Slurm refuses to do without the nodes to avoid, which may be needed or gone, then for any node."""
         try:
             return self._write_and_submit(attempt, request)
@@ -229,7 +229,7 @@ class Submission:
             self._jobs.tell(Event("waiting", request.stage, None, message))
             return self._write_and_submit(attempt, replace(request, exclude=()))
 
-    def _write_and_submit(self, attempt: Attempt, request: Request) -> str | None:
+    def _write_and_submit(self, attempt: JobAttempt, request: Request) -> str | None:
         script = write_submission(request, attempt, self._jobs.store.root)
         # A job may outlive this machine, so what it reads and what tells the next launcher about it must do so as well.
         for folder in (attempt.folder, self._jobs.handle(request.stage.id).work):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from hfprune_launch.slurm.attempts import Attempt
+from hfprune_launch.slurm.attempts import JobAttempt
 from hfprune_launch.slurm.commands import SlurmCommands
 from hfprune_launch.slurm.job_info import JobInfo
 from hfprune_launch.slurm.slurm_stage import SlurmStage
@@ -56,24 +56,24 @@ class SweepJobs:
         self.clock = clock
         self.whereabouts = Whereabouts(store, slurm, clock)
         self.todo = set(plan.lacking(lambda stage_id: self.handle(stage_id).is_done()))
-        self.live: dict[str, Attempt] = {}
+        self.live: dict[str, JobAttempt] = {}
         self.without_id: set[str] = set()
 
     def handle(self, stage_id: str) -> SlurmStage:
         return SlurmStage(self.store, stage_id)
 
-    def stage_of(self, attempt: Attempt) -> Stage:
+    def stage_of(self, attempt: JobAttempt) -> Stage:
         return self.plan.stages[attempt.intent.stage_id]
 
-    def is_missing(self, attempt: Attempt) -> bool:
+    def is_missing(self, attempt: JobAttempt) -> bool:
         """Return whether nothing in Slurm knew an attempt's job."""
         return self.whereabouts.is_missing(attempt)
 
-    def is_out_of_sight(self, attempt: Attempt) -> bool:
+    def is_out_of_sight(self, attempt: JobAttempt) -> bool:
         """Return whether a job is another user's or another cluster's."""
         return self.whereabouts.is_elsewhere(attempt) or self.whereabouts.is_somebody_elses(attempt)
 
-    def is_foreign(self, attempt: Attempt) -> bool:
+    def is_foreign(self, attempt: JobAttempt) -> bool:
         """Return whether a job can't be seen from here; if so, report whose it is, or who has taken it."""
         intent = attempt.intent
         if self.whereabouts.is_revoked(attempt):

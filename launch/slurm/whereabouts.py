@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hfprune_launch.slurm.attempts import Attempt
+from hfprune_launch.slurm.attempts import JobAttempt
 from hfprune_launch.slurm.commands import SlurmCommands, SlurmUnavailableError
 from hfprune_launch.slurm.job_info import JobInfo
 
@@ -89,7 +89,7 @@ class Whereabouts:
         """Cluster and user of the jobs that are submitted from here."""
         return {"cluster": self._slurm.cluster(), "user": self._user}
 
-    def look(self, attempts: Iterable[tuple[str, Attempt]]) -> None:
+    def look(self, attempts: Iterable[tuple[str, JobAttempt]]) -> None:
         """Ask Slurm about all jobs.
 
         Args:
@@ -116,32 +116,32 @@ class Whereabouts:
         found = [job for job in self.jobs.values() if job.name == job_name]
         return max(found, key=lambda job: job.is_live, default=None)
 
-    def sighting(self, attempt: Attempt) -> Sighting:
+    def sighting(self, attempt: JobAttempt) -> Sighting:
         """Return what the last look showed about an attempt's job."""
         return self._sightings.get(attempt.folder, UNKNOWN)
 
-    def is_missing(self, attempt: Attempt) -> bool:
+    def is_missing(self, attempt: JobAttempt) -> bool:
         """Return whether nothing in Slurm knew a job."""
         return attempt.folder in self._absences
 
-    def is_revoked(self, attempt: Attempt) -> bool:
+    def is_revoked(self, attempt: JobAttempt) -> bool:
         """Return whether another cluster of a federation has taken a job."""
         absence = self._absences.get(attempt.folder)
         return absence is not None and absence.is_revoked
 
-    def is_elsewhere(self, attempt: Attempt) -> bool:
+    def is_elsewhere(self, attempt: JobAttempt) -> bool:
         """Return whether a job is on another cluster, about which Slurm knows nothing here."""
         return bool(attempt.intent.cluster) and attempt.intent.cluster != self._slurm.cluster()
 
-    def is_somebody_elses(self, attempt: Attempt) -> bool:
+    def is_somebody_elses(self, attempt: JobAttempt) -> bool:
         """Return whether a job is another user's, which squeue does not list and scontrol may hide."""
         return attempt.intent.user not in ("", self._user)
 
-    def missing_for(self, attempt: Attempt) -> float:
+    def missing_for(self, attempt: JobAttempt) -> float:
         """Return the seconds since a job was last seen, whether or not its id is known; 0.0 at the first call."""
         return self._clock() - self._absence(attempt).since
 
-    def _ask_about(self, unlisted: Iterable[tuple[str, Attempt]]) -> None:
+    def _ask_about(self, unlisted: Iterable[tuple[str, JobAttempt]]) -> None:
         due = [(job_id, attempt) for job_id, attempt in unlisted if self._is_due(attempt)]
         past = self._slurm.history({job_id for job_id, _ in due})
         for job_id, attempt in due:
@@ -154,7 +154,7 @@ class Whereabouts:
                 self.jobs.setdefault(job_id, sighting.job)
                 self._absences.pop(attempt.folder, None)
 
-    def _is_due(self, attempt: Attempt) -> bool:
+    def _is_due(self, attempt: JobAttempt) -> bool:
         """Return whether to ask the controller about a job now, which happens once in ``ASK_AGAIN_S``."""
         absence = self._absence(attempt)
         if self.is_elsewhere(attempt):
@@ -165,7 +165,7 @@ class Whereabouts:
         absence.asked = now
         return True
 
-    def _ask(self, job_id: str, attempt: Attempt, past: JobInfo | None) -> Sighting:
+    def _ask(self, job_id: str, attempt: JobAttempt, past: JobInfo | None) -> Sighting:
         job = self._slurm.job(job_id)
         is_known = job is not None and is_named(job, attempt)  # ids are reused if a cluster was set up anew
         absence = self._absence(attempt)
@@ -183,7 +183,7 @@ class Whereabouts:
             return UNKNOWN
         return GONE_SIGHTING if self.missing_for(attempt) >= GONE_AFTER_S else UNKNOWN
 
-    def _absence(self, attempt: Attempt) -> _Absence:
+    def _absence(self, attempt: JobAttempt) -> _Absence:
         """Return since when a job is missing; each sign of life in the store resets it."""
         signs = self._signs_of_life(attempt)
         absence = self._absences.get(attempt.folder)
@@ -193,7 +193,7 @@ class Whereabouts:
             self._absences[attempt.folder] = absence
         return absence
 
-    def _signs_of_life(self, attempt: Attempt) -> Any:
+    def _signs_of_life(self, attempt: JobAttempt) -> Any:
         return self._store.handle(attempt.intent.stage_id).heartbeat(), attempt.runs()
 
 
@@ -205,18 +205,18 @@ def _own_name() -> str:
         return str(os.getuid())
 
 
-def is_named(job: JobInfo, attempt: Attempt) -> bool:
+def is_named(job: JobInfo, attempt: JobAttempt) -> bool:
     """Return whether a job has an attempt's name. Only the beginning counts, as damaged records may lose the rest."""
     return job.name.startswith(attempt.intent.job_name)
 
 
-def _said_that_it_ended(attempt: Attempt) -> bool:
+def _said_that_it_ended(attempt: JobAttempt) -> bool:
     """Return whether a job's last start recorded an end after which the job is not requeued."""
     runs = attempt.runs()
     return bool(runs) and runs[-1].how in ("done", "failed", "duplicate")
 
 
-def _is_under_way(attempt: Attempt) -> bool:
+def _is_under_way(attempt: JobAttempt) -> bool:
     """Return whether a job's last start recorded no end: it runs, or has died."""
     runs = attempt.runs()
     return bool(runs) and runs[-1].ended is None
