@@ -87,9 +87,9 @@ def test_up_and_down_again(new_cluster):
 
 
 @of_another
-def test_daemons_of_other_clusters_are_left_alone(new_cluster, tmp_path):
+def test_daemons_of_other_clusters_are_left_alone(new_cluster, tmp_path_factory):
     """One was started from within this cluster's folder, and the folder of another ends like this one's."""
-    shutil.copy(shutil.which("sleep"), tmp_path / "munged")
+    program = shutil.copy(shutil.which("sleep"), tmp_path_factory.mktemp("programs") / "munged")
     with new_cluster(PORT_BASE) as another:
         another.run("up", "--no-accounting")
         environment = {
@@ -97,7 +97,7 @@ def test_daemons_of_other_clusters_are_left_alone(new_cluster, tmp_path):
             "OLDPWD": f"{another.folder}/logs",
             "SLURM_CONF": f"/srv{another.folder}/slurm.conf",
         }
-        with subprocess.Popen([tmp_path / "munged", "1000"], env=environment) as bystander:
+        with subprocess.Popen([program, "1000"], env=environment) as bystander:
             try:
                 another.run("down")
                 assert bystander.poll() is None
