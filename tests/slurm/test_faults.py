@@ -34,8 +34,8 @@ NO_ACCOUNTING_PORT_BASE = 19500
 @pytest.mark.beside("time limit")
 def test_the_time_limit_is_hit_twice_in_mid_recovery(cluster, config, finished, without):
     first_in_queue = {"nice": -10000}
-    # Two minutes, as ranks on a busy machine need half a minute to start.
-    profile = cluster.profile("short", time_minutes=2, signal_seconds=45, sbatch=first_in_queue)
+    # Two minutes, as ranks on a busy machine need half a minute to start, and another one to end a step and save it.
+    profile = cluster.profile("short", time_minutes=2, signal_seconds=70, sbatch=first_in_queue)
     # So slow that all steps, where they are slow, take longer than two time limits.
     slowly = {**SLOWLY, **FORKED_RANKS, "SLOW_S": "16", "SLOW_STARTS": "2"}
     out = without(CONTROL)
@@ -108,10 +108,12 @@ def test_a_second_job_for_a_stage_that_runs(cluster, config, finished, without):
     (folder,) = attempt_folders(out)
     second = cluster.slurm("sbatch", "--parsable", f"{folder}/job.sh").strip()
     done(cluster, out, finished, submitted)
-    wait_for(
-        lambda: "COMPLETED" in cluster.slurm("squeue", "--states=all", "--noheader", f"--jobs={second}", "--format=%T")
-    )
-    starts = {job: [read(file) for file in sorted(folder.glob(f"run.{job}.*.json"))] for job in (first, second)}
+
+    def starts_of(job):
+        return [read(file) for file in sorted(folder.glob(f"run.{job}.*.json"))]
+
+    wait_for(lambda: any(start["ended"] for start in starts_of(second)))
+    starts = {job: starts_of(job) for job in (first, second)}
     assert [of_job[-1]["how"] for of_job in starts.values()] == ["done", "done"]
     if len(starts[first]) == 1:  # otherwise Slurm took its nodes away, and the second may have continued
         assert starts[second][-1]["ended"] >= starts[first][0]["ended"], "they did not work on it together"
