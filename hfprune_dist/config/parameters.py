@@ -3,9 +3,8 @@
 Plans build them from a configuration, the store keeps them in records (``stage.json``, manifests, ``sweep.json``), and
 stages read them. They are therefore defined below all three, next to the sections of the configuration they consist of.
 
-Fingerprints are computed from ``Parameters.to_json``. Two rules keep the fingerprints of existing results unchanged:
-names and values of settings stay as they are; a new setting is marked with ``LeftOutAt`` the value with which a stage
-does what it did before.
+Fingerprints are computed from ``Parameters.to_json``. Two rules keep those of existing results unchanged: names and
+values of settings stay; a new setting is marked with ``LeftOutAt`` the value with which a stage does what it did.
 """
 
 from __future__ import annotations
@@ -28,7 +27,6 @@ from hfprune_dist.structures import NEURONS
 OF_A_DATA_SET = {"dataset", "name", "split", "revision"}
 # Stands for the path of a text in settings read from a record, since records have no paths.
 AN_INPUT = "(an input of the stage)"
-
 
 # What LoRA adapts, for models in which early versions adapted other layers, since they went by the names of one kind of
 # attention's projections (see ``Family.adapted_attention``). Absent for all others.
@@ -167,6 +165,7 @@ class PruneParameters(Parameters):
     forward pass) if no model runs. ``tensor_parallel`` divides ``multiple_of`` and the layers' numbers of KV groups; it
     is 1 if none are pruned. ``mlp_targets``: after a round that refitted norms, which norms the dense MLPs read
     through whose outputs are the targets; absent in all other cuts, and where they read through the refitted norms.
+    ``plain_shapes``: for which layers a search sets their width, where layers differ in parameters; else absent.
     """
 
     ratio: float
@@ -186,6 +185,7 @@ class PruneParameters(Parameters):
     refit_final_norm: Annotated[bool, LeftOutAt(False)] = False
     refit_norms: Annotated[bool, LeftOutAt(False)] = False
     mlp_targets: Annotated[Literal["with dense norms"] | None, LeftOutAt(None)] = None
+    plain_shapes: Annotated[Literal["of the layers that stay"] | None, LeftOutAt(None)] = None
 
     @property
     def compute_dtype(self) -> Dtype | None:

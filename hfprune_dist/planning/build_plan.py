@@ -16,7 +16,6 @@ from hfprune_dist.config.parameters import (
     EfficiencyParameters,
     EvaluateParameters,
     LoraPruneParameters,
-    PruneParameters,
     RecoverParameters,
     ReferenceParameters,
     StudentParameters,
@@ -26,6 +25,7 @@ from hfprune_dist.config.section import TextSource
 from hfprune_dist.config.texts import FIRST, reference_role
 from hfprune_dist.data.formats import identity_of
 from hfprune_dist.errors import UserError
+from hfprune_dist.planning.cuts import cut_parameters
 from hfprune_dist.planning.expert_shapes import can_do, refuse_criteria, refuse_with_experts
 from hfprune_dist.planning.model_sources import ModelSource
 from hfprune_dist.planning.multiples import suited, with_numbers
@@ -83,6 +83,7 @@ class _Variant:
     """A checkpoint before recovery: the dense one, or one that a method pruned at a ratio.
 
     ``cut`` has the same shape: if the checkpoint was distilled, ``cut`` is what it was before distillation.
+    ``sizes_differ``: whether layers of the dense model differ in parameters.
     """
 
     label: str
@@ -91,6 +92,7 @@ class _Variant:
     checkpoint: Input
     cut: Input
     layers_may_differ: bool
+    sizes_differ: bool
     adapted: Adapted
     ratio: float | None = None
     method: str | None = None
@@ -117,15 +119,15 @@ class _Planner:
         dense = Input(model.identity, str(model.checkpoint.path), content=model.content)
         # First, since most of the sweep waits for it.
         importance = self._importance_for_all(model, dense)
-        differ = not model.checkpoint.is_plain
+        differ, sizes_differ = not model.checkpoint.is_plain, len({*model.checkpoint.parameter_counts.layers}) > 1
         adapted: Adapted = "attention of every kind" if model.checkpoint.family.adapted_attention else None
         label = label_of(model.name, None, None, NONE)
-        cells = self._finish(_Variant(label, model.name, dense, dense, dense, differ, adapted))
+        cells = self._finish(_Variant(label, model.name, dense, dense, dense, differ, sizes_differ, adapted))
         for ratio in self.config.ratios:
             for name, method in methods.items():
                 settled = with_numbers(method, model.checkpoint, ratio, place_of(model.name, name))
                 label = label_of(model.name, ratio, name if len(self.methods) > 1 else None, NONE)
-                variant = _Variant(label, model.name, dense, dense, dense, differ, adapted, ratio, name)
+                variant = _Variant(label, model.name, dense, dense, dense, differ, sizes_differ, adapted, ratio, name)
                 cells += self._pruned(variant, settled, importance)
         return cells
 
@@ -244,7 +246,7 @@ class _Planner:
             inputs = {"model": model, "importance": part_of(chain[-1], scored)}
             if model != dense:
                 inputs["dense"] = dense  # ratios are shares of its parameters
-            chain.append(self._prune(prune_label, inputs, reached, method))
+            chain.append(self._prune(prune_label, inputs, reached, method, sizes_differ=variant.sizes_differ))
             model = chain[-1].as_input()
         if method.distill:
             chain.append(self._reference_of_calibration(importance))
@@ -260,17 +262,10 @@ class _Planner:
         params = pass_parameters(self.config, scored, student)
         return self._add(Stage("importance", label, params, inputs))
 
-    def _prune(self, label: str, inputs: dict[str, Input], ratio: float, method: Method) -> Stage:
-        # These run windows through the model again.
-        runs_model = method.refit != "none" or method.allocation in ("plain", "searched", "low_rank")
-        other_norms = "dense" in inputs and method.refit_norms and method.refit in ("layerwise", "block")
-        params = PruneParameters(
-            ratio=ratio,
-            **method.of_one_cut(),
-            dtype=self.config.importance.dtype if runs_model else None,
-            micro_batch_size=self.config.calibration.micro_batch_size if runs_model else None,
-            mlp_targets="with dense norms" if other_norms else None,
-        )
+    def _prune(
+        self, label: str, inputs: dict[str, Input], ratio: float, method: Method, *, sizes_differ: bool
+    ) -> Stage:
+        params = cut_parameters(self.config, method, ratio, is_later="dense" in inputs, sizes_differ=sizes_differ)
         return self._add(Stage("prune", label, params, inputs))
 
     def _reference_of_calibration(self, importance: Stage) -> Stage:

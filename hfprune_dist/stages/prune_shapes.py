@@ -19,7 +19,7 @@ from hfprune_dist.core.allocation import EXCHANGE, allocate_globally
 from hfprune_dist.core.width_search import MEASUREMENTS, START, Counts, search_shapes
 from hfprune_dist.planning.budget import Budget, budget_of
 from hfprune_dist.planning.local_shapes import LocalTarget
-from hfprune_dist.planning.plain_shapes import all_plain_shapes, shape_of, step_of_layers
+from hfprune_dist.planning.plain_shapes import PlainShape, all_plain_shapes, fitted_to_layers, shape_of, step_of_layers
 from hfprune_dist.planning.shape_target import ShapeTarget
 from hfprune_dist.planning.whole_expert_shapes import mixture_target
 from hfprune_dist.planning.widths import Target, size_of
@@ -177,13 +177,20 @@ class _Search:
         if self._target.structures == (NEURONS,):
             uniform = (_target(self._context, self._models.dense).uniform_width(),) * len(contest.layers)
             return {"uniform": uniform} if contest.allows(uniform) else {}
-        shapes = [it for it in all_plain_shapes(self._target) if it.num_layers == len(contest.layers)]
         plain = {}
-        for it in shapes:
-            units = shape_of(self._target, it, contest.layers).units
+        for it in self._plain_shapes(contest):
+            units = shape_of(self._target, it).units
             counts = tuple(count for scored in contest.kinds for count in units[scored.units.kind])
             plain[f"{it.kv_groups} KV groups, width {it.width} everywhere"] = counts
         return {name: counts for name, counts in plain.items() if contest.allows(counts)}
+
+    def _plain_shapes(self, contest: Contest) -> list[PlainShape]:
+        """The plain shapes of a contest's layers, with the widths that the ratio asks for if these layers stay."""
+        target, numbers = self._target, dense_numbers(self._context, self._checkpoint)
+        layers = [numbers[it] for it in contest.layers]
+        shapes = [it for it in all_plain_shapes(target) if it.num_layers == len(layers)]
+        fitted = [fitted_to_layers(target, PlainShape.of(target.checkpoint), it, layers) for it in shapes]
+        return [it for it in fitted if it is not None]
 
 
 def _possible(contests: Sequence[Contest]) -> list[Contest]:

@@ -31,6 +31,7 @@ def world(tmp_path_factory):
     folder = tmp_path_factory.mktemp("plan")
     save_tiny(folder / "a", "llama")
     save_tiny(folder / "b", "qwen2")
+    save_model(folder / "uneven", "qwen3_5_text", vocab_size=264)
     write_documents(folder / "text.jsonl")
     write_documents(folder / "held.jsonl", seed=1)
     write_pairs(folder / "pairs.jsonl")
@@ -688,6 +689,24 @@ def test_only_rounds_after_a_refit_of_all_norms_say_whose_norms_stand_before_mlp
     later = norms == "refit_norms" and refit != "dense"
     says_so = ["mlp_targets" in plan.stages[it].params.to_json() for it in plan.cells[-1].producers[1:-1:2]]
     assert says_so == [False, later, later]
+
+
+@pytest.mark.parametrize(
+    ("model", "allocation", "structures", "expected"),
+    [
+        ("uneven", "searched", ["neurons", "layers"], True),
+        ("a", "searched", ["neurons", "layers"], False),
+        ("uneven", "searched", ["neurons"], False),
+        ("uneven", "plain", ["neurons", "layers"], False),
+    ],
+)
+def test_only_searches_where_layers_differ_and_may_go_say_for_which_layers_widths_are(
+    world, model, allocation, structures, expected
+):
+    own = {"m": Method(criterion="surgeon", allocation=allocation, structures=structures, steps=2)}
+    uneven = {"aliases.uneven.path": str(world / "uneven")}
+    plan = plan_of(world, models=[model], ratios=[0.1], own=own, **uneven)
+    assert ["plain_shapes" in stage.params.to_json() for stage in stages_of(plan, "prune")] == [expected] * 2
 
 
 def test_with_all_norms_refitted_the_final_one_is_among_them(world):

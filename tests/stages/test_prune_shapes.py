@@ -6,6 +6,7 @@ import shutil
 import pytest
 import shapes
 import torch
+from families import save_model
 from faults.kill import die_in_fork
 from forks import on_ranks
 from masking import mask
@@ -19,7 +20,7 @@ from hfprune_dist.core.width_search import START, Found
 from hfprune_dist.models.loading import load_causal_lm
 from hfprune_dist.refit.measurement import Measurement
 from hfprune_dist.stages import finals, prune, prune_shapes
-from hfprune_dist.stages.cheap_measurement import EVERY
+from hfprune_dist.stages.cheap_measurement import EVERY, CheapMeasurements
 from hfprune_dist.store.artifacts import Store
 from hfprune_dist.store.stage import Stage
 
@@ -148,6 +149,39 @@ def test_a_checkpoint_whose_layers_differ_is_pruned_as_a_model_of_its_own(tmp_pa
     assert model.parameter_counts.of(shape) == metrics["parameters"]
     if allocation == "searched":
         assert not any("everywhere" in name or name == "uniform" for name in metrics["search_kl"])
+
+
+@pytest.mark.parametrize(
+    ("model_type", "rounds", "order"),
+    [
+        ("gemma4_text", 1, [0, 1]),
+        ("lfm3", 1, [0, 1, 2]),
+        ("lfm3", 1, [1, 0, 2]),
+        ("qwen3_5_text", 1, [2, 1, 0]),
+        ("qwen3_5_text", 1, [0, 2, 1]),
+        ("qwen3_5_text", 2, [0, 2, 1]),
+    ],
+)
+def test_a_plain_shape_competes_with_the_ratio_met_whichever_layers_went(
+    tmp_path, monkeypatch, model_type, rounds, order
+):
+    """Layers with another kind of attention have more parameters than others, or fewer; the width makes up for it."""
+    model = save_model(tmp_path / "model", model_type, vocab_size=264)
+    checkpoint = open_checkpoint(model)
+    assert len(set(checkpoint.parameter_counts.layers)) > 1
+    possible, ratio = prune_shapes._possible, 0.3 / 3 ** (rounds - 1)
+    monkeypatch.setattr(CheapMeasurements, "layers_in_order", lambda _self, _droppable, count: order[:count])
+    store, stage = prepare(tmp_path, model=model, structures=["neurons", "layers"], ratio=ratio, floor=0.0)
+    if rounds == 2:
+        run(store, stage)
+        order = [it for it in order if it < open_checkpoint(store.path(stage.id)).num_layers]
+        stage = shapes.next_round(store, stage, 0.3)
+    monkeypatch.setattr(prune_shapes, "_possible", lambda contests: possible(contests)[-1:])
+    monkeypatch.setattr(prune_shapes, "search_shapes", lambda _, plain, __: Found(next(iter(plain.values())), {}))
+    run(store, stage)
+    metrics = metrics_of(store, stage)
+    layers, neuron = metrics["num_hidden_layers"], checkpoint.parameters_per_unit / checkpoint.parameters
+    assert layers < 3 and abs(metrics["ratio_reached"] - 0.3) <= layers * neuron / 2 + 1e-9
 
 
 def test_where_layers_add_nothing_they_go(tmp_path):
