@@ -19,6 +19,9 @@ RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 class UnresolvedError(ValueError):
     """The Gram matrix of the kept channels is mostly rounding errors: those of sums with much larger channels."""
 
+    def __init__(self) -> None:
+        super().__init__("some are so large that others, which stay, are lost in rounding")
+
 
 class Projection:
     """An output projection on some tokens, from which the problem for any choice of kept channels follows.
@@ -78,7 +81,7 @@ class LeastSquares:
         damped_KK.diagonal().add_(strength)
         factor_KK, problem = torch.linalg.cholesky_ex(damped_KK)
         if problem:
-            raise UnresolvedError("some are so large that others, which stay, are lost in rounding")
+            raise UnresolvedError
         del damped_KK
         right_CK = self.cross_CK + strength * self.old_CK
         return torch.cholesky_solve(right_CK.T, factor_KK).T.contiguous()
@@ -115,14 +118,29 @@ class Ridge:
 
 
 def best_ridge(fitted: LeastSquares, held_out: LeastSquares, ridges: Sequence[float] = RIDGES) -> Ridge:
-    """Return the ridge whose weight, fitted on some tokens, has the smallest error on others; the first of equals."""
+    """Return the ridge whose weight, fitted on some tokens, has the smallest error on others; the first of equals.
+
+    Raises:
+        UnresolvedError: if the Gram matrix isn't positive definite with any of the ridges; larger ones may do where
+            smaller ones don't.
+    """
+    best = best_resolved_ridge(fitted, held_out, ridges)
+    if best is None:
+        raise UnresolvedError
+    return best
+
+
+def best_resolved_ridge(fitted: LeastSquares, held_out: LeastSquares, ridges: Sequence[float]) -> Ridge | None:
+    """Return what ``best_ridge`` does; None if that raises an error, or there are no ridges."""
     best: Ridge | None = None
     for ridge in ridges:
-        weight_CK = fitted.weight(ridge)
+        try:
+            weight_CK = fitted.weight(ridge)
+        except UnresolvedError:
+            continue
         error = held_out.error(weight_CK)
         if best is None or error < best.error:
             best = Ridge(ridge, error, weight_CK)
-    assert best is not None, "no ridge to try"
     return best
 
 

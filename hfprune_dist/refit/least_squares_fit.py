@@ -8,7 +8,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hfprune_dist.core.least_squares import RIDGES, LeastSquares, Projection, Ridge, best_ridge
+from hfprune_dist.core.least_squares import (
+    RIDGES,
+    LeastSquares,
+    Projection,
+    Ridge,
+    UnresolvedError,
+    best_resolved_ridge,
+    best_ridge,
+)
 from hfprune_dist.distributed.gram_sums import Grams
 from hfprune_dist.distributed.world import World
 from hfprune_dist.refit.refitted_layers import ProjectionFit
@@ -111,11 +119,16 @@ def ridge_of_all_ranks(fitted: LeastSquares, held_out: LeastSquares, world: Worl
 
     Returns:
         The ridge and its rank; on other ranks its weight is not the one that belongs to it.
+
+    Raises:
+        UnresolvedError: as ``best_ridge``, on every rank.
     """
-    mine = RIDGES[world.rank :: world.size]
-    own = best_ridge(fitted, held_out, mine) if mine else None
+    own = best_resolved_ridge(fitted, held_out, RIDGES[world.rank :: world.size])
     tried = world.all_gather(None if own is None else (own.error, own.ridge))
-    (error, ridge), rank = min((it, rank) for rank, it in enumerate(tried) if it is not None)
+    resolved = [(it, rank) for rank, it in enumerate(tried) if it is not None]
+    if not resolved:
+        raise UnresolvedError
+    (error, ridge), rank = min(resolved)
     return Ridge(ridge, error, fitted.old_CK if own is None else own.weight_CK), rank
 
 

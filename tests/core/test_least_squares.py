@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from hfprune_dist.core.least_squares import Projection, UnresolvedError, best_ridge
+from hfprune_dist.core.least_squares import RIDGES, Projection, UnresolvedError, best_ridge
 
 D, C, T = 12, 5, 300
 
@@ -59,6 +59,19 @@ def test_a_gram_matrix_of_rounding_errors_is_refused():
     gram[0, 2] = gram[2, 0] = 2.0
     with pytest.raises(UnresolvedError, match="lost in rounding"):
         Projection(WEIGHT, gram).keeping(KEPT).weight(1e-4)
+
+
+@pytest.mark.parametrize(("coupling", "smallest"), [(1 + 5e-4, 1e-3), (1.5, 1.0)])
+def test_a_larger_ridge_does_where_a_smaller_one_drowns_in_rounding_errors(coupling, smallest):
+    gram = torch.eye(D, dtype=torch.float64)
+    gram[0, 2] = gram[2, 0] = coupling
+    problem = Projection(WEIGHT, gram).keeping(KEPT)
+    held_out = Projection(WEIGHT, torch.eye(D, dtype=torch.float64)).keeping(KEPT)
+    ridges = [it for it in RIDGES if it >= smallest]
+    best, among_those = best_ridge(problem, held_out), best_ridge(problem, held_out, ridges)
+    assert (best.ridge, best.error) == (among_those.ridge, among_those.error)
+    with pytest.raises(UnresolvedError, match="lost in rounding"):
+        best_ridge(problem, held_out, RIDGES[: -len(ridges)])
 
 
 @pytest.mark.parametrize("silent", ["activations", "outputs"])

@@ -16,8 +16,9 @@ from hfprune_dist.core.least_squares import RIDGES, LeastSquares, UnresolvedErro
 from hfprune_dist.distributed.gram_sums import Grams
 from hfprune_dist.distributed.layer_stream import LayerStream
 from hfprune_dist.errors import UserError
+from hfprune_dist.refit import least_squares_fit
 from hfprune_dist.refit.cheap_fits import CheapFits, Scored
-from hfprune_dist.refit.least_squares_fit import projections_of, solve, solve_expert, solve_together
+from hfprune_dist.refit.least_squares_fit import projections_of, ridge_of_all_ranks, solve, solve_expert, solve_together
 
 
 def gram_of(hidden_ND):
@@ -95,6 +96,30 @@ def test_ranks_find_the_same_together(size):
         assert torch.equal(found.fitted_CK, alone.fitted_CK) and torch.equal(found.whole_CK, alone.whole_CK)
 
 
+@settings(derandomize=True, deadline=None, max_examples=20)
+@given(st.sampled_from([*RIDGES, 10.0]), st.sampled_from([1, 2, 3, 7]), st.integers(0, 100))
+def test_ridges_too_small_for_rounding_errors_are_left_out_by_ranks_alike(needed, size, seed):
+    """The Gram matrix is positive definite with a larger ridge than ``needed``, or just that one."""
+    rounding_KK = drawn(seed, len(KEPT), len(KEPT))
+    rounding_KK = (rounding_KK + rounding_KK.T).fill_diagonal_(0)
+    fitted_DD = torch.eye(6, dtype=torch.float64)
+    smallest = torch.linalg.eigvalsh(rounding_KK)[0].abs()
+    fitted_DD[KEPT[:, None], KEPT] += rounding_KK / smallest * (1 + 0.7 * needed)
+    grams = Grams(fitted_DD, torch.eye(6, dtype=torch.float64), 0.5)
+
+    def ridge(world):
+        try:
+            return ridge_of_all_ranks(*(it.keeping(KEPT) for it in projections_of(WEIGHT, grams, world)), world)[0]
+        except UnresolvedError:
+            return None
+
+    alone, *_ = Ranks(1).run(ridge)
+    assert (alone is None) == (needed > max(RIDGES)) and (alone is None or alone.ridge >= needed)
+    for found in Ranks(size).run(ridge):
+        assert (found is None) == (alone is None)
+        assert found is None or (found.ridge, found.error) == (alone.ridge, alone.error)
+
+
 @pytest.mark.parametrize("rank", [0, 1, 2])
 def test_what_ranks_send_is_contiguous_whatever_the_weight(rank, monkeypatch):
     """Collectives send memory as it lies there."""
@@ -115,7 +140,9 @@ def with_one_huge_neuron(folder, number):
 
 
 @pytest.mark.parametrize("size", [1, 2])
-def test_channels_lost_in_rounding_beside_a_huge_one_that_goes_get_a_message(tmp_path, size):
+def test_channels_lost_in_rounding_beside_a_huge_one_that_goes_get_a_message(tmp_path, size, monkeypatch):
+    """Where no ridge is large enough; with two ranks, the other one has none to try."""
+    monkeypatch.setattr(least_squares_fit, "RIDGES", RIDGES[:1])
     kept, windows_ST = some_kept((0, 1, 2)), windows_of(9)
     goes = min({*range(NEURONS)} - {*kept.of_layer(0, "neurons").tolist()})
     checkpoint = with_one_huge_neuron(tmp_path / "model", goes)
@@ -139,7 +166,7 @@ def test_every_fit_names_the_layer_whose_gram_matrix_is_rounding_errors(tmp_path
     )
 
     def refuse(*_):
-        raise UnresolvedError("lost")
+        raise UnresolvedError
 
     def cheap_fit():
         stream = LayerStream(checkpoint, windows_ST, torch.float32, MICRO_BATCH, world)
@@ -148,7 +175,7 @@ def test_every_fit_names_the_layer_whose_gram_matrix_is_rounding_errors(tmp_path
         CheapFits([scored], stream, True, world).weights(0, layer, [(11,)])
 
     monkeypatch.setattr(LeastSquares, "weight", refuse)
-    with pytest.raises(UserError, match=r"^activations of layer 0: lost; check the checkpoint's weights$"):
+    with pytest.raises(UserError, match=r"^activations of layer 0: .* in rounding; check the checkpoint's weights$"):
         if method == "cheap":
             cheap_fit()
         else:
