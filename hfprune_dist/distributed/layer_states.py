@@ -14,6 +14,7 @@ from torch import Tensor
 
 from hfprune_dist.checkpoints.tensor_files import is_usable, load_tensors, save_tensors
 from hfprune_dist.distributed.world import World
+from hfprune_dist.store.atomic_files import listed
 
 # Measurements save after a layer if their last save was longer ago: small models' layers take less time than saving.
 SAVE_EVERY_S = 5.0
@@ -58,7 +59,7 @@ class LayerStates:
             save_tensors({name: tensor.contiguous() for name, tensor in named.items()}, self._file(done, index))
         self._world.barrier()
         for index in self._mine:
-            for file in self._folder.glob(f"*.{index}.safetensors"):
+            for file in listed(self._folder, f"*.{index}.safetensors"):
                 if file != self._file(done, index):
                     file.unlink()
         self._saved_at = time.monotonic()
@@ -78,7 +79,7 @@ class LayerStates:
     def _complete(self) -> list[int]:
         """Numbers of layers after which there is a file for every micro-batch, the largest first."""
         found: dict[int, set[int]] = {}
-        for file in self._folder.glob("*.*.safetensors"):
+        for file in listed(self._folder, "*.*.safetensors"):
             done, index = file.name.split(".")[:2]
             found.setdefault(int(done), set()).add(int(index))
         return sorted((done for done, indices in found.items() if indices >= set(self._all)), reverse=True)

@@ -44,6 +44,19 @@ def test_any_number_of_ranks_finds_what_any_other_saved_last(tmp_path_factory, c
         assert torch.equal(named["a"], value_of(2, index)) and torch.equal(named["0,2"], value_of(2, index) + 1)
 
 
+def test_a_folder_that_can_not_be_listed_is_not_an_empty_one(tmp_path, monkeypatch):
+    save(tmp_path, [0], 1, 1)
+
+    def refuse(_folder):
+        raise PermissionError("denied")
+
+    monkeypatch.setattr("pathlib.Path.iterdir", refuse)
+    monkeypatch.setattr("os.scandir", refuse)
+    (states,) = states_of(tmp_path, [0], 1)
+    with pytest.raises(PermissionError):
+        states.newest()
+
+
 def test_a_layer_counts_once_all_its_micro_batches_are_there_and_whole(tmp_path):
     save(tmp_path, [0, 1, 2], 1, 1)
     first, _ = states_of(tmp_path, [0, 1, 2], 2)
