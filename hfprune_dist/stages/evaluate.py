@@ -166,7 +166,7 @@ def _outputs(model: FrozenModel | None, window_T: Tensor, dense: Outputs) -> Ite
 def _save_fidelity(context: Context, text: str, sums: Mapping[int, FidelitySums]) -> None:
     """Add up in the order of the windows, so that the number of ranks changes no bit; divide once."""
     everybody = {index: window for share in context.world.all_gather(dict(sums)) for index, window in share.items()}
-    if any(math.isnan(window.kl + window.nll) for window in everybody.values()):
+    if not all(math.isfinite(window.kl + window.nll) for window in everybody.values()):
         raise UserError(f"{_phase(text)}: the model's outputs are NaN or infinite; check the checkpoint's weights")
     if context.world.is_first:
         windows = [everybody[index] for index in sorted(everybody)]

@@ -1,5 +1,7 @@
 import json
+import math
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -530,12 +532,12 @@ def test_weights_may_take_most_of_the_free_memory(inputs, monkeypatch):
     assert claims == [True, False]
 
 
-def damaged(inputs, folder, name, place=(0, 0)):
-    """Return the folder of a copy of the inputs, in which one number of the model's weights is NaN."""
+def damaged(inputs, folder, name, place=(0, 0), number=float("nan")):
+    """Return the folder of a copy of the inputs, in which one number of the model's weights is NaN or another."""
     shutil.copytree(inputs, folder)
     file = folder / "model" / "model.safetensors"
     tensors = load_file(file)
-    tensors[name][place] = float("nan")
+    tensors[name][place] = number
     save_file(tensors, file, {"format": "pt"})
     return folder
 
@@ -548,6 +550,16 @@ def test_outputs_that_are_no_numbers_are_no_result(inputs, tmp_path):
     with pytest.raises(UserError, match=r"^fidelity: the model's outputs are NaN or infinite; check the checkpoint's"):
         run_alone(store, stage)
     assert store.verify(stage.id).state == "missing"
+
+
+@pytest.mark.parametrize("name", ["kl", "nll"])
+@pytest.mark.parametrize("value", [math.inf, math.nan])
+def test_a_divergence_that_is_not_finite_is_no_result(inputs, tmp_path, monkeypatch, name, value):
+    compare = evaluate.compare_outputs
+    monkeypatch.setattr(evaluate, "compare_outputs", lambda *them: replace(compare(*them), **{name: value}))
+    store = Store(tmp_path / "store")
+    with pytest.raises(UserError, match=r"^fidelity: the model's outputs are NaN or infinite; check the checkpoint's"):
+        run_alone(store, write_stage_file(store, inputs, []))
 
 
 @pytest.mark.parametrize("task", ["tiny_choice", "tiny_rolling"])
