@@ -20,17 +20,22 @@ Sums = TypeVar("Sums")
 Read = TypeVar("Read")
 
 
+class UnusableActivationsError(UserError):
+    """Sums over a layer's activations can't be made, or say too little to fit anything to them."""
+
+
 @contextmanager
 def explaining(number: int) -> Iterator[None]:
     """Name a layer where sums over its activations can't be made, or say too little to fit anything to them.
 
     Raises:
-        UserError: instead of the errors that say so.
+        UnusableActivationsError: instead of the errors that say so.
     """
     try:
         yield
     except (ExactOverflowError, UnresolvedError) as error:
-        raise UserError(f"activations of layer {number}: {error}; check the checkpoint's weights") from None
+        message = f"activations of layer {number}: {error}; check the checkpoint's weights"
+        raise UnusableActivationsError(message) from None
 
 
 class WindowSums(ABC, Generic[Sums, Read]):
@@ -53,7 +58,7 @@ class WindowSums(ABC, Generic[Sums, Read]):
         """Add what was read in a micro-batch, vectors [tokens, size]; the first call is collective.
 
         Raises:
-            UserError: if they are not finite, or out of all proportion.
+            UnusableActivationsError: if they are not finite, or out of all proportion.
         """
         with explaining(self._number):
             self._add(index, read)
@@ -62,7 +67,7 @@ class WindowSums(ABC, Generic[Sums, Read]):
         """Call after the last ``add``, so that ranks without windows take part in the first one's collective.
 
         Raises:
-            UserError: if rank 0's first term is not finite, and no sums can be made at its scale.
+            UnusableActivationsError: if rank 0's first term is not finite, and no sums can be made at its scale.
         """
         with explaining(self._number):
             self._at_scale_of(torch.zeros(self._size))

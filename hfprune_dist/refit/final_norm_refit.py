@@ -16,6 +16,7 @@ from hfprune_dist.core.head import head_gradients
 from hfprune_dist.distributed.gram_sums import GramSums
 from hfprune_dist.distributed.host_transfers import HostTransfers
 from hfprune_dist.distributed.layer_stream import AfterLayer
+from hfprune_dist.distributed.window_sums import UnusableActivationsError
 from hfprune_dist.distributed.world import World
 from hfprune_dist.errors import UserError
 from hfprune_dist.models.single_layer import Head
@@ -56,7 +57,7 @@ def pruned_outputs(
     return read_by_head(pruned.reader, pruned.numbers, batches, world.device, after_each, change=pruned.change)
 
 
-class Curvature:
+class ProportionateSums:
     """Exact sums over all ranks' micro-batches, unless one's vectors are out of all proportion to the first one's.
 
     Args:
@@ -85,7 +86,7 @@ class Curvature:
         if self._fit:
             try:
                 action()
-            except UserError:
+            except UnusableActivationsError:
                 self._fit = False
 
 
@@ -159,7 +160,7 @@ class FinalNormRefit:
         Where a step has led far away, the model may be so sure of some tokens that those of other micro-batches are out
         of all proportion, or nothing is finite; then there is no curvature.
         """
-        sums = Curvature(len(factors_C), len(self._micro_batches), self._world)
+        sums = ProportionateSums(len(factors_C), len(self._micro_batches), self._world)
         own: dict[int, tuple[float, Tensor]] = {}
         for index, dense_NC, pruned_NC in self._states():
             batch = self._batch(index)

@@ -11,10 +11,11 @@ from worlds import Ranks
 
 from hfprune_dist.core.final_norm import newton_step
 from hfprune_dist.core.head import NOTHING, AfterHead
+from hfprune_dist.distributed.gram_sums import GramSums
 from hfprune_dist.errors import UserError
 from hfprune_dist.models.single_layer import LayerReader
 from hfprune_dist.refit import final_norm_refit
-from hfprune_dist.refit.final_norm_refit import Curvature, FinalNormRefit, micro_batches_of_fit, pruned_outputs
+from hfprune_dist.refit.final_norm_refit import FinalNormRefit, ProportionateSums, micro_batches_of_fit, pruned_outputs
 from hfprune_dist.refit.measurement import dense_outputs, share_of
 from hfprune_dist.refit.pruned_layers import PrunedLayers
 
@@ -130,7 +131,7 @@ def test_a_curvature_is_missing_on_all_ranks_or_on_none(ranks, size, large):
     ordinary = {**vectors, large: torch.ones(2, 3)}
 
     def added_up(world, terms):
-        sums = Curvature(3, 4, world)
+        sums = ProportionateSums(3, 4, world)
         for index in share_of(dict.fromkeys(terms, torch.zeros(1)), world):
             sums.add(index, terms[index])
         return sums.of_all_ranks()
@@ -140,6 +141,15 @@ def test_a_curvature_is_missing_on_all_ranks_or_on_none(ranks, size, large):
     )
     for total_CC in Ranks(ranks).run(lambda world: added_up(world, ordinary)):
         assert torch.equal(total_CC, torch.full((3, 3), 8.0, dtype=torch.float64))
+
+
+def test_an_error_of_another_kind_is_no_missing_curvature(monkeypatch):
+    def fail(*_):
+        raise UserError("the disk is full")
+
+    monkeypatch.setattr(GramSums, "_add", fail)
+    with pytest.raises(UserError, match="the disk is full"):
+        ProportionateSums(3, 4, WORLD).add(0, torch.ones(2, 3))
 
 
 def test_outputs_that_are_not_finite_are_one_message(states):
