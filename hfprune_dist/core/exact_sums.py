@@ -15,18 +15,18 @@ from torch import Tensor
 from hfprune_dist.core.blocks import row_blocks
 from hfprune_dist.core.triangle import block_rows, packed_size
 
-# The diagonal of the sum may grow to this multiple of what the first term's diagonal predicts; 2^20 of 2^62 leaves 42
-# bits, more than float32 terms have.
+# The diagonal of the sum may grow to this multiple of what the first term's diagonal predicts, and so the values whose
+# squares it holds to 2^10 of theirs; 2^20 of 2^62 leaves 42 bits, more than float32 terms have.
 HEADROOM = 2.0**20
-# Smallest mean of a total's diagonal, in multiples of the rounding unit, at which rounding errors are negligible next
-# to a ten-thousandth of it: for a thousand terms of 16,384 channels they form a matrix of norm 2^12.
+# Below this mean diagonal, in rounding units, a Gram matrix is treated as zero. A thousand terms of 16,384 channels
+# have rounding errors of norm about 2^12; the smallest ridge, 1e-4 of the mean diagonal, must be larger: 2^26 * 1e-4 is
+# about 2^12.7.
 RESOLVED = 2.0**26
 # Largest scale that float32 holds: scaling by powers of two and rounding are then as exact in it as in float64.
 MOST_IN_FLOAT32 = 2.0**127
 # Sums of integers up to this one are exact in float64, in which CPUs add much faster: half of what it holds, since
 # bounds may be a little too small.
 MOST_IN_FLOAT64 = 2.0**52
-OUT_OF_RANGE = "values are NaN, infinite, or more than a thousand times those of the first windows"
 
 
 class ExactOverflowError(ValueError):
@@ -73,6 +73,8 @@ class GramScale:
         first_diagonal_D: the diagonal of one term that all ranks agree on; it determines the scale.
         terms: number of terms in the whole sum.
     """
+
+    OUT_OF_RANGE = "values are NaN, infinite, or more than a thousand times those of the first windows"
 
     def __init__(self, first_diagonal_D: Tensor, terms: int) -> None:
         diagonal_D = first_diagonal_D.double()
@@ -170,7 +172,7 @@ class ExactGram:
             ExactOverflowError: if the term is out of range or not finite; the sum is then unchanged.
         """
         if not bool(self._scale.holds(term_DD)):
-            raise ExactOverflowError(OUT_OF_RANGE)
+            raise ExactOverflowError(GramScale.OUT_OF_RANGE)
         self._scale.add(term_DD, self.total_P.with_room_for(float(self._scale.largest(term_DD))))
 
     @property
@@ -191,6 +193,8 @@ class TensorScale:
             scale. If it is not finite, no term can be added.
         terms: number of terms in the whole sum.
     """
+
+    OUT_OF_RANGE = "values are NaN, infinite, or more than a million times those of the first windows"
 
     def __init__(self, first_maximum: Tensor, terms: int) -> None:
         first = float(first_maximum)
@@ -251,7 +255,7 @@ class ExactSum:
 
     def __init__(self, first_maximum: float, terms: int, shape: torch.Size, device: torch.device) -> None:
         if not math.isfinite(first_maximum):
-            raise ExactOverflowError(OUT_OF_RANGE)
+            raise ExactOverflowError(TensorScale.OUT_OF_RANGE)
         self._scale = TensorScale(torch.tensor(first_maximum, dtype=torch.float64), terms)
         self.total = ExactTotal(shape, device)
 
@@ -263,7 +267,7 @@ class ExactSum:
         """
         largest = float(self._scale.largest(term))
         if not largest <= self._scale.most:
-            raise ExactOverflowError(OUT_OF_RANGE)
+            raise ExactOverflowError(TensorScale.OUT_OF_RANGE)
         self._scale.add(term, self.total.with_room_for(largest))
 
     def value(self) -> Tensor:
@@ -293,7 +297,7 @@ class ExactSquares:
             ExactOverflowError: if the term is out of range or not finite; the sum is then unchanged.
         """
         if not bool(self._scale.holds_squares(term_D)):
-            raise ExactOverflowError(OUT_OF_RANGE)
+            raise ExactOverflowError(GramScale.OUT_OF_RANGE)
         self.total_D += self._scale.rounded_squares(term_D)
 
     def value(self) -> Tensor:

@@ -77,4 +77,7 @@ def _explaining(shard: int) -> Iterator[None]:
     try:
         yield
     except (NonFiniteError, ExactOverflowError) as error:
-        raise UserError(f"importance, calibration shard {shard}: {error}; check the checkpoint's weights") from None
+        raise UserError(
+            f"importance, calibration shard {shard}: {error}; set importance.dtype=float32, or check the checkpoint's "
+            "weights"
+        ) from None

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from hfprune_dist.checkpoints.tensor_files import DamagedFileError, load_tensors, save_tensors
-from hfprune_dist.core.exact_sums import OUT_OF_RANGE, ExactOverflowError, GramScale, TensorScale
+from hfprune_dist.core.exact_sums import ExactOverflowError, GramScale, TensorScale
 from hfprune_dist.distributed.world import World
 from hfprune_dist.store.atomic_files import listed
 
@@ -45,7 +45,7 @@ class MatrixSums:
         self._first: dict[int, Tensor] = {}
         self._scales: dict[int, Scale] = {}
         self._totals: dict[int, Tensor] = {}
-        self._fits = torch.ones((), dtype=torch.bool, device=world.device)
+        self._fits = torch.ones(len(sizes), dtype=torch.bool, device=world.device)
 
     @property
     def owned_bytes(self) -> int:
@@ -62,13 +62,13 @@ class MatrixSums:
         """Add all ranks' float32 or float64 terms of a micro-batch to a layer's sum; this rank adds nothing if its term
         is None. Collective.
 
-        Rank 0's first term, which must not be None, determines the layer's scale. ``fits`` says whether all terms could
-        be added.
+        Rank 0's first term, which must not be None, determines the layer's scale. ``check`` says if a term could not be
+        added.
         """
         scale = self._scales.get(layer) or self._begin(layer, term)
         owner = layer % self._world.size
         if term is not None:
-            self._fits &= scale.holds(term)
+            self._fits[layer] &= scale.holds(term)
         if self._world.size == 1:
             if term is not None:
                 scale.add(term, self._total(layer))
@@ -81,9 +81,18 @@ class MatrixSums:
         if owner == self._world.rank:
             self._total(layer).add_(total)
 
-    def fits(self) -> bool:
-        """Return whether all of this rank's terms were within the range of their scales."""
-        return bool(self._fits)
+    def check(self, name: str) -> None:
+        """Check that all of this rank's terms were within the range of their scales.
+
+        Args:
+            name: what is summed, for the message.
+
+        Raises:
+            ExactOverflowError: naming the first layer of which they weren't.
+        """
+        if not self._fits.all():
+            layer = self._fits.tolist().index(False)
+            raise ExactOverflowError(f"gradients of {name} in layer {layer}: {self._scale.OUT_OF_RANGE}")
 
     def first(self) -> Tensor:
         """Return what determines the layers' scales: float64 [num_layers, ...]."""
@@ -182,8 +191,8 @@ class LayerSums:
         Raises:
             ExactOverflowError: if terms of this rank were out of range.
         """
-        if not all(sums.fits() for sums in self._sums.values()):
-            raise ExactOverflowError(OUT_OF_RANGE)
+        for name, sums in self._sums.items():
+            sums.check(name)
 
     def release(self) -> None:
         """Free the sums, once they have been saved for the last time."""
