@@ -1,4 +1,4 @@
-"""Prune: rank 0 decides which units stay; all ranks check that, refit what stays, and write the checkpoint."""
+"""Prune: rank 0 decides which units stay; all ranks refit what stays, and write the checkpoint."""
 
 from __future__ import annotations
 
@@ -59,14 +59,11 @@ def _decide(context: Context, models: Models) -> tuple[Kept, Replacements, dict[
     """Return what stays, new weights for it, and metrics."""
     params, checkpoint = context.params, models.checkpoint
     if params.allocation == "low_rank":
-        kept, replacements, metrics = decide_low_rank(context, checkpoint)
-        return _agreed(context, kept), replacements, metrics
+        return decide_low_rank(context, checkpoint)
     scores = _scores(context, checkpoint)
     if params.allocation == "plain":
-        kept, replacements, metrics = decide_plain(context, models, scores)
-        return _agreed(context, kept), replacements, metrics
-    kept, metrics = decide_shape(context, models, scores)
-    kept = _agreed(context, kept)
+        return decide_plain(context, models, scores)
+    kept, metrics = context.world.broadcast(decide_shape(context, models, scores))
     if params.refit == "none":
         return kept, {}, metrics
     if params.refit == "bias":
@@ -92,11 +89,3 @@ def _scores(context: Context, checkpoint: Checkpoint) -> dict[str, list[Tensor]]
                 "remove this folder and run the sweep again"
             )
     return scores
-
-
-def _agreed(context: Context, kept: Kept) -> Kept:
-    """Return what rank 0 keeps on every rank, and check that all ranks hold the same."""
-    kept = context.world.broadcast(kept)
-    hashes = context.world.all_gather(digest_of_kept(kept))
-    assert len(set(hashes)) == 1, f"ranks disagree about the kept units: {hashes}"
-    return kept
