@@ -65,7 +65,8 @@ class CheapFits:
     def weights(self, number: int, layer: nn.Module, choices: Sequence[Choice]) -> Mapping[Choice, Weights]:
         """See ``Variants``; ranks share the work."""
         grams: Mapping[str, Sequence[Grams]] = {}
-        if self._refit and self._stream is not None:
+        if self._refit:
+            assert self._stream is not None, "nothing to fit on"
             grams = self._stream.grams(number, layer, [it.units for it in self._kinds])
         else:
             self.go_past(layer)

@@ -80,8 +80,9 @@ class Kept:
         """Return the same layers and units with the indices that they had before an earlier pruning.
 
         Args:
-            earlier: what that pruning kept.
+            earlier: what that pruning kept, without low ranks, since nothing prunes such a model again.
         """
+        assert not earlier.ranks, "factors have no numbers in the dense model"
         kinds = [*earlier.units, *(kind for kind in self.units if kind not in earlier.units)]
         layers = tuple(earlier.layers[layer] for layer in self.layers)
         return Kept(layers, {kind: self._numbered(kind, earlier) for kind in kinds}, self.ranks)

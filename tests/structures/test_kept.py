@@ -42,6 +42,12 @@ def test_numbers_of_a_second_pruning_are_those_of_the_dense_model(data):
     assert whole.units.keys() == first.units.keys() | second.units.keys()
 
 
+def test_what_has_low_ranks_is_not_pruned_again():
+    kept = Kept((0,), {"neurons": [torch.tensor([0, 2])]})
+    with pytest.raises(AssertionError, match="factors"):
+        kept.numbered_by(replace(kept, ranks={"self_attn.k_proj": (1,)}))
+
+
 def test_a_shape_is_how_much_is_kept():
     kept = Kept((1, 3), {"kv_groups": [torch.tensor([0]), torch.tensor([1, 2])]})
     assert kept.shape == Shape((1, 3), {"kv_groups": (1, 2)})
