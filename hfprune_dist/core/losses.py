@@ -124,7 +124,7 @@ def labels_and_teacher_gradient(
             buffer becomes the gradient.
         teacher_NV: the teacher's logits t, p = softmax(t), same shape and dtype. Overwritten: used as scratch space.
         label_shares_N: b; 0 for tokens without a label, same dtype [tokens].
-        labels_N: int64 [tokens]; any number for tokens without a label.
+        labels_N: int64 [tokens]; -1 for tokens without a label.
         teacher_share: a.
 
     Returns:

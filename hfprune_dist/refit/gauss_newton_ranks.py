@@ -29,7 +29,8 @@ class Start:
     Attributes:
         weights: of the MLP.
         hidden_KK: the mean of h h^T [kept, kept] over the tokens that the step is fitted on, where h are activations;
-            those from before an earlier step will do, since the mean only guides the iterations.
+            those from before an earlier step will do: the mean sets the damping and preconditions the iterations, for
+            which it need not be exact.
         tokens: the number of these tokens, on all ranks together.
     """
 

@@ -236,7 +236,9 @@ def one_by_one(windows_ST: Tensor) -> dict[int, Tensor]:
 
 
 def held_out_batches(windows_ST: Tensor, micro_batch_size: int, most: int) -> dict[int, Tensor]:
-    """The first micro-batches, of up to ``most`` windows, among those that refits hold out to choose their ridge."""
+    """The first micro-batches among those that refits hold out to choose their ridge: of up to ``most`` windows, but at
+    least one micro-batch.
+    """
     batches = windows_ST.split(micro_batch_size)
     held_out = [it for it in range(len(batches)) if is_held_out(it, len(batches))] or [0]
     return {index: batches[index] for index in held_out[: max(1, most // micro_batch_size)]}

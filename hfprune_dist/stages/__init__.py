@@ -1,1 +1,3 @@
-"""One module per stage, each with ``run(context)``. Stages read and write artifacts and never import each other."""
+"""Stages, which read and write artifacts. The module named after a kind of stage has ``run(context)``; these modules
+never import each other. ``prune_*``, ``contest`` and others are parts of prune; ``context`` and others are shared.
+"""

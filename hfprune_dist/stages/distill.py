@@ -17,7 +17,7 @@ from hfprune_dist.training.write_merged import write_merged, write_trained
 
 Context = AnyContext[DistillParameters]
 
-LONGEST_WARMUP = 4  # warm-up takes at most one step in four
+STEPS_PER_WARMUP_STEP = 4  # at least
 
 
 def run(context: Context) -> None:
@@ -47,7 +47,7 @@ def _task(context: Context, settings: DistillationConfig, checkpoint: Checkpoint
         distills=True,
         schedule=schedule,
         total_steps=total_steps,
-        warmup_steps=min(settings.warmup_steps, total_steps // LONGEST_WARMUP),
+        warmup_steps=min(settings.warmup_steps, total_steps // STEPS_PER_WARMUP_STEP),
         save_every_steps=context.runtime.save_every_steps,
         timeout_minutes=context.runtime.collective_timeout_minutes,
         run=context.tracked_run,

@@ -1,6 +1,6 @@
 """Efficiency: speed and memory of a model that generates, measured in turn with the dense model that it comes from.
 
-Rank 0 measures, with both models in memory; any other ranks wait. The stage is short: a killed one starts over.
+It always has a single rank, with both models in memory. The stage is short: a killed one starts over.
 """
 
 from __future__ import annotations

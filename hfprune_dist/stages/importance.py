@@ -2,8 +2,8 @@
 
 Any number of criteria share the pass: one forward, one pass over the logits, one backward for each loss; a student's
 loss adds a forward. Windows are cut into fixed shards, whatever the number of ranks; ranks work on consecutive shards,
-and the shards' sums are added in shard order. So the sums have the same bits on any number of ranks, and a resumed
-stage continues at a shard.
+and the shards' sums are added in shard order. So the sums have the same bits on any number of ranks with the same
+number of threads each, and a resumed stage continues at a shard.
 """
 
 from __future__ import annotations
