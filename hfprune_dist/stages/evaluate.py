@@ -1,6 +1,7 @@
 """Evaluate: fidelity to the dense model's reference, and lm-eval tasks, on a model that is loaded once.
 
-Finished work is kept in the work folder: a killed stage resumes at the next chunk of requests of its current task.
+Finished work is kept in the work folder: a killed stage resumes at the next windows of its current text, or at the next
+chunk of requests of its current task.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import random
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -140,17 +142,33 @@ def _measure_fidelity(context: Context, sharding: DecidedSharding, texts: Sequen
 
 
 def _compare(context: Context, text: str, head: Head, model: FrozenModel | None) -> dict[int, FidelitySums]:
-    """Fidelity sums of each of this rank's windows of a text."""
-    states, device = DenseStates(context.input_path(_texts(context)[text])), context.world.device
-    sums: dict[int, FidelitySums] = {}
-    mine = _my_windows(len(states.windows_ST), context.world)
+    """Fidelity sums of each window of a text; collective."""
+    states, world = DenseStates(context.input_path(_texts(context)[text])), context.world
+    device, sums = world.device, world.broadcast(_known_windows(context, text) if world.is_first else {})
+    mine = _my_windows([index for index in range(len(states.windows_ST)) if index not in sums], world)
     for done, index in enumerate(mine):
         context.progress.update(_phase(text), done, len(mine))
         window_T = states.windows_ST[index]
         dense = Outputs(states.hidden(index).to(device), head.weight_VC, head.bias_V, head.after)
         with _outputs(model, window_T, dense) as outputs:
-            sums[index] = compare_outputs(dense, outputs, next_ids(window_T).to(device))
+            compared = compare_outputs(dense, outputs, next_ids(window_T).to(device))
+        sums |= dict(world.all_gather((index, compared)))
+        _save_windows(context, text, sums)
+        context.interruption.stop_if_agreed(world)
     return sums
+
+
+def _known_windows(context: Context, text: str) -> dict[int, FidelitySums]:
+    """Fidelity sums of the windows with which earlier attempts were done."""
+    file = _windows_file(context, text)
+    return {int(index): FidelitySums(**it) for index, it in read_json(file).items()} if _is_done(file) else {}
+
+
+def _save_windows(context: Context, text: str, sums: Mapping[int, FidelitySums]) -> None:
+    if not all(math.isfinite(window.kl + window.nll) for window in sums.values()):
+        raise UserError(f"{_phase(text)}: the model's outputs are NaN or infinite; check the checkpoint's weights")
+    if context.world.is_first:
+        write_json(_windows_file(context, text), {str(index): asdict(window) for index, window in sums.items()})
 
 
 @contextmanager
@@ -165,11 +183,8 @@ def _outputs(model: FrozenModel | None, window_T: Tensor, dense: Outputs) -> Ite
 
 def _save_fidelity(context: Context, text: str, sums: Mapping[int, FidelitySums]) -> None:
     """Add up in the order of the windows, so that the number of ranks changes no bit; divide once."""
-    everybody = {index: window for share in context.world.all_gather(dict(sums)) for index, window in share.items()}
-    if not all(math.isfinite(window.kl + window.nll) for window in everybody.values()):
-        raise UserError(f"{_phase(text)}: the model's outputs are NaN or infinite; check the checkpoint's weights")
     if context.world.is_first:
-        windows = [everybody[index] for index in sorted(everybody)]
+        windows = [sums[index] for index in sorted(sums)]
         write_json(_fidelity_file(context.work, text), plain(_described(windows)))
     context.progress.update(_phase(text), 1, 1)
     context.interruption.stop_if_agreed(context.world)
@@ -191,10 +206,14 @@ def _fidelity_file(folder: Path, text: str) -> Path:
     return folder / f"{_phase(text)}.json"
 
 
-def _my_windows(count: int, world: World) -> list[int]:
-    """Indices of this rank's windows; ranks with fewer repeat the last: forwards of sharded models are collective."""
-    rounds = -(-count // world.size)
-    return [min(step * world.size + world.rank, count - 1) for step in range(rounds)]
+def _windows_file(context: Context, text: str) -> Path:
+    return context.work / f"{_phase(text)}.windows.json"
+
+
+def _my_windows(left: Sequence[int], world: World) -> list[int]:
+    """The windows of this rank; ranks with fewer repeat the last: forwards of sharded models are collective."""
+    rounds = -(-len(left) // world.size)
+    return [left[min(step * world.size + world.rank, len(left) - 1)] for step in range(rounds)]
 
 
 # Tasks.

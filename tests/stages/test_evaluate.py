@@ -1,3 +1,4 @@
+import itertools
 import json
 import math
 import shutil
@@ -8,6 +9,7 @@ import pytest
 import torch
 import yaml
 from damage import DAMAGES, damage
+from faults.kill import die_in_fork
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from ranks import SoloWorld, killing, run_ranks
@@ -18,6 +20,7 @@ from hfprune_dist.checkpoints.checkpoint import open_checkpoint
 from hfprune_dist.config.schema import EvaluationConfig, RuntimeConfig
 from hfprune_dist.data.windows import load_windows
 from hfprune_dist.distributed import frozen_model as inference
+from hfprune_dist.distributed.interruption import Interrupted, Interruption
 from hfprune_dist.distributed.world import World
 from hfprune_dist.errors import UserError
 from hfprune_dist.evaluation.sharded_lm import AnswerLog, ShardedLM
@@ -211,6 +214,39 @@ def test_a_killed_stage_goes_on(inputs, uninterrupted, tmp_path):
     assert not work.exists()
 
 
+def test_an_evaluation_killed_at_any_write_goes_on_with_the_same_bits_at_its_next_window(inputs, tmp_path, monkeypatch):
+    whole = Store(tmp_path / "whole")
+    stage = write_stage_file(whole, inputs, [])
+    shutil.copytree(whole.root, tmp_path / "before")
+    run_alone(whole, stage)
+    compared, original = [], evaluate.compare_outputs
+    monkeypatch.setattr(evaluate, "compare_outputs", lambda *them: compared.append(them) or original(*them))
+    for kill_at in itertools.count(1):
+        store = Store(shutil.copytree(tmp_path / "before", tmp_path / str(kill_at)))
+        died = die_in_fork(lambda store=store: run_alone(store, stage), kill_at, store.root)
+        if store.verify(stage.id).state == "missing":
+            known = read_json(store.work(stage.id) / "fidelity.windows.json") or {}
+            measured = (store.work(stage.id) / "fidelity.json").exists()
+            compared.clear()
+            run_alone(store, stage)
+            assert len(compared) == (0 if measured else 5 - len(known))
+        assert store.manifest(stage.id)["metrics"] == whole.manifest(stage.id)["metrics"]
+        results, expected = (it.path(stage.id) / "results.json" for it in (store, whole))
+        assert results.read_bytes() == expected.read_bytes()
+        if not died:
+            break
+    assert kill_at > 10
+
+
+def test_an_evaluation_asked_to_stop_does_so_after_a_window(inputs, tmp_path, monkeypatch):
+    store = Store(tmp_path)
+    stage = write_stage_file(store, inputs, [])
+    monkeypatch.setattr(Interruption, "agreed", lambda *_: True)
+    with pytest.raises(Interrupted):
+        run_alone(store, stage)
+    assert len(read_json(store.work(stage.id) / "fidelity.windows.json")) == 1
+
+
 def test_answers_of_an_earlier_attempt_are_used(inputs, tmp_path, monkeypatch):
     store = Store(tmp_path)
     stage = write_stage_file(store, inputs, ["tiny_choice"])
@@ -245,7 +281,7 @@ def test_an_answer_cut_short_by_a_kill_is_asked_again(tmp_path):
 @settings(deadline=None, derandomize=True)
 @given(count=st.integers(1, 40), size=st.integers(1, 9))
 def test_all_ranks_measure_fidelity_on_equally_many_windows_and_leave_none_out(count, size):
-    shares = [evaluate._my_windows(count, SoloWorld(rank, size)) for rank in range(size)]
+    shares = [evaluate._my_windows(range(count), SoloWorld(rank, size)) for rank in range(size)]
     assert len({len(share) for share in shares}) == 1
     assert {index for share in shares for index in share} == set(range(count))
 
@@ -307,7 +343,7 @@ def test_whatever_a_dead_attempt_left_damaged_the_next_has_the_same_results(inpu
     run_alone(store, stage)
     results = [read_json(it.path(stage.id) / "results.json") for it in (whole, store)]
     assert results[0] == results[1]
-    assert capsys.readouterr().out.count("set aside as") == 2
+    assert capsys.readouterr().out.count("set aside as") == 3
 
 
 def test_the_dense_model_is_its_own_reference(inputs, tmp_path, monkeypatch):
