@@ -259,9 +259,9 @@ class StageTimes:
         for reference in references:
             text = self._plan.stages[reference.location].params
             assert isinstance(text, ReferenceParameters) and text.text is not None
-            window = _of_shape(replace(job, sequences=1, tokens=text.text.sequence_length), shape, placed)
+            window = _of_window(replace(job, sequences=1, tokens=text.text.sequence_length), shape, placed)
             rounds = _ceil(text.text.windows, gpus.ranks)
-            total = _sum(total, NO_SECONDS if is_dense else window * (2 * rounds))
+            total = _sum(total, NO_SECONDS if is_dense else window * rounds)
         known, unknown = requests_of(params)
         for task in known:
             batch = _of_shape(replace(job, sequences=params.batch_size, tokens=task.tokens), shape, placed)
@@ -300,6 +300,13 @@ def _of_shape(job: Importance | Train | Evaluate, shape: ModelShape, gpus: Gpus)
         return shape.mean(lambda dims: of(seconds(job, dims, gpus)))
 
     return Seconds(mean(lambda it: it.at_work), mean(lambda it: it.on_network), mean(lambda it: it.in_calls))
+
+
+def _of_window(job: Evaluate, shape: ModelShape, gpus: Gpus) -> Seconds:
+    """Time to compare a window: a forward pass, and the dense model's logits, whose hidden states are on disk."""
+    head = 2 * job.tokens * shape.layers[0].head_parameters / product_rate(gpus, job.itemsize)
+    forward = _of_shape(job, shape, gpus)
+    return replace(forward, at_work=forward.at_work + head)
 
 
 def _of_grams(shape: ModelShape, stage: Stage, cost: Cost) -> float:

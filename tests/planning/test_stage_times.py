@@ -10,12 +10,13 @@ from hypothesis import strategies as st
 from published import published_model, published_plan
 
 from hfprune_dist.planning.dimensions import dimensions_of
+from hfprune_dist.planning.evaluation_footprint import Evaluate
 from hfprune_dist.planning.footprint import Train
 from hfprune_dist.planning.gpu_needs import Gpus
 from hfprune_dist.planning.importance_job import importance_job
 from hfprune_dist.planning.rates import DISK, FLOAT32, HASHING, NETWORK, START_S
 from hfprune_dist.planning.stage_times import GRADIENT_BYTES, StageTimes
-from hfprune_dist.planning.timing import seconds
+from hfprune_dist.planning.timing import product_rate, seconds
 
 GPUS = Gpus(1, 8, 80 * 2**30, flops=312e12, link=300e9)
 ONE = replace(GPUS, per_node=1)
@@ -59,6 +60,26 @@ def test_a_recovery_is_its_steps_on_the_rank_with_most_rows(model, steps, rows, 
     disk = 2 * 2 * model.checkpoint.parameters * (1 / DISK + 1 / HASHING)
     assert took.seconds == pytest.approx(START_S + disk + training + gradients)
     assert (took.gpus, took.gpu_hours) == (ranks, pytest.approx(ranks * took.hours))
+
+
+@given(windows=st.integers(1, 99), length=st.integers(64, 2048), ranks=st.integers(1, 8), whole=st.booleans())
+@settings(max_examples=10, deadline=None)
+def test_a_held_out_window_is_one_forward_pass_and_the_dense_models_logits(model, windows, length, ranks, whole):
+    """Its hidden states are read from disk, and the dense model itself isn't even loaded for them."""
+    gpus = replace(GPUS, per_node=ranks)
+    placed, text = (ONE if whole else gpus), {"windows": windows, "sequence_length": length}
+    held_out = {f"evaluation__fidelity__{name}": value for name, value in text.items()}
+    _, plan = published_plan([model], ["hfprune"], gpus, ratios=[0.3], evaluation__tasks=[], **held_out)
+    times, job = StageTimes(plan, checkpointing=False), Evaluate.of(0, length, itemsize=2)
+    dense, *_, pruned = (
+        times.of(it, job, gpus, placed).seconds for it in plan.stages.values() if it.kind == "evaluate"
+    )
+    whole_dims = dimensions_of(model.checkpoint.config)
+    width = times._expected.of(first(plan, "prune").id)["metrics"]["intermediate_sizes"][0]
+    forward = seconds(Evaluate(1, length), replace(whole_dims, intermediate_size=width), placed)
+    head = 2 * length * 32000 * 4096 / product_rate(gpus, 2)
+    a_window = max(forward.at_work + head, forward.on_network, forward.in_calls)
+    assert pruned - dense == pytest.approx(-(-windows // ranks) * a_window)
 
 
 def test_curvature_costs_a_gram_matrix_a_layer_and_half_of_it_on_its_way_for_every_micro_batch(model):
