@@ -32,8 +32,8 @@ class Comparison:
         measures: kl, top1_agreement, perplexity, and the average of the tasks' scores; None if the value isn't a number
             in some sweep.
         kl_share: KL divided by the reference method's KL in the same sweep, over sweeps with a reference; None without
-            any, and if KL isn't a number in one of them. Where pruning and recovery are one training, the reference is
-            the recovered one.
+            any, and if one of the two isn't a number in one of them, or the reference's is 0. Where pruning and
+            recovery are one training, the reference is the recovered one.
         sweeps: number of sweeps with a result.
         sweeps_with_reference: number of those behind ``kl_share``.
         wall_time_s: time of all stages behind a row, shared ones included; mean over the rows for which it is known.
@@ -58,10 +58,10 @@ def compare_methods(sweeps: Sequence[Sequence[Row]], reference: str) -> list[Com
     Models come in order of first appearance, each with its ratios from low to high, and their methods in order of first
     appearance.
     """
-    groups: dict[tuple[str, float, str, str], list[tuple[Row, float | None]]] = {}
+    groups: dict[tuple[str, float, str, str], list[tuple[Row, Row | None]]] = {}
     for rows in sweeps:
         done = [row for row in rows if row["status"] == "done"]
-        references = {_place(row): row["kl"] for row in done if row["method"] == reference}
+        references = {_place(row): row for row in done if row["method"] == reference}
         for row in done:
             key = (row["model"], row["ratio"], row["method"] or "dense", row["recovery"])
             groups.setdefault(key, []).append((row, references.get(_place(row))))
@@ -76,10 +76,10 @@ def _place(row: Row) -> tuple[str, float, bool, str]:
 
 
 def _comparison(
-    model: str, ratio: float, method: str, recovery: str, members: Sequence[tuple[Row, float | None]]
+    model: str, ratio: float, method: str, recovery: str, members: Sequence[tuple[Row, Row | None]]
 ) -> Comparison:
     rows = [row for row, _ in members]
-    shares = [None if row["kl"] is None else row["kl"] / reference for row, reference in members if reference]
+    shares = [_share(row["kl"], reference["kl"]) for row, reference in members if reference is not None]
     times = [row["wall_time_s"] for row in rows if row["wall_time_s"] is not None]
     return Comparison(
         model,
@@ -93,6 +93,10 @@ def _comparison(
         statistics.fmean(times) if times else None,
         max((row["peak_memory_bytes"] for row in rows if row["peak_memory_bytes"]), default=None),
     )
+
+
+def _share(kl: float | None, reference: float | None) -> float | None:
+    return kl / reference if kl is not None and reference else None
 
 
 def _spread_of_known(values: Sequence[float | None]) -> Spread | None:

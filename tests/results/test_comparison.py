@@ -138,11 +138,10 @@ def test_what_no_row_has_is_neither_shown_nor_explained():
             assert "time: mean of all stages" in text and "time:" not in note_on_methods(found, columns).split()
 
 
-@pytest.mark.parametrize("reference", [0.5, None, 0.0])
 @pytest.mark.parametrize("measure", ["kl", "top1_agreement", "perplexity", "average"])
-def test_what_a_sweep_has_no_number_for_is_missing(measure, reference):
+def test_what_a_sweep_has_no_number_for_is_missing(measure):
     """A model whose logits are not numbers has a result without KL and perplexity."""
-    sweeps = [[row("hfprune", reference), row("ours", 0.5)], [row("hfprune", 0.4), {**row("ours", 0.3), measure: None}]]
+    sweeps = [[row("hfprune", 0.5), row("ours", 0.5)], [row("hfprune", 0.4), {**row("ours", 0.3), measure: None}]]
     reference, ours = compare_methods(sweeps, "hfprune")
     assert ours.measures[measure] is None and ours.sweeps == 2
     assert sum(it is None for it in ours.measures.values()) == 1
@@ -150,6 +149,18 @@ def test_what_a_sweep_has_no_number_for_is_missing(measure, reference):
     header = {"kl": "KL", "top1_agreement": "agreement", "perplexity": "perplexity", "average": "avg"}[measure]
     assert shown([reference, ours], "hfprune")[1][header] == "-"
     json.dumps([asdict(ours)], allow_nan=False)
+
+
+@pytest.mark.parametrize("sweep", range(3))
+@pytest.mark.parametrize("kl", [None, 0.0])
+def test_nothing_can_be_set_against_a_reference_without_a_divergence(sweep, kl):
+    """A mean over the other sweeps' shares would be one of fewer seeds, without a word."""
+    sweeps = [[row("hfprune", kl if it == sweep else 0.4), row("ours", 0.3)] for it in range(3)]
+    found = compare_methods(sweeps, "hfprune")
+    assert [it.kl_share for it in found] == [None, None]
+    assert [it.sweeps_with_reference for it in found] == [3, 3]
+    assert shown(found, "hfprune")[1]["KL / hfprune"] == "-"
+    assert "over the seeds" not in note_on_methods(found, few_columns_of_methods(found, "hfprune"))
 
 
 def test_methods_without_any_number_have_a_row():
