@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -79,7 +80,7 @@ def _training_losses(file: Path) -> Mapping[int, float]:
     """Step -> loss; none if the file can't be read, without which the rest of the page can be drawn."""
     try:
         return _read(file)
-    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, OverflowError):
         return {}
 
 
@@ -87,7 +88,8 @@ def _training_losses(file: Path) -> Mapping[int, float]:
 def _read(file: Path) -> Mapping[int, float]:
     """Step -> loss, thinned to about ``MOST_POINTS``. Artifacts never change, so each file is read only once."""
     records = [json.loads(text) for text in file.read_text(encoding="utf-8").splitlines()]
-    losses = [(int(it["step"]), float(it["loss"])) for it in records if it.get("loss") is not None]
+    told = [(int(it["step"]), float(it["loss"])) for it in records if it.get("loss") is not None]
+    losses = [(step, loss) for step, loss in told if math.isfinite(loss)]  # which is all that JSON has words for
     stride = -(-len(losses) // MOST_POINTS) or 1
     return dict([*losses[::stride], *losses[-1:]])
 

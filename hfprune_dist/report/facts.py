@@ -32,7 +32,7 @@ def summary(evidence: Evidence) -> str:
     """HTML of the sweep's progress: finished rows and stages, and what is missing."""
     done = sum(row["status"] == "done" for row in evidence.rows)
     made = [manifest for manifest in evidence.manifests.values() if manifest]
-    hours = sum(manifest.get("wall_time_s", 0.0) for manifest in made) / 3600
+    hours = sum(manifest.get("wall_time_s") or 0.0 for manifest in made) / 3600
     lacking = evidence.plan.lacking(lambda stage_id: evidence.manifests[stage_id] is not None)
     stages = f"{len(made)} of {counted(len(made) + len(lacking), 'stage')} made, in {hours:.1f} hours"
     return (
@@ -154,6 +154,6 @@ def _counted(values: Iterable[str]) -> str:
 
 
 def _times(made: Iterable[Manifest]) -> Iterator[tuple[str, str]]:
-    times = [manifest["finished"] for manifest in made if "finished" in manifest]
+    times = [finished for manifest in made if (finished := manifest.get("finished")) is not None]
     if times:
         yield "finished", f"{time_of(min(times))} to {time_of(max(times))}"

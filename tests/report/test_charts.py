@@ -1,6 +1,7 @@
 """The data that charts are drawn from: overlaps of sets, sessions of work, curves."""
 
 import json
+import math
 from itertools import pairwise
 
 import pytest
@@ -104,7 +105,10 @@ def test_long_curves_are_thinned_to_their_end(tmp_path):
     assert len(losses) <= curves.MOST_POINTS + 1 and losses[1000] == 1 / 1000 and losses[1] == 1.0
 
 
-@pytest.mark.parametrize("damaged", ['{"step": 1, "lo', "[]", "3", '{"step": [], "loss": 1}', '{"loss": 1.0}'])
+NO_STEPS = ['{"step": [], "loss": 1}', '{"loss": 1.0}', '{"step": Infinity, "loss": 1}']
+
+
+@pytest.mark.parametrize("damaged", ['{"step": 1, "lo', "[]", "3", *NO_STEPS])
 def test_losses_that_cannot_be_read_are_left_out_until_they_can(tmp_path, damaged):
     file = tmp_path / "loss.jsonl"
     assert curves._training_losses(file) == {}
@@ -112,6 +116,13 @@ def test_losses_that_cannot_be_read_are_left_out_until_they_can(tmp_path, damage
     assert curves._training_losses(file) == {}
     file.write_text('{"step": 1, "loss": 0.5}')
     assert curves._training_losses(file) == {1: 0.5}
+
+
+@pytest.mark.parametrize("loss", [math.nan, math.inf, -math.inf, None])
+def test_steps_without_a_finite_loss_are_left_out(tmp_path, loss):
+    lines = [json.dumps({"step": step, "loss": it}) for step, it in enumerate((loss, 0.5, loss))]
+    (tmp_path / "loss.jsonl").write_text("\n".join(lines))
+    assert curves._training_losses(tmp_path / "loss.jsonl") == {1: 0.5}
 
 
 @pytest.mark.parametrize(

@@ -261,3 +261,16 @@ def test_numbers_that_are_none_are_none(tmp_path):
     rows = [dict(row, kl=None, perplexity=None) for row in sweep.evidence().rows]
     parsed = Parsed(page(collect(tmp_path, sweep.plan, rows, lambda _: (), math.pi)))
     assert {row["kl"] for row in parsed.rows} == {""}
+
+
+@pytest.mark.parametrize("name", ["wall_time_s", "finished"])
+@pytest.mark.parametrize("known", [True, False])
+def test_times_that_a_manifest_does_not_tell_are_left_out(tmp_path, name, known):
+    sweep = DrawnSweep(tmp_path)
+    for file in sorted((tmp_path / "store").glob("*/*/manifest.json"))[known:]:
+        file.write_text(json.dumps(json.loads(file.read_text()) | {name: None}))
+    text = page(sweep.evidence())
+    if name == "wall_time_s":
+        assert "made, in 0.0 hours" in text
+    else:
+        assert ('<th scope="row">finished</th>' in text) == known
