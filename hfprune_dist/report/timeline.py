@@ -102,7 +102,7 @@ def _figure(evidence: Evidence, periods: Sequence[Period], sessions: Sequence[tu
             "range": [-LEFT_ROOM * marks[-1][0], (1 + RIGHT_ROOM) * marks[-1][0]],
         },
         "yaxis": {"type": "category", "categoryarray": [*map(shown, lines)], "autorange": "reversed"},
-        "shapes": [cut | {"line": {"dash": "dot", "width": 1, "color": "#888888"}} for cut in cuts],
+        "shapes": [cut | {"line": {"dash": "dot", "width": 1, "color": GREY}} for cut in cuts],
     }
     return Figure("", "", traces, layout, height=90 + 22 * len(lines))
 
