@@ -71,15 +71,17 @@ class Key:
     symbol: str | None = None
 
 
+def series_key(name: str, number: int) -> Key:
+    """The entry for the lines of the n-th of several series. They have marks if an earlier series has their colour."""
+    look = style(number)
+    return Key(name, look.color, symbol=look.symbol if number >= len(PALETTE) else None)
+
+
 def method_key(method: str | None, methods: Sequence[str]) -> Key:
-    """The entry for a method's lines, in its colour in all charts; grey for the dense model. They have marks
-    if an earlier method has their colour.
-    """
+    """The entry for a method's lines, in its colour in all charts; grey for the dense model."""
     if method is None:
         return Key("dense", GREY)
-    number = methods.index(method)
-    look = style(number)
-    return Key(method, look.color, symbol=look.symbol if number >= len(PALETTE) else None)
+    return series_key(method, methods.index(method))
 
 
 def row_name(method: str | None, recovery: str) -> str:

@@ -24,8 +24,8 @@ from hfprune_dist.report.chart import (
     line,
     method_key,
     percent_of,
+    series_key,
     shown,
-    style,
 )
 from hfprune_dist.report.evidence import Evidence
 
@@ -117,7 +117,7 @@ def _medians(curves: Sequence[Curve], keys: Keys) -> list[Trace]:
 def _split_halves(evidence: Evidence) -> Chart:
     scored = [(stage, metrics.get("split_half_overlap", [])) for stage, metrics in evidence.finished("importance")]
     criteria = list(dict.fromkeys(point["criterion"] for _, points in scored for point in points))
-    keys = {criterion: Key(criterion, style(number).color) for number, criterion in enumerate(criteria)}
+    keys = {criterion: series_key(criterion, number) for number, criterion in enumerate(criteria)}
     shares = sorted({point["share_kept"] for _, points in scored for point in points}, reverse=True)
     figures = []
     for stage, points in scored:
