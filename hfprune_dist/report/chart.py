@@ -18,10 +18,18 @@ Trace = dict[str, Any]
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 GREY = "#888888"
 SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross", "x", "star")
-DASHES = ("solid", "dash", "dot", "dashdot", "longdash")
-# On a line that has marks to tell it from others of its colour.
+# Dash patterns of plotly.js -> their names.
+DASHES = {
+    "solid": "solid",
+    "dash": "dashed",
+    "dot": "dotted",
+    "dashdot": "dashes and dots",
+    "longdash": "long dashes",
+    "longdashdot": "long dashes and dots",
+    "2px,12px": "sparse dots",
+}
+# The most marks on a line that has them to be told from others of its colour.
 MOST_MARKS = 8
-NAMES = {"solid": "solid", "dash": "dashed", "dot": "dotted", "dashdot": "dashes and dots", "longdash": "long dashes"}
 
 
 @dataclass(frozen=True)
@@ -47,13 +55,13 @@ def percent_of(share: float) -> str:
 
 
 def dash(value: float, values: Sequence[float]) -> str:
-    """The dash pattern for one of several ratios or shares."""
-    return DASHES[values.index(value) % len(DASHES)]
+    """The dash pattern for one of at most ``len(DASHES)`` ratios or shares."""
+    return [*DASHES][values.index(value)]
 
 
 def dashes_told(values: Sequence[float], meaning: str) -> str:
     """A sentence that explains the dash patterns; empty if there is nothing to tell apart."""
-    told = [f"{NAMES[dash(value, values)]} {percent_of(value)}" for value in values]
+    told = [f"{DASHES[dash(value, values)]} {percent_of(value)}" for value in values]
     return f" Lines by {meaning}: {', '.join(told)}." if len(told) > 1 else ""
 
 

@@ -60,11 +60,11 @@ def _losses(evidence: Evidence) -> Chart:
     for model, kind in product(evidence.models, TITLES):
         those = [it for it in curves if (it.model, it.kind) == (model, kind)]
         if those:
-            lines = _medians(those, keys) if evidence.has_many_cells else _single(those, keys, evidence.ratios)
+            lines = _medians(those, keys) if evidence.has_many_lines else _single(those, keys, evidence.ratios)
             figures.append(Figure(f"{model}: loss of {TITLES[kind]}", model, lines, {"xaxis": axis("step")}))
     about = "Training loss by optimizer step."
-    few = dashes_told(evidence.ratios, "ratio")
-    about += " The median over checkpoints, within its range." if evidence.has_many_cells else few
+    over_checkpoints = " The median over checkpoints, within its range."
+    about += over_checkpoints if evidence.has_many_lines else dashes_told(evidence.ratios, "ratio")
     return Chart("losses", "Training", about, figures, list(keys.values()), "No checkpoint has been trained yet.")
 
 

@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from hfprune_dist.planning.plan import Cell, Plan
+from hfprune_dist.report.chart import DASHES
 from hfprune_dist.results.rows import Row
 from hfprune_dist.store.artifacts import Manifest, Store
 from hfprune_dist.store.attempt import Attempt, AttemptsOf
 from hfprune_dist.store.stage import Stage
 
-# With more cells than this, lines of single checkpoints are replaced by one line per method, with the range around it.
+# With more cells than this, or more ratios than dash patterns, lines of single checkpoints are replaced by one line per
+# method, with the range around it.
 MOST_SINGLE_CELLS = 50
 
 
@@ -55,9 +57,11 @@ class Evidence:
         return sorted({row["ratio"] for row in self.rows if row["method"]})
 
     @property
-    def has_many_cells(self) -> bool:
-        """Whether there are so many cells that lines of single checkpoints would hide each other."""
-        return len(self.rows) > MOST_SINGLE_CELLS
+    def has_many_lines(self) -> bool:
+        """Whether there are so many cells that lines of single checkpoints would hide each other, or so many ratios
+        that some of these lines would look the same.
+        """
+        return len(self.rows) > MOST_SINGLE_CELLS or len(self.ratios) > len(DASHES)
 
     @cached_property
     def _cells(self) -> Mapping[str, list[Cell]]:

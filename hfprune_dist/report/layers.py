@@ -120,12 +120,12 @@ def _sizes(evidence: Evidence, pruned: Sequence[Pruned]) -> Chart:
         those = [it for it in pruned if it.model == model and kind in it.units]
         if those:
             layout = {"xaxis": axis("layer", **_whole(_depth(those, kind))), "yaxis": _counting(those, kind)}
-            many = evidence.has_many_cells
+            many = evidence.has_many_lines
             lines = _averaged(those, kind, keys) if many else _single(those, kind, keys, evidence.ratios)
             figures.append(Figure(f"{model}: {TITLES[kind]} kept", model, lines, layout))
     about = "What each layer of the dense model keeps; nothing where the layer went."
-    few = dashes_told(evidence.ratios, "ratio")
-    about += " The mean over ratios, within its range." if evidence.has_many_cells else few
+    over_ratios = " The mean over ratios, within its range."
+    about += over_ratios if evidence.has_many_lines else dashes_told(evidence.ratios, "ratio")
     return Chart("layers", "Widths and heads by layer", about, figures, list(keys.values()), NOTHING_PRUNED)
 
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from hfprune_dist.planning.plan import Plan
 from hfprune_dist.report import curves, layers
-from hfprune_dist.report.chart import GREY, SYMBOLS, Key, dashes_told, line, method_key
+from hfprune_dist.report.chart import DASHES, GREY, SYMBOLS, Key, dashes_told, line, method_key
 from hfprune_dist.report.layers import KeptUnits, _bits
 from hfprune_dist.report.legend import legend_entry
 from hfprune_dist.report.timeline import (
@@ -92,6 +92,20 @@ def test_many_methods_can_be_told_apart_by_colour_and_mark():
     traces = [line(key, [0, 1], [2, 3]) for key in keys]
     assert [trace["mode"] for trace in traces[5:7]] == ["lines", "lines+markers"]
     assert all(legend_entry(Key("m", GREY, symbol=symbol)).count("<path") == 2 for symbol in SYMBOLS)
+
+
+@pytest.mark.parametrize("number", range(1, 12))
+def test_no_two_ratios_of_a_method_look_alike(tmp_path, number):
+    """With too many of them for lines of their own, those of a method are one, within its range."""
+    sweep = DrawnSweep(tmp_path, methods=("hfprune",), ratios=tuple(it / 20 for it in range(1, number + 1)))
+    evidence = sweep.evidence()
+    charts = {it.id: it for it in (*curves.curve_charts(evidence), *layers.layer_charts(evidence))}
+    for chart in (charts["losses"], charts["layers"]):
+        (figure,) = chart.figures
+        pruned = [it for it in figure.data if it["legendgroup"] == "hfprune" and "fill" not in it]
+        assert len(pruned) == (number if number <= len(DASHES) else 1)
+        assert len({it["line"]["dash"] for it in pruned}) == len(pruned)
+        assert ("Lines by ratio" in chart.about) == (1 < number <= len(DASHES))
 
 
 def test_many_criteria_can_be_told_apart_by_colour_and_mark(tmp_path):
