@@ -1,7 +1,7 @@
-"""Settings that nothing reads, because of another one that does not say so itself.
+"""Settings that have no effect because of another setting.
 
-Switches do: nobody expects ``recovery.epochs`` to matter where ``recovery.method`` is none. Nor are sections told that
-are for other methods than a sweep's, since files of settings are shared between sweeps.
+Obvious cases (``recovery.epochs`` with ``recovery.method: none``) and sections for methods that the sweep doesn't have
+are not reported, since files of settings are shared between sweeps.
 """
 
 from __future__ import annotations
@@ -20,10 +20,12 @@ from hfprune_dist.planning.plan import NONE
 PARTS_OF_A_DATA_SET = ("name", "split", "revision")
 # The trackers that file runs under a project.
 WITH_PROJECTS = {"trackio", "wandb"}
+# What is said of settings that nothing reads, but that are part of fingerprints.
+CHANGES_NO_RESULT = "changes no result, although with another value stages run again"
 
 
 def idle_settings(config: SweepConfig, methods: Mapping[str, Method]) -> Iterator[str]:
-    """A sentence about each setting that changes nothing.
+    """A sentence about each setting that changes no result.
 
     Raises:
         UserError: if a text has no files.
@@ -74,16 +76,17 @@ def _of_a_text(key: str, text: TextSource) -> Iterator[str]:
     if not _is_given(text, "text_field"):
         return
     if key == "recovery":
-        yield f"{key}.text_field changes nothing: pairs are read from {key}.instruction_field and {key}.response_field"
+        fields = f"{key}.instruction_field and {key}.response_field"
+        yield f"{key}.text_field {CHANGES_NO_RESULT}: pairs are read from {fields}"
     elif text.path is not None and is_plain_text(Path(text.path)):
-        yield f"{key}.text_field changes nothing: {text.path} is plain text, without fields"
+        yield f"{key}.text_field {CHANGES_NO_RESULT}: {text.path} is plain text, without fields"
 
 
 def _of_training(config: SweepConfig, methods: Mapping[str, Method]) -> Iterator[str]:
     recovery, runtime = config.recovery, config.runtime
     recovers = _trains_on_pairs(config, methods)
     if recovers and recovery.max_steps is not None and _is_given(recovery, "epochs"):
-        yield "recovery.epochs changes nothing beside recovery.max_steps"
+        yield f"recovery.epochs {CHANGES_NO_RESULT}: recovery.max_steps overrides it"
     if runtime.report_to and not recovers and not any(method.distill for method in methods.values()):
         yield "runtime.report_to changes nothing: no stage of the sweep trains"
     elif _is_given(runtime, "tracking_project") and not WITH_PROJECTS & set(runtime.report_to):

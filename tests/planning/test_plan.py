@@ -18,9 +18,11 @@ from hfprune_dist.core.criteria import CRITERIA
 from hfprune_dist.errors import UserError
 from hfprune_dist.planning.build_plan import build_plan
 from hfprune_dist.planning.earlier_passes import with_earlier_passes
+from hfprune_dist.planning.idle_settings import CHANGES_NO_RESULT
 from hfprune_dist.planning.methods import resolve_methods
 from hfprune_dist.planning.model_sources import read_alias, resolve_models, shipped_aliases
 from hfprune_dist.planning.plan import Plan
+from hfprune_dist.planning.remarks import remarks_on_settings
 from hfprune_dist.store.hashing import FileHashes
 
 METHODS = Path(__file__).resolve().parents[2] / "configs" / "methods"
@@ -38,8 +40,8 @@ def world(tmp_path_factory):
     return folder
 
 
-def plan_of(world, *, criteria=None, own=None, device="", **overrides):
-    """Return the plan of a sweep, with methods of its own, one for each of some criteria, or its configuration's."""
+def config_of(world, overrides):
+    """Return the configuration of a sweep; dots in keys are written as ``__``."""
     base = {
         "models": ["a", "b"],
         "ratios": [0.1, 0.2],
@@ -50,8 +52,12 @@ def plan_of(world, *, criteria=None, own=None, device="", **overrides):
         "recovery.path": str(world / "pairs.jsonl"),
         "evaluation.fidelity.path": str(world / "held.jsonl"),
     }
-    config = load_config([], base | {key.replace("__", "."): value for key, value in overrides.items()})
-    hashes = FileHashes(None)
+    return load_config([], base | {key.replace("__", "."): value for key, value in overrides.items()})
+
+
+def plan_of(world, *, criteria=None, own=None, device="", **overrides):
+    """Return the plan of a sweep, with methods of its own, one for each of some criteria, or its configuration's."""
+    config, hashes = config_of(world, overrides), FileHashes(None)
     models = resolve_models(config, world / "none", hashes, download=False)
     own = own or {name: Method(criterion=name) for name in criteria or ()}
     return build_plan(config, models, own or resolve_methods(config, METHODS), hashes, device)
@@ -789,3 +795,31 @@ def test_all_steps_of_a_method_find_theirs(world):
     found = with_earlier_passes(narrow, wide, {*wide.stages}.__contains__)
     assert len(passes(found)) == 2 and set(passes(found)) <= set(passes(wide))
     assert [it.id for it in stages_of(found, "prune")] == [it.id for it in stages_of(narrow, "prune")]
+
+
+@pytest.mark.parametrize(
+    "idle",
+    [
+        {"recovery__text_field": "output"},
+        {"recovery__max_steps": 4, "recovery__epochs": 1.0},
+        {"calibration__path": "plain.txt", "calibration__text_field": "content"},
+        {"evaluation__fidelity__path": "plain.txt", "evaluation__fidelity__text_field": "content"},
+        {"calibration__split": "test"},
+        {"recovery__revision": "abc"},
+        {"prune__tensor_parallel": 2, "methods": ["hfprune"]},
+        {"prune__floor": 0.1, "methods": ["hfprune"]},
+        {"methods": ["loraprune"], "ratios": [0.1], "calibration__samples": 8},
+        {"runtime__report_to": ["wandb"], "recovery__method": "none"},
+    ],
+)
+def test_a_setting_that_changes_nothing_makes_no_stage_run_again(world, idle):
+    """Some change no result and are part of fingerprints nevertheless, which is said."""
+    (world / "plain.txt").write_text("Some words of no structure. " * 100)
+    given = {key: str(world / it) if key.endswith("path") else it for key, it in idle.items()}
+    name = next(it for it in reversed(given) if it not in ("methods", "recovery__method"))
+    without = {key: it for key, it in given.items() if key != name}
+    plans = [plan_of(world, models=["a"], **it) for it in (without, given)]
+    config = config_of(world, given)
+    (told,) = remarks_on_settings(config, resolve_methods(config, METHODS))
+    is_same = plans[0].stages.keys() == plans[1].stages.keys()
+    assert (" changes nothing" in told, CHANGES_NO_RESULT in told) == (is_same, not is_same)

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from hfprune_dist.config.load import load_config
+from hfprune_dist.planning.idle_settings import CHANGES_NO_RESULT
 from hfprune_dist.planning.methods import resolve_methods
 from hfprune_dist.planning.remarks import remarks_on_settings
 
@@ -47,13 +48,13 @@ PAIRS = "pairs are read from recovery.instruction_field and recovery.response_fi
 @pytest.mark.parametrize(
     ("settings", "told"),
     [
-        ({"recovery.text_field": "output"}, [f"recovery.text_field changes nothing: {PAIRS}"]),
+        ({"recovery.text_field": "output"}, [f"recovery.text_field {CHANGES_NO_RESULT}: {PAIRS}"]),
         ({"recovery.text_field": "response", "recovery.response_field": "output"}, []),
         ({"recovery.method": "none", "recovery.text_field": "output"}, []),
         ({"recovery.split": "test", "calibration.revision": "abc", "evaluation.fidelity.name": "de"}, []),
         (
             {"recovery.max_steps": 8, "recovery.epochs": 1.0},
-            ["recovery.epochs changes nothing beside recovery.max_steps"],
+            [f"recovery.epochs {CHANGES_NO_RESULT}: recovery.max_steps overrides it"],
         ),
         ({"recovery.max_steps": 8, "recovery.epochs": 2.0}, []),  # a sweep's folder states all defaults
         ({"recovery.method": "none", "runtime.report_to": ["wandb"]}, ["runtime.report_to changes nothing: no stage"]),
@@ -103,7 +104,7 @@ def test_plain_text_has_no_fields(tmp_path, name, is_plain):
     for file in ("a.txt", "a.md.gz", "a.jsonl"):
         (tmp_path / file).write_text("")
     path = str(tmp_path / name)
-    told = [f"calibration.text_field changes nothing: {path} is plain text, without fields"] if is_plain else []
+    told = [f"calibration.text_field {CHANGES_NO_RESULT}: {path} is plain text, without fields"] if is_plain else []
     assert remarks({"calibration": {"path": path, "text_field": "content"}}) == told
 
 
