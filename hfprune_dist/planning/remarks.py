@@ -1,4 +1,4 @@
-"""What is told of settings that are allowed, and do less, or show more, than they say."""
+"""Warnings about settings that are valid but probably not what the user meant."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ from hfprune_dist.config.method import Method
 from hfprune_dist.config.schema import SweepConfig
 from hfprune_dist.config.section import TextSource
 from hfprune_dist.config.training import DistillationConfig, RecoveryConfig
+from hfprune_dist.core.criteria import CRITERIA
 from hfprune_dist.planning.idle_settings import idle_settings, texts_read
 from hfprune_dist.planning.plan import NONE
+from hfprune_dist.planning.rounds import round_ratios
 
 
 def remarks_on_settings(config: SweepConfig, methods: Mapping[str, Method]) -> list[str]:
@@ -22,7 +24,8 @@ def remarks_on_settings(config: SweepConfig, methods: Mapping[str, Method]) -> l
     texts = texts_read(config, methods)
     distills = any(method.distill for method in methods.values())
     idle_rows = _idle_rows(config.distillation) if distills else []
-    return [*idle_settings(config, methods), *_seen_before(texts), *_only_warm_up(config.recovery), *idle_rows]
+    of_calibration = [*_seen_before(texts), *_rounds_on_all_samples(config, methods)]
+    return [*idle_settings(config, methods), *of_calibration, *_only_warm_up(config.recovery), *idle_rows]
 
 
 def _seen_before(texts: Mapping[str, TextSource]) -> Iterator[str]:
@@ -43,6 +46,19 @@ def _overlap(one: TextSource, other: TextSource) -> bool:
         return all(getattr(one, part) == getattr(other, part) for part in parts)
     first, second = Path(one.path).resolve(), Path(other.path).resolve()
     return first == second or first.parent == second or second.parent == first
+
+
+def _rounds_on_all_samples(config: SweepConfig, methods: Mapping[str, Method]) -> Iterator[str]:
+    """Methods for whose later rounds calibration can't end early: the criteria of others don't score these."""
+    if config.calibration.settled is None:
+        return
+    for name, method in methods.items():
+        has_rounds = any(len(round_ratios(method, ratio)) > 1 for ratio in config.ratios)
+        if has_rounds and not any(CRITERIA[it].has_halves for it in method.scored_before):
+            yield (
+                f"calibration.settled has no effect in later rounds of {name}, which use all samples: "
+                f"{method.scored_by} alone can't show when what is kept has settled"
+            )
 
 
 def _only_warm_up(recovery: RecoveryConfig) -> list[str]:

@@ -169,3 +169,19 @@ def test_rows_of_distillation_beyond_a_step_are_told(method, batch_size, at_once
     told = remarks({"methods": [method], **sizes})
     is_told = method == "surgeon-distilled" and at_once != "auto" and at_once > batch_size
     assert any(it.startswith(f"distillation.micro_batch_size is {at_once} and") for it in told) == is_told
+
+
+@pytest.mark.parametrize(
+    ("methods", "settings", "told"),
+    [
+        (["llm-pruner"], {"prune.steps": 2}, ["llm-pruner"]),
+        (["llm-pruner", "flap", "hfprune"], {"prune.round_ratio": 0.1}, ["llm-pruner", "flap"]),
+        (["llm-pruner"], {"prune.round_ratio": 0.3}, []),  # a single round
+        (["llm-pruner"], {"prune.steps": 2, "calibration.settled": None}, []),
+        (["llm-pruner", "hfprune"], {}, []),
+        (["hfprune", "surgeon-plain", "loraprune"], {}, []),
+    ],
+)
+def test_rounds_that_use_all_samples_whatever_has_settled_are_told(methods, settings, told):
+    asked = {"methods": methods, "calibration.settled": 0.9, "importance.criteria": ["entropy"], **settings}
+    assert [it.split(" ")[8].strip(",") for it in remarks(asked) if it.startswith("calibration.settled")] == told
