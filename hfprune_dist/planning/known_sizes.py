@@ -87,7 +87,7 @@ def _pairs_of_files(place: Path) -> tuple[int, int] | None:
     """Number of records in files with one per line, estimated from their beginnings, and tokens per record."""
     try:
         files = files_of(place)
-        if any(file.suffix not in LINES for file in files):
+        if any(file.suffix.lower() not in LINES for file in files):
             return None
         beginnings = [_beginning(file) for file in files]
         size, lines, read = sum(it.stat().st_size for it in files), *_sums(beginnings)

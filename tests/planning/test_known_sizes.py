@@ -48,6 +48,13 @@ def test_pairs_that_nobody_can_count_are_unknown_until_samples_are_set(tmp_path)
         assert packed_rows(RecoveryConfig(**place, samples=1024)) == TOKENS_OF_A_PAIR
 
 
+@pytest.mark.parametrize("suffix", [".JSONL", ".Ndjson", ".Csv", ".TSV"])
+def test_pairs_are_counted_however_an_extension_is_written(tmp_path, suffix):
+    for name in (f"a{suffix}", f"b{suffix.lower()}"):
+        (tmp_path / name).write_text("some, pair\n" * 8)
+        assert packed_rows(RecoveryConfig(path=str(tmp_path / name), sequence_length=8)) == 8
+
+
 @pytest.mark.parametrize("files", [1, 3])
 @given(lengths=st.lists(st.integers(1, 200), min_size=1, max_size=30))
 def test_pairs_of_files_are_counted(tmp_path_factory, files, lengths):
