@@ -72,7 +72,8 @@ class RecoveryConfig(TextSource, LoraTraining):
     text_field: str = "response"
     """Without effect: pairs are read from instruction_field and response_field."""
     samples: Positive | None = None
-    """Use only this many instruction pairs, the first ones; null uses all of them."""
+    """Use only this many instruction pairs: the first of a file, or of a data set once ``seed`` has shuffled it; null
+    uses all of them."""
     sequence_length: Length = 1024
     """Pairs are packed into rows of this many tokens; attention does not cross pairs."""
     epochs: Annotated[float, Field(gt=0, lt=2**31)] = 2.0

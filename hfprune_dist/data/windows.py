@@ -46,7 +46,7 @@ class Sampling:
     Attributes:
         samples: number of windows.
         sequence_length: tokens per window, a BOS token included.
-        seed: determines the order of a local file's documents, and where each window begins.
+        seed: determines the order of documents, and where each window begins.
         add_bos_token: whether every window begins with BOS, if the tokenizer has one.
     """
 
