@@ -17,8 +17,8 @@ from hfprune_dist.results.formats import (
     duration,
     flop_count,
     hours,
+    latency,
     measured,
-    milliseconds,
     number,
     percent,
     percent_measured,
@@ -81,8 +81,8 @@ def _efficiency(rows: Sequence[Row]) -> Columns:
         return []
     return [
         Column("speeds", _speeds),
-        Column("tokens/s", lambda row: number(row["decode_tokens_per_s"], ".4g")),
-        Column("first token", lambda row: milliseconds(row["time_to_first_token_s"])),
+        Column("tokens/s", lambda row: count(row["decode_tokens_per_s"])),
+        Column("first token", lambda row: latency(row["time_to_first_token_s"])),
         Column("generating", lambda row: byte_count(row["generation_memory_bytes"])),
         Column("FLOPs/token", lambda row: count(row["flops_per_token"])),
         Column("cache/token", lambda row: byte_count(row["cache_bytes_per_token"])),

@@ -65,14 +65,16 @@ def duration(seconds: float | None) -> str:
     return "-" if seconds is None else _short(seconds, _SECONDS, 99.5)
 
 
-def milliseconds(seconds: float | None) -> str:
-    """A time of up to a few seconds, as milliseconds in three digits."""
-    return "-" if seconds is None else f"{1000 * seconds:.3g}ms"
+def latency(seconds: float | None) -> str:
+    """A time of usually less than some seconds, in three digits; from minutes on as ``duration``."""
+    if seconds is None or seconds >= 99.95:
+        return duration(seconds)
+    return f"{1000 * seconds:.3g}ms" if seconds < 0.9995 else f"{seconds:.3g}s"
 
 
 def _short(value: float, units: Mapping[str, int], limit: float) -> str:
     amount, unit = _scaled(value, units, limit)
-    return f"{amount:.{0 if units[unit] == 1 or amount >= 10 else 1}f}{unit}"
+    return f"{amount:.{0 if units[unit] == 1 or amount >= 9.95 else 1}f}{unit}"
 
 
 def _scaled(value: float, units: Mapping[str, int], limit: float) -> tuple[float, str]:
