@@ -1,12 +1,13 @@
 """Expected manifests of stages that have not run yet, as far as the plan decides their metrics.
 
 Where a measurement decides a shape, the first of the competing shapes is assumed, which has as many parameters as the
-others; where scores decide, every layer is assumed to lose the same share.
+others; where scores decide, every layer is assumed to lose the same share of its units.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from hfprune_dist.checkpoints.checkpoint import Checkpoint
@@ -31,6 +32,7 @@ from hfprune_dist.planning.whole_expert_shapes import mixture_target
 from hfprune_dist.planning.widths import Target, size_of
 from hfprune_dist.store.stage import Stage
 from hfprune_dist.structures import KV_GROUPS, LAYERS, NEURONS
+from hfprune_dist.structures.kept import Shape
 
 # core.width_search: shapes measured around two centres, two on each of four axes, plus the first and the last.
 SEARCHED = 2 * 2 * 4 + 2
@@ -73,7 +75,8 @@ class ExpectedManifests:
             case RecoverParameters(recovery=recovery):
                 return _trained(recovery)
             case LoraPruneParameters(recovery=recovery) as params:
-                return _locally(self.dense(stage), params, stage.label) | (_trained(recovery) or {})
+                sizes = _sizes(self.dense(stage), _kinds_of(self._local(stage, params), params))
+                return sizes | (_trained(recovery) or {})
         return None
 
     def _cut(self, stage: Stage, params: PruneParameters) -> dict[str, Any]:
@@ -91,12 +94,15 @@ class ExpectedManifests:
             return dense.units.sizes([width] * size.num_layers)
         if params.allocation == "low_rank":
             return _low_rank(dense, params, stage.label)
-        gone = params.ratio * size.parameters / size.parameters_per_unit / sum(size.counts)
-        metrics = dense.units.sizes([max(1, round(count * (1 - gone))) for count in size.counts])
+        if params.allocation == "local":
+            return _sizes(dense, _kinds_of(self._local(stage, params), params))
+        metrics = _alike(dense, params)
         return metrics | (self._searched(stage, params) if params.allocation == "searched" else {})
 
     def _searched(self, stage: Stage, params: PruneParameters) -> dict[str, Any]:
-        """Metrics of a layer-by-layer search, assuming that the last layers are dropped first, and none by a round."""
+        """Metrics of a layer-by-layer search, assuming that the last layers go first, and that earlier rounds removed
+        no layers.
+        """
         shapes: list[str] = [f"shape {number}" for number in range(SEARCHED)]
         if LAYERS not in params.structures:
             return {"search_kl": dict.fromkeys(shapes)}
@@ -116,6 +122,13 @@ class ExpectedManifests:
             "search_kl": dict.fromkeys([*contests, *shapes]),
             "finalists_kl": dict.fromkeys(contests[:FINALISTS] if params.refit != "none" else []),
         }
+
+    def _local(self, stage: Stage, params: PruneParameters | LoraPruneParameters) -> Shape:
+        """The local shape of a stage, which the ratio and earlier rounds decide."""
+        target = LocalTarget.of(self.dense(stage), params, stage.label)
+        if "dense" not in stage.inputs:
+            return target.shape()
+        return replace(target, before=self._local(*self._earlier(stage))).shape()
 
     def _earlier(self, stage: Stage) -> tuple[Stage, PruneParameters]:
         """The round before a stage, and its parameters."""
@@ -148,10 +161,23 @@ def _trained(recovery: RecoveryConfig) -> dict[str, Any] | None:
     return {"rows": known, "steps": recovery.steps(-(-known // recovery.batch_size))}
 
 
-def _locally(dense: Checkpoint, params: LoraPruneParameters, where: str) -> dict[str, Any]:
-    """Sizes of a local shape, which the ratio alone decides."""
-    shape = LocalTarget.of(dense, params, where).shape()
-    return _sizes(dense, {kind: shape.units[kind] for kind in params.structures})
+def _kinds_of(shape: Shape, params: PruneParameters | LoraPruneParameters) -> dict[str, Sequence[int]]:
+    """Numbers of those units of a shape that a stage may remove."""
+    return {kind: shape.units[kind] for kind in params.structures}
+
+
+def _alike(dense: Checkpoint, params: PruneParameters) -> dict[str, Any]:
+    """Sizes of layers that all lose the same share of their units; neurons make up for the rounding of KV groups."""
+    counts = dense.parameter_counts
+    left = params.ratio * counts.total
+    sizes: dict[str, list[int]] = {}
+    kinds = [kind for kind in (KV_GROUPS, NEURONS) if kind in params.structures]
+    for number, kind in enumerate(kinds):
+        units = dense.structures[kind]
+        share = left / sum(counts.units[it] * sum(dense.structures[it].counts) for it in kinds[number:])
+        sizes[kind] = [max(1, round(count * (1 - share))) for count in units.counts]
+        left -= counts.units[kind] * (sum(units.counts) - sum(sizes[kind]))
+    return _sizes(dense, sizes)
 
 
 def _sizes(dense: Checkpoint, counts: Mapping[str, Sequence[int]]) -> dict[str, Any]:

@@ -43,6 +43,24 @@ def test_every_method_comes_to_a_shape_of_the_ratio_and_to_known_work(model, met
             assert stage.params.ratio - 1e-3 < (body - gone) / whole < stage.params.ratio + 0.02
 
 
+COMPETING = ["flap", "llm-pruner", "surgeon-any-shape", "wanda-sp"]
+
+
+@pytest.mark.parametrize(("method", "ratio"), [*((it, 0.7) for it in COMPETING), ("flap", 0.02), ("llm-pruner", 0.5)])
+def test_heads_go_with_neurons_however_much_goes(model, method, ratio):
+    """MLPs are 64 % of the model, so that neurons alone could not make up a ratio of 0.7."""
+    bounds = {"prune__floor": 0.0, "prune__protect_first": 0, "prune__protect_last": 0}
+    _, plan = published_plan([model], [method], GPUS, ratios=[ratio], **bounds)
+    expected = ExpectedManifests(plan, checkpointing=False)
+    (cut,) = (stage for stage in plan.stages.values() if isinstance(stage.params, PruneParameters))
+    shape = ModelShape.of(model.checkpoint)
+    kept = shape.pruned(expected.of(cut.id)["metrics"])
+    removed = shape.mean(lambda dims: dims.body_parameters) - kept.mean(lambda dims: dims.body_parameters)
+    assert removed / model.checkpoint.parameters == pytest.approx(ratio, abs=0.005)
+    share = 1 - sum(dims.num_key_value_heads for dims in kept.layers) / (32 * 32)
+    assert share == pytest.approx(ratio, abs=0.05)
+
+
 def test_refits_of_norms_add_known_work(model):
     def work(**settings):
         _, plan = published_plan([model], ["surgeon-uniform-block"], GPUS, ratios=[0.3], **settings)
