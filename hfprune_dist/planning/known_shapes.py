@@ -71,7 +71,7 @@ def known_shape(checkpoint: Checkpoint, ratio: float, method: Method, where: str
         where: the model and the method, for messages.
 
     Raises:
-        UserError: if the method can't reach the ratio.
+        UserError: if the method can't reach the ratio, unless scores or a search decide the shape.
     """
     method = with_numbers(method, checkpoint, ratio, where)
     known = _known_shape(checkpoint, ratio, method, where)

@@ -13,7 +13,7 @@ from hfprune_dist.checkpoints.checkpoint import Checkpoint
 from hfprune_dist.checkpoints.pruned_config import plain_group_counts
 from hfprune_dist.config.parameters import LoraPruneParameters, PruneParameters
 from hfprune_dist.planning.shape_target import ShapeTarget
-from hfprune_dist.planning.widths import closest_multiple
+from hfprune_dist.planning.widths import OutOfReachError, closest_multiple
 from hfprune_dist.structures import KV_GROUPS, NEURONS
 from hfprune_dist.structures.kept import Shape
 from hfprune_dist.structures.units import Units
@@ -150,7 +150,7 @@ class LocalTarget:
             units[of_kind.kind] = tuple(pruned.get(layer, of_kind.counts[layer]) for layer in layers)
         return Shape(tuple(layers), units)
 
-    def _out_of_reach(self, largest: float) -> Exception:
+    def _out_of_reach(self, largest: float) -> OutOfReachError:
         wider = LocalTarget(self.asked.with_all_structures, self.protect_first, self.protect_last)
         protects = self.protect_first + self.protect_last > 0
         limits = " with the layers that prune.protect_first and protect_last set aside" if protects else ""
