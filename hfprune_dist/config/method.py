@@ -169,6 +169,11 @@ class Method(Section):
         return self.allocation in ("local", "global", "standardized", "searched")
 
     @property
+    def split(self) -> int:
+        """The number of devices that numbers of units are divisible by: ``tensor_parallel`` where it has an effect."""
+        return self.tensor_parallel if KV_GROUPS in self.structures else 1
+
+    @property
     def without_effect(self) -> set[str]:
         """Names of settings that have no effect, given the others."""
         idle = set() if self.can_protect else {"floor", "protect_first", "protect_last"}

@@ -49,7 +49,7 @@ from hfprune_dist.planning.user_files import own_tasks
 from hfprune_dist.store.hashing import FileHashes
 from hfprune_dist.store.provenance import package_versions
 from hfprune_dist.store.stage import Input, Stage
-from hfprune_dist.structures import KV_GROUPS, NEURONS, kinds_among
+from hfprune_dist.structures import NEURONS, kinds_among
 
 
 def build_plan(
@@ -184,7 +184,7 @@ class _Planner:
             ratio=ratio,
             structures=kinds_among(method.structures),
             multiple_of=multiple_of,
-            tensor_parallel=method.tensor_parallel if KV_GROUPS in method.structures else 1,
+            tensor_parallel=method.split,
             protect_first=first,
             protect_last=last,
             adapted=variant.adapted,

@@ -27,7 +27,7 @@ class ShapeTarget:
         structures: what may be removed.
         multiple_of: widths of layers that lose neurons are multiples of it.
         where: the model and the method, for messages.
-        tensor_parallel: numbers of KV groups are divisible by it, if groups may be removed.
+        tensor_parallel: numbers of KV groups are divisible by it; 1 if no groups may be removed.
         possible: everything that the method's allocation could remove, if its ``structures`` said so.
     """
 
@@ -117,10 +117,9 @@ class ShapeTarget:
 
     def removes_nothing(self) -> NoShapeError:
         """The error for a ratio that is so small that nothing is removed after rounding."""
-        split = self.tensor_parallel if KV_GROUPS in self.structures else 1
         return NoShapeError(
             f"{self.where}: ratio {self.ratio:g} removes nothing once units are rounded{self.rounding}; use a larger "
-            f"ratio{or_a_smaller(self.multiple_of, split)}",
+            f"ratio{or_a_smaller(self.multiple_of, self.tensor_parallel)}",
             self.ratio,
         )
 

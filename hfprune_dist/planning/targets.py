@@ -8,7 +8,6 @@ from hfprune_dist.checkpoints.checkpoint import Checkpoint
 from hfprune_dist.config.method import Method, structures_possible
 from hfprune_dist.planning.budget import Limits
 from hfprune_dist.planning.shape_target import ShapeTarget
-from hfprune_dist.structures import KV_GROUPS
 
 
 def protected_by(method: Method) -> tuple[int, int]:
@@ -20,7 +19,7 @@ def protected_by(method: Method) -> tuple[int, int]:
 
 def divisible(multiple_of: int, method: Method) -> int:
     """The least multiple of ``multiple_of`` that ``tensor_parallel`` divides, where it has an effect."""
-    return math.lcm(multiple_of, method.tensor_parallel if KV_GROUPS in method.structures else 1)
+    return math.lcm(multiple_of, method.split)
 
 
 def limits_of(method: Method) -> Limits:
@@ -32,4 +31,4 @@ def target_of(method: Method, checkpoint: Checkpoint, ratio: float, where: str) 
     """The target of a method whose ``multiple_of`` is a number."""
     assert isinstance(method.multiple_of, int), "planned with a number"
     structures, possible = tuple(method.structures), structures_possible(method.allocation)
-    return ShapeTarget(checkpoint, ratio, structures, method.multiple_of, where, method.tensor_parallel, possible)
+    return ShapeTarget(checkpoint, ratio, structures, method.multiple_of, where, method.split, possible)

@@ -137,6 +137,26 @@ def test_a_round_that_comes_to_no_shape_is_not_mistaken_for_the_ratio(allocation
         check_ratios(blank(**SMOLLM2), [ratio], method, "m")
 
 
+@pytest.mark.parametrize("split", [2, 3, 4])
+@pytest.mark.parametrize("ratio", [0.0, 0.95])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        *({"allocation": it} for it in ("uniform", "local", "global", "standardized", "searched")),
+        *({"allocation": it, "structures": ["neurons", "layers"]} for it in ("plain", "searched")),
+        {"criterion": "lorap", "allocation": "low_rank"},
+    ],
+)
+def test_a_split_without_an_effect_is_in_no_message(settings, ratio, split):
+    """SMOLLM2 has three KV groups, which most of these numbers of devices don't divide."""
+    checkpoint, told = blank(**SMOLLM2), []
+    for method in (Method(**PLAIN | settings), Method(**PLAIN | settings, tensor_parallel=split)):
+        with pytest.raises(UserError) as error:
+            check_ratios(checkpoint, [ratio], method, "m by it")
+        told.append(str(error.value))
+    assert told[0] == told[1] and "tensor_parallel" not in told[0]
+
+
 @pytest.mark.parametrize(("multiple_of", "split", "helps"), [(1, 1, False), (64, 1, True), (1, 3, False), (2, 3, True)])
 @pytest.mark.parametrize(
     ("allocation", "structures"), [("uniform", ALL[:1]), ("local", ALL[:2]), ("global", ALL[:2]), ("searched", ALL)]
