@@ -37,8 +37,6 @@ from hfprune_dist.planning.timing import Seconds, network_seconds, precise_secon
 from hfprune_dist.store.stage import Stage
 from hfprune_dist.structures import KV_GROUPS
 
-# Bytes on disk per parameter of a checkpoint.
-ON_DISK = 2
 # Bytes of a number in exact sums of Gram matrices; in all such sums together, over windows that are fitted and held
 # out, each reduced and then sent to all ranks; and in products with these matrices, which one rank sends to the others.
 SUM_BYTES, ALL_SUMS_BYTES, ALL_PRODUCTS_BYTES = 8, 2 * 2 * 8, 2 * 8
@@ -283,7 +281,7 @@ class StageTimes:
 
     def _on_disk(self, stage: Stage) -> float:
         """Bytes of the checkpoint that a stage reads, as if it were dense."""
-        return ON_DISK * self._expected.dense(stage).parameters
+        return self._expected.dense(stage).bytes_on_disk
 
 
 def _unknown_of(stage: Stage) -> str:

@@ -11,6 +11,7 @@ from published import published_model, published_plan
 
 from hfprune_dist.planning.dimensions import dimensions_of
 from hfprune_dist.planning.evaluation_footprint import Evaluate
+from hfprune_dist.planning.expected_metrics import ExpectedManifests
 from hfprune_dist.planning.footprint import Train
 from hfprune_dist.planning.gpu_needs import Gpus
 from hfprune_dist.planning.importance_job import importance_job
@@ -57,7 +58,7 @@ def test_a_recovery_is_its_steps_on_the_rank_with_most_rows(model, steps, rows, 
     rounds = -(-batch_size // (rows * ranks))
     training = steps * rounds * seconds(job, dims, placed).longest
     gradients = steps * GRADIENT_BYTES * job.lora_parameters(dims) * (ranks - 1) / ranks / (NETWORK * gpus.link)
-    disk = 2 * 2 * model.checkpoint.parameters * (1 / DISK + 1 / HASHING)
+    disk = 2 * model.checkpoint.bytes_on_disk * (1 / DISK + 1 / HASHING)
     assert took.seconds == pytest.approx(START_S + disk + training + gradients)
     assert (took.gpus, took.gpu_hours) == (ranks, pytest.approx(ranks * took.hours))
 
@@ -160,3 +161,12 @@ def test_copies_lengthen_the_passes_of_a_refit_and_send_no_more(model):
         loads.append(load)
     assert loads[0].exchanged == pytest.approx(loads[1].exchanged) != 0
     assert loads[1].overlapping.longest > 8 * loads[0].overlapping.longest
+
+
+@pytest.mark.parametrize("itemsize", [1, 2, 4])
+def test_a_checkpoint_is_read_and_written_in_the_bytes_that_it_has(model, monkeypatch, itemsize):
+    _, plan = published_plan([model], ["hfprune"], GPUS)
+    dense = replace(model.checkpoint, bytes_on_disk=itemsize * model.checkpoint.parameters)
+    monkeypatch.setattr(ExpectedManifests, "dense", lambda *_: dense)
+    took = StageTimes(plan, checkpointing=False).of(first(plan, "prune"), None, None, None).seconds
+    assert took == pytest.approx(START_S + 2 * dense.bytes_on_disk * (1 / DISK + 1 / HASHING))
