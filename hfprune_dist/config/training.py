@@ -127,6 +127,11 @@ class RecoveryConfig(TextSource, LoraTraining):
         )
 
 
+def steps_per_epoch(rows: int, batch_size: int) -> int:
+    """Number of optimizer steps that an epoch is cut into."""
+    return -(-rows // batch_size)
+
+
 def _divisors_of_quotient(number: int, divisor: int) -> list[int]:
     """The numbers whose product with ``divisor`` divides ``number``, ascending."""
     if number % divisor:

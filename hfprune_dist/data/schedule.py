@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from hfprune_dist.config.training import steps_per_epoch
+
 IGNORED = -100  # the label that transformers leaves out of the loss
 
 # Number of a row -> the tensors that training needs: int64 ``input_ids`` and ``labels`` [sequence_length], and more.
@@ -32,7 +34,7 @@ class Schedule:
 
     @property
     def steps_per_epoch(self) -> int:
-        return -(-self.rows // self.batch_size)
+        return steps_per_epoch(self.rows, self.batch_size)
 
     @property
     def largest_step(self) -> int:

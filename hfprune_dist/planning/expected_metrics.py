@@ -19,7 +19,7 @@ from hfprune_dist.config.parameters import (
     RecoverParameters,
     ReferenceParameters,
 )
-from hfprune_dist.config.training import RecoveryConfig
+from hfprune_dist.config.training import RecoveryConfig, steps_per_epoch
 from hfprune_dist.planning.budget import budget_of
 from hfprune_dist.planning.known_sizes import packed_rows
 from hfprune_dist.planning.local_shapes import LocalTarget
@@ -157,8 +157,7 @@ def _trained(recovery: RecoveryConfig) -> dict[str, Any] | None:
     if rows is None and recovery.max_steps is None:
         return None
     known = rows or recovery.batch_size
-    # An epoch is cut into steps as by data.schedule.Schedule, which imports torch.
-    return {"rows": known, "steps": recovery.steps(-(-known // recovery.batch_size))}
+    return {"rows": known, "steps": recovery.steps(steps_per_epoch(known, recovery.batch_size))}
 
 
 def _kinds_of(shape: Shape, params: PruneParameters | LoraPruneParameters) -> dict[str, Sequence[int]]:

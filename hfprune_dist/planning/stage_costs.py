@@ -21,6 +21,7 @@ from hfprune_dist.config.parameters import (
     RecoverParameters,
     ReferenceParameters,
 )
+from hfprune_dist.config.training import steps_per_epoch
 from hfprune_dist.core.criteria import CRITERIA
 from hfprune_dist.errors import UserError
 from hfprune_dist.planning.footprint import Train
@@ -236,9 +237,9 @@ class _UnknownError(LookupError):
 
 def rows_trained(rows: int, batch_size: int, steps: int) -> int:
     """Rows that ``steps`` optimizer steps see, with epochs cut into steps as by ``data.schedule.Schedule``."""
-    steps_per_epoch = -(-rows // batch_size)
-    epochs, part = divmod(steps, steps_per_epoch)
-    return epochs * rows + rows * part // steps_per_epoch
+    of_an_epoch = steps_per_epoch(rows, batch_size)
+    epochs, part = divmod(steps, of_an_epoch)
+    return epochs * rows + rows * part // of_an_epoch
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from hfprune_dist.config.parameters import (
     RecoverParameters,
     ReferenceParameters,
 )
+from hfprune_dist.config.training import steps_per_epoch
 from hfprune_dist.core.triangle import packed_size
 from hfprune_dist.planning.evaluation_footprint import Evaluate
 from hfprune_dist.planning.expected_metrics import ExpectedManifests
@@ -225,8 +226,7 @@ class StageTimes:
                 batch_size, steps = recovery.batch_size, expected["metrics"]["steps"]
             case DistillParameters(distillation=distillation, passes=passes):
                 rows = _ceil(expected["metrics"]["tokens"], job.tokens)
-                # A pass is cut into steps as by data.schedule.Schedule, which imports torch.
-                each = _ceil(rows, distillation.batch_size)
+                each = steps_per_epoch(rows, distillation.batch_size)
                 batch_size, steps = _ceil(rows, each), passes * each
             case _:
                 raise AssertionError(stage.kind)
