@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from hfprune_dist.planning.plan import NONE
 from hfprune_dist.results.column import Column, markdown
 from hfprune_dist.results.formats import byte_count, duration, measured, number
+from hfprune_dist.results.known import all_or_none
 from hfprune_dist.results.markdown import escaped
 from hfprune_dist.results.rows import Row
 
@@ -86,8 +87,8 @@ def _comparison(
         ratio,
         method,
         recovery,
-        {name: _spread_of_known([row[name] for row in rows]) for name in MEASURES},
-        _spread_of_known(shares) if shares else None,
+        {name: _spread_of_all([row[name] for row in rows]) for name in MEASURES},
+        _spread_of_all(shares) if shares else None,
         len(rows),
         len(shares),
         statistics.fmean(times) if times else None,
@@ -99,9 +100,10 @@ def _share(kl: float | None, reference: float | None) -> float | None:
     return kl / reference if kl is not None and reference else None
 
 
-def _spread_of_known(values: Sequence[float | None]) -> Spread | None:
-    known = [value for value in values if value is not None and math.isfinite(value)]
-    return spread(known) if len(known) == len(values) else None
+def _spread_of_all(values: Sequence[float | None]) -> Spread | None:
+    """The spread of the values; None if one of them isn't a number."""
+    known = all_or_none(values)
+    return spread(known) if known is not None and all(map(math.isfinite, known)) else None
 
 
 def spread(values: Iterable[float]) -> Spread:

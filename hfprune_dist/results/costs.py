@@ -8,6 +8,7 @@ from typing import Any
 
 from hfprune_dist.planning.plan import Cell, Plan
 from hfprune_dist.planning.stage_costs import StageCosts
+from hfprune_dist.results.known import sum_or_none
 from hfprune_dist.store.artifacts import Manifest
 from hfprune_dist.store.attempt import Attempt, AttemptsOf
 from hfprune_dist.store.stage import kind_of
@@ -69,9 +70,7 @@ class CostTable:
 
     def _sum(self, stage_ids: Iterable[str], measure: str) -> float | None:
         """Sum of a measure over stages; None if it isn't known for one of them."""
-        values = [self.costs[it][measure] for it in stage_ids]
-        known = [value for value in values if value is not None]
-        return sum(known) if len(known) == len(values) else None
+        return sum_or_none(self.costs[it][measure] for it in stage_ids)
 
 
 def device_hours(manifest: Manifest, attempts: Iterable[Attempt]) -> tuple[float | None, float | None]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -19,6 +19,7 @@ from hfprune_dist.results.details import read_details
 from hfprune_dist.results.efficiency import efficiency_of
 from hfprune_dist.results.floors import average_floors, floors_of
 from hfprune_dist.results.headline import average_errors, averages
+from hfprune_dist.results.known import all_or_none, sum_or_none
 from hfprune_dist.results.native_ratios import Decoder, native_ratios
 from hfprune_dist.store.artifacts import Manifest, Store
 from hfprune_dist.store.attempt import AttemptsOf
@@ -244,21 +245,13 @@ def _times(manifests: Mapping[str, Manifest | None], shared: Set[str]) -> Row:
     seconds = {stage_id: found.get("wall_time_s") if found else None for stage_id, found in manifests.items()}
     return {
         "stages": seconds,
-        "own_time_s": _sum_of_known(seconds[it] for it in seconds if it not in shared),
-        "shared_time_s": _sum_of_known(seconds[it] for it in seconds if it in shared),
-        "wall_time_s": _sum_of_known(seconds.values()),
+        "own_time_s": sum_or_none(seconds[it] for it in seconds if it not in shared),
+        "shared_time_s": sum_or_none(seconds[it] for it in seconds if it in shared),
+        "wall_time_s": sum_or_none(seconds.values()),
     }
-
-
-def _sum_of_known(values: Iterable[float | None]) -> float | None:
-    """Sum of the values; None if one is missing."""
-    listed = list(values)
-    known = [value for value in listed if value is not None]
-    return sum(known) if len(known) == len(listed) else None
 
 
 def _peak_memory(manifests: Sequence[Manifest | None]) -> int | None:
     """The highest peak of a rank in any stage behind a row; None if a stage is missing or didn't record it."""
-    peaks = [None if found is None else found.get("peak_memory_bytes") for found in manifests]
-    known = [peak for peak in peaks if peak is not None]
-    return max(known) if len(known) == len(peaks) else None
+    peaks = all_or_none(None if found is None else found.get("peak_memory_bytes") for found in manifests)
+    return None if peaks is None else max(peaks)
