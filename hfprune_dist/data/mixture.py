@@ -62,10 +62,11 @@ def _read(source: Source, tokenizer: Any, sampling: Sampling, where: str) -> Win
 def interleaved(counts: Sequence[int], apart: Sequence[bool], seed: int) -> list[int]:
     """The number of the text that each window is from, in the order of the windows.
 
-    A text's windows are spaced by its share, give or take a random part of that distance: so any run of windows has the
-    texts in their shares, and no period hides a text from every other shard. Windows that will be kept apart are dealt
-    first, and the others after them, so that both groups have the texts in their shares. Counts are off by less than
-    1 + the number of texts, in what is kept apart and in any first or last part of the others.
+    Stratified: the k-th of a text's ``count`` windows gets the position (k + u) / count, with u uniform in [0, 1), and
+    windows are sorted by position. Every run of windows then has each text in about its share, without a period that
+    could coincide with shards. Windows that will be kept apart are dealt first, and the others after them, so that both
+    groups have the texts in their shares. Counts are off by less than 1 + the number of texts, in what is kept apart
+    and in any first or last part of the others.
 
     Args:
         counts: number of windows of each text.

@@ -171,7 +171,8 @@ class _Planner:
             return None
         biased = any(name.endswith(".bias") for name in model.checkpoint.tensors)
         importance = self._importance(model.name, {"model": dense}, Scored(criteria, kinds_among(pruned), biased))
-        self.asked += [importance.id] if criteria > needed else []
+        has_further_criteria = criteria > needed
+        self.asked += [importance.id] if has_further_criteria else []
         return importance
 
     def _pruned_in_recovery(self, variant: _Variant, method: Method, ratio: float) -> Cell:
