@@ -36,7 +36,7 @@ _OF_ACTIVATION = re.compile(r"\w+\.act_fn\.\w+")
 # Tensors of attention that doesn't notice when positions restart: convolutions over tokens, decay rates of a state, and
 # whatever chooses among keys; and architectures that don't pass positions to their attention.
 _BLIND_PARTS = r"conv1d\.|\.A_log$|\.slope_rate$|\.indexer\."
-_BLIND = ("afmoe", "gpt_oss")
+_BLIND = ("afmoe", "gpt_oss", "granitemoehybrid")
 # Architectures in which a layer that doesn't choose keys itself attends to those that an earlier layer chose.
 _SHARING_CHOICES, _CHOOSES = ("glm_moe_dsa",), "self_attn.indexer."
 # Next to a model's layers: tables of positions, which are added to the embeddings.

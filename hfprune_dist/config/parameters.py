@@ -19,6 +19,7 @@ from hfprune_dist.config.left_out import LeftOutAt, left_out
 from hfprune_dist.config.method import MORE_ITERATIONS, Allocation, Kinds, Refit, Structures
 from hfprune_dist.config.section import Dtype, Section, TextSource
 from hfprune_dist.config.texts import CalibrationConfig, FidelityConfig
+from hfprune_dist.config.told_apart import Adapted, PairsOfARow
 from hfprune_dist.config.training import DistillationConfig, RecoveryConfig
 from hfprune_dist.core.criteria import CRITERIA, CriterionName, MethodCriterion
 from hfprune_dist.structures import NEURONS
@@ -27,10 +28,6 @@ from hfprune_dist.structures import NEURONS
 OF_A_DATA_SET = {"dataset", "name", "split", "revision"}
 # Stands for the path of a text in settings read from a record, since records have no paths.
 AN_INPUT = "(an input of the stage)"
-
-# What LoRA adapts, for models in which early versions adapted other layers, since they went by the names of one kind of
-# attention's projections (see ``Family.adapted_attention``). Absent for all others.
-Adapted = Annotated[Literal["attention of every kind"] | None, LeftOutAt(None)]
 
 
 class Parameters(Section):
@@ -229,6 +226,7 @@ class RecoverParameters(Parameters):
     layers_may_differ: Annotated[bool, LeftOutAt(False)] = False
     """Whether layers of the model may differ in size. Early versions didn't keep pairs in a row apart if they did."""
     adapted: Adapted = None
+    pairs_of_a_row: PairsOfARow = None
 
     @property
     def compute_dtype(self) -> Dtype:
@@ -247,6 +245,7 @@ class LoraPruneParameters(Parameters):
     protect_first: int
     protect_last: int
     adapted: Adapted = None
+    pairs_of_a_row: PairsOfARow = None
 
     @property
     def compute_dtype(self) -> Dtype:

@@ -11,7 +11,6 @@ from pathlib import Path
 
 from hfprune_dist.config.method import Method
 from hfprune_dist.config.parameters import (
-    Adapted,
     DistillParameters,
     EfficiencyParameters,
     EvaluateParameters,
@@ -44,6 +43,7 @@ from hfprune_dist.planning.scoring_passes import (
 )
 from hfprune_dist.planning.students import student_of
 from hfprune_dist.planning.targets import protected_by
+from hfprune_dist.planning.told_apart import adapted_in, pairs_of_a_row
 from hfprune_dist.planning.training_memory import choose_micro_batches
 from hfprune_dist.planning.user_files import own_tasks
 from hfprune_dist.store.hashing import FileHashes
@@ -83,20 +83,22 @@ class _Variant:
     """A checkpoint before recovery: the dense one, or one that a method pruned at a ratio.
 
     ``cut`` has the same shape: if the checkpoint was distilled, ``cut`` is what it was before distillation.
-    ``sizes_differ``: whether layers of the dense model differ in parameters.
     """
 
     label: str
-    model: str
+    source: ModelSource
     dense: Input
     checkpoint: Input
     cut: Input
     layers_may_differ: bool
-    sizes_differ: bool
-    adapted: Adapted
     ratio: float | None = None
     method: str | None = None
     producers: tuple[str, ...] = ()
+
+    @property
+    def sizes_differ(self) -> bool:
+        """Whether layers of the dense model differ in parameters."""
+        return len(set(self.source.checkpoint.parameter_counts.layers)) > 1
 
 
 class _Planner:
@@ -119,15 +121,14 @@ class _Planner:
         dense = Input(model.identity, str(model.checkpoint.path), content=model.content)
         # First, since most of the sweep waits for it.
         importance = self._importance_for_all(model, dense)
-        differ, sizes_differ = not model.checkpoint.is_plain, len({*model.checkpoint.parameter_counts.layers}) > 1
-        adapted: Adapted = "attention of every kind" if model.checkpoint.family.adapted_attention else None
+        differ = not model.checkpoint.is_plain
         label = label_of(model.name, None, None, NONE)
-        cells = self._finish(_Variant(label, model.name, dense, dense, dense, differ, sizes_differ, adapted))
+        cells = self._finish(_Variant(label, model, dense, dense, dense, differ))
         for ratio in self.config.ratios:
             for name, method in methods.items():
                 settled = with_numbers(method, model.checkpoint, ratio, place_of(model.name, name))
                 label = label_of(model.name, ratio, name if len(self.methods) > 1 else None, NONE)
-                variant = _Variant(label, model.name, dense, dense, dense, differ, sizes_differ, adapted, ratio, name)
+                variant = _Variant(label, model, dense, dense, dense, differ, ratio, name)
                 cells += self._pruned(variant, settled, importance)
         return cells
 
@@ -188,7 +189,8 @@ class _Planner:
             tensor_parallel=method.split,
             protect_first=first,
             protect_last=last,
-            adapted=variant.adapted,
+            adapted=adapted_in(variant.source.checkpoint),
+            pairs_of_a_row=pairs_of_a_row(variant.source.checkpoint),
         )
         inputs = {"model": variant.dense, **self._text("instructions", self.config.recovery)}
         made = self._add(Stage("loraprune", variant.label, params, inputs))
@@ -213,7 +215,7 @@ class _Planner:
         measured = self._efficiency(variant).id if self.config.efficiency.enabled else None
         return Cell(
             label=evaluate.label,
-            model=variant.model,
+            model=variant.source.name,
             ratio=variant.ratio,
             method=variant.method,
             criterion=criterion,
@@ -301,7 +303,10 @@ class _Planner:
 
     def _distill(self, variant: _Variant, pruned: Input, reference: Stage, passes: int) -> Stage:
         params = DistillParameters(
-            distillation=self.config.distillation, passes=passes, seed=self.config.seed, adapted=variant.adapted
+            distillation=self.config.distillation,
+            passes=passes,
+            seed=self.config.seed,
+            adapted=adapted_in(variant.source.checkpoint),
         )
         inputs = {"model": pruned, "reference": reference.as_input()}
         return self._add(Stage("distill", variant.label, params, inputs))
@@ -311,7 +316,8 @@ class _Planner:
             recovery=self.config.recovery,
             seed=self.config.seed,
             layers_may_differ=variant.layers_may_differ,
-            adapted=variant.adapted,
+            adapted=adapted_in(variant.source.checkpoint),
+            pairs_of_a_row=pairs_of_a_row(variant.source.checkpoint),
         )
         inputs = {"model": variant.checkpoint, **self._text("instructions", self.config.recovery)}
         return self._add(Stage("recover", variant.label, params, inputs))
@@ -320,7 +326,7 @@ class _Planner:
         evaluation = self.config.evaluation
         params = EvaluateParameters(**evaluation.model_dump(exclude={"include_path", "fidelity"}))
         inputs = {"model": checkpoint, "dense": variant.dense}
-        inputs |= self._references_of_held_out(variant.model, variant.dense) | self.own_tasks
+        inputs |= self._references_of_held_out(variant.source.name, variant.dense) | self.own_tasks
         return self._add(Stage("evaluate", label, params, inputs))
 
     def _efficiency(self, variant: _Variant) -> Stage:

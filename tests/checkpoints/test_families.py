@@ -300,16 +300,46 @@ def test_adapters_are_told_by_blocks_only_where_names_mislead(tmp_path):
 
 
 @every_decoder
-@torch.no_grad()
 def test_pairs_that_share_a_row_of_training_do_not_see_each_other_where_the_family_says_so(checkpoint_of, model_type):
-    model = load_causal_lm(checkpoint_of(model_type).path, torch.float32)
+    assert_pairs_are_apart_where_the_family_says_so(checkpoint_of(model_type))
+
+
+# Architectures of which some layers usually have no attention -> settings with which all have it.
+_ALL_ATTEND: dict[str, dict[str, object]] = {
+    "lfm2": {"layer_types": ["full_attention"] * 3},
+    "qwen3_5_text": {"layer_types": ["full_attention"] * 3},
+    "bamba": {"attn_layer_indices": [0, 1, 2]},
+    "granitemoehybrid": {"layer_types": ["attention"] * 3, "position_embedding_type": "rope"},
+}
+_WITHOUT_POSITIONS = {"layer_types": ["attention"] * 3, "position_embedding_type": None}
+
+
+@pytest.mark.parametrize(("model_type", "settings"), [*_ALL_ATTEND.items(), ("granitemoehybrid", _WITHOUT_POSITIONS)])
+def test_so_do_pairs_in_hybrids_of_which_all_layers_have_attention(tmp_path, model_type, settings):
+    assert_pairs_are_apart_where_the_family_says_so(open_checkpoint(save_model(tmp_path, model_type, **settings)))
+
+
+@torch.no_grad()
+def assert_pairs_are_apart_where_the_family_says_so(checkpoint):
+    model = load_causal_lm(checkpoint.path, torch.float32)
     alone = torch.cat([model(input_ids=WINDOWS[:1, part]).logits for part in (slice(0, 5), slice(5, 12))], dim=1)
     positions = torch.cat([torch.arange(5), torch.arange(7)])[None]
     together = model(input_ids=WINDOWS[:1], position_ids=positions, use_cache=False).logits
-    if checkpoint_of(model_type).family.keeps_apart:
+    if checkpoint.family.keeps_apart:
         assert_same(together, alone)
     else:
         assert (together - alone).abs().max() > 1e-2 * alone.abs().max()
+
+
+def test_a_granitemoehybrid_of_attention_alone_is_pruned_like_decoders_that_are_no_hybrids(tmp_path):
+    settings = _ALL_ATTEND["granitemoehybrid"]
+    checkpoint = open_checkpoint(save_model(tmp_path / "dense", "granitemoehybrid", **settings))
+    assert not checkpoint.family.no_low_rank and "kv_groups" in kinds_of(checkpoint)
+    for neurons in ((15, 15), (9, 20)):
+        kept = some_kept(checkpoint, (0, 2), neurons)
+        folder = tmp_path / f"{neurons}"
+        write(checkpoint, kept, folder)
+        assert_same(logits_of(load_causal_lm(folder, torch.float32)), logits_of(masked(checkpoint, kept)))
 
 
 def test_two_ranks_have_the_bits_of_one(checkpoint_of, tmp_path):

@@ -524,6 +524,29 @@ def test_trainings_are_told_apart_where_early_versions_adapted_other_layers(worl
     assert recorded == {"lfm2": {"distill", "recover", "loraprune"}, "olmo2": set()}
 
 
+def test_fine_tunings_are_told_apart_where_earlier_versions_packed_pairs_that_saw_each_other(world, tmp_path):
+    """Only of a granitemoehybrid all of whose layers have attention; all others have the rows that they had."""
+    own = {
+        "distilled": Method(criterion="surgeon", allocation="global", refit="block", distill=1),
+        "pruned in recovery": Method(prunes_in="recovery", structures=["neurons"], allocation="local"),
+    }
+    recorded = {}
+    for name, kind in (("granitemoehybrid", "attention"), ("granitemoehybrid", "mamba"), ("lfm2", "full_attention")):
+        folder = save_model(
+            tmp_path / f"{name} {kind}",
+            name,
+            layer_types=[kind, kind.replace("mamba", "attention")] * 2,
+            num_hidden_layers=4,
+        )
+        plan = plan_of(world, models=[str(folder)], ratios=[0.1], own=own)
+        stages = {it.kind: it.params.to_json() for it in plan.stages.values()}
+        recorded[name, kind] = {
+            it: params["pairs_of_a_row"] for it, params in stages.items() if "pairs_of_a_row" in params
+        }
+    assert recorded.pop(("granitemoehybrid", "attention")) == {"recover": 1, "loraprune": 1}
+    assert not any(recorded.values())
+
+
 def test_each_method_is_a_row_and_shares_the_importance_pass(world):
     plan = plan_of(world, models=["a"], methods=["hfprune", "surgeon"])
     assert kinds(plan).count("importance") == 1 and kinds(plan).count("prune") == 4
