@@ -19,7 +19,7 @@ from hfprune_dist.config.left_out import LeftOutAt, left_out
 from hfprune_dist.config.method import MORE_ITERATIONS, Allocation, Kinds, Refit, Structures
 from hfprune_dist.config.section import Dtype, Section, TextSource
 from hfprune_dist.config.texts import CalibrationConfig, FidelityConfig
-from hfprune_dist.config.told_apart import Adapted, PairsOfARow
+from hfprune_dist.config.told_apart import Adapted, PairsOfARow, Positions
 from hfprune_dist.config.training import DistillationConfig, RecoveryConfig
 from hfprune_dist.core.criteria import CRITERIA, CriterionName, MethodCriterion
 from hfprune_dist.structures import NEURONS
@@ -266,6 +266,7 @@ class EvaluateParameters(Parameters):
     limit: int | None
     batch_size: int
     dtype: Dtype
+    positions: Positions = None
 
     @property
     def compute_dtype(self) -> Dtype:

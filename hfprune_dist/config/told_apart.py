@@ -14,3 +14,6 @@ from hfprune_dist.config.left_out import LeftOutAt
 Adapted = Annotated[Literal["attention of every kind"] | None, LeftOutAt(None)]
 # How many pairs share a row, where earlier versions packed several, which saw each other (see ``Family.keeps_apart``).
 PairsOfARow = Annotated[Literal[1] | None, LeftOutAt(None)]
+# The longest sequence that lm-eval lets a model read, where earlier versions left out what rope scaling adds (see
+# ``Checkpoint.max_positions``).
+Positions = Annotated[Literal["with those of rope scaling"] | None, LeftOutAt(None)]

@@ -46,6 +46,7 @@ class FrozenModel:
     Attributes:
         module: the Hugging Face model. If it is sharded, each of its forwards is a collective of all ranks.
         world: the ranks.
+        max_positions: the longest sequence that it can read; None if its config.json doesn't say.
     """
 
     def __init__(
@@ -53,6 +54,7 @@ class FrozenModel:
     ) -> None:
         self._family = checkpoint.family
         self.world = world
+        self.max_positions = checkpoint.max_positions
         self._sharded = sharding == "zero3"
         self.module = (
             _load_sharded(checkpoint, dtype, batch_size, world)

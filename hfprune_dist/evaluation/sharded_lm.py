@@ -106,6 +106,7 @@ class ShardedLM(HFLM):  # type: ignore[misc]
             tokenizer=tokenizer,
             backend="causal",
             batch_size=batch_size,
+            max_length=model.max_positions,  # lm-eval itself leaves out positions that rope scaling adds
             add_bos_token=add_bos_token,
             softmax_dtype=torch.float32,  # summed over a document, bfloat16 keeps no more than three digits
         )

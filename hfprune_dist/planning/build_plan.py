@@ -43,7 +43,7 @@ from hfprune_dist.planning.scoring_passes import (
 )
 from hfprune_dist.planning.students import student_of
 from hfprune_dist.planning.targets import protected_by
-from hfprune_dist.planning.told_apart import adapted_in, pairs_of_a_row
+from hfprune_dist.planning.told_apart import adapted_in, pairs_of_a_row, positions_read
 from hfprune_dist.planning.training_memory import choose_micro_batches
 from hfprune_dist.planning.user_files import own_tasks
 from hfprune_dist.store.hashing import FileHashes
@@ -302,11 +302,9 @@ class _Planner:
         return references
 
     def _distill(self, variant: _Variant, pruned: Input, reference: Stage, passes: int) -> Stage:
+        adapted = adapted_in(variant.source.checkpoint)
         params = DistillParameters(
-            distillation=self.config.distillation,
-            passes=passes,
-            seed=self.config.seed,
-            adapted=adapted_in(variant.source.checkpoint),
+            distillation=self.config.distillation, passes=passes, seed=self.config.seed, adapted=adapted
         )
         inputs = {"model": pruned, "reference": reference.as_input()}
         return self._add(Stage("distill", variant.label, params, inputs))
@@ -324,7 +322,8 @@ class _Planner:
 
     def _evaluate(self, label: str, variant: _Variant, checkpoint: Input) -> Stage:
         evaluation = self.config.evaluation
-        params = EvaluateParameters(**evaluation.model_dump(exclude={"include_path", "fidelity"}))
+        positions = positions_read(variant.source.checkpoint, evaluation.tasks)
+        params = EvaluateParameters(**evaluation.model_dump(exclude={"include_path", "fidelity"}), positions=positions)
         inputs = {"model": checkpoint, "dense": variant.dense}
         inputs |= self._references_of_held_out(variant.source.name, variant.dense) | self.own_tasks
         return self._add(Stage("evaluate", label, params, inputs))

@@ -2,10 +2,12 @@
 
 import threading
 import time
+from contextlib import nullcontext
 
 import pytest
 import torch
 from lm_eval.api.instance import Instance
+from ranks import SoloWorld
 from tiny import save_tiny
 from worlds import Ranks, until_told
 
@@ -163,3 +165,19 @@ def test_a_request_that_cannot_be_answered_is_an_error_of_the_task_and_leaves_al
 
     (answers, *_) = Ranks(size).run(work)
     assert len(answers) == len(requests)
+
+
+def test_a_model_reads_as_far_as_rope_scaling_stretches_its_positions(tmp_path):
+    scaling = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 64}
+    for name, settings, longest in (
+        ("stretched", {"rope_parameters": scaling, "max_position_embeddings": 64}, 256),
+        ("as stated", {"max_position_embeddings": 64}, 64),
+    ):
+        checkpoint = open_checkpoint(save_tiny(tmp_path / name, "qwen2", **settings))
+        model = FrozenModel(checkpoint, torch.float32, 1, "replicate", SoloWorld())
+        lm = ShardedLM(model, load_tokenizer(checkpoint.path), Interruption(), 1, True)
+        assert lm.max_length == longest
+        with lm.task(AnswerLog(tmp_path / f"log {name}"), lambda _done, _total: None):
+            request = Instance("generate_until", {}, ("a b", {"max_gen_toks": 100}), 0)
+            with nullcontext() if longest > 100 else pytest.raises(sharded_lm.RequestError, match=r"100.*must be less"):
+                lm.generate_until([request])

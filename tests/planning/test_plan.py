@@ -547,6 +547,19 @@ def test_fine_tunings_are_told_apart_where_earlier_versions_packed_pairs_that_sa
     assert not any(recorded.values())
 
 
+def test_evaluations_are_told_apart_where_earlier_versions_left_out_positions_of_rope_scaling(world, tmp_path):
+    """Only those with tasks, and of models that config.json says to stretch."""
+    scaling = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 512}
+    folder = save_tiny(tmp_path / "stretched", "qwen2", rope_parameters=scaling)
+    recorded = {}
+    for tasks in (["piqa"], []):
+        plan = plan_of(world, models=["b", str(folder)], ratios=[0.1], evaluation__tasks=tasks)
+        evaluations = [it for it in plan.stages.values() if it.kind == "evaluate"]
+        recorded |= {(it.label.split()[0], bool(tasks)): it.params.to_json().get("positions") for it in evaluations}
+    stretched = {case for case, positions in recorded.items() if positions}
+    assert stretched == {("stretched", True)} and len(recorded) == 4
+
+
 def test_each_method_is_a_row_and_shares_the_importance_pass(world):
     plan = plan_of(world, models=["a"], methods=["hfprune", "surgeon"])
     assert kinds(plan).count("importance") == 1 and kinds(plan).count("prune") == 4
