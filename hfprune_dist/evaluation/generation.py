@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import time
 from collections.abc import Callable
@@ -55,14 +56,18 @@ def time_generation(model: nn.Module, prompts_BT: Tensor, new_tokens: int) -> Se
     started = _now(prompts_BT.device)
     next_B1, cache = _step(model, prompts_BT, None)
     first = _now(prompts_BT.device)
-    for _ in range(new_tokens - 1):
-        next_B1, cache = _step(model, next_B1, cache)
+    takes_positions = "position_ids" in inspect.signature(model.forward).parameters
+    begin = prompts_BT.shape[1]
+    for position in range(begin, begin + new_tokens - 1):
+        # Some models (bamba) count positions from 0 whatever the cache holds.
+        positions = {"position_ids": torch.full_like(next_B1, position)} if takes_positions else {}
+        next_B1, cache = _step(model, next_B1, cache, **positions)
     return Seconds(first - started, _now(prompts_BT.device) - first)
 
 
-def _step(model: nn.Module, input_ids_BT: Tensor, cache: Any) -> tuple[Tensor, Any]:
+def _step(model: nn.Module, input_ids_BT: Tensor, cache: Any, **positions: Tensor) -> tuple[Tensor, Any]:
     """The most likely next tokens [B, 1], and the cache extended by the input."""
-    outputs = model(input_ids=input_ids_BT, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    outputs = model(input_ids=input_ids_BT, past_key_values=cache, use_cache=True, logits_to_keep=1, **positions)
     return outputs.logits[:, -1].argmax(dim=-1, keepdim=True), outputs.past_key_values
 
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from families import make_model
 from tiny import tiny_model
 
 from hfprune_dist.evaluation import generation
@@ -10,14 +11,15 @@ from hfprune_dist.evaluation.generation import Workload, peak_bytes, time_genera
 CPU = torch.device("cpu")
 
 
-@pytest.mark.parametrize("variant", ["llama", "qwen3", "mistral"])
-def test_tokens_are_those_of_transformers_without_an_end(variant, monkeypatch):
-    model, workload = tiny_model(variant), Workload(3, 8, 6)
-    prompts_BT = workload.prompts(264, CPU)
+# They differ in how they count positions: by the cache, by a mask or a table, along several axes, or anew (bamba).
+@pytest.mark.parametrize("name", ["llama", "mistral", "gemma3_text", "opt", "lfm2", "bamba", "qwen2_moe", "qwen2_5_vl"])
+def test_tokens_are_those_of_transformers_without_an_end(name, monkeypatch):
+    model, workload = make_model(name), Workload(3, 8, 6)
+    prompts_BT = workload.prompts(64, CPU).clamp(min=3)  # tokens before stand for images
     tokens, step = [], generation._step
 
-    def seen(*arguments):
-        next_B1, cache = step(*arguments)
+    def seen(*arguments, **positions):
+        next_B1, cache = step(*arguments, **positions)
         tokens.append(next_B1)
         return next_B1, cache
 
