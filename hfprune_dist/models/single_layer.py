@@ -19,11 +19,15 @@ from hfprune_dist.checkpoints.read_tensors import open_weights, read_module_tens
 from hfprune_dist.core.fidelity import Outputs
 from hfprune_dist.core.head import AfterHead
 from hfprune_dist.core.selection import entries_of
+from hfprune_dist.errors import UserError
 from hfprune_dist.models.after_head import after_head
 from hfprune_dist.models.empty_decoders import LAYER, EmptyDecoders
 from hfprune_dist.models.loading import stays_float32
 from hfprune_dist.models.memory_efficient_backward import SILU
 from hfprune_dist.structures.units import Units
+
+# The gate of MLPs that apply SiLU without having a module for it (lfm2, lfm2_moe, lfm3).
+_GATE_OF_SILU = ".w1.weight"
 
 
 @dataclass(frozen=True)
@@ -257,13 +261,25 @@ class BeforeDown:
 
 
 def before_down(layer: nn.Module, units: Units) -> BeforeDown:
-    """The parts before the down projection of the MLP of which ``units`` are the neurons."""
+    """The parts before the down projection of the MLP of which ``units`` are the neurons.
+
+    Raises:
+        UserError: if the MLP's activation isn't known.
+    """
     mlp = mlp_of(layer, units)
     rows, weights = _rows(layer, units), row_matrices(layer, units)
     biases = [part for row in rows if row.bias is not None for part in row.bias.data.chunk(units.row_parts[0])]
+    return BeforeDown(weights, tuple(biases) or (None,) * len(weights), _activation_of(mlp, units))
+
+
+def _activation_of(mlp: nn.Module, units: Units) -> Callable[[Tensor], Tensor]:
     acting = [it for it in mlp.children() if not isinstance(it, nn.Linear)]
-    activation = nn.functional.silu if not acting or isinstance(acting[0], SILU) else acting[0]
-    return BeforeDown(weights, tuple(biases) or (None,) * len(weights), activation)
+    if not acting and not units.weights[0].endswith(_GATE_OF_SILU):
+        raise UserError(
+            f"the activation of {type(mlp).__name__} isn't known, since it is none of its modules; a method whose "
+            "refit is dense or none works"
+        )
+    return nn.functional.silu if not acting or isinstance(acting[0], SILU) else acting[0]
 
 
 def row_matrices(layer: nn.Module, units: Units) -> tuple[Tensor, ...]:

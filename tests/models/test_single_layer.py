@@ -5,9 +5,12 @@ from tiny import VARIANTS, save_tiny
 from transformers import AutoModelForCausalLM
 
 from hfprune_dist.checkpoints.checkpoint import open_checkpoint
+from hfprune_dist.errors import UserError
 from hfprune_dist.models.empty_decoders import LAYER
 from hfprune_dist.models.single_layer import (
     LayerReader,
+    before_down,
+    mlp_of,
     output_for_update,
     part_of,
     put_weights,
@@ -100,3 +103,14 @@ def test_an_output_of_any_size_is_what_its_own_effect_needs_and_channels_without
     needed_NC = output_for_update(layer, checkpoint.units, update_NC, output_NC)
     output_NC[:, 3] = 0
     torch.testing.assert_close(needed_NC, output_NC, rtol=1e-3, atol=0)
+
+
+def test_an_activation_that_is_no_module_is_silu_only_where_that_is_known(tmp_path):
+    checkpoint = open_checkpoint(save_model(tmp_path / "lfm2", "lfm2"))
+    layer = LayerReader(checkpoint, torch.float32, CPU).layer(0)
+    assert before_down(layer, checkpoint.units).activation is torch.nn.functional.silu
+    checkpoint = open_checkpoint(save_model(tmp_path / "llama", "llama"))
+    layer = LayerReader(checkpoint, torch.float32, CPU).layer(0)
+    del mlp_of(layer, checkpoint.units).act_fn
+    with pytest.raises(UserError, match="activation of LlamaMLP isn't known"):
+        before_down(layer, checkpoint.units)
