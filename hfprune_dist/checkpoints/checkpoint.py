@@ -68,6 +68,8 @@ class Checkpoint:
         tensors: the tensors that the model computes with, by their names in the model.
         unused: names of the other tensors in the files. They aren't parameters, and pruning leaves them out.
         has_untied_head: whether config.json ties the head and ``config``, for that reason, doesn't.
+        has_copied_head: whether config.json doesn't say whether the head is tied, and the files' head is a copy of the
+            embedding. ``config`` ties it then.
         names: the names of tensors in the files, where they differ from those in the model.
         whole: config.json, unchanged.
         bytes_on_disk: size of the files with its weights.
@@ -79,6 +81,7 @@ class Checkpoint:
     tensors: Mapping[str, TensorInfo]
     unused: tuple[str, ...] = ()
     has_untied_head: bool = False
+    has_copied_head: bool = False
     names: StoredNames = SAME
     whole: Mapping[str, Any] = field(default_factory=dict)
     bytes_on_disk: int = 0
@@ -229,6 +232,7 @@ def _described(path: Path, whole: Mapping[str, Any], config: dict[str, Any]) -> 
     names = StoredNames.of(whole, stored)
     found = {names.in_modules(name): info for name, info in stored.items()}
     beside = beside_decoder(found) if vision else frozenset()
+    says_if_tied = config.get("tie_word_embeddings") is not None
     family = None if vision else FAMILIES.get(str(config.get("model_type")))
     if family is None:
         shapes = {name: info.shape for name, info in found.items() if name not in beside}
@@ -241,11 +245,23 @@ def _described(path: Path, whole: Mapping[str, Any], config: dict[str, Any]) -> 
     unused = tuple(sorted(found.keys() - tensors.keys()))
     check_dtypes(path, found, known)
     check_tensors(path, config, family, tensors)
-    untied = bool(config.get("tie_word_embeddings")) and _heads_differ(path, family, tensors)
-    if untied:
-        config = {**config, "tie_word_embeddings": False}
-    on_disk = bytes_of_files(stored.values())
-    checkpoint = Checkpoint(path, config, family, tensors, unused, untied, names, whole, on_disk)
+    is_tied = bool(config.get("tie_word_embeddings"))
+    copied = bool(family.found) and not (says_if_tied or is_tied or _heads_differ(path, family, tensors))
+    untied = is_tied and _heads_differ(path, family, tensors)
+    if copied or untied:
+        config = {**config, "tie_word_embeddings": copied}
+    checkpoint = Checkpoint(
+        path,
+        config,
+        family,
+        tensors,
+        unused,
+        has_untied_head=untied,
+        has_copied_head=copied,
+        names=names,
+        whole=whole,
+        bytes_on_disk=bytes_of_files(stored.values()),
+    )
     for name in checkpoint.companion_files:
         refuse_pointer(path / name)
     check_shapes(path, tensors, checkpoint.structures, config["hidden_size"])

@@ -30,10 +30,11 @@ def content_files(checkpoint: Checkpoint) -> list[str]:
 def checkpoint_identity(checkpoint: Checkpoint, content: str) -> str:
     """The identity of a checkpoint, from the digest of its files.
 
-    If the model doesn't compute with everything in them, its number of parameters is part of the identity: an earlier
-    version counted the unused parameters too, so that a ratio meant something else in its artifacts.
+    If the model doesn't compute with everything in them, its number of parameters is part of the identity: earlier
+    versions counted unused parameters too, or the embedding's copy in a head that config.json doesn't mention, so that
+    a ratio meant something else in their artifacts.
     """
-    recounted = checkpoint.surplus or checkpoint.has_untied_head
+    recounted = checkpoint.surplus or checkpoint.has_untied_head or checkpoint.has_copied_head
     return digest_of([content, checkpoint.parameters]) if recounted else content
 
 

@@ -6,6 +6,7 @@ from tempfile import TemporaryDirectory
 
 import pytest
 import torch
+from families import save_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -21,6 +22,7 @@ from hfprune_dist.models.loading import load_causal_lm
 from hfprune_dist.models.single_layer import LayerReader
 from hfprune_dist.planning.dimensions import dimensions_of
 from hfprune_dist.planning.model_sources import resolve_models
+from hfprune_dist.planning.user_files import content_files
 from hfprune_dist.planning.widths import size_of
 from hfprune_dist.store.hashing import FileHashes
 from hfprune_dist.structures.kept import Kept
@@ -114,6 +116,29 @@ def test_the_head_that_counts_is_the_one_that_every_part_computes_with(tmp_path)
     assert torch.equal(head.weight_VC, loaded.lm_head.weight)
     assert not dimensions_of(checkpoint.config).tied
     assert ["differs from the embedding" in remark for remark in checkpoint.remarks] == [True]
+
+
+@pytest.mark.parametrize("model_type", ["gemma", "cohere", "lfm2", "starcoder2"])
+@pytest.mark.parametrize("head", ["none", "same", "different"])
+def test_a_head_that_config_json_does_not_mention_is_tied_unless_its_values_differ(tmp_path, model_type, head):
+    """Configurations leave out what their class has by default; merged and gathered weights hold a copy of the head."""
+    folder = save_model(tmp_path / "m", model_type, tie_word_embeddings=True)
+    config = json.loads((folder / "config.json").read_text())
+    config.pop("tie_word_embeddings", None)
+    (folder / "config.json").write_text(json.dumps(config))
+    weights = load_file(folder / "model.safetensors")
+    embedding = weights["model.embed_tokens.weight"]
+    copies = {"none": {}, "same": {"lm_head.weight": embedding.clone()}, "different": {"lm_head.weight": -embedding}}
+    save_file(weights | copies[head], folder / "model.safetensors", {"format": "pt"})
+    checkpoint, model = open_checkpoint(folder), load_causal_lm(folder, torch.float32)
+    assert checkpoint.config["tie_word_embeddings"] == (head != "different")
+    assert checkpoint.parameters == count(model)
+    assert torch.equal(model.lm_head.weight, -embedding if head == "different" else embedding)
+    assert checkpoint.has_copied_head == (head == "same") and not checkpoint.remarks
+    (pruned := tmp_path / "pruned").mkdir()
+    prune(checkpoint, pruned)
+    assert open_checkpoint(pruned).parameters == count(AutoModelForCausalLM.from_pretrained(pruned))
+    assert (identity(folder) == FileHashes(None).of_files(folder, content_files(checkpoint))) == (head != "same")
 
 
 def test_a_bias_that_no_model_has_is_not_computed_with(tmp_path):
