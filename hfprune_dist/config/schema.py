@@ -162,7 +162,7 @@ class SweepConfig(Section):
     """Removed parameters / all parameters of the model, for each pruned row."""
     methods: list[str] = Field(default=["hfprune", "surgeon-plain"], min_length=1)
     """Names of pruning methods (configs/methods/*.yaml) or YAML files with the keys of ``Method``. By default, the
-    published method and the best one whose checkpoints load everywhere."""
+    published method and the best one whose checkpoints plain transformers loads."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """Seed of the calibration windows, of scores that draw random numbers, of the order of the training rows, of
     dropout and of the LoRA initialisation."""
