@@ -53,7 +53,8 @@ def open_trackers(run: TrackedRun, first_step: int, world: World) -> Iterator[li
     """Yield the callbacks for this rank's Trainer: none except on the first, which reports for all.
 
     Args:
-        first_step: where this attempt resumes; what earlier ones have reported of later steps is void.
+        first_step: where this attempt resumes. TensorBoard hides what earlier attempts logged of later steps; in
+            trackio and W&B such steps appear twice.
 
     Raises:
         UserError: if a tracker can't be reached.

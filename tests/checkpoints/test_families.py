@@ -23,6 +23,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from hfprune_dist.checkpoints.checkpoint import open_checkpoint
+from hfprune_dist.checkpoints.families import _UNFIT
 from hfprune_dist.checkpoints.layer_settings import of_layers, undroppable_layers
 from hfprune_dist.checkpoints.pruned_config import is_plain
 from hfprune_dist.core.criteria import CRITERIA
@@ -365,3 +366,8 @@ def test_the_readme_lists_what_is_covered(checkpoint_of, capsys):
         assert (refits.strip() == "all") == (not family.no_sequence), name
     with capsys.disabled():
         print(f"\n{len(tested)} of the {len(present)} causal language models of transformers are tested here")
+
+
+def test_the_readme_lists_what_is_refused_by_name():
+    listed = re.search(r"`_UNFIT` in `families.py`\):([^;]*);", README.read_text())
+    assert listed and {*re.findall(r"`([\w-]+)`", listed[1])} == {*_UNFIT}
