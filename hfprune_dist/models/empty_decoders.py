@@ -90,5 +90,9 @@ def _compute_buffers(model: Any, module: nn.Module) -> None:
         return
     for name, buffer in buffers.items():
         in_files = name not in module._non_persistent_buffers_set
-        module.register_buffer(name, torch.empty_like(buffer, device="cpu"), persistent=in_files)
+        empty = torch.empty_like(buffer, device="cpu")
+        # NaN, so that a buffer that a class forgets shows.
+        module.register_buffer(
+            name, empty.fill_(torch.nan) if empty.is_floating_point() else empty, persistent=in_files
+        )
     model._init_weights(module)
