@@ -14,7 +14,12 @@ from hfprune_dist.structures.low_rank import FACTORS, factor_shapes, rank_field
 from hfprune_dist.structures.units import LAYER_SIZES, OUTPUT_BIASES, PER_LAYER, Units
 
 # Keys by which some architectures change their head's logits -> the neutral value. Listed architectures don't.
-_AFTER_THE_HEAD = {"logits_scaling": 1, "logit_scale": 1, "lm_head_multiplier": 1, "final_logit_softcapping": None}
+NEUTRAL_AFTER_HEAD = {
+    "logits_scaling": 1.0,
+    "logit_scale": 1.0,
+    "lm_head_multiplier": 1.0,
+    "final_logit_softcapping": None,
+}
 
 
 def check_folder(path: Path) -> None:
@@ -74,7 +79,7 @@ def check_config(config: Mapping[str, Any], file: Path) -> None:
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     if not isinstance(rope, dict):
         raise UserError(f"{file}: rope_parameters and rope_scaling must be objects, not {rope!r}")
-    for key, neutral in _AFTER_THE_HEAD.items():
+    for key, neutral in NEUTRAL_AFTER_HEAD.items():
         if config.get("model_type") in FAMILIES and config.get(key) not in (None, neutral):
             raise UserError(f"{file}: {key} {config[key]!r} changes the logits, which its architecture doesn't do")
     _check_layer_sizes(config, file)
@@ -140,8 +145,7 @@ def check_tensors(path: Path, config: Mapping[str, Any], family: Family, tensors
     needed = known - {family.head_tensor()} if config.get("tie_word_embeddings") else known
     missing = sorted(needed - tensors.keys())
     if missing:
-        more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
-        raise UserError(f"{path}: tensor {missing[0]}{more} is missing from the weight files")
+        raise UserError(f"{path}: tensor {first_of(missing)} is missing from the weight files")
     embedding = tensors[family.embedding_tensor()]
     stated = [config["vocab_size"], config["hidden_size"]]
     if list(embedding.shape) != stated:
@@ -149,6 +153,11 @@ def check_tensors(path: Path, config: Mapping[str, Any], family: Family, tensors
             f"{path}: {family.embedding_tensor()} has shape {list(embedding.shape)}, but config.json says "
             f"vocab_size and hidden_size {stated}"
         )
+
+
+def first_of(missing: Sequence[str]) -> str:
+    """The first of some missing tensors, and how many more there are."""
+    return missing[0] + (f" (and {len(missing) - 1} more)" if len(missing) > 1 else "")
 
 
 def check_shapes(path: Path, tensors: Mapping[str, TensorInfo], structures: Mapping[str, Units], hidden: int) -> None:

@@ -11,11 +11,10 @@ from torch import Tensor, nn
 from transformers import AutoConfig
 
 from hfprune_dist.checkpoints.checkpoint import Checkpoint
+from hfprune_dist.checkpoints.checks import NEUTRAL_AFTER_HEAD
 from hfprune_dist.core.head import NOTHING, AfterHead
 from hfprune_dist.errors import UserError
 
-# Attributes of configurations and models -> the neutral value.
-_NEUTRAL = {"logits_scaling": 1.0, "logit_scale": 1.0, "lm_head_multiplier": 1.0, "final_logit_softcapping": None}
 # Architectures that multiply by ``logits_scaling``; others divide by it.
 _MULTIPLYING = ("hyperclovax",)
 # Differences, relative to the size of the logits, that rounding can make if sums are taken in another order.
@@ -28,7 +27,7 @@ def after_head(checkpoint: Checkpoint) -> AfterHead:
     if not checkpoint.family.found:
         return NOTHING
     config: Any = AutoConfig.from_pretrained(checkpoint.path).get_text_config()
-    stated: dict[str, Any] = {key: getattr(config, key, None) or neutral for key, neutral in _NEUTRAL.items()}
+    stated: dict[str, Any] = {key: getattr(config, key, None) or neutral for key, neutral in NEUTRAL_AFTER_HEAD.items()}
     scaling = stated["logits_scaling"]
     scale = stated["logit_scale"] * stated["lm_head_multiplier"]
     scale *= scaling if checkpoint.family.model_type in _MULTIPLYING else 1 / scaling
@@ -37,7 +36,7 @@ def after_head(checkpoint: Checkpoint) -> AfterHead:
 
 def leave_logits(model: Any) -> None:
     """Make a model output exactly what its head computes."""
-    for key, neutral in _NEUTRAL.items():
+    for key, neutral in NEUTRAL_AFTER_HEAD.items():
         for owner in (model, model.config, model.config.get_text_config()):
             if getattr(owner, key, None) is not None:
                 setattr(owner, key, neutral)
@@ -69,7 +68,7 @@ def require_known_logits(
     if not theirs_NV.isfinite().all():
         return  # the pass itself reports where that begins
     error = float((ours_NV - theirs_NV).norm() / theirs_NV.norm().clamp(min=1e-30))
-    if not error <= _TOLERANCES.get(hidden_NC.dtype, 1e-4):
+    if not error <= _TOLERANCES[hidden_NC.dtype]:
         raise UserError(
             f"{checkpoint.path}: logits of {checkpoint.family.model_type} differ from what its head makes of its final "
             f"hidden states, by {error:.2g} of their size, so scores would be wrong; it is not supported"

@@ -15,6 +15,7 @@ from transformers.utils import logging
 
 from hfprune_dist.checkpoints import modeling_pruned
 from hfprune_dist.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from hfprune_dist.checkpoints.checks import first_of
 from hfprune_dist.checkpoints.module_tensors import module_tensors
 from hfprune_dist.checkpoints.read_tensors import read_tensor
 from hfprune_dist.checkpoints.text_decoder import is_of_decoder
@@ -77,9 +78,8 @@ def _seems_tied(checkpoint: Checkpoint) -> bool:
 
 def _refuse_missing(checkpoint: Checkpoint, missing: Sequence[str]) -> None:
     if missing:
-        more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
         raise UserError(
-            f"{checkpoint.path}: its files lack {missing[0]}{more}, or call it something else than "
+            f"{checkpoint.path}: its files lack {first_of(missing)}, or call it something else than "
             f"{checkpoint.config['model_type']} does; transformers would make it up at random"
         )
 
