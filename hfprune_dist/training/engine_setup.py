@@ -25,6 +25,7 @@ MAX_GRAD_NORM = 1.0  # the Trainer's default, which the published recipe doesn't
 
 
 def prepare_process() -> None:
+    """Quiet transformers and torch, and keep DeepSpeed from importing torch.compile; for the rest of the process."""
     logging.set_verbosity_error()
     # DeepSpeed decorates an optimizer that isn't used here with torch.compile, which takes seconds to import.
     os.environ["TORCHDYNAMO_DISABLE"] = "1"
@@ -59,7 +60,7 @@ def _zero3_config(bfloat16: bool, whole: bool) -> dict[str, Any]:
 
 
 def training_arguments(
-    task: FineTuning, accumulation_steps: int, folder: Path, way: Placement, world: World
+    task: FineTuning, accumulation_steps: int, folder: Path, placement: Placement, world: World
 ) -> TrainingArguments:
     """Settings of the Trainer; while they exist, from_pretrained shards a model as it loads."""
     settings = task.settings
@@ -78,8 +79,8 @@ def training_arguments(
         use_cpu=on_cpu,
         ddp_backend="gloo" if on_cpu else "nccl",
         ddp_timeout=task.timeout_minutes * 60,
-        deepspeed=_zero3_config(settings.dtype == "bfloat16", way.whole),
-        gradient_checkpointing=way.checkpointing,
+        deepspeed=_zero3_config(settings.dtype == "bfloat16", placement.whole),
+        gradient_checkpointing=placement.checkpointing,
         gradient_checkpointing_kwargs={"use_reentrant": False},
         logging_steps=1,
         logging_nan_inf_filter=False,

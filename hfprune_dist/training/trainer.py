@@ -89,23 +89,37 @@ def _train(
     prepare_process()
     rows_at_once = task.settings.rows_at_once * world.size
     rows = ScheduledRows(task.rows, task.schedule, task.first_step, task.total_steps, multiple_of=rows_at_once)
-    way = place_training(task, world)
+    placement = place_training(task, world)
     init_deepspeed(world)
-    if way.whole:
+    if placement.whole:
         model = with_whole_weights(load_trainable_model(task), world)
-    arguments = training_arguments(task, rows.slots // rows_at_once, snapshots.folder, way, world)
-    if not way.whole:
+    arguments = training_arguments(task, rows.slots // rows_at_once, snapshots.folder, placement, world)
+    if not placement.whole:
         model = load_trainable_model(task)
         keep_float32(model.get_submodule("base_model.model"), task.checkpoint, world.device)
-    trainer_of = _DistillingTrainer if task.distills else _LoraTrainer if task.masked_to is None else _MaskingTrainer
-    trainer = trainer_of(
-        task, snapshots, world, progress, interruption, whole=way.whole, model=model, args=arguments, train_dataset=rows
+    trainer = _trainer_class(task)(
+        task,
+        snapshots,
+        world,
+        progress,
+        interruption,
+        whole=placement.whole,
+        model=model,
+        args=arguments,
+        train_dataset=rows,
     )
     gc.freeze()  # or Python walks all modules and parameters again and again: a seventh of the time on CPU
     with open_trackers(task.run, task.first_step, world) as trackers:
         for tracker in trackers:
             trainer.add_callback(tracker)
         trainer.train()
+
+
+def _trainer_class(task: FineTuning) -> type[_LoraTrainer]:
+    assert not (task.distills and task.masked_to is not None), "masks are for the loss of labels"
+    if task.distills:
+        return _DistillingTrainer
+    return _LoraTrainer if task.masked_to is None else _MaskingTrainer
 
 
 class _LoraTrainer(Trainer):  # type: ignore[misc]
