@@ -66,11 +66,6 @@ class Attention:
     whole: str
     unlike: str
 
-    def names(self) -> dict[str, Any]:
-        """These values, under the names of ``Family``'s attributes."""
-        names = {"attention": self.name, "attention_projections": self.projections}
-        return names | {"whole_groups": self.whole, "no_low_rank": self.unlike}
-
     @classmethod
     def of(cls, config: Mapping[str, Any], parts: Sequence[Shapes]) -> Attention:
         """Find the attention in the first layer that has one."""
@@ -144,7 +139,7 @@ def _why_whole(
 
 def adapted_linears(attention: Attention, parts: Sequence[Shapes], *, experts: bool) -> tuple[str, ...]:
     """See ``Family.adapted_attention``: names within a layer of the linear layers that get an adapter in attention of
-    whatever kind; empty if the names of its projections are the same layers' and no others'.
+    whatever kind. Empty if matching layers by the last part of their names (``q_proj``, ...) selects exactly these.
 
     Args:
         experts: whether the model is a mixture of experts.
@@ -167,8 +162,19 @@ def _attends(there: Shapes) -> bool:
     return any(re.match(_BLOCKS, name) for name in there)
 
 
-def norms_of(config: Mapping[str, Any], parts: Sequence[Shapes], mlp: str) -> dict[str, Any]:
-    """The values of ``Family``'s norms, and the reason if its blocks can't be refitted one after another."""
+@dataclass(frozen=True)
+class Norms:
+    """The norms of a model's layers, under the names of ``Family``'s attributes."""
+
+    attention_norm: str | None = None
+    attention_norm_after: str | None = None
+    mlp_norm: str | None = None
+    mlp_norm_after: str | None = None
+    no_sequence: str = ""
+
+
+def norms_of(config: Mapping[str, Any], parts: Sequence[Shapes], mlp: str) -> Norms:
+    """The norms of layers with these tensors, or why their blocks can't be refitted one after another."""
     hidden_size = config["hidden_size"]
     found = {
         frozenset(
@@ -181,18 +187,13 @@ def norms_of(config: Mapping[str, Any], parts: Sequence[Shapes], mlp: str) -> di
     norms = found.pop() if len(found) == 1 else frozenset()
     between = sorted(name for there in parts for name in there if "." not in name)
     if between:
-        return {"attention_norm": None, "mlp_norm": None, "no_sequence": f"a layer does more ({between[0]})"}
+        return Norms(no_sequence=f"a layer does more ({between[0]})")
     parallel = _PARALLEL_KEYS.get(str(config["model_type"]))
     beside = next((name for there in parts for name in there if name.startswith("mamba.") and _attends(there)), None)
     is_parallel = norms == _PARALLEL or (parallel is not None and config.get(parallel, True))
     if norms in _NORMS and mlp and not is_parallel and not beside:
-        (attention, attention_after), (of_mlp, mlp_after) = _NORMS[norms]
-        return {
-            "attention_norm": attention,
-            "attention_norm_after": attention_after,
-            "mlp_norm": of_mlp,
-            "mlp_norm_after": mlp_after,
-        }
+        of_attention, of_mlp = _NORMS[norms]
+        return Norms(*of_attention, *of_mlp)
     if is_parallel:
         why = "its attention and its MLP read the same hidden states"
     elif beside:
@@ -201,4 +202,4 @@ def norms_of(config: Mapping[str, Any], parts: Sequence[Shapes], mlp: str) -> di
         why = "its MLP is no module of its own"
     else:
         why = f"what its norms do isn't known ({', '.join(sorted(norms)) or 'they differ, or have no weights'})"
-    return {"attention_norm": None, "mlp_norm": None, "no_sequence": why}
+    return Norms(no_sequence=why)

@@ -88,7 +88,7 @@ def discover(
     plain = {layer: there for layer, there in enumerate(parts) if experts is None or layer not in experts.layers}
     mlp, rows, down, row_parts = search.mlp(plain) if plain else _BESIDE_EXPERTS
     mlp = experts.module.rpartition(".")[0] if experts else mlp
-    attention = Attention.of(config, parts)
+    attention, norms = Attention.of(config, parts), norms_of(config, parts, mlp)
     norm = search.norm(body, outside)
     search.check_outside(outside, {norm, embedding})
     of_layers = {f"{layers}.{layer}.{name}" for layer, there in enumerate(tensors) for name in there}
@@ -114,8 +114,15 @@ def discover(
         experts=experts,
         dense_layers=bool(plain),
         adapted_attention=adapted_linears(attention, parts, experts=experts is not None),
-        **attention.names(),
-        **(norms_of(config, parts, mlp) | ({"no_sequence": "it has experts"} if experts else {})),
+        attention=attention.name,
+        attention_projections=attention.projections,
+        whole_groups=attention.whole,
+        no_low_rank=attention.unlike,
+        attention_norm=norms.attention_norm,
+        attention_norm_after=norms.attention_norm_after,
+        mlp_norm=norms.mlp_norm,
+        mlp_norm_after=norms.mlp_norm_after,
+        no_sequence="it has experts" if experts else norms.no_sequence,
     )
     return family, _stated(config, family, parts[0], of_head)
 
