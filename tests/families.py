@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from written_once import write_once
 
-from hfprune_dist.structures.experts import NUMBERS
+from hfprune_dist.structures.experts import EXPERT_COUNT_KEYS
 
 SHAPE = {
     "vocab_size": 64,
@@ -234,7 +234,7 @@ ALL_SEEING = SEEING | SEEING_EXPERTS
 def with_experts(model_type: str, count: int) -> dict[str, int]:
     """Return the setting that gives a model of such an architecture this many experts in a layer."""
     settings = (EXPERTS | MORE_EXPERTS)[model_type]
-    return {next(key for key in NUMBERS if key in settings): count}
+    return {next(key for key in EXPERT_COUNT_KEYS if key in settings): count}
 
 
 def make_model(model_type: str, seed: int = 0, **changes: object) -> torch.nn.Module:

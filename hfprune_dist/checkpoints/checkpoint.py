@@ -20,7 +20,7 @@ from hfprune_dist.checkpoints.checks import (
 )
 from hfprune_dist.checkpoints.config_types import check_types
 from hfprune_dist.checkpoints.discovery import BUFFERS, discover
-from hfprune_dist.checkpoints.families import FAMILIES, Family, not_supported, refuse_other_kinds, with_width
+from hfprune_dist.checkpoints.families import FAMILIES, Family, normalized, not_supported, refuse_other_kinds
 from hfprune_dist.checkpoints.lfs_pointers import refuse_pointer
 from hfprune_dist.checkpoints.licences import LICENCE_PATTERNS
 from hfprune_dist.checkpoints.safetensors_header import TensorInfo, bytes_of_files
@@ -275,7 +275,7 @@ def _decoder_config(path: Path, whole: Mapping[str, Any]) -> dict[str, Any]:
     if has_vision(whole) and whole.get("model_type") not in KNOWN:
         why = f"it is a model of images and text (vision_config), of which {', '.join(KNOWN)} are pruned"
         raise not_supported(whole, where, why)
-    config = with_width(decoder_config(whole) if has_vision(whole) else whole)
+    config = normalized(decoder_config(whole) if has_vision(whole) else whole)
     both = {**whole, **config}
     refuse_other_kinds(both, where)
     if both.get("quantization_config"):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from hfprune_dist.checkpoints.layer_settings import LISTS, NUMBERS, OF_THE_FIRST, PERIODS
+from hfprune_dist.checkpoints.layer_settings import ATTENTION_LAYER_LISTS, LISTS, OF_THE_FIRST, PERIODS
 from hfprune_dist.checkpoints.refusals import Refusals
 from hfprune_dist.checkpoints.text_decoder import DEEPSTACK
 from hfprune_dist.structures.experts import (
@@ -20,7 +20,7 @@ from hfprune_dist.structures.experts import (
 # The type or types for ``isinstance``, and their description for messages.
 Kind = tuple[type | tuple[type, ...], str]
 # Lists of layers' numbers.
-_OF_NUMBERS = (*NUMBERS, LAYERS_WITHOUT, DEEPSTACK)
+_OF_NUMBERS = (*ATTENTION_LAYER_LISTS, LAYERS_WITHOUT, DEEPSTACK)
 
 
 def check_types(config: Mapping[str, Any], where: str) -> None:

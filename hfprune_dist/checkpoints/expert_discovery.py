@@ -15,7 +15,7 @@ from hfprune_dist.checkpoints.discovered_blocks import Shapes
 from hfprune_dist.checkpoints.refusals import Refusals
 from hfprune_dist.structures.experts import (
     CHOSEN,
-    NUMBERS,
+    EXPERT_COUNT_KEYS,
     SHARED_NUMBERS,
     SHARED_WIDTHS,
     WIDTHS,
@@ -147,7 +147,7 @@ def find_experts(config: Mapping[str, Any], parts: Sequence[Shapes], refusals: R
 def _refuse_experts(config: Mapping[str, Any], parts: Sequence[Shapes], refusals: Refusals) -> None:
     """Refuse files with experts if config.json states no more than one."""
     found = next((name for there in parts for name in there if _OF_EXPERTS.search(name)), None)
-    key = next((key for key in NUMBERS if config.get(key) is not None), None)
+    key = next((key for key in EXPERT_COUNT_KEYS if config.get(key) is not None), None)
     if found is None or key is None or not config.get("is_moe", True):
         return
     if config[key] == 1:
@@ -202,7 +202,7 @@ class _Found:
         return tuple((saying if len(layers) == len(self._parts) else saying[:1]) or stated[:1])
 
     def _numbers(self) -> dict[str, int]:
-        return {key: self._config[key] for key in NUMBERS if isinstance(self._config.get(key), int)}
+        return {key: self._config[key] for key in EXPERT_COUNT_KEYS if isinstance(self._config.get(key), int)}
 
     def _number(self) -> int:
         stated = self._numbers()

@@ -239,12 +239,10 @@ _OTHER_KINDS = {
     "audio_config": "a model of sound and text",
     "is_encoder_decoder": "an encoder-decoder",
 }
-# Keys by which attention also sees later tokens, so that no output predicts the next one -> the values that do this.
-_SEEING_AHEAD: dict[str, tuple[object, ...]] = {"is_causal": (False,), "use_bidirectional_attention": (True, "all")}
 # Further such keys, checked only for listed architectures.
 _OTHER_THAN_LISTED = dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts"), "a mixture of experts")
-
-
+# Keys by which attention also sees later tokens, so that no output predicts the next one -> the values that do this.
+_SEEING_AHEAD: dict[str, tuple[object, ...]] = {"is_causal": (False,), "use_bidirectional_attention": (True, "all")}
 # Architectures that could be taken for supported ones -> why they aren't.
 _UNFIT = {
     "llama4_text": "routers multiply what its experts read, not what they make",
@@ -271,15 +269,27 @@ _LISTED = ("moe_topk", "moe_intermediate_size")
 _NEEDED = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "vocab_size")
 
 
-def with_width(config: Mapping[str, Any]) -> dict[str, Any]:
+def normalized(config: Mapping[str, Any]) -> dict[str, Any]:
     """A config.json with ``intermediate_size`` and ``num_hidden_layers``, whatever its architecture calls them, and
     with one number of chosen experts and one width of experts in place of lists of equal ones.
     """
-    if "num_hidden_layers" not in config and OTHER_LAYERS in config:
-        config = {**config, "num_hidden_layers": config[OTHER_LAYERS]}
-    if isinstance(config.get(_LISTED[0]), list):
-        listed = {key: config[key] for key in _LISTED if isinstance(config.get(key), list)}
-        config = {**config, **{key: them[0] for key, them in listed.items() if them and them == them[:1] * len(them)}}
+    return _with_width(_without_lists(_with_layers(config)))
+
+
+def _with_layers(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    if "num_hidden_layers" in config or OTHER_LAYERS not in config:
+        return config
+    return {**config, "num_hidden_layers": config[OTHER_LAYERS]}
+
+
+def _without_lists(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    if not isinstance(config.get(_LISTED[0]), list):
+        return config
+    listed = {key: config[key] for key in _LISTED if isinstance(config.get(key), list)}
+    return {**config, **{key: them[0] for key, them in listed.items() if them and them == them[:1] * len(them)}}
+
+
+def _with_width(config: Mapping[str, Any]) -> dict[str, Any]:
     names = tuple[str, ...](() if config.get("num_local_experts") else OTHER_WIDTHS)
     names += () if "intermediate_size" in config else (*OLDER_WIDTHS, WIDTHS[0])
     width = next((config[key] for key in names if key in config), None)
@@ -312,6 +322,6 @@ def not_supported(config: Mapping[str, Any], where: str, why: str) -> UserError:
     """The error to raise for a model that can't be pruned."""
     return UserError(
         f"{where}: model_type {str(config.get('model_type'))!r} is not supported: {why}. Pruned are "
-        f"{', '.join(sorted(FAMILIES))} and other decoders whose layers have one MLP, or experts that are gated ones "
+        f"{', '.join(sorted(FAMILIES))} and other decoders whose layers have one MLP, or gated experts "
         "(hfprune_dist/checkpoints/README.md lists those that are tested)"
     )

@@ -45,7 +45,7 @@ _UNLISTED = {
 # Architectures whose classes give the last layer full attention, whatever config.json says.
 _FULL_AT_THE_END = ("gemma4_text", "gemma4_unified_text")
 # Lists of the numbers of the layers with attention, where others have none.
-NUMBERS = ("full_attn_idxs", "attn_layer_indices")
+ATTENTION_LAYER_LISTS = ("full_attn_idxs", "attn_layer_indices")
 # Entries of layer_types that stand for a layer with attention over earlier tokens' keys.
 _ATTENTION = ("full_attention", "sliding_attention", "chunked_attention", "attention")
 _SHARED = "num_kv_shared_layers"
@@ -89,7 +89,7 @@ def undroppable_layers(config: Mapping[str, Any]) -> dict[int, str]:
 
 def _with_attention(config: Mapping[str, Any]) -> list[int]:
     """Numbers of the layers with attention, where config.json says which these are."""
-    for numbers in NUMBERS:
+    for numbers in ATTENTION_LAYER_LISTS:
         if config.get(numbers):
             return sorted(set(config[numbers]) & set(range(int(config["num_hidden_layers"]))))
     return [number for number, kind in enumerate(config.get("layer_types") or ()) if kind in _ATTENTION]
@@ -101,7 +101,7 @@ def of_layers(config: Mapping[str, Any], layers: Sequence[int]) -> dict[str, Any
     firsts = {key: sum(layer < count for layer in layers) for key, count in _of_the_first(config).items()}
     places = {
         key: [number for number, layer in enumerate(layers) if layer in config[key]]
-        for key in NUMBERS
+        for key in ATTENTION_LAYER_LISTS
         if config.get(key)
     }
     settings = config.get(PER_LAYER) or {}

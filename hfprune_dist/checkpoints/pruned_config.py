@@ -19,7 +19,7 @@ from hfprune_dist.structures.units import LAYER_SIZES, OUTPUT_BIASES, PER_LAYER
 # Our module that travels inside every checkpoint that isn't plain.
 MODELING_FILE = Path(__file__).with_name("modeling_pruned.py")
 AUTO_CLASS = "AutoModelForCausalLM"
-HEADS = "num_attention_heads"
+QUERY_HEADS_KEY = "num_attention_heads"
 # Keys that the configuration class of a family's twin doesn't have.
 _NOT_OF_A_TWIN = ("attention_bias", "mlp_bias", "pretraining_tp")
 # Defaults of LlamaConfig that its twin doesn't share.
@@ -36,7 +36,7 @@ def plain_group_counts(checkpoint: Checkpoint) -> list[int]:
     return [
         count
         for count in range(1, min(groups.counts) + 1)
-        if _plain_type(checkpoint, groups.values([count])[HEADS][0]) is not None
+        if _plain_type(checkpoint, groups.values([count])[QUERY_HEADS_KEY][0]) is not None
     ]
 
 
@@ -46,7 +46,7 @@ def is_plain(checkpoint: Checkpoint, shape: Shape) -> bool:
         return False
     values = _values(checkpoint, shape)
     is_uniform = all(len({*row} - {0}) == 1 for row in values.values()) and not checkpoint.config.get(OUTPUT_BIASES)
-    return is_uniform and _plain_type(checkpoint, values[HEADS][0]) is not None
+    return is_uniform and _plain_type(checkpoint, values[QUERY_HEADS_KEY][0]) is not None
 
 
 def pruned_config(checkpoint: Checkpoint, shape: Shape, biased: Iterable[str] = ()) -> dict[str, Any]:
@@ -62,7 +62,7 @@ def pruned_config(checkpoint: Checkpoint, shape: Shape, biased: Iterable[str] = 
     stated |= of_layers(stated, shape.layers) if gone else {}
     known = checkpoint.family.completed(stated)
     changed = {field: row for field, row in values.items() if any(value not in (0, known[field]) for value in row)}
-    if HEADS in changed:
+    if QUERY_HEADS_KEY in changed:
         stated |= checkpoint.structures["kv_groups"].implied
     added = [module for module in biased if not _has_bias(checkpoint, module)]
     stated |= {OUTPUT_BIASES: [*stated.get(OUTPUT_BIASES, ()), *added]} if added else {}
@@ -72,7 +72,7 @@ def pruned_config(checkpoint: Checkpoint, shape: Shape, biased: Iterable[str] = 
         changed |= {rank_field(projection): list(ranks) for projection, ranks in shape.ranks.items()}
         return stated | {LAYER_SIZES: changed, "architectures": [name], "auto_map": auto_map}
     stated |= {field: max(row) for field, row in changed.items()}
-    model_type = _plain_type(checkpoint, values[HEADS][0])
+    model_type = _plain_type(checkpoint, values[QUERY_HEADS_KEY][0])
     return stated if model_type == checkpoint.family.model_type else _as_twin(stated, FAMILIES[str(model_type)])
 
 
@@ -98,7 +98,7 @@ def _values(checkpoint: Checkpoint, shape: Shape) -> dict[str, list[int]]:
             pairs = list(zip(values.get(field, [0] * len(row)), row, strict=True))
             assert all(0 in pair or pair[0] == pair[1] for pair in pairs), f"two values of {field}"
             values[field] = [max(pair) for pair in pairs]
-    values.setdefault(HEADS, [int(checkpoint.config[HEADS])] * len(shape.layers))
+    values.setdefault(QUERY_HEADS_KEY, [int(checkpoint.config[QUERY_HEADS_KEY])] * len(shape.layers))
     return values
 
 

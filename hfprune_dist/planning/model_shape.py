@@ -12,7 +12,7 @@ from hfprune_dist.checkpoints.families import ATTENTION
 from hfprune_dist.planning.dimensions import Dimensions, adapted_sides_of, dimensions_of, row_projections_of
 from hfprune_dist.structures.experts import (
     ALL_WIDTHS,
-    NUMBERS,
+    EXPERT_COUNT_KEYS,
     SHARED_WIDTHS,
     expert_sizes,
     mlp_widths,
@@ -25,7 +25,7 @@ _HEADS = {"num_attention_heads": "num_heads", "num_key_value_heads": "num_key_va
 _OF_LAYERS = {"intermediate_size": "intermediate_size", **_HEADS}
 
 # Fields of a mixture of experts, whose values are the same in all layers.
-_OF_EXPERTS = (*NUMBERS, *ALL_WIDTHS, *SHARED_WIDTHS)
+_OF_EXPERTS = (*EXPERT_COUNT_KEYS, *ALL_WIDTHS, *SHARED_WIDTHS)
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from hfprune_dist.results.formats import counted, number
 from hfprune_dist.results.markdown import code, code_block, escaped, table
 from hfprune_dist.results.rows import EXPERT_WIDTHS, weight_bytes_of
 from hfprune_dist.store.stage import CUTTING, RECOVERING, Stage
-from hfprune_dist.structures.experts import NUMBERS, SHARED_WIDTHS
+from hfprune_dist.structures.experts import EXPERT_COUNT_KEYS, SHARED_WIDTHS
 from hfprune_dist.structures.units import plural_of
 
 TAGS = ("hfprune", "pruned", "model-compression")
@@ -139,7 +139,7 @@ def _sizes(shape: Mapping[str, Any]) -> str | None:
         "num_hidden_layers": "layers",
         "num_attention_heads": "attention heads",
         "num_key_value_heads": "key-value heads",
-        **dict.fromkeys(NUMBERS, "experts"),
+        **dict.fromkeys(EXPERT_COUNT_KEYS, "experts"),
         **{field: f"`{field}`" for field in ("intermediate_size", *EXPERT_WIDTHS.values(), *SHARED_WIDTHS)},
     }
     told = [f"{title} {size}" for key, title in titles.items() if (size := _size(shape, key))]

@@ -26,7 +26,7 @@ from hfprune_dist.store.attempt import AttemptsOf
 from hfprune_dist.store.hashing import digest_of
 from hfprune_dist.store.heartbeat import in_one_line
 from hfprune_dist.store.stage import CUTTING, kind_of
-from hfprune_dist.structures.experts import NUMBERS, SHARED_WIDTHS
+from hfprune_dist.structures.experts import EXPERT_COUNT_KEYS, SHARED_WIDTHS
 from hfprune_dist.structures.units import plural_of
 
 Row = dict[str, Any]
@@ -36,7 +36,7 @@ _MEASURED = ("perplexity", "kl", "top1_agreement")
 # Fields that a prune stage also reports if it removed more than neurons.
 LAYERS, KEY_VALUE_HEADS = "num_hidden_layers", "num_key_value_heads"
 # Fields of mixtures of experts, whatever config.json calls them, next to the width of layers without experts.
-NUM_EXPERTS = NUMBERS[0]
+NUM_EXPERTS = EXPERT_COUNT_KEYS[0]
 EXPERT_WIDTHS = {
     "expert width": "moe_intermediate_size",
     "shared expert width": SHARED_WIDTHS[0],
@@ -226,9 +226,9 @@ def _shape(cell: Cell, manifests: Mapping[str, Manifest | None], dense: DenseMod
 
 def _with_experts(sizes: Mapping[str, Any]) -> Mapping[str, Any]:
     """Sizes with the number of experts and the width of the shared one, if any, under the same names for all models."""
-    if not any(key in sizes for key in NUMBERS):
+    if not any(key in sizes for key in EXPERT_COUNT_KEYS):
         return sizes
-    names = ((NUM_EXPERTS, NUMBERS), (EXPERT_WIDTHS["shared expert width"], SHARED_WIDTHS))
+    names = ((NUM_EXPERTS, EXPERT_COUNT_KEYS), (EXPERT_WIDTHS["shared expert width"], SHARED_WIDTHS))
     return {**sizes, **{name: sizes[key] for name, keys in names for key in reversed(keys) if key in sizes}}
 
 

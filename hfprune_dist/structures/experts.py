@@ -14,7 +14,7 @@ from hfprune_dist.structures.units import Block, Owned, Units, read_counts
 Projections = tuple[Sequence[str], str, int]
 
 # Keys of config.json for the number of experts in a layer, and for the number of them that process each token.
-NUMBERS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+EXPERT_COUNT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 CHOSEN = ("num_experts_per_tok", "num_experts_per_token", "moe_k", "moe_topk")
 # Keys for an expert's width (the first one present counts), and for the shared expert's: its width, or a multiple.
 WIDTHS = ("moe_intermediate_size", "intermediate_size")
@@ -130,7 +130,7 @@ def expert_sizes(config: Mapping[str, Any]) -> list[ExpertSizes | None]:
 
 def number_of_experts(config: Mapping[str, Any]) -> int:
     """Return the number of experts in a layer that has any; 0 if the config.json states no more than one."""
-    stated = [int(config[key]) for key in NUMBERS if isinstance(config.get(key), int)]
+    stated = [int(config[key]) for key in EXPERT_COUNT_KEYS if isinstance(config.get(key), int)]
     has_some = stated and max(stated) > 1 and config.get("is_moe", True)
     return max(stated) if has_some else 0
 

@@ -16,7 +16,7 @@ from hfprune_dist.core.lora_scores import Factors, unit_scores
 from hfprune_dist.distributed.world import World
 from hfprune_dist.structures.units import Owned, Units
 
-ADAPTER = "default"  # peft's name for the only adapter
+PEFT_NAME = "default"  # peft's name for the only adapter
 
 
 class LoraGradients:
@@ -59,13 +59,13 @@ class LoraGradients:
     def _of_weight(self, name: str, owned: Owned, share: float, made_here: bool) -> Tensor:
         """One weight's part of its units' scores. All ranks contribute their shards of LoRA's, and one computes."""
         lora = self._projection(name)
-        a, b = lora.lora_A[ADAPTER].weight, lora.lora_B[ADAPTER].weight
+        a, b = lora.lora_A[PEFT_NAME].weight, lora.lora_B[PEFT_NAME].weight
         a_RI, b_OR = safe_get_full_fp32_param(a), safe_get_full_fp32_param(b)
         grad_a_RI, grad_b_OR = safe_get_full_grad(a), safe_get_full_grad(b)
         if not made_here:
             return torch.empty(0)
         gradients = (share * grad_a_RI.float(), share * grad_b_OR.float())
-        factors = Factors(a_RI, b_OR, *gradients, lora.scaling[ADAPTER])
+        factors = Factors(a_RI, b_OR, *gradients, lora.scaling[PEFT_NAME])
         return unit_scores(lora.base_layer.weight, factors, owned.axis, owned.per_unit, owned.parts)
 
     def _clipped_share(self) -> float:

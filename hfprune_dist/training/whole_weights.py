@@ -31,7 +31,8 @@ def place_training(task: FineTuning, world: World) -> Placement:
 
 def with_whole_weights(model: nn.Module, world: World) -> nn.Module:
     """Prepare a model with LoRA layers so that DeepSpeed shards nothing of it but LoRA's optimizer states."""
-    _keep_whole(model.to(world.device))  # later, this would separate a head that shares the embedding's weight
+    # ``.to()`` before ``_keep_whole``: moving buffers would untie a head that shares the embedding's weight.
+    _keep_whole(model.to(world.device))
     _compute_as_sharded(model)
     return model
 

@@ -17,14 +17,14 @@ from hfprune_dist.store.heartbeat import Progress
 from hfprune_dist.structures.kept import Kept
 from hfprune_dist.training.snapshots import Snapshot
 
-ADAPTER = "adapter"
+ADAPTER_FOLDER = "adapter"
 LOSSES = "loss.jsonl"
 
 
 def write_trained(checkpoint: Checkpoint, trained: Snapshot, settings: LoraTraining, draft: Path) -> None:
     """Write what was trained: ``adapter/`` and ``loss.jsonl``."""
     targets = lora_targets(checkpoint.family, checkpoint.ranks)
-    write_adapter(draft / ADAPTER, trained.weights, targets, settings.rank, settings.alpha)
+    write_adapter(draft / ADAPTER_FOLDER, trained.weights, targets, settings.rank, settings.alpha)
     write_text(draft / LOSSES, "".join(json.dumps(line, allow_nan=False) + "\n" for line in trained.losses))
 
 
@@ -42,7 +42,7 @@ def write_merged(
         UserError: on all ranks, as ``merge_weight_file`` does on any.
     """
     world.barrier()
-    adapter = read_adapter(draft / ADAPTER)
+    adapter = read_adapter(draft / ADAPTER_FOLDER)
     files = checkpoint.weight_files
 
     def write_share() -> None:

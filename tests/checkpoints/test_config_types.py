@@ -19,16 +19,30 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from hfprune_dist.checkpoints.checkpoint import open_checkpoint
 from hfprune_dist.checkpoints.checks import check_config
 from hfprune_dist.checkpoints.config_types import check_types
-from hfprune_dist.checkpoints.families import with_width
-from hfprune_dist.checkpoints.layer_settings import LISTS, NUMBERS, OF_THE_FIRST, PERIODS, of_layers, undroppable_layers
+from hfprune_dist.checkpoints.families import normalized
+from hfprune_dist.checkpoints.layer_settings import (
+    ATTENTION_LAYER_LISTS,
+    LISTS,
+    OF_THE_FIRST,
+    PERIODS,
+    of_layers,
+    undroppable_layers,
+)
 from hfprune_dist.checkpoints.text_decoder import DEEPSTACK
 from hfprune_dist.errors import UserError
-from hfprune_dist.structures.experts import ALL_WIDTHS, CHOSEN, LAYERS_WITHOUT, PLACES, SHARED_NUMBERS, SHARED_WIDTHS
-from hfprune_dist.structures.experts import NUMBERS as NUMBERS_OF_EXPERTS
+from hfprune_dist.structures.experts import (
+    ALL_WIDTHS,
+    CHOSEN,
+    EXPERT_COUNT_KEYS,
+    LAYERS_WITHOUT,
+    PLACES,
+    SHARED_NUMBERS,
+    SHARED_WIDTHS,
+)
 
 KEYS = (
     *LISTS,
-    *NUMBERS,
+    *ATTENTION_LAYER_LISTS,
     *OF_THE_FIRST,
     *PERIODS,
     *PERIODS.values(),
@@ -38,7 +52,7 @@ KEYS = (
     *SHARED_NUMBERS,
     LAYERS_WITHOUT,
     *CHOSEN,
-    *NUMBERS_OF_EXPERTS,
+    *EXPERT_COUNT_KEYS,
     "auto_map",
     DEEPSTACK,
 )
@@ -132,6 +146,6 @@ def test_the_key_and_what_it_must_be_are_named(folder_of, tmp_path, changes, tol
 def test_the_sizes_of_the_model_that_a_class_was_made_for_are_taken(model_type):
     """They are its defaults, with what its files state besides."""
     stated = {"head_dim": 128} if model_type == "glm4_moe" else {}
-    config = with_width(CONFIG_MAPPING[model_type]().to_dict() | stated)
+    config = normalized(CONFIG_MAPPING[model_type]().to_dict() | stated)
     check_config(config, Path("config.json"))
     check_types(config, "config.json")

@@ -23,7 +23,7 @@ from hfprune_dist.store.artifacts import Store
 from hfprune_dist.store.atomic_files import write_json
 from hfprune_dist.store.heartbeat import Failure, write_failure_record
 from hfprune_dist.store.stage import Input, Stage
-from hfprune_dist.structures.experts import NUMBERS, SHARED_WIDTHS
+from hfprune_dist.structures.experts import EXPERT_COUNT_KEYS, SHARED_WIDTHS
 
 MODEL = Input("digest", "/model")
 IMPORTANCE = Stage("importance", "m", {}, {"model": MODEL})
@@ -163,7 +163,7 @@ def test_what_more_than_neurons_lost_has_columns(store):
     assert "num_key_value_heads_by_layer" not in flat_row(pruned)
 
 
-@pytest.mark.parametrize("number", NUMBERS)
+@pytest.mark.parametrize("number", EXPERT_COUNT_KEYS)
 @pytest.mark.parametrize("shared", SHARED_WIDTHS)
 def test_sizes_of_experts_have_columns_whatever_config_json_calls_them(store, number, shared):
     config = CONFIG | {"num_hidden_layers": 2, "intermediate_size": 24, "num_experts_per_tok": 1, number: 4, shared: 40}

@@ -11,7 +11,7 @@ from hfprune_dist.checkpoints.checkpoint import open_checkpoint
 from hfprune_dist.checkpoints.lora_adapter import write_adapter
 from hfprune_dist.errors import UserError
 from hfprune_dist.store.heartbeat import Progress
-from hfprune_dist.training.write_merged import ADAPTER, write_merged
+from hfprune_dist.training.write_merged import ADAPTER_FOLDER, write_merged
 
 
 def told_of_merging(folder, dtype, factor_a, factor_b):
@@ -27,7 +27,7 @@ def told_of_merging(folder, dtype, factor_a, factor_b):
     parameters = {f"base_model.model.{module}.lora_{it}.default.weight": factor for it, factor in factors.items()}
     draft = folder / "draft"
     draft.mkdir()
-    write_adapter(draft / ADAPTER, parameters, ["up_proj"], rank=1, alpha=1)
+    write_adapter(draft / ADAPTER_FOLDER, parameters, ["up_proj"], rank=1, alpha=1)
 
     def told(world):
         with pytest.raises(UserError) as error:
