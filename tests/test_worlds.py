@@ -4,6 +4,9 @@ import pytest
 import torch
 from worlds import Death, DivergedError, Ranks
 
+from hfprune_dist.errors import UserError
+from hfprune_dist.store.claims import ClaimLostError
+
 
 def test_collectives_bring_what_real_ones_would():
     def work(world):
@@ -25,6 +28,20 @@ def test_collectives_bring_what_real_ones_would():
     assert ranks.run(work) == [([0, 1, 2], {"of": 1}, [3, 3], [2.0, 2.0], "told")] * 3
     assert [call.kind.split(" ")[0] for call in ranks.logs[0]] == [call.kind.split(" ")[0] for call in ranks.logs[2]]
     assert ranks.counts(1)["all_reduce torch.int64 [2]"] == 1 and ranks.logs[1][0].bytes == 16
+
+
+@pytest.mark.parametrize("error", [UserError("no such text"), ClaimLostError("taken over")], ids=["input", "claim"])
+@pytest.mark.parametrize("way", ["let_first", "wait_for_first"])
+def test_what_ends_the_first_rank_ends_all(way, error):
+    def fail(*_):
+        raise error
+
+    def work(world):
+        with pytest.raises(type(error), match=str(error)):
+            getattr(world, way)(fail)
+        return world.all_gather(world.rank)
+
+    assert Ranks(3).run(work) == [[0, 1, 2]] * 3
 
 
 def test_ranks_share_no_object():

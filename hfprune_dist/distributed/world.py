@@ -9,7 +9,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Generic, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -18,6 +18,7 @@ from hfprune_dist.distributed.determinism import compute_deterministically
 from hfprune_dist.distributed.gpus import claim_device, place_of, require_own_gpus
 from hfprune_dist.distributed.threads import threads_allowed
 from hfprune_dist.errors import UserError
+from hfprune_dist.store.claims import ClaimLostError
 from hfprune_dist.store.machine import usable_cores
 
 T = TypeVar("T")
@@ -88,23 +89,28 @@ class World:
 
         Args:
             action: must call its argument now and then, so that no rank waits longer than the collective timeout.
+
+        Raises:
+            UserError, ClaimLostError: on every rank, if the action raises it.
         """
-        not_yet: tuple[bool, T | None] = False, None
+        not_yet: _Outcome[T] | None = None
 
         def go_on() -> None:
             self.broadcast(not_yet)
 
         if self.is_first:
-            return self.broadcast((True, action(go_on)))[1]
-        done, answer = not_yet
-        while not done:
-            done, answer = self.broadcast(not_yet)
-        return answer  # type: ignore[return-value]
+            return self.broadcast(_Outcome.of(action, go_on)).result()
+        while (outcome := self.broadcast(not_yet)) is None:
+            pass
+        return outcome.result()
 
     def wait_for_first(self, work: Callable[[], T]) -> T:
         """Run work on rank 0 only, and return its result on every rank, however long it takes.
 
         It runs in the calling thread, whose GPU and number of threads it may need; another one tells the others.
+
+        Raises:
+            UserError, ClaimLostError: on every rank, if the work raises it.
         """
 
         def action(go_on: Callable[[], None]) -> T:
@@ -166,6 +172,26 @@ def join_world(environment: MutableMapping[str, str], timeout_minutes: int, *, r
     )
     require_own_gpus(world, place_of(device))
     return world
+
+
+@dataclass(frozen=True)
+class _Outcome(Generic[T]):
+    """What rank 0 has come to: a value, or an error with which all ranks leave in order."""
+
+    value: T | None
+    error: UserError | ClaimLostError | None = None
+
+    @classmethod
+    def of(cls, action: Callable[[Callable[[], None]], T], go_on: Callable[[], None]) -> _Outcome[T]:
+        try:
+            return cls(action(go_on))
+        except (UserError, ClaimLostError) as error:
+            return cls(None, error)
+
+    def result(self) -> T:
+        if self.error is not None:
+            raise self.error
+        return self.value  # type: ignore[return-value]
 
 
 @contextmanager

@@ -17,10 +17,10 @@ from hfprune_dist.config.schema import RuntimeConfig
 from hfprune_dist.data.windows import load_windows
 from hfprune_dist.distributed.interruption import Interruption
 from hfprune_dist.distributed.world import TELL_EVERY_S, World
-from hfprune_dist.errors import LostInputError, UserError
+from hfprune_dist.errors import LostInputError
 from hfprune_dist.planning.user_files import ChangedInputError, UserFiles
 from hfprune_dist.store.artifacts import Store
-from hfprune_dist.store.claims import Claim, ClaimLostError
+from hfprune_dist.store.claims import Claim
 from hfprune_dist.store.hashing import AfterEach, digest_of
 from hfprune_dist.store.heartbeat import Progress
 from hfprune_dist.store.provenance import environment
@@ -111,7 +111,7 @@ class Context(Generic[P]):
             ChangedInputError: naming a file of the user's that is not what the sweep was planned with. Progress that
                 earlier attempts have made with it is deleted.
         """
-        self._let_first(self._check_inputs)
+        self.world.let_first(self._check_inputs)
 
     def _check_inputs(self, after_each: AfterEach) -> None:
         for stage_id in self.stage.needs:
@@ -137,7 +137,7 @@ class Context(Generic[P]):
         Raises:
             ChangedInputError: naming the file. Progress that this stage has made with it is deleted.
         """
-        self._let_first(self._require_untouched_inputs)
+        self.world.let_first(self._require_untouched_inputs)
 
     def _require_untouched_inputs(self, after_each: AfterEach) -> None:
         self._discarding_progress(self._user_files.require_untouched, after_each)
@@ -158,11 +158,11 @@ class Context(Generic[P]):
         However long it takes, no rank waits longer than the collective timeout, since rank 0 keeps telling the others
         that it is still at work. If ``work`` raises a ``UserError``, all ranks do.
         """
-        return self._let_first(lambda after_each: _in_thread(work, after_each))
+        return self.world.let_first(lambda after_each: _in_thread(work, after_each))
 
     def open_draft(self) -> Path:
         """A folder in which all ranks may write files of the artifact."""
-        return self._let_first(lambda _: self.handle.open_draft(self.claim))
+        return self.world.let_first(lambda _: self.handle.open_draft(self.claim))
 
     def commit(self, draft: Path, metrics: dict[str, Any]) -> None:
         """Publish the draft as this stage's artifact, once all ranks have written their files.
@@ -174,27 +174,13 @@ class Context(Generic[P]):
         peak = self.world.peak_memory()
         self.world.barrier()
         record = self._record(metrics, peak)
-        self._let_first(lambda after_each: self._commit(draft, record, after_each))
+        self.world.let_first(lambda after_each: self._commit(draft, record, after_each))
         self.world.barrier()
 
     def _commit(self, draft: Path, record: dict[str, Any], after_each: AfterEach) -> None:
         self._require_untouched_inputs(after_each)
         self.store.commit(self.stage, draft, record, after_each, claim=self.claim)
         self.handle.discard_work()
-
-    def _let_first(self, action: Callable[[AfterEach], T]) -> T:
-        """Run an action on rank 0, return its result on every rank; if it ends the stage, all ranks leave in order."""
-
-        def outcome(after_each: AfterEach) -> T | UserError | ClaimLostError:
-            try:
-                return action(after_each)
-            except (UserError, ClaimLostError) as error:
-                return error
-
-        result = self.world.let_first(outcome)
-        if isinstance(result, UserError | ClaimLostError):
-            raise result
-        return result
 
     def _record(self, metrics: dict[str, Any], peak_memory: Mapping[str, int | None]) -> dict[str, Any]:
         finished, seconds = time.time(), time.monotonic() - self.began

@@ -93,7 +93,7 @@ def test_others_hear_that_the_first_rank_goes_on_however_long_its_work_takes(sto
         return "windows"
 
     assert context_of(Told(), store).let_first_work(work) == "windows"
-    assert told[:3] == [(False, None)] * 3 and told[-1] == (True, "windows")
+    assert told[:3] == [None] * 3 and told[-1].result() == "windows"
 
 
 def test_bad_input_that_the_first_rank_finds_ends_all(store):
@@ -173,8 +173,7 @@ def test_all_ranks_learn_of_a_change(store, text):
     text.write_text("Planned")
     with pytest.raises(ChangedInputError):
         Context(context.stage, store, Heard(), RuntimeConfig(), Progress(None), {}, {}, 1).check_inputs()
-    done, error = heard[-1]
-    assert done and isinstance(error, ChangedInputError)
+    assert isinstance(heard[-1].error, ChangedInputError)
     assert len(heard) >= 3, "and that work goes on, after each file"
 
 
