@@ -13,7 +13,7 @@ from hfprune_dist.core.scored_units import scores_units
 
 @dataclass(frozen=True)
 class Maker:
-    """A linear layer whose outputs make the units' channels.
+    """A linear layer from whose outputs the channels of units are made, as gates and inputs of neurons are.
 
     Attributes:
         parts: number of equal parts of its rows, in each of which a unit owns some: 2 if gate and up are one matrix.

@@ -19,7 +19,7 @@ from hfprune_dist.refit.final_norm_refit import FinalNormRefit, micro_batches_of
 from hfprune_dist.refit.norm_gradients import NormGradients
 from hfprune_dist.refit.norms_refit import NormsRefit, micro_batches_of_norms
 from hfprune_dist.refit.pruned_layers import PrunedLayers
-from hfprune_dist.stages.prune_refit import Context, Models, Replacements, after_each_layer, outputs_of_dense
+from hfprune_dist.stages.prune_refit import Context, Models, Replacements, after_each_layer, in_memory, outputs_of_dense
 from hfprune_dist.structures.kept import Kept
 
 # Name of a norm in the checkpoint -> the norm as the checkpoint has it.
@@ -108,13 +108,9 @@ def _with_factors(checkpoint: Checkpoint, norms: Norms, factors_RC: Tensor, sett
     found: dict[str, Tensor] = {}
     for (name, norm), factors_C in zip(norms.items(), factors_RC, strict=True):
         found |= {f"{name}.{of_norm}": weight_C for of_norm, weight_C in with_factors(norm, factors_C).items()}
-    return {name: partial(_itself, rounded(name, weight_C)) for name, weight_C in found.items()}
+    return in_memory({name: rounded(name, weight_C) for name, weight_C in found.items()})
 
 
 def _if_finite(kls: Sequence[float]) -> list[float | None]:
     """Divergences for the manifest, which holds no others: None where a step went so far that there is none."""
     return [kl if math.isfinite(kl) else None for kl in kls]
-
-
-def _itself(weight_C: Tensor) -> Tensor:
-    return weight_C

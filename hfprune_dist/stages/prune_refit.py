@@ -52,6 +52,15 @@ def pruned_kinds(context: Context, checkpoint: Checkpoint) -> list[Units]:
     return checkpoint.pruned_kinds(context.params.structures)
 
 
+def in_memory(tensors: Mapping[str, Tensor]) -> Replacements:
+    """Tensors that are already there, as replacements of those of the same names."""
+    return {name: partial(_given, tensor) for name, tensor in tensors.items()}
+
+
+def _given(tensor: Tensor) -> Tensor:
+    return tensor
+
+
 def added_biases(context: Context, checkpoint: Checkpoint, kept: Kept) -> Replacements:
     """Find the biases that make up for what goes, on all calibration windows."""
     saved = SavedLayers(context.work / "biases", kept.layers)
@@ -60,11 +69,7 @@ def added_biases(context: Context, checkpoint: Checkpoint, kept: Kept) -> Replac
     kinds = pruned_kinds(context, checkpoint)
     refit = BiasRefit(checkpoint, kept, kinds, stream, saved, world=context.world)
     refit.run(after_each_layer(context, "biases", checkpoint.num_layers))
-    return {name: partial(_identity, bias_C) for name, bias_C in saved.read().items()}
-
-
-def _identity(bias_C: Tensor) -> Tensor:
-    return bias_C
+    return in_memory(saved.read())
 
 
 def refit_layers(
