@@ -207,7 +207,7 @@ def _fidelity_file(folder: Path, text: str) -> Path:
 
 
 def _windows_file(context: Context, text: str) -> Path:
-    return context.work / f"{_phase(text)}.windows.json"
+    return context.work / f"{f'windows {text}'.rstrip()}.json"
 
 
 def _my_windows(left: Sequence[int], world: World) -> list[int]:

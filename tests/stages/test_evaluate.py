@@ -4,6 +4,7 @@ import math
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -225,7 +226,7 @@ def test_an_evaluation_killed_at_any_write_goes_on_with_the_same_bits_at_its_nex
         store = Store(shutil.copytree(tmp_path / "before", tmp_path / str(kill_at)))
         died = die_in_fork(lambda store=store: run_alone(store, stage), kill_at, store.root)
         if store.verify(stage.id).state == "missing":
-            known = read_json(store.work(stage.id) / "fidelity.windows.json") or {}
+            known = read_json(store.work(stage.id) / "windows.json") or {}
             measured = (store.work(stage.id) / "fidelity.json").exists()
             compared.clear()
             run_alone(store, stage)
@@ -238,13 +239,22 @@ def test_an_evaluation_killed_at_any_write_goes_on_with_the_same_bits_at_its_nex
     assert kill_at > 10
 
 
+def test_no_texts_share_a_file_of_results_or_of_windows(tmp_path):
+    context = SimpleNamespace(work=tmp_path)
+    texts = ["", "a", "a.windows", "windows", "a.json", "windows.a", "fidelity"]
+    files = [evaluate._fidelity_file(tmp_path, it) for it in texts] + [
+        evaluate._windows_file(context, it) for it in texts
+    ]
+    assert len({file.name for file in files}) == len(files) and all(file.parent == tmp_path for file in files)
+
+
 def test_an_evaluation_asked_to_stop_does_so_after_a_window(inputs, tmp_path, monkeypatch):
     store = Store(tmp_path)
     stage = write_stage_file(store, inputs, [])
     monkeypatch.setattr(Interruption, "agreed", lambda *_: True)
     with pytest.raises(Interrupted):
         run_alone(store, stage)
-    assert len(read_json(store.work(stage.id) / "fidelity.windows.json")) == 1
+    assert len(read_json(store.work(stage.id) / "windows.json")) == 1
 
 
 def test_answers_of_an_earlier_attempt_are_used(inputs, tmp_path, monkeypatch):
