@@ -15,11 +15,11 @@ from hfprune_dist.store.artifacts import Store
 
 def needs_of_jobs(store: Store) -> Mapping[str, list[str]]:
     """Id of each stage whose job may wait or run -> ids of the stages whose artifacts it reads."""
-    submitted = {attempt.intent.stage_id for attempt in attempts_that_go_on(store)}
+    submitted = {attempt.intent.stage_id for attempt in _attempts_that_go_on(store)}
     return {stage_id: _read_by(store, stage_id) for stage_id in sorted(submitted)}
 
 
-def attempts_that_go_on(store: Store) -> list[JobAttempt]:
+def _attempts_that_go_on(store: Store) -> list[JobAttempt]:
     """Open attempts at any stage, except those whose jobs are over as Slurm says; all of them if it doesn't answer."""
     attempts = Attempts(store.root).open_attempts()
     if not attempts:

@@ -18,7 +18,6 @@ from hfprune_launch.slurm.commands import (
     SubmitLimitError,
 )
 from hfprune_launch.slurm.job_ends import JobEnds
-from hfprune_launch.slurm.jobs_needs import attempts_that_go_on
 from hfprune_launch.slurm.profile import Profile
 from hfprune_launch.slurm.renewals import keep_renewed
 from hfprune_launch.slurm.slots import choose_slot
@@ -172,10 +171,11 @@ class Submission:
         if self._submitting.max_running is None:
             return []
         if self._outside is None:
-            jobs = self._jobs
-            others = (it for it in attempts_that_go_on(jobs.store) if it.intent.stage_id not in jobs.plan.stages)
-            # What Slurm doesn't tell this user about here can't be waited for.
-            self._outside = [attempt for attempt in others if not jobs.is_out_of_sight(attempt)]
+            plan, whereabouts = self._jobs.plan, self._jobs.whereabouts
+            others = (it for it in self._attempts.open_attempts() if it.intent.stage_id not in plan.stages)
+            # Slurm would refuse a job that waits for one that it doesn't know.
+            named = ((attempt, whereabouts.named(attempt.intent.job_name)) for attempt in others)
+            self._outside = [attempt for attempt, job in named if job is not None and job.is_live]
         return [*self._outside, *self._jobs.live.values()]
 
     def _request(self, stage: Stage, attempt: JobAttempt, after_ok: Sequence[str], after_any: str | None) -> Request:

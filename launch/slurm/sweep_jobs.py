@@ -69,10 +69,6 @@ class SweepJobs:
         """Return whether nothing in Slurm knew an attempt's job."""
         return self.whereabouts.is_missing(attempt)
 
-    def is_out_of_sight(self, attempt: JobAttempt) -> bool:
-        """Return whether a job is another user's or another cluster's."""
-        return self.whereabouts.is_elsewhere(attempt) or self.whereabouts.is_somebody_elses(attempt)
-
     def is_foreign(self, attempt: JobAttempt) -> bool:
         """Return whether a job can't be seen from here; if so, report whose it is, or who has taken it."""
         intent = attempt.intent
@@ -83,7 +79,7 @@ class SweepJobs:
             )
             self.tell(Event("waiting", self.stage_of(attempt), attempt.job_id, message))
             return True
-        if not self.is_out_of_sight(attempt):
+        if not (self.whereabouts.is_elsewhere(attempt) or self.whereabouts.is_somebody_elses(attempt)):
             return False
         message = (
             f"user {intent.user} submitted it on cluster {intent.cluster}; this sweep waits for its artifact. If that "

@@ -659,8 +659,13 @@ def test_jobs_of_commands_with_other_plans_count_for_max_running(fake, store):
     third.start()
     waits = [script_of(store, stage).count("--dependency=afterany:104") for stage in plans[2].stages.values()]
     assert waits == [0, 1], "one slot is free, and the job that waits in the other one comes first"
+    for job_id in ("104", "105", "106"):  # over, and forgotten before any launcher could record how they ended
+        (fake.folder / "jobs").write_text(
+            "".join(line for line in (fake.folder / "jobs").open() if not line.startswith(f"{job_id}|"))
+        )
     fourth.start()
-    assert len(fake.calls("sbatch")) == 8
+    waits = [script_of(store, stage).count("--dependency") for stage in plans[3].stages.values()]
+    assert waits == [0, 0] and len(fake.calls("sbatch")) == 8, "nothing waits for a job that Slurm no longer knows"
 
 
 def test_nothing_joins_a_slot_whose_last_job_has_no_known_id(fake, store):
