@@ -10,6 +10,7 @@ import re
 import time
 import uuid
 from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -29,8 +30,10 @@ from hfprune_launch.slurm.attempt_records import (
 )
 
 from hfprune_dist.errors import UserError
-from hfprune_dist.store.atomic_files import listed, modified_at, write_json
+from hfprune_dist.store.atomic_files import listed, locked, modified_at, write_json
 from hfprune_dist.store.stage import Stage
+
+LOCK = ".lock"
 
 
 class JobAttempt:
@@ -120,6 +123,11 @@ class Attempts:
     def is_empty(self) -> bool:
         """Whether no job has been submitted for this store."""
         return not self._root.is_dir()
+
+    def locked(self) -> AbstractContextManager[None]:
+        """Keep other launchers that do the same from submitting; what they submit has to be read after this."""
+        self._root.mkdir(parents=True, exist_ok=True)
+        return locked(self._root / LOCK)
 
     def of(self, stage_id: str) -> list[JobAttempt]:
         """Return the attempts at a stage, first to last, without folders from which nothing can have been submitted."""

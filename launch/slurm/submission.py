@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -62,6 +63,15 @@ class Submission:
     def submit_missing(self) -> None:
         """Submit every missing stage whose inputs exist or are being made, in plan order."""
         self.is_held_up, self._outside = False, None
+        with self._alone():
+            self._submit_in_order()
+
+    def _alone(self) -> AbstractContextManager[None]:
+        """Under a limit, keep other launchers from taking slots that this one is about to find free."""
+        may_submit = bool(self._jobs.todo - self._jobs.live.keys())
+        return self._attempts.locked() if may_submit and self._submitting.max_running is not None else nullcontext()
+
+    def _submit_in_order(self) -> None:
         for stage in self._jobs.plan.stages.values():
             try:
                 self._submit_patiently(stage)
@@ -167,15 +177,16 @@ class Submission:
         self._hand_over(attempt, self._request(stage, attempt, after_ok, slot.after_any))
 
     def _in_slots(self) -> list[JobAttempt]:
-        """Return the attempts whose jobs may be in slots: also those that commands with other plans have submitted."""
+        """Return the attempts whose jobs may be in slots: also those that other launchers have submitted."""
         if self._submitting.max_running is None:
             return []
         if self._outside is None:
-            plan, whereabouts = self._jobs.plan, self._jobs.whereabouts
-            others = (it for it in self._attempts.open_attempts() if it.intent.stage_id not in plan.stages)
+            live = self._jobs.live
+            others = [it for it in self._attempts.open_attempts() if it.intent.stage_id not in live]
+            # Asked anew, as another launcher may have submitted since this round began.
+            names = {job.name for job in self._jobs.slurm.jobs().values() if job.is_live} if others else set()
             # Slurm would refuse a job that waits for one that it doesn't know.
-            named = ((attempt, whereabouts.named(attempt.intent.job_name)) for attempt in others)
-            self._outside = [attempt for attempt, job in named if job is not None and job.is_live]
+            self._outside = [attempt for attempt in others if attempt.intent.job_name in names]
         return [*self._outside, *self._jobs.live.values()]
 
     def _request(self, stage: Stage, attempt: JobAttempt, after_ok: Sequence[str], after_any: str | None) -> Request:

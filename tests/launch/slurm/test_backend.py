@@ -2,8 +2,10 @@
 
 import getpass
 import io
+import re
 import signal
 import subprocess
+import threading
 import time
 from types import SimpleNamespace
 
@@ -19,6 +21,7 @@ from hfprune_launch.slurm.backend import SlurmBackend
 from hfprune_launch.slurm.cancel import cancel_jobs
 from hfprune_launch.slurm.cli import NewJobs, Sweep, run_on_slurm, show_jobs, show_status
 from hfprune_launch.slurm.commands import SlurmCommands
+from hfprune_launch.slurm.job_ends import JobEnds
 from hfprune_launch.slurm.profile import Profile, Resources
 from hfprune_launch.slurm.submission import Submitting
 from hfprune_launch.slurm.sweep_jobs import Event
@@ -666,6 +669,48 @@ def test_jobs_of_commands_with_other_plans_count_for_max_running(fake, store):
     fourth.start()
     waits = [script_of(store, stage).count("--dependency") for stage in plans[3].stages.values()]
     assert waits == [0, 0] and len(fake.calls("sbatch")) == 8, "nothing waits for a job that Slurm no longer knows"
+
+
+@pytest.mark.parametrize("second_begins", ["before the first has looked", "while the first submits"])
+def test_launchers_that_start_together_take_different_slots(fake, store, monkeypatch, second_begins):
+    """The limit is for all of them, whether their plans differ or not."""
+    plans = [plan_of(*(Stage("prune", f"{name} {n}", {"n": n, "plan": name}, {}) for n in range(2))) for name in "aba"]
+    first, *others = [make_backend(store, plan, max_running=1) for plan in plans]
+    looked = [threading.Event() for _ in others]
+    threads = [threading.Thread(target=it.start) for it in others]
+    submit, look = SlurmCommands.submit, JobEnds.take_up_earlier
+
+    def looks(self):
+        look(self)
+        if threading.current_thread() in threads:
+            looked[threads.index(threading.current_thread())].set()
+            first_may_go_on.wait()
+
+    def begin_the_others():
+        for thread, event in zip(threads, looked, strict=True):
+            thread.start()
+            assert event.wait(60)
+
+    def submits(self, script, job_name):
+        if threading.current_thread() is threading.main_thread() and not first_may_go_on.is_set():
+            begin_the_others()
+            first_may_go_on.set()
+            threads[0].join(1.0)  # in vain, as it has to wait
+        return submit(self, script, job_name)
+
+    first_may_go_on = threading.Event()
+    monkeypatch.setattr(JobEnds, "take_up_earlier", looks)
+    monkeypatch.setattr(SlurmCommands, "submit", submits)
+    if second_begins == "before the first has looked":
+        begin_the_others()
+        monkeypatch.setattr(SlurmCommands, "submit", submit)
+    first.start()
+    first_may_go_on.set()
+    for thread in threads:
+        thread.join(60)
+    stages = [stage for plan in plans[:2] for stage in plan.stages.values()]
+    waits = [re.findall("--dependency=(.*)", script_of(store, stage)) for stage in stages]
+    assert waits == [[], ["afterany:101"], ["afterany:102"], ["afterany:103"]] and len(fake.calls("sbatch")) == 4
 
 
 def test_nothing_joins_a_slot_whose_last_job_has_no_known_id(fake, store):
