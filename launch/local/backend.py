@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import os
-import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 from hfprune_launch.local.deaths import explain_death
 from hfprune_launch.local.hardware import ranks_here, threads_of_a_rank
+from hfprune_launch.local.logs import first_line, last_number, log_of, mark_done
 from hfprune_launch.stage.outcome import Outcome
 from hfprune_launch.stage.parent import die_with_parent
 from hfprune_launch.stage.stage_file import Provenance, attempts_so_far, write_stage_file
@@ -54,11 +54,14 @@ class LocalBackend:
         try:
             if handle.is_done():  # another sweep was faster
                 return Outcome("done", time.monotonic() - began)
-            attempt = attempts_so_far(handle) + 1
+            # Logs outlive the work folder, which is removed with the progress in it once the artifact is made.
+            attempt = 1 + max(attempts_so_far(handle), last_number(self._logs, stage))
             write_stage_file(handle, stage, self._provenance, attempt)
             log = self._log(stage, attempt)
             _watch(self._start(stage, claim, log), handle, claim, on_heartbeat)
             failure = None if handle.is_done() else self._failure(handle, claim, log, _Attempt(attempt, started))
+            if failure is None:
+                mark_done(log)
         except ClaimLostError as lost:
             failure = None if handle.is_done() else Failure("duplicate", str(lost), -1, time.time())
         finally:
@@ -68,7 +71,7 @@ class LocalBackend:
     def _log(self, stage: Stage, attempt: int) -> Path:
         """Return the path of the attempt's log file, and make its folder."""
         self._logs.mkdir(parents=True, exist_ok=True)
-        return self._logs / f"{stage.kind}-{stage.fingerprint}.{attempt}.log"
+        return log_of(self._logs, stage, attempt)
 
     def _start(self, stage: Stage, claim: Claim, log: Path) -> subprocess.Popen[bytes]:
         ranks = 1 if stage.params.on_one_rank else self.ranks
@@ -77,7 +80,7 @@ class LocalBackend:
         torchrun = [sys.executable, "-m", "torch.distributed.run", *options]
         command = [*torchrun, str(STAGE_SCRIPT), str(self._store.root.resolve()), stage.id, "--claim", claim.ticket]
         with log.open("wb") as stream:
-            stream.write(_first_line(stage, command).encode())
+            stream.write(first_line(stage, command).encode())
             stream.flush()
             return subprocess.Popen(
                 command,
@@ -126,11 +129,6 @@ class _Attempt:
 
     number: int
     started: float
-
-
-def _first_line(stage: Stage, command: Sequence[str]) -> str:
-    """Return the first line of a log: the time, the stage and the command that runs it."""
-    return f"{time.strftime('%Y-%m-%d %H:%M:%S%z')} {stage.kind} {stage.label} ({stage.id}): {shlex.join(command)}\n"
 
 
 def _claim(handle: StageHandle, on_heartbeat: OnHeartbeat) -> Claim:

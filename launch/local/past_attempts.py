@@ -2,69 +2,41 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import replace
-from datetime import datetime
 from pathlib import Path
 
+from hfprune_launch.local.logs import LogsOfStages, beginning, is_done
 from hfprune_launch.stage.stage_file import began_at, find_stage_file
 
-from hfprune_dist.store.atomic_files import listed, modified_at
+from hfprune_dist.store.atomic_files import modified_at
 from hfprune_dist.store.attempt import Attempt
 from hfprune_dist.store.stage import Stage
 from hfprune_dist.store.stage_handle import StageHandle
-
-# ``<kind>-<fingerprint>`` of a stage -> its logs, by attempt number.
-LogsOfStages = Mapping[str, Mapping[int, Path]]
-
-# Part of a log's first line (``local.backend``): the number of ranks among torchrun's options.
-RANKS = re.compile(r"--nproc-per-node=(\d+)")
-
-
-def logs_below(folder: Path) -> LogsOfStages:
-    """Find the logs of all stages of a sweep in a single pass over their folder."""
-    found: dict[str, dict[int, Path]] = {}
-    for log in listed(folder, "*.*.log"):
-        stage, *_, number, _ = log.name.split(".")
-        found.setdefault(stage, {})[int(number) if number.isdecimal() else 0] = log
-    return found
 
 
 def past_attempts(stage: Stage, handle: StageHandle, logs: LogsOfStages) -> list[Attempt]:
     """Return the local backend's attempts at a stage, first to last.
 
     All that remains of an attempt followed by a later one is its log: the first line says when it began and on how
-    many ranks, and the file's modification time when it ended.
+    many ranks, the last one whether it made the artifact, and the file's modification time when it ended.
 
     Args:
         logs: what ``logs_below`` found.
     """
     found = logs.get(f"{stage.kind}-{stage.fingerprint}", {})
     last = _made(handle) or _unfinished(handle)
-    earlier = [_cut_off(number, log) for number, log in sorted(found.items()) if last is None or number < last.number]
+    earlier = [_earlier(number, log) for number, log in sorted(found.items()) if last is None or number < last.number]
     return [*earlier, *_with_log(last, found)]
 
 
-def _cut_off(number: int, log: Path) -> Attempt:
-    started, ranks = _beginning(log)
+def _earlier(number: int, log: Path) -> Attempt:
+    started, ranks = beginning(log)
+    if is_done(log):
+        said = "its artifact was lost since"
+        return Attempt(number, "done", started, modified_at(log), "done", said, logs=(log,), ranks=ranks)
     said = "its log tells how far it came"
     return Attempt(number, "failed", started, modified_at(log), "cut off", said, logs=(log,), ranks=ranks)
-
-
-def _beginning(log: Path) -> tuple[float | None, int | None]:
-    """Return unix time and ranks from a log's first line, as the backend writes it; None if it is something else.
-
-    The line begins with the time and, except in logs of earlier versions, its offset from UTC.
-    """
-    try:
-        with log.open(encoding="utf-8", errors="replace") as stream:
-            first = stream.readline()
-        started = datetime.fromisoformat(" ".join(first.split(" ", 2)[:2])).timestamp()
-    except (OSError, ValueError, OverflowError):
-        return None, None
-    ranks = RANKS.search(first)
-    return started, None if ranks is None else int(ranks.group(1))
 
 
 def _made(handle: StageHandle) -> Attempt | None:

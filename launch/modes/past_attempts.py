@@ -8,6 +8,7 @@ from heapq import merge
 from pathlib import Path
 
 from hfprune_launch.local import past_attempts as local
+from hfprune_launch.local.logs import logs_below
 from hfprune_launch.slurm import past_attempts as slurm
 from hfprune_launch.slurm.slurm_stage import SlurmStage
 
@@ -22,7 +23,7 @@ def past_attempts(out: Path) -> AttemptsOf:
     Args:
         out: folder of the sweep.
     """
-    store, logs = Store(out / "store"), cache(local.logs_below)
+    store, logs = Store(out / "store"), cache(logs_below)
     read: dict[str, Sequence[Attempt]] = {}
 
     def of(stage: Stage) -> Sequence[Attempt]:

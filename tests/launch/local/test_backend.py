@@ -14,7 +14,10 @@ from hfprune_launch.local import backend as local
 from hfprune_launch.local import deaths
 from hfprune_launch.local.backend import LocalBackend
 from hfprune_launch.local.deaths import OUT_OF_STEP, explain_death
+from hfprune_launch.local.logs import is_done
 from hfprune_launch.stage.stage_file import Provenance, attempts_so_far, find_stage_file
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from hfprune_dist.config.schema import RuntimeConfig
 from hfprune_dist.store import claims
@@ -183,6 +186,31 @@ def test_success_is_an_artifact(backend, store):
     assert run(backend).state == "done"
 
 
+@given(lives=st.lists(st.integers(0, 2), min_size=2, max_size=4), others=st.sets(st.integers(0, 9)))
+@settings(derandomize=True, max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_the_logs_of_an_artifact_that_was_lost_stay(backend, store, tmp_path, lives, others):
+    """Its store entry is removed by hand, for want of room or since it is damaged; then it is made again.
+
+    In each of its ``lives``, so many attempts fail before one makes it. The log of another stage changes nothing.
+    """
+    shutil.rmtree(tmp_path / "logs", ignore_errors=True)
+    (tmp_path / "logs").mkdir()
+    for number in others:
+        (tmp_path / "logs" / f"prune-{STAGE.fingerprint}0.{number}.log").touch()
+    expected = [it for failures in lives for it in [*[False] * failures, True]]
+    for number, succeeds in enumerate(expected, 1):
+        backend.meanwhile = (lambda claim: commit(store, claim)) if succeeds else (lambda claim: None)
+        backend.said = f"attempt {number}\n"
+        run(backend)
+        assert store.handle(STAGE.id).is_done() == succeeds
+        if succeeds:
+            store.handle(STAGE.id).discard()
+            store.discard_work(STAGE.id)
+    logs = [tmp_path / "logs" / f"prune-{STAGE.fingerprint}.{number}.log" for number in range(1, len(expected) + 1)]
+    assert [log.read_text().splitlines()[0] for log in logs] == [f"attempt {n}" for n in range(1, len(expected) + 1)]
+    assert [is_done(log) for log in logs] == expected
+
+
 def test_a_clock_that_is_set_back_gives_no_negative_time(backend, store, monkeypatch):
     def meanwhile(claim):
         wrong = time.time() - 3600
@@ -232,7 +260,7 @@ def test_a_damaged_layout_is_none(backend, store, content):
     (store.work(STAGE.id) / "stage.json").write_text(content)
     handle = store.handle(STAGE.id)
     assert attempts_so_far(handle) == 0 and find_stage_file(handle) is None
-    assert run(backend).failure.attempt == 1
+    assert run(backend).failure.attempt == 2, "the first one's log stays"
 
 
 def take_over(store):

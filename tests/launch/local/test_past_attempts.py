@@ -5,7 +5,7 @@ import time
 
 import pytest
 from hfprune_launch.local import past_attempts as local
-from hfprune_launch.local.backend import _first_line
+from hfprune_launch.local.logs import first_line, logs_below, mark_done
 from hfprune_launch.stage.stage_file import Provenance, write_stage_file
 
 from hfprune_dist.config.schema import RuntimeConfig
@@ -36,7 +36,7 @@ def begin(handle, logs, number):
 
 
 def past_attempts(stage, handle, logs):
-    return local.past_attempts(stage, handle, local.logs_below(logs))
+    return local.past_attempts(stage, handle, logs_below(logs))
 
 
 def told(handle, logs):
@@ -68,7 +68,7 @@ def test_the_time_of_a_beginning_is_the_same_in_any_zone(handle, logs, monkeypat
     try:
         monkeypatch.setenv("TZ", "UTC-5")
         time.tzset()
-        begin(handle, logs, 1).write_text(_first_line(STAGE, []))
+        begin(handle, logs, 1).write_text(first_line(STAGE, []))
         begin(handle, logs, 2).write_text("1970-01-02 05:00:00 prune, as earlier versions wrote it")
         begin(handle, logs, 3)
         assert past_attempts(STAGE, handle, logs)[1].started == 86_400
@@ -83,7 +83,7 @@ def test_the_time_of_a_beginning_is_the_same_in_any_zone(handle, logs, monkeypat
 def test_a_log_tells_when_an_attempt_began_and_on_how_many_ranks(handle, logs):
     """Only the first line that the backend writes says so; any other first line says nothing."""
     beginnings = {
-        1: _first_line(STAGE, ["python", "-m", "torch.distributed.run", "--nproc-per-node=3", "run.py"]),
+        1: first_line(STAGE, ["python", "-m", "torch.distributed.run", "--nproc-per-node=3", "run.py"]),
         2: "Traceback (most recent call last):",
         3: "2026-13-77 12:00:00 prune",
     }
@@ -94,3 +94,12 @@ def test_a_log_tells_when_an_attempt_began_and_on_how_many_ranks(handle, logs):
     first, *others, _ = past_attempts(STAGE, handle, logs)
     assert first.ranks == 3 and before - 1 <= first.started <= first.ended + 1
     assert [(it.started, it.ranks) for it in others] == [(None, None)] * 2
+
+
+def test_an_artifact_that_is_made_again_does_not_make_its_first_attempt_a_failure(handle, logs):
+    first = begin(handle, logs, 1)
+    mark_done(first)
+    os.utime(first, (1000.0, 1000.0))
+    second = begin(handle, logs, 2)
+    assert told(handle, logs) == [(1, "done", "done", (first,)), (2, "open", "no end known", (second,))]
+    assert past_attempts(STAGE, handle, logs)[0].ended == 1000.0
