@@ -49,7 +49,7 @@ class Session:
         assignments = [f"{key}={to_yaml(value, width=math.inf, flow=True)}" for key, value in plain.items()]
         arguments = sweep_parser().parse_args([])
         arguments.config, arguments.set = [] if config is None else [place(str(config))], assignments
-        self._command = Command(arguments, folder(str(out)), make_console())
+        self._command = Command(arguments, folder(str(out)), make_console(works_on=True))
 
     def score(self) -> dict[str, dict[str, list[NDArray[np.float64]]]]:
         """Score the neurons of the dense models.

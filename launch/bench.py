@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -51,6 +52,7 @@ def run_sections(sections: list[str], arguments: argparse.Namespace) -> None:
     from hfprune_launch.benchmark.plot import can_plot, plot
     from hfprune_launch.benchmark.results import Findings, markdown
     from hfprune_launch.benchmark.settings import require_measurable
+    from hfprune_launch.screen import make_console, say
 
     from hfprune_dist.checkpoints.checkpoint import open_checkpoint
     from hfprune_dist.store.atomic_files import write_json, write_text
@@ -59,22 +61,21 @@ def run_sections(sections: list[str], arguments: argparse.Namespace) -> None:
         require_measurable(open_checkpoint(arguments.model))
     out: Path = arguments.out
     out.mkdir(parents=True, exist_ok=True)
-    findings = Findings()
+    findings, tell = Findings(), partial(say, make_console(works_on=True))
     with tempfile.TemporaryDirectory(dir=out) as scratch:
         settings = _settings(arguments, Path(scratch))
         for section in sections:
             started = time.monotonic()
             findings += _measure(section, settings)
-            print(f"{section}: {time.monotonic() - started:.0f} s", flush=True)
+            tell(f"{section}: {time.monotonic() - started:.0f} s")
             write_json(out / "bench.json", {"machine": _machine(), **_told(settings), **findings.to_json()})
     table = markdown(findings.lines)
     write_text(out / "bench.md", table + "\n")
-    print(f"\n{table}\n\nwritten: {out / 'bench.json'}, bench.md", end="")
+    charts = "" if can_plot() else "; for charts: pip install 'hfprune-dist[bench]'"
     if findings.charts and can_plot():
         plot(findings.charts, out / "bench.png")
-        print(", bench.png")
-    else:
-        print("" if can_plot() else "; for charts: pip install 'hfprune-dist[bench]'")
+        charts = ", bench.png"
+    tell(f"\n{table}\n\nwritten: {out / 'bench.json'}, bench.md{charts}")
 
 
 def _measure(section: str, settings: Settings) -> Findings:

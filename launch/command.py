@@ -32,11 +32,16 @@ def run(body: Callable[[], int], when_interrupted: str = "interrupted") -> int:
             sys.stdout.flush()
             return code
     except BrokenPipeError:  # the reader of the output, such as head, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        discard_output()
         return SIGPIPE_EXIT_CODE
     except KeyboardInterrupt:
         print(when_interrupted, file=sys.stderr)
         return 130
+
+
+def discard_output() -> None:
+    """Let all further output go nowhere, since its reader has gone."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def make_parser(doc: str | None) -> ArgumentParser:

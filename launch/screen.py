@@ -6,8 +6,9 @@ import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import NoReturn, TypeVar
+from typing import TypeVar
 
+from hfprune_launch.command import discard_output
 from hfprune_launch.stage.outcome import Outcome
 from hfprune_launch.stage.progress_lines import ProgressLines
 from hfprune_launch.stage.standing import time_left
@@ -43,20 +44,28 @@ T = TypeVar("T")
 
 
 class _PipedConsole(Console):
-    """A console that lets commands end as usual where the reader of their output, such as head, has gone; rich would
-    exit with 1.
+    """A console for output whose reader, such as head, may go: a command then ends as usual, or works on in silence;
+    rich would exit with 1.
     """
 
-    def on_broken_pipe(self) -> NoReturn:
-        raise BrokenPipeError
+    def __init__(self, works_on: bool, width: int | None) -> None:
+        # Rich would show the ``:100:`` of ``train.py:100: error`` as a picture.
+        super().__init__(width=width, emoji=False)
+        self._works_on = works_on
+
+    def on_broken_pipe(self) -> None:
+        if not self._works_on:
+            raise BrokenPipeError
+        discard_output()
 
 
-def make_console() -> Console:
+def make_console(works_on: bool = False) -> Console:
     """Return a console as wide as the terminal; a pipe or file has no width, so tables keep their full width there.
 
-    Rich would show the ``:100:`` of ``train.py:100: error`` as a picture.
+    Args:
+        works_on: whether the command has work left while it prints, which it does even if nobody reads on.
     """
-    return _PipedConsole(width=None if sys.stdout.isatty() else 400, emoji=False)
+    return _PipedConsole(works_on, None if sys.stdout.isatty() else 400)
 
 
 def say(console: Console, text: str) -> None:

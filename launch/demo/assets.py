@@ -15,6 +15,7 @@ from hfprune_launch.demo.models import shipped_weights, write_llama, write_qwen
 from hfprune_launch.demo.parts import Parts, versions
 from hfprune_launch.demo.prose import Prose, benchmark_prose, reference_prose
 from hfprune_launch.demo.tasks import write_tasks
+from hfprune_launch.screen import make_console, say
 
 from hfprune_dist.checkpoints.safetensors_header import read_safetensors_header
 from hfprune_dist.checkpoints.weight_files import SINGLE_FILE
@@ -48,18 +49,18 @@ class Part:
 
 def build(root: Path) -> None:
     """Make every part that is missing or incomplete, and print one line about each part."""
-    parts = Parts(root)
+    parts, tell = Parts(root), functools.partial(say, make_console(works_on=True))
     with parts.exclusive():
         for part in PARTS:
             made_from = {"assets": VERSION, **versions(*part.sources)}
             if parts.is_whole(part.name, made_from):
-                print(f"{root / part.name}: in place", flush=True)
+                tell(f"{root / part.name}: in place")
                 continue
             started = time.monotonic()
             details = part.make(parts.draft(part.name), root)
             parts.commit(part.name, made_from, details)
             told = ", ".join(f"{count:,} {what}" for what, count in details["holds"].items())
-            print(f"{root / part.name}: {told} ({time.monotonic() - started:.1f} s)", flush=True)
+            tell(f"{root / part.name}: {told} ({time.monotonic() - started:.1f} s)")
 
 
 def make_llama(draft: Path, _: Path) -> Details:

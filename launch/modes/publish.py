@@ -40,7 +40,7 @@ def publish(out: Path, name: str, repo_id: str, *, private: bool, dry_run: bool)
     notes = _notes_on_card(folder / CARD)
     if left_out:
         notes.append(f"{left_out}/ stays here: its base model is not on the hub (it is part of the weights)")
-    console = make_console()
+    console = make_console(works_on=not dry_run)
     for file, size in files.items():
         say(console, f"{size:>15,} bytes  {file}")
     for note in notes:

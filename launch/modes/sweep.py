@@ -34,8 +34,9 @@ def run_sweep(arguments: Namespace) -> int:
         UserError: for bad input; nothing has been written.
     """
     out = arguments.out or Path("runs") / (arguments.config[0].stem if arguments.config else "default")
+    mode = _mode(arguments)
     try:
-        return _mode(arguments)(Command(arguments, out, make_console()))
+        return mode(Command(arguments, out, make_console(works_on=mode in (run, cancel, forget))))
     except SlurmUnavailableError as error:
         print(f"error: Slurm does not answer: {error}; run the same command again to go on", file=sys.stderr)
         return 1

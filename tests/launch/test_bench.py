@@ -5,7 +5,10 @@ import sys
 import pytest
 from damage import nothing_reaches_the_disk
 from fork_server import forked
+from hfprune_launch import bench
 from hfprune_launch.benchmark import isolated, launcher
+from hfprune_launch.benchmark.results import Findings
+from hfprune_launch.benchmark.settings import Settings
 from ranks import ROOT
 from tiny import save_tiny
 
@@ -34,6 +37,15 @@ def test_pruning_takes_the_memory_of_two_tensors(tmp_path):
         "hfprune_launch.benchmark.pruning:take_memory", {"model": str(model), "scratch": str(tmp_path)}, isolated.TIDY
     )
     assert taken <= 2.0
+
+
+def test_all_sections_are_measured_even_if_nobody_reads_on(tmp_path, monkeypatch, unread):
+    measured = []
+    monkeypatch.setattr(bench, "_measure", lambda section, _: measured.append(section) or Findings())
+    monkeypatch.setattr(bench, "_settings", lambda *_: Settings("model", "text", 512, 1, True, tmp_path))
+    with unread:
+        assert bench.main(["--out", str(tmp_path / "out")]) == 0
+    assert measured == list(bench.SECTIONS) and (tmp_path / "out" / "bench.md").exists()
 
 
 @pytest.mark.parametrize("cells", [launcher.FEW_CELLS, launcher.QUICK_CELLS])

@@ -73,6 +73,12 @@ def test_links_are_pushed_as_files_and_an_adapter_without_a_public_base_stays(ou
     }
 
 
+def test_a_checkpoint_is_pushed_even_if_nobody_reads_what_is_said_of_it(out, pushed, unread):
+    with unread:
+        assert publish.main([str(out), "name", "me/it"]) == 0
+    assert "model.safetensors" in pushed["files"]
+
+
 @pytest.mark.parametrize("base", ["./store/a", "../a", "/home/me/runs/x/store/prune/a", "~/models/a", "", None])
 def test_an_adapter_whose_base_is_a_folder_stays_however_its_user_has_written_that(out, pushed, base):
     of_adapter(out, base)

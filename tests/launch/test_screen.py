@@ -1,13 +1,15 @@
 """Tables as a terminal shows them."""
 
 import io
-import os
 import re
 import sys
 import unicodedata
 from pathlib import Path
 
 import pytest
+from hfprune_launch import sweep
+from hfprune_launch.command import SIGPIPE_EXIT_CODE
+from hfprune_launch.modes import sweep as modes
 from hfprune_launch.modes.compare import Page, show_methods
 from hfprune_launch.project import PROJECT
 from hfprune_launch.screen import (
@@ -59,13 +61,37 @@ def on_terminal(monkeypatch):
     return shown
 
 
-def test_whoever_stops_reading_ends_a_command_as_a_closed_pipe_does(monkeypatch):
-    """As ``| head`` does; rich would exit with 1, which says that a stage failed."""
-    reading, writing = os.pipe()
-    os.close(reading)
-    with pytest.raises(BrokenPipeError), os.fdopen(writing, "w", buffering=1, closefd=True) as stream:
-        monkeypatch.setattr(sys, "stdout", stream)
-        make_console().print("a line")
+def test_whoever_stops_reading_ends_a_command_as_a_closed_pipe_does(unread):
+    """Rich would exit with 1, which says that a stage failed."""
+    with unread:
+        with pytest.raises(BrokenPipeError):
+            make_console().print("a line")
+        make_console(works_on=True).print("a line")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "works_on"),
+    [
+        ([], True),
+        (["--cancel"], True),
+        (["--forget", "a"], True),
+        *((it, False) for it in (["--status"], ["--logs", "a"], ["--dry-run"], ["--show-config"])),
+    ],
+)
+def test_what_changes_something_is_done_to_its_end_even_if_nobody_reads_on(unread, monkeypatch, arguments, works_on):
+    done = []
+
+    def mode(command):
+        for number in range(3):
+            command.tell("a line")
+            done.append(number)
+        return 0
+
+    for name in ("run", "cancel", "forget", "status", "logs", "dry_run", "show_config"):
+        monkeypatch.setattr(modes, name, mode if (name in ("run", "cancel", "forget")) == works_on else None)
+    with unread:
+        code = sweep.main([*arguments, "--out", "runs/none"])
+    assert (code, done) == ((0, [0, 1, 2]) if works_on else (SIGPIPE_EXIT_CODE, []))
 
 
 def width_of(line):
