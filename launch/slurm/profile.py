@@ -36,6 +36,8 @@ OptionName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_-]+$")]
 # Slurm keeps some numbers in 16 bits, where the largest ones mean something else, and takes larger ones modulo 65536.
 MOST_OF_16_BITS = 65532
 Few = Annotated[int, Field(ge=1, le=MOST_OF_16_BITS)]
+# Characters for which sbatch refuses a batch script: NUL, and the carriage returns of DOS's line breaks.
+UNUSABLE = re.compile(r"[\0\r]")
 # Units of Slurm's --mem; megabytes if none is given.
 UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 # Options of sbatch that have a setting of their own, and its name.
@@ -115,6 +117,15 @@ class Resources(Section):
         for text in given.values() if isinstance(given, dict) else [given]:
             if isinstance(text, str) and not (text.isprintable() and "\\" not in text):
                 raise ValueError(f"{text!r} has a character that a line of a batch script can't have")
+        return given
+
+    @field_validator("setup", "environment", "srun_args")
+    @classmethod
+    def _in_a_script(cls, given: Any) -> Any:
+        """Refuse text for which sbatch refuses the whole batch script; it may have several lines."""
+        for text in given.values() if isinstance(given, dict) else given:
+            if found := UNUSABLE.search(text):
+                raise ValueError(f"{text!r} has a character that a batch script can't have: {found[0]!r}")
         return given
 
     @field_validator("sbatch")

@@ -96,6 +96,16 @@ def test_an_option_is_the_same_with_underscores_and_with_dashes(tmp_path, names,
         ("sbatch: {p: gpu}", ["sbatch", "pattern"]),
         ('sbatch: {comment: "two\\nlines"}', ["sbatch: 'two\\nlines' has a character"]),
         ("sbatch: {comment: 'a\\b'}", ["sbatch: 'a\\\\b' has a character"]),
+        *(
+            (text.format(character), [f"{key}: ", "has a character that a batch script can't have", expected])
+            for character, expected in (("\\0", r"'\x00'"), ("\\r", r"'\r'"))
+            for key, text in (
+                ("setup", 'setup: [a, "echo a{}"]'),
+                ("environment", 'environment: {{A: "{}b"}}'),
+                ("srun_args", 'srun_args: ["a{}b"]'),
+                ("setup", 'stages: {{prune: {{setup: ["{}"]}}}}'),
+            )
+        ),
         ('constraint: "a100\\n"', ["constraint: 'a100\\n' has a character"]),
         ("sbatch: {begin: 2026-01-01}", ["mine.yaml):\n  sbatch.begin: give text (in quotes", "(got 2026-01-01)\n"]),
         ("stages: {prune: {sbatch: {nice: 1.5}}}", ["stages.prune):\n  sbatch.nice: give text", "(got 1.5)\n"]),
