@@ -123,7 +123,7 @@ def prepare(command: Command, *, download: bool) -> Prepared:
     require_folder(command.out)
     store = command.store
     profile = command.profile()
-    config, models, methods, plan = _plan(command, _device_in(profile), download=download)
+    config, models, methods, plan = _plan(command, _device_in(profile), command.tell, download=download)
     if profile is not None:
         plan = _with_measured(plan, profile.resources["efficiency"], config.runtime, store)
     require_apart(command.out, plan)
@@ -159,7 +159,8 @@ def sweep_to_show(command: Command) -> Sweep:
     show, record = partial(Sweep, store=store, out=out), read_record(out)
     try:
         device = _device_of(record)
-        *_, today = _plan(command, device_here if device is None else lambda _: device, download=False)
+        tells = device_here if device is None else lambda _: device
+        *_, today = _plan(command, tells, lambda _: None, download=False)
     except UserError:
         if record is None:
             raise
@@ -197,18 +198,20 @@ def _device_of(record: Record | None) -> str | None:
 
 
 def _plan(
-    command: Command, device: Callable[[RuntimeConfig], str], *, download: bool
+    command: Command, device: Callable[[RuntimeConfig], str], tell: Callable[[str], None], *, download: bool
 ) -> tuple[SweepConfig, list[ModelSource], dict[str, Method], Plan]:
     """Return the configuration with all that planning chooses, and its models, methods and plan.
 
     Args:
         device: tells on which device efficiency is measured.
+        tell: told which micro-batches are chosen for a run.
     """
     config, hashes = command.configuration(), command.store.hashes
     models = resolve_models(config, PROJECT.configs / "models", hashes, download)
     methods = resolve_methods(config, PROJECT.configs / "methods")
     if chooses(config):
-        config = _with_micro_batches(command, config, models, methods)
+        config, remark = _with_micro_batches(command.profile(), config, models, methods)
+        tell(remark)
     plan = build_plan(config, models, methods, hashes, device(config.runtime))
     if record := _readable_record(command):
         plan = with_earlier_passes(plan, record.plan, lambda stage_id: command.store.handle(stage_id).is_done())
@@ -223,10 +226,11 @@ def _readable_record(command: Command) -> Record | None:
 
 
 def _with_micro_batches(
-    command: Command, config: SweepConfig, models: Sequence[ModelSource], methods: Mapping[str, Method]
-) -> SweepConfig:
-    """Return the configuration with micro-batches that suit the GPUs of the profile, or of this machine."""
-    profile = command.profile()
+    profile: Profile | None, config: SweepConfig, models: Sequence[ModelSource], methods: Mapping[str, Method]
+) -> tuple[SweepConfig, str]:
+    """Return the configuration with micro-batches that suit the GPUs of the profile, or of this machine, and a remark
+    on them; it is empty where there are no GPUs.
+    """
     if profile is None:
         found = dict.fromkeys(TRAINING_STAGES, gpus_here(fitting_runtime(config.runtime)[0]))
     else:
@@ -235,11 +239,9 @@ def _with_micro_batches(
     dims = [checkpoint_dimensions(it.checkpoint) for it in models]
     chosen = choose_micro_batches(config, dims, gpus, methods.values())
     sizes = {name: getattr(chosen, name).rows_at_once for name in TRAINING_STAGES}
-    told = " and ".join(f"{name} {size}" for name, size in sizes.items())
+    remark = f"note: micro-batches of {' and '.join(f'{name} {size}' for name, size in sizes.items())}"
     if gpus:
-        command.tell(f"note: micro-batches of {told}")
-    elif profile is not None and any(profile.resources[kind].gpus for kind in TRAINING_STAGES.values()):
-        command.tell(
-            f"note: micro-batches of {told}, as the profile doesn't say gpu_memory_gib; config.yaml keeps them"
-        )
-    return chosen
+        return chosen, remark
+    if profile is not None and any(profile.resources[kind].gpus for kind in TRAINING_STAGES.values()):
+        return chosen, f"{remark}, as the profile doesn't say gpu_memory_gib; config.yaml keeps them"
+    return chosen, ""

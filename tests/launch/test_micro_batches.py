@@ -57,6 +57,15 @@ def test_the_first_run_in_a_folder_chooses_for_all_that_follow(machine, config, 
         assert set(sweep_to_show(command(again, tmp_path / "one")).plan.stages) == stages
 
 
+def test_commands_that_only_look_choose_as_a_run_does_and_say_nothing_of_it(machine, config, tmp_path, capsys):
+    machine(LARGE)
+    sweep_to_show(command(config, tmp_path / "one"))
+    assert capsys.readouterr().out == ""
+    _, stages = begin(config, tmp_path / "two")
+    assert "micro-batches of" in capsys.readouterr().out
+    assert set(sweep_to_show(command(config, tmp_path / "one")).plan.stages) == stages
+
+
 def test_what_an_earlier_run_chose_is_shown_as_such(machine, config, tmp_path, capsys):
     machine(LARGE)
     rows, _ = begin(config, tmp_path / "one")
