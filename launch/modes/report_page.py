@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -43,7 +44,7 @@ class ReportPage:
             self.write()
 
     def write(self) -> None:
-        """Write the report; do nothing if no run has recorded its rows in the folder."""
+        """Write the report; do nothing if no run has recorded its rows in the folder, or if it is another user's."""
         self._written = self.clock()
         try:
             self._write()
@@ -54,7 +55,7 @@ class ReportPage:
         from hfprune_dist.report.page import page
 
         record = read_record(self.out)
-        if record is None:
+        if record is None or not os.access(self.out, os.W_OK):
             return
         attempts_of = past_attempts(self.out)
         rows = record.rows(Store(self.out / "store"), attempts_of)

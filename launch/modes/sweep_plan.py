@@ -154,14 +154,16 @@ def _runtime(command: Command, config: SweepConfig, profile: Profile | None) -> 
 
 
 def sweep_to_show(command: Command) -> Sweep:
-    """Return today's plan with the folder's other rows; if inputs can't be read any more, the recorded plan."""
+    """Return today's plan with the folder's other rows; if inputs can't be read (any more), as by another user, the
+    recorded plan.
+    """
     store, out = command.store, command.out
     show, record = partial(Sweep, store=store, out=out), read_record(out)
     try:
         device = _device_of(record)
         tells = device_here if device is None else lambda _: device
         *_, today = _plan(command, tells, lambda _: None, download=False)
-    except UserError:
+    except (UserError, OSError):
         if record is None:
             raise
         return show(record.plan)

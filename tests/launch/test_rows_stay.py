@@ -20,6 +20,7 @@ from sweeps import in_process, planned
 
 from hfprune_dist.checkpoints.checkpoint import open_checkpoint
 from hfprune_dist.config.load import load_config, to_yaml
+from hfprune_dist.errors import UserError
 from hfprune_dist.store.artifacts import Store
 from hfprune_dist.store.stage import STAGE_VERSIONS
 from hfprune_dist.structures.score_names import SCORES
@@ -600,6 +601,25 @@ def test_a_row_counts_once_however_many_sweeps_have_it(config, tmp_path):
     code, _, said = run(*folders.values(), "--out", tmp_path / "all", command=compare)
     assert code == 2 and f"{folders['three']}: its row 'alpha dense + lora' is the same as in {folders['two']}" in said
     assert not (tmp_path / "all").exists()
+
+
+@pytest.mark.parametrize("unreadable", [PermissionError(13, "Permission denied", "model"), UserError("it is gone")])
+def test_somebody_elses_sweep_is_looked_at_without_its_models_and_without_writing(
+    config, tmp_path, monkeypatch, unreadable
+):
+    done(config, tmp_path)
+    before = {path: path.lstat().st_mtime_ns for path in tmp_path.rglob("*")}
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+
+    def refuse(*_):
+        raise unreadable
+
+    monkeypatch.setattr(sweep_plan, "resolve_models", refuse)
+    for given in (["--config", config], []):
+        for looking in (["--status"], ["--logs", "alpha dense + lora"], ["--cancel"]):
+            code, shown, said = run(*given, "--out", tmp_path, *looking)
+            assert (code, said) == (0, "") and "note" not in shown, looking
+    assert {path: path.lstat().st_mtime_ns for path in tmp_path.rglob("*")} == before
 
 
 def test_somebody_elses_tables_are_shown_where_nothing_can_be_written(config, tmp_path, monkeypatch):
