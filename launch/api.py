@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,10 +21,10 @@ from hfprune_launch.modes.sweep_plan import Prepared, prepare
 from hfprune_launch.modes.sweep_run import run_missing, run_prepared
 from hfprune_launch.screen import make_console
 from hfprune_launch.sweep import sweep_parser
-from hfprune_launch.sweep_folder import read_sweep
+from hfprune_launch.sweep_folder import overrides_from_here, read_sweep
 from numpy.typing import NDArray
 
-from hfprune_dist.config.load import to_yaml
+from hfprune_dist.config.load import parse_assignments, to_yaml
 from hfprune_dist.errors import UserError
 from hfprune_dist.results.agreement import read_scores
 from hfprune_dist.results.rows import Row
@@ -34,6 +34,8 @@ from hfprune_dist.store.stage import kind_of
 class Session:
     """A sweep in a folder. Each method runs the stages that its result needs and the folder lacks, and shows progress.
 
+    Paths are relative to the current folder, as it is when the session is made.
+
     Args:
         out: the folder; whatever a session or ``launch/sweep.py`` has made there before is reused.
         config: a YAML file, as for ``--config``. By default the folder's own ``config.yaml``, if it has one.
@@ -41,15 +43,16 @@ class Session:
             ``ratios=[0.2], calibration={"samples": 64}``.
 
     Raises:
-        UserError: if ``out`` is empty, or a path begins with the home of a user who doesn't exist.
+        UserError: if ``out`` is empty, a path is not valid, or the configuration can't be read.
     """
 
     def __init__(self, out: str | Path, config: str | Path | None = None, **settings: Any) -> None:
         plain = json.loads(json.dumps(settings, default=str))
-        assignments = [f"{key}={to_yaml(value, width=math.inf, flow=True)}" for key, value in plain.items()]
         arguments = sweep_parser().parse_args([])
-        arguments.config, arguments.set = [] if config is None else [place(str(config))], assignments
-        self._command = Command(arguments, folder(str(out)), make_console(works_on=True))
+        at = folder(str(out)).absolute()
+        arguments.config = [] if config is None else [_fixed(place(str(config)))]
+        arguments.set = _assignments(overrides_from_here(at, arguments.config, parse_assignments(_assignments(plain))))
+        self._command = Command(arguments, at, make_console(works_on=True))
 
     def score(self) -> dict[str, dict[str, list[NDArray[np.float64]]]]:
         """Score the neurons of the dense models.
@@ -113,3 +116,13 @@ class Session:
             if (failure := handle.failure()) is not None:
                 error = UserError if failure.cause == UserError.CAUSE else RuntimeError
                 raise error(f"{sweep.plan.stages[handle.id].kind} failed: {failure.message}")
+
+
+def _assignments(settings: Mapping[str, Any]) -> list[str]:
+    """Return settings in the form of ``--set``."""
+    return [f"{key}={to_yaml(value, width=math.inf, flow=True)}" for key, value in settings.items()]
+
+
+def _fixed(file: Path) -> Path:
+    """Return a file's absolute path; a name that may be that of one of the project's own configurations stays."""
+    return file.absolute() if file.exists() else file

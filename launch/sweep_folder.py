@@ -279,8 +279,23 @@ def configuration_layers(out: Path, files: Sequence[Path], overrides: Mapping[st
         UserError: for bad input.
     """
     own = out / CONFIG_FILE
-    layers = read_layers(files or ([own] if own.is_file() else []), overrides, PROJECT.configs)
+    layers = _layers(out, files, overrides)
     given, sizes = merge_layers(layers), _chosen_micro_batches(own)
     before, after = given.model_dump(), with_micro_batches(given, sizes).model_dump()
     chosen = {name: {"micro_batch_size": it} for name, it in sizes.items() if before.get(name) != after.get(name)}
     return [*layers, Layer(str(own), chosen)] if chosen else layers
+
+
+def overrides_from_here(out: Path, files: Sequence[Path], overrides: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return overrides such that their paths, which are relative to the current folder, mean the same from any other.
+
+    Raises:
+        UserError: for bad input.
+    """
+    return _layers(out, files, overrides)[-1].content if overrides else {}
+
+
+def _layers(out: Path, files: Sequence[Path], overrides: Mapping[str, Any]) -> list[Layer]:
+    """Return the layers that are given: files, or else the folder's own, and overrides."""
+    own = out / CONFIG_FILE
+    return read_layers(files or ([own] if own.is_file() else []), overrides, PROJECT.configs)

@@ -1,5 +1,7 @@
 """The API for notebooks. That a session continues a sweep is tested in test_sweep.py."""
 
+import shutil
+
 import pytest
 from hfprune_launch import api
 from hfprune_launch.api import Session
@@ -64,6 +66,25 @@ def test_places_are_those_of_the_command_line(config, tmp_path, monkeypatch):
     for places in [("~nobody-of-this-name/out", config), (tmp_path / "out", "~nobody-of-this-name/my.yaml")]:
         with pytest.raises(UserError, match="not a valid path"):
             Session(*places)
+
+
+def test_a_session_stays_where_it_was_made(config, tmp_path, monkeypatch):
+    """A notebook may go to another folder between two calls."""
+    first = tmp_path / "first"
+    shutil.copytree(config.parent, first)
+    monkeypatch.chdir(first)
+    settings = {
+        "models": ["./mine", "alpha"],
+        "calibration": {"path": "calibration.jsonl"},
+        "evaluation": {"fidelity": {"path": "text/../heldout.jsonl"}},
+    }
+    session = Session("out", config.name, **settings)
+    monkeypatch.chdir(tmp_path)
+    made = session._command.configuration()
+    assert session._command.out == first / "out"
+    assert made.models == [str(first / "mine"), "alpha"], "the second one is an alias"
+    assert made.calibration.path == str(first / "calibration.jsonl")
+    assert made.evaluation.fidelity.path == str(first / "heldout.jsonl")
 
 
 @pytest.mark.parametrize(
