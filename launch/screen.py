@@ -11,7 +11,7 @@ from typing import TypeVar
 from hfprune_launch.command import discard_output
 from hfprune_launch.stage.outcome import Outcome
 from hfprune_launch.stage.progress_lines import ProgressLines
-from hfprune_launch.stage.standing import time_left
+from hfprune_launch.stage.stage_state import time_left
 from rich.cells import cell_len
 from rich.console import Console, JustifyMethod
 from rich.markup import escape

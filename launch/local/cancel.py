@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from time import sleep
 
-from hfprune_launch.stage.standing import name_of
+from hfprune_launch.stage.stage_state import name_of
 
 from hfprune_dist.planning.plan import Plan
 from hfprune_dist.store.artifacts import Store

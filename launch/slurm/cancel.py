@@ -36,7 +36,7 @@ def cancel_jobs(plan: Plan, store: Store, slurm: SlurmCommands) -> Cancelled:
     attempts = Attempts(store.root).open_attempts()
     whereabouts = Whereabouts(store, slurm, time.monotonic)
     whereabouts.look(with_job_ids(attempts))
-    foreign = [each for each in attempts if whereabouts.is_elsewhere(each) or whereabouts.is_somebody_elses(each)]
+    foreign = [attempt for attempt in attempts if whereabouts.is_out_of_sight(attempt)]
     stages = {attempt.intent.job_name: attempt.intent.stage_id for attempt in attempts if attempt not in foreign}
     # Pending jobs come first: they would start when the jobs that they wait for are gone.
     # A job that another cluster has taken is cancelled there by way of its copy here.

@@ -14,7 +14,7 @@ from hfprune_launch.slurm.job_info import JobInfo
 from hfprune_launch.slurm.slurm_stage import SlurmStage
 from hfprune_launch.slurm.whereabouts import is_named
 from hfprune_launch.stage.stage_file import began_at
-from hfprune_launch.stage.standing import staleness, standing_of, time_left
+from hfprune_launch.stage.stage_state import staleness, state_of, time_left
 from rich.markup import escape
 from rich.table import Table
 
@@ -109,10 +109,10 @@ def _state(stage: Stage, handle: SlurmStage, job: JobInfo | None) -> tuple[str, 
     claim = handle.open_claim()
     if job is not None and claim is not None and claim.holder.job is not None:
         claim = None  # Slurm itself knows the state of its job
-    standing = standing_of(stage, handle, claim)
-    if job is not None and job.is_live and standing.state != "done":
+    known = state_of(stage, handle, claim)
+    if job is not None and job.is_live and known.state != "done":
         return ("queued", job.reason) if job.is_waiting else (job.state.lower(), "")
-    return standing.state, standing.detail
+    return known.state, known.detail
 
 
 def _started(open_attempt: JobAttempt | None, handle: SlurmStage) -> list[float]:
@@ -199,12 +199,12 @@ def _written(log: Path) -> float:
 
 
 def _why_no_log(stage: Stage, handle: SlurmStage) -> str:
-    standing = standing_of(stage, handle, handle.open_claim())
-    if standing.state == "done":
+    known = state_of(stage, handle, handle.open_claim())
+    if known.state == "done":
         return "its artifact was there already, or its log has been removed"
-    if standing.state == "running":
-        return f"it starts, and has written nothing yet ({standing.detail})"
-    return f"it has not been started ({standing.state}{f' {standing.detail}' if standing.detail else ''})"
+    if known.state == "running":
+        return f"it starts, and has written nothing yet ({known.detail})"
+    return f"it has not been started ({known.state}{f' {known.detail}' if known.detail else ''})"
 
 
 def _stages_of(plan: Plan, name: str) -> list[str]:

@@ -79,7 +79,7 @@ class SweepJobs:
             )
             self.tell(Event("waiting", self.stage_of(attempt), attempt.job_id, message))
             return True
-        if not (self.whereabouts.is_elsewhere(attempt) or self.whereabouts.is_somebody_elses(attempt)):
+        if not self.whereabouts.is_out_of_sight(attempt):
             return False
         message = (
             f"user {intent.user} submitted it on cluster {intent.cluster}; this sweep waits for its artifact. If that "

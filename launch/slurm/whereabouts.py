@@ -137,6 +137,10 @@ class Whereabouts:
         """Return whether a job is another user's, which squeue does not list and scontrol may hide."""
         return attempt.intent.user not in ("", self._user)
 
+    def is_out_of_sight(self, attempt: JobAttempt) -> bool:
+        """Return whether Slurm says nothing of a job to this user here, who can't cancel it from here either."""
+        return self.is_elsewhere(attempt) or self.is_somebody_elses(attempt)
+
     def missing_for(self, attempt: JobAttempt) -> float:
         """Return the seconds since a job was last seen, whether or not its id is known; 0.0 at the first call."""
         return self._clock() - self._absence(attempt).since

@@ -1,4 +1,4 @@
-"""The standing of stages that no job runs, derived only from claims, heartbeats and failures."""
+"""The states of stages that no job runs, derived only from claims, heartbeats and failures."""
 
 import io
 import json
@@ -11,7 +11,7 @@ import pytest
 from hfprune_launch.slurm import attempts, cli
 from hfprune_launch.slurm.attempts import Attempts
 from hfprune_launch.slurm.status_table import cell_logs, stage_statuses, status_table
-from hfprune_launch.stage.standing import time_left
+from hfprune_launch.stage.stage_state import time_left
 from hfprune_launch.sweep_folder import Sweep
 from rich.console import Console
 

@@ -17,7 +17,7 @@ MINUTE_S, HOUR_S = 60, 3600
 
 
 @dataclass(frozen=True)
-class Standing:
+class StageState:
     """The state of a stage.
 
     Attributes:
@@ -30,22 +30,22 @@ class Standing:
     detail: str
 
 
-def standing_of(stage: Stage, handle: StageHandle, claim: OpenClaim | None) -> Standing:
+def state_of(stage: Stage, handle: StageHandle, claim: OpenClaim | None) -> StageState:
     """Return the state of a stage.
 
     Args:
         claim: claim on the stage, as returned by ``handle.open_claim``; None if it is known that nobody runs it.
     """
     if handle.is_committed():
-        return Standing("done", "")
+        return StageState("done", "")
     if claim is not None and claim.lives:
-        return Standing("running", name_of(claim.holder))
+        return StageState("running", name_of(claim.holder))
     if (failure := handle.failure()) is not None:
-        return Standing("failed", f"{failure.cause}: {in_one_line(failure.message)}")
+        return StageState("failed", f"{failure.cause}: {in_one_line(failure.message)}")
     if claim is not None:
-        return Standing("died", f"{name_of(claim.holder)} ended without giving a reason; run the same command again")
+        return StageState("died", f"{name_of(claim.holder)} ended without giving a reason; run the same command again")
     missing = [need for need in stage.needs if not handle.store.handle(need).is_committed()]
-    return Standing("waiting", f"for {missing[0]}") if missing else Standing("missing", "")
+    return StageState("waiting", f"for {missing[0]}") if missing else StageState("missing", "")
 
 
 def name_of(holder: Holder) -> str:
