@@ -29,12 +29,6 @@ INTENT = "intent.json"
 SCRIPT = "job.sh"
 JOB = "job.json"
 END = "end.json"
-# Causes of attempts that ended before Slurm accepted their job; the folder is used again for the next try.
-QUEUE_FULL = "submit limit"  # the user had too many jobs
-NEED_ENDED = "need ended"  # a job that it was to wait for had already ended
-NOT_ACCEPTED = (QUEUE_FULL, NEED_ENDED)
-# Cause of an attempt whose job Slurm ended before it started, as it avoided nodes that it can't do without.
-NODES_NEEDED = "avoided node needed"
 # Instead of a state of Slurm's: the job is over, as Slurm has long known no such job and it shows no sign of life.
 GONE = "GONE"
 
@@ -103,7 +97,7 @@ class End:
     """The end of an attempt.
 
     Attributes:
-        cause: done, or one of ``hfprune_launch.slurm.exit_causes``.
+        cause: a ``Cause``, or that of another version.
         message: for the user.
         at: unix time, as far as Slurm or the stage's heartbeat tells it; a launcher may learn of it days later.
         state: the job's last state in Slurm, or GONE; empty if nothing has confirmed that the job is over.

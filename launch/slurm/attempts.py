@@ -19,7 +19,6 @@ from hfprune_launch.slurm.attempt_records import (
     END,
     INTENT,
     JOB,
-    NOT_ACCEPTED,
     End,
     Intent,
     Job,
@@ -28,6 +27,7 @@ from hfprune_launch.slurm.attempt_records import (
     read_attempt_record,
     read_intent,
 )
+from hfprune_launch.slurm.causes import NOT_ACCEPTED, Cause
 
 from hfprune_dist.errors import UserError
 from hfprune_dist.store.atomic_files import listed, locked, modified_at, write_json
@@ -94,7 +94,7 @@ class JobAttempt:
         number = self.intent.number
         before = [JobAttempt(self.folder.with_name(str(n)), self.intent) for n in range(1, number)]
         ends = [attempt.end for attempt in before]
-        first = max((n for n, end in enumerate(ends, 1) if end is not None and end.cause == "done"), default=0)
+        first = max((n for n, end in enumerate(ends, 1) if end is not None and end.cause == Cause.DONE), default=0)
         return [progress for attempt in [*before[first:], self] for progress in attempt._progress()]
 
     def _progress(self) -> list[dict[str, Any] | None]:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from hfprune_launch.slurm.attempt_records import NODES_NEEDED, SCRIPT, read_script
+from hfprune_launch.slurm.attempt_records import SCRIPT, read_script
 from hfprune_launch.slurm.attempts import JobAttempt
+from hfprune_launch.slurm.causes import Cause
 from hfprune_launch.slurm.log_signs import first_death
 
 # The nodes at fault in this many previous attempts are avoided.
@@ -18,7 +19,7 @@ NODE_AT_FAULT = re.compile(
 
 def nodes_at_fault(cause: str, text: str, attempt: JobAttempt) -> list[str]:
     """Return the nodes at fault: those that the log names, else the only node of the job's last start."""
-    if cause not in ("node failure", "bad node"):
+    if cause not in (Cause.NODE_FAILURE, Cause.BAD_NODE):
         return []
     named = {first or second for first, second in NODE_AT_FAULT.findall(text)}
     death = first_death(text)
@@ -32,7 +33,7 @@ def nodes_at_fault(cause: str, text: str, attempt: JobAttempt) -> list[str]:
 def nodes_to_avoid(attempts: Sequence[JobAttempt]) -> list[str]:
     """Return the nodes that a stage's next job avoids; none if the last job could not start without them."""
     ends = [end for attempt in attempts if (end := attempt.end) is not None]
-    if ends and ends[-1].cause == NODES_NEEDED:
+    if ends and ends[-1].cause == Cause.NODES_NEEDED:
         return []
     return sorted({node for end in ends[-EXCLUDING_ATTEMPTS:] for node in end.bad_nodes})
 

@@ -7,9 +7,10 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from hfprune_launch.slurm.attempt_records import NEED_ENDED, NODES_NEEDED, QUEUE_FULL, End
+from hfprune_launch.slurm.attempt_records import End
 from hfprune_launch.slurm.attempts import Attempts, JobAttempt
 from hfprune_launch.slurm.avoided_nodes import avoided_by, nodes_at_fault
+from hfprune_launch.slurm.causes import Cause
 from hfprune_launch.slurm.job_info import DEPENDENCY, NEVER, JobInfo
 from hfprune_launch.slurm.log_signs import (
     COLLECTIVE_TIMEOUT,
@@ -29,42 +30,16 @@ from hfprune_dist.store.artifacts import Store
 from hfprune_dist.store.heartbeat import Failure, Heartbeat
 from hfprune_dist.store.stage import Stage
 
-NO_PROGRESS = "time limit without progress"
 WHAT_TO_RAISE = "raise time_minutes or signal_seconds in the profile, or lower runtime.save_every_steps"
 # This many starts of a job in a row may be interrupted without getting any further.
 FRUITLESS_STARTS = 3
-# Cause -> how often a launcher tries again by itself. A new run of the command always tries again.
-RETRIES = {
-    "preempted": 1000,
-    "node failure": 10,
-    "bad node": 3,
-    NODES_NEEDED: 3,
-    "time limit": 1000,  # only if the job got further, as it then does each time, and so comes to an end
-    "interrupted": 20,
-    "killed": 2,
-    "crash": 2,
-    "collective timeout": 2,
-    "lost input": 2,
-    "lost job": 3,
-    "dependency": 1000,  # ends with the retries of what it depends on
-    "duplicate": 20,
-    QUEUE_FULL: 1_000_000,
-    NEED_ENDED: 1_000_000,
-    NO_PROGRESS: 0,
-    "out of memory": 0,
-    "resource limit": 0,
-    "cancelled": 0,
-    "refused": 0,
-    "input": 0,
-    "code": 0,
-}
 LOG_TAIL_LINES = 12
 LOG_TAIL_BYTES = 64 * 1024
 STATE_CAUSES = {
-    "NODE_FAIL": "node failure",
-    "BOOT_FAIL": "node failure",
-    "LAUNCH_FAILED": "bad node",
-    "PREEMPTED": "preempted",
+    "NODE_FAIL": Cause.NODE_FAILURE,
+    "BOOT_FAIL": Cause.NODE_FAILURE,
+    "LAUNCH_FAILED": Cause.BAD_NODE,
+    "PREEMPTED": Cause.PREEMPTED,
 }
 # Messages of Slurm in a job's log, used if neither squeue nor sacct remembers the job. The step of a job is also
 # cancelled if one of its ranks has died.
@@ -133,7 +108,7 @@ def explain_end(store: Store, stage: Stage, attempt: JobAttempt, job: JobInfo | 
         state=evidence.state,
         nodes=job.nodes if job is not None else "",
         bad_nodes=nodes_at_fault(cause, evidence.text, attempt),
-        log_tail=evidence.tail if cause != "done" else "",
+        log_tail=evidence.tail if cause != Cause.DONE else "",
         run_seconds=seconds,
         gpu_seconds=seconds * attempt.intent.gpus,
         progress=as_progress(evidence.heartbeat),
@@ -153,7 +128,7 @@ def _collect(store: Store, stage: Stage, attempt: JobAttempt, job: JobInfo | Non
 def _cause(evidence: _Evidence) -> tuple[str, str]:
     """Return cause and message by the first explanation that fits; those that explain most come first."""
     if evidence.store.handle(evidence.stage.id).is_done():
-        return "done", ""
+        return Cause.DONE, ""
     explanations = (
         _cancelled,
         _no_node_suits,
@@ -169,15 +144,15 @@ def _cause(evidence: _Evidence) -> tuple[str, str]:
     for explain in explanations:
         if found := explain(evidence):
             return found
-    return "killed", f"{evidence.job} ({evidence.state or 'state unknown'}): {_without_a_word(evidence)}"
+    return Cause.KILLED, f"{evidence.job} ({evidence.state or 'state unknown'}): {_without_a_word(evidence)}"
 
 
 def _cancelled(evidence: _Evidence) -> _Explanation:
     if evidence.state != "CANCELLED":
         return None
     if _was_dropped(evidence):
-        return "dependency", f"{evidence.job} was dropped, as a job on which it depends did not succeed"
-    return "cancelled", f"{evidence.job} was cancelled; run the same command again to go on"
+        return Cause.DEPENDENCY, f"{evidence.job} was dropped, as a job on which it depends did not succeed"
+    return Cause.CANCELLED, f"{evidence.job} was cancelled; run the same command again to go on"
 
 
 def _was_dropped(evidence: _Evidence) -> bool:
@@ -199,8 +174,8 @@ def _no_node_suits(evidence: _Evidence) -> _Explanation:
         return None
     nodes = avoided_by(evidence.attempt, Attempts(evidence.store.root).of(evidence.stage.id))
     if nodes:
-        return NODES_NEEDED, f"{evidence.job} can't do without {', '.join(nodes)}, where the stage has failed"
-    return "refused", f"{evidence.job}: no node suits what it asks for (BadConstraints); check the profile"
+        return Cause.NODES_NEEDED, f"{evidence.job} can't do without {', '.join(nodes)}, where the stage has failed"
+    return Cause.REFUSED, f"{evidence.job}: no node suits what it asks for (BadConstraints); check the profile"
 
 
 def _left_to_another(evidence: _Evidence) -> _Explanation:
@@ -208,12 +183,14 @@ def _left_to_another(evidence: _Evidence) -> _Explanation:
     runs = evidence.attempt.runs()
     if not runs or runs[-1].how != "duplicate":
         return None
-    return "duplicate", f"{evidence.job} left the stage to another process that has claimed it"
+    return Cause.DUPLICATE, f"{evidence.job} left the stage to another process that has claimed it"
 
 
 def _known_to_a_rank(evidence: _Evidence) -> _Explanation:
     failure = evidence.failure
-    return (failure.cause, failure.message) if failure is not None and failure.cause not in ("code", "killed") else None
+    if failure is None or failure.cause in (Cause.CODE, Cause.KILLED):
+        return None
+    return failure.cause, failure.message
 
 
 def _out_of_memory(evidence: _Evidence) -> _Explanation:
@@ -227,7 +204,7 @@ def _ended_by_slurm(evidence: _Evidence) -> _Explanation:
     if evidence.state in STATE_CAUSES:
         return STATE_CAUSES[evidence.state], f"{evidence.job} ended by Slurm: {evidence.state}"
     if evidence.state == "DEADLINE":  # even of a job that has not started
-        return "resource limit", f"{evidence.job} met the deadline that the profile's sbatch sets; set a later one"
+        return Cause.RESOURCE_LIMIT, f"{evidence.job} met the deadline that the profile's sbatch sets; set a later one"
     return _time_limit(evidence) if evidence.state == "TIMEOUT" else None
 
 
@@ -241,8 +218,8 @@ def _time_limit(evidence: _Evidence) -> tuple[str, str]:
     has_recorded = bool(runs) and runs[-1].ended is not None
     progress = attempt.earlier_progress()
     if fruitless_starts(progress if has_recorded else [*progress, as_progress(evidence.heartbeat)]) == 0:
-        return "time limit", f"{reached}, and got further"
-    return NO_PROGRESS, f"{reached} without getting further than before; {WHAT_TO_RAISE}"
+        return Cause.TIME_LIMIT, f"{reached}, and got further"
+    return Cause.NO_PROGRESS, f"{reached} without getting further than before; {WHAT_TO_RAISE}"
 
 
 def _known_words(evidence: _Evidence) -> _Explanation:
@@ -264,7 +241,7 @@ def _signal(evidence: _Evidence) -> _Explanation:
 
 def _our_mistake(evidence: _Evidence) -> _Explanation:
     failure = evidence.failure
-    return ("code", failure.message) if failure is not None and failure.cause == "code" else None
+    return (Cause.CODE, failure.message) if failure is not None and failure.cause == Cause.CODE else None
 
 
 def _collective_timeout(evidence: _Evidence) -> _Explanation:
@@ -297,7 +274,7 @@ def never_gets_further(attempt: JobAttempt) -> Failure | None:
         f"job {attempt.job_id} was interrupted, and its last {starts} starts of {attempt.intent.time_minutes} minutes "
         f"each got no further than those before; {WHAT_TO_RAISE}"
     )
-    return Failure(NO_PROGRESS, message, 0, time.time(), attempt.intent.number)
+    return Failure(Cause.NO_PROGRESS, message, 0, time.time(), attempt.intent.number)
 
 
 def _end_of(job: JobInfo | None, heartbeat: Heartbeat | None) -> float:

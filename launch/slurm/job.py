@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 import psutil
 from hfprune_launch.slurm.attempt_records import Run
 from hfprune_launch.slurm.attempts import Attempts
+from hfprune_launch.slurm.causes import Cause
 from hfprune_launch.slurm.commands import SlurmCommands, SlurmUnavailableError
 from hfprune_launch.slurm.exit_causes import never_gets_further
 from hfprune_launch.slurm.log_signs import START
@@ -54,7 +55,7 @@ CLAIM_PATIENCE_S = RENEWAL_LIMIT_S + 30.0
 class NodeError(UserError):
     """A node, or the part of it that the job was given, can't run the stage; another node may."""
 
-    CAUSE = "bad node"
+    CAUSE = Cause.BAD_NODE
 
 
 class DuplicateError(Exception):
@@ -233,7 +234,7 @@ class _Rank:
             return slurm.requeue(job_id)
         except SlurmUnavailableError as error:
             message = f"job {job_id} saved its work but could not requeue itself: {error}"
-            self._handle.report_failure(Failure("interrupted", message, 0, time.time(), self._attempt))
+            self._handle.report_failure(Failure(Cause.INTERRUPTED, message, 0, time.time(), self._attempt))
             return False
 
     def _fail(self, error: Exception) -> None:

@@ -6,9 +6,10 @@ import time
 from collections import Counter
 from dataclasses import replace
 
-from hfprune_launch.slurm.attempt_records import GONE, NOT_ACCEPTED, SCRIPT, End
+from hfprune_launch.slurm.attempt_records import GONE, SCRIPT, End
 from hfprune_launch.slurm.attempts import JobAttempt
-from hfprune_launch.slurm.exit_causes import RETRIES, explain_end
+from hfprune_launch.slurm.causes import NOT_ACCEPTED, RETRIES, Cause
+from hfprune_launch.slurm.exit_causes import explain_end
 from hfprune_launch.slurm.job_info import JobInfo
 from hfprune_launch.slurm.pending_jobs import PendingJobs
 from hfprune_launch.slurm.sweep_jobs import Event, SweepJobs
@@ -21,7 +22,7 @@ from hfprune_dist.store.stage import Stage
 # Time after a job's completion by which its artifact has to be visible here (file systems lag).
 LAG_S = 60.0
 # Causes in another stage or outside, for which the stage itself has no failure to report.
-NO_FAILURE = ("dependency", "duplicate", "lost job", *NOT_ACCEPTED)
+NO_FAILURE = (Cause.DEPENDENCY, Cause.DUPLICATE, Cause.LOST_JOB, *NOT_ACCEPTED)
 
 
 class JobEnds:
@@ -76,7 +77,7 @@ class JobEnds:
         jobs.live.pop(stage.id, None)
         self._completed_since.pop(stage.id, None)
         jobs.without_id.discard(stage.id)
-        if end.cause == "done":
+        if end.cause == Cause.DONE:
             jobs.todo.discard(stage.id)
             jobs.handle(stage.id).discard_work()  # for a job that died between its commit and its end
             jobs.tell(Event("done", stage, attempt.job_id, f"{end.run_seconds:.0f} s"))
@@ -119,7 +120,7 @@ class JobEnds:
             recorded = attempt.job_id  # before squeue, as in take_up
             found = self._jobs.slurm.find(name)
             if found is None and recorded is None and self._came_to_nothing(attempt):
-                self.close(stage, attempt, End("lost job", "the launcher died while it submitted", time.time()))
+                self.close(stage, attempt, End(Cause.LOST_JOB, "the launcher died while it submitted", time.time()))
         finally:
             claim.release()
         return found
@@ -151,7 +152,7 @@ class JobEnds:
 
     def _may_lag(self, stage: Stage, job: JobInfo | None, end: End) -> bool:
         """Return whether the artifact of a completed job may still become visible here."""
-        if job is None or job.state != "COMPLETED" or end.cause == "done":
+        if job is None or job.state != "COMPLETED" or end.cause == Cause.DONE:
             return False
         now = self._jobs.clock()
         return now - self._completed_since.setdefault(stage.id, now) < LAG_S
@@ -171,7 +172,7 @@ class JobEnds:
     def _end(self, stage: Stage, attempt: JobAttempt, job: JobInfo | None) -> End:
         end = explain_end(self._jobs.store, stage, attempt, job)
         given_up = self._given_up.pop(stage.id, None)
-        if given_up is None or end.cause == "done":
+        if given_up is None or end.cause == Cause.DONE:
             return end
         return replace(end, cause=given_up.cause, message=given_up.message, bad_nodes=given_up.bad_nodes)
 
@@ -193,8 +194,8 @@ class JobEnds:
             self._given_up[stage.id] = self._given_up_for(cause, job)
         self._jobs.slurm.cancel([job.job_id])
 
-    def _given_up_for(self, cause: str, job: JobInfo) -> End:
-        nodes = self._jobs.slurm.launched_on(job.job_id) if cause == "bad node" else ""
+    def _given_up_for(self, cause: Cause, job: JobInfo) -> End:
+        nodes = self._jobs.slurm.launched_on(job.job_id) if cause == Cause.BAD_NODE else ""
         where = f" on {nodes}" if nodes else ""
         message = f"job {job.job_id} could not be started{where} and would have waited for ever: {job.reason}"
         is_one = bool(nodes) and not {"[", ","} & set(nodes)

@@ -7,6 +7,7 @@ from typing import Literal
 
 from hfprune_launch.slurm.attempt_records import End, Run
 from hfprune_launch.slurm.attempts import JobAttempt
+from hfprune_launch.slurm.causes import Cause
 from hfprune_launch.slurm.slurm_stage import SlurmStage
 
 from hfprune_dist.store.attempt import Attempt
@@ -39,7 +40,7 @@ def _ended(runs: Sequence[Run], end: End | None) -> float | None:
 def _state(end: End | None) -> Literal["done", "failed", "open"]:
     if end is None:
         return "open"
-    return "done" if end.cause == "done" else "failed"
+    return "done" if end.cause == Cause.DONE else "failed"
 
 
 def _where(run: Run) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 
+from hfprune_launch.slurm.causes import Cause
 from hfprune_launch.slurm.job_info import DEPENDENCY, NEVER, JobInfo
 
 from hfprune_dist.results.formats import counted
@@ -53,17 +54,17 @@ class PendingJobs:
                 self._told[reason] = now
                 self._tell(_sentence(reason, job_ids, lasted))
 
-    def hopeless(self, job: JobInfo) -> str | None:
+    def hopeless(self, job: JobInfo) -> Cause | None:
         """Return the cause for giving up a job that will never start by itself; None if it may start."""
         if not job.is_waiting:
             return None
         if LAUNCH_FAILED.search(job.reason):
-            return "bad node"
+            return Cause.BAD_NODE
         if job.reason != NEVER:
             self._stuck_since.pop(job.job_id, None)
             return None
         since = self._stuck_since.setdefault(job.job_id, self._clock())
-        return "dependency" if self._clock() - since >= STUCK_S else None
+        return Cause.DEPENDENCY if self._clock() - since >= STUCK_S else None
 
 
 def _short(reason: str) -> str:

@@ -8,10 +8,11 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from hfprune_launch.slurm.attempt_records import NEED_ENDED, QUEUE_FULL, End
+from hfprune_launch.slurm.attempt_records import End
 from hfprune_launch.slurm.attempts import Attempts, JobAttempt
 from hfprune_launch.slurm.avoided_nodes import nodes_to_avoid
 from hfprune_launch.slurm.batch_script import Request, default_threads, is_as_submitted, write_submission
+from hfprune_launch.slurm.causes import Cause
 from hfprune_launch.slurm.commands import (
     NeedEndedError,
     SlurmUnavailableError,
@@ -210,10 +211,10 @@ class Submission:
         try:
             job_id = self._submit_anywhere(attempt, request)
         except SubmissionRefusedError as error:
-            self._ends.close(stage, attempt, End("refused", str(error), time.time()))
+            self._ends.close(stage, attempt, End(Cause.REFUSED, str(error), time.time()))
             return
         except (SubmitLimitError, NeedEndedError) as error:
-            cause = QUEUE_FULL if isinstance(error, SubmitLimitError) else NEED_ENDED
+            cause = Cause.QUEUE_FULL if isinstance(error, SubmitLimitError) else Cause.NEED_ENDED
             self._ends.close(stage, attempt, End(cause, str(error), time.time()))
             raise
         except SlurmUnavailableError:

@@ -8,9 +8,10 @@ from dataclasses import replace
 import pytest
 from fake_slurm import FakeSlurm
 from hfprune_launch.slurm import attempt_records
-from hfprune_launch.slurm.attempt_records import NOT_ACCEPTED, End, Run
+from hfprune_launch.slurm.attempt_records import End, Run
 from hfprune_launch.slurm.attempts import Attempts
 from hfprune_launch.slurm.backend import SlurmBackend
+from hfprune_launch.slurm.causes import NOT_ACCEPTED
 from hfprune_launch.slurm.commands import SlurmCommands
 from hfprune_launch.slurm.profile import Profile, Resources
 from hfprune_launch.slurm.status_table import stage_statuses

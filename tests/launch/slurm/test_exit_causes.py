@@ -7,10 +7,10 @@ import pytest
 from hfprune_launch.slurm import exit_causes
 from hfprune_launch.slurm.attempt_records import End, Run
 from hfprune_launch.slurm.attempts import Attempts
+from hfprune_launch.slurm.causes import RETRIES
 from hfprune_launch.slurm.exit_causes import (
     FRUITLESS_STARTS,
     LOG_TAIL_LINES,
-    RETRIES,
     explain_end,
     log_tail,
     never_gets_further,

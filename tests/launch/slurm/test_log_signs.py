@@ -5,7 +5,8 @@ import time
 import pytest
 from hfprune_launch.slurm.attempt_records import Run
 from hfprune_launch.slurm.attempts import Attempts
-from hfprune_launch.slurm.exit_causes import NO_PROGRESS, RETRIES, explain_end
+from hfprune_launch.slurm.causes import RETRIES, Cause
+from hfprune_launch.slurm.exit_causes import explain_end
 from hfprune_launch.slurm.job_info import JobInfo
 from hfprune_launch.slurm.log_signs import SIGNALS, SIGNS, START, last_start, since_last_start
 
@@ -204,7 +205,7 @@ def test_each_is_named_with_what_to_do(end_of, name):
 
 def test_what_the_user_must_mend_is_not_tried_again():
     assert RETRIES["input"] == 0 and all(sign.cause in RETRIES for sign in SIGNS)
-    assert not any(RETRIES[cause] for cause in ("out of memory", "code", "cancelled", "refused", NO_PROGRESS))
+    assert not any(RETRIES[cause] for cause in ("out of memory", "code", "cancelled", "refused", Cause.NO_PROGRESS))
 
 
 @pytest.mark.parametrize("lost", [CLOSED, RESET, LATE, NO_MASTER, NOT_ALL, "DistNetworkError: Broken pipe"])
