@@ -19,7 +19,7 @@ from hfprune_launch.slurm.cli import cancel_sweep, show_jobs, show_status
 from hfprune_launch.slurm.commands import SlurmUnavailableError
 from hfprune_launch.slurm.estimate import show_estimates
 from hfprune_launch.slurm.hours import plan_hours, show_hours
-from hfprune_launch.slurm.status_table import cell_logs
+from hfprune_launch.slurm.status_table import row_logs
 from hfprune_launch.sweep_folder import Sweep, configuration, configuration_layers, forget_rows, require_sweep
 
 from hfprune_dist.config.sources import with_sources
@@ -97,9 +97,9 @@ def status(command: Command) -> int:
 
 
 def logs(command: Command) -> int:
-    """Show the last lines of a cell's logs."""
+    """Show the last lines of a row's logs."""
     sweep = _existing(command)
-    command.tell(cell_logs(sweep.plan, sweep.store, sweep.out / "logs", command.arguments.logs, LOG_LINES))
+    command.tell(row_logs(sweep.plan, sweep.store, sweep.out / "logs", command.arguments.logs, LOG_LINES))
     return 0
 
 

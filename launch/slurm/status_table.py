@@ -1,4 +1,4 @@
-"""The state of a sweep as a table, from artifacts, claims, attempt records, heartbeats and squeue; logs of cells."""
+"""The state of a sweep as a table, from artifacts, claims, attempt records, heartbeats and squeue; logs of rows."""
 
 from __future__ import annotations
 
@@ -166,14 +166,14 @@ def _of_its_jobs(status: StageStatus, on_gpus: bool) -> list[str]:
     return [status.job, escape(status.nodes), str(status.attempts), shown]
 
 
-def cell_logs(plan: Plan, store: Store, local_logs: Path, name: str, lines: int) -> str:
-    """Return the last lines of the newest log of every stage behind a cell.
+def row_logs(plan: Plan, store: Store, local_logs: Path, name: str, lines: int) -> str:
+    """Return the last lines of the newest log of every stage behind a row of the table.
 
     Args:
-        name: the cell's label, as the tables show it, or the id or fingerprint of a stage.
+        name: the row's label, as the tables show it, or the id or fingerprint of a stage.
 
     Raises:
-        UserError: for a name of no cell or stage.
+        UserError: for a name of no row or stage.
     """
     stages = _stages_of(plan, name)
     parts = []
@@ -214,5 +214,5 @@ def _stages_of(plan: Plan, name: str) -> list[str]:
     stages = [stage_id for stage_id in plan.stages if name in (stage_id, stage_id.split("/")[1])]
     if not stages:
         labels = [cell.label for cell in plan.cells]
-        raise UserError(f"--logs: no cell {name!r}{did_you_mean(name, labels)}; cells: {', '.join(labels)}")
+        raise UserError(f"--logs: no row {name!r}{did_you_mean(name, labels)}; rows: {', '.join(labels)}")
     return stages

@@ -170,7 +170,7 @@ def test_methods_of_the_same_settings_are_not_two_rows(config, tmp_path):
 
 def test_an_empty_name_of_logs_runs_nothing(config, tmp_path):
     code, _, said = in_process(sweep.main, "--config", config, "--out", tmp_path / "out", "--logs", "")
-    assert code == 2 and "no cell ''" in said and not (tmp_path / "out").exists()
+    assert code == 2 and "no row ''" in said and not (tmp_path / "out").exists()
 
 
 def test_a_folder_comes_before_the_hub(config, tmp_path, monkeypatch):

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 from hfprune_launch.slurm import attempts, cli
 from hfprune_launch.slurm.attempts import Attempts
-from hfprune_launch.slurm.status_table import cell_logs, stage_statuses, status_table
+from hfprune_launch.slurm.status_table import row_logs, stage_statuses, status_table
 from hfprune_launch.stage.stage_state import time_left
 from hfprune_launch.sweep_folder import Sweep
 from rich.console import Console
@@ -86,7 +86,7 @@ def test_a_stage_that_hangs_shows(store):
 
 def test_logs_of_a_stage_without_any_say_why(store, tmp_path):
     def logs():
-        return cell_logs(PLAN, store, tmp_path / "logs", STAGE.fingerprint, 40).splitlines()[1:]
+        return row_logs(PLAN, store, tmp_path / "logs", STAGE.fingerprint, 40).splitlines()[1:]
 
     assert logs() == ["  no log: it has not been started (missing)"]
     hold(store)
@@ -102,7 +102,7 @@ def test_logs_are_those_of_the_last_start_on_either_side(store, tmp_path, monkey
     monkeypatch.setattr(attempts, "time", SimpleNamespace(time=lambda: time.time() + ahead))
 
     def shown_log():
-        return cell_logs(PLAN, store, tmp_path / "logs", STAGE.fingerprint, 40).splitlines()[-1].strip()
+        return row_logs(PLAN, store, tmp_path / "logs", STAGE.fingerprint, 40).splitlines()[-1].strip()
 
     attempt = Attempts(store.root).begin(STAGE, 0, 1, 30, None)
     (attempt.folder / "7_0_log.out").write_text("in a job\n")
