@@ -69,7 +69,7 @@ def budget_of(target: ShapeTarget, limits: Limits) -> Budget:
     budget, largest = _bounded(target, limits), largest_ratio(target, limits)
     floors = " with the floors that prune.floor, protect_first and protect_last set"
     if target.ratio > largest:
-        raise target.out_of_reach(largest, largest_ratio(target.with_all_structures, limits), floors)
+        raise target.out_of_reach(largest, floors, lambda it: largest_ratio(it, limits))
     fewest = min(target.multiple_of, target.neurons.most) * target.counts.units[NEURONS]
     if 2 * budget.parameters < fewest:
         raise target.removes_nothing()

@@ -41,7 +41,7 @@ class MixtureTarget(ABC):
         """
         sizes, largest = self._sizes, self.largest()
         if self.asked.ratio > largest:
-            raise self.asked.out_of_reach(largest, largest, self._limits())
+            raise self.asked.out_of_reach(largest, self._limits())
         return self._with(sizes[bisect_left(sizes, self.asked.ratio, key=self._ratio)])
 
     def largest(self) -> float:

@@ -7,7 +7,7 @@ and neurons make up the rest of the ratio. If a model is pruned in rounds, each 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from hfprune_dist.checkpoints.checkpoint import Checkpoint
 from hfprune_dist.checkpoints.pruned_config import plain_group_counts
@@ -151,7 +151,6 @@ class LocalTarget:
         return Shape(tuple(layers), units)
 
     def _out_of_reach(self, largest: float) -> OutOfReachError:
-        wider = LocalTarget(self.asked.with_all_structures, self.protect_first, self.protect_last)
         protects = self.protect_first + self.protect_last > 0
         limits = " with the layers that prune.protect_first and protect_last set aside" if protects else ""
-        return self.asked.out_of_reach(largest, wider.largest(), limits)
+        return self.asked.out_of_reach(largest, limits, lambda it: replace(self, asked=it, before=None).largest())

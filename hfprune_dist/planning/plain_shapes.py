@@ -201,7 +201,7 @@ def _with_width(
 def _none_reaches(target: ShapeTarget) -> UserError:
     largest = _largest(target)
     if target.ratio > largest:
-        return target.out_of_reach(largest, _largest(target.with_all_structures))
+        return target.out_of_reach(largest, "", _largest)
     cells = _cells(target, PlainShape.of(target.checkpoint))
     larger = min(it for it in (_smallest(target, *cell) for cell in cells) if it > target.ratio)
     return target.comes_to_none(larger)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -27,7 +28,7 @@ class ShapeTarget:
         structures: what may be removed.
         multiple_of: widths of layers that lose neurons are multiples of it.
         where: the model and the method, for messages.
-        tensor_parallel: numbers of KV groups are divisible by it; 1 if no groups may be removed.
+        tensor_parallel: numbers of KV groups, and widths, are divisible by it if groups may be removed.
         possible: everything that the method's allocation could remove, if its ``structures`` said so.
     """
 
@@ -76,31 +77,49 @@ class ShapeTarget:
         return max(-(-2 * self.checkpoint.num_layers // 3), len(self.undroppable))
 
     @property
+    def split(self) -> int:
+        """``tensor_parallel`` where it has an effect."""
+        return self.tensor_parallel if KV_GROUPS in self.structures else 1
+
+    @property
     def with_all_structures(self) -> ShapeTarget:
-        """The same target with all possible structures."""
-        return replace(self, structures=self.possible)
+        """The same target with all possible structures, whose ``multiple_of`` the devices divide if groups may go."""
+        wider = replace(self, structures=self.possible)
+        return replace(wider, multiple_of=math.lcm(wider.multiple_of, wider.split))
 
     @property
     def rounding(self) -> str:
         """See ``widths.rounding``."""
-        return rounding(self.multiple_of, self.tensor_parallel)
+        return rounding(self.multiple_of, self.split)
 
-    def out_of_reach(self, largest: float, with_all: float, limits: str = "") -> OutOfReachError:
+    def out_of_reach(
+        self, largest: float, limits: str, largest_of: Callable[[ShapeTarget], float] | None = None
+    ) -> OutOfReachError:
         """The error for a ratio that is larger than can be reached.
 
         Args:
             largest: the largest ratio that can be reached.
-            with_all: the same with all possible structures.
-            limits: what else bounds the ratio.
+            limits: what else bounds the ratio; may be empty.
+            largest_of: the largest ratio of a target with other structures; None: they don't matter.
         """
-        missing = [name for name in self.possible if name not in self.structures]
-        helps = missing and round_down(with_all) > round_down(largest)
-        more = f"; with {' and '.join(missing)} in prune.structures {round_down(with_all)}" if helps else ""
+        more = "" if largest_of is None else self._told_of_more(largest, largest_of)
         return OutOfReachError(
             f"{self.where}: ratio {self.ratio:g} can't be reached by pruning {_listed(self.structures)}{limits}; the "
             f"largest possible is {round_down(largest)}{self.rounding}{more}",
             largest,
         )
+
+    def _told_of_more(self, largest: float, largest_of: Callable[[ShapeTarget], float]) -> str:
+        """How far the structures that are missing would help, for messages; empty if they wouldn't."""
+        missing = [name for name in self.possible if name not in self.structures]
+        if not missing:
+            return ""
+        try:
+            with_all = largest_of(self.with_all_structures)
+        except UserError:  # the devices divide no number of KV groups
+            return ""
+        helps = round_down(with_all) > round_down(largest)
+        return f"; with {' and '.join(missing)} in prune.structures {round_down(with_all)}" if helps else ""
 
     def comes_to_none(self, larger: float, limits: str = "") -> NoShapeError:
         """The error for a ratio between those of any two shapes.
@@ -119,7 +138,7 @@ class ShapeTarget:
         """The error for a ratio that is so small that nothing is removed after rounding."""
         return NoShapeError(
             f"{self.where}: ratio {self.ratio:g} removes nothing once units are rounded{self.rounding}; use a larger "
-            f"ratio{or_a_smaller(self.multiple_of, self.tensor_parallel)}",
+            f"ratio{or_a_smaller(self.multiple_of, self.split)}",
             self.ratio,
         )
 

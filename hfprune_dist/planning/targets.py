@@ -31,4 +31,4 @@ def target_of(method: Method, checkpoint: Checkpoint, ratio: float, where: str) 
     """The target of a method whose ``multiple_of`` is a number."""
     assert isinstance(method.multiple_of, int), "planned with a number"
     structures, possible = tuple(method.structures), structures_possible(method.allocation)
-    return ShapeTarget(checkpoint, ratio, structures, method.multiple_of, where, method.split, possible)
+    return ShapeTarget(checkpoint, ratio, structures, method.multiple_of, where, method.tensor_parallel, possible)

@@ -1,5 +1,7 @@
 """Ratios that an architecture rules out are refused with the plan, by name."""
 
+import re
+
 import pytest
 from blank import SMOLLM2, blank
 from families import save_model
@@ -154,7 +156,9 @@ def test_a_split_without_an_effect_is_in_no_message(settings, ratio, split):
         with pytest.raises(UserError) as error:
             check_ratios(checkpoint, [ratio], method, "m by it")
         told.append(str(error.value))
-    assert told[0] == told[1] and "tensor_parallel" not in told[0]
+    assert "tensor_parallel" not in told[1]
+    # With KV groups it would have one.
+    assert told[0].partition("; with kv_groups")[0] == told[1].partition("; with kv_groups")[0]
 
 
 @pytest.mark.parametrize(("multiple_of", "split", "helps"), [(1, 1, False), (64, 1, True), (1, 3, False), (2, 3, True)])
@@ -178,3 +182,26 @@ def test_the_largest_ratio_within_floors_is_told_and_can_be_reached(allocation):
     with pytest.raises(UserError, match=r"m: ratio 0\.9 can't be reached with the floors") as told:
         check_ratios(checkpoint, [0.9], method, "m")
     check_ratios(checkpoint, [float(str(told.value).split()[-1])], method, "m")
+
+
+@pytest.mark.parametrize("split", [1, 2, 3, 4])
+@pytest.mark.parametrize("multiple_of", [1, 64, "auto"])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"allocation": "local"},
+        {"allocation": "local", "protect_first": 1},
+        {"allocation": "searched", "structures": ["neurons", "layers"]},
+        *({"allocation": "plain", "structures": ["neurons", it]} for it in ("kv_groups", "layers")),
+    ],
+)
+def test_the_ratio_promised_for_more_structures_is_reached_on_as_many_devices(settings, multiple_of, split):
+    checkpoint = blank(**SMOLLM2)
+    method = Method(**PLAIN | settings | {"multiple_of": multiple_of}, tensor_parallel=split)
+    with pytest.raises(UserError) as told:
+        check_ratios(checkpoint, [0.97], method, "m")
+    promised = re.search(r"; with (\w+) in prune.structures (0\.\d+)$", str(told.value))
+    assert promised or split > 1, "one device hides nothing"
+    if promised:
+        wider = Method(**method.model_dump() | {"structures": [*method.structures, promised[1]]})
+        check_ratios(checkpoint, [float(promised[2])], wider, "m")
