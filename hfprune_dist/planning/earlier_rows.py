@@ -9,7 +9,7 @@ from pathlib import Path
 
 from hfprune_dist.errors import UserError
 from hfprune_dist.planning.plan import NONE, Cell, Plan, label_of
-from hfprune_dist.store.stage import Input, Stage
+from hfprune_dist.store.stage import Input
 
 
 def with_earlier_rows(today: Plan, earlier: Plan) -> Plan:
@@ -94,12 +94,6 @@ def without_rows(plan: Plan, labels: Iterable[str]) -> Plan:
 
 def _place(cell: Cell) -> tuple[str | None, ...]:
     return cell.model, None if cell.ratio is None else f"{cell.ratio:g}", cell.method, cell.recovery
-
-
-def scale_of(stage: Stage) -> object:
-    """Everything that an evaluation's scores depend on besides the evaluated model."""
-    inputs = {role: source.identity for role, source in stage.inputs.items() if role != "model"}
-    return stage.version, stage.params.to_json(), inputs
 
 
 def _relabelled(cells: list[Cell]) -> list[Cell]:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from hfprune_dist.planning.earlier_rows import scale_of
 from hfprune_dist.planning.plan import NONE, Cell, Plan
 from hfprune_dist.results.headline import headline
+from hfprune_dist.results.measured_as import measured_as
 from hfprune_dist.store.stage import kind_of
 
 if TYPE_CHECKING:  # rows are made with this
@@ -34,7 +34,7 @@ def add_shares_of_dense(rows: Sequence[Row], plan: Plan) -> None:
 
 def _scale(cell: Cell, plan: Plan) -> str:
     """Key shared by rows that can be compared: those measured alike that come from the same dense model."""
-    return repr((cell.model, scale_of(plan.stages[cell.evaluate])))
+    return repr((cell.model, measured_as(plan.stages[cell.evaluate])))
 
 
 def _checkpoint(cell: Cell, plan: Plan) -> str:

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from hfprune_dist.config.texts import FIRST, OTHER_TEXTS, reference_role
-from hfprune_dist.planning.earlier_rows import scale_of
 from hfprune_dist.planning.plan import Cell, Plan
 from hfprune_dist.results.base_model import BaseModel
 from hfprune_dist.results.markdown import code, escaped
+from hfprune_dist.results.measured_as import measured_as
 from hfprune_dist.results.rows import DenseModel
 from hfprune_dist.store.artifacts import Manifest, Store
 from hfprune_dist.store.stage import CUTTING, RECOVERING, Input, Stage
@@ -94,9 +94,9 @@ class Subject:
 
 
 def _dense_scores(cell: Cell, plan: Plan, store: Store) -> Mapping[str, Any]:
-    scale = scale_of(plan.stages[cell.evaluate])
+    scale = measured_as(plan.stages[cell.evaluate])
     for other in plan.cells:
-        if other.model == cell.model and not other.producers and scale_of(plan.stages[other.evaluate]) == scale:
+        if other.model == cell.model and not other.producers and measured_as(plan.stages[other.evaluate]) == scale:
             found = store.handle(other.evaluate).manifest()
             return {} if found is None else dict(found["metrics"])
     return {}

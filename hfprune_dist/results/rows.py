@@ -10,7 +10,6 @@ from typing import Any
 
 from hfprune_dist.checkpoints.checkpoint import Checkpoint
 from hfprune_dist.config.texts import OTHER_TEXTS
-from hfprune_dist.planning.earlier_rows import scale_of
 from hfprune_dist.planning.plan import Cell, Plan
 from hfprune_dist.results.against_dense import AVERAGES, add_shares_of_dense
 from hfprune_dist.results.as_made import as_made
@@ -20,6 +19,7 @@ from hfprune_dist.results.efficiency import efficiency_of
 from hfprune_dist.results.floors import average_floors, floors_of
 from hfprune_dist.results.headline import average_errors, averages
 from hfprune_dist.results.known import all_or_none, sum_or_none
+from hfprune_dist.results.measured_as import measured_as
 from hfprune_dist.results.native_ratios import Decoder, native_ratios
 from hfprune_dist.store.artifacts import Manifest, Store
 from hfprune_dist.store.attempt import AttemptsOf
@@ -155,7 +155,7 @@ def _row(cell: Cell, known: _Known, dense: DenseModel) -> Row:
         "peak_memory_bytes": _peak_memory(list(manifests.values())),
         "checkpoint": _checkpoint(cell, known),
         "provenance": _provenance(evaluation) if evaluation else None,
-        "measured_as": digest_of(scale_of(plan.stages[cell.evaluate]))[:12],
+        "measured_as": digest_of(measured_as(plan.stages[cell.evaluate]))[:12],
         "status": "done" if cause is None else "missing",
         "cause": cause,
         "speed_cause": None if unmeasured is None else _cause(unmeasured, plan, store),
