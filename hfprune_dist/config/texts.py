@@ -27,7 +27,7 @@ class MixedText(TextSource):
 
 
 @dataclass(frozen=True)
-class Share:
+class TextShare:
     """A text and the number of calibration windows cut from it.
 
     Attributes:
@@ -83,13 +83,13 @@ class CalibrationConfig(TextSource):
                 )
         return self
 
-    def shares(self) -> list[Share]:
+    def shares(self) -> list[TextShare]:
         """The texts, with the number of windows cut from each; the numbers sum to ``samples``."""
         if self.mixture is None:
-            return [Share("calibration", self, self.samples)]
+            return [TextShare("calibration", self, self.samples)]
         counts = apportioned(self.samples, [text.weight for text in self.mixture])
         return [
-            Share(f"calibration {number}", text, count)
+            TextShare(f"calibration {number}", text, count)
             for number, (text, count) in enumerate(zip(self.mixture, counts, strict=True), start=1)
         ]
 

@@ -23,7 +23,7 @@ ITERATIONS, STEP_LENGTHS = 4, 3
 
 
 @dataclass(frozen=True)
-class Windows:
+class WindowCounts:
     """Windows of text that go through a model, on all ranks together.
 
     Attributes:
@@ -150,7 +150,7 @@ def cholesky(size: int) -> float:
 
 
 def dense_refit(
-    dense: ModelShape, kept: ModelShape, windows: Windows, *, kv_groups: bool, dropped: Sequence[int] = ()
+    dense: ModelShape, kept: ModelShape, windows: WindowCounts, *, kv_groups: bool, dropped: Sequence[int] = ()
 ) -> Operations:
     """A pass through the dense model with the Gram matrices of the layers that stay, and their least squares.
 
@@ -176,7 +176,7 @@ def _experts_again(dims: Dimensions) -> float:
 def sequential_refit(
     dense: ModelShape,
     kept: ModelShape,
-    windows: Windows,
+    windows: WindowCounts,
     *,
     kv_groups: bool,
     other_norms: bool = False,
@@ -210,7 +210,7 @@ def sequential_refit(
     return flops
 
 
-def copies(dense: ModelShape, windows: Windows) -> Operations:
+def copies(dense: ModelShape, windows: WindowCounts) -> Operations:
     """Copies of windows for a refit: the dense model's logits of all tokens, whatever the number of copies."""
     return Operations(windows.tokens * (forward_of_all(dense, windows.length) + head(dense)))
 
@@ -232,7 +232,7 @@ def _fitted_to_targets(outputs: int, kept: int, tokens: int) -> Operations:
     return Operations(float32=tokens * (2 * kept * outputs + gram(size))) + least_squares(outputs, size, kept)
 
 
-def steps(dims: Dimensions, windows: Windows, more_iterations: int) -> Operations:
+def steps(dims: Dimensions, windows: WindowCounts, more_iterations: int) -> Operations:
     """Gauss-Newton on a pruned MLP: one step on the windows that are not held out, judged on those that are, and one on
     all windows.
     """
@@ -261,7 +261,7 @@ def inverse(size: int) -> float:
     return cholesky(size) + 2 * size**3 / 3
 
 
-def final_norm_refit(dense: ModelShape, kept: ModelShape, windows: Windows, *, passes: int) -> Operations:
+def final_norm_refit(dense: ModelShape, kept: ModelShape, windows: WindowCounts, *, passes: int) -> Operations:
     """Some of the windows through both models, and each pass over what their heads read: both models' logits, the
     gradients of two losses, and the Gram matrix of one of them.
     """
@@ -271,7 +271,7 @@ def final_norm_refit(dense: ModelShape, kept: ModelShape, windows: Windows, *, p
     return Operations(tokens * (through + passes * heads), float32=tokens * passes * gram(dense.hidden_size))
 
 
-def norms_refit(dense: ModelShape, kept: ModelShape, windows: Windows, *, passes: int) -> Operations:
+def norms_refit(dense: ModelShape, kept: ModelShape, windows: WindowCounts, *, passes: int) -> Operations:
     """Some of the windows through the dense model, and in each pass through the pruned one: forwards, once more layer
     by layer, and backwards, without gradients of weights; and both models' logits, and the gradient of one loss.
     """
@@ -284,7 +284,7 @@ def norms_refit(dense: ModelShape, kept: ModelShape, windows: Windows, *, passes
     return Operations(tokens_of_norms(windows) * (forward_of_all(dense, windows.length) + passes * each))
 
 
-def tokens_of_norms(windows: Windows) -> int:
+def tokens_of_norms(windows: WindowCounts) -> int:
     """Number of tokens that refits of norms see."""
     first = min(windows.micro_batch, windows.count) * windows.length
     every = -(-windows.batches // max(1, NORM_TOKENS // first))
@@ -297,7 +297,7 @@ def head(shape: ModelShape) -> float:
     return 2.0 * shape.hidden_size * shape.layers[0].vocabulary
 
 
-def low_rank(dense: ModelShape, kept: ModelShape, windows: Windows) -> Operations:
+def low_rank(dense: ModelShape, kept: ModelShape, windows: WindowCounts) -> Operations:
     """Compressing a model layer by layer: all windows go through each layer before and after compression, and one
     micro-batch through the original layer once more; plus the factors of its attention, which ranks share.
     """
@@ -327,7 +327,7 @@ def elimination(outputs: int, channels: int) -> float:
     return inverse(channels) + curvature + shrinking
 
 
-def second_moments(shape: ModelShape, windows: Windows, *, kv_groups: bool) -> Operations:
+def second_moments(shape: ModelShape, windows: WindowCounts, *, kv_groups: bool) -> Operations:
     """A pass through the model with Gram matrices of the output projections' inputs, and an elimination for each."""
     sizes = [(dims.hidden_size, channels) for dims in shape.layers for channels in channels_of(dims, kv_groups)]
     return Operations(

@@ -16,7 +16,7 @@ from hfprune_dist.config.parameters import PruneParameters
 from hfprune_dist.planning.dimensions import Dimensions
 from hfprune_dist.planning.layer_pass_work import (
     RIDGES,
-    Windows,
+    WindowCounts,
     channels_of,
     dense_refit,
     forward,
@@ -59,7 +59,7 @@ class Search:
     model: ModelShape
     dense: ModelShape
     kept: ModelShape
-    windows: Windows
+    windows: WindowCounts
     metrics: Mapping[str, Any]
 
     def operations(self) -> Operations:
@@ -96,19 +96,19 @@ class Search:
     # Windows.
 
     @property
-    def _judged(self) -> Windows:
+    def _judged(self) -> WindowCounts:
         """The windows that are kept apart if there may be finals."""
         return replace(self.windows, count=self.windows.count - self._seen.count or self.windows.count)
 
     @property
-    def _seen(self) -> Windows:
+    def _seen(self) -> WindowCounts:
         """The other windows; a single micro-batch is both."""
         if self.windows.batches == 1:
             return self.windows
         judged = max(1, self.windows.batches // JUDGED_EVERY)
         return replace(self.windows, count=(self.windows.batches - judged) * self.windows.micro_batch)
 
-    def _compared(self, windows: Windows, most: int) -> int:
+    def _compared(self, windows: WindowCounts, most: int) -> int:
         """Number of tokens on which candidates are compared."""
         batches = max(1, most // windows.micro_batch)
         count = min(batches * windows.micro_batch, windows.held_out // windows.length)
@@ -116,7 +116,7 @@ class Search:
 
     # Measurements.
 
-    def _order(self, windows: Windows) -> Operations:
+    def _order(self, windows: WindowCounts) -> Operations:
         tokens, dropped = self._compared(windows, WINDOWS_OF_ORDER), self._dropped
         flops = NO_OPERATIONS
         for rank in range(len(dropped)):
@@ -162,7 +162,7 @@ class Search:
         dropped = [number for number, choice in enumerate(candidate) if choice is None]
         return dense_refit(self.model, kept, self._seen, kv_groups=self._kv_groups, dropped=dropped)
 
-    def _searched(self, windows: Windows) -> Operations:
+    def _searched(self, windows: WindowCounts) -> Operations:
         candidates = [self._named(name, number) for number, name in enumerate(self.metrics.get("search_kl", {}), 1)]
         tokens = self._compared(windows, WINDOWS)
         fitted = windows if self.params.refit != "none" else None
@@ -175,7 +175,7 @@ class Search:
         candidates: Sequence[Candidate],
         tokens: int,
         every: int,
-        fitted: Windows | None,
+        fitted: WindowCounts | None,
         *,
         checked: bool = False,
     ) -> Operations:

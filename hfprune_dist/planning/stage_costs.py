@@ -28,7 +28,7 @@ from hfprune_dist.planning.footprint import Train
 from hfprune_dist.planning.importance_job import importance_job
 from hfprune_dist.planning.layer_pass_work import (
     ITERATIONS,
-    Windows,
+    WindowCounts,
     copies,
     dense_refit,
     final_norm_refit,
@@ -144,7 +144,7 @@ class StageCosts:
             flops += Operations(min(first, tokens) * forward_of_all(shape, job.tokens))
         if job.curvature:
             kinds = 1 + job.kv_groups
-            windows = Windows(tokens // job.tokens, job.tokens, params.calibration.micro_batch_size)
+            windows = WindowCounts(tokens // job.tokens, job.tokens, params.calibration.micro_batch_size)
             flops += Operations(float32=tokens * kinds * len(shape.layers) * gram(shape.hidden_size))
             flops += second_moments(shape, windows, kv_groups=job.kv_groups)
         return Cost(tokens, flops)
@@ -181,7 +181,7 @@ class StageCosts:
         flops += refit.operations(replace(windows, count=windows.count * (1 + params.refit_copies)))
         return Cost(windows.tokens, flops, without_copies, refit.added_up)
 
-    def _calibration(self, stage: Stage) -> Windows:
+    def _calibration(self, stage: Stage) -> WindowCounts:
         """The calibration windows that a stage reads; only those that were scored, if the pass ended early."""
         scored = self._need(stage, "importance")
         if not isinstance(scored.params, ImportanceParameters):
@@ -189,7 +189,7 @@ class StageCosts:
         settings, manifest = scored.params.calibration, self._manifest_of(scored.id)
         tokens = settings.samples * settings.sequence_length if manifest is None else manifest["metrics"]["tokens"]
         size = getattr(stage.params, "micro_batch_size", None) or settings.micro_batch_size
-        return Windows(tokens // settings.sequence_length, settings.sequence_length, size)
+        return WindowCounts(tokens // settings.sequence_length, settings.sequence_length, size)
 
     def _need(self, stage: Stage, role: str) -> Stage:
         return self._plan.stages[stage.inputs[role].location]
@@ -266,7 +266,7 @@ class _FinalRefit:
         weights = (sum(dims.layer_weights(attention=False)) for dims in self.kept.layers)
         return products * sum(weights) + 2 * len(self.kept.layers) * self.kept.hidden_size**2
 
-    def operations(self, windows: Windows) -> Operations:
+    def operations(self, windows: WindowCounts) -> Operations:
         """Its operations if it sees these windows."""
         refit, kv_groups = self.params.refit, KV_GROUPS in self.params.structures
         other_norms = self.params.mlp_targets is not None

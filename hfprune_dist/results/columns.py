@@ -10,7 +10,7 @@ from typing import Any
 from hfprune_dist.config.texts import OTHER_TEXTS
 from hfprune_dist.results.against_dense import AVERAGES
 from hfprune_dist.results.column import Column
-from hfprune_dist.results.costs import MEASURES, OWN, SHARED
+from hfprune_dist.results.costs import MEASURES, OWN_STAGES, SHARED_STAGES
 from hfprune_dist.results.formats import (
     byte_count,
     count,
@@ -214,8 +214,8 @@ def _costs(rows: Sequence[Row]) -> Columns:
     """Columns for the cost of training: that of a row's own stages, and that of the stages it shares."""
     shown = {"tokens": count, "FLOPs": flop_count, "device-h": hours, "wasted-h": hours}
     columns: Columns = []
-    for whose in (OWN, SHARED):
-        prefix = "" if whose == OWN else f"{whose} "
+    for whose in (OWN_STAGES, SHARED_STAGES):
+        prefix = "" if whose == OWN_STAGES else f"{whose} "
         for (header, form), measure in zip(shown.items(), MEASURES, strict=True):
             columns.append(Column(prefix + header, partial(_cost, form=form, key=f"{whose}_training_{measure}")))
     return columns

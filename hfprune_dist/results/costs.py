@@ -17,7 +17,7 @@ from hfprune_dist.store.stage import kind_of
 MEASURES = ("tokens", "flops", "device_hours", "wasted_device_hours")
 # Kinds of stages that count as training; those that measure don't.
 KINDS = ("importance", "prune", "distill", "recover", "loraprune")
-OWN, SHARED = "own", "shared"
+OWN_STAGES, SHARED_STAGES = "own", "shared"
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class CostTable:
         own = [it for it in cell.producers if it not in self.shared]
         shared = [it for it in cell.producers if it in self.shared]
         told: dict[str, Any] = {}
-        for whose, stage_ids in ((OWN, own), (SHARED, shared)):
+        for whose, stage_ids in ((OWN_STAGES, own), (SHARED_STAGES, shared)):
             told |= {f"{whose}_training_{measure}": self._sum(stage_ids, measure) for measure in MEASURES}
         devices = dict.fromkeys(device for it in cell.producers if (device := self.devices[it]) is not None)
         return told | {"training_device": ", ".join(devices) or None, "costs": self._by_kind(cell.producers)}

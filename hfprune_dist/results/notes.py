@@ -6,8 +6,8 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from hfprune_dist.planning.plan import OWN as OWN_RECOVERY
-from hfprune_dist.results.costs import OWN, SHARED
+from hfprune_dist.planning.plan import OWN
+from hfprune_dist.results.costs import OWN_STAGES, SHARED_STAGES
 from hfprune_dist.results.efficiency import workload
 from hfprune_dist.results.formats import counted, duration, flop_count, hours, percent
 from hfprune_dist.results.headline import headline_metric, is_bias_task
@@ -75,7 +75,7 @@ def otherwise_measured(rows: Sequence[Row]) -> list[str]:
 
 
 def _recovery(rows: Sequence[Row]) -> list[str]:
-    if all(row["recovery"] != OWN_RECOVERY for row in rows):
+    if all(row["recovery"] != OWN for row in rows):
         return []
     return ["recovery own: units went while LoRA trained, on the rows and in the steps of the others' recovery"]
 
@@ -150,7 +150,7 @@ def _training(rows: Sequence[Row]) -> list[str]:
     devices = {row["training_device"] for row in rows} - {None}
     hours_of = DEVICE_HOURS.get(next(iter(devices)), "device-hours") if len(devices) == 1 else "device-hours"
     told = []
-    for whose, what in ((OWN, "of a row's own stages"), (SHARED, "of those that it shares")):
+    for whose, what in ((OWN_STAGES, "of a row's own stages"), (SHARED_STAGES, "of those that it shares")):
         flops = _spread([row[f"{whose}_training_flops"] for row in rows], flop_count)
         times = _spread([row[f"{whose}_training_device_hours"] for row in rows], hours)
         found = [f"{amount} {unit}" for amount, unit in ((flops, "FLOPs"), (times, hours_of)) if amount]

@@ -10,7 +10,7 @@ from pathlib import Path
 from hfprune_dist.config.texts import OTHER_TEXTS
 from hfprune_dist.results.column import markdown
 from hfprune_dist.results.columns import all_columns, few_columns
-from hfprune_dist.results.costs import MEASURES, OWN, SHARED
+from hfprune_dist.results.costs import MEASURES, OWN_STAGES, SHARED_STAGES
 from hfprune_dist.results.efficiency import by_workload
 from hfprune_dist.results.markdown import escaped
 from hfprune_dist.results.notes import causes, notes, wide_notes
@@ -22,7 +22,7 @@ NESTED = (
     *(OTHER_TEXTS, "tasks", "samples", "floors", "tasks_of_dense", "efficiency", "stages", "costs", "provenance"),
     *BY_LAYER,
 )
-_OF_ROW = tuple(f"{whose}_training_{measure}" for whose in (OWN, SHARED) for measure in MEASURES)
+_OF_ROW = tuple(f"{whose}_training_{measure}" for whose in (OWN_STAGES, SHARED_STAGES) for measure in MEASURES)
 _TIMES = ("own_time_s", "shared_time_s", "wall_time_s")
 LAST = (
     *(*_OF_ROW, "training_device", *_TIMES, "peak_memory_bytes", "checkpoint"),

@@ -19,7 +19,7 @@ from hfprune_dist.distributed.layer_stream import LayerStream
 from hfprune_dist.models.single_layer import LayerReader
 from hfprune_dist.planning import layer_pass_footprint, layer_pass_work
 from hfprune_dist.planning.layer_pass_work import (
-    Windows,
+    WindowCounts,
     dense_refit,
     forward_of_all,
     least_squares,
@@ -43,7 +43,7 @@ SIZES = st.fixed_dictionaries(
         "num_hidden_layers": st.integers(2, 3),
     }
 )
-WINDOWS = st.builds(Windows, st.integers(1, 17), st.integers(8, 16), st.integers(1, 3))
+WINDOWS = st.builds(WindowCounts, st.integers(1, 17), st.integers(8, 16), st.integers(1, 3))
 
 
 @pytest.fixture
@@ -95,7 +95,7 @@ def test_refits_after_a_round_that_refitted_norms(tmp_path, kind):
     checkpoint = open_checkpoint(tmp_path / "model")
     every, some = torch.arange(2), torch.tensor([1])
     neurons = [torch.arange(20)] * 3
-    kept, windows = Kept((0, 1, 2), {"neurons": neurons, "kv_groups": [every, some, every]}), Windows(5, 12, 2)
+    kept, windows = Kept((0, 1, 2), {"neurons": neurons, "kv_groups": [every, some, every]}), WindowCounts(5, 12, 2)
     counted = flops_of(kind, checkpoint, kept, windows, tmp_path, dense_checkpoint=dense_checkpoint)
     dense = ModelShape.of(checkpoint)
     told = {}
@@ -123,7 +123,7 @@ def test_a_refit_of_the_final_norm(tmp_path, monkeypatch, samples, most):
         fit = final_norm_refit.FinalNormRefit(head, batches, *states, world=world, after_each=lambda _done: None).fit()
         counted = total()
     shape = ModelShape.of(checkpoint)
-    found = layer_pass_work.final_norm_refit(shape, shape, Windows(samples, 12, 2), passes=len(fit.kl))
+    found = layer_pass_work.final_norm_refit(shape, shape, WindowCounts(samples, 12, 2), passes=len(fit.kl))
     assert len(fit.kl) > 1 and found.total == pytest.approx(counted, rel=1e-4)
 
 
@@ -145,7 +145,7 @@ def test_a_refit_of_all_norms(tmp_path, monkeypatch, samples, most):
         counted = total()
     shape = ModelShape.of(checkpoint)
     left = shape.pruned({"num_hidden_layers": 1})
-    found = layer_pass_work.norms_refit(shape, left, Windows(samples, 12, 3), passes=len(fit.kl))
+    found = layer_pass_work.norms_refit(shape, left, WindowCounts(samples, 12, 3), passes=len(fit.kl))
     assert len(fit.kl) > 1 and found.total == pytest.approx(counted, rel=1e-4)
 
 
@@ -154,7 +154,7 @@ def test_a_refit_of_all_norms(tmp_path, monkeypatch, samples, most):
 def test_refits_of_mlps_without_a_gate(tmp_path, kind):
     checkpoint = open_checkpoint(save_model(tmp_path / "model", "arcee", hidden_act="silu"))
     kept = Kept((0, 1, 2), {"neurons": [torch.arange(count) for count in (20, 11, 15)]})
-    windows = Windows(5, 12, 2)
+    windows = WindowCounts(5, 12, 2)
     counted = flops_of(kind, checkpoint, kept, windows, tmp_path, vocabulary=64)
     dense = ModelShape.of(checkpoint)
     left = dense.pruned(checkpoint.units.sizes(kept.shape.counts(checkpoint.units)))
@@ -170,7 +170,7 @@ def test_refits_of_experts_and_of_their_attention(tmp_path, model_type):
     """The pass itself, whose routers are not counted, is subtracted; every expert has tokens that are held out."""
     checkpoint = open_checkpoint(save_model(tmp_path / "model", model_type))
     groups = not checkpoint.family.whole_groups
-    kept, windows = some_kept(checkpoint, 2 / 3, groups=groups), Windows(13, 48, 4)
+    kept, windows = some_kept(checkpoint, 2 / 3, groups=groups), WindowCounts(13, 48, 4)
     counted = flops_of("dense", checkpoint, kept, windows, tmp_path, vocabulary=64)
     counted -= flops_of("none", checkpoint, kept, windows, tmp_path, vocabulary=64)
     dense, told = ModelShape.of(checkpoint), {}
