@@ -1,0 +1,198 @@
+"""The stages of a plan, each with its settings and inputs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from hfprune_dist.config.method import Method
+from hfprune_dist.config.parameters import (
+    DistillParameters,
+    EfficiencyParameters,
+    EvaluateParameters,
+    LoraPruneParameters,
+    RecoverParameters,
+    ReferenceParameters,
+    StudentParameters,
+)
+from hfprune_dist.config.schema import SweepConfig
+from hfprune_dist.config.section import TextSource
+from hfprune_dist.config.texts import FIRST, reference_role
+from hfprune_dist.data.formats import identity_of
+from hfprune_dist.errors import UserError
+from hfprune_dist.planning.cuts import cut_parameters
+from hfprune_dist.planning.model_sources import ModelSource
+from hfprune_dist.planning.scoring_passes import Scored, part_of, pass_parameters
+from hfprune_dist.planning.targets import protected_by
+from hfprune_dist.planning.told_apart import adapted_in, pairs_of_a_row, positions_read
+from hfprune_dist.planning.user_files import own_tasks
+from hfprune_dist.store.hashing import FileHashes
+from hfprune_dist.store.provenance import package_versions
+from hfprune_dist.store.stage import Input, Stage
+from hfprune_dist.structures import NEURONS, kinds_among
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A checkpoint before recovery: the dense one, or one that a method pruned at a ratio.
+
+    ``cut`` has the same shape: if the checkpoint was distilled, ``cut`` is what it was before distillation.
+    """
+
+    label: str
+    source: ModelSource
+    dense: Input
+    checkpoint: Input
+    cut: Input
+    layers_may_differ: bool
+    ratio: float | None = None
+    method: str | None = None
+    producers: tuple[str, ...] = ()
+
+    @property
+    def sizes_differ(self) -> bool:
+        """Whether layers of the dense model differ in parameters."""
+        return len(set(self.source.checkpoint.parameter_counts.layers)) > 1
+
+
+class PlannedStages:
+    """Makes the stages of a sweep; each method adds one and returns it, or the equal one that is there already.
+
+    ``by_id``: all stages so far, in the order in which they were first asked for.
+
+    Args:
+        device: the device that efficiency is measured on.
+    """
+
+    def __init__(self, config: SweepConfig, hashes: FileHashes, device: str) -> None:
+        self._config = config
+        self._hashes = hashes
+        self._device = device
+        self._own_tasks = own_tasks(config.evaluation.include_path, hashes)
+        self.by_id: dict[str, Stage] = {}
+
+    def importance(
+        self, label: str, inputs: dict[str, Input], scored: Scored, student: StudentParameters | None = None
+    ) -> Stage:
+        """A calibration pass.
+
+        Args:
+            inputs: the model and, if a student is scored, the scores that choose it.
+        """
+        inputs = {**inputs}
+        for share in self._config.calibration.shares():
+            inputs |= self._text(share.role, share.text)
+        params = pass_parameters(self._config, scored, student)
+        return self._add(Stage("importance", label, params, inputs))
+
+    def prune(self, label: str, inputs: dict[str, Input], ratio: float, method: Method, *, sizes_differ: bool) -> Stage:
+        """One cut.
+
+        Args:
+            inputs: the model, its scores and, after the first round, the dense model.
+            ratio: share of the dense model's parameters that is gone afterwards.
+            sizes_differ: whether layers of the dense model differ in parameters.
+        """
+        params = cut_parameters(self._config, method, ratio, is_later="dense" in inputs, sizes_differ=sizes_differ)
+        return self._add(Stage("prune", label, params, inputs))
+
+    def reference_of_calibration(self, importance: Stage) -> Stage:
+        """The reference on the windows that the dense model was scored on."""
+        distillation = self._config.distillation
+        params = ReferenceParameters(dtype=distillation.dtype, micro_batch_size=distillation.rows_at_once)
+        inputs = {
+            "model": importance.inputs["model"],
+            "importance": part_of(importance, Scored(frozenset(), [NEURONS])),
+        }
+        return self._add(Stage("reference", f"{importance.label} calibration", params, inputs))
+
+    def distill(self, variant: Variant, pruned: Input, reference: Stage, passes: int) -> Stage:
+        """Training of a pruned model towards the dense model's outputs, which the reference keeps."""
+        adapted = adapted_in(variant.source.checkpoint)
+        params = DistillParameters(
+            distillation=self._config.distillation, passes=passes, seed=self._config.seed, adapted=adapted
+        )
+        inputs = {"model": pruned, "reference": reference.as_input()}
+        return self._add(Stage("distill", variant.label, params, inputs))
+
+    def recover(self, variant: Variant) -> Stage:
+        """The fine-tuning of the variant's checkpoint on instructions."""
+        params = RecoverParameters(
+            recovery=self._config.recovery,
+            seed=self._config.seed,
+            layers_may_differ=variant.layers_may_differ,
+            adapted=adapted_in(variant.source.checkpoint),
+            pairs_of_a_row=pairs_of_a_row(variant.source.checkpoint),
+        )
+        inputs = {"model": variant.checkpoint, **self._text("instructions", self._config.recovery)}
+        return self._add(Stage("recover", variant.label, params, inputs))
+
+    def loraprune(self, variant: Variant, method: Method, ratio: float) -> Stage:
+        """The training that prunes and recovers at the same time; the method is one with numbers."""
+        (first, last), multiple_of = protected_by(method), method.multiple_of
+        assert isinstance(multiple_of, int), "planned with a number"
+        params = LoraPruneParameters(
+            recovery=self._config.recovery,
+            seed=self._config.seed,
+            ratio=ratio,
+            structures=kinds_among(method.structures),
+            multiple_of=multiple_of,
+            tensor_parallel=method.split,
+            protect_first=first,
+            protect_last=last,
+            adapted=adapted_in(variant.source.checkpoint),
+            pairs_of_a_row=pairs_of_a_row(variant.source.checkpoint),
+        )
+        inputs = {"model": variant.dense, **self._text("instructions", self._config.recovery)}
+        return self._add(Stage("loraprune", variant.label, params, inputs))
+
+    def evaluate(self, label: str, variant: Variant, checkpoint: Input) -> Stage:
+        """The evaluation of a checkpoint made from the variant's dense model, and the references that it needs."""
+        evaluation = self._config.evaluation
+        positions = positions_read(variant.source.checkpoint, evaluation.tasks)
+        params = EvaluateParameters(**evaluation.model_dump(exclude={"include_path", "fidelity"}), positions=positions)
+        inputs = {"model": checkpoint, "dense": variant.dense}
+        inputs |= self._references_of_held_out(variant.source.name, variant.dense) | self._own_tasks
+        return self._add(Stage("evaluate", label, params, inputs))
+
+    def efficiency(self, variant: Variant) -> Stage:
+        """The efficiency of the variant's shape, which recovery and distillation don't change."""
+        efficiency = self._config.efficiency
+        params = EfficiencyParameters(
+            batch_sizes=sorted(efficiency.batch_sizes),
+            prompt_tokens=sorted(efficiency.prompt_tokens),
+            **efficiency.model_dump(exclude={"enabled", "batch_sizes", "prompt_tokens"}),
+            device=self._device,
+            packages=package_versions(("torch", "transformers")),
+        )
+        return self._add(Stage("efficiency", variant.label, params, {"model": variant.cut, "dense": variant.dense}))
+
+    def _references_of_held_out(self, model: str, dense: Input) -> dict[str, Input]:
+        """References on the texts that fidelity is measured on: role of an evaluation's input -> reference."""
+        evaluation = self._config.evaluation
+        references: dict[str, Input] = {}
+        for name, text in evaluation.fidelity.each().items():
+            params = ReferenceParameters(
+                dtype=evaluation.dtype,
+                micro_batch_size=1,
+                add_bos_token=evaluation.add_bos_token,
+                text=text,
+            )
+            inputs = {"model": dense, **self._text("text", text)}
+            stage = self._add(Stage("reference", f"{model} held-out {name}".rstrip(), params, inputs))
+            if stage.as_input() in references.values():
+                raise UserError(
+                    f"evaluation.fidelity.texts: {name} has the content of another text; leave one of them out"
+                )
+            references[reference_role(name if references else FIRST)] = stage.as_input()
+        return references
+
+    def _add(self, stage: Stage) -> Stage:
+        return self.by_id.setdefault(stage.id, stage)
+
+    def _text(self, role: str, source: TextSource) -> dict[str, Input]:
+        """A text file as an input, identified by its content; nothing for a data set, which the settings name."""
+        if source.path is None:
+            return {}
+        file = Path(source.path)
+        return {role: Input(identity_of(file, self._hashes), str(file), content="text")}
