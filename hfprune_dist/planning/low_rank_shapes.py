@@ -43,7 +43,7 @@ class LowRankTarget:
         if asked.ratio > largest:
             raise UserError(
                 f"{asked.where}: ratio {asked.ratio:g} can't be reached with attention of low rank; the largest "
-                f"possible is {round_down(largest)}{asked.rounding}"
+                f"possible is {round_down(largest):.4f}{asked.rounding}"
             )
         shape = self._with_ranks(self._kept_share)
         if asked.counts.of(shape) == asked.counts.total:

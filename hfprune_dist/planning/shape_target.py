@@ -105,7 +105,7 @@ class ShapeTarget:
         more = "" if largest_of is None else self._told_of_more(largest, largest_of)
         return OutOfReachError(
             f"{self.where}: ratio {self.ratio:g} can't be reached by pruning {_listed(self.structures)}{limits}; the "
-            f"largest possible is {round_down(largest)}{self.rounding}{more}",
+            f"largest possible is {round_down(largest):.4f}{self.rounding}{more}",
             largest,
         )
 
@@ -115,11 +115,11 @@ class ShapeTarget:
         if not missing:
             return ""
         try:
-            with_all = largest_of(self.with_all_structures)
+            with_all = round_down(largest_of(self.with_all_structures))
         except UserError:  # the devices divide no number of KV groups
             return ""
-        helps = round_down(with_all) > round_down(largest)
-        return f"; with {' and '.join(missing)} in prune.structures {round_down(with_all)}" if helps else ""
+        helps = with_all > round_down(largest)
+        return f"; with {' and '.join(missing)} in prune.structures {with_all:.4f}" if helps else ""
 
     def comes_to_none(self, larger: float, limits: str = "") -> NoShapeError:
         """The error for a ratio between those of any two shapes.

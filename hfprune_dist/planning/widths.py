@@ -34,7 +34,7 @@ class OutOfReachError(UserError):
 
     def __init__(self, message: str, largest: float) -> None:
         super().__init__(message)
-        self.largest = float(round_down(largest))
+        self.largest = round_down(largest)
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ class Target:
         if self.ratio > largest:
             raise OutOfReachError(
                 f"{self.where}: ratio {self.ratio:g} can't be reached by pruning {size.kind} alone; the largest "
-                f"possible is {round_down(largest)}{rounding(multiple_of)}",
+                f"possible is {round_down(largest):.4f}{rounding(multiple_of)}",
                 largest,
             )
         width = self.closest_width()
@@ -147,7 +147,7 @@ class Target:
         if wanted > most:
             raise OutOfReachError(
                 f"{self.where}: ratio {self.ratio:g} can't be reached with the floors that prune.floor, protect_first "
-                f"and protect_last set; the largest possible is {round_down(size.ratio_of(most))}"
+                f"and protect_last set; the largest possible is {round_down(size.ratio_of(most)):.4f}"
                 f"{rounding(self.multiple_of)}",
                 size.ratio_of(most),
             )
@@ -195,6 +195,6 @@ def or_a_smaller(multiple_of: int, tensor_parallel: int = 1) -> str:
     return " or a smaller prune.multiple_of" if multiple_of > tensor_parallel else ""
 
 
-def round_down(ratio: float) -> str:
-    """Format a ratio for messages, rounded down so that it can be reached."""
-    return f"{int(ratio * 10000) / 10000:.4f}"
+def round_down(ratio: float) -> float:
+    """A ratio with the four decimals that messages have, rounded down so that it can be reached."""
+    return int(ratio * 10000) / 10000

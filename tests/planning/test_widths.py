@@ -62,7 +62,7 @@ def test_what_is_to_be_removed_is_as_close_as_units_allow_and_no_more_than_floor
 def test_a_checkpoint_has_these_numbers():
     checkpoint = blank("llama", intermediate_size=40, num_hidden_layers=3)
     assert size_of(checkpoint) == ModelSize(checkpoint.parameters, (40,) * 3, checkpoint.parameters_per_unit, "neurons")
-    assert (round_down(0.12349), round_down(0.5), round_down(0.99999)) == ("0.1234", "0.5000", "0.9999")
+    assert (round_down(0.12349), round_down(0.5), round_down(0.99999)) == (0.1234, 0.5, 0.9999)
 
 
 def test_rounding_that_removes_nothing_is_refused():
