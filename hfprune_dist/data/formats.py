@@ -34,7 +34,7 @@ SUPPORTED = (
 )
 PLAIN = "plain text"
 # Begins a file that some editors save as UTF-8; it isn't part of the text.
-_MARK = codecs.BOM_UTF8.decode()
+_BOM = codecs.BOM_UTF8.decode()
 _BY_ENDING = {
     ".jsonl": "jsonl",
     ".ndjson": "jsonl",
@@ -188,7 +188,7 @@ _OPENERS: dict[str, Callable[[Path], Any]] = {
 
 
 def _read_plain(file: Path, stream: BinaryIO, fields: Sequence[str]) -> Placed:
-    text = io.TextIOWrapper(stream, encoding="utf-8").read().removeprefix(_MARK)
+    text = io.TextIOWrapper(stream, encoding="utf-8").read().removeprefix(_BOM)
     if "\0" in text:
         raise UserError(f"{file}: not text (it holds NUL bytes); {SUPPORTED}")
     if len(fields) > 1:

@@ -21,7 +21,7 @@ class Memory:
         activations: kept for backward, for all tokens of a micro-batch.
         scratch: temporary values of the head and of the loss on its logits; or of a layer's backward, if that is more.
         sums: sums over tokens, such as Gram matrices, with what is computed from them.
-        ahead: in passes layer by layer, what is in transit to or from main memory while the GPU computes.
+        in_transit: in passes layer by layer, what is on its way to or from main memory while the GPU computes.
     """
 
     weights: float
@@ -29,11 +29,11 @@ class Memory:
     activations: float
     scratch: float
     sums: float = 0.0
-    ahead: float = 0.0
+    in_transit: float = 0.0
 
     @property
     def total(self) -> float:
-        return self.weights + self.gathered + self.activations + self.scratch + self.sums + self.ahead
+        return self.weights + self.gathered + self.activations + self.scratch + self.sums + self.in_transit
 
 
 @dataclass(frozen=True)

@@ -101,7 +101,7 @@ class Refit:
         if self.pursues:
             # Each model has a next layer in transit, and the dense model's states travel along.
             more = weights + tokens * dims.hidden_size * self.itemsize
-            layer_pass = replace(layer_pass, weights=2 * weights, ahead=layer_pass.ahead + more)
+            layer_pass = replace(layer_pass, weights=2 * weights, in_transit=layer_pass.in_transit + more)
         elif ranks > 1 and dims.experts is None:
             layer_pass = replace(layer_pass, sums=layer_pass.sums + self._waiting(dims))
         phases = [layer_pass.sums, *self._solving(dims, ranks)]
@@ -242,7 +242,7 @@ def memory_of_layer_pass(dims: Dimensions, tokens: int, itemsize: int, sizes: Se
         activations=tokens * (widest(dims) * itemsize + (4 * _read_at_a_time(dims, sizes) if sizes else 0)),
         scratch=0.0,
         sums=grams_bytes(sizes),
-        ahead=weights + 2 * tokens * dims.hidden_size * itemsize,
+        in_transit=weights + 2 * tokens * dims.hidden_size * itemsize,
     )
 
 

@@ -162,8 +162,8 @@ class StageTimes:
         rounds = of_a_shard * shards
         share = min(1.0, rounds * calibration.micro_batch_size / calibration.samples)
         passed = _of_shape(job, shape, gpus) * rounds
-        at_work = cost.operations.products * share / product_rate(gpus, job.itemsize)
-        load = _Load(replace(passed, at_work=at_work), cost.operations, share)
+        compute = cost.operations.products * share / product_rate(gpus, job.itemsize)
+        load = _Load(replace(passed, compute=compute), cost.operations, share)
         weights = sum(sum(dims.layer_weights(attention=job.kv_groups)) for dims in shape.layers)
         reduced = SUM_BYTES * rounds * weights if job.weight_gradients else 0
         if not job.curvature:
@@ -193,10 +193,10 @@ class StageTimes:
             it / (cost.tokens * forward_of_all(shape, length)) for it in (cost.operations.products, products)
         )
         called = passes * mine * len(shape.layers) * MODULES * CALL_S
-        at_work = cost.operations.products * share / product_rate(gpus, itemsize)
+        compute = cost.operations.products * share / product_rate(gpus, itemsize)
         is_reference = isinstance(params, ReferenceParameters)
         return _Load(
-            overlapping=Seconds(at_work, 0.0, called),
+            overlapping=Seconds(compute, 0.0, called),
             operations=cost.operations,
             windows=share,
             problems=_ceil(len(shape.layers), gpus.ranks) / len(shape.layers),
@@ -297,14 +297,14 @@ def _of_shape(job: Importance | Train | Evaluate, shape: ModelShape, gpus: Gpus)
     def mean(of: Callable[[Seconds], float]) -> float:
         return shape.mean(lambda dims: of(seconds(job, dims, gpus)))
 
-    return Seconds(mean(lambda it: it.at_work), mean(lambda it: it.on_network), mean(lambda it: it.in_calls))
+    return Seconds(mean(lambda it: it.compute), mean(lambda it: it.network), mean(lambda it: it.launch))
 
 
 def _of_window(job: Evaluate, shape: ModelShape, gpus: Gpus) -> Seconds:
     """Time to compare a window: a forward pass, and the dense model's logits, whose hidden states are on disk."""
     head = 2 * job.tokens * shape.layers[0].head_parameters / product_rate(gpus, job.itemsize)
     forward = _of_shape(job, shape, gpus)
-    return replace(forward, at_work=forward.at_work + head)
+    return replace(forward, compute=forward.compute + head)
 
 
 def _of_grams(shape: ModelShape, stage: Stage, cost: Cost) -> float:

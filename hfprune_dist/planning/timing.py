@@ -27,26 +27,26 @@ class Seconds:
     """Seconds that one rank spends on activities that overlap: the longest counts.
 
     Attributes:
-        at_work: the GPU's, for products in the compute dtype.
-        on_network: for transferring what is gathered.
-        in_calls: the host processor's, for calling modules and starting gathers.
+        compute: the GPU's, for products in the compute dtype.
+        network: for transferring what is gathered.
+        launch: the host processor's, for calling modules and starting gathers.
     """
 
-    at_work: float
-    on_network: float
-    in_calls: float
+    compute: float
+    network: float
+    launch: float
 
     @property
     def longest(self) -> float:
-        return max(self.at_work, self.on_network, self.in_calls)
+        return max(self.compute, self.network, self.launch)
 
     @property
     def is_work(self) -> bool:
         """Whether the GPU's work hides everything else."""
-        return self.longest == self.at_work
+        return self.longest == self.compute
 
     def __mul__(self, times: float) -> Seconds:
-        return Seconds(times * self.at_work, times * self.on_network, times * self.in_calls)
+        return Seconds(times * self.compute, times * self.network, times * self.launch)
 
 
 def seconds(job: TimedJob, dims: Dimensions, gpus: Gpus) -> Seconds:
@@ -57,9 +57,9 @@ def seconds(job: TimedJob, dims: Dimensions, gpus: Gpus) -> Seconds:
     """
     work = job.work(dims)
     return Seconds(
-        at_work=work.flops / product_rate(gpus, job.itemsize),
-        on_network=network_seconds(work.gathered_bytes, gpus),
-        in_calls=_calls(job, dims, sharded=gpus.ranks > 1),
+        compute=work.flops / product_rate(gpus, job.itemsize),
+        network=network_seconds(work.gathered_bytes, gpus),
+        launch=_calls(job, dims, sharded=gpus.ranks > 1),
     )
 
 

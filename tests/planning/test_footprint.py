@@ -645,7 +645,7 @@ def test_what_is_on_its_way_in_a_layer_pass(kind, ranks, tmp_path):
         assert most[TO_DEVICE] == at_a_time * micro_batch and most[f"pinned {TO_DEVICE}"] == at_a_time * 8192
     models = 1 + pursues
     assert most[f"pinned {TO_DEVICE}"] <= 2 * models * 8192
-    assert job.memory(dims, ranks).ahead == models * layer + (1 + models) * micro_batch
+    assert job.memory(dims, ranks).in_transit == models * layer + (1 + models) * micro_batch
     numbers = {"reference": 4, "dense": 4, "layerwise": 8, "block": 8 + 4 + 4}[kind]
     pinned = job.host_bytes(dims, ranks) - 8 * 11 // ranks * 64 * numbers
     # Weights of 64 * 96 numbers are smaller than PINNED_BYTES.
@@ -654,7 +654,7 @@ def test_what_is_on_its_way_in_a_layer_pass(kind, ranks, tmp_path):
 
 def at_once(memory):
     """Return the memory on a CPU, where nothing is in transit."""
-    return memory.total - memory.ahead
+    return memory.total - memory.in_transit
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.05])

@@ -79,7 +79,7 @@ def test_a_held_out_window_is_one_forward_pass_and_the_dense_models_logits(model
     width = times._expected.of(first(plan, "prune").id)["metrics"]["intermediate_sizes"][0]
     forward = seconds(Evaluate(1, length), replace(whole_dims, intermediate_size=width), placed)
     head = 2 * length * 32000 * 4096 / product_rate(gpus, 2)
-    a_window = max(forward.at_work + head, forward.on_network, forward.in_calls)
+    a_window = max(forward.compute + head, forward.network, forward.launch)
     assert pruned - dense == pytest.approx(-(-windows // ranks) * a_window)
 
 

@@ -43,35 +43,35 @@ def test_nothing_takes_longer_on_faster_machines(gpus, by, job):
     for name in ("flops", "network", "link"):
         then = seconds(job, DIMS, faster(gpus, **{name: by}))
         assert then.longest <= now.longest
-        assert then.on_network <= now.on_network and then.at_work <= now.at_work
-    assert seconds(job, DIMS, faster(gpus, flops=by)).at_work == pytest.approx(now.at_work / by)
+        assert then.network <= now.network and then.compute <= now.compute
+    assert seconds(job, DIMS, faster(gpus, flops=by)).compute == pytest.approx(now.compute / by)
 
 
 @given(gpus=GPUS, rows=st.integers(2, 64), job=st.sampled_from(JOBS))
 def test_more_rows_are_more_work_and_no_more_gathers_or_calls(gpus, rows, job):
     one, many = seconds(job.resized(1), DIMS, gpus), seconds(job.resized(rows), DIMS, gpus)
-    assert many.at_work == pytest.approx(rows * one.at_work)
-    assert (many.on_network, many.in_calls) == (one.on_network, one.in_calls)
+    assert many.compute == pytest.approx(rows * one.compute)
+    assert (many.network, many.launch) == (one.network, one.launch)
 
 
 @given(gpus=GPUS, job=st.sampled_from(JOBS))
 def test_ranks_gather_over_the_slowest_link_and_one_rank_gathers_nothing(gpus, job):
     alone = Gpus(1, 1, gpus.memory, gpus.flops, gpus.network, gpus.link)
-    assert seconds(job, DIMS, alone).on_network == 0.0
+    assert seconds(job, DIMS, alone).network == 0.0
     one_node = Gpus(1, 8, gpus.memory, gpus.flops, gpus.network, gpus.link)
     on_one = seconds(job, DIMS, one_node)
     whole = job.work(DIMS).gathered_bytes
-    assert on_one.on_network == pytest.approx(whole * 7 / 8 / (rates.NETWORK * gpus.link))
-    assert on_one.in_calls > seconds(job, DIMS, alone).in_calls, "starting gathers takes time as well"
+    assert on_one.network == pytest.approx(whole * 7 / 8 / (rates.NETWORK * gpus.link))
+    assert on_one.launch > seconds(job, DIMS, alone).launch, "starting gathers takes time as well"
 
 
 def test_the_network_is_hidden_by_larger_micro_batches():
     gpus = {rate: Gpus(2, 8, 80 * GIB, flops=312e12, network=rate * 1e9 / 8, link=300e9) for rate in (100, 400)}
     one, many = Importance(windows=1, tokens=1024), Importance(windows=16, tokens=1024)
     few = seconds(one, DIMS, gpus[100])
-    assert not few.is_work and few.longest == few.on_network, "one window does not pay for its gathers"
+    assert not few.is_work and few.longest == few.network, "one window does not pay for its gathers"
     assert seconds(many, DIMS, gpus[100]).is_work
-    assert seconds(one, DIMS, gpus[400]).on_network == pytest.approx(few.on_network / 4)
+    assert seconds(one, DIMS, gpus[400]).network == pytest.approx(few.network / 4)
 
 
 @given(share=st.floats(0.1, 1), float32=st.floats(0, 1e18), float64=st.floats(0, 1e18))
