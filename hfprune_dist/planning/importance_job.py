@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from hfprune_dist.config.parameters import ImportanceParameters
 from hfprune_dist.core.criteria import CRITERIA, losses_of
-from hfprune_dist.planning.footprint import Importance
 from hfprune_dist.planning.gpu_needs import ITEMSIZE
+from hfprune_dist.planning.importance_footprint import Importance
 from hfprune_dist.structures import KV_GROUPS
 
 

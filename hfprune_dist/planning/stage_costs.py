@@ -24,7 +24,6 @@ from hfprune_dist.config.parameters import (
 from hfprune_dist.config.training import steps_per_epoch
 from hfprune_dist.core.criteria import CRITERIA
 from hfprune_dist.errors import UserError
-from hfprune_dist.planning.footprint import Train
 from hfprune_dist.planning.importance_job import importance_job
 from hfprune_dist.planning.layer_pass_work import (
     ITERATIONS,
@@ -44,6 +43,7 @@ from hfprune_dist.planning.model_shape import ModelShape
 from hfprune_dist.planning.operations import NO_OPERATIONS, Operations
 from hfprune_dist.planning.plan import Plan
 from hfprune_dist.planning.search_work import Search, layers_in_order
+from hfprune_dist.planning.training_footprint import Train
 from hfprune_dist.store.artifacts import Manifest
 from hfprune_dist.store.atomic_files import read_object
 from hfprune_dist.store.stage import CUTTING, Stage

@@ -25,8 +25,9 @@ from hfprune_dist.config.training import steps_per_epoch
 from hfprune_dist.core.triangle import packed_size
 from hfprune_dist.planning.evaluation_footprint import Evaluate
 from hfprune_dist.planning.expected_metrics import ExpectedManifests
-from hfprune_dist.planning.footprint import Importance, Job, Train
+from hfprune_dist.planning.footprint import Job
 from hfprune_dist.planning.gpu_needs import ITEMSIZE, Gpus
+from hfprune_dist.planning.importance_footprint import Importance
 from hfprune_dist.planning.known_sizes import TASKS, requests_of
 from hfprune_dist.planning.layer_pass_work import forward_of_all, multiplied_numbers, summed_numbers, summing
 from hfprune_dist.planning.model_shape import ModelShape
@@ -35,6 +36,7 @@ from hfprune_dist.planning.plan import Plan
 from hfprune_dist.planning.rates import CALL_S, DISK, HASHING, HOST_COPY, MODULES, START_S
 from hfprune_dist.planning.stage_costs import NOTHING, Cost, StageCosts, scored_weights
 from hfprune_dist.planning.timing import Seconds, network_seconds, precise_seconds, product_rate, seconds
+from hfprune_dist.planning.training_footprint import Train
 from hfprune_dist.store.stage import Stage
 from hfprune_dist.structures import KV_GROUPS
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from hfprune_dist.planning.dimensions import Dimensions
-from hfprune_dist.planning.footprint import Importance, TimedJob, Train
+from hfprune_dist.planning.footprint import TimedJob
 from hfprune_dist.planning.gpu_needs import ITEMSIZE, Gpus
+from hfprune_dist.planning.importance_footprint import Importance
 from hfprune_dist.planning.operations import Operations
 from hfprune_dist.planning.rates import (
     CALL_S,
@@ -20,6 +21,7 @@ from hfprune_dist.planning.rates import (
     NETWORK,
     PRODUCTS,
 )
+from hfprune_dist.planning.training_footprint import Train
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,10 @@ from hfprune_dist.config.schema import Sharding, SweepConfig
 from hfprune_dist.config.training import LoraTraining
 from hfprune_dist.core.memory_limits import WEIGHTS_SHARE
 from hfprune_dist.planning.dimensions import Dimensions
-from hfprune_dist.planning.footprint import Train, fits
+from hfprune_dist.planning.footprint import fits
 from hfprune_dist.planning.gpu_needs import Gpus
 from hfprune_dist.planning.timing import seconds
+from hfprune_dist.planning.training_footprint import Train
 
 # More rows at a time than this are hardly faster, so activations are not checkpointed for their sake. With whole
 # weights, which need no gathering, fewer rows already keep a GPU busy for longer than its host needs to launch them.

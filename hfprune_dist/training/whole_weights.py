@@ -15,8 +15,8 @@ from hfprune_dist.distributed.frozen_model import free_bytes
 from hfprune_dist.distributed.world import World
 from hfprune_dist.models.memory_efficient_backward import view_input
 from hfprune_dist.planning.dimensions import checkpoint_dimensions
-from hfprune_dist.planning.footprint import Train
 from hfprune_dist.planning.gpu_needs import Gpus
+from hfprune_dist.planning.training_footprint import Train
 from hfprune_dist.planning.training_memory import Placement, place
 from hfprune_dist.training.fine_tuning import FineTuning
 

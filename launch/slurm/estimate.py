@@ -24,11 +24,13 @@ from hfprune_dist.config.schema import RuntimeConfig
 from hfprune_dist.errors import UserError
 from hfprune_dist.planning.dimensions import Dimensions, checkpoint_dimensions
 from hfprune_dist.planning.evaluation_footprint import Evaluate
-from hfprune_dist.planning.footprint import RESERVE, Importance, Job, LayerPass, TimedJob, Train, fits
+from hfprune_dist.planning.footprint import RESERVE, Job, LayerPass, TimedJob, fits
 from hfprune_dist.planning.generation_footprint import Generate
 from hfprune_dist.planning.gpu_needs import GIB, Gpus, Memory
+from hfprune_dist.planning.importance_footprint import Importance
 from hfprune_dist.planning.plan import Plan
 from hfprune_dist.planning.timing import seconds
+from hfprune_dist.planning.training_footprint import Train
 from hfprune_dist.planning.training_memory import ENOUGH_ROWS
 from hfprune_dist.store.stage import Stage
 

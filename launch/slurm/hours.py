@@ -14,11 +14,12 @@ from rich.table import Table
 from hfprune_dist.config.schema import RuntimeConfig
 from hfprune_dist.planning.dimensions import checkpoint_dimensions
 from hfprune_dist.planning.evaluation_footprint import Evaluate
-from hfprune_dist.planning.footprint import Job, Train
+from hfprune_dist.planning.footprint import Job
 from hfprune_dist.planning.gpu_needs import Gpus
 from hfprune_dist.planning.plan import Plan
 from hfprune_dist.planning.rates import ASSUMED
 from hfprune_dist.planning.stage_times import StageTime, StageTimes
+from hfprune_dist.planning.training_footprint import Train
 from hfprune_dist.results.formats import counted
 from hfprune_dist.store.stage import Stage
 

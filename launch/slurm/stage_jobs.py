@@ -23,7 +23,7 @@ from hfprune_dist.config.texts import FIRST, CalibrationConfig, FidelityConfig, 
 from hfprune_dist.core.memory_limits import WEIGHTS_SHARE
 from hfprune_dist.planning.dimensions import Dimensions
 from hfprune_dist.planning.evaluation_footprint import Evaluate
-from hfprune_dist.planning.footprint import Job, Train
+from hfprune_dist.planning.footprint import Job
 from hfprune_dist.planning.generation_footprint import Generate
 from hfprune_dist.planning.gpu_needs import GIB, ITEMSIZE, Gpus
 from hfprune_dist.planning.importance_job import importance_job
@@ -32,6 +32,7 @@ from hfprune_dist.planning.local_shapes import LocalTarget
 from hfprune_dist.planning.plain_shapes import all_plain_shapes
 from hfprune_dist.planning.plan import Plan
 from hfprune_dist.planning.shape_target import ShapeTarget
+from hfprune_dist.planning.training_footprint import Train
 from hfprune_dist.planning.training_memory import copy_of, place
 from hfprune_dist.planning.whole_expert_shapes import mixture_target
 from hfprune_dist.planning.widths import Target, size_of

@@ -8,7 +8,7 @@ from tiny import save_tiny
 
 from hfprune_dist.checkpoints.checkpoint import open_checkpoint
 from hfprune_dist.planning.dimensions import dimensions_of
-from hfprune_dist.planning.footprint import Evaluate
+from hfprune_dist.planning.evaluation_footprint import Evaluate
 
 pytestmark = pytest.mark.slow
 

@@ -19,7 +19,7 @@ from gpu_runs import (
 )
 from hfprune_launch.local.hardware import count_gpus
 
-from hfprune_dist.planning.footprint import Importance
+from hfprune_dist.planning.importance_footprint import Importance
 
 # Parts that an estimate leaves out: CUDA's own memory, NCCL's buffers, and memory that the allocator can't use.
 MEMORY_TOLERANCE = 0.25

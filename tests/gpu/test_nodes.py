@@ -15,7 +15,7 @@ from gpu_runs import (
     write_config,
 )
 
-from hfprune_dist.planning.footprint import Importance
+from hfprune_dist.planning.importance_footprint import Importance
 
 pytestmark = pytest.mark.multi_gpu(nodes=2)
 

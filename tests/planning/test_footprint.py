@@ -35,12 +35,13 @@ from hfprune_dist.core.weight_products import CoupledProducts, SquaredProducts
 from hfprune_dist.distributed.layer_stream import LayerStream
 from hfprune_dist.models.experts import see_experts
 from hfprune_dist.models.memory_efficient_backward import checkpoint_activations, use_memory_efficient_backward
-from hfprune_dist.planning import footprint, layer_pass_footprint, product_footprint
+from hfprune_dist.planning import importance_footprint, layer_pass_footprint, product_footprint
 from hfprune_dist.planning.dimensions import attention_flops, checkpoint_dimensions, dimensions_of
 from hfprune_dist.planning.evaluation_footprint import Evaluate
-from hfprune_dist.planning.footprint import Importance, Train, fits
+from hfprune_dist.planning.footprint import fits
 from hfprune_dist.planning.generation_footprint import Generate
 from hfprune_dist.planning.gpu_needs import Gpus
+from hfprune_dist.planning.importance_footprint import Importance
 from hfprune_dist.planning.layer_pass_footprint import (
     LowRank,
     Reference,
@@ -51,6 +52,7 @@ from hfprune_dist.planning.layer_pass_footprint import (
 )
 from hfprune_dist.planning.model_shape import ModelShape
 from hfprune_dist.planning.product_footprint import coupled_bytes, squared_bytes
+from hfprune_dist.planning.training_footprint import Train
 from hfprune_dist.refit.cheap_fits import CheapFits, Scored
 from hfprune_dist.refit.dense_refit import DenseRefit
 from hfprune_dist.refit.low_rank_layers import LowRankLayers
@@ -239,7 +241,7 @@ def test_memory_of_the_calibration_pass(losses, checkpointing, groups, monkeypat
     monkeypatch.setattr(blocks, "CACHE_BYTES", 2**12 // torch.get_num_threads())
     monkeypatch.setattr(product_footprint, "ACCELERATOR_BYTES", 0)
     for name in ("HEAD_CHUNK_BYTES", "ACCELERATOR_BYTES", "ROUNDED_BYTES"):
-        monkeypatch.setattr(footprint, name, 0)
+        monkeypatch.setattr(importance_footprint, name, 0)
     student, seen = is_of_a_student(losses), observing(losses)
     job = Importance(2, 48, len(losses) - student, checkpointing=checkpointing, student=student, kv_groups=groups)
     job = replace(job, **seen)
@@ -497,7 +499,7 @@ def test_memory_of_an_elimination(dims, monkeypatch):
     gram_DD, curvature_CC = (it.T.double() @ it.double() / len(it) for it in (hidden_ND, gradient_NC))
     with PeakBytes() as counted:
         elimination.elimination_scores(gram_DD, curvature_CC, torch.randn(hidden_size, size), torch.rand(size))
-    assert 0.95 < counted.peak / (footprint.ELIMINATION_BYTES * size**2) < 1.15
+    assert 0.95 < counted.peak / (importance_footprint.ELIMINATION_BYTES * size**2) < 1.15
 
 
 def test_refits_keep_hidden_states_of_their_windows_on_the_host():

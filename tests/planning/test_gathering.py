@@ -11,7 +11,7 @@ from tiny import save_tiny
 from hfprune_dist.checkpoints.checkpoint import open_checkpoint
 from hfprune_dist.planning import gathering
 from hfprune_dist.planning.dimensions import dimensions_of
-from hfprune_dist.planning.footprint import Importance
+from hfprune_dist.planning.importance_footprint import Importance
 
 pytestmark = pytest.mark.slow
 

@@ -12,12 +12,12 @@ from published import published_model, published_plan
 from hfprune_dist.planning.dimensions import dimensions_of
 from hfprune_dist.planning.evaluation_footprint import Evaluate
 from hfprune_dist.planning.expected_metrics import ExpectedManifests
-from hfprune_dist.planning.footprint import Train
 from hfprune_dist.planning.gpu_needs import Gpus
 from hfprune_dist.planning.importance_job import importance_job
 from hfprune_dist.planning.rates import DISK, FLOAT32, HASHING, NETWORK, START_S
 from hfprune_dist.planning.stage_times import GRADIENT_BYTES, StageTimes
 from hfprune_dist.planning.timing import product_rate, seconds
+from hfprune_dist.planning.training_footprint import Train
 
 GPUS = Gpus(1, 8, 80 * 2**30, flops=312e12, link=300e9)
 ONE = replace(GPUS, per_node=1)

@@ -12,10 +12,11 @@ from hfprune_dist.checkpoints.lora_adapter import lora_targets
 from hfprune_dist.planning import rates
 from hfprune_dist.planning.dimensions import dimensions_of
 from hfprune_dist.planning.evaluation_footprint import Evaluate
-from hfprune_dist.planning.footprint import Importance, Train
 from hfprune_dist.planning.gpu_needs import Gpus
+from hfprune_dist.planning.importance_footprint import Importance
 from hfprune_dist.planning.operations import Operations
 from hfprune_dist.planning.timing import precise_seconds, seconds
+from hfprune_dist.planning.training_footprint import Train
 
 GIB = 2**30
 LLAMA_7B = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32}

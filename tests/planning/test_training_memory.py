@@ -11,9 +11,10 @@ from hfprune_dist.config.method import Method
 from hfprune_dist.config.schema import SweepConfig
 from hfprune_dist.errors import UserError
 from hfprune_dist.planning.dimensions import dimensions_of
-from hfprune_dist.planning.footprint import Train, fits
+from hfprune_dist.planning.footprint import fits
 from hfprune_dist.planning.gpu_needs import Gpus
 from hfprune_dist.planning.timing import seconds
+from hfprune_dist.planning.training_footprint import Train
 from hfprune_dist.planning.training_memory import (
     MOST_ROWS,
     choose_micro_batches,
