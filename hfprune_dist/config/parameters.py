@@ -2,90 +2,24 @@
 
 Plans build them from a configuration, the store keeps them in records (``stage.json``, manifests, ``sweep.json``), and
 stages read them. They are therefore defined below all three, next to the sections of the configuration they consist of.
-
-Fingerprints are computed from ``Parameters.to_json``. Two rules keep those of existing results unchanged: names and
-values of settings stay; a new setting is marked with ``LeftOutAt`` the value with which a stage does what it did.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, Field, ValidationError
+from pydantic import Field, ValidationError
 
-from hfprune_dist.config.left_out import LeftOutAt, left_out
+from hfprune_dist.config.left_out import LeftOutAt
 from hfprune_dist.config.method import MORE_ITERATIONS, Allocation, Kinds, Refit, Structures
-from hfprune_dist.config.section import Dtype, Section, TextSource
+from hfprune_dist.config.recorded import OtherParameters, Parameters, Text, canonical_text
+from hfprune_dist.config.section import Dtype, Section
 from hfprune_dist.config.texts import CalibrationConfig, FidelityConfig
 from hfprune_dist.config.told_apart import Adapted, PairsOfARow, Positions
 from hfprune_dist.config.training import DistillationConfig, RecoveryConfig
 from hfprune_dist.core.criteria import CRITERIA, CriterionName, MethodCriterion
 from hfprune_dist.structures import NEURONS
-
-# Fields of a text source that describe a data set on the hub.
-OF_A_DATA_SET = {"dataset", "name", "split", "revision"}
-# Stands for the path of a text in settings read from a record, since records have no paths.
-AN_INPUT = "(an input of the stage)"
-
-
-class Parameters(Section):
-    """The settings that a stage's result depends on, besides its inputs and the version of its code.
-
-    Two are equal if their records are: the path of a text makes no difference.
-
-    ``on_one_rank``: whether such stages always run on a single rank, however many ranks others have.
-    """
-
-    on_one_rank: ClassVar[bool] = False
-
-    def __eq__(self, other: object) -> bool:
-        return type(other) is type(self) and self._text() == other._text()
-
-    def __hash__(self) -> int:
-        return hash(self._text())
-
-    def _text(self) -> str:
-        return _text_of(self.to_json())
-
-    def to_json(self) -> dict[str, Any]:
-        """The content of records, from which fingerprints are computed."""
-        return _record_of(self)
-
-    @property
-    def compute_dtype(self) -> Dtype | None:
-        """The dtype in which a model computes; None if no model runs."""
-        return None
-
-
-class OtherParameters(Parameters):
-    """The settings of a stage planned by another version of the code, as recorded. No stage runs with them.
-
-    ``record``: the settings by name.
-    """
-
-    record: dict[str, Any]
-
-    def to_json(self) -> dict[str, Any]:
-        return dict(self.record)
-
-
-def _as_input(settings: object) -> object:
-    """Add a placeholder path to recorded settings of a text that name no data set: the text is a user's file."""
-    if isinstance(settings, Mapping) and isinstance(settings.get("mixture"), list):
-        return {**settings, "mixture": [_placed(text, f"{AN_INPUT} {n}") for n, text in enumerate(settings["mixture"])]}
-    return _placed(settings, AN_INPUT)
-
-
-def _placed(settings: object, place: str) -> object:
-    if isinstance(settings, Mapping) and "dataset" not in settings:
-        return {**settings, "path": place}
-    return settings
-
-
-# Marks settings of a text. A file's path and name don't matter: it is an input of the stage, identified by its content.
-Text = BeforeValidator(_as_input)
 
 
 class StudentParameters(Section):
@@ -323,28 +257,5 @@ def read_parameters(kind: str, record: Mapping[str, Any]) -> Parameters:
         parameters = PARAMETERS[kind].model_validate(dict(record))
     except (KeyError, ValidationError):
         return OtherParameters(record=dict(record))
-    # Fingerprints distinguish 1 from 1.0, and an absent setting from one at its default.
-    return parameters if _text_of(parameters.to_json()) == _text_of(record) else OtherParameters(record=dict(record))
-
-
-def _text_of(record: Mapping[str, Any]) -> str:
-    return json.dumps(record, sort_keys=True, default=dict)
-
-
-def _record_of(section: BaseModel) -> dict[str, Any]:
-    without = left_out(section) | (_without_place(section) if isinstance(section, TextSource) else set())
-    values = {name: getattr(section, name) for name in type(section).model_fields if name not in without}
-    return {name: _recorded(value) for name, value in values.items()}
-
-
-def _recorded(value: object) -> object:
-    if isinstance(value, list):
-        return [_recorded(part) for part in value]
-    return _record_of(value) if isinstance(value, BaseModel) else value
-
-
-def _without_place(source: TextSource) -> set[str]:
-    """Fields that records leave out: a path, for a file what describes a data set, for a mixture those of one text."""
-    if isinstance(source, CalibrationConfig) and source.mixture is not None:
-        return set(TextSource.model_fields)
-    return {"path"} if source.path is None else {"path", *OF_A_DATA_SET}
+    is_exact = canonical_text(parameters.to_json()) == canonical_text(record)
+    return parameters if is_exact else OtherParameters(record=dict(record))

@@ -7,7 +7,8 @@ from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import Any, Literal
 
-from hfprune_dist.config.parameters import OtherParameters, Parameters, read_parameters
+from hfprune_dist.config.parameters import read_parameters
+from hfprune_dist.config.recorded import OtherParameters, Parameters
 from hfprune_dist.errors import UserError
 from hfprune_dist.store.hashing import digest_of
 

@@ -10,7 +10,8 @@ from planning.recording import RECORD, Drawing
 from pydantic import BaseModel
 
 from hfprune_dist.config.left_out import LeftOutAt, left_out
-from hfprune_dist.config.parameters import PARAMETERS, OtherParameters, PruneParameters, read_parameters
+from hfprune_dist.config.parameters import PARAMETERS, PruneParameters, read_parameters
+from hfprune_dist.config.recorded import OtherParameters
 from hfprune_dist.config.section import Section
 from hfprune_dist.config.texts import CalibrationConfig
 from hfprune_dist.errors import UserError
