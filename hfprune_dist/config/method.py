@@ -3,55 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, TypeVar, get_args
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import AfterValidator, ConfigDict, Field, model_validator
+from pydantic import ConfigDict, Field, model_validator
 
+from hfprune_dist.config.method_settings import (
+    MORE_ITERATIONS,
+    Allocation,
+    Copies,
+    Iterations,
+    Refit,
+    RoundRatio,
+    Rounds,
+    Share,
+    Structures,
+    Temperature,
+)
 from hfprune_dist.config.section import NonNegative, NumberOrShare, Positive, PositiveOrAuto, Section, explained_by
 from hfprune_dist.core.criteria import CRITERIA, SCORED_WHILE_PRUNED, CriterionName, MethodCriterion
-from hfprune_dist.structures import EXPERTS, KV_GROUPS, LAYERS, NEURONS, TOGETHER, Kind, Structure
-
-Allocation = Literal["uniform", "plain", "local", "global", "standardized", "searched", "low_rank"]
-Refit = Literal["none", "bias", "dense", "layerwise", "block"]
-
-StructureT = TypeVar("StructureT", Kind, Structure)
-
-
-def _in_order(structures: list[StructureT]) -> list[StructureT]:
-    if NEURONS not in structures and EXPERTS not in structures:
-        beside = ", ".join(TOGETHER[1:])
-        raise ValueError(f"{NEURONS} must be among them; beside it there may be {beside}; or {EXPERTS}, alone")
-    if len(set(structures)) < len(structures):
-        raise ValueError(f"{', '.join(structures)}: name each once")
-    return [kind for kind in get_args(Structure) if kind in structures]
-
-
-def _goes_together(structures: list[Structure]) -> list[Structure]:
-    if EXPERTS in structures and len(structures) > 1:
-        raise ValueError(f"{', '.join(structures)}: {EXPERTS} go alone; leave them out, or all else")
-    return structures
-
-
-# What is pruned, in a fixed order whatever order it is given in; and what is scored, possibly for several methods.
-Structures = Annotated[list[Structure], AfterValidator(_in_order), AfterValidator(_goes_together)]
-Kinds = Annotated[list[Kind], AfterValidator(_in_order)]
-# Number of rounds, and share of the dense model's parameters removed per round; nobody waits for more rounds than 100.
-Rounds = Annotated[int, Field(ge=1, le=100)]
-RoundRatio = Annotated[float, Field(ge=0.01, lt=1)]
-# Iterations of conjugate gradients; and how many the last Gauss-Newton step has by default.
-Iterations = Annotated[int, Field(ge=1, le=100)]
-MORE_ITERATIONS = 2
-# Copies of each window that a refit sees; nobody waits for more than 100.
-Copies = Annotated[int, Field(ge=0, le=100)]
-# Share of the neurons that a student lacks; divisor of logits, which must stay finite.
-Share = Annotated[float, Field(gt=0, lt=1)]
-Temperature = Annotated[float, Field(ge=0.01, le=100)]
-
-
-def structures_possible(allocation: Allocation) -> tuple[Structure, ...]:
-    """Structures that may be pruned, neurons first. Layers have no scores: the effect of removing one is measured."""
-    return TOGETHER if allocation in ("plain", "searched") else TOGETHER[:-1]
-
+from hfprune_dist.structures import EXPERTS, KV_GROUPS, LAYERS, NEURONS
 
 # Settings of a method that affect a calibration pass of their own, not a cut.
 OF_A_STUDENT = ("student_lacks", "teacher_share", "teacher_temperature")

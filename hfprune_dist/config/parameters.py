@@ -12,7 +12,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import Field, ValidationError
 
 from hfprune_dist.config.left_out import LeftOutAt
-from hfprune_dist.config.method import MORE_ITERATIONS, Allocation, Kinds, Refit, Structures
+from hfprune_dist.config.method_settings import MORE_ITERATIONS, Allocation, Kinds, Refit, Structures
 from hfprune_dist.config.recorded import OtherParameters, Parameters, Text, canonical_text
 from hfprune_dist.config.section import Dtype, Section
 from hfprune_dist.config.texts import CalibrationConfig, FidelityConfig

@@ -9,7 +9,7 @@ from functools import cached_property
 
 from hfprune_dist.checkpoints.checkpoint import Checkpoint
 from hfprune_dist.checkpoints.layer_settings import undroppable_layers
-from hfprune_dist.config.method import structures_possible
+from hfprune_dist.config.method_settings import structures_possible
 from hfprune_dist.config.parameters import LoraPruneParameters, PruneParameters
 from hfprune_dist.errors import UserError
 from hfprune_dist.planning.widths import NoShapeError, OutOfReachError, or_a_smaller, round_down, rounding

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 
 from hfprune_dist.checkpoints.checkpoint import Checkpoint
-from hfprune_dist.config.method import Method, structures_possible
+from hfprune_dist.config.method import Method
+from hfprune_dist.config.method_settings import structures_possible
 from hfprune_dist.planning.budget import Limits
 from hfprune_dist.planning.shape_target import ShapeTarget
 

@@ -11,7 +11,7 @@ from ranks import SoloWorld, killing, killing_in_reduction, run_stage
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from hfprune_dist.config.method import MORE_ITERATIONS
+from hfprune_dist.config.method_settings import MORE_ITERATIONS
 from hfprune_dist.config.schema import RuntimeConfig
 from hfprune_dist.core import final_norm
 from hfprune_dist.core.criteria import CRITERIA
