@@ -202,8 +202,7 @@ class Method(Section):
 
     @model_validator(mode="after")
     def _structures_and_rounds_suit_the_criterion(self) -> Method:
-        of_neurons = any(CRITERIA[name].is_of_neurons_alone for name in self.scored_before)
-        if of_neurons and KV_GROUPS in self.structures:
+        if self.scores_neurons_alone and KV_GROUPS in self.structures:
             raise ValueError(
                 f"criterion: {self.criterion} scores neurons alone, whose weights meet at the hidden channels; with "
                 f"structures: [{', '.join(self.structures)}] use another criterion, such as weight_taylor"
@@ -278,6 +277,11 @@ class Method(Section):
     def scored_before(self) -> frozenset[CriterionName]:
         """The scores that a calibration pass computes for it."""
         return frozenset(CRITERIA.keys() & {self.criterion})
+
+    @property
+    def scores_neurons_alone(self) -> bool:
+        """Whether its criterion has no scores of KV groups."""
+        return any(CRITERIA[name].is_of_neurons_alone for name in self.scored_before)
 
     @property
     def student_chosen_by(self) -> CriterionName | None:

@@ -9,6 +9,7 @@ from hfprune_dist.config.method import Method
 from hfprune_dist.config.method_settings import structures_possible
 from hfprune_dist.planning.budget import Limits
 from hfprune_dist.planning.shape_target import ShapeTarget
+from hfprune_dist.structures import KV_GROUPS
 
 
 def protected_by(method: Method) -> tuple[int, int]:
@@ -31,5 +32,7 @@ def limits_of(method: Method) -> Limits:
 def target_of(method: Method, checkpoint: Checkpoint, ratio: float, where: str) -> ShapeTarget:
     """The target of a method whose ``multiple_of`` is a number."""
     assert isinstance(method.multiple_of, int), "planned with a number"
-    structures, possible = tuple(method.structures), structures_possible(method.allocation)
-    return ShapeTarget(checkpoint, ratio, structures, method.multiple_of, where, method.tensor_parallel, possible)
+    structures, devices = tuple(method.structures), method.tensor_parallel
+    without = {KV_GROUPS} if method.scores_neurons_alone else set()
+    possible = tuple(it for it in structures_possible(method.allocation) if it not in without)
+    return ShapeTarget(checkpoint, ratio, structures, method.multiple_of, where, devices, possible)
