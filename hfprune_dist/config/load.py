@@ -280,7 +280,7 @@ def _resolve_paths(raw: dict[str, Any], base: Path, aliases: Collection[str]) ->
     for key, is_path in (("methods", _is_file), ("models", partial(_is_folder, base=base, aliases=aliases))):
         names = raw.get(key)
         if isinstance(names, list):
-            raw[key] = [absolute_path(name, base) if is_path(name) else name for name in names]
+            raw[key] = [named_path(name, base) if is_path(name) else name for name in names]
     return raw
 
 
@@ -316,6 +316,16 @@ def is_hub_id(model: str) -> bool:
     return re.fullmatch(r"\w[\w.-]*/\w[\w.-]*(@[\w./-]+)?", model, re.ASCII) is not None
 
 
+def named_path(path: str, base: Path) -> str:
+    """As ``absolute_path``, but a link isn't followed: tables call a model or a method by the name that it was given.
+
+    Raises:
+        UserError: as ``absolute_path``.
+    """
+    followed, given = absolute_path(path, base), Path(path).expanduser()
+    return followed if given.name in {"", ".."} else _encodable(Path(absolute_path(str(given.parent), base)) / given.name)
+
+
 def absolute_path(path: str, base: Path) -> str:
     """The absolute form of a path that is relative to ``base`` or begins with ``~``.
 
@@ -323,11 +333,15 @@ def absolute_path(path: str, base: Path) -> str:
         UserError: if there is none, or if it isn't UTF-8, which logs, tables and cards that name it are.
     """
     try:
-        found = str((base / Path(path).expanduser()).resolve())
+        found = (base / Path(path).expanduser()).resolve()
     except (ValueError, RuntimeError, OSError) as error:  # a NUL byte, a loop of links
         raise UserError(f"{path!r}: not a valid path ({error})") from None
+    return _encodable(found)
+
+
+def _encodable(path: Path) -> str:
     try:
-        found.encode()
+        str(path).encode()
     except UnicodeEncodeError:
-        raise UserError(f"{found!r}: this path isn't UTF-8; rename the file or folder") from None
-    return found
+        raise UserError(f"{str(path)!r}: this path isn't UTF-8; rename the file or folder") from None
+    return str(path)

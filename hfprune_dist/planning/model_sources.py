@@ -10,7 +10,7 @@ from pathlib import Path
 
 from hfprune_dist.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from hfprune_dist.checkpoints.licences import LICENCE_PATTERNS
-from hfprune_dist.config.load import absolute_path, is_hub_id, parse, read_yaml
+from hfprune_dist.config.load import is_hub_id, named_path, parse, read_yaml
 from hfprune_dist.config.schema import ModelAlias, SweepConfig
 from hfprune_dist.errors import UserError, did_you_mean, hub_errors
 from hfprune_dist.planning.user_files import checkpoint_identity, content_files
@@ -92,8 +92,8 @@ def _resolve(name: str, aliases: Mapping[str, ModelAlias | Path], hashes: FileHa
                 f"--models: unknown model {name!r}{did_you_mean(name, aliases)}; valid: {', '.join(sorted(aliases))}, "
                 "the folder of a Hugging Face checkpoint, or a hub id (org/name)"
             )
-        spelling = absolute_path(name, Path.cwd())
-        return _local(Path(spelling).name, Path(spelling), hashes, spelling)
+        spelling = named_path(name, Path.cwd())
+        return _local(Path(spelling).name, Path(spelling).resolve(), hashes, spelling)
     if alias.path is not None:
         return _local(name, Path(alias.path), hashes, name)
     assert alias.hub_id is not None

@@ -8,7 +8,14 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hfprune_dist.config.load import load_config, parse_assignment, parse_assignments, parse_list, parse_ratios
+from hfprune_dist.config.load import (
+    load_config,
+    named_path,
+    parse_assignment,
+    parse_assignments,
+    parse_list,
+    parse_ratios,
+)
 from hfprune_dist.config.schema import SweepConfig
 from hfprune_dist.config.section import Section
 from hfprune_dist.core.criteria import CRITERIA, CriterionName
@@ -287,6 +294,39 @@ def test_models_beside_a_file_are_meant_by_it_whatever_the_current_folder_has(tm
     file = write(tmp_path / "here", {"models": [name, "beta"]})
     monkeypatch.chdir(tmp_path / "elsewhere")
     assert load_config([file], {}).models == [str((tmp_path / "here" / name).resolve()), "beta"]
+
+
+@pytest.mark.parametrize("in_linked_folder", [False, True])
+@pytest.mark.parametrize("written", ["./named", "sub/../named", "{}/named", "./named/../named/"])
+def test_models_and_methods_are_called_by_the_names_of_their_links(tmp_path, written, in_linked_folder):
+    """A snapshot in the hub's cache, to which a link leads, is called by its commit."""
+    folder = tmp_path / "real"
+    (folder / "0123abcd").mkdir(parents=True)
+    (folder / "sub").mkdir()
+    (folder / "0123abcd" / "config.json").write_text("{}")
+    (folder / "other.yaml").write_text("criterion: entropy")
+    (folder / "named").symlink_to("0123abcd")
+    (folder / "named.yaml").symlink_to("other.yaml")
+    (tmp_path / "linked").symlink_to("real")
+    name = written.format(folder)
+    method = f"{name.removesuffix('/')}.yaml"
+    file = write(tmp_path / ("linked" if in_linked_folder else "real"), {"models": [name], "methods": [method]})
+    config = load_config([file], {})
+    assert (config.models, config.methods) == ([str(folder / "named")], [str(folder / "named.yaml")])
+
+
+def test_a_folder_that_is_named_by_where_it_lies_is_called_by_its_own_name(tmp_path):
+    (tmp_path / "model" / "sub").mkdir(parents=True)
+    (tmp_path / "link").symlink_to("model/sub")
+    assert named_path("link/..", tmp_path) == str(tmp_path / "model")
+    assert named_path(".", tmp_path / "link") == str(tmp_path / "model" / "sub")
+
+
+def test_a_link_whose_name_is_not_utf_8_is_refused(tmp_path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "\udcff").symlink_to("model")
+    with pytest.raises(UserError, match="isn't UTF-8"):
+        named_path("\udcff", tmp_path)
 
 
 @pytest.mark.parametrize("shipped", [False, True])

@@ -423,6 +423,16 @@ def test_an_alias_file_that_is_none_is_named(world, tmp_path):
     assert another.name == "another", "whatever is wrong with files that nobody asked for"
 
 
+def test_a_linked_model_is_called_by_its_link_and_read_where_it_leads(world, tmp_path):
+    """A link that is changed while the sweep runs changes nothing of it."""
+    (tmp_path / "current").symlink_to(world / "a")
+    plan = plan_of(world, models=[str(tmp_path / "current")])
+    assert {cell.model for cell in plan.cells} == {"current"}
+    locations = {stage.inputs["model"].location for stage in plan.stages.values() if stage.kind == "importance"}
+    assert locations == {str((world / "a").resolve())}
+    assert plan.stages.keys() == plan_of(world, models=["a"]).stages.keys()
+
+
 def test_all_shipped_aliases_are_of_the_hub():
     aliases = shipped_aliases(METHODS.parent / "models")
     assert {"llama", "qwen"} <= aliases.keys()
