@@ -63,7 +63,11 @@ class CheapFits:
         self._world = world
 
     def weights(self, number: int, layer: nn.Module, choices: Sequence[Choice]) -> Mapping[Choice, Weights]:
-        """See ``Variants``; ranks share the work."""
+        """See ``Variants``; ranks share the work.
+
+        Raises:
+            UserError: as ``LayerStream.grams`` and ``explaining`` do, on all ranks.
+        """
         grams: Mapping[str, Sequence[Grams]] = {}
         if self._refit:
             assert self._stream is not None, "nothing to fit on"
@@ -97,8 +101,7 @@ class CheapFits:
         of_kind = grams.get(units.kind)
         fitted: Mapping[int, Tensor] = {}
         if of_kind is not None and kept:
-            with explaining(number):
-                fitted = self._fitted(layer, units, kept, of_kind[0])
+            fitted = self._fitted(number, layer, units, kept, of_kind[0])
         weights = {most: weights_kept(layer, units)}
         for count, kept_K in kept.items():
             weights[count] = weights_kept(layer, units, kept_K)
@@ -107,21 +110,28 @@ class CheapFits:
                 weights[count][name] = fitted[count].to(weights[count][name])
         return weights
 
-    def _fitted(self, layer: nn.Module, units: Units, kept: Mapping[int, Tensor], grams: Grams) -> dict[int, Tensor]:
+    def _fitted(
+        self, number: int, layer: nn.Module, units: Units, kept: Mapping[int, Tensor], grams: Grams
+    ) -> dict[int, Tensor]:
         """The output projection for every number of units, fitted on windows not held out; one ridge for all."""
         weight_CD = output_of(layer, units).weight.data.double()
         channels = {count: entries_of(kept_K, units.channels_per_unit) for count, kept_K in kept.items()}
         on_device = {count: channels_K.to(weight_CD.device) for count, channels_K in channels.items()}
         fewest_K = on_device[min(on_device)]
         fitted, held_out = projections_of(weight_CD, grams, self._world)
-        best, _ = ridge_of_all_ranks(fitted.keeping(fewest_K), held_out.keeping(fewest_K), self._world)
+        with explaining(number):
+            best, _ = ridge_of_all_ranks(fitted.keeping(fewest_K), held_out.keeping(fewest_K), self._world)
         del held_out
         empty = partial(weight_CD.new_empty, dtype=torch.float32)
         weights = {count: empty(len(weight_CD), len(channels_K)) for count, channels_K in on_device.items()}
         owners = {count: place % self._world.size for place, count in enumerate(on_device)}
-        for count, owner in owners.items():
-            if owner == self._world.rank:
-                weights[count].copy_(fitted.keeping(on_device[count]).weight(best.ridge))
+
+        def solve_mine() -> None:
+            with explaining(number):  # more channels may be lost in rounding with a ridge that fewer do with
+                for count in (count for count, owner in owners.items() if owner == self._world.rank):
+                    weights[count].copy_(fitted.keeping(on_device[count]).weight(best.ridge))
+
+        self._world.work_apart(solve_mine)
         for count, owner in owners.items():
             self._world.broadcast_tensor(weights[count], owner)
         return weights

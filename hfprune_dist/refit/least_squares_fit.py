@@ -49,6 +49,10 @@ def solve(weight_CD: Tensor, grams: Grams, kept: Tensor) -> Solution:
         weight_CD: the projection's weight [hidden_size, channels].
         grams: Gram matrices of its channels.
         kept: ascending int64 indices of the channels that stay.
+
+    Raises:
+        UnresolvedError: if a Gram matrix isn't positive definite: that of the fitted windows with any of the ridges, or
+            that of all windows with the best one.
     """
     return _solved(_problems(weight_CD, grams, kept), grams.held_out_share, RIDGES)
 
@@ -75,7 +79,11 @@ def _solved(problems: tuple[LeastSquares, LeastSquares], held_out_share: float, 
 
 
 def solve_together(weight_CD: Tensor, grams: Grams, kept: Tensor, world: World) -> Solution:
-    """``solve``, with the same bits, where all ranks have the same problem: each solves a part. Collective."""
+    """``solve``, with the same bits, where all ranks have the same problem: each solves a part. Collective.
+
+    Raises:
+        UnresolvedError: as ``solve``, on every rank.
+    """
     if world.size == 1:
         return solve(weight_CD, grams, kept)
     fitted, held_out = (it.keeping(kept) for it in projections_of(weight_CD, grams, world))
@@ -86,9 +94,12 @@ def solve_together(weight_CD: Tensor, grams: Grams, kept: Tensor, world: World) 
     del held_out
     # While the first rank solves, the last one finds out what is lost without a refit.
     before = whole.error(whole.old_CK) if world.rank == world.size - 1 else 0.0
-    whole_CK = whole.weight(best.ridge) if world.is_first else _like(whole.old_CK)
-    after = whole.error(whole_CK) if world.is_first else 0.0
-    fit = ProjectionFit(best.ridge, world.broadcast(before, world.size - 1), world.broadcast(after, 0))
+    solved = best_resolved_ridge(whole, whole, [best.ridge]) if world.is_first else None
+    after = world.broadcast(None if solved is None else solved.error)
+    if after is None:
+        raise UnresolvedError
+    fit = ProjectionFit(best.ridge, world.broadcast(before, world.size - 1), after)
+    whole_CK = _like(whole.old_CK) if solved is None else solved.weight_CK
     world.broadcast_tensor(whole_CK, 0)
     return _solution(fit, fitted_CK, whole_CK, (fitted, whole))
 

@@ -1,12 +1,13 @@
 """Fits of an output projection by its Gram matrices, against least squares on the tokens themselves."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from ranks import SoloWorld
+from ranks import CPU, SoloWorld
 from refitting import MICRO_BATCH, NEURONS, checkpoint_in, refit, some_kept, windows_of
 from safetensors.torch import load_file, save_file
 from worlds import Ranks
@@ -16,6 +17,7 @@ from hfprune_dist.core.least_squares import RIDGES, LeastSquares, UnresolvedErro
 from hfprune_dist.distributed.gram_sums import Grams
 from hfprune_dist.distributed.layer_stream import LayerStream
 from hfprune_dist.errors import UserError
+from hfprune_dist.models.single_layer import LayerReader
 from hfprune_dist.refit import least_squares_fit
 from hfprune_dist.refit.cheap_fits import CheapFits, Scored
 from hfprune_dist.refit.least_squares_fit import projections_of, ridge_of_all_ranks, solve, solve_expert, solve_together
@@ -118,6 +120,48 @@ def test_ridges_too_small_for_rounding_errors_are_left_out_by_ranks_alike(needed
     for found in Ranks(size).run(ridge):
         assert (found is None) == (alone is None)
         assert found is None or (found.ridge, found.error) == (alone.ridge, alone.error)
+
+
+def refused(error, fit):
+    """Return a function of a rank's world: whether a fit raises this error there."""
+
+    def is_refused(world):
+        try:
+            fit(world)
+        except error:
+            return True
+        return False
+
+    return is_refused
+
+
+@pytest.mark.parametrize("size", [1, 2, 7])
+def test_all_ranks_learn_that_all_windows_together_are_rounding_errors(size):
+    """Each ridge will do on the windows that are fitted."""
+    held_out_DD = torch.eye(6, dtype=torch.float64)
+    held_out_DD[KEPT[0], KEPT[0]] = -9.0
+    grams = Grams(torch.eye(6, dtype=torch.float64), held_out_DD, 0.5)
+    fit = refused(UnresolvedError, lambda world: solve_together(WEIGHT, grams, KEPT, world))
+    assert Ranks(size).run(fit) == [True] * size
+
+
+@pytest.mark.parametrize("lost", [5, 8, 12, 19])
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_all_ranks_learn_that_a_cheap_fit_of_some_size_is_rounding_errors(tmp_path, size, lost):
+    """The ridge is that of the smallest size, for which it will do; others keep the neuron that is lost as well."""
+    checkpoint, fitted_DD = checkpoint_in(tmp_path), torch.eye(NEURONS, dtype=torch.float64)
+    fitted_DD[lost, lost] = -9.0 * NEURONS
+    grams = Grams(fitted_DD, torch.eye(NEURONS, dtype=torch.float64), 0.5)
+    stream = SimpleNamespace(grams=lambda *_: {"neurons": [grams]})
+    layer = LayerReader(checkpoint, torch.float32, CPU).layer(2)
+    scored = Scored(checkpoint.structures["neurons"], [-torch.arange(NEURONS)] * 3)
+
+    def fit(world):
+        CheapFits([scored], stream, True, world).weights(2, layer, [(count,) for count in (5, 9, 13, 20)])
+
+    with pytest.raises(UserError, match=r"^activations of layer 2: .* in rounding"):
+        Ranks(1).run(fit)
+    assert Ranks(size).run(refused(UserError, fit)) == [True] * size
 
 
 @pytest.mark.parametrize("rank", [0, 1, 2])
