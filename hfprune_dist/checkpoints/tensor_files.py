@@ -57,16 +57,20 @@ def read_texts(file: Path) -> dict[str, str]:
     return _about(file)[0]
 
 
-def is_usable(file: Path) -> bool:
-    """Whether an earlier attempt left this file intact; a damaged one is set aside."""
+def load_usable(file: Path) -> dict[str, Tensor] | None:
+    """The tensors in a file that an earlier attempt left intact; None if there is none. A damaged one is set aside."""
     if not file.is_file():
-        return False
+        return None
     try:
-        load_tensors(file)
+        return load_tensors(file)[0]
     except DamagedFileError as error:
         set_aside(file, str(error))
-        return False
-    return True
+        return None
+
+
+def is_usable(file: Path) -> bool:
+    """Whether an earlier attempt left this file intact; a damaged one is set aside."""
+    return load_usable(file) is not None
 
 
 def _about(file: Path) -> tuple[dict[str, str], str | None]:

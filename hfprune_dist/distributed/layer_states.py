@@ -12,7 +12,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from hfprune_dist.checkpoints.tensor_files import is_usable, load_tensors, save_tensors
+from hfprune_dist.checkpoints.tensor_files import load_usable, save_tensors
 from hfprune_dist.distributed.world import World
 from hfprune_dist.store.atomic_files import listed
 
@@ -43,9 +43,10 @@ class LayerStates:
         Collective. Damaged files are set aside.
         """
         for done in self._world.broadcast(self._complete()):
-            usable = [is_usable(self._file(done, index)) for index in self._mine]
-            if all(self._world.all_gather(all(usable))):
-                return done, {index: load_tensors(self._file(done, index))[0] for index in self._mine}
+            read = {index: load_usable(self._file(done, index)) for index in self._mine}
+            usable: dict[int, Named] = {index: named for index, named in read.items() if named is not None}
+            if all(self._world.all_gather(len(usable) == len(read))):
+                return done, usable
         return 0, {}
 
     def save(self, done: int, hidden: Mapping[int, Named]) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from hfprune_dist.checkpoints.checkpoint import Checkpoint
 from hfprune_dist.checkpoints.families import Family
-from hfprune_dist.checkpoints.tensor_files import is_usable, load_tensors, save_tensors
+from hfprune_dist.checkpoints.tensor_files import load_usable, save_tensors
 from hfprune_dist.config.schema import Sharding
 from hfprune_dist.distributed.frozen_model import FrozenModel, choose_sharding
 from hfprune_dist.distributed.world import World
@@ -224,7 +224,5 @@ def save_probe(probe: Probe, file: Path) -> None:
 
 
 def _read(file: Path) -> Probe | None:
-    if not is_usable(file):
-        return None
-    tensors, _ = load_tensors(file)
-    return Probe(tensors["input_ids"], tensors["hidden_states"])
+    tensors = load_usable(file)
+    return None if tensors is None else Probe(tensors["input_ids"], tensors["hidden_states"])

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from hfprune_dist.checkpoints.tensor_files import is_usable, load_tensors, save_tensors
+from hfprune_dist.checkpoints.tensor_files import load_usable, save_tensors
 from hfprune_dist.core.quasi_newton import QuasiNewton
 from hfprune_dist.distributed.world import World
 from hfprune_dist.errors import UserError
@@ -107,7 +107,8 @@ class NormsRefit:
         save_tensors(search.state(), self._saved)
 
     def _restored(self) -> QuasiNewton | None:
-        return QuasiNewton.restored(load_tensors(self._saved)[0]) if is_usable(self._saved) else None
+        state = load_usable(self._saved)
+        return None if state is None else QuasiNewton.restored(state)
 
 
 def curvature_of(squares_RC: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from ranks import SoloWorld
 
+from hfprune_dist.checkpoints import tensor_files
 from hfprune_dist.distributed.layer_states import LayerStates
 
 DRAWN = settings(
@@ -55,6 +56,18 @@ def test_a_folder_that_can_not_be_listed_is_not_an_empty_one(tmp_path, monkeypat
     (states,) = states_of(tmp_path, [0], 1)
     with pytest.raises(PermissionError):
         states.newest()
+
+
+@pytest.mark.parametrize("micro_batches", [1, 5])
+def test_what_was_saved_is_read_once(tmp_path, monkeypatch, micro_batches):
+    """It is as large as the windows."""
+    save(tmp_path, list(range(micro_batches)), 1, 3)
+    read = []
+    load_file = tensor_files.load_file
+    monkeypatch.setattr(tensor_files, "load_file", lambda file: (read.append(file.name), load_file(file))[1])
+    (states,) = states_of(tmp_path, list(range(micro_batches)), 1)
+    assert states.newest()[0] == 3
+    assert sorted(read) == [f"3.{index}.safetensors" for index in range(micro_batches)]
 
 
 def test_a_layer_counts_once_all_its_micro_batches_are_there_and_whole(tmp_path):
