@@ -1,5 +1,8 @@
 """The worlds that other tests rely on: ranks that are threads."""
 
+import errno
+import os
+
 import pytest
 import torch
 from worlds import Death, DivergedError, Ranks
@@ -30,18 +33,39 @@ def test_collectives_bring_what_real_ones_would():
     assert ranks.counts(1)["all_reduce torch.int64 [2]"] == 1 and ranks.logs[1][0].bytes == 16
 
 
-@pytest.mark.parametrize("error", [UserError("no such text"), ClaimLostError("taken over")], ids=["input", "claim"])
-@pytest.mark.parametrize("way", ["let_first", "wait_for_first"])
-def test_what_ends_the_first_rank_ends_all(way, error):
-    def fail(*_):
-        raise error
+FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "weights")
+ENDS = {
+    "input": (UserError("no such text"), UserError, "no such text"),
+    "claim": (ClaimLostError("taken over"), ClaimLostError, "taken over"),
+    "full disk": (FULL, UserError, "weights: No space left on device; make room"),
+    "full disk of a Rust library": (RuntimeError(f"I/O error (os error {errno.ENOSPC})"), UserError, "make room"),
+}
 
+
+@pytest.mark.parametrize(("error", "kind", "message"), ENDS.values(), ids=ENDS)
+@pytest.mark.parametrize("way", ["let_first", "wait_for_first", "work_apart"])
+def test_what_ends_a_rank_in_order_ends_all(way, error, kind, message):
     def work(world):
-        with pytest.raises(type(error), match=str(error)):
+        def fail(*_):
+            if way != "work_apart" or world.rank == 1:
+                raise error
+
+        with pytest.raises(kind, match=message):
             getattr(world, way)(fail)
         return world.all_gather(world.rank)
 
     assert Ranks(3).run(work) == [[0, 1, 2]] * 3
+
+
+@pytest.mark.parametrize("way", ["let_first", "wait_for_first", "work_apart"])
+def test_an_error_of_ours_ends_its_rank_alone(way):
+    """Its traceback says where it was made; the others notice that a rank is lost."""
+
+    def fail(*_):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with pytest.raises(OSError, match="Input/output"):
+        Ranks(2).run(lambda world: getattr(world, way)(fail))
 
 
 def test_ranks_share_no_object():

@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Generic, TypeVar
 
 import torch
@@ -17,7 +18,7 @@ import torch.distributed as dist
 from hfprune_dist.distributed.determinism import compute_deterministically
 from hfprune_dist.distributed.gpus import claim_device, place_of, require_own_gpus
 from hfprune_dist.distributed.threads import threads_allowed
-from hfprune_dist.errors import UserError
+from hfprune_dist.errors import UserError, from_os_error
 from hfprune_dist.store.claims import ClaimLostError
 from hfprune_dist.store.machine import usable_cores
 
@@ -66,17 +67,13 @@ class World:
         """Run work of each rank's own, without collectives, and wait until all ranks are done.
 
         Raises:
-            UserError: on all ranks, if one of them raises it; that of the first such rank.
+            UserError, ClaimLostError: on all ranks, if the work of one of them raises it, or an error of the operating
+                system that the user can mend; that of the first such rank.
         """
-        failure: UserError | None = None
-        try:
-            work()
-        except UserError as error:
-            failure = error
+        outcome = _Outcome.of(work)
         self.broadcast(None)
-        for found in self.all_gather(failure):
-            if found is not None:
-                raise found
+        for found in self.all_gather(outcome):
+            found.result()
 
     def broadcast(self, value: T, source: int = 0) -> T:
         """Return the value that rank ``source`` passed (any picklable object)."""
@@ -91,7 +88,8 @@ class World:
             action: must call its argument now and then, so that no rank waits longer than the collective timeout.
 
         Raises:
-            UserError, ClaimLostError: on every rank, if the action raises it.
+            UserError, ClaimLostError: on every rank, if the action raises it, or an error of the operating system that
+                the user can mend.
         """
         not_yet: _Outcome[T] | None = None
 
@@ -99,7 +97,7 @@ class World:
             self.broadcast(not_yet)
 
         if self.is_first:
-            return self.broadcast(_Outcome.of(action, go_on)).result()
+            return self.broadcast(_Outcome.of(partial(action, go_on))).result()
         while (outcome := self.broadcast(not_yet)) is None:
             pass
         return outcome.result()
@@ -110,7 +108,7 @@ class World:
         It runs in the calling thread, whose GPU and number of threads it may need; another one tells the others.
 
         Raises:
-            UserError, ClaimLostError: on every rank, if the work raises it.
+            UserError, ClaimLostError: as ``let_first``.
         """
 
         def action(go_on: Callable[[], None]) -> T:
@@ -176,17 +174,20 @@ def join_world(environment: MutableMapping[str, str], timeout_minutes: int, *, r
 
 @dataclass(frozen=True)
 class _Outcome(Generic[T]):
-    """What rank 0 has come to: a value, or an error with which all ranks leave in order."""
+    """What a rank has come to: a value, or an error with which all ranks leave in order."""
 
     value: T | None
     error: UserError | ClaimLostError | None = None
 
     @classmethod
-    def of(cls, action: Callable[[Callable[[], None]], T], go_on: Callable[[], None]) -> _Outcome[T]:
+    def of(cls, work: Callable[[], T]) -> _Outcome[T]:
         try:
-            return cls(action(go_on))
-        except (UserError, ClaimLostError) as error:
-            return cls(None, error)
+            return cls(work())
+        except Exception as error:
+            mended = from_os_error(error)
+            if not isinstance(mended, UserError | ClaimLostError):
+                raise
+            return cls(None, mended)
 
     def result(self) -> T:
         if self.error is not None:
