@@ -55,10 +55,13 @@ class LayerStates:
         Args:
             hidden: micro-batch of this rank -> its hidden states.
         """
-        self._folder.mkdir(parents=True, exist_ok=True)
-        for index, named in hidden.items():
-            save_tensors({name: tensor.contiguous() for name, tensor in named.items()}, self._file(done, index))
-        self._world.barrier()
+
+        def write() -> None:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            for index, named in hidden.items():
+                save_tensors({name: tensor.contiguous() for name, tensor in named.items()}, self._file(done, index))
+
+        self._world.work_apart(write)
         for index in self._mine:
             for file in listed(self._folder, f"*.{index}.safetensors"):
                 if file != self._file(done, index):

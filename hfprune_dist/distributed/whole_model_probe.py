@@ -153,7 +153,7 @@ def obtain_probe(
             or another dtype, the whole model is loaded for one forward of the first micro-batch.
         sharding: how the model is then placed on the ranks (``runtime.sharding``).
     """
-    probe = world.broadcast(_read(saved) if world.is_first and saved is not None else None)
+    probe = None if saved is None else world.wait_for_first(lambda: _read(saved))
     if probe is not None and probe.states_LPC.dtype == dtype and probe.row_in(windows_ST) is not None:
         return probe
     return _computed(checkpoint, windows_ST[:micro_batch_size], dtype, sharding, world)

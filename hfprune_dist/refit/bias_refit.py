@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -57,14 +58,14 @@ class BiasRefit:
         for number, layer in self._stream.layers(up_to_last(left)):
             if number in left:
                 means = self._stream.channel_means(number, layer, self._kinds)
-                biases = dict(self._bias(number, layer, it, means) for it in self._kinds)
-                if self._world.is_first:  # the others have made them so that all raise the same errors
-                    self._saved.write(number, biases)
+                self._world.wait_for_first(partial(self._write, number, layer, means))
             else:
                 self._stream.advance(layer)
             del layer
             after_each(number + 1)
-        self._world.barrier()
+
+    def _write(self, number: int, layer: nn.Module, means: dict[str, Tensor]) -> None:
+        self._saved.write(number, dict(self._bias(number, layer, it, means) for it in self._kinds))
 
     def _bias(self, number: int, layer: nn.Module, units: Units, means: dict[str, Tensor]) -> tuple[str, Tensor]:
         """Return a bias's name and value: the mean output of the channels that go, plus the bias that was there."""

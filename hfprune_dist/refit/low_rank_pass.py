@@ -88,10 +88,12 @@ class LowRankPass:
         names = [self._query, self._output, self._row, self._down]
         squares = self._stream.squares(number, layer, names)
         norms = {name: channel_norms(it, len(self._stream.windows_ST)) for name, it in squares.items()}
-        factors = self._layers.rounded(number, self._factors(layer, norms))  # on every rank, so that all raise
-        if self._world.is_first:
-            self._layers.write(number, self._kept(layer, norms), factors)
-        self._world.barrier()
+        factors = self._factors(layer, norms)
+
+        def write() -> None:
+            self._layers.write(number, self._kept(layer, norms), self._layers.rounded(number, factors))
+
+        self._world.wait_for_first(write)
 
     def _kept(self, layer: nn.Module, norms: Mapping[str, Tensor]) -> Tensor:
         rows, down_CK = row_matrices(layer, self._neurons), linear_of(layer, self._down).weight.data

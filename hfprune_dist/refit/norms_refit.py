@@ -76,7 +76,7 @@ class NormsRefit:
             there = self._gradients.at(factors_RC)
             if search is not None:
                 search.tell(there.kl, there.gradient_RC.flatten())
-                self._save(search)
+            self._save(search)
         kls = self._world.broadcast([] if search is None else search.values)
         return NormsFit(self._agreed(None if search is None else search.best_P), kls)
 
@@ -89,10 +89,10 @@ class NormsRefit:
                 "the norms can't be refitted: outputs of the pruned model or of the dense model, or gradients, are NaN "
                 "or infinite; set importance.dtype=float32, or check the checkpoint's weights"
             )
-        if not self._world.is_first:
-            return None
-        search = QuasiNewton(ones_RC.flatten(), curvature_of(there.squares_RC).flatten())
-        search.tell(there.kl, there.gradient_RC.flatten())
+        search = None
+        if self._world.is_first:
+            search = QuasiNewton(ones_RC.flatten(), curvature_of(there.squares_RC).flatten())
+            search.tell(there.kl, there.gradient_RC.flatten())
         self._save(search)
         return search
 
@@ -103,8 +103,14 @@ class NormsRefit:
         self._world.broadcast_tensor(factors_RC, 0)
         return factors_RC
 
-    def _save(self, search: QuasiNewton) -> None:
-        save_tensors(search.state(), self._saved)
+    def _save(self, search: QuasiNewton | None) -> None:
+        """Save rank 0's search; collective."""
+
+        def save() -> None:
+            assert search is not None, "rank 0 has it"
+            save_tensors(search.state(), self._saved)
+
+        self._world.wait_for_first(save)
 
     def _restored(self) -> QuasiNewton | None:
         state = load_usable(self._saved)

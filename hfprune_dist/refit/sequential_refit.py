@@ -180,10 +180,7 @@ class SequentialRefit:
             tensors |= self._moved(number, layer, solution, targets)
         else:
             tensors[f"{self._mlp.output}.weight"] = solution.whole_CK
-        tensors = self._fitted.rounded(number, tensors)  # on every rank, so that all of them raise
-        if self._world.is_first:
-            self._fitted.write(number, tensors, fits)
-        self._world.barrier()
+        self._world.wait_for_first(lambda: self._fitted.write(number, tensors, fits))
 
     def _put(self, number: int, layer: nn.Module, fitted: Mapping[str, Tensor]) -> None:
         """Give the layer a fitted block, rounded as rank 0 will save it; every rank has the same bits to round."""

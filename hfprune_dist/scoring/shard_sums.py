@@ -139,14 +139,9 @@ class Accumulation:
         """
         if not self._rounds_unsaved:
             return
-        for sums in self._of_layers:
-            sums.save(self.next_shard)
         if self._of_layers:
-            self._world.barrier()
-        if self._world.is_first:
-            self._save()
-            for sums in self._of_layers:
-                sums.keep_only(self.next_shard)
+            self._world.work_apart(self._save_layers)
+        self._world.wait_for_first(self._save)
         self._rounds_unsaved = 0
 
     def mean_curvature(self, kind: str, layer: int, tokens: int) -> Tensor:
@@ -253,6 +248,10 @@ class Accumulation:
         gradients = {f"{FIRST_GRADIENTS}.{name}": shape for name, shape in self.gradients.first_shapes().items()}
         return {name: (torch.float64, shape) for name, shape in (curvature | gradients).items()}
 
+    def _save_layers(self) -> None:
+        for sums in self._of_layers:
+            sums.save(self.next_shard)
+
     def _save(self) -> None:
         of_kinds = {
             self._name(kind, name): it for kind, totals in self.kinds.items() for name, it in totals.saved().items()
@@ -262,3 +261,5 @@ class Accumulation:
         first |= {f"{FIRST_GRADIENTS}.{weight}": it for weight, it in self.gradients.first().items()}
         saved = {"next_shard": torch.tensor(self.next_shard), **losses, **self._halves.saved(), **of_kinds, **first}
         save_tensors(saved, self._file)
+        for sums in self._of_layers:
+            sums.keep_only(self.next_shard)

@@ -55,7 +55,7 @@ def run(context: Context) -> None:
     sharding = choose_sharding(
         context.runtime.sharding, open_checkpoint(context.input_path("model")), _dtype(context), context.world
     )
-    texts, tasks = context.world.broadcast(_left_to_do(context) if context.world.is_first else ([], []))
+    texts, tasks = context.let_first_work(lambda: _left_to_do(context))
     model = None
     if texts:
         model = _measure_fidelity(context, sharding, texts)
@@ -95,19 +95,22 @@ def _load(context: Context, sharding: DecidedSharding) -> FrozenModel:
 
 def _commit(context: Context, sharding: DecidedSharding) -> None:
     draft = context.open_draft()
-    metrics: dict[str, Any] = {}
-    if context.world.is_first:
-        results = {task: read_json(_task_file(context.work, task)) for task in context.params.tasks}
-        fidelity = {text: read_json(_fidelity_file(context.work, text)) for text in _texts(context)}
-        summaries = {text: _summary(found) for text, found in fidelity.items()}
-        (draft / TASKS).mkdir()
-        for task, result in results.items():
-            write_json(_task_file(draft, task), result)
-        details = {task: details_of(it) | {RIGHT_ANSWERS: it.get(RIGHT_ANSWERS, {})} for task, it in results.items()}
-        write_json(draft / RESULTS, {**_by_place(fidelity), "tasks": details, "limit": context.params.limit})
-        scores = {name: score for task in results for name, score in scores_of(task, results[task]).items()}
-        metrics = {**_by_place(summaries), "tasks": scores, "sharding": sharding}
-    context.commit(draft, metrics)
+    metrics = context.let_first_work(lambda: _write_results(context, draft))
+    context.commit(draft, {**metrics, "sharding": sharding})
+
+
+def _write_results(context: Context, draft: Path) -> dict[str, Any]:
+    """Write the artifact, from the results in the work folder; return what the manifest has of them."""
+    results = {task: read_json(_task_file(context.work, task)) for task in context.params.tasks}
+    fidelity = {text: read_json(_fidelity_file(context.work, text)) for text in _texts(context)}
+    summaries = {text: _summary(found) for text, found in fidelity.items()}
+    (draft / TASKS).mkdir()
+    for task, result in results.items():
+        write_json(_task_file(draft, task), result)
+    details = {task: details_of(it) | {RIGHT_ANSWERS: it.get(RIGHT_ANSWERS, {})} for task, it in results.items()}
+    write_json(draft / RESULTS, {**_by_place(fidelity), "tasks": details, "limit": context.params.limit})
+    scores = {name: score for task in results for name, score in scores_of(task, results[task]).items()}
+    return {**_by_place(summaries), "tasks": scores}
 
 
 # Fidelity.
@@ -144,7 +147,7 @@ def _measure_fidelity(context: Context, sharding: DecidedSharding, texts: Sequen
 def _compare(context: Context, text: str, head: Head, model: FrozenModel | None) -> dict[int, FidelitySums]:
     """Fidelity sums of each window of a text; collective."""
     states, world = DenseStates(context.input_path(_texts(context)[text])), context.world
-    device, sums = world.device, world.broadcast(_known_windows(context, text) if world.is_first else {})
+    device, sums = world.device, context.let_first_work(lambda: _known_windows(context, text))
     mine = _my_windows([index for index in range(len(states.windows_ST)) if index not in sums], world)
     for done, index in enumerate(mine):
         context.progress.update(_phase(text), done, len(mine))
@@ -167,8 +170,8 @@ def _known_windows(context: Context, text: str) -> dict[int, FidelitySums]:
 def _save_windows(context: Context, text: str, sums: Mapping[int, FidelitySums]) -> None:
     if not all(math.isfinite(window.kl + window.nll) for window in sums.values()):
         raise UserError(f"{_phase(text)}: the model's outputs are NaN or infinite; check the checkpoint's weights")
-    if context.world.is_first:
-        write_json(_windows_file(context, text), {str(index): asdict(window) for index, window in sums.items()})
+    by_index = {str(index): asdict(window) for index, window in sums.items()}
+    context.let_first_work(lambda: write_json(_windows_file(context, text), by_index))
 
 
 @contextmanager
@@ -183,9 +186,8 @@ def _outputs(model: FrozenModel | None, window_T: Tensor, dense: Outputs) -> Ite
 
 def _save_fidelity(context: Context, text: str, sums: Mapping[int, FidelitySums]) -> None:
     """Add up in the order of the windows, so that the number of ranks changes no bit; divide once."""
-    if context.world.is_first:
-        windows = [sums[index] for index in sorted(sums)]
-        write_json(_fidelity_file(context.work, text), plain(_described(windows)))
+    windows = [sums[index] for index in sorted(sums)]
+    context.let_first_work(lambda: write_json(_fidelity_file(context.work, text), plain(_described(windows))))
     context.progress.update(_phase(text), 1, 1)
     context.interruption.stop_if_agreed(context.world)
 

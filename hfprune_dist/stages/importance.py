@@ -55,12 +55,15 @@ def run(context: Context) -> None:
     windows_ST = windows_ST[: _windows_used(context, totals, len(windows_ST))]
     scores = _scores(context, checkpoint, criteria, totals, windows_ST)
     draft = context.open_draft()
-    if context.world.is_first:
+
+    def write() -> None:
         with naming(draft / SCORES):
             save_file(scores, draft / SCORES)
         save_windows(windows_ST, draft)
         if (context.work / PROBE).is_file():
             shutil.copyfile(context.work / PROBE, draft / PROBE)
+
+    context.let_first_work(write)
     losses = [loss for loss in losses_of(criteria) if loss.in_nats]
     means = {f"mean_{loss.name}_nats": totals.losses[loss.name] / len(windows_ST) for loss in losses}
     curve = _curve(context, totals, len(windows_ST))

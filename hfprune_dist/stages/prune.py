@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file
@@ -40,19 +41,32 @@ def run(context: Context) -> None:
     kept, replacements, metrics = _decide(context, models)
     replacements, of_norms = refitted_norms(context, models, kept, replacements)
     draft = context.open_draft()
-    files = checkpoint.weight_files
-    for done, file in enumerate(files[context.world.rank :: context.world.size]):
-        context.progress.update("files", done * context.world.size, len(files))
-        write_weight_file(checkpoint, file, kept, draft, replacements)
-    context.world.barrier()
+    _write_weights(context, checkpoint, kept, replacements, draft)
     kept_of_dense = in_dense_numbering(context, kept)
     biased = [units.output for units in pruned_kinds(context, checkpoint)] if context.params.refit == "bias" else []
     config = pruned_config(checkpoint, kept.shape, biased)
-    if context.world.is_first:
+
+    def write_rest() -> None:
         write_companions(checkpoint, draft, config)
         write_kept(draft, kept_of_dense)
+
+    context.let_first_work(write_rest)
     metrics = shape_metrics(dense, kept_of_dense.shape, config) | metrics | of_norms
     context.commit(draft, metrics | {"kept_sha256": digest_of_kept(kept_of_dense)})
+
+
+def _write_weights(
+    context: Context, checkpoint: Checkpoint, kept: Kept, replacements: Replacements, draft: Path
+) -> None:
+    """Write the weights that stay; each rank writes a share of the files."""
+    files, world = checkpoint.weight_files, context.world
+
+    def write_share() -> None:
+        for done, file in enumerate(files[world.rank :: world.size]):
+            context.progress.update("files", done * world.size, len(files))
+            write_weight_file(checkpoint, file, kept, draft, replacements)
+
+    world.work_apart(write_share)
 
 
 def _decide(context: Context, models: Models) -> tuple[Kept, Replacements, dict[str, Any]]:

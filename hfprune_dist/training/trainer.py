@@ -79,7 +79,7 @@ def fine_tune(task: FineTuning, folder: Path, world: World, progress: Progress, 
 
 def _newest(snapshots: Snapshots, world: World) -> Snapshot | None:
     """Read the newest snapshot that rank 0 finds, on every rank."""
-    file = world.broadcast(snapshots.newest() if world.is_first else None)
+    file = world.wait_for_first(snapshots.newest)
     return None if file is None else read_snapshot(file)
 
 
@@ -199,9 +199,8 @@ class _LoraTrainer(Trainer):  # type: ignore[misc]
             if self._world.is_first:
                 weights[name] = whole.cpu()
                 moments |= {key: tensor.cpu() for key, tensor in whole_moments.items()}
-        if self._world.is_first:
-            self._snapshots.save(Snapshot(step, weights, moments, self._losses, self._masked_units()))
-        self._world.barrier()
+        snapshot = Snapshot(step, weights, moments, self._losses, self._masked_units())
+        self._world.wait_for_first(lambda: self._snapshots.save(snapshot))
 
     def _masked_units(self) -> dict[str, Tensor]:
         return {}

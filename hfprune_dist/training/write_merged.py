@@ -41,7 +41,6 @@ def write_merged(
     Raises:
         UserError: on all ranks, as ``merge_weight_file`` does on any.
     """
-    world.barrier()
     adapter = read_adapter(draft / ADAPTER_FOLDER)
     files = checkpoint.weight_files
 
@@ -51,9 +50,11 @@ def write_merged(
             merge_weight_file(checkpoint, file, adapter, draft, kept)
 
     world.work_apart(write_share)
-    if world.is_first:
-        write_companions(
-            checkpoint, draft, checkpoint.config if kept is None else pruned_config(checkpoint, kept.shape)
-        )
+
+    def write_rest() -> None:
+        config = checkpoint.config if kept is None else pruned_config(checkpoint, kept.shape)
+        write_companions(checkpoint, draft, config)
         if kept is not None:
             write_kept(draft, kept)
+
+    world.wait_for_first(write_rest)
