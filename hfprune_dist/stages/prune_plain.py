@@ -42,7 +42,12 @@ def decide_plain(
         scores: kind -> scores of each layer's units.
     """
     windows = SplitWindows.apart(context.calibration_windows(), context.params.forward_pass()[1])
-    grid = _Grid(context, models, scores, windows.seen_ST)
+    kinds = [Scored(units, scores[units.kind]) for units in pruned_kinds(context, models.checkpoint)]
+    measurements = CheapMeasurements(context, models, kinds, windows.seen_ST)
+    target = ShapeTarget.of(models.dense, context.params, context.stage.label)
+    planned = plain_shapes(target, PlainShape.of(models.checkpoint))
+    order = _layers_in_order(measurements, target, fewest=min(shape.num_layers for shape in planned))
+    grid = _Grid(measurements, target, planned, order)
     kls = grid.kl()
     metrics: dict[str, Any] = {"layers_in_order_of_dropping": grid.order_in_dense_model, "search_kl": kls}
     if context.params.refit == "none":
@@ -66,26 +71,43 @@ def _first_finalists(competing: Sequence[str], grid: _Grid) -> list[str]:
     return [*mlp_alone, *[shape for shape in competing if shape not in mlp_alone][:FINALISTS]]
 
 
+def _layers_in_order(measurements: CheapMeasurements, target: ShapeTarget, fewest: int) -> list[int]:
+    """The layers that candidates drop, in the order in which they go; collective.
+
+    Args:
+        fewest: how many layers stay in the candidate that has the fewest.
+
+    Raises:
+        Interrupted: if any rank was asked to end.
+    """
+    checkpoint = measurements.models.checkpoint
+    numbers = dense_numbers(measurements.context, checkpoint)
+    droppable = [layer for layer, number in enumerate(numbers) if number not in target.undroppable]
+    return measurements.layers_in_order(droppable, checkpoint.num_layers - fewest)
+
+
 class _Grid:
-    """Candidate shapes, and how far from the dense model a cheap refit leaves each of them."""
+    """Candidate shapes, and how far from the dense model a cheap refit leaves each of them.
+
+    Args:
+        planned: shapes with the widths that the ratio asks for if all layers have the same size.
+        order: the layers that candidates drop, in the order in which they go.
+    """
 
     def __init__(
         self,
-        context: Context,
-        models: Models,
-        scores: Mapping[str, Sequence[Tensor]],
-        windows_ST: Tensor,
+        measurements: CheapMeasurements,
+        target: ShapeTarget,
+        planned: Sequence[PlainShape],
+        order: Sequence[int],
     ) -> None:
-        self._context = context
-        self._checkpoint = models.checkpoint
-        self._numbers = dense_numbers(context, self._checkpoint)
-        self._kinds = [Scored(units, scores[units.kind]) for units in pruned_kinds(context, self._checkpoint)]
-        self._measurements = CheapMeasurements(context, models, self._kinds, windows_ST)
-        self._target = ShapeTarget.of(models.dense, context.params, context.stage.label)
+        self._measurements = measurements
+        self._context = measurements.context
+        self._checkpoint = measurements.models.checkpoint
+        self._numbers = dense_numbers(self._context, self._checkpoint)
+        self._order = order
         before = PlainShape.of(self._checkpoint)
-        planned = plain_shapes(self._target, before)
-        self._order = self._layers_in_order(min(shape.num_layers for shape in planned))
-        fitted = [fitted_to_layers(self._target, before, it, self._layers_of(it)) for it in planned]
+        fitted = [fitted_to_layers(target, before, it, self._layers_of(it)) for it in planned]
         shapes = [it for it in fitted if it is not None] or planned
         self._shapes = {it.name: it for it in shapes}
 
@@ -111,7 +133,7 @@ class _Grid:
 
     def kept(self, name: str) -> Kept:
         """What rank 0 would keep of a shape, on every rank."""
-        return self._context.world.broadcast(kept_of(self._kinds, self._candidate(self._shapes[name])))
+        return self._context.world.broadcast(kept_of(self._measurements.kinds, self._candidate(self._shapes[name])))
 
     def kl(self) -> dict[str, float]:
         """Divergence of every shape from the dense model, nats per token."""
@@ -127,21 +149,10 @@ class _Grid:
         choice = tuple(counts[kind] for kind in kinds_among(self._context.params.structures))
         return tuple(None if layer in gone else choice for layer in range(self._checkpoint.num_layers))
 
-    def _gone(self, shape: PlainShape) -> list[int]:
+    def _gone(self, shape: PlainShape) -> Sequence[int]:
         return self._order[: self._checkpoint.num_layers - shape.num_layers]
 
     def _layers_of(self, shape: PlainShape) -> list[int]:
         """Numbers in the dense model of the layers that a shape keeps."""
         gone = self._gone(shape)
         return [number for layer, number in enumerate(self._numbers) if layer not in gone]
-
-    def _layers_in_order(self, fewest: int) -> list[int]:
-        """The layers that candidates drop, in the order in which they go.
-
-        Args:
-            fewest: how many layers stay in the candidate that has the fewest.
-        """
-        count = self._checkpoint.num_layers - fewest
-        stuck = self._target.undroppable
-        droppable = [layer for layer, number in enumerate(self._numbers) if number not in stuck]
-        return self._measurements.layers_in_order(droppable, count)
