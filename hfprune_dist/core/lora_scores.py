@@ -14,10 +14,11 @@ from hfprune_dist.core.memory_limits import ACCELERATOR_BYTES
 
 # Weight of the previous value in a step of the moving average.
 DECAY = 0.9
-# No unit is masked in the first 1 / FLAT of all steps; the final number is reached before the last 1 / FLAT.
-FLAT = 10
-# Number of steps between two maskings; a training too short for this masks once in each tenth of its steps.
-MASK_EVERY, TENTHS = 10, 10
+# All steps are cut into so many equal parts. No unit is masked in the first one; the final number is reached before the
+# last one.
+PARTS = 10
+# Number of steps between two maskings, and the fewest maskings of a training too short for this.
+MASK_EVERY, MASKINGS = 10, 10
 TINY = 1e-8
 # Number of a weight's elements whose terms are computed at a time.
 PORTION = ACCELERATOR_BYTES // 4
@@ -88,7 +89,7 @@ def averaged(average_U: Tensor, scores_U: Tensor) -> Tensor:
 
 def masks_after(step: int, total_steps: int) -> bool:
     """Return whether units are masked after this optimizer step, counted from 1."""
-    return step == total_steps or step % max(1, min(MASK_EVERY, total_steps // TENTHS)) == 0
+    return step == total_steps or step % max(1, min(MASK_EVERY, total_steps // MASKINGS)) == 0
 
 
 def gone_after(step: int, total_steps: int, gone: int) -> int:
@@ -98,9 +99,9 @@ def gone_after(step: int, total_steps: int, gone: int) -> int:
     ``gone``, however few steps there are. It is rounded to the nearest integer, whereas the authors' code rounds down:
     a layer that is to lose one of a few KV groups would then lose it with hardly a step left.
     """
-    if FLAT * step <= total_steps:
+    if PARTS * step <= total_steps:
         return 0
-    if FLAT * step > (FLAT - 1) * total_steps:
+    if PARTS * step > (PARTS - 1) * total_steps:
         return gone
-    left = 1 - (FLAT * step - total_steps) / ((FLAT - 2) * total_steps)
+    left = 1 - (PARTS * step - total_steps) / ((PARTS - 2) * total_steps)
     return int(gone * (1 - left**3) + 0.5)

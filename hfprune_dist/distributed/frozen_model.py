@@ -71,7 +71,10 @@ class FrozenModel:
 
     @torch.no_grad()
     def run_body(self, input_ids_BT: Tensor) -> Tensor:
-        """Final hidden states of several sequences [B, T, hidden_size]; see ``final_hidden``."""
+        """Final hidden states of several sequences [B, T, hidden_size]; see ``final_hidden``.
+
+        Of a sharded model, no layer is gathered ahead: for DeepSpeed, only forwards of ``module`` begin a step.
+        """
         body = self._family.body_of(self.module)
         hidden_BTC: Tensor = body(input_ids=input_ids_BT.to(self.world.device), use_cache=False).last_hidden_state
         return hidden_BTC

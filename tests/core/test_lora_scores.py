@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hfprune_dist.core import lora_scores
-from hfprune_dist.core.lora_scores import DECAY, FLAT, TINY, Factors, averaged, gone_after, masks_after, unit_scores
+from hfprune_dist.core.lora_scores import DECAY, PARTS, TINY, Factors, averaged, gone_after, masks_after, unit_scores
 
 STEPS = st.one_of(st.integers(1, 120), st.integers(1, 200_000))
 
@@ -84,9 +84,9 @@ def test_any_number_of_steps_reaches_all_and_loses_no_unit_twice(total, gone, da
     assert gone_after(total, total, gone) == gone and masks_after(total, total)
     here = gone_after(step, total, gone)
     assert 0 <= here <= gone_after(min(step + 1, total), total, gone) <= gone
-    if FLAT * step <= total:
+    if PARTS * step <= total:
         assert here == 0
-    elif FLAT * step > (FLAT - 1) * total:
+    elif PARTS * step > (PARTS - 1) * total:
         assert here == gone
     else:
         left = 1 - (step - 0.1 * total) / (0.8 * total)
