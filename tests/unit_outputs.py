@@ -1,12 +1,12 @@
 """Output projections of a model's units, and the projections that feed them, as the calibration pass has them."""
 
-from hfprune_dist.core.unit_outputs import Maker, UnitOutputs
+from hfprune_dist.core.unit_outputs import InputProjection, UnitOutputs
 
 
 def unit_outputs(units, model):
     rows = [
         [
-            Maker(model.get_submodule(name.removesuffix(".weight")), parts)
+            InputProjection(model.get_submodule(name.removesuffix(".weight")), parts)
             for name, parts in zip(units.row_weights(layer), units.row_parts, strict=True)
         ]
         for layer in range(units.num_layers)

@@ -35,7 +35,7 @@ from hfprune_dist.core.losses import (
 
 
 @dataclass(frozen=True)
-class Teaching:
+class TeacherSettings:
     """Settings of a student's loss on labels and on a teacher.
 
     Attributes:
@@ -56,14 +56,14 @@ class Batch:
         windows: each window's number among all calibration windows.
         vocabulary: number of logits per token.
         seed: the sweep's seed.
-        teaching: settings for the losses of a student that also has labels.
+        teacher: settings for the losses of a student that also has labels.
     """
 
     input_ids_BT: Tensor
     windows: Sequence[int]
     vocabulary: int
     seed: int
-    teaching: Teaching | None = None
+    teacher: TeacherSettings | None = None
 
     def draw(self, of_window: Callable[[int], Tensor]) -> Tensor:
         """Concatenate the random numbers of all windows, on the model's device."""
@@ -123,17 +123,17 @@ def _labels_and_teacher(batch: Batch) -> LogitGradient:
     """(1 - a) times the mean over a window's labels, plus a times the mean over all its tokens; returned per token, and
     scaled so that the mean over all tokens gives this sum.
     """
-    teaching, tokens = batch.teaching, batch.input_ids_BT.shape[1]
-    assert teaching is not None
+    teacher, tokens = batch.teacher, batch.input_ids_BT.shape[1]
+    assert teacher is not None
     labels_N = torch.cat([next_ids(input_ids_T) for input_ids_T in batch.input_ids_BT])
-    of_labels = (1 - teaching.share) * tokens / CROSS_ENTROPY.terms(tokens)
+    of_labels = (1 - teacher.share) * tokens / CROSS_ENTROPY.terms(tokens)
 
     def gradient(rows: Rows) -> tuple[Tensor, Tensor]:
         assert rows.teacher_NV is not None
         some_N = labels_N[rows.numbers]
         shares_N = (some_N >= 0).to(rows.logits_NV.dtype).mul_(of_labels)
-        tempered_NV = rows.teacher_NV.div_(teaching.temperature)
-        return labels_and_teacher_gradient(rows.logits_NV, tempered_NV, shares_N, some_N, teacher_share=teaching.share)
+        tempered_NV = rows.teacher_NV.div_(teacher.temperature)
+        return labels_and_teacher_gradient(rows.logits_NV, tempered_NV, shares_N, some_N, teacher_share=teacher.share)
 
     return gradient
 

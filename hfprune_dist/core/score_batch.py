@@ -206,8 +206,9 @@ class UnitSums:
 def _multiplied(outputs: UnitOutputs, criterion: Criterion, observer: KindObserver) -> list[SeenLinear]:
     """Return the linear layers that a criterion's weight products need; their sums go to ``observer``."""
     form = CoupledProducts if criterion.summed == "coupled_product" else SquaredProducts
+    rows, see = outputs.input_projections, partial(observer.see_sum, criterion)
     products = [
-        form(outputs.makers[layer], columns, outputs.units(layer), partial(observer.see_sum, criterion, layer))
+        form(rows[layer], columns, outputs.units(layer), partial(see, layer))
         for layer, columns in outputs.seen_modules()
     ]
     return [seen for it in products for seen in it.seen_linears()]

@@ -12,8 +12,8 @@ from hfprune_dist.core.scored_units import scores_units
 
 
 @dataclass(frozen=True)
-class Maker:
-    """A linear layer from whose outputs the channels of units are made, as gates and inputs of neurons are.
+class InputProjection:
+    """A linear layer from whose outputs units' channels are made: gate and up of neurons, or q, k and v of KV groups.
 
     Attributes:
         parts: number of equal parts of its rows, in each of which a unit owns some: 2 if gate and up are one matrix.
@@ -35,15 +35,16 @@ class UnitOutputs:
     Attributes:
         projections: the output projection of each layer, in order; None for layers without such units.
         channels_per_unit: number of consecutive channels that belong to one unit.
-        makers: for each layer, the linear layers that make the channels; needed only for scores by weight products.
-        are_neurons: whether each of a unit's channels is made by one row of every maker's parts.
+        input_projections: for each layer, the linear layers from whose outputs the channels are made; needed only for
+            scores by weight products.
+        are_neurons: whether each of a unit's channels is made by one row of every part of these.
         experts: number of experts in each layer that has such units; None if the units don't belong to experts.
         are_experts: whether each unit is a whole expert with all its channels.
     """
 
     projections: Sequence[nn.Module | None]
     channels_per_unit: int
-    makers: Sequence[Sequence[Maker]] = ()
+    input_projections: Sequence[Sequence[InputProjection]] = ()
     are_neurons: bool = False
     experts: int | None = None
     are_experts: bool = False

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from hfprune_dist.core.blocks import row_blocks
 from hfprune_dist.core.linear_observer import SeenLinear
-from hfprune_dist.core.unit_outputs import Maker
+from hfprune_dist.core.unit_outputs import InputProjection
 from hfprune_dist.core.wide import wide_dtype
 
 # Bytes per element of a block of weights, in float32: the products, and what is added to or multiplied with them.
@@ -73,14 +73,17 @@ class WeightProducts(ABC, Generic[Part]):
     """Scores of one layer's units from their weights, made once a backward has shown all of its linear layers.
 
     Args:
-        rows: linear layers that make the channels, whose rows the units own.
+        rows: linear layers that the channels are made of, whose rows the units own.
         columns: the projection that reads the channels, whose columns the units own.
         units: number of units.
         add: called with the scores of a micro-batch, summed over its windows: float32 or wider [units].
     """
 
-    def __init__(self, rows: Sequence[Maker], columns: nn.Module, units: int, add: Callable[[Tensor], None]) -> None:
-        self._linears = [*rows, Maker(columns)]
+    def __init__(
+        self, rows: Sequence[InputProjection], columns: nn.Module, units: int, add: Callable[[Tensor], None]
+    ) -> None:
+        self._linears = [*(it.module for it in rows), columns]
+        self._row_parts = [it.parts for it in rows]
         self._units = units
         self._add = add
         self._shown: dict[int, tuple[Tensor, Tensor]] = {}
@@ -89,8 +92,8 @@ class WeightProducts(ABC, Generic[Part]):
     def seen_linears(self) -> list[SeenLinear]:
         """Return the linear layers with the callbacks that must see them."""
         return [
-            SeenLinear(maker.module, partial(self._see, number), partial(self._see_weight, number))
-            for number, maker in enumerate(self._linears)
+            SeenLinear(linear, partial(self._see, number), partial(self._see_weight, number))
+            for number, linear in enumerate(self._linears)
         ]
 
     def _see(self, number: int, inputs_BTI: Tensor, gradients_BTO: Tensor) -> None:
@@ -98,10 +101,10 @@ class WeightProducts(ABC, Generic[Part]):
 
     def _see_weight(self, number: int, weight_OI: Tensor) -> None:
         inputs_BTI, gradients_BTO = self._shown.pop(number)
-        if self._linears[number] is self._linears[-1]:
+        if number == len(self._row_parts):  # whose columns the units own
             owned = [OwnedRows(weight_OI.T, gradients_BTO, inputs_BTI)]
         else:
-            parts = self._linears[number].parts
+            parts = self._row_parts[number]
             pairs = zip(weight_OI.chunk(parts), gradients_BTO.chunk(parts, dim=-1), strict=True)
             owned = [OwnedRows(weight, inputs_BTI, gradients) for weight, gradients in pairs]
         self._parts[number] = [self._part(it) for it in owned]

@@ -250,7 +250,7 @@ class LayerStream:
         sums = list(sums)
         self._hidden.update(self._transfers.to_host(self._summed(layer, kinds, sums)))
         for of_kind in sums:
-            of_kind.begin()
+            of_kind.agree_on_scale()
 
     def squares(self, number: int, layer: nn.Module, names: Sequence[str]) -> dict[str, Tensor]:
         """Add up the squares of what some linear modules of a layer read, but stay before the layer; collective.
@@ -274,7 +274,7 @@ class LayerStream:
                 of_module.add(index, inputs.pop().flatten(0, -2))
             del hidden_BTC
         for of_module in sums:
-            of_module.begin()
+            of_module.agree_on_scale()
         return {name: of_module.of_all_ranks() for name, of_module in zip(names, sums, strict=True)}
 
     def _summed(self, layer: nn.Module, kinds: Sequence[Units], sums: Sequence[_Sums]) -> Iterator[tuple[int, Tensor]]:
@@ -306,7 +306,7 @@ class LayerStream:
         return GramSums(number, size, self._count, self._world)
 
     def means(self, sums: GramSums) -> Grams:
-        """Means over all ranks' windows, once this rank's are added and ``begin`` has been called; collective."""
+        """Means over all ranks' windows, once this rank's are added and they ``agree_on_scale``; collective."""
         return self._means(*sums.of_all_ranks())
 
     def _means(self, fitted_DD: Tensor, held_out_DD: Tensor) -> Grams:

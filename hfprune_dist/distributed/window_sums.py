@@ -63,8 +63,8 @@ class WindowSums(ABC, Generic[Sums, Read]):
         with explaining(self._number):
             self._add(index, read)
 
-    def begin(self) -> None:
-        """Call after the last ``add``, so that ranks without windows take part in the first one's collective.
+    def agree_on_scale(self) -> None:
+        """Call after the last ``add``, so that ranks without windows take part in the first one's collective, too.
 
         Raises:
             UnusableActivationsError: if rank 0's first term is not finite, and no sums can be made at its scale.
@@ -92,6 +92,6 @@ class WindowSums(ABC, Generic[Sums, Read]):
             self._sums = self._empty(first_D.to(self._world.device))
         return self._sums
 
-    def _begun(self) -> Sums:
-        assert self._sums is not None, "not begun"
+    def _agreed(self) -> Sums:
+        assert self._sums is not None, "no scale yet"
         return self._sums

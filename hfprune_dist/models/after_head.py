@@ -52,7 +52,7 @@ def require_known_logits(
     """Check that a model of an unlisted architecture outputs the logits that its head and ``after_head`` give.
 
     Args:
-        head: as in ``core.importance.ScoredModel``.
+        head: as in ``core.score_batch.ScoredModel``.
         window_T: ids of some text, on the model's device.
 
     Raises:

@@ -76,7 +76,7 @@ class ProportionateSums:
 
     def of_all_ranks(self) -> Tensor | None:
         """The sum of v v^T, float64 [size, size], None if there is none; collective."""
-        self._try(self._sums.begin)
+        self._try(self._sums.agree_on_scale)
         if not all(self._world.all_gather(self._fit)):
             return None
         fitted_CC, held_out_CC = self._sums.of_all_ranks()

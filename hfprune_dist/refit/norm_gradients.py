@@ -27,7 +27,7 @@ from hfprune_dist.refit.measurement import Hidden, share_of
 from hfprune_dist.refit.pruned_layers import PrunedLayers
 
 # Number of a norm -> gradient at its factors, and the sum over tokens of its square, float64 [2, hidden_size].
-Sums = dict[int, Tensor]
+NormSums = dict[int, Tensor]
 
 # (number of a micro-batch, output of a part of the model, whatever else is at hand) -> the gradient at that output
 SlopeOf = Callable[[int, Tensor, Tensor], Tensor]
@@ -125,7 +125,7 @@ class NormGradients:
     def _norms_in(self, number: int, layer: nn.Module) -> dict[int, nn.Module]:
         return {row: part_of(layer, name) for row, (it, name) in enumerate(self.norms) if it == number}
 
-    def _through_head(self, hidden: Hidden, factors_RC: Tensor) -> tuple[float, Hidden, Sums]:
+    def _through_head(self, hidden: Hidden, factors_RC: Tensor) -> tuple[float, Hidden, NormSums]:
         """The sum of the divergences of all ranks' tokens, its gradient at this rank's hidden states, and sums."""
         head, kls = self._head, dict[int, float]()
 
@@ -148,7 +148,7 @@ class NormGradients:
         states: tuple[Hidden, Hidden],
         slope_of: SlopeOf,
         factors_RC: Tensor,
-    ) -> tuple[Hidden, Sums]:
+    ) -> tuple[Hidden, NormSums]:
         """The gradient at what a part of the model reads in this rank's micro-batches, and all ranks' sums.
 
         Args:

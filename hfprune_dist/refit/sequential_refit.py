@@ -202,7 +202,7 @@ class SequentialRefit:
             collections.deque(fitted_to, maxlen=0)
         else:
             targets.update(self._transfers.to_host(fitted_to))
-        sums.begin()
+        sums.agree_on_scale()
         grams = self._stream.means(sums)
         kept = torch.arange(weight_CK.shape[1], device=weight_CK.device)
         with explaining(number):

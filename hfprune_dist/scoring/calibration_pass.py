@@ -9,7 +9,7 @@ from hfprune_dist.core.exact_sums import ExactOverflowError
 from hfprune_dist.core.unit_sums import NonFiniteError
 from hfprune_dist.distributed.interruption import Interrupted
 from hfprune_dist.errors import UserError
-from hfprune_dist.scoring.shard_scorer import ShardScorer, Sums
+from hfprune_dist.scoring.shard_scorer import ShardScorer, SumsOfShard
 from hfprune_dist.scoring.shard_sums import Accumulation
 
 # A shard: the numbers of the windows in each of its micro-batches.
@@ -63,7 +63,7 @@ class CalibrationPass:
                 raise
         scorer.release()
 
-    def _score_round(self, scorer: ShardScorer) -> Sums:
+    def _score_round(self, scorer: ShardScorer) -> SumsOfShard:
         totals = self._totals
         return scorer.score(self._shards[totals.own_shard], self._most_forwards(), counts=totals.own_shard_counts)
 

@@ -10,12 +10,12 @@ from torch import Tensor, nn
 
 from hfprune_dist.checkpoints.checkpoint import Checkpoint
 from hfprune_dist.checkpoints.read_tensors import scored_layer
-from hfprune_dist.core.bound_losses import Batch, Teaching
+from hfprune_dist.core.bound_losses import Batch, TeacherSettings
 from hfprune_dist.core.criteria import CRITERIA, Criterion, losses_of
-from hfprune_dist.core.importance import ScoredModel, UnitSums, score_batch
 from hfprune_dist.core.linear_observer import SeenLinear
+from hfprune_dist.core.score_batch import ScoredModel, UnitSums, score_batch
 from hfprune_dist.core.scores import STUDENT_CRITERION, scores_from_sums, student_keeps
-from hfprune_dist.core.unit_outputs import Maker, UnitOutputs
+from hfprune_dist.core.unit_outputs import InputProjection, UnitOutputs
 from hfprune_dist.core.unit_sums import KindSums
 from hfprune_dist.distributed.world import World
 from hfprune_dist.models.after_head import after_head, require_known_logits
@@ -33,8 +33,8 @@ from hfprune_dist.structures.units import Units
 
 
 @dataclass(frozen=True)
-class Sums:
-    """Sums over some micro-batches.
+class SumsOfShard:
+    """Sums over the micro-batches of one rank's shard.
 
     Attributes:
         kinds: kind of units -> its sums.
@@ -54,7 +54,7 @@ class GivenStudent:
     """
 
     keeps: Sequence[Tensor]
-    teaching: Teaching
+    teacher: TeacherSettings
 
 
 class ShardScorer:
@@ -104,7 +104,7 @@ class ShardScorer:
             rearming=placed.rearming,
             student={NEURONS: [keeps_U.to(world.device) for keeps_U in student.keeps]} if student else {},
         )
-        self._teaching = student.teaching if student else None
+        self._teacher = student.teacher if student else None
         require_known_logits(checkpoint, self.module, placed.head, windows_ST[0].to(world.device))
         self._vocabulary = head.out_features
         self._checkpoint = checkpoint
@@ -153,7 +153,7 @@ class ShardScorer:
         """Free the memory of the model's weights; nothing can be scored afterwards."""
         self._release()
 
-    def score(self, micro_batches: Sequence[range], forwards: int = 0, *, counts: bool = True) -> Sums:
+    def score(self, micro_batches: Sequence[range], forwards: int = 0, *, counts: bool = True) -> SumsOfShard:
         """Return sums over the windows of some micro-batches.
 
         Args:
@@ -173,23 +173,23 @@ class ShardScorer:
 
     def _score(
         self, micro_batches: Sequence[range], criteria: Sequence[Criterion], kinds: Iterable[str], *, counts: bool
-    ) -> Sums:
+    ) -> SumsOfShard:
         see = self._curvature.seeing(counts=counts) if self._curvature else {}
         outputs = {kind: self._model.outputs[kind] for kind in kinds}
         sums = UnitSums(outputs, criteria, see, self._seen_linears(counts=counts))
         losses = {loss.name: 0.0 for loss in losses_of(criteria)}
         for windows in micro_batches:
             input_ids_BT = self._windows_ST[windows.start : windows.stop].to(self._world.device)
-            batch = Batch(input_ids_BT, windows, self._vocabulary, self._seed, self._teaching)
+            batch = Batch(input_ids_BT, windows, self._vocabulary, self._seed, self._teacher)
             for name, value in score_batch(self._model, batch, sums).items():
                 losses[name] += value
             for of_layers in (self._curvature, self._gradients):
                 if of_layers:
                     of_layers.check()
-        return Sums(sums.kinds, losses)
+        return SumsOfShard(sums.kinds, losses)
 
     def _outputs_of(self, units: Units, criteria: Sequence[Criterion]) -> UnitOutputs:
-        """Return the modules at which units are observed, and those that make them if a criterion needs that."""
+        """Return the modules at which units are observed, with their input projections if a criterion needs these."""
         if units.experts > 1:
             whole = units.kind == EXPERTS
             return UnitOutputs(self._experts, units.channels_per_unit, experts=units.experts, are_experts=whole)
@@ -197,12 +197,12 @@ class ShardScorer:
             self.module.get_submodule(units.tensor(layer, units.output)) if count else None
             for layer, count in enumerate(units.counts)
         ]
-        makers = self._makers_of(units) if any(it.needs_weight_products for it in criteria) else ()
-        return UnitOutputs(outputs, units.channels_per_unit, makers, are_neurons=units.kind == NEURONS)
+        inputs = self._input_projections_of(units) if any(it.needs_weight_products for it in criteria) else ()
+        return UnitOutputs(outputs, units.channels_per_unit, inputs, are_neurons=units.kind == NEURONS)
 
-    def _makers_of(self, units: Units) -> list[tuple[Maker, ...]]:
+    def _input_projections_of(self, units: Units) -> list[tuple[InputProjection, ...]]:
         of_weights = [
-            [Maker(module, parts) for module in self._linears[name]]
+            [InputProjection(module, parts) for module in self._linears[name]]
             for name, parts in zip(units.weights[:-1], units.row_parts, strict=True)
         ]
         return list(zip(*of_weights, strict=True))

@@ -16,7 +16,7 @@ from hfprune_dist.scoring.curvature import Curvature
 from hfprune_dist.scoring.halves import CURVE, Halves, next_point
 from hfprune_dist.scoring.kind_totals import KindSizes, KindTotals, Layout, Saved, scored_by
 from hfprune_dist.scoring.layer_sums import Size
-from hfprune_dist.scoring.shard_scorer import Sums
+from hfprune_dist.scoring.shard_scorer import SumsOfShard
 from hfprune_dist.scoring.weight_gradients import WeightGradients
 from hfprune_dist.store.atomic_files import set_aside
 
@@ -115,7 +115,7 @@ class Accumulation:
         """(shards, criterion, share kept) -> overlap of the two halves (see ``core.split_half``)."""
         return self._halves.curve
 
-    def add_round(self, shard: Sums) -> None:
+    def add_round(self, shard: SumsOfShard) -> None:
         """Add the sums of every rank's shard of this round, and save if it is due."""
         losses = self._world.all_gather(shard.losses)
         for source in range(self.num_counted):

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from hfprune_dist.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from hfprune_dist.checkpoints.read_tensors import mean_gradients, scored_layer
 from hfprune_dist.checkpoints.saved_layers import SavedLayers
-from hfprune_dist.core.bound_losses import Teaching
+from hfprune_dist.core.bound_losses import TeacherSettings
 from hfprune_dist.core.criteria import CRITERIA, Criterion, losses_of
 from hfprune_dist.core.scores import MeanGradients, ScoredLayer, SecondMoments, scores_from_sums, student_keeps
 from hfprune_dist.data.windows import load_windows, save_windows
@@ -192,7 +192,7 @@ def _given_student(context: Context, criteria: Sequence[Criterion]) -> GivenStud
     stored = load_file(context.input_path("student") / SCORES)
     (scores,) = (scores_of_layers(stored, name, NEURONS) for name in chosen_by)
     keeps = [student_keeps(scores_U, student.lacks) for scores_U in scores]
-    return GivenStudent(keeps, Teaching(student.teacher_share, student.teacher_temperature))
+    return GivenStudent(keeps, TeacherSettings(student.teacher_share, student.teacher_temperature))
 
 
 def _scores(

@@ -18,7 +18,7 @@ from hfprune_dist.checkpoints.families import FAMILIES, Family
 from hfprune_dist.core.bound_losses import Batch
 from hfprune_dist.core.criteria import CRITERIA
 from hfprune_dist.core.head import NOTHING, AfterHead
-from hfprune_dist.core.importance import ScoredModel, UnitSums, score_batch
+from hfprune_dist.core.score_batch import ScoredModel, UnitSums, score_batch
 from hfprune_dist.core.unit_outputs import UnitOutputs
 from hfprune_dist.data.tokenizer import load_tokenizer
 from hfprune_dist.data.windows import Sampling, sample_windows

@@ -11,7 +11,7 @@ from mixtures import COUNT, KIND, LAYERS, WIDTH, definition, experts_of, family_
 from hfprune_dist.core.bound_losses import Batch
 from hfprune_dist.core.criteria import CRITERIA
 from hfprune_dist.core.head import AfterHead
-from hfprune_dist.core.importance import ScoredModel, UnitSums, score_batch
+from hfprune_dist.core.score_batch import ScoredModel, UnitSums, score_batch
 from hfprune_dist.core.unit_outputs import UnitOutputs
 from hfprune_dist.core.unit_sums import NonFiniteError
 from hfprune_dist.models.experts import see_experts

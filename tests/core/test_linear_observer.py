@@ -11,8 +11,8 @@ from tiny import VARIANTS, tiny_model
 from hfprune_dist.checkpoints.families import FAMILIES
 from hfprune_dist.core.bound_losses import Batch
 from hfprune_dist.core.criteria import CRITERIA
-from hfprune_dist.core.importance import ScoredModel, UnitSums, score_batch
 from hfprune_dist.core.linear_observer import SeenLinear
+from hfprune_dist.core.score_batch import ScoredModel, UnitSums, score_batch
 from hfprune_dist.core.unit_outputs import UnitOutputs
 from hfprune_dist.core.unit_sums import NonFiniteError
 from hfprune_dist.models.memory_efficient_backward import (

@@ -15,7 +15,7 @@ from hfprune_dist.core import head, importance
 from hfprune_dist.core.bound_losses import Batch
 from hfprune_dist.core.criteria import CRITERIA
 from hfprune_dist.core.gram import gram_matrix
-from hfprune_dist.core.importance import ScoredModel, UnitSums, score_batch
+from hfprune_dist.core.score_batch import ScoredModel, UnitSums, score_batch
 from hfprune_dist.core.unit_sums import NonFiniteError
 from hfprune_dist.models.memory_efficient_backward import checkpoint_activations, use_memory_efficient_backward
 

@@ -14,10 +14,10 @@ from unit_outputs import unit_outputs
 
 from hfprune_dist.checkpoints.families import FAMILIES
 from hfprune_dist.core import blocks
-from hfprune_dist.core.bound_losses import Batch, Teaching
+from hfprune_dist.core.bound_losses import Batch, TeacherSettings
 from hfprune_dist.core.criteria import CRITERIA
-from hfprune_dist.core.importance import ScoredModel, UnitSums, score_batch
-from hfprune_dist.core.unit_outputs import Maker
+from hfprune_dist.core.score_batch import ScoredModel, UnitSums, score_batch
+from hfprune_dist.core.unit_outputs import InputProjection
 from hfprune_dist.core.unit_sums import NonFiniteError
 from hfprune_dist.core.weight_products import CoupledProducts, SquaredProducts
 from hfprune_dist.models.memory_efficient_backward import (
@@ -62,7 +62,7 @@ def sums_of(model, windows, names, *, at_once=1, prepare=(use_memory_efficient_b
     for start in range(0, len(windows), at_once):
         input_ids = windows[start : start + at_once]
         numbers = range(start, start + len(input_ids))
-        score_batch(scored, Batch(input_ids, numbers, head.out_features, 0, Teaching(*teaching)), sums)
+        score_batch(scored, Batch(input_ids, numbers, head.out_features, 0, TeacherSettings(*teaching)), sums)
     assert all(parameter.grad is None for parameter in model.parameters())
     assert not any(module._forward_hooks for module in model.modules())
     return {kind: it.exact for kind, it in sums.kinds.items()}
@@ -171,7 +171,7 @@ def test_no_weights_whole_gradient_ever_exists(form, monkeypatch):
     monkeypatch.setattr(blocks, "CACHE_BYTES", 2**16)
     linears = [torch.nn.Linear(hidden, width), torch.nn.Linear(hidden, width), torch.nn.Linear(width, hidden)]
     scores = []
-    products = form([Maker(it) for it in linears[:2]], linears[2], width // 2, scores.append)
+    products = form([InputProjection(it) for it in linears[:2]], linears[2], width // 2, scores.append)
     shown = [(torch.randn(3, tokens, it.in_features), torch.randn(3, tokens, it.out_features)) for it in linears]
     with PeakBytes() as counted:
         for seen, pair in zip(products.seen_linears(), shown, strict=True):

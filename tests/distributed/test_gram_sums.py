@@ -36,7 +36,7 @@ def summed(batches, ranks):
         sums = ExpertGramSums(0, batches[0][0].shape[1], EXPERTS, len(batches), world)
         for index in range(world.rank, len(batches), world.size):
             sums.add(index, batches[index])
-        sums.begin()
+        sums.agree_on_scale()
         return torch.stack([torch.stack(both) for both in sums.of_all_ranks()])
 
     found = Ranks(ranks).run(work)

@@ -18,7 +18,7 @@ def total_of(batches, ranks):
         sums = MeanSums(3, batches[0].shape[1], len(batches), world)
         for index in range(world.rank, len(batches), world.size):
             sums.add(index, batches[index])
-        sums.begin()
+        sums.agree_on_scale()
         return sums.of_all_ranks()
 
     return Ranks(ranks).run(work)
@@ -59,4 +59,4 @@ def test_a_rank_without_windows_says_the_same_of_what_is_not_finite(value):
 
     sums = MeanSums(3, 2, 1, Second(rank=1, size=2))
     with pytest.raises(UserError, match=r"activations of layer 3: .*check the checkpoint's weights"):
-        sums.begin()
+        sums.agree_on_scale()

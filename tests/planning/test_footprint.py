@@ -26,11 +26,11 @@ from hfprune_dist.checkpoints.families import FAMILIES
 from hfprune_dist.checkpoints.lora_adapter import lora_targets
 from hfprune_dist.config.parameters import EfficiencyParameters
 from hfprune_dist.core import blocks, elimination, head, triangle
-from hfprune_dist.core.bound_losses import Batch, Teaching
+from hfprune_dist.core.bound_losses import Batch, TeacherSettings
 from hfprune_dist.core.criteria import CRITERIA, losses_of
-from hfprune_dist.core.importance import ScoredModel, UnitSums, score_batch
 from hfprune_dist.core.linear_observer import SeenLinear
-from hfprune_dist.core.unit_outputs import Maker, UnitOutputs
+from hfprune_dist.core.score_batch import ScoredModel, UnitSums, score_batch
+from hfprune_dist.core.unit_outputs import InputProjection, UnitOutputs
 from hfprune_dist.core.weight_products import CoupledProducts, SquaredProducts
 from hfprune_dist.distributed.layer_stream import LayerStream
 from hfprune_dist.models.experts import see_experts
@@ -120,7 +120,7 @@ def score(model, criteria, groups=False, tokens=128, micro_batches=1):
     sums = UnitSums(model_scored.outputs, [CRITERIA[name] for name in criteria], None, seen_linears(model, kinds))
     for _ in range(micro_batches):
         input_ids_BT = torch.ones(2, tokens, dtype=torch.int64)
-        score_batch(model_scored, Batch(input_ids_BT, range(2), 264, 0, Teaching(0.4, 0.2)), sums)
+        score_batch(model_scored, Batch(input_ids_BT, range(2), 264, 0, TeacherSettings(0.4, 0.2)), sums)
 
 
 def observing(criteria):
@@ -316,7 +316,7 @@ def test_memory_of_a_layers_products(dtype, form, monkeypatch):
     inner, hidden, tokens, windows = 224, 96, 64, 3
     dims = replace(published("7B"), hidden_size=hidden, intermediate_size=inner)
     linears = [torch.nn.Linear(*sides, dtype=dtype) for sides in ((hidden, inner), (hidden, inner), (inner, hidden))]
-    products = form([Maker(it) for it in linears[:2]], linears[2], inner, lambda _: None)
+    products = form([InputProjection(it) for it in linears[:2]], linears[2], inner, lambda _: None)
     with PeakBytes() as counted:
         inputs = [torch.randn(windows, tokens, it.in_features, dtype=dtype) for it in linears]
         gradients = [torch.randn(windows, tokens, it.out_features, dtype=dtype) for it in linears]
@@ -693,7 +693,7 @@ def test_kept_activations_of_experts_in_the_calibration_pass(tmp_path):
     input_ids_BT = torch.randint(64, (2, 32))
     with kept_for_backward(model) as counted:
         sums = UnitSums(model_scored.outputs, [CRITERIA["entropy"]])
-        score_batch(model_scored, Batch(input_ids_BT, range(2), 64, 0, Teaching(0.4, 0.2)), sums)
+        score_batch(model_scored, Batch(input_ids_BT, range(2), 64, 0, TeacherSettings(0.4, 0.2)), sums)
         estimate = 2 * 32 * Importance(windows=2, tokens=32).activation_bytes(checkpoint_dimensions(checkpoint))
         assert estimate == pytest.approx(counted(), rel=0.1)
 

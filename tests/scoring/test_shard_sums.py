@@ -14,7 +14,7 @@ from hfprune_dist.core.criteria import CRITERIA
 from hfprune_dist.core.unit_sums import KindSums
 from hfprune_dist.scoring import shard_sums
 from hfprune_dist.scoring.kind_totals import KindSizes
-from hfprune_dist.scoring.shard_scorer import Sums
+from hfprune_dist.scoring.shard_scorer import SumsOfShard
 from hfprune_dist.scoring.shard_sums import Accumulation
 
 CHOSEN = [CRITERIA["entropy"], CRITERIA["entropy_bfloat16"]]
@@ -30,7 +30,7 @@ def shard_of(terms):
     """Return what a shard of micro-batches with these entropy terms reports: the float64 sum, and rounded terms."""
     exact = sum(torch.full((1, 1), term, dtype=torch.float64) for term in terms)
     rounded = [{"entropy_bfloat16": torch.full((1, 1), term)} for term in terms]
-    return Sums({"neurons": KindSums({"entropy": exact}, rounded)}, {"entropy": 0.0})
+    return SumsOfShard({"neurons": KindSums({"entropy": exact}, rounded)}, {"entropy": 0.0})
 
 
 def accumulate(folder, shards, restart=False):
@@ -79,7 +79,7 @@ def kind_of_shard(shape, generator):
 def full_shard(number, shapes):
     generator = torch.Generator().manual_seed(number)
     kinds = {kind: kind_of_shard(shape, generator) for kind, shape in shapes.items()}
-    return Sums(kinds, {"entropy": 1.5 + number, "random_signs": 0.25 * number})
+    return SumsOfShard(kinds, {"entropy": 1.5 + number, "random_signs": 0.25 * number})
 
 
 def add_rounds(file, rounds=SHARDS, shapes=SHAPES, settled=None):

@@ -17,7 +17,7 @@ from hfprune_dist.core.exact_sums import ExactOverflowError
 from hfprune_dist.core.unit_sums import KindSums
 from hfprune_dist.scoring import shard_sums
 from hfprune_dist.scoring.kind_totals import KindSizes
-from hfprune_dist.scoring.shard_scorer import Sums
+from hfprune_dist.scoring.shard_scorer import SumsOfShard
 from hfprune_dist.scoring.shard_sums import Accumulation
 from hfprune_dist.scoring.weight_gradients import WeightGradients
 
@@ -126,7 +126,7 @@ def accumulated(world, file, criteria, rounds=SHARDS, settled=None):
         generator = torch.Generator().manual_seed(totals.own_shard)
         entropy = {"entropy": torch.rand(LAYERS, 6, generator=generator).double()} if "entropy" in criteria else {}
         losses = {criterion.loss.name: 1.0 + totals.own_shard for criterion in chosen}
-        totals.add_round(Sums({"neurons": KindSums(entropy, [])}, losses))
+        totals.add_round(SumsOfShard({"neurons": KindSums(entropy, [])}, losses))
         rounds -= 1
     return totals, begun_at
 
