@@ -48,7 +48,7 @@ class GramSums(WindowSums[tuple[ExactGram, ExactGram], Tensor]):
 
     def of_all_ranks(self) -> tuple[Tensor, Tensor]:
         """The sums, float64 [size, size] each. Collective; this rank's own sums are gone afterwards."""
-        left = [*self._agreed()][::-1]
+        left = [*self._complete()][::-1]
         self._sums = None  # only the list refers to them now, so each is freed once it has been added up
         return self._added_up(left.pop()), self._added_up(left.pop())
 
@@ -83,7 +83,7 @@ class ExpertGramSums(WindowSums[list[tuple[ExactGram, ExactGram]], Sequence[Tens
         """Yield each expert's sums, float64 [size, size] each; 0 if they are too small for the scale. Collective; this
         rank's own sums are released on the way.
         """
-        left = [it for of_expert in self._agreed() for it in of_expert][::-1]
+        left = [it for of_expert in self._complete() for it in of_expert][::-1]
         self._sums = None  # only the list refers to them now, so each is freed once it has been added up
         while left:
             yield self._added_up(left.pop()), self._added_up(left.pop())
@@ -109,7 +109,7 @@ class SquareSums(WindowSums[ExactSquares, Tensor]):
 
     def of_all_ranks(self) -> Tensor:
         """The sums, float64 [size], on the device, once they ``agree_on_scale``; collective."""
-        sums = self._agreed()
+        sums = self._complete()
         self._world.all_reduce(sums.total_D)
         return sums.value()
 

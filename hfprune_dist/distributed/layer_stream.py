@@ -217,7 +217,7 @@ class LayerStream:
             Kind of units -> Gram matrices of its channels in this layer: one for each expert, or a single one.
 
         Raises:
-            UserError: as ``GramSums.add`` and ``advance`` do.
+            UserError: as ``GramSums.of_all_ranks`` and ``advance`` do.
         """
         sums = {units.kind: self._sums_of_units(number, layer, units) for units in kinds}
         self._add_up(layer, kinds, sums.values())
@@ -262,7 +262,7 @@ class LayerStream:
             Name -> float64 [channels], over all tokens of all ranks' windows, on the device.
 
         Raises:
-            UserError: as ``SquareSums.add`` does.
+            UserError: as ``SquareSums.of_all_ranks`` does.
         """
         modules = [linear_of(layer, name) for name in names]
         sums = [SquareSums(number, it.in_features, self._count, self._world) for it in modules]

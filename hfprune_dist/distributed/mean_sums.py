@@ -15,7 +15,7 @@ class MeanSums(WindowSums[ExactSum, Tensor]):
 
     def of_all_ranks(self) -> Tensor:
         """The sum, float64 [size]. Collective."""
-        own = self._agreed()
+        own = self._complete()
         self._world.all_reduce(own.total.integers())
         return own.value()
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Generic, TypeVar
 
@@ -53,24 +53,26 @@ class WindowSums(ABC, Generic[Sums, Read]):
         self._count = count
         self._world = world
         self._sums: Sums | None = None
+        self._refusal = ""
 
     def add(self, index: int, read: Read) -> None:
         """Add what was read in a micro-batch, vectors [tokens, size]; the first call is collective.
 
-        Raises:
-            UnusableActivationsError: if they are not finite, or out of all proportion.
+        What can't be added is refused once all ranks are asked for their sums, so that none waits for one that is gone.
         """
-        with explaining(self._number):
-            self._add(index, read)
+        self._unless_refused(lambda: self._add(index, read))
 
     def agree_on_scale(self) -> None:
-        """Call after the last ``add``, so that ranks without windows take part in the first one's collective, too.
+        """Call after the last ``add``, so that ranks without windows take part in the first one's collective, too."""
+        self._unless_refused(lambda: self._at_scale_of(torch.zeros(self._size)))
 
-        Raises:
-            UnusableActivationsError: if rank 0's first term is not finite, and no sums can be made at its scale.
-        """
-        with explaining(self._number):
-            self._at_scale_of(torch.zeros(self._size))
+    def _unless_refused(self, action: Callable[[], object]) -> None:
+        if not self._refusal:
+            try:
+                with explaining(self._number):
+                    action()
+            except UnusableActivationsError as error:
+                self._refusal = str(error)
 
     @abstractmethod
     def _add(self, index: int, read: Read) -> None:
@@ -92,6 +94,14 @@ class WindowSums(ABC, Generic[Sums, Read]):
             self._sums = self._empty(first_D.to(self._world.device))
         return self._sums
 
-    def _agreed(self) -> Sums:
+    def _complete(self) -> Sums:
+        """Return this rank's sums, once every rank has added all that it has; collective.
+
+        Raises:
+            UnusableActivationsError: on all ranks, if terms of any of them are not finite, or out of all proportion.
+        """
+        for refusal in self._world.all_gather(self._refusal):
+            if refusal:
+                raise UnusableActivationsError(refusal)
         assert self._sums is not None, "no scale yet"
         return self._sums

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -67,27 +67,19 @@ class ProportionateSums:
 
     def __init__(self, size: int, count: int, world: World) -> None:
         self._sums = GramSums(0, size, count, world)  # its messages, which name a layer, are not shown
-        self._world = world
-        self._fit = True
 
     def add(self, index: int, vectors_NC: Tensor) -> None:
         """Add a micro-batch's vectors; the first call is collective."""
-        self._try(lambda: self._sums.add(index, vectors_NC))
+        self._sums.add(index, vectors_NC)
 
     def of_all_ranks(self) -> Tensor | None:
         """The sum of v v^T, float64 [size, size], None if there is none; collective."""
-        self._try(self._sums.agree_on_scale)
-        if not all(self._world.all_gather(self._fit)):
+        self._sums.agree_on_scale()
+        try:
+            fitted_CC, held_out_CC = self._sums.of_all_ranks()
+        except UnusableActivationsError:
             return None
-        fitted_CC, held_out_CC = self._sums.of_all_ranks()
         return fitted_CC.add_(held_out_CC)
-
-    def _try(self, action: Callable[[], None]) -> None:
-        if self._fit:
-            try:
-                action()
-            except UnusableActivationsError:
-                self._fit = False
 
 
 class FinalNormRefit:

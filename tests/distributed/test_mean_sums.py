@@ -40,15 +40,23 @@ def test_sums_have_the_same_bits_on_any_number_of_ranks_also_where_terms_cancel(
     torch.testing.assert_close(alone, torch.cat(batches).double().sum(0), rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize(("place", "value"), [(0, float("nan")), (0, float("inf")), (1, float("nan")), (1, 1e30)])
-def test_what_is_not_finite_or_out_of_all_proportion_names_the_layer(place, value):
-    """The first micro-batch decides what is in proportion."""
-    sums = MeanSums(3, 2, 2, SoloWorld())
-    batches = [torch.ones(5, 2), torch.ones(5, 2)]
+@pytest.mark.parametrize("ranks", [1, 2, 3, 5])
+@pytest.mark.parametrize(("place", "value"), [(0, float("nan")), (0, float("inf")), (1, float("nan")), (2, 1e30)])
+def test_what_is_not_finite_or_out_of_all_proportion_names_the_layer_on_all_ranks(place, value, ranks):
+    """The first micro-batch decides what is in proportion. Some ranks have no micro-batches."""
+    batches = [torch.ones(5, 2) for _ in range(4)]
     batches[place][2, 1] = value
-    with pytest.raises(UserError, match=r"activations of layer 3: .*check the checkpoint's weights"):
-        for index, batch in enumerate(batches):
-            sums.add(index, batch)
+
+    def work(world):
+        sums = MeanSums(3, 2, len(batches), world)
+        for index in range(world.rank, len(batches), world.size):
+            sums.add(index, batches[index])
+        sums.agree_on_scale()
+        with pytest.raises(UserError, match=r"activations of layer 3: .*check the checkpoint's weights"):
+            sums.of_all_ranks()
+        return world.all_gather(world.rank)
+
+    assert Ranks(ranks).run(work) == [[*range(ranks)]] * ranks
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -58,5 +66,6 @@ def test_a_rank_without_windows_says_the_same_of_what_is_not_finite(value):
             tensor.fill_(value)
 
     sums = MeanSums(3, 2, 1, Second(rank=1, size=2))
+    sums.agree_on_scale()
     with pytest.raises(UserError, match=r"activations of layer 3: .*check the checkpoint's weights"):
-        sums.agree_on_scale()
+        sums.of_all_ranks()
