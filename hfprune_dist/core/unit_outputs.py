@@ -55,7 +55,7 @@ class UnitOutputs:
             criterion,
             are_neurons=self.are_neurons,
             are_experts=self.are_experts,
-            are_of_experts=self.experts is not None and not self.are_experts,
+            experts=self.experts or 1,
         )
 
     def units(self, layer: int) -> int:

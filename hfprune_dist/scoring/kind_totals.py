@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -21,13 +22,8 @@ Layout = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 
 def scored_by(criteria: Sequence[Criterion], kind: str, experts: int = 1) -> list[Criterion]:
     """Return the criteria that have scores for a kind of units, in layers with ``experts`` experts."""
-    are_neurons, are_experts = kind == NEURONS, kind == EXPERTS
-    are_of_experts = experts > 1 and not are_experts
-    return [
-        criterion
-        for criterion in criteria
-        if scores_units(criterion, are_neurons=are_neurons, are_experts=are_experts, are_of_experts=are_of_experts)
-    ]
+    scores = partial(scores_units, are_neurons=kind == NEURONS, are_experts=kind == EXPERTS, experts=experts)
+    return list(filter(scores, criteria))
 
 
 class KindSizes(NamedTuple):
