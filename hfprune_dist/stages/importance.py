@@ -53,12 +53,12 @@ def run(context: Context) -> None:
     windows_ST = load_windows(context.work)
     totals = _accumulate(context, checkpoint, windows_ST, _summed(criteria))
     windows_ST = windows_ST[: _windows_used(context, totals, len(windows_ST))]
-    scores = _scores(context, checkpoint, criteria, totals, windows_ST)
+    scores = _score_layers(context, checkpoint, criteria, totals, windows_ST)
     draft = context.open_draft()
 
     def write() -> None:
         with naming(draft / SCORES):
-            save_file(scores, draft / SCORES)
+            save_file(scores.read(), draft / SCORES)
         save_windows(windows_ST, draft)
         if (context.work / PROBE).is_file():
             shutil.copyfile(context.work / PROBE, draft / PROBE)
@@ -195,16 +195,16 @@ def _given_student(context: Context, criteria: Sequence[Criterion]) -> GivenStud
     return GivenStudent(keeps, TeacherSettings(student.teacher_share, student.teacher_temperature))
 
 
-def _scores(
+def _score_layers(
     context: Context,
     checkpoint: Checkpoint,
     criteria: Sequence[Criterion],
     totals: Accumulation,
     windows_ST: Tensor,
-) -> dict[str, Tensor]:
-    """Scores by their names in the artifact, float64 [units], on rank 0; weights are read one layer at a time.
+) -> SavedLayers:
+    """Save each layer's scores once they are finished, float64 [units], by their names in the artifact; collective.
 
-    Each layer's scores are saved once they are finished, and reused by a later attempt.
+    Those that an earlier attempt has saved are reused. Weights are read one layer at a time.
     """
     world = context.world
     saved = SavedLayers(context.work / "scores", range(checkpoint.num_layers))
@@ -226,7 +226,7 @@ def _scores(
     except Interrupted:
         turns.finish()
         raise
-    return saved.read() if world.is_first else {}
+    return saved
 
 
 @dataclass(frozen=True)
