@@ -30,7 +30,14 @@ TELL_EVERY_S = 5.0
 
 @dataclass(frozen=True)
 class World:
-    """All ranks of one stage, as seen from one of them."""
+    """All ranks of one stage, as seen from one of them.
+
+    Attributes:
+        rank: number of this one, from 0 on.
+        size: number of all of them.
+        local_size: number of those on this rank's node.
+        device: where this rank computes: a GPU of its own, or the CPU.
+    """
 
     rank: int
     size: int
@@ -60,7 +67,7 @@ class World:
         return {"peak_memory_bytes": used, "peak_reserved_bytes": reserved or None}
 
     def barrier(self) -> None:
-        self.broadcast(None)
+        """Wait until all ranks are here."""
         self.all_gather(None)
 
     def work_apart(self, work: Callable[[], None]) -> None:
@@ -70,10 +77,8 @@ class World:
             UserError, ClaimLostError: on all ranks, if the work of one of them raises it, or an error of the operating
                 system that the user can mend; that of the first such rank.
         """
-        outcome = _Outcome.of(work)
-        self.broadcast(None)
-        for found in self.all_gather(outcome):
-            found.result()
+        for outcome in self.all_gather(_Outcome.of(work)):
+            outcome.result()
 
     def broadcast(self, value: T, source: int = 0) -> T:
         """Return the value that rank ``source`` passed (any picklable object)."""
