@@ -323,7 +323,9 @@ def named_path(path: str, base: Path) -> str:
         UserError: as ``absolute_path``.
     """
     followed, given = absolute_path(path, base), Path(path).expanduser()
-    return followed if given.name in {"", ".."} else _encodable(Path(absolute_path(str(given.parent), base)) / given.name)
+    if given.name in {"", ".."}:
+        return followed
+    return _encodable(Path(absolute_path(str(given.parent), base)) / given.name)
 
 
 def absolute_path(path: str, base: Path) -> str:

@@ -5,11 +5,12 @@ Pure and instant: no torch, no clock, nothing written. Two sweeps that want the 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from hfprune_dist.config.method import Method
 from hfprune_dist.config.schema import SweepConfig
+from hfprune_dist.errors import UserError
 from hfprune_dist.planning.expert_shapes import can_do, refuse_criteria, refuse_with_experts
 from hfprune_dist.planning.model_sources import ModelSource
 from hfprune_dist.planning.multiples import suited, with_numbers
@@ -28,6 +29,7 @@ from hfprune_dist.planning.scoring_passes import (
 )
 from hfprune_dist.planning.students import student_of
 from hfprune_dist.planning.training_memory import choose_micro_batches
+from hfprune_dist.planning.widths import OutOfReachError
 from hfprune_dist.store.hashing import FileHashes
 from hfprune_dist.store.stage import Input, Stage
 from hfprune_dist.structures import NEURONS, kinds_among
@@ -54,6 +56,7 @@ def build_plan(
     check_criteria(config, methods)
     check_recovery(config, methods)
     planner = _Planner(config, methods, hashes, device)
+    planner.check_ratios(models)
     cells = [cell for model in models for cell in planner.cells(model)]
     refuse_same_rows(cells)
     return Plan(planner.stages.by_id, tuple(cells), tuple(planner.asked))
@@ -68,10 +71,29 @@ class _Planner:
         self.stages = PlannedStages(config, hashes, device)
         self.asked: list[str] = []
 
+    def check_ratios(self, models: Iterable[ModelSource]) -> None:
+        """Refuse ratios that aren't all reached, with one message on all models and methods.
+
+        Raises:
+            UserError: as ``planning.ratios.check_ratios``.
+        """
+        refused = []
+        for model in models:
+            for name, method in self._methods_for(model).items():
+                try:
+                    check_ratios(model.checkpoint, self.config.ratios, method, place_of(model.name, name))
+                except OutOfReachError as error:
+                    refused.append(error)
+        if not refused:
+            return
+        largest = min(error.largest for error in refused)
+        if len(refused) == 1 or not largest:
+            raise refused[0]
+        told = [str(error) for error in refused]
+        raise UserError("\n".join([*told, f"the largest ratio that all of these reach is {largest:g}"]))
+
     def cells(self, model: ModelSource) -> list[Cell]:
         methods = self._methods_for(model)
-        for name, method in methods.items():
-            check_ratios(model.checkpoint, self.config.ratios, method, place_of(model.name, name))
         check_positions(self.config.efficiency, model)
         dense = Input(model.identity, str(model.checkpoint.path), content=model.content)
         # First, since most of the sweep waits for it.

@@ -1,4 +1,5 @@
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -421,6 +422,27 @@ def test_an_alias_file_that_is_none_is_named(world, tmp_path):
     (tmp_path / "another.yaml").write_text(f"path: {world / 'a'}\n")
     (another,) = resolve_models(load_config([], {"models": ["another"]}), tmp_path, FileHashes(None), download=False)
     assert another.name == "another", "whatever is wrong with files that nobody asked for"
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    models=st.lists(st.sampled_from(["a", "b"]), unique=True, min_size=1),
+    methods=st.lists(
+        st.sampled_from(["hfprune", "surgeon-uniform", "llm-pruner", "surgeon-any-shape"]), unique=True, min_size=1
+    ),
+)
+def test_one_message_says_what_every_model_and_method_reaches_and_what_all_of_them_do(world, models, methods):
+    def refusal(models, methods):
+        with pytest.raises(UserError) as refused:
+            plan_of(world, models=models, methods=methods, ratios=[0.01, 0.95])
+        return str(refused.value)
+
+    each = [refusal([model], [method]) for model in models for method in methods]
+    *told, of_all = [*refusal(models, methods).split("\n"), *([""] if len(each) == 1 else [])]
+    assert told == each
+    largest = min(float(re.search(r"largest possible is (0\.\d+)", it).group(1)) for it in each)
+    assert of_all in ("", f"the largest ratio that all of these reach is {largest:g}")
+    assert plan_of(world, models=models, methods=methods, ratios=[largest]).cells
 
 
 def test_a_linked_model_is_called_by_its_link_and_read_where_it_leads(world, tmp_path):
