@@ -180,8 +180,14 @@ class _Search:
             raise self._refusals.unlike_tensors(
                 f"num_hidden_layers is {len(wanted)}, and they have no {prefix}.{missing}"
             )
+        if not numbers:
+            numbered = [name for name in self._shapes if re.search(r"\.\d+\.", name)]
+            example = min(numbered or self._shapes)
+            raise self._refusals.unsupported(
+                f"no tensor is of a layer called layers.<number> (there is, for example, {example})"
+            )
         if len(stacks) != 1:
-            found_here = ", ".join(sorted(numbers)) or "none"
+            found_here = ", ".join(sorted(numbers))
             raise self._refusals.unsupported(
                 f"it doesn't have exactly one stack of {len(wanted)} layers (tensors of: {found_here})"
             )

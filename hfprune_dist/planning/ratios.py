@@ -19,6 +19,9 @@ from hfprune_dist.planning.widths import to_multiples_of
 from hfprune_dist.structures import KV_GROUPS
 from hfprune_dist.structures.low_rank import rank_field
 
+# Architectures of which vLLM and SGLang take hidden_size / heads as the size of a head, whatever head_dim says.
+_HEADS_SHARE_HIDDEN_SIZE = {"qwen2"}
+
 
 def check_ratios(checkpoint: Checkpoint, ratios: Sequence[float], method: Method, where: str) -> None:
     """Refuse ratios that a method can't reach on a model, or that would lead to the same checkpoint.
@@ -107,6 +110,11 @@ def remarks_on_shapes(checkpoint: Checkpoint, ratios: Sequence[float], method: M
     if method.multiple_of == "auto":
         multiples = [(ratio, with_numbers(method, checkpoint, ratio, where).multiple_of) for ratio in ratios]
         told.append(f"{where}: multiple_of is {', '.join(f'{multiple} at {ratio:g}' for ratio, multiple in multiples)}")
+    if checkpoint.family.model_type in _HEADS_SHARE_HIDDEN_SIZE and _may_be_plain_with_fewer_groups(method):
+        told.append(
+            f"{where}: where KV groups go, vLLM and SGLang can't load the checkpoint, as they compute the size of "
+            f"{checkpoint.family.model_type}'s heads from their number; for them, leave kv_groups out of structures"
+        )
     if method.allocation == "low_rank":
         told += [_told_of_ranks(checkpoint, ratio, method, where) for ratio in ratios]
     if method.allocation == "local" and not checkpoint.family.experts:
@@ -133,6 +141,10 @@ def largest_split(checkpoint: Checkpoint, ratios: Sequence[float], methods: Mapp
         return all(_splits(checkpoint, ratio, it, split, where) for where, it in removing.items() for ratio in ratios)
 
     return next(it for it in range(groups, 0, -1) if it == 1 or works(it))
+
+
+def _may_be_plain_with_fewer_groups(method: Method) -> bool:
+    return KV_GROUPS in method.structures and method.allocation in ("plain", "local")
 
 
 def _left_out(checkpoint: Checkpoint, method: Method, where: str) -> list[str]:

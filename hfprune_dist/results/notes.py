@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+from hfprune_dist.config.texts import OTHER_TEXTS
 from hfprune_dist.planning.plan import OWN
 from hfprune_dist.results.costs import OWN_STAGES, SHARED_STAGES
 from hfprune_dist.results.efficiency import workload
@@ -86,9 +87,11 @@ def _fidelity(rows: Sequence[Row]) -> list[str]:
         return []
     where = ", ".join(counted(number, noun) for number, noun in ((windows, "window"), (tokens, "token")) if number)
     error = "; ±: standard error over windows" if any(row["kl_stderr"] is not None for row in rows) else ""
+    others = dict.fromkeys(text for row in rows for text in row[OTHER_TEXTS])
+    first = f", the sweep's first (others: {', '.join(others)})" if others else ""
     return [
         f"KL: mean divergence of the next token's distribution from the dense model's, nats, lower is better; held-out "
-        f"text (n = {where}){error}"
+        f"text{first} (n = {where}){error}"
     ]
 
 

@@ -48,6 +48,14 @@ def refusal(*args, **options):
     return str(caught.value)
 
 
+@pytest.mark.parametrize("stack", ["transformer.h", "model.blocks", "layers_0", "model.mtp.layers"])
+def test_layers_under_another_name_are_refused_with_a_name_that_is_there(stack):
+    names = [f"{stack}.{number}.mlp.down_proj.weight" for number in range(2)]
+    with pytest.raises(UserError, match=r"not supported: no tensor is of a layer called layers\.<number>") as refused:
+        discover(CONFIG, {name: [8, 12] for name in ["lm_head.weight", *names]}, "here")
+    assert f"(there is, for example, {names[0]})" in str(refused.value)
+
+
 def test_shapes_say_what_config_json_does_not():
     family, stated = found()
     assert stated == {"num_key_value_heads": 2, "tie_word_embeddings": True}

@@ -62,6 +62,19 @@ def test_a_method_that_adapts_does_without(tmp_path, model_type, changes, told):
     assert known_shape(checkpoint, 0.1, method, "m by it").layers is not None
 
 
+@pytest.mark.parametrize("model_type", ["qwen2", "qwen3", "llama"])
+@pytest.mark.parametrize("allocation", ["plain", "searched"])
+@pytest.mark.parametrize("structures", [["neurons", "layers"], ["neurons", "kv_groups"]])
+def test_engines_that_cannot_load_fewer_heads_are_told(tmp_path, model_type, allocation, structures):
+    checkpoint = open_checkpoint(save_model(tmp_path / "m", model_type))
+    method = Method(criterion="entropy", structures=structures, allocation=allocation)
+    told = [it for it in remarks_on_shapes(checkpoint, [0.1], method, "m by it") if "vLLM" in it]
+    expected = model_type == "qwen2" and allocation == "plain" and "kv_groups" in structures
+    assert [it.startswith("m by it: where KV groups go, vLLM and SGLang can't load") for it in told] == [
+        True
+    ] * expected
+
+
 @pytest.mark.parametrize("setting", ["refit_norms", "refit_final_norm"])
 def test_norms_that_an_adapted_refit_leaves_alone_are_told(tmp_path, setting):
     checkpoint = open_checkpoint(save_model(tmp_path / "m", "cohere2"))

@@ -155,7 +155,9 @@ def test_notes_on_older_evaluations_and_bias():
     }
     fidelity, average, _ = notes([row_of(kl_stderr=None, windows=None, **bias, **unknown)])
     assert "n = 6,144 tokens" in fidelity and "±" not in fidelity
-    assert "(n = 1 window, 1 token)" in notes([row_of(windows=1, tokens=1)])[0]
+    assert "held-out text (n = 1 window, 1 token)" in notes([row_of(windows=1, tokens=1)])[0]
+    more = [row_of(other_texts={name: {} for name in names}) for names in (["code"], ["code", "chat"])]
+    assert "held-out text, the sweep's first (others: code, chat) (n = " in notes(more)[0]
     assert "for crows_pairs lower is" in average and average.endswith("crows_pairs_english pct_stereotype, piqa acc")
 
 
