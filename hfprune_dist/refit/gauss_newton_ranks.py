@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from hfprune_dist.core.exact_sums import ExactSum
+from hfprune_dist.core.exact_sums import ExactOverflowError, ExactSum
 from hfprune_dist.core.gauss_newton import Biases, GaussNewtonSums, Linearized, MlpWeights, solve_normal_equations
 from hfprune_dist.core.memory_limits import KEPT_BYTES
 from hfprune_dist.distributed.gram_sums import is_held_out
@@ -140,7 +140,11 @@ class Reconstruction:
             del tensor  # before the one after the next is sent
 
     def _sum(self, terms: Iterator[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
-        """Add up the tensors of all micro-batches, this rank's and the other ranks', exactly."""
+        """Add up the tensors of all micro-batches, this rank's and the other ranks', exactly.
+
+        Raises:
+            ExactOverflowError: on all ranks, if terms of any of them are not finite, or out of all proportion.
+        """
         term = next(terms, None)
         maxima: list[float] = []
         shapes: list[torch.Size] = []
@@ -152,11 +156,18 @@ class Reconstruction:
             ExactSum(maximum, self._micro_batches, shape, self._world.device)
             for maximum, shape in zip(maxima, shapes, strict=True)
         ]
-        while term is not None:
-            for total, part in zip(sums, term, strict=True):
-                total.add(part)
-            del term, part  # as large as the next one
-            term = next(terms, None)
+        refusal: ExactOverflowError | None = None
+        try:
+            while term is not None:
+                for total, part in zip(sums, term, strict=True):
+                    total.add(part)
+                del term, part  # as large as the next one
+                term = next(terms, None)
+        except ExactOverflowError as error:
+            refusal = error
+        for found in self._world.all_gather(refusal):  # before any rank waits for the sums of another
+            if found is not None:
+                raise found
         for total in sums:
             self._world.all_reduce(total.total.integers())
         return tuple(total.value().float() for total in sums)
