@@ -82,7 +82,7 @@ def calibrated(tmp_path_factory):
     folder = tmp_path_factory.mktemp("calibrated")
     stage, store, whole = make_stage(folder, "qwen2"), Store(folder / "store"), Store(folder / "whole")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(importance, "_scores", lambda *_: (_ for _ in ()).throw(Interrupted))
+        patch.setattr(importance, "_score_layers", lambda *_: (_ for _ in ()).throw(Interrupted))
         assert on_ranks(1, lambda world: run(store, stage, world)).codes == [INTERRUPTED]
     shutil.copytree(store.root, whole.root)
     assert ended(1, whole, stage) == 0
