@@ -30,7 +30,7 @@ ROOT = Path(__file__).parents[2]
 NOT_STRICT = {
     "hfprune_dist/checkpoints/tensor_files.py",
     "hfprune_dist/checkpoints/write_pruned.py",
-    "hfprune_dist/config/parameters.py",
+    "hfprune_dist/config/recorded.py",
     "hfprune_dist/evaluation/sharded_lm.py",
     "launch/api.py",
     "launch/benchmark/isolated.py",
