@@ -154,8 +154,8 @@ def _runtime(command: Command, config: SweepConfig, profile: Profile | None) -> 
 
 
 def sweep_to_show(command: Command) -> Sweep:
-    """Return today's plan with the folder's other rows; if inputs can't be read (any more), as by another user, the
-    recorded plan.
+    """Return today's plan with the folder's other rows, or the recorded plan if inputs can't be read: they may be
+    gone, or another user's.
     """
     store, out = command.store, command.out
     show, record = partial(Sweep, store=store, out=out), read_record(out)
