@@ -11,7 +11,7 @@ from tiny import VARIANTS, tiny_model
 from unit_outputs import unit_outputs
 
 from hfprune_dist.checkpoints.families import FAMILIES
-from hfprune_dist.core import head, importance
+from hfprune_dist.core import head
 from hfprune_dist.core.bound_losses import Batch
 from hfprune_dist.core.criteria import CRITERIA
 from hfprune_dist.core.gram import gram_matrix
@@ -161,7 +161,7 @@ def test_any_number_of_kinds_shares_a_forward_the_logits_and_a_backward_for_each
         calls.append(0)
         return head.head_gradients(*given, **options)
 
-    monkeypatch.setattr(importance, "head_gradients", counted)
+    monkeypatch.setattr("hfprune_dist.core.score_batch.head_gradients", counted)
     for kinds in ([NEURONS], BOTH):
         calls.clear()
         model = tiny_model()
