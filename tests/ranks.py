@@ -29,8 +29,8 @@ class SoloWorld(World):
     def __init__(self, rank=0, size=1, device=CPU):
         super().__init__(rank=rank, size=size, local_size=1, device=device)
 
-    def let_first(self, action):
-        return super().let_first(action) if self.is_first else action(lambda: None)
+    def let_first(self, action, follow=None):
+        return super().let_first(action) if self.is_first else action(lambda _message=None: None)
 
     def broadcast(self, value, source=0):
         return value

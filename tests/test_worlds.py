@@ -43,7 +43,7 @@ ENDS = {
 
 
 @pytest.mark.parametrize(("error", "kind", "message"), ENDS.values(), ids=ENDS)
-@pytest.mark.parametrize("way", ["let_first", "wait_for_first", "work_apart"])
+@pytest.mark.parametrize("way", ["let_first", "on_first", "work_apart"])
 def test_what_ends_a_rank_in_order_ends_all(way, error, kind, message):
     def work(world):
         def fail(*_):
@@ -57,7 +57,7 @@ def test_what_ends_a_rank_in_order_ends_all(way, error, kind, message):
     assert Ranks(3).run(work) == [[0, 1, 2]] * 3
 
 
-@pytest.mark.parametrize("way", ["let_first", "wait_for_first", "work_apart"])
+@pytest.mark.parametrize("way", ["let_first", "on_first", "work_apart"])
 def test_an_error_of_ours_ends_its_rank_alone(way):
     """Its traceback says where it was made; the others notice that a rank is lost."""
 

@@ -153,7 +153,7 @@ def obtain_probe(
             or another dtype, the whole model is loaded for one forward of the first micro-batch.
         sharding: how the model is then placed on the ranks (``runtime.sharding``).
     """
-    probe = None if saved is None else world.wait_for_first(lambda: _read(saved))
+    probe = None if saved is None else world.on_first(lambda: _read(saved))
     if probe is not None and probe.states_LPC.dtype == dtype and probe.row_in(windows_ST) is not None:
         return probe
     return _computed(checkpoint, windows_ST[:micro_batch_size], dtype, sharding, world)
@@ -177,7 +177,7 @@ def _computed(
         model.release()
         return probes[0]
 
-    return world.broadcast(compute()) if placed == "zero3" else world.wait_for_first(compute)
+    return world.broadcast(compute()) if placed == "zero3" else world.on_first(compute)
 
 
 def _record(model: nn.Module, family: Family, take: Callable[[Probe], None]) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -70,15 +70,14 @@ class World:
         """Wait until all ranks are here."""
         self.all_gather(None)
 
-    def work_apart(self, work: Callable[[], None]) -> None:
-        """Run work of each rank's own, without collectives, and wait until all ranks are done.
+    def work_apart(self, work: Callable[[], T]) -> list[T]:
+        """Run work of each rank's own, without collectives, and return what it returns on all ranks, in rank order.
 
         Raises:
             UserError, ClaimLostError: on all ranks, if the work of one of them raises it, or an error of the operating
                 system that the user can mend; that of the first such rank.
         """
-        for outcome in self.all_gather(_Outcome.of(work)):
-            outcome.result()
+        return [outcome.result() for outcome in self.all_gather(_Outcome.of(work))]
 
     def broadcast(self, value: T, source: int = 0) -> T:
         """Return the value that rank ``source`` passed (any picklable object)."""
@@ -86,28 +85,7 @@ class World:
         dist.broadcast_object_list(box, src=source, device=torch.device("cpu"))
         return box[0]
 
-    def let_first(self, action: Callable[[Callable[[], None]], T]) -> T:
-        """Run an action on rank 0 only, and return its result on every rank.
-
-        Args:
-            action: must call its argument now and then, so that no rank waits longer than the collective timeout.
-
-        Raises:
-            UserError, ClaimLostError: on every rank, if the action raises it, or an error of the operating system that
-                the user can mend.
-        """
-        not_yet: _Outcome[T] | None = None
-
-        def go_on() -> None:
-            self.broadcast(not_yet)
-
-        if self.is_first:
-            return self.broadcast(_Outcome.of(partial(action, go_on))).result()
-        while (outcome := self.broadcast(not_yet)) is None:
-            pass
-        return outcome.result()
-
-    def wait_for_first(self, work: Callable[[], T]) -> T:
+    def on_first(self, work: Callable[[], T]) -> T:
         """Run work on rank 0 only, and return its result on every rank, however long it takes.
 
         It runs in the calling thread, whose GPU and number of threads it may need; another one tells the others.
@@ -121,6 +99,30 @@ class World:
                 return work()
 
         return self.let_first(action)
+
+    def let_first(
+        self, action: Callable[[Callable[..., None]], T], follow: Callable[[Any], None] = lambda _: None
+    ) -> T:
+        """Run an action on rank 0 only, and return its result on every rank; ``on_first`` needs no such action.
+
+        Args:
+            action: must call its argument now and then, so that no rank waits longer than the collective timeout. It
+                may pass a message, any picklable object, with which the others then do what ``follow`` does.
+
+        Raises:
+            UserError, ClaimLostError: on every rank, if the action raises it, or an error of the operating system that
+                the user can mend. It may do so only where the others wait for it.
+        """
+
+        def tell(message: object = None) -> None:
+            self.broadcast(message)
+
+        if self.is_first:
+            return self.broadcast(_Outcome.of(partial(action, tell))).result()
+        while not isinstance(message := self.broadcast(None), _Outcome):
+            if message is not None:
+                follow(message)
+        return message.result()
 
     def broadcast_tensor(self, tensor: torch.Tensor, source: int) -> None:
         """Overwrite a tensor of every rank, on the CPU or the device, with that of rank ``source``."""

@@ -93,7 +93,7 @@ class LowRankPass:
         def write() -> None:
             self._layers.write(number, self._kept(layer, norms), self._layers.rounded(number, factors))
 
-        self._world.wait_for_first(write)
+        self._world.on_first(write)
 
     def _kept(self, layer: nn.Module, norms: Mapping[str, Tensor]) -> Tensor:
         rows, down_CK = row_matrices(layer, self._neurons), linear_of(layer, self._down).weight.data

@@ -87,7 +87,7 @@ class Measurement:
         self._world = world
         self._folder = folder
         self._after_each = after_each
-        self._known: dict[str, float] = world.wait_for_first(lambda: _read_known(folder / KNOWN))
+        self._known: dict[str, float] = world.on_first(lambda: _read_known(folder / KNOWN))
         self._measurements = 0
         self._reader = LayerReader(checkpoint, dtype, world.device)
         self._transfers = HostTransfers(world.device)
@@ -103,7 +103,7 @@ class Measurement:
         unknown = [it for it in dict.fromkeys(candidates) if digest_of(it) not in self._known]
         if unknown:
             self._known |= {digest_of(it): kl for it, kl in zip(unknown, self._measure(unknown), strict=True)}
-            self._world.wait_for_first(self._write_known)
+            self._world.on_first(self._write_known)
             self._states(unknown).discard()
         self._measurements += 1
         return [self._known[digest_of(it)] for it in candidates]

@@ -110,7 +110,7 @@ class NormsRefit:
             assert search is not None, "rank 0 has it"
             save_tensors(search.state(), self._saved)
 
-        self._world.wait_for_first(save)
+        self._world.on_first(save)
 
     def _restored(self) -> QuasiNewton | None:
         state = load_usable(self._saved)

@@ -180,7 +180,7 @@ class SequentialRefit:
             tensors |= self._moved(number, layer, solution, targets)
         else:
             tensors[f"{self._mlp.output}.weight"] = solution.whole_CK
-        self._world.wait_for_first(lambda: self._fitted.write(number, tensors, fits))
+        self._world.on_first(lambda: self._fitted.write(number, tensors, fits))
 
     def _put(self, number: int, layer: nn.Module, fitted: Mapping[str, Tensor]) -> None:
         """Give the layer a fitted block, rounded as rank 0 will save it; every rank has the same bits to round."""

@@ -141,7 +141,7 @@ class Accumulation:
             return
         if self._of_layers:
             self._world.work_apart(self._save_layers)
-        self._world.wait_for_first(self._save)
+        self._world.on_first(self._save)
         self._rounds_unsaved = 0
 
     def mean_curvature(self, kind: str, layer: int, tokens: int) -> Tensor:

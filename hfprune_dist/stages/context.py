@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -16,7 +15,7 @@ from hfprune_dist.config.recorded import Parameters
 from hfprune_dist.config.schema import RuntimeConfig
 from hfprune_dist.data.windows import load_windows
 from hfprune_dist.distributed.interruption import Interruption
-from hfprune_dist.distributed.world import TELL_EVERY_S, World
+from hfprune_dist.distributed.world import World
 from hfprune_dist.errors import LostInputError
 from hfprune_dist.planning.user_files import ChangedInputError, UserFiles
 from hfprune_dist.store.artifacts import Store
@@ -30,7 +29,6 @@ from hfprune_dist.training.tracking import TrackedRun
 
 TRACKING = "tracking"  # next to the store
 
-T = TypeVar("T")
 P = TypeVar("P", bound=Parameters)
 
 
@@ -152,17 +150,9 @@ class Context(Generic[P]):
             self.handle.discard_progress()
             raise
 
-    def let_first_work(self, work: Callable[[], T]) -> T:
-        """Run ``work`` on rank 0, and return its result on every rank; collective.
-
-        However long it takes, no rank waits longer than the collective timeout, since rank 0 keeps telling the others
-        that it is still at work. If ``work`` raises a ``UserError``, all ranks do.
-        """
-        return self.world.let_first(lambda after_each: _in_thread(work, after_each))
-
     def open_draft(self) -> Path:
         """A folder in which all ranks may write files of the artifact."""
-        return self.world.let_first(lambda _: self.handle.open_draft(self.claim))
+        return self.world.on_first(lambda: self.handle.open_draft(self.claim))
 
     def commit(self, draft: Path, metrics: dict[str, Any]) -> None:
         """Publish the draft as this stage's artifact, once all ranks have written their files.
@@ -196,15 +186,3 @@ class Context(Generic[P]):
             "wall_time_s": seconds,
             "attempts": self.attempt,
         }
-
-
-def _in_thread(work: Callable[[], T], go_on: AfterEach) -> T:
-    """Run ``work`` in a thread of its own, and return its result; call ``go_on`` now and then meanwhile."""
-    pool = ThreadPoolExecutor(1)
-    try:
-        future = pool.submit(work)
-        while not wait([future], TELL_EVERY_S).done:
-            go_on()
-        return future.result()
-    finally:
-        pool.shutdown(wait=False)

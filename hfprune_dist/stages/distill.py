@@ -28,7 +28,7 @@ def run(context: Context) -> None:
     task = _task(context, settings, checkpoint, rows)
     trained = fine_tune(task, context.work / "snapshots", context.world, context.progress, context.interruption)
     draft = context.open_draft()
-    context.let_first_work(lambda: write_trained(checkpoint, trained, settings, draft))
+    context.world.on_first(lambda: write_trained(checkpoint, trained, settings, draft))
     write_merged(checkpoint, draft, context.world, context.progress)
     counts = {"windows": len(rows.windows_ST), "tokens": rows.windows_ST.numel()}
     context.commit(draft, {**counts, **trained.metrics()})

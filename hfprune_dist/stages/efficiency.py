@@ -47,7 +47,7 @@ class Measured:
 def run(context: Context) -> None:
     """Write ``efficiency.json``: what a token costs each model, and everything measured under each workload."""
     models: dict[str, PreTrainedModel] = {}  # on rank 0; large ones take minutes to read
-    context.let_first_work(lambda: models.update(_load(context)))
+    context.world.on_first(lambda: models.update(_load(context)))
     workloads = workloads_of(context.params)
     measured: list[Mapping[str, Measured]] = []
     for done, workload in enumerate(workloads):
@@ -60,9 +60,8 @@ def run(context: Context) -> None:
         **{role: _costs(context, role) for role in (DENSE, MODEL)},
         "runs": [_described(*pair) for pair in zip(workloads, measured, strict=True)],
     }
-    if context.world.is_first:
-        seconds = [{role: asdict(it)["seconds"] for role, it in found.items()} for found in measured]
-        write_json(draft / RESULTS, {**metrics, "seconds": seconds})
+    seconds = [{role: asdict(it)["seconds"] for role, it in found.items()} for found in measured]
+    context.world.on_first(lambda: write_json(draft / RESULTS, {**metrics, "seconds": seconds}))
     context.commit(draft, metrics)
 
 

@@ -55,7 +55,7 @@ def run(context: Context) -> None:
     sharding = choose_sharding(
         context.runtime.sharding, open_checkpoint(context.input_path("model")), _dtype(context), context.world
     )
-    texts, tasks = context.let_first_work(lambda: _left_to_do(context))
+    texts, tasks = context.world.on_first(lambda: _left_to_do(context))
     model = None
     if texts:
         model = _measure_fidelity(context, sharding, texts)
@@ -95,7 +95,7 @@ def _load(context: Context, sharding: DecidedSharding) -> FrozenModel:
 
 def _commit(context: Context, sharding: DecidedSharding) -> None:
     draft = context.open_draft()
-    metrics = context.let_first_work(lambda: _write_results(context, draft))
+    metrics = context.world.on_first(lambda: _write_results(context, draft))
     context.commit(draft, {**metrics, "sharding": sharding})
 
 
@@ -147,7 +147,7 @@ def _measure_fidelity(context: Context, sharding: DecidedSharding, texts: Sequen
 def _compare(context: Context, text: str, head: Head, model: FrozenModel | None) -> dict[int, FidelitySums]:
     """Fidelity sums of each window of a text; collective."""
     states, world = DenseStates(context.input_path(_texts(context)[text])), context.world
-    device, sums = world.device, context.let_first_work(lambda: _known_windows(context, text))
+    device, sums = world.device, context.world.on_first(lambda: _known_windows(context, text))
     mine = _my_windows([index for index in range(len(states.windows_ST)) if index not in sums], world)
     for done, index in enumerate(mine):
         context.progress.update(_phase(text), done, len(mine))
@@ -171,7 +171,7 @@ def _save_windows(context: Context, text: str, sums: Mapping[int, FidelitySums])
     if not all(math.isfinite(window.kl + window.nll) for window in sums.values()):
         raise UserError(f"{_phase(text)}: the model's outputs are NaN or infinite; check the checkpoint's weights")
     by_index = {str(index): asdict(window) for index, window in sums.items()}
-    context.let_first_work(lambda: write_json(_windows_file(context, text), by_index))
+    context.world.on_first(lambda: write_json(_windows_file(context, text), by_index))
 
 
 @contextmanager
@@ -187,7 +187,7 @@ def _outputs(model: FrozenModel | None, window_T: Tensor, dense: Outputs) -> Ite
 def _save_fidelity(context: Context, text: str, sums: Mapping[int, FidelitySums]) -> None:
     """Add up in the order of the windows, so that the number of ranks changes no bit; divide once."""
     windows = [sums[index] for index in sorted(sums)]
-    context.let_first_work(lambda: write_json(_fidelity_file(context.work, text), plain(_described(windows))))
+    context.world.on_first(lambda: write_json(_fidelity_file(context.work, text), plain(_described(windows))))
     context.progress.update(_phase(text), 1, 1)
     context.interruption.stop_if_agreed(context.world)
 

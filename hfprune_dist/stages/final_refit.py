@@ -39,9 +39,9 @@ def _windows(context: Context, dense: Checkpoint) -> Tensor:
     windows_ST, saved = context.calibration_windows(), context.work / "copies.safetensors"
     if not context.params.refit_copies:
         return windows_ST
-    if not context.let_first_work(lambda: is_usable(saved)):
+    if not context.world.on_first(lambda: is_usable(saved)):
         copies_SRT = _redrawn(context, dense, windows_ST)
-        context.let_first_work(lambda: save_tensors({"copies": copies_SRT}, saved))
+        context.world.on_first(lambda: save_tensors({"copies": copies_SRT}, saved))
     copies_SRT = load_tensors(saved)[0]["copies"].long()
     return in_refit_order(windows_ST, copies_SRT, context.params.forward_pass()[1])
 

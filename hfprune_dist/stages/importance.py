@@ -63,7 +63,7 @@ def run(context: Context) -> None:
         if (context.work / PROBE).is_file():
             shutil.copyfile(context.work / PROBE, draft / PROBE)
 
-    context.let_first_work(write)
+    context.world.on_first(write)
     losses = [loss for loss in losses_of(criteria) if loss.in_nats]
     means = {f"mean_{loss.name}_nats": totals.losses[loss.name] / len(windows_ST) for loss in losses}
     curve = _curve(context, totals, len(windows_ST))

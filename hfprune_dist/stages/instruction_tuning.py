@@ -87,9 +87,9 @@ def prepare_rows(context: Context, settings: RecoveryConfig, checkpoint: Checkpo
             collector.save(file)
             cache.put(key(), file)
 
-    context.let_first_work(collect)
+    context.world.on_first(collect)
     context.require_untouched_inputs()
-    context.let_first_work(save)
+    context.world.on_first(save)
     return read_counts(file)
 
 

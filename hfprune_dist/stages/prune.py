@@ -50,7 +50,7 @@ def run(context: Context) -> None:
         write_companions(checkpoint, draft, config)
         write_kept(draft, kept_of_dense)
 
-    context.let_first_work(write_rest)
+    context.world.on_first(write_rest)
     metrics = shape_metrics(dense, kept_of_dense.shape, config) | metrics | of_norms
     context.commit(draft, metrics | {"kept_sha256": digest_of_kept(kept_of_dense)})
 

@@ -159,7 +159,7 @@ def probe_of(context: Context, checkpoint: Checkpoint, windows_ST: Tensor) -> Pr
         sharding=context.runtime.sharding,
     )
     if not scored:
-        context.let_first_work(lambda: save_probe(probe, saved))
+        context.world.on_first(lambda: save_probe(probe, saved))
     return probe
 
 

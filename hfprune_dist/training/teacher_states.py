@@ -60,7 +60,7 @@ def write_dense_states(
     Raises:
         UserError: on all ranks, if the states are NaN or infinite, since nothing can be compared with them.
     """
-    world.wait_for_first(lambda: save_windows(stream.windows_ST, folder))
+    world.on_first(lambda: save_windows(stream.windows_ST, folder))
     left = range(stream.resume(states), stream.num_layers)
     for number, layer in stream.layers(left):
         stream.advance(layer)

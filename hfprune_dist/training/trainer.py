@@ -79,7 +79,7 @@ def fine_tune(task: FineTuning, folder: Path, world: World, progress: Progress, 
 
 def _newest(snapshots: Snapshots, world: World) -> Snapshot | None:
     """Read the newest snapshot that rank 0 finds, on every rank."""
-    file = world.wait_for_first(snapshots.newest)
+    file = world.on_first(snapshots.newest)
     return None if file is None else read_snapshot(file)
 
 
@@ -200,7 +200,7 @@ class _LoraTrainer(Trainer):  # type: ignore[misc]
                 weights[name] = whole.cpu()
                 moments |= {key: tensor.cpu() for key, tensor in whole_moments.items()}
         snapshot = Snapshot(step, weights, moments, self._losses, self._masked_units())
-        self._world.wait_for_first(lambda: self._snapshots.save(snapshot))
+        self._world.on_first(lambda: self._snapshots.save(snapshot))
 
     def _masked_units(self) -> dict[str, Tensor]:
         return {}

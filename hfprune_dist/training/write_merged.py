@@ -57,4 +57,4 @@ def write_merged(
         if kept is not None:
             write_kept(draft, kept)
 
-    world.wait_for_first(write_rest)
+    world.on_first(write_rest)

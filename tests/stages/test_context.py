@@ -1,16 +1,13 @@
 """The beginning and end of a stage, whatever has happened to its inputs and its claim meanwhile."""
 
-import threading
 import time
 
 import pytest
 from ranks import SoloWorld
-from worlds import Ranks
 
 from hfprune_dist.config.schema import RuntimeConfig
-from hfprune_dist.errors import LostInputError, UserError
+from hfprune_dist.errors import LostInputError
 from hfprune_dist.planning.user_files import ChangedInputError
-from hfprune_dist.stages import context as contexts
 from hfprune_dist.stages.context import Context
 from hfprune_dist.store import claims
 from hfprune_dist.store.artifacts import Store
@@ -74,42 +71,6 @@ def take_over(context, monkeypatch):
 def context_of(world, store):
     stage = Stage("prune", "a", {}, {"importance": NEED.as_input()})
     return Context(stage, store, world, RuntimeConfig(), Progress(None), {}, {}, 1)
-
-
-def test_others_hear_that_the_first_rank_goes_on_however_long_its_work_takes(store, monkeypatch):
-    """The work ends only once the others have been told three times."""
-    monkeypatch.setattr(contexts, "TELL_EVERY_S", 0.001)
-    told, heard_enough = [], threading.Event()
-
-    class Told(SoloWorld):
-        def broadcast(self, value, source=0):
-            told.append(value)
-            if len(told) == 3:
-                heard_enough.set()
-            return value
-
-    def work():
-        assert heard_enough.wait(60)
-        return "windows"
-
-    assert context_of(Told(), store).let_first_work(work) == "windows"
-    assert told[:3] == [None] * 3 and told[-1].result() == "windows"
-
-
-def test_bad_input_that_the_first_rank_finds_ends_all(store):
-    refused = []
-
-    def refuse():
-        raise UserError("no such text")
-
-    def work(world):
-        try:
-            context_of(world, store).let_first_work(refuse)
-        except UserError as error:
-            refused.append((world.rank, str(error)))
-
-    Ranks(3).run(work)
-    assert sorted(refused) == [(rank, "no such text") for rank in range(3)]
 
 
 def test_a_stage_on_the_planned_files_commits(store, text):

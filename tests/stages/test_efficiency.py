@@ -9,7 +9,7 @@ from ranks import run_stage
 from tiny import save_tiny
 from worlds import Ranks, run_in_threads, until_told
 
-from hfprune_dist.stages import context as contexts
+from hfprune_dist.distributed import world as worlds
 from hfprune_dist.stages import efficiency
 from hfprune_dist.stages.efficiency import RESULTS
 from hfprune_dist.store.artifacts import Store
@@ -87,6 +87,6 @@ def test_it_runs_in_an_interpreter_of_its_own(source, tmp_path):
 
 def test_ranks_that_wait_for_models_to_be_loaded_hear_of_it(source, tmp_path, monkeypatch):
     ranks = Ranks(2)
-    monkeypatch.setattr(contexts, "TELL_EVERY_S", 0.001)
+    monkeypatch.setattr(worlds, "TELL_EVERY_S", 0.001)
     monkeypatch.setattr(efficiency, "load_causal_lm", until_told(ranks, efficiency.load_causal_lm))
     run_in_threads(Store(tmp_path), stage_of(source, batch_sizes=[1], prompt_tokens=[4], repeats=1), ranks)

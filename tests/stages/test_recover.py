@@ -24,9 +24,9 @@ from hfprune_dist.checkpoints.checkpoint import open_checkpoint
 from hfprune_dist.config.schema import RuntimeConfig, Tracker
 from hfprune_dist.config.training import RecoveryConfig
 from hfprune_dist.data.instructions import RowCounts, save_rows
+from hfprune_dist.distributed import world as worlds
 from hfprune_dist.distributed.world import World
 from hfprune_dist.errors import UserError
-from hfprune_dist.stages import context as contexts
 from hfprune_dist.stages import instruction_tuning
 from hfprune_dist.stages.context import Context
 from hfprune_dist.store import file_cache as cache
@@ -238,7 +238,7 @@ def test_ranks_that_wait_for_rows_hear_of_it(tmp_path, source, monkeypatch, what
         run = write_stage_file(tmp_path, source)
     elif what == "the cache":
         (run.store.work(run.stage.id) / instruction_tuning.ROWS).unlink()
-    monkeypatch.setattr(contexts, "TELL_EVERY_S", 0.001)
+    monkeypatch.setattr(worlds, "TELL_EVERY_S", 0.001)
     monkeypatch.setattr(owner, name, until_told(ranks, getattr(owner, name)))
     assert ranks.run(lambda world: prepare_rows(run, world)) == [expected] * 2
 
