@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 
-from hfprune_dist.core.exact_sums import ExactOverflowError
-from hfprune_dist.core.unit_sums import NonFiniteError
 from hfprune_dist.distributed.interruption import Interrupted
-from hfprune_dist.errors import UserError
 from hfprune_dist.scoring.shard_scorer import ShardScorer, SumsOfShard
 from hfprune_dist.scoring.shard_sums import Accumulation
 
@@ -44,18 +40,16 @@ class CalibrationPass:
             after_round: called after a round has been added; may end the pass by raising ``Interrupted``.
 
         Raises:
-            UserError: if activations or gradients are not finite.
+            UserError: on all ranks, if activations or gradients of any are not finite, or out of all proportion.
         """
         totals = self._totals
         if totals.is_complete:
             return
         scorer = self._load()
-        with _explaining(0):
-            scorer.choose_student(self._shards[0])
+        scorer.choose_student(self._shards[0])
         while not totals.is_complete:
             before_round(totals.next_shard)
-            with _explaining(totals.own_shard):
-                totals.add_round(self._score_round(scorer))
+            totals.add_round(self._score_round(scorer))
             try:
                 after_round()
             except Interrupted:
@@ -70,14 +64,3 @@ class CalibrationPass:
     def _most_forwards(self) -> int:
         """Number of micro-batches in the round's longest shard: its first, since only the very last one is shorter."""
         return len(self._shards[self._totals.next_shard])
-
-
-@contextmanager
-def _explaining(shard: int) -> Iterator[None]:
-    try:
-        yield
-    except (NonFiniteError, ExactOverflowError) as error:
-        raise UserError(
-            f"importance, calibration shard {shard}: {error}; set importance.dtype=float32, or check the checkpoint's "
-            "weights"
-        ) from None

@@ -12,12 +12,14 @@ from hfprune_dist.checkpoints.checkpoint import Checkpoint
 from hfprune_dist.checkpoints.read_tensors import scored_layer
 from hfprune_dist.core.bound_losses import Batch, TeacherSettings
 from hfprune_dist.core.criteria import CRITERIA, Criterion, losses_of
+from hfprune_dist.core.exact_sums import ExactOverflowError
 from hfprune_dist.core.linear_observer import SeenLinear
 from hfprune_dist.core.score_batch import ScoredModel, UnitSums, score_batch
 from hfprune_dist.core.scores import STUDENT_CRITERION, scores_from_sums, student_keeps
 from hfprune_dist.core.unit_outputs import InputProjection, UnitOutputs
-from hfprune_dist.core.unit_sums import KindSums
+from hfprune_dist.core.unit_sums import KindSums, NonFiniteError
 from hfprune_dist.distributed.world import World
+from hfprune_dist.errors import UserError
 from hfprune_dist.models.after_head import after_head, require_known_logits
 from hfprune_dist.models.experts import see_experts
 from hfprune_dist.models.memory_efficient_backward import (
@@ -39,10 +41,24 @@ class SumsOfShard:
     Attributes:
         kinds: kind of units -> its sums.
         losses: loss name -> sum over windows of the loss per token.
+        refusal: what a layer saw that no sum holds; empty if nothing.
     """
 
     kinds: dict[str, KindSums]
     losses: dict[str, float]
+    refusal: str = ""
+
+    def require_usable(self, shard: int) -> None:
+        """Check that these are sums of everything in the shard with this number.
+
+        Raises:
+            UserError: if a layer saw something that no sum holds.
+        """
+        if self.refusal:
+            raise UserError(
+                f"importance, calibration shard {shard}: {self.refusal}; set importance.dtype=float32, or check the "
+                "checkpoint's weights"
+            )
 
 
 @dataclass(frozen=True)
@@ -120,22 +136,26 @@ class ShardScorer:
         """Choose the student, if a loss needs one and none was given; call this before the first ``score``.
 
         The student lacks the neurons that score lowest on these windows. With the same windows on every rank, it is
-        the same on any number of ranks and after a resume.
+        the same on any number of ranks and after a resume. Collective.
 
         Raises:
-            NonFiniteError: if a layer saw NaN or infinity.
+            UserError: on all ranks, if a layer saw NaN or infinity on any of them.
         """
         if self._model.student or all(loss.of != "student" for loss in losses_of(self._criteria)):
             return
         criterion, world = CRITERIA[STUDENT_CRITERION], self._world
         kinds = [kind for kind in self._structures if structure_of(kind) == NEURONS]
-        seen = self._score(micro_batches, [criterion], kinds, counts=False).kinds
-        mine = {
-            (kind, number): self._kept_by_student(kind, number, seen[kind].exact[criterion.name][number])
-            for kind in kinds
-            for number in range(world.rank, self._checkpoint.num_layers, world.size)
-        }
-        keeps = {place: keeps_U for share in world.all_gather(mine) for place, keeps_U in share.items()}
+        seen = self._score(micro_batches, [criterion], kinds, counts=False)
+
+        def choose_in_mine() -> dict[tuple[str, int], Tensor]:
+            seen.require_usable(0)
+            return {
+                (kind, number): self._kept_by_student(kind, number, seen.kinds[kind].exact[criterion.name][number])
+                for kind in kinds
+                for number in range(world.rank, self._checkpoint.num_layers, world.size)
+            }
+
+        keeps = {place: keeps_U for share in world.work_apart(choose_in_mine) for place, keeps_U in share.items()}
         layers = range(self._checkpoint.num_layers)
         student: dict[str, Sequence[Tensor]] = {
             kind: [keeps[kind, number].to(world.device) for number in layers] for kind in kinds
@@ -154,17 +174,13 @@ class ShardScorer:
         self._release()
 
     def score(self, micro_batches: Sequence[range], forwards: int = 0, *, counts: bool = True) -> SumsOfShard:
-        """Return sums over the windows of some micro-batches.
+        """Return sums over the windows of some micro-batches, and what no sum holds: all are scored even so, in step.
 
         Args:
             forwards: number of micro-batches on the rank that has the most of them. Forwards and backwards of a sharded
                 model are collective, so a rank with fewer first scores its first micro-batch once for each one that it
                 lacks, and discards the results.
             counts: whether this shard is added to the curvature and the weights' gradients of all ranks.
-
-        Raises:
-            NonFiniteError: if a layer saw NaN or infinity.
-            ExactOverflowError: if gradients are out of range.
         """
         missing = forwards - len(micro_batches)
         if missing > 0:
@@ -177,16 +193,19 @@ class ShardScorer:
         see = self._curvature.seeing(counts=counts) if self._curvature else {}
         outputs = {kind: self._model.outputs[kind] for kind in kinds}
         sums = UnitSums(outputs, criteria, see, self._seen_linears(counts=counts))
-        losses = {loss.name: 0.0 for loss in losses_of(criteria)}
+        losses, refusal = {loss.name: 0.0 for loss in losses_of(criteria)}, ""
         for windows in micro_batches:
             input_ids_BT = self._windows_ST[windows.start : windows.stop].to(self._world.device)
             batch = Batch(input_ids_BT, windows, self._vocabulary, self._seed, self._teacher)
-            for name, value in score_batch(self._model, batch, sums).items():
-                losses[name] += value
-            for of_layers in (self._curvature, self._gradients):
-                if of_layers:
-                    of_layers.check()
-        return SumsOfShard(sums.kinds, losses)
+            try:
+                for name, value in score_batch(self._model, batch, sums).items():
+                    losses[name] += value
+                for of_layers in (self._curvature, self._gradients):
+                    if of_layers:
+                        of_layers.check()
+            except (NonFiniteError, ExactOverflowError) as error:  # the other ranks wait in the next micro-batch
+                refusal = refusal or str(error)
+        return SumsOfShard(sums.kinds, losses, refusal)
 
     def _outputs_of(self, units: Units, criteria: Sequence[Criterion]) -> UnitOutputs:
         """Return the modules at which units are observed, with their input projections if a criterion needs these."""

@@ -116,8 +116,17 @@ class Accumulation:
         return self._halves.curve
 
     def add_round(self, shard: SumsOfShard) -> None:
-        """Add the sums of every rank's shard of this round, and save if it is due."""
-        losses = self._world.all_gather(shard.losses)
+        """Add the sums of every rank's shard of this round, and save if it is due; collective.
+
+        Raises:
+            UserError: on all ranks, if ``SumsOfShard.require_usable`` of any of them does.
+        """
+
+        def usable_losses() -> dict[str, float]:
+            shard.require_usable(self.own_shard)
+            return shard.losses
+
+        losses = self._world.work_apart(usable_losses)
         for source in range(self.num_counted):
             received = {kind: totals.add(shard.kinds[kind], source) for kind, totals in self.kinds.items()}
             self.losses = {name: self.losses.get(name, 0.0) + value for name, value in losses[source].items()}

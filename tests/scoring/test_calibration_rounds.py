@@ -10,16 +10,18 @@ import torch
 from damage import nothing_reaches_the_disk
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 from tiny import save_tiny
 from worlds import BACKWARD, FORWARD, Death, Ranks, without_deepspeed
 
 from hfprune_dist.checkpoints.checkpoint import open_checkpoint
 from hfprune_dist.core.criteria import CRITERIA
 from hfprune_dist.distributed.interruption import Interruption
+from hfprune_dist.errors import UserError
 from hfprune_dist.stages import importance
 from hfprune_dist.store.heartbeat import Progress
 
-TOKENS = 6
+TOKENS, UNKNOWN = 6, 250
 SMALLEST = {"hidden_size": 16, "intermediate_size": 20, "num_attention_heads": 4, "num_key_value_heads": 2}
 # Only the default; with a student, a rounded sum and a sum of activations; and gradients of weights,
 # with products of them as well.
@@ -96,13 +98,28 @@ def patch():
 
 
 @pytest.fixture(scope="module")
-def calibrate(tmp_path_factory, patch):
-    """Return a function that runs a pass in a work folder and returns what it adds up to on every rank."""
-    without_deepspeed(patch)
-    checkpoint = open_checkpoint(save_tiny(tmp_path_factory.mktemp("rounds") / "model", **SMALLEST))
-    windows_ST = torch.randint(3, 250, (64, TOKENS), generator=torch.Generator().manual_seed(0))
+def checkpoint(tmp_path_factory):
+    """Return a model for which one word is not a number."""
+    folder = save_tiny(tmp_path_factory.mktemp("rounds") / "model", **SMALLEST)
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.embed_tokens.weight"][UNKNOWN] = torch.nan
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    return open_checkpoint(folder)
 
-    def calibrate(case, ranks, work):
+
+@pytest.fixture(scope="module")
+def calibrate(checkpoint, patch):
+    """Return a function that runs a pass in a work folder and returns what it adds up to on every rank, or its error.
+
+    A window may have the word that is not a number.
+    """
+    without_deepspeed(patch)
+    known_ST = torch.randint(3, UNKNOWN, (64, TOKENS), generator=torch.Generator().manual_seed(0))
+
+    def calibrate(case, ranks, work, unknown_in=None):
+        windows_ST = known_ST.clone()
+        if unknown_in is not None:
+            windows_ST[unknown_in, TOKENS // 2] = UNKNOWN
         keys = ("micro_batch_size", "shard_size", "settled")
         calibration = SimpleNamespace(**{key: getattr(case, key) for key in keys})
         params = SimpleNamespace(dtype="float32", seed=3, calibration=calibration, structures=case.structures)
@@ -117,7 +134,10 @@ def calibrate(tmp_path_factory, patch):
                 interruption=Interruption(),
             )
             criteria = [CRITERIA[name] for name in CHOICES[case.choice]]
-            return importance._accumulate(context, checkpoint, windows_ST[: case.samples], criteria)
+            try:
+                return importance._accumulate(context, checkpoint, windows_ST[: case.samples], criteria)
+            except UserError as error:
+                return str(error)
 
         return ranks.run(accumulate)
 
@@ -185,3 +205,17 @@ def test_all_ranks_keep_step_and_have_the_bits_of_one(
         calibrate(case, mortal, work)
     for totals in calibrate(case, Ranks(later), work):
         assert_same(totals, expected, tokens)
+
+
+@pytest.mark.parametrize("size", [1, 2, 5])
+@pytest.mark.parametrize("choice", range(len(CHOICES)))
+@pytest.mark.parametrize("window", [0, 1, 5, 6])
+def test_what_no_sum_holds_in_one_ranks_windows_ends_all_ranks_in_step(calibrate, tmp_path, window, choice, size):
+    """Whether it is in the shard that determines scales and the student, in the middle of one, or in the last, which is
+    shorter, so that ranks without windows repeat it.
+    """
+    case, ranks = Case(7, 2, 1, choice, None), Ranks(size)
+    (told, *others) = calibrate(case, ranks, tmp_path, unknown_in=window)
+    assert told.startswith(f"importance, calibration shard {window // 2}: ") and "are NaN" in told
+    assert "set importance.dtype=float32" in told and others == [told] * (size - 1)
+    assert all(ranks.counts(rank) == ranks.counts() for rank in range(size))
