@@ -8,6 +8,8 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 from torch import Tensor
@@ -42,12 +44,17 @@ class LayerStates:
 
         Collective. Damaged files are set aside.
         """
-        for done in self._world.broadcast(self._complete()):
-            read = {index: load_usable(self._file(done, index)) for index in self._mine}
-            usable: dict[int, Named] = {index: named for index, named in read.items() if named is not None}
-            if all(self._world.all_gather(len(usable) == len(read))):
+        for done in self._world.on_first(self._complete):
+            usable: dict[int, Named] = {}
+            if all(self._world.work_apart(partial(self._read_mine, done, usable))):
                 return done, usable
         return 0, {}
+
+    def _read_mine(self, done: int, usable: dict[int, Named]) -> bool:
+        """Read this rank's states after some layers, as far as they are usable; return whether all are."""
+        read = {index: load_usable(self._file(done, index)) for index in self._mine}
+        usable.update({index: named for index, named in read.items() if named is not None})
+        return len(usable) == len(read)
 
     def save(self, done: int, hidden: Mapping[int, Named]) -> None:
         """Save states, and delete older ones once every rank has saved; collective.
@@ -65,7 +72,8 @@ class LayerStates:
         for index in self._mine:
             for file in listed(self._folder, f"*.{index}.safetensors"):
                 if file != self._file(done, index):
-                    file.unlink()
+                    with suppress(OSError):  # what fails to go now is left to a later save, and no rank to wait
+                        file.unlink()
         self._saved_at = time.monotonic()
 
     def is_due(self) -> bool:

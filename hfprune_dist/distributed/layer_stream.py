@@ -145,9 +145,8 @@ class LayerStream:
         return self._done
 
     def final_hidden(self) -> Iterator[tuple[int, Tensor]]:
-        """Yield this rank's micro-batches as the head reads them after the last layer, [windows, tokens, hidden_size].
-
-        They leave the stream one at a time.
+        """Iterate over this rank's micro-batches as the head reads them after the last layer, [windows, tokens,
+        hidden_size]. The call is collective; only then do they leave the stream, one at a time.
         """
         norm = self._reader.final_norm()
         if self._guard is not None:
@@ -155,7 +154,7 @@ class LayerStream:
             normed = {index: norm(self._hidden[index].to(self._world.device)) for index in mine}
             self._guard.check(self._done + 1, normed)
         leaving = ((index, self._hidden.pop(index)) for index in list(self._hidden))
-        yield from self._transfers.through(leaving, norm)
+        return self._transfers.through(leaving, norm)
 
     @property
     def micro_batches(self) -> int:

@@ -79,6 +79,12 @@ class World:
         """
         return [outcome.result() for outcome in self.all_gather(_Outcome.of(work))]
 
+    def make_apart(self, make: Callable[[], T]) -> T:
+        """Return this rank's own result of ``work_apart``, e.g. what it has read, which isn't sent to the others."""
+        made: list[T] = []
+        self.work_apart(lambda: made.append(make()))
+        return made[0]
+
     def broadcast(self, value: T, source: int = 0) -> T:
         """Return the value that rank ``source`` passed (any picklable object)."""
         box = [value]

@@ -1,7 +1,7 @@
 """lm-eval's Hugging Face model, answering with all ranks of a world.
 
 lm-eval runs only on rank 0 and sees a single process: there it builds the requests and scores the answers, which may
-take minutes. The other ranks serve, and are notified meanwhile that lm-eval is at work.
+take minutes. The other ranks answer with it, and are notified meanwhile that lm-eval is at work.
 
 Requests are cut into chunks that don't depend on the number of ranks, and each chunk is answered by one rank. Answers
 and scores therefore have the same bits on any number of ranks, a task may have fewer documents than there are ranks,
@@ -19,7 +19,7 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from lm_eval.api.instance import Instance
@@ -43,6 +43,7 @@ WANTED_CHUNKS = 64
 # What lm-eval and transformers raise, before a forward, for a request that they can't put to the model.
 _UNSUITABLE = (AssertionError, IndexError, TypeError, ValueError)
 
+T = TypeVar("T")
 Arguments = tuple[Any, ...]
 # (name of the model's method, index of the chunk, arguments of its requests)
 Chunk = tuple[str, int, list[Arguments]]
@@ -54,6 +55,10 @@ class ModelError(Exception):
 
 class RequestError(Exception):
     """A request that no model, or not this one, can answer: too long, or with options that there aren't."""
+
+
+# Why a rank has no answers.
+Refusal = RequestError | UserError
 
 
 class AnswerLog:
@@ -82,7 +87,7 @@ class AnswerLog:
 
 
 class ShardedLM(HFLM):  # type: ignore[misc]
-    """An lm-eval model over a ``FrozenModel``: use it on rank 0 while the other ranks ``serve``.
+    """An lm-eval model over a ``FrozenModel``, for use on rank 0 while all ranks ``run``.
 
     Args:
         tokenizer: the model's tokenizer; its ``add_bos_token`` is set.
@@ -119,19 +124,36 @@ class ShardedLM(HFLM):  # type: ignore[misc]
         self._over = threading.Event()  # on rank 0: nothing more is to be told, or can be
         self._log: AnswerLog | None = None
         self._report: Callable[[int, int], None] = lambda done, total: None
+        self._tell: Callable[..., None] = lambda message=None: None  # on rank 0, while it runs
+
+    def run(self, work: Callable[[], T]) -> T:
+        """Run work that asks this model on rank 0, and answer it with all ranks; return its result on every rank.
+
+        Ranks that wait for the first one hear now and then that lm-eval is at work, however long that takes.
+
+        Raises:
+            UserError, ClaimLostError: on all ranks, if the work raises it, or an error of the operating system that the
+                user can mend.
+        """
+
+        def lead(tell: Callable[..., None]) -> T:
+            self._tell = tell
+            with self._telling_others():
+                return work()
+
+        return self._world.let_first(lead, self._follow)
 
     # On rank 0: called by lm-eval.
 
     @contextmanager
-    def telling_others(self) -> Iterator[None]:
-        """Notify serving ranks while lm-eval is at work, so that none runs into the collective timeout meanwhile."""
+    def _telling_others(self) -> Iterator[None]:
         self._over.clear()
 
         def tell() -> None:
             while not self._over.wait(TELL_EVERY_S):
                 with self._speaking:
                     if not self._over.is_set():
-                        self._world.broadcast([])
+                        self._tell()
 
         teller = threading.Thread(target=tell, name=TELLER, daemon=True)
         teller.start()
@@ -158,10 +180,6 @@ class ShardedLM(HFLM):  # type: ignore[misc]
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = True) -> list[str]:
         return self._ask("generate_until", requests)
-
-    def dismiss(self) -> None:
-        """Let the serving ranks go."""
-        self._world.broadcast(None)
 
     def _ask(self, method: str, requests: list[Instance]) -> list[Any]:
         """Have all ranks answer requests, each one chunk at a time."""
@@ -194,53 +212,54 @@ class ShardedLM(HFLM):  # type: ignore[misc]
     def _round(self, log: AnswerLog, chunks: list[Chunk]) -> list[list[Any]]:
         """Have every rank answer a chunk at most, and keep the answers.
 
-        If that fails, the others may wait in another collective than for a message: telling them would hang this rank.
+        Raises:
+            RequestError, UserError: if one of the chunks has a request that can't be answered, or answers can't be
+                kept; the others wait for a message then.
         """
         with self._speaking:
             try:
-                answers = self._share(chunks)
-                log.add(chunks, answers)
-                self._interruption.stop_if_agreed(self._world)
+                self._tell(chunks)
+                found = self._answer_mine(chunks)
             except BaseException:
+                # The others may wait in another collective than for a message: telling them would hang this rank.
                 self._over.set()
                 raise
+            try:
+                answers = _given(found)
+                log.add(chunks, answers)
+            finally:
+                self._stop_if_agreed()
         return answers
+
+    def _stop_if_agreed(self) -> None:
+        try:
+            self._interruption.stop_if_agreed(self._world)
+        except BaseException:  # the others are gone
+            self._over.set()
+            raise
 
     # On all ranks.
 
-    def serve(self) -> None:
-        """Answer with rank 0 until it dismisses this rank."""
-        while (chunks := self._world.broadcast(None)) is not None:
-            if chunks:  # otherwise lm-eval is at work
-                self._answer_mine(chunks)
-                self._interruption.stop_if_agreed(self._world)
+    def _follow(self, chunks: list[Chunk]) -> None:
+        """Answer with rank 0."""
+        self._answer_mine(chunks)
+        self._interruption.stop_if_agreed(self._world)
 
-    def _share(self, chunks: list[Chunk]) -> list[list[Any]]:
-        """Have every rank answer a chunk at most.
-
-        Raises:
-            RequestError: if one of the chunks has a request that can't be answered.
-        """
-        answers = []
-        for found in self._answer_mine(self._world.broadcast(chunks)):
-            if isinstance(found, RequestError):
-                raise found
-            answers.append(found)
-        return answers
-
-    def _answer_mine(self, chunks: list[Chunk]) -> list[list[Any] | RequestError]:
+    def _answer_mine(self, chunks: list[Chunk]) -> list[list[Any] | Refusal]:
         """Answer this rank's chunk, if it has one; return the answers to all chunks, or why there are none."""
         answers = self._answer_or_refuse(*chunks[self._world.rank]) if self._world.rank < len(chunks) else []
         self._frozen.join_idle_forwards()
         return self._world.all_gather(answers)[: len(chunks)]
 
-    def _answer_or_refuse(self, method: str, number: int, arguments: list[Arguments]) -> list[Any] | RequestError:
+    def _answer_or_refuse(self, method: str, number: int, arguments: list[Arguments]) -> list[Any] | Refusal:
         try:
             return self._answer(method, number, arguments)
         except _UNSUITABLE as error:
             # Of a bare assertion, all that is known is its line.
             reason = explain(error) if str(error) else f"{traceback.extract_tb(error.__traceback__)[-1].line} fails"
             return RequestError(f"{method}, by a model that reads {self.max_length} tokens: {reason}")
+        except UserError as error:
+            return error
 
     def _answer(self, method: str, number: int, arguments: list[Arguments]) -> list[Any]:
         """Have lm-eval's own code answer a chunk; sampling, if any, is seeded with the chunk's number."""
@@ -261,6 +280,16 @@ class ShardedLM(HFLM):  # type: ignore[misc]
 
     def _loglikelihood_tokens(self, requests: Any, disable_tqdm: bool = True, override_bs: int | None = None) -> Any:
         return super()._loglikelihood_tokens(requests, disable_tqdm=True, override_bs=override_bs)
+
+
+def _given(found: Sequence[list[Any] | Refusal]) -> list[list[Any]]:
+    """Return the answers to all chunks; raise the first reason why there are none."""
+    answers = []
+    for of_chunk in found:
+        if isinstance(of_chunk, Refusal):
+            raise of_chunk
+        answers.append(of_chunk)
+    return answers
 
 
 def chunk_size(method: str, requests: int, batch_size: int) -> int:

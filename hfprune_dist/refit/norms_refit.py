@@ -66,7 +66,7 @@ class NormsRefit:
         Raises:
             UserError: if the divergence of the model as it is, or its gradient, is NaN or infinite.
         """
-        search = self._restored() if self._world.is_first else None
+        search = self._restored()
         passes = self._world.broadcast(0 if search is None else len(search.values))
         self._gradients.count_from(passes)
         if passes == 0:
@@ -113,8 +113,10 @@ class NormsRefit:
         self._world.on_first(save)
 
     def _restored(self) -> QuasiNewton | None:
-        state = load_usable(self._saved)
-        return None if state is None else QuasiNewton.restored(state)
+        """The search that an earlier attempt has saved, only on rank 0; collective."""
+        state: dict[str, Tensor] = {}
+        self._world.on_first(lambda: state.update(load_usable(self._saved) or {}))
+        return QuasiNewton.restored(state) if state else None
 
 
 def curvature_of(squares_RC: Tensor) -> Tensor:

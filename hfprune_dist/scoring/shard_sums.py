@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -177,7 +176,8 @@ class Accumulation:
         return self._sufficient_overlap is not None and self._halves.agree(self.next_shard, self._sufficient_overlap)
 
     def _resume(self) -> None:
-        saved = self._read_saved() if self._world.is_first else {}
+        saved: Saved = {}  # on rank 0; the others are sent what they need of it
+        self._world.on_first(lambda: saved.update(self._read_saved()))
         saved = self._with_layers(saved)
         if saved:
             self.losses = {loss.name: float(saved[f"loss.{loss.name}"]) for loss in losses_of(self._criteria)}
@@ -200,14 +200,16 @@ class Accumulation:
             return {}
         curvature = {kind: first[self._name(kind, FIRST)] for kind in self.curvature.first_shapes()}
         gradients = {weight: first[f"{FIRST_GRADIENTS}.{weight}"] for weight in self.gradients.first_shapes()}
-        problems = [self.curvature.resume(curvature, shards), self.gradients.resume(gradients, shards)]
-        problem = next(filter(None, itertools.chain(*self._world.all_gather(problems))), "")
+
+        def problem_of_mine() -> str:
+            return self.curvature.resume(curvature, shards) or self.gradients.resume(gradients, shards)
+
+        problem = next(filter(None, self._world.work_apart(problem_of_mine)), "")
         if not problem:
             return saved
         for sums in self._of_layers:
             sums.begin_anew()
-        if self._world.is_first:
-            set_aside(self._file, problem)
+        self._world.on_first(lambda: set_aside(self._file, problem))
         return {}
 
     def _name(self, kind: str, name: str) -> str:

@@ -12,8 +12,9 @@ import os
 import random
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -89,8 +90,11 @@ def _dtype(context: Context) -> torch.dtype:
 
 
 def _load(context: Context, sharding: DecidedSharding) -> FrozenModel:
-    checkpoint = open_checkpoint(context.input_path("model"))
-    return FrozenModel(checkpoint, _dtype(context), context.params.batch_size, sharding, context.world)
+    def load() -> FrozenModel:
+        checkpoint = open_checkpoint(context.input_path("model"))
+        return FrozenModel(checkpoint, _dtype(context), context.params.batch_size, sharding, context.world)
+
+    return load() if sharding == "zero3" else context.world.make_apart(load)  # loading shards is collective itself
 
 
 def _commit(context: Context, sharding: DecidedSharding) -> None:
@@ -136,7 +140,7 @@ def _measure_fidelity(context: Context, sharding: DecidedSharding, texts: Sequen
 
     Only the head of the dense model is read. It is its own reference, so it isn't loaded to be measured itself.
     """
-    head = LayerReader(open_checkpoint(context.input_path("dense")), _dtype(context), context.world.device).head()
+    head = context.world.make_apart(lambda: _dense_head(context))
     is_dense = context.stage.inputs["model"].identity == context.stage.inputs["dense"].identity
     model = None if is_dense else _load(context, sharding)
     for text in texts:
@@ -144,21 +148,30 @@ def _measure_fidelity(context: Context, sharding: DecidedSharding, texts: Sequen
     return model
 
 
+def _dense_head(context: Context) -> Head:
+    return LayerReader(open_checkpoint(context.input_path("dense")), _dtype(context), context.world.device).head()
+
+
 def _compare(context: Context, text: str, head: Head, model: FrozenModel | None) -> dict[int, FidelitySums]:
     """Fidelity sums of each window of a text; collective."""
-    states, world = DenseStates(context.input_path(_texts(context)[text])), context.world
-    device, sums = world.device, context.world.on_first(lambda: _known_windows(context, text))
+    world = context.world
+    states = world.make_apart(lambda: DenseStates(context.input_path(_texts(context)[text])))
+    sums = world.on_first(lambda: _known_windows(context, text))
     mine = _my_windows([index for index in range(len(states.windows_ST)) if index not in sums], world)
     for done, index in enumerate(mine):
         context.progress.update(_phase(text), done, len(mine))
-        window_T = states.windows_ST[index]
-        dense = Outputs(states.hidden(index).to(device), head.weight_VC, head.bias_V, head.after)
-        with _outputs(model, window_T, dense) as outputs:
-            compared = compare_outputs(dense, outputs, next_ids(window_T).to(device))
-        sums |= dict(world.all_gather((index, compared)))
+        sums |= dict(world.work_apart(partial(_compared, index, states, head, model)))
         _save_windows(context, text, sums)
         context.interruption.stop_if_agreed(world)
     return sums
+
+
+def _compared(index: int, states: DenseStates, head: Head, model: FrozenModel | None) -> tuple[int, FidelitySums]:
+    """A window's number and its fidelity sums. Forwards of a sharded model are collective; only later can this fail."""
+    window_T, device = states.windows_ST[index], head.weight_VC.device
+    with nullcontext() if model is None else _outputs(model, window_T, head) as outputs:
+        dense = Outputs(states.hidden(index).to(device), head.weight_VC, head.bias_V, head.after)
+        return index, compare_outputs(dense, dense if outputs is None else outputs, next_ids(window_T).to(device))
 
 
 def _known_windows(context: Context, text: str) -> dict[int, FidelitySums]:
@@ -175,13 +188,10 @@ def _save_windows(context: Context, text: str, sums: Mapping[int, FidelitySums])
 
 
 @contextmanager
-def _outputs(model: FrozenModel | None, window_T: Tensor, dense: Outputs) -> Iterator[Outputs]:
-    if model is None:
-        yield dense
-        return
+def _outputs(model: FrozenModel, window_T: Tensor, head: Head) -> Iterator[Outputs]:
     hidden_TC = model.final_hidden(window_T)
     with model.head() as (weight_VC, bias_V):
-        yield Outputs(hidden_TC, weight_VC, bias_V, dense.after)
+        yield Outputs(hidden_TC, weight_VC, bias_V, head.after)
 
 
 def _save_fidelity(context: Context, text: str, sums: Mapping[int, FidelitySums]) -> None:
@@ -226,19 +236,17 @@ def _evaluate_tasks(context: Context, model: FrozenModel, tasks: list[str]) -> N
     from hfprune_dist.evaluation.sharded_lm import ShardedLM
 
     params = context.params
-    tokenizer = load_tokenizer(context.input_path("model"))
+    tokenizer = context.world.make_apart(lambda: load_tokenizer(context.input_path("model")))
     lm = ShardedLM(model, tokenizer, context.interruption, params.batch_size, params.add_bos_token)
-    if not context.world.is_first:
-        lm.serve()
-        return
-    include_path = context.input_path("tasks") if context.has_input("tasks") else None
-    with lm.telling_others():
+
+    def evaluate_each() -> None:
+        include_path = context.input_path("tasks") if context.has_input("tasks") else None
         loader = TaskLoader(tasks, include_path, _empty_folder(context.work / DATASETS))
         for task in tasks:
             context.progress.update(task, 0, 1)
-            result = _run_task(context, lm, loader, task)
-            write_json(_task_file(context.work, task), result)
-    lm.dismiss()
+            write_json(_task_file(context.work, task), _run_task(context, lm, loader, task))
+
+    lm.run(evaluate_each)
 
 
 def _empty_folder(folder: Path) -> Path:

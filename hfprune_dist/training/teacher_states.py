@@ -6,6 +6,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 from safetensors import safe_open
@@ -71,12 +73,21 @@ def write_dense_states(
         except Interrupted:
             stream.save(states)
             raise
+    world.work_apart(partial(_write_final, stream.final_hidden(), folder))
+
+
+def _write_final(final_hidden: Iterator[tuple[int, Tensor]], folder: Path) -> None:
+    """Write this rank's micro-batches.
+
+    Raises:
+        UserError: if any state is NaN or infinite.
+    """
     is_finite = True
-    for index, hidden_BTC in stream.final_hidden():
+    for index, hidden_BTC in final_hidden:
         with naming(file := _file(folder, index)):
             save_file({DENSE: hidden_BTC.contiguous()}, file)
         is_finite = is_finite and bool(hidden_BTC.isfinite().all())
-    if not all(world.all_gather(is_finite)):
+    if not is_finite:
         raise UserError("the dense model's final hidden states are NaN or infinite; check the checkpoint's weights")
 
 

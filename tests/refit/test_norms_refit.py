@@ -6,6 +6,7 @@ from tempfile import TemporaryDirectory
 
 import pytest
 import torch
+from damage import forbid_reading
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from ranks import SoloWorld
@@ -67,6 +68,18 @@ def test_factors_have_the_same_bits_on_any_number_of_ranks(windows, size, ranks,
             checkpoint_in(Path(folder) / "model")
             fits += Ranks(count).run(lambda world, folder=folder: refit_in(Path(folder), world=world, **sizes).fit())
     assert all(it.kl == fits[0].kl and torch.equal(it.factors_RC, fits[0].factors_RC) for it in fits)
+
+
+def test_a_state_that_the_first_rank_must_not_read_ends_all_of_them_in_order(model, monkeypatch):
+    (model / "norms.safetensors").touch()
+    forbid_reading(monkeypatch, "norms.safetensors")
+
+    def work(world):
+        with pytest.raises(UserError, match=r"norms.safetensors: Permission denied"):
+            refit_in(model, world=world).fit()
+        return world.all_gather(world.rank)
+
+    assert Ranks(2).run(work) == [[0, 1]] * 2
 
 
 def test_a_refit_that_ends_on_its_way_goes_on_with_its_pass(tmp_path):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from damage import DAMAGES, damage, nothing_reaches_the_disk
+from damage import DAMAGES, damage, forbid_reading, nothing_reaches_the_disk
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from ranks import SoloWorld
@@ -12,6 +12,7 @@ from hfprune_dist.checkpoints import tensor_files
 from hfprune_dist.checkpoints.tensor_files import load_tensors, save_tensors
 from hfprune_dist.core.criteria import CRITERIA
 from hfprune_dist.core.unit_sums import KindSums
+from hfprune_dist.errors import UserError
 from hfprune_dist.scoring import shard_sums
 from hfprune_dist.scoring.kind_totals import KindSizes
 from hfprune_dist.scoring.shard_scorer import SumsOfShard
@@ -157,6 +158,21 @@ def test_death_at_any_write_of_any_round_ends_with_the_same_sums(tmp_path, monke
         assert_same(add_rounds(file), expected)
         # A death when the pass was complete leaves the state before it, until the stage is done.
         assert {it.name for it in (file.parent / "curvature").iterdir()} - {str(SHARDS - 1)} == {str(SHARDS)}
+
+
+@pytest.mark.parametrize("lost", ["partial.safetensors", "neurons-0.safetensors", "kv_groups-1.safetensors"])
+def test_a_file_that_one_rank_must_not_read_ends_all_of_them_in_order(tmp_path, monkeypatch, lost):
+    """Rank 0 reads what all resume from; each rank, the matrices of its own layers."""
+    file = tmp_path / "partial.safetensors"
+    add_rounds(file, 3)
+    forbid_reading(monkeypatch, lost)
+
+    def work(world):
+        with pytest.raises(UserError, match=f"{lost}: Permission denied; check the permissions"):
+            Accumulation(FULL, SHAPES, SHARDS, file, world, micro_batches=SHARDS)
+        return world.all_gather(world.rank)
+
+    assert Ranks(2).run(work) == [[0, 1]] * 2
 
 
 @pytest.mark.parametrize("replaced", [None, {"total": torch.zeros(HIDDEN, HIDDEN)}, {"sum": torch.zeros(2)}])

@@ -4,6 +4,7 @@ import shutil
 
 import pytest
 import torch
+from damage import fill_disk
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from ranks import SoloWorld, killing, run_stage, write_stage_file
@@ -19,6 +20,7 @@ from hfprune_dist.stages.context import Context
 from hfprune_dist.store.artifacts import Store
 from hfprune_dist.store.heartbeat import Progress
 from hfprune_dist.store.stage import Input, Stage
+from hfprune_dist.training import teacher_states
 from hfprune_dist.training.teacher_states import DENSE, DenseStates
 
 TEXT = {"windows": 5, "sequence_length": 48, "text_field": "text"}
@@ -150,14 +152,27 @@ def test_states_that_are_no_numbers_are_refused_on_all_ranks(source, tmp_path, s
     save_file(tensors, file, {"format": "pt"})
     inputs = {**stage.inputs, "model": Input("damaged", str(tmp_path / "damaged"))}
     stage = Stage(stage.kind, stage.label, stage.params, inputs)
-    store = Store(tmp_path / "store")
+    message = r"final hidden states are NaN or infinite; check the checkpoint's weights"
+    assert_refused(Store(tmp_path / "store"), stage, size, message)
+
+
+@pytest.mark.parametrize("number", [0, 1, 4])
+def test_a_disk_that_is_full_for_one_rank_ends_all_of_them_in_order(source, tmp_path, monkeypatch, number):
+    name = f"{number:06d}.safetensors"
+    fill_disk(monkeypatch, teacher_states, name)
+    assert_refused(Store(tmp_path), held_out(source), 3, f"{name}: No space left on device; make room")
+
+
+def assert_refused(store, stage, size, message):
+    """Check that all ranks end with this message, rather than wait for each other."""
 
     def refused(world):
         progress = Progress(None)
         context = Context(stage, store, world, RuntimeConfig(), progress, config={}, code={}, attempt=1)
-        with pytest.raises(UserError, match=r"final hidden states are NaN or infinite; check the checkpoint's weights"):
+        with pytest.raises(UserError, match=message):
             reference.run(context)
+        return world.all_gather(world.rank)
 
     store.work(stage.id).mkdir(parents=True)
-    Ranks(size).run(refused)
+    assert Ranks(size).run(refused) == [[*range(size)]] * size
     assert store.verify(stage.id).state == "missing"
