@@ -53,7 +53,7 @@ class WindowSums(ABC, Generic[Sums, Read]):
         self._count = count
         self._world = world
         self._sums: Sums | None = None
-        self._refusal = ""
+        self._refusal: UnusableActivationsError | None = None
 
     def add(self, index: int, read: Read) -> None:
         """Add what was read in a micro-batch, vectors [tokens, size]; the first call is collective.
@@ -67,12 +67,12 @@ class WindowSums(ABC, Generic[Sums, Read]):
         self._unless_refused(lambda: self._at_scale_of(torch.zeros(self._size)))
 
     def _unless_refused(self, action: Callable[[], object]) -> None:
-        if not self._refusal:
+        if self._refusal is None:
             try:
                 with explaining(self._number):
                     action()
             except UnusableActivationsError as error:
-                self._refusal = str(error)
+                self._refusal = error
 
     @abstractmethod
     def _add(self, index: int, read: Read) -> None:
@@ -100,8 +100,10 @@ class WindowSums(ABC, Generic[Sums, Read]):
         Raises:
             UnusableActivationsError: on all ranks, if terms of any of them are not finite, or out of all proportion.
         """
-        for refusal in self._world.all_gather(self._refusal):
-            if refusal:
-                raise UnusableActivationsError(refusal)
+        self._world.work_apart(self._require_usable)
         assert self._sums is not None, "no scale yet"
         return self._sums
+
+    def _require_usable(self) -> None:
+        if self._refusal is not None:
+            raise self._refusal

@@ -9,11 +9,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from hfprune_dist.core.exact_sums import ExactOverflowError, ExactSum
+from hfprune_dist.core.exact_sums import ExactSum
 from hfprune_dist.core.gauss_newton import Biases, GaussNewtonSums, Linearized, MlpWeights, solve_normal_equations
 from hfprune_dist.core.memory_limits import KEPT_BYTES
 from hfprune_dist.distributed.gram_sums import is_held_out
 from hfprune_dist.distributed.host_transfers import HostTransfers
+from hfprune_dist.distributed.window_sums import explaining
 from hfprune_dist.distributed.world import World
 
 # Iterations of conjugate gradients in the first step; each costs about as much as four forwards of the MLP.
@@ -43,6 +44,7 @@ class Reconstruction:
     """Improves the weights of a layer's pruned MLP; the same bits on any number of ranks.
 
     Args:
+        number: the layer's, for messages.
         dtype: in which products are computed.
         biases: of gate and up, or of up only, in that dtype.
         inputs: micro-batch of this rank -> what the MLP reads in it, in that dtype [tokens, hidden_size], on the CPU.
@@ -53,6 +55,7 @@ class Reconstruction:
 
     def __init__(
         self,
+        number: int,
         dtype: torch.dtype,
         biases: Biases,
         inputs: Mapping[int, Tensor],
@@ -62,6 +65,7 @@ class Reconstruction:
         more_iterations: int,
         world: World,
     ) -> None:
+        self._number = number
         self._more_iterations = more_iterations
         self._dtype = dtype
         self._biases = biases
@@ -81,7 +85,7 @@ class Reconstruction:
             whole: the same for all windows; its weights are the result if no step is better.
 
         Raises:
-            ExactOverflowError: if outputs or targets are NaN, infinite or out of all proportion.
+            UnusableActivationsError: on all ranks, if outputs or targets are NaN, infinite or out of all proportion.
         """
         known = [index for index in self._inputs if not is_held_out(index, self._micro_batches)]
         step = self._step(fitted, known, ITERATIONS)
@@ -143,34 +147,34 @@ class Reconstruction:
         """Add up the tensors of all micro-batches, this rank's and the other ranks', exactly.
 
         Raises:
-            ExactOverflowError: on all ranks, if terms of any of them are not finite, or out of all proportion.
+            UnusableActivationsError: on all ranks, if terms of any of them are not finite, or out of all proportion.
         """
-        term = next(terms, None)
-        maxima: list[float] = []
-        shapes: list[torch.Size] = []
-        if term is not None:
-            maxima = [it.abs().max().item() for it in term]
-            shapes = [it.shape for it in term]
-        maxima, shapes = self._world.broadcast((maxima, shapes))
-        sums = [
-            ExactSum(maximum, self._micro_batches, shape, self._world.device)
-            for maximum, shape in zip(maxima, shapes, strict=True)
-        ]
-        refusal: ExactOverflowError | None = None
-        try:
-            while term is not None:
-                for total, part in zip(sums, term, strict=True):
-                    total.add(part)
-                del term, part  # as large as the next one
-                term = next(terms, None)
-        except ExactOverflowError as error:
-            refusal = error
-        for found in self._world.all_gather(refusal):  # before any rank waits for the sums of another
-            if found is not None:
-                raise found
+        waiting = list(itertools.islice(terms, 1))
+        sums = self._nothing_yet(*waiting)
+
+        def add_mine() -> None:
+            with explaining(self._number):
+                while waiting:
+                    _add(sums, waiting.pop())  # a term is gone before the next one, as large as it, is made
+                    waiting.extend(itertools.islice(terms, 1))
+
+        self._world.work_apart(add_mine)
         for total in sums:
             self._world.all_reduce(total.total.integers())
         return tuple(total.value().float() for total in sums)
+
+    def _nothing_yet(self, *first: tuple[Tensor, ...]) -> list[ExactSum]:
+        """Sums to which nothing has been added yet, at the scales of rank 0's first term; collective.
+
+        Args:
+            first: this rank's first term, if it has any.
+        """
+        like = [(it.abs().max().item(), it.shape) for term in first for it in term]
+        with explaining(self._number):
+            return [
+                ExactSum(maximum, self._micro_batches, shape, self._world.device)
+                for maximum, shape in self._world.broadcast(like)
+            ]
 
     def _held_out_error(self, weights: MlpWeights) -> float:
         """Squared error on the held-out windows of all ranks, added up in window order."""
@@ -182,3 +186,8 @@ class Reconstruction:
             missing_NC = next(targets) - Linearized(rounded, self._biases, next(inputs)).output()
             own[index] = float(missing_NC.square().sum(dtype=torch.float64))
         return sum(self._world.merge(own).values())
+
+
+def _add(sums: Sequence[ExactSum], term: tuple[Tensor, ...]) -> None:
+    for total, part in zip(sums, term, strict=True):
+        total.add(part)

@@ -268,6 +268,7 @@ class SequentialRefit:
         norm = norm_before(layer, self._mlp)
         mlp = before_down(layer, self._mlp)
         reconstruction = Reconstruction(
+            number,
             mlp.dtype,
             Biases(mlp.biases, mlp.activation),
             dict(self._transfers.through(self._stream.all_hidden().items(), lambda it: norm(it).flatten(0, 1))),
@@ -282,11 +283,10 @@ class SequentialRefit:
         fitted_weights, whole_weights = (
             MlpWeights(rows_KC, down_CK) for down_CK in (solution.fitted_CK, solution.whole_CK)
         )
-        with explaining(number):
-            moved = reconstruction.improve(
-                Start(fitted_weights, solution.fitted_KK, self._stream.fitted_tokens),
-                Start(whole_weights, solution.whole_KK, self._stream.tokens),
-            )
+        moved = reconstruction.improve(
+            Start(fitted_weights, solution.fitted_KK, self._stream.fitted_tokens),
+            Start(whole_weights, solution.whole_KK, self._stream.tokens),
+        )
         names = *self._mlp.row_weights(number), self._mlp.output_weight(number)
         within_layer = [name.removeprefix(self._mlp.tensor(number, "")) for name in names]
         rows = moved.rows_KC if self._mlp.row_parts[0] == 1 else [torch.cat(moved.rows_KC)]  # gate and up are one

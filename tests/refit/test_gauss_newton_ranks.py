@@ -4,8 +4,8 @@ import pytest
 import torch
 from worlds import Ranks
 
-from hfprune_dist.core.exact_sums import ExactOverflowError
 from hfprune_dist.core.gauss_newton import Biases, MlpWeights
+from hfprune_dist.distributed.window_sums import UnusableActivationsError
 from hfprune_dist.refit.gauss_newton_ranks import Reconstruction, Start
 
 MICRO_BATCHES, TOKENS, HIDDEN, KEPT = 5, 6, 3, 4
@@ -25,6 +25,7 @@ def test_a_target_of_one_rank_that_no_sum_holds_ends_all_ranks(place, value, ran
     def work(world):
         mine = range(world.rank, MICRO_BATCHES, world.size)
         reconstruction = Reconstruction(
+            7,
             torch.float32,
             Biases(),
             {index: inputs[index] for index in mine},
@@ -33,7 +34,7 @@ def test_a_target_of_one_rank_that_no_sum_holds_ends_all_ranks(place, value, ran
             more_iterations=1,
             world=world,
         )
-        with pytest.raises(ExactOverflowError):
+        with pytest.raises(UnusableActivationsError, match=r"^activations of layer 7: "):
             reconstruction.improve(start, start)
         return world.all_gather(world.rank)
 
