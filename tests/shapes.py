@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM
 from hfprune_dist.checkpoints.checkpoint import open_checkpoint
 from hfprune_dist.config.schema import RuntimeConfig
 from hfprune_dist.distributed.interruption import Interruption
-from hfprune_dist.distributed.whole_model_probe import PROBE, record_probe
+from hfprune_dist.distributed.whole_model_probe import PROBE, record_probe, save_probe
 from hfprune_dist.models.loading import load_causal_lm
 from hfprune_dist.stages import prune
 from hfprune_dist.stages.context import Context
@@ -101,7 +101,7 @@ def silence(file, ending, by=0):
 
 def leave_probe(model, windows_ST, folder):
     whole, family = load_causal_lm(model, torch.float32), open_checkpoint(model).family
-    record_probe(whole, family, folder / PROBE)
+    record_probe(whole, family, lambda probe: save_probe(probe, folder / PROBE))
     with torch.no_grad():
         whole(input_ids=windows_ST[:MICRO_BATCH], use_cache=False)
 

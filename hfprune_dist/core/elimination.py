@@ -21,7 +21,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hfprune_dist.core.gram import damped_inverse
+from hfprune_dist.core.gram import UnresolvedError, damped_inverse
 from hfprune_dist.core.selection import entries_of
 
 # Number of channels, in whole units, removed between two updates of the costs; and number of such updates that are
@@ -49,6 +49,9 @@ def elimination_scores(
     Returns:
         float64 [units], nats per token, strictly increasing in the order of removal: the units with the ``n`` highest
         scores are those left after all others have been removed.
+
+    Raises:
+        UnresolvedError: if the Gram matrix is mostly rounding errors.
     """
     order_U, cost_U = eliminate(gram_DD, curvature_CC, weight_CD, fisher_U, block)
     # A removal may be made cheaper by the one before it; it then scores as high as that one.
@@ -137,7 +140,9 @@ def _remove(gone: Tensor, inverse: _Shrinking, curvature: _Shrinking) -> None:
     """Update G^-1 and W^T F W for the removal of some channels, whose work the others take over."""
     # Block elimination: P - P[:, gone] P[gone, gone]^-1 P[gone, :] is the inverse of G without those removed.
     rows_BD = inverse.rows(gone)
-    absorbed_BD = torch.linalg.solve(rows_BD[:, gone], rows_BD)
+    absorbed_BD, problem = torch.linalg.solve_ex(rows_BD[:, gone], rows_BD)
+    if problem:
+        raise UnresolvedError
     inverse.subtract(absorbed_BD.T, rows_BD)
     # The columns that stay become W - W[:, gone] absorbed, W^T F W accordingly.
     curved_BD = curvature.rows(gone)
@@ -174,7 +179,10 @@ def _traces(inverse_Ucc: Tensor, matrix_Ucc: Tensor) -> Tensor:
     if inverse_Ucc.shape[1] == 1:
         return (matrix_Ucc / inverse_Ucc).flatten()
     # Cholesky, since batches of general solves hang in oneMKL with several threads (torch 2.13, blocks of 192).
-    products_Ucc: Tensor = torch.cholesky_solve(matrix_Ucc, torch.linalg.cholesky(inverse_Ucc))
+    factors_Ucc, problems_U = torch.linalg.cholesky_ex(inverse_Ucc)
+    if problems_U.any():
+        raise UnresolvedError
+    products_Ucc: Tensor = torch.cholesky_solve(matrix_Ucc, factors_Ucc)
     return products_Ucc.diagonal(dim1=1, dim2=2).sum(dim=1)
 
 

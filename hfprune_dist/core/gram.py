@@ -7,6 +7,16 @@ from torch import Tensor
 
 from hfprune_dist.core.triangle import block_rows
 
+# By these factors damping grows where less of it leaves a matrix that is not positive definite.
+MORE_DAMPING = (1.0, 10.0, 100.0)
+
+
+class UnresolvedError(ValueError):
+    """A Gram matrix is mostly rounding errors: those of sums with much larger channels."""
+
+    def __init__(self) -> None:
+        super().__init__("some are so large that others are lost in rounding")
+
 
 def gram_matrix(vectors_ND: Tensor) -> Tensor:
     """Return the sum of v v^T over the rows, in their dtype [size, size].
@@ -30,9 +40,21 @@ def damping_of(diagonal_D: Tensor, damping: float) -> Tensor:
 
 
 def damped_inverse(gram_DD: Tensor, damping: float) -> Tensor:
-    """Return the inverse, float64, of the matrix with ``damping_of`` its diagonal added to the diagonal."""
+    """Return the inverse, float64, of the matrix with ``damping_of`` its diagonal added to the diagonal.
+
+    What is added is up to 100 times as large if less leaves a matrix that is, due to rounding, not positive definite.
+
+    Raises:
+        UnresolvedError: if no such matrix is positive definite.
+    """
     damped_DD = gram_DD.to(torch.float64, copy=True)
-    damped_DD.diagonal().add_(damping_of(damped_DD.diagonal(), damping))
-    factor_DD = torch.linalg.cholesky(damped_DD)
-    del damped_DD  # as large as the result of the next line
-    return torch.cholesky_inverse(factor_DD)
+    strengths = [damping_of(damped_DD.diagonal(), factor * damping) for factor in MORE_DAMPING]
+    diagonal_D = damped_DD.diagonal().clone()
+    for strength in strengths:
+        torch.add(diagonal_D, strength, out=damped_DD.diagonal())
+        factor_DD, problem = torch.linalg.cholesky_ex(damped_DD)
+        if not problem:
+            del damped_DD  # as large as the result of the next line
+            return torch.cholesky_inverse(factor_DD)
+        del factor_DD  # before there is another
+    raise UnresolvedError

@@ -12,15 +12,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from hfprune_dist.core.gram import UnresolvedError
+
 # Candidate ridges, as shares of the kept channels' mean energy; the best one on held-out tokens is used.
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
-
-
-class UnresolvedError(ValueError):
-    """The Gram matrix of the kept channels is mostly rounding errors: those of sums with much larger channels."""
-
-    def __init__(self) -> None:
-        super().__init__("some are so large that others, which stay, are lost in rounding")
 
 
 class Projection:

@@ -159,9 +159,37 @@ def obtain_probe(
     return _computed(checkpoint, windows_ST[:micro_batch_size], dtype, sharding, world)
 
 
-def record_probe(model: nn.Module, family: Family, file: Path) -> None:
-    """Make the model's next forward leave a probe of its first window in a file."""
-    _record(model, family, lambda probe: save_probe(probe, file))
+class ProbeRecorder:
+    """Keeps a probe of the first forward of a sharded model, unless a file has one already.
+
+    Args:
+        file: for ``obtain_probe``.
+    """
+
+    def __init__(self, file: Path, world: World) -> None:
+        self._file = file
+        self._world = world
+        self._probes: list[Probe] = []  # on rank 0
+        self._is_saved = False
+
+    def record(self, model: nn.Module, family: Family) -> None:
+        """Make the model's next forward leave a probe."""
+        if self._world.is_first and not self._file.is_file():
+            record_probe(model, family, self._probes.append)
+
+    def save(self) -> None:
+        """Save the probe, in the first call after that forward; collective.
+
+        Raises:
+            UserError: on all ranks, if rank 0 can't; in the forward, the others would wait for it.
+        """
+        if not self._is_saved:
+            self._world.on_first(self._save)
+            self._is_saved = True
+
+    def _save(self) -> None:
+        for probe in self._probes:
+            save_probe(probe, self._file)
 
 
 def _computed(
@@ -172,7 +200,7 @@ def _computed(
     def compute() -> Probe:
         probes: list[Probe] = []
         model = FrozenModel(checkpoint, dtype, len(windows_BT), placed, world)
-        _record(model.module, checkpoint.family, probes.append)
+        record_probe(model.module, checkpoint.family, probes.append)
         model.run_body(windows_BT)
         model.release()
         return probes[0]
@@ -180,8 +208,12 @@ def _computed(
     return world.broadcast(compute()) if placed == "zero3" else world.on_first(compute)
 
 
-def _record(model: nn.Module, family: Family, take: Callable[[Probe], None]) -> None:
-    """Make the next forward of a model's body hand over a probe of its first window."""
+def record_probe(model: nn.Module, family: Family, take: Callable[[Probe], None]) -> None:
+    """Make the next forward of a model's body hand over a probe of its first window.
+
+    Args:
+        take: called amid a forward.
+    """
     body, layers = family.body_of(model), family.layers_of(model)
     windows: list[Tensor] = []
     states: list[Tensor] = []

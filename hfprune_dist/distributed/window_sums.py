@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from hfprune_dist.core.exact_sums import ExactOverflowError
-from hfprune_dist.core.least_squares import UnresolvedError
+from hfprune_dist.core.gram import UnresolvedError
 from hfprune_dist.distributed.world import World
 from hfprune_dist.errors import UserError
 

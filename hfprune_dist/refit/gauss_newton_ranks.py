@@ -86,6 +86,7 @@ class Reconstruction:
 
         Raises:
             UnusableActivationsError: on all ranks, if outputs or targets are NaN, infinite or out of all proportion.
+            UnresolvedError: if inputs or activations are mostly rounding errors.
         """
         known = [index for index in self._inputs if not is_held_out(index, self._micro_batches)]
         step = self._step(fitted, known, ITERATIONS)

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from hfprune_dist.core.gram import UnresolvedError
 from hfprune_dist.core.least_squares import (
     RIDGES,
     LeastSquares,
     Projection,
     Ridge,
-    UnresolvedError,
     best_resolved_ridge,
     best_ridge,
 )

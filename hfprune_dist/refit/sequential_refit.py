@@ -283,10 +283,11 @@ class SequentialRefit:
         fitted_weights, whole_weights = (
             MlpWeights(rows_KC, down_CK) for down_CK in (solution.fitted_CK, solution.whole_CK)
         )
-        moved = reconstruction.improve(
-            Start(fitted_weights, solution.fitted_KK, self._stream.fitted_tokens),
-            Start(whole_weights, solution.whole_KK, self._stream.tokens),
-        )
+        with explaining(number):
+            moved = reconstruction.improve(
+                Start(fitted_weights, solution.fitted_KK, self._stream.fitted_tokens),
+                Start(whole_weights, solution.whole_KK, self._stream.tokens),
+            )
         names = *self._mlp.row_weights(number), self._mlp.output_weight(number)
         within_layer = [name.removeprefix(self._mlp.tensor(number, "")) for name in names]
         rows = moved.rows_KC if self._mlp.row_parts[0] == 1 else [torch.cat(moved.rows_KC)]  # gate and up are one

@@ -30,7 +30,8 @@ from hfprune_dist.distributed.interruption import Interrupted
 from hfprune_dist.distributed.layer_stream import LayerStream
 from hfprune_dist.distributed.turns import Turns
 from hfprune_dist.distributed.unfinished import unfinished, up_to_last
-from hfprune_dist.distributed.whole_model_probe import PROBE, obtain_probe, record_probe
+from hfprune_dist.distributed.whole_model_probe import PROBE, ProbeRecorder, obtain_probe
+from hfprune_dist.distributed.window_sums import explaining
 from hfprune_dist.errors import UserError, naming
 from hfprune_dist.scoring.calibration_pass import CalibrationPass, cut_into_shards
 from hfprune_dist.scoring.kind_totals import KindSizes, KindTotals, scored_by
@@ -132,12 +133,21 @@ def _accumulate(
         settled=settings.settled,
     )
 
+    recorder = ProbeRecorder(context.work / PROBE, context.world)
+
+    def load() -> ShardScorer:
+        scorer = _scorer(context, checkpoint, windows_ST, criteria, totals)
+        recorder.record(scorer.module, checkpoint.family)
+        return scorer
+
     def report(done: int) -> None:
         context.progress.update("calibration", done, len(shards))
 
-    CalibrationPass(shards, totals, lambda: _scorer(context, checkpoint, windows_ST, criteria, totals)).run(
-        before_round=report, after_round=lambda: context.interruption.stop_if_agreed(context.world)
-    )
+    def after_round() -> None:
+        recorder.save()
+        context.interruption.stop_if_agreed(context.world)
+
+    CalibrationPass(shards, totals, load).run(before_round=report, after_round=after_round)
     report(len(shards))
     return totals
 
@@ -161,9 +171,9 @@ def _scorer(
     criteria: Sequence[Criterion],
     totals: Accumulation,
 ) -> ShardScorer:
-    """Load the model, ready to score; its first forward leaves a probe, unless there is one already."""
+    """Load the model, ready to score."""
     params = context.params
-    scorer = ShardScorer(
+    return ShardScorer(
         checkpoint,
         getattr(torch, params.dtype),
         windows_ST,
@@ -177,9 +187,6 @@ def _scorer(
         gradients=totals.gradients,
         student=_given_student(context, criteria),
     )
-    if context.world.is_first and not (context.work / PROBE).is_file():
-        record_probe(scorer.module, checkpoint.family, context.work / PROBE)
-    return scorer
 
 
 def _given_student(context: Context, criteria: Sequence[Criterion]) -> GivenStudent | None:
@@ -319,7 +326,8 @@ def _layer_scores(
     scores = {}
     for criterion in scored_by(criteria, kind, totals.experts):
         sums_N = totals.of_layer(criterion, layer.number)
-        scores_U = scores_from_sums(criterion, sums_N, layer).clone() if layer.units else sums_N
+        with explaining(layer.number):
+            scores_U = scores_from_sums(criterion, sums_N, layer).clone() if layer.units else sums_N
         if not scores_U.isfinite().all():
             raise UserError(
                 f"importance: {criterion.name} of layer {layer.number} is NaN or infinite; "

@@ -3,6 +3,7 @@ import torch
 
 from hfprune_dist.core import elimination
 from hfprune_dist.core.elimination import RIDGE, eliminate, elimination_scores
+from hfprune_dist.core.gram import UnresolvedError
 
 D, C, T = 20, 6, 400
 
@@ -161,3 +162,21 @@ def test_costs_that_are_not_a_number_stay_so_and_go_last(unknown):
     order, _ = eliminate(gram, curvature, weight, fisher, block=3)
     assert sorted(order.tolist()) == list(range(D))
     assert not elimination_scores(gram, curvature, weight, fisher, block=3).isfinite().all()
+
+
+@CHANNELS
+@pytest.mark.parametrize("what", ["gram matrix", "inverse", "rows that are removed"])
+def test_rounding_errors_are_refused_whatever_they_make_impossible(channels, what, monkeypatch):
+    gram, curvature, weight = layer()
+    fisher = independent(gram, curvature, weight, channels)
+    if what == "gram matrix":
+        gram.diagonal()[3] = -10 * gram.diagonal().sum()
+    elif channels == 1 and what == "inverse":
+        return  # a number, which any other can be divided by
+    else:
+        broken = -torch.eye(D).double() if what == "inverse" else torch.zeros(D, D).double()
+        monkeypatch.setattr(elimination, "damped_inverse", lambda *_: broken)
+        if what == "rows that are removed":
+            monkeypatch.setattr(elimination, "_traces", lambda inverse_Ucc, _: torch.ones(len(inverse_Ucc)))
+    with pytest.raises(UnresolvedError, match="lost in rounding"):
+        elimination_scores(gram, curvature, weight, fisher, block=1)

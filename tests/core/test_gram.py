@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from hfprune_dist.core import triangle
-from hfprune_dist.core.gram import damped_inverse, gram_matrix
+from hfprune_dist.core.gram import UnresolvedError, damped_inverse, gram_matrix
 
 
 @pytest.mark.parametrize("size", [1, 7, 8, 20])
@@ -26,3 +26,16 @@ def test_a_damped_inverse_leaves_what_it_inverts(dtype):
     damped = matrix.double() + 0.1 * matrix.diagonal().mean().double() * torch.eye(8).double()
     torch.testing.assert_close(damped_inverse(matrix, 0.1) @ damped, torch.eye(8).double())
     assert torch.equal(matrix, before)
+
+
+@pytest.mark.parametrize(("lost", "needed"), [(0.05, 0.1), (0.5, 1.0)])
+def test_rounding_errors_larger_than_the_damping_are_damped_more(lost, needed):
+    """A matrix with a mean diagonal of 1 and a negative eigenvalue, which no Gram matrix has."""
+    matrix = torch.diag(torch.tensor([2 + lost, -lost, 1.0], dtype=torch.float64))
+    assert torch.equal(damped_inverse(matrix, 0.01), damped_inverse(matrix, needed))
+
+
+@pytest.mark.parametrize("value", [-2.0, float("nan")])
+def test_what_no_damping_makes_invertible_is_refused(value):
+    with pytest.raises(UnresolvedError, match="lost in rounding"):
+        damped_inverse(torch.diag(torch.tensor([4.0, value, 1.0])), 0.01)

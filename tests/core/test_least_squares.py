@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from hfprune_dist.core.least_squares import RIDGES, Projection, UnresolvedError, best_ridge
+from hfprune_dist.core.gram import UnresolvedError
+from hfprune_dist.core.least_squares import RIDGES, Projection, best_ridge
 
 D, C, T = 12, 5, 300
 

@@ -12,18 +12,25 @@ from core_definition import (
     moments,
     student,
 )
-from ranks import failure_of, killing, run_stage
+from damage import fill_disk
+from ranks import failure_of, killing, run_stage, write_stage_file
 from safetensors.torch import load_file, save_file
 from tiny import save_tiny, tiny_model, write_documents
 from worlds import Death, Ranks, run_in_threads, without_deepspeed
 
+from hfprune_dist.checkpoints import tensor_files
 from hfprune_dist.checkpoints.checkpoint import open_checkpoint
+from hfprune_dist.config.schema import RuntimeConfig
 from hfprune_dist.core.criteria import CRITERIA
 from hfprune_dist.core.elimination import elimination_scores
+from hfprune_dist.core.gram import UnresolvedError
 from hfprune_dist.data.windows import read_windows
-from hfprune_dist.stages import calibration_windows
+from hfprune_dist.errors import UserError
+from hfprune_dist.stages import calibration_windows, importance
+from hfprune_dist.stages.context import Context
 from hfprune_dist.store.artifacts import Store
 from hfprune_dist.store.hashing import FileHashes
+from hfprune_dist.store.heartbeat import Progress
 from hfprune_dist.store.stage import Input, Stage
 from hfprune_dist.structures.score_names import score_name, scores_of_layers
 
@@ -118,6 +125,32 @@ def test_the_pass_ends_when_the_kept_set_has_settled_on_any_number_of_ranks(on_o
         for layer in range(2):
             difference = scores_of(store, early)[f"layers.{layer}.entropy"] - expected[layer]
             assert difference.norm() / expected[layer].norm() < 1e-5
+
+
+@pytest.mark.parametrize("what", ["rounding errors", "the probe"])
+def test_what_fails_on_one_rank_ends_all_of_them_in_order(tmp_path, monkeypatch, what):
+    """Scores of a layer are one rank's work; the probe is saved by rank 0, amid a forward of all others."""
+    without_deepspeed(monkeypatch)
+    stage, store = make_stage(tmp_path, samples=3, sequence_length=16), Store(tmp_path / "store")
+    write_stage_file(store, stage)
+    message = "activations of layer 1: some are so large that others are lost in rounding; check the checkpoint"
+    if what == "the probe":
+        fill_disk(monkeypatch, tensor_files, "probe.draft")
+        message = "No space left on device; make room"
+
+    def lost_in_layer_1(_criterion, sums_N, layer):
+        if layer.number == 1:
+            raise UnresolvedError
+        return sums_N
+
+    monkeypatch.setattr(importance, "scores_from_sums", lost_in_layer_1)
+
+    def work(world):
+        with pytest.raises(UserError, match=message):
+            importance.run(Context(stage, store, world, RuntimeConfig(), Progress(None), {}, {}, 1))
+        return world.all_gather(world.rank)
+
+    assert Ranks(2).run(work) == [[0, 1]] * 2
 
 
 def early_curve(store, stage, criterion):
