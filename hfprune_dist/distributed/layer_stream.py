@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from hfprune_dist.checkpoints.checkpoint import Checkpoint
 from hfprune_dist.distributed.gram_sums import ExpertGramSums, Grams, GramSums, SquareSums, is_held_out
 from hfprune_dist.distributed.host_transfers import HostTransfers
+from hfprune_dist.distributed.in_step import in_step
 from hfprune_dist.distributed.layer_states import LayerStates
 from hfprune_dist.distributed.mean_sums import MeanSums
 from hfprune_dist.distributed.whole_model_probe import TOLERANCES, Guard, Probe, refuse_departure, relative_error
@@ -96,8 +97,8 @@ class LayerStream:
         self._check()
 
     def layers(self, numbers: Iterable[int]) -> Iterator[tuple[int, nn.Module]]:
-        """Yield the next layers with their numbers, the same on every rank; see ``HostTransfers.layers``."""
-        return self._transfers.layers(self._reader, numbers)
+        """Yield the next layers with their numbers, the same on every rank, in step; see ``HostTransfers.layers``."""
+        return in_step(self._transfers.layers(self._reader, numbers), self._world)
 
     def advance(self, layer: nn.Module) -> None:
         """Run this rank's windows through a layer."""

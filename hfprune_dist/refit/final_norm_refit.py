@@ -54,7 +54,7 @@ def pruned_outputs(
 ) -> Hidden:
     """What the head reads of a pruned model, before its final norm is refitted; as ``dense_outputs``."""
     batches = share_of(micro_batches, world)
-    return read_by_head(pruned.reader, pruned.numbers, batches, world.device, after_each, change=pruned.change)
+    return read_by_head(pruned.reader, pruned.numbers, batches, world, after_each, change=pruned.change)
 
 
 class ProportionateSums:

@@ -78,7 +78,7 @@ class LowRankPass:
             self._whole.advance(layer)
             if number in left:
                 self._compress(number, layer)
-            self._layers.install(number, layer)
+            self._world.work_apart(partial(self._layers.install, number, layer))
             self._stream.advance(layer)
             del layer
             after_each(number + 1)

@@ -20,6 +20,7 @@ from hfprune_dist.checkpoints.checkpoint import Checkpoint
 from hfprune_dist.core.fidelity import Outputs, divergences
 from hfprune_dist.distributed.gram_sums import is_held_out
 from hfprune_dist.distributed.host_transfers import HostTransfers
+from hfprune_dist.distributed.in_step import in_step
 from hfprune_dist.distributed.interruption import Interrupted
 from hfprune_dist.distributed.layer_states import LayerStates, Named
 from hfprune_dist.distributed.layer_stream import AfterLayer
@@ -125,7 +126,7 @@ class Measurement:
         if not done:
             branches = {tuple(range(len(candidates))): self._reader.embed(self._batches)}
         left = range(num_layers if done < num_layers else 0)
-        for number, layer in self._transfers.layers(self._reader, left):
+        for number, layer in in_step(self._transfers.layers(self._reader, left), self._world):
             if number < done:
                 variants.go_past(layer)
             else:
@@ -198,27 +199,27 @@ def dense_outputs(
     The pruned model has the same head, but its final norm may have been refitted in an earlier round.
     """
     reader = LayerReader(dense, dtype, world.device)
-    return read_by_head(reader, range(dense.num_layers), share_of(micro_batches, world), world.device, after_each)
+    return read_by_head(reader, range(dense.num_layers), share_of(micro_batches, world), world, after_each)
 
 
 def read_by_head(
     reader: LayerReader,
     layers: Sequence[int],
     batches: Mapping[int, Tensor],
-    device: torch.device,
+    world: World,
     after_each: AfterLayer,
     *,
     change: Callable[[int, nn.Module], None] = lambda _number, _layer: None,
 ) -> Hidden:
-    """What a model's head reads for some ids [windows, tokens].
+    """What a model's head reads for some ids [windows, tokens]; collective, since layers are read in step.
 
     Args:
         layers: numbers of the layers that the model has.
         change: gives a layer, after its number, other weights before it is run.
     """
-    transfers = HostTransfers(device)
+    transfers = HostTransfers(world.device)
     hidden = reader.embed(batches)
-    for number, layer in transfers.layers(reader, layers):
+    for number, layer in in_step(transfers.layers(reader, layers), world):
         change(number, layer)
         hidden.update(transfers.through(hidden.items(), partial(run, layer)))
         del layer

@@ -19,6 +19,7 @@ from hfprune_dist.core.bound_losses import Batch, bind
 from hfprune_dist.core.criteria import SELF_DISTILLATION
 from hfprune_dist.core.head import head_gradients
 from hfprune_dist.distributed.host_transfers import HostTransfers
+from hfprune_dist.distributed.in_step import in_step
 from hfprune_dist.distributed.layer_stream import AfterLayer
 from hfprune_dist.distributed.world import World
 from hfprune_dist.models.norm_factors import Multiplied, multiplying, norms_of_layers
@@ -90,7 +91,7 @@ class NormGradients:
         factors_RC = factors_RC.to(self._world.device, torch.float32)
         entering = self._forwards(factors_RC)
         kl, slopes, sums = self._through_head(entering.pop(), factors_RC)
-        for number, layer in self._transfers.layers(self._pruned.reader, self._pruned.numbers[::-1]):
+        for number, layer in self._layers(self._pruned.numbers[::-1]):
             self._pruned.change(number, layer)
             compute, norms = partial(run_with_graph, layer), self._norms_in(number, layer)
             slopes, of_layer = self._backwards(compute, norms, (entering.pop(), slopes), _given, factors_RC)
@@ -108,7 +109,7 @@ class NormGradients:
     def _forwards(self, factors_RC: Tensor) -> list[Hidden]:
         """What each layer reads of this rank's micro-batches, and what the last one puts out."""
         entering = [self._pruned.reader.embed(share_of(self._micro_batches, self._world))]
-        for number, layer in self._transfers.layers(self._pruned.reader, self._pruned.numbers):
+        for number, layer in self._layers(self._pruned.numbers):
             self._pruned.change(number, layer)
             with multiplying(self._norms_in(number, layer), factors_RC) as seen:
 
@@ -121,6 +122,9 @@ class NormGradients:
             del layer, through
             self._count()
         return entering
+
+    def _layers(self, numbers: Sequence[int]) -> Iterator[tuple[int, nn.Module]]:
+        return in_step(self._transfers.layers(self._pruned.reader, numbers), self._world)
 
     def _norms_in(self, number: int, layer: nn.Module) -> dict[int, nn.Module]:
         return {row: part_of(layer, name) for row, (it, name) in enumerate(self.norms) if it == number}

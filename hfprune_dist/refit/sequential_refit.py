@@ -135,11 +135,11 @@ class SequentialRefit:
         for units in (*self._attention, self._mlp):
             put_weights(layer, weights_kept(layer, units, self._kept.of_layer(number, units.kind)))
         if is_done:
-            self._fitted.install(number, layer)
+            self._world.work_apart(partial(self._fitted.install, number, layer))
             self._stream.advance_to(layer, self._mlp)
         else:
             self._fit(number, layer, blocks)
-            self._fitted.install(number, layer)
+            self._world.work_apart(partial(self._fitted.install, number, layer))
         self._stream.advance_from(layer, self._mlp)
 
     def _advance_dense(self, number: int, dense_layers: Layers) -> list[_Block]:

@@ -92,8 +92,10 @@ class Context(Generic[P]):
         return self.store.handle(source.location).artifact if source.is_stage else Path(source.location)
 
     def calibration_windows(self) -> Tensor:
-        """The windows on which the scores of the ``importance`` input were made, int64 [samples, sequence_length]."""
-        return load_windows(self.input_path("importance"))
+        """The windows on which the scores of the ``importance`` input were made, int64 [samples, sequence_length], on
+        every rank; collective.
+        """
+        return self.world.make_apart(lambda: load_windows(self.input_path("importance")))
 
     @cached_property
     def _user_files(self) -> UserFiles:

@@ -24,7 +24,7 @@ def run(context: Context) -> None:
     """Write a Hugging Face folder with the pruned model's layout, and ``adapter/`` and ``loss.jsonl`` in it."""
     settings = context.params.distillation
     checkpoint = open_checkpoint(context.input_path("model"))
-    rows = DenseStates(context.input_path("reference"))
+    rows = context.world.make_apart(lambda: DenseStates(context.input_path("reference")))
     task = _task(context, settings, checkpoint, rows)
     trained = fine_tune(task, context.work / "snapshots", context.world, context.progress, context.interruption)
     draft = context.open_draft()

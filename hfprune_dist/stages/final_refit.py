@@ -42,7 +42,7 @@ def _windows(context: Context, dense: Checkpoint) -> Tensor:
     if not context.world.on_first(lambda: is_usable(saved)):
         copies_SRT = _redrawn(context, dense, windows_ST)
         context.world.on_first(lambda: save_tensors({"copies": copies_SRT}, saved))
-    copies_SRT = load_tensors(saved)[0]["copies"].long()
+    copies_SRT = context.world.make_apart(lambda: load_tensors(saved)[0]["copies"].long())
     return in_refit_order(windows_ST, copies_SRT, context.params.forward_pass()[1])
 
 

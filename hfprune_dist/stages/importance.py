@@ -51,7 +51,7 @@ def run(context: Context) -> None:
     checkpoint = open_checkpoint(context.input_path("model"))
     criteria = [CRITERIA[name] for name in context.params.criteria]
     documents = prepare_windows(context)
-    windows_ST = load_windows(context.work)
+    windows_ST = context.world.make_apart(lambda: load_windows(context.work))
     totals = _accumulate(context, checkpoint, windows_ST, _summed(criteria))
     windows_ST = windows_ST[: _windows_used(context, totals, len(windows_ST))]
     scores = _score_layers(context, checkpoint, criteria, totals, windows_ST)
@@ -185,7 +185,7 @@ def _scorer(
         activation_checkpointing=context.runtime.activation_checkpointing,
         curvature=totals.curvature,
         gradients=totals.gradients,
-        student=_given_student(context, criteria),
+        student=context.world.make_apart(lambda: _given_student(context, criteria)),
     )
 
 

@@ -90,7 +90,7 @@ def prepare_rows(context: Context, settings: RecoveryConfig, checkpoint: Checkpo
     context.world.on_first(collect)
     context.require_untouched_inputs()
     context.world.on_first(save)
-    return read_counts(file)
+    return context.world.make_apart(lambda: read_counts(file))
 
 
 def _rows_key(context: Context, settings: RecoveryConfig, checkpoint: Checkpoint) -> str:

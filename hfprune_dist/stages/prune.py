@@ -74,7 +74,7 @@ def _decide(context: Context, models: Models) -> tuple[Kept, Replacements, dict[
     params, checkpoint = context.params, models.checkpoint
     if params.allocation == "low_rank":
         return decide_low_rank(context, checkpoint)
-    scores = _scores(context, checkpoint)
+    scores = context.world.make_apart(lambda: _scores(context, checkpoint))
     if params.allocation == "plain":
         return decide_plain(context, models, scores)
     kept, metrics = context.world.broadcast(decide_shape(context, models, scores))

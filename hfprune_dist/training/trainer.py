@@ -80,7 +80,7 @@ def fine_tune(task: FineTuning, folder: Path, world: World, progress: Progress, 
 def _newest(snapshots: Snapshots, world: World) -> Snapshot | None:
     """Read the newest snapshot that rank 0 finds, on every rank."""
     file = world.on_first(snapshots.newest)
-    return None if file is None else read_snapshot(file)
+    return None if file is None else world.make_apart(lambda: read_snapshot(file))
 
 
 def _train(

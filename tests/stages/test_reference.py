@@ -1,5 +1,7 @@
 """The reference stage: what the dense model's head reads, on any number of ranks and after any kill."""
 
+import errno
+import os
 import shutil
 
 import pytest
@@ -15,6 +17,7 @@ from worlds import Ranks, run_in_threads
 
 from hfprune_dist.config.schema import RuntimeConfig
 from hfprune_dist.errors import UserError
+from hfprune_dist.models.single_layer import LayerReader
 from hfprune_dist.stages import reference
 from hfprune_dist.stages.context import Context
 from hfprune_dist.store.artifacts import Store
@@ -161,6 +164,20 @@ def test_a_disk_that_is_full_for_one_rank_ends_all_of_them_in_order(source, tmp_
     name = f"{number:06d}.safetensors"
     fill_disk(monkeypatch, teacher_states, name)
     assert_refused(Store(tmp_path), held_out(source), 3, f"{name}: No space left on device; make room")
+
+
+def test_a_layer_that_one_rank_must_not_read_ends_all_of_them_in_order(source, tmp_path, monkeypatch):
+    """Here the last rank to come to it."""
+    read, reading = LayerReader.layer, []
+
+    def refuse_third(self, number):
+        reading.append(number)
+        if reading.count(1) == 3:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), "shard")
+        return read(self, number)
+
+    monkeypatch.setattr(LayerReader, "layer", refuse_third)
+    assert_refused(Store(tmp_path), held_out(source), 3, "shard: Permission denied; check the permissions")
 
 
 def assert_refused(store, stage, size, message):
