@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -49,6 +48,7 @@ class CheapMeasurements:
     models: Models
     kinds: Sequence[Scored]
     windows_ST: Tensor
+    _dense: list[Hidden] = field(default_factory=list, init=False)
 
     def measurement(
         self, phase: str, folder: Path, *, refit: bool, measurements: int, windows: int = WINDOWS
@@ -78,7 +78,7 @@ class CheapMeasurements:
             checkpoint,
             variants,
             self._compared(windows),
-            reference=lambda: self._outputs,
+            reference=self._outputs,
             dtype=getattr(torch, name),
             world=context.world,
             every=self._every,
@@ -135,10 +135,11 @@ class CheapMeasurements:
             return batches
         return one_by_one(torch.cat([*batches.values()])[:windows])
 
-    @cached_property
     def _outputs(self) -> Hidden:
-        """The dense model's outputs; one pass through its layers serves all measurements."""
-        return outputs_of_dense(self.context, self.models.dense, self._compared(WINDOWS))
+        """The dense model's outputs; one pass through its layers, which is collective, serves all measurements."""
+        if not self._dense:
+            self._dense.append(outputs_of_dense(self.context, self.models.dense, self._compared(WINDOWS)))
+        return self._dense[0]
 
     def _whole_without(self, gone: Sequence[int]) -> Candidate:
         return tuple(

@@ -9,13 +9,13 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, partial
 
 import torch
 from torch import Tensor
 
 from hfprune_dist.refit.finished_layers import FinishedLayers, candidates_of
-from hfprune_dist.refit.measurement import Hidden, Measurement, one_by_one
+from hfprune_dist.refit.measurement import Measurement, one_by_one
 from hfprune_dist.refit.refitted_layers import RefittedLayers
 from hfprune_dist.stages.prune_refit import (
     Context,
@@ -89,6 +89,8 @@ class Finals:
         self._checkpoint = models.checkpoint
         self._windows = windows
         self._kept = kept
+        # The dense model's outputs; one pass through its layers, which is collective, serves all comparisons.
+        self._outputs = cache(partial(outputs_of_dense, context, models.dense, windows.judged))
         self._finalists: dict[str, tuple[Kept, RefittedLayers]] = {}
         self.kl: dict[str, float] = {}
 
@@ -139,14 +141,9 @@ class Finals:
             checkpoint,
             variants,
             self._windows.judged,
-            reference=lambda: self._outputs,
+            reference=self._outputs,
             dtype=getattr(torch, name),
             world=context.world,
             folder=context.work / "finalists",
             after_each=after_each_layer(context, "comparison", checkpoint.num_layers),
         )
-
-    @cached_property
-    def _outputs(self) -> Hidden:
-        """The dense model's outputs."""
-        return outputs_of_dense(self._context, self._models.dense, self._windows.judged)
