@@ -24,7 +24,8 @@ from hfprune_launch.sweep import sweep_parser
 from hfprune_launch.sweep_folder import overrides_from_here, read_sweep
 from numpy.typing import NDArray
 
-from hfprune_dist.config.load import parse_assignments, to_yaml
+from hfprune_dist.config.load import parse_assignments
+from hfprune_dist.config.yaml_text import to_yaml
 from hfprune_dist.errors import UserError
 from hfprune_dist.results.agreement import read_scores
 from hfprune_dist.results.rows import Row
@@ -47,7 +48,7 @@ class Session:
     """
 
     def __init__(self, out: str | Path, config: str | Path | None = None, **settings: Any) -> None:
-        plain = json.loads(json.dumps(settings, default=str))
+        plain = json.loads(json.dumps(settings, default=_plain))
         arguments = sweep_parser().parse_args([])
         at = folder(str(out)).absolute()
         arguments.config = [] if config is None else [_fixed(place(str(config)))]
@@ -116,6 +117,15 @@ class Session:
             if (failure := handle.failure()) is not None:
                 error = UserError if failure.cause == UserError.CAUSE else RuntimeError
                 raise error(f"{sweep.plan.stages[handle.id].kind} failed: {failure.message}")
+
+
+def _plain(value: Any) -> Any:
+    """Return a value that JSON lacks as one that it has: numbers and arrays of numpy, and paths as text."""
+    if isinstance(value, np.ndarray):
+        return [*value] if value.ndim else value[()]
+    if isinstance(value, np.floating):
+        return float(str(value))  # 0.2, where the nearest float32 is 0.20000000298
+    return value.item() if isinstance(value, np.generic) else str(value)
 
 
 def _assignments(settings: Mapping[str, Any]) -> list[str]:

@@ -28,6 +28,7 @@ def run(body: Callable[[], int], when_interrupted: str = "interrupted") -> int:
     try:
         with explained():
             _require_current_folder()
+            _require_own_packages()
             code = body()
             sys.stdout.flush()
             return code
@@ -88,6 +89,19 @@ def place(argument: str) -> Path:
         return Path(argument).expanduser()
     except RuntimeError as error:
         raise UserError(f"{argument!r}: not a valid path ({error})") from None
+
+
+def _require_own_packages() -> None:
+    """Refuse to run the script of one copy of the project with the packages of another, since edits in the first would
+    go unnoticed: so it is in a second clone if the environment of the first is active.
+    """
+    started, packages = Path(sys.argv[0]).absolute().parent, Path(__file__).resolve().parent
+    if (started / Path(__file__).name).is_file() and not started.samefile(packages):
+        raise UserError(
+            f"{sys.argv[0]} is in {started.parent}, but this Python ({sys.executable}) has the project's packages from "
+            f"{packages.parent}; activate the first one's own environment, or make it one: "
+            f"bash -c 'source {started / 'setup.sh'}'"
+        )
 
 
 def _require_current_folder() -> None:

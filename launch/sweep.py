@@ -11,7 +11,8 @@ examples:
   python launch/sweep.py --config configs/demo.yaml --profile mine.yaml     on a Slurm cluster
   python launch/sweep.py --config configs/demo.yaml --status | --cancel     from a second terminal
 
-exit codes: 0 every cell has its result; 1 a stage failed; 2 bad input; 130 interrupted
+exit codes: 0 every cell has its result; 1 a stage failed; 2 bad input, also if only a stage can see it;
+130 interrupted
 """
 
 from __future__ import annotations

@@ -13,8 +13,9 @@ from typing import Any
 from hfprune_launch.project import PROJECT
 from pydantic import TypeAdapter
 
-from hfprune_dist.config.load import Layer, load_config, merge_layers, read_layers, read_yaml, to_yaml
+from hfprune_dist.config.load import Layer, load_config, merge_layers, read_layers
 from hfprune_dist.config.schema import SweepConfig
+from hfprune_dist.config.yaml_text import read_yaml, to_yaml
 from hfprune_dist.errors import UserError, did_you_mean
 from hfprune_dist.planning.earlier_rows import without_rows
 from hfprune_dist.planning.model_sources import ModelSource
@@ -244,6 +245,8 @@ def configuration(out: Path, files: Sequence[Path], overrides: Mapping[str, Any]
         UserError: for bad input.
     """
     own = out / CONFIG_FILE
+    if not files and not own.is_file() and "models" not in overrides and (out / SWEEP_FILE).is_file():
+        raise UserError(f"{own} is missing, the configuration of this folder's last run; give --config or --models")
     if files or not own.is_file():
         return with_micro_batches(load_config(files, overrides, PROJECT.configs), _chosen_micro_batches(own)), ""
     try:

@@ -10,14 +10,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import ValidationError
-from yaml.composer import ComposerError
-from yaml.constructor import ConstructorError
 
-from hfprune_dist.config.explain import explain, kind_of
+from hfprune_dist.config.explain import explain
 from hfprune_dist.config.schema import SweepConfig
 from hfprune_dist.config.section import Section
+from hfprune_dist.config.yaml_text import NotYamlError, read_yaml, yaml_value
 from hfprune_dist.errors import UserError
 
 # Keys whose value is a path: relative ones are resolved against the folder of the YAML file that names them, or against
@@ -27,63 +25,6 @@ PATH_KEYS = ("calibration.path", "recovery.path", "evaluation.include_path", "ev
 HOLDERS_OF_PATHS = ("aliases", "calibration.mixture", "evaluation.fidelity.texts")
 # Folder of the project's own configurations.
 SHIPPED = "configs"
-
-
-class _YamlLoader(yaml.SafeLoader):
-    """Loader that reads 5e-4 as a number; PyYAML follows YAML 1.1, where it is a string.
-
-    A number whose exponent has no sign stays a string, since 4e51234 may be the hash of a revision. So do 010 and
-    12:30, which YAML 1.1 reads in bases 8 and 60. A repeated key is an error, where PyYAML drops the first.
-    """
-
-    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
-        """A mapping as it is written: later, what it merges (``<<``) stands in it too, and may repeat its keys.
-
-        Raises:
-            ComposerError: for a repeated key.
-        """
-        node = super().compose_mapping_node(anchor)
-        names = [key.value for key, _ in node.value]
-        for name, (key, _) in zip(names, node.value, strict=True):
-            if names.count(name) > 1:
-                raise ComposerError(None, None, f"the key {name!r} appears twice", key.start_mark)
-        return node
-
-    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
-        """The value of a node.
-
-        Raises:
-            ConstructorError: for text in the form of a type that isn't a valid value of it, such as 2024-13-45 or
-                !!bool maybe; for half of a character, which no file can hold, or a number too long to be written; or
-                for a section or list that is part of itself.
-        """
-        try:
-            value = super().construct_object(node, deep=True)
-            if isinstance(value, str | int):
-                str(value).encode()
-            return value
-        except (ValueError, LookupError, AttributeError) as error:
-            raise ConstructorError(None, None, f"{node.value!r}: {error}", node.start_mark) from None
-
-
-_INTEGER = "tag:yaml.org,2002:int"
-_YamlLoader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if tag != _INTEGER]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-_YamlLoader.add_implicit_resolver(
-    _INTEGER, re.compile(r"[-+]?(0|[1-9][0-9_]*|0x[0-9a-fA-F_]+|0b[01_]+)$"), list("-+0123456789")
-)
-
-
-class _YamlDumper(yaml.SafeDumper):
-    """Dumper that quotes text that the loader would read as a number."""
-
-
-for _class in (_YamlLoader, _YamlDumper):
-    _class.add_implicit_resolver(
-        "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]\d+$"), list("-+0123456789")
-    )
 
 
 @dataclass(frozen=True)
@@ -181,8 +122,8 @@ def parse_assignment(assignment: str) -> tuple[str, Any]:
     if not separator or not key:
         raise UserError(f"--set {assignment!r}: write it as key=value, e.g. --set calibration.samples=64")
     try:
-        return key.strip(), yaml.load(text, _YamlLoader)
-    except (yaml.YAMLError, RecursionError) as error:
+        return key.strip(), yaml_value(text)
+    except NotYamlError as error:
         raise UserError(f"--set {key}: {text!r} is not a YAML value ({error})") from None
 
 
@@ -213,40 +154,6 @@ def parse_ratios(text: str) -> list[float]:
     except ValueError:
         percent = "; 20% is 0.2" if "%" in text else ""
         raise UserError(f"--ratios {text!r}: give numbers between 0 and 1, e.g. --ratios 0.2,0.5{percent}") from None
-
-
-def read_yaml(file: Path, flag: str, expected: str) -> dict[str, Any]:
-    """The keys and values of a YAML file; none if it is empty.
-
-    Args:
-        flag: the option that names the file, for messages.
-        expected: what the file should hold, for messages.
-
-    Raises:
-        UserError: if it can't be read, or holds something else.
-    """
-    try:
-        raw = yaml.load(file.read_text(encoding="utf-8"), _YamlLoader)
-    except OSError as error:
-        raise UserError(f"{flag} {file}: {error.strerror or error}") from None
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        raise UserError(f"{flag} {file}: not valid YAML: {error}") from None
-    if raw is None:
-        return {}
-    if not isinstance(raw, dict):
-        raise UserError(f"{flag} {file}: expected {expected}, found {kind_of(raw)}")
-    return raw
-
-
-def to_yaml(value: Any, *, width: float = 80, flow: bool = False) -> str:
-    """YAML that reads back as ``value``, whose keys keep their order.
-
-    Args:
-        width: of a line, beyond which values are continued on the next one.
-        flow: whether sections and lists are written in brackets.
-    """
-    text: str = yaml.dump(value, Dumper=_YamlDumper, default_flow_style=flow, sort_keys=False, width=width)
-    return text
 
 
 def _merge(base: Mapping[str, Any], update: Mapping[str, Any]) -> dict[str, Any]:

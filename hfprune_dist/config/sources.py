@@ -6,8 +6,9 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from hfprune_dist.config.load import Layer, to_yaml
+from hfprune_dist.config.load import Layer
 from hfprune_dist.config.schema import SweepConfig
+from hfprune_dist.config.yaml_text import to_yaml
 
 Key = tuple[str, ...]
 

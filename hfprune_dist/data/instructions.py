@@ -123,8 +123,8 @@ def require_trainable(beginning: Beginning, tokenizer: Any, sequence_length: int
 def nothing_to_train_on(pairs: int, sequence_length: int, where: str) -> UserError:
     """The error to raise if none of so many pairs has a response token within ``sequence_length``."""
     return UserError(
-        f"{where}: none of {pairs} pairs has a response token within recovery.sequence_length {sequence_length}; raise "
-        "it, or give other pairs"
+        f"{where}: none of {pairs} pairs has a response token within recovery.sequence_length {sequence_length}: "
+        "responses are empty, or begin later; give other pairs, or raise it"
     )
 
 

@@ -21,7 +21,7 @@ def load_tokenizer(checkpoint: Path) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=False)
     except Exception as error:  # tokenizers, in Rust, raises the base class
-        raise UserError(f"{checkpoint}: the tokenizer can't be loaded ({error})") from None
+        raise UserError(f"{checkpoint}: the tokenizer can't be loaded ({type(error).__name__}: {error})") from None
     length = tokenizer.model_max_length
     if isinstance(length, bool) or not isinstance(length, int | float):
         raise UserError(

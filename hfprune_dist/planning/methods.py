@@ -6,9 +6,10 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from hfprune_dist.config.load import parse, read_yaml
+from hfprune_dist.config.load import parse
 from hfprune_dist.config.method import Method
 from hfprune_dist.config.schema import SweepConfig
+from hfprune_dist.config.yaml_text import read_yaml
 from hfprune_dist.errors import UserError, did_you_mean
 
 # Two ways to say in which rounds a model is pruned.

@@ -10,8 +10,9 @@ from pathlib import Path
 
 from hfprune_dist.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from hfprune_dist.checkpoints.licences import LICENCE_PATTERNS
-from hfprune_dist.config.load import is_hub_id, named_path, parse, read_yaml
+from hfprune_dist.config.load import is_hub_id, named_path, parse
 from hfprune_dist.config.schema import ModelAlias, SweepConfig
+from hfprune_dist.config.yaml_text import read_yaml
 from hfprune_dist.errors import UserError, did_you_mean, hub_errors
 from hfprune_dist.planning.user_files import checkpoint_identity, content_files
 from hfprune_dist.store.hashing import FileHashes, digest_of

@@ -8,8 +8,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from hfprune_dist.config.load import read_yaml
 from hfprune_dist.config.section import Section
+from hfprune_dist.config.yaml_text import read_yaml
 from hfprune_dist.results.column import Column
 from hfprune_dist.results.formats import number
 

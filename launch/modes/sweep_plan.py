@@ -163,9 +163,11 @@ def sweep_to_show(command: Command) -> Sweep:
         device = _device_of(record)
         tells = device_here if device is None else lambda _: device
         *_, today = _plan(command, tells, lambda _: None, download=False)
-    except (UserError, OSError):
+    except (UserError, OSError) as error:
         if record is None:
             raise
+        if command.overrides():
+            command.tell(f"note: this command's settings are left out, and the sweep is as last planned: {error}")
         return show(record.plan)
     return show(with_earlier_rows(today, record.plan) if record else today)
 

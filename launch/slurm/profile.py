@@ -10,9 +10,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
-from hfprune_dist.config.load import absolute_path, parse, read_yaml
+from hfprune_dist.config.load import absolute_path, parse
 from hfprune_dist.config.parameters import PARAMETERS
 from hfprune_dist.config.section import Positive, Section, as_written
+from hfprune_dist.config.yaml_text import read_yaml
 from hfprune_dist.errors import UserError, did_you_mean
 from hfprune_dist.planning.rates import LINK
 from hfprune_dist.store.stage import STAGE_VERSIONS

@@ -3,8 +3,9 @@
 import pytest
 import yaml
 
-from hfprune_dist.config.load import load_config, merge_layers, read_layers, to_yaml
+from hfprune_dist.config.load import load_config, merge_layers, read_layers
 from hfprune_dist.config.sources import with_sources
+from hfprune_dist.config.yaml_text import to_yaml
 
 FIRST = {
     "models": ["a"],

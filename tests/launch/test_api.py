@@ -2,6 +2,7 @@
 
 import shutil
 
+import numpy as np
 import pytest
 from hfprune_launch import api
 from hfprune_launch.api import Session
@@ -54,6 +55,15 @@ def test_settings_are_those_that_are_given(config, tmp_path):
     session = Session(tmp_path / "out", config, aliases={"mine": {"path": place}}, recovery={"learning_rate": 1e-5})
     made = session._command.configuration()
     assert made.aliases["mine"].path == str(place) and made.recovery.learning_rate == 1e-5
+
+
+@pytest.mark.parametrize("number", [np.float16, np.float32, np.float64, float])
+def test_numbers_may_be_those_of_numpy(config, tmp_path, number):
+    settings = {"calibration": {"samples": np.int64(3), "add_bos_token": np.bool_(True)}, "seed": np.array(5)}
+    for ratios in (np.array([0.2, 0.3], dtype=number), [number(0.2), number(0.3)]):
+        made = Session(tmp_path / "out", config, ratios=ratios, **settings)._command.configuration()
+        assert made.ratios == [0.2, 0.3] and (made.calibration.samples, made.seed) == (3, 5)
+        assert made.calibration.add_bos_token is True
 
 
 def test_places_are_those_of_the_command_line(config, tmp_path, monkeypatch):

@@ -294,6 +294,22 @@ def test_a_deleted_current_folder_is_one_message(tmp_path, command):
     assert result.returncode == 2 and "deleted" in result.stderr and "Traceback" not in result.stderr
 
 
+def test_a_copy_of_the_project_does_not_run_with_the_packages_of_another(config, tmp_path, monkeypatch):
+    """As it would in a second clone, with the environment of the first."""
+    (tmp_path / "copy" / "launch").mkdir(parents=True)
+    for name in ("sweep.py", "command.py"):
+        shutil.copy(ROOT / "launch" / name, tmp_path / "copy" / "launch")
+    (tmp_path / "link").symlink_to(ROOT)
+    refused = {"link/launch/sweep.py": False, str(ROOT / "launch" / "sweep.py"): False, "copy/launch/sweep.py": True}
+    monkeypatch.chdir(tmp_path)
+    for script, expected in refused.items():
+        monkeypatch.setattr(sys, "argv", [script])
+        code, _, said = in_process(sweep.main, "--config", config, "--dry-run", "--out", "out")
+        assert code == (2 if expected else 0), said
+        assert (f"has the project's packages from {ROOT}; activate" in said) is expected
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("command", [sweep, report, compare, bench])
 def test_an_interruption_during_imports_is_no_traceback(command, monkeypatch):
     """Each command runs in a separate process, where its first import of a slow package is interrupted."""

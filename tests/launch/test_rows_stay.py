@@ -19,7 +19,8 @@ from safetensors.numpy import save_file
 from sweeps import in_process, planned
 
 from hfprune_dist.checkpoints.checkpoint import open_checkpoint
-from hfprune_dist.config.load import load_config, to_yaml
+from hfprune_dist.config.load import load_config
+from hfprune_dist.config.yaml_text import to_yaml
 from hfprune_dist.errors import UserError
 from hfprune_dist.store.artifacts import Store
 from hfprune_dist.store.stage import STAGE_VERSIONS
@@ -620,6 +621,23 @@ def test_somebody_elses_sweep_is_looked_at_without_its_models_and_without_writin
             code, shown, said = run(*given, "--out", tmp_path, *looking)
             assert (code, said) == (0, "") and "note" not in shown, looking
     assert {path: path.lstat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+
+
+def test_settings_with_which_nothing_can_be_planned_are_left_out_with_a_note(config, tmp_path):
+    done(config, tmp_path)
+    for looking in (["--status"], ["--cancel"]):
+        for given in (["--ratios", "7"], ["--set", "evaluation.fidelity.windows=0"]):
+            code, shown, said = run("--out", tmp_path, *given, *looking)
+            assert (code, said) == (0, "") and "note: this command's settings are left out" in shown
+
+
+def test_a_lost_configuration_is_not_taken_for_the_defaults(config, tmp_path):
+    done(config, tmp_path)
+    (tmp_path / "config.yaml").unlink()
+    code, _, said = run("--out", tmp_path, "--dry-run")
+    assert code == 2 and f"{tmp_path / 'config.yaml'} is missing" in said and "give --config" in said
+    for whole in (["--status"], ["--config", config, "--dry-run"]):
+        assert run("--out", tmp_path, *whole)[0] == 0
 
 
 def test_somebody_elses_tables_are_shown_where_nothing_can_be_written(config, tmp_path, monkeypatch):

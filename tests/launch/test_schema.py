@@ -8,7 +8,7 @@ from hfprune_launch import schema
 from hfprune_launch.project import PROJECT
 from sweeps import in_process
 
-from hfprune_dist.config.load import read_yaml
+from hfprune_dist.config.yaml_text import read_yaml
 
 TYPES = {
     "object": dict,
