@@ -135,7 +135,7 @@ class FinalNormRefit:
             )
             raise UserError(
                 f"the final norm can't be refitted: {what} in {self._head.weight_VC.dtype}; set "
-                "importance.dtype=float32, or check the checkpoint's weights"
+                "importance.dtype=float32 if it isn't yet, else check the checkpoint's weights"
             )
         self._passes += 1
         self._after_each(self._passes)

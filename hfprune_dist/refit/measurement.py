@@ -177,7 +177,8 @@ class Measurement:
         if strange := sum(not math.isfinite(total) for total in totals):
             raise UserError(
                 f"{strange} of {count} shapes can't be compared: their outputs, or the dense model's, are NaN or "
-                f"infinite in {self._dtype}; set importance.dtype=float32, or check the checkpoint's weights"
+                f"infinite in {self._dtype}; set importance.dtype=float32 if it isn't yet, else check the checkpoint's "
+                "weights"
             )
         return [total / tokens for total in totals]
 

@@ -87,7 +87,7 @@ class NormsRefit:
         if not (math.isfinite(there.kl) and there.gradient_RC.isfinite().all()):
             raise UserError(
                 "the norms can't be refitted: outputs of the pruned model or of the dense model, or gradients, are NaN "
-                "or infinite; set importance.dtype=float32, or check the checkpoint's weights"
+                "or infinite; set importance.dtype=float32 if it isn't yet, else check the checkpoint's weights"
             )
         search = None
         if self._world.is_first:

@@ -56,8 +56,8 @@ class SumsOfShard:
         """
         if self.refusal:
             raise UserError(
-                f"importance, calibration shard {shard}: {self.refusal}; set importance.dtype=float32, or check the "
-                "checkpoint's weights"
+                f"importance, calibration shard {shard}: {self.refusal}; set importance.dtype=float32 if it isn't "
+                "yet, else check the checkpoint's weights"
             )
 
 
