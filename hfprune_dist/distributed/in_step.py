@@ -14,7 +14,7 @@ T = TypeVar("T")
 def in_step(items: Iterator[T], world: World) -> Iterator[T]:
     """Yield this rank's items, e.g. the layers that it reads, each once all ranks have theirs; collective.
 
-    An item may be freed before the next one is made: it isn't kept here.
+    An item may be freed before the next one is made.
 
     Args:
         items: as many on every rank, none of them None, made without collectives.
@@ -23,5 +23,6 @@ def in_step(items: Iterator[T], world: World) -> Iterator[T]:
         UserError, ClaimLostError: as ``World.work_apart``.
     """
     make = partial(next, items, None)
-    while waiting := [it for it in (world.make_apart(make),) if it is not None]:
-        yield waiting.pop()
+    while (item := world.make_apart(make)) is not None:
+        yield item
+        del item  # before the next one, which is as large
