@@ -95,12 +95,14 @@ def _require_own_packages() -> None:
     """Refuse to run the script of one copy of the project with the packages of another, since edits in the first would
     go unnoticed: so it is in a second clone if the environment of the first is active.
     """
-    started, packages = Path(sys.argv[0]).absolute().parent, Path(__file__).resolve().parent
-    if (started / Path(__file__).name).is_file() and not started.samefile(packages):
+    script, packages = Path(sys.argv[0]).absolute(), Path(__file__).resolve().parent
+    launch, copy = script.parent, script.parents[1]
+    is_of_project = script.is_file() and (launch / "setup.sh").is_file() and (copy / "hfprune_dist").is_dir()
+    if is_of_project and not launch.samefile(packages):
         raise UserError(
-            f"{sys.argv[0]} is in {started.parent}, but this Python ({sys.executable}) has the project's packages from "
+            f"{sys.argv[0]} is in {copy}, but this Python ({sys.executable}) has the project's packages from "
             f"{packages.parent}; activate the first one's own environment, or make it one: "
-            f"bash -c 'source {started / 'setup.sh'}'"
+            f"bash -c 'source {launch / 'setup.sh'}'"
         )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import partial
+from itertools import islice
 from typing import TypeVar
 
 from hfprune_dist.distributed.world import World
@@ -14,15 +14,13 @@ T = TypeVar("T")
 def in_step(items: Iterator[T], world: World) -> Iterator[T]:
     """Yield this rank's items, e.g. the layers that it reads, each once all ranks have theirs; collective.
 
-    An item may be freed before the next one is made.
+    An item is freed as soon as its user drops it: none is kept here.
 
     Args:
-        items: as many on every rank, none of them None, made without collectives.
+        items: as many on every rank, made without collectives.
 
     Raises:
         UserError, ClaimLostError: as ``World.work_apart``.
     """
-    make = partial(next, items, None)
-    while (item := world.make_apart(make)) is not None:
-        yield item
-        del item  # before the next one, which is as large
+    while box := world.make_apart(lambda: list(islice(items, 1))):
+        yield box.pop()

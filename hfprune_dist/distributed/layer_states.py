@@ -70,9 +70,10 @@ class LayerStates:
 
         self._world.work_apart(write)
         for index in self._mine:
-            for file in listed(self._folder, f"*.{index}.safetensors"):
-                if file != self._file(done, index):
-                    with suppress(OSError):  # what fails to go now is left to a later save, and no rank to wait
+            # A later save deletes what can't be deleted now: if a rank ended for that, the others would wait for it.
+            with suppress(OSError):
+                for file in listed(self._folder, f"*.{index}.safetensors"):
+                    if file != self._file(done, index):
                         file.unlink()
         self._saved_at = time.monotonic()
 

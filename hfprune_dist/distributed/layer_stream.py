@@ -88,9 +88,8 @@ class LayerStream:
         self._count = len(batches)
         self._tokens: int = windows_ST.numel()
         self._held_out_tokens: int = sum(b.numel() for i, b in enumerate(batches) if is_held_out(i, self._count))
-        self._hidden = self._reader.embed(
-            {index: batches[index] for index in range(world.rank, self._count, world.size)}
-        )
+        mine = {index: batches[index] for index in range(world.rank, self._count, world.size)}
+        self._hidden = world.make_apart(lambda: self._reader.embed(mine))
         self._done = 0
         model_type = self._family.model_type
         self._guard = None if probe is None else Guard(probe, windows_ST, micro_batch_size, model_type, world)
@@ -147,9 +146,9 @@ class LayerStream:
 
     def final_hidden(self) -> Iterator[tuple[int, Tensor]]:
         """Iterate over this rank's micro-batches as the head reads them after the last layer, [windows, tokens,
-        hidden_size]. The call is collective; only then do they leave the stream, one at a time.
+        hidden_size]. The call is collective; the micro-batches then leave the stream as they are iterated over.
         """
-        norm = self._reader.final_norm()
+        norm = self._world.make_apart(self._reader.final_norm)
         if self._guard is not None:
             mine = self._hidden.keys() & {self._guard.micro_batch}
             normed = {index: norm(self._hidden[index].to(self._world.device)) for index in mine}

@@ -162,6 +162,8 @@ def obtain_probe(
 class ProbeRecorder:
     """Keeps a probe of the first forward of a sharded model, unless a file has one already.
 
+    It is saved after the forward: if rank 0 failed to save it during the forward, the others would wait for it.
+
     Args:
         file: for ``obtain_probe``.
     """
@@ -181,7 +183,7 @@ class ProbeRecorder:
         """Save the probe, in the first call after that forward; collective.
 
         Raises:
-            UserError: on all ranks, if rank 0 can't; in the forward, the others would wait for it.
+            UserError: on all ranks, if rank 0 can't.
         """
         if not self._is_saved:
             self._world.on_first(self._save)

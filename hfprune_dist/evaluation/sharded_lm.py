@@ -28,7 +28,7 @@ from lm_eval.models.huggingface import HFLM
 from hfprune_dist.distributed.frozen_model import FrozenModel
 from hfprune_dist.distributed.interruption import Interruption
 from hfprune_dist.distributed.world import TELL_EVERY_S
-from hfprune_dist.errors import UserError, naming
+from hfprune_dist.errors import UserError, from_os_error, naming
 from hfprune_dist.evaluation.task_definitions import explain
 from hfprune_dist.store.hashing import digest_of
 
@@ -213,8 +213,8 @@ class ShardedLM(HFLM):  # type: ignore[misc]
         """Have every rank answer a chunk at most, and keep the answers.
 
         Raises:
-            RequestError, UserError: if one of the chunks has a request that can't be answered, or answers can't be
-                kept; the others wait for a message then.
+            RequestError, UserError: if one of the chunks has a request that can't be answered.
+            OSError: if answers can't be kept. In either case the others wait for a message.
         """
         with self._speaking:
             try:
@@ -258,8 +258,11 @@ class ShardedLM(HFLM):  # type: ignore[misc]
             # Of a bare assertion, all that is known is its line.
             reason = explain(error) if str(error) else f"{traceback.extract_tb(error.__traceback__)[-1].line} fails"
             return RequestError(f"{method}, by a model that reads {self.max_length} tokens: {reason}")
-        except UserError as error:
-            return error
+        except Exception as error:
+            mended = from_os_error(error)
+            if not isinstance(mended, UserError):
+                raise
+            return mended
 
     def _answer(self, method: str, number: int, arguments: list[Arguments]) -> list[Any]:
         """Have lm-eval's own code answer a chunk; sampling, if any, is seeded with the chunk's number."""

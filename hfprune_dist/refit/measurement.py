@@ -124,7 +124,8 @@ class Measurement:
         done, saved = states.newest()
         branches = _unpacked(saved, [it[:done] for it in candidates])
         if not done:
-            branches = {tuple(range(len(candidates))): self._reader.embed(self._batches)}
+            embedded = self._world.make_apart(lambda: self._reader.embed(self._batches))
+            branches = {tuple(range(len(candidates))): embedded}
         left = range(num_layers if done < num_layers else 0)
         for number, layer in in_step(self._transfers.layers(self._reader, left), self._world):
             if number < done:
@@ -160,7 +161,7 @@ class Measurement:
 
     def _compared(self, branches: Branches, reference: Hidden, count: int) -> list[float]:
         """Divergence of every candidate from the dense model, added up in the order of the micro-batches."""
-        head, models = self._reader.head(), [reference, *branches.values()]
+        head, models = self._world.make_apart(self._reader.head), [reference, *branches.values()]
         compared = self._transfers.to_device(
             (index, hidden[index][:, :: self._every]) for index in self._batches for hidden in models
         )
@@ -219,13 +220,13 @@ def read_by_head(
         change: gives a layer, after its number, other weights before it is run.
     """
     transfers = HostTransfers(world.device)
-    hidden = reader.embed(batches)
+    hidden = world.make_apart(lambda: reader.embed(batches))
     for number, layer in in_step(transfers.layers(reader, layers), world):
         change(number, layer)
         hidden.update(transfers.through(hidden.items(), partial(run, layer)))
         del layer
         after_each(number + 1)
-    hidden.update(transfers.through(hidden.items(), reader.final_norm()))
+    hidden.update(transfers.through(hidden.items(), world.make_apart(reader.final_norm)))
     return hidden
 
 

@@ -75,7 +75,7 @@ class NormGradients:
         self._pruned = pruned
         self._micro_batches = micro_batches
         self._dense = dense
-        self._head = pruned.reader.head()
+        self._head = world.make_apart(pruned.reader.head)
         self._transfers = HostTransfers(world.device)
         self._world = world
         self._after_each = after_each
@@ -108,7 +108,8 @@ class NormGradients:
 
     def _forwards(self, factors_RC: Tensor) -> list[Hidden]:
         """What each layer reads of this rank's micro-batches, and what the last one puts out."""
-        entering = [self._pruned.reader.embed(share_of(self._micro_batches, self._world))]
+        mine = share_of(self._micro_batches, self._world)
+        entering = [self._world.make_apart(lambda: self._pruned.reader.embed(mine))]
         for number, layer in self._layers(self._pruned.numbers):
             self._pruned.change(number, layer)
             with multiplying(self._norms_in(number, layer), factors_RC) as seen:

@@ -32,11 +32,17 @@ class CalibrationPass:
         self._totals = totals
         self._load = load
 
-    def run(self, before_round: Callable[[int], None], after_round: Callable[[], None]) -> None:
+    def run(
+        self,
+        before_round: Callable[[int], None],
+        after_scoring: Callable[[], None],
+        after_round: Callable[[], None],
+    ) -> None:
         """Score the remaining shards.
 
         Args:
             before_round: called with the number of shards that are done.
+            after_scoring: called after a round has been scored, before its sums are added and perhaps saved.
             after_round: called after a round has been added; may end the pass by raising ``Interrupted``.
 
         Raises:
@@ -49,7 +55,9 @@ class CalibrationPass:
         scorer.choose_student(self._shards[0])
         while not totals.is_complete:
             before_round(totals.next_shard)
-            totals.add_round(self._score_round(scorer))
+            sums = self._score_round(scorer)
+            after_scoring()
+            totals.add_round(sums)
             try:
                 after_round()
             except Interrupted:

@@ -41,7 +41,8 @@ class SumsOfShard:
     Attributes:
         kinds: kind of units -> its sums.
         losses: loss name -> sum over windows of the loss per token.
-        refusal: what a layer saw that no sum holds; empty if nothing.
+        refusal: why the sums are incomplete: values of a layer are NaN, infinite or out of range; empty if they are
+            complete.
     """
 
     kinds: dict[str, KindSums]
@@ -52,7 +53,7 @@ class SumsOfShard:
         """Check that these are sums of everything in the shard with this number.
 
         Raises:
-            UserError: if a layer saw something that no sum holds.
+            UserError: if values of a layer were NaN, infinite or out of range.
         """
         if self.refusal:
             raise UserError(
@@ -174,7 +175,9 @@ class ShardScorer:
         self._release()
 
     def score(self, micro_batches: Sequence[range], forwards: int = 0, *, counts: bool = True) -> SumsOfShard:
-        """Return sums over the windows of some micro-batches, and what no sum holds: all are scored even so, in step.
+        """Return sums over the windows of some micro-batches.
+
+        All are scored, in step with the other ranks, even if the sums of one of them are refused.
 
         Args:
             forwards: number of micro-batches on the rank that has the most of them. Forwards and backwards of a sharded

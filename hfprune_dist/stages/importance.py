@@ -144,10 +144,10 @@ def _accumulate(
         context.progress.update("calibration", done, len(shards))
 
     def after_round() -> None:
-        recorder.save()
         context.interruption.stop_if_agreed(context.world)
 
-    CalibrationPass(shards, totals, load).run(before_round=report, after_round=after_round)
+    # The probe first: once all sums are saved, a later attempt has no forward that could leave one.
+    CalibrationPass(shards, totals, load).run(before_round=report, after_scoring=recorder.save, after_round=after_round)
     report(len(shards))
     return totals
 

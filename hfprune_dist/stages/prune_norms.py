@@ -84,7 +84,7 @@ def _refitted_last(
     after_each = after_each_layer(context, "pruned model", checkpoint.num_layers)
     states = pruned_outputs(pruned, batches, world, after_each)
     fit = FinalNormRefit(
-        pruned.reader.head(),
+        world.make_apart(pruned.reader.head),
         batches,
         outputs_of_dense(context, models.dense, batches),
         states,

@@ -157,7 +157,7 @@ def sweep_to_show(command: Command) -> Sweep:
     """Return today's plan with the folder's other rows, or the recorded plan if inputs can't be read: they may be
     gone, or another user's.
     """
-    store, out = command.store, command.out
+    store, out, settings = command.store, command.out, command.overrides()
     show, record = partial(Sweep, store=store, out=out), read_record(out)
     try:
         device = _device_of(record)
@@ -166,7 +166,7 @@ def sweep_to_show(command: Command) -> Sweep:
     except (UserError, OSError) as error:
         if record is None:
             raise
-        if command.overrides():
+        if settings:
             command.tell(f"note: this command's settings are left out, and the sweep is as last planned: {error}")
         return show(record.plan)
     return show(with_earlier_rows(today, record.plan) if record else today)

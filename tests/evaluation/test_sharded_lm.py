@@ -178,6 +178,8 @@ ENDS = {
     "its log": (FULL, "the log: No space left on device; make room"),
     "the heartbeat": (ClaimLostError("taken over"), "taken over"),
     "the model": (UserError("not supported"), "not supported"),
+    "the first rank's disk": (FULL, "the log: No space left on device; make room"),
+    "the last rank's disk": (FULL, "the log: No space left on device; make room"),
 }
 
 
@@ -204,7 +206,9 @@ def test_what_fails_on_one_rank_ends_all_of_them_in_order(tmp_path, what, size, 
             log.add = fail
         elif what == "the heartbeat":
             report = fail
-        elif what == "the model" and world.rank == world.size - 1:
+        elif (what in ("the model", "the last rank's disk") and world.rank == world.size - 1) or (
+            what == "the first rank's disk" and world.is_first
+        ):
             lm._answer = fail
 
         def ask():

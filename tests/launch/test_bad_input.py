@@ -297,11 +297,22 @@ def test_a_deleted_current_folder_is_one_message(tmp_path, command):
 def test_a_copy_of_the_project_does_not_run_with_the_packages_of_another(config, tmp_path, monkeypatch):
     """As it would in a second clone, with the environment of the first."""
     (tmp_path / "copy" / "launch").mkdir(parents=True)
-    for name in ("sweep.py", "command.py"):
+    (tmp_path / "copy" / "hfprune_dist").mkdir()
+    for name in ("sweep.py", "setup.sh"):
         shutil.copy(ROOT / "launch" / name, tmp_path / "copy" / "launch")
     (tmp_path / "link").symlink_to(ROOT)
-    refused = {"link/launch/sweep.py": False, str(ROOT / "launch" / "sweep.py"): False, "copy/launch/sweep.py": True}
-    monkeypatch.chdir(tmp_path)
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "command.py").write_text("")
+    (tmp_path / "own" / "driver.py").write_text("")
+    refused = {
+        "../link/launch/sweep.py": False,
+        str(ROOT / "launch" / "sweep.py"): False,
+        "hfprune sweep": False,
+        "-c": False,
+        "driver.py": False,
+        "../copy/launch/sweep.py": True,
+    }
+    monkeypatch.chdir(tmp_path / "own")
     for script, expected in refused.items():
         monkeypatch.setattr(sys, "argv", [script])
         code, _, said = in_process(sweep.main, "--config", config, "--dry-run", "--out", "out")

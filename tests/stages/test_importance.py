@@ -129,7 +129,7 @@ def test_the_pass_ends_when_the_kept_set_has_settled_on_any_number_of_ranks(on_o
 
 @pytest.mark.parametrize("what", ["rounding errors", "the probe"])
 def test_what_fails_on_one_rank_ends_all_of_them_in_order(tmp_path, monkeypatch, what):
-    """Scores of a layer are one rank's work; the probe is saved by rank 0, amid a forward of all others."""
+    """Scores of a layer are one rank's work; the probe is saved by rank 0, after a round."""
     without_deepspeed(monkeypatch)
     stage, store = make_stage(tmp_path, samples=3, sequence_length=16), Store(tmp_path / "store")
     write_stage_file(store, stage)
