@@ -96,12 +96,12 @@ def _require_own_packages() -> None:
     go unnoticed: so it is in a second clone if the environment of the first is active.
     """
     script, packages = Path(sys.argv[0]).absolute(), Path(__file__).resolve().parent
-    launch, copy = script.parent, script.parents[1]
+    launch, copy = script.parent, script.parent.parent
     is_of_project = script.is_file() and (launch / "setup.sh").is_file() and (copy / "hfprune_dist").is_dir()
     if is_of_project and not launch.samefile(packages):
         raise UserError(
             f"{sys.argv[0]} is in {copy}, but this Python ({sys.executable}) has the project's packages from "
-            f"{packages.parent}; activate the first one's own environment, or make it one: "
+            f"{packages.parent}; activate the environment of {copy}, or make one: "
             f"bash -c 'source {launch / 'setup.sh'}'"
         )
 

@@ -321,6 +321,15 @@ def test_a_copy_of_the_project_does_not_run_with_the_packages_of_another(config,
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("started", ["hfprune sweep", "-c"])
+def test_a_command_runs_at_the_root_of_the_file_system(config, tmp_path, monkeypatch, started):
+    """As in a container, where that is the current folder."""
+    monkeypatch.chdir("/")
+    monkeypatch.setattr(sys, "argv", [started])
+    code, _, said = in_process(sweep.main, "--config", config, "--dry-run", "--out", tmp_path / "out")
+    assert code == 0, said
+
+
 @pytest.mark.parametrize("command", [sweep, report, compare, bench])
 def test_an_interruption_during_imports_is_no_traceback(command, monkeypatch):
     """Each command runs in a separate process, where its first import of a slow package is interrupted."""
