@@ -25,6 +25,7 @@ from hfprune_dist.config.section import TextSource
 from hfprune_dist.data.text import Beginning, read_beginning
 from hfprune_dist.errors import UserError
 from hfprune_dist.planning.plan import Plan
+from hfprune_dist.store.machine import count_gpus
 from hfprune_dist.store.stage import RECOVERING
 
 
@@ -61,12 +62,14 @@ def check_stages(config: SweepConfig, plan: Plan, todo: Sequence[str], profile: 
         profile: profile of the cluster on which they run; None for this machine.
 
     Raises:
-        UserError: for more ranks than this machine has GPUs, a tracker that isn't installed, a text that can't be read
-            or is too short, a batch that ranks can't share, an unknown task, more examples than a task has documents,
-            answers too long for a model, or a model with unsuitable tokenizer, chat template, weights or positions.
+        UserError: for more ranks than this machine has GPUs, GPUs that torch can't use, a tracker that isn't installed,
+            a text that can't be read or is too short, a batch that ranks can't share, an unknown task, more examples
+            than a task has documents, answers too long for a model, or a model with unsuitable tokenizer, chat
+            template, weights or positions.
     """
     if todo and profile is None:
         ranks_here(config.runtime)
+        _check_gpus()
     if {*RECOVERING, "distill"} & {plan.stages[stage_id].kind for stage_id in todo}:
         _check_trackers(config.runtime)
     models = _models_by_kind(plan, todo)
@@ -83,6 +86,13 @@ def check_stages(config: SweepConfig, plan: Plan, todo: Sequence[str], profile: 
         of_folder = [it for kind in kinds for it in readings.get(kind, [])]
         remarks += _check_model(config, folder, of_folder, "evaluate" in kinds)
     return list(dict.fromkeys(remarks))
+
+
+def _check_gpus() -> None:
+    if count_gpus():
+        from hfprune_dist.distributed.gpus import require_usable_gpus  # torch takes seconds to import
+
+        require_usable_gpus()
 
 
 def _check_tasks(evaluation: EvaluationConfig) -> None:

@@ -85,7 +85,7 @@ def forked(command: Sequence[str | Path]) -> list[str]:
 
     Where a fork would not work the command stays as it is: a GPU's driver that has been queried does not survive one.
     """
-    from hfprune_launch.local.hardware import count_gpus
+    from hfprune_dist.store.machine import count_gpus
 
     command = [str(part) for part in command]
     if sys.platform != "linux" or count_gpus():

@@ -12,7 +12,8 @@ from __future__ import annotations
 import os
 
 import pytest
-from hfprune_launch.local.hardware import count_gpus
+
+from hfprune_dist.store.machine import count_gpus
 
 MODEL, LARGE_MODEL, PROFILE = "HFPRUNE_GPU_MODEL", "HFPRUNE_GPU_LARGE_MODEL", "HFPRUNE_GPU_PROFILE"
 

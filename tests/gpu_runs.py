@@ -14,12 +14,12 @@ from pathlib import Path
 
 import pytest
 import yaml
-from hfprune_launch.local.hardware import count_gpus
 from sweeps import command
 
 from hfprune_dist.checkpoints.checkpoint import open_checkpoint
 from hfprune_dist.planning.dimensions import Dimensions, dimensions_of
 from hfprune_dist.store.artifacts import Store
+from hfprune_dist.store.machine import count_gpus
 
 POLL_S = 0.5
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from hfprune_dist.errors import UserError
+from hfprune_dist.store.machine import count_gpus, driver_version
 
 if TYPE_CHECKING:
     from hfprune_dist.distributed.world import World
@@ -33,14 +34,18 @@ class Place(NamedTuple):
 
 
 def claim_device(environment: MutableMapping[str, str]) -> torch.device:
-    """Return this rank's GPU, and make it the current one; the CPU if there is none.
+    """Return this rank's GPU, and make it the current one; the CPU if the machine has none.
 
     A launcher may show a rank all GPUs of the node, only its own, or one. Among those that it sees, it takes the one
     numbered by its local rank, modulo their count: in each case its own, as ``require_own_gpus`` checks.
 
     Args:
         environment: ``LOCAL_RANK`` becomes the GPU's number, which is how DeepSpeed and accelerate read it.
+
+    Raises:
+        UserError: if there are GPUs that torch can't use.
     """
+    require_usable_gpus()
     if not torch.cuda.is_available():
         return torch.device("cpu")
     index = int(environment.get("LOCAL_RANK", "0")) % torch.cuda.device_count()
@@ -49,13 +54,31 @@ def claim_device(environment: MutableMapping[str, str]) -> torch.device:
     return torch.device("cuda", index)
 
 
+def require_usable_gpus() -> None:
+    """Check that torch can use the machine's GPUs if it has some: all would be computed on its CPU, without a word.
+
+    Raises:
+        UserError: naming the CUDA that torch was built for, and the driver.
+    """
+    count = count_gpus()
+    if not count or torch.cuda.is_available():
+        return
+    built = f"was built for CUDA {torch.version.cuda}" if torch.version.cuda else "was built without CUDA"
+    raise UserError(
+        f"this machine has GPUs ({count}) that torch can't use: torch {torch.__version__} {built}, and the driver is "
+        f"{driver_version() or 'not loaded'}; install a torch built for a CUDA that this driver supports (nvidia-smi "
+        "shows it) or a newer driver, or set CUDA_VISIBLE_DEVICES='' to compute on the CPU"
+    )
+
+
 def place_of(device: torch.device) -> Place | None:
     """Return the place of a GPU; None for a CPU."""
     if device.type != "cuda":
         return None
     gpu: Any = torch.cuda.get_device_properties(device)
-    # Slices of one GPU share its bus address, by which NCCL tells GPUs apart. torch before 2.9 doesn't report it.
-    address = f"{gpu.pci_domain_id:04x}:{gpu.pci_bus_id:02x}" if hasattr(gpu, "pci_bus_id") else str(gpu.uuid)
+    # Slices of one GPU share its address, by which NCCL tells GPUs apart. torch before 2.9 doesn't report it.
+    numbers = [getattr(gpu, f"pci_{part}_id", None) for part in ("domain", "bus", "device")]
+    address = str(gpu.uuid) if None in numbers else "{:04x}:{:02x}:{:02x}".format(*numbers)
     node = socket.gethostname()
     return Place(_machine() or node, address, node)
 

@@ -133,7 +133,8 @@ class CudaLanes:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._inward, self._outward, self._files = _streams(device)
-        self._reader = ThreadPoolExecutor(1)  # its thread ends with this object
+        # Its thread ends with this object, and would use the first GPU if it weren't told which.
+        self._reader = ThreadPoolExecutor(1, initializer=torch.cuda.set_device, initargs=(device,))
 
     def to_device(self, tensor: Tensor) -> InFlight[Tensor]:
         """See ``Lanes``."""

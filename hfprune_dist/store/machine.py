@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 
+# What the driver of NVIDIA's GPUs tells about itself and them.
+NVIDIA = Path("/proc/driver/nvidia")
+# What names a GPU in CUDA_VISIBLE_DEVICES; other words name none: NoDevFiles of older Slurm, void, none.
+DEVICE = re.compile(r"\s*(\d|GPU-|MIG-)")
 # Of each version of control groups: the files with the limit of memory and with what is used, and what the names of
 # statistics begin with.
 MEMORY_FILES = (
@@ -53,6 +59,20 @@ class ControlGroups:
 
 
 HERE = ControlGroups()
+
+
+def count_gpus() -> int:
+    """Return the number of GPUs that ranks may use."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return len(list(itertools.takewhile(DEVICE.match, visible.split(","))))  # as CUDA reads it
+    return len(list((NVIDIA / "gpus").iterdir())) if (NVIDIA / "gpus").is_dir() else 0
+
+
+def driver_version() -> str | None:
+    """Return the version of NVIDIA's driver; None if it isn't loaded."""
+    found = re.search(r"\d+\.[\d.]*\d", _text(NVIDIA / "version"))
+    return found and found[0]
 
 
 def usable_cores(groups: ControlGroups = HERE) -> int:

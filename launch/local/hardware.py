@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
-import itertools
 import os
-import re
 import subprocess
 from collections.abc import Iterable
-from pathlib import Path
 
 from hfprune_dist.config.schema import RuntimeConfig
 from hfprune_dist.distributed.threads import threads_allowed
 from hfprune_dist.errors import UserError
 from hfprune_dist.planning.gpu_needs import Gpus
 from hfprune_dist.results.formats import counted
-from hfprune_dist.store.machine import usable_cores
+from hfprune_dist.store.machine import NVIDIA, count_gpus, usable_cores
 from hfprune_dist.store.provenance import CPU_INFO, cpu_model
 from hfprune_dist.store.stage import Stage
 
-GPUS = Path("/proc/driver/nvidia/gpus")
-# What names a GPU in CUDA_VISIBLE_DEVICES; other words name none: NoDevFiles of older Slurm, void, none.
-DEVICE = re.compile(r"\s*(\d|GPU-|MIG-)")
 # Kind of stage -> the configuration section that sets its compute dtype. A prune stage uses that of the calibration
 # pass. References are not listed: they use the dtype of the stage that reads them, which is listed.
 SECTIONS = {
@@ -34,19 +28,11 @@ SECTIONS = {
 }
 
 
-def count_gpus() -> int:
-    """Return the number of GPUs that ranks may use."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is not None:
-        return len(list(itertools.takewhile(DEVICE.match, visible.split(","))))  # as CUDA reads it
-    return len(list(GPUS.iterdir())) if GPUS.is_dir() else 0
-
-
 def device_here(runtime: RuntimeConfig) -> str:
     """Return the device of a stage with one rank: this machine's kind of GPU, or its CPU and number of threads."""
     if not count_gpus():
         return f"{cpu_model()}, threads: {threads_of_a_rank(runtime, 1)}"
-    files = sorted(GPUS.glob("*/information"))
+    files = sorted(NVIDIA.glob("gpus/*/information"))
     facts = [line for file in files for line in file.read_text(encoding="utf-8").splitlines()]
     models = {line.partition(":")[2].strip() for line in facts if line.startswith("Model:")}
     return ", ".join(sorted(models)) or "a GPU"

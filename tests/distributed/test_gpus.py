@@ -11,6 +11,7 @@ from worlds import Ranks
 from hfprune_dist.distributed import gpus
 from hfprune_dist.distributed.gpus import Place, claim_device, place_of, require_own_gpus
 from hfprune_dist.errors import UserError
+from hfprune_dist.store import machine
 
 
 def claimed(monkeypatch, visible, local_rank):
@@ -49,13 +50,29 @@ def test_without_a_gpu_nothing_is_claimed(monkeypatch):
 @pytest.mark.parametrize(
     ("properties", "address"),
     [
-        ({"pci_domain_id": 0, "pci_bus_id": 27, "uuid": "GPU-1"}, "0000:1b"),
+        ({"pci_domain_id": 0, "pci_bus_id": 27, "pci_device_id": 5, "uuid": "GPU-1"}, "0000:1b:05"),
+        ({"pci_domain_id": 0, "pci_bus_id": 27, "pci_device_id": 6, "uuid": "GPU-2"}, "0000:1b:06"),
         ({"uuid": "GPU-1"}, "GPU-1"),
     ],
 )
 def test_a_gpu_is_known_by_its_place_on_the_bus(monkeypatch, properties, address):
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(**properties))
     assert place_of(torch.device("cuda", 0)).address == address
+
+
+@pytest.mark.parametrize("built", ["13.0", None])
+def test_gpus_that_torch_cannot_use_are_an_error_instead_of_a_run_on_the_cpu(monkeypatch, tmp_path, built):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    monkeypatch.setattr(torch.version, "cuda", built)
+    monkeypatch.setattr(machine, "NVIDIA", tmp_path)
+    (tmp_path / "version").write_text(
+        "NVRM version: NVIDIA UNIX x86_64 Kernel Module  535.104.05  Sat Aug 19\nGCC 12.2.0\n"
+    )
+    told = rf"GPUs \(2\) that torch can't use.* {'CUDA 13.0' if built else 'without CUDA'}, .* driver is 535\.104\.05;"
+    with pytest.raises(UserError, match=told):
+        claimed(monkeypatch, 0, 3)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert claimed(monkeypatch, 0, 3) == [None, 3]
 
 
 def test_a_machine_is_known_by_its_boot(monkeypatch, tmp_path):

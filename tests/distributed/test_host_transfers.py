@@ -300,6 +300,7 @@ def log(monkeypatch):
         assert options.pop("pin_memory", True)
         return plain_empty_like(tensor, **options)
 
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: log.append((threading.get_ident(), "uses", device)))
     monkeypatch.setattr(torch.cuda, "Stream", lambda _device: FakeStream(log, next(names)))
     monkeypatch.setattr(torch.cuda, "current_stream", lambda _device: computing)
     monkeypatch.setattr(torch.cuda, "stream", inside)
@@ -340,7 +341,8 @@ def test_a_gpus_layers_are_read_in_portions_by_a_thread(log, tmp_path, monkeypat
     for number, layer in HostTransfers(CPU).layers(reader, range(3)):
         whole = reader.layer(number).state_dict()
         assert all(torch.equal(weight, whole[name]) for name, weight in layer.state_dict().items())
-    assert len(threads - {threading.get_ident()}) == 1
+    (thread,) = threads - {threading.get_ident()}
+    assert log.count((thread, "uses", CPU)) == 1, "or it would use the first GPU"
     tensors = plain_weights(0, lambda tensor, _dtype: tensor)
     portions = sum(-(-tensor.numel() // 500) for tensor in tensors.values())
     assert log.count(("shared with", "computing")) == 3 * len(tensors)

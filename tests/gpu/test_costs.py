@@ -17,9 +17,9 @@ from gpu_runs import (
     visible,
     write_config,
 )
-from hfprune_launch.local.hardware import count_gpus
 
 from hfprune_dist.planning.importance_footprint import Importance
+from hfprune_dist.store.machine import count_gpus
 
 # Parts that an estimate leaves out: CUDA's own memory, NCCL's buffers, and memory that the allocator can't use.
 MEMORY_TOLERANCE = 0.25

@@ -2,9 +2,10 @@
 
 import pytest
 from gpu_runs import visible, write_config
-from hfprune_launch.local.hardware import count_gpus
 from ranks import killing
 from sweeps import artifacts, finish, results, sweep
+
+from hfprune_dist.store.machine import count_gpus
 
 SMALL = {
     "methods": ["surgeon-uniform-block", "llm-pruner"],

@@ -138,6 +138,12 @@ UNREADABLE = [
 ]
 
 
+def test_gpus_that_torch_cannot_use(refusal, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert "GPUs (1) that torch can't use" in refusal()
+
+
 @pytest.mark.parametrize("key", [CALIBRATION, PAIRS])
 @pytest.mark.parametrize(("name", "content", "expected"), UNREADABLE, ids=[name for name, *_ in UNREADABLE])
 def test_unreadable_text(inputs, refusal, key, name, content, expected):

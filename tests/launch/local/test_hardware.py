@@ -107,7 +107,7 @@ def test_the_device_of_one_rank_is_told_without_torch(machine, tmp_path, monkeyp
     monkeypatch.setenv("OMP_NUM_THREADS", "5")
     assert device_here(RuntimeConfig()) == "A processor @ 2 GHz, threads: 5"
     machine(AVX512, gpus="0,1")
-    monkeypatch.setattr(hardware, "GPUS", tmp_path / "gpus")
+    monkeypatch.setattr(hardware, "NVIDIA", tmp_path)
     assert device_here(RuntimeConfig()) == "a GPU", "whose driver tells nothing"
     for number in range(2):
         (tmp_path / "gpus" / str(number)).mkdir(parents=True)
