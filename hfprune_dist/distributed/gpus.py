@@ -77,8 +77,9 @@ def place_of(device: torch.device) -> Place | None:
         return None
     gpu: Any = torch.cuda.get_device_properties(device)
     # Slices of one GPU share its address, by which NCCL tells GPUs apart. torch before 2.9 doesn't report it.
-    numbers = [getattr(gpu, f"pci_{part}_id", None) for part in ("domain", "bus", "device")]
-    address = str(gpu.uuid) if None in numbers else "{:04x}:{:02x}:{:02x}".format(*numbers)
+    address = str(gpu.uuid)
+    if hasattr(gpu, "pci_bus_id"):
+        address = f"{gpu.pci_domain_id:04x}:{gpu.pci_bus_id:02x}:{gpu.pci_device_id:02x}"
     node = socket.gethostname()
     return Place(_machine() or node, address, node)
 
