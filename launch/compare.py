@@ -5,8 +5,7 @@ example:  python launch/compare.py runs/fidelity/0 runs/fidelity/1 runs/fidelity
 Rows of one model, ratio, method and recovery must have the same settings and files in all sweeps that have them, apart
 from the seed. Writes comparison.md and comparison.json. For each method: the mean and standard deviation of KL to the
 dense model, agreement, perplexity and the average of tasks, and time and memory. For each pair of criteria: the rank
-correlation of their scores and the overlap of what they keep, by layer. For each criterion: how many kept neurons still
-change as windows are added.
+correlation of their scores and the overlap of what they keep, by layer.
 """
 
 from __future__ import annotations

@@ -77,7 +77,7 @@ def read_record(out: Path) -> Record | None:
         record = read_json(out / SWEEP_FILE)
         if record is None:
             return None
-        dense = {name: DenseModel.from_json(facts) for name, facts in record["dense"].items()}
+        dense = {name: DenseModel(**facts) for name, facts in record["dense"].items()}
         plan = Plan.from_json(record)
         if not all(cell.model in dense and {*plan.upstream(cell)} <= plan.stages.keys() for cell in plan.cells):
             raise KeyError("a row's model or stage")

@@ -46,7 +46,7 @@ class DrawnSweep:
 
     def _add_model(self, model):
         dense = Input(f"digest of {model}", f"/{model}")
-        scored = self._stage("importance", model, {"model": dense}, split_half_overlap=self._halves())
+        scored = self._stage("importance", model, {"model": dense})
         self._add_cells((model, dense), None, None, (), dense)
         for method in self.methods:
             for ratio in self.ratios:
@@ -99,13 +99,6 @@ class DrawnSweep:
 
     def _tasks(self):
         return {task: {"acc": self._random.random(), "acc_stderr": 0.01} for task in self.tasks}
-
-    def _halves(self):
-        return [
-            {"criterion": "entropy", "share_kept": share, "windows": windows, "overlap": 0.9 - share / windows}
-            for share in (0.8, 0.5)
-            for windows in (8, 16)
-        ]
 
     def _kept(self, width):
         neurons = [sorted(self._random.sample(range(WIDTH), width)) for _ in range(LAYERS)]

@@ -12,7 +12,7 @@ from hfprune_dist.store.stage import Stage
 MEASURES = {"perplexity": 17.52, "kl": 0.26294, "top1_agreement": 0.7617}
 ERRORS = {"perplexity_stderr": 0.51, "kl_stderr": 0.01234, "top1_agreement_stderr": 0.0151}
 AVERAGES = ("average", "average_without_crows_pairs")
-OF_DENSE = {"of_dense": 0.901, "above_floor_of_dense": 0.85, "of_dense_before_recovery": 0.7}
+OF_DENSE = {"of_dense": 0.901, "of_dense_before_recovery": 0.7}
 SHARES = {f"{name}_{share}": value for name in AVERAGES for share, value in OF_DENSE.items()}
 COSTS = {"tokens": 10_240, "flops": 4.5e13, "device_hours": 0.073, "wasted_device_hours": 0.0}
 TRAINING = {f"{whose}_training_{name}": value for whose in ("own", "shared") for name, value in COSTS.items()}
@@ -29,8 +29,6 @@ def row_of(model: str = "llama", ratio: float = 0.2, method: str | None = "surge
         "ratio": ratio,
         "ratio_reached": ratio,
         "parameters": 134_515_008,
-        "ratio_of_decoder": 1.25 * ratio,
-        "ratio_of_pruned_layers": 1.5 * ratio,
         "intermediate_size": 1536,
         "intermediate_sizes": None,
         "method": method,
@@ -47,9 +45,6 @@ def row_of(model: str = "llama", ratio: float = 0.2, method: str | None = "surge
         "average_without_crows_pairs": 0.6833,
         "average_stderr": 0.0423,
         "average_without_crows_pairs_stderr": 0.0423,
-        "average_floor": 0.25,
-        "average_without_crows_pairs_floor": 0.25,
-        "floors": {"demo_docstring": 0.25},
         **SHARES,
         "tasks_of_dense": {"demo_docstring": 0.9},
         "weight_bytes": 269_000_000,
@@ -102,8 +97,7 @@ def missing(row: Row) -> Row:
     """Return the same row before anything of it was made."""
     unknown = [*MEASURES, *ERRORS, "windows", "tokens", "average", "average_without_crows_pairs", "parameters"]
     unknown += ["average_stderr", "average_without_crows_pairs_stderr", "ratio_reached", "weight_bytes", "own_time_s"]
-    unknown += ["shared_time_s", "wall_time_s", "peak_memory_bytes", "ratio_of_decoder", "ratio_of_pruned_layers"]
-    unknown += ["average_floor", "average_without_crows_pairs_floor", *SHARES, *TRAINING]
-    none = {key: {} for key in ("tasks", "samples", "other_texts", "floors", "tasks_of_dense")}
+    unknown += ["shared_time_s", "wall_time_s", "peak_memory_bytes", *SHARES, *TRAINING]
+    none = {key: {} for key in ("tasks", "samples", "other_texts", "tasks_of_dense")}
     nothing = {**none, "status": "missing", "cause": "prune has not run yet"}
     return row | dict.fromkeys(unknown) | nothing | {"stages": dict.fromkeys(row["stages"])}

@@ -1,4 +1,4 @@
-"""Charts of what stages recorded on the way: training losses, and whether more windows would change what is kept."""
+"""The chart of what stages recorded on the way: training losses."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from functools import cache
 from itertools import product
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 from hfprune_dist.report.chart import (
     Chart,
@@ -23,8 +22,6 @@ from hfprune_dist.report.chart import (
     dashes_told,
     line,
     method_key,
-    percent_of,
-    series_key,
     shown,
 )
 from hfprune_dist.report.evidence import Evidence
@@ -48,8 +45,8 @@ class Curve:
 
 
 def curve_charts(evidence: Evidence) -> list[Chart]:
-    """The charts of training losses and of split halves."""
-    return [_losses(evidence), _split_halves(evidence)]
+    """The chart of training losses."""
+    return [_losses(evidence)]
 
 
 def _losses(evidence: Evidence) -> Chart:
@@ -111,37 +108,4 @@ def _medians(curves: Sequence[Curve], keys: Keys) -> list[Trace]:
         at = [[losses[step] for losses in those if step in losses] for step in steps]
         if steps:
             traces += [band(key, steps, [*map(min, at)], [*map(max, at)]), line(key, steps, [*map(median, at)])]
-    return traces
-
-
-def _split_halves(evidence: Evidence) -> Chart:
-    scored = [(stage, metrics.get("split_half_overlap", [])) for stage, metrics in evidence.finished("importance")]
-    criteria = list(dict.fromkeys(point["criterion"] for _, points in scored for point in points))
-    keys = {criterion: series_key(criterion, number) for number, criterion in enumerate(criteria)}
-    shares = sorted({point["share_kept"] for _, points in scored for point in points}, reverse=True)
-    figures = []
-    for stage, points in scored:
-        if points:
-            model = evidence.cells_of(stage.id)[0].model
-            layout = {"xaxis": axis("calibration windows"), "yaxis": {"tickformat": ".3~p"}}
-            title = f"{stage.label}, pass {stage.fingerprint[:4]}: in both halves"
-            figures.append(Figure(title, model, _halves(points, keys, shares), layout))
-    about = (
-        "Of the units that one half of the calibration windows would keep, the share that the other half keeps too. "
-        "Where lines still rise, more windows would change what stays." + dashes_told(shares, "share of units kept")
-    )
-    absent = "No calibration pass was long enough to be split."
-    return Chart("halves", "Calibration windows", about, figures, list(keys.values()), absent)
-
-
-def _halves(points: Sequence[Mapping[str, Any]], keys: Mapping[str, Key], shares: Sequence[float]) -> list[Trace]:
-    traces = []
-    for (criterion, key), share in product(keys.items(), shares):
-        those = [it for it in points if (it["criterion"], it["share_kept"]) == (criterion, share)]
-        those.sort(key=lambda it: it["windows"])
-        if those:
-            dashed = replace(key, dash=dash(share, shares))
-            name = shown(f"{criterion}, {percent_of(share)} kept")
-            xs, ys = [it["windows"] for it in those], [it["overlap"] for it in those]
-            traces.append(line(dashed, xs, ys, name=name, mode="lines+markers"))
     return traces

@@ -11,7 +11,7 @@ from typing import Any
 
 from hfprune_dist.config.texts import OTHER_TEXTS
 from hfprune_dist.planning.plan import NONE
-from hfprune_dist.report.chart import GREY, Chart, Figure, Key, Trace, axis, line, method_key, row_name, style
+from hfprune_dist.report.chart import Chart, Figure, Key, Trace, axis, line, method_key, row_name, style
 from hfprune_dist.report.evidence import Evidence
 from hfprune_dist.results.headline import headline, headline_error
 from hfprune_dist.results.rows import Row
@@ -27,14 +27,12 @@ class Measure:
     Attributes:
         error: returns its standard error; None if there is none.
         axis: axis settings of plotly.js.
-        floor: returns the score of always choosing the same answer; None if it isn't known.
     """
 
     title: str
     value: Value
     error: Value
     axis: Mapping[str, Any]
-    floor: Value = lambda _: None
 
 
 @dataclass(frozen=True)
@@ -46,7 +44,6 @@ class Scale:
     axis: Mapping[str, Any]
 
 
-FLOORS = "Thin dots across: what always choosing the same answer gets."
 # Of values that are all alike, as those of dense models, plotly.js would show the axis to 200 %; marks need some room.
 OF_SHARES = "autorangeoptions"
 PERCENT = {"tickformat": ".3~p", OF_SHARES: {"clipmin": -0.05, "clipmax": 1.05}}
@@ -60,7 +57,7 @@ def _of_rows(title: str, name: str, **settings: Any) -> Measure:
     return Measure(title, lambda row: row[name], lambda row: row.get(f"{name}_stderr"), settings)
 
 
-AVERAGE = replace(_of_rows("average of the tasks", "average", **PERCENT), floor=lambda row: row["average_floor"])
+AVERAGE = _of_rows("average of the tasks", "average", **PERCENT)
 PERPLEXITY = _of_rows("perplexity (log)", "perplexity", **LOG)
 KL = _of_rows("KL from dense, nats per token", "kl", rangemode="tozero")
 QUALITY = (AVERAGE, PERPLEXITY)
@@ -83,7 +80,7 @@ def _task(name: str) -> list[Measure]:
 
     perplexity = of(lambda metrics: metrics.get("word_perplexity"))
     error = of(lambda metrics: metrics.get("word_perplexity_stderr"))
-    scores = Measure(name, of(headline), of(headline_error), PERCENT, lambda row: row["floors"].get(name))
+    scores = Measure(name, of(headline), of(headline_error), PERCENT)
     return [scores, Measure(f"{name}, word perplexity (log)", perplexity, error, LOG)]
 
 
@@ -114,7 +111,7 @@ def quality_charts(evidence: Evidence) -> list[Chart]:
         chart(
             "tasks",
             "Tasks",
-            f"With standard errors. {baselines} {FLOORS}",
+            f"With standard errors. {baselines}",
             panels([it for task in tasks for it in _task(task)], RATIO),
         ),
     ]
@@ -152,7 +149,6 @@ def _figure(evidence: Evidence, model: str, measure: Measure, scale: Scale) -> F
         if of_key:
             trace = _points(key, of_key, measure, scale)
             traces.append((trace if method else _across(trace, known, scale)) | _marks(key))
-    traces += _floors(known, measure, scale)
     return Figure(f"{model}: {measure.title}", model, traces, _layout(known, measure, scale))
 
 
@@ -161,14 +157,6 @@ def _layout(rows: Sequence[Row], measure: Measure, scale: Scale) -> dict[str, An
     if any(value > 1 for row in rows if (value := measure.value(row)) is not None):
         along.pop(OF_SHARES, None)  # which would leave out scores that a task reports in percent
     return {"xaxis": axis(scale.title, **scale.axis), "yaxis": along}
-
-
-def _floors(rows: Sequence[Row], measure: Measure, scale: Scale) -> list[Trace]:
-    """A line at each floor; there is only one if all rows were evaluated on the same documents."""
-    along = [value for row in rows if (value := scale.value(row)) is not None]
-    floors = sorted({floor for row in rows if (floor := measure.floor(row)) is not None})
-    key = Key("constant answer", GREY, "dot")
-    return [line(key, [min(along), max(along)], [floor, floor]) for floor in floors]
 
 
 def _across(trace: Trace, rows: Sequence[Row], scale: Scale) -> Trace:

@@ -1,4 +1,4 @@
-"""Quality of rows as shares of the dense model's: in full, above the floor of constant answers, and before recovery."""
+"""Quality of rows as shares of the dense model's, and of that before recovery."""
 
 from __future__ import annotations
 
@@ -47,8 +47,7 @@ def _shares(row: Row, dense: Row | None) -> Row:
     """A row's shares; None, and no tasks, if there is no dense row to compare with."""
     beside = dense or dict.fromkeys(AVERAGES)
     whole = {f"{name}_of_dense": _share(row[name], beside[name]) for name in AVERAGES}
-    above = {f"{name}_above_floor_of_dense": _share(row[name], beside[name], row[f"{name}_floor"]) for name in AVERAGES}
-    return {**whole, **above, "tasks_of_dense": {} if dense is None else _of_tasks(row, dense)}
+    return {**whole, "tasks_of_dense": {} if dense is None else _of_tasks(row, dense)}
 
 
 def _of_tasks(row: Row, dense: Row) -> dict[str, float]:
@@ -61,8 +60,6 @@ def _score(row: Row, task: str) -> float | None:
     return headline(metrics)
 
 
-def _share(score: float | None, dense: float | None, floor: float | None = 0.0) -> float | None:
-    """(score - floor) / (dense - floor); None if one isn't known, or if the dense model is no better than the floor."""
-    if score is None or dense is None or floor is None or dense <= floor:
-        return None
-    return (score - floor) / (dense - floor)
+def _share(score: float | None, dense: float | None) -> float | None:
+    """The score divided by the dense model's; None if one isn't known, or the dense model's is 0."""
+    return None if score is None or not dense else score / dense

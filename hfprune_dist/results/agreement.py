@@ -1,10 +1,9 @@
-"""Agreement of criteria: between their scores, and between what each keeps after few and many calibration windows."""
+"""Agreement of criteria: of their scores, and of the units that they keep."""
 
 from __future__ import annotations
 
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from itertools import combinations
 from pathlib import Path
@@ -17,7 +16,6 @@ from safetensors.numpy import load_file
 
 from hfprune_dist.errors import UserError
 from hfprune_dist.results.column import Column
-from hfprune_dist.results.formats import number
 from hfprune_dist.structures import EXPERT_NEURONS, EXPERTS, NEURONS, SHARED_NEURONS
 from hfprune_dist.structures.score_names import SCORES, criteria_in, scores_of_layers
 
@@ -66,7 +64,7 @@ def _of_layers(
 
 
 def compare_criteria(of_units: Iterable[Scores], shares_kept: Sequence[float]) -> list[dict[str, Any]]:
-    """For every pair of criteria: rank correlation (None in a layer with a single unit) and overlap of the kept sets,
+    """For every pair of criteria: rank correlation (None where it isn't defined) and overlap of the kept sets,
     layer by layer.
 
     Args:
@@ -90,18 +88,32 @@ def compare_criteria(of_units: Iterable[Scores], shares_kept: Sequence[float]) -
 
 
 def spearman(a_D: NDArray[np.float64], b_D: NDArray[np.float64]) -> float | None:
-    """Rank correlation; units with equal scores are ranked in their order. None for a single unit: it isn't defined."""
-    if len(a_D) < 2:
+    """Rank correlation; equal scores share the average of their ranks. None if all scores of one criterion are equal,
+    as those of a single unit are: it isn't defined.
+    """
+    if len(np.unique(a_D)) < 2 or len(np.unique(b_D)) < 2:
         return None
-    a_ranks_D, b_ranks_D = (np.argsort(np.argsort(it, kind="stable")) for it in (a_D, b_D))
-    return float(np.corrcoef(a_ranks_D, b_ranks_D)[0, 1])
+    return float(np.corrcoef(_average_ranks(a_D), _average_ranks(b_D))[0, 1])
+
+
+def _average_ranks(scores_D: NDArray[np.float64]) -> NDArray[np.float64]:
+    _, place_D, counts = np.unique(scores_D, return_inverse=True, return_counts=True)
+    return np.asarray((np.cumsum(counts) - (counts - 1) / 2)[place_D])
 
 
 def overlap(a_D: NDArray[np.float64], b_D: NDArray[np.float64], share: float) -> float:
-    """Share of the units kept by one criterion that the other one keeps too."""
+    """Share of the units kept by one criterion that the other one keeps too.
+
+    Where some of several equal scores would stay, each criterion draws at random which: this is the expected share.
+    """
     width = max(1, round(share * len(a_D)))
-    kept = [set(np.argsort(-it, kind="stable")[:width].tolist()) for it in (a_D, b_D)]
-    return len(kept[0] & kept[1]) / width
+    return float(_chances_to_stay(a_D, width) @ _chances_to_stay(b_D, width) / width)
+
+
+def _chances_to_stay(scores_D: NDArray[np.float64], width: int) -> NDArray[np.float64]:
+    last = np.sort(scores_D)[-width]
+    above_D, level_D = scores_D > last, scores_D == last
+    return np.where(level_D, (width - above_D.sum()) / level_D.sum(), above_D)
 
 
 def columns_of_pairs(pairs: Sequence[Pair]) -> list[Column[Pair]]:
@@ -121,47 +133,3 @@ def _mean_overlap(pair: Pair, share: str) -> str:
 def _mean(values: Sequence[float | None]) -> str:
     known = [value for value in values if value is not None]
     return f"{statistics.fmean(known):.3f}" if known else "-"
-
-
-@dataclass(frozen=True)
-class Convergence:
-    """Overlap between the units that two halves of the windows keep.
-
-    Attributes:
-        criterion: its name, and what was compared if not its scores.
-        overlaps: number of windows -> overlap, as far as known.
-    """
-
-    criterion: str
-    share_kept: float
-    overlaps: Mapping[int, float]
-
-
-def convergences(points: Sequence[Mapping[str, Any]]) -> list[Convergence]:
-    """Return the convergence of each criterion and share, in order of first appearance.
-
-    Args:
-        points: ``split_half_overlap`` from the metrics of an importance artifact.
-    """
-    found: dict[tuple[str, float], dict[int, float]] = {}
-    compared: dict[str, str] = {}
-    for point in points:
-        criterion, share = point["criterion"], point["share_kept"]
-        found.setdefault((criterion, share), {})[point["windows"]] = point["overlap"]
-        compared[criterion] = point.get("compared", "scores")
-    names = {it: it if what == "scores" else f"{it} ({what})" for it, what in compared.items()}
-    return [Convergence(names[criterion], share, overlaps) for (criterion, share), overlaps in found.items()]
-
-
-def columns_of_convergences(rows: Sequence[Convergence]) -> list[Column[Convergence]]:
-    """Columns for convergences, one for each number of windows, which is all that its header says: it has to fit."""
-    sizes = sorted({windows for row in rows for windows in row.overlaps})
-    return [
-        Column("criterion", lambda it: it.criterion, is_text=True),
-        Column("kept", lambda it: f"{it.share_kept:.0%}"),
-        *(Column(str(windows), partial(_overlap_of, windows=windows)) for windows in sizes),
-    ]
-
-
-def _overlap_of(row: Convergence, windows: int) -> str:
-    return number(row.overlaps.get(windows), ".3f")

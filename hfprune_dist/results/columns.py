@@ -47,7 +47,6 @@ def few_columns(rows: Sequence[Row], with_errors: bool = True) -> Columns:
 def all_columns(rows: Sequence[Row]) -> Columns:
     """Columns for everything in the rows except the numbers behind a task's headline."""
     columns = [*_names(rows), Column("reached", lambda row: number(row["ratio_reached"], ".4f"))]
-    columns += [Column(header, partial(_native, key=key)) for header, key in NATIVE.items()]
     columns += [Column("params", lambda row: number(row["parameters"], ","))]
     columns += [Column("size", lambda row: byte_count(row["weight_bytes"])), *_sizes(rows)]
     columns += [
@@ -101,14 +100,6 @@ def _names(rows: Sequence[Row]) -> Columns:
 
 def _kept(row: Row) -> str:
     return percent(None if row["ratio_reached"] is None else 1 - row["ratio_reached"])
-
-
-# The ratio as rivals define it: see ``native_ratios``.
-NATIVE = {"of decoder": "ratio_of_decoder", "of pruned layers": "ratio_of_pruned_layers"}
-
-
-def _native(row: Row, key: str) -> str:
-    return number(row[key], ".4f")
 
 
 def _sizes(rows: Sequence[Row]) -> Columns:
@@ -201,7 +192,6 @@ def _shares_of_dense(rows: Sequence[Row]) -> Columns:
     shown = {
         "avg % of dense": f"{name}_of_dense",
         "before recovery": f"{name}_of_dense_before_recovery",
-        "above floor % of dense": f"{name}_above_floor_of_dense",
     }
     return [
         Column(header, lambda row, key=key: percent(row[key]))  # type: ignore[misc]

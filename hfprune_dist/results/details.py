@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import Field, StrictInt
+from pydantic import Field
 
 from hfprune_dist.store.atomic_files import as_record, read_object
 
@@ -20,7 +20,6 @@ class _Counts:
 @dataclass(frozen=True)
 class _OfTask:
     samples: Annotated[dict[str, _Counts], Field(alias="n-samples", default_factory=dict)]
-    right_answers: dict[str, list[StrictInt]] | None = None
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from hfprune_dist.config.texts import OTHER_TEXTS
 from hfprune_dist.planning.plan import OWN
 from hfprune_dist.results.costs import OWN_STAGES, SHARED_STAGES
 from hfprune_dist.results.efficiency import workload
-from hfprune_dist.results.formats import counted, duration, flop_count, hours, percent
+from hfprune_dist.results.formats import counted, duration, flop_count, hours
 from hfprune_dist.results.headline import headline_metric, is_bias_task
 from hfprune_dist.results.rows import Row
 
@@ -23,15 +23,14 @@ def notes(rows: Sequence[Row]) -> list[str]:
     """Notes on the table of ``few_columns``, one paragraph for each thing that it doesn't explain itself."""
     if not rows:
         return []
-    quality = [*_fidelity(rows), *_average(rows), *_floors(rows)]
+    quality = [*_fidelity(rows), *_average(rows)]
     return [*_recovery(rows), *quality, *_speed(rows), *_costs(rows), *_training(rows)]
 
 
 def wide_notes(rows: Sequence[Row]) -> list[str]:
     """Notes on the additional columns of ``all_columns``."""
     told = [
-        "reached: removed / all parameters; of decoder: removed / weights in the layers' matrices, as FLAP and LoRAP "
-        "count; of pruned layers: the same of layers that lose something, as LLM-Pruner and LoRAPrune count",
+        "reached: removed / all parameters",
         "width: what is left of intermediate_size",
         "agree: share of held-out tokens with the dense model's most likely next token, higher is better",
         "ppl, and tasks without a share of right answers: perplexity, lower is better",
@@ -39,8 +38,7 @@ def wide_notes(rows: Sequence[Row]) -> list[str]:
         "shared: time of the stages that a row shares with others; memory: the most that one rank took",
         "tokens, FLOPs, device-h: of importance, pruning, distillation and recovery, own stages and shared ones; FLOPs "
         "are computed from shapes, device-h is time x ranks of all attempts, wasted-h of those that failed",
-        "% of dense: of the dense row that was measured alike; above floor: (score - floor) / (dense - floor), where "
-        "floor is what always choosing the same answer gets",
+        "% of dense: of the dense row that was measured alike",
     ]
     return told if rows else []
 
@@ -133,19 +131,6 @@ def _efficiency(rows: Sequence[Row]) -> list[str]:
         "from the prompts; generating: most memory at once, of weights and whatever torch allocates; FLOPs and bytes "
         "of cache per token: computed from shapes"
     ]
-
-
-def _floors(rows: Sequence[Row]) -> list[str]:
-    """The floors, as far as evaluations report them."""
-    known: dict[str, set[str]] = {}
-    for row in rows:
-        averages = {"avg": row["average_floor"], "avg w/o crows": row["average_without_crows_pairs_floor"]}
-        if averages["avg"] is not None:
-            del averages["avg w/o crows"]
-        for name, floor in {**row["floors"], **averages}.items():
-            known.setdefault(name, set()).update([] if floor is None else [percent(floor)])
-    told = [f"{name} {' or '.join(sorted(floors))}" for name, floors in known.items() if floors]
-    return [f"floor, what always choosing the same answer gets: {', '.join(told)}"] if told else []
 
 
 def _training(rows: Sequence[Row]) -> list[str]:

@@ -16,11 +16,9 @@ from hfprune_dist.results.as_made import as_made
 from hfprune_dist.results.costs import CostTable
 from hfprune_dist.results.details import read_details
 from hfprune_dist.results.efficiency import efficiency_of
-from hfprune_dist.results.floors import average_floors, floors_of
 from hfprune_dist.results.headline import average_errors, averages
 from hfprune_dist.results.known import all_or_none, sum_or_none
 from hfprune_dist.results.measured_as import measured_as
-from hfprune_dist.results.native_ratios import Decoder, native_ratios
 from hfprune_dist.store.artifacts import Manifest, Store
 from hfprune_dist.store.attempt import AttemptsOf
 from hfprune_dist.store.hashing import digest_of
@@ -51,19 +49,14 @@ class DenseModel:
     """Facts in a dense row that no stage measures.
 
     Attributes:
-        weight_bytes: size of the files with its weights, as ``weight_bytes_of`` counts them; records of earlier
-            versions leave out the files' headers.
-        decoder: sizes of its layers, if they are alike.
+        weight_bytes: size of the files with its weights, as ``weight_bytes_of`` counts them.
         expert_widths: for a mixture of experts, field of config.json -> its value, and the number of experts.
         has_vision: whether it is a model of images and text.
-
-    ``weight_bytes``, ``decoder`` and ``expert_widths`` are None in records older than these fields.
     """
 
     parameters: int
     intermediate_size: int | None
     weight_bytes: int | None = None
-    decoder: Decoder | None = None
     expert_widths: Mapping[str, int] | None = None
     has_vision: bool = False
 
@@ -73,18 +66,8 @@ class DenseModel:
         kinds = checkpoint.structures.values()
         sizes = _with_experts({name: size for it in kinds for name, size in it.sizes(it.counts).items()})
         experts = {field: sizes[field] for field in (NUM_EXPERTS, *EXPERT_WIDTHS.values()) if field in sizes}
-        width, decoder, vision = sizes.get("intermediate_size"), Decoder.of(checkpoint), checkpoint.family.has_vision
-        return cls(checkpoint.parameters, width, checkpoint.bytes_on_disk, decoder, experts or None, vision)
-
-    @classmethod
-    def from_json(cls, facts: Mapping[str, Any]) -> DenseModel:
-        """Read a record, written by any version.
-
-        Raises:
-            TypeError: if it isn't such a record.
-        """
-        decoder = facts.get("decoder")
-        return cls(**{**facts, "decoder": None if decoder is None else Decoder(**decoder)})
+        width, vision = sizes.get("intermediate_size"), checkpoint.family.has_vision
+        return cls(checkpoint.parameters, width, checkpoint.bytes_on_disk, experts or None, vision)
 
 
 def collect_rows(
@@ -147,7 +130,7 @@ def _row(cell: Cell, known: _Known, dense: DenseModel) -> Row:
         OTHER_TEXTS: {name: _compared(there) for name, there in metrics.get(OTHER_TEXTS, {}).items()},
         "tasks": metrics.get("tasks", {}),
         "samples": _samples(details),
-        **_averages(metrics.get("tasks", {}), floors_of(metrics.get("tasks", {}), details)),
+        **_averages(metrics.get("tasks", {})),
         "weight_bytes": weight_bytes_of(manifests[cell.producers[-1]]) if cell.producers else dense.weight_bytes,
         **efficiency_of(manifests.get(cell.efficiency or "")),
         **_times(manifests, known.shared),
@@ -215,13 +198,11 @@ def _shape(cell: Cell, manifests: Mapping[str, Manifest | None], dense: DenseMod
     if cell.ratio is None:
         sizes: Row = {"parameters": dense.parameters, "intermediate_size": dense.intermediate_size}
         sizes |= dense.expert_widths or {}
-        return {"ratio_reached": 0.0, **native_ratios(dense.decoder, 0, sizes), **sizes, "intermediate_sizes": None}
+        return {"ratio_reached": 0.0, **sizes, "intermediate_sizes": None}
     *_, cut = (found for stage_id, found in manifests.items() if kind_of(stage_id) in CUTTING)
     metrics = _with_experts(cut["metrics"] if cut else {})
     always = ("ratio_reached", "parameters", "intermediate_size", "intermediate_sizes")
-    told = {key: metrics.get(key) for key in (*always, *(key for key in _OF_MORE_THAN_NEURONS if key in metrics))}
-    left = told["parameters"]
-    return told | native_ratios(dense.decoder, None if left is None else dense.parameters - left, metrics)
+    return {key: metrics.get(key) for key in (*always, *(key for key in _OF_MORE_THAN_NEURONS if key in metrics))}
 
 
 def _with_experts(sizes: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -232,10 +213,9 @@ def _with_experts(sizes: Mapping[str, Any]) -> Mapping[str, Any]:
     return {**sizes, **{name: sizes[key] for name, keys in names for key in reversed(keys) if key in sizes}}
 
 
-def _averages(tasks: Mapping[str, Mapping[str, Any]], floors: Mapping[str, float]) -> Row:
-    told: Row = {"floors": floors}
-    of_each = averages(tasks), average_errors(tasks), average_floors(tasks, floors)
-    for suffix, both in zip(("", "_stderr", "_floor"), of_each, strict=True):
+def _averages(tasks: Mapping[str, Mapping[str, Any]]) -> Row:
+    told: Row = {}
+    for suffix, both in zip(("", "_stderr"), (averages(tasks), average_errors(tasks)), strict=True):
         told |= {f"{name}{suffix}": value for name, value in zip(AVERAGES, both, strict=True)}
     return told
 

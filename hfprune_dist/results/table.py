@@ -19,7 +19,7 @@ from hfprune_dist.store.atomic_files import write_json, write_text
 
 # Fields of a row that only results.json has; results of texts, tasks and workloads get columns of their own.
 NESTED = (
-    *(OTHER_TEXTS, "tasks", "samples", "floors", "tasks_of_dense", "efficiency", "stages", "costs", "provenance"),
+    *(OTHER_TEXTS, "tasks", "samples", "tasks_of_dense", "efficiency", "stages", "costs", "provenance"),
     *BY_LAYER,
 )
 _OF_ROW = tuple(f"{whose}_training_{measure}" for whose in (OWN_STAGES, SHARED_STAGES) for measure in MEASURES)
@@ -51,7 +51,7 @@ def flat_row(row: Row) -> Row:
     for name, metrics in nested.items():
         flat |= {f"{name}/{metric}": value for metric, value in metrics.items()}
     flat |= by_workload(row)
-    of_tasks = {"samples": row["samples"], "floor": row["floors"], "of_dense": row["tasks_of_dense"]}
+    of_tasks = {"samples": row["samples"], "of_dense": row["tasks_of_dense"]}
     for name, known in of_tasks.items():
         flat |= {f"{task}/{name}": known[task] for task in row["tasks"] if task in known}
     return flat

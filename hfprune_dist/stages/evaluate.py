@@ -32,7 +32,6 @@ from hfprune_dist.distributed.frozen_model import DecidedSharding, FrozenModel, 
 from hfprune_dist.distributed.world import World
 from hfprune_dist.errors import UserError
 from hfprune_dist.evaluation.lm_eval_tasks import TaskLoader, details_of, plain, scores_of
-from hfprune_dist.evaluation.right_answers import RIGHT_ANSWERS, right_answers
 from hfprune_dist.evaluation.task_definitions import explain
 from hfprune_dist.models.single_layer import Head, LayerReader
 from hfprune_dist.stages.context import Context as AnyContext
@@ -111,7 +110,7 @@ def _write_results(context: Context, draft: Path) -> dict[str, Any]:
     (draft / TASKS).mkdir()
     for task, result in results.items():
         write_json(_task_file(draft, task), result)
-    details = {task: details_of(it) | {RIGHT_ANSWERS: it.get(RIGHT_ANSWERS, {})} for task, it in results.items()}
+    details = {task: details_of(result) for task, result in results.items()}
     write_json(draft / RESULTS, {**_by_place(fidelity), "tasks": details, "limit": context.params.limit})
     scores = {name: score for task in results for name, score in scores_of(task, results[task]).items()}
     return {**_by_place(summaries), "tasks": scores}
@@ -280,7 +279,6 @@ def _run_task(context: Context, lm: Any, loader: TaskLoader, task: str) -> dict[
                 apply_chat_template=params.apply_chat_template,
                 fewshot_as_multiturn=params.apply_chat_template,
             )
-            result[RIGHT_ANSWERS] = right_answers(loaded["tasks"], params.limit)
         except ModelError as failure:
             assert failure.__cause__ is not None
             raise failure.__cause__ from None

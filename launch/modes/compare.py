@@ -14,14 +14,11 @@ from hfprune_launch.screen import ROOMY, SAID_OF_WIDE, TIGHT, make_console, say,
 from hfprune_launch.sweep_folder import CONFIG_FILE, RecordedSweep, read_sweep, require_folder
 from rich.console import Console
 
-from hfprune_dist.core.split_half import SHARES_KEPT
 from hfprune_dist.errors import UserError, did_you_mean
 from hfprune_dist.planning.plan import Cell
 from hfprune_dist.results.agreement import (
-    columns_of_convergences,
     columns_of_pairs,
     compare_criteria,
-    convergences,
     scores_to_compare,
 )
 from hfprune_dist.results.column import Column, markdown
@@ -41,8 +38,10 @@ from hfprune_dist.store.atomic_files import write_json, write_text
 from hfprune_dist.store.stage import Stage
 from hfprune_dist.store.stage_handle import StageHandle
 
+# Shares of a layer's units at which kept sets are compared: about what stays at ratios of 10 to 30 % of a model.
+SHARES_KEPT = (0.8, 0.65, 0.5)
 REFERENCE = "hfprune"  # unless another method is named
-# Of each model, or pass over it: one record per pair of criteria, or per criterion and number of windows.
+# Of each model, or pass over it: one record per pair of criteria.
 Records = dict[str, list[dict[str, Any]]]
 T = TypeVar("T")
 
@@ -81,12 +80,11 @@ def compare(folders: Sequence[Path], out: Path, named: str | None, wide: bool) -
         raise UserError(f"{', '.join(map(str, folders))}: no cell is finished; run the sweeps first")
     if named is not None:
         _require_method(named, methods)
-    (criteria, unread), convergence = _criteria(sweeps[0]), _convergence(sweeps[0])
-    pages, warnings = _pages(criteria, convergence), [*_warnings(sweeps), *unread]
+    criteria, unread = _criteria(sweeps[0])
+    pages, warnings = _pages(criteria), [*_warnings(sweeps), *unread]
     record = {
         "methods": [asdict(it) for it in methods],
         "criteria": criteria,
-        "settling": convergence,
         "sweeps": [str(it) for it in folders],
     }
     table = "\n".join([methods_table(methods, reference), *(f"{escaped(it)}\n" for it in warnings)])
@@ -121,15 +119,9 @@ def _require_method(named: str, methods: Sequence[Comparison]) -> None:
         raise UserError(f"--reference: no method {named!r}{did_you_mean(named, names)}; valid: {', '.join(names)}")
 
 
-def _pages(criteria: Records, convergence: Records) -> list[Page[Any]]:
+def _pages(criteria: Records) -> list[Page[Any]]:
     """Return the pages that follow the table of methods."""
-    pages: list[Page[Any]] = []
-    for model, pairs in criteria.items():
-        pages += [Page(f"Criteria: {model}", pairs, columns_of_pairs(pairs))] if pairs else []
-    for model, points in convergence.items():
-        rows = convergences(points)
-        pages += [Page(f"Calibration windows: {model}", rows, columns_of_convergences(rows))] if rows else []
-    return pages
+    return [Page(f"Criteria: {model}", pairs, columns_of_pairs(pairs)) for model, pairs in criteria.items() if pairs]
 
 
 def show_methods(console: Console, methods: Sequence[Comparison], reference: str, wide: bool) -> None:
@@ -228,14 +220,6 @@ def _criteria(sweep: RecordedSweep) -> tuple[Records, list[str]]:
         except UserError as error:
             unread.append(f"criteria can't be compared on {label}: {error}")
     return records, unread
-
-
-def _convergence(sweep: RecordedSweep) -> Records:
-    """Model, or pass over it -> how the units that its criteria keep converge with more windows, from the first sweep's
-    scores.
-    """
-    manifests = {label: scored.manifest() for label, scored in _scored(sweep)}
-    return {label: found["metrics"].get("split_half_overlap", []) for label, found in manifests.items() if found}
 
 
 def _scored(sweep: RecordedSweep) -> list[tuple[str, StageHandle]]:

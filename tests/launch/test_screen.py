@@ -30,7 +30,7 @@ from rich.console import Console
 from rows import missing, row_of
 
 from hfprune_dist.planning.plan import Cell, Plan
-from hfprune_dist.results.agreement import Convergence, columns_of_convergences, columns_of_pairs
+from hfprune_dist.results.agreement import columns_of_pairs
 from hfprune_dist.results.checkpoint_folders import Update
 from hfprune_dist.results.comparison import compare_methods
 from hfprune_dist.results.published import read_published
@@ -158,15 +158,6 @@ def test_names_read_as_they_are_on_a_screen_and_in_a_file(on_terminal, wide):
     assert (title, line.split()) == ("Criteria: <m>", ["_a_", "/", "[b]", "0.400", "0.750"])
     assert head.startswith("criteria ") and "overlap at 50%" in head
     assert page.text().splitlines()[::4] == [r"# Criteria: \<m>", r"| \_a\_ / \[b] | 0.400 | 0.750 |"]
-
-
-def test_a_usual_pass_shows_its_criteria_beside_all_numbers_of_windows(on_terminal):
-    sizes = [2**power for power in range(3, 11)]
-    rows = [Convergence(name, 0.8, dict.fromkeys(sizes, 0.877)) for name in ("entropy", "surgeon")]
-    page = Page("Calibration windows: m", rows, columns_of_convergences(rows))
-    _, head, *lines = filter(None, on_terminal(page.show, wide=False))
-    assert head.split() == ["criterion", "kept", *map(str, sizes)]
-    assert [line.split() for line in lines] == [[name, "80%", *["0.877"] * 8] for name in ("entropy", "surgeon")]
 
 
 def test_longer_names_fit_120_columns():

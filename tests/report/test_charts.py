@@ -108,21 +108,6 @@ def test_no_two_ratios_of_a_method_look_alike(tmp_path, number):
         assert ("Lines by ratio" in chart.about) == (1 < number <= len(DASHES))
 
 
-def test_many_criteria_can_be_told_apart_by_colour_and_mark(tmp_path):
-    sweep = DrawnSweep(tmp_path, methods=("hfprune",), ratios=(0.2,))
-    file = next((tmp_path / "store" / "importance").glob("*/manifest.json"))
-    manifest = json.loads(file.read_text())
-    points = manifest["metrics"]["split_half_overlap"]
-    names = [f"criterion {number}" for number in range(20)]
-    manifest["metrics"]["split_half_overlap"] = [{**point, "criterion": name} for name in names for point in points]
-    file.write_text(json.dumps(manifest))
-    (halves,) = [it for it in curves.curve_charts(sweep.evidence()) if it.id == "halves"]
-    assert len({(key.color, key.symbol) for key in halves.keys}) == len(names)
-    (figure,) = halves.figures
-    looks = {(it["line"]["color"], it["line"]["dash"], it.get("marker", {}).get("symbol")) for it in figure.data}
-    assert len(looks) == len(figure.data) == 2 * len(names)
-
-
 def test_ratios_are_told_as_they_were_asked_for():
     assert dashes_told([0.125, 0.3], "ratio") == " Lines by ratio: solid 12.5%, dashed 30%."
 

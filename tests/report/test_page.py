@@ -18,7 +18,7 @@ from hfprune_dist.report.quality import quality_charts
 from hfprune_dist.results.table import write_reports
 
 ODD = ["<script>alert(1)</script>", "a\"b'c&amp;<b>", "%{x} ${y} </script><!--", "--method=x y"]
-CHARTS = ["size", "distance", "tasks", "layers", "overlap", "losses", "halves", "timeline"]
+CHARTS = ["size", "distance", "tasks", "layers", "overlap", "losses", "timeline"]
 
 
 class Parsed(HTMLParser):
@@ -115,14 +115,6 @@ def test_quality_is_drawn_against_speed_where_that_was_measured(tmp_path):
         assert xs["dense"] == xs["dense + lora"] == pytest.approx([1.0, 2.0])
     assert [figure.title for figure in speed.figures] == ["m: average of the tasks", "m: perplexity (log)"]
     assert "speed" not in {it.id for it in quality_charts(DrawnSweep(tmp_path / "not").evidence())}
-
-
-def test_tasks_show_what_a_constant_answer_gets(tmp_path):
-    sweep = DrawnSweep(tmp_path, tasks=("piqa", "arc"))
-    rows = [dict(row, floors={"piqa": 0.517}, average_floor=0.333) for row in sweep.evidence().rows]
-    figures = Parsed(page(collect(tmp_path, sweep.plan, rows, lambda _: (), math.pi))).figures
-    floors = [trace["y"] for it in figures for trace in it["data"] if trace.get("name") == "constant answer"]
-    assert sorted(floors) == [[0.333] * 2, [0.517] * 2], "once in each panel, and none where it is not known"
 
 
 def test_scores_that_a_task_reports_in_percent_are_not_cut_off(tmp_path):

@@ -26,17 +26,16 @@ def plan_of(limits):
     return Plan(stages, tuple(cells))
 
 
-def row_of(score, floor=None):
-    averages = dict.fromkeys(AVERAGES, score) | {f"{name}_floor": floor for name in AVERAGES}
-    return {**averages, "tasks": {"t": {} if score is None else {"acc": score}}}
+def row_of(score):
+    return {**dict.fromkeys(AVERAGES, score), "tasks": {"t": {} if score is None else {"acc": score}}}
 
 
 SCORES = st.none() | st.floats(0.01, 1)
 
 
-@given(scores=st.lists(SCORES, min_size=8, max_size=8), floor=st.none() | st.floats(0.01, 0.9))
-def test_shares_are_of_the_dense_row_that_was_measured_alike(scores, floor):
-    plan, rows = plan_of([1, 2]), [row_of(score, floor) for score in scores]
+@given(scores=st.lists(SCORES, min_size=8, max_size=8))
+def test_shares_are_of_the_dense_row_that_was_measured_alike(scores):
+    plan, rows = plan_of([1, 2]), [row_of(score) for score in scores]
     add_shares_of_dense(rows, plan)
     for first in (0, 4):
         whole = scores[first]
@@ -44,29 +43,22 @@ def test_shares_are_of_the_dense_row_that_was_measured_alike(scores, floor):
             known = None not in (score, whole)
             assert row["average_of_dense"] == (pytest.approx(score / whole) if known else None)
             assert row["tasks_of_dense"] == ({"t": pytest.approx(score / whole)} if known else {})
-            above = known and floor is not None and whole > floor
-            expected = pytest.approx((score - floor) / (whole - floor)) if above else None
-            assert row["average_above_floor_of_dense"] == expected
         bare = [row["average_of_dense_before_recovery"] for row in rows[first : first + 4]]
         assert bare == [None, rows[first]["average_of_dense"], None, rows[first + 2]["average_of_dense"]]
 
 
-def test_each_model_has_a_dense_row_and_each_average_a_floor_of_its_own():
+def test_each_model_has_a_dense_row_of_its_own():
     plan = plan_of([1])
     others = tuple(replace(cell, model="other") for cell in plan.cells)
     rows = [row_of(score) for score in (0.8, 0.8, 0.6, 0.4, 0.5, 0.5, 0.1, 0.2)]
-    for row in rows:
-        row |= {"average_floor": 0.0, "average_without_crows_pairs_floor": 0.3}
     add_shares_of_dense(rows, Plan(plan.stages, (*plan.cells, *others)))
     assert [row["average_of_dense"] for row in rows] == pytest.approx([1, 1, 0.75, 0.5, 1, 1, 0.2, 0.4])
-    above = [rows[2][f"{name}_above_floor_of_dense"] for name in AVERAGES]
-    assert above == pytest.approx([0.75, 0.6])
 
 
 def test_without_a_dense_row_there_are_no_shares():
     plan = plan_of([1])
     alone = Plan(plan.stages, plan.cells[3:])
-    (row,) = rows = [row_of(0.5, 0.2)]
+    (row,) = rows = [row_of(0.5)]
     add_shares_of_dense(rows, alone)
     assert {row[key] for key in row if "of_dense" in key and key != "tasks_of_dense"} == {None}
     assert row["tasks_of_dense"] == {}

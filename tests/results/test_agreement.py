@@ -1,4 +1,4 @@
-"""Agreement of criteria, and of what they keep after few and many windows."""
+"""Agreement of criteria."""
 
 import json
 import re
@@ -11,10 +11,8 @@ from safetensors.numpy import save_file
 
 from hfprune_dist.errors import UserError
 from hfprune_dist.results.agreement import (
-    columns_of_convergences,
     columns_of_pairs,
     compare_criteria,
-    convergences,
     overlap,
     read_scores,
     scores_to_compare,
@@ -26,11 +24,6 @@ from hfprune_dist.structures.score_names import SCORES
 
 def criteria_table(pairs):
     return markdown(pairs, columns_of_pairs(pairs))
-
-
-def convergence_table(points):
-    rows = convergences(points)
-    return markdown(rows, columns_of_convergences(rows))
 
 
 def test_rank_correlation_and_overlap():
@@ -51,6 +44,18 @@ def test_rank_correlation_is_spearmans(first, second):
     squares = sum((a - b) ** 2 for a, b in zip(first, second, strict=True))
     found = spearman(np.array(first) ** 3.0, np.exp(np.array(second)))
     assert found == pytest.approx(1 - 6 * squares / (7 * 48))
+
+
+def test_equal_scores_agree_neither_by_their_order_nor_by_chance():
+    """Two criteria that are independent, with 90 % zeros each; and one that tells nothing apart."""
+    rng, zeros = np.random.default_rng(0), np.zeros(900)
+    first, second = (rng.permutation(np.concatenate([zeros, rng.random(100) + 1])) for _ in range(2))
+    ranks = [np.array([(np.sum(it < x) + np.sum(it <= x) + 1) / 2 for x in it]) for it in (first, second)]
+    assert spearman(first, second) == pytest.approx(np.corrcoef(*ranks)[0, 1])
+    assert abs(spearman(first, second)) < 0.1, "which is 0.6 where zeros are ranked by their place"
+    assert spearman(zeros, zeros) is None is spearman(zeros[:100], rng.random(100))
+    assert overlap(zeros, zeros, 0.5) == 0.5 == overlap(zeros, np.arange(900.0), 0.5)
+    assert overlap(first, first, 0.55) == pytest.approx((100 + 450**2 / 900) / 550), "450 of 900 zeros are drawn"
 
 
 def test_tables_of_criteria_have_means_over_layers():
@@ -76,21 +81,6 @@ def test_a_layer_with_a_single_unit_has_no_rank_correlation():
     assert json.dumps([alone, pair], allow_nan=False)
     assert criteria_table([alone]).endswith("| a / b | - | 1.000 |\n"), "not nan"
     assert criteria_table([pair]).endswith("| a / b | 1.000 | 1.000 |\n"), "the mean of those that have one"
-
-
-def test_settling_has_a_row_for_each_criterion_and_share():
-    points = [
-        {"windows": windows, "criterion": criterion, "share_kept": share, "overlap": windows / 100 + share / 10}
-        for windows in (32, 16)
-        for criterion in ("entropy", "fisher")
-        for share in (0.8, 0.5)
-    ]
-    lines = convergence_table(points).splitlines()
-    assert lines[0] == "| criterion | kept | 16 | 32 |"
-    assert lines[2] == "| entropy | 80% | 0.240 | 0.400 |" and len(lines) == 6
-    late = {"windows": 32, "criterion": "surgeon", "compared": "sums of (h * dL/dh)^2", "share_kept": 0.8}
-    line = convergence_table([*points, {**late, "overlap": 0.5}]).splitlines()[-1]
-    assert line == "| surgeon (sums of (h * dL/dh)^2) | 80% | - | 0.500 |"
 
 
 def test_scores_of_other_units_than_neurons_are_left_out(tmp_path):

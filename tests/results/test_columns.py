@@ -64,7 +64,7 @@ def test_all_columns_have_the_rest():
     assert everything["ppl"] == ("17.52±0.51", "-") and everything["agree"] == ("0.762±0.015", "-")
     assert everything["demo_docstring"] == ("73.3±5.8", "-") and everything["KL"] == ("0.2629±0.0123", "missing")
     assert (everything["time"][0], everything["shared"][0], everything["memory"][0]) == ("4.4m", "3.0m", "2.4GB")
-    assert (everything["avg % of dense"], everything["above floor % of dense"]) == (("90.1", "-"), ("85.0", "-"))
+    assert everything["avg % of dense"] == ("90.1", "-")
     assert everything["before recovery"][0] == "70.0" and everything["shared FLOPs"] == ("45T", "-")
     costs = [everything[name][0] for name in ("tokens", "FLOPs", "device-h", "wasted-h")]
     assert costs == ["10.24k", "45T", "0.073", "0"] and everything["shared tokens"] == ("7", "-")
@@ -91,12 +91,11 @@ def test_mixtures_of_experts_have_columns_of_their_own():
 
 def test_notes_tell_directions_numbers_and_what_is_shared():
     rows = [DENSE, row_of(), row_of(model="qwen", tokens=4096, windows=16), missing(row_of(ratio=0.5))]
-    fidelity, average, floors, costs, training = notes(rows)
+    fidelity, average, costs, training = notes(rows)
     assert "lower is better" in fidelity and "±: standard error over windows" in fidelity
     assert "n = 16-24 windows, 4,096-6,144 tokens" in fidelity
     assert "higher is better" in average and "demo_docstring acc_norm (n = 60)" in average
     assert costs.endswith("llama 3.0m"), "the only model of which several rows are done"
-    assert floors.endswith("demo_docstring 25.0, avg 25.0")
     assert "a row's own stages 45T FLOPs, 0.073 CPU rank-hours; of those that it shares 45T FLOPs" in training
     assert causes(rows) == ["missing: llama 0.5 surgeon-plain: prune has not run yet"]
     assert "crows_pairs" not in average and notes([]) == wide_notes([]) == []
@@ -147,13 +146,7 @@ def test_rows_that_were_measured_in_another_way_are_named():
 
 def test_notes_on_older_evaluations_and_bias():
     bias = {"tasks": {"crows_pairs_english": {"pct_stereotype": 0.6}, "piqa": {"acc": 0.7}}, "samples": {}}
-    unknown = {
-        **dict.fromkeys(TRAINING),
-        "average_floor": None,
-        "average_without_crows_pairs_floor": None,
-        "floors": {},
-    }
-    fidelity, average, _ = notes([row_of(kl_stderr=None, windows=None, **bias, **unknown)])
+    fidelity, average, _ = notes([row_of(kl_stderr=None, windows=None, **bias, **dict.fromkeys(TRAINING))])
     assert "n = 6,144 tokens" in fidelity and "±" not in fidelity
     assert "held-out text (n = 1 window, 1 token)" in notes([row_of(windows=1, tokens=1)])[0]
     more = [row_of(other_texts={name: {} for name in names}) for names in (["code"], ["code", "chat"])]
@@ -168,11 +161,6 @@ def test_notes_tell_the_range_of_what_differs_between_rows():
     assert "own stages 45T to 90T FLOPs, 0.073 device-hours" in training, "what costs nothing is no part of a range"
     assert "that it shares 1.0T to 45T FLOPs" in training
     assert "0.073 GPU-hours" in notes([rows[1]])[-1]
-    floors = [row_of(), row_of(floors={"demo_docstring": 0.5}, average_floor=None)]
-    (told,) = [it for it in notes(floors) if it.startswith("floor")]
-    assert told.endswith("demo_docstring 25.0 or 50.0, avg 25.0, avg w/o crows 25.0")
-    (told,) = [it for it in notes(floors[1:]) if it.startswith("floor")]
-    assert told.endswith("demo_docstring 50.0, avg w/o crows 25.0")
 
 
 def test_a_recovery_that_prunes_too_is_explained_where_a_row_has_it():
@@ -182,8 +170,8 @@ def test_a_recovery_that_prunes_too_is_explained_where_a_row_has_it():
 
 def test_scores_of_tasks_stand_beside_what_tells_their_worth():
     flat = flat_row(row_of())
-    told = [flat[f"demo_docstring/{name}"] for name in ("acc_norm", "samples", "floor", "of_dense")]
-    assert told == [0.7333, 60, 0.25, 0.9]
+    told = [flat[f"demo_docstring/{name}"] for name in ("acc_norm", "samples", "of_dense")]
+    assert told == [0.7333, 60, 0.9]
 
 
 def test_names_do_not_break_markdown():

@@ -174,10 +174,6 @@ def test_results(uninterrupted):
     assert results["tasks"]["tiny_choice"]["n-samples"] == {"tiny_choice": {"effective": 30, "original": 30}}
     assert results["tasks"]["tiny_choice"]["versions"] == {"tiny_choice": 1.0}
     assert len(results["tasks"]["tiny_choice"]["config_hashes"]["tiny_choice"]) == 16
-    places = {task: details["right_answers"] for task, details in results["tasks"].items()}
-    assert places.pop("tiny_choice") == {"tiny_choice": [10, 10, 10]}
-    assert places.pop("tiny_group") == {"tiny_choice": [10, 10, 10], "tiny_lonely": [1]}
-    assert places == {"tiny_lonely": {"tiny_lonely": [1]}, "tiny_rolling": {}, "tiny_generate": {}}
     assert metrics["fidelity"].items() <= results["fidelity"].items()
     assert (artifact / "tasks/tiny_group.json").is_file()
 

@@ -8,8 +8,6 @@ import math
 import pytest
 from drawn_sweep import DrawnSweep
 
-from hfprune_dist.results.agreement import columns_of_convergences, convergences
-from hfprune_dist.results.column import markdown
 from hfprune_dist.results.comparison import compare_methods, methods_table
 from hfprune_dist.results.named_checkpoints import named_checkpoints
 from hfprune_dist.results.rows import collect_rows
@@ -52,10 +50,6 @@ def show(sweep):
     report(rows)
     methods_table(compare_methods([rows], "hfprune"), "hfprune")
     named_checkpoints(sweep.plan, store, sweep.dense)
-    scored = (store.manifest(stage.id) for stage in sweep.plan.stages.values() if stage.kind == "importance")
-    settling = [convergences(it["metrics"].get("split_half_overlap", [])) for it in scored if it]
-    for found in settling:
-        markdown(found, columns_of_convergences(found))
     return [row["cause"] for row in rows]
 
 
