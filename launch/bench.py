@@ -22,6 +22,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+if __name__ == "__main__":
+    import installed  # noqa: F401
+
 from hfprune_launch.command import folder, make_parser, run
 
 from hfprune_dist.errors import UserError, did_you_mean

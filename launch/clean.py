@@ -23,6 +23,9 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
+if __name__ == "__main__":
+    import installed  # noqa: F401
+
 from hfprune_launch.command import folder, make_parser, run
 
 

@@ -9,10 +9,15 @@ import io
 import os
 import re
 import sys
+import traceback
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+from hfprune_launch.installed import how_to_activate
+
+import hfprune_dist
 from hfprune_dist.errors import UserError, explained
 
 SIGPIPE_EXIT_CODE = 141  # what a shell reports for a program ended by SIGPIPE
@@ -26,7 +31,7 @@ def run(body: Callable[[], int], when_interrupted: str = "interrupted") -> int:
     """
     _require_streams()
     try:
-        with explained():
+        with explained(), _packages_explained():
             _require_current_folder()
             _require_own_packages()
             code = body()
@@ -38,6 +43,32 @@ def run(body: Callable[[], int], when_interrupted: str = "interrupted") -> int:
     except KeyboardInterrupt:
         print(when_interrupted, file=sys.stderr)
         return 130
+
+
+@contextmanager
+def _packages_explained() -> Iterator[None]:
+    """Turn the error of a package that is missing, or breaks while it is imported, into one that says what to do."""
+    try:
+        yield
+    except Exception as error:
+        package = _unusable_package(error)
+        if package is None:
+            raise
+        path = os.environ.get("PYTHONPATH")
+        other = f"PYTHONPATH ({path}) may hold another one: unset it, or " if path else ""
+        raise UserError(
+            f"{package} can't be imported by {sys.executable} ({type(error).__name__}: {error}); "
+            f"{other}{how_to_activate()}"
+        ) from None
+
+
+def _unusable_package(error: Exception) -> str | None:
+    """The package, or the file of one, whose import raised an error; None if something else did, or it is ours."""
+    if isinstance(error, ImportError) and error.name and not error.name.startswith("hfprune_"):
+        return error.name.partition(".")[0]
+    ours = [Path(__file__).resolve().parent, Path(hfprune_dist.__file__).resolve().parent]
+    imported = (Path(it.filename) for it in traceback.extract_tb(error.__traceback__) if it.name == "<module>")
+    return next((str(it) for it in imported if not {*ours}.intersection(it.resolve().parents)), None)
 
 
 def discard_output() -> None:

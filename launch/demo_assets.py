@@ -17,6 +17,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+if __name__ == "__main__":
+    import installed  # noqa: F401
+
 from hfprune_launch.command import folder, make_parser, run
 
 

@@ -10,6 +10,9 @@ import sys
 from argparse import ArgumentParser
 from collections.abc import Callable, Sequence
 
+if __name__ == "__main__":
+    import installed  # noqa: F401
+
 from hfprune_launch.command import make_parser, run
 
 from hfprune_dist.errors import did_you_mean

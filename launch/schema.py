@@ -15,6 +15,9 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+if __name__ == "__main__":
+    import installed  # noqa: F401
+
 from hfprune_launch.command import make_parser, run
 
 if TYPE_CHECKING:

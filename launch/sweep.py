@@ -24,6 +24,9 @@ from collections.abc import Sequence
 from types import FrameType
 from typing import NoReturn
 
+if __name__ == "__main__":
+    import installed  # noqa: F401
+
 from hfprune_launch.command import folder, make_parser, place, run
 
 

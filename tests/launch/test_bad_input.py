@@ -14,6 +14,7 @@ from hfprune_launch import bench, compare, report, sweep
 from hfprune_launch.local.hardware import fitting_runtime
 from ranks import ROOT
 from sweeps import in_process
+from test_imports import COMMANDS
 from tiny import save_tiny
 
 from hfprune_dist.config.load import load_config
@@ -319,6 +320,27 @@ def test_a_copy_of_the_project_does_not_run_with_the_packages_of_another(config,
         assert code == (2 if expected else 0), said
         assert (f"has the project's packages from {ROOT}; activate" in said) is expected
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_python_without_the_packages_is_told_what_to_do(tmp_path, name):
+    command = [sys.executable, "-S", str(ROOT / "launch" / f"{name}.py"), "x"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert result.returncode == 2 and result.stderr.count("\n") == 1
+    assert "lacks the project's packages" in result.stderr
+    assert re.search(r"(run: source \S*/activate|install them: bash \S*launch/quickstart\.sh)$", result.stderr)
+
+
+@pytest.mark.parametrize(
+    "broken", ["raise ImportError('broken')", "import ctypes; ctypes.CDLL('nowhere.so')", "raise AttributeError('no')"]
+)
+def test_a_broken_package_on_the_path_is_one_message(tmp_path, broken):
+    (tmp_path / "rich.py").write_text(broken)
+    command = [sys.executable, str(ROOT / "launch" / "report.py"), "x"]
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    result = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path, env=environment)
+    assert result.returncode == 2 and result.stderr.count("\n") == 1, result.stderr
+    assert f"{tmp_path}/rich.py can't be imported" in result.stderr and "PYTHONPATH" in result.stderr
 
 
 @pytest.mark.parametrize("started", ["hfprune sweep", "-c"])
