@@ -48,10 +48,13 @@ class LostInputError(UserError):
 
 
 def did_you_mean(word: str, valid: Iterable[str]) -> str:
-    """Return ``"; did you mean 'x'?"`` if a valid word begins with ``word`` or is close to it, otherwise ``""``."""
-    words = list(valid)
-    close = [it for it in words if word and it.startswith(word)] or difflib.get_close_matches(word, words, n=1)
-    return f"; did you mean {close[0]!r}?" if close else ""
+    """Return ``"; did you mean 'x'?"`` if a valid word begins with ``word`` or is close to it, otherwise ``""``.
+
+    Upper and lower case count as the same.
+    """
+    words, given = {name.lower(): name for name in valid}, word.lower()
+    close = [name for name in words if given and name.startswith(given)] or difflib.get_close_matches(given, words, n=1)
+    return f"; did you mean {words[close[0]]!r}?" if close else ""
 
 
 def hub_errors() -> tuple[type[Exception], ...]:

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 if __name__ == "__main__":
     import installed  # noqa: F401
 
-from hfprune_launch.command import folder, make_parser, run
+from hfprune_launch.command import ListAction, folder, make_parser, run
 
 from hfprune_dist.errors import UserError, did_you_mean
 from hfprune_dist.store.machine import usable_cores
@@ -150,7 +150,8 @@ def _sections(only: str | None) -> list[str]:
 def _parser() -> argparse.ArgumentParser:
     parser = make_parser(__doc__)
     parser.add_argument("--model", metavar="PATH", type=folder, help="a checkpoint folder; default: the demo's llama")
-    parser.add_argument("--only", metavar="A,B", help=f"sections to measure, of {', '.join(SECTIONS)}; default: all")
+    told = f"sections to measure, of {', '.join(SECTIONS)}; default: all"
+    parser.add_argument("--only", metavar="A,B", action=ListAction, help=told)
     parser.add_argument("--quick", action="store_true", help="fewer rounds and points, to see that it works")
     default = Path("runs/bench")
     parser.add_argument("--out", metavar="DIR", type=folder, default=default, help=f"for results; default: {default}")

@@ -10,10 +10,11 @@ import os
 import re
 import sys
 import traceback
-from argparse import ArgumentParser, RawDescriptionHelpFormatter
+from argparse import Action, ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from hfprune_launch.installed import how_to_activate
 
@@ -77,13 +78,15 @@ def discard_output() -> None:
 
 
 def make_parser(doc: str | None) -> ArgumentParser:
-    """Return the parser of a command, whose help is the docstring of its module.
+    """Return the parser of a command, whose help is the docstring of its module."""
+    return ArgumentParser(description=as_called(doc or ""), formatter_class=RawDescriptionHelpFormatter)
 
-    If the command was started as a sub-command of ``hfprune``, so are the commands in its examples.
-    """
-    if sys.argv[0].startswith("hfprune "):
-        doc = re.sub(r"python launch/(\w+)\.py", lambda found: f"hfprune {found[1].replace('_', '-')}", doc or "")
-    return ArgumentParser(description=doc, formatter_class=RawDescriptionHelpFormatter)
+
+def as_called(examples: str) -> str:
+    """Return examples of commands as sub-commands of ``hfprune`` if the command was started as one of these."""
+    if not sys.argv[0].startswith("hfprune "):
+        return examples
+    return re.sub(r"python launch/(\w+)\.py", lambda found: f"hfprune {found[1].replace('_', '-')}", examples)
 
 
 def _require_streams() -> None:
@@ -97,6 +100,15 @@ def _require_streams() -> None:
             setattr(sys, name, Path(os.devnull).open("w", encoding="utf-8"))  # noqa: SIM115
         elif isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
             stream.reconfigure(errors="backslashreplace")
+
+
+class ListAction(Action):
+    """Adds up the items of a comma-separated flag that is given several times, as ``--ratios 0.1 --ratios 0.2``."""
+
+    def __call__(self, _parser: object, namespace: Namespace, values: Any, _option: object = None) -> None:
+        """Append to the items given so far."""
+        given = getattr(namespace, self.dest)
+        setattr(namespace, self.dest, values if given is None else f"{given},{values}")
 
 
 def folder(argument: str) -> Path:

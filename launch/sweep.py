@@ -27,7 +27,7 @@ from typing import NoReturn
 if __name__ == "__main__":
     import installed  # noqa: F401
 
-from hfprune_launch.command import folder, make_parser, place, run
+from hfprune_launch.command import ListAction, folder, make_parser, place, run
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -63,21 +63,26 @@ def sweep_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--models",
         metavar="A,B",
-        help="aliases (configs/models), checkpoint folders or hub ids (org/name or org/name@revision); "
-        "default: llama,qwen",
+        action=ListAction,
+        help="aliases (configs/models), checkpoint folders or hub ids (org/name or org/name@revision)",
     )
     parser.add_argument(
-        "--ratios", metavar="R,R", help="removed / all parameters of the model, each in (0, 1); default: 0.2,0.3"
+        "--ratios",
+        metavar="R,R",
+        action=ListAction,
+        help="removed / all parameters of the model, each in (0, 1); default: 0.2,0.3",
     )
     parser.add_argument(
         "--methods",
         metavar="A,B",
+        action=ListAction,
         help="pruning methods (configs/methods) or YAML files; default: hfprune,surgeon-plain, which are the "
         "published one and ours",
     )
     parser.add_argument(
         "--criteria",
         metavar="A,B",
+        action=ListAction,
         help="further scores to compute in the calibration pass, to compare criteria (importance.criteria)",
     )
     parser.add_argument(

@@ -58,6 +58,7 @@ def test_a_wrong_path_ends_a_command_with_one_message(tmp_path, capsys, action, 
     [
         ("model 0.4", ["model dense", "model 0.4 hfprune"], "; did you mean 'model 0.4 hfprune'?"),
         ("modle", ["model", "method"], "; did you mean 'model'?"),
+        ("LLAMA", ["qwen", "Llama"], "; did you mean 'Llama'?"),
         ("", ["model"], ""),
         ("zebra", ["model"], ""),
     ],

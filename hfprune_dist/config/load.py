@@ -23,6 +23,7 @@ from hfprune_dist.errors import UserError
 PATH_KEYS = ("calibration.path", "recovery.path", "evaluation.include_path", "evaluation.fidelity.path")
 # Mappings and lists whose sections have a path each.
 HOLDERS_OF_PATHS = ("aliases", "calibration.mixture", "evaluation.fidelity.texts")
+PARTS_OF_A_DATA_SET = ("name", "split", "revision")
 # Folder of the project's own configurations.
 SHIPPED = "configs"
 
@@ -158,6 +159,9 @@ def parse_ratios(text: str) -> list[float]:
 
 def _merge(base: Mapping[str, Any], update: Mapping[str, Any]) -> dict[str, Any]:
     merged = dict(base)
+    if base.get("dataset") is not None and update.get("dataset") not in (None, base["dataset"]):
+        for part in PARTS_OF_A_DATA_SET:  # of the one that is replaced
+            merged.pop(part, None)
     for key, value in update.items():
         old = merged.get(key)
         merged[key] = _merge(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value

@@ -155,9 +155,9 @@ class ModelAlias(Section):
 class SweepConfig(Section):
     """The configuration of a sweep."""
 
-    models: list[Name] = Field(default=["llama", "qwen"], min_length=1)
+    models: list[Name] = Field(default=[])
     """Aliases (configs/models/*.yaml, or the aliases section), folders of Hugging Face checkpoints, or hub ids
-    (org/name, org/name@revision); a folder of that name takes precedence over the hub."""
+    (org/name, org/name@revision); a folder of that name takes precedence over the hub. A sweep needs at least one."""
     ratios: list[Ratio] = Field(default=[0.2, 0.3], min_length=1)
     """Removed parameters / all parameters of the model, for each pruned row."""
     methods: list[str] = Field(default=["hfprune", "surgeon-plain"], min_length=1)

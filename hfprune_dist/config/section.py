@@ -95,6 +95,15 @@ class TextSource(Section):
     text_field: str = "text"
     """Field that holds the text, in a file of records or in a data set."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _has_its_own_name(cls, given: Any) -> Any:
+        """The default configuration is one of the default data set; another data set has its own."""
+        usual = cls.model_fields["dataset"].default
+        if isinstance(given, dict) and given.get("dataset") not in (None, usual):
+            return {"name": None, **given}
+        return given
+
     @model_validator(mode="after")
     def _has_a_source(self) -> TextSource:
         if self.path is None and self.dataset is None:

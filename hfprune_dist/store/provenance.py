@@ -12,18 +12,20 @@ from pathlib import Path
 from typing import Any
 
 CPU_INFO = Path("/proc/cpuinfo")
+CODE = ("hfprune_dist", "launch")  # folders of a clone
 PACKAGES = ("torch", "transformers", "deepspeed", "peft", "accelerate", "datasets", "lm-eval", "safetensors")
 
 
 def code_version(root: Path) -> dict[str, Any]:
     """Commit of the working tree at ``root``, and the sha256 of its uncommitted changes (None: there are none).
 
-    Files that git doesn't track count by their names.
+    Files that git doesn't track count by their names if they lie among the code, where they may be imported.
     """
     commit = _git(root, "rev-parse", "HEAD")
     if commit is None:
         return {"git_commit": None, "dirty_diff_sha256": None}
-    changes = (_git(root, "diff", "HEAD") or "") + (_git(root, "status", "--porcelain") or "")
+    untracked = _git(root, "ls-files", "--others", "--exclude-standard", *CODE)
+    changes = (_git(root, "diff", "HEAD") or "") + (untracked or "")
     dirty = hashlib.sha256(changes.encode(errors="surrogateescape")).hexdigest() if changes.strip() else None
     return {"git_commit": commit.strip(), "dirty_diff_sha256": dirty}
 

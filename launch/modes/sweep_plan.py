@@ -7,6 +7,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 
+from hfprune_launch.command import as_called
 from hfprune_launch.local.hardware import device_here, fitting_runtime, gpus_here
 from hfprune_launch.modes.generation import Generation
 from hfprune_launch.modes.sweep_arguments import Command
@@ -37,6 +38,11 @@ from hfprune_dist.planning.remarks import remarks_on_settings
 from hfprune_dist.planning.training_memory import choose_micro_batches, chooses
 from hfprune_dist.store.artifacts import Store, Verdict
 
+NO_MODELS = """no models are named: give --models, or models in a --config file; for example
+  python launch/sweep.py --models llama,qwen --ratios 0.2,0.5 --config configs/demo.yaml
+  python launch/sweep.py --models /data/my-llama --ratios 0.2 --set calibration.path=text.jsonl
+  python launch/sweep.py --models Qwen/Qwen2.5-0.5B --dry-run
+all flags: python launch/sweep.py --help"""
 # Section of the configuration -> the kind of stage that it configures.
 TRAINING_STAGES = {"recovery": "recover", "distillation": "distill"}
 
@@ -211,6 +217,8 @@ def _plan(
         tell: told which micro-batches are chosen for a run.
     """
     config, hashes = command.configuration(), command.store.hashes
+    if not config.models:
+        raise UserError(as_called(NO_MODELS))
     models = resolve_models(config, PROJECT.configs / "models", hashes, download)
     methods = resolve_methods(config, PROJECT.configs / "methods")
     if chooses(config):

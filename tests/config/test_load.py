@@ -80,6 +80,27 @@ def test_a_hash_that_looks_like_an_exponent_stays_a_hash(tmp_path):
     assert in_file.calibration.revision == "4e51234"
 
 
+@pytest.mark.parametrize("section", ["calibration", "evaluation.fidelity"])
+def test_a_data_set_is_not_read_with_the_name_and_revision_of_another(tmp_path, section):
+    def text(content, **overrides):
+        config = load_config(
+            [write(tmp_path, content)], {f"{section}.{key}": value for key, value in overrides.items()}
+        )
+        found = config.calibration if section == "calibration" else config.evaluation.fidelity
+        return found.dataset, found.name, found.revision
+
+    assert text("") == ("allenai/c4", "en", None)
+    assert text("", name="de") == ("allenai/c4", "de", None)
+    assert text("", dataset="org/b") == ("org/b", None, None)
+    assert text("", dataset="org/b", name="en") == ("org/b", "en", None)
+    *above, last = section.split(".")
+    file = {last: {"dataset": "org/a", "name": "x", "revision": "main"}}
+    content = {above[0]: file} if above else file
+    assert text(content, split="test") == ("org/a", "x", "main")
+    assert text(content, dataset="org/b") == ("org/b", None, None)
+    assert text(content, dataset="org/b", name="y") == ("org/b", "y", None)
+
+
 def test_the_papers_recipe_is_the_default():
     recovery = load_config([], {}).recovery
     assert (recovery.rank, recovery.alpha, recovery.dropout, recovery.learning_rate) == (32, 64, 0.05, 4e-4)
@@ -116,7 +137,6 @@ def test_the_papers_recipe_is_the_default():
         ("calibration: {samples: 010}", ["calibration.samples", "whole number", "'010'"]),
         ("seed: 12:30", ["seed", "whole number", "'12:30'"]),
         ("a: " + 20_000 * "[", ["sweep.yaml", "not valid YAML"]),
-        ({"models": []}, ["models", "at least 1"]),
         ({"models": ["a", "a"]}, ["models", "listed twice"]),
         ({"ratios": [1.0]}, ["ratios.0", "less than 1"]),
         ({"ratios": [0]}, ["ratios.0", "greater than 0"]),

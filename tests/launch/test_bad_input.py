@@ -295,6 +295,14 @@ def test_a_deleted_current_folder_is_one_message(tmp_path, command):
     assert result.returncode == 2 and "deleted" in result.stderr and "Traceback" not in result.stderr
 
 
+@pytest.mark.parametrize("arguments", [[], ["--ratios", "0.3"], ["--dry-run"]])
+def test_a_sweep_without_models_shows_examples(tmp_path, monkeypatch, arguments):
+    monkeypatch.chdir(tmp_path)
+    code, _, said = in_process(sweep.main, *arguments)
+    assert code == 2 and "no models are named" in said and said.count("launch/sweep.py --models") == 3
+    assert files_below(tmp_path) == []
+
+
 def test_a_copy_of_the_project_does_not_run_with_the_packages_of_another(config, tmp_path, monkeypatch):
     """As it would in a second clone, with the environment of the first."""
     (tmp_path / "copy" / "launch").mkdir(parents=True)

@@ -15,7 +15,7 @@ def refused(config, out, *arguments):
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["--models", "lama"], ["unknown model 'lama'", "llama", "folder of a Hugging Face checkpoint"]),
+        (["--models", "LAMA"], ["unknown model 'LAMA'; did you mean 'llama'?", "folder of a Hugging Face checkpoint"]),
         (["--models", ""], ["--models", "one or more values"]),
         (["--ratios", ""], ["--ratios", "one or more values"]),
         (["--ratios", "0"], ["ratios.0", "greater than 0"]),

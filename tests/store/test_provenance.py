@@ -26,7 +26,10 @@ def test_changes_in_any_encoding_have_a_digest(tmp_path):
         found.add(code_version(tmp_path)["dirty_diff_sha256"])
     git(tmp_path, "checkout", "--quiet", ".")
     assert code_version(tmp_path) == committed
-    (tmp_path / "new.txt").touch()
+    (tmp_path / "my.yaml").touch()
+    assert code_version(tmp_path) == committed, "no stage reads it"
+    (tmp_path / "launch").mkdir()
+    (tmp_path / "launch" / "new.py").touch()
     found.add(code_version(tmp_path)["dirty_diff_sha256"])
     assert len(found) == 3 and None not in found
 
