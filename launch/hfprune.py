@@ -24,7 +24,6 @@ COMMANDS = {
     "report": "write and show the tables of a sweep again",
     "compare": "compare methods over sweeps that differ in their seed",
     "clean": "remove what no row of a sweep refers to any more",
-    "publish": "push a named checkpoint of a sweep to the Hugging Face hub",
     "bench": "measure what this project costs",
     "demo-assets": "make the demo's models, texts and tasks",
     "schema": "print the JSON schema of a YAML file, for editors",

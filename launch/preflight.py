@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -22,7 +22,7 @@ from hfprune_dist.config.parameters import (
 )
 from hfprune_dist.config.schema import EvaluationConfig, RuntimeConfig, SweepConfig
 from hfprune_dist.config.section import TextSource
-from hfprune_dist.data.text import Beginning, read_beginning
+from hfprune_dist.data.text import Beginning, read_beginning, require_data_set
 from hfprune_dist.errors import UserError
 from hfprune_dist.planning.plan import Plan
 from hfprune_dist.store.machine import count_gpus
@@ -37,6 +37,7 @@ class Reading:
         section: section of the configuration that describes it.
         sequence_length: tokens per window, or per row of pairs.
         where: name of the text in the stages' messages.
+        source: its settings.
         beginning: its first texts; None if they come from the hub.
         windows: number of windows that are cut from the text; 0 if it is pairs to train on.
         overlaps: whether it may have fewer tokens than all windows together.
@@ -46,13 +47,22 @@ class Reading:
     section: str
     sequence_length: int
     where: str
+    source: TextSource
     beginning: Beginning | None
     windows: int = 0
     overlaps: bool = False
     add_bos_token: bool = False
 
 
-def check_stages(config: SweepConfig, plan: Plan, todo: Sequence[str], profile: Profile | None) -> list[str]:
+def check_stages(
+    config: SweepConfig,
+    plan: Plan,
+    todo: Sequence[str],
+    profile: Profile | None,
+    *,
+    absent: Collection[Path] = (),
+    looks_only: bool = False,
+) -> list[str]:
     """Before any missing stage runs, check what the stages will read for every model, and that ranks can share it.
 
     Returns sentences about what they read that are no reason to refuse it.
@@ -60,12 +70,14 @@ def check_stages(config: SweepConfig, plan: Plan, todo: Sequence[str], profile: 
     Args:
         todo: ids of the stages.
         profile: profile of the cluster on which they run; None for this machine.
+        absent: folders that stand for models of the hub which aren't downloaded, in a dry run.
+        looks_only: whether it is one, which asks for no data sets.
 
     Raises:
         UserError: for more ranks than this machine has GPUs, GPUs that torch can't use, a tracker that isn't installed,
-            a text that can't be read or is too short, a batch that ranks can't share, an unknown task, more examples
-            than a task has documents, answers too long for a model, or a model with unsuitable tokenizer, chat
-            template, weights or positions.
+            a text or data set that can't be read, a text that is too short, a batch that ranks can't share, an unknown
+            task, more examples than a task has documents, answers too long for a model, or a model with unsuitable
+            tokenizer, chat template, weights or positions.
     """
     if todo and profile is None:
         ranks_here(config.runtime)
@@ -74,6 +86,8 @@ def check_stages(config: SweepConfig, plan: Plan, todo: Sequence[str], profile: 
         _check_trackers(config.runtime)
     models = _models_by_kind(plan, todo)
     readings = _read_texts(config, models)
+    if not looks_only:
+        _require_data_sets(reading.source for of_kind in readings.values() for reading in of_kind)
     for kind in RECOVERING & models.keys():
         ranks = profile.resources[kind].ranks if profile else ranks_here(config.runtime)
         config.recovery.require_two_fields()
@@ -81,7 +95,7 @@ def check_stages(config: SweepConfig, plan: Plan, todo: Sequence[str], profile: 
     if config.evaluation.tasks and "evaluate" in models:
         _check_tasks(config.evaluation)
     remarks: list[str] = []
-    for folder in dict.fromkeys(folder for folders in models.values() for folder in folders):
+    for folder in dict.fromkeys(it for folders in models.values() for it in folders if it not in absent):
         kinds = [kind for kind, folders in models.items() if folder in folders]
         of_folder = [it for kind in kinds for it in readings.get(kind, [])]
         remarks += _check_model(config, folder, of_folder, "evaluate" in kinds)
@@ -93,6 +107,11 @@ def _check_gpus() -> None:
         from hfprune_dist.distributed.gpus import require_usable_gpus  # torch takes seconds to import
 
         require_usable_gpus()
+
+
+def _require_data_sets(sources: Iterable[TextSource]) -> None:
+    for source in {(it.dataset, it.name, it.split, it.revision): it for it in sources if it.path is None}.values():
+        require_data_set(source.model_dump())
 
 
 def _check_tasks(evaluation: EvaluationConfig) -> None:
@@ -166,10 +185,10 @@ def _pairs(config: SweepConfig) -> Iterator[Reading]:
 
 def _begin(
     where: str, source: TextSource, fields: Sequence[str], records: int | None = None
-) -> tuple[str, Beginning | None]:
-    """Return the name of a text in messages, and its first records."""
+) -> tuple[str, TextSource, Beginning | None]:
+    """Return the name of a text in messages, its settings, and its first records."""
     beginning = None if source.path is None else read_beginning(Path(source.path), fields, where, records)
-    return f"{where} {source.path}", beginning
+    return f"{where} {source.path}", source, beginning
 
 
 def _check_model(config: SweepConfig, folder: Path, readings: Sequence[Reading], evaluates: bool) -> list[str]:

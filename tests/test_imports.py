@@ -14,7 +14,7 @@ ROOMS = {
     *("config", "store", "data", "core", "checkpoints", "planning", "models", "distributed"),
     *("scoring", "refit", "training", "evaluation", "report", "results", "stages", "structures"),
 }
-COMMANDS = ["hfprune", "sweep", "status", "report", "compare", "bench", "clean", "publish", "demo_assets", "schema"]
+COMMANDS = ["hfprune", "sweep", "status", "report", "compare", "bench", "clean", "demo_assets", "schema"]
 SHARED = ["command", "installed", "project", "api", "build_steps", "sweep_folder", "preflight", "screen"]
 # These don't wait for torch, so that a login node answers at once.
 TORCH_FREE = [

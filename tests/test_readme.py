@@ -25,7 +25,7 @@ from hfprune_dist.planning.model_sources import shipped_aliases
 ROOT = Path(__file__).resolve().parents[1]
 TOP = ["hfprune_dist", "launch", "configs", "slurm", "tests"]
 READMES = sorted([ROOT / "README.md", *(file for top in TOP for file in (ROOT / top).rglob("README.md"))])
-COMMANDS = ["hfprune", "sweep", "status", "report", "compare", "bench", "clean", "publish", "demo_assets", "schema"]
+COMMANDS = ["hfprune", "sweep", "status", "report", "compare", "bench", "clean", "demo_assets", "schema"]
 LONGEST = 199
 # Files made by commands; all other files that a README names are files of the project.
 WRITTEN = {"results.md", "comparison.md", "bench.md", "bench.png"}
@@ -295,7 +295,6 @@ def test_commands_in_comments_and_help_texts_exist(file, parsers):
         "set `--set evaluation.fidelity.window=3`",
         "| method | KL |\n|---|---|\n| `hfprun` | 1 |\n",
         "```bash\npython launch/sweep.py --out runs/my --forget 'llama 0.2 + lora'\n```",
-        "```bash\npython launch/publish.py runs/my llama-0.2-lora me/llama\n```",
     ],
 )
 def test_what_does_not_exist_is_found(text, parsers, tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -88,16 +89,39 @@ def field_of(record: Record, key: str, where: str) -> str:
     raise UserError(f"{where}: no text in field {key!r}; the record has {_SURROGATE.sub('?', names)}")
 
 
+def require_data_set(source: Mapping[str, Any]) -> None:
+    """Check that a data set is on the hub, or in its cache; none of it is read.
+
+    Raises:
+        UserError: if it isn't, or the hub can't be reached.
+    """
+    from huggingface_hub import HfApi
+
+    try:
+        HfApi().dataset_info(source["dataset"], revision=source["revision"], timeout=10.0)
+    except hub_errors():  # it may be in the cache; otherwise the message is the one that a stage would have
+        _open(source)
+
+
 def _stream(source: Mapping[str, Any], seed: int) -> Iterator[Placed]:
+    with _refusals_told(source):
+        for number, record in enumerate(_open(source).shuffle(seed=seed, buffer_size=10_000), start=1):
+            yield f"{source['dataset']}, record {number}", record
+
+
+def _open(source: Mapping[str, Any]) -> Any:
     from datasets import load_dataset
 
+    parts = {name: source[name] for name in ("name", "split", "revision")}
+    with _refusals_told(source):
+        return load_dataset(source["dataset"], **parts, streaming=True)
+
+
+@contextmanager
+def _refusals_told(source: Mapping[str, Any]) -> Iterator[None]:
     refusals: tuple[type[Exception], ...] = (*hub_errors(), RuntimeError)
     try:
-        dataset = load_dataset(
-            source["dataset"], source["name"], split=source["split"], revision=source["revision"], streaming=True
-        )
-        for number, record in enumerate(dataset.shuffle(seed=seed, buffer_size=10_000), start=1):
-            yield f"{source['dataset']}, record {number}", record
+        yield
     except refusals as error:
         raise UserError(
             f"data set {source['dataset']!r} (split {source['split']!r}): {error}; give a local file with path instead"

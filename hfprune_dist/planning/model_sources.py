@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import combinations
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from hfprune_dist.config.load import is_hub_id, named_path, parse
 from hfprune_dist.config.schema import ModelAlias, SweepConfig
 from hfprune_dist.config.yaml_text import read_yaml
 from hfprune_dist.errors import UserError, did_you_mean, hub_errors
+from hfprune_dist.planning.stand_ins import stand_in
 from hfprune_dist.planning.user_files import checkpoint_identity, content_files
 from hfprune_dist.store.hashing import FileHashes, digest_of
 from hfprune_dist.store.stage import Content
@@ -28,6 +30,8 @@ class ModelSource:
         identity: the digest that identifies its content.
         spelling: its name in a configuration's ``models``, valid in any folder: alias, hub id or absolute path.
         content: how ``identity`` is computed from its files.
+        is_here: whether all of it is on this machine; otherwise ``checkpoint`` is a stand-in.
+        has_known_shape: whether the shape of ``checkpoint`` is the model's own.
     """
 
     name: str
@@ -35,20 +39,26 @@ class ModelSource:
     identity: str
     spelling: str
     content: Content
+    is_here: bool = True
+    has_known_shape: bool = True
 
 
-def resolve_models(config: SweepConfig, shipped: Path, hashes: FileHashes, download: bool) -> list[ModelSource]:
+def resolve_models(
+    config: SweepConfig, shipped: Path, hashes: FileHashes, download: bool, stands_in: bool = False
+) -> list[ModelSource]:
     """Find the folder and identity of every model of the sweep.
 
     Args:
         shipped: folder with the alias files that come with the project.
-        download: fetch hub models that are not in the local cache; otherwise such a model is an error.
+        download: fetch hub models that are not in the local cache.
+        stands_in: take stand-ins for such models if they aren't fetched; otherwise they are errors.
 
     Raises:
         UserError: for an unknown alias or a damaged checkpoint.
     """
     aliases: dict[str, ModelAlias | Path] = {**shipped_aliases(shipped), **config.aliases}
-    sources = [_resolve(name, aliases, hashes, download) for name in config.models]
+    from_hub = partial(_hub_model, download=download, stands_in=stands_in)
+    sources = [_resolve(name, aliases, hashes, from_hub) for name in config.models]
     _refuse_twice(sources)
     return sources
 
@@ -78,7 +88,9 @@ def read_alias(file: Path) -> ModelAlias:
     return parse(ModelAlias, read_yaml(file, "alias", "the keys of an alias"), str(file))
 
 
-def _resolve(name: str, aliases: Mapping[str, ModelAlias | Path], hashes: FileHashes, download: bool) -> ModelSource:
+def _resolve(
+    name: str, aliases: Mapping[str, ModelAlias | Path], hashes: FileHashes, from_hub: Callable[..., ModelSource]
+) -> ModelSource:
     alias = aliases.get(name)
     if isinstance(alias, Path):
         alias = read_alias(alias)
@@ -87,7 +99,11 @@ def _resolve(name: str, aliases: Mapping[str, ModelAlias | Path], hashes: FileHa
         if folder.is_file():
             raise UserError(f"--models: {name} is a file; give the folder of a Hugging Face checkpoint")
         if not folder.is_dir() and is_hub_id(name):
-            return _hub_model(name, download)
+            hub_id, _, revision = name.partition("@")
+            try:
+                return from_hub(name.split("/", 1)[1], hub_id, revision or "main", name)
+            except UserError as error:
+                raise UserError(f"{error}; nor is there a folder {name}") from None
         if not (folder.is_dir() or os.sep in name):
             raise UserError(
                 f"--models: unknown model {name!r}{did_you_mean(name, aliases)}; valid: {', '.join(sorted(aliases))}, "
@@ -98,25 +114,18 @@ def _resolve(name: str, aliases: Mapping[str, ModelAlias | Path], hashes: FileHa
     if alias.path is not None:
         return _local(name, Path(alias.path), hashes, name)
     assert alias.hub_id is not None
-    return _downloaded(name, _snapshot(name, alias.hub_id, alias.revision, download), alias.hub_id, name)
+    return from_hub(name, alias.hub_id, alias.revision, name)
 
 
-def _hub_model(spelling: str, download: bool) -> ModelSource:
-    """Resolve a model named by its hub id, with or without a revision."""
-    hub_id, _, revision = spelling.partition("@")
-    name = spelling.split("/", 1)[1]
-    try:
-        folder = _snapshot(name, hub_id, revision or "main", download)
-    except UserError as error:
-        raise UserError(f"{error}; nor is there a folder {spelling}") from None
-    return _downloaded(name, folder, hub_id, spelling)
-
-
-def _downloaded(name: str, folder: Path, hub_id: str, spelling: str) -> ModelSource:
+def _hub_model(name: str, hub_id: str, revision: str, spelling: str, *, download: bool, stands_in: bool) -> ModelSource:
+    folder, is_known = _snapshot(name, hub_id, revision, download, optional=stands_in), True
+    is_here = folder is not None
+    if folder is None:
+        folder, is_known = stand_in(name, hub_id, revision)
     checkpoint = open_checkpoint(folder)
     # The last part of a snapshot's folder is the commit that the revision stood for.
     identity = checkpoint_identity(checkpoint, digest_of([hub_id, checkpoint.path.name]))
-    return ModelSource(name, checkpoint, identity, spelling, "commit")
+    return ModelSource(name, checkpoint, identity, spelling, "commit", is_here, is_known)
 
 
 def _local(name: str, folder: Path, hashes: FileHashes, spelling: str) -> ModelSource:
@@ -125,7 +134,8 @@ def _local(name: str, folder: Path, hashes: FileHashes, spelling: str) -> ModelS
     return ModelSource(name, checkpoint, identity, spelling, "checkpoint")
 
 
-def _snapshot(name: str, hub_id: str, revision: str, download: bool) -> Path:
+def _snapshot(name: str, hub_id: str, revision: str, download: bool, optional: bool) -> Path | None:
+    """The folder of a model in the hub's cache; None if it is ``optional`` and not there."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
@@ -142,6 +152,8 @@ def _snapshot(name: str, hub_id: str, revision: str, download: bool) -> Path:
             local_files_only=not download,
         )
     except LocalEntryNotFoundError:
+        if optional:
+            return None
         action = "check the network" if download else "it is downloaded when the sweep runs without --dry-run"
         raise UserError(f"model {name!r}: {hub_id}@{revision} is not in the local hub cache; {action}") from None
     except hub_errors() as error:

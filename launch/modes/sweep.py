@@ -64,7 +64,7 @@ def run(command: Command) -> int:
 
 
 def dry_run(command: Command) -> int:
-    """Show the plan, its checkpoints, and every job that would be submitted; writes nothing, downloads no model."""
+    """Show the plan, its checkpoints, and every job that would be submitted; writes nothing, downloads no weights."""
     prepared, console = prepare(command, download=False), command.console
     show_plan(console, prepared.sweep.plan, prepared.verdicts, prepared.todo)
     show_shapes(console, prepared.shapes())
@@ -74,7 +74,7 @@ def dry_run(command: Command) -> int:
         plan, profile, runtime = prepared.sweep.plan, prepared.profile, prepared.config.runtime
         show_jobs(console, prepared.sweep, profile, runtime, prepared.verdicts)
         show_estimates(console, prepared.estimates)
-        show_hours(console, plan_hours(plan, prepared.todo, profile, runtime))
+        show_hours(console, plan_hours(plan, prepared.sized, profile, runtime))
     prepared.require_runnable(command)
     return 0
 

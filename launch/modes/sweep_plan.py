@@ -75,7 +75,8 @@ class Prepared:
         """Return sentences on the effect of settings: how texts are mixed, and what each method does to each model."""
         shares = [f"{it.windows} of {it.text.path or it.text.dataset}" for it in self.config.calibration.shares()]
         mixed = [f"calibration windows: {', '.join(shares)}"] if len(shares) > 1 else []
-        return mixed + [remark for model in self.models for remark in self._of_shapes(model)]
+        known = [model for model in self.models if model.has_known_shape]
+        return mixed + [remark for model in known for remark in self._of_shapes(model)]
 
     def _of_shapes(self, model: ModelSource) -> list[str]:
         """Return what each method does to a model, and how far checkpoints can be split, once for all methods."""
@@ -91,15 +92,23 @@ class Prepared:
     @property
     def generation(self) -> Generation:
         """The stages in which models generate, among those that must run."""
-        return Generation(self.here, self.sweep.plan, self.todo, self.profile)
+        return Generation(self.here, self.sweep.plan, self.sized, self.profile)
+
+    @property
+    def sized(self) -> list[str]:
+        """Ids of the stages that must run, of models whose shape is known."""
+        return _of_known_shape(self.sweep.plan, self.todo, self.models)
 
     def shapes(self) -> dict[str, KnownShape]:
         """Label of a cell -> the shape of its checkpoint as far as the plan decides it, in the order of the table."""
         checkpoints = {model.name: model.checkpoint for model in self.models}
+        unknown = {model.name for model in self.models if not model.has_known_shape}
         known = {}
         for cell in self.sweep.plan.cells:
             checkpoint = checkpoints[cell.model]
-            if cell.ratio is None or cell.method is None:
+            if cell.model in unknown:
+                known[cell.label] = KnownShape(None, None, None, None, "unknown until the model is downloaded")
+            elif cell.ratio is None or cell.method is None:
                 known[cell.label] = dense_shape(checkpoint)
             else:
                 where = place_of(cell.model, cell.method)
@@ -113,7 +122,9 @@ class Prepared:
         """
         refuse_what_cannot_fit(self.estimates)
         self.generation.require_room()
-        for remark in check_stages(self.here, self.sweep.plan, self.todo, self.profile):
+        absent = [model.checkpoint.path for model in self.models if not model.is_here]
+        plan, looks_only = self.sweep.plan, command.arguments.dry_run
+        for remark in check_stages(self.here, plan, self.todo, self.profile, absent=absent, looks_only=looks_only):
             command.tell(f"note: {remark}")
 
 
@@ -121,7 +132,7 @@ def prepare(command: Command, *, download: bool) -> Prepared:
     """Plan a sweep, and check which of its artifacts exist.
 
     Args:
-        download: fetch models from the hub that are not in the local cache.
+        download: fetch models from the hub that are not in the local cache; otherwise they have stand-ins.
 
     Raises:
         UserError: for bad input; nothing has been written.
@@ -129,25 +140,40 @@ def prepare(command: Command, *, download: bool) -> Prepared:
     require_folder(command.out)
     store = command.store
     profile = command.profile()
-    config, models, methods, plan = _plan(command, _device_in(profile), command.tell, download=download)
+    device = _device_in(profile)
+    config, models, methods, plan = _plan(command, device, command.tell, download=download, stands_in=not download)
     if profile is not None:
         plan = _with_measured(plan, profile.resources["efficiency"], config.runtime, store)
     require_apart(command.out, plan)
-    if record := _readable_record(command):
+    if (record := _readable_record(command)) and all(model.has_known_shape for model in models):
         refuse_other_checkpoints(plan, record.plan, command.out)
     for remark in remarks_on_settings(config, methods):
         command.tell(f"note: {remark}")
     for model in models:
-        for remark in model.checkpoint.remarks:
+        for remark in _remarks_on(model):
             command.tell(f"note: model {model.name!r}: {remark}")
     if profile is not None:
         refuse_unusable_path(command.out)
     verdicts = {stage_id: store.handle(stage_id).verify() for stage_id in plan.stages}
     todo = plan.lacking(lambda stage_id: verdicts[stage_id].state == "done")
     here = config.model_copy(update={"runtime": _runtime(command, config, profile)})
-    estimates = estimate_stages(plan, todo, profile, config.runtime) if profile is not None else []
+    sized = _of_known_shape(plan, todo, models)
+    estimates = estimate_stages(plan, sized, profile, config.runtime) if profile is not None else []
     sweep = Sweep(plan, store, command.out)
     return Prepared(sweep, config, here, models, verdicts, todo, profile, estimates, methods)
+
+
+def _of_known_shape(plan: Plan, todo: Sequence[str], models: Sequence[ModelSource]) -> list[str]:
+    unknown = {model.checkpoint.path for model in models if not model.has_known_shape}
+    return [stage_id for stage_id in todo if plan.dense_folder(plan.stages[stage_id]) not in unknown]
+
+
+def _remarks_on(model: ModelSource) -> list[str]:
+    if model.is_here:
+        return model.checkpoint.remarks
+    if model.has_known_shape:
+        return ["it is downloaded when the sweep runs; only its config.json and its tensors' shapes were looked up"]
+    return ["it isn't in the local hub cache, and the hub can't be asked for its shape; ids of its stages will change"]
 
 
 def _runtime(command: Command, config: SweepConfig, profile: Profile | None) -> RuntimeConfig:
@@ -168,7 +194,7 @@ def sweep_to_show(command: Command) -> Sweep:
     try:
         device = _device_of(record)
         tells = device_here if device is None else lambda _: device
-        *_, today = _plan(command, tells, lambda _: None, download=False)
+        *_, today = _plan(command, tells, lambda _: None, download=False, stands_in=False)
     except (UserError, OSError) as error:
         if record is None:
             raise
@@ -208,7 +234,12 @@ def _device_of(record: Record | None) -> str | None:
 
 
 def _plan(
-    command: Command, device: Callable[[RuntimeConfig], str], tell: Callable[[str], None], *, download: bool
+    command: Command,
+    device: Callable[[RuntimeConfig], str],
+    tell: Callable[[str], None],
+    *,
+    download: bool,
+    stands_in: bool,
 ) -> tuple[SweepConfig, list[ModelSource], dict[str, Method], Plan]:
     """Return the configuration with all that planning chooses, and its models, methods and plan.
 
@@ -219,7 +250,7 @@ def _plan(
     config, hashes = command.configuration(), command.store.hashes
     if not config.models:
         raise UserError(as_called(NO_MODELS))
-    models = resolve_models(config, PROJECT.configs / "models", hashes, download)
+    models = resolve_models(config, PROJECT.configs / "models", hashes, download, stands_in)
     methods = resolve_methods(config, PROJECT.configs / "methods")
     if chooses(config):
         config, remark = _with_micro_batches(command.profile(), config, models, methods)
@@ -248,7 +279,8 @@ def _with_micro_batches(
     else:
         found = {name: gpus_of_profile(profile.resources[kind]) for name, kind in TRAINING_STAGES.items()}
     gpus = {name: it for name, it in found.items() if it is not None}
-    dims = [checkpoint_dimensions(it.checkpoint) for it in models]
+    dims = [checkpoint_dimensions(it.checkpoint) for it in models if it.has_known_shape]
+    gpus = gpus if dims else {}
     chosen = choose_micro_batches(config, dims, gpus, methods.values())
     sizes = {name: getattr(chosen, name).rows_at_once for name in TRAINING_STAGES}
     remark = f"note: micro-batches of {' and '.join(f'{name} {size}' for name, size in sizes.items())}"

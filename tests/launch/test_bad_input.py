@@ -46,11 +46,6 @@ def files_below(folder):
         (["calibration.samples=3"], ["calibration.samples=3", "write --set calibration.samples=3"]),
         (["--set", "seed=1", "calibration.samples=3"], ["write --set calibration.samples=3"]),
         (["extra"], ["unrecognized arguments: extra"]),
-        (
-            ["--models", "someone/nothing"],
-            ["someone/nothing@main is not in the local hub cache", "nor is there a folder"],
-        ),
-        (["--models", "someone/nothing@v2"], ["someone/nothing@v2", "not in the local hub cache"]),
         (["--models", "some/where/else"], ["no such folder"]),
         (["--models", "alpha,{inputs}/alpha"], ["are the same checkpoint", "name it once"]),
         (["--models", "{inputs}/alpha,{inputs}/beta/../alpha/"], ["listed twice"]),
@@ -189,7 +184,7 @@ def test_a_hub_id_is_a_model_and_keeps_its_name(tmp_path, monkeypatch):
     commit = save_tiny(tmp_path / "snapshots" / "0123abcd")
     asked = []
 
-    def snapshot(name, hub_id, revision, download):
+    def snapshot(name, hub_id, revision, download, optional):
         asked.append((hub_id, revision))
         return commit
 
@@ -293,6 +288,22 @@ def test_a_deleted_current_folder_is_one_message(tmp_path, command):
     script = f"cd {gone} && rmdir {gone} && {sys.executable} {ROOT / 'launch' / command} x --out y"
     result = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=False)
     assert result.returncode == 2 and "deleted" in result.stderr and "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize("name", ["someone/nothing", "someone/nothing@v2"])
+def test_a_model_that_can_not_be_downloaded_is_refused(config, tmp_path, name):
+    code, _, said = in_process(sweep.main, "--config", config, "--out", tmp_path / "out", "--models", name)
+    assert code == 2 and f"{name if '@' in name else name + '@main'} is not in the local hub cache" in said
+    assert "nor is there a folder" in said
+
+
+@pytest.mark.parametrize("section", ["calibration", "recovery", "evaluation.fidelity"])
+def test_a_data_set_that_can_not_be_read_is_refused_before_the_first_stage(config, tmp_path, section):
+    source = ["--set", f"{section}.path=null", "--set", f"{section}.dataset=someone/nothing"]
+    given = ["--config", config, "--out", tmp_path / "out", *source]
+    code, _, said = in_process(sweep.main, *given)
+    assert code == 2 and "data set 'someone/nothing'" in said and "give a local file with path" in said, said
+    assert in_process(sweep.main, *given, "--dry-run")[0] == 0, "which needs no network"
 
 
 @pytest.mark.parametrize("arguments", [[], ["--ratios", "0.3"], ["--dry-run"]])
