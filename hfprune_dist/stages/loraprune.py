@@ -10,7 +10,7 @@ from hfprune_dist.stages.context import Context as AnyContext
 from hfprune_dist.stages.instruction_tuning import train_on_instructions
 from hfprune_dist.stages.shape_metrics import shape_metrics
 from hfprune_dist.structures.kept import Shape
-from hfprune_dist.training.unit_masks import UnitMasks
+from hfprune_dist.training.loraprune import UnitMasks
 from hfprune_dist.training.write_merged import write_merged, write_trained
 
 Context = AnyContext[LoraPruneParameters]

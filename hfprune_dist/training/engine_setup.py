@@ -1,4 +1,4 @@
-"""Settings of the Trainer and of DeepSpeed, and the sharded model with LoRA layers that they train."""
+"""Settings of the Trainer and of DeepSpeed, and the model with LoRA layers that they train, whole or sharded."""
 
 from __future__ import annotations
 
@@ -14,9 +14,13 @@ from transformers import TrainingArguments, set_seed
 from transformers.utils import logging
 
 from hfprune_dist.checkpoints.lora_adapter import lora_targets
+from hfprune_dist.distributed.frozen_model import free_bytes
 from hfprune_dist.distributed.world import World
 from hfprune_dist.models.loading import load_causal_lm
-from hfprune_dist.planning.training_memory import Placement
+from hfprune_dist.planning.dimensions import checkpoint_dimensions
+from hfprune_dist.planning.gpu_needs import Gpus
+from hfprune_dist.planning.training_footprint import Train
+from hfprune_dist.planning.training_memory import Placement, place
 from hfprune_dist.training.fine_tuning import FineTuning
 
 # More elements than any parameter has.
@@ -96,6 +100,14 @@ def training_arguments(
     )
 
 
+def place_training(task: FineTuning, world: World) -> Placement:
+    """Decide together how to place a training in the free memory; the rank with the least of it decides for all."""
+    tokens = len(task.rows(0)["input_ids"])
+    job = Train.of(task.settings, tokens, task.distills, masks=task.masked_to is not None)
+    gpus = Gpus(nodes=1, per_node=world.size, memory=min(world.all_gather(free_bytes(world))))
+    return place(job, checkpoint_dimensions(task.checkpoint), gpus, task.sharding)
+
+
 def load_trainable_model(task: FineTuning) -> nn.Module:
     """Load the model with LoRA layers, which get the weights of ``task.start`` if there is one."""
     dtype = getattr(torch, task.settings.dtype)
@@ -118,3 +130,15 @@ def load_trainable_model(task: FineTuning) -> nn.Module:
     if task.start is not None:
         adapted.load_state_dict(task.start.weights, strict=False)
     return adapted
+
+
+def keep_whole(model: nn.Module) -> None:
+    """Turn a model's frozen parameters into buffers, so that DeepSpeed shards nothing but LoRA's weights.
+
+    The model must be on its device already: moving buffers would untie a head that shares the embedding's weight.
+    """
+    for module in model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if not parameter.requires_grad:
+                delattr(module, name)
+                module.register_buffer(name, parameter.data, persistent=False)

@@ -30,7 +30,7 @@ class FineTuning:
         save_every_steps: optimizer steps between snapshots; the last step always leaves one.
         timeout_minutes: limit for a collective; one that takes longer ends the stage.
         run: the training as trackers know it.
-        sharding: where frozen weights lie (``runtime.sharding``); it doesn't change what is learnt.
+        sharding: where frozen weights lie (``runtime.sharding``).
         masked_to: the units that are to be left at the end, in all layers (LoRAPrune); None for all.
         start: the snapshot to resume from; None to start anew.
     """

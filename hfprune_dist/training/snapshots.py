@@ -9,7 +9,7 @@ from pathlib import Path
 from torch import Tensor
 
 from hfprune_dist.checkpoints.tensor_files import is_usable, load_tensors, save_tensors
-from hfprune_dist.training.unit_masks import PREFIX
+from hfprune_dist.training.loraprune import PREFIX
 
 KEPT_SNAPSHOTS = 2
 MOMENTS = ("exp_avg", "exp_avg_sq")

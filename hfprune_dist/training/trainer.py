@@ -1,6 +1,6 @@
 """LoRA training on all ranks: the Hugging Face Trainer, peft and DeepSpeed ZeRO-3.
 
-Frozen weights are whole on each rank if they fit, and sharded otherwise, with the same bits on the same ranks.
+Frozen weights are whole on each rank if they fit, and sharded otherwise; what is learnt differs by rounding only.
 
 There are two losses: that of the rows' labels, and the divergence from a dense model whose hidden states come with the
 rows. Units may be masked during training (LoRAPrune).
@@ -46,17 +46,17 @@ from hfprune_dist.store.hashing import digest_of
 from hfprune_dist.store.heartbeat import Progress
 from hfprune_dist.training.engine_setup import (
     MAX_GRAD_NORM,
+    keep_whole,
     load_trainable_model,
+    place_training,
     prepare_process,
     training_arguments,
 )
 from hfprune_dist.training.fine_tuning import FineTuning, finite_values, learning_rate_share
-from hfprune_dist.training.lora_gradients import LoraGradients
+from hfprune_dist.training.loraprune import LoraGradients, UnitMasks
 from hfprune_dist.training.snapshots import MOMENTS, LossLine, Snapshot, Snapshots, read_snapshot
 from hfprune_dist.training.teacher_states import DENSE
 from hfprune_dist.training.tracking import open_trackers
-from hfprune_dist.training.unit_masks import UnitMasks
-from hfprune_dist.training.whole_weights import place_training, with_whole_weights
 
 
 def fine_tune(task: FineTuning, folder: Path, world: World, progress: Progress, interruption: Interruption) -> Snapshot:
@@ -92,7 +92,8 @@ def _train(
     placement = place_training(task, world)
     init_deepspeed(world)
     if placement.whole:
-        model = with_whole_weights(load_trainable_model(task), world)
+        model = load_trainable_model(task).to(world.device)
+        keep_whole(model)
     arguments = training_arguments(task, rows.slots // rows_at_once, snapshots.folder, placement, world)
     if not placement.whole:
         model = load_trainable_model(task)

@@ -65,7 +65,7 @@ from hfprune_dist.refit.sequential_refit import SequentialRefit
 from hfprune_dist.scoring.curvature import Curvature
 from hfprune_dist.scoring.weight_gradients import WeightGradients
 from hfprune_dist.structures.kept import Kept, Shape
-from hfprune_dist.training.unit_masks import UnitMasks
+from hfprune_dist.training.loraprune import UnitMasks
 
 SHAPE = {"hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 4, "vocab_size": 264}
 PUBLISHED = {

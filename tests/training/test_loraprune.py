@@ -1,7 +1,9 @@
 """Units that are scored and masked while LoRA trains, on real ranks: against autograd, and after a kill."""
 
 import shutil
+import tempfile
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -9,6 +11,9 @@ import torch
 from fine_tunings import make_task, train
 from gather_counter import SMALL_PARAMETER
 from host_reads import HostReads
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from masking import kept_of, models, write
 from peak_bytes import PeakBytes
 from peft import LoraConfig, get_peft_model
 from ranks import SoloWorld
@@ -17,14 +22,16 @@ from transformers import AutoModelForCausalLM
 
 from hfprune_dist.checkpoints.checkpoint import open_checkpoint
 from hfprune_dist.checkpoints.lora_adapter import lora_targets
-from hfprune_dist.core.lora_scores import DECAY
+from hfprune_dist.core.lora_scores import DECAY, gone_after
+from hfprune_dist.models.loading import load_causal_lm
 from hfprune_dist.planning.training_memory import Placement
 from hfprune_dist.structures.kept import Shape
-from hfprune_dist.training import lora_gradients, snapshots, trainer
+from hfprune_dist.structures.neurons import neurons
+from hfprune_dist.structures.units import Block
+from hfprune_dist.training import loraprune, snapshots, trainer
 from hfprune_dist.training.engine_setup import MAX_GRAD_NORM
-from hfprune_dist.training.lora_gradients import LoraGradients
+from hfprune_dist.training.loraprune import LoraGradients, UnitMasks
 from hfprune_dist.training.snapshots import read_snapshot
-from hfprune_dist.training.unit_masks import UnitMasks
 
 STEPS = 4
 SMALL = {"num_hidden_layers": 3, "intermediate_size": 12}
@@ -102,10 +109,10 @@ def test_the_host_waits_once_for_all_scores(monkeypatch, tmp_path):
     for parameter in trained:
         parameter.grad = torch.randn_like(parameter)
     for name in ("safe_get_full_grad", "safe_get_local_grad"):
-        monkeypatch.setattr(lora_gradients, name, lambda parameter: parameter.grad)
-    monkeypatch.setattr(lora_gradients, "safe_get_full_fp32_param", lambda parameter: parameter.data)
-    events, score, to_host = [], lora_gradients.unit_scores, torch.Tensor.cpu
-    monkeypatch.setattr(lora_gradients, "unit_scores", lambda *args: events.append("score") or score(*args))
+        monkeypatch.setattr(loraprune, name, lambda parameter: parameter.grad)
+    monkeypatch.setattr(loraprune, "safe_get_full_fp32_param", lambda parameter: parameter.data)
+    events, score, to_host = [], loraprune.unit_scores, torch.Tensor.cpu
+    monkeypatch.setattr(loraprune, "unit_scores", lambda *args: events.append("score") or score(*args))
     monkeypatch.setattr(torch.Tensor, "cpu", lambda tensor: events.append("wait") or to_host(tensor))
     layers = masks_of(masking_task(checkpoint), SimpleNamespace(units=None)).kinds_by_layer
     gradients = LoraGradients(adapted.get_base_model(), SoloWorld(), whole=True, largest_norm=MAX_GRAD_NORM)
@@ -132,20 +139,20 @@ def lora_of(task, snapshot):
 
 
 @pytest.mark.slow
-def test_sharded_weights_and_any_snapshot_lead_to_the_same_bits(monkeypatch, tmp_path):
-    """It resumes from the first snapshot and the last but one; another number of ranks comes close."""
+def test_any_snapshot_leads_to_the_same_bits(monkeypatch, tmp_path):
+    """From the first and the last but one; sharded weights and other numbers of ranks come close."""
     checkpoint = open_checkpoint(save_tiny(tmp_path / "model", "qwen3", num_hidden_layers=3, **WIDE))
     task = masking_task(checkpoint, dropout=0.1)
     monkeypatch.setattr(snapshots, "KEPT_SNAPSHOTS", STEPS)
     found, counts = {}, {}
-    for name, whole in (("whole", True), ("sharded", False)):
+    for name, whole in (("sharded", False), ("whole", True)):
         monkeypatch.setattr(trainer, "place_training", lambda *_, whole=whole: Placement(whole, False, fits=True))
         found[name], counts[name] = train(tmp_path / name, 2, task)
     for snapshot in sorted((tmp_path / "whole" / "snapshots").glob("step-*"))[:-1:2]:
         (tmp_path / snapshot.stem / "snapshots").mkdir(parents=True)
         shutil.copy(snapshot, tmp_path / snapshot.stem / "snapshots")
         found[snapshot.stem], _ = train(tmp_path / snapshot.stem, 2, task)
-    expected = found["whole"]
+    expected, sharded = found.pop("whole"), found.pop("sharded")
     for name, snapshot in found.items():
         for part in ("weights", "moments", "units"):
             for key, tensor in getattr(expected, part).items():
@@ -165,7 +172,8 @@ def test_sharded_weights_and_any_snapshot_lead_to_the_same_bits(monkeypatch, tmp
     monkeypatch.setattr(trainer, "place_training", lambda *_: Placement(True, False, fits=True))
     alone, _ = train(tmp_path / "alone", 1, task)
     for key, average in ((key, it) for key, it in expected.units.items() if key.endswith("average")):
-        torch.testing.assert_close(alone.units[key], average, rtol=0.02, atol=1e-3)
+        for other in (sharded, alone):
+            torch.testing.assert_close(other.units[key], average, rtol=0.02, atol=1e-3)
 
 
 @pytest.mark.parametrize(("ranks", "whole"), [(1, True), (2, True), (2, False)])
@@ -196,3 +204,66 @@ def test_memory_of_scores(monkeypatch, tmp_path, ranks, whole):
         expected += 2 * sum(numel for numel in middle if numel > SMALL_PARAMETER) * (1 + 1 / ranks)
     peak = max(int((tmp_path / f"peak-{rank}").read_text()) for rank in range(ranks))
     assert 0.95 < peak / expected < 1.05
+
+
+def state_of(checkpoint, kept):
+    """Return what a snapshot contains if these units stay."""
+    state = {}
+    for kind, rows in kept.units.items():
+        for layer, row in enumerate(rows):
+            stays = torch.zeros(checkpoint.structures[kind].counts[layer], dtype=torch.bool)
+            stays[row] = True
+            state[f"units.{kind}.{layer}.stays"] = stays
+            state[f"units.{kind}.{layer}.average"] = torch.zeros(len(stays), dtype=torch.float64)
+    return state
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.data())
+def test_a_masked_model_computes_what_the_cut_one_computes(data):
+    model = data.draw(models())
+    kept = data.draw(kept_of(model, uniform=False, layers=False))
+    with tempfile.TemporaryDirectory() as name:
+        checkpoint = open_checkpoint(save_tiny(Path(name) / "dense", **model))
+        write(checkpoint, kept, Path(name) / "cut")
+        masks = UnitMasks(checkpoint.structures, kept.shape, state_of(checkpoint, kept))
+        masked = load_causal_lm(checkpoint.path, torch.float32)
+        masks.attach(masked, torch.device("cpu"), torch.float32)
+        input_ids = torch.arange(3, 23)[None]
+        with torch.no_grad():
+            ours = masked(input_ids).logits
+            expected = load_causal_lm(Path(name) / "cut", torch.float32)(input_ids).logits
+    difference, largest = (ours - expected).abs().max(), expected.abs().max()
+    assert difference < 1e-5 * largest, (difference, largest)
+    assert all(map(torch.equal, masks.kept().units[kind], rows) for kind, rows in kept.units.items())
+
+
+@given(counts=st.lists(st.integers(1, 9), min_size=1, max_size=4), total=st.integers(1, 25), data=st.data())
+def test_the_lowest_averages_go_and_none_comes_back(counts, total, data):
+    width = 9
+    config = {"intermediate_size": width, "num_hidden_layers": len(counts)}
+    units = neurons(config, Block("model.layers", "mlp", "norm"), ("gate_proj", "up_proj"), "down_proj")
+    structures, shape = {units.kind: units}, Shape(tuple(range(len(counts))), {units.kind: tuple(counts)})
+    masks = UnitMasks(structures, shape)
+    assert list(masks.kinds_by_layer) == [layer for layer, count in enumerate(counts) if count < width]
+    before = masks.kept()
+    resumed_at = data.draw(st.integers(1, total))
+    for step in range(1, total + 1):
+        if step == resumed_at:
+            masks = UnitMasks(structures, shape, masks.state())
+        for layer in masks.kinds_by_layer:
+            scores = torch.tensor(data.draw(st.permutations(range(width))), dtype=torch.float64)
+            masks.average(units.kind, layer, scores)
+        averages = {name: tensor for name, tensor in masks.state().items() if name.endswith("average")}
+        masks.mask(step, total)
+        after = masks.kept()
+        rows = zip(counts, before.units[units.kind], after.units[units.kind], strict=True)
+        for layer, (count, was, stays) in enumerate(rows):
+            gone = set(was.tolist()) - set(stays.tolist())
+            assert set(stays.tolist()) <= set(was.tolist())
+            assert width - len(stays) == gone_after(step, total, width - count)
+            if gone:
+                average = averages[f"units.neurons.{layer}.average"]
+                assert average[list(gone)].max() <= average[stays].min()
+        before = after
+    assert before.shape == shape
