@@ -132,6 +132,13 @@ def steps_per_epoch(rows: int, batch_size: int) -> int:
     return -(-rows // batch_size)
 
 
+def rows_trained(rows: int, batch_size: int, steps: int) -> int:
+    """Number of rows that ``steps`` optimizer steps see, with epochs cut into steps as by ``data.schedule``."""
+    of_an_epoch = steps_per_epoch(rows, batch_size)
+    epochs, part = divmod(steps, of_an_epoch)
+    return epochs * rows + rows * part // of_an_epoch
+
+
 def _divisors_of_quotient(number: int, divisor: int) -> list[int]:
     """The numbers whose product with ``divisor`` divides ``number``, ascending."""
     if number % divisor:

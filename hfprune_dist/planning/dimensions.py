@@ -1,4 +1,4 @@
-"""The dimensions of a decoder, from which its memory and work are computed."""
+"""The dimensions of a decoder, from which its memory is computed."""
 
 from __future__ import annotations
 
@@ -27,11 +27,10 @@ class Outputs:
 
 @dataclass(frozen=True)
 class Dimensions:
-    """The dimensions of a decoder that decide its memory and work.
+    """The dimensions of a decoder that decide its memory.
 
     ``beside_decoder``: parameters outside the text decoder, in a model of images and text.
     ``row_projections``: number of matrices that produce an MLP's neurons: gate and up, or only up.
-    ``ranks``: of attention's query, key, value and output projections, 0 for one that is whole; empty if all are.
     ``adapted_sides``: inputs and outputs, each added up over the linear layers of a layer's attention that LoRA adapts,
     on average over layers; None: those of the query, key, value and output projections.
     ``intermediate_size`` counts the neurons that compute a token, ``stored_size`` all neurons of a layer, experts that
@@ -49,7 +48,6 @@ class Dimensions:
     tied: bool
     beside_decoder: int = 0
     row_projections: int = 2
-    ranks: tuple[int, ...] = ()
     adapted_sides: tuple[float, float] | None = None
     stored_size: int = 0
     experts: ExpertSizes | None = None
@@ -103,17 +101,7 @@ class Dimensions:
 
     @property
     def attention_parameters(self) -> int:
-        if not self.ranks:
-            return sum(self._attention_weights)
-        sides = (weight // self.hidden_size + self.hidden_size for weight in self._attention_weights)
-        matrices = zip(self._attention_weights, self.ranks, sides, strict=True)
-        return sum(rank * side if rank else weight for weight, rank, side in matrices)
-
-    @property
-    def _attention_weights(self) -> list[int]:
-        """Sizes of the query, key, value and output matrices when whole."""
-        heads = self.num_heads, self.num_key_value_heads, self.num_key_value_heads, self.num_heads
-        return [self.hidden_size * self.head_size * it for it in heads]
+        return 2 * self.hidden_size * self.head_size * (self.num_heads + self.num_key_value_heads)
 
     def layer_weights(self, *, attention: bool) -> list[int]:
         """Sizes of one layer's matrices: the MLP's, then those of attention if requested."""
@@ -136,15 +124,6 @@ class Dimensions:
     @property
     def body_parameters(self) -> int:
         return self.num_layers * self.layer_parameters
-
-    @property
-    def active_layer_parameters(self) -> int:
-        """The parameters of one layer that a token is multiplied with."""
-        return self.attention_parameters + self.mlp_matrices * self.hidden_size * self.intermediate_size
-
-    @property
-    def active_body_parameters(self) -> int:
-        return self.num_layers * self.active_layer_parameters
 
     @property
     def head_parameters(self) -> int:
@@ -201,8 +180,3 @@ def dimensions_of(config: Mapping[str, Any], row_projections: int = 2) -> Dimens
         tied=bool(config.get("tie_word_embeddings", False)),
         row_projections=row_projections,
     )
-
-
-def attention_flops(dims: Dimensions, tokens: int) -> float:
-    """Operations per token of both products of causal attention, which involve no weights: in all layers, forward."""
-    return dims.num_layers * 2 * tokens * dims.num_heads * dims.head_size

@@ -1,12 +1,12 @@
-"""Memory and work of evaluating a model on tasks and texts, which takes only forward passes."""
+"""Memory of evaluating a model on tasks and texts, which takes only forward passes."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from hfprune_dist.planning.dimensions import Dimensions, attention_flops
+from hfprune_dist.planning.dimensions import Dimensions
 from hfprune_dist.planning.gathering import gathered_at_a_time
-from hfprune_dist.planning.gpu_needs import Memory, Work
+from hfprune_dist.planning.gpu_needs import Memory
 from hfprune_dist.planning.layer_pass_footprint import widest
 
 # Few tasks have longer requests.
@@ -49,9 +49,3 @@ class Evaluate:
             activations=tokens * widest(dims) * self.itemsize,
             scratch=tokens * dims.vocabulary * (self.itemsize + 2 * 4),
         )
-
-    def work(self, dims: Dimensions) -> Work:
-        """Work of one batch."""
-        matrices = dims.body_parameters + dims.head_parameters
-        flops = 2 * (dims.active_body_parameters + dims.head_parameters) + attention_flops(dims, self.tokens)
-        return Work(self.sequences * self.tokens * flops, (matrices + dims.head_parameters) * self.itemsize)

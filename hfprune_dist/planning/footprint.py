@@ -1,8 +1,7 @@
-"""Resources that a stage needs, from a model's dimensions: gathered bytes, floating-point work, memory per GPU.
+"""Memory per GPU that a stage needs, from a model's dimensions.
 
-Estimates, not measurements: matrix products and gathered bytes are counted as the code performs them, other work is
-not; memory leaves out fragmentation and the runtime's own buffers, for which ``RESERVE`` is kept free. Each kind of job
-has a module of its own; times are in ``timing``.
+Estimates, not measurements: they leave out fragmentation and the runtime's own buffers, for which ``RESERVE`` is kept
+free. Each kind of job has a module of its own.
 Torch-free, so that a login node answers at once.
 """
 
@@ -19,11 +18,11 @@ from hfprune_dist.planning.training_footprint import Train
 # Share of a GPU's memory that is kept free for the runtime's context, communication buffers and fragmentation.
 RESERVE = 0.1
 
-# Jobs that are known to be bound by products in the compute dtype, or by gathers.
-TimedJob = Importance | Train | Evaluate
+# Jobs of a whole model, in micro-batches.
+BatchedJob = Importance | Train | Evaluate
 # Jobs that hold one layer at a time on each rank.
 LayerPass = Refit | LowRank | Reference
-Job = TimedJob | LayerPass | Generate
+Job = BatchedJob | LayerPass | Generate
 
 
 def fits(job: Job, dims: Dimensions, gpus: Gpus) -> bool:

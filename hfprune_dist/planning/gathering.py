@@ -15,8 +15,3 @@ def gathered_at_a_time(dims: Dimensions, itemsize: int, ranks: int) -> float:
     """
     live = max(LIVE_PARAMETERS, dims.expert_parameters)
     return 0.0 if ranks == 1 else min(dims.parameters, live + dims.head_parameters) * itemsize
-
-
-def stays_gathered(dims: Dimensions) -> bool:
-    """Whether DeepSpeed keeps the parameters gathered in forward until backward is over."""
-    return dims.parameters <= LIVE_PARAMETERS

@@ -1,10 +1,8 @@
-"""The memory and work that a job needs of GPUs, and the GPUs that it gets."""
+"""The memory that a job needs of GPUs, and the GPUs that it gets."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-
-from hfprune_dist.planning.rates import LINK
 
 # Bytes of a number in each compute dtype.
 ITEMSIZE = {"float32": 4, "bfloat16": 2}
@@ -37,35 +35,16 @@ class Memory:
 
 
 @dataclass(frozen=True)
-class Work:
-    """What one micro-batch costs one rank.
-
-    Attributes:
-        flops: floating-point operations.
-        gathered_bytes: bytes of whole parameters that ZeRO-3 gathers, of which a rank receives (ranks - 1) / ranks.
-    """
-
-    flops: float
-    gathered_bytes: float
-
-
-@dataclass(frozen=True)
 class Gpus:
     """The GPUs that a job runs on.
 
     Attributes:
         memory: bytes of one GPU.
-        flops: nominal floating-point operations per second of one GPU in dense bfloat16 products.
-        network: nominal bytes per second between two nodes; None: assumed not to be the limit.
-        link: nominal bytes per second, one way, between a GPU and the others of its node.
     """
 
     nodes: int
     per_node: int
     memory: float
-    flops: float | None = None
-    network: float | None = None
-    link: float = LINK
 
     @property
     def ranks(self) -> int:

@@ -1,4 +1,4 @@
-"""Memory and work of a calibration pass: a forward and a backward for each loss, and sums over tokens."""
+"""Memory of a calibration pass: a forward and a backward for each loss, and sums over tokens."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from dataclasses import dataclass, replace
 
 from hfprune_dist.core.memory_limits import ACCELERATOR_BYTES
 from hfprune_dist.core.triangle import packed_size
-from hfprune_dist.planning.dimensions import Dimensions, attention_flops
-from hfprune_dist.planning.gathering import gathered_at_a_time, stays_gathered
-from hfprune_dist.planning.gpu_needs import Memory, Work
+from hfprune_dist.planning.dimensions import Dimensions
+from hfprune_dist.planning.gathering import gathered_at_a_time
+from hfprune_dist.planning.gpu_needs import Memory
 from hfprune_dist.planning.head_footprint import HEAD_CHUNK_BYTES
 from hfprune_dist.planning.layer_pass_footprint import memory_of_layer_pass, pinned_bytes, tokens_of_a_rank
 from hfprune_dist.planning.product_footprint import coupled_bytes, squared_bytes
@@ -164,42 +164,3 @@ class Importance:
     def _weights(self, dims: Dimensions) -> list[int]:
         """Sizes of one layer's weights whose gradients are summed."""
         return dims.layer_weights(attention=self.kv_groups) if self.weight_gradients else []
-
-    def work(self, dims: Dimensions) -> Work:
-        """Work of one micro-batch: a forward; the head forward once, and backward for each loss; the body's backwards.
-
-        Gathered bytes are an upper bound if activations are checkpointed or the model does not stay gathered.
-        """
-        tokens, later_share = self.windows * self.tokens, (dims.num_layers - 1) / dims.num_layers
-        down_projection = dims.hidden_size * dims.intermediate_size
-        output_projection = dims.hidden_size * dims.attention_size
-        first_layer = output_projection + dims.mlp_matrices * down_projection if self.kv_groups else down_projection
-        later_layers = dims.active_body_parameters - dims.active_layer_parameters
-        attention = attention_flops(dims, self.tokens)
-        forward = 2 * dims.active_body_parameters + attention
-        # The head's forwards: one for all losses of the dense model; for a student, its own and its teacher's.
-        heads = 2 * dims.head_parameters * (bool(self.losses) + 2 * self.student)
-        # ``activation_bytes`` says where the graph begins. Backward of flash attention: five products for forward's
-        # two.
-        backward_parameters = later_layers + first_layer
-        backward = 2 * (backward_parameters + dims.head_parameters) + 2.5 * later_share * attention
-        # In a layer that runs again, backward needs nothing that comes after its neurons.
-        rerun = 2 * (later_layers - (dims.num_layers - 1) * down_projection) + later_share * attention
-        passes, backwards = 1 + self.student, self.losses + self.student
-        reruns = backwards if self.checkpointing else 0
-        gathered = passes * (2 * dims.head_parameters + dims.body_parameters)
-        if self.checkpointing or not stays_gathered(dims):
-            idle = dims.body_parameters - dims.active_body_parameters
-            gathered += backwards * (backward_parameters + idle) + reruns * (later_layers + idle)
-        flops = tokens * (passes * forward + heads + backwards * backward + reruns * rerun + self._gradient_flops(dims))
-        return Work(flops, gathered * self.itemsize)
-
-    def _gradient_flops(self, dims: Dimensions) -> float:
-        """Operations per token for weights' gradients, and what these add to backward (first attention, reruns)."""
-        if not self._sees_mlps:
-            return 0.0
-        attended = 2.5 * self._sees_attention * attention_flops(dims, self.tokens) / dims.num_layers
-        again = 2 * self.checkpointing * (dims.num_layers - 1) * dims.hidden_size * dims.intermediate_size
-        weights = self.coupled_products * sum(dims.layer_weights(attention=False))
-        weights += (self.weight_gradients + self.squared_products) * sum(dims.layer_weights(attention=self.kv_groups))
-        return 2 * dims.num_layers * weights + (self.losses or self.student) * (attended + again)

@@ -1,13 +1,13 @@
-"""Memory and work of LoRA training: recovery, distillation, and pruning during recovery."""
+"""Memory of LoRA training: recovery, distillation, and pruning during recovery."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
 from hfprune_dist.config.training import LoraTraining
-from hfprune_dist.planning.dimensions import Dimensions, attention_flops
+from hfprune_dist.planning.dimensions import Dimensions
 from hfprune_dist.planning.gathering import gathered_at_a_time
-from hfprune_dist.planning.gpu_needs import ITEMSIZE, Memory, Work
+from hfprune_dist.planning.gpu_needs import ITEMSIZE, Memory
 from hfprune_dist.planning.head_footprint import HEAD_CHUNK_BYTES
 
 
@@ -77,7 +77,6 @@ class Train:
     def lora_parameters(self, dims: Dimensions) -> int:
         """Parameters of A and B of every projection that is trained (see ``checkpoints.lora_adapter``)."""
         sides = dims.adapted_inputs + dims.adapted_outputs
-        sides += 2 * sum(dims.ranks)  # in a projection of low rank, each factor gets an adapter
         sides += 0 if dims.is_mixture else dims.mlp_matrices * (dims.hidden_size + dims.intermediate_size)
         return round(dims.num_layers * self.rank * sides)
 
@@ -104,21 +103,3 @@ class Train:
         if not dims.is_mixture:
             dropped += dims.row_projections * hidden + dims.intermediate_size
         return dropped * (self.itemsize + 1) + (hidden + in_mlp) * self.itemsize * sharded
-
-    def work(self, dims: Dimensions) -> Work:
-        """Work of one micro-batch: a forward, a backward without gradients of frozen weights, and a teacher's head.
-
-        Without distillation, several pairs share a row, and the mask that separates them forgoes the savings of purely
-        causal attention. The input of the first layer's attention gets no gradient.
-        """
-        matrices = dims.body_parameters + dims.head_parameters
-        active = dims.active_body_parameters + dims.head_parameters
-        teacher = 2 * dims.head_parameters if self.distills else 0
-        attention = attention_flops(dims, self.tokens) * (1 if self.distills else 2)
-        flops = 4 * active + teacher + 6 * self.lora_parameters(dims) + 3.5 * attention
-        read = dims.head_size * (dims.num_heads + 2 * dims.num_key_value_heads) + 3 * self.rank
-        flops -= 2 * dims.hidden_size * read
-        gathered = 2 * matrices + dims.head_parameters
-        if self.checkpointing:  # the layers' forward once more
-            flops += 2 * dims.active_body_parameters + attention_flops(dims, self.tokens)
-        return Work(self.rows * self.tokens * flops, gathered * self.itemsize)

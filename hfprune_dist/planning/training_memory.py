@@ -16,15 +16,12 @@ from hfprune_dist.core.memory_limits import WEIGHTS_SHARE
 from hfprune_dist.planning.dimensions import Dimensions
 from hfprune_dist.planning.footprint import fits
 from hfprune_dist.planning.gpu_needs import Gpus
-from hfprune_dist.planning.timing import seconds
 from hfprune_dist.planning.training_footprint import Train
 
 # More rows at a time than this are hardly faster, so activations are not checkpointed for their sake. With whole
 # weights, which need no gathering, fewer rows already keep a GPU busy for longer than its host needs to launch them.
 ENOUGH_ROWS, ENOUGH_OF_WHOLE = 4, 2
 MOST_ROWS = 64
-# If the rates of GPUs are known, fewer rows are as good if each takes at most this many times as long.
-AS_FAST = 1.02
 AUTO = "auto"
 
 
@@ -119,7 +116,7 @@ def with_micro_batches(config: SweepConfig, rows: Mapping[str, int | Literal["au
 def _most_rows(job: Train, dims: Dimensions, gpus: Gpus, batch_size: int, sharding: Sharding) -> int:
     """A power of two that fits, that divides a step evenly among ranks, and for whose sake nothing is sharded.
 
-    It is the fastest if rates are known; otherwise the largest, but no more than enough rows if layers would run again.
+    It is the largest, but no more than enough rows if layers would run again.
     """
     ways = {1: place(job, dims, gpus, sharding)}
     rows = 2
@@ -129,13 +126,5 @@ def _most_rows(job: Train, dims: Dimensions, gpus: Gpus, batch_size: int, shardi
             ways[rows] = way
         rows *= 2
     kept = max((rows for rows, way in ways.items() if not way.checkpointing), default=1)
-    if gpus.flops is None:
-        enough = kept if ways[1].whole and kept >= ENOUGH_OF_WHOLE else ENOUGH_ROWS
-        return max(kept, *(rows for rows in ways if rows <= enough))
-    each = {rows: _seconds_a_row(job.resized(rows), dims, gpus, way) for rows, way in ways.items()}
-    fast = min(rows for rows, it in each.items() if it <= AS_FAST * min(each.values()))
-    return max(fast, min(kept, ENOUGH_ROWS))
-
-
-def _seconds_a_row(job: Train, dims: Dimensions, gpus: Gpus, way: Placement) -> float:
-    return seconds(replace(job, checkpointing=way.checkpointing), dims, copy_of(way, gpus)).longest / job.rows
+    enough = kept if ways[1].whole and kept >= ENOUGH_OF_WHOLE else ENOUGH_ROWS
+    return max(kept, *(rows for rows in ways if rows <= enough))

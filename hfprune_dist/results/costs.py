@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from hfprune_dist.planning.plan import Cell, Plan
-from hfprune_dist.planning.stage_costs import StageCosts
 from hfprune_dist.results.known import sum_or_none
 from hfprune_dist.store.artifacts import Manifest
 from hfprune_dist.store.attempt import Attempt, AttemptsOf
 from hfprune_dist.store.stage import kind_of
 
-# Costs of each stage, to be summed. Device-hours cover all attempts, wasted ones only those that failed.
+# Costs of each stage, to be summed: tokens and FLOPs of LoRA training, device-hours of all stages. These cover all
+# attempts, wasted ones only those that failed.
 MEASURES = ("tokens", "flops", "device_hours", "wasted_device_hours")
 # Kinds of stages that count as training; those that measure don't.
 KINDS = ("importance", "prune", "distill", "recover", "loraprune")
@@ -39,14 +39,14 @@ class CostTable:
         cls, plan: Plan, manifests: Mapping[str, Manifest | None], attempts_of: AttemptsOf, shared: Set[str]
     ) -> CostTable:
         """Read the costs from plan, manifests and the records of attempts."""
-        analytic = StageCosts(plan, lambda stage_id: manifests.get(stage_id))
         costs: dict[str, Mapping[str, float | None]] = {}
         trained = {it: plan.stages[it] for cell in plan.cells for it in cell.producers if it in plan.stages}
         for stage_id, stage in trained.items():
-            cost, manifest = analytic.of(stage_id), manifests.get(stage_id)
-            hours = (None, None) if manifest is None else device_hours(manifest, attempts_of(stage))
-            counted = (None, None) if cost is None else (cost.tokens, cost.flops)
-            costs[stage_id] = dict(zip(MEASURES, (*counted, *hours), strict=True))
+            manifest = manifests.get(stage_id)
+            told: tuple[float | None, ...] = (None,) * len(MEASURES)
+            if manifest is not None:
+                told = (*_trained(manifest), *device_hours(manifest, attempts_of(stage)))
+            costs[stage_id] = dict(zip(MEASURES, told, strict=True))
         devices = {it: (manifests.get(it) or {}).get("device") for it in trained}
         return cls(costs, devices, shared)
 
@@ -71,6 +71,12 @@ class CostTable:
     def _sum(self, stage_ids: Iterable[str], measure: str) -> float | None:
         """Sum of a measure over stages; None if it isn't known for one of them."""
         return sum_or_none(self.costs[it][measure] for it in stage_ids)
+
+
+def _trained(manifest: Manifest) -> tuple[float, float]:
+    """(tokens that LoRA was trained on, operations of that); 0 for stages that train nothing."""
+    tokens = manifest["metrics"].get("training_tokens", 0)
+    return tokens, tokens * manifest["metrics"].get("flops_per_token", 0)
 
 
 def device_hours(manifest: Manifest, attempts: Iterable[Attempt]) -> tuple[float | None, float | None]:

@@ -36,8 +36,8 @@ def wide_notes(rows: Sequence[Row]) -> list[str]:
         "ppl, and tasks without a share of right answers: perplexity, lower is better",
         *_efficiency(rows),
         "shared: time of the stages that a row shares with others; memory: the most that one rank took",
-        "tokens, FLOPs, device-h: of importance, pruning, distillation and recovery, own stages and shared ones; FLOPs "
-        "are computed from shapes, device-h is time x ranks of all attempts, wasted-h of those that failed",
+        "tokens, FLOPs: of distillation and recovery, FLOPs computed from shapes; device-h: also of importance and "
+        "pruning, time x ranks of all attempts, own stages and shared ones; wasted-h: of attempts that failed",
         "% of dense: of the dense row that was measured alike",
     ]
     return told if rows else []

@@ -6,6 +6,7 @@ LoRA on all projections, merged into a plain checkpoint of the same layout. No l
 from __future__ import annotations
 
 from hfprune_dist.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from hfprune_dist.checkpoints.token_costs import training_cost
 from hfprune_dist.config.parameters import DistillParameters
 from hfprune_dist.config.training import DistillationConfig
 from hfprune_dist.data.schedule import Schedule
@@ -31,7 +32,9 @@ def run(context: Context) -> None:
     context.world.on_first(lambda: write_trained(checkpoint, trained, settings, draft))
     write_merged(checkpoint, draft, context.world, context.progress)
     counts = {"windows": len(rows.windows_ST), "tokens": rows.windows_ST.numel()}
-    context.commit(draft, {**counts, **trained.metrics()})
+    windows, length = rows.windows_ST.shape
+    cost = training_cost(checkpoint, context.params.passes * windows, length)
+    context.commit(draft, {**counts, **trained.metrics(), **cost})
 
 
 def _task(context: Context, settings: DistillationConfig, checkpoint: Checkpoint, rows: DenseStates) -> FineTuning:

@@ -10,9 +10,10 @@ from pathlib import Path
 
 from hfprune_dist.checkpoints.checkpoint import Checkpoint
 from hfprune_dist.checkpoints.tensor_files import is_usable
+from hfprune_dist.checkpoints.token_costs import training_cost
 from hfprune_dist.config.parameters import LoraPruneParameters, RecoverParameters
 from hfprune_dist.config.section import TextSource
-from hfprune_dist.config.training import RecoveryConfig
+from hfprune_dist.config.training import RecoveryConfig, rows_trained
 from hfprune_dist.data.instructions import (
     PackedRows,
     Packing,
@@ -46,14 +47,15 @@ ROW_SETTINGS = {*TextSource.model_fields, "instruction_field", "response_field",
 
 @dataclass(frozen=True)
 class Trained:
-    """The result of training, and counts of the rows that there were to train on."""
+    """The result of training, counts of the rows that there were to train on, and what it cost."""
 
     rows: RowCounts
     last: Snapshot
+    cost: dict[str, int]
 
     def metrics(self) -> dict[str, float | int]:
         """Metrics for a manifest."""
-        return {**asdict(self.rows), **self.last.metrics()}
+        return {**asdict(self.rows), **self.last.metrics(), **self.cost}
 
 
 def train_on_instructions(context: Context, checkpoint: Checkpoint, masked_to: Shape | None = None) -> Trained:
@@ -65,7 +67,9 @@ def train_on_instructions(context: Context, checkpoint: Checkpoint, masked_to: S
     settings = context.params.recovery
     settings.require_shared_evenly(context.world.size)
     counts = prepare_rows(context, settings, checkpoint)
-    return Trained(counts, _train(context, checkpoint, counts, masked_to))
+    last = _train(context, checkpoint, counts, masked_to)
+    rows = rows_trained(counts.rows, settings.batch_size, len(last.losses))
+    return Trained(counts, last, training_cost(checkpoint, rows, settings.sequence_length))
 
 
 def prepare_rows(context: Context, settings: RecoveryConfig, checkpoint: Checkpoint) -> RowCounts:

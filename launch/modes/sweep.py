@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from hfprune_launch.local.cancel import cancel_running, running_without_job, wait_for_running
+from hfprune_launch.measured_hours import show_hours
 from hfprune_launch.modes.past_attempts import past_attempts
 from hfprune_launch.modes.report_page import ReportPage
 from hfprune_launch.modes.sweep_arguments import Command
@@ -18,7 +19,6 @@ from hfprune_launch.slurm.attempts import Attempts
 from hfprune_launch.slurm.cli import cancel_sweep, show_jobs, show_status
 from hfprune_launch.slurm.commands import SlurmUnavailableError
 from hfprune_launch.slurm.estimate import show_estimates
-from hfprune_launch.slurm.hours import plan_hours, show_hours
 from hfprune_launch.slurm.status_table import row_logs
 from hfprune_launch.sweep_folder import Sweep, configuration, configuration_layers, forget_rows, require_sweep
 
@@ -71,10 +71,9 @@ def dry_run(command: Command) -> int:
     for remark in (*prepared.remarks(), *prepared.generation.remarks()):
         command.tell(f"note: {remark}")
     if prepared.profile is not None:
-        plan, profile, runtime = prepared.sweep.plan, prepared.profile, prepared.config.runtime
-        show_jobs(console, prepared.sweep, profile, runtime, prepared.verdicts)
+        show_jobs(console, prepared.sweep, prepared.profile, prepared.config.runtime, prepared.verdicts)
         show_estimates(console, prepared.estimates)
-        show_hours(console, plan_hours(plan, prepared.sized, profile, runtime))
+    show_hours(console, prepared.sweep.plan, command.store, prepared.todo)
     prepared.require_runnable(command)
     return 0
 

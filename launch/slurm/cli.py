@@ -158,12 +158,6 @@ def show_jobs(
         f"{counted(len(missing), 'job')}; at most {gpu_hours:,.1f} GPU-hours and {core_hours:,.1f} core-hours, if each "
         "used up its time limit once"
     )
-    gpu_hours, core_hours, known = _expected(missing, sweep, profile)
-    if known:
-        console.print(
-            f"as long as finished stages of their kinds took, {known} of them need {gpu_hours:,.2f} GPU-hours and "
-            f"{core_hours:,.2f} core-hours"
-        )
 
 
 def _planned(
@@ -180,20 +174,6 @@ def _planned(
         threads=default_threads(resources, runtime.threads_per_rank),
         after_ok=[f"<job of {need}>" for need in stage.needs if verdicts[need].state != "done"],
     )
-
-
-def _expected(missing: list[Stage], sweep: Sweep, profile: Profile) -> tuple[float, float, int]:
-    """Return GPU-hours and core-hours by the mean time of finished stages of each kind, and the number of stages with
-    such a time.
-    """
-    times: dict[str, list[float]] = {}
-    for stage in sweep.plan.stages.values():
-        manifest = sweep.store.handle(stage.id).manifest()
-        if manifest is not None and manifest.get("wall_time_s") is not None:
-            times.setdefault(stage.kind, []).append(manifest["wall_time_s"])
-    known = [stage.kind for stage in missing if stage.kind in times]
-    hours = [(profile.resources[kind], sum(times[kind]) / len(times[kind]) / 3600) for kind in known]
-    return sum(it.gpus * time for it, time in hours), sum(it.cores * time for it, time in hours), len(known)
 
 
 class _StatusJobs:

@@ -24,12 +24,11 @@ from hfprune_dist.config.schema import RuntimeConfig
 from hfprune_dist.errors import UserError
 from hfprune_dist.planning.dimensions import Dimensions, checkpoint_dimensions
 from hfprune_dist.planning.evaluation_footprint import Evaluate
-from hfprune_dist.planning.footprint import RESERVE, Job, LayerPass, TimedJob, fits
+from hfprune_dist.planning.footprint import RESERVE, BatchedJob, Job, LayerPass, fits
 from hfprune_dist.planning.generation_footprint import Generate
 from hfprune_dist.planning.gpu_needs import GIB, Gpus, Memory
 from hfprune_dist.planning.importance_footprint import Importance
 from hfprune_dist.planning.plan import Plan
-from hfprune_dist.planning.timing import seconds
 from hfprune_dist.planning.training_footprint import Train
 from hfprune_dist.planning.training_memory import ENOUGH_ROWS
 from hfprune_dist.store.stage import Stage
@@ -146,9 +145,8 @@ def _host_bytes(job: Job, dims: Dimensions, gpus: Gpus) -> int:
 
 
 def _advice(job: Job, dims: Dimensions, gpus: Gpus, placed: Gpus, rows: _SharedRows) -> str:
-    """Return the fewest nodes, if possible from the profile's number up, that hold one window, and the smallest
-    micro-batch, of at least ``ENOUGH_ROWS`` if they fit, whose work hides the time of the network and of calls.
-    Where possible, these nodes and micro-batches share a step evenly if they have to.
+    """Return the fewest nodes, if possible from the profile's number up, that hold one window, and a micro-batch of
+    ``ENOUGH_ROWS`` if they fit. Where possible, these nodes and micro-batches share a step evenly if they have to.
 
     A job that keeps all it needs on each GPU (``placed`` is then one GPU) gathers nothing; if it doesn't fit, return
     the largest micro-batch that does.
@@ -166,13 +164,11 @@ def _advice(job: Job, dims: Dimensions, gpus: Gpus, placed: Gpus, rows: _SharedR
         return ""
     advised = next((it for it in holding if not rows.evenly or rows.allow(it.ranks)), holding[0])
     fitting = [size for size in rows.sizes(advised.ranks) if fits(job.resized(size), dims, advised)]
-    hidden = [size for size in fitting if gpus.flops and seconds(job.resized(size), dims, advised).is_work]
     enough = [size for size in fitting if size >= ENOUGH_ROWS] or fitting[-1:]
-    size = max(hidden[0] if hidden else fitting[-1], enough[0]) if gpus.flops else enough[0]
-    return f"nodes {advised.nodes}, {_setting_of(job)} {size}"
+    return f"nodes {advised.nodes}, {_setting_of(job)} {enough[0]}"
 
 
-def _smaller(job: TimedJob | LayerPass, dims: Dimensions, placed: Gpus, sizes: Sequence[int]) -> str:
+def _smaller(job: BatchedJob | LayerPass, dims: Dimensions, placed: Gpus, sizes: Sequence[int]) -> str:
     """Return what helps a job that keeps all it needs on each GPU and doesn't fit."""
     fitting = [size for size in sizes if fits(job.resized(size), dims, placed)]
     if fitting:
@@ -180,7 +176,7 @@ def _smaller(job: TimedJob | LayerPass, dims: Dimensions, placed: Gpus, sizes: S
     return "runtime.sharding zero3" if isinstance(job, Evaluate | Train) else ""
 
 
-def _setting_of(job: TimedJob | LayerPass) -> str:
+def _setting_of(job: BatchedJob | LayerPass) -> str:
     """Return the setting for the size of a job's micro-batches."""
     match job:
         case Train(distills=distills):

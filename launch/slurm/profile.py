@@ -15,7 +15,6 @@ from hfprune_dist.config.parameters import PARAMETERS
 from hfprune_dist.config.section import Positive, Section, as_written
 from hfprune_dist.config.yaml_text import read_yaml
 from hfprune_dist.errors import UserError, did_you_mean
-from hfprune_dist.planning.rates import LINK
 from hfprune_dist.store.stage import STAGE_VERSIONS
 
 Kind = Literal["importance", "reference", "prune", "distill", "recover", "evaluate", "efficiency", "loraprune"]
@@ -79,13 +78,6 @@ class Resources(Section):
     Null takes any."""
     gpu_memory_gib: Annotated[float, Field(gt=0)] | None = None
     """Memory of one GPU; with it, plans that can't fit are refused before anything is submitted."""
-    gpu_tflops: Annotated[float, Field(gt=0)] | None = None
-    """Nominal rate of one GPU in dense bfloat16 products, in TFLOP/s; with it, --dry-run estimates hours."""
-    network_gbits: Annotated[float, Field(gt=0)] | None = None
-    """Nominal rate of the network between two nodes, in Gb/s; null: assumed not to be the limit."""
-    gpu_link_gbytes: Annotated[float, Field(gt=0)] = LINK / 1e9
-    """Nominal rate between a GPU and the others of its node, one way, in GB/s; the default is PCIe 4.0's. NVLink: 300
-    on an A100, 450 on an H100."""
     cpus_per_task: Few = 1
     """CPU cores of each rank; also its number of threads, unless runtime.threads_per_rank is set, or OMP_NUM_THREADS is
     and is smaller where the sweep is started, as on some login nodes."""
@@ -235,7 +227,7 @@ def load_profile(name: str, shipped: Path) -> Profile:
 
 def _require_gpus(file: Path, kinds: Sequence[Resources]) -> None:
     """Refuse settings about GPUs if no kind of stage asks for any."""
-    told = [key for key in ("gpu_type", "gpu_memory_gib", "gpu_tflops") if any(getattr(it, key) for it in kinds)]
+    told = [key for key in ("gpu_type", "gpu_memory_gib") if any(getattr(it, key) for it in kinds)]
     if told and not any(it.gpus for it in kinds):
         raise UserError(
             f"{file}: {told[0]} tells of GPUs, but gpus_per_node is 0 for every kind of stage; set gpus_per_node, or "

@@ -1,4 +1,4 @@
-"""Which job each stage does with the model that it runs, for estimates of memory and hours, and on which GPUs."""
+"""Which job each stage does with the model that it runs, for estimates of memory, and on which GPUs."""
 
 from __future__ import annotations
 
@@ -139,9 +139,6 @@ def gpus_of(resources: Resources) -> Gpus:
         nodes=resources.nodes,
         per_node=resources.tasks_per_node,
         memory=(resources.gpu_memory_gib or 0.0) * GIB,
-        flops=resources.gpu_tflops and resources.gpu_tflops * 1e12,
-        network=resources.network_gbits and resources.network_gbits * 1e9 / 8,
-        link=resources.gpu_link_gbytes * 1e9,
     )
 
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from hfprune_launch.measured_hours import NO_RUN, measured_hours
 from hfprune_launch.screen import plain_table
 from hfprune_launch.slurm.attempts import JobAttempt
 from hfprune_launch.slurm.exit_causes import log_tail
@@ -20,11 +21,14 @@ from rich.table import Table
 
 from hfprune_dist.errors import UserError, did_you_mean
 from hfprune_dist.planning.plan import Plan
+from hfprune_dist.results.formats import duration
 from hfprune_dist.store.artifacts import Store
 from hfprune_dist.store.atomic_files import listed, modified_at
 from hfprune_dist.store.heartbeat import Heartbeat
 from hfprune_dist.store.stage import Stage
 
+# States of stages that have yet to begin.
+NOT_BEGUN = ("missing", "waiting", "queued")
 COLORS = {"done": "green", "running": "cyan", "failed": "red", "died": "red"}
 
 
@@ -36,7 +40,7 @@ class StageStatus:
         state: done, running, queued, failed, died, waiting, missing or not needed; submitted, if nobody says what has
             become of its job; or Slurm's state of its job.
         detail: why it waits or failed, who runs it, or for how long it has given no sign of life.
-        left: time until the end of its current phase.
+        left: time until the end of its current phase; before it begins, what stages like it took.
         gpu_hours, core_hours: totals of all attempts, None before the first.
     """
 
@@ -58,15 +62,23 @@ def stage_statuses(plan: Plan, store: Store, jobs: Mapping[str, JobInfo] | None)
     Args:
         jobs: by id; None if nothing is known of any, as Slurm does not answer.
     """
-    now = time.time()
+    now, hours_of = time.time(), measured_hours(plan, store)
     statuses = [_status(stage, SlurmStage(store, stage.id), jobs, now) for stage in plan.stages.values()]
+    statuses = [
+        replace(status, left=_expected(hours_of(status.stage)) if status.state in NOT_BEGUN else status.left)
+        for status in statuses
+    ]
     needed = set(plan.lacking(lambda stage_id: store.handle(stage_id).is_committed()))
     return [
-        replace(status, state="not needed", detail="")
+        replace(status, state="not needed", detail="", left="")
         if status.state in ("missing", "waiting") and status.stage.id not in needed
         else status
         for status in statuses
     ]
+
+
+def _expected(hours: float | None) -> str:
+    return NO_RUN if hours is None else f"~{duration(3600 * hours)}"
 
 
 def _status(stage: Stage, handle: SlurmStage, jobs: Mapping[str, JobInfo] | None, now: float) -> StageStatus:

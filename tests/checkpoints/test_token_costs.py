@@ -9,12 +9,14 @@ from families import save_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from more_families import MORE_EXPERTS
+from peft import LoraConfig, get_peft_model
 from tiny import VARIANTS, save_tiny
 from torch.utils.flop_counter import FlopCounterMode
 
 from hfprune_dist.checkpoints.checkpoint import open_checkpoint
+from hfprune_dist.checkpoints.lora_adapter import lora_targets
 from hfprune_dist.checkpoints.pruned_config import pruned_config
-from hfprune_dist.checkpoints.token_costs import TokenCosts
+from hfprune_dist.checkpoints.token_costs import TokenCosts, training_cost
 from hfprune_dist.checkpoints.write_pruned import write_companions, write_weight_file
 from hfprune_dist.models.loading import load_causal_lm
 from hfprune_dist.structures.kept import Kept
@@ -73,6 +75,18 @@ def check(checkpoint, batch_size, tokens):
     tables = {id(it.weight): it.weight.numel() for it in (model.get_input_embeddings(), model.get_output_embeddings())}
     assert costs.parameters == costs.active_parameters == sum(it.numel() for it in model.parameters())
     assert costs.parameters_without_embeddings == costs.parameters - sum(tables.values())
+
+
+def test_a_step_of_lora_training_costs_twice_a_forward_for_every_token(tmp_path):
+    checkpoint = open_checkpoint(save_tiny(tmp_path / "dense", "llama", hidden_size=96, num_hidden_layers=6))
+    lora = LoraConfig(task_type="CAUSAL_LM", r=1, target_modules=lora_targets(checkpoint.family))
+    model = get_peft_model(load_causal_lm(checkpoint.path, torch.float32).requires_grad_(False), lora)
+    input_ids_BT = torch.randint(64, (3, 8))
+    with FlopCounterMode(display=False) as counter:
+        model(input_ids=input_ids_BT, labels=input_ids_BT).loss.backward()
+    cost = training_cost(checkpoint, 3, 8)
+    assert cost["training_tokens"] == 3 * 8
+    assert counter.get_total_flops() == pytest.approx(3 * 8 * cost["flops_per_token"], rel=0.1)
 
 
 def check_a_prompt(checkpoint, batch_size, tokens):

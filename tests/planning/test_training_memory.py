@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from hfprune_dist.config.load import parse
@@ -13,7 +13,6 @@ from hfprune_dist.errors import UserError
 from hfprune_dist.planning.dimensions import dimensions_of
 from hfprune_dist.planning.footprint import fits
 from hfprune_dist.planning.gpu_needs import Gpus
-from hfprune_dist.planning.timing import seconds
 from hfprune_dist.planning.training_footprint import Train
 from hfprune_dist.planning.training_memory import (
     MOST_ROWS,
@@ -125,29 +124,6 @@ def test_two_rows_of_whole_weights_are_not_given_up_for_four_whose_layers_run_ag
     assert chosen(["7B"], where) == 2
     assert place(job(2), DIMS["7B"], where, "auto").checkpointing is False
     assert place(job(4), DIMS["7B"], where, "auto").checkpointing
-
-
-@given(
-    model=st.sampled_from(sorted(DIMS)),
-    count=st.sampled_from([1, 2, 8, 16]),
-    gib=st.sampled_from([16, 24, 40, 80, 141]),
-    tflops=st.sampled_from([50, 312, 989]),
-)
-@settings(deadline=None)
-def test_where_rates_are_known_no_other_rows_that_fit_are_faster(model, count, gib, tflops):
-    where = replace(gpus(count, gib), flops=tflops * 1e12)
-    rows = chosen([model], where)
-
-    def seconds_a_row(number):
-        way = place(job(number), DIMS[model], where, "auto")
-        if not way.fits or way.whole != place(job(1), DIMS[model], where, "auto").whole or 128 % (number * count):
-            return None
-        shaped = replace(job(number), checkpointing=way.checkpointing)
-        return seconds(shaped, DIMS[model], copy_of(way, where)).longest / number
-
-    every = [it for it in map(seconds_a_row, (1, 2, 4, 8, 16, 32, 64)) if it is not None]
-    if every:
-        assert seconds_a_row(rows) <= 1.02 * min(every)
 
 
 def test_rows_leave_room_for_masks():

@@ -6,8 +6,6 @@ import pytest
 from ranks import SoloWorld
 from shapes import metrics_of, next_round, outcome, prepare, run
 
-from hfprune_dist.planning.expected_metrics import ExpectedManifests
-from hfprune_dist.planning.plan import Plan
 from hfprune_dist.refit.measurement import Measurement
 from hfprune_dist.store.artifacts import Store
 from hfprune_dist.store.stage import Stage
@@ -59,11 +57,7 @@ def test_a_search_orders_no_more_layers_than_might_go(tmp_path, measured, ratio,
     store, stage = prepare(tmp_path, **SMALL | SEARCHED | {"layers": 12}, ratio=ratio)
     run(store, stage, SoloWorld())
     assert measured() == [*range(1, 1 + tried)]
-    expected = ExpectedManifests(Plan({stage.id: stage}, ()), checkpointing=False).of(stage.id)["metrics"]
-    found, name = metrics_of(store, stage), "layers_in_order_of_dropping"
-    assert len(expected[name]) == len(found[name]) == tried
-    tables = [{it for it in metrics["search_kl"] if it.endswith("layers")} for metrics in (expected, found)]
-    assert tables[0] == tables[1]
+    assert len(metrics_of(store, stage)["layers_in_order_of_dropping"]) == tried
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from hfprune_launch.slurm.attempt_records import GONE, End, Run
 from hfprune_launch.slurm.attempts import Attempts
 from hfprune_launch.slurm.backend import SlurmBackend
 from hfprune_launch.slurm.cancel import cancel_jobs
-from hfprune_launch.slurm.cli import NewJobs, Sweep, run_on_slurm, show_jobs, show_status
+from hfprune_launch.slurm.cli import NewJobs, Sweep, run_on_slurm, show_status
 from hfprune_launch.slurm.commands import SlurmCommands
 from hfprune_launch.slurm.job_ends import JobEnds
 from hfprune_launch.slurm.profile import Profile, Resources
@@ -873,16 +873,6 @@ def test_dry_run_prints_what_would_be_submitted_where_there_is_no_slurm(tmp_path
     recover, evaluate = 6 * 8 * 12, 8 * 8 * 2
     assert importance + reference + prune + recover + evaluate == 960
     assert "at most 960.0 GPU-hours" in result.stdout
-
-
-def test_a_dry_run_expects_hours_of_cores_too(store, tmp_path):
-    plan = plan_of(SCORES, *(Stage("importance", str(number), {"number": number}, {}) for number in range(2)))
-    complete(store, SCORES, seconds=7200.0)
-    profile = Profile("test", dict.fromkeys(RESOURCES, Resources(cpus_per_task=3)), None)
-    console = Console(width=200, file=io.StringIO())
-    verdicts = {stage_id: store.verify(stage_id) for stage_id in plan.stages}
-    show_jobs(console, Sweep(plan, store, tmp_path), profile, RuntimeConfig(), verdicts)
-    assert "2 of them need 0.00 GPU-hours and 12.00 core-hours\n" in console.file.getvalue()
 
 
 def test_no_slurm_is_one_clear_message(tmp_path):

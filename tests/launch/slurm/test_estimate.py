@@ -44,7 +44,7 @@ def estimates(inputs, tmp_path, profile, **overrides):
 
 
 def test_stages_that_run_a_model_on_gpus_are_estimated(inputs, tmp_path):
-    profile = GPUS + "gpu_memory_gib: 80\ngpu_tflops: 300\n"
+    profile = GPUS + "gpu_memory_gib: 80\n"
     found = estimates(inputs, tmp_path, profile, importance__dtype="bfloat16", methods=["fisher-refit"])
     assert {each.stage.kind for each in found} == {"importance", "reference", "prune", "recover", "evaluate"}
     assert all(each.fits and each.memory.total > 0 for each in found)
@@ -60,21 +60,16 @@ def test_every_round_is_estimated_as_if_nothing_had_gone_yet(inputs, tmp_path):
 
 
 def test_a_micro_batch_has_four_rows_where_ranks_can_share_so_many(inputs, tmp_path):
-    """It has more where the network or calls would otherwise outlast the GPU's work; a shard belongs to one rank."""
+    """A shard belongs to one rank."""
 
-    def importance(tflops, **overrides):
-        profile = "nodes: 4\n" + GPUS + f"gpu_memory_gib: 80\ngpu_tflops: {tflops}\n"
-        settings = {"calibration__samples": 16, "calibration__micro_batch_size": 1, "importance__dtype": "bfloat16"}
-        settings |= {"methods": ["hfprune"], **overrides}
-        found = estimates(inputs, tmp_path, profile, **settings)
+    def importance(samples):
+        profile = "nodes: 4\n" + GPUS + "gpu_memory_gib: 80\n"
+        settings = {"calibration__samples": samples, "calibration__micro_batch_size": 1, "calibration__shard_size": 2}
+        found = estimates(inputs, tmp_path, profile, methods=["hfprune"], **settings)
         return next(each for each in found if each.stage.kind == "importance")
 
-    assert importance(300, calibration__shard_size=2).advice == "nodes 4, calibration.micro_batch_size 1", (
-        "a shard for each rank"
-    )
-    many = {"calibration__shard_size": 2, "calibration__samples": 256}
-    assert importance(1e-9, **many).advice == "nodes 4, calibration.micro_batch_size 4", "work hides all else"
-    assert importance(300, **many).advice == "nodes 4, calibration.micro_batch_size 16", "nothing is hidden"
+    assert importance(16).advice == "nodes 4, calibration.micro_batch_size 1", "a shard for each rank"
+    assert importance(256).advice == "nodes 4, calibration.micro_batch_size 4"
 
 
 @pytest.mark.parametrize(
@@ -102,7 +97,7 @@ def test_whole_weights_that_do_not_fit_are_to_be_sharded(inputs, tmp_path):
 
 def test_a_distillation_is_estimated_from_the_windows_that_it_reads(inputs, tmp_path):
     def distillation(**overrides):
-        profile = GPUS + "gpu_memory_gib: 80\ngpu_tflops: 300\n"
+        profile = GPUS + "gpu_memory_gib: 80\n"
         methods = {"methods": ["surgeon-uniform-distilled"], "distillation__dtype": "bfloat16"}
         return next(
             it for it in estimates(inputs, tmp_path, profile, **methods, **overrides) if it.stage.kind == "distill"
@@ -296,7 +291,7 @@ def test_a_dry_run_shows_estimates_and_refuses(inputs, tmp_path, memory, code):
     result = sweep(inputs, tmp_path / "out", *arguments)
     assert result.returncode == code, result.stderr
     assert "nothing here was measured" in result.stdout and "Traceback" not in result.stderr
-    assert "hours on the profile's nodes" in result.stdout and "the profile has no gpu_tflops" in result.stdout
+    assert "importance 2 x no run yet" in result.stdout
     assert ("can't fit the profile's GPUs" in result.stderr) == (code == 2)
     assert not Store(tmp_path / "out" / "store").root.exists()
 
@@ -341,7 +336,7 @@ def test_a_low_rank_pass_is_estimated_and_more_memory_is_what_helps(inputs, tmp_
 
 def test_gradients_of_weights_are_estimated_in_both_memories(inputs, tmp_path):
     def importance(method):
-        found = estimates(inputs, tmp_path, GPUS + "gpu_tflops: 100\n", methods=[method], ratios=[0.2])
+        found = estimates(inputs, tmp_path, GPUS, methods=[method], ratios=[0.2])
         return next(each for each in found if each.stage.kind == "importance")
 
     without, found = importance("wanda-sp"), importance("llm-pruner")
