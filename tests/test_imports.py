@@ -15,7 +15,17 @@ ROOMS = {
     *("scoring", "refit", "training", "evaluation", "report", "results", "stages", "structures"),
 }
 COMMANDS = ["hfprune", "sweep", "status", "report", "compare", "bench", "clean", "demo_assets", "schema"]
-SHARED = ["command", "installed", "project", "api", "build_steps", "sweep_folder", "preflight", "screen"]
+SHARED = [
+    "command",
+    "installed",
+    "project",
+    "api",
+    "build_steps",
+    "measured_hours",
+    "sweep_folder",
+    "preflight",
+    "screen",
+]
 # These don't wait for torch, so that a login node answers at once.
 TORCH_FREE = [
     *(f"hfprune_dist.{room}" for room in ("config", "store", "planning", "report", "results", "structures")),
