@@ -14,6 +14,7 @@ import psutil
 
 # What the driver of NVIDIA's GPUs tells about itself and them.
 NVIDIA = Path("/proc/driver/nvidia")
+DEVICES = Path("/dev")
 # What names a GPU in CUDA_VISIBLE_DEVICES; other words name none: NoDevFiles of older Slurm, void, none.
 DEVICE = re.compile(r"\s*(\d|GPU-|MIG-)")
 # Of each version of control groups: the files with the limit of memory and with what is used, and what the names of
@@ -62,11 +63,19 @@ HERE = ControlGroups()
 
 
 def count_gpus() -> int:
-    """Return the number of GPUs that ranks may use."""
+    """Return the number of GPUs that ranks may use: a job that asked for none can't open those of its node."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
         return len(list(itertools.takewhile(DEVICE.match, visible.split(","))))  # as CUDA reads it
-    return len(list((NVIDIA / "gpus").iterdir())) if (NVIDIA / "gpus").is_dir() else 0
+    return sum(map(_can_open, DEVICES.glob("nvidia[0-9]*")))
+
+
+def _can_open(device: Path) -> bool:
+    try:
+        os.close(os.open(device, os.O_RDWR | os.O_CLOEXEC))
+    except OSError:
+        return False
+    return True
 
 
 def driver_version() -> str | None:

@@ -75,6 +75,17 @@ def test_gpus_that_torch_cannot_use_are_an_error_instead_of_a_run_on_the_cpu(mon
     assert claimed(monkeypatch, 0, 3) == [None, 3]
 
 
+def test_gpus_of_the_node_that_a_job_may_not_open_are_not_its_own(monkeypatch, tmp_path):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(machine, "DEVICES", tmp_path)
+    for name in ("nvidia0", "nvidia1"):
+        (tmp_path / name).mkdir()  # not even root opens a folder for writing
+    assert claimed(monkeypatch, 0, 3) == [None, 3]
+    (tmp_path / "nvidia2").touch()
+    with pytest.raises(UserError, match=r"GPUs \(1\) that torch can't use"):
+        claimed(monkeypatch, 0, 3)
+
+
 def test_a_machine_is_known_by_its_boot(monkeypatch, tmp_path):
     """Nodes may have one name (localhost), and the containers on one node several."""
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(uuid="GPU-1"))
