@@ -17,7 +17,6 @@ from rich.console import Console
 
 from hfprune_dist.config.load import load_config
 from hfprune_dist.config.schema import SweepConfig
-from hfprune_dist.core.criteria import MethodCriterion
 from hfprune_dist.errors import UserError
 from hfprune_dist.planning.methods import resolve_methods
 from hfprune_dist.planning.model_sources import shipped_aliases
@@ -32,8 +31,6 @@ WRITTEN = {"results.md", "comparison.md", "bench.md", "bench.png"}
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 CODE = re.compile(r"`([^`\n]+)`")
 FILE_NAME = re.compile(r"[\w./-]+\.(py|sh|md|png)")
-# A row's label and the name of its checkpoint; a sweep that names no methods has two, so both names include the method.
-ROW = re.compile(r"'[\w.-]+ 0\.\d+ ([^']*)'|\b[\w.]+-0\.\d+-([\w-]+)")
 SHIPPED_PATH = re.compile(rf"({'|'.join(TOP)})/[\w./-]*")
 
 
@@ -105,22 +102,6 @@ def wrong_paths(text, folder):
         for found in re.finditer(rf"(?<![\w./-]){SHIPPED_PATH.pattern}", body):
             if not (ROOT / found[0].rstrip(".")).exists():
                 yield f"path {found[0]}"
-
-
-def tree_of(text):
-    """Yield (folder of the top level, name in it), for each line of a tree."""
-    tree = next((body for kind, body in FENCE.findall(text) if not kind and body.startswith("launch/")), "")
-    top = ""
-    for line in tree.splitlines():
-        top = line.split("/")[0] if not line.startswith(" ") else top
-        for word in re.findall(r"(?<![\w/])[\w.]+(?:/|\.py|\.sh|\.yaml)(?!\w)", line):
-            yield top, word
-
-
-def wrong_tree(text, _folder):
-    for top, word in tree_of(text):
-        if not (ROOT / word).exists() and not any((ROOT / top).rglob(word.rstrip("/"))):
-            yield f"tree: {top}: {word}"
 
 
 def commands_of(text):
@@ -202,45 +183,14 @@ def wrong_keys(text, _folder):
             yield f"key {code}"
 
 
-def tables_of(text):
-    """Yield tables as lists of rows, the first of which holds the headings."""
-    for block in re.findall(r"(?:^\|.*\n)+", prose_of(text), re.MULTILINE):
-        lines = [re.split(r"(?<!\\)\|", line.strip().strip("|")) for line in block.splitlines()]
-        rows = [[cell.strip() for cell in row] for row in lines]
-        yield [row for number, row in enumerate(rows) if number != 1]
-
-
-def methods_in_tables(text):
-    for heading, *rows in tables_of(text):
-        if heading[0] == "method":
-            yield from (name for row in rows for name in CODE.findall(row[0]))
-
-
-def wrong_methods(text, _folder):
-    for name in methods_in_tables(text):
-        if not (ROOT / "configs" / "methods" / f"{name}.yaml").is_file():
-            yield f"method {name}"
-
-
-def wrong_rows(text, _folder):
-    methods = [file.stem for file in (ROOT / "configs" / "methods").glob("*.yaml")]
-    for found in ROW.finditer(text):
-        rest = found[1] or found[2]
-        if not any(re.match(rf"{method}( \+ |-|$)", rest) for method in methods):
-            yield f"row {found[0]}: its method is left out"
-
-
 def problems_in(text, folder, parsers, scratch):
     return [
         *wrong_links(text, folder),
         *wrong_paths(text, folder),
-        *wrong_tree(text, folder),
         *wrong_commands(text, folder, parsers),
         *wrong_yaml(text, folder, scratch),
         *wrong_options(text, folder, parsers),
         *wrong_keys(text, folder),
-        *wrong_methods(text, folder),
-        *wrong_rows(text, folder),
     ]
 
 
@@ -267,46 +217,6 @@ def test_commands_in_comments_and_help_texts_exist(file, parsers):
     shown = file.read_text().replace("\\\n#", "").replace(" ...", "").replace(" | --cancel", "")
     lines = [re.split(r"   +", line)[0] for line in re.findall(r"python launch/[^`\n]*", shown)]
     assert list(wrong_commands("```bash\n" + "\n".join(lines) + "\n```", ROOT, parsers)) == []
-    assert list(wrong_rows(shown, ROOT)) == []
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "[here](nowhere.md)",
-        "[here](README.md#no-such-heading)",
-        "see `core/no_such_module.py`",
-        "see `configs/methods/none.yaml`",
-        "```\nlaunch/   commands: swept.py\n```",
-        "```\nlaunch/   commands\n  nowhere/   what\n```",
-        "```bash\npython launch/sweep.py --methods hfprune --fast\n```",
-        "```bash\npython launch/swept.py\n```",
-        "```bash\nhfprune swept\n```",
-        "```bash\nhfprune sweep --fast\n```",
-        "```bash\npython launch/report.py\n```",
-        "```bash\npython launch/sweep.py --set calibration.sample=3\n```",
-        "```bash\npython launch/sweep.py --methods hfprun\n```",
-        "```bash\npython launch/sweep.py --models lama\n```",
-        "```bash\npython launch/sweep.py --config configs/none.yaml\n```",
-        "```bash\npython launch/sweep.py --profile nowhere\n```",
-        "```yaml\ncalibration: {sample: 3}\n```",
-        "try `--fast`",
-        "set `calibration.sample`",
-        "set `--set evaluation.fidelity.window=3`",
-        "| method | KL |\n|---|---|\n| `hfprun` | 1 |\n",
-        "```bash\npython launch/sweep.py --out runs/my --forget 'llama 0.2 + lora'\n```",
-    ],
-)
-def test_what_does_not_exist_is_found(text, parsers, tmp_path):
-    assert problems_in(text, ROOT, parsers, tmp_path)
-
-
-def test_the_tree_has_every_room():
-    shown = {(top, word.rstrip("/")) for top, word in tree_of((ROOT / "README.md").read_text())}
-    rooms = {
-        (top, file.parent.name) for top in ("hfprune_dist", "launch") for file in (ROOT / top).glob("*/__init__.py")
-    }
-    assert rooms <= shown
 
 
 def test_the_readme_leads_to_every_other():
@@ -315,49 +225,8 @@ def test_the_readme_leads_to_every_other():
     assert set(READMES) - {ROOT / "README.md"} <= linked
 
 
-def test_the_table_of_methods_says_what_their_files_say():
-    text = (ROOT / "configs" / "methods" / "README.md").read_text()
-    table = next(rows for rows in tables_of(text) if rows[0] == ["method", "criterion", "allocation", "refit"])
-    shown = {name.strip("`"): rest for name, *rest in table[1:]}
-    files = sorted(file.stem for file in (ROOT / "configs" / "methods").glob("*.yaml"))
-    methods = resolve_methods(SweepConfig(methods=files), ROOT / "configs" / "methods")
-    assert sorted(shown) == files
-    for name, method in methods.items():
-        criterion, allocation, refit = shown[name]
-        assert allocation == method.allocation, name
-        assert criterion == (f"`{method.criterion}`" if method.criterion else "LoRA's gradients, in recovery"), name
-        assert re.split(r"\W", refit)[0] == method.refit, name
-        assert ("distillation" in refit, "steps" in refit) == (method.distill > 0, method.steps > 1), name
-        assert ("default" in refit) == (name in SweepConfig().methods), name
-
-
-def test_all_modules_of_the_mathematics_are_listed():
-    text = (ROOT / "hfprune_dist" / "core" / "README.md").read_text()
-    table = next(rows for rows in tables_of(text) if rows[0][0] == "module")
-    modules = {file.stem for file in (ROOT / "hfprune_dist" / "core").glob("[!_]*.py")}
-    assert {name for row in table[1:] for name in CODE.findall(row[0])} == modules
-
-
-def test_all_criteria_are_explained():
-    text = (ROOT / "configs" / "methods" / "README.md").read_text()
-    table = next(rows for rows in tables_of(text) if rows[0][0] == "criterion")
-    shown = [name for row in table[1:] for name in CODE.findall(row[0])]
-    assert sorted(shown) == sorted(MethodCriterion.__args__)
-
-
 @pytest.mark.parametrize("readme", READMES, ids=names)
 def test_python_in_a_readme_runs(readme):
     for body in blocks_of(readme.read_text(), "python"):
         with contextlib.redirect_stdout(io.StringIO()):
             exec(body, {})
-
-
-def test_numbers_of_the_fidelity_table_are_shares_of_the_published_method():
-    """The shares in the text above the table are those in it."""
-    text = (ROOT / "README.md").read_text()
-    table = next(rows for rows in tables_of(text) if rows[0][0] == "method" and "KL" in rows[0][1])
-    published = next(row for row in table[1:] if "published" in row[0])
-    for row in table[1:]:
-        for cell, whole in zip(row[1::2], published[1::2], strict=True):
-            kl, share = float(cell.split()[0]), float(re.search(r"\((.*)\)", cell)[1])
-            assert abs(kl / float(whole.split()[0]) - share) < 0.011, row[0]
