@@ -41,8 +41,8 @@ def run(body: Callable[[], int], when_interrupted: str = "interrupted") -> int:
     except BrokenPipeError:  # the reader of the output, such as head, has seen enough
         discard_output()
         return SIGPIPE_EXIT_CODE
-    except KeyboardInterrupt:
-        print(when_interrupted, file=sys.stderr)
+    except KeyboardInterrupt as interruption:
+        print(*interruption.args or [when_interrupted], file=sys.stderr)
         return 130
 
 

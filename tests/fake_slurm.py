@@ -27,7 +27,10 @@ echo "JOBID|STATE|REASON|NODELIST|START_TIME|END_TIME|NAME|;"
 sed -n 's/..*/&|;/p' jobs 2>/dev/null || true
 """,
     "sacct": "next_failure\ncat history 2>/dev/null || true\n",
-    "scancel": "next_failure\n",
+    "scancel": """
+next_failure
+for id in "$@"; do sed -i "s/^$id|[A-Z_]*/$id|CANCELLED/" jobs 2>/dev/null || true; done
+""",
     "scontrol": """
 next_failure
 case "$*" in
@@ -125,7 +128,7 @@ class Controller:
         past: what accounting keeps; None if there is no accounting.
         faults: command -> faults of its next calls: "error" (no answer), "empty" or "cut" (output cut off), "header"
             (squeue lists nothing), "lost" (the submission arrives, but sbatch gets no answer), "silent" (it arrives,
-            but sbatch prints no id).
+            but sbatch prints no id), "limit" (the user has too many jobs).
     """
 
     jobs: dict[str, list[str]] = field(default_factory=dict)
@@ -158,6 +161,8 @@ class Controller:
         script = Path(command[-1]).read_text()
         if fault == "error":
             return 1, "", ""
+        if fault == "limit":
+            return 1, "", "sbatch: error: AssocMaxSubmitJobLimit"
         for needed in re.findall(r"afterok:(\d+)", script):
             if needed not in self.jobs:
                 return 1, "", "sbatch: error: Batch job submission failed: Job dependency problem"

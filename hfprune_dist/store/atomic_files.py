@@ -14,7 +14,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import IO, Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -44,17 +44,25 @@ def unless_stale(read: Callable[[], T]) -> T:
     return read()
 
 
-def write_text(file: Path, text: str) -> None:
-    """Replace ``file`` atomically: write a sibling, fsync it, and rename it over ``file``."""
+def write_text(file: Path, text: str, mode: int = 0o666) -> None:
+    """Replace ``file`` atomically: write a sibling, fsync it, and rename it over ``file``.
+
+    Args:
+        mode: the file's permissions, from which the umask takes some.
+    """
     draft = file.with_name(f".{file.name}.{uuid.uuid4().hex[:8]}")
     try:
-        with naming(file), draft.open("w", encoding="utf-8") as stream:
+        with naming(file), _created(draft, mode) as stream:
             stream.write(text)
             stream.flush()
             os.fsync(stream.fileno())
         _replace(draft, file)
     finally:
         draft.unlink(missing_ok=True)
+
+
+def _created(file: Path, mode: int) -> IO[str]:
+    return os.fdopen(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "w", encoding="utf-8")
 
 
 def write_json(file: Path, value: Any, *, sort_keys: bool = True) -> None:

@@ -21,6 +21,7 @@ from hfprune_launch.stage.parent import die_with_parent
 from hfprune_launch.stage.stage_file import Provenance, attempts_so_far, write_stage_file
 
 from hfprune_dist.store.artifacts import Store
+from hfprune_dist.store.cancellation import Cancellation
 from hfprune_dist.store.claims import Claim, ClaimLostError, Holder, Renewal
 from hfprune_dist.store.heartbeat import Failure, Heartbeat
 from hfprune_dist.store.stage import Stage
@@ -39,19 +40,26 @@ class LocalBackend:
 
     Args:
         logs: folder that receives one log per stage and attempt.
+        cancellation: tells whether stages are still wanted.
     """
 
-    def __init__(self, store: Store, logs: Path, provenance: Provenance) -> None:
+    def __init__(self, store: Store, logs: Path, provenance: Provenance, cancellation: Cancellation) -> None:
         self._store = store
         self._logs = logs
         self._provenance = provenance
+        self._cancellation = cancellation
         self.ranks = ranks_here(provenance.runtime)
 
     def run(self, stage: Stage, on_heartbeat: OnHeartbeat) -> Outcome:
-        """Claim a stage, run it on all ranks, and return how it ended; only a verified artifact counts as success."""
+        """Claim a stage, run it on all ranks, and return how it ended; only a verified artifact counts as success.
+
+        Raises:
+            KeyboardInterrupt: if another command has cancelled the sweep.
+        """
         started, began, handle = time.time(), time.monotonic(), self._store.handle(stage.id)
-        claim = _claim(handle, on_heartbeat)
+        claim = self._claim(handle, on_heartbeat)
         try:
+            self._require_wanted()
             if handle.is_done():  # another sweep was faster
                 return Outcome("done", time.monotonic() - began)
             # Logs outlive the work folder, which is removed with the progress in it once the artifact is made.
@@ -67,6 +75,18 @@ class LocalBackend:
         finally:
             claim.release()
         return Outcome("failed" if failure else "done", time.monotonic() - began, failure)
+
+    def _claim(self, handle: StageHandle, on_heartbeat: OnHeartbeat) -> Claim:
+        """Claim a stage once no other sweep works on it, showing its progress until then."""
+        while isinstance(claim := handle.claim(), Holder):
+            self._require_wanted()
+            on_heartbeat(handle.heartbeat())
+            time.sleep(POLL_S)
+        return claim
+
+    def _require_wanted(self) -> None:
+        if self._cancellation.is_requested():
+            raise KeyboardInterrupt("cancelled by another command; run the same command again to go on")
 
     def _log(self, stage: Stage, attempt: int) -> Path:
         """Return the path of the attempt's log file, and make its folder."""
@@ -129,14 +149,6 @@ class _Attempt:
 
     number: int
     started: float
-
-
-def _claim(handle: StageHandle, on_heartbeat: OnHeartbeat) -> Claim:
-    """Claim a stage once no other sweep works on it, showing its progress until then."""
-    while isinstance(claim := handle.claim(), Holder):
-        on_heartbeat(handle.heartbeat())
-        time.sleep(POLL_S)
-    return claim
 
 
 def _watch(process: subprocess.Popen[bytes], handle: StageHandle, claim: Claim, on_heartbeat: OnHeartbeat) -> None:

@@ -62,8 +62,16 @@ def wait_for_running(plan: Plan, store: Store) -> list[Running]:
     return running
 
 
-def cancel_running(running: list[Running]) -> Iterator[str]:
-    """Interrupt the launchers, and yield a message about each."""
+def cancel_running(plan: Plan, store: Store, running: list[Running]) -> Iterator[str]:
+    """Interrupt launchers, and those that have taken over their stages meanwhile; yield a message about each."""
+    interrupted: list[tuple[Stage, Holder]] = []
+    while running:
+        yield from _interrupt_each(running)
+        interrupted += [(it.stage, it.holder) for it in running]
+        running = [it for it in running_without_job(plan, store) if (it.stage, it.holder) not in interrupted]
+
+
+def _interrupt_each(running: list[Running]) -> Iterator[str]:
     for it in running:
         kill = f"kill {it.holder.pid}"
         if not it.holder.is_running():  # its claim is being renewed, but its process can't be seen from here

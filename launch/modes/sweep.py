@@ -23,6 +23,7 @@ from hfprune_launch.slurm.status_table import row_logs
 from hfprune_launch.sweep_folder import Sweep, configuration, configuration_layers, forget_rows, require_sweep
 
 from hfprune_dist.config.sources import with_sources
+from hfprune_dist.store.cancellation import request_cancellation
 
 LOG_LINES = 40
 
@@ -105,15 +106,19 @@ def logs(command: Command) -> int:
 def cancel(command: Command) -> int:
     """End the running stages of the sweep, on this machine or in jobs; saved work stays."""
     sweep = _existing(command)
-    has_jobs = not Attempts(sweep.store.root).is_empty
-    running = (running_without_job if has_jobs else wait_for_running)(sweep.plan, sweep.store)
-    for line in cancel_running(running):
+    plan, store = sweep.plan, sweep.store
+    try:
+        request_cancellation(store.root)
+    except OSError as error:  # what runs can be ended all the same
+        command.tell(f"note: launchers that start nothing at this moment can't be told ({error}), and may go on")
+    has_jobs = not Attempts(store.root).is_empty
+    running = (running_without_job if has_jobs else wait_for_running)(plan, store)
+    for line in cancel_running(plan, store, running):
         command.tell(line)
-    if has_jobs:
-        cancel_sweep(command.console, sweep)
-    elif not running:
+    jobs_go_on = has_jobs and cancel_sweep(command.console, sweep)
+    if not has_jobs and not running:
         command.tell("no stage runs; nothing to cancel")
-    return 1 if any(it.goes_on() for it in running) else 0
+    return 1 if jobs_go_on or running_without_job(plan, store) else 0
 
 
 def forget(command: Command) -> int:

@@ -37,6 +37,7 @@ from hfprune_dist.planning.refusals import place_of
 from hfprune_dist.planning.remarks import remarks_on_settings
 from hfprune_dist.planning.training_memory import choose_micro_batches, chooses
 from hfprune_dist.store.artifacts import Store, Verdict
+from hfprune_dist.store.cancellation import Cancellation
 
 NO_MODELS = """no models are named: give --models, or models in a --config file; for example
   python launch/sweep.py --models llama,qwen --ratios 0.2,0.5 --config configs/demo.yaml
@@ -59,6 +60,7 @@ class Prepared:
         profile: profile of the cluster on which they run; None for this machine.
         estimates: estimates of what they need of its GPUs.
         methods: methods, by name.
+        cancellation: tells whether the sweep has been cancelled since its planning began.
     """
 
     sweep: Sweep
@@ -70,6 +72,7 @@ class Prepared:
     profile: Profile | None
     estimates: Sequence[Estimate]
     methods: Mapping[str, Method]
+    cancellation: Cancellation
 
     def remarks(self) -> list[str]:
         """Return sentences on the effect of settings: how texts are mixed, and what each method does to each model."""
@@ -139,6 +142,7 @@ def prepare(command: Command, *, download: bool) -> Prepared:
     """
     require_folder(command.out)
     store = command.store
+    cancellation = Cancellation(store.root)
     profile = command.profile()
     device = _device_in(profile)
     config, models, methods, plan = _plan(command, device, command.tell, download=download, stands_in=not download)
@@ -160,7 +164,7 @@ def prepare(command: Command, *, download: bool) -> Prepared:
     sized = _of_known_shape(plan, todo, models)
     estimates = estimate_stages(plan, sized, profile, config.runtime) if profile is not None else []
     sweep = Sweep(plan, store, command.out)
-    return Prepared(sweep, config, here, models, verdicts, todo, profile, estimates, methods)
+    return Prepared(sweep, config, here, models, verdicts, todo, profile, estimates, methods, cancellation)
 
 
 def _of_known_shape(plan: Plan, todo: Sequence[str], models: Sequence[ModelSource]) -> list[str]:

@@ -98,10 +98,11 @@ def _runner(command: Command, prepared: Prepared) -> RunStages:
     sweep, here, profile = prepared.sweep, prepared.here, prepared.profile
     provenance = Provenance(here.runtime, here.model_dump(), PROJECT.code_version())
     if profile is None:
-        backend = LocalBackend(sweep.store, sweep.out / "logs", provenance)
+        backend = LocalBackend(sweep.store, sweep.out / "logs", provenance, prepared.cancellation)
         return lambda on_end: _run_here(command, prepared, backend, on_end)
     SlurmCommands().require()
-    jobs = NewJobs(provenance, profile, command.arguments.max_running or profile.max_running, PROJECT)
+    max_running = command.arguments.max_running or profile.max_running
+    jobs = NewJobs(provenance, profile, max_running, PROJECT, prepared.cancellation)
     follow = command.arguments.follow
     return lambda on_end: run_on_slurm(command.console, sweep, prepared.todo, jobs, follow=follow, on_end=on_end)
 

@@ -7,6 +7,7 @@ next launcher continues where this one stopped.
 
 from __future__ import annotations
 
+import errno
 import time
 from collections.abc import Callable
 
@@ -16,11 +17,16 @@ from hfprune_launch.slurm.submission import Submission, Submitting
 from hfprune_launch.slurm.sweep_jobs import Event, Jobs, SweepJobs
 from hfprune_launch.slurm.whereabouts import GONE_AFTER_S
 
+from hfprune_dist.errors import UserError
 from hfprune_dist.planning.plan import Plan
 from hfprune_dist.store.artifacts import Store
 from hfprune_dist.store.stage import Stage
 
 SHORTEST_WAIT_S, LONGEST_WAIT_S = 1.0, 10.0
+# For how long the store's file system may fail before a launcher gives up.
+STORE_PATIENCE_S = 600.0
+# A full or read-only disk, which stays so until somebody does something about it.
+LASTING = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 
 class SlurmBackend:
@@ -77,8 +83,7 @@ class SlurmBackend:
 
     def unsubmitted(self) -> list[Stage]:
         """Return missing stages without a job: refused, claimed by another launcher, or without room in the queue."""
-        without_job = self._jobs.todo - self._jobs.live.keys()
-        return [stage for stage in self._jobs.plan.stages.values() if stage.id in without_job]
+        return self._submission.missing()
 
     def _is_any_missing(self) -> bool:
         missing = [attempt for attempt in self._jobs.live.values() if self._jobs.is_missing(attempt)]
@@ -87,18 +92,31 @@ class SlurmBackend:
     def _follow_while(
         self, goes_on: Callable[[], bool], show: Callable[[], object], sleep: Callable[[float], None]
     ) -> None:
-        wait = SHORTEST_WAIT_S
+        wait, answered_at = SHORTEST_WAIT_S, self._jobs.clock()
         while goes_on():
             sleep(wait)
             before = self._reached()
             try:
-                self.step()
-            except SlurmUnavailableError as error:
-                message = f"Slurm does not answer ({error}); jobs go on meanwhile"
+                try:
+                    self.step()
+                except SlurmUnavailableError as error:
+                    message = f"Slurm does not answer ({error}); jobs go on meanwhile"
+                    self._jobs.tell(Event("waiting", None, None, message))
+                show()
+                answered_at = self._jobs.clock()
+            except (OSError, UserError) as error:
+                if not _may_pass(error) or self._jobs.clock() - answered_at >= STORE_PATIENCE_S:
+                    raise
+                message = f"the store can't be read or written ({error}); jobs go on, and it is tried again"
                 self._jobs.tell(Event("waiting", None, None, message))
             wait = SHORTEST_WAIT_S if self._reached() != before else min(LONGEST_WAIT_S, wait * 1.5)
-            show()
 
     def _reached(self) -> tuple[int, list[str]]:
         """Return a value that changes when a job ends or is submitted."""
         return len(self._jobs.todo), sorted(self._jobs.live)
+
+
+def _may_pass(error: Exception) -> bool:
+    """Return whether an error is a file system's that may pass by itself, such as EIO, or EACCES after a lost ticket."""
+    found = error if isinstance(error, OSError) else error.__context__  # a ``UserError`` about a file has it there
+    return isinstance(found, OSError) and found.errno not in LASTING

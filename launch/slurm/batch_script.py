@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hfprune_launch.slurm.attempt_records import SCRIPT, read_script
-from hfprune_launch.slurm.attempts import JobAttempt
 from hfprune_launch.slurm.job import StageJob
 from hfprune_launch.slurm.log_signs import SETUP_FAILED, START
 from hfprune_launch.slurm.profile import Resources
@@ -20,10 +19,13 @@ from submitit.slurm.slurm import SlurmExecutor
 
 from hfprune_dist.distributed.threads import threads_allowed
 from hfprune_dist.errors import UserError
+from hfprune_dist.results.formats import counted
 from hfprune_dist.store.atomic_files import fsync_path, write_text
 from hfprune_dist.store.stage import Stage
 
 PICKLE = "stage.pkl"
+# The profile's setup and environment, which may hold secrets: sourced by the batch script, readable by its owner alone.
+ENVIRONMENT = "environment.sh"
 # Characters that the path of a job can't contain, and why.
 UNUSABLE = {
     "%": "Slurm and submitit put ids in its place in the names of log files",
@@ -127,7 +129,11 @@ def batch_script(request: Request) -> str:
 def is_as_submitted(request: Request) -> bool:
     """Return whether a submitted job's batch script is what its profile now says; True if it can't be read."""
     submitted = _of_profile(read_script(request.folder / SCRIPT))
-    return not submitted or submitted == _of_profile(batch_script(request))
+    environment = read_script(request.folder / ENVIRONMENT)
+    return not submitted or (submitted, environment) == (
+        _of_profile(batch_script(request)),
+        environment_script(request),
+    )
 
 
 def _of_profile(script: str) -> list[str]:
@@ -138,14 +144,16 @@ def _of_profile(script: str) -> list[str]:
     return [line.replace(folder[1], "") for line in script.splitlines() if not line.startswith(OF_ONE_JOB)]
 
 
-def write_submission(request: Request, attempt: JobAttempt, store: Path) -> Path:
-    """Write the pickle and the batch script into the attempt's folder; return the script."""
+def write_submission(request: Request, store: Path) -> Path:
+    """Write the pickle, the batch script and what it sources into the attempt's folder; return the script."""
     submission = DelayedSubmission(StageJob(str(store.resolve()), request.stage.id))
     submission.set_timeout(request.resources.time_minutes, 0)
-    submission.dump(attempt.folder / PICKLE)
-    fsync_path(attempt.folder / PICKLE)
-    write_text(attempt.folder / SCRIPT, batch_script(request))
-    return attempt.folder / SCRIPT
+    submission.dump(request.folder / PICKLE)
+    fsync_path(request.folder / PICKLE)
+    if environment := environment_script(request):
+        write_text(request.folder / ENVIRONMENT, environment, mode=0o600)
+    write_text(request.folder / SCRIPT, batch_script(request))
+    return request.folder / SCRIPT
 
 
 class _TextExecutor(SlurmExecutor):  # type: ignore[misc]
@@ -178,19 +186,25 @@ def _common_options(request: Request) -> dict[str, str | bool]:
 
 
 def _setup(request: Request) -> list[str]:
-    """Return the shell lines before srun: the profile's setup, the environment, and a link to the pickle by job id."""
-    snapshot = shlex.quote(str(request.snapshot))
-    environment = {"OMP_NUM_THREADS": str(request.threads), **request.resources.environment}
-    folder = request.folder.resolve()
+    """Return the shell lines before srun: the profile's setup and environment, and a link to the pickle by job id."""
+    snapshot, resources, folder = shlex.quote(str(request.snapshot)), request.resources, request.folder.resolve()
+    own = [*([f"{counted(len(resources.setup), 'line')} of setup"] if resources.setup else []), *resources.environment]
+    sourced = [f". {shlex.quote(str(folder / ENVIRONMENT))}  # {', '.join(own)}", "[ $? = 0 ] || exit 1"]
     return [
         f'echo "{START} ${{SLURM_RESTART_COUNT:-0}}" >&2',
-        f'unset {" ".join(_foreign_variables(request.resources))} "${{!SRUN_@}}"',
-        *_checked(request.resources.setup),
-        *(f"export {name}={shlex.quote(value)}" for name, value in environment.items()),
+        f'unset {" ".join(_foreign_variables(resources))} "${{!SRUN_@}}"',
+        f"export OMP_NUM_THREADS={request.threads}",
+        *(sourced if own else []),
         f"export HFPRUNE_CODE={snapshot}",
         f"export PYTHONPATH={snapshot}${{PYTHONPATH:+:$PYTHONPATH}}",
         f'ln -sfn {PICKLE} {shlex.quote(str(folder))}/"${{SLURM_JOB_ID}}_submitted.pkl"',
     ]
+
+
+def environment_script(request: Request) -> str:
+    """Return the profile's setup and environment as shell lines; empty if it has neither."""
+    environment = [f"export {name}={shlex.quote(value)}" for name, value in request.resources.environment.items()]
+    return "".join(f"{line}\n" for line in [*_checked(request.resources.setup), *environment])
 
 
 def _foreign_variables(resources: Resources) -> list[str]:
@@ -213,10 +227,11 @@ def _checked(setup: Sequence[str]) -> list[str]:
     """
     if not setup:
         return []
-    say = f'echo "{SETUP_FAILED} with exit code $hfprune_code: $(sed -n "${{LINENO}}p" "$0")" >&2'
+    # LINENO counts the two lines of ours that come first.
+    say = f'echo "{SETUP_FAILED} with exit code $hfprune_code in line $((LINENO - 2)) of setup in the profile" >&2'
     end = "trap - EXIT; exit $hfprune_code"
-    return [
-        f"trap 'hfprune_code=$?; if [ ${{#BASH_SOURCE[@]}} = 1 ]; then {say}; {end}; fi' ERR",
+    return [  # in a file that the batch script sources, so that commands of its own have a depth of two
+        f"trap 'hfprune_code=$?; if [ ${{#BASH_SOURCE[@]}} = 2 ]; then {say}; {end}; fi' ERR",
         f"trap 'echo \"{SETUP_FAILED}: a line of it ended the job\" >&2; exit 1' EXIT",
         *setup,
         "trap - ERR EXIT",

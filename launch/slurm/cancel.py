@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from hfprune_launch.slurm.attempts import Attempts, JobAttempt, with_job_ids
 from hfprune_launch.slurm.commands import SlurmCommands
+from hfprune_launch.slurm.job_info import JobInfo
 from hfprune_launch.slurm.whereabouts import REVOKED, Whereabouts
+from hfprune_launch.stage.stage_state import name_of
 
 from hfprune_dist.planning.plan import Plan
 from hfprune_dist.store.artifacts import Store
+
+# Seconds between two looks for jobs, and for which jobs and launchers that submit at this moment are waited for.
+LOOK_AGAIN_S = 2.0
+PATIENCE_S = 60.0
 
 
 @dataclass(frozen=True)
@@ -20,31 +27,56 @@ class Cancelled:
     Attributes:
         outside: stages of cancelled jobs that are not in the plan, from an edited configuration or an earlier version.
         foreign: open attempts of other users or clusters, which can't be cancelled from here.
+        going_on: what still runs, or may be submitted, after some time.
     """
 
     job_ids: list[str]
     outside: list[str]
     foreign: list[JobAttempt]
+    going_on: list[str]
 
 
-def cancel_jobs(plan: Plan, store: Store, slurm: SlurmCommands) -> Cancelled:
-    """Cancel the jobs of all open attempts.
+def cancel_jobs(
+    plan: Plan, store: Store, slurm: SlurmCommands, sleep: Callable[[float], object] = time.sleep
+) -> Cancelled:
+    """Cancel the jobs of all open attempts, and look again until there are none: a launcher may be submitting one at
+    this moment, or a job may just have put itself back into the queue.
 
     Raises:
         SlurmUnavailableError: if Slurm did not answer; some jobs may be left.
     """
-    attempts = Attempts(store.root).open_attempts()
     whereabouts = Whereabouts(store, slurm, time.monotonic)
-    whereabouts.look(with_job_ids(attempts))
-    foreign = [attempt for attempt in attempts if whereabouts.is_out_of_sight(attempt)]
-    stages = {attempt.intent.job_name: attempt.intent.stage_id for attempt in attempts if attempt not in foreign}
-    # Pending jobs come first: they would start when the jobs that they wait for are gone.
-    # A job that another cluster has taken is cancelled there by way of its copy here.
-    goes_on = (job for job in whereabouts.jobs.values() if job.is_live or job.state == REVOKED)
-    found = [job for job in goes_on if job.name in stages]
-    found.sort(key=lambda job: (not job.is_waiting, int(job.job_id)))
-    slurm.cancel([job.job_id for job in found])
-    for name in stages.keys() - {job.name for job in whereabouts.jobs.values()}:
-        slurm.cancel_named(name)  # squeue may have missed it
-    outside = sorted({stages[job.name] for job in found} - plan.stages.keys())
-    return Cancelled([job.job_id for job in found], outside, foreign)
+    stages: dict[str, str] = {}  # of cancelled jobs
+    asked: set[str] = set()
+    for _ in range(int(PATIENCE_S / LOOK_AGAIN_S)):
+        attempts = Attempts(store.root).open_attempts()
+        submitting = _submitting(store, attempts)
+        whereabouts.look(with_job_ids(attempts))
+        foreign = [attempt for attempt in attempts if whereabouts.is_out_of_sight(attempt)]
+        names = {attempt.intent.job_name: attempt.intent.stage_id for attempt in attempts if attempt not in foreign}
+        found = [job for job in whereabouts.jobs.values() if job.name in names and _goes_on(job)]
+        # Pending jobs come first: they would start when the jobs that they wait for are gone.
+        found.sort(key=lambda job: (not job.is_waiting, int(job.job_id)))
+        slurm.cancel([job.job_id for job in found])
+        stages |= {job.job_id: names[job.name] for job in found}
+        for name in names.keys() - {job.name for job in whereabouts.jobs.values()} - asked:
+            slurm.cancel_named(name)  # squeue may have missed it
+        asked |= names.keys()
+        if not found and not submitting:
+            break
+        sleep(LOOK_AGAIN_S)
+    going_on = [*submitting, *(f"job {job.job_id}" for job in found)]
+    outside = sorted(set(stages.values()) - plan.stages.keys())
+    return Cancelled(sorted(stages, key=int), outside, foreign, going_on)
+
+
+def _goes_on(job: JobInfo) -> bool:
+    """Return whether a job is to be cancelled. One that another cluster has taken is, by way of its copy here."""
+    return (job.is_live and job.state != "COMPLETING") or job.state == REVOKED
+
+
+def _submitting(store: Store, attempts: list[JobAttempt]) -> list[str]:
+    """Return the launchers that may be submitting jobs at this moment: they hold claims, and have recorded no id."""
+    claims = [store.handle(it.intent.stage_id).open_claim() for it in attempts if it.job_id is None]
+    holders = {claim.holder for claim in claims if claim is not None and claim.lives and claim.holder.job is None}
+    return sorted(f"{name_of(holder)} submits a job" for holder in holders)

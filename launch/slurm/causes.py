@@ -64,7 +64,7 @@ RETRIES: Mapping[str, int] = {
     Cause.COLLECTIVE_TIMEOUT: 2,
     Cause.LOST_INPUT: 2,
     Cause.LOST_JOB: 3,
-    Cause.DEPENDENCY: 1000,  # ends with the retries of what it depends on
+    Cause.DEPENDENCY: 50,  # ends with the retries of what it depends on
     Cause.DUPLICATE: 20,
     Cause.QUEUE_FULL: 1_000_000,
     Cause.NEED_ENDED: 1_000_000,

@@ -36,6 +36,7 @@ from rich.markup import escape
 from hfprune_dist.config.schema import RuntimeConfig
 from hfprune_dist.results.formats import counted
 from hfprune_dist.store.artifacts import Verdict
+from hfprune_dist.store.cancellation import Cancellation
 from hfprune_dist.store.stage import Stage
 
 EVENT_COLORS = {"done": "green", "ended": "red", "waiting": "yellow"}
@@ -53,12 +54,14 @@ class NewJobs:
     Attributes:
         max_running: the most jobs of the sweep that run at once; None for no limit.
         project: the project whose code they run, as it is now.
+        cancellation: tells whether they are still wanted.
     """
 
     provenance: Provenance
     profile: Profile
     max_running: int | None
     project: Project
+    cancellation: Cancellation
 
 
 def run_on_slurm(
@@ -85,7 +88,7 @@ def run_on_slurm(
     tell(f"{len(todo)} of {every} to run on Slurm; logs in {store.root / 'attempts'}")
     snapshot = take_snapshot(new_jobs.project, (sweep.out / "code").resolve(), provenance.code, tell)
     with _Screen(console, sweep).shown() as screen:
-        submitting = Submitting(provenance, new_jobs.profile, snapshot, new_jobs.max_running)
+        submitting = Submitting(provenance, new_jobs.profile, snapshot, new_jobs.max_running, new_jobs.cancellation)
         backend = SlurmBackend(store, sweep.plan, submitting, SlurmCommands(), partial(_tell, screen, on_end))
         try:
             backend.start()
@@ -124,8 +127,8 @@ def show_status(console: Console, sweep: Sweep, keep_on: bool) -> None:
     console.print(status_table(stage_statuses(sweep.plan, sweep.store, jobs.now())))
 
 
-def cancel_sweep(console: Console, sweep: Sweep) -> None:
-    """Cancel the sweep's jobs; their saved work stays."""
+def cancel_sweep(console: Console, sweep: Sweep) -> bool:
+    """Cancel the sweep's jobs, whose saved work stays; return whether something goes on all the same."""
     slurm = SlurmCommands()
     slurm.require()
     cancelled = cancel_jobs(sweep.plan, sweep.store, slurm)
@@ -138,8 +141,10 @@ def cancel_sweep(console: Console, sweep: Sweep) -> None:
         f"{job.intent.cluster}"
         for job in cancelled.foreign
     ]
+    lines += [f"not cancelled yet: {what}; run the same command again" for what in cancelled.going_on]
     for line in lines:
         say(console, line)
+    return bool(cancelled.foreign or cancelled.going_on)
 
 
 def show_jobs(

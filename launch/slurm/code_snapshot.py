@@ -49,7 +49,9 @@ def take_snapshot(
                 tell(f"the code in {snapshot} was damaged: set aside as {aside}, copied again")
             compile_sources(_sources(draft))
             write_json(draft / "provenance.json", dict(code))
-            (draft / "uncommitted.diff").write_bytes(_uncommitted(project.clone))
+            changes = draft / "uncommitted.diff"
+            changes.touch(mode=0o600)
+            changes.write_bytes(_uncommitted(project.clone))
             if _publish(draft, snapshot):
                 return snapshot
         finally:

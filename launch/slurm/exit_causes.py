@@ -11,7 +11,7 @@ from hfprune_launch.slurm.attempt_records import End
 from hfprune_launch.slurm.attempts import Attempts, JobAttempt
 from hfprune_launch.slurm.avoided_nodes import avoided_by, nodes_at_fault
 from hfprune_launch.slurm.causes import Cause
-from hfprune_launch.slurm.job_info import DEPENDENCY, NEVER, JobInfo
+from hfprune_launch.slurm.job_info import DEPENDENCY, HELD, NEVER, JobInfo
 from hfprune_launch.slurm.log_signs import (
     COLLECTIVE_TIMEOUT,
     OUT_OF_MEMORY,
@@ -51,7 +51,7 @@ LOG_STATES = {
     "CANCELLED": re.compile(r"\*\*\* JOB \d+ .*CANCELLED AT"),
 }
 # Lines of srun, of slurmstepd, and of bash about the batch script.
-BY_SLURM = re.compile(r"srun: |slurmstepd\S*: |\S*slurm_script: |" + re.escape(SETUP_FAILED))
+BY_SLURM = re.compile(r"srun: |slurmstepd\S*: |\S*(slurm_script|environment\.sh): |" + re.escape(SETUP_FAILED))
 
 
 @dataclass(frozen=True)
@@ -159,12 +159,12 @@ def _was_dropped(evidence: _Evidence) -> bool:
     """Return whether Slurm itself cancelled a job, because one on which it depends did not succeed.
 
     That job may have died after it had made what this one needs, so the artifact may be there by now. A job that Slurm
-    drops as soon as it is submitted can have any reason; one that somebody cancelled while it waited for others keeps
-    the reason for which it waited.
+    drops as soon as it is submitted can have any reason; one that somebody cancelled while it waited for others, or was
+    held, keeps the reason for which it waited.
     """
     if evidence.reason == NEVER:
         return bool(evidence.stage.needs)
-    if evidence.reason == DEPENDENCY or evidence.attempt.runs():
+    if evidence.reason == DEPENDENCY or evidence.reason.startswith(HELD) or evidence.attempt.runs():
         return False
     return any(not evidence.store.handle(need).is_done() for need in evidence.stage.needs)
 

@@ -13,6 +13,8 @@ LIVE_STATES = WAITING_STATES | {
 # Why a job waits for others; and why it would wait for ever, as one of them did not succeed, if Slurm did not end it.
 DEPENDENCY = "Dependency"
 NEVER = "DependencyNeverSatisfied"
+# What the reasons begin with of jobs that a user or an administrator holds.
+HELD = "JobHeld"
 # What accounting says of a job that has never started.
 NO_NODES = "None assigned"
 

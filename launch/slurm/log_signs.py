@@ -41,7 +41,7 @@ START = "hfprune: start"
 # In order of precedence: a sign explains those below it.
 SIGNS = (
     _sign(
-        rf"^{SETUP_FAILED}.*$|slurm_script: line \d+: syntax error.*$",
+        rf"^{SETUP_FAILED}.*$|environment\.sh: line \d+: syntax error.*$",
         Cause.INPUT,
         "a line of the profile's setup failed; correct it, try it in a shell on a compute node",
     ),

@@ -27,6 +27,7 @@ from hfprune_launch.slurm.sweep_jobs import Event, SweepJobs
 from hfprune_launch.stage.stage_file import Provenance, write_stage_file
 
 from hfprune_dist.store.atomic_files import fsync_folders
+from hfprune_dist.store.cancellation import Cancellation
 from hfprune_dist.store.claims import Holder
 from hfprune_dist.store.stage import Stage
 
@@ -38,12 +39,18 @@ class Submitting:
     Attributes:
         snapshot: folder of the code that jobs run.
         max_running: the most jobs of the sweep that run at once; None for no limit.
+        cancellation: tells whether jobs are still wanted.
     """
 
     provenance: Provenance
     profile: Profile
     snapshot: Path
     max_running: int | None
+    cancellation: Cancellation
+
+
+class SweepCancelledError(Exception):
+    """Another command has cancelled the sweep since this launcher was started."""
 
 
 class Submission:
@@ -59,13 +66,31 @@ class Submission:
         self._submitting = submitting
         self._attempts = Attempts(jobs.store.root)
         self._outside: list[JobAttempt] | None = None
+        self._is_told_of_cancellation = False
         self.is_held_up = False
 
     def submit_missing(self) -> None:
-        """Submit every missing stage whose inputs exist or are being made, in plan order."""
+        """Submit every missing stage whose inputs exist or are being made, in plan order; nothing once cancelled."""
         self.is_held_up, self._outside = False, None
-        with self._alone():
-            self._submit_in_order()
+        try:
+            with self._alone():
+                self._require_wanted()
+                self._submit_in_order()
+        except SweepCancelledError:
+            self.is_held_up = False
+            if not self._is_told_of_cancellation and self.missing():
+                message = "by another command, so nothing more is submitted; run the same command again to go on"
+                self._jobs.tell(Event("cancelled", None, None, message))
+                self._is_told_of_cancellation = True
+
+    def missing(self) -> list[Stage]:
+        """Return missing stages without a job."""
+        without_job = self._jobs.todo - self._jobs.live.keys()
+        return [stage for stage in self._jobs.plan.stages.values() if stage.id in without_job]
+
+    def _require_wanted(self) -> None:
+        if self._submitting.cancellation.is_requested():
+            raise SweepCancelledError
 
     def _alone(self) -> AbstractContextManager[None]:
         """Under a limit, keep other launchers from taking slots that this one is about to find free."""
@@ -217,6 +242,10 @@ class Submission:
             cause = Cause.QUEUE_FULL if isinstance(error, SubmitLimitError) else Cause.NEED_ENDED
             self._ends.close(stage, attempt, End(cause, str(error), time.time()))
             raise
+        except SweepCancelledError:
+            message = "the sweep was cancelled before this job was submitted; run the same command again to go on"
+            self._ends.close(stage, attempt, End(Cause.CANCELLED, message, time.time()))
+            raise
         except SlurmUnavailableError:
             jobs.live[stage.id] = attempt  # it may have arrived
             raise
@@ -242,8 +271,10 @@ class Submission:
             return self._write_and_submit(attempt, replace(request, exclude=()))
 
     def _write_and_submit(self, attempt: JobAttempt, request: Request) -> str | None:
-        script = write_submission(request, attempt, self._jobs.store.root)
+        script = write_submission(request, self._jobs.store.root)
         # A job may outlive this machine, so what it reads and what tells the next launcher about it must do so as well.
         for folder in (attempt.folder, self._jobs.handle(request.stage.id).work):
             fsync_folders(folder, self._jobs.store.root)
+        # Only now: whoever cancels later finds the intent, and waits for what becomes of it.
+        self._require_wanted()
         return self._jobs.slurm.submit(script, attempt.intent.job_name)

@@ -47,6 +47,7 @@ from hfprune_dist.refit.sequential_refit import SequentialRefit
 from hfprune_dist.scoring.shard_scorer import ShardScorer
 from hfprune_dist.store.artifacts import Store
 from hfprune_dist.store.atomic_files import read_json
+from hfprune_dist.store.cancellation import Cancellation
 from hfprune_dist.store.claims import Claim, try_claim
 from hfprune_dist.store.file_cache import FileCache
 from hfprune_dist.store.hashing import FileHashes, digest_of
@@ -134,7 +135,9 @@ class InProcess(LocalBackend):
     """The local backend, with this process as its rank."""
 
     def __init__(self, store: Store, logs: Path) -> None:
-        super().__init__(store, logs, Provenance(RuntimeConfig(ranks=1, save_every_steps=1), {}, {}))
+        super().__init__(
+            store, logs, Provenance(RuntimeConfig(ranks=1, save_every_steps=1), {}, {}), Cancellation(store.root)
+        )
 
     def _start(self, stage: Stage, claim: Claim, log: Path):
         log.touch()
@@ -362,7 +365,7 @@ class WholeSweep(Subject):
 
     def run(self, root: Path, count: Count, mark: Mark, marks: list) -> dict:
         os.environ["OMP_NUM_THREADS"] = "1"
-        sweep_run.LocalBackend = lambda store, logs, provenance: InProcess(store, logs)
+        sweep_run.LocalBackend = lambda store, logs, *_: InProcess(store, logs)
         chosen = ["--models", "alpha", "--ratios", "0.2", "--methods", "hfprune", "--ranks", "1"]
         assert sweep.main(["--config", str(self.prepared), "--out", str(root), *chosen, *SHORT]) == 0
         weights = sorted(root.glob("store/*/*/*.safetensors"))
@@ -424,7 +427,11 @@ class SlurmSweep(Subject):
     def _backend(self, store: Store) -> SlurmBackend:
         resources = dict.fromkeys(("importance", "prune"), Resources())
         submitting = Submitting(
-            Provenance(RuntimeConfig(), {}, {}), Profile("test", resources, None), store.root.with_name("code"), None
+            Provenance(RuntimeConfig(), {}, {}),
+            Profile("test", resources, None),
+            store.root.with_name("code"),
+            None,
+            Cancellation(store.root),
         )
         return SlurmBackend(store, self.PLAN, submitting, SlurmCommands(sleep=lambda _: None), lambda event: None)
 

@@ -47,6 +47,11 @@ exit 1
 """
 
 
+def causes_so_far(out):
+    ends = [folder / "end.json" for folder in attempt_folders(out)]
+    return [read(end)["cause"] if end.exists() else None for end in ends]
+
+
 def path_with(folder, **shims):
     """Return a PATH that begins with a new folder of shims for Slurm's commands."""
     folder.mkdir()
@@ -102,6 +107,42 @@ def test_cancel_finds_jobs_outside_the_plan(cluster, config, without):
     told = cluster.sweep(config, out, "--models", "beta", "--ratios", "0.3", "--cancel")
     assert "cancelled 2 jobs" in told, told
     wait_for(lambda: not cluster.states(job_names(out)))
+
+
+def test_a_held_job_that_waits_for_another_is_cancelled(cluster, config, without):
+    profile = cluster.partition("held", nodes="n1", state="down")
+    out = without(PRUNE, "recover alpha 0.2")
+    submitted = cluster.submit(config, out, profile=profile)
+    wait_for(lambda: len(cluster.states(job_names(out))) == 2)
+    wait_for(lambda: (attempt_folders(out)[1] / "job.json").exists())
+    dependent = read(attempt_folders(out)[1] / "job.json")["job_id"]
+    cluster.slurm("scontrol", "hold", dependent)
+    wait_for(lambda: "JobHeld" in cluster.slurm("squeue", "--noheader", f"--jobs={dependent}", "--format=%r"))
+    cluster.slurm("scancel", dependent)
+    wait_for(lambda: (attempt_folders(out)[1] / "end.json").exists())
+    assert causes_so_far(out) == [None, "cancelled"]
+    assert "cancelled 1 job" in cluster.sweep(config, out, "--cancel")
+    code, output = submitted.end()
+    assert code == 1 and causes(out) == ["cancelled", "cancelled"], output
+
+
+def test_a_launcher_that_waits_for_room_is_cancelled(cluster, config, finished, without):
+    """The second job is one more than Slurm allows."""
+    profile = cluster.partition("room", nodes="n[1-2]", state="down")
+    out = without(CONTROL, DENSE)
+    sbatch = """#!/bin/bash
+[ -z "$(squeue --noheader --partition=room)" ] || { echo "sbatch: error: AssocMaxSubmitJobLimit" >&2; exit 1; }
+{real} "$@"
+"""
+    path = path_with(out / "bin", sbatch=sbatch)
+    submitted = cluster.submit(config, out, profile=profile, PATH=path)
+    wait_for(lambda: len(causes_so_far(out)) == 2)
+    assert "cancelled 1 job" in cluster.sweep(config, out, "--cancel")
+    code, output = submitted.end()
+    assert code == 1 and "cancelled by another command, so nothing more is submitted" in output, output
+    assert not cluster.states(job_names(out)) and sorted(causes(out)) == ["cancelled", "submit limit"]
+    cluster.slurm("scontrol", "update", "partitionname=room", "state=up")
+    done(cluster, out, finished, cluster.submit(config, out, profile=profile, **FORKED_RANKS))
 
 
 @pytest.mark.beside("disturbed")

@@ -74,7 +74,12 @@ def test_a_setup_line_that_fails(cluster, config, without):
     out = without(CONTROL)
     wrong = cluster.profile("setup", setup=["true", "module load no/such", "echo never"])
     code, output = cluster.submit(config, out, profile=wrong).end()
-    assert code == 2 and "module load no/such" in output and "Traceback" not in output, output
+    assert (
+        code == 2
+        and "in line 2 of setup in the profile" in output
+        and "module: command not found" in output
+        and "Traceback" not in output
+    ), output
     assert causes(out) == ["input"], "not tried again"
     assert not list(attempt_folders(out)[0].glob("run.*.json")), "no rank was started"
 

@@ -22,7 +22,8 @@ from hypothesis import strategies as st
 from hfprune_dist.config.schema import RuntimeConfig
 from hfprune_dist.store import claims
 from hfprune_dist.store.artifacts import Store
-from hfprune_dist.store.claims import Claim, try_claim
+from hfprune_dist.store.cancellation import Cancellation, request_cancellation
+from hfprune_dist.store.claims import Claim, Holder, try_claim
 from hfprune_dist.store.heartbeat import Failure, read_failure, write_failure_record
 from hfprune_dist.store.stage import Input, Stage
 
@@ -168,7 +169,7 @@ def backend(store, tmp_path, monkeypatch):
             return subprocess.Popen(["true"])
 
     monkeypatch.setattr(local, "POLL_S", 0.01)
-    return Scripted(store, tmp_path / "logs", Provenance(RuntimeConfig(ranks=1), {}, {}))
+    return Scripted(store, tmp_path / "logs", Provenance(RuntimeConfig(ranks=1), {}, {}), Cancellation(store.root))
 
 
 def run(backend):
@@ -179,6 +180,23 @@ def commit(store, claim=None):
     draft = store.open_draft(STAGE.id, claim)
     (draft / "model.bin").write_text("weights")
     store.commit(STAGE, draft, {"metrics": {}}, claim=claim)
+
+
+def test_a_launcher_that_waits_for_anothers_stage_is_cancelled_with_it(backend, store):
+    """And the same command goes on, as that cancellation was of the launchers before it."""
+    claim = store.handle(STAGE.id).claim()
+
+    def cancel(beat):
+        request_cancellation(store.root)
+        claim.release()  # the other launcher is interrupted
+
+    with pytest.raises(KeyboardInterrupt, match="cancelled by another command"):
+        backend.run(STAGE, cancel)
+    assert not isinstance(later := store.handle(STAGE.id).claim(), Holder), "nothing is at work on it"
+    later.release()
+    backend._cancellation = Cancellation(store.root)
+    backend.meanwhile = lambda claim: commit(store, claim)
+    assert run(backend).state == "done"
 
 
 def test_success_is_an_artifact(backend, store):
@@ -301,12 +319,14 @@ from hfprune_launch.local import backend
 from hfprune_launch.stage.stage_file import Provenance
 from hfprune_dist.config.schema import RuntimeConfig
 from hfprune_dist.store.artifacts import Store
+from hfprune_dist.store.cancellation import Cancellation
 from hfprune_dist.store.stage import Input, Stage
 
 backend._watch = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
 stage = Stage("prune", "a 0.2", {"ratio": 0.2}, {"model": Input("digest", "/somewhere")})
 store, logs = Store(Path(sys.argv[1], "store")), Path(sys.argv[1], "logs")
-backend.LocalBackend(store, logs, Provenance(RuntimeConfig(ranks=1), {}, {})).run(stage, print)
+provenance = Provenance(RuntimeConfig(ranks=1), {}, {})
+backend.LocalBackend(store, logs, provenance, Cancellation(store.root)).run(stage, print)
 """
 
 

@@ -57,7 +57,7 @@ def launcher(store):
 
 
 def cancelled(store):
-    return list(cancel_running(running_without_job(PLAN, store)))
+    return list(cancel_running(PLAN, store, running_without_job(PLAN, store)))
 
 
 def test_nothing_runs(store, monkeypatch):
@@ -94,6 +94,22 @@ def test_a_launcher_that_a_script_has_started_in_the_background_is_ended(store, 
     process = launcher("listens", before=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN))
     (line,) = cancelled(store)
     assert line.startswith("cancelled: ") and process.wait() == -signal.SIGTERM
+
+
+def test_a_launcher_that_takes_the_stage_over_is_interrupted_too(store, launcher):
+    first = launcher("listens")
+    lines = cancel_running(PLAN, store, running_without_job(PLAN, store))
+    told = [next(lines)]
+    second = subprocess.Popen([sys.executable, "-c", HOLDS, str(store.work(STAGE.id)), "listens"], stdout=-1, text=True)
+    try:
+        assert second.stdout.readline() == "held\n"
+        told += lines
+    finally:
+        second.kill()
+        second.communicate()
+    assert [f"process {it.pid} has stopped" in line for it, line in zip((first, second), told, strict=True)] == [
+        True
+    ] * 2
 
 
 def test_a_launcher_that_does_not_listen_is_named(store, launcher, monkeypatch):

@@ -21,6 +21,7 @@ from hfprune_launch.stage.stage_file import Provenance
 from hfprune_dist.config.schema import RuntimeConfig
 from hfprune_dist.planning.plan import Plan
 from hfprune_dist.store.artifacts import Store
+from hfprune_dist.store.cancellation import Cancellation
 from hfprune_dist.store.stage import Input, Stage
 
 STAGE = Stage("prune", "a 0.2", {"ratio": 0.2}, {"model": Input("digest", "/somewhere")})
@@ -225,7 +226,9 @@ def launch(tmp_path):
     def start():
         store, told = Store(tmp_path), []
         profile = Profile("test", {STAGE.kind: Resources()}, None)
-        submitting = Submitting(Provenance(RuntimeConfig(), {}, {}), profile, tmp_path / "code", None)
+        submitting = Submitting(
+            Provenance(RuntimeConfig(), {}, {}), profile, tmp_path / "code", None, Cancellation(tmp_path)
+        )
         commands = SlurmCommands(sleep=lambda _: None)
         SlurmBackend(store, Plan({STAGE.id: STAGE}, (), (STAGE.id,)), submitting, commands, told.append).start()
         stage_statuses(Plan({STAGE.id: STAGE}, (), (STAGE.id,)), store, commands.jobs())

@@ -37,6 +37,7 @@ from hfprune_dist.planning.methods import resolve_methods
 from hfprune_dist.planning.model_sources import resolve_models
 from hfprune_dist.planning.plan import Cell, Plan
 from hfprune_dist.store.artifacts import Store
+from hfprune_dist.store.cancellation import Cancellation
 from hfprune_dist.store.claims import try_claim
 from hfprune_dist.store.heartbeat import Progress
 from hfprune_dist.store.stage import Input, Stage
@@ -68,7 +69,11 @@ def store(tmp_path):
 def make_backend(store, plan=PLAN, max_running=None, resources=RESOURCES):
     told = []
     submitting = Submitting(
-        Provenance(RuntimeConfig(), {}, {}), Profile("test", resources, None), store.root / "code", max_running
+        Provenance(RuntimeConfig(), {}, {}),
+        Profile("test", resources, None),
+        store.root / "code",
+        max_running,
+        Cancellation(store.root),
     )
     clock = Clock()
     backend = SlurmBackend(store, plan, submitting, SlurmCommands(sleep=clock.sleep), told.append, clock=clock)
@@ -115,7 +120,7 @@ def test_dependencies_become_slurms(fake, store):
 def test_paths_are_said_in_one_piece_on_any_terminal(fake, store, tmp_path, monkeypatch):
     monkeypatch.setattr(cli, "take_snapshot", lambda *_: tmp_path / "code")
     console, profile = Console(width=40, file=io.StringIO()), Profile("test", RESOURCES, None)
-    jobs = NewJobs(Provenance(RuntimeConfig(), {}, {}), profile, None, PROJECT)
+    jobs = NewJobs(Provenance(RuntimeConfig(), {}, {}), profile, None, PROJECT, Cancellation(store.root))
     swept = Sweep(PLAN, store, tmp_path)
     assert run_on_slurm(console, swept, list(PLAN.stages), jobs, follow=False, on_end=lambda: None) == 0
     assert f"3 of 3 stages to run on Slurm; logs in {store.root / 'attempts'}\n" in console.file.getvalue()

@@ -4,11 +4,21 @@ import os
 import shlex
 import subprocess
 import unicodedata
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 from hfprune_launch import sweep
-from hfprune_launch.slurm.batch_script import SRUN_VARIABLES, Request, batch_script, refuse_unusable_path
+from hfprune_launch.slurm.batch_script import (
+    ENVIRONMENT,
+    SRUN_VARIABLES,
+    Request,
+    batch_script,
+    environment_script,
+    is_as_submitted,
+    refuse_unusable_path,
+    write_submission,
+)
 from hfprune_launch.slurm.profile import Resources
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -45,7 +55,9 @@ def run(tmp_path):
         (folder / "bin" / "srun").write_text(SRUN.format(folder=shlex.quote(str(folder))))
         (folder / "bin" / "srun").chmod(0o755)
         script = folder / "slurm_script"
-        script.write_text(batch_script(request(folder, **resources)))
+        asked = request(folder, **resources)
+        script.write_text(batch_script(asked))
+        (folder / "attempt" / ENVIRONMENT).write_text(environment_script(asked))
         result = subprocess.run(
             ["bash", str(script)],
             env={"PATH": f"{folder / 'bin'}:{os.environ['PATH']}", "SLURM_JOB_ID": "5", **(leaked or {})},
@@ -130,7 +142,7 @@ def test_a_setup_line_that_fails_ends_the_job_and_is_named(run, name):
     line, code = FAILING[name]
     result = run(setup=["true", line, "echo never >&2"])
     assert result.ranks is None and result.code == code
-    assert f"hfprune: setup failed with exit code {code}: {line}\n" in result.said
+    assert f"hfprune: setup failed with exit code {code} in line 2 of setup in the profile\n" in result.said
     assert "never" not in result.said and result.said.count("setup failed") == 1
 
 
@@ -141,7 +153,7 @@ def test_a_setup_that_leaves_is_noticed(run):
 
 def test_a_setup_that_can_not_be_read_starts_no_rank(run):
     result = run(setup=["if true; then echo"])
-    assert result.ranks is None and result.code != 0 and "slurm_script: line" in result.said
+    assert result.ranks is None and result.code != 0 and f"{ENVIRONMENT}: line" in result.said
 
 
 def test_what_may_fail_in_a_setup(run, tmp_path):
@@ -166,8 +178,19 @@ def test_what_may_fail_in_a_setup(run, tmp_path):
     assert "setup failed" not in result.said
 
 
-def test_without_setup_lines_nothing_is_checked(tmp_path):
-    assert "trap" not in batch_script(request(tmp_path))
+def test_values_of_a_profile_are_for_its_owner_alone(run, tmp_path):
+    asked = request(tmp_path, setup=["export FIRST=secret-1"], environment={"HF_TOKEN": "secret-2"})
+    asked.folder.mkdir()
+    script = write_submission(asked, tmp_path)
+    assert "HF_TOKEN" in script.read_text() and "secret" not in script.read_text()
+    assert [file.name for file in asked.folder.iterdir() if "secret" in file.read_text(errors="replace")] == [
+        ENVIRONMENT
+    ]
+    assert (asked.folder / ENVIRONMENT).stat().st_mode & 0o777 == 0o600
+    ranks = run(setup=asked.resources.setup, environment=asked.resources.environment).ranks
+    assert (ranks["FIRST"], ranks["HF_TOKEN"]) == ("secret-1", "secret-2")
+    changed = asked.resources.model_copy(update={"environment": {"HF_TOKEN": "another"}})
+    assert is_as_submitted(asked) and not is_as_submitted(replace(asked, resources=changed))
 
 
 def test_every_start_of_a_job_is_marked(run):

@@ -58,7 +58,7 @@ def test_a_snapshot_holds_the_code_and_its_provenance(project, folder):
         name.replace("launch/", "hfprune_launch/"): text for name, text in content(project).items()
     }
     assert '"git_commit": "abc"' in (snapshot / "provenance.json").read_text()
-    assert (snapshot / "uncommitted.diff").is_file()
+    assert (snapshot / "uncommitted.diff").stat().st_mode & 0o777 == 0o600
 
 
 @pytest.mark.parametrize(

@@ -224,6 +224,12 @@ def test_a_job_that_slurm_dropped_at_its_submission_has_another_reason(store, at
     assert explain_end(store, STAGE, attempt, dropped).cause == "cancelled", "it waited for something else"
 
 
+@pytest.mark.parametrize("reason", ["JobHeldUser", "JobHeldAdmin", "Dependency"])
+def test_a_job_that_was_cancelled_while_somebody_held_it_was_not_dropped(store, attempt, reason):
+    held = replace(job("CANCELLED", attempt), reason=reason)
+    assert explain_end(store, STAGE, attempt, held).cause == "cancelled"
+
+
 def test_a_job_without_needs_can_not_have_been_dropped_for_one(store):
     attempt = Attempts(store.root).begin(NEED, 8, 64, 30, None)
     attempt.record_job("7")

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from hfprune_dist.config.schema import RuntimeConfig
 from hfprune_dist.planning.plan import Plan
 from hfprune_dist.store.artifacts import Store
+from hfprune_dist.store.cancellation import Cancellation
 from hfprune_dist.store.stage import Input, Stage
 
 FIRST = Stage("importance", "a", {}, {"model": Input("digest", "/model")})
@@ -57,7 +58,13 @@ class World:
 
     def launcher(self):
         resources = dict.fromkeys(("importance", "prune", "recover", "evaluate"), Resources())
-        submitting = Submitting(Provenance(RuntimeConfig(), {}, {}), Profile("x", resources, None), Path("/code"), None)
+        submitting = Submitting(
+            Provenance(RuntimeConfig(), {}, {}),
+            Profile("x", resources, None),
+            Path("/code"),
+            None,
+            Cancellation(self.store.root),
+        )
         slurm = SlurmCommands(sleep=self.clock.sleep, retry_delays_s=(1.0,))
         return SlurmBackend(self.store, PLAN, submitting, slurm, lambda _: None, clock=self.clock)
 

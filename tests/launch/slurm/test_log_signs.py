@@ -93,13 +93,13 @@ def test_what_is_ended_by_a_limit_is_not_tried_again():
 
 LOGS = {
     "setup line": (
-        "/var/spool/slurmd/job00005/slurm_script: line 26: module: command not found\n"
+        "/x/environment.sh: line 26: module: command not found\n"
         "hfprune: setup failed with exit code 127: module load cuda/99",
         "input",
         ("setup", "module load cuda/99"),
     ),
     "setup syntax": (
-        "/var/spool/slurmd/job00005/slurm_script: line 29: syntax error: unexpected end of file",
+        "/x/environment.sh: line 29: syntax error: unexpected end of file",
         "input",
         ("setup", "line 29"),
     ),

@@ -19,6 +19,7 @@ from hfprune_dist.config.schema import RuntimeConfig
 from hfprune_dist.planning.plan import Plan
 from hfprune_dist.store import claims
 from hfprune_dist.store.artifacts import Store
+from hfprune_dist.store.cancellation import Cancellation
 from hfprune_dist.store.claims import Renewal, try_claim
 from hfprune_dist.store.stage import Input, Stage
 
@@ -57,7 +58,11 @@ def test_renewal_survives_a_file_system_that_fails_once(tmp_path, monkeypatch):
 
 def launcher(store):
     submitting = Submitting(
-        Provenance(RuntimeConfig(), {}, {}), Profile("x", {STAGE.kind: Resources()}, None), Path("/code"), None
+        Provenance(RuntimeConfig(), {}, {}),
+        Profile("x", {STAGE.kind: Resources()}, None),
+        Path("/code"),
+        None,
+        Cancellation(store.root),
     )
     clock = Clock()
     return SlurmBackend(store, PLAN, submitting, SlurmCommands(sleep=clock.sleep), lambda _: None, clock=clock)
