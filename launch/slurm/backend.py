@@ -117,6 +117,6 @@ class SlurmBackend:
 
 
 def _may_pass(error: Exception) -> bool:
-    """Return whether an error is a file system's that may pass by itself, such as EIO, or EACCES after a lost ticket."""
+    """Return whether an error is a file system's that may pass by itself, such as EIO, or EACCES without a ticket."""
     found = error if isinstance(error, OSError) else error.__context__  # a ``UserError`` about a file has it there
     return isinstance(found, OSError) and found.errno not in LASTING

@@ -192,7 +192,8 @@ def test_a_launcher_that_waits_for_anothers_stage_is_cancelled_with_it(backend, 
 
     with pytest.raises(KeyboardInterrupt, match="cancelled by another command"):
         backend.run(STAGE, cancel)
-    assert not isinstance(later := store.handle(STAGE.id).claim(), Holder), "nothing is at work on it"
+    later = store.handle(STAGE.id).claim()
+    assert not isinstance(later, Holder), "nothing is at work on it"
     later.release()
     backend._cancellation = Cancellation(store.root)
     backend.meanwhile = lambda claim: commit(store, claim)
