@@ -1,109 +1,17 @@
-"""Fake sbatch, squeue, sacct, scancel and scontrol: shell scripts that keep jobs in a file and log their calls."""
+"""Slurm inside this process, in place of its commands: thousands of polling rounds in seconds."""
 
 from __future__ import annotations
 
-import os
 import re
+import shutil
 import subprocess
 from dataclasses import dataclass, field
 from pathlib import Path
 
-SCRIPTS = {
-    "sbatch": """
-next_failure
-name=$(sed -n 's/^#SBATCH --job-name=//p' "${@: -1}")
-id=$(( $(cat last_id 2>/dev/null || echo 100) + 1 ))
-echo $id >last_id
-echo "$id|PENDING|Priority||N/A|N/A|$name" >>jobs
-after_arrival
-if [ -e answer ]; then sed "s/ID/$id/" answer; else echo $id; fi
-""",
-    # The file answer.<n> holds what the n-th call prints.
-    "squeue": """
-next_failure
-calls=$(grep -c ^squeue calls)
-if [ -e answer.$calls ]; then cat answer.$calls; exit; fi
-echo "JOBID|STATE|REASON|NODELIST|START_TIME|END_TIME|NAME|;"
-sed -n 's/..*/&|;/p' jobs 2>/dev/null || true
-""",
-    "sacct": "next_failure\ncat history 2>/dev/null || true\n",
-    "scancel": """
-next_failure
-for id in "$@"; do sed -i "s/^$id|[A-Z_]*/$id|CANCELLED/" jobs 2>/dev/null || true; done
-""",
-    "scontrol": """
-next_failure
-case "$*" in
-    "show config") echo "ClusterName             = fake" ;;
-    "show job"*)
-        if [ -e job ]; then cat job; exit; fi
-        line=$(grep "^${@: -1}|" jobs 2>/dev/null) ||
-            { echo "slurm_load_jobs error: Invalid job id specified" >&2; exit 1; }
-        IFS='|' read -r id state reason nodes start end name <<<"$line"
-        echo "JobId=$id JobName=$name JobState=$state Reason=$reason StartTime=$start EndTime=$end NodeList=$nodes"
-        ;;
-esac
-""",
-}
+from hfprune_launch.slurm import commands
+
 HEADER = "JOBID|STATE|REASON|NODELIST|START_TIME|END_TIME|NAME|;\n"
-PRELUDE = """#!/bin/bash
-cd {folder}
-echo "${{0##*/}} $*" >>calls
-# The first line of <command>.fail is the next failure's message.
-next_failure() {{
-    local file=${{0##*/}}.fail
-    [ -s $file ] || return 0
-    head -n 1 $file >&2
-    sed -i 1d $file
-    exit 1
-}}
-after_arrival() {{
-    [ ! -e arrived.fail ] || {{ cat arrived.fail >&2; rm arrived.fail; exit 1; }}
-}}
-"""
-
-
-class FakeSlurm:
-    """A folder of fake commands for PATH, and control over what they do."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.bin = folder / "bin"
-        self.bin.mkdir(parents=True)
-        for name, body in SCRIPTS.items():
-            (self.bin / name).write_text(PRELUDE.format(folder=folder) + body)
-            (self.bin / name).chmod(0o755)
-
-    def on_path(self, monkeypatch) -> FakeSlurm:
-        monkeypatch.setenv("PATH", f"{self.bin}:{os.environ['PATH']}")
-        return self
-
-    def fail_next(self, name: str, *messages: str) -> None:
-        (self.folder / f"{name}.fail").write_text("".join(f"{message}\n" for message in messages))
-
-    def calls(self, name: str = "") -> list[str]:
-        file = self.folder / "calls"
-        lines = file.read_text().splitlines() if file.exists() else []
-        return [line for line in lines if line.startswith(name)]
-
-    def answer_squeue(self, *answers: str | None) -> None:
-        """Set what the next calls of squeue print; None stands for the truth."""
-        for number, answer in enumerate(answers, len(self.calls("squeue")) + 1):
-            if answer is not None:
-                (self.folder / f"answer.{number}").write_text(answer)
-
-    def jobs(self) -> dict[str, list[str]]:
-        file = self.folder / "jobs"
-        lines = file.read_text().splitlines() if file.exists() else []
-        return {line.split("|")[0]: line.split("|") for line in lines}
-
-    def set_state(self, job_id: str, state: str, nodes: str = "n1", reason: str = "None") -> None:
-        jobs = self.jobs()
-        jobs[job_id][1:4] = state, reason, nodes
-        (self.folder / "jobs").write_text("".join("|".join(job) + "\n" for job in jobs.values()))
-
-    def forget(self, job_id: str) -> None:
-        (self.folder / "jobs").write_text("".join("|".join(j) + "\n" for i, j in self.jobs().items() if i != job_id))
+LIVE = ("PENDING", "RUNNING", "REQUEUE_HOLD", "RESV_DEL_HOLD", "SPECIAL_EXIT")
 
 
 class Clock:
@@ -120,80 +28,124 @@ class Clock:
 
 
 @dataclass
+class Job:
+    """A job as the controller knows it; a forgotten one is no longer listed."""
+
+    name: str
+    state: str = "PENDING"
+    reason: str = "None"
+    nodes: str = ""
+
+    def line(self, job_id: str) -> str:
+        return f"{job_id}|{self.state}|{self.reason}|{self.nodes}|N/A|N/A|{self.name}"
+
+
+@dataclass
 class Controller:
-    """Slurm inside this process, in place of its commands: thousands of polling rounds in seconds.
+    """The controller, accounting and commands.
 
     Attributes:
-        jobs: id -> [name, state]; a forgotten job is no longer listed.
-        past: what accounting keeps; None if there is no accounting.
-        faults: command -> faults of its next calls: "error" (no answer), "empty" or "cut" (output cut off), "header"
-            (squeue lists nothing), "lost" (the submission arrives, but sbatch gets no answer), "silent" (it arrives,
-            but sbatch prints no id), "limit" (the user has too many jobs).
+        history: what sacct prints; None if there is no accounting.
+        answer: what sbatch prints, with ID for the job's id.
+        shown: what scontrol prints of any job; None: the truth.
+        faults: command -> faults of its next calls: "" (none), "error" (no answer), "empty" or "cut" (output cut off),
+            "header" (squeue lists nothing), "lost" (the submission arrives, but sbatch gets no answer), "silent" (it
+            arrives, but sbatch prints no id), "limit" (the user has too many jobs); or the message with which a command
+            fails, after "arrived:" if the submission arrives all the same.
+        listings: what the next calls of squeue print; None: the truth.
     """
 
-    jobs: dict[str, list[str]] = field(default_factory=dict)
-    past: dict[str, list[str]] | None = None
+    jobs: dict[str, Job] = field(default_factory=dict)
+    history: str | None = ""
+    answer: str = "ID\n"
+    shown: str | None = None
     faults: dict[str, list[str]] = field(default_factory=dict)
+    listings: list[str | None] = field(default_factory=list)
     submitted: int = 0
+    called: list[str] = field(default_factory=list)
+
+    def install(self, monkeypatch) -> Controller:
+        """Answer for Slurm's commands, as on a machine that has them."""
+        monkeypatch.setattr(commands, "_run", self.run)
+        which = shutil.which
+        names = ("sbatch", "squeue", "scancel", "scontrol", "sacct")
+        monkeypatch.setattr(shutil, "which", lambda name, **given: name if name in names else which(name, **given))
+        return self
+
+    def calls(self, name: str = "") -> list[str]:
+        return [call for call in self.called if call.startswith(name)]
+
+    def fail_next(self, name: str, *messages: str) -> None:
+        self.faults[name] = list(messages)
+
+    def set_state(self, job_id: str, state: str, nodes: str = "n1", reason: str = "None") -> None:
+        job = self.jobs[job_id]
+        job.state, job.nodes, job.reason = state, nodes, reason
+
+    def live(self) -> list[str]:
+        return [job_id for job_id, job in self.jobs.items() if job.state in LIVE]
+
+    def end(self, job_id: str, state: str) -> None:
+        self.jobs[job_id].state = state
+
+    def forget(self, *job_ids: str) -> None:
+        """Forget jobs, as Slurm does after MinJobAge; accounting, if there is one, keeps those that have ended."""
+        for job_id in job_ids:
+            job = self.jobs.pop(job_id, None)
+            if job is not None and self.history is not None and job.state not in LIVE:
+                self.history += f"{job.line(job_id)}\n"
 
     def run(self, command: list[str]) -> subprocess.CompletedProcess[str]:
+        self.called.append(" ".join(command))
         planned = self.faults.get(command[0])
         fault = planned.pop(0) if planned else ""
-        code, out, error = getattr(self, command[0])(command, fault)
         if fault == "error":
-            code, out, error = 1, "", "Unable to contact slurm controller (connect failure)"
-        elif fault in ("empty", "cut"):
+            fault = "Unable to contact slurm controller (connect failure)"
+        if " " in fault and not fault.startswith("arrived:"):
+            return subprocess.CompletedProcess(command, 1, "", f"{fault}\n")
+        code, out, error = getattr(self, command[0])(command, fault)
+        if fault in ("empty", "cut"):
             out = out[: -9 if fault == "cut" else 0]
         return subprocess.CompletedProcess(command, code, out, error)
 
-    def live(self) -> list[str]:
-        return [job_id for job_id, (_, state) in self.jobs.items() if state in ("PENDING", "RUNNING")]
-
-    def end(self, job_id: str, state: str) -> None:
-        self.jobs[job_id][1] = state
-
-    def forget(self, job_id: str) -> None:
-        job = self.jobs.pop(job_id)
-        if self.past is not None:
-            self.past[job_id] = job
-
     def sbatch(self, command: list[str], fault: str) -> tuple[int, str, str]:
         script = Path(command[-1]).read_text()
-        if fault == "error":
-            return 1, "", ""
         if fault == "limit":
             return 1, "", "sbatch: error: AssocMaxSubmitJobLimit"
-        for needed in re.findall(r"afterok:(\d+)", script):
+        for needed in re.findall(r"after(?:ok|any):(\d+)", script):
             if needed not in self.jobs:
                 return 1, "", "sbatch: error: Batch job submission failed: Job dependency problem"
         self.submitted += 1
         job_id = str(100 + self.submitted)
-        self.jobs[job_id] = [re.findall("--job-name=(.+)", script)[0], "PENDING"]
+        self.jobs[job_id] = Job(re.findall("--job-name=(.+)", script)[0], reason="Priority")
         if fault == "lost":
             return 1, "", "sbatch: error: Socket timed out on send/recv operation"
-        return 0, "" if fault == "silent" else f"{job_id}\n", ""
+        if fault.startswith("arrived:"):
+            return 1, "", fault.removeprefix("arrived:")
+        return 0, "" if fault == "silent" else self.answer.replace("ID", job_id), ""
 
     def squeue(self, _: list[str], fault: str) -> tuple[int, str, str]:
-        lines = [f"{job_id}|{state}|None|n1|N/A|N/A|{name}|;\n" for job_id, (name, state) in self.jobs.items()]
+        if self.listings and (listing := self.listings.pop(0)) is not None:
+            return 0, listing, ""
+        lines = [f"{job.line(job_id)}|;\n" for job_id, job in self.jobs.items()]
         return 0, HEADER + ("" if fault == "header" else "".join(lines)), ""
 
-    def sacct(self, command: list[str], _: str) -> tuple[int, str, str]:
-        if self.past is None:
-            return 1, "", "Slurm accounting storage is disabled"
-        found = [(i, *self.past[i]) for i in command[-1].split(",") if i in self.past]
-        return 0, "".join(f"{i}|{state}|None|n1|N/A|N/A|{name}\n" for i, name, state in found), ""
+    def sacct(self, _: list[str], __: str) -> tuple[int, str, str]:
+        return (1, "", "Slurm accounting storage is disabled") if self.history is None else (0, self.history, "")
 
     def scontrol(self, command: list[str], _: str) -> tuple[int, str, str]:
-        if command[1:3] == ["show", "config"]:
-            return 0, "ClusterName             = fake\n", ""
+        if command[1] == "requeue":
+            return 0, "", ""
+        if self.shown is not None:
+            return 0, self.shown, ""
         if command[-1] not in self.jobs:
             return 1, "", "slurm_load_jobs error: Invalid job id specified"
-        name, state = self.jobs[command[-1]]
-        return 0, f"JobId={command[-1]} JobName={name} JobState={state} Reason=None\n", ""
+        job = self.jobs[command[-1]]
+        told = f"JobState={job.state} Reason={job.reason} StartTime=N/A EndTime=N/A NodeList={job.nodes}"
+        return 0, f"JobId={command[-1]} JobName={job.name} {told}\n", ""
 
-    def scancel(self, command: list[str], fault: str) -> tuple[int, str, str]:
-        if fault != "error":
-            for job_id in self.live():
-                if job_id in command or f"--jobname={self.jobs[job_id][0]}" in command:
-                    self.end(job_id, "CANCELLED")
+    def scancel(self, command: list[str], _: str) -> tuple[int, str, str]:
+        for job_id in self.live():
+            if job_id in command or f"--jobname={self.jobs[job_id].name}" in command:
+                self.end(job_id, "CANCELLED")
         return 0, "", ""

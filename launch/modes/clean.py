@@ -7,7 +7,7 @@ from pathlib import Path
 
 from hfprune_launch.modes.past_attempts import past_attempts
 from hfprune_launch.screen import make_console, say
-from hfprune_launch.slurm.jobs_needs import needs_of_jobs
+from hfprune_launch.slurm.job_tracker import inputs_of_live_jobs
 from hfprune_launch.sweep_folder import RecordedSweep, read_sweep
 
 from hfprune_dist.errors import UserError
@@ -32,7 +32,7 @@ def clean(out: Path, *, intermediates: bool, dry_run: bool) -> None:
     """
     sweep, store = read_sweep(out, past_attempts(out)), Store(out / "store")
     _refuse_while_needed(store)
-    jobs = needs_of_jobs(store)
+    jobs = inputs_of_live_jobs(store)
     used = {*_linked(out, store), *jobs, *(need for needs in jobs.values() for need in needs)}
     found = list(unused(store, {*as_made(sweep.plan, store).stages, *used}, about_to_run=jobs))
     if intermediates:

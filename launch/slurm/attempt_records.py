@@ -8,20 +8,16 @@
     end.json           how the attempt ended, and why
     *_log.out, *.err   output of the ranks
 
-A damaged record (emptied or cut off) counts as absent; but if a job may have been submitted, it is still known by its
-id or name.
+A damaged record counts as absent.
 """
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Any, TypeVar
 
-from pydantic import AliasChoices, Field
-
-from hfprune_dist.store.atomic_files import as_record, listed, modified_at, read_json
+from hfprune_dist.store.atomic_files import as_record, read_json
 
 Record = TypeVar("Record")
 
@@ -43,10 +39,8 @@ class Intent:
         created: unix time.
         gpus, cores: totals of the whole job.
         time_minutes: time limit of the job.
-        slot: jobs in the same slot run one at a time (``--max-running``); None without a limit. Records of earlier
-            versions call it ``lane``.
-        cluster, user: where the job is submitted and by whom; empty in records of earlier versions.
-        ranks: of the whole job; None in records of earlier versions. Some GPUs may have no rank.
+        slot: jobs in the same slot run one at a time (``--max-running``); None without a limit.
+        ranks: of the whole job. Some GPUs may have no rank.
     """
 
     stage_id: str
@@ -56,19 +50,16 @@ class Intent:
     gpus: int
     cores: int
     time_minutes: int
-    slot: Annotated[int | None, Field(validation_alias=AliasChoices("slot", "lane"))] = None
-    cluster: str = ""
-    user: str = ""
-    ranks: int | None = None
+    slot: int | None = None
+    ranks: int = 1
 
 
 @dataclass(frozen=True)
 class Job:
-    """The job that Slurm made from an intent; its name is repeated here in case the intent is damaged."""
+    """The job that Slurm made from an intent."""
 
     job_id: str
     at: float
-    job_name: str | None = None
 
 
 @dataclass(frozen=True)
@@ -97,7 +88,7 @@ class End:
     """The end of an attempt.
 
     Attributes:
-        cause: a ``Cause``, or that of another version.
+        cause: a ``Cause``.
         message: for the user.
         at: unix time, as far as Slurm or the stage's heartbeat tells it; a launcher may learn of it days later.
         state: the job's last state in Slurm, or GONE; empty if nothing has confirmed that the job is over.
@@ -117,7 +108,7 @@ class End:
 
 
 def read_attempt_record(file: Path, kind: type[Record]) -> Record | None:
-    """Read a record; None if there is none or it is damaged. Keys of later versions are ignored.
+    """Read a record; None if there is none or it is damaged.
 
     Raises:
         OSError: if the file system does not answer, which says nothing about the record.
@@ -126,33 +117,6 @@ def read_attempt_record(file: Path, kind: type[Record]) -> Record | None:
         return as_record(kind, read_json(file))
     except (ValueError, IsADirectoryError, NotADirectoryError):
         return None
-
-
-def read_intent(folder: Path) -> Intent | None:
-    """Return what was about to be submitted from a folder; None if nothing can have been."""
-    return read_attempt_record(folder / INTENT, Intent) or (_recover_intent(folder) if folder.is_dir() else None)
-
-
-def _recover_intent(folder: Path) -> Intent | None:
-    """Reconstruct a lost intent from the other files, since its job may be running all the same.
-
-    The batch script is written after the intent and before the submission; without it there is no job.
-    """
-    job, script = read_attempt_record(folder / JOB, Job), read_script(folder / SCRIPT)
-    options = dict(re.findall(r"^#SBATCH --([a-z-]+)=(\S+)$", script, re.MULTILINE))
-    if job is None and not script and not listed(folder, "run.*.json"):
-        return None
-    stage_id, number = "/".join(folder.parts[-3:-1]), int(folder.name)
-    name = (job.job_name if job is not None else None) or options.get("job-name")
-    return Intent(
-        stage_id=stage_id,
-        number=number,
-        job_name=name or job_name_of(stage_id, number),
-        created=min(time for file in listed(folder, "*") if (time := modified_at(file)) is not None),
-        gpus=0,
-        cores=0,
-        time_minutes=int(options.get("time", "0")),
-    )
 
 
 def job_name_of(stage_id: str, number: int) -> str:

@@ -25,7 +25,6 @@ from hfprune_launch.slurm.attempt_records import (
     Run,
     job_name_of,
     read_attempt_record,
-    read_intent,
 )
 from hfprune_launch.slurm.causes import NOT_ACCEPTED, Cause
 
@@ -62,7 +61,7 @@ class JobAttempt:
         return read_attempt_record(self.folder / END, End)
 
     def record_job(self, job_id: str) -> None:
-        write_json(self.folder / JOB, asdict(Job(job_id, time.time(), self.intent.job_name)))
+        write_json(self.folder / JOB, asdict(Job(job_id, time.time())))
 
     def close(self, end: End) -> None:
         """Record the end; if two launchers see the same end, both write the same."""
@@ -130,7 +129,7 @@ class Attempts:
         return locked(self._root / LOCK)
 
     def of(self, stage_id: str) -> list[JobAttempt]:
-        """Return the attempts at a stage, first to last, without folders from which nothing can have been submitted."""
+        """Return the attempts at a stage, first to last, without those whose intents are missing."""
         return list(self._iterate(stage_id))
 
     def last(self, stage_id: str) -> JobAttempt | None:
@@ -140,9 +139,9 @@ class Attempts:
         """Return the attempt in a folder of the store.
 
         Raises:
-            UserError: if nothing of it is left.
+            UserError: if its intent is lost.
         """
-        intent = read_intent(folder)
+        intent = read_attempt_record(folder / INTENT, Intent)
         if intent is None:
             raise UserError(f"{folder}: no record of an attempt; jobs are submitted by a sweep")
         return JobAttempt(folder, intent)
@@ -156,7 +155,7 @@ class Attempts:
     def ended_jobs(self, stage_id: str) -> set[str]:
         """Return the jobs of a stage that are over, according to Slurm or because they are gone; their claims are void.
 
-        Ids that an open attempt has as well are left out: another cluster, or one set up anew, reuses ids.
+        Ids that an open attempt has as well are left out: a cluster that was set up anew reuses ids.
         """
         attempts = [(attempt.job_id, attempt.end) for attempt in self.of(stage_id)]
         over = {job_id for job_id, end in attempts if job_id is not None and end is not None and end.state}
@@ -170,9 +169,7 @@ class Attempts:
         time_minutes: int,
         slot: int | None,
         *,
-        cluster: str = "",
-        user: str = "",
-        ranks: int | None = None,
+        ranks: int = 1,
     ) -> JobAttempt:
         """Record the next attempt; the caller must hold the stage's claim."""
         folder = self._root / stage.id
@@ -180,7 +177,7 @@ class Attempts:
         number, name = self._next(stage.id)
         attempt = JobAttempt(
             folder / str(number),
-            Intent(stage.id, number, name, time.time(), gpus, cores, time_minutes, slot, cluster, user, ranks),
+            Intent(stage.id, number, name, time.time(), gpus, cores, time_minutes, slot, ranks),
         )
         attempt.folder.mkdir(exist_ok=True)
         write_json(attempt.folder / INTENT, asdict(attempt.intent))
@@ -197,7 +194,7 @@ class Attempts:
 
     def _iterate(self, stage_id: str, newest_first: bool = False) -> Iterator[JobAttempt]:
         for _, path in sorted(_numbered(self._root / stage_id), reverse=newest_first):
-            intent = read_intent(path)
+            intent = read_attempt_record(path / INTENT, Intent)
             if intent is not None:
                 yield JobAttempt(path, intent)
 

@@ -13,9 +13,9 @@ from collections.abc import Callable
 
 from hfprune_launch.slurm.commands import SlurmCommands, SlurmUnavailableError
 from hfprune_launch.slurm.job_ends import JobEnds
+from hfprune_launch.slurm.job_tracker import GONE_AFTER_S
 from hfprune_launch.slurm.submission import Submission, Submitting
 from hfprune_launch.slurm.sweep_jobs import Event, Jobs, SweepJobs
-from hfprune_launch.slurm.whereabouts import GONE_AFTER_S
 
 from hfprune_dist.errors import UserError
 from hfprune_dist.planning.plan import Plan
@@ -54,7 +54,7 @@ class SlurmBackend:
     @property
     def jobs(self) -> Jobs:
         """The jobs that the last round saw, by job id."""
-        return self._jobs.whereabouts.jobs
+        return self._jobs.tracker.jobs
 
     def start(self) -> None:
         """Take over what earlier launchers left, then submit missing stages."""
@@ -86,8 +86,7 @@ class SlurmBackend:
         return self._submission.missing()
 
     def _is_any_missing(self) -> bool:
-        missing = [attempt for attempt in self._jobs.live.values() if self._jobs.is_missing(attempt)]
-        return any(not self._jobs.is_foreign(attempt) for attempt in missing)
+        return any(self._jobs.tracker.is_missing(attempt) for attempt in self._jobs.live.values())
 
     def _follow_while(
         self, goes_on: Callable[[], bool], show: Callable[[], object], sleep: Callable[[float], None]

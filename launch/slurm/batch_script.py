@@ -194,6 +194,8 @@ def _setup(request: Request) -> list[str]:
         f'echo "{START} ${{SLURM_RESTART_COUNT:-0}}" >&2',
         f'unset {" ".join(_foreign_variables(resources))} "${{!SRUN_@}}"',
         f"export OMP_NUM_THREADS={request.threads}",
+        # Python doesn't notice bytecode that a full disk has cut off, and nobody else should run what a job writes.
+        "export PYTHONDONTWRITEBYTECODE=1",
         *(sourced if own else []),
         f"export HFPRUNE_CODE={snapshot}",
         f"export PYTHONPATH={snapshot}${{PYTHONPATH:+:$PYTHONPATH}}",

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from hfprune_launch.slurm.attempts import Attempts, JobAttempt, with_job_ids
 from hfprune_launch.slurm.commands import SlurmCommands
 from hfprune_launch.slurm.job_info import JobInfo
-from hfprune_launch.slurm.whereabouts import REVOKED, Whereabouts
+from hfprune_launch.slurm.job_tracker import JobTracker
 from hfprune_launch.stage.stage_state import name_of
 
 from hfprune_dist.planning.plan import Plan
@@ -26,13 +26,11 @@ class Cancelled:
 
     Attributes:
         outside: stages of cancelled jobs that are not in the plan, from an edited configuration or an earlier version.
-        foreign: open attempts of other users or clusters, which can't be cancelled from here.
         going_on: what still runs, or may be submitted, after some time.
     """
 
     job_ids: list[str]
     outside: list[str]
-    foreign: list[JobAttempt]
     going_on: list[str]
 
 
@@ -45,21 +43,20 @@ def cancel_jobs(
     Raises:
         SlurmUnavailableError: if Slurm did not answer; some jobs may be left.
     """
-    whereabouts = Whereabouts(store, slurm, time.monotonic)
+    tracker = JobTracker(store, slurm, time.monotonic)
     stages: dict[str, str] = {}  # of cancelled jobs
     asked: set[str] = set()
     for _ in range(int(PATIENCE_S / LOOK_AGAIN_S)):
         attempts = Attempts(store.root).open_attempts()
         submitting = _submitting(store, attempts)
-        whereabouts.look(with_job_ids(attempts))
-        foreign = [attempt for attempt in attempts if whereabouts.is_out_of_sight(attempt)]
-        names = {attempt.intent.job_name: attempt.intent.stage_id for attempt in attempts if attempt not in foreign}
-        found = [job for job in whereabouts.jobs.values() if job.name in names and _goes_on(job)]
+        tracker.look(with_job_ids(attempts))
+        names = {attempt.intent.job_name: attempt.intent.stage_id for attempt in attempts}
+        found = [job for job in tracker.jobs.values() if job.name in names and _goes_on(job)]
         # Pending jobs come first: they would start when the jobs that they wait for are gone.
         found.sort(key=lambda job: (not job.is_waiting, int(job.job_id)))
         slurm.cancel([job.job_id for job in found])
         stages |= {job.job_id: names[job.name] for job in found}
-        for name in names.keys() - {job.name for job in whereabouts.jobs.values()} - asked:
+        for name in names.keys() - {job.name for job in tracker.jobs.values()} - asked:
             slurm.cancel_named(name)  # squeue may have missed it
         asked |= names.keys()
         if not found and not submitting:
@@ -67,12 +64,11 @@ def cancel_jobs(
         sleep(LOOK_AGAIN_S)
     going_on = [*submitting, *(f"job {job.job_id}" for job in found)]
     outside = sorted(set(stages.values()) - plan.stages.keys())
-    return Cancelled(sorted(stages, key=int), outside, foreign, going_on)
+    return Cancelled(sorted(stages, key=int), outside, going_on)
 
 
 def _goes_on(job: JobInfo) -> bool:
-    """Return whether a job is to be cancelled. One that another cluster has taken is, by way of its copy here."""
-    return (job.is_live and job.state != "COMPLETING") or job.state == REVOKED
+    return job.is_live and job.state != "COMPLETING"
 
 
 def _submitting(store: Store, attempts: list[JobAttempt]) -> list[str]:

@@ -19,13 +19,13 @@ from hfprune_launch.slurm.cancel import cancel_jobs
 from hfprune_launch.slurm.code_snapshot import take_snapshot
 from hfprune_launch.slurm.commands import SlurmCommands, SlurmUnavailableError
 from hfprune_launch.slurm.job_info import JobInfo
+from hfprune_launch.slurm.job_tracker import JobTracker
 from hfprune_launch.slurm.pending_jobs import REMIND_S
 from hfprune_launch.slurm.profile import Profile
 from hfprune_launch.slurm.slurm_stage import SlurmStage
 from hfprune_launch.slurm.status_table import stage_statuses, status_table
 from hfprune_launch.slurm.submission import Submitting
 from hfprune_launch.slurm.sweep_jobs import Event
-from hfprune_launch.slurm.whereabouts import Whereabouts
 from hfprune_launch.stage.progress_lines import ProgressLines
 from hfprune_launch.stage.stage_file import Provenance
 from hfprune_launch.sweep_folder import Sweep
@@ -136,15 +136,10 @@ def cancel_sweep(console: Console, sweep: Sweep) -> bool:
     lines = [f"cancelled {counted(len(job_ids), 'job')}: {' '.join(job_ids)}" if job_ids else "no jobs to cancel"]
     if cancelled.outside:
         lines.append(f"some of them belong to stages outside of this plan: {', '.join(cancelled.outside)}")
-    lines += [
-        f"not cancelled: job {job.job_id or job.intent.job_name} of user {job.intent.user} on cluster "
-        f"{job.intent.cluster}"
-        for job in cancelled.foreign
-    ]
     lines += [f"not cancelled yet: {what}; run the same command again" for what in cancelled.going_on]
     for line in lines:
         say(console, line)
-    return bool(cancelled.foreign or cancelled.going_on)
+    return bool(cancelled.going_on)
 
 
 def show_jobs(
@@ -188,23 +183,25 @@ class _StatusJobs:
         self._is_silent = False
         self._console = console
         self._sweep = sweep
-        self._whereabouts = Whereabouts(sweep.store, SlurmCommands(retry_delays_s=()), time.monotonic)
+        self._tracker = JobTracker(sweep.store, SlurmCommands(retry_delays_s=()), time.monotonic)
 
     def now(self) -> Mapping[str, JobInfo] | None:
         """Return the jobs, by id; None if this machine has no Slurm, or Slurm does not answer at once."""
         store = self._sweep.store
         if Attempts(store.root).is_empty:
             return {}
-        newest = [SlurmStage(store, stage_id).open_attempt() for stage_id in self._sweep.plan.stages]
+        handles = (SlurmStage(store, stage_id) for stage_id in self._sweep.plan.stages)
+        found = [handle.open_attempt() for handle in handles if not handle.is_committed()]
+        newest = [attempt for attempt in found if attempt is not None]
         try:
-            self._whereabouts.look(with_job_ids(it for it in newest if it is not None))
+            self._tracker.look(with_job_ids(newest))
         except SlurmUnavailableError as error:
-            if not self._is_silent and any(newest):
+            if not self._is_silent and newest:
                 say(self._console, f"Slurm does not answer ({error}): submitted jobs may wait or run")
             self._is_silent = True
             return None
         self._is_silent = False
-        return self._whereabouts.jobs
+        return self._tracker.jobs
 
 
 class _Screen:

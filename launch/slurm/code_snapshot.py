@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from hfprune_launch.project import Project
-from hfprune_launch.slurm.bytecode import compile_sources
 
 from hfprune_dist.errors import UserError
 from hfprune_dist.store.atomic_files import fsync_path, write_json
@@ -43,11 +42,9 @@ def take_snapshot(
             # The copy is digested, since the originals may be edited at this moment.
             snapshot = folder / _digest(draft)
             if _is_intact(snapshot):
-                compile_sources(_sources(snapshot))
                 return snapshot
             if aside := _set_aside(snapshot):
                 tell(f"the code in {snapshot} was damaged: set aside as {aside}, copied again")
-            compile_sources(_sources(draft))
             write_json(draft / "provenance.json", dict(code))
             changes = draft / "uncommitted.diff"
             changes.touch(mode=0o600)

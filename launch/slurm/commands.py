@@ -81,7 +81,6 @@ class SlurmCommands:
     ) -> None:
         self._sleep = sleep
         self._delays = retry_delays_s
-        self._cluster: str | None = None
 
     def require(self) -> None:
         """Raise UserError if this machine can't submit jobs."""
@@ -97,17 +96,6 @@ class SlurmCommands:
                 f"--profile: Slurm is not set up on this machine ({_last_line(refusal)}); run on a node of the "
                 "cluster, set SLURM_CONF, or use --backend local"
             )
-
-    def cluster(self) -> str:
-        """Return the name of the cluster that is asked; on another one, the same job ids mean other jobs."""
-        if self._cluster is None:
-            self._cluster = os.environ.get("SLURM_CLUSTERS") or self._configured_cluster()
-        return self._cluster
-
-    def _configured_cluster(self) -> str:
-        pattern = re.compile(r"^ClusterName\s*=\s*(\S+)", re.MULTILINE)
-        text = self._query(["scontrol", "show", "config"], is_whole=lambda text: pattern.search(text) is not None)
-        return str(pattern.findall(text)[0])
 
     def submit(self, script: Path, job_name: str) -> str | None:
         """Submit a batch script and return the job's id; None if Slurm accepted the job without saying its id.

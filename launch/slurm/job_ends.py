@@ -11,9 +11,9 @@ from hfprune_launch.slurm.attempts import JobAttempt
 from hfprune_launch.slurm.causes import NOT_ACCEPTED, RETRIES, Cause
 from hfprune_launch.slurm.exit_causes import explain_end
 from hfprune_launch.slurm.job_info import JobInfo
+from hfprune_launch.slurm.job_tracker import GONE_AFTER_S, JobState
 from hfprune_launch.slurm.pending_jobs import PendingJobs
 from hfprune_launch.slurm.sweep_jobs import Event, SweepJobs
-from hfprune_launch.slurm.whereabouts import GONE_AFTER_S, Sighting
 
 from hfprune_dist.store.claims import Holder
 from hfprune_dist.store.heartbeat import Failure
@@ -44,7 +44,7 @@ class JobEnds:
         self.take_up()
         self._ended.clear()
         live = self._jobs.live.values()
-        self._inherited = {attempt.intent.job_name for attempt in live if self._jobs.is_missing(attempt)}
+        self._inherited = {attempt.intent.job_name for attempt in live if self._jobs.tracker.is_missing(attempt)}
 
     def take_up(self) -> None:
         """Look up the states of all jobs, and close the attempts whose jobs are over."""
@@ -54,16 +54,14 @@ class JobEnds:
             if attempt := jobs.handle(stage_id).open_attempt():
                 jobs.live[stage_id] = attempt
         job_ids = {stage_id: attempt.job_id for stage_id, attempt in jobs.live.items()}
-        jobs.whereabouts.look(
-            [(job_id, jobs.live[stage_id]) for stage_id, job_id in job_ids.items() if job_id is not None]
-        )
-        sightings = {stage_id: jobs.whereabouts.sighting(jobs.live[stage_id]) for stage_id in job_ids}
-        self._pending.note([sighting.job for sighting in sightings.values() if sighting.job is not None])
+        jobs.tracker.look([(job_id, jobs.live[stage_id]) for stage_id, job_id in job_ids.items() if job_id is not None])
+        states = {stage_id: jobs.tracker.state_of(jobs.live[stage_id]) for stage_id in job_ids}
+        self._pending.note([state.job for state in states.values() if state.job is not None])
         for stage_id, attempt in list(jobs.live.items()):
             if job_ids[stage_id] is None:
                 self._find(attempt)
             else:
-                self._close_if_over(attempt, sightings[stage_id])
+                self._close_if_over(attempt, states[stage_id])
 
     def may_try(self, stage: Stage) -> bool:
         """Return whether a stage may be tried again, given all of its ends that this launcher saw."""
@@ -101,9 +99,9 @@ class JobEnds:
 
     def _find(self, attempt: JobAttempt) -> None:
         """Find the job of an intent whose launcher died before it wrote the job's id, or is about to write it."""
-        job = self._jobs.whereabouts.named(attempt.intent.job_name)
+        job = self._jobs.tracker.named(attempt.intent.job_name)
         job_id = None if job is None else job.job_id
-        if job_id is None and not self._jobs.is_foreign(attempt):
+        if job_id is None:
             job_id = self._find_claimed(attempt)
         if job_id is not None:
             attempt.record_job(job_id)
@@ -130,22 +128,22 @@ class JobEnds:
         jobs = self._jobs
         if not (attempt.folder / SCRIPT).exists():
             return True  # the launcher died before sbatch
-        if attempt.intent.stage_id in jobs.without_id and jobs.whereabouts.missing_for(attempt) < GONE_AFTER_S:
+        if attempt.intent.stage_id in jobs.without_id and jobs.tracker.missing_for(attempt) < GONE_AFTER_S:
             return False
         jobs.slurm.cancel_named(attempt.intent.job_name)
         return True
 
     # Jobs with known ids.
 
-    def _close_if_over(self, attempt: JobAttempt, sighting: Sighting) -> None:
-        stage, job = self._jobs.stage_of(attempt), sighting.job
+    def _close_if_over(self, attempt: JobAttempt, state: JobState) -> None:
+        stage, job = self._jobs.stage_of(attempt), state.job
         if job is not None and job.is_live:
-            self._give_up_hopeless(stage, attempt, job)
+            self._give_up_hopeless(stage, job)
         elif job is not None or self._jobs.handle(stage.id).is_done():
             end = self._end(stage, attempt, job)
             if not self._may_lag(stage, job, end):
                 self.close(stage, attempt, end)
-        elif sighting.is_gone:
+        elif state.is_gone:
             self._close_gone(stage, attempt)
         else:
             self._tell_of_missing(stage, attempt)
@@ -177,18 +175,16 @@ class JobEnds:
         return replace(end, cause=given_up.cause, message=given_up.message, bad_nodes=given_up.bad_nodes)
 
     def _tell_of_missing(self, stage: Stage, attempt: JobAttempt) -> None:
-        if not self._jobs.is_foreign(attempt):
-            message = (
-                f"Slurm says nothing of it; it counts as gone after {GONE_AFTER_S / 60:.0f} min without a sign of life"
-            )
-            self._jobs.tell(Event("waiting", stage, attempt.job_id, message))
+        minutes = f"{GONE_AFTER_S / 60:.0f} min"
+        message = f"Slurm says nothing of it; it counts as gone after {minutes} without a sign of life"
+        self._jobs.tell(Event("waiting", stage, attempt.job_id, message))
 
     # Jobs that Slurm will never start.
 
-    def _give_up_hopeless(self, stage: Stage, attempt: JobAttempt, job: JobInfo) -> None:
+    def _give_up_hopeless(self, stage: Stage, job: JobInfo) -> None:
         """Cancel a job that Slurm will never start; the next round finds it ended, and tries again."""
         cause = self._pending.hopeless(job)
-        if cause is None or self._jobs.whereabouts.is_somebody_elses(attempt):
+        if cause is None:
             return
         if stage.id not in self._given_up:
             self._given_up[stage.id] = self._given_up_for(cause, job)

@@ -20,7 +20,7 @@ def past_attempts(handle: SlurmStage) -> list[Attempt]:
 
 def _starts(attempt: JobAttempt) -> Iterator[Attempt]:
     end, runs, logs = attempt.end, attempt.runs(), tuple(attempt.logs())
-    number, ranks = attempt.intent.number, attempt.intent.ranks or attempt.intent.gpus or None
+    number, ranks = attempt.intent.number, attempt.intent.ranks
     for run in runs[:-1]:
         how, where = run.how or "died", _where(run)
         yield Attempt(number, "failed", run.started, run.ended, how, "requeued", where, logs, ranks)

@@ -13,7 +13,6 @@ from hfprune_launch.slurm.attempts import JobAttempt
 from hfprune_launch.slurm.exit_causes import log_tail
 from hfprune_launch.slurm.job_info import JobInfo
 from hfprune_launch.slurm.slurm_stage import SlurmStage
-from hfprune_launch.slurm.whereabouts import is_named
 from hfprune_launch.stage.stage_file import began_at
 from hfprune_launch.stage.stage_state import staleness, state_of, time_left
 from rich.markup import escape
@@ -63,7 +62,9 @@ def stage_statuses(plan: Plan, store: Store, jobs: Mapping[str, JobInfo] | None)
         jobs: by id; None if nothing is known of any, as Slurm does not answer.
     """
     now, hours_of = time.time(), measured_hours(plan, store)
-    statuses = [_status(stage, SlurmStage(store, stage.id), jobs, now) for stage in plan.stages.values()]
+    # By name, since the id of a job isn't known if its launcher died before recording it.
+    by_name = None if jobs is None else {job.name: job for job in sorted(jobs.values(), key=lambda job: job.is_live)}
+    statuses = [_status(stage, SlurmStage(store, stage.id), by_name, now) for stage in plan.stages.values()]
     statuses = [
         replace(status, left=_expected(hours_of(status.stage)) if status.state in NOT_BEGUN else status.left)
         for status in statuses
@@ -85,7 +86,7 @@ def _status(stage: Stage, handle: SlurmStage, jobs: Mapping[str, JobInfo] | None
     attempts = handle.attempts()
     last = attempts[-1] if attempts else None
     open_attempt = last if last is not None and last.end is None else None
-    job = None if open_attempt is None or jobs is None else _job_of(open_attempt, jobs)
+    job = None if open_attempt is None or jobs is None else jobs.get(open_attempt.intent.job_name)
     state, detail = _state(stage, handle, job)
     if jobs is None and open_attempt is not None and state in ("missing", "waiting", "died"):
         state, detail = "submitted", ""
@@ -109,12 +110,6 @@ def _status(stage: Stage, handle: SlurmStage, jobs: Mapping[str, JobInfo] | None
         gpu_hours=_hours(seconds, [attempt.intent.gpus for attempt in attempts]),
         core_hours=_hours(seconds, [attempt.intent.cores for attempt in attempts]),
     )
-
-
-def _job_of(attempt: JobAttempt, jobs: Mapping[str, JobInfo]) -> JobInfo | None:
-    """Return an attempt's job; None if its id is that of another job, on another cluster or one set up anew."""
-    job = jobs.get(attempt.job_id or "")
-    return job if job is not None and is_named(job, attempt) else None
 
 
 def _state(stage: Stage, handle: SlurmStage, job: JobInfo | None) -> tuple[str, str]:

@@ -111,7 +111,7 @@ class Submission:
 
     def _way_below_the_limit(self) -> str:
         """Return how room for more jobs can come about, for messages."""
-        if self._jobs.live or any(job.is_live for job in self._jobs.whereabouts.jobs.values()):
+        if self._jobs.live or any(job.is_live for job in self._jobs.tracker.jobs.values()):
             return "the rest is submitted when jobs have ended"
         return (
             "none of your jobs is in the queue, so the limit allows none, or other users' jobs reach it; if this "
@@ -129,7 +129,7 @@ class Submission:
             self._jobs.tell(Event("waiting", None, None, message))
 
     def _is_outdated(self, attempt: JobAttempt) -> bool:
-        job = self._jobs.whereabouts.sighting(attempt).job
+        job = self._jobs.tracker.state_of(attempt).job
         if job is None or not job.is_waiting:
             return False
         slot, limit = attempt.intent.slot, self._submitting.max_running
@@ -154,7 +154,7 @@ class Submission:
         pending = [need for need in stage.needs if need in jobs.todo and not jobs.handle(need).is_done()]
         needed = [jobs.live[need] for need in pending if need in jobs.live]
         # Nothing can depend on a job of which Slurm may know nothing.
-        job_ids = [attempt.job_id for attempt in needed if not jobs.is_missing(attempt)]
+        job_ids = [attempt.job_id for attempt in needed if not jobs.tracker.is_missing(attempt)]
         after_ok = [job_id for job_id in job_ids if job_id is not None]
         if len(after_ok) == len(pending):
             self._submit(stage, after_ok)
@@ -196,7 +196,6 @@ class Submission:
             resources.cores,
             resources.time_minutes,
             slot.number,
-            **self._jobs.whereabouts.me,
             ranks=resources.ranks,
         )
         write_stage_file(handle, stage, submitting.provenance, attempt.intent.number)

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from hfprune_launch.slurm.attempts import JobAttempt
 from hfprune_launch.slurm.commands import SlurmCommands
 from hfprune_launch.slurm.job_info import JobInfo
+from hfprune_launch.slurm.job_tracker import JobTracker
 from hfprune_launch.slurm.slurm_stage import SlurmStage
-from hfprune_launch.slurm.whereabouts import Whereabouts
 
 from hfprune_dist.planning.plan import Plan
 from hfprune_dist.store.artifacts import Store
@@ -54,7 +54,7 @@ class SweepJobs:
         self.slurm = slurm
         self.tell = tell
         self.clock = clock
-        self.whereabouts = Whereabouts(store, slurm, clock)
+        self.tracker = JobTracker(store, slurm, clock)
         self.todo = set(plan.lacking(lambda stage_id: self.handle(stage_id).is_done()))
         self.live: dict[str, JobAttempt] = {}
         self.without_id: set[str] = set()
@@ -64,26 +64,3 @@ class SweepJobs:
 
     def stage_of(self, attempt: JobAttempt) -> Stage:
         return self.plan.stages[attempt.intent.stage_id]
-
-    def is_missing(self, attempt: JobAttempt) -> bool:
-        """Return whether nothing in Slurm knew an attempt's job."""
-        return self.whereabouts.is_missing(attempt)
-
-    def is_foreign(self, attempt: JobAttempt) -> bool:
-        """Return whether a job can't be seen from here; if so, report whose it is, or who has taken it."""
-        intent = attempt.intent
-        if self.whereabouts.is_revoked(attempt):
-            message = (
-                "another cluster of the federation has taken it (REVOKED); this sweep waits for its artifact. To keep "
-                "jobs on one cluster: --cancel, then export SLURM_CLUSTERS=<name> and run the same command"
-            )
-            self.tell(Event("waiting", self.stage_of(attempt), attempt.job_id, message))
-            return True
-        if not self.whereabouts.is_out_of_sight(attempt):
-            return False
-        message = (
-            f"user {intent.user} submitted it on cluster {intent.cluster}; this sweep waits for its artifact. If that "
-            f"job is gone for good, remove {attempt.folder}"
-        )
-        self.tell(Event("waiting", self.stage_of(attempt), attempt.job_id, message))
-        return True

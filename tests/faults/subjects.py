@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
-import marshal
 import os
 import re
 import sys
@@ -15,7 +15,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from fake_slurm import FakeSlurm
+from fake_slurm import Controller
 from hfprune_launch import sweep
 from hfprune_launch.local.backend import LocalBackend
 from hfprune_launch.modes import sweep_run
@@ -340,11 +340,7 @@ class Code(Subject):
     def run(self, root: Path, count: Count, mark: Mark, marks: list) -> dict:
         snapshot = take_snapshot(Project.around(self.prepared / "launch"), root, {"commit": "abc"})
         files = sorted(path for path in snapshot.rglob("*") if path.is_file())
-        for path in files:
-            if path.suffix == ".pyc":  # contains the name of the draft in which it was made
-                marshal.loads(path.read_bytes()[16:])
-        texts = {path: "" if path.suffix == ".pyc" else path.read_text() for path in files}
-        return {"files": {str(path.relative_to(root)): digest_of(text) for path, text in texts.items()}}
+        return {"files": {str(path.relative_to(root)): digest_of(path.read_text()) for path in files}}
 
     def leftovers(self, root: Path) -> list[str]:
         return []  # half a copy, a megabyte, may stay: another launcher might be making it
@@ -393,10 +389,7 @@ class SlurmSweep(Subject):
     ROUNDS = 12
 
     def run(self, root: Path, count: Count, mark: Mark, marks: list) -> dict:
-        fake = FakeSlurm(root.with_name("slurm"))
-        os.environ["PATH"] = f"{fake.bin}:{os.environ['PATH']}"
-        for name, content in (marks[-1] if marks else {}).items():
-            (fake.folder / name).write_text(content)
+        fake = copy.deepcopy(marks[-1]) if marks else Controller()
         self._mark_submissions(fake, mark)
         store = Store(root)
         for _ in range(2):  # where a launcher gives up, the user repeats the command
@@ -413,13 +406,11 @@ class SlurmSweep(Subject):
         assert all(store.verify(stage_id, thorough=True).state == "done" for stage_id in self.PLAN.stages)
         return {}
 
-    def _mark_submissions(self, fake: FakeSlurm, mark: Mark) -> None:
-        original = slurm_cli._run
-
+    def _mark_submissions(self, fake: Controller, mark: Mark) -> None:
         def marking(command):
-            result = original(command)
+            result = fake.run(command)
             if command[0] == "sbatch":
-                mark({name: (fake.folder / name).read_text() for name in ("jobs", "last_id")})
+                mark(copy.deepcopy(fake))
             return result
 
         slurm_cli._run = marking
@@ -435,17 +426,16 @@ class SlurmSweep(Subject):
         )
         return SlurmBackend(store, self.PLAN, submitting, SlurmCommands(sleep=lambda _: None), lambda event: None)
 
-    def _refuse_twins(self, fake: FakeSlurm) -> None:
-        live = [job[6].split("-")[1] for job in fake.jobs().values() if job[1] in ("PENDING", "RUNNING")]
-        assert len(live) == len(set(live)), f"two jobs of one stage live: {fake.jobs()}"
+    def _refuse_twins(self, fake: Controller) -> None:
+        live = [fake.jobs[job_id].name.split("-")[1] for job_id in fake.live()]
+        assert len(live) == len(set(live)), f"two jobs of one stage live: {fake.jobs}"
 
-    def _run_jobs(self, fake: FakeSlurm, store: Store, restart: bool) -> None:
-        for job_id, job in fake.jobs().items():
-            stage = next(stage for stage in self.PLAN.stages.values() if f"-{stage.kind}-" in job[6])
-            if job[1] == "PENDING" and all(store.verify(need).state == "done" for need in stage.needs):
-                fake.set_state(
-                    job_id, "COMPLETED" if self._run_job(store, stage, job_id, job[6], restart) else "FAILED"
-                )
+    def _run_jobs(self, fake: Controller, store: Store, restart: bool) -> None:
+        for job_id, job in fake.jobs.items():
+            stage = next(stage for stage in self.PLAN.stages.values() if f"-{stage.kind}-" in job.name)
+            if job.state == "PENDING" and all(store.verify(need).state == "done" for need in stage.needs):
+                succeeds = self._run_job(store, stage, job_id, job.name, restart)
+                fake.set_state(job_id, "COMPLETED" if succeeds else "FAILED")
 
     def _run_job(self, store: Store, stage: Stage, job_id: str, name: str, restart: bool) -> bool:
         """Do what the first rank of a job does."""

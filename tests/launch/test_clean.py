@@ -6,7 +6,7 @@ import re
 import shutil
 
 import pytest
-from fake_slurm import FakeSlurm
+from fake_slurm import Controller, Job
 from hfprune_launch import clean, report, sweep
 from hfprune_launch.modes import clean as modes_clean
 from hfprune_launch.slurm.attempts import Attempts
@@ -167,9 +167,9 @@ def test_what_a_missing_row_needs_stays(config, out):
 
 
 @pytest.mark.parametrize("answer", ["waits", "silent", "gone"])
-def test_what_a_job_in_the_queue_needs_stays_until_the_job_is_over(out, tmp_path, monkeypatch, answer):
+def test_what_a_job_in_the_queue_needs_stays_until_the_job_is_over(out, monkeypatch, answer):
     """Even of a row that was forgotten after its submission, and if Slurm doesn't say whether the job still waits."""
-    fake, store = FakeSlurm(tmp_path / "slurm").on_path(monkeypatch), Store(out / "store")
+    fake, store = Controller().install(monkeypatch), Store(out / "store")
     (forgotten,) = set(pruned(store)) - read_record(out).plan.stages.keys()
     stage = Stage("recover", "alpha 0.15", {}, {"model": Input(forgotten, forgotten, is_stage=True)})
     attempt = Attempts(store.root).begin(stage, 0, 1, 60, None)
@@ -177,7 +177,7 @@ def test_what_a_job_in_the_queue_needs_stays_until_the_job_is_over(out, tmp_path
     write_stage_file(store.handle(stage.id), stage, Provenance(RuntimeConfig(), {}, {}), 1)
     draft = store.open_draft(stage.id)
     state = "CANCELLED" if answer == "gone" else "PENDING"
-    (fake.folder / "jobs").write_text(f"101|{state}|None||N/A|N/A|{attempt.intent.job_name}\n")
+    fake.jobs["101"] = Job(attempt.intent.job_name, state)
     if answer == "silent":
         fake.fail_next("squeue", "slurm_load_jobs error: Unable to contact slurm controller")
     shown = run(out, "--intermediates")

@@ -1,18 +1,14 @@
 """The backend's decisions, with fake commands in place of Slurm."""
 
-import getpass
 import io
 import re
-import signal
-import subprocess
 import threading
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from clusters import wait_for
-from fake_slurm import HEADER, Clock, FakeSlurm
-from fork_server import forked
+from fake_slurm import HEADER, Clock, Controller, Job
 from hfprune_launch.project import PROJECT
 from hfprune_launch.slurm import cli
 from hfprune_launch.slurm.attempt_records import GONE, End, Run
@@ -28,7 +24,7 @@ from hfprune_launch.slurm.sweep_jobs import Event
 from hfprune_launch.stage.stage_file import Provenance
 from ranks import ROOT
 from rich.console import Console
-from sweeps import command, make_inputs, sweep
+from sweeps import make_inputs, sweep
 
 from hfprune_dist.config.load import load_config
 from hfprune_dist.config.schema import RuntimeConfig
@@ -57,8 +53,8 @@ RESOURCES = dict.fromkeys(("importance", "reference", "prune", "recover", "evalu
 
 
 @pytest.fixture
-def fake(tmp_path, monkeypatch):
-    return FakeSlurm(tmp_path / "slurm").on_path(monkeypatch)
+def fake(monkeypatch):
+    return Controller().install(monkeypatch)
 
 
 @pytest.fixture
@@ -110,7 +106,7 @@ def causes(store, stage):
 
 def test_dependencies_become_slurms(fake, store):
     make_backend(store).start()
-    assert list(fake.jobs()) == ["101", "102", "103"]
+    assert list(fake.jobs) == ["101", "102", "103"]
     assert "--dependency" not in script_of(store, SCORES)
     for stage in PRUNES:
         assert "#SBATCH --dependency=afterok:101\n" in script_of(store, stage)
@@ -137,7 +133,7 @@ def test_what_is_done_or_queued_is_not_submitted_again(fake, store):
 def test_jobs_are_told_of_in_the_order_of_the_plan(fake, store):
     stages = [Stage("prune", str(number), {"number": number}, {}) for number in range(6)]
     make_backend(store, plan_of(*stages)).start()
-    for job_id in fake.jobs():
+    for job_id in fake.jobs:
         fake.set_state(job_id, "PENDING", nodes="", reason="PartitionDown")
     backend = make_backend(store, plan_of(*stages))
     backend.start()
@@ -162,7 +158,7 @@ def test_retries_are_bounded(fake, store):
     backend = make_backend(store, plan_of(SCORES))
     backend.start()
     for _ in range(10):
-        for job_id in fake.jobs():
+        for job_id in fake.jobs:
             fake.set_state(job_id, "FAILED")
         backend.step()
     assert causes(store, SCORES) == ["killed"] * 3
@@ -240,9 +236,8 @@ def test_an_intent_that_came_to_nothing_is_submitted_again(fake, store):
 def test_of_jobs_with_one_name_the_live_one_is_adopted(fake, store):
     """A submission was tried again and its first job cancelled; squeue lists neither of them at first."""
     attempt = Attempts(store.root).begin(SCORES, 0, 1, 60, None)
-    jobs = [f"{number}|{state}|None|n1|N/A|N/A|{attempt.intent.job_name}" for number, state in TRIED_AGAIN.items()]
-    (fake.folder / "jobs").write_text("\n".join(jobs) + "\n")
-    fake.answer_squeue(HEADER)
+    fake.jobs = {number: Job(attempt.intent.job_name, state) for number, state in TRIED_AGAIN.items()}
+    fake.listings = [HEADER]
     make_backend(store).start()
     assert Attempts(store.root).last(SCORES.id).job_id == "102" and causes(store, SCORES) == [None]
 
@@ -268,7 +263,7 @@ def test_a_job_that_noted_its_own_start_needs_no_squeue(fake, store):
 def test_a_new_cluster_may_give_an_id_again(fake, store):
     attempt = Attempts(store.root).begin(SCORES, 0, 1, 60, None)
     attempt.record_job("7")
-    (fake.folder / "jobs").write_text("7|RUNNING|None|n1|N/A|N/A|somebody-else\n")
+    fake.jobs["7"] = Job("somebody-else", "RUNNING")
     backend = make_backend(store)
     backend.start()
     assert causes(store, SCORES) == [None], "it might be a job of another cluster"
@@ -284,8 +279,8 @@ def test_of_two_attempts_with_one_id_each_is_followed(fake, store, lost, lives):
     for prune in (lost, lives):
         Attempts(store.root).begin(prune, 0, 1, 60, None).record_job("7")
     names = [Attempts(store.root).last(prune.id).intent.job_name for prune in (lost, lives)]
-    (fake.folder / "history").write_text(f"7|NODE_FAIL|None|n1|N/A|N/A|{names[0]}\n")
-    (fake.folder / "jobs").write_text(f"7|RUNNING|None|n1|N/A|N/A|{names[1]}\n")
+    fake.history = f"7|NODE_FAIL|None|n1|N/A|N/A|{names[0]}\n"
+    fake.jobs["7"] = Job(names[1], "RUNNING")
     backend = make_backend(store)
     backend.start()
     backend.follow_missing()
@@ -296,31 +291,23 @@ def test_of_two_attempts_with_one_id_each_is_followed(fake, store, lost, lives):
 def test_a_job_that_squeue_does_not_list_is_not_dead(fake, store, answers):
     backend = make_backend(store)
     backend.start()
-    for job_id in fake.jobs():
+    for job_id in fake.jobs:
         fake.set_state(job_id, "RUNNING")
-    fake.answer_squeue(*answers)
+    fake.listings = [*answers]
     for _ in answers:
         backend.step_after(500)
     assert causes(store, SCORES) == causes(store, PRUNES[0]) == [None]
     assert len(fake.calls("sbatch")) == 3 and not backend.told[3:]
 
 
-def forget(fake, *job_ids):
-    """Make Slurm forget the jobs, as it does after MinJobAge."""
-    for job_id in job_ids:
-        fake.forget(job_id)
-
-
 def test_the_end_of_a_job_that_slurm_has_forgotten_is_accountings(fake, store):
     backend = make_backend(store)
     backend.start()
-    name = fake.jobs()["101"][6]
-    (fake.folder / "history").write_text(
-        f"101|OUT_OF_MEMORY|None|n1|N/A|N/A|{name}\n102|FAILED|None|n1|N/A|N/A|other\n"
-    )
+    name = fake.jobs["101"].name
+    fake.history = f"101|OUT_OF_MEMORY|None|n1|N/A|N/A|{name}\n102|FAILED|None|n1|N/A|N/A|other\n"
     backend.step_after(1)
     assert causes(store, SCORES) == [None], "accounting may still show an earlier start of a requeued job"
-    forget(fake, "101", "102")
+    fake.forget("101", "102")
     backend.step_after(1)
     assert causes(store, SCORES) == ["out of memory"] and causes(store, PRUNES[0]) == [None]
 
@@ -329,7 +316,7 @@ def test_without_accounting_a_forgotten_job_is_over_after_minutes_without_a_sign
     plan = Plan({SCORES.id: SCORES}, (), (SCORES.id,))
     backend = make_backend(store, plan)
     backend.start()
-    forget(fake, "101")
+    fake.forget("101")
     for done in range(5):
         Progress(store.work(SCORES.id)).update("calibration", done, 5)
         backend.step_after(100)
@@ -348,7 +335,7 @@ def test_without_accounting_a_forgotten_job_is_over_after_minutes_without_a_sign
 def test_where_the_controller_does_not_answer_nothing_is_over(fake, store):
     backend = make_backend(store)
     backend.start()
-    forget(fake, "101", "102", "103")
+    fake.forget("101", "102", "103")
     fake.fail_next("scontrol", *["scontrol: error: Unable to contact slurm controller"] * 50)
     for _ in range(2):
         backend.step_after(200)
@@ -363,56 +350,6 @@ def test_a_job_that_said_itself_that_it_ended_is_over_once_slurm_knows_none(fake
     assert causes(store, SCORES) == ["killed", None]
 
 
-def test_a_job_that_another_cluster_of_a_federation_has_taken_is_waited_for(fake, store):
-    backend = make_backend(store, plan_of(SCORES))
-    backend.start()
-    fake.set_state("101", "REVOKED")
-    for _ in range(5):
-        backend.step_after(100)
-    assert causes(store, SCORES) == [None] and len(fake.jobs()) == 1
-    assert "another cluster of the federation has taken it" in backend.told[-1].message
-    complete(store, SCORES)
-    backend.step()
-    assert causes(store, SCORES) == ["done"]
-
-
-@pytest.mark.parametrize(("how", "is_over"), [("failed", True), ("interrupted", False), (None, True)])
-def test_a_start_of_a_taken_job_tells_when_it_is_over(fake, store, how, is_over):
-    """Interrupted, it is queued again on that cluster; without an end, it has died."""
-    backend = make_backend(store, plan_of(SCORES))
-    backend.start()
-    attempt = Attempts(store.root).of(SCORES.id)[0]
-    attempt.record_run(Run("101", 0, "n1", 1.0, None if how is None else 2.0, how))
-    fake.set_state("101", "REVOKED")
-    for _ in range(5):
-        backend.step_after(100)
-    assert (causes(store, SCORES)[0] is not None) == is_over
-
-
-def test_a_job_that_another_cluster_has_taken_is_cancelled(fake, store):
-    make_backend(store, plan_of(SCORES)).start()
-    fake.set_state("101", "REVOKED")
-    assert cancel_jobs(plan_of(SCORES), store, SlurmCommands()).job_ids == ["101"]
-
-
-@pytest.mark.parametrize("whose", [{"cluster": "other"}, {"user": "somebody"}])
-def test_a_job_of_another_cluster_or_user_is_never_taken_for_dead(fake, store, whose):
-    attempt = Attempts(store.root).begin(SCORES, 0, 1, 60, None, **{"cluster": "fake", "user": "", **whose})
-    attempt.record_job("101")
-    nameless = Attempts(store.root).begin(PRUNES[0], 0, 1, 60, None, **whose)
-    backend = make_backend(store)
-    backend.start()
-    backend.follow_missing()
-    for _ in range(3):
-        backend.step_after(300)
-    assert causes(store, SCORES) == [None] == causes(store, PRUNES[0]) and fake.calls("sbatch") == []
-    told = " ".join(event.message for event in backend.told)
-    assert next(iter(whose.values())) in told and str(attempt.folder) in told and str(nameless.folder) in told
-    complete(store, SCORES)
-    backend.step_after(10)
-    assert causes(store, SCORES) == ["done"]
-
-
 def test_only_jobs_that_are_over_lose_their_claims(fake, store):
     attempts = Attempts(store.root)
     ends = [End("killed", "", 0.0), End("killed", "", 0.0, state="FAILED"), End("killed", "", 0.0, state=GONE)]
@@ -425,18 +362,12 @@ def test_only_jobs_that_are_over_lose_their_claims(fake, store):
     assert attempts.ended_jobs(SCORES.id) == {"6"}, "another cluster gave the id again"
 
 
-def test_whose_a_job_is_stands_in_the_ledger(fake, store):
-    make_backend(store).start()
-    intent = Attempts(store.root).last(SCORES.id).intent
-    assert (intent.cluster, intent.user) == ("fake", getpass.getuser())
-
-
 def test_a_job_without_an_id_is_never_submitted_again_before_it_is_looked_for(fake, store):
     """sbatch accepted the job but printed nothing, and squeue does not list it for a while."""
-    (fake.folder / "answer").write_text("")
+    fake.answer = ""
     plan = Plan({SCORES.id: SCORES}, (), (SCORES.id,))
     backend = make_backend(store, plan)
-    fake.answer_squeue(None, *[HEADER] * 12)
+    fake.listings = [None, *[HEADER] * 12]
     backend.start()
     for _ in range(3):
         backend.step_after(10)
@@ -454,9 +385,6 @@ def test_a_job_that_did_not_arrive_is_cancelled_by_name_before_the_next(fake, st
     assert calls[:2] == ["scancel", "sbatch"] and f"scancel --jobname={attempt.intent.job_name}" in fake.calls()
 
 
-NEED_FORGOTTEN = "sbatch: error: Batch job submission failed: Job dependency problem"
-
-
 def test_a_need_that_is_made_meanwhile_is_no_dependency(fake, store, monkeypatch):
     """The submission outlasts MinJobAge: the needed job has ended, and Slurm has forgotten it."""
     plan = Plan({SCORES.id: SCORES, PRUNES[0].id: PRUNES[0]}, (), (SCORES.id, PRUNES[0].id))
@@ -465,7 +393,7 @@ def test_a_need_that_is_made_meanwhile_is_no_dependency(fake, store, monkeypatch
     def slowly(self, script, job_name):
         job_id = submit(self, script, job_name)
         complete(store, SCORES)
-        forget(fake, "101")
+        fake.forget("101")
         return job_id
 
     monkeypatch.setattr(SlurmCommands, "submit", slowly)
@@ -477,18 +405,14 @@ def test_a_need_that_died_meanwhile_is_made_again(fake, store):
     """Slurm refuses the dependent job, which is not to blame."""
     plan = Plan({SCORES.id: SCORES, PRUNES[0].id: PRUNES[0]}, (), (SCORES.id, PRUNES[0].id))
     backend = make_backend(store, plan)
-    (fake.bin / "sbatch").write_text(
-        (fake.bin / "sbatch")
-        .read_text()
-        .replace(
-            "next_failure\nname",
-            f"""
-            if grep -q afterok:101 "${{@: -1}}" && [ ! -e once ]; then
-                touch once; sed -i /^101/d jobs; echo "{NEED_FORGOTTEN}" >&2; exit 1
-            fi
-            name""",
-        )
-    )
+    sbatch = fake.sbatch
+
+    def forget_first(submission, fault):
+        if "afterok:101" in Path(submission[-1]).read_text():
+            fake.jobs.pop("101", None)
+        return sbatch(submission, fault)
+
+    fake.sbatch = forget_first
     backend.start()
     assert causes(store, PRUNES[0]) == ["need ended"] and causes(store, SCORES) == [None]
     assert "ended" not in [event.what for event in backend.told]
@@ -545,7 +469,7 @@ def test_a_job_that_could_not_be_launched_is_tried_elsewhere(fake, store):
     for number in range(4):
         job_id = str(101 + number)
         fake.set_state(job_id, "PENDING", nodes="", reason=HELD)
-        (fake.folder / "history").write_text(f"{job_id}|REQUEUED|None|n{number}|N/A|N/A|x\n")
+        fake.history = f"{job_id}|REQUEUED|None|n{number}|N/A|N/A|x\n"
         backend.step_after(1)
         assert fake.calls("scancel")[-1] == f"scancel {job_id}"
         fake.set_state(job_id, "CANCELLED")
@@ -593,7 +517,7 @@ def test_why_jobs_wait_is_said_once(fake, store):
     backend.start()
 
     def waits(reason, times, every=10):
-        for job_id in fake.jobs():
+        for job_id in fake.jobs:
             fake.set_state(job_id, "PENDING", nodes="", reason=reason)
         for _ in range(times):
             backend.step_after(every)
@@ -668,9 +592,7 @@ def test_jobs_of_commands_with_other_plans_count_for_max_running(fake, store):
     waits = [script_of(store, stage).count("--dependency=afterany:104") for stage in plans[2].stages.values()]
     assert waits == [0, 1], "one slot is free, and the job that waits in the other one comes first"
     for job_id in ("104", "105", "106"):  # over, and forgotten before any launcher could record how they ended
-        (fake.folder / "jobs").write_text(
-            "".join(line for line in (fake.folder / "jobs").open() if not line.startswith(f"{job_id}|"))
-        )
+        del fake.jobs[job_id]
     fourth.start()
     waits = [script_of(store, stage).count("--dependency") for stage in plans[3].stages.values()]
     assert waits == [0, 0] and len(fake.calls("sbatch")) == 8, "nothing waits for a job that Slurm no longer knows"
@@ -721,13 +643,12 @@ def test_launchers_that_start_together_take_different_slots(fake, store, monkeyp
 def test_nothing_joins_a_slot_whose_last_job_has_no_known_id(fake, store):
     """Slurm accepted a job without printing its id, or another launcher is submitting one."""
     complete(store, SCORES)
-    (fake.folder / "answer").write_text("")
-    fake.answer_squeue(*[HEADER] * 8)
+    fake.answer = ""
+    fake.listings = [*[HEADER] * 8]
     backend = make_backend(store, max_running=1)
     backend.start()
     assert len(fake.calls("sbatch")) == 1
-    fake.answer_squeue(None)
-    (fake.folder / "answer").unlink()
+    fake.listings, fake.answer = [], "ID\n"
     backend.step()
     assert len(fake.calls("sbatch")) == 2
     assert "#SBATCH --dependency=afterany:101" in script_of(store, PRUNES[1])
@@ -767,7 +688,7 @@ def test_a_full_queue_is_filled_up_later(fake, store):
     assert backend.unsubmitted() == list(PLAN.stages.values())
     backend.step()
     assert causes(store, SCORES) == [None], "the same attempt"
-    assert len(fake.jobs()) == 3 and backend.unsubmitted() == []
+    assert len(fake.jobs) == 3 and backend.unsubmitted() == []
 
 
 def test_a_limit_that_may_never_be_met_is_told_as_such(fake, store):
@@ -775,8 +696,7 @@ def test_a_limit_that_may_never_be_met_is_told_as_such(fake, store):
     backend = make_backend(store)
     backend.start()
     assert "the limit allows none, or other users' jobs reach it" in backend.told[-1].message
-    with (fake.folder / "jobs").open("a") as stream:
-        stream.write("999|RUNNING|None|n1|N/A|N/A|mine\n")
+    fake.jobs["999"] = Job("mine", "RUNNING")
     backend.step()
     assert backend.told[-1].message.endswith("the rest is submitted when jobs have ended")
 
@@ -802,16 +722,15 @@ def test_a_refused_job_keeps_back_only_what_needs_it(fake, store):
 
 def test_cancel_ends_the_sweeps_jobs_only(fake, store):
     make_backend(store).start()
-    with (fake.folder / "jobs").open("a") as stream:
-        stream.write("999|RUNNING|None|n1|N/A|N/A|mine\n")
-    assert cancel_jobs(PLAN, store, SlurmCommands()).job_ids == ["101", "102", "103"]
+    fake.jobs["999"] = Job("mine", "RUNNING")
+    assert cancel_jobs(PLAN, store, SlurmCommands(), lambda _: None).job_ids == ["101", "102", "103"]
     assert fake.calls("scancel") == ["scancel 101 102 103"]
 
 
 def test_cancelled_jobs_are_named_in_the_order_of_their_numbers(fake, store):
-    (fake.folder / "last_id").write_text("98")
+    fake.submitted = -2
     make_backend(store).start()
-    assert cancel_jobs(PLAN, store, SlurmCommands()).job_ids == ["99", "100", "101"]
+    assert cancel_jobs(PLAN, store, SlurmCommands(), lambda _: None).job_ids == ["99", "100", "101"]
 
 
 def test_cancel_finds_what_is_outside_the_plan_unlisted_or_without_an_id(fake, store):
@@ -819,12 +738,10 @@ def test_cancel_finds_what_is_outside_the_plan_unlisted_or_without_an_id(fake, s
     attempts = Attempts(store.root)
     (attempts.last(PRUNES[0].id).folder / "job.json").unlink()
     lost = attempts.begin(Stage("evaluate", "x", {}, {}), 0, 1, 60, None)
-    foreign = attempts.begin(Stage("evaluate", "y", {}, {}), 0, 1, 60, None, cluster="other", user="somebody")
-    fake.answer_squeue(HEADER + "".join("|".join(job) + "|;\n" for i, job in fake.jobs().items() if i != "103"))
-    cancelled = cancel_jobs(Plan({SCORES.id: SCORES}, (), (SCORES.id,)), store, SlurmCommands())
+    fake.listings = [HEADER + "".join(f"{job.line(i)}|;\n" for i, job in fake.jobs.items() if i != "103")]
+    cancelled = cancel_jobs(Plan({SCORES.id: SCORES}, (), (SCORES.id,)), store, SlurmCommands(), lambda _: None)
     assert cancelled.job_ids == ["101", "102", "103"]
     assert cancelled.outside == sorted(stage.id for stage in PRUNES)
-    assert [each.folder for each in cancelled.foreign] == [foreign.folder]
     assert fake.calls("scancel") == ["scancel 101 102 103", f"scancel --jobname={lost.intent.job_name}"]
 
 
@@ -843,18 +760,17 @@ def test_a_thousand_cells(fake, store, tmp_path, monkeypatch):
     assert all(store.verify(stage_id).state == "missing" for stage_id in plan.stages)
     assert len(plan.cells) == 1001 and isinstance(plan.cells[0], Cell)
     monkeypatch.setattr("os.fsync", lambda _: None)  # 4,000 of them are slow on a busy disk
-    attempts, lines = Attempts(store.root), []
+    attempts = Attempts(store.root)
     for number, stage in enumerate(plan.stages.values(), 1000):
         attempt = attempts.begin(stage, 0, 1, 60, None)
         attempt.record_job(str(number))
-        lines.append(f"{number}|PENDING|Priority||N/A|N/A|{attempt.intent.job_name}\n")
-    (fake.folder / "jobs").write_text("".join(lines))
+        fake.jobs[str(number)] = Job(attempt.intent.job_name, reason="Priority")
     backend = make_backend(store, plan)
     backend.start()
-    assert len(fake.calls()) == 1
+    assert len(fake.called) == 1
     for _ in range(3):
         backend.step()
-    assert fake.calls() == fake.calls("squeue") and len(fake.calls()) == 4
+    assert fake.called == fake.calls("squeue") and len(fake.called) == 4
 
 
 def test_dry_run_prints_what_would_be_submitted_where_there_is_no_slurm(tmp_path):
@@ -912,25 +828,8 @@ def test_status_is_followed_while_slurm_does_not_answer(fake, store, tmp_path, m
 def test_status_asks_about_jobs_that_squeue_does_not_list(fake, store, tmp_path, capsys):
     make_backend(store).start()
     fake.set_state("101", "RUNNING")
-    fake.answer_squeue(HEADER)
+    fake.listings = [HEADER]
     files = sorted(store.root.rglob("*"))
     show_status(Console(width=200), Sweep(PLAN, store, tmp_path), keep_on=False)
     assert "running" in capsys.readouterr().out
     assert sorted(store.root.rglob("*")) == files, "who looks leaves nothing"
-
-
-def test_a_launcher_is_interrupted_while_it_waits(fake, tmp_path):
-    config = make_inputs(tmp_path)
-    arguments = ["--models", "alpha", "--ratios", "0.2", "--profile", "local-cluster"]
-    launcher = subprocess.Popen(
-        forked(command(config, tmp_path / "out", *arguments)),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    wait_for(lambda: len(fake.jobs()) == 8 and len(fake.calls("squeue")) > 2)
-    launcher.send_signal(signal.SIGINT)
-    output, _ = launcher.communicate(timeout=600)
-    assert launcher.returncode == 130 and "run the same command again" in output and "Traceback" not in output, output
-    assert "submitted jobs go on; --status shows them, --cancel ends them" in output
-    assert [claim for claim in (tmp_path / "out").rglob("claim.*") if "released" not in claim.read_text()] == []

@@ -1,8 +1,9 @@
 import errno
+import os
 import subprocess
 
 import pytest
-from fake_slurm import HEADER, FakeSlurm
+from fake_slurm import HEADER, Controller, Job
 from hfprune_launch.slurm.commands import (
     RETRY_DELAYS_S,
     NeedEndedError,
@@ -18,8 +19,20 @@ DOWN = "slurm_load_jobs error: Unable to contact slurm controller (connect failu
 
 
 @pytest.fixture
-def fake(tmp_path, monkeypatch):
-    return FakeSlurm(tmp_path / "slurm").on_path(monkeypatch)
+def fake(monkeypatch):
+    return Controller().install(monkeypatch)
+
+
+@pytest.fixture
+def squeue(tmp_path, monkeypatch):
+    """Return a function that makes a program squeue of shell lines."""
+
+    def make(lines):
+        (tmp_path / "squeue").write_text(f"#!/bin/bash\n{lines}\n")
+        (tmp_path / "squeue").chmod(0o755)
+        monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+
+    return make
 
 
 @pytest.fixture
@@ -50,9 +63,9 @@ def test_a_busy_controller_is_asked_again_with_growing_delays(fake, slurm, scrip
 
 
 def test_a_submission_that_arrived_in_spite_of_an_error_is_not_repeated(fake, slurm, script):
-    (fake.folder / "arrived.fail").write_text(BUSY)
+    fake.fail_next("sbatch", f"arrived:{BUSY}")
     assert slurm.submit(script, "a-name") == "101"
-    assert len(fake.jobs()) == 1 and len(fake.calls("sbatch")) == 1
+    assert len(fake.jobs) == 1 and len(fake.calls("sbatch")) == 1
 
 
 @pytest.mark.parametrize("name", ["nowhere", "backup", "shutdown-soon", "temporarily", "communication", "zero_bytes"])
@@ -99,13 +112,12 @@ def test_a_full_queue_is_no_refusal(fake, slurm, script, named):
 
 
 def test_the_limit_that_is_reached_is_named(fake, slurm, script):
-    (fake.folder / "arrived.fail").write_text(f"sbatch: error: QOSMaxSubmitJobPerUserLimit\n{POLICY}")
-    fake.answer_squeue(HEADER)
+    fake.fail_next("sbatch", f"sbatch: error: QOSMaxSubmitJobPerUserLimit\n{POLICY}")
     with pytest.raises(SubmitLimitError, match=r"QOSMaxSubmitJobPerUserLimit; .*accounting/QOS policy"):
         slurm.submit(script, "a-name")
 
 
-def test_a_queue_of_the_cluster_that_is_full_is_no_refusal_either(fake, slurm, script, slept, monkeypatch):
+def test_a_queue_of_the_cluster_that_is_full_is_no_refusal_either(squeue, slurm, script, slept, monkeypatch):
     """sbatch then tries again by itself, for longer than a command may take here."""
     run, said = subprocess.run, "sbatch: error: Slurm temporarily unable to accept job, sleeping and retrying\n"
 
@@ -114,6 +126,7 @@ def test_a_queue_of_the_cluster_that_is_full_is_no_refusal_either(fake, slurm, s
             raise subprocess.TimeoutExpired(command, 90.0, stderr=said.encode())
         return run(command, **options)
 
+    squeue(f"echo '{HEADER[:-1]}'")
     monkeypatch.setattr(subprocess, "run", time_out)
     with pytest.raises(SubmitLimitError, match=r"unable to accept job.*; sbatch: timed out after 90 s"):
         slurm.submit(script, "a-name")
@@ -142,22 +155,20 @@ def test_a_controller_that_stays_away(fake, slurm, script, slept):
 
 
 def test_jobs_are_parsed(fake, slurm):
-    (fake.folder / "jobs").write_text(
-        "7|RUNNING|None|n[1-2]|2026-01-01T00:00:00|N/A|a|strange|name\n8|NODE_FAIL|NodeDown|n3|N/A|N/A|other\n\n"
-    )
+    fake.jobs = {"7": Job("a|strange|name", "RUNNING", nodes="n[1-2]"), "8": Job("other", "NODE_FAIL", "NodeDown")}
     jobs = slurm.jobs()
     assert jobs["7"].is_live and jobs["7"].nodes == "n[1-2]" and jobs["7"].name == "a|strange|name"
     assert not jobs["8"].is_live
     assert len(fake.calls("squeue")) == 1
 
 
-def test_jobs_with_names_in_any_encoding_are_parsed(fake, slurm):
-    lines = b"7|RUNNING|None|n1|N/A|N/A|caf\xe9|;\n8|PENDING|Priority||N/A|N/A|b|;\n"
-    (fake.folder / "answer.1").write_bytes(HEADER.encode() + lines)
+def test_jobs_with_names_in_any_encoding_are_parsed(slurm, squeue):
+    lines = r"7|RUNNING|None|n1|N/A|N/A|caf\xe9|;\n8|PENDING|Priority||N/A|N/A|b|;\n"
+    squeue(f"printf '{HEADER[:-1]}\\n{lines}'")
     assert [job.state for job in slurm.jobs().values()] == ["RUNNING", "PENDING"]
 
 
-def test_a_command_that_can_not_be_started_is_tried_again(fake, slurm, slept, monkeypatch):
+def test_a_command_that_can_not_be_started_is_tried_again(slurm, slept, squeue, monkeypatch):
     """A login node limits how many processes a user may start at once; a job's node may lack Slurm's commands."""
     run, failing = subprocess.run, [BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")] * 2
 
@@ -166,10 +177,10 @@ def test_a_command_that_can_not_be_started_is_tried_again(fake, slurm, slept, mo
             raise failing.pop()
         return run(*arguments, **options)
 
+    squeue(f"echo '{HEADER[:-1]}'")
     monkeypatch.setattr(subprocess, "run", start)
     assert slurm.jobs() == {} and slept == list(RETRY_DELAYS_S[:2])
-    (fake.bin / "squeue").unlink()
-    monkeypatch.setenv("PATH", str(fake.bin))
+    monkeypatch.setenv("PATH", "/nowhere")
     with pytest.raises(SlurmUnavailableError, match="squeue: No such file or directory"):
         slurm.jobs()
 
@@ -177,7 +188,7 @@ def test_a_command_that_can_not_be_started_is_tried_again(fake, slurm, slept, mo
 def test_history_is_empty_without_accounting(fake, slurm):
     fake.fail_next("sacct", "Slurm accounting storage is disabled")
     assert slurm.history(["7"]) == {}
-    (fake.folder / "history").write_text("7|CANCELLED by 1000|None|n1|2026-01-01T00:00:00|2026-01-01T00:01:00|name\n")
+    fake.history = "7|CANCELLED by 1000|None|n1|2026-01-01T00:00:00|2026-01-01T00:01:00|name\n"
     assert slurm.history(["7"])["7"].state == "CANCELLED"
     assert slurm.history([]) == {} and len(fake.calls("sacct")) == 2
 
@@ -191,7 +202,7 @@ def test_history_is_empty_without_accounting(fake, slurm):
     ],
 )
 def test_why_a_cancelled_job_waited_follows_from_who_cancelled_it(fake, slurm, said, reason):
-    (fake.folder / "history").write_text(f"7|{said}|None|N/A|name\n")
+    fake.history = f"7|{said}|None|N/A|name\n"
     (job,) = slurm.history(["7"]).values()
     assert (job.state, job.reason) == ("CANCELLED", reason)
 
@@ -213,28 +224,28 @@ def test_cancelling_what_has_ended_is_no_error(fake, slurm):
     ],
 )
 def test_the_id_is_found_among_a_sites_notes(fake, slurm, script, answer):
-    (fake.folder / "answer").write_text(answer)
+    fake.answer = answer
     assert slurm.submit(script, "a-name") == "101"
     assert fake.calls("squeue") == []
 
 
 @pytest.mark.parametrize("answer", ["", "Note: no id today\n"])
 def test_a_job_whose_id_is_not_said_is_found_by_name_with_patience(fake, slurm, script, slept, answer):
-    (fake.folder / "answer").write_text(answer)
-    fake.answer_squeue(HEADER, HEADER)
+    fake.answer = answer
+    fake.listings = [HEADER, HEADER]
     assert slurm.submit(script, "a-name") == "101"
     assert slept == list(RETRY_DELAYS_S[:2]) and len(fake.calls("sbatch")) == 1
 
 
 def test_a_job_that_is_not_found_by_name_is_not_submitted_again(fake, slurm, script):
-    (fake.folder / "answer").write_text("")
-    fake.answer_squeue(*[HEADER] * 20)
+    fake.answer = ""
+    fake.listings = [*[HEADER] * 20]
     assert slurm.submit(script, "a-name") is None
     assert len(fake.calls("sbatch")) == 1
 
 
 def test_a_refusal_by_words_unknown_to_us_is_no_refusal_where_the_job_arrived(fake, slurm, script):
-    (fake.folder / "arrived.fail").write_text("sbatch: error: something new")
+    fake.fail_next("sbatch", "arrived:sbatch: error: something new")
     assert slurm.submit(script, "a-name") == "101"
 
 
@@ -248,8 +259,8 @@ def test_a_need_that_slurm_has_forgotten_is_no_refusal(fake, slurm, script):
     "answer", ["", "7|RUNNING", f"{HEADER}7|RUNNING|None|n1|N/A|N/A|na", f"{HEADER}12", HEADER[:20]]
 )
 def test_an_answer_that_is_cut_off_is_none(fake, slurm, slept, answer):
-    (fake.folder / "jobs").write_text("7|RUNNING|None|n1|N/A|N/A|name\n")
-    fake.answer_squeue(answer, answer)
+    fake.jobs["7"] = Job("name", "RUNNING", nodes="n1")
+    fake.listings = [answer, answer]
     assert list(slurm.jobs()) == ["7"]
     assert slept == list(RETRY_DELAYS_S[:2])
 
@@ -257,17 +268,17 @@ def test_an_answer_that_is_cut_off_is_none(fake, slurm, slept, answer):
 def test_every_cut_of_a_line_is_noticed(fake, slurm):
     """A cut between two lines can't be noticed."""
     text = f"{HEADER}7|RUNNING|None|n1|N/A|N/A|a\n8|odd|name|;\n"
-    fake.answer_squeue(text)
+    fake.listings = [text]
     assert slurm.jobs()["7"].name == "a\n8|odd|name"
     hasty = SlurmCommands(retry_delays_s=())
     for length in [*range(0, len(HEADER) - 1, 9), *range(len(HEADER) + 1, len(text), 5)]:
-        fake.answer_squeue(text[:length])
+        fake.listings = [text[:length]]
         with pytest.raises(SlurmUnavailableError, match="cut off"):
             hasty.jobs()
 
 
 def test_listings_of_several_clusters(fake, slurm):
-    fake.answer_squeue("".join(f"CLUSTER: c{n}\n{HEADER}{n}|RUNNING|None|n1|N/A|N/A|name {n}|;\n" for n in (1, 2)))
+    fake.listings = ["".join(f"CLUSTER: c{n}\n{HEADER}{n}|RUNNING|None|n1|N/A|N/A|name {n}|;\n" for n in (1, 2))]
     assert {job.name for job in slurm.jobs().values()} == {"name 1", "name 2"}
 
 
@@ -278,18 +289,18 @@ def test_accounting_is_asked_about_the_cluster_that_the_other_commands_ask(fake,
     assert ["--clusters=other" in call for call in fake.calls("sacct")] == [False, True]
 
 
-def test_commands_do_not_see_what_a_user_set_for_them(fake, slurm, monkeypatch):
+def test_commands_do_not_see_what_a_user_set_for_them(slurm, squeue, monkeypatch):
     kept = {"SLURM_CONF": "/etc/slurm.conf", "SLURM_CLUSTERS": "a", "SLURM_JWT": "token", "PATH": "/bin", "HOME": "/"}
     dropped = ["SQUEUE_PARTITION", "SLURM_TIME_FORMAT", "SLURM_MEM_PER_CPU", "SBATCH_QOS", "SACCT_FORMAT"]
     dropped += ["SCANCEL_STATE", "SINFO_FORMAT", "SLURM_JOB_ID"]
     assert command_environment({**kept, **dict.fromkeys(dropped, "x")}) == kept
-    (fake.bin / "squeue").write_text(f'#!/bin/bash\nprintf "{HEADER[:-1]}\\n1|R|||||$SQUEUE_PARTITION|;\\n"\n')
+    squeue(f'printf "{HEADER[:-1]}\\n1|R|||||$SQUEUE_PARTITION|;\\n"')
     monkeypatch.setenv("SQUEUE_PARTITION", "urgent")
     assert slurm.jobs()["1"].name == ""
 
 
 def test_the_controller_is_asked_about_one_job(fake, slurm, slept):
-    (fake.folder / "jobs").write_text("7|RUNNING|None|n1|N/A|N/A|name\n")
+    fake.jobs["7"] = Job("name", "RUNNING", nodes="n1")
     assert slurm.job("7").state == "RUNNING" and slurm.job("7").name == "name" and slurm.job("7").nodes == "n1"
     assert slurm.job("8") is None and slept == []
     fake.fail_next("scontrol", *[DOWN] * 20)
@@ -299,14 +310,8 @@ def test_the_controller_is_asked_about_one_job(fake, slurm, slept):
 
 def test_where_a_job_was_launched(fake, slurm):
     lines = ["6|REQUEUED|None|n1|N/A|N/A|held", "6|PENDING|None|None assigned|Unknown|Unknown|held"]
-    (fake.folder / "history").write_text("\n".join(lines) + "\n")
+    fake.history = "\n".join(lines) + "\n"
     assert slurm.launched_on("6") == "n1"
-
-
-def test_the_cluster_has_a_name(fake, slurm, monkeypatch):
-    assert slurm.cluster() == "fake"
-    monkeypatch.setenv("SLURM_CLUSTERS", "other")
-    assert SlurmCommands().cluster() == "other"
 
 
 @pytest.mark.parametrize(
@@ -318,7 +323,7 @@ def test_the_cluster_has_a_name(fake, slurm, monkeypatch):
     ],
 )
 def test_what_slurm_does_to_a_job_from_inside_it(fake, slurm, fields, fate):
-    (fake.folder / "job").write_text(f"JobId=7 JobName=x {fields} Reason=None\n")
+    fake.shown = f"JobId=7 JobName=x {fields} Reason=None\n"
     assert slurm.fate("7") == fate
 
 
@@ -326,6 +331,6 @@ def test_what_slurm_does_to_a_job_from_inside_it(fake, slurm, fields, fate):
     ("state", "requeued", "queued"), [("RUNNING", 1, True), ("PENDING", 0, True), ("CANCELLED", 0, False)]
 )
 def test_a_job_requeues_itself_unless_slurm_does_or_the_user_has_cancelled_it(fake, slurm, state, requeued, queued):
-    (fake.folder / "job").write_text(f"JobId=7 JobName=x JobState={state} Reason=None\n")
+    fake.shown = f"JobId=7 JobName=x JobState={state} Reason=None\n"
     assert slurm.requeue("7_1") is queued
     assert fake.calls("scontrol requeue") == ["scontrol requeue 7_1"] * requeued

@@ -6,8 +6,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from fake_slurm import Clock, Controller
-from hfprune_launch.slurm import commands
+from fake_slurm import Clock, Controller, Job
 from hfprune_launch.slurm.attempts import Attempts
 from hfprune_launch.slurm.backend import SlurmBackend
 from hfprune_launch.slurm.cancel import cancel_jobs
@@ -28,9 +27,7 @@ PLAN = Plan({stage.id: stage for stage in STAGES}, (), tuple(stage.id for stage 
 
 @pytest.fixture
 def controller(monkeypatch):
-    controller = Controller()
-    monkeypatch.setattr(commands, "_run", controller.run)
-    return controller
+    return Controller().install(monkeypatch)
 
 
 @pytest.fixture
@@ -105,7 +102,7 @@ def test_a_job_that_is_being_submitted_is_waited_for(controller, store, arrives)
     def meanwhile(_):
         looks.append(1)
         if arrives and len(looks) == 3:
-            controller.jobs["7"] = [attempt.intent.job_name, "PENDING"]
+            controller.jobs["7"] = Job(attempt.intent.job_name)
             attempt.record_job("7")
             claim.release()
 

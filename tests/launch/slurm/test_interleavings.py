@@ -52,7 +52,7 @@ class World:
 
     def __init__(self, folder, accounting):
         self.store = Store(folder / "store")
-        self.controller = Controller(past={} if accounting else None)
+        self.controller = Controller(history="" if accounting else None)
         self.clock = Clock()
         self.launchers = [self.launcher(), self.launcher()]
 
@@ -96,7 +96,7 @@ class World:
             self.end_job(job_id, what)
 
     def end_job(self, job_id, what):
-        stage = self.stage_of(self.controller.jobs[job_id][0])
+        stage = self.stage_of(self.controller.jobs[job_id].name)
         if what == "done" and self.store.verify(stage.id).state != "done":
             draft = self.store.open_draft(stage.id)
             (draft / "result").write_text("x")
@@ -108,7 +108,7 @@ class World:
         return next(stage for stage in PLAN.stages.values() if f"-{stage.kind}-" in job_name)
 
     def check(self):
-        live = [self.controller.jobs[job_id][0] for job_id in self.controller.live()]
+        live = [self.controller.jobs[job_id].name for job_id in self.controller.live()]
         kinds = [self.stage_of(name).kind for name in live]
         assert len(set(kinds)) == len(kinds), f"two live jobs for one stage: {live}"
         for stage in PLAN.stages.values():

@@ -5,7 +5,7 @@ import sys
 from types import SimpleNamespace
 
 import pytest
-from fake_slurm import FakeSlurm
+from fake_slurm import Controller
 from hfprune_launch.slurm import job
 from hfprune_launch.slurm.attempt_records import Run
 from hfprune_launch.slurm.attempts import Attempts
@@ -137,8 +137,8 @@ def test_a_job_that_its_time_limit_ends_before_it_gets_further_is_not_requeued(
     tmp_path, monkeypatch, capfd, done, says, requeued
 ):
     stage = Stage("importance", "a", {}, {"model": Input("digest", "/model")})
-    store, fake = Store(tmp_path / "store"), FakeSlurm(tmp_path / "slurm").on_path(monkeypatch)
-    (fake.folder / "job").write_text(f"JobId=7 JobName=x {says} Reason=None\n")
+    store, fake = Store(tmp_path / "store"), Controller().install(monkeypatch)
+    fake.shown = f"JobId=7 JobName=x {says} Reason=None\n"
     attempt = Attempts(store.root).begin(stage, 0, 1, 60, None)
     earlier = {"phase": "calibration", "done": 3, "total": 9, "updated": 0.0}
     for number in range(3):

@@ -44,14 +44,6 @@ def test_every_start_of_every_job_has_its_end(tmp_path):
     ]
 
 
-@pytest.mark.parametrize(("ranks", "told_ranks"), [(2, 2), (None, 8)])
-def test_gpus_without_a_rank_are_not_taken_for_ranks(tmp_path, ranks, told_ranks):
-    """Artifacts' hours count ranks as well; records of earlier versions state only GPUs."""
-    Attempts(tmp_path).begin(STAGE, 8, 64, 30, None, ranks=ranks)
-    (start,) = past_attempts(SlurmStage(Store(tmp_path), STAGE.id))
-    assert start.ranks == told_ranks
-
-
 def test_a_start_that_was_killed_ended_when_slurm_or_its_heartbeat_says(tmp_path):
     """The next launcher may notice only days later."""
     store, started = Store(tmp_path), time.time() - 86_400
