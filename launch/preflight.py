@@ -115,16 +115,13 @@ def _require_data_sets(sources: Iterable[TextSource]) -> None:
 
 
 def _check_tasks(evaluation: EvaluationConfig) -> None:
-    from hfprune_dist.evaluation.examples import check_examples
     from hfprune_dist.evaluation.lm_eval_tasks import check_tasks  # lm-eval takes seconds to import
 
-    include_path = _include_path(evaluation)
-    check_tasks(evaluation.tasks, include_path)
-    check_examples(evaluation.tasks, include_path, evaluation.num_fewshot)
+    check_tasks(evaluation.tasks, _include_path(evaluation), evaluation.num_fewshot)
 
 
 def _check_answers(evaluation: EvaluationConfig, positions: int | None, folder: Path) -> None:
-    from hfprune_dist.evaluation.task_definitions import require_room_for_answers  # searches thousands of files
+    from hfprune_dist.evaluation.task_index import require_room_for_answers
 
     if positions is not None:
         require_room_for_answers(evaluation.tasks, _include_path(evaluation), positions, folder)

@@ -1,83 +1,53 @@
-"""lm-eval's tasks: checking their names, loading them fast, and selecting the results to keep.
-
-lm-eval ships 14,000 YAML files, and its own index parses all of them (12 s). Here their text is searched for the wanted
-names (0.6 s), and only the folders that define them are indexed, if that is sure to give the same tasks.
-"""
+"""lm-eval's tasks: checking and loading them with their data, and selecting the results to keep."""
 
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from hfprune_dist.errors import UserError, did_you_mean
-from hfprune_dist.evaluation.examples import require_examples
-from hfprune_dist.evaluation.task_definitions import (
-    Definition,
-    explain,
-    own_definitions,
-    plain_members,
-    refuse_hollow,
-    refuse_renamed,
-    refuse_unsuited,
-    shipped_definitions,
-    unfolded,
-    with_included,
-)
-from hfprune_dist.evaluation.task_files import FILE_LOADERS, data_folder, matching, paths_in
+from hfprune_dist.errors import UserError
+from hfprune_dist.evaluation.task_index import explain, members_of, open_index, refuse_unknown
 from hfprune_dist.store.hashing import digest_of
 
+# Loaders of the datasets library that read local files.
+FILE_LOADERS = ("arrow", "csv", "json", "parquet", "text")
 # The library names a lock after the whole path of what it locks, and shortens names of more characters than a file's
 # name has bytes. A character of UTF-8 takes up to four.
 LONGEST_LOCK_NAME = 255 // 4
 
 
-def check_tasks(tasks: Sequence[str], include_path: Path | None) -> None:
-    """Refuse task names that lm-eval doesn't know, and tasks of the user's own that can't be used.
-
-    Raises:
-        UserError: for unknown names, also in groups, listing all of them with close matches, if any; for an
-            ``include_path`` without tasks; for a group without members, or of which lm-eval would score only some
-            tasks; for tasks that run code or need images; for a missing or empty file that one of the user's own tasks
-            reads, naming it.
-    """
-    own, unreadable = own_definitions(include_path)
-    if include_path is not None and not (own or unreadable):
-        raise UserError(f"evaluation.include_path: no task is defined in {include_path}/**/*.yaml")
-    refuse_hollow(tasks, own)
-    shipped = shipped_definitions() if set(unfolded(tasks, own)) - set(own) else {}
-    known = {**shipped, **own}
-    members = {name: f" (listed in {file})" for name, file in plain_members(tasks, own).items()}
-    wanted = members | dict.fromkeys(tasks, "")
-    unknown = {name: where for name, where in wanted.items() if name not in known}
-    _refuse_unknown(unknown, include_path, own, unreadable)
-    refuse_renamed(tasks, known)
-    refuse_unsuited(tasks, known)
-    for name in unfolded(tasks, own):
-        if name in own and own[name].kind != "group":
-            assert include_path is not None
-            _check_data(name, own[name].file, include_path)
-
-
-def _refuse_unknown(
-    tasks: Mapping[str, str], include_path: Path | None, own: Mapping[str, Definition], unreadable: Mapping[Path, str]
-) -> None:
-    """Refuse names that only lm-eval's index may know, if it doesn't.
+def check_tasks(tasks: Sequence[str], include_path: Path | None, num_fewshot: int | None) -> None:
+    """Refuse tasks that can't be evaluated, as far as that is known without a network: those of the user's own whose
+    data is local are loaded.
 
     Args:
-        tasks: each name -> where it is from, for messages.
+        num_fewshot: examples in prompts; None: each task's own number.
+
+    Raises:
+        UserError: for an ``include_path`` without tasks, and as ``refuse_unknown`` and ``TaskLoader.load``.
     """
-    if not tasks:
-        return
-    known = set(own) | set(_open_index(None, include_path).task_index)
-    unknown = [task for task in tasks if task not in known]
-    if unknown:
-        lines = [f"unknown task {task!r}{tasks[task]}{did_you_mean(task, known)}" for task in unknown]
-        lines += [f"{file}: can't be read: {reason}" for file, reason in unreadable.items()]
-        where = f" and {include_path}" if include_path else " (evaluation.include_path names a folder with more)"
-        raise UserError("evaluation.tasks:\n  " + "\n  ".join(lines) + f"\nknown are the tasks of lm-eval{where}")
+    if include_path is not None and not any(include_path.glob("**/*.yaml")):
+        raise UserError(f"evaluation.include_path: no task is defined in {include_path}/**/*.yaml")
+    known = open_index(tasks, include_path).task_index
+    refuse_unknown(known, tasks, include_path)
+    local = [task for task in tasks if all(_is_local(entry, include_path) for entry in members_of(known, task))]
+    if local:
+        with tempfile.TemporaryDirectory() as cache:
+            loader = TaskLoader(tasks, include_path, Path(cache))
+            for task in local:
+                loader.load(task, num_fewshot)
+
+
+def _is_local(entry: Any, include_path: Path | None) -> bool:
+    """Whether a task is the user's own, with data in files."""
+    is_own = include_path is not None and entry.yaml_path.is_relative_to(include_path)
+    has_files = entry.cfg.get("dataset_path") in FILE_LOADERS
+    return is_own and has_files and "://" not in str(entry.cfg.get("dataset_kwargs"))
 
 
 class TaskLoader:
@@ -92,8 +62,7 @@ class TaskLoader:
     def __init__(self, tasks: Sequence[str], include_path: Path | None, cache: Path) -> None:
         _silence()
         include_path = include_path and include_path.resolve()
-        own, _ = own_definitions(include_path)
-        self._index = _open_index(_folders_of(tasks, own), include_path)
+        self._index = open_index(tasks, include_path)
         self._include_path = include_path
         self._cache = cache.resolve()
 
@@ -104,8 +73,8 @@ class TaskLoader:
             tasks in the form that ``lm_eval.evaluator.evaluate`` takes.
 
         Raises:
-            UserError: if its YAML file or its data can't be loaded, or it has too few documents for that many
-                examples; the message names the task and the reason.
+            UserError: if its YAML file or its data can't be loaded, it has no tasks or lm-eval would score only some
+                of them, or one has too few documents for that many examples; names the task and the reason.
         """
         try:
             with self._own_folder(), self._own_cache(name):
@@ -113,10 +82,20 @@ class TaskLoader:
             for task in loaded["tasks"].values():
                 _set_fewshot(task, num_fewshot)
         except Exception as error:  # a task is third-party code and data: anything can happen
-            raise UserError(f"task {name!r} can't be loaded: {explain(error)}") from error
+            raise UserError(f"task {name!r}{self._place(name)} can't be loaded: {explain(error)}") from error
+        _require_named_apart(name, loaded, self._index.task_index)
         for member, task in loaded["tasks"].items():
-            require_examples(member, task)
+            _require_examples(member, task)
         return loaded
+
+    def _place(self, name: str) -> str:
+        """The file that defines a name, and that of its data, for messages."""
+        entry = self._index.task_index.get(name)
+        if entry is None or entry.yaml_path is None:
+            return ""
+        options = entry.cfg.get("dataset_kwargs")
+        data = options.get("data_files") if isinstance(options, Mapping) else None
+        return f" ({entry.yaml_path}{f', data {data}' if data else ''})"
 
     def _own_folder(self) -> contextlib.AbstractContextManager[None]:
         return contextlib.chdir(self._include_path) if self._include_path else contextlib.nullcontext()
@@ -211,52 +190,42 @@ def _silence() -> None:
     import datasets
     import lm_eval.api.task
 
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity_error()
     lm_eval.api.task.tqdm = lambda documents, **_: documents  # a bar without a switch
 
 
-def _open_index(folders: Sequence[Path] | None, include_path: Path | None) -> Any:
-    """lm-eval's index over some of its own folders (None: all of them) and the user's folder."""
-    from lm_eval.tasks import TaskManager
+def _require_named_apart(name: str, loaded: Mapping[str, Any], index: Mapping[str, Any]) -> None:
+    """Refuse a group of which lm-eval would score only some tasks, since it gives several one name.
 
-    paths = [*(folders or []), *([include_path] if include_path else [])]
-    return TaskManager(include_path=paths, include_defaults=folders is None)
-
-
-def _folders_of(tasks: Sequence[str], own: Mapping[str, Definition]) -> list[Path] | None:
-    """lm-eval's folders that define what ``tasks`` need in addition to the user's; None if a full index is needed."""
-    wanted = unfolded(tasks, own)
-    if any(name in own and own[name].kind == "tag" for name in wanted):
-        return None  # lm-eval's own tasks may carry the tag, too
-    foreign = {name for name in wanted if name not in own}
-    shipped = shipped_definitions() if foreign else {}
-    if not all(name in shipped and shipped[name].kind == "task" for name in foreign):
-        return None
-    return sorted({shipped[name].file.parent for name in foreign})
-
-
-def _check_data(name: str, file: Path, include_path: Path) -> None:
-    """Refuse a task whose local data is missing or empty.
-
-    Raises:
-        UserError: if it is; the message names the task and the file.
+    It does where a group lists another group, or a tag, with settings (``{task: mmlu, num_fewshot: 5}``), and hands
+    these down to each task in there, the name among them.
     """
-    content = with_included(file)
-    options = content.get("dataset_kwargs")
-    if content.get("dataset_path") not in FILE_LOADERS or not isinstance(options, Mapping):
+    if not loaded["tasks"]:
+        raise UserError(f"task {name!r} is a group without members; name them in a list under task")
+    for member in loaded["tasks"].keys() & index.keys():
+        if index[member].cfg is None or "group" in index[member].cfg:
+            raise UserError(
+                f"task {name!r}: lm-eval gives all tasks of {member!r} one name where a group lists it with settings, "
+                "so that only the last is scored; name its members in the group instead"
+            )
+
+
+def _require_examples(name: str, task: Any) -> None:
+    """Refuse a task that has fewer documents for examples than it is set to show; one that is itself evaluated is no
+    example for its own prompt. lm-eval notices only when it builds the prompts, and names neither number.
+    """
+    from lm_eval.api.samplers import ContextSampler, FirstNSampler
+
+    sampler: Any = getattr(task, "sampler", None)  # tasks of a class of their own have none
+    if type(sampler) not in (ContextSampler, FirstNSampler):  # others may draw as they like
         return
-    place = data_folder(content, include_path)
-    for pattern in paths_in(options.get("data_files")):
-        if "://" in pattern:
-            continue
-        files = matching(place / pattern)
-        if not files:
-            raise UserError(f"task {name!r} ({file}): its data {pattern} is missing; it is looked for in {place}")
-        if all(_is_blank(it) for it in files):
-            raise UserError(f"task {name!r} ({file}): its data {pattern} is empty")
-
-
-def _is_blank(file: Path) -> bool:
-    with file.open("rb") as stream:
-        return not stream.read(4096).strip()
+    wanted, are_evaluated = task.config.num_fewshot or 0, task.fewshot_cfg.split == task.config.test_split
+    most = max(0, len(sampler.df) - are_evaluated)
+    if wanted > most:
+        itself = " (besides the one being evaluated)" if are_evaluated else ""
+        raise UserError(
+            f"evaluation.num_fewshot: task {name!r} is to show more examples, {wanted}, than it has documents to draw "
+            f"them from{itself}; choose at most {most}"
+        )

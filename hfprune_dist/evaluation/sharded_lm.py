@@ -29,7 +29,7 @@ from hfprune_dist.distributed.frozen_model import FrozenModel
 from hfprune_dist.distributed.interruption import Interruption
 from hfprune_dist.distributed.world import TELL_EVERY_S
 from hfprune_dist.errors import UserError, from_os_error, naming
-from hfprune_dist.evaluation.task_definitions import explain
+from hfprune_dist.evaluation.task_index import explain
 from hfprune_dist.store.hashing import digest_of
 
 TELLER = "tells the other ranks that lm-eval is at work"

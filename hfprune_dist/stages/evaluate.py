@@ -32,7 +32,7 @@ from hfprune_dist.distributed.frozen_model import DecidedSharding, FrozenModel, 
 from hfprune_dist.distributed.world import World
 from hfprune_dist.errors import UserError
 from hfprune_dist.evaluation.lm_eval_tasks import TaskLoader, details_of, plain, scores_of
-from hfprune_dist.evaluation.task_definitions import explain
+from hfprune_dist.evaluation.task_index import explain
 from hfprune_dist.models.single_layer import Head, LayerReader
 from hfprune_dist.stages.context import Context as AnyContext
 from hfprune_dist.store.atomic_files import read_json, set_aside, write_json

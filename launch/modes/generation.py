@@ -73,7 +73,7 @@ class Generation:
         return [stage for stage in self._stages if isinstance(stage.params, EfficiencyParameters)]
 
     def _tasks(self) -> list[str]:
-        from hfprune_dist.evaluation.task_definitions import generating_tasks  # searches thousands of files
+        from hfprune_dist.evaluation.task_index import generating_tasks
 
         include_path = self._config.evaluation.include_path
         return generating_tasks(self._config.evaluation.tasks, Path(include_path) if include_path else None)
