@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from heapq import heappush, heapreplace
 from pathlib import Path
 from typing import Any
 
@@ -73,13 +74,12 @@ def read_windows(
     Raises:
         UserError: if the text can't be read or no document is long enough.
     """
-    texts = (text for (text,) in read_texts(source, path, [source["text_field"]], sampling.seed, where))
-    return sample_windows(
-        texts if path is None else in_random_order(texts, sampling.seed),
-        tokenizer,
-        sampling,
-        f"{where} {path or source['dataset']}",
-    )
+
+    def texts() -> Iterator[str]:
+        return (text for (text,) in read_texts(source, path, [source["text_field"]], sampling.seed, where))
+
+    order = None if path is None else places_in_random_order(sum(1 for _ in texts()), sampling.seed)
+    return sample_windows(texts(), tokenizer, sampling, f"{where} {path or source['dataset']}", order)
 
 
 def require_long_enough(beginning: Beginning, tokenizer: Any, sampling: Sampling, where: str) -> None:
@@ -172,39 +172,47 @@ def load_windows(folder: Path) -> Tensor:
     return windows_ST
 
 
-def sample_windows(texts: Iterable[str], tokenizer: Any, sampling: Sampling, where: str) -> Windows:
+def sample_windows(
+    texts: Iterable[str], tokenizer: Any, sampling: Sampling, where: str, order: Sequence[int] | None = None
+) -> Windows:
     """Cut one random window from each document that is long enough; start again if documents run out.
 
     Args:
-        texts: documents in the order in which they are used.
         where: the source, for messages.
+        order: for each document, its place in the order in which they are used; None: they come in order, and no more
+            are read than are needed.
 
     Raises:
         UserError: if no document is long enough; the message states the longest one's length.
     """
     body, bos = sampling.body(tokenizer), bos_id(tokenizer, sampling.add_bos_token)
-    documents: list[list[int]] = []
+    chosen: list[tuple[int, list[int]]] = []  # a heap, of which the last in order is the first; places are negated
     read = longest = 0
-    for text in texts:
-        if len(documents) == sampling.samples:
-            break
+    for number, text in enumerate(texts):
+        place = number if order is None else order[number]
+        if len(chosen) == sampling.samples and place > -chosen[0][0]:
+            if order is None:
+                break
+            continue
         ids = plain_ids(tokenizer, text)
-        read += 1
+        read = max(read, number + 1)
         longest = max(longest, len(ids))
         if len(ids) >= body:
-            documents.append(ids)
-    if not documents:
+            (heappush if len(chosen) < sampling.samples else heapreplace)(chosen, (-place, ids))
+    if not chosen:
         raise _too_short(where, tokenizer, sampling, read, longest)
+    if order is not None and len(chosen) == sampling.samples:
+        read = 1 - chosen[0][0]  # those before the last in order; others were read only to find these
+    documents = [ids for _, ids in sorted(chosen, reverse=True)]
     generator = torch.Generator().manual_seed(sampling.seed)
     rows = [_window(documents[index % len(documents)], body, bos, generator) for index in range(sampling.samples)]
     return Windows(torch.tensor(rows, dtype=torch.int64), read, len(documents), sum(map(len, documents)))
 
 
-def in_random_order(texts: Iterable[str], seed: int) -> list[str]:
-    """All texts, in an order that depends only on the seed."""
-    listed = list(texts)
-    order = torch.randperm(len(listed), generator=torch.Generator().manual_seed(seed))
-    return [listed[index] for index in order.tolist()]
+def places_in_random_order(documents: int, seed: int) -> list[int]:
+    """For each document, its place in an order that depends only on their number and the seed."""
+    order: list[int] = torch.randperm(documents, generator=torch.Generator().manual_seed(seed)).argsort().tolist()
+    return order
 
 
 def _too_short(where: str, tokenizer: Any, sampling: Sampling, read: int, longest: int) -> UserError:

@@ -7,7 +7,14 @@ from tiny import tiny_tokenizer
 from hfprune_dist.data import windows
 from hfprune_dist.data.instructions import encode_for, nothing_to_train_on, prompt_for, require_room, require_trainable
 from hfprune_dist.data.text import Beginning
-from hfprune_dist.data.windows import Sampling, remark_on_overlap, require_long_enough, require_tokens, sample_windows
+from hfprune_dist.data.windows import (
+    Sampling,
+    places_in_random_order,
+    remark_on_overlap,
+    require_long_enough,
+    require_tokens,
+    sample_windows,
+)
 from hfprune_dist.errors import UserError
 
 TOKENIZER = tiny_tokenizer()
@@ -113,3 +120,28 @@ def test_the_template_leaves_room_for_a_response_or_no_pair_is_trained_on(length
         assert encode_for(TOKENIZER, [(prompt_for(instruction), "tell")], length) == [None]
     else:
         assert encode_for(TOKENIZER, [(prompt_for(""), "tell")], length) != [None]
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(st.lists(st.integers(0, 30), min_size=1, max_size=12), st.integers(1, 5), st.integers(0, 3))
+def test_windows_of_documents_in_random_order_are_those_of_a_shuffled_list(lengths, samples, seed):
+    """Without the list: documents are read in the order of the file."""
+    texts = [chr(65 + number) * length for number, length in enumerate(lengths)]
+    places = places_in_random_order(len(texts), seed)
+    shuffled = [text for _, text in sorted(zip(places, texts, strict=True))]
+    tokenizer, sampling = LetterTokenizer(), Sampling(samples, 8, seed, add_bos_token=False)
+    found = []
+    for given_texts, order in ((texts, places), (shuffled, None)):
+        try:
+            cut = sample_windows(given_texts, tokenizer, sampling, "here", order)
+            found.append((cut.input_ids_ST.tolist(), cut.documents_read, cut.documents_used, cut.tokens))
+        except UserError as error:
+            found.append(str(error))
+    assert found[0] == found[1]
+
+
+class LetterTokenizer:
+    bos_token_id, name_or_path = None, "/models/letters"
+
+    def __call__(self, text, **_):
+        return {"input_ids": [ord(letter) for letter in text]}
