@@ -19,7 +19,6 @@ from hfprune_dist.distributed.world import World
 from hfprune_dist.distributed.zero3 import init_deepspeed
 from hfprune_dist.training.fine_tuning import FineTuning
 from hfprune_dist.training.snapshots import Snapshot, Snapshots, read_snapshot
-from hfprune_dist.training.tracking import TrackedRun
 from hfprune_dist.training.trainer import fine_tune
 
 ROWS, TOKENS, STEPS = 8, 24, 3
@@ -39,7 +38,7 @@ def make_task(checkpoint: Checkpoint, **settings: object) -> FineTuning:
         warmup_steps=0,
         save_every_steps=STEPS,
         timeout_minutes=5,
-        run=TrackedRun((), "", "tiny", "0" * 8, 1, checkpoint.path),
+        run_folder=checkpoint.path / "run",
     )
 
 

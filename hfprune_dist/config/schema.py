@@ -131,8 +131,6 @@ class RuntimeConfig(Section):
     """A collective operation that takes longer than this ends the stage (otherwise a lost rank would hang the rest)."""
     report_to: Annotated[list[Tracker], AfterValidator(_once_each)] = Field(default=[])
     """Experiment trackers to which recovery and distillation report losses as they train: one run for each stage."""
-    tracking_project: Name = "hfprune"
-    """Project under which trackers that have projects (trackio, wandb) file the runs."""
 
 
 class ModelAlias(Section):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -25,9 +26,9 @@ from hfprune_dist.store.heartbeat import Progress
 from hfprune_dist.store.provenance import environment
 from hfprune_dist.store.stage import Stage
 from hfprune_dist.store.stage_handle import StageHandle
-from hfprune_dist.training.tracking import TrackedRun
 
 TRACKING = "tracking"  # next to the store
+LONGEST_TITLE = 96
 
 P = TypeVar("P", bound=Parameters)
 
@@ -72,16 +73,11 @@ class Context(Generic[P]):
         return self.handle.work
 
     @property
-    def tracked_run(self) -> TrackedRun:
-        """The stage as trackers know it. The same stage in another store is another run."""
-        return TrackedRun(
-            report_to=self.runtime.report_to,
-            project=self.runtime.tracking_project,
-            title=f"{self.stage.label} {self.stage.kind}",
-            digits=digest_of([self.stage.id, str(self.store.root.resolve())])[:16],
-            attempt=self.attempt,
-            folder=self.store.root.parent / TRACKING,
-        )
+    def run_folder(self) -> Path:
+        """Where trackers put the files of this training, under its name for them; each store has runs of its own."""
+        title = re.sub("[^A-Za-z0-9._]+", "-", f"{self.stage.label} {self.stage.kind}")[:LONGEST_TITLE]
+        digits = digest_of([self.stage.id, str(self.store.root.resolve())])[:8]
+        return self.store.root.parent / TRACKING / f"{title}-{digits}"
 
     def has_input(self, role: str) -> bool:
         return role in self.stage.inputs

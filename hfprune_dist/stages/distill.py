@@ -52,6 +52,7 @@ def _task(context: Context, settings: DistillationConfig, checkpoint: Checkpoint
         warmup_steps=min(settings.warmup_steps, total_steps // STEPS_PER_WARMUP_STEP),
         save_every_steps=context.runtime.save_every_steps,
         timeout_minutes=context.runtime.collective_timeout_minutes,
-        run=context.tracked_run,
+        run_folder=context.run_folder,
+        report_to=context.runtime.report_to,
         sharding=context.runtime.sharding,
     )

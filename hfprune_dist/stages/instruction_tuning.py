@@ -168,7 +168,8 @@ def _train(context: Context, checkpoint: Checkpoint, counts: RowCounts, masked_t
         total_steps=settings.steps(schedule.steps_per_epoch),
         save_every_steps=context.runtime.save_every_steps,
         timeout_minutes=context.runtime.collective_timeout_minutes,
-        run=context.tracked_run,
+        run_folder=context.run_folder,
+        report_to=context.runtime.report_to,
         sharding=context.runtime.sharding,
         masked_to=masked_to,
     )

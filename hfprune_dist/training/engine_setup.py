@@ -25,6 +25,7 @@ from hfprune_dist.training.fine_tuning import FineTuning
 
 # More elements than any parameter has.
 KEEP_ALL_GATHERED = {"stage3_param_persistence_threshold": 2**62}
+PROJECT = "hfprune"  # under which trackers file the runs
 MAX_GRAD_NORM = 1.0  # the Trainer's default, which the published recipe doesn't change
 
 
@@ -68,6 +69,8 @@ def training_arguments(
 ) -> TrainingArguments:
     """Settings of the Trainer; while they exist, from_pretrained shards a model as it loads."""
     settings = task.settings
+    os.environ.setdefault("WANDB_PROJECT", PROJECT)
+    os.environ.update(dict.fromkeys(("TENSORBOARD_LOGGING_DIR", "WANDB_DIR"), str(task.run_folder)))
     on_cpu = world.device.type == "cpu"
     return TrainingArguments(
         output_dir=str(folder),
@@ -89,9 +92,9 @@ def training_arguments(
         logging_steps=1,
         logging_nan_inf_filter=False,
         save_strategy="no",
-        report_to="none",  # only one rank's Trainer is given the trackers' callbacks
-        run_name=task.run.name,
-        project=task.run.project,
+        report_to=list(task.report_to),
+        run_name=task.run_folder.name,
+        project=PROJECT,
         disable_tqdm=True,
         remove_unused_columns=False,
         dataloader_pin_memory=not on_cpu,

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from hfprune_dist.checkpoints.checkpoint import Checkpoint
-from hfprune_dist.config.schema import Sharding
+from hfprune_dist.config.schema import Sharding, Tracker
 from hfprune_dist.config.training import LoraTraining
 from hfprune_dist.data.schedule import RowReader, Schedule
 from hfprune_dist.errors import UserError
 from hfprune_dist.structures.kept import Shape
 from hfprune_dist.training.snapshots import Snapshot
-from hfprune_dist.training.tracking import TrackedRun
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,8 @@ class FineTuning:
         warmup_steps: the first of these steps, in which the learning rate rises from 0.
         save_every_steps: optimizer steps between snapshots; the last step always leaves one.
         timeout_minutes: limit for a collective; one that takes longer ends the stage.
-        run: the training as trackers know it.
+        run_folder: where trackers that write files put them; its name is that of the run.
+        report_to: trackers that are told of each step.
         sharding: where frozen weights lie (``runtime.sharding``).
         masked_to: the units that are to be left at the end, in all layers (LoRAPrune); None for all.
         start: the snapshot to resume from; None to start anew.
@@ -46,7 +47,8 @@ class FineTuning:
     warmup_steps: int
     save_every_steps: int
     timeout_minutes: int
-    run: TrackedRun
+    run_folder: Path
+    report_to: Sequence[Tracker] = ()
     sharding: Sharding = "auto"
     masked_to: Shape | None = None
     start: Snapshot | None = None

@@ -56,7 +56,6 @@ from hfprune_dist.training.fine_tuning import FineTuning, finite_values, learnin
 from hfprune_dist.training.loraprune import LoraGradients, UnitMasks
 from hfprune_dist.training.snapshots import MOMENTS, LossLine, Snapshot, Snapshots, read_snapshot
 from hfprune_dist.training.teacher_states import DENSE
-from hfprune_dist.training.tracking import open_trackers
 
 
 def fine_tune(task: FineTuning, folder: Path, world: World, progress: Progress, interruption: Interruption) -> Snapshot:
@@ -110,10 +109,7 @@ def _train(
         train_dataset=rows,
     )
     gc.freeze()  # or Python walks all modules and parameters again and again: a seventh of the time on CPU
-    with open_trackers(task.run, task.first_step, world) as trackers:
-        for tracker in trackers:
-            trainer.add_callback(tracker)
-        trainer.train()
+    trainer.train()
 
 
 def _trainer_class(task: FineTuning) -> type[_LoraTrainer]:

@@ -13,7 +13,6 @@ from hfprune_dist.data.schedule import Schedule
 from hfprune_dist.structures.kept import Kept
 from hfprune_dist.training.engine_setup import load_trainable_model
 from hfprune_dist.training.fine_tuning import FineTuning
-from hfprune_dist.training.tracking import TrackedRun
 
 
 def task_of(folder):
@@ -29,7 +28,7 @@ def task_of(folder):
         warmup_steps=0,
         save_every_steps=1,
         timeout_minutes=5,
-        run=TrackedRun((), "", "tiny", "0" * 8, 1, folder),
+        run_folder=folder / "run",
     )
 
 
