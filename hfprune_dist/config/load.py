@@ -14,15 +14,10 @@ from pydantic import ValidationError
 
 from hfprune_dist.config.explain import explain
 from hfprune_dist.config.schema import SweepConfig
-from hfprune_dist.config.section import Section
+from hfprune_dist.config.section import IS_PATH, Section, without_null
 from hfprune_dist.config.yaml_text import NotYamlError, read_yaml, yaml_value
 from hfprune_dist.errors import UserError
 
-# Keys whose value is a path: relative ones are resolved against the folder of the YAML file that names them, or against
-# the current folder when they come from the command line.
-PATH_KEYS = ("calibration.path", "recovery.path", "evaluation.include_path", "evaluation.fidelity.path")
-# Mappings and lists whose sections have a path each.
-HOLDERS_OF_PATHS = ("aliases", "calibration.mixture", "evaluation.fidelity.texts")
 PARTS_OF_A_DATA_SET = ("name", "split", "revision")
 # Folder of the project's own configurations.
 SHIPPED = "configs"
@@ -181,30 +176,31 @@ def _set_dotted(target: dict[str, Any], key: str, value: Any) -> None:
 
 def _resolve_paths(raw: dict[str, Any], base: Path, aliases: Collection[str]) -> dict[str, Any]:
     """Make the relative paths in ``raw`` absolute; they are relative to ``base``."""
-    for key in PATH_KEYS:
-        *parents, leaf = key.split(".")
-        _resolve_key(_value_at(raw, parents), leaf, base)
-    for key in HOLDERS_OF_PATHS:
-        holder = _value_at(raw, key.split("."))
-        for section in holder.values() if isinstance(holder, dict) else holder if isinstance(holder, list) else ():
-            _resolve_key(section, "path", base)
+    resolved: dict[str, Any] = _with_absolute_paths(SweepConfig, raw, base)
     for key, is_path in (("methods", _is_file), ("models", partial(_is_folder, base=base, aliases=aliases))):
         names = raw.get(key)
         if isinstance(names, list):
-            raw[key] = [named_path(name, base) if is_path(name) else name for name in names]
-    return raw
+            resolved[key] = [named_path(name, base) if is_path(name) else name for name in names]
+    return resolved
 
 
-def _value_at(raw: Any, keys: Iterable[str]) -> Any:
-    """The value at nested keys; None if there is none."""
-    for key in keys:
-        raw = raw.get(key) if isinstance(raw, dict) else None
-    return raw
-
-
-def _resolve_key(section: Any, key: str, base: Path) -> None:
-    if isinstance(section, dict) and isinstance(section.get(key), str) and section[key]:  # empty ones are refused
-        section[key] = absolute_path(section[key], base)
+def _with_absolute_paths(annotation: Any, value: Any, base: Path) -> Any:
+    """A value of this type, in which keys that are marked as paths have absolute ones."""
+    annotation = without_null(annotation)
+    kind = typing.get_origin(annotation)
+    if kind is dict and isinstance(value, dict):
+        return {key: _with_absolute_paths(typing.get_args(annotation)[1], part, base) for key, part in value.items()}
+    if kind is list and isinstance(value, list):
+        return [_with_absolute_paths(typing.get_args(annotation)[0], part, base) for part in value]
+    if not (isinstance(annotation, type) and issubclass(annotation, Section) and isinstance(value, dict)):
+        return value
+    resolved = dict(value)
+    for key, field in annotation.model_fields.items():
+        if IS_PATH in field.metadata and isinstance(value.get(key), str) and value[key]:  # empty ones are refused
+            resolved[key] = absolute_path(value[key], base)
+        elif key in value:
+            resolved[key] = _with_absolute_paths(field.annotation, value[key], base)
+    return resolved
 
 
 def _is_file(method: Any) -> bool:

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from hfprune_dist.config.method import PruneConfig
-from hfprune_dist.config.section import Dtype, Name, NonNegative, Positive, Section
+from hfprune_dist.config.section import Dtype, LocalPath, Name, NonNegative, Positive, Section
 from hfprune_dist.config.texts import CalibrationConfig, FidelityConfig
 from hfprune_dist.config.training import DistillationConfig, RecoveryConfig
 from hfprune_dist.core.criteria import CriterionName
@@ -75,7 +75,7 @@ class EvaluationConfig(Section):
         ]
     )
     """lm-eval task names; the default is the paper's suite. If it is empty, only fidelity is measured."""
-    include_path: Name | None = None
+    include_path: LocalPath = None
     """Folder with further lm-eval task YAML files."""
     num_fewshot: NonNegative | None = 0
     """Number of examples in the prompt; null leaves it to each task."""
@@ -136,7 +136,7 @@ class RuntimeConfig(Section):
 class ModelAlias(Section):
     """A short name for a model: a local checkpoint folder or a hub id."""
 
-    path: Name | None = None
+    path: LocalPath = None
     """Folder with a Hugging Face checkpoint (config.json, *.safetensors, tokenizer)."""
     hub_id: Name | None = None
     """Model id on the Hugging Face hub."""

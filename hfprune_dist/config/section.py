@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import types
+import typing
 from collections.abc import Callable
 from datetime import date
 from typing import Annotated, Any, Literal
@@ -14,6 +16,10 @@ Positive = Annotated[int, Field(ge=1, lt=2**31)]
 NonNegative = Annotated[int, Field(ge=0, lt=2**31)]
 # A name or a path; an empty path would mean the current folder.
 Name = Annotated[str, Field(min_length=1)]
+IS_PATH = "a path"
+# A file or folder. A relative path is seen from the folder of the YAML file that names it, or from the current folder
+# when it comes from the command line.
+LocalPath = Annotated[Name | None, IS_PATH]
 # Tokens of a window, or of a row of pairs.
 Length = Annotated[int, Field(ge=8, lt=2**31)]
 
@@ -48,6 +54,11 @@ def _number_or_share(value: object) -> object:
 NumberOrShare = Annotated[NonNegative | Annotated[float, Field(gt=0, lt=1)], BeforeValidator(_number_or_share)]
 
 
+def without_null(annotation: Any) -> Any:
+    """A type as it is if the value isn't null."""
+    return typing.get_args(annotation)[0] if isinstance(annotation, types.UnionType) else annotation
+
+
 def explained_by(*others: type[BaseModel]) -> Callable[[dict[str, Any], type[BaseModel]], None]:
     """What completes a section's JSON schema: keys without an explanation get that of the same key in a section
     that theirs inherits from, or in another one.
@@ -79,11 +90,11 @@ class Section(BaseModel):
 class TextSource(Section):
     """Source of a text: a local file (``path``) if given, otherwise a data set on the Hugging Face hub."""
 
-    path: Name | None = None
-    """A file of text: .jsonl or .ndjson (one JSON object per line), .json (an array of objects, or concatenated
-    objects), .csv or .tsv (the first line names the fields), .parquet, or any other UTF-8 file as plain text (one
-    document). All but .parquet may be compressed (.gz, .bz2, .xz, .zst). A folder stands for all of its files with one
-    of these extensions or .txt, in the order of their names."""
+    path: LocalPath = None
+    """A file of text: .jsonl or .ndjson (one JSON object per line), .json (an array of objects), .csv or .tsv (the
+    first line names the fields), .parquet, or any other UTF-8 file as plain text (one document). All but .parquet may
+    be compressed (.gz, .bz2, .xz, .zst). A folder stands for all of its files with one of these extensions or .txt, in
+    the order of their names."""
     dataset: Name | None = None
     """Hub id of a data set; it is streamed, so only the documents that are used are downloaded."""
     name: str | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -22,10 +23,10 @@ class NotYamlError(ValueError):
 
 
 class _Loader(yaml.SafeLoader):
-    """Loader that reads 5e-4 as a number; PyYAML follows YAML 1.1, where it is a string.
+    """Loader that reads 5e-4 as a number; PyYAML follows YAML 1.1, where it is a string. A number whose exponent has no
+    sign stays one, since 4e51234 may be the hash of a revision.
 
-    A number whose exponent has no sign stays a string, since 4e51234 may be the hash of a revision. So do 010 and
-    12:30, which YAML 1.1 reads in bases 8 and 60. A repeated key is an error, where PyYAML drops the first.
+    So do 010 and 12:30, which YAML 1.1 reads in bases 8 and 60. A repeated key is an error; PyYAML drops the first.
     """
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
@@ -45,15 +46,10 @@ class _Loader(yaml.SafeLoader):
         """The value of a node.
 
         Raises:
-            ConstructorError: for text in the form of a type that isn't a valid value of it, such as 2024-13-45 or
-                !!bool maybe; for half of a character, which no file can hold, or a number too long to be written; or
-                for a section or list that is part of itself.
+            ConstructorError: for text in the form of a type that isn't a valid value of it, such as 2024-13-45.
         """
         try:
-            value = super().construct_object(node, deep=True)
-            if isinstance(value, str | int):
-                str(value).encode()
-            return value
+            return super().construct_object(node, deep)
         except (ValueError, LookupError, AttributeError) as error:
             raise ConstructorError(None, None, f"{node.value!r}: {error}", node.start_mark) from None
 
@@ -85,8 +81,10 @@ def yaml_value(text: str) -> Any:
         NotYamlError: if it isn't valid.
     """
     try:
-        return yaml.load(text, _Loader)
-    except (yaml.YAMLError, RecursionError) as error:
+        value = yaml.load(text, _Loader)
+        json.dumps(value, default=str, ensure_ascii=False).encode()  # neither in itself nor beyond any file
+        return value
+    except (yaml.YAMLError, RecursionError, ValueError, TypeError) as error:
         raise NotYamlError(str(error).replace(f'in "{UNNAMED}", ', "")) from None
 
 

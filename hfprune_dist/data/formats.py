@@ -153,6 +153,8 @@ def _read_lines(file: Path, lines: IO[str]) -> Iterator[Placed]:
 
 def _read_json(file: Path, stream: IO[str]) -> Iterator[Placed]:
     text = stream.read()
+    if not text.strip():
+        return
     try:
         content = json.loads(text)
     except (ValueError, RecursionError) as error:

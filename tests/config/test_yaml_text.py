@@ -14,7 +14,7 @@ def test_a_file_in_another_encoding_is_to_be_saved_as_utf_8(tmp_path, encoding):
         read_yaml(file, "--config", "keys")
 
 
-@pytest.mark.parametrize("text", ["a: [", "a: 1\na: 2", "a: \t- b", "&a [*a]", "a: !!int x", "? [", "a: 2024-13-45"])
+@pytest.mark.parametrize("text", ["a: [", "a: 1\na: 2", "a: \t- b", "a: !!int x", "? [", "a: 2024-13-45"])
 def test_an_error_tells_the_place_and_no_name_that_the_text_lacks(text):
     with pytest.raises(NotYamlError, match=r"line \d, column \d") as caught:
         yaml_value(text)
