@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 from hfprune_launch.command import folder, place
-from hfprune_launch.modes.past_attempts import past_attempts
 from hfprune_launch.modes.sweep_arguments import Command
 from hfprune_launch.modes.sweep_plan import Prepared, prepare
 from hfprune_launch.modes.sweep_run import run_missing, run_prepared
@@ -95,8 +94,8 @@ class Session:
         """Recover and evaluate all models, pruned and dense; write and show the tables.
 
         Returns:
-            the rows of ``results.json``: ``checkpoint`` is a folder, and a row whose ``status`` is ``missing`` has
-            a ``cause``.
+            the rows of ``results.json``: ``checkpoint`` is a folder, relative to ``out``; a row whose ``status`` is
+            ``missing`` has a ``cause``.
 
         Raises:
             UserError: for bad input.
@@ -104,7 +103,7 @@ class Session:
         prepared = prepare(self._command, download=True)
         prepared.require_runnable(self._command)
         run_prepared(self._command, prepared)
-        return read_sweep(self._command.out, past_attempts(self._command.out)).rows
+        return read_sweep(self._command.out).rows
 
     def _make(self, prepared: Prepared, stage_ids: Iterable[str]) -> None:
         sweep = prepared.sweep

@@ -7,13 +7,13 @@ examples:
 
 Removed: artifacts and progress of rows that were removed (--forget) or replaced by others, drafts of stages that
 ended early, artifacts that failed verification, and files that stages share, which are made again when needed. Kept:
-rows, tables, named checkpoints and logs, whatever is linked to from checkpoints/, and what waiting Slurm jobs need.
+rows, tables, named checkpoints and logs, and what waiting Slurm jobs need.
 
 Later sweeps: the same command still runs nothing, since the rows are complete. --intermediates removes pruned and
 distilled checkpoints that finished rows were recovered from; they are made again only if something needs them, such as
 another recovery of the same pruned model, a recovered checkpoint that was deleted, or a ratio that shares its first
-rounds. Scores of calibration passes stay, so another ratio costs as much as before otherwise. An adapter in
-checkpoints/ no longer names a base that was removed.
+rounds. Scores of calibration passes stay, so another ratio costs as much as before otherwise. Large files in
+checkpoints/ share their bytes with the store, so these are free only once both are gone.
 
 exit codes: 0 done; 2 a stage of the sweep is running, something can't be removed, or bad input
 """

@@ -29,26 +29,27 @@ def _report(argv: Sequence[str] | None) -> int:
     )
     parser.add_argument("--wide", action="store_true", help="show all columns, however wide the table gets")
     arguments = parser.parse_args(argv)
-    from hfprune_launch.modes.past_attempts import past_attempts
     from hfprune_launch.modes.report_page import ReportPage
     from hfprune_launch.project import PROJECT
     from hfprune_launch.screen import make_console, show_checkpoints, show_published, show_results
     from hfprune_launch.sweep_folder import read_sweep
 
-    from hfprune_dist.results.checkpoint_folders import Update
+    from hfprune_dist.results.checkpoints import Update
     from hfprune_dist.results.published import read_published
     from hfprune_dist.results.table import write_reports
+    from hfprune_dist.store.artifacts import Store
 
-    sweep = read_sweep(arguments.out, past_attempts(arguments.out))
-    console = make_console()
-    is_writable = os.access(arguments.out, os.W_OK)
-    update = Update({}, [f"{arguments.out} can't be written to; the files in it stay as they are"])  # another user's
-    if is_writable:
-        write_reports(sweep.rows, arguments.out)
-        update = sweep.record.write_checkpoints(arguments.out)
-        ReportPage(arguments.out, console).write()
+    out = arguments.out
+    sweep = read_sweep(out)
+    console, rows = make_console(), sweep.rows
+    update = Update({}, [f"{out} can't be written to; the files in it stay as they are"])  # another user's
+    if os.access(out, os.W_OK):
+        update = sweep.record.write_checkpoints(out)
+        rows = sweep.record.rows(Store(out / "store"))  # which name their checkpoints' folders
+        write_reports(rows, out)
+        ReportPage(out, console).write()
     # Shown once all is written, as a reader such as head may end the command.
-    show_results(console, sweep.rows, arguments.wide)
+    show_results(console, rows, arguments.wide)
     if arguments.published:
         show_published(console, read_published(PROJECT.configs / "published.yaml"), arguments.wide)
     show_checkpoints(console, update)

@@ -22,13 +22,12 @@ from rich.table import Table
 
 from hfprune_dist.planning.known_shapes import KnownShape, Span
 from hfprune_dist.planning.plan import Plan
-from hfprune_dist.results.checkpoint_folders import Update
-from hfprune_dist.results.column import Column, cells
-from hfprune_dist.results.columns import all_columns, few_columns
+from hfprune_dist.results.checkpoints import Update
 from hfprune_dist.results.formats import counted
-from hfprune_dist.results.notes import causes, notes, wide_notes
+from hfprune_dist.results.markdown import Column, cells
 from hfprune_dist.results.published import PublishedTable
 from hfprune_dist.results.rows import Row
+from hfprune_dist.results.table import causes, columns, notes
 from hfprune_dist.store.artifacts import Verdict
 from hfprune_dist.store.heartbeat import Heartbeat
 from hfprune_dist.store.stage import Stage
@@ -168,7 +167,7 @@ class StageScreen:
 @contextmanager
 def stage_screen(console: Console, total: int) -> Iterator[StageScreen]:
     """Show progress for as long as stages run."""
-    columns = (
+    parts = (
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
@@ -176,7 +175,7 @@ def stage_screen(console: Console, total: int) -> Iterator[StageScreen]:
         TextColumn("{task.fields[left]}"),
         TimeElapsedColumn(),
     )
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+    with Progress(*parts, console=console, transient=True, disable=not console.is_terminal) as progress:
         yield StageScreen(console, progress, total)
 
 
@@ -187,31 +186,31 @@ def show_results(console: Console, rows: Sequence[Row], wide: bool = False) -> N
         wide: show all columns, however wide it gets, instead of a few that fit the terminal.
     """
     if wide:
-        layouts = [_results(rows, all_columns(rows), ROOMY)]
+        layouts = [_results(rows, columns(rows, wide=True), ROOMY)]
     else:
-        layouts = [_results(rows, few_columns(rows, errors), gap) for errors, gap in LAYOUTS]
+        layouts = [_results(rows, columns(rows, with_errors=errors), gap) for errors, gap in LAYOUTS]
     show_table(console, layouts, wide)
-    for note in [*notes(rows), *(wide_notes(rows) if wide else [SAID_OF_WIDE])]:
+    for note in [*notes(rows), *(notes(rows, wide=True) if wide else [SAID_OF_WIDE])]:
         console.print(note, highlight=False, markup=False)
     for cause in causes(rows):
         say(console, cause)
 
 
-def _results(rows: Sequence[Row], columns: Sequence[Column[Row]], gap: int) -> Table:
-    lines = table_of(rows, columns, gap)
+def _results(rows: Sequence[Row], shown: Sequence[Column[Row]], gap: int) -> Table:
+    lines = table_of(rows, shown, gap)
     for line, row in zip(lines.rows, rows, strict=True):
         line.style = "red" if row["status"] == "missing" else None
     return lines
 
 
-def table_of(rows: Sequence[T], columns: Sequence[Column[T]], gap: int) -> Table:
+def table_of(rows: Sequence[T], shown: Sequence[Column[T]], gap: int) -> Table:
     """Return a table with ``gap`` spaces between its columns."""
     lines = Table(box=None, pad_edge=False, padding=(0, gap, 0, 0))
-    for column in columns:
+    for column in shown:
         side: JustifyMethod = "left" if column.is_text else "right"
         lines.add_column(escape(column.header), justify=side, no_wrap=not column.is_text, overflow="fold")
-    for shown in cells(rows, columns):
-        lines.add_row(*map(escape, shown))
+    for texts in cells(rows, shown):
+        lines.add_row(*map(escape, texts))
     return lines
 
 

@@ -21,13 +21,12 @@ from hfprune_dist.planning.earlier_rows import without_rows
 from hfprune_dist.planning.model_sources import ModelSource
 from hfprune_dist.planning.plan import Cell, Plan
 from hfprune_dist.planning.training_memory import with_micro_batches
-from hfprune_dist.results.checkpoint_folders import Update
-from hfprune_dist.results.named_checkpoints import checkpoint_folders, named_checkpoints
+from hfprune_dist.results.card import contents_of_checkpoints
+from hfprune_dist.results.checkpoints import Update, update_checkpoints
 from hfprune_dist.results.rows import DenseModel, Row, collect_rows
 from hfprune_dist.results.table import write_reports
 from hfprune_dist.store.artifacts import Store
 from hfprune_dist.store.atomic_files import locked, read_json, rename_aside, write_json, write_text
-from hfprune_dist.store.attempt import AttemptsOf
 from hfprune_dist.store.stage import CUTTING, kind_of
 
 SWEEP_FILE = "sweep.json"
@@ -55,14 +54,14 @@ class Record:
     plan: Plan
     dense: Mapping[str, DenseModel]
 
-    def rows(self, store: Store, attempts_of: AttemptsOf) -> list[Row]:
-        return collect_rows(self.plan, store, self.dense, attempts_of)
+    def rows(self, store: Store) -> list[Row]:
+        return collect_rows(self.plan, store, self.dense)
 
     def write_checkpoints(self, out: Path) -> Update:
         """Bring the named checkpoints in the record's folder up to date."""
         store = Store(out / "store")
         try:
-            return checkpoint_folders(out, store).update(named_checkpoints(self.plan, store, self.dense))
+            return update_checkpoints(out, contents_of_checkpoints(self.plan, store, self.dense))
         except OSError as error:  # the results are complete all the same
             return Update({}, [f"named checkpoints can't be written ({error}); those in {store.root} are whole"])
 
@@ -113,17 +112,14 @@ class RecordedSweep:
         return self.record.plan
 
 
-def read_sweep(out: Path, attempts_of: AttemptsOf) -> RecordedSweep:
+def read_sweep(out: Path) -> RecordedSweep:
     """Read the record left by the last run, and collect its rows.
-
-    Args:
-        attempts_of: returns the attempts at a stage that launchers know of.
 
     Raises:
         UserError: if the folder is not a sweep's.
     """
     record = _require_record(out)
-    return RecordedSweep(out, record, record.rows(Store(out / "store"), attempts_of))
+    return RecordedSweep(out, record, record.rows(Store(out / "store")))
 
 
 def planned_sweep(out: Path) -> Sweep:
@@ -157,11 +153,8 @@ def set_record_aside(out: Path) -> str:
     return rename_aside(out / SWEEP_FILE, "unread").name
 
 
-def forget_rows(out: Path, labels: Sequence[str], attempts_of: AttemptsOf) -> tuple[list[Row], Update]:
+def forget_rows(out: Path, labels: Sequence[str]) -> tuple[list[Row], Update]:
     """Remove rows from a folder's record, tables and named checkpoints; the store stays as it is.
-
-    Args:
-        attempts_of: returns the attempts at a stage that launchers know of.
 
     Returns:
         the remaining rows, and the changes to the named checkpoints.
@@ -174,9 +167,10 @@ def forget_rows(out: Path, labels: Sequence[str], attempts_of: AttemptsOf) -> tu
         record = _with_all_rows(out, labels)
         left = Record(without_rows(record.plan, labels), record.dense)
         write_record(out, left)
-    rows_left = left.rows(Store(out / "store"), attempts_of)
+    update = left.write_checkpoints(out)
+    rows_left = left.rows(Store(out / "store"))
     write_reports(rows_left, out)
-    return rows_left, left.write_checkpoints(out)
+    return rows_left, update
 
 
 def _with_all_rows(out: Path, labels: Sequence[str]) -> Record:

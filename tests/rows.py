@@ -4,19 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
-from hfprune_dist.results.efficiency import efficiency_of
+from hfprune_dist.results.metrics import AVERAGES, OF_SPEED
 from hfprune_dist.results.rows import Row
 from hfprune_dist.store.artifacts import Store
 from hfprune_dist.store.stage import Stage
 
 MEASURES = {"perplexity": 17.52, "kl": 0.26294, "top1_agreement": 0.7617}
 ERRORS = {"perplexity_stderr": 0.51, "kl_stderr": 0.01234, "top1_agreement_stderr": 0.0151}
-AVERAGES = ("average", "average_without_crows_pairs")
-OF_DENSE = {"of_dense": 0.901, "of_dense_before_recovery": 0.7}
-SHARES = {f"{name}_{share}": value for name in AVERAGES for share, value in OF_DENSE.items()}
-COSTS = {"tokens": 10_240, "flops": 4.5e13, "device_hours": 0.073, "wasted_device_hours": 0.0}
-TRAINING = {f"{whose}_training_{name}": value for whose in ("own", "shared") for name, value in COSTS.items()}
-TRAINING["training_device"] = "cpu"
+AVERAGE = dict.fromkeys(AVERAGES, 0.6833) | {f"{name}_stderr": 0.0423 for name in AVERAGES}
+COSTS = {"training_tokens": 10_240, "training_flops": 4.5e13, "device_hours": 0.073}
 
 
 def row_of(model: str = "llama", ratio: float = 0.2, method: str | None = "surgeon-plain", **changes: Any) -> Row:
@@ -28,9 +24,9 @@ def row_of(model: str = "llama", ratio: float = 0.2, method: str | None = "surge
         "model": model,
         "ratio": ratio,
         "ratio_reached": ratio,
+        "share_kept": 1 - ratio,
         "parameters": 134_515_008,
         "intermediate_size": 1536,
-        "intermediate_sizes": None,
         "method": method,
         "criterion": "surgeon",
         "recovery": "lora",
@@ -41,22 +37,19 @@ def row_of(model: str = "llama", ratio: float = 0.2, method: str | None = "surge
         "other_texts": {},
         "tasks": {"demo_docstring": scores},
         "samples": {"demo_docstring": 60},
-        "average": 0.6833,
-        "average_without_crows_pairs": 0.6833,
-        "average_stderr": 0.0423,
-        "average_without_crows_pairs_stderr": 0.0423,
-        **SHARES,
-        "tasks_of_dense": {"demo_docstring": 0.9},
+        **AVERAGE,
+        "average_of_dense": 0.901,
         "weight_bytes": 269_000_000,
-        **efficiency_of(None),
+        **dict.fromkeys(OF_SPEED),
+        "efficiency": None,
         "stages": {f"evaluate/{model} {ratio} {method}": 100.0, f"importance/{model}": 180.0},
         "own_time_s": 264.0,
         "shared_time_s": 180.0,
         "wall_time_s": 444.0,
-        **TRAINING,
-        "costs": {"prune": {"tokens": 8192, "flops": 3.1e13, "device_hours": 0.05, "wasted_device_hours": 0.0}},
+        **COSTS,
+        "training_device": "cpu",
         "peak_memory_bytes": 2_400_000_000,
-        "checkpoint": "runs/demo/store/recover/0123456789",
+        "checkpoint": "checkpoints/llama-0.2-surgeon-plain-lora",
         "provenance": None,
         "measured_as": "0123456789ab",
         "status": "done",
@@ -95,9 +88,9 @@ def make_artifact(store: Store, stage: Stage) -> None:
 
 def missing(row: Row) -> Row:
     """Return the same row before anything of it was made."""
-    unknown = [*MEASURES, *ERRORS, "windows", "tokens", "average", "average_without_crows_pairs", "parameters"]
-    unknown += ["average_stderr", "average_without_crows_pairs_stderr", "ratio_reached", "weight_bytes", "own_time_s"]
-    unknown += ["shared_time_s", "wall_time_s", "peak_memory_bytes", *SHARES, *TRAINING]
-    none = {key: {} for key in ("tasks", "samples", "other_texts", "tasks_of_dense")}
+    unknown = [*MEASURES, *ERRORS, *AVERAGE, *COSTS, "average_of_dense", "windows", "tokens", "parameters"]
+    unknown += ["ratio_reached", "share_kept", "weight_bytes", "own_time_s", "shared_time_s", "wall_time_s"]
+    unknown += ["peak_memory_bytes", "training_device", "checkpoint"]
+    none = {key: {} for key in ("tasks", "samples", "other_texts")}
     nothing = {**none, "status": "missing", "cause": "prune has not run yet"}
     return row | dict.fromkeys(unknown) | nothing | {"stages": dict.fromkeys(row["stages"])}

@@ -44,8 +44,6 @@ HEAVY |= {"lm_eval": set(), "tensorboard": set()}
 
 
 DISCARDS = {"discard", "empty", "discard_drafts", "discard_work", "discard_progress"}
-MOST_PARAMETERS = 5
-MOST_LINES = 350
 
 
 def name_of(file):
@@ -177,37 +175,6 @@ def is_store(node):
     """Return whether an expression is a variable or attribute that holds a store."""
     name = node.id if isinstance(node, ast.Name) else node.attr if isinstance(node, ast.Attribute) else ""
     return name.strip("_") == "store"
-
-
-def test_modules_are_short():
-    for package in PACKAGES:
-        for module, file in modules(package).items():
-            assert len(file.read_text().splitlines()) <= MOST_LINES, module
-
-
-def positional_parameters():
-    """Yield (module.function, number of positional parameters) of all functions, without self and cls."""
-    for package in PACKAGES:
-        for module, file in modules(package).items():
-            yield from positional_of(ast.parse(file.read_text()), module, in_class=False)
-
-
-def positional_of(node, prefix, in_class):
-    for child in ast.iter_child_nodes(node):
-        if isinstance(child, ast.ClassDef):
-            yield from positional_of(child, f"{prefix}.{child.name}", in_class=True)
-        elif isinstance(child, ast.FunctionDef):
-            is_static = any(isinstance(it, ast.Name) and it.id == "staticmethod" for it in child.decorator_list)
-            count = len(child.args.posonlyargs + child.args.args) - (in_class and not is_static)
-            yield f"{prefix}.{child.name}", count
-            yield from positional_of(child, f"{prefix}.{child.name}", in_class=False)
-        else:
-            yield from positional_of(child, prefix, in_class)
-
-
-def test_functions_have_at_most_five_positional_parameters():
-    """Arguments that belong together are passed as one object."""
-    assert not {name for name, count in positional_parameters() if count > MOST_PARAMETERS}
 
 
 def test_every_package_is_installed():

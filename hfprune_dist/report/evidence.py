@@ -6,18 +6,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 from hfprune_dist.planning.plan import Cell, Plan
-from hfprune_dist.report.chart import DASHES
 from hfprune_dist.results.rows import Row
 from hfprune_dist.store.artifacts import Manifest, Store
 from hfprune_dist.store.attempt import Attempt, AttemptsOf
 from hfprune_dist.store.stage import Stage
-
-# With more cells than this, or more ratios than dash patterns, lines of single checkpoints are replaced by one line per
-# method, with the range around it.
-MOST_SINGLE_CELLS = 50
 
 
 @dataclass(frozen=True)
@@ -56,13 +50,6 @@ class Evidence:
         """Requested ratios of the pruned rows, ascending."""
         return sorted({row["ratio"] for row in self.rows if row["method"]})
 
-    @property
-    def has_many_lines(self) -> bool:
-        """Whether there are so many cells that lines of single checkpoints would hide each other, or so many ratios
-        that some of these lines would look the same.
-        """
-        return len(self.rows) > MOST_SINGLE_CELLS or len(self.ratios) > len(DASHES)
-
     @cached_property
     def _cells(self) -> Mapping[str, list[Cell]]:
         behind: dict[str, list[Cell]] = {}
@@ -75,10 +62,10 @@ class Evidence:
         """The cells that depend on a stage."""
         return self._cells.get(stage_id, [])
 
-    def finished(self, *kinds: str) -> list[tuple[Stage, Mapping[str, Any]]]:
-        """Stages of these kinds that have an artifact and that a cell depends on, in plan order, with their metrics."""
-        found = [(stage, self.manifests[stage.id]) for stage in self.plan.stages.values() if stage.kind in kinds]
-        return [(stage, manifest["metrics"]) for stage, manifest in found if manifest and self.cells_of(stage.id)]
+    def finished(self, *kinds: str) -> list[Stage]:
+        """Stages of these kinds that have an artifact and that a cell depends on, in plan order."""
+        stages = [stage for stage in self.plan.stages.values() if stage.kind in kinds]
+        return [stage for stage in stages if self.manifests[stage.id] and self.cells_of(stage.id)]
 
 
 def collect(out: Path, plan: Plan, rows: Sequence[Row], attempts_of: AttemptsOf, written: float) -> Evidence:

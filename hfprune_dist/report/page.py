@@ -3,36 +3,46 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import os
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import UTC, datetime
 from html import escape
 from importlib.resources import files
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
 
+from hfprune_dist.planning.plan import Cell
 from hfprune_dist.report.chart import Chart, Figure
-from hfprune_dist.report.curves import curve_charts
+from hfprune_dist.report.charts import charts
 from hfprune_dist.report.evidence import Evidence
-from hfprune_dist.report.facts import failures, provenance, summary, time_of
-from hfprune_dist.report.layers import layer_charts
-from hfprune_dist.report.legend import legend_entry
-from hfprune_dist.report.quality import quality_charts
-from hfprune_dist.report.rows_table import rows_table
-from hfprune_dist.report.timeline import timeline_chart
+from hfprune_dist.results.formats import counted
+from hfprune_dist.results.metrics import METRICS, OF_TEXT
+from hfprune_dist.results.rows import Row
+from hfprune_dist.results.table import MEASURED_OTHERWISE, flat_row, measured_otherwise
+from hfprune_dist.store.artifacts import Manifest
+from hfprune_dist.store.heartbeat import in_one_line
+from hfprune_dist.store.stage import kind_of
 
 # Makes the browser refuse everything that would need the network.
 POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:"
 # With more models than this, the page shows only the first one initially.
 MOST_MODELS_AT_ONCE = 4
+LONGEST_MESSAGE = 500
+# With more stages or rows of a kind than this, the others are counted.
+MOST_NAMES = 12
 
 
 def page(evidence: Evidence) -> str:
     """The HTML of a report."""
-    name = escape(evidence.out.resolve().name)
-    charts = [*quality_charts(evidence), *layer_charts(evidence), *curve_charts(evidence)]
-    timeline = timeline_chart(evidence)
+    name, drawn = escape(evidence.out.resolve().name), charts(evidence)
+    *others, timeline = drawn
     sections = [
-        _section("rows-section", "Rows", _switch() + f"<div class=wide>{rows_table(evidence)}</div>"),
-        *map(_chart, charts),
-        _section(timeline.id, timeline.title, _body(timeline) + failures(evidence)),
-        _section("provenance-section", "Where results come from", provenance(evidence)),
+        _section("rows-section", "Rows", f"{_about_rows()}<div class=wide>{_rows_table(evidence)}</div>"),
+        *(_section(chart.id, chart.title, _body(chart)) for chart in others),
+        _section(timeline.id, timeline.title, _body(timeline) + _failures(evidence)),
+        _section("provenance-section", "Where results come from", _provenance(evidence)),
     ]
     return "\n".join(
         [
@@ -41,19 +51,18 @@ def page(evidence: Evidence) -> str:
             '<meta name="viewport" content="width=device-width, initial-scale=1">',
             f'<link rel="icon" href="data:,"><title>{name}: report</title>',
             f"<style>{_own('page.css')}</style></head><body>",
-            f"<header><h1>{name}</h1><p>Written {time_of(evidence.written)}.</p>{_models(evidence.models)}",
-            f"<nav>{_nav([*charts, timeline])}</nav></header>",
-            f"<main>{summary(evidence)}",
+            f"<header><h1>{name}</h1><p>Written {_time(evidence.written)}.</p>{_models(evidence.models)}",
+            f"<nav>{_nav(drawn)}</nav></header><main>{_summary(evidence)}",
             "<noscript><p class=note>Charts need JavaScript; the table has their numbers.</p></noscript>",
             *sections,
-            f'</main><script type="application/json" id=figures>{_json([*charts, timeline])}</script>',
+            f'</main><script type="application/json" id=figures>{_json(drawn)}</script>',
             f"<script>{_plotly()}</script><script>{_own('page.js')}</script></body></html>",
         ]
     )
 
 
-def _nav(charts: Sequence[Chart]) -> str:
-    places = [(chart.id, chart.title) for chart in charts if chart.figures]
+def _nav(drawn: Sequence[Chart]) -> str:
+    places = [(chart.id, chart.title) for chart in drawn if chart.figures]
     places = [("rows-section", "Rows"), *places, ("provenance-section", "Where results come from")]
     return " ".join(f'<a href="#{id}">{escape(title)}</a>' for id, title in places)
 
@@ -69,10 +78,10 @@ def _plotly() -> str:
     return str(get_plotlyjs())
 
 
-def _json(charts: Sequence[Chart]) -> str:
+def _json(drawn: Sequence[Chart]) -> str:
     """JSON of all figures, in the order of the page's panels, escaped so that no text in it can end the script."""
-    drawn = [{"data": figure.data, "layout": figure.layout} for chart in charts for figure in chart.figures]
-    text = json.dumps(drawn, allow_nan=False, separators=(",", ":"))
+    figures = [{"data": figure.data, "layout": figure.layout} for chart in drawn for figure in chart.figures]
+    text = json.dumps(figures, allow_nan=False, separators=(",", ":"))
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 
@@ -80,23 +89,19 @@ def _section(id: str, title: str, body: str) -> str:
     return f'<section id="{id}"><h2>{escape(title)}</h2>{body}</section>'
 
 
-def _chart(chart: Chart) -> str:
-    return _section(chart.id, chart.title, _body(chart))
-
-
 def _body(chart: Chart) -> str:
     if not chart.figures:
         return f"<p class=absent>{escape(chart.absent)}</p>"
-    keys = "".join(map(legend_entry, chart.keys))
+    keys = "".join(key.entry() for key in chart.keys)
     panels = "".join(map(_panel, chart.figures))
     return f"<p>{escape(chart.about)}</p><div class=keys>{keys}</div><div class=panels>{panels}</div>"
 
 
 def _panel(figure: Figure) -> str:
     title = f"<figcaption>{escape(figure.title)}</figcaption>" if figure.title else ""
-    one = "" if figure.title else " class=whole"
+    whole = "" if figure.title else " class=whole"
     plot = f'<div class=plot style="height:{figure.height}px"></div>'
-    return f'<figure data-model="{escape(figure.model)}"{one}>{title}{plot}</figure>'
+    return f'<figure data-model="{escape(figure.model)}"{whole}>{title}{plot}</figure>'
 
 
 def _models(models: Sequence[str]) -> str:
@@ -110,9 +115,168 @@ def _models(models: Sequence[str]) -> str:
     return f'<label>model <select id=model><option value="">all</option>{options}</select></label>'
 
 
-def _switch() -> str:
-    return (
-        "<p>A click on a header sorts. KL is in nats per token from the dense model, agreement the share of tokens "
-        "with its most likely next token; ± is one standard error. "
-        "<label><input type=checkbox id=all-columns> all columns</label></p>"
+def _table(id: str, head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    """HTML of a table; ``lines`` are cells in HTML."""
+    heads = "".join(f'<th scope="col">{name}</th>' for name in head)
+    heads = f"<thead><tr>{heads}</tr></thead>" if head else ""
+    body = "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in line)}</tr>" for line in lines)
+    return f"<div class=wide><table id={id}>{heads}<tbody>{body}</tbody></table></div>"
+
+
+# The table of rows: everything in results.csv, with a few columns shown at first; clicking a header sorts it.
+
+
+def _about_rows() -> str:
+    told = "; ".join(f"{METRICS[key].header}: {METRICS[key].told}" for key in ("kl", "top1_agreement"))
+    switch = "<label><input type=checkbox id=all-columns> all columns</label>"
+    return f"<p>A click on a header sorts. {escape(told)}; ±: one standard error. {switch}</p>"
+
+
+def _rows_table(evidence: Evidence) -> str:
+    flat = [flat_row(row) for row in evidence.rows]
+    metrics = {it.key: it for it in METRICS.values() if (it.in_few or it.key in OF_TEXT) and it.is_known(flat)}
+    few = ["label", *metrics, *(["checkpoint"] if any(row["checkpoint"] for row in flat) else []), "status"]
+    more = list(dict.fromkeys(column for row in flat for column in row if column not in few))
+    headers = {"label": "row", **{key: it.header for key, it in metrics.items()}}
+
+    def header(column: str) -> str:
+        name = escape(headers.get(column, column))
+        return f'<th scope="col"><button type=button title="{escape(column)}">{name}</button></th>'
+
+    def cell(column: str, row: Row) -> str:
+        """HTML of a cell formatted for people; ``data-v`` is the value from results.csv."""
+        value = row[column]
+        text = escape(metrics[column].shown(row) if column in metrics else str(value or "-"))
+        if column == "label":
+            text = f"<span>{text}</span>"
+        elif column == "status" and row["cause"]:
+            text = f"missing: {escape(row['cause'])}"
+        elif column == "checkpoint" and value and (evidence.out / value).is_dir():
+            text = f'<a href="{_link(evidence.out / value, evidence)}">{escape(Path(value).name)}</a>'
+        return f'<td data-v="{escape("" if value is None else str(value))}">{text}</td>'
+
+    lines = [
+        f'<tr data-model="{escape(row["model"])}"{"" if row["status"] == "done" else " class=missing"}>'
+        + "".join(cell(column, row) for column in few)
+        + _logs_of_row(of_row, evidence)
+        + "".join(f"<td>{'' if (value := row.get(it)) is None else escape(str(value))}</td>" for it in more)
+        + "</tr>"
+        for row, of_row in zip(flat, evidence.plan.cells, strict=True)
+    ]
+    head = "".join([*map(header, few), '<th scope="col" class=logs>logs</th>', *map(header, more)])
+    # Cells are hidden by position: marking each one would take megabytes.
+    hidden = f"#rows:not(.all) :is(th,td):nth-child(n+{len(few) + 2}){{display:none}}"
+    printed = f"@media print{{#rows :is(th,td):nth-child(n+{len(few) + 1}){{display:none}}}}"
+    body = "\n".join(lines)
+    table = f"<table id=rows><thead><tr>{head}</tr></thead><tbody>\n{body}\n</tbody></table>"
+    return f"<style>{hidden}{printed}</style>{table}"
+
+
+def _logs_of_row(cell: Cell, evidence: Evidence) -> str:
+    """HTML of links to the newest log of every stage behind a row."""
+    logs = {
+        stage_id: [log for attempt in evidence.attempts[stage_id] for log in attempt.logs]
+        for stage_id in evidence.plan.upstream(cell)
+    }
+    links = [f'<a href="{_link(found[-1], evidence)}">{kind_of(stage)}</a>' for stage, found in logs.items() if found]
+    return f"<td class=logs>{' '.join(links) or '-'}</td>"
+
+
+def _link(target: Path, evidence: Evidence) -> str:
+    """A relative URL from the report to a file, which still works if both are moved together."""
+    return escape(quote(os.path.relpath(target, evidence.out)))
+
+
+# Progress, failures and provenance.
+
+
+def _time(moment: float) -> str:
+    return f"{datetime.fromtimestamp(moment, UTC):%Y-%m-%d %H:%M:%S} UTC"
+
+
+def _first(names: Sequence[str]) -> str:
+    """HTML of the first names, and how many more there are."""
+    more = len(names) - MOST_NAMES
+    return escape(", ".join(names[:MOST_NAMES])) + (f" and {more} more" if more > 0 else "")
+
+
+def _summary(evidence: Evidence) -> str:
+    """HTML of the sweep's progress: finished rows and stages, what runs, what is missing, what can't be compared."""
+    done = sum(row["status"] == "done" for row in evidence.rows)
+    made = [manifest for manifest in evidence.manifests.values() if manifest]
+    hours = sum(manifest.get("wall_time_s") or 0.0 for manifest in made) / 3600
+    lacking = evidence.plan.lacking(lambda stage_id: evidence.manifests[stage_id] is not None)
+    stages = f"{len(made)} of {counted(len(made) + len(lacking), 'stage')} made, in {hours:.1f} hours"
+    running = [
+        f"{stage.kind} {stage.label}" + (f" ({attempt.message})" if attempt.message else "")
+        for stage in evidence.plan.stages.values()
+        for attempt in evidence.attempts[stage.id]
+        if attempt.state == "open"
+    ]
+    causes: dict[str, list[str]] = {}
+    for row in evidence.rows:
+        if row["status"] != "done":
+            causes.setdefault(row["cause"], []).append(row["label"])
+    lines = "".join(f"<li><b>{escape(cause)}</b>: {_first(labels)}</li>" for cause, labels in causes.items())
+    others = measured_otherwise(evidence.rows)
+    return "".join(
+        [
+            f"<p><b>{done} of {counted(len(evidence.rows), 'row')}</b> with a result; {stages}.</p>",
+            f"<p>Begun, without an end: {_first(running)}.</p>" if running else "",
+            f"<div class=note id=missing><p>Missing, and why:</p><ul>{lines}</ul></div>" if lines else "",
+            f"<p class=note>{MEASURED_OTHERWISE.capitalize()}: {_first(others)}.</p>" if others else "",
+        ]
+    )
+
+
+def _failures(evidence: Evidence) -> str:
+    """HTML table of all attempts that ended without an artifact."""
+    lines = []
+    for stage in evidence.plan.stages.values():
+        for it in evidence.attempts[stage.id]:
+            if it.state == "failed":
+                logs = [f'<a href="{_link(log, evidence)}">{escape(log.name)}</a>' for log in it.logs]
+                ended = "-" if it.ended is None else _time(it.ended)
+                message = in_one_line(it.message)[:LONGEST_MESSAGE]
+                texts = (f"{stage.kind} {stage.label}", str(it.number), ended, it.cause, message)
+                lines.append([*map(escape, texts), " ".join([escape(it.where), *logs])])
+    head = ("stage", "attempt", "ended", "cause", "message", "log")
+    return _table("failures", head, lines) if lines else "<p>No attempt has failed.</p>"
+
+
+def _provenance(evidence: Evidence) -> str:
+    """HTML of what artifacts were made with, and of the configuration of the last run."""
+    made = [manifest for manifest in evidence.manifests.values() if manifest]
+    origins = [_origin(manifest) for manifest in made]
+    names = dict.fromkeys(name for origin in origins for name in origin)
+    lines = [[escape(name), _distinct(origin.get(name, "-") for origin in origins)] for name in names]
+    times = [finished for manifest in made if (finished := manifest.get("finished")) is not None]
+    lines += [["finished", f"{_time(min(times))} to {_time(max(times))}"]] if times else []
+    config = f"<details><summary>configuration of the last run</summary><pre>{escape(evidence.config)}</pre></details>"
+    table = _table("provenance", (), lines) if made else "<p>No artifact yet.</p>"
+    return table + (config if evidence.config else "")
+
+
+def _origin(manifest: Manifest) -> Mapping[str, str]:
+    found: Mapping[str, Any] = manifest.get("provenance", {})
+    changed = " with changes" if found.get("dirty_diff_sha256") else ""
+    told = {
+        "commit": f"{found.get('git_commit') or 'unknown'}{changed}",
+        "seed": manifest.get("config", {}).get("seed"),
+        "device": manifest.get("device"),
+        "ranks": manifest.get("world_size"),
+        "machine": found.get("machine"),
+        "python": found.get("python"),
+        **found.get("packages", {}),
+    }
+    return {name: "-" if value is None else str(value) for name, value in told.items()}
+
+
+def _distinct(values: Iterable[str]) -> str:
+    """HTML of the distinct values, with the number of stages for each if there are several values."""
+    counts = Counter(values)
+    if len(counts) == 1:
+        return escape(next(iter(counts)))
+    return "<br>".join(
+        f"{escape(value)} <small>({counted(number, 'stage')})</small>" for value, number in counts.most_common()
     )

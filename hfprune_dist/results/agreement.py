@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from hfprune_dist.errors import UserError
-from hfprune_dist.results.column import Column
+from hfprune_dist.results.markdown import Column
 from hfprune_dist.structures import EXPERT_NEURONS, EXPERTS, NEURONS, SHARED_NEURONS
 from hfprune_dist.structures.score_names import SCORES, criteria_in, scores_of_layers
 
@@ -113,7 +113,8 @@ def overlap(a_D: NDArray[np.float64], b_D: NDArray[np.float64], share: float) ->
 def _chances_to_stay(scores_D: NDArray[np.float64], width: int) -> NDArray[np.float64]:
     last = np.sort(scores_D)[-width]
     above_D, level_D = scores_D > last, scores_D == last
-    return np.where(level_D, (width - above_D.sum()) / level_D.sum(), above_D)
+    chances_D: NDArray[np.float64] = np.where(level_D, (width - above_D.sum()) / level_D.sum(), above_D)
+    return chances_D
 
 
 def columns_of_pairs(pairs: Sequence[Pair]) -> list[Column[Pair]]:

@@ -1,63 +1,37 @@
-"""Methods compared over sweeps that differ in their seed: means and spreads."""
+"""Methods compared over sweeps that differ in their seed: means and spreads; whether they differ in nothing else."""
 
 from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
-from hfprune_dist.planning.plan import NONE
-from hfprune_dist.results.column import Column, markdown
-from hfprune_dist.results.formats import byte_count, duration, measured, number
-from hfprune_dist.results.known import all_or_none
-from hfprune_dist.results.markdown import escaped
-from hfprune_dist.results.rows import Row
+from hfprune_dist.config.section import as_written
+from hfprune_dist.planning.plan import NONE, Cell, Plan
+from hfprune_dist.results.markdown import Column, escaped, markdown
+from hfprune_dist.results.metrics import METRICS, Metric
+from hfprune_dist.results.rows import Row, all_or_none
+from hfprune_dist.store.stage import Stage
 
-MEASURES = ("kl", "top1_agreement", "perplexity", "average")
-
-
-@dataclass(frozen=True)
-class Spread:
-    """Mean and standard deviation over sweeps; the deviation is None for a single sweep."""
-
-    mean: float
-    deviation: float | None
+FEW = (METRICS["kl"], METRICS["top1_agreement"])
+QUALITY = (*FEW, METRICS["perplexity"], METRICS["average"])
+SHARE = "kl_share"
+TIME = Metric(
+    "wall_time_s", "time", "mean of all stages behind a row, shared ones included", METRICS["own_time_s"].form
+)
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """Results of one method, on one model at one ratio.
-
-    Attributes:
-        measures: kl, top1_agreement, perplexity, and the average of the tasks' scores; None if the value isn't a number
-            in some sweep.
-        kl_share: KL divided by the reference method's KL in the same sweep, over sweeps with a reference; None without
-            any, and if one of the two isn't a number in one of them, or the reference's is 0. Where pruning and
-            recovery are one training, the reference is the recovered one.
-        sweeps: number of sweeps with a result.
-        sweeps_with_reference: number of those behind ``kl_share``.
-        wall_time_s: time of all stages behind a row, shared ones included; mean over the rows for which it is known.
-        peak_memory_bytes: the highest peak of a rank in any of these stages, None if none was recorded.
-    """
-
-    model: str
-    ratio: float
-    method: str
-    recovery: str
-    measures: Mapping[str, Spread | None]
-    kl_share: Spread | None
-    sweeps: int
-    sweeps_with_reference: int
-    wall_time_s: float | None
-    peak_memory_bytes: int | None
-
-
-def compare_methods(sweeps: Sequence[Sequence[Row]], reference: str) -> list[Comparison]:
-    """Group the finished rows of several sweeps by model, ratio, method and recovery.
+def compare_methods(sweeps: Sequence[Sequence[Row]], reference: str) -> list[Row]:
+    """One row for the finished rows of several sweeps with the same model, ratio, method and recovery.
 
     Models come in order of first appearance, each with its ratios from low to high, and their methods in order of first
-    appearance.
+    appearance. A row has the mean of each metric of ``QUALITY``, and under ``<key>_stderr`` its standard deviation over
+    sweeps: None for a single sweep, and both None if it isn't a number in some sweep. ``kl_share`` is KL divided by the
+    reference method's KL in the same sweep, over the ``sweeps_with_reference`` of all ``sweeps`` that have one; None
+    without any, and if one of the two isn't a number, or the reference's is 0. Where pruning and recovery are one
+    training, the reference is the recovered one. ``wall_time_s`` is a mean over rows for which it is known, and
+    ``peak_memory_bytes`` the highest peak.
     """
     groups: dict[tuple[str, float, str, str], list[tuple[Row, Row | None]]] = {}
     for rows in sweeps:
@@ -68,7 +42,8 @@ def compare_methods(sweeps: Sequence[Sequence[Row]], reference: str) -> list[Com
             groups.setdefault(key, []).append((row, references.get(_place(row))))
     models = list(dict.fromkeys(model for model, *_ in groups))
     in_order = sorted(groups, key=lambda key: (models.index(key[0]), key[1]))
-    return [_comparison(*key, groups[key]) for key in in_order]
+    names = ("model", "ratio", "method", "recovery")
+    return [{**dict(zip(names, key, strict=True)), **_compared(groups[key])} for key in in_order]
 
 
 def _place(row: Row) -> tuple[str, float, bool, str]:
@@ -76,110 +51,140 @@ def _place(row: Row) -> tuple[str, float, bool, str]:
     return row["model"], row["ratio"], row["recovery"] != NONE, row["measured_as"]
 
 
-def _comparison(
-    model: str, ratio: float, method: str, recovery: str, members: Sequence[tuple[Row, Row | None]]
-) -> Comparison:
+def _compared(members: Sequence[tuple[Row, Row | None]]) -> Row:
     rows = [row for row, _ in members]
-    shares = [_share(row["kl"], reference["kl"]) for row, reference in members if reference is not None]
+    references = [(row["kl"], reference["kl"]) for row, reference in members if reference is not None]
+    shares = [kl / other if kl is not None and other else None for kl, other in references]
     times = [row["wall_time_s"] for row in rows if row["wall_time_s"] is not None]
-    return Comparison(
-        model,
-        ratio,
-        method,
-        recovery,
-        {name: _spread_of_all([row[name] for row in rows]) for name in MEASURES},
-        _spread_of_all(shares) if shares else None,
-        len(rows),
-        len(shares),
-        statistics.fmean(times) if times else None,
-        max((row["peak_memory_bytes"] for row in rows if row["peak_memory_bytes"]), default=None),
-    )
+    measured = {metric.key: _spread(metric.value(row) for row in rows) for metric in QUALITY} | {SHARE: _spread(shares)}
+    return {
+        **{key: mean for key, (mean, _) in measured.items()},
+        **{f"{key}_stderr": deviation for key, (_, deviation) in measured.items()},
+        "sweeps": len(rows),
+        "sweeps_with_reference": len(shares),
+        "wall_time_s": statistics.fmean(times) if times else None,
+        "peak_memory_bytes": max((row["peak_memory_bytes"] for row in rows if row["peak_memory_bytes"]), default=None),
+    }
 
 
-def _share(kl: float | None, reference: float | None) -> float | None:
-    return kl / reference if kl is not None and reference else None
-
-
-def _spread_of_all(values: Sequence[float | None]) -> Spread | None:
-    """The spread of the values; None if one of them isn't a number."""
+def _spread(values: Iterable[float | None]) -> tuple[float | None, float | None]:
+    """Mean and sample standard deviation; None if there are no values, or one of them isn't a number."""
     known = all_or_none(values)
-    return spread(known) if known is not None and all(map(math.isfinite, known)) else None
+    if not known or not all(map(math.isfinite, known)):
+        return None, None
+    return statistics.fmean(known), statistics.stdev(known) if len(known) > 1 else None
 
 
-def spread(values: Iterable[float]) -> Spread:
-    """Mean and sample standard deviation."""
-    listed = list(values)
-    return Spread(statistics.fmean(listed), statistics.stdev(listed) if len(listed) > 1 else None)
+def _metrics(rows: Sequence[Row], reference: str, wide: bool) -> list[Metric]:
+    share = Metric(SHARE, f"KL / {reference}", "", METRICS["kl"].form)
+    costs = [TIME, METRICS["peak_memory_bytes"]]
+    shown = [METRICS["kl"], *([share] if any(row["method"] == reference for row in rows) else []), *FEW[1:]]
+    return [*shown, *(it for it in QUALITY[2:] if it.is_known(rows)), *costs] if wide else shown
 
 
-# Header of a column -> what it says.
-_MEANINGS = {
-    "KL": "mean divergence from the dense model, nats per token, lower is better",
-    "agreement": "share of tokens with its most likely next token, higher is better",
-    "avg": "mean of the tasks' scores in %, higher is better",
-    "time": "mean of all stages behind a row, shared ones included",
-    "memory": "the most that one rank took",
-}
+def columns_of_methods(rows: Sequence[Row], reference: str, wide: bool) -> list[Column[Row]]:
+    """The columns of a table of methods.
 
-
-def few_columns_of_methods(comparisons: Sequence[Comparison], reference: str) -> list[Column[Comparison]]:
-    """The default columns, which fit a terminal 80 characters wide if names have the usual lengths."""
-    differs = len({it.recovery for it in comparisons}) > 1
-    has_reference = any(it.method == reference for it in comparisons)
+    Args:
+        wide: all of them; otherwise a few, which fit a terminal 80 characters wide if names have the usual lengths.
+    """
+    recovery: list[Column[Row]] = [Column("recovery", lambda row: row["recovery"], is_text=True)]
     return [
-        Column("model", lambda it: it.model, is_text=True),
-        Column("ratio", lambda it: f"{it.ratio:g}" if it.ratio else "dense", is_text=True),
-        Column("method", lambda it: it.method, is_text=True),
-        *[Column[Comparison]("recovery", lambda it: it.recovery, is_text=True)] * differs,
-        Column("KL", lambda it: _shown(it.measures["kl"], 3)),
-        *[Column[Comparison](f"KL / {reference}", lambda it: _shown(it.kl_share, 3))] * has_reference,
-        Column("agreement", lambda it: _shown(it.measures["top1_agreement"], 3)),
-        Column("seeds", lambda it: str(it.sweeps)),
+        Column("model", lambda row: row["model"], is_text=True),
+        Column("ratio", lambda row: f"{row['ratio']:g}" if row["ratio"] else "dense", is_text=True),
+        Column("method", lambda row: row["method"], is_text=True),
+        *(recovery if len({row["recovery"] for row in rows}) > 1 else []),
+        *(Column[Row](metric.header, metric.shown) for metric in _metrics(rows, reference, wide)),
+        Column("seeds", lambda row: str(row["sweeps"])),
     ]
 
 
-def all_columns_of_methods(comparisons: Sequence[Comparison], reference: str) -> list[Column[Comparison]]:
-    """All columns; the time is that of all stages behind a row, shared ones included."""
-    scored = any(it.measures["average"] for it in comparisons)
-    return [
-        *few_columns_of_methods(comparisons, reference),
-        Column("perplexity", lambda it: _shown(it.measures["perplexity"], 1)),
-        *[Column[Comparison]("avg", lambda it: _shown(it.measures["average"], 1, 100))] * scored,
-        Column("time", lambda it: duration(it.wall_time_s)),
-        Column("memory", lambda it: byte_count(it.peak_memory_bytes)),
-    ]
-
-
-def note_on_methods(comparisons: Sequence[Comparison], columns: Sequence[Column[Comparison]]) -> str:
+def note_on_methods(rows: Sequence[Row], reference: str, wide: bool) -> str:
     """A sentence for below the table, on what these columns say."""
-    told = [f"{it.header}: {_MEANINGS[it.header]}" for it in columns if it.header in _MEANINGS]
-    spreads = (it for row in comparisons for it in (*row.measures.values(), row.kl_share))
-    if any(it is not None and it.deviation is not None for it in spreads):
+    told = [f"{metric.header}: {metric.told}" for metric in _metrics(rows, reference, wide) if metric.meaning]
+    if any(row["sweeps"] > 1 for row in rows):
         told.append("±: standard deviation over seeds")
-    told += [
-        f"{it.header}: {fewer}" for it in columns if it.header.startswith("KL / ") and (fewer := _fewer(comparisons))
-    ]
+    if some := [row for row in rows if 0 < row["sweeps_with_reference"] < row["sweeps"]]:
+        names = [
+            f"{it['model']} {it['ratio']:g} {it['method']} {it['recovery']} {it['sweeps_with_reference']} of "
+            f"{it['sweeps']}"
+            for it in some
+        ]
+        told.append(f"KL / {reference}: over the seeds that have both methods ({', '.join(names)})")
     return "; ".join(told)
 
 
-def _fewer(comparisons: Sequence[Comparison]) -> str:
-    """Name the rows that have no reference in some of their seeds; empty if there are none."""
-    some = [it for it in comparisons if 0 < it.sweeps_with_reference < it.sweeps]
-    names = (
-        f"{it.model} {it.ratio:g} {it.method} {it.recovery} {it.sweeps_with_reference} of {it.sweeps}" for it in some
-    )
-    return f"over the seeds that have both methods ({', '.join(names)})" if some else ""
-
-
-def methods_table(comparisons: Sequence[Comparison], reference: str) -> str:
+def methods_table(rows: Sequence[Row], reference: str) -> str:
     """Markdown table of methods, with a note below."""
-    columns = all_columns_of_methods(comparisons, reference)
-    return f"{markdown(comparisons, columns)}\n{escaped(note_on_methods(comparisons, columns))}\n"
+    table = markdown(rows, columns_of_methods(rows, reference, wide=True))
+    return f"{table}\n{escaped(note_on_methods(rows, reference, wide=True))}\n"
 
 
-def _shown(value: Spread | None, digits: int, times: int = 1) -> str:
-    if value is None:
-        return "-"
-    if value.deviation is None:
-        return number(times * value.mean, f".{digits}f")
-    return measured(times * value.mean, times * value.deviation, digits)
+SEED = "seed"
+# What a pass computes besides the scores that a row's method reads is of other rows; which it reads, the method says.
+_OF_OTHER_ROWS = {"criteria", "structures", "curvature"}
+# Chosen to suit the GPUs, and without effect on a result beyond rounding.
+_OF_THE_MACHINE = {"recovery.micro_batch_size", "distillation.micro_batch_size"}
+
+# (stage, name of a setting or of a user's file) -> what is equal if it makes no difference, and what people see of it.
+MadeWith = Mapping[tuple[str, str], tuple[object, str]]
+
+
+def made_with(plan: Plan, cell: Cell) -> MadeWith:
+    """Everything that a row's checkpoint and its evaluation depend on, in the order in which stages run.
+
+    Its speed is measured where a sweep happens to run, and isn't part of it.
+    """
+    evaluate, stages = plan.stages[cell.evaluate], list[tuple[str, Stage]]()
+    for stage in (plan.stages[stage_id] for stage_id in cell.producers):
+        number = sum(other.kind == stage.kind for _, other in stages)
+        stages.append((stage.kind if not number else f"{stage.kind} {number + 1}", stage))
+    references = {role: it.location for role, it in evaluate.inputs.items() if it.is_stage and role != "model"}
+    stages += [(f"held-out {role}", plan.stages[stage_id]) for role, stage_id in references.items()]
+    made: dict[tuple[str, str], tuple[object, str]] = {}
+    for name, stage in (*stages, (evaluate.kind, evaluate)):
+        record = stage.to_json()
+        made[name, "version of the stage's code"] = (record["version"], str(record["version"]))
+        for role, source in stage.inputs.items():
+            if not source.is_stage:  # stages that a row rests on are in it themselves, without their seeds
+                shown = f"{source.location} (content {source.identity[:8]})"
+                made[name, f"input {role!r}"] = (source.identity, shown)
+        ignored = {*_OF_THE_MACHINE, *_of_other_rows(record)}
+        settings = {key: value for key, value in _flat(record["params"]) if key not in ignored}
+        made |= {(name, key): (value, as_written(value)) for key, value in settings.items()}
+    return made
+
+
+def difference(one: MadeWith, other: MadeWith) -> tuple[str, str, str, str] | None:
+    """The first thing but a seed in which two rows differ: its stage, its name, and what it is in one row and in the
+    other; None if there is nothing.
+    """
+    unset = (None, "not set")
+    for key in [*one, *(it for it in other if it not in one)]:
+        if key[1] != SEED and ((key in one) != (key in other) or one[key][0] != other[key][0]):
+            return *key, one.get(key, unset)[1], other.get(key, unset)[1]
+    return None
+
+
+def have_one_seed(one: MadeWith, other: MadeWith) -> bool:
+    """Whether the stages behind two rows have the same seeds, if any has one."""
+    seeds, others = ({key: made[key] for key in made if key[1] == SEED} for made in (one, other))
+    return bool(seeds) and seeds == others
+
+
+def _of_other_rows(record: Mapping[str, Any]) -> set[str]:
+    kind, params = record["kind"], record["params"]
+    if kind == "reference" and "text" not in params:
+        return {"micro_batch_size"}  # on calibration windows; that of distillation
+    # All criteria of a pass that may end early decide where.
+    may_end_early = kind == "importance" and params.get("calibration", {}).get("settled") is not None
+    return _OF_OTHER_ROWS if kind == "importance" and not may_end_early else set()
+
+
+def _flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, object]]:
+    """Each setting under its name, with those of its section in front."""
+    for name, value in settings.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value

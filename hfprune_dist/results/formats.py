@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
-_COUNTS = {"": 1, "k": 10**3, "M": 10**6, "B": 10**9}
-_FLOPS = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "P": 10**15, "E": 10**18, "Z": 10**21}
+_COUNTS = {"": 1, "k": 10**3, "M": 10**6, "B": 10**9, "T": 10**12, "P": 10**15, "E": 10**18, "Z": 10**21}
 _BYTES = {"B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
@@ -15,10 +14,9 @@ def number(value: float | None, form: str) -> str:
     return "-" if value is None else format(value, form)
 
 
-def measured(value: float | None, error: float | None, digits: int) -> str:
-    """A value and its error, with this many digits after the decimal point; zero has no sign."""
-    form = f"z.{digits}f"
-    return number(value, form) + ("" if value is None else f"±{number(error, form)}")
+def with_error(value: float | None, error: float | None, form: Callable[[float | None], str]) -> str:
+    """A value and its error, if that is known."""
+    return form(value) if value is None or error is None else f"{form(value)}±{form(error)}"
 
 
 def counted(amount: int | str | None, noun: str) -> str:
@@ -28,13 +26,7 @@ def counted(amount: int | str | None, noun: str) -> str:
 
 def percent(share: float | None) -> str:
     """A share in percent."""
-    return "-" if share is None else f"{100 * share:.1f}"
-
-
-def percent_measured(share: float | None, error: float | None) -> str:
-    """A share and its error in percent."""
-    value, spread = (None if it is None else 100 * it for it in (share, error))
-    return measured(value, spread, 1)
+    return "-" if share is None else f"{100 * share:z.1f}"
 
 
 def count(value: float | None) -> str:
@@ -43,11 +35,6 @@ def count(value: float | None) -> str:
         return "-"
     amount, unit = _scaled(value, _COUNTS, 999.95)
     return f"{amount:.4g}{unit}"
-
-
-def flop_count(value: float | None) -> str:
-    """Floating-point operations, in two or three digits."""
-    return "-" if value is None else _short(value, _FLOPS, 999.5)
 
 
 def byte_count(value: float | None) -> str:

@@ -14,6 +14,8 @@ FILTERS = ("", "[strict-match]", "[flexible-extract]")
 # Reported beside ``f1`` by lm-eval's squadv2, all of whose scores are in percent.
 OF_SQUAD_2 = "HasAns_f1"
 
+Tasks = Mapping[str, Mapping[str, Any]]
+
 
 def headline(metrics: Mapping[str, Any]) -> float | None:
     """The score that stands for a task; None if it has none, or if it is missing.
@@ -52,32 +54,29 @@ def is_bias_task(task: str) -> bool:
     return task.startswith("crows_pairs")
 
 
-def averages(tasks: Mapping[str, Mapping[str, Any]]) -> tuple[float | None, float | None]:
+def averages(tasks: Tasks) -> tuple[float | None, float | None]:
     """Mean headline over all tasks, and over all but CrowS-Pairs; None if a task's score is missing.
 
     A task that reports only other metrics, such as perplexities, is left out: it has no score that could be missing.
     """
-    return _mean_headline(_scored(tasks)), _mean_headline(_without_bias(_scored(tasks)))
+    return _mean_headline(_scored(tasks)), _mean_headline(_scored(tasks, bias=False))
 
 
-def average_errors(tasks: Mapping[str, Mapping[str, Any]]) -> tuple[float | None, float | None]:
+def average_errors(tasks: Tasks) -> tuple[float | None, float | None]:
     """Standard errors of ``averages``, treating tasks as independent; None if a task's score has none."""
-    return _error_of_mean(_scored(tasks)), _error_of_mean(_without_bias(_scored(tasks)))
+    return _error_of_mean(_scored(tasks)), _error_of_mean(_scored(tasks, bias=False))
 
 
-def _scored(tasks: Mapping[str, Mapping[str, Any]]) -> Mapping[str, Mapping[str, Any]]:
-    return {name: metrics for name, metrics in tasks.items() if not metrics or headline_metric(metrics)}
+def _scored(tasks: Tasks, *, bias: bool = True) -> Tasks:
+    scored = {name: metrics for name, metrics in tasks.items() if not metrics or headline_metric(metrics)}
+    return {name: metrics for name, metrics in scored.items() if bias or not is_bias_task(name)}
 
 
-def _without_bias(tasks: Mapping[str, Mapping[str, Any]]) -> Mapping[str, Mapping[str, Any]]:
-    return {name: metrics for name, metrics in tasks.items() if not is_bias_task(name)}
-
-
-def _mean_headline(tasks: Mapping[str, Mapping[str, Any]]) -> float | None:
+def _mean_headline(tasks: Tasks) -> float | None:
     scores = [score for score in map(headline, tasks.values()) if score is not None]
     return sum(scores) / len(scores) if tasks and len(scores) == len(tasks) else None
 
 
-def _error_of_mean(tasks: Mapping[str, Mapping[str, Any]]) -> float | None:
+def _error_of_mean(tasks: Tasks) -> float | None:
     errors = [error for error in map(headline_error, tasks.values()) if error is not None]
     return math.hypot(*errors) / len(errors) if tasks and len(errors) == len(tasks) else None

@@ -1,4 +1,4 @@
-"""GitHub's Markdown for texts that may hold anything, names above all: they read as they are once rendered.
+"""Tables, and GitHub's Markdown for texts that may hold anything, names above all: they read as they are once rendered.
 
 A line break in a text becomes a space.
 """
@@ -6,7 +6,11 @@ A line break in a text becomes a space.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+T = TypeVar("T")
 
 # Underscores within a word, as in intermediate_size, are no markup, nor are asterisks between spaces.
 _MARKUP = re.compile(r"[\\`\[<&~#]|(?<! )\*|\*(?! )|(?<!\w)_+|_+(?!\w)")
@@ -32,6 +36,30 @@ def code_block(language: str, text: str) -> str:
     lines = text.rstrip("\n")
     marks = "`" * max(3, 1 + max(map(len, _BACKTICKS.findall(text)), default=0))
     return f"{marks}{language}\n{lines}\n{marks}"
+
+
+@dataclass(frozen=True)
+class Column(Generic[T]):
+    """One column of a table: its header, and the text that it shows for a row.
+
+    Attributes:
+        is_text: whether the column holds names, which are left-aligned and may wrap, rather than numbers.
+    """
+
+    header: str
+    show: Callable[[T], str]
+    is_text: bool = False
+
+
+def cells(rows: Sequence[T], columns: Sequence[Column[T]]) -> list[list[str]]:
+    """Text of each column for each row, on one line."""
+    return [[on_one_line(column.show(row)) for column in columns] for row in rows]
+
+
+def markdown(rows: Sequence[T], columns: Sequence[Column[T]]) -> str:
+    """A table in Markdown."""
+    sides = ["---" if column.is_text else "---:" for column in columns]
+    return table_of_texts([column.header for column in columns], cells(rows, columns), sides) + "\n"
 
 
 def table(head: Sequence[str], body: Sequence[Sequence[str]], sides: Sequence[str] | None = None) -> str:

@@ -10,8 +10,8 @@ from pydantic import Field, model_validator
 
 from hfprune_dist.config.section import Section
 from hfprune_dist.config.yaml_text import read_yaml
-from hfprune_dist.results.column import Column
 from hfprune_dist.results.formats import number
+from hfprune_dist.results.markdown import Column
 
 # As printed in the paper, with the same number of digits.
 Figure = int | float
@@ -52,21 +52,22 @@ class PublishedTable(Section):
         return self
 
     def shown(self, wide: bool) -> list[Column[PublishedRow]]:
-        """The table's columns.
-
-        Args:
-            wide: include the score of each task.
-        """
-        tasks = [Column(task, partial(_of_task, place=place)) for place, task in enumerate(self.tasks)]
-        trained: list[Column[PublishedRow]] = [Column("recovery", lambda row: row.recovery, is_text=True)]
-        return [
+        """The table's columns; ``wide``: with the score of each task."""
+        columns: list[Column[PublishedRow]] = [
             Column("published", lambda row: row.method, is_text=True),
             Column("ratio", lambda row: "dense" if row.ratio is None else f"{row.ratio:g}", is_text=True),
             Column("of all", lambda row: number(row.removed, "g"), is_text=True),
-            *(trained if any(row.recovery != "none" for row in self.rows) else []),
-            *(tasks if wide else []),
-            *(Column(name, partial(_score, place=place)) for place, name in enumerate(self.columns)),
         ]
+        if any(row.recovery != "none" for row in self.rows):
+            columns.append(Column("recovery", lambda row: row.recovery, is_text=True))
+        tasks = self.tasks if wide else []
+        columns += [Column(task, partial(_printed, "of_tasks", place)) for place, task in enumerate(tasks)]
+        return columns + [Column(name, partial(_printed, "scores", place)) for place, name in enumerate(self.columns)]
+
+
+def _printed(which: str, place: int, row: PublishedRow) -> str:
+    figures = getattr(row, which)
+    return "-" if not figures or figures[place] is None else str(figures[place])
 
 
 class Published(Section):
@@ -83,15 +84,3 @@ def read_published(file: Path) -> list[PublishedTable]:
         ValidationError: if its content has another form.
     """
     return Published.model_validate(read_yaml(file, "published", "tables")).tables
-
-
-def _score(row: PublishedRow, place: int) -> str:
-    return _printed(row.scores[place])
-
-
-def _of_task(row: PublishedRow, place: int) -> str:
-    return _printed(row.of_tasks[place] if row.of_tasks else None)
-
-
-def _printed(figure: Figure | None) -> str:
-    return "-" if figure is None else str(figure)

@@ -5,14 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from hfprune_launch.modes.past_attempts import past_attempts
 from hfprune_launch.screen import make_console, say
 from hfprune_launch.slurm.job_tracker import inputs_of_live_jobs
 from hfprune_launch.sweep_folder import RecordedSweep, read_sweep
 
 from hfprune_dist.errors import UserError
-from hfprune_dist.results.as_made import as_made
-from hfprune_dist.results.named_checkpoints import checkpoint_folders
+from hfprune_dist.results.rows import as_made
 from hfprune_dist.store.artifacts import Store
 from hfprune_dist.store.leftovers import Leftover, files_of, running, unused
 
@@ -30,10 +28,10 @@ def clean(out: Path, *, intermediates: bool, dry_run: bool) -> None:
         UserError: if the folder is not a sweep's, or one of its stages is running, or begins meanwhile; once all else
             is removed, for what can't be, such as another user's.
     """
-    sweep, store = read_sweep(out, past_attempts(out)), Store(out / "store")
+    sweep, store = read_sweep(out), Store(out / "store")
     _refuse_while_needed(store)
     jobs = inputs_of_live_jobs(store)
-    used = {*_linked(out, store), *jobs, *(need for needs in jobs.values() for need in needs)}
+    used = {*jobs, *(need for needs in jobs.values() for need in needs)}
     found = list(unused(store, {*as_made(sweep.plan, store).stages, *used}, about_to_run=jobs))
     if intermediates:
         found += _intermediates(sweep, store, used)
@@ -76,11 +74,6 @@ def _refuse_while_needed(store: Store) -> None:
     if stages := running(store):
         running_now = f"{', '.join(stages)} {'is' if len(stages) == 1 else 'are'} running"
         raise UserError(f"{store.root}: {running_now}; let the sweep end, or cancel it")
-
-
-def _linked(out: Path, store: Store) -> set[str]:
-    """Return the ids of stages whose artifacts are linked to from ``checkpoints/``."""
-    return {"/".join(file.parts[:2]) for file in checkpoint_folders(out, store).linked()}
 
 
 def _intermediates(sweep: RecordedSweep, store: Store, used: set[str]) -> Iterator[Leftover]:

@@ -5,11 +5,10 @@ from __future__ import annotations
 import shlex
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from hfprune_launch.modes.past_attempts import past_attempts
 from hfprune_launch.screen import ROOMY, SAID_OF_WIDE, TIGHT, make_console, say, show_table, table_of
 from hfprune_launch.sweep_folder import CONFIG_FILE, RecordedSweep, read_sweep, require_folder
 from rich.console import Console
@@ -21,18 +20,19 @@ from hfprune_dist.results.agreement import (
     compare_criteria,
     scores_to_compare,
 )
-from hfprune_dist.results.column import Column, markdown
 from hfprune_dist.results.comparison import (
-    Comparison,
-    all_columns_of_methods,
+    MadeWith,
+    columns_of_methods,
     compare_methods,
-    few_columns_of_methods,
+    difference,
+    have_one_seed,
+    made_with,
     methods_table,
     note_on_methods,
 )
-from hfprune_dist.results.markdown import escaped
-from hfprune_dist.results.notes import measured_otherwise, missing
-from hfprune_dist.results.recipes import Difference, Recipe, first_difference
+from hfprune_dist.results.markdown import Column, escaped, markdown
+from hfprune_dist.results.rows import Row
+from hfprune_dist.results.table import missing, not_comparable
 from hfprune_dist.store.artifacts import Store
 from hfprune_dist.store.atomic_files import write_json, write_text
 from hfprune_dist.store.stage import Stage
@@ -83,7 +83,7 @@ def compare(folders: Sequence[Path], out: Path, named: str | None, wide: bool) -
     criteria, unread = _criteria(sweeps[0])
     pages, warnings = _pages(criteria), [*_warnings(sweeps), *unread]
     record = {
-        "methods": [asdict(it) for it in methods],
+        "methods": methods,
         "criteria": criteria,
         "sweeps": [str(it) for it in folders],
     }
@@ -101,20 +101,18 @@ def compare(folders: Sequence[Path], out: Path, named: str | None, wide: bool) -
 
 
 def _read(folders: Sequence[Path]) -> list[RecordedSweep]:
-    """Read sweeps that can be compared: each given once, of the same models, without a row in common, and with the same
-    settings behind rows that they both have.
+    """Read sweeps that can be compared: each given once, with the same models, files and settings behind rows that they
+    have in common, but for the seed.
     """
     if len({folder.resolve() for folder in folders}) < len(folders):
         raise UserError(f"{', '.join(map(str, folders))}: one folder is given twice; give each sweep once")
-    sweeps = [read_sweep(folder, past_attempts(folder)) for folder in folders]
-    _refuse_other_models(sweeps)
-    _refuse_rows_twice(sweeps)
+    sweeps = [read_sweep(folder) for folder in folders]
     _refuse_other_settings(sweeps)
     return sweeps
 
 
-def _require_method(named: str, methods: Sequence[Comparison]) -> None:
-    names = sorted({it.method for it in methods})
+def _require_method(named: str, methods: Sequence[Row]) -> None:
+    names = sorted({row["method"] for row in methods})
     if named not in names:
         raise UserError(f"--reference: no method {named!r}{did_you_mean(named, names)}; valid: {', '.join(names)}")
 
@@ -124,73 +122,46 @@ def _pages(criteria: Records) -> list[Page[Any]]:
     return [Page(f"Criteria: {model}", pairs, columns_of_pairs(pairs)) for model, pairs in criteria.items() if pairs]
 
 
-def show_methods(console: Console, methods: Sequence[Comparison], reference: str, wide: bool) -> None:
+def show_methods(console: Console, methods: Sequence[Row], reference: str, wide: bool) -> None:
     """Show the table of methods, and notes on its meaning.
 
     Args:
         wide: show all columns, however wide it gets, instead of a few that fit the terminal.
     """
-    columns = (all_columns_of_methods if wide else few_columns_of_methods)(methods, reference)
+    columns = columns_of_methods(methods, reference, wide)
+    told = note_on_methods(methods, reference, wide)
     show_table(console, [table_of(methods, columns, gap) for gap in (ROOMY, TIGHT)], wide)
-    for note in [note_on_methods(methods, columns), *([] if wide else [SAID_OF_WIDE])]:
+    for note in [told, *([] if wide else [SAID_OF_WIDE])]:
         console.print(note, markup=False, highlight=False)
-
-
-def _refuse_other_models(sweeps: Sequence[RecordedSweep]) -> None:
-    """Refuse sweeps with different checkpoints under one name, whose rows would be mistaken for other seeds."""
-    known: dict[str, tuple[str, Path]] = {}
-    for sweep in sweeps:
-        for cell in sweep.plan.cells:
-            dense = sweep.plan.stages[cell.evaluate].inputs["dense"]
-            identity, first = known.setdefault(cell.model, (dense.identity, sweep.folder))
-            if identity != dense.identity:
-                raise UserError(
-                    f"{sweep.folder}: its model {cell.model!r} is another checkpoint than that of {first}; compare "
-                    "sweeps of the same models, or run one of them again with the model under another alias"
-                )
-
-
-def _refuse_rows_twice(sweeps: Sequence[RecordedSweep]) -> None:
-    """Refuse sweeps that have a row in common, which would be mistaken for that of a second seed."""
-    known: dict[str, Path] = {}
-    for sweep in sweeps:
-        for cell in sweep.plan.cells:
-            first = known.setdefault(cell.evaluate, sweep.folder) if cell.producers else sweep.folder
-            if first != sweep.folder:
-                raise _given_twice(sweep.folder, cell, first)
-
-
-def _given_twice(folder: Path, cell: Cell, first: Path) -> UserError:
-    return UserError(
-        f"{folder}: its row {cell.label!r} is the same as in {first}, seed and settings too; compare sweeps that "
-        "differ in their seed (--set seed=1)"
-    )
 
 
 def _refuse_other_settings(sweeps: Sequence[RecordedSweep]) -> None:
     """Refuse sweeps whose finished rows differ in more than the seed, since their mean would be one of seeds; and rows
     that don't even differ in the seed, although their stages do.
     """
-    known: dict[tuple[object, ...], list[tuple[Path, Recipe]]] = {}
+    known: dict[tuple[object, ...], list[tuple[Path, MadeWith]]] = {}
     for sweep in sweeps:
         done = (cell for cell, row in zip(sweep.plan.cells, sweep.rows, strict=True) if row["status"] == "done")
         for cell in done:
-            recipe = Recipe.of(sweep.plan, cell)
+            made = made_with(sweep.plan, cell)
             seeds = known.setdefault((cell.model, cell.ratio, cell.method, cell.recovery), [])
             for first, other in seeds:
-                if (found := first_difference(other, recipe)) is not None:
-                    raise _not_a_seed(sweep.folder, cell, first, found)
-                if recipe.seeds and recipe.seeds == other.seeds:
-                    raise _given_twice(sweep.folder, cell, first)
-            seeds.append((sweep.folder, recipe))
+                if (found := difference(other, made)) is not None:
+                    raise _not_a_seed(sweep.folder, cell, first, *found)
+                if have_one_seed(made, other):
+                    raise UserError(
+                        f"{sweep.folder}: its row {cell.label!r} is the same as in {first}, seed and settings too; "
+                        "compare sweeps that differ in their seed (--set seed=1)"
+                    )
+            seeds.append((sweep.folder, made))
 
 
-def _not_a_seed(folder: Path, cell: Cell, first: Path, found: Difference) -> UserError:
+def _not_a_seed(folder: Path, cell: Cell, first: Path, stage: str, name: str, one: str, other: str) -> UserError:
     return UserError(
-        f"{folder}: its row {cell.label!r} differs from that of {first} in more than the seed: {found.name} (stage "
-        f"{found.stage}) is {found.one} in {first}, {found.other} in {folder}; compare sweeps that differ in their "
-        f"seed alone, as run with --config {first / CONFIG_FILE} --set seed=1 --out NEW, or remove the row from one: "
-        f"sweep.py --out {folder} --forget {shlex.quote(cell.label)}"
+        f"{folder}: its row {cell.label!r} differs from that of {first} in more than the seed: {name} (stage {stage}) "
+        f"is {one} in {first}, {other} in {folder}; compare sweeps that differ in their seed alone, as run with "
+        f"--config {first / CONFIG_FILE} --set seed=1 --out NEW, or remove the row from one: sweep.py --out {folder} "
+        f"--forget {shlex.quote(cell.label)}"
     )
 
 
@@ -199,7 +170,7 @@ def _warnings(sweeps: Sequence[RecordedSweep]) -> list[str]:
     compared with their model's first one, as of other held-out text.
     """
     rows = [{**row, "label": f"{sweep.folder}: {row['label']}"} for sweep in sweeps for row in sweep.rows]
-    return [*missing(rows), *measured_otherwise([row for row in rows if row["status"] == "done"])]
+    return [*missing(rows), *not_comparable([row for row in rows if row["status"] == "done"])]
 
 
 def _calibrations(sweep: RecordedSweep) -> list[Stage]:

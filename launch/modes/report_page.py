@@ -57,7 +57,6 @@ class ReportPage:
         record = read_record(self.out)
         if record is None or not os.access(self.out, os.W_OK):
             return
-        attempts_of = past_attempts(self.out)
-        rows = record.rows(Store(self.out / "store"), attempts_of)
-        evidence = collect(self.out, record.plan, rows, attempts_of, time.time())
+        rows = record.rows(Store(self.out / "store"))
+        evidence = collect(self.out, record.plan, rows, past_attempts(self.out), time.time())
         write_text(self.out / REPORT, page(evidence))

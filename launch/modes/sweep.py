@@ -9,7 +9,6 @@ from pathlib import Path
 
 from hfprune_launch.local.cancel import cancel_running, running_without_job, wait_for_running
 from hfprune_launch.measured_hours import show_hours
-from hfprune_launch.modes.past_attempts import past_attempts
 from hfprune_launch.modes.report_page import ReportPage
 from hfprune_launch.modes.sweep_arguments import Command
 from hfprune_launch.modes.sweep_plan import prepare, sweep_to_show
@@ -124,7 +123,7 @@ def cancel(command: Command) -> int:
 def forget(command: Command) -> int:
     """Remove rows from the folder's tables; the artifacts behind them stay."""
     labels = command.arguments.forget
-    rows, checkpoints = forget_rows(command.out, labels, past_attempts(command.out))
+    rows, checkpoints = forget_rows(command.out, labels)
     ReportPage(command.out, command.console).write()
     show_results(command.console, rows, command.arguments.wide)
     show_checkpoints(command.console, checkpoints)

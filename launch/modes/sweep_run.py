@@ -9,7 +9,6 @@ from functools import partial
 
 from hfprune_launch.local.backend import LocalBackend
 from hfprune_launch.local.hardware import note_on_bfloat16
-from hfprune_launch.modes.past_attempts import past_attempts
 from hfprune_launch.modes.report_page import REPORT, ReportPage
 from hfprune_launch.modes.sweep_arguments import Command
 from hfprune_launch.modes.sweep_plan import Prepared
@@ -32,6 +31,7 @@ from hfprune_launch.sweep_folder import (
 from hfprune_dist.errors import LostInputError, UserError
 from hfprune_dist.planning.earlier_rows import kept_rows, with_earlier_rows
 from hfprune_dist.planning.plan import Cell
+from hfprune_dist.results.card import METHOD_SETTINGS
 from hfprune_dist.results.formats import counted
 from hfprune_dist.results.rows import DenseModel
 from hfprune_dist.results.table import RESULTS, write_reports
@@ -96,7 +96,9 @@ def _runner(command: Command, prepared: Prepared) -> RunStages:
         UserError: if this machine can't run them; nothing has been written.
     """
     sweep, here, profile = prepared.sweep, prepared.here, prepared.profile
-    provenance = Provenance(here.runtime, here.model_dump(), PROJECT.code_version())
+    methods = {name: method.model_dump(exclude_unset=True) for name, method in prepared.methods.items()}
+    config = {**here.model_dump(), METHOD_SETTINGS: methods}
+    provenance = Provenance(here.runtime, config, PROJECT.code_version())
     if profile is None:
         backend = LocalBackend(sweep.store, sweep.out / "logs", provenance, prepared.cancellation)
         return lambda on_end: _run_here(command, prepared, backend, on_end)
@@ -188,9 +190,9 @@ def _report(command: Command, prepared: Prepared) -> None:
     that another run has begun, and without those that were forgotten.
     """
     out, today, folder = command.out, prepared.sweep.plan, _recorded(command, prepared)
-    rows = folder.rows(prepared.sweep.store, past_attempts(out))
+    update = folder.write_checkpoints(out)  # first, since rows name their folders
+    rows = folder.rows(prepared.sweep.store)
     write_reports(rows, out)
-    update = folder.write_checkpoints(out)
     show_results(command.console, rows, command.arguments.wide)
     if kept := kept_rows(today, folder.plan):
         command.tell(f"rows of earlier runs: {_labels(kept)}; to remove one: --forget '{kept[0].label}'")

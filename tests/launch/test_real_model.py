@@ -81,7 +81,7 @@ def test_the_kept_neurons_are_those_of_the_highest_scores(finished):
 
 
 def test_the_pruned_checkpoint_still_speaks(finished):
-    checkpoint = results(finished)[2]["checkpoint"]
+    checkpoint = finished / results(finished)[2]["checkpoint"]
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
     model = AutoModelForCausalLM.from_pretrained(checkpoint)
     assert model.dtype == torch.bfloat16

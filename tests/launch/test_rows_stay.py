@@ -349,7 +349,7 @@ def test_of_two_commands_that_change_the_record_at_once_neither_undoes_the_other
     out = tmp_path / "out"
     done(config, out)
     before, write = labels(out), sweep_folder.write_record
-    forgets = partial(sweep_folder.forget_rows, out, ["alpha 0.1 + lora"], lambda _: ())
+    forgets = partial(sweep_folder.forget_rows, out, ["alpha 0.1 + lora"])
     others = [threading.Thread(target=forgets)]
 
     def write_while_another_forgets(*record):
@@ -443,7 +443,7 @@ def test_a_comparison_shows_a_few_columns_and_writes_all(config, tmp_path):
         code, shown, said = run(out, "--out", both, *wide, command=compare)
         head = shown.splitlines()[0].split()
         assert code == 0, said
-        assert ("memory" in head) == bool(wide) and "agreement" in head and "entropy / surgeon" in shown
+        assert ("memory" in head) == bool(wide) and "agree" in head and "entropy / surgeon" in shown
     assert "| memory |" in (both / "comparison.md").read_text()
 
 
@@ -587,7 +587,8 @@ def test_models_that_only_share_a_name_are_not_compared(config, tmp_path, method
         asked = ("--models", "alpha", "--ratios", 0.1, "--methods", method)
         done(file, out, *asked, models=["alpha"], ratios=[0.1], methods=[method])
     code, _, said = run(tmp_path / "one", tmp_path / "two", "--out", tmp_path / "both", command=compare)
-    assert code == 2 and f"{tmp_path / 'two'}: its model 'alpha' is another checkpoint than that of" in said
+    assert code == 2 and f"{tmp_path / 'two'}: its row 'alpha dense' differs from that of" in said
+    assert "in more than the seed: input 'model'" in said or "in more than the seed: input 'dense'" in said
     assert not (tmp_path / "both").exists()
 
 

@@ -31,7 +31,7 @@ from rows import missing, row_of
 
 from hfprune_dist.planning.plan import Cell, Plan
 from hfprune_dist.results.agreement import columns_of_pairs
-from hfprune_dist.results.checkpoint_folders import Update
+from hfprune_dist.results.checkpoints import Update
 from hfprune_dist.results.comparison import compare_methods
 from hfprune_dist.results.published import read_published
 from hfprune_dist.store.artifacts import Verdict

@@ -12,9 +12,9 @@ from drawn_sweep import BEGIN, DrawnSweep, made
 
 from hfprune_dist.planning.plan import Plan
 from hfprune_dist.report import page as page_module
-from hfprune_dist.report.evidence import MOST_SINGLE_CELLS, collect
+from hfprune_dist.report.charts import quality_charts
+from hfprune_dist.report.evidence import collect
 from hfprune_dist.report.page import page
-from hfprune_dist.report.quality import quality_charts
 from hfprune_dist.results.table import write_reports
 
 ODD = ["<script>alert(1)</script>", "a\"b'c&amp;<b>", "%{x} ${y} </script><!--", "--method=x y"]
@@ -113,7 +113,7 @@ def test_quality_is_drawn_against_speed_where_that_was_measured(tmp_path):
         xs = {trace["name"]: trace["x"] for trace in figure.data}
         assert xs["hfprune"] == xs["other + lora"] == pytest.approx([1.25, 2.0])
         assert xs["dense"] == xs["dense + lora"] == pytest.approx([1.0, 2.0])
-    assert [figure.title for figure in speed.figures] == ["m: average of the tasks", "m: perplexity (log)"]
+    assert [figure.title for figure in speed.figures] == ["m: avg", "m: ppl (log)"]
     assert "speed" not in {it.id for it in quality_charts(DrawnSweep(tmp_path / "not").evidence())}
 
 
@@ -171,15 +171,6 @@ def test_long_names_in_notes_do_not_widen_the_page(tmp_path):
         assert shown.overflow(390) == 0
 
 
-def test_a_slow_machine_is_waited_for(tmp_path):
-    late = "setTimeout(() => { document.querySelector('.plot').innerHTML = '<svg class=main-svg></svg>' }, 1000)"
-    policy = f'<meta http-equiv="Content-Security-Policy" content="{page_module.POLICY}">'
-    figure = "<section id=a><figure><div class=plot></div></figure></section>"
-    (tmp_path / "report.html").write_text(f"<!doctype html>{policy}{figure}<script>{late}</script>")
-    with opened(tmp_path / "report.html") as shown:
-        assert [it["marks"] for it in shown.drawn()] == [1]
-
-
 def test_shares_that_are_all_alike_are_on_an_axis_of_possible_shares(tmp_path, monkeypatch):
     monkeypatch.undo()  # the library is needed
     (tmp_path / "report.html").write_text(page(DrawnSweep(tmp_path, methods=(), ratios=()).evidence()))
@@ -217,16 +208,10 @@ def test_a_sweep_that_has_nothing_yet_is_a_page_too(tmp_path):
         assert len(parsed.rows) == len(plan.cells)
 
 
-def test_with_many_rows_lines_are_of_methods_and_the_page_stays_small(tmp_path):
+def test_a_page_of_a_thousand_rows_stays_small(tmp_path):
     methods, ratios = [f"method-{number}" for number in range(6)], [0.1, 0.2, 0.3, 0.4, 0.5]
     evidence = DrawnSweep(tmp_path, ["m"], methods, ratios, tasks=[f"task {number}" for number in range(10)]).evidence()
-    assert len(evidence.rows) > MOST_SINGLE_CELLS
     text = page(evidence)
-    for chart in ("neurons kept", "loss of recovery"):
-        assert text.count(chart) == 1
-    by_layer = [figure for figure in Parsed(text).figures if figure["layout"].get("xaxis", {}).get("title")]
-    by_layer = [figure for figure in by_layer if figure["layout"]["xaxis"]["title"]["text"] == "layer"]
-    assert [len(figure["data"]) for figure in by_layer] == [2 * len(methods)]
     library = 4_900_000
     assert library + len(text) * 1000 / len(evidence.rows) < 10_000_000
 
@@ -265,4 +250,4 @@ def test_times_that_a_manifest_does_not_tell_are_left_out(tmp_path, name, known)
     if name == "wall_time_s":
         assert "made, in 0.0 hours" in text
     else:
-        assert ('<th scope="row">finished</th>' in text) == known
+        assert ("<td>finished</td>" in text) == known

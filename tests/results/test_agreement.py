@@ -18,7 +18,7 @@ from hfprune_dist.results.agreement import (
     scores_to_compare,
     spearman,
 )
-from hfprune_dist.results.column import markdown
+from hfprune_dist.results.markdown import markdown
 from hfprune_dist.structures.score_names import SCORES
 
 

@@ -1,19 +1,12 @@
 import json
 import math
-from dataclasses import asdict
 from itertools import product
 
 import pytest
 
-from hfprune_dist.results.column import cells
-from hfprune_dist.results.comparison import (
-    all_columns_of_methods,
-    compare_methods,
-    few_columns_of_methods,
-    methods_table,
-    note_on_methods,
-    spread,
-)
+from hfprune_dist.results.comparison import QUALITY, columns_of_methods, compare_methods, methods_table, note_on_methods
+from hfprune_dist.results.markdown import cells
+from hfprune_dist.results.metrics import METRICS
 
 
 def row(method, kl, ratio=0.2, status="done", measured_as="0123456789ab"):
@@ -25,42 +18,39 @@ def row(method, kl, ratio=0.2, status="done", measured_as="0123456789ab"):
 
 def shown(comparisons, reference):
     """Return a map from header to cell for each row."""
-    columns = all_columns_of_methods(comparisons, reference)
+    columns = columns_of_methods(comparisons, reference, wide=True)
     return [dict(zip([it.header for it in columns], row, strict=True)) for row in cells(comparisons, columns)]
 
 
 def test_methods_are_set_against_the_reference_of_their_own_sweep():
     sweeps = [[row("hfprune", 1.0), row("ours", 0.5)], [row("hfprune", 2.0), row("ours", 0.6)]]
     reference, ours = compare_methods(sweeps, "hfprune")
-    assert reference.kl_share.mean == 1.0 and ours.kl_share.mean == pytest.approx(0.4)
-    assert ours.measures["kl"].mean == pytest.approx(0.55) and ours.measures["kl"].deviation == pytest.approx(
-        0.0707, 1e-3
-    )
-    assert ours.sweeps == 2
-    texts = [it.header for it in all_columns_of_methods([reference, ours], "hfprune") if it.is_text]
+    assert reference["kl_share"] == 1.0 and ours["kl_share"] == pytest.approx(0.4)
+    assert ours["kl"] == pytest.approx(0.55) and ours["kl_stderr"] == pytest.approx(0.0707, 1e-3)
+    assert ours["sweeps"] == 2
+    texts = [it.header for it in columns_of_methods([reference, ours], "hfprune", wide=True) if it.is_text]
     assert texts == ["model", "ratio", "method"]
     assert {it["ratio"] for it in shown([reference, ours], "hfprune")} == {"0.2"}
-    assert ours.peak_memory_bytes == 2**30
+    assert ours["peak_memory_bytes"] == 2**30
     assert shown([reference, ours], "hfprune")[1]["KL"] == "0.550±0.071"
 
 
 def test_a_share_over_fewer_seeds_than_its_row_has_says_so():
     sweeps = [[row("hfprune", 1.0), row("ours", 0.5)], [row("hfprune", 2.0, status="missing"), row("ours", 0.6)]]
     found = compare_methods(sweeps, "hfprune")
-    columns = few_columns_of_methods(found, "hfprune")
     assert "KL / hfprune: over the seeds that have both methods (m 0.2 ours none 1 of 2)" in note_on_methods(
-        found, columns
+        found, "hfprune", wide=False
     )
     assert shown(found, "hfprune")[1]["KL / hfprune"] == "0.500" and shown(found, "hfprune")[1]["seeds"] == "2"
     whole = compare_methods(sweeps[:1], "hfprune")
-    assert "over the seeds" not in note_on_methods(whole, few_columns_of_methods(whole, "hfprune"))
+    assert "over the seeds" not in note_on_methods(whole, "hfprune", wide=False)
 
 
 def test_what_only_a_later_sweep_has_stands_beside_its_model():
     first = [row("hfprune", 1.0), row("hfprune", 1.0) | {"model": "n"}]
     later = [row("ours", 1.0, 0.1), row("ours", 1.0)]
     found = compare_methods([first, later], "hfprune")
-    assert [(it.model, it.ratio, it.method) for it in found] == [
+    assert [(it["model"], it["ratio"], it["method"]) for it in found] == [
         ("m", 0.1, "ours"),
         ("m", 0.2, "hfprune"),
         ("m", 0.2, "ours"),
@@ -76,31 +66,31 @@ def test_models_ratios_and_recoveries_are_kept_apart():
         for method, kl in (("hfprune", float(number)), ("ours", 1.0))
     ]
     found = compare_methods([rows], "hfprune")
-    ours = [it for it in found if it.method == "ours"]
-    assert [(it.model, it.ratio, it.recovery) for it in ours] == places
-    assert [it.kl_share.mean for it in ours] == [1 / number for number in range(1, 9)]
+    ours = [it for it in found if it["method"] == "ours"]
+    assert [(it["model"], it["ratio"], it["recovery"]) for it in ours] == places
+    assert [it["kl_share"] for it in ours] == [1 / number for number in range(1, 9)]
     assert [it["recovery"] for it in shown(ours, "hfprune")] == [recovery for *_, recovery in places]
 
 
 def test_a_method_that_recovers_while_it_prunes_is_set_against_the_recovered_reference():
     references = [row("hfprune", kl) | {"recovery": recovery} for kl, recovery in ((4.0, "none"), (2.0, "lora"))]
     *_, own = compare_methods([[*references, row("loraprune", 1.0) | {"recovery": "own"}]], "hfprune")
-    assert own.recovery == "own" and own.kl_share.mean == 0.5
+    assert own["recovery"] == "own" and own["kl_share"] == 0.5
 
 
 def test_times_are_averaged_and_of_memory_the_peak_counts():
     costs = [(10.0, 3), (None, None), (30.0, 5), (None, 4)]
     sweeps = [[row("ours", 0.5) | {"wall_time_s": time, "peak_memory_bytes": peak}] for time, peak in costs]
     (ours,) = compare_methods(sweeps, "ours")
-    assert (ours.wall_time_s, ours.peak_memory_bytes) == (20.0, 5)
+    assert (ours["wall_time_s"], ours["peak_memory_bytes"]) == (20.0, 5)
     (unknown,) = compare_methods(sweeps[1:2], "ours")
-    assert unknown.wall_time_s is unknown.peak_memory_bytes is None
+    assert unknown["wall_time_s"] is unknown["peak_memory_bytes"] is None
 
 
 def test_a_divergence_beyond_all_numbers_is_a_dash():
     found = compare_methods([[row("ours", math.inf), row("other", 0.5) | {"average": None}]], "ours")
     ours, other = shown(found, "ours")
-    assert (ours["KL"], ours["agreement"], ours["perplexity"], ours["avg"]) == ("-", "0.600", "20.0", "51.2")
+    assert (ours["KL"], ours["agree"], ours["ppl"], ours["avg"]) == ("-", "0.600", "20.00", "51.2")
     assert other["avg"] == "-"
     assert "KL: mean divergence" in methods_table(found, "ours") and "avg: mean of" in methods_table(found, "ours")
 
@@ -116,13 +106,13 @@ def test_a_share_is_of_a_reference_that_was_measured_alike():
     """Rows from a folder's earlier runs may have been measured on another text."""
     ours = [row("ours", 0.5), row("other", 0.6, measured_as="another")]
     _, mine, other = compare_methods([[row("hfprune", 1.0), *ours]], "hfprune")
-    assert mine.kl_share.mean == 0.5 and other.kl_share is None
+    assert mine["kl_share"] == 0.5 and other["kl_share"] is None
 
 
 def test_missing_cells_are_left_out_and_a_single_sweep_has_no_spread():
     dense, ours = compare_methods([[row("ours", 0.5), row("other", None, status="missing"), row(None, 0.0, 0.0)]], "x")
-    assert (ours.method, dense.method) == ("ours", "dense")
-    assert ours.kl_share is None and ours.measures["kl"].deviation is None
+    assert (ours["method"], dense["method"]) == ("ours", "dense")
+    assert ours["kl_share"] is None and ours["kl_stderr"] is None
     assert shown([ours], "x")[0]["KL"] == "0.500"
 
 
@@ -133,9 +123,11 @@ def test_what_no_row_has_is_neither_shown_nor_explained():
             found = compare_methods(sweeps, reference)
             text = methods_table(found, reference)
             assert (f"KL / {reference}" in text, "±" in text) == (known, spreads)
-            columns = few_columns_of_methods(found, reference)
-            assert ("standard deviation" in note_on_methods(found, columns)) == spreads
-            assert "time: mean of all stages" in text and "time:" not in note_on_methods(found, columns).split()
+            assert ("standard deviation" in note_on_methods(found, "hfprune", wide=False)) == spreads
+            assert (
+                "time: mean of all stages" in text
+                and "time:" not in note_on_methods(found, "hfprune", wide=False).split()
+            )
 
 
 @pytest.mark.parametrize("measure", ["kl", "top1_agreement", "perplexity", "average"])
@@ -143,12 +135,12 @@ def test_what_a_sweep_has_no_number_for_is_missing(measure):
     """A model whose logits are not numbers has a result without KL and perplexity."""
     sweeps = [[row("hfprune", 0.5), row("ours", 0.5)], [row("hfprune", 0.4), {**row("ours", 0.3), measure: None}]]
     reference, ours = compare_methods(sweeps, "hfprune")
-    assert ours.measures[measure] is None and ours.sweeps == 2
-    assert sum(it is None for it in ours.measures.values()) == 1
-    assert (ours.kl_share is None) == (measure == "kl"), "a mean of the other sweeps' would be too low"
-    header = {"kl": "KL", "top1_agreement": "agreement", "perplexity": "perplexity", "average": "avg"}[measure]
+    assert ours[measure] is None and ours["sweeps"] == 2
+    assert sum(ours[it.key] is None for it in QUALITY) == 1
+    assert (ours["kl_share"] is None) == (measure == "kl"), "a mean of the other sweeps' would be too low"
+    header = METRICS[measure].header
     assert shown([reference, ours], "hfprune")[1][header] == "-"
-    json.dumps([asdict(ours)], allow_nan=False)
+    json.dumps([ours], allow_nan=False)
 
 
 @pytest.mark.parametrize("sweep", range(3))
@@ -157,16 +149,12 @@ def test_nothing_can_be_set_against_a_reference_without_a_divergence(sweep, kl):
     """A mean over the other sweeps' shares would be one of fewer seeds, without a word."""
     sweeps = [[row("hfprune", kl if it == sweep else 0.4), row("ours", 0.3)] for it in range(3)]
     found = compare_methods(sweeps, "hfprune")
-    assert [it.kl_share for it in found] == [None, None]
-    assert [it.sweeps_with_reference for it in found] == [3, 3]
+    assert [it["kl_share"] for it in found] == [None, None]
+    assert [it["sweeps_with_reference"] for it in found] == [3, 3]
     assert shown(found, "hfprune")[1]["KL / hfprune"] == "-"
-    assert "over the seeds" not in note_on_methods(found, few_columns_of_methods(found, "hfprune"))
+    assert "over the seeds" not in note_on_methods(found, "hfprune", wide=False)
 
 
 def test_methods_without_any_number_have_a_row():
     (ours,) = compare_methods([[row("ours", None) | {"top1_agreement": None, "perplexity": None}]], "ours")
-    assert ours.kl_share is None and "| ours | - | - | - | 1 | - |" in methods_table([ours], "ours")
-
-
-def test_spread_is_that_of_a_sample():
-    assert spread([1.0, 3.0]).deviation == pytest.approx(2**0.5)
+    assert ours["kl_share"] is None and "| ours | - | - | - | 51.2 | 10s | 1.1GB | 1 |" in methods_table([ours], "ours")

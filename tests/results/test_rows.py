@@ -1,6 +1,5 @@
 import csv
 import json
-import math
 import shutil
 from dataclasses import asdict, replace
 
@@ -14,10 +13,10 @@ from transformers import AutoModelForCausalLM
 from hfprune_dist.checkpoints.checkpoint import open_checkpoint
 from hfprune_dist.config.parameters import read_parameters
 from hfprune_dist.planning.plan import Cell, Plan
-from hfprune_dist.results.column import cells
-from hfprune_dist.results.columns import all_columns
+from hfprune_dist.results.checkpoints import Contents, update_checkpoints
+from hfprune_dist.results.markdown import cells
 from hfprune_dist.results.rows import DenseModel, collect_rows
-from hfprune_dist.results.table import flat_row, report, write_reports
+from hfprune_dist.results.table import columns, flat_row, write_reports
 from hfprune_dist.store.artifacts import Store
 from hfprune_dist.store.atomic_files import write_json
 from hfprune_dist.store.heartbeat import Failure, write_failure_record
@@ -59,8 +58,8 @@ def commit(store, stage, files=None, record=None, **metrics):
 
 def table(rows):
     """Return the headers and cells of all columns."""
-    columns = all_columns(rows)
-    return [it.header for it in columns], cells(rows, columns)
+    shown = columns(rows, wide=True)
+    return [it.header for it in shown], cells(rows, shown)
 
 
 @pytest.fixture
@@ -120,9 +119,14 @@ def test_the_size_of_a_dense_model_is_counted_as_that_of_a_pruned_one(tmp_path, 
     assert dense["weight_bytes"] == pruned["weight_bytes"] and (len(weights) > 1) == (size == "20KB")
 
 
-def test_a_row_without_a_checkpoint_names_none(store):
+def test_a_row_names_the_folder_of_its_checkpoint(store):
     """Nobody can load a checkpoint that isn't there; a row without its evaluation names its checkpoint all the same."""
-    assert collect_rows(PLAN, store, DENSE)[1]["checkpoint"].endswith(PRUNE.id)
+    assert collect_rows(PLAN, store, DENSE)[1]["checkpoint"] == f"store/{PRUNE.id}"
+    contents = Contents(PRUNE.id, store.path(PRUNE.id), {}, {"README.md": "a card"})
+    update_checkpoints(store.root.parent, {"m-0.2": contents})
+    assert collect_rows(PLAN, store, DENSE)[1]["checkpoint"] == "checkpoints/m-0.2"
+    update_checkpoints(store.root.parent, {"m-0.2": replace(contents, checkpoint="prune/another")})
+    assert collect_rows(PLAN, store, DENSE)[1]["checkpoint"] == f"store/{PRUNE.id}"
     store.discard(PRUNE.id)
     (_, pruned) = collect_rows(PLAN, store, DENSE)
     assert pruned["status"] == "missing" and pruned["checkpoint"] is None
@@ -232,7 +236,7 @@ def test_files_hold_every_metric_and_agree(store, tmp_path):
     tables = [line.count("|") for line in lines if line.startswith("|")]
     assert len(set(tables[:4])) == len(set(tables[4:])) == 1 and len(tables) == 8
     assert "- missing: m 0.2: evaluate has not run yet" in lines
-    assert any(line.startswith("- width: ") for line in lines[lines.index("## All columns") :])
+    assert any(line.startswith("- reached: ") for line in lines[lines.index("## All columns") :])
 
 
 def test_a_row_tells_its_own_time_from_what_it_shares(store):
@@ -269,41 +273,14 @@ def test_a_row_tells_where_it_comes_from_and_over_how_many_examples(store):
     assert pruned["provenance"] == {"date": "2023-11-14T22:13:20+00:00", "seed": 3, "device": "cpu", **made}
     assert pruned["samples"] == {"piqa": 30, "mmlu_a": 10, "mmlu_b": 5, "mmlu": 15}
     assert flat_row(pruned)["piqa/samples"] == 30 and "provenance" not in flat_row(pruned)
-    assert dense["samples"] == {} and dense["provenance"]["date"] is None, "as of an earlier version"
-
-
-@pytest.mark.parametrize(
-    "tasks",
-    [
-        *([], "text", {"piqa": None}, {"piqa": "text"}, {"piqa": {"n-samples": ["piqa"]}}),
-        *({"piqa": {"n-samples": {"piqa": it}}} for it in (30, {}, {"effective": "30"}, {"effective": math.nan})),
-    ],
-    ids=str,
-)
-def test_scores_stand_without_details_that_are_damaged(store, tasks):
-    commit(store, EVALUATE, {"results.json": json.dumps({"tasks": tasks})}, **SCORES)
-    _, row = rows = collect_rows(PLAN, store, DENSE)
-    assert (row["status"], row["kl"], row["samples"]) == ("done", 0.25, {})
-    assert "piqa acc_norm" in report(rows)
-
-
-def test_errors_of_older_evaluations_are_unknown(store):
-    errors = {"perplexity_stderr": 0.5, "kl_stderr": 0.01, "top1_agreement_stderr": 0.02}
-    errors |= {"windows": 24, "tokens": 6144}
-    commit(store, EVALUATE, **SCORES | {"fidelity": SCORES["fidelity"] | errors})
-    rows = collect_rows(PLAN, store, DENSE)
-    headers, (dense, pruned) = table(rows)
-    shown = {header: (dense[place], pruned[place]) for place, header in enumerate(headers)}
-    assert shown["KL"] == ("0.2500±-", "0.2500±0.0100") and shown["ppl"] == ("12.50±-", "12.50±0.50")
-    assert shown["agree"] == ("0.750±-", "0.750±0.020")
-    assert flat_row(rows[1]).items() >= errors.items() and flat_row(rows[0])["kl_stderr"] is None
+    assert dense["samples"] == {} and dense["provenance"]["date"] is None
 
 
 def test_the_table_shows_headlines_and_both_averages(store):
     headers, body = table(collect_rows(PLAN, store, DENSE))
     shown = dict(zip(headers, body[0], strict=True))
     assert (shown["piqa"], shown["crows_pairs_english"], shown["wikitext"]) == ("60.0±10.0", "70.0±1.0", "30.25")
-    assert (shown["avg"], shown["avg w/o crows"], shown["KL"]) == ("65.0±5.0", "60.0±10.0", "0.2500")
+    assert (shown["avg"], shown["avg w/o crows"], shown["KL"]) == ("65.0±5.0", "60.0±10.0", "0.250")
     assert dict(zip(headers, body[1], strict=True))["KL"] == "missing"
 
 
@@ -334,8 +311,8 @@ def test_the_worst_of_the_other_texts_stands_beside_the_first(store, tmp_path):
         "code": {"kl": None},
     }
     for names, header, shown in (
-        (["news"], "KL news", "0.5000±0.1250"),
-        (["news", "law"], "worst other KL", "1.5000 (law)"),
+        (["news"], "KL news", "0.500±0.125"),
+        (["news", "law"], "worst other KL", "1.500 (law)"),
         ([*others], "worst other KL", "- (code)"),
     ):
         again = Store(tmp_path / f"{len(names)}")
@@ -354,3 +331,28 @@ def test_a_damaged_manifest_is_a_missing_result(store):
     write_json(store.path(DENSE_EVALUATE.id) / "manifest.json", [])
     dense, _ = collect_rows(PLAN, store, DENSE)
     assert dense["status"] == "missing" and dense["perplexity"] is None
+
+
+def test_an_average_is_set_against_the_dense_row_that_was_measured_alike(store):
+    """Not against one with a recovery, or of another text or model."""
+    half = {"tasks": {"piqa": {"acc": 0.3}}}
+    commit(store, EVALUATE, **half)
+    other = Stage("evaluate", "m 0.2, few", {"limit": 3}, {"model": PRUNE.as_input()})
+    commit(store, other, **half)
+    cells = (*PLAN.cells, replace(PLAN.cells[1], ratio=0.3, evaluate=other.id))
+    dense, pruned, few = collect_rows(Plan({**PLAN.stages, other.id: other}, cells), store, DENSE)
+    assert dense["average_of_dense"] == 1.0 and pruned["average_of_dense"] == pytest.approx(0.3 / 0.65)
+    assert few["average_of_dense"] is None
+
+
+def test_the_cost_of_training_is_that_of_all_stages_behind_a_checkpoint(store):
+    """Not of those that measure it."""
+    record = {"world_size": 4, "wall_time_s": 1800.0, "device": "cpu"}
+    for stage, trained in ((IMPORTANCE, {}), (PRUNE, {"training_tokens": 10, "flops_per_token": 3})):
+        store.discard(stage.id)
+        commit(store, stage, record=record, **trained)
+    dense, pruned = collect_rows(PLAN, store, DENSE)
+    assert (pruned["device_hours"], pruned["training_tokens"], pruned["training_flops"]) == (4.0, 10, 30)
+    assert (dense["device_hours"], dense["training_device"], pruned["training_device"]) == (0, None, "cpu")
+    store.discard(IMPORTANCE.id)
+    assert collect_rows(PLAN, store, DENSE)[1]["device_hours"] is None

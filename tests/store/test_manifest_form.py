@@ -8,8 +8,8 @@ import math
 import pytest
 from drawn_sweep import DrawnSweep
 
+from hfprune_dist.results.card import contents_of_checkpoints
 from hfprune_dist.results.comparison import compare_methods, methods_table
-from hfprune_dist.results.named_checkpoints import named_checkpoints
 from hfprune_dist.results.rows import collect_rows
 from hfprune_dist.results.table import flat_row, report
 from hfprune_dist.store.artifacts import Store
@@ -49,7 +49,7 @@ def show(sweep):
     json.dumps([rows, [flat_row(row) for row in rows]], allow_nan=False)
     report(rows)
     methods_table(compare_methods([rows], "hfprune"), "hfprune")
-    named_checkpoints(sweep.plan, store, sweep.dense)
+    contents_of_checkpoints(sweep.plan, store, sweep.dense)
     return [row["cause"] for row in rows]
 
 

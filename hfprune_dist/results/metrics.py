@@ -1,0 +1,114 @@
+"""What rows measure: one table from which columns, notes, comparisons, charts, the report's page and cards are made."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
+
+from hfprune_dist.results.formats import byte_count, count, duration, hours, latency, number, percent, with_error
+
+Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A number in rows.
+
+    Attributes:
+        key: its key in rows and column in results.csv; ``<key>_stderr`` is that of its standard error, if it has one.
+        header: of its column in tables for people.
+        meaning: what it is, for below a table; empty if the header says it.
+        form: formats a value.
+        better: which direction is better, if one is.
+        in_few: whether tables of a few columns have it.
+    """
+
+    key: str
+    header: str
+    meaning: str
+    form: Callable[[float | None], str]
+    better: Literal["", "lower", "higher"] = ""
+    in_few: bool = False
+
+    @property
+    def told(self) -> str:
+        """The meaning, and which direction is better."""
+        return self.meaning + (f", {self.better} is better" if self.better else "")
+
+    def value(self, row: Row) -> Any:
+        return row.get(self.key)
+
+    def error(self, row: Row) -> Any:
+        """The standard error; None if there is none."""
+        return row.get(f"{self.key}_stderr")
+
+    def shown(self, row: Row, *, with_errors: bool = True) -> str:
+        """The value, and its standard error if it has one."""
+        return with_error(self.value(row), self.error(row) if with_errors else None, self.form)
+
+    def is_known(self, rows: Sequence[Row]) -> bool:
+        """Whether any row has a value."""
+        return any(self.value(row) is not None for row in rows)
+
+
+def _digits(digits: int) -> Callable[[float | None], str]:
+    return partial(number, form=f"z.{digits}f")
+
+
+METRICS = {
+    it.key: it
+    for it in (
+        Metric("ratio_reached", "reached", "removed / all parameters", _digits(4)),
+        Metric("parameters", "params", "", count, in_few=True),
+        Metric("share_kept", "kept%", "parameters in % of the dense model's", percent, in_few=True),
+        Metric(
+            "kl",
+            "KL",
+            "mean divergence of the next token's distribution from the dense model's, nats per token",
+            _digits(3),
+            "lower",
+            in_few=True,
+        ),
+        Metric("top1_agreement", "agree", "share of tokens with its most likely next token", _digits(3), "higher"),
+        Metric("perplexity", "ppl", "perplexity per token", _digits(2), "lower"),
+        Metric("average", "avg", "mean of the tasks' scores in %", percent, "higher", in_few=True),
+        Metric("average_without_crows_pairs", "avg w/o crows", "the same without CrowS-Pairs", percent, "higher"),
+        Metric("average_of_dense", "avg % of dense", "avg in % of the dense row's measured alike", percent, "higher"),
+        Metric("weight_bytes", "size", "of the weights on disk", byte_count, in_few=True),
+        Metric(
+            "decode_speed",
+            "speed",
+            "tokens per second after the first, as a multiple of the dense model's in turn",
+            _digits(2),
+            "higher",
+            in_few=True,
+        ),
+        Metric("decode_speed_min", "least", "the lowest speed of any pair of generations", _digits(2)),
+        Metric("decode_speed_max", "most", "the highest", _digits(2)),
+        Metric("decode_tokens_per_s", "tokens/s", "of all sequences together", count, "higher"),
+        Metric("time_to_first_token_s", "first token", "time from the prompts to it", latency, "lower"),
+        Metric(
+            "generation_memory_bytes", "generating", "most memory at once, of weights and torch's tensors", byte_count
+        ),
+        Metric("flops_per_token", "FLOPs/token", "computed from shapes", count),
+        Metric("cache_bytes_per_token", "cache/token", "keys and values of one token", byte_count),
+        Metric("training_tokens", "tokens", "read by distillation and recovery as they train", count),
+        Metric("training_flops", "FLOPs", "of these, computed from shapes", count),
+        Metric("device_hours", "device-h", "of making a row's checkpoint, time x ranks, in hours", hours),
+        Metric("own_time_s", "time", "of a row's own stages", duration, in_few=True),
+        Metric("shared_time_s", "shared", "time of the stages that it shares with other rows", duration),
+        Metric("peak_memory_bytes", "memory", "the most that one rank took", byte_count),
+    )
+}
+# Those of the comparison with the dense model on one text.
+OF_TEXT = ("kl", "top1_agreement", "perplexity")
+# Those of the last workload of an efficiency stage.
+OF_SPEED = (
+    *("decode_speed", "decode_speed_min", "decode_speed_max", "decode_tokens_per_s"),
+    *("first_token_speed", "time_to_first_token_s", "generation_memory_bytes"),
+    *("flops_per_token", "cache_bytes_per_token"),
+)
+# The averages of tasks.
+AVERAGES = ("average", "average_without_crows_pairs")

@@ -1,0 +1,263 @@
+"""Named folders: plain and whole whatever happens, and what the user puts there stays."""
+
+import errno
+import itertools
+import os
+import re
+import shutil
+
+import pytest
+from faults.kill import die_in_fork
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hfprune_dist.planning.plan import Cell
+from hfprune_dist.results import checkpoints
+from hfprune_dist.results.checkpoints import (
+    CONFIG,
+    DRAFT,
+    LONGEST_NAME,
+    WRITTEN,
+    Contents,
+    File,
+    checkpoint_names,
+    update_checkpoints,
+)
+from hfprune_dist.store.hashing import FileHashes
+
+FILES = (CONFIG, "model.safetensors", "adapter/adapter_model.safetensors")
+
+
+class Sweep:
+    """A store with artifacts, and the named folders next to it."""
+
+    def __init__(self, out):
+        self.out, self.root = out, out / "checkpoints"
+
+    def contents(self, artifact="a", card="a card"):
+        folder = self.out / "store" / "recover" / artifact
+        for name in FILES:
+            if not (folder / name).exists():
+                (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                (folder / name).write_text(f"{artifact}: {name}")
+        files = {
+            name: File((folder / name).stat().st_size, FileHashes(None).of_file(folder / name), artifact.count("again"))
+            for name in FILES
+        }
+        return Contents(f"recover/{artifact}", folder, files, {"README.md": card})
+
+    def update(self, **wanted):
+        return list(update_checkpoints(self.out, wanted).remarks)
+
+    def shown(self):
+        """Map the name of each folder to what a reader finds in it."""
+        folders = list(self.root.glob("[!.]*"))
+        return {
+            folder.name: {str(it.relative_to(folder)): it.read_text() for it in folder.rglob("*") if it.is_file()}
+            for folder in folders
+        }
+
+
+@pytest.fixture(params=["linked", "copied"])
+def sweep(tmp_path, monkeypatch, request):
+    """A sweep whose files are all taken for large ones, and on another file system than its store for half of them."""
+    monkeypatch.setattr(checkpoints, "SMALL", 1)
+    if request.param == "copied":
+
+        def refuse(*_, **__):
+            raise OSError(errno.EXDEV, "Invalid cross-device link")
+
+        monkeypatch.setattr(os, "link", refuse)
+    return Sweep(tmp_path)
+
+
+def whole(contents):
+    return {**{name: (contents.artifact / name).read_text() for name in contents.files}, **contents.texts}
+
+
+def test_a_folder_is_plain_and_outlives_its_sweep(sweep, tmp_path):
+    contents = sweep.contents()
+    expected = whole(contents)
+    assert sweep.update(name=contents) == [] and sweep.shown() == {"name": expected}
+    shutil.copytree(sweep.root / "name", tmp_path / "elsewhere", symlinks=True)
+    shutil.rmtree(tmp_path / "store")
+    shutil.rmtree(sweep.root)
+    assert {it: (tmp_path / "elsewhere" / it).read_text() for it in expected} == expected
+
+
+def test_a_second_update_writes_nothing(sweep):
+    contents = sweep.contents()
+    sweep.update(name=contents)
+    before = {path: path.lstat() for path in sweep.root.rglob("*") if path.name != ".lock"}
+    sweep.update(name=contents)
+    after = {path: path.lstat() for path in sweep.root.rglob("*") if path.name != ".lock"}
+    assert {path: (it.st_ino, it.st_mtime_ns) for path, it in after.items()} == {
+        path: (it.st_ino, it.st_mtime_ns) for path, it in before.items()
+    }
+
+
+def test_a_new_card_and_a_new_artifact_are_written_and_a_row_that_is_gone_goes(sweep):
+    sweep.update(one=sweep.contents(), two=sweep.contents("b"))
+    changed = {"one": sweep.contents(card="another"), "two": sweep.contents("c")}
+    assert sweep.update(**changed) == []
+    assert sweep.shown() == {name: whole(contents) for name, contents in changed.items()}
+    shutil.rmtree(sweep.out / "store" / "recover" / "c")
+    assert sweep.update(one=changed["one"], two=None) == [], "the row is there, its checkpoint isn't"
+    assert {*sweep.shown()} == {"one", "two"}
+    assert sweep.update(one=changed["one"]) == [] and [*sweep.shown()] == ["one"]
+
+
+def test_a_checkpoint_that_was_damaged_and_made_again_is_written_again(sweep):
+    contents = sweep.contents()
+    sweep.update(name=contents)
+    weights = sweep.root / "name" / "model.safetensors"
+    weights.write_text("x" * weights.stat().st_size)  # which harms the store's, if it is a link
+    shutil.rmtree(contents.artifact)
+    made_again = sweep.contents()
+    files = {name: File(it.bytes, it.sha256, mtime_ns=5) for name, it in made_again.files.items()}
+    again = Contents(made_again.checkpoint, made_again.artifact, files, made_again.texts)
+    assert sweep.update(name=again) == [] and sweep.shown() == {"name": whole(again)}
+
+
+def test_edited_cards_and_files_of_the_users_stay(sweep):
+    sweep.update(name=sweep.contents())
+    folder = sweep.root / "name"
+    (folder / "README.md").write_text("my own words")
+    (folder / "notes.txt").write_text("mine")
+    (folder / "adapter" / "adapter_model.safetensors").unlink()
+    (remark,) = sweep.update(name=sweep.contents(card="another"))
+    assert "README.md: left as it is" in remark
+    expected = whole(sweep.contents()) | {"README.md": "my own words", "notes.txt": "mine"}
+    assert sweep.shown()["name"] == expected
+    other = sweep.contents("b")
+    sweep.update(name=other)
+    assert sweep.shown()["name"] == whole(other) | {"README.md": "my own words", "notes.txt": "mine"}
+    (remark,) = sweep.update()
+    assert "name: its row is gone, but it stays" in remark
+    assert sweep.shown() == {"name": {"README.md": "my own words", "notes.txt": "mine"}}
+
+
+def test_a_folder_with_weights_of_the_users_is_no_rows(sweep):
+    sweep.root.mkdir()
+    (sweep.root / "file").write_text("a file")
+    (sweep.root / "name").mkdir()
+    (sweep.root / "name" / "model.safetensors").write_text("a copy")
+    update = update_checkpoints(sweep.out, {"name": sweep.contents(), "file": sweep.contents("b")})
+    assert len(update.remarks) == 2 and update.folders == {}
+    assert sweep.update() == []
+    assert (sweep.root / "file").read_text() == "a file"
+    assert sweep.shown()["name"] == {"model.safetensors": "a copy"}
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"folders": {"name": {"checkpoint": "a", "files": 3}}}'])
+def test_where_the_record_is_damaged_files_are_known_by_their_content(sweep, content):
+    sweep.update(name=sweep.contents())
+    (sweep.root / WRITTEN).write_text(content)
+    assert sweep.update(name=sweep.contents()) == []
+    (sweep.root / WRITTEN).write_text(content)
+    (remark,) = sweep.update(name=sweep.contents(card="another card"))
+    assert remark == f"{sweep.root / 'name' / 'README.md'}: left as it is, since it was edited"
+
+
+def test_a_row_that_gets_another_name_says_so_and_takes_everything_along(sweep):
+    """All rows of a folder get other names when a second method joins."""
+    sweep.update(one=sweep.contents("a"), two=sweep.contents("b"))
+    (sweep.root / "two" / "notes.txt").write_text("mine")
+    (sweep.root / "one-hfprune").mkdir()
+    renamed = {"one-hfprune": sweep.contents("a"), "two-hfprune": sweep.contents("b")}
+    assert sweep.update(**renamed) == [f"{sweep.root / 'two'} is called two-hfprune now"]
+    expected = {name: whole(contents) for name, contents in renamed.items()}
+    expected["two-hfprune"]["notes.txt"] = "mine"
+    assert sweep.shown() == expected and sweep.update(**renamed) == []
+
+
+def test_at_every_point_of_an_update(tmp_path, monkeypatch):
+    """One folder gets a new card, one another checkpoint, one another name. What has a config.json is whole."""
+    monkeypatch.setattr(checkpoints, "SMALL", 1)
+    operations = ("rename", "replace", "link", "unlink")
+    for kill_at in itertools.count(1):
+        sweep = Sweep(tmp_path / str(kill_at))
+        before = {name: sweep.contents(name) for name in ("card", "weights", "name")}
+        sweep.update(**before)
+        after = {"card": sweep.contents("card", card="new"), "weights": sweep.contents("other")}
+        after["renamed"] = sweep.contents("name")
+        died = die_in_fork(lambda sweep=sweep, after=after: sweep.update(**after), kill_at, "", operations)
+        for files in sweep.shown().values():
+            found = {name: text for name, text in files.items() if not name.startswith(DRAFT)}
+            known = [whole(it) for it in (*before.values(), *after.values())]
+            without_card = [{name: text for name, text in it.items() if name != "README.md"} for it in known]
+            assert CONFIG not in found or found in [*known, *without_card], f"operation {kill_at}"
+        told = sweep.update(**after)
+        assert not [it for it in told if "is called renamed now" not in it], f"operation {kill_at}"
+        assert sweep.shown() == {name: whole(contents) for name, contents in after.items()}, "drafts are gone too"
+        if not died:
+            break
+    assert kill_at > 12
+
+
+# Names.
+
+
+def cell(model="llama", ratio=0.2, method="hfprune", recovery="lora"):
+    return Cell("", model, ratio, method, None, recovery, ("recover/1",), "evaluate/1")
+
+
+def test_a_name_is_made_like_a_label():
+    plain, control = cell(), cell(ratio=None, method=None)
+    assert checkpoint_names([plain, control]) == {"llama-0.2-lora": plain, "llama-dense-lora": control}
+    other = cell(method="surgeon", recovery="none")
+    assert [*checkpoint_names([plain, other, control])] == [
+        "llama-0.2-hfprune-lora",
+        "llama-0.2-surgeon",
+        "llama-dense-lora",
+    ]
+
+
+def test_the_dense_model_is_the_users_own():
+    assert checkpoint_names([Cell("llama dense", "llama", None, None, None, "none", (), "evaluate/1")]) == {}
+
+
+@pytest.mark.parametrize(
+    ("model", "name"),
+    [
+        *(("a/../b c", "a-b-c-0.2-lora"), (".hidden", "hidden-0.2-lora"), ("模 a", "a-0.2-lora")),
+        *(("a..-..b", "a-b-0.2-lora"), ("a/../../b", "a-b-0.2-lora"), ("a...--..-...b.c", "a-b.c-0.2-lora")),
+    ],
+)
+def test_unsafe_characters_are_left_out(model, name):
+    assert [*checkpoint_names([cell(model)])] == [name]
+
+
+def test_a_model_of_whose_name_nothing_is_left_gets_digits():
+    rows = [cell("模型"), cell("型")]
+    first, second = checkpoint_names(rows)
+    assert re.fullmatch("model-0.2-lora-[0-9a-f]{6}", first) and first != second
+
+
+def test_rows_whose_names_would_be_the_same_are_told_apart_whatever_the_order():
+    rows = [cell("a b"), cell("A_b"), cell("a-B")]
+    names = checkpoint_names(rows)
+    assert len({name.casefold() for name in names}) == 3 and "A_b-0.2-lora" in names
+    assert checkpoint_names(rows[::-1]) == names
+
+
+def test_whatever_tells_rows_apart_tells_their_names_apart():
+    rows = [cell(), cell(ratio=0.2 + 1e-9), cell(method="hf prune"), cell(method="hf-prune")]
+    rows += [cell(recovery="none"), cell(recovery="own")]
+    names = checkpoint_names(rows)
+    assert len(names) == len(rows) and all("llama-0.2-hf" in name for name in names)
+
+
+MODELS = st.text("aA.-_ /模\n", max_size=8) | st.sampled_from(["a..-..a", "a" * 100, "a" * 120, "A" * 120])
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(MODELS, min_size=1, max_size=4, unique=True), st.sampled_from(["lora", "none"]))
+def test_every_row_has_a_name_that_file_systems_and_the_hub_allow(models, recovery):
+    rows = [cell(model, recovery=recovery) for model in models]
+    names = checkpoint_names(rows)
+    assert sorted(names.values(), key=rows.index) == rows
+    assert len({name.casefold() for name in names}) == len(rows)
+    for name in names:
+        assert re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]*", name) and len(name) <= LONGEST_NAME
+        assert ".." not in name and "--" not in name and not name.endswith((".", "-"))
