@@ -259,7 +259,12 @@ def _plan(
     if chooses(config):
         config, remark = _with_micro_batches(command.profile(), config, models, methods)
         tell(remark)
-    plan = build_plan(config, models, methods, hashes, device(config.runtime))
+    try:
+        plan = build_plan(config, models, methods, hashes, device(config.runtime))
+    except UserError as error:
+        if unknown := [model.name for model in models if not model.has_known_shape]:
+            raise UserError(f"{error}\na Llama stands in for {', '.join(unknown)}, unknown until downloaded") from None
+        raise
     if record := _readable_record(command):
         plan = with_earlier_passes(plan, record.plan, lambda stage_id: command.store.handle(stage_id).is_done())
     return config, models, methods, plan

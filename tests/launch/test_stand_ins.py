@@ -34,6 +34,12 @@ def test_what_can_not_be_looked_up_is_planned_without_its_shape(tmp_path, enviro
     assert not list(tmp_path.glob("*")), "nothing is left"
 
 
+def test_what_a_stand_in_refuses_is_told_as_that(tmp_path):
+    given = ("--models", "org/mixture", "--methods", "hfprune-experts", "--ratios", "0.2")
+    refused = dry_run(tmp_path, *given, HF_HUB_OFFLINE="1")
+    assert refused.returncode == 2 and "a Llama stands in for mixture, unknown until downloaded" in refused.stderr
+
+
 @pytest.mark.parametrize("shard_size", ["5GB", "40KB"])
 def test_what_the_hub_tells_of_a_model_is_planned_with(tmp_path, shard_size):
     save_tiny(tmp_path / "hub" / "org" / "model", "llama", shard_size=shard_size)
