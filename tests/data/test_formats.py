@@ -78,7 +78,7 @@ def texts_of(path):
     return [text for (text,) in read_texts({}, path, ["text"], 0, "here")]
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=12, deadline=None, derandomize=True)
 @given(DOCUMENTS.filter(bool))
 def test_every_format_gives_the_same_texts(documents):
     with tempfile.TemporaryDirectory() as folder:
@@ -191,3 +191,76 @@ def test_the_check_reads_the_beginning_of_a_large_file(tmp_path, monkeypatch):
     assert (len(beginning.texts), beginning.is_all) == (4, False)
     with pytest.raises(UserError, match=r"large.jsonl:11: not valid JSON"):
         texts_of(tmp_path / "large.jsonl")
+
+
+# What can't be read.
+
+DOCUMENT = "a document"
+LINE = json.dumps({"text": DOCUMENT})
+LFS_POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 500\n"
+
+
+def record(value):
+    return json.dumps({"text": value})
+
+
+def csv_of(*rows, separator=","):
+    return "\n".join(separator.join(row) for row in rows) + "\n"
+
+
+# File name, content and parts of the message.
+UNREADABLE = [
+    ("empty.jsonl", "", ["empty.jsonl", "no records"]),
+    ("blank.jsonl", "\n \n\n", ["blank.jsonl", "no records"]),
+    ("cut.jsonl", f"{LINE}\n{LINE[:-9]}", ["cut.jsonl:2", "not valid JSON", "cut short"]),
+    ("damaged.jsonl", f"{LINE}\n{{]\n{LINE}\n", ["damaged.jsonl:2", "not valid JSON"]),
+    ("number.jsonl", f"{LINE}\n17\n", ["number.jsonl:2", "JSON object"]),
+    ("deep.jsonl", "[" * 50_000 + "\n", ["deep.jsonl:1", "not valid JSON"]),
+    ("digits.jsonl", f'{{"text": {"1" * 5000}}}\n', ["digits.jsonl:1", "not valid JSON"]),
+    ("half.jsonl", f"{LINE}\n" + record("+").replace("+", "\\ud800"), ["half.jsonl:2", "surrogate"]),
+    ("name.jsonl", '{"\\udfff": "x"}', ["name.jsonl:1", "the record has ?"]),
+    ("list.jsonl", f"{LINE}\n{record([DOCUMENT])}\n", ["list.jsonl:2", "holds a list, not text"]),
+    ("number.ndjson", f"{LINE}\n{record(3.5)}\n", ["number.ndjson:2", "holds a number, not text"]),
+    ("null.jsonl", f"{LINE}\n{record(None)}\n", ["null.jsonl:2", "holds null, not text"]),
+    ("object.jsonl", f"{LINE}\n{record({'a': 1})}\n", ["object.jsonl:2", "holds an object, not text"]),
+    ("other.jsonl", f'{LINE}\n{{"body": "x"}}\n', ["other.jsonl:2", "no text in field", "the record has body"]),
+    ("bytes.jsonl", LINE.encode() + b"\n\xff\xfe\n", ["bytes.jsonl", "not UTF-8"]),
+    ("wide.jsonl", LINE.encode("utf-16"), ["wide.jsonl", "not UTF-8"]),
+    ("pointer.jsonl", LFS_POINTER, ["pointer.jsonl", "Git LFS pointer", "git lfs pull"]),
+    ("packed.jsonl", gzip.compress(LINE.encode()), ["packed.jsonl", "not UTF-8", ".gz"]),
+    ("cut.jsonl.gz", gzip.compress(LINE.encode())[:-12], ["cut.jsonl.gz", "cut short"]),
+    ("plain.jsonl.gz", LINE, ["plain.jsonl.gz", "gzip"]),
+    ("plain.json.bz2", LINE, ["plain.json.bz2"]),
+    ("plain.csv.xz", LINE, ["plain.csv.xz"]),
+    ("plain.jsonl.zst", LINE, ["plain.jsonl.zst"]),
+    ("empty.json", "", ["empty.json", "no records"]),
+    ("nothing.json", "[]", ["nothing.json", "no records"]),
+    ("cut.json", f"[{LINE}, {LINE}", ["cut.json", "cut short"]),
+    ("middle.json", f"[{LINE}, {LINE[:-9]}", ["middle.json", "not valid JSON"]),
+    ("comma.json", f"[{LINE} {LINE}]", ["comma.json", "','"]),
+    ("more.json", f"[{LINE}] {LINE}", ["more.json:1", "not valid JSON"]),
+    ("strings.json", json.dumps([DOCUMENT]), ["strings.json", "record 1", "JSON object"]),
+    ("columns.json", json.dumps({"text": [DOCUMENT]}), ["columns.json", "record 1"]),
+    ("nested.json", json.dumps({"data": [json.loads(LINE)]}), ["nested.json", "the record has data"]),
+    ("empty.csv", "", ["empty.csv", "no records"]),
+    ("header.csv", "text,instruction,response\n", ["header.csv", "no records"]),
+    ("headless.csv", csv_of([DOCUMENT, "a"]), ["headless.csv"]),
+    ("ragged.csv", csv_of(["text", "instruction", "response"], ["a", "b"]), ["ragged.csv:2", "2 fields", "3"]),
+    ("open.csv", 'text,instruction,response\n"a,b,c\n', ["open.csv", "CSV"]),
+    ("twice.tsv", csv_of(["text", "text", "response"], ["a", "b", "c"], separator="\t"), ["twice.tsv", "twice"]),
+    ("empty.parquet", b"", ["empty.parquet"]),
+    ("text.parquet", LINE, ["text.parquet", "Parquet"]),
+    ("data.arrow", b"ARROW1", ["data.arrow", ".parquet"]),
+    ("data.zip", b"PK\3\4", ["data.zip", "supported"]),
+    ("picture.png", b"\x89PNG\r\n\x1a\n", ["picture.png", "not UTF-8", "supported"]),
+    ("zeros.bin", bytes(1000), ["zeros.bin", "NUL", "supported"]),
+]
+
+
+@pytest.mark.parametrize(("name", "content", "expected"), UNREADABLE, ids=[name for name, *_ in UNREADABLE])
+def test_what_is_wrong_with_a_file_is_one_message_that_names_it(tmp_path, name, content, expected):
+    (tmp_path / name).write_bytes(content.encode() if isinstance(content, str) else content)
+    with pytest.raises(UserError) as caught:
+        texts_of(tmp_path / name)
+    for part in expected:
+        assert part in str(caught.value)

@@ -1,15 +1,17 @@
 """Damaged input: one clear message, exit code 2, no traceback, nothing written."""
 
 import pytest
-from sweeps import make_inputs, sweep
+from hfprune_launch import sweep
+from sweeps import in_process, make_inputs
+from sweeps import sweep as started
 
 
 def refused(config, out, *arguments):
-    result = sweep(config, out, *arguments)
-    assert result.returncode == 2, result.stdout + result.stderr
-    assert "Traceback" not in result.stderr
+    code, shown, said = in_process(sweep.main, "--config", config, "--out", out, *arguments)
+    assert code == 2, shown + said
+    assert "Traceback" not in said
     assert not out.exists(), "nothing is written"
-    return result.stderr
+    return said
 
 
 @pytest.mark.parametrize(
@@ -89,7 +91,7 @@ def test_a_truncated_checkpoint_tells_both_sizes(tmp_path):
 
 def test_an_unwritable_output_folder(config, tmp_path):
     (tmp_path / "file").write_text("")
-    result = sweep(config, tmp_path / "file" / "out")
+    result = started(config, tmp_path / "file" / "out")
     assert result.returncode == 2 and "can't be written to" in result.stderr and "Traceback" not in result.stderr
 
 
@@ -101,7 +103,7 @@ def test_yaml_that_is_none(tmp_path):
 
 def test_help_names_every_flag():
     """It runs in a separate process, whereas everything else here runs in forks."""
-    result = sweep(None, "unused", "--help", real=True)
+    result = started(None, "unused", "--help", real=True)
     assert result.returncode == 0
     shared = ("--models", "--ratios", "--config", "--set", "--out", "--backend", "--ranks", "--criteria", "--dry-run")
     slurm = ("--profile", "--max-running", "--follow", "--status", "--cancel", "--logs")
@@ -115,7 +117,7 @@ def test_dry_run_prints_the_plan_and_writes_nothing(config, tmp_path):
         {"path": str(config.parent / "heldout.jsonl"), "weight": 3},
     ]
     mixed = ["--set", "calibration.path=null", "--set", f"calibration.mixture={texts}"]
-    result = sweep(config, tmp_path / "out", "--dry-run", *mixed)
+    result = started(config, tmp_path / "out", "--dry-run", *mixed)
     assert result.returncode == 0 and not (tmp_path / "out").exists()
     assert "8 cells, 22 stages: 0 reuse, 22 run" in result.stdout
     assert result.stdout.count("not made yet") == 22
