@@ -58,11 +58,10 @@ def fitted_in(checkpoint, folder, refit, kinds=KINDS):
     return RefittedLayers(checkpoint, [checkpoint.structures[kind] for kind in kinds], refit == "block", folder)
 
 
-def refit(method, checkpoint, kept, folder, *, dense=None, **options):
+def refit(method, checkpoint, kept, folder, **options):
     """Refit what stays, as the prune stage does, and return where the refitted layers are.
 
     Args:
-        dense: the dense checkpoint and the numbers of the layers there, if it is another one.
         options: ``world``, ``windows_ST``, ``dtype``, ``micro_batch_size``, ``residual`` and ``after_each``.
     """
     world, windows_ST = options["world"], options["windows_ST"]
@@ -72,10 +71,8 @@ def refit(method, checkpoint, kept, folder, *, dense=None, **options):
     if method == "dense":
         made = DenseRefit(kept, stream, fitted, world)
     else:
-        model, layers = dense or (checkpoint, kept.layers)
-        streams = stream, LayerStream(model, *where)
-        whose = {"dense_layers": layers, "residual": options.get("residual", set())}
-        whose["more_iterations"] = options.get("more_iterations", 2)
+        streams = stream, LayerStream(checkpoint, *where)
+        whose = {"residual": options.get("residual", set()), "more_iterations": options.get("more_iterations", 2)}
         made = SequentialRefit(checkpoint.family, kept, *streams, fitted, **whose, world=world)
     made.run(options.get("after_each", lambda _done: None))
     return fitted

@@ -17,7 +17,6 @@ from hfprune_dist.store.atomic_files import read_json
 from hfprune_dist.store.hashing import FileHashes
 from hfprune_dist.store.heartbeat import Progress
 from hfprune_dist.store.stage import Input, Stage
-from hfprune_dist.structures.score_names import score_name
 
 IMPORTANCE = Stage("importance", "tiny", {}, {})
 LAYERS, GROUPS, QUERIES, NEURONS = 4, 4, 2, 48
@@ -72,26 +71,6 @@ def prepare(
     if params["structures"] == ["neurons"]:  # records leave the default out
         del params["structures"]
     return store, Stage("prune", "tiny", params, inputs)
-
-
-def next_round(store, first, ratio, worth=4.0):
-    """Return the stage that prunes the result of another, already run, by random scores of the units that remain."""
-    pruned = store.path(first.id)
-    scored = Stage("importance", "next", {"of": first.id}, {})
-    draft = store.open_draft(scored.id)
-    generator, criterion = torch.Generator().manual_seed(1), first.params.criterion
-    scores = {
-        score_name(layer, criterion, kind): torch.rand(count, generator=generator, dtype=torch.float64) * factor
-        for (kind, units), factor in zip(open_checkpoint(pruned).structures.items(), (1.0, worth), strict=True)
-        for layer, count in enumerate(units.counts)
-    }
-    save_file(scores, draft / "importance.safetensors")
-    windows_ST = windows_of(store)
-    save_file({"input_ids": windows_ST}, draft / "windows.safetensors")
-    leave_probe(pruned, windows_ST, draft)
-    store.commit(scored, draft, {"metrics": {}})
-    inputs = {"model": first.as_input(), "importance": scored.as_input(), "dense": first.inputs["model"]}
-    return Stage("prune", "tiny", {**first.params.to_json(), "ratio": ratio}, inputs)
 
 
 def silence(file, ending, by=0):

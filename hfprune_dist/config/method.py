@@ -13,8 +13,6 @@ from hfprune_dist.config.method_settings import (
     Copies,
     Iterations,
     Refit,
-    RoundRatio,
-    Rounds,
     Share,
     Structures,
     Temperature,
@@ -38,7 +36,7 @@ class Method(Section):
     prunes_in: Literal["calibration", "recovery"] = "calibration"
     """When units are scored. calibration: in a pass over the calibration windows, before recovery. recovery: by LoRA's
     own gradients while it trains on the instruction pairs, in the usual number of steps; units are masked meanwhile and
-    cut at the end (LoRAPrune). This requires allocation: local, and no criterion, refit, rounds or distillation."""
+    cut at the end (LoRAPrune). This requires allocation: local, and no criterion, refit or distillation."""
     structures: Structures = Field(default=[NEURONS])
     """What is pruned. neurons: channels of MLPs. In addition: kv_groups, the key-value heads of attention with the
     query heads that read them; layers, whole layers. Neurons and groups are scored; the effect of removing a layer is
@@ -84,28 +82,17 @@ class Method(Section):
     redrawn from the dense model's distribution of the next token, given the original text. This brings some of what
     more text would; with n copies, the refit takes about n + 1 times as long. Searches and refits of norms don't see
     copies. Has no effect with refit: none or bias."""
-    refit_final_norm: bool = False
-    """Whether the weight of the final norm is refitted as well, at the end: a factor for each of its channels with
-    which the distribution of the next token comes closest to the dense model's. A pruned model is surer of its next
-    token than the dense one, and more so the more is removed. Has an effect only with refit: layerwise or block."""
     refit_norms: bool = False
     """Whether the weights of all norms before (and, in some architectures, after) attention and MLPs are refitted at
     the end, together with that of the final norm: a factor for each channel, found by a few steps that lower the
-    divergence from the dense model's distribution of the next token; no other weight changes. Replaces
-    refit_final_norm. Has an effect only with refit: layerwise or block."""
+    divergence from the dense model's distribution of the next token; no other weight changes. A pruned model is surer
+    of its next token than the dense one, the more so the more is removed. Has an effect only with refit: layerwise or
+    block."""
     multiple_of: PositiveOrAuto = 1
     """Round intermediate_size, or the number of experts, to a multiple of this: 64 or 128 suit GPUs; for experts,
     take the number of devices that share them. auto: for each model and ratio, the largest of 256, 128, 64 and 32 with
     which at least the ratio is removed, and at most 0.0125 more, within ``floor``; if there is none, 32 for models
-    whose intermediate_size is at least 1,024, otherwise 1; always 1 for experts. With ``round_ratio``, the first round
-    decides; with allocation: plain, the multiple must suit every round."""
-    steps: Rounds = 1
-    """Number of equal rounds in which the ratio is removed. Before every round but the first, the pruned model is
-    scored again on the same windows. The refit ``dense`` then uses that model's activations; other refits aim at the
-    dense model in every round, and ``searched`` and ``plain`` compare with it."""
-    round_ratio: RoundRatio | None = None
-    """Instead of ``steps``: prune in rounds that remove this share of all parameters each; the last one removes what is
-    left of the ratio. Different ratios then share their first rounds. null: ``steps`` sets the number of rounds."""
+    whose intermediate_size is at least 1,024, otherwise 1; always 1 for experts."""
     distill: NonNegative = 0
     """Passes over the calibration windows, after pruning, in which the pruned model learns the dense model's output
     distribution (see ``DistillationConfig``). This needs no labels and no further text, but it is training."""
@@ -149,15 +136,14 @@ class Method(Section):
         idle = set() if self.can_protect else {"floor", "protect_first", "protect_last"}
         idle |= {"floor"} if self.allocation == "local" else set()
         idle |= set() if KV_GROUPS in self.structures else {"tensor_parallel"}
-        idle |= set() if self.refit in ("layerwise", "block") else {"refit_norms", "refit_final_norm"}
-        idle |= {"refit_final_norm"} if self.refit_norms else set()
+        idle |= set() if self.refit in ("layerwise", "block") else {"refit_norms"}
         idle |= set() if self.refit == "block" else {"refit_iterations"}
         idle |= {"refit_copies"} if self.refit in ("none", "bias") else set()
         return idle | (set(OF_A_STUDENT) if self.student_chosen_by is None else set())
 
     def of_one_cut(self) -> dict[str, Any]:
         """The settings that affect a single prune stage; the others affect which stages there are."""
-        of_others = {"prunes_in", "adapts", "steps", "round_ratio", "distill", *OF_A_STUDENT}
+        of_others = {"prunes_in", "adapts", "distill", *OF_A_STUDENT}
         return self.model_dump(exclude=self.without_effect | of_others)
 
     @model_validator(mode="after")
@@ -182,8 +168,8 @@ class Method(Section):
         if self.prunes_in == "calibration" and self.criterion is None:
             raise ValueError(f"needs a criterion: {', '.join(get_args(MethodCriterion))}; or prunes_in: recovery")
         if self.prunes_in == "recovery":
-            needed = {"criterion": None, "allocation": "local", "refit": "none", "steps": 1}
-            self._refuse_others(needed | {"round_ratio": None, "distill": 0}, "prunes_in: recovery")
+            needed = {"criterion": None, "allocation": "local", "refit": "none", "distill": 0}
+            self._refuse_others(needed, "prunes_in: recovery")
         return self
 
     def _refuse_others(self, needed: Mapping[str, object], setting: str) -> None:
@@ -193,38 +179,12 @@ class Method(Section):
             instead = {name: needed[name] for name in others}
             raise ValueError(f"{setting} goes with {_named(instead)}, not with {_named(others)}")
 
-    @property
-    def _rounds(self) -> str:
-        """The setting that says in which rounds the ratio is removed, for messages; empty if there is only one."""
-        if self.round_ratio is not None:
-            return f"round_ratio: {self.round_ratio:g}"
-        return f"steps: {self.steps}" if self.steps > 1 else ""
-
     @model_validator(mode="after")
-    def _structures_and_rounds_suit_the_criterion(self) -> Method:
+    def _structures_suit_the_criterion(self) -> Method:
         if self.scores_neurons_alone and KV_GROUPS in self.structures:
             raise ValueError(
                 f"criterion: {self.criterion} scores neurons alone, whose weights meet at the hidden channels; with "
                 f"structures: [{', '.join(self.structures)}] use another criterion, such as weight_taylor"
-            )
-        if self.student_chosen_by is not None and self._rounds:
-            raise ValueError(
-                f"criterion: {self.criterion} is computed in a student of the dense model, and with {self._rounds} it "
-                "would be computed in a student of a pruned one; leave that out"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _rounds_suit_the_allocation(self) -> Method:
-        if self.steps > 1 and self.round_ratio is not None:
-            raise ValueError(
-                f"steps: {self.steps} and round_ratio: {self.round_ratio:g} are two ways to say in which parts a model "
-                "is pruned; give one of them"
-            )
-        if self.allocation == "low_rank" and self._rounds:
-            raise ValueError(
-                f"{self._rounds} needs allocation: uniform, plain, local, global, standardized or searched; a model "
-                "whose matrices have low rank isn't pruned again"
             )
         return self
 
@@ -295,9 +255,7 @@ def _named(settings: Mapping[str, object]) -> str:
 
 
 class PruneConfig(Section):
-    """Settings that override those of every method; null keeps the method's own value (see ``Method``), except that
-    either of ``steps`` and ``round_ratio`` replaces both.
-    """
+    """Settings that override those of every method; null keeps the method's own value (see ``Method``)."""
 
     model_config = ConfigDict(json_schema_extra=explained_by(Method))
 
@@ -312,11 +270,8 @@ class PruneConfig(Section):
     refit: Refit | None = None
     refit_iterations: Iterations | None = None
     refit_copies: Copies | None = None
-    refit_final_norm: bool | None = None
     refit_norms: bool | None = None
     multiple_of: PositiveOrAuto | None = None
-    steps: Rounds | None = None
-    round_ratio: RoundRatio | None = None
     distill: NonNegative | None = None
     student_lacks: Share | None = None
     teacher_share: Annotated[float, Field(ge=0, le=1)] | None = None

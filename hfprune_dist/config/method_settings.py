@@ -32,9 +32,6 @@ def _goes_together(structures: list[Structure]) -> list[Structure]:
 # What is pruned, in a fixed order whatever order it is given in; and what is scored, possibly for several methods.
 Structures = Annotated[list[Structure], AfterValidator(_in_order), AfterValidator(_goes_together)]
 Kinds = Annotated[list[Kind], AfterValidator(_in_order)]
-# Number of rounds, and share of the dense model's parameters removed per round; nobody waits for more rounds than 100.
-Rounds = Annotated[int, Field(ge=1, le=100)]
-RoundRatio = Annotated[float, Field(ge=0.01, lt=1)]
 # Iterations of conjugate gradients; and how many the last Gauss-Newton step has by default.
 Iterations = Annotated[int, Field(ge=1, le=100)]
 MORE_ITERATIONS = 2

@@ -91,12 +91,11 @@ class ReferenceParameters(Parameters):
 class PruneParameters(Parameters):
     """Parameters of one cut: the settings of a ``Method`` that it depends on.
 
-    ``ratio``: removed parameters / all of the dense model's, after this cut. ``floor``, ``protect_first`` and
+    ``ratio``: removed parameters / all of the dense model's. ``floor``, ``protect_first`` and
     ``protect_last`` are None if the allocation doesn't use them, ``dtype`` and ``micro_batch_size`` (windows per rank's
     forward pass) if no model runs. ``tensor_parallel`` divides ``multiple_of`` and the layers' numbers of KV groups; it
-    is 1 if none are pruned. ``mlp_targets``: after a round that refitted norms, which norms the dense MLPs read
-    through whose outputs are the targets; absent in all other cuts, and where they read through the refitted norms.
-    ``plain_shapes``: for which layers a search sets their width, where layers differ in parameters; else absent.
+    is 1 if none are pruned. ``plain_shapes``: for which layers a search sets their width, where layers differ in
+    parameters; else absent.
     """
 
     ratio: float
@@ -113,9 +112,7 @@ class PruneParameters(Parameters):
     tensor_parallel: Annotated[int, LeftOutAt(1)] = 1
     refit_iterations: Annotated[int, LeftOutAt(MORE_ITERATIONS)] = MORE_ITERATIONS
     refit_copies: Annotated[int, LeftOutAt(0)] = 0
-    refit_final_norm: Annotated[bool, LeftOutAt(False)] = False
     refit_norms: Annotated[bool, LeftOutAt(False)] = False
-    mlp_targets: Annotated[Literal["with dense norms"] | None, LeftOutAt(None)] = None
     plain_shapes: Annotated[Literal["of the layers that stay"] | None, LeftOutAt(None)] = None
 
     @property

@@ -32,20 +32,6 @@ class Budget:
     droppable: tuple[int, ...]
     fewest_layers: int
 
-    def left(self, layers: Sequence[int], gone: int) -> Budget:
-        """The rest of the budget for a model that has been pruned already, with its layers renumbered from 0.
-
-        Args:
-            layers: the indices of its layers in this budget, ascending.
-            gone: the number of parameters it has lost.
-        """
-        return Budget(
-            self.parameters - gone,
-            {kind: tuple(counts[layer] for layer in layers) for kind, counts in self.least.items()},
-            tuple(number for number, layer in enumerate(layers) if layer in self.droppable),
-            self.fewest_layers,
-        )
-
     def most_layers_gone(self, of_layers: Sequence[int]) -> int:
         """How many layers may go: as many as bounds allow, or the first number tried whose layers exceed the budget.
 

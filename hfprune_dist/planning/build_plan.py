@@ -18,7 +18,6 @@ from hfprune_dist.planning.plan import NONE, OWN, Cell, Plan, label_of
 from hfprune_dist.planning.planned_stages import PlannedStages, Variant
 from hfprune_dist.planning.ratios import check_ratios
 from hfprune_dist.planning.refusals import check_positions, check_recovery, place_of, refuse_same_rows
-from hfprune_dist.planning.rounds import round_ratios
 from hfprune_dist.planning.scoring_passes import (
     Scored,
     check_criteria,
@@ -133,7 +132,7 @@ class _Planner:
             return [self._pruned_in_recovery(variant, method, variant.ratio)]
         assert importance is not None, "the method needs scores"
         chain = self._chain(variant, importance, variant.ratio, method)
-        cut = next(stage.as_input() for stage in reversed(chain) if stage.kind == "prune")
+        cut = next(stage.as_input() for stage in chain if stage.kind == "prune")
         made = replace(variant, checkpoint=chain[-1].as_input(), cut=cut, producers=tuple(stage.id for stage in chain))
         return self._finish(replace(made, layers_may_differ=made.layers_may_differ or method.tells_layers_apart))
 
@@ -191,8 +190,9 @@ class _Planner:
         """All stages from the dense model's scores to the checkpoint before recovery, in order."""
         scored = scored_for(method, biased=importance_parameters(importance).biases is not None)
         scores = [importance, *self._student(variant, importance, scored, ratio, method)]
-        rounds = self._rounds(variant, scores[-1], scored, round_ratios(method, ratio), method)
-        return [*scores, *rounds, *self._distillation(variant, importance, rounds[-1].as_input(), method.distill)]
+        inputs = {"model": variant.dense, "importance": part_of(scores[-1], scored)}
+        cut = self.stages.prune(variant.label, inputs, ratio, method, sizes_differ=variant.sizes_differ)
+        return [*scores, cut, *self._distillation(variant, importance, cut.as_input(), method.distill)]
 
     def _student(
         self, variant: Variant, importance: Stage, scored: Scored, ratio: float, method: Method
@@ -204,31 +204,6 @@ class _Planner:
         chosen_by = Scored(first_criteria(method), [NEURONS])
         inputs = {"model": variant.dense, "student": part_of(importance, chosen_by)}
         return [self.stages.importance(f"{variant.label} student", inputs, scored, student)]
-
-    def _rounds(
-        self, variant: Variant, scores: Stage, scored: Scored, ratios: Sequence[float], method: Method
-    ) -> list[Stage]:
-        """Alternating prune and importance stages, from the dense model to the one pruned at the last ratio.
-
-        Args:
-            scores: the pass whose scores decide the first round.
-            ratios: where each round ends.
-        """
-        label, dense = variant.label, variant.dense
-        stages: list[Stage] = []
-        model = dense
-        for step, reached in enumerate(ratios, start=1):
-            step_label = f"{label} step {step}/{len(ratios)}"
-            if step > 1:
-                scores = self.stages.importance(step_label, {"model": model}, scored)
-                stages.append(scores)
-            inputs = {"model": model, "importance": part_of(scores, scored)}
-            if model != dense:
-                inputs["dense"] = dense  # ratios are shares of its parameters
-            cut_label = label if step == len(ratios) else step_label
-            stages.append(self.stages.prune(cut_label, inputs, reached, method, sizes_differ=variant.sizes_differ))
-            model = stages[-1].as_input()
-        return stages
 
     def _distillation(self, variant: Variant, importance: Stage, pruned: Input, passes: int) -> list[Stage]:
         """The distillation of a pruned model, on the windows of ``importance``, and the reference that it needs."""

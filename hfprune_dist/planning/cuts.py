@@ -8,26 +8,21 @@ from hfprune_dist.config.schema import SweepConfig
 from hfprune_dist.structures import LAYERS
 
 
-def cut_parameters(
-    config: SweepConfig, method: Method, ratio: float, *, is_later: bool, sizes_differ: bool
-) -> PruneParameters:
+def cut_parameters(config: SweepConfig, method: Method, ratio: float, *, sizes_differ: bool) -> PruneParameters:
     """The settings of one cut.
 
     Args:
         method: with numbers, as ``with_numbers`` returns it.
         ratio: share of the dense model's parameters that is gone after this cut.
-        is_later: whether it is a round after the first.
         sizes_differ: whether layers of the dense model differ in parameters.
     """
     # These run windows through the model again.
     runs_model = method.refit != "none" or method.allocation in ("plain", "searched", "low_rank")
-    other_norms = is_later and method.refit_norms and method.refit in ("layerwise", "block")
     fits_to_layers = sizes_differ and method.allocation == "searched" and LAYERS in method.structures
     return PruneParameters(
         ratio=ratio,
         **method.of_one_cut(),
         dtype=config.importance.dtype if runs_model else None,
         micro_batch_size=config.calibration.micro_batch_size if runs_model else None,
-        mlp_targets="with dense norms" if other_norms else None,
         plain_shapes="of the layers that stay" if fits_to_layers else None,
     )

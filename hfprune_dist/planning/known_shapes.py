@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Generic, TypeVar
 
 from hfprune_dist.checkpoints.checkpoint import Checkpoint
 from hfprune_dist.checkpoints.pruned_config import parameters_of_biases, pruned_config
 from hfprune_dist.config.method import Method
+from hfprune_dist.planning.local_shapes import LocalTarget
 from hfprune_dist.planning.low_rank_shapes import LowRankTarget
 from hfprune_dist.planning.multiples import with_numbers
-from hfprune_dist.planning.plain_shapes import PlainShape, possible_outcomes
+from hfprune_dist.planning.plain_shapes import plain_shapes, possible_outcomes
 from hfprune_dist.planning.shape_target import ShapeTarget
-from hfprune_dist.planning.shapes_of_rounds import local_shapes, plain_shapes_of_rounds
-from hfprune_dist.planning.targets import target_of
+from hfprune_dist.planning.targets import protected_by, target_of
 from hfprune_dist.planning.whole_expert_shapes import mixture_target
 from hfprune_dist.planning.widths import Target, size_of
 from hfprune_dist.structures import EXPERTS, KV_GROUPS, LAYERS, NEURONS
@@ -65,7 +65,7 @@ def dense_shape(checkpoint: Checkpoint) -> KnownShape:
 
 
 def known_shape(checkpoint: Checkpoint, ratio: float, method: Method, where: str) -> KnownShape:
-    """The shape of the checkpoint that a method makes of a model; after the last round, if there are several.
+    """The shape of the checkpoint that a method makes of a model.
 
     Args:
         where: the model and the method, for messages.
@@ -91,9 +91,9 @@ def _known_shape(checkpoint: Checkpoint, ratio: float, method: Method, where: st
     if method.allocation == "uniform":
         return _uniform(target)
     if method.allocation == "plain":
-        return _plain(target, plain_shapes_of_rounds(method, checkpoint, ratio, where))
+        return _plain(target)
     if method.allocation == "local":
-        return _local(target, local_shapes(method, checkpoint, ratio, where)[-1])
+        return _local(target, LocalTarget(target, *protected_by(method)).shape())
     if method.allocation == "low_rank":
         return _low_rank(LowRankTarget(target))
     return KnownShape(
@@ -120,16 +120,15 @@ def _of_experts(target: ShapeTarget) -> KnownShape:
     return KnownShape(*sizes, Span.of([target.counts.ratio(shape)]), experts=_experts(checkpoint, shape))
 
 
-def _plain(target: ShapeTarget, rounds: Sequence[Sequence[PlainShape]]) -> KnownShape:
-    *earlier, shapes = rounds
-    which = "one" if earlier else "the closest"
+def _plain(target: ShapeTarget) -> KnownShape:
+    shapes = plain_shapes(target)
     outcomes = [outcome for shape in shapes for outcome in possible_outcomes(target, shape)]
     return KnownShape(
         layers=Span.of(shape.num_layers for shape in shapes),
         kv_heads=Span.of(shape.kv_groups for shape in shapes),
         width=Span.of(shape.width for shape, _ in outcomes),
         reached=Span.of(ratio for _, ratio in outcomes),
-        open=f"{which} of {len(shapes)} shapes, by measurement" if len(shapes) > 1 else "",
+        open=f"the closest of {len(shapes)} shapes, by measurement" if len(shapes) > 1 else "",
     )
 
 

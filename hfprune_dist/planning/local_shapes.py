@@ -1,7 +1,7 @@
 """Local shapes: every layer that isn't protected loses the same share of its units of each kind.
 
 The ratio alone decides the shape; scores decide within each layer. There are few KV groups, so they are rounded first,
-and neurons make up the rest of the ratio. If a model is pruned in rounds, each shape lies within the one before.
+and neurons make up the rest of the ratio.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from hfprune_dist.planning.shape_target import ShapeTarget
 from hfprune_dist.planning.widths import OutOfReachError, closest_multiple
 from hfprune_dist.structures import KV_GROUPS, NEURONS
 from hfprune_dist.structures.kept import Shape
-from hfprune_dist.structures.units import Units
 
 
 @dataclass(frozen=True)
@@ -26,13 +25,11 @@ class LocalTarget:
     Attributes:
         asked: the ratio, and what may be removed for it.
         protect_first, protect_last: how many of the first and last layers lose nothing.
-        before: what earlier rounds of the same method to this ratio left; None: this is the first round.
     """
 
     asked: ShapeTarget
     protect_first: int
     protect_last: int
-    before: Shape | None = None
 
     @classmethod
     def of(cls, checkpoint: Checkpoint, params: PruneParameters | LoraPruneParameters, where: str) -> LocalTarget:
@@ -77,11 +74,6 @@ class LocalTarget:
         """Possible rows of KV group counts, one count per pruned layer, descending; every count is divisible by
         ``tensor_parallel``.
         """
-        most = self._left_before(self.asked.groups)
-        return [row for row in self._all_group_rows() if all(it <= left for it, left in zip(row, most, strict=True))]
-
-    def _all_group_rows(self) -> list[tuple[int, ...]]:
-        """The same rows for a first round."""
         asked, split = self.asked, self.asked.tensor_parallel
         groups = [asked.groups.counts[layer] for layer in self._pruned]
         if KV_GROUPS not in asked.structures:
@@ -100,15 +92,14 @@ class LocalTarget:
         return list(dict.fromkeys(rows))
 
     def _misses(self, groups: Sequence[int]) -> tuple[float, float]:
-        """How far a row of groups is from what is wanted: parameters that neurons can't make up, or that earlier rounds
-        removed in excess; and the distance from the share of groups that should stay.
+        """How far a row of groups is from what is wanted: parameters that neurons can't make up, or that groups remove
+        in excess; and the distance from the share of groups that should stay.
         """
         counts, left = self.asked.counts, self._left(groups)
         most = counts.units[NEURONS] * sum(count - self._narrowest(count) for count in self._widths)
-        least = counts.units[NEURONS] * (sum(self._widths) - sum(self._left_before(self.asked.neurons)))
         all_groups = sum(self.asked.groups.counts[layer] for layer in self._pruned)
         removable = counts.units[NEURONS] * sum(self._widths) + counts.units[KV_GROUPS] * all_groups
-        return max(least - left, left - most, 0.0), abs(sum(groups) / all_groups - (1 - self._wanted / removable))
+        return max(-left, left - most, 0.0), abs(sum(groups) / all_groups - (1 - self._wanted / removable))
 
     def _left(self, groups: Sequence[int]) -> float:
         """Parameters that neurons have to make up."""
@@ -127,13 +118,7 @@ class LocalTarget:
         share = self._left(groups) / (self.asked.counts.units[NEURONS] * sum(self._widths))
         left = 1 - min(max(share, 0.0), 1.0)
         widths = [closest_multiple(left * width, width, self.asked.multiple_of) for width in self._widths]
-        most = self._left_before(self.asked.neurons)
-        return self._whole_but([min(pair) for pair in zip(widths, most, strict=True)], groups)
-
-    def _left_before(self, units: Units) -> list[int]:
-        """Units of one kind that the pruned layers have when this round begins."""
-        counts = units.counts if self.before is None else self.before.counts(units)
-        return [counts[layer] for layer in self._pruned]
+        return self._whole_but(widths, groups)
 
     def _largest(self, rows: Sequence[Sequence[int]]) -> float:
         if not self._pruned:
@@ -153,4 +138,4 @@ class LocalTarget:
     def _out_of_reach(self, largest: float) -> OutOfReachError:
         protects = self.protect_first + self.protect_last > 0
         limits = " with the layers that prune.protect_first and protect_last set aside" if protects else ""
-        return self.asked.out_of_reach(largest, limits, lambda it: replace(self, asked=it, before=None).largest())
+        return self.asked.out_of_reach(largest, limits, lambda it: replace(self, asked=it).largest())

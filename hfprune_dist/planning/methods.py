@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any
 
 from hfprune_dist.config.load import parse
 from hfprune_dist.config.method import Method
 from hfprune_dist.config.schema import SweepConfig
 from hfprune_dist.config.yaml_text import read_yaml
 from hfprune_dist.errors import UserError, did_you_mean
-
-# Two ways to say in which rounds a model is pruned.
-WAYS_OF_ROUNDS = ("steps", "round_ratio")
 
 
 def resolve_methods(config: SweepConfig, shipped: Path) -> dict[str, Method]:
@@ -41,13 +36,7 @@ def resolve_methods(config: SweepConfig, shipped: Path) -> dict[str, Method]:
         seen[file.resolve()] = name
         if file.stem in methods:
             raise UserError(f"--methods: two methods are called {file.stem!r}; rename one of the files")
-        settings = _without_other_rounds(read_yaml(file, "--methods", "the keys of a method"), on_top)
+        settings = read_yaml(file, "--methods", "the keys of a method")
         where = f"{file} with prune.{', prune.'.join(on_top)}" if on_top else str(file)
         methods[file.stem] = parse(Method, {**settings, **on_top}, where)
     return methods
-
-
-def _without_other_rounds(settings: Mapping[str, Any], on_top: Collection[str]) -> dict[str, Any]:
-    """A method's own settings without those of its rounds, if others are given in either way."""
-    replaced = WAYS_OF_ROUNDS if any(name in on_top for name in WAYS_OF_ROUNDS) else ()
-    return {name: value for name, value in settings.items() if name not in replaced}

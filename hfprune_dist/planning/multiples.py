@@ -11,12 +11,11 @@ from hfprune_dist.checkpoints.checkpoint import Checkpoint
 from hfprune_dist.config.method import Method
 from hfprune_dist.errors import UserError
 from hfprune_dist.planning.budget import Limits, budget_of
-from hfprune_dist.planning.decided_numbers import check_multiple, decided_by_rounds
+from hfprune_dist.planning.decided_numbers import check_multiple
 from hfprune_dist.planning.expert_shapes import ExpertTarget
 from hfprune_dist.planning.local_shapes import LocalTarget
 from hfprune_dist.planning.low_rank_shapes import LowRankTarget
 from hfprune_dist.planning.plain_shapes import all_plain_shapes, ratio_of
-from hfprune_dist.planning.rounds import round_ratios
 from hfprune_dist.planning.shape_target import ShapeTarget
 from hfprune_dist.planning.targets import divisible, limits_of, protected_by, target_of
 from hfprune_dist.planning.widths import Target, size_of
@@ -64,22 +63,17 @@ def _with_protected(method: Method, checkpoint: Checkpoint) -> Method:
 def _what_auto_is(method: Method, checkpoint: Checkpoint, ratio: float, where: str) -> int:
     """If shapes compete, a number with which every plain shape of the method's structures is possible; for experts, 1.
 
-    Shapes are compared at one multiple, which rules none of them out. With ``round_ratio`` it is the first round's, so
-    that the rounds are the same whatever ratio they lead to; for plain shapes it must suit every round. Multiples are
-    tried as ``tensor_parallel`` leaves them: on three devices, 256 is 768. None exceeds the widths themselves, or makes
-    a round impossible.
+    Shapes are compared at one multiple, which rules none of them out. Multiples are
+    tried as ``tensor_parallel`` leaves them: on three devices, 256 is 768. None exceeds the widths themselves.
     """
     if EXPERTS in method.structures:
         return 1
-    decisive = [ratio if method.round_ratio is None else min(ratio, method.round_ratio)]
-    if method.allocation == "plain":
-        decisive = round_ratios(method, ratio)
     tried = [divisible(it, method) for it in MULTIPLES]
     fitting = (
         it
         for it in tried
-        if all(_suits(it, method, checkpoint, each, where) for each in decisive)
-        and _is_possible(method.model_copy(update={"multiple_of": it}), checkpoint, ratio, where)
+        if _suits(it, method, checkpoint, ratio, where)
+        and _is_possible(method.model_copy(update={"multiple_of": it}), checkpoint, where)
     )
     return next(fitting, LEAST if checkpoint.units.width >= WIDE else 1)
 
@@ -104,12 +98,10 @@ def _suits(multiple_of: int, method: Method, checkpoint: Checkpoint, ratio: floa
     return little and (method.allocation == "plain" or _within_limits(target, limits_of(method)))
 
 
-def _is_possible(method: Method, checkpoint: Checkpoint, ratio: float, where: str) -> bool:
-    """Whether planning accepts the multiple, in every round; a single round has been found to suit."""
+def _is_possible(method: Method, checkpoint: Checkpoint, where: str) -> bool:
+    """Whether planning accepts the multiple."""
     try:
         check_multiple(checkpoint, method, where)
-        if len(round_ratios(method, ratio)) > 1:
-            decided_by_rounds(checkpoint, ratio, method, where)
     except UserError:
         return False
     return True

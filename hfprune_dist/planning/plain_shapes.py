@@ -1,7 +1,7 @@
 """Plain shapes: a number of layers, and numbers of KV groups and neurons that are the same in all layers.
 
 Many plain shapes have the same number of parameters. Measurements decide which of them is closest to the dense model,
-so there must be few. If a model is pruned in rounds, each shape lies within the one before.
+so there must be few.
 """
 
 from __future__ import annotations
@@ -65,30 +65,23 @@ def step_of_layers(num_layers: int) -> int:
     return max(1, round(num_layers / LAYERS_OF_A_STEP))
 
 
-def plain_shapes(target: ShapeTarget, before: PlainShape | None = None) -> list[PlainShape]:
+def plain_shapes(target: ShapeTarget) -> list[PlainShape]:
     """The shapes to choose from, at most ``MOST_SHAPES``, sorted by numbers of layers, then groups, descending.
 
     The first is the one that only loses neurons, if those are enough. With ``multiple_of`` 1, parameters come as close
     to the ratio as possible; with larger multiples, widths are rounded down, so that at least the ratio is removed.
 
-    Args:
-        before: what earlier rounds left, within which the shapes must lie; in the first of several, the dense model's
-            own shape. None: there is only one round.
-
     Raises:
         UserError: if no shape reaches the ratio whichever layers go; or ``tensor_parallel`` divides no number of
             groups.
     """
-    found = all_plain_shapes(target, before)
-    if before is None:
-        if not found or target.ratio > _largest(target):
-            raise _none_reaches(target)
-    elif not found:
-        raise _none_within(target, before)
+    found = all_plain_shapes(target)
+    if not found or target.ratio > _largest(target):
+        raise _none_reaches(target)
     return _spread(found, MOST_SHAPES)
 
 
-def all_plain_shapes(target: ShapeTarget, before: PlainShape | None = None) -> list[PlainShape]:
+def all_plain_shapes(target: ShapeTarget) -> list[PlainShape]:
     """All such shapes, however many there are; none if none reaches the ratio or layers differ already.
 
     Raises:
@@ -96,24 +89,20 @@ def all_plain_shapes(target: ShapeTarget, before: PlainShape | None = None) -> l
     """
     if not target.checkpoint.is_uniform:
         return []
-    before = before or PlainShape.of(target.checkpoint)
-    shapes = [_with_width(target, before, *cell) for cell in _cells(target, before)]
+    shapes = [_with_width(target, *cell) for cell in _cells(target)]
     return [shape for shape in shapes if shape is not None]
 
 
-def fitted_to_layers(
-    target: ShapeTarget, before: PlainShape, plain: PlainShape, layers: Sequence[int]
-) -> PlainShape | None:
+def fitted_to_layers(target: ShapeTarget, plain: PlainShape, layers: Sequence[int]) -> PlainShape | None:
     """A shape with the width that the ratio asks for if these layers stay, whose parameters may differ; None if no
     width reaches it.
 
     Args:
-        before: as for ``plain_shapes``.
         layers: indices of as many layers of the dense model as the shape has.
     """
     if ratio_of(target, plain, layers) == ratio_of(target, plain):
         return plain  # as planned
-    return _with_width(target, before, plain.num_layers, plain.kv_groups, layers)
+    return _with_width(target, plain.num_layers, plain.kv_groups, layers)
 
 
 def shape_of(target: ShapeTarget, plain: PlainShape, layers: Sequence[int] | None = None) -> Shape:
@@ -137,10 +126,9 @@ def possible_outcomes(target: ShapeTarget, plain: PlainShape) -> list[tuple[Plai
     """What a planned shape may become, and the share of the dense model's parameters that it then lacks, once it is
     known which layers go: kinds of attention may differ in parameters, and the width makes up for that.
     """
-    before = PlainShape.of(target.checkpoint)
     outcomes: list[tuple[PlainShape, float]] = []
     for layers in _layers_that_may_stay(target, plain.num_layers):
-        fitted = fitted_to_layers(target, before, plain, layers)
+        fitted = fitted_to_layers(target, plain, layers)
         outcomes += [] if fitted is None else [(fitted, ratio_of(target, fitted, layers))]
     return outcomes or [(plain, ratio_of(target, plain))]
 
@@ -174,20 +162,21 @@ def group_counts(target: ShapeTarget) -> list[int]:
     return divisible
 
 
-def _cells(target: ShapeTarget, before: PlainShape) -> list[tuple[int, int]]:
+def _cells(target: ShapeTarget) -> list[tuple[int, int]]:
     """Possible pairs (layers, KV groups)."""
-    numbers = range(before.num_layers, target.fewest_layers - 1, -step_of_layers(target.checkpoint.num_layers))
-    groups = _spread([it for it in group_counts(target) if it <= before.kv_groups], MOST_GROUP_COUNTS)
+    every = target.checkpoint.num_layers
+    numbers = range(every, target.fewest_layers - 1, -step_of_layers(every))
+    groups = _spread(group_counts(target), MOST_GROUP_COUNTS)
     return [(number, count) for number in numbers for count in groups]
 
 
 def _with_width(
-    target: ShapeTarget, before: PlainShape, num_layers: int, kv_groups: int, layers: Sequence[int] | None = None
+    target: ShapeTarget, num_layers: int, kv_groups: int, layers: Sequence[int] | None = None
 ) -> PlainShape | None:
     """The shape with the width that the ratio asks for; None if there is none, or if it removes nothing. Layers are
     those of ``shape_of``.
     """
-    counts, most, multiple_of = target.counts, before.width, target.multiple_of
+    counts, most, multiple_of = target.counts, target.neurons.most, target.multiple_of
     whole, narrowest = (PlainShape(num_layers, kv_groups, width) for width in (most, multiple_of))
     if multiple_of > most or target.ratio > ratio_of(target, narrowest, layers):
         return None
@@ -195,32 +184,23 @@ def _with_width(
     exact = most - (target.ratio * counts.total - gone) / (num_layers * counts.units[NEURONS])
     width = round(exact) if multiple_of == 1 else int(exact // multiple_of) * multiple_of
     shape = replace(whole, width=max(width, multiple_of))
-    return None if shape.width > most or shape == before else shape
+    return None if shape.width > most or shape == PlainShape.of(target.checkpoint) else shape
 
 
 def _none_reaches(target: ShapeTarget) -> UserError:
     largest = _largest(target)
     if target.ratio > largest:
         return target.out_of_reach(largest, "", _largest)
-    cells = _cells(target, PlainShape.of(target.checkpoint))
+    cells = _cells(target)
     larger = min(it for it in (_smallest(target, *cell) for cell in cells) if it > target.ratio)
     return target.comes_to_none(larger)
-
-
-def _none_within(target: ShapeTarget, before: PlainShape) -> UserError:
-    is_first = before == PlainShape.of(target.checkpoint)
-    place = ", where the first round ends" if is_first else f" within {before.name}, which an earlier round may leave"
-    return UserError(
-        f"{target.where}: no shape of {', '.join(target.structures)} comes to ratio {target.ratio:g}{place}"
-        f"{target.rounding}; use fewer steps, a larger prune.round_ratio or another ratio"
-    )
 
 
 def _largest(target: ShapeTarget) -> float:
     """The largest ratio that a shape reaches even if the layers that go are those with the fewest parameters."""
     if target.multiple_of > target.neurons.most:
         return 0.0
-    narrowest = [PlainShape(*cell, target.multiple_of) for cell in _cells(target, PlainShape.of(target.checkpoint))]
+    narrowest = [PlainShape(*cell, target.multiple_of) for cell in _cells(target)]
     return max(ratio_of(target, it, _without_smallest(target, it.num_layers)) for it in narrowest)
 
 

@@ -89,11 +89,11 @@ class PlannedStages:
         """One cut.
 
         Args:
-            inputs: the model, its scores and, after the first round, the dense model.
-            ratio: share of the dense model's parameters that is gone afterwards.
+            inputs: the dense model and its scores.
+            ratio: share of its parameters that is gone afterwards.
             sizes_differ: whether layers of the dense model differ in parameters.
         """
-        params = cut_parameters(self._config, method, ratio, is_later="dense" in inputs, sizes_differ=sizes_differ)
+        params = cut_parameters(self._config, method, ratio, sizes_differ=sizes_differ)
         return self._add(Stage("prune", label, params, inputs))
 
     def reference_of_calibration(self, importance: Stage) -> Stage:

@@ -7,11 +7,10 @@ from collections.abc import Hashable, Mapping, Sequence
 from hfprune_dist.checkpoints.checkpoint import Checkpoint
 from hfprune_dist.config.method import Method
 from hfprune_dist.errors import UserError
-from hfprune_dist.planning.decided_numbers import check_multiple, decided_by_rounds, fewer_rounds, what_is_rounded
+from hfprune_dist.planning.decided_numbers import check_multiple, deciding_numbers, what_is_rounded
 from hfprune_dist.planning.expert_shapes import can_do, refuse_unaligned, refuse_with_experts, why_not_experts
 from hfprune_dist.planning.low_rank_shapes import LowRankTarget
 from hfprune_dist.planning.multiples import suited, with_numbers
-from hfprune_dist.planning.shapes_of_rounds import local_shapes
 from hfprune_dist.planning.students import check_student
 from hfprune_dist.planning.targets import protected_by, target_of
 from hfprune_dist.planning.whole_expert_shapes import refuse_without_experts
@@ -49,7 +48,7 @@ def check_ratios(checkpoint: Checkpoint, ratios: Sequence[float], method: Method
         check_multiple(checkpoint, settled, where)
         _check_protected(checkpoint, settled, where)
         check_student(checkpoint, ratio, settled, where)
-        decided = decided_by_rounds(checkpoint, ratio, settled, where)
+        decided = deciding_numbers(checkpoint, ratio, settled, where)
         if decided in reached:
             what, step, finer = what_is_rounded(checkpoint, settled)
             raise UserError(
@@ -117,8 +116,6 @@ def remarks_on_shapes(checkpoint: Checkpoint, ratios: Sequence[float], method: M
         )
     if method.allocation == "low_rank":
         told += [_told_of_ranks(checkpoint, ratio, method, where) for ratio in ratios]
-    if method.allocation == "local" and not checkpoint.family.experts:
-        told += [it for ratio in ratios for it in _told_of_groups(checkpoint, ratio, method, where)]
     return told
 
 
@@ -152,7 +149,7 @@ def _left_out(checkpoint: Checkpoint, method: Method, where: str) -> list[str]:
     family, left = checkpoint.family, suited(method, checkpoint)
     told = [f"{where}: KV groups stay: {family.whole_groups}"] if left.structures != method.structures else []
     if left.refit != method.refit:
-        norms = ", and no norm is refitted" if method.refit_norms or method.refit_final_norm else ""
+        norms = ", and no norm is refitted" if method.refit_norms else ""
         told.append(f"{where}: refit is {left.refit}{norms}: {family.no_sequence}")
     return told
 
@@ -162,22 +159,6 @@ def _told_of_ranks(checkpoint: Checkpoint, ratio: float, method: Method, where: 
     shape = LowRankTarget(target_of(settled, checkpoint, ratio, where)).shape()
     ranks = ", ".join(f"{rank_field(name)} {row[0]}" for name, row in shape.ranks.items())
     return f"{where}: at {ratio:g}, in every layer {ranks}; attention's other matrices stay whole"
-
-
-def _told_of_groups(checkpoint: Checkpoint, ratio: float, method: Method, where: str) -> list[str]:
-    """A sentence if rounds keep KV groups that would go in one: neurons have made up for them in smaller rounds."""
-    settled = with_numbers(method, checkpoint, ratio, where)
-    in_one = settled.model_copy(update={"steps": 1, "round_ratio": None})
-    kept, fewer = (sum(local_shapes(it, checkpoint, ratio, where)[-1].units[KV_GROUPS]) for it in (settled, in_one))
-    if kept <= fewer:
-        return []
-    split = settled.tensor_parallel
-    what = "a group" if split == 1 else f"{split} groups"
-    share = split * checkpoint.parameter_counts.units[KV_GROUPS] * checkpoint.num_layers / checkpoint.parameters
-    return [
-        f"{where}: rounds to {ratio:g} keep {kept} KV groups, where one round would keep {fewer}: they are small "
-        f"beside {what} of every layer, {share:.1%} of the model; {fewer_rounds(method)} would let groups go"
-    ]
 
 
 def _splits(checkpoint: Checkpoint, ratio: float, method: Method, tensor_parallel: int, where: str) -> bool:

@@ -12,7 +12,7 @@ from hfprune_dist.checkpoints.layer_settings import undroppable_layers
 from hfprune_dist.config.method_settings import structures_possible
 from hfprune_dist.config.parameters import LoraPruneParameters, PruneParameters
 from hfprune_dist.errors import UserError
-from hfprune_dist.planning.widths import NoShapeError, OutOfReachError, or_a_smaller, round_down, rounding
+from hfprune_dist.planning.widths import OutOfReachError, or_a_smaller, round_down, rounding
 from hfprune_dist.structures import KV_GROUPS, LAYERS, NEURONS, TOGETHER, Structure
 from hfprune_dist.structures.parameter_counts import ParameterCounts
 from hfprune_dist.structures.units import Units
@@ -121,25 +121,23 @@ class ShapeTarget:
         helps = with_all > round_down(largest)
         return f"; with {' and '.join(missing)} in prune.structures {with_all:.4f}" if helps else ""
 
-    def comes_to_none(self, larger: float, limits: str = "") -> NoShapeError:
+    def comes_to_none(self, larger: float, limits: str = "") -> UserError:
         """The error for a ratio between those of any two shapes.
 
         Args:
             larger: the next larger ratio that is possible.
             limits: what else bounds the shapes.
         """
-        return NoShapeError(
+        return UserError(
             f"{self.where}: no shape of {', '.join(self.structures)} comes to ratio {self.ratio:g}{limits}; the next "
-            f"larger one that is possible is {int(larger * 1e6) / 1e6:g}{self.rounding}",
-            self.ratio,
+            f"larger one that is possible is {int(larger * 1e6) / 1e6:g}{self.rounding}"
         )
 
-    def removes_nothing(self) -> NoShapeError:
+    def removes_nothing(self) -> UserError:
         """The error for a ratio that is so small that nothing is removed after rounding."""
-        return NoShapeError(
+        return UserError(
             f"{self.where}: ratio {self.ratio:g} removes nothing once units are rounded{self.rounding}; use a larger "
-            f"ratio{or_a_smaller(self.multiple_of, self.split)}",
-            self.ratio,
+            f"ratio{or_a_smaller(self.multiple_of, self.split)}"
         )
 
     def unusable_split(self, largest: int) -> UserError:

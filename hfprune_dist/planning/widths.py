@@ -13,23 +13,11 @@ from hfprune_dist.checkpoints.checkpoint import Checkpoint
 from hfprune_dist.errors import UserError
 
 
-class NoShapeError(UserError):
-    """No shape comes to a ratio, since what stays is rounded.
-
-    Attributes:
-        ratio: that of the message, which may be a round's.
-    """
-
-    def __init__(self, message: str, ratio: float) -> None:
-        super().__init__(message)
-        self.ratio = ratio
-
-
 class OutOfReachError(UserError):
     """No shape comes to a ratio, as nothing more is left that may be removed.
 
     Attributes:
-        largest: the largest ratio that can be reached in a single round, as the message has it.
+        largest: the largest ratio that can be reached, as the message has it.
     """
 
     def __init__(self, message: str, largest: float) -> None:
@@ -156,11 +144,10 @@ class Target:
             raise self._removes_nothing()
         return wanted
 
-    def _removes_nothing(self) -> NoShapeError:
-        return NoShapeError(
+    def _removes_nothing(self) -> UserError:
+        return UserError(
             f"{self.where}: ratio {self.ratio:g} removes nothing once widths are rounded"
-            f"{to_multiples_of(self.multiple_of)}; use a larger ratio{or_a_smaller(self.multiple_of)}",
-            self.ratio,
+            f"{to_multiples_of(self.multiple_of)}; use a larger ratio{or_a_smaller(self.multiple_of)}"
         )
 
 

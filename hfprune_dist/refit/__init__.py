@@ -7,8 +7,8 @@ Refits of output projections, by least squares (``least_squares_fit``):
     ``bias_refit`` only adds biases;
     ``cheap_fits`` fits one layer to many sizes at once, for candidates.
 
-Refits of norms, once all else is known of the pruned model (``pruned_layers``): ``final_norm_refit`` for the last one;
-``norms_refit`` for all of them, by the gradients of ``norm_gradients``.
+A refit of all norms, once all else is known of the pruned model (``pruned_layers``): ``norms_refit``, by the gradients
+of ``norm_gradients``.
 
 LoRAP, which prunes neurons and gives attention low-rank matrices: ``low_rank_pass``.
 

@@ -196,33 +196,10 @@ def dense_outputs(
     world: World,
     after_each: AfterLayer,
 ) -> Hidden:
-    """What the dense model's head reads for this rank's share of a ``Measurement``'s micro-batches.
-
-    The pruned model has the same head, but its final norm may have been refitted in an earlier round.
-    """
-    reader = LayerReader(dense, dtype, world.device)
-    return read_by_head(reader, range(dense.num_layers), share_of(micro_batches, world), world, after_each)
-
-
-def read_by_head(
-    reader: LayerReader,
-    layers: Sequence[int],
-    batches: Mapping[int, Tensor],
-    world: World,
-    after_each: AfterLayer,
-    *,
-    change: Callable[[int, nn.Module], None] = lambda _number, _layer: None,
-) -> Hidden:
-    """What a model's head reads for some ids [windows, tokens]; collective, since layers are read in step.
-
-    Args:
-        layers: numbers of the layers that the model has.
-        change: gives a layer, after its number, other weights before it is run.
-    """
-    transfers = HostTransfers(world.device)
-    hidden = world.make_apart(lambda: reader.embed(batches))
-    for number, layer in in_step(transfers.layers(reader, layers), world):
-        change(number, layer)
+    """What the model's head reads for this rank's share of a ``Measurement``'s micro-batches; collective."""
+    reader, transfers = LayerReader(dense, dtype, world.device), HostTransfers(world.device)
+    hidden = world.make_apart(lambda: reader.embed(share_of(micro_batches, world)))
+    for number, layer in in_step(transfers.layers(reader, range(dense.num_layers)), world):
         hidden.update(transfers.through(hidden.items(), partial(run, layer)))
         del layer
         after_each(number + 1)

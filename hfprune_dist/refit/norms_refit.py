@@ -18,9 +18,10 @@ from hfprune_dist.checkpoints.tensor_files import load_usable, save_tensors
 from hfprune_dist.core.quasi_newton import QuasiNewton
 from hfprune_dist.distributed.world import World
 from hfprune_dist.errors import UserError
-from hfprune_dist.refit.final_norm_refit import micro_batches_of_fit
 from hfprune_dist.refit.norm_gradients import NormGradients
 
+# Factors are few: more tokens than these would only take time.
+TOKENS = 2**15
 # Micro-batches have at most so many tokens, or one window, whatever calibration has: this refit sees few tokens, which
 # would make few larger ones, and ranks without any would wait for the others.
 AT_ONCE = 2**10
@@ -29,8 +30,10 @@ RIDGE = 0.1
 
 
 def micro_batches_of_norms(windows_ST: Tensor, micro_batch_size: int) -> dict[int, Tensor]:
-    """As ``micro_batches_of_fit``, with at most ``AT_ONCE`` tokens in each, or one window."""
-    return micro_batches_of_fit(windows_ST, max(1, min(micro_batch_size, AT_ONCE // windows_ST.shape[1])))
+    """Micro-batches of up to ``TOKENS`` tokens in all, at even distances: number -> ids [windows, tokens]."""
+    batches = windows_ST.split(max(1, min(micro_batch_size, AT_ONCE // windows_ST.shape[1])))
+    every = -(-len(batches) // max(1, TOKENS // batches[0].numel()))
+    return {index: batches[index] for index in range(0, len(batches), every)}
 
 
 @dataclass(frozen=True)

@@ -71,7 +71,6 @@ class SequentialRefit:
     Args:
         family: of the model that is pruned.
         kept: what stays of that model.
-        dense_layers: numbers, in the dense model, of the layers that stay; the pruned model may lack some already.
         stream: the pruned model's windows before the first layer.
         dense: the same windows before the first layer of the dense model.
         fitted: where refitted layers are written. Its kinds say which blocks are fitted; if it holds whole MLPs, Gauss-
@@ -89,7 +88,6 @@ class SequentialRefit:
         dense: LayerStream,
         fitted: RefittedLayers,
         *,
-        dense_layers: Sequence[int],
         more_iterations: int,
         residual: set[int],
         world: World,
@@ -97,7 +95,6 @@ class SequentialRefit:
         self._family = family
         self._mlp, *self._attention = fitted.kinds
         self._kept = kept
-        self._places = dict(zip(kept.layers, dense_layers, strict=True))
         self._stream = stream
         self._dense = dense
         self._fitted = fitted
@@ -118,7 +115,7 @@ class SequentialRefit:
         dense_layers = self._dense.layers(range(self._next_place(staying[-1]) if staying else 0))
         place = 0
         for number, layer in self._stream.layers(staying):
-            for _ in range(place, self._places[number]):  # before the first that stays
+            for _ in range(place, number):  # before the first that stays
                 self._dense.advance(next(dense_layers)[1])
             place = self._next_place(number)
             self._through(number, layer, dense_layers, is_done=number not in left)
@@ -126,8 +123,8 @@ class SequentialRefit:
             after_each(number + 1)
 
     def _next_place(self, number: int) -> int:
-        """Number, in the dense model, of the next layer that stays; the number of layers if there is none."""
-        return min((it for it in self._places.values() if it > self._places[number]), default=self._dense.num_layers)
+        """Number of the next layer that stays; the number of layers if there is none."""
+        return min((it for it in self._kept.layers if it > number), default=self._dense.num_layers)
 
     def _through(self, number: int, layer: nn.Module, dense_layers: Layers, *, is_done: bool) -> None:
         """Take the windows of both models through a layer, and the dense model's through the gap after it."""
@@ -153,7 +150,7 @@ class SequentialRefit:
         self._dense.advance_to(layer, self._mlp)
         blocks = [_Block(units, layer, self._dense.all_hidden()) for units in self._attention]
         self._dense.advance_from(layer, self._mlp)
-        gap = [next(dense_layers)[1] for _ in range(self._places[number] + 1, self._next_place(number))]
+        gap = [next(dense_layers)[1] for _ in range(number + 1, self._next_place(number))]
         for gone in gap:
             self._dense.advance(gone)
         return [*blocks, _Block(self._mlp, layer, self._dense.all_hidden(), gap)]
@@ -245,7 +242,6 @@ class SequentialRefit:
             dense_ND: what the dense block's output projection reads; None for an MLP.
         """
         if dense_ND is None:
-            # An earlier round may have refitted the pruned layer's norms.
             normed_NC = norm_before(block.dense, self._mlp)(residual_BTC).flatten(0, 1)
             own_NC: Tensor = mlp_of(block.dense, self._mlp)(normed_NC)
         else:

@@ -20,7 +20,7 @@ from hfprune_dist.refit.measurement import (
     held_out_batches,
     one_by_one,
 )
-from hfprune_dist.stages.prune_refit import Context, Models, after_each_layer, outputs_of_dense, probe_of, stream_of
+from hfprune_dist.stages.prune_refit import Context, DenseModel, after_each_layer, outputs_of_dense, probe_of, stream_of
 from hfprune_dist.store.file_cache import FileCache
 from hfprune_dist.store.hashing import digest_of
 from hfprune_dist.store.stage import STAGE_VERSIONS
@@ -31,8 +31,6 @@ from hfprune_dist.structures import NEURONS
 WINDOWS, WINDOWS_OF_ORDER = 8, 2
 # Candidates with several structures are many, so they are compared on every second token; widths on every token.
 EVERY = 2
-# Roles of a stage's inputs: the model that is pruned, and the dense model if that is another one.
-MODELS = ("model", "dense")
 
 
 @dataclass(frozen=True)
@@ -45,10 +43,10 @@ class CheapMeasurements:
     """
 
     context: Context
-    models: Models
+    dense: DenseModel
     kinds: Sequence[Scored]
     windows_ST: Tensor
-    _dense: list[Hidden] = field(default_factory=list, init=False)
+    _outputs_once: list[Hidden] = field(default_factory=list, init=False)
 
     def measurement(
         self, phase: str, folder: Path, *, refit: bool, measurements: int, windows: int = WINDOWS
@@ -61,7 +59,7 @@ class CheapMeasurements:
             measurements: how many times it will be called.
             windows: the most windows that candidates are compared on.
         """
-        context, checkpoint, windows_ST = self.context, self.models.checkpoint, self.windows_ST
+        context, checkpoint, windows_ST = self.context, self.dense.checkpoint, self.windows_ST
         name, size = context.params.forward_pass()
         probe = probe_of(context, checkpoint, windows_ST)
         # Without a refit, only the probe's micro-batch goes through the layers, once, to check them against the model.
@@ -112,7 +110,7 @@ class CheapMeasurements:
         context, windows = self.context, self._compared(WINDOWS_OF_ORDER)
         content = {
             "version": STAGE_VERSIONS["prune"],
-            "models": {role: context.stage.inputs[role].identity for role in MODELS if context.has_input(role)},
+            "model": context.stage.inputs["model"].identity,
             "windows": [ids_ST.tolist() for ids_ST in windows.values()],
             "forward_pass": context.params.forward_pass(),
             "every": self._every,
@@ -137,12 +135,12 @@ class CheapMeasurements:
 
     def _outputs(self) -> Hidden:
         """The dense model's outputs; one pass through its layers, which is collective, serves all measurements."""
-        if not self._dense:
-            self._dense.append(outputs_of_dense(self.context, self.models.dense, self._compared(WINDOWS)))
-        return self._dense[0]
+        if not self._outputs_once:
+            self._outputs_once.append(outputs_of_dense(self.context, self.dense.checkpoint, self._compared(WINDOWS)))
+        return self._outputs_once[0]
 
     def _whole_without(self, gone: Sequence[int]) -> Candidate:
         return tuple(
             None if layer in gone else tuple(len(it.scores[layer]) for it in self.kinds)
-            for layer in range(self.models.checkpoint.num_layers)
+            for layer in range(self.dense.checkpoint.num_layers)
         )

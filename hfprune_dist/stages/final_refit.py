@@ -14,7 +14,7 @@ from hfprune_dist.refit.measurement import normed_outputs
 from hfprune_dist.refit.refitted_layers import RefittedLayers
 from hfprune_dist.stages.prune_refit import (
     Context,
-    Models,
+    DenseModel,
     after_each_layer,
     outputs_of_dense,
     pruned_kinds,
@@ -23,35 +23,35 @@ from hfprune_dist.stages.prune_refit import (
 from hfprune_dist.structures.kept import Kept
 
 
-def final_refit(context: Context, models: Models, kept: Kept) -> RefittedLayers:
+def final_refit(context: Context, dense: DenseModel, kept: Kept) -> RefittedLayers:
     """Refit what the stage will write, as its settings say; collective."""
-    kinds, whole_mlp = pruned_kinds(context, models.checkpoint), context.params.refit == "block"
-    fitted = RefittedLayers(models.checkpoint, kinds, whole_mlp, context.work / "refit")
-    refit_layers(context, models, kept, _windows(context, models.dense), fitted, phase="refit")
+    kinds, whole_mlp = pruned_kinds(context, dense.checkpoint), context.params.refit == "block"
+    fitted = RefittedLayers(dense.checkpoint, kinds, whole_mlp, context.work / "refit")
+    refit_layers(context, dense, kept, _windows(context, dense.checkpoint), fitted, phase="refit")
     return fitted
 
 
-def _windows(context: Context, dense: Checkpoint) -> Tensor:
+def _windows(context: Context, checkpoint: Checkpoint) -> Tensor:
     """The calibration windows, and ``refit_copies`` of each, int64 [windows, sequence_length].
 
-    Copies are the dense model's work, the same in every round. Ranks share it, and rank 0 saves it for later attempts.
+    Ranks share it, and rank 0 saves it for later attempts.
     """
     windows_ST, saved = context.calibration_windows(), context.work / "copies.safetensors"
     if not context.params.refit_copies:
         return windows_ST
     if not context.world.on_first(lambda: is_usable(saved)):
-        copies_SRT = _redrawn(context, dense, windows_ST)
+        copies_SRT = _redrawn(context, checkpoint, windows_ST)
         context.world.on_first(lambda: save_tensors({"copies": copies_SRT}, saved))
     copies_SRT = context.world.make_apart(lambda: load_tensors(saved)[0]["copies"].long())
     return in_refit_order(windows_ST, copies_SRT, context.params.forward_pass()[1])
 
 
-def _redrawn(context: Context, dense: Checkpoint, windows_ST: Tensor) -> Tensor:
+def _redrawn(context: Context, checkpoint: Checkpoint, windows_ST: Tensor) -> Tensor:
     """Copies of all windows, int32 [windows, copies of each, tokens], on every rank."""
     (name, size), world = context.params.forward_pass(), context.world
     batches = dict(enumerate(windows_ST.split(size)))
-    hidden = outputs_of_dense(context, dense, batches)
-    head = LayerReader(dense, getattr(torch, name), world.device).head()
+    hidden = outputs_of_dense(context, checkpoint, batches)
+    head = LayerReader(checkpoint, getattr(torch, name), world.device).head()
     rounds = range(0, len(batches), world.size)
     after_each = after_each_layer(context, "copies", len(rounds))
     own: dict[int, Tensor] = {}

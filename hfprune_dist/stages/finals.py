@@ -19,7 +19,7 @@ from hfprune_dist.refit.measurement import Measurement, one_by_one
 from hfprune_dist.refit.refitted_layers import RefittedLayers
 from hfprune_dist.stages.prune_refit import (
     Context,
-    Models,
+    DenseModel,
     after_each_layer,
     outputs_of_dense,
     probe_of,
@@ -80,17 +80,17 @@ class Finals:
     def __init__(
         self,
         context: Context,
-        models: Models,
+        dense: DenseModel,
         windows: SplitWindows,
         kept: Callable[[str], Kept],
     ) -> None:
         self._context = context
-        self._models = models
-        self._checkpoint = models.checkpoint
+        self._dense = dense
+        self._checkpoint = dense.checkpoint
         self._windows = windows
         self._kept = kept
         # The dense model's outputs; one pass through its layers, which is collective, serves all comparisons.
-        self._outputs = cache(partial(outputs_of_dense, context, models.dense, windows.judged))
+        self._outputs = cache(partial(outputs_of_dense, context, dense.checkpoint, windows.judged))
         self._finalists: dict[str, tuple[Kept, RefittedLayers]] = {}
         self.kl: dict[str, float] = {}
 
@@ -123,7 +123,7 @@ class Finals:
         context, checkpoint = self._context, self._checkpoint
         folder = context.work / f"final-{re.sub('[^a-zA-Z0-9]+', '-', shape)}"
         fitted = RefittedLayers(checkpoint, pruned_kinds(context, checkpoint), whole_mlp=False, folder=folder)
-        refit_layers(context, self._models, kept, self._windows.seen_ST, fitted, phase="finalists")
+        refit_layers(context, self._dense, kept, self._windows.seen_ST, fitted, phase="finalists")
         return fitted
 
     def _measurement(self) -> Measurement:

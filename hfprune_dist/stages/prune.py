@@ -19,10 +19,9 @@ from hfprune_dist.stages.prune_norms import refitted_norms, require_norms
 from hfprune_dist.stages.prune_plain import decide_plain
 from hfprune_dist.stages.prune_refit import (
     Context,
-    Models,
+    DenseModel,
     Replacements,
     added_biases,
-    in_dense_numbering,
     pruned_kinds,
     refit_metrics,
 )
@@ -33,26 +32,24 @@ from hfprune_dist.structures.score_names import SCORES, scores_of_layers
 
 
 def run(context: Context) -> None:
-    """Write a Hugging Face folder, and ``kept.json``: the units that stayed, in the dense model's numbering."""
+    """Write a Hugging Face folder, and ``kept.json``: the units that stayed."""
     checkpoint = open_checkpoint(context.input_path("model"))
-    dense = open_checkpoint(context.input_path("dense")) if context.has_input("dense") else checkpoint
-    models = Models(checkpoint, dense)
+    dense = DenseModel(checkpoint)
     require_norms(context, checkpoint)
-    kept, replacements, metrics = _decide(context, models)
-    replacements, of_norms = refitted_norms(context, models, kept, replacements)
+    kept, replacements, metrics = _decide(context, dense)
+    replacements, of_norms = refitted_norms(context, dense, kept, replacements)
     draft = context.open_draft()
     _write_weights(context, checkpoint, kept, replacements, draft)
-    kept_of_dense = in_dense_numbering(context, kept)
     biased = [units.output for units in pruned_kinds(context, checkpoint)] if context.params.refit == "bias" else []
     config = pruned_config(checkpoint, kept.shape, biased)
 
     def write_rest() -> None:
         write_companions(checkpoint, draft, config)
-        write_kept(draft, kept_of_dense)
+        write_kept(draft, kept)
 
     context.world.on_first(write_rest)
-    metrics = shape_metrics(dense, kept_of_dense.shape, config) | metrics | of_norms
-    context.commit(draft, metrics | {"kept_sha256": digest_of_kept(kept_of_dense)})
+    metrics = shape_metrics(checkpoint, kept.shape, config) | metrics | of_norms
+    context.commit(draft, metrics | {"kept_sha256": digest_of_kept(kept)})
 
 
 def _write_weights(
@@ -69,20 +66,20 @@ def _write_weights(
     world.work_apart(write_share)
 
 
-def _decide(context: Context, models: Models) -> tuple[Kept, Replacements, dict[str, Any]]:
+def _decide(context: Context, dense: DenseModel) -> tuple[Kept, Replacements, dict[str, Any]]:
     """Return what stays, new weights for it, and metrics."""
-    params, checkpoint = context.params, models.checkpoint
+    params, checkpoint = context.params, dense.checkpoint
     if params.allocation == "low_rank":
         return decide_low_rank(context, checkpoint)
     scores = context.world.make_apart(lambda: _scores(context, checkpoint))
     if params.allocation == "plain":
-        return decide_plain(context, models, scores)
-    kept, metrics = context.world.broadcast(decide_shape(context, models, scores))
+        return decide_plain(context, dense, scores)
+    kept, metrics = context.world.broadcast(decide_shape(context, dense, scores))
     if params.refit == "none":
         return kept, {}, metrics
     if params.refit == "bias":
         return kept, added_biases(context, checkpoint, kept), metrics
-    fitted = final_refit(context, models, kept)
+    fitted = final_refit(context, dense, kept)
     return kept, fitted.replacements(kept.layers), metrics | refit_metrics(fitted, kept.layers)
 
 

@@ -3,8 +3,7 @@
 Layers are first ordered by how little the model misses them. Candidates on a grid then differ in how many layers, KV
 groups and neurons they keep, all with about the same number of parameters; they are measured with a cheap refit. The
 candidate that prunes only MLPs and the best others are then fitted layer by layer, and compared on windows that nothing
-in the stage has been fitted to or measured on. The closest gets its final refit, on all windows. In rounds, candidates
-lie within what the previous round left, and all are compared with the dense model.
+in the stage has been fitted to or measured on. The closest gets its final refit, on all windows.
 """
 
 from __future__ import annotations
@@ -23,9 +22,8 @@ from hfprune_dist.stages.final_refit import final_refit
 from hfprune_dist.stages.finals import FINALISTS, Finals, SplitWindows, hopeful
 from hfprune_dist.stages.prune_refit import (
     Context,
-    Models,
+    DenseModel,
     Replacements,
-    dense_numbers,
     pruned_kinds,
     refit_metrics,
 )
@@ -34,7 +32,7 @@ from hfprune_dist.structures.kept import Kept
 
 
 def decide_plain(
-    context: Context, models: Models, scores: Mapping[str, Sequence[Tensor]]
+    context: Context, dense: DenseModel, scores: Mapping[str, Sequence[Tensor]]
 ) -> tuple[Kept, Replacements, dict[str, Any]]:
     """What stays, its refitted weights, and metrics of the search; the same on every rank.
 
@@ -42,21 +40,21 @@ def decide_plain(
         scores: kind -> scores of each layer's units.
     """
     windows = SplitWindows.apart(context.calibration_windows(), context.params.forward_pass()[1])
-    kinds = [Scored(units, scores[units.kind]) for units in pruned_kinds(context, models.checkpoint)]
-    measurements = CheapMeasurements(context, models, kinds, windows.seen_ST)
-    target = ShapeTarget.of(models.dense, context.params, context.stage.label)
-    planned = plain_shapes(target, PlainShape.of(models.checkpoint))
+    kinds = [Scored(units, scores[units.kind]) for units in pruned_kinds(context, dense.checkpoint)]
+    measurements = CheapMeasurements(context, dense, kinds, windows.seen_ST)
+    target = ShapeTarget.of(dense.checkpoint, context.params, context.stage.label)
+    planned = plain_shapes(target)
     order = _layers_in_order(measurements, target, fewest=min(shape.num_layers for shape in planned))
     grid = _Grid(measurements, target, planned, order)
     kls = grid.kl()
-    metrics: dict[str, Any] = {"layers_in_order_of_dropping": grid.order_in_dense_model, "search_kl": kls}
+    metrics: dict[str, Any] = {"layers_in_order_of_dropping": [*order], "search_kl": kls}
     if context.params.refit == "none":
         return grid.kept(min(kls, key=kls.__getitem__)), {}, metrics
     competing = hopeful(kls)
-    finals = Finals(context, models, windows, grid.kept)
+    finals = Finals(context, dense, windows, grid.kept)
     best = finals.closest(_first_finalists(competing, grid), lambda closest: grid.with_fewer_layers(closest, competing))
     kept = grid.kept(best)
-    fitted = final_refit(context, models, kept)
+    fitted = final_refit(context, dense, kept)
     metrics |= {"finalists_kl": finals.kl} if finals.kl else {}
     return kept, fitted.replacements(kept.layers), metrics | refit_metrics(fitted, kept.layers)
 
@@ -80,9 +78,8 @@ def _layers_in_order(measurements: CheapMeasurements, target: ShapeTarget, fewes
     Raises:
         Interrupted: if any rank was asked to end.
     """
-    checkpoint = measurements.models.checkpoint
-    numbers = dense_numbers(measurements.context, checkpoint)
-    droppable = [layer for layer, number in enumerate(numbers) if number not in target.undroppable]
+    checkpoint = measurements.dense.checkpoint
+    droppable = [layer for layer in range(checkpoint.num_layers) if layer not in target.undroppable]
     return measurements.layers_in_order(droppable, checkpoint.num_layers - fewest)
 
 
@@ -103,18 +100,11 @@ class _Grid:
     ) -> None:
         self._measurements = measurements
         self._context = measurements.context
-        self._checkpoint = measurements.models.checkpoint
-        self._numbers = dense_numbers(self._context, self._checkpoint)
+        self._checkpoint = measurements.dense.checkpoint
         self._order = order
-        before = PlainShape.of(self._checkpoint)
-        fitted = [fitted_to_layers(target, before, it, self._layers_of(it)) for it in planned]
+        fitted = [fitted_to_layers(target, it, self._layers_of(it)) for it in planned]
         shapes = [it for it in fitted if it is not None] or planned
         self._shapes = {it.name: it for it in shapes}
-
-    @property
-    def order_in_dense_model(self) -> list[int]:
-        """The layers that candidates drop, in the order in which they go, with their numbers in the dense model."""
-        return [self._numbers[layer] for layer in self._order]
 
     def is_mlp_alone(self, name: str) -> bool:
         """Whether a shape keeps all layers and all KV groups."""
@@ -153,6 +143,6 @@ class _Grid:
         return self._order[: self._checkpoint.num_layers - shape.num_layers]
 
     def _layers_of(self, shape: PlainShape) -> list[int]:
-        """Numbers in the dense model of the layers that a shape keeps."""
+        """Numbers of the layers that a shape keeps."""
         gone = self._gone(shape)
-        return [number for layer, number in enumerate(self._numbers) if layer not in gone]
+        return [layer for layer in range(self._checkpoint.num_layers) if layer not in gone]

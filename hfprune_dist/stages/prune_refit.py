@@ -11,11 +11,10 @@ import torch
 from torch import Tensor
 
 from hfprune_dist.checkpoints.checkpoint import Checkpoint
-from hfprune_dist.checkpoints.kept_file import read_kept
 from hfprune_dist.checkpoints.saved_layers import SavedLayers
 from hfprune_dist.config.parameters import PruneParameters
 from hfprune_dist.distributed.layer_stream import AfterLayer, LayerStream
-from hfprune_dist.distributed.whole_model_probe import PROBE, Probe, obtain_probe, save_probe
+from hfprune_dist.distributed.whole_model_probe import PROBE, Probe, obtain_probe
 from hfprune_dist.refit.bias_refit import BiasRefit
 from hfprune_dist.refit.dense_refit import DenseRefit
 from hfprune_dist.refit.measurement import Hidden, dense_outputs
@@ -33,17 +32,14 @@ Replacements = Mapping[str, Callable[[], Tensor]]
 
 
 @dataclass(frozen=True)
-class Models:
-    """The models that a prune stage reads.
+class DenseModel:
+    """The model that a prune stage prunes, and with which results are compared.
 
     Attributes:
-        checkpoint: the one that is pruned: the dense one, or what an earlier round left of it.
-        dense: the one whose parameters ratios refer to, and which results are compared with.
         residual: numbers of its layers that refits have found to be their residual stream plus their blocks.
     """
 
     checkpoint: Checkpoint
-    dense: Checkpoint
     residual: set[int] = field(default_factory=set)
 
 
@@ -74,7 +70,7 @@ def added_biases(context: Context, checkpoint: Checkpoint, kept: Kept) -> Replac
 
 def refit_layers(
     context: Context,
-    models: Models,
+    dense: DenseModel,
     kept: Kept,
     windows_ST: Tensor,
     fitted: RefittedLayers,
@@ -87,7 +83,7 @@ def refit_layers(
         fitted: where refitted layers are written.
         phase: its name in progress reports.
     """
-    checkpoint = models.checkpoint
+    checkpoint = dense.checkpoint
     refit: DenseRefit | SequentialRefit
     if context.params.refit == "dense":
         stream = stream_of(context, checkpoint, windows_ST, probe_of(context, checkpoint, windows_ST))
@@ -97,25 +93,13 @@ def refit_layers(
             checkpoint.family,
             kept,
             stream_of(context, checkpoint, windows_ST),
-            stream_of(context, models.dense, windows_ST, probe_of(context, models.dense, windows_ST)),
+            stream_of(context, checkpoint, windows_ST, probe_of(context, checkpoint, windows_ST)),
             fitted,
-            dense_layers=in_dense_numbering(context, kept).layers,
             more_iterations=context.params.refit_iterations,
-            residual=models.residual,
+            residual=dense.residual,
             world=context.world,
         )
     refit.run(after_each_layer(context, phase, checkpoint.num_layers))
-
-
-def in_dense_numbering(context: Context, kept: Kept) -> Kept:
-    """What stays, numbered as in the dense model, of which the checkpoint may be what an earlier round left."""
-    return kept.numbered_by(read_kept(context.input_path("model"))) if context.has_input("dense") else kept
-
-
-def dense_numbers(context: Context, checkpoint: Checkpoint) -> tuple[int, ...]:
-    """Numbers of a checkpoint's layers in the dense model."""
-    every = Kept(tuple(range(checkpoint.num_layers)))
-    return in_dense_numbering(context, every).layers
 
 
 def refit_metrics(fitted: RefittedLayers, layers: Sequence[int]) -> dict[str, Any]:
@@ -143,31 +127,24 @@ def stream_of(context: Context, checkpoint: Checkpoint, windows_ST: Tensor, prob
 
 
 def probe_of(context: Context, checkpoint: Checkpoint, windows_ST: Tensor) -> Probe:
-    """The probe of the model that is pruned, left by its importance stage; or, in rounds, that of the dense model,
-    which the first use makes and saves.
-    """
-    scored = checkpoint.path == context.input_path("model")
-    saved = (context.input_path("importance") if scored else context.work) / PROBE
+    """The probe of the model, left by its importance stage."""
     dtype, size = context.params.forward_pass()
-    probe = obtain_probe(
+    return obtain_probe(
         checkpoint,
         windows_ST,
         getattr(torch, dtype),
         size,
         context.world,
-        saved=saved,
+        saved=context.input_path("importance") / PROBE,
         sharding=context.runtime.sharding,
     )
-    if not scored:
-        context.world.on_first(lambda: save_probe(probe, saved))
-    return probe
 
 
-def outputs_of_dense(context: Context, dense: Checkpoint, micro_batches: Mapping[int, Tensor]) -> Hidden:
+def outputs_of_dense(context: Context, checkpoint: Checkpoint, micro_batches: Mapping[int, Tensor]) -> Hidden:
     """Outputs of the dense model for this rank's share of micro-batches; one pass through its layers. Collective."""
     dtype = getattr(torch, context.params.forward_pass()[0])
-    after_each = after_each_layer(context, "dense model", dense.num_layers)
-    return dense_outputs(dense, micro_batches, dtype, context.world, after_each)
+    after_each = after_each_layer(context, "dense model", checkpoint.num_layers)
+    return dense_outputs(checkpoint, micro_batches, dtype, context.world, after_each)
 
 
 def after_each_layer(context: Context, phase: str, total: int) -> AfterLayer:

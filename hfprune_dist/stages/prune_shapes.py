@@ -9,7 +9,6 @@ shape has.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
@@ -28,44 +27,41 @@ from hfprune_dist.refit.measurement import Candidate, Measurement
 from hfprune_dist.stages.cheap_measurement import CheapMeasurements
 from hfprune_dist.stages.contest import Contest
 from hfprune_dist.stages.finals import FINALISTS, Finals, SplitWindows, hopeful
-from hfprune_dist.stages.prune_refit import Context, Models, dense_numbers, pruned_kinds
+from hfprune_dist.stages.prune_refit import Context, DenseModel, pruned_kinds
 from hfprune_dist.structures import LAYERS, NEURONS
 from hfprune_dist.structures.kept import Kept, Shape
 
 
 def decide_shape(
-    context: Context, models: Models, scores: Mapping[str, Sequence[Tensor]]
+    context: Context, dense: DenseModel, scores: Mapping[str, Sequence[Tensor]]
 ) -> tuple[Kept, dict[str, Any]]:
     """What stays, and metrics of the search if there was one.
 
     Args:
         scores: kind -> scores of each layer's units.
     """
-    checkpoint, allocation = models.checkpoint, context.params.allocation
+    checkpoint, allocation = dense.checkpoint, context.params.allocation
     kinds = [Scored(units, scores[units.kind]) for units in pruned_kinds(context, checkpoint)]
     if checkpoint.family.experts or allocation in ("uniform", "local"):
-        return kept_of(kinds, _decided_by_ratio(context, models, kinds)), {}
-    gone = models.dense.parameters - checkpoint.parameters
-    budget = _budget(context, models.dense).left(dense_numbers(context, checkpoint), gone)
-    contest = Contest.of(context.params, checkpoint, kinds, budget)
+        return kept_of(kinds, _decided_by_ratio(context, checkpoint, kinds)), {}
+    contest = Contest.of(context.params, checkpoint, kinds, _budget(context, checkpoint))
     if allocation in ("global", "standardized"):
         rate = EXCHANGE if allocation == "global" else 1.0
         others = [ladder.dearer(rate) for ladder in contest.others]
         counts = allocate_globally([*contest.neurons, *others], contest.removals)
         return kept_of(kinds, contest.candidate(counts)), {}
-    found, metrics = _Search(context, models, kinds, contest).run()
+    found, metrics = _Search(context, dense, kinds, contest).run()
     return kept_of(kinds, found), metrics
 
 
-def _decided_by_ratio(context: Context, models: Models, kinds: Sequence[Scored]) -> Candidate:
+def _decided_by_ratio(context: Context, checkpoint: Checkpoint, kinds: Sequence[Scored]) -> Candidate:
     """The candidate whose number of units in each layer follows from the ratio, without a look at scores."""
-    checkpoint, dense, params, label = models.checkpoint, models.dense, context.params, context.stage.label
+    params, label = context.params, context.stage.label
     if checkpoint.family.experts:
-        return _choices(kinds, mixture_target(ShapeTarget.of(dense, params, label)).shape())
+        return _choices(kinds, mixture_target(ShapeTarget.of(checkpoint, params, label)).shape())
     if params.allocation == "uniform":
-        return ((_target(context, dense).uniform_width(),),) * checkpoint.num_layers
-    target = replace(LocalTarget.of(dense, params, label), before=_whole(checkpoint))
-    return _choices(kinds, target.shape())
+        return ((_target(context, checkpoint).uniform_width(),),) * checkpoint.num_layers
+    return _choices(kinds, LocalTarget.of(checkpoint, params, label).shape())
 
 
 def _choices(kinds: Sequence[Scored], shape: Shape) -> Candidate:
@@ -73,26 +69,20 @@ def _choices(kinds: Sequence[Scored], shape: Shape) -> Candidate:
     return tuple(zip(*(shape.units[it.units.kind] for it in kinds), strict=True))
 
 
-def _whole(checkpoint: Checkpoint) -> Shape:
-    """The shape of the whole checkpoint."""
-    units = {kind: it.counts for kind, it in checkpoint.structures.items()}
-    return Shape(tuple(range(checkpoint.num_layers)), units)
-
-
-def _target(context: Context, dense: Checkpoint) -> Target:
+def _target(context: Context, checkpoint: Checkpoint) -> Target:
     params = context.params
-    return Target(size_of(dense), params.ratio, params.multiple_of, context.stage.label)
+    return Target(size_of(checkpoint), params.ratio, params.multiple_of, context.stage.label)
 
 
-def _budget(context: Context, dense: Checkpoint) -> Budget:
+def _budget(context: Context, checkpoint: Checkpoint) -> Budget:
     """What the dense model is to lose, and within which bounds; if only neurons go, a whole number of them."""
     params = context.params
     if params.structures != [NEURONS]:
-        return budget_of(ShapeTarget.of(dense, params, context.stage.label), params.limits())
-    target = _target(context, dense)
+        return budget_of(ShapeTarget.of(checkpoint, params, context.stage.label), params.limits())
+    target = _target(context, checkpoint)
     narrowest = target.narrowest_widths(*params.limits())
-    removals = target.removals(narrowest) * dense.parameters_per_unit
-    return Budget(removals, {NEURONS: tuple(narrowest)}, (), dense.num_layers)
+    removals = target.removals(narrowest) * checkpoint.parameters_per_unit
+    return Budget(removals, {NEURONS: tuple(narrowest)}, (), checkpoint.num_layers)
 
 
 class _Search:
@@ -102,18 +92,18 @@ class _Search:
         contest: the one in which all layers stay.
     """
 
-    def __init__(self, context: Context, models: Models, kinds: Sequence[Scored], contest: Contest) -> None:
+    def __init__(self, context: Context, dense: DenseModel, kinds: Sequence[Scored], contest: Contest) -> None:
         self._context = context
-        self._models = models
-        self._checkpoint = models.checkpoint
+        self._dense = dense
+        self._checkpoint = dense.checkpoint
         self._kinds = kinds
         self._contest = contest
-        self._target = ShapeTarget.of(models.dense, context.params, context.stage.label)
+        self._target = ShapeTarget.of(dense.checkpoint, context.params, context.stage.label)
         windows_ST, micro_batch_size = context.calibration_windows(), context.params.forward_pass()[1]
         self._windows = SplitWindows.apart(windows_ST, micro_batch_size)
         # Without finals, no windows need to be kept apart.
         seen_ST = self._windows.seen_ST if LAYERS in context.params.structures else windows_ST
-        self._measurements = CheapMeasurements(context, models, kinds, seen_ST)
+        self._measurements = CheapMeasurements(context, dense, kinds, seen_ST)
 
     def run(self) -> tuple[Candidate, dict[str, Any]]:
         """The shape that was measured to be closest, and metrics."""
@@ -133,8 +123,7 @@ class _Search:
             self._plain(best),
             lambda many: measurement.kl([best.candidate(counts) for counts in many]),
         )
-        numbers = dense_numbers(self._context, self._checkpoint)
-        metrics |= {"layers_in_order_of_dropping": [numbers[it] for it in order]} if order else {}
+        metrics |= {"layers_in_order_of_dropping": [*order]} if order else {}
         return best.candidate(found.counts), metrics | {"search_kl": metrics.get("search_kl", {}) | found.candidates}
 
     def _contests(self, order: Sequence[int]) -> dict[str, Contest]:
@@ -163,7 +152,7 @@ class _Search:
 
         finals = Finals(
             self._context,
-            self._models,
+            self._dense,
             self._windows,
             lambda name: self._context.world.broadcast(kept_of(self._kinds, candidates[name])),
         )
@@ -172,10 +161,10 @@ class _Search:
 
     def _plain(self, contest: Contest) -> dict[str, Counts]:
         """Name -> shape that is the same in all layers of a contest, for those that the contest allows."""
-        if not self._models.dense.is_uniform:
+        if not self._checkpoint.is_uniform:
             return {}
         if self._target.structures == (NEURONS,):
-            uniform = (_target(self._context, self._models.dense).uniform_width(),) * len(contest.layers)
+            uniform = (_target(self._context, self._checkpoint).uniform_width(),) * len(contest.layers)
             return {"uniform": uniform} if contest.allows(uniform) else {}
         plain = {}
         for it in self._plain_shapes(contest):
@@ -186,10 +175,9 @@ class _Search:
 
     def _plain_shapes(self, contest: Contest) -> list[PlainShape]:
         """The plain shapes of a contest's layers, with the widths that the ratio asks for if these layers stay."""
-        target, numbers = self._target, dense_numbers(self._context, self._checkpoint)
-        layers = [numbers[it] for it in contest.layers]
+        target, layers = self._target, contest.layers
         shapes = [it for it in all_plain_shapes(target) if it.num_layers == len(layers)]
-        fitted = [fitted_to_layers(target, PlainShape.of(target.checkpoint), it, layers) for it in shapes]
+        fitted = [fitted_to_layers(target, it, layers) for it in shapes]
         return [it for it in fitted if it is not None]
 
 

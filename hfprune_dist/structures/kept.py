@@ -75,22 +75,3 @@ class Kept:
     def of_layer(self, layer: int, kind: str) -> Tensor:
         """Return the units that a staying layer keeps, for a kind that ``units`` contains."""
         return self.units[kind][self.layers.index(layer)]
-
-    def numbered_by(self, earlier: Kept) -> Kept:
-        """Return the same layers and units with the indices that they had before an earlier pruning.
-
-        Args:
-            earlier: what that pruning kept, without low ranks, since nothing prunes such a model again.
-        """
-        assert not earlier.ranks, "factors have no numbers in the dense model"
-        kinds = [*earlier.units, *(kind for kind in self.units if kind not in earlier.units)]
-        layers = tuple(earlier.layers[layer] for layer in self.layers)
-        return Kept(layers, {kind: self._numbered(kind, earlier) for kind in kinds}, self.ranks)
-
-    def _numbered(self, kind: str, earlier: Kept) -> list[Tensor]:
-        if kind not in earlier.units:
-            return list(self.units[kind])
-        before = [earlier.units[kind][layer] for layer in self.layers]
-        if kind not in self.units:
-            return before
-        return [numbers[row] for numbers, row in zip(before, self.units[kind], strict=True)]

@@ -398,20 +398,6 @@ def test_experts_go_before_or_after_neurons(checkpoint_of, tmp_path, model_type,
     assert is_plain(twice, Shape(tuple(range(3)))) and twice.parameters == once.parameter_counts.of(kept.shape)
 
 
-@every_family
-@pytest.mark.parametrize("structure", [NEURONS, WHOLE])
-def test_pruning_twice_is_pruning_once(checkpoint_of, tmp_path, model_type, structure):
-    checkpoint = checkpoint_of(model_type, structure)
-    first = some_kept(checkpoint, SHARES[structure][0], structure)
-    write(checkpoint, first, tmp_path / "once")
-    once = open_checkpoint(tmp_path / "once")
-    second = some_kept(once, SHARES[structure][1], structure)
-    write(once, second, tmp_path / "twice")
-    both = second.numbered_by(first)
-    assert_same(logits_of(load(tmp_path / "twice")), logits_of(masked(checkpoint, both)))
-    assert open_checkpoint(tmp_path / "twice").parameters == checkpoint.parameter_counts.of(both.shape)
-
-
 @every_mixture
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @torch.no_grad()

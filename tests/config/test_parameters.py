@@ -1,12 +1,14 @@
 """Parameters with which stages are planned, recorded and run: typed settings whose records never change by mistake."""
 
+import contextlib
 import json
+import random
 from typing import Annotated, get_args
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from planning.recording import RECORD, Drawing
+from planning.recording import Drawing, draw
 from pydantic import BaseModel
 
 from hfprune_dist.config.left_out import LeftOutAt, left_out
@@ -17,26 +19,27 @@ from hfprune_dist.config.texts import CalibrationConfig
 from hfprune_dist.errors import UserError
 from hfprune_dist.store.stage import STAGE_VERSIONS, Stage
 
-PLANS = json.loads(RECORD.read_text())["plans"]
 CUT = {"ratio": 0.2, "criterion": "entropy", "allocation": "uniform", "refit": "none", "multiple_of": 1}
 
 
 @pytest.fixture(scope="module")
 def planned(tmp_path_factory):
     """Stages of drawn configurations, by id."""
-    drawing = Drawing(tmp_path_factory.mktemp("drawing"))
-    plans = [drawing.plan(each["settings"], each["methods"]) for each in PLANS[::4]]
-    return {stage_id: stage for plan in plans for stage_id, stage in plan.stages.items()}
+    drawing, generator = Drawing(tmp_path_factory.mktemp("drawing")), random.Random(0)
+    stages = {}
+    for _ in range(30):
+        with contextlib.suppress(UserError):
+            stages |= drawing.plan(*draw(generator)).stages
+    return stages
 
 
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory):
     """Stages of a configuration that also measures speed, and of a method that prunes in recovery."""
-    first, efficiency = PLANS[0], {"enabled": True, "prompt_tokens": [3], "new_tokens": 2}
-    drawing = Drawing(tmp_path_factory.mktemp("measured"))
-    changes = {"efficiency": efficiency, "recovery.method": "lora"}
-    own = {"own": {"prunes_in": "recovery", "allocation": "local"}}
-    return drawing.plan(first["settings"] | changes, first["methods"] | own).stages
+    settings = {"ratios": [0.1], "calibration.path": "calibration.jsonl", "evaluation.fidelity.path": "held-out.jsonl"}
+    settings |= {"efficiency": {"enabled": True, "prompt_tokens": [3], "new_tokens": 2}, "evaluation.tasks": []}
+    own = {"distilled": {"criterion": "entropy", "distill": 1}, "own": {"prunes_in": "recovery", "allocation": "local"}}
+    return Drawing(tmp_path_factory.mktemp("measured")).plan(settings, own).stages
 
 
 def sections_of(kind):

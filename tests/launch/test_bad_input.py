@@ -124,7 +124,7 @@ def test_ratios_of_several_widths_are_told_apart(config, tmp_path, ratios):
         assert (code, said) == (0, "")
 
 
-@pytest.mark.parametrize("method", ["surgeon-plain", "surgeon-any-shape", "surgeon-rounds"])
+@pytest.mark.parametrize("method", ["surgeon-plain", "surgeon-any-shape"])
 def test_a_dry_run_tells_what_settings_come_to_on_a_model(config, tmp_path, method):
     where = ["--config", config, "--out", tmp_path / "out", "--dry-run", "--methods", method]
     code, shown, said = in_process(sweep.main, *where)

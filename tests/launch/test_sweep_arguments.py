@@ -30,7 +30,7 @@ def test_lists_that_are_given_in_parts_add_up():
 
 
 def test_assignments_to_one_section_are_merged_and_the_last_to_a_key_wins():
-    sections = configured("--set", "prune={steps: 2, refit: dense}", "--set", "prune={refit: none}").prune
-    assert (sections.steps, sections.refit) == (2, "none")
-    keys = configured("--set", "prune.steps=1", "--set", "prune={steps: 2}", "--set", "prune.steps=3").prune
-    assert keys.steps == 3
+    sections = configured("--set", "prune={multiple_of: 2, refit: dense}", "--set", "prune={refit: none}").prune
+    assert (sections.multiple_of, sections.refit) == (2, "none")
+    keys = configured("--set", "prune.floor=0.1", "--set", "prune={floor: 0.2}", "--set", "prune.floor=0.3").prune
+    assert keys.floor == 0.3

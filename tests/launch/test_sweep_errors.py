@@ -39,7 +39,7 @@ def refused(config, out, *arguments):
         (["--set", "recovery.instruction_field=instrction"], ["'instrction'", "the record has instruction, response"]),
         (["--set", "recovery.batch_size=5"], ["recovery.batch_size 5", "2 ranks", "set batch_size to 4 or 6"]),
         (["--models", "x", "--set", "aliases={x: {hub_id: a/b/c}}"], ["model 'x'", "a/b/c"]),
-        (["--methods", "lorap", "--set", "prune.steps=2"], ["lorap.yaml with prune.steps", "low rank"]),
+        (["--methods", "lorap", "--set", "prune.refit=dense"], ["lorap.yaml with prune.refit", "low_rank"]),
         (["--profile", "local-cluster", "--ranks", "2"], ["--ranks 2", "tasks_per_node"]),
         (["--cancel", "--dry-run"], ["--dry-run", "not allowed with", "--cancel"]),
         (["--config", "nowhere.yaml"], ["nowhere.yaml", "No such file"]),

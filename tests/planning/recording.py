@@ -1,36 +1,22 @@
-"""Plans of randomly drawn configurations, and the record of their fingerprints.
-
-``python tests/planning/recording.py`` draws configurations anew and records what today's code plans for them. Run it
-only where fingerprints are meant to change: the record keeps them from changing by mistake.
-"""
+"""Plans of randomly drawn configurations."""
 
 from __future__ import annotations
 
 import json
 import random
-import sys
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-
-if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from tiny import save_tiny
 
 from hfprune_dist.checkpoints.checkpoint import open_checkpoint
 from hfprune_dist.config.load import load_config
 from hfprune_dist.config.method import Method
-from hfprune_dist.errors import UserError
 from hfprune_dist.planning.build_plan import build_plan
 from hfprune_dist.planning.model_sources import ModelSource
 from hfprune_dist.planning.plan import Plan
-from hfprune_dist.store.hashing import FileHashes, digest_of
-from hfprune_dist.store.stage import STAGE_VERSIONS
-
-RECORD = Path(__file__).with_name("recorded_fingerprints.json")
-CONFIGURATIONS = 80
+from hfprune_dist.store.hashing import FileHashes
 
 
 class Drawing:
@@ -57,15 +43,7 @@ class Drawing:
         return build_plan(config, self._models, parsed, FileHashes(None))
 
 
-def fingerprints_of(plan: Plan) -> dict[str, str]:
-    """Map each kind of stage to a digest of the sorted ids of its stages."""
-    ids: dict[str, list[str]] = {}
-    for stage in plan.stages.values():
-        ids.setdefault(stage.kind, []).append(stage.id)
-    return {kind: digest_of(sorted(found))[:16] for kind, found in ids.items()}
-
-
-def _draw(generator: random.Random) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+def draw(generator: random.Random) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
     """Draw settings, and methods by name, each of which occasionally differs from its default."""
     choices: dict[str, list[Any]] = {
         "ratios": [[0.1], [0.05, 0.2], [0.125]],
@@ -126,29 +104,7 @@ def _draw_method(generator: random.Random) -> dict[str, Any]:
         "protect_last": [1],
         "refit": ["dense", "layerwise", "block", "block"],
         "multiple_of": [2],
-        "steps": [2],
         "distill": [3],
     }
     method |= {key: generator.choice(values) for key, values in choices.items() if generator.random() < 0.4}
-    if method.get("steps", 1) > 1:
-        method.pop("allocation", None)
     return method
-
-
-def _record(folder: Path) -> None:
-    generator, drawing = random.Random(0), Drawing(folder)
-    recorded: list[dict[str, Any]] = []
-    while len(recorded) < CONFIGURATIONS:
-        settings, methods = _draw(generator)
-        try:
-            plan = drawing.plan(settings, methods)
-        except UserError:
-            continue
-        recorded.append({"settings": settings, "methods": methods, "fingerprints": fingerprints_of(plan)})
-    lines = ",\n".join(json.dumps(each) for each in recorded)
-    RECORD.write_text(f'{{"versions": {json.dumps(STAGE_VERSIONS)}, "plans": [\n{lines}\n]}}\n')
-
-
-if __name__ == "__main__":
-    with tempfile.TemporaryDirectory() as scratch:
-        _record(Path(scratch))

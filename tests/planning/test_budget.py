@@ -137,13 +137,6 @@ def test_of_a_model_whose_layers_differ_the_largest_ratio_is_reached_whichever_l
         budget_of(target(asked.checkpoint, 0.2, tensor_parallel=2), LIMITS)
 
 
-def test_what_is_left_of_a_budget_is_told_in_the_numbers_of_the_layers_that_are_left():
-    budget = Budget(1000, {"neurons": (5, 6, 7, 8), "kv_groups": (1, 2, 3, 4)}, (0, 2, 3), 2)
-    least = {"neurons": (6, 8), "kv_groups": (2, 4)}
-    assert budget.left((1, 3), 300) == Budget(700, least, (1,), 2)
-    assert budget.left(range(4), 0) == budget
-
-
 @pytest.mark.parametrize("limits", [LIMITS, (0.3, 1, 2)])
 def test_of_neurons_alone_the_floors_are_those_of_widths(limits):
     checkpoint = blank(**SMOLLM2)

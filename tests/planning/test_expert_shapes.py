@@ -190,12 +190,6 @@ def test_a_ratio_out_of_reach_is_told_with_the_width_that_stays(checkpoint, mult
         check_ratios(checkpoint, [0.95], Method(**LIKE_HFPRUNE, multiple_of=multiple_of), "here")
 
 
-def test_a_round_that_removes_nothing_is_told_with_what_experts_are_rounded_to(checkpoint):
-    told = "removes nothing once widths of experts are rounded to multiples of 8; use fewer steps or another ratio$"
-    with pytest.raises(UserError, match=told):
-        check_ratios(checkpoint, [0.1], Method(**LIKE_HFPRUNE, steps=9), "here")
-
-
 @pytest.mark.parametrize("name", sorted(CRITERIA))
 def test_further_criteria_are_those_that_neurons_of_experts_have_scores_by(checkpoint, name):
     if CRITERIA[name].is_of_expert_neurons:

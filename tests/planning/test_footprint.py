@@ -416,7 +416,7 @@ def test_memory_of_a_refit(kind, rank, ranks, groups, dims, dtype, tmp_path, mon
     if kind == "dense":
         refit = DenseRefit(kept, dense, fitted, world)
     else:
-        whose = {"dense_layers": kept.layers, "residual": set(), "more_iterations": 2}
+        whose = {"residual": set(), "more_iterations": 2}
         refit = SequentialRefit(checkpoint.family, kept, pruned, dense, fitted, **whose, world=world)
     job = Refit(
         windows=2,
@@ -627,7 +627,7 @@ def test_what_is_on_its_way_in_a_layer_pass(kind, ranks, tmp_path):
         if kind == "dense":
             DenseRefit(kept, *streams, fitted, world).run(lambda _done: None)
         else:
-            options = {"dense_layers": kept.layers, "residual": set(), "more_iterations": 2, "world": world}
+            options = {"residual": set(), "more_iterations": 2, "world": world}
             SequentialRefit(checkpoint.family, kept, *streams, fitted, **options).run(lambda _done: None)
 
     with lanes() as made:

@@ -1,6 +1,5 @@
 """Shapes whose layers lose the same share, against all possible ones, and models that transformers makes of them."""
 
-import itertools
 import re
 from dataclasses import replace
 
@@ -13,12 +12,9 @@ from tiny import VARIANTS
 from hfprune_dist.checkpoints.pruned_config import is_plain
 from hfprune_dist.config.method import Method
 from hfprune_dist.errors import UserError
-from hfprune_dist.planning.known_shapes import known_shape
 from hfprune_dist.planning.local_shapes import LocalTarget
-from hfprune_dist.planning.ratios import check_ratios, remarks_on_shapes
-from hfprune_dist.planning.rounds import round_ratios
+from hfprune_dist.planning.ratios import check_ratios
 from hfprune_dist.planning.shape_target import ShapeTarget
-from hfprune_dist.planning.shapes_of_rounds import local_shapes
 from hfprune_dist.planning.widths import Target, size_of
 from hfprune_dist.structures.kept import Shape
 
@@ -166,80 +162,3 @@ def test_ratios_that_come_to_the_same_shape_are_refused():
     check_ratios(checkpoint, [0.2, 0.3], method, "m")
     with pytest.raises(UserError, match=r"ratios 0.2 and 0.2001 would be the same checkpoint"):
         check_ratios(checkpoint, [0.2, 0.2001], method, "m")
-
-
-@settings(derandomize=True, deadline=None, max_examples=60)
-@given(targets(), st.integers(2, 4))
-def test_rounds_end_where_one_would_or_as_close_as_what_is_left_allows(drawn, steps):
-    """Each round lies within the previous one, and no shape within that comes closer by more than half a step."""
-    _, changes, asked = drawn
-    target = asked.asked
-    protects = {"protect_first": asked.protect_first, "protect_last": asked.protect_last}
-    method = Method(
-        criterion="entropy",
-        allocation="local",
-        structures=[*target.structures],
-        multiple_of=target.multiple_of,
-        tensor_parallel=target.tensor_parallel,
-        steps=steps,
-        **protects,
-    )
-    try:
-        shapes = local_shapes(method, target.checkpoint, target.ratio, "m")
-    except UserError:
-        assume(False)
-    counts, dense = target.counts, (changes["intermediate_size"], changes["num_key_value_heads"])
-    pruned = changes["num_hidden_layers"] - asked.protect_first - asked.protect_last
-    step = pruned * target.multiple_of * counts.units["neurons"]
-
-    def removed(width, groups):
-        return pruned * (counts.units["neurons"] * (dense[0] - width) + counts.units["kv_groups"] * (dense[1] - groups))
-
-    before = dense
-    for ratio, shape in zip(round_ratios(method, target.ratio), shapes, strict=True):
-        width, groups = (shape.units[kind][asked.protect_first] for kind in BOTH)
-        assert width <= before[0] and groups <= before[1]
-        widths = {*range(target.multiple_of, before[0], target.multiple_of), before[0]}
-        shrinks = "kv_groups" in target.structures
-        rows = range(target.tensor_parallel, before[1] + 1, target.tensor_parallel) if shrinks else [dense[1]]
-        if pruned == changes["num_hidden_layers"]:
-            rows = [it for it in rows if is_plain(*alike(asked, width, it))]
-        closest = min(abs(removed(*it) - ratio * counts.total) for it in itertools.product(widths, rows))
-        assert abs(removed(width, groups) - ratio * counts.total) <= closest + step / 2 + 1e-3
-        before = width, groups
-
-
-@pytest.mark.parametrize(
-    ("parts", "advice"), [({"round_ratio": 0.05}, "a larger prune.round_ratio"), ({"steps": 12}, "fewer steps")]
-)
-def test_rounds_that_are_too_small_for_groups_are_told(parts, advice):
-    """The number of groups to keep is a share of the dense model's, but neurons have made up for what should go."""
-    checkpoint, asked = blank(**SMOLLM2), {"criterion": "entropy", "allocation": "local", "multiple_of": 1}
-    small, large = (Method(**asked, structures=[*BOTH], **it) for it in (parts, {"round_ratio": 0.1}))
-    assert {*local_shapes(small, checkpoint, 0.6, "m")[-1].units["kv_groups"]} == {3}
-    told = "m: rounds to 0.6 keep 90 KV groups, where one round would keep 30: they are small beside a group of every "
-    assert remarks_on_shapes(checkpoint, [0.1, 0.6], small, "m") == [
-        f"{told}layer, 6.6% of the model; {advice} would let groups go"
-    ]
-    assert remarks_on_shapes(checkpoint, [0.1, 0.6], large, "m") == []
-    assert remarks_on_shapes(checkpoint, [0.5], small.model_copy(update={"structures": ["neurons"]}), "m") == []
-
-
-@pytest.mark.parametrize(
-    ("split", "beside"), [(2, "2 groups of every layer, 6.2%"), (4, "4 groups of every layer, 12.3%")]
-)
-def test_on_several_devices_more_groups_would_have_to_go_at_once(split, beside):
-    checkpoint = blank(**SMOLLM2 | {"hidden_size": 512, "num_attention_heads": 8, "num_key_value_heads": 8})
-    asked = {"criterion": "entropy", "allocation": "local", "multiple_of": 1, "structures": [*BOTH]}
-    (told,) = remarks_on_shapes(checkpoint, [0.3], Method(**asked, round_ratio=0.05, tensor_parallel=split), "m")
-    assert f"keep 240 KV groups, where one round would keep {240 - split * 30}: they are small beside {beside} " in told
-
-
-def test_groups_that_went_in_a_round_stay_away_and_dry_runs_know_the_last_shape():
-    checkpoint = blank(**SMOLLM2)
-    method = Method(criterion="entropy", allocation="local", structures=[*BOTH], steps=3)
-    first, second, last = local_shapes(method, checkpoint, 0.6, "m")
-    assert [set(it.units["kv_groups"]) for it in (first, second, last)] == [{2}, {1}, {1}]
-    assert known_shape(checkpoint, 0.6, method, "m").width.least == last.units["neurons"][0]
-    in_one = local_shapes(method.model_copy(update={"steps": 1}), checkpoint, 0.6, "m")
-    assert in_one == [last]

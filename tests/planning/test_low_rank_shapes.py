@@ -173,7 +173,6 @@ def test_what_has_low_rank_is_pruned_by_no_method(criterion):
         ({"criterion": "entropy"}, "criterion: entropy and allocation: low_rank don't go together"),
         ({"refit": "dense"}, "low_rank needs structures: .neurons. and refit: none"),
         ({"structures": ["neurons", "kv_groups"]}, "low_rank needs structures"),
-        ({"steps": 2}, "needs allocation: uniform, plain, local, global, standardized or searched"),
     ],
 )
 def test_settings_that_do_not_go_together_are_refused(changes, message):

@@ -26,25 +26,6 @@ def test_hfprune_is_the_published_method():
     assert (method.criterion, method.allocation, method.refit, method.multiple_of) == ("entropy", "uniform", "none", 1)
 
 
-@pytest.mark.parametrize(
-    ("name", "in_one_step"), [("surgeon-plain-rounds", "surgeon-plain"), ("surgeon-rounds", "surgeon-any-shape")]
-)
-def test_a_method_of_rounds_is_another_but_for_its_rounds_and_norms(name, in_one_step):
-    """So it takes the same models, whose KV groups can't go or whose blocks can't be refitted one by one, say."""
-    methods = resolved(methods=[name, in_one_step])
-    one = {"round_ratio": None, "refit_norms": False}
-    assert methods[name].model_copy(update=one) == methods[in_one_step] != methods[name]
-
-
-@pytest.mark.parametrize("name", ["surgeon-plain-rounds", "surgeon-uniform-2-steps", "surgeon-plain"])
-@pytest.mark.parametrize("asked", [{"steps": 1}, {"steps": 3}, {"round_ratio": 0.1}])
-def test_rounds_that_are_asked_for_replace_those_of_a_method_in_whichever_way_it_has_them(name, asked):
-    method, own = (resolved(methods=[name], **it)[name] for it in ({f"prune.{k}": v for k, v in asked.items()}, {}))
-    assert method == own.model_copy(update={"steps": 1, "round_ratio": None, **asked})
-    with pytest.raises(UserError, match="are two ways"):
-        resolved(methods=[name], **{"prune.steps": 2, "prune.round_ratio": 0.1})
-
-
 @pytest.mark.parametrize("name", ["surgeon-plain", "surgeon-any-shape"])
 def test_a_thorough_method_is_another_but_for_its_refit(name):
     methods = resolved(methods=[name, f"{name}-thorough"])
@@ -73,33 +54,20 @@ def test_a_file_of_ones_own_is_found_beside_the_configuration(tmp_path):
             "prunes_in: recovery\ncriterion: entropy\n",
             "goes with criterion: null, allocation: local, not with criterion: entropy, allocation: uniform",
         ),
-        (
-            "prunes_in: recovery\nallocation: local\nround_ratio: 0.1\n",
-            "round_ratio: null, not with round_ratio: 0.1",
-        ),
         ("criterion: entropy\nrefits: dense\n", "unknown key 'refits'.*did you mean 'refit'"),
-        ("criterion: entropy\nsteps: 0\n", "steps.*greater than or equal to 1"),
-        ("criterion: entropy\nsteps: 2147483647\n", "steps.*less than or equal to 100"),
-        ("criterion: entropy\nsteps: 2\nround_ratio: 0.1\n", "steps: 2 and round_ratio: 0.1 are two ways.*give one"),
         (
             "criterion: coupled_taylor\nallocation: local\nstructures: [neurons, kv_groups]\n",
             "coupled_taylor scores neurons alone.*kv_groups. use another criterion, such as weight_taylor",
         ),
-        ("criterion: coupled_taylor_distilled\nsteps: 2\n", "in a student of the dense model, and with steps: 2"),
-        (
-            "criterion: coupled_taylor_distilled\nround_ratio: 0.1\n",
-            "and with round_ratio: 0.1 it would.*leave that out",
-        ),
         ("criterion: coupled_taylor_distilled\nstudent_lacks: 1\n", "student_lacks.*less than 1"),
         ("criterion: coupled_taylor_distilled\nteacher_share: 1.5\n", "teacher_share.*less than or equal to 1"),
         ("criterion: coupled_taylor_distilled\nteacher_temperature: 0\n", "teacher_temperature.*0.01"),
-        ("criterion: entropy\nround_ratio: 0.001\n", "round_ratio.*greater than or equal to 0.01"),
         (
             "criterion: entropy\nstructures: [neurons, kv_groups]\n",
             "kv_groups. needs allocation: plain, local, global, standardized or",
         ),
         (
-            "criterion: entropy\nstructures: [layers, neurons]\nsteps: 2\n",
+            "criterion: entropy\nstructures: [layers, neurons]\n",
             "layers. needs allocation: plain or searched",
         ),
         (
@@ -107,10 +75,6 @@ def test_a_file_of_ones_own_is_found_beside_the_configuration(tmp_path):
             "layers. needs allocation: plain or searched; layers have no scores",
         ),
         ("criterion: entropy\nallocation: plain\n", "plain needs kv_groups or layers.*allocation: uniform"),
-        (
-            "criterion: lorap_highest\nallocation: low_rank\nsteps: 2\n",
-            "steps: 2 needs allocation: uniform, plain, local, global, standardized or searched",
-        ),
         (
             "criterion: entropy\nallocation: local\nstructures: [neurons, layers]\n",
             "layers. needs allocation: plain or searched; layers have no scores, and local measures",
@@ -124,10 +88,6 @@ def test_a_file_of_ones_own_is_found_beside_the_configuration(tmp_path):
             "refit: bias needs allocation: uniform, local, global or standardized; searched measures shapes after",
         ),
         ("criterion: entropy\nfloor: -0.1\n", "floor.*greater than or equal to 0"),
-        (
-            "criterion: lorap\nallocation: low_rank\nround_ratio: 0.1\n",
-            "round_ratio: 0.1 needs allocation: uniform, plain, local, global, standardized or searched; a model whose",
-        ),
         ("criterion: entropy\nprotect_last: 1.5\n", r"protect_last.*whole number of at least 0, or a share.*got 1.5"),
         ("criterion: entropy\nprotect_first: -1\n", r"protect_first.*whole number of at least 0, or a share.*got -1"),
         ("- entropy\n", "expected the keys of a method"),
@@ -173,9 +133,3 @@ def test_multiples_bound_what_can_go_as_well():
     with pytest.raises(UserError, match="removes nothing once widths are rounded to multiples of 64"):
         replace(target, ratio=0.01).removals(narrowest)
     assert replace(target, multiple_of=128).narrowest_widths(0.3, 0, 0) == [100] * 4
-
-
-def test_rounds_from_the_command_line_are_refused_where_ranks_are_low():
-    assert resolved(methods=["surgeon-plain"], **{"prune.steps": 3})["surgeon-plain"].steps == 3
-    with pytest.raises(UserError, match=r"lorap\.yaml.*\n.*round_ratio: 0.1 needs allocation: uniform"):
-        resolved(methods=["lorap"], **{"prune.round_ratio": 0.1})

@@ -219,12 +219,12 @@ def test_where_layers_differ_in_size_the_largest_ratio_is_reached_whichever_laye
     with pytest.raises(OutOfReachError):
         plain_shapes(replace(asked, ratio=largest + 1e-4))
     asked = replace(asked, ratio=largest)
-    planned, before = plain_shapes(asked), PlainShape.of(checkpoint)
+    planned = plain_shapes(asked)
     most_gone = 6 - min(shape.num_layers for shape in planned)
     step = multiple_of * asked.counts.units["neurons"] / asked.counts.total
     for order in itertools.permutations({*range(6)} - asked.undroppable, most_gone):
         left = [[layer for layer in range(6) if layer not in order[: 6 - it.num_layers]] for it in planned]
-        fitted = [(fitted_to_layers(asked, before, *those), those[1]) for those in zip(planned, left, strict=True)]
+        fitted = [(fitted_to_layers(asked, *those), those[1]) for those in zip(planned, left, strict=True)]
         reached = [ratio_of(asked, shape, layers) for shape, layers in fitted if shape is not None]
         assert reached and all(abs(it - largest) <= 6 * step for it in reached)
         assert multiple_of == 1 or min(reached) >= largest

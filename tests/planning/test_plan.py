@@ -255,13 +255,6 @@ def test_one_pass_scores_all_kinds_and_each_method_depends_on_its_own(world, tmp
     )
 
 
-def test_later_steps_score_what_their_method_prunes(world, tmp_path):
-    both = methods_file(tmp_path, "both", criterion="entropy", structures=["neurons", "kv_groups"], allocation="global")
-    few = methods_file(tmp_path, "few", criterion="entropy", refit="dense", steps=2)
-    passes = stages_of(plan_of(world, methods=[both, few], models=["a"], ratios=[0.1]), "importance")
-    assert [stage.params.structures for stage in passes] == [["neurons", "kv_groups"], ["neurons"]]
-
-
 def test_layers_are_not_scored(world, tmp_path):
     """They leave the calibration pass unchanged, but change what is pruned."""
     few, more = (
@@ -525,8 +518,6 @@ def test_a_checkpoint_whose_layers_differ_is_pruned_again_where_layers_compete(w
     settings = {"models": [str(folder)], "ratios": [0.05, 0.15], "recovery__method": "none"}
     plan = plan_of(world, methods=["surgeon", "surgeon-searched"], **settings)
     assert [len(cell.producers) for cell in plan.cells] == [0, 2, 2, 2, 2]
-    plan = plan_of(world, methods=["surgeon-rounds"], prune__round_ratio=0.1, **settings)
-    assert [len(cell.producers) for cell in plan.cells] == [0, 2, 4]
     with pytest.raises(UserError, match=r"ratio 0.4 can't be reached with the floors .* largest possible is 0.1"):
         plan_of(world, models=[str(folder)], methods=["surgeon"], ratios=[0.4])
 
@@ -625,67 +616,6 @@ def test_a_method_that_scores_while_it_prunes_needs_the_windows_alone(world):
         prune_of_lorap(methods=["lorap"], calibration__settled=0.9)
 
 
-def test_steps_are_a_chain_of_importance_and_prune_stages(world):
-    plan = plan_of(
-        world, models=["a"], methods=["hfprune"], ratios=[0.2], prune__steps=2, importance__criteria=["random"]
-    )
-    chain = [plan.stages[stage_id] for stage_id in plan.cells[-1].producers]
-    assert [stage.kind for stage in chain] == ["importance", "prune", "importance", "prune", "recover"]
-    assert [stage.label for stage in chain[:4]] == ["a", "a 0.2 step 1/2", "a 0.2 step 2/2", "a 0.2"]
-    dense, half, again, whole, _ = chain
-    assert (half.params.ratio, whole.params.ratio) == (0.1, 0.2)
-    assert half.needs == [dense.id] and again.needs == [half.id] and whole.needs == [half.id, again.id]
-    assert whole.inputs["dense"] == half.inputs["model"] == dense.inputs["model"]
-    assert dense.params.criteria == ["entropy", "random"] and again.params.criteria == ["entropy"]
-    assert dense.params.model_copy(update={"criteria": ["entropy"]}) == again.params, "the same windows"
-
-
-def test_a_first_step_is_shared_with_the_row_of_its_ratio(world):
-    plan = plan_of(world, models=["a"], methods=["surgeon-uniform", "surgeon-uniform-2-steps"])
-    of = {cell.label: cell.producers for cell in plan.cells}
-    assert of["a 0.1 surgeon-uniform + lora"][:2] == of["a 0.2 surgeon-uniform-2-steps + lora"][:2]
-    assert of["a 0.2 surgeon-uniform + lora"][1] not in of["a 0.2 surgeon-uniform-2-steps + lora"]
-    assert kinds(plan).count("prune") == 5 and kinds(plan).count("importance") == 3
-
-
-def test_rounds_of_rising_ratios_share_their_stages_whatever_else_is_asked_for(world):
-    def producers(ratios, round_ratio=0.1):
-        chosen = {"methods": ["surgeon-rounds"], "prune__round_ratio": round_ratio}
-        plan = plan_of(world, models=["a"], ratios=ratios, **chosen)
-        return plan, {cell.ratio: list(cell.producers[:-1]) for cell in plan.cells if cell.ratio}
-
-    plan, of = producers([0.25, 0.2, 0.1, 0.3])
-    assert [len(of[ratio]) for ratio in (0.1, 0.2, 0.25, 0.3)] == [2, 4, 6, 6]
-    assert of[0.3][:4] == of[0.25][:4] == of[0.2] and of[0.2][:2] == of[0.1] and of[0.3][4] == of[0.25][4]
-    assert kinds(plan).count("prune") == 4 and kinds(plan).count("importance") == 3
-    last = [plan.stages[stage_id] for stage_id in of[0.3]]
-    assert [it.params.ratio for it in last[1::2]] == [0.1, 0.2, 0.3]
-    assert [it.params.structures for it in last[::2]] == [["neurons", "kv_groups"]] * 3
-    assert (
-        "dense" not in last[1].inputs and last[3].inputs["dense"] == last[5].inputs["dense"] == last[1].inputs["model"]
-    )
-    assert "round_ratio" not in last[5].params.to_json()
-    for ratio, chain in of.items():
-        assert producers([ratio])[1] == {ratio: chain}
-    assert producers([0.2], round_ratio=0.05)[1][0.2][:2] != of[0.2][:2]
-
-
-def test_one_round_has_the_fingerprints_of_a_method_without(world):
-    methods, same = ["surgeon-rounds", "surgeon-any-shape"], {"prune__refit_norms": False}
-    one, none = (plan_of(world, methods=[name], ratios=[0.1], **same) for name in methods)
-    assert list(one.stages) == list(none.stages)
-    assert list(plan_of(world, methods=methods[:1], ratios=[0.1]).stages) != list(none.stages), "it refits norms"
-    with pytest.raises(UserError, match=r"'a 0.1 surgeon-any-shape .* and 'a 0.1 surgeon-rounds .* do the same"):
-        plan_of(world, models=["a"], methods=methods[::-1], **same)
-
-
-def test_steps_of_an_allocation_that_is_not_uniform_share_a_round_of_the_same_ratio(world):
-    plan = plan_of(world, models=["a"], methods=["surgeon"], ratios=[0.05, 0.1], prune__steps=2, prune__multiple_of=2)
-    few, many = (cell.producers[:-1] for cell in plan.cells if cell.ratio)
-    assert len(few) == len(many) == 4 and few[3] != many[1], "the second of two steps is not a first"
-    assert plan.stages[many[3]].inputs["dense"] == plan.stages[many[1]].inputs["model"]
-
-
 def test_distillation_comes_last_and_shares_what_was_pruned(world):
     methods = ["surgeon-uniform-block", "surgeon-uniform-distilled"]
     plan = plan_of(world, models=["a"], methods=methods, ratios=[0.2])
@@ -708,61 +638,6 @@ def test_all_evaluations_of_a_model_compare_with_one_reference(world):
     assert {it.inputs["reference"].identity for it in distillations} == {calibration.id}
 
 
-def test_distillation_follows_the_last_step_and_has_settings_of_its_own(world):
-    def chain(**overrides):
-        plan = plan_of(world, models=["a"], methods=["hfprune"], ratios=[0.2], prune__distill=3, **overrides)
-        return [plan.stages[stage_id] for stage_id in plan.cells[-1].producers]
-
-    *stages, _ = chain(prune__steps=2)
-    kinds_of_chain = ["importance", "prune", "importance", "prune", "reference", "distill"]
-    assert [stage.kind for stage in stages] == kinds_of_chain
-    before, after = chain(), chain(distillation__rank=8)
-    assert before[:3] == after[:3] and before[3].fingerprint != after[3].fingerprint
-
-
-def test_one_step_has_the_fingerprints_of_none(world):
-    assert list(plan_of(world).stages) == list(plan_of(world, prune__steps=1).stages)
-    assert all("steps" not in stage.params.to_json() for stage in plan_of(world, prune__steps=2).stages.values())
-
-
-def test_too_many_steps_for_a_model_are_refused(world):
-    with pytest.raises(
-        UserError, match=r"model 'a', method 'surgeon-uniform-block': of 8 rounds.* removes nothing.*steps"
-    ):
-        plan_of(world, ratios=[0.2], prune__steps=8, prune__multiple_of=5)
-    with pytest.raises(
-        UserError, match=r"of 2 rounds to ratio 0.201, the one from 0.2 to 0.201 removes nothing.*round_r"
-    ):
-        plan_of(world, methods=["surgeon-rounds"], ratios=[0.201], prune__round_ratio=0.2, prune__multiple_of=4)
-
-
-@pytest.mark.parametrize(
-    ("setting", "off", "on"),
-    [
-        ("refit_final_norm", False, True),
-        ("refit_norms", False, True),
-        ("refit_copies", 0, 1),
-        ("refit_iterations", 2, 3),
-    ],
-)
-def test_a_method_without_a_later_setting_has_the_fingerprints_of_before(world, setting, off, on):
-    before, without, after = (
-        plan_of(world, **settings) for settings in ({}, {f"prune__{setting}": off}, {f"prune__{setting}": on})
-    )
-    assert list(before.stages) == list(without.stages)
-    assert [one.kind for one in before.stages.values() if one.id not in after.stages][:1] == ["prune"]
-
-
-@pytest.mark.parametrize("refit", ["dense", "layerwise", "block"])
-@pytest.mark.parametrize("norms", ["refit_norms", "refit_final_norm"])
-def test_only_rounds_after_a_refit_of_all_norms_say_whose_norms_stand_before_mlps(world, refit, norms):
-    settings = {"prune__steps": 3, "prune__refit": refit, f"prune__{norms}": True}
-    plan = plan_of(world, models=["a"], methods=["surgeon-uniform"], ratios=[0.2], **settings)
-    later = norms == "refit_norms" and refit != "dense"
-    says_so = ["mlp_targets" in plan.stages[it].params.to_json() for it in plan.cells[-1].producers[1:-1:2]]
-    assert says_so == [False, later, later]
-
-
 @pytest.mark.parametrize(
     ("model", "allocation", "structures", "expected"),
     [
@@ -775,24 +650,10 @@ def test_only_rounds_after_a_refit_of_all_norms_say_whose_norms_stand_before_mlp
 def test_only_searches_where_layers_differ_and_may_go_say_for_which_layers_widths_are(
     world, model, allocation, structures, expected
 ):
-    own = {"m": Method(criterion="surgeon", allocation=allocation, structures=structures, steps=2)}
+    own = {"m": Method(criterion="surgeon", allocation=allocation, structures=structures)}
     uneven = {"aliases.uneven.path": str(world / "uneven")}
     plan = plan_of(world, models=[model], ratios=[0.1], own=own, **uneven)
-    assert ["plain_shapes" in stage.params.to_json() for stage in stages_of(plan, "prune")] == [expected] * 2
-
-
-def test_with_all_norms_refitted_the_final_one_is_among_them(world):
-    plans = [plan_of(world, prune__refit_norms=True, prune__refit_final_norm=it) for it in (False, True)]
-    assert list(plans[0].stages) == list(plans[1].stages)
-
-
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_only_passes_that_add_biases_in_bfloat16_have_other_fingerprints_than_before(world, dtype):
-    plan = plan_of(world, importance__dtype=dtype, prune__steps=2)
-    passes = [stage for stage in plan.stages.values() if stage.kind == "importance"]
-    moved = [stage.label for stage in passes if stage.params.biases]
-    assert len(passes) == 6
-    assert moved == ([stage.label for stage in passes if stage.label.startswith("b")] if dtype == "bfloat16" else [])
+    assert ["plain_shapes" in stage.params.to_json() for stage in stages_of(plan, "prune")] == [expected]
 
 
 # Passes that a folder already has, used in place of narrower ones.
@@ -852,15 +713,6 @@ def test_a_pass_that_was_not_made_or_of_another_version_is_not_taken_up(world):
     (wide,) = stages_of(before, "importance")
     old = replace(wide, version=5)
     assert with_earlier_passes(plan, Plan({old.id: old}, ()), lambda it: it == old.id) == plan
-
-
-def test_all_steps_of_a_method_find_theirs(world):
-    in_steps = {**ONE_MODEL, "prune__steps": 2, "prune__allocation": "uniform"}
-    wide = plan_of(world, methods=["surgeon-uniform", "hfprune"], **in_steps)
-    narrow = plan_of(world, methods=["hfprune"], **in_steps)
-    found = with_earlier_passes(narrow, wide, {*wide.stages}.__contains__)
-    assert len(passes(found)) == 2 and set(passes(found)) <= set(passes(wide))
-    assert [it.id for it in stages_of(found, "prune")] == [it.id for it in stages_of(narrow, "prune")]
 
 
 @pytest.mark.parametrize(

@@ -75,13 +75,12 @@ def test_engines_that_cannot_load_fewer_heads_are_told(tmp_path, model_type, all
     ] * expected
 
 
-@pytest.mark.parametrize("setting", ["refit_norms", "refit_final_norm"])
-def test_norms_that_an_adapted_refit_leaves_alone_are_told(tmp_path, setting):
+def test_norms_that_an_adapted_refit_leaves_alone_are_told(tmp_path):
     checkpoint = open_checkpoint(save_model(tmp_path / "m", "cohere2"))
-    method = Method(**PLAIN, refit="layerwise", adapts=True, **{setting: True})
+    method = Method(**PLAIN, refit="layerwise", adapts=True, refit_norms=True)
     (told,) = remarks_on_shapes(checkpoint, [0.1], method, "m by it")
     assert told.startswith("m by it: refit is dense, and no norm is refitted: its attention")
-    assert setting not in with_numbers(method, checkpoint, 0.1, "m by it").of_one_cut()
+    assert "refit_norms" not in with_numbers(method, checkpoint, 0.1, "m by it").of_one_cut()
 
 
 def test_heads_that_stay_are_shown(tmp_path):
@@ -121,36 +120,6 @@ def test_ratios_that_scores_divide_among_layers_differ_by_a_step_and_stay_above_
 
 
 ALL = ["neurons", "kv_groups", "layers"]
-
-
-@pytest.mark.parametrize("rounds", [{"steps": 4}, {"round_ratio": 0.2}])
-@pytest.mark.parametrize(
-    ("allocation", "structures"),
-    [("uniform", ALL[:1]), ("plain", ALL), ("local", ALL[:2]), ("global", ALL[:2]), ("searched", ALL)],
-)
-def test_a_ratio_out_of_reach_is_named_and_not_that_of_a_round(allocation, structures, rounds):
-    method = Method(**PLAIN | rounds, allocation=allocation, structures=structures)
-    with pytest.raises(UserError, match=r"m: ratio 0\.97 can't be reached by"):
-        check_ratios(blank(**SMOLLM2), [0.97], method, "m")
-
-
-@pytest.mark.parametrize(
-    ("allocation", "structures", "ratio", "rounds", "advice"),
-    [
-        ("uniform", ALL[:1], 0.1, {"steps": 4}, "fewer steps"),
-        ("uniform", ALL[:1], 0.1, {"round_ratio": 0.025}, "a larger prune.round_ratio"),
-        ("local", ALL[:2], 0.1, {"steps": 4}, "fewer steps"),
-        ("local", ALL[:2], 0.1, {"round_ratio": 0.025}, "a larger prune.round_ratio"),
-        ("global", ALL[:1], 0.004, {"steps": 4}, "fewer steps"),
-        ("global", ALL[:2], 0.004, {"steps": 4}, "fewer steps"),
-        ("searched", ALL, 0.004, {"steps": 4}, "fewer steps"),
-    ],
-)
-def test_a_round_that_comes_to_no_shape_is_not_mistaken_for_the_ratio(allocation, structures, ratio, rounds, advice):
-    method = Method(criterion="entropy", multiple_of=256, allocation=allocation, structures=structures, **rounds)
-    told = rf"^m: of 4 rounds to ratio {ratio}, no shape .* {ratio / 4} once widths are rounded .* 256; use {advice} or"
-    with pytest.raises(UserError, match=told):
-        check_ratios(blank(**SMOLLM2), [ratio], method, "m")
 
 
 @pytest.mark.parametrize("split", [2, 3, 4])

@@ -138,13 +138,11 @@ def test_where_a_token_goes_to_one_expert_the_other_that_stays_is_told(checkpoin
         check_ratios(lone, [0.9], Method(**LIKE_HFPRUNE), "here")
 
 
-def test_rounds_and_multiples_are_of_experts(checkpoint):
-    for settings, expected in (({}, 8), ({"multiple_of": "auto", "steps": 2}, 8), ({"multiple_of": 3}, 6)):
+def test_multiples_are_of_experts(checkpoint):
+    for settings, expected in (({}, 8), ({"multiple_of": "auto"}, 8), ({"multiple_of": 3}, 6)):
         method = Method(**LIKE_HFPRUNE, **settings)
         check_ratios(checkpoint, [0.25], method, "here")
         assert known_shape(checkpoint, 0.25, method, "here").experts == Span(expected, expected)
-    with pytest.raises(UserError, match=r"of 2 rounds .* removes nothing once numbers of experts are rounded"):
-        check_ratios(checkpoint, [0.1], Method(**LIKE_HFPRUNE, steps=2), "here")
     told = r"ratios 0\.3 and 0\.301 .* once numbers of experts are rounded to multiples of 2; leave one of them out$"
     with pytest.raises(UserError, match=told):
         check_ratios(checkpoint, [0.3, 0.301], Method(**LIKE_HFPRUNE), "here")

@@ -17,10 +17,9 @@ from hfprune_dist.checkpoints.checkpoint import open_checkpoint
 from hfprune_dist.core import quasi_newton
 from hfprune_dist.distributed.interruption import Interrupted
 from hfprune_dist.errors import UserError
-from hfprune_dist.refit.final_norm_refit import TOKENS
 from hfprune_dist.refit.measurement import dense_outputs
 from hfprune_dist.refit.norm_gradients import NormGradients
-from hfprune_dist.refit.norms_refit import AT_ONCE, RIDGE, NormsRefit, curvature_of, micro_batches_of_norms
+from hfprune_dist.refit.norms_refit import AT_ONCE, RIDGE, TOKENS, NormsRefit, curvature_of, micro_batches_of_norms
 from hfprune_dist.refit.pruned_layers import PrunedLayers
 
 WORLD = SoloWorld()

@@ -3,20 +3,18 @@
 import errno
 import json
 import os
-from dataclasses import replace
 
 import pytest
 import torch
 from cuts import IMPORTANCE, prepare, run_solo, weights_of
 from faults.kill import deaths_during
 from ranks import SoloWorld, killing, killing_in_reduction, run_stage
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 from worlds import Ranks, run_in_threads
 
 from hfprune_dist.config.method_settings import MORE_ITERATIONS
 from hfprune_dist.config.schema import RuntimeConfig
-from hfprune_dist.core import final_norm
 from hfprune_dist.core.criteria import CRITERIA
 from hfprune_dist.core.least_squares import Projection
 from hfprune_dist.distributed import layer_states
@@ -24,9 +22,7 @@ from hfprune_dist.errors import UserError
 from hfprune_dist.models.loading import load_causal_lm
 from hfprune_dist.models.single_layer import LayerReader
 from hfprune_dist.refit import gauss_newton_ranks as reconstruct
-from hfprune_dist.refit.final_norm_refit import FinalNormRefit, NormFit
 from hfprune_dist.refit.measurement import Measurement
-from hfprune_dist.refit.norm_gradients import NormGradients
 from hfprune_dist.refit.refitted_layers import RefittedLayers
 from hfprune_dist.refit.sequential_refit import SequentialRefit
 from hfprune_dist.stages import prune, prune_shapes
@@ -74,7 +70,6 @@ def assert_gates_moved(store, stage, folder):
         ("layerwise", 9, {"refit_norms": True}),
         ("block", 64, {}),
         ("block", 2, {"refit_norms": True}),
-        ("layerwise", 2, {"refit_final_norm": True}),
     ],
 )
 def test_refit_has_the_same_bits_on_any_number_of_ranks(tmp_path, refit, samples, more):
@@ -232,36 +227,12 @@ def test_a_block_that_keeps_little_between_iterations_has_the_same_bits(tmp_path
     assert weights[0] == weights[1] == weights[2]
 
 
-def test_a_later_step_is_refitted_towards_the_dense_model(tmp_path):
-    """For a model that has only lost neurons, a step that keeps all its neurons makes up for what was lost."""
-    store, first, _ = prepare(tmp_path, ratio=0.2, refit="none")
-    run_solo(store, first)
-    again = Stage("importance", "step 2/2", {"of": first.id}, {})
-    draft = store.open_draft(again.id)
-    save_file(
-        {f"layers.{n}.entropy": torch.rand(14, dtype=torch.float64) for n in range(2)}, draft / "importance.safetensors"
-    )
-    save_file(load_file(store.path(IMPORTANCE.id) / "windows.safetensors"), draft / "windows.safetensors")
-    store.commit(again, draft, {"metrics": {}})
-    inputs = {"model": first.as_input(), "importance": again.as_input(), "dense": first.inputs["model"]}
-    second = Stage("prune", "llama", {**first.params.to_json(), "refit": "layerwise"}, inputs)
-    run_solo(store, second)
-    windows = load_file(store.path(IMPORTANCE.id) / "windows.safetensors")["input_ids"]
-    outputs = [
-        inside(AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32), windows, 1)["output"]
-        for path in (tmp_path / "model", store.path(first.id), store.path(second.id))
-    ]
-    lost, left = ((outputs[0] - output).square().sum().item() for output in outputs[1:])
-    assert left < 0.9 * lost  # half of it is aimed at
-
-
 NORMS = ["model.norm", *(f"model.layers.{n}.{it}_layernorm" for n in (0, 1) for it in ("input", "post_attention"))]
 
 
-@pytest.mark.parametrize(("setting", "norms"), [("refit_final_norm", NORMS[:1]), ("refit_norms", NORMS)])
-def test_refitted_norms_bring_the_distribution_closer_and_nothing_else_changes(tmp_path, setting, norms):
+def test_refitted_norms_bring_the_distribution_closer_and_nothing_else_changes(tmp_path):
     tensors, metrics = [], {}
-    for also in ({}, {setting: True}):
+    for also in ({}, {"refit_norms": True}):
         folder = tmp_path / str(len(also))
         folder.mkdir()
         store, stage, _ = prepare(folder, ratio=0.25, refit="layerwise", **also)
@@ -269,40 +240,9 @@ def test_refitted_norms_bring_the_distribution_closer_and_nothing_else_changes(t
         tensors.append(load_file(store.path(stage.id) / "model.safetensors"))
         metrics = store.manifest(stage.id)["metrics"]
     changed = {name for name, it in tensors[0].items() if not torch.equal(it, tensors[1][name])}
-    assert changed == {f"{it}.weight" for it in norms}
-    kls = metrics["norms_kl" if setting == "refit_norms" else "final_norm_kl"]
+    assert changed == {f"{it}.weight" for it in NORMS}
+    kls = metrics["norms_kl"]
     assert min(kls) < kls[0]
-
-
-@pytest.mark.parametrize("setting", ["refit_final_norm", "refit_norms"])
-@pytest.mark.parametrize("kl", [float("nan"), float("inf")])
-def test_a_pass_in_which_norms_went_too_far_is_missing_in_the_manifest(tmp_path, monkeypatch, setting, kl):
-    passes, refits = [], {"refit_final_norm": (FinalNormRefit, "_derivatives"), "refit_norms": (NormGradients, "at")}
-    found = getattr(*refits[setting])
-
-    def going_too_far(self, factors):
-        passes.append(factors)
-        there = found(self, factors)
-        if len(passes) != 2:
-            return there
-        return (kl, *there[1:]) if isinstance(there, tuple) else replace(there, kl=kl)
-
-    monkeypatch.setattr(*refits[setting], going_too_far)
-    store, stage, _ = prepare(tmp_path, ratio=0.25, refit="layerwise", **{setting: True})
-    run_solo(store, stage)
-    metrics = store.manifest(stage.id)["metrics"]
-    first, second, *later = metrics["norms_kl" if setting == "refit_norms" else "final_norm_kl"]
-    assert second is None and min(later) < first
-
-
-def test_a_final_norm_with_nothing_to_gain_keeps_its_weights_whatever_dtype_passes_compute_in(tmp_path, monkeypatch):
-    monkeypatch.setattr(final_norm, "PASSES", 1)  # the model as it is
-    store, stage, _ = prepare(tmp_path, refit="layerwise", refit_final_norm=True, dtype="bfloat16")
-    file = tmp_path / "model" / "model.safetensors"
-    weights = torch.linspace(0.9, 1.1, 32)
-    save_file(load_file(file) | {"model.norm.weight": weights}, file, {"format": "pt"})
-    run_solo(store, stage)
-    assert torch.equal(load_file(store.path(stage.id) / "model.safetensors")["model.norm.weight"], weights)
 
 
 class Shifting(torch.nn.Module):
@@ -316,11 +256,9 @@ class Shifting(torch.nn.Module):
         return torch.nn.functional.rms_norm(hidden, (32,)) + self.weight
 
 
-@pytest.mark.parametrize(
-    ("setting", "which"), [("refit_final_norm", "norm"), ("refit_norms", "layers.1.post_attention_layernorm")]
-)
-def test_a_norm_that_cannot_be_refitted_is_named_before_anything_is_computed(tmp_path, monkeypatch, setting, which):
-    store, stage, _ = prepare(tmp_path, refit="layerwise", **{setting: True})
+def test_a_norm_that_cannot_be_refitted_is_named_before_anything_is_computed(tmp_path, monkeypatch):
+    store, stage, _ = prepare(tmp_path, refit="layerwise", refit_norms=True)
+    which = "layers.1.post_attention_layernorm"
     read = LayerReader._alone
     monkeypatch.setattr(
         LayerReader, "_alone", lambda self, *of: Shifting() if of[2] == f"model.{which}" else read(self, *of)
@@ -328,16 +266,6 @@ def test_a_norm_that_cannot_be_refitted_is_named_before_anything_is_computed(tmp
     with pytest.raises(UserError, match=rf"^{tmp_path / 'model'}: model\.{which}, Shifting, has no weight that multip"):
         run_solo(store, stage)
     assert not list(store.work(stage.id).iterdir())
-
-
-def test_a_refitted_final_norm_that_float16_cannot_hold_is_told(tmp_path, monkeypatch):
-    store, stage, _ = prepare(tmp_path, ratio=0.25, refit="layerwise", refit_final_norm=True)
-    file = tmp_path / "model" / "model.safetensors"
-    save_file({name: it.half() for name, it in load_file(file).items()}, file, {"format": "pt"})
-    monkeypatch.setattr(FinalNormRefit, "fit", lambda _self: NormFit(torch.full((32,), 1e5), [1.0, 0.5]))
-    message = rf"^{tmp_path / 'model'}: the new model\.norm\.weight has values up to .*, or leave out refit_final_norm$"
-    with pytest.raises(UserError, match=message):
-        run_solo(store, stage)
 
 
 def test_an_interrupted_refit_goes_on_at_its_layer(tmp_path, monkeypatch):
@@ -462,7 +390,6 @@ def test_each_criterion_keeps_its_own_neurons(tmp_path):
         {"refit": "none"},
         {"refit": "dense"},
         {"refit": "block", "samples": 64},
-        {"refit": "layerwise", "refit_final_norm": True},
         {"refit": "layerwise", "refit_norms": True},
         {"refit": "dense", "refit_copies": 2},
         {"allocation": "searched"},
@@ -482,44 +409,6 @@ def test_death_at_every_point_ends_with_the_same_weights(tmp_path, method):
         if store.verify(stage.id).state == "missing":
             run_solo(store, stage)
         assert weights_of(store, stage) == expected
-
-
-@pytest.mark.parametrize(("refit", "allocation"), [("none", "uniform"), ("dense", "uniform"), ("none", "local")])
-def test_a_second_step_is_a_prune_of_the_first_ones_model(tmp_path, refit, allocation):
-    """By hand: a checkpoint of the first step, pruned on its own at the share of it that remains to be removed."""
-    store, second, _ = prepare(tmp_path, ratio=0.2, refit=refit, allocation=allocation)
-    first = Stage("prune", "step 1/2", {**second.params.to_json(), "ratio": 0.1}, second.inputs)
-    run_solo(store, first)
-    half = store.manifest(first.id)["metrics"]
-    assert half["intermediate_size"] == 31
-    again = Stage("importance", "step 2/2", {"of": first.id}, {})
-    draft = store.open_draft(again.id)
-    scores = {f"layers.{layer}.entropy": torch.rand(31, dtype=torch.float64) for layer in range(2)}
-    save_file(scores, draft / "importance.safetensors")
-    windows = load_file(store.path(IMPORTANCE.id) / "windows.safetensors")
-    save_file(windows, draft / "windows.safetensors")
-    store.commit(again, draft, {"metrics": {}})
-    inputs = {"model": first.as_input(), "importance": again.as_input()}
-    dense = second.inputs["model"]
-    chained = Stage("prune", "llama", second.params, {**inputs, "dense": dense})
-    run_solo(store, chained)
-
-    metrics = store.manifest(chained.id)["metrics"]
-    one_step = run_solo(store, second) or store.manifest(second.id)["metrics"]
-    for key in ("intermediate_size", "parameters", "ratio_reached"):
-        assert metrics[key] == one_step[key]
-    ratio = (half["parameters"] - metrics["parameters"]) / half["parameters"]
-    by_hand = Stage("prune", "by hand", {**second.params.to_json(), "ratio": ratio}, inputs)
-    run_solo(store, by_hand)
-    assert weights_of(store, chained) == weights_of(store, by_hand)
-
-    kept, kept_first, kept_of_half = (
-        json.loads((store.path(stage.id) / "kept.json").read_text())["neurons"] for stage in (chained, first, by_hand)
-    )
-    assert kept == [[row[n] for n in of] for row, of in zip(kept_first, kept_of_half, strict=True)]
-    rows = load_causal_lm(tmp_path / "model", torch.float32).model.layers[1].mlp.up_proj.weight[kept[1]]
-    ours = load_causal_lm(store.path(chained.id), torch.float32).model.layers[1].mlp.up_proj.weight
-    assert torch.equal(rows, ours), "in the dense model's numbering"
 
 
 def test_an_artifact_that_rotted_is_set_aside_before_it_is_used(tmp_path):

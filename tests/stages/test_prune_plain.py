@@ -22,7 +22,6 @@ from shapes import (
     kept_of,
     load,
     metrics_of,
-    next_round,
     outcome,
     prepare,
     run,
@@ -34,7 +33,6 @@ from hfprune_dist.checkpoints.checkpoint import open_checkpoint
 from hfprune_dist.checkpoints.layer_settings import undroppable_layers
 from hfprune_dist.core.least_squares import RIDGES
 from hfprune_dist.core.selection import entries_of, top_units
-from hfprune_dist.planning.plain_shapes import PlainShape
 from hfprune_dist.refit.measurement import Measurement
 from hfprune_dist.stages import final_refit, finals, prune_plain, prune_refit
 from hfprune_dist.stages.cheap_measurement import EVERY, CheapMeasurements
@@ -322,48 +320,6 @@ def test_one_micro_batch_alone_is_fitted_compared_and_judged(tmp_path, used, sam
     assert all(torch.equal(it, everything) for it in [*used["finalists refits"], *used["refit refits"]])
     found = divergence(load(tmp_path / "model"), load(store.path(stage.id)), everything)
     assert found == pytest.approx(min(metrics_of(store, stage)["finalists_kl"].values()), rel=1e-3, abs=1e-6)
-
-
-# Rounds.
-
-
-@pytest.mark.parametrize(
-    ("variant", "left", "refit"),
-    [
-        ("llama", PlainShape(4, 3, 40), "dense"),  # six heads don't divide its hidden size: written as a Mistral
-        ("qwen2", PlainShape(3, 2, 45), "layerwise"),
-        ("qwen3", PlainShape(4, 4, 37), "block"),
-        ("llama-tied-biases", PlainShape(3, 4, 48), "none"),
-    ],
-)
-@pytest.mark.usefixtures("all_hopeful")
-def test_another_round_lies_within_what_is_left_and_is_compared_with_the_dense_model(
-    tmp_path, monkeypatch, variant, left, refit
-):
-    store, first = prepare(tmp_path, variant, refit=refit)
-    with monkeypatch.context() as patch:
-        patch.setattr(prune_plain, "plain_shapes", lambda _target, _before: [left])
-        run(store, first, SoloWorld())
-    assert shape_in(store.path(first.id)) == (left.num_layers, left.kv_groups, left.width)
-    second = next_round(store, first, ratio := 0.35)
-    run(store, second, SoloWorld())
-    metrics, kept = metrics_of(store, second), kept_of(store, second)
-    layers, groups, width = shape_in(store.path(second.id))
-    assert layers <= left.num_layers and groups <= left.kv_groups and width <= left.width
-    counts = open_checkpoint(tmp_path / "model").parameter_counts
-    step = counts.units["neurons"] * layers / counts.total
-    assert abs(metrics["ratio_reached"] - ratio) <= step / 2 * (1 + 1e-9), "of the dense model"
-    before = kept_of(store, first)
-    assert set(kept["layers"]) <= set(before["layers"])
-    gone = [layer for layer in before["layers"] if layer not in kept["layers"]]
-    assert sorted(metrics["layers_in_order_of_dropping"][: len(gone)]) == gone, "as the dense model numbers them"
-    dense, written = load(tmp_path / "model"), load(store.path(second.id))
-    measured = metrics.get("finalists_kl", metrics["search_kl"])
-    name = f"{layers} layers, {groups} KV groups, width {width}"
-    assert measured[name] == min(measured.values())
-    if refit == "none":
-        found = divergence(dense, written, windows_of(store)[COMPARED], EVERY)
-        assert found == pytest.approx(measured[name], rel=1e-3)
 
 
 # Bits.

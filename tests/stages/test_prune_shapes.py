@@ -152,30 +152,17 @@ def test_a_checkpoint_whose_layers_differ_is_pruned_as_a_model_of_its_own(tmp_pa
 
 
 @pytest.mark.parametrize(
-    ("model_type", "rounds", "order"),
-    [
-        ("gemma4_text", 1, [0, 1]),
-        ("lfm3", 1, [0, 1, 2]),
-        ("lfm3", 1, [1, 0, 2]),
-        ("qwen3_5_text", 1, [2, 1, 0]),
-        ("qwen3_5_text", 1, [0, 2, 1]),
-        ("qwen3_5_text", 2, [0, 2, 1]),
-    ],
+    ("model_type", "order"),
+    [("gemma4_text", [0, 1]), ("lfm3", [0, 1, 2]), ("lfm3", [1, 0, 2]), ("qwen3_5_text", [2, 1, 0])],
 )
-def test_a_plain_shape_competes_with_the_ratio_met_whichever_layers_went(
-    tmp_path, monkeypatch, model_type, rounds, order
-):
+def test_a_plain_shape_competes_with_the_ratio_met_whichever_layers_went(tmp_path, monkeypatch, model_type, order):
     """Layers with another kind of attention have more parameters than others, or fewer; the width makes up for it."""
     model = save_model(tmp_path / "model", model_type, vocab_size=264)
     checkpoint = open_checkpoint(model)
     assert len(set(checkpoint.parameter_counts.layers)) > 1
-    possible, ratio = prune_shapes._possible, 0.3 / 3 ** (rounds - 1)
+    possible = prune_shapes._possible
     monkeypatch.setattr(CheapMeasurements, "layers_in_order", lambda _self, _droppable, count: order[:count])
-    store, stage = prepare(tmp_path, model=model, structures=["neurons", "layers"], ratio=ratio, floor=0.0)
-    if rounds == 2:
-        run(store, stage)
-        order = [it for it in order if it < open_checkpoint(store.path(stage.id)).num_layers]
-        stage = shapes.next_round(store, stage, 0.3)
+    store, stage = prepare(tmp_path, model=model, structures=["neurons", "layers"], ratio=0.3, floor=0.0)
     monkeypatch.setattr(prune_shapes, "_possible", lambda contests: possible(contests)[-1:])
     monkeypatch.setattr(prune_shapes, "search_shapes", lambda _, plain, __: Found(next(iter(plain.values())), {}))
     run(store, stage)
@@ -197,8 +184,8 @@ def layers_of(name):
     return int(name.removesuffix(" layers"))
 
 
-@pytest.mark.parametrize(("variant", "refit", "rounds"), [("llama", "block", 1), ("mistral", "layerwise", 2)])
-def test_the_number_of_layers_is_that_of_the_closest_finalist(tmp_path, monkeypatch, variant, refit, rounds):
+@pytest.mark.parametrize(("variant", "refit"), [("llama", "block"), ("mistral", "layerwise")])
+def test_the_number_of_layers_is_that_of_the_closest_finalist(tmp_path, monkeypatch, variant, refit):
     """Without any further search or a new refit, what is written is a finalist."""
     monkeypatch.setattr(finals, "HOPELESS", 1e6)
     fit, fitted = finals.Finals._fitted, {}
@@ -207,13 +194,10 @@ def test_the_number_of_layers_is_that_of_the_closest_finalist(tmp_path, monkeypa
         fitted[len(kept.layers)] = fit(self, shape, kept)
         return fitted[len(kept.layers)]
 
-    store, stage = prepare(tmp_path, variant, structures=ALL, ratio=0.2 / rounds**2, refit=refit, floor=0.05)
-    if rounds == 2:
-        run(store, stage)
-        stage = shapes.next_round(store, stage, 0.3)
+    store, stage = prepare(tmp_path, variant, structures=ALL, ratio=0.2, refit=refit, floor=0.05)
     monkeypatch.setattr(finals.Finals, "_fitted", fitting)
     monkeypatch.setattr(prune_shapes, "search_shapes", lambda shapes, *_: Found(shapes.counts(START), {}))
-    monkeypatch.setattr(prune, "final_refit", lambda _context, _models, kept: fitted[len(kept.layers)])
+    monkeypatch.setattr(prune, "final_refit", lambda _context, _dense, kept: fitted[len(kept.layers)])
     run(store, stage)
     metrics = metrics_of(store, stage)
     measured, compared = metrics["search_kl"], metrics["finalists_kl"]
@@ -237,16 +221,11 @@ def test_protected_layers_keep_all_and_groups_are_divisible(tmp_path):
     assert abs(metrics_of(store, stage)["ratio_reached"] - 0.3) <= 4.1 * neuron_in(tmp_path)
 
 
-@pytest.mark.parametrize(
-    ("variant", "dtype", "rounds", "several"), [("qwen3", "bfloat16", 1, 3), ("llama", "float32", 2, 2)]
-)
-def test_any_number_of_ranks_finds_and_writes_the_same(tmp_path, variant, dtype, rounds, several):
+@pytest.mark.parametrize(("variant", "dtype", "several"), [("qwen3", "bfloat16", 3), ("llama", "float32", 2)])
+def test_any_number_of_ranks_finds_and_writes_the_same(tmp_path, variant, dtype, several):
     outcomes = []
     for ranks in (1, several):
         store, stage = prepare(tmp_path / str(ranks), variant, structures=ALL, refit="dense", dtype=dtype, samples=5)
-        if rounds == 2:
-            run(store, stage)
-            stage = shapes.next_round(store, stage, 0.35)
         ended = on_ranks(ranks, lambda world, store=store, stage=stage: run(store, stage, world))
         assert ended.codes == [0] * ranks, ended.messages
         outcomes.append(outcome(store, stage))
@@ -266,10 +245,7 @@ def test_an_interrupted_search_measures_nothing_twice(tmp_path, monkeypatch):
 
 
 def test_death_on_the_way_ends_with_the_same_checkpoint(tmp_path):
-    """The stage is a second round, which computes what the dense model puts out as well."""
-    reference, first = prepare(tmp_path / "whole", structures=ALL, samples=2, ratio=0.1)
-    run(reference, first)
-    stage = shapes.next_round(reference, first, 0.3)
+    reference, stage = prepare(tmp_path / "whole", structures=ALL, samples=2, ratio=0.3)
     shutil.copytree(reference.root, tmp_path / "before")
     run(reference, stage)
     for kill_at in itertools.count(1, 13):

@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 from ranks import SoloWorld
-from shapes import metrics_of, next_round, outcome, prepare, run
+from shapes import metrics_of, outcome, prepare, run
 
 from hfprune_dist.refit.measurement import Measurement
 from hfprune_dist.store.artifacts import Store
@@ -79,14 +79,6 @@ def test_another_method_takes_the_order(tmp_path, measured):
     assert measured()
     run(store, other(stage, **SEARCHED), SoloWorld())
     assert not measured()
-
-
-def test_a_later_round_has_an_order_of_its_own(tmp_path, measured):
-    store, stage = prepare(tmp_path, **{**SMALL, **SEARCHED}, structures=["neurons", "layers"])
-    run(store, stage, SoloWorld())
-    assert measured()
-    run(store, next_round(store, stage, 0.45), SoloWorld())
-    assert measured()[0] == 1
 
 
 @pytest.mark.parametrize("damage", [b"", b"{}"], ids=repr)

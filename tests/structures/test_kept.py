@@ -4,48 +4,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from masking import kept_of
 from tiny import tiny_model
 
 from hfprune_dist.checkpoints.families import FAMILIES
 from hfprune_dist.structures.kept import Kept, Shape
-
-
-def model_of(kept, neurons, groups):
-    return {"num_hidden_layers": len(kept.layers), "intermediate_size": neurons, "num_key_value_heads": groups}
-
-
-def survivors(kept, layers, counts):
-    """Map each unit that stays to where it was, both as (layer, kind, unit)."""
-    found = {}
-    for number, layer in enumerate(layers):
-        for kind, count in counts.items():
-            rows = kept.units.get(kind)
-            for index, unit in enumerate(range(count) if rows is None else rows[number].tolist()):
-                found[number, kind, index] = (layer, kind, unit)
-    return found
-
-
-@settings(max_examples=60, deadline=None, derandomize=True)
-@given(st.data())
-def test_numbers_of_a_second_pruning_are_those_of_the_dense_model(data):
-    counts = {"neurons": 6, "kv_groups": 4}
-    first = data.draw(kept_of({"num_hidden_layers": 4, "intermediate_size": 6, "num_key_value_heads": 4}, uniform=True))
-    left = counts | {kind: sizes[0] for kind, sizes in first.shape.units.items()}
-    second = data.draw(kept_of(model_of(first, left["neurons"], left["kv_groups"]), uniform=False))
-    there = survivors(first, first.layers, counts)
-    expected = {key: there[place] for key, place in survivors(second, second.layers, left).items()}
-    whole = second.numbered_by(first)
-    assert survivors(whole, whole.layers, counts) == expected
-    assert whole.units.keys() == first.units.keys() | second.units.keys()
-
-
-def test_what_has_low_ranks_is_not_pruned_again():
-    kept = Kept((0,), {"neurons": [torch.tensor([0, 2])]})
-    with pytest.raises(AssertionError, match="factors"):
-        kept.numbered_by(replace(kept, ranks={"self_attn.k_proj": (1,)}))
 
 
 def test_a_shape_is_how_much_is_kept():

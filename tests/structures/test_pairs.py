@@ -153,9 +153,9 @@ METHODS = st.builds(
 
 
 # Settings of a method that no prune stage has.
-OF_OTHERS = ("prunes_in", "adapts", "steps", "round_ratio", "distill")
+OF_OTHERS = ("prunes_in", "adapts", "distill")
 # Settings of a refit that are left at their defaults.
-OF_REFITS = ("refit_iterations", "refit_copies", "refit_norms", "refit_final_norm")
+OF_REFITS = ("refit_iterations", "refit_copies", "refit_norms")
 
 
 def prune(folder, scored, ratio, method, ranks=1):

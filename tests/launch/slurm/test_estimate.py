@@ -50,15 +50,6 @@ def test_stages_that_run_a_model_on_gpus_are_estimated(inputs, tmp_path):
     assert all(each.fits and each.memory.total > 0 for each in found)
 
 
-def test_every_round_is_estimated_as_if_nothing_had_gone_yet(inputs, tmp_path):
-    settings = {"methods": ["surgeon-rounds"], "models": ["alpha"], "ratios": [0.2], "prune__round_ratio": 0.1}
-    found = estimates(inputs, tmp_path, GPUS + "gpu_memory_gib: 80\n", **settings)
-    for kind in ("importance", "prune"):
-        first, second = (each for each in found if each.stage.kind == kind)
-        assert first.memory == second.memory and first.host_memory == second.host_memory > 0
-    assert second.stage.inputs["dense"] == first.stage.inputs["model"]
-
-
 def test_a_micro_batch_has_four_rows_where_ranks_can_share_so_many(inputs, tmp_path):
     """A shard belongs to one rank."""
 
