@@ -68,7 +68,6 @@ class Definition:
     """Lets every expert compute every token, with masks on neurons; its routing weight is zero where it isn't chosen.
 
     Args:
-        keeps: (kind, layer) -> which units a student has, bool [units].
         others: (kind, layer) -> name of the output projection of neurons that belong to no expert.
 
     Attributes:
@@ -78,8 +77,7 @@ class Definition:
         routing: layer -> weights of the experts' outputs [experts, tokens] in the last forward.
     """
 
-    def __init__(self, model, keeps=None, others=None):
-        self._keeps = keeps
+    def __init__(self, model, others=None):
         self.masks, self.hidden, self.routed, self.routing = {}, {}, {}, {}
         for number, module in experts_of(model).items():
             module.config._experts_implementation = "definition"
@@ -92,10 +90,7 @@ class Definition:
         return (inputs[0] * self._masks(place, inputs[0]),)
 
     def _masks(self, place, hidden_ND):
-        masks_ND = torch.ones_like(hidden_ND)
-        if self._keeps is not None:
-            masks_ND = (masks_ND * self._keeps[place].view(-1, 1, hidden_ND.shape[-1])).view_as(hidden_ND)
-        self.masks[place] = masks_ND.requires_grad_()
+        self.masks[place] = torch.ones_like(hidden_ND).requires_grad_()
         return self.masks[place]
 
     def _compute(self, place, module, hidden_NC, index_NK, weights_NK):
@@ -124,7 +119,7 @@ def projections(checkpoint, windows_ST):
     kinds = {it.kind: it for it in checkpoint.pruned_kinds([NEURONS])}
     places = [(kind, layer) for kind, units in kinds.items() for layer, count in enumerate(units.counts) if count]
     names = {place: kinds[place[0]].tensor(place[1], kinds[place[0]].output) for place in places}
-    seen = Definition(model, None, {place: name for place, name in names.items() if place[0] != KIND})
+    seen = Definition(model, {place: name for place, name in names.items() if place[0] != KIND})
     model(input_ids=windows_ST)
     for place, name in names.items():
         module, hidden = model.get_submodule(name), seen.hidden[place]
@@ -150,30 +145,25 @@ def routed_outputs(model, windows):
     return {place: sum_E / tokens_E.clamp(min=1) for place, (sum_E, tokens_E) in sums.items()}
 
 
-def definition(model, windows, criterion, seed=0, *, keeps=None, others=None):
-    """(kind, layer) -> sums over windows and tokens, float64 [units]; of a student where the criterion has one, but not
-    for whole experts or for sums of activations.
+def definition(model, windows, criterion, seed=0, *, others=None):
+    """(kind, layer) -> sums over windows and tokens, float64 [units]; of activations not for whole experts.
 
     See ``Definition``.
     """
     dense = copy.deepcopy(model).double().requires_grad_()
-    student, scored = dense, Definition(dense, None, others)
-    if criterion == "self_distillation":
-        student = copy.deepcopy(model).double().requires_grad_()
-        scored = Definition(student, keeps, others)
+    scored = Definition(dense, others)
     sums = defaultdict(float)
     for number, window in enumerate(windows):
-        teacher = dense(input_ids=window[None]).logits[0].detach()
-        logits = student(input_ids=window[None]).logits[0]
+        logits = dense(input_ids=window[None]).logits[0]
         if criterion == "activation":
             for place, hidden_ND in scored.hidden.items():
                 sums[place] += hidden_ND.square().sum(-2).flatten()
             continue
         loss, terms = GRADIENT_CRITERIA[criterion]
-        loss(logits, input_ids=window, window=number, seed=seed, teacher=teacher).backward()
+        loss(logits, input_ids=window, window=number, seed=seed).backward()
         for place, masks_ND in scored.masks.items():
-            # A mask's gradient is h * dL/dh, except where the mask is 0: there it is the effect of the neuron's return.
+            # A mask's gradient is h * dL/dh.
             sums[place] += terms(masks_ND.grad).sum(-2).flatten()
-            if place[0] == KIND and student is dense:  # an expert's mask is a single one on all of its neurons
+            if place[0] == KIND:  # an expert's mask is a single one on all of its neurons
                 sums[WHOLE, place[1]] += terms(masks_ND.grad.sum(-1)).sum(-1)
     return dict(sums)

@@ -16,7 +16,7 @@ def make_stage(folder, variant="llama", dtype="float32", criteria=("entropy", "s
     write_documents(folder / "text.jsonl")
     calibration = {"samples": 6, "sequence_length": 24, "micro_batch_size": 1, "shard_size": 2, "text_field": "text"}
     params = {
-        "calibration": {**calibration, "settled": None},
+        "calibration": calibration,
         "criteria": sorted(criteria),
         "dtype": dtype,
         "add_bos_token": True,

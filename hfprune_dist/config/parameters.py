@@ -38,8 +38,7 @@ class StudentParameters(Section):
 class ImportanceParameters(Parameters):
     """Parameters of a calibration pass.
 
-    ``settled_by_sums_of``: for a pass that may end early, its criteria whose scores are more than sums; their sums
-    decide as well. ``biases``: how a pass in bfloat16 adds the model's biases, if it has any. ``curvature``: how second
+    ``biases``: how a pass in bfloat16 adds the model's biases, if it has any. ``curvature``: how second
     moments of output gradients are rounded, if a criterion needs them and it makes a difference. These are absent in
     records of passes that ignored such criteria, rounded before they added biases, or rounded once per shard.
     ``structures``: the kinds of units that are scored, each by all criteria that have scores for it. ``student``: the
@@ -51,7 +50,6 @@ class ImportanceParameters(Parameters):
     dtype: Dtype
     add_bos_token: bool
     seed: int
-    settled_by_sums_of: Annotated[list[CriterionName] | None, LeftOutAt(None)] = None
     biases: Annotated[Literal["added before rounding"] | None, LeftOutAt(None)] = None
     curvature: Annotated[Literal["rounded by micro-batch"] | None, LeftOutAt(None)] = None
     structures: Annotated[Kinds, LeftOutAt([NEURONS])] = Field(default=[NEURONS])

@@ -37,24 +37,11 @@ class ImportanceConfig(Section):
     """Scores to compute in addition to those that the methods need, all in one calibration pass: one forward, and one
     backward for each loss.
 
-    entropy: sum over tokens of |h * dH/dh| (HFPrune). entropy_bfloat16: the same, summed over micro-batches in
-    bfloat16, to show the effect of rounding. entropy_squared: sum of squares of the same terms. cross_entropy: sum of
-    |h * dCE/dh| (LLM-Pruner's first order, on activations). fisher: sum of (h * dlog p(y)/dh)^2 with y drawn from p.
-    fisher_signs: the same expectation, from random signs. self_distillation: sum of |h * dKL/dh| in a student that
-    lacks a tenth of its neurons, against the dense model (SDMPrune; another forward and backward). activation: norm of
-    h times the norm of the down_proj column. activation_l1: norm of h times the sum of the absolute weights in that
-    column (Wanda-sp). fluctuation: variance of h times the squared norm of that column (FLAP). surgeon: KL divergence
-    in nats that removing the neuron costs once all cheaper ones are gone and the others are refitted (K-FAC; a second
-    forward over the windows, layer by layer). weight_taylor: sum over the neuron's weights of |W * dCE/dW|, of the mean
-    over all windows (LLM-Pruner's first order; memory for these gradients). weight_taylor_vectorized: the same, of
-    products summed over each row and column. weight_taylor_second_order: sum over windows and the neuron's weights of
-    (W * dCE/dW)^2 (LLM-Pruner's second order). coupled_taylor: sum over windows of the mean over hidden channels of
-    |W * dCE/dW summed over the neuron's weights at that channel| (SDMPrune's start). reap: for whole experts alone, the
-    mean over their tokens of |output| * routing weight. magnitude: norm of the weights. random: a random order.
-    coupled_taylor_distilled is not for this list: it needs a method that chooses its student.
+    configs/methods/README.md says what each measures, and its source. coupled_taylor_distilled is not for this list: it
+    needs a method that chooses its student.
     """
     dtype: Dtype = "bfloat16"
-    """Compute dtype of forward and backward; scores are accumulated in float64, except for entropy_bfloat16."""
+    """Compute dtype of forward and backward; scores are accumulated in float64."""
 
 
 class EvaluationConfig(Section):

@@ -53,12 +53,6 @@ class CalibrationConfig(TextSource):
     """Windows per forward pass of one rank."""
     shard_size: Positive = 4
     """Micro-batches per shard. Sums are reduced over ranks and saved after each shard, from which a run can resume."""
-    settled: Annotated[float, Field(gt=0, le=1)] | None = None
-    """Stop early, as soon as the two halves of the windows so far agree on this share of the neurons to keep, by every
-    criterion of the pass (checked after 2, 4, 8, ... shards); null uses all samples. The agreement is always reported.
-    For activation, activation_l1 and surgeon it is the agreement of the sums from which their scores are computed.
-    fluctuation, reap, weight_taylor, weight_taylor_vectorized, magnitude and random, whose units have no single sum,
-    and entropy_bfloat16, which rounds its sums, don't take part in the decision."""
     add_bos_token: Annotated[bool | None, LeftOutAt(None)] = None
     """Begin every window with the tokenizer's BOS token; null: as in evaluation.add_bos_token."""
     mixture: Annotated[list[MixedText] | None, LeftOutAt(None)] = None

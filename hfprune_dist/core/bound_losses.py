@@ -15,7 +15,6 @@ from hfprune_dist.core.criteria import (
     LABELS_AND_TEACHER,
     RANDOM_SIGNS,
     SAMPLED_LABEL,
-    SELF_DISTILLATION,
     Loss,
 )
 from hfprune_dist.core.entropy import entropy_gradient
@@ -24,7 +23,6 @@ from hfprune_dist.core.head import LogitGradient, Rows
 from hfprune_dist.core.losses import (
     SIGN_TOKENS,
     cross_entropy_gradient,
-    distillation_gradient,
     draw_sign_bits,
     draw_uniform,
     labels_and_teacher_gradient,
@@ -111,14 +109,6 @@ def _sign_groups(numbers: slice, tokens: int) -> Iterator[tuple[int, int, slice]
         start += count
 
 
-def _self_distillation(_batch: Batch) -> LogitGradient:
-    def gradient(rows: Rows) -> tuple[Tensor, Tensor]:
-        assert rows.teacher_NV is not None
-        return distillation_gradient(rows.logits_NV, rows.teacher_NV)
-
-    return gradient
-
-
 def _labels_and_teacher(batch: Batch) -> LogitGradient:
     """(1 - a) times the mean over a window's labels, plus a times the mean over all its tokens; returned per token, and
     scaled so that the mean over all tokens gives this sum.
@@ -143,7 +133,6 @@ _BINDINGS: dict[Loss, Callable[[Batch], LogitGradient]] = {
     CROSS_ENTROPY: _cross_entropy,
     SAMPLED_LABEL: _sampled_label,
     RANDOM_SIGNS: _random_signs,
-    SELF_DISTILLATION: _self_distillation,
     LABELS_AND_TEACHER: _labels_and_teacher,
 }
 

@@ -41,7 +41,6 @@ Summed = Literal[
     "activation",
     "moments",
     "routed_output",
-    "weight_product",
     "coupled_product",
     "weight_gradient",
     "nothing",
@@ -58,20 +57,17 @@ class Criterion:
         summed: the quantity that is summed. Per token: h * dL/dh, added up over the unit's channels ("gradient"); h of
             each channel separately ("activation"); h and h^2 of each channel, adjacent and signed ("moments"); or, for
             an expert that is given the token, the norm of its output times its routing weight, followed by 1
-            ("routed_output"). Per window: W * dL/dW of each weight that the unit owns ("weight_product"), or the same
-            added up over a neuron's three weights at a hidden channel, of which the mean over hidden channels is taken
-            ("coupled_product"). Over the whole pass: dL/dW of the weights that units own, signed, with no number per
-            unit ("weight_gradient"). Or "nothing": no calibration pass.
+            ("routed_output"). Per window: W * dL/dW added up over a neuron's three weights at a hidden channel, of
+            which the mean over hidden channels is taken ("coupled_product"). Over the whole pass: dL/dW of the weights
+            that units own, signed, with no number per unit ("weight_gradient"). Or "nothing": no calibration pass.
         loss: L, if a gradient is summed.
         reduction: whether absolute values or squares are summed.
         is_its_sum: whether the sum is the score; otherwise ``core.scores`` turns it into one.
         needs_moments: whether the score also depends on the layer's ``SecondMoments``, which cost a second pass.
         in_nats: whether scores estimate KL divergence per token, a unit of measure that all layers share.
         in_deviations: whether scores are means over a unit's channels, in standard deviations of its layer's channels.
-        accumulated_in: dtype of the running sum over micro-batches. One narrower than float64 is for comparison with
-            code that accumulates in it: the sum is then rounded after each micro-batch, in the order of the whole pass.
         student_of: for the loss of a student, the criterion whose scores from an earlier pass determine the neurons it
-            lacks; None if the same pass determines them.
+            lacks.
     """
 
     name: str
@@ -83,20 +79,18 @@ class Criterion:
     needs_moments: bool = False
     in_nats: bool = False
     in_deviations: bool = False
-    accumulated_in: Literal["float64", "bfloat16"] = "float64"
     student_of: str | None = None
 
     def __post_init__(self) -> None:
-        of_gradients = ("gradient", "weight_product", "coupled_product", "weight_gradient")
+        of_gradients = ("gradient", "coupled_product", "weight_gradient")
         assert (self.summed in of_gradients) == (self.loss is not None), self.name
-        assert self.loss is None or self.summed != "weight_gradient" or self.loss.of == "dense", self.name
-        assert self.summed != "weight_product" or self.reduction == "square", self.name
+        is_of_student = self.loss is not None and self.loss.of == "student"
+        assert is_of_student == (self.student_of is not None) and not (is_of_student and self.is_of_expert_neurons)
 
     @property
     def has_sums_of_units(self) -> bool:
         """Whether a pass adds up numbers for units or for their channels."""
-        of_tokens = self.summed in ("gradient", "activation", "moments", "routed_output")
-        return of_tokens or self.needs_weight_products
+        return self.summed not in ("weight_gradient", "nothing")
 
     @property
     def is_of_neurons_alone(self) -> bool:
@@ -117,14 +111,13 @@ class Criterion:
 
     @property
     def is_of_whole_experts(self) -> bool:
-        """Whether whole experts have scores; not where a student is scored, since it lacks some of their neurons."""
-        of_dense = self.loss is None or self.loss.of == "dense"
-        return self.is_of_whole_experts_alone or (self.is_of_expert_neurons and of_dense)
+        """Whether whole experts have scores."""
+        return self.is_of_whole_experts_alone or self.is_of_expert_neurons
 
     @property
     def needs_weight_products(self) -> bool:
         """Whether it needs weights times their gradients in each window (``core.weight_products``)."""
-        return self.summed in ("weight_product", "coupled_product")
+        return self.summed == "coupled_product"
 
     @property
     def needs_weight_gradients(self) -> bool:
@@ -140,30 +133,6 @@ class Criterion:
         """Return the number of sums that a unit with this many channels has."""
         of_each = 2 if self.summed in ("moments", "routed_output") else 1
         return of_each * channels if self.is_of_channels else of_each
-
-    @property
-    def is_rounded(self) -> bool:
-        """Whether its running sum is rounded, so that it can't be added up shard by shard."""
-        return self.accumulated_in != "float64"
-
-    @property
-    def has_halves(self) -> bool:
-        """Whether the sums over two halves of the windows can be compared (see ``core.split_half``).
-
-        Gradients of weights can't, since each is one sum. Nor can moments and routed outputs, since no single sum of
-        theirs determines which units stay. Halves of rounded sums would be meaningless: the more terms, the more of
-        them vanish, so two halves lose less than the whole, and the whole stops changing because of the rounding.
-        """
-        is_one_sum = self.summed not in ("moments", "routed_output")
-        return self.has_sums_of_units and is_one_sum and not self.is_rounded
-
-    @property
-    def compared(self) -> str:
-        """What is compared between two halves: scores, or the sums over tokens if scores are more than their sums."""
-        if self.is_its_sum:
-            return "scores"
-        term = "(h * dL/dh)" if self.summed == "gradient" else "h"
-        return f"sums of |{term}|" if self.reduction == "abs" else f"sums of {term}^2"
 
 
 def losses_of(criteria: Iterable[Criterion]) -> list[Loss]:
@@ -182,7 +151,6 @@ CROSS_ENTROPY = Loss("cross_entropy", "mean", unlabelled=1)
 # expectation of its square is that of the sum of their squares.
 SAMPLED_LABEL = Loss("sampled_label", "sum")
 RANDOM_SIGNS = Loss("random_signs", "sum", in_nats=False)
-SELF_DISTILLATION = Loss("self_distillation", "mean", of="student")
 LABELS_AND_TEACHER = Loss("labels_and_teacher", "mean", of="student")
 
 # A Fisher score is sum_s (h_s * d/dh_s sum_t log p(y_t))^2 over the tokens s of a window. Attention mixes tokens: the
@@ -197,22 +165,6 @@ CRITERIA: dict[str, Criterion] = {
             "sum over tokens of |h * dH/dh|, H a window's mean entropy (HFPrune, arXiv 2603.08083)",
             "gradient",
             ENTROPY,
-        ),
-        # The published code has one window per micro-batch, and also rounds while it sums over the window's tokens.
-        Criterion(
-            "entropy_bfloat16",
-            "as entropy, but the sum over micro-batches is kept in bfloat16, as the published code keeps it over "
-            "windows: what adds less than 1/256 vanishes",
-            "gradient",
-            ENTROPY,
-            accumulated_in="bfloat16",
-        ),
-        Criterion(
-            "entropy_squared",
-            "sum over tokens of (h * dH/dh)^2, from the gradients of entropy",
-            "gradient",
-            ENTROPY,
-            "square",
         ),
         Criterion(
             "cross_entropy",
@@ -233,13 +185,6 @@ CRITERIA: dict[str, Criterion] = {
             "gradient",
             RANDOM_SIGNS,
             "square",
-        ),
-        Criterion(
-            "self_distillation",
-            "sum over tokens of |h * dKL/dh| in a student without the tenth of neurons that are active least, KL a "
-            "window's mean divergence from the dense model (SDMPrune, arXiv 2506.11120)",
-            "gradient",
-            SELF_DISTILLATION,
         ),
         Criterion(
             "activation",
@@ -282,22 +227,6 @@ CRITERIA: dict[str, Criterion] = {
             "weight_gradient",
             CROSS_ENTROPY,
             is_its_sum=False,
-        ),
-        Criterion(
-            "weight_taylor_vectorized",
-            "as weight_taylor, but W * dCE/dW is added up over each row, or column, before its absolute value is taken "
-            "(LLM-Pruner's vectorize)",
-            "weight_gradient",
-            CROSS_ENTROPY,
-            is_its_sum=False,
-        ),
-        Criterion(
-            "weight_taylor_second_order",
-            "sum over windows and over the weights that the unit owns of (W * dCE/dW)^2, CE a window's mean "
-            "(LLM-Pruner's param_second)",
-            "weight_product",
-            CROSS_ENTROPY,
-            "square",
         ),
         Criterion(
             "coupled_taylor",

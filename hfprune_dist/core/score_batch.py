@@ -16,7 +16,7 @@ from hfprune_dist.core.head import NOTHING, AfterHead, head_gradients
 from hfprune_dist.core.linear_observer import LinearObserver, SeenLinear
 from hfprune_dist.core.unit_outputs import UnitOutputs
 from hfprune_dist.core.unit_sums import KindObserver, KindSums, Phase, SeeOutputGradients
-from hfprune_dist.core.weight_products import CoupledProducts, SquaredProducts
+from hfprune_dist.core.weight_products import CoupledProducts
 
 
 @dataclass(frozen=True)
@@ -204,11 +204,10 @@ class UnitSums:
 
 
 def _multiplied(outputs: UnitOutputs, criterion: Criterion, observer: KindObserver) -> list[SeenLinear]:
-    """Return the linear layers that a criterion's weight products need; their sums go to ``observer``."""
-    form = CoupledProducts if criterion.summed == "coupled_product" else SquaredProducts
+    """Return the linear layers that a criterion's products need; their sums go to ``observer``."""
     rows, see = outputs.input_projections, partial(observer.see_sum, criterion)
     products = [
-        form(rows[layer], columns, outputs.units(layer), partial(see, layer))
+        CoupledProducts(rows[layer], columns, outputs.units(layer), partial(see, layer))
         for layer, columns in outputs.seen_modules()
     ]
     return [seen for it in products for seen in it.seen_linears()]

@@ -12,12 +12,6 @@ from hfprune_dist.core.criteria import Criterion, lacking
 from hfprune_dist.core.elimination import elimination_scores
 from hfprune_dist.core.unit_sums import sum_over_channels
 
-# Share of a layer's units that the student of ``self_distillation`` lacks. SDMPrune's code takes 1/40; on a model of
-# 135M parameters a tenth leaves 0.13 nats of divergence, a hundred times as much as rounding to bfloat16.
-STUDENT_LACKS = 0.1
-# Criterion that selects them. Not ``magnitude``: without the 1/40 of smallest norm, that model diverges by 3.8 nats.
-STUDENT_CRITERION = "activation"
-
 
 @dataclass(frozen=True)
 class SecondMoments:
@@ -82,11 +76,11 @@ def scores_from_sums(criterion: Criterion, sum_N: Tensor, layer: ScoredLayer) ->
     return sum_N if criterion.is_its_sum else _MADE_OF_SUMS[criterion.name](sum_N, layer)
 
 
-def student_keeps(scores_U: Tensor, share: float = STUDENT_LACKS) -> Tensor:
+def student_keeps(scores_U: Tensor, share: float) -> Tensor:
     """Return the mask of a layer's units that the student has, bool [units]: all but the share with the lowest scores.
 
     Args:
-        scores_U: scores by ``STUDENT_CRITERION``, or by the criterion that the student's criterion names.
+        scores_U: scores by the criterion that the student's criterion names.
         share: share of the units that the student lacks.
     """
     lacks = scores_U.sort(stable=True).indices[: lacking(len(scores_U), share)]
@@ -151,12 +145,6 @@ def first_order_of_weights(_sum_U: Tensor, layer: ScoredLayer) -> Tensor:
     return torch.stack([*of_rows, of_columns]).sum(dim=0).cpu()
 
 
-def first_order_of_vectors(_sum_U: Tensor, layer: ScoredLayer) -> Tensor:
-    """Return the same with |sum W * dL/dW| for each row and column that a unit owns (LLM-Pruner's ``vectorize``)."""
-    of_vectors = [*(products.sum(dim=1) for products in _row_products(layer)), _column_products(layer).sum(dim=0)]
-    return torch.stack([it.abs().unflatten(0, (layer.units, -1)).sum(dim=1) for it in of_vectors]).sum(dim=0).cpu()
-
-
 def weight_norm(_sum_U: Tensor, layer: ScoredLayer) -> Tensor:
     """Return the Euclidean norm of all weights that a unit owns, its rows and its columns; biases don't count."""
     norms = [_norm(weight_DC.reshape(layer.units, -1), dim=1) for weight_DC in layer.read_rows()]
@@ -186,7 +174,6 @@ _MADE_OF_SUMS: dict[str, Callable[[Tensor, ScoredLayer], Tensor]] = {
     "reap": mean_routed_output,
     "surgeon": costs_of_removal,
     "weight_taylor": first_order_of_weights,
-    "weight_taylor_vectorized": first_order_of_vectors,
 }
 
 

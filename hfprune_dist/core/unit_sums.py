@@ -36,13 +36,11 @@ class KindSums:
     """Sums over some micro-batches for the units of one kind, on the CPU.
 
     Attributes:
-        exact: criterion -> float64 [num_layers, sums of units], unit by unit (``Criterion.sums_of_unit``), for all
-            criteria whose sum isn't rounded. Layers with fewer units than others are padded with zeros.
-        terms: for criteria whose sum ``is_rounded``, each micro-batch's term: criterion -> float32, of the same shape.
+        exact: criterion -> float64 [num_layers, sums of units], unit by unit (``Criterion.sums_of_unit``). Layers with
+            fewer units than others are padded with zeros.
     """
 
     exact: dict[str, Tensor]
-    terms: list[dict[str, Tensor]]
 
 
 # Called in the backward of the criterion that ``needs_moments``, from the last layer to the first, with the layer's
@@ -147,9 +145,6 @@ class KindObserver:
         """Add a micro-batch's sums to ``sums``."""
         for name, sums_LN in self.sums.exact.items():
             sums_LN += seen[name]
-        terms = {it.name: seen[it.name] for it in self._criteria if it.is_rounded}
-        if terms:
-            self.sums.terms.append(terms)
 
     def see_sum(self, criterion: Criterion, layer: int, sum_U: Tensor) -> None:
         """Record a layer's sums over a micro-batch that were computed elsewhere, float32 or wider, one per unit."""
@@ -260,11 +255,9 @@ def _nothing_yet(outputs: UnitOutputs, criteria: Sequence[Criterion]) -> KindSum
     layers = len(outputs.projections)
     units = max(outputs.units(layer) for layer in range(layers))
     exact = {
-        it.name: torch.zeros(layers, units * it.sums_of_unit(outputs.channels_per_unit)).double()
-        for it in criteria
-        if not it.is_rounded
+        it.name: torch.zeros(layers, units * it.sums_of_unit(outputs.channels_per_unit)).double() for it in criteria
     }
-    return KindSums(exact, [])
+    return KindSums(exact)
 
 
 def sum_over_channels(values_D: Tensor, channels_per_unit: int) -> Tensor:

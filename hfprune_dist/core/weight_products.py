@@ -1,12 +1,8 @@
-"""Products of all the weights that a unit owns with their gradients, window by window.
+"""Products of all the weights that a neuron owns with their gradients, window by window.
 
-``CoupledProducts``: neuron n of a gated MLP has three weights at hidden channel j, gate_nj, up_nj and down_jn. To first
-order, removing all three at once lowers the loss by the sum of their products W * dL/dW, in which products of opposite
-sign cancel (SDMPrune: arXiv 2506.11120).
-
-``SquaredProducts``: with the mean over windows of (dL/dW)^2 as the diagonal of the loss's Hessian, the second-order
-effect of removing a weight is half of W^2 times that (LLM-Pruner: arXiv 2305.11627, eq. 5). It has no sign, so each
-weight counts by itself, and a linear layer can be processed as soon as its weight is available.
+Neuron n of a gated MLP has three weights at hidden channel j, gate_nj, up_nj and down_jn. To first order, removing all
+three at once lowers the loss by the sum of their products W * dL/dW, in which products of opposite sign cancel
+(SDMPrune: arXiv 2506.11120).
 
 A window's gradients are computed a few rows at a time, when a backward shows the inputs and output gradients that they
 are made of, so no weight's whole gradient ever exists.
@@ -14,11 +10,9 @@ are made of, so no weight's whole gradient ever exists.
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -66,11 +60,10 @@ class OwnedRows:
         return products
 
 
-Part = TypeVar("Part")
-
-
-class WeightProducts(ABC, Generic[Part]):
-    """Scores of one layer's units from their weights, made once a backward has shown all of its linear layers.
+class CoupledProducts:
+    """Scores of one layer's units from their weights, made once a backward has shown all of its linear layers: the sum
+    over windows of the mean over hidden channels of |W * dL/dW, summed over one row of each weight|. Units own the same
+    number of rows of every weight.
 
     Args:
         rows: linear layers that the channels are made of, whose rows the units own.
@@ -87,7 +80,7 @@ class WeightProducts(ABC, Generic[Part]):
         self._units = units
         self._add = add
         self._shown: dict[int, tuple[Tensor, Tensor]] = {}
-        self._parts: dict[int, list[Part]] = {}
+        self._owned: dict[int, list[OwnedRows]] = {}
 
     def seen_linears(self) -> list[SeenLinear]:
         """Return the linear layers with the callbacks that must see them."""
@@ -107,33 +100,12 @@ class WeightProducts(ABC, Generic[Part]):
             parts = self._row_parts[number]
             pairs = zip(weight_OI.chunk(parts), gradients_BTO.chunk(parts, dim=-1), strict=True)
             owned = [OwnedRows(weight, inputs_BTI, gradients) for weight, gradients in pairs]
-        self._parts[number] = [self._part(it) for it in owned]
-        if len(self._parts) == len(self._linears):
-            self._add(self._scores([part for it in range(len(self._linears)) for part in self._parts.pop(it)]))
-
-    @abstractmethod
-    def _part(self, owned: OwnedRows) -> Part:
-        """Return what must be kept of a linear layer until all have been shown."""
-
-    @abstractmethod
-    def _scores(self, parts: Sequence[Part]) -> Tensor:
-        """Return scores [units] from all linear layers, those of ``rows`` first."""
-
-    def _of_units(self, sums_D: Tensor) -> Tensor:
-        """Add up the sums of rows for each unit."""
-        sums_U: Tensor = sums_D.unflatten(0, (self._units, -1)).sum(dim=1)
-        return sums_U
-
-
-class CoupledProducts(WeightProducts[OwnedRows]):
-    """Sum over windows of the mean over hidden channels of |W * dL/dW, summed over one row of each weight|; units own
-    the same number of rows of every weight.
-    """
-
-    def _part(self, owned: OwnedRows) -> OwnedRows:
-        return owned
+        self._owned[number] = owned
+        if len(self._owned) == len(self._linears):
+            self._add(self._scores([it for place in range(len(self._linears)) for it in self._owned.pop(place)]))
 
     def _scores(self, parts: Sequence[OwnedRows]) -> Tensor:
+        """Return scores [units] from all linear layers, those of ``rows`` first."""
         first, scores_D = parts[0], parts[0].nothing
         for window in range(len(first.inputs)):
             products = [owned.of_window(window) for owned in parts]
@@ -142,19 +114,5 @@ class CoupledProducts(WeightProducts[OwnedRows]):
                 for of_rows in products:
                     sum_DC = of_rows(rows).add_(sum_DC)
                 scores_D[rows] += sum_DC.abs_().mean(dim=1)
-        return self._of_units(scores_D)
-
-
-class SquaredProducts(WeightProducts[Tensor]):
-    """Sum over windows and over all weights that a unit owns of (W * dL/dW)^2."""
-
-    def _part(self, owned: OwnedRows) -> Tensor:
-        squares_D = owned.nothing
-        for window in range(len(owned.inputs)):
-            products = owned.of_window(window)
-            for rows in row_blocks(owned.weight, BLOCK_BYTES):
-                squares_D[rows] += products(rows).square_().sum(dim=1)
-        return self._of_units(squares_D)
-
-    def _scores(self, parts: Sequence[Tensor]) -> Tensor:
-        return torch.stack(list(parts)).sum(dim=0)
+        sums_U: Tensor = scores_D.unflatten(0, (self._units, -1)).sum(dim=1)
+        return sums_U

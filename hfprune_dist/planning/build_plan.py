@@ -47,12 +47,11 @@ def build_plan(
         device: the device that efficiency is measured on, if it is measured at all.
 
     Raises:
-        UserError: for a ratio that a model can't reach, rows that would be the same, input text that can't be read, a
-            calibration that is to end early although no criterion can tell when, generations beyond a model's
-            positions, or a method that prunes during recovery if there is no recovery.
+        UserError: for a ratio that a model can't reach, rows that would be the same, input text that can't be read,
+            generations beyond a model's positions, or a method that prunes during recovery if there is no recovery.
     """
     config = choose_micro_batches(config, [], {})  # 1 where still to be chosen
-    check_criteria(config, methods)
+    check_criteria(config)
     check_recovery(config, methods)
     planner = _Planner(config, methods, hashes, device)
     planner.check_ratios(models)

@@ -24,11 +24,11 @@ def with_earlier_passes(today: Plan, earlier: Plan, is_done: Callable[[str], boo
 
 
 def _holds(made: Stage, wanted: Stage) -> bool:
-    """Whether a pass contains all scores of another with the same bits; never if criteria decide where it ends."""
+    """Whether a pass contains all scores of another with the same bits."""
     has, asks = made.params, wanted.params
     if not isinstance(has, ImportanceParameters) or not isinstance(asks, ImportanceParameters):
         return False
     is_part = {*asks.criteria} <= {*has.criteria} and {*asks.structures} <= {*has.structures}
-    if has.calibration.settled is not None or not is_part:
+    if not is_part:
         return False
     return replace(made, params=has.scoring(asks.criteria, asks.structures)).id == wanted.id

@@ -11,7 +11,7 @@ from hfprune_dist.planning.gathering import gathered_at_a_time
 from hfprune_dist.planning.gpu_needs import Memory
 from hfprune_dist.planning.head_footprint import HEAD_CHUNK_BYTES
 from hfprune_dist.planning.layer_pass_footprint import memory_of_layer_pass, pinned_bytes, tokens_of_a_rank
-from hfprune_dist.planning.product_footprint import coupled_bytes, squared_bytes
+from hfprune_dist.planning.product_footprint import coupled_bytes
 from hfprune_dist.planning.sum_footprint import (
     MEAN_BYTES,
     ROUNDED_BYTES,
@@ -36,8 +36,8 @@ class Importance:
     layer by layer over all ``samples`` windows follows for their Gram matrices, without the whole model in memory. With
     ``kv_groups``, attention's outputs are treated like those of MLPs.
     With ``weight_gradients``, it sums the gradients of the weights that units own, distributed in the same way. With
-    ``squared_products``, it computes them window by window, and with ``coupled_products`` those of neurons' weights:
-    from the dense model's losses if there are any, otherwise from the student's.
+    ``coupled_products``, it computes those of neurons' weights window by window: from the dense model's losses if there
+    are any, otherwise from the student's.
     With a ``student``, the model runs again without some neurons, forward and backward; the dense model is the teacher.
     """
 
@@ -51,7 +51,6 @@ class Importance:
     samples: int | None = None
     kv_groups: bool = False
     weight_gradients: bool = False
-    squared_products: bool = False
     coupled_products: bool = False
 
     def resized(self, windows: int) -> Importance:
@@ -85,12 +84,12 @@ class Importance:
     @property
     def _sees_mlps(self) -> bool:
         """Whether the inputs and output gradients of MLPs' linear layers are captured."""
-        return self.weight_gradients or self.squared_products or self.coupled_products
+        return self.weight_gradients or self.coupled_products
 
     @property
     def _sees_attention(self) -> bool:
         """Whether the inputs and output gradients of attention's linear layers are captured."""
-        return self.kv_groups and (self.weight_gradients or self.squared_products)
+        return self.kv_groups and self.weight_gradients
 
     @property
     def _sees_student(self) -> bool:
@@ -119,8 +118,6 @@ class Importance:
         backward = (dims.mlp_matrices + self.checkpointing) * numbers * self.itemsize + portions
         if self.weight_gradients and self.itemsize < 4:  # a linear layer's input and output gradient in float32
             backward = max(backward, 2 * numbers * self.itemsize + 4 * (numbers + tokens * dims.hidden_size))
-        if self.squared_products:  # in addition to gradients at gate and up
-            backward = max(backward, 2 * numbers * self.itemsize + squared_bytes(dims, self.tokens, self.itemsize))
         if self.coupled_products:
             backward = max(backward, coupled_bytes(dims, self.windows, self.tokens, self.itemsize))
         return Memory(

@@ -28,6 +28,5 @@ def importance_job(params: ImportanceParameters, checkpointing: bool) -> Importa
         samples=params.calibration.samples,
         kv_groups=KV_GROUPS in params.structures,
         weight_gradients=any(criterion.needs_weight_gradients for criterion in criteria),
-        squared_products=any(criterion.summed == "weight_product" for criterion in criteria),
         coupled_products=any(criterion.summed == "coupled_product" for criterion in criteria),
     )

@@ -17,18 +17,13 @@ FLOAT32 = ITEMSIZE["float32"]  # bytes
 def coupled_bytes(dims: Dimensions, windows: int, tokens: int, itemsize: int) -> int:
     """Bytes of a micro-batch's coupled products; gradients at the outputs of all linear layers are kept meanwhile."""
     waiting = windows * tokens * (dims.row_projections * dims.intermediate_size + dims.hidden_size) * itemsize
-    return waiting + dims.mlp_matrices * _copied(dims, tokens, itemsize) + _portion(dims, tokens, itemsize, matrices=2)
-
-
-def squared_bytes(dims: Dimensions, tokens: int, itemsize: int) -> int:
-    """Bytes of squared products of the widest linear layer, window by window."""
-    return _copied(dims, tokens, itemsize) + _portion(dims, tokens, itemsize, matrices=1)
+    return waiting + dims.mlp_matrices * _copied(dims, tokens, itemsize) + _portion(dims, tokens, itemsize)
 
 
 def _copied(dims: Dimensions, tokens: int, itemsize: int) -> int:
     return tokens * dims.hidden_size * (FLOAT32 if itemsize < FLOAT32 else 0)
 
 
-def _portion(dims: Dimensions, tokens: int, itemsize: int, *, matrices: int) -> int:
+def _portion(dims: Dimensions, tokens: int, itemsize: int) -> int:
     rows = min(dims.intermediate_size, ACCELERATOR_BYTES // (2 * FLOAT32 * dims.hidden_size))
-    return rows * (matrices * FLOAT32 * dims.hidden_size + tokens * (FLOAT32 if itemsize < FLOAT32 else 0))
+    return rows * (2 * FLOAT32 * dims.hidden_size + tokens * (FLOAT32 if itemsize < FLOAT32 else 0))

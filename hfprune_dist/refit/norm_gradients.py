@@ -15,9 +15,8 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from hfprune_dist.core.bound_losses import Batch, bind
-from hfprune_dist.core.criteria import SELF_DISTILLATION
-from hfprune_dist.core.head import head_gradients
+from hfprune_dist.core.head import Rows, head_gradients
+from hfprune_dist.core.losses import distillation_gradient
 from hfprune_dist.distributed.host_transfers import HostTransfers
 from hfprune_dist.distributed.in_step import in_step
 from hfprune_dist.distributed.layer_stream import AfterLayer
@@ -135,10 +134,8 @@ class NormGradients:
         head, kls = self._head, dict[int, float]()
 
         def slope_of(index: int, normed_BTC: Tensor, dense_BTC: Tensor) -> Tensor:
-            ids_BT = self._micro_batches[index]
-            losses = [bind(SELF_DISTILLATION, Batch(ids_BT, range(len(ids_BT)), len(head.weight_VC), seed=0))]
             states = (normed_BTC.flatten(0, 1), head.weight_VC, head.bias_V)
-            ((kl_N, slope_NC),) = head_gradients(*states, losses, dense_BTC.flatten(0, 1), after=head.after)
+            ((kl_N, slope_NC),) = head_gradients(*states, [_divergence], dense_BTC.flatten(0, 1), after=head.after)
             kls[index] = float(kl_N.sum(dtype=torch.float64))
             return slope_NC.view_as(normed_BTC)
 
@@ -201,3 +198,9 @@ class NormGradients:
 
 def _given(_index: int, _output_BTC: Tensor, slope_BTC: Tensor) -> Tensor:
     return slope_BTC
+
+
+def _divergence(rows: Rows) -> tuple[Tensor, Tensor]:
+    """The divergence from the dense model at some tokens, and its gradient at the logits."""
+    assert rows.teacher_NV is not None
+    return distillation_gradient(rows.logits_NV, rows.teacher_NV)

@@ -176,9 +176,7 @@ def _of_other_rows(record: Mapping[str, Any]) -> set[str]:
     kind, params = record["kind"], record["params"]
     if kind == "reference" and "text" not in params:
         return {"micro_batch_size"}  # on calibration windows; that of distillation
-    # All criteria of a pass that may end early decide where.
-    may_end_early = kind == "importance" and params.get("calibration", {}).get("settled") is not None
-    return _OF_OTHER_ROWS if kind == "importance" and not may_end_early else set()
+    return _OF_OTHER_ROWS if kind == "importance" else set()
 
 
 def _flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, object]]:

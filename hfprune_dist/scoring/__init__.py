@@ -2,6 +2,6 @@
 
 ``calibration_pass`` is the loop. In each round, a rank's ``shard_scorer`` runs the model (``placement``) over a shard
 of the windows, and ``shard_sums`` adds all ranks' shards to the sums so far, which it saves and resumes from. These are
-``kind_totals`` for each kind of units; ``halves`` of them, which show whether more windows would change what stays; and
-``layer_sums`` of matrices too large to be sent with a shard: ``curvature`` and ``weight_gradients``.
+``kind_totals`` for each kind of units; and ``layer_sums`` of matrices too large to be sent with a shard: ``curvature``
+and ``weight_gradients``.
 """

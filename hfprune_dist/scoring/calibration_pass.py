@@ -52,7 +52,6 @@ class CalibrationPass:
         if totals.is_complete:
             return
         scorer = self._load()
-        scorer.choose_student(self._shards[0])
         while not totals.is_complete:
             before_round(totals.next_shard)
             sums = self._score_round(scorer)

@@ -63,8 +63,7 @@ class KindTotals:
         criteria: the criteria that have something to sum.
 
     Attributes:
-        sums: criterion -> float64 [num_layers, sums of units] (``KindSizes.of_sums``), added in shard order; for
-            criteria with a narrower ``accumulated_in``, added micro-batch by micro-batch and rounded to it each time.
+        sums: criterion -> float64 [num_layers, sums of units] (``KindSizes.of_sums``), added in shard order.
             Layers with fewer units than others are padded with zeros.
         experts: number of experts among which a layer's units are divided equally.
     """
@@ -72,27 +71,20 @@ class KindTotals:
     def __init__(self, criteria: Sequence[Criterion], sizes: KindSizes, world: World) -> None:
         self.sums = {it.name: torch.zeros(sizes.of_sums(it), dtype=torch.float64) for it in criteria}
         self.experts = sizes.experts
-        self._criteria = criteria
         self._sizes = sizes
         self._world = world
 
-    def add(self, shard: KindSums, source: int) -> dict[str, Tensor]:
+    def add(self, shard: KindSums, source: int) -> None:
         """Add one rank's shard; collective.
 
         Args:
             shard: this rank's own shard.
             source: the rank whose shard is added.
-
-        Returns:
-            The added shard's sums that aren't rounded, criterion -> float64, shaped like ``sums``.
         """
-        exact = {name: sums_LN.clone() for name, sums_LN in shard.exact.items()}
-        for name, received_LN in exact.items():
+        for name, sums_LN in shard.exact.items():
+            received_LN = sums_LN.clone()
             self._world.broadcast_tensor(received_LN, source)
             self.sums[name] += received_LN
-        if len(exact) < len(self.sums):
-            self._add_rounded(self._world.broadcast(shard.terms, source))
-        return exact
 
     def of_layer(self, criterion: Criterion, layer: int) -> Tensor:
         """Return a criterion's sums for a layer's units or channels, float64; zeros if it sums nothing."""
@@ -112,10 +104,3 @@ class KindTotals:
         for name, sums_LN in self.sums.items():
             sums_LN.copy_(saved.get(f"sums.{name}", sums_LN))
             self._world.broadcast_tensor(sums_LN, 0)
-
-    def _add_rounded(self, terms: list[dict[str, Tensor]]) -> None:
-        dtypes = {it.name: getattr(torch, it.accumulated_in) for it in self._criteria}
-        for term in terms:
-            for name, term_LN in term.items():
-                dtype = dtypes[name]
-                self.sums[name] = (self.sums[name].to(dtype) + term_LN.to(dtype)).double()

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from hfprune_dist.checkpoints.checkpoint import Checkpoint
-from hfprune_dist.checkpoints.read_tensors import scored_layer
 from hfprune_dist.core.bound_losses import Batch, TeacherSettings
-from hfprune_dist.core.criteria import CRITERIA, Criterion, losses_of
+from hfprune_dist.core.criteria import Criterion, losses_of
 from hfprune_dist.core.exact_sums import ExactOverflowError
 from hfprune_dist.core.linear_observer import SeenLinear
 from hfprune_dist.core.score_batch import ScoredModel, UnitSums, score_batch
-from hfprune_dist.core.scores import STUDENT_CRITERION, scores_from_sums, student_keeps
 from hfprune_dist.core.unit_outputs import InputProjection, UnitOutputs
 from hfprune_dist.core.unit_sums import KindSums, NonFiniteError
 from hfprune_dist.distributed.world import World
@@ -30,7 +28,7 @@ from hfprune_dist.models.memory_efficient_backward import (
 from hfprune_dist.scoring.curvature import Curvature
 from hfprune_dist.scoring.placement import place
 from hfprune_dist.scoring.weight_gradients import WeightGradients
-from hfprune_dist.structures import EXPERTS, NEURONS, structure_of
+from hfprune_dist.structures import EXPERTS, NEURONS
 from hfprune_dist.structures.units import Units
 
 
@@ -124,51 +122,12 @@ class ShardScorer:
         self._teacher = student.teacher if student else None
         require_known_logits(checkpoint, self.module, placed.head, windows_ST[0].to(world.device))
         self._vocabulary = head.out_features
-        self._checkpoint = checkpoint
-        self._structures = structures
         self._windows_ST = windows_ST
         self._criteria = criteria
         self._seed = seed
         self._world = world
         self._curvature = curvature
         self._gradients = gradients
-
-    def choose_student(self, micro_batches: Sequence[range]) -> None:
-        """Choose the student, if a loss needs one and none was given; call this before the first ``score``.
-
-        The student lacks the neurons that score lowest on these windows. With the same windows on every rank, it is
-        the same on any number of ranks and after a resume. Collective.
-
-        Raises:
-            UserError: on all ranks, if a layer saw NaN or infinity on any of them.
-        """
-        if self._model.student or all(loss.of != "student" for loss in losses_of(self._criteria)):
-            return
-        criterion, world = CRITERIA[STUDENT_CRITERION], self._world
-        kinds = [kind for kind in self._structures if structure_of(kind) == NEURONS]
-        seen = self._score(micro_batches, [criterion], kinds, counts=False)
-
-        def choose_in_mine() -> dict[tuple[str, int], Tensor]:
-            seen.require_usable(0)
-            return {
-                (kind, number): self._kept_by_student(kind, number, seen.kinds[kind].exact[criterion.name][number])
-                for kind in kinds
-                for number in range(world.rank, self._checkpoint.num_layers, world.size)
-            }
-
-        keeps = {place: keeps_U for share in world.work_apart(choose_in_mine) for place, keeps_U in share.items()}
-        layers = range(self._checkpoint.num_layers)
-        student: dict[str, Sequence[Tensor]] = {
-            kind: [keeps[kind, number].to(world.device) for number in layers] for kind in kinds
-        }
-        self._model = replace(self._model, student=student)
-
-    def _kept_by_student(self, kind: str, number: int, sums_D: Tensor) -> Tensor:
-        """Return the mask of the units that the student keeps in a layer; ``sums_D`` may be padded with zeros."""
-        units = self._checkpoint.structures[kind]
-        layer = scored_layer(self._checkpoint, units, number, self._seed)
-        own_D = sums_D[: layer.units * units.channels_per_unit]
-        return student_keeps(scores_from_sums(CRITERIA[STUDENT_CRITERION], own_D, layer) if layer.units else own_D)
 
     def release(self) -> None:
         """Free the memory of the model's weights; nothing can be scored afterwards."""
@@ -187,16 +146,13 @@ class ShardScorer:
         """
         missing = forwards - len(micro_batches)
         if missing > 0:
-            self._score([micro_batches[0]] * missing, self._criteria, self._model.outputs, counts=False)
-        return self._score(micro_batches, self._criteria, self._model.outputs, counts=counts)
+            self._score([micro_batches[0]] * missing, counts=False)
+        return self._score(micro_batches, counts=counts)
 
-    def _score(
-        self, micro_batches: Sequence[range], criteria: Sequence[Criterion], kinds: Iterable[str], *, counts: bool
-    ) -> SumsOfShard:
+    def _score(self, micro_batches: Sequence[range], *, counts: bool) -> SumsOfShard:
         see = self._curvature.seeing(counts=counts) if self._curvature else {}
-        outputs = {kind: self._model.outputs[kind] for kind in kinds}
-        sums = UnitSums(outputs, criteria, see, self._seen_linears(counts=counts))
-        losses, refusal = {loss.name: 0.0 for loss in losses_of(criteria)}, ""
+        sums = UnitSums(self._model.outputs, self._criteria, see, self._seen_linears(counts=counts))
+        losses, refusal = {loss.name: 0.0 for loss in losses_of(self._criteria)}, ""
         for windows in micro_batches:
             input_ids_BT = self._windows_ST[windows.start : windows.stop].to(self._world.device)
             batch = Batch(input_ids_BT, windows, self._vocabulary, self._seed, self._teacher)

@@ -12,7 +12,6 @@ from hfprune_dist.checkpoints.tensor_files import DamagedFileError, load_tensors
 from hfprune_dist.core.criteria import Criterion, losses_of
 from hfprune_dist.distributed.world import World
 from hfprune_dist.scoring.curvature import Curvature
-from hfprune_dist.scoring.halves import CURVE, Halves, next_point
 from hfprune_dist.scoring.kind_totals import KindSizes, KindTotals, Layout, Saved, scored_by
 from hfprune_dist.scoring.layer_sums import Size
 from hfprune_dist.scoring.shard_scorer import SumsOfShard
@@ -32,17 +31,13 @@ class Accumulation:
 
     Args:
         criteria: the criteria that have something to sum.
-        sizes: kind -> its sizes, for each kind of units that is scored. Halves are compared for the first kind only: a
-            layer may have too few units of others, and scoring more kinds must not change where a pass ends.
+        sizes: kind -> its sizes, for each kind of units that is scored.
         shards: number of shards in the whole pass.
         micro_batches: number of micro-batches in the whole pass.
         file: file in which rank 0 saves after a round; if it exists, the pass resumes from it. A file that is damaged
             or of another pass is set aside, and the pass starts over. The layers' matrices are saved next to it.
         weights: weights that units own: name within a layer -> size [out, in] in each layer. Their gradients are summed
             if a criterion needs them.
-        settled: stop as soon as the two halves of the shards so far have this share of their kept units in common, by
-            every criterion that has halves and at every share kept; checked when the number of shards is a power of
-            two. None to process all shards.
 
     Attributes:
         kinds: kind -> its sums.
@@ -61,7 +56,6 @@ class Accumulation:
         *,
         micro_batches: int,
         weights: Mapping[str, Sequence[Size]] | None = None,
-        settled: float | None = None,
     ) -> None:
         of_units = [criterion for criterion in criteria if criterion.has_sums_of_units]
         self.kinds = {kind: KindTotals(scored_by(of_units, kind, it.experts), it, world) for kind, it in sizes.items()}
@@ -69,8 +63,6 @@ class Accumulation:
         self.next_shard = 0
         self.shards = shards
         self._first = next(iter(sizes))
-        self._halves = Halves(of_units, sizes[self._first])
-        self._sufficient_overlap = settled
         self._criteria = criteria
         self._file = file
         self._world = world
@@ -85,7 +77,7 @@ class Accumulation:
 
     @property
     def is_complete(self) -> bool:
-        return self.next_shard >= self.shards or self._has_settled()
+        return self.next_shard >= self.shards
 
     @property
     def own_shard(self) -> int:
@@ -94,25 +86,13 @@ class Accumulation:
 
     @property
     def num_counted(self) -> int:
-        """Number of the ranks' shards that count in this round.
-
-        The layers' matrices are summed as they appear. So if there are any and the pass may end early, a round does not
-        go beyond the next point at which it may.
-        """
-        left = self.shards - self.next_shard
-        if self._sufficient_overlap is not None and self._of_layers:
-            left = min(left, next_point(self.next_shard) - self.next_shard)
-        return min(self._world.size, left)
+        """Number of the ranks' shards that count in this round."""
+        return min(self._world.size, self.shards - self.next_shard)
 
     @property
     def own_shard_counts(self) -> bool:
         """Whether this rank's shard counts in this round."""
         return self._world.rank < self.num_counted
-
-    @property
-    def curve(self) -> dict[tuple[int, str, float], float]:
-        """(shards, criterion, share kept) -> overlap of the two halves (see ``core.split_half``)."""
-        return self._halves.curve
 
     def add_round(self, shard: SumsOfShard) -> None:
         """Add the sums of every rank's shard of this round, and save if it is due; collective.
@@ -127,13 +107,10 @@ class Accumulation:
 
         losses = self._world.work_apart(usable_losses)
         for source in range(self.num_counted):
-            received = {kind: totals.add(shard.kinds[kind], source) for kind, totals in self.kinds.items()}
+            for kind, totals in self.kinds.items():
+                totals.add(shard.kinds[kind], source)
             self.losses = {name: self.losses.get(name, 0.0) + value for name, value in losses[source].items()}
-            self._halves.add(self.next_shard, received[self._first])
-            self.next_shard += 1
-            self._halves.compare(self.next_shard, self.kinds[self._first].sums)
-            if self._has_settled():
-                break
+        self.next_shard += self.num_counted
         self._rounds_unsaved += 1
         if self.is_complete or self._rounds_unsaved >= self._rounds_a_save():
             self.save()
@@ -172,9 +149,6 @@ class Accumulation:
         for sums in self._of_layers:
             sums.release()
 
-    def _has_settled(self) -> bool:
-        return self._sufficient_overlap is not None and self._halves.agree(self.next_shard, self._sufficient_overlap)
-
     def _resume(self) -> None:
         saved: Saved = {}  # on rank 0; the others are sent what they need of it
         self._world.on_first(lambda: saved.update(self._read_saved()))
@@ -184,7 +158,6 @@ class Accumulation:
             self.next_shard = int(saved["next_shard"])
         self.losses, self.next_shard = self._world.broadcast((self.losses, self.next_shard))
         if self.next_shard:
-            self._halves.resume(saved, self._world)
             for kind, totals in self.kinds.items():
                 totals.resume({name: saved[self._name(kind, name)] for name in totals.layout()} if saved else {})
             if self.is_complete:
@@ -234,23 +207,20 @@ class Accumulation:
         """Return the reason why this pass can't have saved these tensors, or an empty string."""
         expected = self._expected()
         found: Layout = {name: (it.dtype, tuple(it.shape)) for name, it in saved.items()}
-        points = found.pop(CURVE, None)
         different = sorted(name for name in {*expected, *found} if expected.get(name) != found.get(name))
         if different:
             return f"is of another pass, which differs in {different[0]}"
-        if points is None or not self._halves.is_curve(saved[CURVE]):
-            return f"is of another pass, which differs in its {CURVE}"
         if not 1 <= int(saved["next_shard"]) <= self.shards:
             return f"is of another pass, which has {int(saved['next_shard'])} shards so far; here are {self.shards}"
         return ""
 
     def _expected(self) -> Layout:
-        """Return the layout of a saved pass without its curve, which grows."""
+        """Return the layout of a saved pass."""
         of_kinds: Layout = {
             self._name(kind, name): it for kind, totals in self.kinds.items() for name, it in totals.layout().items()
         }
         losses: Layout = {f"loss.{loss.name}": (torch.float64, ()) for loss in losses_of(self._criteria)}
-        layout: Layout = {"next_shard": (torch.int64, ()), **losses, **self._halves.layout(), **of_kinds}
+        layout: Layout = {"next_shard": (torch.int64, ()), **losses, **of_kinds}
         return layout | self._first_layout()
 
     def _first_layout(self) -> Layout:
@@ -270,7 +240,7 @@ class Accumulation:
         losses = {f"loss.{name}": torch.tensor(value, dtype=torch.float64) for name, value in self.losses.items()}
         first = {self._name(kind, FIRST): it for kind, it in self.curvature.first().items()}
         first |= {f"{FIRST_GRADIENTS}.{weight}": it for weight, it in self.gradients.first().items()}
-        saved = {"next_shard": torch.tensor(self.next_shard), **losses, **self._halves.saved(), **of_kinds, **first}
+        saved = {"next_shard": torch.tensor(self.next_shard), **losses, **of_kinds, **first}
         save_tensors(saved, self._file)
         for sums in self._of_layers:
             sums.keep_only(self.next_shard)

@@ -12,7 +12,6 @@ import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -53,7 +52,6 @@ def run(context: Context) -> None:
     documents = prepare_windows(context)
     windows_ST = context.world.make_apart(lambda: load_windows(context.work))
     totals = _accumulate(context, checkpoint, windows_ST, _summed(criteria))
-    windows_ST = windows_ST[: _windows_used(context, totals, len(windows_ST))]
     scores = _score_layers(context, checkpoint, criteria, totals, windows_ST)
     draft = context.open_draft()
 
@@ -67,37 +65,7 @@ def run(context: Context) -> None:
     context.world.on_first(write)
     losses = [loss for loss in losses_of(criteria) if loss.in_nats]
     means = {f"mean_{loss.name}_nats": totals.losses[loss.name] / len(windows_ST) for loss in losses}
-    curve = _curve(context, totals, len(windows_ST))
-    context.commit(draft, {"tokens": windows_ST.numel(), **means, **documents, **curve})
-
-
-def _windows_used(context: Context, totals: Accumulation, windows: int) -> int:
-    """Number of windows that were used: all of them, unless the pass ended early."""
-    return min(totals.next_shard * _windows_per_shard(context), windows) if totals.shards else windows
-
-
-def _windows_per_shard(context: Context) -> int:
-    calibration = context.params.calibration
-    return calibration.shard_size * calibration.micro_batch_size
-
-
-def _curve(context: Context, totals: Accumulation, windows: int) -> dict[str, Any]:
-    """Overlap of what two halves of the windows keep, by windows, criterion and share: how the kept set settled.
-
-    Args:
-        windows: number of windows that were used; the last shard may have fewer than others.
-    """
-    points = [
-        {
-            "windows": min(shards * _windows_per_shard(context), windows),
-            "criterion": name,
-            "compared": CRITERIA[name].compared,
-            "share_kept": share,
-            "overlap": value,
-        }
-        for (shards, name, share), value in totals.curve.items()
-    ]
-    return {"split_half_overlap": points} if points else {}
+    context.commit(draft, {"tokens": windows_ST.numel(), **means, **documents})
 
 
 def _summed(criteria: Sequence[Criterion]) -> list[Criterion]:
@@ -130,7 +98,6 @@ def _accumulate(
         context.world,
         micro_batches=sum(map(len, shards)),
         weights=_weights_of_units(context, checkpoint, criteria),
-        settled=settings.settled,
     )
 
     recorder = ProbeRecorder(context.work / PROBE, context.world)

@@ -89,19 +89,6 @@ class _Cut:
 
 
 @dataclass(frozen=True)
-class _Overlap:
-    criterion: str
-    share_kept: _Number
-    windows: StrictInt
-    overlap: _Number
-
-
-@dataclass(frozen=True)
-class _Importance:
-    split_half_overlap: list[_Overlap] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
 class _Spread:
     median: _Number
     min: _Number
@@ -144,7 +131,6 @@ _METRICS: dict[str, type[Any]] = {
     "evaluate": _Evaluation,
     "prune": _Cut,
     "loraprune": _Cut,
-    "importance": _Importance,
     "efficiency": _Efficiency,
 }
 

@@ -199,12 +199,6 @@ def test_the_order_of_structures_does_not_matter():
         assert load_config([], {"prune.structures": written}).prune.structures == ["neurons", "kv_groups"]
 
 
-def test_it_is_known_which_criteria_have_halves():
-    without = {name for name, criterion in CRITERIA.items() if not criterion.has_halves}
-    gradients = {"weight_taylor", "weight_taylor_vectorized"}
-    assert without == {"entropy_bfloat16", "fluctuation", "magnitude", "random", "reap"} | gradients
-
-
 def test_every_problem_is_told_at_once(tmp_path):
     with pytest.raises(UserError) as caught:
         load_config([write(tmp_path, {"seed": -1, "ratios": [2.0]})], {})

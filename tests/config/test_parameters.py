@@ -152,7 +152,7 @@ def test_fingerprints_tell_what_json_tells(ratio):
 
 def test_a_section_of_the_configuration_is_recorded_without_its_place():
     record = {"calibration": {}, "criteria": ["entropy"], "dtype": "float32", "add_bos_token": True, "seed": 0}
-    local = CalibrationConfig(path="/a/text.jsonl", dataset=None, settled=1)
+    local = CalibrationConfig(path="/a/text.jsonl", dataset=None)
     params = PARAMETERS["importance"](**record | {"calibration": local})
     assert params.to_json()["calibration"] == {
         "text_field": "text",
@@ -160,7 +160,6 @@ def test_a_section_of_the_configuration_is_recorded_without_its_place():
         "sequence_length": 1024,
         "micro_batch_size": 1,
         "shard_size": 4,
-        "settled": 1.0,
     }
     hub = PARAMETERS["importance"](**record | {"calibration": CalibrationConfig()}).to_json()["calibration"]
     assert hub["revision"] is None and hub["dataset"] == "allenai/c4" and "path" not in hub

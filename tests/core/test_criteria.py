@@ -3,7 +3,7 @@ from hfprune_dist.core.criteria import CRITERIA, losses_of
 
 
 def test_criteria_of_one_loss_share_it():
-    losses = losses_of([CRITERIA[name] for name in ("fisher", "entropy", "activation", "entropy_squared", "random")])
+    losses = losses_of([CRITERIA[name] for name in ("fisher", "entropy", "activation", "surgeon", "random")])
     assert [loss.name for loss in losses] == ["sampled_label", "entropy"]
 
 

@@ -21,7 +21,7 @@ from hfprune_dist.models.memory_efficient_backward import (
     use_memory_efficient_backward,
 )
 
-NAMES = [*(name for name in GRADIENT_CRITERIA if not CRITERIA[name].is_rounded), "activation"]
+NAMES = [*GRADIENT_CRITERIA, "activation"]
 WINDOWS = torch.randint(3, 64, (4, 11), generator=torch.Generator().manual_seed(1))
 # Units of the student.
 KEEPS = torch.stack([(torch.arange(COUNT * WIDTH) + layer) % 10 != 0 for layer in range(LAYERS)])

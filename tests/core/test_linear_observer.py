@@ -22,7 +22,7 @@ from hfprune_dist.models.memory_efficient_backward import (
 )
 
 NAMES = [name for output, rows in ROWS.items() for name in (*rows, output)]
-OTHERS = ["entropy", "cross_entropy", "surgeon", "self_distillation", "activation"]
+OTHERS = ["entropy", "cross_entropy", "surgeon", "activation"]
 
 
 def some_windows(count=3, tokens=16):

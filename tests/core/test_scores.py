@@ -84,7 +84,7 @@ def test_magnitude_is_the_norm_of_all_weights_that_go_with_the_neuron():
 
 def test_a_student_lacks_the_tenth_that_scores_least():
     scores = torch.rand(40, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    keeps = student_keeps(scores)
+    keeps = student_keeps(scores, 0.1)
     assert (~keeps).sum() == 4 and scores[~keeps].max() < scores[keeps].min()
 
 

@@ -5,7 +5,7 @@ import copy
 
 import pytest
 import torch
-from core_definition import ROWS, coupled_taylor, weight_taylor_second_order
+from core_definition import coupled_taylor
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peak_bytes import PeakBytes
@@ -19,15 +19,15 @@ from hfprune_dist.core.criteria import CRITERIA
 from hfprune_dist.core.score_batch import ScoredModel, UnitSums, score_batch
 from hfprune_dist.core.unit_outputs import InputProjection
 from hfprune_dist.core.unit_sums import NonFiniteError
-from hfprune_dist.core.weight_products import CoupledProducts, SquaredProducts
+from hfprune_dist.core.weight_products import CoupledProducts
 from hfprune_dist.models.memory_efficient_backward import (
     checkpoint_activations,
     keep_no_gathered_weights,
     use_memory_efficient_backward,
 )
 
-OF_LABELS, DISTILLED, SQUARED = "coupled_taylor", "coupled_taylor_distilled", "weight_taylor_second_order"
-OTHERS = ["entropy", "cross_entropy", "surgeon", "weight_taylor", "self_distillation", "activation"]
+OF_LABELS, DISTILLED = "coupled_taylor", "coupled_taylor_distilled"
+OTHERS = ["entropy", "cross_entropy", "surgeon", "weight_taylor", "activation"]
 GROUPS, NEURONS = "kv_groups", "neurons"
 
 
@@ -82,33 +82,6 @@ def test_scores_are_those_of_autograd_in_every_family(variant, at_once):
     assert not found[DISTILLED][~a_student(model)].any(), "of what a student lacks"
 
 
-@pytest.mark.parametrize("at_once", [1, 2])
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_squares_are_those_of_autograd_in_every_family_for_both_kinds(variant, at_once):
-    """Biases don't count, in families that have some."""
-    model, windows = tiny_model(variant), some_windows()
-    found = sums_of(model, windows, [SQUARED], at_once=at_once, kinds=(NEURONS, GROUPS), teaching=(0.4, 0.2))
-    for (kind, sums), output in zip(found.items(), ROWS, strict=True):
-        assert_close(sums[SQUARED], weight_taylor_second_order(model, windows, sums[SQUARED].shape[1], output))
-        assert sums[SQUARED].shape[1] == {NEURONS: 48, GROUPS: 2}[kind]
-
-
-@settings(max_examples=10, deadline=None, derandomize=True)
-@given(
-    groups=st.integers(1, 4),
-    queries=st.integers(1, 3),
-    head_dim=st.sampled_from((2, 4, 8)),
-    width=st.integers(1, 30),
-    tokens=st.integers(2, 9),
-)
-def test_squares_go_to_the_group_that_owns_them(groups, queries, head_dim, width, tokens):
-    heads = {"num_attention_heads": groups * queries, "num_key_value_heads": groups, "head_dim": head_dim}
-    model, windows = tiny_model("qwen3", **heads, intermediate_size=width), some_windows(2, tokens)
-    found = sums_of(model, windows, [SQUARED], at_once=2, kinds=(NEURONS, GROUPS), teaching=(0.4, 0.2))
-    for (kind, units), output in zip({NEURONS: width, GROUPS: groups}.items(), ROWS, strict=True):
-        assert_close(found[kind][SQUARED], weight_taylor_second_order(model, windows, units, output))
-
-
 @settings(max_examples=10, deadline=None, derandomize=True)
 @given(
     share=st.sampled_from((0.0, 0.42, 1.0)),
@@ -139,7 +112,7 @@ def frozen(model, _family):
 @pytest.mark.parametrize("options", [{}, {"hidden_act": "gelu"}])
 def test_other_backwards_criteria_and_kinds_beside_change_no_bits(prepare, options):
     model, windows = tiny_model(num_hidden_layers=3, **options), some_windows()
-    chosen = [OF_LABELS, DISTILLED, SQUARED]
+    chosen = [OF_LABELS, DISTILLED]
     alone = sums_of(model, windows, chosen, teaching=(0.4, 0.2))[NEURONS]
     given_beside = {"prepare": prepare, "kinds": (NEURONS, GROUPS), "teaching": (0.4, 0.2)}
     beside = sums_of(model, windows, [*OTHERS, *chosen], **given_beside)
@@ -149,12 +122,10 @@ def test_other_backwards_criteria_and_kinds_beside_change_no_bits(prepare, optio
     assert all(same(beside[NEURONS][name], alone[name]) for name in chosen)
     for kind, sums in expected.items():
         assert all(torch.equal(beside[kind][name], it) for name, it in sums.items()), kind
-    assert beside[GROUPS].keys() == expected[GROUPS].keys() | {SQUARED}, "coupled, KV groups have no scores"
-    squared = sums_of(model, windows, [SQUARED], prepare=prepare, kinds=(GROUPS,), teaching=(0.4, 0.2))
-    assert same(beside[GROUPS][SQUARED], squared[GROUPS][SQUARED])
+    assert beside[GROUPS].keys() == expected[GROUPS].keys(), "coupled, KV groups have no scores"
 
 
-@pytest.mark.parametrize("name", [OF_LABELS, DISTILLED, SQUARED])
+@pytest.mark.parametrize("name", [OF_LABELS, DISTILLED])
 @pytest.mark.parametrize("layer", [0, 1])
 def test_a_layer_with_nan_weights_is_named(layer, name):
     model = tiny_model()
@@ -164,14 +135,13 @@ def test_a_layer_with_nan_weights_is_named(layer, name):
         sums_of(model, some_windows(1), [name], teaching=(0.4, 0.2))
 
 
-@pytest.mark.parametrize("form", [CoupledProducts, SquaredProducts])
-def test_no_weights_whole_gradient_ever_exists(form, monkeypatch):
+def test_no_weights_whole_gradient_ever_exists(monkeypatch):
     """Where portions fit into a cache; a window's inputs and gradients are given."""
     width, hidden, tokens = 600, 400, 4
     monkeypatch.setattr(blocks, "CACHE_BYTES", 2**16)
     linears = [torch.nn.Linear(hidden, width), torch.nn.Linear(hidden, width), torch.nn.Linear(width, hidden)]
     scores = []
-    products = form([InputProjection(it) for it in linears[:2]], linears[2], width // 2, scores.append)
+    products = CoupledProducts([InputProjection(it) for it in linears[:2]], linears[2], width // 2, scores.append)
     shown = [(torch.randn(3, tokens, it.in_features), torch.randn(3, tokens, it.out_features)) for it in linears]
     with PeakBytes() as counted:
         for seen, pair in zip(products.seen_linears(), shown, strict=True):

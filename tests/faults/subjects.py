@@ -167,8 +167,8 @@ def _importance(folder: Path, store: Store) -> Stage:
     model, text = save_tiny(folder / "model"), write_documents(folder / "text.jsonl")
     calibration = {"samples": 6, "sequence_length": 24, "micro_batch_size": 1, "shard_size": 1, "text_field": "text"}
     params = {
-        "calibration": calibration | {"settled": None},
-        "criteria": ["entropy", "entropy_bfloat16", "surgeon"],
+        "calibration": calibration,
+        "criteria": ["entropy", "surgeon"],
         "dtype": "float32",
         "add_bos_token": True,
         "seed": 3,

@@ -30,7 +30,7 @@ from hfprune_dist.core.criteria import CRITERIA
 from hfprune_dist.core.linear_observer import SeenLinear
 from hfprune_dist.core.score_batch import ScoredModel, UnitSums, score_batch
 from hfprune_dist.core.unit_outputs import InputProjection, UnitOutputs
-from hfprune_dist.core.weight_products import CoupledProducts, SquaredProducts
+from hfprune_dist.core.weight_products import CoupledProducts
 from hfprune_dist.distributed.layer_stream import LayerStream
 from hfprune_dist.models.experts import see_experts
 from hfprune_dist.models.memory_efficient_backward import checkpoint_activations, use_memory_efficient_backward
@@ -49,7 +49,7 @@ from hfprune_dist.planning.layer_pass_footprint import (
     pinned_bytes,
     widest,
 )
-from hfprune_dist.planning.product_footprint import coupled_bytes, squared_bytes
+from hfprune_dist.planning.product_footprint import coupled_bytes
 from hfprune_dist.planning.training_footprint import Train
 from hfprune_dist.refit.cheap_fits import CheapFits, Scored
 from hfprune_dist.refit.dense_refit import DenseRefit
@@ -124,8 +124,8 @@ def score(model, criteria, groups=False, tokens=128, micro_batches=1):
 def observing(criteria):
     """Return the fields of an ``Importance`` that follow from such criteria."""
     summed = {CRITERIA[name].summed for name in criteria}
-    forms = {"weight_gradients": "weight_gradient", "squared_products": "weight_product"}
-    return {name: it in summed for name, it in {**forms, "coupled_products": "coupled_product"}.items()}
+    forms = {"weight_gradients": "weight_gradient", "coupled_products": "coupled_product"}
+    return {name: it in summed for name, it in forms.items()}
 
 
 def is_of_a_student(losses):
@@ -155,19 +155,18 @@ def test_the_parameters_of_published_models(size):
     assert published(name).parameters / 1e9 == pytest.approx(billions, rel=0.01)
 
 
-@pytest.mark.parametrize("criterion", ["self_distillation", "coupled_taylor_distilled"])
-def test_kept_activations_of_a_student(criterion):
+def test_kept_activations_of_a_student():
     """It also checks that the teacher's forward keeps nothing where no loss is the dense model's."""
     model = tiny_model("llama", **SHAPE).bfloat16().requires_grad_(False)
     use_memory_efficient_backward(model, FAMILIES["llama"])
-    job = Importance(windows=2, tokens=128, losses=0, student=True, **observing([criterion]))
+    job = Importance(windows=2, tokens=128, losses=0, student=True, **observing(["coupled_taylor_distilled"]))
     with kept_for_backward(model) as counted:
-        score(model, [criterion])
+        score(model, ["coupled_taylor_distilled"])
         estimate = 2 * 128 * job.activation_bytes(dimensions_of(model.config.to_dict()))
         assert estimate == pytest.approx(counted(), rel=0.05)
 
 
-@pytest.mark.parametrize("criterion", ["entropy", "weight_taylor", "weight_taylor_second_order", "coupled_taylor"])
+@pytest.mark.parametrize("criterion", ["entropy", "weight_taylor", "coupled_taylor"])
 @pytest.mark.parametrize("groups", [False, True])
 @pytest.mark.parametrize("variant", ["llama", "mistral", "qwen2"])
 def test_kept_activations_of_the_calibration_pass(variant, groups, criterion):
@@ -219,11 +218,8 @@ def test_checkpointing_keeps_the_inputs_of_layers():
         (["entropy"], False),
         (["entropy"], True),
         (["entropy", "fisher"], False),
-        (["self_distillation"], False),
         (["weight_taylor"], False),
         (["weight_taylor"], True),
-        (["weight_taylor_second_order"], False),
-        (["weight_taylor_second_order"], True),
         (["coupled_taylor"], False),
         (["coupled_taylor"], True),
         (["coupled_taylor_distilled"], False),
@@ -306,15 +302,14 @@ def test_memory_of_the_gradients_of_weights(ranks, groups, monkeypatch, tmp_path
     assert 0.9 < counted.peak / expected < 1.05
 
 
-@pytest.mark.parametrize("form", [CoupledProducts, SquaredProducts])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_memory_of_a_layers_products(dtype, form, monkeypatch):
-    """Gradients' ingredients are alive, one window in float32; coupled, of all three weights of a neuron at once."""
+def test_memory_of_a_layers_products(dtype, monkeypatch):
+    """Gradients' ingredients are alive, one window in float32, of all three weights of a neuron at once."""
     monkeypatch.setattr(blocks, "CACHE_BYTES", 2**40)  # as on a GPU whose portions hold a layer
     inner, hidden, tokens, windows = 224, 96, 64, 3
     dims = replace(published("7B"), hidden_size=hidden, intermediate_size=inner)
     linears = [torch.nn.Linear(*sides, dtype=dtype) for sides in ((hidden, inner), (hidden, inner), (inner, hidden))]
-    products = form([InputProjection(it) for it in linears[:2]], linears[2], inner, lambda _: None)
+    products = CoupledProducts([InputProjection(it) for it in linears[:2]], linears[2], inner, lambda _: None)
     with PeakBytes() as counted:
         inputs = [torch.randn(windows, tokens, it.in_features, dtype=dtype) for it in linears]
         gradients = [torch.randn(windows, tokens, it.out_features, dtype=dtype) for it in linears]
@@ -323,20 +318,19 @@ def test_memory_of_a_layers_products(dtype, form, monkeypatch):
             seen.see(*shown)
             seen.see_weight(weight)
     given = sum(it.nbytes for it in (*inputs, *gradients, *weights))
-    if form is CoupledProducts:  # which counts gradients, since its gradients wait for one another
-        expected = coupled_bytes(dims, windows, tokens, dtype.itemsize) - sum(it.nbytes for it in gradients)
-    else:
-        expected = squared_bytes(dims, tokens, dtype.itemsize)
+    # It counts gradients, which wait for one another.
+    expected = coupled_bytes(dims, windows, tokens, dtype.itemsize) - sum(it.nbytes for it in gradients)
     assert 0.9 < (counted.peak - given) / expected < 1.05
 
 
-@pytest.mark.parametrize("products", ["coupled_products", "squared_products"])
 @pytest.mark.parametrize("ranks", [1, 2, 4])
-def test_products_take_as_much_on_any_number_of_ranks(ranks, products):
-    with_products, without = (Importance(1, 4096, **{products: on}).memory(published("7B"), ranks) for on in (1, 0))
+def test_products_take_as_much_on_any_number_of_ranks(ranks):
+    with_products, without = (
+        Importance(1, 4096, coupled_products=on).memory(published("7B"), ranks) for on in (True, False)
+    )
     assert with_products.sums == without.sums == 0, "only scores travel"
     more = with_products.scratch - without.scratch
-    assert more == Importance(1, 4096, **{products: True}).memory(published("7B"), 1).scratch - without.scratch
+    assert more == Importance(1, 4096, coupled_products=True).memory(published("7B"), 1).scratch - without.scratch
 
 
 @pytest.mark.parametrize(("ranks", "layers"), [(1, 32), (2, 16), (4, 8), (5, 7)])

@@ -13,7 +13,7 @@ from hfprune_dist.config.method import Method
 from hfprune_dist.errors import UserError
 from hfprune_dist.planning.known_shapes import KnownShape, Span, dense_shape, known_shape
 from hfprune_dist.planning.multiples import suited
-from hfprune_dist.planning.plain_shapes import PlainShape, fitted_to_layers, plain_shapes, shape_of
+from hfprune_dist.planning.plain_shapes import fitted_to_layers, plain_shapes, shape_of
 from hfprune_dist.planning.targets import target_of
 from hfprune_dist.structures import NEURONS
 from hfprune_dist.structures.kept import Shape
@@ -131,12 +131,12 @@ def test_what_is_reached_holds_whichever_layers_go(tmp_path, model_type, ratio, 
     method = Method(criterion="entropy", allocation="plain", structures=structures, adapts=True)
     shape = known_shape(checkpoint, ratio, method, "m")
     counts, stuck = checkpoint.parameter_counts, undroppable_layers(checkpoint.config)
-    asked, before = target_of(suited(method, checkpoint), checkpoint, ratio, "m"), PlainShape.of(checkpoint)
+    asked = target_of(suited(method, checkpoint), checkpoint, ratio, "m")
     reached, widths = set(), set()
     for plain in plain_shapes(asked):
         for gone in combinations({*range(3)} - stuck.keys(), 3 - plain.num_layers):
             layers = sorted({*range(3)} - {*gone})
-            fitted = fitted_to_layers(asked, before, plain, layers)
+            fitted = fitted_to_layers(asked, plain, layers)
             if fitted is not None:
                 reached.add(counts.ratio(shape_of(asked, fitted, layers)))
                 widths.add(fitted.width)

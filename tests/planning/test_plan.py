@@ -15,7 +15,6 @@ from tiny import save_tiny, write_documents, write_pairs
 
 from hfprune_dist.config.load import load_config
 from hfprune_dist.config.method import Method
-from hfprune_dist.core.criteria import CRITERIA
 from hfprune_dist.errors import UserError
 from hfprune_dist.planning.build_plan import build_plan
 from hfprune_dist.planning.earlier_passes import with_earlier_passes
@@ -299,32 +298,6 @@ def test_kinds_of_units_do_not_change_the_windows_that_a_distillation_learns_fro
     assert references[0] == references[1] and len(references[0]) == 4
 
 
-def test_where_the_pass_may_end_early_all_of_its_criteria_matter(world):
-    few, more = (
-        plan_of(world, methods=["hfprune"], importance__criteria=criteria, calibration__settled=0.9)
-        for criteria in (["entropy"], ["activation"])
-    )
-    assert not [stage_id for stage_id in set(few.stages) & set(more.stages) if stage_id.startswith("prune/")]
-
-
-def test_only_where_the_pass_may_end_early_fingerprints_say_whose_sums_decide(world):
-    def importance_of(**overrides):
-        plan = plan_of(world, models=["a"], **overrides)
-        return next(stage for stage in plan.stages.values() if stage.kind == "importance")
-
-    criteria = ["entropy", "magnitude", "surgeon", "activation"]
-    beyond_sums = {name for name, it in CRITERIA.items() if it.has_halves and it.compared != "scores"}
-    assert beyond_sums == {"activation", "activation_l1", "surgeon"}
-    early = importance_of(importance__criteria=criteria, calibration__settled=0.9)
-    assert early.params.settled_by_sums_of == ["activation", "surgeon"]
-    for stage in (
-        importance_of(importance__criteria=criteria),
-        importance_of(methods=["hfprune"], importance__criteria=["entropy"], calibration__settled=0.9),
-    ):
-        settings = set(stage.params.to_json()) - {"curvature"}
-        assert settings == {"calibration", "criteria", "dtype", "add_bos_token", "seed"}
-
-
 @pytest.mark.parametrize(
     ("surgeon", "samples", "micro_batch_size", "shard_size", "says_so"),
     [
@@ -354,14 +327,6 @@ def test_where_a_shard_is_one_micro_batch_its_curvature_is_rounded_as_ever(
     # Scores that need no curvature keep the identity that they had without it.
     entropy_alone = importance.params.scoring(["entropy"], ["neurons"])
     assert "curvature" not in entropy_alone.to_json()
-
-
-@pytest.mark.parametrize("criteria", [["magnitude"], ["magnitude", "random"], ["entropy_bfloat16"]])
-def test_no_early_end_where_no_criterion_can_tell(world, criteria):
-    with pytest.raises(UserError, match=r"calibration\.settled: .* alone can't show when .* null, or add .*entropy, "):
-        plan_of(world, criteria=criteria, calibration__settled=0.9)
-    plan_of(world, criteria=criteria)
-    plan_of(world, criteria=criteria, calibration__settled=0.9, importance__criteria=["entropy"])
 
 
 def test_a_row_carries_the_cost_of_all_that_it_needs(world):
@@ -612,8 +577,6 @@ def test_a_method_that_scores_while_it_prunes_needs_the_windows_alone(world):
     assert (nothing, scored) == ([], ["entropy"]) and alone.id == beside.id
     recorded = alone.params.to_json()
     assert recorded["dtype"] and recorded["micro_batch_size"] and not {"floor", "protect_first"} & recorded.keys()
-    with pytest.raises(UserError, match=r"calibration\.settled: lorap alone can't show"):
-        prune_of_lorap(methods=["lorap"], calibration__settled=0.9)
 
 
 def test_distillation_comes_last_and_shares_what_was_pruned(world):
@@ -693,17 +656,12 @@ def test_a_pass_is_taken_up_where_it_has_all_scores(world, earlier, today, sizes
 
 @pytest.mark.parametrize(
     "changed",
-    [{"seed": 1}, {"calibration__samples": 5}, {"calibration__settled": 0.9}, {"importance__dtype": "float32"}],
+    [{"seed": 1}, {"calibration__samples": 5}, {"importance__dtype": "float32"}],
     ids=str,
 )
 def test_a_pass_with_other_settings_is_not(world, changed):
     before = planned(world, {"entropy", "cross_entropy"}, **changed)
     plan = planned(world, {"entropy"})
-    assert with_earlier_passes(plan, before, {*before.stages}.__contains__) == plan
-
-
-def test_where_criteria_decide_the_end_a_pass_stands_for_itself_alone(world):
-    before, plan = (planned(world, it, calibration__settled=0.9) for it in (["entropy", "fisher"], ["entropy"]))
     assert with_earlier_passes(plan, before, {*before.stages}.__contains__) == plan
 
 

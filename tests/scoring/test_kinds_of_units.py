@@ -11,7 +11,6 @@ from core_definition import (
     assert_scores_of_weights,
     definition,
     moments,
-    student,
 )
 from damage import nothing_reaches_the_disk
 from hypothesis import example, given, settings
@@ -78,7 +77,7 @@ class Scored:
         self.folder = folder
         save_tiny(folder / "model", model.variant, **model.shape)
         write_documents(folder / "text.jsonl")
-        self._settings = {"sequence_length": 16, "text_field": "text", "settled": None, **calibration}
+        self._settings = {"sequence_length": 16, "text_field": "text", **calibration}
 
     def stage(self, structures):
         params = {"calibration": self._settings, "criteria": OF_ONE_PASS, "dtype": "float32"}
@@ -97,17 +96,13 @@ class Scored:
         return load_file(Store(self.folder / name).path(self.stage(structures).id) / file)
 
 
-def assert_as_defined(scores, model, windows, calibration):
+def assert_as_defined(scores, model, windows):
     dense, channels = model.tiny(), model.queries * model.head_dim
-    keeps = student(dense, windows[: calibration["micro_batch_size"] * calibration["shard_size"]])
     for name in (*GRADIENT_CRITERIA, "activation", "activation_l1", "fluctuation"):
-        if CRITERIA[name].is_rounded and calibration["micro_batch_size"] > 1:
-            continue  # it is defined only where windows are micro-batches
-        expected = definition(dense, windows, name, SEED, keeps, channels, OUTPUT)
+        expected = definition(dense, windows, name, SEED, channels, OUTPUT)
         ours = torch.stack(scores_of_layers(scores, name, "kv_groups"))
         assert ours.shape == (model.layers, model.groups)
-        tolerance = 2e-2 if CRITERIA[name].is_rounded else 1e-3
-        assert (ours - expected).norm() < tolerance * expected.norm() + 1e-9, name
+        assert (ours - expected).norm() < 1e-3 * expected.norm() + 1e-9, name
     for kind, units, output in (("neurons", 20, NEURONS), ("kv_groups", model.groups, OUTPUT)):
 
         def ours(name, kind=kind):
@@ -154,7 +149,7 @@ def test_groups_are_as_defined_and_neurons_as_without_them_on_any_ranks_after_an
     scored = Scored(tmp_path_factory.mktemp("groups"), model, calibration)
     files = scored.files("one", Ranks(1))
     scores, windows = scored.load("one", SCORES), scored.load("one", "windows.safetensors")["input_ids"]
-    assert_as_defined(scores, model, windows, calibration)
+    assert_as_defined(scores, model, windows)
 
     without = scored.files("without", Ranks(1), ["neurons"])
     assert {name: it for name, it in files.items() if name != SCORES} == {

@@ -1,4 +1,4 @@
-"""Sums over shards: those whose running total is rounded, and what a damaged file leaves of any of them."""
+"""Sums over shards, and what a damaged file leaves of them."""
 
 import pytest
 import torch
@@ -18,8 +18,6 @@ from hfprune_dist.scoring.kind_totals import KindSizes
 from hfprune_dist.scoring.shard_scorer import SumsOfShard
 from hfprune_dist.scoring.shard_sums import Accumulation
 
-CHOSEN = [CRITERIA["entropy"], CRITERIA["entropy_bfloat16"]]
-
 
 @pytest.fixture(scope="module", autouse=True)
 def fast():
@@ -27,54 +25,15 @@ def fast():
         yield
 
 
-def shard_of(terms):
-    """Return what a shard of micro-batches with these entropy terms reports: the float64 sum, and rounded terms."""
-    exact = sum(torch.full((1, 1), term, dtype=torch.float64) for term in terms)
-    rounded = [{"entropy_bfloat16": torch.full((1, 1), term)} for term in terms]
-    return SumsOfShard({"neurons": KindSums({"entropy": exact}, rounded)}, {"entropy": 0.0})
-
-
-def accumulate(folder, shards, restart=False):
-    file, world = folder / "partial.safetensors", SoloWorld()
-    shapes = {"neurons": KindSizes((1,), 1, 1)}
-    totals = Accumulation(CHOSEN, shapes, len(shards), file, world, micro_batches=len(shards))
-    while not totals.is_complete:
-        totals.add_round(shard_of(shards[totals.own_shard]))
-        if restart:
-            totals = Accumulation(CHOSEN, shapes, len(shards), file, world, micro_batches=len(shards))
-    return [totals.kinds["neurons"].sums[it.name].item() for it in CHOSEN]
-
-
-@pytest.mark.parametrize("restart", [False, True])
-def test_what_adds_less_than_a_256th_vanishes(tmp_path, restart):
-    shards = [[1.0, 1.0]] * 300
-    assert accumulate(tmp_path, shards, restart) == [600.0, 256.0]
-
-
-def test_rounding_does_not_depend_on_how_micro_batches_are_cut_into_shards(tmp_path):
-    terms = (torch.rand(12, generator=torch.Generator().manual_seed(0)) + 0.5).tolist()
-    for name in ("ones", "fours"):
-        (tmp_path / name).mkdir()
-    ones = accumulate(tmp_path / "ones", [[term] for term in terms])
-    fours = accumulate(tmp_path / "fours", [terms[start : start + 4] for start in range(0, 12, 4)])
-    assert ones[1] == fours[1] != ones[0]
-
-
 # A pass that saves everything a pass can save.
-FULL = [CRITERIA[name] for name in ("activation", "entropy_bfloat16", "surgeon")]
+FULL = [CRITERIA[name] for name in ("activation", "entropy", "surgeon")]
 LAYERS, HIDDEN, SHARDS = 2, 3, 5
 NEURONS, GROUPS = KindSizes((6,) * LAYERS, 1, HIDDEN), KindSizes((2,) * LAYERS, 4, HIDDEN)
 SHAPES = {"neurons": NEURONS, "kv_groups": GROUPS}
 
 
 def kind_of_shard(shape, generator):
-    exact = {
-        it.name: torch.rand(shape.of_sums(it), generator=generator, dtype=torch.float64)
-        for it in FULL
-        if not it.is_rounded
-    }
-    terms = [{"entropy_bfloat16": torch.rand(LAYERS, shape.units, generator=generator)} for _ in range(2)]
-    return KindSums(exact, terms)
+    return KindSums({it.name: torch.rand(shape.of_sums(it), generator=generator, dtype=torch.float64) for it in FULL})
 
 
 def full_shard(number, shapes):
@@ -83,8 +42,8 @@ def full_shard(number, shapes):
     return SumsOfShard(kinds, {"entropy": 1.5 + number, "random_signs": 0.25 * number})
 
 
-def add_rounds(file, rounds=SHARDS, shapes=SHAPES, settled=None):
-    totals = Accumulation(FULL, shapes, SHARDS, file, SoloWorld(), micro_batches=SHARDS, settled=settled)
+def add_rounds(file, rounds=SHARDS, shapes=SHAPES):
+    totals = Accumulation(FULL, shapes, SHARDS, file, SoloWorld(), micro_batches=SHARDS)
     while not totals.is_complete and totals.next_shard < rounds:
         show_gradients(totals)
         totals.add_round(full_shard(totals.own_shard, shapes))
@@ -100,7 +59,7 @@ def show_gradients(totals):
 
 
 def assert_same(totals, expected):
-    assert totals.losses == expected.losses and totals.curve == expected.curve
+    assert totals.losses == expected.losses
     assert totals.kinds.keys() == expected.kinds.keys()
     for kind in totals.kinds:
         assert_same_kind(kind, totals, expected)
@@ -191,18 +150,17 @@ def test_a_pass_whose_curvature_is_missing_or_of_another_begins_anew(tmp_path, c
     size=st.integers(1, 5),
     later=st.integers(1, 5),
     rounds=st.integers(1, SHARDS),
-    settled=st.sampled_from((None, 0.3, 0.999)),
     ends=st.booleans(),
 )
 def test_where_ranks_own_much_not_every_round_is_saved_and_nothing_is_lost_at_an_end_that_is_asked_for(
-    tmp_path_factory, size, later, rounds, settled, ends
+    tmp_path_factory, size, later, rounds, ends
 ):
-    expected = add_rounds(tmp_path_factory.mktemp("expected") / "partial.safetensors", settled=settled)
+    expected = add_rounds(tmp_path_factory.mktemp("expected") / "partial.safetensors")
     file = tmp_path_factory.mktemp("seldom") / "partial.safetensors"
     owned = 2 * -(-LAYERS // size) * HIDDEN**2 * 8
 
     def go_on(world, rounds):
-        totals = Accumulation(FULL, SHAPES, SHARDS, file, world, micro_batches=SHARDS, settled=settled)
+        totals = Accumulation(FULL, SHAPES, SHARDS, file, world, micro_batches=SHARDS)
         where, begun_at = [], totals.next_shard
         while not totals.is_complete and len(where) < rounds:
             show_gradients(totals)
@@ -228,7 +186,7 @@ def test_where_ranks_own_much_not_every_round_is_saved_and_nothing_is_lost_at_an
     "other",
     [
         {"criteria": FULL[:2]},
-        {"criteria": [CRITERIA["activation"], CRITERIA["entropy"], CRITERIA["surgeon"]]},
+        {"criteria": [CRITERIA["activation"], CRITERIA["fisher"], CRITERIA["surgeon"]]},
         {"shapes": {"neurons": NEURONS}},
         {"shapes": {"neurons": GROUPS, "kv_groups": NEURONS}},
         {"shapes": SHAPES | {"kv_groups": GROUPS._replace(channels_per_unit=3)}},
@@ -257,19 +215,6 @@ def test_a_file_of_another_pass_is_set_aside(tmp_path, capsys, other):
     assert_same(add_rounds(file), add_rounds(tmp_path / "expected" / "partial.safetensors"))
 
 
-@pytest.mark.parametrize(
-    "points",
-    [torch.ones(()), torch.ones(3), torch.ones(2, 5), *(torch.tensor([[2.0, it, 0.5, 1.0]]) for it in (9, -1, 0.5))],
-)
-def test_a_curve_that_is_none_is_of_another_pass(tmp_path, points):
-    file = tmp_path / "partial.safetensors"
-    add_rounds(file, 2)
-    saved, _ = load_tensors(file)
-    save_tensors({**saved, "curve": points.double()}, file)
-    assert_same(add_rounds(file), add_rounds(tmp_path / "expected" / "partial.safetensors"))
-    assert (tmp_path / "partial.safetensors.damaged-1").is_file()
-
-
 def test_a_whole_file_is_taken_up(tmp_path, capsys):
     file = tmp_path / "partial.safetensors"
     add_rounds(file, 3)
@@ -285,20 +230,13 @@ def test_of_neurons_alone_the_file_says_nothing_of_kinds(tmp_path):
     sums = {f"sums.{it.name}": (torch.float64, (LAYERS, 6)) for it in FULL}
     losses = {f"loss.{name}": (torch.float64, ()) for name in ("entropy", "random_signs")}
     curvature = {"curvature.first": (torch.float64, (LAYERS, HIDDEN))}
-    rest = {"next_shard": (torch.int64, ()), "odd": (torch.float64, (3, LAYERS, 6)), "curve": (torch.float64, (6, 4))}
+    rest = {"next_shard": (torch.int64, ())}
     assert {name: (it.dtype, tuple(it.shape)) for name, it in saved.items()} == sums | losses | curvature | rest
-    for place, criterion in enumerate(FULL):
-        odd = torch.zeros(LAYERS, 6, dtype=torch.float64)
-        if not criterion.is_rounded:
-            odd += full_shard(1, {"neurons": NEURONS}).kinds["neurons"].exact[criterion.name]
-        assert torch.equal(saved["odd"][place], odd)
+    for criterion in FULL:
         assert torch.equal(saved[f"sums.{criterion.name}"], totals.kinds["neurons"].sums[criterion.name])
 
 
-@pytest.mark.parametrize("settled", [None, 0.3])
-def test_other_kinds_change_neither_the_sums_of_neurons_nor_where_a_pass_ends(tmp_path, settled):
-    alone = add_rounds(tmp_path / "alone" / "partial.safetensors", shapes={"neurons": NEURONS}, settled=settled)
-    beside = add_rounds(tmp_path / "beside" / "partial.safetensors", settled=settled)
-    assert beside.next_shard == alone.next_shard == (SHARDS if settled is None else 2)
-    assert beside.curve == alone.curve
+def test_other_kinds_change_no_sums_of_neurons(tmp_path):
+    alone = add_rounds(tmp_path / "alone" / "partial.safetensors", shapes={"neurons": NEURONS})
+    beside = add_rounds(tmp_path / "beside" / "partial.safetensors")
     assert_same_kind("neurons", beside, alone)

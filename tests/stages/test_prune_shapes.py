@@ -9,7 +9,6 @@ import torch
 from families import save_model
 from faults.kill import die_in_fork
 from forks import on_ranks
-from masking import mask
 from ranks import SoloWorld
 from shapes import GROUPS, NEURONS, divergence, kept_of, metrics_of, outcome, scores_of, windows_of
 from transformers import AutoModelForCausalLM
@@ -22,7 +21,6 @@ from hfprune_dist.refit.measurement import Measurement
 from hfprune_dist.stages import finals, prune, prune_shapes
 from hfprune_dist.stages.cheap_measurement import EVERY, CheapMeasurements
 from hfprune_dist.store.artifacts import Store
-from hfprune_dist.store.stage import Stage
 
 LAYERS = 3
 # Where layers compete, of nine windows in micro-batches of two, shapes are compared on two and finalists on one.
@@ -93,55 +91,15 @@ def test_a_search_writes_what_measures_closest(tmp_path, structures, ratio):
 
 
 @pytest.mark.parametrize(
-    ("variant", "allocation", "structures", "refit"),
-    [
-        ("llama", "searched", ALL, "none"),
-        ("qwen2", "global", BOTH, "none"),
-        ("llama", "searched", NEURONS_ALONE, "none"),
-        ("mistral", "searched", ALL, "block"),
-    ],
-)
-def test_another_round_prunes_what_is_left_and_compares_with_the_dense_model(
-    tmp_path, variant, allocation, structures, refit
-):
-    settings = {"allocation": allocation, "structures": structures, "refit": refit, "floor": 0.1}
-    earlier, ratio = (0.15, 0.3) if structures == NEURONS_ALONE else (0.25, 0.4)
-    store, first = prepare(tmp_path, variant, ratio=earlier, **settings)
-    run(store, first)
-    second = shapes.next_round(store, first, ratio)
-    run(store, second)
-    metrics, kept = metrics_of(store, second), read_kept(store.path(second.id))
-    before = read_kept(store.path(first.id))
-    assert before.shape != kept.shape and set(kept.layers) <= set(before.layers)
-    assert abs(metrics["ratio_reached"] - ratio) <= 1.6 * neuron_in(tmp_path), "of the dense one; a plain shape may win"
-    dense, written = (load_causal_lm(it, torch.float32) for it in (tmp_path / "model", store.path(second.id)))
-    assert sum(it.numel() for it in written.parameters()) == metrics["parameters"]
-    windows_ST = windows_of(store)[COMPARED if structures == ALL else slice(8, 9)]
-    if refit == "none":
-        expected = mask(load_causal_lm(tmp_path / "model", torch.float32), kept)
-        with torch.no_grad():
-            torch.testing.assert_close(written(windows_ST).logits, expected(windows_ST).logits, rtol=1e-4, atol=1e-4)
-    if allocation == "searched" and refit == "none":
-        every = EVERY if structures == ALL else 1
-        best = min(metrics["search_kl"].values())
-        assert divergence(dense, written, windows_ST, every) == pytest.approx(best, rel=1e-3)
-    gone = [layer for layer in before.layers if layer not in kept.layers]
-    assert metrics.get("layers_in_order_of_dropping", [])[: len(gone)] == gone
-
-
-@pytest.mark.parametrize(
     ("allocation", "structures"), [("searched", ALL), ("searched", NEURONS_ALONE), ("global", NEURONS_ALONE)]
 )
 def test_a_checkpoint_whose_layers_differ_is_pruned_as_a_model_of_its_own(tmp_path, allocation, structures):
     store, first = prepare(tmp_path, ratio=0.15, allocation="global", structures=structures[:2])
     run(store, first)
-    again = shapes.next_round(store, first, 0.15)
-    params = {**again.params.to_json(), "allocation": allocation}
-    params |= {"structures": structures} if structures == ALL else {}
-    inputs = {role: it for role, it in again.inputs.items() if role != "dense"}
-    stage = Stage("prune", "of its own", params, inputs)
-    run(store, stage)
-    model, metrics, kept = open_checkpoint(store.path(first.id)), metrics_of(store, stage), store.path(stage.id)
+    settings = {"model": store.path(first.id), "ratio": 0.15, "allocation": allocation, "structures": structures}
+    again, stage = prepare(tmp_path / "again", **settings)
+    run(again, stage)
+    model, metrics, kept = open_checkpoint(store.path(first.id)), metrics_of(again, stage), again.path(stage.id)
     assert not model.is_uniform
     assert abs(metrics["ratio_reached"] - 0.15) <= 0.51 * model.parameters_per_unit / model.parameters
     assert metrics["ratio_reached"] == 1 - metrics["parameters"] / model.parameters

@@ -9,7 +9,6 @@ from damage import nothing_reaches_the_disk
 from faults.kill import deaths_during
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from ranks import run_stage
 from safetensors.torch import load_file
 from tiny import VARIANTS, importance_stage, save_tiny, tiny_model, write_documents
 from worlds import Death, Ranks, run_in_threads, without_deepspeed
@@ -36,7 +35,7 @@ class Passes:
     def over(cls, folder, variant="llama", structures=None, shape=None, **calibration):
         save_tiny(folder / "model", variant, **(shape or {}))
         write_documents(folder / "text.jsonl")
-        given_settings = {"samples": 5, "sequence_length": 16, "micro_batch_size": 1, "shard_size": 1, "settled": None}
+        given_settings = {"samples": 5, "sequence_length": 16, "micro_batch_size": 1, "shard_size": 1}
         params = {"calibration": {**given_settings, "text_field": "text", **calibration}, "dtype": "float32"}
         params |= {"add_bos_token": True, "seed": 3}
         several = {"structures": structures} if structures else {}
@@ -128,29 +127,3 @@ class TestInThreads:
         assert len(unfinished) >= 3 * 2, "before the state of each shard, and the artifact's files"
         for state in unfinished:
             assert passes.run(state, in_threads(later))[1] == files
-
-    def test_the_pass_in_the_student_ends_once_its_own_halves_agree(self, tmp_path):
-        passes, store = Passes.over(tmp_path, samples=8, settled=0.1), Store(tmp_path / "store")
-        passes.run(store, in_threads(1))
-        metrics = store.manifest(passes.second.id)["metrics"]
-        assert metrics["tokens"] == 2 * 16
-        assert {point["criterion"] for point in metrics["split_half_overlap"]} == {DISTILLED}
-        assert metrics["mean_labels_and_teacher_nats"] > 0
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_sharded_weights_are_there_when_their_gradients_are(tmp_path, checkpointing):
-    """Real ZeRO-3 ranks give the bits of one rank, which has all weights all the time."""
-
-    def run(ranks):
-        def run_one(store, stage):
-            result = run_stage(store, stage, ranks, activation_checkpointing=checkpointing)
-            assert result.returncode == 0, result.stderr[-3000:]
-
-        return run_one
-
-    passes, store = Passes.over(tmp_path, shape=SHARDED, micro_batch_size=2), Store(tmp_path / "one")
-    scores, files = passes.run(store, run(1))
-    assert_as_defined(store, passes, scores, "llama", SHARDED)
-    assert passes.run(Store(tmp_path / "two"), run(2))[1] == files
