@@ -157,6 +157,8 @@ def wrong_yaml(text, folder, scratch):
         try:
             if folder.name == "slurm":
                 load_profile(str(file), PROJECT.profiles)
+            elif re.search("^criterion:", body, re.MULTILINE):
+                _check_config(load_config([], {"methods": [str(file)]}))
             else:
                 _check_config(load_config([file], {}))
         except UserError as error:

@@ -8,10 +8,8 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import ConfigDict, Field, model_validator
 
 from hfprune_dist.config.method_settings import (
-    MORE_ITERATIONS,
     Allocation,
-    Copies,
-    Iterations,
+    Effort,
     Refit,
     Share,
     Structures,
@@ -21,6 +19,14 @@ from hfprune_dist.config.section import NonNegative, NumberOrShare, Positive, Po
 from hfprune_dist.core.criteria import CRITERIA, SCORED_WHILE_PRUNED, CriterionName, MethodCriterion
 from hfprune_dist.structures import EXPERTS, KV_GROUPS, LAYERS, NEURONS
 
+# What a thorough refit does beyond a quick one: parameters of the stage that prunes.
+THOROUGH: dict[Refit, dict[str, Any]] = {
+    "none": {},
+    "bias": {},
+    "dense": {"refit_copies": 1},
+    "layerwise": {"refit_copies": 1, "refit_norms": True},
+    "block": {"refit_copies": 1, "refit_norms": True, "refit_iterations": 6},
+}
 # Settings of a method that affect a calibration pass of their own, not a cut.
 OF_A_STUDENT = ("student_lacks", "teacher_share", "teacher_temperature")
 
@@ -73,21 +79,13 @@ class Method(Section):
     by layer, on the pruned model's own activations; the target lies halfway between the dense MLP's output there and
     the output that would restore the dense model's hidden states. block: as layerwise, then Gauss-Newton steps on
     gate_proj, up_proj and down_proj together; takes minutes, not seconds."""
-    refit_iterations: Iterations = MORE_ITERATIONS
-    """Iterations of the last Gauss-Newton step of refit: block, the one on all windows: with more, weights come closer
-    to what fits these windows best. Each takes as long as four forwards of the layers' MLPs. Has an effect only with
-    refit: block."""
-    refit_copies: Copies = 0
-    """Number of copies of each calibration window that the refit sees as well. In a copy, half of the tokens are
-    redrawn from the dense model's distribution of the next token, given the original text. This brings some of what
-    more text would; with n copies, the refit takes about n + 1 times as long. Searches and refits of norms don't see
-    copies. Has no effect with refit: none or bias."""
-    refit_norms: bool = False
-    """Whether the weights of all norms before (and, in some architectures, after) attention and MLPs are refitted at
-    the end, together with that of the final norm: a factor for each channel, found by a few steps that lower the
-    divergence from the dense model's distribution of the next token; no other weight changes. A pruned model is surer
-    of its next token than the dense one, the more so the more is removed. Has an effect only with refit: layerwise or
-    block."""
+    effort: Effort = "thorough"
+    """How far a refit by least squares goes. quick: it sees the calibration windows, and ends with block by block.
+    thorough: it also sees a copy of each window in which half of the tokens are redrawn from the dense model's
+    distribution of the next token, which brings some of what more text would and takes twice as long; ``block`` ends
+    with six iterations on all windows instead of two; and after ``layerwise`` and ``block``, the weights of all norms
+    are refitted: a factor for each channel, found by a few steps that lower the divergence from the dense model's
+    distribution of the next token. Has no effect with refit: none or bias."""
     multiple_of: PositiveOrAuto = 1
     """Round intermediate_size, or the number of experts, to a multiple of this: 64 or 128 suit GPUs; for experts,
     take the number of devices that share them. auto: for each model and ratio, the largest of 256, 128, 64 and 32 with
@@ -136,15 +134,13 @@ class Method(Section):
         idle = set() if self.can_protect else {"floor", "protect_first", "protect_last"}
         idle |= {"floor"} if self.allocation == "local" else set()
         idle |= set() if KV_GROUPS in self.structures else {"tensor_parallel"}
-        idle |= set() if self.refit in ("layerwise", "block") else {"refit_norms"}
-        idle |= set() if self.refit == "block" else {"refit_iterations"}
-        idle |= {"refit_copies"} if self.refit in ("none", "bias") else set()
         return idle | (set(OF_A_STUDENT) if self.student_chosen_by is None else set())
 
     def of_one_cut(self) -> dict[str, Any]:
         """The settings that affect a single prune stage; the others affect which stages there are."""
-        of_others = {"prunes_in", "adapts", "distill", *OF_A_STUDENT}
-        return self.model_dump(exclude=self.without_effect | of_others)
+        of_others = {"prunes_in", "adapts", "distill", "effort", *OF_A_STUDENT}
+        thorough = THOROUGH[self.refit] if self.effort == "thorough" else {}
+        return self.model_dump(exclude=self.without_effect | of_others) | thorough
 
     @model_validator(mode="after")
     def _suits_whole_experts(self) -> Method:
@@ -268,9 +264,7 @@ class PruneConfig(Section):
     adapts: bool | None = None
     tensor_parallel: Positive | None = None
     refit: Refit | None = None
-    refit_iterations: Iterations | None = None
-    refit_copies: Copies | None = None
-    refit_norms: bool | None = None
+    effort: Effort | None = None
     multiple_of: PositiveOrAuto | None = None
     distill: NonNegative | None = None
     student_lacks: Share | None = None

@@ -10,6 +10,7 @@ from hfprune_dist.structures import EXPERTS, NEURONS, TOGETHER, Kind, Structure
 
 Allocation = Literal["uniform", "plain", "local", "global", "standardized", "searched", "low_rank"]
 Refit = Literal["none", "bias", "dense", "layerwise", "block"]
+Effort = Literal["quick", "thorough"]
 
 StructureT = TypeVar("StructureT", Kind, Structure)
 
@@ -32,11 +33,6 @@ def _goes_together(structures: list[Structure]) -> list[Structure]:
 # What is pruned, in a fixed order whatever order it is given in; and what is scored, possibly for several methods.
 Structures = Annotated[list[Structure], AfterValidator(_in_order), AfterValidator(_goes_together)]
 Kinds = Annotated[list[Kind], AfterValidator(_in_order)]
-# Iterations of conjugate gradients; and how many the last Gauss-Newton step has by default.
-Iterations = Annotated[int, Field(ge=1, le=100)]
-MORE_ITERATIONS = 2
-# Copies of each window that a refit sees; nobody waits for more than 100.
-Copies = Annotated[int, Field(ge=0, le=100)]
 # Share of the neurons that a student lacks; divisor of logits, which must stay finite.
 Share = Annotated[float, Field(gt=0, lt=1)]
 Temperature = Annotated[float, Field(ge=0.01, le=100)]

@@ -12,7 +12,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import Field, ValidationError
 
 from hfprune_dist.config.left_out import LeftOutAt
-from hfprune_dist.config.method_settings import MORE_ITERATIONS, Allocation, Kinds, Refit, Structures
+from hfprune_dist.config.method_settings import Allocation, Kinds, Refit, Structures
 from hfprune_dist.config.recorded import OtherParameters, Parameters, Text, canonical_text
 from hfprune_dist.config.section import Dtype, Section
 from hfprune_dist.config.texts import CalibrationConfig, FidelityConfig
@@ -92,8 +92,10 @@ class PruneParameters(Parameters):
     ``ratio``: removed parameters / all of the dense model's. ``floor``, ``protect_first`` and
     ``protect_last`` are None if the allocation doesn't use them, ``dtype`` and ``micro_batch_size`` (windows per rank's
     forward pass) if no model runs. ``tensor_parallel`` divides ``multiple_of`` and the layers' numbers of KV groups; it
-    is 1 if none are pruned. ``plain_shapes``: for which layers a search sets their width, where layers differ in
-    parameters; else absent.
+    is 1 if none are pruned. ``refit_iterations``: of conjugate gradients in the last Gauss-Newton step of refit: block.
+    ``refit_copies``: copies of each calibration window, with redrawn tokens, that a refit sees as well.
+    ``refit_norms``: whether the weights of all norms are refitted at the end. ``plain_shapes``: for which layers a
+    search sets their width, where layers differ in parameters; else absent.
     """
 
     ratio: float
@@ -108,7 +110,7 @@ class PruneParameters(Parameters):
     micro_batch_size: Annotated[int | None, LeftOutAt(None)] = None
     structures: Annotated[Structures, LeftOutAt([NEURONS])] = Field(default=[NEURONS])
     tensor_parallel: Annotated[int, LeftOutAt(1)] = 1
-    refit_iterations: Annotated[int, LeftOutAt(MORE_ITERATIONS)] = MORE_ITERATIONS
+    refit_iterations: Annotated[int, LeftOutAt(2)] = 2
     refit_copies: Annotated[int, LeftOutAt(0)] = 0
     refit_norms: Annotated[bool, LeftOutAt(False)] = False
     plain_shapes: Annotated[Literal["of the layers that stay"] | None, LeftOutAt(None)] = None

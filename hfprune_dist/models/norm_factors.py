@@ -66,7 +66,7 @@ def weight_offset(norm: nn.Module, called: str = "a norm") -> float:
             if departure_NC.abs().max() <= TOLERANCE * wanted_NC.abs().max():
                 return offset
     raise UserError(
-        f"{called}, {type(norm).__name__}, has no weight that multiplies its outputs; leave out refit_norms"
+        f"{called}, {type(norm).__name__}, has no weight that multiplies its outputs; set prune.effort to quick"
     )
 
 

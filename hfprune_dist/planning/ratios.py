@@ -149,7 +149,7 @@ def _left_out(checkpoint: Checkpoint, method: Method, where: str) -> list[str]:
     family, left = checkpoint.family, suited(method, checkpoint)
     told = [f"{where}: KV groups stay: {family.whole_groups}"] if left.structures != method.structures else []
     if left.refit != method.refit:
-        norms = ", and no norm is refitted" if method.refit_norms else ""
+        norms = ", and no norm is refitted" if method.effort == "thorough" else ""
         told.append(f"{where}: refit is {left.refit}{norms}: {family.no_sequence}")
     return told
 

@@ -81,7 +81,7 @@ def _norms_of(checkpoint: Checkpoint, of_layers: list[tuple[int, str]]) -> Norms
 
 def _with_factors(checkpoint: Checkpoint, norms: Norms, factors_RC: Tensor) -> Replacements:
     """Norms' weights as they are written, with factors on their outputs."""
-    rounded = partial(as_stored, checkpoint, otherwise="leave out refit_norms")
+    rounded = partial(as_stored, checkpoint, otherwise="set prune.effort to quick")
     found: dict[str, Tensor] = {}
     for (name, norm), factors_C in zip(norms.items(), factors_RC, strict=True):
         found |= {f"{name}.{of_norm}": weight_C for of_norm, weight_C in with_factors(norm, factors_C).items()}

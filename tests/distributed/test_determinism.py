@@ -167,7 +167,7 @@ def test_scoring_and_refits_need_nothing_that_gpus_refuse(monkeypatch, tmp_path)
     """Every criterion, every refit and both searches, on a model of two layers."""
     without_deepspeed(monkeypatch)
     monkeypatch.setattr(losses, "_cumulative", losses.exact_cumulative)  # as on a GPU
-    methods = ["surgeon-uniform", "surgeon-plain", "surgeon-searched"]
+    methods = ["fisher-refit", "surgeon-plain", "surgeon-any-shape"]
     config = make_inputs(tmp_path)
     settings = {"models": ["alpha"], "ratios": [0.2], "methods": methods, "recovery": {"method": "none"}}
     settings["calibration"] = {"path": "calibration.jsonl", "samples": 4, "sequence_length": 12, "shard_size": 1}

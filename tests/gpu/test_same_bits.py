@@ -9,7 +9,7 @@ from hfprune_dist.store.machine import count_gpus
 
 SMALL = {
     "methods": ["surgeon-uniform-block", "llm-pruner"],
-    "prune": {"refit_norms": True, "refit_copies": 1},
+    "prune": {"effort": "thorough"},
     "calibration": {"samples": 16, "sequence_length": 256, "shard_size": 1},
 }
 

@@ -56,8 +56,8 @@ def files_below(folder):
         (["--ratios", "0.1,0.11", "--set", "prune.multiple_of=8"], ["ratios 0.1 and 0.11", "multiples of 8"]),
         (["--ratios", "0.1,0.1001"], ["ratios 0.1 and 0.1001", "once widths are rounded; leave one of them out\n"]),
         (
-            ["--ratios", "0.1,0.101", "--methods", "surgeon", "--set", "prune.multiple_of=8"],
-            ["method 'surgeon'", "ratios 0.1 and 0.101"],
+            ["--ratios", "0.1,0.101", "--methods", "flap", "--set", "prune.multiple_of=8"],
+            ["method 'flap'", "ratios 0.1 and 0.101"],
         ),
         (["--set", "runtime.report_to=[tensorbord]"], ["runtime.report_to.0", "'tensorboard', 'trackio' or 'wandb'"]),
         (["--set", "runtime.report_to=[wandb, wandb]"], ["runtime.report_to", "wandb is listed twice"]),
@@ -117,7 +117,7 @@ def test_where_no_sweep_has_been_run_there_is_none_to_look_at(tmp_path, looking)
 
 @pytest.mark.parametrize("ratios", ["0.1,0.2", "0.05,0.2,0.1"])
 def test_ratios_of_several_widths_are_told_apart(config, tmp_path, ratios):
-    for method in ("surgeon-uniform-block", "surgeon", "surgeon-searched"):
+    for method in ("surgeon-uniform-block", "flap", "surgeon-any-shape"):
         code, _, said = in_process(
             sweep.main, "--config", config, "--out", tmp_path, "--dry-run", "--ratios", ratios, "--methods", method
         )
@@ -142,7 +142,7 @@ def test_a_dry_run_tells_what_settings_come_to_on_a_model(config, tmp_path, meth
 
 
 def test_a_dry_run_shows_what_checkpoints_will_be(config, tmp_path):
-    methods = "hfprune,surgeon,surgeon-plain"
+    methods = "hfprune,flap,surgeon-plain"
     where = ["--config", config, "--out", tmp_path / "out", "--dry-run", "--models", "alpha", "--ratios", "0.2"]
     code, shown, said = in_process(sweep.main, *where, "--methods", methods, "--set", "recovery.method=none")
     assert (code, said) == (0, "")
@@ -151,7 +151,7 @@ def test_a_dry_run_shows_what_checkpoints_will_be(config, tmp_path):
     dense, uniform, by_score, plain = lines[place + 1 : place + 5]
     assert dense == "alpha dense 48 2 2 0.0000"
     assert re.fullmatch(r"alpha 0.2 hfprune \d+ 2 2 0.(19|20)\d\d", uniform)
-    assert by_score == "alpha 0.2 surgeon - 2 2 - scores decide, layer by layer"
+    assert by_score == "alpha 0.2 flap - - 2 - scores decide, layer by layer"
     measured = "the closest of 2 shapes, by measurement"
     assert re.fullmatch(rf"alpha 0.2 surgeon-plain \d+-\d+ 1-2 2 0.20\d\d {measured}", plain)
 

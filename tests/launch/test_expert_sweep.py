@@ -90,8 +90,8 @@ def test_a_second_run_starts_no_stage_and_a_dry_run_tells_what_is_left_out(confi
 
 def test_methods_that_are_not_possible_are_refused_before_anything_is_written(config, tmp_path):
     out = tmp_path / "out"
-    refused = sweep(config, out, *ARGUMENTS, "--methods", "surgeon-block")
+    refused = sweep(config, out, *ARGUMENTS, "--methods", "surgeon-uniform-block")
     assert refused.returncode == 2 and not out.exists()
-    assert "method 'surgeon-block': glm4_moe is a mixture of experts, with which allocation" in refused.stderr
+    assert "method 'surgeon-uniform-block': glm4_moe is a mixture of experts, with which refit" in refused.stderr
     alone = sweep(config, out, *ARGUMENTS, "--methods", "surgeon-plain")
     assert alone.returncode == 2 and "glm4_moe is a mixture of experts, with which structures" in alone.stderr

@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest
 
 from hfprune_dist.config.load import load_config
+from hfprune_dist.config.method import Method
 from hfprune_dist.errors import UserError
 from hfprune_dist.planning.methods import resolve_methods
 from hfprune_dist.planning.widths import ModelSize, Target
@@ -18,7 +19,7 @@ def resolved(**overrides):
 
 def test_every_shipped_method_resolves():
     names = [file.stem for file in SHIPPED.glob("*.yaml")]
-    assert set(resolved(methods=names)) == set(names) >= {"hfprune", "surgeon"}
+    assert set(resolved(methods=names)) == set(names) >= {"hfprune", "surgeon-plain"}
 
 
 def test_hfprune_is_the_published_method():
@@ -26,15 +27,20 @@ def test_hfprune_is_the_published_method():
     assert (method.criterion, method.allocation, method.refit, method.multiple_of) == ("entropy", "uniform", "none", 1)
 
 
-@pytest.mark.parametrize("name", ["surgeon-plain", "surgeon-any-shape"])
-def test_a_thorough_method_is_another_but_for_its_refit(name):
-    methods = resolved(methods=[name, f"{name}-thorough"])
-    quick = {"refit_norms": False, "refit_copies": 0, "refit_iterations": 2}
-    assert methods[f"{name}-thorough"].model_copy(update=quick) == methods[name] != methods[f"{name}-thorough"]
+@pytest.mark.parametrize("refit", ["none", "bias", "dense", "layerwise", "block"])
+def test_a_quick_refit_leaves_out_what_a_thorough_one_does_besides(refit):
+    quick, thorough = (Method(criterion="entropy", refit=refit, effort=it).of_one_cut() for it in ("quick", "thorough"))
+    beside = ["refit_copies", "refit_iterations", "refit_norms"]
+    assert not quick.keys() & {*beside} and {**quick, **thorough} == thorough
+    assert sorted(thorough.keys() - quick.keys()) == {
+        "block": beside,
+        "layerwise": beside[::2],
+        "dense": beside[:1],
+    }.get(refit, [])
 
 
 def test_the_prune_section_wins_over_every_method():
-    methods = resolved(methods=["hfprune", "surgeon"], **{"prune.multiple_of": 64, "prune.floor": 0.5})
+    methods = resolved(methods=["hfprune", "surgeon-plain"], **{"prune.multiple_of": 64, "prune.floor": 0.5})
     assert {(it.multiple_of, it.floor) for it in methods.values()} == {(64, 0.5)}
 
 
@@ -104,8 +110,8 @@ def test_a_bad_file_is_one_message(tmp_path, content, message):
 
 
 def test_an_unknown_name_lists_the_valid_ones():
-    with pytest.raises(UserError, match=r"unknown method 'surgon'.*did you mean 'surgeon'.*valid: .*hfprune"):
-        resolved(methods=["surgon"])
+    with pytest.raises(UserError, match=r"unknown method 'hfprun'.*did you mean 'hfprune'.*valid: .*hfprune"):
+        resolved(methods=["hfprun"])
 
 
 def test_two_methods_of_one_name_are_refused(tmp_path):

@@ -155,8 +155,8 @@ def test_what_affects_a_result_changes_its_fingerprint_and_no_other(world, chang
 def test_efficiency_is_of_shapes_and_only_where_it_is_asked_for(world):
     """Recovery and distillation keep a shape, so they share its measurement."""
     plain = plan_of(world)
-    methods = ["surgeon-block", "surgeon-distilled"]
-    before, after = (plan_of(world, methods=methods, efficiency__enabled=it, device="here") for it in (False, True))
+    own = {name: Method(criterion="surgeon", refit="block", distill=passes) for name, passes in (("m", 0), ("d", 2))}
+    before, after = (plan_of(world, own=own, efficiency__enabled=it, device="here") for it in (False, True))
     assert "efficiency" not in kinds(plain) and list(before.stages) == [
         key for key, stage in after.stages.items() if stage.kind != "efficiency"
     ]
@@ -220,7 +220,7 @@ def test_bos_of_calibration_windows_is_that_of_evaluations_unless_it_is_set(worl
 
 def test_a_criterion_more_in_the_pass_makes_it_again_and_nothing_else(world):
     few = plan_of(world, methods=["hfprune"])
-    for change in ({"methods": ["hfprune", "surgeon"]}, {"importance__criteria": ["activation"]}):
+    for change in ({"methods": ["hfprune", "surgeon-uniform-block"]}, {"importance__criteria": ["activation"]}):
         more = plan_of(world, **{"methods": ["hfprune"], **change})
         anew = {few.stages[stage_id].kind for stage_id in set(few.stages) - set(more.stages)}
         assert anew == {"importance"}
@@ -316,7 +316,7 @@ def test_where_a_shard_is_one_micro_batch_its_curvature_is_rounded_as_ever(
     plan = plan_of(
         world,
         models=["a"],
-        methods=["surgeon-uniform", "hfprune"] if surgeon else ["hfprune"],
+        methods=["surgeon-uniform-block", "hfprune"] if surgeon else ["hfprune"],
         importance__criteria=[],
         calibration__samples=samples,
         calibration__micro_batch_size=micro_batch_size,
@@ -330,7 +330,7 @@ def test_where_a_shard_is_one_micro_batch_its_curvature_is_rounded_as_ever(
 
 
 def test_a_row_carries_the_cost_of_all_that_it_needs(world):
-    plan = plan_of(world, models=["a"], methods=["surgeon-uniform-distilled"], ratios=[0.2])
+    plan = plan_of(world, models=["a"], methods=["surgeon-uniform-block"], ratios=[0.2], prune__distill=2)
     kinds_upstream = [[plan.stages[stage_id].kind for stage_id in plan.upstream(cell)] for cell in plan.cells]
     assert kinds_upstream[0] == ["reference", "evaluate"]
     chain = ["importance", "prune", "reference", "distill", "recover", "reference", "evaluate"]
@@ -384,7 +384,9 @@ def test_an_alias_file_that_is_none_is_named(world, tmp_path):
 @given(
     models=st.lists(st.sampled_from(["a", "b"]), unique=True, min_size=1),
     methods=st.lists(
-        st.sampled_from(["hfprune", "surgeon-uniform", "llm-pruner", "surgeon-any-shape"]), unique=True, min_size=1
+        st.sampled_from(["hfprune", "surgeon-uniform-block", "llm-pruner", "surgeon-any-shape"]),
+        unique=True,
+        min_size=1,
     ),
 )
 def test_one_message_says_what_every_model_and_method_reaches_and_what_all_of_them_do(world, models, methods):
@@ -481,18 +483,19 @@ def test_a_checkpoint_whose_layers_differ_is_pruned_again_where_layers_compete(w
         with pytest.raises(UserError, match=f"'narrowed', method '{method}': its layers differ in width.*or searched"):
             plan_of(world, models=["a", str(folder)], methods=[method])
     settings = {"models": [str(folder)], "ratios": [0.05, 0.15], "recovery__method": "none"}
-    plan = plan_of(world, methods=["surgeon", "surgeon-searched"], **settings)
+    own = {it: Method(criterion="surgeon", allocation=it) for it in ("global", "searched")}
+    plan = plan_of(world, own=own, **settings)
     assert [len(cell.producers) for cell in plan.cells] == [0, 2, 2, 2, 2]
     with pytest.raises(UserError, match=r"ratio 0.4 can't be reached with the floors .* largest possible is 0.1"):
-        plan_of(world, models=[str(folder)], methods=["surgeon"], ratios=[0.4])
+        plan_of(world, models=[str(folder)], own=own, ratios=[0.4])
 
 
 def test_recoveries_are_told_apart_where_layers_may_differ(world):
     """Their packed pairs were once not kept apart; all others keep the fingerprints that they had."""
-    plan = plan_of(world, methods=["hfprune", "surgeon-plain", "surgeon", "surgeon-searched"], ratios=[0.2])
+    plan = plan_of(world, methods=["hfprune", "surgeon-plain", "surgeon-any-shape", "flap"], ratios=[0.2])
     recoveries = {it.label: it.params.to_json() for it in plan.stages.values() if it.kind == "recover"}
     differ = {label for label, recorded in recoveries.items() if recorded.get("layers_may_differ")}
-    assert differ == {it for it in recoveries if it.endswith((" surgeon", "surgeon-searched"))} and differ
+    assert differ == {it for it in recoveries if it.endswith(("flap", "surgeon-any-shape"))} and differ
     assert all("layers_may_differ" not in recoveries[label] for label in recoveries.keys() - differ)
 
 
@@ -547,12 +550,12 @@ def test_evaluations_are_told_apart_where_earlier_versions_left_out_positions_of
 
 
 def test_each_method_is_a_row_and_shares_the_importance_pass(world):
-    plan = plan_of(world, models=["a"], methods=["hfprune", "surgeon"])
+    plan = plan_of(world, models=["a"], methods=["hfprune", "surgeon-uniform-block"])
     assert kinds(plan).count("importance") == 1 and kinds(plan).count("prune") == 4
     importance = next(stage for stage in plan.stages.values() if stage.kind == "importance")
     assert importance.params.criteria == ["entropy", "surgeon"]
     labels = [cell.label for cell in plan.cells]
-    assert "a 0.1 hfprune + lora" in labels and "a 0.1 surgeon + lora" in labels
+    assert "a 0.1 hfprune + lora" in labels and "a 0.1 surgeon-uniform-block + lora" in labels
     assert [cell.label for cell in plan_of(world, models=["a"]).cells][-1] == "a 0.2 + lora"
 
 
@@ -562,7 +565,7 @@ def test_settings_that_a_uniform_allocation_ignores_do_not_change_its_fingerprin
         return [stage.id for stage in plan.stages.values() if stage.kind == "prune"]
 
     assert prunes() == prunes(prune__floor=0.5)
-    global_prunes = [prunes(methods=["surgeon"], ratios=[0.05], prune__floor=floor) for floor in (0.2, 0.3)]
+    global_prunes = [prunes(methods=["flap"], ratios=[0.05], prune__floor=floor) for floor in (0.2, 0.3)]
     assert global_prunes[0] != global_prunes[1]
 
 
@@ -580,10 +583,12 @@ def test_a_method_that_scores_while_it_prunes_needs_the_windows_alone(world):
 
 
 def test_distillation_comes_last_and_shares_what_was_pruned(world):
-    methods = ["surgeon-uniform-block", "surgeon-uniform-distilled"]
-    plan = plan_of(world, models=["a"], methods=methods, ratios=[0.2])
+    own = {
+        name: Method(criterion="surgeon", refit="block", distill=it) for name, it in (("plain", 0), ("distilled", 2))
+    }
+    plan = plan_of(world, models=["a"], own=own, ratios=[0.2])
     of = {cell.label: cell.producers for cell in plan.cells}
-    plain, distilled = of["a 0.2 surgeon-uniform-block + lora"], of["a 0.2 surgeon-uniform-distilled + lora"]
+    plain, distilled = of["a 0.2 plain + lora"], of["a 0.2 distilled + lora"]
     assert distilled[:2] == plain[:2]
     importance, prune, reference, distill, recover = (plan.stages[stage_id] for stage_id in distilled)
     assert (distill.kind, distill.needs, recover.needs) == ("distill", [prune.id, reference.id], [distill.id])
@@ -592,7 +597,7 @@ def test_distillation_comes_last_and_shares_what_was_pruned(world):
 
 
 def test_all_evaluations_of_a_model_compare_with_one_reference(world):
-    plan = plan_of(world, models=["a"], methods=["hfprune", "surgeon-uniform-distilled"])
+    plan = plan_of(world, models=["a"], methods=["hfprune", "surgeon-uniform-block"], prune__distill=2)
     held_out, calibration = (stage for stage in plan.stages.values() if stage.kind == "reference")
     evaluations = [plan.stages[cell.evaluate] for cell in plan.cells]
     assert {it.inputs["reference"].identity for it in evaluations} == {held_out.id}

@@ -77,7 +77,7 @@ def test_engines_that_cannot_load_fewer_heads_are_told(tmp_path, model_type, all
 
 def test_norms_that_an_adapted_refit_leaves_alone_are_told(tmp_path):
     checkpoint = open_checkpoint(save_model(tmp_path / "m", "cohere2"))
-    method = Method(**PLAIN, refit="layerwise", adapts=True, refit_norms=True)
+    method = Method(**PLAIN, refit="layerwise", adapts=True)
     (told,) = remarks_on_shapes(checkpoint, [0.1], method, "m by it")
     assert told.startswith("m by it: refit is dense, and no norm is refitted: its attention")
     assert "refit_norms" not in with_numbers(method, checkpoint, 0.1, "m by it").of_one_cut()

@@ -15,7 +15,7 @@ SHIPPED = Path(__file__).resolve().parents[2] / "configs" / "methods"
     ("methods", "settings", "idle"),
     [
         (["hfprune"], {"floor": 0.1, "multiple_of": 8}, ["floor: hfprune"]),
-        (["surgeon"], {"floor": 0.1}, []),
+        (["surgeon-any-shape"], {"floor": 0.1}, []),
         (["hfprune", "surgeon-plain"], {"tensor_parallel": 3}, ["tensor_parallel: hfprune"]),
         (
             ["hfprune", "wanda-sp"],

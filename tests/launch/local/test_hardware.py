@@ -51,9 +51,9 @@ def test_all_settings_of_a_plan_are_known(machine, tmp_path, dtype):
     machine(BEFORE_AVX512)
     keys = [f"{section}.dtype" for section in ("distillation", "efficiency", "evaluation", "importance", "recovery")]
     settings = {key.replace(".", "__"): dtype for key in keys} | {"efficiency__enabled": True}
-    _, plan = planned(
-        make_inputs(tmp_path), methods=["surgeon-uniform-distilled", "loraprune"], ratios=[0.1], **settings
-    )
+    distilled = tmp_path / "distilled.yaml"
+    distilled.write_text("criterion: entropy\ndistill: 1\n")
+    _, plan = planned(make_inputs(tmp_path), methods=[str(distilled), "loraprune"], ratios=[0.1], **settings)
     assert {stage.kind for stage in plan.stages.values()} == {*SECTIONS, "reference"}
     expected = " ".join(f"--set {key}=float32" for key in keys) if dtype == "bfloat16" else ""
     assert note_on_bfloat16(plan.stages.values()).partition("it: ")[2] == expected

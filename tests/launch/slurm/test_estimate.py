@@ -89,9 +89,9 @@ def test_whole_weights_that_do_not_fit_are_to_be_sharded(inputs, tmp_path):
 def test_a_distillation_is_estimated_from_the_windows_that_it_reads(inputs, tmp_path):
     def distillation(**overrides):
         profile = GPUS + "gpu_memory_gib: 80\n"
-        methods = {"methods": ["surgeon-uniform-distilled"], "distillation__dtype": "bfloat16"}
+        methods = {"methods": ["surgeon-uniform-block"], "distillation__dtype": "bfloat16", "prune__distill": 2}
         return next(
-            it for it in estimates(inputs, tmp_path, profile, **methods, **overrides) if it.stage.kind == "distill"
+            it for it in estimates(inputs, tmp_path, profile, **methods | overrides) if it.stage.kind == "distill"
         )
 
     once, twice = distillation(prune__distill=1), distillation(prune__distill=2)
@@ -179,9 +179,10 @@ def prunings(inputs, tmp_path, profile, **overrides):
 
 
 def test_a_refit_is_estimated_and_a_prune_stage_without_one_is_not(inputs, tmp_path):
+    (tmp_path / "uniform.yaml").write_text("{criterion: surgeon, refit: dense}")
     totals = [
         prunings(inputs, tmp_path, "", methods=[method], ratios=[0.2])[0].memory.total
-        for method in ("surgeon-uniform", "surgeon-uniform-block", "surgeon-searched")
+        for method in (str(tmp_path / "uniform.yaml"), "surgeon-uniform-block")
     ]
     assert totals == sorted(totals) and totals[0] < totals[1]
     assert prunings(inputs, tmp_path, "", methods=["hfprune"]) == []
@@ -201,7 +202,7 @@ def test_hidden_states_of_a_reference_must_fit_main_memory(inputs, tmp_path):
 
     def calibration(samples):
         overrides = {"calibration__samples": samples, "calibration__sequence_length": 32}
-        overrides |= {"methods": ["hfprune-distilled"], "distillation__dtype": "float32"}
+        overrides |= {"methods": ["hfprune"], "distillation__dtype": "float32", "prune__distill": 2}
         found = estimates(inputs, tmp_path, GPUS, **overrides)
         return next(each.host_memory for each in found if each.stage.label == "alpha calibration")
 
@@ -230,11 +231,11 @@ def test_one_rank_alone_may_hold_what_two_do_not(inputs, tmp_path):
 
 def test_where_layers_differ_in_width_one_may_keep_all_neurons(inputs, tmp_path):
     uniform, competing = (
-        prunings(inputs, tmp_path, "", methods=[method], ratios=[0.2])[0].memory.sums
-        for method in ("surgeon-uniform-block", "surgeon-block")
+        prunings(inputs, tmp_path, "", ratios=[0.2], prune__allocation=allocation)[0].memory.sums
+        for allocation in ("uniform", "global")
     )
     assert uniform < competing
-    few = {"methods": ["surgeon-block"], "ratios": [0.1], "prune__multiple_of": 16}
+    few = {"prune__allocation": "global", "ratios": [0.1], "prune__multiple_of": 16}
     assert prunings(inputs, tmp_path, "", **few)[0].memory.sums == competing
 
 
