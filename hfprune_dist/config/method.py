@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field, model_validator
+from pydantic import ConfigDict, Field
 
 from hfprune_dist.config.method_settings import (
     Allocation,
@@ -16,8 +15,8 @@ from hfprune_dist.config.method_settings import (
     Temperature,
 )
 from hfprune_dist.config.section import NonNegative, NumberOrShare, Positive, PositiveOrAuto, Section, explained_by
-from hfprune_dist.core.criteria import CRITERIA, SCORED_WHILE_PRUNED, CriterionName, MethodCriterion
-from hfprune_dist.structures import EXPERTS, KV_GROUPS, LAYERS, NEURONS
+from hfprune_dist.core.criteria import CRITERIA, CriterionName, MethodCriterion
+from hfprune_dist.structures import KV_GROUPS, NEURONS
 
 # What a thorough refit does beyond a quick one: parameters of the stage that prunes.
 THOROUGH: dict[Refit, dict[str, Any]] = {
@@ -142,93 +141,6 @@ class Method(Section):
         thorough = THOROUGH[self.refit] if self.effort == "thorough" else {}
         return self.model_dump(exclude=self.without_effect | of_others) | thorough
 
-    @model_validator(mode="after")
-    def _suits_whole_experts(self) -> Method:
-        if EXPERTS not in self.structures:
-            alone = [name for name in self.scored_before if CRITERIA[name].is_of_whole_experts_alone]
-            if alone:
-                raise ValueError(f"criterion: {alone[0]} scores whole experts alone; it needs structures: [{EXPERTS}]")
-            return self
-        needed = {"prunes_in": "calibration", "allocation": "uniform", "refit": "none", "distill": 0}
-        self._refuse_others(needed, f"structures: [{EXPERTS}]")
-        possible = [name for name, it in CRITERIA.items() if it.is_of_whole_experts]
-        if self.criterion is not None and self.criterion not in possible:
-            raise ValueError(
-                f"criterion: {self.criterion} has no scores of whole experts (structures: [{EXPERTS}]); "
-                f"{', '.join(possible)} have"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _criterion_suits_prunes_in(self) -> Method:
-        if self.prunes_in == "calibration" and self.criterion is None:
-            raise ValueError(f"needs a criterion: {', '.join(get_args(MethodCriterion))}; or prunes_in: recovery")
-        if self.prunes_in == "recovery":
-            needed = {"criterion": None, "allocation": "local", "refit": "none", "distill": 0}
-            self._refuse_others(needed, "prunes_in: recovery")
-        return self
-
-    def _refuse_others(self, needed: Mapping[str, object], setting: str) -> None:
-        """Refuse values other than those that a setting goes with."""
-        others = {name: getattr(self, name) for name, value in needed.items() if getattr(self, name) != value}
-        if others:
-            instead = {name: needed[name] for name in others}
-            raise ValueError(f"{setting} goes with {_named(instead)}, not with {_named(others)}")
-
-    @model_validator(mode="after")
-    def _structures_suit_the_criterion(self) -> Method:
-        if self.scores_neurons_alone and KV_GROUPS in self.structures:
-            raise ValueError(
-                f"criterion: {self.criterion} scores neurons alone, whose weights meet at the hidden channels; with "
-                f"structures: [{', '.join(self.structures)}] use another criterion, such as weight_taylor"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _criterion_suits_the_allocation(self) -> Method:
-        if (self.criterion in SCORED_WHILE_PRUNED) != (self.allocation == "low_rank"):
-            raise ValueError(
-                f"criterion: {self.criterion} and allocation: {self.allocation} don't go together; allocation: "
-                f"low_rank scores while it prunes, by {' or '.join(SCORED_WHILE_PRUNED)}, and nothing else does"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _structures_suit_the_allocation(self) -> Method:
-        named = ", ".join(self.structures)
-        if self.allocation in ("local", "global", "standardized") and LAYERS in self.structures:
-            raise ValueError(
-                f"structures: [{named}] needs allocation: plain or searched; layers have no scores, and "
-                f"{self.allocation} measures nothing"
-            )
-        if self.allocation == "low_rank" and (self.structures != [NEURONS] or self.refit != "none"):
-            raise ValueError(
-                f"allocation: low_rank needs structures: [{NEURONS}] and refit: none, not structures: [{named}] and "
-                f"refit: {self.refit}; nothing of attention goes as a whole, and its new weights aren't a refit"
-            )
-        if self.allocation == "uniform" and self.structures not in ([NEURONS], [EXPERTS]):
-            possible = (
-                "plain or searched" if LAYERS in self.structures else "plain, local, global, standardized or searched"
-            )
-            raise ValueError(
-                f"structures: [{named}] needs allocation: {possible}; uniform is one width, of neurons alone"
-            )
-        if self.allocation == "plain" and self.structures == [NEURONS]:
-            raise ValueError(
-                "allocation: plain needs kv_groups or layers among structures; of neurons alone the one width is "
-                "allocation: uniform"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _refit_suits_the_allocation(self) -> Method:
-        if self.refit == "bias" and self.allocation in ("plain", "searched"):
-            raise ValueError(
-                f"refit: bias needs allocation: uniform, local, global or standardized; {self.allocation} measures "
-                "shapes after least squares"
-            )
-        return self
-
     @property
     def scored_before(self) -> frozenset[CriterionName]:
         """The scores that a calibration pass computes for it."""
@@ -243,11 +155,6 @@ class Method(Section):
     def student_chosen_by(self) -> CriterionName | None:
         """The criterion whose scores choose the student on which this method's are computed; None without a student."""
         return next((CRITERIA[name].student_of for name in self.scored_before), None)
-
-
-def _named(settings: Mapping[str, object]) -> str:
-    """Settings as they are written in YAML, for messages."""
-    return ", ".join(f"{name}: {'null' if value is None else value}" for name, value in settings.items())
 
 
 class PruneConfig(Section):

@@ -11,9 +11,9 @@ from dataclasses import replace
 from hfprune_dist.config.method import Method
 from hfprune_dist.config.schema import SweepConfig
 from hfprune_dist.errors import UserError
-from hfprune_dist.planning.expert_shapes import can_do, refuse_criteria, refuse_with_experts
+from hfprune_dist.planning.legality import can_do, refuse_criteria, refuse_model, suited
 from hfprune_dist.planning.model_sources import ModelSource
-from hfprune_dist.planning.multiples import suited, with_numbers
+from hfprune_dist.planning.multiples import with_numbers
 from hfprune_dist.planning.plan import NONE, OWN, Cell, Plan, label_of
 from hfprune_dist.planning.planned_stages import PlannedStages, Variant
 from hfprune_dist.planning.ratios import check_ratios
@@ -116,7 +116,7 @@ class _Planner:
         left = {name: method for name, method in self.methods.items() if can_do(method, model.checkpoint)}
         if not left:
             name, method = next(iter(self.methods.items()))
-            refuse_with_experts(method, model.checkpoint.family.model_type, place_of(model.name, name))
+            refuse_model(method, model.checkpoint, place_of(model.name, name))
         return left
 
     def _pruned(self, variant: Variant, method: Method, importance: Stage | None) -> list[Cell]:

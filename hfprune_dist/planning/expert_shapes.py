@@ -9,17 +9,15 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from bisect import bisect_left
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 from hfprune_dist.checkpoints.checkpoint import Checkpoint
 from hfprune_dist.checkpoints.pruned_config import plain_group_counts
-from hfprune_dist.config.method import Method
-from hfprune_dist.core.criteria import CRITERIA
 from hfprune_dist.errors import UserError
 from hfprune_dist.planning.shape_target import ShapeTarget
-from hfprune_dist.structures import EXPERT_NEURONS, EXPERTS, KV_GROUPS, LAYERS, NEURONS, Structure
+from hfprune_dist.structures import EXPERT_NEURONS, KV_GROUPS, NEURONS
 from hfprune_dist.structures.kept import Shape
 from hfprune_dist.structures.units import Units
 
@@ -137,63 +135,6 @@ class ExpertTarget(MixtureTarget):
         return widths
 
 
-def why_not_experts(method: Method) -> str:
-    """The first setting of a method that isn't possible with mixtures of experts, for messages; empty if all are."""
-    if method.prunes_in == "recovery":
-        return "prunes_in: recovery isn't possible; calibration is"
-    if LAYERS in method.structures:
-        named = ", ".join(method.structures)
-        return f"structures: [{named}] aren't possible; [{NEURONS}, {KV_GROUPS}] are, and [{EXPERTS}]"
-    if method.allocation not in ("uniform", "local"):
-        return f"allocation: {method.allocation} isn't possible; uniform and local are"
-    protects = [name for name in ("protect_first", "protect_last") if method.can_protect and getattr(method, name)]
-    if protects:
-        return f"{protects[0]}: {getattr(method, protects[0]):g} isn't possible; 0 is"
-    if method.refit not in ("none", "dense"):
-        return f"refit: {method.refit} isn't possible; none and dense are"
-    if method.distill:
-        return f"distill: {method.distill} isn't possible; 0 is"
-    return _why_not_scored(str(method.criterion), method.structures)
-
-
-def _why_not_scored(criterion: str, structures: Collection[Structure]) -> str:
-    possible = [
-        name
-        for name, it in CRITERIA.items()
-        if (NEURONS in structures and it.is_of_expert_neurons) or (EXPERTS in structures and it.is_of_whole_experts)
-    ]
-    return "" if criterion in possible else f"criterion: {criterion} isn't possible; {', '.join(possible)} are"
-
-
-def refuse_with_experts(method: Method, model_type: str, where: str) -> None:
-    """Refuse a method that isn't possible with a mixture of experts.
-
-    Raises:
-        UserError: naming the setting, and what is possible.
-    """
-    why = why_not_experts(method)
-    if why:
-        raise UserError(f"{where}: {model_type} is a mixture of experts, with which {why}")
-
-
-def refuse_criteria(criteria: Iterable[str], checkpoint: Checkpoint, structures: Collection[Structure]) -> None:
-    """Refuse further criteria that can't score a model's units.
-
-    Args:
-        structures: the structures that are scored.
-
-    Raises:
-        UserError: naming the first one, and what is possible.
-    """
-    kind, where = checkpoint.family.model_type, f"importance.criteria: {checkpoint.path}"
-    for name in criteria:
-        if not checkpoint.family.experts and CRITERIA[name].is_of_whole_experts_alone:
-            raise UserError(f"{where}: {name} scores whole experts alone, and {kind} has none; leave it out")
-        why = _why_not_scored(name, structures) if checkpoint.family.experts else ""
-        if why:
-            raise UserError(f"{where}: {kind} is a mixture of experts, with which {why}")
-
-
 def refuse_unaligned(checkpoint: Checkpoint, where: str) -> None:
     """Refuse a mixture whose experts transformers can't run.
 
@@ -207,8 +148,3 @@ def refuse_unaligned(checkpoint: Checkpoint, where: str) -> None:
                 f"{where}: {what}, but transformers multiplies experts' matrices in groups, whose rows must be "
                 f"multiples of {ALIGNED}"
             )
-
-
-def can_do(method: Method, checkpoint: Checkpoint) -> bool:
-    """Whether a method applies to a model; an adaptive one is left out where a mixture of experts rules it out."""
-    return not (method.adapts and checkpoint.family.experts and why_not_experts(method))

@@ -9,6 +9,7 @@ from hfprune_dist.config.method import Method
 from hfprune_dist.config.schema import SweepConfig
 from hfprune_dist.config.yaml_text import read_yaml
 from hfprune_dist.errors import UserError, did_you_mean
+from hfprune_dist.planning.legality import refuse_method
 
 
 def resolve_methods(config: SweepConfig, shipped: Path) -> dict[str, Method]:
@@ -18,7 +19,7 @@ def resolve_methods(config: SweepConfig, shipped: Path) -> dict[str, Method]:
         shipped: folder with the methods that come with the project, ``<name>.yaml``.
 
     Raises:
-        UserError: for an unknown method, or a file that isn't one.
+        UserError: for an unknown method, a file that isn't one, or settings that don't go together.
     """
     files = {file.stem: file for file in sorted(shipped.glob("*.yaml"))}
     on_top = config.prune.model_dump(exclude_none=True)
@@ -39,4 +40,5 @@ def resolve_methods(config: SweepConfig, shipped: Path) -> dict[str, Method]:
         settings = read_yaml(file, "--methods", "the keys of a method")
         where = f"{file} with prune.{', prune.'.join(on_top)}" if on_top else str(file)
         methods[file.stem] = parse(Method, {**settings, **on_top}, where)
+        refuse_method(methods[file.stem], f"configuration ({where})")
     return methods

@@ -13,13 +13,14 @@ from hfprune_dist.errors import UserError
 from hfprune_dist.planning.budget import Limits, budget_of
 from hfprune_dist.planning.decided_numbers import check_multiple
 from hfprune_dist.planning.expert_shapes import ExpertTarget
+from hfprune_dist.planning.legality import suited
 from hfprune_dist.planning.local_shapes import LocalTarget
 from hfprune_dist.planning.low_rank_shapes import LowRankTarget
 from hfprune_dist.planning.plain_shapes import all_plain_shapes, ratio_of
 from hfprune_dist.planning.shape_target import ShapeTarget
 from hfprune_dist.planning.targets import divisible, limits_of, protected_by, target_of
 from hfprune_dist.planning.widths import Target, size_of
-from hfprune_dist.structures import EXPERTS, KV_GROUPS, NEURONS
+from hfprune_dist.structures import EXPERTS, NEURONS
 
 # Multiples, in the order in which they are tried.
 MULTIPLES = (256, 128, 64, 32)
@@ -27,16 +28,6 @@ MULTIPLES = (256, 128, 64, 32)
 MOST_BEYOND = 0.0125
 # From width WIDE on, every multiple is at least LEAST.
 WIDE, LEAST = 1024, 32
-
-
-def suited(method: Method, checkpoint: Checkpoint) -> Method:
-    """A method that ``adapts`` without what the model's architecture rules out; any other method unchanged."""
-    family, changes = checkpoint.family, dict[str, object]()
-    if method.adapts and family.whole_groups:
-        changes["structures"] = [it for it in method.structures if it != KV_GROUPS]
-    if method.adapts and family.no_sequence and method.refit in ("layerwise", "block"):
-        changes["refit"] = "dense"
-    return method.model_copy(update=changes)
 
 
 def with_numbers(method: Method, checkpoint: Checkpoint, ratio: float, where: str) -> Method:

@@ -8,12 +8,12 @@ from hfprune_dist.checkpoints.checkpoint import Checkpoint
 from hfprune_dist.config.method import Method
 from hfprune_dist.errors import UserError
 from hfprune_dist.planning.decided_numbers import check_multiple, deciding_numbers, what_is_rounded
-from hfprune_dist.planning.expert_shapes import can_do, refuse_unaligned, refuse_with_experts, why_not_experts
+from hfprune_dist.planning.expert_shapes import refuse_unaligned
+from hfprune_dist.planning.legality import can_do, refuse_model, suited, why_not
 from hfprune_dist.planning.low_rank_shapes import LowRankTarget
-from hfprune_dist.planning.multiples import suited, with_numbers
+from hfprune_dist.planning.multiples import with_numbers
 from hfprune_dist.planning.students import check_student
 from hfprune_dist.planning.targets import protected_by, target_of
-from hfprune_dist.planning.whole_expert_shapes import refuse_without_experts
 from hfprune_dist.planning.widths import to_multiples_of
 from hfprune_dist.structures import KV_GROUPS
 from hfprune_dist.structures.low_rank import rank_field
@@ -30,17 +30,13 @@ def check_ratios(checkpoint: Checkpoint, ratios: Sequence[float], method: Method
             differ and the method makes all of them alike.
     """
     method = suited(method, checkpoint)
-    _check_family(checkpoint, method, where)
+    refuse_model(method, checkpoint, where)
+    if checkpoint.family.experts:
+        refuse_unaligned(checkpoint, where)
     if checkpoint.ranks:
         raise UserError(
             f"{where}: its attention has matrices of low rank ({', '.join(map(rank_field, checkpoint.ranks))} in "
             "config.json), so it has been pruned already; prune the model that it came from, at a larger ratio"
-        )
-    if method.allocation in ("uniform", "plain", "low_rank") and not checkpoint.is_uniform:
-        raise UserError(
-            f"{where}: its layers differ in width or in heads, so it has been pruned already; allocation: "
-            f"{method.allocation} makes them alike. Use a method whose allocation is local, global, standardized or "
-            "searched, or prune the model that it came from, at a larger ratio"
         )
     reached: dict[Hashable, float] = {}
     for ratio in ratios:
@@ -56,35 +52,6 @@ def check_ratios(checkpoint: Checkpoint, ratios: Sequence[float], method: Method
                 f"rounded{to_multiples_of(step)}; leave one of them out{finer and f' or use {finer}'}"
             )
         reached[decided] = ratio
-
-
-def _check_family(checkpoint: Checkpoint, method: Method, where: str) -> None:
-    """Refuse a method that the model's architecture doesn't permit."""
-    family = checkpoint.family
-    refuse_without_experts(method, checkpoint, where)
-    if family.experts:
-        refuse_with_experts(method, family.model_type, where)
-        refuse_unaligned(checkpoint, where)
-    if family.has_vision and (method.allocation not in ("uniform", "plain") or method.refit == "bias"):
-        raise UserError(
-            f"{where}: a model of images and text must stay plain, with layers that are alike and biases as they are: "
-            "its allocation must be uniform or plain, and its refit not bias"
-        )
-    if KV_GROUPS in method.structures and family.whole_groups:
-        raise UserError(
-            f"{where}: KV groups of {family.model_type} can't be pruned: {family.whole_groups}; leave kv_groups out of "
-            "prune.structures"
-        )
-    if method.allocation == "low_rank" and family.no_low_rank:
-        raise UserError(
-            f"{where}: allocation: low_rank isn't possible with {family.model_type}: {family.no_low_rank}; use "
-            "a method of another allocation"
-        )
-    if method.refit in ("layerwise", "block") and family.no_sequence:
-        raise UserError(
-            f"{where}: refit: {method.refit} isn't possible with {family.model_type}: {family.no_sequence}; use dense "
-            "or none"
-        )
 
 
 def _check_protected(checkpoint: Checkpoint, method: Method, where: str) -> None:
@@ -103,7 +70,7 @@ def remarks_on_shapes(checkpoint: Checkpoint, ratios: Sequence[float], method: M
         UserError: as ``check_ratios`` does.
     """
     if not can_do(method, checkpoint):
-        return [f"{where}: left out, since the model is a mixture of experts; {why_not_experts(method)}"]
+        return [f"{where}: left out, since the model {next(why_not(method, checkpoint))}"]
     told = _left_out(checkpoint, method, where)
     method = suited(method, checkpoint)
     if method.multiple_of == "auto":

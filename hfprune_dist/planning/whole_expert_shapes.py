@@ -5,9 +5,6 @@ from __future__ import annotations
 import math
 from functools import cached_property
 
-from hfprune_dist.checkpoints.checkpoint import Checkpoint
-from hfprune_dist.config.method import Method
-from hfprune_dist.errors import UserError
 from hfprune_dist.planning.expert_shapes import ExpertTarget, MixtureTarget
 from hfprune_dist.planning.shape_target import ShapeTarget
 from hfprune_dist.structures import EXPERTS
@@ -62,16 +59,3 @@ class WholeExpertTarget(MixtureTarget):
 def mixture_target(asked: ShapeTarget) -> MixtureTarget:
     """The target for a mixture of experts, whichever of its structures may be removed."""
     return WholeExpertTarget(asked) if EXPERTS in asked.structures else ExpertTarget(asked)
-
-
-def refuse_without_experts(method: Method, checkpoint: Checkpoint, where: str) -> None:
-    """Refuse to prune the experts of a model that has none.
-
-    Raises:
-        UserError: naming the setting.
-    """
-    if EXPERTS in method.structures and not checkpoint.family.experts:
-        raise UserError(
-            f"{where}: structures: [{EXPERTS}] isn't possible with {checkpoint.family.model_type}: the model has no "
-            "experts"
-        )

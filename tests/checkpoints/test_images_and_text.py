@@ -224,7 +224,7 @@ def test_parameters_of_the_encoder_count(checkpoint_of):
 
 @pytest.mark.parametrize("changes", [{"allocation": "global"}, {"allocation": "uniform", "refit": "bias"}], ids=str)
 def test_shapes_that_are_not_plain_are_refused_by_name(checkpoint_of, changes):
-    with pytest.raises(UserError, match="a model of images and text must stay plain"):
+    with pytest.raises(UserError, match="is a model of images and text, which must stay plain"):
         check_ratios(checkpoint_of("llava"), [0.1], Method(criterion="entropy", **changes), "here")
 
 

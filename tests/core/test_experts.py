@@ -23,8 +23,6 @@ from hfprune_dist.models.memory_efficient_backward import (
 
 NAMES = [*GRADIENT_CRITERIA, "activation"]
 WINDOWS = torch.randint(3, 64, (4, 11), generator=torch.Generator().manual_seed(1))
-# Units of the student.
-KEEPS = torch.stack([(torch.arange(COUNT * WIDTH) + layer) % 10 != 0 for layer in range(LAYERS)])
 
 
 def as_it_comes(_model, _family):
@@ -57,7 +55,6 @@ def sums_of(model, names, micro_batch_size=2, prepare=lean, kinds=(KIND,)):
         head=lambda: contextlib.nullcontext((model.lm_head.weight, None)),
         outputs=outputs_of(model, kinds),
         after=AfterHead(1 / getattr(model.config, "logits_scaling", 1.0)),
-        student={KIND: KEEPS},
     )
     sums = UnitSums(scored.outputs, [CRITERIA[name] for name in names])
     for start in range(0, len(WINDOWS), micro_batch_size):
@@ -70,9 +67,8 @@ def sums_of(model, names, micro_batch_size=2, prepare=lean, kinds=(KIND,)):
 def test_every_family_has_the_sums_that_are_defined(model_type):
     """Also in float64, except for routers, which compute in float32 in most families."""
     narrow, wide = sums_of(make_model(model_type), NAMES), sums_of(make_model(model_type).double(), NAMES)
-    keeps = {(KIND, layer): keeps_U for layer, keeps_U in enumerate(KEEPS)}
     for name in NAMES:
-        expected = definition(make_model(model_type), WINDOWS, name, seed=4, keeps=keeps)
+        expected = definition(make_model(model_type), WINDOWS, name, seed=4)
         assert {layer for _, layer in expected} == {*experts_of(make_model(model_type))}
         for layer in range(LAYERS):
             expected_U = expected.get((KIND, layer), torch.zeros(COUNT * WIDTH))

@@ -94,7 +94,7 @@ def test_all_criteria_at_once_match_their_definitions(variant):
     names = [name for name in GRADIENT_CRITERIA if name in SUMMED]
     scores = ours(model, windows, 3, names, seed=4)
     for name in names:
-        expected = definition(model, windows, name, seed=4, keeps=a_student(model))
+        expected = definition(model, windows, name, seed=4)
         assert (expected > 0).all(), name
         assert torch.linalg.norm(scores[name] - expected) / torch.linalg.norm(expected) < 2e-5, name
 
@@ -120,7 +120,7 @@ def test_kv_groups_match_the_definitions_in_every_family(variant):
     channels = channels_of_groups(model)
     names = [name for name in GRADIENT_CRITERIA if name in SUMMED]
     output = "self_attn.o_proj"
-    expected = {name: definition(model, windows, name, 4, a_student(model), channels, output) for name in names}
+    expected = {name: definition(model, windows, name, 4, channels, output) for name in names}
     expected_moments = list(moments(model, windows, 4, channels, output))
     for micro_batch_size in (1, 3):
         found = all_sums(model, windows, micro_batch_size, SUMMED, seed=4, kinds=BOTH)[GROUPS]

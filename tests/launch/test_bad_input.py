@@ -52,7 +52,7 @@ def files_below(folder):
         (["--models", "alpha,alpha"], ["listed twice"]),
         (["--methods", "hfprune,{root}/configs/methods/hfprune.yaml"], ["are the same method", "name it once"]),
         (["--methods", "hfprune,hfprune"], ["listed twice"]),
-        (["--methods", "hfprune-experts"], ["'hfprune-experts'", "structures: [experts]", "the model has no experts"]),
+        (["--methods", "hfprune-experts"], ["'hfprune-experts'", "structures: [experts]", "has no experts"]),
         (["--ratios", "0.1,0.11", "--set", "prune.multiple_of=8"], ["ratios 0.1 and 0.11", "multiples of 8"]),
         (["--ratios", "0.1,0.1001"], ["ratios 0.1 and 0.1001", "once widths are rounded; leave one of them out\n"]),
         (

@@ -1,36 +1,22 @@
 """Shapes of mixtures of experts: the width of every MLP at a ratio, and the methods that can prune them."""
 
 import math
-import re
-from pathlib import Path
 
 import pytest
-import yaml
 from headers import CONFIG, checkpoint_of, mixtures, tensors_of
 from hypothesis import given
 from hypothesis import strategies as st
-from pydantic import ValidationError
 
 from hfprune_dist.checkpoints.pruned_config import is_plain, plain_group_counts, pruned_config
 from hfprune_dist.checkpoints.token_costs import TokenCosts
 from hfprune_dist.config.method import Method
-from hfprune_dist.core.criteria import CRITERIA
 from hfprune_dist.errors import UserError
-from hfprune_dist.planning.expert_shapes import ALIGNED, ExpertTarget, can_do, refuse_criteria, why_not_experts
-from hfprune_dist.planning.ratios import check_ratios, remarks_on_shapes
+from hfprune_dist.planning.expert_shapes import ALIGNED, ExpertTarget
+from hfprune_dist.planning.ratios import check_ratios
 from hfprune_dist.planning.shape_target import ShapeTarget
 from hfprune_dist.structures import EXPERT_NEURONS
 
 LIKE_HFPRUNE = {"criterion": "entropy"}
-OTHERS = {
-    "structures": {"criterion": "entropy", "structures": ["neurons", "layers"], "allocation": "plain"},
-    "allocation": {"criterion": "entropy", "allocation": "global"},
-    "protect_last": {"criterion": "entropy", "allocation": "local", "protect_last": 1},
-    "refit": {"criterion": "entropy", "refit": "layerwise"},
-    "distill": {"criterion": "entropy", "distill": 1},
-    "criterion": {"criterion": "surgeon"},
-    "prunes_in": {"prunes_in": "recovery", "allocation": "local"},
-}
 
 
 def target(checkpoint, ratio, multiple_of=1):
@@ -136,33 +122,6 @@ def checkpoint():
     return checkpoint_of({**CONFIG, **layers, "moe_intermediate_size": 64, "num_experts": 4, "num_experts_per_tok": 2})
 
 
-@pytest.mark.parametrize("setting", OTHERS)
-def test_what_is_not_possible_is_refused_by_name(checkpoint, setting):
-    method = Method(**OTHERS[setting])
-    with pytest.raises(UserError, match=f"here: new_moe is a mixture of experts, with which {setting}: "):
-        check_ratios(checkpoint, [0.2], method, "here")
-
-
-@pytest.mark.parametrize("setting", OTHERS)
-def test_a_method_that_adapts_is_left_out_with_a_remark(checkpoint, setting):
-    try:
-        method = Method(**{**OTHERS[setting], "adapts": True})
-    except ValidationError:
-        return  # when it has nothing that it could do without
-    assert not can_do(method, checkpoint)
-    (remark,) = remarks_on_shapes(checkpoint, [0.2], method, "here")
-    assert remark.startswith("here: left out, since the model is a mixture of experts; ") and setting in remark
-
-
-def test_the_methods_that_are_possible_are_listed():
-    """The list covers the methods that come with the project."""
-    folder = Path(__file__).parents[2] / "configs" / "methods"
-    methods = {file.stem: Method(**yaml.safe_load(file.read_text())) for file in folder.glob("*.yaml")}
-    told = (folder / "README.md").read_text().partition("are pruned by ")[2].partition("\n\n")[0]
-    possible = {name for name, method in methods.items() if not why_not_experts(method)}
-    assert {*re.findall(r"`([\w-]+)`", told)} == possible
-
-
 @pytest.mark.parametrize("width", [1, 37, 60])
 def test_experts_that_transformers_does_not_run_are_refused(width):
     layers = {"num_hidden_layers": 1, "intermediate_size": 64, "first_k_dense_replace": 0}
@@ -188,12 +147,3 @@ def test_a_ratio_out_of_reach_is_told_with_the_width_that_stays(checkpoint, mult
     setting = "" if multiple_of == 1 else rf" \(multiple_of {multiple_of}\)"
     with pytest.raises(UserError, match=rf"{told} possible is 0\.\d+{setting}$"):
         check_ratios(checkpoint, [0.95], Method(**LIKE_HFPRUNE, multiple_of=multiple_of), "here")
-
-
-@pytest.mark.parametrize("name", sorted(CRITERIA))
-def test_further_criteria_are_those_that_neurons_of_experts_have_scores_by(checkpoint, name):
-    if CRITERIA[name].is_of_expert_neurons:
-        refuse_criteria(["entropy", name], checkpoint, ["neurons", "experts"])
-    else:
-        with pytest.raises(UserError, match=f"importance.criteria: .*criterion: {name} isn't possible; entropy, "):
-            refuse_criteria(["entropy", name], checkpoint, ["neurons"])

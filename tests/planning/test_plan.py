@@ -480,7 +480,9 @@ def test_a_checkpoint_whose_layers_differ_is_pruned_again_where_layers_compete(w
     config["per_layer_config"] = {"1": {"intermediate_size": 20}}
     (folder / "config.json").write_text(json.dumps(config))
     for method in ("hfprune", "surgeon-plain"):
-        with pytest.raises(UserError, match=f"'narrowed', method '{method}': its layers differ in width.*or searched"):
+        with pytest.raises(
+            UserError, match=f"'narrowed', method '{method}': llama has layers that differ in width.*and searched are"
+        ):
             plan_of(world, models=["a", str(folder)], methods=[method])
     settings = {"models": [str(folder)], "ratios": [0.05, 0.15], "recovery__method": "none"}
     own = {it: Method(criterion="surgeon", allocation=it) for it in ("global", "searched")}

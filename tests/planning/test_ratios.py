@@ -20,28 +20,6 @@ PLAIN = {"criterion": "entropy", "multiple_of": 1}
 
 
 @pytest.mark.parametrize(
-    ("model_type", "settings", "why"),
-    [
-        (
-            "olmo2",
-            {"allocation": "local", "structures": ["neurons", "kv_groups"]},
-            "KV groups of olmo2 can't be pruned",
-        ),
-        ("phi3", {"allocation": "plain", "structures": ["neurons", "kv_groups"]}, "KV groups of phi3 can't be pruned"),
-        ("cohere2", {"refit": "layerwise"}, "refit: layerwise isn't possible with cohere2"),
-        ("cohere2", {"refit": "block"}, "use dense or none"),
-    ],
-)
-def test_what_an_architecture_rules_out_is_named(tmp_path, model_type, settings, why):
-    checkpoint = open_checkpoint(save_model(tmp_path / "m", model_type))
-    with pytest.raises(UserError, match=why):
-        check_ratios(checkpoint, [0.1], Method(**PLAIN | settings), "m by it")
-    possible = {"structures": ["neurons", "layers"], "allocation": "searched", "refit": "dense"}
-    for settings in ({}, {"allocation": "global"}, possible):
-        check_ratios(checkpoint, [0.1], Method(**PLAIN | settings), "m by it")
-
-
-@pytest.mark.parametrize(
     ("model_type", "changes", "told"),
     [
         ("phi3", {"structures": ["neurons", "layers"]}, "KV groups stay: "),

@@ -5,20 +5,16 @@ import re
 
 import pytest
 import torch
-from blank import blank
 from headers import CONFIG, checkpoint_of, grouped_mixtures
 from hypothesis import given
 from hypothesis import strategies as st
-from pydantic import ValidationError
 from transformers import DeepseekV3Config
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkRouter
 
 from hfprune_dist.checkpoints.pruned_config import is_plain, pruned_config
 from hfprune_dist.checkpoints.token_costs import TokenCosts
 from hfprune_dist.config.method import Method
-from hfprune_dist.core.criteria import CRITERIA
 from hfprune_dist.errors import UserError
-from hfprune_dist.planning.expert_shapes import refuse_criteria
 from hfprune_dist.planning.known_shapes import Span, dense_shape, known_shape
 from hfprune_dist.planning.ratios import check_ratios, remarks_on_shapes
 from hfprune_dist.planning.shape_target import ShapeTarget
@@ -26,19 +22,6 @@ from hfprune_dist.planning.whole_expert_shapes import WholeExpertTarget
 from hfprune_dist.structures import EXPERTS
 
 LIKE_HFPRUNE = {"criterion": "entropy", "structures": ["experts"]}
-OTHERS = {
-    "allocation: uniform, not with allocation: global": {"allocation": "global"},
-    "refit: none, not with refit: dense": {"refit": "dense"},
-    "distill: 0, not with distill: 1": {"distill": 1},
-    "prunes_in: calibration, allocation: uniform, not with prunes_in: recovery, allocation: local": {
-        "prunes_in": "recovery",
-        "allocation": "local",
-        "criterion": None,
-    },
-    "neurons, experts: experts go alone": {"structures": ["experts", "neurons"]},
-    "kv_groups, experts: experts go alone": {"structures": ["experts", "kv_groups"]},
-    "experts: name each once": {"structures": ["experts", "experts"]},
-}
 
 
 def target(checkpoint, ratio, multiple_of=1):
@@ -149,33 +132,3 @@ def test_multiples_are_of_experts(checkpoint):
     with pytest.raises(UserError, match="multiple_of comes to 16, but layers have 12 experts at most"):
         check_ratios(checkpoint, [0.3], Method(**LIKE_HFPRUNE, multiple_of=16), "here")
     assert remarks_on_shapes(checkpoint, [0.3], Method(**LIKE_HFPRUNE), "here") == []
-
-
-def test_what_scores_whole_experts_alone_is_refused_for_all_else(checkpoint):
-    with pytest.raises(
-        ValidationError, match=r"criterion: reap scores whole experts alone; .* structures: \[experts\]"
-    ):
-        Method(criterion="reap")
-    refuse_criteria(["reap"], checkpoint, ["neurons", "experts"])
-    with pytest.raises(UserError, match="criterion: reap isn't possible"):
-        refuse_criteria(["reap"], checkpoint, ["neurons"])
-    with pytest.raises(UserError, match="reap scores whole experts alone, and llama has none; leave it out"):
-        refuse_criteria(["entropy", "reap"], blank("llama"), ["neurons"])
-
-
-@pytest.mark.parametrize("why", OTHERS)
-def test_what_goes_with_no_whole_experts_is_refused_by_name(why):
-    with pytest.raises(ValidationError, match=re.escape(why)):
-        Method(**LIKE_HFPRUNE | OTHERS[why])
-
-
-@pytest.mark.parametrize("name", sorted(CRITERIA))
-def test_criteria_are_those_that_experts_have_scores_by(checkpoint, name):
-    if CRITERIA[name].is_of_whole_experts:
-        check_ratios(checkpoint, [0.3], Method(**LIKE_HFPRUNE | {"criterion": name}), "here")
-        refuse_criteria([name], checkpoint, ["experts"])
-    else:
-        with pytest.raises(ValidationError, match=f"criterion: {name} has no scores of whole experts"):
-            Method(**LIKE_HFPRUNE | {"criterion": name})
-        with pytest.raises(UserError, match=f"importance.criteria: .*criterion: {name} isn't possible; entropy, "):
-            refuse_criteria([name], checkpoint, ["experts"])

@@ -1,0 +1,244 @@
+"""Which settings of a method go together, and which models take them: one table, and the sentence for what doesn't.
+
+A rule holds for methods with certain settings, or for models of some kind, and says which values other settings may
+have there. The first one that is broken makes the message; settings without effect break none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import get_args
+
+from hfprune_dist.checkpoints.checkpoint import Checkpoint
+from hfprune_dist.config.method import Method
+from hfprune_dist.config.method_settings import Allocation, Refit
+from hfprune_dist.core.criteria import CRITERIA, SCORED_WHILE_PRUNED
+from hfprune_dist.errors import UserError
+from hfprune_dist.structures import EXPERTS, KV_GROUPS, LAYERS, NEURONS
+
+# Name of a setting -> values of it.
+Values = Mapping[str, Sequence[object]]
+
+ALONE, GROUPS, EXPERTS_ALONE = [NEURONS], [NEURONS, KV_GROUPS], [EXPERTS]
+WITH_LAYERS = [NEURONS, LAYERS], [NEURONS, KV_GROUPS, LAYERS]
+OF_NEURONS = ALONE, GROUPS, *WITH_LAYERS
+OF_WHOLE_EXPERTS = [name for name, it in CRITERIA.items() if it.is_of_whole_experts]
+BY_CALIBRATION = [name for name, it in CRITERIA.items() if not it.is_of_whole_experts_alone]
+NO_BIAS = [it for it in get_args(Refit) if it != "bias"]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What methods with the settings ``given`` take; ``because`` says why, and may be empty."""
+
+    given: Values
+    takes: Values
+    because: str = ""
+
+
+RULES = (
+    Rule({"prunes_in": ["calibration"]}, {"criterion": [*CRITERIA, *SCORED_WHILE_PRUNED]}),
+    Rule(
+        {"prunes_in": ["recovery"]},
+        {"criterion": [None], "allocation": ["local"], "refit": ["none"], "distill": [0]},
+        "LoRA's own gradients score units while it recovers the model",
+    ),
+    Rule(
+        {"structures": [EXPERTS_ALONE]},
+        {
+            "prunes_in": ["calibration"],
+            "allocation": ["uniform"],
+            "refit": ["none"],
+            "distill": [0],
+            "criterion": OF_WHOLE_EXPERTS,
+        },
+        "experts go as a whole, the same number in every layer, and the others stay as they are",
+    ),
+    Rule({"structures": OF_NEURONS}, {"criterion": [None, *BY_CALIBRATION, *SCORED_WHILE_PRUNED]}),
+    Rule(
+        {"criterion": [name for name, it in CRITERIA.items() if it.is_of_neurons_alone]},
+        {"structures": [ALONE, WITH_LAYERS[0]]},
+        "it scores neurons alone, whose weights meet at the hidden channels",
+    ),
+    Rule({"allocation": ["uniform"]}, {"structures": [ALONE, EXPERTS_ALONE]}, "it is one width, or one number"),
+    Rule(
+        {"allocation": ["plain"]},
+        {"structures": [*WITH_LAYERS, GROUPS], "refit": NO_BIAS},
+        "it measures shapes after least squares; of neurons alone the one width is allocation: uniform",
+    ),
+    Rule({"allocation": ["searched"]}, {"refit": NO_BIAS}, "it measures shapes after least squares"),
+    Rule(
+        {"allocation": ["local", "global", "standardized"]},
+        {"structures": [ALONE, GROUPS]},
+        "layers have no scores, and it measures nothing",
+    ),
+    Rule(
+        {"allocation": ["low_rank"]},
+        {"criterion": [*SCORED_WHILE_PRUNED], "structures": [ALONE], "refit": ["none"]},
+        "it scores while it prunes, and attention's new weights aren't a refit",
+    ),
+    Rule({"criterion": [*SCORED_WHILE_PRUNED]}, {"allocation": ["low_rank"]}, "it scores while it prunes"),
+)
+
+
+@dataclass(frozen=True)
+class ModelRule:
+    """What models of a kind take; ``kind`` describes a model of it, for messages, and is empty for all others."""
+
+    kind: Callable[[Checkpoint], str]
+    takes: Values
+
+
+def _if(holds: object, kind: str) -> str:
+    return kind if holds else ""
+
+
+MODEL_RULES = (
+    ModelRule(
+        lambda it: _if(it.family.experts, "is a mixture of experts"),
+        {
+            "prunes_in": ["calibration"],
+            "structures": [ALONE, GROUPS, EXPERTS_ALONE],
+            "allocation": ["uniform", "local"],
+            "protect_first": [0],
+            "protect_last": [0],
+            "refit": ["none", "dense"],
+            "distill": [0],
+            "criterion": [name for name, it in CRITERIA.items() if it.is_of_expert_neurons or it.is_of_whole_experts],
+        },
+    ),
+    ModelRule(lambda it: _if(not it.family.experts, "has no experts"), {"structures": OF_NEURONS}),
+    ModelRule(
+        lambda it: _if(it.family.has_vision, "is a model of images and text, which must stay plain"),
+        {"allocation": ["uniform", "plain"], "refit": NO_BIAS},
+    ),
+    ModelRule(
+        lambda it: _if(it.family.whole_groups, f"has KV groups that can't be pruned ({it.family.whole_groups})"),
+        {"structures": [ALONE, WITH_LAYERS[0], EXPERTS_ALONE]},
+    ),
+    ModelRule(
+        lambda it: _if(it.family.no_low_rank, f"takes no low rank ({it.family.no_low_rank})"),
+        {"allocation": [it for it in get_args(Allocation) if it != "low_rank"]},
+    ),
+    ModelRule(
+        lambda it: _if(it.family.no_sequence, f"can't be refitted block by block ({it.family.no_sequence})"),
+        {"refit": ["none", "bias", "dense"]},
+    ),
+    ModelRule(
+        lambda it: _if(
+            not it.is_uniform, "has layers that differ in width or in heads, so it has been pruned already,"
+        ),
+        {"allocation": ["local", "global", "standardized", "searched"]},
+    ),
+)
+
+
+def refuse_method(method: Method, where: str) -> None:
+    """Refuse settings that don't go together.
+
+    Raises:
+        UserError: naming one that isn't possible, what is, and another allocation with which it would be.
+    """
+    for rule, told in _broken_rules(method):
+        given = ", ".join(_setting(name, getattr(method, name)) for name in rule.given)
+        because = f"; {rule.because}" if rule.because else ""
+        raise UserError(f"{where}: with {given}, {told}{because}{_elsewhere(method, rule)}")
+
+
+def refuse_model(method: Method, checkpoint: Checkpoint, where: str) -> None:
+    """Refuse a model that doesn't take a method.
+
+    Raises:
+        UserError: naming the setting, and what is possible.
+    """
+    for told in why_not(method, checkpoint):
+        raise UserError(f"{where}: {checkpoint.family.model_type} {told}")
+
+
+def why_not(method: Method, checkpoint: Checkpoint) -> Iterator[str]:
+    """What a model is, with which settings of the method aren't possible; nothing if all are."""
+    for rule in MODEL_RULES:
+        if kind := rule.kind(checkpoint):
+            yield from (f"{kind}, with which {told}" for told in _broken(rule.takes, method))
+
+
+def can_do(method: Method, checkpoint: Checkpoint) -> bool:
+    """Whether a method applies to a model; an adaptive one is left out where a mixture of experts rules it out."""
+    return not (method.adapts and checkpoint.family.experts and any(why_not(method, checkpoint)))
+
+
+def suited(method: Method, checkpoint: Checkpoint) -> Method:
+    """A method that ``adapts`` without what the model's architecture rules out; any other method unchanged."""
+    family, changes = checkpoint.family, dict[str, object]()
+    if method.adapts and family.whole_groups:
+        changes["structures"] = [it for it in method.structures if it != KV_GROUPS]
+    if method.adapts and family.no_sequence and method.refit in ("layerwise", "block"):
+        changes["refit"] = "dense"
+    return method.model_copy(update=changes)
+
+
+def refuse_criteria(criteria: Iterable[str], checkpoint: Checkpoint, structures: Iterable[str]) -> None:
+    """Refuse further criteria that can't score a model's units.
+
+    Args:
+        structures: the structures that are scored.
+
+    Raises:
+        UserError: naming the first one, and what is possible.
+    """
+    scored, of_experts = {*structures}, bool(checkpoint.family.experts)
+    possible = [
+        name
+        for name, it in CRITERIA.items()
+        if (not of_experts and not it.is_of_whole_experts_alone)
+        or (of_experts and NEURONS in scored and it.is_of_expert_neurons)
+        or (of_experts and EXPERTS in scored and it.is_of_whole_experts)
+    ]
+    for name in criteria:
+        if name not in possible:
+            what = "is a mixture of experts" if of_experts else "has no experts"
+            raise UserError(
+                f"importance.criteria: {checkpoint.path}: {checkpoint.family.model_type} {what}, with which "
+                f"{_not_possible('criterion', name, possible)}"
+            )
+
+
+def _broken_rules(method: Method) -> Iterator[tuple[Rule, str]]:
+    """Each rule that a method breaks, with what it says of a setting."""
+    for rule in RULES:
+        if all(getattr(method, name) in values for name, values in rule.given.items()):
+            yield from ((rule, told) for told in _broken(rule.takes, method))
+
+
+def _broken(takes: Values, method: Method) -> Iterator[str]:
+    """What a rule says of each setting that it doesn't allow."""
+    for name, values in takes.items():
+        value = getattr(method, name)
+        if value not in values and name not in method.without_effect:
+            yield _not_possible(name, value, values)
+
+
+def _not_possible(name: str, value: object, values: Sequence[object]) -> str:
+    *others, last = map(_shown, values)
+    listed = f"{', '.join(others)} and {last} are" if others else f"{last} is"
+    return f"{_setting(name, value)} isn't possible; {listed}"
+
+
+def _elsewhere(method: Method, rule: Rule) -> str:
+    """Other allocations that take what this one doesn't, for messages."""
+    if "allocation" not in rule.given:
+        return ""
+    others = [it for it in get_args(Allocation) if not any(_broken_rules(method.model_copy(update={"allocation": it})))]
+    return f"; with allocation: {' or '.join(others)} it is" if others else ""
+
+
+def _setting(name: str, value: object) -> str:
+    return f"{name}: {_shown(value)}"
+
+
+def _shown(value: object) -> str:
+    """A value as it is written in YAML."""
+    if value is None:
+        return "null"
+    return f"[{', '.join(value)}]" if isinstance(value, list) else f"{value}"

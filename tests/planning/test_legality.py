@@ -1,0 +1,103 @@
+"""The table of what goes together: every refusal names a setting, and what it says would be possible is."""
+
+import re
+from pathlib import Path
+from typing import get_args
+
+import pytest
+import yaml
+from families import save_model
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hfprune_dist.checkpoints.checkpoint import open_checkpoint
+from hfprune_dist.config.method import Method
+from hfprune_dist.config.method_settings import Allocation, Refit
+from hfprune_dist.core.criteria import CRITERIA, SCORED_WHILE_PRUNED
+from hfprune_dist.errors import UserError
+from hfprune_dist.planning.legality import can_do, refuse_criteria, refuse_method, refuse_model, why_not
+
+SHIPPED = Path(__file__).resolve().parents[2] / "configs" / "methods"
+TOLD = re.compile(r"(\w+): (null|\[.*?\]|[\w.]+) isn't possible; (.*?) (?:is|are)(?:;|$)")
+METHODS = st.builds(
+    Method,
+    criterion=st.sampled_from([None, *CRITERIA, *SCORED_WHILE_PRUNED]),
+    prunes_in=st.sampled_from(["calibration", "calibration", "recovery"]),
+    structures=st.sampled_from([["neurons"], ["neurons", "kv_groups"], ["neurons", "layers"], ["experts"]]),
+    allocation=st.sampled_from(get_args(Allocation)),
+    protect_last=st.sampled_from([0, 0, 1]),
+    refit=st.sampled_from(get_args(Refit)),
+    distill=st.sampled_from([0, 0, 1]),
+)
+
+
+def mended(method, told):
+    """Return the method with the first value that a message says is possible."""
+    name, value, possible = TOLD.search(told).groups()
+    assert yaml.safe_load(value) == getattr(method, name)
+    first = yaml.safe_load(re.match(r"\[.*?\]|\w+", possible)[0])
+    return method.model_copy(update={name: first})
+
+
+@settings(derandomize=True, deadline=None, max_examples=300)
+@given(METHODS)
+def test_what_is_said_to_be_possible_mends_a_method(method):
+    for _ in range(12):
+        try:
+            return refuse_method(method, "m")
+        except UserError as error:
+            told = str(error)
+        elsewhere = re.search(r"with allocation: (\w+)(?: or \w+)* it is$", told)
+        if elsewhere:
+            refuse_method(method.model_copy(update={"allocation": elsewhere[1]}), "m")
+        assert told.startswith("m: with ")
+        method = mended(method, told)
+    raise AssertionError(told)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """Architectures of all kinds that the table knows."""
+    folder, names = tmp_path_factory.mktemp("models"), ("llama", "qwen3_moe", "olmo2", "phi3", "cohere2", "llava")
+    return {name: open_checkpoint(save_model(folder / name, name)) for name in names}
+
+
+@settings(derandomize=True, deadline=None, max_examples=200)
+@given(data=st.data(), method=METHODS)
+def test_so_it_does_for_a_model(models, data, method):
+    checkpoint = models[data.draw(st.sampled_from(sorted(models)))]
+    for _ in range(12):
+        why = next(why_not(method, checkpoint), None)
+        if why is None:
+            return refuse_model(method, checkpoint, "m")
+        with pytest.raises(UserError, match=f"^m: {checkpoint.family.model_type} {re.escape(why)}$"):
+            refuse_model(method, checkpoint, "m")
+        method = mended(method, why)
+    raise AssertionError(why)
+
+
+def test_shipped_methods_are_legal_and_those_for_mixtures_are_listed(models):
+    methods = {file.stem: Method(**yaml.safe_load(file.read_text())) for file in SHIPPED.glob("*.yaml")}
+    for name, method in methods.items():
+        refuse_method(method, name)
+    mixture = models["qwen3_moe"]
+    assert {name for name, it in methods.items() if not any(why_not(it, mixture))} == {
+        *("hfprune", "hfprune-refit", "fisher-refit", "cross-entropy", "wanda-sp", "magnitude", "random"),
+        *("hfprune-experts", "reap"),
+    }
+    assert not can_do(methods["surgeon-plain"], mixture) and can_do(methods["surgeon-plain"], models["llama"])
+
+
+@pytest.mark.parametrize("name", sorted(CRITERIA))
+def test_further_criteria_are_those_that_score_what_is_pruned(models, name):
+    criterion = CRITERIA[name]
+    for model, structures, is_scored in (
+        ("llama", ["neurons"], not criterion.is_of_whole_experts_alone),
+        ("qwen3_moe", ["neurons"], criterion.is_of_expert_neurons),
+        ("qwen3_moe", ["experts"], criterion.is_of_whole_experts),
+    ):
+        if is_scored:
+            refuse_criteria([name], models[model], structures)
+        else:
+            with pytest.raises(UserError, match=f"importance.criteria: .*criterion: {name} isn't possible; "):
+                refuse_criteria([name], models[model], structures)
