@@ -122,6 +122,16 @@ class Method(Section):
         """Whether its allocation uses ``protect_first`` and ``protect_last``."""
         return self.allocation in ("local", "global", "standardized", "searched")
 
+    def protected(self) -> tuple[int, int]:
+        """``protect_first`` and ``protect_last`` of a method with numbers, as ``with_numbers`` returns it."""
+        first, last = self.protect_first, self.protect_last
+        assert isinstance(first, int) and isinstance(last, int), "planned with numbers"
+        return first, last
+
+    def limits(self) -> tuple[float, int, int]:
+        """``floor``, ``protect_first`` and ``protect_last`` of a method with numbers."""
+        return self.floor, *self.protected()
+
     @property
     def split(self) -> int:
         """The number of devices that numbers of units are divisible by: ``tensor_parallel`` where it has an effect."""

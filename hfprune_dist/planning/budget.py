@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from hfprune_dist.planning.plain_shapes import step_of_layers
 from hfprune_dist.planning.shape_target import ShapeTarget
-from hfprune_dist.planning.widths import Target, protected_layers, size_of
+from hfprune_dist.planning.widths import protected_layers
 from hfprune_dist.structures import KV_GROUPS, NEURONS
 from hfprune_dist.structures.kept import Shape
 
@@ -56,10 +56,11 @@ def budget_of(target: ShapeTarget, limits: Limits) -> Budget:
     floors = " with the floors that prune.floor, protect_first and protect_last set"
     if target.ratio > largest:
         raise target.out_of_reach(largest, floors, lambda it: largest_ratio(it, limits))
-    fewest = min(target.multiple_of, target.neurons.most) * target.counts.units[NEURONS]
-    if 2 * budget.parameters < fewest:
+    multiple_of, per_neuron = target.multiple_of, target.counts.units[NEURONS]
+    fewest = min(count - (count - 1) // multiple_of * multiple_of for count in target.neurons.counts)
+    if 2 * budget.parameters < fewest * per_neuron:
         raise target.removes_nothing()
-    larger = _next_larger(target, budget, fewest)
+    larger = _next_larger(target, budget, min(multiple_of, target.neurons.most) * per_neuron)
     if larger is not None:
         raise target.comes_to_none(larger / target.counts.total, floors)
     return budget
@@ -113,11 +114,15 @@ def _bounded(target: ShapeTarget, limits: Limits) -> Budget:
     if goes and target.divisor % target.tensor_parallel:
         raise target.unusable_split(target.divisor)
     protected = protected_layers(num_layers, first, last)
-    widths = Target(size_of(target.checkpoint), target.ratio, target.multiple_of, target.where)
+    # Of neurons alone, a whole number goes.
+    smallest = target.counts.units[NEURONS] if target.structures == (NEURONS,) else 1
     return Budget(
-        parameters=round(target.ratio * target.counts.total),
+        parameters=round(target.ratio * target.counts.total / smallest) * smallest,
         least={
-            NEURONS: tuple(widths.narrowest_widths(floor, first, last)),
+            NEURONS: tuple(
+                count if layer in protected else min(_at_least_of(floor, count, target.multiple_of), count)
+                for layer, count in enumerate(target.neurons.counts)
+            ),
             KV_GROUPS: tuple(
                 target.tensor_parallel if goes and layer not in protected else count
                 for layer, count in enumerate(groups)
@@ -126,3 +131,8 @@ def _bounded(target: ShapeTarget, limits: Limits) -> Budget:
         droppable=tuple(layer for layer in range(num_layers) if layer not in protected | target.undroppable),
         fewest_layers=target.fewest_layers,
     )
+
+
+def _at_least_of(floor: float, count: int, multiple_of: int) -> int:
+    """A floor in neurons, rounded up to a multiple."""
+    return -(-max(1, round(floor * count)) // multiple_of) * multiple_of

@@ -9,15 +9,11 @@ from typing import Generic, TypeVar
 from hfprune_dist.checkpoints.checkpoint import Checkpoint
 from hfprune_dist.checkpoints.pruned_config import parameters_of_biases, pruned_config
 from hfprune_dist.config.method import Method
-from hfprune_dist.planning.local_shapes import LocalTarget
-from hfprune_dist.planning.low_rank_shapes import LowRankTarget
 from hfprune_dist.planning.multiples import with_numbers
 from hfprune_dist.planning.plain_shapes import plain_shapes, possible_outcomes
-from hfprune_dist.planning.shape_target import ShapeTarget
-from hfprune_dist.planning.targets import protected_by, target_of
-from hfprune_dist.planning.whole_expert_shapes import mixture_target
-from hfprune_dist.planning.widths import Target, size_of
-from hfprune_dist.structures import EXPERTS, KV_GROUPS, LAYERS, NEURONS
+from hfprune_dist.planning.shapes import shapes_for
+from hfprune_dist.planning.targets import target_of
+from hfprune_dist.structures import EXPERTS, KV_GROUPS, LAYERS
 from hfprune_dist.structures.kept import Shape
 
 Number = TypeVar("Number", int, float)
@@ -86,65 +82,27 @@ def known_shape(checkpoint: Checkpoint, ratio: float, method: Method, where: str
 def _known_shape(checkpoint: Checkpoint, ratio: float, method: Method, where: str) -> KnownShape:
     """The same for a method with numbers, without counting the biases that it adds."""
     target = target_of(method, checkpoint, ratio, where)
-    if checkpoint.family.experts:
-        return _of_experts(target)
-    if method.allocation == "uniform":
-        return _uniform(target)
-    if method.allocation == "plain":
-        return _plain(target)
-    if method.allocation == "local":
-        return _local(target, LocalTarget(target, *protected_by(method)).shape())
-    if method.allocation == "low_rank":
-        return _low_rank(LowRankTarget(target))
+    shapes = shapes_for(target, method)
+    if not shapes:
+        return KnownShape(
+            layers=None if LAYERS in method.structures else Span.of([checkpoint.num_layers]),
+            kv_heads=None if KV_GROUPS in method.structures else _kv_heads(checkpoint),
+            width=None,
+            reached=None,
+            open=f"{'a search decides' if method.allocation == 'searched' else 'scores decide'}, layer by layer",
+        )
+    outcomes = shapes
+    if method.allocation == "plain":  # which layers go is measured, and the width makes up for their sizes
+        outcomes = [shape for plain in plain_shapes(target) for shape in possible_outcomes(target, plain)]
+    units, groups = checkpoint.units, checkpoint.structures[KV_GROUPS]
     return KnownShape(
-        layers=None if LAYERS in method.structures else Span.of([checkpoint.num_layers]),
-        kv_heads=None if KV_GROUPS in method.structures else _kv_heads(checkpoint),
-        width=None,
-        reached=None,
-        open=f"{'a search decides' if method.allocation == 'searched' else 'scores decide'}, layer by layer",
-    )
-
-
-def _uniform(target: ShapeTarget) -> KnownShape:
-    checkpoint, size = target.checkpoint, size_of(target.checkpoint)
-    width = Target(size, target.ratio, target.multiple_of, target.where).uniform_width()
-    reached = size.reached([width] * size.num_layers)
-    return KnownShape(Span.of([checkpoint.num_layers]), _kv_heads(checkpoint), Span.of([width]), Span.of([reached]))
-
-
-def _of_experts(target: ShapeTarget) -> KnownShape:
-    shape, checkpoint = mixture_target(target).shape(), target.checkpoint
-    width = max(shape.counts(checkpoint.units)) // checkpoint.units.copies
-    kv_heads = Span.of(shape.counts(checkpoint.structures[KV_GROUPS]))
-    sizes = Span.of([checkpoint.num_layers]), kv_heads, Span.of([width])
-    return KnownShape(*sizes, Span.of([target.counts.ratio(shape)]), experts=_experts(checkpoint, shape))
-
-
-def _plain(target: ShapeTarget) -> KnownShape:
-    shapes = plain_shapes(target)
-    outcomes = [outcome for shape in shapes for outcome in possible_outcomes(target, shape)]
-    return KnownShape(
-        layers=Span.of(shape.num_layers for shape in shapes),
-        kv_heads=Span.of(shape.kv_groups for shape in shapes),
-        width=Span.of(shape.width for shape, _ in outcomes),
-        reached=Span.of(ratio for _, ratio in outcomes),
+        layers=Span.of(len(shape.layers) for shape in shapes),
+        kv_heads=Span.of(count for shape in shapes for count in shape.counts(groups)),
+        width=Span.of(count // units.copies for shape in outcomes for count in shape.counts(units) if count),
+        reached=Span.of(map(target.counts.ratio, outcomes)),
         open=f"the closest of {len(shapes)} shapes, by measurement" if len(shapes) > 1 else "",
+        experts=_experts(checkpoint, shapes[0]),
     )
-
-
-def _local(target: ShapeTarget, shape: Shape) -> KnownShape:
-    return KnownShape(
-        layers=Span.of([len(shape.layers)]),
-        kv_heads=Span.of(shape.units[KV_GROUPS]),
-        width=Span.of(shape.units[NEURONS]),
-        reached=Span.of([target.counts.ratio(shape)]),
-    )
-
-
-def _low_rank(target: LowRankTarget) -> KnownShape:
-    shape, checkpoint = target.shape(), target.asked.checkpoint
-    reached = Span.of([target.asked.counts.ratio(shape)])
-    return KnownShape(Span.of([len(shape.layers)]), _kv_heads(checkpoint), Span.of(shape.units[NEURONS]), reached)
 
 
 def _widths(checkpoint: Checkpoint) -> Span[int]:

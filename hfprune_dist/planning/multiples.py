@@ -10,17 +10,13 @@ from dataclasses import replace
 from hfprune_dist.checkpoints.checkpoint import Checkpoint
 from hfprune_dist.config.method import Method
 from hfprune_dist.errors import UserError
-from hfprune_dist.planning.budget import Limits, budget_of
+from hfprune_dist.planning.budget import budget_of
 from hfprune_dist.planning.decided_numbers import check_multiple
-from hfprune_dist.planning.expert_shapes import ExpertTarget
 from hfprune_dist.planning.legality import suited
-from hfprune_dist.planning.local_shapes import LocalTarget
-from hfprune_dist.planning.low_rank_shapes import LowRankTarget
 from hfprune_dist.planning.plain_shapes import all_plain_shapes, ratio_of
-from hfprune_dist.planning.shape_target import ShapeTarget
-from hfprune_dist.planning.targets import divisible, limits_of, protected_by, target_of
-from hfprune_dist.planning.widths import Target, size_of
-from hfprune_dist.structures import EXPERTS, NEURONS
+from hfprune_dist.planning.shapes import shapes_for
+from hfprune_dist.planning.targets import divisible, target_of
+from hfprune_dist.structures import EXPERTS
 
 # Multiples, in the order in which they are tried.
 MULTIPLES = (256, 128, 64, 32)
@@ -60,61 +56,23 @@ def _what_auto_is(method: Method, checkpoint: Checkpoint, ratio: float, where: s
     if EXPERTS in method.structures:
         return 1
     tried = [divisible(it, method) for it in MULTIPLES]
-    fitting = (
-        it
-        for it in tried
-        if _suits(it, method, checkpoint, ratio, where)
-        and _is_possible(method.model_copy(update={"multiple_of": it}), checkpoint, where)
-    )
+    fitting = (it for it in tried if _suits(it, method, checkpoint, ratio, where))
     return next(fitting, LEAST if checkpoint.units.width >= WIDE else 1)
 
 
 def _suits(multiple_of: int, method: Method, checkpoint: Checkpoint, ratio: float, where: str) -> bool:
-    if checkpoint.family.experts:
-        rounded = target_of(method.model_copy(update={"multiple_of": multiple_of}), checkpoint, ratio, where)
-        return _suits_alone(ExpertTarget(rounded))
-    if method.allocation == "uniform":
-        size = size_of(checkpoint)
-        width = Target(size, ratio, multiple_of, where).closest_width()
-        return ratio <= size.reached([width] * size.num_layers) <= ratio + MOST_BEYOND
+    """Whether every shape that competes reaches the ratio with the multiple, and goes little beyond it."""
     finest = target_of(method.model_copy(update={"multiple_of": 1}), checkpoint, ratio, where)
     target = replace(finest, multiple_of=multiple_of)
-    if method.allocation == "local":
-        return _suits_alone(LocalTarget(target, *protected_by(method)))
-    if method.allocation == "low_rank":
-        return _suits_alone(LowRankTarget(target))
+    try:
+        check_multiple(checkpoint, method.model_copy(update={"multiple_of": multiple_of}), where)
+        if method.allocation in ("global", "standardized", "searched"):
+            budget_of(target, method.limits())  # floors are rounded up to the multiple
+        elif method.allocation != "plain":
+            (reached,) = map(target.counts.ratio, shapes_for(target, method))
+            return ratio <= reached <= ratio + MOST_BEYOND
+    except UserError:
+        return False
     shapes = all_plain_shapes(target)
     as_many = len(shapes) == len(all_plain_shapes(finest)) > 0
-    little = as_many and all(ratio_of(target, shape) <= ratio + MOST_BEYOND for shape in shapes)
-    return little and (method.allocation == "plain" or _within_limits(target, limits_of(method)))
-
-
-def _is_possible(method: Method, checkpoint: Checkpoint, where: str) -> bool:
-    """Whether planning accepts the multiple."""
-    try:
-        check_multiple(checkpoint, method, where)
-    except UserError:
-        return False
-    return True
-
-
-def _within_limits(target: ShapeTarget, limits: Limits) -> bool:
-    """Whether layers that compete can come to the ratio with floors that are rounded up to the multiple."""
-    try:
-        if target.structures == (NEURONS,):
-            widths = Target(size_of(target.checkpoint), target.ratio, target.multiple_of, target.where)
-            widths.removals(widths.narrowest_widths(*limits))
-        else:
-            budget_of(target, limits)
-    except UserError:
-        return False
-    return True
-
-
-def _suits_alone(target: LocalTarget | LowRankTarget | ExpertTarget) -> bool:
-    """Whether the only shape of a target reaches the ratio without going too far beyond it."""
-    try:
-        reached = target.asked.counts.ratio(target.shape())
-    except UserError:
-        return False
-    return target.asked.ratio <= reached <= target.asked.ratio + MOST_BEYOND
+    return as_many and all(ratio_of(target, shape) <= ratio + MOST_BEYOND for shape in shapes)

@@ -122,15 +122,15 @@ def ratio_of(target: ShapeTarget, plain: PlainShape, layers: Sequence[int] | Non
     return target.counts.ratio(shape_of(target, plain, layers))
 
 
-def possible_outcomes(target: ShapeTarget, plain: PlainShape) -> list[tuple[PlainShape, float]]:
-    """What a planned shape may become, and the share of the dense model's parameters that it then lacks, once it is
-    known which layers go: kinds of attention may differ in parameters, and the width makes up for that.
+def possible_outcomes(target: ShapeTarget, plain: PlainShape) -> list[Shape]:
+    """What a planned shape may become, once it is known which layers go: kinds of attention may differ in parameters,
+    and the width makes up for that.
     """
-    outcomes: list[tuple[PlainShape, float]] = []
+    outcomes: list[Shape] = []
     for layers in _layers_that_may_stay(target, plain.num_layers):
         fitted = fitted_to_layers(target, plain, layers)
-        outcomes += [] if fitted is None else [(fitted, ratio_of(target, fitted, layers))]
-    return outcomes or [(plain, ratio_of(target, plain))]
+        outcomes += [] if fitted is None else [shape_of(target, fitted, layers)]
+    return outcomes or [shape_of(target, plain)]
 
 
 def _layers_that_may_stay(target: ShapeTarget, count: int) -> Iterator[list[int]]:

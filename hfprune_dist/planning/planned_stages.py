@@ -23,7 +23,6 @@ from hfprune_dist.errors import UserError
 from hfprune_dist.planning.cuts import cut_parameters
 from hfprune_dist.planning.model_sources import ModelSource
 from hfprune_dist.planning.scoring_passes import Scored, part_of, pass_parameters
-from hfprune_dist.planning.targets import protected_by
 from hfprune_dist.planning.told_apart import adapted_in, pairs_of_a_row, positions_read
 from hfprune_dist.planning.user_files import own_tasks
 from hfprune_dist.store.hashing import FileHashes
@@ -129,7 +128,7 @@ class PlannedStages:
 
     def loraprune(self, variant: Variant, method: Method, ratio: float) -> Stage:
         """The training that prunes and recovers at the same time; the method is one with numbers."""
-        (first, last), multiple_of = protected_by(method), method.multiple_of
+        (first, last), multiple_of = method.protected(), method.multiple_of
         assert isinstance(multiple_of, int), "planned with a number"
         params = LoraPruneParameters(
             recovery=self._config.recovery,

@@ -13,7 +13,7 @@ from hfprune_dist.planning.legality import can_do, refuse_model, suited, why_not
 from hfprune_dist.planning.low_rank_shapes import LowRankTarget
 from hfprune_dist.planning.multiples import with_numbers
 from hfprune_dist.planning.students import check_student
-from hfprune_dist.planning.targets import protected_by, target_of
+from hfprune_dist.planning.targets import target_of
 from hfprune_dist.planning.widths import to_multiples_of
 from hfprune_dist.structures import KV_GROUPS
 from hfprune_dist.structures.low_rank import rank_field
@@ -55,7 +55,7 @@ def check_ratios(checkpoint: Checkpoint, ratios: Sequence[float], method: Method
 
 
 def _check_protected(checkpoint: Checkpoint, method: Method, where: str) -> None:
-    first, last = protected_by(method)
+    first, last = method.protected()
     if method.can_protect and first + last >= checkpoint.num_layers:
         raise UserError(
             f"{where}: prune.protect_first {first} and prune.protect_last {last} leave none of its "

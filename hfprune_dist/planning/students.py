@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from hfprune_dist.checkpoints.checkpoint import Checkpoint
 from hfprune_dist.config.method import Method
 from hfprune_dist.config.parameters import StudentParameters
 from hfprune_dist.core.criteria import lacking
 from hfprune_dist.errors import UserError
-from hfprune_dist.planning.local_shapes import LocalTarget
-from hfprune_dist.planning.targets import protected_by, target_of
-from hfprune_dist.planning.widths import Target, size_of
+from hfprune_dist.planning.shapes import shapes_for
+from hfprune_dist.planning.targets import target_of
 from hfprune_dist.structures import NEURONS
 
 # Ratio -> the teacher's share of the loss and its temperature, as in SDMPrune (arXiv 2506.11120; its code's settings
@@ -40,7 +37,7 @@ def check_student(checkpoint: Checkpoint, ratio: float, method: Method, where: s
         method: with numbers, as ``with_numbers`` returns it.
 
     Raises:
-        UserError: stating how much the student lacks; or as ``_widths`` does.
+        UserError: stating how much the student lacks; or as ``shapes_for`` does.
     """
     if method.student_chosen_by is None:
         return
@@ -53,25 +50,12 @@ def check_student(checkpoint: Checkpoint, ratio: float, method: Method, where: s
             f"{method.student_lacks:g} of the neurons or {least:.4f} of all parameters; use a larger ratio or a "
             "smaller prune.student_lacks"
         )
-    for count, width, missing in zip(counts, _widths(checkpoint, ratio, method, where), lacks, strict=True):
+    shapes = shapes_for(target_of(method, checkpoint, ratio, where), method)
+    widths = shapes[0].units[NEURONS] if len(shapes) == 1 else counts  # else scores or measurements decide
+    for count, width, missing in zip(counts, widths, lacks, strict=True):
         if 0 < count - width < missing:
             raise UserError(
                 f"{where}: at ratio {ratio:g}, with widths that are multiples of {method.multiple_of}, layers lose "
                 f"{count - width} of {count} neurons, fewer than the {missing} that the student of {method.criterion} "
                 "lacks; use a larger ratio or a smaller prune.multiple_of or prune.student_lacks"
             )
-
-
-def _widths(checkpoint: Checkpoint, ratio: float, method: Method, where: str) -> Sequence[int]:
-    """The width of every layer if the ratio decides it; if scores do, the dense model's.
-
-    Raises:
-        UserError: as ``Target.uniform_width`` and ``LocalTarget.shape`` do.
-    """
-    asked = target_of(method, checkpoint, ratio, where)
-    if method.allocation == "uniform":
-        width = Target(size_of(checkpoint), ratio, asked.multiple_of, where).uniform_width()
-        return (width,) * checkpoint.num_layers
-    if method.allocation == "local":
-        return LocalTarget(asked, *protected_by(method)).shape().units[NEURONS]
-    return checkpoint.units.counts

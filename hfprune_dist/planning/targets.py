@@ -7,26 +7,13 @@ import math
 from hfprune_dist.checkpoints.checkpoint import Checkpoint
 from hfprune_dist.config.method import Method
 from hfprune_dist.config.method_settings import structures_possible
-from hfprune_dist.planning.budget import Limits
 from hfprune_dist.planning.shape_target import ShapeTarget
 from hfprune_dist.structures import KV_GROUPS
-
-
-def protected_by(method: Method) -> tuple[int, int]:
-    """How many of the first and of the last layers lose nothing, for a method with numbers."""
-    first, last = method.protect_first, method.protect_last
-    assert isinstance(first, int) and isinstance(last, int), "planned with numbers"
-    return first, last
 
 
 def divisible(multiple_of: int, method: Method) -> int:
     """The least multiple of ``multiple_of`` that ``tensor_parallel`` divides, where it has an effect."""
     return math.lcm(multiple_of, method.split)
-
-
-def limits_of(method: Method) -> Limits:
-    """The bounds on what layers that compete may lose, for a method with numbers."""
-    return method.floor, *protected_by(method)
 
 
 def target_of(method: Method, checkpoint: Checkpoint, ratio: float, where: str) -> ShapeTarget:

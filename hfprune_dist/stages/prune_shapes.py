@@ -13,15 +13,12 @@ from typing import Any
 
 from torch import Tensor
 
-from hfprune_dist.checkpoints.checkpoint import Checkpoint
 from hfprune_dist.core.allocation import EXCHANGE, allocate_globally
 from hfprune_dist.core.width_search import MEASUREMENTS, START, Counts, search_shapes
-from hfprune_dist.planning.budget import Budget, budget_of
-from hfprune_dist.planning.local_shapes import LocalTarget
+from hfprune_dist.planning.budget import budget_of
 from hfprune_dist.planning.plain_shapes import PlainShape, all_plain_shapes, fitted_to_layers, shape_of, step_of_layers
 from hfprune_dist.planning.shape_target import ShapeTarget
-from hfprune_dist.planning.whole_expert_shapes import mixture_target
-from hfprune_dist.planning.widths import Target, size_of
+from hfprune_dist.planning.shapes import shapes_for, uniform_shape
 from hfprune_dist.refit.cheap_fits import Scored, kept_of
 from hfprune_dist.refit.measurement import Candidate, Measurement
 from hfprune_dist.stages.cheap_measurement import CheapMeasurements
@@ -43,8 +40,10 @@ def decide_shape(
     checkpoint, allocation = dense.checkpoint, context.params.allocation
     kinds = [Scored(units, scores[units.kind]) for units in pruned_kinds(context, checkpoint)]
     if checkpoint.family.experts or allocation in ("uniform", "local"):
-        return kept_of(kinds, _decided_by_ratio(context, checkpoint, kinds)), {}
-    contest = Contest.of(context.params, checkpoint, kinds, _budget(context, checkpoint))
+        (shape,) = shapes_for(ShapeTarget.of(checkpoint, context.params, context.stage.label), context.params)
+        return kept_of(kinds, _choices(kinds, shape)), {}
+    budget = budget_of(ShapeTarget.of(checkpoint, context.params, context.stage.label), context.params.limits())
+    contest = Contest.of(context.params, checkpoint, kinds, budget)
     if allocation in ("global", "standardized"):
         rate = EXCHANGE if allocation == "global" else 1.0
         others = [ladder.dearer(rate) for ladder in contest.others]
@@ -54,35 +53,9 @@ def decide_shape(
     return kept_of(kinds, found), metrics
 
 
-def _decided_by_ratio(context: Context, checkpoint: Checkpoint, kinds: Sequence[Scored]) -> Candidate:
-    """The candidate whose number of units in each layer follows from the ratio, without a look at scores."""
-    params, label = context.params, context.stage.label
-    if checkpoint.family.experts:
-        return _choices(kinds, mixture_target(ShapeTarget.of(checkpoint, params, label)).shape())
-    if params.allocation == "uniform":
-        return ((_target(context, checkpoint).uniform_width(),),) * checkpoint.num_layers
-    return _choices(kinds, LocalTarget.of(checkpoint, params, label).shape())
-
-
 def _choices(kinds: Sequence[Scored], shape: Shape) -> Candidate:
     """The candidate for a shape in which all layers stay."""
     return tuple(zip(*(shape.units[it.units.kind] for it in kinds), strict=True))
-
-
-def _target(context: Context, checkpoint: Checkpoint) -> Target:
-    params = context.params
-    return Target(size_of(checkpoint), params.ratio, params.multiple_of, context.stage.label)
-
-
-def _budget(context: Context, checkpoint: Checkpoint) -> Budget:
-    """What the dense model is to lose, and within which bounds; if only neurons go, a whole number of them."""
-    params = context.params
-    if params.structures != [NEURONS]:
-        return budget_of(ShapeTarget.of(checkpoint, params, context.stage.label), params.limits())
-    target = _target(context, checkpoint)
-    narrowest = target.narrowest_widths(*params.limits())
-    removals = target.removals(narrowest) * checkpoint.parameters_per_unit
-    return Budget(removals, {NEURONS: tuple(narrowest)}, (), checkpoint.num_layers)
 
 
 class _Search:
@@ -164,7 +137,7 @@ class _Search:
         if not self._checkpoint.is_uniform:
             return {}
         if self._target.structures == (NEURONS,):
-            uniform = (_target(self._context, self._checkpoint).uniform_width(),) * len(contest.layers)
+            uniform = uniform_shape(self._target).units[NEURONS]
             return {"uniform": uniform} if contest.allows(uniform) else {}
         plain = {}
         for it in self._plain_shapes(contest):

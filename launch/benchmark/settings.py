@@ -7,7 +7,9 @@ from pathlib import Path
 
 from hfprune_dist.checkpoints.checkpoint import Checkpoint
 from hfprune_dist.errors import UserError
-from hfprune_dist.planning.widths import Target, size_of
+from hfprune_dist.planning.shape_target import ShapeTarget
+from hfprune_dist.planning.shapes import uniform_shape
+from hfprune_dist.structures import NEURONS
 
 # Tokens per window, if the model has as many positions.
 TOKENS = 1024
@@ -48,7 +50,7 @@ def require_measurable(checkpoint: Checkpoint) -> None:
         raise UserError(f"{where}: a mixture of experts; give a model with one MLP in each layer")
     if not checkpoint.is_plain:
         raise UserError(f"{where}: its layers have been pruned to sizes of their own; give the model that it came from")
-    Target(size_of(checkpoint), RATIO, 1, where).uniform_width()
+    uniform_shape(ShapeTarget(checkpoint, RATIO, (NEURONS,), 1, where))
 
 
 def tokens_of(checkpoint: Checkpoint) -> int:

@@ -122,6 +122,7 @@ def read_text(model: str, text: str, windows: int, tokens: int) -> Tensor:
 
 def kept_width(model: str, ratio: float) -> int:
     """Return the number of neurons that each layer keeps at a ratio of all parameters."""
-    from hfprune_dist.planning.widths import Target, size_of
+    from hfprune_dist.planning.shape_target import ShapeTarget
+    from hfprune_dist.planning.shapes import uniform_shape
 
-    return Target(size_of(open_checkpoint(Path(model))), ratio, 1, model).uniform_width()
+    return uniform_shape(ShapeTarget(open_checkpoint(Path(model)), ratio, (NEURONS,), 1, model)).units[NEURONS][0]

@@ -28,16 +28,14 @@ from hfprune_dist.planning.generation_footprint import Generate
 from hfprune_dist.planning.gpu_needs import GIB, ITEMSIZE, Gpus
 from hfprune_dist.planning.importance_job import importance_job
 from hfprune_dist.planning.layer_pass_footprint import LowRank, Reference, Refit
-from hfprune_dist.planning.local_shapes import LocalTarget
 from hfprune_dist.planning.plain_shapes import all_plain_shapes
 from hfprune_dist.planning.plan import Plan
 from hfprune_dist.planning.shape_target import ShapeTarget
+from hfprune_dist.planning.shapes import shapes_for
 from hfprune_dist.planning.training_footprint import Train
 from hfprune_dist.planning.training_memory import copy_of, place
-from hfprune_dist.planning.whole_expert_shapes import mixture_target
-from hfprune_dist.planning.widths import Target, size_of
 from hfprune_dist.store.stage import Stage
-from hfprune_dist.structures import KV_GROUPS, NEURONS
+from hfprune_dist.structures import KV_GROUPS
 
 
 def runs_a_model(params: Parameters) -> bool:
@@ -92,7 +90,7 @@ def _refit(params: PruneParameters, plan: Plan, stage: Stage) -> Refit | LowRank
         norms=params.refit_norms,
         steps=params.refit == "block",
         searches=params.allocation in ("plain", "searched"),
-        share_kept=_most_kept(params, stage, dense) / size_of(dense).units,
+        share_kept=_most_kept(params, stage, dense) / dense.units.most,
         itemsize=ITEMSIZE[dtype],
         kv_groups=KV_GROUPS in params.structures,
     )
@@ -100,16 +98,11 @@ def _refit(params: PruneParameters, plan: Plan, stage: Stage) -> Refit | LowRank
 
 def _most_kept(params: PruneParameters, stage: Stage, dense: Checkpoint) -> int:
     """Return the most units that a layer may keep, as far as the plan decides it; all of them if layers compete."""
-    if dense.family.experts:
-        return max(mixture_target(ShapeTarget.of(dense, params, stage.label)).shape().units[dense.units.kind])
-    match params.allocation:
-        case "uniform":
-            return Target(size_of(dense), params.ratio, params.multiple_of, stage.label).uniform_width()
-        case "plain":  # whose shape is found by measuring
-            return max(shape.width for shape in all_plain_shapes(ShapeTarget.of(dense, params, stage.label)))
-        case "local":
-            return max(LocalTarget.of(dense, params, stage.label).shape().units[NEURONS])
-    return size_of(dense).units
+    target = ShapeTarget.of(dense, params, stage.label)
+    shapes = shapes_for(target, params)
+    if params.allocation == "plain":  # the width makes up for the sizes of the layers that go
+        return max(shape.width for shape in all_plain_shapes(target))
+    return max(count for shape in shapes for count in shape.counts(dense.units)) if shapes else dense.units.most
 
 
 def _held_out(plan: Plan, stage: Stage) -> FidelityConfig:

@@ -23,7 +23,6 @@ from hfprune_dist.models.single_layer import LayerReader
 from hfprune_dist.planning.dimensions import dimensions_of
 from hfprune_dist.planning.model_sources import resolve_models
 from hfprune_dist.planning.user_files import content_files
-from hfprune_dist.planning.widths import size_of
 from hfprune_dist.store.hashing import FileHashes
 from hfprune_dist.structures.kept import Kept
 
@@ -88,7 +87,7 @@ def prune(checkpoint, folder):
     for file in checkpoint.weight_files:
         write_weight_file(checkpoint, file, kept, folder)
     write_companions(checkpoint, folder, pruned_config(checkpoint, kept.shape))
-    return size_of(checkpoint).reached([width] * checkpoint.num_layers)
+    return checkpoint.parameter_counts.ratio(kept.shape)
 
 
 @settings(max_examples=24, deadline=None, derandomize=True)

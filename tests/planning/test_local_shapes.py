@@ -15,7 +15,7 @@ from hfprune_dist.errors import UserError
 from hfprune_dist.planning.local_shapes import LocalTarget
 from hfprune_dist.planning.ratios import check_ratios
 from hfprune_dist.planning.shape_target import ShapeTarget
-from hfprune_dist.planning.widths import Target, size_of
+from hfprune_dist.planning.shapes import uniform_shape
 from hfprune_dist.structures.kept import Shape
 
 NEURONS, BOTH = ("neurons",), ("neurons", "kv_groups")
@@ -105,8 +105,8 @@ def test_without_protected_layers_the_checkpoint_is_plain(drawn):
 @pytest.mark.parametrize("ratio", [0.05, 0.2, 0.35, 0.5])
 def test_of_neurons_alone_it_is_the_uniform_width(ratio):
     checkpoint = blank(**SMOLLM2)
-    width = Target(size_of(checkpoint), ratio, 1, "m").uniform_width()
-    assert set(target(checkpoint, ratio, NEURONS).shape().units["neurons"]) == {width}
+    shape = target(checkpoint, ratio, NEURONS).shape()
+    assert shape.units["neurons"] == uniform_shape(target(checkpoint, ratio, NEURONS).asked).units["neurons"]
 
 
 @settings(derandomize=True, deadline=None, max_examples=60)

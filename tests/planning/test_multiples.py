@@ -14,8 +14,8 @@ from hfprune_dist.planning.local_shapes import LocalTarget
 from hfprune_dist.planning.multiples import MOST_BEYOND, MULTIPLES, with_numbers
 from hfprune_dist.planning.plain_shapes import all_plain_shapes, plain_shapes, ratio_of
 from hfprune_dist.planning.ratios import check_ratios, largest_split, remarks_on_shapes
-from hfprune_dist.planning.targets import protected_by, target_of
-from hfprune_dist.planning.widths import Target, size_of
+from hfprune_dist.planning.shapes import uniform_shape
+from hfprune_dist.planning.targets import target_of
 
 BOTH = ["neurons", "kv_groups"]
 ALL = [*BOTH, "layers"]
@@ -95,12 +95,11 @@ def settled_for_three(ratio):
 
 def suits(it, checkpoint, ratio, auto):
     if auto.allocation == "uniform":
-        size = size_of(checkpoint)
+        asked = target_of(auto.model_copy(update={"multiple_of": it}), checkpoint, ratio, "m")
         try:
-            width = Target(size, ratio, it, "m").uniform_width()
+            return ratio <= asked.counts.ratio(uniform_shape(asked)) <= ratio + MOST_BEYOND
         except UserError:
             return False
-        return ratio <= size.reached([width] * size.num_layers) <= ratio + MOST_BEYOND
     if auto.allocation == "local":
         shape = local_shape(checkpoint, ratio, auto.model_copy(update={"multiple_of": it}))
         return shape is not None and ratio <= checkpoint.parameter_counts.ratio(shape) <= ratio + MOST_BEYOND
@@ -139,7 +138,7 @@ def test_protected_layers_are_a_number_or_a_share_of_the_models(share, layers, n
     checkpoint = blank(**SMOLLM2 | {"num_hidden_layers": layers})
     protecting = method("local", protect_first=share, protect_last=1)
     settled = with_numbers(protecting, checkpoint, 0.2, "m")
-    assert protected_by(settled) == (number, 1) and type(settled.protect_first) is int
+    assert settled.protected() == (number, 1) and type(settled.protect_first) is int
 
 
 @pytest.mark.parametrize("protects", [{"protect_first": 2**31 - 1}, {"protect_last": 2**31 - 1}])

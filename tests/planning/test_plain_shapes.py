@@ -24,7 +24,8 @@ from hfprune_dist.planning.plain_shapes import (
     shape_of,
 )
 from hfprune_dist.planning.shape_target import ShapeTarget
-from hfprune_dist.planning.widths import OutOfReachError, Target, size_of
+from hfprune_dist.planning.shapes import uniform_shape
+from hfprune_dist.planning.widths import OutOfReachError
 
 ALL = ("neurons", "kv_groups", "layers")
 STRUCTURES = [ALL, ALL[:2], ALL[::2]]
@@ -56,7 +57,7 @@ def shapes_or_nothing(asked):
 
 def uniform_width(asked):
     try:
-        return Target(size_of(asked.checkpoint), asked.ratio, asked.multiple_of, "m").uniform_width()
+        return uniform_shape(asked).units["neurons"][0]
     except UserError:
         return None
 

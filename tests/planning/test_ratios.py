@@ -23,7 +23,7 @@ PLAIN = {"criterion": "entropy", "multiple_of": 1}
     ("model_type", "changes", "told"),
     [
         ("phi3", {"structures": ["neurons", "layers"]}, "KV groups stay: "),
-        ("cohere2", {"refit": "dense"}, "refit is dense: "),
+        ("cohere2", {"refit": "dense"}, "refit is dense, and no norm is refitted: "),
         ("llama", {}, None),
     ],
 )
@@ -51,14 +51,6 @@ def test_engines_that_cannot_load_fewer_heads_are_told(tmp_path, model_type, all
     assert [it.startswith("m by it: where KV groups go, vLLM and SGLang can't load") for it in told] == [
         True
     ] * expected
-
-
-def test_norms_that_an_adapted_refit_leaves_alone_are_told(tmp_path):
-    checkpoint = open_checkpoint(save_model(tmp_path / "m", "cohere2"))
-    method = Method(**PLAIN, refit="layerwise", adapts=True)
-    (told,) = remarks_on_shapes(checkpoint, [0.1], method, "m by it")
-    assert told.startswith("m by it: refit is dense, and no norm is refitted: its attention")
-    assert "refit_norms" not in with_numbers(method, checkpoint, 0.1, "m by it").of_one_cut()
 
 
 def test_heads_that_stay_are_shown(tmp_path):
@@ -140,9 +132,9 @@ def test_a_smaller_multiple_is_advised_where_there_is_one(allocation, structures
 @pytest.mark.parametrize("allocation", ["global", "searched"])
 def test_the_largest_ratio_within_floors_is_told_and_can_be_reached(allocation):
     checkpoint, method = blank(**SMOLLM2), Method(**PLAIN, allocation=allocation, floor=0.5)
-    with pytest.raises(UserError, match=r"m: ratio 0\.9 can't be reached with the floors") as told:
+    with pytest.raises(UserError, match=r"m: ratio 0\.9 can't be reached by .* with the floors") as told:
         check_ratios(checkpoint, [0.9], method, "m")
-    check_ratios(checkpoint, [float(str(told.value).split()[-1])], method, "m")
+    check_ratios(checkpoint, [told.value.largest], method, "m")
 
 
 @pytest.mark.parametrize("split", [1, 2, 3, 4])

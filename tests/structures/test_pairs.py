@@ -33,7 +33,6 @@ from hfprune_dist.core.selection import entries_of
 from hfprune_dist.errors import UserError
 from hfprune_dist.models.loading import load_causal_lm
 from hfprune_dist.planning.ratios import check_ratios
-from hfprune_dist.planning.widths import size_of
 from hfprune_dist.store.artifacts import Store
 from hfprune_dist.store.stage import Stage
 
@@ -165,8 +164,8 @@ def prune(folder, scored, ratio, method, ranks=1):
 
 def reachable(checkpoint, share, method):
     """Return a share of the most that the method can remove, as a ratio; rounding must leave some of it."""
-    size = size_of(checkpoint)
-    ratio = share * size.ratio_of(size.num_layers * size.units)
+    counts = checkpoint.parameter_counts
+    ratio = share * counts.units["neurons"] * sum(checkpoint.units.counts) / counts.total
     try:
         check_ratios(checkpoint, [ratio], method, "pairs")
     except UserError:
@@ -236,7 +235,7 @@ def test_pairs_go_through_budget_allocation_refit_and_surgery(
     assert metrics["ratio_reached"] == pytest.approx((parameters[0] - parameters[1]) / parameters[0])
     # The uniform width, which a search may find to be the closest, changes by a step in all layers.
     step = method.multiple_of * (1 if method.allocation == "global" else model.layers)
-    assert abs(metrics["ratio_reached"] - ratio) <= size_of(checkpoint).ratio_of(step)
+    assert abs(metrics["ratio_reached"] - ratio) <= step * checkpoint.parameters_per_unit / checkpoint.parameters
     with torch.no_grad():
         assert torch.equal(reloaded(windows).logits, load_causal_lm(pruned, torch.float32)(windows).logits)
         if method.refit == "none":
@@ -264,7 +263,6 @@ def test_a_plan_of_pairs_counts_in_pairs(tmp_path):
     with pytest.raises(UserError, match="can't be reached by pruning neurons alone"):
         planned(config, models=["alpha"], ratios=[0.9])
     checkpoint = open_checkpoint(tmp_path / "alpha")
-    size = size_of(checkpoint)
-    assert (size.units, size.parameters_per_unit) == (24, 2 * 3 * 32)
-    with pytest.raises(UserError, match="removes nothing once widths are rounded to multiples of 5"):
+    assert (checkpoint.units.most, checkpoint.parameters_per_unit) == (24, 2 * 3 * 32)
+    with pytest.raises(UserError, match=r"removes nothing once units are rounded \(multiple_of 5\)"):
         check_ratios(checkpoint, [0.01], Method(criterion="entropy", multiple_of=5), "alpha")
