@@ -6,11 +6,13 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from fork_server import forked
+from safetensors.torch import load
 
 from hfprune_dist.config.schema import RuntimeConfig
 from hfprune_dist.distributed.world import World
@@ -29,8 +31,8 @@ class SoloWorld(World):
     def __init__(self, rank=0, size=1, device=CPU):
         super().__init__(rank=rank, size=size, local_size=1, device=device)
 
-    def let_first(self, action, follow=None):
-        return super().let_first(action) if self.is_first else action(lambda _message=None: None)
+    def on_rank0(self, work):
+        return work()
 
     def broadcast(self, value, source=0):
         return value
@@ -135,3 +137,13 @@ def failure_of(store: Store, stage: Stage) -> dict[str, object]:
     """Return the failure file that a stage left."""
     (file,) = store.work(stage.id).glob("failure.*.json")
     return dict(read_json(file))
+
+
+def assert_close_files(found: Mapping[str, bytes], expected: Mapping[str, bytes]) -> None:
+    """Check that files of tensors are equal up to rounding, as those of other numbers of ranks are."""
+    assert found.keys() == expected.keys()
+    for name, content in expected.items():
+        tensors, theirs = load(found[name]), load(content)
+        assert tensors.keys() == theirs.keys(), name
+        for key, tensor in theirs.items():
+            torch.testing.assert_close(tensors[key], tensor, rtol=1e-4, atol=1e-6)

@@ -32,7 +32,6 @@ TORCH_FREE = [
     *(f"hfprune_dist.checkpoints.{name}" for name in ("checkpoint", "families", "kept_numbers", "lfs_pointers")),
     *(f"hfprune_dist.checkpoints.{name}" for name in ("layer_settings", "pruned_config")),
     "hfprune_dist.core.criteria",
-    "hfprune_dist.core.triangle",
     *(f"hfprune_launch.{name}" for name in ("modes.sweep", "report", "sweep_folder", "slurm.cli", "local.backend")),
     *(f"hfprune_launch.{name}" for name in ("hfprune", "schema", "status", "modes.clean")),
 ]

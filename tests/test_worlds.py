@@ -1,14 +1,8 @@
 """The worlds that other tests rely on: ranks that are threads."""
 
-import errno
-import os
-
 import pytest
 import torch
 from worlds import Death, DivergedError, Ranks
-
-from hfprune_dist.errors import UserError
-from hfprune_dist.store.claims import ClaimLostError
 
 
 def test_collectives_bring_what_real_ones_would():
@@ -17,7 +11,7 @@ def test_collectives_bring_what_real_ones_would():
         world.all_reduce(tensor)
         mine = torch.full((2,), float(world.rank))
         world.broadcast_tensor(mine, 2)
-        told = world.let_first(lambda go_on: [go_on(), "told"][1])
+        told = world.on_rank0(lambda: f"told by {world.rank}")
         world.barrier()
         return (
             world.all_gather(world.rank),
@@ -28,44 +22,9 @@ def test_collectives_bring_what_real_ones_would():
         )
 
     ranks = Ranks(3)
-    assert ranks.run(work) == [([0, 1, 2], {"of": 1}, [3, 3], [2.0, 2.0], "told")] * 3
+    assert ranks.run(work) == [([0, 1, 2], {"of": 1}, [3, 3], [2.0, 2.0], "told by 0")] * 3
     assert [call.kind.split(" ")[0] for call in ranks.logs[0]] == [call.kind.split(" ")[0] for call in ranks.logs[2]]
     assert ranks.counts(1)["all_reduce torch.int64 [2]"] == 1 and ranks.logs[1][0].bytes == 16
-
-
-FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "weights")
-ENDS = {
-    "input": (UserError("no such text"), UserError, "no such text"),
-    "claim": (ClaimLostError("taken over"), ClaimLostError, "taken over"),
-    "full disk": (FULL, UserError, "weights: No space left on device; make room"),
-    "full disk of a Rust library": (RuntimeError(f"I/O error (os error {errno.ENOSPC})"), UserError, "make room"),
-}
-
-
-@pytest.mark.parametrize(("error", "kind", "message"), ENDS.values(), ids=ENDS)
-@pytest.mark.parametrize("way", ["let_first", "on_first", "work_apart"])
-def test_what_ends_a_rank_in_order_ends_all(way, error, kind, message):
-    def work(world):
-        def fail(*_):
-            if way != "work_apart" or world.rank == 1:
-                raise error
-
-        with pytest.raises(kind, match=message):
-            getattr(world, way)(fail)
-        return world.all_gather(world.rank)
-
-    assert Ranks(3).run(work) == [[0, 1, 2]] * 3
-
-
-@pytest.mark.parametrize("way", ["let_first", "on_first", "work_apart"])
-def test_an_error_of_ours_ends_its_rank_alone(way):
-    """Its traceback says where it was made; the others notice that a rank is lost."""
-
-    def fail(*_):
-        raise OSError(errno.EIO, os.strerror(errno.EIO))
-
-    with pytest.raises(OSError, match="Input/output"):
-        Ranks(2).run(lambda world: getattr(world, way)(fail))
 
 
 def test_ranks_share_no_object():

@@ -14,7 +14,6 @@ import copy
 import importlib
 import pickle
 import threading
-import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, TypeVar
@@ -200,21 +199,6 @@ class ThreadWorld(World):
     def _meet(self, kind: str, mine: Any = None, size: int = 0) -> list[Any]:
         ranks: Ranks = object.__getattribute__(self, "_ranks")
         return ranks.meet(self.rank, kind, mine, size)
-
-
-def until_told(ranks: Ranks, work: Callable[..., T]) -> Callable[..., T]:
-    """Wrap rank 0's work so that it ends only after the others have been told twice that it is still running."""
-
-    def slow(*arguments: Any, **options: Any) -> T:
-        told = len(ranks.logs[0])
-        result = work(*arguments, **options)
-        deadline = time.monotonic() + PATIENCE_S
-        while len(ranks.logs[0]) < told + 2:
-            assert time.monotonic() < deadline, "nobody is told anything"
-            time.sleep(0.001)
-        return result
-
-    return slow
 
 
 FORWARD, BACKWARD, HEAD = "forward", "backward", "gather head"

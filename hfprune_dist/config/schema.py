@@ -114,8 +114,9 @@ class RuntimeConfig(Section):
     free memory (auto)."""
     save_every_steps: Positive = 50
     """Recovery, distillation: optimizer steps between snapshots."""
-    collective_timeout_minutes: Annotated[int, Field(ge=1, le=366 * 24 * 60)] = 10
-    """A collective operation that takes longer than this ends the stage (otherwise a lost rank would hang the rest)."""
+    collective_timeout_minutes: Annotated[int, Field(ge=1, le=366 * 24 * 60)] = 240
+    """Ranks that wait longer than this for another one end the stage. One that is lost ends it at once; this is for one
+    that hangs, and longer than rank 0 ever works alone."""
     report_to: Annotated[list[Tracker], AfterValidator(_once_each)] = Field(default=[])
     """Experiment trackers to which recovery and distillation report losses as they train: one run for each stage."""
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hfprune_dist.core.triangle import block_rows
+from hfprune_dist.core.wide import wide_product, widened
 
+# Number of rows in a block: large enough for matrix products at full speed.
+BLOCK = 256
 # By these factors damping grows where less of it leaves a matrix that is not positive definite.
 MORE_DAMPING = (1.0, 10.0, 100.0)
 
@@ -19,15 +21,17 @@ class UnresolvedError(ValueError):
 
 
 def gram_matrix(vectors_ND: Tensor) -> Tensor:
-    """Return the sum of v v^T over the rows, in their dtype [size, size].
+    """Return the sum of v v^T over the rows, in their ``wide_dtype`` [size, size].
 
     On a CPU only the blocks on and above the diagonal are computed, which saves 30 % of the time.
     """
     if vectors_ND.device.type != "cpu":
-        return vectors_ND.T @ vectors_ND
+        return wide_product(vectors_ND, vectors_ND)
+    vectors_ND = widened(vectors_ND)
     size = vectors_ND.shape[1]
     gram_DD = vectors_ND.new_empty(size, size)
-    for start, end, _ in block_rows(size):
+    for start in range(0, size, BLOCK):
+        end = min(start + BLOCK, size)
         gram_DD[start:end, start:] = vectors_ND[:, start:end].T @ vectors_ND[:, start:]
         gram_DD[end:, start:end] = gram_DD[start:end, end:].T
     return gram_DD

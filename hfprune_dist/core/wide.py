@@ -5,6 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+# Whether matrix products of bfloat16 may have float32 results: on GPUs, from torch 2.8 on.
+HAS_WIDE_PRODUCTS = "dtype" in torch.ops.aten.mm.overloads()
+
 
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:
     """Return float32, or the given dtype if it is wider."""
@@ -14,3 +17,13 @@ def wide_dtype(dtype: torch.dtype) -> torch.dtype:
 def widened(tensor: Tensor) -> Tensor:
     """Return a tensor in its ``wide_dtype``; the tensor itself if it has that dtype already."""
     return tensor.to(wide_dtype(tensor.dtype))
+
+
+def wide_product(a_NK: Tensor, b_NM: Tensor) -> Tensor:
+    """Return the sum of a b^T over the rows, in their ``wide_dtype`` [K, M].
+
+    Products of two bfloat16 numbers are exact in float32, and tensor cores add them up in it.
+    """
+    if HAS_WIDE_PRODUCTS and a_NK.is_cuda and a_NK.dtype == b_NM.dtype == torch.bfloat16:
+        return torch.mm(a_NK.T, b_NM, out_dtype=torch.float32)
+    return widened(a_NK).T @ widened(b_NM)

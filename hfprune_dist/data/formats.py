@@ -20,7 +20,7 @@ from typing import IO, Any, BinaryIO
 
 from hfprune_dist.checkpoints.lfs_pointers import refuse_pointer
 from hfprune_dist.errors import UserError
-from hfprune_dist.store.hashing import AfterEach, FileHashes, digest_of, nothing
+from hfprune_dist.store.hashing import FileHashes, digest_of
 
 Record = Mapping[str, Any]
 Placed = tuple[str, Record]
@@ -72,16 +72,13 @@ def files_of(path: Path) -> list[Path]:
     return named
 
 
-def identity_of(path: Path, hashes: FileHashes, after_each: AfterEach = nothing) -> str:
+def identity_of(path: Path, hashes: FileHashes) -> str:
     """The identity of a local text in fingerprints: its files' content and how it is read, but not their names.
-
-    Args:
-        after_each: called after each piece of a file that is read.
 
     Raises:
         UserError: if a file can't be read.
     """
-    return digest_of([[*_way_of_reading(file), hashes.of_file(file, after_each)] for file in files_of(path)])
+    return digest_of([[*_way_of_reading(file), hashes.of_file(file)] for file in files_of(path)])
 
 
 def _way_of_reading(file: Path) -> tuple[str, str]:

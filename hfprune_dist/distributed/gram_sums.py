@@ -1,19 +1,17 @@
-"""Gram matrices and sums of squares over the windows of all ranks, with the same bits on any number of ranks.
+"""Gram matrices over the windows of all ranks: float32 products of a micro-batch, added up in float64.
 
 There are two kinds of micro-batches: most are used for the fit, some are held out to choose its ridge.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from hfprune_dist.core.exact_sums import ExactGram, ExactSquares
 from hfprune_dist.core.gram import gram_matrix
-from hfprune_dist.distributed.window_sums import WindowSums
+from hfprune_dist.distributed.float64_sum import Float64Sum
 from hfprune_dist.distributed.world import World
 
 # One micro-batch in this many is held out.
@@ -43,82 +41,27 @@ class Grams:
         return self.fitted_DD.lerp(self.held_out_DD, self.held_out_share)
 
 
-class GramSums(WindowSums[tuple[ExactGram, ExactGram], Tensor]):
-    """Exact sums of Gram matrices over fitted and over held-out micro-batches, on one rank."""
-
-    def of_all_ranks(self) -> tuple[Tensor, Tensor]:
-        """The sums, float64 [size, size] each. Collective; this rank's own sums are gone afterwards."""
-        left = [*self._complete()][::-1]
-        self._sums = None  # only the list refers to them now, so each is freed once it has been added up
-        return self._added_up(left.pop()), self._added_up(left.pop())
-
-    def _add(self, index: int, vectors_ND: Tensor) -> None:
-        term_DD = gram_matrix(vectors_ND.float())
-        fitted, held_out = self._at_scale_of(term_DD.diagonal())
-        (held_out if is_held_out(index, self._count) else fitted).add(term_DD)
-
-    def _added_up(self, own: ExactGram) -> Tensor:
-        self._world.all_reduce(own.total_P.integers())
-        return own.value()
-
-    def _empty(self, first_D: Tensor) -> tuple[ExactGram, ExactGram]:
-        return ExactGram(first_D, self._count), ExactGram(first_D, self._count)
-
-
-class ExpertGramSums(WindowSums[list[tuple[ExactGram, ExactGram]], Sequence[Tensor]]):
-    """``GramSums`` for each expert of a layer, which is given some of a micro-batch's tokens, or none.
-
-    Here too, scales come from a single micro-batch. Channels that it hardly shows are assumed to be as large as the
-    mean over all experts' channels.
+class GramSums:
+    """Sums of v v^T over fitted and over held-out micro-batches, on one rank.
 
     Args:
-        size: length of a vector.
+        number: of the layer whose activations are summed, for messages.
+        size: length of a vector v.
+        count: number of micro-batches of all ranks.
     """
 
-    def __init__(self, number: int, size: int, experts: int, count: int, world: World) -> None:
-        super().__init__(number, experts * size, count, world)
-        self._experts = experts
+    def __init__(self, number: int, size: int, count: int, world: World) -> None:
+        self._fitted, self._held_out = (Float64Sum(number, (size, size), world) for _ in range(2))
+        self._count = count
 
-    def of_all_ranks(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield each expert's sums, float64 [size, size] each; 0 if they are too small for the scale. Collective; this
-        rank's own sums are released on the way.
-        """
-        left = [it for of_expert in self._complete() for it in of_expert][::-1]
-        self._sums = None  # only the list refers to them now, so each is freed once it has been added up
-        while left:
-            yield self._added_up(left.pop()), self._added_up(left.pop())
+    def add(self, index: int, vectors_ND: Tensor) -> None:
+        """Add a micro-batch's vectors [tokens, size]; there may be none."""
+        if len(vectors_ND):
+            (self._held_out if is_held_out(index, self._count) else self._fitted).add(gram_matrix(vectors_ND))
 
-    def _add(self, index: int, parts: Sequence[Tensor]) -> None:
-        sums = self._sums or self._at_scale_of(torch.cat([part_ND.square().sum(dim=0) for part_ND in parts]))
-        for part_ND, (fitted, held_out) in zip(parts, sums, strict=True):
-            if len(part_ND):
-                (held_out if is_held_out(index, self._count) else fitted).add(gram_matrix(part_ND))
-
-    def _added_up(self, own: ExactGram) -> Tensor:
-        self._world.all_reduce(own.total_P.integers())
-        value_DD = own.value()
-        return value_DD if own.is_resolved else value_DD.zero_()
-
-    def _empty(self, first_D: Tensor) -> list[tuple[ExactGram, ExactGram]]:
-        scales = first_D.maximum(first_D.mean()).chunk(self._experts)
-        return [(ExactGram(it, self._count), ExactGram(it, self._count)) for it in scales]
-
-
-class SquareSums(WindowSums[ExactSquares, Tensor]):
-    """Exact sums of squares, channel by channel, on one rank."""
-
-    def of_all_ranks(self) -> Tensor:
-        """The sums, float64 [size], on the device, once they ``agree_on_scale``; collective."""
-        sums = self._complete()
-        self._world.all_reduce(sums.total_D)
-        return sums.value()
-
-    def _add(self, _index: int, vectors_ND: Tensor) -> None:
-        term_D = vectors_ND.double().square().sum(dim=0)
-        self._at_scale_of(term_D).add(term_D)
-
-    def _empty(self, first_D: Tensor) -> ExactSquares:
-        return ExactSquares(first_D, self._count)
+    def of_all_ranks(self, owner: int | None = None) -> tuple[Tensor, Tensor]:
+        """Return both sums, float64 [size, size] each, as ``Float64Sum.of_all_ranks`` does."""
+        return self._fitted.of_all_ranks(owner), self._held_out.of_all_ranks(owner)
 
 
 def is_held_out(index: int, count: int) -> bool:

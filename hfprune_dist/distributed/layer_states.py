@@ -9,7 +9,6 @@ import shutil
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from functools import partial
 from pathlib import Path
 
 from torch import Tensor
@@ -44,9 +43,9 @@ class LayerStates:
 
         Collective. Damaged files are set aside.
         """
-        for done in self._world.on_first(self._complete):
+        for done in self._world.on_rank0(self._complete):
             usable: dict[int, Named] = {}
-            if all(self._world.work_apart(partial(self._read_mine, done, usable))):
+            if all(self._world.all_gather(self._read_mine(done, usable))):
                 return done, usable
         return 0, {}
 
@@ -62,16 +61,12 @@ class LayerStates:
         Args:
             hidden: micro-batch of this rank -> its hidden states.
         """
-
-        def write() -> None:
-            self._folder.mkdir(parents=True, exist_ok=True)
-            for index, named in hidden.items():
-                save_tensors({name: tensor.contiguous() for name, tensor in named.items()}, self._file(done, index))
-
-        self._world.work_apart(write)
+        self._folder.mkdir(parents=True, exist_ok=True)
+        for index, named in hidden.items():
+            save_tensors({name: tensor.contiguous() for name, tensor in named.items()}, self._file(done, index))
+        self._world.barrier()
         for index in self._mine:
-            # A later save deletes what can't be deleted now: if a rank ended for that, the others would wait for it.
-            with suppress(OSError):
+            with suppress(OSError):  # a later save deletes what can't be deleted now
                 for file in listed(self._folder, f"*.{index}.safetensors"):
                     if file != self._file(done, index):
                         file.unlink()

@@ -4,8 +4,7 @@ After every layer, a pass is compared with what the whole model computes for one
 (``distributed.whole_model_probe``).
 
 Every rank holds the hidden states of its own windows and one layer at a time: memory for a layer, its Gram matrix and
-the windows, whatever the model's size. Gram matrices are summed exactly, so they have the same bits on any number of
-ranks.
+the windows, whatever the model's size.
 """
 
 from __future__ import annotations
@@ -20,13 +19,11 @@ import torch
 from torch import Tensor, nn
 
 from hfprune_dist.checkpoints.checkpoint import Checkpoint
-from hfprune_dist.distributed.gram_sums import ExpertGramSums, Grams, GramSums, SquareSums, is_held_out
+from hfprune_dist.distributed.float64_sum import Float64Sum
+from hfprune_dist.distributed.gram_sums import Grams, GramSums, is_held_out
 from hfprune_dist.distributed.host_transfers import HostTransfers
-from hfprune_dist.distributed.in_step import in_step
 from hfprune_dist.distributed.layer_states import LayerStates
-from hfprune_dist.distributed.mean_sums import MeanSums
 from hfprune_dist.distributed.whole_model_probe import TOLERANCES, Guard, Probe, refuse_departure, relative_error
-from hfprune_dist.distributed.window_sums import WindowSums
 from hfprune_dist.distributed.world import World
 from hfprune_dist.models.output_projections import channels_of, channels_read
 from hfprune_dist.models.single_layer import (
@@ -46,7 +43,8 @@ from hfprune_dist.structures.units import Units
 HIDDEN = "hidden"
 # Called on every rank, in passes layer by layer, with the number of layers that are done; may raise ``Interrupted``.
 AfterLayer = Callable[[int], None]
-_Sums = WindowSums[Any, Any]
+# Takes what output projections of some units have read in a micro-batch, given its number.
+TakeRead = Callable[[int, Units, Any], None]
 
 
 class LayerStream:
@@ -89,15 +87,15 @@ class LayerStream:
         self._tokens: int = windows_ST.numel()
         self._held_out_tokens: int = sum(b.numel() for i, b in enumerate(batches) if is_held_out(i, self._count))
         mine = {index: batches[index] for index in range(world.rank, self._count, world.size)}
-        self._hidden = world.make_apart(lambda: self._reader.embed(mine))
+        self._hidden = self._reader.embed(mine)
         self._done = 0
         model_type = self._family.model_type
-        self._guard = None if probe is None else Guard(probe, windows_ST, micro_batch_size, model_type, world)
+        self._guard = None if probe is None else Guard(probe, windows_ST, micro_batch_size, model_type)
         self._check()
 
     def layers(self, numbers: Iterable[int]) -> Iterator[tuple[int, nn.Module]]:
-        """Yield the next layers with their numbers, the same on every rank, in step; see ``HostTransfers.layers``."""
-        return in_step(self._transfers.layers(self._reader, numbers), self._world)
+        """Yield the next layers with their numbers, the same on every rank; see ``HostTransfers.layers``."""
+        return self._transfers.layers(self._reader, numbers)
 
     def advance(self, layer: nn.Module) -> None:
         """Run this rank's windows through a layer."""
@@ -148,7 +146,7 @@ class LayerStream:
         """Iterate over this rank's micro-batches as the head reads them after the last layer, [windows, tokens,
         hidden_size]. The call is collective; the micro-batches then leave the stream as they are iterated over.
         """
-        norm = self._world.make_apart(self._reader.final_norm)
+        norm = self._reader.final_norm()
         if self._guard is not None:
             mine = self._hidden.keys() & {self._guard.micro_batch}
             normed = {index: norm(self._hidden[index].to(self._world.device)) for index in mine}
@@ -180,7 +178,7 @@ class LayerStream:
         return self._transfers.to_device(self._hidden.items())
 
     def require_residual(self, layer: nn.Module, kinds: Sequence[Units]) -> None:
-        """Check, on one window, that a layer adds its blocks' outputs to its residual stream as expected; collective.
+        """Check, on rank 0's first window, that a layer adds its blocks' outputs to its residual stream as expected.
 
         Args:
             kinds: the units whose blocks are checked, in the order of the blocks, the layer's last one at the end.
@@ -188,68 +186,77 @@ class LayerStream:
         Raises:
             UserError: if a block does not, e.g. because a norm follows its output projection.
         """
-        streams: list[Tensor] = []
-        outputs: list[Tensor] = []
-        if 0 in self._hidden:
-            with ExitStack() as observers:
-                readers = [observers.enter_context(_inputs_of(part_of(layer, units.block.reader))) for units in kinds]
-                blocks = [observers.enter_context(_outputs_of(output_of(layer, units))) for units in kinds]
-                output_BTC = run(layer, self._hidden[0][:1].to(self._world.device))
-            streams = [it.pop() for it in readers] + [output_BTC]
-            outputs = [it.pop() for it in blocks]
+        if 0 not in self._hidden:
+            return
+        with ExitStack() as observers:
+            readers = [observers.enter_context(_inputs_of(part_of(layer, units.block.reader))) for units in kinds]
+            blocks = [observers.enter_context(_outputs_of(output_of(layer, units))) for units in kinds]
+            output_BTC = run(layer, self._hidden[0][:1].to(self._world.device))
+        streams = [it.pop() for it in readers] + [output_BTC]
         for place, units in enumerate(kinds):
-            error = None
-            if streams:
-                found_BTC = streams[place] + residual_update(layer, units, outputs[place])
-                error = relative_error(*(it.flatten(0, 1).double() for it in (found_BTC, streams[place + 1])))
+            found_BTC = streams[place] + residual_update(layer, units, blocks[place].pop())
+            error = relative_error(*(it.flatten(0, 1).double() for it in (found_BTC, streams[place + 1])))
             what = (
                 f"{self._family.model_type}: in layer {self._done}, the inputs of {units.block.reader} plus the "
                 f"outputs of {units.output} depart from the hidden states that follow"
             )
-            error = self._world.broadcast(error, 0)
             refuse_departure(error, TOLERANCES[self._dtype], what, "a method whose refit is dense or none works")
 
-    def grams(self, number: int, layer: nn.Module, kinds: Sequence[Units]) -> dict[str, list[Grams]]:
+    def grams(
+        self, number: int, layer: nn.Module, kinds: Sequence[Units], owner: int | None = None
+    ) -> dict[str, list[Grams]]:
         """Run windows through a layer, and return Gram matrices of what its output projections of some kinds read.
+
+        Args:
+            owner: the only rank that needs them; on others, what is returned means nothing. None if all do.
 
         Returns:
             Kind of units -> Gram matrices of its channels in this layer: one for each expert, or a single one.
 
         Raises:
-            UserError: as ``GramSums.of_all_ranks`` and ``advance`` do.
+            UserError: as ``Float64Sum.of_all_ranks`` and ``advance`` do.
         """
-        sums = {units.kind: self._sums_of_units(number, layer, units) for units in kinds}
-        self._add_up(layer, kinds, sums.values())
-        grams = {kind: self._means_of_each(of_kind) for kind, of_kind in sums.items()}
+        sums = {
+            units.kind: [self.sums_of(number, channels_of(layer, units)) for _ in range(units.experts)]
+            for units in kinds
+        }
+
+        def add(index: int, units: Units, read: Any) -> None:
+            for of_expert, vectors_ND in zip(sums[units.kind], read if units.experts > 1 else [read], strict=True):
+                of_expert.add(index, vectors_ND)
+
+        self._advance_reading(layer, kinds, add)
+        grams = {kind: [self.means(it, owner) for it in of_kind] for kind, of_kind in sums.items()}
         self._step()
         return grams
-
-    def _sums_of_units(self, number: int, layer: nn.Module, units: Units) -> GramSums | ExpertGramSums:
-        channels = channels_of(layer, units)
-        if units.experts > 1:
-            return ExpertGramSums(number, channels, units.experts, self._count, self._world)
-        return self.sums_of(number, channels)
-
-    def _means_of_each(self, sums: GramSums | ExpertGramSums) -> list[Grams]:
-        if isinstance(sums, ExpertGramSums):
-            return [self._means(*of_expert) for of_expert in sums.of_all_ranks()]
-        return [self.means(sums)]
 
     def channel_means(self, number: int, layer: nn.Module, kinds: Sequence[Units]) -> dict[str, Tensor]:
         """As ``grams``, but with means of what projections read, float64 [channels], on the device, on every rank."""
         sizes = {units.kind: output_of(layer, units).in_features for units in kinds}
-        sums = {kind: MeanSums(number, size, self._count, self._world) for kind, size in sizes.items()}
-        self._add_up(layer, kinds, sums.values())
+        sums = {kind: Float64Sum(number, (size,), self._world) for kind, size in sizes.items()}
+
+        def add(_index: int, units: Units, read_ND: Tensor) -> None:
+            sums[units.kind].add(read_ND.sum(dim=0, dtype=torch.float64))
+
+        self._advance_reading(layer, kinds, add)
         means = {kind: of_kind.of_all_ranks() / self._tokens for kind, of_kind in sums.items()}
         self._step()
         return means
 
-    def _add_up(self, layer: nn.Module, kinds: Sequence[Units], sums: Iterable[_Sums]) -> None:
-        """Run this rank's windows through a layer, and add up what its output projections read on the way."""
-        sums = list(sums)
-        self._hidden.update(self._transfers.to_host(self._summed(layer, kinds, sums)))
-        for of_kind in sums:
-            of_kind.agree_on_scale()
+    def _advance_reading(self, layer: nn.Module, kinds: Sequence[Units], take: TakeRead) -> None:
+        """Run this rank's windows through a layer, and hand over what its output projections read on the way."""
+
+        def outputs() -> Iterator[tuple[int, Tensor]]:
+            for index, hidden_BTC in self.standing():
+                with ExitStack() as observers:
+                    seen = [observers.enter_context(channels_read(layer, units)) for units in kinds]
+                    output_BTC = run(layer, hidden_BTC)
+                for units, read in zip(kinds, seen, strict=True):
+                    take(index, units, read.pop())
+                yield index, output_BTC
+                del hidden_BTC, output_BTC  # before the next are made
+
+        self._hidden.update(self._transfers.to_host(outputs()))
 
     def squares(self, number: int, layer: nn.Module, names: Sequence[str]) -> dict[str, Tensor]:
         """Add up the squares of what some linear modules of a layer read, but stay before the layer; collective.
@@ -261,31 +268,18 @@ class LayerStream:
             Name -> float64 [channels], over all tokens of all ranks' windows, on the device.
 
         Raises:
-            UserError: as ``SquareSums.of_all_ranks`` does.
+            UserError: as ``Float64Sum.of_all_ranks`` does.
         """
         modules = [linear_of(layer, name) for name in names]
-        sums = [SquareSums(number, it.in_features, self._count, self._world) for it in modules]
-        for index, hidden_BTC in self.standing():
+        sums = [Float64Sum(number, (it.in_features,), self._world) for it in modules]
+        for _, hidden_BTC in self.standing():
             with ExitStack() as observers:
                 seen = [observers.enter_context(_inputs_of(module)) for module in modules]
                 run(layer, hidden_BTC)
             for of_module, inputs in zip(sums, seen, strict=True):
-                of_module.add(index, inputs.pop().flatten(0, -2))
+                of_module.add(inputs.pop().flatten(0, -2).double().square().sum(dim=0))
             del hidden_BTC
-        for of_module in sums:
-            of_module.agree_on_scale()
         return {name: of_module.of_all_ranks() for name, of_module in zip(names, sums, strict=True)}
-
-    def _summed(self, layer: nn.Module, kinds: Sequence[Units], sums: Sequence[_Sums]) -> Iterator[tuple[int, Tensor]]:
-        """Yield a layer's outputs for the windows, once what its output projections read has been added to sums."""
-        for index, hidden_BTC in self.standing():
-            with ExitStack() as observers:
-                seen = [observers.enter_context(channels_read(layer, units)) for units in kinds]
-                output_BTC = run(layer, hidden_BTC)
-            for of_kind, read in zip(sums, seen, strict=True):
-                of_kind.add(index, read.pop())
-            yield index, output_BTC
-            del hidden_BTC, output_BTC  # before the next are made
 
     def _step(self) -> None:
         """Move on to stand before the next layer, and check the one just passed."""
@@ -304,11 +298,9 @@ class LayerStream:
         """
         return GramSums(number, size, self._count, self._world)
 
-    def means(self, sums: GramSums) -> Grams:
-        """Means over all ranks' windows, once this rank's are added and they ``agree_on_scale``; collective."""
-        return self._means(*sums.of_all_ranks())
-
-    def _means(self, fitted_DD: Tensor, held_out_DD: Tensor) -> Grams:
+    def means(self, sums: GramSums, owner: int | None = None) -> Grams:
+        """Means over all ranks' windows, once this rank's are added, as ``GramSums.of_all_ranks``; collective."""
+        fitted_DD, held_out_DD = sums.of_all_ranks(owner)
         fitted_DD.div_(self.fitted_tokens)
         if not self._held_out_tokens:
             return Grams(fitted_DD, fitted_DD, 0.0)

@@ -24,8 +24,9 @@ class Turns(Generic[Work]):
         self._solve = solve
         self._waiting: Work | None = None
 
-    def is_mine(self, layer: int) -> bool:
-        return self._places[layer] % self._world.size == self._world.rank
+    def owner(self, layer: int) -> int:
+        """Return the rank that solves a layer."""
+        return self._places[layer] % self._world.size
 
     def add(self, layer: int, work: Work | None) -> None:
         """Add the next layer; once every rank has one, all of them solve theirs. Collective.
@@ -41,14 +42,8 @@ class Turns(Generic[Work]):
             self.finish()
 
     def finish(self) -> None:
-        """Solve the layers that wait; collective, so that no rank leaves while another one still saves.
-
-        Raises:
-            UserError: on all ranks, if solving any of the layers raises it.
-        """
-        self._world.work_apart(self._solve_mine)
-
-    def _solve_mine(self) -> None:
+        """Solve the layers that wait; collective, so that no rank leaves while another one still saves."""
         if self._waiting is not None:
             self._solve(self._waiting)
             self._waiting = None
+        self._world.barrier()

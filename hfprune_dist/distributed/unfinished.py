@@ -13,7 +13,7 @@ def unfinished(layers: Iterable[int], done: Callable[[], set[int]], world: World
     Args:
         done: returns the numbers of the layers that are done. Only rank 0 calls it: it may set damaged files aside.
     """
-    known = world.on_first(done)
+    known = world.on_rank0(done)
     return [number for number in layers if number not in known]
 
 

@@ -89,29 +89,26 @@ class Guard:
         model_type: for messages.
     """
 
-    def __init__(self, probe: Probe, windows_ST: Tensor, micro_batch_size: int, model_type: str, world: World) -> None:
+    def __init__(self, probe: Probe, windows_ST: Tensor, micro_batch_size: int, model_type: str) -> None:
         row = probe.row_in(windows_ST)
         assert row is not None, "the probe is of another window"
         self.micro_batch, self.row = divmod(row, micro_batch_size)
         self._probe = probe
         self._model_type = model_type
-        self._world = world
 
     def check(self, place: int, hidden: Mapping[int, Tensor]) -> None:
-        """Compare hidden states with the model's; collective.
+        """Compare hidden states with the model's.
 
         Args:
             place: in ``Probe.states_LPC``.
             hidden: micro-batch of this rank -> its hidden states [windows, tokens, hidden_size].
 
         Raises:
-            UserError: on all ranks, if they depart by more than rounding explains.
+            UserError: on the rank that has the window, if they depart by more than rounding explains.
         """
-        error = None
         if self.micro_batch in hidden:
             error = self._probe.error(place, hidden[self.micro_batch][self.row])
-        error = self._world.broadcast(error, self.micro_batch % self._world.size)
-        refuse_departure(error, self._probe.tolerance, self._what(place), "it is not supported")
+            refuse_departure(error, self._probe.tolerance, self._what(place), "it is not supported")
 
     def _what(self, place: int) -> str:
         layers = len(self._probe.states_LPC) - 2
@@ -120,16 +117,13 @@ class Guard:
         return f"{self._model_type}: taken through its layers one at a time, {what} depart from the whole model's"
 
 
-def refuse_departure(error: float | None, tolerance: float, what: str, remedy: str) -> None:
+def refuse_departure(error: float, tolerance: float, what: str, remedy: str) -> None:
     """End a pass that doesn't compute what the model does.
-
-    Args:
-        error: the same on every rank; None means unknown, and passes.
 
     Raises:
         UserError: if ``error`` is larger than ``tolerance``, or NaN.
     """
-    if error is not None and not error <= tolerance:
+    if not error <= tolerance:
         raise UserError(
             f"{what} by {error:.2g} of their size (rounding explains {tolerance:g}). The architecture does more than "
             f"its entry in hfprune_dist/checkpoints/families.py says, so results would be wrong; {remedy}"
@@ -153,7 +147,7 @@ def obtain_probe(
             or another dtype, the whole model is loaded for one forward of the first micro-batch.
         sharding: how the model is then placed on the ranks (``runtime.sharding``).
     """
-    probe = None if saved is None else world.on_first(lambda: _read(saved))
+    probe = None if saved is None else world.on_rank0(lambda: _read(saved))
     if probe is not None and probe.states_LPC.dtype == dtype and probe.row_in(windows_ST) is not None:
         return probe
     return _computed(checkpoint, windows_ST[:micro_batch_size], dtype, sharding, world)
@@ -186,7 +180,7 @@ class ProbeRecorder:
             UserError: on all ranks, if rank 0 can't.
         """
         if not self._is_saved:
-            self._world.on_first(self._save)
+            self._world.on_rank0(self._save)
             self._is_saved = True
 
     def _save(self) -> None:
@@ -207,7 +201,7 @@ def _computed(
         model.release()
         return probes[0]
 
-    return world.broadcast(compute()) if placed == "zero3" else world.on_first(compute)
+    return world.broadcast(compute()) if placed == "zero3" else world.on_rank0(compute)
 
 
 def record_probe(model: nn.Module, family: Family, take: Callable[[Probe], None]) -> None:

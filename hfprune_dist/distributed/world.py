@@ -1,16 +1,17 @@
-"""The process group of a stage, as an object that is passed in and never looked up."""
+"""The process group of a stage, as an object that is passed in and never looked up.
+
+A rank that fails leaves its reason and ends (``launch/stage/run.py``); whoever started the ranks then ends the others,
+which may wait in a collective. So no rank tells others of its errors.
+"""
 
 from __future__ import annotations
 
 import datetime
 import resource
 import sys
-import threading
-from collections.abc import Callable, Iterator, Mapping, MutableMapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass
-from functools import partial
-from typing import Any, Generic, TypeVar
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -18,14 +19,10 @@ import torch.distributed as dist
 from hfprune_dist.distributed.determinism import compute_deterministically
 from hfprune_dist.distributed.gpus import claim_device, place_of, require_own_gpus
 from hfprune_dist.distributed.threads import threads_allowed
-from hfprune_dist.errors import UserError, from_os_error
-from hfprune_dist.store.claims import ClaimLostError
 from hfprune_dist.store.machine import usable_cores
 
 T = TypeVar("T")
 K = TypeVar("K", int, tuple[int, int])
-# How often a rank that is busy for long tells the others that it is at work: far more often than collectives time out.
-TELL_EVERY_S = 5.0
 
 
 @dataclass(frozen=True)
@@ -70,78 +67,29 @@ class World:
         """Wait until all ranks are here."""
         self.all_gather(None)
 
-    def work_apart(self, work: Callable[[], T]) -> list[T]:
-        """Run work of each rank's own, without collectives, and return what it returns on all ranks, in rank order.
-
-        Raises:
-            UserError, ClaimLostError: on all ranks, if the work of one of them raises it, or an error of the operating
-                system that the user can mend; that of the first such rank.
-        """
-        return [outcome.result() for outcome in self.all_gather(_Outcome.of(work))]
-
-    def make_apart(self, make: Callable[[], T]) -> T:
-        """Return this rank's own result of ``work_apart``, e.g. what it has read, which isn't sent to the others."""
-        made: list[T] = []
-        self.work_apart(lambda: made.append(make()))
-        return made[0]
-
     def broadcast(self, value: T, source: int = 0) -> T:
         """Return the value that rank ``source`` passed (any picklable object)."""
         box = [value]
         dist.broadcast_object_list(box, src=source, device=torch.device("cpu"))
         return box[0]
 
-    def on_first(self, work: Callable[[], T]) -> T:
-        """Run work on rank 0 only, and return its result on every rank, however long it takes.
+    def on_rank0(self, work: Callable[[], T]) -> T:
+        """Run work on rank 0 only, and return its result (any picklable object) on every rank; the others wait.
 
-        It runs in the calling thread, whose GPU and number of threads it may need; another one tells the others.
-
-        Raises:
-            UserError, ClaimLostError: as ``let_first``.
+        If it raises there, the launcher ends the others.
         """
-
-        def action(go_on: Callable[[], None]) -> T:
-            with _telling(go_on):
-                return work()
-
-        return self.let_first(action)
-
-    def let_first(
-        self, action: Callable[[Callable[..., None]], T], follow: Callable[[Any], None] = lambda _: None
-    ) -> T:
-        """Run an action on rank 0 only, and return its result on every rank; ``on_first`` needs no such action.
-
-        Args:
-            action: must call its argument now and then, so that no rank waits longer than the collective timeout. It
-                may pass a message, any picklable object, with which the others then do what ``follow`` does.
-
-        Raises:
-            UserError, ClaimLostError: on every rank, if the action raises it, or an error of the operating system that
-                the user can mend. It may do so only where the others wait for it.
-        """
-
-        def tell(message: object = None) -> None:
-            self.broadcast(message)
-
-        if self.is_first:
-            return self.broadcast(_Outcome.of(partial(action, tell))).result()
-        while not isinstance(message := self.broadcast(None), _Outcome):
-            if message is not None:
-                follow(message)
-        return message.result()
+        return self.broadcast(work() if self.is_first else None)  # type: ignore[return-value]
 
     def broadcast_tensor(self, tensor: torch.Tensor, source: int) -> None:
         """Overwrite a tensor of every rank, on the CPU or the device, with that of rank ``source``."""
         dist.broadcast(tensor, src=source)
 
     def all_reduce(self, tensor: torch.Tensor) -> None:
-        """Overwrite a tensor of every rank with the sum over all ranks; exact only for integers."""
+        """Overwrite a tensor of every rank with the sum over all ranks: the same bits on each."""
         dist.all_reduce(tensor)
 
     def reduce(self, tensor: torch.Tensor, owner: int) -> None:
-        """Overwrite a tensor of rank ``owner`` with the sum over all ranks, and the others' with anything; exact only
-        for integers.
-        """
+        """Overwrite a tensor of rank ``owner`` with the sum over all ranks, and the others' with anything."""
         dist.reduce(tensor, dst=owner)
 
     def all_gather(self, value: T) -> list[T]:
@@ -162,7 +110,7 @@ def join_world(environment: MutableMapping[str, str], timeout_minutes: int, *, r
     CPU tensors travel over gloo in any case, so that float64 sums and decisions never depend on the accelerator.
 
     Args:
-        timeout_minutes: a collective that takes longer raises; otherwise a lost rank would hang the others.
+        timeout_minutes: a collective that takes longer raises, so that a rank that hangs doesn't hang the job.
         reproducible: whether what GPUs compute must have the same bits each time.
 
     Raises:
@@ -183,47 +131,6 @@ def join_world(environment: MutableMapping[str, str], timeout_minutes: int, *, r
     )
     require_own_gpus(world, place_of(device))
     return world
-
-
-@dataclass(frozen=True)
-class _Outcome(Generic[T]):
-    """What a rank has come to: a value, or an error with which all ranks leave in order."""
-
-    value: T | None
-    error: UserError | ClaimLostError | None = None
-
-    @classmethod
-    def of(cls, work: Callable[[], T]) -> _Outcome[T]:
-        try:
-            return cls(work())
-        except Exception as error:
-            mended = from_os_error(error)
-            if not isinstance(mended, UserError | ClaimLostError):
-                raise
-            return cls(None, mended)
-
-    def result(self) -> T:
-        if self.error is not None:
-            raise self.error
-        return self.value  # type: ignore[return-value]
-
-
-@contextmanager
-def _telling(tell: Callable[[], None]) -> Iterator[None]:
-    """Call a function now and then, in a thread of its own, until the context ends."""
-    over = threading.Event()
-
-    def keep_telling() -> None:
-        while not over.wait(TELL_EVERY_S):
-            tell()
-
-    teller = threading.Thread(target=keep_telling, daemon=True)
-    teller.start()
-    try:
-        yield
-    finally:
-        over.set()
-        teller.join()
 
 
 def _max_resident_bytes() -> int:

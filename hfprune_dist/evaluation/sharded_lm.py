@@ -1,7 +1,7 @@
 """lm-eval's Hugging Face model, answering with all ranks of a world.
 
 lm-eval runs only on rank 0 and sees a single process: there it builds the requests and scores the answers, which may
-take minutes. The other ranks answer with it, and are notified meanwhile that lm-eval is at work.
+take minutes. The other ranks wait for requests to answer with it.
 
 Requests are cut into chunks that don't depend on the number of ranks, and each chunk is answered by one rank. Answers
 and scores therefore have the same bits on any number of ranks, a task may have fewer documents than there are ranks,
@@ -13,7 +13,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import threading
 import traceback
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -27,12 +26,9 @@ from lm_eval.models.huggingface import HFLM
 
 from hfprune_dist.distributed.frozen_model import FrozenModel
 from hfprune_dist.distributed.interruption import Interruption
-from hfprune_dist.distributed.world import TELL_EVERY_S
-from hfprune_dist.errors import UserError, from_os_error, naming
+from hfprune_dist.errors import UserError, naming
 from hfprune_dist.evaluation.task_index import explain
 from hfprune_dist.store.hashing import digest_of
-
-TELLER = "tells the other ranks that lm-eval is at work"
 
 # Maximum number of batches per chunk. Single-letter choices share a forward if they are in the same chunk; several
 # batches per chunk keep them together.
@@ -55,10 +51,6 @@ class ModelError(Exception):
 
 class RequestError(Exception):
     """A request that no model, or not this one, can answer: too long, or with options that there aren't."""
-
-
-# Why a rank has no answers.
-Refusal = RequestError | UserError
 
 
 class AnswerLog:
@@ -120,48 +112,20 @@ class ShardedLM(HFLM):  # type: ignore[misc]
         self._world = model.world
         self._interruption = interruption
         self._frozen = model
-        self._speaking = threading.Lock()  # on rank 0: held from a message to the others until all have acted on it
-        self._over = threading.Event()  # on rank 0: nothing more is to be told, or can be
         self._log: AnswerLog | None = None
         self._report: Callable[[int, int], None] = lambda done, total: None
-        self._tell: Callable[..., None] = lambda message=None: None  # on rank 0, while it runs
 
     def run(self, work: Callable[[], T]) -> T:
-        """Run work that asks this model on rank 0, and answer it with all ranks; return its result on every rank.
-
-        Ranks that wait for the first one hear now and then that lm-eval is at work, however long that takes.
-
-        Raises:
-            UserError, ClaimLostError: on all ranks, if the work raises it, or an error of the operating system that the
-                user can mend.
-        """
-
-        def lead(tell: Callable[..., None]) -> T:
-            self._tell = tell
-            with self._telling_others():
-                return work()
-
-        return self._world.let_first(lead, self._follow)
+        """Run work that asks this model on rank 0, and answer it with all ranks; return its result on every rank."""
+        if self._world.is_first:
+            result = work()
+            self._world.broadcast(None)
+            return self._world.broadcast(result)
+        while (chunks := self._world.broadcast(None)) is not None:
+            self._answer_mine(chunks)
+        return self._world.broadcast(None)  # type: ignore[return-value]
 
     # On rank 0: called by lm-eval.
-
-    @contextmanager
-    def _telling_others(self) -> Iterator[None]:
-        self._over.clear()
-
-        def tell() -> None:
-            while not self._over.wait(TELL_EVERY_S):
-                with self._speaking:
-                    if not self._over.is_set():
-                        self._tell()
-
-        teller = threading.Thread(target=tell, name=TELLER, daemon=True)
-        teller.start()
-        try:
-            yield
-        finally:
-            self._over.set()
-            teller.join()
 
     @contextmanager
     def task(self, log: AnswerLog, report: Callable[[int, int], None]) -> Iterator[None]:
@@ -213,56 +177,32 @@ class ShardedLM(HFLM):  # type: ignore[misc]
         """Have every rank answer a chunk at most, and keep the answers.
 
         Raises:
-            RequestError, UserError: if one of the chunks has a request that can't be answered.
-            OSError: if answers can't be kept. In either case the others wait for a message.
+            RequestError: if one of the chunks has a request that can't be answered.
         """
-        with self._speaking:
-            try:
-                self._tell(chunks)
-                found = self._answer_mine(chunks)
-            except BaseException:
-                # The others may wait in another collective than for a message: telling them would hang this rank.
-                self._over.set()
-                raise
-            try:
-                answers = _given(found)
-                log.add(chunks, answers)
-            finally:
-                self._stop_if_agreed()
+        answers = []
+        for of_chunk in self._answer_mine(self._world.broadcast(chunks)):
+            if isinstance(of_chunk, RequestError):
+                raise of_chunk
+            answers.append(of_chunk)
+        log.add(chunks, answers)
         return answers
-
-    def _stop_if_agreed(self) -> None:
-        try:
-            self._interruption.stop_if_agreed(self._world)
-        except BaseException:  # the others are gone
-            self._over.set()
-            raise
 
     # On all ranks.
 
-    def _follow(self, chunks: list[Chunk]) -> None:
-        """Answer with rank 0."""
-        self._answer_mine(chunks)
-        self._interruption.stop_if_agreed(self._world)
-
-    def _answer_mine(self, chunks: list[Chunk]) -> list[list[Any] | Refusal]:
+    def _answer_mine(self, chunks: list[Chunk]) -> list[list[Any] | RequestError]:
         """Answer this rank's chunk, if it has one; return the answers to all chunks, or why there are none."""
+        self._interruption.stop_if_agreed(self._world)
         answers = self._answer_or_refuse(*chunks[self._world.rank]) if self._world.rank < len(chunks) else []
         self._frozen.join_idle_forwards()
         return self._world.all_gather(answers)[: len(chunks)]
 
-    def _answer_or_refuse(self, method: str, number: int, arguments: list[Arguments]) -> list[Any] | Refusal:
+    def _answer_or_refuse(self, method: str, number: int, arguments: list[Arguments]) -> list[Any] | RequestError:
         try:
             return self._answer(method, number, arguments)
         except _UNSUITABLE as error:
             # Of a bare assertion, all that is known is its line.
             reason = explain(error) if str(error) else f"{traceback.extract_tb(error.__traceback__)[-1].line} fails"
             return RequestError(f"{method}, by a model that reads {self.max_length} tokens: {reason}")
-        except Exception as error:
-            mended = from_os_error(error)
-            if not isinstance(mended, UserError):
-                raise
-            return mended
 
     def _answer(self, method: str, number: int, arguments: list[Arguments]) -> list[Any]:
         """Have lm-eval's own code answer a chunk; sampling, if any, is seeded with the chunk's number."""
@@ -283,16 +223,6 @@ class ShardedLM(HFLM):  # type: ignore[misc]
 
     def _loglikelihood_tokens(self, requests: Any, disable_tqdm: bool = True, override_bs: int | None = None) -> Any:
         return super()._loglikelihood_tokens(requests, disable_tqdm=True, override_bs=override_bs)
-
-
-def _given(found: Sequence[list[Any] | Refusal]) -> list[list[Any]]:
-    """Return the answers to all chunks; raise the first reason why there are none."""
-    answers = []
-    for of_chunk in found:
-        if isinstance(of_chunk, Refusal):
-            raise of_chunk
-        answers.append(of_chunk)
-    return answers
 
 
 def chunk_size(method: str, requests: int, batch_size: int) -> int:

@@ -5,21 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from hfprune_dist.core.memory_limits import ACCELERATOR_BYTES
-from hfprune_dist.core.triangle import packed_size
 from hfprune_dist.planning.dimensions import Dimensions
 from hfprune_dist.planning.gathering import gathered_at_a_time
 from hfprune_dist.planning.gpu_needs import Memory
 from hfprune_dist.planning.head_footprint import HEAD_CHUNK_BYTES
 from hfprune_dist.planning.layer_pass_footprint import memory_of_layer_pass, pinned_bytes, tokens_of_a_rank
 from hfprune_dist.planning.product_footprint import coupled_bytes
-from hfprune_dist.planning.sum_footprint import (
-    MEAN_BYTES,
-    ROUNDED_BYTES,
-    TERM_BYTES,
-    TOTAL_BYTES,
-    gram_term_bytes,
-    means_bytes,
-)
+from hfprune_dist.planning.sum_footprint import SUM_BYTES, layer_sums_bytes, means_bytes
 
 # core.memory_efficient: number of portions, in float32, that a gated MLP's backward holds.
 GATED_PORTIONS = 7
@@ -59,7 +51,7 @@ class Importance:
 
     def host_bytes(self, dims: Dimensions, ranks: int) -> int:
         """Main memory of one rank: to save a layer's matrix, or later for the hidden states of its windows."""
-        saved = SAVED_BYTES * max([*self._weights(dims), self.curvature * packed_size(dims.hidden_size)])
+        saved = SAVED_BYTES * max([*self._weights(dims), self.curvature * dims.hidden_size**2])
         if not self.curvature:
             return saved
         assert self.samples is not None, "the pass layer by layer goes over all windows"
@@ -68,18 +60,13 @@ class Importance:
         return max(saved, hidden)
 
     def curvature_bytes(self, dims: Dimensions, ranks: int) -> int:
-        """Bytes of curvature: for each kind of unit in the layers that a rank owns, and in the layer being computed."""
-        if not self.curvature:
-            return 0
-        totals = len(self._sizes(dims)) * -(-dims.num_layers // ranks) + (ranks > 1)
-        return TOTAL_BYTES * totals * packed_size(dims.hidden_size) + gram_term_bytes(dims.hidden_size)
+        """Bytes of curvature on a rank, for each kind of unit."""
+        kinds = len(self._sizes(dims)) if self.curvature else 0
+        return layer_sums_bytes([dims.hidden_size**2] * kinds, dims.num_layers, ranks)
 
     def gradient_bytes(self, dims: Dimensions, ranks: int) -> int:
-        """Bytes of weight gradients: in the layers that a rank owns, and of the one weight being computed."""
-        weights = self._weights(dims)
-        owned = TOTAL_BYTES * -(-dims.num_layers // ranks) * sum(weights)
-        made = TERM_BYTES + ROUNDED_BYTES + (TOTAL_BYTES if ranks > 1 else 0)
-        return owned + made * max(weights, default=0)
+        """Bytes of weights' gradients on a rank."""
+        return layer_sums_bytes(self._weights(dims), dims.num_layers, ranks)
 
     @property
     def _sees_mlps(self) -> bool:
@@ -102,9 +89,9 @@ class Importance:
         moments = memory_of_layer_pass(dims, self.windows * self.tokens, self.itemsize, sizes)
         # Both means of windows make that of all, for each kind. While matrices of one kind are processed, those of
         # others wait; on several ranks, those of another layer too, while this one's are summed.
-        waiting = MEAN_BYTES * sum(size**2 for size in sizes)
+        waiting = SUM_BYTES * sum(size**2 for size in sizes)
         summing = max(moments.sums, means_bytes(sizes) + waiting) + (waiting if ranks > 1 else 0)
-        eliminating = waiting + max((ELIMINATION_BYTES - MEAN_BYTES) * size**2 for size in sizes)
+        eliminating = waiting + max((ELIMINATION_BYTES - SUM_BYTES) * size**2 for size in sizes)
         moments = replace(moments, sums=max(summing, eliminating))
         pass_through = self._memory_of_pass(dims, ranks)
         return max(pass_through, moments, key=lambda it: it.total) if self.curvature else pass_through

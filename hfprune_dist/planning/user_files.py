@@ -11,7 +11,7 @@ from hfprune_dist.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from hfprune_dist.data.formats import files_of, identity_of
 from hfprune_dist.errors import UserError
 from hfprune_dist.evaluation.task_files import outside_files
-from hfprune_dist.store.hashing import AfterEach, FileHashes, digest_of, files_below, nothing
+from hfprune_dist.store.hashing import FileHashes, digest_of, files_below
 from hfprune_dist.store.stage import Input
 
 # Size, modification time and inode: they reveal, without reading a file, that it was written or replaced.
@@ -54,9 +54,9 @@ def own_tasks(include_path: str | None, hashes: FileHashes) -> dict[str, Input]:
     return inputs
 
 
-def _identity_of(files: Iterable[Path], hashes: FileHashes, after_each: AfterEach = nothing) -> str:
+def _identity_of(files: Iterable[Path], hashes: FileHashes) -> str:
     """The identity of files wherever they are; the order of their paths tells files of one name apart."""
-    return digest_of([[file.name, hashes.of_file(file, after_each)] for file in files])
+    return digest_of([[file.name, hashes.of_file(file)] for file in files])
 
 
 class UserFiles:
@@ -72,20 +72,18 @@ class UserFiles:
         self._make_hashes = make_hashes
         self._at_start: dict[Path, Traits] | None = None
 
-    def require_planned(self, after_each: AfterEach = nothing) -> None:
+    def require_planned(self) -> None:
         """Check that all files have the content that was planned; for a commit of the hub, that the files are there.
 
-        Args:
-            after_each: called after each piece of a file that is read.
 
         Raises:
             ChangedInputError: naming what has changed.
             UserError: naming what is gone or can't be read.
         """
         self._at_start = self._traits()
-        self._require_content("since the sweep was planned", after_each)
+        self._require_content("since the sweep was planned")
 
-    def require_untouched(self, after_each: AfterEach = nothing) -> None:
+    def require_untouched(self) -> None:
         """Check that nobody has written or replaced a file since ``require_planned``, if that was called.
 
         Files are read only if a change could have left size, modification time and inode as they were.
@@ -100,12 +98,12 @@ class UserFiles:
         touched = sorted(file for file in self._at_start | now if self._at_start.get(file) != now.get(file))
         if touched:
             raise ChangedInputError(f"{touched[0]}: written or replaced while a stage read it; run the sweep again")
-        self._require_content("while a stage read it", after_each)
+        self._require_content("while a stage read it")
 
-    def _require_content(self, when: str, after_each: AfterEach) -> None:
+    def _require_content(self, when: str) -> None:
         hashes = self._make_hashes()
         for source in self._inputs:
-            if _identity_now(source, hashes, after_each) != source.identity:
+            if _identity_now(source, hashes) != source.identity:
                 raise ChangedInputError(f"{_changed_part(source)}: changed {when}; run the sweep again")
         with contextlib.suppress(OSError):  # then files are read again the next time
             hashes.save()
@@ -114,16 +112,16 @@ class UserFiles:
         return {file: _traits_of(file) for source in self._inputs for file in _files(source)}
 
 
-def _identity_now(source: Input, hashes: FileHashes, after_each: AfterEach) -> str:
+def _identity_now(source: Input, hashes: FileHashes) -> str:
     location = Path(source.location)
     if source.content == "commit":
         open_checkpoint(location)
         return source.identity
     if source.content == "text":
-        return identity_of(location, hashes, after_each)
+        return identity_of(location, hashes)
     if source.content == "files of tasks":
-        return _identity_of(outside_files(location), hashes, after_each)
-    content = hashes.of_files(location, _names(source), after_each)
+        return _identity_of(outside_files(location), hashes)
+    content = hashes.of_files(location, _names(source))
     return checkpoint_identity(open_checkpoint(location), content) if source.content == "checkpoint" else content
 
 

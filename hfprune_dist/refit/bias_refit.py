@@ -58,7 +58,7 @@ class BiasRefit:
         for number, layer in self._stream.layers(up_to_last(left)):
             if number in left:
                 means = self._stream.channel_means(number, layer, self._kinds)
-                self._world.on_first(partial(self._write, number, layer, means))
+                self._world.on_rank0(partial(self._write, number, layer, means))
             else:
                 self._stream.advance(layer)
             del layer

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from hfprune_dist.core.selection import entries_of, top_units_of_each
+from hfprune_dist.distributed.float64_sum import explaining
 from hfprune_dist.distributed.gram_sums import Grams
 from hfprune_dist.distributed.layer_stream import LayerStream
-from hfprune_dist.distributed.window_sums import explaining
 from hfprune_dist.distributed.world import World
 from hfprune_dist.models.single_layer import output_of, weights_kept
 from hfprune_dist.refit.least_squares_fit import projections_of, ridge_of_all_ranks
@@ -48,7 +48,7 @@ def kept_of(kinds: Sequence[Scored], candidate: Candidate) -> Kept:
 
 
 class CheapFits:
-    """``Variants`` in which a choice is how many units of each kind stay; the same bits on any number of ranks.
+    """``Variants`` in which a choice is how many units of each kind stay.
 
     Args:
         kinds: in the order of a choice's numbers.
@@ -66,7 +66,7 @@ class CheapFits:
         """See ``Variants``; ranks share the work.
 
         Raises:
-            UserError: as ``LayerStream.grams`` and ``explaining`` do, on all ranks.
+            UserError: as ``LayerStream.grams`` and ``explaining`` do.
         """
         grams: Mapping[str, Sequence[Grams]] = {}
         if self._refit:
@@ -125,13 +125,9 @@ class CheapFits:
         empty = partial(weight_CD.new_empty, dtype=torch.float32)
         weights = {count: empty(len(weight_CD), len(channels_K)) for count, channels_K in on_device.items()}
         owners = {count: place % self._world.size for place, count in enumerate(on_device)}
-
-        def solve_mine() -> None:
-            with explaining(number):  # more channels may be lost in rounding with a ridge that fewer do with
-                for count in (count for count, owner in owners.items() if owner == self._world.rank):
-                    weights[count].copy_(fitted.keeping(on_device[count]).weight(best.ridge))
-
-        self._world.work_apart(solve_mine)
+        with explaining(number):  # more channels may be lost in rounding with a ridge that fewer do with
+            for count in (count for count, owner in owners.items() if owner == self._world.rank):
+                weights[count].copy_(fitted.keeping(on_device[count]).weight(best.ridge))
         for count, owner in owners.items():
             self._world.broadcast_tensor(weights[count], owner)
         return weights

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from hfprune_dist.core.selection import entries_of
+from hfprune_dist.distributed.float64_sum import explaining
 from hfprune_dist.distributed.gram_sums import Grams
 from hfprune_dist.distributed.interruption import Interrupted
 from hfprune_dist.distributed.layer_stream import AfterLayer, LayerStream
 from hfprune_dist.distributed.turns import Turns
 from hfprune_dist.distributed.unfinished import unfinished, up_to_last
-from hfprune_dist.distributed.window_sums import explaining
 from hfprune_dist.distributed.world import World
 from hfprune_dist.models.output_projections import output_weights
 from hfprune_dist.refit.least_squares_fit import solve, solve_expert
@@ -74,7 +74,7 @@ class DenseRefit:
         try:
             for number, layer in self._stream.layers(up_to_last(left)):
                 if number in left:
-                    turns.add(number, self._prepared(number, layer, turns.is_mine(number)))
+                    turns.add(number, self._prepared(number, layer, turns.owner(number)))
                 else:
                     self._stream.advance(layer)
                 del layer
@@ -83,12 +83,12 @@ class DenseRefit:
             turns.finish()
             raise
 
-    def _prepared(self, number: int, layer: nn.Module, is_mine: bool) -> _Unsolved | None:
-        """Take the stream past a layer, and return what solving it takes, if that is this rank's turn."""
+    def _prepared(self, number: int, layer: nn.Module, owner: int) -> _Unsolved | None:
+        """Take the stream past a layer, and return what solving it takes, if this rank solves it."""
         kinds = self._fitted.kinds_of(number)
-        grams = self._stream.grams(number, layer, kinds)
+        grams = self._stream.grams(number, layer, kinds, owner)
         weights = {units.kind: output_weights(layer, units) for units in kinds}
-        return self._parked(_Unsolved(number, weights, grams)) if is_mine else None
+        return self._parked(_Unsolved(number, weights, grams)) if owner == self._world.rank else None
 
     def _parked(self, unsolved: _Unsolved) -> _Unsolved:
         """Move tensors of experts, which may fill most of a GPU, to main memory if the layer waits for other ranks."""

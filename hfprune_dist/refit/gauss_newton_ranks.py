@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from hfprune_dist.core.exact_sums import ExactSum
 from hfprune_dist.core.gauss_newton import Biases, GaussNewtonSums, Linearized, MlpWeights, solve_normal_equations
 from hfprune_dist.core.memory_limits import KEPT_BYTES
+from hfprune_dist.distributed.float64_sum import UnusableActivationsError
 from hfprune_dist.distributed.gram_sums import is_held_out
 from hfprune_dist.distributed.host_transfers import HostTransfers
-from hfprune_dist.distributed.window_sums import explaining
 from hfprune_dist.distributed.world import World
 
 # Iterations of conjugate gradients in the first step; each costs about as much as four forwards of the MLP.
@@ -41,7 +41,7 @@ class Start:
 
 
 class Reconstruction:
-    """Improves the weights of a layer's pruned MLP; the same bits on any number of ranks.
+    """Improves the weights of a layer's pruned MLP.
 
     Args:
         number: the layer's, for messages.
@@ -85,12 +85,14 @@ class Reconstruction:
             whole: the same for all windows; its weights are the result if no step is better.
 
         Raises:
-            UnusableActivationsError: on all ranks, if outputs or targets are NaN, infinite or out of all proportion.
+            UnusableActivationsError: if outputs or targets are NaN or infinite.
             UnresolvedError: if inputs or activations are mostly rounding errors.
         """
         known = [index for index in self._inputs if not is_held_out(index, self._micro_batches)]
         step = self._step(fitted, known, ITERATIONS)
         errors = [self._held_out_error(fitted.weights.plus(step, length)) for length in STEP_LENGTHS]
+        if not all(map(math.isfinite, errors)):
+            raise UnusableActivationsError(self._number, "values are NaN or infinite")
         length = STEP_LENGTHS[errors.index(min(errors))]
         if not length:
             return whole.weights
@@ -100,7 +102,10 @@ class Reconstruction:
     def _step(self, start: Start, indices: Sequence[int], iterations: int) -> MlpWeights:
         """A Gauss-Newton step, on some micro-batches of this rank and those of the other ranks."""
         around = self._around(start.weights, indices)
-        *rows_K, inputs_CC = self._sum(map(Linearized.curvature, around()))
+        shapes = [it.shape for it in start.weights.tensors()]
+        hidden_size, kept = start.weights.down_CK.shape
+        curvature_shapes = [*([kept] for _ in start.weights.rows_KC), [hidden_size, hidden_size]]
+        *rows_K, inputs_CC = self._sum(curvature_shapes, map(Linearized.curvature, around()))
         curvature = GaussNewtonSums(tuple(rows_K), inputs_CC, start.hidden_KK * start.tokens, start.tokens)
 
         def product(change: MlpWeights) -> MlpWeights:
@@ -109,14 +114,14 @@ class Reconstruction:
             def normal_product(at: Linearized) -> tuple[Tensor, ...]:
                 return at.backward(at.forward(rounded)).tensors()
 
-            return MlpWeights.of(*self._sum(map(normal_product, around())))
+            return MlpWeights.of(*self._sum(shapes, map(normal_product, around())))
 
         targets = self._sent(self._targets, indices)
 
         def residual(at: Linearized) -> tuple[Tensor, ...]:
             return at.backward(next(targets) - at.output()).tensors()
 
-        right = MlpWeights.of(*self._sum(map(residual, around())))
+        right = MlpWeights.of(*self._sum(shapes, map(residual, around())))
         return solve_normal_equations(product, right, curvature, iterations)
 
     def _around(self, weights: MlpWeights, indices: Sequence[int]) -> Callable[[], Iterator[Linearized]]:
@@ -144,38 +149,16 @@ class Reconstruction:
             yield tensor
             del tensor  # before the one after the next is sent
 
-    def _sum(self, terms: Iterator[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
-        """Add up the tensors of all micro-batches, this rank's and the other ranks', exactly.
-
-        Raises:
-            UnusableActivationsError: on all ranks, if terms of any of them are not finite, or out of all proportion.
-        """
-        waiting = list(itertools.islice(terms, 1))
-        sums = self._nothing_yet(*waiting)
-
-        def add_mine() -> None:
-            with explaining(self._number):
-                while waiting:
-                    _add(sums, waiting.pop())  # a term is gone before the next one, as large as it, is made
-                    waiting.extend(itertools.islice(terms, 1))
-
-        self._world.work_apart(add_mine)
+    def _sum(self, shapes: Iterable[Sequence[int]], terms: Iterator[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+        """Add up tensors of some shapes over all micro-batches, this rank's and the other ranks'."""
+        sums = [torch.zeros(tuple(shape), dtype=torch.float64, device=self._world.device) for shape in shapes]
+        for term in terms:
+            for total, part in zip(sums, term, strict=True):
+                total += part
+            del term, part  # before the next ones, as large as they, are made
         for total in sums:
-            self._world.all_reduce(total.total.integers())
-        return tuple(total.value().float() for total in sums)
-
-    def _nothing_yet(self, *first: tuple[Tensor, ...]) -> list[ExactSum]:
-        """Sums to which nothing has been added yet, at the scales of rank 0's first term; collective.
-
-        Args:
-            first: this rank's first term, if it has any.
-        """
-        like = [(it.abs().max().item(), it.shape) for term in first for it in term]
-        with explaining(self._number):
-            return [
-                ExactSum(maximum, self._micro_batches, shape, self._world.device)
-                for maximum, shape in self._world.broadcast(like)
-            ]
+            self._world.all_reduce(total)
+        return tuple(total.float() for total in sums)
 
     def _held_out_error(self, weights: MlpWeights) -> float:
         """Squared error on the held-out windows of all ranks, added up in window order."""
@@ -187,8 +170,3 @@ class Reconstruction:
             missing_NC = next(targets) - Linearized(rounded, self._biases, next(inputs)).output()
             own[index] = float(missing_NC.square().sum(dtype=torch.float64))
         return sum(self._world.merge(own).values())
-
-
-def _add(sums: Sequence[ExactSum], term: tuple[Tensor, ...]) -> None:
-    for total, part in zip(sums, term, strict=True):
-        total.add(part)

@@ -94,10 +94,8 @@ def solve_together(weight_CD: Tensor, grams: Grams, kept: Tensor, world: World) 
     del held_out
     # While the first rank solves, the last one finds out what is lost without a refit.
     before = whole.error(whole.old_CK) if world.rank == world.size - 1 else 0.0
-    solved = best_resolved_ridge(whole, whole, [best.ridge]) if world.is_first else None
-    after = world.broadcast(None if solved is None else solved.error)
-    if after is None:
-        raise UnresolvedError
+    solved = best_ridge(whole, whole, [best.ridge]) if world.is_first else None
+    after = world.broadcast(0.0 if solved is None else solved.error)
     fit = ProjectionFit(best.ridge, world.broadcast(before, world.size - 1), after)
     whole_CK = _like(whole.old_CK) if solved is None else solved.weight_CK
     world.broadcast_tensor(whole_CK, 0)

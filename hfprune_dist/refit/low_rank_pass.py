@@ -38,7 +38,7 @@ class Sizes:
 
 
 class LowRankPass:
-    """Compresses a model's layers one by one; the same bits on any number of ranks.
+    """Compresses a model's layers one by one.
 
     Args:
         stream: all windows before the first layer.
@@ -78,7 +78,7 @@ class LowRankPass:
             self._whole.advance(layer)
             if number in left:
                 self._compress(number, layer)
-            self._world.work_apart(partial(self._layers.install, number, layer))
+            self._layers.install(number, layer)
             self._stream.advance(layer)
             del layer
             after_each(number + 1)
@@ -93,7 +93,7 @@ class LowRankPass:
         def write() -> None:
             self._layers.write(number, self._kept(layer, norms), self._layers.rounded(number, factors))
 
-        self._world.on_first(write)
+        self._world.on_rank0(write)
 
     def _kept(self, layer: nn.Module, norms: Mapping[str, Tensor]) -> Tensor:
         rows, down_CK = row_matrices(layer, self._neurons), linear_of(layer, self._down).weight.data

@@ -20,7 +20,6 @@ from hfprune_dist.checkpoints.checkpoint import Checkpoint
 from hfprune_dist.core.fidelity import Outputs, divergences
 from hfprune_dist.distributed.gram_sums import is_held_out
 from hfprune_dist.distributed.host_transfers import HostTransfers
-from hfprune_dist.distributed.in_step import in_step
 from hfprune_dist.distributed.interruption import Interrupted
 from hfprune_dist.distributed.layer_states import LayerStates, Named
 from hfprune_dist.distributed.layer_stream import AfterLayer
@@ -88,7 +87,7 @@ class Measurement:
         self._world = world
         self._folder = folder
         self._after_each = after_each
-        self._known: dict[str, float] = world.on_first(lambda: _read_known(folder / KNOWN))
+        self._known: dict[str, float] = world.on_rank0(lambda: _read_known(folder / KNOWN))
         self._measurements = 0
         self._reader = LayerReader(checkpoint, dtype, world.device)
         self._transfers = HostTransfers(world.device)
@@ -99,12 +98,12 @@ class Measurement:
         """Every candidate's KL(dense || candidate) per token, in nats; equal candidates are measured once.
 
         Raises:
-            UserError: on all ranks, if one is NaN or infinite.
+            UserError: if one is NaN or infinite.
         """
         unknown = [it for it in dict.fromkeys(candidates) if digest_of(it) not in self._known]
         if unknown:
             self._known |= {digest_of(it): kl for it, kl in zip(unknown, self._measure(unknown), strict=True)}
-            self._world.on_first(self._write_known)
+            self._world.on_rank0(self._write_known)
             self._states(unknown).discard()
         self._measurements += 1
         return [self._known[digest_of(it)] for it in candidates]
@@ -124,10 +123,9 @@ class Measurement:
         done, saved = states.newest()
         branches = _unpacked(saved, [it[:done] for it in candidates])
         if not done:
-            embedded = self._world.make_apart(lambda: self._reader.embed(self._batches))
-            branches = {tuple(range(len(candidates))): embedded}
+            branches = {tuple(range(len(candidates))): self._reader.embed(self._batches)}
         left = range(num_layers if done < num_layers else 0)
-        for number, layer in in_step(self._transfers.layers(self._reader, left), self._world):
+        for number, layer in self._transfers.layers(self._reader, left):
             if number < done:
                 variants.go_past(layer)
             else:
@@ -161,7 +159,7 @@ class Measurement:
 
     def _compared(self, branches: Branches, reference: Hidden, count: int) -> list[float]:
         """Divergence of every candidate from the dense model, added up in the order of the micro-batches."""
-        head, models = self._world.make_apart(self._reader.head), [reference, *branches.values()]
+        head, models = self._reader.head(), [reference, *branches.values()]
         compared = self._transfers.to_device(
             (index, hidden[index][:, :: self._every]) for index in self._batches for hidden in models
         )
@@ -196,14 +194,14 @@ def dense_outputs(
     world: World,
     after_each: AfterLayer,
 ) -> Hidden:
-    """What the model's head reads for this rank's share of a ``Measurement``'s micro-batches; collective."""
+    """What the model's head reads for this rank's share of a ``Measurement``'s micro-batches."""
     reader, transfers = LayerReader(dense, dtype, world.device), HostTransfers(world.device)
-    hidden = world.make_apart(lambda: reader.embed(share_of(micro_batches, world)))
-    for number, layer in in_step(transfers.layers(reader, range(dense.num_layers)), world):
+    hidden = reader.embed(share_of(micro_batches, world))
+    for number, layer in transfers.layers(reader, range(dense.num_layers)):
         hidden.update(transfers.through(hidden.items(), partial(run, layer)))
         del layer
         after_each(number + 1)
-    hidden.update(transfers.through(hidden.items(), world.make_apart(reader.final_norm)))
+    hidden.update(transfers.through(hidden.items(), reader.final_norm()))
     return hidden
 
 

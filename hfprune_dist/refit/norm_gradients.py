@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from hfprune_dist.core.head import Rows, head_gradients
 from hfprune_dist.core.losses import distillation_gradient
 from hfprune_dist.distributed.host_transfers import HostTransfers
-from hfprune_dist.distributed.in_step import in_step
 from hfprune_dist.distributed.layer_stream import AfterLayer
 from hfprune_dist.distributed.world import World
 from hfprune_dist.models.norm_factors import Multiplied, multiplying, norms_of_layers
@@ -74,7 +73,7 @@ class NormGradients:
         self._pruned = pruned
         self._micro_batches = micro_batches
         self._dense = dense
-        self._head = world.make_apart(pruned.reader.head)
+        self._head = pruned.reader.head()
         self._transfers = HostTransfers(world.device)
         self._world = world
         self._after_each = after_each
@@ -108,7 +107,7 @@ class NormGradients:
     def _forwards(self, factors_RC: Tensor) -> list[Hidden]:
         """What each layer reads of this rank's micro-batches, and what the last one puts out."""
         mine = share_of(self._micro_batches, self._world)
-        entering = [self._world.make_apart(lambda: self._pruned.reader.embed(mine))]
+        entering = [self._pruned.reader.embed(mine)]
         for number, layer in self._layers(self._pruned.numbers):
             self._pruned.change(number, layer)
             with multiplying(self._norms_in(number, layer), factors_RC) as seen:
@@ -124,7 +123,7 @@ class NormGradients:
         return entering
 
     def _layers(self, numbers: Sequence[int]) -> Iterator[tuple[int, nn.Module]]:
-        return in_step(self._transfers.layers(self._pruned.reader, numbers), self._world)
+        return self._transfers.layers(self._pruned.reader, numbers)
 
     def _norms_in(self, number: int, layer: nn.Module) -> dict[int, nn.Module]:
         return {row: part_of(layer, name) for row, (it, name) in enumerate(self.norms) if it == number}

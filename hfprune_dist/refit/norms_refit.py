@@ -50,7 +50,7 @@ class NormsFit:
 
 
 class NormsRefit:
-    """Finds factors; the same bits on any number of ranks.
+    """Finds factors.
 
     Rank 0 searches, and tells the others where to look.
 
@@ -113,12 +113,12 @@ class NormsRefit:
             assert search is not None, "rank 0 has it"
             save_tensors(search.state(), self._saved)
 
-        self._world.on_first(save)
+        self._world.on_rank0(save)
 
     def _restored(self) -> QuasiNewton | None:
         """The search that an earlier attempt has saved, only on rank 0; collective."""
         state: dict[str, Tensor] = {}
-        self._world.on_first(lambda: state.update(load_usable(self._saved) or {}))
+        self._world.on_rank0(lambda: state.update(load_usable(self._saved) or {}))
         return QuasiNewton.restored(state) if state else None
 
 

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from hfprune_dist.checkpoints.families import Family
 from hfprune_dist.core.gauss_newton import Biases, MlpWeights
 from hfprune_dist.core.least_squares import vectors_of_targets, weight_of_targets
+from hfprune_dist.distributed.float64_sum import explaining
 from hfprune_dist.distributed.gram_sums import GramSums
 from hfprune_dist.distributed.host_transfers import HostTransfers
 from hfprune_dist.distributed.layer_stream import AfterLayer, LayerStream
 from hfprune_dist.distributed.unfinished import unfinished, up_to_last
-from hfprune_dist.distributed.window_sums import explaining
 from hfprune_dist.distributed.world import World
 from hfprune_dist.models.single_layer import (
     before_down,
@@ -132,11 +132,11 @@ class SequentialRefit:
         for units in (*self._attention, self._mlp):
             put_weights(layer, weights_kept(layer, units, self._kept.of_layer(number, units.kind)))
         if is_done:
-            self._world.work_apart(partial(self._fitted.install, number, layer))
+            self._fitted.install(number, layer)
             self._stream.advance_to(layer, self._mlp)
         else:
             self._fit(number, layer, blocks)
-            self._world.work_apart(partial(self._fitted.install, number, layer))
+            self._fitted.install(number, layer)
         self._stream.advance_from(layer, self._mlp)
 
     def _advance_dense(self, number: int, dense_layers: Layers) -> list[_Block]:
@@ -177,7 +177,7 @@ class SequentialRefit:
             tensors |= self._moved(number, layer, solution, targets)
         else:
             tensors[f"{self._mlp.output}.weight"] = solution.whole_CK
-        self._world.on_first(lambda: self._fitted.write(number, tensors, fits))
+        self._world.on_rank0(lambda: self._fitted.write(number, tensors, fits))
 
     def _put(self, number: int, layer: nn.Module, fitted: Mapping[str, Tensor]) -> None:
         """Give the layer a fitted block, rounded as rank 0 will save it; every rank has the same bits to round."""
@@ -199,7 +199,6 @@ class SequentialRefit:
             collections.deque(fitted_to, maxlen=0)
         else:
             targets.update(self._transfers.to_host(fitted_to))
-        sums.agree_on_scale()
         grams = self._stream.means(sums)
         kept = torch.arange(weight_CK.shape[1], device=weight_CK.device)
         with explaining(number):

@@ -46,7 +46,7 @@ class CalibrationPass:
             after_round: called after a round has been added; may end the pass by raising ``Interrupted``.
 
         Raises:
-            UserError: on all ranks, if activations or gradients of any are not finite, or out of all proportion.
+            UserError: if activations or gradients are NaN or infinite.
         """
         totals = self._totals
         if totals.is_complete:

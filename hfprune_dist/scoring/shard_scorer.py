@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from hfprune_dist.checkpoints.checkpoint import Checkpoint
 from hfprune_dist.core.bound_losses import Batch, TeacherSettings
 from hfprune_dist.core.criteria import Criterion, losses_of
-from hfprune_dist.core.exact_sums import ExactOverflowError
 from hfprune_dist.core.linear_observer import SeenLinear
 from hfprune_dist.core.score_batch import ScoredModel, UnitSums, score_batch
 from hfprune_dist.core.unit_outputs import InputProjection, UnitOutputs
@@ -39,25 +38,10 @@ class SumsOfShard:
     Attributes:
         kinds: kind of units -> its sums.
         losses: loss name -> sum over windows of the loss per token.
-        refusal: why the sums are incomplete: values of a layer are NaN, infinite or out of range; empty if they are
-            complete.
     """
 
     kinds: dict[str, KindSums]
     losses: dict[str, float]
-    refusal: str = ""
-
-    def require_usable(self, shard: int) -> None:
-        """Check that these are sums of everything in the shard with this number.
-
-        Raises:
-            UserError: if values of a layer were NaN, infinite or out of range.
-        """
-        if self.refusal:
-            raise UserError(
-                f"importance, calibration shard {shard}: {self.refusal}; set importance.dtype=float32 if it isn't "
-                "yet, else check the checkpoint's weights"
-            )
 
 
 @dataclass(frozen=True)
@@ -136,13 +120,14 @@ class ShardScorer:
     def score(self, micro_batches: Sequence[range], forwards: int = 0, *, counts: bool = True) -> SumsOfShard:
         """Return sums over the windows of some micro-batches.
 
-        All are scored, in step with the other ranks, even if the sums of one of them are refused.
-
         Args:
             forwards: number of micro-batches on the rank that has the most of them. Forwards and backwards of a sharded
                 model are collective, so a rank with fewer first scores its first micro-batch once for each one that it
                 lacks, and discards the results.
             counts: whether this shard is added to the curvature and the weights' gradients of all ranks.
+
+        Raises:
+            UserError: if activations or gradients of a layer are NaN or infinite.
         """
         missing = forwards - len(micro_batches)
         if missing > 0:
@@ -152,19 +137,19 @@ class ShardScorer:
     def _score(self, micro_batches: Sequence[range], *, counts: bool) -> SumsOfShard:
         see = self._curvature.seeing(counts=counts) if self._curvature else {}
         sums = UnitSums(self._model.outputs, self._criteria, see, self._seen_linears(counts=counts))
-        losses, refusal = {loss.name: 0.0 for loss in losses_of(self._criteria)}, ""
+        losses = {loss.name: 0.0 for loss in losses_of(self._criteria)}
         for windows in micro_batches:
             input_ids_BT = self._windows_ST[windows.start : windows.stop].to(self._world.device)
             batch = Batch(input_ids_BT, windows, self._vocabulary, self._seed, self._teacher)
             try:
                 for name, value in score_batch(self._model, batch, sums).items():
                     losses[name] += value
-                for of_layers in (self._curvature, self._gradients):
-                    if of_layers:
-                        of_layers.check()
-            except (NonFiniteError, ExactOverflowError) as error:  # the other ranks wait in the next micro-batch
-                refusal = refusal or str(error)
-        return SumsOfShard(sums.kinds, losses, refusal)
+            except NonFiniteError as error:
+                raise UserError(
+                    f"importance, calibration windows from number {windows.start} on: {error}; set "
+                    "importance.dtype=float32 if it isn't yet, else check the checkpoint's weights"
+                ) from None
+        return SumsOfShard(sums.kinds, losses)
 
     def _outputs_of(self, units: Units, criteria: Sequence[Criterion]) -> UnitOutputs:
         """Return the modules at which units are observed, with their input projections if a criterion needs these."""

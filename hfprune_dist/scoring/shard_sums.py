@@ -1,4 +1,8 @@
-"""Sums of the calibration pass over its shards, with the same bits on any number of ranks and after any resume."""
+"""Sums of the calibration pass over its shards.
+
+First-order sums are added shard by shard, in order, and have the same bits on any number of ranks and after any resume.
+Layers' matrices have the same bits on the same number of ranks, and are equal up to rounding on any other.
+"""
 
 from __future__ import annotations
 
@@ -18,9 +22,8 @@ from hfprune_dist.scoring.shard_scorer import SumsOfShard
 from hfprune_dist.scoring.weight_gradients import WeightGradients
 from hfprune_dist.store.atomic_files import set_aside
 
-# Names of the folders with sums of curvature and of weights' gradients, and of their scales in the main file.
-CURVATURE, FIRST = "curvature", "curvature.first"
-GRADIENTS, FIRST_GRADIENTS = "gradients", "gradients.first"
+# Names of the folders with sums of curvature and of weights' gradients.
+CURVATURE, GRADIENTS = "curvature", "gradients"
 # Average number of bytes that a rank may write per round for the layers' matrices: if it owns more than this, not every
 # round is saved.
 BYTES_SAVED_A_ROUND = 2**27
@@ -33,7 +36,6 @@ class Accumulation:
         criteria: the criteria that have something to sum.
         sizes: kind -> its sizes, for each kind of units that is scored.
         shards: number of shards in the whole pass.
-        micro_batches: number of micro-batches in the whole pass.
         file: file in which rank 0 saves after a round; if it exists, the pass resumes from it. A file that is damaged
             or of another pass is set aside, and the pass starts over. The layers' matrices are saved next to it.
         weights: weights that units own: name within a layer -> size [out, in] in each layer. Their gradients are summed
@@ -54,7 +56,6 @@ class Accumulation:
         file: Path,
         world: World,
         *,
-        micro_batches: int,
         weights: Mapping[str, Sequence[Size]] | None = None,
     ) -> None:
         of_units = [criterion for criterion in criteria if criterion.has_sums_of_units]
@@ -68,9 +69,9 @@ class Accumulation:
         self._world = world
         moments = sizes if any(it.needs_moments for it in criteria) else {}
         curvature = {kind: (it.layers, it.hidden_size) for kind, it in moments.items()}
-        self.curvature = Curvature(curvature, micro_batches, file.parent / CURVATURE, world)
+        self.curvature = Curvature(curvature, file.parent / CURVATURE, world)
         needed = weights if weights and any(it.needs_weight_gradients for it in criteria) else {}
-        self.gradients = WeightGradients(needed, micro_batches, file.parent / GRADIENTS, world)
+        self.gradients = WeightGradients(needed, file.parent / GRADIENTS, world)
         self._of_layers = [sums for sums in (self.curvature, self.gradients) if sums]
         self._rounds_unsaved = 0
         self._resume()
@@ -95,17 +96,10 @@ class Accumulation:
         return self._world.rank < self.num_counted
 
     def add_round(self, shard: SumsOfShard) -> None:
-        """Add the sums of every rank's shard of this round, and save if it is due; collective.
-
-        Raises:
-            UserError: on all ranks, if ``SumsOfShard.require_usable`` of any of them does.
-        """
-
-        def usable_losses() -> dict[str, float]:
-            shard.require_usable(self.own_shard)
-            return shard.losses
-
-        losses = self._world.work_apart(usable_losses)
+        """Add the sums of every rank's shard of this round, and save if it is due; collective."""
+        losses = self._world.all_gather(shard.losses)
+        for sums in self._of_layers:
+            sums.end_shard()
         for source in range(self.num_counted):
             for kind, totals in self.kinds.items():
                 totals.add(shard.kinds[kind], source)
@@ -121,12 +115,17 @@ class Accumulation:
         """Save the state unless it is saved already. Collective.
 
         Each rank first saves its own layers' matrices, which become valid once rank 0 has saved the rest.
+
+        Raises:
+            UserError: if one of these is NaN or infinite.
         """
         if not self._rounds_unsaved:
             return
-        if self._of_layers:
-            self._world.work_apart(self._save_layers)
-        self._world.on_first(self._save)
+        for sums in self._of_layers:
+            sums.require_finite()
+            sums.save(self.next_shard)
+        self._world.barrier()
+        self._world.on_rank0(self._save)
         self._rounds_unsaved = 0
 
     def mean_curvature(self, kind: str, layer: int, tokens: int) -> Tensor:
@@ -151,7 +150,7 @@ class Accumulation:
 
     def _resume(self) -> None:
         saved: Saved = {}  # on rank 0; the others are sent what they need of it
-        self._world.on_first(lambda: saved.update(self._read_saved()))
+        self._world.on_rank0(lambda: saved.update(self._read_saved()))
         saved = self._with_layers(saved)
         if saved:
             self.losses = {loss.name: float(saved[f"loss.{loss.name}"]) for loss in losses_of(self._criteria)}
@@ -167,22 +166,16 @@ class Accumulation:
         """Return what rank 0 has read if every rank can resume from its layers' matrices, otherwise nothing."""
         if not self._of_layers:
             return saved
-        first = {name: saved[name] for name in self._first_layout()} if saved else {}
-        shards, first = self._world.broadcast((int(saved["next_shard"]) if saved else 0, first))
+        shards = self._world.broadcast(int(saved["next_shard"]) if saved else 0)
         if not shards:
             return {}
-        curvature = {kind: first[self._name(kind, FIRST)] for kind in self.curvature.first_shapes()}
-        gradients = {weight: first[f"{FIRST_GRADIENTS}.{weight}"] for weight in self.gradients.first_shapes()}
-
-        def problem_of_mine() -> str:
-            return self.curvature.resume(curvature, shards) or self.gradients.resume(gradients, shards)
-
-        problem = next(filter(None, self._world.work_apart(problem_of_mine)), "")
+        mine = next(filter(None, (sums.resume(shards) for sums in self._of_layers)), "")
+        problem = next(filter(None, self._world.all_gather(mine)), "")
         if not problem:
             return saved
         for sums in self._of_layers:
-            sums.begin_anew()
-        self._world.on_first(lambda: set_aside(self._file, problem))
+            sums.release()
+        self._world.on_rank0(lambda: set_aside(self._file, problem))
         return {}
 
     def _name(self, kind: str, name: str) -> str:
@@ -220,27 +213,14 @@ class Accumulation:
             self._name(kind, name): it for kind, totals in self.kinds.items() for name, it in totals.layout().items()
         }
         losses: Layout = {f"loss.{loss.name}": (torch.float64, ()) for loss in losses_of(self._criteria)}
-        layout: Layout = {"next_shard": (torch.int64, ()), **losses, **of_kinds}
-        return layout | self._first_layout()
-
-    def _first_layout(self) -> Layout:
-        """Return the layout of the saved scales of the layers' matrices."""
-        curvature = {self._name(kind, FIRST): shape for kind, shape in self.curvature.first_shapes().items()}
-        gradients = {f"{FIRST_GRADIENTS}.{name}": shape for name, shape in self.gradients.first_shapes().items()}
-        return {name: (torch.float64, shape) for name, shape in (curvature | gradients).items()}
-
-    def _save_layers(self) -> None:
-        for sums in self._of_layers:
-            sums.save(self.next_shard)
+        return {"next_shard": (torch.int64, ()), **losses, **of_kinds}
 
     def _save(self) -> None:
         of_kinds = {
             self._name(kind, name): it for kind, totals in self.kinds.items() for name, it in totals.saved().items()
         }
         losses = {f"loss.{name}": torch.tensor(value, dtype=torch.float64) for name, value in self.losses.items()}
-        first = {self._name(kind, FIRST): it for kind, it in self.curvature.first().items()}
-        first |= {f"{FIRST_GRADIENTS}.{weight}": it for weight, it in self.gradients.first().items()}
-        saved = {"next_shard": torch.tensor(self.next_shard), **losses, **of_kinds, **first}
+        saved = {"next_shard": torch.tensor(self.next_shard), **losses, **of_kinds}
         save_tensors(saved, self._file)
         for sums in self._of_layers:
             sums.keep_only(self.next_shard)

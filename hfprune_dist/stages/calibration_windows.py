@@ -23,7 +23,7 @@ def prepare_windows(context: Context) -> dict[str, int]:
     Returns:
         counts for the manifest.
     """
-    return context.world.on_first(lambda: _windows_counted(context))
+    return context.world.on_rank0(lambda: _windows_counted(context))
 
 
 def _windows_counted(context: Context) -> dict[str, int]:

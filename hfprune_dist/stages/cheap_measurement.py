@@ -99,10 +99,10 @@ class CheapMeasurements:
             if not known.is_file():
                 cache.take(key, known)
 
-        self.context.world.on_first(take)
+        self.context.world.on_rank0(take)
         measurement = self.measurement("layers", folder, refit=False, measurements=count, windows=WINDOWS_OF_ORDER)
         order = drop_order(droppable, count, lambda sets: measurement.kl([self._whole_without(gone) for gone in sets]))
-        self.context.world.on_first(lambda: cache.put(key, known))
+        self.context.world.on_rank0(lambda: cache.put(key, known))
         return order
 
     def _key_of_order(self) -> str:

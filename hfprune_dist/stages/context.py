@@ -21,7 +21,7 @@ from hfprune_dist.errors import LostInputError
 from hfprune_dist.planning.user_files import ChangedInputError, UserFiles
 from hfprune_dist.store.artifacts import Store
 from hfprune_dist.store.claims import Claim
-from hfprune_dist.store.hashing import AfterEach, digest_of
+from hfprune_dist.store.hashing import digest_of
 from hfprune_dist.store.heartbeat import Progress
 from hfprune_dist.store.provenance import environment
 from hfprune_dist.store.stage import Stage
@@ -88,36 +88,36 @@ class Context(Generic[P]):
         return self.store.handle(source.location).artifact if source.is_stage else Path(source.location)
 
     def calibration_windows(self) -> Tensor:
-        """The windows on which the scores of the ``importance`` input were made, int64 [samples, sequence_length], on
-        every rank; collective.
-        """
-        return self.world.make_apart(lambda: load_windows(self.input_path("importance")))
+        """The windows on which the scores of the ``importance`` input were made, int64 [samples, sequence_length]."""
+        return load_windows(self.input_path("importance"))
 
     @cached_property
     def _user_files(self) -> UserFiles:
         return UserFiles(self.stage.inputs.values(), self.store.make_hashes)
 
     def check_inputs(self) -> None:
-        """Verify byte for byte everything that this stage reads (rank 0 reads, all ranks learn the verdict).
+        """Verify everything that this stage reads; rank 0 does.
 
-        Files of the user's whose size, times and inode have not changed since an earlier reading are not read again.
+        Artifacts are trusted if sizes and times of their files are as committed, and read byte by byte if an earlier
+        attempt at this stage has failed. Files of the user's whose size, times and inode have not changed since an
+        earlier reading are not read again.
 
         Raises:
             LostInputError: naming an artifact that is missing or corrupt (then set aside); the sweep makes it again.
             ChangedInputError: naming a file of the user's that is not what the sweep was planned with. Progress that
                 earlier attempts have made with it is deleted.
         """
-        self.world.let_first(self._check_inputs)
+        self.world.on_rank0(self._check_inputs)
 
-    def _check_inputs(self, after_each: AfterEach) -> None:
+    def _check_inputs(self) -> None:
         for stage_id in self.stage.needs:
-            self._check_artifact(stage_id, after_each)
-        self._discarding_progress(self._user_files.require_planned, after_each)
+            self._check_artifact(stage_id)
+        self._discarding_progress(self._user_files.require_planned)
 
-    def _check_artifact(self, stage_id: str, after_each: AfterEach) -> None:
+    def _check_artifact(self, stage_id: str) -> None:
         need = self.store.handle(stage_id)
-        while (verdict := need.verify(thorough=True, after_each=after_each)).state == "corrupt":
-            aside = need.set_aside(after_each)
+        while (verdict := need.verify(thorough=self.attempt > 1)).state == "corrupt":
+            aside = need.set_aside()
             if aside is not None:
                 raise LostInputError(
                     f"{stage_id}: {verdict.reason}; set aside as {aside}; run the sweep again to make it anew"
@@ -133,15 +133,15 @@ class Context(Generic[P]):
         Raises:
             ChangedInputError: naming the file. Progress that this stage has made with it is deleted.
         """
-        self.world.let_first(self._require_untouched_inputs)
+        self.world.on_rank0(self._require_untouched_inputs)
 
-    def _require_untouched_inputs(self, after_each: AfterEach) -> None:
-        self._discarding_progress(self._user_files.require_untouched, after_each)
+    def _require_untouched_inputs(self) -> None:
+        self._discarding_progress(self._user_files.require_untouched)
 
-    def _discarding_progress(self, check: Callable[[AfterEach], None], after_each: AfterEach) -> None:
+    def _discarding_progress(self, check: Callable[[], None]) -> None:
         """Check files; if they have changed, discard the progress, which may come from either content."""
         try:
-            check(after_each)
+            check()
         except ChangedInputError:
             if self.claim is not None:
                 self.claim.require_held()
@@ -150,7 +150,7 @@ class Context(Generic[P]):
 
     def open_draft(self) -> Path:
         """A folder in which all ranks may write files of the artifact."""
-        return self.world.on_first(lambda: self.handle.open_draft(self.claim))
+        return self.world.on_rank0(lambda: self.handle.open_draft(self.claim))
 
     def commit(self, draft: Path, metrics: dict[str, Any]) -> None:
         """Publish the draft as this stage's artifact, once all ranks have written their files.
@@ -161,13 +161,11 @@ class Context(Generic[P]):
         """
         peak = self.world.peak_memory()
         self.world.barrier()
-        record = self._record(metrics, peak)
-        self.world.let_first(lambda after_each: self._commit(draft, record, after_each))
-        self.world.barrier()
+        self.world.on_rank0(lambda: self._commit(draft, self._record(metrics, peak)))
 
-    def _commit(self, draft: Path, record: dict[str, Any], after_each: AfterEach) -> None:
-        self._require_untouched_inputs(after_each)
-        self.store.commit(self.stage, draft, record, after_each, claim=self.claim)
+    def _commit(self, draft: Path, record: dict[str, Any]) -> None:
+        self._require_untouched_inputs()
+        self.store.commit(self.stage, draft, record, claim=self.claim)
         self.handle.discard_work()
 
     def _record(self, metrics: dict[str, Any], peak_memory: Mapping[str, int | None]) -> dict[str, Any]:

@@ -25,11 +25,11 @@ def run(context: Context) -> None:
     """Write a Hugging Face folder with the pruned model's layout, and ``adapter/`` and ``loss.jsonl`` in it."""
     settings = context.params.distillation
     checkpoint = open_checkpoint(context.input_path("model"))
-    rows = context.world.make_apart(lambda: DenseStates(context.input_path("reference")))
+    rows = DenseStates(context.input_path("reference"))
     task = _task(context, settings, checkpoint, rows)
     trained = fine_tune(task, context.work / "snapshots", context.world, context.progress, context.interruption)
     draft = context.open_draft()
-    context.world.on_first(lambda: write_trained(checkpoint, trained, settings, draft))
+    context.world.on_rank0(lambda: write_trained(checkpoint, trained, settings, draft))
     write_merged(checkpoint, draft, context.world, context.progress)
     counts = {"windows": len(rows.windows_ST), "tokens": rows.windows_ST.numel()}
     windows, length = rows.windows_ST.shape

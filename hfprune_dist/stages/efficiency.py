@@ -21,7 +21,6 @@ from hfprune_dist.evaluation.generation import Seconds, Workload, peak_bytes, ti
 from hfprune_dist.models.loading import load_causal_lm
 from hfprune_dist.stages.context import Context as AnyContext
 from hfprune_dist.store.atomic_files import write_json
-from hfprune_dist.store.hashing import AfterEach
 from hfprune_dist.store.machine import usable_cores
 from hfprune_dist.store.provenance import cpu_model
 
@@ -47,12 +46,12 @@ class Measured:
 def run(context: Context) -> None:
     """Write ``efficiency.json``: what a token costs each model, and everything measured under each workload."""
     models: dict[str, PreTrainedModel] = {}  # on rank 0; large ones take minutes to read
-    context.world.on_first(lambda: models.update(_load(context)))
+    context.world.on_rank0(lambda: models.update(_load(context)))
     workloads = workloads_of(context.params)
     measured: list[Mapping[str, Measured]] = []
     for done, workload in enumerate(workloads):
         context.progress.update(str(workload), done, len(workloads))
-        measured.append(context.world.let_first(partial(_measure, models, workload, context.params.repeats)))
+        measured.append(context.world.on_rank0(partial(_measure, models, workload, context.params.repeats)))
         context.interruption.stop_if_agreed(context.world)
     draft = context.open_draft()
     metrics = {
@@ -61,7 +60,7 @@ def run(context: Context) -> None:
         "runs": [_described(*pair) for pair in zip(workloads, measured, strict=True)],
     }
     seconds = [{role: asdict(it)["seconds"] for role, it in found.items()} for found in measured]
-    context.world.on_first(lambda: write_json(draft / RESULTS, {**metrics, "seconds": seconds}))
+    context.world.on_rank0(lambda: write_json(draft / RESULTS, {**metrics, "seconds": seconds}))
     context.commit(draft, metrics)
 
 
@@ -82,9 +81,7 @@ def _load(context: Context) -> dict[str, PreTrainedModel]:
     return {role: model.to(context.world.device).eval() for role, model in loaded.items()}
 
 
-def _measure(
-    models: Mapping[str, PreTrainedModel], workload: Workload, repeats: int, after_each: AfterEach
-) -> dict[str, Measured]:
+def _measure(models: Mapping[str, PreTrainedModel], workload: Workload, repeats: int) -> dict[str, Measured]:
     """Measure each model, by role: one generation for its memory, which also warms it up, then timed ones in turn."""
     generations: dict[str, Callable[[], Seconds]] = {}
     memory: dict[str, int] = {}
@@ -92,12 +89,10 @@ def _measure(
         prompts_BT = workload.prompts(model.config.get_text_config().vocab_size, model.device)
         generations[role] = partial(time_generation, model, prompts_BT, workload.new_tokens)
         memory[role] = weight_bytes(model) + peak_bytes(generations[role], model.device)
-        after_each()
     seconds: dict[str, list[Seconds]] = {role: [] for role in models}
     for _ in range(repeats):
         for role, generate in generations.items():
             seconds[role].append(generate())
-            after_each()
     return {role: Measured(memory[role], seconds[role]) for role in models}
 
 

@@ -14,7 +14,6 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +54,7 @@ def run(context: Context) -> None:
     sharding = choose_sharding(
         context.runtime.sharding, open_checkpoint(context.input_path("model")), _dtype(context), context.world
     )
-    texts, tasks = context.world.on_first(lambda: _left_to_do(context))
+    texts, tasks = context.world.on_rank0(lambda: _left_to_do(context))
     model = None
     if texts:
         model = _measure_fidelity(context, sharding, texts)
@@ -89,16 +88,13 @@ def _dtype(context: Context) -> torch.dtype:
 
 
 def _load(context: Context, sharding: DecidedSharding) -> FrozenModel:
-    def load() -> FrozenModel:
-        checkpoint = open_checkpoint(context.input_path("model"))
-        return FrozenModel(checkpoint, _dtype(context), context.params.batch_size, sharding, context.world)
-
-    return load() if sharding == "zero3" else context.world.make_apart(load)  # loading shards is collective itself
+    checkpoint = open_checkpoint(context.input_path("model"))
+    return FrozenModel(checkpoint, _dtype(context), context.params.batch_size, sharding, context.world)
 
 
 def _commit(context: Context, sharding: DecidedSharding) -> None:
     draft = context.open_draft()
-    metrics = context.world.on_first(lambda: _write_results(context, draft))
+    metrics = context.world.on_rank0(lambda: _write_results(context, draft))
     context.commit(draft, {**metrics, "sharding": sharding})
 
 
@@ -139,7 +135,7 @@ def _measure_fidelity(context: Context, sharding: DecidedSharding, texts: Sequen
 
     Only the head of the dense model is read. It is its own reference, so it isn't loaded to be measured itself.
     """
-    head = context.world.make_apart(lambda: _dense_head(context))
+    head = _dense_head(context)
     is_dense = context.stage.inputs["model"].identity == context.stage.inputs["dense"].identity
     model = None if is_dense else _load(context, sharding)
     for text in texts:
@@ -154,19 +150,19 @@ def _dense_head(context: Context) -> Head:
 def _compare(context: Context, text: str, head: Head, model: FrozenModel | None) -> dict[int, FidelitySums]:
     """Fidelity sums of each window of a text; collective."""
     world = context.world
-    states = world.make_apart(lambda: DenseStates(context.input_path(_texts(context)[text])))
-    sums = world.on_first(lambda: _known_windows(context, text))
+    states = DenseStates(context.input_path(_texts(context)[text]))
+    sums = world.on_rank0(lambda: _known_windows(context, text))
     mine = _my_windows([index for index in range(len(states.windows_ST)) if index not in sums], world)
     for done, index in enumerate(mine):
         context.progress.update(_phase(text), done, len(mine))
-        sums |= dict(world.work_apart(partial(_compared, index, states, head, model)))
+        sums |= dict(world.all_gather(_compared(index, states, head, model)))
         _save_windows(context, text, sums)
         context.interruption.stop_if_agreed(world)
     return sums
 
 
 def _compared(index: int, states: DenseStates, head: Head, model: FrozenModel | None) -> tuple[int, FidelitySums]:
-    """A window's number and its fidelity sums. Forwards of a sharded model are collective; only later can this fail."""
+    """A window's number and its fidelity sums."""
     window_T, device = states.windows_ST[index], head.weight_VC.device
     with nullcontext() if model is None else _outputs(model, window_T, head) as outputs:
         dense = Outputs(states.hidden(index).to(device), head.weight_VC, head.bias_V, head.after)
@@ -183,7 +179,7 @@ def _save_windows(context: Context, text: str, sums: Mapping[int, FidelitySums])
     if not all(math.isfinite(window.kl + window.nll) for window in sums.values()):
         raise UserError(f"{_phase(text)}: the model's outputs are NaN or infinite; check the checkpoint's weights")
     by_index = {str(index): asdict(window) for index, window in sums.items()}
-    context.world.on_first(lambda: write_json(_windows_file(context, text), by_index))
+    context.world.on_rank0(lambda: write_json(_windows_file(context, text), by_index))
 
 
 @contextmanager
@@ -196,7 +192,7 @@ def _outputs(model: FrozenModel, window_T: Tensor, head: Head) -> Iterator[Outpu
 def _save_fidelity(context: Context, text: str, sums: Mapping[int, FidelitySums]) -> None:
     """Add up in the order of the windows, so that the number of ranks changes no bit; divide once."""
     windows = [sums[index] for index in sorted(sums)]
-    context.world.on_first(lambda: write_json(_fidelity_file(context.work, text), plain(_described(windows))))
+    context.world.on_rank0(lambda: write_json(_fidelity_file(context.work, text), plain(_described(windows))))
     context.progress.update(_phase(text), 1, 1)
     context.interruption.stop_if_agreed(context.world)
 
@@ -235,7 +231,7 @@ def _evaluate_tasks(context: Context, model: FrozenModel, tasks: list[str]) -> N
     from hfprune_dist.evaluation.sharded_lm import ShardedLM
 
     params = context.params
-    tokenizer = context.world.make_apart(lambda: load_tokenizer(context.input_path("model")))
+    tokenizer = load_tokenizer(context.input_path("model"))
     lm = ShardedLM(model, tokenizer, context.interruption, params.batch_size, params.add_bos_token)
 
     def evaluate_each() -> None:

@@ -39,10 +39,10 @@ def _windows(context: Context, checkpoint: Checkpoint) -> Tensor:
     windows_ST, saved = context.calibration_windows(), context.work / "copies.safetensors"
     if not context.params.refit_copies:
         return windows_ST
-    if not context.world.on_first(lambda: is_usable(saved)):
+    if not context.world.on_rank0(lambda: is_usable(saved)):
         copies_SRT = _redrawn(context, checkpoint, windows_ST)
-        context.world.on_first(lambda: save_tensors({"copies": copies_SRT}, saved))
-    copies_SRT = context.world.make_apart(lambda: load_tensors(saved)[0]["copies"].long())
+        context.world.on_rank0(lambda: save_tensors({"copies": copies_SRT}, saved))
+    copies_SRT = load_tensors(saved)[0]["copies"].long()
     return in_refit_order(windows_ST, copies_SRT, context.params.forward_pass()[1])
 
 

@@ -2,8 +2,8 @@
 
 Any number of criteria share the pass: one forward, one pass over the logits, one backward for each loss; a student's
 loss adds a forward. Windows are cut into fixed shards, whatever the number of ranks; ranks work on consecutive shards,
-and the shards' sums are added in shard order. So the sums have the same bits on any number of ranks with the same
-number of threads each, and a resumed stage continues at a shard.
+and the shards' sums are added in shard order. So first-order sums have the same bits on any number of ranks with
+as many threads each, and a resumed stage continues at a shard.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from hfprune_dist.core.bound_losses import TeacherSettings
 from hfprune_dist.core.criteria import CRITERIA, Criterion, losses_of
 from hfprune_dist.core.scores import MeanGradients, ScoredLayer, SecondMoments, scores_from_sums, student_keeps
 from hfprune_dist.data.windows import load_windows, save_windows
+from hfprune_dist.distributed.float64_sum import explaining
 from hfprune_dist.distributed.gram_sums import Grams
 from hfprune_dist.distributed.interruption import Interrupted
 from hfprune_dist.distributed.layer_stream import LayerStream
 from hfprune_dist.distributed.turns import Turns
 from hfprune_dist.distributed.unfinished import unfinished, up_to_last
 from hfprune_dist.distributed.whole_model_probe import PROBE, ProbeRecorder, obtain_probe
-from hfprune_dist.distributed.window_sums import explaining
 from hfprune_dist.errors import UserError, naming
 from hfprune_dist.scoring.calibration_pass import CalibrationPass, cut_into_shards
 from hfprune_dist.scoring.kind_totals import KindSizes, KindTotals, scored_by
@@ -50,7 +50,7 @@ def run(context: Context) -> None:
     checkpoint = open_checkpoint(context.input_path("model"))
     criteria = [CRITERIA[name] for name in context.params.criteria]
     documents = prepare_windows(context)
-    windows_ST = context.world.make_apart(lambda: load_windows(context.work))
+    windows_ST = load_windows(context.work)
     totals = _accumulate(context, checkpoint, windows_ST, _summed(criteria))
     scores = _score_layers(context, checkpoint, criteria, totals, windows_ST)
     draft = context.open_draft()
@@ -62,7 +62,7 @@ def run(context: Context) -> None:
         if (context.work / PROBE).is_file():
             shutil.copyfile(context.work / PROBE, draft / PROBE)
 
-    context.world.on_first(write)
+    context.world.on_rank0(write)
     losses = [loss for loss in losses_of(criteria) if loss.in_nats]
     means = {f"mean_{loss.name}_nats": totals.losses[loss.name] / len(windows_ST) for loss in losses}
     context.commit(draft, {"tokens": windows_ST.numel(), **means, **documents})
@@ -96,7 +96,6 @@ def _accumulate(
         len(shards),
         context.work / PARTIAL,
         context.world,
-        micro_batches=sum(map(len, shards)),
         weights=_weights_of_units(context, checkpoint, criteria),
     )
 
@@ -152,7 +151,7 @@ def _scorer(
         activation_checkpointing=context.runtime.activation_checkpointing,
         curvature=totals.curvature,
         gradients=totals.gradients,
-        student=context.world.make_apart(lambda: _given_student(context, criteria)),
+        student=_given_student(context, criteria),
     )
 
 
@@ -193,7 +192,7 @@ def _score_layers(
     try:
         for number in up_to_last(left):
             if number in left:
-                turns.add(number, second_pass.layer(number, turns.is_mine(number)))
+                turns.add(number, second_pass.layer(number, turns.owner(number)))
             else:
                 second_pass.go_past(number)
             second_pass.after(number)
@@ -232,10 +231,10 @@ class _SecondPass:
         self._stream: LayerStream | None = None
         self._layers: Iterator[tuple[int, nn.Module]] = iter(())
 
-    def layer(self, number: int, is_mine: bool) -> _Layer | None:
+    def layer(self, number: int, owner: int) -> _Layer | None:
         """The next layer as criteria see it; None if another rank scores it. Collective."""
-        grams = self._grams(number) if self._needed else {}
-        if not is_mine:
+        grams = self._grams(number, owner) if self._needed else {}
+        if owner != self._context.world.rank:
             return None
         moments = {kind: self._moments(kind, number, it) for kind, it in grams.items()}
         seed, scored = self._context.params.seed, partial(scored_layer, self._checkpoint, tokens=self._tokens)
@@ -257,9 +256,9 @@ class _SecondPass:
             self._context.progress.update("moments", number + 1, self._checkpoint.num_layers)
         self._context.interruption.stop_if_agreed(self._context.world)
 
-    def _grams(self, number: int) -> dict[str, Grams]:
+    def _grams(self, number: int, owner: int) -> dict[str, Grams]:
         stream = self._begun()
-        grams = stream.grams(number, self._next_layer(), list(self._units.values()))
+        grams = stream.grams(number, self._next_layer(), list(self._units.values()), owner)
         return {kind: grams[units.kind][0] for kind, units in self._units.items()}
 
     def _moments(self, kind: str, number: int, grams: Grams) -> SecondMoments:

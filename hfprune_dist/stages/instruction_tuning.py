@@ -91,10 +91,10 @@ def prepare_rows(context: Context, settings: RecoveryConfig, checkpoint: Checkpo
             collector.save(file)
             cache.put(key(), file)
 
-    context.world.on_first(collect)
+    context.world.on_rank0(collect)
     context.require_untouched_inputs()
-    context.world.on_first(save)
-    return context.world.make_apart(lambda: read_counts(file))
+    context.world.on_rank0(save)
+    return read_counts(file)
 
 
 def _rows_key(context: Context, settings: RecoveryConfig, checkpoint: Checkpoint) -> str:

@@ -25,7 +25,7 @@ def run(context: Context) -> None:
     trained = train_on_instructions(context, checkpoint, masked_to=shape)
     kept = UnitMasks(checkpoint.structures, shape, trained.last.units).kept()
     draft = context.open_draft()
-    context.world.on_first(lambda: write_trained(checkpoint, trained.last, context.params.recovery, draft))
+    context.world.on_rank0(lambda: write_trained(checkpoint, trained.last, context.params.recovery, draft))
     write_merged(checkpoint, draft, context.world, context.progress, kept)
     metrics = shape_metrics(checkpoint, kept.shape, checkpoint.config) | trained.metrics()
     context.commit(draft, metrics | {"kept_sha256": digest_of_kept(kept)})

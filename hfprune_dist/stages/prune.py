@@ -47,7 +47,7 @@ def run(context: Context) -> None:
         write_companions(checkpoint, draft, config)
         write_kept(draft, kept)
 
-    context.world.on_first(write_rest)
+    context.world.on_rank0(write_rest)
     metrics = shape_metrics(checkpoint, kept.shape, config) | metrics | of_norms
     context.commit(draft, metrics | {"kept_sha256": digest_of_kept(kept)})
 
@@ -57,13 +57,9 @@ def _write_weights(
 ) -> None:
     """Write the weights that stay; each rank writes a share of the files."""
     files, world = checkpoint.weight_files, context.world
-
-    def write_share() -> None:
-        for done, file in enumerate(files[world.rank :: world.size]):
-            context.progress.update("files", done * world.size, len(files))
-            write_weight_file(checkpoint, file, kept, draft, replacements)
-
-    world.work_apart(write_share)
+    for done, file in enumerate(files[world.rank :: world.size]):
+        context.progress.update("files", done * world.size, len(files))
+        write_weight_file(checkpoint, file, kept, draft, replacements)
 
 
 def _decide(context: Context, dense: DenseModel) -> tuple[Kept, Replacements, dict[str, Any]]:
@@ -71,7 +67,7 @@ def _decide(context: Context, dense: DenseModel) -> tuple[Kept, Replacements, di
     params, checkpoint = context.params, dense.checkpoint
     if params.allocation == "low_rank":
         return decide_low_rank(context, checkpoint)
-    scores = context.world.make_apart(lambda: _scores(context, checkpoint))
+    scores = _scores(context, checkpoint)
     if params.allocation == "plain":
         return decide_plain(context, dense, scores)
     kept, metrics = context.world.broadcast(decide_shape(context, dense, scores))

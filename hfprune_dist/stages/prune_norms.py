@@ -52,7 +52,7 @@ def refitted_norms(
         where it is NaN or infinite.
 
     Raises:
-        UserError: on all ranks, as ``as_stored`` and the refits do.
+        UserError: as ``as_stored`` and the refits do.
     """
     if not context.params.refit_norms:
         return replacements, {}

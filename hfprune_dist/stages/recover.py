@@ -16,6 +16,6 @@ def run(context: Context) -> None:
     checkpoint = open_checkpoint(context.input_path("model"))
     trained = train_on_instructions(context, checkpoint)
     draft = context.open_draft()
-    context.world.on_first(lambda: write_trained(checkpoint, trained.last, context.params.recovery, draft))
+    context.world.on_rank0(lambda: write_trained(checkpoint, trained.last, context.params.recovery, draft))
     write_merged(checkpoint, draft, context.world, context.progress)
     context.commit(draft, trained.metrics())

@@ -48,7 +48,7 @@ def _stream(context: Context, dense: Checkpoint, windows_ST: Tensor) -> LayerStr
 
 def held_out_windows(context: Context) -> Tensor:
     """Windows [windows, sequence_length] of the held-out text, cut on rank 0."""
-    return context.world.on_first(lambda: _cut_windows(context))
+    return context.world.on_rank0(lambda: _cut_windows(context))
 
 
 def _cut_windows(context: Context) -> Tensor:

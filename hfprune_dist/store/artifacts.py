@@ -23,7 +23,7 @@ from typing import Any, Literal
 from hfprune_dist.errors import UserError
 from hfprune_dist.store.atomic_files import fsync_path, listed, read_json, read_object, usual_mode, write_json
 from hfprune_dist.store.claims import CLAIM_FILES, Claim
-from hfprune_dist.store.hashing import AfterEach, FileHashes, for_each_file, nothing
+from hfprune_dist.store.hashing import FileHashes, for_each_file
 from hfprune_dist.store.heartbeat import FAILURES, PROGRESS
 from hfprune_dist.store.manifest_form import is_manifest
 from hfprune_dist.store.stage import Stage, kind_of
@@ -86,12 +86,11 @@ class Store:
         manifest = self.manifest(stage_id)
         return manifest is not None and not manifest.get(EMPTIED)
 
-    def verify(self, stage_id: str, thorough: bool = False, after_each: AfterEach = nothing) -> Verdict:
+    def verify(self, stage_id: str, thorough: bool = False) -> Verdict:
         """Check an artifact against its manifest.
 
         Args:
             thorough: read every file; otherwise a file whose size and modification time are as committed is trusted.
-            after_each: called after every file, and repeatedly within large ones.
         """
         folder = self.path(stage_id)
         if not folder.is_dir():
@@ -103,17 +102,13 @@ class Store:
             return NOTHING_LEFT
         listing = {folder / name: entry for name, entry in manifest["files"].items()}
 
-        def check(file: Path, tell: AfterEach) -> str:
-            problem = self._check_file(file, listing[file], thorough, tell)
-            tell()
-            return problem
-
-        problems = for_each_file({file: entry["bytes"] for file, entry in listing.items()}, check, after_each)
+        sizes = {file: entry["bytes"] for file, entry in listing.items()}
+        problems = for_each_file(sizes, lambda file: self._check_file(file, listing[file], thorough))
         found = (f"{file.relative_to(folder)}: {problem}" for file, problem in problems.items() if problem)
         reason = next(found, "")
         return Verdict("corrupt", reason) if reason else Verdict("done", "verified")
 
-    def _check_file(self, file: Path, entry: dict[str, Any], thorough: bool, after_each: AfterEach) -> str:
+    def _check_file(self, file: Path, entry: dict[str, Any], thorough: bool) -> str:
         try:
             stat = file.stat()
         except (FileNotFoundError, NotADirectoryError):
@@ -125,15 +120,13 @@ class Store:
         # Modification times in a copied store differ: hash each file once, after which the cache knows it.
         hashes = FileHashes(None) if thorough else self.hashes
         try:
-            return (
-                "" if hashes.of_file(file, after_each) == entry["sha256"] else "content changed since it was committed"
-            )
+            return "" if hashes.of_file(file) == entry["sha256"] else "content changed since it was committed"
         except UserError:
             if file.exists():
                 raise
             return "missing"  # set aside by another process in the meantime
 
-    def set_aside(self, stage_id: str, after_each: AfterEach = nothing) -> Path | None:
+    def set_aside(self, stage_id: str) -> Path | None:
         """Move a corrupt artifact, or one without files, to the quarantine, so that another can take its place.
 
         Other processes may find the same damage at the same time and remake the artifact; a remade one is kept.
@@ -148,7 +141,7 @@ class Store:
         judged = _inode(folder)
         if judged is None:
             return None
-        verdict = self.verify(stage_id, thorough=True, after_each=after_each)
+        verdict = self.verify(stage_id, thorough=True)
         if verdict.state != "corrupt" and verdict != NOTHING_LEFT:
             return None
         with contextlib.suppress(ValueError, IsADirectoryError):
@@ -205,7 +198,6 @@ class Store:
         stage: Stage,
         draft: Path,
         record: dict[str, Any],
-        after_each: AfterEach = nothing,
         *,
         claim: Claim | None = None,
     ) -> None:
@@ -215,34 +207,33 @@ class Store:
         corrupt, it is set aside and the draft takes its place.
 
         Args:
-            after_each: called after every file, and repeatedly within large ones.
             claim: the claim under which the stage ran.
 
         Raises:
             ClaimLostError: if another process has claimed the stage since.
         """
         try:
-            self._seal(stage, draft, record, after_each)
+            self._seal(stage, draft, record)
             if claim is not None:
                 claim.require_held()
-            self._publish(draft, stage.id, after_each)
+            self._publish(draft, stage.id)
         except (OSError, UserError):
             if claim is not None:
                 claim.require_held()  # a successor has removed the draft
             raise
         fsync_path(self.path(stage.id).parent)
 
-    def _seal(self, stage: Stage, draft: Path, record: dict[str, Any], after_each: AfterEach) -> None:
+    def _seal(self, stage: Stage, draft: Path, record: dict[str, Any]) -> None:
         """Flush all files of a draft and write its manifest."""
         files = sorted(file for file in draft.rglob("*") if file.is_file())
         mode = usual_mode()
-        sealed = for_each_file({file: file.stat().st_size for file in files}, partial(_sealed, mode), after_each)
+        sealed = for_each_file({file: file.stat().st_size for file in files}, partial(_sealed, mode))
         listing = {str(file.relative_to(draft)): entry for file, entry in sealed.items()}
         write_json(draft / MANIFEST, {"format": 1, "stage": stage.to_json(), "files": listing, **record})
         for folder in {file.parent for file in files} | {draft}:
             fsync_path(folder)
 
-    def _publish(self, draft: Path, stage_id: str, after_each: AfterEach) -> None:
+    def _publish(self, draft: Path, stage_id: str) -> None:
         """Give a finished draft its final name, unless a valid artifact has it already."""
         final = self.path(stage_id)
         for attempts_left in reversed(range(PUBLISHING_ATTEMPTS)):
@@ -252,10 +243,10 @@ class Store:
             except OSError:
                 if not final.is_dir() or not attempts_left:
                     raise
-            if self.verify(stage_id, after_each=after_each).state == "done":
+            if self.verify(stage_id).state == "done":
                 shutil.rmtree(draft, ignore_errors=True)
                 return
-            aside = self.set_aside(stage_id, after_each)
+            aside = self.set_aside(stage_id)
             if aside is not None and (read_object(aside / MANIFEST) or {}).get(EMPTIED):
                 shutil.rmtree(aside, ignore_errors=True)
 
@@ -312,13 +303,12 @@ def _is_unclaimed(draft: Path) -> bool:
     return draft.name.count("-") == 2
 
 
-def _sealed(mode: int, file: Path, after_each: AfterEach) -> dict[str, Any]:
+def _sealed(mode: int, file: Path) -> dict[str, Any]:
     """Set a file's mode (safetensors makes files private), flush it, and return its manifest entry."""
     file.chmod(mode)
     fsync_path(file)
     stat = file.stat()
-    sha256 = FileHashes(None).of_file(file, after_each)
-    after_each()
+    sha256 = FileHashes(None).of_file(file)
     return {"bytes": stat.st_size, "sha256": sha256, "mtime_ns": stat.st_mtime_ns}
 
 

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from queue import SimpleQueue
 from typing import Any, TypeVar
 
 from hfprune_dist.errors import UserError
 from hfprune_dist.store.atomic_files import read_object, unless_stale, write_json
 from hfprune_dist.store.machine import usable_cores
 
-# Bytes per read. ``after_each`` is called in between: a slow disk must not keep other ranks waiting for minutes.
+# Bytes per read.
 CHUNK_BYTES = 16 * 1024 * 1024
 # A file changed less than this long before it was read could change again without its times showing it.
 STABLE_NS = 2_000_000_000
@@ -25,18 +23,12 @@ STABLE_NS = 2_000_000_000
 LARGE_BYTES = 64 * 1024 * 1024
 
 T = TypeVar("T")
-AfterEach = Callable[[], None]
-"""Called after each piece of work, to show others that it is progressing."""
 
 
 def digest_of(value: Any) -> str:
     """sha256 of a JSON value in canonical form (sorted keys, no spaces)."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def nothing() -> None:
-    """The ``AfterEach`` of work that nobody waits for."""
 
 
 class FileHashes:
@@ -52,29 +44,26 @@ class FileHashes:
         self._fresh: dict[str, dict[str, Any]] = {}
         self._stable: set[str] = set()
 
-    def of_file(self, file: Path, after_each: AfterEach = nothing) -> str:
+    def of_file(self, file: Path) -> str:
         """sha256 of a file's content.
-
-        Args:
-            after_each: called after each piece of the file that is read.
 
         Raises:
             UserError: if the file can't be read.
         """
         try:
-            return unless_stale(lambda: self._digest(file, after_each))
+            return unless_stale(lambda: self._digest(file))
         except OSError as error:
             raise UserError(f"{file}: {error.strerror or error}") from None
 
-    def of_files(self, folder: Path, names: Iterable[str], after_each: AfterEach = nothing) -> str:
+    def of_files(self, folder: Path, names: Iterable[str]) -> str:
         """One digest for the named files of a folder, names included."""
         files = {name: folder / name for name in names}
-        digests = for_each_file({file: _size_of(file) for file in files.values()}, self.of_file, after_each)
+        digests = for_each_file({file: _size_of(file) for file in files.values()}, self.of_file)
         return digest_of({name: digests[file] for name, file in files.items()})
 
-    def of_folder(self, folder: Path, after_each: AfterEach = nothing) -> str:
+    def of_folder(self, folder: Path) -> str:
         """One digest for all files below a folder, as ``files_below`` lists them."""
-        return self.of_files(folder, files_below(folder), after_each)
+        return self.of_files(folder, files_below(folder))
 
     def save(self) -> None:
         """Write the hashes computed since the last call to the cache, except those of files that had just changed."""
@@ -84,17 +73,16 @@ class FileHashes:
                 write_json(self._cache / name, self._fresh.pop(name))
             self._stable.clear()
 
-    def _digest(self, file: Path, after_each: AfterEach) -> str:
+    def _digest(self, file: Path) -> str:
         key = _key_of(file)
-        return self._recall(key) or self._compute(file, key, after_each)
+        return self._recall(key) or self._compute(file, key)
 
-    def _compute(self, file: Path, key: list[Any], after_each: AfterEach) -> str:
+    def _compute(self, file: Path, key: list[Any]) -> str:
         read_at_ns = time.time_ns()
         sha256 = hashlib.sha256()
         with file.open("rb", buffering=0) as stream:
             while chunk := stream.read(CHUNK_BYTES):
                 sha256.update(chunk)
-                after_each()
         name, digest = _entry_name(key), sha256.hexdigest()
         self._fresh[name] = {"key": key, "sha256": digest}
         changed_at_ns = key[-1]
@@ -109,57 +97,21 @@ class FileHashes:
         return str(entry["sha256"]) if entry and entry.get("key") == key and "sha256" in entry else None
 
 
-def for_each_file(
-    sizes: Mapping[Path, int], work: Callable[[Path, AfterEach], T], after_each: AfterEach
-) -> dict[Path, T]:
+def for_each_file(sizes: Mapping[Path, int], work: Callable[[Path], T]) -> dict[Path, T]:
     """Return the result of ``work`` for each file; large files are processed in parallel threads, up to one per core.
 
     Args:
         sizes: file -> its size in bytes, as far as known.
-        work: reads a file; calls its second argument after each piece.
-        after_each: called for each of these calls, always in the current thread.
 
     Raises:
-        Exception: the one raised for the first file whose ``work`` failed, once all others have been processed; or by
-            ``after_each``, whereupon all threads stop.
+        Exception: the one that ``work`` raised for a file.
     """
-    large = [file for file, size in sizes.items() if size >= LARGE_BYTES]
-    if len(large) < 2:
-        return {file: work(file, after_each) for file in sizes}
-    results = {file: work(file, after_each) for file in sizes if file not in large}
-    results |= _in_threads(large, work, after_each)
-    return {file: results[file] for file in sizes}
-
-
-def _in_threads(files: Sequence[Path], work: Callable[[Path, AfterEach], T], after_each: AfterEach) -> dict[Path, T]:
-    told: SimpleQueue[bool] = SimpleQueue()  # True: a file is done; False: a piece of one
-    abandoned = threading.Event()
-
-    def tell() -> None:
-        if abandoned.is_set():
-            raise _AbandonedError
-        told.put(False)
-
-    with ThreadPoolExecutor(min(len(files), usable_cores())) as pool:
-        reading = {file: pool.submit(work, file, tell) for file in files}
-        for future in reading.values():
-            future.add_done_callback(lambda _: told.put(True))
-        try:
-            left = len(files)
-            while left:
-                if told.get():
-                    left -= 1
-                else:
-                    after_each()
-            return {file: future.result() for file, future in reading.items()}
-        except BaseException:
-            abandoned.set()
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
-
-
-class _AbandonedError(Exception):
-    """Ends a thread whose result is no longer needed."""
+    pool = ThreadPoolExecutor(usable_cores())
+    try:
+        large = {file: pool.submit(work, file) for file, size in sizes.items() if size >= LARGE_BYTES}
+        return {file: large[file].result() if file in large else work(file) for file in sizes}
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def _size_of(file: Path) -> int:

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hfprune_dist.store.claims import Claim, Holder, OpenClaim, open_claim, try_claim
-from hfprune_dist.store.hashing import AfterEach, nothing
 from hfprune_dist.store.heartbeat import (
     Failure,
     Heartbeat,
@@ -53,17 +52,17 @@ class StageHandle:
         """Whether it has an artifact, verified or not, whose files have not been removed to make room; cheap."""
         return self.store.is_committed(self.id)
 
-    def verify(self, thorough: bool = False, after_each: AfterEach = nothing) -> Verdict:
+    def verify(self, thorough: bool = False) -> Verdict:
         """Check its artifact against the manifest; see ``Store.verify``."""
-        return self.store.verify(self.id, thorough, after_each)
+        return self.store.verify(self.id, thorough)
 
     def is_done(self) -> bool:
         """Whether it has an artifact that passes verification, which is the only definition of success."""
         return self.verify().state == "done"
 
-    def set_aside(self, after_each: AfterEach = nothing) -> Path | None:
+    def set_aside(self) -> Path | None:
         """Move a corrupt artifact to the quarantine; see ``Store.set_aside``."""
-        return self.store.set_aside(self.id, after_each)
+        return self.store.set_aside(self.id)
 
     def open_draft(self, claim: Claim | None = None) -> Path:
         """Create the folder in which its artifact is written; see ``Store.open_draft``."""

@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 
 from safetensors import safe_open
@@ -60,20 +59,19 @@ def write_dense_states(
         states: where this attempt is saved if it is interrupted, and where an earlier one may have been.
 
     Raises:
-        UserError: on all ranks, if the states are NaN or infinite, since nothing can be compared with them.
+        UserError: if the states are NaN or infinite, since nothing can be compared with them.
     """
-    world.on_first(lambda: save_windows(stream.windows_ST, folder))
+    world.on_rank0(lambda: save_windows(stream.windows_ST, folder))
     left = range(stream.resume(states), stream.num_layers)
     for number, layer in stream.layers(left):
         stream.advance(layer)
         del layer
-        world.barrier()  # ranks with fewer windows wait here, never for longer than a layer
         try:
             after_each(number + 1)
         except Interrupted:
             stream.save(states)
             raise
-    world.work_apart(partial(_write_final, stream.final_hidden(), folder))
+    _write_final(stream.final_hidden(), folder)
 
 
 def _write_final(final_hidden: Iterator[tuple[int, Tensor]], folder: Path) -> None:

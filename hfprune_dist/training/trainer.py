@@ -78,8 +78,8 @@ def fine_tune(task: FineTuning, folder: Path, world: World, progress: Progress, 
 
 def _newest(snapshots: Snapshots, world: World) -> Snapshot | None:
     """Read the newest snapshot that rank 0 finds, on every rank."""
-    file = world.on_first(snapshots.newest)
-    return None if file is None else world.make_apart(lambda: read_snapshot(file))
+    file = world.on_rank0(snapshots.newest)
+    return None if file is None else read_snapshot(file)
 
 
 def _train(
@@ -197,7 +197,7 @@ class _LoraTrainer(Trainer):  # type: ignore[misc]
                 weights[name] = whole.cpu()
                 moments |= {key: tensor.cpu() for key, tensor in whole_moments.items()}
         snapshot = Snapshot(step, weights, moments, self._losses, self._masked_units())
-        self._world.on_first(lambda: self._snapshots.save(snapshot))
+        self._world.on_rank0(lambda: self._snapshots.save(snapshot))
 
     def _masked_units(self) -> dict[str, Tensor]:
         return {}

@@ -39,17 +39,13 @@ def write_merged(
         kept: the units of all layers that stay after merging, also written to ``kept.json``; None for all of them.
 
     Raises:
-        UserError: on all ranks, as ``merge_weight_file`` does on any.
+        UserError: as ``merge_weight_file`` does.
     """
     adapter = read_adapter(draft / ADAPTER_FOLDER)
     files = checkpoint.weight_files
-
-    def write_share() -> None:
-        for done, file in enumerate(files[world.rank :: world.size]):
-            progress.update("merging", done * world.size, len(files))
-            merge_weight_file(checkpoint, file, adapter, draft, kept)
-
-    world.work_apart(write_share)
+    for done, file in enumerate(files[world.rank :: world.size]):
+        progress.update("merging", done * world.size, len(files))
+        merge_weight_file(checkpoint, file, adapter, draft, kept)
 
     def write_rest() -> None:
         config = checkpoint.config if kept is None else pruned_config(checkpoint, kept.shape)
@@ -57,4 +53,4 @@ def write_merged(
         if kept is not None:
             write_kept(draft, kept)
 
-    world.on_first(write_rest)
+    world.on_rank0(write_rest)

@@ -6,9 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from worlds import Ranks
 
-from hfprune_dist.core.exact_sums import RESOLVED
 from hfprune_dist.core.least_squares import RIDGES
-from hfprune_dist.distributed.gram_sums import ExpertGramSums, Grams, is_held_out
+from hfprune_dist.distributed.gram_sums import Grams, GramSums, is_held_out
 from hfprune_dist.errors import UserError
 from hfprune_dist.refit.least_squares_fit import solve_expert
 
@@ -33,32 +32,26 @@ def summed(batches, ranks):
     """Return each expert's sums over fitted and over held-out tokens [experts, 2, size, size], equal on every rank."""
 
     def work(world):
-        sums = ExpertGramSums(0, batches[0][0].shape[1], EXPERTS, len(batches), world)
+        sums = [GramSums(0, batches[0][0].shape[1], len(batches), world) for _ in range(EXPERTS)]
         for index in range(world.rank, len(batches), world.size):
-            sums.add(index, batches[index])
-        sums.agree_on_scale()
-        return torch.stack([torch.stack(both) for both in sums.of_all_ranks()])
+            for of_expert, vectors in zip(sums, batches[index], strict=True):
+                of_expert.add(index, vectors)
+        return torch.stack([torch.stack(it.of_all_ranks()) for it in sums])
 
     found = Ranks(ranks).run(work)
     assert all(torch.equal(it, found[0]) for it in found)
     return found[0]
 
 
-@given(read())
+@given(read(), st.integers(1, 5))
 @settings(max_examples=30, deadline=None)
-def test_sums_are_those_of_the_tokens_or_nothing_where_these_are_too_small(batches):
-    found = summed(batches, 1)
-    assert torch.equal(summed(batches, 2), found) and torch.equal(summed(batches, 3), found)
-    first = torch.stack([it.square().sum(0) for it in batches[0]]).mean()
-    for expert, both in enumerate(found):
+def test_sums_are_those_of_the_tokens_on_any_number_of_ranks(batches, ranks):
+    for expert, both in enumerate(summed(batches, ranks)):
         for held_out, gram_DD in enumerate(both):
             parts = [it[expert] for i, it in enumerate(batches) if is_held_out(i, len(batches)) == held_out]
             vectors = torch.cat([*parts, batches[0][0][:0]]).double()
             expected = vectors.T @ vectors
-            if gram_DD.any():
-                assert (gram_DD - expected).norm() <= 1e-6 * expected.norm()
-            else:
-                assert expected.diagonal().mean() <= first * len(batches) * 8 * RESOLVED / 2**42
+            assert (gram_DD - expected).norm() <= 1e-6 * expected.norm()
 
 
 @given(read(), st.integers(0, 99))
@@ -79,8 +72,9 @@ def test_every_expert_gets_a_weight_that_is_no_worse(batches, seed):
             assert solution.fit.ridge == RIDGES[-1]
 
 
-@pytest.mark.parametrize("value", [torch.nan, torch.inf, 1e9])
-def test_values_that_no_sum_holds_are_refused(value):
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, 1e30])
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_what_is_not_finite_names_the_layer(value, ranks):
     batches = [[torch.ones(2, 3)] * EXPERTS, [torch.ones(2, 3), torch.full((1, 3), value), torch.ones(0, 3)]]
-    with pytest.raises(UserError, match="activations of layer 0: values are NaN, infinite, or more than"):
-        summed(batches, 1)
+    with pytest.raises(UserError, match="activations of layer 0: values are NaN or infinite"):
+        summed(batches, ranks)

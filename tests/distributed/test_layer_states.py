@@ -5,15 +5,12 @@ import os
 
 import pytest
 import torch
-from damage import forbid_reading
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from ranks import SoloWorld
-from worlds import Ranks
 
 from hfprune_dist.checkpoints import tensor_files
 from hfprune_dist.distributed.layer_states import LayerStates
-from hfprune_dist.errors import UserError
 
 DRAWN = settings(
     derandomize=True, deadline=None, max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture]
@@ -99,19 +96,6 @@ def test_nothing_is_there_before_and_after_a_pass(tmp_path):
     assert states.newest() == (0, {}) and not (tmp_path / "pass").exists()
     with pytest.raises(FileNotFoundError):
         next((tmp_path / "pass").iterdir())
-
-
-@pytest.mark.parametrize("lost", [0, 1])
-def test_a_file_that_one_rank_must_not_read_ends_all_of_them_in_order(tmp_path, monkeypatch, lost):
-    save(tmp_path, [0, 1, 2], 1, 3)
-    forbid_reading(monkeypatch, f"3.{lost}.safetensors")
-
-    def work(world):
-        with pytest.raises(UserError, match=rf"3.{lost}.safetensors: Permission denied; check the permissions"):
-            LayerStates(tmp_path, [0, 1, 2], world).newest()
-        return world.all_gather(world.rank)
-
-    assert Ranks(2).run(work) == [[0, 1]] * 2
 
 
 def test_a_state_that_can_not_be_deleted_ends_no_rank(tmp_path, monkeypatch):

@@ -8,14 +8,12 @@ from ranks import SoloWorld
 from safetensors.torch import load_file, save_file
 from scoring import LAYERS, files_of, make_stage, run
 from transformers import DiffLlamaConfig, DiffLlamaForCausalLM, Olmo2Config, Olmo2ForCausalLM
-from worlds import Ranks, until_told
 
 from hfprune_dist.checkpoints import families as families_module
 from hfprune_dist.checkpoints.checkpoint import open_checkpoint
 from hfprune_dist.checkpoints.families import FAMILIES, Family
 from hfprune_dist.config.schema import RuntimeConfig
 from hfprune_dist.distributed import whole_model_probe as probes
-from hfprune_dist.distributed import world as worlds
 from hfprune_dist.distributed.layer_stream import LayerStream
 from hfprune_dist.distributed.whole_model_probe import PROBE, obtain_probe
 from hfprune_dist.errors import UserError
@@ -93,14 +91,6 @@ def test_what_layers_alone_dont_reproduce_is_refused_with_its_place(tmp_path, va
     with pytest.raises(UserError, match=f"{variant}: .* {DEPARTURES[variant]} from the whole model's by"):
         run_alone(store, stage)
     assert not store.path(stage.id).exists()
-
-
-def test_all_ranks_of_a_second_pass_learn_that_it_is_refused(tmp_path):
-    stage = make_stage(tmp_path, "diffllama")
-    store = Store(tmp_path / "store")
-    ended = on_ranks(2, lambda world: run(store, stage, world))
-    assert ended.codes == [2, 2]
-    assert all("outputs of layer 1 depart" in message for message in ended.messages)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -209,14 +199,3 @@ def test_a_probe_is_the_same_wherever_the_whole_model_is_placed(tmp_path):
         assert torch.equal(sharded.states_LPC, whole.states_LPC)
 
     assert on_ranks(2, compare).codes == [0, 0]
-
-
-def test_ranks_that_wait_for_a_whole_model_hear_of_it(tmp_path, monkeypatch):
-    """However long the first rank takes to load it."""
-    checkpoint, ranks = open_checkpoint(tiny.save_tiny(tmp_path / "model", num_hidden_layers=LAYERS)), Ranks(3)
-    windows_ST = torch.randint(3, 264, (4, 20), generator=torch.Generator().manual_seed(0))
-    monkeypatch.setattr(worlds, "TELL_EVERY_S", 0.001)
-    monkeypatch.setattr(probes, "FrozenModel", until_told(ranks, probes.FrozenModel))
-    where = checkpoint, windows_ST, torch.float32, 2
-    found = ranks.run(lambda world: obtain_probe(*where, world, saved=None, sharding="replicate"))
-    assert all(it.window_T.equal(windows_ST[0]) and it.states_LPC.equal(found[0].states_LPC) for it in found)

@@ -1,5 +1,6 @@
 """Death at a chosen file-system operation: the points between which a crash can leave different files behind."""
 
+import errno
 import itertools
 import os
 import shutil
@@ -40,6 +41,16 @@ def countdown(kill_at):
             os.kill(os.getpid(), signal.SIGKILL)
 
     return count
+
+
+def refuse(match):
+    """From now on, no file may be replaced whose path contains ``match``."""
+
+    def deny():
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), match)
+
+    for name in ("rename", "replace"):
+        before(name, match, deny)
 
 
 def slow_down(match, seconds, while_exists=None):

@@ -3,6 +3,8 @@
 KILL_RANK=r       the process whose rank is r ("launcher": the one without a rank)
 KILL_AT=n         it dies before its n-th operation that makes something durable or visible (0: never)
 KILL_MATCH=text   counting only operations on paths that contain this text; without it, all-reduces are counted
+REFUSE_RANK=r     the process whose rank is r must not replace any file
+REFUSE_MATCH=text whose path contains this text
 SLOW_MATCH=text   ranks sleep before each operation on a path that contains this text
 SLOW_S=seconds    how long they sleep
 SLOW_WHILE=file   they sleep on while this file exists
@@ -19,6 +21,10 @@ if os.environ.get("KILL_RANK") == rank:
         arm(int(os.environ["KILL_AT"]), os.environ["KILL_MATCH"])
     else:
         arm_reductions(int(os.environ["KILL_AT"]))
+if os.environ.get("REFUSE_RANK") == rank:
+    from kill import refuse
+
+    refuse(os.environ["REFUSE_MATCH"])
 start = int(os.environ.get("SLURM_RESTART_COUNT") or 0)
 is_slow = "SLOW_MATCH" in os.environ and start < int(os.environ.get("SLOW_STARTS") or start + 1)
 if is_slow and rank != "launcher":

@@ -361,6 +361,19 @@ def test_killing_a_rank_of_one_stage_after_another(finished, config, short_of):
     assert_same_as(finished[0], out)
 
 
+def test_a_rank_that_fails_ends_the_stage_with_its_message(config, tmp_path):
+    """Rank 1 must not write the scores of its layer; rank 0 waits for it."""
+    refused = {"PYTHONPATH": str(FAULTS), "REFUSE_RANK": "1", "REFUSE_MATCH": "scores/layer-1."}
+    few = ["--set", "recovery.method=none", "--set", "evaluation.tasks=[]"]
+    result = sweep(config, tmp_path / "out", *ONE_CELL, *few, environment=refused, real=True)
+    assert result.returncode == 2, result.stdout
+    assert "Permission denied; check the permissions" in result.stdout and "Traceback" not in result.stdout
+    (log,) = (tmp_path / "out" / "logs").glob("importance-*.1.log")
+    assert "error: scores/layer-1.: Permission denied; check the permissions" in log.read_text()
+    commands = [" ".join(it.info["cmdline"] or ()) for it in psutil.process_iter(["cmdline"])]
+    assert not [it for it in commands if str(tmp_path / "out") in it], "left running"
+
+
 def test_ctrl_c_leaves_nothing_running_and_nothing_half_written(finished, config, short_of):
     out = short_of(SCORES, PRUNE, RECOVER)  # without a checkpoint, so that all of it is needed
     launcher = start(config, out, *ONE_CELL, real=True)

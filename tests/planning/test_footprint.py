@@ -24,7 +24,7 @@ from hfprune_dist.checkpoints.checkpoint import open_checkpoint
 from hfprune_dist.checkpoints.families import FAMILIES
 from hfprune_dist.checkpoints.lora_adapter import lora_targets
 from hfprune_dist.config.parameters import EfficiencyParameters
-from hfprune_dist.core import blocks, elimination, head, triangle
+from hfprune_dist.core import blocks, elimination, gram, head
 from hfprune_dist.core.bound_losses import Batch, TeacherSettings
 from hfprune_dist.core.criteria import CRITERIA
 from hfprune_dist.core.linear_observer import SeenLinear
@@ -141,7 +141,7 @@ def seen_linears(model, kinds):
         for name in structures[kind].weights
     }
     sizes = {name: [tuple(module.weight.shape) for module in of_layers] for name, of_layers in modules.items()}
-    gradients = WeightGradients(sizes, 1, Path("none"), SoloWorld())
+    gradients = WeightGradients(sizes, Path("none"), SoloWorld())
     return [
         SeenLinear(module, see)
         for name, of_layers in gradients.seeing(counts=True).items()
@@ -234,7 +234,7 @@ def test_memory_of_the_calibration_pass(losses, checkpointing, groups, monkeypat
     monkeypatch.setattr(head, "CHUNK_BYTES", 1)
     monkeypatch.setattr(blocks, "CACHE_BYTES", 2**12 // torch.get_num_threads())
     monkeypatch.setattr(product_footprint, "ACCELERATOR_BYTES", 0)
-    for name in ("HEAD_CHUNK_BYTES", "ACCELERATOR_BYTES", "ROUNDED_BYTES"):
+    for name in ("HEAD_CHUNK_BYTES", "ACCELERATOR_BYTES"):
         monkeypatch.setattr(importance_footprint, name, 0)
     student, seen = is_of_a_student(losses), observing(losses)
     job = Importance(2, 48, len(losses) - student, checkpointing=checkpointing, student=student, kv_groups=groups)
@@ -249,22 +249,18 @@ def test_no_host_holds_more_of_the_curvature_than_a_layer():
     dims = published("7B")
     assert Importance(1, 1024, samples=64).host_bytes(dims, 8) == 0
     few, many = (Importance(1, 1024, curvature=True, samples=samples) for samples in (8, 10_000))
-    packed = sum(256 * (4096 - start) for start in range(0, 4096, 256))
-    assert few.host_bytes(dims, 8) == 16 * packed, "while it is saved"
+    assert few.host_bytes(dims, 8) == 16 * 4096**2, "while it is saved"
     pinned = 4 * 1024 * 4096 * 2 + 2 * 2**25
     assert many.host_bytes(dims, 8) == 1250 * 1024 * 4096 * 2 + pinned, "hidden states of the pass layer by layer"
-    assert replace(few, kv_groups=True).host_bytes(dims, 8) == 16 * packed
+    assert replace(few, kv_groups=True).host_bytes(dims, 8) == 16 * 4096**2
 
 
 @pytest.mark.parametrize(("ranks", "layers"), [(1, 32), (2, 16), (4, 8), (5, 7), (32, 1), (100, 1)])
 @pytest.mark.parametrize("kinds", [1, 2])
 def test_ranks_share_the_curvature_of_layers(kinds, ranks, layers):
     job = Importance(1, 1024, curvature=True, samples=64, kv_groups=kinds == 2)
-    packed = sum(256 * (4096 - start) for start in range(0, 4096, 256))
-    assert packed < 0.54 * 4096**2
-    sent = 8 * packed if ranks > 1 else 0
-    made = 4 * 4096**2 + 12 * 256 * 4096
-    assert job.curvature_bytes(published("7B"), ranks) == 8 * kinds * layers * packed + sent + made
+    own_terms = 8 * kinds * 32 if ranks > 1 else 0
+    assert job.curvature_bytes(published("7B"), ranks) == (8 * kinds * layers + own_terms + 4) * 4096**2
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3])
@@ -272,9 +268,11 @@ def test_memory_of_the_curvature_of_layers(ranks, monkeypatch, tmp_path):
     monkeypatch.setattr(blocks, "CACHE_BYTES", 2**40)  # as on a GPU: in one go
     layers, hidden_size = 5, 600
     with PeakBytes() as counted:
-        see = Curvature({"neurons": (layers, hidden_size)}, 2, tmp_path, SoloWorld(0, ranks)).seeing(counts=True)
+        curvature = Curvature({"neurons": (layers, hidden_size)}, tmp_path, SoloWorld(0, ranks))
+        see = curvature.seeing(counts=True)
         for layer in 2 * list(reversed(range(layers))):
             see["neurons"](layer, torch.randn(4, hidden_size))
+        curvature.end_shard()
     dims = replace(published("7B"), num_layers=layers, hidden_size=hidden_size)
     expected = Importance(1, 4, curvature=True, samples=1).curvature_bytes(dims, ranks)
     assert 0.9 < counted.peak / expected < 1.05
@@ -293,11 +291,13 @@ def test_memory_of_the_gradients_of_weights(ranks, groups, monkeypatch, tmp_path
     channels += [(hidden, hidden)] * 2 + [(hidden // 2, hidden)] * 2 if groups else []
     sizes = {str(number): [size] * layers for number, size in enumerate(channels)}
     with PeakBytes() as counted:
-        seeing = WeightGradients(sizes, 2, tmp_path, SoloWorld(0, ranks)).seeing(counts=True)
+        gradients = WeightGradients(sizes, tmp_path, SoloWorld(0, ranks))
+        seeing = gradients.seeing(counts=True)
         for layer in 2 * list(reversed(range(layers))):
             for name, see in seeing.items():
                 rows, columns = sizes[name][layer]
                 see[layer](torch.randn(1, columns), torch.randn(1, rows))
+        gradients.end_shard()
     expected = Importance(1, 4, weight_gradients=True, kv_groups=groups).gradient_bytes(dims, ranks)
     assert 0.9 < counted.peak / expected < 1.05
 
@@ -337,7 +337,7 @@ def test_products_take_as_much_on_any_number_of_ranks(ranks):
 def test_ranks_share_the_gradients_of_weights(ranks, layers):
     job, largest = Importance(1, 1024, weight_gradients=True, kv_groups=True), 4096 * 11008
     owned = 8 * layers * (3 * largest + 4 * 4096**2)
-    assert job.gradient_bytes(published("7B"), ranks) == owned + (16 if ranks == 1 else 24) * largest
+    assert job.gradient_bytes(published("7B"), ranks) == owned + 4 * largest, "too large for each rank to hold"
     assert job.host_bytes(published("7B"), ranks) == 16 * largest, "while it is saved"
     assert Importance(1, 1024).gradient_bytes(published("7B"), ranks) == 0
 
@@ -346,7 +346,7 @@ def test_curvature_of_a_large_model_with_its_attention_heads_fits_gpus():
     job = Importance(1, 1024, curvature=True, samples=1024, kv_groups=True)
     gpus = Gpus(nodes=2, per_node=8, memory=80 * 2**30)
     assert fits(job, published("70B"), gpus)
-    assert job.curvature_bytes(published("70B"), 16) < 4 * 2**30
+    assert job.curvature_bytes(published("70B"), 16) < 6 * 2**30
 
 
 def of_one_layer(folder, hidden_size, intermediate_size):
@@ -456,7 +456,7 @@ def test_memory_of_the_cheap_refits_of_a_search(dims, kinds, tmp_path, monkeypat
     ],
 )
 def test_memory_of_a_refit_of_experts(rank, ranks, model_type, sizes, tokens, tmp_path, monkeypatch):
-    for module, name in ((triangle, "BLOCK"), (blocks, "CACHE_BYTES")):
+    for module, name in ((gram, "BLOCK"), (blocks, "CACHE_BYTES")):
         monkeypatch.setattr(module, name, 2**40)  # as on a GPU: in one go
     checkpoint = mixture_in(tmp_path / "model", model_type, *sizes)
     windows, world = torch.randint(264, (8 * ranks, tokens)), SoloWorld(rank, ranks)

@@ -30,15 +30,11 @@ def at_the_end(folder, *names, tiny=()):
     return open_checkpoint(checkpoint.path)
 
 
-def told_by_all(work):
-    """What each of two ranks is told."""
-
-    def told(world):
-        with pytest.raises(UserError) as error:
-            work(world)
-        return str(error.value)
-
-    return Ranks(2).run(told)
+def told_by(work):
+    """What the first of two ranks to fail says."""
+    with pytest.raises(UserError) as error:
+        Ranks(2).run(work)
+    return str(error.value)
 
 
 def nothing(_done):
@@ -47,26 +43,23 @@ def nothing(_done):
 
 @pytest.mark.parametrize("name", [DOWN, OUTPUT])
 @pytest.mark.parametrize("method", ["layerwise", "block"])
-def test_refits_layer_by_layer_tell_it_on_all_ranks(tmp_path, method, name):
+def test_refits_layer_by_layer_tell_it(tmp_path, method, name):
     checkpoint = at_the_end(tmp_path / "model", name)
-    told = told_by_all(
+    message = told_by(
         lambda world: refit(method, checkpoint, some_kept(LAYERS), tmp_path / "refit", world=world, windows_ST=WINDOWS)
     )
-    for message in told:
-        assert message.startswith(f"{tmp_path / 'model'}: the new {name} has values up to ")
+    assert message.startswith(f"{tmp_path / 'model'}: the new {name} has values up to ")
     assert not list((tmp_path / "refit").glob("layer-*"))
 
 
 @pytest.mark.parametrize("name", [DOWN, OUTPUT])
-def test_refits_on_dense_activations_tell_it_on_all_ranks(tmp_path, name):
-    """Only one of the ranks solves that layer; another's is saved all the same."""
+def test_refits_on_dense_activations_tell_it(tmp_path, name):
     checkpoint = at_the_end(tmp_path / "model", name)
-    first, *others = told_by_all(
+    message = told_by(
         lambda world: refit("dense", checkpoint, some_kept(LAYERS), tmp_path / "refit", world=world, windows_ST=WINDOWS)
     )
-    assert first.startswith(f"{tmp_path / 'model'}: the new {name} has values up to ") and others == [first]
-    assert first.endswith(", or choose a method with another refit")
-    assert {it.name for it in (tmp_path / "refit").iterdir()} == {"layer-2.safetensors", "layer-2.json"}
+    assert message.startswith(f"{tmp_path / 'model'}: the new {name} has values up to ")
+    assert message.endswith(", or choose a method with another refit")
 
 
 def test_whatever_is_written_is_checked(tmp_path):
@@ -76,7 +69,7 @@ def test_whatever_is_written_is_checked(tmp_path):
         fitted.write(0, new, {})
 
 
-def test_biases_tell_it_on_all_ranks(tmp_path):
+def test_biases_tell_it(tmp_path):
     checkpoint = at_the_end(tmp_path / "model", DOWN, DOWN.replace("down", "up"))
     kept, kinds = some_kept(LAYERS), [checkpoint.structures[kind] for kind in ("neurons", "kv_groups")]
 
@@ -85,12 +78,12 @@ def test_biases_tell_it_on_all_ranks(tmp_path):
         saved = SavedLayers(tmp_path / "biases", kept.layers)
         BiasRefit(checkpoint, kept, kinds, stream, saved, world=world).run(nothing)
 
-    for message in told_by_all(work):
-        assert message.startswith(f"{tmp_path / 'model'}: the new {DOWN.replace('weight', 'bias')} has values up to ")
+    message = told_by(work)
+    assert message.startswith(f"{tmp_path / 'model'}: the new {DOWN.replace('weight', 'bias')} has values up to ")
     assert not list(tmp_path.glob("biases/*"))
 
 
-def test_factors_of_low_rank_tell_it_on_all_ranks(tmp_path):
+def test_factors_of_low_rank_tell_it(tmp_path):
     """Where a projection reads next to nothing, its right factor is all the larger."""
     checkpoint = at_the_end(tmp_path / "model", OUTPUT, tiny=[OUTPUT.replace("o_proj", "v_proj")])
 
@@ -100,7 +93,7 @@ def test_factors_of_low_rank_tell_it_on_all_ranks(tmp_path):
         layers = LowRankLayers(checkpoint, list(ranks), tmp_path / "layers")
         LowRankPass(checkpoint, Sizes(12, ranks, True), stream, layers, whole=whole, world=world).run(nothing)
 
-    first, *others = told_by_all(work)
-    assert first.startswith(f"{tmp_path / 'model'}: the new model.layers.0.self_attn.o_proj.")
-    assert others == [first] and first.endswith(", or choose a method with another allocation")
+    message = told_by(work)
+    assert message.startswith(f"{tmp_path / 'model'}: the new model.layers.0.self_attn.o_proj.")
+    assert message.endswith(", or choose a method with another allocation")
     assert not list(tmp_path.glob("layers/*"))

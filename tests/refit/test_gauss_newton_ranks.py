@@ -1,20 +1,20 @@
-"""Gauss-Newton steps of all ranks together: what no sum holds is refused on all of them."""
+"""Gauss-Newton steps of all ranks together: what is not finite is refused."""
 
 import pytest
 import torch
 from worlds import Ranks
 
 from hfprune_dist.core.gauss_newton import Biases, MlpWeights
-from hfprune_dist.distributed.window_sums import UnusableActivationsError
+from hfprune_dist.distributed.float64_sum import UnusableActivationsError
 from hfprune_dist.refit.gauss_newton_ranks import Reconstruction, Start
 
 MICRO_BATCHES, TOKENS, HIDDEN, KEPT = 5, 6, 3, 4
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 3, 7])
-@pytest.mark.parametrize(("place", "value"), [(0, float("nan")), (1, float("inf")), (2, float("nan")), (3, 1e35)])
-def test_a_target_of_one_rank_that_no_sum_holds_ends_all_ranks(place, value, ranks):
-    """The first micro-batch decides what is in proportion. Some ranks have no micro-batches."""
+@pytest.mark.parametrize("ranks", [1, 7])
+@pytest.mark.parametrize(("place", "value"), [(0, float("nan")), (1, float("inf"))])
+def test_a_target_that_is_not_finite_names_the_layer(place, value, ranks):
+    """Some ranks have no micro-batches."""
     generator = torch.Generator().manual_seed(place)
     inputs = [torch.randn(TOKENS, HIDDEN, generator=generator) for _ in range(MICRO_BATCHES)]
     targets = [torch.randn(TOKENS, HIDDEN, generator=generator) for _ in range(MICRO_BATCHES)]
@@ -34,8 +34,7 @@ def test_a_target_of_one_rank_that_no_sum_holds_ends_all_ranks(place, value, ran
             more_iterations=1,
             world=world,
         )
-        with pytest.raises(UnusableActivationsError, match=r"^activations of layer 7: "):
-            reconstruction.improve(start, start)
-        return world.all_gather(world.rank)
+        reconstruction.improve(start, start)
 
-    assert Ranks(ranks).run(work) == [[*range(ranks)]] * ranks
+    with pytest.raises(UnusableActivationsError, match=r"^activations of layer 7: "):
+        Ranks(ranks).run(work)

@@ -6,7 +6,6 @@ from tempfile import TemporaryDirectory
 
 import pytest
 import torch
-from damage import forbid_reading
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from ranks import SoloWorld
@@ -69,18 +68,6 @@ def test_factors_have_the_same_bits_on_any_number_of_ranks(windows, size, ranks,
     assert all(it.kl == fits[0].kl and torch.equal(it.factors_RC, fits[0].factors_RC) for it in fits)
 
 
-def test_a_state_that_the_first_rank_must_not_read_ends_all_of_them_in_order(model, monkeypatch):
-    (model / "norms.safetensors").touch()
-    forbid_reading(monkeypatch, "norms.safetensors")
-
-    def work(world):
-        with pytest.raises(UserError, match=r"norms.safetensors: Permission denied"):
-            refit_in(model, world=world).fit()
-        return world.all_gather(world.rank)
-
-    assert Ranks(2).run(work) == [[0, 1]] * 2
-
-
 def test_a_refit_that_ends_on_its_way_goes_on_with_its_pass(tmp_path):
     checkpoint_in(tmp_path / "whole" / "model")
     whole, layers = refit_in(tmp_path / "whole").fit(), 2 * 2
@@ -126,10 +113,10 @@ def test_what_is_not_finite_is_one_message_on_all_ranks(model, what):
         refit = refit_in(model, world=world)
         there = refit._gradients.at(torch.ones(refit._gradients.shape, dtype=torch.float64))
         refit._gradients.at = lambda _factors: replace(there, **{what: getattr(there, what) * float("nan")})
-        with pytest.raises(UserError, match=r"^the norms can't be refitted: .* NaN or infinite; set importance\.dtype"):
-            refit.fit()
+        refit.fit()
 
-    Ranks(2).run(fails)
+    with pytest.raises(UserError, match=r"^the norms can't be refitted: .* NaN or infinite; set importance\.dtype"):
+        Ranks(2).run(fails)
     assert not (model / "norms.safetensors").exists()
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from damage import DAMAGES, damage, forbid_reading, nothing_reaches_the_disk
+from damage import DAMAGES, damage, nothing_reaches_the_disk
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from ranks import SoloWorld
@@ -12,7 +12,6 @@ from hfprune_dist.checkpoints import tensor_files
 from hfprune_dist.checkpoints.tensor_files import load_tensors, save_tensors
 from hfprune_dist.core.criteria import CRITERIA
 from hfprune_dist.core.unit_sums import KindSums
-from hfprune_dist.errors import UserError
 from hfprune_dist.scoring import shard_sums
 from hfprune_dist.scoring.kind_totals import KindSizes
 from hfprune_dist.scoring.shard_scorer import SumsOfShard
@@ -43,7 +42,7 @@ def full_shard(number, shapes):
 
 
 def add_rounds(file, rounds=SHARDS, shapes=SHAPES):
-    totals = Accumulation(FULL, shapes, SHARDS, file, SoloWorld(), micro_batches=SHARDS)
+    totals = Accumulation(FULL, shapes, SHARDS, file, SoloWorld())
     while not totals.is_complete and totals.next_shard < rounds:
         show_gradients(totals)
         totals.add_round(full_shard(totals.own_shard, shapes))
@@ -70,7 +69,7 @@ def assert_same_kind(kind, totals, expected):
     assert sums.keys() == expected_sums.keys()
     assert all(torch.equal(sums[name], it) for name, it in expected_sums.items())
     for layer in range(LAYERS):
-        assert torch.equal(totals.mean_curvature(kind, layer, 1), expected.mean_curvature(kind, layer, 1))
+        torch.testing.assert_close(totals.mean_curvature(kind, layer, 1), expected.mean_curvature(kind, layer, 1))
 
 
 @settings(max_examples=40, deadline=None, derandomize=True)
@@ -119,21 +118,6 @@ def test_death_at_any_write_of_any_round_ends_with_the_same_sums(tmp_path, monke
         assert {it.name for it in (file.parent / "curvature").iterdir()} - {str(SHARDS - 1)} == {str(SHARDS)}
 
 
-@pytest.mark.parametrize("lost", ["partial.safetensors", "neurons-0.safetensors", "kv_groups-1.safetensors"])
-def test_a_file_that_one_rank_must_not_read_ends_all_of_them_in_order(tmp_path, monkeypatch, lost):
-    """Rank 0 reads what all resume from; each rank, the matrices of its own layers."""
-    file = tmp_path / "partial.safetensors"
-    add_rounds(file, 3)
-    forbid_reading(monkeypatch, lost)
-
-    def work(world):
-        with pytest.raises(UserError, match=f"{lost}: Permission denied; check the permissions"):
-            Accumulation(FULL, SHAPES, SHARDS, file, world, micro_batches=SHARDS)
-        return world.all_gather(world.rank)
-
-    assert Ranks(2).run(work) == [[0, 1]] * 2
-
-
 @pytest.mark.parametrize("replaced", [None, {"total": torch.zeros(HIDDEN, HIDDEN)}, {"sum": torch.zeros(2)}])
 def test_a_pass_whose_curvature_is_missing_or_of_another_begins_anew(tmp_path, capsys, replaced):
     file, lost = tmp_path / "partial.safetensors", tmp_path / "curvature" / "3" / "kv_groups-1.safetensors"
@@ -160,7 +144,7 @@ def test_where_ranks_own_much_not_every_round_is_saved_and_nothing_is_lost_at_an
     owned = 2 * -(-LAYERS // size) * HIDDEN**2 * 8
 
     def go_on(world, rounds):
-        totals = Accumulation(FULL, SHAPES, SHARDS, file, world, micro_batches=SHARDS)
+        totals = Accumulation(FULL, SHAPES, SHARDS, file, world)
         where, begun_at = [], totals.next_shard
         while not totals.is_complete and len(where) < rounds:
             show_gradients(totals)
@@ -207,7 +191,6 @@ def test_a_file_of_another_pass_is_set_aside(tmp_path, capsys, other):
         other.get("shards", SHARDS),
         file,
         SoloWorld(),
-        micro_batches=SHARDS,
     )
     assert totals.next_shard == 0 and not any(it.any() for it in totals.kinds["neurons"].sums.values())
     assert not file.exists()
@@ -218,7 +201,7 @@ def test_a_file_of_another_pass_is_set_aside(tmp_path, capsys, other):
 def test_a_whole_file_is_taken_up(tmp_path, capsys):
     file = tmp_path / "partial.safetensors"
     add_rounds(file, 3)
-    assert Accumulation(FULL, SHAPES, SHARDS, file, SoloWorld(), micro_batches=SHARDS).next_shard == 3
+    assert Accumulation(FULL, SHAPES, SHARDS, file, SoloWorld()).next_shard == 3
     assert_same(add_rounds(file), add_rounds(tmp_path / "expected" / "partial.safetensors"))
     assert not capsys.readouterr().out
 
@@ -229,9 +212,8 @@ def test_of_neurons_alone_the_file_says_nothing_of_kinds(tmp_path):
     saved, _ = load_tensors(file)
     sums = {f"sums.{it.name}": (torch.float64, (LAYERS, 6)) for it in FULL}
     losses = {f"loss.{name}": (torch.float64, ()) for name in ("entropy", "random_signs")}
-    curvature = {"curvature.first": (torch.float64, (LAYERS, HIDDEN))}
     rest = {"next_shard": (torch.int64, ())}
-    assert {name: (it.dtype, tuple(it.shape)) for name, it in saved.items()} == sums | losses | curvature | rest
+    assert {name: (it.dtype, tuple(it.shape)) for name, it in saved.items()} == sums | losses | rest
     for criterion in FULL:
         assert torch.equal(saved[f"sums.{criterion.name}"], totals.kinds["neurons"].sums[criterion.name])
 

@@ -7,10 +7,8 @@ import pytest
 import torch
 from ranks import run_stage
 from tiny import save_tiny
-from worlds import Ranks, run_in_threads, until_told
+from worlds import Ranks, run_in_threads
 
-from hfprune_dist.distributed import world as worlds
-from hfprune_dist.stages import efficiency
 from hfprune_dist.stages.efficiency import RESULTS
 from hfprune_dist.store.artifacts import Store
 from hfprune_dist.store.machine import usable_cores
@@ -83,10 +81,3 @@ def test_it_runs_in_an_interpreter_of_its_own(source, tmp_path):
     result = run_stage(store, stage, interpreters=True)
     assert result.returncode == 0, result.stderr[-2000:]
     assert len(metrics_of(store, stage)["runs"]) == 1
-
-
-def test_ranks_that_wait_for_models_to_be_loaded_hear_of_it(source, tmp_path, monkeypatch):
-    ranks = Ranks(2)
-    monkeypatch.setattr(worlds, "TELL_EVERY_S", 0.001)
-    monkeypatch.setattr(efficiency, "load_causal_lm", until_told(ranks, efficiency.load_causal_lm))
-    run_in_threads(Store(tmp_path), stage_of(source, batch_sizes=[1], prompt_tokens=[4], repeats=1), ranks)

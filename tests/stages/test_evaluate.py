@@ -1,8 +1,6 @@
-import errno
 import itertools
 import json
 import math
-import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +16,6 @@ from hypothesis import strategies as st
 from ranks import SoloWorld, killing, run_ranks
 from safetensors.torch import load_file, save_file
 from tiny import save_tiny, tiny_text, tiny_tokenizer, write_documents
-from worlds import Ranks
 
 from hfprune_dist.checkpoints.checkpoint import open_checkpoint
 from hfprune_dist.config.schema import EvaluationConfig, RuntimeConfig
@@ -514,35 +511,6 @@ def test_a_broken_task_is_named(inputs, tmp_path, change, message):
     store = Store(tmp_path / "store")
     with pytest.raises(UserError, match=message):
         run_alone(store, write_stage_file(store, broken, ["tiny_broken"]))
-
-
-@pytest.mark.parametrize("what", ["the model", "a window", "a task", "a result"])
-def test_what_fails_on_one_rank_ends_all_of_them_in_order(inputs, tmp_path, monkeypatch, what):
-    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), what)
-    load, hidden, write = evaluate.FrozenModel, evaluate.DenseStates.hidden, evaluate.write_json
-
-    def fail(*_):
-        raise full
-
-    def load_on_first(*arguments):
-        return load(*arguments) if arguments[-1].is_first else fail()
-
-    patches = {
-        "the model": (evaluate, "FrozenModel", load_on_first),
-        "a window": (evaluate.DenseStates, "hidden", lambda *them: fail() if them[1] == 1 else hidden(*them)),
-        "a task": (evaluate, "_run_task", fail),
-        "a result": (evaluate, "write_json", lambda it, *them: fail() if "tasks" in it.parts else write(it, *them)),
-    }
-    monkeypatch.setattr(*patches[what])
-    store = Store(tmp_path)
-    stage = write_stage_file(store, inputs, ["tiny_lonely"])
-
-    def work(world):
-        with pytest.raises(UserError, match=f"{what}: No space left on device"):
-            evaluate.run(Context(stage, store, world, RuntimeConfig(sharding="replicate"), Progress(None), {}, {}, 1))
-        return world.all_gather(world.rank)
-
-    assert Ranks(2).run(work) == [[0, 1]] * 2
 
 
 def test_a_name_with_slashes_is_a_file_not_a_folder(inputs, tmp_path):

@@ -9,25 +9,18 @@ from core_definition import (
     definition,
     moments,
 )
-from damage import fill_disk
-from ranks import failure_of, killing, run_stage, write_stage_file
+from ranks import failure_of, killing, run_stage
 from safetensors.torch import load_file, save_file
 from tiny import save_tiny, tiny_model, write_documents
 from worlds import Death, Ranks, run_in_threads, without_deepspeed
 
-from hfprune_dist.checkpoints import tensor_files
 from hfprune_dist.checkpoints.checkpoint import open_checkpoint
-from hfprune_dist.config.schema import RuntimeConfig
 from hfprune_dist.core.criteria import CRITERIA
 from hfprune_dist.core.elimination import elimination_scores
-from hfprune_dist.core.gram import UnresolvedError
 from hfprune_dist.data.windows import read_windows
-from hfprune_dist.errors import UserError
-from hfprune_dist.stages import calibration_windows, importance
-from hfprune_dist.stages.context import Context
+from hfprune_dist.stages import calibration_windows
 from hfprune_dist.store.artifacts import Store
 from hfprune_dist.store.hashing import FileHashes
-from hfprune_dist.store.heartbeat import Progress
 from hfprune_dist.store.stage import Input, Stage
 from hfprune_dist.structures.score_names import score_name, scores_of_layers
 
@@ -103,32 +96,6 @@ def test_any_number_of_ranks_gives_the_same_bits(on_one_rank, ranks, interpreter
         assert torch.equal(scores_of(many, stage)[name], expected), name
     windows = "windows.safetensors"
     assert (many.path(stage.id) / windows).read_bytes() == (one.path(stage.id) / windows).read_bytes()
-
-
-@pytest.mark.parametrize("what", ["rounding errors", "the probe"])
-def test_what_fails_on_one_rank_ends_all_of_them_in_order(tmp_path, monkeypatch, what):
-    """Scores of a layer are one rank's work; the probe is saved by rank 0, after a round."""
-    without_deepspeed(monkeypatch)
-    stage, store = make_stage(tmp_path, samples=3, sequence_length=16), Store(tmp_path / "store")
-    write_stage_file(store, stage)
-    message = "activations of layer 1: some are so large that others are lost in rounding; check the checkpoint"
-    if what == "the probe":
-        fill_disk(monkeypatch, tensor_files, "probe.draft")
-        message = "No space left on device; make room"
-
-    def lost_in_layer_1(_criterion, sums_N, layer):
-        if layer.number == 1:
-            raise UnresolvedError
-        return sums_N
-
-    monkeypatch.setattr(importance, "scores_from_sums", lost_in_layer_1)
-
-    def work(world):
-        with pytest.raises(UserError, match=message):
-            importance.run(Context(stage, store, world, RuntimeConfig(), Progress(None), {}, {}, 1))
-        return world.all_gather(world.rank)
-
-    assert Ranks(2).run(work) == [[0, 1]] * 2
 
 
 @pytest.mark.parametrize("lost", [None, "windows.json", "windows.safetensors", "damaged"])
@@ -213,13 +180,17 @@ def test_all_criteria_at_once_on_any_number_of_ranks(tmp_path):
     assert not torch.equal(scores["layers.0.random"], scores["layers.1.random"])
 
 
-def test_two_ranks_of_which_one_has_a_shorter_shard_have_the_bits_of_one(tmp_path):
-    """Shards have four and two micro-batches; the second rank keeps step with the first in forwards and backwards."""
+def test_two_ranks_of_which_one_has_a_shorter_shard_have_the_scores_of_one(tmp_path):
+    """Shards have four and two micro-batches; the second rank keeps step with the first in forwards and backwards. With
+    curvature, they are equal up to rounding.
+    """
     criteria = ["surgeon", "cross_entropy"]
     stage = make_stage(tmp_path, criteria=criteria, shape=SHARDED, samples=6, micro_batch_size=1, shard_size=4)
     one, two = (run_in(tmp_path / str(ranks), stage, ranks) for ranks in (1, 2))
     for name, expected in scores_of(one, stage).items():
-        assert torch.equal(scores_of(two, stage)[name], expected), name
+        found = scores_of(two, stage)[name]
+        assert torch.equal(found, expected) or name.endswith("surgeon"), name
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-9)
 
 
 @pytest.mark.parametrize("criteria", [["activation"], ["magnitude", "random"]])

@@ -18,13 +18,11 @@ from safetensors.torch import load_file
 from tiny import save_tiny, write_pairs
 from tracked import require_reported
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from worlds import Ranks, until_told
 
 from hfprune_dist.checkpoints.checkpoint import open_checkpoint
 from hfprune_dist.config.schema import RuntimeConfig, Tracker
 from hfprune_dist.config.training import RecoveryConfig
 from hfprune_dist.data.instructions import RowCounts, save_rows
-from hfprune_dist.distributed import world as worlds
 from hfprune_dist.distributed.world import World
 from hfprune_dist.errors import UserError
 from hfprune_dist.stages import instruction_tuning
@@ -220,24 +218,6 @@ def test_stages_that_differ_in_training_alone_share_their_rows(tmp_path, source,
     for changes in ({"sequence_length": 256}, {"samples": 2}, {"response_field": "instruction"}):
         with pytest.raises(AssertionError, match="tokenized again"):
             prepare_rows(write_stage_file(tmp_path, source, **changes))
-
-
-@pytest.mark.parametrize("what", ["take_all", "save", "is_usable", "the cache"])
-def test_ranks_that_wait_for_rows_hear_of_it(tmp_path, source, monkeypatch, what):
-    """They hear of it however long it takes to tokenize, to pack or to check what is there."""
-    ranks, run = Ranks(2), write_stage_file(tmp_path, source)
-    expected = prepare_rows(run)
-    owner, name = {"is_usable": (instruction_tuning, what), "the cache": (cache.FileCache, "take")}.get(
-        what, (instruction_tuning._Collector, what)
-    )
-    if owner is instruction_tuning._Collector:
-        shutil.rmtree(run.store.root)
-        run = write_stage_file(tmp_path, source)
-    elif what == "the cache":
-        (run.store.work(run.stage.id) / instruction_tuning.ROWS).unlink()
-    monkeypatch.setattr(worlds, "TELL_EVERY_S", 0.001)
-    monkeypatch.setattr(owner, name, until_told(ranks, getattr(owner, name)))
-    assert ranks.run(lambda world: prepare_rows(run, world)) == [expected] * 2
 
 
 def test_another_tokenizer_makes_its_own_rows(tmp_path, source, monkeypatch):

@@ -141,19 +141,6 @@ def test_a_damaged_memory_is_none(tmp_path, reads, entry):
     assert FileHashes(cache).of_file(file) == expected and len(reads) == 2
 
 
-@settings(max_examples=30, deadline=None, derandomize=True)
-@given(size=st.integers(0, 40), chunk=st.integers(1, 9))
-def test_others_hear_of_every_piece_of_a_large_file(tmp_path_factory, size, chunk):
-    file = tmp_path_factory.mktemp("large") / "weights"
-    content = bytes(range(size))
-    file.write_bytes(content)
-    calls = []
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(identity, "CHUNK_BYTES", chunk)
-        digest = FileHashes(None).of_file(file, lambda: calls.append(1))
-    assert digest == hashlib.sha256(content).hexdigest() and len(calls) == -(-size // chunk)
-
-
 @pytest.fixture
 def all_large(monkeypatch):
     monkeypatch.setattr(identity, "LARGE_BYTES", 1)
@@ -168,24 +155,11 @@ def files_of_sizes(folder, *sizes):
 
 
 @pytest.mark.usefixtures("all_large")
-@pytest.mark.parametrize("sizes", [(9, 17, 0, 30), (5, 0), (0, 0), ()])
-def test_large_files_are_read_side_by_side_and_others_hear_of_it_from_one_thread(tmp_path, sizes):
-    """The digest is the same as for files read one after another."""
+@pytest.mark.parametrize("sizes", [(9, 17, 0, 30), (5, 0), ()])
+def test_large_files_have_the_digest_that_they_have_one_after_another(tmp_path, sizes):
     names = [file.name for file in files_of_sizes(tmp_path, *sizes)]
-    readers, heard, compute = set(), [], FileHashes._compute
-
-    def read(self, file, *rest):
-        readers.add(threading.get_ident())
-        return compute(self, file, *rest)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(FileHashes, "_compute", read)
-        digest = FileHashes(None).of_files(tmp_path, names, lambda: heard.append(threading.get_ident()))
     one_by_one = {name: hashlib.sha256((tmp_path / name).read_bytes()).hexdigest() for name in names}
-    assert digest == digest_of(one_by_one)
-    assert heard == [threading.get_ident()] * sum(-(-size // 4) for size in sizes)
-    has_threads = sum(size > 0 for size in sizes) > 1
-    assert bool(readers - {threading.get_ident()}) == has_threads
+    assert FileHashes(None).of_files(tmp_path, names) == digest_of(one_by_one)
 
 
 @pytest.mark.usefixtures("all_large")
@@ -194,35 +168,12 @@ def test_large_files_wait_for_each_other_only_where_cores_are_few(tmp_path, monk
     monkeypatch.setattr(identity, "usable_cores", lambda: 2)
     meeting = threading.Barrier(2, timeout=60)
 
-    def work(file, tell):
+    def work(file):
         meeting.wait()
-        tell()
         return file.name
 
     files = files_of_sizes(tmp_path, 8, 8)
-    assert list(for_each_file(files, work, lambda: None).values()) == [file.name for file in files]
-
-
-@pytest.mark.usefixtures("all_large")
-def test_nobody_reads_on_once_a_stage_has_ended(tmp_path):
-    class LostError(Exception):
-        pass
-
-    def lost():
-        raise LostError
-
-    pieces = []
-
-    def endless(_file, tell):
-        while True:
-            pieces.append(1)
-            tell()
-
-    with pytest.raises(LostError):
-        for_each_file(files_of_sizes(tmp_path, 8, 8, 8), endless, lost)
-    read = len(pieces)
-    time.sleep(0.05)
-    assert len(pieces) == read, "threads have ended"
+    assert list(for_each_file(files, work).values()) == [file.name for file in files]
 
 
 @pytest.mark.usefixtures("all_large")
@@ -231,7 +182,7 @@ def test_of_large_files_that_can_not_be_read_the_first_is_named(tmp_path):
     for file in list(files)[1:]:
         file.unlink()
     with pytest.raises(UserError, match=r"1.safetensors: No such file"):
-        for_each_file(files, FileHashes(None).of_file, lambda: None)
+        for_each_file(files, FileHashes(None).of_file)
 
 
 def test_what_can_not_be_read_is_named(tmp_path):
