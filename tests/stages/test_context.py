@@ -8,6 +8,7 @@ import pytest
 from ranks import SoloWorld
 
 from hfprune_dist.config.schema import RuntimeConfig
+from hfprune_dist.data.formats import identity_of
 from hfprune_dist.errors import LostInputError
 from hfprune_dist.planning.user_files import ChangedInputError
 from hfprune_dist.stages.context import Context
@@ -43,7 +44,10 @@ def make_need(store):
 
 def begin(store, text, claim=None):
     """Begin a stage that reads an artifact and a text, with progress and all that others leave in its work folder."""
-    inputs = {"importance": NEED.as_input(), "text": Input(FileHashes(None).of_file(text), str(text), content="text")}
+    inputs = {
+        "importance": NEED.as_input(),
+        "text": Input(identity_of(text, FileHashes(None)), str(text), content="text"),
+    }
     stage = Stage("prune", "a", {}, inputs)
     context = Context(stage, store, SoloWorld(), RuntimeConfig(), Progress(None), {}, {}, 1, claim)
     context.work.mkdir(parents=True, exist_ok=True)
