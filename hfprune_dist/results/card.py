@@ -7,7 +7,7 @@ The format: https://huggingface.co/docs/hub/model-cards; the metadata is written
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -405,22 +405,11 @@ def _versions(provenance: Mapping[str, Any]) -> str:
 
 @dataclass(frozen=True)
 class Score:
-    """One number.
-
-    Attributes:
-        place: type (or id), config, split and revision of the data set, as far as it has them; identifies it.
-        dataset: the data set, described for people in Markdown.
-        metric: identifier of the metric.
-        title: the metric, described for people.
-        error: standard error, None if it isn't known.
-        dense: the dense model's value; None if it was not measured in the same way.
+    """One number in the hub's format, its standard error, if that is known, and the dense model's value, if it was
+    measured in the same way.
     """
 
-    place: Mapping[str, str]
-    dataset: str
-    metric: str
-    title: str
-    value: float
+    result: EvalResult
     error: float | None
     dense: float | None
 
@@ -462,41 +451,42 @@ def _tasks(subject: Subject) -> Iterator[Score]:
 
 
 def _score(
-    place: Mapping[str, str],
-    dataset: str,
-    metric: str,
-    title: str,
-    found: Mapping[str, Any],
-    dense: Mapping[str, Any],
+    place: Mapping[str, str], dataset: str, metric: str, title: str, found: Mapping[str, Any], dense: Mapping[str, Any]
 ) -> Iterator[Score]:
-    """The score if it is known."""
-    if (value := found.get(metric)) is not None:
-        yield Score(place, dataset, metric, title, value, found.get(f"{metric}_stderr"), dense.get(metric))
+    """The score if it is known.
 
-
-def eval_results(scores: Sequence[Score]) -> list[EvalResult]:
-    """Convert scores to the hub's format, in which a standard error is a metric of its own, ``<metric>_stderr``."""
+    Args:
+        place: type (or id), config, split and revision of the data set, as far as it has them; identifies it.
+        dataset: the data set, described for people in Markdown.
+        title: the metric, described for people.
+    """
     from huggingface_hub import EvalResult
 
-    def result(score: Score, metric: str, title: str, value: float) -> EvalResult:
-        return EvalResult(
+    if (value := found.get(metric)) is not None:
+        result = EvalResult(
             task_type=TASK_TYPE,
             task_name=TASK_NAME,
-            dataset_name=score.dataset,
-            dataset_type=score.place["type"],
-            dataset_config=score.place.get("config") or None,
-            dataset_split=score.place.get("split"),
-            dataset_revision=score.place.get("revision"),
+            dataset_name=dataset,
+            dataset_type=place["type"],
+            dataset_config=place.get("config") or None,
+            dataset_split=place.get("split"),
+            dataset_revision=place.get("revision"),
             metric_type=metric,
             metric_name=title,
             metric_value=value,
         )
+        yield Score(result, found.get(f"{metric}_stderr"), dense.get(metric))
 
+
+def eval_results(scores: Sequence[Score]) -> list[EvalResult]:
+    """The scores in the hub's format, in which a standard error is a metric of its own, ``<metric>_stderr``."""
     listed = []
     for it in scores:
-        listed.append(result(it, it.metric, it.title, it.value))
+        metric = it.result.metric_type
+        listed.append(it.result)
         if it.error is not None:
-            listed.append(result(it, f"{it.metric}_stderr", f"standard error of {it.metric}", it.error))
+            name = f"standard error of {metric}"
+            listed.append(replace(it.result, metric_type=f"{metric}_stderr", metric_name=name, metric_value=it.error))
     return listed
 
 
@@ -507,7 +497,8 @@ def scores_table(scores: Sequence[Score]) -> str:
     for it in scores:
         error = "" if it.error is None else f" ± {it.error:.2g}"
         dense = "-" if it.dense is None else f"{it.dense:.5g}"
-        told = ["" if it.dataset == before else it.dataset, escaped(it.title)]
-        lines.append([*told, f"{it.value:.5g}{error}", *[dense] * with_dense])
-        before = it.dataset
+        dataset, title = it.result.dataset_name, escaped(it.result.metric_name or "")
+        lines.append(["" if dataset == before else dataset, title, f"{it.result.metric_value:.5g}{error}"])
+        lines[-1] += [dense] * with_dense
+        before = dataset
     return table(["on", "metric", "value", *["dense"] * with_dense], lines)

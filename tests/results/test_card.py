@@ -137,7 +137,9 @@ def test_results_of_several_texts_come_back_as_they_were(config, tmp_path):
         "0" * 40,
     )
     assert all(isinstance(it, EvalResult) and math.isfinite(it.metric_value) for it in read)
-    assert [it.dense for it in scores_of(subject) if it.metric == "kl"] == [0.0, 0.0], "of each text the dense model's"
+    assert [it.dense for it in scores_of(subject) if it.result.metric_type == "kl"] == [0.0, 0.0], (
+        "of each text the dense model's"
+    )
 
 
 def test_people_read_how_it_was_made(config, tmp_path):
