@@ -235,7 +235,7 @@ def rank_processes(out: Path, stage: str) -> dict[int, psutil.Process]:
     for process in psutil.process_iter():
         try:
             line = process.cmdline()
-            if "submitit.core._submit" in line and folders & set(line):
+            if "hfprune_launch.slurm.job" in line and folders & set(line):
                 environment = process.environ()
                 if "SLURM_PROCID" in environment and process.name().startswith("python"):
                     found[int(environment["SLURM_PROCID"])] = process

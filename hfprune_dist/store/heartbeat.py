@@ -17,6 +17,7 @@ from hfprune_dist.store.atomic_files import listed, read_record, write_json
 PROGRESS = "progress.json"
 FAILURES = "failure.*.json"
 WRITE_INTERVAL_S = 0.5
+OUT_OF_MEMORY = "out of memory"
 # Error messages of the other ranks of a stage when one of them has died or hangs.
 LOST_RANK = re.compile(
     r"closed by peer|connection (reset|refused)|broken pipe|remote process exited|recvvalue failed|gloo.*timeout"
@@ -108,7 +109,7 @@ def read_heartbeat(work: Path) -> Heartbeat | None:
 @dataclass(frozen=True)
 class Failure:
     """Why a stage ended early: ``cause`` is input (the user can fix it), lost input (an artifact must be made again),
-    code (we must fix it) or killed (from outside); a backend may give others, e.g. node failure.
+    code (we must fix it), out of memory, or killed (from outside); a backend may give others, e.g. bad node.
 
     ``rank`` is -1 if the launcher noticed the failure, not a rank. ``attempt`` is the number of the attempt that
     failed; None in records older than this field.
@@ -148,8 +149,15 @@ def write_failure(work: Path, error: BaseException, rank: int, attempt: int | No
         failure = Failure(error.CAUSE, str(error), rank, time.time(), attempt)
     else:
         message = "".join(traceback.format_exception(error)[-3:]).strip()
-        failure = Failure("code", message, rank, time.time(), attempt)
+        cause = OUT_OF_MEMORY if _is_out_of_memory(error) else "code"
+        failure = Failure(cause, message, rank, time.time(), attempt)
     write_failure_record(work, failure)
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says so: torch's for GPUs has a class of its own, that of its allocator for CPUs none."""
+    named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    return named or re.search("can(no|')t allocate memory|_STATUS_ALLOC_FAILED", str(error)) is not None
 
 
 def write_failure_record(work: Path, failure: Failure) -> None:

@@ -2,9 +2,11 @@
 
 <store>/attempts/<kind>/<fingerprint>/<number>/
     intent.json        what is about to be submitted, and its job name; written before sbatch
-    stage.pkl, job.sh  what is submitted
+    job.sh             what is submitted
+    environment.sh     the profile's setup and environment, which it sources and only its owner can read
     job.json           the id that Slurm gave; if a launcher dies before writing it, the job is found by its name
     run.<id>.<n>.json  the n-th start of the job (it may be requeued): nodes, times of start and end, progress
+    exit.<id>.<n>      with what exit code that start ended, as the batch script says unless it was killed
     end.json           how the attempt ended, and why
     *_log.out, *.err   output of the ranks
 
@@ -15,7 +17,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from hfprune_dist.store.atomic_files import as_record, read_json
 
@@ -81,6 +83,20 @@ class Run:
     ended: float | None = None
     how: str | None = None
     progress: dict[str, Any] | None = None
+
+
+class ExitRecord(NamedTuple):
+    """What the batch script recorded at the end of one start of its job.
+
+    Attributes:
+        restart: as of ``Run``.
+        code: the exit code: srun's, or that of what failed before srun.
+        message: what failed before srun; empty otherwise.
+    """
+
+    restart: int
+    code: int
+    message: str
 
 
 @dataclass(frozen=True)

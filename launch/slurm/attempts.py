@@ -20,13 +20,15 @@ from hfprune_launch.slurm.attempt_records import (
     INTENT,
     JOB,
     End,
+    ExitRecord,
     Intent,
     Job,
     Run,
     job_name_of,
     read_attempt_record,
+    read_script,
 )
-from hfprune_launch.slurm.causes import NOT_ACCEPTED, Cause
+from hfprune_launch.slurm.causes import Cause
 
 from hfprune_dist.errors import UserError
 from hfprune_dist.store.atomic_files import listed, locked, modified_at, write_json
@@ -80,6 +82,13 @@ class JobAttempt:
 
     def record_run(self, run: Run) -> None:
         write_json(self.folder / f"run.{run.job_id}.{run.restart}.json", asdict(run))
+
+    def exit_record(self) -> ExitRecord | None:
+        """Return what the batch script recorded at the end of the job's last start; None if it was killed."""
+        found = [_read_exit(file) for file in listed(self.folder, f"exit.{self.job_id}.*")]
+        last = max((it for it in found if it is not None), default=None)
+        runs = self.runs()
+        return None if last is None or (runs and runs[-1].restart > last.restart) else last
 
     def run_seconds(self, now: float) -> float:
         """Return the seconds during which the job held its nodes, over all of its starts."""
@@ -187,7 +196,7 @@ class Attempts:
     def _next(self, stage_id: str) -> tuple[int, str]:
         """Return number and job name of the next attempt: those of the last one if its job was not accepted."""
         last = self.last(stage_id)
-        if last is not None and last.end is not None and last.end.cause in NOT_ACCEPTED:
+        if last is not None and last.end is not None and last.end.cause == Cause.NOT_ACCEPTED:
             return last.intent.number, last.intent.job_name
         number = 1 + max((number for number, _ in _numbered(self._root / stage_id)), default=0)
         return number, job_name_of(stage_id, number) + uuid.uuid4().hex[:8]
@@ -202,3 +211,9 @@ class Attempts:
 def _numbered(folder: Path) -> list[tuple[int, Path]]:
     """Return number and path of each attempt in a stage's folder; stray files have other names."""
     return [(int(path.name), path) for path in listed(folder, "*") if re.fullmatch("[1-9][0-9]*", path.name)]
+
+
+def _read_exit(file: Path) -> ExitRecord | None:
+    code, _, message = read_script(file).strip().partition(" ")
+    number = file.suffix[1:]
+    return ExitRecord(int(number), int(code), message) if number.isdecimal() and code.isdecimal() else None

@@ -11,19 +11,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hfprune_launch.slurm.attempt_records import SCRIPT, read_script
-from hfprune_launch.slurm.job import StageJob
-from hfprune_launch.slurm.log_signs import SETUP_FAILED, START
+from hfprune_launch.slurm.exit_causes import START
 from hfprune_launch.slurm.profile import Resources
-from submitit.core.utils import DelayedSubmission
 from submitit.slurm.slurm import SlurmExecutor
 
 from hfprune_dist.distributed.threads import threads_allowed
 from hfprune_dist.errors import UserError
 from hfprune_dist.results.formats import counted
-from hfprune_dist.store.atomic_files import fsync_path, write_text
+from hfprune_dist.store.atomic_files import write_text
 from hfprune_dist.store.stage import Stage
 
-PICKLE = "stage.pkl"
 # The profile's setup and environment, which may hold secrets: sourced by the batch script, readable by its owner alone.
 ENVIRONMENT = "environment.sh"
 # Characters that the path of a job can't contain, and why.
@@ -33,7 +30,7 @@ UNUSABLE = {
     ":": "it separates the folders of PYTHONPATH",
 }
 # Lines of a script that differ between jobs of one profile, or with the version of the code.
-OF_ONE_JOB = ("#SBATCH --dependency=", "#SBATCH --chdir=", "export HFPRUNE_CODE=", "export PYTHONPATH=", "ln -sfn ")
+OF_ONE_JOB = ("#SBATCH --dependency=", "#SBATCH --chdir=", "export HFPRUNE_CODE=", "export PYTHONPATH=")
 # Variables (SLURM_...) from which srun reads options. A job inherits them from a launcher that runs inside another job
 # or whose user sets them for other work; Slurm itself sets only those for options with which the job was submitted.
 SRUN_VARIABLES = (
@@ -58,7 +55,7 @@ class Request:
     """One job to submit.
 
     Attributes:
-        folder: the attempt's folder, which receives script, pickle and logs.
+        folder: the attempt's folder, which receives script and logs.
         after_ok: ids of jobs that must have succeeded before it starts.
         after_any: id of a job that must have ended, in any way, before it starts (``--max-running``).
         exclude: nodes that failed earlier attempts.
@@ -122,6 +119,7 @@ def batch_script(request: Request) -> str:
         additional_parameters={**_common_options(request), **resources.sbatch},
         setup=_setup(request),
         srun_args=_srun_arguments(resources),
+        teardown=["hfprune_end $?"],
     )
     return executor.text()
 
@@ -144,12 +142,8 @@ def _of_profile(script: str) -> list[str]:
     return [line.replace(folder[1], "") for line in script.splitlines() if not line.startswith(OF_ONE_JOB)]
 
 
-def write_submission(request: Request, store: Path) -> Path:
-    """Write the pickle, the batch script and what it sources into the attempt's folder; return the script."""
-    submission = DelayedSubmission(StageJob(str(store.resolve()), request.stage.id))
-    submission.set_timeout(request.resources.time_minutes, 0)
-    submission.dump(request.folder / PICKLE)
-    fsync_path(request.folder / PICKLE)
+def write_submission(request: Request) -> Path:
+    """Write the batch script and what it sources into the attempt's folder; return the script."""
     if environment := environment_script(request):
         write_text(request.folder / ENVIRONMENT, environment, mode=0o600)
     write_text(request.folder / SCRIPT, batch_script(request))
@@ -157,18 +151,15 @@ def write_submission(request: Request, store: Path) -> Path:
 
 
 class _TextExecutor(SlurmExecutor):  # type: ignore[misc]
-    """submitit's executor, used only to write scripts: works without Slurm, and submits nothing itself.
-
-    submitit itself moves a job's pickle into place after sbatch, so a launcher that dies in between leaves a job that
-    fails. Our pickle is there before, and the batch script links it to the name that submitit expects.
-    """
+    """submitit's executor, used only to write scripts: works without Slurm, and submits nothing itself."""
 
     @classmethod
     def affinity(cls) -> int:
         return 2
 
     def text(self) -> str:
-        text: str = self._make_submission_file_text(self._submitit_command_str, "")
+        command = f"{self.python} -u -m hfprune_launch.slurm.job {shlex.quote(str(self.folder))}"
+        text: str = self._make_submission_file_text(command, "")
         return text
 
 
@@ -186,12 +177,17 @@ def _common_options(request: Request) -> dict[str, str | bool]:
 
 
 def _setup(request: Request) -> list[str]:
-    """Return the shell lines before srun: the profile's setup and environment, and a link to the pickle by job id."""
+    """Return the shell lines before srun, among them the profile's setup and environment."""
     snapshot, resources, folder = shlex.quote(str(request.snapshot)), request.resources, request.folder.resolve()
     own = [*([f"{counted(len(resources.setup), 'line')} of setup"] if resources.setup else []), *resources.environment]
-    sourced = [f". {shlex.quote(str(folder / ENVIRONMENT))}  # {', '.join(own)}", "[ $? = 0 ] || exit 1"]
+    sourced = [
+        f". {shlex.quote(str(folder / ENVIRONMENT))}  # {', '.join(own)}",
+        "[ $? = 0 ] || hfprune_end 1 setup in the profile can not be read",
+    ]
     return [
         f'echo "{START} ${{SLURM_RESTART_COUNT:-0}}" >&2',
+        f'hfprune_record={shlex.quote(str(folder))}/"exit.$SLURM_JOB_ID.${{SLURM_RESTART_COUNT:-0}}"',
+        'hfprune_end() { echo "$@" >"$hfprune_record.new" && mv "$hfprune_record.new" "$hfprune_record"; exit "$1"; }',
         f'unset {" ".join(_foreign_variables(resources))} "${{!SRUN_@}}"',
         f"export OMP_NUM_THREADS={request.threads}",
         # Python doesn't notice bytecode that a full disk has cut off, and nobody else should run what a job writes.
@@ -199,7 +195,6 @@ def _setup(request: Request) -> list[str]:
         *(sourced if own else []),
         f"export HFPRUNE_CODE={snapshot}",
         f"export PYTHONPATH={snapshot}${{PYTHONPATH:+:$PYTHONPATH}}",
-        f'ln -sfn {PICKLE} {shlex.quote(str(folder))}/"${{SLURM_JOB_ID}}_submitted.pkl"',
     ]
 
 
@@ -223,18 +218,17 @@ def _foreign_variables(resources: Resources) -> list[str]:
 
 
 def _checked(setup: Sequence[str]) -> list[str]:
-    """Return setup lines such that the first one that fails ends the job and is named in its log.
+    """Return setup lines such that the first one that fails ends the job and is named in its record.
 
     As with ``set -e``, conditions may fail; unlike with it, so may commands inside functions and sourced files.
     """
     if not setup:
         return []
     # LINENO counts the two lines of ours that come first.
-    say = f'echo "{SETUP_FAILED} with exit code $hfprune_code in line $((LINENO - 2)) of setup in the profile" >&2'
-    end = "trap - EXIT; exit $hfprune_code"
+    end = "hfprune_end $hfprune_code setup in the profile failed in its line $((LINENO - 2))"
     return [  # in a file that the batch script sources, so that commands of its own have a depth of two
-        f"trap 'hfprune_code=$?; if [ ${{#BASH_SOURCE[@]}} = 2 ]; then {say}; {end}; fi' ERR",
-        f"trap 'echo \"{SETUP_FAILED}: a line of it ended the job\" >&2; exit 1' EXIT",
+        f"trap 'hfprune_code=$?; if [ ${{#BASH_SOURCE[@]}} = 2 ]; then trap - EXIT; {end}; fi' ERR",
+        "trap 'trap - EXIT; hfprune_end 1 a line of setup in the profile ended the job' EXIT",
         *setup,
         "trap - ERR EXIT",
     ]

@@ -1,6 +1,6 @@
 """The program that runs in a Slurm job, where every task of srun is one rank of the stage.
 
-submitit starts it and pickles only a ``StageJob``; everything else about the stage is in the store.
+Its argument is the attempt's folder; all that it needs to know is in the store.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import socket
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from time import sleep
 from typing import TYPE_CHECKING
@@ -22,8 +22,7 @@ from hfprune_launch.slurm.attempt_records import Run
 from hfprune_launch.slurm.attempts import Attempts
 from hfprune_launch.slurm.causes import Cause
 from hfprune_launch.slurm.commands import SlurmCommands, SlurmUnavailableError
-from hfprune_launch.slurm.exit_causes import never_gets_further
-from hfprune_launch.slurm.log_signs import START
+from hfprune_launch.slurm.exit_causes import START, never_gets_further
 from hfprune_launch.slurm.progress import as_progress
 from hfprune_launch.slurm.renewals import keep_renewed
 from hfprune_launch.slurm.slurm_stage import SlurmStage
@@ -40,7 +39,7 @@ from hfprune_launch.stage.run import (
 from hfprune_dist.distributed.interruption import Interrupted, Interruption
 from hfprune_dist.errors import UserError, from_os_error
 from hfprune_dist.store.artifacts import Store
-from hfprune_dist.store.claims import RENEWAL_LIMIT_S, Claim, ClaimLostError, Holder
+from hfprune_dist.store.claims import Claim, ClaimLostError, Holder
 from hfprune_dist.store.heartbeat import Failure
 
 if TYPE_CHECKING:
@@ -49,7 +48,8 @@ if TYPE_CHECKING:
 FIRST_PORT, PORTS = 20000, 12000  # below the range that systems use for outgoing connections
 GLOO_INTERFACE = "GLOO_SOCKET_IFNAME"
 CLAIM_POLL_S = 1.0
-CLAIM_PATIENCE_S = RENEWAL_LIMIT_S + 30.0
+# A killed start of the same job has no claim of its own any more; another process holds the stage for longer.
+CLAIM_PATIENCE_S = 30.0
 
 
 class NodeError(UserError):
@@ -62,21 +62,18 @@ class DuplicateError(Exception):
     """Another job is running this stage."""
 
 
-@dataclass(frozen=True)
-class StageJob:
-    """All that submitit pickles. Has no ``checkpoint`` method: a requeued job resumes from the stage's work folder."""
+def main(folder: Path) -> None:
+    """Run this rank of the stage, then end the process; a requeued job resumes from the stage's work folder.
 
-    store: str
-    stage_id: str
-
-    def __call__(self) -> None:
-        """Run this rank, then end the process."""
-        print(f"{START} {os.environ.get('SLURM_RESTART_COUNT', '0')}", file=sys.stderr, flush=True)
-        interruption = Interruption()
-        # Replaces submitit's handlers. USR2 announces the time limit and preemption, TERM scancel and preemption.
-        interruption.listen(signal.SIGUSR2, signal.SIGTERM)
-        die_with_parent()
-        _Rank(Store(Path(self.store)), self.stage_id, interruption).run()
+    Args:
+        folder: the attempt's folder in the store.
+    """
+    print(f"{START} {os.environ.get('SLURM_RESTART_COUNT', '0')}", file=sys.stderr, flush=True)
+    interruption = Interruption()
+    # USR2 announces the time limit and preemption, TERM scancel and preemption.
+    interruption.listen(signal.SIGUSR2, signal.SIGTERM)
+    die_with_parent()
+    _Rank(folder, interruption).run()
 
 
 def rank_environment(slurm: Mapping[str, str]) -> dict[str, str]:
@@ -171,11 +168,12 @@ def _node(environment: Mapping[str, str]) -> str:
 class _Rank:
     """One rank, from its start to its end."""
 
-    def __init__(self, store: Store, stage_id: str, interruption: Interruption) -> None:
-        self._handle = SlurmStage(store, stage_id)
+    def __init__(self, folder: Path, interruption: Interruption) -> None:
+        self._folder = folder
+        self._handle = _stage_of(folder)
         self._interruption = interruption
         self._rank = int(os.environ.get("SLURM_PROCID", "0"))
-        self._attempt = int(Path(os.environ["SUBMITIT_FOLDER"]).name)
+        self._attempt = int(folder.name)
         self._gate: _StartGate | None = None
 
     def run(self) -> None:
@@ -196,13 +194,12 @@ class _Rank:
         except Exception as error:
             self._fail(error)
         self._end("done")
-        # Don't return to submitit: it would pickle a result that nobody reads; the exit code must not depend on that.
         leave_process(0)
 
     def _record_start(self) -> None:
         """On rank 0: record that the job has started."""
         if self._rank == 0:
-            self._gate = _StartGate(self._handle.store, self._handle.id, Path(os.environ["SUBMITIT_FOLDER"]))
+            self._gate = _StartGate(self._folder)
 
     def _admit(self, world: World) -> Admission:
         """Return whether the stage has to run here: rank 0 asks until there is an answer, which all ranks learn."""
@@ -221,8 +218,8 @@ class _Rank:
             before, or Slurm did not answer.
         """
         self._end("interrupted")
-        job_id = array_job_id(os.environ)
-        attempt = Attempts(self._handle.store.root).attempt_at(Path(os.environ["SUBMITIT_FOLDER"]))
+        job_id = os.environ["SLURM_JOB_ID"]
+        attempt = Attempts(self._handle.store.root).attempt_at(self._folder)
         slurm = SlurmCommands()
         try:
             hopeless = never_gets_further(attempt)
@@ -270,13 +267,13 @@ class _StartGate:
         claim: claim on the stage; None until it is known that the stage has to run here.
     """
 
-    def __init__(self, store: Store, stage_id: str, folder: Path) -> None:
-        self._handle = SlurmStage(store, stage_id)
-        self._attempt = Attempts(store.root).attempt_at(folder)
+    def __init__(self, folder: Path) -> None:
+        self._handle = _stage_of(folder)
+        self._attempt = Attempts(self._handle.store.root).attempt_at(folder)
         self.claim: Claim | None = None
         self._asked_since = time.monotonic()
         self._run = Run(
-            job_id=array_job_id(os.environ),
+            job_id=os.environ["SLURM_JOB_ID"],
             restart=int(os.environ.get("SLURM_RESTART_COUNT", "0")),
             nodes=os.environ.get("SLURM_JOB_NODELIST", ""),
             started=time.time(),
@@ -323,11 +320,10 @@ class _StartGate:
                 self._attempt.record_run(replace(run, ended=ended, how="died", progress=as_progress(heartbeat)))
 
 
-def array_job_id(slurm: Mapping[str, str]) -> str:
-    """Return the id by which Slurm's commands know this job.
+def _stage_of(folder: Path) -> SlurmStage:
+    """Return the stage of an attempt by its folder, ``<store>/attempts/<kind>/<fingerprint>/<number>``."""
+    return SlurmStage(Store(folder.parents[3]), "/".join(folder.parts[-3:-1]))
 
-    For an element of a job array that is ``<array>_<index>``, since its plain id may stand for the whole array.
-    """
-    if "SLURM_ARRAY_JOB_ID" in slurm:
-        return f"{slurm['SLURM_ARRAY_JOB_ID']}_{slurm['SLURM_ARRAY_TASK_ID']}"
-    return slurm["SLURM_JOB_ID"]
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from hfprune_launch.slurm.attempt_records import GONE, SCRIPT, End
 from hfprune_launch.slurm.attempts import JobAttempt
-from hfprune_launch.slurm.causes import NOT_ACCEPTED, RETRIES, Cause
+from hfprune_launch.slurm.causes import RETRIES, Cause
 from hfprune_launch.slurm.exit_causes import explain_end
 from hfprune_launch.slurm.job_info import JobInfo
 from hfprune_launch.slurm.job_tracker import GONE_AFTER_S, JobState
@@ -22,7 +22,7 @@ from hfprune_dist.store.stage import Stage
 # Time after a job's completion by which its artifact has to be visible here (file systems lag).
 LAG_S = 60.0
 # Causes in another stage or outside, for which the stage itself has no failure to report.
-NO_FAILURE = (Cause.DEPENDENCY, Cause.DUPLICATE, Cause.LOST_JOB, *NOT_ACCEPTED)
+NO_FAILURE = (Cause.NOT_RUN, Cause.NOT_ACCEPTED)
 
 
 class JobEnds:
@@ -84,7 +84,9 @@ class JobEnds:
             self._ended.setdefault(stage.id, []).append(end.cause)
         self._report_failure(stage, attempt, end)
         jobs.todo |= {need for need in stage.needs if not jobs.handle(need).is_done()}
-        if end.cause not in NOT_ACCEPTED:  # the submission, which is tried again every few seconds, tells of them once
+        if (
+            end.cause != Cause.NOT_ACCEPTED
+        ):  # the submission, which is tried again every few seconds, tells of them once
             jobs.tell(Event("ended", stage, attempt.job_id, f"{end.cause}: {end.message}"))
 
     def _report_failure(self, stage: Stage, attempt: JobAttempt, end: End) -> None:
@@ -118,7 +120,7 @@ class JobEnds:
             recorded = attempt.job_id  # before squeue, as in take_up
             found = self._jobs.slurm.find(name)
             if found is None and recorded is None and self._came_to_nothing(attempt):
-                self.close(stage, attempt, End(Cause.LOST_JOB, "the launcher died while it submitted", time.time()))
+                self.close(stage, attempt, End(Cause.NOT_RUN, "the launcher died while it submitted", time.time()))
         finally:
             claim.release()
         return found

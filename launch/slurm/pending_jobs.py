@@ -64,7 +64,7 @@ class PendingJobs:
             self._stuck_since.pop(job.job_id, None)
             return None
         since = self._stuck_since.setdefault(job.job_id, self._clock())
-        return Cause.DEPENDENCY if self._clock() - since >= STUCK_S else None
+        return Cause.NOT_RUN if self._clock() - since >= STUCK_S else None
 
 
 def _short(reason: str) -> str:

@@ -10,7 +10,6 @@ from pathlib import Path
 
 from hfprune_launch.slurm.attempt_records import End
 from hfprune_launch.slurm.attempts import Attempts, JobAttempt
-from hfprune_launch.slurm.avoided_nodes import nodes_to_avoid
 from hfprune_launch.slurm.batch_script import Request, default_threads, is_as_submitted, write_submission
 from hfprune_launch.slurm.causes import Cause
 from hfprune_launch.slurm.commands import (
@@ -19,6 +18,7 @@ from hfprune_launch.slurm.commands import (
     SubmissionRefusedError,
     SubmitLimitError,
 )
+from hfprune_launch.slurm.exit_causes import nodes_to_avoid
 from hfprune_launch.slurm.job_ends import JobEnds
 from hfprune_launch.slurm.profile import Profile
 from hfprune_launch.slurm.renewals import keep_renewed
@@ -235,11 +235,10 @@ class Submission:
         try:
             job_id = self._submit_anywhere(attempt, request)
         except SubmissionRefusedError as error:
-            self._ends.close(stage, attempt, End(Cause.REFUSED, str(error), time.time()))
+            self._ends.close(stage, attempt, End(Cause.INPUT, str(error), time.time()))
             return
         except (SubmitLimitError, NeedEndedError) as error:
-            cause = Cause.QUEUE_FULL if isinstance(error, SubmitLimitError) else Cause.NEED_ENDED
-            self._ends.close(stage, attempt, End(cause, str(error), time.time()))
+            self._ends.close(stage, attempt, End(Cause.NOT_ACCEPTED, str(error), time.time()))
             raise
         except SweepCancelledError:
             message = "the sweep was cancelled before this job was submitted; run the same command again to go on"
@@ -270,7 +269,7 @@ class Submission:
             return self._write_and_submit(attempt, replace(request, exclude=()))
 
     def _write_and_submit(self, attempt: JobAttempt, request: Request) -> str | None:
-        script = write_submission(request, self._jobs.store.root)
+        script = write_submission(request)
         # A job may outlive this machine, so what it reads and what tells the next launcher about it must do so as well.
         for folder in (attempt.folder, self._jobs.handle(request.stage.id).work):
             fsync_folders(folder, self._jobs.store.root)

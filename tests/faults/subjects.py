@@ -441,13 +441,9 @@ class SlurmSweep(Subject):
         """Do what the first rank of a job does."""
         os.environ |= {"SLURM_JOB_ID": job_id, "SLURM_RESTART_COUNT": str(int(restart))}
         attempt = next((it for it in Attempts(store.root).of(stage.id) if it.intent.job_name == name), None)
-        if (
-            attempt is None
-            or not (attempt.folder / "stage.pkl").is_file()
-            or not (attempt.folder / "stage.pkl").stat().st_size
-        ):
+        if attempt is None:
             return False
-        reception = _StartGate(store, stage.id, attempt.folder)
+        reception = _StartGate(attempt.folder)
         answer = reception.ask()
         assert answer in ("run", "done"), answer
         if answer == "run":

@@ -140,7 +140,7 @@ def test_a_launcher_that_waits_for_room_is_cancelled(cluster, config, finished, 
     assert "cancelled 1 job" in cluster.sweep(config, out, "--cancel")
     code, output = submitted.end()
     assert code == 1 and "cancelled: by another command, so nothing more is submitted" in output, output
-    assert not cluster.states(job_names(out)) and sorted(causes(out)) == ["cancelled", "submit limit"]
+    assert not cluster.states(job_names(out)) and sorted(causes(out)) == ["cancelled", "not accepted"]
     cluster.slurm("scontrol", "update", "partitionname=room", "state=up")
     done(cluster, out, finished, cluster.submit(config, out, profile=profile, **FORKED_RANKS))
 

@@ -114,7 +114,7 @@ def test_a_second_job_for_a_stage_that_runs(cluster, config, finished, without):
 
     wait_for(lambda: any(start["ended"] for start in starts_of(second)))
     starts = {job: starts_of(job) for job in (first, second)}
-    assert [of_job[-1]["how"] for of_job in starts.values()] == ["done", "done"]
+    assert starts[first][-1]["how"] == "done" and starts[second][-1]["how"] in ("done", "duplicate")
     if len(starts[first]) == 1:  # otherwise Slurm took its nodes away, and the second may have continued
         assert starts[second][-1]["ended"] >= starts[first][0]["ended"], "they did not work on it together"
     assert_undisturbed(cluster, out, finished)
@@ -144,7 +144,7 @@ def test_a_node_dies(cluster, config, finished, without):
     done(cluster, out, finished, submitted)
     cluster.run("start", victim)
     assert causes(out)[-1] == "done" and len(runs(out, CONTROL)) == 2
-    assert all(cause in ("node failure", "killed", "done") for cause in causes(out))
+    assert all(cause in ("bad node", "killed", "done") for cause in causes(out))
 
 
 @pytest.mark.beside("disturbed")

@@ -81,5 +81,5 @@ def test_slurm_refuses_a_job(cluster, config, without):
     out = without("recover alpha dense")
     profile = cluster.profile("wrong", partition="nowhere")
     code, output = cluster.submit(config, out, profile=profile).end()
-    assert code == 1 and "invalid partition" in output and "check the profile" in output and "Traceback" not in output
+    assert code == 2 and "invalid partition" in output and "check the profile" in output and "Traceback" not in output
     assert job_names(out) and not cluster.states(job_names(out))

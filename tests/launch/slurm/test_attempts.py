@@ -7,7 +7,6 @@ from dataclasses import replace
 import pytest
 from hfprune_launch.slurm.attempt_records import End, Run
 from hfprune_launch.slurm.attempts import Attempts
-from hfprune_launch.slurm.causes import NOT_ACCEPTED
 
 from hfprune_dist.store.stage import Input, Stage
 
@@ -113,10 +112,9 @@ def test_starts_are_in_order_whatever_the_clocks_of_their_nodes(attempt):
     assert [(run.job_id, run.restart) for run in attempt.runs()] == [("7", 0), ("7", 1), ("7", 10), ("8", 0)]
 
 
-@pytest.mark.parametrize("cause", NOT_ACCEPTED)
-def test_a_job_that_was_not_accepted_is_recorded_as_it_is_submitted_at_last(attempts, attempt, cause):
+def test_a_job_that_was_not_accepted_is_recorded_as_it_is_submitted_at_last(attempts, attempt):
     """With the resources and the time limit of the profile of then, whose hours are counted and told."""
-    attempt.close(End(cause, "", 1.0))
+    attempt.close(End("not accepted", "", 1.0))
     again = attempts.begin(STAGE, 16, 96, 720, 1, ranks=12)
     intent = reread(attempts).intent
     assert (

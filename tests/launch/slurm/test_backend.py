@@ -180,7 +180,7 @@ def test_a_cancelled_job_waits_for_the_user(fake, store):
     fake.set_state("101", "CANCELLED")
     drop(fake, "102", "103")
     backend.follow()
-    assert causes(store, SCORES) == ["cancelled"] and causes(store, PRUNES[0]) == ["dependency"]
+    assert causes(store, SCORES) == ["cancelled"] and causes(store, PRUNES[0]) == ["not run"]
     assert len(fake.calls("sbatch")) == 3
     make_backend(store).start()
     assert len(fake.calls("sbatch")) == 6
@@ -201,7 +201,7 @@ def test_a_job_that_went_with_one_that_died_after_its_work_is_submitted_again(fa
     fake.set_state("101", "NODE_FAIL")
     drop(fake, "102")
     backend.step()
-    assert causes(store, SCORES) == ["done"] and causes(store, PRUNES[0]) == ["dependency", None]
+    assert causes(store, SCORES) == ["done"] and causes(store, PRUNES[0]) == ["not run", None]
     assert "--dependency" not in script_of(store, PRUNES[0], 2)
 
 
@@ -230,7 +230,7 @@ def test_a_job_whose_id_was_never_written_is_adopted(fake, store):
 def test_an_intent_that_came_to_nothing_is_submitted_again(fake, store):
     Attempts(store.root).begin(SCORES, 0, 1, 60, None)
     make_backend(store).start()
-    assert causes(store, SCORES) == ["lost job", None]
+    assert causes(store, SCORES) == ["not run", None]
 
 
 def test_of_jobs_with_one_name_the_live_one_is_adopted(fake, store):
@@ -284,7 +284,7 @@ def test_of_two_attempts_with_one_id_each_is_followed(fake, store, lost, lives):
     backend = make_backend(store)
     backend.start()
     backend.follow_missing()
-    assert causes(store, lost) == ["node failure", None] and causes(store, lives) == [None]
+    assert causes(store, lost) == ["bad node", None] and causes(store, lives) == [None]
 
 
 @pytest.mark.parametrize("answers", [[HEADER], [HEADER] * 5, ["", HEADER], [HEADER, None, HEADER]])
@@ -380,7 +380,7 @@ def test_a_job_that_did_not_arrive_is_cancelled_by_name_before_the_next(fake, st
     attempt = Attempts(store.root).begin(SCORES, 0, 1, 60, None)
     (attempt.folder / "job.sh").write_text("#!/bin/bash\n")
     make_backend(store).start()
-    assert causes(store, SCORES) == ["lost job", None]
+    assert causes(store, SCORES) == ["not run", None]
     calls = [call.split()[0] for call in fake.calls() if call.startswith(("scancel", "sbatch"))]
     assert calls[:2] == ["scancel", "sbatch"] and f"scancel --jobname={attempt.intent.job_name}" in fake.calls()
 
@@ -414,7 +414,7 @@ def test_a_need_that_died_meanwhile_is_made_again(fake, store):
 
     fake.sbatch = forget_first
     backend.start()
-    assert causes(store, PRUNES[0]) == ["need ended"] and causes(store, SCORES) == [None]
+    assert causes(store, PRUNES[0]) == ["not accepted"] and causes(store, SCORES) == [None]
     assert "ended" not in [event.what for event in backend.told]
     for _ in range(5):
         backend.step_after(100)
@@ -432,7 +432,7 @@ def test_a_node_at_fault_that_slurm_does_not_do_without_is_not_avoided(fake, sto
     fake.set_state("101", "NODE_FAIL", "n3")
     fake.fail_next("sbatch", f"sbatch: error: Batch job submission failed: {refusal}")
     backend.step()
-    assert causes(store, SCORES) == ["node failure", None] and "--exclude" not in script_of(store, SCORES, 2)
+    assert causes(store, SCORES) == ["bad node", None] and "--exclude" not in script_of(store, SCORES, 2)
     (told,) = [event.message for event in backend.told if event.what == "waiting"]
     assert refusal in told and "can't do without n3" in told
     again = make_backend(store, plan)
@@ -441,7 +441,7 @@ def test_a_node_at_fault_that_slurm_does_not_do_without_is_not_avoided(fake, sto
     fake.set_state("102", "NODE_FAIL", "n3")
     fake.fail_next("sbatch", *["sbatch: error: Invalid account"] * 2)
     backend.step()
-    assert causes(store, SCORES) == ["node failure", "node failure", "refused"]
+    assert causes(store, SCORES) == ["bad node", "bad node", "input"]
 
 
 def test_a_node_at_fault_without_which_slurm_starts_no_job_is_not_avoided(fake, store):
@@ -454,7 +454,7 @@ def test_a_node_at_fault_without_which_slurm_starts_no_job_is_not_avoided(fake, 
     assert "#SBATCH --exclude=n3\n" in script_of(store, SCORES, 2)
     fake.set_state("102", "FAILED", nodes="", reason="BadConstraints")
     backend.step()
-    assert causes(store, SCORES) == ["node failure", "avoided node needed", None]
+    assert causes(store, SCORES) == ["bad node", "not run", None]
     assert "--exclude" not in script_of(store, SCORES, 3)
     assert "can't do without n3" in backend.told[-2].message
 
@@ -466,7 +466,7 @@ def test_a_job_that_could_not_be_launched_is_tried_elsewhere(fake, store):
     plan = Plan({SCORES.id: SCORES}, (), (SCORES.id,))
     backend = make_backend(store, plan)
     backend.start()
-    for number in range(4):
+    for number in range(6):
         job_id = str(101 + number)
         fake.set_state(job_id, "PENDING", nodes="", reason=HELD)
         fake.history = f"{job_id}|REQUEUED|None|n{number}|N/A|N/A|x\n"
@@ -474,7 +474,7 @@ def test_a_job_that_could_not_be_launched_is_tried_elsewhere(fake, store):
         assert fake.calls("scancel")[-1] == f"scancel {job_id}"
         fake.set_state(job_id, "CANCELLED")
         backend.step_after(1)
-    assert causes(store, SCORES) == ["bad node"] * 4, "bounded"
+    assert causes(store, SCORES) == ["bad node"] * 6, "bounded"
     assert [failure.cause for failure in store.handle(SCORES.id).failures()] == ["bad node"], "for the report"
     assert "#SBATCH --exclude=n0,n1,n2\n" in script_of(store, SCORES, 4), script_of(store, SCORES, 4)
     told = [event.message for event in backend.told if event.what == "ended"]
@@ -508,7 +508,7 @@ def test_a_dependency_that_can_never_be_satisfied_is_not_waited_for(fake, store)
     assert fake.calls("scancel") == ["scancel 102"]
     fake.set_state("102", "CANCELLED")
     backend.step_after(1)
-    assert causes(store, PRUNES[0]) == ["dependency", None]
+    assert causes(store, PRUNES[0]) == ["not run", None]
 
 
 def test_why_jobs_wait_is_said_once(fake, store):
@@ -683,7 +683,7 @@ def test_a_full_queue_is_filled_up_later(fake, store):
     fake.fail_next("sbatch", "sbatch: error: AssocMaxSubmitJobLimit")
     backend = make_backend(store)
     backend.start()
-    assert causes(store, SCORES) == ["submit limit"]
+    assert causes(store, SCORES) == ["not accepted"]
     assert [event.what for event in backend.told] == ["waiting"], "as a message that is printed once"
     assert backend.unsubmitted() == list(PLAN.stages.values())
     backend.step()
@@ -717,7 +717,7 @@ def test_a_refused_job_keeps_back_only_what_needs_it(fake, store):
     fake.fail_next("sbatch", "sbatch: error: Invalid account")
     backend = make_backend(store)
     backend.start()
-    assert causes(store, PRUNES[0]) == ["refused"] and causes(store, PRUNES[1]) == [None]
+    assert causes(store, PRUNES[0]) == ["input"] and causes(store, PRUNES[1]) == [None]
 
 
 def test_cancel_ends_the_sweeps_jobs_only(fake, store):

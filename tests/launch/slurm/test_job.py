@@ -9,7 +9,7 @@ from fake_slurm import Controller
 from hfprune_launch.slurm import job
 from hfprune_launch.slurm.attempt_records import Run
 from hfprune_launch.slurm.attempts import Attempts
-from hfprune_launch.slurm.job import NodeError, _Rank, array_job_id, preflight, rank_environment, require_store
+from hfprune_launch.slurm.job import NodeError, _Rank, preflight, rank_environment, require_store
 from ranks import SoloWorld
 
 from hfprune_dist.distributed.interruption import Interruption
@@ -113,11 +113,6 @@ def test_what_is_missing_is_named(change, message):
         rank_environment(environment)
 
 
-def test_an_array_element_is_not_its_whole_array():
-    assert array_job_id({"SLURM_JOB_ID": "9", "SLURM_ARRAY_JOB_ID": "9", "SLURM_ARRAY_TASK_ID": "4"}) == "9_4"
-    assert array_job_id({"SLURM_JOB_ID": "9"}) == "9"
-
-
 def test_preflight_names_node_and_lack(tmp_path):
     with pytest.raises(NodeError, match=r"node n7 does not see .*file system that all nodes share"):
         require_store(Store(tmp_path / "elsewhere"), {"SLURMD_NODENAME": "n7"})
@@ -144,9 +139,9 @@ def test_a_job_that_its_time_limit_ends_before_it_gets_further_is_not_requeued(
     for number in range(3):
         attempt.record_run(Run("7", number, "n1", 1.0 + number, 2.0 + number, "interrupted", earlier))
     environment = {"SLURM_PROCID": "0", "SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": "3"}
-    for name, value in {**environment, "SUBMITIT_FOLDER": str(attempt.folder)}.items():
+    for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    rank = _Rank(store, stage.id, Interruption())
+    rank = _Rank(attempt.folder, Interruption())
     rank._record_start()
     store.work(stage.id).mkdir(parents=True)
     Progress(store.work(stage.id)).update("calibration", done, 9)
@@ -156,7 +151,7 @@ def test_a_job_that_its_time_limit_ends_before_it_gets_further_is_not_requeued(
     if requeued:
         assert failure is None
     else:
-        assert failure.cause == "time limit without progress" and "raise time_minutes" in capfd.readouterr().out
+        assert failure.cause == "input" and "raise time_minutes" in capfd.readouterr().out
 
 
 STAGE = Stage("prune", "a 0.2", {"ratio": 0.2}, {"model": Input("digest", "/somewhere")})
@@ -175,13 +170,13 @@ def attempt(store):
 @pytest.fixture
 def rank(store, attempt, monkeypatch):
     """Rank 0 of a job; leaving its process raises an exception here."""
-    for key, value in {**TASK, "SLURM_PROCID": "0", "SUBMITIT_FOLDER": str(attempt.folder)}.items():
+    for key, value in {**TASK, "SLURM_PROCID": "0"}.items():
         monkeypatch.setenv(key, value)
     monkeypatch.setattr(job, "preflight", lambda *_: None)
     monkeypatch.setattr(job, "prepare_environment", lambda: None)
     monkeypatch.setattr(job, "leave_process", lambda code: sys.exit(code))
     monkeypatch.setattr(os, "environ", dict(os.environ))
-    return job._Rank(store, STAGE.id, Interruption())
+    return job._Rank(attempt.folder, Interruption())
 
 
 def end_of(rank, monkeypatch, stage):

@@ -33,13 +33,13 @@ def test_every_start_of_every_job_has_its_end(tmp_path):
     attempt.record_run(Run("7", 1, "n2", 200.0))
     requeued = (1, "failed", 100.0, None, "died", "job 7 on n1")
     assert told(tmp_path) == [requeued, (1, "open", 200.0, None, "no end known", "job 7 on n2")]
-    attempt.close(End("node failure", "n2 is down", 250.0))
+    attempt.close(End("bad node", "n2 is down", 250.0))
     second = Attempts(tmp_path).begin(STAGE, 8, 64, 30, None)
     second.record_run(Run("8", 0, "n3", 300.0, 400.0, "done"))
     second.close(End("done", "", 401.0))
     assert told(tmp_path) == [
         requeued,
-        (1, "failed", 200.0, 250.0, "node failure", "job 7 on n2"),
+        (1, "failed", 200.0, 250.0, "bad node", "job 7 on n2"),
         (2, "done", 300.0, 400.0, "done", "job 8 on n3"),
     ]
 
@@ -70,10 +70,10 @@ def test_starts_on_nodes_with_wrong_clocks(tmp_path):
     attempt = Attempts(tmp_path).begin(STAGE, 8, 64, 30, None)
     attempt.record_run(Run("7", 0, "n1", 900.0, 1000.0, "interrupted"))
     attempt.record_run(Run("7", 1, "n2", 400.0))
-    attempt.close(End("node failure", "n2 is down", 390.0))
+    attempt.close(End("bad node", "n2 is down", 390.0))
     assert told(tmp_path) == [
         (1, "failed", 900.0, 1000.0, "interrupted", "job 7 on n1"),
-        (1, "failed", 400.0, 400.0, "node failure", "job 7 on n2"),
+        (1, "failed", 400.0, 400.0, "bad node", "job 7 on n2"),
     ]
     (tmp_path / "logs").mkdir()
     (tmp_path / "logs" / f"{STAGE.kind}-{STAGE.fingerprint}.1.log").write_text("1970-01-01 00:07:30+0000 prune\n")

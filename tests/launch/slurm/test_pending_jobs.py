@@ -57,13 +57,13 @@ def test_jobs_that_wait_for_others_or_run_are_not_told_of(job):
 def test_a_dependency_is_given_up_when_slurm_has_had_time_to_end_the_job():
     watched = Watched()
     given_up = [watched.hopeless_at(it, NEVER) for it in (0, STUCK_S - 1, STUCK_S)]
-    assert given_up == [None, None, "dependency"]
+    assert given_up == [None, None, "not run"]
 
 
 def test_a_dependency_that_became_possible_again_is_waited_for_anew():
     watched = Watched()
     given_up = [watched.hopeless_at(*it) for it in ((0, NEVER), (50, "Dependency"), (100, NEVER), (160, NEVER))]
-    assert given_up == [None, None, None, "dependency"]
+    assert given_up == [None, None, None, "not run"]
 
 
 def test_a_job_that_runs_is_not_given_up():

@@ -42,7 +42,7 @@ def test_a_job_that_is_over_holds_nothing(handle):
     assert isinstance(handle.claim(), Holder), "its job may be running"
     attempt.close(End("killed", "", 0.0))
     assert isinstance(handle.claim(), Holder), "nobody has said that the job is over"
-    attempt.close(End("node failure", "", 0.0, state="NODE_FAIL"))
+    attempt.close(End("bad node", "", 0.0, state="NODE_FAIL"))
     assert isinstance(handle.claim(), Claim)
 
 
