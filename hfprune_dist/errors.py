@@ -15,7 +15,7 @@ _FULL = (errno.ENOSPC, errno.EDQUOT)
 _FIXABLE = {
     errno.ENOSPC: "make room on the disk and run the sweep again; it continues where it stopped",
     errno.EDQUOT: "make room in your quota and run the sweep again; it continues where it stopped",
-    errno.EACCES: "check the permissions",
+    errno.EACCES: "check the permissions; users that share a store need umask 002 and a folder with the setgid bit",
     errno.EROFS: "choose a folder on a writable file system",
 }
 # Errors about paths that a user passes to a command; inside a stage they would be bugs of ours.

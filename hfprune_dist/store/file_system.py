@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
+import stat
 import uuid
 from pathlib import Path
 
@@ -13,6 +15,7 @@ from hfprune_dist.store.atomic_files import listed
 PROBE = ".probe-"
 # A probe exists for moments only; one that is older than this was left by a process that died.
 LEFT_BEHIND_S = 3600
+FULL_DISK_BYTES = 64 * 1024
 
 
 def require_usable(root: Path) -> None:
@@ -32,6 +35,28 @@ def require_usable(root: Path) -> None:
             probe.unlink()
     except OSError as error:
         raise UserError(f"{root}: can't be written to ({error.strerror or error}); choose another --out") from None
+
+
+def full_disk(root: Path) -> str:
+    """Say that the disk of a folder is full; empty if it is not."""
+    free = shutil.disk_usage(root).free
+    if free > FULL_DISK_BYTES:
+        return ""
+    return f"{root}: No space left on device ({free:,} bytes); make room and run the sweep again"
+
+
+def require_own(*folders: Path) -> None:
+    """Check that not everybody can write to folders whose content decides what jobs run.
+
+    Raises:
+        UserError: if everybody can.
+    """
+    for folder in folders:
+        if folder.is_dir() and folder.stat().st_mode & stat.S_IWOTH:
+            raise UserError(
+                f"{folder}: everybody can write to it, and so decide what your jobs run; chmod o-w {folder}, and give "
+                "those who share it a group (umask 002, chmod g+s)"
+            )
 
 
 def _require_hard_links(probe: Path) -> None:

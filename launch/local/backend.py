@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -23,6 +22,7 @@ from hfprune_launch.stage.stage_file import Provenance, attempts_so_far, write_s
 from hfprune_dist.store.artifacts import Store
 from hfprune_dist.store.cancellation import Cancellation
 from hfprune_dist.store.claims import Claim, ClaimLostError, Holder, Renewal
+from hfprune_dist.store.file_system import full_disk
 from hfprune_dist.store.heartbeat import Failure, Heartbeat
 from hfprune_dist.store.stage import Stage
 from hfprune_dist.store.stage_handle import StageHandle
@@ -30,7 +30,6 @@ from hfprune_dist.store.stage_handle import StageHandle
 STAGE_SCRIPT = Path(__file__).resolve().parents[1] / "stage" / "run.py"
 POLL_S = 0.1
 TERMINATION_GRACE_S = 20.0
-FULL_DISK_BYTES = 64 * 1024
 
 OnHeartbeat = Callable[[Heartbeat | None], None]
 
@@ -125,7 +124,8 @@ class LocalBackend:
         """
         said = (failure for failure in handle.failures() if failure.is_of(attempt.number, attempt.started))
         recorded = next(said, None)
-        left = recorded or self._full_disk()
+        full = full_disk(self._store.root)  # which may have no room for a rank to record its own reason
+        left = recorded or (Failure("input", full, -1, time.time()) if full else None)
         handle.discard_drafts(claim)  # makes room for what is written below
         claim.require_held()
         failure = explain_death(left, log, attempt.number)
@@ -133,14 +133,6 @@ class LocalBackend:
             handle.clear_failures()
             handle.report_failure(failure)
         return failure
-
-    def _full_disk(self) -> Failure | None:
-        """Return the full disk as the reason if it has no room for a rank to record its own."""
-        free = shutil.disk_usage(self._store.root).free
-        if free > FULL_DISK_BYTES:
-            return None
-        message = f"{self._store.root}: No space left on device ({free:,} bytes); make room and run the sweep again"
-        return Failure("input", message, -1, time.time())
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,9 @@ from hfprune_dist.planning.plan import Plan
 from hfprune_dist.store.artifacts import Store
 from hfprune_dist.store.stage import Stage
 
-SHORTEST_WAIT_S, LONGEST_WAIT_S = 1.0, 10.0
+# Seconds between two squeues, and between two looks at what jobs have recorded.
+SHORTEST_WAIT_S, LONGEST_WAIT_S = 1.0, 60.0
+LOOK_S = 10.0
 # For how long the store's file system may fail before a launcher gives up.
 STORE_PATIENCE_S = 600.0
 # A full or read-only disk, which stays so until somebody does something about it.
@@ -91,24 +93,36 @@ class SlurmBackend:
     def _follow_while(
         self, goes_on: Callable[[], bool], show: Callable[[], object], sleep: Callable[[float], None]
     ) -> None:
-        wait, answered_at = SHORTEST_WAIT_S, self._jobs.clock()
+        wait, clock = SHORTEST_WAIT_S, self._jobs.clock
+        asked_at = answered_at = clock()
         while goes_on():
-            sleep(wait)
+            sleep(min(wait, LOOK_S))
             before = self._reached()
             try:
-                try:
-                    self.step()
-                except SlurmUnavailableError as error:
-                    message = f"Slurm does not answer ({error}); jobs go on meanwhile"
-                    self._jobs.tell(Event("waiting", None, None, message))
+                if clock() - asked_at >= wait or self._is_any_end_recorded():
+                    asked_at, wait = clock(), min(LONGEST_WAIT_S, wait * 1.5)
+                    self._step_if_answered()
                 show()
-                answered_at = self._jobs.clock()
+                answered_at = clock()
             except (OSError, UserError) as error:
-                if not _may_pass(error) or self._jobs.clock() - answered_at >= STORE_PATIENCE_S:
+                if not _may_pass(error) or clock() - answered_at >= STORE_PATIENCE_S:
                     raise
                 message = f"the store can't be read or written ({error}); jobs go on, and it is tried again"
                 self._jobs.tell(Event("waiting", None, None, message))
-            wait = SHORTEST_WAIT_S if self._reached() != before else min(LONGEST_WAIT_S, wait * 1.5)
+            if self._reached() != before:
+                wait = SHORTEST_WAIT_S
+
+    def _step_if_answered(self) -> None:
+        try:
+            self.step()
+        except SlurmUnavailableError as error:
+            self._jobs.tell(Event("waiting", None, None, f"Slurm does not answer ({error}); jobs go on meanwhile"))
+
+    def _is_any_end_recorded(self) -> bool:
+        """Return whether the store says that a job is over, before Slurm is asked."""
+        states = {stage_id: self._jobs.tracker.state_of(attempt).job for stage_id, attempt in self._jobs.live.items()}
+        running = [stage_id for stage_id, job in states.items() if job is not None and not job.is_waiting]
+        return any(self._jobs.live[it].exit_record() or self._jobs.handle(it).is_committed() for it in running)
 
     def _reached(self) -> tuple[int, list[str]]:
         """Return a value that changes when a job ends or is submitted."""

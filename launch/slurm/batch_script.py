@@ -194,6 +194,7 @@ def _setup(request: Request) -> list[str]:
         "export PYTHONDONTWRITEBYTECODE=1",
         *(sourced if own else []),
         f"export HFPRUNE_CODE={snapshot}",
+        f"[ -d {snapshot} ] || hfprune_end 1 the copy of the code in {snapshot} is gone",
         f"export PYTHONPATH={snapshot}${{PYTHONPATH:+:$PYTHONPATH}}",
     ]
 

@@ -37,6 +37,7 @@ from hfprune_dist.config.schema import RuntimeConfig
 from hfprune_dist.results.formats import counted
 from hfprune_dist.store.artifacts import Verdict
 from hfprune_dist.store.cancellation import Cancellation
+from hfprune_dist.store.file_system import require_own
 from hfprune_dist.store.stage import Stage
 
 EVENT_COLORS = {"done": "green", "ended": "red", "waiting": "yellow"}
@@ -84,6 +85,7 @@ def run_on_slurm(
     """
     store = sweep.store
     provenance, tell = new_jobs.provenance, partial(say, console)
+    require_own(sweep.out, sweep.out / "code", store.root, store.root / "attempts", store.root / "work")
     every = counted(len(sweep.plan.stages), "stage")
     tell(f"{len(todo)} of {every} to run on Slurm; logs in {store.root / 'attempts'}")
     snapshot = take_snapshot(new_jobs.project, (sweep.out / "code").resolve(), provenance.code, tell)

@@ -19,6 +19,7 @@ from hfprune_launch.slurm.progress import as_progress, fruitless_starts
 from hfprune_launch.stage.logs import end_of_log
 
 from hfprune_dist.store.artifacts import Store
+from hfprune_dist.store.file_system import full_disk
 from hfprune_dist.store.heartbeat import Failure, Heartbeat
 from hfprune_dist.store.stage import Stage
 
@@ -96,8 +97,10 @@ def explain_end(store: Store, stage: Stage, attempt: JobAttempt, job: JobInfo | 
     text, heartbeat = _telling_lines(logs), handle.heartbeat()
     state = job.state if job is not None else _state_from(text)
     tail = log_tail(logs)
+    cause: str = Cause.DONE
+    message = ""
     if handle.is_done():
-        cause, message, tail = Cause.DONE, "", ""
+        tail = ""
     else:
         reason = job.reason if job is not None else ""
         cause, message = _cause(store, stage, attempt, state, reason, text, tail)
@@ -155,6 +158,8 @@ def _cause(
     death = _first_death(text)
     if failure is not None and (death is None or death.how not in SIGNALS):
         return Cause.CODE, failure.message
+    if full := full_disk(store.root):  # on which nobody could record a reason
+        return Cause.INPUT, full
     return Cause.KILLED, f"{job} ({state or 'state unknown'}): {_without_a_word(attempt, death, tail)}"
 
 

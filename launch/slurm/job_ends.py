@@ -41,10 +41,19 @@ class JobEnds:
 
     def take_up_earlier(self) -> None:
         """Take over what earlier launchers left; none of it counts as tried by this one."""
+        self._close_finished()
         self.take_up()
         self._ended.clear()
         live = self._jobs.live.values()
         self._inherited = {attempt.intent.job_name for attempt in live if self._jobs.tracker.is_missing(attempt)}
+
+    def _close_finished(self) -> None:
+        """Record the ends of jobs that have made their artifacts while no launcher was there."""
+        jobs = self._jobs
+        for stage in (it for it in jobs.plan.stages.values() if it.id not in jobs.todo):
+            attempt = jobs.handle(stage.id).open_attempt()
+            if attempt is not None and (((runs := attempt.runs()) and runs[-1].ended) or attempt.exit_record()):
+                attempt.close(explain_end(jobs.store, stage, attempt, None))
 
     def take_up(self) -> None:
         """Look up the states of all jobs, and close the attempts whose jobs are over."""
@@ -83,7 +92,7 @@ class JobEnds:
         if attempt.intent.job_name not in self._inherited:
             self._ended.setdefault(stage.id, []).append(end.cause)
         self._report_failure(stage, attempt, end)
-        jobs.todo |= {need for need in stage.needs if not jobs.handle(need).is_done()}
+        jobs.todo |= {*jobs.plan.lacking_for(stage.needs, lambda stage_id: jobs.handle(stage_id).is_done())}
         if (
             end.cause != Cause.NOT_ACCEPTED
         ):  # the submission, which is tried again every few seconds, tells of them once

@@ -4,7 +4,7 @@ import os
 import pytest
 
 from hfprune_dist.errors import UserError
-from hfprune_dist.store.file_system import LEFT_BEHIND_S, require_usable
+from hfprune_dist.store.file_system import LEFT_BEHIND_S, require_own, require_usable
 
 
 def test_a_usable_folder_is_made_and_left_empty(tmp_path):
@@ -40,3 +40,12 @@ def test_what_a_dead_process_left_goes_and_what_a_living_one_needs_stays(tmp_pat
         os.utime(probe, (an_age_ago, an_age_ago))
     require_usable(tmp_path)
     assert list(tmp_path.iterdir()) == [in_use]
+
+
+def test_a_folder_to_which_everybody_can_write_runs_nobodys_jobs(tmp_path):
+    require_own(tmp_path, tmp_path / "none")
+    tmp_path.chmod(0o2775)
+    require_own(tmp_path)
+    tmp_path.chmod(0o777)
+    with pytest.raises(UserError, match="everybody can write to it"):
+        require_own(tmp_path)

@@ -48,10 +48,12 @@ def request(folder, **resources):
 def run(tmp_path):
     """Run a batch script as Slurm does; ``ranks`` is the environment in which srun was called, None if it was not."""
 
-    def start(leaked=None, /, srun="", **resources):
+    def start(leaked=None, /, srun="", has_code=True, **resources):
         folder = tmp_path / "job"
         (folder / "bin").mkdir(parents=True)
         (folder / "attempt").mkdir()
+        if has_code:
+            (folder / "code").mkdir()
         (folder / "bin" / "srun").write_text(SRUN.format(folder=shlex.quote(str(folder))) + srun)
         (folder / "bin" / "srun").chmod(0o755)
         script = folder / "slurm_script"
@@ -176,6 +178,11 @@ def test_what_may_fail_in_a_setup(run, tmp_path):
     assert result.code == 0, result.said
     assert {"FROM_FILE", "FROM_FUNCTION", "MANY"} <= result.ranks.keys() and "NEVER" not in result.ranks
     assert result.records == ["0"]
+
+
+def test_a_copy_of_the_code_that_was_removed_is_what_it_is(run):
+    result = run(has_code=False)
+    assert result.ranks is None and "the copy of the code in" in result.records[0] and "gone" in result.records[0]
 
 
 @pytest.mark.parametrize("code", [0, 1, 2, 137])

@@ -1,7 +1,9 @@
 """The cause of an attempt's death, deduced from what the attempt left behind."""
 
+import shutil
 import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 from hfprune_launch.slurm import exit_causes
@@ -109,6 +111,13 @@ def test_what_failed_before_the_ranks_is_told_by_the_batch_script(store, attempt
     for damaged in ("", "127", "x"):
         (attempt.folder / "exit.7.1").write_text(damaged)
         assert cause(store, attempt, "FAILED") == "killed"
+
+
+def test_a_full_disk_is_what_it_is(store, attempt, monkeypatch):
+    started(attempt)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=0))
+    end = explain_end(store, STAGE, attempt, job("FAILED", attempt))
+    assert end.cause == "input" and "No space left on device" in end.message
 
 
 def test_folders_that_nodes_may_not_see_are_suspected_only_if_a_job_left_nothing(store, attempt):

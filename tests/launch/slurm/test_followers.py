@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 from fake_slurm import Clock, Controller, Job
+from hfprune_launch.slurm.attempt_records import Run
 from hfprune_launch.slurm.attempts import Attempts
 from hfprune_launch.slurm.backend import SlurmBackend
 from hfprune_launch.slurm.cancel import cancel_jobs
@@ -19,10 +20,22 @@ from hfprune_dist.config.schema import RuntimeConfig
 from hfprune_dist.planning.plan import Plan
 from hfprune_dist.store.artifacts import Store
 from hfprune_dist.store.cancellation import Cancellation, request_cancellation
+from hfprune_dist.store.heartbeat import Failure
 from hfprune_dist.store.stage import Input, Stage
 
 STAGES = [Stage("importance", str(n), {"n": n}, {"model": Input("digest", "/model")}) for n in range(3)]
-PLAN = Plan({stage.id: stage for stage in STAGES}, (), tuple(stage.id for stage in STAGES))
+SCORES = STAGES[0]
+PRUNED = Stage("prune", "a", {"ratio": 0.2}, {"importance": SCORES.as_input()})
+CHAIN = [SCORES, PRUNED, Stage("recover", "a", {}, {"model": PRUNED.as_input()})]
+
+
+def plan_of(stages):
+    """Return a plan in which the stages are wanted that no other one needs."""
+    needed = {need for stage in stages for need in stage.needs}
+    return Plan({stage.id: stage for stage in stages}, (), tuple(it.id for it in stages if it.id not in needed))
+
+
+PLAN = plan_of(STAGES)
 
 
 @pytest.fixture
@@ -35,10 +48,10 @@ def store(tmp_path):
     return Store(tmp_path / "store")
 
 
-def launcher(store):
+def launcher(store, stages=STAGES):
     """Return a launcher and what it has told."""
     told, clock = [], Clock()
-    resources = {"importance": Resources()}
+    resources = dict.fromkeys(("importance", "prune", "recover"), Resources())
     submitting = Submitting(
         Provenance(RuntimeConfig(), {}, {}),
         Profile("x", resources, None),
@@ -46,9 +59,10 @@ def launcher(store):
         None,
         Cancellation(store.root),
     )
-    backend = SlurmBackend(store, PLAN, submitting, SlurmCommands(clock.sleep), told.append, clock=clock)
+    backend = SlurmBackend(store, plan_of(stages), submitting, SlurmCommands(clock.sleep), told.append, clock=clock)
     return SimpleNamespace(
         start=backend.start,
+        step=backend.step,
         told=told,
         follow=lambda show=lambda: None: backend.follow(show, clock.sleep),
         left=backend.unsubmitted,
@@ -162,3 +176,71 @@ def test_a_full_disk_ends_a_follower_at_once_and_other_errors_in_the_end(control
     with pytest.raises(OSError, match=os.strerror(number)):
         follower.follow(show)
     assert after <= follower.clock.now < after + 20
+
+
+def test_slurm_is_asked_once_a_minute_while_nothing_happens(controller, store):
+    follower = launcher(store)
+    follower.start()
+    begun = len(controller.called)
+
+    def show():
+        for job_id in controller.live():
+            controller.end(job_id, "CANCELLED" if follower.clock.now > 7200 else "RUNNING")
+
+    follower.follow(show)
+    assert set(controller.called[begun:]) == set(controller.calls("squeue")) and len(controller.called) - begun < 140
+
+
+def test_an_end_that_a_job_has_recorded_is_noticed_before_slurm_is_asked(controller, store):
+    follower = launcher(store)
+    follower.start()
+    attempt = Attempts(store.root).last(STAGES[0].id)
+    ended_at = []
+
+    def show():
+        for job_id in controller.live():
+            controller.end(job_id, "RUNNING")
+        if follower.clock.now > 1000 and not ended_at:
+            (attempt.folder / "exit.101.0").write_text("1\n")
+            controller.end("101", "FAILED")
+            ended_at.append(follower.clock.now)
+        if [event.job_id for event in follower.told if event.what == "ended"] == ["101"]:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        follower.follow(show)
+    assert follower.clock.now - ended_at[0] <= 10
+
+
+def make(store, stage):
+    draft = store.open_draft(stage.id)
+    (draft / "result").write_text("x")
+    store.commit(stage, draft, {"metrics": {}})
+
+
+def test_what_was_finished_while_no_launcher_was_there_has_an_end(controller, store):
+    """Otherwise --status and --cancel ask Slurm about each such job for ever."""
+    launcher(store).start()
+    for number, stage in enumerate(STAGES[:2]):
+        make(store, stage)
+        Attempts(store.root).last(stage.id).record_run(Run(str(101 + number), 0, "n1", 1.0, 2.0, "done"))
+        controller.jobs.pop(str(101 + number))
+    called = len(controller.called)
+    launcher(store).start()
+    ends = [attempt.end and attempt.end.cause for stage in STAGES for attempt in Attempts(store.root).of(stage.id)]
+    assert ends == ["done", "done", None] and len(controller.called) == called + 1
+
+
+def test_all_that_a_lost_input_was_made_from_is_made_again(controller, store):
+    first, second, third = CHAIN
+    for stage in (first, second):
+        make(store, stage)
+    follower = launcher(store, CHAIN)
+    follower.start()
+    for stage in (first, second):
+        store.handle(stage.id).discard()
+    handle = store.handle(third.id)
+    handle.report_failure(Failure("lost input", "set aside", 0, 0.0, 1))
+    controller.end("101", "FAILED")
+    follower.step()
+    assert [controller.jobs[job_id].name.split("-")[1] for job_id in controller.live()] == [it.kind for it in CHAIN]

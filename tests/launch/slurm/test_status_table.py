@@ -44,6 +44,17 @@ def status(tmp_path):
     return at
 
 
+def test_a_job_whose_id_was_never_recorded_is_found_by_its_name(tmp_path):
+    store = Store(tmp_path / "store")
+    attempt = Attempts(store.root).begin(STAGE, 0, 2, 30, None)
+    store.handle(STAGE.id).work.mkdir(parents=True)
+    dead = {**asdict(replace(Holder.me(), started=1.0)), "token": "x"}
+    (store.work(STAGE.id) / "claim.1").write_text(json.dumps(dead))
+    jobs = {"5": JobInfo("5", "PENDING", "Priority", "", "N/A", "N/A", attempt.intent.job_name)}
+    (line,) = stage_statuses(Plan({STAGE.id: STAGE}, (), (STAGE.id,)), store, jobs)
+    assert (line.state, line.detail) == ("queued", "Priority")
+
+
 def test_a_rank_that_hangs_shows(status):
     line = status(started=60, beat=7.2)
     assert (line.state, line.detail, line.progress) == ("running", "stale for 7 min", "calibration 3/9")
