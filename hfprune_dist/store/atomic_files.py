@@ -44,18 +44,20 @@ def unless_stale(read: Callable[[], T]) -> T:
     return read()
 
 
-def write_text(file: Path, text: str, mode: int = 0o666) -> None:
+def write_text(file: Path, text: str, *, mode: int = 0o666, durable: bool = True) -> None:
     """Replace ``file`` atomically: write a sibling, fsync it, and rename it over ``file``.
 
     Args:
         mode: the file's permissions, from which the umask takes some.
+        durable: whether it has to survive a crash of the machine, after which it may be damaged otherwise.
     """
     draft = file.with_name(f".{file.name}.{uuid.uuid4().hex[:8]}")
     try:
         with naming(file), _created(draft, mode) as stream:
             stream.write(text)
-            stream.flush()
-            os.fsync(stream.fileno())
+            if durable:
+                stream.flush()
+                os.fsync(stream.fileno())
         _replace(draft, file)
     finally:
         draft.unlink(missing_ok=True)
@@ -65,13 +67,13 @@ def _created(file: Path, mode: int) -> IO[str]:
     return os.fdopen(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "w", encoding="utf-8")
 
 
-def write_json(file: Path, value: Any, *, sort_keys: bool = True) -> None:
-    """Replace ``file`` atomically with a JSON value.
+def write_json(file: Path, value: Any, *, sort_keys: bool = True, durable: bool = True) -> None:
+    """Replace ``file`` atomically with a JSON value; ``durable`` as for ``write_text``.
 
     Raises:
         ValueError: if it holds a number that isn't finite, which JSON has no word for; None stands for these.
     """
-    write_text(file, json.dumps(value, indent=1, sort_keys=sort_keys, allow_nan=False) + "\n")
+    write_text(file, json.dumps(value, indent=1, sort_keys=sort_keys, allow_nan=False) + "\n", durable=durable)
 
 
 def read_json(file: Path) -> Any:

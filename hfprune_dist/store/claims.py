@@ -13,6 +13,7 @@ import json
 import os
 import socket
 import sys
+import threading
 import time
 import uuid
 from collections.abc import Callable, Collection
@@ -29,6 +30,7 @@ CLAIM_FILES = "claim.*"
 # The process of a holder on another host can't be checked; it counts as dead if its claim wasn't renewed for this long.
 RENEWAL_LIMIT_S = 300.0
 RENEW_S = 60.0
+POLL_S = 1.0
 # Unix times computed for the start of one process may differ by this much while the system's clock is adjusted.
 START_TOLERANCE_S = 2.0
 
@@ -175,6 +177,21 @@ class Renewal:
             f"the claim on this stage could not be renewed for {silent_s:.0f} s ({error}); after {RENEWAL_LIMIT_S:.0f} "
             "s another host may take the stage over"
         )
+
+
+def keep_renewed(claim: Claim) -> threading.Event:
+    """Renew a claim from a thread until it is released or lost, which its holder notices by itself, or until the
+    returned event is set.
+    """
+    enough = threading.Event()
+    threading.Thread(target=_renew, args=(Renewal(claim), enough), daemon=True).start()
+    return enough
+
+
+def _renew(renewal: Renewal, enough: threading.Event) -> None:
+    with contextlib.suppress(ClaimLostError):
+        while not enough.wait(POLL_S):
+            renewal.tick()
 
 
 def try_claim(folder: Path, job: str | None = None, ended_jobs: Collection[str] = ()) -> Claim | Holder:

@@ -98,7 +98,7 @@ class Progress:
         self._written_at = now
         updated = time.time()
         beat = Heartbeat(phase, done, total, updated, began=updated - (now - first.at), done_before=first.done)
-        write_json(self._work / PROGRESS, asdict(beat))
+        write_json(self._work / PROGRESS, asdict(beat), durable=False)
 
 
 def read_heartbeat(work: Path) -> Heartbeat | None:

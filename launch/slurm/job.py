@@ -24,7 +24,6 @@ from hfprune_launch.slurm.causes import Cause
 from hfprune_launch.slurm.commands import SlurmCommands, SlurmUnavailableError
 from hfprune_launch.slurm.exit_causes import START, never_gets_further
 from hfprune_launch.slurm.progress import as_progress
-from hfprune_launch.slurm.renewals import keep_renewed
 from hfprune_launch.slurm.slurm_stage import SlurmStage
 from hfprune_launch.stage.parent import die_with_parent
 from hfprune_launch.stage.run import (
@@ -39,7 +38,7 @@ from hfprune_launch.stage.run import (
 from hfprune_dist.distributed.interruption import Interrupted, Interruption
 from hfprune_dist.errors import UserError, from_os_error
 from hfprune_dist.store.artifacts import Store
-from hfprune_dist.store.claims import Claim, ClaimLostError, Holder
+from hfprune_dist.store.claims import Claim, ClaimLostError, Holder, keep_renewed
 from hfprune_dist.store.heartbeat import Failure
 
 if TYPE_CHECKING:

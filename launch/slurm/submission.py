@@ -21,14 +21,13 @@ from hfprune_launch.slurm.commands import (
 from hfprune_launch.slurm.exit_causes import nodes_to_avoid
 from hfprune_launch.slurm.job_ends import JobEnds
 from hfprune_launch.slurm.profile import Profile
-from hfprune_launch.slurm.renewals import keep_renewed
 from hfprune_launch.slurm.slots import choose_slot
 from hfprune_launch.slurm.sweep_jobs import Event, SweepJobs
 from hfprune_launch.stage.stage_file import Provenance, write_stage_file
 
 from hfprune_dist.store.atomic_files import fsync_folders
 from hfprune_dist.store.cancellation import Cancellation
-from hfprune_dist.store.claims import Holder
+from hfprune_dist.store.claims import Holder, keep_renewed
 from hfprune_dist.store.stage import Stage
 
 

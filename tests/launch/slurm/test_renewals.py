@@ -7,7 +7,6 @@ import time
 from pathlib import Path
 
 from fake_slurm import Clock, Controller
-from hfprune_launch.slurm import renewals
 from hfprune_launch.slurm.attempts import Attempts
 from hfprune_launch.slurm.backend import SlurmBackend
 from hfprune_launch.slurm.commands import SlurmCommands
@@ -52,7 +51,7 @@ def test_renewal_survives_a_file_system_that_fails_once(tmp_path, monkeypatch):
         utime(file)
 
     monkeypatch.setattr(os, "utime", fail_once)
-    renewals.renew(Renewal(claim, None, Ticks()), Ticks())  # returns when the claim is gone
+    claims._renew(Renewal(claim, None, Ticks()), Ticks())  # returns when the claim is gone
     assert renewed == [2, 3]
 
 
@@ -72,7 +71,7 @@ def test_a_submission_that_takes_longer_than_a_claim_lasts_is_not_made_twice(tmp
     """A launcher on another host comes while the first one waits for an answer to its submission."""
     store, controller = Store(tmp_path / "store"), Controller()
     monkeypatch.setattr("hfprune_launch.slurm.commands._run", controller.run)
-    monkeypatch.setattr(renewals, "POLL_S", 0.01)
+    monkeypatch.setattr(claims, "POLL_S", 0.01)
     monkeypatch.setattr(claims, "RENEW_S", 0.0)
     submit = SlurmCommands.submit
 
