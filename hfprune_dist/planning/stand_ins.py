@@ -100,7 +100,7 @@ def _folder(name: str, config: Mapping[str, Any], headers: Mapping[str, Header])
     write_json(folder / "config.json", dict(config))
     (folder / TOKENIZER_FILES[0]).touch()
     for file, header in headers.items():
-        text = json.dumps(header).encode()
+        text = json.dumps(header, allow_nan=False).encode()
         with (folder / file).open("wb") as stream:
             stream.write(struct.pack("<Q", len(text)) + text)
             stream.truncate(stream.tell() + max(tensor["data_offsets"][1] for tensor in header.values()))

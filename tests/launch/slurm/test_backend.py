@@ -22,16 +22,11 @@ from hfprune_launch.slurm.profile import Profile, Resources
 from hfprune_launch.slurm.submission import Submitting
 from hfprune_launch.slurm.sweep_jobs import Event
 from hfprune_launch.stage.stage_file import Provenance
-from ranks import ROOT
 from rich.console import Console
 from sweeps import make_inputs, sweep
 
-from hfprune_dist.config.load import load_config
 from hfprune_dist.config.schema import RuntimeConfig
-from hfprune_dist.planning.build_plan import build_plan
-from hfprune_dist.planning.methods import resolve_methods
-from hfprune_dist.planning.model_sources import resolve_models
-from hfprune_dist.planning.plan import Cell, Plan
+from hfprune_dist.planning.plan import Plan
 from hfprune_dist.store.artifacts import Store
 from hfprune_dist.store.cancellation import Cancellation
 from hfprune_dist.store.claims import try_claim
@@ -270,21 +265,6 @@ def test_a_new_cluster_may_give_an_id_again(fake, store):
     backend.follow_missing()
     assert causes(store, SCORES) == ["killed", None]
     assert 180 <= backend.clock.now < 300
-
-
-@pytest.mark.parametrize(("lost", "lives"), [PRUNES, PRUNES[::-1]])
-def test_of_two_attempts_with_one_id_each_is_followed(fake, store, lost, lives):
-    """The cluster has been set up anew, and gives the id of a job that was lost with it to another job."""
-    complete(store, SCORES)
-    for prune in (lost, lives):
-        Attempts(store.root).begin(prune, 0, 1, 60, None).record_job("7")
-    names = [Attempts(store.root).last(prune.id).intent.job_name for prune in (lost, lives)]
-    fake.history = f"7|NODE_FAIL|None|n1|N/A|N/A|{names[0]}\n"
-    fake.jobs["7"] = Job(names[1], "RUNNING")
-    backend = make_backend(store)
-    backend.start()
-    backend.follow_missing()
-    assert causes(store, lost) == ["bad node", None] and causes(store, lives) == [None]
 
 
 @pytest.mark.parametrize("answers", [[HEADER], [HEADER] * 5, ["", HEADER], [HEADER, None, HEADER]])
@@ -743,34 +723,6 @@ def test_cancel_finds_what_is_outside_the_plan_unlisted_or_without_an_id(fake, s
     assert cancelled.job_ids == ["101", "102", "103"]
     assert cancelled.outside == sorted(stage.id for stage in PRUNES)
     assert fake.calls("scancel") == ["scancel 101 102 103", f"scancel --jobname={lost.intent.job_name}"]
-
-
-def test_a_thousand_cells(fake, store, tmp_path, monkeypatch):
-    """Polling takes one squeue call per round."""
-    ratios = [round(0.05 + number * 0.0001, 4) for number in range(1000)]
-    config_file = make_inputs(tmp_path)
-    config = load_config(
-        [config_file], {"models": ["alpha"], "ratios": ratios, "recovery.method": "none", "evaluation.tasks": []}
-    )
-    models = resolve_models(config, tmp_path / "none", store.hashes, download=False)
-    monkeypatch.setattr(
-        "hfprune_dist.planning.build_plan.check_ratios", lambda *_: None
-    )  # a model this small has fewer widths
-    plan = build_plan(config, models, resolve_methods(config, ROOT / "configs" / "methods"), store.hashes)
-    assert all(store.verify(stage_id).state == "missing" for stage_id in plan.stages)
-    assert len(plan.cells) == 1001 and isinstance(plan.cells[0], Cell)
-    monkeypatch.setattr("os.fsync", lambda _: None)  # 4,000 of them are slow on a busy disk
-    attempts = Attempts(store.root)
-    for number, stage in enumerate(plan.stages.values(), 1000):
-        attempt = attempts.begin(stage, 0, 1, 60, None)
-        attempt.record_job(str(number))
-        fake.jobs[str(number)] = Job(attempt.intent.job_name, reason="Priority")
-    backend = make_backend(store, plan)
-    backend.start()
-    assert len(fake.called) == 1
-    for _ in range(3):
-        backend.step()
-    assert fake.called == fake.calls("squeue") and len(fake.called) == 4
 
 
 def test_dry_run_prints_what_would_be_submitted_where_there_is_no_slurm(tmp_path):

@@ -235,3 +235,15 @@ def test_an_error_that_comes_of_a_lost_claim_is_nobodys_failure(rank, store, att
     monkeypatch.setattr(sys, "excepthook", lambda *_: None)
     assert end_of(rank, monkeypatch, finished_by_another) == 1
     assert not store.work(STAGE.id).exists() and attempt.runs()[-1].how == "duplicate"
+
+
+def test_a_job_leaves_its_nodes_where_another_process_has_the_stage(rank, store, monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(job.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(job, "sleep", lambda seconds: clock.__setitem__(0, clock[0] + seconds))
+    rank._record_start()
+    claim = store.handle(STAGE.id).claim()
+    answers = iter(rank._gate.ask, "held")
+    assert set(answers) == {"wait"} and 20 < clock[0] <= 40
+    claim.release()
+    assert rank._gate.ask() == "run"
