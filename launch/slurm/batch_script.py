@@ -30,7 +30,13 @@ UNUSABLE = {
     ":": "it separates the folders of PYTHONPATH",
 }
 # Lines of a script that differ between jobs of one profile, or with the version of the code.
-OF_ONE_JOB = ("#SBATCH --dependency=", "#SBATCH --chdir=", "export HFPRUNE_CODE=", "export PYTHONPATH=")
+OF_ONE_JOB = (
+    "#SBATCH --dependency=",
+    "#SBATCH --chdir=",
+    "export HFPRUNE_CODE=",
+    "export PYTHONPATH=",
+    "hfprune_folder=",
+)
 # Variables (SLURM_...) from which srun reads options. A job inherits them from a launcher that runs inside another job
 # or whose user sets them for other work; Slurm itself sets only those for options with which the job was submitted.
 SRUN_VARIABLES = (
@@ -181,12 +187,13 @@ def _setup(request: Request) -> list[str]:
     snapshot, resources, folder = shlex.quote(str(request.snapshot)), request.resources, request.folder.resolve()
     own = [*([f"{counted(len(resources.setup), 'line')} of setup"] if resources.setup else []), *resources.environment]
     sourced = [
-        f". {shlex.quote(str(folder / ENVIRONMENT))}  # {', '.join(own)}",
+        f'. "$hfprune_folder/{ENVIRONMENT}"  # {", ".join(own)}',
         "[ $? = 0 ] || hfprune_end 1 setup in the profile can not be read",
     ]
     return [
         f'echo "{START} ${{SLURM_RESTART_COUNT:-0}}" >&2',
-        f'hfprune_record={shlex.quote(str(folder))}/"exit.$SLURM_JOB_ID.${{SLURM_RESTART_COUNT:-0}}"',
+        f"hfprune_folder={shlex.quote(str(folder))}",
+        'hfprune_record="$hfprune_folder/exit.$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}"',
         'hfprune_end() { echo "$@" >"$hfprune_record.new" && mv "$hfprune_record.new" "$hfprune_record"; exit "$1"; }',
         f'unset {" ".join(_foreign_variables(resources))} "${{!SRUN_@}}"',
         f"export OMP_NUM_THREADS={request.threads}",
@@ -194,7 +201,7 @@ def _setup(request: Request) -> list[str]:
         "export PYTHONDONTWRITEBYTECODE=1",
         *(sourced if own else []),
         f"export HFPRUNE_CODE={snapshot}",
-        f"[ -d {snapshot} ] || hfprune_end 1 the copy of the code in {snapshot} is gone",
+        '[ -d "$HFPRUNE_CODE" ] || hfprune_end 1 "the copy of the code in $HFPRUNE_CODE is gone"',
         f"export PYTHONPATH={snapshot}${{PYTHONPATH:+:$PYTHONPATH}}",
     ]
 

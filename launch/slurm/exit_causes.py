@@ -103,7 +103,7 @@ def explain_end(store: Store, stage: Stage, attempt: JobAttempt, job: JobInfo | 
         tail = ""
     else:
         reason = job.reason if job is not None else ""
-        cause, message = _cause(store, stage, attempt, state, reason, text, tail)
+        cause, message = _cause(store, stage, attempt, state=state, reason=reason, text=text, tail=tail)
     ended = _end_of(job, heartbeat)
     seconds = attempt.run_seconds(ended)
     return End(
@@ -121,7 +121,7 @@ def explain_end(store: Store, stage: Stage, attempt: JobAttempt, job: JobInfo | 
 
 
 def _cause(
-    store: Store, stage: Stage, attempt: JobAttempt, state: str, reason: str, text: str, tail: str
+    store: Store, stage: Stage, attempt: JobAttempt, *, state: str, reason: str, text: str, tail: str
 ) -> tuple[str, str]:
     """Return cause and message; what explains most comes first."""
     job, runs, recorded = f"job {attempt.job_id}", attempt.runs(), attempt.exit_record()

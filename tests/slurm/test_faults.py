@@ -4,6 +4,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import time
 
 import pytest
@@ -23,6 +24,7 @@ from clusters import (
     runs,
     wait_for,
 )
+from fork_server import ADDRESS, forked
 from ranks import killing
 from sweeps import results
 
@@ -106,7 +108,8 @@ def test_a_second_job_for_a_stage_that_runs(cluster, config, finished, without):
     submitted = cluster.submit(config, out, **SLOWLY, **FORKED_RANKS)
     first = submitted.job_at_work(CONTROL)
     (folder,) = attempt_folders(out)
-    second = cluster.slurm("sbatch", "--parsable", f"{folder}/job.sh").strip()
+    server = f"{ADDRESS}={forked([sys.executable, 'job'])[3]}"  # whose forks its ranks are, too
+    second = cluster.slurm("sbatch", "--parsable", f"--export=ALL,{server}", f"{folder}/job.sh").strip()
     done(cluster, out, finished, submitted)
 
     def starts_of(job):
