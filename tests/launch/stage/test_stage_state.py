@@ -57,10 +57,10 @@ def test_a_stage_that_runs_shows_how_far_it_is_and_who_runs_it(store):
     (handle.work / "progress.json").write_text(json.dumps(asdict(beat)))
     assert shown(store) == [
         f"importance a running calibration 5/9 80 s process {os.getpid()}",
-        f"prune a 0.2 waiting for {STAGE.id}",
+        f"prune a 0.2 waiting no run yet for {STAGE.id}",
     ]
     claim.release()
-    assert shown(store)[0] == "importance a missing"
+    assert shown(store)[0] == "importance a missing no run yet"
 
 
 def test_a_stage_whose_process_died_is_told_from_one_that_runs(store):
