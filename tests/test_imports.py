@@ -36,7 +36,7 @@ TORCH_FREE = [
     *(f"hfprune_launch.{name}" for name in ("hfprune", "schema", "status", "modes.clean")),
 ]
 # Libraries that take a rank some tenths of a second each to import -> kinds of stages that import them in any case.
-# Others do so only in what needs them: sharding a model, running lm-eval's tasks, a data set of the hub, tracking.
+# Others do so only in what needs them: sharding a model, running lm-eval's tasks, a data set of the hub.
 TRAINING = {"distill", "recover", "loraprune"}
 HEAVY = {"deepspeed": TRAINING, "peft": TRAINING, "datasets": TRAINING, "pandas": TRAINING}
 HEAVY |= {"lm_eval": set(), "tensorboard": set()}

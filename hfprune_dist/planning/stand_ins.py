@@ -1,7 +1,7 @@
 """Stand-ins for models of the hub that aren't downloaded, with which a dry run plans.
 
 A stand-in is a folder like the model's: its config.json, and files without content whose headers are those of its
-weights. If the hub can't be asked for these, it has the shape of another model, which no one may be told.
+weights. If the hub can't be asked for these, it has the shape of another model: enough to plan with, and never shown.
 """
 
 from __future__ import annotations
