@@ -32,6 +32,8 @@ def explain(schema: type[BaseModel], problem: Mapping[str, Any]) -> str:
     given = problem["input"]
     if problem["type"] in ("model_type", "model_attributes_type"):
         message = f"this is a section; give values to its keys, {', '.join(sorted(_fields_at(schema, location)))}"
+    elif problem["type"] == "string_unicode":
+        message = "this path isn't UTF-8; rename the file or folder"
     else:
         message = re.sub("^(Input|String|List) should ", "must ", problem["msg"])
         message = message.replace("a valid dictionary", "a section").replace("a valid integer", "a whole number")

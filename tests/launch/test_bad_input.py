@@ -203,6 +203,7 @@ def test_a_hub_id_is_a_model_and_keeps_its_name(tmp_path, monkeypatch):
 
 def test_ranks_that_a_file_asks_for_are_capped_and_those_of_the_command_line_refused(config, tmp_path, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     where = ["--config", config, "--out", tmp_path / "out", "--dry-run"]
     code, shown, said = in_process(sweep.main, *where)
     assert (code, said) == (0, "")
