@@ -1,7 +1,9 @@
-"""Shapes of mixtures of experts in which all MLPs (experts, shared and dense ones) lose the same share of neurons.
+"""Shapes of mixtures of experts. Every layer with experts loses as many of them; or all MLPs (experts, shared and dense
+ones) lose the same share of neurons.
 
-All experts of a model have the same width, so that the result loads everywhere. Within each expert, scores decide which
-neurons stay. If KV groups may go as well, layers keep the share of them that is closest to the share of neurons.
+If neurons go, all experts of a model have the same width, so that the result loads everywhere. Within each expert,
+scores decide which neurons stay. If KV groups may go as well, layers keep the share of them that is closest to that of
+neurons.
 """
 
 from __future__ import annotations
@@ -17,7 +19,8 @@ from hfprune_dist.checkpoints.checkpoint import Checkpoint
 from hfprune_dist.checkpoints.pruned_config import plain_group_counts
 from hfprune_dist.errors import UserError
 from hfprune_dist.planning.shape_target import ShapeTarget
-from hfprune_dist.structures import EXPERT_NEURONS, KV_GROUPS, NEURONS
+from hfprune_dist.structures import EXPERT_NEURONS, EXPERTS, KV_GROUPS, NEURONS
+from hfprune_dist.structures.experts import Experts
 from hfprune_dist.structures.kept import Shape
 from hfprune_dist.structures.units import Units
 
@@ -133,6 +136,54 @@ class ExpertTarget(MixtureTarget):
             rounded = max(exact // multiple_of * multiple_of, min(multiple_of, it.width))
             widths.setdefault(next(iter(it.fields)), width if it is self._experts else rounded)
         return widths
+
+
+class WholeExpertTarget(MixtureTarget):
+    """The shape wanted of a mixture that loses experts; the size is the number of experts that each layer keeps."""
+
+    @cached_property
+    def _sizes(self) -> list[int]:
+        experts, step = self._experts, self.step
+        fewest = -(-experts.fewest // step) * step
+        return [number for number in range(experts.count // step * step, fewest - 1, -step) if number < experts.count]
+
+    @property
+    def step(self) -> int:
+        """The number that numbers of experts are multiples of."""
+        return math.lcm(self.asked.multiple_of, self._experts.groups)
+
+    def _with(self, size: int) -> Shape:
+        """The shape in which layers have ``size`` experts."""
+        counts = self._units.counts
+        return Shape(tuple(range(len(counts))), {EXPERTS: tuple(size if count else 0 for count in counts)})
+
+    def _limits(self) -> str:
+        """Why no more experts can be removed, for messages."""
+        experts = self._experts
+        besides = ""
+        if experts.groups > 1:
+            besides = f", and routing wants as many in each of {experts.groups} groups"
+        elif experts.fewest > experts.chosen:
+            besides = f", and a mixture has {experts.fewest} at least"
+        return (
+            f", of which {experts.fewest} of {experts.count} in each layer must stay: a token goes to "
+            f"{experts.chosen}{besides}"
+        )
+
+    @property
+    def _units(self) -> Units:
+        return self.asked.checkpoint.structures[EXPERTS]
+
+    @property
+    def _experts(self) -> Experts:
+        experts = self.asked.checkpoint.family.experts
+        assert experts is not None, "the model has no experts"
+        return experts
+
+
+def mixture_target(asked: ShapeTarget) -> MixtureTarget:
+    """The target for a mixture of experts, whichever of its structures may be removed."""
+    return WholeExpertTarget(asked) if EXPERTS in asked.structures else ExpertTarget(asked)
 
 
 def refuse_unaligned(checkpoint: Checkpoint, where: str) -> None:

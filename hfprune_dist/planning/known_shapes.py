@@ -11,8 +11,8 @@ from hfprune_dist.checkpoints.pruned_config import parameters_of_biases, pruned_
 from hfprune_dist.config.method import Method
 from hfprune_dist.planning.multiples import with_numbers
 from hfprune_dist.planning.plain_shapes import plain_shapes, possible_outcomes
+from hfprune_dist.planning.shape_target import target_of
 from hfprune_dist.planning.shapes import shapes_for
-from hfprune_dist.planning.targets import target_of
 from hfprune_dist.structures import EXPERTS, KV_GROUPS, LAYERS
 from hfprune_dist.structures.kept import Shape
 

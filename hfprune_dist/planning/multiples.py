@@ -11,11 +11,10 @@ from hfprune_dist.checkpoints.checkpoint import Checkpoint
 from hfprune_dist.config.method import Method
 from hfprune_dist.errors import UserError
 from hfprune_dist.planning.budget import budget_of
-from hfprune_dist.planning.decided_numbers import check_multiple
 from hfprune_dist.planning.legality import suited
 from hfprune_dist.planning.plain_shapes import all_plain_shapes, ratio_of
+from hfprune_dist.planning.shape_target import divisible, target_of
 from hfprune_dist.planning.shapes import shapes_for
-from hfprune_dist.planning.targets import divisible, target_of
 from hfprune_dist.structures import EXPERTS
 
 # Multiples, in the order in which they are tried.
@@ -76,3 +75,24 @@ def _suits(multiple_of: int, method: Method, checkpoint: Checkpoint, ratio: floa
     shapes = all_plain_shapes(target)
     as_many = len(shapes) == len(all_plain_shapes(finest)) > 0
     return as_many and all(ratio_of(target, shape) <= ratio + MOST_BEYOND for shape in shapes)
+
+
+def check_multiple(checkpoint: Checkpoint, method: Method, where: str) -> None:
+    """Refuse multiples that are larger than all there is."""
+    most, what = checkpoint.units.width, "neurons"
+    if EXPERTS in method.structures:
+        most, what = checkpoint.structures[EXPERTS].most, EXPERTS
+    if isinstance(method.multiple_of, int) and method.multiple_of > most:
+        split = divisible(1, method)
+        shared = f" with prune.tensor_parallel {split}" if split > 1 else ""
+        raise UserError(
+            f"{where}: prune.multiple_of comes to {method.multiple_of}{shared}, but layers have {most} {what} at most; "
+            f"use {_smaller_multiple(most, split)}"
+        )
+
+
+def _smaller_multiple(most: int, split: int) -> str:
+    """The settings whose least common multiple with ``split``, the number of devices, is ``most`` at most."""
+    if split > most:
+        return f"a prune.tensor_parallel up to {most}"
+    return f"a number up to {most // split}" + (f", or a multiple of {split} up to {most}" if split > 1 else "")

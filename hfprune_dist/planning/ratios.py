@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import replace
 
 from hfprune_dist.checkpoints.checkpoint import Checkpoint
 from hfprune_dist.config.method import Method
 from hfprune_dist.errors import UserError
-from hfprune_dist.planning.decided_numbers import check_multiple, deciding_numbers, what_is_rounded
-from hfprune_dist.planning.expert_shapes import refuse_unaligned
+from hfprune_dist.planning.budget import budget_of
+from hfprune_dist.planning.expert_shapes import mixture_target, refuse_unaligned
 from hfprune_dist.planning.legality import can_do, refuse_model, suited, why_not
 from hfprune_dist.planning.low_rank_shapes import LowRankTarget
-from hfprune_dist.planning.multiples import with_numbers
+from hfprune_dist.planning.multiples import check_multiple, with_numbers
+from hfprune_dist.planning.shape_target import divisible, target_of
+from hfprune_dist.planning.shapes import shapes_for
 from hfprune_dist.planning.students import check_student
-from hfprune_dist.planning.targets import target_of
 from hfprune_dist.planning.widths import to_multiples_of
-from hfprune_dist.structures import KV_GROUPS
+from hfprune_dist.structures import EXPERTS, KV_GROUPS, NEURONS
 from hfprune_dist.structures.low_rank import rank_field
 
 # Architectures of which vLLM and SGLang take hidden_size / heads as the size of a head, whatever head_dim says.
@@ -44,14 +46,44 @@ def check_ratios(checkpoint: Checkpoint, ratios: Sequence[float], method: Method
         check_multiple(checkpoint, settled, where)
         _check_protected(checkpoint, settled, where)
         check_student(checkpoint, ratio, settled, where)
-        decided = deciding_numbers(checkpoint, ratio, settled, where)
+        decided = _deciding_numbers(checkpoint, ratio, settled, where)
         if decided in reached:
-            what, step, finer = what_is_rounded(checkpoint, settled)
+            what, step, finer = _what_is_rounded(checkpoint, settled)
             raise UserError(
                 f"{where}: ratios {reached[decided]:g} and {ratio:g} would be the same checkpoint once {what} are "
                 f"rounded{to_multiples_of(step)}; leave one of them out{finer and f' or use {finer}'}"
             )
         reached[decided] = ratio
+
+
+def _deciding_numbers(checkpoint: Checkpoint, ratio: float, method: Method, where: str) -> Hashable:
+    """The numbers that decide what stays, together with scores and measurements.
+
+    Args:
+        method: with numbers, as ``with_numbers`` returns it.
+
+    Raises:
+        UserError: if the ratio is out of reach, or if nothing would be removed.
+    """
+    target = target_of(method, checkpoint, ratio, where)
+    shapes = shapes_for(target, method)
+    if shapes:
+        return tuple((it.layers, *it.units.items(), *it.ranks.items()) for it in shapes)
+    # The smallest step is one of a layer's width.
+    step = target.multiple_of * target.counts.units[NEURONS]
+    return (budget_of(target, method.limits()).parameters + step // 2) // step
+
+
+def _what_is_rounded(checkpoint: Checkpoint, method: Method) -> tuple[str, int, str]:
+    """What is rounded, to multiples of which number, and a setting that makes it smaller; empty if none does."""
+    smaller = "a smaller prune.multiple_of"
+    if not checkpoint.family.experts:
+        assert isinstance(method.multiple_of, int), "planned with a number"
+        return "widths", method.multiple_of, smaller if method.multiple_of > divisible(1, method) else ""
+    asked = target_of(method, checkpoint, 0.0, "")
+    step, finest = (mixture_target(it).step for it in (asked, replace(asked, multiple_of=1)))
+    what = "numbers of experts" if EXPERTS in method.structures else "widths of experts"
+    return what, step, smaller if step > finest else ""
 
 
 def _check_protected(checkpoint: Checkpoint, method: Method, where: str) -> None:

@@ -9,6 +9,7 @@ from functools import cached_property
 
 from hfprune_dist.checkpoints.checkpoint import Checkpoint
 from hfprune_dist.checkpoints.layer_settings import undroppable_layers
+from hfprune_dist.config.method import Method
 from hfprune_dist.config.method_settings import structures_possible
 from hfprune_dist.config.parameters import LoraPruneParameters, PruneParameters
 from hfprune_dist.errors import UserError
@@ -146,6 +147,20 @@ class ShapeTarget:
             f"{self.where}: prune.tensor_parallel {self.tensor_parallel} divides no number of KV groups that its "
             f"{self.groups.most} can be pruned to; the largest that works is {largest}"
         )
+
+
+def divisible(multiple_of: int, method: Method) -> int:
+    """The least multiple of ``multiple_of`` that ``tensor_parallel`` divides, where it has an effect."""
+    return math.lcm(multiple_of, method.split)
+
+
+def target_of(method: Method, checkpoint: Checkpoint, ratio: float, where: str) -> ShapeTarget:
+    """The target of a method whose ``multiple_of`` is a number."""
+    assert isinstance(method.multiple_of, int), "planned with a number"
+    structures, devices = tuple(method.structures), method.tensor_parallel
+    without = {KV_GROUPS} if method.scores_neurons_alone else set()
+    possible = tuple(it for it in structures_possible(method.allocation) if it not in without)
+    return ShapeTarget(checkpoint, ratio, structures, method.multiple_of, where, devices, possible)
 
 
 def _listed(names: tuple[str, ...]) -> str:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from hfprune_dist.config.method import Method
 from hfprune_dist.config.parameters import PruneParameters
+from hfprune_dist.planning.expert_shapes import mixture_target
 from hfprune_dist.planning.local_shapes import LocalTarget
 from hfprune_dist.planning.low_rank_shapes import LowRankTarget
 from hfprune_dist.planning.plain_shapes import plain_shapes, shape_of
 from hfprune_dist.planning.shape_target import ShapeTarget
-from hfprune_dist.planning.whole_expert_shapes import mixture_target
 from hfprune_dist.structures import NEURONS
 from hfprune_dist.structures.kept import Shape
 

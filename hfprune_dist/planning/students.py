@@ -7,8 +7,8 @@ from hfprune_dist.config.method import Method
 from hfprune_dist.config.parameters import StudentParameters
 from hfprune_dist.core.criteria import lacking
 from hfprune_dist.errors import UserError
+from hfprune_dist.planning.shape_target import target_of
 from hfprune_dist.planning.shapes import shapes_for
-from hfprune_dist.planning.targets import target_of
 from hfprune_dist.structures import NEURONS
 
 # Ratio -> the teacher's share of the loss and its temperature, as in SDMPrune (arXiv 2506.11120; its code's settings

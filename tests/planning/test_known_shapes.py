@@ -14,7 +14,7 @@ from hfprune_dist.errors import UserError
 from hfprune_dist.planning.known_shapes import KnownShape, Span, dense_shape, known_shape
 from hfprune_dist.planning.multiples import suited
 from hfprune_dist.planning.plain_shapes import fitted_to_layers, plain_shapes, shape_of
-from hfprune_dist.planning.targets import target_of
+from hfprune_dist.planning.shape_target import target_of
 from hfprune_dist.structures import NEURONS
 from hfprune_dist.structures.kept import Shape
 

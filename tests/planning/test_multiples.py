@@ -9,13 +9,12 @@ from hypothesis import strategies as st
 
 from hfprune_dist.config.method import Method
 from hfprune_dist.errors import UserError
-from hfprune_dist.planning.decided_numbers import check_multiple
 from hfprune_dist.planning.local_shapes import LocalTarget
-from hfprune_dist.planning.multiples import MOST_BEYOND, MULTIPLES, with_numbers
+from hfprune_dist.planning.multiples import MOST_BEYOND, MULTIPLES, check_multiple, with_numbers
 from hfprune_dist.planning.plain_shapes import all_plain_shapes, plain_shapes, ratio_of
 from hfprune_dist.planning.ratios import check_ratios, largest_split, remarks_on_shapes
+from hfprune_dist.planning.shape_target import target_of
 from hfprune_dist.planning.shapes import uniform_shape
-from hfprune_dist.planning.targets import target_of
 
 BOTH = ["neurons", "kv_groups"]
 ALL = [*BOTH, "layers"]

@@ -14,7 +14,7 @@ from hfprune_dist.planning.budget import budget_of
 from hfprune_dist.planning.known_shapes import dense_shape, known_shape
 from hfprune_dist.planning.multiples import with_numbers
 from hfprune_dist.planning.ratios import check_ratios, remarks_on_shapes
-from hfprune_dist.planning.targets import target_of
+from hfprune_dist.planning.shape_target import target_of
 
 PLAIN = {"criterion": "entropy", "multiple_of": 1}
 

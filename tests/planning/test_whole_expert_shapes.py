@@ -15,10 +15,10 @@ from hfprune_dist.checkpoints.pruned_config import is_plain, pruned_config
 from hfprune_dist.checkpoints.token_costs import TokenCosts
 from hfprune_dist.config.method import Method
 from hfprune_dist.errors import UserError
+from hfprune_dist.planning.expert_shapes import WholeExpertTarget
 from hfprune_dist.planning.known_shapes import Span, dense_shape, known_shape
 from hfprune_dist.planning.ratios import check_ratios, remarks_on_shapes
 from hfprune_dist.planning.shape_target import ShapeTarget
-from hfprune_dist.planning.whole_expert_shapes import WholeExpertTarget
 from hfprune_dist.structures import EXPERTS
 
 LIKE_HFPRUNE = {"criterion": "entropy", "structures": ["experts"]}
