@@ -23,7 +23,7 @@ def measured_hours(plan: Plan, store: Store) -> Callable[[Stage], float | None]:
 
     def inputs_of(stage_id: str) -> Mapping[str, Any]:
         planned = plan.stages.get(stage_id)
-        record = (store.manifest(stage_id) or {}).get("stage", {}) if planned is None else planned.to_json()
+        record = (store.handle(stage_id).manifest() or {}).get("stage", {}) if planned is None else planned.to_json()
         return dict(record.get("inputs", {}))
 
     def dense_model(stage_id: str) -> str | None:
@@ -36,7 +36,7 @@ def measured_hours(plan: Plan, store: Store) -> Callable[[Stage], float | None]:
     for kind in {stage.kind for stage in plan.stages.values()}:
         for folder in listed(store.root / kind, "[!.]*"):
             stage_id = f"{kind}/{folder.name}"
-            seconds = (store.manifest(stage_id) or {}).get("wall_time_s")
+            seconds = (store.handle(stage_id).manifest() or {}).get("wall_time_s")
             if seconds is not None:
                 took[kind, dense_model(stage_id)].append(seconds / 3600)
 
