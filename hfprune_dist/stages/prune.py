@@ -60,6 +60,7 @@ def _write_weights(
     for done, file in enumerate(files[world.rank :: world.size]):
         context.progress.update("files", done * world.size, len(files))
         write_weight_file(checkpoint, file, kept, draft, replacements)
+    world.barrier()  # what describes all weight files is written next
 
 
 def _decide(context: Context, dense: DenseModel) -> tuple[Kept, Replacements, dict[str, Any]]:

@@ -46,6 +46,7 @@ def write_merged(
     for done, file in enumerate(files[world.rank :: world.size]):
         progress.update("merging", done * world.size, len(files))
         merge_weight_file(checkpoint, file, adapter, draft, kept)
+    world.barrier()  # the rest describes all weight files
 
     def write_rest() -> None:
         config = checkpoint.config if kept is None else pruned_config(checkpoint, kept.shape)
