@@ -10,7 +10,7 @@ from torch import nn
 from hfprune_dist.checkpoints.lora_adapter import lora_targets, merge_weight_file, read_adapter, write_adapter
 from hfprune_dist.checkpoints.write_pruned import write_companions
 from hfprune_dist.planning.dimensions import checkpoint_dimensions
-from hfprune_dist.planning.training_footprint import Train
+from hfprune_dist.planning.memory import Train
 
 # Blocks of a layer that attend to other tokens; convolutions and state-space blocks don't.
 ATTENTION = {"self_attn", "attention", "linear_attn"}
@@ -75,7 +75,7 @@ def trained_and_merged(checkpoint, folder, windows):
     assert trained == {f"base_model.model.{name}" for name in expected}
     assert len(weights) == 2 * len(expected)
     if checkpoint.family.model_type not in ESTIMATED and not checkpoint.ranks:
-        job = Train(rows=1, tokens=1, rank=4, dropout=False)
+        job = Train(1, 1, rank=4)
         assert job.lora_parameters(checkpoint_dimensions(checkpoint)) == sum(it.numel() for it in weights.values())
     write_adapter(folder / "adapter", weights, targets, 4, 6)
     (folder / "merged").mkdir()

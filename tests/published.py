@@ -17,11 +17,11 @@ from hfprune_dist.config.load import load_config
 from hfprune_dist.config.schema import SweepConfig
 from hfprune_dist.planning.build_plan import build_plan
 from hfprune_dist.planning.dimensions import dimensions_of
-from hfprune_dist.planning.gpu_needs import Gpus
+from hfprune_dist.planning.memory import Gpus
 from hfprune_dist.planning.methods import resolve_methods
 from hfprune_dist.planning.model_sources import ModelSource
+from hfprune_dist.planning.placement import choose_micro_batches
 from hfprune_dist.planning.plan import Plan
-from hfprune_dist.planning.training_memory import choose_micro_batches
 from hfprune_dist.store.hashing import FileHashes
 
 

@@ -209,7 +209,7 @@ def without_deepspeed(monkeypatch: Any) -> None:
     loaded: dict[Any, torch.nn.Module] = {}
     reading = threading.Lock()
 
-    def place(checkpoint, dtype, _micro_batch_size, world):
+    def place(checkpoint, dtype, _micro_batch_size, _sharding, world):
         with reading:
             if (checkpoint.path, dtype) not in loaded:
                 loaded[checkpoint.path, dtype] = load_causal_lm(checkpoint.path, dtype).requires_grad_(False).eval()
@@ -225,7 +225,7 @@ def without_deepspeed(monkeypatch: Any) -> None:
 
         return Placed(model, gathered, lambda: lambda: world.together(BACKWARD), lambda: None)
 
-    monkeypatch.setattr(shard_scorer, "place", place)
+    monkeypatch.setattr(shard_scorer, "load_placed", place)
 
 
 def run_in_threads(store: Store, stage: Stage, ranks: Ranks) -> None:

@@ -12,5 +12,5 @@ KEPT_BYTES = 4 * 2**30
 LAYER_SUMS_BYTES = 8 * 2**30
 # Size of a portion of weights on its way to an accelerator.
 PINNED_BYTES = 32 * 2**20
-# Share of a device's free memory that whole weights may take; the rest is for activations, caches and logits.
-WEIGHTS_SHARE = 0.6
+# Size of the logits of all requests that are answered at a time, with their log-softmax.
+LOGITS_BYTES = 4 * 2**30

@@ -11,9 +11,11 @@ from torch import Tensor, nn
 
 from hfprune_dist.checkpoints.checkpoint import Checkpoint
 from hfprune_dist.config.schema import Sharding
-from hfprune_dist.core.memory_limits import WEIGHTS_SHARE
 from hfprune_dist.distributed.world import World
 from hfprune_dist.models.loading import load_causal_lm
+from hfprune_dist.planning.dimensions import checkpoint_dimensions
+from hfprune_dist.planning.memory import Gpus, Job
+from hfprune_dist.planning.placement import Placement, place
 from hfprune_dist.store.machine import available_memory
 
 # How a model is sharded once that is decided.
@@ -22,13 +24,15 @@ DecidedSharding = Literal["replicate", "zero3"]
 ALIGNMENT = 64
 
 
-def choose_sharding(requested: Sharding, checkpoint: Checkpoint, dtype: torch.dtype, world: World) -> DecidedSharding:
-    """Decide together how to place a model: whole on each rank if the weights fit everywhere, otherwise sharded."""
-    if requested != "auto":
-        return requested
-    fits = checkpoint.parameters * dtype.itemsize <= WEIGHTS_SHARE * free_bytes(world)
-    # A single rank gains nothing from sharding.
-    return "replicate" if all(world.all_gather(fits)) or world.size == 1 else "zero3"
+def placement_here(job: Job, checkpoint: Checkpoint, sharding: Sharding, world: World) -> Placement:
+    """Decide together how to place a job in the free memory; the rank with the least of it decides for all."""
+    gpus = Gpus(nodes=1, per_node=world.size, memory=min(world.all_gather(free_bytes(world))))
+    return place(job, checkpoint_dimensions(checkpoint), gpus, sharding)
+
+
+def choose_sharding(requested: Sharding, job: Job, checkpoint: Checkpoint, world: World) -> DecidedSharding:
+    """Decide together how to place a model for a job: whole on each rank if it fits everywhere, otherwise sharded."""
+    return "replicate" if placement_here(job, checkpoint, requested, world).whole else "zero3"
 
 
 def free_bytes(world: World) -> float:

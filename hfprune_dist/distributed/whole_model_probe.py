@@ -21,6 +21,7 @@ from hfprune_dist.config.schema import Sharding
 from hfprune_dist.distributed.frozen_model import FrozenModel, choose_sharding
 from hfprune_dist.distributed.world import World
 from hfprune_dist.errors import UserError
+from hfprune_dist.planning.memory import Evaluate
 
 PROBE = "probe.safetensors"
 # Positions of a window, evenly spread: enough to see any departure, and little to keep even for a large model.
@@ -191,7 +192,8 @@ class ProbeRecorder:
 def _computed(
     checkpoint: Checkpoint, windows_BT: Tensor, dtype: torch.dtype, sharding: Sharding, world: World
 ) -> Probe:
-    placed = choose_sharding(sharding, checkpoint, dtype, world)
+    job = Evaluate(0, 0, dtype.itemsize, window=windows_BT.numel())
+    placed = choose_sharding(sharding, job, checkpoint, world)
 
     def compute() -> Probe:
         probes: list[Probe] = []

@@ -24,10 +24,12 @@ import torch
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
+from hfprune_dist.core.memory_limits import LOGITS_BYTES
 from hfprune_dist.distributed.frozen_model import FrozenModel
 from hfprune_dist.distributed.interruption import Interruption
 from hfprune_dist.errors import UserError, naming
 from hfprune_dist.evaluation.task_index import explain
+from hfprune_dist.planning.memory import logits_bytes
 from hfprune_dist.store.hashing import digest_of
 
 # Maximum number of batches per chunk. Single-letter choices share a forward if they are in the same chunk; several
@@ -222,7 +224,16 @@ class ShardedLM(HFLM):  # type: ignore[misc]
             self.add_bos_token = self._wants_bos
 
     def _loglikelihood_tokens(self, requests: Any, disable_tqdm: bool = True, override_bs: int | None = None) -> Any:
-        return super()._loglikelihood_tokens(requests, disable_tqdm=True, override_bs=override_bs)
+        """Answer long requests in smaller batches, of logits that fit ``LOGITS_BYTES``: the same on any machine."""
+        batch_size: int = self.batch_size
+        model: Any = self._frozen.module
+        longest = max((len(prompt) + len(answer) for _, prompt, answer in requests), default=1)
+        of_a_token = model.config.get_text_config().vocab_size * logits_bytes(model.dtype.itemsize)
+        self.batch_size_per_gpu = min(batch_size, max(1, LOGITS_BYTES // (longest * of_a_token)))
+        try:
+            return super()._loglikelihood_tokens(requests, disable_tqdm=True, override_bs=override_bs)
+        finally:
+            self.batch_size_per_gpu = batch_size
 
 
 def chunk_size(method: str, requests: int, batch_size: int) -> int:

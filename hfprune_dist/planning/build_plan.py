@@ -14,6 +14,7 @@ from hfprune_dist.errors import UserError
 from hfprune_dist.planning.legality import can_do, refuse_criteria, refuse_model, suited
 from hfprune_dist.planning.model_sources import ModelSource
 from hfprune_dist.planning.multiples import with_numbers
+from hfprune_dist.planning.placement import choose_micro_batches
 from hfprune_dist.planning.plan import NONE, OWN, Cell, Plan, label_of
 from hfprune_dist.planning.planned_stages import PlannedStages, Variant
 from hfprune_dist.planning.ratios import check_ratios
@@ -27,7 +28,6 @@ from hfprune_dist.planning.scoring_passes import (
     scored_for,
 )
 from hfprune_dist.planning.students import student_of
-from hfprune_dist.planning.training_memory import choose_micro_batches
 from hfprune_dist.planning.widths import OutOfReachError
 from hfprune_dist.store.hashing import FileHashes
 from hfprune_dist.store.stage import Input, Stage

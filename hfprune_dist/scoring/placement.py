@@ -1,4 +1,4 @@
-"""Placement of the scored model's weights: sharded over all ranks, or whole on a single one."""
+"""Placement of the scored model's weights: sharded over all ranks, or whole on each."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from hfprune_dist.checkpoints.checkpoint import Checkpoint
-from hfprune_dist.distributed.frozen_model import load_whole, release_whole
+from hfprune_dist.distributed.frozen_model import DecidedSharding, load_whole, release_whole
 from hfprune_dist.distributed.world import World
 from hfprune_dist.models.memory_efficient_backward import branch_off
 
@@ -35,9 +35,13 @@ class Placed:
     release: Callable[[], None]
 
 
-def place(checkpoint: Checkpoint, dtype: torch.dtype, micro_batch_size: int, world: World) -> Placed:
-    """Load a checkpoint; collective. A single rank loads it whole, since sharding would only add costs."""
-    return _sharded(checkpoint, dtype, micro_batch_size, world) if world.size > 1 else _whole(checkpoint, dtype, world)
+def load_placed(
+    checkpoint: Checkpoint, dtype: torch.dtype, micro_batch_size: int, sharding: DecidedSharding, world: World
+) -> Placed:
+    """Load a checkpoint; collective."""
+    if sharding == "zero3":
+        return _sharded(checkpoint, dtype, micro_batch_size, world)
+    return _whole(checkpoint, dtype, world)
 
 
 def _whole(checkpoint: Checkpoint, dtype: torch.dtype, world: World) -> Placed:

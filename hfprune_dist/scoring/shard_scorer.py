@@ -15,6 +15,7 @@ from hfprune_dist.core.linear_observer import SeenLinear
 from hfprune_dist.core.score_batch import ScoredModel, UnitSums, score_batch
 from hfprune_dist.core.unit_outputs import InputProjection, UnitOutputs
 from hfprune_dist.core.unit_sums import KindSums, NonFiniteError
+from hfprune_dist.distributed.frozen_model import DecidedSharding
 from hfprune_dist.distributed.world import World
 from hfprune_dist.errors import UserError
 from hfprune_dist.models.after_head import after_head, require_known_logits
@@ -25,7 +26,7 @@ from hfprune_dist.models.memory_efficient_backward import (
     use_memory_efficient_backward,
 )
 from hfprune_dist.scoring.curvature import Curvature
-from hfprune_dist.scoring.placement import place
+from hfprune_dist.scoring.placement import load_placed
 from hfprune_dist.scoring.weight_gradients import WeightGradients
 from hfprune_dist.structures import EXPERTS, NEURONS
 from hfprune_dist.structures.units import Units
@@ -62,6 +63,7 @@ class ShardScorer:
     Args:
         windows_ST: int64 [windows, tokens], the same on every rank.
         criteria: the criteria that have something to sum.
+        sharding: whether the model is whole on each rank, or sharded over all.
         structures: the kinds of units that are scored.
         curvature: sums of output gradients' second moments, if a criterion needs them.
         gradients: sums of weights' gradients, if a criterion needs them.
@@ -78,6 +80,7 @@ class ShardScorer:
         seed: int,
         micro_batch_size: int,
         world: World,
+        sharding: DecidedSharding = "replicate",
         structures: Sequence[str] = (NEURONS,),
         activation_checkpointing: bool = False,
         curvature: Curvature | None = None,
@@ -85,7 +88,7 @@ class ShardScorer:
         student: GivenStudent | None = None,
     ) -> None:
         family = checkpoint.family
-        placed = place(checkpoint, dtype, micro_batch_size, world)
+        placed = load_placed(checkpoint, dtype, micro_batch_size, sharding, world)
         self.module, self._release = placed.module, placed.release
         use_memory_efficient_backward(self.module, family)
         keep_no_gathered_weights(self.module)

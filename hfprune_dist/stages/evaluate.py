@@ -33,6 +33,7 @@ from hfprune_dist.errors import UserError
 from hfprune_dist.evaluation.lm_eval_tasks import TaskLoader, details_of, plain, scores_of
 from hfprune_dist.evaluation.task_index import explain
 from hfprune_dist.models.single_layer import Head, LayerReader
+from hfprune_dist.planning.memory import REQUEST_TOKENS, Evaluate
 from hfprune_dist.stages.context import Context as AnyContext
 from hfprune_dist.store.atomic_files import read_json, set_aside, write_json
 from hfprune_dist.training.teacher_states import DenseStates
@@ -51,9 +52,9 @@ BOOTSTRAP_ITERATIONS = 1000
 def run(context: Context) -> None:
     """Write ``results.json`` and lm-eval's own results, ``tasks/<task>.json``."""
     _be_quiet()
-    sharding = choose_sharding(
-        context.runtime.sharding, open_checkpoint(context.input_path("model")), _dtype(context), context.world
-    )
+    checkpoint = open_checkpoint(context.input_path("model"))
+    job = Evaluate.of(context.params, REQUEST_TOKENS, checkpoint.max_positions)
+    sharding = choose_sharding(context.runtime.sharding, job, checkpoint, context.world)
     texts, tasks = context.world.on_rank0(lambda: _left_to_do(context))
     model = None
     if texts:

@@ -1,4 +1,4 @@
-"""Importance: score every unit over the calibration windows, on a model sharded over all ranks, or whole on one rank.
+"""Importance: score every unit over the calibration windows, on a model whole on each rank, or sharded over all.
 
 Any number of criteria share the pass: one forward, one pass over the logits, one backward for each loss; a student's
 loss adds a forward. Windows are cut into fixed shards, whatever the number of ranks; ranks work on consecutive shards,
@@ -25,6 +25,7 @@ from hfprune_dist.core.criteria import CRITERIA, Criterion, losses_of
 from hfprune_dist.core.scores import MeanGradients, ScoredLayer, SecondMoments, scores_from_sums, student_keeps
 from hfprune_dist.data.windows import load_windows, save_windows
 from hfprune_dist.distributed.float64_sum import explaining
+from hfprune_dist.distributed.frozen_model import choose_sharding
 from hfprune_dist.distributed.gram_sums import Grams
 from hfprune_dist.distributed.interruption import Interrupted
 from hfprune_dist.distributed.layer_stream import LayerStream
@@ -32,6 +33,7 @@ from hfprune_dist.distributed.turns import Turns
 from hfprune_dist.distributed.unfinished import unfinished, up_to_last
 from hfprune_dist.distributed.whole_model_probe import PROBE, ProbeRecorder, obtain_probe
 from hfprune_dist.errors import UserError, naming
+from hfprune_dist.planning.memory import Calibration
 from hfprune_dist.scoring.calibration_pass import CalibrationPass, cut_into_shards
 from hfprune_dist.scoring.kind_totals import KindSizes, KindTotals, scored_by
 from hfprune_dist.scoring.layer_sums import Size
@@ -139,6 +141,7 @@ def _scorer(
 ) -> ShardScorer:
     """Load the model, ready to score."""
     params = context.params
+    job = Calibration.of(params, checkpointing=context.runtime.activation_checkpointing)
     return ShardScorer(
         checkpoint,
         getattr(torch, params.dtype),
@@ -147,6 +150,7 @@ def _scorer(
         seed=params.seed,
         micro_batch_size=params.calibration.micro_batch_size,
         world=context.world,
+        sharding=choose_sharding(context.runtime.sharding, job, checkpoint, context.world),
         structures=list(_scored_units(context, checkpoint)),
         activation_checkpointing=context.runtime.activation_checkpointing,
         curvature=totals.curvature,

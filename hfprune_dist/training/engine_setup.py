@@ -14,13 +14,11 @@ from transformers import TrainingArguments, set_seed
 from transformers.utils import logging
 
 from hfprune_dist.checkpoints.lora_adapter import lora_targets
-from hfprune_dist.distributed.frozen_model import free_bytes
+from hfprune_dist.distributed.frozen_model import placement_here
 from hfprune_dist.distributed.world import World
 from hfprune_dist.models.loading import load_causal_lm
-from hfprune_dist.planning.dimensions import checkpoint_dimensions
-from hfprune_dist.planning.gpu_needs import Gpus
-from hfprune_dist.planning.training_footprint import Train
-from hfprune_dist.planning.training_memory import Placement, place
+from hfprune_dist.planning.memory import Train
+from hfprune_dist.planning.placement import Placement
 from hfprune_dist.training.fine_tuning import FineTuning
 
 # More elements than any parameter has.
@@ -104,11 +102,10 @@ def training_arguments(
 
 
 def place_training(task: FineTuning, world: World) -> Placement:
-    """Decide together how to place a training in the free memory; the rank with the least of it decides for all."""
+    """Decide together how to place a training in the free memory."""
     tokens = len(task.rows(0)["input_ids"])
-    job = Train.of(task.settings, tokens, task.distills, masks=task.masked_to is not None)
-    gpus = Gpus(nodes=1, per_node=world.size, memory=min(world.all_gather(free_bytes(world))))
-    return place(job, checkpoint_dimensions(task.checkpoint), gpus, task.sharding)
+    job = Train.of(task.settings, tokens, distills=task.distills, masks=task.masked_to is not None)
+    return placement_here(job, task.checkpoint, task.sharding, world)
 
 
 def load_trainable_model(task: FineTuning) -> nn.Module:

@@ -67,6 +67,7 @@ def score(model: str, text: str, tokens: int, shards: int) -> dict[str, Any]:
         seed=0,
         micro_batch_size=1,
         world=world,
+        sharding="zero3" if world.size > 1 else "replicate",
     )
     scorer.score(_micro_batches(0))  # lets DeepSpeed learn the order of layers
     world.barrier()

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from hfprune_dist.config.schema import RuntimeConfig
 from hfprune_dist.distributed.threads import threads_allowed
 from hfprune_dist.errors import UserError
-from hfprune_dist.planning.gpu_needs import Gpus
+from hfprune_dist.planning.memory import Gpus
 from hfprune_dist.results.formats import counted
 from hfprune_dist.store.machine import NVIDIA, count_gpus, usable_cores
 from hfprune_dist.store.provenance import CPU_INFO, cpu_model

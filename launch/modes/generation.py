@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from math import inf
 from pathlib import Path
 
 from hfprune_launch.local.hardware import gpus_here, ranks_here
@@ -13,9 +15,8 @@ from hfprune_dist.config.parameters import EfficiencyParameters, EvaluateParamet
 from hfprune_dist.config.schema import RuntimeConfig, SweepConfig
 from hfprune_dist.errors import UserError
 from hfprune_dist.planning.dimensions import Dimensions, checkpoint_dimensions
-from hfprune_dist.planning.footprint import fits
-from hfprune_dist.planning.generation_footprint import Generate, gathered_per_token
-from hfprune_dist.planning.gpu_needs import GIB, ITEMSIZE, Gpus
+from hfprune_dist.planning.memory import GIB, Evaluate, Generate, Gpus, fits
+from hfprune_dist.planning.placement import place
 from hfprune_dist.planning.plan import Plan
 from hfprune_dist.store.stage import Stage
 
@@ -64,8 +65,8 @@ class Generation:
             job, dims = Generate.of(stage.params, self._plan.dense_checkpoint(stage)), self._dims(stage)
             if not fits(job, dims, gpus):
                 raise UserError(
-                    f"efficiency {stage.label}: about {job.memory(dims, 1).total / GIB:,.0f} GiB on the GPU of rank 0, "
-                    f"which has {gpus.memory / GIB:,.0f} GiB and gets the model and its dense one whole, whatever "
+                    f"efficiency {stage.label}: about {job.memory(dims, 1).needed / GIB:,.0f} GiB on the GPU of rank "
+                    f"0, which has {gpus.memory / GIB:,.0f} GiB and gets the model and its dense one whole, whatever "
                     "runtime.sharding says; fewer efficiency.batch_sizes or tokens, or efficiency.enabled false"
                 )
 
@@ -82,18 +83,18 @@ class Generation:
         """Name of each sharded evaluation's dense model -> bytes gathered for each token, and number of ranks."""
         if not self._config.evaluation.tasks:
             return {}
-        gpus, found = self._gpus_of_evaluations(), {}
+        gpus, sharding, found = self._gpus_of_evaluations(), self._config.runtime.sharding, {}
         names = {cell.evaluate: cell.model for cell in self._plan.cells}
         for stage in self._stages:
             if isinstance(stage.params, EvaluateParameters):
-                runtime, itemsize = self._config.runtime, ITEMSIZE[stage.params.dtype]
-                size = gathered_per_token(self._dims(stage), itemsize, gpus, runtime)
-                if size:
-                    found[names[stage.id]] = size, gpus.ranks
+                dims, job = self._dims(stage), Evaluate.of(stage.params, window=0, positions=None)
+                known = gpus if gpus.memory else replace(gpus, memory=inf)
+                if gpus.ranks > 1 and not place(job, dims, known, sharding).whole:
+                    found[names[stage.id]] = dims.parameters * job.itemsize, gpus.ranks
         return found
 
     def _gpus_of_evaluations(self) -> Gpus:
-        """Return the GPUs of evaluations; unknown memory counts as 0, as for ranks without GPUs."""
+        """Return the GPUs of evaluations; 0 stands for unknown memory, and for ranks without GPUs."""
         if self._profile is not None:
             return gpus_of(self._profile.resources["evaluate"])
         runtime: RuntimeConfig = self._config.runtime

@@ -31,11 +31,11 @@ from hfprune_dist.planning.earlier_rows import refuse_other_checkpoints, with_ea
 from hfprune_dist.planning.known_shapes import KnownShape, dense_shape, known_shape
 from hfprune_dist.planning.methods import resolve_methods
 from hfprune_dist.planning.model_sources import ModelSource, resolve_models
+from hfprune_dist.planning.placement import choose_micro_batches, chooses
 from hfprune_dist.planning.plan import Plan
 from hfprune_dist.planning.ratios import largest_split, remarks_on_shapes
 from hfprune_dist.planning.refusals import place_of
 from hfprune_dist.planning.remarks import remarks_on_settings
-from hfprune_dist.planning.training_memory import choose_micro_batches, chooses
 from hfprune_dist.store.artifacts import Store, Verdict
 from hfprune_dist.store.cancellation import Cancellation
 

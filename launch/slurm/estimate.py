@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from hfprune_launch.slurm.profile import Profile, Resources
-from hfprune_launch.slurm.stage_jobs import gpus_of, job_of, placed_job, runs_a_model
+from hfprune_launch.slurm.stage_jobs import gpus_of, job_of, runs_a_model
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -20,17 +19,12 @@ from hfprune_dist.config.parameters import (
     RecoverParameters,
 )
 from hfprune_dist.config.recorded import Parameters
-from hfprune_dist.config.schema import RuntimeConfig
+from hfprune_dist.config.schema import RuntimeConfig, Sharding
 from hfprune_dist.errors import UserError
 from hfprune_dist.planning.dimensions import Dimensions, checkpoint_dimensions
-from hfprune_dist.planning.evaluation_footprint import Evaluate
-from hfprune_dist.planning.footprint import RESERVE, BatchedJob, Job, LayerPass, fits
-from hfprune_dist.planning.generation_footprint import Generate
-from hfprune_dist.planning.gpu_needs import GIB, Gpus, Memory
-from hfprune_dist.planning.importance_footprint import Importance
+from hfprune_dist.planning.memory import GIB, Calibration, Evaluate, Generate, Gpus, Job, LayerPass, Memory, Train, fits
+from hfprune_dist.planning.placement import ENOUGH_ROWS, place
 from hfprune_dist.planning.plan import Plan
-from hfprune_dist.planning.training_footprint import Train
-from hfprune_dist.planning.training_memory import ENOUGH_ROWS
 from hfprune_dist.store.stage import Stage
 
 NOTHING_HELPS = "no number of nodes is enough: GPUs with more memory, or shorter sequences"
@@ -43,7 +37,7 @@ class Estimate:
     """The computed needs of one stage.
 
     Attributes:
-        host_memory: bytes of main memory on one node that matrices of layers or hidden states of all its ranks take.
+        host_memory: bytes of main memory on one node that hidden states of all its ranks take.
         host_available: bytes of main memory of one node; None if the profile does not say.
         fits: whether the GPUs' memory is enough; None if the profile does not say how much memory a GPU has.
         advice: nodes and micro-batch that would suit the stage better; empty if none are known.
@@ -89,22 +83,17 @@ def refuse_what_cannot_fit(estimates: Sequence[Estimate]) -> None:
 
 
 def _problems(estimate: Estimate) -> Iterator[str]:
-    kind = estimate.stage.kind
-    stage = f"{kind} {estimate.stage.label}"
+    stage = f"{estimate.stage.kind} {estimate.stage.label}"
     if estimate.fits is False:
         yield (
-            f"{stage}: about {estimate.memory.total / GIB:,.1f} GiB on each GPU, which has "
-            f"{(estimate.available or 0) / GIB:,.1f} GiB (gpu_memory_gib) less {RESERVE:.0%}, which is kept free; "
+            f"{stage}: about {estimate.memory.needed / GIB:,.1f} GiB on each GPU, which has "
+            f"{(estimate.available or 0) / GIB:,.1f} GiB (gpu_memory_gib); "
             f"{estimate.advice or (NO_REFIT_FITS if _refits(estimate.stage.params) else NOTHING_HELPS)}"
         )
     if estimate.lacks_host_memory:
-        what, instead = "hidden states", "fewer calibration windows"
-        if kind == "importance":
-            what += " or matrices of layers"
-            instead += ", or a method without the criteria surgeon and weight_taylor"
         yield (
-            f"{stage}: about {estimate.host_memory / GIB:,.1f} GiB of {what} on each node, which has "
-            f"{(estimate.host_available or 0) / GIB:,.1f} GiB (memory); more nodes, or {instead}"
+            f"{stage}: about {estimate.host_memory / GIB:,.1f} GiB of hidden states on each node, which has "
+            f"{(estimate.host_available or 0) / GIB:,.1f} GiB (memory); more nodes, or fewer calibration windows"
         )
 
 
@@ -117,7 +106,7 @@ def show_estimates(console: Console, estimates: Sequence[Estimate]) -> None:
         verdict = {None: "? (gpu_memory_gib)", True: "yes", False: "no"}[each.fits]
         if each.lacks_host_memory:
             verdict = "no (memory)"
-        memory = f"~{each.memory.total / GIB:,.1f} GiB"
+        memory = f"~{each.memory.needed / GIB:,.1f} GiB"
         host = f"~{each.host_memory / GIB:,.1f} GiB" if each.host_memory else ""
         lines.add_row(each.stage.kind, escape(each.stage.label), memory, host, verdict, escape(each.advice))
     console.print("\nestimates from the models' shapes and the profile's GPUs; nothing here was measured:")
@@ -125,58 +114,57 @@ def show_estimates(console: Console, estimates: Sequence[Estimate]) -> None:
 
 
 def _estimate(plan: Plan, stage: Stage, resources: Resources, runtime: RuntimeConfig) -> Estimate:
-    dims = checkpoint_dimensions(plan.dense_checkpoint(stage))
-    gpus = gpus_of(resources)
-    job, placed = placed_job(job_of(plan, stage, runtime), dims, gpus, runtime)
+    dims, gpus = checkpoint_dimensions(plan.dense_checkpoint(stage)), gpus_of(resources)
+    job = job_of(plan, stage, runtime)
+    placed, copy = _placed(job, dims, gpus, runtime.sharding)
+    known = resources.gpu_memory_gib is not None
     return Estimate(
         stage=stage,
-        memory=job.memory(dims, placed.ranks),
-        available=resources.gpu_memory_gib and gpus.memory,
-        host_memory=resources.tasks_per_node * _host_bytes(job, dims, gpus),
+        memory=placed.memory(dims, copy.ranks),
+        available=gpus.memory if known else None,
+        host_memory=resources.tasks_per_node * job.host_bytes(dims, gpus.ranks),
         host_available=resources.memory_bytes,
-        fits=fits(job, dims, placed) if resources.gpu_memory_gib else None,
-        advice=_advice(job, dims, gpus, placed, _shared_rows(stage)) if resources.gpu_memory_gib else "",
+        fits=fits(placed, dims, copy) if known else None,
+        advice=_advice(job, dims, gpus, runtime.sharding, _shared_rows(stage)) if known else "",
     )
 
 
-def _host_bytes(job: Job, dims: Dimensions, gpus: Gpus) -> int:
-    """Return one rank's main memory for matrices of layers or hidden states; 0 for jobs that keep neither there."""
-    return job.host_bytes(dims, gpus.ranks) if isinstance(job, Importance | LayerPass) else 0
+def _placed(job: Job, dims: Dimensions, gpus: Gpus, sharding: Sharding) -> tuple[Job, Gpus]:
+    """Return a job as it will run, and the GPUs that hold one copy of what it needs."""
+    if isinstance(job, LayerPass | Generate):
+        return job, gpus
+    return place(job, dims, gpus, sharding).of(job, gpus)
 
 
-def _advice(job: Job, dims: Dimensions, gpus: Gpus, placed: Gpus, rows: _SharedRows) -> str:
-    """Return the fewest nodes, if possible from the profile's number up, that hold one window, and a micro-batch of
-    ``ENOUGH_ROWS`` if they fit. Where possible, these nodes and micro-batches share a step evenly if they have to.
-
-    A job that keeps all it needs on each GPU (``placed`` is then one GPU) gathers nothing; if it doesn't fit, return
-    the largest micro-batch that does.
+def _advice(job: Job, dims: Dimensions, gpus: Gpus, sharding: Sharding, rows: _SharedRows) -> str:
+    """Return what makes a job fit that doesn't: a smaller micro-batch, sharded weights, or the nearest number of nodes
+    that holds one row; for calibration that fits, a larger micro-batch, up to ``ENOUGH_ROWS``.
     """
+
+    def holds(size: int, where: Gpus, how: Sharding) -> bool:
+        placed, copy = _placed(replace(job, batch=size), dims, where, how)
+        return fits(placed, dims, copy)
+
+    fitting = [size for size in rows.sizes(gpus.ranks) if holds(size, gpus, sharding)]
+    if holds(job.batch, gpus, sharding):
+        larger = [size for size in fitting if job.batch < size <= ENOUGH_ROWS]
+        return f"{_setting_of(job)} {larger[-1]}" if larger and isinstance(job, Calibration) else ""
     if isinstance(job, Generate):
-        return "" if fits(job, dims, placed) else "fewer efficiency.batch_sizes or tokens, or efficiency.enabled false"
-    if isinstance(job, LayerPass) or placed != gpus:
-        return "" if fits(job, dims, placed) else _smaller(job, dims, placed, rows.sizes(gpus.ranks))
-    smallest = job.resized(1)
-    # A single rank gathers nothing, so fewer nodes may hold a job that more nodes can't.
-    counts = (*range(gpus.nodes, max(MOST_NODES, gpus.nodes) + 1), *range(1, gpus.nodes))
-    candidates = (dataclasses.replace(gpus, nodes=n) for n in counts)
-    holding = [it for it in candidates if fits(smallest, dims, it)]
-    if not holding:
-        return ""
-    advised = next((it for it in holding if not rows.evenly or rows.allow(it.ranks)), holding[0])
-    fitting = [size for size in rows.sizes(advised.ranks) if fits(job.resized(size), dims, advised)]
-    enough = [size for size in fitting if size >= ENOUGH_ROWS] or fitting[-1:]
-    return f"nodes {advised.nodes}, {_setting_of(job)} {enough[0]}"
-
-
-def _smaller(job: BatchedJob | LayerPass, dims: Dimensions, placed: Gpus, sizes: Sequence[int]) -> str:
-    """Return what helps a job that keeps all it needs on each GPU and doesn't fit."""
-    fitting = [size for size in sizes if fits(job.resized(size), dims, placed)]
+        return "fewer efficiency.batch_sizes or tokens, or efficiency.enabled false"
     if fitting:
         return f"{_setting_of(job)} {fitting[-1]}"
-    return "runtime.sharding zero3" if isinstance(job, Evaluate | Train) else ""
+    if isinstance(job, LayerPass):
+        return ""
+    if sharding == "replicate":
+        return "runtime.sharding zero3"
+    # A single rank gathers nothing, so fewer nodes may hold a job that more nodes can't.
+    counts = (*range(gpus.nodes + 1, MOST_NODES + 1), *range(1, gpus.nodes))
+    candidates = (replace(gpus, nodes=count) for count in counts)
+    holding = [it for it in candidates if rows.allow(it.ranks) and holds(1, it, sharding)]
+    return f"nodes {holding[0].nodes}, {_setting_of(job)} 1" if holding else ""
 
 
-def _setting_of(job: BatchedJob | LayerPass) -> str:
+def _setting_of(job: Job) -> str:
     """Return the setting for the size of a job's micro-batches."""
     match job:
         case Train(distills=distills):

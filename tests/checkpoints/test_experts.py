@@ -264,6 +264,7 @@ def test_widths_of_layers_without_experts_count_in_what_is_left(checkpoint_of, t
 def scorer_of(checkpoint, world):
     kinds = [it.kind for it in checkpoint.pruned_kinds([NEURONS])]
     options = {"seed": 0, "micro_batch_size": 1, "world": world, "structures": [*kinds, WHOLE]}
+    options["sharding"] = "zero3" if world.size > 1 else "replicate"
     return ShardScorer(checkpoint, torch.float32, WINDOWS, [CRITERIA["entropy"]], **options)
 
 

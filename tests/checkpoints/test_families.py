@@ -54,6 +54,7 @@ def logits_of(model):
 
 def scorer_of(checkpoint, world, criteria=(ENTROPY,)):
     options = {"seed": 0, "micro_batch_size": 1, "world": world, "structures": kinds_of(checkpoint)}
+    options["sharding"] = "zero3" if world.size > 1 else "replicate"
     return ShardScorer(checkpoint, torch.float32, WINDOWS, list(criteria), **options)
 
 

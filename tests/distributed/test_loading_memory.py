@@ -8,7 +8,6 @@ from tiny import save_tiny
 
 from hfprune_dist.checkpoints.checkpoint import open_checkpoint
 from hfprune_dist.planning.dimensions import dimensions_of
-from hfprune_dist.planning.evaluation_footprint import Evaluate
 
 pytestmark = pytest.mark.slow
 
@@ -26,7 +25,7 @@ def test_a_rank_takes_its_shards_and_few_tensors_and_the_first_has_the_files_map
     """No rank reads the model into its own memory, and the host needs no memory for a model on GPUs."""
     checkpoint = open_checkpoint(save_tiny(tmp_path / "model", **SHAPE))
     dims, whole = dimensions_of(checkpoint.config), checkpoint.parameters * 4
-    shards = Evaluate(1, 1, itemsize=4).memory(dims, ranks).weights
+    shards = dims.parameters * 4 / ranks
     largest = SHAPE["vocab_size"] * SHAPE["hidden_size"] * 4
     for rank, (peak, left) in enumerate(taken(checkpoint.path, ranks)):
         mapped = whole if rank == 0 else 0

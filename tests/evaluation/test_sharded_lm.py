@@ -114,3 +114,32 @@ def test_a_model_reads_as_far_as_rope_scaling_stretches_its_positions(tmp_path):
             request = Instance("generate_until", {}, ("a b", {"max_gen_toks": 100}), 0)
             with nullcontext() if longest > 100 else pytest.raises(sharded_lm.RequestError, match=r"100.*must be less"):
                 lm.generate_until([request])
+
+
+@pytest.mark.parametrize("method", ["loglikelihood", "loglikelihood_rolling"])
+def test_long_requests_are_answered_in_smaller_batches(tmp_path, monkeypatch, method):
+    """A batch's logits fit the limit, or belong to a single request."""
+    rolls = method == "loglikelihood_rolling"  # over a document in windows of all positions
+    checkpoint = open_checkpoint(save_tiny(tmp_path / "model", max_position_embeddings=16 if rolls else 128))
+    model = FrozenModel(checkpoint, torch.float32, BATCH, "replicate", SoloWorld())
+    lm = ShardedLM(model, load_tokenizer(checkpoint.path), Interruption(), BATCH, True)
+    texts = [" ".join("abcd"[: 1 + number % 4] * (1 + number // 4 + 20 * rolls)) for number in range(12)]
+    requests = [Instance(method, {}, (it,) if rolls else (it, " e"), 0) for it in texts]
+    sizes, plain = [], model.module.forward
+    monkeypatch.setattr(
+        model.module, "forward", lambda input_ids, **how: sizes.append(input_ids.shape) or plain(input_ids, **how)
+    )
+
+    def answers(limit):
+        sizes.clear()
+        monkeypatch.setattr(sharded_lm, "LOGITS_BYTES", limit)
+        with lm.task(AnswerLog(tmp_path / f"log {limit}"), lambda _done, _total: None):
+            return getattr(lm, method)(requests)
+
+    whole, each_token = answers(2**40), checkpoint.config["vocab_size"] * (4 + 2 * 4)
+    assert max(rows for rows, _ in sizes) > 2
+    limit = 20 * each_token
+    found = answers(limit)
+    assert all(rows == 1 or rows * tokens * each_token <= limit for rows, tokens in sizes)
+    numbers = [torch.tensor([it if rolls else it[0] for it in them]) for them in (whole, found)]
+    assert torch.allclose(*numbers, rtol=1e-4)

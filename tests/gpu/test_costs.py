@@ -18,7 +18,7 @@ from gpu_runs import (
     write_config,
 )
 
-from hfprune_dist.planning.importance_footprint import Importance
+from hfprune_dist.planning.memory import Calibration
 from hfprune_dist.store.machine import count_gpus
 
 # Parts that an estimate leaves out: CUDA's own memory, NCCL's buffers, and memory that the allocator can't use.
@@ -31,7 +31,7 @@ def test_memory_of_a_calibration_pass_is_as_estimated(real_assets, tmp_path, win
     model, ranks = folder_of(MODEL), count_gpus()
     config = write_config(tmp_path, real_assets, model, calibration={"samples": 256, "micro_batch_size": windows})
     finish_watched(config, tmp_path / "out", environment=visible(ranks))
-    expected = Importance(windows=windows, tokens=1024).memory(shape_of(model), ranks).total
+    expected = Calibration(windows, 1024).memory(shape_of(model), ranks).total
     found = manifest_of(tmp_path / "out", "importance")["peak_memory_bytes"]
     assert found == pytest.approx(expected, rel=MEMORY_TOLERANCE)
 

@@ -15,7 +15,7 @@ from gpu_runs import (
     write_config,
 )
 
-from hfprune_dist.planning.importance_footprint import Importance
+from hfprune_dist.planning.memory import Calibration
 
 pytestmark = pytest.mark.multi_gpu(nodes=2)
 
@@ -65,5 +65,5 @@ def test_a_large_model_on_two_nodes(real_assets, shared):
     manifest = manifest_of(shared / "out", "importance")
     first = min(beat.at for beat in beats if beat.phase == "calibration")
     assert first - manifest["started"] < LOADING_S
-    expected = Importance(windows=1, tokens=1024).memory(shape_of(model), manifest["world_size"]).total
+    expected = Calibration(1, 1024).memory(shape_of(model), manifest["world_size"]).total
     assert manifest["peak_memory_bytes"] == pytest.approx(expected, rel=MEMORY_TOLERANCE)

@@ -13,8 +13,9 @@ from sweeps import in_process, make_inputs, planned
 
 from hfprune_dist.checkpoints.checkpoint import open_checkpoint
 from hfprune_dist.errors import UserError
+from hfprune_dist.planning import memory
 from hfprune_dist.planning.dimensions import dimensions_of
-from hfprune_dist.planning.gpu_needs import Gpus
+from hfprune_dist.planning.memory import Gpus
 
 WRITES = """\
 task: tiny_writing
@@ -80,7 +81,8 @@ def test_nothing_is_told_where_nothing_is_gathered_or_generated(inputs, override
 
 
 @pytest.mark.parametrize(("gib", "sharded"), [(1e-7, True), (80, False)])
-def test_a_profiles_gpus_decide_what_is_sharded(inputs, tmp_path, gib, sharded):
+def test_a_profiles_gpus_decide_what_is_sharded(inputs, tmp_path, monkeypatch, gib, sharded):
+    monkeypatch.setattr(memory, "LIVE_PARAMETERS", 0)  # or all of a model this small would be gathered
     profile = profile_in(tmp_path, f"nodes: 2\ntasks_per_node: 2\ngpus_per_node: 2\ngpu_memory_gib: {gib}\n")
     told = remarks(inputs, profile, **ALPHA)
     assert len(told) == sharded and (not told or "over 4 ranks" in told[0])

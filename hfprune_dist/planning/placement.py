@@ -1,6 +1,6 @@
-"""Fitting LoRA training into memory: where frozen weights lie, what is kept for backward, how many rows at a time.
+"""Where a model's weights lie: whole on each rank wherever they fit, else sharded; and how many rows train at once.
 
-Planning, estimating and running a training follow the same rule. Only the number of rows changes the result's bits.
+Planning, estimating and running a stage follow the same rule. Placements change results by rounding at most.
 """
 
 from __future__ import annotations
@@ -12,11 +12,8 @@ from typing import Literal
 from hfprune_dist.config.method import Method
 from hfprune_dist.config.schema import Sharding, SweepConfig
 from hfprune_dist.config.training import LoraTraining
-from hfprune_dist.core.memory_limits import WEIGHTS_SHARE
 from hfprune_dist.planning.dimensions import Dimensions
-from hfprune_dist.planning.footprint import fits
-from hfprune_dist.planning.gpu_needs import Gpus
-from hfprune_dist.planning.training_footprint import Train
+from hfprune_dist.planning.memory import Gpus, Job, Train, fits
 
 # More rows at a time than this are hardly faster, so activations are not checkpointed for their sake. With whole
 # weights, which need no gathering, fewer rows already keep a GPU busy for longer than its host needs to launch them.
@@ -27,10 +24,10 @@ AUTO = "auto"
 
 @dataclass(frozen=True)
 class Placement:
-    """How a training uses memory.
+    """How a job uses memory.
 
     Attributes:
-        whole: whether each rank has all frozen weights; otherwise they are sharded with ZeRO-3.
+        whole: whether each rank has all weights; otherwise they are sharded with ZeRO-3.
         checkpointing: whether layers keep only their inputs, and run again in backward.
         fits: whether this is expected to fit.
     """
@@ -39,32 +36,30 @@ class Placement:
     checkpointing: bool
     fits: bool
 
+    def of(self, job: Job, gpus: Gpus) -> tuple[Job, Gpus]:
+        """The job as it will run, and the GPUs that hold one copy of the weights."""
+        copy = replace(gpus, nodes=1, per_node=1) if self.whole else gpus
+        return replace(job, checkpointing=self.checkpointing), copy
 
-def place(job: Train, dims: Dimensions, gpus: Gpus, sharding: Sharding) -> Placement:
-    """The fastest placement that fits; if none does, the one that takes the least memory.
+
+def place(job: Job, dims: Dimensions, gpus: Gpus, sharding: Sharding) -> Placement:
+    """The fastest placement that fits; if none does, the one that takes the least memory. A training may checkpoint its
+    activations; whether others do is a setting.
 
     Args:
         gpus: of all ranks.
         sharding: ``runtime.sharding``.
     """
-    wholes = {"replicate": [True], "zero3": [False]}.get(sharding) or _to_choose_from(job, dims, gpus)
-    ways = [Placement(whole, checkpointing, True) for whole in wholes for checkpointing in (False, True)]
-    for way in ways:
-        if fits(replace(job, checkpointing=way.checkpointing), dims, copy_of(way, gpus)):
+    both = [True] if gpus.ranks == 1 else [True, False]  # a single rank gains nothing from sharding
+    wholes = {"replicate": [True], "zero3": [False]}.get(sharding, both)
+    checkpointing = (False, True) if isinstance(job, Train) else (job.checkpointing,)
+    ways = [Placement(whole, again, True) for whole in wholes for again in checkpointing]
+    placed = [(way, *way.of(job, gpus)) for way in ways]
+    for way, as_placed, copy in placed:
+        if fits(as_placed, dims, copy):
             return way
-    return replace(ways[-1], fits=False)
-
-
-def _to_choose_from(job: Train, dims: Dimensions, gpus: Gpus) -> list[bool]:
-    """Possible values of ``whole``, the fastest first. A single rank gains nothing from sharding."""
-    if gpus.ranks == 1:
-        return [True]
-    return [True, False] if dims.parameters * job.itemsize <= WEIGHTS_SHARE * gpus.memory else [False]
-
-
-def copy_of(way: Placement, gpus: Gpus) -> Gpus:
-    """The GPUs that hold one copy of the frozen weights."""
-    return replace(gpus, nodes=1, per_node=1) if way.whole else gpus
+    least = min(placed, key=lambda it: it[1].memory(dims, it[2].ranks).total)
+    return replace(least[0], fits=False)
 
 
 def chooses(config: SweepConfig) -> bool:
@@ -87,9 +82,8 @@ def choose_micro_batches(
     rows: dict[str, int | Literal["auto"]] = {}
     for section, settings in _trainings(config).items():
         where, one = gpus.get(section), settings.model_copy(update={"micro_batch_size": 1})
-        job = Train.of(
-            one, tokens[section], distills=section == "distillation", masks=masking and section == "recovery"
-        )
+        recovers = section == "recovery"
+        job = Train.of(one, tokens[section], distills=not recovers, masks=masking and recovers)
         rows[section] = 1
         if where is not None:
             sharding, batch = config.runtime.sharding, settings.batch_size
@@ -114,14 +108,13 @@ def with_micro_batches(config: SweepConfig, rows: Mapping[str, int | Literal["au
 
 
 def _most_rows(job: Train, dims: Dimensions, gpus: Gpus, batch_size: int, sharding: Sharding) -> int:
-    """A power of two that fits, that divides a step evenly among ranks, and for whose sake nothing is sharded.
-
-    It is the largest, but no more than enough rows if layers would run again.
+    """The largest power of two that fits, that divides a step evenly among ranks, and for whose sake nothing is
+    sharded; no more than enough rows if layers would run again.
     """
     ways = {1: place(job, dims, gpus, sharding)}
     rows = 2
     while rows <= MOST_ROWS and batch_size % (rows * gpus.ranks) == 0:
-        way = place(job.resized(rows), dims, gpus, sharding)
+        way = place(replace(job, batch=rows), dims, gpus, sharding)
         if way.fits and way.whole == ways[1].whole:
             ways[rows] = way
         rows *= 2

@@ -1,4 +1,4 @@
-"""Where in memory LoRA training keeps its data, and how many rows it takes at a time."""
+"""Where weights lie, and how many rows a LoRA training takes at a time."""
 
 from dataclasses import replace
 
@@ -11,19 +11,9 @@ from hfprune_dist.config.method import Method
 from hfprune_dist.config.schema import SweepConfig
 from hfprune_dist.errors import UserError
 from hfprune_dist.planning.dimensions import dimensions_of
-from hfprune_dist.planning.footprint import fits
-from hfprune_dist.planning.gpu_needs import Gpus
-from hfprune_dist.planning.training_footprint import Train
-from hfprune_dist.planning.training_memory import (
-    MOST_ROWS,
-    choose_micro_batches,
-    chooses,
-    copy_of,
-    place,
-    with_micro_batches,
-)
+from hfprune_dist.planning.memory import GIB, Calibration, Evaluate, Gpus, Train, fits
+from hfprune_dist.planning.placement import MOST_ROWS, choose_micro_batches, chooses, place, with_micro_batches
 
-GIB = 2**30
 LLAMA = {"vocab_size": 32000, "num_attention_heads": 32}
 MODELS = {
     "7B": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, **LLAMA},
@@ -40,7 +30,7 @@ DIMS = {name: dimensions_of(config) for name, config in MODELS.items()}
 
 
 def job(rows):
-    return Train(rows=rows, tokens=1024, rank=32, dropout=True)
+    return Train(rows, 1024, rank=32, dropout=True)
 
 
 def gpus(count=8, gib=80):
@@ -73,24 +63,30 @@ def test_no_more_rows_at_once_than_divide_a_step_and_than_ever_help(per_rank, ex
 
 @given(
     model=st.sampled_from(sorted(MODELS)),
-    rows=st.sampled_from([1, 2, 4, 8, 16, 32]),
+    job=st.sampled_from([*map(job, (1, 4, 32)), Calibration(1, 1024), Calibration(8, 1024), Evaluate(8, 1024)]),
     count=st.integers(1, 16),
     gib=st.integers(8, 200),
     sharding=st.sampled_from(["auto", "replicate", "zero3"]),
 )
-def test_the_first_way_that_fits_is_taken(model, rows, count, gib, sharding):
+def test_weights_are_whole_wherever_they_fit_and_layers_run_again_only_where_they_must(
+    model, job, count, gib, sharding
+):
     where, dims = gpus(count, gib), DIMS[model]
-    way = place(job(rows), dims, where, sharding)
-    placed = replace(job(rows), checkpointing=way.checkpointing)
-    assert way.fits == fits(placed, dims, copy_of(way, where))
+    way = place(job, dims, where, sharding)
+    placed, copy = way.of(job, where)
+    assert way.fits == fits(placed, dims, copy) and copy.ranks == (1 if way.whole else count)
     if way.checkpointing:
-        assert not fits(job(rows), dims, copy_of(way, where)), "no layer runs again without need"
+        assert isinstance(job, Train) and not (way.fits and fits(job, dims, copy)), "no layer runs again without need"
     if sharding != "auto":
         assert way.whole == (sharding == "replicate")
     elif not way.whole:
-        weights = dims.parameters * 2
-        one = gpus(1, gib)
-        assert weights > 0.6 * where.memory or not fits(replace(job(rows), checkpointing=True), dims, one)
+        assert not fits(replace(job, checkpointing=isinstance(job, Train)), dims, gpus(1, gib))
+
+
+def test_a_model_that_fits_a_gpu_many_times_is_scored_whole_and_one_that_does_not_is_sharded():
+    for rows, model, whole in ((1, "7B", True), (8, "7B", True), (1, "70B", False)):
+        way = place(Calibration(rows, 1024), DIMS[model], gpus(), "auto")
+        assert (way.whole, way.fits) == (whole, True)
 
 
 @given(
@@ -137,7 +133,9 @@ def test_rows_leave_room_for_masks():
             choose_micro_batches(config, [DIMS["7B"]], {"recovery": where}, methods).recovery.rows_at_once
             for methods in ([], [masking])
         )
-        at_once = Train.of(config.recovery.model_copy(update={"micro_batch_size": masked}), 1024, False, masks=True)
+        at_once = Train.of(
+            config.recovery.model_copy(update={"micro_batch_size": masked}), 1024, distills=False, masks=True
+        )
         assert place(at_once, DIMS["7B"], where, "auto").fits or masked == 1
         fewer += masked < plain
     assert fewer
