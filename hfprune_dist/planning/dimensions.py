@@ -12,20 +12,6 @@ from hfprune_dist.structures.low_rank import linear_modules
 
 
 @dataclass(frozen=True)
-class Outputs:
-    """Output projections of a layer that all have the same size.
-
-    Attributes:
-        channels: number of channels that each one reads.
-        share: share of the tokens that each one reads.
-    """
-
-    channels: int
-    count: int = 1
-    share: float = 1.0
-
-
-@dataclass(frozen=True)
 class Dimensions:
     """The dimensions of a decoder that decide its memory.
 
@@ -58,13 +44,11 @@ class Dimensions:
         return self.row_projections + 1
 
     @property
-    def mlp_outputs(self) -> list[Outputs]:
-        """Output projections of a layer's MLP, or of its experts and the MLP that runs alongside them."""
+    def mlp_channels(self) -> list[int]:
+        """Channels that each output projection of a layer's MLP reads, or of its experts and the MLP beside them."""
         if self.experts is None:
-            return [Outputs(self.intermediate_size)]
-        share = self.experts.chosen / self.experts.count
-        routed = Outputs(self.experts.width, self.experts.count, share)
-        return [routed, Outputs(self.beside_experts)] if self.beside_experts else [routed]
+            return [self.intermediate_size]
+        return [self.experts.width] * self.experts.count + [self.beside_experts] * (self.beside_experts > 0)
 
     @property
     def is_mixture(self) -> bool:

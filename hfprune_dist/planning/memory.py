@@ -432,8 +432,7 @@ def _one_layer(job: Job, dims: Dimensions, temporary: float, models: int = 1) ->
 
 def _channels(dims: Dimensions, attention: bool) -> list[int]:
     """Channels that output projections read: of MLPs or experts, and of attention."""
-    of_mlp = [it.channels for it in dims.mlp_outputs for _ in range(it.count)]
-    return [*of_mlp, *([dims.attention_size] if attention else [])]
+    return [*dims.mlp_channels, *([dims.attention_size] if attention else [])]
 
 
 def _tokens_of_a_rank(job: Job, samples: int, ranks: int) -> int:
