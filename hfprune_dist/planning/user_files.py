@@ -10,7 +10,7 @@ from pathlib import Path
 from hfprune_dist.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from hfprune_dist.data.formats import files_of, identity_of
 from hfprune_dist.errors import UserError
-from hfprune_dist.evaluation.task_files import outside_files
+from hfprune_dist.planning.task_files import outside_files
 from hfprune_dist.store.hashing import FileHashes, digest_of, files_below
 from hfprune_dist.store.stage import Input
 

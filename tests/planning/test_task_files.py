@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from hfprune_dist.evaluation.lm_eval_tasks import TaskLoader
-from hfprune_dist.evaluation.task_files import outside_files
+from hfprune_dist.planning.task_files import outside_files
 
 LINE = '{"text": "a", "answer": "b"}\n'
 
