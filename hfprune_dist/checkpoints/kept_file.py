@@ -2,35 +2,33 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import torch
-
-from hfprune_dist.checkpoints.kept_numbers import FORMAT, KEPT, read_kept_numbers
 from hfprune_dist.store.atomic_files import write_json
-from hfprune_dist.store.hashing import digest_of
 from hfprune_dist.structures.kept import Kept
+
+KEPT = "kept.json"
 
 
 def write_kept(folder: Path, kept: Kept) -> None:
-    """Write ``kept.json``: ``format``, ``layers`` and, for each kind, the units kept in each of these layers."""
-    write_json(folder / KEPT, {"format": FORMAT, "layers": list(kept.layers), **_numbers(kept)})
+    """Write ``kept.json``: ``layers`` and, for each kind, the units kept in each of these layers."""
+    units = {kind: [row.tolist() for row in rows] for kind, rows in kept.units.items()}
+    write_json(folder / KEPT, {"layers": list(kept.layers), **units})
+
+
+def read_kept_numbers(folder: Path) -> tuple[tuple[int, ...], Mapping[str, Sequence[Sequence[int]]]]:
+    """Read ``kept.json`` without torch: the layers, and kind -> the units of each of them."""
+    content = json.loads((folder / KEPT).read_text(encoding="utf-8"))
+    return tuple(content.pop("layers")), content
 
 
 def read_kept(folder: Path) -> Kept:
-    """Read ``kept.json``, whichever version wrote it."""
+    """Read ``kept.json``."""
+    import torch
+
     layers, numbers = read_kept_numbers(folder)
-    units = {kind: [torch.tensor(row, dtype=torch.int64) for row in rows] for kind, rows in numbers.items()}
-    return Kept(layers, units)
-
-
-def digest_of_kept(kept: Kept) -> str:
-    """A digest of the content; for one kind of units and no dropped layers, the same as in earlier versions."""
-    numbers = _numbers(kept)
-    if len(numbers) == 1 and kept.layers == tuple(range(len(kept.layers))):
-        return digest_of(next(iter(numbers.values())))
-    return digest_of({"layers": list(kept.layers), **numbers})
-
-
-def _numbers(kept: Kept) -> dict[str, list[list[int]]]:
-    return {kind: [row.tolist() for row in rows] for kind, rows in kept.units.items()}
+    return Kept(
+        layers, {kind: [torch.tensor(row, dtype=torch.int64) for row in rows] for kind, rows in numbers.items()}
+    )

@@ -37,7 +37,7 @@ def save_tensors(tensors: Mapping[str, Tensor], file: Path, texts: Mapping[str, 
 
 
 def load_tensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors and the texts that ``save_tensors`` wrote. A file of an earlier version has no checksum.
+    """The tensors and the texts that ``save_tensors`` wrote.
 
     Raises:
         DamagedFileError: if the file is cut short, or its content is not what was written.
@@ -47,7 +47,7 @@ def load_tensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         tensors: dict[str, Tensor] = load_file(file)
     except (SafetensorError, ValueError, KeyError) as error:
         raise DamagedFileError(f"is cut short or not a safetensors file of ours ({error})") from None
-    if checksum is not None and checksum != _checksum(tensors, texts):
+    if checksum != _checksum(tensors, texts):
         raise DamagedFileError("has other content than was written to it")
     return tensors, texts
 
@@ -73,13 +73,10 @@ def is_usable(file: Path) -> bool:
     return load_usable(file) is not None
 
 
-def _about(file: Path) -> tuple[dict[str, str], str | None]:
-    """The texts in a file, and its checksum if it has one."""
+def _about(file: Path) -> tuple[dict[str, str], str]:
+    """The texts in a file, and its checksum."""
     with safe_open(file, framework="pt") as stream:
-        metadata: dict[str, str] = stream.metadata() or {}
-    if ABOUT not in metadata:
-        return metadata, None
-    about = json.loads(metadata[ABOUT])
+        about = json.loads((stream.metadata() or {})[ABOUT])
     return about["texts"], about["crc32"]
 
 

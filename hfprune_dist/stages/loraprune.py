@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from hfprune_dist.checkpoints.checkpoint import Checkpoint, open_checkpoint
-from hfprune_dist.checkpoints.kept_file import digest_of_kept
 from hfprune_dist.config.parameters import LoraPruneParameters
 from hfprune_dist.planning.local_shapes import LocalTarget
 from hfprune_dist.stages.context import Context as AnyContext
@@ -27,8 +26,7 @@ def run(context: Context) -> None:
     draft = context.open_draft()
     context.world.on_rank0(lambda: write_trained(checkpoint, trained.last, context.params.recovery, draft))
     write_merged(checkpoint, draft, context.world, context.progress, kept)
-    metrics = shape_metrics(checkpoint, kept.shape, checkpoint.config) | trained.metrics()
-    context.commit(draft, metrics | {"kept_sha256": digest_of_kept(kept)})
+    context.commit(draft, shape_metrics(checkpoint, kept.shape, checkpoint.config) | trained.metrics())
 
 
 def _shape(context: Context, checkpoint: Checkpoint) -> Shape:

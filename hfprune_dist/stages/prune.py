@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from hfprune_dist.checkpoints.checkpoint import Checkpoint, open_checkpoint
-from hfprune_dist.checkpoints.kept_file import digest_of_kept, write_kept
+from hfprune_dist.checkpoints.kept_file import write_kept
 from hfprune_dist.checkpoints.pruned_config import pruned_config
 from hfprune_dist.checkpoints.write_pruned import write_companions, write_weight_file
 from hfprune_dist.errors import UserError
@@ -48,8 +48,7 @@ def run(context: Context) -> None:
         write_kept(draft, kept)
 
     context.world.on_rank0(write_rest)
-    metrics = shape_metrics(checkpoint, kept.shape, config) | metrics | of_norms
-    context.commit(draft, metrics | {"kept_sha256": digest_of_kept(kept)})
+    context.commit(draft, shape_metrics(checkpoint, kept.shape, config) | metrics | of_norms)
 
 
 def _write_weights(
