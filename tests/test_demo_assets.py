@@ -306,7 +306,9 @@ def test_models_are_whole_equal_and_made_once(real_assets, capsys):
     text = read_jsonl(real_assets / "text/heldout.jsonl")[0]["text"]
     logits = {}
     for name, architecture in (("llama", "LlamaForCausalLM"), ("qwen", "Qwen2ForCausalLM")):
-        assert open_checkpoint(real_assets / name).parameters > 134e6
+        dense = open_checkpoint(real_assets / name)
+        assert dense.parameters > 134e6
+        assert dense.config["rope_theta"] == dense.config["rope_parameters"]["rope_theta"] == 1e5
         tokenizer = transformers.AutoTokenizer.from_pretrained(real_assets / name)
         assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
         assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (1, 2, 2)

@@ -21,13 +21,14 @@ from transformers import AutoTokenizer
 
 from hfprune_dist.checkpoints.checkpoint import Checkpoint
 from hfprune_dist.checkpoints.cut import Cut, StackedCut, cut_of
+from hfprune_dist.checkpoints.older_names import write_config
 from hfprune_dist.checkpoints.pruned_config import AUTO_CLASS, MODELING_FILE, is_plain
 from hfprune_dist.checkpoints.read_tensors import DTYPES
 from hfprune_dist.checkpoints.safetensors_header import TensorInfo, read_safetensors_header
 from hfprune_dist.checkpoints.stored_names import SAME, StoredNames
 from hfprune_dist.checkpoints.weight_files import INDEX_FILE
 from hfprune_dist.errors import naming
-from hfprune_dist.store.atomic_files import write_json, write_text
+from hfprune_dist.store.atomic_files import write_json
 from hfprune_dist.structures import EXPERT_NEURONS, EXPERTS
 from hfprune_dist.structures.kept import Kept
 from hfprune_dist.structures.low_rank import FACTORS, factor_shapes
@@ -279,8 +280,7 @@ def write_companions(checkpoint: Checkpoint, target: Path, config: Mapping[str, 
     if config["model_type"] != checkpoint.config["model_type"]:
         _write_tokenizer(checkpoint, target)
     stated = {key: it for key, it in checkpoint.config_file(config).items() if needs_ours or key != "auto_map"}
-    # Not by write_json: it refuses infinite numbers, which transformers before 5 wrote as they are (bamba).
-    write_text(target / "config.json", json.dumps(stated, indent=1, sort_keys=True) + "\n")
+    write_config(stated, target)
     if needs_ours:
         shutil.copyfile(MODELING_FILE, target / MODELING_FILE.name)
     if (checkpoint.path / INDEX_FILE).is_file():

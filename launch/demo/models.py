@@ -14,7 +14,7 @@ from typing import Any
 
 from hfprune_dist.checkpoints.weight_files import SINGLE_FILE
 from hfprune_dist.errors import UserError
-from hfprune_dist.store.atomic_files import write_json, write_text
+from hfprune_dist.store.atomic_files import write_text
 
 # Apache-2.0 requires changes to be stated; the file travels with every pruned copy.
 NOTICE = """\
@@ -77,6 +77,8 @@ def write_llama(weights: Path, folder: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
     from transformers.utils import logging
 
+    from hfprune_dist.checkpoints.older_names import write_config
+
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     source: dict[str, Any] = {"pretrained_model_name_or_path": weights.parent, "gguf_file": weights.name}
@@ -87,6 +89,7 @@ def write_llama(weights: Path, folder: Path) -> None:
         del model.config.quantization_config
     model.config.rms_norm_eps = float(f"{model.config.rms_norm_eps:.6g}")  # GGUF keeps 1e-5 as a float32
     model.to(torch.bfloat16).save_pretrained(folder)
+    write_config(json.loads((folder / "config.json").read_text(encoding="utf-8")), folder)
     tokenizer = AutoTokenizer.from_pretrained(**source, model_max_length=model.config.max_position_embeddings)
     tokenizer.save_pretrained(folder)
     _write_notice(folder)
@@ -96,14 +99,17 @@ def write_qwen(llama: Path, folder: Path) -> None:
     """Write a Llama checkpoint again as a Qwen2 one: the same function, with biases of zero where Qwen2 has biases.
 
     The vocabulary is the same too, but transformers gives every Qwen2 checkpoint Qwen2's way of splitting text into
-    words, so token ids differ a little (3 % more tokens); tokenizer.json says so for other readers.
+    words, whatever its files say, so token ids differ a little (3 % more tokens); tokenizer.json says so for other
+    readers. llama.cpp's converter doesn't know this vocabulary with this way of splitting.
     """
     from transformers import AutoTokenizer, Qwen2Config
+
+    from hfprune_dist.checkpoints.older_names import write_config
 
     config = json.loads((llama / "config.json").read_text(encoding="utf-8"))
     shared = {key: config[key] for key in SHARED_CONFIG}
     qwen = Qwen2Config(**shared, use_sliding_window=False, architectures=["Qwen2ForCausalLM"])
-    write_json(folder / "config.json", json.loads(qwen.to_json_string()))
+    write_config(json.loads(qwen.to_json_string()), folder)
     _write_with_biases(llama / SINGLE_FILE, folder / SINGLE_FILE)
     for pattern in ("tokenizer*", "chat_template*", "generation_config.json"):
         for file in llama.glob(pattern):
