@@ -11,7 +11,7 @@ from hfprune_dist.checkpoints.safetensors_header import FLOATS, TensorInfo
 from hfprune_dist.errors import UserError
 from hfprune_dist.structures import EXPERTS
 from hfprune_dist.structures.low_rank import FACTORS, factor_shapes, rank_field
-from hfprune_dist.structures.units import LAYER_SIZES, OUTPUT_BIASES, PER_LAYER, Units
+from hfprune_dist.structures.units import LAYER_SIZES, OUTPUT_BIASES, Units
 
 # Keys by which some architectures change their head's logits -> the neutral value. Listed architectures don't.
 NEUTRAL_AFTER_HEAD = {
@@ -92,11 +92,6 @@ def _check_layer_sizes(config: Mapping[str, Any], file: Path) -> None:
     for field, values in sizes.items():
         for value in values:
             _require_positive(value, f"{field} in {LAYER_SIZES}", file)
-    own = config.get(PER_LAYER) or {}
-    if not isinstance(own, dict) or not all(isinstance(it, dict) for it in own.values()):
-        raise UserError(f"{file}: {PER_LAYER} must give each layer's number its settings")
-    for settings in own.values():
-        _require_positive(settings.get("intermediate_size", 1), f"intermediate_size in {PER_LAYER}", file)
 
 
 def check_output_biases(config: Mapping[str, Any], family: Family, file: Path) -> None:

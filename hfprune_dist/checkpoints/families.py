@@ -108,6 +108,12 @@ class Family:
         """Name of the class in ``modeling_pruned.py`` whose layers may differ in width or heads."""
         return f"Pruned{self.plain_class}"
 
+    @property
+    def pruned_body(self) -> str:
+        """Name of that class without the head, in the same file."""
+        text = "Text" if self.model_type.endswith("_text") else ""
+        return f"Pruned{self.architecture.removesuffix('Text')}{text}Model"
+
     def units(self, config: Mapping[str, Any]) -> Units:
         """The main units of a model with this ``config.json``: the neurons of its MLPs, or of its experts."""
         mlp = self._mlp(config)

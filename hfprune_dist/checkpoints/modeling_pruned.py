@@ -5,8 +5,7 @@ It needs transformers alone: load such a checkpoint with
 ``AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)``. Heads and widths are in its config.json, under
 ``layer_sizes``: a field of the configuration -> its value in each layer. ``q_proj_rank`` there makes attention's
 ``q_proj`` two linear layers, one after the other, the first one of so many outputs. Projections with such biases are in
-``output_biases``, by their names within a layer. Earlier versions wrote widths alone, under
-``per_layer_config``.
+``output_biases``, by their names within a layer. vLLM reads each layer's heads under ``per_layer_config``.
 
 ``PrunedLlamaForCausalLM`` is made of ``LlamaForCausalLM`` when it is asked for, and so with every other architecture.
 """
@@ -21,15 +20,10 @@ from torch import nn
 _PRUNED, _RANK = "Pruned", "_rank"
 
 
-def _settings_of_layer(config: Any, number: int) -> Any:
-    """What transformers takes for the configuration of one layer; for older versions, all layers have the same."""
-    every = getattr(config, "per_layer_config", None)
-    return config if every is None else every[number]
-
-
 def config_of_layer(config: Any, number: int) -> Any:
     """A copy of the configuration with the sizes of one layer."""
-    own = copy.copy(_settings_of_layer(config, number))
+    every = getattr(config, "per_layer_config", None)  # a dict in versions of transformers that don't know this key
+    own = copy.copy(config if every is None or isinstance(every, dict) else every[number])
     for field, values in (getattr(config, "layer_sizes", None) or {}).items():
         setattr(own, field, values[number])
     return own
@@ -68,8 +62,7 @@ class SizesPerLayer:
     """Gives each decoder layer as many heads, an MLP as wide, and the biases that the configuration says for it."""
 
     def __init__(self, config: Any) -> None:
-        sizes = getattr(config, "layer_sizes", None)
-        super().__init__(config if sizes else _settings_of_layer(config, 0))  # type: ignore[call-arg]
+        super().__init__(config)  # type: ignore[call-arg]
         body = self.base_model  # type: ignore[attr-defined]
         body = getattr(body, "decoder", body)
         for number, layer in enumerate(body.layers):

@@ -20,6 +20,8 @@ from hfprune_dist.structures.units import LAYER_SIZES, OUTPUT_BIASES, PER_LAYER
 MODELING_FILE = Path(__file__).with_name("modeling_pruned.py")
 AUTO_CLASS = "AutoModelForCausalLM"
 QUERY_HEADS_KEY = "num_attention_heads"
+# The key with which transformers lets fields that are in ``PER_LAYER`` be read for all layers too.
+_READ_GLOBALLY = "allow_global_per_layer_attribute_access"
 # Keys that the configuration class of a family's twin doesn't have.
 _NOT_OF_A_TWIN = ("attention_bias", "mlp_bias", "pretraining_tp")
 # Defaults of LlamaConfig that its twin doesn't share.
@@ -68,12 +70,23 @@ def pruned_config(checkpoint: Checkpoint, shape: Shape, biased: Iterable[str] = 
     stated |= {OUTPUT_BIASES: [*stated.get(OUTPUT_BIASES, ()), *added]} if added else {}
     if added or not is_plain(checkpoint, shape):
         name = checkpoint.family.pruned_class
-        auto_map = {AUTO_CLASS: f"{MODELING_FILE.stem}.{name}"}
+        classes = {AUTO_CLASS: name, "AutoModel": checkpoint.family.pruned_body}
+        auto_map = {auto: f"{MODELING_FILE.stem}.{ours}" for auto, ours in classes.items()}
+        stated |= _heads_for_vllm(changed, checkpoint.structures["kv_groups"].fields)
         changed |= {rank_field(projection): list(ranks) for projection, ranks in shape.ranks.items()}
         return stated | {LAYER_SIZES: changed, "architectures": [name], "auto_map": auto_map}
     stated |= {field: max(row) for field, row in changed.items()}
     model_type = _plain_type(checkpoint, values[QUERY_HEADS_KEY][0])
     return stated if model_type == checkpoint.family.model_type else _as_twin(stated, FAMILIES[str(model_type)])
+
+
+def _heads_for_vllm(sizes: Mapping[str, list[int]], fields: Iterable[str]) -> dict[str, Any]:
+    """Where vLLM, which makes caches and attention itself, reads how many heads each layer has."""
+    heads = {field: sizes[field] for field in fields if field in sizes}
+    if not heads:
+        return {}
+    layers = (dict(zip(heads, row, strict=True)) for row in zip(*heads.values(), strict=True))
+    return {PER_LAYER: {str(number): layer for number, layer in enumerate(layers)}, _READ_GLOBALLY: True}
 
 
 def parameters_of_biases(dense: Checkpoint, config: Mapping[str, Any]) -> int:
@@ -115,24 +128,19 @@ def _without_ours(checkpoint: Checkpoint) -> dict[str, Any]:
     config = dict(checkpoint.config)
     if checkpoint.is_plain:
         return config
-    left_out = (LAYER_SIZES, "auto_map", *([] if checkpoint.family.found else [PER_LAYER]))
+    left_out = (LAYER_SIZES, "auto_map", *((PER_LAYER, _READ_GLOBALLY) if _READ_GLOBALLY in config else ()))
     plain = {key: value for key, value in config.items() if key not in left_out}
     return plain | {"architectures": [checkpoint.family.plain_class]}
 
 
 def _as_twin(config: Mapping[str, Any], twin: Family) -> dict[str, Any]:
-    """The settings of the same model as its family's twin, with nothing left to that configuration class's defaults."""
-    rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
-    rope_type, rope_theta = rope.get("type", "default"), config.get("rope_theta", 10000.0)
-    rope = {"rope_type": rope_type, "rope_theta": rope_theta, **{key: rope[key] for key in rope if key != "type"}}
+    """The settings of the same model as its family's twin, whose configuration class has some defaults of its own."""
     known = {key: value for key, value in config.items() if key not in _NOT_OF_A_TWIN}
     return {
         **_DEFAULTS_OF_A_TWIN,
         **known,
         "model_type": twin.model_type,
         "architectures": [twin.plain_class],
-        "rope_parameters": rope,
-        **({"rope_scaling": rope} if config.get("rope_scaling") else {}),  # which transformers before 5 reads
         "sliding_window": None,
         "transformers_version": _TRANSFORMERS,
     }

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 LAYER_SIZES = "layer_sizes"
 # Key for the output projections (names within a layer) that have a bias although their model family has none there.
 OUTPUT_BIASES = "output_biases"
-# The form of ``LAYER_SIZES`` that earlier versions wrote: layer number -> field -> value.
+# transformers' key for settings of single layers: layer number -> field -> value.
 PER_LAYER = "per_layer_config"
 
 
@@ -241,10 +241,5 @@ def read_counts(config: Mapping[str, Any], field: str, per_unit: int = 1) -> tup
     Args:
         per_unit: the amount of the field that one unit accounts for.
     """
-    own = config.get(PER_LAYER) or {}
-    everywhere = config[field]
-    layers = range(int(config["num_hidden_layers"]))
-    values = (config.get(LAYER_SIZES) or {}).get(field) or [
-        own.get(str(layer), {}).get(field, everywhere) for layer in layers
-    ]
+    values = (config.get(LAYER_SIZES) or {}).get(field) or [config[field]] * int(config["num_hidden_layers"])
     return tuple(int(value) // per_unit for value in values)

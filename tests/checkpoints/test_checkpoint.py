@@ -116,8 +116,6 @@ def test_a_tensor_that_transformers_would_make_up_is_named(folder, name):
         ({"num_hidden_layers": 0}, "num_hidden_layers must be a positive integer, not 0"),
         ({"num_hidden_layers": True}, "num_hidden_layers must be a positive integer, not True"),
         ({"num_hidden_layers": 3}, "layers.2"),
-        ({"per_layer_config": {"0": 128}}, "per_layer_config"),
-        ({"per_layer_config": [1]}, "per_layer_config"),
         ({"layer_sizes": [1]}, "layer_sizes must give a list of 2 numbers"),
         ({"layer_sizes": {"intermediate_size": [48]}}, "layer_sizes must give a list of 2 numbers"),
         (

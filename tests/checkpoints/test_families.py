@@ -19,6 +19,7 @@ from masking import write
 from more_families import MORE_EXPERTS
 from ranks import SoloWorld
 from refitting import refit
+from transformers import AutoModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -166,7 +167,12 @@ def test_layers_that_differ_load_with_their_code_and_are_pruned_again(checkpoint
     kept = some_kept(checkpoint, (1, 2), (9, 20))  # one of each kind, if there are several
     write(checkpoint, kept, tmp_path / "once")
     expected = logits_of(masked(checkpoint, kept))
-    assert_same(logits_of(load(tmp_path / "once", trust_remote_code=True)), expected)
+    loaded = load(tmp_path / "once", trust_remote_code=True)
+    assert_same(logits_of(loaded), expected)
+    body = AutoModel.from_pretrained(tmp_path / "once", trust_remote_code=True).eval()
+    with torch.no_grad():
+        outputs = [it(input_ids=WINDOWS).last_hidden_state for it in (body, loaded.base_model)]
+    assert torch.equal(*outputs)
     smaller = open_checkpoint(tmp_path / "once")
     assert not smaller.is_plain
     assert_same(logits_of(load_causal_lm(tmp_path / "once", torch.float32)), expected)

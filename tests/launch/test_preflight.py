@@ -343,7 +343,7 @@ MODELS = {
     "positions": (configured(max_position_embeddings=16), ["calibration.sequence_length 32", "16"]),
     "positions as text": (configured(max_position_embeddings="many"), ["max_position_embeddings"]),
     "layers": (configured(num_hidden_layers=3), ["layers.2", "missing"]),
-    "widths": (configured(per_layer_config={"0": {"intermediate_size": "x"}}), ["per_layer_config"]),
+    "widths": (configured(layer_sizes={"intermediate_size": ["x", 48]}), ["layer_sizes"]),
     "config is a list": (lambda model: (model / "config.json").write_text("[]"), ["config.json", "JSON object"]),
     "config not UTF-8": (lambda model: (model / "config.json").write_bytes(b'{"\xff'), ["config.json", "UTF-8"]),
     "config pointer": (pointing("config.json"), ["config.json", "Git LFS pointer"]),

@@ -477,7 +477,7 @@ def test_a_checkpoint_whose_layers_differ_is_pruned_again_where_layers_compete(w
         state[key] = state[key].narrow(dimension, 0, 20).contiguous()
     save_file(state, folder / "model.safetensors", {"format": "pt"})
     config = json.loads((folder / "config.json").read_text())
-    config["per_layer_config"] = {"1": {"intermediate_size": 20}}
+    config["layer_sizes"] = {"intermediate_size": [48, 20]}
     (folder / "config.json").write_text(json.dumps(config))
     for method in ("hfprune", "surgeon-plain"):
         with pytest.raises(

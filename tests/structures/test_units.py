@@ -8,7 +8,7 @@ from pairs import CHANNELS, prune_pairs
 from tiny import VARIANTS, tiny_model
 
 from hfprune_dist.checkpoints.families import FAMILIES
-from hfprune_dist.structures.units import LAYER_SIZES, PER_LAYER, Block, Owned
+from hfprune_dist.structures.units import LAYER_SIZES, Block, Owned
 
 
 @pytest.fixture(params=["neurons", "pairs"])
@@ -67,9 +67,7 @@ def test_what_config_json_says_is_read_back(counts, pairs):
         config = {"model_type": "llama", "num_hidden_layers": len(counts), "intermediate_size": 80}
         units = units_of(config)
         values = units.values(counts)["intermediate_size"]
-        by_number = {str(layer): {"intermediate_size": value} for layer, value in enumerate(values)}
-        for said in ({LAYER_SIZES: {"intermediate_size": values}}, {PER_LAYER: by_number}):
-            assert units_of(config | said).counts == tuple(counts)
+        assert units_of(config | {LAYER_SIZES: {"intermediate_size": values}}).counts == tuple(counts)
         size = CHANNELS if pairs else 1
         assert units.sizes(counts)["intermediate_sizes"] == [count * size for count in counts]
         assert units.sizes(counts)["intermediate_size"] == (size * counts[0] if len(set(counts)) == 1 else None)
