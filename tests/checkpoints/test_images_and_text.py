@@ -101,7 +101,7 @@ def test_nothing_but_the_text_decoder_changes(checkpoint_of, tmp_path, model_typ
     was, became = (json.loads((folder / "config.json").read_text()) for folder in (checkpoint.path, tmp_path))
     text_was, text_became = was.pop("text_config"), became.pop("text_config")
     assert became == was
-    assert {key for key, value in text_became.items() if text_was.get(key) != value} <= SIZES
+    assert {key for key, value in text_was.items() if text_became.get(key) != value} <= SIZES
     assert (tmp_path / "preprocessor_config.json").read_text() == '{"size": 28}'
     assert not list(tmp_path.glob("*.py"))
 
