@@ -102,7 +102,7 @@ class DrawnSweep:
 
     def _kept(self, width):
         neurons = [sorted(self._random.sample(range(WIDTH), width)) for _ in range(LAYERS)]
-        return {"format": 2, "layers": list(range(LAYERS)), "neurons": neurons}
+        return {"layers": list(range(LAYERS)), "neurons": neurons}
 
 
 def made(number: int, started: float, ended: float | None, **facts) -> Attempt:
