@@ -116,6 +116,6 @@ def test_faults_of_ours_are_not_taken_for_missing_files(tmp_path):
     pruned = next((tmp_path / "store" / "prune").iterdir())
     (pruned / "kept.json").unlink()
     assert chart(sweep.evidence(), "layers").figures == []
-    (pruned / "kept.json").write_text('{}')
+    (pruned / "kept.json").write_text("{}")
     with pytest.raises(KeyError, match="layers"):
         charts.charts(sweep.evidence())
