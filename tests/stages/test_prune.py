@@ -10,7 +10,6 @@ from ranks import SoloWorld, killing, killing_in_reduction, run_stage
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from hfprune_dist.config.method_settings import MORE_ITERATIONS
 from hfprune_dist.config.schema import RuntimeConfig
 from hfprune_dist.core.criteria import CRITERIA
 from hfprune_dist.core.least_squares import Projection
@@ -235,7 +234,7 @@ def test_an_interrupted_refit_goes_on_at_its_layer(tmp_path, monkeypatch):
 
 
 # Per layer: two Gram matrices; in each step three sums for the curvature, the right side and every iteration.
-REDUCTIONS = 2 + 3 * (2 + reconstruct.ITERATIONS) + 3 * (2 + MORE_ITERATIONS)
+REDUCTIONS = 2 + 3 * (2 + reconstruct.ITERATIONS) + 3 * (2 + 2)
 
 
 @pytest.mark.slow
