@@ -149,7 +149,7 @@ def record_locked(out: Path) -> AbstractContextManager[None]:
 
 
 def set_record_aside(out: Path) -> str:
-    """Rename a record that can't be read, as another version may be able to, and return its new name."""
+    """Rename a record that can't be read, and return its new name."""
     return rename_aside(out / SWEEP_FILE, "unread").name
 
 

@@ -3,6 +3,7 @@
 import zlib
 
 import torch
+from made_stages import stage_of
 from ranks import SoloWorld
 from safetensors.torch import save_file
 from tiny import save_tiny
@@ -14,9 +15,9 @@ from hfprune_dist.stages.context import Context
 from hfprune_dist.store.artifacts import Store
 from hfprune_dist.store.hashing import FileHashes
 from hfprune_dist.store.heartbeat import Progress
-from hfprune_dist.store.stage import Input, Stage
+from hfprune_dist.store.stage import Input
 
-IMPORTANCE = Stage("importance", "llama", {}, {})
+IMPORTANCE = stage_of("importance", "llama", {}, {})
 
 
 def prepare(folder, shard_size="5GB", criterion="entropy", samples=9, variant="llama", **method):
@@ -38,7 +39,9 @@ def prepare(folder, shard_size="5GB", criterion="entropy", samples=9, variant="l
     uniform = {"allocation": "uniform", "refit": "none"}
     params = {"ratio": 0.2, "criterion": criterion, **settings, **calibration, **uniform, **method}
     identity = FileHashes(None).of_folder(model)
-    stage = Stage("prune", "llama", params, {"model": Input(identity, str(model)), "importance": IMPORTANCE.as_input()})
+    stage = stage_of(
+        "prune", "llama", params, {"model": Input(identity, str(model)), "importance": IMPORTANCE.as_input()}
+    )
     return store, stage, scores
 
 

@@ -4,6 +4,7 @@ import json
 import random
 from pathlib import Path
 
+from made_stages import stage_of
 from rows import efficiency
 
 from hfprune_dist.planning.plan import Cell, Plan, label_of
@@ -76,7 +77,7 @@ class DrawnSweep:
             self._cells.append(Cell(label, model, ratio, method, "entropy", recovery, made, evaluated.id, timed))
 
     def _stage(self, kind, label, inputs, made=True, **metrics):
-        stage = Stage(kind, label, {"number": len(self._stages)}, inputs)
+        stage = stage_of(kind, label, {"number": len(self._stages)}, inputs)
         self._stages[stage.id] = stage
         if made:
             times = {"started": self._now, "finished": self._now + 60, "wall_time_s": 60.0}

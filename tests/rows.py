@@ -73,7 +73,7 @@ def efficiency(factor: float, tokens_per_s: float, seconds: float) -> dict[str, 
         for batch_size, speed in ((1, 1.0), (4, factor))
     ]
     costs = {"flops_per_token": 215_000_000, "cache_bytes_per_token": 46_080}
-    return {"device": "a processor", "threads": 2, "model": costs, "dense": costs, "runs": runs}
+    return {"device": "a processor", "threads": 2, "cores": 2, "model": costs, "dense": costs, "runs": runs}
 
 
 def make_artifact(store: Store, stage: Stage) -> None:

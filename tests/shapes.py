@@ -1,6 +1,7 @@
 """The prune stage of methods that search for a shape, over tiny models with random scores."""
 
 import torch
+from made_stages import stage_of
 from safetensors.torch import load_file, save_file
 from tiny import save_tiny
 from transformers import AutoModelForCausalLM
@@ -16,9 +17,9 @@ from hfprune_dist.store.artifacts import Store
 from hfprune_dist.store.atomic_files import read_json
 from hfprune_dist.store.hashing import FileHashes
 from hfprune_dist.store.heartbeat import Progress
-from hfprune_dist.store.stage import Input, Stage
+from hfprune_dist.store.stage import Input
 
-IMPORTANCE = Stage("importance", "tiny", {}, {})
+IMPORTANCE = stage_of("importance", "tiny", {}, {})
 LAYERS, GROUPS, QUERIES, NEURONS = 4, 4, 2, 48
 MICRO_BATCH = 2
 
@@ -70,7 +71,7 @@ def prepare(
     params = {**defaults, **settings}
     if params["structures"] == ["neurons"]:  # records leave the default out
         del params["structures"]
-    return store, Stage("prune", "tiny", params, inputs)
+    return store, stage_of("prune", "tiny", params, inputs)
 
 
 def silence(file, ending, by=0):

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from made_stages import stage_of
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     LlamaConfig,
@@ -128,4 +129,4 @@ def importance_stage(folder: Path, label: str, params: dict[str, Any]) -> Stage:
         "model": Input(hashes.of_folder(model), str(model)),
         "calibration": Input(hashes.of_file(text), str(text)),
     }
-    return Stage("importance", label, params, inputs)
+    return stage_of("importance", label, params, inputs)

@@ -111,13 +111,6 @@ class Method(Section):
         return self.criterion
 
     @property
-    def tells_layers_apart(self) -> bool:
-        """Whether layers that are alike in the dense model may differ after pruning."""
-        protects = bool(self.protect_first or self.protect_last)
-        by_scores = self.allocation in ("global", "standardized", "searched")
-        return by_scores or (self.allocation == "local" and protects)
-
-    @property
     def can_protect(self) -> bool:
         """Whether its allocation uses ``protect_first`` and ``protect_last``."""
         return self.allocation in ("local", "global", "standardized", "searched")

@@ -6,20 +6,52 @@ stages read them. They are therefore defined below all three, next to the sectio
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Annotated, Any, ClassVar, Literal, Self
+from collections.abc import Iterable, Sequence
+from typing import Any, ClassVar, Self
 
-from pydantic import Field, ValidationError
+from pydantic import BaseModel, Field
 
-from hfprune_dist.config.left_out import LeftOutAt
 from hfprune_dist.config.method_settings import Allocation, Kinds, Refit, Structures
-from hfprune_dist.config.recorded import OtherParameters, Parameters, Text, canonical_text
-from hfprune_dist.config.section import Dtype, Section
+from hfprune_dist.config.section import Dtype, Section, TextSource
 from hfprune_dist.config.texts import CalibrationConfig, FidelityConfig
-from hfprune_dist.config.told_apart import Adapted, PairsOfARow, Positions
 from hfprune_dist.config.training import DistillationConfig, RecoveryConfig
-from hfprune_dist.core.criteria import CRITERIA, CriterionName, MethodCriterion
+from hfprune_dist.core.criteria import CriterionName, MethodCriterion
 from hfprune_dist.structures import NEURONS
+
+# Fields of a text source that describe a data set on the hub.
+OF_A_DATA_SET = {"dataset", "name", "split", "revision"}
+
+
+class Parameters(Section):
+    """The settings that a stage's result depends on, besides its inputs and the version of its code.
+
+    ``on_one_rank``: whether such stages always run on a single rank, however many ranks others have.
+    """
+
+    on_one_rank: ClassVar[bool] = False
+
+    def to_json(self) -> dict[str, Any]:
+        """The content of records, from which fingerprints are computed: all settings, but not where files are."""
+        return {name: _recorded(getattr(self, name)) for name in type(self).model_fields}
+
+    @property
+    def compute_dtype(self) -> Dtype | None:
+        """The dtype in which a model computes; None if no model runs."""
+        return None
+
+
+def _recorded(value: object, file: str = "(file)") -> Any:
+    """A setting as JSON. A text's file is an input of the stage, known by its content: ``file`` stands for its path."""
+    if isinstance(value, list):
+        return [_recorded(part, f"(file {number})") for number, part in enumerate(value, 1)]
+    if not isinstance(value, BaseModel):
+        return value
+    record = {name: _recorded(getattr(value, name)) for name in type(value).model_fields}
+    if isinstance(value, CalibrationConfig) and value.mixture is not None:  # whose texts have these settings
+        return {name: it for name, it in record.items() if name not in TextSource.model_fields}
+    if isinstance(value, TextSource) and value.path is not None:
+        return {name: it for name, it in record.items() if name not in OF_A_DATA_SET} | {"path": file}
+    return record
 
 
 class StudentParameters(Section):
@@ -38,22 +70,17 @@ class StudentParameters(Section):
 class ImportanceParameters(Parameters):
     """Parameters of a calibration pass.
 
-    ``biases``: how a pass in bfloat16 adds the model's biases, if it has any. ``curvature``: how second
-    moments of output gradients are rounded, if a criterion needs them and it makes a difference. These are absent in
-    records of passes that ignored such criteria, rounded before they added biases, or rounded once per shard.
     ``structures``: the kinds of units that are scored, each by all criteria that have scores for it. ``student``: the
     student chosen by the scores in the input of this role.
     """
 
-    calibration: Annotated[CalibrationConfig, Text]
+    calibration: CalibrationConfig
     criteria: list[CriterionName]
     dtype: Dtype
     add_bos_token: bool
     seed: int
-    biases: Annotated[Literal["added before rounding"] | None, LeftOutAt(None)] = None
-    curvature: Annotated[Literal["rounded by micro-batch"] | None, LeftOutAt(None)] = None
-    structures: Annotated[Kinds, LeftOutAt([NEURONS])] = Field(default=[NEURONS])
-    student: Annotated[StudentParameters | None, LeftOutAt(None)] = None
+    structures: Kinds = Field(default=[NEURONS])
+    student: StudentParameters | None = None
 
     @property
     def compute_dtype(self) -> Dtype:
@@ -61,13 +88,7 @@ class ImportanceParameters(Parameters):
 
     def scoring(self, criteria: Iterable[str], structures: Sequence[str]) -> Self:
         """The same pass, for these criteria and these kinds of units."""
-        names = sorted(criteria)
-        calibration = self.calibration
-        moments = any(CRITERIA[name].needs_moments for name in names)
-        # It makes no difference where a shard is a single micro-batch.
-        several_to_a_shard = calibration.shard_size > 1 and calibration.samples > calibration.micro_batch_size
-        curvature = "rounded by micro-batch" if moments and several_to_a_shard else None
-        return self.model_copy(update={"criteria": names, "structures": list(structures), "curvature": curvature})
+        return self.model_copy(update={"criteria": sorted(criteria), "structures": list(structures)})
 
 
 class ReferenceParameters(Parameters):
@@ -78,8 +99,8 @@ class ReferenceParameters(Parameters):
 
     dtype: Dtype
     micro_batch_size: int
-    add_bos_token: Annotated[bool | None, LeftOutAt(None)] = None
-    text: Annotated[FidelityConfig | None, Text, LeftOutAt(None)] = None
+    add_bos_token: bool | None = None
+    text: FidelityConfig | None = None
 
     @property
     def compute_dtype(self) -> Dtype:
@@ -94,8 +115,7 @@ class PruneParameters(Parameters):
     forward pass) if no model runs. ``tensor_parallel`` divides ``multiple_of`` and the layers' numbers of KV groups; it
     is 1 if none are pruned. ``refit_iterations``: of conjugate gradients in the last Gauss-Newton step of refit: block.
     ``refit_copies``: copies of each calibration window, with redrawn tokens, that a refit sees as well.
-    ``refit_norms``: whether the weights of all norms are refitted at the end. ``plain_shapes``: for which layers a
-    search sets their width, where layers differ in parameters; else absent.
+    ``refit_norms``: whether the weights of all norms are refitted at the end.
     """
 
     ratio: float
@@ -103,17 +123,16 @@ class PruneParameters(Parameters):
     allocation: Allocation
     refit: Refit
     multiple_of: int
-    floor: Annotated[float | None, LeftOutAt(None)] = None
-    protect_first: Annotated[int | None, LeftOutAt(None)] = None
-    protect_last: Annotated[int | None, LeftOutAt(None)] = None
-    dtype: Annotated[Dtype | None, LeftOutAt(None)] = None
-    micro_batch_size: Annotated[int | None, LeftOutAt(None)] = None
-    structures: Annotated[Structures, LeftOutAt([NEURONS])] = Field(default=[NEURONS])
-    tensor_parallel: Annotated[int, LeftOutAt(1)] = 1
-    refit_iterations: Annotated[int, LeftOutAt(2)] = 2
-    refit_copies: Annotated[int, LeftOutAt(0)] = 0
-    refit_norms: Annotated[bool, LeftOutAt(False)] = False
-    plain_shapes: Annotated[Literal["of the layers that stay"] | None, LeftOutAt(None)] = None
+    floor: float | None = None
+    protect_first: int | None = None
+    protect_last: int | None = None
+    dtype: Dtype | None = None
+    micro_batch_size: int | None = None
+    structures: Structures = Field(default=[NEURONS])
+    tensor_parallel: int = 1
+    refit_iterations: int = 2
+    refit_copies: int = 0
+    refit_norms: bool = False
 
     @property
     def compute_dtype(self) -> Dtype | None:
@@ -142,7 +161,6 @@ class DistillParameters(Parameters):
     distillation: DistillationConfig
     passes: int
     seed: int
-    adapted: Adapted = None
 
     @property
     def compute_dtype(self) -> Dtype:
@@ -152,12 +170,8 @@ class DistillParameters(Parameters):
 class RecoverParameters(Parameters):
     """Parameters of fine-tuning on instruction pairs."""
 
-    recovery: Annotated[RecoveryConfig, Text]
+    recovery: RecoveryConfig
     seed: int
-    layers_may_differ: Annotated[bool, LeftOutAt(False)] = False
-    """Whether layers of the model may differ in size. Early versions didn't keep pairs in a row apart if they did."""
-    adapted: Adapted = None
-    pairs_of_a_row: PairsOfARow = None
 
     @property
     def compute_dtype(self) -> Dtype:
@@ -167,7 +181,7 @@ class RecoverParameters(Parameters):
 class LoraPruneParameters(Parameters):
     """Parameters of fine-tuning that prunes, with the settings of ``PruneParameters`` that bound what it removes."""
 
-    recovery: Annotated[RecoveryConfig, Text]
+    recovery: RecoveryConfig
     seed: int
     ratio: float
     structures: Kinds
@@ -175,8 +189,6 @@ class LoraPruneParameters(Parameters):
     tensor_parallel: int
     protect_first: int
     protect_last: int
-    adapted: Adapted = None
-    pairs_of_a_row: PairsOfARow = None
 
     @property
     def compute_dtype(self) -> Dtype:
@@ -197,7 +209,6 @@ class EvaluateParameters(Parameters):
     limit: int | None
     batch_size: int
     dtype: Dtype
-    positions: Positions = None
 
     @property
     def compute_dtype(self) -> Dtype:
@@ -241,18 +252,3 @@ PARAMETERS: dict[str, type[Parameters]] = {
     "efficiency": EfficiencyParameters,
     "loraprune": LoraPruneParameters,
 }
-
-
-def read_parameters(kind: str, record: Mapping[str, Any]) -> Parameters:
-    """The settings in a record; ``OtherParameters`` if they are not exactly what today's code would record.
-
-    Args:
-        kind: kind of stage.
-        record: result of ``Parameters.to_json``, in any version of the code.
-    """
-    try:
-        parameters = PARAMETERS[kind].model_validate(dict(record))
-    except (KeyError, ValidationError):
-        return OtherParameters(record=dict(record))
-    is_exact = canonical_text(parameters.to_json()) == canonical_text(record)
-    return parameters if is_exact else OtherParameters(record=dict(record))

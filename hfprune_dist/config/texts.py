@@ -9,7 +9,6 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, Field, model_validator
 
-from hfprune_dist.config.left_out import LeftOutAt
 from hfprune_dist.config.section import Length, Name, Positive, TextSource
 
 # Stands for the name of the text whose numbers come first in tables.
@@ -53,9 +52,9 @@ class CalibrationConfig(TextSource):
     """Windows per forward pass of one rank."""
     shard_size: Positive = 4
     """Micro-batches per shard. Sums are reduced over ranks and saved after each shard, from which a run can resume."""
-    add_bos_token: Annotated[bool | None, LeftOutAt(None)] = None
+    add_bos_token: bool | None = None
     """Begin every window with the tokenizer's BOS token; null: as in evaluation.add_bos_token."""
-    mixture: Annotated[list[MixedText] | None, LeftOutAt(None)] = None
+    mixture: list[MixedText] | None = None
     """Several texts instead of one: a list of texts, each with the usual keys (path, or dataset, name, ...) and a
     ``weight``, e.g. [{path: code.jsonl, weight: 1}, {dataset: allenai/c4, name: en, weight: 3}]. They are interleaved,
     so that any part of the windows, such as those that refits hold out, has about these shares of the texts. A model
@@ -121,7 +120,7 @@ class FidelityConfig(HeldOutText):
     independent: with far fewer documents than windows they are too small."""
     sequence_length: Length = 1024
     """Tokens per window, the beginning-of-sequence token included."""
-    texts: Annotated[dict[Annotated[str, AfterValidator(_text_name)], HeldOutText] | None, LeftOutAt(None)] = None
+    texts: dict[Annotated[str, AfterValidator(_text_name)], HeldOutText] | None = None
     """Several texts instead of one, under names of your choice, each with the keys of a text (path, or dataset, ...),
     e.g. {own: {path: own.jsonl}, news: {path: news.jsonl}}. Tables show perplexity, KL and agreement on the first text;
     --wide also shows KL on the second or, if there are more, the worst KL on the others. results.csv has all."""

@@ -23,7 +23,6 @@ from hfprune_dist.planning.scoring_passes import (
     Scored,
     check_criteria,
     first_criteria,
-    importance_parameters,
     part_of,
     scored_for,
 )
@@ -96,14 +95,13 @@ class _Planner:
         dense = Input(model.identity, str(model.checkpoint.path), content=model.content)
         # First, since most of the sweep waits for it.
         importance = self._importance_for_all(model, dense)
-        differ = not model.checkpoint.is_plain
         label = label_of(model.name, None, None, NONE)
-        cells = self._finish(Variant(label, model, dense, dense, dense, differ))
+        cells = self._finish(Variant(label, model, dense, dense, dense))
         for ratio in self.config.ratios:
             for name, method in methods.items():
                 settled = with_numbers(method, model.checkpoint, ratio, place_of(model.name, name))
                 label = label_of(model.name, ratio, name if len(self.methods) > 1 else None, NONE)
-                variant = Variant(label, model, dense, dense, dense, differ, ratio, name)
+                variant = Variant(label, model, dense, dense, dense, ratio, name)
                 cells += self._pruned(variant, settled, importance)
         return cells
 
@@ -132,8 +130,8 @@ class _Planner:
         assert importance is not None, "the method needs scores"
         chain = self._chain(variant, importance, variant.ratio, method)
         cut = next(stage.as_input() for stage in chain if stage.kind == "prune")
-        made = replace(variant, checkpoint=chain[-1].as_input(), cut=cut, producers=tuple(stage.id for stage in chain))
-        return self._finish(replace(made, layers_may_differ=made.layers_may_differ or method.tells_layers_apart))
+        producers = tuple(stage.id for stage in chain)
+        return self._finish(replace(variant, checkpoint=chain[-1].as_input(), cut=cut, producers=producers))
 
     def _importance_for_all(self, model: ModelSource, dense: Input) -> Stage | None:
         """One pass for all methods that need scores and for further criteria; None if there are neither."""
@@ -145,8 +143,7 @@ class _Planner:
         criteria = needed.union(self.config.importance.criteria)
         if not scoring and not criteria:
             return None
-        biased = any(name.endswith(".bias") for name in model.checkpoint.tensors)
-        importance = self.stages.importance(model.name, {"model": dense}, Scored(criteria, kinds_among(pruned), biased))
+        importance = self.stages.importance(model.name, {"model": dense}, Scored(criteria, kinds_among(pruned)))
         has_further_criteria = criteria > needed
         self.asked += [importance.id] if has_further_criteria else []
         return importance
@@ -187,10 +184,10 @@ class _Planner:
 
     def _chain(self, variant: Variant, importance: Stage, ratio: float, method: Method) -> list[Stage]:
         """All stages from the dense model's scores to the checkpoint before recovery, in order."""
-        scored = scored_for(method, biased=importance_parameters(importance).biases is not None)
+        scored = scored_for(method)
         scores = [importance, *self._student(variant, importance, scored, ratio, method)]
         inputs = {"model": variant.dense, "importance": part_of(scores[-1], scored)}
-        cut = self.stages.prune(variant.label, inputs, ratio, method, sizes_differ=variant.sizes_differ)
+        cut = self.stages.prune(variant.label, inputs, ratio, method)
         return [*scores, cut, *self._distillation(variant, importance, cut.as_input(), method.distill)]
 
     def _student(

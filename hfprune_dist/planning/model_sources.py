@@ -16,7 +16,7 @@ from hfprune_dist.config.schema import ModelAlias, SweepConfig
 from hfprune_dist.config.yaml_text import read_yaml
 from hfprune_dist.errors import UserError, did_you_mean, hub_errors
 from hfprune_dist.planning.stand_ins import stand_in
-from hfprune_dist.planning.user_files import checkpoint_identity, content_files
+from hfprune_dist.planning.user_files import content_files
 from hfprune_dist.store.hashing import FileHashes, digest_of
 from hfprune_dist.store.stage import Content
 
@@ -124,13 +124,13 @@ def _hub_model(name: str, hub_id: str, revision: str, spelling: str, *, download
         folder, is_known = stand_in(name, hub_id, revision)
     checkpoint = open_checkpoint(folder)
     # The last part of a snapshot's folder is the commit that the revision stood for.
-    identity = checkpoint_identity(checkpoint, digest_of([hub_id, checkpoint.path.name]))
+    identity = digest_of([hub_id, checkpoint.path.name])
     return ModelSource(name, checkpoint, identity, spelling, "commit", is_here, is_known)
 
 
 def _local(name: str, folder: Path, hashes: FileHashes, spelling: str) -> ModelSource:
     checkpoint = open_checkpoint(folder)
-    identity = checkpoint_identity(checkpoint, hashes.of_files(folder, content_files(checkpoint)))
+    identity = hashes.of_files(folder, content_files(checkpoint))
     return ModelSource(name, checkpoint, identity, spelling, "checkpoint")
 
 

@@ -113,7 +113,7 @@ class Plan:
     def from_json(cls, record: Mapping[str, Any]) -> Plan:
         stages = [Stage.from_json(stage) for stage in record["stages"]]
         cells = [Cell(**{**cell, "producers": tuple(cell["producers"])}) for cell in record["cells"]]
-        return cls({stage.id: stage for stage in stages}, tuple(cells), tuple(record.get("asked", ())))
+        return cls({stage.id: stage for stage in stages}, tuple(cells), tuple(record["asked"]))
 
 
 def label_of(model: str, ratio: float | None, method: str | None, recovery: str) -> str:

@@ -23,7 +23,6 @@ from hfprune_dist.errors import UserError
 from hfprune_dist.planning.cuts import cut_parameters
 from hfprune_dist.planning.model_sources import ModelSource
 from hfprune_dist.planning.scoring_passes import Scored, part_of, pass_parameters
-from hfprune_dist.planning.told_apart import adapted_in, pairs_of_a_row, positions_read
 from hfprune_dist.planning.user_files import own_tasks
 from hfprune_dist.store.hashing import FileHashes
 from hfprune_dist.store.provenance import package_versions
@@ -43,15 +42,9 @@ class Variant:
     dense: Input
     checkpoint: Input
     cut: Input
-    layers_may_differ: bool
     ratio: float | None = None
     method: str | None = None
     producers: tuple[str, ...] = ()
-
-    @property
-    def sizes_differ(self) -> bool:
-        """Whether layers of the dense model differ in parameters."""
-        return len(set(self.source.checkpoint.parameter_counts.layers)) > 1
 
 
 class PlannedStages:
@@ -84,15 +77,14 @@ class PlannedStages:
         params = pass_parameters(self._config, scored, student)
         return self._add(Stage("importance", label, params, inputs))
 
-    def prune(self, label: str, inputs: dict[str, Input], ratio: float, method: Method, *, sizes_differ: bool) -> Stage:
+    def prune(self, label: str, inputs: dict[str, Input], ratio: float, method: Method) -> Stage:
         """One cut.
 
         Args:
             inputs: the dense model and its scores.
             ratio: share of its parameters that is gone afterwards.
-            sizes_differ: whether layers of the dense model differ in parameters.
         """
-        params = cut_parameters(self._config, method, ratio, sizes_differ=sizes_differ)
+        params = cut_parameters(self._config, method, ratio)
         return self._add(Stage("prune", label, params, inputs))
 
     def reference_of_calibration(self, importance: Stage) -> Stage:
@@ -107,22 +99,13 @@ class PlannedStages:
 
     def distill(self, variant: Variant, pruned: Input, reference: Stage, passes: int) -> Stage:
         """Training of a pruned model towards the dense model's outputs, which the reference keeps."""
-        adapted = adapted_in(variant.source.checkpoint)
-        params = DistillParameters(
-            distillation=self._config.distillation, passes=passes, seed=self._config.seed, adapted=adapted
-        )
+        params = DistillParameters(distillation=self._config.distillation, passes=passes, seed=self._config.seed)
         inputs = {"model": pruned, "reference": reference.as_input()}
         return self._add(Stage("distill", variant.label, params, inputs))
 
     def recover(self, variant: Variant) -> Stage:
         """The fine-tuning of the variant's checkpoint on instructions."""
-        params = RecoverParameters(
-            recovery=self._config.recovery,
-            seed=self._config.seed,
-            layers_may_differ=variant.layers_may_differ,
-            adapted=adapted_in(variant.source.checkpoint),
-            pairs_of_a_row=pairs_of_a_row(variant.source.checkpoint),
-        )
+        params = RecoverParameters(recovery=self._config.recovery, seed=self._config.seed)
         inputs = {"model": variant.checkpoint, **self._text("instructions", self._config.recovery)}
         return self._add(Stage("recover", variant.label, params, inputs))
 
@@ -139,8 +122,6 @@ class PlannedStages:
             tensor_parallel=method.split,
             protect_first=first,
             protect_last=last,
-            adapted=adapted_in(variant.source.checkpoint),
-            pairs_of_a_row=pairs_of_a_row(variant.source.checkpoint),
         )
         inputs = {"model": variant.dense, **self._text("instructions", self._config.recovery)}
         return self._add(Stage("loraprune", variant.label, params, inputs))
@@ -148,8 +129,7 @@ class PlannedStages:
     def evaluate(self, label: str, variant: Variant, checkpoint: Input) -> Stage:
         """The evaluation of a checkpoint made from the variant's dense model, and the references that it needs."""
         evaluation = self._config.evaluation
-        positions = positions_read(variant.source.checkpoint, evaluation.tasks)
-        params = EvaluateParameters(**evaluation.model_dump(exclude={"include_path", "fidelity"}), positions=positions)
+        params = EvaluateParameters(**evaluation.model_dump(exclude={"include_path", "fidelity"}))
         inputs = {"model": checkpoint, "dense": variant.dense}
         inputs |= self._references_of_held_out(variant.source.name, variant.dense) | self._own_tasks
         return self._add(Stage("evaluate", label, params, inputs))

@@ -16,19 +16,15 @@ from hfprune_dist.structures import Kind, kinds_among
 
 @dataclass(frozen=True)
 class Scored:
-    """What a calibration pass scores: units of these kinds, each by all of these criteria.
-
-    ``biased``: whether the model has biases.
-    """
+    """What a calibration pass scores: units of these kinds, each by all of these criteria."""
 
     criteria: Set[CriterionName]
     structures: list[Kind]
-    biased: bool = False
 
 
-def scored_for(method: Method, *, biased: bool) -> Scored:
+def scored_for(method: Method) -> Scored:
     """The scores that a method prunes by."""
-    return Scored(method.scored_before, kinds_among(method.structures), biased)
+    return Scored(method.scored_before, kinds_among(method.structures))
 
 
 def first_criteria(method: Method) -> frozenset[CriterionName]:
@@ -49,7 +45,6 @@ def pass_parameters(
         dtype=config.importance.dtype,
         add_bos_token=config.calibrates_with_bos,
         seed=config.seed,
-        biases="added before rounding" if scored.biased and config.importance.dtype == "bfloat16" else None,
         student=student,
     ).scoring(scored.criteria, scored.structures)
 

@@ -27,17 +27,6 @@ def content_files(checkpoint: Checkpoint) -> list[str]:
     return checkpoint.weight_files + checkpoint.companion_files
 
 
-def checkpoint_identity(checkpoint: Checkpoint, content: str) -> str:
-    """The identity of a checkpoint, from the digest of its files.
-
-    If the model doesn't compute with everything in them, its number of parameters is part of the identity: earlier
-    versions counted unused parameters too, or the embedding's copy in a head that config.json doesn't mention, so that
-    a ratio meant something else in their artifacts.
-    """
-    recounted = checkpoint.surplus or checkpoint.has_untied_head or checkpoint.has_copied_head
-    return digest_of([content, checkpoint.parameters]) if recounted else content
-
-
 def own_tasks(include_path: str | None, hashes: FileHashes) -> dict[str, Input]:
     """The user's lm-eval tasks as inputs of an evaluation: their folder and, if there are any, the files elsewhere.
 
@@ -121,8 +110,7 @@ def _identity_now(source: Input, hashes: FileHashes) -> str:
         return identity_of(location, hashes)
     if source.content == "files of tasks":
         return _identity_of(outside_files(location), hashes)
-    content = hashes.of_files(location, _names(source))
-    return checkpoint_identity(open_checkpoint(location), content) if source.content == "checkpoint" else content
+    return hashes.of_files(location, _names(source))
 
 
 def _names(source: Input) -> list[str]:

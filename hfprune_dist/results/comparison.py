@@ -122,7 +122,7 @@ def methods_table(rows: Sequence[Row], reference: str) -> str:
 
 SEED = "seed"
 # What a pass computes besides the scores that a row's method reads is of other rows; which it reads, the method says.
-_OF_OTHER_ROWS = {"criteria", "structures", "curvature"}
+_OF_OTHER_ROWS = {"criteria", "structures"}
 # Chosen to suit the GPUs, and without effect on a result beyond rounding.
 _OF_THE_MACHINE = {"recovery.micro_batch_size", "distillation.micro_batch_size"}
 
@@ -144,7 +144,6 @@ def made_with(plan: Plan, cell: Cell) -> MadeWith:
     made: dict[tuple[str, str], tuple[object, str]] = {}
     for name, stage in (*stages, (evaluate.kind, evaluate)):
         record = stage.to_json()
-        made[name, "version of the stage's code"] = (record["version"], str(record["version"]))
         for role, source in stage.inputs.items():
             if not source.is_stage:  # stages that a row rests on are in it themselves, without their seeds
                 shown = f"{source.location} (content {source.identity[:8]})"
@@ -174,7 +173,7 @@ def have_one_seed(one: MadeWith, other: MadeWith) -> bool:
 
 def _of_other_rows(record: Mapping[str, Any]) -> set[str]:
     kind, params = record["kind"], record["params"]
-    if kind == "reference" and "text" not in params:
+    if kind == "reference" and params["text"] is None:
         return {"micro_batch_size"}  # on calibration windows; that of distillation
     return _OF_OTHER_ROWS if kind == "importance" else set()
 

@@ -119,7 +119,7 @@ def measured_as(evaluation: Stage) -> str:
     same can be compared.
     """
     inputs = {role: source.identity for role, source in evaluation.inputs.items() if role != "model"}
-    return digest_of([evaluation.version, evaluation.params.to_json(), inputs])[:12]
+    return digest_of([evaluation.params.to_json(), inputs])[:12]
 
 
 class _Rows:

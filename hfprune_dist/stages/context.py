@@ -12,7 +12,7 @@ from typing import Any, Generic, TypeVar, cast
 
 from torch import Tensor
 
-from hfprune_dist.config.recorded import Parameters
+from hfprune_dist.config.parameters import Parameters
 from hfprune_dist.config.schema import RuntimeConfig
 from hfprune_dist.data.windows import load_windows
 from hfprune_dist.distributed.interruption import Interruption

@@ -100,14 +100,13 @@ def prepare_rows(context: Context, settings: RecoveryConfig, checkpoint: Checkpo
 def _rows_key(context: Context, settings: RecoveryConfig, checkpoint: Checkpoint) -> str:
     """File name of the packed rows, made from what they depend on: pairs, how they are cut, the tokenizer's files."""
     hashes = FileHashes(None)
-    alone = {} if checkpoint.family.keeps_apart else {"pairs_of_a_row": 1}
     content = {
         "version": STAGE_VERSIONS["recover"],
         "settings": settings.model_dump(include=ROW_SETTINGS, exclude={"path"}),
         "seed": context.params.seed,
         "instructions": context.stage.inputs["instructions"].identity if context.has_input("instructions") else None,
         "architecture": checkpoint.config["model_type"],  # transformers chooses the tokenizer's class by it
-        **alone,
+        "several_to_a_row": checkpoint.family.keeps_apart,
         "tokenizer": hashes.of_files(checkpoint.path, checkpoint.tokenizer_files),
     }
     return f"{digest_of(content)[:20]}.safetensors"

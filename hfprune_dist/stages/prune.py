@@ -12,7 +12,6 @@ from hfprune_dist.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from hfprune_dist.checkpoints.kept_file import write_kept
 from hfprune_dist.checkpoints.pruned_config import pruned_config
 from hfprune_dist.checkpoints.write_pruned import write_companions, write_weight_file
-from hfprune_dist.errors import UserError
 from hfprune_dist.stages.final_refit import final_refit
 from hfprune_dist.stages.prune_low_rank import decide_low_rank
 from hfprune_dist.stages.prune_norms import refitted_norms, require_norms
@@ -80,19 +79,7 @@ def _decide(context: Context, dense: DenseModel) -> tuple[Kept, Replacements, di
 
 
 def _scores(context: Context, checkpoint: Checkpoint) -> dict[str, list[Tensor]]:
-    """Kind of units that are pruned -> scores of each layer's units.
-
-    Raises:
-        UserError: if the artifact with the scores was made by a version that found fewer kinds in such a model.
-    """
-    folder = context.input_path("importance")
-    stored = load_file(folder / SCORES)
+    """Kind of units that are pruned -> scores of each layer's units."""
+    stored = load_file(context.input_path("importance") / SCORES)
     kinds = [units.kind for units in pruned_kinds(context, checkpoint)]
-    scores = {kind: scores_of_layers(stored, context.params.criterion, kind) for kind in kinds}
-    for kind, of_layers in scores.items():
-        if len(of_layers) < checkpoint.num_layers:
-            raise UserError(
-                f"{folder}: has no scores of {kind} in layer {len(of_layers)}, which an earlier version didn't prune; "
-                "remove this folder and run the sweep again"
-            )
-    return scores
+    return {kind: scores_of_layers(stored, context.params.criterion, kind) for kind in kinds}

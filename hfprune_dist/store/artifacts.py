@@ -25,8 +25,7 @@ from hfprune_dist.store.atomic_files import fsync_path, listed, read_json, read_
 from hfprune_dist.store.claims import CLAIM_FILES, Claim
 from hfprune_dist.store.hashing import FileHashes, for_each_file
 from hfprune_dist.store.heartbeat import FAILURES, PROGRESS
-from hfprune_dist.store.manifest_form import is_manifest
-from hfprune_dist.store.stage import Stage, kind_of
+from hfprune_dist.store.stage import Stage
 from hfprune_dist.store.stage_handle import StageHandle
 
 MANIFEST = "manifest.json"
@@ -79,7 +78,8 @@ class Store:
     def manifest(self, stage_id: str) -> dict[str, Any] | None:
         """The manifest of a committed artifact; None if there is none, or a damaged one. Does not verify the files."""
         found = read_object(self.path(stage_id) / MANIFEST)
-        return found if found is not None and is_manifest(kind_of(stage_id), found) else None
+        parts = [found.get("files"), found.get("metrics")] if found else [None]
+        return found if all(isinstance(part, dict) for part in parts) else None
 
     def is_committed(self, stage_id: str) -> bool:
         """Whether there is an artifact, verified or not, whose files have not been removed to make room."""

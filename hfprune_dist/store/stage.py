@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import Any, Literal
 
-from hfprune_dist.config.parameters import read_parameters
-from hfprune_dist.config.recorded import OtherParameters, Parameters
+from pydantic import ValidationError
+
+from hfprune_dist.config.parameters import PARAMETERS, Parameters
 from hfprune_dist.errors import UserError
 from hfprune_dist.store.hashing import digest_of
 
@@ -39,8 +41,7 @@ class Input:
     Attributes:
         content: what the identity of a user's files is the digest of: a ``text``, all files of a ``folder``, the
             ``files of tasks`` that a folder's lm-eval tasks read elsewhere, the files that make up a ``checkpoint``, or
-            the name of a ``commit`` on the hub, whose files never change. Empty for artifacts, and in records older
-            than this field: such files are not checked.
+            the name of a ``commit`` on the hub, whose files never change. Empty for artifacts.
     """
 
     identity: str
@@ -56,31 +57,21 @@ class Stage:
     Attributes:
         kind: importance, reference, prune, distill, recover, evaluate, efficiency or loraprune.
         label: name for people; not part of the fingerprint.
-        params: all settings that affect the result, as the kind's class; a record's mapping is converted to it.
+        params: all settings that affect the result, as the kind's class.
         inputs: role -> input.
-        version: version of the stage's code that planned it; None: the current one.
     """
 
     kind: str
     label: str
     params: Parameters
     inputs: Mapping[str, Input] = field(default_factory=dict)
-    version: int | None = None
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.params, Parameters):
-            object.__setattr__(self, "params", read_parameters(self.kind, self.params))
 
     @cached_property
     def fingerprint(self) -> str:
         """20 hex digits of the sha256 over version, settings and input identities."""
         identities = {role: source.identity for role, source in self.inputs.items()}
-        content = {"version": self._version, "kind": self.kind, "params": self.params.to_json(), "inputs": identities}
-        return digest_of(content)[:20]
-
-    @property
-    def _version(self) -> int:
-        return STAGE_VERSIONS[self.kind] if self.version is None else self.version
+        version, params = STAGE_VERSIONS[self.kind], self.params.to_json()
+        return digest_of({"version": version, "kind": self.kind, "params": params, "inputs": identities})[:20]
 
     @property
     def id(self) -> str:
@@ -98,7 +89,6 @@ class Stage:
         return {
             "kind": self.kind,
             "fingerprint": self.fingerprint,
-            "version": self._version,
             "label": self.label,
             "params": self.params.to_json(),
             "inputs": {role: asdict(source) for role, source in self.inputs.items()},
@@ -106,37 +96,20 @@ class Stage:
 
     @classmethod
     def from_json(cls, record: Mapping[str, Any]) -> Stage:
-        """Read a record written by ``to_json`` in any version of the code.
+        """Read a record written by ``to_json``.
 
         Raises:
-            UserError: if the fingerprint was computed by other rules than today's.
+            UserError: if another version of the code wrote it.
         """
         inputs = {role: Input(**source) for role, source in record["inputs"].items()}
-        version = record.get("version")
-        version = None if version == STAGE_VERSIONS.get(record["kind"]) else version
-        stage = cls(record["kind"], record["label"], record["params"], inputs, version)
-        if stage.fingerprint != record["fingerprint"]:
-            raise _of_another_version(record)
-        return stage
-
-    @classmethod
-    def to_run(cls, record: Mapping[str, Any]) -> Stage:
-        """Read a record written by ``to_json``, to run the stage.
-
-        Raises:
-            UserError: if it was planned by another version of the code, or one with other settings.
-        """
-        stage = cls.from_json(record)
-        if stage.version is not None or isinstance(stage.params, OtherParameters):
-            raise _of_another_version(record)
-        return stage
+        with suppress(KeyError, ValidationError):
+            stage = cls(record["kind"], record["label"], PARAMETERS[record["kind"]](**record["params"]), inputs)
+            if stage.fingerprint == record["fingerprint"]:
+                return stage
+        planned = f"{record['kind']}/{record['fingerprint']}"
+        raise UserError(f"{planned} was planned by another version of the code; run sweep.py again")
 
 
 def kind_of(stage_id: str) -> str:
     """The kind of a stage, from its id."""
     return stage_id.partition("/")[0]
-
-
-def _of_another_version(record: Mapping[str, Any]) -> UserError:
-    planned = f"{record['kind']}/{record['fingerprint']}"
-    return UserError(f"{planned} was planned by another version of the code; run sweep.py again")

@@ -55,7 +55,7 @@ def first_line(stage: Stage, command: Sequence[str]) -> str:
 def beginning(log: Path) -> tuple[float | None, int | None]:
     """Return unix time and ranks from a log's first line, as the backend writes it; None if it is something else.
 
-    The line begins with the time and, except in logs of earlier versions, its offset from UTC.
+    The line begins with the time and its offset from UTC.
     """
     try:
         with log.open(encoding="utf-8", errors="replace") as stream:
@@ -74,5 +74,5 @@ def mark_done(log: Path) -> None:
 
 
 def is_done(log: Path) -> bool:
-    """Return whether a log's attempt made the artifact; False for logs of earlier versions, which don't say so."""
+    """Return whether a log's attempt made the artifact."""
     return end_of_log(log, len(DONE) + 1) == f"{DONE}\n"

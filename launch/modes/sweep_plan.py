@@ -15,7 +15,7 @@ from hfprune_launch.preflight import check_stages
 from hfprune_launch.project import PROJECT
 from hfprune_launch.slurm.batch_script import default_threads, refuse_unusable_path
 from hfprune_launch.slurm.estimate import Estimate, estimate_stages, refuse_what_cannot_fit
-from hfprune_launch.slurm.profile import Profile, Resources
+from hfprune_launch.slurm.profile import Profile
 from hfprune_launch.slurm.stage_jobs import gpus_of_profile
 from hfprune_launch.sweep_folder import Record, Sweep, read_record, require_apart, require_folder
 
@@ -25,8 +25,6 @@ from hfprune_dist.config.schema import RuntimeConfig, SweepConfig
 from hfprune_dist.errors import UserError
 from hfprune_dist.planning.build_plan import build_plan
 from hfprune_dist.planning.dimensions import checkpoint_dimensions
-from hfprune_dist.planning.earlier_measurements import with_earlier_measurements
-from hfprune_dist.planning.earlier_passes import with_earlier_passes
 from hfprune_dist.planning.earlier_rows import refuse_other_checkpoints, with_earlier_rows
 from hfprune_dist.planning.known_shapes import KnownShape, dense_shape, known_shape
 from hfprune_dist.planning.methods import resolve_methods
@@ -36,7 +34,7 @@ from hfprune_dist.planning.plan import Plan
 from hfprune_dist.planning.ratios import largest_split, remarks_on_shapes
 from hfprune_dist.planning.refusals import place_of
 from hfprune_dist.planning.remarks import remarks_on_settings
-from hfprune_dist.store.artifacts import Store, Verdict
+from hfprune_dist.store.artifacts import Verdict
 from hfprune_dist.store.cancellation import Cancellation
 
 NO_MODELS = """no models are named: give --models, or models in a --config file; for example
@@ -146,8 +144,6 @@ def prepare(command: Command, *, download: bool) -> Prepared:
     profile = command.profile()
     device = _device_in(profile)
     config, models, methods, plan = _plan(command, device, command.tell, download=download, stands_in=not download)
-    if profile is not None:
-        plan = _with_measured(plan, profile.resources["efficiency"], config.runtime, store)
     require_apart(command.out, plan)
     if (record := _readable_record(command)) and all(model.has_known_shape for model in models):
         refuse_other_checkpoints(plan, record.plan, command.out)
@@ -216,20 +212,6 @@ def _device_in(profile: Profile | None) -> Callable[[RuntimeConfig], str]:
     return lambda runtime: resources.device(default_threads(resources, runtime.threads_per_rank))
 
 
-def _with_measured(plan: Plan, resources: Resources, runtime: RuntimeConfig, store: Store) -> Plan:
-    """Return the plan with measurements by an earlier version, which described a rank's cores in place of its threads,
-    if as many threads ran as would run today.
-    """
-    threads = default_threads(resources, runtime.threads_per_rank)
-
-    def stands(stage_id: str) -> bool:
-        handle = store.handle(stage_id)
-        metrics = (handle.manifest() or {}).get("metrics", {})
-        return metrics.get("threads") == threads and handle.is_done()
-
-    return with_earlier_measurements(plan, resources.device(resources.cpus_per_task), stands)
-
-
 def _device_of(record: Record | None) -> str | None:
     """Return the device on which a folder's last run measured efficiency; None if it didn't."""
     stages = record.plan.stages.values() if record else ()
@@ -265,8 +247,6 @@ def _plan(
         if unknown := [model.name for model in models if not model.has_known_shape]:
             raise UserError(f"{error}\na Llama stands in for {', '.join(unknown)}, unknown until downloaded") from None
         raise
-    if record := _readable_record(command):
-        plan = with_earlier_passes(plan, record.plan, lambda stage_id: command.store.handle(stage_id).is_done())
     return config, models, methods, plan
 
 

@@ -15,10 +15,10 @@ from hfprune_dist.config.parameters import (
     DistillParameters,
     ImportanceParameters,
     LoraPruneParameters,
+    Parameters,
     PruneParameters,
     RecoverParameters,
 )
-from hfprune_dist.config.recorded import Parameters
 from hfprune_dist.config.schema import RuntimeConfig, Sharding
 from hfprune_dist.errors import UserError
 from hfprune_dist.planning.dimensions import Dimensions, checkpoint_dimensions

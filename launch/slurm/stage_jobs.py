@@ -10,11 +10,11 @@ from hfprune_dist.config.parameters import (
     EvaluateParameters,
     ImportanceParameters,
     LoraPruneParameters,
+    Parameters,
     PruneParameters,
     RecoverParameters,
     ReferenceParameters,
 )
-from hfprune_dist.config.recorded import Parameters
 from hfprune_dist.config.schema import RuntimeConfig
 from hfprune_dist.config.texts import FIRST, CalibrationConfig, FidelityConfig, reference_role
 from hfprune_dist.planning.memory import (

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, NoReturn
 from hfprune_launch.stage.parent import die_with_parent
 from hfprune_launch.stage.stage_file import find_stage_file, read_stage_file
 
-from hfprune_dist.config.recorded import Parameters
+from hfprune_dist.config.parameters import Parameters
 from hfprune_dist.config.schema import RuntimeConfig
 from hfprune_dist.distributed.interruption import Interruption
 from hfprune_dist.errors import UserError, from_os_error
@@ -122,7 +122,7 @@ def run_stage(handle: StageHandle, interruption: Interruption, should_run: Calla
         content, claim = read_stage_file(handle), admission.claim
         guard = None if claim is None else claim.require_held
         context: Context[Parameters] = Context(
-            stage=Stage.to_run(content.stage),
+            stage=Stage.from_json(content.stage),
             store=handle.store,
             world=world,
             runtime=RuntimeConfig.model_validate(content.runtime),

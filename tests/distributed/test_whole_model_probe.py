@@ -4,6 +4,7 @@ import pytest
 import tiny
 import torch
 from forks import on_ranks
+from made_stages import stage_of
 from ranks import SoloWorld
 from safetensors.torch import load_file, save_file
 from scoring import LAYERS, files_of, make_stage, run
@@ -24,9 +25,9 @@ from hfprune_dist.stages.context import Context
 from hfprune_dist.store.artifacts import Store
 from hfprune_dist.store.hashing import FileHashes
 from hfprune_dist.store.heartbeat import Progress
-from hfprune_dist.store.stage import Input, Stage
+from hfprune_dist.store.stage import Input
 
-IMPORTANCE = Stage("importance", "tiny", {}, {})
+IMPORTANCE = stage_of("importance", "tiny", {}, {})
 # The first one's attention depends on its layer's number, which a single layer hides; the other poses as a Llama.
 ADDED = {
     "diffllama": (DiffLlamaConfig, DiffLlamaForCausalLM, {"tie_word_embeddings": False}),
@@ -60,8 +61,8 @@ def prepare(folder, variant, **params):
     if params:
         method = {"ratio": 0.2, "criterion": "entropy", "multiple_of": 1, "allocation": "uniform"}
         limits = {"floor": 0.2, "protect_first": 0, "protect_last": 0}
-        return store, Stage("prune", "tiny", {**method, **limits, **settings, **params}, inputs)
-    return store, Stage("reference", "tiny", settings, inputs)
+        return store, stage_of("prune", "tiny", {**method, **limits, **settings, **params}, inputs)
+    return store, stage_of("reference", "tiny", settings, inputs)
 
 
 def run_alone(store, stage):

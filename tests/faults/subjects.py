@@ -30,6 +30,7 @@ from hfprune_launch.slurm.profile import Profile, Resources
 from hfprune_launch.slurm.submission import Submitting
 from hfprune_launch.stage import run as stage_script
 from hfprune_launch.stage.stage_file import Provenance
+from made_stages import stage_of
 from safetensors.torch import save_file
 from sweeps import make_inputs, results, without_costs
 from tiny import save_tiny, write_documents, write_pairs
@@ -174,12 +175,12 @@ def _importance(folder: Path, store: Store) -> Stage:
         "seed": 3,
         "structures": ["neurons", "kv_groups"],
     }
-    return Stage("importance", "tiny", params, {"model": _folder(model), "calibration": _file(text)})
+    return stage_of("importance", "tiny", params, {"model": _folder(model), "calibration": _file(text)})
 
 
 def _prune(**method) -> Callable[[Path, Store], Stage]:
     def make(folder: Path, store: Store) -> Stage:
-        scored = Stage("importance", "tiny", {}, {})
+        scored = stage_of("importance", "tiny", {}, {})
         draft = store.open_draft(scored.id)
         generator = torch.Generator().manual_seed(0)
         names = [f"layers.{layer}.{name}" for name in CRITERIA for layer in range(4)]
@@ -204,7 +205,7 @@ def _prune(**method) -> Callable[[Path, Store], Stage]:
             "micro_batch_size": 2,
             **method,
         }
-        return Stage("prune", "tiny", params, {"model": _folder(model), "importance": scored.as_input()})
+        return stage_of("prune", "tiny", params, {"model": _folder(model), "importance": scored.as_input()})
 
     return make
 
@@ -213,7 +214,7 @@ def _reference(folder: Path, store: Store, model: Path) -> Stage:
     text = write_documents(folder / "held-out.jsonl", count=3)
     settings = {"windows": 3, "sequence_length": 24, "text_field": "text"}
     params = {"dtype": "float32", "micro_batch_size": 1, "add_bos_token": True, "text": settings}
-    return Stage("reference", "tiny", params, {"model": _folder(model), "text": _file(text)})
+    return stage_of("reference", "tiny", params, {"model": _folder(model), "text": _file(text)})
 
 
 def _reference_alone(folder: Path, store: Store) -> Stage:
@@ -228,7 +229,7 @@ def _evaluate(folder: Path, store: Store) -> Stage:
     settings = {"tasks": ["tiny_a", "tiny_b"], "dtype": "float32", "batch_size": 2, "num_fewshot": 0}
     params = EvaluationConfig.model_validate(settings).model_dump(exclude={"include_path", "fidelity"})
     inputs = {"model": _folder(model), "dense": _folder(dense), "tasks": _folder(folder / "tasks")}
-    return Stage("evaluate", "tiny", params, {**inputs, "reference": reference.as_input()})
+    return stage_of("evaluate", "tiny", params, {**inputs, "reference": reference.as_input()})
 
 
 def _write_tasks(folder: Path) -> None:
@@ -259,7 +260,7 @@ def _loraprune(folder: Path, store: Store) -> Stage:
     inputs = {"model": _folder(model), "instructions": _file(pairs)}
     cut = {"ratio": 0.1, "structures": ["neurons", "kv_groups"], "multiple_of": 1, "tensor_parallel": 1}
     protected = {"protect_first": 0, "protect_last": 1}
-    return Stage("loraprune", "tiny", {"recovery": recovery, "seed": 0, **cut, **protected}, inputs)
+    return stage_of("loraprune", "tiny", {"recovery": recovery, "seed": 0, **cut, **protected}, inputs)
 
 
 def _folder(path: Path) -> Input:
@@ -276,7 +277,7 @@ def _file(path: Path) -> Input:
 class Commit(Subject):
     """An artifact with files in nested folders, and the end of its work."""
 
-    STAGE = Stage("prune", "a label", {"ratio": 0.2}, {})
+    STAGE = stage_of("prune", "a label", {"ratio": 0.2}, {})
 
     def run(self, root: Path, count: Count, mark: Mark, marks: list) -> dict:
         store = Store(root)
@@ -383,8 +384,8 @@ class WholeSweep(Subject):
 class SlurmSweep(Subject):
     """A sweep's jobs: submitted, run, closed. Jobs live on while the machine of the store and the launcher is down."""
 
-    SCORES = Stage("importance", "a", {}, {"model": Input("digest", "/model")})
-    PRUNE = Stage("prune", "a 0.2", {"ratio": 0.2}, {"importance": SCORES.as_input()})
+    SCORES = stage_of("importance", "a", {}, {"model": Input("digest", "/model")})
+    PRUNE = stage_of("prune", "a 0.2", {"ratio": 0.2}, {"importance": SCORES.as_input()})
     PLAN = Plan({SCORES.id: SCORES, PRUNE.id: PRUNE}, (), (SCORES.id, PRUNE.id))
     ROUNDS = 12
 

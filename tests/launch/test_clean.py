@@ -11,12 +11,13 @@ from hfprune_launch.modes import clean as modes_clean
 from hfprune_launch.slurm.attempts import Attempts
 from hfprune_launch.stage.stage_file import Provenance, write_stage_file
 from hfprune_launch.sweep_folder import Record, read_record, write_record
+from made_stages import stage_of
 from sweeps import in_process, planned
 
 from hfprune_dist.config.schema import RuntimeConfig
 from hfprune_dist.store import leftovers
 from hfprune_dist.store.artifacts import Store
-from hfprune_dist.store.stage import Input, Stage
+from hfprune_dist.store.stage import Input
 
 UNKNOWN = "0" * 20  # no stage's fingerprint
 
@@ -172,7 +173,7 @@ def test_what_a_job_in_the_queue_needs_stays_until_the_job_is_over(out, monkeypa
     """Even of a row that was forgotten after its submission, and if Slurm doesn't say whether the job still waits."""
     fake, store = Controller().install(monkeypatch), Store(out / "store")
     (forgotten,) = set(pruned(store)) - read_record(out).plan.stages.keys()
-    stage = Stage("recover", "alpha 0.15", {}, {"model": Input(forgotten, forgotten, is_stage=True)})
+    stage = stage_of("recover", "alpha 0.15", {}, {"model": Input(forgotten, forgotten, is_stage=True)})
     attempt = Attempts(store.root).begin(stage, 0, 1, 60, None)
     attempt.record_job("101")
     write_stage_file(store.handle(stage.id), stage, Provenance(RuntimeConfig(), {}, {}), 1)

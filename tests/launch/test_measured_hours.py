@@ -4,18 +4,19 @@ import io
 
 from hfprune_launch.measured_hours import measured_hours, show_hours
 from hfprune_launch.slurm.status_table import stage_statuses
+from made_stages import stage_of
 from rich.console import Console
 
 from hfprune_dist.planning.plan import Plan
 from hfprune_dist.store.artifacts import Store
-from hfprune_dist.store.stage import Input, Stage
+from hfprune_dist.store.stage import Input
 
 
 def scores_and_cut(model, ratio):
     dense = Input(model, f"/{model}")
-    scores = Stage("importance", model, {}, {"model": dense})
-    cut = Stage("prune", f"{model} {ratio}", {"ratio": ratio}, {"model": dense, "importance": scores.as_input()})
-    return scores, cut, Stage("recover", f"{model} {ratio}", {}, {"model": cut.as_input()})
+    scores = stage_of("importance", model, {}, {"model": dense})
+    cut = stage_of("prune", f"{model} {ratio}", {"ratio": ratio}, {"model": dense, "importance": scores.as_input()})
+    return scores, cut, stage_of("recover", f"{model} {ratio}", {}, {"model": cut.as_input()})
 
 
 def test_what_stages_of_the_kind_and_model_took(tmp_path):

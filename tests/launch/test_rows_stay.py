@@ -23,7 +23,6 @@ from hfprune_dist.config.load import load_config
 from hfprune_dist.config.yaml_text import to_yaml
 from hfprune_dist.errors import UserError
 from hfprune_dist.store.artifacts import Store
-from hfprune_dist.store.stage import STAGE_VERSIONS
 from hfprune_dist.structures.score_names import SCORES
 
 
@@ -266,21 +265,6 @@ def test_speed_is_of_the_device_on_which_the_sweep_ran(config, tmp_path, monkeyp
     assert planned_actions(config, out)["run"] == set(), "which nobody asks for"
 
 
-def test_speed_on_a_cluster_is_of_the_threads_that_run(config, tmp_path):
-    """Earlier versions told the cores of a rank in place of its threads; what as many threads measured still stands."""
-    out, profile = tmp_path / "out", tmp_path / "profile.yaml"
-    profile.write_text("partition: cpu\ncpus_per_task: 4\n")
-    asked = ["--set", "efficiency.enabled=true", "--set", "runtime.threads_per_rank=2", "--profile", profile]
-    fill(out, planned(config, efficiency__enabled=True, device="partition cpu, threads: 4")[1])
-    assert planned_actions(config, out, *asked)["run"] == set(), "2 threads have run"
-    asked[3] = "runtime.threads_per_rank=3"
-    assert planned_actions(config, out, *asked)["run"] == {"efficiency"}
-    fill(out, planned(config, efficiency__enabled=True, device="partition cpu, threads: 3")[1])
-    assert planned_actions(config, out, *asked)["run"] == set()
-    profile.write_text("partition: cpu\ncpus_per_task: 4\nenvironment: {OMP_NUM_THREADS: '1'}\n")
-    assert planned_actions(config, out, *asked)["run"] == {"efficiency"}, "which the profile's environment decides"
-
-
 def test_a_row_is_removed_on_purpose(config, tmp_path):
     out = tmp_path / "out"
     done(config, out)
@@ -365,24 +349,6 @@ def test_of_two_commands_that_change_the_record_at_once_neither_undoes_the_other
     others[0].join()
     gone = {"alpha 0.1 + lora"} | ({"beta dense"} if command == "forget" else set())
     assert [cell.label for cell in read_record(out).plan.cells] == [it for it in before if it not in gone]
-
-
-def test_the_record_of_an_earlier_version_is_read(config, tmp_path):
-    """The record lacks the newer fields, and has stages whose version has risen since."""
-    out = tmp_path / "out"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(STAGE_VERSIONS, "prune", 1)
-        done(config, out, "--ratios", "0.1", ratios=[0.1])
-    record = json.loads((out / "sweep.json").read_text())
-    del record["asked"]
-    (out / "sweep.json").write_text(json.dumps(record))
-    old = [cell["evaluate"] for cell in record["cells"] if cell["ratio"]]
-    for _ in range(2):
-        done(config, out, "--ratios", "0.2", ratios=[0.2])
-        cells = json.loads((out / "sweep.json").read_text())["cells"]
-        assert len(labels(out)) == 8 and {*old} < {cell["evaluate"] for cell in cells}
-    rows = json.loads((out / "results.json").read_text())["rows"]
-    assert {row["status"] for row in rows} == {"done"}
 
 
 def test_a_damaged_record_loses_rows_aloud_and_keeps_nothing_from_running(config, tmp_path):

@@ -26,6 +26,7 @@ from hfprune_launch.stage.outcome import Outcome
 from hfprune_launch.stage.progress_lines import ProgressLines
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from made_stages import stage_of
 from rich.console import Console
 from rows import missing, row_of
 
@@ -36,7 +37,7 @@ from hfprune_dist.results.comparison import compare_methods
 from hfprune_dist.results.published import read_published
 from hfprune_dist.store.artifacts import Verdict
 from hfprune_dist.store.heartbeat import Heartbeat
-from hfprune_dist.store.stage import Input, Stage
+from hfprune_dist.store.stage import Input
 
 NAMES = st.text(list("aZ09-_./@[]|\\ 模型ｗ한é"), min_size=1, max_size=60)
 USUAL = [row_of(ratio=0.0, recovery="none", kl=0.0), row_of(), row_of(method="hfprune", kl=4.597)]
@@ -100,7 +101,7 @@ def width_of(line):
 
 
 def test_a_plan_of_one_stage_is_told_in_the_singular(on_terminal):
-    stage = Stage("evaluate", "a dense", {}, {"model": Input("digest", "/a")})
+    stage = stage_of("evaluate", "a dense", {}, {"model": Input("digest", "/a")})
     plan = Plan({stage.id: stage}, (Cell("a dense", "a", None, None, None, "none", (), stage.id),))
     *_, told = on_terminal(show_plan, plan, {stage.id: Verdict("missing", "")}, [stage.id])
     assert told == "1 cell, 1 stage: 0 reuse, 1 run"
@@ -111,7 +112,7 @@ def test_no_terminal_is_so_narrow_that_numbers_or_names_are_cut_off(on_terminal,
     monkeypatch.setenv("COLUMNS", columns)
     shown = "".join("".join(on_terminal(show_results, USUAL)).split())
     assert all(number in shown for number in ("134.5M", "0.263", "4.597", "68.3±4.2", "269MB", "4.4m"))
-    stage = Stage("evaluate", "llama 0.2 surgeon-any-shape + lora", {}, {"model": Input("digest", "/a")})
+    stage = stage_of("evaluate", "llama 0.2 surgeon-any-shape + lora", {}, {"model": Input("digest", "/a")})
     plan = Plan({stage.id: stage}, (), (stage.id,))
     if columns != "1":
         lines = "".join(on_terminal(show_plan, plan, {stage.id: Verdict("missing", "not made yet")}, [stage.id]))
@@ -213,7 +214,7 @@ def test_all_columns_are_shown_whole_on_any_terminal(on_terminal):
 
 
 def test_progress_without_a_terminal_is_a_line_now_and_then():
-    stages = [Stage(kind, "a [0.2]", {}, {"model": Input("digest", "/x")}) for kind in ("importance", "prune")]
+    stages = [stage_of(kind, "a [0.2]", {}, {"model": Input("digest", "/x")}) for kind in ("importance", "prune")]
     now, console = [0.0], Console(file=io.StringIO(), width=400)
     lines = ProgressLines(console, lambda: now[0])
     for second in range(100):
@@ -230,7 +231,7 @@ def test_progress_without_a_terminal_is_a_line_now_and_then():
 
 
 def test_progress_on_a_terminal_is_no_lines(on_terminal):
-    stage = Stage("importance", "a", {}, {"model": Input("digest", "/x")})
+    stage = stage_of("importance", "a", {}, {"model": Input("digest", "/x")})
 
     def show(console):
         lines = ProgressLines(console, iter([0.0, 100.0]).__next__)
@@ -243,7 +244,7 @@ def test_progress_on_a_terminal_is_no_lines(on_terminal):
 @pytest.mark.parametrize("is_terminal", [True, False])
 def test_a_sweep_shows_the_stage_at_work_and_when_it_ends(is_terminal, monkeypatch):
     monkeypatch.setattr(progress_lines, "INTERVAL_S", 0.0)
-    stage = Stage("importance", "a", {}, {"model": Input("digest", "/x")})
+    stage = stage_of("importance", "a", {}, {"model": Input("digest", "/x")})
     console = Console(file=io.StringIO(), width=120, force_terminal=is_terminal, color_system=None)
     with stage_screen(console, 2) as screen:
         screen.begin(stage)

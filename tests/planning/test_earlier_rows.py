@@ -4,11 +4,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from made_stages import stage_of
 
 from hfprune_dist.errors import UserError
 from hfprune_dist.planning.earlier_rows import refuse_other_checkpoints, with_earlier_rows
 from hfprune_dist.planning.plan import Cell, Plan
-from hfprune_dist.store.stage import Input, Stage
+from hfprune_dist.store.stage import Input
 
 OUT = Path("runs/my")
 ALPHA = Input("of alpha", "/models/alpha", content="checkpoint")
@@ -17,25 +18,21 @@ COPY = replace(ALPHA, location="/copy/alpha")
 ON_HUB = Input("of a commit", "/hub/snapshots/0123", content="commit")
 
 
-def plan_of(models, ratios=(0.1,), methods=("hfprune",), version=None):
+def plan_of(models, ratios=(0.1,), methods=("hfprune",)):
     """The plan of a sweep: model's name -> its checkpoint."""
     stages, cells = {}, []
     for name, dense in models.items():
         for ratio, method in [(None, None), *((ratio, method) for ratio in ratios for method in methods)]:
             label = f"{name} dense" if ratio is None else f"{name} {ratio} {method}"
-            made = Stage("prune", label, {"ratio": ratio, "criterion": method}, {"model": dense}, version)
+            made = stage_of("prune", label, {"ratio": ratio or 0.5, "of": method}, {"model": dense})
             model = made.as_input() if ratio else dense
-            stage = Stage("evaluate", label, {}, {"model": model, "dense": dense}, version)
+            stage = stage_of("evaluate", label, {}, {"model": model, "dense": dense})
             stages |= {it.id: it for it in ([made, stage] if ratio else [stage])}
             cells.append(Cell(label, name, ratio, method, method, "none", (made.id,) if ratio else (), stage.id))
     return Plan(stages, tuple(cells))
 
 
-# Earlier versions had other versions of stages, and didn't record how an identity is computed.
-EARLIER = {
-    "this version": plan_of({"alpha": ALPHA}),
-    "an earlier version": plan_of({"alpha": replace(ALPHA, content="")}, version=1),
-}
+EARLIER = plan_of({"alpha": ALPHA})
 REFUSED = {
     "another ratio": plan_of({"alpha": OTHER}, [0.2]),
     "a commit": plan_of({"alpha": ON_HUB}, [0.2]),
@@ -53,12 +50,11 @@ ALLOWED = {
 }
 
 
-@pytest.mark.parametrize("earlier", EARLIER.values(), ids=EARLIER)
 class TestOtherCheckpoints:
     @pytest.mark.parametrize("today", REFUSED.values(), ids=REFUSED)
-    def test_are_refused_if_rows_of_the_first_would_stay(self, today, earlier):
+    def test_are_refused_if_rows_of_the_first_would_stay(self, today):
         with pytest.raises(UserError) as refused:
-            refuse_other_checkpoints(today, Plan.from_json(earlier.to_json()), OUT)
+            refuse_other_checkpoints(today, EARLIER, OUT)
         said = str(refused.value)
         assert said.startswith(f"--out {OUT}: its rows 'alpha 0.1 hfprune', which") and "not /models/alpha" in said
         assert said.endswith("--forget 'alpha 0.1 hfprune'")
@@ -67,9 +63,9 @@ class TestOtherCheckpoints:
         assert f"(--set aliases.NAME.{alias} --models NAME)" in said
 
     @pytest.mark.parametrize("today", ALLOWED.values(), ids=ALLOWED)
-    def test_may_replace_all_rows_of_the_first(self, today, earlier):
-        refuse_other_checkpoints(today, Plan.from_json(earlier.to_json()), OUT)
-        together = with_earlier_rows(today, earlier)
+    def test_may_replace_all_rows_of_the_first(self, today):
+        refuse_other_checkpoints(today, EARLIER, OUT)
+        together = with_earlier_rows(today, EARLIER)
         identities = {(cell.model, together.stages[cell.evaluate].inputs["dense"].identity) for cell in together.cells}
         assert len(identities) == len({name for name, _ in identities})
 

@@ -1,7 +1,8 @@
 """A method's student at a ratio, and the ratios at which there can be none."""
 
 import pytest
-from planning.recording import Drawing
+import yaml
+from sweeps import make_inputs, planned
 from tiny import save_tiny
 
 from hfprune_dist.checkpoints.checkpoint import open_checkpoint
@@ -54,42 +55,45 @@ def test_so_is_one_at_which_they_would_stay_once_widths_are_rounded(tmp_path, al
 
 
 @pytest.fixture(scope="module")
-def drawing(tmp_path_factory):
-    return Drawing(tmp_path_factory.mktemp("drawing"))
+def plan_of(tmp_path_factory):
+    """Plans methods, given by name and settings, at these ratios."""
+    folder = tmp_path_factory.mktemp("inputs")
+    file = make_inputs(folder)
+
+    def plan(ratios, methods, **settings):
+        for name, method in methods.items():
+            (folder / f"{name}.yaml").write_text(yaml.safe_dump(method))
+        files = [str(folder / f"{name}.yaml") for name in methods]
+        return planned(file, models=["alpha"], ratios=ratios, methods=files, recovery__method="none", **settings)[1]
+
+    return plan
 
 
-SETTINGS = {"calibration.path": "calibration.jsonl", "evaluation.tasks": [], "recovery.method": "none"}
+def importance_of(plan):
+    return [it for it in plan.stages.values() if it.kind == "importance"]
 
 
-def importance_of(plan, model="plain"):
-    return [it for it in plan.stages.values() if it.kind == "importance" and it.label.startswith(model)]
-
-
-def test_all_ratios_share_the_first_pass_and_those_with_like_settings_the_second(drawing):
-    settings = {**SETTINGS, "ratios": [0.1, 0.2, 0.26]}
-    first, *students = importance_of(drawing.plan(settings, {"a": {"criterion": CRITERION}}))
+def test_all_ratios_share_the_first_pass_and_those_with_like_settings_the_second(plan_of):
+    first, *students = importance_of(plan_of([0.1, 0.2, 0.26], {"a": {"criterion": CRITERION}}))
     assert first.params.criteria == ["coupled_taylor"] and len(students) == 2
     assert all(it.inputs["student"].location == first.id and it.needs == [first.id] for it in students)
 
 
-def test_what_else_is_scored_does_not_move_the_students_fingerprint(drawing):
-    settings = {**SETTINGS, "ratios": [0.2]}
-    alone = importance_of(drawing.plan(settings, {"a": {"criterion": CRITERION}}))
+def test_what_else_is_scored_does_not_move_the_students_fingerprint(plan_of):
+    alone = importance_of(plan_of([0.2], {"a": {"criterion": CRITERION}}))
     others = {"b": {"criterion": "weight_taylor", "allocation": "local", "structures": ["neurons", "kv_groups"]}}
-    beside = importance_of(drawing.plan(settings, {"a": {"criterion": CRITERION}, **others}))
+    beside = importance_of(plan_of([0.2], {"a": {"criterion": CRITERION}, **others}))
     assert alone[0].id != beside[0].id and alone[1].id == beside[1].id
 
 
-def test_a_students_settings_move_no_other_methods_stages(drawing):
-    settings = {**SETTINGS, "ratios": [0.2]}
+def test_a_students_settings_move_no_other_methods_stages(plan_of):
     plain, told = (
-        set(drawing.plan(settings, {"a": {"criterion": "entropy", **more}}).stages)
+        set(plan_of([0.2], {"a": {"criterion": "entropy", **more}}).stages)
         for more in ({}, {"student_lacks": 0.1, "teacher_share": 0.5, "teacher_temperature": 1.0})
     )
     assert plain == told
 
 
-def test_a_criterion_of_a_student_is_refused_beside_methods(drawing):
-    settings = {**SETTINGS, "ratios": [0.2], "importance.criteria": [CRITERION]}
+def test_a_criterion_of_a_student_is_refused_beside_methods(plan_of):
     with pytest.raises(UserError, match=f"importance.criteria: {CRITERION} scores a student.*prune by it instead"):
-        drawing.plan(settings, {"a": {"criterion": CRITERION}})
+        plan_of([0.2], {"a": {"criterion": CRITERION}}, importance__criteria=[CRITERION])

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 from families import save_model
 from headers import CONFIG, checkpoint_of, tensors_of
+from made_stages import stage_of
 from safetensors.numpy import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from hfprune_dist.checkpoints.checkpoint import open_checkpoint
-from hfprune_dist.config.parameters import read_parameters
 from hfprune_dist.planning.plan import Cell, Plan
 from hfprune_dist.results.checkpoints import Contents, update_checkpoints
 from hfprune_dist.results.markdown import cells
@@ -20,14 +20,14 @@ from hfprune_dist.results.table import columns, flat_row, write_reports
 from hfprune_dist.store.artifacts import Store
 from hfprune_dist.store.atomic_files import write_json
 from hfprune_dist.store.heartbeat import Failure, write_failure_record
-from hfprune_dist.store.stage import Input, Stage
+from hfprune_dist.store.stage import Input
 from hfprune_dist.structures.experts import EXPERT_COUNT_KEYS, SHARED_WIDTHS
 
 MODEL = Input("digest", "/model")
-IMPORTANCE = Stage("importance", "m", {}, {"model": MODEL})
-PRUNE = Stage("prune", "m 0.2", {"ratio": 0.2}, {"model": MODEL, "importance": IMPORTANCE.as_input()})
-DENSE_EVALUATE = Stage("evaluate", "m dense", {}, {"model": MODEL})
-EVALUATE = Stage("evaluate", "m 0.2", {}, {"model": PRUNE.as_input()})
+IMPORTANCE = stage_of("importance", "m", {}, {"model": MODEL})
+PRUNE = stage_of("prune", "m 0.2", {"ratio": 0.2}, {"model": MODEL, "importance": IMPORTANCE.as_input()})
+DENSE_EVALUATE = stage_of("evaluate", "m dense", {}, {"model": MODEL})
+EVALUATE = stage_of("evaluate", "m 0.2", {}, {"model": PRUNE.as_input()})
 STAGES = (IMPORTANCE, PRUNE, DENSE_EVALUATE, EVALUATE)
 PLAN = Plan(
     {stage.id: stage for stage in STAGES},
@@ -85,8 +85,8 @@ def test_a_finished_cell_shows_what_was_measured(store):
 
 @pytest.mark.parametrize("kind", ["prune", "loraprune"])
 def test_a_row_has_the_shape_of_its_last_cut(store, kind):
-    last = Stage(kind, "m 0.3", {"ratio": 0.3}, {"model": PRUNE.as_input()})
-    evaluate = Stage("evaluate", "m 0.3", {}, {"model": last.as_input()})
+    last = stage_of(kind, "m 0.3", {"ratio": 0.3}, {"model": PRUNE.as_input()})
+    evaluate = stage_of("evaluate", "m 0.3", {}, {"model": last.as_input()})
     commit(store, last, {"model.safetensors": "123"}, ratio_reached=0.3, parameters=70, intermediate_size=9)
     cell = replace(PLAN.cells[1], producers=(*PLAN.cells[1].producers, last.id), evaluate=evaluate.id)
     (row,) = collect_rows(Plan({**PLAN.stages, last.id: last, evaluate.id: evaluate}, (cell,)), store, DENSE)
@@ -174,7 +174,7 @@ def test_a_missing_cell_is_missing_and_says_why(store):
 
 def test_a_row_stands_without_its_speed(store):
     commit(store, EVALUATE, **SCORES)
-    measured = Stage("efficiency", "m 0.2", {}, {"model": PRUNE.as_input(), "dense": MODEL})
+    measured = stage_of("efficiency", "m 0.2", {}, {"model": PRUNE.as_input(), "dense": MODEL})
     cells = (PLAN.cells[0], replace(PLAN.cells[1], efficiency=measured.id))
     plan = Plan({**PLAN.stages, measured.id: measured}, cells)
     store.work(measured.id).mkdir(parents=True)
@@ -188,9 +188,9 @@ def test_a_row_stands_without_its_speed(store):
 
 
 def test_a_row_stands_without_what_only_its_speed_needs(store):
-    recover = Stage("recover", "m 0.2", {}, {"model": PRUNE.as_input()})
-    evaluate = Stage("evaluate", "m 0.2 + lora", {}, {"model": recover.as_input()})
-    measured = Stage("efficiency", "m 0.2", {}, {"model": PRUNE.as_input(), "dense": MODEL})
+    recover = stage_of("recover", "m 0.2", {}, {"model": PRUNE.as_input()})
+    evaluate = stage_of("evaluate", "m 0.2 + lora", {}, {"model": recover.as_input()})
+    measured = stage_of("efficiency", "m 0.2", {}, {"model": PRUNE.as_input(), "dense": MODEL})
     added = {stage.id: stage for stage in (recover, evaluate, measured)}
     producers = (*PLAN.cells[1].producers, recover.id)
     cell = Cell("m 0.2 + lora", "m", 0.2, "hfprune", "entropy", "lora", producers, evaluate.id, measured.id)
@@ -241,7 +241,7 @@ def test_files_hold_every_metric_and_agree(store, tmp_path):
 
 def test_a_row_tells_its_own_time_from_what_it_shares(store):
     """The dense model's evaluation is not shared with any row; two ratios share a pass."""
-    other = Stage("evaluate", "m 0.3", {"limit": 3}, {"model": PRUNE.as_input()})
+    other = stage_of("evaluate", "m 0.3", {"limit": 3}, {"model": PRUNE.as_input()})
     commit(store, EVALUATE, record={"wall_time_s": 7.0}, **SCORES)
     cell = Cell("m 0.3", "m", 0.3, "hfprune", "entropy", "none", (IMPORTANCE.id, PRUNE.id), other.id)
     plan = Plan({**PLAN.stages, other.id: other}, (*PLAN.cells, cell))
@@ -287,8 +287,7 @@ def test_the_table_shows_headlines_and_both_averages(store):
 def test_a_row_carries_the_pass_that_really_made_it_while_todays_has_not_run(store):
     """The checkpoint was made by the pass of a sweep with more methods; a sweep with fewer plans another pass."""
     commit(store, EVALUATE, **SCORES)
-    params = {"criteria": ["entropy"]}
-    today = replace(IMPORTANCE, params=read_parameters("importance", params))
+    today = replace(IMPORTANCE, params=IMPORTANCE.params.scoring(["magnitude"], ["neurons"]))
     source = replace(PRUNE.inputs["importance"], location=today.id)
     cut = replace(PRUNE, inputs={**PRUNE.inputs, "importance": source})
     dense, pruned = PLAN.cells
@@ -337,7 +336,7 @@ def test_an_average_is_set_against_the_dense_row_that_was_measured_alike(store):
     """Not against one with a recovery, or of another text or model."""
     half = {"tasks": {"piqa": {"acc": 0.3}}}
     commit(store, EVALUATE, **half)
-    other = Stage("evaluate", "m 0.2, few", {"limit": 3}, {"model": PRUNE.as_input()})
+    other = stage_of("evaluate", "m 0.2, few", {"limit": 3}, {"model": PRUNE.as_input()})
     commit(store, other, **half)
     cells = (*PLAN.cells, replace(PLAN.cells[1], ratio=0.3, evaluate=other.id))
     dense, pruned, few = collect_rows(Plan({**PLAN.stages, other.id: other}, cells), store, DENSE)

@@ -5,6 +5,7 @@ import time
 from dataclasses import replace
 
 import pytest
+from made_stages import stage_of
 from ranks import SoloWorld
 
 from hfprune_dist.config.schema import RuntimeConfig
@@ -17,9 +18,9 @@ from hfprune_dist.store.artifacts import Store
 from hfprune_dist.store.claims import ClaimLostError, try_claim
 from hfprune_dist.store.hashing import FileHashes
 from hfprune_dist.store.heartbeat import Progress
-from hfprune_dist.store.stage import Input, Stage
+from hfprune_dist.store.stage import Input
 
-NEED = Stage("importance", "a", {}, {"model": Input("digest", "/somewhere")})
+NEED = stage_of("importance", "a", {}, {"model": Input("digest", "/somewhere")})
 
 
 @pytest.fixture
@@ -48,7 +49,7 @@ def begin(store, text, claim=None):
         "importance": NEED.as_input(),
         "text": Input(identity_of(text, FileHashes(None)), str(text), content="text"),
     }
-    stage = Stage("prune", "a", {}, inputs)
+    stage = stage_of("prune", "a", {}, inputs)
     context = Context(stage, store, SoloWorld(), RuntimeConfig(), Progress(None), {}, {}, 1, claim)
     context.work.mkdir(parents=True, exist_ok=True)
     for name in ("stage.json", "progress.json", "failure.0.json", "partial.safetensors"):
@@ -75,7 +76,7 @@ def take_over(context, monkeypatch):
 
 
 def context_of(world, store):
-    stage = Stage("prune", "a", {}, {"importance": NEED.as_input()})
+    stage = stage_of("prune", "a", {}, {"importance": NEED.as_input()})
     return Context(stage, store, world, RuntimeConfig(), Progress(None), {}, {}, 1)
 
 

@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+from made_stages import stage_of
 from ranks import SoloWorld, killing, run_stage
 from safetensors.torch import load_file
 from tiny import save_tiny, tiny_model, tiny_tokenizer
@@ -17,11 +18,10 @@ from hfprune_dist.checkpoints.write_pruned import write_companions, write_weight
 from hfprune_dist.config.training import DistillationConfig
 from hfprune_dist.distributed.layer_stream import LayerStream
 from hfprune_dist.store.artifacts import Store
-from hfprune_dist.store.stage import Stage
 from hfprune_dist.structures.kept import Kept
 from hfprune_dist.training.teacher_states import write_dense_states
 
-REFERENCE, PRUNE = Stage("reference", "tiny", {}, {}), Stage("prune", "tiny", {}, {})
+REFERENCE, PRUNE = stage_of("reference", "tiny", {}, {}), stage_of("prune", "tiny", {}, {})
 WINDOWS, TOKENS, MICRO_BATCH = 6, 24, 2
 RUNTIME = {"collective_timeout_minutes": 1, "save_every_steps": 3}
 
@@ -68,7 +68,7 @@ def write_stage_file(source, folder, passes=6, **settings):
     distillation = DistillationConfig(**defaults | settings).model_dump()
     inputs = {"model": PRUNE.as_input(), "reference": REFERENCE.as_input()}
     params = {"distillation": distillation, "passes": passes, "seed": 0}
-    return Store(folder / "store"), Stage("distill", "tiny", params, inputs)
+    return Store(folder / "store"), stage_of("distill", "tiny", params, inputs)
 
 
 def finish(store, stage, ranks, interpreters=False):

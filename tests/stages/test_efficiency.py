@@ -3,6 +3,7 @@
 import json
 from statistics import median
 
+import made_stages
 import pytest
 import torch
 from ranks import run_stage
@@ -13,7 +14,7 @@ from hfprune_dist.stages.efficiency import RESULTS
 from hfprune_dist.store.artifacts import Store
 from hfprune_dist.store.machine import usable_cores
 from hfprune_dist.store.provenance import cpu_model
-from hfprune_dist.store.stage import Input, Stage
+from hfprune_dist.store.stage import Input
 
 PARAMS = {
     "batch_sizes": [1, 3],
@@ -36,7 +37,7 @@ def source(tmp_path_factory):
 
 def stage_of(source, model="pruned", **changes):
     inputs = {role: Input(name, str(source / name)) for role, name in (("model", model), ("dense", "dense"))}
-    return Stage("efficiency", "tiny", PARAMS | changes, inputs)
+    return made_stages.stage_of("efficiency", "tiny", PARAMS | changes, inputs)
 
 
 def metrics_of(store, stage):

@@ -13,6 +13,7 @@ from damage import DAMAGES, damage
 from faults.kill import die_in_fork
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from made_stages import stage_of
 from ranks import SoloWorld, killing, run_ranks
 from safetensors.torch import load_file, save_file
 from tiny import save_tiny, tiny_text, tiny_tokenizer, write_documents
@@ -32,7 +33,7 @@ from hfprune_dist.store.artifacts import Store
 from hfprune_dist.store.atomic_files import read_json, write_json
 from hfprune_dist.store.hashing import FileHashes
 from hfprune_dist.store.heartbeat import Progress
-from hfprune_dist.store.stage import Input, Stage
+from hfprune_dist.store.stage import Input
 
 ALL_TASKS = ["tiny_choice", "tiny_rolling", "tiny_generate", "tiny_lonely", "tiny_group"]
 
@@ -104,7 +105,7 @@ def write_stage_file(
     for text in texts:
         role = "reference" if text == texts[0] else f"reference {text}"
         roles[role] = make_reference(store, inputs, roles["dense"], params["dtype"], text).as_input()
-    stage = Stage("evaluate", "tiny", params, roles)
+    stage = stage_of("evaluate", "tiny", params, roles)
     runtime = RuntimeConfig(sharding=sharding, collective_timeout_minutes=2).model_dump()
     record = {"stage": stage.to_json(), "runtime": runtime, "config": {}, "code": {}, "attempt": 1}
     store.work(stage.id).mkdir(parents=True, exist_ok=True)
@@ -118,7 +119,7 @@ def make_reference(store, inputs, dense, dtype, name):
     settings = {"windows": 5, "sequence_length": 48, "text_field": "text"}
     params = {"dtype": dtype, "micro_batch_size": 1, "add_bos_token": True, "text": settings}
     files = {"model": dense, "text": Input(FileHashes(None).of_file(text), str(text))}
-    stage = Stage("reference", "tiny", params, files)
+    stage = stage_of("reference", "tiny", params, files)
     if store.verify(stage.id).state != "done":
         reference.run(Context(stage, store, SoloWorld(), RuntimeConfig(), Progress(None), {}, {}, 1))
     return stage

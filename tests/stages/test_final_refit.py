@@ -5,6 +5,7 @@ import torch
 from cuts import IMPORTANCE, prepare, run_solo, weights_of
 from hypothesis import given
 from hypothesis import strategies as st
+from made_stages import stage_of
 from ranks import killing, run_stage
 from worlds import Ranks, run_in_threads
 
@@ -13,7 +14,6 @@ from hfprune_dist.distributed.gram_sums import HOLD_OUT_EVERY, is_held_out
 from hfprune_dist.stages import final_refit
 from hfprune_dist.stages.final_refit import in_refit_order
 from hfprune_dist.store.artifacts import Store
-from hfprune_dist.store.stage import Stage
 
 
 def held_out(windows, size):
@@ -53,7 +53,7 @@ def test_a_refit_sees_copies_and_makes_other_weights(tmp_path, refit, monkeypatc
     store, template, _ = prepare(tmp_path, refit=refit)
     weights = []
     for copies in (0, 1, 3):
-        stage = Stage(
+        stage = stage_of(
             "prune",
             "llama",
             {**template.params.to_json(), **({"refit_copies": copies} if copies else {})},

@@ -9,6 +9,7 @@ from core_definition import (
     definition,
     moments,
 )
+from made_stages import stage_of
 from ranks import failure_of, killing, run_stage
 from safetensors.torch import load_file, save_file
 from tiny import save_tiny, tiny_model, write_documents
@@ -21,7 +22,7 @@ from hfprune_dist.data.windows import read_windows
 from hfprune_dist.stages import calibration_windows
 from hfprune_dist.store.artifacts import Store
 from hfprune_dist.store.hashing import FileHashes
-from hfprune_dist.store.stage import Input, Stage
+from hfprune_dist.store.stage import Input
 from hfprune_dist.structures.score_names import score_name, scores_of_layers
 
 pytestmark = pytest.mark.slow
@@ -50,7 +51,7 @@ def make_stage(folder, variant="llama", *, criteria=("entropy",), shape=None, st
         "model": Input(hashes.of_folder(model), str(model)),
         "calibration": Input(hashes.of_file(text), str(text)),
     }
-    return Stage("importance", variant, params, inputs)
+    return stage_of("importance", variant, params, inputs)
 
 
 def scores_of(store, stage):

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from made_stages import stage_of
 from ranks import killing, run_stage
 from safetensors.torch import load_file
 from tiny import save_tiny, write_pairs
@@ -16,7 +17,7 @@ from hfprune_dist.checkpoints.write_pruned import unit_cuts
 from hfprune_dist.config.training import RecoveryConfig
 from hfprune_dist.planning.local_shapes import LocalTarget
 from hfprune_dist.store.artifacts import Store
-from hfprune_dist.store.stage import Input, Stage
+from hfprune_dist.store.stage import Input
 
 STEPS = 5
 RECOVERY = {"sequence_length": 320, "batch_size": 4, "max_steps": STEPS, "learning_rate": 1e-2, "rank": 4, "alpha": 8}
@@ -41,7 +42,7 @@ def lay_out(source, root, *, steps=STEPS, **changes):
         "model": Input("model", str(source / "model")),
         "instructions": Input("pairs", str(source / "pairs.jsonl")),
     }
-    return Store(root), Stage("loraprune", "tiny", params | changes, inputs)
+    return Store(root), stage_of("loraprune", "tiny", params | changes, inputs)
 
 
 def finish(store, stage, ranks):

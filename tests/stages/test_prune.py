@@ -6,6 +6,7 @@ import pytest
 import torch
 from cuts import IMPORTANCE, prepare, run_solo, weights_of
 from faults.kill import deaths_during
+from made_stages import stage_of
 from ranks import SoloWorld, killing, killing_in_reduction, run_stage
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
@@ -24,7 +25,6 @@ from hfprune_dist.stages import prune_shapes
 from hfprune_dist.stages.context import Context
 from hfprune_dist.store.artifacts import Store
 from hfprune_dist.store.heartbeat import Progress
-from hfprune_dist.store.stage import Stage
 
 
 @pytest.mark.slow
@@ -322,7 +322,7 @@ def test_each_criterion_keeps_its_own_neurons(tmp_path):
     store, template, scores = prepare(tmp_path)
     kept_by = {}
     for criterion in CRITERIA:
-        stage = Stage("prune", "llama", {**template.params.to_json(), "criterion": criterion}, template.inputs)
+        stage = stage_of("prune", "llama", {**template.params.to_json(), "criterion": criterion}, template.inputs)
         run_solo(store, stage)
         kept = json.loads((store.path(stage.id) / "kept.json").read_text())["neurons"]
         for layer in range(2):

@@ -8,19 +8,19 @@ import zlib
 import pytest
 import torch
 from families import EXPERTS, save_model, with_experts
+from made_stages import stage_of
 from ranks import SoloWorld
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 from hfprune_dist.checkpoints.checkpoint import open_checkpoint
 from hfprune_dist.config.schema import RuntimeConfig
-from hfprune_dist.errors import UserError
 from hfprune_dist.stages import prune
 from hfprune_dist.stages.context import Context
 from hfprune_dist.store.artifacts import Store
 from hfprune_dist.store.hashing import FileHashes
 from hfprune_dist.store.heartbeat import Progress
-from hfprune_dist.store.stage import Input, Stage
+from hfprune_dist.store.stage import Input
 from hfprune_dist.structures import EXPERTS as WHOLE
 from hfprune_dist.structures import KV_GROUPS, NEURONS
 from hfprune_dist.structures.score_names import score_name
@@ -31,7 +31,7 @@ BOTH = [NEURONS, KV_GROUPS]
 
 def scored(store, number, checkpoint, structures):
     """Commit an importance artifact of random scores."""
-    stage = Stage("importance", f"round {number}", {"number": number}, {})
+    stage = stage_of("importance", f"round {number}", {"number": number}, {})
     draft = store.open_draft(stage.id)
     scores = {
         score_name(layer, "entropy", units.kind): torch.rand(count, generator=seeded(units.kind, layer)).double()
@@ -56,7 +56,7 @@ def pruned(store, ratio, inputs, refit, structures):
     params |= {} if refit == "none" else {"dtype": "float32", "micro_batch_size": 2}
     params |= {} if structures == [NEURONS] else {"structures": structures}
     params |= {"allocation": "local"} if structures == BOTH else {}
-    stage = Stage("prune", "moe", params, inputs)
+    stage = stage_of("prune", "moe", params, inputs)
     store.work(stage.id).mkdir(parents=True, exist_ok=True)
     prune.run(Context(stage, store, SoloWorld(), RuntimeConfig(), Progress(None), {}, {}, 1))
     return stage
@@ -111,14 +111,3 @@ def test_what_scores_highest_stays_in_one_round_or_two(tmp_path, model_type, ref
     for kind in (units.kind for units in kinds):
         assert all({*inner} <= {*outer} for inner, outer in zip(again[kind], kept[kind], strict=True))
     assert store.manifest(twice.id)["metrics"]["ratio_reached"] >= RATIOS[1]
-
-
-def test_scores_of_a_version_that_found_fewer_kinds_are_refused_by_name(tmp_path):
-    """An example is granitemoeshared, whose shared MLP once stayed whole."""
-    store, folder = Store(tmp_path / "store"), save_model(tmp_path / "model", "qwen2_moe")
-    importance, scores = scored(store, 1, open_checkpoint(folder), [NEURONS])
-    file = store.path(importance.id) / "importance.safetensors"
-    save_file({name: it for name, it in scores.items() if "shared" not in name}, file)
-    inputs = {"model": Input(FileHashes(None).of_folder(folder), str(folder)), "importance": importance.as_input()}
-    with pytest.raises(UserError, match=r"has no scores of shared_neurons in layer 0, .*; remove this folder and run"):
-        pruned(store, RATIOS[0], inputs, "none", [NEURONS])

@@ -4,6 +4,7 @@ import pytest
 import shapes
 import torch
 from forks import on_ranks
+from made_stages import stage_of
 from masking import mask
 from ranks import SoloWorld
 from shapes import GROUPS, LAYERS, NEURONS, kept_of, load, metrics_of, outcome, scores_of
@@ -12,7 +13,6 @@ from transformers import AutoModelForCausalLM
 from hfprune_dist.checkpoints.checkpoint import open_checkpoint
 from hfprune_dist.checkpoints.kept_file import read_kept
 from hfprune_dist.models.loading import load_causal_lm
-from hfprune_dist.store.stage import Stage
 
 BOTH = ["neurons", "kv_groups"]
 
@@ -98,7 +98,7 @@ def test_a_checkpoint_whose_layers_differ_is_pruned_again(tmp_path):
     params = {**again.params.to_json(), "allocation": "local"}
     del params["floor"]
     inputs = {role: it for role, it in again.inputs.items() if role != "dense"}
-    stage = Stage("prune", "of its own", params, inputs)
+    stage = stage_of("prune", "of its own", params, inputs)
     shapes.run(store, stage, SoloWorld())
     model, kept = open_checkpoint(store.path(first.id)), read_kept(store.path(stage.id))
     assert not model.is_uniform and abs(metrics_of(store, stage)["ratio_reached"] - 0.15) < 0.01

@@ -12,6 +12,7 @@ import pytest
 import torch
 from damage import DAMAGES, damage
 from hypothesis import given, settings
+from made_stages import stage_of
 from peft import PeftModel
 from ranks import SoloWorld, killing, run_ranks
 from safetensors.torch import load_file
@@ -83,7 +84,7 @@ def write_stage_file(
         "model": Input("model", str(source / "model")),
         "instructions": Input("pairs", str(source / "pairs.jsonl")),
     }
-    stage = Stage("recover", "tiny", {"recovery": recovery, "seed": 0}, inputs)
+    stage = stage_of("recover", "tiny", {"recovery": recovery, "seed": 0}, inputs)
     work = Store(root).work(stage.id)
     work.mkdir(parents=True, exist_ok=True)
     settings = {"sharding": sharding, "save_every_steps": 3, "collective_timeout_minutes": 1}

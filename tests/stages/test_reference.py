@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from made_stages import stage_of
 from ranks import SoloWorld, killing, run_stage, write_stage_file
 from safetensors.torch import load_file, save_file
 from tiny import save_tiny, tiny_model, write_documents
@@ -18,11 +19,11 @@ from hfprune_dist.stages import reference
 from hfprune_dist.stages.context import Context
 from hfprune_dist.store.artifacts import Store
 from hfprune_dist.store.heartbeat import Progress
-from hfprune_dist.store.stage import Input, Stage
+from hfprune_dist.store.stage import Input
 from hfprune_dist.training.teacher_states import DENSE, DenseStates
 
 TEXT = {"windows": 5, "sequence_length": 48, "text_field": "text"}
-IMPORTANCE = Stage("importance", "tiny", {}, {})
+IMPORTANCE = stage_of("importance", "tiny", {}, {})
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +38,7 @@ def held_out(source, dtype="float32", text="held-out.jsonl"):
     """Return the stage that evaluations compare with."""
     params = {"dtype": dtype, "micro_batch_size": 1, "add_bos_token": True, "text": TEXT}
     inputs = {"model": Input("dense", str(source / "dense")), "text": Input("text", str(source / text))}
-    return Stage("reference", "tiny", params, inputs)
+    return stage_of("reference", "tiny", params, inputs)
 
 
 def run_alone(store, stage):
@@ -76,7 +77,7 @@ def test_ranks_keep_step_whatever_the_number_of_windows(source, tmp_path_factory
     """Some ranks have no micro-batch of their own, and the last one is not full."""
     stage = held_out(source)
     params = {**stage.params.to_json(), "micro_batch_size": micro_batch_size, "text": TEXT | {"windows": windows}}
-    stage = Stage(stage.kind, stage.label, params, stage.inputs)
+    stage = stage_of(stage.kind, stage.label, params, stage.inputs)
     stores = [Store(tmp_path_factory.mktemp(str(ranks))) for ranks in (1, size)]
     for store, ranks in zip(stores, (Ranks(1), Ranks(size)), strict=True):
         run_in_threads(store, stage, ranks)
@@ -93,7 +94,7 @@ def test_calibration_windows_are_rows_to_learn_from(tmp_path, variant):
     save_file({"input_ids": windows_ST}, draft / "windows.safetensors")
     store.commit(IMPORTANCE, draft, {"metrics": {}})
     inputs = {"model": Input("dense", str(tmp_path / "dense")), "importance": IMPORTANCE.as_input()}
-    states = run_alone(store, Stage("reference", "tiny", {"dtype": "float32", "micro_batch_size": 4}, inputs))
+    states = run_alone(store, stage_of("reference", "tiny", {"dtype": "float32", "micro_batch_size": 4}, inputs))
     with torch.no_grad():
         expected_STC = tiny_model(variant).model(input_ids=windows_ST).last_hidden_state
     for row in range(6):
@@ -149,7 +150,7 @@ def test_states_that_are_no_numbers_are_refused(source, tmp_path, size, value):
     tensors["model.embed_tokens.weight"][rarest, 0] = value
     save_file(tensors, file, {"format": "pt"})
     inputs = {**stage.inputs, "model": Input("damaged", str(tmp_path / "damaged"))}
-    stage = Stage(stage.kind, stage.label, stage.params, inputs)
+    stage = stage_of(stage.kind, stage.label, stage.params, inputs)
     message = r"final hidden states are NaN or infinite; check the checkpoint's weights"
     assert_refused(Store(tmp_path / "store"), stage, size, message)
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from faults.kill import arm
 from forks import INTERRUPTED, on_ranks
+from made_stages import stage_of
 from ranks import assert_close_files
 from safetensors.torch import save_file
 from scoring import LAYERS, files_of, make_stage, run
@@ -21,9 +22,9 @@ from hfprune_dist.stages.context import Context
 from hfprune_dist.store.artifacts import Store
 from hfprune_dist.store.hashing import FileHashes
 from hfprune_dist.store.heartbeat import Progress
-from hfprune_dist.store.stage import Input, Stage
+from hfprune_dist.store.stage import Input
 
-IMPORTANCE = Stage("importance", "tiny", {}, {})
+IMPORTANCE = stage_of("importance", "tiny", {}, {})
 RANKS = [(1, 2), (3, 1), (2, 3)]
 # Layers that an uninterrupted search takes its candidates through; what it measures last is known by then.
 SEARCHED = 2 * LAYERS
@@ -147,9 +148,9 @@ def prepare(folder, kind="prune", **method):
     inputs = {"model": Input(FileHashes(None).of_folder(model), str(model)), "importance": IMPORTANCE.as_input()}
     settings = {"dtype": "bfloat16", "micro_batch_size": 1}
     if kind == "reference":
-        return store, Stage("reference", "tiny", settings, inputs)
+        return store, stage_of("reference", "tiny", settings, inputs)
     common = {"ratio": 0.15, "criterion": "entropy", "multiple_of": 1, "allocation": "uniform", "floor": 0.2}
-    return store, Stage(
+    return store, stage_of(
         "prune", "tiny", {**common, "protect_first": 0, "protect_last": 0, **settings, **method}, inputs
     )
 

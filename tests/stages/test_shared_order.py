@@ -3,12 +3,12 @@
 import shutil
 
 import pytest
+from made_stages import stage_of
 from ranks import SoloWorld
 from shapes import metrics_of, outcome, prepare, run
 
 from hfprune_dist.refit.measurement import Measurement
 from hfprune_dist.store.artifacts import Store
-from hfprune_dist.store.stage import Stage
 
 SMALL = {"layers": 6, "refit": "none", "samples": 4}
 SEARCHED = {"allocation": "searched", "refit": "dense", "floor": 0.1, "protect_first": 0, "protect_last": 0}
@@ -35,7 +35,7 @@ def measured(monkeypatch):
 
 
 def other(stage, **changes):
-    return Stage("prune", "other", {**stage.params.to_json(), **changes}, stage.inputs)
+    return stage_of("prune", "other", {**stage.params.to_json(), **changes}, stage.inputs)
 
 
 @pytest.mark.parametrize(("first", "second", "left"), [(0.2, 0.5, True), (0.5, 0.2, False)])

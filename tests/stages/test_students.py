@@ -9,6 +9,7 @@ from damage import nothing_reaches_the_disk
 from faults.kill import deaths_during
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from made_stages import stage_of
 from safetensors.torch import load_file
 from tiny import VARIANTS, importance_stage, save_tiny, tiny_model, write_documents
 from worlds import Death, Ranks, run_in_threads, without_deepspeed
@@ -41,7 +42,7 @@ class Passes:
         several = {"structures": structures} if structures else {}
         first = importance_stage(folder, "first", {**params, **several, "criteria": [OF_LABELS, "entropy"]})
         second = importance_stage(folder, "second", {**params, "criteria": [DISTILLED], "student": TAUGHT})
-        second = Stage(second.kind, second.label, second.params, {**second.inputs, "student": first.as_input()})
+        second = stage_of(second.kind, second.label, second.params, {**second.inputs, "student": first.as_input()})
         return cls(first, second)
 
     def run(self, store, run_one):

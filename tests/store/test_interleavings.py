@@ -9,13 +9,14 @@ import pytest
 from faults.interleave import interleave
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from made_stages import stage_of
 
 from hfprune_dist.store import claims
 from hfprune_dist.store.artifacts import Store
 from hfprune_dist.store.claims import Claim, ClaimLostError, Holder, try_claim
-from hfprune_dist.store.stage import Input, Stage
+from hfprune_dist.store.stage import Input
 
-STAGE = Stage("prune", "a label", {"ratio": 0.2}, {"model": Input("digest", "/somewhere")})
+STAGE = stage_of("prune", "a label", {"ratio": 0.2}, {"model": Input("digest", "/somewhere")})
 ORDERS = st.lists(st.integers(0, 5), max_size=120)
 often = settings(max_examples=60, deadline=None, derandomize=True)
 

@@ -4,13 +4,14 @@ import itertools
 
 import pytest
 from faults.kill import die_in_fork
+from made_stages import stage_of
 
 from hfprune_dist.store.artifacts import Store
 from hfprune_dist.store.atomic_files import read_json, write_json
 from hfprune_dist.store.claims import Claim, try_claim
-from hfprune_dist.store.stage import Input, Stage
+from hfprune_dist.store.stage import Input
 
-STAGE = Stage("prune", "a label", {"ratio": 0.2}, {"model": Input("digest", "/somewhere")})
+STAGE = stage_of("prune", "a label", {"ratio": 0.2}, {"model": Input("digest", "/somewhere")})
 
 
 def commit(store):

@@ -5,13 +5,14 @@ import shutil
 from pathlib import Path
 
 import pytest
+from made_stages import stage_of
 
 from hfprune_dist.errors import UserError
 from hfprune_dist.store.artifacts import Store
 from hfprune_dist.store.leftovers import files_of, size_of
-from hfprune_dist.store.stage import Input, Stage
+from hfprune_dist.store.stage import Input
 
-STAGE = Stage("prune", "a label", {"ratio": 0.2}, {"model": Input("digest", "/somewhere")})
+STAGE = stage_of("prune", "a label", {"ratio": 0.2}, {"model": Input("digest", "/somewhere")})
 
 
 def test_files_in_use_do_not_count_as_removed(tmp_path, monkeypatch):

@@ -1,14 +1,14 @@
 """The answers of a stage's handle, from before the stage runs until its artifact is committed."""
 
 import pytest
+from made_stages import stage_of
 
 from hfprune_dist.errors import UserError
 from hfprune_dist.store.artifacts import Store
 from hfprune_dist.store.claims import Claim, Holder
 from hfprune_dist.store.heartbeat import Failure, Progress
-from hfprune_dist.store.stage import Stage
 
-STAGE = Stage("prune", "a label", {"ratio": 0.2}, {})
+STAGE = stage_of("prune", "a label", {"ratio": 0.2}, {})
 
 
 @pytest.fixture

@@ -18,6 +18,7 @@ from core_definition import (
 from damage import nothing_reaches_the_disk
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from made_stages import stage_of
 from pairs import CHANNELS, prune_pairs
 from safetensors.torch import load_file
 from sweeps import make_inputs, planned
@@ -34,7 +35,6 @@ from hfprune_dist.errors import UserError
 from hfprune_dist.models.loading import load_causal_lm
 from hfprune_dist.planning.ratios import check_ratios
 from hfprune_dist.store.artifacts import Store
-from hfprune_dist.store.stage import Stage
 
 SEED = 3
 
@@ -154,7 +154,9 @@ def prune(folder, scored, ratio, method, ranks=1):
         **method.model_dump(exclude={*OF_OTHERS, *OF_A_STUDENT, "structures", "tensor_parallel", *OF_REFITS}),
     }
     params |= {"dtype": "float32", "micro_batch_size": 2}
-    stage = Stage("prune", "pairs", params, {"model": importance.inputs["model"], "importance": importance.as_input()})
+    stage = stage_of(
+        "prune", "pairs", params, {"model": importance.inputs["model"], "importance": importance.as_input()}
+    )
     other = Store(folder / f"pruned on {ranks}")
     other.path(importance.id).parent.mkdir(parents=True, exist_ok=True)
     other.path(importance.id).symlink_to(store.path(importance.id))

@@ -18,6 +18,7 @@ from hfprune_launch.local.logs import is_done
 from hfprune_launch.stage.stage_file import Provenance, attempts_so_far, find_stage_file
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from made_stages import stage_of
 
 from hfprune_dist.config.schema import RuntimeConfig
 from hfprune_dist.store import claims
@@ -25,9 +26,9 @@ from hfprune_dist.store.artifacts import Store
 from hfprune_dist.store.cancellation import Cancellation, request_cancellation
 from hfprune_dist.store.claims import Claim, Holder, try_claim
 from hfprune_dist.store.heartbeat import Failure, read_failure, write_failure_record
-from hfprune_dist.store.stage import Input, Stage
+from hfprune_dist.store.stage import Input
 
-STAGE = Stage("prune", "a 0.2", {"ratio": 0.2}, {"model": Input("digest", "/somewhere")})
+STAGE = stage_of("prune", "a 0.2", {"ratio": 0.2}, {"model": Input("digest", "/somewhere")})
 CLOSED = "RuntimeError: [../third_party/gloo/gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:4915"
 TIMEOUT = "RuntimeError: [/gloo/transport/tcp/unbound_buffer.cc:81] Timed out waiting 1800000ms for recv operation"
 ABORT = "terminate called after throwing an instance of 'gloo::EnforceNotMet'\n  what():  [enforce fail at pair.cc:446]"
@@ -318,13 +319,15 @@ import os, signal, sys
 from pathlib import Path
 from hfprune_launch.local import backend
 from hfprune_launch.stage.stage_file import Provenance
+from hfprune_dist.config.parameters import PruneParameters
 from hfprune_dist.config.schema import RuntimeConfig
 from hfprune_dist.store.artifacts import Store
 from hfprune_dist.store.cancellation import Cancellation
 from hfprune_dist.store.stage import Input, Stage
 
 backend._watch = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
-stage = Stage("prune", "a 0.2", {"ratio": 0.2}, {"model": Input("digest", "/somewhere")})
+settings = {"ratio": 0.2, "criterion": "entropy", "allocation": "uniform", "refit": "none", "multiple_of": 1}
+stage = Stage("prune", "a 0.2", PruneParameters(**settings), {"model": Input("digest", "/somewhere")})
 store, logs = Store(Path(sys.argv[1], "store")), Path(sys.argv[1], "logs")
 provenance = Provenance(RuntimeConfig(ranks=1), {}, {})
 backend.LocalBackend(store, logs, provenance, Cancellation(store.root)).run(stage, print)

@@ -9,14 +9,15 @@ from dataclasses import asdict, replace
 import pytest
 from hfprune_launch.local import cancel
 from hfprune_launch.local.cancel import cancel_running, running_without_job, wait_for_running
+from made_stages import stage_of
 
 from hfprune_dist.planning.plan import Plan
 from hfprune_dist.store.artifacts import Store
 from hfprune_dist.store.atomic_files import read_json, write_json
 from hfprune_dist.store.claims import Holder
-from hfprune_dist.store.stage import Input, Stage
+from hfprune_dist.store.stage import Input
 
-STAGE = Stage("prune", "a 0.2", {"ratio": 0.2}, {"model": Input("digest", "/somewhere")})
+STAGE = stage_of("prune", "a 0.2", {"ratio": 0.2}, {"model": Input("digest", "/somewhere")})
 PLAN = Plan({STAGE.id: STAGE}, (), (STAGE.id,))
 HOLDS = """
 import signal, sys, time

@@ -5,6 +5,7 @@ import os
 import pytest
 from hfprune_launch.local import hardware
 from hfprune_launch.local.hardware import SECTIONS, device_here, note_on_bfloat16
+from made_stages import stage_of
 from sweeps import make_inputs, planned
 
 from hfprune_dist.config.parameters import ImportanceParameters, RecoverParameters
@@ -14,7 +15,6 @@ from hfprune_dist.config.training import RecoveryConfig
 from hfprune_dist.distributed.threads import threads_allowed
 from hfprune_dist.errors import UserError
 from hfprune_dist.store import provenance
-from hfprune_dist.store.stage import Stage
 
 BEFORE_AVX512, AVX512 = "flags\t\t: fpu sse2 avx avx2 fma", "flags\t\t: fpu sse2 avx avx2 fma avx512f avx512bw"
 ARM = "Features\t: fp asimd bf16"
@@ -22,10 +22,10 @@ CUT = {"ratio": 0.2, "criterion": "entropy", "allocation": "uniform", "refit": "
 PASS = ImportanceParameters(calibration=CalibrationConfig(), criteria=[], dtype="bfloat16", add_bos_token=True, seed=0)
 TASKS = EvaluationConfig(dtype="float32").model_dump(exclude={"include_path", "fidelity"})
 STAGES = [
-    Stage("importance", "alpha", PASS, {}),
-    Stage("prune", "alpha 0.2", CUT, {}),
-    Stage("recover", "alpha 0.2 + lora", RecoverParameters(recovery=RecoveryConfig(dtype="bfloat16"), seed=0), {}),
-    Stage("evaluate", "alpha", TASKS, {}),
+    stage_of("importance", "alpha", PASS, {}),
+    stage_of("prune", "alpha 0.2", CUT, {}),
+    stage_of("recover", "alpha 0.2 + lora", RecoverParameters(recovery=RecoveryConfig(dtype="bfloat16"), seed=0), {}),
+    stage_of("evaluate", "alpha", TASKS, {}),
 ]
 
 

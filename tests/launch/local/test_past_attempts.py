@@ -7,13 +7,14 @@ import pytest
 from hfprune_launch.local import past_attempts as local
 from hfprune_launch.local.logs import first_line, logs_below, mark_done
 from hfprune_launch.stage.stage_file import Provenance, write_stage_file
+from made_stages import stage_of
 
 from hfprune_dist.config.schema import RuntimeConfig
 from hfprune_dist.store.artifacts import Store
 from hfprune_dist.store.heartbeat import Failure, Progress
-from hfprune_dist.store.stage import Input, Stage
+from hfprune_dist.store.stage import Input
 
-STAGE = Stage("prune", "a 0.2", {"ratio": 0.2}, {"model": Input("digest", "/somewhere")})
+STAGE = stage_of("prune", "a 0.2", {"ratio": 0.2}, {"model": Input("digest", "/somewhere")})
 
 
 @pytest.fixture

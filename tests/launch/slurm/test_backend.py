@@ -22,6 +22,7 @@ from hfprune_launch.slurm.profile import Profile, Resources
 from hfprune_launch.slurm.submission import Submitting
 from hfprune_launch.slurm.sweep_jobs import Event
 from hfprune_launch.stage.stage_file import Provenance
+from made_stages import stage_of
 from rich.console import Console
 from sweeps import make_inputs, sweep
 
@@ -31,10 +32,10 @@ from hfprune_dist.store.artifacts import Store
 from hfprune_dist.store.cancellation import Cancellation
 from hfprune_dist.store.claims import try_claim
 from hfprune_dist.store.heartbeat import Progress
-from hfprune_dist.store.stage import Input, Stage
+from hfprune_dist.store.stage import Input
 
-SCORES = Stage("importance", "a", {}, {"model": Input("digest", "/model")})
-PRUNES = [Stage("prune", f"a {r}", {"ratio": r}, {"importance": SCORES.as_input()}) for r in (0.2, 0.3)]
+SCORES = stage_of("importance", "a", {}, {"model": Input("digest", "/model")})
+PRUNES = [stage_of("prune", f"a {r}", {"ratio": r}, {"importance": SCORES.as_input()}) for r in (0.2, 0.3)]
 
 
 def plan_of(*stages):
@@ -126,7 +127,7 @@ def test_what_is_done_or_queued_is_not_submitted_again(fake, store):
 
 
 def test_jobs_are_told_of_in_the_order_of_the_plan(fake, store):
-    stages = [Stage("prune", str(number), {"number": number}, {}) for number in range(6)]
+    stages = [stage_of("prune", str(number), {"number": number}, {}) for number in range(6)]
     make_backend(store, plan_of(*stages)).start()
     for job_id in fake.jobs:
         fake.set_state(job_id, "PENDING", nodes="", reason="PartitionDown")
@@ -552,7 +553,7 @@ def test_why_slurm_holds_a_job_is_said(fake, store, state, reason):
 
 def test_never_more_lanes_than_max_running(fake, store):
     complete(store, SCORES)
-    plan = plan_of(SCORES, *(Stage("prune", str(n), {"n": n}, {"i": SCORES.as_input()}) for n in range(5)))
+    plan = plan_of(SCORES, *(stage_of("prune", str(n), {"n": n}, {"i": SCORES.as_input()}) for n in range(5)))
     make_backend(store, plan, max_running=2).start()
     waits = [script_of(store, stage) for stage in plan.stages.values() if stage is not SCORES]
     found = [[line for line in script.splitlines() if "dependency" in line] for script in waits]
@@ -560,7 +561,9 @@ def test_never_more_lanes_than_max_running(fake, store):
 
 
 def test_jobs_of_commands_with_other_plans_count_for_max_running(fake, store):
-    plans = [plan_of(*(Stage("prune", f"{plan} {n}", {"n": n, "plan": plan}, {}) for n in range(2))) for plan in "abcd"]
+    plans = [
+        plan_of(*(stage_of("prune", f"{plan} {n}", {"n": n, "plan": plan}, {}) for n in range(2))) for plan in "abcd"
+    ]
     first, second, third, fourth = [make_backend(store, plan, max_running=2) for plan in plans]
     first.start()
     second.start()
@@ -581,7 +584,9 @@ def test_jobs_of_commands_with_other_plans_count_for_max_running(fake, store):
 @pytest.mark.parametrize("second_begins", ["before the first has looked", "while the first submits"])
 def test_launchers_that_start_together_take_different_slots(fake, store, monkeypatch, second_begins):
     """The limit is for all of them, whether their plans differ or not."""
-    plans = [plan_of(*(Stage("prune", f"{name} {n}", {"n": n, "plan": name}, {}) for n in range(2))) for name in "aba"]
+    plans = [
+        plan_of(*(stage_of("prune", f"{name} {n}", {"n": n, "plan": name}, {}) for n in range(2))) for name in "aba"
+    ]
     first, *others = [make_backend(store, plan, max_running=1) for plan in plans]
     looked = [threading.Event() for _ in others]
     threads = [threading.Thread(target=it.start) for it in others]
@@ -717,7 +722,7 @@ def test_cancel_finds_what_is_outside_the_plan_unlisted_or_without_an_id(fake, s
     make_backend(store).start()
     attempts = Attempts(store.root)
     (attempts.last(PRUNES[0].id).folder / "job.json").unlink()
-    lost = attempts.begin(Stage("evaluate", "x", {}, {}), 0, 1, 60, None)
+    lost = attempts.begin(stage_of("evaluate", "x", {}, {}), 0, 1, 60, None)
     fake.listings = [HEADER + "".join(f"{job.line(i)}|;\n" for i, job in fake.jobs.items() if i != "103")]
     cancelled = cancel_jobs(Plan({SCORES.id: SCORES}, (), (SCORES.id,)), store, SlurmCommands(), lambda _: None)
     assert cancelled.job_ids == ["101", "102", "103"]

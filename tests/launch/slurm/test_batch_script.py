@@ -22,11 +22,12 @@ from hfprune_launch.slurm.batch_script import (
 from hfprune_launch.slurm.profile import Resources
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from made_stages import stage_of
 
 from hfprune_dist.errors import UserError
-from hfprune_dist.store.stage import Input, Stage
+from hfprune_dist.store.stage import Input
 
-STAGE = Stage("importance", "a", {}, {"model": Input("digest", "/somewhere")})
+STAGE = stage_of("importance", "a", {}, {"model": Input("digest", "/somewhere")})
 SRUN = """#!/bin/bash
 printf '%s\\n' "$@" >{folder}/arguments
 env -0 >{folder}/environment

@@ -22,13 +22,14 @@ from hfprune_launch.slurm.job_info import NEVER, JobInfo
 from hfprune_launch.slurm.progress import fruitless_starts
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from made_stages import stage_of
 
 from hfprune_dist.store.artifacts import Store
 from hfprune_dist.store.heartbeat import Failure, Progress, write_failure_record
-from hfprune_dist.store.stage import Input, Stage
+from hfprune_dist.store.stage import Input
 
-NEED = Stage("importance", "a", {}, {"model": Input("digest", "/somewhere")})
-STAGE = Stage("prune", "a 0.2", {"ratio": 0.2}, {"importance": NEED.as_input()})
+NEED = stage_of("importance", "a", {}, {"model": Input("digest", "/somewhere")})
+STAGE = stage_of("prune", "a 0.2", {"ratio": 0.2}, {"importance": NEED.as_input()})
 
 
 @pytest.fixture

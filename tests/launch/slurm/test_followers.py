@@ -15,18 +15,19 @@ from hfprune_launch.slurm.commands import SlurmCommands
 from hfprune_launch.slurm.profile import Profile, Resources
 from hfprune_launch.slurm.submission import Submitting
 from hfprune_launch.stage.stage_file import Provenance
+from made_stages import stage_of
 
 from hfprune_dist.config.schema import RuntimeConfig
 from hfprune_dist.planning.plan import Plan
 from hfprune_dist.store.artifacts import Store
 from hfprune_dist.store.cancellation import Cancellation, request_cancellation
 from hfprune_dist.store.heartbeat import Failure
-from hfprune_dist.store.stage import Input, Stage
+from hfprune_dist.store.stage import Input
 
-STAGES = [Stage("importance", str(n), {"n": n}, {"model": Input("digest", "/model")}) for n in range(3)]
+STAGES = [stage_of("importance", str(n), {"n": n}, {"model": Input("digest", "/model")}) for n in range(3)]
 SCORES = STAGES[0]
-PRUNED = Stage("prune", "a", {"ratio": 0.2}, {"importance": SCORES.as_input()})
-CHAIN = [SCORES, PRUNED, Stage("recover", "a", {}, {"model": PRUNED.as_input()})]
+PRUNED = stage_of("prune", "a", {"ratio": 0.2}, {"importance": SCORES.as_input()})
+CHAIN = [SCORES, PRUNED, stage_of("recover", "a", {}, {"model": PRUNED.as_input()})]
 
 
 def plan_of(stages):

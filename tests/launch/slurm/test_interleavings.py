@@ -15,15 +15,16 @@ from hfprune_launch.slurm.submission import Submitting
 from hfprune_launch.stage.stage_file import Provenance
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from made_stages import stage_of
 
 from hfprune_dist.config.schema import RuntimeConfig
 from hfprune_dist.planning.plan import Plan
 from hfprune_dist.store.artifacts import Store
 from hfprune_dist.store.cancellation import Cancellation
-from hfprune_dist.store.stage import Input, Stage
+from hfprune_dist.store.stage import Input
 
-FIRST = Stage("importance", "a", {}, {"model": Input("digest", "/model")})
-SECOND = Stage("prune", "b", {}, {"importance": FIRST.as_input()})
+FIRST = stage_of("importance", "a", {}, {"model": Input("digest", "/model")})
+SECOND = stage_of("prune", "b", {}, {"importance": FIRST.as_input()})
 PLAN = Plan({FIRST.id: FIRST, SECOND.id: SECOND}, (), (FIRST.id, SECOND.id))
 
 

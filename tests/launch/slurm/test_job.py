@@ -10,6 +10,7 @@ from hfprune_launch.slurm import job
 from hfprune_launch.slurm.attempt_records import Run
 from hfprune_launch.slurm.attempts import Attempts
 from hfprune_launch.slurm.job import NodeError, _Rank, preflight, rank_environment, require_store
+from made_stages import stage_of
 from ranks import SoloWorld
 
 from hfprune_dist.distributed.interruption import Interruption
@@ -18,7 +19,7 @@ from hfprune_dist.store import claims
 from hfprune_dist.store.artifacts import Store
 from hfprune_dist.store.claims import try_claim
 from hfprune_dist.store.heartbeat import Progress, read_failure
-from hfprune_dist.store.stage import Input, Stage
+from hfprune_dist.store.stage import Input
 
 TASK = {
     "SLURM_PROCID": "3",
@@ -131,7 +132,7 @@ def test_preflight_names_node_and_lack(tmp_path):
 def test_a_job_that_its_time_limit_ends_before_it_gets_further_is_not_requeued(
     tmp_path, monkeypatch, capfd, done, says, requeued
 ):
-    stage = Stage("importance", "a", {}, {"model": Input("digest", "/model")})
+    stage = stage_of("importance", "a", {}, {"model": Input("digest", "/model")})
     store, fake = Store(tmp_path / "store"), Controller().install(monkeypatch)
     fake.shown = f"JobId=7 JobName=x {says} Reason=None\n"
     attempt = Attempts(store.root).begin(stage, 0, 1, 60, None)
@@ -154,7 +155,7 @@ def test_a_job_that_its_time_limit_ends_before_it_gets_further_is_not_requeued(
         assert failure.cause == "input" and "raise time_minutes" in capfd.readouterr().out
 
 
-STAGE = Stage("prune", "a 0.2", {"ratio": 0.2}, {"model": Input("digest", "/somewhere")})
+STAGE = stage_of("prune", "a 0.2", {"ratio": 0.2}, {"model": Input("digest", "/somewhere")})
 
 
 @pytest.fixture

@@ -11,13 +11,14 @@ from hfprune_launch.slurm.exit_causes import explain_end
 from hfprune_launch.slurm.job_info import JobInfo
 from hfprune_launch.slurm.past_attempts import past_attempts
 from hfprune_launch.slurm.slurm_stage import SlurmStage
+from made_stages import stage_of
 
 from hfprune_dist.store.artifacts import Store
 from hfprune_dist.store.atomic_files import write_json
 from hfprune_dist.store.heartbeat import Heartbeat
-from hfprune_dist.store.stage import Input, Stage
+from hfprune_dist.store.stage import Input
 
-STAGE = Stage("prune", "a 0.2", {"ratio": 0.2}, {"model": Input("digest", "/somewhere")})
+STAGE = stage_of("prune", "a 0.2", {"ratio": 0.2}, {"model": Input("digest", "/somewhere")})
 
 
 def told(tmp_path):

@@ -13,6 +13,7 @@ from hfprune_launch.slurm.commands import SlurmCommands
 from hfprune_launch.slurm.profile import Profile, Resources
 from hfprune_launch.slurm.submission import Submitting
 from hfprune_launch.stage.stage_file import Provenance
+from made_stages import stage_of
 
 from hfprune_dist.config.schema import RuntimeConfig
 from hfprune_dist.planning.plan import Plan
@@ -20,9 +21,9 @@ from hfprune_dist.store import claims
 from hfprune_dist.store.artifacts import Store
 from hfprune_dist.store.cancellation import Cancellation
 from hfprune_dist.store.claims import Renewal, try_claim
-from hfprune_dist.store.stage import Input, Stage
+from hfprune_dist.store.stage import Input
 
-STAGE = Stage("importance", "a", {}, {"model": Input("digest", "/model")})
+STAGE = stage_of("importance", "a", {}, {"model": Input("digest", "/model")})
 PLAN = Plan({STAGE.id: STAGE}, (), (STAGE.id,))
 
 

@@ -8,8 +8,7 @@ import pytest
 from hfprune_launch.slurm import attempts
 from hfprune_launch.slurm.attempt_records import INTENT
 from hfprune_launch.slurm.slots import Slot, choose_slot
-
-from hfprune_dist.store.stage import Stage
+from made_stages import stage_of
 
 
 @dataclass(frozen=True)
@@ -60,7 +59,7 @@ def test_launchers_whose_clocks_differ_agree_which_job_joined_last(tmp_path, mon
     for job_id, clock, tick in zip("ab", (5000.0, 1000.0), ticks, strict=True):
         monkeypatch.setattr(attempts, "time", SimpleNamespace(time=lambda clock=clock: clock))
         attempt = attempts.Attempts(tmp_path).begin(
-            Stage("prune", job_id, {"ratio": 0.2 + clock / 1e5}, {}), 0, 1, 60, 0
+            stage_of("prune", job_id, {"ratio": 0.2 + clock / 1e5}, {}), 0, 1, 60, 0
         )
         attempt.record_job(job_id)
         os.utime(attempt.folder / INTENT, (tick, tick))
@@ -69,7 +68,7 @@ def test_launchers_whose_clocks_differ_agree_which_job_joined_last(tmp_path, mon
 
 
 def test_an_attempt_whose_record_is_lost_counts_from_when_it_was_made(tmp_path):
-    attempt = attempts.Attempts(tmp_path).begin(Stage("prune", "a", {"ratio": 0.2}, {}), 0, 1, 60, 0)
+    attempt = attempts.Attempts(tmp_path).begin(stage_of("prune", "a", {"ratio": 0.2}, {}), 0, 1, 60, 0)
     assert abs(attempt.recorded_at - attempt.intent.created) < 60
     (attempt.folder / INTENT).unlink()
     assert attempt.recorded_at == attempt.intent.created

@@ -4,12 +4,12 @@ import pytest
 from hfprune_launch.slurm.attempt_records import End
 from hfprune_launch.slurm.attempts import Attempts
 from hfprune_launch.slurm.slurm_stage import SlurmStage
+from made_stages import stage_of
 
 from hfprune_dist.store.artifacts import Store
 from hfprune_dist.store.claims import Claim, Holder, try_claim
-from hfprune_dist.store.stage import Stage
 
-STAGE = Stage("prune", "a 0.2", {"ratio": 0.2}, {})
+STAGE = stage_of("prune", "a 0.2", {"ratio": 0.2}, {})
 
 
 @pytest.fixture
@@ -32,7 +32,7 @@ def test_attempts_are_those_of_the_stage(handle):
     submitted(handle, "2")
     assert [attempt.job_id for attempt in handle.attempts()] == ["1", "2"]
     assert handle.open_attempt().job_id == handle.last_attempt().job_id == "2"
-    Attempts(handle.store.root).begin(Stage("prune", "b", {"ratio": 0.3}, {}), 0, 1, 60, None)
+    Attempts(handle.store.root).begin(stage_of("prune", "b", {"ratio": 0.3}, {}), 0, 1, 60, None)
     assert len(handle.attempts()) == 2
 
 

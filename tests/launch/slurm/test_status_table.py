@@ -9,15 +9,16 @@ from hfprune_launch.slurm.attempt_records import Run
 from hfprune_launch.slurm.attempts import Attempts
 from hfprune_launch.slurm.job_info import JobInfo
 from hfprune_launch.slurm.status_table import stage_statuses
+from made_stages import stage_of
 
 from hfprune_dist.planning.plan import Plan
 from hfprune_dist.store.artifacts import Store
 from hfprune_dist.store.atomic_files import write_json
 from hfprune_dist.store.claims import Holder
 from hfprune_dist.store.heartbeat import Failure
-from hfprune_dist.store.stage import Input, Stage
+from hfprune_dist.store.stage import Input
 
-STAGE = Stage("importance", "a", {}, {"model": Input("digest", "/somewhere")})
+STAGE = stage_of("importance", "a", {}, {"model": Input("digest", "/somewhere")})
 MINUTE = 60
 
 
@@ -95,7 +96,7 @@ def test_what_was_submitted_is_not_called_missing_where_slurm_does_not_answer(tm
     """Nor dead, if a launcher died at it before. What has failed, or was never submitted, is shown as it is."""
     store = Store(tmp_path)
     waits, begun, failed, never = (
-        Stage("importance", name, {"seed": number}, {}) for number, name in enumerate("abcd")
+        stage_of("importance", name, {"seed": number}, {}) for number, name in enumerate("abcd")
     )
     for number, stage in enumerate((waits, begun, failed)):
         Attempts(store.root).begin(stage, 0, 2, 30, None).record_job(str(number))

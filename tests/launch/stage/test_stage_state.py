@@ -13,16 +13,17 @@ from hfprune_launch.slurm.attempts import Attempts
 from hfprune_launch.slurm.status_table import row_logs, stage_statuses, status_table
 from hfprune_launch.stage.stage_state import time_left
 from hfprune_launch.sweep_folder import Sweep
+from made_stages import stage_of
 from rich.console import Console
 
 from hfprune_dist.planning.plan import Cell, Plan
 from hfprune_dist.store.artifacts import Store
 from hfprune_dist.store.claims import Holder
 from hfprune_dist.store.heartbeat import Failure, Heartbeat, Progress
-from hfprune_dist.store.stage import Input, Stage
+from hfprune_dist.store.stage import Input
 
-STAGE = Stage("importance", "a", {}, {"model": Input("digest", "/somewhere")})
-NEXT = Stage("prune", "a 0.2", {}, {"importance": STAGE.as_input()})
+STAGE = stage_of("importance", "a", {}, {"model": Input("digest", "/somewhere")})
+NEXT = stage_of("prune", "a 0.2", {}, {"importance": STAGE.as_input()})
 CELL = Cell("a 0.2", "a", 0.2, "m", "entropy", "none", (STAGE.id,), NEXT.id)
 PLAN = Plan({STAGE.id: STAGE, NEXT.id: NEXT}, (CELL,), (STAGE.id,))
 WORDS_OF_SLURM = ("job", "nodes", "attempts", "GPU-h", "core-h", "lurm")

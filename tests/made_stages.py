@@ -1,0 +1,70 @@
+"""Stages with valid settings, for tests that don't care which."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from hfprune_dist.config.parameters import PARAMETERS, Parameters
+from hfprune_dist.config.schema import EvaluationConfig
+from hfprune_dist.config.texts import CalibrationConfig, FidelityConfig
+from hfprune_dist.config.training import DistillationConfig, RecoveryConfig
+from hfprune_dist.store.stage import Input, Stage
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "importance": {"criteria": ["entropy"], "dtype": "float32", "add_bos_token": True, "seed": 0},
+    "reference": {"dtype": "float32", "micro_batch_size": 1},
+    "prune": {"ratio": 0.2, "criterion": "entropy", "allocation": "uniform", "refit": "none", "multiple_of": 1},
+    "distill": {"distillation": DistillationConfig(), "passes": 1, "seed": 0},
+    "recover": {"seed": 0},
+    "evaluate": EvaluationConfig(tasks=[], dtype="float32").model_dump(exclude={"include_path", "fidelity"}),
+    "efficiency": {
+        "batch_sizes": [1],
+        "prompt_tokens": [1],
+        "new_tokens": 2,
+        "repeats": 1,
+        "dtype": "float32",
+        "device": "a processor",
+        "packages": {},
+    },
+    "loraprune": {
+        "seed": 0,
+        "ratio": 0.2,
+        "structures": ["neurons"],
+        "multiple_of": 1,
+        "tensor_parallel": 1,
+        "protect_first": 0,
+        "protect_last": 0,
+    },
+}
+TEXTS = {
+    "importance": ("calibration", CalibrationConfig),
+    "recover": ("recovery", RecoveryConfig),
+    "loraprune": ("recovery", RecoveryConfig),
+    "reference": ("text", FidelityConfig),
+}
+
+
+def stage_of(
+    kind: str,
+    label: str,
+    settings: Parameters | Mapping[str, Any] | None = None,
+    inputs: Mapping[str, Input] | None = None,
+) -> Stage:
+    """Return a stage with these settings over valid ones; those that its kind lacks only tell it from others."""
+    if isinstance(settings, Parameters):
+        return Stage(kind, label, settings, inputs or {})
+    fields = PARAMETERS[kind].model_fields
+    given, inputs = dict(settings or {}), dict(inputs or {})
+    others = {name: given.pop(name) for name in list(given) if name not in fields}
+    if others:
+        inputs["told apart by"] = Input(json.dumps(others, sort_keys=True, default=str), "nowhere")
+    values = SETTINGS[kind] | given
+    if kind in TEXTS:
+        name, section = TEXTS[kind]
+        text = values.get(name, None if kind == "reference" else {})
+        if isinstance(text, dict):
+            is_file = "dataset" not in text and "path" not in text and "mixture" not in text
+            values[name] = section(**text, **({"path": "(file)"} if is_file else {}))
+    return Stage(kind, label, PARAMETERS[kind](**values), inputs)
