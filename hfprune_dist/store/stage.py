@@ -16,14 +16,14 @@ from hfprune_dist.store.hashing import digest_of
 
 # Raise a stage's version when a change to its code changes its result: artifacts of the old version are not reused.
 STAGE_VERSIONS = {
-    "importance": 6,
-    "reference": 1,
-    "prune": 4,
-    "distill": 1,
-    "recover": 1,
-    "evaluate": 3,
-    "efficiency": 1,
-    "loraprune": 1,
+    "importance": 7,
+    "reference": 2,
+    "prune": 5,
+    "distill": 2,
+    "recover": 2,
+    "evaluate": 4,
+    "efficiency": 2,
+    "loraprune": 2,
 }
 # Kinds whose artifact is a model with parts of their input model removed, and kinds that train on instructions.
 CUTTING = frozenset({"prune", "loraprune"})
