@@ -584,7 +584,7 @@ def test_somebody_elses_sweep_is_looked_at_without_its_models_and_without_writin
 
     monkeypatch.setattr(sweep_plan, "resolve_models", refuse)
     for given in (["--config", config], []):
-        for looking in (["--status"], ["--logs", "alpha dense + lora"], ["--cancel"]):
+        for looking in (["--status"], ["--logs", "alpha dense + lora"]):
             code, shown, said = run(*given, "--out", tmp_path, *looking)
             assert (code, said) == (0, "") and "note" not in shown, looking
     assert {path: path.lstat().st_mtime_ns for path in tmp_path.rglob("*")} == before
