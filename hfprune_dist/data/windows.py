@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
+from hfprune_dist.checkpoints.tensor_files import save_tensors
 from hfprune_dist.data.text import Beginning, read_texts
 from hfprune_dist.data.tokenizer import bos_id, by_tokenizer, plain_ids
-from hfprune_dist.errors import UserError, naming
-from hfprune_dist.store.atomic_files import publish
+from hfprune_dist.errors import UserError
 
 WINDOWS, INPUT_IDS = "windows.safetensors", "input_ids"
 # Limits of what is tokenized before a sweep begins, in search of documents that are long enough: characters per token
@@ -160,10 +160,7 @@ def _parts_to_try(text: str, characters: int) -> Sequence[str]:
 
 def save_windows(input_ids_ST: Tensor, folder: Path) -> None:
     """Save the exact windows in an artifact, finished or not; readers of earlier ones aren't disturbed."""
-    draft = folder / f".{WINDOWS}.draft"
-    with naming(folder / WINDOWS):
-        save_file({INPUT_IDS: input_ids_ST}, draft)
-    publish(draft, folder / WINDOWS)
+    save_tensors({INPUT_IDS: input_ids_ST}, folder / WINDOWS)
 
 
 def load_windows(folder: Path) -> Tensor:
