@@ -11,11 +11,12 @@ from dataclasses import dataclass
 from typing import get_args
 
 from hfprune_dist.checkpoints.checkpoint import Checkpoint
+from hfprune_dist.checkpoints.families import Family
 from hfprune_dist.config.method import Method
 from hfprune_dist.config.method_settings import Allocation, Refit
 from hfprune_dist.core.criteria import CRITERIA, SCORED_WHILE_PRUNED
 from hfprune_dist.errors import UserError
-from hfprune_dist.structures import EXPERTS, KV_GROUPS, LAYERS, NEURONS
+from hfprune_dist.structures import EXPERTS, KV_GROUPS, LAYERS, NEURONS, Structure
 
 # Name of a setting -> values of it.
 Values = Mapping[str, Sequence[object]]
@@ -165,17 +166,25 @@ def why_not(method: Method, checkpoint: Checkpoint) -> Iterator[str]:
 
 def can_do(method: Method, checkpoint: Checkpoint) -> bool:
     """Whether a method applies to a model; an adaptive one is left out where a mixture of experts rules it out."""
-    return not (method.adapts and checkpoint.family.experts and any(why_not(method, checkpoint)))
+    if not (method.adapts and checkpoint.family.experts):
+        return True
+    left = method.model_copy(update={"structures": _structures_left(method, checkpoint.family)})
+    return not any(why_not(left, checkpoint))
 
 
 def suited(method: Method, checkpoint: Checkpoint) -> Method:
     """A method that ``adapts`` without what the model's architecture rules out; any other method unchanged."""
     family, changes = checkpoint.family, dict[str, object]()
-    if method.adapts and family.whole_groups:
-        changes["structures"] = [it for it in method.structures if it != KV_GROUPS]
+    if method.adapts:
+        changes["structures"] = _structures_left(method, family)
     if method.adapts and family.no_sequence and method.refit in ("layerwise", "block"):
         changes["refit"] = "dense"
     return method.model_copy(update=changes)
+
+
+def _structures_left(method: Method, family: Family) -> list[Structure]:
+    """An adaptive method's structures without KV groups that must stay."""
+    return [it for it in method.structures if it != KV_GROUPS or not family.whole_groups]
 
 
 def refuse_criteria(criteria: Iterable[str], checkpoint: Checkpoint, structures: Iterable[str]) -> None:
