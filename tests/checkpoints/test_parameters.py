@@ -17,13 +17,9 @@ from hfprune_dist.checkpoints.checkpoint import open_checkpoint
 from hfprune_dist.checkpoints.families import FAMILIES
 from hfprune_dist.checkpoints.pruned_config import pruned_config
 from hfprune_dist.checkpoints.write_pruned import write_companions, write_weight_file
-from hfprune_dist.config.schema import SweepConfig
 from hfprune_dist.models.loading import load_causal_lm
 from hfprune_dist.models.single_layer import LayerReader
 from hfprune_dist.planning.dimensions import dimensions_of
-from hfprune_dist.planning.model_sources import resolve_models
-from hfprune_dist.planning.user_files import content_files
-from hfprune_dist.store.hashing import FileHashes
 from hfprune_dist.structures.kept import Kept
 
 JUNK = {
@@ -137,33 +133,12 @@ def test_a_head_that_config_json_does_not_mention_is_tied_unless_its_values_diff
     (pruned := tmp_path / "pruned").mkdir()
     prune(checkpoint, pruned)
     assert open_checkpoint(pruned).parameters == count(AutoModelForCausalLM.from_pretrained(pruned))
-    assert (identity(folder) == FileHashes(None).of_files(folder, content_files(checkpoint))) == (head != "same")
 
 
 def test_a_bias_that_no_model_has_is_not_computed_with(tmp_path):
     checkpoint = open_checkpoint(save(tmp_path / "m", "llama", tied=False, junk=["head bias"]))
     assert LayerReader(checkpoint, torch.float32, torch.device("cpu")).head().bias_V is None
     assert "1 tensors" in checkpoint.remarks[0] and "lm_head.bias" in checkpoint.remarks[0]
-
-
-def identity(folder):
-    config = SweepConfig(models=["m"], aliases={"m": {"path": str(folder)}})
-    (model,) = resolve_models(config, folder / "none", FileHashes(None), download=False)
-    return model.identity
-
-
-def test_only_what_was_counted_otherwise_has_another_identity(tmp_path):
-    """Results of an earlier version for such a checkpoint, whose ratio it misreported, aren't reused."""
-
-    def of_files(folder):
-        return FileHashes(None).of_files(folder, sorted(it.name for it in folder.iterdir()))
-
-    ordinary = save_tiny(tmp_path / "ordinary", "qwen2")
-    tied = save(tmp_path / "tied", "llama", tied=True, head="same", junk=["rotary"])
-    assert identity(ordinary) == of_files(ordinary) and identity(tied) == of_files(tied)
-    untied = save(tmp_path / "untied", "llama", tied=True, head="different")
-    longer = save(tmp_path / "longer", "llama", tied=False, layers_more=1, num_hidden_layers=2)
-    assert identity(untied) != of_files(untied) and identity(longer) != of_files(longer)
 
 
 def test_a_file_of_unused_tensors_alone_is_left_out(tmp_path):
