@@ -18,6 +18,8 @@ def how_to_activate() -> str:
     environment = _CLONE / ".venv"
     if (environment / "bin" / "activate").exists() and environment.resolve() != Path(sys.prefix).resolve():
         return "run: source " + os.path.relpath(str(environment / "bin" / "activate"))
+    if not (_CLONE / "pyproject.toml").exists():  # installed from a wheel, which has no quickstart.sh
+        return "install the project's wheel again, with its dependencies"
     return "install them: bash " + os.path.relpath(str(_CLONE / "launch" / "quickstart.sh"))
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import signal
 import subprocess
@@ -17,7 +16,7 @@ from typing import Any
 import psutil
 import yaml
 from fork_server import EXECUTABLE, forked
-from ranks import FAULTS, ROOT
+from ranks import FAULTS, ROOT, surroundings
 from sweeps import artifacts, command, finish, results, without_costs
 
 from hfprune_dist.store.atomic_files import read_json
@@ -59,7 +58,7 @@ class Cluster:
             call = [SCRIPT, action, self.folder, *arguments]
             result = subprocess.run(
                 call,
-                env={**os.environ, **self.environment},
+                env={**surroundings(), **self.environment},
                 stdin=subprocess.DEVNULL,
                 stdout=stream,
                 stderr=stream,
@@ -69,7 +68,7 @@ class Cluster:
 
     def slurm(self, *arguments: str) -> str:
         """Return the output of a Slurm command, which must succeed."""
-        environment = {**os.environ, **self.environment}
+        environment = {**surroundings(), **self.environment}
         result = subprocess.run(arguments, env=environment, capture_output=True, text=True, check=False, timeout=120)
         assert result.returncode == 0, f"{arguments}: {result.stdout}{result.stderr}"
         return result.stdout
@@ -86,7 +85,7 @@ class Cluster:
         """Start a sweep on this cluster; ``real`` has the same meaning as in ``sweeps.sweep``."""
         started = command(config, out, *ONE_CELL, "--profile", profile, *arguments)
         hold = {"SLOW_WHILE": str(hold_file(out))}
-        whole = {**os.environ, **self.environment, "OMP_NUM_THREADS": "1", **hold, **environment}
+        whole = {**surroundings(), **self.environment, "OMP_NUM_THREADS": "1", **hold, **environment}
         return Submitted(started if real else forked(started), whole, out)
 
     def sweep(self, config: Path, out: Path, *arguments: str) -> str:

@@ -25,6 +25,11 @@ FAULTS = ROOT / "tests" / "faults"
 CPU = torch.device("cpu")
 
 
+def surroundings() -> dict[str, str]:
+    """The environment. pytest sets a variable of it and removes it again, while tests in threads read it."""
+    return {name: value for name in os.environ if (value := os.environ.get(name)) is not None}
+
+
 class SoloWorld(World):
     """A world of one rank without a process group, or one of several ranks of which the others contribute nothing."""
 
@@ -96,7 +101,7 @@ def run_ranks(
     command = [sys.executable, *launcher, str(script), str(store.root), stage.id]
     return subprocess.run(
         command if interpreters else forked(command),
-        env={**os.environ, "OMP_NUM_THREADS": "1", "RANK": "0", **(environment or {})},
+        env={**surroundings(), "OMP_NUM_THREADS": "1", "RANK": "0", **(environment or {})},
         capture_output=True,
         text=True,
         timeout=600,
@@ -112,7 +117,7 @@ def result_of(script: Path, ranks: int, *arguments: str) -> Any:
     """Return the JSON that a script prints after "result: " on one of the ranks on which torchrun runs it."""
     result = subprocess.run(
         forked([sys.executable, *_torchrun(ranks), str(script), *arguments]),
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "tests")},
+        env={**surroundings(), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "tests")},
         capture_output=True,
         text=True,
         timeout=600,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import os
 import shutil
 import subprocess
 import sys
@@ -14,7 +13,7 @@ from pathlib import Path
 
 import yaml
 from fork_server import forked
-from ranks import ROOT
+from ranks import ROOT, surroundings
 from tiny import save_tiny, write_documents, write_pairs
 
 from hfprune_dist.config.load import load_config
@@ -106,7 +105,7 @@ def sweep(
     started = command(config, out, *arguments)
     return subprocess.run(
         started if real else forked(started),
-        env={**os.environ, "OMP_NUM_THREADS": "1", **(environment or {})},
+        env={**surroundings(), "OMP_NUM_THREADS": "1", **(environment or {})},
         capture_output=True,
         text=True,
         timeout=1800,

@@ -4,7 +4,6 @@ import os
 import shutil
 import subprocess
 import sys
-import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -57,7 +56,7 @@ def installed(tmp_path_factory):
     ask = "import sysconfig; print(sysconfig.get_path('purelib'))"
     packages = Path(call(venv / "bin" / "python", "-c", ask).strip())
     # A folder named in a .pth file has none of its own .pth files read, so the clone stays out of sight.
-    (packages / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    (packages / "dependencies.pth").write_text(f"{Path(yaml.__file__).parents[1]}\n")
     return Installed(call("git", "rev-parse", "HEAD", cwd=source).strip(), venv / "bin" / "hfprune", packages)
 
 

@@ -1,6 +1,5 @@
 """The test cluster itself: only on loopback, and gone without a trace once it has been taken down."""
 
-import os
 import shutil
 import signal
 import socket
@@ -9,6 +8,7 @@ import subprocess
 import psutil
 import pytest
 from clusters import SCRIPT, wait_for
+from ranks import surroundings
 
 pytestmark = [pytest.mark.slurm, pytest.mark.beside]
 of_another = pytest.mark.beside("another cluster")
@@ -46,7 +46,7 @@ def processes_in(folder):
 
 
 def test_nothing_can_be_reached_from_outside(cluster):
-    environment = {**os.environ, **cluster.environment}
+    environment = {**surroundings(), **cluster.environment}
     step = subprocess.Popen(["srun", "--nodes=2", "--job-name=open", "sleep", "1000"], env=environment)
     try:
         wait_for(lambda: cluster.slurm("squeue", "--noheader", "--steps", "--name=open"))
@@ -93,7 +93,7 @@ def test_daemons_of_other_clusters_are_left_alone(new_cluster, tmp_path_factory)
     with new_cluster(PORT_BASE) as another:
         another.run("up", "--no-accounting")
         environment = {
-            **os.environ,
+            **surroundings(),
             "OLDPWD": f"{another.folder}/logs",
             "SLURM_CONF": f"/srv{another.folder}/slurm.conf",
         }
@@ -125,7 +125,7 @@ def test_a_cluster_goes_down_while_its_daemons_start(new_cluster):
         another.run("up", "--no-accounting")
         for node in ("n1", "n2", "n3"):
             another.run("stop", node)
-        environment = {**os.environ, **another.environment}
+        environment = {**surroundings(), **another.environment}
         starts = [subprocess.Popen([SCRIPT, "start", another.folder, node], env=environment) for node in ("n1", "n2")]
         # As if the process that started it had been killed: nobody waits until its pid is known.
         conf = another.environment["SLURM_CONF"]
@@ -145,7 +145,7 @@ def test_a_daemon_of_a_cluster_that_is_down_is_refused_at_once(new_cluster):
         another.run("down")
         for daemon in ("n2", "slurmctld"):
             call = [SCRIPT, "start", another.folder, daemon]
-            environment = {**os.environ, **another.environment}
+            environment = {**surroundings(), **another.environment}
             result = subprocess.run(call, env=environment, capture_output=True, text=True, check=False, timeout=30)
             assert result.returncode == 2 and "the cluster is down" in result.stderr and "up" in result.stderr
         assert processes_in(another.folder) == []
@@ -156,7 +156,7 @@ def test_a_daemon_of_a_cluster_that_is_down_is_refused_at_once(new_cluster):
 def test_a_taken_port_is_named(new_cluster, offset):
     with new_cluster(PORT_BASE) as another, socket.create_server(("127.0.0.1", PORT_BASE + offset)):
         call = [SCRIPT, "up", another.folder]
-        environment = {**os.environ, **another.environment}
+        environment = {**surroundings(), **another.environment}
         result = subprocess.run(call, env=environment, capture_output=True, text=True, check=False)
         assert result.returncode == 2 and f"port {PORT_BASE + offset}" in result.stderr and "PORT_BASE" in result.stderr
         assert not (another.folder / "slurm.conf").exists()

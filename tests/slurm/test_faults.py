@@ -82,14 +82,19 @@ def test_requeue_by_hand(cluster, config, finished, without):
 
 
 def test_a_checkpoint_is_corrupted_while_a_job_needs_it(cluster, config, finished, without):
-    out = without("evaluate alpha 0.2 + lora", "recover alpha 0.2")
+    """The job, put back in the queue, sees that the file's time has changed, and reads it."""
+    recovery = "recover alpha 0.2"
+    out = without("evaluate alpha 0.2 + lora", recovery)
+    submitted = cluster.submit(config, out, **SLOWLY, **FORKED_RANKS)
+    job = submitted.job_at_work(recovery, beats=3)
     victim = next((out / "store" / "prune").glob("*/model.safetensors"))
-    stat, content = victim.stat(), bytearray(victim.read_bytes())
+    content = bytearray(victim.read_bytes())
     content[-1] ^= 1
-    victim.write_bytes(content)
-    os.utime(victim, ns=(stat.st_atime_ns, stat.st_mtime_ns))  # bit rot: only reading all of it shows the damage
-    done(cluster, out, finished, cluster.submit(config, out, **FORKED_RANKS))
-    assert causes(out, "recover alpha 0.2") == ["lost input", "done"] and causes(out, PRUNE) == ["done"]
+    (out / "damaged").write_bytes(content)
+    (out / "damaged").replace(victim)  # ranks at work may have the file mapped
+    cluster.slurm("scontrol", "requeue", job)
+    done(cluster, out, finished, submitted)
+    assert causes(out, recovery) == ["lost input", "done"] and causes(out, PRUNE) == ["done"]
     assert len(list((out / "store" / "quarantine").iterdir())) == 1
 
 
