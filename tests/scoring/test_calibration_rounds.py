@@ -101,19 +101,23 @@ def calibrate(checkpoint, patch):
         if unknown_in is not None:
             windows_ST[unknown_in, TOKENS // 2] = UNKNOWN
         keys = ("micro_batch_size", "shard_size")
-        calibration = SimpleNamespace(**{key: getattr(case, key) for key in keys})
-        params = SimpleNamespace(dtype="float32", seed=3, calibration=calibration, structures=case.structures)
+        sizes = {key: getattr(case, key) for key in keys}
+        calibration = SimpleNamespace(**sizes, samples=case.samples, sequence_length=TOKENS)
+        names = CHOICES[case.choice]
+        params = SimpleNamespace(
+            criteria=names, dtype="float32", seed=3, calibration=calibration, structures=case.structures
+        )
 
         def accumulate(world):
             context = SimpleNamespace(
                 params=params,
-                runtime=SimpleNamespace(activation_checkpointing=False),
+                runtime=SimpleNamespace(activation_checkpointing=False, sharding="auto"),
                 world=world,
                 work=work,
                 progress=Progress(None),
                 interruption=Interruption(),
             )
-            criteria = [CRITERIA[name] for name in CHOICES[case.choice]]
+            criteria = [CRITERIA[name] for name in names]
             return importance._accumulate(context, checkpoint, windows_ST[: case.samples], criteria)
 
         return ranks.run(accumulate)

@@ -4,7 +4,6 @@ import pytest
 import shapes
 import torch
 from forks import on_ranks
-from made_stages import stage_of
 from masking import mask
 from ranks import SoloWorld
 from shapes import GROUPS, LAYERS, NEURONS, kept_of, load, metrics_of, outcome, scores_of
@@ -94,14 +93,11 @@ def test_any_number_of_ranks_writes_the_same_bits(tmp_path):
 def test_a_checkpoint_whose_layers_differ_is_pruned_again(tmp_path):
     store, first = prepare(tmp_path, allocation="global", floor=0.2, ratio=0.15)
     shapes.run(store, first, SoloWorld())
-    again = shapes.next_round(store, first, 0.15)
-    params = {**again.params.to_json(), "allocation": "local"}
-    del params["floor"]
-    inputs = {role: it for role, it in again.inputs.items() if role != "dense"}
-    stage = stage_of("prune", "of its own", params, inputs)
-    shapes.run(store, stage, SoloWorld())
-    model, kept = open_checkpoint(store.path(first.id)), read_kept(store.path(stage.id))
-    assert not model.is_uniform and abs(metrics_of(store, stage)["ratio_reached"] - 0.15) < 0.01
+    model = open_checkpoint(store.path(first.id))
+    again, stage = prepare(tmp_path / "again", model=model.path, ratio=0.15)
+    shapes.run(again, stage, SoloWorld())
+    kept = read_kept(again.path(stage.id))
+    assert not model.is_uniform and abs(metrics_of(again, stage)["ratio_reached"] - 0.15) < 0.01
     had = model.units.counts
     left = [len(row) / count for row, count in zip(kept.units["neurons"], had, strict=True)]
     assert max(left) - min(left) <= 1.1 / min(had) and max(left) < 1

@@ -7,12 +7,11 @@ import pytest
 from faults.kill import deaths_during
 from forks import INTERRUPTED, on_ranks
 from ranks import SoloWorld
-from shapes import metrics_of, next_round, outcome, prepare, run
+from shapes import metrics_of, outcome, prepare, run
 
 from hfprune_dist.distributed import layer_states
 from hfprune_dist.distributed.interruption import Interruption
 from hfprune_dist.distributed.layer_stream import LayerStream
-from hfprune_dist.distributed.whole_model_probe import PROBE
 from hfprune_dist.refit.measurement import Measurement
 from hfprune_dist.refit.refitted_layers import RefittedLayers
 from hfprune_dist.refit.sequential_refit import SequentialRefit
@@ -151,23 +150,3 @@ def test_death_before_any_file_appears_ends_with_the_same_bits(tmp_path, monkeyp
             run(store, stage, SoloWorld())
         assert outcome(store, stage) == expected
     assert len(deaths) > 40 and found >= PHASES
-
-
-def test_death_in_a_second_round_ends_with_the_same_bits(tmp_path, monkeypatch):
-    """It resumes on another number of ranks, at every fifth file and around the writing of the dense model's probe."""
-    monkeypatch.setattr(layer_states, "SAVE_EVERY_S", 0.0)
-    reference, first = prepare(tmp_path, **SMALL, ratio=0.1, structures=["neurons", "layers"], refit="layerwise")
-    run(reference, first, SoloWorld())
-    stage = next_round(reference, first, 0.3)
-    (tmp_path / "copies").mkdir()
-    deaths = deaths_during(lambda: run(reference, stage, SoloWorld()), reference.root, tmp_path / "copies", APPEARING)
-    expected = outcome(reference, stage)
-    probes = [number for number, root in enumerate(deaths) if (Store(root).work(stage.id) / PROBE).is_file()]
-    assert probes and probes[0] > 0, "of the dense model, on the way"
-    around = deaths[probes[0] - 1 : probes[0] + 1]
-    for number, store in enumerate(map(Store, dict.fromkeys([*deaths[::5], *around]))):
-        if store.verify(stage.id).state == "missing":
-            ranks = 1 + number % 2
-            assert on_ranks(ranks, lambda world, store=store: run(store, stage, world)).codes == [0] * ranks
-        assert outcome(store, stage) == expected
-    assert len(deaths) > 20
