@@ -165,34 +165,31 @@ def test_attention_that_was_given_biases_gets_a_low_rank(tmp_path, variant):
 
 @pytest.mark.parametrize("refit", ["bias", "dense", "layerwise"])
 def test_a_checkpoint_with_biases_is_pruned_again(tmp_path, refit):
-    """Its biases stay, and those of another round are added to them."""
+    """Its biases stay, and those of what goes now are added to them."""
     store, first = prepare(tmp_path, "qwen3", ratio=0.1)
     run(store, first)
-    second = shapes.next_round(store, first, 0.2, worth=1.0)
-    if refit != "bias":
-        second = type(second)("prune", "tiny", {**second.params.to_json(), "refit": refit}, second.inputs)
-    run(store, second)
-    checkpoint = open_checkpoint(store.path(second.id))
+    again, second = prepare(tmp_path / "again", model=store.path(first.id), ratio=0.2, refit=refit)
+    run(again, second)
+    checkpoint = open_checkpoint(again.path(second.id))
     require_own_weights(checkpoint)
-    assert metrics_of(store, second)["parameters"] == checkpoint.parameters
-    assert metrics_of(store, second)["ratio_reached"] == pytest.approx(0.2, abs=0.02)
+    assert metrics_of(again, second)["parameters"] == checkpoint.parameters
+    assert metrics_of(again, second)["ratio_reached"] == pytest.approx(0.2, abs=0.02)
     assert sorted(checkpoint.config["output_biases"]) == sorted(OUTPUTS.values())
-    remote = AutoModelForCausalLM.from_pretrained(store.path(second.id), trust_remote_code=True, dtype=torch.float32)
-    assert torch.equal(logits(remote), logits(load_causal_lm(store.path(second.id), torch.float32)))
+    remote = AutoModelForCausalLM.from_pretrained(again.path(second.id), trust_remote_code=True, dtype=torch.float32)
+    assert torch.equal(logits(remote), logits(load_causal_lm(again.path(second.id), torch.float32)))
     if refit == "bias":
-        means, half = dense_means(store.path(first.id), windows_of(store))
-        expected = logits(with_means_kept(half, (store, first, second), means))
+        means, half = dense_means(store.path(first.id), windows_of(again))
+        structures = open_checkpoint(store.path(first.id)).structures
+        expected = logits(with_means_kept(half, structures, kept_of(again, second), means))
         torch.testing.assert_close(logits(remote), expected.float(), rtol=1e-3, atol=1e-3)
 
 
-def with_means_kept(half, stages, means):
-    """Do as ``with_means_in_place`` for a model whose layers differ; what goes has the dense model's numbers."""
-    store, first, second = stages
-    had, left = (kept_of(store, it) for it in (first, second))
+def with_means_kept(half, structures, left, means):
+    """Do as ``with_means_in_place`` for a model whose layers differ."""
     for kind in BOTH:
         for number, layer in enumerate(half.model.layers):
             projection = layer.get_submodule(OUTPUTS[kind])
-            stays_U = torch.tensor([unit in left[kind][number] for unit in had[kind][number]])
+            stays_U = torch.tensor([unit in left[kind][number] for unit in range(structures[kind].counts[number])])
             stays_D = stays_U.repeat_interleave(projection.in_features // len(stays_U))
             mean_D = means[kind][number]
             projection.register_forward_pre_hook(
