@@ -15,6 +15,7 @@ from torch import Tensor
 
 from hfprune_dist.core.allocation import EXCHANGE, allocate_globally
 from hfprune_dist.core.width_search import MEASUREMENTS, START, Counts, search_shapes
+from hfprune_dist.errors import UserError
 from hfprune_dist.planning.budget import budget_of
 from hfprune_dist.planning.plain_shapes import PlainShape, all_plain_shapes, fitted_to_layers, shape_of, step_of_layers
 from hfprune_dist.planning.shape_target import ShapeTarget
@@ -137,7 +138,10 @@ class _Search:
         if not self._checkpoint.is_uniform:
             return {}
         if self._target.structures == (NEURONS,):
-            uniform = uniform_shape(self._target).units[NEURONS]
+            try:
+                uniform = uniform_shape(self._target).units[NEURONS]
+            except UserError:  # a ratio that one layer alone comes to may be less than half a step of all layers
+                return {}
             return {"uniform": uniform} if contest.allows(uniform) else {}
         plain = {}
         for it in self._plain_shapes(contest):
