@@ -87,7 +87,7 @@ def test_what_is_left_is_the_plan_s_shape_of_the_trained_model(source, uninterru
 @pytest.mark.parametrize(("match", "kill_at"), [("/snapshots", 12), ("kept.json", 1)])
 def test_killed_stage_goes_on_to_the_same_bits(source, uninterrupted, tmp_path, match, kill_at):
     store, stage = lay_out(source, tmp_path)
-    killed = run_stage(store, stage, 2, environment=killing(0, kill_at, match), **RUNTIME, sharding="zero3")
+    killed = run_stage(store, stage, 2, environment=killing(0, kill_at, match), **RUNTIME)
     assert killed.returncode != 0 and not store.path(stage.id).exists()
     artifact, expected = finish(store, stage, 2), uninterrupted[-1]
     assert (artifact / "kept.json").read_text() == (expected / "kept.json").read_text()
