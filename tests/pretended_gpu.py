@@ -152,5 +152,6 @@ def pretended_gpu() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(host_transfers, "lanes_of", lambda device: PlainLanes(device) if device.type == "cuda" else None)
         patch.setattr(torch.cuda, "get_device_capability", lambda _device=None: (7, 0))
+        patch.setattr(torch.cuda, "mem_get_info", lambda _device=None: (2**36, 2**36))
         with _Calls(places), _Operations(places):
             yield

@@ -13,6 +13,7 @@ from transformers import DiffLlamaConfig, DiffLlamaForCausalLM, Olmo2Config, Olm
 from hfprune_dist.checkpoints import families as families_module
 from hfprune_dist.checkpoints.checkpoint import open_checkpoint
 from hfprune_dist.checkpoints.families import FAMILIES, Family
+from hfprune_dist.checkpoints.tensor_files import save_tensors
 from hfprune_dist.config.schema import RuntimeConfig
 from hfprune_dist.distributed import whole_model_probe as probes
 from hfprune_dist.distributed.layer_stream import LayerStream
@@ -182,7 +183,7 @@ def test_a_model_is_loaded_where_no_probe_of_it_was_left(tmp_path, monkeypatch):
 
     made = obtain()
     assert len(loads) == 1
-    save_file({"input_ids": made.window_T, "hidden_states": made.states_LPC}, file)
+    save_tensors({"input_ids": made.window_T, "hidden_states": made.states_LPC}, file)
     assert torch.equal(obtain().states_LPC, made.states_LPC) and len(loads) == 1
     obtain(windows_ST=windows_ST[1:])
     obtain(dtype=torch.bfloat16)

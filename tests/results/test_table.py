@@ -110,7 +110,7 @@ def test_speed_is_that_of_the_last_workload_and_its_note_says_which():
     assert told.endswith("(batch 4, 32 in, 16 out; a processor, threads: 2)")
     crowded = {**rows[1], "efficiency": rows[1]["efficiency"] | {"cores": 1}}
     assert any("threads: 2 on 1 core)" in note for note in notes([crowded])), "an affinity or a control group"
-    elsewhere = [*rows, row_of(**_efficiency({"metrics": metrics | {"threads": 8}}))]
+    elsewhere = [*rows, row_of(**_efficiency({"metrics": metrics | {"threads": 8, "cores": 8}}))]
     assert any("threads: 2 / batch 4, 32 in, 16 out; a processor, threads: 8)" in it for it in notes(elsewhere))
     flat = flat_row(rows[1])
     assert flat["efficiency/batch 1, 32 in, 16 out/decode_speed"] == 1.0 and "efficiency" not in flat
