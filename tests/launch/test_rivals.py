@@ -144,7 +144,6 @@ def test_other_ratios_take_up_the_first_pass_and_settings_the_students(config, f
     assert passes(both) == [False, True, True]
     same = ("--set", "prune.teacher_share=0.4", "--set", "prune.teacher_temperature=0.2")
     assert passes(both, *same) == [True, True]
-    assert passes(arguments(1, "0.3", ["hfprune"])) == [True], "with scores for all methods"
 
 
 def test_a_dry_run_shows_the_shapes_of_all(config, tmp_path):
