@@ -1,4 +1,4 @@
-"""Searches for a plain shape that end early, in any phase: the rest is done once, with the same bits on as many ranks."""
+"""Searches for a plain shape that end early, in any phase: the rest is done once, with the bits of as many ranks."""
 
 import shutil
 from collections import Counter
