@@ -116,7 +116,9 @@ def test_speed_is_that_of_the_last_workload_and_its_note_says_which():
     assert flat["efficiency/batch 1, 32 in, 16 out/decode_speed"] == 1.0 and "efficiency" not in flat
     assert flat["efficiency/batch 4, 32 in, 16 out/peak_memory_bytes"] == 3_000_000
     assert flat["efficiency/batch 4, 32 in, 16 out/first_token_speed"] == flat["first_token_speed"] == 2.5
-    assert rows[1]["efficiency"].keys() == {"device", "threads", "model", "runs"}, "the dense model has its own row"
+    assert rows[1]["efficiency"].keys() == {"device", "threads", "cores", "model", "runs"}, (
+        "the dense model has its own row"
+    )
 
 
 def test_a_row_that_lacks_its_speed_alone_keeps_its_scores():
