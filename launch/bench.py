@@ -1,11 +1,11 @@
-"""Measure the cost of this project: the published formulation against ours, scaling, ranks, pruning, the launcher.
+"""Measure the cost of this project: the published formulation against ours, ranks, and waiting for commands.
 
-Variants are measured side by side in one run and reported as ratios (the launcher's waiting times in seconds), so that
-other work on the machine matters little. No network is needed: the model is the demo's, which is made if missing.
+Variants are measured side by side in one run and reported as ratios, so that other work on the machine matters little.
+No network is needed: the model is the demo's, which is made if missing.
 
 examples:
-  python launch/bench.py                                  all sections, ten to twenty minutes on one core
-  python launch/bench.py --quick --only pass,criteria
+  python launch/bench.py                           all sections, about five minutes on two cores
+  python launch/bench.py --rounds 1 --only pass
   python launch/bench.py --model /data/my-llama --out runs/bench-llama
 """
 
@@ -14,111 +14,98 @@ from __future__ import annotations
 import argparse
 import os
 import platform
+import statistics
+import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 if __name__ == "__main__":
     import installed  # noqa: F401
 
 from hfprune_launch.command import ListAction, folder, make_parser, run
+from hfprune_launch.project import PROJECT
 
 from hfprune_dist.errors import UserError, did_you_mean
 from hfprune_dist.store.machine import usable_cores
 
-if TYPE_CHECKING:
-    from hfprune_launch.benchmark.results import Findings
-    from hfprune_launch.benchmark.settings import Settings
-
-SECTIONS = ("pass", "criteria", "scaling", "ranks", "prune", "launcher")
 ASSETS = Path("runs/demo-assets")
-ROUNDS, QUICK_ROUNDS = 3, 1
+# Tokens per window, if the model has as many positions.
+TOKENS = 1024
+Lines = list[tuple[str, float, str]]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the chosen sections, print the table, and write it to the output folder with all other results."""
+    """Run the chosen sections, print the table, and write it to the output folder."""
     return run(lambda: _bench(argv))
 
 
 def _bench(argv: Sequence[str] | None) -> int:
     arguments = _parser().parse_args(argv)
-    run_sections(_sections(arguments.only), arguments)
-    return 0
-
-
-def run_sections(sections: list[str], arguments: argparse.Namespace) -> None:
-    """Measure section by section; the findings of each are on disk before the next one begins."""
-    from hfprune_launch.benchmark.plot import can_plot, plot
-    from hfprune_launch.benchmark.results import Findings, markdown
-    from hfprune_launch.benchmark.settings import require_measurable
+    sections = _sections(arguments.only)
+    if arguments.rounds < 1:
+        raise UserError(f"--rounds {arguments.rounds}: at least 1")
+    from hfprune_launch.demo.assets import QUIET_AND_OFFLINE, build
+    from hfprune_launch.demo.prose import reference_prose
     from hfprune_launch.screen import make_console, say
 
     from hfprune_dist.checkpoints.checkpoint import open_checkpoint
+    from hfprune_dist.results.markdown import table_of_texts
     from hfprune_dist.store.atomic_files import write_json, write_text
-
-    if arguments.model is not None:
-        require_measurable(open_checkpoint(arguments.model))
-    out: Path = arguments.out
-    out.mkdir(parents=True, exist_ok=True)
-    findings, tell = Findings(), partial(say, make_console(works_on=True))
-    with tempfile.TemporaryDirectory(dir=out) as scratch:
-        settings = _settings(arguments, Path(scratch))
-        for section in sections:
-            started = time.monotonic()
-            findings += _measure(section, settings)
-            tell(f"{section}: {time.monotonic() - started:.0f} s")
-            write_json(out / "bench.json", {"machine": _machine(), **_told(settings), **findings.to_json()})
-    table = markdown(findings.lines)
-    write_text(out / "bench.md", table + "\n")
-    charts = "" if can_plot() else "; for charts: pip install 'hfprune-dist[bench]'"
-    if findings.charts and can_plot():
-        plot(findings.charts, out / "bench.png")
-        charts = ", bench.png"
-    tell(f"\n{table}\n\nwritten: {out / 'bench.json'}, bench.md{charts}")
-
-
-def _measure(section: str, settings: Settings) -> Findings:
-    from hfprune_launch.benchmark import launcher, pruning, ranks, scaling, scoring
-
-    measures: Mapping[str, Callable[[Settings], Findings]] = {
-        "pass": scoring.measure_pass,
-        "criteria": scoring.measure_criteria,
-        "scaling": scaling.measure_scaling,
-        "ranks": ranks.measure_ranks,
-        "prune": pruning.measure_prune,
-        "launcher": launcher.measure_launcher,
-    }
-    return measures[section](settings)
-
-
-def _settings(arguments: argparse.Namespace, scratch: Path) -> Settings:
-    """Return settings with the user's model, or the demo's (made if missing), and with the demo's text."""
-    from hfprune_launch.benchmark.settings import Settings, tokens_of
-    from hfprune_launch.demo.assets import QUIET_AND_OFFLINE, build
-    from hfprune_launch.demo.prose import reference_prose
-
-    from hfprune_dist.checkpoints.checkpoint import open_checkpoint
 
     os.environ.update(QUIET_AND_OFFLINE)
     if arguments.model is None:
         build(ASSETS)
-    text = scratch / "text.txt"
-    text.write_text("\n\n".join(reference_prose().calibration), encoding="utf-8")
-    rounds = QUICK_ROUNDS if arguments.quick else ROUNDS
-    model = arguments.model or ASSETS / "llama"
-    tokens = tokens_of(open_checkpoint(model))
-    return Settings(str(model), str(text), tokens, rounds, arguments.quick, scratch)
+    model: Path = arguments.model or ASSETS / "llama"
+    checkpoint = open_checkpoint(model)
+    if checkpoint.family.experts:
+        raise UserError(f"--model {model}: a mixture of experts; give a model with one MLP in each layer")
+    out: Path = arguments.out
+    out.mkdir(parents=True, exist_ok=True)
+    tokens = min(TOKENS, checkpoint.max_positions or TOKENS)
+    findings: dict[str, Lines] = {}
+    with tempfile.TemporaryDirectory(dir=out) as scratch:
+        text = Path(scratch) / "text.txt"
+        text.write_text("\n\n".join(reference_prose().calibration), encoding="utf-8")
+        for section in sections:
+            findings[section] = _measure(section, str(model), str(text), tokens, arguments.rounds)
+    measured = [
+        [section, what, f"{value:.3g} {unit}"] for section in sections for what, value, unit in findings[section]
+    ]
+    table = table_of_texts(["section", "what", "measured"], measured)
+    write_json(out / "bench.json", {"machine": _machine(), "model": str(model), "tokens": tokens, **findings})
+    write_text(out / "bench.md", table + "\n")
+    say(make_console(), f"{table}\n\nwritten: {out / 'bench.json'}, bench.md")
+    return 0
 
 
-def _told(settings: Settings) -> dict[str, Any]:
-    return {
-        "settings": {"model": settings.model, "tokens": settings.tokens, "rounds": settings.rounds},
-        "quick": settings.quick,
+def _measure(section: str, model: str, text: str, tokens: int, rounds: int) -> Lines:
+    if section == "commands":
+        return _measure_commands(rounds)
+    from hfprune_launch.benchmark import ranks, scoring
+
+    measure = {"pass": scoring.measure_pass, "ranks": ranks.measure_ranks}[section]
+    return measure(model, text, tokens, rounds)
+
+
+def _measure_commands(rounds: int) -> Lines:
+    """Measure how long a user waits for commands; none can be faster than the bare interpreter."""
+    from hfprune_launch.benchmark.measurement import paired_seconds
+
+    sweep = [sys.executable, str(PROJECT.packages["hfprune_launch"] / "sweep.py")]
+    settings = ["--config", str(PROJECT.configs / "demo.yaml"), "--show-config"]
+    commands = {
+        "python -c ''": [sys.executable, "-c", ""],
+        "--help": [*sweep, "--help"],
+        "--show-config": [*sweep, *settings],
     }
+    variants = {
+        name: lambda command=command: subprocess.run(command, check=True, capture_output=True)
+        for name, command in commands.items()
+    }
+    return [(name, statistics.median(times), "s") for name, times in paired_seconds(variants, rounds).items()]
 
 
 def _machine() -> dict[str, Any]:
@@ -133,18 +120,18 @@ def _machine() -> dict[str, Any]:
     }
 
 
+SECTIONS = ("pass", "ranks", "commands")
+
+
 def _sections(only: str | None) -> list[str]:
     from hfprune_dist.config.load import parse_list
 
     chosen = list(SECTIONS) if only is None else parse_list("--only", only)
     for section in chosen:
-        if chosen.count(section) > 1:
-            raise UserError(f"--only: {section!r} is named twice")
         if section not in SECTIONS:
-            raise UserError(
-                f"--only: no section {section!r}{did_you_mean(section, SECTIONS)}; valid: {', '.join(SECTIONS)}"
-            )
-    return chosen
+            hint = did_you_mean(section, SECTIONS)
+            raise UserError(f"--only: no section {section!r}{hint}; valid: {', '.join(SECTIONS)}")
+    return list(dict.fromkeys(chosen))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -152,7 +139,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--model", metavar="PATH", type=folder, help="a checkpoint folder; default: the demo's llama")
     told = f"sections to measure, of {', '.join(SECTIONS)}; default: all"
     parser.add_argument("--only", metavar="A,B", action=ListAction, help=told)
-    parser.add_argument("--quick", action="store_true", help="fewer rounds and points, to see that it works")
+    parser.add_argument(
+        "--rounds", metavar="N", type=int, default=3, help="measured rounds, of which medians are taken"
+    )
     default = Path("runs/bench")
     parser.add_argument("--out", metavar="DIR", type=folder, default=default, help=f"for results; default: {default}")
     return parser

@@ -10,46 +10,35 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from hfprune_launch.benchmark.isolated import call
-from hfprune_launch.benchmark.results import Findings, Line
-from hfprune_launch.benchmark.settings import Settings
-from hfprune_launch.benchmark.subject import read_text
+from hfprune_launch.benchmark.measurement import call
+from hfprune_launch.benchmark.scoring import read_windows
 
 from hfprune_dist.checkpoints.checkpoint import open_checkpoint
 from hfprune_dist.core.criteria import CRITERIA
 
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}
 ALONE = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
-SHARD_SIZE = 2
+SHARDS, SHARD_SIZE = 4, 2
 DTYPE = "bfloat16"
 
 
-def measure_ranks(settings: Settings) -> Findings:
-    """Measure the time for the same windows, and count how many different sums the runs give."""
-    repeats = 1 if settings.quick else 2
-    where = {
-        "model": settings.model,
-        "text": settings.text,
-        "tokens": settings.tokens // 4,
-        "shards": 2 if settings.quick else 4,
-    }
+def measure_ranks(model: str, text: str, tokens: int, rounds: int) -> list[tuple[str, float, str]]:
+    """Measure the time for the same windows, and count how many different sums the runs give: what, value, unit."""
+    where = {"model": model, "text": text, "tokens": tokens // 4, "shards": SHARDS}
     # Every rank needs a GPU of its own, and all compared runs need the same kind of device.
     device = {} if torch.cuda.device_count() >= 2 else {"CUDA_VISIBLE_DEVICES": ""}
-    runs: dict[int, list[Any]] = {1: [], 2: []}
-    for _ in range(repeats):
-        for ranks, done in runs.items():
-            alone = ALONE if ranks == 1 else {}
-            done.append(call(f"{__name__}:score", where, {**ONE_THREAD, **device, **alone}, ranks))
-    seconds = {ranks: statistics.median(run["seconds"] for run in done) for ranks, done in runs.items()}
-    sums = {tuple(run["digests"]) for done in runs.values() for run in done}
-    return Findings(
-        [
-            Line(
-                "ranks", f"{DTYPE}: ZeRO-3 on 2 ranks, time for the same windows", seconds[2] / seconds[1], "x 1 rank"
-            ),
-            Line("ranks", f"{DTYPE}: different sums among all runs", float(len(sums)), "", 1.0),
-        ]
-    )
+    environment = {**ONE_THREAD, **device}
+    seconds: list[float] = []
+    sums = set()
+    for _ in range(rounds):
+        alone = call(f"{__name__}:score", where, {**environment, **ALONE})
+        sharded = call(f"{__name__}:score", where, environment, ranks=2)
+        seconds.append(sharded["seconds"] / alone["seconds"])
+        sums |= {tuple(run["digests"]) for run in (alone, sharded)}
+    return [
+        (f"{DTYPE}: ZeRO-3 on 2 ranks, time for the same windows", statistics.median(seconds), "x 1 rank"),
+        (f"{DTYPE}: different sums among all runs", len(sums), "(1: all have the same bits)"),
+    ]
 
 
 def score(model: str, text: str, tokens: int, shards: int) -> dict[str, Any]:
@@ -58,7 +47,7 @@ def score(model: str, text: str, tokens: int, shards: int) -> dict[str, Any]:
     from hfprune_dist.scoring.shard_scorer import ShardScorer
 
     world = join_world(os.environ, timeout_minutes=10, reproducible=True)
-    windows_ST = read_text(model, text, shards * SHARD_SIZE, tokens)
+    windows_ST = read_windows(model, text, shards * SHARD_SIZE, tokens)
     scorer = ShardScorer(
         open_checkpoint(Path(model)),
         getattr(torch, DTYPE),
