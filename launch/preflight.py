@@ -76,8 +76,7 @@ def check_stages(
     Raises:
         UserError: for more ranks than this machine has GPUs, GPUs that torch can't use, a tracker that isn't installed,
             a text or data set that can't be read, a text that is too short, a batch that ranks can't share, an unknown
-            task, more examples than a task has documents, answers too long for a model, or a model with unsuitable
-            tokenizer, chat template, weights or positions.
+            task, or a model with unsuitable tokenizer, chat template, weights or positions.
     """
     if todo and profile is None:
         ranks_here(config.runtime)
@@ -115,20 +114,9 @@ def _require_data_sets(sources: Iterable[TextSource]) -> None:
 
 
 def _check_tasks(evaluation: EvaluationConfig) -> None:
-    from hfprune_dist.evaluation.lm_eval_tasks import check_tasks  # lm-eval takes seconds to import
+    from hfprune_dist.evaluation.lm_eval_tasks import refuse_unknown  # lm-eval takes seconds to import
 
-    check_tasks(evaluation.tasks, _include_path(evaluation), evaluation.num_fewshot)
-
-
-def _check_answers(evaluation: EvaluationConfig, positions: int | None, folder: Path) -> None:
-    from hfprune_dist.evaluation.task_index import require_room_for_answers
-
-    if positions is not None:
-        require_room_for_answers(evaluation.tasks, _include_path(evaluation), positions, folder)
-
-
-def _include_path(evaluation: EvaluationConfig) -> Path | None:
-    return Path(evaluation.include_path) if evaluation.include_path else None
+    refuse_unknown(evaluation.tasks, Path(evaluation.include_path) if evaluation.include_path else None)
 
 
 def _check_trackers(runtime: RuntimeConfig) -> None:
@@ -199,10 +187,8 @@ def _check_model(config: SweepConfig, folder: Path, readings: Sequence[Reading],
     require_finite_routers(checkpoint)
     tokenizer = load_tokenizer(folder)
     require_embedded(tokenizer, checkpoint.config["vocab_size"], folder)
-    if evaluates and config.evaluation.tasks:
-        _check_answers(config.evaluation, checkpoint.max_positions, folder)
-        if config.evaluation.apply_chat_template:
-            require_chat(tokenizer, folder, with_examples=bool(config.evaluation.num_fewshot))
+    if evaluates and config.evaluation.tasks and config.evaluation.apply_chat_template:
+        require_chat(tokenizer, folder, with_examples=bool(config.evaluation.num_fewshot))
     for reading in readings:
         _check_length(reading, folder, checkpoint.max_positions)
     return [remark for reading in readings if (remark := _check_text(reading, folder, tokenizer))]

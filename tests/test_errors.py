@@ -15,7 +15,6 @@ from hfprune_dist.checkpoints.tensor_files import save_tensors
 from hfprune_dist.checkpoints.write_pruned import write_weight_file
 from hfprune_dist.data.windows import WINDOWS, save_windows
 from hfprune_dist.errors import UserError, did_you_mean, explained, from_os_error
-from hfprune_dist.evaluation.sharded_lm import AnswerLog
 from hfprune_dist.store.atomic_files import write_json
 from hfprune_dist.structures.kept import Kept
 
@@ -83,10 +82,6 @@ def write_weights(file):
     write_weight_file(open_checkpoint(dense), file.name, Kept((0,), {}), file.parent)
 
 
-def keep_answers(file):
-    AnswerLog(file).add([["a"]], [[1.0]])
-
-
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root to mount a small disk")
 @pytest.mark.parametrize(
     ("name", "write"),
@@ -95,7 +90,6 @@ def keep_answers(file):
         ("a.safetensors", lambda file: save_tensors({"a": torch.zeros(2)}, file)),
         (WINDOWS, lambda file: save_windows(torch.zeros(1, 2), file.parent)),
         ("model.safetensors", write_weights),
-        ("a.jsonl", keep_answers),
         ("a.py", lambda file: shutil.copyfile(__file__, file)),
     ],
 )

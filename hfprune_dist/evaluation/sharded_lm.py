@@ -4,20 +4,16 @@ lm-eval runs only on rank 0 and sees a single process: there it builds the reque
 take minutes. The other ranks wait for requests to answer with it.
 
 Requests are cut into chunks that don't depend on the number of ranks, and each chunk is answered by one rank. Answers
-and scores therefore have the same bits on any number of ranks, a task may have fewer documents than there are ranks,
-and a killed task resumes at a chunk, even with another number of ranks.
+and scores therefore have the same bits on any number of ranks, and a task may have fewer documents than there are
+ranks.
 """
 
 from __future__ import annotations
 
-import json
 import math
-import os
 import traceback
-import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -27,10 +23,9 @@ from lm_eval.models.huggingface import HFLM
 from hfprune_dist.core.memory_limits import LOGITS_BYTES
 from hfprune_dist.distributed.frozen_model import FrozenModel
 from hfprune_dist.distributed.interruption import Interruption
-from hfprune_dist.errors import UserError, naming
-from hfprune_dist.evaluation.task_index import explain
+from hfprune_dist.errors import UserError
+from hfprune_dist.evaluation.lm_eval_tasks import explain
 from hfprune_dist.planning.memory import logits_bytes
-from hfprune_dist.store.hashing import digest_of
 
 # Maximum number of batches per chunk. Single-letter choices share a forward if they are in the same chunk; several
 # batches per chunk keep them together.
@@ -43,45 +38,20 @@ _UNSUITABLE = (AssertionError, IndexError, TypeError, ValueError)
 
 T = TypeVar("T")
 Arguments = tuple[Any, ...]
-# (name of the model's method, index of the chunk, arguments of its requests)
-Chunk = tuple[str, int, list[Arguments]]
+# (name of the task, name of the model's method, index of the chunk, arguments of its requests)
+Chunk = tuple[str, str, int, list[Arguments]]
 
 
 class ModelError(Exception):
     """The model failed to answer; ``__cause__`` is the reason. Other errors inside lm-eval are those of a task."""
 
 
-class RequestError(Exception):
-    """A request that no model, or not this one, can answer: too long, or with options that there aren't."""
-
-
-class AnswerLog:
-    """The answers of one task's finished chunks, in a file that survives the stage.
-
-    Args:
-        file: JSON lines, each with a checksum; damaged lines are skipped, and their chunks answered again.
-    """
-
-    def __init__(self, file: Path) -> None:
-        self._file = file
-        self._answers: dict[str, list[Any]] = dict(_read_lines(file))
-        file.parent.mkdir(parents=True, exist_ok=True)
-
-    def get(self, chunk: Chunk) -> list[Any] | None:
-        return self._answers.get(digest_of(chunk))
-
-    def add(self, chunks: Sequence[Chunk], answers: Sequence[list[Any]]) -> None:
-        with naming(self._file), self._file.open("a", encoding="utf-8") as stream:
-            for chunk, chunk_answers in zip(chunks, answers, strict=True):
-                entry = [digest_of(chunk), chunk_answers]
-                # Read back here alone, and as it was: infinite log-likelihoods have Python's names.
-                stream.write("\n" + json.dumps([*entry, _checksum(entry)]))
-            stream.flush()
-            os.fsync(stream.fileno())
-
-
 class ShardedLM(HFLM):  # type: ignore[misc]
     """An lm-eval model over a ``FrozenModel``, for use on rank 0 while all ranks ``run``.
+
+    Attributes:
+        task: name of the task that is being evaluated, on rank 0.
+        report: called on rank 0 with how many requests of how many are answered.
 
     Args:
         tokenizer: the model's tokenizer; its ``add_bos_token`` is set.
@@ -109,13 +79,13 @@ class ShardedLM(HFLM):  # type: ignore[misc]
             add_bos_token=add_bos_token,
             softmax_dtype=torch.float32,  # summed over a document, bfloat16 keeps no more than three digits
         )
+        self.task = ""
+        self.report: Callable[[int, int], None] = lambda done, total: None
         self._device = model.world.device
         self._wants_bos = add_bos_token
         self._world = model.world
         self._interruption = interruption
         self._frozen = model
-        self._log: AnswerLog | None = None
-        self._report: Callable[[int, int], None] = lambda done, total: None
 
     def run(self, work: Callable[[], T]) -> T:
         """Run work that asks this model on rank 0, and answer it with all ranks; return its result on every rank."""
@@ -128,15 +98,6 @@ class ShardedLM(HFLM):  # type: ignore[misc]
         return self._world.broadcast(None)  # type: ignore[return-value]
 
     # On rank 0: called by lm-eval.
-
-    @contextmanager
-    def task(self, log: AnswerLog, report: Callable[[int, int], None]) -> Iterator[None]:
-        """Answer from ``log`` where possible, add new answers to it, and report (done, total) requests."""
-        self._log, self._report = log, report
-        try:
-            yield
-        finally:
-            self._log, self._report = None, lambda done, total: None
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
         return [(float(value), bool(greedy)) for value, greedy in self._ask("loglikelihood", requests)]
@@ -151,68 +112,53 @@ class ShardedLM(HFLM):  # type: ignore[misc]
         """Have all ranks answer requests, each one chunk at a time."""
         try:
             return self._ask_all_ranks(method, [tuple(request.args) for request in requests])
-        except RequestError:  # an error of the task
-            raise
         except Exception as error:
             raise ModelError(f"{method}: {error}") from error
 
     def _ask_all_ranks(self, method: str, requests: list[Arguments]) -> list[Any]:
-        assert self._log is not None
         order = sorted(range(len(requests)), key=lambda index: _by_length(requests[index]))
-        size = chunk_size(method, len(requests), self.batch_size)
+        size, ranks = chunk_size(method, len(requests), self.batch_size), self._world.size
         places = [order[start : start + size] for start in range(0, len(order), size)]
-        chunks = [(method, number, [requests[index] for index in place]) for number, place in enumerate(places)]
-        known = [self._log.get(chunk) for chunk in chunks]
-        missing = [number for number, answers in enumerate(known) if answers is None]
-        for start in range(0, len(missing), self._world.size):
-            self._report(len(requests) - sum(len(places[number]) for number in missing[start:]), len(requests))
-            now = missing[start : start + self._world.size]
-            answers = self._round(self._log, [chunks[number] for number in now])
-            for number, chunk_answers in zip(now, answers, strict=True):
-                known[number] = chunk_answers
-        self._report(len(requests), len(requests))
-        if any(_is_nan(answer) for answers in known for answer in answers or ()):
+        answers: list[Any] = [None] * len(requests)
+        for first in range(0, len(places), ranks):
+            self.report(first * size, len(requests))
+            now = range(first, min(first + ranks, len(places)))
+            chunks = [(self.task, method, number, [requests[index] for index in places[number]]) for number in now]
+            for number, of_chunk in zip(now, self._answer_mine(self._world.broadcast(chunks)), strict=True):
+                for index, answer in zip(places[number], of_chunk, strict=True):
+                    answers[index] = answer
+        self.report(len(requests), len(requests))
+        if any(_is_nan(answer) for answer in answers):
             raise UserError(f"{method}: the model's log-likelihoods are NaN; check the checkpoint's weights")
-        return _in_place(places, known, len(requests))
-
-    def _round(self, log: AnswerLog, chunks: list[Chunk]) -> list[list[Any]]:
-        """Have every rank answer a chunk at most, and keep the answers.
-
-        Raises:
-            RequestError: if one of the chunks has a request that can't be answered.
-        """
-        answers = []
-        for of_chunk in self._answer_mine(self._world.broadcast(chunks)):
-            if isinstance(of_chunk, RequestError):
-                raise of_chunk
-            answers.append(of_chunk)
-        log.add(chunks, answers)
         return answers
 
     # On all ranks.
 
-    def _answer_mine(self, chunks: list[Chunk]) -> list[list[Any] | RequestError]:
-        """Answer this rank's chunk, if it has one; return the answers to all chunks, or why there are none."""
+    def _answer_mine(self, chunks: list[Chunk]) -> list[list[Any]]:
+        """Answer this rank's chunk, if it has one; return the answers to all chunks."""
         self._interruption.stop_if_agreed(self._world)
-        answers = self._answer_or_refuse(*chunks[self._world.rank]) if self._world.rank < len(chunks) else []
+        answers = self._answer(*chunks[self._world.rank]) if self._world.rank < len(chunks) else []
         self._frozen.join_idle_forwards()
         return self._world.all_gather(answers)[: len(chunks)]
 
-    def _answer_or_refuse(self, method: str, number: int, arguments: list[Arguments]) -> list[Any] | RequestError:
+    def _answer(self, task: str, method: str, number: int, arguments: list[Arguments]) -> list[Any]:
+        """Have lm-eval's own code answer a chunk; sampling, if any, is seeded with the chunk's number.
+
+        Raises:
+            UserError: for a request that no model, or not this one, can answer: too long, or with unknown options.
+        """
+        torch.manual_seed(number)
+        requests = [Instance(method, {}, args, index) for index, args in enumerate(arguments)]
         try:
-            return self._answer(method, number, arguments)
+            # Rolling windows begin with BOS anyway; a second one would count as text to be predicted.
+            with self._without_bos() if method == "loglikelihood_rolling" else nullcontext():
+                answers: list[Any] = getattr(super(), method)(requests, disable_tqdm=True)
         except _UNSUITABLE as error:
             # Of a bare assertion, all that is known is its line.
             reason = explain(error) if str(error) else f"{traceback.extract_tb(error.__traceback__)[-1].line} fails"
-            return RequestError(f"{method}, by a model that reads {self.max_length} tokens: {reason}")
-
-    def _answer(self, method: str, number: int, arguments: list[Arguments]) -> list[Any]:
-        """Have lm-eval's own code answer a chunk; sampling, if any, is seeded with the chunk's number."""
-        torch.manual_seed(number)
-        requests = [Instance(method, {}, args, index) for index, args in enumerate(arguments)]
-        # Rolling windows begin with BOS anyway; a second one would count as text to be predicted.
-        with self._without_bos() if method == "loglikelihood_rolling" else nullcontext():
-            answers: list[Any] = getattr(super(), method)(requests, disable_tqdm=True)
+            raise UserError(
+                f"task {task!r} can't be evaluated: {method}, by a model that reads {self.max_length} tokens: {reason}"
+            ) from error
         return answers
 
     @contextmanager
@@ -250,35 +196,7 @@ def _by_length(arguments: Arguments) -> tuple[int, str]:
     return -sum(len(part) for part in arguments if isinstance(part, str)), str(arguments[0])
 
 
-def _in_place(places: list[list[int]], answers: Sequence[list[Any] | None], total: int) -> list[Any]:
-    """Bring the answers of sorted chunks back into the order of the requests."""
-    result: list[Any] = [None] * total
-    for place, chunk_answers in zip(places, answers, strict=True):
-        assert chunk_answers is not None
-        for index, answer in zip(place, chunk_answers, strict=True):
-            result[index] = answer
-    return result
-
-
 def _is_nan(answer: Any) -> bool:
     """Whether an answer is a NaN log-likelihood, alone or with whether its text is the most likely one; no text is."""
     value = answer[0] if isinstance(answer, list | tuple) else answer
     return isinstance(value, float) and math.isnan(value)
-
-
-def _read_lines(file: Path) -> Iterator[tuple[str, list[Any]]]:
-    if not file.is_file():
-        return
-    for line in file.read_bytes().split(b"\n"):
-        try:
-            *entry, checksum = json.loads(line)
-        except (ValueError, TypeError):
-            continue  # empty, cut short by a kill, or damaged
-        if checksum == _checksum(entry):
-            key, answers = entry
-            yield key, answers
-
-
-def _checksum(entry: list[Any]) -> int:
-    """CRC-32 of a line without its checksum."""
-    return zlib.crc32(json.dumps(entry).encode())

@@ -68,7 +68,7 @@ def dry_run(command: Command) -> int:
     prepared, console = prepare(command, download=False), command.console
     show_plan(console, prepared.sweep.plan, prepared.verdicts, prepared.todo)
     show_shapes(console, prepared.shapes())
-    for remark in (*prepared.remarks(), *prepared.generation.remarks()):
+    for remark in prepared.remarks():
         command.tell(f"note: {remark}")
     if prepared.profile is not None:
         show_jobs(console, prepared.sweep, prepared.profile, prepared.config.runtime, prepared.verdicts)

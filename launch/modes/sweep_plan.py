@@ -9,7 +9,6 @@ from functools import partial
 
 from hfprune_launch.command import as_called
 from hfprune_launch.local.hardware import device_here, fitting_runtime, gpus_here
-from hfprune_launch.modes.generation import Generation
 from hfprune_launch.modes.sweep_arguments import Command
 from hfprune_launch.preflight import check_stages
 from hfprune_launch.project import PROJECT
@@ -90,16 +89,6 @@ class Prepared:
             told.append(f"model {model.name!r}: the largest prune.tensor_parallel that works is {split}")
         return told
 
-    @property
-    def generation(self) -> Generation:
-        """The stages in which models generate, among those that must run."""
-        return Generation(self.here, self.sweep.plan, self.sized, self.profile)
-
-    @property
-    def sized(self) -> list[str]:
-        """Ids of the stages that must run, of models whose shape is known."""
-        return _of_known_shape(self.sweep.plan, self.todo, self.models)
-
     def shapes(self) -> dict[str, KnownShape]:
         """Label of a cell -> the shape of its checkpoint as far as the plan decides it, in the order of the table."""
         checkpoints = {model.name: model.checkpoint for model in self.models}
@@ -122,7 +111,6 @@ class Prepared:
         Notes on input that is accepted are told.
         """
         refuse_what_cannot_fit(self.estimates)
-        self.generation.require_room()
         absent = [model.checkpoint.path for model in self.models if not model.is_here]
         plan, looks_only = self.sweep.plan, command.arguments.dry_run
         for remark in check_stages(self.here, plan, self.todo, self.profile, absent=absent, looks_only=looks_only):

@@ -69,8 +69,6 @@ def run_missing(command: Command, prepared: Prepared, finish: Callable[[], None]
     """
     store = prepared.sweep.store
     run_stages = _runner(command, prepared) if prepared.todo else None
-    for remark in prepared.generation.remarks():
-        command.tell(f"note: {remark}")
     require_usable(command.out)
     write_config(command.out, prepared.config, prepared.models)
     with record_locked(command.out):

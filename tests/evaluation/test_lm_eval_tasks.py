@@ -1,50 +1,77 @@
+"""lm-eval's tasks: which exist, loading them, and what is kept of their results."""
+
+import json
+
+import numpy as np
 import pytest
+from lm_eval.tasks import TaskManager
 
+from hfprune_dist.config.schema import EvaluationConfig
 from hfprune_dist.errors import UserError
-from hfprune_dist.evaluation.lm_eval_tasks import TaskLoader, clean_metrics, details_of, plain, scores_of
-from hfprune_dist.results.headline import averages
+from hfprune_dist.evaluation import lm_eval_tasks
+from hfprune_dist.evaluation.lm_eval_tasks import (
+    TaskLoader,
+    clean_metrics,
+    details_of,
+    plain,
+    refuse_unknown,
+    scores_of,
+)
+
+DATA = "dataset_path: json\ndataset_kwargs: {data_files: {test: data.json}}\ntest_split: test\n"
+CHOICE = f"{DATA}output_type: multiple_choice\ndoc_to_text: q\ndoc_to_choice: c\ndoc_to_target: l\n"
+OWN = {
+    "a": f"task: a\ntag: tag\n{CHOICE}",
+    "b": f"task: b\ntag: [tag]\n{CHOICE}",
+    "quiet": "group: quiet\ntask: [a, {group: inline, task: [b]}]\n",
+    "absent": f"task: absent\n{CHOICE}".replace("data.json", "absent.json"),
+}
 
 
-def test_a_data_set_that_cannot_be_reached_is_named(tmp_path, monkeypatch):
-    import datasets
+@pytest.fixture
+def own(tmp_path, monkeypatch):
+    """A folder of tasks; of lm-eval's own, whose index takes ten seconds, only the plain ones are read here."""
 
-    def unreachable(*args, **kwargs):
-        raise ConnectionError("Couldn't reach the hub\nafter 5 tries")
+    def without(include_path=None, include_defaults=False):
+        return TaskManager(include_path=include_path, include_defaults=False)
 
-    monkeypatch.setattr(datasets, "load_dataset", unreachable)
-    loader = TaskLoader(["arc_easy"], None, tmp_path)
-    with pytest.raises(
-        UserError, match=r"task 'arc_easy' .* can't be loaded: ConnectionError: Couldn't reach the hub after 5"
-    ):
-        loader.load("arc_easy", 0)
+    monkeypatch.setattr("lm_eval.tasks.TaskManager", without)
+    lm_eval_tasks._open_index.cache_clear()
+    for name, text in OWN.items():
+        (tmp_path / f"{name}.yaml").write_text(text)
+    documents = [{"q": "x", "c": ["y", "z"], "l": 0}] * 2
+    (tmp_path / "data.json").write_text("\n".join(map(json.dumps, documents)))
+    yield tmp_path
+    lm_eval_tasks._open_index.cache_clear()
 
 
-def test_tasks_are_loaded_below_a_long_path_in_any_script(tmp_path):
-    """The datasets library names its locks after such a path, which has few characters and many bytes."""
-    task = 'task: mine\ndataset_path: json\ndataset_kwargs: {data_files: {test: "mine.jsonl"}}\ntest_split: test\n'
-    (tmp_path / "mine.yaml").write_text(f'{task}doc_to_text: "{{{{text}}}}"\ndoc_to_target: "{{{{text}}}}"\n')
-    (tmp_path / "mine.jsonl").write_text('{"text": "a b"}\n')
-    cache = tmp_path / ("模型" * 20) / ("剪枝" * 20) / "datasets"
-    assert len(str(cache)) < 255 < len(str(cache).encode())
-    loaded = TaskLoader(["mine"], tmp_path, cache).load("mine", 0)
-    assert loaded["tasks"]["mine"].eval_docs[0] == {"text": "a b"}
+def test_tasks_groups_and_tags_are_known(own):
+    refuse_unknown(EvaluationConfig().tasks, None)
+    for tasks in (["a", "arc_easy"], ["tag"], ["quiet"]):
+        refuse_unknown(tasks, own)
+
+
+def test_unknown_names_are_listed_with_close_ones(own):
+    with pytest.raises(UserError) as caught:
+        refuse_unknown(["quite", "qqqq", "a"], own)
+    message = str(caught.value)
+    assert "unknown task 'quite'; did you mean 'quiet'?" in message
+    assert "unknown task 'qqqq'\n" in message and "'a'" not in message
+
+
+def test_a_group_is_loaded_with_its_members_and_their_data(own, tmp_path):
+    loader = TaskLoader(["quiet", "absent"], own, tmp_path / "cache")
+    tasks = loader.load("quiet", 1)["tasks"]
+    assert set(tasks) == {"a", "b"} and {it.config.num_fewshot for it in tasks.values()} == {1}
+    with pytest.raises(UserError, match=r"task 'absent' \(.*absent.yaml\) can't be loaded: .*absent.json"):
+        loader.load("absent", 0)
 
 
 def test_metric_names_are_readable():
-    raw = {
-        "alias": "x",
-        "sample_len": 3,
-        "acc,none": 0.5,
-        "acc_stderr,none": 0.1,
-        "exact_match,strict-match": 1,
-        "exact_match_stderr,strict-match": "N/A",
-    }
-    assert clean_metrics(raw) == {
-        "acc": 0.5,
-        "acc_stderr": 0.1,
-        "exact_match[strict-match]": 1,
-        "exact_match[strict-match]_stderr": None,
-    }
+    raw = {"alias": "x", "sample_len": 3, "acc,none": 0.5, "acc_stderr,none": 0.1}
+    raw |= {"exact_match,strict-match": 1, "exact_match_stderr,strict-match": "N/A"}
+    exact = {"exact_match[strict-match]": 1, "exact_match[strict-match]_stderr": None}
+    assert clean_metrics(raw) == {"acc": 0.5, "acc_stderr": 0.1, **exact}
 
 
 def test_scores_of_groups_and_tags():
@@ -54,22 +81,13 @@ def test_scores_of_groups_and_tags():
     assert scores_of("inner", group) == {"inner": {"acc": 0.5}}
     tag = {"results": {"b": tasks["b"], "a": tasks["a"]}, "group_subtasks": {}}
     assert scores_of("t", tag) == {"a": {"acc": 0.4}, "b": {"acc": 0.6}}
-    unweighted = {"results": {"g": {"alias": "g"}, "a": tasks["a"]}, "group_subtasks": {"g": ["a"]}}
-    assert scores_of("g", unweighted) == {"a": {"acc": 0.4}}
-
-
-def test_an_average_counts_no_member_of_a_group_twice():
-    results = {task: {"acc,none": 0.0} for task in ("a", "b")} | {"c": {"acc,none": 1.0}}
-    results |= {"outer": {"alias": "outer"}, "inner": {"acc,none": 0.0}, "middle": {"alias": "middle"}}
+    nested = {"outer": {"alias": "outer"}, "inner": inner, "middle": {"alias": "middle"}} | tasks
     members = {"outer": ["middle", "c"], "middle": ["inner"], "inner": ["a", "b"]}
-    scores = scores_of("outer", {"results": results, "group_subtasks": members})
-    assert scores == {"inner": {"acc": 0.0}, "c": {"acc": 1.0}}
-    assert averages(scores)[0] == 0.5
+    scores = scores_of("outer", {"results": nested, "group_subtasks": members})
+    assert scores == {"inner": {"acc": 0.5}, "c": {"acc": 0.2}}, "no member of a group counts twice"
 
 
 def test_values_become_json():
-    import numpy as np
-
     assert plain({1: (float("nan"), float("inf"), np.float64(0.5), np.int64(2), True, None, len, {"x"})}) == {
         "1": [None, None, 0.5, 2, True, None, "len", ["x"]]
     }

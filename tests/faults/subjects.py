@@ -40,12 +40,12 @@ from hfprune_dist.config.training import RecoveryConfig
 from hfprune_dist.core.criteria import CRITERIA
 from hfprune_dist.distributed import layer_states
 from hfprune_dist.distributed.layer_stream import LayerStream
-from hfprune_dist.evaluation.sharded_lm import ShardedLM
 from hfprune_dist.planning.plan import Plan
 from hfprune_dist.refit.dense_refit import DenseRefit
 from hfprune_dist.refit.measurement import Measurement
 from hfprune_dist.refit.sequential_refit import SequentialRefit
 from hfprune_dist.scoring.shard_scorer import ShardScorer
+from hfprune_dist.stages import evaluate
 from hfprune_dist.store.artifacts import Store
 from hfprune_dist.store.atomic_files import read_json
 from hfprune_dist.store.cancellation import Cancellation
@@ -478,6 +478,6 @@ def subjects() -> list[Subject]:
             {Measurement: "_through", DenseRefit: "_prepared"},
         ),
         StageSubject("importance", _importance, {ShardScorer: "score", LayerStream: "grams"}),
-        StageSubject("evaluate", _evaluate, {ShardedLM: "_answer"}),
+        StageSubject("evaluate", _evaluate, {evaluate: "_run_task"}),
         StageSubject("loraprune", _loraprune, {finetune._LoraTrainer: "training_step"}),
     ]
