@@ -13,17 +13,11 @@ from hfprune_launch.local.hardware import ranks_here
 from hfprune_launch.slurm.profile import Profile
 
 from hfprune_dist.checkpoints.checkpoint import open_checkpoint
-from hfprune_dist.config.parameters import (
-    EvaluateParameters,
-    ImportanceParameters,
-    LoraPruneParameters,
-    RecoverParameters,
-    ReferenceParameters,
-)
 from hfprune_dist.config.schema import EvaluationConfig, RuntimeConfig, SweepConfig
 from hfprune_dist.config.section import TextSource
 from hfprune_dist.data.text import Beginning, read_beginning, require_data_set
 from hfprune_dist.errors import UserError
+from hfprune_dist.kinds.memory import parameters_of
 from hfprune_dist.planning.plan import Plan
 from hfprune_dist.store.machine import count_gpus
 from hfprune_dist.store.stage import RECOVERING
@@ -131,10 +125,7 @@ def _models_by_kind(plan: Plan, todo: Sequence[str]) -> dict[str, list[Path]]:
     """Kind of stage -> folders of the dense models whose tokenizers it needs, for these and models pruned from them."""
     models: dict[str, list[Path]] = {}
     for stage in (plan.stages[stage_id] for stage_id in todo):
-        tokenizing = ImportanceParameters | RecoverParameters | LoraPruneParameters | EvaluateParameters
-        if isinstance(stage.params, tokenizing) or (
-            isinstance(stage.params, ReferenceParameters) and stage.params.text is not None
-        ):
+        if parameters_of(stage).tokenizes:
             models.setdefault(stage.kind, []).append(plan.dense_folder(stage))
     return models
 

@@ -9,8 +9,8 @@ from torch import nn
 
 from hfprune_dist.checkpoints.lora_adapter import lora_targets, merge_weight_file, read_adapter, write_adapter
 from hfprune_dist.checkpoints.write_pruned import write_companions
-from hfprune_dist.planning.dimensions import checkpoint_dimensions
-from hfprune_dist.planning.memory import Train
+from hfprune_dist.kinds.dimensions import checkpoint_dimensions
+from hfprune_dist.kinds.training import Train
 
 # Blocks of a layer that attend to other tokens; convolutions and state-space blocks don't.
 ATTENTION = {"self_attn", "attention", "linear_attn"}

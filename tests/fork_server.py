@@ -36,7 +36,7 @@ from typing import Any, NoReturn
 
 from hfprune_launch.stage.parent import die_with_parent
 
-from hfprune_dist.config.parameters import PARAMETERS
+from hfprune_dist.config.parameters import KINDS
 
 FOLDER = Path(__file__).resolve().parent
 TORCHRUN = "torch.distributed.run"
@@ -62,7 +62,7 @@ IMPORTED = (
     "rich.live",
     "hfprune_dist.evaluation.sharded_lm",
     "hfprune_dist.report.page",
-    *(f"hfprune_dist.stages.{kind}" for kind in PARAMETERS),
+    *(f"hfprune_dist.stages.{kind}" for kind in KINDS),
     *(f"hfprune_launch.{name}" for name in ("modes.sweep", "modes.compare", "stage.run", "slurm.job", "report")),
 )
 # Libraries that would start threads or query the network when they are imported.

@@ -17,7 +17,7 @@ import yaml
 from sweeps import command
 
 from hfprune_dist.checkpoints.checkpoint import open_checkpoint
-from hfprune_dist.planning.dimensions import Dimensions, dimensions_of
+from hfprune_dist.kinds.dimensions import Dimensions, dimensions_of
 from hfprune_dist.store.artifacts import Store
 from hfprune_dist.store.machine import count_gpus
 

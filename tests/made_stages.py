@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from hfprune_dist.config.parameters import PARAMETERS, Parameters
+from hfprune_dist.config.parameters import Parameters, parameters_of
 from hfprune_dist.config.schema import EvaluationConfig
 from hfprune_dist.config.texts import CalibrationConfig, FidelityConfig
 from hfprune_dist.config.training import DistillationConfig, RecoveryConfig
@@ -55,7 +55,7 @@ def stage_of(
     """Return a stage with these settings over valid ones; those that its kind lacks only tell it from others."""
     if isinstance(settings, Parameters):
         return Stage(kind, label, settings, inputs or {})
-    fields = PARAMETERS[kind].model_fields
+    fields = parameters_of(kind).model_fields
     given, inputs = dict(settings or {}), dict(inputs or {})
     others = {name: given.pop(name) for name in list(given) if name not in fields}
     if others:
@@ -67,4 +67,4 @@ def stage_of(
         if isinstance(text, dict):
             is_file = "dataset" not in text and "path" not in text and "mixture" not in text
             values[name] = section(**text, **({"path": "(file)"} if is_file else {}))
-    return Stage(kind, label, PARAMETERS[kind](**values), inputs)
+    return Stage(kind, label, parameters_of(kind)(**values), inputs)

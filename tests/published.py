@@ -15,12 +15,12 @@ from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCau
 from hfprune_dist.checkpoints.checkpoint import open_checkpoint
 from hfprune_dist.config.load import load_config
 from hfprune_dist.config.schema import SweepConfig
+from hfprune_dist.kinds.dimensions import dimensions_of
+from hfprune_dist.kinds.memory import Gpus
+from hfprune_dist.kinds.placement import choose_micro_batches
 from hfprune_dist.planning.build_plan import build_plan
-from hfprune_dist.planning.dimensions import dimensions_of
-from hfprune_dist.planning.memory import Gpus
 from hfprune_dist.planning.methods import resolve_methods
 from hfprune_dist.planning.model_sources import ModelSource
-from hfprune_dist.planning.placement import choose_micro_batches
 from hfprune_dist.planning.plan import Plan
 from hfprune_dist.store.hashing import FileHashes
 

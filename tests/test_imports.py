@@ -6,12 +6,12 @@ import sys
 from graphlib import TopologicalSorter
 from pathlib import Path
 
-from hfprune_dist.config.parameters import PARAMETERS
+from hfprune_dist.config.parameters import KINDS
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = {"hfprune_dist": "hfprune_dist", "hfprune_launch": "launch"}
 ROOMS = {
-    *("config", "store", "data", "core", "checkpoints", "planning", "models", "distributed"),
+    *("config", "store", "data", "core", "checkpoints", "kinds", "planning", "models", "distributed"),
     *("scoring", "refit", "training", "evaluation", "report", "results", "stages", "structures"),
 }
 COMMANDS = ["hfprune", "sweep", "status", "report", "compare", "bench", "clean", "demo_assets", "schema"]
@@ -28,7 +28,7 @@ SHARED = [
 ]
 # These don't wait for torch, so that a login node answers at once.
 TORCH_FREE = [
-    *(f"hfprune_dist.{room}" for room in ("config", "store", "planning", "report", "results", "structures")),
+    *(f"hfprune_dist.{room}" for room in ("config", "store", "kinds", "planning", "report", "results", "structures")),
     *(f"hfprune_dist.checkpoints.{name}" for name in ("checkpoint", "families", "kept_file", "lfs_pointers")),
     *(f"hfprune_dist.checkpoints.{name}" for name in ("layer_settings", "pruned_config")),
     "hfprune_dist.core.criteria",
@@ -133,7 +133,7 @@ def test_commands_never_import_commands():
 
 def test_stages_are_imported_by_none_of_their_room():
     """Parts that a stage consists of, or that stages share, may be imported."""
-    stages = {f"hfprune_dist.stages.{kind}" for kind in PARAMETERS}
+    stages = {f"hfprune_dist.stages.{kind}" for kind in KINDS}
     room = {name for name in modules("hfprune_dist") if name.startswith("hfprune_dist.stages.")}
     assert stages <= room
     for module in room:
@@ -204,7 +204,7 @@ for name in {names}:
 
 def test_stages_wait_for_no_library_that_they_may_not_need():
     """One process imports all kinds, those that may import the least first."""
-    kinds = sorted(PARAMETERS, key=lambda kind: sum(kind in those for those in HEAVY.values()))
+    kinds = sorted(KINDS, key=lambda kind: sum(kind in those for those in HEAVY.values()))
     unneeded = {kind: [name for name, those in HEAVY.items() if kind not in those] for kind in kinds}
     script = f"""
 import gc, importlib, sys

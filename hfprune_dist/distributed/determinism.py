@@ -10,9 +10,6 @@ from typing import Any
 
 import torch
 
-# Kinds of stages that promise the same bits. Recovery and evaluation are free to use the fastest kernels.
-REPRODUCIBLE = frozenset({"importance", "reference", "prune"})
-
 
 def compute_deterministically() -> None:
     """Make every GPU operation give the same bits each time, or raise; to be called before CUDA starts.

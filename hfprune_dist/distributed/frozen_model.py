@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from hfprune_dist.checkpoints.checkpoint import Checkpoint
 from hfprune_dist.config.schema import Sharding
 from hfprune_dist.distributed.world import World
+from hfprune_dist.kinds.dimensions import checkpoint_dimensions
+from hfprune_dist.kinds.memory import Gpus, Job
+from hfprune_dist.kinds.placement import Placement, place
 from hfprune_dist.models.loading import load_causal_lm
-from hfprune_dist.planning.dimensions import checkpoint_dimensions
-from hfprune_dist.planning.memory import Gpus, Job
-from hfprune_dist.planning.placement import Placement, place
 from hfprune_dist.store.machine import available_memory
 
 # How a model is sharded once that is decided.

@@ -21,7 +21,7 @@ from hfprune_dist.config.schema import Sharding
 from hfprune_dist.distributed.frozen_model import FrozenModel, choose_sharding
 from hfprune_dist.distributed.world import World
 from hfprune_dist.errors import UserError
-from hfprune_dist.planning.memory import Evaluate
+from hfprune_dist.kinds.evaluate import Evaluate
 
 PROBE = "probe.safetensors"
 # Positions of a window, evenly spread: enough to see any departure, and little to keep even for a large model.

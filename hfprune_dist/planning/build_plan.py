@@ -11,10 +11,10 @@ from dataclasses import replace
 from hfprune_dist.config.method import Method
 from hfprune_dist.config.schema import SweepConfig
 from hfprune_dist.errors import UserError
+from hfprune_dist.kinds.placement import choose_micro_batches
 from hfprune_dist.planning.legality import can_do, refuse_criteria, refuse_model, suited
 from hfprune_dist.planning.model_sources import ModelSource
 from hfprune_dist.planning.multiples import with_numbers
-from hfprune_dist.planning.placement import choose_micro_batches
 from hfprune_dist.planning.plan import NONE, OWN, Cell, Plan, label_of
 from hfprune_dist.planning.planned_stages import PlannedStages, Variant
 from hfprune_dist.planning.ratios import check_ratios

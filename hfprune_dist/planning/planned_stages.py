@@ -6,28 +6,25 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hfprune_dist.config.method import Method
-from hfprune_dist.config.parameters import (
-    DistillParameters,
-    EfficiencyParameters,
-    EvaluateParameters,
-    LoraPruneParameters,
-    RecoverParameters,
-    ReferenceParameters,
-    StudentParameters,
-)
 from hfprune_dist.config.schema import SweepConfig
 from hfprune_dist.config.section import TextSource
 from hfprune_dist.config.texts import FIRST, reference_role
 from hfprune_dist.data.formats import identity_of
 from hfprune_dist.errors import UserError
-from hfprune_dist.planning.cuts import cut_parameters
+from hfprune_dist.kinds.distill import DistillParameters
+from hfprune_dist.kinds.efficiency import EfficiencyParameters
+from hfprune_dist.kinds.evaluate import EvaluateParameters
+from hfprune_dist.kinds.importance import ImportanceParameters, StudentParameters
+from hfprune_dist.kinds.loraprune import LoraPruneParameters
+from hfprune_dist.kinds.prune import PruneParameters
+from hfprune_dist.kinds.recover import RecoverParameters
+from hfprune_dist.kinds.reference import ReferenceParameters
 from hfprune_dist.planning.model_sources import ModelSource
-from hfprune_dist.planning.scoring_passes import Scored, part_of, pass_parameters
+from hfprune_dist.planning.scoring_passes import Scored, part_of
 from hfprune_dist.planning.user_files import own_tasks
 from hfprune_dist.store.hashing import FileHashes
-from hfprune_dist.store.provenance import package_versions
 from hfprune_dist.store.stage import Input, Stage
-from hfprune_dist.structures import NEURONS, kinds_among
+from hfprune_dist.structures import NEURONS
 
 
 @dataclass(frozen=True)
@@ -74,27 +71,18 @@ class PlannedStages:
         inputs = {**inputs}
         for share in self._config.calibration.shares():
             inputs |= self._text(share.role, share.text)
-        params = pass_parameters(self._config, scored, student)
+        params = ImportanceParameters.of(self._config, scored.criteria, scored.structures, student)
         return self._add(Stage("importance", label, params, inputs))
 
     def prune(self, label: str, inputs: dict[str, Input], ratio: float, method: Method) -> Stage:
-        """One cut.
-
-        Args:
-            inputs: the dense model and its scores.
-            ratio: share of its parameters that is gone afterwards.
-        """
-        params = cut_parameters(self._config, method, ratio)
-        return self._add(Stage("prune", label, params, inputs))
+        """One cut; ``inputs`` are the dense model and its scores, ``ratio`` what is gone of it afterwards."""
+        return self._add(Stage("prune", label, PruneParameters.of(self._config, method, ratio), inputs))
 
     def reference_of_calibration(self, importance: Stage) -> Stage:
         """The reference on the windows that the dense model was scored on."""
-        distillation = self._config.distillation
-        params = ReferenceParameters(dtype=distillation.dtype, micro_batch_size=distillation.rows_at_once)
-        inputs = {
-            "model": importance.inputs["model"],
-            "importance": part_of(importance, Scored(frozenset(), [NEURONS])),
-        }
+        params = ReferenceParameters.of_calibration(self._config.distillation)
+        windows = part_of(importance, Scored(frozenset(), [NEURONS]))
+        inputs = {"model": importance.inputs["model"], "importance": windows}
         return self._add(Stage("reference", f"{importance.label} calibration", params, inputs))
 
     def distill(self, variant: Variant, pruned: Input, reference: Stage, passes: int) -> Stage:
@@ -111,39 +99,20 @@ class PlannedStages:
 
     def loraprune(self, variant: Variant, method: Method, ratio: float) -> Stage:
         """The training that prunes and recovers at the same time; the method is one with numbers."""
-        (first, last), multiple_of = method.protected(), method.multiple_of
-        assert isinstance(multiple_of, int), "planned with a number"
-        params = LoraPruneParameters(
-            recovery=self._config.recovery,
-            seed=self._config.seed,
-            ratio=ratio,
-            structures=kinds_among(method.structures),
-            multiple_of=multiple_of,
-            tensor_parallel=method.split,
-            protect_first=first,
-            protect_last=last,
-        )
+        params = LoraPruneParameters.of(self._config, method, ratio)
         inputs = {"model": variant.dense, **self._text("instructions", self._config.recovery)}
         return self._add(Stage("loraprune", variant.label, params, inputs))
 
     def evaluate(self, label: str, variant: Variant, checkpoint: Input) -> Stage:
         """The evaluation of a checkpoint made from the variant's dense model, and the references that it needs."""
-        evaluation = self._config.evaluation
-        params = EvaluateParameters(**evaluation.model_dump(exclude={"include_path", "fidelity"}))
+        params = EvaluateParameters.of(self._config.evaluation)
         inputs = {"model": checkpoint, "dense": variant.dense}
         inputs |= self._references_of_held_out(variant.source.name, variant.dense) | self._own_tasks
         return self._add(Stage("evaluate", label, params, inputs))
 
     def efficiency(self, variant: Variant) -> Stage:
         """The efficiency of the variant's shape, which recovery and distillation don't change."""
-        efficiency = self._config.efficiency
-        params = EfficiencyParameters(
-            batch_sizes=sorted(efficiency.batch_sizes),
-            prompt_tokens=sorted(efficiency.prompt_tokens),
-            **efficiency.model_dump(exclude={"enabled", "batch_sizes", "prompt_tokens"}),
-            device=self._device,
-            packages=package_versions(("torch", "transformers")),
-        )
+        params = EfficiencyParameters.of(self._config.efficiency, self._device)
         return self._add(Stage("efficiency", variant.label, params, {"model": variant.cut, "dense": variant.dense}))
 
     def _references_of_held_out(self, model: str, dense: Input) -> dict[str, Input]:
@@ -151,12 +120,7 @@ class PlannedStages:
         evaluation = self._config.evaluation
         references: dict[str, Input] = {}
         for name, text in evaluation.fidelity.each().items():
-            params = ReferenceParameters(
-                dtype=evaluation.dtype,
-                micro_batch_size=1,
-                add_bos_token=evaluation.add_bos_token,
-                text=text,
-            )
+            params = ReferenceParameters.of_held_out(evaluation, text)
             inputs = {"model": dense, **self._text("text", text)}
             stage = self._add(Stage("reference", f"{model} held-out {name}".rstrip(), params, inputs))
             if stage.as_input() in references.values():

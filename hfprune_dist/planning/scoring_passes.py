@@ -6,10 +6,10 @@ from collections.abc import Set
 from dataclasses import dataclass, replace
 
 from hfprune_dist.config.method import Method
-from hfprune_dist.config.parameters import ImportanceParameters, StudentParameters
 from hfprune_dist.config.schema import SweepConfig
 from hfprune_dist.core.criteria import CRITERIA, CriterionName
 from hfprune_dist.errors import UserError
+from hfprune_dist.kinds.importance import ImportanceParameters
 from hfprune_dist.store.stage import Input, Stage
 from hfprune_dist.structures import Kind, kinds_among
 
@@ -32,21 +32,6 @@ def first_criteria(method: Method) -> frozenset[CriterionName]:
     if the method scores while it prunes.
     """
     return frozenset(CRITERIA[name].student_of or name for name in method.scored_before)
-
-
-def pass_parameters(
-    config: SweepConfig, scored: Scored, student: StudentParameters | None = None
-) -> ImportanceParameters:
-    """The settings of a pass that computes the given scores."""
-    return ImportanceParameters(
-        # The stage has one setting for BOS, wherever the configuration sets it.
-        calibration=config.calibration.model_copy(update={"add_bos_token": None}),
-        criteria=[],
-        dtype=config.importance.dtype,
-        add_bos_token=config.calibrates_with_bos,
-        seed=config.seed,
-        student=student,
-    ).scoring(scored.criteria, scored.structures)
 
 
 def part_of(importance: Stage, scored: Scored) -> Input:

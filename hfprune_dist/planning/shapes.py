@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from hfprune_dist.config.method import Method
-from hfprune_dist.config.parameters import PruneParameters
+from hfprune_dist.kinds.prune import PruneParameters
 from hfprune_dist.planning.expert_shapes import mixture_target
 from hfprune_dist.planning.local_shapes import LocalTarget
 from hfprune_dist.planning.low_rank_shapes import LowRankTarget

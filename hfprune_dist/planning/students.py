@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from hfprune_dist.checkpoints.checkpoint import Checkpoint
 from hfprune_dist.config.method import Method
-from hfprune_dist.config.parameters import StudentParameters
 from hfprune_dist.core.criteria import lacking
 from hfprune_dist.errors import UserError
+from hfprune_dist.kinds.importance import StudentParameters
 from hfprune_dist.planning.shape_target import target_of
 from hfprune_dist.planning.shapes import shapes_for
 from hfprune_dist.structures import NEURONS

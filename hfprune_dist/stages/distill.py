@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from hfprune_dist.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from hfprune_dist.checkpoints.token_costs import training_cost
-from hfprune_dist.config.parameters import DistillParameters
 from hfprune_dist.config.training import DistillationConfig
 from hfprune_dist.data.schedule import Schedule
+from hfprune_dist.kinds.distill import DistillParameters
 from hfprune_dist.stages.context import Context as AnyContext
 from hfprune_dist.training.fine_tuning import FineTuning
 from hfprune_dist.training.teacher_states import DenseStates

@@ -16,8 +16,8 @@ from transformers import PreTrainedModel
 
 from hfprune_dist.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from hfprune_dist.checkpoints.token_costs import TokenCosts
-from hfprune_dist.config.parameters import EfficiencyParameters
 from hfprune_dist.evaluation.generation import Seconds, Workload, peak_bytes, time_generation, weight_bytes
+from hfprune_dist.kinds.efficiency import EfficiencyParameters
 from hfprune_dist.models.loading import load_causal_lm
 from hfprune_dist.stages.context import Context as AnyContext
 from hfprune_dist.store.atomic_files import write_json

@@ -22,15 +22,14 @@ from torch import Tensor
 from transformers.utils import logging as transformers_logging
 
 from hfprune_dist.checkpoints.checkpoint import open_checkpoint
-from hfprune_dist.config.parameters import EvaluateParameters
 from hfprune_dist.config.texts import FIRST, OTHER_TEXTS, compared_texts
 from hfprune_dist.core.fidelity import FidelitySums, Outputs, compare_outputs, next_ids, standard_errors
 from hfprune_dist.data.tokenizer import load_tokenizer
 from hfprune_dist.distributed.frozen_model import DecidedSharding, FrozenModel, choose_sharding
 from hfprune_dist.errors import UserError
 from hfprune_dist.evaluation.lm_eval_tasks import TaskLoader, details_of, explain, plain, scores_of
+from hfprune_dist.kinds.evaluate import REQUEST_TOKENS, Evaluate, EvaluateParameters
 from hfprune_dist.models.single_layer import Head, LayerReader
-from hfprune_dist.planning.memory import REQUEST_TOKENS, Evaluate
 from hfprune_dist.stages.context import Context as AnyContext
 from hfprune_dist.store.atomic_files import read_object, write_json
 from hfprune_dist.training.teacher_states import DenseStates

@@ -33,7 +33,7 @@ from hfprune_dist.distributed.turns import Turns
 from hfprune_dist.distributed.unfinished import unfinished, up_to_last
 from hfprune_dist.distributed.whole_model_probe import PROBE, ProbeRecorder, obtain_probe
 from hfprune_dist.errors import UserError, naming
-from hfprune_dist.planning.memory import Calibration
+from hfprune_dist.kinds.importance import Calibration
 from hfprune_dist.scoring.calibration_pass import CalibrationPass, cut_into_shards
 from hfprune_dist.scoring.kind_totals import KindSizes, KindTotals, scored_by
 from hfprune_dist.scoring.layer_sums import Size

@@ -11,7 +11,6 @@ from pathlib import Path
 from hfprune_dist.checkpoints.checkpoint import Checkpoint
 from hfprune_dist.checkpoints.tensor_files import is_usable
 from hfprune_dist.checkpoints.token_costs import training_cost
-from hfprune_dist.config.parameters import LoraPruneParameters, RecoverParameters
 from hfprune_dist.config.section import TextSource
 from hfprune_dist.config.training import RecoveryConfig, rows_trained
 from hfprune_dist.data.instructions import (
@@ -28,6 +27,8 @@ from hfprune_dist.data.instructions import (
 from hfprune_dist.data.schedule import Schedule
 from hfprune_dist.data.text import read_texts
 from hfprune_dist.data.tokenizer import load_tokenizer, require_eos
+from hfprune_dist.kinds.loraprune import LoraPruneParameters
+from hfprune_dist.kinds.recover import RecoverParameters
 from hfprune_dist.stages.context import Context as AnyContext
 from hfprune_dist.store.file_cache import FileCache
 from hfprune_dist.store.hashing import FileHashes, digest_of

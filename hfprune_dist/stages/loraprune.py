@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from hfprune_dist.checkpoints.checkpoint import Checkpoint, open_checkpoint
-from hfprune_dist.config.parameters import LoraPruneParameters
+from hfprune_dist.kinds.loraprune import LoraPruneParameters
 from hfprune_dist.planning.local_shapes import LocalTarget
 from hfprune_dist.stages.context import Context as AnyContext
 from hfprune_dist.stages.instruction_tuning import train_on_instructions

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from hfprune_dist.checkpoints.checkpoint import Checkpoint
 from hfprune_dist.checkpoints.saved_layers import SavedLayers
-from hfprune_dist.config.parameters import PruneParameters
 from hfprune_dist.distributed.layer_stream import AfterLayer, LayerStream
 from hfprune_dist.distributed.whole_model_probe import PROBE, Probe, obtain_probe
+from hfprune_dist.kinds.prune import PruneParameters
 from hfprune_dist.refit.bias_refit import BiasRefit
 from hfprune_dist.refit.dense_refit import DenseRefit
 from hfprune_dist.refit.measurement import Hidden, dense_outputs

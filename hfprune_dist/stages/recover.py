@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from hfprune_dist.checkpoints.checkpoint import open_checkpoint
-from hfprune_dist.config.parameters import RecoverParameters
+from hfprune_dist.kinds.recover import RecoverParameters
 from hfprune_dist.stages.context import Context as AnyContext
 from hfprune_dist.stages.instruction_tuning import train_on_instructions
 from hfprune_dist.training.write_merged import write_merged, write_trained

@@ -6,11 +6,11 @@ import torch
 from torch import Tensor
 
 from hfprune_dist.checkpoints.checkpoint import Checkpoint, open_checkpoint
-from hfprune_dist.config.parameters import ReferenceParameters
 from hfprune_dist.data.tokenizer import load_tokenizer
 from hfprune_dist.data.windows import Sampling, read_windows
 from hfprune_dist.distributed.layer_stream import LayerStream
 from hfprune_dist.distributed.whole_model_probe import PROBE, obtain_probe
+from hfprune_dist.kinds.reference import ReferenceParameters
 from hfprune_dist.stages.context import Context as AnyContext
 from hfprune_dist.training.teacher_states import write_dense_states
 

@@ -10,24 +10,14 @@ from typing import Any, Literal
 
 from pydantic import ValidationError
 
-from hfprune_dist.config.parameters import PARAMETERS, Parameters
+from hfprune_dist.config.parameters import KINDS, Parameters, parameters_of
 from hfprune_dist.errors import UserError
 from hfprune_dist.store.hashing import digest_of
 
-# Raise a stage's version when a change to its code changes its result: artifacts of the old version are not reused.
-STAGE_VERSIONS = {
-    "importance": 7,
-    "reference": 2,
-    "prune": 5,
-    "distill": 2,
-    "recover": 2,
-    "evaluate": 4,
-    "efficiency": 2,
-    "loraprune": 2,
-}
+STAGE_VERSIONS = {kind: it.version for kind, it in KINDS.items()}
 # Kinds whose artifact is a model with parts of their input model removed, and kinds that train on instructions.
-CUTTING = frozenset({"prune", "loraprune"})
-RECOVERING = frozenset({"recover", "loraprune"})
+CUTTING = frozenset(kind for kind, it in KINDS.items() if it.cuts)
+RECOVERING = frozenset(kind for kind, it in KINDS.items() if it.trains_on_pairs)
 Content = Literal["", "text", "folder", "files of tasks", "checkpoint", "commit"]
 
 
@@ -55,7 +45,7 @@ class Stage:
     """One unit of work with one artifact.
 
     Attributes:
-        kind: importance, reference, prune, distill, recover, evaluate, efficiency or loraprune.
+        kind: one of ``KINDS``.
         label: name for people; not part of the fingerprint.
         params: all settings that affect the result, as the kind's class.
         inputs: role -> input.
@@ -103,7 +93,7 @@ class Stage:
         """
         inputs = {role: Input(**source) for role, source in record["inputs"].items()}
         with suppress(KeyError, ValidationError):
-            stage = cls(record["kind"], record["label"], PARAMETERS[record["kind"]](**record["params"]), inputs)
+            stage = cls(record["kind"], record["label"], parameters_of(record["kind"])(**record["params"]), inputs)
             if stage.fingerprint == record["fingerprint"]:
                 return stage
         planned = f"{record['kind']}/{record['fingerprint']}"

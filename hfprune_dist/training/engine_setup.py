@@ -16,9 +16,9 @@ from transformers.utils import logging
 from hfprune_dist.checkpoints.lora_adapter import lora_targets
 from hfprune_dist.distributed.frozen_model import placement_here
 from hfprune_dist.distributed.world import World
+from hfprune_dist.kinds.placement import Placement
+from hfprune_dist.kinds.training import Train
 from hfprune_dist.models.loading import load_causal_lm
-from hfprune_dist.planning.memory import Train
-from hfprune_dist.planning.placement import Placement
 from hfprune_dist.training.fine_tuning import FineTuning
 
 # More elements than any parameter has.

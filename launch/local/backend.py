@@ -19,6 +19,7 @@ from hfprune_launch.stage.outcome import Outcome
 from hfprune_launch.stage.parent import die_with_parent
 from hfprune_launch.stage.stage_file import Provenance, attempts_so_far, write_stage_file
 
+from hfprune_dist.config.parameters import KINDS
 from hfprune_dist.store.artifacts import Store
 from hfprune_dist.store.cancellation import Cancellation
 from hfprune_dist.store.claims import Claim, ClaimLostError, Holder, Renewal
@@ -93,7 +94,7 @@ class LocalBackend:
         return log_of(self._logs, stage, attempt)
 
     def _start(self, stage: Stage, claim: Claim, log: Path) -> subprocess.Popen[bytes]:
-        ranks = 1 if stage.params.on_one_rank else self.ranks
+        ranks = 1 if KINDS[stage.kind].on_one_rank else self.ranks
         # torchrun would leave a folder for its own files behind, as would this process if it were killed.
         options = ["--standalone", f"--nproc-per-node={ranks}", f"--log-dir={os.devnull}"]
         torchrun = [sys.executable, "-m", "torch.distributed.run", *options]

@@ -9,23 +9,11 @@ from collections.abc import Iterable
 from hfprune_dist.config.schema import RuntimeConfig
 from hfprune_dist.distributed.threads import threads_allowed
 from hfprune_dist.errors import UserError
-from hfprune_dist.planning.memory import Gpus
+from hfprune_dist.kinds.memory import Gpus, parameters_of
 from hfprune_dist.results.formats import counted
 from hfprune_dist.store.machine import NVIDIA, count_gpus, usable_cores
 from hfprune_dist.store.provenance import CPU_INFO, cpu_model
 from hfprune_dist.store.stage import Stage
-
-# Kind of stage -> the configuration section that sets its compute dtype. A prune stage uses that of the calibration
-# pass. References are not listed: they use the dtype of the stage that reads them, which is listed.
-SECTIONS = {
-    "importance": "importance",
-    "prune": "importance",
-    "distill": "distillation",
-    "recover": "recovery",
-    "evaluate": "evaluation",
-    "efficiency": "efficiency",
-    "loraprune": "recovery",
-}
 
 
 def device_here(runtime: RuntimeConfig) -> str:
@@ -89,10 +77,8 @@ def note_on_bfloat16(stages: Iterable[Stage]) -> str:
     """Return which settings to change if stages would use bfloat16 on a CPU that is slow at it; empty if none."""
     if count_gpus() or not _bfloat16_is_slow():
         return ""
-    computing = (it for it in stages if it.kind in SECTIONS)
-    settings = sorted(
-        {f"--set {SECTIONS[it.kind]}.dtype=float32" for it in computing if it.params.compute_dtype == "bfloat16"}
-    )
+    slow = (parameters_of(it) for it in stages if it.params.compute_dtype == "bfloat16")
+    settings = sorted({f"--set {it.dtype_setting}=float32" for it in slow if it.dtype_setting is not None})
     if not settings:
         return ""
     return f"this CPU has no instructions for bfloat16; float32 is several times as fast on it: {' '.join(settings)}"

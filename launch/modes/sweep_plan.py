@@ -13,22 +13,21 @@ from hfprune_launch.modes.sweep_arguments import Command
 from hfprune_launch.preflight import check_stages
 from hfprune_launch.project import PROJECT
 from hfprune_launch.slurm.batch_script import default_threads, refuse_unusable_path
-from hfprune_launch.slurm.estimate import Estimate, estimate_stages, refuse_what_cannot_fit
+from hfprune_launch.slurm.estimate import Estimate, estimate_stages, gpus_of_profile, refuse_what_cannot_fit
 from hfprune_launch.slurm.profile import Profile
-from hfprune_launch.slurm.stage_jobs import gpus_of_profile
 from hfprune_launch.sweep_folder import Record, Sweep, read_record, require_apart, require_folder
 
 from hfprune_dist.config.method import Method
-from hfprune_dist.config.parameters import EfficiencyParameters
 from hfprune_dist.config.schema import RuntimeConfig, SweepConfig
 from hfprune_dist.errors import UserError
+from hfprune_dist.kinds.dimensions import checkpoint_dimensions
+from hfprune_dist.kinds.efficiency import EfficiencyParameters
+from hfprune_dist.kinds.placement import choose_micro_batches, chooses
 from hfprune_dist.planning.build_plan import build_plan
-from hfprune_dist.planning.dimensions import checkpoint_dimensions
 from hfprune_dist.planning.earlier_rows import refuse_other_checkpoints, with_earlier_rows
 from hfprune_dist.planning.known_shapes import KnownShape, dense_shape, known_shape
 from hfprune_dist.planning.methods import resolve_methods
 from hfprune_dist.planning.model_sources import ModelSource, resolve_models
-from hfprune_dist.planning.placement import choose_micro_batches, chooses
 from hfprune_dist.planning.plan import Plan
 from hfprune_dist.planning.ratios import largest_split, remarks_on_shapes
 from hfprune_dist.planning.refusals import place_of

@@ -6,29 +6,18 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from hfprune_launch.slurm.profile import Profile, Resources
-from hfprune_launch.slurm.stage_jobs import gpus_of, job_of, runs_a_model
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from hfprune_dist.config.parameters import (
-    DistillParameters,
-    ImportanceParameters,
-    LoraPruneParameters,
-    Parameters,
-    PruneParameters,
-    RecoverParameters,
-)
 from hfprune_dist.config.schema import RuntimeConfig, Sharding
 from hfprune_dist.errors import UserError
-from hfprune_dist.planning.dimensions import Dimensions, checkpoint_dimensions
-from hfprune_dist.planning.memory import GIB, Calibration, Evaluate, Generate, Gpus, Job, LayerPass, Memory, Train, fits
-from hfprune_dist.planning.placement import ENOUGH_ROWS, place
+from hfprune_dist.kinds.dimensions import Dimensions, checkpoint_dimensions
+from hfprune_dist.kinds.memory import GIB, Gpus, Job, Memory, Planned, StageParameters, fits, parameters_of
+from hfprune_dist.kinds.placement import place
 from hfprune_dist.planning.plan import Plan
 from hfprune_dist.store.stage import Stage
 
-NOTHING_HELPS = "no number of nodes is enough: GPUs with more memory, or shorter sequences"
-NO_REFIT_FITS = "every rank has a layer's Gram matrices: GPUs with more memory, or a method with another refit, or none"
 MOST_NODES, MICRO_BATCHES = 256, (1, 2, 4, 8, 16, 32, 64)
 
 
@@ -40,7 +29,7 @@ class Estimate:
         host_memory: bytes of main memory on one node that hidden states of all its ranks take.
         host_available: bytes of main memory of one node; None if the profile does not say.
         fits: whether the GPUs' memory is enough; None if the profile does not say how much memory a GPU has.
-        advice: nodes and micro-batch that would suit the stage better; empty if none are known.
+        advice: micro-batch, nodes or sharding with which the stage would fit; empty if it does, or none are known.
     """
 
     stage: Stage
@@ -57,20 +46,28 @@ class Estimate:
         return self.host_available is not None and self.host_memory > self.host_available
 
 
+def gpus_of(resources: Resources) -> Gpus:
+    """Return the GPUs of a kind of stage, one for each rank; of unknown memory if the profile doesn't say."""
+    return Gpus(resources.nodes, resources.tasks_per_node, (resources.gpu_memory_gib or 0.0) * GIB)
+
+
+def gpus_of_profile(resources: Resources) -> Gpus | None:
+    """Return the GPUs of a kind of stage; None if it has none or the profile doesn't say how much memory they have."""
+    return gpus_of(resources) if resources.gpus and resources.gpu_memory_gib else None
+
+
 def estimate_stages(plan: Plan, todo: Sequence[str], profile: Profile, runtime: RuntimeConfig) -> list[Estimate]:
     """Return estimates for those of the stages in ``todo`` that run a model on GPUs.
 
     A pruned model counts as if it were dense, except in its own refit.
     """
-    return [
-        _estimate(plan, stage, profile.resources[stage.kind], runtime)
-        for stage in (plan.stages[stage_id] for stage_id in todo)
-        if profile.resources[stage.kind].gpus and runs_a_model(stage.params)
-    ]
-
-
-def _refits(params: Parameters) -> bool:
-    return isinstance(params, PruneParameters) and params.refit != "none"
+    found = []
+    for stage in (plan.stages[stage_id] for stage_id in todo):
+        resources, dense = profile.resources[stage.kind], plan.dense_checkpoint(stage)
+        planned = Planned(stage, plan.stages, dense, runtime.activation_checkpointing)
+        if resources.gpus and (job := parameters_of(stage).job(planned)) is not None:
+            found.append(_estimate(stage, job, checkpoint_dimensions(dense), resources, runtime.sharding))
+    return found
 
 
 def refuse_what_cannot_fit(estimates: Sequence[Estimate]) -> None:
@@ -88,7 +85,7 @@ def _problems(estimate: Estimate) -> Iterator[str]:
         yield (
             f"{stage}: about {estimate.memory.needed / GIB:,.1f} GiB on each GPU, which has "
             f"{(estimate.available or 0) / GIB:,.1f} GiB (gpu_memory_gib); "
-            f"{estimate.advice or (NO_REFIT_FITS if _refits(estimate.stage.params) else NOTHING_HELPS)}"
+            f"{estimate.advice or parameters_of(estimate.stage).remedy}"
         )
     if estimate.lacks_host_memory:
         yield (
@@ -113,99 +110,45 @@ def show_estimates(console: Console, estimates: Sequence[Estimate]) -> None:
     console.print(lines)
 
 
-def _estimate(plan: Plan, stage: Stage, resources: Resources, runtime: RuntimeConfig) -> Estimate:
-    dims, gpus = checkpoint_dimensions(plan.dense_checkpoint(stage)), gpus_of(resources)
-    job = job_of(plan, stage, runtime)
-    placed, copy = _placed(job, dims, gpus, runtime.sharding)
+def _estimate(stage: Stage, job: Job, dims: Dimensions, resources: Resources, sharding: Sharding) -> Estimate:
+    gpus, params = gpus_of(resources), parameters_of(stage)
+    placed, copy = _placed(job, dims, gpus, sharding)
     known = resources.gpu_memory_gib is not None
+    fitting = fits(placed, dims, copy) if known else None
     return Estimate(
         stage=stage,
         memory=placed.memory(dims, copy.ranks),
         available=gpus.memory if known else None,
         host_memory=resources.tasks_per_node * job.host_bytes(dims, gpus.ranks),
         host_available=resources.memory_bytes,
-        fits=fits(placed, dims, copy) if known else None,
-        advice=_advice(job, dims, gpus, runtime.sharding, _shared_rows(stage)) if known else "",
+        fits=fitting,
+        advice=_advice(params, job, dims, gpus, sharding) if fitting is False else "",
     )
 
 
 def _placed(job: Job, dims: Dimensions, gpus: Gpus, sharding: Sharding) -> tuple[Job, Gpus]:
     """Return a job as it will run, and the GPUs that hold one copy of what it needs."""
-    if isinstance(job, LayerPass | Generate):
-        return job, gpus
-    return place(job, dims, gpus, sharding).of(job, gpus)
+    return place(job, dims, gpus, sharding).of(job, gpus) if job.is_placed else (job, gpus)
 
 
-def _advice(job: Job, dims: Dimensions, gpus: Gpus, sharding: Sharding, rows: _SharedRows) -> str:
+def _advice(params: StageParameters, job: Job, dims: Dimensions, gpus: Gpus, sharding: Sharding) -> str:
     """Return what makes a job fit that doesn't: a smaller micro-batch, sharded weights, or the nearest number of nodes
-    that holds one row; for calibration that fits, a larger micro-batch, up to ``ENOUGH_ROWS``.
+    that holds one row; empty if none of them does.
     """
 
-    def holds(size: int, where: Gpus, how: Sharding) -> bool:
-        placed, copy = _placed(replace(job, batch=size), dims, where, how)
+    def holds(size: int, where: Gpus) -> bool:
+        placed, copy = _placed(replace(job, batch=size), dims, where, sharding)
         return fits(placed, dims, copy)
 
-    fitting = [size for size in rows.sizes(gpus.ranks) if holds(size, gpus, sharding)]
-    if holds(job.batch, gpus, sharding):
-        larger = [size for size in fitting if job.batch < size <= ENOUGH_ROWS]
-        return f"{_setting_of(job)} {larger[-1]}" if larger and isinstance(job, Calibration) else ""
-    if isinstance(job, Generate):
-        return "fewer efficiency.batch_sizes or tokens, or efficiency.enabled false"
+    fitting = [size for size in MICRO_BATCHES if params.allows(size * gpus.ranks) and holds(size, gpus)]
     if fitting:
-        return f"{_setting_of(job)} {fitting[-1]}"
-    if isinstance(job, LayerPass):
+        return f"{params.batch_setting} {fitting[-1]}"
+    if not job.is_placed:
         return ""
     if sharding == "replicate":
         return "runtime.sharding zero3"
     # A single rank gathers nothing, so fewer nodes may hold a job that more nodes can't.
     counts = (*range(gpus.nodes + 1, MOST_NODES + 1), *range(1, gpus.nodes))
     candidates = (replace(gpus, nodes=count) for count in counts)
-    holding = [it for it in candidates if rows.allow(it.ranks) and holds(1, it, sharding)]
-    return f"nodes {holding[0].nodes}, {_setting_of(job)} 1" if holding else ""
-
-
-def _setting_of(job: Job) -> str:
-    """Return the setting for the size of a job's micro-batches."""
-    match job:
-        case Train(distills=distills):
-            return f"{'distillation' if distills else 'recovery'}.micro_batch_size"
-        case Evaluate():
-            return "evaluation.batch_size"
-    return "calibration.micro_batch_size"
-
-
-@dataclass(frozen=True)
-class _SharedRows:
-    """The rows that the micro-batches of all ranks have together.
-
-    Attributes:
-        most: the most they can have; None if nothing limits them.
-        evenly: whether they must divide that number.
-    """
-
-    most: int | None = None
-    evenly: bool = False
-
-    def allow(self, rows: int) -> bool:
-        if self.most is None:
-            return True
-        return self.most % rows == 0 if self.evenly else rows <= self.most
-
-    def sizes(self, ranks: int) -> Sequence[int]:
-        """Return the sizes that a micro-batch can have on this many ranks; the smallest if none suits them."""
-        return [size for size in MICRO_BATCHES if self.allow(size * ranks)] or MICRO_BATCHES[:1]
-
-
-def _shared_rows(stage: Stage) -> _SharedRows:
-    """Return the rows that ranks share: in training, those of an optimizer step, in recovery evenly.
-
-    In calibration, a shard belongs to one rank, so its ``shard_size`` micro-batches run one at a time.
-    """
-    match stage.params:
-        case ImportanceParameters(calibration=calibration):
-            return _SharedRows(max(1, calibration.samples // calibration.shard_size))
-        case RecoverParameters(recovery=recovery) | LoraPruneParameters(recovery=recovery):
-            return _SharedRows(recovery.batch_size, evenly=True)
-        case DistillParameters(distillation=settings):
-            return _SharedRows(settings.batch_size)
-    return _SharedRows()
+    holding = next((it for it in candidates if params.allows(it.ranks) and holds(1, it)), None)
+    return "" if holding is None else f"nodes {holding.nodes}, {params.batch_setting} 1"

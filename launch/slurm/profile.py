@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from hfprune_dist.config.load import absolute_path, parse
-from hfprune_dist.config.parameters import PARAMETERS
+from hfprune_dist.config.parameters import KINDS
 from hfprune_dist.config.section import Positive, Section, as_written
 from hfprune_dist.config.yaml_text import read_yaml
 from hfprune_dist.errors import UserError, did_you_mean
@@ -237,7 +237,7 @@ def _require_gpus(file: Path, kinds: Sequence[Resources]) -> None:
 
 def _shared(common: Mapping[str, Any], kind: str) -> Mapping[str, Any]:
     """Return the settings of all stages, adapted to a kind: one that runs on a single rank takes at most one GPU."""
-    if not PARAMETERS[kind].on_one_rank:
+    if not KINDS[kind].on_one_rank:
         return common
     return {**common, "nodes": 1, "tasks_per_node": 1, "gpus_per_node": min(1, common["gpus_per_node"])}
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, NoReturn
 from hfprune_launch.stage.parent import die_with_parent
 from hfprune_launch.stage.stage_file import find_stage_file, read_stage_file
 
-from hfprune_dist.config.parameters import Parameters
+from hfprune_dist.config.parameters import KINDS, Parameters
 from hfprune_dist.config.schema import RuntimeConfig
 from hfprune_dist.distributed.interruption import Interruption
 from hfprune_dist.errors import UserError, from_os_error
@@ -112,11 +112,10 @@ def run_stage(handle: StageHandle, interruption: Interruption, should_run: Calla
         Interrupted: if the ranks have saved their work because ``interruption`` asked them to end.
     """
     with _imports():
-        from hfprune_dist.distributed.determinism import REPRODUCIBLE
         from hfprune_dist.distributed.world import join_world, leave_world
         from hfprune_dist.stages.context import Context
 
-    world = join_world(os.environ, _timeout_minutes(handle), reproducible=kind_of(handle.id) in REPRODUCIBLE)
+    world = join_world(os.environ, _timeout_minutes(handle), reproducible=KINDS[kind_of(handle.id)].reproducible)
     admission = should_run(world)
     if admission.runs:
         content, claim = read_stage_file(handle), admission.claim

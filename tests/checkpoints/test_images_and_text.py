@@ -24,8 +24,8 @@ from hfprune_dist.checkpoints.text_decoder import DEFAULTS, KNOWN, decoder_confi
 from hfprune_dist.config.method import Method
 from hfprune_dist.core.criteria import CRITERIA
 from hfprune_dist.errors import UserError
+from hfprune_dist.kinds.dimensions import checkpoint_dimensions
 from hfprune_dist.models.loading import load_causal_lm, require_own_weights
-from hfprune_dist.planning.dimensions import checkpoint_dimensions
 from hfprune_dist.planning.ratios import check_ratios
 from hfprune_dist.scoring.shard_scorer import ShardScorer
 from hfprune_dist.structures import NEURONS

@@ -17,9 +17,9 @@ from hfprune_dist.checkpoints.checkpoint import open_checkpoint
 from hfprune_dist.checkpoints.families import FAMILIES
 from hfprune_dist.checkpoints.pruned_config import pruned_config
 from hfprune_dist.checkpoints.write_pruned import write_companions, write_weight_file
+from hfprune_dist.kinds.dimensions import dimensions_of
 from hfprune_dist.models.loading import load_causal_lm
 from hfprune_dist.models.single_layer import LayerReader
-from hfprune_dist.planning.dimensions import dimensions_of
 from hfprune_dist.structures.kept import Kept
 
 JUNK = {

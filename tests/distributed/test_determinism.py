@@ -11,10 +11,9 @@ from sweeps import make_inputs, planned
 from torch.utils._python_dispatch import TorchDispatchMode
 from worlds import Ranks, run_in_threads, without_deepspeed
 
-from hfprune_dist.config.parameters import PARAMETERS
+from hfprune_dist.config.parameters import KINDS
 from hfprune_dist.core import losses
 from hfprune_dist.distributed import world as worlds
-from hfprune_dist.distributed.determinism import REPRODUCIBLE
 from hfprune_dist.store.artifacts import Store
 from hfprune_dist.structures.score_names import SCORES
 
@@ -85,11 +84,11 @@ def test_stages_whose_bits_are_promised_ask_for_them(monkeypatch, tmp_path):
         raise StoppedError
 
     monkeypatch.setattr(worlds, "join_world", join)
-    for kind in PARAMETERS:
+    for kind in KINDS:
         with pytest.raises(StoppedError):
             stage_run.run_stage(Store(tmp_path).handle(f"{kind}/0123456789abcdef"), None, None)
     assert {kind for kind, reproducible in asked.items() if reproducible} == {"importance", "reference", "prune"}
-    assert asked.keys() == PARAMETERS.keys() and asked.keys() > REPRODUCIBLE
+    assert asked.keys() == KINDS.keys()
 
 
 # Operations that raise on a GPU under deterministic algorithms: torch's own list (torch.use_deterministic_algorithms),
@@ -175,7 +174,7 @@ def test_scoring_and_refits_need_nothing_that_gpus_refuse(monkeypatch, tmp_path)
     _, plan = planned(config, importance__criteria=OF_ONE_PASS)
     store, seen = Store(tmp_path / "store"), Refusals()
     for stage in plan.stages.values():
-        if stage.kind in REPRODUCIBLE and all(store.is_committed(need) for need in stage.needs):
+        if KINDS[stage.kind].reproducible and all(store.is_committed(need) for need in stage.needs):
             run_in_threads(store, stage, WatchedRank(seen))
             assert store.is_committed(stage.id), stage.label
     scored = {file.parent.parent.name for file in store.root.glob(f"*/*/{SCORES}")}

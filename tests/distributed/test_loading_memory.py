@@ -7,7 +7,7 @@ from ranks import result_of
 from tiny import save_tiny
 
 from hfprune_dist.checkpoints.checkpoint import open_checkpoint
-from hfprune_dist.planning.dimensions import dimensions_of
+from hfprune_dist.kinds.dimensions import dimensions_of
 
 pytestmark = pytest.mark.slow
 

@@ -18,7 +18,7 @@ from gpu_runs import (
     write_config,
 )
 
-from hfprune_dist.planning.memory import Calibration
+from hfprune_dist.kinds.importance import Calibration
 from hfprune_dist.store.machine import count_gpus
 
 # Parts that an estimate leaves out: CUDA's own memory, NCCL's buffers, and memory that the allocator can't use.

@@ -15,7 +15,7 @@ from gpu_runs import (
     write_config,
 )
 
-from hfprune_dist.planning.memory import Calibration
+from hfprune_dist.kinds.importance import Calibration
 
 pytestmark = pytest.mark.multi_gpu(nodes=2)
 

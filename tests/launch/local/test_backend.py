@@ -319,7 +319,7 @@ import os, signal, sys
 from pathlib import Path
 from hfprune_launch.local import backend
 from hfprune_launch.stage.stage_file import Provenance
-from hfprune_dist.config.parameters import PruneParameters
+from hfprune_dist.kinds.prune import PruneParameters
 from hfprune_dist.config.schema import RuntimeConfig
 from hfprune_dist.store.artifacts import Store
 from hfprune_dist.store.cancellation import Cancellation

@@ -4,16 +4,18 @@ import os
 
 import pytest
 from hfprune_launch.local import hardware
-from hfprune_launch.local.hardware import SECTIONS, device_here, note_on_bfloat16
+from hfprune_launch.local.hardware import device_here, note_on_bfloat16
 from made_stages import stage_of
 from sweeps import make_inputs, planned
 
-from hfprune_dist.config.parameters import ImportanceParameters, RecoverParameters
+from hfprune_dist.config.parameters import KINDS
 from hfprune_dist.config.schema import EvaluationConfig, RuntimeConfig
 from hfprune_dist.config.texts import CalibrationConfig
 from hfprune_dist.config.training import RecoveryConfig
 from hfprune_dist.distributed.threads import threads_allowed
 from hfprune_dist.errors import UserError
+from hfprune_dist.kinds.importance import ImportanceParameters
+from hfprune_dist.kinds.recover import RecoverParameters
 from hfprune_dist.store import provenance
 
 BEFORE_AVX512, AVX512 = "flags\t\t: fpu sse2 avx avx2 fma", "flags\t\t: fpu sse2 avx avx2 fma avx512f avx512bw"
@@ -54,7 +56,7 @@ def test_all_settings_of_a_plan_are_known(machine, tmp_path, dtype):
     distilled = tmp_path / "distilled.yaml"
     distilled.write_text("criterion: entropy\ndistill: 1\n")
     _, plan = planned(make_inputs(tmp_path), methods=[str(distilled), "loraprune"], ratios=[0.1], **settings)
-    assert {stage.kind for stage in plan.stages.values()} == {*SECTIONS, "reference"}
+    assert {stage.kind for stage in plan.stages.values()} == KINDS.keys()
     expected = " ".join(f"--set {key}=float32" for key in keys) if dtype == "bfloat16" else ""
     assert note_on_bfloat16(plan.stages.values()).partition("it: ")[2] == expected
 

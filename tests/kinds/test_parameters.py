@@ -6,10 +6,11 @@ import pytest
 import yaml
 from sweeps import make_inputs, planned
 
-from hfprune_dist.config.parameters import PARAMETERS, PruneParameters
+from hfprune_dist.config.parameters import KINDS, parameters_of
 from hfprune_dist.config.texts import CalibrationConfig
 from hfprune_dist.errors import UserError
-from hfprune_dist.store.stage import STAGE_VERSIONS, Stage
+from hfprune_dist.kinds.prune import PruneParameters
+from hfprune_dist.store.stage import Stage
 
 CUT = {"ratio": 0.2, "criterion": "entropy", "allocation": "uniform", "refit": "none", "multiple_of": 1}
 
@@ -34,15 +35,11 @@ def through_json(stage):
     return json.loads(json.dumps(stage.to_json()))
 
 
-def test_there_is_a_class_for_every_kind_of_stage():
-    assert PARAMETERS.keys() == STAGE_VERSIONS.keys()
-
-
 def test_what_is_recorded_is_read_as_what_was_planned(stages):
-    assert {stage.kind for stage in stages} == PARAMETERS.keys()
+    assert {stage.kind for stage in stages} == KINDS.keys()
     for stage in stages:
         read = Stage.from_json(through_json(stage))
-        assert type(read.params) is PARAMETERS[stage.kind]
+        assert type(read.params) is parameters_of(stage.kind)
         assert read.to_json() == stage.to_json() and read.id == stage.id
 
 
@@ -55,7 +52,7 @@ def test_a_record_of_another_version_is_one_message(stages, change):
     for stage in stages:
         record = through_json(stage)
         if change == "less":
-            fields = PARAMETERS[stage.kind].model_fields
+            fields = parameters_of(stage.kind).model_fields
             del record["params"][next(name for name, it in fields.items() if it.is_required())]
         else:
             record["params"] |= {"unknown": 1} if change == "more" else {max(record["params"]): {"a": 1}}
@@ -71,7 +68,7 @@ def test_settings_can_not_be_changed():
 def test_of_a_file_no_data_set_is_recorded():
     record = {"criteria": ["entropy"], "dtype": "float32", "add_bos_token": True, "seed": 0}
     texts = CalibrationConfig(path="/a/text.jsonl"), CalibrationConfig(path="/b.jsonl", dataset=None, split="test")
-    local, other = (PARAMETERS["importance"](**record, calibration=it).to_json()["calibration"] for it in texts)
+    local, other = (parameters_of("importance")(**record, calibration=it).to_json()["calibration"] for it in texts)
     assert local == other and "dataset" not in local
-    hub = PARAMETERS["importance"](**record, calibration=CalibrationConfig()).to_json()["calibration"]
+    hub = parameters_of("importance")(**record, calibration=CalibrationConfig()).to_json()["calibration"]
     assert hub["revision"] is None and hub["dataset"] == "allenai/c4" and hub["path"] is None

@@ -10,9 +10,12 @@ from hfprune_dist.config.load import parse
 from hfprune_dist.config.method import Method
 from hfprune_dist.config.schema import SweepConfig
 from hfprune_dist.errors import UserError
-from hfprune_dist.planning.dimensions import dimensions_of
-from hfprune_dist.planning.memory import GIB, Calibration, Evaluate, Gpus, Train, fits
-from hfprune_dist.planning.placement import MOST_ROWS, choose_micro_batches, chooses, place, with_micro_batches
+from hfprune_dist.kinds.dimensions import dimensions_of
+from hfprune_dist.kinds.evaluate import Evaluate
+from hfprune_dist.kinds.importance import Calibration
+from hfprune_dist.kinds.memory import GIB, Gpus, fits
+from hfprune_dist.kinds.placement import MOST_ROWS, choose_micro_batches, chooses, place, with_micro_batches
+from hfprune_dist.kinds.training import Train
 
 LLAMA = {"vocab_size": 32000, "num_attention_heads": 32}
 MODELS = {

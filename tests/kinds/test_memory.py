@@ -21,28 +21,21 @@ from unit_outputs import unit_outputs
 from hfprune_dist.checkpoints.checkpoint import open_checkpoint
 from hfprune_dist.checkpoints.families import FAMILIES
 from hfprune_dist.checkpoints.lora_adapter import lora_targets
-from hfprune_dist.config.parameters import EfficiencyParameters, EvaluateParameters
 from hfprune_dist.config.schema import EvaluationConfig
 from hfprune_dist.core import blocks, head
 from hfprune_dist.core.bound_losses import Batch, TeacherSettings
 from hfprune_dist.core.criteria import CRITERIA
 from hfprune_dist.core.score_batch import ScoredModel, UnitSums, score_batch
 from hfprune_dist.distributed.layer_stream import LayerStream
+from hfprune_dist.kinds import evaluate, importance
+from hfprune_dist.kinds.dimensions import checkpoint_dimensions, dimensions_of
+from hfprune_dist.kinds.efficiency import EfficiencyParameters, Generate
+from hfprune_dist.kinds.evaluate import Evaluate, EvaluateParameters
+from hfprune_dist.kinds.importance import Calibration
+from hfprune_dist.kinds.memory import GIB, MARGIN, Gpus, fits, widest_of_a_token
+from hfprune_dist.kinds.prune import Refitting
+from hfprune_dist.kinds.training import Train
 from hfprune_dist.models.memory_efficient_backward import checkpoint_activations, use_memory_efficient_backward
-from hfprune_dist.planning import memory
-from hfprune_dist.planning.dimensions import checkpoint_dimensions, dimensions_of
-from hfprune_dist.planning.memory import (
-    GIB,
-    MARGIN,
-    Calibration,
-    Evaluate,
-    Generate,
-    Gpus,
-    LayerPass,
-    Train,
-    fits,
-    widest_of_a_token,
-)
 from hfprune_dist.refit.dense_refit import DenseRefit
 from hfprune_dist.refit.refitted_layers import RefittedLayers
 from hfprune_dist.refit.sequential_refit import SequentialRefit
@@ -78,7 +71,7 @@ def small_portions(monkeypatch):
     monkeypatch.setattr(head, "CHUNK_BYTES", 1)
     monkeypatch.setattr(blocks, "CACHE_BYTES", 2**12 // torch.get_num_threads())
     for name in ("HEAD_BYTES", "ACCELERATOR_BYTES"):
-        monkeypatch.setattr(memory, name, 0)
+        monkeypatch.setattr(importance, name, 0)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -127,7 +120,7 @@ def test_a_pass_layer_by_layer(tmp_path, monkeypatch, refit, dims, rank, ranks):
         else:
             options = {"residual": set(), "more_iterations": 2, "world": world}
             SequentialRefit(checkpoint.family, kept, pruned, dense, fitted, **options).run(lambda _done: None)
-    job = LayerPass(2, 16, 4, samples=len(windows), refit=refit, share_kept=0.5)
+    job = Refitting(2, 16, 4, samples=len(windows), refit=refit, share_kept=0.5)
     size = checkpoint_dimensions(checkpoint)
     # On a CPU, the next layers are not on their way yet, and hidden states are counted, too.
     formula = job.memory(size, ranks)
@@ -145,7 +138,7 @@ def test_a_refit_of_experts(tmp_path, monkeypatch, sizes):
     stream = LayerStream(checkpoint, windows, torch.float32, 2, world)
     with PeakBytes() as counted:
         DenseRefit(some_kept(checkpoint, 0.5), stream, fitted, world).run(lambda _done: None)
-    job, dims = LayerPass(2, 32, 4, samples=8, refit="dense", share_kept=0.5), checkpoint_dimensions(checkpoint)
+    job, dims = Refitting(2, 32, 4, samples=8, refit="dense", share_kept=0.5), checkpoint_dimensions(checkpoint)
     formula = job.memory(dims, 1)
     check(formula.total - formula.weights / 2 + job.host_bytes(dims, 1), counted.peak, at_most=1.7)
 
@@ -204,7 +197,7 @@ def logits_of(tokens, dims):
 def test_an_evaluation_has_room_for_long_requests(tokens, shots):
     """Whatever windows of text it compares, and with examples in prompts: batches of long requests are smaller."""
     job = evaluation(tasks=["piqa"], batch_size=8, num_fewshot=shots)
-    at_a_time = max(1, min(8, memory.LOGITS_BYTES // logits_of(tokens, ONE_BILLION)))
+    at_a_time = max(1, min(8, evaluate.LOGITS_BYTES // logits_of(tokens, ONE_BILLION)))
     if at_a_time > 1 or tokens <= job.tokens:
         assert job.memory(ONE_BILLION, 1).temporary >= 0.8 * logits_of(at_a_time * tokens, ONE_BILLION)
     assert job.memory(ONE_BILLION, 1).total / GIB > 6, "a window of 256 tokens needs 2.7"
@@ -231,8 +224,8 @@ JOBS = [
     Calibration(1, 1024, samples=64),
     Calibration(1, 1024, samples=64, curvature=True, kv_groups=True),
     Calibration(1, 1024, samples=64, weight_gradients=True),
-    LayerPass(1, 1024, samples=64, refit="block", searches=True, norms=True),
-    LayerPass(1, 1024, samples=64, low_rank=True),
+    Refitting(1, 1024, samples=64, refit="block", searches=True, norms=True),
+    Refitting(1, 1024, samples=64, low_rank=True),
     Train(1, 1024, rank=32, dropout=True),
     Train(1, 1024, rank=32, distills=True),
     Evaluate(1, 1024, positions=4096, window=1024),

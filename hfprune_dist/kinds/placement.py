@@ -12,8 +12,9 @@ from typing import Literal
 from hfprune_dist.config.method import Method
 from hfprune_dist.config.schema import Sharding, SweepConfig
 from hfprune_dist.config.training import LoraTraining
-from hfprune_dist.planning.dimensions import Dimensions
-from hfprune_dist.planning.memory import Gpus, Job, Train, fits
+from hfprune_dist.kinds.dimensions import Dimensions
+from hfprune_dist.kinds.memory import Gpus, Job, fits
+from hfprune_dist.kinds.training import Train
 
 # More rows at a time than this are hardly faster, so activations are not checkpointed for their sake. With whole
 # weights, which need no gathering, fewer rows already keep a GPU busy for longer than its host needs to launch them.

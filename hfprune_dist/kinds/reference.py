@@ -1,0 +1,51 @@
+"""Reference: a dense model's final hidden states on a text, which evaluations and distillations compare with.
+
+Inputs: ``model``, and ``importance``, whose windows it is on, or ``text`` where the held-out text is a file.
+"""
+
+from __future__ import annotations
+
+from hfprune_dist.config.schema import EvaluationConfig
+from hfprune_dist.config.section import Dtype
+from hfprune_dist.config.texts import FidelityConfig
+from hfprune_dist.config.training import DistillationConfig
+from hfprune_dist.kinds.importance import calibration_of
+from hfprune_dist.kinds.memory import ITEMSIZE, LayerPass, Planned, StageParameters
+
+
+class ReferenceParameters(StageParameters):
+    """Settings of a reference on held-out ``text`` or, if None, on an importance stage's windows.
+
+    ``micro_batch_size``: windows per forward pass of one rank. Its dtype is that of the stage that reads it.
+    """
+
+    dtype: Dtype
+    micro_batch_size: int
+    add_bos_token: bool | None = None
+    text: FidelityConfig | None = None
+
+    @classmethod
+    def of_calibration(cls, distillation: DistillationConfig) -> ReferenceParameters:
+        """The reference that a distillation needs."""
+        return cls(dtype=distillation.dtype, micro_batch_size=distillation.rows_at_once)
+
+    @classmethod
+    def of_held_out(cls, evaluation: EvaluationConfig, text: FidelityConfig) -> ReferenceParameters:
+        """The reference that an evaluation needs on one of its texts."""
+        return cls(dtype=evaluation.dtype, micro_batch_size=1, add_bos_token=evaluation.add_bos_token, text=text)
+
+    @property
+    def tokenizes(self) -> bool:
+        return self.text is not None
+
+    @property
+    def compute_dtype(self) -> Dtype:
+        return self.dtype
+
+    def job(self, planned: Planned) -> LayerPass:
+        if self.text is None:
+            calibration = calibration_of(planned, "importance")
+            samples, tokens = calibration.samples, calibration.sequence_length
+        else:
+            samples, tokens = self.text.windows, self.text.sequence_length
+        return LayerPass(min(self.micro_batch_size, samples), tokens, ITEMSIZE[self.dtype], samples=samples)
