@@ -176,7 +176,7 @@ def test_a_killed_stage_goes_on_at_the_task_that_it_was_at(inputs, uninterrupted
     store = Store(tmp_path)
     stage = make_stage(store, inputs, ["tiny_lonely", "tiny_choice"])
     work = store.work(stage.id)
-    killed = run_stage(store, stage, ranks=2, environment=killing(0, 1, "tiny_choice.json"))
+    killed = run_stage(store, stage, ranks=2, environment=killing(0, 1, "/tasks/.tiny_choice"))
     assert killed.returncode != 0 and not (work / "tasks/tiny_choice.json").exists()
     finished = read_json(work / "tasks/tiny_lonely.json")
     finished["results"]["tiny_lonely"]["acc,none"] = 0.125  # seen again only if the task isn't evaluated again
