@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from hypothesis import strategies as st
 from tiny import SHAPE, VARIANTS
 
 from hfprune_dist.checkpoints.checkpoint import Checkpoint
-from hfprune_dist.checkpoints.families import FAMILIES
-from hfprune_dist.checkpoints.safetensors_header import TensorInfo
+from hfprune_dist.checkpoints.discovery import discover
+from hfprune_dist.checkpoints.families import ATTENTION
+from hfprune_dist.checkpoints.weight_files import TensorInfo
 
 LLAMA_7B = {
     "hidden_size": 4096,
@@ -41,36 +43,43 @@ def parameters_of(variant: str, **changes: object) -> int:
 
 def blank(variant: str = "llama", **changes: object) -> Checkpoint:
     """Return the checkpoint of such a model."""
-    config_class, _, options = VARIANTS[variant]
-    stated = {**SHAPE, **options, **changes}
-    config = {"model_type": config_class.model_type, **stated}
-    family = FAMILIES[config_class.model_type]
-    completed = family.completed(config)
-    tensors = {name: TensorInfo("", "F32", _shape(name, completed), 0, 0) for name in sorted(family.tensors(config))}
-    return Checkpoint(Path("none"), config, family, tensors)
+    config_class, model_class, options = VARIANTS[variant]
+    told = {"model_type": config_class.model_type, "architectures": [model_class.__name__]}
+    config: dict[str, Any] = {**told, **SHAPE, **options, **changes}
+    shapes = _shapes(config)
+    family, stated = discover(config, shapes, "blank")
+    tensors = {name: TensorInfo("", "F32", shape, 0, 0) for name, shape in shapes.items()}
+    return Checkpoint(Path("none"), config | stated, family, tensors)
 
 
-def _shape(name: str, config: dict[str, int]) -> tuple[int, ...]:
-    """Return a tensor's rows, and its columns unless it is a bias or a norm's weight."""
-    hidden, head_dim = config["hidden_size"], config["head_dim"]
-    queries, keys = (config[key] * head_dim for key in ("num_attention_heads", "num_key_value_heads"))
-    inner, vocabulary = config["intermediate_size"], config["vocab_size"]
-    sides = {
-        "q_proj": (queries, hidden),
-        "k_proj": (keys, hidden),
-        "v_proj": (keys, hidden),
-        "o_proj": (hidden, queries),
-        "gate_proj": (inner, hidden),
-        "up_proj": (inner, hidden),
-        "down_proj": (hidden, inner),
-        "embed_tokens": (vocabulary, hidden),
-        "lm_head": (vocabulary, hidden),
-        "q_norm": (head_dim,),
-        "k_norm": (head_dim,),
+def _shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Return name -> shape of all tensors, a head even if it is tied."""
+    hidden, inner, queries = config["hidden_size"], config["intermediate_size"], config["num_attention_heads"]
+    head_dim = config.get("head_dim") or hidden // queries
+    keys = config.get("num_key_value_heads") or queries
+    model_type, biased = config["model_type"], {*()}
+    if config.get("attention_bias") or model_type == "qwen2":
+        biased = {*ATTENTION} - ({"o_proj"} if model_type == "qwen2" else set())
+    matrices = {
+        "self_attn.q_proj": (queries * head_dim, hidden),
+        "self_attn.k_proj": (keys * head_dim, hidden),
+        "self_attn.v_proj": (keys * head_dim, hidden),
+        "self_attn.o_proj": (hidden, queries * head_dim),
+        "mlp.gate_proj": (inner, hidden),
+        "mlp.up_proj": (inner, hidden),
+        "mlp.down_proj": (hidden, inner),
     }
-    module, part = name.split(".")[-2:]
-    shape = sides.get(module, (hidden,))
-    return shape[:1] if part == "bias" else shape
+    of_layer: dict[str, tuple[int, ...]] = {f"{name}.weight": shape for name, shape in matrices.items()}
+    for name, shape in matrices.items():
+        if name.partition(".")[2] in biased or (name.startswith("mlp.") and config.get("mlp_bias")):
+            of_layer[f"{name}.bias"] = shape[:1]
+    of_layer |= dict.fromkeys(("input_layernorm.weight", "post_attention_layernorm.weight"), (hidden,))
+    if model_type == "qwen3":
+        of_layer |= dict.fromkeys(("self_attn.q_norm.weight", "self_attn.k_norm.weight"), (head_dim,))
+    layers = range(config["num_hidden_layers"])
+    shapes = {f"model.layers.{layer}.{name}": shape for layer in layers for name, shape in of_layer.items()}
+    table = (config["vocab_size"], hidden)
+    return {"model.embed_tokens.weight": table, **shapes, "model.norm.weight": (hidden,), "lm_head.weight": table}
 
 
 @st.composite

@@ -9,8 +9,6 @@ from torch import nn
 
 from hfprune_dist.checkpoints.lora_adapter import lora_targets, merge_weight_file, read_adapter, write_adapter
 from hfprune_dist.checkpoints.write_pruned import write_companions
-from hfprune_dist.kinds.dimensions import checkpoint_dimensions
-from hfprune_dist.kinds.training import Train
 
 # Blocks of a layer that attend to other tokens; convolutions and state-space blocks don't.
 ATTENTION = {"self_attn", "attention", "linear_attn"}
@@ -18,20 +16,6 @@ ATTENTION = {"self_attn", "attention", "linear_attn"}
 # mixture of experts for the experts'.
 CHOOSING = frozenset({"indexer.wq_b", "indexer.wk", "indexer.weights_proj"})
 WITHOUT = {"deepseek_v32": CHOOSING, "glm_moe_dsa": CHOOSING, "afmoe": frozenset({"gate_proj"})}
-# Families in which early versions adapted other layers; results of all others keep their fingerprints.
-ADAPTED_OTHERWISE = {
-    *("doge", "lfm2", "lfm3", "lfm2_moe", "laguna", "minimax", "kimi_linear", "bailing_hybrid"),
-    *("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text"),
-}
-# Families whose adapters are estimated, as if each layer had queries, keys, values and outputs, all heads were alike,
-# and gate and up were separate.
-ESTIMATED = {
-    *("gemma4_text", "gemma4_unified_text", "mimo_v2_flash"),
-    *("phi3", "gpt_neox", "persimmon", "glm", "glm4"),
-    *("youtu", "deepseek_v2", "deepseek_v3", "deepseek_v32", "glm4_moe_lite", "glm_moe_dsa", "axk1", "sarvam_mla"),
-    *("bamba", "granitemoehybrid", "jamba"),
-    *("opt", "biogpt"),
-}
 
 
 def linears_to_train(model, family):
@@ -55,7 +39,6 @@ def trained_and_merged(checkpoint, folder, windows):
         The model with its adapter.
     """
     torch.manual_seed(0)
-    assert bool(checkpoint.family.adapted_attention) == (checkpoint.family.model_type in ADAPTED_OTHERWISE)
     targets = lora_targets(checkpoint.family, checkpoint.ranks)
     adapter = LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=6, target_modules=targets)
     dense = dense_of(checkpoint)
@@ -74,9 +57,6 @@ def trained_and_merged(checkpoint, folder, windows):
     trained = {name.removesuffix(factor) for name, it in weights.items() if name.endswith(factor) and it.any()}
     assert trained == {f"base_model.model.{name}" for name in expected}
     assert len(weights) == 2 * len(expected)
-    if checkpoint.family.model_type not in ESTIMATED and not checkpoint.ranks:
-        job = Train(1, 1, rank=4)
-        assert job.lora_parameters(checkpoint_dimensions(checkpoint)) == sum(it.numel() for it in weights.values())
     write_adapter(folder / "adapter", weights, targets, 4, 6)
     (folder / "merged").mkdir()
     for file in checkpoint.weight_files:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import copy
 import functools
 
+import pytest
 import torch
 from families import ALL_SEEING
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 from hfprune_dist.checkpoints.layer_settings import undroppable_layers
-from hfprune_dist.core.selection import entries_of
 from hfprune_dist.models.single_layer import LayerReader, run
+from hfprune_dist.structures import EXPERT_NEURONS, EXPERTS
 from hfprune_dist.structures.kept import Kept
 
 
@@ -52,7 +53,7 @@ def some_kept(checkpoint, layers, neurons):
 
 
 def masked(checkpoint, kept):
-    """Return the dense model with zero outputs for every part that goes."""
+    """Return the dense model with zero outputs for every part that goes, and no expert chosen that goes."""
     model = dense_of(checkpoint)
     for number, layer in enumerate(checkpoint.family.layers_of(model)):
         if number not in kept.layers:
@@ -60,11 +61,40 @@ def masked(checkpoint, kept):
             continue
         for kind in kept.units:
             units = checkpoint.structures[kind]
-            weight = units.outputs_of(model)[number].weight.data
-            stays = entries_of(kept.of_layer(number, kind), units.channels_per_unit)
-            gone = torch.ones(weight.shape[1], dtype=torch.bool).index_fill_(0, stays, False)
-            weight[:, gone] = 0
+            gone_U = torch.ones(units.counts[number], dtype=torch.bool)
+            gone_U[kept.of_layer(number, kind)] = False
+            if kind == EXPERTS and len(gone_U):
+                _never_chosen(layer, gone_U)
+            elif len(gone_U):
+                _silent(layer.get_submodule(units.output), gone_U, units)
     return model
+
+
+def _silent(module, gone_U, units):
+    """Zero the columns of an output projection, or of all experts', that read these units."""
+    if units.kind != EXPERT_NEURONS:
+        module.weight.data[:, gone_U.repeat_interleave(units.channels_per_unit)] = 0
+    elif getattr(module, "is_transposed", False):
+        module.down_proj.data[gone_U.view(units.parts, -1)] = 0
+    else:
+        module.down_proj.data.transpose(1, 2)[gone_U.view(units.parts, -1)] = 0
+
+
+def _never_chosen(layer, gone_E):
+    """Keep a layer's router from choosing these experts: set their logits and corrected scores to -inf."""
+    router = next(it for name, it in layer.named_modules() if name.rpartition(".")[2] in ("gate", "router"))
+    compute, linear = router.forward, torch.nn.functional.linear
+    without = functools.partial(torch.masked_fill, mask=gone_E, value=float("-inf"))
+
+    def forward(hidden, *corrections):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(torch.nn.functional, "linear", lambda *inputs: without(linear(*inputs)))
+            return compute(hidden, *map(without, corrections))
+
+    for name, bias in router.state_dict().items():
+        if name.endswith("e_score_correction_bias"):
+            bias[..., gone_E] = float("-inf")
+    router.forward = forward
 
 
 def _skip(_layer, inputs, output):
@@ -73,10 +103,8 @@ def _skip(_layer, inputs, output):
 
 
 def through_layers(checkpoint, model, windows):
-    """Take windows through a checkpoint's layers one at a time, and compare each with the model's own, bit for bit.
-
-    Returns:
-        The reader of the layers, the last layer's output, and the model's logits.
+    """Take windows through a checkpoint's layers one at a time, and compare each with the model's own, bit for bit; and
+    the head's logits with the model's.
     """
     seen = []
     for layer in checkpoint.family.layers_of(model):
@@ -88,7 +116,8 @@ def through_layers(checkpoint, model, windows):
         assert torch.equal(hidden_BTC, expected), number
         hidden_BTC = run(reader.layer(number), hidden_BTC)
         assert torch.equal(hidden_BTC, output if isinstance(output, torch.Tensor) else output[0]), number
-    return reader, hidden_BTC, logits
+    ((_, logits_NV),) = reader.head().outputs(hidden_BTC).logits()
+    assert (logits_NV - logits.flatten(0, 1).float()).abs().max() <= 1e-6 * logits.abs().max()
 
 
 def assert_same(ours, theirs):

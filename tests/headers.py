@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from hfprune_dist.checkpoints.checkpoint import Checkpoint
 from hfprune_dist.checkpoints.discovery import discover
-from hfprune_dist.checkpoints.safetensors_header import TensorInfo
+from hfprune_dist.checkpoints.weight_files import TensorInfo
 
 CONFIG = {
     "model_type": "new_moe",

@@ -4,7 +4,7 @@ import torch
 from hypothesis import strategies as st
 from tiny import SHAPE, VARIANTS
 
-from hfprune_dist.checkpoints.pruned_config import pruned_config
+from hfprune_dist.checkpoints.pruned_config import pruned_config, read_kept_numbers
 from hfprune_dist.checkpoints.write_pruned import write_companions, write_weight_file
 from hfprune_dist.structures.kept import Kept
 
@@ -59,6 +59,12 @@ def write(checkpoint, kept, target, replacements=None):
     for file in checkpoint.weight_files:
         write_weight_file(checkpoint, file, kept, target, replacements)
     write_companions(checkpoint, target, pruned_config(checkpoint, kept.shape))
+
+
+def read_kept(folder):
+    """Read ``kept.json``."""
+    layers, units = read_kept_numbers(folder)
+    return Kept(layers, {kind: [torch.tensor(row, dtype=torch.int64) for row in rows] for kind, rows in units.items()})
 
 
 def mask(model, kept):

@@ -1,8 +1,9 @@
 """A second kind of unit, made up for tests: pairs of adjacent neurons that stay or go together."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
-from hfprune_dist.checkpoints.families import FAMILIES, Family
+from hfprune_dist.checkpoints import checkpoint
+from hfprune_dist.checkpoints.families import Family
 from hfprune_dist.structures.units import Block, Owned, Units, read_counts
 
 CHANNELS = 2
@@ -23,8 +24,20 @@ class FamilyOfPairs(Family):
         )
 
 
+PAIRS = FamilyOfPairs("llama", "Llama")
+
+
+def change_families(patch, change):
+    """Let all checkpoints that are opened have families that are changed so."""
+    original = checkpoint.discover
+
+    def discover(*arguments, **options):
+        family, stated = original(*arguments, **options)
+        return change(family), stated
+
+    patch.setattr(checkpoint, "discover", discover)
+
+
 def prune_pairs(patch):
-    """Let pruning remove pairs of neurons instead of single neurons, from models of every family."""
-    for name, family in FAMILIES.items():
-        pairs = FamilyOfPairs(**{field.name: getattr(family, field.name) for field in fields(family)})
-        patch.setitem(FAMILIES, name, pairs)
+    """Let pruning remove pairs of neurons instead of single neurons."""
+    change_families(patch, lambda family: FamilyOfPairs(**vars(family)))

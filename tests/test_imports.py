@@ -29,7 +29,7 @@ SHARED = [
 # These don't wait for torch, so that a login node answers at once.
 TORCH_FREE = [
     *(f"hfprune_dist.{room}" for room in ("config", "store", "kinds", "planning", "report", "results", "structures")),
-    *(f"hfprune_dist.checkpoints.{name}" for name in ("checkpoint", "families", "kept_file", "lfs_pointers")),
+    *(f"hfprune_dist.checkpoints.{name}" for name in ("checkpoint", "families", "weight_files")),
     *(f"hfprune_dist.checkpoints.{name}" for name in ("layer_settings", "pruned_config")),
     "hfprune_dist.core.criteria",
     *(f"hfprune_launch.{name}" for name in ("modes.sweep", "report", "sweep_folder", "slurm.cli", "local.backend")),

@@ -24,6 +24,7 @@ from transformers import (
 )
 from written_once import write_once
 
+from hfprune_dist.checkpoints.families import Family
 from hfprune_dist.store.hashing import FileHashes
 from hfprune_dist.store.stage import Input, Stage
 
@@ -54,6 +55,9 @@ VARIANTS = {
     "qwen3": (Qwen3Config, Qwen3ForCausalLM, {"tie_word_embeddings": False, "head_dim": 16}),
     "mistral": (MistralConfig, MistralForCausalLM, {"tie_word_embeddings": False, "sliding_window": None}),
 }
+
+# The names of their parts.
+FAMILY = Family("llama", "Llama")
 
 
 def tiny_model(variant: str = "llama", seed: int = 0, **changes: object) -> PreTrainedModel:

@@ -4,29 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from hfprune_dist.checkpoints.checks import (
-    check_config,
-    check_dtypes,
-    check_factors,
-    check_folder,
-    check_output_biases,
-    check_shapes,
-    check_tensors,
-    quantized,
-)
-from hfprune_dist.checkpoints.config_types import check_types
+from hfprune_dist.checkpoints.checks import check_config, check_folder, check_tensors
 from hfprune_dist.checkpoints.discovery import BUFFERS, discover
-from hfprune_dist.checkpoints.families import FAMILIES, Family, normalized, not_supported, refuse_other_kinds
-from hfprune_dist.checkpoints.lfs_pointers import refuse_pointer
-from hfprune_dist.checkpoints.licences import LICENCE_PATTERNS
-from hfprune_dist.checkpoints.safetensors_header import TensorInfo, bytes_of_files
+from hfprune_dist.checkpoints.families import Family, normalized, not_supported, refuse_other_kinds
 from hfprune_dist.checkpoints.stored_names import SAME, StoredNames
 from hfprune_dist.checkpoints.text_decoder import KNOWN, beside_decoder, decoder_config, has_vision, with_decoder
-from hfprune_dist.checkpoints.weight_files import matching, read_headers, read_json_object
+from hfprune_dist.checkpoints.weight_files import (
+    TensorInfo,
+    matching,
+    read_headers,
+    read_json_object,
+    refuse_pointer,
+)
 from hfprune_dist.errors import UserError
 from hfprune_dist.structures import Structure, structure_of
 from hfprune_dist.structures.experts import mlp_widths
@@ -35,23 +29,25 @@ from hfprune_dist.structures.units import LAYER_SIZES, OUTPUT_BIASES, Units
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 TOKENIZER_PATTERNS = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt")
-# Small files that make a checkpoint complete; they are part of its identity and travel with every pruned copy.
+# Small files that make a checkpoint complete; they are part of its identity and travel with every pruned copy. The last
+# ones say how images become tokens.
 COMPANION_PATTERNS = (
     "config.json",
     "generation_config.json",
     *TOKENIZER_PATTERNS,
     "chat_template*",
     "modeling_pruned.py",
-    "LICENSE*",
-    "NOTICE*",
+    "*processor_config.json",
 )
-# For models of images and text, further files, which say how images become tokens.
-PROCESSOR_PATTERNS = ("*processor_config.json",)
+# Globs for files that state a licence: words that are part of their names, in any case.
+LICENCE_PATTERNS = tuple(
+    "*" + "".join(f"[{letter.upper()}{letter}]" if letter.isalpha() else letter for letter in word) + "*"
+    for word in ("license", "licence", "copying", "copyright", "notice", "use_policy")
+)
 # Files that travel with every pruned copy too, but that no result depends on, so that they aren't part of its identity:
-# named chat templates, code for a tokenizer (which runs only with trust_remote_code), the form of a tokenizer that
-# transformers takes where mistral-common is installed, and licences (the names that are listed above too have always
-# been part of identities, and stay so).
-UNREAD_PATTERNS = ("additional_chat_templates/*.jinja", "tokenization_*.py", "tekken.json", *LICENCE_PATTERNS)
+# licences, named chat templates, code for a tokenizer (which runs only with trust_remote_code), and the form of a
+# tokenizer that transformers takes where mistral-common is installed.
+UNREAD_PATTERNS = (*LICENCE_PATTERNS, "additional_chat_templates/*.jinja", "tokenization_*.py", "tekken.json")
 COMPARED_BYTES = 2**20
 # Kinds of rope scaling whose factor multiplies max_position_embeddings, or the original number of positions.
 _STRETCHING = ("linear", "dynamic", "yarn")
@@ -62,14 +58,12 @@ class Checkpoint:
     """A folder with config.json, safetensors weights and a tokenizer, checked to be complete.
 
     Attributes:
-        config: config.json's settings; for an architecture that isn't listed, with values for the keys that it lacks.
-            If config.json ties the head, but the files have one whose values differ from the embedding's, the head
-            isn't tied here and the saved one counts, as it does for transformers.
+        config: config.json's settings, with values for the keys that it lacks. If config.json ties the head, but the
+            files have one whose values differ from the embedding's, the head isn't tied here and the saved one counts,
+            as it does for transformers.
         tensors: the tensors that the model computes with, by their names in the model.
         unused: names of the other tensors in the files. They aren't parameters, and pruning leaves them out.
         has_untied_head: whether config.json ties the head and ``config``, for that reason, doesn't.
-        has_copied_head: whether config.json doesn't say whether the head is tied, and the files' head is a copy of the
-            embedding. ``config`` ties it then.
         names: the names of tensors in the files, where they differ from those in the model.
         whole: config.json, unchanged.
         bytes_on_disk: size of the files with its weights.
@@ -81,7 +75,6 @@ class Checkpoint:
     tensors: Mapping[str, TensorInfo]
     unused: tuple[str, ...] = ()
     has_untied_head: bool = False
-    has_copied_head: bool = False
     names: StoredNames = SAME
     whole: Mapping[str, Any] = field(default_factory=dict)
     bytes_on_disk: int = 0
@@ -181,8 +174,7 @@ class Checkpoint:
 
     @cached_property
     def companion_files(self) -> list[str]:
-        processors = PROCESSOR_PATTERNS if self.family.has_vision else ()
-        return matching(self.path, (*COMPANION_PATTERNS, *processors))
+        return matching(self.path, COMPANION_PATTERNS)
 
     @cached_property
     def travelling_files(self) -> list[str]:
@@ -210,77 +202,56 @@ def open_checkpoint(path: Path) -> Checkpoint:
         UserError: naming the file and what is wrong with it.
     """
     check_folder(path)
-    whole = read_json_object(path / "config.json", "every Hugging Face checkpoint has one")
-    config = _decoder_config(path, whole)
+    file = path / "config.json"
+    whole = read_json_object(file)
     if not any((path / name).is_file() for name in TOKENIZER_FILES):
         raise UserError(f"{path}: no tokenizer; one of {', '.join(TOKENIZER_FILES)} is needed")
-    check_config(config, path / "config.json")
-    check_types(config, str(path / "config.json"))
     try:
-        return _described(path, whole, config)
+        return _described(path, whole)
     except (KeyError, IndexError, TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
         raise UserError(
-            f"{path / 'config.json'}: it can't be read as one of a {config.get('model_type')} "
+            f"{file}: it can't be read as one of a {whole.get('model_type')} "
             f"({type(error).__name__}: {error}); if plain transformers loads the model, this is a fault of hfprune_dist"
         ) from error
 
 
-def _described(path: Path, whole: Mapping[str, Any], config: dict[str, Any]) -> Checkpoint:
+def _described(path: Path, whole: Mapping[str, Any]) -> Checkpoint:
     """The checkpoint with this config.json, after checking that its files hold what it states."""
-    vision = has_vision(whole)
+    file, vision = path / "config.json", has_vision(whole)
+    if vision and whole.get("model_type") not in KNOWN:
+        why = f"it is a model of images and text (vision_config), of which {', '.join(KNOWN)} are pruned"
+        raise not_supported(whole, str(file), why)
+    config = normalized(decoder_config(whole) if vision else whole)
+    refuse_other_kinds({**whole, **config}, str(file))
+    check_config({**whole, **config}, file)
     stored = read_headers(path)
     names = StoredNames.of(whole, stored)
     found = {names.in_modules(name): info for name, info in stored.items()}
     beside = beside_decoder(found) if vision else frozenset()
+    shapes = {name: info.shape for name, info in found.items() if name not in beside}
     says_if_tied = config.get("tie_word_embeddings") is not None
-    family = None if vision else FAMILIES.get(str(config.get("model_type")))
-    if family is None:
-        shapes = {name: info.shape for name, info in found.items() if name not in beside}
-        family, stated = discover(config, shapes, str(path / "config.json"), has_vision=vision)
-        config |= stated
+    family, stated = discover(config, shapes, str(file), has_vision=vision)
+    config |= stated
     mlp_widths(config)  # so that nonsense about experts is reported here
-    check_output_biases(config, family, path / "config.json")
-    known = family.tensors(config)
-    tensors = {name: info for name, info in found.items() if name in known | beside}
-    unused = tuple(sorted(found.keys() - tensors.keys()))
-    check_dtypes(path, found, known)
-    check_tensors(path, config, family, tensors)
-    is_tied = bool(config.get("tie_word_embeddings"))
-    copied = bool(family.found) and not (says_if_tied or is_tied or _heads_differ(path, family, tensors))
-    untied = is_tied and _heads_differ(path, family, tensors)
-    if copied or untied:
-        config = {**config, "tie_word_embeddings": copied}
+    check_tensors(path, config, family, found, config["hidden_size"])
+    tensors = {name: info for name, info in found.items() if name in family.tensors | beside}
+    is_tied, differ = bool(config["tie_word_embeddings"]), _heads_differ(path, family, tensors)
+    # Configurations may not mention the default of their class; merged and gathered weights hold a copy of a tied head.
+    config["tie_word_embeddings"] = not differ and (is_tied or not says_if_tied)
     checkpoint = Checkpoint(
         path,
         config,
         family,
         tensors,
-        unused,
-        has_untied_head=untied,
-        has_copied_head=copied,
+        unused=tuple(sorted(found.keys() - tensors.keys())),
+        has_untied_head=is_tied and differ,
         names=names,
         whole=whole,
-        bytes_on_disk=bytes_of_files(stored.values()),
+        bytes_on_disk=sum((path / name).stat().st_size for name in {info.file for info in stored.values()}),
     )
     for name in checkpoint.companion_files:
         refuse_pointer(path / name)
-    check_shapes(path, tensors, checkpoint.structures, config["hidden_size"])
-    check_factors(checkpoint.path, tensors, checkpoint.structures, checkpoint.ranks, hidden=config["hidden_size"])
     return checkpoint
-
-
-def _decoder_config(path: Path, whole: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of the decoder that is pruned, which may be only a part of the model."""
-    where = str(path / "config.json")
-    if has_vision(whole) and whole.get("model_type") not in KNOWN:
-        why = f"it is a model of images and text (vision_config), of which {', '.join(KNOWN)} are pruned"
-        raise not_supported(whole, where, why)
-    config = normalized(decoder_config(whole) if has_vision(whole) else whole)
-    both = {**whole, **config}
-    refuse_other_kinds(both, where)
-    if both.get("quantization_config"):
-        raise quantized(both, path)
-    return config
 
 
 def _heads_differ(path: Path, family: Family, tensors: Mapping[str, TensorInfo]) -> bool:
@@ -295,3 +266,8 @@ def _heads_differ(path: Path, family: Family, tensors: Mapping[str, TensorInfo])
         other.seek(embedding.offset)
         sizes = (min(COMPARED_BYTES, head.bytes - done) for done in range(0, head.bytes, COMPARED_BYTES))
         return any(one.read(size) != other.read(size) for size in sizes)
+
+
+def is_licence(name: str) -> bool:
+    """Whether a file of this name states a licence."""
+    return any(fnmatchcase(name, pattern) for pattern in LICENCE_PATTERNS)

@@ -7,17 +7,14 @@ experts, has a row for each of them.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from hfprune_dist.checkpoints.discovered_blocks import Shapes
-from hfprune_dist.checkpoints.refusals import Refusals
+from hfprune_dist.errors import UserError
 from hfprune_dist.structures.experts import (
-    CHOSEN,
     EXPERT_COUNT_KEYS,
-    SHARED_NUMBERS,
-    SHARED_WIDTHS,
     WIDTHS,
     Experts,
     Projections,
@@ -38,13 +35,12 @@ _OF_SHARED: tuple[Projections, ...] = (
 # Tensors of a router: they have a row for each expert, or one row with an entry for each.
 _STATICS = "gate.moe_statics.e_score_correction_bias"
 _ROUTERS = re.compile(
-    r"(gate|router)\.(weight|bias|e_score_correction_bias)|(router\.layer|router\.gate|gate\.wg)\.weight"
+    r"(gate|router)\.(weight|bias|e_score_correction_bias)|(router\.gate|gate\.wg)\.weight"
     r"|e_score_correction_bias|expert_bias|gate\.moe_statics\.e_score_correction_bias"
 )
 # Other tensors in the experts' block, of which no neuron owns a part; the bias is that of stacked down projections.
 _BIAS = "experts.down_proj_bias"
 _BESIDE = re.compile(rf"shared_expert_gate\.weight|post_mlp_layernorm\.weight|{re.escape(_BIAS)}")
-_OF_EXPERT, _OF_EXPERTS = re.compile(r"experts\.(\d+)\."), re.compile(r"(^|\.)experts\.|^block_sparse_moe\.")
 # What a router adds to scores only to make its choice. If it has that and groups, a group's score is that of its best
 # two experts.
 _CORRECTION = "e_score_correction_bias"
@@ -53,13 +49,6 @@ _OF_GROUP = 2
 # and the defaults of configuration classes, where these aren't one group.
 _GROUPS, _CHOSEN_GROUPS = ("n_group", "num_expert_group"), "topk_group"
 _GROUPS_UNSTATED = dict.fromkeys(("axk1", "bailing_hybrid", "deepseek_v3", "deepseek_v32"), (8, 4))
-# Names of tensors in files, and in modules, where they differ.
-_OF_GRANITE = (
-    ("block_sparse_moe.input_linear.weight", "block_sparse_moe.experts.gate_up_proj"),
-    ("block_sparse_moe.output_linear.weight", "block_sparse_moe.experts.down_proj"),
-    ("block_sparse_moe.router.layer.weight", "block_sparse_moe.router.weight"),
-)
-_OF_MIXTRAL = (("block_sparse_moe.", "mlp."),)
 
 
 @dataclass(frozen=True)
@@ -68,8 +57,7 @@ class _Form:
 
     rows: tuple[Owned, ...]
     columns: tuple[Owned, ...]
-    renamed: tuple[tuple[str, str], ...] = ()
-    blocks: tuple[str, ...] = ("mlp",)
+    blocks: tuple[str, ...] = ("mlp", "feed_forward", "block_sparse_moe")
 
     @property
     def needed(self) -> list[str]:
@@ -90,19 +78,14 @@ class _Form:
         return [Owned(name.format(expert), 0, unit=expert) for name in parts for expert in range(count)]
 
 
-def _each(gate: str, up: str, down: str, **more: Any) -> _Form:
+def _each(gate: str, up: str, down: str) -> _Form:
     rows = tuple(Owned(f"experts.{{}}.{name}.weight", 0) for name in (gate, up))
-    return _Form(rows, (Owned(f"experts.{{}}.{down}.weight", 1),), **more)
-
-
-def _stacked(rows: str, down: str, **more: Any) -> _Form:
-    return _Form((Owned(rows, 1, parts=2, stacked=True),), (Owned(down, 2, stacked=True),), **more)
+    return _Form(rows, (Owned(f"experts.{{}}.{down}.weight", 1),))
 
 
 _FORMS = (
-    _each("gate_proj", "up_proj", "down_proj", blocks=("mlp", "feed_forward")),
-    _each("w1", "w3", "w2", blocks=("mlp", "feed_forward")),
-    _each("w1", "w3", "w2", blocks=("block_sparse_moe",), renamed=_OF_MIXTRAL),
+    _each("gate_proj", "up_proj", "down_proj"),
+    _each("w1", "w3", "w2"),
     # Matrices [in, out], in which gate and up alternate.
     _Form(
         (
@@ -111,8 +94,7 @@ _FORMS = (
         ),
         (Owned("experts.down_proj", 1, stacked=True),),
     ),
-    _stacked("experts.gate_up_proj", "experts.down_proj", blocks=("mlp", "block_sparse_moe", "feed_forward")),
-    _stacked("input_linear.weight", "output_linear.weight", blocks=("block_sparse_moe",), renamed=_OF_GRANITE),
+    _Form((Owned("experts.gate_up_proj", 1, parts=2, stacked=True),), (Owned("experts.down_proj", 2, stacked=True),)),
 )
 
 
@@ -123,176 +105,124 @@ def _of_experts(owned: Owned, block: str, count: int) -> list[Owned]:
     return [Owned(name, owned.axis, expert=expert) for expert, name in enumerate(names)]
 
 
-def find_experts(config: Mapping[str, Any], parts: Sequence[Shapes], refusals: Refusals) -> Experts | None:
+def find_experts(
+    config: Mapping[str, Any], parts: Sequence[Shapes], refuse: Callable[[str], UserError]
+) -> Experts | None:
     """The experts of a model; None if it has none.
 
     Args:
         parts: the tensors of each layer, by their names within it.
+        refuse: makes the error to raise, of a reason.
 
     Raises:
         UserError: naming what is missing or unexpected.
     """
-    if not number_of_experts(config):
-        _refuse_experts(config, parts, refusals)
+    count = number_of_experts(config)
+    if not count:
+        _refuse_unstated(config, parts, refuse)
         return None
     for form in _FORMS:
         for block in form.blocks:
             first = [f"{block}.{name.format(0)}" for name in form.needed]
             layers = tuple(number for number, there in enumerate(parts) if all(name in there for name in first))
             if layers:
-                return _Found(config, parts, refusals, block=block).experts(form, layers)
-    raise refusals.unsupported("it is a mixture of experts of a kind that isn't known")
+                return _described(config, parts, refuse, form, block, layers)
+    raise refuse("it is a mixture of experts of a kind that isn't known")
 
 
-def _refuse_experts(config: Mapping[str, Any], parts: Sequence[Shapes], refusals: Refusals) -> None:
+def _refuse_unstated(config: Mapping[str, Any], parts: Sequence[Shapes], refuse: Callable[[str], UserError]) -> None:
     """Refuse files with experts if config.json states no more than one."""
-    found = next((name for there in parts for name in there if _OF_EXPERTS.search(name)), None)
+    found = next((name for there in parts for name in there if re.search(r"(^|\.)experts\.", name)), None)
     key = next((key for key in EXPERT_COUNT_KEYS if config.get(key) is not None), None)
-    if found is None or key is None or not config.get("is_moe", True):
-        return
-    if config[key] == 1:
-        raise refusals.unsupported(f"it is a mixture of one expert ({key} 1), and pruned are those of two or more")
-    raise refusals.unlike_tensors(f"they have experts ({found}), and {key} is {config[key]!r}")
+    if found is not None and key is not None and config.get("is_moe", True):
+        raise refuse(f"its weight files have experts ({found}), and {key} is {config[key]!r}")
 
 
-class _Found:
-    """A model whose experts have a known form; describes them and checks that all is as it must be."""
-
-    def __init__(self, config: Mapping[str, Any], parts: Sequence[Shapes], refusals: Refusals, *, block: str) -> None:
-        self._config = config
-        self._parts = parts
-        self._refusals = refusals
-        self._block = block
-
-    def experts(self, form: _Form, layers: tuple[int, ...]) -> Experts:
-        """The description of the experts."""
-        count = self._number()
-        chosen = self._chosen(count)
-        rows, columns = form.owned(self._block, count)
-        shared = self._shared(self._parts[layers[0]])
-        routers = self._routers(self._parts[layers[0]])
-        known = {owned.tensor for owned in (*rows, *columns, *routers)}
-        known |= self._tensors_of(shared) if shared else set()
-        for layer in layers:
-            self._check(layer, known, count)
-        if shared is not None and form.renamed and shared.name.startswith(f"{self._block}."):
-            raise self._refusals.unsupported(f"{shared.name} is beside experts that modules call something else")
-        groups, fewest = self._groups(count, chosen, routers)
-        return Experts(
-            count=count,
-            chosen=chosen,
-            layers=layers,
-            module=f"{'mlp' if form.renamed == _OF_MIXTRAL else self._block}.experts",
-            fields=self._fields(columns[0], layers),
-            numbers=tuple(self._numbers()),
-            rows=rows,
-            columns=columns,
-            whole=(*form.whole(self._block, count), *routers),
-            groups=groups,
-            fewest=fewest,
-            shared=shared,
-            renamed=form.renamed,
-        )
-
-    def _fields(self, column: Owned, layers: tuple[int, ...]) -> tuple[str, ...]:
-        """The fields that state the experts' width: one or, if no layer has a plain MLP, all that state the same."""
-        stated = [key for key in WIDTHS if self._config.get(key) is not None]
-        shape = self._parts[layers[0]][column.tensor]
-        saying = [key for key in stated if [self._config[key]] == [*shape[column.axis : column.axis + 1]]]
-        return tuple((saying if len(layers) == len(self._parts) else saying[:1]) or stated[:1])
-
-    def _numbers(self) -> dict[str, int]:
-        return {key: self._config[key] for key in EXPERT_COUNT_KEYS if isinstance(self._config.get(key), int)}
-
-    def _number(self) -> int:
-        stated = self._numbers()
-        if len({*stated.values()}) > 1:
-            told = " and ".join(f"{key} is {value}" for key, value in stated.items())
-            raise self._refusals.inconsistent(f"{told}, and each says how many experts there are")
-        return int(next(iter(stated.values())))
-
-    def _chosen(self, count: int) -> int:
-        key, chosen = self._chosen_key, chosen_experts(self._config)
-        if not _is_in(chosen, range(1, count + 1)):
-            raise self._refusals.invalid(key, chosen, f"an integer from 1 to {count}, the number of experts")
-        return int(chosen)
-
-    @property
-    def _chosen_key(self) -> str:
-        return next((key for key in CHOSEN if self._config.get(key) is not None), CHOSEN[0])
-
-    def _routers(self, there: Shapes) -> list[Owned]:
-        """What chooses among a layer's experts: weights and biases that have a row, or an entry, for each expert."""
-        inside = ((name, name.removeprefix(f"{self._block}.")) for name in sorted(there))
-        return [Owned(name, int(own == _STATICS)) for name, own in inside if own != name and _ROUTERS.fullmatch(own)]
-
-    def _groups(self, count: int, chosen: int, routers: Sequence[Owned]) -> tuple[int, int]:
-        """The number of groups that a router first chooses among, and how many experts it needs in all of them."""
-        corrected = any(it.tensor.endswith(_CORRECTION) for it in routers)
-        groups, chosen_groups = self._stated_groups(count, corrected)
-        of_group = max(-(-chosen // chosen_groups), _OF_GROUP if corrected and groups > 1 else 1)
-        if of_group > count // groups:
-            keys = ", ".join((self._chosen_key, self._groups_key, _CHOSEN_GROUPS))
-            raise self._refusals.inconsistent(
-                f"{groups} groups have {count // groups} experts each, but a router that takes {chosen} of "
-                f"{chosen_groups} of them needs {of_group} in each ({keys})"
-            )
-        # A model with one expert isn't a mixture, and a router with one group may look for the best two in it.
-        return groups, max(of_group * groups, 2)
-
-    def _stated_groups(self, count: int, corrected: bool) -> tuple[int, int]:
-        """The number of groups, and how many of them a token's experts come from; null and false count as 1."""
-        if self._config.get("model_type") == "deepseek_v2" and self._config.get("topk_method", "greedy") == "greedy":
-            return 1, 1  # its router doesn't use them
-        unstated = _GROUPS_UNSTATED.get(str(self._config.get("model_type")), (1, 1)) if corrected else (1, 1)
-        key = self._groups_key
-        stated = (self._config.get(name, usual) for name, usual in zip((key, _CHOSEN_GROUPS), unstated, strict=True))
-        groups, chosen_groups = (1 if it is None or it is False else it for it in stated)
-        if not _is_in(groups, range(1, count + 1)) or count % groups:
-            raise self._refusals.invalid(key, groups, f"an integer that divides {count}, the number of experts")
-        if not _is_in(chosen_groups, range(1, groups + 1)):
-            raise self._refusals.invalid(
-                _CHOSEN_GROUPS, chosen_groups, f"an integer from 1 to {groups}, the number of groups"
-            )
-        return groups, chosen_groups
-
-    @property
-    def _groups_key(self) -> str:
-        return next((key for key in _GROUPS if key in self._config), _GROUPS[0])
-
-    def _shared(self, there: Shapes) -> Shared | None:
-        named = (name.format(self._block) for name in _SHARED)
-        name = next((name for name in named if any(it.startswith(f"{name}.") for it in there)), None)
-        if name is None:
-            return None
-        field, copies = shared_experts(self._config)
-        if not isinstance(copies, int) or copies < 1:
-            keys = ", ".join((*SHARED_WIDTHS, *SHARED_NUMBERS))
-            raise self._refusals.unlike_tensors(f"they have {name}, and none of {keys} says how wide it is")
-        return Shared(name, field, copies, self._projections(name, there))
-
-    def _projections(self, name: str, there: Shapes) -> Projections:
-        for rows, down, parts in _OF_SHARED:
-            if f"{name}.{rows[0]}.weight" in there:
-                return rows, down, parts
-        raise self._refusals.unsupported(f"{name} is not an MLP of a known kind")
-
-    def _tensors_of(self, shared: Shared) -> set[str]:
-        rows, down, _ = shared.projections
-        return {f"{shared.name}.{name}.weight" for name in (*rows, down)}
-
-    def _check(self, layer: int, known: set[str], count: int) -> None:
-        there = self._parts[layer]
+def _described(
+    config: Mapping[str, Any],
+    parts: Sequence[Shapes],
+    refuse: Callable[[str], UserError],
+    form: _Form,
+    block: str,
+    layers: tuple[int, ...],
+) -> Experts:
+    """The experts of these layers, which have a known form; after checking that nothing else is in their block."""
+    numbers = {key: config[key] for key in EXPERT_COUNT_KEYS if isinstance(config.get(key), int)}
+    count, chosen, first = number_of_experts(config), chosen_experts(config), parts[layers[0]]
+    if {*numbers.values()} != {count} or not isinstance(chosen, int) or not 1 <= chosen <= count:
+        raise refuse(f"of {numbers} experts, a token can't have {chosen!r}")
+    rows, columns = form.owned(block, count)
+    shared = _shared(config, first, block, refuse)
+    inside = ((name, name.removeprefix(f"{block}.")) for name in sorted(first))
+    routers = [Owned(name, int(own == _STATICS)) for name, own in inside if own != name and _ROUTERS.fullmatch(own)]
+    if not routers:
+        raise refuse(f"layer {layers[0]} has {count} experts, and nothing that chooses among them")
+    known = {owned.tensor for owned in (*rows, *columns, *routers)}
+    if shared is not None:
+        of_shared = (*shared.projections[0], shared.projections[1])
+        known |= {f"{shared.name}.{name}.weight" for name in of_shared}
+    for layer in layers:
+        there = parts[layer]
         if missing := sorted(known - there.keys()):
-            raise self._refusals.unlike_tensors(f"layer {layer} has no {missing[0]}, of {count} experts")
+            raise refuse(f"layer {layer} has no {missing[0]}, of {count} experts")
         for name in sorted(there.keys() - known):
-            inside = name.removeprefix(f"{self._block}.")
-            if (number := _OF_EXPERT.match(inside)) and int(number[1]) >= count:
-                raise self._refusals.unlike_tensors(f"layer {layer} has {name}, of {count} experts")
-            if inside != name and not _BESIDE.fullmatch(inside):
-                raise self._refusals.unsupported(f"in layer {layer}, {name} is not part of experts of a known kind")
+            own = name.removeprefix(f"{block}.")
+            if own != name and not _BESIDE.fullmatch(own):
+                raise refuse(f"in layer {layer}, {name} is not part of {count} experts of a known kind")
+    groups, fewest = _groups(config, count, chosen, any(it.tensor.endswith(_CORRECTION) for it in routers), refuse)
+    return Experts(
+        count=count,
+        chosen=chosen,
+        layers=layers,
+        module=f"{block}.experts",
+        fields=_width_fields(config, first[columns[0].tensor][columns[0].axis], everywhere=len(layers) == len(parts)),
+        numbers=tuple(numbers),
+        rows=rows,
+        columns=columns,
+        whole=(*form.whole(block, count), *routers),
+        groups=groups,
+        fewest=fewest,
+        shared=shared,
+    )
 
 
-def _is_in(value: Any, valid: range) -> bool:
-    """Whether a value is one of these numbers, and not a bool."""
-    return isinstance(value, int) and not isinstance(value, bool) and value in valid
+def _width_fields(config: Mapping[str, Any], width: int, *, everywhere: bool) -> tuple[str, ...]:
+    """The fields that state the experts' width: one or, if no layer has a plain MLP, all that state the same."""
+    stated = [key for key in WIDTHS if config.get(key) is not None]
+    saying = [key for key in stated if config[key] == width]
+    return tuple((saying if everywhere else saying[:1]) or stated[:1])
+
+
+def _groups(
+    config: Mapping[str, Any], count: int, chosen: int, corrected: bool, refuse: Callable[[str], UserError]
+) -> tuple[int, int]:
+    """The number of groups that a router first chooses among, and how many experts it needs in all of them."""
+    groups, chosen_groups = 1, 1
+    # The router of deepseek_v2 has no use for groups unless this key says so.
+    if config["model_type"] != "deepseek_v2" or config.get("topk_method", "greedy") != "greedy":
+        unstated = _GROUPS_UNSTATED.get(str(config["model_type"]), (1, 1)) if corrected else (1, 1)
+        key = next((key for key in _GROUPS if key in config), _GROUPS[0])
+        stated = (config.get(name, usual) for name, usual in zip((key, _CHOSEN_GROUPS), unstated, strict=True))
+        groups, chosen_groups = (1 if it is None or it is False else it for it in stated)
+        if not 1 <= chosen_groups <= groups <= count or count % groups:
+            raise refuse(f"{count} experts can't be {groups} groups of which a token has {chosen_groups} ({key})")
+    of_group = max(-(-chosen // chosen_groups), _OF_GROUP if corrected and groups > 1 else 1)
+    if of_group > count // groups:
+        raise refuse(
+            f"{groups} groups have {count // groups} experts each, but a router that takes {chosen} of "
+            f"{chosen_groups} of them needs {of_group} in each"
+        )
+    # A model with one expert isn't a mixture, and a router with one group may look for the best two in it.
+    return groups, max(of_group * groups, 2)
+
+
+def _shared(config: Mapping[str, Any], there: Shapes, block: str, refuse: Callable[[str], UserError]) -> Shared | None:
+    for name in (name.format(block) for name in _SHARED):
+        if not any(it.startswith(f"{name}.") for it in there):
+            continue
+        field, copies = shared_experts(config)
+        for rows, down, parts in _OF_SHARED:
+            if f"{name}.{rows[0]}.weight" in there and isinstance(copies, int) and copies > 0:
+                return Shared(name, field, copies, (rows, down, parts))
+        raise refuse(f"{name} is not an MLP of a known kind, of {copies} times {field}")
+    return None

@@ -1,13 +1,12 @@
 """Model families, the only adapter between architectures and the rest: names of parts in modules and in files.
 
-Four families are listed, with what their checkpoints must hold. For others, whose MLPs also compute
-``down(act(gate(x)) * up(x))``, or ``down(act(up(x)))``, the parts are found in the checkpoint (see ``discovery``).
+The parts are found in a checkpoint (see ``discovery``); the defaults here are those of a Llama.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 from hfprune_dist.checkpoints.layer_settings import OTHER_LAYERS
@@ -15,43 +14,35 @@ from hfprune_dist.errors import UserError
 from hfprune_dist.structures.experts import (
     WIDTHS,
     Experts,
-    Projections,
     dense_neurons,
     expert_neurons,
     shared_neurons,
     whole_experts,
 )
 from hfprune_dist.structures.kv_groups import kv_groups, whole_groups
-from hfprune_dist.structures.low_rank import linear_modules, read_ranks
+from hfprune_dist.structures.low_rank import read_ranks
 from hfprune_dist.structures.neurons import OLDER_WIDTHS, OTHER_WIDTHS, neurons
-from hfprune_dist.structures.units import OUTPUT_BIASES, Block, Units
+from hfprune_dist.structures.units import Block, Units
 
 if TYPE_CHECKING:
     from torch import nn
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
-MLP = ("gate_proj", "up_proj", "down_proj")
 # Endings of the names of transformers' classes.
 CAUSAL, WITH_VISION = "ForCausalLM", "ForConditionalGeneration"
 
 
 @dataclass(frozen=True)
 class Family:
-    """Names of the parts of a decoder-only architecture with one MLP in each layer.
+    """Names of the parts of a decoder-only architecture with one MLP, or experts, in each layer.
 
     Attributes:
-        biases: (key of config.json, projections that have a bias if it is true); with no key, they always have one.
-        heads: its configuration class's defaults for ``num_key_value_heads`` and ``head_dim``; without one, there is
-            one key-value head for each query head, and the heads together make up ``hidden_size``.
-        twin: the model_type that computes the same if there are no biases, for numbers of heads that don't divide
-            ``hidden_size``, which this one's configuration class refuses; None if there is none.
-        any_heads: whether its configuration class accepts numbers of heads that don't divide ``hidden_size``.
-        adapted_attention: names within a layer of the linear layers that LoRA adapts in attention, of all its kinds in
-            the model; empty if these are the layers called ``attention_projections``, and no others are.
+        tensors: names of the tensors that a model computes with, a head included even if it is tied; others in a
+            checkpoint's files are ignored when it is loaded.
+        adapted_attention: names within a layer of the linear layers that LoRA adapts in attention, of all its kinds.
         row_parts: number of matrices in each row projection, one after the other: two if it holds both gate and up.
         mlp_norm, attention_norm: the norm whose output the block reads; None: the block reads the residual stream.
         mlp_norm_after, attention_norm_after: the norm that the block's outputs go through, if any.
-        found: names of all tensors of a model, if the family isn't listed.
         task: the ending of its transformers class's name.
         keeps_apart: whether sequences that share a row can't see each other, given positions that restart with each.
         whole_groups: why its KV groups can't be pruned; empty if they can.
@@ -63,6 +54,7 @@ class Family:
 
     model_type: str
     architecture: str
+    tensors: frozenset[str] = frozenset()
     body: str = "model"
     head: str = "lm_head"
     embedding: str = "model.embed_tokens"
@@ -72,19 +64,13 @@ class Family:
     attention_norm: str | None = "input_layernorm"
     attention_norm_after: str | None = None
     attention_projections: tuple[str, ...] = ATTENTION
-    adapted_attention: tuple[str, ...] = ()
-    head_norms: tuple[str, ...] = ()
+    adapted_attention: tuple[str, ...] = tuple(f"self_attn.{name}" for name in ATTENTION)
     mlp: str = "mlp"
     mlp_norm: str | None = "post_attention_layernorm"
     mlp_norm_after: str | None = None
     row_projections: tuple[str, ...] = ("gate_proj", "up_proj")
     row_parts: int = 1
     down_projection: str = "down_proj"
-    biases: tuple[tuple[str | None, tuple[str, ...]], ...] = ()
-    heads: Mapping[str, int] = field(default_factory=dict)
-    twin: str | None = None
-    any_heads: bool = True
-    found: frozenset[str] = frozenset()
     task: str = CAUSAL
     keeps_apart: bool = True
     whole_groups: str = ""
@@ -116,52 +102,37 @@ class Family:
 
     def units(self, config: Mapping[str, Any]) -> Units:
         """The main units of a model with this ``config.json``: the neurons of its MLPs, or of its experts."""
-        mlp = self._mlp(config)
-        if self.experts is not None:
-            return expert_neurons(config, mlp, self.experts)
-        return neurons(config, mlp, *self._projections)
-
-    def _beside_experts(self, config: Mapping[str, Any]) -> list[Units]:
-        """In a mixture of experts, the neurons of the other MLPs, and the experts themselves."""
-        if self.experts is None:
-            return []
-        made_of = config, self._mlp(config), self.experts
-        shared = [shared_neurons(*made_of)] if self.experts.shared else []
-        dense = [dense_neurons(*made_of, self._projections)] if self.dense_layers else []
-        return [*shared, *dense, whole_experts(*made_of)]
-
-    def _mlp(self, config: Mapping[str, Any]) -> Block:
-        return self._block(config, self.mlp, self.mlp_norm, self.mlp_norm_after)
-
-    @property
-    def _projections(self) -> Projections:
-        return self.row_projections, self.down_projection, self.row_parts
+        mlp, projections = self._mlp(config), (self.row_projections, self.down_projection, self.row_parts)
+        return expert_neurons(config, mlp, self.experts) if self.experts else neurons(config, mlp, *projections)
 
     def structures(self, config: Mapping[str, Any]) -> dict[str, Units]:
-        """All kinds of units in a model with this ``config.json``, by name."""
+        """All kinds of units in a model with this ``config.json``, by name; the main ones first."""
+        found, mlp = [self.units(config)], self._mlp(config)
+        if self.experts is not None:
+            projections = self.row_projections, self.down_projection, self.row_parts
+            found += [shared_neurons(config, mlp, self.experts)] if self.experts.shared else []
+            found += [dense_neurons(config, mlp, self.experts, projections)] if self.dense_layers else []
+            found += [whole_experts(config, mlp, self.experts)]
         attention = self._block(config, self.attention, self.attention_norm, self.attention_norm_after)
         if self.whole_groups:
             groups = whole_groups(self.completed(config), attention)
         else:
             groups = kv_groups(self.completed(config), attention, self.attention_projections)
-        return {units.kind: units for units in (self.units(config), *self._beside_experts(config), groups)}
+        return {units.kind: units for units in (*found, groups)}
+
+    def _mlp(self, config: Mapping[str, Any]) -> Block:
+        return self._block(config, self.mlp, self.mlp_norm, self.mlp_norm_after)
 
     def _block(self, config: Mapping[str, Any], name: str, norm: str | None, norm_after: str | None) -> Block:
-        multiplier = config.get("residual_multiplier") if self.found else None
+        multiplier = config.get("residual_multiplier")
         return Block(self.layers, name, norm, norm_after, 1.0 if multiplier is None else float(multiplier))
 
     def completed(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """The ``config.json`` with the number of key-value heads and the size of a head filled in."""
-        stated = {**self.heads, **config}
-        queries = int(stated["num_attention_heads"])
-        groups = stated.get("num_key_value_heads") or queries
-        head_dim = stated.get("head_dim") or stated["hidden_size"] // queries
+        queries = int(config["num_attention_heads"])
+        groups = config.get("num_key_value_heads") or queries
+        head_dim = config.get("head_dim") or config["hidden_size"] // queries
         return {**config, "num_key_value_heads": groups, "head_dim": head_dim}
-
-    def biased(self, config: Mapping[str, Any]) -> set[str]:
-        """The projections that have a bias in a model with this ``config.json``."""
-        own = {name for key, names in self.biases if key is None or config.get(key) for name in names}
-        return own | {module.rpartition(".")[2] for module in config.get(OUTPUT_BIASES, ())}
 
     @property
     def attention_modules(self) -> list[str]:
@@ -180,30 +151,6 @@ class Family:
         """Name of the head's weight [vocabulary, hidden_size]; a checkpoint whose head is tied may lack it."""
         return f"{self.head}.weight"
 
-    def tensors(self, config: Mapping[str, Any]) -> set[str]:
-        """Names of the tensors that a model with this ``config.json`` computes with, its head included; others in a
-        checkpoint's files are ignored when it is loaded.
-        """
-        biased, ranks = self.biased(config), self.ranks(config)
-        if self.found:
-            factors = {
-                f"{self.layers}.{layer}.{it}.weight"
-                for name, row in ranks.items()
-                for layer, _ in enumerate(row)
-                for it in linear_modules(name, ranks)
-            }
-            return {*self.found, *factors, self.head_tensor()}
-        modules = [(self.attention, name) for name in (*self.attention_projections, *self.head_norms)]
-        modules += [(self.mlp, name) for name in (*self.row_projections, self.down_projection)]
-        parts = [f"{norm}.weight" for norm in (self.attention_norm, self.mlp_norm)]
-        for block, name in modules:
-            linears = linear_modules(f"{block}.{name}", ranks)
-            parts += [f"{linear}.weight" for linear in linears]
-            parts += [f"{linears[-1]}.bias"] if name in biased else []
-        layers = range(int(config["num_hidden_layers"]))
-        of_layers = {f"{self.layers}.{layer}.{part}" for layer in layers for part in parts}
-        return of_layers | {self.embedding_tensor(), f"{self.norm}.weight", self.head_tensor()}
-
     def body_of(self, model: nn.Module) -> nn.Module:
         """The decoder without its head: input_ids -> last_hidden_state, final norm included."""
         return model.get_submodule(self.body)
@@ -217,48 +164,22 @@ class Family:
         return list(model.get_submodule(self.layers).children())
 
 
-FAMILIES: dict[str, Family] = {
-    family.model_type: family
-    for family in (
-        Family(
-            "llama",
-            "Llama",
-            biases=(("attention_bias", ATTENTION), ("mlp_bias", MLP)),
-            twin="mistral",
-            any_heads=False,
-        ),
-        Family("mistral", "Mistral", heads={"num_key_value_heads": 8}),
-        Family("qwen2", "Qwen2", biases=((None, ATTENTION[:3]),), heads={"num_key_value_heads": 32}),
-        Family(
-            "qwen3",
-            "Qwen3",
-            head_norms=("q_norm", "k_norm"),
-            biases=(("attention_bias", ATTENTION),),
-            heads={"num_key_value_heads": 32, "head_dim": 128},
-        ),
-    )
-}
-
-
 # Keys of a config.json -> the kind of model that has them.
 _OTHER_KINDS = {
     "audio_config": "a model of sound and text",
     "is_encoder_decoder": "an encoder-decoder",
 }
-# Further such keys, checked only for listed architectures.
-_OTHER_THAN_LISTED = dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts"), "a mixture of experts")
 # Keys by which attention also sees later tokens, so that no output predicts the next one -> the values that do this.
 _SEEING_AHEAD: dict[str, tuple[object, ...]] = {"is_causal": (False,), "use_bidirectional_attention": (True, "all")}
 # Architectures that could be taken for supported ones -> why they aren't.
 _UNFIT = {
     "llama4_text": "routers multiply what its experts read, not what they make",
     "jetmoe": "its attention has experts too",
-    "beam": "what its layers add is scaled by their number",
     "diffllama": "its attention computes with a layer's number",
-    "minicpm3": "what its layers add is scaled by how many there are",
-    "lara_mini": "its files have in one matrix what its linear attention has in four",
-    "sarvam_moe": "its files have queries, keys and values in one matrix, which its attention has in three",
-    "axk2": "its files have queries and their gates in one matrix, which its attention has in two",
+    **dict.fromkeys(("minicpm3", "beam"), "what its layers add is scaled by how many there are"),
+    **dict.fromkeys(
+        ("lara_mini", "sarvam_moe", "axk2"), "its files have in one matrix what its attention has in several"
+    ),
     **dict.fromkeys(("deepseek_v4", "hy_v4", "gemma3n_text"), "several residual streams run through its layers"),
     **dict.fromkeys(
         ("inkling_text", "inkling2_text", "inkling2_loop_text"), "its shared experts are routed to as well"
@@ -270,36 +191,23 @@ _UNFIT = {
     **dict.fromkeys(("zamba", "zamba2"), "its layers share their MLPs"),
     **dict.fromkeys(("gpt2", "openai-gpt"), "its matrices are transposed (Conv1D)"),
 }
-# Keys that files of hunyuan_v1_moe state for each layer.
-_LISTED = ("moe_topk", "moe_intermediate_size")
 _NEEDED = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "vocab_size")
 
 
 def normalized(config: Mapping[str, Any]) -> dict[str, Any]:
     """A config.json with ``intermediate_size`` and ``num_hidden_layers``, whatever its architecture calls them, and
-    with one number of chosen experts and one width of experts in place of lists of equal ones.
+    with one number in place of a list of equal ones, one for each layer (``hunyuan_v1_moe``).
     """
-    return _with_width(_without_lists(_with_layers(config)))
-
-
-def _with_layers(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    if "num_hidden_layers" in config or OTHER_LAYERS not in config:
-        return config
-    return {**config, "num_hidden_layers": config[OTHER_LAYERS]}
-
-
-def _without_lists(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    if not isinstance(config.get(_LISTED[0]), list):
-        return config
-    listed = {key: config[key] for key in _LISTED if isinstance(config.get(key), list)}
-    return {**config, **{key: them[0] for key, them in listed.items() if them and them == them[:1] * len(them)}}
-
-
-def _with_width(config: Mapping[str, Any]) -> dict[str, Any]:
+    told = dict(config)
+    if OTHER_LAYERS in config:
+        told.setdefault("num_hidden_layers", config[OTHER_LAYERS])
+    for key in ("moe_topk", "moe_intermediate_size"):
+        values = config.get(key)
+        if isinstance(values, list) and values and values == values[:1] * len(values):
+            told[key] = values[0]
     names = tuple[str, ...](() if config.get("num_local_experts") else OTHER_WIDTHS)
     names += () if "intermediate_size" in config else (*OLDER_WIDTHS, WIDTHS[0])
-    width = next((config[key] for key in names if key in config), None)
-    return dict(config) if width is None else {**config, "intermediate_size": width}
+    return told | next(({"intermediate_size": told[key]} for key in names if key in told), {})
 
 
 def refuse_other_kinds(config: Mapping[str, Any], where: str) -> None:
@@ -310,24 +218,21 @@ def refuse_other_kinds(config: Mapping[str, Any], where: str) -> None:
     """
     if not isinstance(config.get("model_type"), str):
         raise UserError(f"{where}: model_type is {config.get('model_type')!r}; it must name an architecture")
-    if unfit := _UNFIT.get(str(config.get("model_type"))):
+    if unfit := _UNFIT.get(config["model_type"]):
         raise not_supported(config, where, unfit)
-    kinds = _OTHER_KINDS | (_OTHER_THAN_LISTED if config.get("model_type") in FAMILIES else {})
-    found = next((key for key in kinds if config.get(key) not in (None, False)), None)
-    if found:
-        raise not_supported(config, where, f"it is {kinds[found]} ({found})")
-    ahead = next((key for key, values in _SEEING_AHEAD.items() if config.get(key) in values), None)
-    if ahead:
-        raise not_supported(config, where, f"its tokens see those that follow ({ahead} {config[ahead]!r})")
-    missing = [key for key in _NEEDED if key not in config]
-    if missing and config.get("model_type") not in FAMILIES:
+    for key, kind in _OTHER_KINDS.items():
+        if config.get(key) not in (None, False):
+            raise not_supported(config, where, f"it is {kind} ({key})")
+    for key, values in _SEEING_AHEAD.items():
+        if config.get(key) in values:
+            raise not_supported(config, where, f"its tokens see those that follow ({key} {config[key]!r})")
+    if missing := [key for key in _NEEDED if key not in config]:
         raise not_supported(config, where, f"config.json has no {', '.join(missing)}")
 
 
 def not_supported(config: Mapping[str, Any], where: str, why: str) -> UserError:
     """The error to raise for a model that can't be pruned."""
     return UserError(
-        f"{where}: model_type {str(config.get('model_type'))!r} is not supported: {why}. Pruned are "
-        f"{', '.join(sorted(FAMILIES))} and other decoders whose layers have one MLP, or gated experts "
-        "(hfprune_dist/checkpoints/README.md lists those that are tested)"
+        f"{where}: model_type {str(config.get('model_type'))!r} is not supported: {why}. Pruned are decoders whose "
+        "layers have one MLP, or gated experts (hfprune_dist/checkpoints/README.md lists those that are tested)"
     )

@@ -12,12 +12,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from hfprune_dist.checkpoints.checkpoint import Checkpoint
-from hfprune_dist.checkpoints.cut import Cut, StackedCut
 from hfprune_dist.checkpoints.families import Family
 from hfprune_dist.checkpoints.pruned_config import is_plain
-from hfprune_dist.checkpoints.rounding import as_stored
+from hfprune_dist.checkpoints.read_tensors import as_stored
 from hfprune_dist.checkpoints.stored_names import SAME
-from hfprune_dist.checkpoints.write_pruned import Changes, Transform, stream_weight_file, unit_cuts
+from hfprune_dist.checkpoints.write_pruned import Cut, Transform, Written, stream_weight_file, unit_cuts
 from hfprune_dist.errors import UserError, naming
 from hfprune_dist.store.atomic_files import read_json, write_json
 from hfprune_dist.structures.kept import Kept
@@ -44,21 +43,19 @@ class Adapter:
 
 
 def lora_targets(family: Family, low_rank: Iterable[str] = ()) -> list[str] | str:
-    """Names of the linear layers that get an adapter: all of attention and of MLPs, and both factors of those of low
-    rank. If other parts of the model may use the same names, a pattern that matches only the decoder's. In mixtures of
-    experts, only attention gets adapters: peft would take the names of MLP projections for the experts', whose adapters
-    can't be merged matrix by matrix.
+    """Names within a layer of the linear layers that get an adapter: all of attention and of MLPs, and both factors of
+    those of low rank; or, where other parts of the model may use the same names, a pattern that matches only the
+    decoder's. In mixtures of experts, only attention gets adapters: peft would take the names of MLP projections for
+    the experts', whose adapters can't be merged matrix by matrix.
 
     Args:
         low_rank: names within a layer of its low-rank projections.
     """
-    within_layers = family.adapted_attention
-    factored = {name if within_layers else name.rpartition(".")[2]: () for name in low_rank}
-    projections = within_layers or family.attention_projections
-    attention = [linear for name in projections for linear in linear_modules(name, factored)]
-    names = attention if family.experts else [*attention, *family.row_projections, family.down_projection]
-    pattern = "|".join(map(re.escape, names))
-    return rf"{re.escape(family.layers)}\.\d+\.(.*\.)?({pattern})" if family.has_vision else names
+    factored = dict.fromkeys(low_rank)
+    names = [linear for name in family.adapted_attention for linear in linear_modules(name, factored)]
+    if not family.experts:
+        names += [".".join(filter(None, (family.mlp, it))) for it in (*family.row_projections, family.down_projection)]
+    return rf"{re.escape(family.layers)}\.\d+\.({'|'.join(map(re.escape, names))})" if family.has_vision else names
 
 
 def write_adapter(
@@ -113,17 +110,20 @@ def merge_weight_file(
     unknown = adapter.factors.keys() - checkpoint.tensors.keys()
     assert not unknown, f"the adapter has weights that the checkpoint lacks: {sorted(unknown)[:3]}"
     cuts = {} if kept is None else unit_cuts(checkpoint, kept)
-    transforms: dict[str, Transform] = {name: cut.apply for name, cut in cuts.items()}
-    for name in adapter.factors:
-        transforms[name] = partial(_merged_and_cut, checkpoint, name, adapter, cuts.get(name))
-    shapes = {name: cut.shape(checkpoint.tensors[name].shape) for name, cut in cuts.items()}
+    written = []
+    transform: Transform | None
+    for name, info in checkpoint.tensors.items():
+        if info.file == file:
+            cut = cuts.get(name)
+            shape, transform = (tuple(info.shape), None) if cut is None else (cut.shape(info.shape), cut.apply)
+            if name in adapter.factors:
+                transform = partial(_merged_and_cut, checkpoint, name, adapter, cut)
+            written.append(Written(name, name, shape, transform))
     stored = checkpoint.names if kept is None or is_plain(checkpoint, kept.shape) else SAME
-    stream_weight_file(checkpoint, file, Changes(transforms, shapes, stored=stored), target)
+    stream_weight_file(checkpoint, file, written, target, stored)
 
 
-def _merged_and_cut(
-    checkpoint: Checkpoint, name: str, adapter: Adapter, cut: Cut | StackedCut | None, weight: Tensor
-) -> Tensor:
+def _merged_and_cut(checkpoint: Checkpoint, name: str, adapter: Adapter, cut: Cut | None, weight: Tensor) -> Tensor:
     """What stays of a merged weight, rounded once, to the dtype that the weight has."""
     whole = merged(adapter.scale, *adapter.factors[name], weight)
     staying = whole if cut is None else cut.apply(whole)

@@ -1,32 +1,38 @@
-"""The config.json of a smaller checkpoint: which shapes a plain one can have, and its content; without torch.
+"""The JSON files of a smaller checkpoint, without torch: config.json, and kept.json, which lists what stayed.
 
 A plain checkpoint is one that transformers, and every engine built for its architecture, loads without our code.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import copy
+import json
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from hfprune_dist.checkpoints.checkpoint import Checkpoint
-from hfprune_dist.checkpoints.families import FAMILIES, Family
 from hfprune_dist.checkpoints.layer_settings import of_layers, undroppable_layers
-from hfprune_dist.structures.kept import Shape
+from hfprune_dist.store.atomic_files import read_json, write_json, write_text
+from hfprune_dist.structures.kept import Kept, Shape
 from hfprune_dist.structures.low_rank import rank_field
 from hfprune_dist.structures.units import LAYER_SIZES, OUTPUT_BIASES, PER_LAYER
 
+KEPT = "kept.json"
 # Our module that travels inside every checkpoint that isn't plain.
 MODELING_FILE = Path(__file__).with_name("modeling_pruned.py")
 AUTO_CLASS = "AutoModelForCausalLM"
 QUERY_HEADS_KEY = "num_attention_heads"
 # The key with which transformers lets fields that are in ``PER_LAYER`` be read for all layers too.
 _READ_GLOBALLY = "allow_global_per_layer_attribute_access"
-# Keys that the configuration class of a family's twin doesn't have.
-_NOT_OF_A_TWIN = ("attention_bias", "mlp_bias", "pretraining_tp")
-# Defaults of LlamaConfig that its twin doesn't share.
-_DEFAULTS_OF_A_TWIN = {"max_position_embeddings": 2048, "tie_word_embeddings": False}
-# The version whose form a twin's config.json has. With one before 5, transformers suspects a faulty tokenizer.
+# Architectures whose configuration class accepts numbers of heads that don't divide the hidden size; for others, only
+# a dense model with such a number shows it.
+_ANY_HEADS = ("mistral", "qwen2", "qwen3")
+# What computes the same as a llama without biases, with any number of heads; the keys that it doesn't have, and the
+# llama's defaults where its own are others. With a version before 5, transformers suspects a faulty tokenizer.
+_TWIN_OF_LLAMA = {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": None}
+_NOT_OF_THE_TWIN = ("attention_bias", "mlp_bias", "pretraining_tp")
+_DEFAULTS_OF_LLAMA = {"max_position_embeddings": 2048, "tie_word_embeddings": False}
 _TRANSFORMERS = "5.24.0"
 
 
@@ -44,10 +50,10 @@ def plain_group_counts(checkpoint: Checkpoint) -> list[int]:
 
 def is_plain(checkpoint: Checkpoint, shape: Shape) -> bool:
     """Whether a model of this shape can be written as a plain checkpoint."""
-    if shape.ranks:
+    if shape.ranks or checkpoint.config.get(OUTPUT_BIASES):
         return False
     values = _values(checkpoint, shape)
-    is_uniform = all(len({*row} - {0}) == 1 for row in values.values()) and not checkpoint.config.get(OUTPUT_BIASES)
+    is_uniform = all(len({*row} - {0}) == 1 for row in values.values())
     return is_uniform and _plain_type(checkpoint, values[QUERY_HEADS_KEY][0]) is not None
 
 
@@ -64,25 +70,27 @@ def pruned_config(checkpoint: Checkpoint, shape: Shape, biased: Iterable[str] = 
     stated |= of_layers(stated, shape.layers) if gone else {}
     known = checkpoint.family.completed(stated)
     changed = {field: row for field, row in values.items() if any(value not in (0, known[field]) for value in row)}
+    groups = checkpoint.structures["kv_groups"]
     if QUERY_HEADS_KEY in changed:
-        stated |= checkpoint.structures["kv_groups"].implied
+        stated |= groups.implied
     added = [module for module in biased if not _has_bias(checkpoint, module)]
     stated |= {OUTPUT_BIASES: [*stated.get(OUTPUT_BIASES, ()), *added]} if added else {}
     if added or not is_plain(checkpoint, shape):
         name = checkpoint.family.pruned_class
         classes = {AUTO_CLASS: name, "AutoModel": checkpoint.family.pruned_body}
         auto_map = {auto: f"{MODELING_FILE.stem}.{ours}" for auto, ours in classes.items()}
-        stated |= _heads_for_vllm(changed, checkpoint.structures["kv_groups"].fields)
+        stated |= _heads_for_vllm({field: changed[field] for field in groups.fields if field in changed})
         changed |= {rank_field(projection): list(ranks) for projection, ranks in shape.ranks.items()}
         return stated | {LAYER_SIZES: changed, "architectures": [name], "auto_map": auto_map}
     stated |= {field: max(row) for field, row in changed.items()}
-    model_type = _plain_type(checkpoint, values[QUERY_HEADS_KEY][0])
-    return stated if model_type == checkpoint.family.model_type else _as_twin(stated, FAMILIES[str(model_type)])
+    if _plain_type(checkpoint, values[QUERY_HEADS_KEY][0]) == checkpoint.family.model_type:
+        return stated
+    kept = {key: value for key, value in stated.items() if key not in _NOT_OF_THE_TWIN}
+    return _DEFAULTS_OF_LLAMA | kept | _TWIN_OF_LLAMA | {"transformers_version": _TRANSFORMERS}
 
 
-def _heads_for_vllm(sizes: Mapping[str, list[int]], fields: Iterable[str]) -> dict[str, Any]:
+def _heads_for_vllm(heads: Mapping[str, list[int]]) -> dict[str, Any]:
     """Where vLLM, which makes caches and attention itself, reads how many heads each layer has."""
-    heads = {field: sizes[field] for field in fields if field in sizes}
     if not heads:
         return {}
     layers = (dict(zip(heads, row, strict=True)) for row in zip(*heads.values(), strict=True))
@@ -117,10 +125,12 @@ def _values(checkpoint: Checkpoint, shape: Shape) -> dict[str, list[int]]:
 
 def _plain_type(checkpoint: Checkpoint, heads: int) -> str | None:
     """The model_type of a plain checkpoint with this many query heads; None if there is none."""
-    family, config = checkpoint.family, checkpoint.config
-    if family.any_heads or config["hidden_size"] % heads == 0:
-        return family.model_type
-    return None if family.biased(config) else family.twin
+    config, own = checkpoint.config, checkpoint.family.model_type
+    takes_any = own in _ANY_HEADS or config["hidden_size"] % int(config[QUERY_HEADS_KEY]) != 0
+    if takes_any or config["hidden_size"] % heads == 0:
+        return own
+    is_biased = any(name.endswith(".bias") for name in checkpoint.tensors)
+    return "mistral" if own == "llama" and not is_biased else None
 
 
 def _without_ours(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -133,14 +143,65 @@ def _without_ours(checkpoint: Checkpoint) -> dict[str, Any]:
     return plain | {"architectures": [checkpoint.family.plain_class]}
 
 
-def _as_twin(config: Mapping[str, Any], twin: Family) -> dict[str, Any]:
-    """The settings of the same model as its family's twin, whose configuration class has some defaults of its own."""
-    known = {key: value for key, value in config.items() if key not in _NOT_OF_A_TWIN}
+def write_config(config: Mapping[str, Any], folder: Path) -> None:
+    """Write config.json, with what transformers 5 has renamed under the earlier names too, which other engines read:
+    each of them unless it would change what transformers reads.
+
+    Args:
+        folder: a draft, since the file is written several times.
+    """
+    content = copy.deepcopy(dict(config))
+    text = content.get("text_config", content)
+    expected = _read(content, folder)
+    for name, value in _earlier_names(text).items():
+        if value is not None and name not in text:
+            text[name] = value
+            if _read(content, folder) != expected:
+                del text[name]
+    write_text(folder / "config.json", _json(content))
+
+
+def _earlier_names(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Earlier name -> value; of rope, where kinds of layers differ, it is that of full attention."""
+    kinds = config.get("rope_parameters") or {}
+    rope = dict(kinds.get("full_attention") or kinds)
+    theta, rotated = rope.pop("rope_theta", None), rope.pop("partial_rotary_factor", None)
     return {
-        **_DEFAULTS_OF_A_TWIN,
-        **known,
-        "model_type": twin.model_type,
-        "architectures": [twin.plain_class],
-        "sliding_window": None,
-        "transformers_version": _TRANSFORMERS,
+        "rope_theta": theta,
+        "rotary_emb_base": theta,
+        "rope_local_base_freq": (kinds.get("sliding_attention") or {}).get("rope_theta"),
+        "partial_rotary_factor": rotated,
+        "rotary_pct": rotated,
+        "rope_scaling": None if rope == {"rope_type": "default"} else rope or None,
+        "num_experts": config.get("num_local_experts"),
+        "torch_dtype": config.get("dtype"),
     }
+
+
+def _json(content: Mapping[str, Any]) -> str:
+    # Not by write_json: it refuses infinite numbers, which transformers before 5 wrote as they are (bamba).
+    return json.dumps(content, indent=1, sort_keys=True) + "\n"
+
+
+def _read(content: Mapping[str, Any], folder: Path) -> dict[str, Any] | None:
+    """What transformers makes of a config.json; None if it refuses it."""
+    from transformers import AutoConfig
+
+    (folder / "config.json").write_text(_json(content), encoding="utf-8")
+    try:
+        read: dict[str, Any] = AutoConfig.from_pretrained(folder).to_dict()
+    except Exception:  # which ones a configuration class raises isn't documented
+        return None
+    return read
+
+
+def write_kept(folder: Path, kept: Kept) -> None:
+    """Write ``kept.json``, in the dense model's numbering: ``layers`` and, for each kind, the units kept in each."""
+    units = {kind: [row.tolist() for row in rows] for kind, rows in kept.units.items()}
+    write_json(folder / KEPT, {"layers": list(kept.layers), **units})
+
+
+def read_kept_numbers(folder: Path) -> tuple[tuple[int, ...], Mapping[str, Sequence[Sequence[int]]]]:
+    """Read ``kept.json``: the layers, and kind -> the units of each of them."""
+    content = read_json(folder / KEPT)
+    return tuple(content.pop("layers")), content

@@ -1,4 +1,8 @@
-"""Names of tensors in a checkpoint's files, where transformers uses other names once they are loaded."""
+"""The tensors of a model's modules, and those in a checkpoint's files that each is made from; without torch.
+
+Files and modules mostly have the same tensors under the same names. But some blocks have other names in files, and some
+files have one tensor per expert where modules hold all experts of a layer in one.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +10,12 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hfprune_dist.checkpoints.text_decoder import has_vision
+
+if TYPE_CHECKING:
+    from hfprune_dist.checkpoints.checkpoint import Checkpoint
 
 # The beginning of names in modules, and that of the same names in files; # stands for the number of a layer.
 Pair = tuple[str, str]
@@ -25,6 +32,15 @@ _TAKEN_OUT = (("model.", "model.language_model."),)
 # model_type -> beginnings of its names that differ; the first that matches counts.
 _RENAMED: dict[str, tuple[Pair, ...]] = {
     **dict.fromkeys(("qwen3_5_text", "qwen3_5_moe_text", "apertus1p5_text"), _TAKEN_OUT),
+    **dict.fromkeys(("mixtral", "minimax"), _in_layers(("mlp.", "block_sparse_moe."))),
+    **dict.fromkeys(
+        ("granitemoe", "granitemoeshared", "granitemoehybrid", "granitemoe_swa"),
+        _in_layers(
+            ("block_sparse_moe.experts.gate_up_proj", "block_sparse_moe.input_linear.weight"),
+            ("block_sparse_moe.experts.down_proj", "block_sparse_moe.output_linear.weight"),
+            ("block_sparse_moe.router.", "block_sparse_moe.router.layer."),
+        ),
+    ),
     "gpt_neox": (("lm_head.", "embed_out."),),
     "exaone": (
         ("model.embed_tokens.", "transformer.wte."),
@@ -126,3 +142,48 @@ def _renamed(name: str, pairs: Iterable[Pair]) -> str:
 
 # For files in which all tensors have the same names as in modules.
 SAME = StoredNames()
+
+# Convolutions of linear attention, which some files have as separate tensors.
+_JOINED, _WHOLE = (".q_conv1d.weight", ".k_conv1d.weight", ".v_conv1d.weight"), ".conv1d.weight"
+
+
+@dataclass(frozen=True)
+class ModuleTensor:
+    """A tensor of a module.
+
+    Attributes:
+        sources: names of the tensors that it is made from: for each expert, the matrices to concatenate; a single name
+            if the files have the tensor as it is.
+        is_stacked: whether the experts' matrices are stacked, along a new first dimension.
+    """
+
+    shape: tuple[int, ...]
+    sources: tuple[tuple[str, ...], ...]
+    is_stacked: bool = False
+
+
+def module_tensors(checkpoint: Checkpoint, layer: int | None = None) -> dict[str, ModuleTensor]:
+    """Name in modules -> tensor, for the whole model, or only for one layer if it is given."""
+    prefix, experts = f"{checkpoint.family.layers}.", checkpoint.family.experts
+    wanted = "" if layer is None else f"{prefix}{layer}."
+    shapes = {name: info.shape for name, info in checkpoint.tensors.items() if name.startswith(wanted)}
+    found: dict[str, ModuleTensor] = {}
+    if experts is not None and experts.each:
+        for sparse in experts.layers if layer is None else {layer} & {*experts.layers}:
+            for module, owned in (("gate_up_proj", experts.rows), ("down_proj", experts.columns)):
+                sources = tuple(
+                    tuple(f"{prefix}{sparse}.{it.tensor}" for it in owned if it.expert == expert)
+                    for expert in range(experts.count)
+                )
+                rows, columns = shapes[sources[0][0]]
+                found[f"{prefix}{sparse}.{experts.module}.{module}"] = ModuleTensor(
+                    (experts.count, rows * len(sources[0]), columns), sources, is_stacked=True
+                )
+    stacked = {name for made in found.values() for names in made.sources for name in names}
+    found |= {name: ModuleTensor(shape, ((name,),)) for name, shape in shapes.items() if name not in stacked}
+    for first in [name for name in found if name.endswith(_JOINED[0])]:
+        names = tuple(first.removesuffix(_JOINED[0]) + part for part in _JOINED)
+        parts = [found.pop(name).shape for name in names]
+        shape = (sum(it[0] for it in parts), *parts[0][1:])
+        found[first.removesuffix(_JOINED[0]) + _WHOLE] = ModuleTensor(shape, (names,))
+    return found

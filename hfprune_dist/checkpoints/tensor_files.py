@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -87,3 +87,43 @@ def _checksum(tensors: Mapping[str, Tensor], texts: Mapping[str, str]) -> str:
     for _, tensor in sorted(tensors.items()):
         crc = zlib.crc32(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data, crc)
     return f"{crc:08x}"
+
+
+class SavedLayers:
+    """Tensors of finished layers, from which a later attempt resumes: one file per layer, written by the rank that has
+    the layer.
+
+    Args:
+        layers: numbers of all layers that there will be.
+    """
+
+    def __init__(self, folder: Path, layers: Iterable[int]) -> None:
+        self._folder = folder
+        self._layers = tuple(layers)
+
+    def done(self) -> set[int]:
+        """Layers that have a file; damaged ones are set aside."""
+        return {number for number in self._layers if self.is_done(number)}
+
+    def write(self, number: int, tensors: Mapping[str, Tensor]) -> None:
+        """Save the tensors of one layer, under names that no other layer uses."""
+        self._folder.mkdir(exist_ok=True)
+        save_tensors(tensors, self._file(number))
+
+    def read(self) -> dict[str, Tensor]:
+        """The tensors of all layers."""
+        files = [load_tensors(self._file(number))[0] for number in self._layers]
+        return {name: tensor for tensors in files for name, tensor in tensors.items()}
+
+    def tensor(self, number: int, name: str) -> Tensor:
+        """One tensor of a finished layer, without reading the others."""
+        with safe_open(self._file(number), framework="pt") as source:
+            found: Tensor = source.get_tensor(name)
+        return found
+
+    def is_done(self, number: int) -> bool:
+        """Whether a layer has a file; a damaged one is set aside."""
+        return is_usable(self._file(number))
+
+    def _file(self, number: int) -> Path:
+        return self._folder / f"layer-{number}.safetensors"

@@ -1,55 +1,123 @@
-"""The weight files in a checkpoint's folder: a single file, or those listed in an index."""
+"""The files of a checkpoint's folder, read without torch: safetensors headers, their index, and JSON objects."""
 
 from __future__ import annotations
 
 import json
+import math
+import struct
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hfprune_dist.checkpoints.lfs_pointers import refuse_pointer
-from hfprune_dist.checkpoints.safetensors_header import TensorInfo, read_safetensors_header
 from hfprune_dist.errors import UserError
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
+# Bytes per number, by the file format's name for its type. Any other type means quantized weights.
+FLOATS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+_POINTER = b"version https://git-lfs.github.com/"
 # Weight files in other formats -> what to do about them.
 _FOREIGN_WEIGHTS = {
     "*.gguf": "GGUF, the format of llama.cpp; take the safetensors checkpoint that it was made from",
-    "pytorch_model*.bin": (
-        'pickled weights; convert them with python -c "from transformers import AutoModelForCausalLM, AutoTokenizer; '
-        "[kind.from_pretrained('{path}', **options).save_pretrained('{path}-safetensors') for kind, options in "
-        "((AutoModelForCausalLM, dict(dtype='auto')), (AutoTokenizer, dict()))]\""
-    ),
-    "*.pth": "weights in their publisher's own format; convert them with the script convert_*_weights_to_hf.py of "
-    "transformers",
+    "pytorch_model*.bin": "pickled weights; load them with transformers' from_pretrained(..., dtype='auto') and "
+    "save_pretrained, and the tokenizer likewise",
+    "*.pth": "weights in their publisher's own format; convert them with transformers' convert_*_weights_to_hf.py",
 }
 
 
+@dataclass(frozen=True)
+class TensorInfo:
+    """One tensor of a safetensors file.
+
+    Attributes:
+        dtype: the file format's own name (F32, BF16, ...).
+        offset: where its bytes begin in the file.
+    """
+
+    file: str
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+    bytes: int
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+
+def refuse_pointer(file: Path) -> None:
+    """Refuse a Git LFS pointer, a short text in place of a large file that was not fetched.
+
+    Raises:
+        UserError: saying how to fetch the real file.
+        OSError: if the file can't be read.
+    """
+    with file.open("rb") as stream:
+        if stream.read(len(_POINTER)) == _POINTER:
+            raise UserError(f"{file}: a Git LFS pointer, not the file itself; run `git lfs pull` where it was cloned")
+
+
+def read_safetensors_header(file: Path) -> dict[str, TensorInfo]:
+    """The tensors of a safetensors file, after checking that it is as long as its header says.
+
+    Raises:
+        UserError: if the file is missing, damaged or truncated.
+    """
+    try:
+        refuse_pointer(file)
+        with file.open("rb") as stream:
+            (header_bytes,) = struct.unpack("<Q", stream.read(8))
+            data = 8 + header_bytes
+            header = json.loads(stream.read(header_bytes))
+        tensors = {}
+        for name, entry in header.items():
+            if name != "__metadata__":
+                begin, end = entry["data_offsets"]
+                shape = tuple(map(int, entry["shape"]))
+                tensors[name] = TensorInfo(file.name, entry["dtype"], shape, data + int(begin), int(end) - int(begin))
+        size = file.stat().st_size
+    except FileNotFoundError:
+        raise UserError(f"{file}: missing; download the checkpoint again") from None
+    except OSError as error:
+        raise UserError(f"{file}: {error.strerror or error}") from None
+    except (struct.error, AttributeError, KeyError, TypeError, ValueError, OverflowError, MemoryError, RecursionError):
+        raise UserError(f"{file}: not a whole safetensors file (its header is damaged); download it again") from None
+    end = data
+    for info in sorted(tensors.values(), key=lambda info: (info.offset, info.bytes)):
+        if info.offset != end or (info.dtype in FLOATS and info.bytes != info.numel * FLOATS[info.dtype]):
+            raise UserError(f"{file}: its header contradicts itself about where tensors are; download it again")
+        end += info.bytes
+    if size != end:
+        raise UserError(f"{file}: {size:,} bytes, but its header announces {end:,}; truncated? download it again")
+    return tensors
+
+
 def read_headers(path: Path) -> dict[str, TensorInfo]:
-    """The tensors of all weight files.
+    """The tensors of all weight files in a folder: a single file, or those listed in an index.
 
     Raises:
         UserError: naming the file and what is wrong with it.
     """
-    weight_map = _weight_map(path)
-    files = _weight_files(path, sorted(set(weight_map.values())))
+    index = path / INDEX_FILE
+    weight_map = read_json_object(index).get("weight_map") if index.is_file() else {}
+    if not isinstance(weight_map, dict) or not all(isinstance(it, str) for it in weight_map.values()):
+        raise UserError(f"{index}: weight_map must give the file of every tensor; download it again")
     tensors: dict[str, TensorInfo] = {}
-    for file in files:
+    for file in _weight_files(path, sorted(set(weight_map.values()))):
         for name, info in read_safetensors_header(path / file).items():
             if name in tensors:
                 raise UserError(f"{path}: tensor {name} is in two files, {tensors[name].file} and {file}")
             tensors[name] = info
     for name, file in weight_map.items():
         if name not in tensors or tensors[name].file != file:
-            raise UserError(f"{path / INDEX_FILE}: tensor {name} should be in {file}, which lacks it; download again")
+            raise UserError(f"{index}: tensor {name} should be in {file}, which lacks it; download again")
     if not tensors:
-        raise UserError(f"{path}: there are no tensors in {', '.join(files)}; download it again")
+        raise UserError(f"{path}: its weight files hold no tensors; download it again")
     return tensors
 
 
 def _weight_files(path: Path, indexed: list[str]) -> list[str]:
-    """Names of the weight files: those in the index, or the only one there is."""
     if (path / SINGLE_FILE).is_file():
         if indexed not in ([], [SINGLE_FILE]):  # transformers would read the single file
             raise UserError(f"{path}: has both {SINGLE_FILE} and an {INDEX_FILE} that names other files; remove one")
@@ -58,22 +126,8 @@ def _weight_files(path: Path, indexed: list[str]) -> list[str]:
         return indexed
     for pattern, what in _FOREIGN_WEIGHTS.items():
         if foreign := matching(path, [pattern]):
-            raise UserError(f"{path}: only safetensors weights are supported; {foreign[0]}: {what.format(path=path)}")
+            raise UserError(f"{path}: only safetensors weights are supported; {foreign[0]}: {what}")
     raise UserError(f"{path}: no {SINGLE_FILE} or {INDEX_FILE}; only safetensors weights are supported")
-
-
-def _weight_map(path: Path) -> dict[str, str]:
-    """Tensor -> its file, as stated in the index; empty if there is no index."""
-    if not (path / INDEX_FILE).is_file():
-        return {}
-    weight_map = read_json_object(path / INDEX_FILE, "").get("weight_map")
-    if not isinstance(weight_map, dict) or not all(_is_file_name(file) for file in weight_map.values()):
-        raise UserError(f"{path / INDEX_FILE}: weight_map must give the file of every tensor; download it again")
-    return weight_map
-
-
-def _is_file_name(name: Any) -> bool:
-    return isinstance(name, str) and Path(name).name == name
 
 
 def matching(path: Path, patterns: Iterable[str]) -> list[str]:
@@ -81,8 +135,8 @@ def matching(path: Path, patterns: Iterable[str]) -> list[str]:
     return sorted({str(file.relative_to(path)) for it in patterns for file in path.glob(it) if file.is_file()})
 
 
-def read_json_object(file: Path, why: str) -> dict[str, Any]:
-    """Read a JSON object from a file; ``why`` tells users, in messages, why the file must exist.
+def read_json_object(file: Path) -> dict[str, Any]:
+    """Read a JSON object from a file.
 
     Raises:
         UserError: if the file is missing or holds no JSON object.
@@ -91,11 +145,9 @@ def read_json_object(file: Path, why: str) -> dict[str, Any]:
         refuse_pointer(file)
         content = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError(f"{file}: missing" + (f"; {why}" if why else "")) from None
+        raise UserError(f"{file}: missing; every Hugging Face checkpoint has one") from None
     except OSError as error:
         raise UserError(f"{file}: {error.strerror or error}") from None
-    except UnicodeDecodeError:
-        raise UserError(f"{file}: not UTF-8 text; download it again") from None
     except (ValueError, RecursionError) as error:
         raise UserError(f"{file}: not valid JSON ({error})") from None
     if not isinstance(content, dict):

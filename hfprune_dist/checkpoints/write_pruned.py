@@ -8,7 +8,7 @@ import shutil
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from functools import partial
 from io import BufferedReader
 from pathlib import Path
@@ -20,23 +20,50 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from hfprune_dist.checkpoints.checkpoint import Checkpoint
-from hfprune_dist.checkpoints.cut import Cut, StackedCut, cut_of
-from hfprune_dist.checkpoints.older_names import write_config
-from hfprune_dist.checkpoints.pruned_config import AUTO_CLASS, MODELING_FILE, is_plain
-from hfprune_dist.checkpoints.read_tensors import DTYPES
-from hfprune_dist.checkpoints.safetensors_header import TensorInfo, read_safetensors_header
+from hfprune_dist.checkpoints.pruned_config import AUTO_CLASS, MODELING_FILE, is_plain, write_config
 from hfprune_dist.checkpoints.stored_names import SAME, StoredNames
-from hfprune_dist.checkpoints.weight_files import INDEX_FILE
+from hfprune_dist.checkpoints.weight_files import INDEX_FILE, read_safetensors_header
+from hfprune_dist.core.selection import entries_of
 from hfprune_dist.errors import naming
 from hfprune_dist.store.atomic_files import write_json
 from hfprune_dist.structures import EXPERT_NEURONS, EXPERTS
 from hfprune_dist.structures.kept import Kept
 from hfprune_dist.structures.low_rank import FACTORS, factor_shapes
+from hfprune_dist.structures.units import Owned, Units
 
 COPY_BYTES = 256 * 1024
+# The dtype that holds a number's bits, by its size in bytes.
+BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 # A tensor as read -> the tensor to write, of the same dtype.
 Transform = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Keep some entries along one dimension of a tensor, and drop the rest; dtype and bits don't change.
+
+    Attributes:
+        kept: ascending int64 [entries]; or [experts, entries], for a tensor that stacks one matrix for each expert.
+    """
+
+    dimension: int
+    kept: Tensor
+
+    def shape(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """Shape after the cut."""
+        return (*shape[: self.dimension], self.kept.shape[-1], *shape[self.dimension + 1 :])
+
+    def apply(self, tensor: Tensor) -> Tensor:
+        """The kept entries."""
+        if self.kept.ndim == 2:
+            cuts = (Cut(self.dimension - 1, kept) for kept in self.kept)
+            return torch.stack([cut.apply(matrix) for cut, matrix in zip(cuts, tensor, strict=True)])
+        if self.dimension == 0:
+            return tensor.index_select(0, self.kept)
+        # Along rows, index_select takes twice as long as gather, which is faster with integers than with bfloat16.
+        kept_by_row = self.kept.expand(len(tensor), -1)
+        return tensor.view(BITS[tensor.itemsize]).gather(1, kept_by_row).view(tensor.dtype)
 
 
 @dataclass(frozen=True)
@@ -44,8 +71,8 @@ class Written:
     """A tensor to write to a file.
 
     Attributes:
-        name: its name in the new file.
-        source: name of the tensor that it is made from.
+        name: its name in the new model.
+        source: name of the tensor that it is made from, or whose place and dtype it has.
         transform: applied to the source; None: the source's bytes are copied as they are.
     """
 
@@ -55,41 +82,11 @@ class Written:
     transform: Transform | None
 
 
-@dataclass(frozen=True)
-class Changes:
-    """Changes to tensors on their way from one file to another.
-
-    Attributes:
-        transforms: name -> what is applied to the tensor; the bytes of other tensors are copied as they are.
-        shapes: name -> new shape, for tensors whose shape changes.
-        names: name -> new name; tensors without one are left out. None: all keep their names.
-        added: name of a tensor that doesn't exist yet -> its file, dtype and shape. ``transforms`` make it from an
-            empty tensor.
-        parts: name -> the tensors to write in its place, if these are several.
-        stored: the names of tensors in the new file.
-    """
-
-    transforms: Mapping[str, Transform]
-    shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
-    names: Mapping[str, str] | None = None
-    added: Mapping[str, TensorInfo] = field(default_factory=dict)
-    parts: Mapping[str, Sequence[Written]] = field(default_factory=dict)
-    stored: StoredNames = SAME
-
-    def of(self, name: str, info: TensorInfo) -> Sequence[Written]:
-        """The tensors to write for a tensor, or in its place."""
-        if name in self.parts:
-            return self.parts[name]
-        new = name if self.names is None else self.names.get(name)
-        shape = self.shapes.get(name, tuple(info.shape))
-        return [] if new is None else [Written(new, name, shape, self.transforms.get(name))]
-
-
-def unit_cuts(checkpoint: Checkpoint, kept: Kept) -> dict[str, Cut | StackedCut]:
+def unit_cuts(checkpoint: Checkpoint, kept: Kept) -> dict[str, Cut]:
     """The cut of every tensor that shrinks when only ``kept`` stays of a checkpoint."""
     assert not {EXPERTS, EXPERT_NEURONS} <= kept.units.keys(), "experts and their neurons are cut one after the other"
     return {
-        name: cut_of(units, layer, owned, kept_K)
+        name: _cut_of(units, layer, owned, kept_K)
         for units, rows in ((checkpoint.structures[kind], rows) for kind, rows in kept.units.items())
         for layer, kept_K in zip(kept.layers, rows, strict=True)
         if units.counts[layer]
@@ -98,30 +95,35 @@ def unit_cuts(checkpoint: Checkpoint, kept: Kept) -> dict[str, Cut | StackedCut]
     }
 
 
-def kept_names(checkpoint: Checkpoint, kept: Kept, added: Iterable[str] = ()) -> dict[str, str]:
-    """Name of every tensor that stays or is added, with ``checkpoint``'s numbers of layers and units -> its name in the
-    smaller checkpoint.
-    """
-    names = _of_kept_layers(checkpoint, kept.layers, added)
+def _cut_of(units: Units, layer: int, owned: Owned, kept_K: Tensor) -> Cut:
+    """The cut of one of a layer's tensors that leaves only the units ``kept_K``, equally many of every expert."""
+    if owned.expert is None and not owned.stacked:
+        return Cut(owned.axis, entries_of(kept_K, owned.per_unit, owned.parts, units.counts[layer]))
+    width, of_experts = units.counts[layer] // units.parts, kept_K.chunk(units.parts)
+    if owned.expert is not None:
+        return Cut(owned.axis, of_experts[owned.expert] - width * owned.expert)
+    own = (entries_of(it - width * expert, owned.per_unit, owned.parts, width) for expert, it in enumerate(of_experts))
+    return Cut(owned.axis, torch.stack(list(own)))
+
+
+def kept_names(checkpoint: Checkpoint, kept: Kept) -> dict[str, str]:
+    """Name of every tensor that stays -> its name in the smaller checkpoint, as layers and experts are renumbered."""
+    prefix = f"{checkpoint.family.layers}."
+    numbers = {str(layer): str(number) for number, layer in enumerate(kept.layers)}
+    names = {}
+    for name in checkpoint.tensors:
+        layer, _, part = name.removeprefix(prefix).partition(".")
+        if not name.startswith(prefix):
+            names[name] = name
+        elif layer in numbers:
+            names[name] = f"{prefix}{numbers[layer]}.{part}"
     for units, rows in ((checkpoint.structures[kind], rows) for kind, rows in kept.units.items()):
-        for layer, kept_K in zip(kept.layers, rows, strict=True):
-            numbers = {unit: number for number, unit in enumerate(kept_K.tolist())}
-            for name, owned in units.in_layer(layer, checkpoint.tensors):
+        for layer_number, kept_K in zip(kept.layers, rows, strict=True):
+            places = {unit: number for number, unit in enumerate(kept_K.tolist())}
+            for name, owned in units.in_layer(layer_number, checkpoint.tensors):
                 if owned.unit is not None:
                     new = names.pop(name)
-                    names |= {name: owned.numbered(new, numbers[owned.unit])} if owned.unit in numbers else {}
-    return names
-
-
-def _of_kept_layers(checkpoint: Checkpoint, layers: Sequence[int], added: Iterable[str]) -> dict[str, str]:
-    prefix = f"{checkpoint.family.layers}."
-    numbers = {str(layer): str(number) for number, layer in enumerate(layers)}
-    every = {*checkpoint.tensors, *added}
-    names = {name: name for name in checkpoint.tensors if not name.startswith(prefix)}
-    for name in every - names.keys():
-        layer, _, part = name.removeprefix(prefix).partition(".")
-        if layer in numbers:
-            names[name] = f"{prefix}{numbers[layer]}.{part}"
+                    names |= {name: owned.numbered(new, places[owned.unit])} if owned.unit in places else {}
     return names
 
 
@@ -136,70 +138,61 @@ def write_weight_file(
 
     Args:
         replacements: name of a tensor in ``checkpoint`` -> reads the tensor to write in place of the cut one, of the
-            same shape. A bias that ``checkpoint`` lacks, under the name it would have there, is written after the other
-            tensors of its weight's file. A projection given a low rank has one entry for each factor.
+            same shape. A bias that ``checkpoint`` lacks, under the name it would have there, is written after its
+            weight. A projection given a low rank has one entry for each factor.
     """
-    added = _biases_added(checkpoint, replacements or {})
-    names = kept_names(checkpoint, kept, added)
-    factors, biases = _factored(checkpoint, kept, names, replacements or {})
-    if not any(checkpoint.tensors[name].file == file for name in names if name not in added):
-        return
-    cuts = unit_cuts(checkpoint, kept)
-    shapes = {name: cut.shape(checkpoint.tensors[name].shape) for name, cut in cuts.items()}
-    transforms: dict[str, Transform] = {name: cut.apply for name, cut in cuts.items()}
-    for name, read in (replacements or {}).items():
-        transforms[name] = partial(_replace, read)
-    stored = checkpoint.names if is_plain(checkpoint, kept.shape) and not added else SAME
-    stream_weight_file(checkpoint, file, Changes(transforms, shapes, names | biases, added, factors, stored), target)
-
-
-def _biases_added(checkpoint: Checkpoint, names: Iterable[str]) -> dict[str, TensorInfo]:
-    """The named biases that the checkpoint lacks: of the same file and dtype as their weights, but vectors."""
-    added = {}
-    for name in names:
-        if name.endswith(".bias") and name not in checkpoint.tensors:
-            weight = checkpoint.tensors[f"{name.removesuffix('.bias')}.weight"]
-            outputs = weight.shape[0]
-            added[name] = replace(weight, shape=(outputs,), bytes=weight.bytes // weight.numel * outputs)
-    return added
-
-
-def _factored(
-    checkpoint: Checkpoint, kept: Kept, names: Mapping[str, str], replacements: Mapping[str, Callable[[], Tensor]]
-) -> tuple[dict[str, list[Written]], dict[str, str]]:
-    """For projections given a low rank: name of the weight -> its factors, and name of the bias -> its new name."""
-    factors, biases = {}, {}
-    for projection, ranks in kept.ranks.items():
-        for layer, rank in zip(kept.layers, ranks, strict=True):
-            own = checkpoint.units.tensor(layer, projection)
-            new = names[f"{own}.weight"].removesuffix(".weight")
-            shapes = factor_shapes(checkpoint.tensors[f"{own}.weight"].shape, rank)
-            factors[f"{own}.weight"] = [
-                Written(
-                    f"{new}.{factor}.weight",
-                    f"{own}.weight",
-                    shape,
-                    partial(_replace, replacements[f"{own}.{factor}.weight"]),
-                )
-                for factor, shape in zip(FACTORS, shapes, strict=True)
+    given, names, cuts = replacements or {}, kept_names(checkpoint, kept), unit_cuts(checkpoint, kept)
+    ranks = {
+        checkpoint.units.tensor(layer, projection): rank
+        for projection, row in kept.ranks.items()
+        for layer, rank in zip(kept.layers, row, strict=True)
+    }
+    written: list[Written] = []
+    transform: Transform | None
+    for name, info in checkpoint.tensors.items():
+        if info.file != file or name not in names:
+            continue
+        module, _, part = name.rpartition(".")
+        new = names[name].removesuffix(f".{part}")
+        if module in ranks and part == "weight":
+            shapes = factor_shapes(info.shape, ranks[module])
+            pairs = ((factor, partial(_replace, given[f"{module}.{factor}.weight"])) for factor in FACTORS)
+            written += [
+                Written(f"{new}.{factor}.weight", name, shape, transform)
+                for (factor, transform), shape in zip(pairs, shapes, strict=True)
             ]
-            if f"{own}.bias" in names:
-                biases[f"{own}.bias"] = f"{new}.{FACTORS[-1]}.bias"
-    return factors, biases
+            continue
+        if module in ranks:
+            new = f"{new}.{FACTORS[-1]}"
+        shape, transform = tuple(info.shape), None
+        if name in cuts:
+            shape, transform = cuts[name].shape(info.shape), cuts[name].apply
+        if name in given:
+            transform = partial(_replace, given[name])
+        written.append(Written(f"{new}.{part}" if module else names[name], name, shape, transform))
+        bias = f"{module}.bias"
+        if part == "weight" and bias in given and bias not in checkpoint.tensors:
+            written.append(Written(f"{new}.bias", name, shape[:1], partial(_replace, given[bias])))
+    added = any(name.endswith(".bias") and name not in checkpoint.tensors for name in given)
+    stored = checkpoint.names if is_plain(checkpoint, kept.shape) and not added else SAME
+    if written:
+        stream_weight_file(checkpoint, file, written, target, stored)
 
 
 def _replace(read: Callable[[], Tensor], tensor: Tensor) -> Tensor:
     return read().to(tensor.dtype)
 
 
-def stream_weight_file(checkpoint: Checkpoint, file: str, changes: Changes, target: Path) -> None:
-    """Write one safetensors file with some tensors transformed, each of them while the previous one is written.
+def stream_weight_file(
+    checkpoint: Checkpoint, file: str, written: Sequence[Written], target: Path, stored: StoredNames
+) -> None:
+    """Write one safetensors file, transforming each tensor while the previous one is written.
 
     Peak memory is what one transform needs plus the previous transformed tensor.
+
+    Args:
+        stored: the names of tensors in the new file.
     """
-    every = {**checkpoint.tensors, **changes.added}
-    infos = {name: info for name, info in every.items() if info.file == file}
-    written = [it for name, info in infos.items() for it in changes.of(name, info)]
     path = checkpoint.path / file
     with (
         naming(target / file),
@@ -209,19 +202,17 @@ def stream_weight_file(checkpoint: Checkpoint, file: str, changes: Changes, targ
     ):
 
         def transformed(name: str, transform: Transform) -> Tensor:
-            like = changes.added.get(name)
-            if like is not None:
-                return transform(torch.empty(0, dtype=DTYPES[like.dtype])).contiguous()
             return transform(source.get_tensor(checkpoint.names.in_files(name))).contiguous()
 
         tensors = _one_ahead(partial(transformed, it.source, it.transform) for it in written if it.transform)
-        stream.write(_header(infos, written, changes.stored))
+        stream.write(_header(checkpoint, written, stored))
         for it in written:
             if it.transform:
                 stream.write(next(tensors).view(torch.uint8).numpy().data)
             else:
-                raw.seek(infos[it.source].offset)
-                _copy(raw, stream, infos[it.source].bytes)
+                info = checkpoint.tensors[it.source]
+                raw.seek(info.offset)
+                _copy(raw, stream, info.bytes)
 
 
 def _one_ahead(makers: Iterable[Callable[[], Tensor]]) -> Iterator[Tensor]:
@@ -237,19 +228,16 @@ def _one_ahead(makers: Iterable[Callable[[], Tensor]]) -> Iterator[Tensor]:
             yield waiting.result()
 
 
-def _header(infos: Mapping[str, TensorInfo], written: Sequence[Written], names: StoredNames) -> bytes:
+def _header(checkpoint: Checkpoint, written: Sequence[Written], names: StoredNames) -> bytes:
     """The beginning of a safetensors file: the length of a JSON object, and that object."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for it in written:
-        info = infos[it.source]
-        size = info.bytes // info.numel * math.prod(it.shape)
-        header[names.in_files(it.name)] = {
-            "dtype": info.dtype,
-            "shape": list(it.shape),
-            "data_offsets": [offset, offset + size],
-        }
-        offset += size
+        info = checkpoint.tensors[it.source]
+        end = offset + info.bytes // info.numel * math.prod(it.shape)
+        place = {"dtype": info.dtype, "shape": list(it.shape), "data_offsets": [offset, end]}
+        header[names.in_files(it.name)] = place
+        offset = end
     encoded = json.dumps(header, separators=(",", ":")).encode()
     encoded += b" " * (-len(encoded) % 8)  # tensors begin at a multiple of 8 bytes, as the format asks
     return struct.pack("<Q", len(encoded)) + encoded

@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, BinaryIO
 
-from hfprune_dist.checkpoints.lfs_pointers import refuse_pointer
+from hfprune_dist.checkpoints.weight_files import refuse_pointer
 from hfprune_dist.errors import UserError
 from hfprune_dist.store.hashing import FileHashes, digest_of
 

@@ -14,8 +14,8 @@ from torch import nn
 from transformers.integrations import HfDeepSpeedConfig
 
 from hfprune_dist.checkpoints.checkpoint import Checkpoint, open_checkpoint
-from hfprune_dist.checkpoints.module_tensors import module_tensors
 from hfprune_dist.checkpoints.read_tensors import open_weights, read_module_tensor
+from hfprune_dist.checkpoints.stored_names import module_tensors
 from hfprune_dist.distributed.deepspeed_patches import begin_steps_at, limit_timeouts, skip_inference_kernels
 from hfprune_dist.distributed.world import World
 from hfprune_dist.models.loading import load_causal_lm, require_exact_rotary, stays_float32

@@ -125,11 +125,9 @@ def checkpoint_dimensions(checkpoint: Checkpoint) -> Dimensions:
     return replace(dims, beside_decoder=beside, adapted_sides=adapted_sides_of(checkpoint))
 
 
-def adapted_sides_of(checkpoint: Checkpoint) -> tuple[float, float] | None:
+def adapted_sides_of(checkpoint: Checkpoint) -> tuple[float, float]:
     """See ``Dimensions.adapted_sides``."""
     family = checkpoint.family
-    if not family.adapted_attention:
-        return None
     linears = [it for name in family.adapted_attention for it in linear_modules(name, checkpoint.ranks)]
     names = (f"{family.layers}.{layer}.{it}.weight" for layer in range(checkpoint.num_layers) for it in linears)
     shapes = [checkpoint.tensors[name].shape for name in names if name in checkpoint.tensors]

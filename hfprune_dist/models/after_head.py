@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from transformers import AutoConfig
 
 from hfprune_dist.checkpoints.checkpoint import Checkpoint
-from hfprune_dist.checkpoints.checks import NEUTRAL_AFTER_HEAD
-from hfprune_dist.core.head import NOTHING, AfterHead
+from hfprune_dist.core.head import AfterHead
 from hfprune_dist.errors import UserError
 
+# Keys by which some architectures change their head's logits -> the neutral value.
+_NEUTRAL = {"logits_scaling": 1.0, "logit_scale": 1.0, "lm_head_multiplier": 1.0, "final_logit_softcapping": None}
 # Architectures that multiply by ``logits_scaling``; others divide by it.
 _MULTIPLYING = ("hyperclovax",)
 # Differences, relative to the size of the logits, that rounding can make if sums are taken in another order.
@@ -23,11 +24,9 @@ _TOKENS = 16
 
 
 def after_head(checkpoint: Checkpoint) -> AfterHead:
-    """What a checkpoint's architecture does to its logits: nothing if it is listed."""
-    if not checkpoint.family.found:
-        return NOTHING
+    """What a checkpoint's architecture does to its logits, as far as its config.json tells."""
     config: Any = AutoConfig.from_pretrained(checkpoint.path).get_text_config()
-    stated: dict[str, Any] = {key: getattr(config, key, None) or neutral for key, neutral in NEUTRAL_AFTER_HEAD.items()}
+    stated: dict[str, Any] = {key: getattr(config, key, None) or neutral for key, neutral in _NEUTRAL.items()}
     scaling = stated["logits_scaling"]
     scale = stated["logit_scale"] * stated["lm_head_multiplier"]
     scale *= scaling if checkpoint.family.model_type in _MULTIPLYING else 1 / scaling
@@ -36,7 +35,7 @@ def after_head(checkpoint: Checkpoint) -> AfterHead:
 
 def leave_logits(model: Any) -> None:
     """Make a model output exactly what its head computes."""
-    for key, neutral in NEUTRAL_AFTER_HEAD.items():
+    for key, neutral in _NEUTRAL.items():
         for owner in (model, model.config, model.config.get_text_config()):
             if getattr(owner, key, None) is not None:
                 setattr(owner, key, neutral)
@@ -49,7 +48,7 @@ def require_known_logits(
     head: Callable[[], AbstractContextManager[tuple[Tensor, Tensor | None]]],
     window_T: Tensor,
 ) -> None:
-    """Check that a model of an unlisted architecture outputs the logits that its head and ``after_head`` give.
+    """Check that a model outputs the logits that its head and ``after_head`` give.
 
     Args:
         head: as in ``core.score_batch.ScoredModel``.
@@ -58,8 +57,6 @@ def require_known_logits(
     Raises:
         UserError: if the model does something else to them.
     """
-    if not checkpoint.family.found:
-        return
     input_ids_BT = window_T[None, :_TOKENS]
     theirs_NV = model(input_ids=input_ids_BT, use_cache=False).logits[0].float()
     hidden_NC = checkpoint.family.body_of(model)(input_ids=input_ids_BT, use_cache=False).last_hidden_state[0]

@@ -16,8 +16,8 @@ from transformers.utils import logging
 from hfprune_dist.checkpoints import modeling_pruned
 from hfprune_dist.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from hfprune_dist.checkpoints.checks import first_of
-from hfprune_dist.checkpoints.module_tensors import module_tensors
 from hfprune_dist.checkpoints.read_tensors import read_tensor
+from hfprune_dist.checkpoints.stored_names import module_tensors
 from hfprune_dist.checkpoints.text_decoder import is_of_decoder
 from hfprune_dist.errors import UserError
 

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from hfprune_dist.checkpoints.checkpoint import Checkpoint
-from hfprune_dist.checkpoints.module_tensors import module_tensors
 from hfprune_dist.checkpoints.read_tensors import open_weights, read_module_tensor, read_tensor
+from hfprune_dist.checkpoints.stored_names import module_tensors
 from hfprune_dist.core.fidelity import Outputs
 from hfprune_dist.core.head import AfterHead
 from hfprune_dist.core.selection import entries_of

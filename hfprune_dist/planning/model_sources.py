@@ -9,8 +9,7 @@ from functools import partial
 from itertools import combinations
 from pathlib import Path
 
-from hfprune_dist.checkpoints.checkpoint import Checkpoint, open_checkpoint
-from hfprune_dist.checkpoints.licences import LICENCE_PATTERNS
+from hfprune_dist.checkpoints.checkpoint import LICENCE_PATTERNS, Checkpoint, open_checkpoint
 from hfprune_dist.config.load import is_hub_id, named_path, parse
 from hfprune_dist.config.schema import ModelAlias, SweepConfig
 from hfprune_dist.config.yaml_text import read_yaml

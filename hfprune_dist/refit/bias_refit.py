@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from hfprune_dist.checkpoints.checkpoint import Checkpoint
-from hfprune_dist.checkpoints.rounding import as_stored
-from hfprune_dist.checkpoints.saved_layers import SavedLayers
+from hfprune_dist.checkpoints.read_tensors import as_stored
+from hfprune_dist.checkpoints.tensor_files import SavedLayers
 from hfprune_dist.core.selection import entries_of
 from hfprune_dist.distributed.layer_stream import AfterLayer, LayerStream
 from hfprune_dist.distributed.unfinished import unfinished, up_to_last

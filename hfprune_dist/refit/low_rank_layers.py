@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from hfprune_dist.checkpoints.checkpoint import Checkpoint
 from hfprune_dist.checkpoints.modeling_pruned import in_two
-from hfprune_dist.checkpoints.rounding import as_stored
-from hfprune_dist.checkpoints.saved_layers import SavedLayers
+from hfprune_dist.checkpoints.read_tensors import as_stored
+from hfprune_dist.checkpoints.tensor_files import SavedLayers
 from hfprune_dist.models.single_layer import linear_of, part_of, put_weights, weights_kept
 from hfprune_dist.structures.low_rank import FACTORS
 

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from hfprune_dist.checkpoints.checkpoint import Checkpoint
-from hfprune_dist.checkpoints.rounding import as_stored
-from hfprune_dist.checkpoints.saved_layers import SavedLayers
+from hfprune_dist.checkpoints.read_tensors import as_stored
+from hfprune_dist.checkpoints.tensor_files import SavedLayers
 from hfprune_dist.models.single_layer import output_of, put_weights
 from hfprune_dist.store.atomic_files import read_json, set_aside, write_json
 from hfprune_dist.structures.units import Units

@@ -17,7 +17,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from hfprune_dist.checkpoints.kept_file import read_kept_numbers
+from hfprune_dist.checkpoints.pruned_config import read_kept_numbers
 from hfprune_dist.config.texts import OTHER_TEXTS
 from hfprune_dist.planning.plan import NONE, Cell
 from hfprune_dist.report.chart import (

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from hfprune_dist.checkpoints.licences import is_licence
+from hfprune_dist.checkpoints.checkpoint import is_licence
 from hfprune_dist.config.texts import FIRST, OTHER_TEXTS, reference_role
 from hfprune_dist.config.yaml_text import to_yaml
 from hfprune_dist.planning.plan import OWN, Cell, Plan

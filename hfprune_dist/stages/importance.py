@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from hfprune_dist.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from hfprune_dist.checkpoints.read_tensors import mean_gradients, scored_layer
-from hfprune_dist.checkpoints.saved_layers import SavedLayers
+from hfprune_dist.checkpoints.tensor_files import SavedLayers
 from hfprune_dist.core.bound_losses import TeacherSettings
 from hfprune_dist.core.criteria import CRITERIA, Criterion, losses_of
 from hfprune_dist.core.scores import MeanGradients, ScoredLayer, SecondMoments, scores_from_sums, student_keeps

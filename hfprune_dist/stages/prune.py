@@ -9,8 +9,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from hfprune_dist.checkpoints.checkpoint import Checkpoint, open_checkpoint
-from hfprune_dist.checkpoints.kept_file import write_kept
-from hfprune_dist.checkpoints.pruned_config import pruned_config
+from hfprune_dist.checkpoints.pruned_config import pruned_config, write_kept
 from hfprune_dist.checkpoints.write_pruned import write_companions, write_weight_file
 from hfprune_dist.stages.final_refit import final_refit
 from hfprune_dist.stages.prune_low_rank import decide_low_rank

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from hfprune_dist.checkpoints.checkpoint import Checkpoint
-from hfprune_dist.checkpoints.rounding import as_stored
+from hfprune_dist.checkpoints.read_tensors import as_stored
 from hfprune_dist.core import quasi_newton
 from hfprune_dist.models.norm_factors import norms_of_layers, weight_offset, with_factors
 from hfprune_dist.models.single_layer import LayerReader

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from hfprune_dist.checkpoints.checkpoint import Checkpoint
-from hfprune_dist.checkpoints.saved_layers import SavedLayers
+from hfprune_dist.checkpoints.tensor_files import SavedLayers
 from hfprune_dist.distributed.layer_stream import AfterLayer, LayerStream
 from hfprune_dist.distributed.whole_model_probe import PROBE, Probe, obtain_probe
 from hfprune_dist.kinds.prune import PruneParameters

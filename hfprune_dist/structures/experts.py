@@ -73,7 +73,6 @@ class Experts:
         groups: number of groups of experts among which the router chooses first.
         fewest: number of experts that must stay for the router to find as many as it chooses.
         shared: the shared expert, or None.
-        renamed: (prefix in files, prefix in modules) of the names within a layer that differ between the two.
     """
 
     count: int
@@ -88,14 +87,6 @@ class Experts:
     groups: int
     fewest: int
     shared: Shared | None = None
-    renamed: tuple[tuple[str, str], ...] = ()
-
-    def in_modules(self, name: str) -> str:
-        """Return the name in modules of a tensor that has this name within a layer in files."""
-        for before, after in self.renamed:
-            if name.startswith(before):
-                return after + name.removeprefix(before)
-        return name
 
     @property
     def routers(self) -> list[str]:

@@ -6,9 +6,8 @@ import json
 from pathlib import Path
 
 from hfprune_dist.checkpoints.checkpoint import Checkpoint
-from hfprune_dist.checkpoints.kept_file import write_kept
 from hfprune_dist.checkpoints.lora_adapter import lora_targets, merge_weight_file, read_adapter, write_adapter
-from hfprune_dist.checkpoints.pruned_config import pruned_config
+from hfprune_dist.checkpoints.pruned_config import pruned_config, write_kept
 from hfprune_dist.checkpoints.write_pruned import write_companions
 from hfprune_dist.config.training import LoraTraining
 from hfprune_dist.distributed.world import World

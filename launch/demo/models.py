@@ -77,7 +77,7 @@ def write_llama(weights: Path, folder: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
     from transformers.utils import logging
 
-    from hfprune_dist.checkpoints.older_names import write_config
+    from hfprune_dist.checkpoints.pruned_config import write_config
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -104,7 +104,7 @@ def write_qwen(llama: Path, folder: Path) -> None:
     """
     from transformers import AutoTokenizer, Qwen2Config
 
-    from hfprune_dist.checkpoints.older_names import write_config
+    from hfprune_dist.checkpoints.pruned_config import write_config
 
     config = json.loads((llama / "config.json").read_text(encoding="utf-8"))
     shared = {key: config[key] for key in SHARED_CONFIG}

@@ -6,7 +6,6 @@ from safetensors.torch import load_file, save_file
 from tiny import save_tiny
 
 from hfprune_dist.checkpoints.checkpoint import open_checkpoint
-from hfprune_dist.checkpoints.safetensors_header import read_safetensors_header
 from hfprune_dist.errors import UserError
 
 
@@ -34,15 +33,6 @@ def test_a_whole_checkpoint_opens(folder):
 
 def test_biases_belong_to_their_neurons(tmp_path):
     assert open_checkpoint(save_tiny(tmp_path / "m", "llama-tied-biases")).parameters_per_unit == 3 * 32 + 2
-
-
-def test_an_unknown_family_lists_the_known_ones(folder):
-    edit_config(folder, model_type="mamba")
-    config = json.loads((folder / "config.json").read_text())
-    del config["intermediate_size"]
-    (folder / "config.json").write_text(json.dumps(config))
-    assert "'mamba'" in refusal(folder) and "llama, mistral, qwen2, qwen3" in refusal(folder)
-    assert "config.json has no intermediate_size" in refusal(folder)
 
 
 def test_missing_pieces_are_named(folder, tmp_path):
@@ -73,39 +63,22 @@ def test_truncated_weights(folder, keep):
     assert "model.safetensors" in refusal(folder)
 
 
-def test_a_header_that_announces_nonsense(tmp_path):
-    file = tmp_path / "x.safetensors"
-    file.write_bytes(struct.pack("<Q", 2**62) + b"{}")
-    with pytest.raises(UserError, match="header is damaged"):
-        read_safetensors_header(file)
-
-
-def test_config_and_weights_must_agree(folder):
-    edit_config(folder, intermediate_size=64)
-    assert "intermediate_size 64" in refusal(folder)
-
-
-def test_quantized_weights_are_refused(folder):
-    edit_config(folder, quantization_config={"quant_method": "awq"})
-    assert "quantized" in refusal(folder)
-
-
 @pytest.mark.parametrize(
-    "name",
+    ("name", "told"),
     [
-        "model.layers.0.self_attn.q_proj.weight",
-        "model.layers.1.input_layernorm.weight",
-        "model.embed_tokens.weight",
-        "model.norm.weight",
-        "lm_head.weight",
+        ("model.layers.0.self_attn.q_proj.weight", "tensor self_attn.q_proj.weight of layer 0"),
+        ("model.layers.1.input_layernorm.weight", "tensor input_layernorm.weight of layer 1"),
+        ("model.embed_tokens.weight", "exactly one table of embeddings"),
+        ("model.norm.weight", "exactly one norm"),
+        ("lm_head.weight", "tensor lm_head.weight is missing"),
     ],
 )
-def test_a_tensor_that_transformers_would_make_up_is_named(folder, name):
+def test_a_tensor_that_transformers_would_make_up_is_named(folder, name, told):
     file = folder / "model.safetensors"
     weights = load_file(file)
     del weights[name]
     save_file(weights, file)
-    assert f"tensor {name} is missing" in refusal(folder)
+    assert told in refusal(folder)
 
 
 @pytest.mark.parametrize(
@@ -115,21 +88,11 @@ def test_a_tensor_that_transformers_would_make_up_is_named(folder, name):
         ({"hidden_size": 16}, "vocab_size and hidden_size"),
         ({"num_hidden_layers": 0}, "num_hidden_layers must be a positive integer, not 0"),
         ({"num_hidden_layers": True}, "num_hidden_layers must be a positive integer, not True"),
-        ({"num_hidden_layers": 3}, "layers.2"),
-        ({"layer_sizes": [1]}, "layer_sizes must give a list of 2 numbers"),
-        ({"layer_sizes": {"intermediate_size": [48]}}, "layer_sizes must give a list of 2 numbers"),
-        (
-            {"layer_sizes": {"intermediate_size": [48, 0]}},
-            "intermediate_size in layer_sizes must be a positive integer",
-        ),
+        ({"num_hidden_layers": 3}, "no model.layers.2"),
         ({"layer_sizes": {"intermediate_size": [48, 47]}}, "intermediate_size 47 for this layer"),
-        ({"output_biases": "mlp.down_proj"}, "must be a list of some of mlp.down_proj, self_attn.o_proj, not 'mlp"),
-        ({"output_biases": ["mlp.up_proj"]}, "must be a list of some of mlp.down_proj, self_attn.o_proj, not ['mlp"),
-        ({"output_biases": [["mlp.down_proj"]]}, "output_biases must be a list of some of mlp.down_proj"),
-        ({"output_biases": ["mlp.down_proj"] * 2}, "output_biases must be a list of some of mlp.down_proj"),
-        ({"output_biases": None}, "output_biases must be a list of some of mlp.down_proj"),
-        ({"output_biases": ["mlp.down_proj"]}, "layers.0.mlp.down_proj.bias (and 1 more) is missing"),
-        ({"head_dim": 16}, "self_attn.q_proj.weight has shape [32, 32], but config.json makes it [64, 32]"),
+        ({"layer_sizes": [1]}, "can't be read as one of a llama"),
+        ({"intermediate_size": 64}, "intermediate_size 64"),
+        ({"quantization_config": {"quant_method": "mxfp4"}}, "Mxfp4Config(dequantize=True)"),
         ({"num_key_value_heads": 1}, "num_attention_heads 4 and num_key_value_heads 1 for this layer"),
     ],
 )
@@ -138,10 +101,10 @@ def test_a_config_that_is_not_the_weights_own(folder, changes, expected):
     assert expected in refusal(folder)
 
 
-@pytest.mark.parametrize("header", [b"null", b"[]", b'{"a":1}', b'{"a":{"dtype":"F32","shape":[1]}}'])
+@pytest.mark.parametrize("header", [b"null", b'{"a":{"dtype":"F32","shape":[1]}}'])
 def test_a_header_of_something_else(folder, header):
     (folder / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header)
-    assert "header is not that of a safetensors file" in refusal(folder)
+    assert "header is damaged" in refusal(folder)
 
 
 @pytest.mark.parametrize("weight_map", [None, ["model.safetensors"], {"model.norm.weight": 1}])
@@ -165,17 +128,3 @@ def test_an_index_of_something_else(folder, weight_map):
 def test_positions_as_a_rope_scaling_stretches_them(folder, changes, positions):
     edit_config(folder, **changes)
     assert open_checkpoint(folder).max_positions == positions
-
-
-@pytest.mark.parametrize("key", ["logits_scaling", "logit_scale", "lm_head_multiplier", "final_logit_softcapping"])
-def test_what_changes_the_logits_after_the_head_is_refused(folder, key):
-    edit_config(folder, **{key: 30.0})
-    assert refusal(folder).endswith(f"{key} 30.0 changes the logits, which its architecture doesn't do")
-    edit_config(folder, **{key: None if key.startswith("final") else 1.0})
-    assert open_checkpoint(folder)
-
-
-@pytest.mark.parametrize(("method", "how"), [("mxfp4", "Mxfp4Config(dequantize=True)"), ("awq", "the unquantized")])
-def test_quantized_weights_are_refused_with_what_to_do(folder, method, how):
-    edit_config(folder, quantization_config={"quant_method": method})
-    assert how in refusal(folder)

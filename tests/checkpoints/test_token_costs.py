@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from more_families import MORE_EXPERTS
 from peft import LoraConfig, get_peft_model
-from tiny import VARIANTS, save_tiny
+from tiny import save_tiny
 from torch.utils.flop_counter import FlopCounterMode
 
 from hfprune_dist.checkpoints.checkpoint import open_checkpoint
@@ -97,21 +97,15 @@ def check_a_prompt(checkpoint, batch_size, tokens):
     assert held == batch_size * tokens * costs.cache_bytes(torch.float32.itemsize)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_dense_models_of_every_family(tmp_path, variant):
-    check(open_checkpoint(save_tiny(tmp_path / "dense", variant)), batch_size=2, tokens=7)
-
-
-@settings(max_examples=25, deadline=None, derandomize=True)
+@settings(max_examples=8, deadline=None, derandomize=True)
 @given(st.sampled_from(["llama", "llama-tied-biases", "qwen3"]), shapes(), st.integers(1, 3), st.integers(2, 9))
 def test_pruned_shapes_plain_and_layer_by_layer(variant, shape, batch_size, tokens):
     with TemporaryDirectory() as folder:
         check(cut(Path(folder), variant, *shape), batch_size, tokens)
 
 
-@pytest.mark.parametrize("variant", ["llama-tied-biases", "qwen3"])
-def test_attention_of_low_rank(tmp_path, variant):
-    dense = open_checkpoint(save_tiny(tmp_path / "dense", variant, hidden_size=36, **SHAPE))
+def test_attention_of_low_rank(tmp_path):
+    dense = open_checkpoint(save_tiny(tmp_path / "dense", "qwen3", hidden_size=36, **SHAPE))
     ranks = {f"self_attn.{name}_proj": (1 + place, 2, 3) for place, name in enumerate("qkvo")}
     factors = {}
     for projection, row in ranks.items():
@@ -130,13 +124,6 @@ def test_latent_attention_has_queries_and_values_of_sizes_of_their_own(tmp_path)
     costs = TokenCosts.of(checkpoint)
     assert (costs.query_channels, costs.value_channels) == (3 * 4 * (8 + 8), 3 * 4 * 8)
     check_a_prompt(checkpoint, batch_size=2, tokens=7)
-
-
-@pytest.mark.parametrize(
-    ("model_type", "changes"), [("cohere", {"use_qk_norm": True}), ("stablelm", {"qk_layernorm": True})]
-)
-def test_norms_with_a_row_for_each_head_are_no_matrices(tmp_path, model_type, changes):
-    check_a_prompt(open_checkpoint(save_model(tmp_path, model_type, **changes)), batch_size=2, tokens=7)
 
 
 def test_keys_are_values_too_in_layers_without_a_projection_of_values(tmp_path):

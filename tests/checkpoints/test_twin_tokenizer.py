@@ -15,7 +15,7 @@ from hfprune_dist.structures.kept import Kept
 MERGES = [("▁", "b"), ("a", "n"), ("▁b", "an"), ("e", "n"), ("▁", "d")]
 PIECES = ["<unk>", "<s>", "</s>", *"abcdefghijklmnoprstuv .,\n▁", *(left + right for left, right in MERGES)]
 TEXTS = [" ban  den</s>ban ", "ban\n\n<s>  den 12,3", "</s> ban", "", tiny_text(30, 0)]
-FLAGS = [{}, {"legacy": True}, {"legacy": False}, {"add_bos_token": True}, {"add_bos_token": False}]
+FLAGS = [{}, {"legacy": True}, {"add_bos_token": False}]
 
 
 def of_pieces(normalizer, pre_tokenizer):
@@ -60,7 +60,7 @@ def dense(tmp_path_factory):
     return save_tiny(tmp_path_factory.mktemp("twin") / "dense", **sizes)
 
 
-@pytest.mark.parametrize("kind", ["LlamaTokenizer", "LlamaTokenizerFast", "PreTrainedTokenizerFast", None])
+@pytest.mark.parametrize("kind", ["LlamaTokenizer", "PreTrainedTokenizerFast"])
 @pytest.mark.parametrize("name", TOKENIZERS)
 def test_ids_are_those_of_the_dense_model(dense, tmp_path, name, kind):
     kept = Kept.of_all_layers({"kv_groups": [torch.arange(3)]})
@@ -73,12 +73,3 @@ def test_ids_are_those_of_the_dense_model(dense, tmp_path, name, kind):
         write(open_checkpoint(dense), kept, pruned)
         assert json.loads((pruned / "config.json").read_text())["model_type"] == "mistral"
         assert ids(pruned) == ids(dense)
-
-
-def test_a_chat_template_and_what_generates_travel_along(dense, tmp_path):
-    (dense / "chat_template.jinja").write_text("{{ messages[0]['content'] }}!")
-    write(open_checkpoint(dense), Kept.of_all_layers({"kv_groups": [torch.arange(3)]}), tmp_path / "pruned")
-    messages = [{"role": "user", "content": "ban"}]
-    assert AutoTokenizer.from_pretrained(tmp_path / "pruned").apply_chat_template(messages, tokenize=False) == "ban!"
-    generation = (tmp_path / "pruned" / "generation_config.json").read_text()
-    assert generation == (dense / "generation_config.json").read_text()

@@ -6,9 +6,8 @@ import copy
 import pytest
 import torch
 from core_definition import ROWS, cross_entropy
-from tiny import VARIANTS, tiny_model
+from tiny import FAMILY, VARIANTS, tiny_model
 
-from hfprune_dist.checkpoints.families import FAMILIES
 from hfprune_dist.core.bound_losses import Batch
 from hfprune_dist.core.criteria import CRITERIA
 from hfprune_dist.core.linear_observer import SeenLinear
@@ -31,7 +30,7 @@ def some_windows(count=3, tokens=16):
 
 def gradients_of(model, windows, criteria=("weight_taylor",), names=NAMES, prepare=(use_memory_efficient_backward,)):
     """(layer, name) -> sum over windows of dL/dW, where L is a window's mean cross-entropy; and all sums of units."""
-    model, family = model.requires_grad_(False), FAMILIES[model.config.model_type]
+    model, family = model.requires_grad_(False), FAMILY
     for change in prepare:
         change(model, family)
     head, layers = family.head_of(model), model.model.layers

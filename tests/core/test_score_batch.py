@@ -7,10 +7,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 from core_definition import GRADIENT_CRITERIA, definition, label_terms, moments
-from tiny import VARIANTS, tiny_model
+from tiny import FAMILY, VARIANTS, tiny_model
 from unit_outputs import unit_outputs
 
-from hfprune_dist.checkpoints.families import FAMILIES
 from hfprune_dist.core import head
 from hfprune_dist.core.bound_losses import Batch
 from hfprune_dist.core.criteria import CRITERIA
@@ -33,7 +32,7 @@ def ours(model, windows, micro_batch_size, names=("entropy",), **options):
 def all_sums(model, windows, micro_batch_size, names, seed=0, prepare=use_memory_efficient_backward, kinds=(NEURONS,)):
     """Return sums of each kind and, as ``curvature``, those of g g^T at its output projections' outputs, by layer."""
     model = model.requires_grad_(False)
-    family = FAMILIES[model.config.model_type]
+    family = FAMILY
     prepare(model, family)
     linear = family.head_of(model)
     scored = ScoredModel(
@@ -58,7 +57,7 @@ def all_sums(model, windows, micro_batch_size, names, seed=0, prepare=use_memory
 
 
 def outputs_of(model, kinds):
-    structures = FAMILIES[model.config.model_type].structures(model.config.to_dict())
+    structures = FAMILY.structures(model.config.to_dict())
     return {kind: unit_outputs(structures[kind], model) for kind in kinds}
 
 
@@ -284,7 +283,7 @@ def test_squares_that_overflow_are_told_from_gradients_and_named_where_they_begi
 
 def test_lost_gradients_name_the_last_layer_that_has_them_not():
     model = tiny_model().requires_grad_(False)
-    family = FAMILIES["llama"]
+    family = FAMILY
     entropy = CRITERIA["entropy"]
     sums = UnitSums(outputs_of(model, BOTH), [entropy])
     with pytest.raises(NonFiniteError, match="gradients of layer 1 "), sums.observe():

@@ -9,10 +9,9 @@ from core_definition import coupled_taylor
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peak_bytes import PeakBytes
-from tiny import VARIANTS, tiny_model
+from tiny import FAMILY, VARIANTS, tiny_model
 from unit_outputs import unit_outputs
 
-from hfprune_dist.checkpoints.families import FAMILIES
 from hfprune_dist.core import blocks
 from hfprune_dist.core.bound_losses import Batch, TeacherSettings
 from hfprune_dist.core.criteria import CRITERIA
@@ -42,13 +41,13 @@ def a_student(model):
 
 
 def outputs_of(model, kinds):
-    structures = FAMILIES[model.config.model_type].structures(model.config.to_dict())
+    structures = FAMILY.structures(model.config.to_dict())
     return {kind: unit_outputs(structures[kind], model) for kind in kinds}
 
 
 def sums_of(model, windows, names, *, at_once=1, prepare=(use_memory_efficient_backward,), kinds=(NEURONS,), teaching):
     """Return sums of each kind: kind -> criterion -> float64 [layers, units]."""
-    model, family = copy.deepcopy(model).requires_grad_(False), FAMILIES[model.config.model_type]
+    model, family = copy.deepcopy(model).requires_grad_(False), FAMILY
     for change in prepare:
         change(model, family)
     head = family.head_of(model)

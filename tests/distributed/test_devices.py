@@ -9,7 +9,7 @@ from pretended_gpu import GPU, MixedError, pretended_gpu
 from ranks import SoloWorld
 from refitting import KINDS, MICRO_BATCH, checkpoint_in, refit, some_kept, to_prune, windows_of
 
-from hfprune_dist.checkpoints.saved_layers import SavedLayers
+from hfprune_dist.checkpoints.tensor_files import SavedLayers
 from hfprune_dist.distributed.layer_stream import LayerStream
 from hfprune_dist.distributed.whole_model_probe import obtain_probe
 from hfprune_dist.refit.bias_refit import BiasRefit

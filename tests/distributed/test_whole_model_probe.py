@@ -1,10 +1,13 @@
 """Passes through single layers are compared with the whole model and refuse architectures they don't reproduce."""
 
+from dataclasses import replace
+
 import pytest
 import tiny
 import torch
 from forks import on_ranks
 from made_stages import stage_of
+from pairs import change_families
 from ranks import SoloWorld
 from safetensors.torch import load_file, save_file
 from scoring import LAYERS, files_of, make_stage, run
@@ -12,7 +15,6 @@ from transformers import DiffLlamaConfig, DiffLlamaForCausalLM, Olmo2Config, Olm
 
 from hfprune_dist.checkpoints import families as families_module
 from hfprune_dist.checkpoints.checkpoint import open_checkpoint
-from hfprune_dist.checkpoints.families import FAMILIES, Family
 from hfprune_dist.checkpoints.tensor_files import save_tensors
 from hfprune_dist.config.schema import RuntimeConfig
 from hfprune_dist.distributed import whole_model_probe as probes
@@ -34,14 +36,15 @@ ADDED = {
     "diffllama": (DiffLlamaConfig, DiffLlamaForCausalLM, {"tie_word_embeddings": False}),
     "olmo2": (Olmo2Config, Olmo2ForCausalLM, {"tie_word_embeddings": False}),
 }
-OLMO2 = Family("olmo2", "Olmo2", attention_norm="post_feedforward_layernorm", head_norms=("q_norm", "k_norm"))
+OLMO2 = {"attention_norm": "post_feedforward_layernorm", "attention_norm_after": None}
+OLMO2 |= {"mlp_norm": "post_attention_layernorm", "mlp_norm_after": None, "whole_groups": ""}
 DEPARTURES = {"diffllama": "outputs of layer 1 depart"}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 @pytest.fixture(autouse=True)
 def families(monkeypatch):
-    monkeypatch.setitem(FAMILIES, "olmo2", OLMO2)
+    change_families(monkeypatch, lambda it: replace(it, **OLMO2) if it.model_type == "olmo2" else it)
     monkeypatch.delitem(families_module._UNFIT, "diffllama")  # as if this weren't known yet
     for name, variant in ADDED.items():
         monkeypatch.setitem(tiny.VARIANTS, name, variant)

@@ -13,13 +13,12 @@ from more_families import MORE_EXPERTS
 from peak_bytes import PeakBytes
 from peft import LoraConfig, get_peft_model
 from ranks import SoloWorld
-from tiny import save_tiny, tiny_model
+from tiny import FAMILY, save_tiny, tiny_model
 from torch.nn import functional
 from transformers import AutoModelForCausalLM
 from unit_outputs import unit_outputs
 
 from hfprune_dist.checkpoints.checkpoint import open_checkpoint
-from hfprune_dist.checkpoints.families import FAMILIES
 from hfprune_dist.checkpoints.lora_adapter import lora_targets
 from hfprune_dist.config.schema import EvaluationConfig
 from hfprune_dist.core import blocks, head
@@ -80,7 +79,7 @@ def small_portions(monkeypatch):
 @pytest.mark.parametrize("variant", ["llama", "qwen2"])
 def test_a_calibration_pass(small_portions, variant, criteria, kinds, checkpointing):
     model = tiny_model(variant, **SHAPE).bfloat16().requires_grad_(False)
-    family = FAMILIES[model.config.model_type]
+    family = FAMILY
     use_memory_efficient_backward(model, family)
     if checkpointing:
         checkpoint_activations(model, family)

@@ -5,6 +5,7 @@ import shutil
 import pytest
 import torch
 from hfprune_launch import sweep as sweep_command
+from masking import read_kept
 from ranks import assert_close_files
 from safetensors.torch import load_file
 from sweeps import artifacts, begin_with, finish, in_process, make_inputs, results, without_costs
@@ -12,7 +13,6 @@ from tiny import save_tiny
 from transformers import AutoModelForCausalLM
 
 from hfprune_dist.checkpoints.checkpoint import open_checkpoint
-from hfprune_dist.checkpoints.kept_file import read_kept
 from hfprune_dist.core.scores import student_keeps
 from hfprune_dist.data.windows import load_windows
 from hfprune_dist.models.loading import load_causal_lm

@@ -3,9 +3,8 @@
 import pytest
 import torch
 from host_reads import HostReads
-from tiny import tiny_model
+from tiny import FAMILY, tiny_model
 
-from hfprune_dist.checkpoints.families import FAMILIES
 from hfprune_dist.core.distillation import summed_divergence
 from hfprune_dist.models.distillation_head import DistillingHead
 
@@ -18,7 +17,7 @@ def test_the_first_rows_count_and_no_gpu_would_be_waited_for(rows):
     alone_NC = hidden_BTC[:rows].flatten(0, 1).requires_grad_()
     expected = summed_divergence(alone_NC, dense_BTC[:rows].flatten(0, 1), weight_VC, None)
     expected.backward()
-    head = DistillingHead(model, FAMILIES["llama"])
+    head = DistillingHead(model, FAMILY)
     head.expect(dense_BTC, rows)
     hidden_BTC.requires_grad_()
     with HostReads() as reads:

@@ -4,9 +4,8 @@ import copy
 
 import pytest
 import torch
-from tiny import VARIANTS, tiny_model
+from tiny import FAMILY, VARIANTS, tiny_model
 
-from hfprune_dist.checkpoints.families import FAMILIES
 from hfprune_dist.models import memory_efficient_backward as backward
 
 WINDOWS = torch.randint(3, 200, (2, 21), generator=torch.Generator().manual_seed(0))
@@ -26,7 +25,7 @@ def run(model):
 def test_every_family_computes_the_same(variant):
     model = tiny_model(variant)
     hidden, gradient = run(copy.deepcopy(model))
-    backward.use_memory_efficient_backward(model, FAMILIES[model.config.model_type])
+    backward.use_memory_efficient_backward(model, FAMILY)
     backward.keep_no_gathered_weights(model)
     lean_hidden, lean_gradient = run(model)
     assert torch.equal(lean_hidden, hidden)

@@ -7,7 +7,7 @@ from safetensors.torch import load_file, save_file
 from worlds import Ranks
 
 from hfprune_dist.checkpoints.checkpoint import open_checkpoint
-from hfprune_dist.checkpoints.saved_layers import SavedLayers
+from hfprune_dist.checkpoints.tensor_files import SavedLayers
 from hfprune_dist.distributed.layer_stream import LayerStream
 from hfprune_dist.errors import UserError
 from hfprune_dist.refit.bias_refit import BiasRefit

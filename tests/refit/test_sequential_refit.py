@@ -2,10 +2,12 @@
 
 import threading
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import tiny
 import torch
+from pairs import change_families
 from ranks import SoloWorld
 from refitting import (
     DOWN,
@@ -28,7 +30,6 @@ from transformers import Olmo2Config, Olmo2ForCausalLM
 from transformers.models.llama import modeling_llama
 from worlds import Ranks
 
-from hfprune_dist.checkpoints.families import FAMILIES, Family
 from hfprune_dist.core.least_squares import RIDGES, LeastSquares
 from hfprune_dist.distributed.interruption import Interrupted
 from hfprune_dist.distributed.layer_stream import LayerStream
@@ -256,8 +257,9 @@ def test_dense_layers_that_another_refit_has_checked_are_not_checked_again(tmp_p
 
 
 def test_norms_behind_the_attention_are_refused_before_anything_is_fitted(tmp_path, monkeypatch):
-    names = {"attention_norm": "post_feedforward_layernorm", "head_norms": ("q_norm", "k_norm")}
-    monkeypatch.setitem(FAMILIES, "olmo2", Family("olmo2", "Olmo2", **names))
+    names = {"attention_norm": "post_feedforward_layernorm", "attention_norm_after": None}
+    names |= {"mlp_norm": "post_attention_layernorm", "mlp_norm_after": None, "whole_groups": ""}
+    change_families(monkeypatch, lambda family: replace(family, **names))
     monkeypatch.setitem(tiny.VARIANTS, "olmo2", (Olmo2Config, Olmo2ForCausalLM, {"tie_word_embeddings": False}))
     checkpoint = checkpoint_in(tmp_path / "model", "olmo2")
     with pytest.raises(

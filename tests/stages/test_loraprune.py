@@ -5,13 +5,13 @@ import json
 import pytest
 import torch
 from made_stages import stage_of
+from masking import read_kept
 from ranks import killing, run_stage
 from safetensors.torch import load_file
 from tiny import save_tiny, write_pairs
 from transformers import AutoModelForCausalLM
 
 from hfprune_dist.checkpoints.checkpoint import open_checkpoint
-from hfprune_dist.checkpoints.kept_file import read_kept
 from hfprune_dist.checkpoints.lora_adapter import merged, read_adapter
 from hfprune_dist.checkpoints.write_pruned import unit_cuts
 from hfprune_dist.config.training import RecoveryConfig

@@ -7,14 +7,14 @@ import shapes
 import torch
 from faults.kill import arm
 from forks import on_ranks
+from masking import read_kept
 from ranks import SoloWorld
 from shapes import IMPORTANCE, kept_of, load, metrics_of, outcome, scores_of, windows_of
 from tiny import VARIANTS
 from transformers import AutoModelForCausalLM
 
 from hfprune_dist.checkpoints.checkpoint import open_checkpoint
-from hfprune_dist.checkpoints.kept_file import read_kept
-from hfprune_dist.checkpoints.saved_layers import SavedLayers
+from hfprune_dist.checkpoints.tensor_files import SavedLayers
 from hfprune_dist.distributed.interruption import Interrupted
 from hfprune_dist.models.loading import load_causal_lm, require_own_weights
 

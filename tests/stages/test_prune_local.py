@@ -4,13 +4,12 @@ import pytest
 import shapes
 import torch
 from forks import on_ranks
-from masking import mask
+from masking import mask, read_kept
 from ranks import SoloWorld
 from shapes import GROUPS, LAYERS, NEURONS, kept_of, load, metrics_of, outcome, scores_of
 from transformers import AutoModelForCausalLM
 
 from hfprune_dist.checkpoints.checkpoint import open_checkpoint
-from hfprune_dist.checkpoints.kept_file import read_kept
 from hfprune_dist.models.loading import load_causal_lm
 
 BOTH = ["neurons", "kv_groups"]

@@ -9,12 +9,12 @@ import torch
 from families import save_model
 from faults.kill import die_in_fork
 from forks import on_ranks
+from masking import read_kept
 from ranks import SoloWorld
 from shapes import GROUPS, NEURONS, divergence, kept_of, metrics_of, outcome, scores_of, windows_of
 from transformers import AutoModelForCausalLM
 
 from hfprune_dist.checkpoints.checkpoint import open_checkpoint
-from hfprune_dist.checkpoints.kept_file import read_kept
 from hfprune_dist.core.width_search import START, Found
 from hfprune_dist.models.loading import load_causal_lm
 from hfprune_dist.refit.measurement import Measurement

@@ -4,9 +4,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tiny import tiny_model
+from tiny import FAMILY, tiny_model
 
-from hfprune_dist.checkpoints.families import FAMILIES
 from hfprune_dist.structures.kept import Kept, Shape
 
 
@@ -19,13 +18,13 @@ def test_a_shape_is_how_much_is_kept():
 
 @pytest.mark.parametrize("layers", [(1, 0), (0, 0), ()])
 def test_layers_stand_in_order(layers):
-    units = FAMILIES["llama"].units(tiny_model().config.to_dict())
+    units = FAMILY.units(tiny_model().config.to_dict())
     with pytest.raises(AssertionError, match="layers"):
         Shape(layers).counts(units)
 
 
 def test_a_layer_keeps_at_least_one_of_its_units_and_at_most_all():
-    units = FAMILIES["llama"].units(tiny_model().config.to_dict())
+    units = FAMILY.units(tiny_model().config.to_dict())
     layers, most = tuple(range(units.num_layers)), units.most
     assert Shape(layers).counts(units) == units.counts
     for count in (1, most):

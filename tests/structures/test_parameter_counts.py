@@ -3,16 +3,15 @@
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import VARIANTS, tiny_model
+from tiny import FAMILY, VARIANTS, tiny_model
 
-from hfprune_dist.checkpoints.families import FAMILIES
 from hfprune_dist.structures.kept import Shape
 from hfprune_dist.structures.parameter_counts import count_parameters
 
 
 def counts_of(model):
     config = model.config.to_dict()
-    units = FAMILIES[config["model_type"]].units(config)
+    units = FAMILY.units(config)
     # As in a file, a tied head is a tensor of its own.
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     tied = "lm_head.weight" if model.config.tie_word_embeddings else None

@@ -4,24 +4,20 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pairs import CHANNELS, prune_pairs
-from tiny import VARIANTS, tiny_model
+from pairs import CHANNELS, PAIRS
+from tiny import FAMILY, VARIANTS, tiny_model
 
-from hfprune_dist.checkpoints.families import FAMILIES
 from hfprune_dist.structures.units import LAYER_SIZES, Block, Owned
 
 
 @pytest.fixture(params=["neurons", "pairs"])
-def channels(request, monkeypatch):
+def channels(request):
     """Return how many of the channels that down_proj reads make up a unit."""
-    if request.param == "neurons":
-        return 1
-    prune_pairs(monkeypatch)
-    return CHANNELS
+    return 1 if request.param == "neurons" else CHANNELS
 
 
-def units_of(config):
-    return FAMILIES[config["model_type"]].units(config)
+def units_of(config, channels=1):
+    return (FAMILY if channels == 1 else PAIRS).units(config)
 
 
 def shapes_of(model):
@@ -31,7 +27,7 @@ def shapes_of(model):
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_what_a_unit_owns_is_what_a_smaller_model_lacks(variant, channels):
     larger, smaller = (tiny_model(variant, intermediate_size=count * channels) for count in (5, 4))
-    units, shapes = units_of(larger.config.to_dict()), shapes_of(larger)
+    units, shapes = units_of(larger.config.to_dict(), channels), shapes_of(larger)
     assert units.counts == (5, 5) and units.is_uniform and units.most == 5
     owned = dict(item for layer in range(2) for item in units.in_layer(layer, shapes))
     for name, shape in shapes_of(smaller).items():
@@ -48,7 +44,7 @@ def test_what_a_unit_owns_is_what_a_smaller_model_lacks(variant, channels):
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_the_output_projections_of_a_model_read_the_units_channels(variant, channels):
     model = tiny_model(variant)
-    units = units_of(model.config.to_dict())
+    units = units_of(model.config.to_dict(), channels)
     projections = units.outputs_of(model)
     assert projections == [layer.mlp.down_proj for layer in model.model.layers]
     assert all(it.in_features == units.most * units.channels_per_unit for it in projections)
@@ -61,16 +57,13 @@ def test_the_output_projections_of_a_model_read_the_units_channels(variant, chan
 @settings(derandomize=True, deadline=None, max_examples=50)
 @given(counts=st.lists(st.integers(1, 40), min_size=1, max_size=6), pairs=st.booleans())
 def test_what_config_json_says_is_read_back(counts, pairs):
-    with pytest.MonkeyPatch.context() as patch:
-        if pairs:
-            prune_pairs(patch)
-        config = {"model_type": "llama", "num_hidden_layers": len(counts), "intermediate_size": 80}
-        units = units_of(config)
-        values = units.values(counts)["intermediate_size"]
-        assert units_of(config | {LAYER_SIZES: {"intermediate_size": values}}).counts == tuple(counts)
-        size = CHANNELS if pairs else 1
-        assert units.sizes(counts)["intermediate_sizes"] == [count * size for count in counts]
-        assert units.sizes(counts)["intermediate_size"] == (size * counts[0] if len(set(counts)) == 1 else None)
+    size = CHANNELS if pairs else 1
+    config = {"model_type": "llama", "num_hidden_layers": len(counts), "intermediate_size": 80}
+    units = units_of(config, size)
+    values = units.values(counts)["intermediate_size"]
+    assert units_of(config | {LAYER_SIZES: {"intermediate_size": values}}, size).counts == tuple(counts)
+    assert units.sizes(counts)["intermediate_sizes"] == [count * size for count in counts]
+    assert units.sizes(counts)["intermediate_size"] == (size * counts[0] if len(set(counts)) == 1 else None)
 
 
 def test_parts_have_entries_of_every_unit_and_blocks_without_a_norm_read_the_stream_themselves():
