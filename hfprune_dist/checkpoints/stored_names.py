@@ -32,7 +32,7 @@ _TAKEN_OUT = (("model.", "model.language_model."),)
 # model_type -> beginnings of its names that differ; the first that matches counts.
 _RENAMED: dict[str, tuple[Pair, ...]] = {
     **dict.fromkeys(("qwen3_5_text", "qwen3_5_moe_text", "apertus1p5_text"), _TAKEN_OUT),
-    **dict.fromkeys(("mixtral", "minimax"), _in_layers(("mlp.", "block_sparse_moe."))),
+    **dict.fromkeys(("mixtral", "minimax", "minimax_m2"), _in_layers(("mlp.", "block_sparse_moe."))),
     **dict.fromkeys(
         ("granitemoe", "granitemoeshared", "granitemoehybrid", "granitemoe_swa"),
         _in_layers(
