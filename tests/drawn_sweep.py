@@ -39,7 +39,7 @@ class DrawnSweep:
         for model in models:
             self._add_model(model)
         self.plan = Plan(self._stages, tuple(self._cells))
-        self.dense = {model: DenseModel(1000, WIDTH) for model in models}
+        self.dense = {model: DenseModel(1000, {"intermediate_size": WIDTH}) for model in models}
 
     def evidence(self, attempts=None) -> Evidence:
         rows = collect_rows(self.plan, Store(self.out / "store"), self.dense)

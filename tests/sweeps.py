@@ -140,7 +140,7 @@ def results(out: Path) -> list[dict[str, str]]:
 
 def without_costs(row: dict[str, str]) -> dict[str, str]:
     """Return what two undisturbed sweeps have in common: everything but times and memory."""
-    costs = ("own_time_s", "shared_time_s", "wall_time_s", "peak_memory_bytes")
+    costs = ("own_time_s", "wall_time_s", "peak_memory_bytes")
     return {name: value for name, value in row.items() if name not in costs and not name.endswith("device_hours")}
 
 

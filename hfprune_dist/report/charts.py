@@ -1,192 +1,170 @@
-"""The charts of a report: quality, distance from the dense model, tasks, layers, overlap, losses and the timeline.
+"""The charts of a report, in the format of plotly.js: plain JSON, so that nothing needs to be imported to make one.
 
-To add a chart of something that rows measure, add it to ``results/metrics.py``, and a panel to ``quality_charts``; for
-anything else, write a function from ``Evidence`` to ``Chart``, and add it to ``charts``.
+To add a chart, write a function from ``Evidence`` to ``Chart`` and add it to ``charts``; something that rows measure
+goes into ``results/metrics.py`` and ``MEASURES``.
 """
 
 from __future__ import annotations
 
+import html
 import json
 import math
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
-from functools import cache
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 from hfprune_dist.checkpoints.pruned_config import read_kept_numbers
 from hfprune_dist.config.texts import OTHER_TEXTS
-from hfprune_dist.planning.plan import NONE, Cell
-from hfprune_dist.report.chart import (
-    GREY,
-    PALETTE,
-    Chart,
-    Figure,
-    Key,
-    Trace,
-    axis,
-    dash,
-    dashes_told,
-    line,
-    method_key,
-    percent_of,
-    row_name,
-    shown,
-    symbol,
-)
+from hfprune_dist.planning.plan import NONE, OWN, Cell
 from hfprune_dist.report.evidence import Evidence
-from hfprune_dist.results.headline import headline, headline_error
+from hfprune_dist.results.headline import headline
 from hfprune_dist.results.metrics import METRICS
 from hfprune_dist.results.rows import Row
+from hfprune_dist.results.table import other_texts
 from hfprune_dist.store.attempt import Attempt
-from hfprune_dist.store.stage import CUTTING, STAGE_VERSIONS, Stage, kind_of
+from hfprune_dist.store.stage import CUTTING, STAGE_VERSIONS, Stage
+
+Trace = dict[str, Any]
+# Of Okabe and Ito, which can be distinguished with all common kinds of colour blindness, without their yellow and
+# black, which vanish on one of the two backgrounds.
+PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+GREY = "#888888"
+# Of plotly.js.
+DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
+SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross", "x", "star")
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One panel of a chart.
+
+    Attributes:
+        model: the model that it shows; empty if it shows all models.
+        layout: layout settings of plotly.js; fonts, colours and margins are set by the page.
+        height: in pixels.
+    """
+
+    title: str
+    model: str
+    data: Sequence[Trace]
+    layout: dict[str, Any]
+    height: int = 360
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A section of the page.
+
+    Attributes:
+        id: its anchor in the page.
+        about: description of the chart, in a sentence or two.
+    """
+
+    id: str
+    title: str
+    about: str
+    figures: Sequence[Figure]
 
 
 def charts(evidence: Evidence) -> list[Chart]:
-    """All charts, in the order of the page."""
-    pruned = [*_pruned(evidence)]
-    layers = [_sizes_by_layer(evidence, pruned), _overlap(pruned)]
-    return [*quality_charts(evidence), *layers, _losses(evidence), timeline(evidence)]
+    """All charts that there is data for, in the order of the page."""
+    found = [*_quality(evidence), _layers(evidence), _losses(evidence), timeline(evidence)]
+    return [chart for chart in found if chart.figures]
+
+
+def _shown(text: str) -> str:
+    """Escape a name for plotly.js, which interprets some HTML."""
+    return html.escape(text, quote=False)
+
+
+def _line(evidence: Evidence, method: str | None, name: str, xs: Sequence[Any], ys: Sequence[Any], dash: str) -> Trace:
+    """A line in its method's colour."""
+    number = evidence.methods.index(method) if method else 0
+    color = PALETTE[number % len(PALETTE)] if method else GREY
+    mark = {"symbol": SYMBOLS[number % len(SYMBOLS)], "size": 8, "color": color}
+    look = {"color": color, "dash": dash, "width": 2}
+    hover = "%{fullData.name}<br>%{x}, %{y}"
+    trace: Trace = {"type": "scatter", "mode": "lines", "name": _shown(name), "hovertemplate": hover}
+    return trace | {"x": xs, "y": ys, "line": look, "marker": mark}
+
+
+def _dash(cell: Cell, evidence: Evidence) -> str:
+    """The dash pattern of a row's ratio; they repeat."""
+    ratios = sorted({row["ratio"] for row in evidence.rows})
+    return DASHES[ratios.index(cell.ratio or 0.0) % len(DASHES)]
 
 
 # What rows measure.
 
-Value = Callable[[Row], float | None]
-# Of values that are all alike, as those of dense models, plotly.js would show the axis to 200 %; marks need some room.
-OF_SHARES = "autorangeoptions"
-PERCENT: dict[str, Any] = {"tickformat": ".3~p", OF_SHARES: {"clipmin": -0.05, "clipmax": 1.05}}
-LOG: dict[str, Any] = {"type": "log", "exponentformat": "none"}
-AXES = {"average": PERCENT, "top1_agreement": PERCENT, "perplexity": LOG, "kl": {"rangemode": "tozero"}}
+PERCENT: dict[str, Any] = {"tickformat": ".3~p"}
+MEASURES: dict[str, dict[str, Any]] = {
+    "average": PERCENT,
+    "kl": {"rangemode": "tozero"},
+    "top1_agreement": PERCENT,
+    "perplexity": {"type": "log"},
+}
+# A value and its standard error, from a row.
+Measure = Callable[[Row], tuple[float | None, float | None]]
 
 
-@dataclass(frozen=True)
-class Measure:
-    """A measurement in rows, with the axis settings of plotly.js, and its standard error, None if there is none."""
-
-    title: str
-    value: Value
-    axis: Mapping[str, Any]
-    error: Value = lambda _: None
-
-
-# What rows are placed along.
-SIZE = Measure("parameters", METRICS["parameters"].value, {"tickformat": ".4~s"})
-SPEED = Measure("decoding speed, dense = 1", METRICS["decode_speed"].value, {"tickformat": ".3~g"})
-RATIO = Measure("parameters removed", METRICS["ratio_reached"].value, {"tickformat": ".3~p", "rangemode": "tozero"})
-
-
-def _measure(key: str, text: str | None = None) -> Measure:
-    """A metric of rows, or of their comparison on a further text."""
-    metric, title = METRICS[key], METRICS[key].header + (" (log)" if AXES[key] is LOG else "")
-    if text is None:
-        return Measure(title, metric.value, AXES[key], metric.error)
-
-    def of(read: Value) -> Value:
-        return lambda row: read(row[OTHER_TEXTS].get(text, {}))
-
-    return Measure(f"{title} on {text}", of(metric.value), AXES[key], of(metric.error))
-
-
-def _task(name: str) -> list[Measure]:
-    """The measures for a task's headline and for its perplexity; each task has only one of them."""
-
-    def of(read: Callable[[Mapping[str, Any]], float | None]) -> Value:
-        return lambda row: read(row["tasks"].get(name, {}))
-
-    perplexity = of(lambda scores: scores.get("word_perplexity"))
-    error = of(lambda scores: scores.get("word_perplexity_stderr"))
-    scores = Measure(name, of(headline), PERCENT, of(headline_error))
-    return [scores, Measure(f"{name}, word perplexity (log)", perplexity, LOG, error)]
-
-
-def quality_charts(evidence: Evidence) -> list[Chart]:
-    """Charts of quality against size, and against speed if measured, of distance from the dense model, and of tasks."""
-    texts = dict.fromkeys(text for row in evidence.rows for text in row[OTHER_TEXTS])
-    tasks = dict.fromkeys(task for row in evidence.rows for task in row["tasks"])
-    quality = [_measure("average"), _measure("perplexity")]
-    distance = [_measure("kl"), _measure("top1_agreement"), *(_measure("kl", text) for text in texts)]
-    keys = _keys(evidence)
-
-    def chart(id: str, title: str, about: str, measures: Iterable[Measure], scale: Measure) -> Chart:
-        panels = [_panel(evidence, keys, *it, scale) for it in product(evidence.models, measures)]
-        figures = [it for it in panels if it is not None]
-        return Chart(id, title, about, figures, list(keys.values()), "No cell has this result yet.")
-
-    lines = "Grey lines are the dense model, and the dense model with the same recovery."
-    told = "; ".join(f"{METRICS[key].header}: {METRICS[key].told}" for key in ("kl", "top1_agreement"))
-    found = [chart("size", "Quality against size", lines, quality, SIZE)]
-    if any(cell.efficiency for cell in evidence.plan.cells):
-        about = f"{lines} Speed: {METRICS['decode_speed'].told}."
-        found.append(chart("speed", "Quality against speed", about, quality, SPEED))
-    found.append(chart("distance", "Distance from the dense model", f"On held-out text. {told}.", distance, RATIO))
-    of_tasks = [measure for task in tasks for measure in _task(task)]
-    return [*found, chart("tasks", "Tasks", f"With standard errors. {lines}", of_tasks, RATIO)]
-
-
-def _keys(evidence: Evidence) -> dict[tuple[str | None, str], Key]:
-    """(method, recovery) -> legend entry: one colour per method, dotted without recovery, where marks are open."""
-    methods = evidence.methods
-
-    def place(key: tuple[str | None, str]) -> tuple[int, bool, str]:
-        method, recovery = key
-        return -1 if method is None else methods.index(method), recovery != NONE, recovery
-
-    found = sorted({(row["method"], row["recovery"]) for row in evidence.rows}, key=place)
-    return {
-        (method, recovery): replace(
-            method_key(method, methods),
-            name=row_name(method, recovery),
-            dash="dot" if recovery == NONE else "solid",
-            symbol=None if method is None else symbol(number),
-        )
-        for number, (method, recovery) in enumerate(found)
+def _quality(evidence: Evidence) -> list[Chart]:
+    """Quality, distance from the dense model and scores of tasks, against size."""
+    of_rows: dict[str, tuple[Measure, dict[str, Any]]] = {
+        METRICS[key].header: (_of_row(key), axis) for key, axis in MEASURES.items()
     }
+    of_rows |= {f"KL on {text}": (_on_text(text), MEASURES["kl"]) for text in other_texts(evidence.rows)}
+    tasks = dict.fromkeys(task for row in evidence.rows for task in row["tasks"])
+    of_tasks: dict[str, tuple[Measure, dict[str, Any]]] = {task: (_of_task(task), PERCENT) for task in tasks}
+    told = "; ".join(f"{METRICS[key].header}: {METRICS[key].told}" for key in MEASURES)
+    about = "Solid lines are with recovery, dotted ones without; grey: the dense model. "
+    return [
+        Chart("quality", "Quality against size", about + told, _panels(evidence, of_rows)),
+        Chart("tasks", "Tasks against size", about, _panels(evidence, of_tasks)),
+    ]
 
 
-def _panel(
-    evidence: Evidence, keys: Mapping[tuple[str | None, str], Key], model: str, measure: Measure, scale: Measure
-) -> Figure | None:
-    """Figure of a measure of one model along a scale; None if no row has it."""
-    rows = [row for row in evidence.rows if row["model"] == model]
-    known = [row for row in rows if measure.value(row) is not None and scale.value(row) is not None]
-    if not known:
-        return None
-    along = [value for row in known if (value := scale.value(row)) is not None]
-    traces = []
-    for (method, recovery), key in keys.items():
-        of_key = [row for row in known if (row["method"], row["recovery"]) == (method, recovery)]
-        if of_key:
-            trace = _points(key, of_key, measure, scale)
-            traces.append(trace if method else _across(trace, min(along), max(along)))
-    height = dict(measure.axis)
-    if any(value > 1 for row in known if (value := measure.value(row)) is not None):
-        height.pop(OF_SHARES, None)  # which would leave out scores that a task reports in percent
-    layout = {"xaxis": axis(scale.title, **scale.axis), "yaxis": height}
-    return Figure(f"{model}: {measure.title}", model, traces, layout)
+def _of_row(key: str) -> Measure:
+    return lambda row: (METRICS[key].value(row), METRICS[key].error(row))
 
 
-def _points(key: Key, rows: Sequence[Row], measure: Measure, scale: Measure) -> Trace:
-    ordered = sorted(rows, key=lambda row: scale.value(row) or 0.0)
-    trace = line(key, [scale.value(row) for row in ordered], [measure.value(row) for row in ordered])
-    mark = (key.symbol or "circle") + ("-open" if key.dash == "dot" else "")
-    trace |= {"mode": "lines+markers", "marker": {"symbol": mark, "size": 9, "color": key.color}}
-    errors = [measure.error(row) for row in ordered]
-    return trace | ({"error_y": _bars(errors)} if any(it is not None for it in errors) else {})
+def _on_text(text: str) -> Measure:
+    return lambda row: _of_row("kl")(row[OTHER_TEXTS].get(text, {}))
 
 
-def _across(trace: Trace, least: float, most: float) -> Trace:
-    """The dense model's single point as a line across all rows; left as a point if there are no other rows."""
-    if least == most:
-        return trace
-    level = {"x": [least, most], "y": trace["y"] * 2, "mode": "lines"}
-    return trace | level | ({"error_y": _bars([None, *trace["error_y"]["array"]])} if "error_y" in trace else {})
+def _of_task(task: str) -> Measure:
+    return lambda row: headline(row["tasks"].get(task, {}))
 
 
-def _bars(errors: Sequence[float | None]) -> dict[str, Any]:
-    return {"type": "data", "array": list(errors), "thickness": 1.2, "width": 4}
+def _panels(evidence: Evidence, measures: Mapping[str, tuple[Measure, dict[str, Any]]]) -> list[Figure]:
+    """A figure for each model and measure of which rows have a value, along their numbers of parameters."""
+    figures = []
+    for model, (title, (measure, height)) in product(evidence.models, measures.items()):
+        rows = [row for row in evidence.rows if row["model"] == model and row["parameters"]]
+        known = sorted((it for it in rows if measure(it)[0] is not None), key=lambda row: int(row["parameters"]))
+        lines = {(row["method"], row["recovery"]): [it for it in known if _is_of(row, it)] for row in known}
+        ends = [known[0]["parameters"], known[-1]["parameters"]] if known else []
+        traces = []
+        for (method, recovery), on_line in lines.items():
+            name = (method or "dense") + ("" if recovery in (NONE, OWN) else f" + {recovery}")
+            ys, errors = zip(*map(measure, on_line), strict=True)
+            dash = "dot" if recovery == NONE else "solid"
+            trace = _line(evidence, method, name, [row["parameters"] for row in on_line], ys, dash)
+            if method is None:  # the dense model's only point, as a line across
+                trace |= {"x": ends, "y": [ys[0], ys[0]]}
+            else:
+                bars = {"type": "data", "array": errors, "thickness": 1.2, "width": 4}
+                trace |= {"mode": "lines+markers", "error_y": bars}
+            traces.append(trace)
+        layout = {"xaxis": {"title": {"text": "parameters"}, "tickformat": ".4~s"}, "yaxis": height}
+        figures += [Figure(f"{model}: {title}", model, traces, layout)] if traces else []
+    return figures
+
+
+def _is_of(row: Row, other: Row) -> bool:
+    return bool(row["method"] == other["method"] and row["recovery"] == other["recovery"])
 
 
 # What checkpoints keep.
@@ -200,106 +178,23 @@ UNITS = {
 }
 
 
-@dataclass(frozen=True)
-class Pruned:
-    """A pruned checkpoint.
-
-    Attributes:
-        units: kind of units -> layer -> indices of those that it keeps, as the bits of an integer.
-    """
-
-    cell: Cell
-    units: Mapping[str, Mapping[int, int]]
-
-
-def _pruned(evidence: Evidence) -> Iterator[Pruned]:
-    for stage in evidence.finished(*CUTTING):
-        # A cell also depends on earlier cuts; only the last one counts.
-        cells = [it for it in evidence.cells_of(stage.id) if _last_cut(it) == stage.id]
-        units = _kept(evidence.store.handle(stage.id).artifact)
-        if cells and units:
-            yield Pruned(cells[0], units)
-
-
-def _last_cut(cell: Cell) -> str:
-    return [stage_id for stage_id in cell.producers if kind_of(stage_id) in CUTTING][-1]
-
-
-@cache  # artifacts never change
-def _read_kept(artifact: Path) -> Mapping[str, Mapping[int, int]]:
-    layers, units = read_kept_numbers(artifact)
-    return {
-        kind: {layer: sum(1 << number for number in row) for layer, row in zip(layers, rows, strict=True)}
-        for kind, rows in units.items()
-    }
-
-
-def _kept(artifact: Path) -> Mapping[str, Mapping[int, int]]:
-    """Kind -> layer -> kept units; none if the artifact's files were removed to make room."""
-    try:
-        return _read_kept(artifact)
-    except FileNotFoundError:
-        return {}
-
-
-def common_share(ours: Mapping[int, int], theirs: Mapping[int, int]) -> float:
-    """Share of the units kept by either of two checkpoints that both keep."""
-    pairs = [(ours.get(layer, 0), theirs.get(layer, 0)) for layer in ours.keys() | theirs.keys()]
-    return sum((a & b).bit_count() for a, b in pairs) / sum((a | b).bit_count() for a, b in pairs)
-
-
-def _sizes_by_layer(evidence: Evidence, pruned: Sequence[Pruned]) -> Chart:
-    methods = dict.fromkeys(it.cell.method for it in pruned)
-    keys = {method: method_key(method, evidence.methods) for method in methods}
-    figures = []
-    for model, kind in product(evidence.models, UNITS):
-        those = [it for it in pruned if it.cell.model == model and kind in it.units]
-        if those:
-            depth = 1 + max(max(it.units[kind]) for it in those)
-            most = max(bits.bit_count() for it in those for bits in it.units[kind].values())
-            layout = {"xaxis": axis("layer", **_whole(depth)), "yaxis": {"rangemode": "tozero", **_whole(most)}}
-            lines = [_staircase(it, kind, depth, keys[it.cell.method], evidence.ratios) for it in those]
-            figures.append(Figure(f"{model}: {UNITS[kind]} kept", model, lines, layout))
-    about = f"What each layer of the dense model keeps; nothing where the layer went.{dashes_told(evidence.ratios)}"
-    absent = "No model has been pruned yet."
-    return Chart("layers", "Widths and heads by layer", about, figures, list(keys.values()), absent)
-
-
-def _staircase(pruned: Pruned, kind: str, depth: int, key: Key, ratios: Sequence[float]) -> Trace:
-    cell, units = pruned.cell, pruned.units[kind]
-    pattern = dash(cell.ratio or 0.0, ratios)
-    look = {"color": key.color, "width": 2, "shape": "hvh", "dash": pattern}
-    counts = [units.get(layer, 0).bit_count() for layer in range(depth)]
-    return line(key, [*range(depth)], counts, line=look, name=shown(f"{cell.method} {cell.ratio:g}"))
-
-
-def _whole(most: int) -> dict[str, Any]:
-    """Settings for an axis of whole numbers."""
-    return {"dtick": 1} if most < 10 else {}
-
-
-def _overlap(pruned: Sequence[Pruned]) -> Chart:
-    figures = []
-    for model, ratio in dict.fromkeys((it.cell.model, it.cell.ratio) for it in pruned):
-        for kind in UNITS:
-            here = [it for it in pruned if (it.cell.model, it.cell.ratio) == (model, ratio) and kind in it.units]
-            if len(here) > 1:
-                title = f"{model}, {percent_of(ratio or 0.0)} removed: {UNITS[kind]}"
-                figures.append(_heat_map(title, model, kind, here))
-    about = "Of all units that either of two methods keeps, the share that both keep."
-    return Chart("overlap", "Overlap of what methods keep", about, figures, [], "No two methods to compare yet.")
-
-
-def _heat_map(title: str, model: str, kind: str, pruned: Sequence[Pruned]) -> Figure:
-    # A method may have several, each for rows of its own recovery, if runs differed in their settings.
-    times = Counter(it.cell.method for it in pruned)
-    cells = [it.cell for it in pruned]
-    names = [shown(row_name(it.method, it.recovery if times[it.method] > 1 else NONE)) for it in cells]
-    shares = [[common_share(ours.units[kind], theirs.units[kind]) for theirs in pruned] for ours in pruned]
-    values = {"type": "heatmap", "x": names, "y": names, "z": shares, "zmin": 0, "zmax": 1, "colorscale": "Cividis"}
-    text = {"texttemplate": "%{z:.2f}", "hovertemplate": "%{y} and %{x}: %{z:.3f}", "name": "", "showscale": False}
-    layout = {"xaxis": {"type": "category"}, "yaxis": {"type": "category", "autorange": "reversed"}}
-    return Figure(title, model, [values | text], layout, height=160 + 28 * len(pruned))
+def _layers(evidence: Evidence) -> Chart:
+    traces: dict[tuple[str, str], list[Trace]] = {}
+    for cell, _, artifact in evidence.finished(*CUTTING):
+        try:
+            layers, units = read_kept_numbers(artifact)
+        except FileNotFoundError:  # removed to make room
+            continue
+        for kind, rows in units.items():
+            counts = {layer: len(row) for layer, row in zip(layers, rows, strict=True)}
+            ys = [counts.get(layer, 0) for layer in range(1 + max(layers))]
+            name = f"{cell.method} {cell.ratio:g}"
+            trace = _line(evidence, cell.method, name, [*range(len(ys))], ys, _dash(cell, evidence))
+            trace["line"]["shape"] = "hvh"
+            traces.setdefault((cell.model, kind), []).append(trace)
+    layout = {"xaxis": {"title": {"text": "layer"}}, "yaxis": {"rangemode": "tozero"}}
+    figures = [Figure(f"{model}: {UNITS[kind]} kept", model, it, layout) for (model, kind), it in traces.items()]
+    return Chart("layers", "Widths and heads by layer", "What each layer of the dense model keeps.", figures)
 
 
 # What training recorded.
@@ -309,37 +204,24 @@ MOST_POINTS = 200
 
 
 def _losses(evidence: Evidence) -> Chart:
-    figures: dict[tuple[str, str], Figure] = {}
-    keys: dict[str | None, Key] = {}
-    for stage in evidence.finished(*TRAINING):
-        cell = evidence.cells_of(stage.id)[0]
-        losses = training_losses(evidence.store.handle(stage.id).artifact / "loss.jsonl")
-        if losses:
-            key = keys.setdefault(cell.method, method_key(cell.method, evidence.methods))
-            key = key if cell.ratio is None else replace(key, dash=dash(cell.ratio, evidence.ratios))
-            title = f"{cell.model}: loss of {TRAINING[stage.kind]}"
-            empty = Figure(title, cell.model, [], {"xaxis": axis("step")})
-            figure = figures.setdefault((cell.model, stage.kind), empty)
-            curve = line(key, list(losses), list(losses.values()), name=shown(stage.label))
-            figures[cell.model, stage.kind] = replace(figure, data=[*figure.data, curve])
-    about = f"Training loss by optimizer step.{dashes_told(evidence.ratios)}"
-    absent = "No checkpoint has been trained yet."
-    return Chart("losses", "Training", about, list(figures.values()), list(keys.values()), absent)
+    traces: dict[tuple[str, str], list[Trace]] = {}
+    for cell, kind, artifact in evidence.finished(*TRAINING):
+        if losses := training_losses(artifact / "loss.jsonl"):
+            name = f"{cell.method or 'dense'} {cell.ratio or 0:g}"
+            trace = _line(evidence, cell.method, name, list(losses), list(losses.values()), _dash(cell, evidence))
+            traces.setdefault((cell.model, kind), []).append(trace)
+    layout = {"xaxis": {"title": {"text": "step"}}, "yaxis": {}}
+    figures = [Figure(f"{model}: loss of {TRAINING[kind]}", model, it, layout) for (model, kind), it in traces.items()]
+    return Chart("losses", "Training", "Training loss by optimizer step.", figures)
 
 
 def training_losses(file: Path) -> Mapping[int, float]:
     """Step -> loss, thinned to about ``MOST_POINTS``; none if the file was removed to make room."""
     try:
-        return _read_losses(file)
+        records = [json.loads(text) for text in file.read_text(encoding="utf-8").splitlines()]
     except FileNotFoundError:
         return {}
-
-
-@cache  # artifacts never change
-def _read_losses(file: Path) -> Mapping[int, float]:
-    records = [json.loads(text) for text in file.read_text(encoding="utf-8").splitlines()]
-    told = [(it["step"], it["loss"]) for it in records if it.get("loss") is not None]
-    losses = [(step, loss) for step, loss in told if math.isfinite(loss)]  # which is all that JSON has words for
+    losses = [(it["step"], it["loss"]) for it in records if math.isfinite(it.get("loss") or math.nan)]
     stride = -(-len(losses) // MOST_POINTS) or 1
     return dict([*losses[::stride], *losses[-1:]])
 
@@ -348,101 +230,45 @@ def _read_losses(file: Path) -> Mapping[int, float]:
 
 # With more stages than this, there is one line per kind of stage instead of one per stage.
 MOST_LINES = 60
-# Idle time is cut out of the chart if it exceeds both this share of the busy time and this number of seconds.
-LONG_IDLE_SHARE, LONG_IDLE_S = 0.1, 300.0
-# The yellow of the same palette is too pale for lines, but not for bars.
-BAR_COLORS = (*PALETTE, GREY, "#F0E442")
 # Patterns of plotly.js, by state of the attempt.
 PATTERNS = {"done": "", "failed": "x", "open": "."}
 
 
-@dataclass(frozen=True)
-class Period:
-    """An attempt that has begun, with start and end in unix time; an open one ends, for now, at the report's time."""
-
-    stage: Stage
-    attempt: Attempt
-    start: float
-    end: float
-
-
 def timeline(evidence: Evidence) -> Chart:
-    """The timeline, with a bar for each attempt."""
-    periods = [
-        Period(stage, it, it.started, max(it.started, evidence.written if it.ended is None else it.ended))
-        for stage in evidence.plan.stages.values()
-        for it in evidence.attempts[stage.id]
-        if it.started is not None
-    ]
-    periods.sort(key=lambda it: it.start)
-    title, absent = "Timeline", "No stage has begun yet."
-    if not periods:
-        return Chart("timeline", title, "", [], [], absent)
-    kinds = [kind for kind in STAGE_VERSIONS if any(it.stage.kind == kind for it in periods)]
-    keys = {kind: Key(kind, BAR_COLORS[[*STAGE_VERSIONS].index(kind) % len(BAR_COLORS)]) for kind in kinds}
-    by_kind = len({it.stage.id for it in periods}) > MOST_LINES
-    lines = list(dict.fromkeys(_line_of(it.stage, by_kind) for it in periods))
-    idle = [*long_idle_times(periods)]
-    ticks = [periods[0].start, *(end for _, end in idle), max(it.end for it in periods)]
-    layout = {
-        "barmode": "overlay",
-        "xaxis": {
-            "type": "date",
-            "rangebreaks": [{"bounds": [_iso(begin), _iso(end)]} for begin, end in idle],
-            "tickvals": [*map(_iso, ticks)],
-            "tickformat": "%Y-%m-%d<br>%H:%M",
-        },
-        "yaxis": {"type": "category", "categoryarray": [*map(shown, lines)], "autorange": "reversed"},
-    }
-    traces = [_attempts([it for it in periods if it.stage.kind == kind], key, by_kind) for kind, key in keys.items()]
-    figure = Figure("", "", traces, layout, height=90 + 22 * len(lines))
+    """The timeline, with a bar for each attempt that has begun; an open one ends, for now, at the report's time."""
+    stages = evidence.plan.stages.values()
+    begun = [(stage, it, it.started) for stage in stages for it in evidence.attempts[stage.id] if it.started]
+    begun.sort(key=lambda it: it[2])
+    by_kind = len({stage.id for stage, *_ in begun}) > MOST_LINES
+    lines = {stage.id: stage.kind if by_kind else f"{stage.kind} {stage.label} {stage.id[-4:]}" for stage, *_ in begun}
+    traces = []
+    for kind in [it for it in STAGE_VERSIONS if any(stage.kind == it for stage, *_ in begun)]:
+        bars = [(stage, it, start) for stage, it, start in begun if stage.kind == kind]
+        lengths = [max((evidence.written if it.ended is None else it.ended) - start, 1.0) for _, it, start in bars]
+        patterns = [PATTERNS[it.state] for _, it, _ in bars]
+        traces.append(
+            {
+                "type": "bar",
+                "orientation": "h",
+                "name": kind,
+                "y": [_shown(lines[stage.id]) for stage, *_ in bars],
+                "base": [f"{datetime.fromtimestamp(start, UTC):%Y-%m-%d %H:%M:%S}" for *_, start in bars],
+                "x": [1000 * seconds for seconds in lengths],
+                "hovertext": [_shown(_told(*it)) for it in zip(bars, lengths, strict=True)],
+                "hovertemplate": "%{hovertext}<extra></extra>",
+                "marker": {"pattern": {"shape": patterns}},
+            }
+        )
+    order = [*dict.fromkeys(map(_shown, lines.values()))]
+    vertical = {"type": "category", "categoryarray": order, "autorange": "reversed"}
+    layout = {"barmode": "overlay", "xaxis": {"type": "date"}, "yaxis": vertical}
     about = "A bar is an attempt at a stage; crossed ones failed, dotted ones have no end yet. Times are UTC."
-    about += f" Long idle times are left out ({len(idle)})." if idle else ""
-    return Chart("timeline", title, about, [figure], list(keys.values()), absent)
+    figures = [Figure("", "", traces, layout, height=150 + 22 * len(order))] if traces else []
+    return Chart("timeline", "Timeline", about, figures)
 
 
-def long_idle_times(periods: Sequence[Period]) -> Iterator[tuple[float, float]]:
-    """Yield (begin, end) of the idle times that the chart leaves out.
-
-    Args:
-        periods: sorted by start; at least one.
-    """
-    gaps, busy, until = [], 0.0, periods[0].start
-    for it in periods:
-        if it.start > until:
-            gaps.append((until, it.start))
-        busy += max(0.0, it.end - max(it.start, until))
-        until = max(until, it.end)
-    yield from (gap for gap in gaps if gap[1] - gap[0] > max(LONG_IDLE_S, LONG_IDLE_SHARE * busy))
-
-
-def _line_of(stage: Stage, by_kind: bool) -> str:
-    return stage.kind if by_kind else f"{stage.kind} {stage.label} {stage.fingerprint[:4]}"
-
-
-def _attempts(periods: Sequence[Period], key: Key, by_kind: bool) -> Trace:
-    patterns = [PATTERNS[it.attempt.state] for it in periods]
-    return {
-        "type": "bar",
-        "orientation": "h",
-        "name": shown(key.name),
-        "legendgroup": key.name,
-        "y": [shown(_line_of(it.stage, by_kind)) for it in periods],
-        "base": [_iso(it.start) for it in periods],
-        # In milliseconds; at least a second, since a shorter bar would be invisible.
-        "x": [1000 * max(it.end - it.start, 1.0) for it in periods],
-        "hovertext": [shown(_told(it)) for it in periods],
-        "hovertemplate": "%{hovertext}<extra></extra>",
-        "marker": {"color": key.color, "pattern": {"shape": patterns}},
-    }
-
-
-def _told(period: Period) -> str:
-    attempt = period.attempt
-    said = f"{period.stage.kind} {period.stage.label}, attempt {attempt.number}: {_iso(period.start)[:16]}, "
-    said += f"{period.end - period.start:.0f} s, {attempt.cause or attempt.state}"
-    return said + (f", {attempt.where}" if attempt.where else "")
-
-
-def _iso(moment: float) -> str:
-    return f"{datetime.fromtimestamp(moment, UTC):%Y-%m-%d %H:%M:%S.%f}"
+def _told(bar: tuple[Stage, Attempt, float], seconds: float) -> str:
+    stage, attempt, _ = bar
+    where = f", {attempt.where}" if attempt.where else ""
+    ended = attempt.cause or attempt.state
+    return f"{stage.kind} {stage.label}, attempt {attempt.number}: {seconds:.0f} s, {ended}{where}"

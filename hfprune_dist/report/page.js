@@ -5,7 +5,6 @@
   const plots = [...document.querySelectorAll(".plot")];
   const dark = matchMedia("(prefers-color-scheme: dark)");
   const printed = matchMedia("print");
-  const hidden = new Map(); // section -> names of the legend's entries that are switched off
 
   function colors(forPrint) {
     return dark.matches && !forPrint
@@ -21,7 +20,8 @@
       title: { standoff: 8, ...(own && own.title) },
     });
     return {
-      margin: { l: 48, r: 12, t: 12, b: 40 }, showlegend: false, hovermode: "closest", autosize: true,
+      margin: { l: 48, r: 12, t: 12, b: 40 }, showlegend: true, hovermode: "closest", autosize: true,
+      legend: { orientation: "h", y: -0.2 },
       hoverlabel: { namelength: -1 }, paper_bgcolor: back, plot_bgcolor: back,
       font: { family: "system-ui, sans-serif", size: 12, color: text },
       ...layout, xaxis: axis(layout.xaxis), yaxis: axis(layout.yaxis),
@@ -30,11 +30,9 @@
 
   function draw(plot, forPrint) {
     const { data, layout } = figures[plots.indexOf(plot)];
-    const off = hidden.get(plot.closest("section")) || new Set();
-    const traces = data.map((trace) => ({ ...trace, visible: !off.has(trace.legendgroup) }));
     const config = { displaylogo: false, responsive: true, modeBarButtonsToRemove: ["select2d", "lasso2d"] };
     plot.dataset.drawn = "true";
-    return Plotly.react(plot, traces, themed(layout, forPrint), config);
+    return Plotly.react(plot, data, themed(layout, forPrint), config);
   }
 
   const isShown = (plot) => plot.offsetParent !== null;
@@ -55,18 +53,6 @@
   printed.addEventListener("change", (event) => forPaper(event.matches));
   addEventListener("beforeprint", () => forPaper(true));
   addEventListener("afterprint", () => forPaper(false));
-
-  // Entries of legends.
-  for (const key of document.querySelectorAll(".key")) {
-    key.addEventListener("click", () => {
-      const section = key.closest("section");
-      const off = hidden.get(section) || new Set();
-      hidden.set(section, off);
-      off.delete(key.dataset.key) || off.add(key.dataset.key);
-      key.setAttribute("aria-pressed", !off.has(key.dataset.key));
-      drawn().filter((plot) => section.contains(plot)).forEach((plot) => draw(plot, false));
-    });
-  }
 
   // Models.
   const chosen = document.getElementById("model");

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from html import escape
@@ -13,37 +12,35 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from hfprune_dist.planning.plan import Cell
-from hfprune_dist.report.chart import Chart, Figure
-from hfprune_dist.report.charts import charts
+from hfprune_dist.report.charts import Chart, Figure, charts
 from hfprune_dist.report.evidence import Evidence
 from hfprune_dist.results.formats import counted
 from hfprune_dist.results.metrics import METRICS, OF_TEXT
 from hfprune_dist.results.rows import Row
-from hfprune_dist.results.table import MEASURED_OTHERWISE, flat_row, measured_otherwise
+from hfprune_dist.results.table import causes, flat_row
 from hfprune_dist.store.artifacts import Manifest
 from hfprune_dist.store.heartbeat import in_one_line
-from hfprune_dist.store.stage import kind_of
 
 # Makes the browser refuse everything that would need the network.
 POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:"
 # With more models than this, the page shows only the first one initially.
 MOST_MODELS_AT_ONCE = 4
 LONGEST_MESSAGE = 500
-# With more stages or rows of a kind than this, the others are counted.
-MOST_NAMES = 12
 
 
 def page(evidence: Evidence) -> str:
     """The HTML of a report."""
     name, drawn = escape(evidence.out.resolve().name), charts(evidence)
-    *others, timeline = drawn
+    told = "; ".join(f"{METRICS[key].header}: {METRICS[key].told}" for key in ("kl", "top1_agreement"))
+    switch = "<label><input type=checkbox id=all-columns> all columns</label>"
+    rows = f"<p>A click on a header sorts. {escape(told)}; ±: one standard error. {switch}</p>{_rows_table(evidence)}"
     sections = [
-        _section("rows-section", "Rows", f"{_about_rows()}<div class=wide>{_rows_table(evidence)}</div>"),
-        *(_section(chart.id, chart.title, _body(chart)) for chart in others),
-        _section(timeline.id, timeline.title, _body(timeline) + _failures(evidence)),
-        _section("provenance-section", "Where results come from", _provenance(evidence)),
+        ("rows-section", "Rows", rows),
+        *((chart.id, chart.title, _body(chart)) for chart in drawn),
+        ("failures-section", "Failures", _failures(evidence)),
+        ("provenance-section", "Where results come from", _provenance(evidence)),
     ]
+    places = " ".join(f'<a href="#{id}">{escape(title)}</a>' for id, title, _ in sections)
     return "\n".join(
         [
             '<!doctype html><html lang="en"><head><meta charset="utf-8">',
@@ -52,19 +49,13 @@ def page(evidence: Evidence) -> str:
             f'<link rel="icon" href="data:,"><title>{name}: report</title>',
             f"<style>{_own('page.css')}</style></head><body>",
             f"<header><h1>{name}</h1><p>Written {_time(evidence.written)}.</p>{_models(evidence.models)}",
-            f"<nav>{_nav(drawn)}</nav></header><main>{_summary(evidence)}",
+            f"<nav>{places}</nav></header><main>{_summary(evidence)}",
             "<noscript><p class=note>Charts need JavaScript; the table has their numbers.</p></noscript>",
-            *sections,
+            *(f'<section id="{id}"><h2>{escape(title)}</h2>{body}</section>' for id, title, body in sections),
             f'</main><script type="application/json" id=figures>{_json(drawn)}</script>',
             f"<script>{_plotly()}</script><script>{_own('page.js')}</script></body></html>",
         ]
     )
-
-
-def _nav(drawn: Sequence[Chart]) -> str:
-    places = [(chart.id, chart.title) for chart in drawn if chart.figures]
-    places = [("rows-section", "Rows"), *places, ("provenance-section", "Where results come from")]
-    return " ".join(f'<a href="#{id}">{escape(title)}</a>' for id, title in places)
 
 
 def _own(name: str) -> str:
@@ -85,16 +76,8 @@ def _json(drawn: Sequence[Chart]) -> str:
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 
-def _section(id: str, title: str, body: str) -> str:
-    return f'<section id="{id}"><h2>{escape(title)}</h2>{body}</section>'
-
-
 def _body(chart: Chart) -> str:
-    if not chart.figures:
-        return f"<p class=absent>{escape(chart.absent)}</p>"
-    keys = "".join(key.entry() for key in chart.keys)
-    panels = "".join(map(_panel, chart.figures))
-    return f"<p>{escape(chart.about)}</p><div class=keys>{keys}</div><div class=panels>{panels}</div>"
+    return f"<p>{escape(chart.about)}</p><div class=panels>{''.join(map(_panel, chart.figures))}</div>"
 
 
 def _panel(figure: Figure) -> str:
@@ -115,71 +98,43 @@ def _models(models: Sequence[str]) -> str:
     return f'<label>model <select id=model><option value="">all</option>{options}</select></label>'
 
 
-def _table(id: str, head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
-    """HTML of a table; ``lines`` are cells in HTML."""
-    heads = "".join(f'<th scope="col">{name}</th>' for name in head)
-    heads = f"<thead><tr>{heads}</tr></thead>" if head else ""
-    body = "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in line)}</tr>" for line in lines)
-    return f"<div class=wide><table id={id}>{heads}<tbody>{body}</tbody></table></div>"
-
-
-# The table of rows: everything in results.csv, with a few columns shown at first; clicking a header sorts it.
-
-
-def _about_rows() -> str:
-    told = "; ".join(f"{METRICS[key].header}: {METRICS[key].told}" for key in ("kl", "top1_agreement"))
-    switch = "<label><input type=checkbox id=all-columns> all columns</label>"
-    return f"<p>A click on a header sorts. {escape(told)}; ±: one standard error. {switch}</p>"
-
-
 def _rows_table(evidence: Evidence) -> str:
+    """HTML of the table of rows: everything in results.csv, with a few columns shown at first."""
     flat = [flat_row(row) for row in evidence.rows]
     metrics = {it.key: it for it in METRICS.values() if (it.in_few or it.key in OF_TEXT) and it.is_known(flat)}
-    few = ["label", *metrics, *(["checkpoint"] if any(row["checkpoint"] for row in flat) else []), "status"]
+    few = ["label", *metrics, "checkpoint", "status"]
     more = list(dict.fromkeys(column for row in flat for column in row if column not in few))
-    headers = {"label": "row", **{key: it.header for key, it in metrics.items()}}
 
     def header(column: str) -> str:
-        name = escape(headers.get(column, column))
+        name = escape(metrics[column].header if column in metrics else column)
         return f'<th scope="col"><button type=button title="{escape(column)}">{name}</button></th>'
 
     def cell(column: str, row: Row) -> str:
         """HTML of a cell formatted for people; ``data-v`` is the value from results.csv."""
-        value = row[column]
+        value = row.get(column)
         text = escape(metrics[column].shown(row) if column in metrics else str(value or "-"))
         if column == "label":
             text = f"<span>{text}</span>"
-        elif column == "status" and row["cause"]:
+        elif column == "status" and value == "missing":
             text = f"missing: {escape(row['cause'])}"
         elif column == "checkpoint" and value and (evidence.out / value).is_dir():
             text = f'<a href="{_link(evidence.out / value, evidence)}">{escape(Path(value).name)}</a>'
         return f'<td data-v="{escape("" if value is None else str(value))}">{text}</td>'
 
     lines = [
-        f'<tr data-model="{escape(row["model"])}"{"" if row["status"] == "done" else " class=missing"}>'
+        f'<tr data-model="{escape(row["model"])}" class={row["status"]}>'
         + "".join(cell(column, row) for column in few)
-        + _logs_of_row(of_row, evidence)
         + "".join(f"<td>{'' if (value := row.get(it)) is None else escape(str(value))}</td>" for it in more)
         + "</tr>"
-        for row, of_row in zip(flat, evidence.plan.cells, strict=True)
+        for row in flat
     ]
-    head = "".join([*map(header, few), '<th scope="col" class=logs>logs</th>', *map(header, more)])
     # Cells are hidden by position: marking each one would take megabytes.
-    hidden = f"#rows:not(.all) :is(th,td):nth-child(n+{len(few) + 2}){{display:none}}"
-    printed = f"@media print{{#rows :is(th,td):nth-child(n+{len(few) + 1}){{display:none}}}}"
+    beyond = f":is(th,td):nth-child(n+{len(few) + 1}){{display:none}}"
     body = "\n".join(lines)
-    table = f"<table id=rows><thead><tr>{head}</tr></thead><tbody>\n{body}\n</tbody></table>"
-    return f"<style>{hidden}{printed}</style>{table}"
-
-
-def _logs_of_row(cell: Cell, evidence: Evidence) -> str:
-    """HTML of links to the newest log of every stage behind a row."""
-    logs = {
-        stage_id: [log for attempt in evidence.attempts[stage_id] for log in attempt.logs]
-        for stage_id in evidence.plan.upstream(cell)
-    }
-    links = [f'<a href="{_link(found[-1], evidence)}">{kind_of(stage)}</a>' for stage, found in logs.items() if found]
-    return f"<td class=logs>{' '.join(links) or '-'}</td>"
+    return (
+        f"<style>#rows:not(.all) {beyond}@media print{{#rows {beyond}}}</style><div class=wide><table id=rows><thead>"
+        f"<tr>{''.join(map(header, [*few, *more]))}</tr></thead><tbody>\n{body}\n</tbody></table></div>"
+    )
 
 
 def _link(target: Path, evidence: Evidence) -> str:
@@ -187,17 +142,8 @@ def _link(target: Path, evidence: Evidence) -> str:
     return escape(quote(os.path.relpath(target, evidence.out)))
 
 
-# Progress, failures and provenance.
-
-
 def _time(moment: float) -> str:
     return f"{datetime.fromtimestamp(moment, UTC):%Y-%m-%d %H:%M:%S} UTC"
-
-
-def _first(names: Sequence[str]) -> str:
-    """HTML of the first names, and how many more there are."""
-    more = len(names) - MOST_NAMES
-    return escape(", ".join(names[:MOST_NAMES])) + (f" and {more} more" if more > 0 else "")
 
 
 def _summary(evidence: Evidence) -> str:
@@ -208,25 +154,21 @@ def _summary(evidence: Evidence) -> str:
     lacking = evidence.plan.lacking(lambda stage_id: evidence.manifests[stage_id] is not None)
     stages = f"{len(made)} of {counted(len(made) + len(lacking), 'stage')} made, in {hours:.1f} hours"
     running = [
-        f"{stage.kind} {stage.label}" + (f" ({attempt.message})" if attempt.message else "")
+        f"begun, without an end: {stage.kind} {stage.label} {attempt.message}"
         for stage in evidence.plan.stages.values()
         for attempt in evidence.attempts[stage.id]
         if attempt.state == "open"
     ]
-    causes: dict[str, list[str]] = {}
-    for row in evidence.rows:
-        if row["status"] != "done":
-            causes.setdefault(row["cause"], []).append(row["label"])
-    lines = "".join(f"<li><b>{escape(cause)}</b>: {_first(labels)}</li>" for cause, labels in causes.items())
-    others = measured_otherwise(evidence.rows)
-    return "".join(
-        [
-            f"<p><b>{done} of {counted(len(evidence.rows), 'row')}</b> with a result; {stages}.</p>",
-            f"<p>Begun, without an end: {_first(running)}.</p>" if running else "",
-            f"<div class=note id=missing><p>Missing, and why:</p><ul>{lines}</ul></div>" if lines else "",
-            f"<p class=note>{MEASURED_OTHERWISE.capitalize()}: {_first(others)}.</p>" if others else "",
-        ]
-    )
+    lines = "".join(f"<li>{escape(it)}</li>" for it in [*running, *causes(evidence.rows)])
+    told = f"<p><b>{done} of {counted(len(evidence.rows), 'row')}</b> with a result; {stages}.</p>"
+    return told + (f"<div class=note><ul>{lines}</ul></div>" if lines else "")
+
+
+def _table(id: str, head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    """HTML of a table; ``lines`` are cells in HTML."""
+    heads = "".join(f'<th scope="col">{name}</th>' for name in head)
+    body = "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in line)}</tr>" for line in lines)
+    return f"<div class=wide><table id={id}><thead><tr>{heads}</tr></thead><tbody>{body}</tbody></table></div>"
 
 
 def _failures(evidence: Evidence) -> str:
@@ -246,15 +188,12 @@ def _failures(evidence: Evidence) -> str:
 
 def _provenance(evidence: Evidence) -> str:
     """HTML of what artifacts were made with, and of the configuration of the last run."""
-    made = [manifest for manifest in evidence.manifests.values() if manifest]
-    origins = [_origin(manifest) for manifest in made]
+    origins = [_origin(manifest) for manifest in evidence.manifests.values() if manifest]
     names = dict.fromkeys(name for origin in origins for name in origin)
-    lines = [[escape(name), _distinct(origin.get(name, "-") for origin in origins)] for name in names]
-    times = [finished for manifest in made if (finished := manifest.get("finished")) is not None]
-    lines += [["finished", f"{_time(min(times))} to {_time(max(times))}"]] if times else []
+    distinct = {name: dict.fromkeys(origin.get(name, "-") for origin in origins) for name in names}
+    lines = [[escape(name), "<br>".join(map(escape, values))] for name, values in distinct.items()]
     config = f"<details><summary>configuration of the last run</summary><pre>{escape(evidence.config)}</pre></details>"
-    table = _table("provenance", (), lines) if made else "<p>No artifact yet.</p>"
-    return table + (config if evidence.config else "")
+    return _table("provenance", ("", "of the stages"), lines) + (config if evidence.config else "")
 
 
 def _origin(manifest: Manifest) -> Mapping[str, str]:
@@ -270,13 +209,3 @@ def _origin(manifest: Manifest) -> Mapping[str, str]:
         **found.get("packages", {}),
     }
     return {name: "-" if value is None else str(value) for name, value in told.items()}
-
-
-def _distinct(values: Iterable[str]) -> str:
-    """HTML of the distinct values, with the number of stages for each if there are several values."""
-    counts = Counter(values)
-    if len(counts) == 1:
-        return escape(next(iter(counts)))
-    return "<br>".join(
-        f"{escape(value)} <small>({counted(number, 'stage')})</small>" for value, number in counts.most_common()
-    )

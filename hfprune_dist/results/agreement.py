@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from itertools import combinations
 from pathlib import Path
@@ -19,6 +19,7 @@ from hfprune_dist.results.markdown import Column
 from hfprune_dist.structures import EXPERT_NEURONS, EXPERTS, NEURONS, SHARED_NEURONS
 from hfprune_dist.structures.score_names import SCORES, criteria_in, scores_of_layers
 
+# Criterion -> its scores of every layer's units.
 Scores = Mapping[str, list[NDArray[np.float64]]]
 # Two criteria: their names, and their agreement in each layer.
 Pair = Mapping[str, Any]
@@ -33,16 +34,6 @@ def read_scores(importance: Path) -> dict[str, list[NDArray[np.float64]]]:
     Raises:
         UserError: if the file is missing or damaged.
     """
-    neurons, experts = scores_to_compare(importance)
-    return {name: neurons.get(name) or experts[name] for name in sorted({*neurons, *experts})}
-
-
-def scores_to_compare(importance: Path) -> tuple[Scores, Scores]:
-    """Criterion -> its scores of every layer's neurons, as in ``read_scores``; and the same of whole experts.
-
-    Raises:
-        UserError: if the file is missing or damaged.
-    """
     file = importance / SCORES
     try:
         stored = load_file(file)
@@ -50,41 +41,28 @@ def scores_to_compare(importance: Path) -> tuple[Scores, Scores]:
         raise UserError(f"{file}: missing") from None
     except (SafetensorError, OSError) as error:
         raise UserError(f"{file}: damaged ({error})") from None
-    of_all = ({name: _of_layers(stored, name, kinds) for name in criteria_in(stored)} for kinds in (_MLPS, [EXPERTS]))
-    neurons, experts = ({name: rows for name, rows in of_kinds.items() if rows} for of_kinds in of_all)
-    return neurons, experts
+    scores = {}
+    for name in sorted(criteria_in(stored)):
+        of_kinds = [found for kind in _MLPS if (found := scores_of_layers(stored, name, kind))]
+        of_kinds = of_kinds or [scores_of_layers(stored, name, EXPERTS)]
+        scores[name] = [np.concatenate(layer) for layer in zip(*of_kinds, strict=True)]
+    return scores
 
 
-def _of_layers(
-    stored: Mapping[str, NDArray[np.float64]], criterion: str, kinds: Sequence[str]
-) -> list[NDArray[np.float64]]:
-    of_kinds = (scores_of_layers(stored, criterion, kind) for kind in kinds)
-    layers = zip(*(of_layers for of_layers in of_kinds if of_layers), strict=True)
-    return [np.concatenate(of_layer) if len(of_layer) > 1 else of_layer[0] for of_layer in layers]
-
-
-def compare_criteria(of_units: Iterable[Scores], shares_kept: Sequence[float]) -> list[dict[str, Any]]:
-    """For every pair of criteria: rank correlation (None where it isn't defined) and overlap of the kept sets,
-    layer by layer.
+def compare_criteria(scores: Scores, shares_kept: Sequence[float]) -> list[dict[str, Any]]:
+    """For every pair of criteria that score the same units: rank correlation (None where it isn't defined) and overlap
+    of the kept sets, layer by layer.
 
     Args:
-        of_units: for each sort of units, criterion -> scores of each layer, float64 [units]. A pair is compared by the
-            first that both score, in the layers that have such units.
         shares_kept: widths to compare, as shares of the layer's units.
     """
-    pairs: dict[tuple[str, str], list[tuple[NDArray[np.float64], NDArray[np.float64]]]] = {}
-    for scores in of_units:
-        for first, second in combinations(scores, 2):
-            layers = zip(scores[first], scores[second], strict=True)
-            pairs.setdefault((first, second), [layer for layer in layers if len(layer[0])])
-    return [
-        {
-            "criteria": list(names),
-            "spearman": [spearman(a, b) for a, b in pairs[names]],
-            "overlap": {f"{share:g}": [overlap(a, b, share) for a, b in pairs[names]] for share in shares_kept},
-        }
-        for names in sorted(pairs)
-    ]
+    pairs = []
+    for one, other in combinations(scores, 2):
+        layers = [(a, b) for a, b in zip(scores[one], scores[other], strict=True) if len(a)]
+        if all(len(a) == len(b) for a, b in layers):
+            overlaps = {f"{share:g}": [overlap(a, b, share) for a, b in layers] for share in shares_kept}
+            pairs.append({"criteria": [one, other], "spearman": [spearman(*it) for it in layers], "overlap": overlaps})
+    return pairs
 
 
 def spearman(a_D: NDArray[np.float64], b_D: NDArray[np.float64]) -> float | None:
@@ -102,19 +80,10 @@ def _average_ranks(scores_D: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def overlap(a_D: NDArray[np.float64], b_D: NDArray[np.float64], share: float) -> float:
-    """Share of the units kept by one criterion that the other one keeps too.
-
-    Where some of several equal scores would stay, each criterion draws at random which: this is the expected share.
-    """
+    """Share of the units kept by one criterion that the other one keeps too."""
     width = max(1, round(share * len(a_D)))
-    return float(_chances_to_stay(a_D, width) @ _chances_to_stay(b_D, width) / width)
-
-
-def _chances_to_stay(scores_D: NDArray[np.float64], width: int) -> NDArray[np.float64]:
-    last = np.sort(scores_D)[-width]
-    above_D, level_D = scores_D > last, scores_D == last
-    chances_D: NDArray[np.float64] = np.where(level_D, (width - above_D.sum()) / level_D.sum(), above_D)
-    return chances_D
+    kept = [set(np.argsort(-scores_D, kind="stable")[:width].tolist()) for scores_D in (a_D, b_D)]
+    return len(kept[0] & kept[1]) / width
 
 
 def columns_of_pairs(pairs: Sequence[Pair]) -> list[Column[Pair]]:
@@ -123,11 +92,11 @@ def columns_of_pairs(pairs: Sequence[Pair]) -> list[Column[Pair]]:
     return [
         Column("criteria", lambda it: " / ".join(it["criteria"]), is_text=True),
         Column("Spearman", lambda it: _mean(it["spearman"])),
-        *(Column(f"overlap at {float(share):.0%}", partial(_mean_overlap, share=share)) for share in shares),
+        *(Column(f"overlap at {float(share):.0%}", partial(_mean_overlap, share)) for share in shares),
     ]
 
 
-def _mean_overlap(pair: Pair, share: str) -> str:
+def _mean_overlap(share: str, pair: Pair) -> str:
     return _mean(pair["overlap"][share])
 
 

@@ -14,7 +14,7 @@ import uuid
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from hashlib import file_digest, sha256
 from pathlib import Path
 
@@ -28,45 +28,36 @@ LOCK, WRITTEN, DRAFT = ".lock", ".written", ".hfprune-draft-"
 CONFIG = "config.json"
 # Files up to this size are copied and compared by content, larger ones linked and compared by size.
 SMALL = 2**20
-
 LONGEST_NAME = 96  # the hub's limit for names of repositories
-_DIGITS = 6
-_KNOWN = re.compile(r"[A-Za-z0-9]")
 
 
 def checkpoint_names(cells: Sequence[Cell]) -> dict[str, Cell]:
     """Name -> its row. Dense models without recovery have no name, since they are the user's own checkpoints.
 
-    A name resembles the row's label, e.g. ``llama-0.2-lora``, in characters that file systems and the hub allow. It
-    includes the method if rows have several. Rows whose names would be the same, or differ only in case, get 6 hex
-    digits that depend only on the row; so do those with names that are too long or keep nothing of the model's name.
+    A name, such as ``llama-0.2-hfprune-lora``, has the characters that file systems and the hub allow. Rows whose names
+    would be the same, differ only in case, or are too long get 6 hex digits that depend only on the row.
     """
     named = [cell for cell in cells if cell.producers]
-    several = len({cell.method for cell in named} - {None}) > 1
-    names = [_plain_name(cell, several) for cell in named]
-    taken = Counter(name.casefold() for name in names)
+    plain = [_plain_name(cell) for cell in named]
+    taken = Counter(name.casefold() for name in plain)
     unique = (
-        name
-        if taken[name.casefold()] == 1 and len(name) <= LONGEST_NAME and _KNOWN.search(cell.model)
-        else _with_digits(name, cell)
-        for name, cell in zip(names, named, strict=True)
+        name if taken[name.casefold()] == 1 and len(name) <= LONGEST_NAME else _with_digits(name, cell)
+        for name, cell in zip(plain, named, strict=True)
     )
     return dict(zip(unique, named, strict=True))
 
 
-def _plain_name(cell: Cell, with_method: bool) -> str:
+def _plain_name(cell: Cell) -> str:
     ratio = "dense" if cell.ratio is None else f"{cell.ratio:g}"
-    method = cell.method if with_method else None
     recovery = None if cell.recovery in (NONE, OWN) else cell.recovery
-    model = cell.model if _KNOWN.search(cell.model) else "model"
-    name = "-".join(part for part in (model, ratio, method, recovery) if part)
+    name = "-".join(part for part in (cell.model, ratio, cell.method, recovery) if part)
     name = re.sub(r"[^A-Za-z0-9._]+", "-", name)
     return re.sub(r"-*(?:\.{2,}-*)+|-{2,}", "-", name).strip("-.")
 
 
 def _with_digits(name: str, cell: Cell) -> str:
-    digits = digest_of([cell.model, cell.ratio, cell.method, cell.recovery])[:_DIGITS]
-    return f"{name[: LONGEST_NAME - _DIGITS - 1].rstrip('-.')}-{digits}"
+    digits = digest_of([cell.model, cell.ratio, cell.method, cell.recovery])[:6]
+    return f"{name[: LONGEST_NAME - 7].rstrip('-.')}-{digits}"
 
 
 @dataclass(frozen=True)
@@ -80,6 +71,15 @@ class File:
     bytes: int
     sha256: str
     mtime_ns: int = 0
+
+    def is_at(self, path: Path) -> bool:
+        """Whether the file is there and unchanged."""
+        if path.is_symlink() or not path.is_file() or path.stat().st_size != self.bytes:
+            return False
+        if self.bytes > SMALL:
+            return True
+        with path.open("rb") as stream:
+            return file_digest(stream, "sha256").hexdigest() == self.sha256
 
 
 @dataclass(frozen=True)
@@ -133,7 +133,7 @@ class Update:
     remarks: Sequence[str]
 
 
-def written_folders(out: Path) -> Mapping[str, Folder]:
+def written_folders(out: Path) -> dict[str, Folder]:
     """The named folders in a sweep's folder, as they were last written."""
     found = read_record(_Written, out / CHECKPOINTS / WRITTEN)
     return {} if found is None else found.folders
@@ -142,7 +142,7 @@ def written_folders(out: Path) -> Mapping[str, Folder]:
 def update_checkpoints(out: Path, wanted: Mapping[str, Contents | None]) -> Update:
     """Write the named folders in a sweep's folder, and remove those of rows that are gone.
 
-    A folder whose row has another name now is renamed. A reader finds each folder whole, or without its config.json.
+    A reader finds each folder whole, or without its config.json.
 
     Args:
         wanted: name of each row's folder -> its contents; None: as it is, since the row has no checkpoint (yet).
@@ -150,114 +150,66 @@ def update_checkpoints(out: Path, wanted: Mapping[str, Contents | None]) -> Upda
     Raises:
         OSError: if something can't be read or written.
     """
-    root = out / CHECKPOINTS
+    root, remarks = out / CHECKPOINTS, list[str]()
     if not wanted and not root.is_dir():
         return Update({}, [])
     root.mkdir(exist_ok=True)
     with locked(root / LOCK):
-        update = _Updating(root, dict(written_folders(out)))
-        update.run(wanted)
-    folders = {name: root / name for name, it in wanted.items() if it and update.has(name, it)}
-    return Update(folders, update.remarks)
-
-
-class _Updating:
-    """One update of all named folders below ``root``."""
-
-    def __init__(self, root: Path, written: dict[str, Folder]) -> None:
-        self._root = root
-        self._written = written
-        self.remarks: list[str] = []
-
-    def run(self, wanted: Mapping[str, Contents | None]) -> None:
-        for name, contents in wanted.items():
-            if contents is not None and not os.path.lexists(self._root / name):
-                self._rename(name, contents, wanted)
-        for name in [it for it in self._written if it not in wanted]:
-            self._remove(name)
+        written = written_folders(out)
+        for name in [it for it in written if it not in wanted]:
+            remarks += _remove(root / name, written)
         for name, contents in wanted.items():
             if contents is not None:
-                self._write(name, contents)
-
-    def has(self, name: str, contents: Contents) -> bool:
-        return name in self._written and self._written[name].checkpoint == contents.checkpoint
-
-    def _rename(self, name: str, contents: Contents, wanted: Mapping[str, Contents | None]) -> None:
-        """Rename a row's folder, with the user's files in it, as when rows of a second method change names."""
-        for earlier in [it for it in self._written if it not in wanted and self.has(it, contents)]:
-            if (self._root / earlier).is_dir():
-                self._note({**self._written, name: self._written[earlier]})  # first, so that its files stay known
-                (self._root / earlier).rename(self._root / name)
-                self._note({other: it for other, it in self._written.items() if other != earlier})
-                self.remarks.append(f"{self._root / earlier} is called {name} now")
-                return
-
-    def _remove(self, name: str) -> None:
-        folder = self._root / name
-        ours = [file for file, it in self._written[name].files.items() if _is_as_written(folder / file, it)]
-        for file in sorted(ours, key=lambda file: file != CONFIG):
-            (folder / file).unlink()
-        for path in sorted(folder.rglob("*"), reverse=True):
-            with suppress(OSError):  # one that holds the user's files
-                path.rmdir()
-        with suppress(OSError):
-            folder.rmdir()
-        if theirs := sorted(str(it.relative_to(folder)) for it in folder.rglob("*") if not it.is_dir()):
-            self.remarks.append(f"{folder}: its row is gone, but it stays, since it holds files of yours ({theirs[0]})")
-        self._note({other: it for other, it in self._written.items() if other != name})
-
-    def _write(self, name: str, contents: Contents) -> None:
-        folder, new = self._root / name, contents.folder
-        if folder.is_symlink() or (os.path.lexists(folder) and not folder.is_dir()):
-            self.remarks.append(f"{folder} is in the way of its row's checkpoint, {contents.artifact}")
-            return
-        for draft in folder.rglob(f"{DRAFT}*"):
-            draft.unlink()
-        old = self._written.get(name, Folder("", {}))
-        current = {
-            file
-            for file, it in new.files.items()
-            if old.files.get(file, it) == it and _is_as_written(folder / file, it, thorough=file not in old.files)
-        }
-        ours = {file for file, it in old.files.items() if _is_as_written(folder / file, it)} | current
-        theirs = [file for file in new.files if file not in ours and os.path.lexists(folder / file)]
-        if in_the_way := [file for file in theirs if file in contents.files and not self.has(name, contents)]:
-            what = f"holds files of yours ({in_the_way[0]}) in the way of its row's checkpoint"
-            self.remarks.append(f"{folder} {what}, {contents.artifact}")
-            return
-        self.remarks += [f"{folder / file}: left as it is, since it was edited" for file in theirs]
-        todo = {file for file in new.files if file not in current and file not in theirs}
-        if todo - contents.texts.keys() and CONFIG in current:
-            todo.add(CONFIG)
-        gone = ours - new.files.keys()
-        for file in sorted(todo | gone, key=lambda file: file != CONFIG):
-            (folder / file).unlink(missing_ok=True)
-        written = Folder(contents.checkpoint, {file: it for file, it in new.files.items() if file not in theirs})
-        if written != old:
-            self._note({**self._written, name: written})
-        for file in sorted(todo, key=lambda file: file == CONFIG):
-            _put(folder / file, contents.texts.get(file, contents.artifact / file))
-
-    def _note(self, written: dict[str, Folder]) -> None:
-        self._written = written
-        folders = {
-            name: {"checkpoint": it.checkpoint, "files": {file: vars(found) for file, found in it.files.items()}}
-            for name, it in written.items()
-        }
-        write_json(self._root / WRITTEN, {"folders": folders})
+                remarks += _write(root / name, contents, written)
+    made = {name: contents.checkpoint for name, contents in wanted.items() if contents}
+    return Update({name: root / name for name, it in written.items() if made.get(name) == it.checkpoint}, remarks)
 
 
-def _is_as_written(path: Path, file: File, *, thorough: bool = False) -> bool:
-    """Whether a file is there and unchanged; a large one is only read if that is to be ``thorough``."""
-    try:
-        if path.is_symlink() or not path.is_file() or path.stat().st_size != file.bytes:
-            return False
-        if file.bytes > SMALL and not thorough:
-            return True
-        with path.open("rb") as stream:
-            return file_digest(stream, "sha256").hexdigest() == file.sha256
-    except FileNotFoundError:  # its user removes it at this moment
-        return False
+def _remove(folder: Path, written: dict[str, Folder]) -> list[str]:
+    """Remove what was written to a folder; tell what else is in it."""
+    _unlink(folder, [file for file, it in written[folder.name].files.items() if it.is_at(folder / file)])
+    for path in sorted([folder, *folder.rglob("*")], reverse=True):
+        with suppress(OSError):  # a file, or a folder that holds the user's files
+            path.rmdir()
+    _note(folder.parent, written, folder.name, None)
+    theirs = sorted(str(it.relative_to(folder)) for it in folder.rglob("*") if not it.is_dir())
+    return [f"{folder}: its row is gone, but it stays, since it holds files of yours ({theirs[0]})"] if theirs else []
+
+
+def _write(folder: Path, contents: Contents, written: dict[str, Folder]) -> list[str]:
+    """Bring a folder up to date; tell which files are left as they are."""
+    old, new = written.get(folder.name, Folder("", {})), contents.folder
+    if folder.is_symlink() or (os.path.lexists(folder) and not folder.is_dir()):
+        return [f"{folder} is in the way of its row's checkpoint, {contents.artifact}"]
+    for draft in folder.rglob(f"{DRAFT}*"):
+        draft.unlink()
+    ours = {file for file, it in old.files.items() if it.is_at(folder / file)}
+    theirs = [file for file in new.files if file not in ours and os.path.lexists(folder / file)]
+    if old.checkpoint != new.checkpoint and (in_the_way := [file for file in theirs if file in contents.files]):
+        return [f"{folder} holds files of yours ({in_the_way[0]}) in the way of its row's checkpoint"]
+    current = {file for file in ours if old.files[file] == new.files.get(file)}
+    todo = new.files.keys() - current - {*theirs}
+    if todo - contents.texts.keys():
+        todo |= {CONFIG} & current  # which comes last
+    _unlink(folder, (ours - new.files.keys()) | (ours & todo))
+    _note(folder.parent, written, folder.name, Folder(new.checkpoint, {it: new.files[it] for it in {*todo, *current}}))
+    for file in sorted(todo, key=lambda file: file == CONFIG):
+        _put(folder / file, contents.texts.get(file, contents.artifact / file))
+    return [f"{folder / file}: left as it is, since it was edited" for file in theirs]
+
+
+def _unlink(folder: Path, files: Sequence[str] | set[str]) -> None:
+    for file in sorted(files, key=lambda file: file != CONFIG):
+        (folder / file).unlink()
+
+
+def _note(root: Path, written: dict[str, Folder], name: str, folder: Folder | None) -> None:
+    """Record what a folder holds, before that is written; None: nothing of ours any more."""
+    before = dict(written)
+    written.pop(name, None)
+    written |= {} if folder is None else {name: folder}
+    if written != before:
+        write_json(root / WRITTEN, {"folders": {name: asdict(it) for name, it in written.items()}})
 
 
 def _put(target: Path, source: Path | str) -> None:

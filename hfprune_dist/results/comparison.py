@@ -11,15 +11,11 @@ from hfprune_dist.config.section import as_written
 from hfprune_dist.planning.plan import NONE, Cell, Plan
 from hfprune_dist.results.markdown import Column, escaped, markdown
 from hfprune_dist.results.metrics import METRICS, Metric
-from hfprune_dist.results.rows import Row, all_or_none
-from hfprune_dist.store.stage import Stage
+from hfprune_dist.results.rows import Row
 
 FEW = (METRICS["kl"], METRICS["top1_agreement"])
 QUALITY = (*FEW, METRICS["perplexity"], METRICS["average"])
 SHARE = "kl_share"
-TIME = Metric(
-    "wall_time_s", "time", "mean of all stages behind a row, shared ones included", METRICS["own_time_s"].form
-)
 
 
 def compare_methods(sweeps: Sequence[Sequence[Row]], reference: str) -> list[Row]:
@@ -69,7 +65,7 @@ def _compared(members: Sequence[tuple[Row, Row | None]]) -> Row:
 
 def _spread(values: Iterable[float | None]) -> tuple[float | None, float | None]:
     """Mean and sample standard deviation; None if there are no values, or one of them isn't a number."""
-    known = all_or_none(values)
+    known = [math.nan if value is None else value for value in values]
     if not known or not all(map(math.isfinite, known)):
         return None, None
     return statistics.fmean(known), statistics.stdev(known) if len(known) > 1 else None
@@ -77,7 +73,7 @@ def _spread(values: Iterable[float | None]) -> tuple[float | None, float | None]
 
 def _metrics(rows: Sequence[Row], reference: str, wide: bool) -> list[Metric]:
     share = Metric(SHARE, f"KL / {reference}", "", METRICS["kl"].form)
-    costs = [TIME, METRICS["peak_memory_bytes"]]
+    costs = [METRICS["wall_time_s"], METRICS["peak_memory_bytes"]]
     shown = [METRICS["kl"], *([share] if any(row["method"] == reference for row in rows) else []), *FEW[1:]]
     return [*shown, *(it for it in QUALITY[2:] if it.is_known(rows)), *costs] if wide else shown
 
@@ -104,13 +100,8 @@ def note_on_methods(rows: Sequence[Row], reference: str, wide: bool) -> str:
     told = [f"{metric.header}: {metric.told}" for metric in _metrics(rows, reference, wide) if metric.meaning]
     if any(row["sweeps"] > 1 for row in rows):
         told.append("±: standard deviation over seeds")
-    if some := [row for row in rows if 0 < row["sweeps_with_reference"] < row["sweeps"]]:
-        names = [
-            f"{it['model']} {it['ratio']:g} {it['method']} {it['recovery']} {it['sweeps_with_reference']} of "
-            f"{it['sweeps']}"
-            for it in some
-        ]
-        told.append(f"KL / {reference}: over the seeds that have both methods ({', '.join(names)})")
+    if any(0 < row["sweeps_with_reference"] < row["sweeps"] for row in rows):
+        told.append(f"KL / {reference}: over the seeds that have both methods")
     return "; ".join(told)
 
 
@@ -120,62 +111,35 @@ def methods_table(rows: Sequence[Row], reference: str) -> str:
     return f"{table}\n{escaped(note_on_methods(rows, reference, wide=True))}\n"
 
 
-SEED = "seed"
-# What a pass computes besides the scores that a row's method reads is of other rows; which it reads, the method says.
-_OF_OTHER_ROWS = {"criteria", "structures"}
-# Chosen to suit the GPUs, and without effect on a result beyond rounding.
-_OF_THE_MACHINE = {"recovery.micro_batch_size", "distillation.micro_batch_size"}
-
-# (stage, name of a setting or of a user's file) -> what is equal if it makes no difference, and what people see of it.
-MadeWith = Mapping[tuple[str, str], tuple[object, str]]
+MadeWith = Mapping[tuple[str, str], object]
 
 
 def made_with(plan: Plan, cell: Cell) -> MadeWith:
-    """Everything that a row's checkpoint and its evaluation depend on, in the order in which stages run.
-
-    Its speed is measured where a sweep happens to run, and isn't part of it.
+    """(stage, setting or file) -> its value, of everything but seeds that a row's scores depend on, in the order in
+    which stages run. Its speed is measured where a sweep happens to run, and isn't part of it.
     """
-    evaluate, stages = plan.stages[cell.evaluate], list[tuple[str, Stage]]()
-    for stage in (plan.stages[stage_id] for stage_id in cell.producers):
-        number = sum(other.kind == stage.kind for _, other in stages)
-        stages.append((stage.kind if not number else f"{stage.kind} {number + 1}", stage))
-    references = {role: it.location for role, it in evaluate.inputs.items() if it.is_stage and role != "model"}
-    stages += [(f"held-out {role}", plan.stages[stage_id]) for role, stage_id in references.items()]
-    made: dict[tuple[str, str], tuple[object, str]] = {}
-    for name, stage in (*stages, (evaluate.kind, evaluate)):
-        record = stage.to_json()
-        for role, source in stage.inputs.items():
-            if not source.is_stage:  # stages that a row rests on are in it themselves, without their seeds
-                shown = f"{source.location} (content {source.identity[:8]})"
-                made[name, f"input {role!r}"] = (source.identity, shown)
-        ignored = {*_OF_THE_MACHINE, *_of_other_rows(record)}
-        settings = {key: value for key, value in _flat(record["params"]) if key not in ignored}
-        made |= {(name, key): (value, as_written(value)) for key, value in settings.items()}
+    made: dict[tuple[str, str], object] = {}
+    for number, stage_id in enumerate((it for it in plan.upstream(cell) if it != cell.efficiency), start=1):
+        stage = plan.stages[stage_id]
+        name = f"stage {number}, {stage.kind}"
+        # What a pass computes besides the scores that the row's method reads is of other rows.
+        ignored = {"seed", *(("criteria", "structures") if stage.kind == "importance" else ())}
+        for key, value in _flat(stage.to_json()["params"]):
+            if key not in ignored and not key.endswith("micro_batch_size"):  # which suits the machine
+                made[name, key] = value
+        files = {role: source for role, source in stage.inputs.items() if not source.is_stage}
+        made |= {(name, role): f"content {source.identity[:8]}" for role, source in files.items()}
     return made
 
 
-def difference(one: MadeWith, other: MadeWith) -> tuple[str, str, str, str] | None:
-    """The first thing but a seed in which two rows differ: its stage, its name, and what it is in one row and in the
-    other; None if there is nothing.
-    """
-    unset = (None, "not set")
+def difference(one: MadeWith, other: MadeWith) -> str:
+    """The first thing in which two rows differ, and what it is in one and in the other; empty if there is nothing."""
     for key in [*one, *(it for it in other if it not in one)]:
-        if key[1] != SEED and ((key in one) != (key in other) or one[key][0] != other[key][0]):
-            return *key, one.get(key, unset)[1], other.get(key, unset)[1]
-    return None
-
-
-def have_one_seed(one: MadeWith, other: MadeWith) -> bool:
-    """Whether the stages behind two rows have the same seeds, if any has one."""
-    seeds, others = ({key: made[key] for key in made if key[1] == SEED} for made in (one, other))
-    return bool(seeds) and seeds == others
-
-
-def _of_other_rows(record: Mapping[str, Any]) -> set[str]:
-    kind, params = record["kind"], record["params"]
-    if kind == "reference" and params["text"] is None:
-        return {"micro_batch_size"}  # on calibration windows; that of distillation
-    return _OF_OTHER_ROWS if kind == "importance" else set()
+        if one.get(key) != other.get(key):
+            return (
+                f"{key[1]} ({key[0]}) is {as_written(one.get(key))} in one, {as_written(other.get(key))} in the other"
+            )
+    return ""
 
 
 def _flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, object]]:

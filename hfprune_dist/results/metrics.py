@@ -74,7 +74,6 @@ METRICS = {
         Metric("top1_agreement", "agree", "share of tokens with its most likely next token", _digits(3), "higher"),
         Metric("perplexity", "ppl", "perplexity per token", _digits(2), "lower"),
         Metric("average", "avg", "mean of the tasks' scores in %", percent, "higher", in_few=True),
-        Metric("average_without_crows_pairs", "avg w/o crows", "the same without CrowS-Pairs", percent, "higher"),
         Metric("average_of_dense", "avg % of dense", "avg in % of the dense row's measured alike", percent, "higher"),
         Metric("weight_bytes", "size", "of the weights on disk", byte_count, in_few=True),
         Metric(
@@ -85,8 +84,6 @@ METRICS = {
             "higher",
             in_few=True,
         ),
-        Metric("decode_speed_min", "least", "the lowest speed of any pair of generations", _digits(2)),
-        Metric("decode_speed_max", "most", "the highest", _digits(2)),
         Metric("decode_tokens_per_s", "tokens/s", "of all sequences together", count, "higher"),
         Metric("time_to_first_token_s", "first token", "time from the prompts to it", latency, "lower"),
         Metric(
@@ -98,17 +95,9 @@ METRICS = {
         Metric("training_flops", "FLOPs", "of these, computed from shapes", count),
         Metric("device_hours", "device-h", "of making a row's checkpoint, time x ranks, in hours", hours),
         Metric("own_time_s", "time", "of a row's own stages", duration, in_few=True),
-        Metric("shared_time_s", "shared", "time of the stages that it shares with other rows", duration),
+        Metric("wall_time_s", "total", "of all stages behind a row, those that it shares included", duration),
         Metric("peak_memory_bytes", "memory", "the most that one rank took", byte_count),
     )
 }
 # Those of the comparison with the dense model on one text.
 OF_TEXT = ("kl", "top1_agreement", "perplexity")
-# Those of the last workload of an efficiency stage.
-OF_SPEED = (
-    *("decode_speed", "decode_speed_min", "decode_speed_max", "decode_tokens_per_s"),
-    *("first_token_speed", "time_to_first_token_s", "generation_memory_bytes"),
-    *("flops_per_token", "cache_bytes_per_token"),
-)
-# The averages of tasks.
-AVERAGES = ("average", "average_without_crows_pairs")

@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
-from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from hfprune_dist.checkpoints.checkpoint import Checkpoint
 from hfprune_dist.config.texts import OTHER_TEXTS
-from hfprune_dist.errors import UserError
 from hfprune_dist.planning.plan import NONE, Cell, Plan
 from hfprune_dist.results.checkpoints import CHECKPOINTS, checkpoint_names, written_folders
-from hfprune_dist.results.headline import average_errors, averages
-from hfprune_dist.results.metrics import AVERAGES, OF_SPEED, OF_TEXT
+from hfprune_dist.results.headline import average
+from hfprune_dist.results.metrics import OF_TEXT
 from hfprune_dist.store.artifacts import Manifest, Store
-from hfprune_dist.store.atomic_files import read_object
 from hfprune_dist.store.hashing import digest_of
 from hfprune_dist.store.heartbeat import in_one_line
 from hfprune_dist.store.stage import CUTTING, Stage, kind_of
@@ -26,20 +22,20 @@ from hfprune_dist.structures.experts import EXPERT_COUNT_KEYS, SHARED_WIDTHS
 from hfprune_dist.structures.units import plural_of
 
 Row = dict[str, Any]
-T = TypeVar("T")
 
-# Header -> field of config.json, of sizes that a stage also reports if it removed more than neurons. Those of experts
-# have the same names for all models.
-NUM_EXPERTS, SHARED_WIDTH = EXPERT_COUNT_KEYS[0], SHARED_WIDTHS[0]
-OPTIONAL_SIZES = {
-    "layers": "num_hidden_layers",
-    "heads": "num_attention_heads",
-    "KV heads": "num_key_value_heads",
-    "experts": NUM_EXPERTS,
-    "expert width": "moe_intermediate_size",
-    "shared expert width": SHARED_WIDTH,
+# Header -> fields of config.json, of which a model has at most one.
+SIZES = {
+    "layers": ("num_hidden_layers",),
+    "heads": ("num_attention_heads",),
+    "KV heads": ("num_key_value_heads",),
+    "experts": EXPERT_COUNT_KEYS,
+    "expert width": ("moe_intermediate_size",),
+    "shared expert width": SHARED_WIDTHS,
+    "width": ("intermediate_size",),
 }
-BY_LAYER = tuple(plural_of(it) for it in ("intermediate_size", "num_attention_heads", "num_key_value_heads"))
+SIZE_FIELDS = tuple(field for fields in SIZES.values() for field in fields)
+# The same where layers differ, a list with each layer's.
+BY_LAYER = tuple(map(plural_of, SIZE_FIELDS))
 
 
 @dataclass(frozen=True)
@@ -47,29 +43,26 @@ class DenseModel:
     """Facts in a dense row that no stage measures.
 
     Attributes:
+        sizes: field of config.json -> its value, of those in ``SIZES``.
         weight_bytes: size of the files with its weights, as ``weight_bytes_of`` counts them.
-        expert_widths: for a mixture of experts, field of config.json -> its value, and the number of experts.
         has_vision: whether it is a model of images and text.
     """
 
     parameters: int
-    intermediate_size: int | None
+    sizes: Mapping[str, int]
     weight_bytes: int | None = None
-    expert_widths: Mapping[str, int] | None = None
     has_vision: bool = False
 
     @classmethod
     def of(cls, checkpoint: Checkpoint) -> DenseModel:
         """Collect the facts from a dense checkpoint."""
-        kinds = checkpoint.structures.values()
-        sizes = _with_experts({name: size for it in kinds for name, size in it.sizes(it.counts).items()})
-        experts = {it: sizes[it] for it in (NUM_EXPERTS, "moe_intermediate_size", SHARED_WIDTH) if it in sizes}
-        width, vision = sizes.get("intermediate_size"), checkpoint.family.has_vision
-        return cls(checkpoint.parameters, width, checkpoint.bytes_on_disk, experts or None, vision)
+        stated = (it.sizes(it.counts).items() for it in checkpoint.structures.values())
+        sizes = {name: size for each in stated for name, size in each if name in SIZE_FIELDS and size is not None}
+        return cls(checkpoint.parameters, sizes, checkpoint.bytes_on_disk, checkpoint.family.has_vision)
 
 
 def collect_rows(plan: Plan, store: Store, dense: Mapping[str, DenseModel]) -> list[Row]:
-    """One row per cell, in plan order; ``status`` is done or missing, and ``cause`` says why it is missing.
+    """One row per cell, in plan order; ``status`` is done or missing, and ``cause`` says what is missing, and why.
 
     ``checkpoint`` is a folder, relative to the sweep's: the one with the row's name if it has the row's checkpoint,
     else the artifact's; None for the dense model, and if it isn't there yet.
@@ -78,40 +71,10 @@ def collect_rows(plan: Plan, store: Store, dense: Mapping[str, DenseModel]) -> l
         store: the store in the sweep's folder.
         dense: model name -> facts about the dense checkpoint.
     """
-    rows = _Rows(as_made(plan, store), store, dense)
-    found = [rows.row(cell) for cell in rows.plan.cells]
+    rows = _Rows(plan, store, dense)
+    found = [rows.row(cell) for cell in plan.cells]
     _add_shares_of_dense(found)
     return found
-
-
-def as_made(plan: Plan, store: Store) -> Plan:
-    """The plan with the stages that made its artifacts, so that rows carry the cost of what actually ran.
-
-    A prune stage identifies its calibration pass only by the criteria that it reads. Its artifact thus stays valid when
-    methods are added or removed, although today's pass, which scores for other methods too, may never have run.
-    """
-    made: dict[str, Stage] = {}
-    cells = []
-    for cell in plan.cells:
-        instead = dict(_made_instead(cell, plan, store))
-        made |= {stage.id: stage for stage in instead.values()}
-        producers = tuple(instead[it].id if it in instead else it for it in cell.producers)
-        cells.append(replace(cell, producers=producers))
-    return replace(plan, stages={**made, **plan.stages}, cells=tuple(cells))
-
-
-def _made_instead(cell: Cell, plan: Plan, store: Store) -> Iterator[tuple[str, Stage]]:
-    """(id of a planned stage without an artifact, the stage whose artifact was read in its place)."""
-    for stage_id in cell.producers:
-        recorded = (store.handle(stage_id).manifest() or {}).get("stage", {}).get("inputs", {})
-        for role, planned in plan.stages[stage_id].inputs.items():
-            location = recorded.get(role, {}).get("location", planned.location)
-            if location == planned.location or not planned.is_stage or store.handle(planned.location).manifest():
-                continue
-            manifest = store.handle(location).manifest()
-            with suppress(UserError):  # planned by a version with other fingerprints
-                if manifest is not None:
-                    yield planned.location, Stage.from_json(manifest["stage"])
 
 
 def measured_as(evaluation: Stage) -> str:
@@ -126,7 +89,7 @@ class _Rows:
     """Rows of a plan, from manifests that are read once."""
 
     def __init__(self, plan: Plan, store: Store, dense: Mapping[str, DenseModel]) -> None:
-        self.plan = plan
+        self._plan = plan
         self._store = store
         self._dense = dense
         rows_behind = Counter(stage_id for cell in plan.cells for stage_id in plan.upstream(cell))
@@ -136,19 +99,19 @@ class _Rows:
         self._written = written_folders(store.root.parent)
 
     def row(self, cell: Cell) -> Row:
-        plan, dense = self.plan, self._dense[cell.model]
+        plan, dense = self._plan, self._dense[cell.model]
         manifests = {stage_id: self._manifests[stage_id] for stage_id in plan.upstream(cell)}
         evaluation = manifests[cell.evaluate]
         # The row is complete even without its speed.
         needed = [stage_id for stage_id in cell.results if stage_id != cell.efficiency]
         missing = plan.lacking_for(needed, lambda stage_id: manifests[stage_id] is not None)
-        unmeasured = cell.efficiency if cell.efficiency and manifests[cell.efficiency] is None else None
-        if unmeasured is not None:
-            del manifests[unmeasured]
         cause = self._cause(missing[0]) if missing else None
+        if cell.efficiency and manifests[cell.efficiency] is None:
+            del manifests[cell.efficiency]
+            cause = cause or f"no speed: {self._cause(cell.efficiency)}"
         metrics: Mapping[str, Any] = evaluation["metrics"] if evaluation else {}
         tasks = metrics.get("tasks", {})
-        errors = (f"{name}_stderr" for name in AVERAGES)
+        mean, error = average(tasks)
         return {
             "label": cell.label,
             "model": cell.model,
@@ -160,19 +123,16 @@ class _Rows:
             **_compared(metrics.get("fidelity", {})),
             OTHER_TEXTS: {name: _compared(there) for name, there in metrics.get(OTHER_TEXTS, {}).items()},
             "tasks": tasks,
-            "samples": _samples(self._store.handle(cell.evaluate).artifact),
-            **dict(zip(AVERAGES, averages(tasks), strict=True)),
-            **dict(zip(errors, average_errors(tasks), strict=True)),
+            "average": mean,
+            "average_stderr": error,
             "weight_bytes": weight_bytes_of(manifests[cell.producers[-1]]) if cell.producers else dense.weight_bytes,
             **_efficiency(manifests.get(cell.efficiency or "")),
-            **self._times(manifests),
-            **self._training(cell),
+            **self._costs(cell, manifests),
             "checkpoint": self._checkpoint(cell),
             "provenance": _provenance(evaluation) if evaluation else None,
             "measured_as": measured_as(plan.stages[cell.evaluate]),
-            "status": "done" if cause is None else "missing",
+            "status": "missing" if missing else "done",
             "cause": cause,
-            "speed_cause": None if unmeasured is None else self._cause(unmeasured),
         }
 
     def _checkpoint(self, cell: Cell) -> str | None:
@@ -184,7 +144,7 @@ class _Rows:
 
     def _cause(self, stage_id: str) -> str:
         """Why a stage has no artifact, in one line; for a stage that waits for another, the other's reason."""
-        stage, handle = self.plan.stages[stage_id], self._store.handle(stage_id)
+        stage, handle = self._plan.stages[stage_id], self._store.handle(stage_id)
         failure = handle.failure()
         if failure is not None:
             return f"{stage.kind} failed ({failure.cause}): {in_one_line(failure.message)}"
@@ -193,40 +153,27 @@ class _Rows:
         waiting_for = next((need for need in stage.needs if not self._store.handle(need).is_committed()), None)
         return self._cause(waiting_for) if waiting_for else f"{stage.kind} has not run yet"
 
-    def _times(self, manifests: Mapping[str, Manifest | None]) -> Row:
-        """Seconds of each stage behind a row, and in total of its own and of shared ones; the highest peak of a rank in
-        any of them.
+    def _costs(self, cell: Cell, manifests: Mapping[str, Manifest | None]) -> Row:
+        """Seconds of each stage behind a row, and in total; the highest peak of a rank; and what making the row's
+        checkpoint took, those stages included that it shares: tokens and operations of LoRA's training, device-hours.
         """
         seconds = {stage_id: found.get("wall_time_s") if found else None for stage_id, found in manifests.items()}
-        peaks = all_or_none(found.get("peak_memory_bytes") if found else None for found in manifests.values())
+        peaks = [found.get("peak_memory_bytes") if found else None for found in manifests.values()]
+        making = [self._manifests[stage_id] for stage_id in cell.producers]
+        trained = [it["metrics"].get("training_tokens", 0) if it else None for it in making]
+        operations = [
+            it["metrics"].get("training_tokens", 0) * it["metrics"].get("flops_per_token", 0) if it else None
+            for it in making
+        ]
         return {
+            "training_tokens": sum_or_none(trained),
+            "training_flops": sum_or_none(operations),
+            "device_hours": sum_or_none(_device_hours(it) for it in making),
             "stages": seconds,
             "own_time_s": sum_or_none(seconds[it] for it in seconds if it not in self._shared),
-            "shared_time_s": sum_or_none(seconds[it] for it in seconds if it in self._shared),
             "wall_time_s": sum_or_none(seconds.values()),
-            "peak_memory_bytes": None if peaks is None else max(peaks),
+            "peak_memory_bytes": None if None in peaks else max(it for it in peaks if it is not None),
         }
-
-    def _training(self, cell: Cell) -> Row:
-        """Cost of making a row's checkpoint, those stages included that it shares; tokens and operations of LoRA's
-        training alone.
-        """
-        found = [self._manifests[stage_id] for stage_id in cell.producers]
-        devices = dict.fromkeys(it.get("device") for it in found if it is not None)
-        return {
-            "training_tokens": sum_or_none(_trained(it)[0] for it in found),
-            "training_flops": sum_or_none(_trained(it)[1] for it in found),
-            "device_hours": sum_or_none(_device_hours(it) for it in found),
-            "training_device": ", ".join(it for it in devices if it) or None,
-        }
-
-
-def _trained(manifest: Manifest | None) -> tuple[float | None, float | None]:
-    """(tokens that LoRA was trained on, operations of that); 0 for stages that train nothing."""
-    if manifest is None:
-        return None, None
-    tokens = manifest["metrics"].get("training_tokens", 0)
-    return tokens, tokens * manifest["metrics"].get("flops_per_token", 0)
 
 
 def _device_hours(manifest: Manifest | None) -> float | None:
@@ -234,17 +181,11 @@ def _device_hours(manifest: Manifest | None) -> float | None:
     return None if ranks is None or seconds is None else ranks * seconds / 3600
 
 
-def all_or_none(values: Iterable[T | None]) -> list[T] | None:
-    """The values if all of them are known; None if one is missing."""
-    listed = list(values)
-    known = [value for value in listed if value is not None]
-    return known if len(known) == len(listed) else None
-
-
 def sum_or_none(values: Iterable[float | None]) -> float | None:
     """The sum of the values; None if one is missing."""
-    known = all_or_none(values)
-    return None if known is None else sum(known)
+    listed = list(values)
+    known = [value for value in listed if value is not None]
+    return sum(known) if len(known) == len(listed) else None
 
 
 def weight_bytes_of(manifest: Manifest | None) -> int | None:
@@ -259,16 +200,6 @@ def _compared(fidelity: Mapping[str, Any]) -> Row:
     return {**values, "windows": fidelity.get("windows"), "tokens": fidelity.get("tokens")}
 
 
-def _samples(evaluation: Path) -> dict[str, int]:
-    """Task or group -> number of examples behind its scores, from an evaluation's own results."""
-    samples: dict[str, int] = {}
-    for task, found in ((read_object(evaluation / "results.json") or {}).get("tasks") or {}).items():
-        members = {name: counts["effective"] for name, counts in found.get("n-samples", {}).items()}
-        samples |= members
-        samples.setdefault(task, sum(members.values()))
-    return samples
-
-
 def _provenance(evaluation: Manifest) -> Row:
     """What a row's scores were computed with; the checkpoint's manifest has the same for the checkpoint."""
     seed, finished = evaluation.get("config", {}).get("seed"), evaluation.get("finished")
@@ -279,51 +210,42 @@ def _provenance(evaluation: Manifest) -> Row:
 def _shape(cell: Cell, manifests: Mapping[str, Manifest | None], dense: DenseModel) -> Row:
     """Reached ratio, parameters and sizes: the dense model's, or those reported by the stage that cut it last."""
     if cell.ratio is None:
-        sizes = {"parameters": dense.parameters, "intermediate_size": dense.intermediate_size}
-        return {"ratio_reached": 0.0, "share_kept": 1.0, **sizes, **(dense.expert_widths or {})}
+        return {"ratio_reached": 0.0, "share_kept": 1.0, "parameters": dense.parameters, **dense.sizes}
     *_, cut = (found for stage_id, found in manifests.items() if kind_of(stage_id) in CUTTING)
-    metrics = _with_experts(cut["metrics"] if cut else {})
-    reached, optional = metrics.get("ratio_reached"), (*OPTIONAL_SIZES.values(), *BY_LAYER)
+    metrics: Mapping[str, Any] = cut["metrics"] if cut else {}
+    reached = metrics.get("ratio_reached")
     return {
         "ratio_reached": reached,
         "share_kept": None if reached is None else 1 - reached,
         "parameters": metrics.get("parameters"),
-        "intermediate_size": metrics.get("intermediate_size"),
-        **{key: metrics[key] for key in optional if key in metrics},
+        **{key: metrics[key] for key in (*SIZE_FIELDS, *BY_LAYER) if key in metrics},
     }
-
-
-def _with_experts(sizes: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Sizes with the number of experts and the width of the shared one, if any, under the same names for all models."""
-    if not any(key in sizes for key in EXPERT_COUNT_KEYS):
-        return sizes
-    names = ((NUM_EXPERTS, EXPERT_COUNT_KEYS), (SHARED_WIDTH, SHARED_WIDTHS))
-    return {**sizes, **{name: sizes[key] for name, keys in names for key in reversed(keys) if key in sizes}}
 
 
 def _efficiency(manifest: Manifest | None) -> Row:
     """Speed and memory under the most demanding workload, and everything measured under ``efficiency``."""
     if manifest is None:
-        return dict.fromkeys(OF_SPEED) | {"efficiency": None}
+        return {"efficiency": None}
     metrics = manifest["metrics"]
-    costs, run = metrics["model"], metrics["runs"][-1]
-    model, speed = run["model"], run["decode_speed"]
-    values = (
-        *(speed["median"], speed["min"], speed["max"], model["decode_tokens_per_s"]["median"]),
-        *(run["first_token_speed"]["median"], model["time_to_first_token_s"]["median"], model["peak_memory_bytes"]),
-        *(costs["flops_per_token"], costs["cache_bytes_per_token"]),
-    )
-    measured = {key: value for key, value in metrics.items() if key != "dense"}
-    return dict(zip(OF_SPEED, values, strict=True)) | {"efficiency": measured}
+    run = metrics["runs"][-1]
+    return {
+        "decode_speed": run["decode_speed"]["median"],
+        "decode_tokens_per_s": run["model"]["decode_tokens_per_s"]["median"],
+        "time_to_first_token_s": run["model"]["time_to_first_token_s"]["median"],
+        "generation_memory_bytes": run["model"]["peak_memory_bytes"],
+        **{key: metrics["model"][key] for key in ("flops_per_token", "cache_bytes_per_token")},
+        "efficiency": {key: value for key, value in metrics.items() if key != "dense"},
+    }
 
 
 def _add_shares_of_dense(rows: Sequence[Row]) -> None:
     """Add to each row its average as a share of that of its model's dense row that was measured in the same way."""
+    alike = [(row["model"], row["measured_as"]) for row in rows]
     dense = {
-        (row["model"], row["measured_as"]): row["average"]
-        for row in rows
+        key: row["average"]
+        for key, row in zip(alike, rows, strict=True)
         if not row["ratio"] and row["recovery"] == NONE
     }
-    for row in rows:
-        whole = dense.get((row["model"], row["measured_as"]))
+    for key, row in zip(alike, rows, strict=True):
+        whole = dense.get(key)
         row["average_of_dense"] = row["average"] / whole if whole and row["average"] is not None else None

@@ -10,7 +10,6 @@ from hfprune_launch.slurm.job_tracker import inputs_of_live_jobs
 from hfprune_launch.sweep_folder import RecordedSweep, read_sweep
 
 from hfprune_dist.errors import UserError
-from hfprune_dist.results.rows import as_made
 from hfprune_dist.store.artifacts import Store
 from hfprune_dist.store.leftovers import Leftover, files_of, running, unused
 
@@ -32,7 +31,7 @@ def clean(out: Path, *, intermediates: bool, dry_run: bool) -> None:
     _refuse_while_needed(store)
     jobs = inputs_of_live_jobs(store)
     used = {*jobs, *(need for needs in jobs.values() for need in needs)}
-    found = list(unused(store, {*as_made(sweep.plan, store).stages, *used}, about_to_run=jobs))
+    found = list(unused(store, {*sweep.plan.stages, *used}, about_to_run=jobs))
     if intermediates:
         found += _intermediates(sweep, store, used)
     staying: list[str] = []

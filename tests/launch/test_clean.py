@@ -10,7 +10,7 @@ from hfprune_launch import clean, report, sweep
 from hfprune_launch.modes import clean as modes_clean
 from hfprune_launch.slurm.attempts import Attempts
 from hfprune_launch.stage.stage_file import Provenance, write_stage_file
-from hfprune_launch.sweep_folder import Record, read_record, write_record
+from hfprune_launch.sweep_folder import read_record
 from made_stages import stage_of
 from sweeps import in_process, planned
 
@@ -132,17 +132,6 @@ def test_what_nobody_reads_to_its_end_is_done_before(out, tmp_path, monkeypatch)
 
 def to_run(plan):
     return [line.split()[0] for line in plan.splitlines() if re.search(r"\b[0-9a-f]{20}  run", line)]
-
-
-def test_the_pass_that_a_row_was_made_from_stays(config, out):
-    """The folder's plan has a pass that scores for a second method too, and hasn't run."""
-    joined = planned(config, models=["alpha"], ratios=[0.2], methods=["surgeon-uniform-block", "hfprune"])[1]
-    record = read_record(out)
-    assert not {it for it in joined.stages if it.startswith("importance/")} & {*record.plan.stages}
-    write_record(out, Record(joined, record.dense))
-    (made,) = (out / "store" / "importance").iterdir()
-    run(out)
-    assert made.is_dir()
 
 
 def test_what_cannot_be_removed_does_not_count_as_removed(out, monkeypatch):

@@ -52,7 +52,7 @@ def test_the_default_methods_come_to_a_row_that_plain_transformers_loads(config,
     assert int(row["moe_intermediate_size"]) == model.config.moe_intermediate_size == 8
     assert TokenCosts.of(checkpoint).active_parameters < checkpoint.parameters
     assert float(dense["kl"]) < 1e-6 < float(row["kl"])
-    assert [int(it["num_experts"]) for it in (dense, control, row, of_experts)] == [6, 6, 6, 3]
+    assert [int(it["n_routed_experts"]) for it in (dense, control, row, of_experts)] == [6, 6, 6, 3]
 
 
 def test_whole_experts_come_to_a_row_too(finished):

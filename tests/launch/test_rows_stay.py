@@ -322,7 +322,7 @@ def test_a_row_that_was_forgotten_while_the_sweep_ran_does_not_come_back_at_its_
     assert run("--config", config, "--out", out)[0] == 0
     left = [label for label in before if label != "alpha 0.1 + lora"] if record == "as it is" else before
     assert labels(out) == left == [cell.label for cell in read_record(out).plan.cells]
-    assert (out / "checkpoints" / "alpha-0.1-lora").exists() == (left == before)
+    assert (out / "checkpoints" / "alpha-0.1-surgeon-uniform-block-lora").exists() == (left == before)
 
 
 @pytest.mark.parametrize("command", ["sweep", "forget"])

@@ -140,12 +140,14 @@ def test_checkpoints_load_with_plain_transformers_by_their_names(finished):
 
 
 def name_of(row):
-    return row["label"].replace(" + ", "-").replace(" ", "-")
+    ratio = row["ratio"] if float(row["ratio"]) else "dense"
+    parts = (row["model"], str(ratio), row["method"], row["recovery"] if row["recovery"] != "none" else "")
+    return "-".join(filter(None, parts))
 
 
 def test_what_one_would_push_has_a_card_and_no_path_of_this_machine(finished, config):
     out, _ = finished
-    folder = out / "checkpoints" / "alpha-0.2-lora"
+    folder = out / "checkpoints" / "alpha-0.2-surgeon-uniform-block-lora"
     files = [file for file in folder.rglob("*") if file.is_file()]
     assert {"README.md", "config.json", "model.safetensors", "tokenizer.json"} <= {file.name for file in files}
     places = [str(place).encode() for place in (out, config.parent)]
@@ -155,7 +157,7 @@ def test_what_one_would_push_has_a_card_and_no_path_of_this_machine(finished, co
     assert kl == float(next(row["kl"] for row in results(out) if name_of(row) == folder.name))
 
 
-@pytest.mark.parametrize("name", ["alpha-0.2-lora", "alpha-dense-lora"])
+@pytest.mark.parametrize("name", ["alpha-0.2-surgeon-uniform-block-lora", "alpha-dense-lora"])
 def test_a_checkpoint_that_was_copied_elsewhere_needs_no_sweep(finished, config, tmp_path, monkeypatch, name):
     """Its adapter is one of the model that the card names, and gives the merged model with it."""
     from peft import PeftModel
@@ -181,7 +183,7 @@ def same(artifact, folder):
 
 def test_the_recipe_of_a_checkpoint_plans_it_again(finished, config, tmp_path):
     """A dry run elsewhere, with the files that the card names beside it, has the same fingerprints."""
-    folder = finished[0] / "checkpoints" / "alpha-0.2-lora"
+    folder = finished[0] / "checkpoints" / "alpha-0.2-surgeon-uniform-block-lora"
     shutil.copy(folder / "recipe.yaml", tmp_path)
     for name in ("alpha", "calibration.jsonl", "heldout.jsonl", "pairs.jsonl", "tasks"):
         assert f"`{name}` (sha256 `" in (folder / "README.md").read_text()
@@ -220,7 +222,7 @@ def test_all_three_reports_agree_and_keep_the_configuration(finished, config):
     checkpoints = [out / "checkpoints" / name_of(row) for row in rows if row["checkpoint"]]
     assert len(checkpoints) == 6 and all(f"  {folder}\n" in result.stdout for folder in checkpoints)
     assert all(row["kl_stderr"] > 0 and row["windows"] == 4 for row in rows if row["kl"])
-    assert all(row["own_time_s"] + row["shared_time_s"] == pytest.approx(row["wall_time_s"]) for row in rows)
+    assert all(0 < row["own_time_s"] <= row["wall_time_s"] for row in rows)
     assert all(row["provenance"]["seed"] == 0 and row["provenance"]["packages"]["torch"] for row in rows)
     resolved = yaml.safe_load((out / "config.yaml").read_text())
     assert resolved["recovery"]["learning_rate"] == 4e-4

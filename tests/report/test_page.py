@@ -3,22 +3,22 @@
 import csv
 import json
 import math
-import shutil
 from html.parser import HTMLParser
 
 import pytest
 from browser import opened
 from drawn_sweep import BEGIN, DrawnSweep, made
+from hypothesis import given
+from hypothesis import strategies as st
 
 from hfprune_dist.planning.plan import Plan
+from hfprune_dist.report import charts
 from hfprune_dist.report import page as page_module
-from hfprune_dist.report.charts import quality_charts
 from hfprune_dist.report.evidence import collect
 from hfprune_dist.report.page import page
 from hfprune_dist.results.table import write_reports
 
 ODD = ["<script>alert(1)</script>", "a\"b'c&amp;<b>", "%{x} ${y} </script><!--", "--method=x y"]
-CHARTS = ["size", "distance", "tasks", "layers", "overlap", "losses", "timeline"]
 
 
 class Parsed(HTMLParser):
@@ -38,10 +38,8 @@ class Parsed(HTMLParser):
         self.addresses += [attributes[name] for name in ("src", "href") if name in attributes]
         self._in_figures = attributes.get("id") == "figures"
         self._in_table = attributes.get("id") == "rows" if tag == "table" else self._in_table
-        if self._in_table and tag == "th":
-            self.columns.append("logs")
         if self._in_table and tag == "button":
-            self.columns[-1] = attributes["title"]
+            self.columns.append(attributes["title"])
         if self._in_table and tag == "tr":
             self.lines.append([])
         if self._in_table and tag == "td":
@@ -70,64 +68,27 @@ def without_library(monkeypatch):
     monkeypatch.setattr(page_module, "_plotly", lambda: "")
 
 
-def rows_of_csv(folder):
-    with (folder / "results.csv").open(newline="") as stream:
-        return list(csv.DictReader(stream))
-
-
 def test_the_table_has_every_number_of_results_csv(tmp_path):
     missing, tasks = {"n 0.5 other + lora"}, ("piqa", "arc")
     evidence = DrawnSweep(tmp_path, ["m", "n"], missing=missing, tasks=tasks, timed=True).evidence()
     write_reports(evidence.rows, tmp_path)
-    expected, shown = rows_of_csv(tmp_path), Parsed(page(evidence)).rows
+    with (tmp_path / "results.csv").open(newline="") as stream:
+        expected = list(csv.DictReader(stream))
+    shown = Parsed(page(evidence)).rows
     assert len(shown) == len(expected) == 20
     assert [{column: row[column] for column in expected[0]} for row in shown] == expected
-
-
-def test_stages_that_no_row_needs_any_more_are_not_waited_for(tmp_path):
-    """What results were made from may be gone, or may be a different pass today."""
-    sweep = DrawnSweep(tmp_path, missing={"m 0.5 other + lora"})
-    importance = next(iter(sweep.plan.stages))
-    shutil.rmtree(tmp_path / "store" / importance)
-    stages = len(sweep.plan.stages)
-    assert f"{stages - 2} of {stages - 1} stages made" in page(sweep.evidence())
 
 
 def test_figures_have_the_numbers_of_rows(tmp_path):
     evidence = DrawnSweep(tmp_path, tasks=("piqa", "arc")).evidence()
     parsed = Parsed(page(evidence))
-    drawn = {value for figure in parsed.figures for trace in figure["data"] for value in _flat(trace.get("y", []))}
+    drawn = {value for figure in parsed.figures for trace in figure["data"] for value in trace.get("y", [])}
     measured = {row[name] for row in evidence.rows for name in ("kl", "perplexity", "top1_agreement", "average")}
     measured |= {task["acc"] for row in evidence.rows for task in row["tasks"].values()}
     assert measured <= drawn
     bars = [trace["error_y"]["array"] for figure in parsed.figures for trace in figure["data"] if "error_y" in trace]
     assert {error for array in bars for error in array} == {None, 0.01, math.hypot(0.01, 0.01) / 2}
-    assert set(CHARTS) <= set(parsed.ids)
-
-
-def test_quality_is_drawn_against_speed_where_that_was_measured(tmp_path):
-    """Dense models have speed 1, and are drawn as lines across the chart."""
-    charts = quality_charts(DrawnSweep(tmp_path / "timed", timed=True).evidence())
-    (speed,) = [it for it in charts if it.id == "speed"]
-    for figure in speed.figures:
-        xs = {trace["name"]: trace["x"] for trace in figure.data}
-        assert xs["hfprune"] == xs["other + lora"] == pytest.approx([1.25, 2.0])
-        assert xs["dense"] == xs["dense + lora"] == pytest.approx([1.0, 2.0])
-    assert [figure.title for figure in speed.figures] == ["m: avg", "m: ppl (log)"]
-    assert "speed" not in {it.id for it in quality_charts(DrawnSweep(tmp_path / "not").evidence())}
-
-
-def test_scores_that_a_task_reports_in_percent_are_not_cut_off(tmp_path):
-    """As f1 of lm-eval's scrolls_qasper: only shares have an axis of possible shares."""
-    sweep = DrawnSweep(tmp_path, tasks=("piqa", "scrolls"))
-    rows = [dict(row, tasks={**row["tasks"], "scrolls": {"f1": 61.2}}) for row in sweep.evidence().rows]
-    (tasks,) = [it for it in quality_charts(collect(tmp_path, sweep.plan, rows, lambda _: (), 0.0)) if it.id == "tasks"]
-    limits = {it.title: "autorangeoptions" in it.layout["yaxis"] for it in tasks.figures}
-    assert limits == {"m: piqa": True, "m: scrolls": False}
-
-
-def _flat(values):
-    return [value for value in values if isinstance(value, float)]
+    assert {"quality", "tasks", "layers", "losses"} <= set(parsed.ids)
 
 
 def test_names_are_text_whatever_is_in_them(tmp_path):
@@ -146,9 +107,12 @@ def test_names_are_text_whatever_is_in_them(tmp_path):
     assert not any("<" in name for name in names) and any("&lt;/script&gt;" in name for name in names)
 
 
-def test_the_ends_of_long_names_can_be_read_on_phones_and_on_paper(tmp_path):
-    sweep = DrawnSweep(tmp_path, ["some-organisation/a-model-with-a-name-of-70B-parameters-Instruct"])
-    (tmp_path / "report.html").write_text(page(sweep.evidence()))
+def test_long_names_fit_phones_and_paper(tmp_path):
+    sweep = DrawnSweep(tmp_path, ["some-organisation/a-model-with-a-name-of-70B_parameters_Instruct_v2_long"])
+    rows = [dict(row, measured_as=row["label"]) for row in sweep.evidence().rows]
+    rows[-1] |= {"status": "missing", "cause": "evaluate has not run yet"}
+    evidence = collect(tmp_path, sweep.plan, rows, lambda _: [made(1, BEGIN, None, state="open")], BEGIN + 1)
+    (tmp_path / "report.html").write_text(page(evidence))
     with opened(tmp_path / "report.html") as shown:
         assert shown.overflow(390) == 0
         cells = "[...document.querySelectorAll('#rows td:first-child')]"
@@ -159,41 +123,13 @@ def test_the_ends_of_long_names_can_be_read_on_phones_and_on_paper(tmp_path):
         assert shown.page.evaluate(right, "#rows") <= shown.page.evaluate(right, "#rows-section")
 
 
-def test_long_names_in_notes_do_not_widen_the_page(tmp_path):
-    """Names with underscores have no place where a line may end."""
-    sweep = DrawnSweep(tmp_path, ["A_model_with_a_name_of_70B_parameters_fine_tuned_on_Instructions_v2"])
-    rows = [dict(row, measured_as=row["label"]) for row in sweep.evidence().rows]
-    rows[-1] |= {"status": "missing", "cause": "evaluate has not run yet"}
-    running = made(1, BEGIN, None, state="open")
-    evidence = collect(tmp_path, sweep.plan, rows, lambda _: [running], BEGIN + 1)
-    (tmp_path / "report.html").write_text(page(evidence))
-    with opened(tmp_path / "report.html") as shown:
-        assert shown.overflow(390) == 0
-
-
-def test_shares_that_are_all_alike_are_on_an_axis_of_possible_shares(tmp_path, monkeypatch):
-    monkeypatch.undo()  # the library is needed
-    (tmp_path / "report.html").write_text(page(DrawnSweep(tmp_path, methods=(), ratios=()).evidence()))
-    with opened(tmp_path / "report.html") as shown:
-        shown.drawn()
-        ranges = "[...document.querySelectorAll('#distance .plot')].map((it) => it.layout.yaxis.range)"
-        assert [-0.05, 1.05] in shown.page.evaluate(ranges)
-
-
-def test_rows_that_were_measured_in_another_way_are_named_above_the_charts(tmp_path):
-    sweep = DrawnSweep(tmp_path)
+def test_what_is_missing_or_measured_in_another_way_is_named_above_the_charts(tmp_path):
+    sweep = DrawnSweep(tmp_path, missing={"m 0.5 other"})
     rows = [dict(row, measured_as="a") for row in sweep.evidence().rows]
     rows[-1]["measured_as"] = "b"
-    told = f"measured in another way: {rows[-1]['label']}."
-    assert told in page(collect(tmp_path, sweep.plan, rows, lambda _: (), math.pi))
-    rows[-1]["measured_as"] = "a"
-    assert "another way" not in page(collect(tmp_path, sweep.plan, rows, lambda _: (), math.pi))
-
-
-def test_a_missing_row_says_why(tmp_path):
-    sweep = DrawnSweep(tmp_path, missing={"m 0.5 other"})
-    parsed = Parsed(page(sweep.evidence()))
-    assert "missing" in parsed.ids and "evaluate has not run yet" in parsed.texts
+    parsed = Parsed(page(collect(tmp_path, sweep.plan, rows, lambda _: (), math.pi)))
+    assert "missing: m 0.5 other: evaluate has not run yet" in parsed.texts
+    assert any(f"measured in another way: {rows[-1]['label']}" in it for it in parsed.texts)
     assert [row["label"] for row in parsed.rows if row["status"] == "missing"] == ["m 0.5 other"]
 
 
@@ -203,51 +139,69 @@ def test_a_sweep_that_has_nothing_yet_is_a_page_too(tmp_path):
         sweep = DrawnSweep(tmp_path / "none", ())
         sweep.plan, sweep.dense = plan, dense
         parsed = Parsed(page(sweep.evidence()))
-        assert set(CHARTS) <= set(parsed.ids) and parsed.figures == []
-        assert "No stage has begun yet." in parsed.texts and "No artifact yet." in parsed.texts
-        assert len(parsed.rows) == len(plan.cells)
+        assert parsed.figures == [] and len(parsed.rows) == len(plan.cells)
 
 
 def test_a_page_of_a_thousand_rows_stays_small(tmp_path):
     methods, ratios = [f"method-{number}" for number in range(6)], [0.1, 0.2, 0.3, 0.4, 0.5]
     evidence = DrawnSweep(tmp_path, ["m"], methods, ratios, tasks=[f"task {number}" for number in range(10)]).evidence()
-    text = page(evidence)
     library = 4_900_000
-    assert library + len(text) * 1000 / len(evidence.rows) < 10_000_000
+    assert library + len(page(evidence)) * 1000 / len(evidence.rows) < 10_000_000
 
 
-def test_it_asks_the_network_for_nothing(tmp_path):
-    text = page(DrawnSweep(tmp_path).evidence())
-    assert "default-src 'none'" in text
-    assert all(address.startswith(("#", "data:", "store/")) for address in Parsed(text).addresses)
-
-
-def test_links_lead_to_checkpoints_and_logs_wherever_the_folder_lies(tmp_path):
+def test_links_are_relative_and_nothing_else_is_asked_for(tmp_path):
     sweep = DrawnSweep(tmp_path / "a b")
     log = sweep.out / "logs" / "prune 1.log"
-    attempts = {stage_id: [made(1, BEGIN, BEGIN + 1, logs=(log,))] for stage_id in sweep.plan.stages}
-    addresses = Parsed(page(sweep.evidence(attempts))).addresses
-    assert "logs/prune%201.log" in addresses
-    checkpoints = {cell.producers[-1] for cell in sweep.plan.cells if cell.producers}
-    assert {f"store/{stage_id}" for stage_id in checkpoints} <= set(addresses)
+    failed = {"state": "failed", "logs": (log,)}
+    text = page(sweep.evidence({id: [made(1, BEGIN, BEGIN + 1, **failed)] for id in sweep.plan.stages}))
+    addresses = Parsed(text).addresses
+    assert "logs/prune%201.log" in addresses and "default-src 'none'" in text
+    assert {f"store/{cell.producers[-1]}" for cell in sweep.plan.cells if cell.producers} <= set(addresses)
+    assert all(address.startswith(("#", "data:", "store/", "logs/")) for address in addresses)
 
 
-def test_numbers_that_are_none_are_none(tmp_path):
-    """What wasn't finite is null in a manifest, and JSON for a browser must not contain NaN."""
+@pytest.mark.parametrize("untold", [{"wall_time_s": None}, {"finished": None}, {"provenance": {}}], ids=str)
+def test_what_a_manifest_does_not_tell_is_left_out(tmp_path, untold):
     sweep = DrawnSweep(tmp_path)
-    rows = [dict(row, kl=None, perplexity=None) for row in sweep.evidence().rows]
-    parsed = Parsed(page(collect(tmp_path, sweep.plan, rows, lambda _: (), math.pi)))
-    assert {row["kl"] for row in parsed.rows} == {""}
+    for file in sorted((tmp_path / "store").glob("*/*/manifest.json")):
+        file.write_text(json.dumps({**json.loads(file.read_text()), "metrics": {}, **untold}))
+    parsed = Parsed(page(sweep.evidence()))
+    assert {row["kl"] for row in parsed.rows} == {""} and "NaN" not in json.dumps(parsed.figures)
 
 
-@pytest.mark.parametrize("name", ["wall_time_s", "finished"])
-@pytest.mark.parametrize("known", [True, False])
-def test_times_that_a_manifest_does_not_tell_are_left_out(tmp_path, name, known):
-    sweep = DrawnSweep(tmp_path)
-    for file in sorted((tmp_path / "store").glob("*/*/manifest.json"))[known:]:
-        file.write_text(json.dumps(json.loads(file.read_text()) | {name: None}))
-    text = page(sweep.evidence())
-    if name == "wall_time_s":
-        assert "made, in 0.0 hours" in text
-    else:
-        assert ("<td>finished</td>" in text) == known
+# The data that charts are drawn from.
+
+
+def test_every_attempt_is_a_bar_where_it_ran(tmp_path):
+    sweep = DrawnSweep(tmp_path, methods=(), ratios=())
+    first, second, *_ = sweep.plan.stages
+    failed = made(1, BEGIN, BEGIN + 10, state="failed", cause="killed", where="job 7 on n1")
+    attempts = {first: [failed, made(2, BEGIN + 20, BEGIN + 50)], second: [made(1, BEGIN + 1e6, None, state="open")]}
+    (figure,) = charts.timeline(sweep.evidence(attempts)).figures
+    drawn = [(it["base"], it["x"], it["marker"]["pattern"]["shape"], it["hovertext"]) for it in figure.data]
+    bars = [bar for trace in drawn for bar in zip(*trace, strict=True)]
+    assert [bar[:3] for bar in bars[:2]] == [
+        ("2027-01-15 08:00:00", 10_000.0, "x"),
+        ("2027-01-15 08:00:20", 30_000.0, ""),
+    ]
+    assert "killed, job 7 on n1" in bars[0][3] and bars[2][2] == "."
+
+
+@given(st.lists(st.sampled_from([0.5, math.nan, math.inf, None]), max_size=1000))
+def test_losses_are_thinned_to_their_end_and_those_that_are_not_finite_left_out(tmp_path_factory, losses):
+    file = tmp_path_factory.mktemp("loss") / "loss.jsonl"
+    assert charts.training_losses(file) == {}, "removed to make room"
+    file.write_text("".join(json.dumps({"step": step, "loss": it}) + "\n" for step, it in enumerate(losses, 1)))
+    found, finite = charts.training_losses(file), [step for step, it in enumerate(losses, 1) if it == 0.5]
+    assert len(found) <= charts.MOST_POINTS + 1 and set(found.values()) <= {0.5}
+    assert [*found][:1] == finite[:1] and [*found][-1:] == finite[-1:]
+
+
+def test_only_a_file_that_was_removed_is_left_out_without_a_word(tmp_path):
+    sweep = DrawnSweep(tmp_path, methods=("hfprune",), ratios=(0.2,))
+    pruned = next((tmp_path / "store" / "prune").iterdir())
+    (pruned / "kept.json").unlink()
+    assert "layers" not in {it.id for it in charts.charts(sweep.evidence())}
+    (pruned / "kept.json").write_text("{}")
+    with pytest.raises(KeyError, match="layers"):
+        charts.charts(sweep.evidence())

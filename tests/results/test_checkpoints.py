@@ -17,7 +17,6 @@ from hfprune_dist.results.checkpoints import (
     CONFIG,
     DRAFT,
     LONGEST_NAME,
-    WRITTEN,
     Contents,
     File,
     checkpoint_names,
@@ -149,46 +148,22 @@ def test_a_folder_with_weights_of_the_users_is_no_rows(sweep):
     assert sweep.shown()["name"] == {"model.safetensors": "a copy"}
 
 
-@pytest.mark.parametrize("content", ["", "[]", "{}", '{"folders": {"name": {"checkpoint": "a", "files": 3}}}'])
-def test_where_the_record_is_damaged_files_are_known_by_their_content(sweep, content):
-    sweep.update(name=sweep.contents())
-    (sweep.root / WRITTEN).write_text(content)
-    assert sweep.update(name=sweep.contents()) == []
-    (sweep.root / WRITTEN).write_text(content)
-    (remark,) = sweep.update(name=sweep.contents(card="another card"))
-    assert remark == f"{sweep.root / 'name' / 'README.md'}: left as it is, since it was edited"
-
-
-def test_a_row_that_gets_another_name_says_so_and_takes_everything_along(sweep):
-    """All rows of a folder get other names when a second method joins."""
-    sweep.update(one=sweep.contents("a"), two=sweep.contents("b"))
-    (sweep.root / "two" / "notes.txt").write_text("mine")
-    (sweep.root / "one-hfprune").mkdir()
-    renamed = {"one-hfprune": sweep.contents("a"), "two-hfprune": sweep.contents("b")}
-    assert sweep.update(**renamed) == [f"{sweep.root / 'two'} is called two-hfprune now"]
-    expected = {name: whole(contents) for name, contents in renamed.items()}
-    expected["two-hfprune"]["notes.txt"] = "mine"
-    assert sweep.shown() == expected and sweep.update(**renamed) == []
-
-
 def test_at_every_point_of_an_update(tmp_path, monkeypatch):
-    """One folder gets a new card, one another checkpoint, one another name. What has a config.json is whole."""
+    """One folder gets a new card, one another checkpoint, one goes. What has a config.json is whole."""
     monkeypatch.setattr(checkpoints, "SMALL", 1)
     operations = ("rename", "replace", "link", "unlink")
     for kill_at in itertools.count(1):
         sweep = Sweep(tmp_path / str(kill_at))
-        before = {name: sweep.contents(name) for name in ("card", "weights", "name")}
+        before = {name: sweep.contents(name) for name in ("card", "weights", "gone")}
         sweep.update(**before)
         after = {"card": sweep.contents("card", card="new"), "weights": sweep.contents("other")}
-        after["renamed"] = sweep.contents("name")
         died = die_in_fork(lambda sweep=sweep, after=after: sweep.update(**after), kill_at, "", operations)
         for files in sweep.shown().values():
             found = {name: text for name, text in files.items() if not name.startswith(DRAFT)}
             known = [whole(it) for it in (*before.values(), *after.values())]
             without_card = [{name: text for name, text in it.items() if name != "README.md"} for it in known]
             assert CONFIG not in found or found in [*known, *without_card], f"operation {kill_at}"
-        told = sweep.update(**after)
-        assert not [it for it in told if "is called renamed now" not in it], f"operation {kill_at}"
+        assert sweep.update(**after) == [], f"operation {kill_at}"
         assert sweep.shown() == {name: whole(contents) for name, contents in after.items()}, "drafts are gone too"
         if not died:
             break
@@ -202,50 +177,23 @@ def cell(model="llama", ratio=0.2, method="hfprune", recovery="lora"):
     return Cell("", model, ratio, method, None, recovery, ("recover/1",), "evaluate/1")
 
 
-def test_a_name_is_made_like_a_label():
-    plain, control = cell(), cell(ratio=None, method=None)
-    assert checkpoint_names([plain, control]) == {"llama-0.2-lora": plain, "llama-dense-lora": control}
-    other = cell(method="surgeon", recovery="none")
-    assert [*checkpoint_names([plain, other, control])] == [
-        "llama-0.2-hfprune-lora",
-        "llama-0.2-surgeon",
-        "llama-dense-lora",
-    ]
-
-
-def test_the_dense_model_is_the_users_own():
-    assert checkpoint_names([Cell("llama dense", "llama", None, None, None, "none", (), "evaluate/1")]) == {}
-
-
-@pytest.mark.parametrize(
-    ("model", "name"),
-    [
-        *(("a/../b c", "a-b-c-0.2-lora"), (".hidden", "hidden-0.2-lora"), ("模 a", "a-0.2-lora")),
-        *(("a..-..b", "a-b-0.2-lora"), ("a/../../b", "a-b-0.2-lora"), ("a...--..-...b.c", "a-b.c-0.2-lora")),
-    ],
-)
-def test_unsafe_characters_are_left_out(model, name):
-    assert [*checkpoint_names([cell(model)])] == [name]
-
-
-def test_a_model_of_whose_name_nothing_is_left_gets_digits():
-    rows = [cell("模型"), cell("型")]
-    first, second = checkpoint_names(rows)
-    assert re.fullmatch("model-0.2-lora-[0-9a-f]{6}", first) and first != second
+def test_a_name_tells_model_ratio_method_and_recovery():
+    named = {
+        "llama-0.2-hfprune-lora": cell(),
+        "llama-0.2-surgeon": cell(method="surgeon", recovery="none"),
+        "llama-0.2-loraprune": cell(method="loraprune", recovery="own"),
+        "llama-dense-lora": cell(ratio=None, method=None),
+        "a-b-c-0.2-hfprune-lora": cell("a/../b c"),
+    }
+    dense = Cell("llama dense", "llama", None, None, None, "none", (), "evaluate/1")
+    assert checkpoint_names([*named.values(), dense]) == named, "the dense model is the user's own"
 
 
 def test_rows_whose_names_would_be_the_same_are_told_apart_whatever_the_order():
-    rows = [cell("a b"), cell("A_b"), cell("a-B")]
+    rows = [cell("a b"), cell("A_b"), cell("a-B"), cell("模"), cell("型")]
     names = checkpoint_names(rows)
-    assert len({name.casefold() for name in names}) == 3 and "A_b-0.2-lora" in names
+    assert len({name.casefold() for name in names}) == 5 and "A_b-0.2-hfprune-lora" in names
     assert checkpoint_names(rows[::-1]) == names
-
-
-def test_whatever_tells_rows_apart_tells_their_names_apart():
-    rows = [cell(), cell(ratio=0.2 + 1e-9), cell(method="hf prune"), cell(method="hf-prune")]
-    rows += [cell(recovery="none"), cell(recovery="own")]
-    names = checkpoint_names(rows)
-    assert len(names) == len(rows) and all("llama-0.2-hf" in name for name in names)
 
 
 MODELS = st.text("aA.-_ /模\n", max_size=8) | st.sampled_from(["a..-..a", "a" * 100, "a" * 120, "A" * 120])
