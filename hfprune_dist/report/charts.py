@@ -16,7 +16,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from hfprune_dist.checkpoints.pruned_config import read_kept_numbers
+from hfprune_dist.checkpoints.pruned_config import KEPT, read_kept_numbers
 from hfprune_dist.config.texts import OTHER_TEXTS
 from hfprune_dist.planning.plan import NONE, OWN, Cell
 from hfprune_dist.report.evidence import Evidence
@@ -181,10 +181,9 @@ UNITS = {
 def _layers(evidence: Evidence) -> Chart:
     traces: dict[tuple[str, str], list[Trace]] = {}
     for cell, _, artifact in evidence.finished(*CUTTING):
-        try:
-            layers, units = read_kept_numbers(artifact)
-        except FileNotFoundError:  # removed to make room
+        if not (artifact / KEPT).is_file():  # removed to make room
             continue
+        layers, units = read_kept_numbers(artifact)
         for kind, rows in units.items():
             counts = {layer: len(row) for layer, row in zip(layers, rows, strict=True)}
             ys = [counts.get(layer, 0) for layer in range(1 + max(layers))]
