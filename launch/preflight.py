@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,6 @@ class Reading:
         source: its settings.
         beginning: its first texts; None if they come from the hub.
         windows: number of windows that are cut from the text; 0 if it is pairs to train on.
-        overlaps: whether it may have fewer tokens than all windows together.
         add_bos_token: whether windows begin with BOS.
     """
 
@@ -44,7 +43,6 @@ class Reading:
     source: TextSource
     beginning: Beginning | None
     windows: int = 0
-    overlaps: bool = False
     add_bos_token: bool = False
 
 
@@ -141,16 +139,14 @@ def _calibration_texts(config: SweepConfig) -> Iterator[Reading]:
     calibration, bos = config.calibration, config.calibrates_with_bos
     for share in calibration.shares():
         place = _begin("calibration", share.text, [share.text.text_field])
-        yield Reading(
-            "calibration", calibration.sequence_length, *place, share.windows, calibration.mixture is None, bos
-        )
+        yield Reading("calibration", calibration.sequence_length, *place, share.windows, bos)
 
 
 def _held_out_texts(config: SweepConfig) -> Iterator[Reading]:
     for text in config.evaluation.fidelity.each().values():
         place = _begin("fidelity", text, [text.text_field])
         bos = config.evaluation.add_bos_token
-        yield Reading("evaluation.fidelity", text.sequence_length, *place, text.windows, True, bos)
+        yield Reading("evaluation.fidelity", text.sequence_length, *place, text.windows, bos)
 
 
 def _pairs(config: SweepConfig) -> Iterator[Reading]:
@@ -170,12 +166,11 @@ def _begin(
 def _check_model(config: SweepConfig, folder: Path, readings: Sequence[Reading], evaluates: bool) -> list[str]:
     # These import torch and transformers, which takes seconds.
     from hfprune_dist.data.tokenizer import load_tokenizer, require_chat, require_embedded
-    from hfprune_dist.models.loading import require_finite_routers, require_own_weights
+    from hfprune_dist.models.loading import require_own_weights
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # otherwise it warns when stages are started from here
     checkpoint = open_checkpoint(folder)
     require_own_weights(checkpoint)
-    require_finite_routers(checkpoint)
     tokenizer = load_tokenizer(folder)
     require_embedded(tokenizer, checkpoint.config["vocab_size"], folder)
     if evaluates and config.evaluation.tasks and config.evaluation.apply_chat_template:
@@ -196,19 +191,16 @@ def _check_length(reading: Reading, folder: Path, positions: int | None) -> None
 
 def _check_text(reading: Reading, folder: Path, tokenizer: Any) -> str | None:
     """Check that the part of a text that was read holds its windows, or a pair to train on; return a remark on it."""
-    from hfprune_dist.data.instructions import require_room, require_trainable
+    from hfprune_dist.data.instructions import require_trainable
     from hfprune_dist.data.tokenizer import require_eos
-    from hfprune_dist.data.windows import Sampling, remark_on_overlap, require_long_enough
+    from hfprune_dist.data.windows import Sampling, check_length
 
     length, beginning = reading.sequence_length, reading.beginning
     if not reading.windows:
         require_eos(tokenizer, folder)
-        require_room(tokenizer, length)
         if beginning is not None:
             require_trainable(beginning, tokenizer, length, reading.where)
     elif beginning is not None:
         sampling = Sampling(reading.windows, length, seed=0, add_bos_token=reading.add_bos_token)
-        enough = replace(sampling, samples=1) if reading.overlaps else sampling
-        require_long_enough(beginning, tokenizer, enough, reading.where)
-        return remark_on_overlap(beginning, tokenizer, sampling, reading.where)
+        return check_length(beginning, tokenizer, sampling, reading.where)
     return None

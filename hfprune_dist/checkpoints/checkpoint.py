@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from hfprune_dist.checkpoints.checks import check_config, check_folder, check_tensors
+from hfprune_dist.checkpoints.checks import check_config, check_dtypes, check_folder, check_tensors
 from hfprune_dist.checkpoints.discovery import BUFFERS, discover
 from hfprune_dist.checkpoints.families import Family, normalized, not_supported, refuse_other_kinds
 from hfprune_dist.checkpoints.stored_names import SAME, StoredNames
@@ -225,6 +225,7 @@ def _described(path: Path, whole: Mapping[str, Any]) -> Checkpoint:
     refuse_other_kinds({**whole, **config}, str(file))
     check_config({**whole, **config}, file)
     stored = read_headers(path)
+    check_dtypes(path, stored)
     names = StoredNames.of(whole, stored)
     found = {names.in_modules(name): info for name, info in stored.items()}
     beside = beside_decoder(found) if vision else frozenset()

@@ -63,9 +63,8 @@ def check_config(config: Mapping[str, Any], file: Path) -> None:
 def check_tensors(
     path: Path, config: Mapping[str, Any], family: Family, found: Mapping[str, TensorInfo], hidden: int
 ) -> None:
-    """Check that no tensor of the model is missing, since transformers would fill it with random values; that all
-    tensors of its modules are floating-point numbers of 16 bits or more; and that those of units have the shapes that
-    follow from the config's numbers of units.
+    """Check that no tensor of the model is missing, since transformers would fill it with random values, and that those
+    of units have the shapes that follow from the config's numbers of units.
 
     Args:
         found: all tensors in the files, by their names in the model.
@@ -76,14 +75,21 @@ def check_tensors(
     needed = family.tensors - ({family.head_tensor()} if config.get("tie_word_embeddings") else set())
     if missing := sorted(needed - found.keys()):
         raise UserError(f"{path}: tensor {first_of(missing)} is missing from the weight files")
-    modules = {name.rpartition(".")[0] for name in family.tensors}
-    for name, info in found.items():
-        if name.rpartition(".")[0] in modules and info.dtype not in FLOATS:
+    check_shapes(path, found, family.structures(config), hidden)
+
+
+def check_dtypes(path: Path, tensors: Mapping[str, TensorInfo]) -> None:
+    """Check that tensors of layers are floating-point numbers of 16 bits or more, buffers aside.
+
+    Raises:
+        UserError: for quantized weights.
+    """
+    for name, info in tensors.items():
+        if ".layers." in name and info.dtype not in (*FLOATS, "I64", "BOOL") and not name.endswith("bias"):
             raise UserError(
                 f"{path}: {name} is of type {info.dtype}: quantized weights can't be pruned; use the "
                 f"unquantized checkpoint ({', '.join(FLOATS)})"
             )
-    check_shapes(path, found, family.structures(config), hidden)
 
 
 def first_of(missing: Sequence[str]) -> str:

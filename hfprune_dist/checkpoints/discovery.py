@@ -170,7 +170,7 @@ class _Search:
         if len(numbers) == 1:
             ((prefix, there),) = numbers.items()
             missing = min({*range(count)} - there)
-            raise self.refuse(f"num_hidden_layers is {count}, but the weight files have no {prefix}.{missing}")
+            raise self.refuse(f"num_hidden_layers is {count}, but {prefix}.{missing} is missing from the weight files")
         raise self.refuse(
             f"it doesn't have exactly one stack of {count} layers called layers.<number>: it has "
             f"{', '.join(sorted(numbers)) or min(self.shapes)}"
@@ -234,12 +234,11 @@ class _Search:
         """Name of the final norm."""
         if bare := _BARE_NORMS.get(str(self._config["model_type"])):
             return f"{body}.{bare}"
-        found = [name for name in outside if list(self.shapes[name]) == [self._hidden_size]]
-        names = {name.rpartition(".")[0] for name in found if name.endswith(".weight")}
+        vectors = {name: list(self.shapes[name]) for name in outside if len(self.shapes[name]) == 1}
+        wanted = [self._hidden_size]
+        names = {name.rpartition(".")[0] for name, it in vectors.items() if name.endswith(".weight") and it == wanted}
         if len(names) != 1:
-            raise self.refuse(
-                f"it doesn't have exactly one norm with a weight after its layers (found: {sorted(found)})"
-            )
+            raise self.refuse(f"it doesn't have exactly one norm of {wanted} after its layers (found: {vectors})")
         return names.pop()
 
     def embedding(self, outside: set[str]) -> str:

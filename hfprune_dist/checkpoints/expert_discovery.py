@@ -127,7 +127,8 @@ def find_experts(
             layers = tuple(number for number, there in enumerate(parts) if all(name in there for name in first))
             if layers:
                 return _described(config, parts, refuse, form, block, layers)
-    raise refuse("it is a mixture of experts of a kind that isn't known")
+    keys = ", ".join(key for key in EXPERT_COUNT_KEYS if key in config)
+    raise refuse(f"it is a mixture of experts ({keys}) of a kind that isn't known")
 
 
 def _refuse_unstated(config: Mapping[str, Any], parts: Sequence[Shapes], refuse: Callable[[str], UserError]) -> None:

@@ -104,7 +104,8 @@ def read_headers(path: Path) -> dict[str, TensorInfo]:
     if not isinstance(weight_map, dict) or not all(isinstance(it, str) for it in weight_map.values()):
         raise UserError(f"{index}: weight_map must give the file of every tensor; download it again")
     tensors: dict[str, TensorInfo] = {}
-    for file in _weight_files(path, sorted(set(weight_map.values()))):
+    files = _weight_files(path, sorted(set(weight_map.values())))
+    for file in files:
         for name, info in read_safetensors_header(path / file).items():
             if name in tensors:
                 raise UserError(f"{path}: tensor {name} is in two files, {tensors[name].file} and {file}")
@@ -113,7 +114,7 @@ def read_headers(path: Path) -> dict[str, TensorInfo]:
         if name not in tensors or tensors[name].file != file:
             raise UserError(f"{index}: tensor {name} should be in {file}, which lacks it; download again")
     if not tensors:
-        raise UserError(f"{path}: its weight files hold no tensors; download it again")
+        raise UserError(f"{path}: no tensors in {', '.join(files)}; download it again")
     return tensors
 
 
@@ -149,7 +150,7 @@ def read_json_object(file: Path) -> dict[str, Any]:
     except OSError as error:
         raise UserError(f"{file}: {error.strerror or error}") from None
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{file}: not valid JSON ({error})") from None
+        raise UserError(f"{file}: not valid JSON in UTF-8 ({error})") from None
     if not isinstance(content, dict):
         raise UserError(f"{file}: expected a JSON object")
     return content

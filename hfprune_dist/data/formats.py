@@ -16,7 +16,7 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any, BinaryIO
+from typing import Any, BinaryIO
 
 from hfprune_dist.checkpoints.weight_files import refuse_pointer
 from hfprune_dist.errors import UserError
@@ -32,7 +32,7 @@ SUPPORTED = (
 )
 PLAIN = ".txt"
 _ENDINGS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", PLAIN)
-_REFUSED = (".arrow", ".zip", ".tar", ".tgz", ".7z", ".rar")
+_SEPARATORS = {".csv": ",", ".tsv": "\t"}
 _LONGEST_FIELD = 2**31 - 1  # in a csv file; the csv module's default, 131,072 characters, is less than a document
 
 
@@ -54,19 +54,15 @@ _OPENERS: dict[str, Callable[[Path], Any]] = {
 def files_of(path: Path) -> list[Path]:
     """The files that a path stands for: itself or, in order, a folder's files that end as ``SUPPORTED`` says.
 
-    Files without such an ending (a README) and subfolders are left out.
-
     Raises:
-        UserError: if there are none, and for pipes and devices, which can't be read twice.
+        UserError: if there are none.
     """
     with _explaining(path):
-        path.stat()
-        if path.is_file():
-            return [path]
         if not path.is_dir():
-            raise UserError(f"{path}: neither a file nor a folder")
+            path.stat()
+            return [path]
         files = [file for file in sorted(path.iterdir()) if file.is_file() and not file.name.startswith(".")]
-    named = [file for file in files if _format_of(file)[0] in (*_ENDINGS, *_REFUSED)]
+    named = [file for file in files if _format_of(file)[0] in _ENDINGS]
     if not named:
         raise UserError(f"{path}: this folder has no file that ends in {', '.join(_ENDINGS)}; {SUPPORTED}")
     return named
@@ -107,53 +103,41 @@ def read_files(path: Path, fields: Sequence[str]) -> Iterator[Placed]:
 
 
 def _read(file: Path, fields: Sequence[str]) -> Iterator[Placed]:
-    if _format_of(file)[0] in _REFUSED:
-        raise UserError(f"{file}: can't be read; unpack archives, and write data sets as .parquet; {SUPPORTED}")
     refuse_pointer(file)
     ending, compression = _way_of_reading(file)
     if ending == ".parquet":
         yield from _read_parquet(file, fields)
         return
-    separator = {".csv": ",", ".tsv": "\t"}.get(ending)
-    line_ends = None if separator is None else ""  # which are part of a table's texts
+    line_ends = "" if ending in _SEPARATORS else None  # which are part of a table's texts
     with io.TextIOWrapper(_OPENERS[compression](file), encoding="utf-8-sig", newline=line_ends) as stream:
-        if separator is not None:
-            yield from _read_table(file, stream, separator)
+        if ending in _SEPARATORS:
+            yield from _read_table(file, stream, _SEPARATORS[ending])
         elif ending == PLAIN:
-            yield _read_plain(file, stream, fields)
+            text = stream.read()
+            if "\0" in text or len(fields) > 1:
+                raise UserError(f"{file}: is no plain text, or has no fields {' and '.join(fields)}; {SUPPORTED}")
+            yield str(file), {fields[0]: text}
         elif ending == ".json":
-            yield from _read_json(file, stream)
+            yield from _read_json(file, stream.read())
         else:
             yield from _read_lines(file, stream)
 
 
-def _read_plain(file: Path, stream: IO[str], fields: Sequence[str]) -> Placed:
-    text = stream.read()
-    if "\0" in text:
-        raise UserError(f"{file}: not text (it holds NUL bytes); {SUPPORTED}")
-    if len(fields) > 1:
-        raise UserError(f"{file}: is read as plain text, which has no fields {' and '.join(fields)}; {SUPPORTED}")
-    return str(file), {fields[0]: text}
-
-
-def _read_lines(file: Path, lines: IO[str]) -> Iterator[Placed]:
+def _read_lines(file: Path, lines: Iterator[str]) -> Iterator[Placed]:
     for number, line in enumerate(lines, start=1):
         if line.strip():
             where = f"{file}:{number}"
             try:
-                record = json.loads(line)
+                yield where, _object(json.loads(line), where)
             except (ValueError, RecursionError) as error:
                 cut = "" if line.endswith("\n") else "; is the file cut short?"
                 raise UserError(f"{where}: not valid JSON ({error}){cut}") from None
-            yield where, _object(record, where)
 
 
-def _read_json(file: Path, stream: IO[str]) -> Iterator[Placed]:
-    text = stream.read()
-    if not text.strip():
-        return
+def _read_json(file: Path, text: str) -> Iterator[Placed]:
+    """Read an array of objects, an object alone, or, as some name them so, an object a line."""
     try:
-        content = json.loads(text)
+        content = json.loads(text or "[]")
     except (ValueError, RecursionError) as error:
         if not str(error).startswith("Extra data"):
             raise UserError(f"{file}: not valid JSON ({error}); is the file cut short?") from None
@@ -170,7 +154,7 @@ def _object(value: Any, where: str) -> Record:
     return value
 
 
-def _read_table(file: Path, stream: IO[str], separator: str) -> Iterator[Placed]:
+def _read_table(file: Path, stream: Iterator[str], separator: str) -> Iterator[Placed]:
     csv.field_size_limit(_LONGEST_FIELD)
     rows = csv.reader(stream, delimiter=separator, strict=True)
     names = next(rows, [])

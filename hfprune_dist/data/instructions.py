@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import bisect
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +22,8 @@ from torch import Tensor
 from hfprune_dist.checkpoints.tensor_files import read_texts, save_tensors
 from hfprune_dist.data.schedule import IGNORED
 from hfprune_dist.data.text import Beginning
-from hfprune_dist.data.tokenizer import all_plain_ids, bos_id, by_tokenizer
+from hfprune_dist.data.tokenizer import all_plain_ids, bos_id
 from hfprune_dist.errors import UserError
-
-TokenizeAll = Callable[[list[str]], list[list[int]]]
 
 # Alpaca's template for instructions without an input.
 PROMPT = (
@@ -72,60 +69,17 @@ def prompt_for(instruction: str) -> str:
     return PROMPT.format_map({"instruction": instruction})
 
 
-def encode_pairs(
-    texts: Iterable[tuple[str, str]], tokenize: TokenizeAll, bos: int | None, eos: int, sequence_length: int
-) -> list[Pair | None]:
+def encode_pairs(tokenizer: Any, texts: Iterable[tuple[str, str]], sequence_length: int) -> list[Pair | None]:
     """Tokenize prompts and responses, cut to ``sequence_length``; None for a pair without a response token left.
 
     Prompt and response are tokenized as one text, as a reader of the template would: the response begins with the first
     token that holds one of its characters.
     """
-    answered = [(prompt, prompt + response if response.strip() else "") for prompt, response in texts]
-    prompts = tokenize([prompt for prompt, _ in answered])
-    wholes = tokenize([whole for _, whole in answered])
-    return [_pair(prompt, whole, bos, eos, sequence_length) for prompt, whole in zip(prompts, wholes, strict=True)]
-
-
-def encode_for(tokenizer: Any, texts: Iterable[tuple[str, str]], sequence_length: int) -> list[Pair | None]:
-    """``encode_pairs`` for the model that a tokenizer belongs to."""
     bos, eos = bos_id(tokenizer, add_bos_token=True), tokenizer.eos_token_id
-    return encode_pairs(texts, partial(all_plain_ids, tokenizer), bos, eos, sequence_length)
-
-
-def require_room(tokenizer: Any, sequence_length: int) -> None:
-    """Refuse a ``sequence_length`` that the template fills by itself.
-
-    Raises:
-        UserError: saying how many tokens the template takes.
-    """
-    (template,) = all_plain_ids(tokenizer, [prompt_for("")])
-    taken = len(template) + (bos_id(tokenizer, add_bos_token=True) is not None)
-    if taken >= sequence_length:
-        raise UserError(
-            f"recovery.sequence_length {sequence_length} has no room for a response: the template around an "
-            f"instruction takes {taken} tokens alone {by_tokenizer(tokenizer)}; choose a larger one"
-        )
-
-
-def require_trainable(beginning: Beginning, tokenizer: Any, sequence_length: int, where: str) -> None:
-    """Refuse instructions and responses that leave nothing to train on, if there are at most ``PAIRS_TO_TRY``.
-
-    Raises:
-        UserError: the one that ``nothing_to_train_on`` makes.
-    """
-    if not beginning.is_all or len(beginning.texts) > PAIRS_TO_TRY:
-        return
-    pairs = [(prompt_for(instruction), response) for instruction, response in beginning.texts]
-    if not any(encode_for(tokenizer, pairs, sequence_length)):
-        raise nothing_to_train_on(len(pairs), sequence_length, where)
-
-
-def nothing_to_train_on(pairs: int, sequence_length: int, where: str) -> UserError:
-    """The error to raise if none of so many pairs has a response token within ``sequence_length``."""
-    return UserError(
-        f"{where}: none of {pairs} pairs has a response token within recovery.sequence_length {sequence_length}: "
-        "responses are empty, or begin later; give other pairs, or raise it"
-    )
+    answered = [(prompt, prompt + response if response.strip() else "") for prompt, response in texts]
+    prompts = all_plain_ids(tokenizer, [prompt for prompt, _ in answered])
+    wholes = all_plain_ids(tokenizer, [whole for _, whole in answered])
+    return [_pair(prompt, whole, bos, eos, sequence_length) for prompt, whole in zip(prompts, wholes, strict=True)]
 
 
 def _pair(prompt: list[int], whole: list[int], bos: int | None, eos: int, sequence_length: int) -> Pair | None:
@@ -136,6 +90,26 @@ def _pair(prompt: list[int], whole: list[int], bos: int | None, eos: int, sequen
     if not whole or prompt_length >= len(input_ids):
         return None
     return Pair(np.asarray(input_ids, dtype=np.int32), prompt_length)
+
+
+def require_trainable(beginning: Beginning, tokenizer: Any, sequence_length: int, where: str) -> None:
+    """Refuse instructions and responses that leave nothing to train on, if there are at most ``PAIRS_TO_TRY``.
+
+    Raises:
+        UserError: the one that ``nothing_to_train_on`` makes.
+    """
+    if beginning.is_all and len(beginning.texts) <= PAIRS_TO_TRY:
+        pairs = [(prompt_for(instruction), response) for instruction, response in beginning.texts]
+        if not any(encode_pairs(tokenizer, pairs, sequence_length)):
+            raise nothing_to_train_on(len(pairs), sequence_length, where)
+
+
+def nothing_to_train_on(pairs: int, sequence_length: int, where: str) -> UserError:
+    """The error to raise if none of so many pairs has a response token within ``sequence_length``."""
+    return UserError(
+        f"{where}: none of {pairs} pairs has a response token within recovery.sequence_length {sequence_length}: "
+        "responses are empty, or begin later, behind the template and the instruction; give other pairs, or raise it"
+    )
 
 
 def assign_rows(lengths: Sequence[int], sequence_length: int, seed: int) -> list[list[int]]:
@@ -191,43 +165,28 @@ def fill_rows(
     return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
 
-@dataclass(frozen=True)
-class Packing:
-    """How pairs become rows.
+def save_rows(
+    file: Path, encoded: Sequence[Pair | None], sequence_length: int, pad: int, seed: int, *, shares: bool = True
+) -> RowCounts:
+    """Pack the usable pairs (at least one) into rows and write them; the file appears whole or not at all.
 
-    Attributes:
-        sequence_length: tokens per row.
-        pad: padding token after the pairs.
-        seed: seed of the order of the pairs.
+    Args:
+        pad: the token after a row's pairs.
+        seed: of the order of the pairs.
         shares: whether pairs may share a row; otherwise each has a row to itself.
     """
-
-    sequence_length: int
-    pad: int
-    seed: int
-    shares: bool = True
-
-    def assigned(self, lengths: Sequence[int]) -> list[list[int]]:
-        """Indices of the pairs in each row."""
-        if not self.shares:
-            return [[pair] for pair in range(len(lengths))]
-        return assign_rows(lengths, self.sequence_length, self.seed)
-
-
-def save_rows(file: Path, encoded: Sequence[Pair | None], packing: Packing) -> RowCounts:
-    """Pack the usable pairs (at least one) into rows and write them; the file appears whole or not at all."""
     pairs = [pair for pair in encoded if pair is not None]
-    rows = packing.assigned([len(pair.input_ids_T) for pair in pairs])
-    tokens = sum(len(pair.input_ids_T) for pair in pairs)
+    lengths = [len(pair.input_ids_T) for pair in pairs]
+    rows = assign_rows(lengths, sequence_length, seed) if shares else [[pair] for pair in range(len(pairs))]
     counts = RowCounts(
         pairs=len(pairs),
         dropped_pairs=len(encoded) - len(pairs),
         rows=len(rows),
-        tokens=tokens,
-        trained_tokens=tokens - sum(pair.prompt_length for pair in pairs),
-        packing_efficiency=tokens / (len(rows) * packing.sequence_length),
+        tokens=sum(lengths),
+        trained_tokens=sum(lengths) - sum(pair.prompt_length for pair in pairs),
+        packing_efficiency=sum(lengths) / (len(rows) * sequence_length),
     )
-    arrays = fill_rows(pairs, rows, packing.sequence_length, packing.pad)
+    arrays = fill_rows(pairs, rows, sequence_length, pad)
     save_tensors(arrays, file, {"counts": json.dumps(asdict(counts), allow_nan=False)})
     return counts
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from hfprune_dist.data.windows import Sampling, Windows, read_windows, require_tokens
+from hfprune_dist.data.windows import Sampling, Windows, read_windows
 
 
 @dataclass(frozen=True)
@@ -38,9 +38,12 @@ def read_mixture(
         where: what the texts are for, for messages.
 
     Raises:
-        UserError: if a text can't be read, none of its documents is long enough, or it has less than its share.
+        UserError: if a text can't be read, or none of its documents is long enough.
     """
-    drawn = [_read(source, tokenizer, sampling, where) for source in sources]
+    drawn = [
+        read_windows(source.settings, source.path, tokenizer, replace(sampling, samples=source.windows), where)
+        for source in sources
+    ]
     left = [iter(windows.input_ids_ST) for windows in drawn]
     order = interleaved([source.windows for source in sources], apart, sampling.seed)
     return Windows(
@@ -49,14 +52,6 @@ def read_mixture(
         sum(windows.documents_used for windows in drawn),
         sum(windows.tokens for windows in drawn),
     )
-
-
-def _read(source: Source, tokenizer: Any, sampling: Sampling, where: str) -> Windows:
-    own = replace(sampling, samples=source.windows)
-    windows = read_windows(source.settings, source.path, tokenizer, own, where)
-    if windows.documents_used < source.windows:  # some gave several windows
-        require_tokens(windows.tokens, tokenizer, own, f"{where} {source.path or source.settings['dataset']}")
-    return windows
 
 
 def interleaved(counts: Sequence[int], apart: Sequence[bool], seed: int) -> list[int]:

@@ -22,17 +22,7 @@ def load_tokenizer(checkpoint: Path) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=False)
     except Exception as error:  # tokenizers, in Rust, raises the base class
         raise UserError(f"{checkpoint}: the tokenizer can't be loaded ({type(error).__name__}: {error})") from None
-    length = tokenizer.model_max_length
-    if isinstance(length, bool) or not isinstance(length, int | float):
-        raise UserError(
-            f"{checkpoint / 'tokenizer_config.json'}: model_max_length is {length!r}, not a number; correct it"
-        )
     return tokenizer
-
-
-def by_tokenizer(tokenizer: Any) -> str:
-    """Whose tokenizer counted some tokens, for messages."""
-    return f"by the tokenizer of {tokenizer.name_or_path}"
 
 
 def bos_id(tokenizer: Any, add_bos_token: bool) -> int | None:
@@ -47,10 +37,7 @@ def plain_ids(tokenizer: Any, text: str) -> list[int]:
 
 def all_plain_ids(tokenizer: Any, texts: list[str]) -> list[list[int]]:
     """``plain_ids`` of many texts."""
-    if not texts:
-        return []
-    ids: list[list[int]] = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
-    return ids
+    return list(tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]) if texts else []
 
 
 def require_eos(tokenizer: Any, where: Path) -> None:
@@ -97,8 +84,7 @@ def require_chat(tokenizer: Any, where: Path, *, with_examples: bool) -> None:
     try:
         tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
     except Exception as error:  # a template is a program: anything can happen
-        turns = "a question after an example" if with_examples else "a question"
         raise UserError(
-            f"{where}: the tokenizer's chat template can't be rendered for {turns} "
-            f"({type(error).__name__}: {error}); mend it, or set evaluation.apply_chat_template to false"
+            f"{where}: the tokenizer's chat template can't be rendered ({type(error).__name__}: {error}); mend it, or "
+            "set evaluation.apply_chat_template to false"
         ) from None

@@ -14,13 +14,12 @@ from torch import Tensor
 
 from hfprune_dist.checkpoints.tensor_files import save_tensors
 from hfprune_dist.data.text import Beginning, read_texts
-from hfprune_dist.data.tokenizer import bos_id, by_tokenizer, plain_ids
+from hfprune_dist.data.tokenizer import bos_id, plain_ids
 from hfprune_dist.errors import UserError
 
 WINDOWS, INPUT_IDS = "windows.safetensors", "input_ids"
-# Limits of what is tokenized before a sweep begins, in search of documents that are long enough: characters per token
-# that is needed, plenty in most languages; and characters in all, a few seconds' work.
-CHARACTERS_PER_TOKEN, TOKENIZED_CHARACTERS = 16, 2 * 2**20
+# Characters that are tokenized before a sweep begins, in search of documents that are long enough: seconds of work.
+TOKENIZED_CHARACTERS = 2 * 2**20
 
 
 @dataclass(frozen=True)
@@ -82,93 +81,6 @@ def read_windows(
     return sample_windows(texts(), tokenizer, sampling, f"{where} {path or source['dataset']}", order)
 
 
-def require_long_enough(beginning: Beginning, tokenizer: Any, sampling: Sampling, where: str) -> None:
-    """Refuse a source from which ``read_windows`` could cut no window, or that has fewer tokens than all windows
-    together. This is checked only if the whole source was read and ``TOKENIZED_CHARACTERS`` of it suffice to tell.
-
-    Args:
-        sampling: how windows are cut; a single sample if windows may see a text several times.
-
-    Raises:
-        UserError: as ``read_windows`` and ``require_tokens``.
-    """
-    if (counted := _tokens_if_too_few(beginning, tokenizer, sampling)) is None:
-        return
-    found, longest = counted
-    if not found:
-        raise _too_short(where, tokenizer, sampling, len(beginning.texts), longest)
-    require_tokens(found, tokenizer, sampling, where)
-
-
-def remark_on_overlap(beginning: Beginning, tokenizer: Any, sampling: Sampling, where: str) -> str | None:
-    """A sentence about a source that has fewer tokens than all its windows together, as far as can be told."""
-    counted = _tokens_if_too_few(beginning, tokenizer, sampling)
-    if counted is None:
-        return None
-    needed = sampling.samples * sampling.body(tokenizer)
-    return (
-        f"{where}: {counted[0]} tokens in documents that are long enough {by_tokenizer(tokenizer)}, and "
-        f"{sampling.samples} windows take {needed}: they overlap, and tell less than as many windows of a longer text"
-    )
-
-
-def _tokens_if_too_few(beginning: Beginning, tokenizer: Any, sampling: Sampling) -> tuple[int, int] | None:
-    """The tokens in documents that are long enough, and in the longest document.
-
-    None if all windows have tokens enough, or if that can't be told from what was read and is quickly tokenized.
-    """
-    if not beginning.is_all:
-        return None
-    body = sampling.body(tokenizer)
-    needed = sampling.samples * body
-    found = longest = tokenized = 0
-    for (text,) in sorted(beginning.texts, key=lambda text: len(text[0]), reverse=True):
-        tokens = 0
-        for part in _parts_to_try(text, CHARACTERS_PER_TOKEN * (needed - found)):
-            tokens = len(plain_ids(tokenizer, part))
-            if tokens >= max(body, needed - found):
-                return None
-            tokenized += len(part)
-        longest = max(longest, tokens)
-        found += tokens if tokens >= body else 0
-        if tokenized > TOKENIZED_CHARACTERS:
-            return None
-    return found, longest
-
-
-def require_tokens(found: int, tokenizer: Any, sampling: Sampling, where: str) -> None:
-    """Refuse a text that is so short that windows would see much of it several times.
-
-    Args:
-        found: tokens in documents that are long enough.
-
-    Raises:
-        UserError: if there are fewer than in all windows together; the message states both numbers.
-    """
-    needed = sampling.samples * sampling.body(tokenizer)
-    if found < needed:
-        raise UserError(
-            f"{where}: {found} tokens in documents that are long enough {by_tokenizer(tokenizer)}, and its share of "
-            f"{sampling.samples} windows takes {needed}; give it a smaller weight or more text, or use fewer samples"
-        )
-
-
-def _parts_to_try(text: str, characters: int) -> Sequence[str]:
-    """The beginning of a text, which may be enough, and the whole text, which always tells."""
-    return [text[:characters], text] if len(text) > characters else [text]
-
-
-def save_windows(input_ids_ST: Tensor, folder: Path) -> None:
-    """Save the exact windows in an artifact, finished or not; readers of earlier ones aren't disturbed."""
-    save_tensors({INPUT_IDS: input_ids_ST}, folder / WINDOWS)
-
-
-def load_windows(folder: Path) -> Tensor:
-    """The windows that ``save_windows`` saved, int64 [samples, sequence_length]."""
-    windows_ST: Tensor = load_file(folder / WINDOWS)[INPUT_IDS]
-    return windows_ST
-
-
 def sample_windows(
     texts: Iterable[str], tokenizer: Any, sampling: Sampling, where: str, order: Sequence[int] | None = None
 ) -> Windows:
@@ -212,13 +124,52 @@ def places_in_random_order(documents: int, seed: int) -> list[int]:
     return order
 
 
-def _too_short(where: str, tokenizer: Any, sampling: Sampling, read: int, longest: int) -> UserError:
-    return UserError(
-        f"{where}: no document has {sampling.body(tokenizer)} tokens {by_tokenizer(tokenizer)} ({read} read, the "
-        f"longest has {longest}); use longer documents or a smaller sequence_length"
-    )
-
-
 def _window(ids: list[int], body: int, bos: int | None, generator: torch.Generator) -> list[int]:
     start = int(torch.randint(len(ids) - body + 1, (), generator=generator))
     return ([] if bos is None else [bos]) + ids[start : start + body]
+
+
+def save_windows(input_ids_ST: Tensor, folder: Path) -> None:
+    """Save the exact windows in an artifact, finished or not; readers of earlier ones aren't disturbed."""
+    save_tensors({INPUT_IDS: input_ids_ST}, folder / WINDOWS)
+
+
+def load_windows(folder: Path) -> Tensor:
+    """The windows that ``save_windows`` saved, int64 [samples, sequence_length]."""
+    windows_ST: Tensor = load_file(folder / WINDOWS)[INPUT_IDS]
+    return windows_ST
+
+
+def check_length(beginning: Beginning, tokenizer: Any, sampling: Sampling, where: str) -> str | None:
+    """Refuse a source from which ``read_windows`` could cut no window, as far as can be told from
+    ``TOKENIZED_CHARACTERS`` of its longest documents.
+
+    Returns:
+        A sentence about a source that has fewer tokens than all its windows together.
+
+    Raises:
+        UserError: as ``sample_windows``.
+    """
+    body = sampling.body(tokenizer)
+    needed, found, longest, tokenized = sampling.samples * body, 0, 0, 0
+    for (text,) in sorted(beginning.texts, key=lambda text: -len(text[0])):
+        tokens = len(plain_ids(tokenizer, text[:TOKENIZED_CHARACTERS]))
+        longest, tokenized = max(longest, tokens), tokenized + len(text)
+        found += tokens if tokens >= body else 0
+        if found >= needed or tokenized > TOKENIZED_CHARACTERS:
+            return None
+    if not beginning.is_all:
+        return None
+    if not found:
+        raise _too_short(where, tokenizer, sampling, len(beginning.texts), longest)
+    return (
+        f"{where}: {found} tokens in documents that are long enough, and {sampling.samples} windows take {needed}: "
+        "they overlap, and tell less than as many windows of a longer text"
+    )
+
+
+def _too_short(where: str, tokenizer: Any, sampling: Sampling, read: int, longest: int) -> UserError:
+    return UserError(
+        f"{where}: no document has {sampling.body(tokenizer)} tokens by the tokenizer of {tokenizer.name_or_path} "
+        f"({read} read, the longest has {longest}); use longer documents or a smaller sequence_length"
+    )

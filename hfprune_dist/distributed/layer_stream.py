@@ -25,7 +25,7 @@ from hfprune_dist.distributed.host_transfers import HostTransfers
 from hfprune_dist.distributed.layer_states import LayerStates
 from hfprune_dist.distributed.whole_model_probe import TOLERANCES, Guard, Probe, refuse_departure, relative_error
 from hfprune_dist.distributed.world import World
-from hfprune_dist.models.output_projections import channels_of, channels_read
+from hfprune_dist.models.experts import channels_of, channels_read
 from hfprune_dist.models.single_layer import (
     LayerReader,
     input_of,

@@ -18,7 +18,7 @@ from hfprune_dist.checkpoints.read_tensors import open_weights, read_module_tens
 from hfprune_dist.checkpoints.stored_names import module_tensors
 from hfprune_dist.distributed.deepspeed_patches import begin_steps_at, limit_timeouts, skip_inference_kernels
 from hfprune_dist.distributed.world import World
-from hfprune_dist.models.loading import load_causal_lm, require_exact_rotary, stays_float32
+from hfprune_dist.models.loading import load_causal_lm, stays_float32
 
 
 def zero3_config(dtype: torch.dtype, micro_batch_size: int) -> dict[str, Any]:
@@ -72,7 +72,6 @@ def load_frozen(
     engine, *_ = deepspeed.initialize(model=model, config=config)
     limit_timeouts()
     module: nn.Module = engine.module
-    require_exact_rotary(module, checkpoint)
     if dtype != torch.float32:
         keep_float32(module, open_checkpoint(checkpoint), world.device)
     if body_of is not None:

@@ -1,4 +1,6 @@
-"""What an architecture does to its head's logits, and a check that it does nothing else to them."""
+"""What an architecture does to its head's logits, a check that it does nothing else to them, and a head that makes a
+model output its divergence from the dense model in their place.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,9 @@ from torch import Tensor, nn
 from transformers import AutoConfig
 
 from hfprune_dist.checkpoints.checkpoint import Checkpoint
-from hfprune_dist.core.head import AfterHead
+from hfprune_dist.checkpoints.families import Family
+from hfprune_dist.core.distillation import summed_divergence
+from hfprune_dist.core.head import NOTHING, AfterHead
 from hfprune_dist.errors import UserError
 
 # Keys by which some architectures change their head's logits -> the neutral value.
@@ -70,3 +74,37 @@ def require_known_logits(
             f"{checkpoint.path}: logits of {checkpoint.family.model_type} differ from what its head makes of its final "
             f"hidden states, by {error:.2g} of their size, so scores would be wrong; it is not supported"
         )
+
+
+class DistillingHead:
+    """Replacement for a model's head: ``model(...).logits`` is then the divergence that training minimizes.
+
+    The head's module stays, so that a sharded head is gathered and released as usual.
+
+    Args:
+        model: a causal language model whose head is frozen and is also the dense model's.
+        after: what the model does to its logits.
+    """
+
+    def __init__(self, model: nn.Module, family: Family, after: AfterHead = NOTHING) -> None:
+        leave_logits(model)
+        head: Any = family.head_of(model)
+        self._after = after
+        head.forward = self._diverge
+        self._head = head
+        self._dense_BTC, self._rows = head.weight.new_empty(0), 0
+
+    def expect(self, dense_BTC: Tensor, rows: int) -> None:
+        """Set, before each forward, what the dense model computes for the same tokens.
+
+        Args:
+            dense_BTC: the dense model's final hidden states [rows, tokens, hidden_size], in this model's dtype.
+            rows: how many rows count, the first ones; the others are there only to keep the ranks in step. A number on
+                the host, since a mask on a GPU would make the host wait for it.
+        """
+        self._dense_BTC, self._rows = dense_BTC, rows
+
+    def _diverge(self, hidden_BTC: Tensor) -> Tensor:
+        """Sum of KL(dense || model), in nats, over the tokens of the rows that count."""
+        hidden_NC, dense_NC = (it[: self._rows].flatten(0, 1) for it in (hidden_BTC, self._dense_BTC))
+        return summed_divergence(hidden_NC, dense_NC, self._head.weight, self._head.bias, self._after)

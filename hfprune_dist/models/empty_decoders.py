@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import AutoConfig
 
 from hfprune_dist.checkpoints.checkpoint import Checkpoint
 from hfprune_dist.checkpoints.layer_settings import of_layers
@@ -32,13 +32,11 @@ class EmptyDecoders:
         self._checkpoint = checkpoint
         self._dtype = dtype
         self._config: Any = AutoConfig.from_pretrained(checkpoint.path)
-        family = checkpoint.family
-        self._common = [family.plain_class, family.body, family.layers, dtype, _settings(self._config)]
 
     def of_layer(self, number: int) -> nn.Module:
         """A decoder that shares nothing with others; its parameters are meta tensors, its buffers lie on the CPU."""
         config = self._config_of(number)
-        recipe = str([*self._common, _settings(config.get_text_config())])  # before transformers adds to these
+        recipe = str([self._checkpoint.family.plain_class, self._dtype, config.to_dict()])
         with ONE_AT_A_TIME:
             if recipe not in _MADE:
                 made = self._make(config)
@@ -73,12 +71,6 @@ class EmptyDecoders:
         whole = copy.copy(self._config)
         whole.text_config = own
         return whole
-
-
-def _settings(config: Any) -> dict[str, Any]:
-    """All settings of a configuration, and of those inside."""
-    inner = {name: _settings(it) if isinstance(it, PreTrainedConfig) else it for name, it in vars(config).items()}
-    return {"class": type(config).__name__, **inner}
 
 
 def _compute_buffers(model: Any, module: nn.Module) -> None:

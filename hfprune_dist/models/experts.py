@@ -8,7 +8,8 @@ whatever tokens a rank has.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -20,6 +21,8 @@ from hfprune_dist.checkpoints.families import Family
 from hfprune_dist.core.memory_efficient import frozen_expert, gated_product, routed, summed_per_token
 from hfprune_dist.errors import UserError
 from hfprune_dist.models.memory_efficient_backward import SILU
+from hfprune_dist.models.single_layer import output_of, part_of, read_by
+from hfprune_dist.structures.units import Units
 
 # The name of this implementation in transformers' dispatch.
 _IMPLEMENTATION = "hfprune_one_by_one"
@@ -165,6 +168,36 @@ def _activations(experts: Any, x_NC: Tensor, expert: int) -> Tensor:
 def _project_down(experts: Any, hidden_ND: Tensor, expert: int) -> Tensor:
     bias = experts.down_proj_bias if experts.has_bias else None
     return frozen_expert(hidden_ND, experts.down_proj, bias, expert, is_transposed=experts.is_transposed)
+
+
+def output_weights(layer: nn.Module, units: Units) -> list[Tensor]:
+    """Weights [hidden_size, channels] that read the units' channels: one for each expert, or a single one."""
+    if units.experts > 1:
+        return down_projections(part_of(layer, units.output))
+    return [output_of(layer, units).weight.data]
+
+
+def channels_of(layer: nn.Module, units: Units) -> int:
+    """Number of channels that each of ``output_weights`` reads."""
+    return output_weights(layer, units)[0].shape[1]
+
+
+@contextmanager
+def channels_read(layer: nn.Module, units: Units) -> Iterator[list[Any]]:
+    """Collect the inputs [tokens, channels] of the units' output projection whenever the layer runs; for experts, the
+    result of ``weighted_activations``.
+    """
+    seen: list[Any] = []
+
+    def see(module: nn.Module, inputs: tuple[Tensor, ...], options: dict[str, Any]) -> None:
+        is_of_experts = units.experts > 1
+        seen.append(weighted_activations(module, *inputs) if is_of_experts else read_by(inputs, options).flatten(0, -2))
+
+    handle = part_of(layer, units.output).register_forward_pre_hook(see, with_kwargs=True)
+    try:
+        yield seen
+    finally:
+        handle.remove()
 
 
 moe.ALL_EXPERTS_FUNCTIONS.register(_IMPLEMENTATION, _run)

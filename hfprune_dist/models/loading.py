@@ -16,7 +16,6 @@ from transformers.utils import logging
 from hfprune_dist.checkpoints import modeling_pruned
 from hfprune_dist.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from hfprune_dist.checkpoints.checks import first_of
-from hfprune_dist.checkpoints.read_tensors import read_tensor
 from hfprune_dist.checkpoints.stored_names import module_tensors
 from hfprune_dist.checkpoints.text_decoder import is_of_decoder
 from hfprune_dist.errors import UserError
@@ -32,12 +31,11 @@ def load_causal_lm(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
     """Load the model of a checkpoint folder; it is sharded if an ``HfDeepSpeedConfig`` is alive.
 
     Raises:
-        UserError: if a tensor is missing, and as ``require_exact_rotary`` does.
+        UserError: if a tensor is missing.
     """
     checkpoint = open_checkpoint(folder)
     model, missing = _loaded(checkpoint, dtype=dtype)
     _refuse_missing(checkpoint, missing)
-    require_exact_rotary(model, folder)
     for config in (model.config, model.config.get_text_config()):
         name_outputs(config)
     if checkpoint.family.has_vision:
@@ -96,22 +94,6 @@ def _with_text_positions(
     if positions is None or positions.ndim != 2 or "mrope_section" not in rope:
         return None
     return inputs, options | {"position_ids": positions[None].expand(4, -1, -1)}
-
-
-def require_exact_rotary(model: nn.Module, folder: Path) -> None:
-    """Check that the frequencies of rotary embeddings are float32, whatever the weights' dtype.
-
-    DeepSpeed 0.17 to 0.19.3 round them to bfloat16, which moves every position of a long window.
-
-    Raises:
-        UserError: naming the buffer and the remedy.
-    """
-    for name, buffer in model.named_buffers():
-        if name.endswith("inv_freq") and buffer.dtype != torch.float32:
-            raise UserError(
-                f"{folder}: {name} is {buffer.dtype} once the model is loaded, not float32; "
-                "install deepspeed 0.19.4 or newer (pip install -U 'deepspeed>=0.19.4')"
-            )
 
 
 def model_class(checkpoint: Checkpoint) -> Any:
@@ -183,22 +165,6 @@ def require_own_weights(checkpoint: Checkpoint) -> None:
             raise UserError(
                 f"{checkpoint.path}: transformers would leave out the tensor {name}, which config.json gives no place"
             )
-
-
-def require_finite_routers(checkpoint: Checkpoint) -> None:
-    """Check that the weights that choose among experts are finite. Otherwise experts are chosen arbitrarily, which no
-    score shows, or the next layer's activations are NaN.
-
-    Raises:
-        UserError: naming the tensor.
-    """
-    experts = checkpoint.family.experts
-    if experts is None:
-        return
-    names = (f"{checkpoint.family.layers}.{layer}.{name}" for layer in experts.layers for name in experts.routers)
-    for name in (it for it in names if it in checkpoint.tensors):
-        if not read_tensor(checkpoint, name).isfinite().all():
-            raise UserError(f"{checkpoint.path}: {name} is NaN or infinite in part; it chooses among experts")
 
 
 def _without_weights(checkpoint: Checkpoint) -> tuple[nn.Module, list[str]]:

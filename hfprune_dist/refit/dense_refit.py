@@ -16,7 +16,7 @@ from hfprune_dist.distributed.layer_stream import AfterLayer, LayerStream
 from hfprune_dist.distributed.turns import Turns
 from hfprune_dist.distributed.unfinished import unfinished, up_to_last
 from hfprune_dist.distributed.world import World
-from hfprune_dist.models.output_projections import output_weights
+from hfprune_dist.models.experts import output_weights
 from hfprune_dist.refit.least_squares_fit import solve, solve_expert
 from hfprune_dist.refit.refitted_layers import (
     FittedProjection,

@@ -15,10 +15,9 @@ from hfprune_dist.config.section import TextSource
 from hfprune_dist.config.training import RecoveryConfig, rows_trained
 from hfprune_dist.data.instructions import (
     PackedRows,
-    Packing,
     Pair,
     RowCounts,
-    encode_for,
+    encode_pairs,
     nothing_to_train_on,
     prompt_for,
     read_counts,
@@ -131,7 +130,7 @@ class _Collector:
     def take_all(self) -> None:
         """Tokenize all pairs."""
         while texts := list(islice(self._texts, PAIRS_AT_ONCE)):
-            self._encoded += encode_for(self._tokenizer, texts, self._settings.sequence_length)
+            self._encoded += encode_pairs(self._tokenizer, texts, self._settings.sequence_length)
             done = len(self._encoded)
             self._progress.update("tokenizing pairs", done, self._settings.samples or done + len(texts))
 
@@ -144,7 +143,7 @@ class _Collector:
         length = self._settings.sequence_length
         if not any(self._encoded):
             raise nothing_to_train_on(len(self._encoded), length, self._where)
-        save_rows(file, self._encoded, Packing(length, self._tokenizer.eos_token_id, self._seed, self._shares))
+        save_rows(file, self._encoded, length, self._tokenizer.eos_token_id, self._seed, shares=self._shares)
 
     def _read_texts(self, path: Path | None) -> Iterator[tuple[str, str]]:
         settings = self._settings

@@ -89,12 +89,6 @@ class Experts:
     shared: Shared | None = None
 
     @property
-    def routers(self) -> list[str]:
-        """Names within a layer of the router's tensors: those of ``whole`` that don't belong to an expert itself."""
-        own = {it.tensor for it in (*self.rows, *self.columns)}
-        return [it.tensor for it in self.whole if it.tensor.removesuffix("_bias") not in own]
-
-    @property
     def each(self) -> bool:
         """Whether each expert has tensors of its own in the files."""
         return not self.rows[0].stacked

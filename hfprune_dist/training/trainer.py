@@ -39,9 +39,7 @@ from hfprune_dist.distributed.deepspeed_patches import (
 from hfprune_dist.distributed.interruption import Interrupted, Interruption
 from hfprune_dist.distributed.world import World
 from hfprune_dist.distributed.zero3 import init_deepspeed, keep_float32
-from hfprune_dist.models.after_head import after_head
-from hfprune_dist.models.distillation_head import DistillingHead
-from hfprune_dist.models.loading import require_exact_rotary
+from hfprune_dist.models.after_head import DistillingHead, after_head
 from hfprune_dist.store.hashing import digest_of
 from hfprune_dist.store.heartbeat import Progress
 from hfprune_dist.training.engine_setup import (
@@ -273,7 +271,6 @@ class _PrepareEngine(TrainerCallback):  # type: ignore[misc]
         self._world = world
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **trained: Any) -> None:
-        require_exact_rotary(trained["model"], self._task.checkpoint.path)
         limit_timeouts()
         if self._task.start is not None:
             _restore(trained["model"], self._task.start, self._world.rank)

@@ -88,7 +88,7 @@ def test_a_tensor_that_transformers_would_make_up_is_named(folder, name, told):
         ({"hidden_size": 16}, "vocab_size and hidden_size"),
         ({"num_hidden_layers": 0}, "num_hidden_layers must be a positive integer, not 0"),
         ({"num_hidden_layers": True}, "num_hidden_layers must be a positive integer, not True"),
-        ({"num_hidden_layers": 3}, "no model.layers.2"),
+        ({"num_hidden_layers": 3}, "model.layers.2 is missing"),
         ({"layer_sizes": {"intermediate_size": [48, 47]}}, "intermediate_size 47 for this layer"),
         ({"layer_sizes": [1]}, "can't be read as one of a llama"),
         ({"intermediate_size": 64}, "intermediate_size 64"),

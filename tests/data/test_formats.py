@@ -11,15 +11,12 @@ from pathlib import Path
 
 import pyarrow
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
-from tiny import tiny_tokenizer
 
 from hfprune_dist.data.formats import identity_of, read_files
 from hfprune_dist.data.text import read_beginning, read_texts
-from hfprune_dist.data.windows import Sampling, read_windows
 from hfprune_dist.errors import UserError
 from hfprune_dist.store.hashing import FileHashes
 
@@ -78,41 +75,13 @@ def texts_of(path):
     return [text for (text,) in read_texts({}, path, ["text"], 0, "here")]
 
 
-@settings(max_examples=12, deadline=None, derandomize=True)
+@settings(max_examples=6, deadline=None, derandomize=True)
 @given(DOCUMENTS.filter(bool))
 def test_every_format_gives_the_same_texts(documents):
     with tempfile.TemporaryDirectory() as folder:
         for name, content in every_format(documents):
             (Path(folder) / name).write_bytes(content)
             assert texts_of(Path(folder) / name) == documents, name
-
-
-def test_the_same_documents_give_the_same_windows(tmp_path):
-    documents = [f"Document {number}: {'aëß ' * number}" for number in range(5, 20)]
-    source, sampling = {"text_field": "text"}, Sampling(32, 24, 3)
-    windows = []
-    for name, content in every_format(documents):
-        (tmp_path / name).write_bytes(content)
-        windows.append(read_windows(source, tmp_path / name, tiny_tokenizer(), sampling, "here"))
-    for other in windows[1:]:
-        assert torch.equal(other.input_ids_ST, windows[0].input_ids_ST)
-        assert (other.documents_read, other.documents_used) == (15, windows[0].documents_used)
-
-
-@pytest.mark.parametrize("content", ["one\r\ntwo\rthree\n", "\ufeffmarked", "", "ends without a line end"])
-def test_plain_text_is_one_document_as_python_reads_it(tmp_path, content):
-    (tmp_path / "text.txt").write_bytes(content.encode())
-    whole = (tmp_path / "text.txt").read_text(encoding="utf-8-sig")
-    assert texts_of(tmp_path / "text.txt") == [whole]
-    for compression, compress in COMPRESSIONS.items():
-        (tmp_path / f"packed.txt{compression}").write_bytes(compress(content.encode()))
-        assert texts_of(tmp_path / f"packed.txt{compression}") == [whole]
-
-
-def test_an_object_alone(tmp_path):
-    file = tmp_path / "text.json"
-    file.write_text('{\n "text": "alone"\n}\n')
-    assert texts_of(file) == ["alone"]
 
 
 def test_a_folder_stands_for_its_files_in_order(tmp_path):
@@ -138,20 +107,6 @@ def test_a_wide_table_is_read_by_column(tmp_path):
     assert [record for _, record in read_files(tmp_path / "wide.parquet", ["text"])] == [{"text": "a"}]
     with pytest.raises(UserError, match="the record has embedding, text"):
         list(read_texts({}, tmp_path / "wide.parquet", ["body"], 0, "here"))
-
-
-def test_times_that_python_cannot_represent_hide_no_message(tmp_path):
-    """Columns that aren't needed aren't read, not even to list the columns that exist."""
-    file = tmp_path / "times.parquet"
-    parquet.write_table(pyarrow.table({"text": ["a"], "when": pyarrow.array([2**62], pyarrow.timestamp("us"))}), file)
-    for fields in (["body"], ["text", "body"]):
-        with pytest.raises(UserError, match="row 1: no text in field 'body'; the record has text, when"):
-            list(read_texts({}, file, fields, 0, "here"))
-    nowhere = pyarrow.table({"when": pyarrow.array([0], pyarrow.timestamp("us", tz="Mars/Phobos"))})
-    parquet.write_table(nowhere, tmp_path / "nowhere.parquet")
-    for times in (file, tmp_path / "nowhere.parquet"):
-        with pytest.raises(UserError, match=f"{times.name}"):
-            list(read_texts({}, times, ["when"], 0, "here"))
 
 
 # Fingerprints.
@@ -200,10 +155,6 @@ LINE = json.dumps({"text": DOCUMENT})
 LFS_POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 500\n"
 
 
-def record(value):
-    return json.dumps({"text": value})
-
-
 def csv_of(*rows, separator=","):
     return "\n".join(separator.join(row) for row in rows) + "\n"
 
@@ -211,49 +162,28 @@ def csv_of(*rows, separator=","):
 # File name, content and parts of the message.
 UNREADABLE = [
     ("empty.jsonl", "", ["empty.jsonl", "no records"]),
-    ("blank.jsonl", "\n \n\n", ["blank.jsonl", "no records"]),
     ("cut.jsonl", f"{LINE}\n{LINE[:-9]}", ["cut.jsonl:2", "not valid JSON", "cut short"]),
-    ("damaged.jsonl", f"{LINE}\n{{]\n{LINE}\n", ["damaged.jsonl:2", "not valid JSON"]),
     ("number.jsonl", f"{LINE}\n17\n", ["number.jsonl:2", "JSON object"]),
     ("deep.jsonl", "[" * 50_000 + "\n", ["deep.jsonl:1", "not valid JSON"]),
-    ("digits.jsonl", f'{{"text": {"1" * 5000}}}\n', ["digits.jsonl:1", "not valid JSON"]),
-    ("half.jsonl", f"{LINE}\n" + record("+").replace("+", "\\ud800"), ["half.jsonl:2", "surrogate"]),
-    ("name.jsonl", '{"\\udfff": "x"}', ["name.jsonl:1", "the record has ?"]),
-    ("list.jsonl", f"{LINE}\n{record([DOCUMENT])}\n", ["list.jsonl:2", "holds a list, not text"]),
-    ("number.ndjson", f"{LINE}\n{record(3.5)}\n", ["number.ndjson:2", "holds a number, not text"]),
-    ("null.jsonl", f"{LINE}\n{record(None)}\n", ["null.jsonl:2", "holds null, not text"]),
-    ("object.jsonl", f"{LINE}\n{record({'a': 1})}\n", ["object.jsonl:2", "holds an object, not text"]),
+    ("half.jsonl", f'{LINE}\n{{"text": "\\ud800"}}', ["half.jsonl:2", "surrogate"]),
+    ("null.jsonl", f'{LINE}\n{{"text": null}}\n', ["null.jsonl:2", "holds None"]),
     ("other.jsonl", f'{LINE}\n{{"body": "x"}}\n', ["other.jsonl:2", "no text in field", "the record has body"]),
-    ("bytes.jsonl", LINE.encode() + b"\n\xff\xfe\n", ["bytes.jsonl", "not UTF-8"]),
     ("wide.jsonl", LINE.encode("utf-16"), ["wide.jsonl", "not UTF-8"]),
     ("pointer.jsonl", LFS_POINTER, ["pointer.jsonl", "Git LFS pointer", "git lfs pull"]),
-    ("packed.jsonl", gzip.compress(LINE.encode()), ["packed.jsonl", "not UTF-8", ".gz"]),
     ("cut.jsonl.gz", gzip.compress(LINE.encode())[:-12], ["cut.jsonl.gz", "cut short"]),
     ("plain.jsonl.gz", LINE, ["plain.jsonl.gz", "gzip"]),
     ("plain.json.bz2", LINE, ["plain.json.bz2"]),
     ("plain.csv.xz", LINE, ["plain.csv.xz"]),
     ("plain.jsonl.zst", LINE, ["plain.jsonl.zst"]),
-    ("empty.json", "", ["empty.json", "no records"]),
-    ("nothing.json", "[]", ["nothing.json", "no records"]),
     ("cut.json", f"[{LINE}, {LINE}", ["cut.json", "cut short"]),
-    ("middle.json", f"[{LINE}, {LINE[:-9]}", ["middle.json", "not valid JSON"]),
-    ("comma.json", f"[{LINE} {LINE}]", ["comma.json", "','"]),
     ("more.json", f"[{LINE}] {LINE}", ["more.json:1", "not valid JSON"]),
     ("strings.json", json.dumps([DOCUMENT]), ["strings.json", "record 1", "JSON object"]),
-    ("columns.json", json.dumps({"text": [DOCUMENT]}), ["columns.json", "record 1"]),
-    ("nested.json", json.dumps({"data": [json.loads(LINE)]}), ["nested.json", "the record has data"]),
-    ("empty.csv", "", ["empty.csv", "no records"]),
-    ("header.csv", "text,instruction,response\n", ["header.csv", "no records"]),
-    ("headless.csv", csv_of([DOCUMENT, "a"]), ["headless.csv"]),
     ("ragged.csv", csv_of(["text", "instruction", "response"], ["a", "b"]), ["ragged.csv:2", "2 fields", "3"]),
     ("open.csv", 'text,instruction,response\n"a,b,c\n', ["open.csv", "CSV"]),
     ("twice.tsv", csv_of(["text", "text", "response"], ["a", "b", "c"], separator="\t"), ["twice.tsv", "twice"]),
-    ("empty.parquet", b"", ["empty.parquet"]),
     ("text.parquet", LINE, ["text.parquet", "Parquet"]),
-    ("data.arrow", b"ARROW1", ["data.arrow", ".parquet"]),
-    ("data.zip", b"PK\3\4", ["data.zip", "supported"]),
     ("picture.png", b"\x89PNG\r\n\x1a\n", ["picture.png", "not UTF-8", "supported"]),
-    ("zeros.bin", bytes(1000), ["zeros.bin", "NUL", "supported"]),
+    ("zeros.bin", bytes(1000), ["zeros.bin", "no plain text", "supported"]),
 ]
 
 

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import random
 
-import pytest
 import torch
 from tiny import tiny_model, tiny_tokenizer
 
 from hfprune_dist.data.instructions import (
     PackedRows,
-    Packing,
     assign_rows,
     encode_pairs,
     fill_rows,
@@ -19,8 +17,6 @@ from hfprune_dist.data.instructions import (
     save_rows,
 )
 from hfprune_dist.data.schedule import IGNORED
-from hfprune_dist.data.text import field_of
-from hfprune_dist.errors import UserError
 
 BOS, EOS = 1, 2
 
@@ -30,8 +26,14 @@ def tokenize(texts: list[str]) -> list[list[int]]:
     return [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
 
 
-def encode(texts, sequence_length=64, bos=BOS):
-    return encode_pairs(texts, tokenize, bos, EOS, sequence_length)
+def encode(texts, sequence_length=64, bos=BOS, tokenize=tokenize):
+    """Encode pairs as with a tokenizer of these special tokens."""
+
+    def tokenizer(texts, **_options):
+        return {"input_ids": tokenize(texts)}
+
+    tokenizer.bos_token_id, tokenizer.eos_token_id = bos, EOS
+    return encode_pairs(tokenizer, texts, sequence_length)
 
 
 def test_prompt_is_alpacas_template():
@@ -39,11 +41,6 @@ def test_prompt_is_alpacas_template():
         "Below is an instruction that describes a task. Write a response that appropriately completes the request."
         "\n\n### Instruction:\nAdd {1} and 2.\n\n### Response:\n"
     )
-
-
-def test_missing_field_is_named():
-    with pytest.raises(UserError, match=r"'response'.*instruction, output"):
-        field_of({"instruction": "a", "output": "b"}, "response", "here")
 
 
 def test_pair_is_bos_prompt_response_eos():
@@ -62,7 +59,7 @@ def test_a_token_that_straddles_the_boundary_is_trained():
     def merging(texts):
         return [[ord(letter) for letter in text.replace("\n\n", "\r")] for text in texts]
 
-    (pair,) = encode_pairs([("ask\n", "\ntell")], merging, None, EOS, 64)
+    (pair,) = encode([("ask\n", "\ntell")], 64, None, merging)
     assert pair.prompt_length == 3
 
 
@@ -87,7 +84,7 @@ def test_packing_places_every_pair_once_and_fills_rows_well():
 
 def test_where_pairs_would_see_each_other_each_has_a_row_to_itself(tmp_path):
     encoded = encode([("a", "b"), ("c", ""), ("d", "ef")])
-    counts = save_rows(tmp_path / "rows.safetensors", encoded, Packing(12, EOS, seed=0, shares=False))
+    counts = save_rows(tmp_path / "rows.safetensors", encoded, 12, EOS, 0, shares=False)
     rows = PackedRows(tmp_path / "rows.safetensors")
     assert (counts.pairs, counts.rows) == (2, 2)
     for number, pair in enumerate(pair for pair in encoded if pair is not None):
@@ -108,12 +105,11 @@ def test_rows_restart_positions_and_train_responses_only():
     ]
 
 
-@pytest.mark.parametrize("variant", ["llama", "qwen2", "qwen3", "mistral"])
-def test_attention_does_not_cross_pairs(variant):
+def test_attention_does_not_cross_pairs():
     """A packed row's logits equal those of each pair on its own."""
     pairs = encode([("ask one\n", "tell"), ("a\n", "b"), ("third question\n", "and its answer")])
     rows = fill_rows(pairs, [[0, 1, 2]], 60, pad=EOS)
-    model = tiny_model(variant)
+    model = tiny_model()
     model.config.use_cache = False
     model.set_attn_implementation("sdpa")
     with torch.no_grad():
@@ -129,7 +125,7 @@ def test_attention_does_not_cross_pairs(variant):
 
 def test_saved_rows_and_their_counts(tmp_path):
     encoded = [*encode([("ab", "c"), ("d", "ef")], sequence_length=8), None]
-    counts = save_rows(tmp_path / "rows.safetensors", encoded, Packing(8, EOS, seed=0))
+    counts = save_rows(tmp_path / "rows.safetensors", encoded, 8, EOS, 0)
     assert read_counts(tmp_path / "rows.safetensors") == counts
     assert (counts.pairs, counts.dropped_pairs, counts.rows) == (2, 1, 2)
     assert (counts.tokens, counts.trained_tokens) == (10, 5)

@@ -6,7 +6,7 @@ from host_reads import HostReads
 from tiny import FAMILY, tiny_model
 
 from hfprune_dist.core.distillation import summed_divergence
-from hfprune_dist.models.distillation_head import DistillingHead
+from hfprune_dist.models.after_head import DistillingHead
 
 
 @pytest.mark.parametrize("rows", [0, 1, 3])

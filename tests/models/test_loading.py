@@ -1,27 +1,20 @@
 """Loading whole models: what holds for every model, which weights are its own, and which models are refused."""
 
 import json
-import tempfile
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
 import torch
 from families import ALL_SEEING, save_model
 from families_masked import through_layers
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from tiny import VARIANTS, save_tiny
+from tiny import save_tiny
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from hfprune_dist.checkpoints.checkpoint import open_checkpoint
-from hfprune_dist.data.tokenizer import load_tokenizer, require_embedded
 from hfprune_dist.errors import UserError
 from hfprune_dist.models.loading import (
     load_causal_lm,
-    require_exact_rotary,
-    require_finite_routers,
     require_own_weights,
 )
 from hfprune_dist.models.single_layer import LayerReader
@@ -32,47 +25,6 @@ def change_weights(folder, change):
     change(weights)
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
     return open_checkpoint(folder)
-
-
-@settings(max_examples=12, deadline=None, derandomize=True)
-@given(
-    variant=st.sampled_from(sorted(VARIANTS)),
-    heads=st.integers(1, 4),
-    repeats=st.integers(1, 3),
-    head_size=st.sampled_from([2, 6, 8]),
-    width=st.integers(1, 70),
-    layers=st.integers(1, 3),
-    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
-    shard_size=st.sampled_from(["5GB", "10KB"]),
-)
-def test_checkpoints_of_any_shape_are_accepted(variant, heads, repeats, head_size, width, layers, dtype, shard_size):
-    sizes = {
-        "num_attention_heads": heads * repeats,
-        "num_key_value_heads": heads,
-        "hidden_size": heads * repeats * head_size,
-        "head_dim": 2 * head_size if variant == "qwen3" else head_size,
-        "intermediate_size": width,
-        "num_hidden_layers": layers,
-    }
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = save_tiny(Path(temporary) / "m", variant, shard_size=shard_size, dtype=dtype, **sizes)
-        checkpoint = open_checkpoint(folder)
-        require_own_weights(checkpoint)
-        require_embedded(load_tokenizer(folder), checkpoint.config["vocab_size"], folder)
-
-
-def test_norms_may_be_more_precise_than_matrices(tmp_path):
-    def widen(weights):
-        weights.update({name: tensor.float() for name, tensor in weights.items() if "norm" in name})
-
-    require_own_weights(change_weights(save_tiny(tmp_path / "m", dtype=torch.bfloat16), widen))
-
-
-@pytest.mark.parametrize("owner", ["model.layers.0.self_attn", "model"])
-def test_frequencies_that_older_versions_saved_are_passed_over(tmp_path, owner):
-    names = [f"{owner.replace('0', number)}.rotary_emb.inv_freq" for number in "01"]
-    frequencies = {name: torch.ones(4) for name in names}
-    require_own_weights(change_weights(save_tiny(tmp_path / "m"), lambda weights: weights.update(frequencies)))
 
 
 def test_a_tied_head_may_be_there_or_not(tmp_path):
@@ -98,24 +50,13 @@ def test_a_head_is_not_tied_where_only_the_default_of_a_class_says_so(tmp_path, 
     assert torch.equal(checkpoint.family.head_of(model).weight, head)
 
 
-def test_a_padding_token_needs_no_embedding_and_an_eos_token_does(tmp_path):
-    """Qwen2's tokenizer class adds a padding token, after the 259 tokens of the vocabulary."""
-    folder = save_tiny(tmp_path / "m", "qwen2", vocab_size=259)
-    tokenizer = load_tokenizer(folder)
-    assert tokenizer.pad_token_id == 259
-    require_embedded(tokenizer, 259, folder)
-    tokenizer.eos_token = tokenizer.pad_token
-    with pytest.raises(UserError, match=r"the id 259, but the embedding has 259 rows"):
-        require_embedded(tokenizer, 259, folder)
-
-
-@pytest.mark.parametrize("variant", sorted(VARIANTS))
+@pytest.mark.parametrize("variant", ["llama-tied-biases", "qwen3"])
 def test_every_tensor_is_needed_and_has_one_shape(tmp_path, variant):
     """One tensor of each kind is left out of all layers, or has another shape."""
     folder = save_tiny(tmp_path / "m", variant)
     whole = load_file(folder / "model.safetensors")
-    for name in [name for name in whole if "layers.1" not in name]:
-        part = name.partition("layers.0.")[2] or name
+    for name in [name for name in whole if "layers.0" in name]:
+        part = name.partition("layers.0.")[2]
         change_and_refuse(folder, {other: tensor for other, tensor in whole.items() if part not in other}, part)
         change_and_refuse(folder, {**whole, name: torch.cat([whole[name], whole[name][:1]])}, name)
 
@@ -147,41 +88,6 @@ def test_a_text_decoder_that_transformers_does_not_run_is_refused(tmp_path):
         require_own_weights(open_checkpoint(folder))
 
 
-ROUTERS = {
-    "qwen3_moe": ["mlp.gate.weight"],
-    "granitemoe": ["block_sparse_moe.router.layer.weight"],
-    "gpt_oss": ["mlp.router.weight", "mlp.router.bias"],
-    "glm4_moe": ["mlp.gate.weight", "mlp.gate.e_score_correction_bias"],
-}
-
-
-@pytest.mark.parametrize("model_type", ROUTERS)
-def test_routers_must_be_finite(tmp_path, model_type):
-    folder = save_model(tmp_path / "m", model_type)
-    checkpoint, whole = open_checkpoint(folder), load_file(folder / "model.safetensors")
-    require_finite_routers(checkpoint)
-    for part in ROUTERS[model_type]:
-        for value in (float("nan"), float("-inf")):
-            weights = {name: it.clone() for name, it in whole.items()}
-            weights[f"model.layers.2.{part}"].view(-1)[-1] = value
-            save_file(weights, folder / "model.safetensors", {"format": "pt"})
-            with pytest.raises(UserError, match=rf"model.layers.2.{part} is NaN or infinite in part"):
-                require_finite_routers(open_checkpoint(folder))
-    require_finite_routers(open_checkpoint(save_tiny(tmp_path / "dense")))
-
-
-def frequencies(model):
-    return {name: buffer.dtype for name, buffer in model.named_buffers() if name.endswith("inv_freq")}
-
-
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_rotary_frequencies_stay_float32(tmp_path, variant):
-    folder = save_tiny(tmp_path, variant)
-    layer = LayerReader(open_checkpoint(folder), torch.bfloat16, torch.device("cpu")).layer(1)
-    for model in (load_causal_lm(folder, torch.bfloat16), layer):
-        assert set(frequencies(model).values()) == {torch.float32}
-
-
 @pytest.mark.parametrize("variant", ["gemma2", "mistral3"])
 def test_outputs_have_names_whatever_a_config_says(tmp_path, variant):
     """config.json may ask for tuples, or for the states and the attention of every layer."""
@@ -202,14 +108,6 @@ def test_outputs_have_names_whatever_a_config_says(tmp_path, variant):
     through_layers(checkpoint, model, windows)
 
 
-def test_rounded_rotary_frequencies_are_refused(tmp_path):
-    """As DeepSpeed 0.17 to 0.19.3 leave them."""
-    model = load_causal_lm(save_tiny(tmp_path), torch.bfloat16)
-    model.model.rotary_emb.inv_freq = model.model.rotary_emb.inv_freq.bfloat16()
-    with pytest.raises(UserError, match=r"rotary_emb.inv_freq is torch.bfloat16 .* install deepspeed 0.19.4"):
-        require_exact_rotary(model, tmp_path)
-
-
 def test_models_made_in_threads_leave_defaults_as_they_were(tmp_path):
     """transformers changes the defaults meanwhile, for the process rather than for a thread."""
     folder = save_tiny(tmp_path / "tied", "llama-tied-biases")
@@ -221,7 +119,7 @@ def test_models_made_in_threads_leave_defaults_as_they_were(tmp_path):
         return LayerReader(checkpoint, torch.bfloat16, torch.device("cpu")).layer(0)
 
     with ThreadPoolExecutor(8) as threads:
-        assert len(list(threads.map(make, range(64)))) == 64
+        assert len(list(threads.map(make, range(16)))) == 16
     model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
     assert model.lm_head.weight is model.model.embed_tokens.weight
     assert torch.get_default_dtype() == model.dtype == torch.float32

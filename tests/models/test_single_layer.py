@@ -1,7 +1,7 @@
 import pytest
 import torch
 from families import save_model
-from tiny import VARIANTS, save_tiny
+from tiny import save_tiny
 from transformers import AutoModelForCausalLM
 
 from hfprune_dist.checkpoints.checkpoint import open_checkpoint
@@ -23,46 +23,21 @@ from hfprune_dist.models.single_layer import (
 CPU = torch.device("cpu")
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_layer_after_layer_is_the_whole_decoder(tmp_path, variant, dtype):
-    folder = save_tiny(tmp_path, variant, num_hidden_layers=3)
-    input_ids_BT = torch.randint(264, (2, 21), generator=torch.Generator().manual_seed(0))
-    body = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).model
+def test_layer_after_layer_and_the_head_are_the_whole_model(tmp_path, dtype):
+    """Also where a sliding window makes masks that differ from causal ones."""
+    folder = save_tiny(tmp_path, "mistral", sliding_window=4)
+    input_ids_BT = torch.randint(264, (2, 12), generator=torch.Generator().manual_seed(0))
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
     reader = LayerReader(open_checkpoint(folder), dtype, CPU)
     hidden_BTC = reader.embed({0: input_ids_BT})[0]
-    for number in range(3):
-        hidden_BTC = run(reader.layer(number), hidden_BTC)
-    with torch.no_grad():
-        expected = body(input_ids=input_ids_BT).last_hidden_state
-        assert torch.equal(body.norm(hidden_BTC), expected)
-
-
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_the_head_gives_the_model_s_logits(tmp_path, variant):
-    folder = save_tiny(tmp_path, variant)
-    input_ids_BT = torch.randint(264, (2, 7), generator=torch.Generator().manual_seed(0))
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    reader = LayerReader(open_checkpoint(folder), torch.float32, CPU)
-    hidden_BTC = reader.embed({0: input_ids_BT})[0]
     for number in range(2):
         hidden_BTC = run(reader.layer(number), hidden_BTC)
     with torch.no_grad():
+        assert torch.equal(model.model.norm(hidden_BTC), model.model(input_ids=input_ids_BT).last_hidden_state)
         ((_, logits_NV),) = reader.head().outputs(hidden_BTC).logits()
-        assert torch.equal(logits_NV.view(2, 7, -1), model(input_ids_BT).logits)
-
-
-def test_a_sliding_window_is_kept(tmp_path):
-    """Mistral's mask differs from a causal one if windows are longer than its sliding window."""
-    folder = save_tiny(tmp_path, "mistral", sliding_window=4)
-    input_ids_BT = torch.arange(12)[None] + 3
-    body = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).model
-    reader = LayerReader(open_checkpoint(folder), torch.float32, CPU)
-    hidden_BTC = reader.embed({0: input_ids_BT})[0]
-    for number in range(2):
-        hidden_BTC = run(reader.layer(number), hidden_BTC)
-    with torch.no_grad():
-        assert torch.equal(body.norm(hidden_BTC), body(input_ids=input_ids_BT).last_hidden_state)
+        expected = model(input_ids_BT).logits
+        assert (logits_NV.view(2, 12, -1) - expected).abs().max() <= 1e-2 * expected.abs().max()
 
 
 def test_a_layer_has_its_own_weights_alone(tmp_path):
@@ -90,7 +65,7 @@ def test_output_projections_read_alike_if_no_weight_behind_the_residual_stream_d
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("size", [1e-3, 1.0, 1e3, 1e6])
+@pytest.mark.parametrize("size", [1e-3, 1e6])
 def test_an_output_of_any_size_is_what_its_own_effect_needs_and_channels_without_effect_need_none(tmp_path, size):
     """gemma2 has a norm after its MLP."""
     checkpoint = open_checkpoint(save_model(tmp_path, "gemma2"))

@@ -227,7 +227,11 @@ def test_another_tokenizer_makes_its_own_rows(tmp_path, source, monkeypatch):
     file = tmp_path / "source" / "model" / "tokenizer_config.json"
     file.write_text(file.read_text() + " ")
     made = []
-    monkeypatch.setattr(instruction_tuning, "save_rows", lambda *arguments: made.append(1) or save_rows(*arguments))
+    monkeypatch.setattr(
+        instruction_tuning,
+        "save_rows",
+        lambda *arguments, **options: made.append(1) or save_rows(*arguments, **options),
+    )
     shutil.rmtree(Store(tmp_path / "store").root / "work")
     prepare_rows(write_stage_file(tmp_path / "store", tmp_path / "source"))
     assert made
