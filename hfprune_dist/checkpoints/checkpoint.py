@@ -146,25 +146,18 @@ class Checkpoint:
         return self.parameter_counts.units[self.units.kind]
 
     @cached_property
-    def surplus(self) -> list[str]:
-        """The unused tensors, except for buffers that every model computes itself."""
-        return [name for name in self.unused if not name.endswith(BUFFERS)]
-
-    @cached_property
     def remarks(self) -> list[str]:
         """Sentences about what the owner of the checkpoint may not expect."""
-        told = []
+        told, unused = [], [name for name in self.unused if not name.endswith(BUFFERS)]
         if self.has_untied_head:
             told.append(
                 f"config.json ties the head, but {self.family.head_tensor()} differs from the embedding: the saved "
-                "head counts, as in transformers, and pruned checkpoints say tie_word_embeddings false; other "
-                "libraries may ignore it, so set that in config.json too, or remove the tensor"
+                "head counts, as in transformers, and pruned checkpoints say tie_word_embeddings false"
             )
-        if self.surplus:
-            named = ", ".join(self.surplus[:3]) + (", ..." if len(self.surplus) > 3 else "")
+        if unused:
             told.append(
-                f"{len(self.surplus)} tensors in its files aren't part of the model that config.json describes: they "
-                f"aren't counted, and pruned checkpoints lack them ({named})"
+                f"{len(unused)} tensors in its files ({unused[0]}, say) aren't part of the model that config.json "
+                "describes: they aren't counted, and pruned checkpoints lack them"
             )
         return told
 

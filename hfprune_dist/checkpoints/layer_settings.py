@@ -22,39 +22,20 @@ _INTERVALS = {
     "sliding_window_pattern": "layer_types",
 }
 # Architectures whose classes derive a layer's kind from its number if config.json lacks a list -> that list.
-_UNLISTED = {
-    **dict.fromkeys(
-        (
-            "cohere2",
-            "cwm",
-            "exaone4",
-            "gemma2",
-            "gemma3_text",
-            "gemma4_text",
-            "gemma4_unified_text",
-            "granite_swa",
-            "lfm3",
-            "olmo3",
-            "qwen3_5_text",
-            "vaultgemma",
-        ),
-        "layer_types",
+_UNLISTED = {"smollm3": "no_rope_layers"} | dict.fromkeys(
+    (
+        *("cohere2", "cwm", "exaone4", "gemma2", "gemma3_text", "gemma4_text", "gemma4_unified_text", "granite_swa"),
+        *("lfm3", "olmo3", "qwen3_5_text", "vaultgemma"),
     ),
-    "smollm3": "no_rope_layers",
-}
+    "layer_types",
+)
 # Architectures whose classes give the last layer full attention, whatever config.json says.
 _FULL_AT_THE_END = ("gemma4_text", "gemma4_unified_text")
-# Lists of the numbers of the layers with attention, where others have none.
+# Lists of the numbers of the layers with attention, where others have none; and the entries of layer_types for those.
 ATTENTION_LAYER_LISTS = ("full_attn_idxs", "attn_layer_indices")
-# Entries of layer_types that stand for a layer with attention over earlier tokens' keys.
 _ATTENTION = ("full_attention", "sliding_attention", "chunked_attention", "attention")
-_SHARED = "num_kv_shared_layers"
 # The name that exaone's files use for the number of layers.
 OTHER_LAYERS = "num_layers"
-# The interval between layers with experts.
-_SPARSE_STEP = "decoder_sparse_step"
-# The first and the last layer with experts, and the interval between such layers.
-_FROM, _TO, _EVERY = "moe_layer_start_index", "moe_layer_end_index", "moe_layer_interval"
 # Period at which layers have experts, or attention -> number of the first such layer.
 PERIODS = {"expert_layer_period": "expert_layer_offset", "attn_layer_period": "attn_layer_offset"}
 
@@ -73,8 +54,8 @@ def undroppable_layers(config: Mapping[str, Any]) -> dict[int, str]:
     for period in PERIODS:
         if config.get(period):
             return dict.fromkeys(layers, f"{period} {config[period]} tells layers apart by their number")
-    if config.get(_SHARED):
-        return dict.fromkeys(layers, f"its last {config[_SHARED]} layers read keys and values of others ({_SHARED})")
+    if shared := config.get("num_kv_shared_layers"):
+        return dict.fromkeys(layers, f"its last {shared} layers read keys and values of others (num_kv_shared_layers)")
     if len(layers) == 1:
         return dict.fromkeys(layers, "it is the only one")
     if model_type in _FULL_AT_THE_END:
@@ -97,54 +78,33 @@ def _with_attention(config: Mapping[str, Any]) -> list[int]:
 
 def of_layers(config: Mapping[str, Any], layers: Sequence[int]) -> dict[str, Any]:
     """New values of the config.json keys that change if only these layers (ascending) stay, renumbered from 0."""
-    kinds = {key: [config[key][layer] for layer in layers] for key in LISTS if config.get(key)}
-    firsts = {key: sum(layer < count for layer in layers) for key, count in _of_the_first(config).items()}
-    places = {
-        key: [number for number, layer in enumerate(layers) if layer in config[key]]
-        for key in ATTENTION_LAYER_LISTS
-        if config.get(key)
-    }
-    settings = config.get(PER_LAYER) or {}
-    own = {str(number): settings[str(layer)] for number, layer in enumerate(layers) if str(layer) in settings}
-    kept = {PER_LAYER: own} if settings else {}
-    other = {OTHER_LAYERS: len(layers)} if config.get(OTHER_LAYERS) == config["num_hidden_layers"] else {}
-    return {
-        "num_hidden_layers": len(layers),
-        **other,
-        **kinds,
-        **firsts,
-        **places,
-        **kept,
-        **_experts_of(config, layers),
-    }
-
-
-def _of_the_first(config: Mapping[str, Any]) -> dict[str, int]:
-    """The numbers of leading layers of one kind: those in config.json, and one that layers are told apart by although
-    it is missing there.
-    """
+    changed: dict[str, Any] = {"num_hidden_layers": len(layers)}
+    if config.get(OTHER_LAYERS) == config["num_hidden_layers"]:
+        changed[OTHER_LAYERS] = len(layers)
+    changed |= {key: [config[key][layer] for layer in layers] for key in LISTS if config.get(key)}
     stated = {key: config[key] for key in OF_THE_FIRST if config.get(key) is not None}
-    model_type = str(config.get("model_type"))
-    is_implied = config.get("use_sliding_window") and not config.get("layer_types") and model_type in _WINDOWS_FROM
-    return {"max_window_layers": _WINDOWS_FROM[model_type], **stated} if is_implied else stated
+    if config.get("use_sliding_window") and not config.get("layer_types") and config.get("model_type") in _WINDOWS_FROM:
+        stated.setdefault("max_window_layers", _WINDOWS_FROM[config["model_type"]])  # the default, if it is missing
+    changed |= {key: sum(layer < count for layer in layers) for key, count in stated.items()}
+    for key in (key for key in ATTENTION_LAYER_LISTS if config.get(key)):
+        changed[key] = [number for number, layer in enumerate(layers) if layer in config[key]]
+    if settings := config.get(PER_LAYER):
+        own = {str(number): settings[str(layer)] for number, layer in enumerate(layers) if str(layer) in settings}
+        changed[PER_LAYER] = own
+    return changed | _experts_of(config, layers)
 
 
 def _experts_of(config: Mapping[str, Any], layers: Sequence[int]) -> dict[str, Any]:
     """Settings that say which of these layers have experts, where numbers say it; for several layers, a best effort."""
-    first = layers[0]
-    periods = {
-        key: value
-        for period, offset in PERIODS.items()
-        if config.get(period)
-        for key, value in ((period, 2), (offset, int(first % config[period] != config.get(offset, 0))))
-    }
-    if _FROM in config:
+    if "moe_layer_start_index" in config:
         sparse = [number for number, layer in enumerate(layers) if has_experts(config, layer)] or [1, 0]
-        return {_FROM: sparse[0], _TO: sparse[-1], _EVERY: 1}
+        return {"moe_layer_start_index": sparse[0], "moe_layer_end_index": sparse[-1], "moe_layer_interval": 1}
+    periods = {period: offset for period, offset in PERIODS.items() if config.get(period)}
     if periods:
-        return periods
-    step, without = config.get(_SPARSE_STEP) or 1, config.get(LAYERS_WITHOUT) or []
+        own = {offset: int(layers[0] % config[it] != config.get(offset, 0)) for it, offset in periods.items()}
+        return dict.fromkeys(periods, 2) | own
+    step, without = config.get("decoder_sparse_step") or 1, config.get(LAYERS_WITHOUT) or []
     if step == 1 and not without:
         return {}
     plain = [number for number, layer in enumerate(layers) if layer in without or (layer + 1) % step]
-    return {_SPARSE_STEP: 1, LAYERS_WITHOUT: plain}
+    return {"decoder_sparse_step": 1, LAYERS_WITHOUT: plain}

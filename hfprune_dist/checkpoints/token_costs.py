@@ -11,13 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from hfprune_dist.checkpoints.checkpoint import Checkpoint
-from hfprune_dist.checkpoints.families import ATTENTION
 from hfprune_dist.structures.low_rank import linear_modules
 
-# The rates of decay that attention has if it carries a state along; and the projection that makes what is cached, where
-# one latent vector stands for the keys and values of all heads.
-_DECAY = re.compile(r"(self_attn|attention)\.(\w+\.)?A_log$")
-_LATENT = "kv_a_proj_with_mqa"
 # Tensors that no vector is multiplied by as by a matrix, whatever their shapes: some norms have a row for each head.
 _NO_MATRIX = re.compile(r"bias|norm\.weight$")
 
@@ -48,26 +43,31 @@ class TokenCosts:
     @classmethod
     def of(cls, checkpoint: Checkpoint) -> TokenCosts:
         """The costs for a checkpoint, by its tensors."""
-        family, shapes = checkpoint.family, {name: info.shape for name, info in checkpoint.tensors.items()}
-        table = shapes[family.embedding_tensor()]
-        tied = bool(checkpoint.config.get("tie_word_embeddings"))
-        outside = math.prod(table) * (1 if tied else 2)
-        dimensions = (2, 3) if family.experts else (2,)
-        of_layers = (
-            math.prod(shape)
-            for name, shape in shapes.items()
-            if name.startswith(f"{family.layers}.") and len(shape) in dimensions and not _NO_MATRIX.search(name)
-        )
+        prefix, layers = f"{checkpoint.family.layers}.", range(checkpoint.num_layers)
+        of_layers: list[dict[str, Sequence[int]]] = [{} for _ in layers]
+        for name, info in checkpoint.tensors.items():
+            if name.startswith(prefix):
+                number, _, part = name.removeprefix(prefix).partition(".")
+                of_layers[int(number)][part] = info.shape
+        table = math.prod(checkpoint.tensors[checkpoint.family.embedding_tensor()].shape)
+        dimensions = (2, 3) if checkpoint.family.experts else (2,)
         idle, idle_matrices = _idle(checkpoint)
-        queries, values, cached = (sum(them) for them in zip(*_attention_channels(checkpoint), strict=True))
+        queries, values, cached = zip(*(_channels_of(checkpoint, there) for there in of_layers), strict=True)
+        multiplied = sum(
+            math.prod(shape)
+            for there in of_layers
+            for name, shape in there.items()
+            if len(shape) in dimensions and not _NO_MATRIX.search(name)
+        )
         return cls(
             parameters=checkpoint.parameters,
-            parameters_without_embeddings=checkpoint.parameters - outside,
+            parameters_without_embeddings=checkpoint.parameters
+            - table * (1 if checkpoint.config.get("tie_word_embeddings") else 2),
             active_parameters=checkpoint.parameters - idle,
-            multiplied=sum(of_layers) - idle_matrices + math.prod(table),
-            query_channels=queries,
-            value_channels=values,
-            cached_channels=cached,
+            multiplied=multiplied - idle_matrices + table,
+            query_channels=sum(queries),
+            value_channels=sum(values),
+            cached_channels=sum(cached),
         )
 
     def flops(self, context: int) -> int:
@@ -78,11 +78,7 @@ class TokenCosts:
         return 2 * (self.multiplied + context * (self.query_channels + self.value_channels))
 
     def cache_bytes(self, itemsize: int) -> int:
-        """Bytes that the keys and values of one token take in the cache.
-
-        Args:
-            itemsize: bytes of one number in the cache.
-        """
+        """Bytes that the keys and values of one token take in the cache, with numbers of ``itemsize`` bytes."""
         return self.cached_channels * itemsize
 
 
@@ -99,48 +95,33 @@ def _idle(checkpoint: Checkpoint) -> tuple[int, int]:
     experts, units = checkpoint.family.experts, checkpoint.units
     if experts is None:
         return 0, 0
-    sizes = {
-        name: checkpoint.tensors[name].numel
-        for layer in experts.layers
-        for name, _ in units.in_layer(layer, checkpoint.tensors)
-    }
+    names = {name for layer in experts.layers for name, _ in units.in_layer(layer, checkpoint.tensors)}
     # The biases of down projections belong to no neuron.
-    sizes |= {name: it.numel for name, it in checkpoint.tensors.items() if name.endswith("experts.down_proj_bias")}
+    names |= {name for name in checkpoint.tensors if name.endswith("experts.down_proj_bias")}
+    sizes = {name: checkpoint.tensors[name].numel for name in names}
     of_matrices = sum(size for name, size in sizes.items() if "bias" not in name)
     idle = experts.count - experts.chosen
     return sum(sizes.values()) // experts.count * idle, of_matrices // experts.count * idle
 
 
-def _attention_channels(checkpoint: Checkpoint) -> list[tuple[int, int, int]]:
-    """For each layer, channels of its queries, of the values that its heads add up, and of what it caches."""
-    of_layers: list[dict[str, Sequence[int]]] = [{} for _ in range(checkpoint.num_layers)]
-    prefix = f"{checkpoint.family.layers}."
-    for name, info in checkpoint.tensors.items():
-        if name.startswith(prefix):
-            number, _, part = name.removeprefix(prefix).partition(".")
-            of_layers[int(number)][part] = info.shape
-    return [_channels_of(checkpoint, shapes) for shapes in of_layers]
-
-
 def _channels_of(checkpoint: Checkpoint, shapes: Mapping[str, Sequence[int]]) -> tuple[int, int, int]:
-    """The same for a layer with tensors of these shapes; zeros if it has no attention, or carries a state along instead
-    of keys and values. A projection of queries may make a gate too, so the other projections tell their size.
+    """For a layer with tensors of these shapes, channels of its queries, of the values that its heads add up, and of
+    what it caches; zeros if it has no attention, or carries a state along (with rates of decay) in place of a cache.
     """
     family, config = checkpoint.family, checkpoint.family.completed(checkpoint.config)
-    if any(_DECAY.match(name) for name in shapes):
+    block, projections = family.attention, family.attention_modules
+    if any(re.match(r"(self_attn|attention)\.(\w+\.)?A_log$", name) for name in shapes):
         return 0, 0, 0
-    latent = shapes.get(f"{family.attention}.{_LATENT}.weight")
-    if latent:
-        own = f"{family.attention}.q_b_proj.weight", f"{family.attention}.q_proj.weight"
-        queries = next(shapes[name][0] for name in own if name in shapes)
-        return queries, shapes[f"{family.attention}.o_proj.weight"][1], latent[0]
-    if family.attention_projections[:3] != ATTENTION[:3]:
+    if latent := shapes.get(f"{block}.kv_a_proj_with_mqa.weight"):  # one vector stands for keys and values of all heads
+        queries = shapes.get(f"{block}.q_b_proj.weight") or shapes[f"{block}.q_proj.weight"]
+        return queries[0], shapes[f"{block}.o_proj.weight"][1], latent[0]
+    if not projections:
         channels = config["num_attention_heads"] * config["head_dim"]
         return channels, channels, 2 * config["num_key_value_heads"] * config["head_dim"]
-    _, key, value, output = (linear_modules(name, checkpoint.ranks) for name in family.attention_modules)
+    _, key, value, output = (linear_modules(name, checkpoint.ranks) for name in projections)
     if f"{key[-1]}.weight" not in shapes:
         return 0, 0, 0
     keys = shapes[f"{key[-1]}.weight"][0]
     values = shapes.get(f"{value[-1]}.weight", (keys,))[0]  # without a projection, keys are values too
-    summed = shapes[f"{output[0]}.weight"][1]
+    summed = shapes[f"{output[0]}.weight"][1]  # a projection of queries may make a gate too
     return summed * keys // values, summed, keys + values

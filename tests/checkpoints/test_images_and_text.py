@@ -147,7 +147,7 @@ def test_layers_that_predict_further_tokens_are_left_out(checkpoint_of, tmp_path
     (folder / "config.json").write_text(json.dumps({**source.whole, "text_config": text}))
     checkpoint = open_checkpoint(folder)
     require_own_weights(checkpoint)
-    assert (checkpoint.parameters, checkpoint.surplus) == (source.parameters, sorted(further))
+    assert (checkpoint.parameters, checkpoint.unused) == (source.parameters, tuple(sorted(further)))
     write(checkpoint, some_kept(checkpoint, two_layers(checkpoint), (15, 15)), tmp_path / "pruned")
     assert not further.keys() & load_file(tmp_path / "pruned" / "model.safetensors").keys()
     assert open_checkpoint(tmp_path / "pruned").whole["text_config"]["mtp_num_hidden_layers"] == 0
@@ -193,8 +193,9 @@ def test_others_are_refused_by_name(checkpoint_of, tmp_path):
     checkpoint = checkpoint_of("llava")
     with pytest.raises(UserError, match="'mllama' is not supported: it is a model of images and text"):
         renamed(checkpoint.path, tmp_path / "other", {}, {**checkpoint.whole, "model_type": "mllama"})
+    checkpoint = checkpoint_of("smolvlm")
     with pytest.raises(UserError, match="it doesn't have exactly one stack of 3 layers"):
-        renamed(checkpoint.path, tmp_path / "elsewhere", {"model.language_model.": "model.speaker."}, checkpoint.whole)
+        renamed(checkpoint.path, tmp_path / "elsewhere", {"model.text_model.": "model.speaker."}, checkpoint.whole)
 
 
 def test_loading_leaves_positions_of_one_axis_alone(checkpoint_of):
@@ -230,4 +231,5 @@ def test_scores_layers_and_adapters_of_a_mixture_are_those_of_the_whole_model(ch
     with torch.no_grad():
         through_layers(checkpoint, load(checkpoint.path), WINDOWS)
     trained = trained_and_merged(checkpoint, tmp_path, WINDOWS)
-    assert_same(logits_of(load(tmp_path / "merged"), "qwen3_5_moe"), logits_of(trained, "qwen3_5_moe"))
+    ours, theirs = logits_of(load(tmp_path / "merged"), "qwen3_5_moe"), logits_of(trained, "qwen3_5_moe")
+    assert (ours - theirs).abs().max() <= 1e-4 * theirs.abs().max()

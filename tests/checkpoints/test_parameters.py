@@ -110,7 +110,7 @@ def test_the_head_that_counts_is_the_one_that_every_part_computes_with(tmp_path)
     assert ["differs from the embedding" in remark for remark in checkpoint.remarks] == [True]
 
 
-@pytest.mark.parametrize("model_type", ["llama", "lfm2"])
+@pytest.mark.parametrize("model_type", ["gemma", "lfm2"])
 @pytest.mark.parametrize("head", ["none", "same", "different"])
 def test_a_head_that_config_json_does_not_mention_is_tied_unless_its_values_differ(tmp_path, model_type, head):
     """Configurations leave out what their class has by default; merged and gathered weights hold a copy of the head."""
