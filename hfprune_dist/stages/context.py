@@ -30,7 +30,7 @@ from hfprune_dist.store.stage_handle import StageHandle
 TRACKING = "tracking"  # next to the store
 LONGEST_TITLE = 96
 
-P = TypeVar("P", bound=Parameters)
+P = TypeVar("P", bound=Parameters, covariant=True)
 
 
 @dataclass(frozen=True)
@@ -126,16 +126,13 @@ class Context(Generic[P]):
             raise LostInputError(f"{stage_id}: {verdict.reason}; run the sweep again")
 
     def require_untouched_inputs(self) -> None:
-        """Check that none of the user's files has changed since ``check_inputs``; collective.
+        """Check that none of the user's files has changed since ``check_inputs``; on rank 0.
 
         Call it before keeping anything that others, or a later attempt, will take for the result of the planned files.
 
         Raises:
             ChangedInputError: naming the file. Progress that this stage has made with it is deleted.
         """
-        self.world.on_rank0(self._require_untouched_inputs)
-
-    def _require_untouched_inputs(self) -> None:
         self._discarding_progress(self._user_files.require_untouched)
 
     def _discarding_progress(self, check: Callable[[], None]) -> None:
@@ -164,7 +161,7 @@ class Context(Generic[P]):
         self.world.on_rank0(lambda: self._commit(draft, self._record(metrics, peak)))
 
     def _commit(self, draft: Path, record: dict[str, Any]) -> None:
-        self._require_untouched_inputs()
+        self.require_untouched_inputs()
         self.store.commit(self.stage, draft, record, claim=self.claim)
         self.handle.discard_work()
 

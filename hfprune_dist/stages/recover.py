@@ -4,18 +4,12 @@ from __future__ import annotations
 
 from hfprune_dist.checkpoints.checkpoint import open_checkpoint
 from hfprune_dist.kinds.recover import RecoverParameters
-from hfprune_dist.stages.context import Context as AnyContext
-from hfprune_dist.stages.instruction_tuning import train_on_instructions
-from hfprune_dist.training.write_merged import write_merged, write_trained
-
-Context = AnyContext[RecoverParameters]
+from hfprune_dist.stages.context import Context
+from hfprune_dist.stages.training import train_on_instructions, write_model
 
 
-def run(context: Context) -> None:
+def run(context: Context[RecoverParameters]) -> None:
     """Write a Hugging Face folder that plain transformers loads, with ``adapter/`` and ``loss.jsonl`` in it."""
     checkpoint = open_checkpoint(context.input_path("model"))
-    trained = train_on_instructions(context, checkpoint)
-    draft = context.open_draft()
-    context.world.on_rank0(lambda: write_trained(checkpoint, trained.last, context.params.recovery, draft))
-    write_merged(checkpoint, draft, context.world, context.progress)
-    context.commit(draft, trained.metrics())
+    trained, metrics = train_on_instructions(context, checkpoint)
+    context.commit(write_model(context, checkpoint, context.params.recovery, trained), metrics)

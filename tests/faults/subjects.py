@@ -19,11 +19,9 @@ from fake_slurm import Controller
 from hfprune_launch import sweep
 from hfprune_launch.local.backend import LocalBackend
 from hfprune_launch.modes import sweep_run
-from hfprune_launch.project import Project
 from hfprune_launch.slurm import commands as slurm_cli
 from hfprune_launch.slurm.attempts import Attempts
 from hfprune_launch.slurm.backend import SlurmBackend
-from hfprune_launch.slurm.code_snapshot import take_snapshot
 from hfprune_launch.slurm.commands import SlurmCommands
 from hfprune_launch.slurm.job import _StartGate
 from hfprune_launch.slurm.profile import Profile, Resources
@@ -37,12 +35,9 @@ from tiny import save_tiny, write_documents, write_pairs
 
 from hfprune_dist.config.schema import EvaluationConfig, RuntimeConfig
 from hfprune_dist.config.training import RecoveryConfig
-from hfprune_dist.core.criteria import CRITERIA
 from hfprune_dist.distributed import layer_states
 from hfprune_dist.distributed.layer_stream import LayerStream
 from hfprune_dist.planning.plan import Plan
-from hfprune_dist.refit.dense_refit import DenseRefit
-from hfprune_dist.refit.measurement import Measurement
 from hfprune_dist.refit.sequential_refit import SequentialRefit
 from hfprune_dist.scoring.shard_scorer import ShardScorer
 from hfprune_dist.stages import evaluate
@@ -50,8 +45,7 @@ from hfprune_dist.store.artifacts import Store
 from hfprune_dist.store.atomic_files import read_json
 from hfprune_dist.store.cancellation import Cancellation
 from hfprune_dist.store.claims import Claim, try_claim
-from hfprune_dist.store.file_cache import FileCache
-from hfprune_dist.store.hashing import FileHashes, digest_of
+from hfprune_dist.store.hashing import FileHashes
 from hfprune_dist.store.stage import Input, Stage
 from hfprune_dist.training import trainer as finetune
 
@@ -178,36 +172,30 @@ def _importance(folder: Path, store: Store) -> Stage:
     return stage_of("importance", "tiny", params, {"model": _folder(model), "calibration": _file(text)})
 
 
-def _prune(**method) -> Callable[[Path, Store], Stage]:
-    def make(folder: Path, store: Store) -> Stage:
-        scored = stage_of("importance", "tiny", {}, {})
-        draft = store.open_draft(scored.id)
-        generator = torch.Generator().manual_seed(0)
-        names = [f"layers.{layer}.{name}" for name in CRITERIA for layer in range(4)]
-        scores = {name: torch.rand(48, generator=generator, dtype=torch.float64) for name in names}
-        groups = [f"layers.{layer}.kv_groups.entropy" for layer in range(4)]
-        scores |= {name: torch.rand(2, generator=generator, dtype=torch.float64) for name in groups}
-        save_file(scores, draft / "importance.safetensors")
-        windows_ST = torch.randint(264, (16, 20), generator=generator)
-        save_file({"input_ids": windows_ST}, draft / "windows.safetensors")
-        store.commit(scored, draft, {"metrics": {}})
-        model = save_tiny(folder / "model", num_hidden_layers=4, shard_size="40KB")
-        params = {
-            "ratio": 0.15,
-            "criterion": "entropy",
-            "allocation": "uniform",
-            "refit": "none",
-            "floor": 0.2,
-            "protect_first": 0,
-            "protect_last": 0,
-            "multiple_of": 1,
-            "dtype": "float32",
-            "micro_batch_size": 2,
-            **method,
-        }
-        return stage_of("prune", "tiny", params, {"model": _folder(model), "importance": scored.as_input()})
-
-    return make
+def _prune(folder: Path, store: Store) -> Stage:
+    scored = stage_of("importance", "tiny", {}, {})
+    draft = store.open_draft(scored.id)
+    generator = torch.Generator().manual_seed(0)
+    names = [f"layers.{layer}.entropy" for layer in range(4)]
+    scores = {name: torch.rand(48, generator=generator, dtype=torch.float64) for name in names}
+    save_file(scores, draft / "importance.safetensors")
+    windows_ST = torch.randint(264, (16, 20), generator=generator)
+    save_file({"input_ids": windows_ST}, draft / "windows.safetensors")
+    store.commit(scored, draft, {"metrics": {}})
+    model = save_tiny(folder / "model", num_hidden_layers=4, shard_size="40KB")
+    params = {
+        "ratio": 0.15,
+        "criterion": "entropy",
+        "allocation": "uniform",
+        "refit": "block",
+        "floor": 0.2,
+        "protect_first": 0,
+        "protect_last": 0,
+        "multiple_of": 1,
+        "dtype": "float32",
+        "micro_batch_size": 2,
+    }
+    return stage_of("prune", "tiny", params, {"model": _folder(model), "importance": scored.as_input()})
 
 
 def _reference(folder: Path, store: Store, model: Path) -> Stage:
@@ -215,10 +203,6 @@ def _reference(folder: Path, store: Store, model: Path) -> Stage:
     settings = {"windows": 3, "sequence_length": 24, "text_field": "text"}
     params = {"dtype": "float32", "micro_batch_size": 1, "add_bos_token": True, "text": settings}
     return stage_of("reference", "tiny", params, {"model": _folder(model), "text": _file(text)})
-
-
-def _reference_alone(folder: Path, store: Store) -> Stage:
-    return _reference(folder, store, save_tiny(folder / "model"))
 
 
 def _evaluate(folder: Path, store: Store) -> Stage:
@@ -311,40 +295,6 @@ class Claims(Subject):
 
     def leftovers(self, root: Path) -> list[str]:
         return []  # they go with the work folder
-
-
-class Cache(Subject):
-    """A file that stages share, and one that is made again if it is damaged."""
-
-    def run(self, root: Path, count: Count, mark: Mark, marks: list) -> dict:
-        cache, content = FileCache(root / "rows"), "rows " * 100
-        for number in range(2):
-            target = root / f"target-{number}"
-            if not cache.take("key", target):
-                target.write_text(content)
-                cache.put("key", target)
-            assert target.read_text() == content
-        return {}
-
-
-class Code(Subject):
-    """The copy of the code that jobs run."""
-
-    def prepare(self, folder: Path) -> Path:
-        (folder / "store").mkdir()
-        for package in ("hfprune_dist", "launch"):
-            (folder / "project" / package / "part").mkdir(parents=True)
-            for name in ("__init__.py", "part/a.py"):
-                (folder / "project" / package / name).write_text(f"# {package} {name}\n" * 9)
-        return folder / "project"
-
-    def run(self, root: Path, count: Count, mark: Mark, marks: list) -> dict:
-        snapshot = take_snapshot(Project.around(self.prepared / "launch"), root, {"commit": "abc"})
-        files = sorted(path for path in snapshot.rglob("*") if path.is_file())
-        return {"files": {str(path.relative_to(root)): digest_of(path.read_text()) for path in files}}
-
-    def leftovers(self, root: Path) -> list[str]:
-        return []  # half a copy, a megabyte, may stay: another launcher might be making it
 
 
 # Whole sweeps.
@@ -464,19 +414,9 @@ def subjects() -> list[Subject]:
     return [
         Commit("commit"),
         Claims("claims"),
-        Cache("cache"),
-        Code("code"),
         SlurmSweep("slurm"),
         WholeSweep("sweep"),
-        StageSubject("reference", _reference_alone, {}),
-        StageSubject("prune block", _prune(refit="block"), {SequentialRefit: "_fit"}),
-        StageSubject("prune dense", _prune(refit="dense"), {DenseRefit: "_prepared"}),
-        StageSubject("prune searched", _prune(allocation="searched", refit="dense"), {Measurement: "_through"}),
-        StageSubject(
-            "prune plain",
-            _prune(allocation="plain", refit="dense", structures=["neurons", "kv_groups", "layers"], ratio=0.4),
-            {Measurement: "_through", DenseRefit: "_prepared"},
-        ),
+        StageSubject("prune", _prune, {SequentialRefit: "_fit"}),
         StageSubject("importance", _importance, {ShardScorer: "score", LayerStream: "grams"}),
         StageSubject("evaluate", _evaluate, {evaluate: "_run_task"}),
         StageSubject("loraprune", _loraprune, {finetune._LoraTrainer: "training_step"}),

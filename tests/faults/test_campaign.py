@@ -11,10 +11,7 @@ from ranks import FAULTS, ROOT
 
 pytestmark = pytest.mark.slow
 
-SUBJECTS = [
-    *("commit", "claims", "cache", "code", "slurm", "sweep", "reference", "prune block", "prune dense"),
-    *("prune searched", "prune plain", "importance", "evaluate", "loraprune"),
-]
+SUBJECTS = ["commit", "claims", "slurm", "sweep", "prune", "importance", "evaluate", "loraprune"]
 # States per subject, and half as many after a second crash.
 DRAWN = 4
 # Subjects that must end badly, because one fsync is left out.

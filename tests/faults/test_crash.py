@@ -56,11 +56,6 @@ def test_what_was_flushed_before_its_rename_is_old_or_new(tmp_path, recorded):
     assert {state.get("draft") for state in states} == {None, "", "new ", "new \0\0\0\0", "new text"}
 
 
-def test_an_fsync_that_is_not_recorded_promises_nothing(tmp_path, recorded):
-    states = recorded(lambda folder: replace(folder, "new text", fsync=True), unsynced="draft")
-    assert {"file": ""} in states
-
-
 def test_names_reach_the_disk_in_their_order_and_stay_once_a_folder_was_flushed(tmp_path):
     recorder = Recorder(tmp_path, [])
     recorder.arm()
@@ -74,20 +69,6 @@ def test_names_reach_the_disk_in_their_order_and_stay_once_a_folder_was_flushed(
     assert left == [(False, ""), (False, "a"), (False, "ab"), (True, "ab"), (True, "abc")]
 
 
-def test_what_was_appended_is_lost_and_what_was_flushed_stays(tmp_path, recorded):
-    def append(folder):
-        for text in ("first ", "second"):
-            with (folder / "log").open("a") as stream:
-                stream.write(text)
-                stream.flush()
-                if text == "first ":
-                    os.fsync(stream.fileno())
-                    (folder / "mark").mkdir()
-
-    states = [state["log"] for state in recorded(append) if "log" in state]
-    assert {"first ", "first second", "first sec", "first sec\0\0\0"} <= set(states)
-
-
 def test_what_was_removed_may_be_back_and_links_stay_one_file(tmp_path, recorded):
     (tmp_path / "old").write_text("text")
 
@@ -96,25 +77,6 @@ def test_what_was_removed_may_be_back_and_links_stay_one_file(tmp_path, recorded
         (folder / "old").unlink()
 
     assert recorded(change) == [{"old": "text"}, {"new": "text", "old": "text"}, {"new": "text"}]
-
-
-def test_a_symbolic_link_is_there_whole_or_not_at_all(tmp_path):
-    (tmp_path / "store").mkdir()
-    (tmp_path / "store" / "a").write_text("text")
-    recorder = Recorder(tmp_path, [])
-    recorder.arm()
-    (tmp_path / "draft").mkdir()
-    (tmp_path / "draft" / "a").symlink_to("../store/a")
-    (tmp_path / "draft" / "folder").symlink_to("../store")
-    (tmp_path / "draft").rename(tmp_path / "named")
-    recorder.disarm()
-    left = []
-    for number, state in enumerate(states_of(*_of(recorder))):
-        state.write(folder := tmp_path / f"state-{number}")
-        left.append({str(it.relative_to(folder)): str(it.readlink()) for it in folder.rglob("*") if it.is_symlink()})
-    assert left[0] == {} and left[-1] == {"named/a": "../store/a", "named/folder": "../store"}
-    assert {len(links) for links in left} == {0, 1, 2}
-    assert all(set(links.values()) <= {"../store/a", "../store"} for links in left)
 
 
 def test_what_left_the_machine_stays_whatever_is_lost(tmp_path):

@@ -75,11 +75,6 @@ def take_over(context, monkeypatch):
         return try_claim(context.work)
 
 
-def context_of(world, store):
-    stage = stage_of("prune", "a", {}, {"importance": NEED.as_input()})
-    return Context(stage, store, world, RuntimeConfig(), Progress(None), {}, {}, 1)
-
-
 def test_a_stage_on_the_planned_files_commits(store, text):
     context = claimed(store, text)
     context.check_inputs()
@@ -103,30 +98,17 @@ def test_a_file_that_changed_after_planning_is_refused_and_so_is_what_was_made_o
     }
 
 
-def test_a_file_that_can_not_be_read_costs_no_progress(store, text):
-    context = claimed(store, text)
-    text.unlink()
-    with pytest.raises(Exception, match=r"text\.jsonl: No such file"):
-        context.check_inputs()
-    assert progress_of(context) == ["partial.safetensors", "snapshots"]
-
-
-@pytest.mark.parametrize("change", ["replaced", "put back"])
-def test_nothing_is_committed_that_may_have_been_made_of_another_file(store, text, change):
+def test_nothing_is_committed_that_may_have_been_made_of_another_file(store, text):
     context = claimed(store, text)
     context.check_inputs()
     text.write_text("another")
-    if change == "put back":
-        text.write_text("planned")
+    text.write_text("planned")  # put back: read in between, it was another
     draft = context.open_draft()
     (draft / "weights").write_text("poisoned")
     with pytest.raises(ChangedInputError, match=r"text\.jsonl: written or replaced while a stage read it"):
         context.commit(draft, {})
     assert store.verify(context.stage.id).state == "missing" and progress_of(context) == []
-    again = claimed(store, text)
-    if change == "put back":
-        again.check_inputs()
-        assert again.stage == context.stage
+    claimed(store, text).check_inputs()
 
 
 def test_who_lost_its_claim_commits_nothing_and_leaves_its_successor_alone(store, text, monkeypatch):
@@ -186,24 +168,8 @@ def test_what_looks_as_committed_is_read_only_after_a_failed_attempt(store, text
         replace(context, attempt=2).check_inputs()
 
 
-def test_damage_that_another_stage_has_mended_meanwhile_is_none(store, text, monkeypatch):
-    corrupt(store)
-    set_aside = Store.set_aside
-
-    def others_were_faster(self, *arguments):
-        monkeypatch.setattr(Store, "set_aside", set_aside)
-        assert store.set_aside(NEED.id) is not None
-        make_need(store)
-        return set_aside(self, *arguments)
-
-    monkeypatch.setattr(Store, "set_aside", others_were_faster)
-    begin(store, text).check_inputs()
-    assert len(list((store.root / "quarantine").iterdir())) == 1
-
-
-@pytest.mark.parametrize("set_by", [-3600.0, 3600.0])
-def test_a_clock_that_is_set_lengthens_no_stage(store, text, monkeypatch, set_by):
-    context, wrong = begin(store, text), time.time() + set_by
+def test_a_clock_that_is_set_lengthens_no_stage(store, text, monkeypatch):
+    context, wrong = begin(store, text), time.time() + 3600
     monkeypatch.setattr(time, "time", lambda: wrong)
     draft = context.open_draft()
     (draft / "model.bin").write_text("weights")

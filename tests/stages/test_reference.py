@@ -4,8 +4,6 @@ import shutil
 
 import pytest
 import torch
-from hypothesis import example, given, settings
-from hypothesis import strategies as st
 from made_stages import stage_of
 from ranks import SoloWorld, killing, run_stage, write_stage_file
 from safetensors.torch import load_file, save_file
@@ -52,13 +50,6 @@ def files_of(store, stage):
     return {file.name: file.read_bytes() for file in store.path(stage.id).glob("*.safetensors")}
 
 
-@pytest.fixture(scope="module")
-def uninterrupted(source, tmp_path_factory):
-    store = Store(tmp_path_factory.mktemp("one"))
-    assert run_stage(store, held_out(source), ranks=1).returncode == 0
-    return files_of(store, held_out(source))
-
-
 def test_held_out_text_is_seen_as_the_whole_model_sees_it(source, tmp_path):
     states = run_alone(Store(tmp_path), held_out(source))
     assert states.windows_ST.shape == (5, 48)
@@ -70,9 +61,7 @@ def test_held_out_text_is_seen_as_the_whole_model_sees_it(source, tmp_path):
             torch.testing.assert_close(states.hidden(index), expected_TC, rtol=1e-4, atol=1e-5)
 
 
-@settings(max_examples=12, deadline=None, derandomize=True)
-@example(windows=1, micro_batch_size=2, size=4)
-@given(windows=st.integers(1, 7), micro_batch_size=st.integers(1, 3), size=st.integers(2, 6))
+@pytest.mark.parametrize(("windows", "micro_batch_size", "size"), [(1, 2, 4), (5, 2, 2), (7, 1, 3)])
 def test_ranks_keep_step_whatever_the_number_of_windows(source, tmp_path_factory, windows, micro_batch_size, size):
     """Some ranks have no micro-batch of their own, and the last one is not full."""
     stage = held_out(source)
@@ -84,10 +73,9 @@ def test_ranks_keep_step_whatever_the_number_of_windows(source, tmp_path_factory
     assert files_of(stores[0], stage) == files_of(stores[1], stage)
 
 
-@pytest.mark.parametrize("variant", ["llama", "qwen2", "qwen3", "mistral"])
-def test_calibration_windows_are_rows_to_learn_from(tmp_path, variant):
+def test_calibration_windows_are_rows_to_learn_from(tmp_path):
     """The last micro-batch is not full."""
-    save_tiny(tmp_path / "dense", variant)
+    save_tiny(tmp_path / "dense")
     windows_ST = torch.randint(3, 264, (6, 24), generator=torch.Generator().manual_seed(0))
     store = Store(tmp_path / "store")
     draft = store.open_draft(IMPORTANCE.id)
@@ -96,36 +84,22 @@ def test_calibration_windows_are_rows_to_learn_from(tmp_path, variant):
     inputs = {"model": Input("dense", str(tmp_path / "dense")), "importance": IMPORTANCE.as_input()}
     states = run_alone(store, stage_of("reference", "tiny", {"dtype": "float32", "micro_batch_size": 4}, inputs))
     with torch.no_grad():
-        expected_STC = tiny_model(variant).model(input_ids=windows_ST).last_hidden_state
+        expected_STC = tiny_model("llama").model(input_ids=windows_ST).last_hidden_state
     for row in range(6):
         torch.testing.assert_close(states(row)[DENSE], expected_STC[row], rtol=1e-4, atol=1e-5)
         assert states(row)["input_ids"].tolist() == states(row)["labels"].tolist() == windows_ST[row].tolist()
 
 
-def test_states_are_kept_in_the_dtype_that_they_are_computed_in(source, tmp_path):
-    assert run_alone(Store(tmp_path), held_out(source, "bfloat16")).hidden(0).dtype == torch.bfloat16
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("ranks", [2, 6])
-def test_any_number_of_ranks_has_the_bits_of_one(source, uninterrupted, tmp_path, ranks):
-    """Of two ranks, one has one window less; of six, one has none."""
-    store = Store(tmp_path)
-    result = run_stage(store, held_out(source), ranks)
-    assert result.returncode == 0, result.stderr[-2000:]
-    assert files_of(store, held_out(source)) == uninterrupted
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("match", "kill_at"), [("/.progress", 1), ("/.draft", 3)], ids=["in the walk", "at the end"])
-def test_a_killed_stage_begins_anew_and_comes_to_the_same_bits(source, uninterrupted, tmp_path, match, kill_at):
-    store, stage = Store(tmp_path), held_out(source)
-    killed = run_stage(store, stage, 2, environment=killing(0, kill_at, match))
+def test_a_killed_stage_begins_anew_and_comes_to_the_same_bits_on_other_ranks(source, tmp_path):
+    store, one, stage = Store(tmp_path), Store(tmp_path / "one"), held_out(source)
+    run_alone(one, stage)
+    killed = run_stage(store, stage, 2, environment=killing(0, 3, "/.draft"))
     assert killed.returncode != 0
     assert not store.path(stage.id).exists()
     assert list((tmp_path / "reference").glob(".draft-*"))
     assert run_stage(store, stage, ranks=2).returncode == 0
-    assert files_of(store, stage) == uninterrupted
+    assert files_of(store, stage) == files_of(one, stage)
     assert not list((tmp_path / "reference").glob(".draft-*"))
 
 
@@ -135,9 +109,7 @@ def test_short_held_out_text_is_refused(source, tmp_path):
         run_alone(Store(tmp_path), held_out(source, text="short.jsonl"))
 
 
-@pytest.mark.parametrize("size", [1, 3])
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_states_that_are_no_numbers_are_refused(source, tmp_path, size, value):
+def test_states_that_are_no_numbers_are_refused(source, tmp_path):
     """Also if only one rank's windows see them: the embedding that is damaged is of a token that few windows have."""
     stage = held_out(source)
     windows_ST = run_alone(Store(tmp_path / "sound"), stage).windows_ST
@@ -147,19 +119,11 @@ def test_states_that_are_no_numbers_are_refused(source, tmp_path, size, value):
     shutil.copytree(source / "dense", tmp_path / "damaged")
     file = tmp_path / "damaged" / "model.safetensors"
     tensors = load_file(file)
-    tensors["model.embed_tokens.weight"][rarest, 0] = value
+    tensors["model.embed_tokens.weight"][rarest, 0] = float("nan")
     save_file(tensors, file, {"format": "pt"})
     inputs = {**stage.inputs, "model": Input("damaged", str(tmp_path / "damaged"))}
     stage = stage_of(stage.kind, stage.label, stage.params, inputs)
-    message = r"final hidden states are NaN or infinite; check the checkpoint's weights"
-    assert_refused(Store(tmp_path / "store"), stage, size, message)
-
-
-def assert_refused(store, stage, size, message):
-    def run(world):
-        reference.run(Context(stage, store, world, RuntimeConfig(), Progress(None), config={}, code={}, attempt=1))
-
-    store.work(stage.id).mkdir(parents=True)
-    with pytest.raises(UserError, match=message):
-        Ranks(size).run(run)
+    store = Store(tmp_path / "store")
+    with pytest.raises(UserError, match=r"final hidden states are NaN or infinite; check the checkpoint's weights"):
+        run_in_threads(store, stage, Ranks(3))
     assert store.verify(stage.id).state == "missing"
