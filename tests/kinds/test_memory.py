@@ -73,10 +73,14 @@ def small_portions(monkeypatch):
         monkeypatch.setattr(importance, name, 0)
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("kinds", [("neurons",), ("neurons", "kv_groups")])
-@pytest.mark.parametrize("criteria", [["entropy"], ["entropy", "fisher"]])
-@pytest.mark.parametrize("variant", ["llama", "qwen2"])
+@pytest.mark.parametrize(
+    ("variant", "criteria", "kinds", "checkpointing"),
+    [
+        ("llama", ["entropy"], ("neurons",), False),
+        ("llama", ["entropy", "fisher"], ("neurons", "kv_groups"), True),
+        ("qwen2", ["entropy", "fisher"], ("neurons", "kv_groups"), False),
+    ],
+)
 def test_a_calibration_pass(small_portions, variant, criteria, kinds, checkpointing):
     model = tiny_model(variant, **SHAPE).bfloat16().requires_grad_(False)
     family = FAMILY
@@ -97,11 +101,11 @@ def test_a_calibration_pass(small_portions, variant, criteria, kinds, checkpoint
     check(job.memory(dimensions_of(model.config.to_dict()), 1).total, counted.peak)
 
 
-@pytest.mark.parametrize("dims", [(64, 1024), (256, 512)], ids=["wide", "square"])
 @pytest.mark.parametrize(
     ("refit", "rank", "ranks"), [("none", 0, 1), ("dense", 0, 1), ("dense", 1, 3), ("layerwise", 0, 1), ("block", 0, 1)]
 )
-def test_a_pass_layer_by_layer(tmp_path, monkeypatch, refit, dims, rank, ranks):
+def test_a_pass_layer_by_layer(tmp_path, monkeypatch, refit, rank, ranks):
+    dims = 64, 1024
     monkeypatch.setattr(blocks, "CACHE_BYTES", 2**40)  # as on a GPU: in one go
     sizes = dict(zip(("hidden_size", "intermediate_size"), dims, strict=True))
     checkpoint = open_checkpoint(save_tiny(tmp_path / "model", **sizes, num_hidden_layers=3, vocab_size=264))
@@ -126,8 +130,8 @@ def test_a_pass_layer_by_layer(tmp_path, monkeypatch, refit, dims, rank, ranks):
     check(formula.total - formula.weights / 2 + job.host_bytes(size, ranks), counted.peak, at_most=1.7)
 
 
-@pytest.mark.parametrize("sizes", [(64, 128, 8, 2), (256, 32, 16, 8)])
-def test_a_refit_of_experts(tmp_path, monkeypatch, sizes):
+def test_a_refit_of_experts(tmp_path, monkeypatch):
+    sizes = 64, 128, 8, 2
     monkeypatch.setattr(blocks, "CACHE_BYTES", 2**40)
     names = "hidden_size", "moe_intermediate_size", "num_experts", "num_experts_per_tok"
     settings = dict(zip(names, sizes, strict=True)) | {"intermediate_size": sizes[1], "mlp_only_layers": []}
@@ -158,9 +162,9 @@ def kept_for_backward(model):
         yield lambda: sum(size for size, _ in kept.values())
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.05])
-@pytest.mark.parametrize("sharded", [False, True])
-@pytest.mark.parametrize("model_type", ["llama", "mixtral"])
+@pytest.mark.parametrize(
+    ("model_type", "sharded", "dropout"), [("llama", False, 0.05), ("llama", True, 0.05), ("mixtral", False, 0.0)]
+)
 def test_lora_training(tmp_path, monkeypatch, model_type, sharded, dropout):
     if model_type == "llama":
         save_tiny(tmp_path, **SHAPE)
@@ -191,8 +195,7 @@ def logits_of(tokens, dims):
     return tokens * dims.vocabulary * (2 + 2 * 4)
 
 
-@pytest.mark.parametrize("tokens", [256, 900, 3000, 9000])
-@pytest.mark.parametrize("shots", [0, 5, None])
+@pytest.mark.parametrize(("tokens", "shots"), [(256, 0), (900, 5), (9000, None)])
 def test_an_evaluation_has_room_for_long_requests(tokens, shots):
     """Whatever windows of text it compares, and with examples in prompts: batches of long requests are smaller."""
     job = evaluation(tasks=["piqa"], batch_size=8, num_fewshot=shots)

@@ -13,13 +13,10 @@ from made_stages import stage_of
 from ranks import failure_of, killing, run_stage
 from safetensors.torch import load_file, save_file
 from tiny import save_tiny, tiny_model, write_documents
-from worlds import Death, Ranks, run_in_threads, without_deepspeed
 
 from hfprune_dist.checkpoints.checkpoint import open_checkpoint
 from hfprune_dist.core.criteria import CRITERIA
 from hfprune_dist.core.elimination import elimination_scores
-from hfprune_dist.data.windows import read_windows
-from hfprune_dist.stages import calibration_windows
 from hfprune_dist.store.artifacts import Store
 from hfprune_dist.store.hashing import FileHashes
 from hfprune_dist.store.stage import Input
@@ -88,8 +85,7 @@ def test_anyone_can_recompute_the_scores_from_the_windows(on_one_rank):
     assert metrics["tokens"] == 11 * 32 and metrics["documents_used"] == 11
 
 
-@pytest.mark.parametrize(("ranks", "interpreters"), [(2, True), (4, False)])
-@pytest.mark.parametrize("sharding", ["auto", "zero3"])
+@pytest.mark.parametrize(("ranks", "interpreters", "sharding"), [(2, True, "zero3"), (4, False, "auto")])
 def test_any_number_of_ranks_gives_the_same_bits(on_one_rank, ranks, interpreters, sharding):
     folder, stage, one = on_one_rank
     many = run_in(folder / f"{ranks} {sharding}", stage, ranks, interpreters=interpreters, sharding=sharding)
@@ -98,37 +94,6 @@ def test_any_number_of_ranks_gives_the_same_bits(on_one_rank, ranks, interpreter
         assert torch.equal(scores_of(many, stage)[name], expected), name
     windows = "windows.safetensors"
     assert (many.path(stage.id) / windows).read_bytes() == (one.path(stage.id) / windows).read_bytes()
-
-
-@pytest.mark.parametrize("lost", [None, "windows.json", "windows.safetensors", "damaged"])
-def test_the_text_is_read_by_one_attempt_alone_unless_its_windows_are_lost(tmp_path, monkeypatch, lost):
-    without_deepspeed(monkeypatch)
-    stage = make_stage(tmp_path, samples=3, sequence_length=16)
-    whole, store, reads = Store(tmp_path / "whole"), Store(tmp_path / "killed"), []
-    monkeypatch.setattr(calibration_windows, "read_windows", lambda *rest: reads.append(1) or read_windows(*rest))
-    run_in_threads(whole, stage, Ranks(1))
-    with pytest.raises(Death):
-        run_in_threads(store, stage, Ranks(1, deaths={0: 6}))
-    if lost == "damaged":
-        (store.work(stage.id) / "windows.safetensors").write_bytes(b"half")
-    elif lost:
-        (store.work(stage.id) / lost).unlink()
-    run_in_threads(store, stage, Ranks(1))
-    assert len(reads) == (3 if lost else 2)
-    assert store.manifest(stage.id)["metrics"] == whole.manifest(stage.id)["metrics"]
-    for name, expected in scores_of(whole, stage).items():
-        assert torch.equal(scores_of(store, stage)[name], expected), name
-
-
-@pytest.mark.parametrize("variant", ["llama-tied-biases", "qwen2", "qwen3", "mistral"])
-def test_every_family_matches_its_definition_on_two_ranks(tmp_path, variant):
-    stage = make_stage(tmp_path, variant, samples=4)
-    store = run_in(tmp_path / "store", stage, 2)
-    windows = load_file(store.path(stage.id) / "windows.safetensors")["input_ids"]
-    expected = definition(tiny_model(variant), windows)
-    for layer in range(2):
-        difference = scores_of(store, stage)[f"layers.{layer}.entropy"] - expected[layer]
-        assert difference.norm() / expected[layer].norm() < 1e-5
 
 
 def test_all_criteria_at_once_on_any_number_of_ranks(tmp_path):
@@ -182,37 +147,23 @@ def test_all_criteria_at_once_on_any_number_of_ranks(tmp_path):
     assert not torch.equal(scores["layers.0.random"], scores["layers.1.random"])
 
 
-def test_two_ranks_of_which_one_has_a_shorter_shard_have_the_scores_of_one(tmp_path):
-    """Shards have four and two micro-batches; the second rank keeps step with the first in forwards and backwards. With
-    curvature, they are equal up to rounding.
-    """
-    criteria = ["surgeon", "cross_entropy"]
-    stage = make_stage(tmp_path, criteria=criteria, shape=SHARDED, samples=6, micro_batch_size=1, shard_size=4)
-    one, two = (run_in(tmp_path / str(ranks), stage, ranks) for ranks in (1, 2))
-    for name, expected in scores_of(one, stage).items():
-        found = scores_of(two, stage)[name]
-        assert torch.equal(found, expected) or name.endswith("surgeon"), name
-        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-9)
-
-
-@pytest.mark.parametrize("criteria", [["activation"], ["magnitude", "random"]])
-def test_criteria_without_a_loss_do_without_a_head(tmp_path, criteria):
+def test_criteria_without_a_loss_do_without_a_model(tmp_path):
+    criteria = ["magnitude", "random"]
     stage = make_stage(tmp_path, criteria=criteria, samples=3)
     store = run_in(tmp_path / "store", stage, 1)
     assert set(scores_of(store, stage)) == {f"layers.{layer}.{name}" for layer in range(2) for name in criteria}
     assert not any(key.startswith("mean_") for key in store.manifest(stage.id)["metrics"])
 
 
-@pytest.mark.parametrize(("ranks_before", "ranks_after"), [(2, 1), (1, 2)])
-def test_killed_in_mid_pass_and_resumed_on_another_number_of_ranks(on_one_rank, tmp_path, ranks_before, ranks_after):
+def test_killed_in_mid_pass_and_resumed_on_another_number_of_ranks(on_one_rank, tmp_path):
     _, stage, one = on_one_rank
     store = Store(tmp_path / "store")
     environment = killing(rank=0, kill_at=5, match="partial.draft")
-    result = run_stage(store, stage, ranks_before, environment=environment)
+    result = run_stage(store, stage, 2, environment=environment)
     assert result.returncode != 0 and store.verify(stage.id).state == "missing"
     saved = load_file(store.work(stage.id) / "partial.safetensors")
-    assert saved["next_shard"] == 2 * ranks_before < 6, "killed before its third save"
-    run_in(store.root, stage, ranks_after)
+    assert saved["next_shard"] == 4 < 6, "killed before its third save"
+    run_in(store.root, stage, 1)
     for name, expected in scores_of(one, stage).items():
         assert torch.equal(scores_of(store, stage)[name], expected), name
 
@@ -229,14 +180,6 @@ def test_nan_weights_end_the_stage_with_the_layers_name(tmp_path):
     assert result.returncode == 2 and "Traceback" not in result.stderr
     assert failure_of(store, stage)["cause"] == "input"
     assert "layer 1" in failure_of(store, stage)["message"]
-
-
-def test_no_long_enough_document(tmp_path):
-    stage = make_stage(tmp_path, samples=2, sequence_length=5000)
-    store = Store(tmp_path / "store")
-    result = run_stage(store, stage)
-    assert result.returncode == 2
-    assert "no document has 4999 tokens" in failure_of(store, stage)["message"]
 
 
 def test_checkpointed_activations_on_two_ranks_have_the_bits_of_one_without(tmp_path):

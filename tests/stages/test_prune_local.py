@@ -32,8 +32,6 @@ def assert_highest_stay(store, kept, criterion="entropy"):
     [
         ("llama", "none", "mistral"),  # six heads don't divide 32
         ("llama-tied-biases", "dense", "llama"),
-        ("qwen2", "layerwise", "qwen2"),
-        ("qwen3", "block", "qwen3"),
     ],
 )
 def test_without_protected_layers_all_are_alike_in_a_plain_checkpoint(tmp_path, variant, refit, written):
@@ -58,9 +56,8 @@ def test_without_protected_layers_all_are_alike_in_a_plain_checkpoint(tmp_path, 
             torch.testing.assert_close(plain(ids).logits, expected(ids).logits, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("refit", ["none", "block"])
-def test_protected_layers_stay_whole_and_the_others_lose_more(tmp_path, refit):
-    store, stage = prepare(tmp_path, "qwen2", refit=refit, protect_first=1, protect_last=1)
+def test_protected_layers_stay_whole_and_the_others_lose_more(tmp_path):
+    store, stage = prepare(tmp_path, "qwen2", refit="block", protect_first=1, protect_last=1)
     shapes.run(store, stage, SoloWorld())
     metrics, kept, folder = metrics_of(store, stage), kept_of(store, stage), store.path(stage.id)
     assert [len(row) for row in kept["kv_groups"]] == [GROUPS, 2, 2, GROUPS]
@@ -87,16 +84,3 @@ def test_any_number_of_ranks_writes_the_same_bits(tmp_path):
             assert ended.codes == [0] * ranks, ended.messages
         outcomes.append(outcome(store, stage))
     assert outcomes[0] == outcomes[1]
-
-
-def test_a_checkpoint_whose_layers_differ_is_pruned_again(tmp_path):
-    store, first = prepare(tmp_path, allocation="global", floor=0.2, ratio=0.15)
-    shapes.run(store, first, SoloWorld())
-    model = open_checkpoint(store.path(first.id))
-    again, stage = prepare(tmp_path / "again", model=model.path, ratio=0.15)
-    shapes.run(again, stage, SoloWorld())
-    kept = read_kept(again.path(stage.id))
-    assert not model.is_uniform and abs(metrics_of(again, stage)["ratio_reached"] - 0.15) < 0.01
-    had = model.units.counts
-    left = [len(row) / count for row, count in zip(kept.units["neurons"], had, strict=True)]
-    assert max(left) - min(left) <= 1.1 / min(had) and max(left) < 1

@@ -9,16 +9,13 @@ from faults.kill import deaths_during
 from ranks import SoloWorld
 from refitting import embedded, inside
 from safetensors.torch import load_file
-from shapes import IMPORTANCE, LAYERS, MICRO_BATCH, NEURONS, kept_of, metrics_of, outcome, windows_of
-from tiny import VARIANTS
+from shapes import LAYERS, NEURONS, kept_of, metrics_of, outcome, windows_of
 from transformers import AutoModelForCausalLM
 from worlds import Ranks
 
 from hfprune_dist.checkpoints.checkpoint import open_checkpoint
-from hfprune_dist.distributed.layer_stream import LayerStream
-from hfprune_dist.errors import UserError
 from hfprune_dist.models.loading import load_causal_lm, require_own_weights
-from hfprune_dist.models.single_layer import LayerReader, part_of, run
+from hfprune_dist.models.single_layer import part_of, run
 from hfprune_dist.store.artifacts import Store
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -75,7 +72,7 @@ def defined(checkpoint, windows_ST, ranks, width):
     return kept, products
 
 
-@pytest.mark.parametrize(("variant", "ratio"), [("llama", 0.15), *((it, 0.45) for it in VARIANTS)])
+@pytest.mark.parametrize(("variant", "ratio"), [("llama", 0.15), ("llama-tied-biases", 0.45), ("qwen3", 0.45)])
 def test_neurons_and_matrices_are_those_of_the_definition(tmp_path, variant, ratio):
     biases = {"attention_bias": True} if variant == "qwen3" else {}
     store, stage = prepare(tmp_path, variant, ratio=ratio, **biases)
@@ -100,9 +97,8 @@ def test_neurons_and_matrices_are_those_of_the_definition(tmp_path, variant, rat
             assert bias is None or torch.equal(tensors[f"{prefix}{name}.1.bias"], bias)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_what_is_written_loads_everywhere_with_its_code_and_computes_products(tmp_path, variant):
-    store, stage = prepare(tmp_path, variant, ratio=0.45)
+def test_what_is_written_loads_everywhere_with_its_code_and_computes_products(tmp_path):
+    store, stage = prepare(tmp_path, "qwen2", ratio=0.45)
     shapes.run(store, stage, SoloWorld())
     folder, metrics = store.path(stage.id), metrics_of(store, stage)
     checkpoint, dense = open_checkpoint(folder), open_checkpoint(tmp_path / "model")
@@ -127,28 +123,6 @@ def test_what_is_written_loads_everywhere_with_its_code_and_computes_products(tm
     torch.testing.assert_close(logits_of(whole), logits_of(ours), rtol=1e-3, atol=1e-3)
 
 
-def test_a_layer_of_it_is_read_alone(tmp_path):
-    store, stage = prepare(tmp_path, "qwen2")
-    shapes.run(store, stage, SoloWorld())
-    checkpoint = open_checkpoint(store.path(stage.id))
-    reader = LayerReader(checkpoint, torch.float32, torch.device("cpu"))
-    hidden = reader.embed({0: IDS})[0]
-    for number in range(LAYERS):
-        hidden = run(reader.layer(number), hidden)
-    head = reader.head()
-    logits = torch.nn.functional.linear(head.norm(hidden), head.weight_VC)
-    torch.testing.assert_close(logits, logits_of(load_causal_lm(checkpoint.path, torch.float32)), rtol=1e-4, atol=1e-4)
-
-
-def test_the_other_criterion_keeps_those_that_score_highest(tmp_path):
-    """In layers with so few neurons, a hundredth of them is none."""
-    published, highest = (prepare(tmp_path / it, criterion=it) for it in ("lorap", "lorap_highest"))
-    for store, stage in (published, highest):
-        shapes.run(store, stage, SoloWorld())
-    assert outcome(*published)[0]["kept.json"] == outcome(*highest)[0]["kept.json"]
-    assert published[1].fingerprint != highest[1].fingerprint
-
-
 @pytest.fixture(scope="module")
 def written(tmp_path_factory):
     """One rank's cut, and the stores that its deaths leave with different files of layers."""
@@ -165,12 +139,11 @@ def layers_of(store, stage):
     return store.work(stage.id) / "low_rank"
 
 
-@pytest.mark.parametrize("ranks", [2, 3, 6])
-def test_any_number_of_ranks_writes_the_same_bits(written, tmp_path, ranks):
+def test_any_number_of_ranks_writes_the_same_bits(written, tmp_path):
     """Of nine windows in micro-batches of two, the sixth rank gets none. Sweeps of rivals compare real ranks."""
     untouched, stage, _, expected = written
     store = Store(shutil.copytree(untouched.root, tmp_path / "store"))
-    Ranks(ranks).run(lambda world: shapes.run(store, stage, world))
+    Ranks(6).run(lambda world: shapes.run(store, stage, world))
     assert outcome(store, stage) == expected
 
 
@@ -181,46 +154,3 @@ def test_after_a_death_at_any_write_other_ranks_go_on_to_the_same_bits(written, 
         store = Store(shutil.copytree(state, tmp_path / str(number)))
         Ranks(1 + number % 2).run(lambda world, store=store: shapes.run(store, stage, world))
         assert outcome(store, stage) == expected
-
-
-def test_layers_that_are_done_are_taken_up_and_damaged_ones_made_again(written, tmp_path, monkeypatch):
-    _, stage, states, expected = written
-    whole = next(it for it in states if len([*layers_of(Store(it), stage).glob("*.safetensors")]) == LAYERS)
-    store = Store(shutil.copytree(whole, tmp_path / "store"))
-    damaged = layers_of(store, stage) / "layer-1.safetensors"
-    damaged.write_bytes(damaged.read_bytes()[:-9])
-    compressed, squares = [], LayerStream.squares
-    monkeypatch.setattr(
-        LayerStream, "squares", lambda self, number, *rest: compressed.append(number) or squares(self, number, *rest)
-    )
-    shapes.run(store, stage, SoloWorld())
-    assert compressed == [1] and outcome(store, stage) == expected
-
-
-def test_an_architecture_that_does_more_between_its_layers_is_refused(tmp_path, monkeypatch):
-    store, stage = prepare(tmp_path)
-    layer = LayerReader.with_weights
-
-    def other(self, number, weights):
-        found = layer(self, number, weights)
-        part_of(found, "mlp").down_proj.weight.data *= 1 + number
-        return found
-
-    monkeypatch.setattr(LayerReader, "with_weights", other)
-    with pytest.raises(UserError, match="outputs of layer 1 depart from the whole model's"):
-        shapes.run(store, stage, SoloWorld())
-
-
-def test_weights_that_are_not_finite_are_told(tmp_path):
-    store, stage = prepare(tmp_path)
-    file = tmp_path / "model" / "model.safetensors"
-    shapes.silence(file, "layers.1.input_layernorm.weight", by=float("inf"))
-    with pytest.raises(UserError, match="layer 1"):
-        shapes.run(store, stage, SoloWorld())
-
-
-def test_it_needs_nothing_of_the_artifact_but_its_windows(tmp_path):
-    store, stage = prepare(tmp_path)
-    (store.path(IMPORTANCE.id) / "importance.safetensors").unlink()
-    shapes.run(store, stage, SoloWorld())
-    assert metrics_of(store, stage)["attention_ranks"] and len(windows_of(store)) > MICRO_BATCH
