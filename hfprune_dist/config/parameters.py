@@ -1,7 +1,7 @@
 """The kinds of stages, and what is recorded of their settings.
 
-Each kind describes itself in ``hfprune_dist/kinds/<kind>.py``: its settings, from what a plan makes them, and the
-memory that it needs; ``hfprune_dist/stages/<kind>.py`` is what it does. The store keeps settings in records
+Each kind describes itself in ``hfprune_dist/kinds``: its settings, from what a plan makes them, and the memory that it
+needs; ``hfprune_dist/stages/<kind>.py`` is what it does. The store keeps settings in records
 (``stage.json``, manifests, ``sweep.json``), so this table, and the class that they have in common, are defined below
 both.
 """
@@ -26,7 +26,7 @@ class Kind:
     """A kind of stage, as far as it must be known without its settings.
 
     Attributes:
-        settings: name of the class of its settings, in ``hfprune_dist/kinds/<kind>.py``.
+        settings: module and name of the class of its settings, in ``hfprune_dist/kinds``.
         version: raise it when a change to the code changes results: artifacts of the old version are not reused.
         reproducible: whether a stage has the same bits each time, also on GPUs.
         on_one_rank: whether stages run on a single rank, however many ranks others have.
@@ -43,14 +43,14 @@ class Kind:
 
 
 KINDS = {
-    "importance": Kind("ImportanceParameters", 7, reproducible=True),
-    "reference": Kind("ReferenceParameters", 2, reproducible=True),
-    "prune": Kind("PruneParameters", 5, reproducible=True, cuts=True),
-    "distill": Kind("DistillParameters", 2),
-    "recover": Kind("RecoverParameters", 2, trains_on_pairs=True),
-    "evaluate": Kind("EvaluateParameters", 4),
-    "efficiency": Kind("EfficiencyParameters", 2, on_one_rank=True),
-    "loraprune": Kind("LoraPruneParameters", 2, cuts=True, trains_on_pairs=True),
+    "importance": Kind("importance.ImportanceParameters", 7, reproducible=True),
+    "reference": Kind("reference.ReferenceParameters", 2, reproducible=True),
+    "prune": Kind("prune.PruneParameters", 5, reproducible=True, cuts=True),
+    "distill": Kind("training.DistillParameters", 2),
+    "recover": Kind("training.RecoverParameters", 2, trains_on_pairs=True),
+    "evaluate": Kind("evaluate.EvaluateParameters", 4),
+    "efficiency": Kind("efficiency.EfficiencyParameters", 2, on_one_rank=True),
+    "loraprune": Kind("training.LoraPruneParameters", 2, cuts=True, trains_on_pairs=True),
 }
 
 
@@ -64,13 +64,14 @@ class Parameters(Section):
     @property
     def compute_dtype(self) -> Dtype | None:
         """The dtype in which a model computes; None if no model runs."""
-        return None
+        settings: Any = getattr(self, "recovery", None) or getattr(self, "distillation", self)
+        return cast("Dtype | None", settings.dtype)
 
 
 def parameters_of(kind: str) -> type[Parameters]:
     """The class of a kind's settings; a KeyError if there is no such kind."""
-    name = KINDS[kind].settings
-    return cast("type[Parameters]", getattr(importlib.import_module(f"hfprune_dist.kinds.{kind}"), name))
+    module, name = KINDS[kind].settings.split(".")
+    return cast("type[Parameters]", getattr(importlib.import_module(f"hfprune_dist.kinds.{module}"), name))
 
 
 def _recorded(value: object, file: str = "(file)") -> Any:

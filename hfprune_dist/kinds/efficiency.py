@@ -46,10 +46,6 @@ class EfficiencyParameters(StageParameters):
             packages=package_versions(("torch", "transformers")),
         )
 
-    @property
-    def compute_dtype(self) -> Dtype:
-        return self.dtype
-
     def job(self, planned: Planned) -> Generate:
         return Generate.of(self, planned.dense)
 

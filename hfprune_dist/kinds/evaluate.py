@@ -25,6 +25,7 @@ USUAL_EXAMPLES = 5
 class EvaluateParameters(StageParameters):
     """Settings of an evaluation: those of an ``EvaluationConfig`` that it depends on."""
 
+    tokenizes: ClassVar[bool] = True
     dtype_setting: ClassVar[str | None] = "evaluation.dtype"
     batch_setting: ClassVar[str] = "evaluation.batch_size"
 
@@ -39,14 +40,6 @@ class EvaluateParameters(StageParameters):
     @classmethod
     def of(cls, evaluation: EvaluationConfig) -> EvaluateParameters:
         return cls(**evaluation.model_dump(exclude={"include_path", "fidelity"}))
-
-    @property
-    def tokenizes(self) -> bool:
-        return True
-
-    @property
-    def compute_dtype(self) -> Dtype:
-        return self.dtype
 
     def job(self, planned: Planned) -> Evaluate:
         """Its texts, if there are several, differ in nothing that counts here."""

@@ -58,6 +58,7 @@ class ImportanceParameters(StageParameters):
     student chosen by the scores in the input of this role.
     """
 
+    tokenizes: ClassVar[bool] = True
     dtype_setting: ClassVar[str | None] = "importance.dtype"
 
     calibration: CalibrationConfig
@@ -86,14 +87,6 @@ class ImportanceParameters(StageParameters):
             seed=config.seed,
             student=student,
         ).scoring(criteria, structures)
-
-    @property
-    def tokenizes(self) -> bool:
-        return True
-
-    @property
-    def compute_dtype(self) -> Dtype:
-        return self.dtype
 
     def scoring(self, criteria: Iterable[str], structures: Sequence[str]) -> Self:
         """The same pass, for these criteria and these kinds of units."""

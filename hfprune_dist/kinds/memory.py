@@ -142,19 +142,16 @@ class StageParameters(Parameters, ABC):
     """The settings of a kind of stage, and what it needs of a machine.
 
     Attributes:
+        tokenizes: whether it reads text with the tokenizer of its model.
         dtype_setting: the setting for its compute dtype, where it has one of its own.
         batch_setting: the setting for how many sequences run at a time.
         remedy: what helps where no number of nodes is enough.
     """
 
+    tokenizes: ClassVar[bool] = False
     dtype_setting: ClassVar[str | None] = None
     batch_setting: ClassVar[str] = "calibration.micro_batch_size"
     remedy: ClassVar[str] = "no number of nodes is enough: GPUs with more memory, or shorter sequences"
-
-    @property
-    def tokenizes(self) -> bool:
-        """Whether the stage reads text with the tokenizer of its model."""
-        return False
 
     @abstractmethod
     def job(self, planned: Planned) -> Job | None:

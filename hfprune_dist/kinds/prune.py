@@ -81,10 +81,6 @@ class PruneParameters(StageParameters):
             micro_batch_size=config.calibration.micro_batch_size if runs_model else None,
         )
 
-    @property
-    def compute_dtype(self) -> Dtype | None:
-        return self.dtype
-
     def forward_pass(self) -> tuple[Dtype, int]:
         """Compute dtype, and windows per forward pass of one rank, of a cut for which a model runs."""
         assert self.dtype is not None and self.micro_batch_size is not None, "planned as one for which none runs"

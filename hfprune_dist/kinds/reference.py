@@ -5,6 +5,8 @@ Inputs: ``model``, and ``importance``, whose windows it is on, or ``text`` where
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from hfprune_dist.config.schema import EvaluationConfig
 from hfprune_dist.config.section import Dtype
 from hfprune_dist.config.texts import FidelityConfig
@@ -18,6 +20,8 @@ class ReferenceParameters(StageParameters):
 
     ``micro_batch_size``: windows per forward pass of one rank. Its dtype is that of the stage that reads it.
     """
+
+    tokenizes: ClassVar[bool] = True
 
     dtype: Dtype
     micro_batch_size: int
@@ -33,14 +37,6 @@ class ReferenceParameters(StageParameters):
     def of_held_out(cls, evaluation: EvaluationConfig, text: FidelityConfig) -> ReferenceParameters:
         """The reference that an evaluation needs on one of its texts."""
         return cls(dtype=evaluation.dtype, micro_batch_size=1, add_bos_token=evaluation.add_bos_token, text=text)
-
-    @property
-    def tokenizes(self) -> bool:
-        return self.text is not None
-
-    @property
-    def compute_dtype(self) -> Dtype:
-        return self.dtype
 
     def job(self, planned: Planned) -> LayerPass:
         if self.text is None:

@@ -1,12 +1,92 @@
-"""The memory of LoRA training, which distillation, recovery and LoRAPrune have in common."""
+"""Kinds of stages that train LoRA: distillation, recovery, and LoRAPrune, which prunes as it recovers.
+
+Inputs: ``model``, for LoRAPrune the dense one; a distillation's ``reference`` has the dense model's hidden states; the
+others read ``instructions`` where the pairs are in a file.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
-from hfprune_dist.config.training import LoraTraining
+from hfprune_dist.config.method import Method
+from hfprune_dist.config.method_settings import Kinds
+from hfprune_dist.config.schema import SweepConfig
+from hfprune_dist.config.training import DistillationConfig, LoraTraining, RecoveryConfig
 from hfprune_dist.kinds.dimensions import Dimensions
-from hfprune_dist.kinds.memory import FLOAT32, HEAD_BYTES, ITEMSIZE, Job, Memory
+from hfprune_dist.kinds.importance import calibration_of
+from hfprune_dist.kinds.memory import FLOAT32, HEAD_BYTES, ITEMSIZE, Job, Memory, Planned, StageParameters
+from hfprune_dist.structures import kinds_among
+
+
+class DistillParameters(StageParameters):
+    """Settings of a distillation. ``passes``: number of passes over the calibration windows."""
+
+    dtype_setting: ClassVar[str | None] = "distillation.dtype"
+    batch_setting: ClassVar[str] = "distillation.micro_batch_size"
+
+    distillation: DistillationConfig
+    passes: int
+    seed: int
+
+    def job(self, planned: Planned) -> Train:
+        tokens = calibration_of(planned, "reference", "importance").sequence_length
+        return Train.of(self.distillation, tokens, distills=True)
+
+    def allows(self, rows: int) -> bool:
+        return rows <= self.distillation.batch_size
+
+
+class RecoverParameters(StageParameters):
+    """Settings of fine-tuning on instruction pairs."""
+
+    tokenizes: ClassVar[bool] = True
+    dtype_setting: ClassVar[str | None] = "recovery.dtype"
+    batch_setting: ClassVar[str] = "recovery.micro_batch_size"
+    masks: ClassVar[bool] = False
+
+    recovery: RecoveryConfig
+    seed: int
+
+    def job(self, planned: Planned) -> Train:
+        return Train.of(self.recovery, self.recovery.sequence_length, distills=False, masks=self.masks)
+
+    def allows(self, rows: int) -> bool:
+        """Ranks share the rows of an optimizer step evenly."""
+        return self.recovery.batch_size % rows == 0
+
+
+class LoraPruneParameters(RecoverParameters):
+    """Settings of fine-tuning that prunes, with those of ``PruneParameters`` that bound what it removes."""
+
+    masks: ClassVar[bool] = True
+
+    ratio: float
+    structures: Kinds
+    multiple_of: int
+    tensor_parallel: int
+    protect_first: int
+    protect_last: int
+
+    @classmethod
+    def of(cls, config: SweepConfig, method: Method, ratio: float) -> LoraPruneParameters:
+        """The training of a method with numbers, as ``with_numbers`` returns it."""
+        (first, last), multiple_of = method.protected(), method.multiple_of
+        assert isinstance(multiple_of, int), "planned with a number"
+        return cls(
+            recovery=config.recovery,
+            seed=config.seed,
+            ratio=ratio,
+            structures=kinds_among(method.structures),
+            multiple_of=multiple_of,
+            tensor_parallel=method.split,
+            protect_first=first,
+            protect_last=last,
+        )
+
+    def protected(self) -> tuple[int, int]:
+        """How many layers at the beginning, and how many at the end of the model, lose nothing."""
+        return self.protect_first, self.protect_last
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ from dataclasses import dataclass, replace
 
 from hfprune_dist.checkpoints.checkpoint import Checkpoint
 from hfprune_dist.checkpoints.pruned_config import plain_group_counts
-from hfprune_dist.kinds.loraprune import LoraPruneParameters
 from hfprune_dist.kinds.prune import PruneParameters
+from hfprune_dist.kinds.training import LoraPruneParameters
 from hfprune_dist.planning.shape_target import ShapeTarget
 from hfprune_dist.planning.widths import OutOfReachError, closest_multiple
 from hfprune_dist.structures import KV_GROUPS, NEURONS

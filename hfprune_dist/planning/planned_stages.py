@@ -11,14 +11,12 @@ from hfprune_dist.config.section import TextSource
 from hfprune_dist.config.texts import FIRST, reference_role
 from hfprune_dist.data.formats import identity_of
 from hfprune_dist.errors import UserError
-from hfprune_dist.kinds.distill import DistillParameters
 from hfprune_dist.kinds.efficiency import EfficiencyParameters
 from hfprune_dist.kinds.evaluate import EvaluateParameters
 from hfprune_dist.kinds.importance import ImportanceParameters, StudentParameters
-from hfprune_dist.kinds.loraprune import LoraPruneParameters
 from hfprune_dist.kinds.prune import PruneParameters
-from hfprune_dist.kinds.recover import RecoverParameters
 from hfprune_dist.kinds.reference import ReferenceParameters
+from hfprune_dist.kinds.training import DistillParameters, LoraPruneParameters, RecoverParameters
 from hfprune_dist.planning.model_sources import ModelSource
 from hfprune_dist.planning.scoring_passes import Scored, part_of
 from hfprune_dist.planning.user_files import own_tasks

@@ -12,8 +12,8 @@ from hfprune_dist.checkpoints.layer_settings import undroppable_layers
 from hfprune_dist.config.method import Method
 from hfprune_dist.config.method_settings import structures_possible
 from hfprune_dist.errors import UserError
-from hfprune_dist.kinds.loraprune import LoraPruneParameters
 from hfprune_dist.kinds.prune import PruneParameters
+from hfprune_dist.kinds.training import LoraPruneParameters
 from hfprune_dist.planning.widths import OutOfReachError, or_a_smaller, round_down, rounding
 from hfprune_dist.structures import KV_GROUPS, LAYERS, NEURONS, TOGETHER, Structure
 from hfprune_dist.structures.parameter_counts import ParameterCounts

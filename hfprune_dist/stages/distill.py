@@ -8,7 +8,7 @@ from __future__ import annotations
 from hfprune_dist.checkpoints.checkpoint import open_checkpoint
 from hfprune_dist.checkpoints.token_costs import training_cost
 from hfprune_dist.data.schedule import Schedule
-from hfprune_dist.kinds.distill import DistillParameters
+from hfprune_dist.kinds.training import DistillParameters
 from hfprune_dist.stages.context import Context
 from hfprune_dist.stages.training import train, write_model
 from hfprune_dist.training.teacher_states import DenseStates

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from hfprune_dist.checkpoints.checkpoint import open_checkpoint
-from hfprune_dist.kinds.loraprune import LoraPruneParameters
+from hfprune_dist.kinds.training import LoraPruneParameters
 from hfprune_dist.planning.local_shapes import LocalTarget
 from hfprune_dist.stages.context import Context
 from hfprune_dist.stages.shape_metrics import shape_metrics

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from hfprune_dist.checkpoints.checkpoint import open_checkpoint
-from hfprune_dist.kinds.recover import RecoverParameters
+from hfprune_dist.kinds.training import RecoverParameters
 from hfprune_dist.stages.context import Context
 from hfprune_dist.stages.training import train_on_instructions, write_model
 

@@ -25,8 +25,7 @@ from hfprune_dist.data.instructions import (
 from hfprune_dist.data.schedule import RowReader, Schedule
 from hfprune_dist.data.text import read_texts
 from hfprune_dist.data.tokenizer import load_tokenizer, require_eos
-from hfprune_dist.kinds.distill import DistillParameters
-from hfprune_dist.kinds.recover import RecoverParameters
+from hfprune_dist.kinds.training import DistillParameters, RecoverParameters
 from hfprune_dist.stages.context import Context
 from hfprune_dist.store.hashing import FileHashes, digest_of
 from hfprune_dist.store.stage import STAGE_VERSIONS

@@ -15,7 +15,7 @@ from hfprune_dist.config.training import RecoveryConfig
 from hfprune_dist.distributed.threads import threads_allowed
 from hfprune_dist.errors import UserError
 from hfprune_dist.kinds.importance import ImportanceParameters
-from hfprune_dist.kinds.recover import RecoverParameters
+from hfprune_dist.kinds.training import RecoverParameters
 from hfprune_dist.store import provenance
 
 BEFORE_AVX512, AVX512 = "flags\t\t: fpu sse2 avx avx2 fma", "flags\t\t: fpu sse2 avx avx2 fma avx512f avx512bw"
