@@ -174,7 +174,7 @@ def _check_model(config: SweepConfig, folder: Path, readings: Sequence[Reading],
     tokenizer = load_tokenizer(folder)
     require_embedded(tokenizer, checkpoint.config["vocab_size"], folder)
     if evaluates and config.evaluation.tasks and config.evaluation.apply_chat_template:
-        require_chat(tokenizer, folder, with_examples=bool(config.evaluation.num_fewshot))
+        require_chat(tokenizer, folder)
     for reading in readings:
         _check_length(reading, folder, checkpoint.max_positions)
     return [remark for reading in readings if (remark := _check_text(reading, folder, tokenizer))]

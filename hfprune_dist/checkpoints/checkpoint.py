@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from hfprune_dist.checkpoints.checks import check_config, check_dtypes, check_folder, check_tensors
-from hfprune_dist.checkpoints.discovery import BUFFERS, discover
+from hfprune_dist.checkpoints.discovery import discover
 from hfprune_dist.checkpoints.families import Family, normalized, not_supported, refuse_other_kinds
 from hfprune_dist.checkpoints.stored_names import SAME, StoredNames
 from hfprune_dist.checkpoints.text_decoder import KNOWN, beside_decoder, decoder_config, has_vision, with_decoder
@@ -63,7 +63,6 @@ class Checkpoint:
             as it does for transformers.
         tensors: the tensors that the model computes with, by their names in the model.
         unused: names of the other tensors in the files. They aren't parameters, and pruning leaves them out.
-        has_untied_head: whether config.json ties the head and ``config``, for that reason, doesn't.
         names: the names of tensors in the files, where they differ from those in the model.
         whole: config.json, unchanged.
         bytes_on_disk: size of the files with its weights.
@@ -74,7 +73,6 @@ class Checkpoint:
     family: Family
     tensors: Mapping[str, TensorInfo]
     unused: tuple[str, ...] = ()
-    has_untied_head: bool = False
     names: StoredNames = SAME
     whole: Mapping[str, Any] = field(default_factory=dict)
     bytes_on_disk: int = 0
@@ -144,22 +142,6 @@ class Checkpoint:
     def parameters_per_unit(self) -> int:
         """Number of parameters that are removed with one unit of one layer."""
         return self.parameter_counts.units[self.units.kind]
-
-    @cached_property
-    def remarks(self) -> list[str]:
-        """Sentences about what the owner of the checkpoint may not expect."""
-        told, unused = [], [name for name in self.unused if not name.endswith(BUFFERS)]
-        if self.has_untied_head:
-            told.append(
-                f"config.json ties the head, but {self.family.head_tensor()} differs from the embedding: the saved "
-                "head counts, as in transformers, and pruned checkpoints say tie_word_embeddings false"
-            )
-        if unused:
-            told.append(
-                f"{len(unused)} tensors in its files ({unused[0]}, say) aren't part of the model that config.json "
-                "describes: they aren't counted, and pruned checkpoints lack them"
-            )
-        return told
 
     @cached_property
     def weight_files(self) -> list[str]:
@@ -238,7 +220,6 @@ def _described(path: Path, whole: Mapping[str, Any]) -> Checkpoint:
         family,
         tensors,
         unused=tuple(sorted(found.keys() - tensors.keys())),
-        has_untied_head=is_tied and differ,
         names=names,
         whole=whole,
         bytes_on_disk=sum((path / name).stat().st_size for name in {info.file for info in stored.values()}),

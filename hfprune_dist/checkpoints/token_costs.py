@@ -13,9 +13,6 @@ from dataclasses import dataclass
 from hfprune_dist.checkpoints.checkpoint import Checkpoint
 from hfprune_dist.structures.low_rank import linear_modules
 
-# Tensors that no vector is multiplied by as by a matrix, whatever their shapes: some norms have a row for each head.
-_NO_MATRIX = re.compile(r"bias|norm\.weight$")
-
 
 @dataclass(frozen=True)
 class TokenCosts:
@@ -26,7 +23,7 @@ class TokenCosts:
         parameters: parameters of the whole model; a head tied to the embedding counts once.
         parameters_without_embeddings: the same, without the table of embeddings and the head.
         active_parameters: parameters that a token's output is computed with: all except those of experts not chosen.
-        multiplied: entries of the matrices that a token's vectors are multiplied by, including the head's.
+        multiplied: parameters that a token's vectors are multiplied by, including the head's.
         query_channels: channels of the queries of all heads in all layers, each of which is multiplied by a key's.
         value_channels: channels of the values that all heads in all layers add up.
         cached_channels: channels of the keys and values in all layers, or of latent vectors in their place.
@@ -43,37 +40,31 @@ class TokenCosts:
     @classmethod
     def of(cls, checkpoint: Checkpoint) -> TokenCosts:
         """The costs for a checkpoint, by its tensors."""
-        prefix, layers = f"{checkpoint.family.layers}.", range(checkpoint.num_layers)
-        of_layers: list[dict[str, Sequence[int]]] = [{} for _ in layers]
+        prefix = f"{checkpoint.family.layers}."
+        of_layers: list[dict[str, Sequence[int]]] = [{} for _ in range(checkpoint.num_layers)]
         for name, info in checkpoint.tensors.items():
             if name.startswith(prefix):
                 number, _, part = name.removeprefix(prefix).partition(".")
                 of_layers[int(number)][part] = info.shape
-        table = math.prod(checkpoint.tensors[checkpoint.family.embedding_tensor()].shape)
-        dimensions = (2, 3) if checkpoint.family.experts else (2,)
-        idle, idle_matrices = _idle(checkpoint)
+        table = checkpoint.tensors[checkpoint.family.embedding_tensor()].numel
+        tied = bool(checkpoint.config.get("tie_word_embeddings"))
+        idle = _idle(checkpoint)
+        in_layers = sum(math.prod(shape) for there in of_layers for shape in there.values())
         queries, values, cached = zip(*(_channels_of(checkpoint, there) for there in of_layers), strict=True)
-        multiplied = sum(
-            math.prod(shape)
-            for there in of_layers
-            for name, shape in there.items()
-            if len(shape) in dimensions and not _NO_MATRIX.search(name)
-        )
         return cls(
             parameters=checkpoint.parameters,
-            parameters_without_embeddings=checkpoint.parameters
-            - table * (1 if checkpoint.config.get("tie_word_embeddings") else 2),
+            parameters_without_embeddings=checkpoint.parameters - table * (1 if tied else 2),
             active_parameters=checkpoint.parameters - idle,
-            multiplied=multiplied - idle_matrices + table,
+            multiplied=in_layers - idle + table,
             query_channels=sum(queries),
             value_channels=sum(values),
             cached_channels=sum(cached),
         )
 
     def flops(self, context: int) -> int:
-        """Floating-point operations of one token's forward pass: two for each entry that it is multiplied by, and
-        attention's two products with each of ``context`` tokens, itself included. Norms, activations, biases and
-        rotations are left out, as in ``torch.utils.flop_counter``.
+        """Floating-point operations of one token's forward pass: two for each parameter that it is multiplied by (norms
+        and biases, about a thousandth, included), and attention's two products with each of ``context`` tokens, itself
+        included.
         """
         return 2 * (self.multiplied + context * (self.query_channels + self.value_channels))
 
@@ -90,18 +81,16 @@ def training_cost(checkpoint: Checkpoint, rows: int, tokens: int) -> dict[str, i
     return {"training_tokens": rows * tokens, "flops_per_token": 2 * TokenCosts.of(checkpoint).flops(tokens // 2)}
 
 
-def _idle(checkpoint: Checkpoint) -> tuple[int, int]:
-    """Parameters, in all layers, of the experts that a token isn't given to; and how many are entries of matrices."""
+def _idle(checkpoint: Checkpoint) -> int:
+    """Parameters, in all layers, of the experts that a token isn't given to."""
     experts, units = checkpoint.family.experts, checkpoint.units
     if experts is None:
-        return 0, 0
+        return 0
     names = {name for layer in experts.layers for name, _ in units.in_layer(layer, checkpoint.tensors)}
     # The biases of down projections belong to no neuron.
     names |= {name for name in checkpoint.tensors if name.endswith("experts.down_proj_bias")}
-    sizes = {name: checkpoint.tensors[name].numel for name in names}
-    of_matrices = sum(size for name, size in sizes.items() if "bias" not in name)
-    idle = experts.count - experts.chosen
-    return sum(sizes.values()) // experts.count * idle, of_matrices // experts.count * idle
+    sizes = sum(checkpoint.tensors[name].numel for name in names)
+    return sizes // experts.count * (experts.count - experts.chosen)
 
 
 def _channels_of(checkpoint: Checkpoint, shapes: Mapping[str, Sequence[int]]) -> tuple[int, int, int]:

@@ -68,21 +68,16 @@ def require_embedded(tokenizer: Any, rows: int, where: Path) -> None:
         )
 
 
-def require_chat(tokenizer: Any, where: Path, *, with_examples: bool) -> None:
-    """Refuse a tokenizer without a chat template, or with one that can't be rendered as lm-eval does.
-
-    Args:
-        with_examples: whether prompts hold examples, which are earlier turns of the conversation.
+def require_chat(tokenizer: Any, where: Path) -> None:
+    """Refuse a tokenizer without a chat template that can be rendered.
 
     Raises:
         UserError: naming the folder and the reason.
     """
     if not tokenizer.chat_template:
         raise UserError(f"{where}: the tokenizer has no chat template, which evaluation.apply_chat_template needs")
-    question, answer = {"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}
-    conversation = [question, answer, question] if with_examples else [question]
     try:
-        tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
+        tokenizer.apply_chat_template([{"role": "user", "content": "question"}], tokenize=False)
     except Exception as error:  # a template is a program: anything can happen
         raise UserError(
             f"{where}: the tokenizer's chat template can't be rendered ({type(error).__name__}: {error}); mend it, or "

@@ -157,7 +157,7 @@ def _of_known_shape(plan: Plan, todo: Sequence[str], models: Sequence[ModelSourc
 
 def _remarks_on(model: ModelSource) -> list[str]:
     if model.is_here:
-        return model.checkpoint.remarks
+        return []
     if model.has_known_shape:
         return ["it is downloaded when the sweep runs; only its config.json and its tensors' shapes were looked up"]
     return ["it isn't in the local hub cache, and the hub can't be asked for its shape; ids of its stages will change"]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -19,12 +17,10 @@ from hfprune_dist.checkpoints.lora_adapter import (
     read_adapter,
     write_adapter,
 )
-from hfprune_dist.checkpoints.pruned_config import pruned_config
-from hfprune_dist.checkpoints.write_pruned import write_companions, write_weight_file
+from hfprune_dist.checkpoints.write_pruned import write_companions
 from hfprune_dist.errors import UserError
 from hfprune_dist.models.loading import load_causal_lm
 from hfprune_dist.structures.kept import Kept
-from hfprune_dist.structures.low_rank import factor_shapes
 
 RANK, ALPHA = 4, 6
 INPUT_IDS = torch.arange(3, 43).view(2, 20)
@@ -72,30 +68,6 @@ def test_merged_model_computes_what_model_and_adapter_compute(tmp_path, variant)
     logits = logits_of(AutoModelForCausalLM.from_pretrained(tmp_path / "merged"))
     torch.testing.assert_close(logits, logits_of(model), rtol=1e-4, atol=1e-4)
     assert not torch.allclose(logits, logits_of(AutoModelForCausalLM.from_pretrained(source)), atol=0.1)
-
-
-def test_of_a_projection_of_low_rank_both_factors_get_an_adapter(tmp_path):
-    dense = open_checkpoint(save_tiny(tmp_path / "dense", "qwen2"))
-    ranks = {"self_attn.q_proj": (3, 5), "self_attn.o_proj": (4, 4)}
-    factors = {
-        f"model.layers.{layer}.{name}.{place}.weight": partial(torch.randn, shape)
-        for name, row in ranks.items()
-        for layer, rank in enumerate(row)
-        for place, shape in enumerate(factor_shapes((32, 32), rank))
-    }
-    source, kept = tmp_path / "source", Kept((0, 1), {}, ranks)
-    source.mkdir()
-    for file in dense.weight_files:
-        write_weight_file(dense, file, kept, source, factors)
-    write_companions(dense, source, pruned_config(dense, kept.shape))
-    model = adapted_model(source)
-    targets = lora_targets(FAMILY, ranks)
-    write_adapter(tmp_path / "adapter", lora_parameters(model), targets, RANK, ALPHA)
-    assert len(read_adapter(tmp_path / "adapter").factors) == 2 * (7 + 2)
-    merged = merge(source, tmp_path / "adapter", tmp_path / "merged")
-    assert merged.tensors == open_checkpoint(source).tensors
-    logits = logits_of(load_causal_lm(merged.path, torch.float32))
-    torch.testing.assert_close(logits, logits_of(model), rtol=1e-4, atol=1e-4)
 
 
 def test_peft_loads_our_adapter_and_we_load_pefts(tmp_path):

@@ -427,25 +427,18 @@ def write_chat_template(inputs, template):
         file.write_text(json.dumps(json.loads(file.read_text()) | {"chat_template": template}))
 
 
-USERS_ONLY = (
-    "{% for m in messages %}{% if m.role != 'user' %}{{ raise_exception('users only') }}{% endif %}{% endfor %}"
-)
-ADDING = "{% for m in messages %}{{ m.content + %s }}{% endfor %}"
-
-
 @pytest.mark.parametrize(
-    ("template", "examples", "expected"),
+    ("template", "expected"),
     [
-        ("{{ bad", 0, ["for a question (", "TemplateSyntaxError: "]),
-        ("{{ messages[0].none.none }}", 0, ["UndefinedError: "]),
-        (ADDING.replace("%s", "1"), 0, ["TypeError: "]),
-        (USERS_ONLY, 2, ["for a question after an example (", "users only"]),
+        ("{{ bad", "TemplateSyntaxError: "),
+        ("{{ messages[0].none.none }}", "UndefinedError: "),
+        ("{% for m in messages %}{{ m.content + 1 }}{% endfor %}", "TypeError: "),
     ],
 )
-def test_a_chat_template_that_cannot_be_rendered(inputs, refusal, template, examples, expected):
+def test_a_chat_template_that_cannot_be_rendered(inputs, refusal, template, expected):
     write_chat_template(inputs, template)
-    message = refusal("--set", "evaluation.apply_chat_template=true", "--set", f"evaluation.num_fewshot={examples}")
-    assert_parts(message, f"{inputs / 'alpha'}: the tokenizer's chat template can't be rendered", *expected)
+    message = refusal("--set", "evaluation.apply_chat_template=true")
+    assert_parts(message, f"{inputs / 'alpha'}: the tokenizer's chat template can't be rendered", expected)
     assert_parts(message, "mend it, or set evaluation.apply_chat_template to false")
 
 
@@ -454,8 +447,6 @@ def test_a_chat_template_that_cannot_be_rendered(inputs, refusal, template, exam
     [
         ("{{ bad", []),
         ("{{ bad", ["--set", "evaluation.apply_chat_template=true", "--set", "evaluation.tasks=[]"]),
-        (USERS_ONLY, ["--set", "evaluation.apply_chat_template=true"]),
-        (ADDING.replace("%s", "'!'"), ["--set", "evaluation.apply_chat_template=true"]),
     ],
 )
 def test_a_chat_template_that_serves_its_purpose(inputs, tmp_path, template, arguments):
