@@ -4,8 +4,8 @@ import copy
 
 import torch
 
-from hfprune_dist.core.criteria import CRITERIA
-from hfprune_dist.core.losses import SIGN_TOKENS, draw_sign_bits, draw_uniform, sample_labels, signs_of
+from hfprune_dist.core.losses import SIGN_TOKENS, draw_sign_bits, signs_of
+from hfprune_dist.methods import CRITERIA
 
 
 def entropy(logits, **_):
@@ -15,11 +15,6 @@ def entropy(logits, **_):
 
 def cross_entropy(logits, input_ids, **_):
     return torch.nn.functional.cross_entropy(logits[:-1], input_ids[1:])
-
-
-def sampled_label(logits, window, seed, **_):
-    labels = sample_labels(logits.detach(), draw_uniform(seed, window, len(logits)))
-    return logits.log_softmax(-1).gather(1, labels[:, None]).sum()
 
 
 def random_signs(logits, window, seed, **_):
@@ -33,7 +28,6 @@ def random_signs(logits, window, seed, **_):
 GRADIENT_CRITERIA = {
     "entropy": (entropy, lambda x: x.abs()),
     "cross_entropy": (cross_entropy, lambda x: x.abs()),
-    "fisher": (sampled_label, lambda x: x**2),
     "fisher_signs": (random_signs, lambda x: x**2),
 }
 
@@ -49,9 +43,7 @@ def layers_of(model):
 
 
 # Criteria that need only one pass, of any model.
-OF_ONE_PASS = sorted(
-    name for name, it in CRITERIA.items() if it.student_of is None and not it.is_of_whole_experts_alone
-)
+OF_ONE_PASS = sorted(name for name, it in CRITERIA.items() if it.student_of is None and "neurons" in it.units)
 
 
 def definition(model, windows, criterion="entropy", seed=0, channels=1, output=NEURONS):
@@ -91,9 +83,6 @@ def definition(model, windows, criterion="entropy", seed=0, channels=1, output=N
     if criterion == "activation_l1":
         columns = [projection.weight.detach().abs().sum(0) for projection in projections]
         scores = [of_units(pair[0].sqrt() * pair[1], channels) for pair in zip(scores, columns, strict=True)]
-    if criterion == "activation":
-        columns = [projection.weight.detach().pow(2).sum(0) for projection in projections]
-        scores = [of_units(pair[0] * pair[1], channels).sqrt() for pair in zip(scores, columns, strict=True)]
     return torch.stack(scores)
 
 
@@ -105,7 +94,7 @@ def fluctuation(hidden, weight, channels=1):
 
 
 def _summed(criterion, hidden, gradient, channels):
-    if criterion.startswith("activation"):
+    if criterion.startswith("activation_l1"):
         return hidden**2
     _, terms = GRADIENT_CRITERIA[criterion]
     return terms(of_units(hidden * gradient, channels))

@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from tiny import save_tiny
 
 from hfprune_dist.config.schema import RuntimeConfig
-from hfprune_dist.core.criteria import CRITERIA
+from hfprune_dist.methods import CRITERIA
 from hfprune_dist.stages import prune
 from hfprune_dist.stages.context import Context
 from hfprune_dist.store.artifacts import Store

@@ -155,7 +155,7 @@ def definition(model, windows, criterion, seed=0, *, others=None):
     sums = defaultdict(float)
     for number, window in enumerate(windows):
         logits = dense(input_ids=window[None]).logits[0]
-        if criterion == "activation":
+        if criterion == "activations":
             for place, hidden_ND in scored.hidden.items():
                 sums[place] += hidden_ND.square().sum(-2).flatten()
             continue

@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = {"hfprune_dist": "hfprune_dist", "hfprune_launch": "launch"}
 ROOMS = {
     *("config", "store", "data", "core", "checkpoints", "kinds", "planning", "models", "distributed"),
-    *("scoring", "refit", "training", "evaluation", "report", "results", "stages", "structures"),
+    *("methods", "scoring", "refit", "training", "evaluation", "report", "results", "stages", "structures"),
 }
 COMMANDS = ["hfprune", "sweep", "status", "report", "compare", "bench", "clean", "demo_assets", "schema"]
 SHARED = [
@@ -31,7 +31,7 @@ TORCH_FREE = [
     *(f"hfprune_dist.{room}" for room in ("config", "store", "kinds", "planning", "report", "results", "structures")),
     *(f"hfprune_dist.checkpoints.{name}" for name in ("checkpoint", "families", "weight_files")),
     *(f"hfprune_dist.checkpoints.{name}" for name in ("layer_settings", "pruned_config")),
-    "hfprune_dist.core.criteria",
+    "hfprune_dist.core.criterion",
     *(f"hfprune_launch.{name}" for name in ("modes.sweep", "report", "sweep_folder", "slurm.cli", "local.backend")),
     *(f"hfprune_launch.{name}" for name in ("hfprune", "schema", "status", "modes.clean")),
 ]

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from hfprune_dist.checkpoints.checkpoint import Checkpoint
 from hfprune_dist.checkpoints.stored_names import ModuleTensor
-from hfprune_dist.core.scores import MeanGradients, ScoredLayer, SecondMoments
+from hfprune_dist.core.criterion import ScoredLayer
 from hfprune_dist.errors import UserError
 from hfprune_dist.structures.units import Owned, Units
 
@@ -64,16 +64,19 @@ def scored_layer(
     units: Units,
     layer: int,
     seed: int,
-    moments: SecondMoments | None = None,
-    *,
     tokens: int = 0,
-    gradients: MeanGradients | None = None,
+    *,
+    moments: tuple[Tensor, Tensor] | None = None,
+    read_gradient: Callable[[str], Tensor] | None = None,
 ) -> ScoredLayer:
     """A layer's units of one kind, as criteria see them.
 
     Args:
         tokens: the number of tokens that sums run over.
+        moments: the Gram matrix and the curvature.
+        read_gradient: name within a layer -> the gradient of a whole weight.
     """
+    gram_DD, curvature_CC = moments or (None, None)
     return ScoredLayer(
         number=layer,
         units=units.counts[layer],
@@ -81,8 +84,9 @@ def scored_layer(
         read_rows=lambda: _rows(checkpoint, units, layer),
         read_columns=lambda: _columns(checkpoint, units, layer),
         tokens=tokens,
-        moments=moments,
-        gradients=gradients,
+        gram_DD=gram_DD,
+        curvature_CC=curvature_CC,
+        read_gradients=_gradients(units, read_gradient) if read_gradient else (),
     )
 
 
@@ -119,19 +123,15 @@ def _of_experts(checkpoint: Checkpoint, layer: int, owned: Sequence[Owned]) -> l
     return [torch.cat(rows[start : start + units.experts]) for start in range(0, len(rows), units.experts)]
 
 
-def mean_gradients(units: Units, read: Callable[[str], Tensor]) -> MeanGradients:
-    """Gradients of the weights that a layer's units own, divided into parts as ``scored_layer`` divides the weights.
-
-    Args:
-        read: name within a layer -> the gradient of a whole weight.
-    """
+def _gradients(units: Units, read: Callable[[str], Tensor]) -> list[Callable[[], Tensor]]:
+    """Gradients of the weights that a layer's units own, divided into parts as ``_rows`` divides the weights."""
     *rows, columns = units.weights
     of_parts = [
         partial(_part_of, partial(read, name), part, parts)
         for name, parts in zip(rows, units.row_parts, strict=True)
         for part in range(parts)
     ]
-    return MeanGradients(of_parts, partial(read, columns))
+    return [*of_parts, partial(read, columns)]
 
 
 def _part_of(read: Callable[[], Tensor], part: int, parts: int) -> Tensor:

@@ -15,7 +15,7 @@ from hfprune_dist.config.method_settings import (
     Temperature,
 )
 from hfprune_dist.config.section import NonNegative, NumberOrShare, Positive, PositiveOrAuto, Section, explained_by
-from hfprune_dist.core.criteria import CRITERIA, CriterionName, MethodCriterion
+from hfprune_dist.methods import CRITERIA, CriterionName, MethodCriterion
 from hfprune_dist.structures import KV_GROUPS, NEURONS
 
 # What a thorough refit does beyond a quick one: parameters of the stage that prunes.
@@ -152,7 +152,7 @@ class Method(Section):
     @property
     def scores_neurons_alone(self) -> bool:
         """Whether its criterion has no scores of KV groups."""
-        return any(CRITERIA[name].is_of_neurons_alone for name in self.scored_before)
+        return any(CRITERIA[name].units == {NEURONS} for name in self.scored_before)
 
     @property
     def student_chosen_by(self) -> CriterionName | None:

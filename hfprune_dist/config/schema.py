@@ -14,7 +14,7 @@ from hfprune_dist.config.method import PruneConfig
 from hfprune_dist.config.section import Dtype, LocalPath, Name, NonNegative, Positive, Section
 from hfprune_dist.config.texts import CalibrationConfig, FidelityConfig
 from hfprune_dist.config.training import DistillationConfig, RecoveryConfig
-from hfprune_dist.core.criteria import CriterionName
+from hfprune_dist.methods import CriterionName
 
 Ratio = Annotated[float, Field(gt=0.0, lt=1.0)]
 # The Trainer's trackers that can resume a run; these are also the names of their packages.

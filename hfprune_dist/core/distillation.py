@@ -11,7 +11,7 @@ from torch.autograd import Function
 
 from hfprune_dist.core.head import NOTHING, AfterHead, Rows, head_gradients
 from hfprune_dist.core.losses import distillation_gradient
-from hfprune_dist.core.wide import wide_dtype
+from hfprune_dist.core.portions import wide_dtype
 
 
 class Divergence(Function):

@@ -160,8 +160,3 @@ def compare_logits(dense_NV: Tensor, model_NV: Tensor, next_ids_N: Tensor) -> Fi
 def _summed(terms_NV: Tensor) -> Tensor:
     """Return the sum of float32 terms, in float64 over tokens."""
     return terms_NV.sum(dim=-1).sum(dtype=torch.float64)
-
-
-def next_ids(input_ids_T: Tensor) -> Tensor:
-    """Return the token that follows each position of a window [T]; -1 for the last one."""
-    return torch.cat([input_ids_T[1:], input_ids_T.new_tensor([-1])])

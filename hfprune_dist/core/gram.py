@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hfprune_dist.core.wide import wide_product, widened
+from hfprune_dist.core.portions import wide_product, widened
 
 # Number of rows in a block: large enough for matrix products at full speed.
 BLOCK = 256

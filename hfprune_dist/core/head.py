@@ -8,9 +8,36 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hfprune_dist.core.blocks import row_blocks
 from hfprune_dist.core.memory_limits import CHUNK_BYTES
-from hfprune_dist.core.wide import wide_dtype
+from hfprune_dist.core.portions import row_blocks, wide_dtype
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A micro-batch of calibration windows, as losses see it.
+
+    Attributes:
+        input_ids_BT: int64 [windows, tokens], on the model's device.
+        windows: each window's number among all calibration windows.
+        vocabulary: number of logits per token.
+        seed: the sweep's seed.
+        teacher: weight of the teacher in a student's loss, in [0, 1], and the temperature that divides its logits.
+    """
+
+    input_ids_BT: Tensor
+    windows: Sequence[int]
+    vocabulary: int
+    seed: int
+    teacher: tuple[float, float] | None = None
+
+    def labels(self) -> Tensor:
+        """Return the next token of the text at each token; -1 at each window's last."""
+        return torch.cat([next_ids(input_ids_T) for input_ids_T in self.input_ids_BT])
+
+
+def next_ids(input_ids_T: Tensor) -> Tensor:
+    """Return the token that follows each position of a window [T]; -1 for the last one."""
+    return torch.cat([input_ids_T[1:], input_ids_T.new_tensor([-1])])
 
 
 @dataclass(frozen=True)

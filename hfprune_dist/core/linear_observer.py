@@ -6,7 +6,7 @@ layer by layer, and a weight that is sharded or frozen needs no gradient of its 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -16,14 +16,29 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.utils.hooks import RemovableHandle
 
-from hfprune_dist.core.criteria import Loss
-from hfprune_dist.core.unit_sums import Phase
+from hfprune_dist.core.criterion import Loss
+from hfprune_dist.core.portions import wide_dtype
 
 # Called in a backward with a linear layer's inputs [windows, tokens, in] and the gradients at its outputs [windows,
 # tokens, out].
 SeeLinear = Callable[[Tensor, Tensor], None]
 # Called in a backward with a linear layer's weight [out, in].
 SeeWeight = Callable[[Tensor], None]
+
+
+@dataclass
+class Phase:
+    """The current state of the calibration pass, which hooks read.
+
+    Attributes:
+        windows: number of windows in the micro-batch.
+        backward_of: the loss whose backward is running; None during a forward.
+        student: kind -> mask of the units that the student has, bool [units] for each layer; None for the dense model.
+    """
+
+    windows: int = 1
+    backward_of: Loss | None = None
+    student: Mapping[str, Sequence[Tensor]] | None = None
 
 
 @dataclass(frozen=True)
@@ -65,7 +80,7 @@ class LinearObserver:
 
     def _is_observed(self) -> bool:
         """Return whether the model that is running is the one that this loss belongs to."""
-        return torch.is_grad_enabled() and (self._phase.student is not None) == (self._loss.of == "student")
+        return torch.is_grad_enabled() and (self._phase.student is not None) == self._loss.of_student
 
     def _before_weight_goes(
         self, see: SeeWeight, module: nn.Module, _inputs: tuple[Tensor, ...], output: Tensor
@@ -95,9 +110,9 @@ class LinearObserver:
         if self._phase.backward_of is self._loss:
             see(*(self._by_window(it) for it in (inputs, gradients)))
 
-    def _by_window(self, it: Tensor) -> Tensor:
-        """Return it as [windows, tokens, channels], even if the layer reads the tokens of all windows in one row."""
-        return it if it.ndim > 2 else it.unflatten(0, (self._phase.windows, -1))
+    def _by_window(self, seen: Tensor) -> Tensor:
+        """Return [windows, tokens, channels], even if the layer reads the tokens of all windows in one row."""
+        return seen if seen.ndim > 2 else seen.unflatten(0, (self._phase.windows, -1))
 
 
 def _in_graph(output: Tensor) -> Tensor:
@@ -119,3 +134,69 @@ class _WithInputs(Function):
         if ctx.observer is not None:
             ctx.observer(inputs, gradients)
         return gradients, None
+
+
+@dataclass(frozen=True)
+class OwnedRows:
+    """A weight whose rows the units own, and the two factors of its gradient g^T x.
+
+    A projection that reads the units' channels is treated as one that makes them, by transposing its weight and
+    swapping x and g.
+
+    Attributes:
+        weight_DC: [rows, hidden_size].
+        inputs_BTC: x [windows, tokens, hidden_size].
+        gradients_BTD: g [windows, tokens, rows].
+    """
+
+    weight_DC: Tensor
+    inputs_BTC: Tensor
+    gradients_BTD: Tensor
+
+    def zeros(self) -> Tensor:
+        """Return zeros as the start of sums, float32 or wider [rows]."""
+        return self.weight_DC.new_zeros(len(self.weight_DC), dtype=wide_dtype(self.weight_DC.dtype))
+
+    def products(self, window: int, rows: slice) -> Tensor:
+        """Return W * dL/dW of some rows in one window, float32 or wider."""
+        wide = wide_dtype(self.weight_DC.dtype)
+        gradient_DC = self.gradients_BTD[window, :, rows].to(wide).T @ self.inputs_BTC[window].to(wide)
+        return gradient_DC.mul_(self.weight_DC[rows])
+
+
+class WeightsObserver:
+    """Collects all the weights that one layer's units own, with the factors of their gradients, during a backward.
+
+    Args:
+        rows: linear layers that the channels are made of, whose rows the units own, with the number of parts of each.
+        columns: the projection that reads the channels, whose columns the units own.
+        see: called once the backward has shown all of them, those of ``rows`` first.
+    """
+
+    def __init__(
+        self, rows: Sequence[tuple[nn.Module, int]], columns: nn.Module, see: Callable[[Sequence[OwnedRows]], None]
+    ) -> None:
+        self._linears = [*rows, (columns, 0)]
+        self._see_all = see
+        self._shown: dict[int, tuple[Tensor, Tensor]] = {}
+        self._owned: dict[int, list[OwnedRows]] = {}
+
+    def seen_linears(self) -> list[SeenLinear]:
+        """Return the linear layers with the callbacks that must see them."""
+        return [
+            SeenLinear(linear, partial(self._see, number), partial(self._see_weight, number, parts))
+            for number, (linear, parts) in enumerate(self._linears)
+        ]
+
+    def _see(self, number: int, inputs_BTI: Tensor, gradients_BTO: Tensor) -> None:
+        self._shown[number] = inputs_BTI, gradients_BTO
+
+    def _see_weight(self, number: int, parts: int, weight_OI: Tensor) -> None:
+        inputs_BTI, gradients_BTO = self._shown.pop(number)
+        if parts:
+            pairs = zip(weight_OI.chunk(parts), gradients_BTO.chunk(parts, dim=-1), strict=True)
+            self._owned[number] = [OwnedRows(weight, inputs_BTI, gradients) for weight, gradients in pairs]
+        else:
+            self._owned[number] = [OwnedRows(weight_OI.T, gradients_BTO, inputs_BTI)]
+        if len(self._owned) == len(self._linears):
+            self._see_all([it for place in range(len(self._linears)) for it in self._owned.pop(place)])

@@ -12,10 +12,27 @@ import hashlib
 import torch
 from torch import Tensor
 
-# Unit in which probabilities are added up as integers: few float32 numbers need a finer one, and sums stay below 2^63.
-SHARE = 2.0**-60
+from hfprune_dist.core.head import Batch, LogitGradient, Rows
+
 # Number of tokens whose signs are drawn at a time, so that the bits of a long window never all exist at once.
 SIGN_TOKENS = 64
+
+
+def entropy_gradient(logits_NV: Tensor) -> tuple[Tensor, Tensor]:
+    """Return each row's entropy and its gradient: dH/dz = -p * (log p + H) = p * (sum_v p_v z_v - z).
+
+    Args:
+        logits_NV: float32 or float64 [tokens, vocabulary]. Overwritten: the buffer becomes the gradient.
+
+    Returns:
+        H_N in nats [tokens] and dH/dz [tokens, vocabulary], in the dtype of the logits.
+    """
+    shifted_NV = logits_NV.sub_(logits_NV.amax(dim=-1, keepdim=True))
+    weight_NV = shifted_NV.exp()
+    total_N = weight_NV.sum(dim=-1)
+    mean_N = torch.linalg.vecdot(weight_NV, shifted_NV).div_(total_N)
+    gradient_NV = shifted_NV.sub_(mean_N[:, None]).mul_(weight_NV).mul_(total_N.reciprocal().neg_()[:, None])
+    return total_N.log().sub_(mean_N), gradient_NV
 
 
 def cross_entropy_gradient(logits_NV: Tensor, labels_N: Tensor) -> tuple[Tensor, Tensor]:
@@ -39,41 +56,6 @@ def cross_entropy_gradient(logits_NV: Tensor, labels_N: Tensor) -> tuple[Tensor,
     gradient_NV.scatter_add_(1, labels_N1, -has_label_N1.to(gradient_NV.dtype))
     loss_N1 = total_N1.log().sub_(label_logits_N1).mul_(has_label_N1)
     return loss_N1.squeeze(1), gradient_NV
-
-
-def sampled_label_gradient(logits_NV: Tensor, uniform_N: Tensor) -> tuple[Tensor, Tensor]:
-    """Return -log p(y) and its gradient p - onehot(y), with y drawn from p: over y, E[g g^T] = diag(p) - p p^T.
-
-    This is the exact Fisher matrix at a token's logits (Kunstner et al. 2019, arXiv 1905.12558).
-
-    Args:
-        logits_NV: float32 or float64 [tokens, vocabulary]. Overwritten: the buffer becomes the gradient.
-        uniform_N: random numbers in [0, 1) that determine each token's label.
-
-    Returns:
-        The loss in nats [tokens] and its gradient [tokens, vocabulary], in the dtype of the logits.
-    """
-    return cross_entropy_gradient(logits_NV, sample_labels(logits_NV, uniform_N))
-
-
-def sample_labels(logits_NV: Tensor, uniform_N: Tensor) -> Tensor:
-    """Draw labels y ~ p = softmax(z), int64 [tokens], by inverting p's cumulative distribution at ``uniform_N``."""
-    cumulative_NV = _cumulative(logits_NV.softmax(dim=-1))
-    # The last entry is 1 up to rounding. A number that is rounded up to 1 selects the last word of the vocabulary.
-    threshold_N1 = uniform_N[:, None].to(logits_NV.dtype) * cumulative_NV[:, -1:]
-    return torch.searchsorted(cumulative_NV, threshold_N1, right=True).squeeze(1).clamp_(max=logits_NV.shape[1] - 1)
-
-
-def _cumulative(p_NV: Tensor) -> Tensor:
-    """Return cumulative sums; overwrites the probabilities. GPUs add floating-point numbers in a varying order, hence
-    the exact sums; CPUs use a fixed order, in which labels have been drawn there from the beginning.
-    """
-    return p_NV.cumsum_(dim=-1) if p_NV.device.type == "cpu" else exact_cumulative(p_NV)
-
-
-def exact_cumulative(p_NV: Tensor) -> Tensor:
-    """Return cumulative sums along rows, added as integer multiples of ``SHARE``: the same bits in any order."""
-    return p_NV.double().div_(SHARE).long().cumsum_(dim=-1).to(p_NV.dtype)
 
 
 def random_signs_gradient(logits_NV: Tensor, signs_NV: Tensor) -> tuple[Tensor, Tensor]:
@@ -140,9 +122,26 @@ def labels_and_teacher_gradient(
     return labelled_N.add_(divergence_N, alpha=teacher_share), gradient_NV.scatter_add_(1, labels_N1, -shares_N1)
 
 
-def draw_uniform(seed: int, window: int, tokens: int) -> Tensor:
-    """Draw one number in [0, 1) for each token of a calibration window, float64 on the CPU."""
-    return torch.rand(tokens, generator=window_generator(seed, window, "labels"), dtype=torch.float64)
+def random_signs_of(batch: Batch) -> LogitGradient:
+    """Return ``random_signs_gradient`` of some rows of a batch, with signs drawn for each window."""
+    tokens, device = batch.input_ids_BT.shape[1], batch.input_ids_BT.device
+
+    @functools.lru_cache(maxsize=1)  # rows come in order, a few at a time
+    def bits_of(window: int, group: int) -> Tensor:
+        return draw_sign_bits(batch.seed, window, group, batch.vocabulary).to(device)
+
+    def gradient(rows: Rows) -> tuple[Tensor, Tensor]:
+        bits, start = [], rows.numbers.start
+        while start < rows.numbers.stop:
+            place, token = divmod(start, tokens)
+            group, first = divmod(token, SIGN_TOKENS)
+            count = min(rows.numbers.stop - start, tokens - token, SIGN_TOKENS - first)
+            bits.append(bits_of(batch.windows[place], group)[first : first + count])
+            start += count
+        signs_NV = signs_of(torch.cat(bits), batch.vocabulary, rows.logits_NV.dtype)
+        return random_signs_gradient(rows.logits_NV, signs_NV)
+
+    return gradient
 
 
 def draw_sign_bits(seed: int, window: int, group: int, vocabulary: int) -> Tensor:

@@ -14,8 +14,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.nn.functional import linear, silu
 
-from hfprune_dist.core.blocks import row_blocks
-from hfprune_dist.core.wide import widened
+from hfprune_dist.core.portions import row_blocks, widened
 
 # Called with some tokens' h * dL/dh in float32 or wider, [tokens, channels], until all tokens have been shown.
 Observer = Callable[[Tensor], None]
@@ -71,36 +70,32 @@ class FrozenLinear(Function):
 
 
 class FrozenExpert(Function):
-    """x W_e^T + b_e for one of several experts that share one weight tensor. Keeps that tensor, as ``FrozenLinear``."""
+    """x W_e^T + b_e, or x W_e + b_e if it ``is_transposed``, for one of several experts that share one weight tensor.
+    Keeps that tensor, as ``FrozenLinear``.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x_ND: Tensor, weight_EDC: Tensor, bias_ED: Tensor | None, expert: int) -> Tensor:
-        ctx.weight_EDC, ctx.expert = weight_EDC, expert
-        return linear(x_ND, weight_EDC[expert], None if bias_ED is None else bias_ED[expert])
+    def forward(
+        ctx: Any, x_NC: Tensor, weights: Tensor, bias_ED: Tensor | None, expert: int, is_transposed: bool
+    ) -> Tensor:
+        ctx.weights, ctx.expert, ctx.is_transposed = weights, expert, is_transposed
+        bias_D = None if bias_ED is None else bias_ED[expert]
+        if not is_transposed:
+            return linear(x_NC, weights[expert], bias_D)
+        product_ND = x_NC.matmul(weights[expert])
+        return product_ND if bias_D is None else product_ND.add_(bias_D)
 
     @staticmethod
-    def backward(ctx: Any, gradient_ND: Tensor) -> tuple[Tensor, None, None, None]:
-        return gradient_ND.matmul(ctx.weight_EDC[ctx.expert]), None, None, None
-
-
-class FrozenTransposedExpert(Function):
-    """x W_e + b_e, otherwise like ``FrozenExpert``."""
-
-    @staticmethod
-    def forward(ctx: Any, x_NC: Tensor, weight_ECD: Tensor, bias_ED: Tensor | None, expert: int) -> Tensor:
-        ctx.weight_ECD, ctx.expert = weight_ECD, expert
-        product_ND = x_NC.matmul(weight_ECD[expert])
-        return product_ND if bias_ED is None else product_ND.add_(bias_ED[expert])
-
-    @staticmethod
-    def backward(ctx: Any, gradient_ND: Tensor) -> tuple[Tensor, None, None, None]:
-        return gradient_ND.matmul(ctx.weight_ECD[ctx.expert].T), None, None, None
+    def backward(ctx: Any, gradient_ND: Tensor) -> tuple[Tensor, None, None, None, None]:
+        weight = ctx.weights[ctx.expert]
+        return gradient_ND.matmul(weight.T if ctx.is_transposed else weight), None, None, None, None
 
 
 class Routed(Function):
     """Rows of x, each repeated for every expert that reads it, in the order of the experts. Keeps only that order.
 
-    In backward, the sum of several experts' gradients at a row has the same bits in any order of the experts.
+    ``order_S`` is a permutation of range(rows * K), int64, in which s stands for row s // K. In backward, the sum of
+    several experts' gradients at a row has the same bits in any order of the experts.
     """
 
     @staticmethod
@@ -138,73 +133,36 @@ class GatedProduct(Function):
         return gate_gradient_ND.view(gradient_BTD.shape), up_gradient_ND.view(gradient_BTD.shape)
 
 
-class Masked(Function):
-    """h of a layer that lacks some units, with zeros in their place.
+class Observed(Function):
+    """h unchanged; or, of a layer that lacks some units, with zeros in their place.
 
-    In backward, observers (``observe_gradient``) see the whole h times the gradient at the masked one: for every
-    channel the derivative by its mask, taken at 0 for a missing channel, which is the effect of putting it back.
+    Keeps the whole h for backward, where observers (``observe_gradient``) see it times the gradient at the result: for
+    every channel the derivative by its mask, taken at 0 for a missing channel, which is the effect of putting it back.
     """
 
     @staticmethod
-    def forward(ctx: Any, h_BTD: Tensor, keeps_D: Tensor) -> Tensor:
+    def forward(ctx: Any, h_BTD: Tensor, keeps_D: Tensor | None = None) -> Tensor:
         ctx.save_for_backward(h_BTD, keeps_D)
         ctx.observer = None
-        return h_BTD * keeps_D
+        return h_BTD.view_as(h_BTD) if keeps_D is None else h_BTD * keeps_D
 
     @staticmethod
     def backward(ctx: Any, gradient_BTD: Tensor) -> tuple[Tensor, None]:
         h_BTD, keeps_D = ctx.saved_tensors
         if ctx.observer is not None:
-            _show_products(h_BTD.flatten(0, -2), gradient_BTD.flatten(0, -2), ctx.observer)
-        return gradient_BTD * keeps_D, None
+            hidden_ND, gradient_ND = h_BTD.flatten(0, -2), gradient_BTD.flatten(0, -2)
+            for rows in row_blocks(hidden_ND):
+                ctx.observer(widened(hidden_ND[rows]) * widened(gradient_ND[rows]))
+        return gradient_BTD if keeps_D is None else gradient_BTD * keeps_D, None
 
 
-class Observed(Function):
-    """h unchanged. Keeps it for backward, where observers (``observe_gradient``) see h times its gradient."""
-
-    @staticmethod
-    def forward(ctx: Any, h_BTD: Tensor) -> Tensor:
-        ctx.save_for_backward(h_BTD)
-        ctx.observer = None
-        return h_BTD.view_as(h_BTD)
-
-    @staticmethod
-    def backward(ctx: Any, gradient_BTD: Tensor) -> Tensor:
-        (h_BTD,) = ctx.saved_tensors
-        if ctx.observer is not None:
-            _show_products(h_BTD.flatten(0, -2), gradient_BTD.flatten(0, -2), ctx.observer)
-        return gradient_BTD
-
-
-def rms_norm(x_NC: Tensor, weight_C: Tensor, epsilon: float) -> Tensor:
-    """``RmsNorm`` as a function."""
-    normal_NC: Tensor = RmsNorm.apply(x_NC, weight_C, epsilon)  # type: ignore[no-untyped-call]
-    return normal_NC
-
-
-def frozen_linear(x_NC: Tensor, weight_DC: Tensor, bias_D: Tensor | None) -> Tensor:
-    """``FrozenLinear`` as a function."""
-    output_ND: Tensor = FrozenLinear.apply(x_NC, weight_DC, bias_D)  # type: ignore[no-untyped-call]
-    return output_ND
-
-
-def frozen_expert(
-    x_NC: Tensor, weight_EDC: Tensor, bias_ED: Tensor | None, expert: int, *, is_transposed: bool
-) -> Tensor:
-    """``FrozenExpert``, or ``FrozenTransposedExpert``, as a function."""
-    form = FrozenTransposedExpert if is_transposed else FrozenExpert
-    output_ND: Tensor = form.apply(x_NC, weight_EDC, bias_ED, expert)  # type: ignore[no-untyped-call]
-    return output_ND
-
-
-def routed(x_NC: Tensor, order_S: Tensor) -> Tensor:
-    """``Routed`` as a function.
-
-    Args:
-        order_S: int64, a permutation of range(rows * K); the value s stands for row s // K.
-    """
-    routed_SC: Tensor = Routed.apply(x_NC, order_S)  # type: ignore[no-untyped-call]
-    return routed_SC
+# The same as functions.
+rms_norm: Callable[[Tensor, Tensor, float], Tensor] = RmsNorm.apply
+frozen_linear: Callable[[Tensor, Tensor, Tensor | None], Tensor] = FrozenLinear.apply
+frozen_expert: Callable[[Tensor, Tensor, Tensor | None, int, bool], Tensor] = FrozenExpert.apply
+routed: Callable[[Tensor, Tensor], Tensor] = Routed.apply
+gated_product: Callable[[Tensor, Tensor], Tensor] = GatedProduct.apply
+observed: Callable[..., Tensor] = Observed.apply
 
 
 def summed_per_token(routed_SC: Tensor, order_S: Tensor, tokens: int) -> Tensor:
@@ -215,42 +173,19 @@ def summed_per_token(routed_SC: Tensor, order_S: Tensor, tokens: int) -> Tensor:
     return routed_NKC.sum(dim=1)
 
 
-def gated_product(gate_ND: Tensor, up_ND: Tensor) -> Tensor:
-    """``GatedProduct`` as a function."""
-    h_ND: Tensor = GatedProduct.apply(gate_ND, up_ND)  # type: ignore[no-untyped-call]
-    return h_ND
-
-
-def masked(h_BTD: Tensor, keeps_D: Tensor) -> Tensor:
-    """``Masked`` as a function."""
-    masked_BTD: Tensor = Masked.apply(h_BTD, keeps_D)  # type: ignore[no-untyped-call]
-    return masked_BTD
-
-
-def observed(h_BTD: Tensor) -> Tensor:
-    """``Observed`` as a function."""
-    same_BTD: Tensor = Observed.apply(h_BTD)  # type: ignore[no-untyped-call]
-    return same_BTD
-
-
 def can_be_observed(h_BTD: Tensor) -> bool:
     """Return whether ``observe_gradient`` accepts h; one made by a ``GatedProduct`` need not be kept for it."""
     return hasattr(h_BTD.grad_fn, "observer")
 
 
 def observe_gradient(h_BTD: Tensor, observer: Observer) -> None:
-    """Have ``observer`` called in backward with h * dL/dh, which it may modify; several observers are all called."""
+    """Have ``observer`` called in backward with h * dL/dh, which it must not modify; several are all called."""
     made_by: Any = h_BTD.grad_fn
     earlier: Observer | None = made_by.observer
 
     def both(product_ND: Tensor) -> None:
         assert earlier is not None
-        earlier(product_ND.clone())
+        earlier(product_ND)
         observer(product_ND)
 
     made_by.observer = observer if earlier is None else both
-
-
-def _show_products(hidden_ND: Tensor, gradient_ND: Tensor, observer: Observer) -> None:
-    for rows in row_blocks(hidden_ND):
-        observer(widened(hidden_ND[rows]) * widened(gradient_ND[rows]))

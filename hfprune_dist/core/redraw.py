@@ -9,14 +9,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hfprune_dist.core.blocks import row_blocks
 from hfprune_dist.core.fidelity import Outputs
-from hfprune_dist.core.losses import sample_labels, window_generator
+from hfprune_dist.core.losses import window_generator
+from hfprune_dist.core.portions import row_blocks
 
 # Share of the tokens that a copy redraws, on average.
 REDRAWN = 0.5
 # What drawing a token takes for each word of the vocabulary: a probability, and its sum in two dtypes of 8 bytes.
 SCRATCH_BYTES = 20
+# Unit in which probabilities are added up as integers: few float32 numbers need a finer one, and sums stay below 2^63.
+SHARE = 2.0**-60
 # Of all random numbers: copies are the same in all sweeps that have the same windows.
 SEED = 0
 
@@ -41,6 +43,21 @@ def redrawn_copies(ids_T: Tensor, dense: Outputs, copies: int, *, window: int) -
     redrawn_RT = random_R2T[:, 0] < REDRAWN
     redrawn_RT[:, 0] = False
     return drawn_RT.roll(1, dims=1).where(redrawn_RT, ids_T)
+
+
+def sample_labels(logits_NV: Tensor, uniform_N: Tensor) -> Tensor:
+    """Draw labels y ~ p = softmax(z), int64 [tokens], by inverting p's cumulative distribution at ``uniform_N``."""
+    p_NV = logits_NV.softmax(dim=-1)
+    # GPUs add floating-point numbers in a varying order.
+    cumulative_NV = p_NV.cumsum_(dim=-1) if p_NV.device.type == "cpu" else exact_cumulative(p_NV)
+    # The last entry is 1 up to rounding. A number that is rounded up to 1 selects the last word of the vocabulary.
+    threshold_N1 = uniform_N[:, None].to(logits_NV.dtype) * cumulative_NV[:, -1:]
+    return torch.searchsorted(cumulative_NV, threshold_N1, right=True).squeeze(1).clamp_(max=logits_NV.shape[1] - 1)
+
+
+def exact_cumulative(p_NV: Tensor) -> Tensor:
+    """Return cumulative sums along rows, added as integer multiples of ``SHARE``: the same bits in any order."""
+    return p_NV.double().div_(SHARE).long().cumsum_(dim=-1).to(p_NV.dtype)
 
 
 def _random(window: int, copy: int, tokens: int) -> Tensor:

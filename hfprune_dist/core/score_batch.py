@@ -5,18 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 
 import torch
 from torch import Tensor
 
-from hfprune_dist.core.bound_losses import Batch, bind
-from hfprune_dist.core.criteria import Criterion, Loss, losses_of
-from hfprune_dist.core.head import NOTHING, AfterHead, head_gradients
-from hfprune_dist.core.linear_observer import LinearObserver, SeenLinear
-from hfprune_dist.core.unit_outputs import UnitOutputs
-from hfprune_dist.core.unit_sums import KindObserver, KindSums, Phase, SeeOutputGradients
-from hfprune_dist.core.weight_products import CoupledProducts
+from hfprune_dist.core.criterion import Criterion, Loss, losses_of
+from hfprune_dist.core.head import NOTHING, AfterHead, Batch, head_gradients
+from hfprune_dist.core.linear_observer import LinearObserver, Phase, SeenLinear
+from hfprune_dist.core.observers import KindObserver, SeeOutputGradients, UnitOutputs
 
 
 @dataclass(frozen=True)
@@ -28,7 +24,7 @@ class ScoredModel:
         head: returns a context that provides the head's weight [vocabulary, hidden_size] and bias while it lasts.
         outputs: kind -> the modules at which its units are observed.
         after: transformation of the head's logits.
-        rearming: called after a forward; the function that it returns is called before each backward.
+        before_backward: called after a forward; the function that it returns is called before each backward.
         student: for kinds of which the student lacks some units -> mask of those it has, bool [units] for each layer,
             on the model's device; used only by losses of a student.
     """
@@ -37,7 +33,7 @@ class ScoredModel:
     head: Callable[[], AbstractContextManager[tuple[Tensor, Tensor | None]]]
     outputs: Mapping[str, UnitOutputs]
     after: AfterHead = NOTHING
-    rearming: Callable[[], Callable[[], None]] = lambda: lambda: None
+    before_backward: Callable[[], Callable[[], None]] = lambda: lambda: None
     student: Mapping[str, Sequence[Tensor]] = field(default_factory=dict)
 
 
@@ -53,8 +49,8 @@ def score_batch(model: ScoredModel, batch: Batch, sums: UnitSums) -> dict[str, f
         NonFiniteError: if a layer saw NaN or infinity.
     """
     losses = losses_of(sums.criteria)
-    of_dense = [loss for loss in losses if loss.of == "dense"]
-    of_student = [loss for loss in losses if loss.of == "student"]
+    of_dense = [loss for loss in losses if not loss.of_student]
+    of_student = [loss for loss in losses if loss.of_student]
     with sums.observe():
         with torch.set_grad_enabled(bool(of_dense)):
             hidden_BTC = model.body(batch.input_ids_BT)
@@ -63,7 +59,7 @@ def score_batch(model: ScoredModel, batch: Batch, sums: UnitSums) -> dict[str, f
             assert model.student
             with sums.masking(model.student):
                 student_BTC = model.body(batch.input_ids_BT)
-                values |= _differentiate(model, batch, sums, of_student, student_BTC, teacher_BTC=hidden_BTC.detach())
+                values |= _differentiate(model, batch, sums, of_student, student_BTC, hidden_BTC.detach().flatten(0, 1))
     return values
 
 
@@ -73,16 +69,14 @@ def _differentiate(
     sums: UnitSums,
     losses: Sequence[Loss],
     hidden_BTC: Tensor,
-    *,
-    teacher_BTC: Tensor | None = None,
+    teacher_NC: Tensor | None = None,
 ) -> dict[str, float]:
     """Run one pass over the logits, then one backward for each loss; return the losses' values."""
-    teacher_NC = None if teacher_BTC is None else teacher_BTC.flatten(0, 1)
     with model.head() as (weight_VC, bias_V):
-        bound = [bind(loss, batch) for loss in losses]
+        of_batch = [loss.of_batch(batch) for loss in losses]
         hidden_NC = hidden_BTC.detach().flatten(0, 1)
-        gradients = head_gradients(hidden_NC, weight_VC, bias_V, bound, teacher_NC, after=model.after)
-    return sums.backward(hidden_BTC, dict(zip(losses, gradients, strict=True)), model.rearming())
+        gradients = head_gradients(hidden_NC, weight_VC, bias_V, of_batch, teacher_NC, after=model.after)
+    return sums.backward(hidden_BTC, dict(zip(losses, gradients, strict=True)), model.before_backward())
 
 
 class UnitSums:
@@ -116,21 +110,22 @@ class UnitSums:
         self._phase = Phase()
         see = see_output_gradients or {}
         self._observers = {
-            kind: KindObserver(kind, it, list(filter(it.have, criteria)), self._phase, see.get(kind))
+            kind: KindObserver(
+                kind,
+                it,
+                [criterion for criterion in criteria if criterion.has_sums_of(kind)],
+                self._phase,
+                see.get(kind),
+            )
             for kind, it in outputs.items()
         }
-        losses = losses_of(criterion for criterion in criteria if criterion.needs_weight_gradients)
+        losses = losses_of(criterion for criterion in criteria if criterion.observes == "weight_gradients")
         self._linear_observers = [LinearObserver(linears, loss, self._phase) for loss in losses]
-        for kind, it in outputs.items():
-            self._linear_observers += [
-                LinearObserver(_multiplied(it, criterion, self._observers[kind]), criterion.loss, self._phase)
-                for criterion in criteria
-                if criterion.needs_weight_products and criterion.loss is not None and it.have(criterion)
-            ]
+        self._linear_observers += [it for of_kind in self._observers.values() for it in of_kind.linear_observers()]
 
     @property
-    def kinds(self) -> dict[str, KindSums]:
-        """Sums over all micro-batches so far, for each kind of units."""
+    def kinds(self) -> dict[str, dict[str, Tensor]]:
+        """Kind -> criterion -> sums over all micro-batches so far, as ``KindObserver.sums``."""
         return {kind: observer.sums for kind, observer in self._observers.items()}
 
     @contextmanager
@@ -145,9 +140,10 @@ class UnitSums:
         handles += [handle for observer in self._linear_observers for handle in observer.hook()]
         try:
             yield
-            seen = [observer.seen() for observer in observers]
-            for observer, of_kind in zip(observers, seen, strict=True):
-                observer.add(of_kind)
+            taken = [observer.take() for observer in observers]
+            for observer, of_kind in zip(observers, taken, strict=True):
+                for name, sums_LN in of_kind.items():
+                    observer.sums[name] += sums_LN
         finally:
             for handle in handles:
                 handle.remove()
@@ -189,25 +185,15 @@ class UnitSums:
         sums: dict[str, tuple[Tensor, float]] = {}
         self._phase.windows = len(hidden_BTC)
         for number, (loss, (loss_N, gradient_NC)) in enumerate(gradients.items(), start=1):
-            terms = loss.terms(hidden_BTC.shape[1])
+            terms = hidden_BTC.shape[1] - loss.unlabelled
             gradient_BTC = gradient_NC.view_as(hidden_BTC)
             before_each()
             self._phase.backward_of = loss
             hidden_BTC.backward(
-                gradient_BTC / terms if loss.reduction == "mean" else gradient_BTC,
+                gradient_BTC / terms if loss.is_mean else gradient_BTC,
                 retain_graph=number < len(gradients),
             )
             self._phase.backward_of = None
             sums[loss.name] = loss_N.sum(dtype=torch.float64), terms
         # Only now, or each backward would begin when the one before it is over, rather than queued behind it.
         return {name: total.item() / terms for name, (total, terms) in sums.items()}
-
-
-def _multiplied(outputs: UnitOutputs, criterion: Criterion, observer: KindObserver) -> list[SeenLinear]:
-    """Return the linear layers that a criterion's products need; their sums go to ``observer``."""
-    rows, see = outputs.input_projections, partial(observer.see_sum, criterion)
-    products = [
-        CoupledProducts(rows[layer], columns, outputs.units(layer), partial(see, layer))
-        for layer, columns in outputs.seen_modules()
-    ]
-    return [seen for it in products for seen in it.seen_linears()]

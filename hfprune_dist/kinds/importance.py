@@ -16,7 +16,7 @@ from hfprune_dist.config.method_settings import Kinds
 from hfprune_dist.config.schema import SweepConfig
 from hfprune_dist.config.section import Dtype, Section
 from hfprune_dist.config.texts import CalibrationConfig
-from hfprune_dist.core.criteria import CRITERIA, CriterionName, losses_of
+from hfprune_dist.core.criterion import losses_of
 from hfprune_dist.core.memory_limits import ACCELERATOR_BYTES
 from hfprune_dist.kinds.dimensions import Dimensions
 from hfprune_dist.kinds.memory import (
@@ -32,6 +32,7 @@ from hfprune_dist.kinds.memory import (
     one_layer,
     states,
 )
+from hfprune_dist.methods import CRITERIA, CriterionName
 from hfprune_dist.structures import KV_GROUPS, NEURONS
 
 # core.memory_efficient: the portions, in float32, that a gated MLP's backward holds.
@@ -131,19 +132,19 @@ class Calibration(Job):
     def of(cls, params: ImportanceParameters, *, checkpointing: bool) -> Calibration:
         """The pass of an importance stage."""
         criteria, calibration = [CRITERIA[name] for name in params.criteria], params.calibration
-        losses = [loss.of for loss in losses_of(criteria)]
+        of_student = [loss.of_student for loss in losses_of(criteria)]
         return cls(
             batch=min(calibration.micro_batch_size, calibration.samples),
             tokens=calibration.sequence_length,
             itemsize=ITEMSIZE[params.dtype],
             checkpointing=checkpointing,
             samples=calibration.samples,
-            losses=losses.count("dense"),
-            student="student" in losses,
+            losses=of_student.count(False),
+            student=any(of_student),
             kv_groups=KV_GROUPS in params.structures,
             curvature=any(it.needs_moments for it in criteria),
-            weight_gradients=any(it.needs_weight_gradients for it in criteria),
-            products=any(it.needs_weight_products for it in criteria),
+            weight_gradients=any(it.observes == "weight_gradients" for it in criteria),
+            products=any(it.observes == "weights" for it in criteria),
         )
 
     def memory(self, dims: Dimensions, ranks: int) -> Memory:

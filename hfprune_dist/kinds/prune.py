@@ -14,7 +14,6 @@ from hfprune_dist.config.method import Method
 from hfprune_dist.config.method_settings import Allocation, Refit, Structures
 from hfprune_dist.config.schema import SweepConfig
 from hfprune_dist.config.section import Dtype
-from hfprune_dist.core.criteria import MethodCriterion
 from hfprune_dist.core.memory_limits import KEPT_BYTES
 from hfprune_dist.kinds.dimensions import Dimensions
 from hfprune_dist.kinds.importance import calibration_of
@@ -32,6 +31,7 @@ from hfprune_dist.kinds.memory import (
     tokens_of_a_rank,
     widest_of_a_token,
 )
+from hfprune_dist.methods import MethodCriterion
 from hfprune_dist.structures import KV_GROUPS, NEURONS
 
 # About the most tokens that refits of norms see.

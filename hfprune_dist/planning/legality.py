@@ -14,9 +14,9 @@ from hfprune_dist.checkpoints.checkpoint import Checkpoint
 from hfprune_dist.checkpoints.families import Family
 from hfprune_dist.config.method import Method
 from hfprune_dist.config.method_settings import Allocation, Refit
-from hfprune_dist.core.criteria import CRITERIA, SCORED_WHILE_PRUNED
 from hfprune_dist.errors import UserError
-from hfprune_dist.structures import EXPERTS, KV_GROUPS, LAYERS, NEURONS, Structure
+from hfprune_dist.methods import CRITERIA, SCORED_WHILE_PRUNED
+from hfprune_dist.structures import EXPERT_NEURONS, EXPERTS, KV_GROUPS, LAYERS, NEURONS, Structure
 
 # Name of a setting -> values of it.
 Values = Mapping[str, Sequence[object]]
@@ -24,8 +24,8 @@ Values = Mapping[str, Sequence[object]]
 ALONE, GROUPS, EXPERTS_ALONE = [NEURONS], [NEURONS, KV_GROUPS], [EXPERTS]
 WITH_LAYERS = [NEURONS, LAYERS], [NEURONS, KV_GROUPS, LAYERS]
 OF_NEURONS = ALONE, GROUPS, *WITH_LAYERS
-OF_WHOLE_EXPERTS = [name for name, it in CRITERIA.items() if it.is_of_whole_experts]
-BY_CALIBRATION = [name for name, it in CRITERIA.items() if not it.is_of_whole_experts_alone]
+OF_WHOLE_EXPERTS = [name for name, it in CRITERIA.items() if EXPERTS in it.units]
+BY_CALIBRATION = [name for name, it in CRITERIA.items() if NEURONS in it.units]
 NO_BIAS = [it for it in get_args(Refit) if it != "bias"]
 
 
@@ -58,7 +58,7 @@ RULES = (
     ),
     Rule({"structures": OF_NEURONS}, {"criterion": [None, *BY_CALIBRATION, *SCORED_WHILE_PRUNED]}),
     Rule(
-        {"criterion": [name for name, it in CRITERIA.items() if it.is_of_neurons_alone]},
+        {"criterion": [name for name, it in CRITERIA.items() if it.units == {NEURONS}]},
         {"structures": [ALONE, WITH_LAYERS[0]]},
         "it scores neurons alone, whose weights meet at the hidden channels",
     ),
@@ -106,7 +106,7 @@ MODEL_RULES = (
             "protect_last": [0],
             "refit": ["none", "dense"],
             "distill": [0],
-            "criterion": [name for name, it in CRITERIA.items() if it.is_of_expert_neurons or it.is_of_whole_experts],
+            "criterion": [name for name, it in CRITERIA.items() if {EXPERT_NEURONS, EXPERTS} & it.units],
         },
     ),
     ModelRule(lambda it: _if(not it.family.experts, "has no experts"), {"structures": OF_NEURONS}),
@@ -197,13 +197,8 @@ def refuse_criteria(criteria: Iterable[str], checkpoint: Checkpoint, structures:
         UserError: naming the first one, and what is possible.
     """
     scored, of_experts = {*structures}, bool(checkpoint.family.experts)
-    possible = [
-        name
-        for name, it in CRITERIA.items()
-        if (not of_experts and not it.is_of_whole_experts_alone)
-        or (of_experts and NEURONS in scored and it.is_of_expert_neurons)
-        or (of_experts and EXPERTS in scored and it.is_of_whole_experts)
-    ]
+    kinds = {EXPERT_NEURONS if of_experts and it == NEURONS else it for it in scored & {NEURONS, EXPERTS}}
+    possible = [name for name, it in CRITERIA.items() if kinds & it.units]
     for name in criteria:
         if name not in possible:
             what = "is a mixture of experts" if of_experts else "has no experts"

@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 
 from hfprune_dist.config.method import Method
 from hfprune_dist.config.schema import SweepConfig
-from hfprune_dist.core.criteria import CRITERIA, CriterionName
 from hfprune_dist.errors import UserError
 from hfprune_dist.kinds.importance import ImportanceParameters
+from hfprune_dist.methods import CRITERIA, CriterionName
 from hfprune_dist.store.stage import Input, Stage
 from hfprune_dist.structures import Kind, kinds_among
 

@@ -4,16 +4,12 @@ from __future__ import annotations
 
 from hfprune_dist.checkpoints.checkpoint import Checkpoint
 from hfprune_dist.config.method import Method
-from hfprune_dist.core.criteria import lacking
 from hfprune_dist.errors import UserError
 from hfprune_dist.kinds.importance import StudentParameters
+from hfprune_dist.methods.sdmprune import PUBLISHED, lacking
 from hfprune_dist.planning.shape_target import target_of
 from hfprune_dist.planning.shapes import shapes_for
 from hfprune_dist.structures import NEURONS
-
-# Ratio -> the teacher's share of the loss and its temperature, as in SDMPrune (arXiv 2506.11120; its code's settings
-# for Llama-3.2-1B).
-PUBLISHED = {0.2: (0.4, 0.2), 0.3: (0.42, 0.5), 0.4: (0.1, 0.2)}
 
 
 def student_of(method: Method, ratio: float) -> StudentParameters | None:

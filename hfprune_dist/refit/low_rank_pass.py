@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from hfprune_dist.checkpoints.checkpoint import Checkpoint
-from hfprune_dist.core.low_rank import channel_norms, kept_neurons, low_rank_factors, neuron_scores
 from hfprune_dist.distributed.layer_stream import AfterLayer, LayerStream
 from hfprune_dist.distributed.unfinished import unfinished, up_to_last
 from hfprune_dist.distributed.world import World
+from hfprune_dist.methods.lorap import channel_norms, kept_neurons, low_rank_factors, neuron_scores
 from hfprune_dist.models.single_layer import linear_of, row_matrices
 from hfprune_dist.refit.low_rank_layers import LowRankLayers
 
@@ -29,12 +29,10 @@ class Sizes:
     Attributes:
         width: number of neurons.
         ranks: name, within a layer, of each projection that gets a low rank -> that rank.
-        lowest_stay: whether some of those that score lowest stay as well (``core.low_rank.kept_neurons``).
     """
 
     width: int
     ranks: Mapping[str, int]
-    lowest_stay: bool
 
 
 class LowRankPass:
@@ -98,7 +96,7 @@ class LowRankPass:
     def _kept(self, layer: nn.Module, norms: Mapping[str, Tensor]) -> Tensor:
         rows, down_CK = row_matrices(layer, self._neurons), linear_of(layer, self._down).weight.data
         scores_K = neuron_scores(rows, down_CK, norms[self._row], norms[self._down])
-        return kept_neurons(scores_K, self._sizes.width, lowest_stay=self._sizes.lowest_stay)
+        return kept_neurons(scores_K, self._sizes.width)
 
     def _factors(self, layer: nn.Module, norms: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
         """Factors of each projection that gets a low rank, each found by one of the ranks."""

@@ -25,13 +25,13 @@ class Placed:
     Attributes:
         module: the Hugging Face model. If it is sharded, its forwards and backwards are collectives.
         head: returns a context that provides the head's whole weight [vocabulary, hidden_size] and bias while it lasts.
-        rearming: called after a forward; the function that it returns is called before each backward.
+        before_backward: called after a forward; the function that it returns is called before each backward.
         release: frees the memory of the weights.
     """
 
     module: nn.Module
     head: Callable[[], AbstractContextManager[WeightAndBias]]
-    rearming: Callable[[], Callable[[], None]]
+    before_backward: Callable[[], Callable[[], None]]
     release: Callable[[], None]
 
 
@@ -39,33 +39,25 @@ def load_placed(
     checkpoint: Checkpoint, dtype: torch.dtype, micro_batch_size: int, sharding: DecidedSharding, world: World
 ) -> Placed:
     """Load a checkpoint; collective."""
-    if sharding == "zero3":
-        return _sharded(checkpoint, dtype, micro_batch_size, world)
-    return _whole(checkpoint, dtype, world)
-
-
-def _whole(checkpoint: Checkpoint, dtype: torch.dtype, world: World) -> Placed:
-    module = load_whole(checkpoint, dtype, world)
-    branch_off(module, checkpoint.family)
-    head = checkpoint.family.head_of(module)
-    return Placed(
-        module=module,
-        head=lambda: nullcontext((head.weight.data, None if head.bias is None else head.bias.data)),
-        rearming=lambda: lambda: None,
-        release=partial(release_whole, module),
-    )
-
-
-def _sharded(checkpoint: Checkpoint, dtype: torch.dtype, micro_batch_size: int, world: World) -> Placed:
+    family = checkpoint.family
+    if sharding != "zero3":
+        module = load_whole(checkpoint, dtype, world)
+        branch_off(module, family)
+        head = family.head_of(module)
+        return Placed(
+            module=module,
+            head=lambda: nullcontext((head.weight.data, None if head.bias is None else head.bias.data)),
+            before_backward=lambda: lambda: None,
+            release=partial(release_whole, module),
+        )
     # DeepSpeed takes long to import, and one rank doesn't need it.
     from hfprune_dist.distributed.deepspeed_patches import empty_shards, rearming
     from hfprune_dist.distributed.zero3 import gathered, load_frozen
 
-    family = checkpoint.family
     module = load_frozen(checkpoint.path, dtype, micro_batch_size, world, family.body_of)
     return Placed(
         module=module,
         head=partial(gathered, family.head_of(module)),
-        rearming=partial(rearming, module),
+        before_backward=partial(rearming, module),
         release=partial(empty_shards, module),
     )

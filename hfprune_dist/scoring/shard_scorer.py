@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from hfprune_dist.checkpoints.checkpoint import Checkpoint
-from hfprune_dist.core.bound_losses import Batch, TeacherSettings
-from hfprune_dist.core.criteria import Criterion, losses_of
+from hfprune_dist.core.criterion import Criterion, losses_of
+from hfprune_dist.core.gram import gram_matrix
+from hfprune_dist.core.head import Batch
 from hfprune_dist.core.linear_observer import SeenLinear
+from hfprune_dist.core.observers import NonFiniteError, SeeOutputGradients, UnitOutputs
+from hfprune_dist.core.portions import wide_product
 from hfprune_dist.core.score_batch import ScoredModel, UnitSums, score_batch
-from hfprune_dist.core.unit_outputs import InputProjection, UnitOutputs
-from hfprune_dist.core.unit_sums import KindSums, NonFiniteError
 from hfprune_dist.distributed.frozen_model import DecidedSharding
 from hfprune_dist.distributed.world import World
 from hfprune_dist.errors import UserError
@@ -25,24 +27,11 @@ from hfprune_dist.models.memory_efficient_backward import (
     keep_no_gathered_weights,
     use_memory_efficient_backward,
 )
-from hfprune_dist.scoring.curvature import Curvature
+from hfprune_dist.scoring.layer_sums import LayerSums
 from hfprune_dist.scoring.placement import load_placed
-from hfprune_dist.scoring.weight_gradients import WeightGradients
-from hfprune_dist.structures import EXPERTS, NEURONS
+from hfprune_dist.scoring.shard_sums import SumsOfShard
+from hfprune_dist.structures import NEURONS
 from hfprune_dist.structures.units import Units
-
-
-@dataclass(frozen=True)
-class SumsOfShard:
-    """Sums over the micro-batches of one rank's shard.
-
-    Attributes:
-        kinds: kind of units -> its sums.
-        losses: loss name -> sum over windows of the loss per token.
-    """
-
-    kinds: dict[str, KindSums]
-    losses: dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -51,10 +40,11 @@ class GivenStudent:
 
     Attributes:
         keeps: mask of the neurons that it has, bool [neurons] for each layer.
+        teacher: weight of the teacher in the loss, and its temperature.
     """
 
     keeps: Sequence[Tensor]
-    teacher: TeacherSettings
+    teacher: tuple[float, float]
 
 
 class ShardScorer:
@@ -62,7 +52,7 @@ class ShardScorer:
 
     Args:
         windows_ST: int64 [windows, tokens], the same on every rank.
-        criteria: the criteria that have something to sum.
+        criteria: the criteria that observe something.
         sharding: whether the model is whole on each rank, or sharded over all.
         structures: the kinds of units that are scored.
         curvature: sums of output gradients' second moments, if a criterion needs them.
@@ -83,31 +73,31 @@ class ShardScorer:
         sharding: DecidedSharding = "replicate",
         structures: Sequence[str] = (NEURONS,),
         activation_checkpointing: bool = False,
-        curvature: Curvature | None = None,
-        gradients: WeightGradients | None = None,
+        curvature: LayerSums | None = None,
+        gradients: LayerSums | None = None,
         student: GivenStudent | None = None,
     ) -> None:
         family = checkpoint.family
         placed = load_placed(checkpoint, dtype, micro_batch_size, sharding, world)
-        self.module, self._release = placed.module, placed.release
+        self.module = placed.module
+        self.release = placed.release
         use_memory_efficient_backward(self.module, family)
         keep_no_gathered_weights(self.module)
         if activation_checkpointing:
             checkpoint_activations(self.module, family)
         body, head = family.body_of(self.module), family.head_of(self.module)
         self._experts = see_experts(self.module, family)
-        needs_linears = any(it.needs_weight_products or it.needs_weight_gradients for it in criteria)
-        self._linears = _linears_of(checkpoint, structures, self.module) if needs_linears else {}
         self._model = ScoredModel(
             body=lambda input_ids_BT: body(input_ids=input_ids_BT, use_cache=False).last_hidden_state,
             head=placed.head,
             outputs={kind: self._outputs_of(checkpoint.structures[kind], criteria) for kind in structures},
             after=after_head(checkpoint),
-            rearming=placed.rearming,
+            before_backward=placed.before_backward,
             student={NEURONS: [keeps_U.to(world.device) for keeps_U in student.keeps]} if student else {},
         )
         self._teacher = student.teacher if student else None
         require_known_logits(checkpoint, self.module, placed.head, windows_ST[0].to(world.device))
+        self._units = [checkpoint.structures[kind] for kind in structures]
         self._vocabulary = head.out_features
         self._windows_ST = windows_ST
         self._criteria = criteria
@@ -115,10 +105,6 @@ class ShardScorer:
         self._world = world
         self._curvature = curvature
         self._gradients = gradients
-
-    def release(self) -> None:
-        """Free the memory of the model's weights; nothing can be scored afterwards."""
-        self._release()
 
     def score(self, micro_batches: Sequence[range], forwards: int = 0, *, counts: bool = True) -> SumsOfShard:
         """Return sums over the windows of some micro-batches.
@@ -138,8 +124,8 @@ class ShardScorer:
         return self._score(micro_batches, counts=counts)
 
     def _score(self, micro_batches: Sequence[range], *, counts: bool) -> SumsOfShard:
-        see = self._curvature.seeing(counts=counts) if self._curvature else {}
-        sums = UnitSums(self._model.outputs, self._criteria, see, self._seen_linears(counts=counts))
+        see, linears = self._adding_curvature(counts=counts), self._adding_gradients(counts=counts)
+        sums = UnitSums(self._model.outputs, self._criteria, see, linears)
         losses = {loss.name: 0.0 for loss in losses_of(self._criteria)}
         for windows in micro_batches:
             input_ids_BT = self._windows_ST[windows.start : windows.stop].to(self._world.device)
@@ -154,38 +140,42 @@ class ShardScorer:
                 ) from None
         return SumsOfShard(sums.kinds, losses)
 
-    def _outputs_of(self, units: Units, criteria: Sequence[Criterion]) -> UnitOutputs:
-        """Return the modules at which units are observed, with their input projections if a criterion needs these."""
-        if units.experts > 1:
-            whole = units.kind == EXPERTS
-            return UnitOutputs(self._experts, units.channels_per_unit, experts=units.experts, are_experts=whole)
-        outputs = [
-            self.module.get_submodule(units.tensor(layer, units.output)) if count else None
-            for layer, count in enumerate(units.counts)
-        ]
-        inputs = self._input_projections_of(units) if any(it.needs_weight_products for it in criteria) else ()
-        return UnitOutputs(outputs, units.channels_per_unit, inputs, are_neurons=units.kind == NEURONS)
+    def _adding_curvature(self, *, counts: bool) -> dict[str, SeeOutputGradients]:
+        """For each kind, what adds g g^T of output gradients g; this rank's count only if it ``counts``."""
+        sums = self._curvature
 
-    def _input_projections_of(self, units: Units) -> list[tuple[InputProjection, ...]]:
-        of_weights = [
-            [InputProjection(module, parts) for module in self._linears[name]]
-            for name, parts in zip(units.weights[:-1], units.row_parts, strict=True)
-        ]
-        return list(zip(*of_weights, strict=True))
+        def add(kind: str, layer: int, gradients_NC: Tensor) -> None:
+            assert sums is not None
+            sums.add(kind, layer, gram_matrix(gradients_NC) if counts else None)
 
-    def _seen_linears(self, *, counts: bool) -> list[SeenLinear]:
-        seeing = self._gradients.seeing(counts=counts) if self._gradients else {}
+        return {kind: partial(add, kind) for kind in (sums.sizes if sums else ())}
+
+    def _adding_gradients(self, *, counts: bool) -> list[SeenLinear]:
+        """For each weight that units own, what adds its gradient; this rank's counts only if it ``counts``."""
+        sums = self._gradients
+
+        def add(name: str, layer: int, inputs_BTI: Tensor, gradients_BTO: Tensor) -> None:
+            assert sums is not None
+            product = partial(wide_product, gradients_BTO.flatten(0, -2), inputs_BTI.flatten(0, -2))
+            sums.add(name, layer, product() if counts else None)
+
         return [
-            SeenLinear(module, see)
-            for name, of_layers in seeing.items()
-            for module, see in zip(self._linears[name], of_layers, strict=True)
+            SeenLinear(self._linear(units, layer, name), partial(add, name, layer))
+            for units in (self._units if sums else ())
+            for name in units.weights
+            for layer in range(units.num_layers)
         ]
 
+    def _linear(self, units: Units, layer: int, weight: str) -> nn.Module:
+        return self.module.get_submodule(units.tensor(layer, weight.removesuffix(".weight")))
 
-def _linears_of(checkpoint: Checkpoint, structures: Sequence[str], model: nn.Module) -> dict[str, list[nn.Module]]:
-    """Return name within a layer of each weight that units own -> the linear modules with this weight, by layer."""
-    return {
-        name: [model.get_submodule(units.tensor(it, name.removesuffix(".weight"))) for it in range(units.num_layers)]
-        for units in (checkpoint.structures[kind] for kind in structures)
-        for name in units.weights
-    }
+    def _outputs_of(self, units: Units, criteria: Sequence[Criterion]) -> UnitOutputs:
+        """Return the modules at which units are observed, and those that make their channels if a criterion asks."""
+        if units.experts > 1:
+            return UnitOutputs(self._experts, units.channels_per_unit, experts=units.experts)
+        layers = range(units.num_layers)
+        outputs = [self._linear(units, layer, units.output) if units.counts[layer] else None for layer in layers]
+        makers = list(zip(units.weights[:-1], units.row_parts, strict=True))
+        needed = any(it.observes == "weights" for it in criteria)
+        rows = [[(self._linear(units, layer, name), parts) for name, parts in makers] for layer in layers if needed]
+        return UnitOutputs(outputs, units.channels_per_unit, rows)

@@ -7,19 +7,17 @@ Layers' matrices have the same bits on the same number of ranks, and are equal u
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from hfprune_dist.checkpoints.tensor_files import DamagedFileError, load_tensors, save_tensors
-from hfprune_dist.core.criteria import Criterion, losses_of
+from hfprune_dist.core.criterion import Criterion, losses_of
 from hfprune_dist.distributed.world import World
-from hfprune_dist.scoring.curvature import Curvature
-from hfprune_dist.scoring.kind_totals import KindSizes, KindTotals, Layout, Saved, scored_by
-from hfprune_dist.scoring.layer_sums import Size
-from hfprune_dist.scoring.shard_scorer import SumsOfShard
-from hfprune_dist.scoring.weight_gradients import WeightGradients
+from hfprune_dist.scoring.layer_sums import LayerSums, Size
 from hfprune_dist.store.atomic_files import set_aside
 
 # Names of the folders with sums of curvature and of weights' gradients.
@@ -29,21 +27,51 @@ CURVATURE, GRADIENTS = "curvature", "gradients"
 BYTES_SAVED_A_ROUND = 2**27
 
 
+class KindSizes(NamedTuple):
+    """Units of one kind in each layer of a model, those of all experts together; and the hidden size."""
+
+    counts: tuple[int, ...]
+    channels_per_unit: int
+    hidden_size: int
+
+    def of_layer(self, criterion: Criterion, layer: int) -> int:
+        """Return the number of a criterion's sums for a layer."""
+        return self.counts[layer] * criterion.sums_of_unit(self.channels_per_unit)
+
+    def of_sums(self, criterion: Criterion) -> tuple[int, int]:
+        """Return the shape of a criterion's sums, in which layers with fewer units than others are padded."""
+        return len(self.counts), max(self.of_layer(criterion, layer) for layer in range(len(self.counts)))
+
+
+@dataclass(frozen=True)
+class SumsOfShard:
+    """Sums over the micro-batches of one rank's shard.
+
+    Attributes:
+        kinds: kind of units -> criterion -> sums, float64 [num_layers, sums of units].
+        losses: loss name -> sum over windows of the loss per token.
+    """
+
+    kinds: Mapping[str, Mapping[str, Tensor]]
+    losses: Mapping[str, float]
+
+
 class Accumulation:
     """Sums over the shards before ``next_shard``; ranks work on consecutive shards, one round at a time.
 
     Args:
-        criteria: the criteria that have something to sum.
+        criteria: the criteria that observe something.
         sizes: kind -> its sizes, for each kind of units that is scored.
         shards: number of shards in the whole pass.
-        file: file in which rank 0 saves after a round; if it exists, the pass resumes from it. A file that is damaged
-            or of another pass is set aside, and the pass starts over. The layers' matrices are saved next to it.
+        file: file in which rank 0 saves after a round; if it exists, the pass resumes from it. A damaged file is set
+            aside, and the pass starts over. The layers' matrices are saved next to it.
         weights: weights that units own: name within a layer -> size [out, in] in each layer. Their gradients are summed
             if a criterion needs them.
 
     Attributes:
-        kinds: kind -> its sums.
-        curvature: second moments of output gradients; empty if no criterion needs them.
+        kinds: kind -> criterion -> sums, float64 [num_layers, sums of units] (``KindSizes.of_sums``).
+        curvature: for each kind and layer, the sum over tokens of g g^T at the output projection's output; empty if no
+            criterion needs moments.
         gradients: sums of weights' gradients; empty if no criterion needs them.
         losses: loss name -> sum over windows of the loss per token.
     """
@@ -58,20 +86,21 @@ class Accumulation:
         *,
         weights: Mapping[str, Sequence[Size]] | None = None,
     ) -> None:
-        of_units = [criterion for criterion in criteria if criterion.has_sums_of_units]
-        self.kinds = {kind: KindTotals(scored_by(of_units, kind, it.experts), it, world) for kind, it in sizes.items()}
-        self.losses: dict[str, float] = {}
+        self.kinds = {
+            kind: {it.name: torch.zeros(of_kind.of_sums(it)).double() for it in criteria if it.has_sums_of(kind)}
+            for kind, of_kind in sizes.items()
+        }
+        self.losses = {loss.name: 0.0 for loss in losses_of(criteria)}
         self.next_shard = 0
         self.shards = shards
-        self._first = next(iter(sizes))
-        self._criteria = criteria
+        self._sizes = sizes
         self._file = file
         self._world = world
         moments = sizes if any(it.needs_moments for it in criteria) else {}
-        curvature = {kind: (it.layers, it.hidden_size) for kind, it in moments.items()}
-        self.curvature = Curvature(curvature, file.parent / CURVATURE, world)
-        needed = weights if weights and any(it.needs_weight_gradients for it in criteria) else {}
-        self.gradients = WeightGradients(needed, file.parent / GRADIENTS, world)
+        curvature = {kind: [(it.hidden_size,) * 2] * len(it.counts) for kind, it in moments.items()}
+        self.curvature = LayerSums(curvature, file.parent / CURVATURE, world)
+        needs_gradients = any(it.observes == "weight_gradients" for it in criteria)
+        self.gradients = LayerSums((weights or {}) if needs_gradients else {}, file.parent / GRADIENTS, world)
         self._of_layers = [sums for sums in (self.curvature, self.gradients) if sums]
         self._rounds_unsaved = 0
         self._resume()
@@ -101,12 +130,16 @@ class Accumulation:
         for sums in self._of_layers:
             sums.end_shard()
         for source in range(self.num_counted):
-            for kind, totals in self.kinds.items():
-                totals.add(shard.kinds[kind], source)
-            self.losses = {name: self.losses.get(name, 0.0) + value for name, value in losses[source].items()}
+            for kind, of_kind in self.kinds.items():
+                for name, sums_LN in of_kind.items():
+                    received_LN = shard.kinds[kind][name].clone()
+                    self._world.broadcast_tensor(received_LN, source)
+                    sums_LN += received_LN
+            self.losses = {name: value + losses[source][name] for name, value in self.losses.items()}
         self.next_shard += self.num_counted
         self._rounds_unsaved += 1
-        if self.is_complete or self._rounds_unsaved >= self._rounds_a_save():
+        owned = sum(sums.owned_bytes for sums in self._of_layers)
+        if self.is_complete or self._rounds_unsaved >= -(-owned // BYTES_SAVED_A_ROUND):
             self.save()
         if self.is_complete:
             self._release()
@@ -128,6 +161,12 @@ class Accumulation:
         self._world.on_rank0(self._save)
         self._rounds_unsaved = 0
 
+    def of_layer(self, kind: str, criterion: Criterion, layer: int) -> Tensor:
+        """Return a criterion's sums for a layer's units or channels, float64; empty if it sums nothing."""
+        if not criterion.has_sums_of(kind):
+            return torch.zeros(0).double()
+        return self.kinds[kind][criterion.name][layer, : self._sizes[kind].of_layer(criterion, layer)]
+
     def mean_curvature(self, kind: str, layer: int, tokens: int) -> Tensor:
         """Return the mean of g g^T over ``tokens`` tokens after the pass, if a criterion needs moments: float64
         [hidden_size, hidden_size], on the device.
@@ -140,87 +179,41 @@ class Accumulation:
         """
         return self.gradients.value(weight, layer, self.next_shard).div_(windows)
 
-    def _rounds_a_save(self) -> int:
-        owned = sum(sums.owned_bytes for sums in self._of_layers)
-        return max(1, -(-owned // BYTES_SAVED_A_ROUND))
-
     def _release(self) -> None:
         for sums in self._of_layers:
             sums.release()
 
     def _resume(self) -> None:
-        saved: Saved = {}  # on rank 0; the others are sent what they need of it
-        self._world.on_rank0(lambda: saved.update(self._read_saved()))
-        saved = self._with_layers(saved)
-        if saved:
-            self.losses = {loss.name: float(saved[f"loss.{loss.name}"]) for loss in losses_of(self._criteria)}
-            self.next_shard = int(saved["next_shard"])
-        self.losses, self.next_shard = self._world.broadcast((self.losses, self.next_shard))
-        if self.next_shard:
-            for kind, totals in self.kinds.items():
-                totals.resume({name: saved[self._name(kind, name)] for name in totals.layout()} if saved else {})
-            if self.is_complete:
-                self._release()
-
-    def _with_layers(self, saved: Saved) -> Saved:
-        """Return what rank 0 has read if every rank can resume from its layers' matrices, otherwise nothing."""
-        if not self._of_layers:
-            return saved
-        shards = self._world.broadcast(int(saved["next_shard"]) if saved else 0)
-        if not shards:
-            return {}
-        mine = next(filter(None, (sums.resume(shards) for sums in self._of_layers)), "")
-        problem = next(filter(None, self._world.all_gather(mine)), "")
-        if not problem:
-            return saved
-        for sums in self._of_layers:
-            sums.release()
-        self._world.on_rank0(lambda: set_aside(self._file, problem))
-        return {}
-
-    def _name(self, kind: str, name: str) -> str:
-        """Return the name of a saved tensor; only kinds other than the first are part of it."""
-        return name if kind == self._first else f"{kind}.{name}"
-
-    def _read_saved(self) -> Saved:
-        """Return what an earlier attempt at this pass saved; empty if there is nothing that can be used."""
-        if not self._file.is_file():
-            return {}
-        saved: Saved = {}
-        try:
-            saved, _ = load_tensors(self._file)
-            problem = self._mismatch(saved)
-        except DamagedFileError as error:
-            problem = str(error)
+        saved: dict[str, Tensor] = {}  # on rank 0, which sends the others what they need of it
+        problem = self._world.on_rank0(lambda: self._read(saved))
+        self.next_shard = self._world.broadcast(int(saved["next_shard"]) if saved else 0)
+        if not problem and self.next_shard:
+            problems = self._world.all_gather([sums.resume(self.next_shard) for sums in self._of_layers])
+            problem = next((it for of_rank in problems for it in of_rank if it), "")
         if problem:
-            set_aside(self._file, problem)
-        return {} if problem else saved
+            self._world.on_rank0(lambda: set_aside(self._file, problem))
+            self.next_shard = 0
+        if not self.next_shard or self.is_complete:
+            self._release()
+        if not self.next_shard:
+            return
+        self.losses = self._world.broadcast({name: float(saved.get(f"loss.{name}", 0.0)) for name in self.losses})
+        for kind, of_kind in self.kinds.items():
+            for name, sums_LN in of_kind.items():
+                sums_LN.copy_(saved.get(f"{kind}.{name}", sums_LN))
+                self._world.broadcast_tensor(sums_LN, 0)
 
-    def _mismatch(self, saved: Mapping[str, Tensor]) -> str:
-        """Return the reason why this pass can't have saved these tensors, or an empty string."""
-        expected = self._expected()
-        found: Layout = {name: (it.dtype, tuple(it.shape)) for name, it in saved.items()}
-        different = sorted(name for name in {*expected, *found} if expected.get(name) != found.get(name))
-        if different:
-            return f"is of another pass, which differs in {different[0]}"
-        if not 1 <= int(saved["next_shard"]) <= self.shards:
-            return f"is of another pass, which has {int(saved['next_shard'])} shards so far; here are {self.shards}"
+    def _read(self, saved: dict[str, Tensor]) -> str:
+        """Read what an earlier attempt at this pass saved, if there is anything; return what is wrong with it."""
+        try:
+            saved.update(load_tensors(self._file)[0] if self._file.is_file() else {})
+        except DamagedFileError as error:
+            return str(error)
         return ""
 
-    def _expected(self) -> Layout:
-        """Return the layout of a saved pass."""
-        of_kinds: Layout = {
-            self._name(kind, name): it for kind, totals in self.kinds.items() for name, it in totals.layout().items()
-        }
-        losses: Layout = {f"loss.{loss.name}": (torch.float64, ()) for loss in losses_of(self._criteria)}
-        return {"next_shard": (torch.int64, ()), **losses, **of_kinds}
-
     def _save(self) -> None:
-        of_kinds = {
-            self._name(kind, name): it for kind, totals in self.kinds.items() for name, it in totals.saved().items()
-        }
+        sums = {f"{kind}.{name}": sums_LN for kind, it in self.kinds.items() for name, sums_LN in it.items()}
         losses = {f"loss.{name}": torch.tensor(value, dtype=torch.float64) for name, value in self.losses.items()}
-        saved = {"next_shard": torch.tensor(self.next_shard), **losses, **of_kinds}
-        save_tensors(saved, self._file)
-        for sums in self._of_layers:
-            sums.keep_only(self.next_shard)
+        save_tensors({"next_shard": torch.tensor(self.next_shard), **losses, **sums}, self._file)
+        for of_layers in self._of_layers:
+            of_layers.keep_only(self.next_shard)

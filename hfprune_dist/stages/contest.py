@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 
 from hfprune_dist.checkpoints.checkpoint import Checkpoint
 from hfprune_dist.core.allocation import Ladder, layer_mean_one, standardized
-from hfprune_dist.core.criteria import CRITERIA
 from hfprune_dist.core.width_search import Counts, ReweightedShapes
 from hfprune_dist.kinds.prune import PruneParameters
+from hfprune_dist.methods import CRITERIA
 from hfprune_dist.planning.budget import Budget
 from hfprune_dist.refit.cheap_fits import Scored
 from hfprune_dist.refit.measurement import Candidate

@@ -23,7 +23,8 @@ from transformers.utils import logging as transformers_logging
 
 from hfprune_dist.checkpoints.checkpoint import open_checkpoint
 from hfprune_dist.config.texts import FIRST, OTHER_TEXTS, compared_texts
-from hfprune_dist.core.fidelity import FidelitySums, Outputs, compare_outputs, next_ids, standard_errors
+from hfprune_dist.core.fidelity import FidelitySums, Outputs, compare_outputs, standard_errors
+from hfprune_dist.core.head import next_ids
 from hfprune_dist.data.tokenizer import load_tokenizer
 from hfprune_dist.distributed.frozen_model import DecidedSharding, FrozenModel, choose_sharding
 from hfprune_dist.errors import UserError

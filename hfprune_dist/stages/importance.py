@@ -18,11 +18,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from hfprune_dist.checkpoints.checkpoint import Checkpoint, open_checkpoint
-from hfprune_dist.checkpoints.read_tensors import mean_gradients, scored_layer
+from hfprune_dist.checkpoints.read_tensors import scored_layer
 from hfprune_dist.checkpoints.tensor_files import SavedLayers
-from hfprune_dist.core.bound_losses import TeacherSettings
-from hfprune_dist.core.criteria import CRITERIA, Criterion, losses_of
-from hfprune_dist.core.scores import MeanGradients, ScoredLayer, SecondMoments, scores_from_sums, student_keeps
+from hfprune_dist.core.criterion import Criterion, ScoredLayer, losses_of
 from hfprune_dist.data.windows import load_windows, save_windows
 from hfprune_dist.distributed.float64_sum import explaining
 from hfprune_dist.distributed.frozen_model import choose_sharding
@@ -34,11 +32,12 @@ from hfprune_dist.distributed.unfinished import unfinished, up_to_last
 from hfprune_dist.distributed.whole_model_probe import PROBE, ProbeRecorder, obtain_probe
 from hfprune_dist.errors import UserError, naming
 from hfprune_dist.kinds.importance import Calibration
-from hfprune_dist.scoring.calibration_pass import CalibrationPass, cut_into_shards
-from hfprune_dist.scoring.kind_totals import KindSizes, KindTotals, scored_by
+from hfprune_dist.methods import CRITERIA
+from hfprune_dist.methods.sdmprune import student_keeps
+from hfprune_dist.scoring.calibration_pass import cut_into_shards, run_pass
 from hfprune_dist.scoring.layer_sums import Size
 from hfprune_dist.scoring.shard_scorer import GivenStudent, ShardScorer
-from hfprune_dist.scoring.shard_sums import Accumulation
+from hfprune_dist.scoring.shard_sums import Accumulation, KindSizes
 from hfprune_dist.stages.calibration_windows import Context, prepare_windows
 from hfprune_dist.structures import NEURONS
 from hfprune_dist.structures.score_names import SCORES, score_name, scores_of_layers
@@ -53,7 +52,8 @@ def run(context: Context) -> None:
     criteria = [CRITERIA[name] for name in context.params.criteria]
     documents = prepare_windows(context)
     windows_ST = load_windows(context.work)
-    totals = _accumulate(context, checkpoint, windows_ST, _summed(criteria))
+    observing = [criterion for criterion in criteria if criterion.observes != "nothing"]
+    totals = _accumulate(context, checkpoint, windows_ST, observing)
     scores = _score_layers(context, checkpoint, criteria, totals, windows_ST)
     draft = context.open_draft()
 
@@ -70,11 +70,6 @@ def run(context: Context) -> None:
     context.commit(draft, {"tokens": windows_ST.numel(), **means, **documents})
 
 
-def _summed(criteria: Sequence[Criterion]) -> list[Criterion]:
-    """Criteria that need the calibration pass."""
-    return [criterion for criterion in criteria if criterion.summed != "nothing"]
-
-
 def _scored_units(context: Context, checkpoint: Checkpoint) -> dict[str, Units]:
     """Kind -> its units, neurons first."""
     return {units.kind: units for units in checkpoint.pruned_kinds(context.params.structures)}
@@ -89,7 +84,7 @@ def _accumulate(
     shards = cut_into_shards(windows, settings.micro_batch_size, settings.shard_size)
     hidden_size = checkpoint.config["hidden_size"]
     sizes = {
-        kind: KindSizes(units.counts, units.channels_per_unit, hidden_size, units.experts)
+        kind: KindSizes(units.counts, units.channels_per_unit, hidden_size)
         for kind, units in _scored_units(context, checkpoint).items()
     }
     totals = Accumulation(
@@ -115,14 +110,14 @@ def _accumulate(
         context.interruption.stop_if_agreed(context.world)
 
     # The probe first: once all sums are saved, a later attempt has no forward that could leave one.
-    CalibrationPass(shards, totals, load).run(before_round=report, after_scoring=recorder.save, after_round=after_round)
+    run_pass(shards, totals, load, before_round=report, after_scoring=recorder.save, after_round=after_round)
     report(len(shards))
     return totals
 
 
 def _weights_of_units(context: Context, checkpoint: Checkpoint, criteria: Sequence[Criterion]) -> dict[str, list[Size]]:
     """Name within a layer -> size [out, in] in each layer; none if no criterion uses their gradients."""
-    if not any(criterion.needs_weight_gradients for criterion in criteria):
+    if not any(criterion.observes == "weight_gradients" for criterion in criteria):
         return {}
     tensors, layers = checkpoint.tensors, range(checkpoint.num_layers)
     return {
@@ -169,7 +164,7 @@ def _given_student(context: Context, criteria: Sequence[Criterion]) -> GivenStud
     stored = load_file(context.input_path("student") / SCORES)
     (scores,) = (scores_of_layers(stored, name, NEURONS) for name in chosen_by)
     keeps = [student_keeps(scores_U, student.lacks) for scores_U in scores]
-    return GivenStudent(keeps, TeacherSettings(student.teacher_share, student.teacher_temperature))
+    return GivenStudent(keeps, (student.teacher_share, student.teacher_temperature))
 
 
 def _score_layers(
@@ -188,7 +183,7 @@ def _score_layers(
     left = unfinished(range(checkpoint.num_layers), saved.done, world)
 
     def write(layer: _Layer) -> None:
-        of_kinds = (_layer_scores(kind, it, criteria, totals.kinds[kind]) for kind, it in layer.kinds.items())
+        of_kinds = (_layer_scores(kind, it, criteria, totals) for kind, it in layer.kinds.items())
         saved.write(layer.number, {name: scores_U for scores in of_kinds for name, scores_U in scores.items()})
 
     turns = Turns(left, world, write)
@@ -240,10 +235,16 @@ class _SecondPass:
         grams = self._grams(number, owner) if self._needed else {}
         if owner != self._context.world.rank:
             return None
-        moments = {kind: self._moments(kind, number, it) for kind, it in grams.items()}
-        seed, scored = self._context.params.seed, partial(scored_layer, self._checkpoint, tokens=self._tokens)
         kinds = {
-            kind: scored(units, number, seed, moments.get(kind), gradients=self._gradients(units, number))
+            kind: scored_layer(
+                self._checkpoint,
+                units,
+                number,
+                self._context.params.seed,
+                self._tokens,
+                moments=self._moments(kind, number, grams[kind]) if grams else None,
+                read_gradient=partial(self._mean_gradient, number) if self._totals.gradients else None,
+            )
             for kind, units in self._units.items()
         }
         return _Layer(number, kinds)
@@ -265,18 +266,14 @@ class _SecondPass:
         grams = stream.grams(number, self._next_layer(), list(self._units.values()), owner)
         return {kind: grams[units.kind][0] for kind, units in self._units.items()}
 
-    def _moments(self, kind: str, number: int, grams: Grams) -> SecondMoments:
-        return SecondMoments(grams.whole(), self._totals.mean_curvature(kind, number, self._tokens), self._tokens)
+    def _moments(self, kind: str, number: int, grams: Grams) -> tuple[Tensor, Tensor]:
+        return grams.whole(), self._totals.mean_curvature(kind, number, self._tokens)
 
     def _next_layer(self) -> nn.Module:
         return next(self._layers)[1]
 
-    def _gradients(self, units: Units, number: int) -> MeanGradients | None:
-        """Gradients of the weights that a layer's units own, read from where they are saved; None if not needed."""
-        if not self._totals.gradients:
-            return None
-        windows = len(self._windows_ST)
-        return mean_gradients(units, lambda name: self._totals.mean_gradient(name, number, windows))
+    def _mean_gradient(self, number: int, name: str) -> Tensor:
+        return self._totals.mean_gradient(name, number, len(self._windows_ST))
 
     def _begun(self) -> LayerStream:
         """The stream of windows, begun by the first call, which never comes if all scores are known. Collective."""
@@ -291,17 +288,20 @@ class _SecondPass:
 
 
 def _layer_scores(
-    kind: str, layer: ScoredLayer, criteria: Sequence[Criterion], totals: KindTotals
+    kind: str, layer: ScoredLayer, criteria: Sequence[Criterion], totals: Accumulation
 ) -> dict[str, Tensor]:
     scores = {}
-    for criterion in scored_by(criteria, kind, totals.experts):
-        sums_N = totals.of_layer(criterion, layer.number)
-        with explaining(layer.number):
-            scores_U = scores_from_sums(criterion, sums_N, layer).clone() if layer.units else sums_N
+    for criterion in criteria:
+        if kind not in criterion.units:
+            continue
+        scores_U = totals.of_layer(kind, criterion, layer.number)
+        if criterion.score is not None and layer.units:
+            with explaining(layer.number):
+                scores_U = criterion.score(scores_U, layer)
         if not scores_U.isfinite().all():
             raise UserError(
                 f"importance: {criterion.name} of layer {layer.number} is NaN or infinite; "
                 "check the checkpoint's weights"
             )
-        scores[score_name(layer.number, criterion.name, kind)] = scores_U
+        scores[score_name(layer.number, criterion.name, kind)] = scores_U.clone()
     return scores

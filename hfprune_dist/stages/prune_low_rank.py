@@ -19,7 +19,7 @@ def decide_low_rank(context: Context, checkpoint: Checkpoint) -> tuple[Kept, Rep
     params, windows_ST = context.params, context.calibration_windows()
     shape = LowRankTarget(ShapeTarget.of(checkpoint, params, context.stage.label)).shape()
     ranks = {name: row[0] for name, row in shape.ranks.items()}
-    sizes = Sizes(shape.units[NEURONS][0], ranks, lowest_stay=params.criterion == "lorap")
+    sizes = Sizes(shape.units[NEURONS][0], ranks)
     layers = LowRankLayers(checkpoint, list(ranks), context.work / "low_rank")
     probe = probe_of(context, checkpoint, windows_ST)
     alone_ST = probe.micro_batch_of(windows_ST, params.forward_pass()[1])

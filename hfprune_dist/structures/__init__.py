@@ -22,6 +22,7 @@ LAYERS: Structure = "layers"
 TOGETHER: tuple[Structure, ...] = (NEURONS, KV_GROUPS, LAYERS)
 # Kinds that methods also call neurons: those of experts, and those of the shared MLP that every token goes through.
 EXPERT_NEURONS, SHARED_NEURONS = "expert_neurons", "shared_neurons"
+ALL_KINDS: frozenset[str] = frozenset({*get_args(Kind), EXPERT_NEURONS, SHARED_NEURONS})
 
 
 def kinds_among(structures: Iterable[Structure]) -> list[Kind]:

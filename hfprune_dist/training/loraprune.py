@@ -13,9 +13,9 @@ import torch
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad, safe_get_local_grad
 from torch import Tensor, nn
 
-from hfprune_dist.core.lora_scores import Factors, averaged, gone_after, unit_scores
 from hfprune_dist.core.selection import top_units
 from hfprune_dist.distributed.world import World
+from hfprune_dist.methods.loraprune import Factors, averaged, gone_after, unit_scores
 from hfprune_dist.structures.kept import Kept, Shape
 from hfprune_dist.structures.units import Owned, Units
 

@@ -28,7 +28,6 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PrinterCallback, Trainer, TrainerCallback
 
-from hfprune_dist.core.lora_scores import masks_after
 from hfprune_dist.data.schedule import ScheduledRows
 from hfprune_dist.distributed.deepspeed_patches import (
     before_each_step,
@@ -39,6 +38,7 @@ from hfprune_dist.distributed.deepspeed_patches import (
 from hfprune_dist.distributed.interruption import Interrupted, Interruption
 from hfprune_dist.distributed.world import World
 from hfprune_dist.distributed.zero3 import init_deepspeed, keep_float32
+from hfprune_dist.methods.loraprune import masks_after
 from hfprune_dist.models.after_head import DistillingHead, after_head
 from hfprune_dist.store.hashing import digest_of
 from hfprune_dist.store.heartbeat import Progress

@@ -17,12 +17,12 @@ from torch import Tensor, nn
 from transformers.utils import logging
 
 from hfprune_dist.checkpoints.checkpoint import Checkpoint, open_checkpoint
-from hfprune_dist.core.bound_losses import Batch
-from hfprune_dist.core.criteria import CRITERIA
+from hfprune_dist.core.head import Batch
+from hfprune_dist.core.observers import UnitOutputs
 from hfprune_dist.core.score_batch import ScoredModel, UnitSums, score_batch
-from hfprune_dist.core.unit_outputs import UnitOutputs
 from hfprune_dist.data.tokenizer import load_tokenizer
 from hfprune_dist.data.windows import Sampling, sample_windows
+from hfprune_dist.methods import CRITERIA
 from hfprune_dist.models.after_head import after_head
 from hfprune_dist.models.loading import load_causal_lm
 from hfprune_dist.models.memory_efficient_backward import checkpoint_activations, use_memory_efficient_backward
@@ -121,7 +121,7 @@ class Ours:
             windows = range(self._windows, self._windows + len(input_ids_BT))
             score_batch(self._model, Batch(input_ids_BT, windows, self._vocabulary, SEED), sums)
             self._windows += len(input_ids_BT)
-        self.scores_LD = self.scores_LD + sums.kinds[NEURONS].exact[CRITERION]
+        self.scores_LD = self.scores_LD + sums.kinds[NEURONS][CRITERION]
 
 
 def read_windows(model: str, text: str, windows: int, tokens: int) -> Tensor:

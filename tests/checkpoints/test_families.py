@@ -19,7 +19,7 @@ from transformers import AutoModel
 
 from hfprune_dist.checkpoints.checkpoint import open_checkpoint
 from hfprune_dist.checkpoints.pruned_config import is_plain
-from hfprune_dist.core.criteria import CRITERIA
+from hfprune_dist.methods import CRITERIA
 from hfprune_dist.models.after_head import DistillingHead, after_head
 from hfprune_dist.models.loading import load_causal_lm, require_own_weights
 from hfprune_dist.scoring.shard_scorer import ShardScorer
@@ -96,7 +96,7 @@ def test_scores_and_single_layers_are_those_of_the_whole_model(checkpoint_of, mo
         units = checkpoint.structures[kind]
         expected = definition(model, WINDOWS[:1], channels=units.channels_per_unit, output=units.output)
         for layer, count in enumerate(units.counts):
-            found = sums.kinds[kind].exact["entropy"][layer, :count]
+            found = sums.kinds[kind]["entropy"][layer, :count]
             assert (found - expected[layer]).norm() < 1e-4 * expected[layer].norm(), (kind, layer)
     with torch.no_grad():
         through_layers(checkpoint, model, WINDOWS)
@@ -225,7 +225,7 @@ def test_two_ranks_have_the_bits_of_one(checkpoint_of, tmp_path):
         scorer = scorer_of(checkpoints[name], world)
         sums = [scorer.score([range(it, it + 1)]) for it in windows]
         scorer.release()
-        return [{kind: it.exact["entropy"] for kind, it in of_window.kinds.items()} for of_window in sums]
+        return [{kind: it["entropy"] for kind, it in of_window.kinds.items()} for of_window in sums]
 
     def act(world):
         from hfprune_dist.distributed.zero3 import init_deepspeed

@@ -21,9 +21,9 @@ from transformers import AutoModelForCausalLM
 from hfprune_dist.checkpoints.checkpoint import open_checkpoint
 from hfprune_dist.checkpoints.layer_settings import undroppable_layers
 from hfprune_dist.config.method import Method
-from hfprune_dist.core.criteria import CRITERIA
 from hfprune_dist.errors import UserError
 from hfprune_dist.kinds.dimensions import checkpoint_dimensions
+from hfprune_dist.methods import CRITERIA
 from hfprune_dist.models.loading import load_causal_lm, require_own_weights
 from hfprune_dist.planning.ratios import check_ratios
 from hfprune_dist.scoring.shard_scorer import ShardScorer
@@ -226,7 +226,7 @@ def test_scores_layers_and_adapters_of_a_mixture_are_those_of_the_whole_model(ch
     options = {"seed": 0, "micro_batch_size": 1, "world": SoloWorld(), "structures": [*units, WHOLE]}
     sums = ShardScorer(checkpoint, torch.float32, WINDOWS, [CRITERIA["entropy"]], **options).score([range(1)]).kinds
     for (kind, layer), expected_U in expected.items():
-        ours_U = sums[kind].exact["entropy"][layer, : len(expected_U)]
+        ours_U = sums[kind]["entropy"][layer, : len(expected_U)]
         assert (ours_U - expected_U).norm() <= 1e-4 * expected_U.norm(), (kind, layer)
     with torch.no_grad():
         through_layers(checkpoint, load(checkpoint.path), WINDOWS)

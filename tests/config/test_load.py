@@ -18,8 +18,8 @@ from hfprune_dist.config.load import (
 )
 from hfprune_dist.config.schema import SweepConfig
 from hfprune_dist.config.section import Section
-from hfprune_dist.core.criteria import CRITERIA, CriterionName
 from hfprune_dist.errors import UserError
+from hfprune_dist.methods import CRITERIA, CriterionName
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 

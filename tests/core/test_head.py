@@ -1,9 +1,8 @@
 import pytest
 import torch
 
-from hfprune_dist.core import blocks, head
-from hfprune_dist.core.entropy import entropy_gradient
-from hfprune_dist.core.losses import cross_entropy_gradient, distillation_gradient
+from hfprune_dist.core import head, portions
+from hfprune_dist.core.losses import cross_entropy_gradient, distillation_gradient, entropy_gradient
 
 
 def entropy(rows):
@@ -48,7 +47,7 @@ def test_a_teachers_logits_come_chunk_by_chunk_too(monkeypatch):
     hidden, teacher = torch.randn(2, 11, 8, dtype=torch.float64)
     weight = torch.randn(30, 8, dtype=torch.float64)
     monkeypatch.setattr(head, "CHUNK_BYTES", 4 * 30 * 8)
-    monkeypatch.setattr(blocks, "CACHE_BYTES", 3 * 30 * 4)
+    monkeypatch.setattr(portions, "CACHE_BYTES", 3 * 30 * 4)
     ((loss, gradient),) = head.head_gradients(
         hidden, weight, None, [lambda rows: distillation_gradient(rows.logits_NV, rows.teacher_NV)], teacher
     )

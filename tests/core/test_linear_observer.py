@@ -1,39 +1,22 @@
 """Inputs and gradients observed at linear layers give the gradients of their weights, as float64 autograd has them."""
 
-import contextlib
 import copy
 
 import pytest
 import torch
 from core_definition import ROWS, cross_entropy
-from tiny import FAMILY, VARIANTS, tiny_model
+from scored_model import checkpointed, some_windows, sums_of
+from tiny import VARIANTS, tiny_model
 
-from hfprune_dist.core.bound_losses import Batch
-from hfprune_dist.core.criteria import CRITERIA
 from hfprune_dist.core.linear_observer import SeenLinear
-from hfprune_dist.core.score_batch import ScoredModel, UnitSums, score_batch
-from hfprune_dist.core.unit_outputs import UnitOutputs
-from hfprune_dist.core.unit_sums import NonFiniteError
-from hfprune_dist.models.memory_efficient_backward import (
-    checkpoint_activations,
-    keep_no_gathered_weights,
-    use_memory_efficient_backward,
-)
+from hfprune_dist.models.memory_efficient_backward import use_memory_efficient_backward
 
 NAMES = [name for output, rows in ROWS.items() for name in (*rows, output)]
-OTHERS = ["entropy", "cross_entropy", "surgeon", "activation"]
+OTHERS = ["entropy", "cross_entropy", "surgeon", "activation_l1"]
 
 
-def some_windows(count=3, tokens=16):
-    return torch.randint(3, 250, (count, tokens), generator=torch.Generator().manual_seed(1))
-
-
-def gradients_of(model, windows, criteria=("weight_taylor",), names=NAMES, prepare=(use_memory_efficient_backward,)):
+def gradients_of(model, windows, criteria=("weight_taylor",), names=NAMES, **options):
     """(layer, name) -> sum over windows of dL/dW, where L is a window's mean cross-entropy; and all sums of units."""
-    model, family = model.requires_grad_(False), FAMILY
-    for change in prepare:
-        change(model, family)
-    head, layers = family.head_of(model), model.model.layers
     gradients = {}
 
     def seeing(key):
@@ -43,84 +26,34 @@ def gradients_of(model, windows, criteria=("weight_taylor",), names=NAMES, prepa
 
         return see
 
-    structures = family.structures(model.config.to_dict())
-    some = UnitOutputs(structures["neurons"].outputs_of(model), 1)
-    scored = ScoredModel(
-        body=lambda input_ids: family.body_of(model)(input_ids=input_ids, use_cache=False).last_hidden_state,
-        head=lambda: contextlib.nullcontext((head.weight, head.bias)),
-        outputs={"neurons": some},
-        student={"neurons": [torch.arange(48) % 10 != 0 for _ in layers]},
-    )
-    seen = [
-        SeenLinear(layer.get_submodule(name), seeing((number, name)))
-        for number, layer in enumerate(layers)
-        for name in names
-    ]
-    sums = UnitSums(scored.outputs, [CRITERIA[name] for name in criteria], None, seen)
-    for number, window in enumerate(windows):
-        score_batch(scored, Batch(window[None], range(number, number + 1), head.out_features, 0), sums)
-    assert all(parameter.grad is None for parameter in model.parameters())
-    assert not any(layer.get_submodule(name)._forward_hooks for layer in layers for name in NAMES)
-    return gradients, sums.kinds["neurons"].exact
+    def linears(model):
+        places = [(number, name) for number in range(model.config.num_hidden_layers) for name in names]
+        return [SeenLinear(model.model.layers[it[0]].get_submodule(it[1]), seeing(it)) for it in places]
 
-
-def as_defined(model, windows):
-    model = copy.deepcopy(model).double().requires_grad_()
-    for window in windows:
-        cross_entropy(model(input_ids=window[None]).logits[0], window).backward()
-    layers = model.model.layers
-    return {(number, it): layer.get_submodule(it).weight.grad for number, layer in enumerate(layers) for it in NAMES}
+    sums = sums_of(model, windows, criteria, linears=linears, **options)["neurons"]
+    return gradients, sums.of_units
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_gradients_are_those_of_autograd_in_every_family(variant):
-    model, windows = tiny_model(variant), some_windows()
-    found, _ = gradients_of(copy.deepcopy(model), windows)
-    expected = as_defined(model, windows)
-    assert found.keys() == expected.keys()
-    for key, gradient in expected.items():
-        assert (found[key] - gradient).norm() < 1e-4 * gradient.norm(), key
+    model, windows = tiny_model(variant), some_windows(3, 16)
+    found, _ = gradients_of(model, windows)
+    exact = copy.deepcopy(model).double().requires_grad_()
+    for window in windows:
+        cross_entropy(exact(input_ids=window[None]).logits[0], window).backward()
+    assert found.keys() == {(number, name) for number in range(2) for name in NAMES}
+    for (number, name), gradient in found.items():
+        expected = exact.model.layers[number].get_submodule(name).weight.grad
+        assert (gradient - expected).norm() < 1e-4 * expected.norm(), (number, name)
 
 
-def frozen(model, _family):
-    keep_no_gathered_weights(model)
-
-
-def checkpointed(model, family):
-    use_memory_efficient_backward(model, family)
-    frozen(model, family)
-    checkpoint_activations(model, family)
-
-
-@pytest.mark.parametrize("prepare", [(), (use_memory_efficient_backward, frozen), (checkpointed,)])
+@pytest.mark.parametrize("prepare", [use_memory_efficient_backward, checkpointed])
 @pytest.mark.parametrize("options", [{}, {"hidden_act": "gelu"}])
-def test_other_backwards_and_criteria_beside_change_no_bits(prepare, options):
-    model, windows = tiny_model(num_hidden_layers=3, **options), some_windows()
-    alone, _ = gradients_of(copy.deepcopy(model), windows)
-    beside, sums = gradients_of(copy.deepcopy(model), windows, ("weight_taylor", *OTHERS), prepare=prepare)
-    _, expected = gradients_of(copy.deepcopy(model), windows, OTHERS, prepare=prepare)
-    # Without our own backward, that of norms and gated products is torch's.
-    same = torch.equal if prepare else (lambda one, other: torch.allclose(one, other, rtol=1e-4, atol=1e-6))
-    assert beside.keys() == alone.keys() and all(same(beside[key], it) for key, it in alone.items())
+def test_checkpointing_and_criteria_and_weights_beside_change_no_bits(prepare, options):
+    model, windows = tiny_model(num_hidden_layers=3, **options), some_windows(3, 16)
+    alone, _ = gradients_of(model, windows, names=[name for name in NAMES if "mlp" in name])
+    beside, sums = gradients_of(model, windows, ("weight_taylor", *OTHERS), prepare=prepare)
+    nothing, expected = gradients_of(model, windows, OTHERS, prepare=prepare)
+    assert len(alone) == 9 and all(torch.equal(beside[key], it) for key, it in alone.items())
     assert sums.keys() == expected.keys() and all(torch.equal(sums[name], it) for name, it in expected.items())
-
-
-def test_linears_are_only_seen_where_a_criterion_needs_it():
-    found, _ = gradients_of(tiny_model(), some_windows(), ["entropy", "cross_entropy"])
-    assert not found
-
-
-def test_gradients_of_neurons_have_the_same_bits_without_those_of_attention():
-    model, windows = tiny_model("qwen3"), some_windows()
-    both, _ = gradients_of(copy.deepcopy(model), windows)
-    alone, _ = gradients_of(copy.deepcopy(model), windows, names=[name for name in NAMES if "mlp" in name])
-    assert len(alone) == 6 and all(torch.equal(both[key], it) for key, it in alone.items())
-
-
-@pytest.mark.parametrize("layer", [0, 1])
-def test_a_layer_with_nan_weights_is_named_also_where_no_unit_has_a_sum(layer):
-    model = tiny_model()
-    with torch.no_grad():
-        model.model.layers[layer].mlp.up_proj.weight[3, 3] = float("nan")
-    with pytest.raises(NonFiniteError, match=f"activations of layer {layer} are NaN"):
-        gradients_of(model, some_windows(1))
+    assert not nothing, "of linear layers that no criterion needs"

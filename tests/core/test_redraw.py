@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hfprune_dist.core import blocks, head
+from hfprune_dist.core import head, portions
 from hfprune_dist.core.fidelity import Outputs
 from hfprune_dist.core.redraw import REDRAWN, redrawn_copies
 
@@ -41,7 +41,7 @@ def test_chunks_and_blocks_of_logits_draw_the_same_tokens(rows, block_rows):
     whole_RT = redrawn_copies(ids_T, outputs, 2, window=3)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(head, "CHUNK_BYTES", rows * 30 * 4)
-        patch.setattr(blocks, "CACHE_BYTES", block_rows * 30 * 20 // torch.get_num_threads())
+        patch.setattr(portions, "CACHE_BYTES", block_rows * 30 * 20 // torch.get_num_threads())
         assert torch.equal(redrawn_copies(ids_T, outputs, 2, window=3), whole_RT)
 
 

@@ -43,7 +43,7 @@ def test_what_a_gpu_would_refuse_is_found():
 @pytest.mark.parametrize(
     ("variant", "structures", "criteria"),
     [
-        ("llama", KINDS, ["surgeon", "entropy", "fisher", "fluctuation", "activation", "weight_taylor"]),
+        ("llama", KINDS, ["surgeon", "entropy", "fisher_signs", "fluctuation", "activation_l1", "weight_taylor"]),
         ("qwen3", KINDS[:1], ["coupled_taylor", "magnitude"]),
     ],
 )

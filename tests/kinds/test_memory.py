@@ -21,9 +21,8 @@ from unit_outputs import unit_outputs
 from hfprune_dist.checkpoints.checkpoint import open_checkpoint
 from hfprune_dist.checkpoints.lora_adapter import lora_targets
 from hfprune_dist.config.schema import EvaluationConfig
-from hfprune_dist.core import blocks, head
-from hfprune_dist.core.bound_losses import Batch, TeacherSettings
-from hfprune_dist.core.criteria import CRITERIA
+from hfprune_dist.core import head, portions
+from hfprune_dist.core.head import Batch
 from hfprune_dist.core.score_batch import ScoredModel, UnitSums, score_batch
 from hfprune_dist.distributed.layer_stream import LayerStream
 from hfprune_dist.kinds import evaluate, importance
@@ -34,6 +33,7 @@ from hfprune_dist.kinds.importance import Calibration
 from hfprune_dist.kinds.memory import GIB, MARGIN, Gpus, fits, widest_of_a_token
 from hfprune_dist.kinds.prune import Refitting
 from hfprune_dist.kinds.training import Train
+from hfprune_dist.methods import CRITERIA
 from hfprune_dist.models.memory_efficient_backward import checkpoint_activations, use_memory_efficient_backward
 from hfprune_dist.refit.dense_refit import DenseRefit
 from hfprune_dist.refit.refitted_layers import RefittedLayers
@@ -68,7 +68,7 @@ def check(formula, counted, at_most=1.4):
 def small_portions(monkeypatch):
     """Portions whose size doesn't grow with a model would hide everything else of one this small."""
     monkeypatch.setattr(head, "CHUNK_BYTES", 1)
-    monkeypatch.setattr(blocks, "CACHE_BYTES", 2**12 // torch.get_num_threads())
+    monkeypatch.setattr(portions, "CACHE_BYTES", 2**12 // torch.get_num_threads())
     for name in ("HEAD_BYTES", "ACCELERATOR_BYTES"):
         monkeypatch.setattr(importance, name, 0)
 
@@ -77,8 +77,8 @@ def small_portions(monkeypatch):
     ("variant", "criteria", "kinds", "checkpointing"),
     [
         ("llama", ["entropy"], ("neurons",), False),
-        ("llama", ["entropy", "fisher"], ("neurons", "kv_groups"), True),
-        ("qwen2", ["entropy", "fisher"], ("neurons", "kv_groups"), False),
+        ("llama", ["entropy", "fisher_signs"], ("neurons", "kv_groups"), True),
+        ("qwen2", ["entropy", "fisher_signs"], ("neurons", "kv_groups"), False),
     ],
 )
 def test_a_calibration_pass(small_portions, variant, criteria, kinds, checkpointing):
@@ -95,7 +95,7 @@ def test_a_calibration_pass(small_portions, variant, criteria, kinds, checkpoint
     )
     sums = UnitSums(scored.outputs, [CRITERIA[name] for name in criteria])
     with PeakBytes() as counted:
-        batch = Batch(torch.ones(2, 48, dtype=torch.int64), range(2), 264, 0, TeacherSettings(0.4, 0.2))
+        batch = Batch(torch.ones(2, 48, dtype=torch.int64), range(2), 264, 0, (0.4, 0.2))
         score_batch(scored, batch, sums)
     job = Calibration(2, 48, losses=len(criteria), kv_groups=len(kinds) > 1, checkpointing=checkpointing)
     check(job.memory(dimensions_of(model.config.to_dict()), 1).total, counted.peak)
@@ -106,7 +106,7 @@ def test_a_calibration_pass(small_portions, variant, criteria, kinds, checkpoint
 )
 def test_a_pass_layer_by_layer(tmp_path, monkeypatch, refit, rank, ranks):
     dims = 64, 1024
-    monkeypatch.setattr(blocks, "CACHE_BYTES", 2**40)  # as on a GPU: in one go
+    monkeypatch.setattr(portions, "CACHE_BYTES", 2**40)  # as on a GPU: in one go
     sizes = dict(zip(("hidden_size", "intermediate_size"), dims, strict=True))
     checkpoint = open_checkpoint(save_tiny(tmp_path / "model", **sizes, num_hidden_layers=3, vocab_size=264))
     world, windows = SoloWorld(rank, ranks), torch.randint(264, (8 * ranks, 16))
@@ -132,7 +132,7 @@ def test_a_pass_layer_by_layer(tmp_path, monkeypatch, refit, rank, ranks):
 
 def test_a_refit_of_experts(tmp_path, monkeypatch):
     sizes = 64, 128, 8, 2
-    monkeypatch.setattr(blocks, "CACHE_BYTES", 2**40)
+    monkeypatch.setattr(portions, "CACHE_BYTES", 2**40)
     names = "hidden_size", "moe_intermediate_size", "num_experts", "num_experts_per_tok"
     settings = dict(zip(names, sizes, strict=True)) | {"intermediate_size": sizes[1], "mlp_only_layers": []}
     checkpoint = open_checkpoint(save_model(tmp_path / "model", "qwen3_moe", **settings, vocab_size=264))

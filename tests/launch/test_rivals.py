@@ -13,8 +13,8 @@ from tiny import save_tiny
 from transformers import AutoModelForCausalLM
 
 from hfprune_dist.checkpoints.checkpoint import open_checkpoint
-from hfprune_dist.core.scores import student_keeps
 from hfprune_dist.data.windows import load_windows
+from hfprune_dist.methods.sdmprune import student_keeps
 from hfprune_dist.models.loading import load_causal_lm
 from hfprune_dist.store.atomic_files import read_json
 

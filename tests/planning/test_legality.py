@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from hfprune_dist.checkpoints.checkpoint import open_checkpoint
 from hfprune_dist.config.method import Method
 from hfprune_dist.config.method_settings import Allocation, Refit
-from hfprune_dist.core.criteria import CRITERIA, SCORED_WHILE_PRUNED
 from hfprune_dist.errors import UserError
+from hfprune_dist.methods import CRITERIA, SCORED_WHILE_PRUNED
 from hfprune_dist.planning.legality import can_do, refuse_criteria, refuse_method, refuse_model, why_not
 
 SHIPPED = Path(__file__).resolve().parents[2] / "configs" / "methods"
@@ -92,9 +92,9 @@ def test_shipped_methods_are_legal_and_those_for_mixtures_are_listed(models):
 def test_further_criteria_are_those_that_score_what_is_pruned(models, name):
     criterion = CRITERIA[name]
     for model, structures, is_scored in (
-        ("llama", ["neurons"], not criterion.is_of_whole_experts_alone),
-        ("qwen3_moe", ["neurons"], criterion.is_of_expert_neurons),
-        ("qwen3_moe", ["experts"], criterion.is_of_whole_experts),
+        ("llama", ["neurons"], "neurons" in criterion.units),
+        ("qwen3_moe", ["neurons"], "expert_neurons" in criterion.units),
+        ("qwen3_moe", ["experts"], "experts" in criterion.units),
     ):
         if is_scored:
             refuse_criteria([name], models[model], structures)

@@ -42,7 +42,7 @@ def test_the_prune_section_wins_over_every_method():
 
 
 def test_a_file_of_ones_own_is_found_beside_the_configuration(tmp_path):
-    (tmp_path / "mine.yaml").write_text("criterion: fisher\nrefit: layerwise\n")
+    (tmp_path / "mine.yaml").write_text("criterion: fisher_signs\nrefit: layerwise\n")
     (tmp_path / "sweep.yaml").write_text("methods: [hfprune, mine.yaml]\n")
     methods = resolve_methods(load_config([tmp_path / "sweep.yaml"], {}), SHIPPED)
     assert list(methods) == ["hfprune", "mine"] and methods["mine"].refit == "layerwise"
@@ -85,6 +85,6 @@ def test_an_unknown_name_lists_the_valid_ones():
 
 
 def test_two_methods_of_one_name_are_refused(tmp_path):
-    (tmp_path / "hfprune.yaml").write_text("criterion: fisher\n")
+    (tmp_path / "hfprune.yaml").write_text("criterion: fisher_signs\n")
     with pytest.raises(UserError, match="two methods are called 'hfprune'"):
         resolved(methods=["hfprune", str(tmp_path / "hfprune.yaml")])

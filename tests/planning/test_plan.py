@@ -218,7 +218,7 @@ def test_bos_of_calibration_windows_is_that_of_evaluations_unless_it_is_set(worl
 
 def test_a_criterion_more_in_the_pass_makes_it_again_and_nothing_else(world):
     few = plan_of(world, methods=["hfprune"])
-    for change in ({"methods": ["hfprune", "surgeon-uniform-block"]}, {"importance__criteria": ["activation"]}):
+    for change in ({"methods": ["hfprune", "surgeon-uniform-block"]}, {"importance__criteria": ["activation_l1"]}):
         more = plan_of(world, **{"methods": ["hfprune"], **change})
         anew = {few.stages[stage_id].kind for stage_id in set(few.stages) - set(more.stages)}
         assert anew == {"importance"}
@@ -303,7 +303,7 @@ def test_a_row_carries_the_cost_of_all_that_it_needs(world):
 def test_the_order_of_criteria_does_not_matter_but_which_they_are_does(world):
     plans = [
         list(plan_of(world, importance__criteria=names).stages)
-        for names in (["entropy", "fisher"], ["fisher", "entropy", "fisher"], ["entropy"])
+        for names in (["entropy", "fisher_signs"], ["fisher_signs", "entropy", "fisher_signs"], ["entropy"])
     ]
     assert plans[0] == plans[1] and not set(plans[0]) & {i for i in plans[2] if i.startswith("importance")}
 

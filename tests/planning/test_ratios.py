@@ -8,8 +8,8 @@ from families import save_model
 
 from hfprune_dist.checkpoints.checkpoint import open_checkpoint
 from hfprune_dist.config.method import Method
-from hfprune_dist.core.criteria import CRITERIA
 from hfprune_dist.errors import UserError
+from hfprune_dist.methods import CRITERIA
 from hfprune_dist.planning.budget import budget_of
 from hfprune_dist.planning.known_shapes import dense_shape, known_shape
 from hfprune_dist.planning.multiples import with_numbers
@@ -160,8 +160,9 @@ def test_the_ratio_promised_for_more_structures_is_reached_on_as_many_devices(se
         check_ratios(checkpoint, [float(promised[2])], wider, "m")
 
 
-@pytest.mark.parametrize("criterion", [name for name, it in CRITERIA.items() if not it.is_of_whole_experts_alone])
+@pytest.mark.parametrize("criterion", [name for name, it in CRITERIA.items() if "neurons" in it.units])
 def test_kv_groups_are_only_promised_to_criteria_that_score_them(criterion):
     with pytest.raises(UserError, match="can't be reached") as error:
         check_ratios(blank(**SMOLLM2), [0.97], Method(**PLAIN | {"criterion": criterion}, allocation="local"), "m")
-    assert ("; with kv_groups in prune.structures" in str(error.value)) is not CRITERIA[criterion].is_of_neurons_alone
+    has_groups = "kv_groups" in CRITERIA[criterion].units
+    assert ("; with kv_groups in prune.structures" in str(error.value)) is has_groups

@@ -131,7 +131,7 @@ def made(world, method="hfprune", **overrides):
     [
         {"seed": 1},
         {"ratios": [0.1, 0.15], "methods": ["hfprune", "loraprune", "surgeon-plain", "flap"]},
-        {"importance__criteria": ["magnitude", "fisher"]},
+        {"importance__criteria": ["magnitude", "fisher_signs"]},
         {"recovery__micro_batch_size": 2, "runtime__ranks": 3},
         {"efficiency__enabled": True, "calibration__path": "copy.jsonl"},
     ],

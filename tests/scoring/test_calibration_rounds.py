@@ -15,16 +15,16 @@ from tiny import save_tiny
 from worlds import BACKWARD, FORWARD, Death, Ranks, without_deepspeed
 
 from hfprune_dist.checkpoints.checkpoint import open_checkpoint
-from hfprune_dist.core.criteria import CRITERIA
 from hfprune_dist.distributed.interruption import Interruption
 from hfprune_dist.errors import UserError
+from hfprune_dist.methods import CRITERIA
 from hfprune_dist.stages import importance
 from hfprune_dist.store.heartbeat import Progress
 
 TOKENS, UNKNOWN = 6, 250
 SMALLEST = {"hidden_size": 16, "intermediate_size": 20, "num_attention_heads": 4, "num_key_value_heads": 2}
 # Only the default; with a sum of activations and another loss; and gradients of weights, with products of them as well.
-CHOICES = (("surgeon",), ("activation", "entropy", "surgeon"), ("entropy", "weight_taylor", "coupled_taylor"))
+CHOICES = (("surgeon",), ("activation_l1", "entropy", "surgeon"), ("entropy", "weight_taylor", "coupled_taylor"))
 
 
 class Case(NamedTuple):
@@ -143,8 +143,8 @@ def assert_same(totals, expected, tokens):
     assert totals.next_shard == expected.next_shard and totals.is_complete
     assert totals.losses == expected.losses
     for kind, of_kind in totals.kinds.items():
-        for name, sums in expected.kinds[kind].sums.items():
-            assert torch.equal(of_kind.sums[name], sums), (kind, name)
+        for name, sums in expected.kinds[kind].items():
+            assert torch.equal(of_kind[name], sums), (kind, name)
         for layer in range(2) if totals.curvature else ():
             curvature = expected.mean_curvature(kind, layer, tokens)
             torch.testing.assert_close(totals.mean_curvature(kind, layer, tokens), curvature, rtol=1e-5, atol=1e-7)

@@ -16,17 +16,17 @@ from tiny import importance_stage, write_documents
 from worlds import Death, Ranks, run_in_threads, without_deepspeed
 
 from hfprune_dist.checkpoints.checkpoint import open_checkpoint
-from hfprune_dist.core.criteria import CRITERIA
+from hfprune_dist.methods import CRITERIA
 from hfprune_dist.store.artifacts import Store
 from hfprune_dist.structures import NEURONS
 from hfprune_dist.structures.score_names import SCORES, score_name
 
 SEED, VOCABULARY = 3, 264
 BOTH = [NEURONS, WHOLE]
-NAMES = sorted(name for name, it in CRITERIA.items() if it.is_of_expert_neurons)
-NAMES_OF_WHOLE = sorted(name for name, it in CRITERIA.items() if it.is_of_whole_experts)
+NAMES = sorted(name for name, it in CRITERIA.items() if "expert_neurons" in it.units)
+NAMES_OF_WHOLE = sorted(name for name, it in CRITERIA.items() if "experts" in it.units)
 EVERY = sorted({*NAMES, *NAMES_OF_WHOLE})
-DEFINED = ("cross_entropy", "entropy", "fisher", "fisher_signs")
+DEFINED = ("cross_entropy", "entropy", "fisher_signs")
 # model_type -> the setting that gives it many experts; with few tokens, some of them get none.
 MANY_EXPERTS = 6 * COUNT
 MANY = {"mixtral": "num_local_experts", "deepseek_v3": "n_routed_experts", "gpt_oss": "num_local_experts"}
@@ -92,12 +92,6 @@ def test_scores_of_all_units_are_as_defined_in_every_family(tmp_path, model_type
     weights = {place: weights_of(model, place[1], name) for place, name in places.items()}
     norms = {place: columns.double().norm(dim=1) for place, (_, columns) in weights.items()}
 
-    def activations(some):
-        return {
-            place: it.sqrt() * norms[place]
-            for place, it in definition(model, some, "activation", others=others).items()
-        }
-
     for name in DEFINED:
         assert_scored(name, definition(model, windows, name, SEED, others=others))
 
@@ -106,8 +100,7 @@ def test_scores_of_all_units_are_as_defined_in_every_family(tmp_path, model_type
         return of_neurons | wholes
 
     assert_scored("reap", routed_outputs(model, windows))
-    assert_scored("activation", with_experts(activations(windows), lambda it_EN: it_EN.norm(dim=1)))
-    sums = definition(model, windows, "activation", others=others)
+    sums = definition(model, windows, "activations", others=others)
     absolute = {place: columns.double().abs().sum(1) for place, (_, columns) in weights.items()}
     products = {place: it.sqrt() * absolute[place] for place, it in sums.items()}
     assert_scored("activation_l1", with_experts(products, lambda it_EN: it_EN.sum(1)))
@@ -135,7 +128,7 @@ def test_what_else_is_scored_changes_no_bits(tmp_path, model_type, dtype, thread
 @pytest.mark.parametrize("model_type", EXPERTS)
 def test_kv_groups_are_scored_beside_experts_where_they_can_go(tmp_path, model_type, threads):
     heads = {"num_attention_heads": 8, "num_key_value_heads": 4}
-    names, scores = ["activation_l1", "entropy", "fisher"], {}
+    names, scores = ["activation_l1", "entropy", "fisher_signs"], {}
     for beside, structures in ((False, [NEURONS]), (True, [NEURONS, "kv_groups"])):
         folder = tmp_path / str(beside)
         folder.mkdir()
@@ -193,7 +186,7 @@ def test_experts_come_and_go_and_sums_have_the_same_bits_on_any_ranks_after_any_
     assert files("killed", Ranks(later)) == expected
     if samples * tokens * 2 < MANY_EXPERTS:  # a token goes to two of them
         scores = load_file(Store(folder / "one").path(stage.id) / SCORES)
-        activations = torch.cat([it for name, it in scores.items() if name.endswith(f"{KIND}.activation")])
+        activations = torch.cat([it for name, it in scores.items() if name.endswith(f"{KIND}.activation_l1")])
         assert (activations == 0).any() and (activations > 0).any()
 
 
@@ -202,7 +195,7 @@ def test_experts_come_and_go_and_sums_have_the_same_bits_on_any_ranks_after_any_
     [("qwen2_moe", "float32", False), ("deepseek_v3", "bfloat16", True), ("gpt_oss", "float32", True)],
 )
 def test_two_sharded_ranks_have_the_bits_of_one(tmp_path, model_type, dtype, checkpointing):
-    stage = stage_of(tmp_path, model_type, ["activation", "entropy", "fisher_signs", "reap"], dtype)
+    stage = stage_of(tmp_path, model_type, ["activation_l1", "entropy", "fisher_signs", "reap"], dtype)
     stores = {ranks: Store(tmp_path / f"on {ranks}") for ranks in (1, 2)}
     for ranks, store in stores.items():
         result = run_stage(store, stage, ranks, activation_checkpointing=checkpointing and ranks == 2)

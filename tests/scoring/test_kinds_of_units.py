@@ -19,8 +19,8 @@ from safetensors.torch import load_file
 from tiny import VARIANTS, importance_stage, save_tiny, tiny_model, write_documents
 from worlds import Death, Ranks, run_in_threads, without_deepspeed
 
-from hfprune_dist.core.criteria import CRITERIA
 from hfprune_dist.core.elimination import elimination_scores
+from hfprune_dist.methods import CRITERIA
 from hfprune_dist.store.artifacts import Store
 from hfprune_dist.structures.score_names import SCORES, score_name, scores_of_layers
 
@@ -98,7 +98,7 @@ class Scored:
 
 def assert_as_defined(scores, model, windows):
     dense, channels = model.tiny(), model.queries * model.head_dim
-    for name in (*GRADIENT_CRITERIA, "activation", "activation_l1", "fluctuation"):
+    for name in (*GRADIENT_CRITERIA, "activation_l1", "fluctuation"):
         expected = definition(dense, windows, name, SEED, channels, OUTPUT)
         ours = torch.stack(scores_of_layers(scores, name, "kv_groups"))
         assert ours.shape == (model.layers, model.groups)
@@ -157,7 +157,7 @@ def test_groups_are_as_defined_and_neurons_as_without_them_on_any_ranks_after_an
     }
     alone = scored.load("without", SCORES, ["neurons"])
     assert len(alone) == model.layers * len(OF_ONE_PASS)
-    of_neurons = [name for name in OF_ONE_PASS if CRITERIA[name].is_of_neurons_alone]
+    of_neurons = [name for name in OF_ONE_PASS if CRITERIA[name].units == {"neurons"}]
     assert len(scores) == 2 * len(alone) - model.layers * len(of_neurons)
     for name, expected in alone.items():
         assert torch.equal(scores[name], expected), name

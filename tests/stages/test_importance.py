@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 from tiny import save_tiny, tiny_model, write_documents
 
 from hfprune_dist.checkpoints.checkpoint import open_checkpoint
-from hfprune_dist.core.criteria import CRITERIA
 from hfprune_dist.core.elimination import elimination_scores
+from hfprune_dist.methods import CRITERIA
 from hfprune_dist.store.artifacts import Store
 from hfprune_dist.store.hashing import FileHashes
 from hfprune_dist.store.stage import Input
@@ -112,7 +112,7 @@ def test_all_criteria_at_once_on_any_number_of_ranks(tmp_path):
         score_name(layer, name, kind)
         for layer in range(2)
         for name in OF_ONE_PASS
-        for kind in kinds[: 1 if CRITERIA[name].is_of_neurons_alone else 2]
+        for kind in kinds[: 1 if CRITERIA[name].units == {"neurons"} else 2]
     }
     for name, expected in scores.items():
         assert torch.equal(scores_of(two, stage)[name], expected), name
@@ -121,7 +121,7 @@ def test_all_criteria_at_once_on_any_number_of_ranks(tmp_path):
 
     model = tiny_model("llama", **SHARDED)
     windows = load_file(one.path(stage.id) / "windows.safetensors")["input_ids"]
-    for name in (*GRADIENT_CRITERIA, "activation", "activation_l1", "fluctuation"):
+    for name in (*GRADIENT_CRITERIA, "activation_l1", "fluctuation"):
         expected = definition(model, windows, name, seed=3)
         ours = torch.stack([scores[f"layers.{layer}.{name}"] for layer in range(2)])
         assert (ours - expected).norm() / expected.norm() < 1e-4, name
@@ -183,7 +183,7 @@ def test_nan_weights_end_the_stage_with_the_layers_name(tmp_path):
 
 
 def test_checkpointed_activations_on_two_ranks_have_the_bits_of_one_without(tmp_path):
-    criteria, kinds = ["entropy", "fisher"], ["neurons", "kv_groups"]
+    criteria, kinds = ["entropy", "fisher_signs"], ["neurons", "kv_groups"]
     shape = SHARDED | {"num_hidden_layers": 3}
     stage = make_stage(tmp_path, criteria=criteria, shape=shape, structures=kinds, samples=4)
     plain = run_in(tmp_path / "plain", stage, 1)

@@ -12,9 +12,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from hfprune_dist.config.schema import RuntimeConfig
-from hfprune_dist.core.criteria import CRITERIA
 from hfprune_dist.core.least_squares import Projection
 from hfprune_dist.errors import UserError
+from hfprune_dist.methods import CRITERIA
 from hfprune_dist.models.loading import load_causal_lm
 from hfprune_dist.models.single_layer import LayerReader
 from hfprune_dist.refit import gauss_newton_ranks as reconstruct

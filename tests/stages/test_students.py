@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from tiny import VARIANTS, importance_stage, save_tiny, tiny_model, write_documents
 from worlds import Death, Ranks, run_in_threads, without_deepspeed
 
-from hfprune_dist.core.scores import student_keeps
+from hfprune_dist.methods.sdmprune import student_keeps
 from hfprune_dist.store.artifacts import Store
 from hfprune_dist.store.stage import Stage
 from hfprune_dist.structures.score_names import SCORES, scores_of_layers

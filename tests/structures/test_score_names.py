@@ -2,7 +2,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hfprune_dist.core.criteria import CRITERIA
+from hfprune_dist.methods import CRITERIA
 from hfprune_dist.structures.score_names import criteria_in, score_name, scores_of_layers
 
 

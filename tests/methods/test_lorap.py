@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hfprune_dist.core.low_rank import SILENT, channel_norms, kept_neurons, low_rank_factors, neuron_scores
+from hfprune_dist.methods.lorap import SILENT, channel_norms, kept_neurons, low_rank_factors, neuron_scores
 
 
 def drawn(*shape, seed=0):
@@ -73,5 +73,4 @@ def test_the_lowest_hundredth_stays_and_those_after_it_go(count, seed, data):
     ascending = sorted(range(count), key=lambda n: float(scores[n]))
     lowest = min(int(0.01 * count), width)
     expected = sorted(ascending[:lowest] + ascending[lowest + count - width :])
-    assert kept_neurons(scores, width, lowest_stay=True).tolist() == expected
-    assert kept_neurons(scores, width, lowest_stay=False).tolist() == sorted(ascending[count - width :])
+    assert kept_neurons(scores, width).tolist() == expected

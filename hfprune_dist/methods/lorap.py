@@ -1,7 +1,9 @@
-"""LoRAP: low-rank matrices for attention, and scores of neurons from norms of their weights and inputs.
+"""LoRAP: attention's matrices become products of two of low rank, and neurons go whose weights, times what they read,
+are small (Li et al. 2024, "LoRAP: Transformer Sub-Layers Deserve Differentiated Structured Compression", ICML 2024).
 
-Source: Li et al. 2024, "LoRAP: Transformer Sub-Layers Deserve Differentiated Structured Compression" (ICML 2024), and
-its code. Everything is float64.
+Layer after layer, in the model as compressed so far (``refit.low_rank_pass``). d_j is the root of the mean over windows
+of the sum of squares of channel j in a window. As in the authors' code, the hundredth of the neurons that scores lowest
+stays as well. Everything is float64.
 """
 
 from __future__ import annotations
@@ -13,23 +15,19 @@ from torch import Tensor
 
 # Norm used for a channel that is always zero.
 SILENT = 1e-4
-# Share of the neurons, those with the lowest scores, that LoRAP's code keeps.
+# Share of the neurons, those with the lowest scores, that stay.
 LOWEST_KEPT = 0.01
 
 
 def channel_norms(squares_D: Tensor, windows: int) -> Tensor:
-    """Return d_j, the root of the mean over windows of the sum of squares of channel j in a window.
-
-    Args:
-        squares_D: sums of squares over the tokens of all windows.
-    """
+    """Return d from the sums of squares over the tokens of all windows."""
     return (squares_D / windows).sqrt()
 
 
 def low_rank_factors(weight_OI: Tensor, norms_I: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """Return the factors (R [rank, in], L [out, rank]) of the matrix LR of this rank that is closest to W, with errors
-    in each column weighted by its channel's norm: from the singular value decomposition W diag(d) = U S V^T,
-    L = U_k S_k^(1/2) and R = S_k^(1/2) V_k^T diag(1/d).
+    in each column weighted by d: from the singular value decomposition W diag(d) = U S V^T, L = U_k S_k^(1/2) and
+    R = S_k^(1/2) V_k^T diag(1/d).
 
     U and S^2 are computed as eigenvectors and eigenvalues of W diag(d^2) W^T. So LR is U_k U_k^T W, and W itself at
     full rank; directions with S = 0 get zeros.
@@ -62,15 +60,11 @@ def neuron_scores(rows: Sequence[Tensor], down_CK: Tensor, read_C: Tensor, hidde
     return scores_K
 
 
-def kept_neurons(scores_K: Tensor, width: int, *, lowest_stay: bool) -> Tensor:
-    """Return ascending int64 indices of the ``width`` neurons that stay: those with the highest scores.
-
-    Args:
-        lowest_stay: whether the hundredth with the lowest scores stays as well and the neurons just above it go, as in
-            LoRAP's code. If ``width`` is smaller than that, only neurons with the lowest scores stay.
+def kept_neurons(scores_K: Tensor, width: int) -> Tensor:
+    """Return ascending int64 indices of the ``width`` neurons that stay: the hundredth that scores lowest, and those
+    that score highest; the neurons just above that hundredth go.
     """
     order_K = scores_K.sort(stable=True).indices
-    lowest = min(int(LOWEST_KEPT * len(order_K)), width) if lowest_stay else 0
-    gone = len(order_K) - width
+    lowest, gone = min(int(LOWEST_KEPT * len(order_K)), width), len(order_K) - width
     kept_K: Tensor = torch.cat([order_K[:lowest], order_K[lowest + gone :]]).sort().values
     return kept_K.cpu()

@@ -1,16 +1,34 @@
-"""The dtype of sums and losses over what a model computes: at least float32, and float64 for a model in float64."""
+"""Work in portions that fit a cache, and in dtypes that sums need."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
+
+from hfprune_dist.core.memory_limits import ACCELERATOR_BYTES, CACHE_BYTES
 
 # Whether matrix products of bfloat16 may have float32 results: on GPUs, from torch 2.8 on.
 HAS_WIDE_PRODUCTS = "dtype" in torch.ops.aten.mm.overloads()
 
 
+def row_blocks(matrix_NV: Tensor, scratch_bytes: int = 4) -> Iterator[slice]:
+    """Yield slices over a matrix's rows, each of at least one row.
+
+    Args:
+        scratch_bytes: bytes of temporary results per element.
+    """
+    rows, columns = matrix_NV.shape
+    on_cpu = matrix_NV.device.type == "cpu"
+    portion = CACHE_BYTES * torch.get_num_threads() if on_cpu else ACCELERATOR_BYTES
+    block = max(1, portion // (scratch_bytes * columns))
+    for start in range(0, rows, block):
+        yield slice(start, min(start + block, rows))
+
+
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Return float32, or the given dtype if it is wider."""
+    """Return float32, or the given dtype if it is wider: that of sums and losses over what a model computes."""
     return torch.promote_types(dtype, torch.float32)
 
 

@@ -1,6 +1,8 @@
-"""LoRAPrune: scores of units from only the gradients of LoRA's factors, and the schedule by which units are removed.
+"""LoRAPrune: units are scored by LoRA's own gradients while it trains, and masked little by little (Zhang et al. 2024,
+arXiv 2305.18403).
 
-Zhang et al. 2024, arXiv 2305.18403. Where the paper and the authors' code differ, this follows the code.
+Here are the scores and the schedule; ``training.loraprune`` applies them. Where the paper and the authors' code differ,
+this follows the code.
 """
 
 from __future__ import annotations

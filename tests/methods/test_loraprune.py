@@ -7,8 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hfprune_dist.core import lora_scores
-from hfprune_dist.core.lora_scores import DECAY, PARTS, TINY, Factors, averaged, gone_after, masks_after, unit_scores
+from hfprune_dist.methods import loraprune
+from hfprune_dist.methods.loraprune import DECAY, PARTS, TINY, Factors, averaged, gone_after, masks_after, unit_scores
 
 STEPS = st.one_of(st.integers(1, 120), st.integers(1, 200_000))
 
@@ -38,7 +38,7 @@ def test_where_the_factors_span_the_gradient_units_are_scored_by_weight_times_gr
     expected = terms.reshape(units, -1).sum(1)
     torch.testing.assert_close(factors.gradient(), weight.grad)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(lora_scores, "PORTION", portion)
+        patch.setattr(loraprune, "PORTION", portion)
         scores = unit_scores(weight.detach(), factors, axis, per_unit)
     torch.testing.assert_close(scores, expected / (expected.norm() + TINY))
 

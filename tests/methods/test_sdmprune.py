@@ -1,0 +1,61 @@
+"""Products of neurons' weights and their gradients, compared with autograd through models that are really cut."""
+
+import pytest
+import torch
+from core_definition import coupled_taylor
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from peak_bytes import PeakBytes
+from scored_model import NEURONS, TEACHING, a_student, some_windows, sums_of
+from tiny import VARIANTS, tiny_model
+
+from hfprune_dist.core import portions
+from hfprune_dist.core.linear_observer import WeightsObserver
+from hfprune_dist.methods.sdmprune import coupled_products
+
+OF_LABELS, DISTILLED = "coupled_taylor", "coupled_taylor_distilled"
+
+
+def assert_close(found, expected):
+    assert (found - expected).norm() < 1e-5 * expected.norm()
+
+
+@pytest.mark.parametrize("at_once", [1, 2])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_scores_are_those_of_autograd_in_every_family(variant, at_once):
+    model, windows = tiny_model(variant), some_windows(3, 16)
+    found = sums_of(model, windows, [OF_LABELS, DISTILLED], at_once)[NEURONS].of_units
+    assert_close(found[OF_LABELS], coupled_taylor(model, windows))
+    assert_close(found[DISTILLED], coupled_taylor(model, windows, a_student(model), *TEACHING))
+    assert not found[DISTILLED][~a_student(model)].any(), "of what a student lacks"
+
+
+@settings(max_examples=10, deadline=None, derandomize=True)
+@given(
+    share=st.sampled_from((0.0, 0.42, 1.0)),
+    temperature=st.floats(0.1, 3),
+    tokens=st.integers(2, 9),
+    width=st.integers(2, 30),
+)
+def test_labels_and_teacher_count_as_they_are_told_to(share, temperature, tokens, width):
+    model, windows = tiny_model("llama", intermediate_size=width), some_windows(2, tokens)
+    found = sums_of(model, windows, [DISTILLED], 2, teaching=(share, temperature))[NEURONS].of_units
+    assert_close(found[DISTILLED], coupled_taylor(model, windows, a_student(model), share, temperature))
+
+
+def test_no_weights_whole_gradient_ever_exists(monkeypatch):
+    """Where portions fit into a cache; a window's inputs and gradients are given."""
+    width, hidden, tokens = 600, 400, 4
+    monkeypatch.setattr(portions, "CACHE_BYTES", 2**16)
+    linears = [torch.nn.Linear(hidden, width), torch.nn.Linear(hidden, width), torch.nn.Linear(width, hidden)]
+    scores = []
+    rows = [(linear, 1) for linear in linears[:2]]
+    observer = WeightsObserver(rows, linears[2], lambda owned: scores.append(coupled_products(owned)))
+    shown = [(torch.randn(3, tokens, it.in_features), torch.randn(3, tokens, it.out_features)) for it in linears]
+    with PeakBytes() as counted:
+        for seen, pair in zip(observer.seen_linears(), shown, strict=True):
+            seen.see(*pair)
+            seen.see_weight(seen.module.weight.detach())
+    assert len(scores) == 1 and scores[0].shape == (width,)
+    # Weights count as well, because views of them are made meanwhile.
+    assert counted.peak < 4 * width * hidden * 3.3
