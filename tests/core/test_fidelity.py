@@ -14,9 +14,9 @@ from hfprune_dist.core.fidelity import (
     compare_logits,
     compare_outputs,
     divergences,
-    next_ids,
     standard_errors,
 )
+from hfprune_dist.core.head import next_ids
 
 
 def outputs(seed, tokens=13, hidden=8, vocabulary=17, bias=True):
