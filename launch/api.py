@@ -20,10 +20,10 @@ from hfprune_launch.modes.sweep_plan import Prepared, prepare
 from hfprune_launch.modes.sweep_run import run_missing, run_prepared
 from hfprune_launch.screen import make_console
 from hfprune_launch.sweep import sweep_parser
-from hfprune_launch.sweep_folder import overrides_from_here, read_sweep
+from hfprune_launch.sweep_folder import read_sweep
 from numpy.typing import NDArray
 
-from hfprune_dist.config.load import parse_assignments
+from hfprune_dist.config.load import from_command_line, parse_assignments
 from hfprune_dist.config.yaml_text import to_yaml
 from hfprune_dist.errors import UserError
 from hfprune_dist.results.agreement import read_scores
@@ -51,7 +51,7 @@ class Session:
         arguments = sweep_parser().parse_args([])
         at = folder(str(out)).absolute()
         arguments.config = [] if config is None else [_fixed(place(str(config)))]
-        arguments.set = _assignments(overrides_from_here(at, arguments.config, parse_assignments(_assignments(plain))))
+        arguments.set = _assignments(from_command_line(parse_assignments(_assignments(plain))))
         self._command = Command(arguments, at, make_console(works_on=True))
 
     def score(self) -> dict[str, dict[str, list[NDArray[np.float64]]]]:

@@ -81,7 +81,6 @@ def check_stages(
         _require_data_sets(reading.source for of_kind in readings.values() for reading in of_kind)
     for kind in RECOVERING & models.keys():
         ranks = profile.resources[kind].ranks if profile else ranks_here(config.runtime)
-        config.recovery.require_two_fields()
         config.recovery.require_shared_evenly(ranks)
     if config.evaluation.tasks and "evaluate" in models:
         _check_tasks(config.evaluation)

@@ -138,7 +138,7 @@ def sweep_parser() -> argparse.ArgumentParser:
     instead.add_argument(
         "--show-config",
         action="store_true",
-        help="print all settings as YAML, and where each comes from; runs nothing",
+        help="print all settings as YAML; runs nothing",
     )
     instead.add_argument("--status", action="store_true", help="show the state of every stage; starts nothing")
     instead.add_argument(

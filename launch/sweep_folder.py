@@ -13,7 +13,7 @@ from typing import Any
 from hfprune_launch.project import PROJECT
 from pydantic import TypeAdapter
 
-from hfprune_dist.config.load import Layer, load_config, merge_layers, read_layers
+from hfprune_dist.config.load import load_config
 from hfprune_dist.config.schema import SweepConfig
 from hfprune_dist.config.yaml_text import read_yaml, to_yaml
 from hfprune_dist.errors import UserError, did_you_mean
@@ -267,32 +267,3 @@ def _chosen_micro_batches(own: Path) -> dict[str, int]:
         return {}
     sizes = {name: section.get("micro_batch_size") for name, section in raw.items() if isinstance(section, dict)}
     return {name: size for name, size in sizes.items() if isinstance(size, int) and size > 0}
-
-
-def configuration_layers(out: Path, files: Sequence[Path], overrides: Mapping[str, Any]) -> list[Layer]:
-    """Return the layers that ``configuration`` merges; the last one has what an earlier run chose, if it applies.
-
-    Raises:
-        UserError: for bad input.
-    """
-    own = out / CONFIG_FILE
-    layers = _layers(out, files, overrides)
-    given, sizes = merge_layers(layers), _chosen_micro_batches(own)
-    before, after = given.model_dump(), with_micro_batches(given, sizes).model_dump()
-    chosen = {name: {"micro_batch_size": it} for name, it in sizes.items() if before.get(name) != after.get(name)}
-    return [*layers, Layer(str(own), chosen)] if chosen else layers
-
-
-def overrides_from_here(out: Path, files: Sequence[Path], overrides: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return overrides such that their paths, which are relative to the current folder, mean the same from any other.
-
-    Raises:
-        UserError: for bad input.
-    """
-    return _layers(out, files, overrides)[-1].content if overrides else {}
-
-
-def _layers(out: Path, files: Sequence[Path], overrides: Mapping[str, Any]) -> list[Layer]:
-    """Return the layers that are given: files, or else the folder's own, and overrides."""
-    own = out / CONFIG_FILE
-    return read_layers(files or ([own] if own.is_file() else []), overrides, PROJECT.configs)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
 import typing
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,67 +22,31 @@ PARTS_OF_A_DATA_SET = ("name", "split", "revision")
 SHIPPED = "configs"
 
 
-@dataclass(frozen=True)
-class Layer:
-    """One of the sources that a configuration is merged from.
-
-    Attributes:
-        source: name of the source: a file, as the user named it, or the command line.
-        content: keys and values; paths are absolute.
-    """
-
-    source: str
-    content: Mapping[str, Any]
-
-
 def load_config(files: Sequence[Path], overrides: Mapping[str, Any], shipped: Path | None = None) -> SweepConfig:
     """Merge defaults, YAML files in order, and dotted command-line overrides into a checked configuration.
 
     Args:
         files: YAML files; later ones win, sections are merged key by key.
         overrides: dotted key -> value, e.g. ``{"calibration.samples": 16}``; wins over every file.
-        shipped: see ``read_layers``.
-
-    Raises:
-        UserError: for an unreadable file, an unknown key, a wrong type or a value out of range.
-    """
-    return merge_layers(read_layers(files, overrides, shipped))
-
-
-def read_layers(files: Sequence[Path], overrides: Mapping[str, Any], shipped: Path | None = None) -> list[Layer]:
-    """The layers that a configuration is merged from; later ones win.
-
-    Args:
         shipped: the folder of the project's own configurations. A file named ``configs/...`` that doesn't exist is
             taken from there; its relative paths are resolved as if it existed where it was named.
 
     Raises:
-        UserError: for an unreadable file.
+        UserError: for an unreadable file, an unknown key, a wrong type or a value out of range.
     """
-    contents = [_content_of(file, shipped) for file in files]
-    command_line: dict[str, Any] = {}
-    for key, value in overrides.items():
-        _set_dotted(command_line, key, value)
-    aliases = _aliases_in([*contents, command_line], shipped)
-    layers = [
-        Layer(str(file), _resolve_paths(content, file.resolve().parent, aliases))
-        for file, content in zip(files, contents, strict=True)
-    ]
-    if overrides:
-        layers.append(Layer("command line", _resolve_paths(command_line, Path.cwd(), aliases)))
-    return layers
-
-
-def merge_layers(layers: Sequence[Layer]) -> SweepConfig:
-    """Merge defaults and layers into a checked configuration.
-
-    Raises:
-        UserError: for an unknown key, a wrong type or a value out of range.
-    """
+    contents = [with_absolute_paths(_content_of(file, shipped), file.resolve().parent) for file in files]
     merged: dict[str, Any] = {}
-    for layer in layers:
-        merged = _merge(merged, layer.content)
-    return parse(SweepConfig, merged, ", ".join(layer.source for layer in layers) or "defaults")
+    for content in (*contents, from_command_line(overrides)):
+        merged = _merge(merged, content)
+    return parse(SweepConfig, merged, ", ".join([*map(str, files), *(["command line"] if overrides else [])]))
+
+
+def from_command_line(overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """Overrides as sections and keys, in which paths are absolute, as seen from the current folder."""
+    content: dict[str, Any] = {}
+    for key, value in overrides.items():
+        _set_dotted(content, key, value)
+    return with_absolute_paths(content, Path.cwd()) if content else {}
 
 
 def _content_of(file: Path, shipped: Path | None) -> dict[str, Any]:
@@ -91,13 +54,6 @@ def _content_of(file: Path, shipped: Path | None) -> dict[str, Any]:
         own = shipped.joinpath(*file.parts[1:])
         file = own if own.is_file() else file
     return read_yaml(file, "--config", "keys and values at the top level")
-
-
-def _aliases_in(contents: Iterable[Mapping[str, Any]], shipped: Path | None) -> set[str]:
-    """Names that stand for models, of the project's and of all layers."""
-    sections = [content.get("aliases") for content in contents]
-    own = {str(name) for section in sections if isinstance(section, dict) for name in section}
-    return own if shipped is None else own.union(file.stem for file in (shipped / "models").glob("*.yaml"))
 
 
 SectionT = typing.TypeVar("SectionT", bound=Section)
@@ -108,30 +64,25 @@ def parse(schema: type[SectionT], raw: Mapping[str, Any], where: str) -> Section
     try:
         return schema.model_validate(dict(raw))
     except ValidationError as error:
-        lines = [explain(schema, problem) for problem in error.errors()]
+        lines = [explain(schema, raw, problem) for problem in error.errors()]
         raise UserError(f"configuration ({where}):\n" + "\n".join(f"  {line}" for line in lines)) from None
 
 
-def parse_assignment(assignment: str) -> tuple[str, Any]:
-    """Split a ``--set key=value`` argument; the value is read as YAML."""
-    key, separator, text = assignment.partition("=")
-    if not separator or not key:
-        raise UserError(f"--set {assignment!r}: write it as key=value, e.g. --set calibration.samples=64")
-    try:
-        return key.strip(), yaml_value(text)
-    except NotYamlError as error:
-        raise UserError(f"--set {key}: {text!r} is not a YAML value ({error})") from None
-
-
 def parse_assignments(assignments: Iterable[str]) -> dict[str, Any]:
-    """Merge ``--set key=value`` arguments as files are merged: key by key, and later ones win.
+    """Merge ``--set key=value`` arguments as files are merged: key by key, and later ones win; values are YAML.
 
     Returns:
         keys of the top level, whose values may be sections.
     """
     merged: dict[str, Any] = {}
     for assignment in assignments:
-        _set_dotted(merged, *parse_assignment(assignment))
+        key, separator, text = assignment.partition("=")
+        if not separator or not key:
+            raise UserError(f"--set {assignment!r}: write it as key=value, e.g. --set calibration.samples=64")
+        try:
+            _set_dotted(merged, key.strip(), yaml_value(text))
+        except NotYamlError as error:
+            raise UserError(f"--set {key}: {text!r} is not a YAML value ({error})") from None
     return merged
 
 
@@ -148,8 +99,7 @@ def parse_ratios(text: str) -> list[float]:
     try:
         return [float(item) for item in parse_list("--ratios", text)]
     except ValueError:
-        percent = "; 20% is 0.2" if "%" in text else ""
-        raise UserError(f"--ratios {text!r}: give numbers between 0 and 1, e.g. --ratios 0.2,0.5{percent}") from None
+        raise UserError(f"--ratios {text!r}: give numbers between 0 and 1, e.g. --ratios 0.2,0.5") from None
 
 
 def _merge(base: Mapping[str, Any], update: Mapping[str, Any]) -> dict[str, Any]:
@@ -166,21 +116,18 @@ def _merge(base: Mapping[str, Any], update: Mapping[str, Any]) -> dict[str, Any]
 def _set_dotted(target: dict[str, Any], key: str, value: Any) -> None:
     *parents, leaf = key.split(".")
     for parent in parents:
-        child = target.setdefault(parent, {})
-        if not isinstance(child, dict):
+        target = target.setdefault(parent, {})
+        if not isinstance(target, dict):
             raise UserError(f"--set {key}: {parent!r} is already set to a value, it can't hold keys")
-        target = child
-    old = target.get(leaf)
-    target[leaf] = _merge(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
+    target |= _merge(target, {leaf: value})
 
 
-def _resolve_paths(raw: dict[str, Any], base: Path, aliases: Collection[str]) -> dict[str, Any]:
-    """Make the relative paths in ``raw`` absolute; they are relative to ``base``."""
+def with_absolute_paths(raw: dict[str, Any], base: Path) -> dict[str, Any]:
+    """A configuration whose relative paths, which are relative to ``base``, are absolute."""
     resolved: dict[str, Any] = _with_absolute_paths(SweepConfig, raw, base)
-    for key, is_path in (("methods", _is_file), ("models", partial(_is_folder, base=base, aliases=aliases))):
-        names = raw.get(key)
-        if isinstance(names, list):
-            resolved[key] = [named_path(name, base) if is_path(name) else name for name in names]
+    for key, is_path in (("methods", _is_file), ("models", _is_folder)):
+        if isinstance(names := raw.get(key), list):
+            resolved[key] = [absolute_path(name, base) if is_path(name, base) else name for name in names]
     return resolved
 
 
@@ -203,19 +150,15 @@ def _with_absolute_paths(annotation: Any, value: Any, base: Path) -> Any:
     return resolved
 
 
-def _is_file(method: Any) -> bool:
+def _is_file(method: Any, _base: Path) -> bool:
+    """Whether a method is named by its file."""
     return isinstance(method, str) and method.endswith((".yaml", ".yml"))
 
 
-def _is_folder(model: Any, base: Path, aliases: Collection[str]) -> bool:
-    """Whether a model is named by its folder. A name without a slash is if it is no alias and a checkpoint has it; one
-    that could be a hub id is if there is such a folder.
-    """
-    if not isinstance(model, str) or model in {"", *aliases}:  # empty ones are refused
-        return False
-    if "/" not in model:
-        return (base / model / "config.json").is_file()
-    return not is_hub_id(model) or Path(absolute_path(model, base)).is_dir()
+def _is_folder(model: Any, base: Path) -> bool:
+    """Whether a model is named by its folder: with a slash, and unless it has the form of a hub id, if there is one."""
+    is_path = isinstance(model, str) and "/" in model
+    return is_path and (not is_hub_id(model) or Path(absolute_path(model, base)).is_dir())
 
 
 def is_hub_id(model: str) -> bool:
@@ -223,34 +166,18 @@ def is_hub_id(model: str) -> bool:
     return re.fullmatch(r"\w[\w.-]*/\w[\w.-]*(@[\w./-]+)?", model, re.ASCII) is not None
 
 
-def named_path(path: str, base: Path) -> str:
-    """As ``absolute_path``, but a link isn't followed: tables call a model or a method by the name that it was given.
-
-    Raises:
-        UserError: as ``absolute_path``.
-    """
-    followed, given = absolute_path(path, base), Path(path).expanduser()
-    if given.name in {"", ".."}:
-        return followed
-    return _encodable(Path(absolute_path(str(given.parent), base)) / given.name)
-
-
 def absolute_path(path: str, base: Path) -> str:
-    """The absolute form of a path that is relative to ``base`` or begins with ``~``.
+    """The absolute form of a path that is relative to ``base`` or begins with ``~``. Links aren't followed: tables call
+    a model or a method by the name that it was given.
 
     Raises:
         UserError: if there is none, or if it isn't UTF-8, which logs, tables and cards that name it are.
     """
     try:
-        found = (base / Path(path).expanduser()).resolve()
-    except (ValueError, RuntimeError, OSError) as error:  # a NUL byte, a loop of links
+        found = os.path.normpath(base / Path(path).expanduser())
+        found.encode()
+    except (RuntimeError, UnicodeEncodeError) as error:  # an unknown user's home
         raise UserError(f"{path!r}: not a valid path ({error})") from None
-    return _encodable(found)
-
-
-def _encodable(path: Path) -> str:
-    try:
-        str(path).encode()
-    except UnicodeEncodeError:
-        raise UserError(f"{str(path)!r}: this path isn't UTF-8; rename the file or folder") from None
-    return str(path)
+    if "\0" in found:
+        raise UserError(f"{path!r}: not a valid path (it has a null byte)")
+    return found

@@ -172,14 +172,5 @@ class SweepConfig(Section):
     @field_validator("models", "ratios", "methods")
     @classmethod
     def _no_duplicates(cls, values: list[Any]) -> list[Any]:
-        return _once_each(values)
-
-    @field_validator("ratios")
-    @classmethod
-    def _are_told_apart(cls, ratios: list[float]) -> list[float]:
-        by_label: dict[str, float] = {}
-        for ratio in ratios:
-            earlier = by_label.setdefault(f"{ratio:g}", ratio)
-            if earlier != ratio:
-                raise ValueError(f"{earlier} and {ratio} are both called {ratio:g} in tables; leave one of them out")
-        return ratios
+        _once_each([f"{value:g}" if isinstance(value, float) else value for value in values])  # as tables name ratios
+        return values

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from datetime import date
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Dtype = Literal["float32", "bfloat16"]
 # Counts. The limit is beyond any sensible value: a mistyped one would make a stage fail, or never end.
@@ -31,27 +31,10 @@ def as_written(value: object) -> str:
     return str(value) if isinstance(value, date) else repr(value)
 
 
-def _positive_or_auto(value: object) -> object:
-    """Check both kinds of value, with one message for either."""
-    if value == "auto" or (isinstance(value, int) and not isinstance(value, bool) and 1 <= value < 2**31):
-        return value
-    raise ValueError(f"give a whole number of at least 1, or auto (got {as_written(value)})")
-
-
 # A count, or ``auto``: chosen during planning.
-PositiveOrAuto = Annotated[Positive | Literal["auto"], BeforeValidator(_positive_or_auto)]
-
-
-def _number_or_share(value: object) -> object:
-    """Check both kinds of value, with one message for either."""
-    number = isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**31
-    if number or (isinstance(value, float) and 0 < value < 1):
-        return value
-    raise ValueError(f"give a whole number of at least 0, or a share between 0 and 1 (got {as_written(value)})")
-
-
+PositiveOrAuto = Positive | Literal["auto"]
 # A number of things, or a share of all of them.
-NumberOrShare = Annotated[NonNegative | Annotated[float, Field(gt=0, lt=1)], BeforeValidator(_number_or_share)]
+NumberOrShare = NonNegative | Annotated[float, Field(gt=0, lt=1)]
 
 
 def without_null(annotation: Any) -> Any:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import Field, model_validator
 
 from hfprune_dist.config.section import Length, Name, Positive, TextSource
 
@@ -67,7 +66,6 @@ class CalibrationConfig(TextSource):
         _refuse_beside(self, CalibrationConfig, "mixture")
         if len(self.mixture) < 2:
             raise ValueError("mixture needs two texts or more; a single one is calibration's own path or dataset")
-        _refuse_repeated(self.mixture)
         for number, (text, share) in enumerate(zip(self.mixture, self.shares(), strict=True)):
             if not share.windows:
                 raise ValueError(
@@ -103,11 +101,8 @@ class HeldOutText(TextSource):
     split: str = "validation"
 
 
-def _text_name(name: str) -> str:
-    # The name becomes part of file names, columns and labels.
-    if re.fullmatch(r"\w[\w.-]{0,39}", name, re.ASCII) is None:
-        raise ValueError(f"{name!r}: name a text with up to 40 letters, digits, _, - and ., the first no - or .")
-    return name
+# It becomes part of file names, columns and labels.
+TextName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]{0,39}$")]
 
 
 class FidelityConfig(HeldOutText):
@@ -120,7 +115,7 @@ class FidelityConfig(HeldOutText):
     independent: with far fewer documents than windows they are too small."""
     sequence_length: Length = 1024
     """Tokens per window, the beginning-of-sequence token included."""
-    texts: dict[Annotated[str, AfterValidator(_text_name)], HeldOutText] | None = None
+    texts: dict[TextName, HeldOutText] | None = None
     """Several texts instead of one, under names of your choice, each with the keys of a text (path, or dataset, ...),
     e.g. {own: {path: own.jsonl}, news: {path: news.jsonl}}. Tables show perplexity, KL and agreement on the first text;
     --wide also shows KL on the second or, if there are more, the worst KL on the others. results.csv has all."""
@@ -132,7 +127,6 @@ class FidelityConfig(HeldOutText):
         _refuse_beside(self, FidelityConfig, "texts")
         if not self.texts:
             raise ValueError("texts has none; name one, or set texts to null")
-        _refuse_repeated(list(self.texts.values()))
         return self
 
     def each(self) -> dict[str, FidelityConfig]:
@@ -156,20 +150,6 @@ def compared_texts(roles: Iterable[str]) -> dict[str, str]:
 
 def _refuse_beside(section: TextSource, schema: type[TextSource], several: str) -> None:
     """Refuse settings of a single text where there are several texts with their own."""
-    fields = schema.model_fields
-    own = [name for name in TextSource.model_fields if getattr(section, name) != fields[name].default]
-    if own:
-        default = fields[own[0]].default
-        raise ValueError(
-            f"{own[0]} ({getattr(section, own[0])}) and {several} are both given; set {own[0]} to "
-            f"{'null' if default is None else default}, or {several} to null"
-        )
-
-
-def _refuse_repeated(texts: list[MixedText] | list[HeldOutText]) -> None:
-    seen: list[dict[str, object]] = []
-    for text in texts:
-        place = text.model_dump(exclude={"weight"})
-        if place in seen:
-            raise ValueError(f"{text.path or text.dataset} is listed twice; name it once")
-        seen.append(place)
+    for name in TextSource.model_fields:
+        if getattr(section, name) != schema.model_fields[name].default:
+            raise ValueError(f"{name} ({getattr(section, name)}) and {several} are both given; set {several} to null")

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from math import ceil, isqrt
+from math import ceil
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from hfprune_dist.config.section import Dtype, Length, Name, NonNegative, Positive, PositiveOrAuto, Section, TextSource
 from hfprune_dist.errors import UserError
@@ -92,39 +92,30 @@ class RecoveryConfig(TextSource, LoraTraining):
         rounded_up = ceil(self.epochs * steps_per_epoch)
         return rounded_up - ((rounded_up - 1) / steps_per_epoch >= self.epochs)
 
+    @model_validator(mode="after")
+    def _has_two_fields(self) -> RecoveryConfig:
+        if self.instruction_field == self.response_field:
+            raise ValueError(f"instruction_field and response_field are both {self.response_field!r}")
+        return self
+
     @property
     def pair_fields(self) -> list[str]:
         """The fields that are read from each record."""
         return [self.instruction_field, self.response_field]
 
-    def require_two_fields(self) -> None:
-        """Check that instructions and responses come from different fields.
-
-        Raises:
-            UserError: if they don't.
-        """
-        if self.instruction_field == self.response_field:
-            raise UserError(f"recovery.instruction_field and recovery.response_field are both {self.response_field!r}")
-
     def require_shared_evenly(self, world_size: int) -> None:
         """Check that this many ranks can share the rows of an optimizer step evenly.
 
         Raises:
-            UserError: if they can't; the message names values that work.
+            UserError: if they can't.
         """
         at_once = self.rows_at_once * world_size
-        below = self.batch_size // at_once * at_once
-        if below == self.batch_size:
-            return
-        rank_counts = _divisors_of_quotient(self.batch_size, self.rows_at_once)
-        fewer = [it for it in _divisors_of_quotient(self.batch_size, world_size) if it < self.rows_at_once]
-        rows = f", or micro_batch_size to {fewer[-1]}" if fewer else ""  # it may be an earlier run's choice
-        ranks = f", or the ranks to one of {', '.join(map(str, rank_counts))}" if rank_counts else ""
-        raise UserError(
-            f"recovery.batch_size {self.batch_size} isn't a multiple of recovery.micro_batch_size "
-            f"{self.micro_batch_size} times {world_size} ranks; set batch_size to "
-            f"{f'{below} or ' if below else ''}{below + at_once}{rows}{ranks}"
-        )
+        if self.batch_size % at_once:
+            above = self.batch_size // at_once * at_once + at_once
+            raise UserError(
+                f"recovery.batch_size {self.batch_size} isn't a multiple of recovery.micro_batch_size "
+                f"{self.micro_batch_size} times {world_size} ranks; set batch_size to {above}, or one of the others"
+            )
 
 
 def steps_per_epoch(rows: int, batch_size: int) -> int:
@@ -137,12 +128,3 @@ def rows_trained(rows: int, batch_size: int, steps: int) -> int:
     of_an_epoch = steps_per_epoch(rows, batch_size)
     epochs, part = divmod(steps, of_an_epoch)
     return epochs * rows + rows * part // of_an_epoch
-
-
-def _divisors_of_quotient(number: int, divisor: int) -> list[int]:
-    """The numbers whose product with ``divisor`` divides ``number``, ascending."""
-    if number % divisor:
-        return []
-    quotient = number // divisor
-    small = [it for it in range(1, isqrt(quotient) + 1) if quotient % it == 0]
-    return sorted({*small, *(quotient // it for it in small)})

@@ -10,7 +10,7 @@ from itertools import combinations
 from pathlib import Path
 
 from hfprune_dist.checkpoints.checkpoint import LICENCE_PATTERNS, Checkpoint, open_checkpoint
-from hfprune_dist.config.load import is_hub_id, named_path, parse
+from hfprune_dist.config.load import absolute_path, is_hub_id, parse
 from hfprune_dist.config.schema import ModelAlias, SweepConfig
 from hfprune_dist.config.yaml_text import read_yaml
 from hfprune_dist.errors import UserError, did_you_mean, hub_errors
@@ -108,7 +108,7 @@ def _resolve(
                 f"--models: unknown model {name!r}{did_you_mean(name, aliases)}; valid: {', '.join(sorted(aliases))}, "
                 "the folder of a Hugging Face checkpoint, or a hub id (org/name)"
             )
-        spelling = named_path(name, Path.cwd())
+        spelling = absolute_path(name, Path.cwd())
         return _local(Path(spelling).name, Path(spelling).resolve(), hashes, spelling)
     if alias.path is not None:
         return _local(name, Path(alias.path), hashes, name)

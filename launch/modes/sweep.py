@@ -19,9 +19,9 @@ from hfprune_launch.slurm.cli import cancel_sweep, show_jobs, show_status
 from hfprune_launch.slurm.commands import SlurmUnavailableError
 from hfprune_launch.slurm.estimate import show_estimates
 from hfprune_launch.slurm.status_table import row_logs
-from hfprune_launch.sweep_folder import Sweep, configuration, configuration_layers, forget_rows, require_sweep
+from hfprune_launch.sweep_folder import Sweep, configuration, forget_rows, require_sweep
 
-from hfprune_dist.config.sources import with_sources
+from hfprune_dist.config.yaml_text import to_yaml
 from hfprune_dist.store.cancellation import request_cancellation
 
 LOG_LINES = 40
@@ -79,11 +79,9 @@ def dry_run(command: Command) -> int:
 
 
 def show_config(command: Command) -> int:
-    """Print the configuration as YAML, with the source of each value; nothing is looked up or written."""
-    arguments, overrides = command.arguments, command.overrides()
-    config, _ = configuration(command.out, arguments.config, overrides)
-    layers = configuration_layers(command.out, arguments.config, overrides)
-    print(with_sources(config, layers), end="")
+    """Print the configuration as YAML; nothing is looked up or written."""
+    config, _ = configuration(command.out, command.arguments.config, command.overrides())
+    print(to_yaml(config.model_dump()), end="")
     return 0
 
 

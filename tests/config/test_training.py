@@ -1,5 +1,6 @@
 """How long recovery trains, how fast, and how ranks share its rows."""
 
+import re
 from fractions import Fraction
 from math import ceil
 
@@ -9,7 +10,6 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from hfprune_dist.config.load import load_config
 from hfprune_dist.config.training import DistillationConfig, RecoveryConfig
 from hfprune_dist.errors import UserError
 
@@ -32,30 +32,15 @@ def test_only_what_is_no_fraction_of_steps_is_rounded_up(epochs, steps_per_epoch
 
 
 @given(rows=st.integers(1, 40), at_once=st.integers(1, 12), ranks=st.integers(1, 9))
-def test_all_numbers_of_ranks_and_rows_that_share_a_step_evenly_are_told(rows, at_once, ranks):
+def test_ranks_that_do_not_share_a_step_evenly_are_told_a_number_that_works(rows, at_once, ranks):
     config = RecoveryConfig(batch_size=rows, micro_batch_size=at_once)
     if rows % (at_once * ranks) == 0:
         config.require_shared_evenly(ranks)
         return
     with pytest.raises(UserError) as caught:
         config.require_shared_evenly(ranks)
-    possible = [str(it) for it in range(1, rows + 1) if rows % (it * at_once) == 0]
-    fewer = [it for it in range(1, at_once) if rows % (it * ranks) == 0]
-    assert str(caught.value).endswith(f" or the ranks to one of {', '.join(possible)}") is bool(possible)
-    assert f"or micro_batch_size to {max(fewer, default=0)}" in str(caught.value) or not fewer
-
-
-@pytest.mark.parametrize(("rows", "at_once"), [(1, 2**31 - 2), (2**31 - 2, 2**31 - 3), (2**31 - 2, 1)])
-def test_huge_numbers_of_rows_are_refused_at_once(rows, at_once):
-    with pytest.raises(UserError, match="isn't a multiple of"):
-        RecoveryConfig(batch_size=rows, micro_batch_size=at_once).require_shared_evenly(2**20 - 3)
-
-
-@given(epochs=st.floats(2**31, allow_nan=False))
-@example(1e308)
-def test_more_epochs_than_can_be_counted_in_steps_are_refused(epochs):
-    with pytest.raises(UserError, match=r"recovery\.epochs: must be (less than 2147483648|a finite number)"):
-        load_config([], {"recovery.epochs": epochs})
+    told = re.search(r"set batch_size to (\d+)", str(caught.value))
+    RecoveryConfig(batch_size=int(told[1]), micro_batch_size=at_once).require_shared_evenly(ranks)
 
 
 def test_max_steps_overrides_epochs():

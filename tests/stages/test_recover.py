@@ -159,19 +159,6 @@ def test_damaged_rows_are_made_again(tmp_path, source, capsys):
     assert "set aside" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(
-    ("batch_size", "rows", "ranks", "told"),
-    [
-        (12, 2, 4, "set batch_size to 8 or 16, or micro_batch_size to 1, or the ranks to one of 1, 2, 3, 6"),
-        (3, 4, 2, "set batch_size to 8"),
-    ],
-)
-def test_a_batch_that_ranks_cannot_share_names_those_that_work(batch_size, rows, ranks, told):
-    RecoveryConfig(batch_size=12, micro_batch_size=2).require_shared_evenly(3)
-    with pytest.raises(UserError, match=rf"; {told}$"):
-        RecoveryConfig(batch_size=batch_size, micro_batch_size=rows).require_shared_evenly(ranks)
-
-
 def test_two_newest_snapshots_stay_and_a_damaged_one_is_passed_over(tmp_path):
     snapshots = Snapshots(tmp_path)
     assert snapshots.newest() is None
