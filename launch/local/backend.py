@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -30,6 +31,7 @@ from hfprune_dist.store.stage_handle import StageHandle
 
 STAGE_SCRIPT = Path(__file__).resolve().parents[1] / "stage" / "run.py"
 POLL_S = 0.1
+CANCELLATION_POLL_S = 1.0
 TERMINATION_GRACE_S = 20.0
 
 OnHeartbeat = Callable[[Heartbeat | None], None]
@@ -66,7 +68,7 @@ class LocalBackend:
             attempt = 1 + max(attempts_so_far(handle), last_number(self._logs, stage))
             write_stage_file(handle, stage, self._provenance, attempt)
             log = self._log(stage, attempt)
-            _watch(self._start(stage, claim, log), handle, claim, on_heartbeat)
+            self._watch(self._start(stage, claim, log), handle, claim, on_heartbeat)
             failure = None if handle.is_done() else self._failure(handle, claim, log, _Attempt(attempt, started))
             if failure is None:
                 mark_done(log)
@@ -117,6 +119,25 @@ class LocalBackend:
         threads = threads_of_a_rank(self._provenance.runtime, ranks)
         return {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"}
 
+    def _watch(
+        self, process: subprocess.Popen[bytes], handle: StageHandle, claim: Claim, on_heartbeat: OnHeartbeat
+    ) -> None:
+        """Wait until all ranks have ended; end them if this is interrupted, cancelled or loses its claim."""
+        renewal, looked_at = Renewal(claim), time.monotonic()
+        try:
+            while process.poll() is None:
+                on_heartbeat(handle.heartbeat())
+                renewal.tick()
+                if time.monotonic() - looked_at > CANCELLATION_POLL_S:
+                    looked_at = time.monotonic()
+                    with suppress(OSError):  # the store doesn't answer at this moment
+                        self._require_wanted()
+                time.sleep(POLL_S)
+        except BaseException:
+            _terminate(process)
+            handle.discard_drafts(claim)
+            raise
+
     def _failure(self, handle: StageHandle, claim: Claim, log: Path, attempt: _Attempt) -> Failure:
         """Return why the ranks left no artifact.
 
@@ -142,20 +163,6 @@ class _Attempt:
 
     number: int
     started: float
-
-
-def _watch(process: subprocess.Popen[bytes], handle: StageHandle, claim: Claim, on_heartbeat: OnHeartbeat) -> None:
-    """Wait until all ranks have ended; if this process is interrupted or loses its claim, end them."""
-    renewal = Renewal(claim)
-    try:
-        while process.poll() is None:
-            on_heartbeat(handle.heartbeat())
-            renewal.tick()
-            time.sleep(POLL_S)
-    except BaseException:
-        _terminate(process)
-        handle.discard_drafts(claim)
-        raise
 
 
 def _terminate(process: subprocess.Popen[bytes]) -> None:

@@ -7,7 +7,7 @@ from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 
-from hfprune_launch.local.cancel import cancel_running, running_without_job, wait_for_running
+from hfprune_launch.local.cancel import running_without_job, wait_until_cancelled
 from hfprune_launch.measured_hours import show_hours
 from hfprune_launch.modes.report_page import ReportPage
 from hfprune_launch.modes.sweep_arguments import Command
@@ -104,17 +104,19 @@ def cancel(command: Command) -> int:
     """End the running stages of the sweep, on this machine or in jobs; saved work stays."""
     sweep = _existing(command)
     plan, store = sweep.plan, sweep.store
+    has_jobs = not Attempts(store.root).is_empty
+    running = running_without_job(plan, store)
     try:
         request_cancellation(store.root)
-    except OSError as error:  # what runs can be ended all the same
-        command.tell(f"note: launchers that start nothing at this moment can't be told ({error}), and may go on")
-    has_jobs = not Attempts(store.root).is_empty
-    running = (running_without_job if has_jobs else wait_for_running)(plan, store)
-    for line in cancel_running(plan, store, running):
+    except OSError as error:  # jobs can be ended all the same
+        command.tell(f"note: launchers can't be told ({error}), and may go on")
+    for line in wait_until_cancelled(running):
         command.tell(line)
+    for line in wait_until_cancelled([it for it in running_without_job(plan, store) if it not in running]):
+        command.tell(line)  # a stage that began before its launcher saw the token
     jobs_go_on = has_jobs and cancel_sweep(command.console, sweep)
     if not has_jobs and not running:
-        command.tell("no stage runs; nothing to cancel")
+        command.tell("no stage runs; a launcher that is about to start one ends instead")
     return 1 if jobs_go_on or running_without_job(plan, store) else 0
 
 

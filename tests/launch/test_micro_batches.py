@@ -4,7 +4,6 @@ import os
 
 import pytest
 import yaml
-from hfprune_launch.modes.sweep import show_config
 from hfprune_launch.modes.sweep_arguments import Command
 from hfprune_launch.modes.sweep_plan import prepare, sweep_to_show
 from hfprune_launch.screen import make_console
@@ -64,15 +63,6 @@ def test_commands_that_only_look_choose_as_a_run_does_and_say_nothing_of_it(mach
     _, stages = begin(config, tmp_path / "two")
     assert "micro-batches of" in capsys.readouterr().out
     assert set(sweep_to_show(command(config, tmp_path / "one")).plan.stages) == stages
-
-
-def test_what_an_earlier_run_chose_is_shown(machine, config, tmp_path, capsys):
-    machine(LARGE)
-    rows, _ = begin(config, tmp_path / "one")
-    for given, expected in ([], rows), (["--set", "recovery.micro_batch_size=2"], 2):
-        capsys.readouterr()
-        show_config(command(config, tmp_path / "one", *given))
-        assert yaml.safe_load(capsys.readouterr().out)["recovery"]["micro_batch_size"] == expected
 
 
 def test_a_number_that_was_set_before_stays_too(machine, config, tmp_path):

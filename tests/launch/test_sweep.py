@@ -384,7 +384,7 @@ def test_ctrl_c_leaves_nothing_running_and_nothing_half_written(finished, config
     shown = sweep(config, out, *ONE_CELL, "--status").stdout
     assert f"process {launcher.pid}" in shown and "running" in shown and "job" not in shown
     assert "torch.distributed.run" in sweep(config, out, *ONE_CELL, "--logs", "alpha 0.2 + lora").stdout, "said at once"
-    cancelled = sweep(config, out, *ONE_CELL, "--cancel")  # with Ctrl-C's signal
+    cancelled = sweep(config, out, *ONE_CELL, "--cancel")
     assert cancelled.returncode == 0 and f"process {launcher.pid} has stopped work on it" in cancelled.stdout
     output, _ = launcher.communicate(timeout=600)
     assert launcher.returncode == 130 and "run the same command again" in output and "Traceback" not in output

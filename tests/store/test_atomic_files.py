@@ -2,7 +2,6 @@
 
 import errno
 import os
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -10,15 +9,10 @@ import pytest
 from hfprune_dist.store import atomic_files
 from hfprune_dist.store.atomic_files import (
     READING_ATTEMPTS,
-    as_record,
     fsync_folders,
     listed,
-    modified_at,
     publish,
     read_json,
-    read_object,
-    read_record,
-    set_aside,
     write_json,
     write_text,
 )
@@ -26,7 +20,7 @@ from hfprune_dist.store.atomic_files import (
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.fixture(params=[0o022, 0o027, 0o077, 0o002])
+@pytest.fixture(params=[0o027, 0o002])
 def umask(request):
     before = os.umask(request.param)
     yield request.param
@@ -39,13 +33,6 @@ def test_the_umask_is_read_with_and_without_linux(umask, tmp_path):
     status.write_text("Name:\tpython\nUmask:\t0137\n")
     assert atomic_files._umask(status) == 0o137
     assert atomic_files.usual_mode() == 0o666 & ~umask
-
-
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux")
-def test_threads_never_see_another_umask(umask, monkeypatch):
-    monkeypatch.setattr(os, "umask", lambda mask: pytest.fail("set while other threads make files"))
-    assert atomic_files.usual_mode() == 0o666 & ~umask
-    monkeypatch.undo()
 
 
 def test_numbers_that_json_has_no_word_for_are_refused(tmp_path):
@@ -87,42 +74,6 @@ def test_a_value_has_the_same_bytes_in_whatever_order_its_keys_came(tmp_path):
     assert (tmp_path / "0").read_bytes() == (tmp_path / "1").read_bytes() == b'{\n "a": 1,\n "b": 2\n}\n'
 
 
-def test_what_is_no_object_is_told_apart_only_where_it_matters(tmp_path):
-    file = tmp_path / "state.json"
-    assert read_json(file) is read_object(file) is None
-    for content in ("", "{", "\xff"):
-        file.write_bytes(content.encode("latin-1"))
-        with pytest.raises(ValueError):
-            read_json(file)
-        assert read_object(file) is None
-    file.write_text("[1]")
-    assert read_json(file) == [1] and read_object(file) is None
-    assert read_object(tmp_path) is None, "a folder"
-
-
-@dataclass(frozen=True)
-class Record:
-    name: str
-    number: int | None = None
-
-
-def test_a_record_is_read_whatever_version_wrote_it_or_not_at_all(tmp_path):
-    assert as_record(Record, {"name": "a", "number": 3, "of a later version": 4}) == Record("a", 3)
-    assert as_record(Record, {"name": "a"}) == Record("a")
-    assert as_record(Record, {"number": 3}) is as_record(Record, {"name": 3}) is as_record(Record, None) is None
-    write_json(tmp_path / "record.json", {"name": "a"})
-    assert read_record(Record, tmp_path / "record.json") == Record("a")
-    assert read_record(Record, tmp_path / "gone.json") is None
-
-
-def test_files_are_listed_by_name_and_case_counts(tmp_path):
-    for name in ("b.json", "a.json", "A.JSON", ".c.json", "a.json.tmp"):
-        (tmp_path / name).touch()
-    assert [it.name for it in listed(tmp_path, "*.json")] == [".c.json", "a.json", "b.json"]
-    assert [it.name for it in listed(tmp_path, "a.json")] == ["a.json"]
-    assert listed(tmp_path / "gone", "*") == listed(tmp_path / "a.json", "*") == []
-
-
 def test_a_published_file_is_on_disk_before_it_has_its_name_and_its_name_afterwards(tmp_path, flushed):
     file, draft = tmp_path / "weights", tmp_path / ".draft"
     file.write_text("old")
@@ -139,17 +90,6 @@ def test_folders_are_flushed_up_to_the_root_and_no_further(tmp_path, flushed):
     flushed.clear()
     fsync_folders(tmp_path, tmp_path)
     assert [path for path, _ in flushed] == [tmp_path]
-
-
-def test_damaged_files_are_all_kept(tmp_path, capsys):
-    for content in ("one", "two"):
-        (tmp_path / "scores").write_text(content)
-        set_aside(tmp_path / "scores", "it is short")
-    assert {it.name: it.read_text() for it in tmp_path.iterdir()} == {
-        "scores.damaged-1": "one",
-        "scores.damaged-2": "two",
-    }
-    assert "scores: it is short; set aside as scores.damaged-2" in capsys.readouterr().out
 
 
 READERS = {"file": (Path, "read_text", read_json), "folder": (Path, "iterdir", lambda file: listed(file.parent, "*"))}
@@ -188,12 +128,6 @@ def test_what_stays_stale_or_fails_in_another_way_is_an_error(stale):
     with pytest.raises(OSError, match="refused") as caught:
         stale(1, errno.EIO)
     assert caught.value.errno == errno.EIO
-
-
-def test_a_time_of_change_is_that_of_a_file_that_is_there(tmp_path):
-    (tmp_path / "log").touch()
-    os.utime(tmp_path / "log", (3, 4))
-    assert modified_at(tmp_path / "log") == 4.0 and modified_at(tmp_path / "gone") is None
 
 
 @pytest.mark.parametrize("is_done", [True, False])

@@ -3,17 +3,14 @@
 import errno
 import hashlib
 import os
-import threading
 import time
-from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hfprune_dist.errors import UserError
 from hfprune_dist.store import hashing as identity
-from hfprune_dist.store.hashing import FileHashes, digest_of, files_below, for_each_file
+from hfprune_dist.store.hashing import FileHashes, digest_of, files_below
 
 NAMES = st.text("ab_.", min_size=1, max_size=4).filter(lambda name: set(name) - {"."})
 
@@ -57,20 +54,6 @@ def test_what_tools_leave_behind_does_not_count(tmp_path, name):
     (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
     (tmp_path / name).write_text("x")
     assert FileHashes(None).of_folder(tmp_path) == before
-
-
-@settings(max_examples=30, deadline=None, derandomize=True)
-@given(names=st.sets(NAMES, max_size=5))
-def test_a_folder_without_such_names_has_the_digest_that_it_always_had(tmp_path_factory, names):
-    """The earlier rule left out names that begin with an underscore or a dot."""
-    folder = tmp_path_factory.mktemp("tasks")
-    for name in names:
-        (folder / name).write_text(name)
-    of_before = {
-        name: hashlib.sha256(name.encode()).hexdigest() for name in sorted(names) if not name.startswith(("_", "."))
-    }
-    is_same = FileHashes(None).of_folder(folder) == digest_of(of_before)
-    assert is_same != any(name.startswith("_") for name in names)
 
 
 def test_links_are_followed_but_never_in_circles(tmp_path):
@@ -162,29 +145,6 @@ def test_large_files_have_the_digest_that_they_have_one_after_another(tmp_path, 
     assert FileHashes(None).of_files(tmp_path, names) == digest_of(one_by_one)
 
 
-@pytest.mark.usefixtures("all_large")
-def test_large_files_wait_for_each_other_only_where_cores_are_few(tmp_path, monkeypatch):
-    """Two threads meet in the middle of their files, so neither could go on alone."""
-    monkeypatch.setattr(identity, "usable_cores", lambda: 2)
-    meeting = threading.Barrier(2, timeout=60)
-
-    def work(file):
-        meeting.wait()
-        return file.name
-
-    files = files_of_sizes(tmp_path, 8, 8)
-    assert list(for_each_file(files, work).values()) == [file.name for file in files]
-
-
-@pytest.mark.usefixtures("all_large")
-def test_of_large_files_that_can_not_be_read_the_first_is_named(tmp_path):
-    files = files_of_sizes(tmp_path, 8, 8, 8)
-    for file in list(files)[1:]:
-        file.unlink()
-    with pytest.raises(UserError, match=r"1.safetensors: No such file"):
-        for_each_file(files, FileHashes(None).of_file)
-
-
 def test_what_can_not_be_read_is_named(tmp_path):
     with pytest.raises(UserError, match=r"gone: No such file"):
         FileHashes(None).of_file(tmp_path / "gone")
@@ -206,17 +166,3 @@ def test_a_file_that_is_replaced_while_it_is_read_is_read_again(tmp_path, monkey
 
     monkeypatch.setattr(FileHashes, "_compute", replaced_meanwhile)
     assert FileHashes(None).of_file(file) == hashlib.sha256(b"after").hexdigest() and refused
-
-
-def test_a_folder_that_is_replaced_while_it_is_listed_is_listed_again(tmp_path, monkeypatch):
-    iterdir, refused = Path.iterdir, []
-    (tmp_path / "text").touch()
-
-    def stale_at_first(folder):
-        if not refused:
-            refused.append(folder)
-            raise OSError(errno.ESTALE, "stale")
-        return iterdir(folder)
-
-    monkeypatch.setattr(Path, "iterdir", stale_at_first)
-    assert files_below(tmp_path) == ["text"] and refused

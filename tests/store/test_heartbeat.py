@@ -1,6 +1,5 @@
 """What ranks leave is read by other processes at any moment, and on other hosts."""
 
-import json
 import time
 
 import pytest
@@ -11,7 +10,6 @@ from hfprune_dist.errors import UserError
 from hfprune_dist.store import heartbeat as progress
 from hfprune_dist.store.heartbeat import (
     Failure,
-    Heartbeat,
     Progress,
     clear_failures,
     in_one_line,
@@ -34,15 +32,6 @@ def test_what_is_half_written_or_foreign_is_not_there(tmp_path, content):
     assert read_failure(tmp_path).message == "why"
 
 
-def test_records_of_other_versions_are_read(tmp_path):
-    """They have one field more, or one less."""
-    beat = {"phase": "shards", "done": 1, "total": 2, "updated": 3.0}
-    (tmp_path / "progress.json").write_text(json.dumps({**beat, "pace": 4}))
-    assert read_heartbeat(tmp_path) == Heartbeat(**beat)
-    (tmp_path / "failure.0.json").write_text(json.dumps({"cause": "code", "message": "x", "rank": 0, "at": 1.0}))
-    assert read_failure(tmp_path) == Failure("code", "x", 0, 1.0, None)
-
-
 def test_time_left_is_by_the_pace_of_the_phase_and_of_this_attempt(tmp_path):
     """Neither earlier phases nor what an earlier attempt did of this phase matter."""
     now = [0.0]
@@ -59,21 +48,6 @@ def test_time_left_is_by_the_pace_of_the_phase_and_of_this_attempt(tmp_path):
     assert left(310, "layers", 5, 10) == pytest.approx(50.0) and left(320, "layers", 8, 10) == pytest.approx(10.0)
     assert left(400, "layers", 1, 10) is None, "the phase again"
     assert left(401, "layers", 2, 10) == pytest.approx(8.0)
-
-
-def test_a_failure_that_vanishes_while_it_is_read_is_not_there(tmp_path, monkeypatch):
-    """The next attempt clears the failures of the previous one."""
-    write_failure_record(tmp_path, Failure("code", "x", 0, 1.0))
-    listed = progress.listed
-
-    def gone_then(folder, pattern):
-        found = listed(folder, pattern)
-        clear_failures(folder)
-        return found
-
-    with monkeypatch.context() as patch:
-        patch.setattr(progress, "listed", lambda *a: patch.undo() or gone_then(*a))
-        assert read_failure(tmp_path) is None
 
 
 def test_a_work_folder_that_is_gone_holds_nothing(tmp_path):
@@ -112,12 +86,6 @@ def test_the_best_explanation_does_not_depend_on_clocks(tmp_path_factory, kinds,
 @given(attempt=st.integers(1, 3), mine=st.integers(1, 3), skew=st.floats(-500, 500))
 def test_a_failure_belongs_to_the_attempt_that_it_names(attempt, mine, skew):
     assert Failure("input", "", 0, 1000.0 + skew, attempt).is_of(mine, created=1000.0) == (attempt == mine)
-
-
-def test_a_failure_of_the_previous_version_belongs_by_its_time():
-    assert Failure("input", "", 0, 1000.0).is_of(2, created=999.0)
-    assert not Failure("input", "", 0, 1000.0).is_of(2, created=1001.0)
-    assert Failure("input", "", 0, 1000.0).is_of(2, created=1000.0), "clocks tick slowly"
 
 
 def test_a_rank_says_which_attempt_failed(tmp_path):
@@ -175,10 +143,6 @@ def test_heartbeats_are_written_at_most_twice_a_second_but_for_the_last_and_guar
 def test_a_failure_in_one_line(message, line):
     found = in_one_line(message)
     assert line in found and "\n" not in found and "===" not in found
-
-
-def test_no_colon_announces_what_is_left_out():
-    assert in_one_line("job 7 ran out of memory:\n  7_0_log.err:\n    Killed") == "job 7 ran out of memory"
 
 
 def test_an_exception_is_told_by_its_last_line(tmp_path):

@@ -98,12 +98,6 @@ def test_the_tightest_limit_of_all_groups_around_a_process_counts(groups, monkey
     assert available_memory(faked) == min(memory, 4 * GIB)
 
 
-def test_a_process_outside_of_linux_has_all_cores(tmp_path, monkeypatch):
-    monkeypatch.delattr(os, "sched_getaffinity", raising=False)
-    monkeypatch.setattr(os, "cpu_count", lambda: 6)
-    assert usable_cores(ControlGroups(tmp_path / "root", tmp_path / "membership")) == 6
-
-
 def test_ranks_take_the_cores_and_the_memory_that_they_may_use(monkeypatch):
     """The machine has more of both."""
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)

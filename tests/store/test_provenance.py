@@ -1,10 +1,6 @@
-import platform
 import subprocess
 
-import pytest
-
-from hfprune_dist.store import provenance
-from hfprune_dist.store.provenance import code_version, package_versions
+from hfprune_dist.store.provenance import code_version
 
 
 def git(folder, *arguments):
@@ -36,22 +32,3 @@ def test_changes_in_any_encoding_have_a_digest(tmp_path):
 
 def test_outside_of_a_repository_no_commit_is_known(tmp_path):
     assert code_version(tmp_path) == {"git_commit": None, "dirty_diff_sha256": None}
-
-
-def test_a_package_that_is_not_there_has_no_version():
-    assert package_versions(["pytest", "no-such-package"]) == {"pytest": pytest.__version__, "no-such-package": None}
-
-
-@pytest.mark.parametrize(
-    ("said", "name"),
-    [
-        ("processor : 0\nmodel name\t: A: fast one \nmodel name\t: Another\n", "A: fast one"),
-        ("processor : 0\nmodel name\t: \n", platform.machine()),
-        (None, platform.machine()),
-    ],
-)
-def test_a_processor_without_a_name_is_called_by_its_architecture(tmp_path, monkeypatch, said, name):
-    monkeypatch.setattr(provenance, "CPU_INFO", tmp_path / "cpuinfo")
-    if said is not None:
-        (tmp_path / "cpuinfo").write_text(said)
-    assert provenance.cpu_model() == name

@@ -28,14 +28,6 @@ def commit(handle):
     handle.store.commit(STAGE, draft, {"metrics": {}})
 
 
-def test_of_a_stage_that_nobody_has_begun_there_is_nothing(handle, tmp_path):
-    assert (handle.id, handle.artifact, handle.work) == (STAGE.id, tmp_path / STAGE.id, tmp_path / "work" / STAGE.id)
-    assert handle.verify().state == "missing" and not handle.is_done() and not handle.is_committed()
-    assert handle.manifest() is handle.heartbeat() is handle.failure() is None and handle.failures() == []
-    handle.discard_leftovers()
-    assert list(tmp_path.iterdir()) == [], "whoever asks writes nothing"
-
-
 def test_a_stage_that_runs_tells_how_far_it_is_and_why_it_failed(handle):
     claim = handle.claim()
     assert isinstance(claim, Claim) and isinstance(handle.claim(), Holder)
@@ -60,12 +52,6 @@ def test_a_corrupt_artifact_is_committed_but_not_done(handle):
     assert handle.is_committed() and not handle.is_done() and handle.verify().state == "corrupt"
     aside = handle.set_aside()
     assert (aside / "result").read_text() == "cut" and not handle.is_committed()
-
-
-def test_every_answer_is_of_the_moment(handle):
-    assert not handle.is_done()
-    commit(Store(handle.store.root).handle(STAGE.id))
-    assert handle.is_done()
 
 
 def test_work_of_a_stage_that_is_done_is_forgotten(handle):

@@ -6,9 +6,7 @@ import pytest
 from hfprune_launch.local import hardware
 from hfprune_launch.local.hardware import device_here, note_on_bfloat16
 from made_stages import stage_of
-from sweeps import make_inputs, planned
 
-from hfprune_dist.config.parameters import KINDS
 from hfprune_dist.config.schema import EvaluationConfig, RuntimeConfig
 from hfprune_dist.config.texts import CalibrationConfig
 from hfprune_dist.config.training import RecoveryConfig
@@ -48,19 +46,6 @@ def test_the_note_names_the_settings_of_the_stages_to_run(machine, line):
     assert note_on_bfloat16(STAGES[:1]).endswith(": --set importance.dtype=float32")
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_all_settings_of_a_plan_are_known(machine, tmp_path, dtype):
-    machine(BEFORE_AVX512)
-    keys = [f"{section}.dtype" for section in ("distillation", "efficiency", "evaluation", "importance", "recovery")]
-    settings = {key.replace(".", "__"): dtype for key in keys} | {"efficiency__enabled": True}
-    distilled = tmp_path / "distilled.yaml"
-    distilled.write_text("criterion: entropy\ndistill: 1\n")
-    _, plan = planned(make_inputs(tmp_path), methods=[str(distilled), "loraprune"], ratios=[0.1], **settings)
-    assert {stage.kind for stage in plan.stages.values()} == KINDS.keys()
-    expected = " ".join(f"--set {key}=float32" for key in keys) if dtype == "bfloat16" else ""
-    assert note_on_bfloat16(plan.stages.values()).partition("it: ")[2] == expected
-
-
 @pytest.mark.parametrize(("line", "gpus"), [(AVX512, ""), (BEFORE_AVX512, "0,1"), (ARM, "")])
 def test_no_note_where_bfloat16_is_no_slower(machine, line, gpus):
     machine(line, gpus)
@@ -93,13 +78,6 @@ def test_threads_are_those_of_the_outermost_level(monkeypatch, value, threads):
     if value is not None:
         monkeypatch.setenv("OMP_NUM_THREADS", value)
     assert threads_allowed(os.environ) == threads
-
-
-def test_no_note_where_all_that_is_left_computes_in_float32(machine, tmp_path, monkeypatch):
-    machine(BEFORE_AVX512)
-    assert not note_on_bfloat16([STAGES[1], STAGES[3]])
-    monkeypatch.setattr(hardware, "CPU_INFO", tmp_path / "none")
-    assert not note_on_bfloat16(STAGES)
 
 
 def test_the_device_of_one_rank_is_told_without_torch(machine, tmp_path, monkeypatch):
