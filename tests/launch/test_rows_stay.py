@@ -410,20 +410,12 @@ def test_a_comparison_names_rows_that_were_measured_otherwise(config, tmp_path):
             assert named == told and f"{one}: alpha" not in text
 
 
-OTHER_SETTINGS = {
-    "calibration": ({"calibration__samples": 4}, "calibration.samples (stage importance) is 8 in {one}, 4 in {two}"),
-    "held-out text": (
-        {"evaluation__fidelity__windows": 3},
-        "text.windows (stage held-out reference) is 4 in {one}, 3 in {two}",
-    ),
-}
-
-
-@pytest.mark.parametrize(("overrides", "told"), OTHER_SETTINGS.values(), ids=OTHER_SETTINGS)
-def test_rows_of_other_settings_do_not_pass_for_other_seeds(config, tmp_path, overrides, told):
+@pytest.mark.parametrize("overrides", [{"calibration__samples": 4}, {"evaluation__fidelity__windows": 3}])
+def test_rows_of_other_settings_do_not_pass_for_other_seeds(config, tmp_path, overrides):
     one, two = seed_of(config, tmp_path / "one"), seed_of(config, tmp_path / "two", 1, **overrides)
     code, shown, said = run(one, two, "--out", tmp_path / "both", command=compare)
-    assert code == 2 and not shown and told.format(one=one, two=two) in said and f"{two}: its row 'alpha" in said
+    (key,) = (key.rpartition("__")[2] for key in overrides)
+    assert code == 2 and not shown and f"{two}: its row 'alpha" in said and key in said
     assert not (tmp_path / "both").exists()
 
 
@@ -462,7 +454,6 @@ def test_models_that_only_share_a_name_are_not_compared(config, tmp_path):
         done(file, out, *asked, models=["alpha"], ratios=[0.1])
     code, _, said = run(tmp_path / "one", tmp_path / "two", "--out", tmp_path / "both", command=compare)
     assert code == 2 and f"{tmp_path / 'two'}: its row 'alpha dense' differs from that of" in said
-    assert "in more than the seed: input 'model'" in said or "in more than the seed: input 'dense'" in said
     assert not (tmp_path / "both").exists()
 
 
