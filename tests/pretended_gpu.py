@@ -151,6 +151,7 @@ def pretended_gpu() -> Iterator[None]:
     places = _Places()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(host_transfers, "lanes_of", lambda device: PlainLanes(device) if device.type == "cuda" else None)
+        patch.setattr(torch.cuda, "get_device_name", lambda _device=None: "pretended")
         patch.setattr(torch.cuda, "get_device_capability", lambda _device=None: (7, 0))
         patch.setattr(torch.cuda, "mem_get_info", lambda _device=None: (2**36, 2**36))
         with _Calls(places), _Operations(places):

@@ -7,8 +7,8 @@ from safetensors.torch import load_file
 from tiny import save_tiny
 
 from hfprune_dist.checkpoints.checkpoint import open_checkpoint
-from hfprune_dist.distributed.gram_sums import is_held_out
 from hfprune_dist.distributed.layer_stream import LayerStream
+from hfprune_dist.distributed.sums import is_held_out
 from hfprune_dist.models.single_layer import LayerReader, part_of, run
 from hfprune_dist.refit.dense_refit import DenseRefit
 from hfprune_dist.refit.refitted_layers import RefittedLayers
@@ -62,7 +62,7 @@ def refit(method, checkpoint, kept, folder, **options):
     """Refit what stays, as the prune stage does, and return where the refitted layers are.
 
     Args:
-        options: ``world``, ``windows_ST``, ``dtype``, ``micro_batch_size``, ``residual`` and ``after_each``.
+        options: ``world``, ``windows_ST``, ``dtype``, ``micro_batch_size`` and ``after_each``.
     """
     world, windows_ST = options["world"], options["windows_ST"]
     where = windows_ST, options.get("dtype", torch.float32), options.get("micro_batch_size", MICRO_BATCH), world
@@ -72,14 +72,24 @@ def refit(method, checkpoint, kept, folder, **options):
         made = DenseRefit(kept, stream, fitted, world)
     else:
         streams = stream, LayerStream(checkpoint, *where)
-        whose = {"residual": options.get("residual", set()), "more_iterations": options.get("more_iterations", 2)}
-        made = SequentialRefit(checkpoint.family, kept, *streams, fitted, **whose, world=world)
+        iterations = options.get("more_iterations", 2)
+        made = SequentialRefit(checkpoint.family, kept, *streams, fitted, more_iterations=iterations, world=world)
     made.run(options.get("after_each", lambda _done: None))
     return fitted
 
 
 def weights_in(folder):
     return {file.name: file.read_bytes() for file in folder.glob("layer-*")}
+
+
+def assert_alike(fitted, expected, layers):
+    """Check that refitted weights are those of another number of ranks, up to rounding."""
+    ours, theirs = (
+        {name: read().double() for name, read in it.replacements(layers).items()} for it in (fitted, expected)
+    )
+    assert ours.keys() == theirs.keys()
+    for name, tensor in theirs.items():
+        assert (ours[name] - tensor).norm() <= 1e-3 * tensor.norm(), name
 
 
 def found(folder, number, name):

@@ -9,8 +9,6 @@ from transformers import AutoModelForCausalLM
 from hfprune_dist.checkpoints.checkpoint import open_checkpoint
 from hfprune_dist.config.schema import RuntimeConfig
 from hfprune_dist.distributed.interruption import Interruption
-from hfprune_dist.distributed.whole_model_probe import PROBE, record_probe, save_probe
-from hfprune_dist.models.loading import load_causal_lm
 from hfprune_dist.stages import prune
 from hfprune_dist.stages.context import Context
 from hfprune_dist.store.artifacts import Store
@@ -55,7 +53,6 @@ def prepare(
     save_file({"input_ids": windows_ST}, draft / "windows.safetensors")
     if silent is not None:
         silence(model / "model.safetensors", silent)
-    leave_probe(model, windows_ST, draft)
     store.commit(IMPORTANCE, draft, {"metrics": {}})
     defaults = {
         "ratio": 0.2,
@@ -77,13 +74,6 @@ def prepare(
 def silence(file, ending, by=0):
     tensors = {name: it * (by if name.endswith(ending) else 1) for name, it in load_file(file).items()}
     save_file(tensors, file, {"format": "pt"})
-
-
-def leave_probe(model, windows_ST, folder):
-    whole, family = load_causal_lm(model, torch.float32), open_checkpoint(model).family
-    record_probe(whole, family, lambda probe: save_probe(probe, folder / PROBE))
-    with torch.no_grad():
-        whole(input_ids=windows_ST[:MICRO_BATCH], use_cache=False)
 
 
 def run(store, stage, world, interruption=None):

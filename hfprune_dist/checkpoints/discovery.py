@@ -1,7 +1,7 @@
 """Locating the parts of a model by the names and shapes of a checkpoint's tensors.
 
 A tensor's name tells what it is, and its shape confirms it. Names can't tell how the parts work together; that is
-checked when the model runs: each layer against the whole model (``distributed.whole_model_probe``), and the head
+checked when the model runs: each layer against the whole model (``distributed.layer_check``), and the head
 against the model's logits (``models.after_head``).
 """
 

@@ -24,13 +24,12 @@ class Projection:
     Args:
         weight_CD: the weight before pruning [hidden_size, channels].
         gram_DD: float64, the mean (or sum) over tokens of h h^T, for all channels.
-        outputs_CD: their product E[W h h^T], float64, if another rank has computed it.
     """
 
-    def __init__(self, weight_CD: Tensor, gram_DD: Tensor, outputs_CD: Tensor | None = None) -> None:
+    def __init__(self, weight_CD: Tensor, gram_DD: Tensor) -> None:
         self._weight_CD = weight_CD.to(gram_DD)
         self._gram_DD = gram_DD
-        self._outputs_CD = self._weight_CD @ gram_DD if outputs_CD is None else outputs_CD
+        self._outputs_CD = self._weight_CD @ gram_DD
         self._energy = (self._outputs_CD * self._weight_CD).sum()
 
     def keeping(self, kept: Tensor) -> LeastSquares:
@@ -119,14 +118,6 @@ def best_ridge(fitted: LeastSquares, held_out: LeastSquares, ridges: Sequence[fl
         UnresolvedError: if the Gram matrix isn't positive definite with any of the ridges; larger ones may do where
             smaller ones don't.
     """
-    best = best_resolved_ridge(fitted, held_out, ridges)
-    if best is None:
-        raise UnresolvedError
-    return best
-
-
-def best_resolved_ridge(fitted: LeastSquares, held_out: LeastSquares, ridges: Sequence[float]) -> Ridge | None:
-    """Return what ``best_ridge`` does; None if that raises an error, or there are no ridges."""
     best: Ridge | None = None
     for ridge in ridges:
         try:
@@ -136,6 +127,8 @@ def best_resolved_ridge(fitted: LeastSquares, held_out: LeastSquares, ridges: Se
         error = held_out.error(weight_CK)
         if best is None or error < best.error:
             best = Ridge(ridge, error, weight_CK)
+    if best is None:
+        raise UnresolvedError
     return best
 
 

@@ -10,7 +10,5 @@ CHUNK_BYTES = 32 * 2**20
 KEPT_BYTES = 4 * 2**30
 # Size of all layers' matrices up to which every rank adds up its own terms of them until the end of a shard.
 LAYER_SUMS_BYTES = 8 * 2**30
-# Size of a portion of weights on its way to an accelerator.
-PINNED_BYTES = 32 * 2**20
 # Size of the logits of all requests that are answered at a time, with their log-softmax.
 LOGITS_BYTES = 4 * 2**30

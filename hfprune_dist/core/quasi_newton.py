@@ -8,7 +8,6 @@ later steps correct the factor.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -60,25 +59,6 @@ class QuasiNewton:
         self.values.append(value)
         self.candidate_P = self.best_P + self._step_P
         self.is_over = gain <= LITTLE * min(self.values) or len(self.values) == PASSES
-
-    def state(self) -> dict[str, Tensor]:
-        """Everything that ``restored`` needs, by name."""
-        of_search = {"best": self.best_P, "gradient": self._gradient_P, "step": self._step_P}
-        of_search |= {"curvature": self._curvature_P, "is_over": torch.tensor(self.is_over)}
-        pairs = {"steps": self._steps, "changes": self._changes}
-        stacked = {name: torch.stack(it) for name, it in pairs.items() if it}
-        return {**of_search, **stacked, "values": torch.tensor(self.values, dtype=torch.float64)}
-
-    @classmethod
-    def restored(cls, state: Mapping[str, Tensor]) -> QuasiNewton:
-        """A search that goes on where another one was."""
-        search = cls(state["best"], state["curvature"])
-        search.is_over = bool(state["is_over"])
-        search._gradient_P, search._step_P = state["gradient"], state["step"]
-        search._steps, search._changes = ([*state.get(name, ())] for name in ("steps", "changes"))
-        search.values = state["values"].tolist()
-        search.candidate_P = search.best_P + search._step_P
-        return search
 
     def _learn(self, step_P: Tensor, change_P: Tensor) -> None:
         """Remember a step, unless the function isn't convex along it."""

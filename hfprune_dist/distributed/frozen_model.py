@@ -69,24 +69,19 @@ class FrozenModel:
         if self._sharded:
             self.module.register_forward_pre_hook(self._announce, prepend=True)
 
-    def final_hidden(self, input_ids_T: Tensor) -> Tensor:
-        """Final hidden states [T, hidden_size] of one sequence. If sharded, all ranks must call it equally often."""
-        return self.run_body(input_ids_T[None])[0]
-
     @torch.no_grad()
-    def run_body(self, input_ids_BT: Tensor) -> Tensor:
-        """Final hidden states of several sequences [B, T, hidden_size]; see ``final_hidden``.
-
-        Of a sharded model, no layer is gathered ahead: for DeepSpeed, only forwards of ``module`` begin a step.
+    def final_hidden(self, input_ids_T: Tensor) -> Tensor:
+        """Final hidden states [T, hidden_size] of one sequence. If sharded, all ranks must call it equally often, and
+        no layer is gathered ahead: for DeepSpeed, only forwards of ``module`` begin a step.
         """
         body = self._family.body_of(self.module)
-        hidden_BTC: Tensor = body(input_ids=input_ids_BT.to(self.world.device), use_cache=False).last_hidden_state
-        return hidden_BTC
+        hidden_BTC: Tensor = body(input_ids=input_ids_T[None].to(self.world.device), use_cache=False).last_hidden_state
+        return hidden_BTC[0]
 
     def release(self) -> None:
         """Free the memory of the weights; the model can't be used any more."""
         if self._sharded:
-            from hfprune_dist.distributed.deepspeed_patches import empty_shards
+            from hfprune_dist.distributed.zero3 import empty_shards
 
             empty_shards(self.module)
         else:

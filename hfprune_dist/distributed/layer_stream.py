@@ -1,8 +1,5 @@
 """Windows of text on their way through a model, layer by layer, with sums over what each layer reads on the way.
 
-After every layer, a pass is compared with what the whole model computes for one window
-(``distributed.whole_model_probe``).
-
 Every rank holds the hidden states of its own windows and one layer at a time: memory for a layer, its Gram matrix and
 the windows, whatever the model's size.
 """
@@ -10,20 +7,17 @@ the windows, whatever the model's size.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from hfprune_dist.checkpoints.checkpoint import Checkpoint
-from hfprune_dist.distributed.float64_sum import Float64Sum
-from hfprune_dist.distributed.gram_sums import Grams, GramSums, is_held_out
 from hfprune_dist.distributed.host_transfers import HostTransfers
-from hfprune_dist.distributed.layer_states import LayerStates
-from hfprune_dist.distributed.whole_model_probe import TOLERANCES, Guard, Probe, refuse_departure, relative_error
+from hfprune_dist.distributed.layer_check import TOLERANCES, refuse_departure, relative_error
+from hfprune_dist.distributed.sums import Float64Sum, Grams, GramSums, Split
 from hfprune_dist.distributed.world import World
 from hfprune_dist.models.experts import channels_of, channels_read
 from hfprune_dist.models.single_layer import (
@@ -40,7 +34,6 @@ from hfprune_dist.models.single_layer import (
 )
 from hfprune_dist.structures.units import Units
 
-HIDDEN = "hidden"
 # Called on every rank, in passes layer by layer, with the number of layers that are done; may raise ``Interrupted``.
 AfterLayer = Callable[[int], None]
 # Takes what output projections of some units have read in a micro-batch, given its number.
@@ -53,26 +46,14 @@ class LayerStream:
     Args:
         windows_ST: the windows of all ranks, int64 [samples, sequence_length].
         micro_batch_size: windows per forward.
-        probe: what the model itself computes for one of the windows, which the stream must reproduce; None if
-            layers won't be run as they are.
 
     Attributes:
         num_layers: of the model.
-
-    Raises:
-        UserError: if the model does more than look tokens up before its first layer; ``advance`` and ``grams`` raise it
-            for what it does between layers, and ``final_hidden`` for what it does after them.
+        split: of all ranks' micro-batches.
     """
 
     def __init__(
-        self,
-        checkpoint: Checkpoint,
-        windows_ST: Tensor,
-        dtype: torch.dtype,
-        micro_batch_size: int,
-        world: World,
-        *,
-        probe: Probe | None = None,
+        self, checkpoint: Checkpoint, windows_ST: Tensor, dtype: torch.dtype, micro_batch_size: int, world: World
     ) -> None:
         self.windows_ST = windows_ST
         self.num_layers = checkpoint.num_layers
@@ -83,15 +64,10 @@ class LayerStream:
         self._units = checkpoint.units
         self._world = world
         batches = windows_ST.split(micro_batch_size)
-        self._count = len(batches)
-        self._tokens: int = windows_ST.numel()
-        self._held_out_tokens: int = sum(b.numel() for i, b in enumerate(batches) if is_held_out(i, self._count))
-        mine = {index: batches[index] for index in range(world.rank, self._count, world.size)}
+        self.split = Split.of(batches)
+        mine = {index: batches[index] for index in range(world.rank, len(batches), world.size)}
         self._hidden = self._reader.embed(mine)
         self._done = 0
-        model_type = self._family.model_type
-        self._guard = None if probe is None else Guard(probe, windows_ST, micro_batch_size, model_type)
-        self._check()
 
     def layers(self, numbers: Iterable[int]) -> Iterator[tuple[int, nn.Module]]:
         """Yield the next layers with their numbers, the same on every rank; see ``HostTransfers.layers``."""
@@ -100,7 +76,7 @@ class LayerStream:
     def advance(self, layer: nn.Module) -> None:
         """Run this rank's windows through a layer."""
         self._hidden.update(self._transfers.through(self._hidden.items(), partial(run, layer)))
-        self._step()
+        self._done += 1
 
     def advance_to(self, layer: nn.Module, units: Units) -> None:
         """Run this rank's windows into a layer, up to the residual stream before the block of some units."""
@@ -123,51 +99,15 @@ class LayerStream:
             return output_BTC
 
         self._hidden.update(self._transfers.through(self._hidden.items(), rest))
-        self._step()
-
-    def states_in(self, folder: Path) -> LayerStates:
-        """Return the states, in a folder, for ``save`` and ``resume``."""
-        return LayerStates(folder, range(self._count), self._world)
-
-    def save(self, states: LayerStates) -> None:
-        """Save the windows where they stand; collective."""
-        states.save(self._done, {index: {HIDDEN: hidden_BTC} for index, hidden_BTC in self._hidden.items()})
-
-    def resume(self, states: LayerStates) -> int:
-        """Resume where an earlier attempt was saved; return the number of layers that are done. Collective."""
-        done, saved = states.newest()
-        if done:
-            self._hidden = {index: named[HIDDEN] for index, named in saved.items()}
-            self._done = done
-            self._check()
-        return self._done
+        self._done += 1
 
     def final_hidden(self) -> Iterator[tuple[int, Tensor]]:
         """Iterate over this rank's micro-batches as the head reads them after the last layer, [windows, tokens,
-        hidden_size]. The call is collective; the micro-batches then leave the stream as they are iterated over.
+        hidden_size]; they leave the stream as they are iterated over.
         """
         norm = self._reader.final_norm()
-        if self._guard is not None:
-            mine = self._hidden.keys() & {self._guard.micro_batch}
-            normed = {index: norm(self._hidden[index].to(self._world.device)) for index in mine}
-            self._guard.check(self._done + 1, normed)
         leaving = ((index, self._hidden.pop(index)) for index in list(self._hidden))
         return self._transfers.through(leaving, norm)
-
-    @property
-    def micro_batches(self) -> int:
-        """Number of micro-batches on all ranks together."""
-        return self._count
-
-    @property
-    def tokens(self) -> int:
-        """Number of tokens on all ranks together."""
-        return self._tokens
-
-    @property
-    def fitted_tokens(self) -> int:
-        """Number of all ranks' tokens that are not held out; if there is only one micro-batch, it is both."""
-        return self._tokens - self._held_out_tokens
 
     def all_hidden(self) -> Mapping[int, Tensor]:
         """Micro-batch of this rank -> its current hidden states, on the CPU [windows, tokens, hidden_size]."""
@@ -188,9 +128,9 @@ class LayerStream:
         """
         if 0 not in self._hidden:
             return
-        with ExitStack() as observers:
-            readers = [observers.enter_context(_inputs_of(part_of(layer, units.block.reader))) for units in kinds]
-            blocks = [observers.enter_context(_outputs_of(output_of(layer, units))) for units in kinds]
+        with ExitStack() as hooks:
+            readers = [_seen(part_of(layer, units.block.reader), hooks) for units in kinds]
+            blocks = [_seen(output_of(layer, units), hooks, outputs=True) for units in kinds]
             output_BTC = run(layer, self._hidden[0][:1].to(self._world.device))
         streams = [it.pop() for it in readers] + [output_BTC]
         for place, units in enumerate(kinds):
@@ -214,10 +154,12 @@ class LayerStream:
             Kind of units -> Gram matrices of its channels in this layer: one for each expert, or a single one.
 
         Raises:
-            UserError: as ``Float64Sum.of_all_ranks`` and ``advance`` do.
+            UserError: as ``Float64Sum.of_all_ranks`` does.
         """
         sums = {
-            units.kind: [self.sums_of(number, channels_of(layer, units)) for _ in range(units.experts)]
+            units.kind: [
+                GramSums(number, channels_of(layer, units), self.split, self._world) for _ in range(units.experts)
+            ]
             for units in kinds
         }
 
@@ -226,8 +168,8 @@ class LayerStream:
                 of_expert.add(index, vectors_ND)
 
         self._advance_reading(layer, kinds, add)
-        grams = {kind: [self.means(it, owner) for it in of_kind] for kind, of_kind in sums.items()}
-        self._step()
+        grams = {kind: [it.means(owner) for it in of_kind] for kind, of_kind in sums.items()}
+        self._done += 1
         return grams
 
     def channel_means(self, number: int, layer: nn.Module, kinds: Sequence[Units]) -> dict[str, Tensor]:
@@ -239,8 +181,8 @@ class LayerStream:
             sums[units.kind].add(read_ND.sum(dim=0, dtype=torch.float64))
 
         self._advance_reading(layer, kinds, add)
-        means = {kind: of_kind.of_all_ranks() / self._tokens for kind, of_kind in sums.items()}
-        self._step()
+        means = {kind: of_kind.of_all_ranks() / self.split.tokens for kind, of_kind in sums.items()}
+        self._done += 1
         return means
 
     def _advance_reading(self, layer: nn.Module, kinds: Sequence[Units], take: TakeRead) -> None:
@@ -273,60 +215,23 @@ class LayerStream:
         modules = [linear_of(layer, name) for name in names]
         sums = [Float64Sum(number, (it.in_features,), self._world) for it in modules]
         for _, hidden_BTC in self.standing():
-            with ExitStack() as observers:
-                seen = [observers.enter_context(_inputs_of(module)) for module in modules]
+            with ExitStack() as hooks:
+                seen = [_seen(module, hooks) for module in modules]
                 run(layer, hidden_BTC)
             for of_module, inputs in zip(sums, seen, strict=True):
                 of_module.add(inputs.pop().flatten(0, -2).double().square().sum(dim=0))
             del hidden_BTC
         return {name: of_module.of_all_ranks() for name, of_module in zip(names, sums, strict=True)}
 
-    def _step(self) -> None:
-        """Move on to stand before the next layer, and check the one just passed."""
-        self._done += 1
-        self._check()
 
-    def _check(self) -> None:
-        if self._guard is not None:
-            self._guard.check(self._done, self._hidden)
-
-    def sums_of(self, number: int, size: int) -> GramSums:
-        """Sums for Gram matrices of vectors of some size, one for each token of this rank's windows; see ``means``.
-
-        Args:
-            number: the layer's, for messages.
-        """
-        return GramSums(number, size, self._count, self._world)
-
-    def means(self, sums: GramSums, owner: int | None = None) -> Grams:
-        """Means over all ranks' windows, once this rank's are added, as ``GramSums.of_all_ranks``; collective."""
-        fitted_DD, held_out_DD = sums.of_all_ranks(owner)
-        fitted_DD.div_(self.fitted_tokens)
-        if not self._held_out_tokens:
-            return Grams(fitted_DD, fitted_DD, 0.0)
-        share = self._held_out_tokens / self._tokens
-        return Grams(fitted_DD, held_out_DD.div_(self._held_out_tokens), share)
-
-
-@contextmanager
-def _inputs_of(module: nn.Module) -> Iterator[list[Tensor]]:
-    """Collects what goes into a module."""
+def _seen(module: nn.Module, hooks: ExitStack, *, outputs: bool = False) -> list[Tensor]:
+    """Collect what goes into a module, or comes out of it, until the hooks are removed."""
     seen: list[Tensor] = []
-    handle = module.register_forward_pre_hook(
-        lambda _module, inputs, options: seen.append(read_by(inputs, options)), with_kwargs=True
-    )
-    try:
-        yield seen
-    finally:
-        handle.remove()
-
-
-@contextmanager
-def _outputs_of(module: nn.Module) -> Iterator[list[Tensor]]:
-    """Collects what a module puts out."""
-    seen: list[Tensor] = []
-    handle = module.register_forward_hook(lambda _module, _inputs, output: seen.append(output))
-    try:
-        yield seen
-    finally:
-        handle.remove()
+    if outputs:
+        handle = module.register_forward_hook(lambda _module, _inputs, output: seen.append(output))
+    else:
+        handle = module.register_forward_pre_hook(
+            lambda _module, inputs, options: seen.append(read_by(inputs, options)), with_kwargs=True
+        )
+    hooks.callback(handle.remove)
+    return seen

@@ -9,20 +9,17 @@ from __future__ import annotations
 import datetime
 import resource
 import sys
-from collections.abc import Callable, Mapping, MutableMapping
+from collections.abc import Callable, MutableMapping
 from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 
-from hfprune_dist.distributed.determinism import compute_deterministically
-from hfprune_dist.distributed.gpus import claim_device, place_of, require_own_gpus
-from hfprune_dist.distributed.threads import threads_allowed
-from hfprune_dist.store.machine import usable_cores
+from hfprune_dist.distributed.devices import claim_device, compute_deterministically, require_own_gpus
+from hfprune_dist.store.machine import threads_allowed, usable_cores
 
 T = TypeVar("T")
-K = TypeVar("K", int, tuple[int, int])
 
 
 @dataclass(frozen=True)
@@ -98,11 +95,6 @@ class World:
         dist.all_gather_object(boxes, value)
         return boxes
 
-    def merge(self, own: Mapping[K, T]) -> dict[K, T]:
-        """Return the entries of all ranks in the order of their keys; no two ranks have the same key."""
-        everywhere = {key: value for share in self.all_gather(dict(own)) for key, value in share.items()}
-        return {key: everywhere[key] for key in sorted(everywhere)}
-
 
 def join_world(environment: MutableMapping[str, str], timeout_minutes: int, *, reproducible: bool = False) -> World:
     """Join the process group that the launcher's environment describes (RANK, WORLD_SIZE, MASTER_ADDR, ...).
@@ -129,7 +121,7 @@ def join_world(environment: MutableMapping[str, str], timeout_minutes: int, *, r
         local_size=int(environment.get("LOCAL_WORLD_SIZE", "1")),
         device=device,
     )
-    require_own_gpus(world, place_of(device))
+    require_own_gpus(world)
     return world
 
 

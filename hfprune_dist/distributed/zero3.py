@@ -1,9 +1,9 @@
-"""Models sharded over all ranks with DeepSpeed ZeRO-3."""
+"""Models sharded over all ranks with DeepSpeed ZeRO-3, and what we change inside DeepSpeed for them."""
 
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,6 @@ from transformers.integrations import HfDeepSpeedConfig
 from hfprune_dist.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from hfprune_dist.checkpoints.read_tensors import open_weights, read_module_tensor
 from hfprune_dist.checkpoints.stored_names import module_tensors
-from hfprune_dist.distributed.deepspeed_patches import begin_steps_at, limit_timeouts, skip_inference_kernels
 from hfprune_dist.distributed.world import World
 from hfprune_dist.models.loading import load_causal_lm, stays_float32
 
@@ -24,8 +23,8 @@ from hfprune_dist.models.loading import load_causal_lm, stays_float32
 def zero3_config(dtype: torch.dtype, micro_batch_size: int) -> dict[str, Any]:
     """DeepSpeed configuration for frozen models: parameters sharded, gathered layer by layer when used.
 
-    ``torch.nn.functional.linear`` stays torch's: a forward without gradients keeps no weight in any case, and for
-    backward there is ``models.memory_efficient_backward.keep_no_gathered_weights`` (see ``torchs_linear_afterwards``).
+    ``torch.nn.functional.linear`` stays torch's: DeepSpeed's rounds before it adds a bias. A forward without gradients
+    keeps no weight in any case, and for backward there is ``models.memory_efficient_backward``.
     Blocks of experts are hooked like all other modules: otherwise some would be gathered as a whole, and gradients of
     their parts would be added up in another order.
     """
@@ -44,7 +43,8 @@ def zero3_config(dtype: torch.dtype, micro_batch_size: int) -> dict[str, Any]:
 
 def init_deepspeed(world: World) -> None:
     """Make DeepSpeed use the process group that the world has joined."""
-    skip_inference_kernels()
+    # Or it would compile a shared-memory all-reduce, which only its inference engine uses: half a minute.
+    deepspeed.ops.__compatible_ops__ = {}
     deepspeed.init_distributed(dist_backend="nccl" if world.device.type == "cuda" else "gloo")
 
 
@@ -70,7 +70,6 @@ def load_frozen(
     model.requires_grad_(False)
     model.config.use_cache = False
     engine, *_ = deepspeed.initialize(model=model, config=config)
-    limit_timeouts()
     module: nn.Module = engine.module
     if dtype != torch.float32:
         keep_float32(module, open_checkpoint(checkpoint), world.device)
@@ -99,3 +98,66 @@ def gathered(linear: nn.Linear) -> Iterator[tuple[torch.Tensor, torch.Tensor | N
     """Yield the whole weight and bias of a sharded linear layer, for use within the context."""
     with deepspeed.zero.GatheredParameters(list(linear.parameters(recurse=False))):
         yield linear.weight.data, None if linear.bias is None else linear.bias.data
+
+
+def begin_steps_at(part: nn.Module, engine: Any) -> None:
+    """Make every forward of a part of the engine's module begin a step.
+
+    DeepSpeed learns the order of layers in one step and gathers ahead in the next. It takes a forward of the whole
+    module for the beginning of a step; if only the part is run, no second step would ever begin.
+    """
+    coordinator = engine.optimizer.get_param_coordinator()
+    part.register_forward_pre_hook(lambda *_: coordinator.reset_step(), prepend=True)
+
+
+def rearming(model: nn.Module) -> Callable[[], None]:
+    """Call after a forward; returns a function that readies the model's hooks for one more backward of that forward.
+
+    DeepSpeed counts how often each module's parameters are to be gathered and released in backward, and counts down
+    to zero in the first one: a second backward over the same graph would find the parameters gone.
+    """
+    counters = ("applied_pre_backward_ref_cnt", "ds_grads_remaining")
+    counts = [
+        (module, name, vars(module)[name]) for module in model.modules() for name in counters if name in vars(module)
+    ]
+
+    def rearm() -> None:
+        for module, name, count in counts:
+            setattr(module, name, count)
+
+    return rearm
+
+
+def keep_gathered(model: nn.Module) -> None:
+    """Gather a model's parameters now and after each training step, instead of for each of its modules.
+
+    DeepSpeed's hooks take longer than small layers themselves, and would have nothing to do. All
+    parameters must be below the configuration's ``stage3_param_persistence_threshold``.
+    """
+    first: Any = next(model.parameters())
+    offload = first._z3_optimizer.parameter_offload
+    offload.destroy()
+    first.all_gather(offload.persistent_parameters)
+
+
+def before_each_step(model: nn.Module, action: Callable[[], None]) -> None:
+    """Call an action before each optimizer step of a model in training, while its gradients are still there.
+
+    For accelerate, a backward and the step after it are one call, and gradients are gone when that returns.
+    """
+    first: Any = next(it for it in model.parameters() if it.requires_grad)
+    optimizer = first._z3_optimizer
+    step = optimizer.step
+
+    def stepping(*arguments: Any, **keywords: Any) -> Any:
+        action()
+        return step(*arguments, **keywords)
+
+    optimizer.step = stepping
+
+
+def empty_shards(model: nn.Module) -> None:
+    """Free the memory of a sharded model's weights: DeepSpeed holds on to the model for ever."""
+    parameters: Iterable[Any] = model.parameters()
+    for parameter in parameters:
+        parameter.ds_tensor.data = parameter.ds_tensor.new_empty(0)

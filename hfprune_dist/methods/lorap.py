@@ -1,7 +1,7 @@
 """LoRAP: attention's matrices become products of two of low rank, and neurons go whose weights, times what they read,
 are small (Li et al. 2024, "LoRAP: Transformer Sub-Layers Deserve Differentiated Structured Compression", ICML 2024).
 
-Layer after layer, in the model as compressed so far (``refit.low_rank_pass``). d_j is the root of the mean over windows
+Layer after layer, in the model as compressed so far (``refit.low_rank``). d_j is the root of the mean over windows
 of the sum of squares of channel j in a window. As in the authors' code, the hundredth of the neurons that scores lowest
 stays as well. Everything is float64.
 """

@@ -4,15 +4,12 @@ Refits of output projections, by least squares (``least_squares_fit``):
     ``dense_refit`` fits each layer on the dense model's activations;
     ``sequential_refit`` fits layer by layer on what the pruned model makes of the windows, and continues with
     ``gauss_newton_ranks``, which moves all weights of an MLP;
-    ``bias_refit`` only adds biases;
-    ``cheap_fits`` fits one layer to many sizes at once, for candidates.
+    ``bias_refit`` only adds biases.
+What they have done so far is on disk: ``refitted_layers``.
 
-A refit of all norms, once all else is known of the pruned model (``pruned_layers``): ``norms_refit``, by the gradients
-of ``norm_gradients``.
+A refit of all norms, once all else is known of the pruned model: ``norms_refit``.
 
-LoRAP, which prunes neurons and gives attention low-rank matrices: ``low_rank_pass``.
+LoRAP, which prunes neurons and gives attention low-rank matrices: ``low_rank``.
 
-Divergence of candidates from the dense model: ``measurement``, on layers from ``cheap_fits`` or ``finished_layers``.
-
-What is done so far, on disk: ``refitted_layers``, ``low_rank_layers``.
+Divergence from the dense model: ``measurement``, of ``candidates`` with a cheap refit or with layers refitted before.
 """

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import partial
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +12,7 @@ from hfprune_dist.checkpoints.read_tensors import as_stored
 from hfprune_dist.checkpoints.tensor_files import SavedLayers
 from hfprune_dist.core.selection import entries_of
 from hfprune_dist.distributed.layer_stream import AfterLayer, LayerStream
-from hfprune_dist.distributed.unfinished import unfinished, up_to_last
+from hfprune_dist.distributed.layer_work import unfinished, up_to_last
 from hfprune_dist.distributed.world import World
 from hfprune_dist.models.single_layer import output_of
 from hfprune_dist.refit.refitted_layers import OTHER_REFIT
@@ -21,59 +20,52 @@ from hfprune_dist.structures.kept import Kept
 from hfprune_dist.structures.units import Units
 
 
-class BiasRefit:
-    """Biases that restore the mean outputs of output projections (FLAP: An et al. 2023, arXiv 2312.11983).
+def find_biases(
+    checkpoint: Checkpoint,
+    kept: Kept,
+    kinds: Sequence[Units],
+    stream: LayerStream,
+    saved: SavedLayers,
+    world: World,
+    after_each: AfterLayer,
+) -> None:
+    """Find biases that restore the mean outputs of output projections (FLAP: An et al. 2023, arXiv 2312.11983).
 
     Args:
         kept: what stays of the checkpoint.
         kinds: the kinds of units whose output projections get biases.
         stream: the checkpoint's windows before the first layer.
         saved: where the biases of layers are saved, by their names in the checkpoint and in the dtypes of the weights.
+
+    Raises:
+        UserError: as ``LayerStream.channel_means`` and ``as_stored`` do.
     """
 
-    def __init__(
-        self,
-        checkpoint: Checkpoint,
-        kept: Kept,
-        kinds: Sequence[Units],
-        stream: LayerStream,
-        saved: SavedLayers,
-        *,
-        world: World,
-    ) -> None:
-        self._checkpoint = checkpoint
-        self._kept = kept
-        self._kinds = kinds
-        self._stream = stream
-        self._saved = saved
-        self._world = world
+    def biases(number: int, layer: nn.Module, means: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        found = {}
+        for units in kinds:
+            bias_C = _bias(layer, units, kept.of_layer(number, units.kind), means[units.kind])
+            name, like = units.output_bias(number), units.output_weight(number)
+            found[name] = as_stored(checkpoint, name, bias_C, like=like, otherwise=OTHER_REFIT).cpu()
+        return found
 
-    def run(self, after_each: AfterLayer) -> None:
-        """Find the biases of all layers that stay and are not done yet.
+    left = unfinished(kept.layers, saved.done, world)
+    for number, layer in stream.layers(up_to_last(left)):
+        if number in left:
+            means = stream.channel_means(number, layer, kinds)
+            if world.is_first:
+                saved.write(number, biases(number, layer, means))
+        else:
+            stream.advance(layer)
+        del layer
+        after_each(number + 1)
+    world.barrier()  # what rank 0 has saved is read next
 
-        Raises:
-            UserError: as ``LayerStream.channel_means`` and ``as_stored`` do.
-        """
-        left = unfinished(self._kept.layers, self._saved.done, self._world)
-        for number, layer in self._stream.layers(up_to_last(left)):
-            if number in left:
-                means = self._stream.channel_means(number, layer, self._kinds)
-                self._world.on_rank0(partial(self._write, number, layer, means))
-            else:
-                self._stream.advance(layer)
-            del layer
-            after_each(number + 1)
 
-    def _write(self, number: int, layer: nn.Module, means: dict[str, Tensor]) -> None:
-        self._saved.write(number, dict(self._bias(number, layer, it, means) for it in self._kinds))
-
-    def _bias(self, number: int, layer: nn.Module, units: Units, means: dict[str, Tensor]) -> tuple[str, Tensor]:
-        """Return a bias's name and value: the mean output of the channels that go, plus the bias that was there."""
-        output, mean_D = output_of(layer, units), means[units.kind]
-        kept_K = entries_of(self._kept.of_layer(number, units.kind), units.channels_per_unit).to(mean_D.device)
-        goes_D = torch.ones_like(mean_D, dtype=torch.bool).index_fill_(0, kept_K, False)
-        bias_C = output.weight.data[:, goes_D].double() @ mean_D[goes_D]
-        if output.bias is not None:
-            bias_C += output.bias.data
-        name, like = units.output_bias(number), units.output_weight(number)
-        return name, as_stored(self._checkpoint, name, bias_C, like=like, otherwise=OTHER_REFIT).cpu()
+def _bias(layer: nn.Module, units: Units, kept_U: Tensor, mean_D: Tensor) -> Tensor:
+    """Return the mean output of the channels that go, plus the bias that was there."""
+    output = output_of(layer, units)
+    kept_K = entries_of(kept_U, units.channels_per_unit).to(mean_D.device)
+    goes_D = torch.ones_like(mean_D, dtype=torch.bool).index_fill_(0, kept_K, False)
+    bias_C: Tensor = output.weight.data[:, goes_D].double() @ mean_D[goes_D]
+    return bias_C if output.bias is None else bias_C + output.bias.data

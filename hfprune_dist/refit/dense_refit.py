@@ -2,29 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import statistics
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from hfprune_dist.core.selection import entries_of
-from hfprune_dist.distributed.float64_sum import explaining
-from hfprune_dist.distributed.gram_sums import Grams
-from hfprune_dist.distributed.interruption import Interrupted
 from hfprune_dist.distributed.layer_stream import AfterLayer, LayerStream
-from hfprune_dist.distributed.turns import Turns
-from hfprune_dist.distributed.unfinished import unfinished, up_to_last
+from hfprune_dist.distributed.layer_work import Turns, unfinished, up_to_last
+from hfprune_dist.distributed.sums import Grams, explaining
 from hfprune_dist.distributed.world import World
 from hfprune_dist.models.experts import output_weights
-from hfprune_dist.refit.least_squares_fit import solve, solve_expert
-from hfprune_dist.refit.refitted_layers import (
-    FittedProjection,
-    ProjectionFit,
-    RefittedLayers,
-    fit_of_all,
-    output_tensors,
-)
+from hfprune_dist.refit.least_squares_fit import ProjectionFit, Solution, solve
+from hfprune_dist.refit.refitted_layers import RefittedLayers
 from hfprune_dist.structures.kept import Kept
 from hfprune_dist.structures.units import Units
 
@@ -48,7 +40,7 @@ class DenseRefit:
 
     In a mixture of experts, each expert is fitted on the tokens that it is given. Errors count by the square of the
     routing weight, by which the expert's output is multiplied. An expert with few tokens stays closer to its old weight
-    (``solve_expert``), and one with none keeps its columns as they are.
+    (``solve``), and one with none keeps its columns as they are.
 
     Args:
         kept: what stays of the model.
@@ -63,58 +55,75 @@ class DenseRefit:
         self._world = world
 
     def run(self, after_each: AfterLayer) -> None:
-        """Refit all layers that stay and are not done yet; if interrupted, ranks first solve the layers that wait.
+        """Refit all layers that stay and are not done yet.
 
         Raises:
             UserError: as ``LayerStream.grams``, ``explaining`` and ``RefittedLayers.rounded`` do.
         """
-        staying = self._kept.layers
-        left = unfinished(staying, lambda: self._fitted.done(staying), self._world)
+        left = unfinished(self._kept.layers, self._fitted.done, self._world)
         turns = Turns(left, self._world, self._solve)
-        try:
-            for number, layer in self._stream.layers(up_to_last(left)):
-                if number in left:
-                    turns.add(number, self._prepared(number, layer, turns.owner(number)))
-                else:
-                    self._stream.advance(layer)
-                del layer
-                after_each(number + 1)
-        except Interrupted:
-            turns.finish()
-            raise
+        for number, layer in self._stream.layers(up_to_last(left)):
+            if number in left:
+                turns.add(number, self._prepared(number, layer, turns.owner(number)))
+            else:
+                self._stream.advance(layer)
+            del layer
+            after_each(number + 1)
 
     def _prepared(self, number: int, layer: nn.Module, owner: int) -> _Unsolved | None:
         """Take the stream past a layer, and return what solving it takes, if this rank solves it."""
         kinds = self._fitted.kinds_of(number)
         grams = self._stream.grams(number, layer, kinds, owner)
+        if owner != self._world.rank:
+            return None
         weights = {units.kind: output_weights(layer, units) for units in kinds}
-        return self._parked(_Unsolved(number, weights, grams)) if owner == self._world.rank else None
-
-    def _parked(self, unsolved: _Unsolved) -> _Unsolved:
-        """Move tensors of experts, which may fill most of a GPU, to main memory if the layer waits for other ranks."""
-        place = self._world.device if self._world.size == 1 else torch.device("cpu")
-        for kind in (units.kind for units in self._fitted.kinds_of(unsolved.number) if units.experts > 1):
-            unsolved.weights[kind] = [it.to(place) for it in unsolved.weights[kind]]
-            unsolved.grams[kind] = [it.to(place) for it in unsolved.grams[kind]]
-        return unsolved
+        if self._world.size > 1:  # while the layer waits, experts would fill most of a GPU
+            for kind in (units.kind for units in kinds if units.experts > 1):
+                weights[kind] = [it.cpu() for it in weights[kind]]
+                grams[kind] = [it.to(torch.device("cpu")) for it in grams[kind]]
+        return _Unsolved(number, weights, grams)
 
     def _solve(self, unsolved: _Unsolved) -> None:
         tensors: dict[str, Tensor] = {}
         fits: dict[str, ProjectionFit] = {}
         for units in self._fitted.kinds_of(unsolved.number):
-            fitted = list(self._fitted_projections(unsolved, units))
-            tensors |= output_tensors(units, [it.weight_CK for it in fitted])
-            fits[units.kind] = fit_of_all(fitted)
+            solutions = self._solutions(unsolved, units)
+            tensors |= output_tensors(units, [it.whole_CK for it in solutions])
+            fits[units.kind] = fit_of_all(solutions)
         self._fitted.write(unsolved.number, tensors, fits)
 
-    def _fitted_projections(self, unsolved: _Unsolved, units: Units) -> Iterator[FittedProjection]:
+    def _solutions(self, unsolved: _Unsolved, units: Units) -> list[Solution]:
         """Fit the output projection of each expert, or the single one."""
-        device, number, solved = self._world.device, unsolved.number, solve_expert if units.experts > 1 else solve
-        width = units.counts[number] // units.experts
-        for expert, kept_U in enumerate(self._kept.of_layer(number, units.kind).chunk(units.experts)):
+        device, number, solutions = self._world.device, unsolved.number, []
+        width, is_expert = units.counts[number] // units.experts, units.experts > 1
+        both = zip(unsolved.weights[units.kind], unsolved.grams[units.kind], strict=True)
+        for expert, (weight_CD, grams) in enumerate(both):
+            kept_U = self._kept.of_layer(number, units.kind).chunk(units.experts)[expert]
             channels_K = entries_of(kept_U - width * expert, units.channels_per_unit).to(device)
-            weight_CD, grams = unsolved.weights[units.kind][expert], unsolved.grams[units.kind][expert]
             with explaining(number):
-                solution = solved(weight_CD.to(device), grams.to(device), channels_K)
-            weight_CK = self._fitted.rounded_output(number, units, expert, solution.whole_CK)
-            yield FittedProjection(weight_CK, solution.fit, solution.energy)
+                solutions.append(solve(weight_CD.to(device), grams.to(device), channels_K, expert=is_expert))
+        return solutions
+
+
+def fit_of_all(solutions: Sequence[Solution]) -> ProjectionFit:
+    """The fit of one projection; or of several together, weighted by the energies of their targets."""
+    if len(solutions) == 1:
+        return solutions[0].fit
+    energy = sum(it.energy for it in solutions)
+    lost_before = sum(it.energy * it.fit.error_before for it in solutions)
+    lost_after = sum(it.energy * it.fit.error_after for it in solutions)
+    ridge = statistics.median_low(it.fit.ridge for it in solutions)
+    return ProjectionFit(ridge, *((lost_before / energy, lost_after / energy) if energy else (0.0, 0.0)))
+
+
+def output_tensors(units: Units, weights_CK: Sequence[Tensor]) -> dict[str, Tensor]:
+    """Name within a layer -> tensor as stored in files, for the output projections of some units.
+
+    Args:
+        weights_CK: the weight of each expert [hidden_size, channels], or a single one.
+    """
+    first = units.output_columns[0]
+    if first.stacked:
+        whole = torch.stack([*weights_CK])
+        return {first.tensor: whole if first.axis == 2 else whole.transpose(1, 2)}
+    return {owned.tensor: it for owned, it in zip(units.output_columns, weights_CK, strict=True)}

@@ -12,9 +12,8 @@ from torch import Tensor
 
 from hfprune_dist.core.gauss_newton import Biases, GaussNewtonSums, Linearized, MlpWeights, solve_normal_equations
 from hfprune_dist.core.memory_limits import KEPT_BYTES
-from hfprune_dist.distributed.float64_sum import UnusableActivationsError
-from hfprune_dist.distributed.gram_sums import is_held_out
 from hfprune_dist.distributed.host_transfers import HostTransfers
+from hfprune_dist.distributed.sums import UnusableActivationsError, is_held_out
 from hfprune_dist.distributed.world import World
 
 # Iterations of conjugate gradients in the first step; each costs about as much as four forwards of the MLP.
@@ -161,12 +160,13 @@ class Reconstruction:
         return tuple(total.float() for total in sums)
 
     def _held_out_error(self, weights: MlpWeights) -> float:
-        """Squared error on the held-out windows of all ranks, added up in window order."""
+        """Squared error on the held-out windows of all ranks."""
         rounded = weights.to(self._dtype)
         judged = [it for it in self._inputs if is_held_out(it, self._micro_batches) or self._micro_batches == 1]
         inputs, targets = (self._sent(tensors, judged) for tensors in (self._inputs, self._targets))
-        own: dict[int, float] = {}
-        for index in judged:
+        error = torch.zeros((), dtype=torch.float64, device=self._world.device)
+        for _ in judged:
             missing_NC = next(targets) - Linearized(rounded, self._biases, next(inputs)).output()
-            own[index] = float(missing_NC.square().sum(dtype=torch.float64))
-        return sum(self._world.merge(own).values())
+            error += missing_NC.square().sum(dtype=torch.float64)
+        self._world.all_reduce(error)
+        return float(error)

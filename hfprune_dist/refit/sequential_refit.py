@@ -13,11 +13,10 @@ from torch import Tensor, nn
 from hfprune_dist.checkpoints.families import Family
 from hfprune_dist.core.gauss_newton import Biases, MlpWeights
 from hfprune_dist.core.least_squares import vectors_of_targets, weight_of_targets
-from hfprune_dist.distributed.float64_sum import explaining
-from hfprune_dist.distributed.gram_sums import GramSums
 from hfprune_dist.distributed.host_transfers import HostTransfers
 from hfprune_dist.distributed.layer_stream import AfterLayer, LayerStream
-from hfprune_dist.distributed.unfinished import unfinished, up_to_last
+from hfprune_dist.distributed.layer_work import unfinished, up_to_last
+from hfprune_dist.distributed.sums import Grams, GramSums, explaining
 from hfprune_dist.distributed.world import World
 from hfprune_dist.models.single_layer import (
     before_down,
@@ -33,8 +32,8 @@ from hfprune_dist.models.single_layer import (
     weights_kept,
 )
 from hfprune_dist.refit.gauss_newton_ranks import Reconstruction, Start
-from hfprune_dist.refit.least_squares_fit import Solution, solve_together
-from hfprune_dist.refit.refitted_layers import ProjectionFit, RefittedLayers
+from hfprune_dist.refit.least_squares_fit import ProjectionFit, Solution, solve_on_rank0
+from hfprune_dist.refit.refitted_layers import RefittedLayers
 from hfprune_dist.structures.kept import Kept
 from hfprune_dist.structures.units import Units
 
@@ -76,8 +75,6 @@ class SequentialRefit:
         fitted: where refitted layers are written. Its kinds say which blocks are fitted; if it holds whole MLPs, Gauss-
             Newton steps on all their projections follow least squares on the down projection.
         more_iterations: of the Gauss-Newton step on all windows.
-        residual: numbers of the dense model's layers that were found to be their residual stream plus their blocks; the
-            others are checked, and added.
     """
 
     def __init__(
@@ -89,7 +86,6 @@ class SequentialRefit:
         fitted: RefittedLayers,
         *,
         more_iterations: int,
-        residual: set[int],
         world: World,
     ) -> None:
         self._family = family
@@ -99,7 +95,6 @@ class SequentialRefit:
         self._dense = dense
         self._fitted = fitted
         self._more_iterations = more_iterations
-        self._residual = residual
         self._transfers = HostTransfers(world.device)
         self._world = world
 
@@ -110,7 +105,7 @@ class SequentialRefit:
             UserError: if a layer of the dense model is not its residual stream plus its blocks; or as ``explaining``
                 and ``RefittedLayers.rounded`` do.
         """
-        left = unfinished(self._kept.layers, lambda: self._fitted.done(self._kept.layers), self._world)
+        left = unfinished(self._kept.layers, self._fitted.done, self._world)
         staying = [number for number in self._kept.layers if number in up_to_last(left)]
         dense_layers = self._dense.layers(range(self._next_place(staying[-1]) if staying else 0))
         place = 0
@@ -143,10 +138,8 @@ class SequentialRefit:
         """Take the dense model's windows through a layer and the gap after it, and return what its blocks are fitted
         to, the MLP's at the end.
         """
-        place, layer = next(dense_layers)
-        if place not in self._residual:
-            self._dense.require_residual(layer, [*self._attention, self._mlp])
-            self._residual.add(place)
+        _, layer = next(dense_layers)
+        self._dense.require_residual(layer, [*self._attention, self._mlp])
         self._dense.advance_to(layer, self._mlp)
         blocks = [_Block(units, layer, self._dense.all_hidden()) for units in self._attention]
         self._dense.advance_from(layer, self._mlp)
@@ -164,17 +157,17 @@ class SequentialRefit:
         tensors: dict[str, Tensor] = {}
         fits: dict[str, ProjectionFit] = {}
         for units in self._attention:
-            solution = self._solved(number, layer, blocks.pop(0))
+            solution, _ = self._solved(number, layer, blocks.pop(0))
             fitted = {f"{units.output}.weight": solution.whole_CK}
             self._put(number, layer, fitted)
             tensors |= fitted
             fits[units.kind] = solution.fit
         self._stream.advance_to(layer, self._mlp)
         targets: dict[int, Tensor] = {}
-        solution = self._solved(number, layer, blocks.pop(), targets if self._fitted.whole_mlp else None)
+        solution, grams = self._solved(number, layer, blocks.pop(), targets if self._fitted.whole_mlp else None)
         fits[self._mlp.kind] = solution.fit
         if self._fitted.whole_mlp:
-            tensors |= self._moved(number, layer, solution, targets)
+            tensors |= self._moved(number, layer, solution, grams, targets)
         else:
             tensors[f"{self._mlp.output}.weight"] = solution.whole_CK
         self._world.on_rank0(lambda: self._fitted.write(number, tensors, fits))
@@ -186,23 +179,23 @@ class SequentialRefit:
 
     def _solved(
         self, number: int, layer: nn.Module, block: _Block, targets: dict[int, Tensor] | None = None
-    ) -> Solution:
-        """Fit an output projection by least squares; ranks share the work.
+    ) -> tuple[Solution, Grams]:
+        """Fit an output projection by least squares; and the Gram matrices of its channels, followed by its targets.
 
         Args:
             targets: is given the targets of every micro-batch of this rank, on the CPU.
         """
         weight_CK = output_of(layer, block.units).weight.data
-        sums = self._stream.sums_of(number, sum(weight_CK.shape))
+        sums = GramSums(number, sum(weight_CK.shape), self._stream.split, self._world)
         fitted_to = self._summed(layer, block, sums)
         if targets is None:  # only the sums are needed
             collections.deque(fitted_to, maxlen=0)
         else:
             targets.update(self._transfers.to_host(fitted_to))
-        grams = self._stream.means(sums)
+        grams = sums.means()
         kept = torch.arange(weight_CK.shape[1], device=weight_CK.device)
         with explaining(number):
-            return solve_together(weight_of_targets(weight_CK), grams, kept, self._world)
+            return solve_on_rank0(weight_of_targets(weight_CK), grams, kept, self._world), grams
 
     def _summed(self, layer: nn.Module, block: _Block, sums: GramSums) -> Iterator[tuple[int, Tensor]]:
         """Yield the targets of every micro-batch of this rank, once its terms for least squares have been added up."""
@@ -257,7 +250,7 @@ class SequentialRefit:
         return output_for_update(layer, block.units, own_NC.lerp(missing_NC, SHARE_MADE_UP), output_NC)
 
     def _moved(
-        self, number: int, layer: nn.Module, solution: Solution, targets: Mapping[int, Tensor]
+        self, number: int, layer: nn.Module, solution: Solution, grams: Grams, targets: Mapping[int, Tensor]
     ) -> dict[str, Tensor]:
         """Gate, up and down after Gauss-Newton steps, the first from a least-squares down on the same windows."""
         norm = norm_before(layer, self._mlp)
@@ -268,21 +261,23 @@ class SequentialRefit:
             Biases(mlp.biases, mlp.activation),
             dict(self._transfers.through(self._stream.all_hidden().items(), lambda it: norm(it).flatten(0, 1))),
             targets,
-            micro_batches=self._stream.micro_batches,
+            micro_batches=self._stream.split.count,
             more_iterations=self._more_iterations,
             world=self._world,
         )
 
         rows_KC = tuple(weight.float() for weight in mlp.weights)
+        kept = solution.whole_CK.shape[1]  # the channels come first
         # Held-out windows judge a step, so the first one begins at weights that haven't seen them.
-        fitted_weights, whole_weights = (
-            MlpWeights(rows_KC, down_CK) for down_CK in (solution.fitted_CK, solution.whole_CK)
+        fitted, whole = (
+            Start(MlpWeights(rows_KC, down_CK), gram_DD[:kept, :kept], tokens)
+            for down_CK, gram_DD, tokens in (
+                (solution.fitted_CK, grams.fitted_DD, self._stream.split.fitted_tokens),
+                (solution.whole_CK, grams.whole(), self._stream.split.tokens),
+            )
         )
         with explaining(number):
-            moved = reconstruction.improve(
-                Start(fitted_weights, solution.fitted_KK, self._stream.fitted_tokens),
-                Start(whole_weights, solution.whole_KK, self._stream.tokens),
-            )
+            moved = reconstruction.improve(fitted, whole)
         names = *self._mlp.row_weights(number), self._mlp.output_weight(number)
         within_layer = [name.removeprefix(self._mlp.tensor(number, "")) for name in names]
         rows = moved.rows_KC if self._mlp.row_parts[0] == 1 else [torch.cat(moved.rows_KC)]  # gate and up are one

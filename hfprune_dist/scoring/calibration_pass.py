@@ -25,7 +25,6 @@ def run_pass(
     load: Callable[[], ShardScorer],
     *,
     before_round: Callable[[int], None],
-    after_scoring: Callable[[], None],
     after_round: Callable[[], None],
 ) -> None:
     """Score the remaining shards, one round of consecutive shards on all ranks at a time.
@@ -34,7 +33,6 @@ def run_pass(
         totals: sums over the shards so far.
         load: loads the model; not called if nothing is left to score.
         before_round: called with the number of shards that are done.
-        after_scoring: called after a round has been scored, before its sums are added and perhaps saved.
         after_round: called after a round has been added; may end the pass by raising ``Interrupted``.
 
     Raises:
@@ -46,9 +44,7 @@ def run_pass(
     while not totals.is_complete:
         before_round(totals.next_shard)
         longest = shards[totals.next_shard]  # only the very last shard is shorter
-        sums = scorer.score(shards[totals.own_shard], len(longest), counts=totals.own_shard_counts)
-        after_scoring()
-        totals.add_round(sums)
+        totals.add_round(scorer.score(shards[totals.own_shard], len(longest), counts=totals.own_shard_counts))
         try:
             after_round()
         except Interrupted:

@@ -51,8 +51,7 @@ def load_placed(
             release=partial(release_whole, module),
         )
     # DeepSpeed takes long to import, and one rank doesn't need it.
-    from hfprune_dist.distributed.deepspeed_patches import empty_shards, rearming
-    from hfprune_dist.distributed.zero3 import gathered, load_frozen
+    from hfprune_dist.distributed.zero3 import empty_shards, gathered, load_frozen, rearming
 
     module = load_frozen(checkpoint.path, dtype, micro_batch_size, world, family.body_of)
     return Placed(

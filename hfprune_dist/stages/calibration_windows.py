@@ -5,7 +5,7 @@ from __future__ import annotations
 from hfprune_dist.checkpoints.tensor_files import is_usable
 from hfprune_dist.data.tokenizer import load_tokenizer
 from hfprune_dist.data.windows import WINDOWS, Sampling, Source, Windows, read_mixture, read_windows, save_windows
-from hfprune_dist.distributed.gram_sums import windows_held_out
+from hfprune_dist.distributed.sums import windows_held_out
 from hfprune_dist.kinds.importance import ImportanceParameters
 from hfprune_dist.stages.context import Context as AnyContext
 from hfprune_dist.store.atomic_files import read_object, write_json

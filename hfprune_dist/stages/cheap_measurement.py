@@ -4,24 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from hfprune_dist.checkpoints.checkpoint import Checkpoint
 from hfprune_dist.core.drop_order import drop_order
-from hfprune_dist.refit.cheap_fits import CheapFits, Scored
-from hfprune_dist.refit.measurement import (
-    KNOWN,
-    Candidate,
-    Hidden,
-    Measurement,
-    Variants,
-    held_out_batches,
-    one_by_one,
-)
-from hfprune_dist.stages.prune_refit import Context, DenseModel, after_each_layer, outputs_of_dense, probe_of, stream_of
-from hfprune_dist.store.file_cache import FileCache
+from hfprune_dist.refit.candidates import CheapFits, Scored
+from hfprune_dist.refit.measurement import Candidate, Hidden, Measurement, held_out_batches, one_by_one
+from hfprune_dist.stages.prune_refit import Context, after_each_layer, outputs_of_dense, stream_of
+from hfprune_dist.store.atomic_files import read_object, write_json
 from hfprune_dist.store.hashing import digest_of
 from hfprune_dist.store.stage import STAGE_VERSIONS
 from hfprune_dist.structures import NEURONS
@@ -43,67 +35,60 @@ class CheapMeasurements:
     """
 
     context: Context
-    dense: DenseModel
+    checkpoint: Checkpoint
     kinds: Sequence[Scored]
     windows_ST: Tensor
     _outputs_once: list[Hidden] = field(default_factory=list, init=False)
 
-    def measurement(
-        self, phase: str, folder: Path, *, refit: bool, measurements: int, windows: int = WINDOWS
-    ) -> Measurement:
+    def measurement(self, phase: str, *, refit: bool, measurements: int, windows: int = WINDOWS) -> Measurement:
         """Return a measurement of candidates.
 
         Args:
             phase: its name in progress reports.
-            folder: for this measurement only; a later attempt resumes from it.
             measurements: how many times it will be called.
             windows: the most windows that candidates are compared on.
         """
-        context, checkpoint, windows_ST = self.context, self.dense.checkpoint, self.windows_ST
-        name, size = context.params.forward_pass()
-        probe = probe_of(context, checkpoint, windows_ST)
-        # Without a refit, only the probe's micro-batch goes through the layers, once, to check them against the model.
-        through_ST = windows_ST if refit else probe.micro_batch_of(windows_ST, size)
-        is_checked = False
+        context, checkpoint = self.context, self.checkpoint
 
-        def variants() -> Variants:
-            nonlocal is_checked
-            stream = None if is_checked and not refit else stream_of(context, checkpoint, through_ST, probe)
-            is_checked = True
-            return CheapFits(self.kinds, stream, refit, context.world)
+        def variants() -> CheapFits:
+            stream = stream_of(context, checkpoint, self.windows_ST) if refit else None
+            return CheapFits(self.kinds, stream, context.world)
 
         return Measurement(
             checkpoint,
             variants,
             self._compared(windows),
             reference=self._outputs,
-            dtype=getattr(torch, name),
+            dtype=getattr(torch, context.params.forward_pass()[0]),
             world=context.world,
             every=self._every,
-            folder=folder,
             after_each=after_each_layer(context, phase, measurements * checkpoint.num_layers),
         )
 
     def layers_in_order(self, droppable: Sequence[int], count: int) -> list[int]:
         """Return the ``count`` droppable layers that the model misses least, in the order in which they go.
 
-        Results are cached in the store for stages with other ratios and methods, as far as they measure the same.
+        The store keeps what was measured for stages with other ratios and methods, as far as they measure the same.
         """
         if not count:
             return []
-        folder, cache = self.context.work / "layers", FileCache(self.context.store.root / "layers")
-        known, key = folder / KNOWN, self._key_of_order()
+        world, file = self.context.world, self.context.store.root / "layers" / self._key_of_order()
+        measurement = self.measurement("layers", refit=False, measurements=count, windows=WINDOWS_OF_ORDER)
+        known: dict[str, float] = world.on_rank0(lambda: read_object(file) or {})
 
-        def take() -> None:
-            folder.mkdir(parents=True, exist_ok=True)
-            if not known.is_file():
-                cache.take(key, known)
+        def save() -> None:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            write_json(file, known)
 
-        self.context.world.on_rank0(take)
-        measurement = self.measurement("layers", folder, refit=False, measurements=count, windows=WINDOWS_OF_ORDER)
-        order = drop_order(droppable, count, lambda sets: measurement.kl([self._whole_without(gone) for gone in sets]))
-        self.context.world.on_rank0(lambda: cache.put(key, known))
-        return order
+        def measure(sets: Sequence[tuple[int, ...]]) -> list[float]:
+            names = {" ".join(map(str, gone)): gone for gone in sets}
+            if unknown := [name for name in names if name not in known]:
+                kls = measurement.kl([self._whole_without(names[name]) for name in unknown])
+                known.update(zip(unknown, kls, strict=True))
+                world.on_rank0(save)
+            return [known[name] for name in names]
+
+        return drop_order(droppable, count, measure)
 
     def _key_of_order(self) -> str:
         """File name of the results that order layers, made from everything that they depend on."""
@@ -136,11 +121,11 @@ class CheapMeasurements:
     def _outputs(self) -> Hidden:
         """The dense model's outputs; one pass through its layers, which is collective, serves all measurements."""
         if not self._outputs_once:
-            self._outputs_once.append(outputs_of_dense(self.context, self.dense.checkpoint, self._compared(WINDOWS)))
+            self._outputs_once.append(outputs_of_dense(self.context, self.checkpoint, self._compared(WINDOWS)))
         return self._outputs_once[0]
 
     def _whole_without(self, gone: Sequence[int]) -> Candidate:
         return tuple(
             None if layer in gone else tuple(len(it.scores[layer]) for it in self.kinds)
-            for layer in range(self.dense.checkpoint.num_layers)
+            for layer in range(self.checkpoint.num_layers)
         )

@@ -11,7 +11,7 @@ from hfprune_dist.core.width_search import Counts, ReweightedShapes
 from hfprune_dist.kinds.prune import PruneParameters
 from hfprune_dist.methods import CRITERIA
 from hfprune_dist.planning.budget import Budget
-from hfprune_dist.refit.cheap_fits import Scored
+from hfprune_dist.refit.candidates import Scored
 from hfprune_dist.refit.measurement import Candidate
 from hfprune_dist.structures import NEURONS
 

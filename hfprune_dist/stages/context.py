@@ -10,12 +10,17 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Generic, TypeVar, cast
 
+import torch
+import transformers
 from torch import Tensor
 
+from hfprune_dist.checkpoints.checkpoint import Checkpoint
 from hfprune_dist.config.parameters import Parameters
 from hfprune_dist.config.schema import RuntimeConfig
+from hfprune_dist.config.section import Dtype
 from hfprune_dist.data.windows import load_windows
 from hfprune_dist.distributed.interruption import Interruption
+from hfprune_dist.distributed.layer_check import check_layers
 from hfprune_dist.distributed.world import World
 from hfprune_dist.errors import LostInputError
 from hfprune_dist.planning.user_files import ChangedInputError, UserFiles
@@ -90,6 +95,18 @@ class Context(Generic[P]):
     def calibration_windows(self) -> Tensor:
         """The windows on which the scores of the ``importance`` input were made, int64 [samples, sequence_length]."""
         return load_windows(self.input_path("importance"))
+
+    def check_layers(self, checkpoint: Checkpoint, windows_ST: Tensor, dtype: Dtype) -> None:
+        """``check_layers`` of the ``model`` input on a window, before passes layer by layer; collective.
+
+        The store remembers which model has passed, in which dtype, on which kind of device and with which libraries.
+        """
+        device = self.world.device
+        kind = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+        versions = torch.__version__, transformers.__version__
+        key = digest_of([self.stage.inputs["model"].identity, dtype, kind, *versions])[:20]
+        passed = self.store.root / "layers" / f"checked-{key}.json"
+        check_layers(checkpoint, windows_ST[0], getattr(torch, dtype), self.runtime.sharding, self.world, passed)
 
     @cached_property
     def _user_files(self) -> UserFiles:

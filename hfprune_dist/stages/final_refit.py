@@ -8,13 +8,12 @@ from torch import Tensor
 from hfprune_dist.checkpoints.checkpoint import Checkpoint
 from hfprune_dist.checkpoints.tensor_files import is_usable, load_tensors, save_tensors
 from hfprune_dist.core.redraw import redrawn_copies
-from hfprune_dist.distributed.gram_sums import windows_held_out
+from hfprune_dist.distributed.sums import windows_held_out
 from hfprune_dist.models.single_layer import LayerReader
 from hfprune_dist.refit.measurement import normed_outputs
 from hfprune_dist.refit.refitted_layers import RefittedLayers
 from hfprune_dist.stages.prune_refit import (
     Context,
-    DenseModel,
     after_each_layer,
     outputs_of_dense,
     pruned_kinds,
@@ -23,11 +22,11 @@ from hfprune_dist.stages.prune_refit import (
 from hfprune_dist.structures.kept import Kept
 
 
-def final_refit(context: Context, dense: DenseModel, kept: Kept) -> RefittedLayers:
+def final_refit(context: Context, checkpoint: Checkpoint, kept: Kept) -> RefittedLayers:
     """Refit what the stage will write, as its settings say; collective."""
-    kinds, whole_mlp = pruned_kinds(context, dense.checkpoint), context.params.refit == "block"
-    fitted = RefittedLayers(dense.checkpoint, kinds, whole_mlp, context.work / "refit")
-    refit_layers(context, dense, kept, _windows(context, dense.checkpoint), fitted, phase="refit")
+    kinds, whole_mlp = pruned_kinds(context, checkpoint), context.params.refit == "block"
+    fitted = RefittedLayers(checkpoint, kinds, whole_mlp, context.work / "refit")
+    refit_layers(context, checkpoint, kept, _windows(context, checkpoint), fitted, phase="refit")
     return fitted
 
 
@@ -62,7 +61,8 @@ def _redrawn(context: Context, checkpoint: Checkpoint, windows_ST: Tensor) -> Te
             window = index * size + place
             own[window] = redrawn_copies(windows_ST[window], outputs, context.params.refit_copies, window=window).int()
         after_each(done)
-    return torch.stack([*world.merge(own).values()])
+    copies = {window: copies_RT for share in world.all_gather(own) for window, copies_RT in share.items()}
+    return torch.stack([copies[window] for window in range(len(windows_ST))])
 
 
 def in_refit_order(windows_ST: Tensor, copies_SRT: Tensor, micro_batch_size: int) -> Tensor:

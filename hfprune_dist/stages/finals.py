@@ -14,18 +14,16 @@ from functools import cache, partial
 import torch
 from torch import Tensor
 
-from hfprune_dist.refit.finished_layers import FinishedLayers, candidates_of
+from hfprune_dist.checkpoints.checkpoint import Checkpoint
+from hfprune_dist.refit.candidates import FinishedLayers, candidates_of
 from hfprune_dist.refit.measurement import Measurement, one_by_one
 from hfprune_dist.refit.refitted_layers import RefittedLayers
 from hfprune_dist.stages.prune_refit import (
     Context,
-    DenseModel,
     after_each_layer,
     outputs_of_dense,
-    probe_of,
     pruned_kinds,
     refit_layers,
-    stream_of,
 )
 from hfprune_dist.structures.kept import Kept
 
@@ -80,18 +78,18 @@ class Finals:
     def __init__(
         self,
         context: Context,
-        dense: DenseModel,
+        checkpoint: Checkpoint,
         windows: SplitWindows,
         kept: Callable[[str], Kept],
     ) -> None:
         self._context = context
-        self._dense = dense
-        self._checkpoint = dense.checkpoint
+        self._checkpoint = checkpoint
         self._windows = windows
         self._kept = kept
         # The dense model's outputs; one pass through its layers, which is collective, serves all comparisons.
-        self._outputs = cache(partial(outputs_of_dense, context, dense.checkpoint, windows.judged))
+        self._outputs = cache(partial(outputs_of_dense, context, checkpoint, windows.judged))
         self._finalists: dict[str, tuple[Kept, RefittedLayers]] = {}
+        self._measurement = self._of_finalists()
         self.kl: dict[str, float] = {}
 
     def closest(self, first: Sequence[str], with_fewer_layers: Callable[[str], str | None]) -> str:
@@ -116,34 +114,24 @@ class Finals:
             kept = self._kept(shape)
             self._finalists[shape] = kept, self._fitted(shape, kept)
         candidates = candidates_of([kept for kept, _ in self._finalists.values()], self._checkpoint.num_layers)
-        self.kl = dict(zip(self._finalists, self._measurement().kl(candidates), strict=True))
+        self.kl = dict(zip(self._finalists, self._measurement.kl(candidates), strict=True))
 
     def _fitted(self, shape: str, kept: Kept) -> RefittedLayers:
         """Refit a shape by least squares only: further steps take several times as long, and don't change the order."""
         context, checkpoint = self._context, self._checkpoint
         folder = context.work / f"final-{re.sub('[^a-zA-Z0-9]+', '-', shape)}"
         fitted = RefittedLayers(checkpoint, pruned_kinds(context, checkpoint), whole_mlp=False, folder=folder)
-        refit_layers(context, self._dense, kept, self._windows.seen_ST, fitted, phase="finalists")
+        refit_layers(context, self._checkpoint, kept, self._windows.seen_ST, fitted, phase="finalists")
         return fitted
 
-    def _measurement(self) -> Measurement:
-        """The measurement of all finalists so far; it knows the results of those that were compared before."""
+    def _of_finalists(self) -> Measurement:
         context, checkpoint = self._context, self._checkpoint
-        name, size = context.params.forward_pass()
-        probe = probe_of(context, checkpoint, self._windows.seen_ST)
-
-        def variants() -> FinishedLayers:
-            through_ST = probe.micro_batch_of(self._windows.seen_ST, size)
-            finalists = list(self._finalists.values())
-            return FinishedLayers(finalists, stream_of(context, checkpoint, through_ST, probe))
-
         return Measurement(
             checkpoint,
-            variants,
+            lambda: FinishedLayers(list(self._finalists.values())),
             self._windows.judged,
             reference=self._outputs,
-            dtype=getattr(torch, name),
+            dtype=getattr(torch, context.params.forward_pass()[0]),
             world=context.world,
-            folder=context.work / "finalists",
             after_each=after_each_layer(context, "comparison", checkpoint.num_layers),
         )

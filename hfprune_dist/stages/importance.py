@@ -8,7 +8,6 @@ as many threads each, and a resumed stage continues at a shard.
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -22,14 +21,11 @@ from hfprune_dist.checkpoints.read_tensors import scored_layer
 from hfprune_dist.checkpoints.tensor_files import SavedLayers
 from hfprune_dist.core.criterion import Criterion, ScoredLayer, losses_of
 from hfprune_dist.data.windows import load_windows, save_windows
-from hfprune_dist.distributed.float64_sum import explaining
 from hfprune_dist.distributed.frozen_model import choose_sharding
-from hfprune_dist.distributed.gram_sums import Grams
 from hfprune_dist.distributed.interruption import Interrupted
 from hfprune_dist.distributed.layer_stream import LayerStream
-from hfprune_dist.distributed.turns import Turns
-from hfprune_dist.distributed.unfinished import unfinished, up_to_last
-from hfprune_dist.distributed.whole_model_probe import PROBE, ProbeRecorder, obtain_probe
+from hfprune_dist.distributed.layer_work import Turns, unfinished, up_to_last
+from hfprune_dist.distributed.sums import Grams, explaining
 from hfprune_dist.errors import UserError, naming
 from hfprune_dist.kinds.importance import Calibration
 from hfprune_dist.methods import CRITERIA
@@ -47,7 +43,7 @@ PARTIAL = "partial.safetensors"
 
 
 def run(context: Context) -> None:
-    """Write ``importance.safetensors`` and ``windows.safetensors``; after a calibration pass, also its probe."""
+    """Write ``importance.safetensors`` and ``windows.safetensors``."""
     checkpoint = open_checkpoint(context.input_path("model"))
     criteria = [CRITERIA[name] for name in context.params.criteria]
     documents = prepare_windows(context)
@@ -61,8 +57,6 @@ def run(context: Context) -> None:
         with naming(draft / SCORES):
             save_file(scores.read(), draft / SCORES)
         save_windows(windows_ST, draft)
-        if (context.work / PROBE).is_file():
-            shutil.copyfile(context.work / PROBE, draft / PROBE)
 
     context.world.on_rank0(write)
     losses = [loss for loss in losses_of(criteria) if loss.in_nats]
@@ -96,12 +90,8 @@ def _accumulate(
         weights=_weights_of_units(context, checkpoint, criteria),
     )
 
-    recorder = ProbeRecorder(context.work / PROBE, context.world)
-
     def load() -> ShardScorer:
-        scorer = _scorer(context, checkpoint, windows_ST, criteria, totals)
-        recorder.record(scorer.module, checkpoint.family)
-        return scorer
+        return _scorer(context, checkpoint, windows_ST, criteria, totals)
 
     def report(done: int) -> None:
         context.progress.update("calibration", done, len(shards))
@@ -109,8 +99,7 @@ def _accumulate(
     def after_round() -> None:
         context.interruption.stop_if_agreed(context.world)
 
-    # The probe first: once all sums are saved, a later attempt has no forward that could leave one.
-    run_pass(shards, totals, load, before_round=report, after_scoring=recorder.save, after_round=after_round)
+    run_pass(shards, totals, load, before_round=report, after_round=after_round)
     report(len(shards))
     return totals
 
@@ -279,10 +268,9 @@ class _SecondPass:
         """The stream of windows, begun by the first call, which never comes if all scores are known. Collective."""
         if self._stream is None:
             params, context = self._context.params, self._context
-            size = params.calibration.micro_batch_size
-            where = self._checkpoint, self._windows_ST, getattr(torch, params.dtype), size, context.world
-            probe = obtain_probe(*where, saved=context.work / PROBE, sharding=context.runtime.sharding)
-            self._stream = LayerStream(*where, probe=probe)
+            dtype, size = getattr(torch, params.dtype), params.calibration.micro_batch_size
+            context.check_layers(self._checkpoint, self._windows_ST, params.dtype)
+            self._stream = LayerStream(self._checkpoint, self._windows_ST, dtype, size, context.world)
             self._layers = self._stream.layers(range(self._checkpoint.num_layers))
         return self._stream
 

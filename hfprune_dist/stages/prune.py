@@ -17,7 +17,6 @@ from hfprune_dist.stages.prune_norms import refitted_norms, require_norms
 from hfprune_dist.stages.prune_plain import decide_plain
 from hfprune_dist.stages.prune_refit import (
     Context,
-    DenseModel,
     Replacements,
     added_biases,
     pruned_kinds,
@@ -32,10 +31,11 @@ from hfprune_dist.structures.score_names import SCORES, scores_of_layers
 def run(context: Context) -> None:
     """Write a Hugging Face folder, and ``kept.json``: the units that stayed."""
     checkpoint = open_checkpoint(context.input_path("model"))
-    dense = DenseModel(checkpoint)
     require_norms(context, checkpoint)
-    kept, replacements, metrics = _decide(context, dense)
-    replacements, of_norms = refitted_norms(context, dense, kept, replacements)
+    if context.params.dtype is not None:
+        context.check_layers(checkpoint, context.calibration_windows(), context.params.dtype)
+    kept, replacements, metrics = _decide(context, checkpoint)
+    replacements, of_norms = refitted_norms(context, checkpoint, kept, replacements)
     draft = context.open_draft()
     _write_weights(context, checkpoint, kept, replacements, draft)
     biased = [units.output for units in pruned_kinds(context, checkpoint)] if context.params.refit == "bias" else []
@@ -60,20 +60,20 @@ def _write_weights(
     world.barrier()  # what describes all weight files is written next
 
 
-def _decide(context: Context, dense: DenseModel) -> tuple[Kept, Replacements, dict[str, Any]]:
+def _decide(context: Context, checkpoint: Checkpoint) -> tuple[Kept, Replacements, dict[str, Any]]:
     """Return what stays, new weights for it, and metrics."""
-    params, checkpoint = context.params, dense.checkpoint
+    params = context.params
     if params.allocation == "low_rank":
         return decide_low_rank(context, checkpoint)
     scores = _scores(context, checkpoint)
     if params.allocation == "plain":
-        return decide_plain(context, dense, scores)
-    kept, metrics = context.world.broadcast(decide_shape(context, dense, scores))
+        return decide_plain(context, checkpoint, scores)
+    kept, metrics = context.world.broadcast(decide_shape(context, checkpoint, scores))
     if params.refit == "none":
         return kept, {}, metrics
     if params.refit == "bias":
         return kept, added_biases(context, checkpoint, kept), metrics
-    fitted = final_refit(context, dense, kept)
+    fitted = final_refit(context, checkpoint, kept)
     return kept, fitted.replacements(kept.layers), metrics | refit_metrics(fitted, kept.layers)
 
 

@@ -7,9 +7,8 @@ from typing import Any
 from hfprune_dist.checkpoints.checkpoint import Checkpoint
 from hfprune_dist.planning.low_rank_shapes import LowRankTarget
 from hfprune_dist.planning.shape_target import ShapeTarget
-from hfprune_dist.refit.low_rank_layers import LowRankLayers
-from hfprune_dist.refit.low_rank_pass import LowRankPass, Sizes
-from hfprune_dist.stages.prune_refit import Context, Replacements, after_each_layer, probe_of, stream_of
+from hfprune_dist.refit.low_rank import LowRankLayers, Sizes, compress_layers
+from hfprune_dist.stages.prune_refit import Context, Replacements, after_each_layer, stream_of
 from hfprune_dist.structures import NEURONS
 from hfprune_dist.structures.kept import Kept
 
@@ -21,16 +20,9 @@ def decide_low_rank(context: Context, checkpoint: Checkpoint) -> tuple[Kept, Rep
     ranks = {name: row[0] for name, row in shape.ranks.items()}
     sizes = Sizes(shape.units[NEURONS][0], ranks)
     layers = LowRankLayers(checkpoint, list(ranks), context.work / "low_rank")
-    probe = probe_of(context, checkpoint, windows_ST)
-    alone_ST = probe.micro_batch_of(windows_ST, params.forward_pass()[1])
-    LowRankPass(
-        checkpoint,
-        sizes,
-        stream_of(context, checkpoint, windows_ST),
-        layers,
-        whole=stream_of(context, checkpoint, alone_ST, probe),
-        world=context.world,
-    ).run(after_each_layer(context, "low rank", checkpoint.num_layers))
+    stream = stream_of(context, checkpoint, windows_ST)
+    after_each = after_each_layer(context, "low rank", checkpoint.num_layers)
+    compress_layers(checkpoint, sizes, stream, layers, context.world, after_each)
     kept = Kept(shape.layers, {NEURONS: [layers.kept(number) for number in shape.layers]}, shape.ranks)
     attention_ranks = {name.rpartition(".")[2]: rank for name, rank in ranks.items()}
     return kept, layers.replacements(), {"attention_ranks": attention_ranks}

@@ -15,12 +15,9 @@ from hfprune_dist.checkpoints.read_tensors import as_stored
 from hfprune_dist.core import quasi_newton
 from hfprune_dist.models.norm_factors import norms_of_layers, weight_offset, with_factors
 from hfprune_dist.models.single_layer import LayerReader
-from hfprune_dist.refit.norm_gradients import NormGradients
-from hfprune_dist.refit.norms_refit import NormsRefit, micro_batches_of_norms
-from hfprune_dist.refit.pruned_layers import PrunedLayers
+from hfprune_dist.refit.norms_refit import NormGradients, PrunedLayers, fit_norms, micro_batches_of_norms
 from hfprune_dist.stages.prune_refit import (
     Context,
-    DenseModel,
     Replacements,
     after_each_layer,
     in_memory,
@@ -40,7 +37,7 @@ def require_norms(context: Context, checkpoint: Checkpoint) -> None:
 
 
 def refitted_norms(
-    context: Context, dense: DenseModel, kept: Kept, replacements: Replacements
+    context: Context, checkpoint: Checkpoint, kept: Kept, replacements: Replacements
 ) -> tuple[Replacements, dict[str, Any]]:
     """Refit all norms if the settings ask for it; collective.
 
@@ -56,7 +53,7 @@ def refitted_norms(
     """
     if not context.params.refit_norms:
         return replacements, {}
-    (name, size), checkpoint = context.params.forward_pass(), dense.checkpoint
+    name, size = context.params.forward_pass()
     pruned = PrunedLayers(checkpoint, kept, replacements, getattr(torch, name), context.world.device)
     batches = micro_batches_of_norms(context.calibration_windows(), size)
     total = 2 * quasi_newton.PASSES * len(pruned.numbers)
@@ -67,7 +64,7 @@ def refitted_norms(
         world=context.world,
         after_each=after_each_layer(context, "norms", total),
     )
-    fit = NormsRefit(gradients, context.work / "norms.safetensors", context.world).fit()
+    fit = fit_norms(gradients)
     weights = _with_factors(checkpoint, _norms_of(checkpoint, gradients.norms), fit.factors_RC)
     return {**replacements, **weights}, {"norms_kl": [kl if math.isfinite(kl) else None for kl in fit.kl]}
 

@@ -13,16 +13,16 @@ from typing import Any
 
 from torch import Tensor
 
+from hfprune_dist.checkpoints.checkpoint import Checkpoint
 from hfprune_dist.planning.plain_shapes import PlainShape, fitted_to_layers, plain_shapes
 from hfprune_dist.planning.shape_target import ShapeTarget
-from hfprune_dist.refit.cheap_fits import Scored, kept_of
+from hfprune_dist.refit.candidates import Scored, kept_of
 from hfprune_dist.refit.measurement import Candidate
 from hfprune_dist.stages.cheap_measurement import CheapMeasurements
 from hfprune_dist.stages.final_refit import final_refit
 from hfprune_dist.stages.finals import FINALISTS, Finals, SplitWindows, hopeful
 from hfprune_dist.stages.prune_refit import (
     Context,
-    DenseModel,
     Replacements,
     pruned_kinds,
     refit_metrics,
@@ -32,7 +32,7 @@ from hfprune_dist.structures.kept import Kept
 
 
 def decide_plain(
-    context: Context, dense: DenseModel, scores: Mapping[str, Sequence[Tensor]]
+    context: Context, checkpoint: Checkpoint, scores: Mapping[str, Sequence[Tensor]]
 ) -> tuple[Kept, Replacements, dict[str, Any]]:
     """What stays, its refitted weights, and metrics of the search; the same on every rank.
 
@@ -40,9 +40,9 @@ def decide_plain(
         scores: kind -> scores of each layer's units.
     """
     windows = SplitWindows.apart(context.calibration_windows(), context.params.forward_pass()[1])
-    kinds = [Scored(units, scores[units.kind]) for units in pruned_kinds(context, dense.checkpoint)]
-    measurements = CheapMeasurements(context, dense, kinds, windows.seen_ST)
-    target = ShapeTarget.of(dense.checkpoint, context.params, context.stage.label)
+    kinds = [Scored(units, scores[units.kind]) for units in pruned_kinds(context, checkpoint)]
+    measurements = CheapMeasurements(context, checkpoint, kinds, windows.seen_ST)
+    target = ShapeTarget.of(checkpoint, context.params, context.stage.label)
     planned = plain_shapes(target)
     order = _layers_in_order(measurements, target, fewest=min(shape.num_layers for shape in planned))
     grid = _Grid(measurements, target, planned, order)
@@ -51,10 +51,10 @@ def decide_plain(
     if context.params.refit == "none":
         return grid.kept(min(kls, key=kls.__getitem__)), {}, metrics
     competing = hopeful(kls)
-    finals = Finals(context, dense, windows, grid.kept)
+    finals = Finals(context, checkpoint, windows, grid.kept)
     best = finals.closest(_first_finalists(competing, grid), lambda closest: grid.with_fewer_layers(closest, competing))
     kept = grid.kept(best)
-    fitted = final_refit(context, dense, kept)
+    fitted = final_refit(context, checkpoint, kept)
     metrics |= {"finalists_kl": finals.kl} if finals.kl else {}
     return kept, fitted.replacements(kept.layers), metrics | refit_metrics(fitted, kept.layers)
 
@@ -78,7 +78,7 @@ def _layers_in_order(measurements: CheapMeasurements, target: ShapeTarget, fewes
     Raises:
         Interrupted: if any rank was asked to end.
     """
-    checkpoint = measurements.dense.checkpoint
+    checkpoint = measurements.checkpoint
     droppable = [layer for layer in range(checkpoint.num_layers) if layer not in target.undroppable]
     return measurements.layers_in_order(droppable, checkpoint.num_layers - fewest)
 
@@ -100,7 +100,7 @@ class _Grid:
     ) -> None:
         self._measurements = measurements
         self._context = measurements.context
-        self._checkpoint = measurements.dense.checkpoint
+        self._checkpoint = measurements.checkpoint
         self._order = order
         fitted = [fitted_to_layers(target, it, self._layers_of(it)) for it in planned]
         shapes = [it for it in fitted if it is not None] or planned
@@ -127,8 +127,8 @@ class _Grid:
 
     def kl(self) -> dict[str, float]:
         """Divergence of every shape from the dense model, nats per token."""
-        refit, folder = self._context.params.refit != "none", self._context.work / "shapes"
-        measurement = self._measurements.measurement("shapes", folder, refit=refit, measurements=1)
+        refit = self._context.params.refit != "none"
+        measurement = self._measurements.measurement("shapes", refit=refit, measurements=1)
         candidates = [self._candidate(shape) for shape in self._shapes.values()]
         return dict(zip(self._shapes, measurement.kl(candidates), strict=True))
 

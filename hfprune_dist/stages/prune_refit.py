@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -13,12 +12,12 @@ from torch import Tensor
 from hfprune_dist.checkpoints.checkpoint import Checkpoint
 from hfprune_dist.checkpoints.tensor_files import SavedLayers
 from hfprune_dist.distributed.layer_stream import AfterLayer, LayerStream
-from hfprune_dist.distributed.whole_model_probe import PROBE, Probe, obtain_probe
 from hfprune_dist.kinds.prune import PruneParameters
-from hfprune_dist.refit.bias_refit import BiasRefit
+from hfprune_dist.refit.bias_refit import find_biases
 from hfprune_dist.refit.dense_refit import DenseRefit
+from hfprune_dist.refit.least_squares_fit import ProjectionFit
 from hfprune_dist.refit.measurement import Hidden, dense_outputs
-from hfprune_dist.refit.refitted_layers import ProjectionFit, RefittedLayers
+from hfprune_dist.refit.refitted_layers import RefittedLayers
 from hfprune_dist.refit.sequential_refit import SequentialRefit
 from hfprune_dist.stages.context import Context as AnyContext
 from hfprune_dist.structures import NEURONS
@@ -29,18 +28,6 @@ Context = AnyContext[PruneParameters]
 
 # Name of a tensor of the checkpoint -> function that reads what is written in its place.
 Replacements = Mapping[str, Callable[[], Tensor]]
-
-
-@dataclass(frozen=True)
-class DenseModel:
-    """The model that a prune stage prunes, and with which results are compared.
-
-    Attributes:
-        residual: numbers of its layers that refits have found to be their residual stream plus their blocks.
-    """
-
-    checkpoint: Checkpoint
-    residual: set[int] = field(default_factory=set)
 
 
 def pruned_kinds(context: Context, checkpoint: Checkpoint) -> list[Units]:
@@ -61,16 +48,16 @@ def added_biases(context: Context, checkpoint: Checkpoint, kept: Kept) -> Replac
     """Find the biases that make up for what goes, on all calibration windows."""
     saved = SavedLayers(context.work / "biases", kept.layers)
     windows_ST = context.calibration_windows()
-    stream = stream_of(context, checkpoint, windows_ST, probe_of(context, checkpoint, windows_ST))
+    stream = stream_of(context, checkpoint, windows_ST)
     kinds = pruned_kinds(context, checkpoint)
-    refit = BiasRefit(checkpoint, kept, kinds, stream, saved, world=context.world)
-    refit.run(after_each_layer(context, "biases", checkpoint.num_layers))
+    after_each = after_each_layer(context, "biases", checkpoint.num_layers)
+    find_biases(checkpoint, kept, kinds, stream, saved, context.world, after_each)
     return in_memory(saved.read())
 
 
 def refit_layers(
     context: Context,
-    dense: DenseModel,
+    checkpoint: Checkpoint,
     kept: Kept,
     windows_ST: Tensor,
     fitted: RefittedLayers,
@@ -83,20 +70,18 @@ def refit_layers(
         fitted: where refitted layers are written.
         phase: its name in progress reports.
     """
-    checkpoint = dense.checkpoint
     refit: DenseRefit | SequentialRefit
     if context.params.refit == "dense":
-        stream = stream_of(context, checkpoint, windows_ST, probe_of(context, checkpoint, windows_ST))
+        stream = stream_of(context, checkpoint, windows_ST)
         refit = DenseRefit(kept, stream, fitted, context.world)
     else:
         refit = SequentialRefit(
             checkpoint.family,
             kept,
             stream_of(context, checkpoint, windows_ST),
-            stream_of(context, checkpoint, windows_ST, probe_of(context, checkpoint, windows_ST)),
+            stream_of(context, checkpoint, windows_ST),
             fitted,
             more_iterations=context.params.refit_iterations,
-            residual=dense.residual,
             world=context.world,
         )
     refit.run(after_each_layer(context, phase, checkpoint.num_layers))
@@ -120,24 +105,10 @@ def _fit_metrics(units: Units, fits: Sequence[ProjectionFit | None]) -> dict[str
     }
 
 
-def stream_of(context: Context, checkpoint: Checkpoint, windows_ST: Tensor, probe: Probe | None = None) -> LayerStream:
-    """Stream of windows before a model's first layer; with a probe, it checks its layers against the whole model."""
+def stream_of(context: Context, checkpoint: Checkpoint, windows_ST: Tensor) -> LayerStream:
+    """Stream of windows before a model's first layer."""
     dtype, size = context.params.forward_pass()
-    return LayerStream(checkpoint, windows_ST, getattr(torch, dtype), size, context.world, probe=probe)
-
-
-def probe_of(context: Context, checkpoint: Checkpoint, windows_ST: Tensor) -> Probe:
-    """The probe of the model, left by its importance stage."""
-    dtype, size = context.params.forward_pass()
-    return obtain_probe(
-        checkpoint,
-        windows_ST,
-        getattr(torch, dtype),
-        size,
-        context.world,
-        saved=context.input_path("importance") / PROBE,
-        sharding=context.runtime.sharding,
-    )
+    return LayerStream(checkpoint, windows_ST, getattr(torch, dtype), size, context.world)
 
 
 def outputs_of_dense(context: Context, checkpoint: Checkpoint, micro_batches: Mapping[int, Tensor]) -> Hidden:

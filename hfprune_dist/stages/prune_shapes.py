@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
+from hfprune_dist.checkpoints.checkpoint import Checkpoint
 from hfprune_dist.core.allocation import EXCHANGE, allocate_globally
 from hfprune_dist.core.width_search import MEASUREMENTS, START, Counts, search_shapes
 from hfprune_dist.errors import UserError
@@ -20,25 +21,25 @@ from hfprune_dist.planning.budget import budget_of
 from hfprune_dist.planning.plain_shapes import PlainShape, all_plain_shapes, fitted_to_layers, shape_of, step_of_layers
 from hfprune_dist.planning.shape_target import ShapeTarget
 from hfprune_dist.planning.shapes import shapes_for, uniform_shape
-from hfprune_dist.refit.cheap_fits import Scored, kept_of
+from hfprune_dist.refit.candidates import Scored, kept_of
 from hfprune_dist.refit.measurement import Candidate, Measurement
 from hfprune_dist.stages.cheap_measurement import CheapMeasurements
 from hfprune_dist.stages.contest import Contest
 from hfprune_dist.stages.finals import FINALISTS, Finals, SplitWindows, hopeful
-from hfprune_dist.stages.prune_refit import Context, DenseModel, pruned_kinds
+from hfprune_dist.stages.prune_refit import Context, pruned_kinds
 from hfprune_dist.structures import LAYERS, NEURONS
 from hfprune_dist.structures.kept import Kept, Shape
 
 
 def decide_shape(
-    context: Context, dense: DenseModel, scores: Mapping[str, Sequence[Tensor]]
+    context: Context, checkpoint: Checkpoint, scores: Mapping[str, Sequence[Tensor]]
 ) -> tuple[Kept, dict[str, Any]]:
     """What stays, and metrics of the search if there was one.
 
     Args:
         scores: kind -> scores of each layer's units.
     """
-    checkpoint, allocation = dense.checkpoint, context.params.allocation
+    allocation = context.params.allocation
     kinds = [Scored(units, scores[units.kind]) for units in pruned_kinds(context, checkpoint)]
     if checkpoint.family.experts or allocation in ("uniform", "local"):
         (shape,) = shapes_for(ShapeTarget.of(checkpoint, context.params, context.stage.label), context.params)
@@ -50,7 +51,7 @@ def decide_shape(
         others = [ladder.dearer(rate) for ladder in contest.others]
         counts = allocate_globally([*contest.neurons, *others], contest.removals)
         return kept_of(kinds, contest.candidate(counts)), {}
-    found, metrics = _Search(context, dense, kinds, contest).run()
+    found, metrics = _Search(context, checkpoint, kinds, contest).run()
     return kept_of(kinds, found), metrics
 
 
@@ -66,18 +67,17 @@ class _Search:
         contest: the one in which all layers stay.
     """
 
-    def __init__(self, context: Context, dense: DenseModel, kinds: Sequence[Scored], contest: Contest) -> None:
+    def __init__(self, context: Context, checkpoint: Checkpoint, kinds: Sequence[Scored], contest: Contest) -> None:
         self._context = context
-        self._dense = dense
-        self._checkpoint = dense.checkpoint
+        self._checkpoint = checkpoint
         self._kinds = kinds
         self._contest = contest
-        self._target = ShapeTarget.of(dense.checkpoint, context.params, context.stage.label)
+        self._target = ShapeTarget.of(checkpoint, context.params, context.stage.label)
         windows_ST, micro_batch_size = context.calibration_windows(), context.params.forward_pass()[1]
         self._windows = SplitWindows.apart(windows_ST, micro_batch_size)
         # Without finals, no windows need to be kept apart.
         seen_ST = self._windows.seen_ST if LAYERS in context.params.structures else windows_ST
-        self._measurements = CheapMeasurements(context, dense, kinds, seen_ST)
+        self._measurements = CheapMeasurements(context, checkpoint, kinds, seen_ST)
 
     def run(self) -> tuple[Candidate, dict[str, Any]]:
         """The shape that was measured to be closest, and metrics."""
@@ -87,7 +87,6 @@ class _Search:
         contests = self._contests(order)
         measurement = self._measurements.measurement(
             "search",
-            self._context.work,
             refit=self._context.params.refit != "none",
             measurements=MEASUREMENTS + (len(contests) > 1),
         )
@@ -126,7 +125,7 @@ class _Search:
 
         finals = Finals(
             self._context,
-            self._dense,
+            self._checkpoint,
             self._windows,
             lambda name: self._context.world.broadcast(kept_of(self._kinds, candidates[name])),
         )

@@ -9,7 +9,6 @@ from hfprune_dist.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from hfprune_dist.data.tokenizer import load_tokenizer
 from hfprune_dist.data.windows import Sampling, read_windows
 from hfprune_dist.distributed.layer_stream import LayerStream
-from hfprune_dist.distributed.whole_model_probe import PROBE, obtain_probe
 from hfprune_dist.kinds.reference import ReferenceParameters
 from hfprune_dist.stages.context import Context as AnyContext
 from hfprune_dist.training.teacher_states import write_dense_states
@@ -21,10 +20,7 @@ SEED = 0
 
 
 def run(context: Context) -> None:
-    """Write the windows and the dense model's final hidden states (``DenseStates``).
-
-    Progress is saved only on interruption: the stage is one forward, and saving takes longer than one of its layers.
-    """
+    """Write the windows and the dense model's final hidden states (``DenseStates``)."""
     dense = open_checkpoint(context.input_path("model"))
     windows_ST = context.calibration_windows() if context.has_input("importance") else held_out_windows(context)
     stream = _stream(context, dense, windows_ST)
@@ -34,16 +30,15 @@ def run(context: Context) -> None:
         context.progress.update("layers", done, dense.num_layers)
         context.interruption.stop_if_agreed(context.world)
 
-    write_dense_states(stream, stream.states_in(context.work / "states"), draft, context.world, after_each)
+    write_dense_states(stream, draft, context.world, after_each)
     context.commit(draft, {"windows": len(windows_ST), "tokens": windows_ST.numel()})
 
 
 def _stream(context: Context, dense: Checkpoint, windows_ST: Tensor) -> LayerStream:
-    """Stream of windows before the first layer; for calibration windows, the importance stage has left a probe."""
-    dtype, size = getattr(torch, context.params.dtype), context.params.micro_batch_size
-    where = dense, windows_ST, dtype, size, context.world
-    saved = context.input_path("importance") / PROBE if context.has_input("importance") else None
-    return LayerStream(*where, probe=obtain_probe(*where, saved=saved, sharding=context.runtime.sharding))
+    """Stream of windows before the first layer."""
+    params = context.params
+    context.check_layers(dense, windows_ST, params.dtype)
+    return LayerStream(dense, windows_ST, getattr(torch, params.dtype), params.micro_batch_size, context.world)
 
 
 def held_out_windows(context: Context) -> Tensor:

@@ -19,7 +19,7 @@ from hfprune_dist.store.stage_handle import StageHandle
 # Folders of files that stages share; a stage makes such a file anew if it is missing.
 SHARED = {
     "rows": "packed training rows, which a recovery packs again",
-    "layers": "measurements that put layers in order, which a pruning makes again",
+    "layers": "checks of layers and measurements that put them in order, which stages make again",
 }
 _FINGERPRINT = re.compile(r"[0-9a-f]{20}")
 

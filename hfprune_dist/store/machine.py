@@ -6,7 +6,7 @@ import itertools
 import math
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -82,6 +82,12 @@ def driver_version() -> str | None:
     """Return the version of NVIDIA's driver; None if it isn't loaded."""
     found = re.search(r"\d+\.[\d.]*\d", _text(NVIDIA / "version"))
     return found and found[0]
+
+
+def threads_allowed(environment: Mapping[str, str]) -> int | None:
+    """Return the first number in ``OMP_NUM_THREADS``; None if there is none, or if it is 0."""
+    found = re.match(r"\s*(\d+)", environment.get("OMP_NUM_THREADS", ""))
+    return (int(found[1]) or None) if found else None
 
 
 def usable_cores(groups: ControlGroups = HERE) -> int:

@@ -40,35 +40,29 @@ class LoraGradients:
         self._largest_norm = largest_norm
 
     def scores(self, layers: dict[int, list[Units]]) -> dict[tuple[str, int], Tensor]:
-        """Scores of units by kind and layer, float64 [units] on the CPU, the same on all ranks. Collective.
+        """Scores of units by kind and layer, float64 [units] on the CPU, those of rank 0 on all ranks. Collective.
 
-        Each rank computes those of its share of the layers. If weights are sharded, all ranks gather layer by layer.
+        If weights are sharded, all ranks gather layer by layer.
 
         Args:
             layers: layer -> kinds of its units to score.
         """
         share = self._clipped_share()
-        mine: dict[tuple[str, int], Tensor] = {}
-        for turn, (layer, kinds) in enumerate(layers.items()):
-            made_here = turn % self._world.size == self._world.rank
+        scores: dict[tuple[str, int], Tensor] = {}
+        for layer, kinds in layers.items():
             with self._gathered(layer, kinds):
                 for units in kinds:
-                    parts = [
-                        self._of_weight(units.tensor(layer, it.tensor), it, share, made_here) for it in _owned(units)
-                    ]
-                    if made_here:
-                        mine[units.kind, layer] = torch.stack(parts).sum(0)
-        told = self._world.all_gather({key: scores.cpu() for key, scores in mine.items()})  # only now the host waits
-        return {key: scores for part in told for key, scores in part.items()}
+                    parts = [self._of_weight(units.tensor(layer, it.tensor), it, share) for it in _owned(units)]
+                    scores[units.kind, layer] = torch.stack(parts).sum(0)
+        # Only now does the host wait for a GPU.
+        return self._world.broadcast({key: scores_U.cpu() for key, scores_U in scores.items()})
 
-    def _of_weight(self, name: str, owned: Owned, share: float, made_here: bool) -> Tensor:
-        """One weight's part of its units' scores. All ranks contribute their shards of LoRA's, and one computes."""
+    def _of_weight(self, name: str, owned: Owned, share: float) -> Tensor:
+        """One weight's part of its units' scores; all ranks contribute their shards of LoRA's."""
         lora = self._projection(name)
         a, b = lora.lora_A[PEFT_NAME].weight, lora.lora_B[PEFT_NAME].weight
         a_RI, b_OR = safe_get_full_fp32_param(a), safe_get_full_fp32_param(b)
         grad_a_RI, grad_b_OR = safe_get_full_grad(a), safe_get_full_grad(b)
-        if not made_here:
-            return torch.empty(0)
         gradients = (share * grad_a_RI.float(), share * grad_b_OR.float())
         factors = Factors(a_RI, b_OR, *gradients, lora.scaling[PEFT_NAME])
         return unit_scores(lora.base_layer.weight, factors, owned.axis, owned.per_unit, owned.parts)
@@ -140,7 +134,8 @@ class UnitMasks:
         for kind, units in self._kinds.items():
             for layer, (count, most) in enumerate(zip(shape.units[kind], units.counts, strict=True)):
                 if count < most:
-                    self._masked[kind, layer] = _begun(units, most - count, most)
+                    average_U, stays_U = torch.zeros(most, dtype=torch.float64), torch.ones(most, dtype=torch.bool)
+                    self._masked[kind, layer] = _Masked(units, most - count, average_U, stays_U)
         for (kind, layer), it in self._masked.items():
             if tensors:
                 it.average_U, it.stays_U = tensors[_name(kind, layer, "average")], tensors[_name(kind, layer, "stays")]
@@ -192,10 +187,6 @@ class UnitMasks:
         for it in self._masked.values():
             if it.mask_C is not None:
                 it.mask_C.copy_(it.stays_U.repeat_interleave(it.units.channels_per_unit))
-
-
-def _begun(units: Units, gone: int, count: int) -> _Masked:
-    return _Masked(units, gone, torch.zeros(count, dtype=torch.float64), torch.ones(count, dtype=torch.bool))
 
 
 def _masking(masked: _Masked) -> Any:

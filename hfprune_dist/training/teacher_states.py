@@ -14,8 +14,6 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from hfprune_dist.data.windows import load_windows, save_windows
-from hfprune_dist.distributed.interruption import Interrupted
-from hfprune_dist.distributed.layer_states import LayerStates
 from hfprune_dist.distributed.layer_stream import AfterLayer, LayerStream
 from hfprune_dist.distributed.world import World
 from hfprune_dist.errors import UserError, naming
@@ -49,28 +47,20 @@ class DenseStates:
         return {"input_ids": input_ids_T, "labels": input_ids_T.clone(), DENSE: self.hidden(row)}
 
 
-def write_dense_states(
-    stream: LayerStream, states: LayerStates, folder: Path, world: World, after_each: AfterLayer
-) -> None:
+def write_dense_states(stream: LayerStream, folder: Path, world: World, after_each: AfterLayer) -> None:
     """Take windows through a model layer by layer, so that it is never loaded whole, and write their final states.
 
     Args:
         stream: the windows before the first layer; every rank has some.
-        states: where this attempt is saved if it is interrupted, and where an earlier one may have been.
 
     Raises:
         UserError: if the states are NaN or infinite, since nothing can be compared with them.
     """
     world.on_rank0(lambda: save_windows(stream.windows_ST, folder))
-    left = range(stream.resume(states), stream.num_layers)
-    for number, layer in stream.layers(left):
+    for number, layer in stream.layers(range(stream.num_layers)):
         stream.advance(layer)
         del layer
-        try:
-            after_each(number + 1)
-        except Interrupted:
-            stream.save(states)
-            raise
+        after_each(number + 1)
     _write_final(stream.final_hidden(), folder)
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,15 +29,9 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import PrinterCallback, Trainer, TrainerCallback
 
 from hfprune_dist.data.schedule import ScheduledRows
-from hfprune_dist.distributed.deepspeed_patches import (
-    before_each_step,
-    keep_gathered,
-    limit_timeouts,
-    torchs_linear_afterwards,
-)
 from hfprune_dist.distributed.interruption import Interrupted, Interruption
 from hfprune_dist.distributed.world import World
-from hfprune_dist.distributed.zero3 import init_deepspeed, keep_float32
+from hfprune_dist.distributed.zero3 import before_each_step, init_deepspeed, keep_float32, keep_gathered
 from hfprune_dist.methods.loraprune import masks_after
 from hfprune_dist.models.after_head import DistillingHead, after_head
 from hfprune_dist.store.hashing import digest_of
@@ -64,26 +58,34 @@ def fine_tune(task: FineTuning, folder: Path, world: World, progress: Progress, 
         Interrupted: after a step and its snapshot, if any rank was asked to end early.
     """
     snapshots = Snapshots(folder)
-    newest = _newest(snapshots, world)
-    if newest is None or newest.step < task.total_steps:
-        with torchs_linear_afterwards():
-            _train(replace(task, start=newest), snapshots, world, progress, interruption)
-        newest = _newest(snapshots, world)
-    assert newest is not None
-    assert newest.step == task.total_steps
-    return newest
+
+    def newest() -> Snapshot | None:
+        file = world.on_rank0(snapshots.newest)
+        return None if file is None else read_snapshot(file)
+
+    trained = newest()
+    if trained is None or trained.step < task.total_steps:
+        _train(replace(task, start=trained), _Attempt(snapshots, world, progress, interruption))
+        trained = newest()
+    assert trained is not None
+    assert trained.step == task.total_steps
+    return trained
 
 
-def _newest(snapshots: Snapshots, world: World) -> Snapshot | None:
-    """Read the newest snapshot that rank 0 finds, on every rank."""
-    file = world.on_rank0(snapshots.newest)
-    return None if file is None else read_snapshot(file)
+@dataclass(frozen=True)
+class _Attempt:
+    """What an attempt at a training is given besides its task; ``whole`` as in ``Placement``, once that is decided."""
+
+    snapshots: Snapshots
+    world: World
+    progress: Progress
+    interruption: Interruption
+    whole: bool = False
 
 
-def _train(
-    task: FineTuning, snapshots: Snapshots, world: World, progress: Progress, interruption: Interruption
-) -> None:
+def _train(task: FineTuning, attempt: _Attempt) -> None:
     prepare_process()
+    world = attempt.world
     rows_at_once = task.settings.rows_at_once * world.size
     rows = ScheduledRows(task.rows, task.schedule, task.first_step, task.total_steps, multiple_of=rows_at_once)
     placement = place_training(task, world)
@@ -91,30 +93,15 @@ def _train(
     if placement.whole:
         model = load_trainable_model(task).to(world.device)
         keep_whole(model)
-    arguments = training_arguments(task, rows.slots // rows_at_once, snapshots.folder, placement, world)
+    arguments = training_arguments(task, rows.slots // rows_at_once, attempt.snapshots.folder, placement, world)
     if not placement.whole:
         model = load_trainable_model(task)
         keep_float32(model.get_submodule("base_model.model"), task.checkpoint, world.device)
-    trainer = _trainer_class(task)(
-        task,
-        snapshots,
-        world,
-        progress,
-        interruption,
-        whole=placement.whole,
-        model=model,
-        args=arguments,
-        train_dataset=rows,
-    )
+    assert not (task.distills and task.masked_to is not None), "masks are for the loss of labels"
+    trains = _DistillingTrainer if task.distills else _LoraTrainer if task.masked_to is None else _MaskingTrainer
+    trainer = trains(task, replace(attempt, whole=placement.whole), model=model, args=arguments, train_dataset=rows)
     gc.freeze()  # or Python walks all modules and parameters again and again: a seventh of the time on CPU
     trainer.train()
-
-
-def _trainer_class(task: FineTuning) -> type[_LoraTrainer]:
-    assert not (task.distills and task.masked_to is not None), "masks are for the loss of labels"
-    if task.distills:
-        return _DistillingTrainer
-    return _LoraTrainer if task.masked_to is None else _MaskingTrainer
 
 
 class _LoraTrainer(Trainer):  # type: ignore[misc]
@@ -122,28 +109,23 @@ class _LoraTrainer(Trainer):  # type: ignore[misc]
 
     lr_scheduler: LambdaLR | None
 
-    def __init__(
-        self,
-        task: FineTuning,
-        snapshots: Snapshots,
-        world: World,
-        progress: Progress,
-        interruption: Interruption,
-        *,
-        whole: bool,
-        **trainer_arguments: Any,
-    ) -> None:
-        super().__init__(**trainer_arguments, data_collator=_stack, callbacks=[_PrepareEngine(task, whole, world)])
+    def __init__(self, task: FineTuning, attempt: _Attempt, **trainer_arguments: Any) -> None:
+        super().__init__(**trainer_arguments, data_collator=_stack, callbacks=[_OnceReady(self._once_ready)])
         self.remove_callback(PrinterCallback)
         # Some models of images and text deny that they can divide their loss by all tokens of a step. They can; else it
         # would be a mean over each micro-batch, which is NaN if that has no label.
         self.model_accepts_loss_kwargs = True
         self._task = task
-        self._snapshots = snapshots
-        self._world = world
-        self._progress = progress
-        self._interruption = interruption
+        self._attempt = attempt
+        self._world = attempt.world
         self._losses: list[LossLine] = [] if task.start is None else list(task.start.losses)
+
+    def _once_ready(self, engine: nn.Module) -> None:
+        """Do what can be done only once the engine exists."""
+        if self._task.start is not None:
+            _restore(engine, self._task.start, self._world.rank)
+        if self._attempt.whole:
+            keep_gathered(engine)
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> LambdaLR:
         if self.lr_scheduler is None:
@@ -169,10 +151,10 @@ class _LoraTrainer(Trainer):  # type: ignore[misc]
         line: LossLine = {"step": step, "epoch": epoch, **finite_values(logs, step, task.section)}
         self._losses.append(line)
         self._report(line)
-        self._progress.update(task.section, step, task.total_steps)
+        self._attempt.progress.update(task.section, step, task.total_steps)
         if self._world.is_first:
             print(f"{task.section}: step {step}/{task.total_steps}, loss {logs['loss']:.4f}", flush=True)
-        interrupted = self._interruption.agreed(self._world)
+        interrupted = self._attempt.interruption.agreed(self._world)
         if step % task.save_every_steps == 0 or step == task.total_steps or interrupted:
             self._save_snapshot(step)
         if interrupted:
@@ -195,7 +177,7 @@ class _LoraTrainer(Trainer):  # type: ignore[misc]
                 weights[name] = whole.cpu()
                 moments |= {key: tensor.cpu() for key, tensor in whole_moments.items()}
         snapshot = Snapshot(step, weights, moments, self._losses, self._masked_units())
-        self._world.on_rank0(lambda: self._snapshots.save(snapshot))
+        self._world.on_rank0(lambda: self._attempt.snapshots.save(snapshot))
 
     def _masked_units(self) -> dict[str, Tensor]:
         return {}
@@ -206,8 +188,8 @@ class _DistillingTrainer(_LoraTrainer):
 
     loss_is_scaled_for_ga = True  # divided by all tokens of a step, not by those of a micro-batch
 
-    def __init__(self, task: FineTuning, *context: Any, model: Any, **trainer_arguments: Any) -> None:
-        super().__init__(task, *context, model=model, **trainer_arguments)
+    def __init__(self, task: FineTuning, attempt: _Attempt, *, model: Any, **trainer_arguments: Any) -> None:
+        super().__init__(task, attempt, model=model, **trainer_arguments)
         self._head = DistillingHead(model.get_base_model(), task.checkpoint.family, after_head(task.checkpoint))
         self._tokens_of_step = self._counted_rows = 0
 
@@ -229,14 +211,18 @@ class _DistillingTrainer(_LoraTrainer):
 class _MaskingTrainer(_LoraTrainer):
     """LoRAPrune: units are scored in every step, and those with the lowest averages are masked every few steps."""
 
-    def __init__(self, task: FineTuning, *context: Any, whole: bool, model: Any, **trainer_arguments: Any) -> None:
-        super().__init__(task, *context, whole=whole, model=model, **trainer_arguments)
+    def __init__(self, task: FineTuning, attempt: _Attempt, *, model: Any, **trainer_arguments: Any) -> None:
+        super().__init__(task, attempt, model=model, **trainer_arguments)
         assert task.masked_to is not None
         state = None if task.start is None else task.start.units
         self._masks = UnitMasks(task.checkpoint.structures, task.masked_to, state)
         self._masks.attach(model.get_base_model(), self._world.device, getattr(torch, task.settings.dtype))
-        self._gradients = LoraGradients(model.get_base_model(), self._world, whole=whole, largest_norm=MAX_GRAD_NORM)
-        self.add_callback(_BeforeEachStep(self._score_and_mask))
+        scored, whole = model.get_base_model(), attempt.whole
+        self._gradients = LoraGradients(scored, self._world, whole=whole, largest_norm=MAX_GRAD_NORM)
+
+    def _once_ready(self, engine: nn.Module) -> None:
+        super()._once_ready(engine)
+        before_each_step(engine, self._score_and_mask)
 
     def _score_and_mask(self) -> None:
         """Score and mask, after backward has added up gradients over all ranks, and before the optimizer's step."""
@@ -250,32 +236,14 @@ class _MaskingTrainer(_LoraTrainer):
         return self._masks.state()
 
 
-class _BeforeEachStep(TrainerCallback):  # type: ignore[misc]
-    """Calls an action before each step of the optimizer, once the engine exists."""
+class _OnceReady(TrainerCallback):  # type: ignore[misc]
+    """Calls an action with the model in training, once its engine exists."""
 
-    def __init__(self, action: Callable[[], None]) -> None:
+    def __init__(self, action: Callable[[nn.Module], None]) -> None:
         self._action = action
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **trained: Any) -> None:
-        before_each_step(trained["model"], self._action)
-
-
-class _PrepareEngine(TrainerCallback):  # type: ignore[misc]
-    """Does what can be done only once the engine exists: shorten its groups' timeouts, restore the optimizer, and
-    gather what stays gathered.
-    """
-
-    def __init__(self, task: FineTuning, whole: bool, world: World) -> None:
-        self._task = task
-        self._whole = whole
-        self._world = world
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **trained: Any) -> None:
-        limit_timeouts()
-        if self._task.start is not None:
-            _restore(trained["model"], self._task.start, self._world.rank)
-        if self._whole:
-            keep_gathered(trained["model"])
+        self._action(trained["model"])
 
 
 def _restore(model: nn.Module, start: Snapshot, rank: int) -> None:

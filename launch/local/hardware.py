@@ -7,11 +7,10 @@ import subprocess
 from collections.abc import Iterable
 
 from hfprune_dist.config.schema import RuntimeConfig
-from hfprune_dist.distributed.threads import threads_allowed
 from hfprune_dist.errors import UserError
 from hfprune_dist.kinds.memory import Gpus, parameters_of
 from hfprune_dist.results.formats import counted
-from hfprune_dist.store.machine import NVIDIA, count_gpus, usable_cores
+from hfprune_dist.store.machine import NVIDIA, count_gpus, threads_allowed, usable_cores
 from hfprune_dist.store.provenance import CPU_INFO, cpu_model
 from hfprune_dist.store.stage import Stage
 

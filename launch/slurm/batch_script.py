@@ -15,10 +15,10 @@ from hfprune_launch.slurm.exit_causes import START
 from hfprune_launch.slurm.profile import Resources
 from submitit.slurm.slurm import SlurmExecutor
 
-from hfprune_dist.distributed.threads import threads_allowed
 from hfprune_dist.errors import UserError
 from hfprune_dist.results.formats import counted
 from hfprune_dist.store.atomic_files import write_text
+from hfprune_dist.store.machine import threads_allowed
 from hfprune_dist.store.stage import Stage
 
 # The profile's setup and environment, which may hold secrets: sourced by the batch script, readable by its owner alone.

@@ -22,8 +22,7 @@ from hfprune_dist.models.loading import load_causal_lm, require_own_weights
 from hfprune_dist.planning.low_rank_shapes import LowRankTarget
 from hfprune_dist.planning.ratios import check_ratios
 from hfprune_dist.planning.shape_target import ShapeTarget
-from hfprune_dist.refit.low_rank_layers import LowRankLayers
-from hfprune_dist.refit.low_rank_pass import LowRankPass, Sizes
+from hfprune_dist.refit.low_rank import LowRankLayers, Sizes, compress_layers
 from hfprune_dist.structures.kept import Kept
 
 WINDOWS = torch.randint(3, 64, (8, 12), generator=torch.Generator().manual_seed(0))
@@ -54,9 +53,9 @@ def cut_of(tmp_path_factory):
         shape = LowRankTarget(ShapeTarget(dense, RATIO, ("neurons",), 1, "m")).shape()
         ranks = {name: row[0] for name, row in shape.ranks.items()}
         layers = LowRankLayers(dense, list(ranks), folder / "layers")
-        stream, whole = (LayerStream(dense, it, torch.float32, 2, SoloWorld()) for it in (WINDOWS, WINDOWS[:2]))
-        sizes = Sizes(shape.units["neurons"][0], ranks, lowest_stay=False)
-        LowRankPass(dense, sizes, stream, layers, whole=whole, world=SoloWorld()).run(lambda _done: None)
+        stream = LayerStream(dense, WINDOWS, torch.float32, 2, SoloWorld())
+        sizes = Sizes(shape.units["neurons"][0], ranks)
+        compress_layers(dense, sizes, stream, layers, SoloWorld(), lambda _done: None)
         kept = Kept(shape.layers, {"neurons": [layers.kept(it) for it in shape.layers]}, shape.ranks)
         write(dense, kept, folder / "low", layers.replacements())
         return SimpleNamespace(dense=dense, kept=kept, ranks=ranks, low=open_checkpoint(folder / "low"))

@@ -104,24 +104,3 @@ def test_it_ends_where_there_is_nothing_to_gain():
     assert flat.values == [0.0] and torch.equal(flat.best_P, torch.ones(3, dtype=torch.float64))
     hardly = searched(lambda place: (1 + 1e-4 * float(place.sum()), torch.full_like(place, 1e-4)), 3)
     assert len(hardly.values) == 1
-
-
-@given(size=st.integers(1, 6), seed=st.integers(0, 99), told=st.integers(1, 6), bend=st.sampled_from([1.0, -1.0]))
-def test_a_restored_search_goes_on_as_the_other_would_have(size, seed, told, bend):
-    at, _ = bowl(size, seed)
-
-    def function(place):
-        value, gradient = at(place)
-        return 5 + bend * value, bend * gradient
-
-    whole, parts = (started(size) for _ in range(2))
-    for _ in range(told):
-        if not whole.is_over:
-            whole.tell(*function(whole.candidate_P))
-            parts = QuasiNewton.restored({name: it.clone() for name, it in whole.state().items()})
-    assert parts.is_over == whole.is_over
-    while not whole.is_over:
-        for search in (whole, parts):
-            search.tell(*function(search.candidate_P))
-        assert parts.is_over == whole.is_over and parts.values == whole.values
-        assert torch.equal(parts.candidate_P, whole.candidate_P) and torch.equal(parts.best_P, whole.best_P)

@@ -6,7 +6,7 @@ from tiny import tiny_tokenizer, write_documents
 
 from hfprune_dist.config.texts import apportioned
 from hfprune_dist.data.windows import Sampling, Source, interleaved, read_mixture, read_windows
-from hfprune_dist.distributed.gram_sums import is_held_out
+from hfprune_dist.distributed.sums import is_held_out
 
 TEXT = {"text_field": "text"}
 

@@ -3,11 +3,9 @@
 import json
 import os
 import sys
-from datetime import timedelta
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from peak_bytes import PeakBytes
 
 from hfprune_dist.checkpoints.checkpoint import open_checkpoint
@@ -21,8 +19,6 @@ def main(folder):
         model = FrozenModel(open_checkpoint(Path(folder)), torch.float32, 1, "zero3", world)
     taken = world.all_gather((counted.peak, counted.live))
     model.release()
-    groups = dist.distributed_c10d._world.pg_map
-    assert {group._get_backend(torch.device("cpu")).options._timeout for group in groups} == {timedelta(minutes=2)}
     if world.is_first:
         print("result: " + json.dumps(taken), flush=True)
     world.barrier()

@@ -124,28 +124,6 @@ class Refusals(TorchDispatchMode):
         return function(*args, **options)
 
 
-@pytest.mark.parametrize(
-    ("call", "refused"),
-    [
-        (lambda x: x.cumsum(0), {"cumsum"}),
-        (lambda x: x.cumsum_(0), {"cumsum_"}),
-        (lambda x: x.long().cumsum(0), set()),
-        (lambda x: x.long().cumsum(0, dtype=torch.float64), {"cumsum"}),
-        (lambda x: x.median(), set()),
-        (lambda x: x.median(0), {"median"}),
-        (lambda x: x.kthvalue(2), {"kthvalue"}),
-        (lambda x: x.histc(3), {"histc"}),
-        (lambda x: x.long().bincount(), set()),
-        (lambda x: x.long().bincount(weights=x), {"bincount"}),
-        (lambda x: x.put_(torch.tensor([0]), torch.zeros(1)), {"put_"}),
-    ],
-)
-def test_what_a_gpu_would_refuse_is_noticed(call, refused):
-    with Refusals() as seen:
-        call(torch.ones(4))
-    assert seen.refused == refused
-
-
 class WatchedRank(Ranks):
     """One rank, whose operations are watched."""
 

@@ -1,117 +1,94 @@
-"""Scoring, refits and measurements keep tensors of a GPU, here a pretended one, apart from those in main memory."""
+"""Every rank finds its own GPU under any binding by a launcher; two ranks on one GPU are named before NCCL refuses."""
 
-from functools import partial
+import contextlib
+from types import SimpleNamespace
 
 import pytest
-import scoring
 import torch
-from pretended_gpu import GPU, MixedError, pretended_gpu
-from ranks import SoloWorld
-from refitting import KINDS, MICRO_BATCH, checkpoint_in, refit, some_kept, to_prune, windows_of
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from worlds import Ranks
 
-from hfprune_dist.checkpoints.tensor_files import SavedLayers
-from hfprune_dist.distributed.layer_stream import LayerStream
-from hfprune_dist.distributed.whole_model_probe import obtain_probe
-from hfprune_dist.refit.bias_refit import BiasRefit
-from hfprune_dist.refit.cheap_fits import CheapFits, Scored
-from hfprune_dist.refit.low_rank_layers import LowRankLayers
-from hfprune_dist.refit.low_rank_pass import LowRankPass, Sizes
-from hfprune_dist.refit.measurement import Measurement, dense_outputs, one_by_one
-from hfprune_dist.refit.norm_gradients import NormGradients
-from hfprune_dist.refit.norms_refit import NormsRefit
-from hfprune_dist.refit.pruned_layers import PrunedLayers
-from hfprune_dist.store.artifacts import Store
-from hfprune_dist.training.teacher_states import write_dense_states
-
-WORLD, DTYPE = SoloWorld(device=GPU), torch.bfloat16
+from hfprune_dist.distributed.devices import claim_device, require_own_gpus
+from hfprune_dist.errors import UserError
+from hfprune_dist.store import machine
 
 
-def nothing(_done):
-    pass
+def claimed(monkeypatch, visible, local_rank):
+    """Return the numbers of the GPU made current, of the GPU returned, and the one left in LOCAL_RANK."""
+    current, environment = [], {"LOCAL_RANK": str(local_rank)}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: visible > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: visible)
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    device = claim_device(environment)
+    return [*current, device.index, int(environment["LOCAL_RANK"])]
 
 
-def test_what_a_gpu_would_refuse_is_found():
-    with pretended_gpu():
-        there, here = torch.ones(3, device=GPU), torch.ones(3)
-        assert there.device == (there * 2).device == there[torch.tensor([0])].device == here.to(there).device == GPU
-        assert there.cpu().device == here.device == torch.device("cpu")
-        for mixed in (lambda: there + here, lambda: torch.cat([there, here]), there.numpy, lambda: here @ there):
-            with pytest.raises(MixedError):
-                mixed()
+@settings(max_examples=30, deadline=None, derandomize=True)
+@given(ranks=st.integers(1, 8), each=st.integers(1, 4), shown=st.sampled_from(["all", "own", "one"]))
+def test_ranks_of_a_node_have_different_gpus_under_every_binding(ranks, each, shown):
+    """A launcher shows a task all GPUs of its node, only its own (by environment variable or cgroup), or just one."""
+    taken = []
+    with pytest.MonkeyPatch.context() as patch:
+        for rank in range(ranks):
+            visible = {
+                "all": list(range(ranks * each)),
+                "own": list(range(rank * each, (rank + 1) * each)),
+                "one": [rank * each],
+            }
+            numbers = claimed(patch, len(visible[shown]), rank)
+            assert len(set(numbers)) == 1
+            taken.append(visible[shown][numbers[0]])
+    assert len(set(taken)) == ranks
+
+
+def test_without_a_gpu_nothing_is_claimed(monkeypatch):
+    assert claimed(monkeypatch, 0, 3) == [None, 3]
+
+
+@pytest.mark.parametrize("built", ["13.0", None])
+def test_gpus_that_torch_cannot_use_are_an_error_instead_of_a_run_on_the_cpu(monkeypatch, tmp_path, built):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    monkeypatch.setattr(torch.version, "cuda", built)
+    monkeypatch.setattr(machine, "NVIDIA", tmp_path)
+    (tmp_path / "version").write_text(
+        "NVRM version: NVIDIA UNIX x86_64 Kernel Module  535.104.05  Sat Aug 19\nGCC 12.2.0\n"
+    )
+    told = rf"GPUs \(2\) that torch can't use.* {'CUDA 13.0' if built else 'without CUDA'}, .* driver is 535\.104\.05;"
+    with pytest.raises(UserError, match=told):
+        claimed(monkeypatch, 0, 3)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert claimed(monkeypatch, 0, 3) == [None, 3]
+
+
+def test_gpus_of_the_node_that_a_job_may_not_open_are_not_its_own(monkeypatch, tmp_path):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(machine, "DEVICES", tmp_path)
+    for name in ("nvidia0", "nvidia1"):
+        (tmp_path / name).mkdir()  # not even root opens a folder for writing
+    assert claimed(monkeypatch, 0, 3) == [None, 3]
+    (tmp_path / "nvidia2").touch()
+    with pytest.raises(UserError, match=r"GPUs \(1\) that torch can't use"):
+        claimed(monkeypatch, 0, 3)
 
 
 @pytest.mark.parametrize(
-    ("variant", "structures", "criteria"),
-    [
-        ("llama", KINDS, ["surgeon", "entropy", "fisher_signs", "fluctuation", "activation_l1", "weight_taylor"]),
-        ("qwen3", KINDS[:1], ["coupled_taylor", "magnitude"]),
-    ],
+    ("gpus", "message"),
+    [("abc", None), ("aba", "ranks 0 and 2 are on one GPU, a of node "), ("abb", "ranks 1 and 2 are on one GPU, b ")],
 )
-def test_importance(tmp_path, variant, structures, criteria):
-    stage = scoring.make_stage(tmp_path, variant, "bfloat16", criteria, structures)
-    store = Store(tmp_path / "store")
-    with pretended_gpu():
-        scoring.run(store, stage, WORLD)
-    assert store.is_committed(stage.id)
+def test_ranks_that_share_a_gpu_are_named(monkeypatch, gpus, message):
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid=gpus[device.index]))
+
+    def check(world):
+        require_own_gpus(RankOnGpu(world))
+
+    with pytest.raises(UserError, match=message) if message else contextlib.nullcontext():
+        Ranks(3).run(check)
+    Ranks(3).run(require_own_gpus)  # without GPUs
 
 
-@pytest.mark.parametrize(
-    ("method", "variant"), [("dense", "llama"), ("layerwise", "llama"), ("block", "qwen3"), ("dense", "gpt_oss")]
-)
-def test_refits(tmp_path, method, variant):
-    checkpoint, kept = to_prune(tmp_path / "model", variant, (0, 2))
-    with pretended_gpu():
-        fitted = refit(method, checkpoint, kept, tmp_path / "refit", world=WORLD, windows_ST=windows_of(5), dtype=DTYPE)
-    assert fitted.done(kept.layers) == set(kept.layers)
+class RankOnGpu:
+    """A rank of a world, with the GPU of its number."""
 
-
-def test_measurements(tmp_path):
-    checkpoint, windows_ST = checkpoint_in(tmp_path / "model"), windows_of(5)
-    units = [checkpoint.structures[kind] for kind in KINDS]
-    kinds = [Scored(it, [torch.arange(count).double() for count in it.counts]) for it in units]
-    judged = one_by_one(windows_ST[:2])
-    with pretended_gpu():
-        measurement = Measurement(
-            checkpoint,
-            lambda: CheapFits(kinds, LayerStream(checkpoint, windows_ST, DTYPE, MICRO_BATCH, WORLD), True, WORLD),
-            judged,
-            reference=lambda: dense_outputs(checkpoint, judged, DTYPE, WORLD, nothing),
-            dtype=DTYPE,
-            world=WORLD,
-            folder=tmp_path / "measured",
-            after_each=nothing,
-        )
-        assert all(kl > 0 for kl in measurement.kl([((11, 2), (24, 4), None), ((24, 4), (13, 1), (9, 3))]))
-
-
-@pytest.mark.parametrize("variant", ["llama-tied-biases", "qwen3"])
-def test_refits_of_norms(tmp_path, variant):
-    checkpoint, batches = checkpoint_in(tmp_path / "model", variant), dict(enumerate(windows_of(5).split(MICRO_BATCH)))
-    with pretended_gpu():
-        dense = dense_outputs(checkpoint, batches, DTYPE, WORLD, nothing)
-        pruned = PrunedLayers(checkpoint, some_kept([0, 2]), {}, DTYPE, GPU)
-        gradients = NormGradients(pruned, batches, dense, world=WORLD, after_each=nothing)
-        fit = NormsRefit(gradients, tmp_path / "norms.safetensors", WORLD).fit()
-        again = NormsRefit(gradients, tmp_path / "norms.safetensors", WORLD).fit()
-        assert fit.factors_RC.device.type == "cpu" and torch.equal(again.factors_RC, fit.factors_RC)
-    assert min(fit.kl) < fit.kl[0]
-
-
-def test_biases_low_ranks_and_references(tmp_path):
-    checkpoint, windows_ST, kept = checkpoint_in(tmp_path / "model"), windows_of(5), some_kept((0, 1, 2))
-    ranks = dict.fromkeys(checkpoint.family.attention_modules[:2], 8)
-    with pretended_gpu():
-        where = windows_ST, DTYPE, MICRO_BATCH, WORLD
-        stream = partial(
-            LayerStream, checkpoint, *where, probe=obtain_probe(checkpoint, *where, saved=None, sharding="replicate")
-        )
-        kinds = [checkpoint.structures[kind] for kind in KINDS]
-        biases = SavedLayers(tmp_path / "biases", kept.layers)
-        BiasRefit(checkpoint, kept, kinds, stream(), biases, world=WORLD).run(nothing)
-        layers = LowRankLayers(checkpoint, list(ranks), tmp_path / "ranks")
-        compressed = LayerStream(checkpoint, *where)
-        LowRankPass(checkpoint, Sizes(12, ranks, True), compressed, layers, whole=stream(), world=WORLD).run(nothing)
-        (tmp_path / "states").mkdir()
-        reference = stream()
-        write_dense_states(reference, reference.states_in(tmp_path / "work"), tmp_path / "states", WORLD, nothing)
-    assert biases.done() == layers.done() == set(kept.layers)
+    def __init__(self, world):
+        self.device, self.all_gather = torch.device("cuda", world.rank), world.all_gather

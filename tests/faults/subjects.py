@@ -35,7 +35,6 @@ from tiny import save_tiny, write_documents, write_pairs
 
 from hfprune_dist.config.schema import EvaluationConfig, RuntimeConfig
 from hfprune_dist.config.training import RecoveryConfig
-from hfprune_dist.distributed import layer_states
 from hfprune_dist.distributed.layer_stream import LayerStream
 from hfprune_dist.planning.plan import Plan
 from hfprune_dist.refit.sequential_refit import SequentialRefit
@@ -110,7 +109,6 @@ class StageSubject(Subject):
     def run(self, root: Path, count: Count, mark: Mark, marks: list) -> dict:
         for owner, name in self._units.items():
             _before(owner, name, count)
-        layer_states.SAVE_EVERY_S = 0.0  # so that a crash costs one layer, however fast they are
         store = Store(root)
         verdict = store.verify(self.prepared.id)
         assert verdict.state != "corrupt", f"an artifact that is not whole: {verdict.reason}"

@@ -67,9 +67,8 @@ def test_who_stops_early_leaves_nothing_on_its_way(taken):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_layers_have_the_bits_of_those_read_one_by_one(tmp_path, dtype, monkeypatch):
-    """In several portions each, converted on the way."""
-    monkeypatch.setattr(host_transfers, "PINNED_BYTES", 1000)
+def test_layers_have_the_bits_of_those_read_one_by_one(tmp_path, dtype):
+    """They are converted on the way."""
     reader = LayerReader(checkpoint_in(tmp_path / "model", layers=5), dtype, GPU)
     for number, layer in HostTransfers(GPU).layers(reader, range(5)):
         whole = reader.layer(number).state_dict()

@@ -11,6 +11,7 @@ from refitting import (
     MICRO_BATCH,
     O_PROJ,
     apart,
+    assert_alike,
     checkpoint_in,
     columns,
     embedded,
@@ -96,45 +97,34 @@ def test_experts_make_their_dense_outputs_on_their_tokens(tmp_path, model_type, 
 
 @pytest.mark.parametrize("variant", ["qwen3", "qwen2_moe", "gpt_oss"])
 @pytest.mark.parametrize("samples", [2, 17])
-def test_refits_have_the_same_bits_on_any_number_of_ranks(tmp_path, samples, variant):
+def test_refits_agree_on_any_number_of_ranks(tmp_path, samples, variant):
+    """Up to rounding; what waits is solved before ranks leave, and nothing twice."""
     checkpoint, kept = to_prune(tmp_path / "model", variant, (1, 2, 4))
-    options = {"windows_ST": windows_of(samples), "dtype": torch.bfloat16}
-    weights = []
-    for ranks in (1, 2, 3):
-        folder = tmp_path / str(ranks)
-        Ranks(ranks).run(lambda world, to=folder: refit("dense", checkpoint, kept, to, world=world, **options))
-        weights.append(weights_in(folder))
-    assert weights[0] == weights[1] == weights[2] and len(weights[0]) == 6
-
-
-@pytest.mark.parametrize("variant", ["llama", "glm4_moe"])
-@pytest.mark.parametrize("ranks", [1, 2, 3])
-def test_what_waits_is_solved_before_ranks_leave_and_nothing_twice(tmp_path, ranks, variant):
-    checkpoint, kept = to_prune(tmp_path / "model", variant, (0, 1, 3))
-    options = {"windows_ST": windows_of(2 * MICRO_BATCH)}
-    refit("dense", checkpoint, kept, tmp_path / "whole", world=SoloWorld(), **options)
+    options = {"windows_ST": windows_of(samples)}
+    whole = refit("dense", checkpoint, kept, tmp_path / "whole", world=SoloWorld(), **options)
+    second, last = kept.layers[1], kept.layers[-1]
 
     def interrupted(done):
-        if done == 2:
+        if done == second + 1:
             raise Interrupted
 
-    folder = tmp_path / "refit"
     with pytest.raises(Interrupted):
-        Ranks(ranks).run(
-            lambda world: refit("dense", checkpoint, kept, folder, world=world, after_each=interrupted, **options)
+        Ranks(3).run(
+            lambda world: refit(
+                "dense", checkpoint, kept, tmp_path / "half", world=world, after_each=interrupted, **options
+            )
         )
-    half = weights_in(folder)
-    assert set(half) == {f"layer-{number}.{end}" for number in (0, 1) for end in ("safetensors", "json")}
-    (folder / "layer-0.json").write_text((folder / "layer-0.json").read_text() + " ")  # would be written again
-    Ranks(ranks).run(lambda world: refit("dense", checkpoint, kept, folder, world=world, **options))
-    (folder / "layer-0.json").write_text((folder / "layer-0.json").read_text()[:-1])
-    assert weights_in(folder) == weights_in(tmp_path / "whole")
+    half = weights_in(tmp_path / "half")
+    assert set(half) == {f"layer-{number}.safetensors" for number in kept.layers[:2]}
+    (fitted, _) = Ranks(2).run(
+        lambda world: refit("dense", checkpoint, kept, tmp_path / "half", world=world, **options)
+    )
+    assert {name: weights_in(tmp_path / "half")[name] for name in half} == half
+    assert fitted.done() == set(kept.layers) and last in fitted.done()
+    assert_alike(fitted, whole, kept.layers)
 
 
-@pytest.mark.parametrize(
-    ("method", "variant"),
-    [("dense", "llama-tied-biases"), ("layerwise", "llama-tied-biases"), ("dense", "qwen2_moe")],
-)
+@pytest.mark.parametrize(("method", "variant"), [("dense", "qwen2_moe"), ("layerwise", "llama-tied-biases")])
 def test_death_before_every_write_ends_with_the_same_weights(tmp_path, method, variant):
     checkpoint, kept = to_prune(tmp_path / "model", variant, (1,))
     options = {"world": SoloWorld(), "windows_ST": windows_of(6)}
@@ -142,7 +132,7 @@ def test_death_before_every_write_ends_with_the_same_weights(tmp_path, method, v
     whole.mkdir()
     copies.mkdir()
     deaths = deaths_during(lambda: refit(method, checkpoint, kept, whole, **options), whole, copies)
-    assert len(deaths) > 3
+    assert len(deaths) > 2
     for folder in deaths:
         refit(method, checkpoint, kept, folder, **options)
         assert weights_in(folder) == weights_in(whole)

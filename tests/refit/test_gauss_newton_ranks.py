@@ -5,7 +5,7 @@ import torch
 from worlds import Ranks
 
 from hfprune_dist.core.gauss_newton import Biases, MlpWeights
-from hfprune_dist.distributed.float64_sum import UnusableActivationsError
+from hfprune_dist.distributed.sums import UnusableActivationsError
 from hfprune_dist.refit.gauss_newton_ranks import Reconstruction, Start
 
 MICRO_BATCHES, TOKENS, HIDDEN, KEPT = 5, 6, 3, 4

@@ -1,24 +1,22 @@
 """Fits of an output projection by its Gram matrices, against least squares on the tokens themselves."""
 
 import math
-from types import SimpleNamespace
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from ranks import CPU, SoloWorld
+from ranks import SoloWorld
 from refitting import MICRO_BATCH, NEURONS, checkpoint_in, refit, some_kept, windows_of
 from worlds import Ranks
 
 from hfprune_dist.core.gram import UnresolvedError
 from hfprune_dist.core.least_squares import RIDGES, LeastSquares
-from hfprune_dist.distributed.gram_sums import Grams
 from hfprune_dist.distributed.layer_stream import LayerStream
+from hfprune_dist.distributed.sums import Grams
 from hfprune_dist.errors import UserError
-from hfprune_dist.models.single_layer import LayerReader
-from hfprune_dist.refit.cheap_fits import CheapFits, Scored
-from hfprune_dist.refit.least_squares_fit import projections_of, ridge_of_all_ranks, solve, solve_expert, solve_together
+from hfprune_dist.refit.candidates import CheapFits, Scored
+from hfprune_dist.refit.least_squares_fit import solve, solve_on_rank0
 
 
 def gram_of(hidden_ND):
@@ -66,8 +64,6 @@ def test_a_fit_is_least_squares_with_the_ridge_that_is_best_on_held_out_tokens(d
     assert found.fit.error_before == pytest.approx(lost(weight_CD, whole, kept, weight_CD[:, kept]), abs=1e-9)
     assert found.fit.error_after == pytest.approx(lost(weight_CD, whole, kept, found.whole_CK), abs=1e-5)
     assert found.energy == pytest.approx((whole @ weight_CD.T).square().sum().item() / len(whole))
-    for gram_KK, tokens in ((found.fitted_KK, fitted), (found.whole_KK, whole)):
-        torch.testing.assert_close(gram_KK, gram_of(tokens[:, kept]))
     assert found.fitted_CK.dtype == found.whole_CK.dtype == torch.float32
 
 
@@ -77,84 +73,21 @@ TOKENS, NONE = drawn(2, 20, 6), torch.zeros(4, 6, dtype=torch.float64)
 
 def test_an_expert_without_tokens_to_choose_a_ridge_by_stays_close_to_what_it_was():
     both = grams_of(TOKENS, drawn(3, 10, 6))
-    assert solve_expert(WEIGHT, both, KEPT).fit == solve(WEIGHT, both, KEPT).fit
+    assert solve(WEIGHT, both, KEPT, expert=True).fit == solve(WEIGHT, both, KEPT).fit
     for grams in (grams_of(TOKENS, NONE), grams_of(NONE, TOKENS)):
-        found = solve_expert(WEIGHT, grams, KEPT)
+        found = solve(WEIGHT, grams, KEPT, expert=True)
         assert found.fit.ridge == max(RIDGES) and 0 < found.fit.error_after < found.fit.error_before
-    silent = solve_expert(WEIGHT, grams_of(NONE, NONE), KEPT)
+    silent = solve(WEIGHT, grams_of(NONE, NONE), KEPT, expert=True)
     assert torch.equal(silent.whole_CK, WEIGHT[:, KEPT].float()) and silent.energy == 0
     assert (silent.fit.error_before, silent.fit.error_after) == (0.0, 0.0)
 
 
-@pytest.mark.parametrize("size", [1, 2, 7])
-def test_ranks_find_the_same_together(size):
-    """There are more ranks than ridges, or fewer."""
+def test_rank_0_finds_what_every_rank_gets():
     grams = grams_of(TOKENS, drawn(3, 10, 6))
     alone = solve(WEIGHT, grams, KEPT)
-    for found in Ranks(size).run(lambda world: solve_together(WEIGHT, grams, KEPT, world)):
+    for found in Ranks(3).run(lambda world: solve_on_rank0(WEIGHT, grams, KEPT, world)):
         assert (found.fit, found.energy) == (alone.fit, alone.energy)
         assert torch.equal(found.fitted_CK, alone.fitted_CK) and torch.equal(found.whole_CK, alone.whole_CK)
-
-
-@settings(derandomize=True, deadline=None, max_examples=20)
-@given(st.sampled_from([*RIDGES, 10.0]), st.sampled_from([1, 2, 3, 7]), st.integers(0, 100))
-def test_ridges_too_small_for_rounding_errors_are_left_out_by_ranks_alike(needed, size, seed):
-    """The Gram matrix is positive definite with a larger ridge than ``needed``, or just that one."""
-    rounding_KK = drawn(seed, len(KEPT), len(KEPT))
-    rounding_KK = (rounding_KK + rounding_KK.T).fill_diagonal_(0)
-    fitted_DD = torch.eye(6, dtype=torch.float64)
-    smallest = torch.linalg.eigvalsh(rounding_KK)[0].abs()
-    fitted_DD[KEPT[:, None], KEPT] += rounding_KK / smallest * (1 + 0.7 * needed)
-    grams = Grams(fitted_DD, torch.eye(6, dtype=torch.float64), 0.5)
-
-    def ridge(world):
-        try:
-            return ridge_of_all_ranks(*(it.keeping(KEPT) for it in projections_of(WEIGHT, grams, world)), world)[0]
-        except UnresolvedError:
-            return None
-
-    alone, *_ = Ranks(1).run(ridge)
-    assert (alone is None) == (needed > max(RIDGES)) and (alone is None or alone.ridge >= needed)
-    for found in Ranks(size).run(ridge):
-        assert (found is None) == (alone is None)
-        assert found is None or (found.ridge, found.error) == (alone.ridge, alone.error)
-
-
-@pytest.mark.parametrize("size", [1, 2, 7])
-def test_it_is_told_that_all_windows_together_are_rounding_errors(size):
-    """Each ridge will do on the windows that are fitted."""
-    held_out_DD = torch.eye(6, dtype=torch.float64)
-    held_out_DD[KEPT[0], KEPT[0]] = -9.0
-    grams = Grams(torch.eye(6, dtype=torch.float64), held_out_DD, 0.5)
-    with pytest.raises(UnresolvedError):
-        Ranks(size).run(lambda world: solve_together(WEIGHT, grams, KEPT, world))
-
-
-@pytest.mark.parametrize("lost", [5, 8, 12, 19])
-@pytest.mark.parametrize("size", [1, 2, 3])
-def test_it_is_told_that_a_cheap_fit_of_some_size_is_rounding_errors(tmp_path, size, lost):
-    """The ridge is that of the smallest size, for which it will do; others keep the neuron that is lost as well."""
-    checkpoint, fitted_DD = checkpoint_in(tmp_path), torch.eye(NEURONS, dtype=torch.float64)
-    fitted_DD[lost, lost] = -9.0 * NEURONS
-    grams = Grams(fitted_DD, torch.eye(NEURONS, dtype=torch.float64), 0.5)
-    stream = SimpleNamespace(grams=lambda *_: {"neurons": [grams]})
-    layer = LayerReader(checkpoint, torch.float32, CPU).layer(2)
-    scored = Scored(checkpoint.structures["neurons"], [-torch.arange(NEURONS)] * 3)
-
-    def fit(world):
-        CheapFits([scored], stream, True, world).weights(2, layer, [(count,) for count in (5, 9, 13, 20)])
-
-    with pytest.raises(UserError, match=r"^activations of layer 2: .* in rounding"):
-        Ranks(size).run(fit)
-
-
-@pytest.mark.parametrize("rank", [0, 1, 2])
-def test_what_ranks_send_is_contiguous_whatever_the_weight(rank, monkeypatch):
-    """Collectives send memory as it lies there."""
-    world, sent = SoloWorld(rank, 3), []
-    monkeypatch.setattr(world, "broadcast_tensor", lambda tensor, owner: sent.append((tensor.is_contiguous(), owner)))
-    projections_of(WEIGHT.T.contiguous().T, grams_of(TOKENS, drawn(3, 10, 6)), world)
-    assert sent == [(True, 0), (True, 1)]
 
 
 @pytest.mark.parametrize("method", ["dense", "layerwise", "cheap"])
@@ -173,7 +106,7 @@ def test_every_fit_names_the_layer_whose_gram_matrix_is_rounding_errors(tmp_path
         stream = LayerStream(checkpoint, windows_ST, torch.float32, MICRO_BATCH, world)
         _, layer = next(stream.layers([0]))
         scored = Scored(checkpoint.structures["neurons"], [torch.ones(NEURONS)])
-        CheapFits([scored], stream, True, world).weights(0, layer, [(11,)])
+        CheapFits([scored], stream, world).weights(0, layer, [(11,)])
 
     monkeypatch.setattr(LeastSquares, "weight", refuse)
     with pytest.raises(UserError, match=r"^activations of layer 0: .* in rounding; check the checkpoint's weights$"):

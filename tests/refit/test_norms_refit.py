@@ -1,148 +1,131 @@
-"""Factors on all norms of a pruned model, from windows of text."""
+"""Factors on all norms of a pruned model: derivatives against autograd through the whole model, and the fit."""
 
 from dataclasses import replace
-from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import pytest
 import torch
-from hypothesis import given, settings
+from families import save_model
+from hypothesis import given
 from hypothesis import strategies as st
 from ranks import SoloWorld
 from refitting import checkpoint_in, some_kept, windows_of
+from transformers import AutoModelForCausalLM
 from worlds import Ranks
 
 from hfprune_dist.checkpoints.checkpoint import open_checkpoint
 from hfprune_dist.core import quasi_newton
-from hfprune_dist.distributed.interruption import Interrupted
 from hfprune_dist.errors import UserError
+from hfprune_dist.models.norm_factors import norms_of_layers
 from hfprune_dist.refit.measurement import dense_outputs
-from hfprune_dist.refit.norm_gradients import NormGradients
-from hfprune_dist.refit.norms_refit import AT_ONCE, RIDGE, TOKENS, NormsRefit, curvature_of, micro_batches_of_norms
-from hfprune_dist.refit.pruned_layers import PrunedLayers
+from hfprune_dist.refit.norms_refit import (
+    AT_ONCE,
+    RIDGE,
+    TOKENS,
+    NormGradients,
+    PrunedLayers,
+    curvature_of,
+    fit_norms,
+    micro_batches_of_norms,
+)
+from hfprune_dist.structures.kept import Kept
 
 WORLD = SoloWorld()
+F64 = torch.float64
 
 
 def nothing(_done):
     pass
 
 
-@pytest.fixture
-def model(tmp_path):
-    checkpoint_in(tmp_path / "model")
-    return tmp_path
+def factors_of(shape, seed=0):
+    return 1 + 0.1 * torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=F64)
 
 
-def refit_in(folder, *, world=WORLD, windows=5, size=2, dtype=torch.float32, after_each=nothing):
-    """Return a refit of a tiny model that loses much."""
-    checkpoint, batches = open_checkpoint(folder / "model"), dict(enumerate(windows_of(windows).split(size)))
+def gradients_of(checkpoint, kept, windows_ST, *, new=None, dtype=F64, world=WORLD, after_each=nothing):
+    batches = dict(enumerate(windows_ST.split(2)))
+    pruned = PrunedLayers(checkpoint, kept, new or {}, dtype, world.device)
     dense = dense_outputs(checkpoint, batches, dtype, world, nothing)
-    pruned = PrunedLayers(checkpoint, some_kept([0, 2]), {}, dtype, world.device)
-    gradients = NormGradients(pruned, batches, dense, world=world, after_each=after_each)
-    return NormsRefit(gradients, folder / "norms.safetensors", world)
+    return NormGradients(pruned, batches, dense, world=world, after_each=after_each)
 
 
-def test_the_divergence_falls_and_is_that_of_the_factors(model):
-    refit = refit_in(model)
-    fit = refit.fit()
+def by_autograd(checkpoint, new, windows_ST, factors_RC):
+    """Return divergence, gradients and mean squares of tokens' gradients, from the whole model with other weights."""
+    dense, pruned = (AutoModelForCausalLM.from_pretrained(checkpoint.path, dtype=F64).eval() for _ in range(2))
+    for name, read in new.items():
+        pruned.get_parameter(name).data = read().to(F64)
+    names = [f"{checkpoint.family.layers}.{number}.{name}" for number, name in norms_of_layers(checkpoint, range(3))]
+    outputs, products = {}, {}
+    for row, name in enumerate([*names, checkpoint.family.norm]):
+
+        def multiply(_norm, _inputs, output, row=row):
+            outputs[row], products[row] = output, output * factors_RC[row]
+            return products[row]
+
+        pruned.get_submodule(name).register_forward_hook(multiply)
+    log_p, log_q = (model(windows_ST, use_cache=False).logits.log_softmax(-1) for model in (dense, pruned))
+    kl = (log_p.exp() * (log_p - log_q)).sum()
+    slopes = torch.autograd.grad(kl, [products[row] for row in range(len(products))])
+    terms = [(slope * outputs[row]).detach().flatten(0, 1) for row, slope in enumerate(slopes)]
+    tokens, sums = windows_ST.numel(), [(it.sum(dim=0), it.square().sum(dim=0)) for it in terms]
+    gradient_RC, squares_RC = (torch.stack(of_norms) / tokens for of_norms in zip(*sums, strict=True))
+    return kl.item() / tokens, gradient_RC, squares_RC
+
+
+# Norms before blocks, after them, both, one for two blocks; with biases, with 1 + weight, with multipliers.
+@pytest.mark.parametrize("model_type", ["llama", "gemma2", "olmo2", "cohere2", "granite", "stablelm", "glm4"])
+def test_derivatives_are_those_of_the_whole_model(tmp_path, model_type):
+    checkpoint, windows_ST = open_checkpoint(save_model(tmp_path / "model", model_type)), windows_of(3) % 64
+    units = checkpoint.structures["neurons"]
+    weight = 0.3 * torch.randn(32, units.counts[1], generator=torch.Generator().manual_seed(1))
+    new = {units.output_weight(1): lambda: weight}
+    gradients = gradients_of(checkpoint, Kept((0, 1, 2)), windows_ST, new=new)
+    factors_RC = factors_of(gradients.shape)
+    there = gradients.at(factors_RC)
+    kl, gradient_RC, squares_RC = by_autograd(checkpoint, new, windows_ST, factors_RC)
+    assert there.kl == pytest.approx(kl, rel=1e-4) and kl > 1e-3
+    torch.testing.assert_close(there.gradient_RC, gradient_RC, rtol=1e-3, atol=1e-6)
+    torch.testing.assert_close(there.squares_RC, squares_RC, rtol=1e-3, atol=1e-9)
+    assert gradient_RC.abs().amax(dim=1).min() > 0  # each norm matters
+
+
+def test_layers_and_units_that_go_have_no_part_in_it_and_ranks_share_the_windows(tmp_path):
+    checkpoint, kept, windows_ST, passed = checkpoint_in(tmp_path / "model"), some_kept([0, 2]), windows_of(5), []
+    gradients = gradients_of(checkpoint, kept, windows_ST, after_each=passed.append)
+    names = ["input_layernorm", "post_attention_layernorm"]
+    assert gradients.norms == [(number, name) for number in (0, 2) for name in names] and gradients.shape == (5, 32)
+    factors_RC = factors_of(gradients.shape)
+    there, step_RC = gradients.at(factors_RC), 1e-4 * factors_of(gradients.shape, seed=1)
+    assert passed == [1, 2, 3, 4]  # both layers that stay, there and back
+    ahead, behind = (gradients.at(factors_RC + sign * step_RC).kl for sign in (1, -1))
+    assert (ahead - behind) / 2 == pytest.approx((there.gradient_RC * step_RC).sum().item(), rel=1e-3)
+    shared = Ranks(4).run(lambda world: gradients_of(checkpoint, kept, windows_ST, world=world).at(factors_RC))
+    for it in shared:  # one of the ranks has nothing to do
+        assert it.kl == shared[0].kl == pytest.approx(there.kl, rel=1e-9)
+        torch.testing.assert_close(it.gradient_RC, there.gradient_RC, rtol=1e-7, atol=1e-12)
+
+
+def test_the_divergence_falls_and_is_that_of_the_factors(tmp_path):
+    gradients = gradients_of(checkpoint_in(tmp_path / "model"), some_kept([0, 2]), windows_of(5), dtype=torch.float32)
+    fit = fit_norms(gradients)
     assert min(fit.kl) < 0.97 * fit.kl[0]
-    assert refit._gradients.at(fit.factors_RC).kl == pytest.approx(min(fit.kl), rel=1e-5)
+    assert gradients.at(fit.factors_RC).kl == pytest.approx(min(fit.kl), rel=1e-5)
     assert fit.factors_RC.shape == (5, 32) and (fit.factors_RC != 1).any(dim=1).all()
-
-
-@given(
-    windows=st.integers(1, 6),
-    size=st.integers(1, 3),
-    ranks=st.integers(2, 4),
-    dtype=st.sampled_from(("float32", "bfloat16")),
-)
-@settings(max_examples=5, deadline=None)
-def test_factors_have_the_same_bits_on_any_number_of_ranks(windows, size, ranks, dtype):
-    sizes = {"windows": windows, "size": size, "dtype": getattr(torch, dtype)}
-    fits = []
-    for count in (1, ranks):
-        with TemporaryDirectory() as folder:
-            checkpoint_in(Path(folder) / "model")
-            fits += Ranks(count).run(lambda world, folder=folder: refit_in(Path(folder), world=world, **sizes).fit())
-    assert all(it.kl == fits[0].kl and torch.equal(it.factors_RC, fits[0].factors_RC) for it in fits)
-
-
-def test_a_refit_that_ends_on_its_way_goes_on_with_its_pass(tmp_path):
-    checkpoint_in(tmp_path / "whole" / "model")
-    whole, layers = refit_in(tmp_path / "whole").fit(), 2 * 2
-    for end in (1, 2, 4, 5, 11, layers * len(whole.kl) - 1):
-        folder, passed = tmp_path / str(end), []
-        checkpoint_in(folder / "model")
-
-        def stop(done, passed=passed, end=end):
-            passed.append(done)
-            if len(passed) == end:
-                raise Interrupted
-
-        with pytest.raises(Interrupted):
-            refit_in(folder, after_each=stop).fit()
-        fit = refit_in(folder, after_each=stop).fit()
-        saved = (end - 1) // layers * layers
-        assert passed == [*range(1, end + 1), *range(saved + 1, layers * len(whole.kl) + 1)]
-        assert fit.kl == whole.kl and torch.equal(fit.factors_RC, whole.factors_RC)
-        again = refit_in(folder, after_each=lambda done: pytest.fail("nothing is left to do")).fit()
-        assert again.kl == whole.kl and torch.equal(again.factors_RC, whole.factors_RC)
-
-
-def test_a_damaged_state_is_set_aside(model):
-    whole = refit_in(model).fit()
-    file = model / "norms.safetensors"
-    file.write_bytes(file.read_bytes()[:-8])
-    assert torch.equal(refit_in(model).fit().factors_RC, whole.factors_RC)
-
-
-def test_what_the_dense_model_has_stays_as_it_is(model, monkeypatch):
-    """Where nothing is lost, there is nothing to gain."""
-    refit = refit_in(model)
-    there = refit._gradients.at(torch.ones(refit._gradients.shape, dtype=torch.float64))
-    none = replace(there, kl=0.0, gradient_RC=torch.zeros_like(there.gradient_RC))
-    monkeypatch.setattr(refit._gradients, "at", lambda _factors: none)
-    fit = refit.fit()
-    assert fit.kl == [0.0] and torch.equal(fit.factors_RC, torch.ones(5, 32, dtype=torch.float64))
-
-
-@pytest.mark.parametrize("what", ["kl", "gradient_RC"])
-def test_what_is_not_finite_is_one_message_on_all_ranks(model, what):
-    def fails(world):
-        refit = refit_in(model, world=world)
-        there = refit._gradients.at(torch.ones(refit._gradients.shape, dtype=torch.float64))
-        refit._gradients.at = lambda _factors: replace(there, **{what: getattr(there, what) * float("nan")})
-        refit.fit()
-
+    there = gradients.at(torch.ones(gradients.shape, dtype=F64))
+    gradients.at = lambda _factors: replace(there, kl=0.0, gradient_RC=torch.zeros_like(there.gradient_RC))
+    fit = fit_norms(gradients)  # nothing is lost, so there is nothing to gain
+    assert fit.kl == [0.0] and torch.equal(fit.factors_RC, torch.ones(5, 32, dtype=F64))
+    gradients.at = lambda _factors: replace(there, gradient_RC=there.gradient_RC * float("nan"))
     with pytest.raises(UserError, match=r"^the norms can't be refitted: .* NaN or infinite; set importance\.dtype"):
-        Ranks(2).run(fails)
-    assert not (model / "norms.safetensors").exists()
-
-
-def test_ranks_whose_devices_round_differently_go_the_same_way(model):
-    def fitted(world):
-        refit = refit_in(model, world=world)
-        at = refit._gradients.at
-
-        def rounded(factors_RC):
-            there = at(factors_RC)
-            return replace(there, gradient_RC=there.gradient_RC * (1 + 1e-3 * world.rank))
-
-        refit._gradients.at = rounded
-        return refit.fit()
-
-    first, *others = Ranks(3).run(fitted)
-    assert all(it.kl == first.kl and torch.equal(it.factors_RC, first.factors_RC) for it in others)
+        fit_norms(gradients)
 
 
 def test_curvature_is_held_up_by_its_norms_mean_and_infinite_where_nothing_matters():
-    squares = torch.tensor([[1.0, 0.0, 3.0, 0.0], [0.0, 0.0, 0.0, 0.0]], dtype=torch.float64)
+    squares = torch.tensor([[1.0, 0.0, 3.0, 0.0], [0.0, 0.0, 0.0, 0.0]], dtype=F64)
     found = curvature_of(squares)
     assert torch.equal(found[0], squares[0] + RIDGE) and found[1].isinf().all()
-    search = quasi_newton.QuasiNewton(torch.ones(8, dtype=torch.float64), found.flatten())
-    search.tell(1.0, torch.tensor([1.0, 1, 1, 1, 0, 0, 0, 0], dtype=torch.float64))
-    search.tell(0.5, torch.tensor([0.5, 0.4, 0.6, 0.5, 0, 0, 0, 0], dtype=torch.float64))
+    search = quasi_newton.QuasiNewton(torch.ones(8, dtype=F64), found.flatten())
+    search.tell(1.0, torch.tensor([1.0, 1, 1, 1, 0, 0, 0, 0], dtype=F64))
+    search.tell(0.5, torch.tensor([0.5, 0.4, 0.6, 0.5, 0, 0, 0, 0], dtype=F64))
     assert (search.candidate_P[:4] != 1).all() and torch.equal(search.candidate_P[4:], torch.ones(4).double())
 
 

@@ -48,7 +48,7 @@ def source(tmp_path_factory):
 def make_reference(store, dense, dtype):
     draft = store.open_draft(REFERENCE.id)
     stream = LayerStream(dense, windows(), dtype, MICRO_BATCH, SoloWorld())
-    write_dense_states(stream, stream.states_in(store.root / "states"), draft, SoloWorld(), lambda layers: None)
+    write_dense_states(stream, draft, SoloWorld(), lambda layers: None)
     store.commit(REFERENCE, draft, {"metrics": {}})
 
 

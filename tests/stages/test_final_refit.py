@@ -10,7 +10,7 @@ from ranks import killing, run_stage
 from worlds import Ranks, run_in_threads
 
 from hfprune_dist.data.windows import load_windows
-from hfprune_dist.distributed.gram_sums import HOLD_OUT_EVERY, is_held_out
+from hfprune_dist.distributed.sums import HOLD_OUT_EVERY, is_held_out
 from hfprune_dist.stages import final_refit
 from hfprune_dist.stages.final_refit import in_refit_order
 from hfprune_dist.store.artifacts import Store

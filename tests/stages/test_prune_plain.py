@@ -269,12 +269,12 @@ def rows(windows_ST, among_ST):
 
 @pytest.fixture
 def used(monkeypatch):
-    """Windows by use: those of measurements by their folder's name, and those of refits."""
+    """Windows by use: those of measurements, which are made in this order, and those of refits."""
     seen = {"finalists refits": [], "refit refits": []}
-    init, refit = Measurement.__init__, prune_refit.refit_layers
+    init, refit, phases = Measurement.__init__, prune_refit.refit_layers, iter(["layers", "shapes", "finalists"])
 
     def measuring(self, checkpoint, variants, micro_batches, **options):
-        seen[options["folder"].name] = torch.cat(list(micro_batches.values()))
+        seen[next(phases)] = torch.cat(list(micro_batches.values()))
         init(self, checkpoint, variants, micro_batches, **options)
 
     def refitting(context, models, kept, windows_ST, fitted, *, phase):

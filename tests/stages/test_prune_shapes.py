@@ -17,7 +17,6 @@ from transformers import AutoModelForCausalLM
 from hfprune_dist.checkpoints.checkpoint import open_checkpoint
 from hfprune_dist.core.width_search import START, Found
 from hfprune_dist.models.loading import load_causal_lm
-from hfprune_dist.refit.measurement import Measurement
 from hfprune_dist.stages import finals, prune, prune_shapes
 from hfprune_dist.stages.cheap_measurement import EVERY, CheapMeasurements
 from hfprune_dist.store.artifacts import Store
@@ -188,18 +187,6 @@ def test_any_number_of_ranks_finds_and_writes_the_same(tmp_path, variant, dtype,
         assert ended.codes == [0] * ranks, ended.messages
         outcomes.append(outcome(store, stage))
     assert outcomes[0] == outcomes[1]
-
-
-def test_an_interrupted_search_measures_nothing_twice(tmp_path, monkeypatch):
-    measured, original = [], Measurement._measure
-    monkeypatch.setattr(Measurement, "_measure", lambda self, them: measured.extend(them) or original(self, them))
-    store, stage = prepare(tmp_path, structures=ALL)
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(prune_shapes, "kept_of", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-        run(store, stage)
-    run(store, stage)
-    metrics = metrics_of(store, stage)
-    assert len(measured) == len(metrics["search_kl"]) + LAYERS - 1, "the start of the closest is measured once"
 
 
 def test_death_on_the_way_ends_with_the_same_checkpoint(tmp_path):

@@ -14,8 +14,6 @@ from tiny import save_tiny
 
 from hfprune_dist.config.schema import RuntimeConfig
 from hfprune_dist.distributed.interruption import Interrupted, Interruption
-from hfprune_dist.distributed.layer_stream import LayerStream
-from hfprune_dist.refit.measurement import Measurement
 from hfprune_dist.refit.refitted_layers import RefittedLayers
 from hfprune_dist.stages import importance, prune, reference
 from hfprune_dist.stages.context import Context
@@ -182,42 +180,15 @@ def test_a_refit_of_dense_layers_solves_none_twice(tmp_path, uninterrupted, logg
     assert files_of(store, stage) == uninterrupted(refit="dense")
 
 
-@pytest.mark.parametrize("part", [".safetensors", ".json"])
 @pytest.mark.parametrize("refit", ["dense", "layerwise"])
-def test_a_damaged_layer_of_a_refit_is_fitted_again(tmp_path, uninterrupted, logged, refit, part):
+def test_a_damaged_layer_of_a_refit_is_fitted_again(tmp_path, uninterrupted, logged, refit):
     written = logged(RefittedLayers, "write", lambda _self, number, *_: number)
     store, stage = prepare(tmp_path, refit=refit)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Context, "open_draft", lambda _self: (_ for _ in ()).throw(Interrupted))
         assert ended(1, store, stage) == INTERRUPTED
-    file = store.work(stage.id) / "refit" / f"layer-1{part}"
+    file = store.work(stage.id) / "refit" / "layer-1.safetensors"
     file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
     assert ended(2, store, stage) == 0
     assert written() == ["0", "1", "2", "1"]
     assert files_of(store, stage) == uninterrupted(refit=refit)
-
-
-@pytest.mark.parametrize(("layers", "before", "after"), [(1, 1, 2), (LAYERS, 3, 1), (LAYERS + 2, 2, 3)])
-def test_a_search_takes_no_candidate_through_a_layer_twice(tmp_path, uninterrupted, logged, layers, before, after):
-    """It may end after the last layer of a measurement, and also in the second one."""
-    expected = uninterrupted(allocation="searched", refit="dense")
-    passed = logged(Measurement, "_through", lambda _self, _stream, number, *_: number)
-    store, stage = prepare(tmp_path, allocation="searched", refit="dense")
-    assert ended(before, store, stage, interrupt_at=LAYERS + layers) == INTERRUPTED, (
-        "the dense model goes through first"
-    )
-    assert len(list(store.work(stage.id).glob("candidates-*/*.safetensors"))) == 3, "one layer's micro-batches"
-    assert ended(after, store, stage) == 0
-    assert len(passed()) == layers * before + (SEARCHED - layers) * after
-    assert files_of(store, stage) == expected
-
-
-@pytest.mark.parametrize(("layers", "before", "after"), [(1, 1, 2), (2, 3, 1), (LAYERS, 2, 3)])
-def test_a_reference_goes_on_at_its_layer(tmp_path, uninterrupted, logged, layers, before, after):
-    expected = uninterrupted("reference")
-    advanced = logged(LayerStream, "advance", lambda *_: "layer")
-    store, stage = prepare(tmp_path, "reference")
-    assert ended(before, store, stage, interrupt_at=layers) == INTERRUPTED
-    assert ended(after, store, stage) == 0
-    assert len(advanced()) == layers * before + (LAYERS - layers) * after
-    assert files_of(store, stage) == expected

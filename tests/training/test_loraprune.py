@@ -4,19 +4,14 @@ import shutil
 import tempfile
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 from fine_tunings import make_task, train
-from gather_counter import SMALL_PARAMETER
-from host_reads import HostReads
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from masking import kept_of, models, write
-from peak_bytes import PeakBytes
 from peft import LoraConfig, get_peft_model
-from ranks import SoloWorld
 from tiny import save_tiny
 from transformers import AutoModelForCausalLM
 
@@ -28,9 +23,9 @@ from hfprune_dist.models.loading import load_causal_lm
 from hfprune_dist.structures.kept import Shape
 from hfprune_dist.structures.neurons import neurons
 from hfprune_dist.structures.units import Block
-from hfprune_dist.training import loraprune, snapshots, trainer
+from hfprune_dist.training import snapshots, trainer
 from hfprune_dist.training.engine_setup import MAX_GRAD_NORM
-from hfprune_dist.training.loraprune import LoraGradients, UnitMasks
+from hfprune_dist.training.loraprune import UnitMasks
 from hfprune_dist.training.snapshots import read_snapshot
 
 STEPS = 4
@@ -99,55 +94,16 @@ def test_averages_are_those_of_the_whole_batch(monkeypatch, tmp_path, variant, r
         torch.testing.assert_close(last.units[name], expected, rtol=2e-4, atol=1e-6)
 
 
-def test_the_host_waits_once_for_all_scores(monkeypatch, tmp_path):
-    """Nothing is read from a GPU before the last layer's scores are queued there."""
-    checkpoint = open_checkpoint(save_tiny(tmp_path / "model", **SMALL))
-    model = AutoModelForCausalLM.from_pretrained(checkpoint.path)
-    config = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=lora_targets(checkpoint.family))
-    adapted = get_peft_model(model, config)
-    trained = [it for it in adapted.parameters() if it.requires_grad]
-    for parameter in trained:
-        parameter.grad = torch.randn_like(parameter)
-    for name in ("safe_get_full_grad", "safe_get_local_grad"):
-        monkeypatch.setattr(loraprune, name, lambda parameter: parameter.grad)
-    monkeypatch.setattr(loraprune, "safe_get_full_fp32_param", lambda parameter: parameter.data)
-    events, score, to_host = [], loraprune.unit_scores, torch.Tensor.cpu
-    monkeypatch.setattr(loraprune, "unit_scores", lambda *args: events.append("score") or score(*args))
-    monkeypatch.setattr(torch.Tensor, "cpu", lambda tensor: events.append("wait") or to_host(tensor))
-    layers = masks_of(masking_task(checkpoint), SimpleNamespace(units=None)).kinds_by_layer
-    gradients = LoraGradients(adapted.get_base_model(), SoloWorld(), whole=True, largest_norm=MAX_GRAD_NORM)
-    with HostReads() as reads, torch.no_grad():
-        scores = gradients.scores(layers)
-    assert reads.names == [] and len(scores) == 3
-    assert events == sorted(events) and events.count("wait") == len(scores)
-
-
-def scored_weights(task):
-    masks = UnitMasks(task.checkpoint.structures, task.masked_to)
-    return [
-        units.tensor(layer, name)
-        for layer, kinds in masks.kinds_by_layer.items()
-        for units in kinds
-        for name in units.weights
-    ]
-
-
-def lora_of(task, snapshot):
-    """Return LoRA's weights in the modules whose weights are scored."""
-    modules = tuple(f"base_model.model.{name.removesuffix('weight')}" for name in scored_weights(task))
-    return [tensor for name, tensor in snapshot.weights.items() if name.startswith(modules)]
-
-
 @pytest.mark.slow
 def test_any_snapshot_leads_to_the_same_bits(monkeypatch, tmp_path):
     """From the first and the last but one; sharded weights and other numbers of ranks come close."""
     checkpoint = open_checkpoint(save_tiny(tmp_path / "model", "qwen3", num_hidden_layers=3, **WIDE))
     task = masking_task(checkpoint, dropout=0.1)
     monkeypatch.setattr(snapshots, "KEPT_SNAPSHOTS", STEPS)
-    found, counts = {}, {}
+    found = {}
     for name, whole in (("sharded", False), ("whole", True)):
         monkeypatch.setattr(trainer, "place_training", lambda *_, whole=whole: Placement(whole, False, fits=True))
-        found[name], counts[name] = train(tmp_path / name, 2, task)
+        found[name], _ = train(tmp_path / name, 2, task)
     for snapshot in sorted((tmp_path / "whole" / "snapshots").glob("step-*"))[:-1:2]:
         (tmp_path / snapshot.stem / "snapshots").mkdir(parents=True)
         shutil.copy(snapshot, tmp_path / snapshot.stem / "snapshots")
@@ -158,52 +114,12 @@ def test_any_snapshot_leads_to_the_same_bits(monkeypatch, tmp_path):
             for key, tensor in getattr(expected, part).items():
                 assert torch.equal(tensor, getattr(snapshot, part)[key]), (name, key)
     assert masks_of(task, expected).kept().shape == task.masked_to
-    # Gathered per step with whole weights: LoRA's after it, and with their moments for the snapshot before it; for
-    # scores, LoRA's of the scored weights, with their gradients. With sharded weights, the scored weights as well, and
-    # all weights for each micro-batch.
-    lora = 4 * sum(it.numel() for it in expected.weights.values())
-    scored = 4 * sum(it.numel() for it in lora_of(task, expected))
-    steps = {name: of_steps[2] - of_steps[1] for name, of_steps in counts.items()}
-    assert steps["whole"] == 4 * lora + 2 * scored
-    sizes = {name: 4 * it.numel for name, it in checkpoint.tensors.items() if it.numel > SMALL_PARAMETER}
-    layers = sum(sizes[name] for name in scored_weights(task) if name in sizes)
-    assert layers > 0 and steps["sharded"] - steps["whole"] - layers == pytest.approx(4 * sum(sizes.values()), rel=0.1)
 
     monkeypatch.setattr(trainer, "place_training", lambda *_: Placement(True, False, fits=True))
     alone, _ = train(tmp_path / "alone", 1, task)
     for key, average in ((key, it) for key, it in expected.units.items() if key.endswith("average")):
         for other in (sharded, alone):
             torch.testing.assert_close(other.units[key], average, rtol=0.02, atol=1e-3)
-
-
-@pytest.mark.parametrize(("ranks", "whole"), [(1, True), (2, True), (2, False)])
-def test_memory_of_scores(monkeypatch, tmp_path, ranks, whole):
-    """For one weight at a time: three float32 numbers for each of its elements, and its factors, their gradients and
-    what clipping makes of these; the same on any number of ranks.
-    """
-    checkpoint = open_checkpoint(save_tiny(tmp_path / "model", "qwen3", num_hidden_layers=3, **WIDE))
-    task, scores = masking_task(checkpoint, dtype="bfloat16"), LoraGradients.scores
-
-    def counted_scores(self, layers):
-        with PeakBytes() as counted:
-            for known in (*self._model.parameters(), *self._model.buffers()):
-                counted._sizes[known.untyped_storage()._cdata] = 0
-            found = scores(self, layers)
-        (tmp_path / f"peak-{self._world.rank}").write_text(str(counted.peak))
-        return found
-
-    monkeypatch.setattr(LoraGradients, "scores", counted_scores)
-    monkeypatch.setattr(trainer, "place_training", lambda *_: Placement(whole, False, fits=True))
-    last, _ = train(tmp_path / "run", ranks, replace(task, total_steps=1))
-    sizes = [checkpoint.tensors[name].shape for name in scored_weights(task)]
-    expected = max(4 * 3 * (outputs * inputs + task.settings.rank * (outputs + inputs)) for outputs, inputs in sizes)
-    # The optimizer's shards of LoRA and of its gradient are read, and so counted, although they existed before.
-    expected += 2 * 4 * sum(it.numel() for it in last.weights.values()) / ranks
-    if not whole:  # a layer at a time is gathered: the middle one is the largest; its shards were there before, too
-        middle = (checkpoint.tensors[name].numel for name in scored_weights(task) if ".layers.1." in name)
-        expected += 2 * sum(numel for numel in middle if numel > SMALL_PARAMETER) * (1 + 1 / ranks)
-    peak = max(int((tmp_path / f"peak-{rank}").read_text()) for rank in range(ranks))
-    assert 0.95 < peak / expected < 1.05
 
 
 def state_of(checkpoint, kept):

@@ -10,11 +10,11 @@ from made_stages import stage_of
 from hfprune_dist.config.schema import EvaluationConfig, RuntimeConfig
 from hfprune_dist.config.texts import CalibrationConfig
 from hfprune_dist.config.training import RecoveryConfig
-from hfprune_dist.distributed.threads import threads_allowed
 from hfprune_dist.errors import UserError
 from hfprune_dist.kinds.importance import ImportanceParameters
 from hfprune_dist.kinds.training import RecoverParameters
 from hfprune_dist.store import provenance
+from hfprune_dist.store.machine import threads_allowed
 
 BEFORE_AVX512, AVX512 = "flags\t\t: fpu sse2 avx avx2 fma", "flags\t\t: fpu sse2 avx avx2 fma avx512f avx512bw"
 ARM = "Features\t: fp asimd bf16"

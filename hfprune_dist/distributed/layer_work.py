@@ -1,13 +1,28 @@
-"""Solving independent layers, a different one on each rank at the same time."""
+"""Layers that a pass still has to work on, and ranks that solve independent ones at the same time."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Generic, TypeVar
 
 from hfprune_dist.distributed.world import World
 
 Work = TypeVar("Work")
+
+
+def unfinished(layers: Iterable[int], done: Callable[[], set[int]], world: World) -> list[int]:
+    """Return those of some layers that earlier attempts haven't finished, in the same order on every rank. Collective.
+
+    Args:
+        done: returns the numbers of the layers that are done. Only rank 0 calls it: it may set damaged files aside.
+    """
+    known = world.on_rank0(done)
+    return [number for number in layers if number not in known]
+
+
+def up_to_last(left: Sequence[int]) -> range:
+    """Return the layers that windows must go through to reach all those that are left: none if none are."""
+    return range(left[-1] + 1 if left else 0)
 
 
 class Turns(Generic[Work]):

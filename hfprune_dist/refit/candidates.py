@@ -1,22 +1,25 @@
-"""Layers of candidates with a cheap refit: least squares on the dense model's activations, for many sizes at once."""
+"""Layers of candidates that are measured next to each other.
+
+``CheapFits`` fits them for many sizes at once, by least squares on the dense model's activations; ``FinishedLayers``
+are those of models that have been refitted already.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor, nn
 
+from hfprune_dist.core.least_squares import Projection, best_ridge
 from hfprune_dist.core.selection import entries_of, top_units_of_each
-from hfprune_dist.distributed.float64_sum import explaining
-from hfprune_dist.distributed.gram_sums import Grams
 from hfprune_dist.distributed.layer_stream import LayerStream
+from hfprune_dist.distributed.sums import Grams, explaining
 from hfprune_dist.distributed.world import World
 from hfprune_dist.models.single_layer import output_of, weights_kept
-from hfprune_dist.refit.least_squares_fit import projections_of, ridge_of_all_ranks
 from hfprune_dist.refit.measurement import Candidate, Choice, Weights
+from hfprune_dist.refit.refitted_layers import RefittedLayers
 from hfprune_dist.structures.kept import Kept
 from hfprune_dist.structures.units import Units
 
@@ -52,14 +55,12 @@ class CheapFits:
 
     Args:
         kinds: in the order of a choice's numbers.
-        stream: windows before the first layer; None if nothing is fitted and layers need no check.
-        refit: whether output projections are fitted, on the stream's windows that are not held out.
+        stream: windows before the first layer, on which output projections are fitted; None to keep their weights.
     """
 
-    def __init__(self, kinds: Sequence[Scored], stream: LayerStream | None, refit: bool, world: World) -> None:
+    def __init__(self, kinds: Sequence[Scored], stream: LayerStream | None, world: World) -> None:
         self._kinds = kinds
         self._stream = stream
-        self._refit = refit
         self._world = world
 
     def weights(self, number: int, layer: nn.Module, choices: Sequence[Choice]) -> Mapping[Choice, Weights]:
@@ -69,11 +70,8 @@ class CheapFits:
             UserError: as ``LayerStream.grams`` and ``explaining`` do.
         """
         grams: Mapping[str, Sequence[Grams]] = {}
-        if self._refit:
-            assert self._stream is not None, "nothing to fit on"
+        if self._stream is not None:
             grams = self._stream.grams(number, layer, [it.units for it in self._kinds])
-        else:
-            self.go_past(layer)
         of_kinds = [
             self._of_kind(number, layer, scored, sorted({choice[place] for choice in choices}), grams)
             for place, scored in enumerate(self._kinds)
@@ -86,11 +84,6 @@ class CheapFits:
             }
             for choice in choices
         }
-
-    def go_past(self, layer: nn.Module) -> None:
-        """See ``Variants``."""
-        if self._stream is not None:
-            self._stream.advance(layer)
 
     def _of_kind(
         self, number: int, layer: nn.Module, scored: Scored, counts: Sequence[int], grams: Mapping[str, Sequence[Grams]]
@@ -114,20 +107,64 @@ class CheapFits:
         self, number: int, layer: nn.Module, units: Units, kept: Mapping[int, Tensor], grams: Grams
     ) -> dict[int, Tensor]:
         """The output projection for every number of units, fitted on windows not held out; one ridge for all."""
-        weight_CD = output_of(layer, units).weight.data.double()
-        channels = {count: entries_of(kept_K, units.channels_per_unit) for count, kept_K in kept.items()}
-        on_device = {count: channels_K.to(weight_CD.device) for count, channels_K in channels.items()}
-        fewest_K = on_device[min(on_device)]
-        fitted, held_out = projections_of(weight_CD, grams, self._world)
-        with explaining(number):
-            best, _ = ridge_of_all_ranks(fitted.keeping(fewest_K), held_out.keeping(fewest_K), self._world)
-        del held_out
-        empty = partial(weight_CD.new_empty, dtype=torch.float32)
-        weights = {count: empty(len(weight_CD), len(channels_K)) for count, channels_K in on_device.items()}
-        owners = {count: place % self._world.size for place, count in enumerate(on_device)}
+        weight_CD, world = output_of(layer, units).weight.data.double(), self._world
+        channels = {
+            count: entries_of(kept_K, units.channels_per_unit).to(weight_CD.device) for count, kept_K in kept.items()
+        }
+        fitted = Projection(weight_CD, grams.fitted_DD)
+
+        def ridge_of_fewest() -> float:
+            fewest_K = channels[min(channels)]
+            return best_ridge(
+                fitted.keeping(fewest_K), Projection(weight_CD, grams.held_out_DD).keeping(fewest_K)
+            ).ridge
+
+        weights: dict[int, Tensor] = {}
         with explaining(number):  # more channels may be lost in rounding with a ridge that fewer do with
-            for count in (count for count, owner in owners.items() if owner == self._world.rank):
-                weights[count].copy_(fitted.keeping(on_device[count]).weight(best.ridge))
-        for count, owner in owners.items():
-            self._world.broadcast_tensor(weights[count], owner)
+            ridge = world.on_rank0(ridge_of_fewest)
+            for place, (count, channels_K) in enumerate(channels.items()):
+                if place % world.size == world.rank:
+                    weights[count] = fitted.keeping(channels_K).weight(ridge).float().contiguous()
+                else:
+                    weights[count] = weight_CD.new_empty(len(weight_CD), len(channels_K), dtype=torch.float32)
+        for place, weight_CK in enumerate(weights.values()):
+            world.broadcast_tensor(weight_CK, place % world.size)
         return weights
+
+
+def candidates_of(kepts: Sequence[Kept], num_layers: int) -> list[Candidate]:
+    """Return one candidate for each refitted model; in every layer that it keeps, its choice is the model's index.
+
+    Args:
+        kepts: what each model keeps.
+        num_layers: number of layers before pruning.
+    """
+    return [
+        tuple((model,) if layer in kept.layers else None for layer in range(num_layers))
+        for model, kept in enumerate(kepts)
+    ]
+
+
+class FinishedLayers:
+    """``Variants`` in which a choice is the index of one of these models.
+
+    Args:
+        models: what each keeps, and its refitted layers.
+    """
+
+    def __init__(self, models: Sequence[tuple[Kept, RefittedLayers]]) -> None:
+        self._models = models
+
+    def weights(self, number: int, layer: nn.Module, choices: Sequence[Choice]) -> Mapping[Choice, Weights]:
+        """See ``Variants``."""
+        return {choice: self._of_model(number, layer, choice) for choice in choices}
+
+    def _of_model(self, number: int, layer: nn.Module, choice: Choice) -> Weights:
+        (model,) = choice
+        kept, fitted = self._models[model]
+        weights = {
+            name: it
+            for units in fitted.kinds
+            for name, it in weights_kept(layer, units, kept.of_layer(number, units.kind)).items()
+        }
+        return weights | fitted.weights(number, like=next(iter(weights.values())))

@@ -1,11 +1,11 @@
-"""The choice of a rank's GPU: one of its own, whatever the launcher lets it see."""
+"""The device of a rank: a GPU of its own, whatever the launcher lets it see, with the same bits each time."""
 
 from __future__ import annotations
 
+import os
 import socket
 from collections.abc import MutableMapping
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -14,23 +14,6 @@ from hfprune_dist.store.machine import count_gpus, driver_version
 
 if TYPE_CHECKING:
     from hfprune_dist.distributed.world import World
-
-BOOT = Path("/proc/sys/kernel/random/boot_id")
-
-
-class Place(NamedTuple):
-    """The place of a GPU.
-
-    Attributes:
-        machine: identifies the running system that the GPU is in, which nodes of one name don't share, and containers
-            on one node do.
-        address: tells the machine's GPUs apart.
-        node: name of the node, for people; one machine may have several.
-    """
-
-    machine: str
-    address: str
-    node: str
 
 
 def claim_device(environment: MutableMapping[str, str]) -> torch.device:
@@ -71,40 +54,37 @@ def require_usable_gpus() -> None:
     )
 
 
-def place_of(device: torch.device) -> Place | None:
-    """Return the place of a GPU; None for a CPU."""
-    if device.type != "cuda":
-        return None
-    gpu: Any = torch.cuda.get_device_properties(device)
-    # Slices of one GPU share its address, by which NCCL tells GPUs apart. torch before 2.9 doesn't report it.
-    address = str(gpu.uuid)
-    if hasattr(gpu, "pci_bus_id"):
-        address = f"{gpu.pci_domain_id:04x}:{gpu.pci_bus_id:02x}:{gpu.pci_device_id:02x}"
-    node = socket.gethostname()
-    return Place(_machine() or node, address, node)
-
-
-def _machine() -> str | None:
-    """Return the id that Linux draws when it boots, which NCCL looks at too; None if there is none to be read."""
-    try:
-        return BOOT.read_text(encoding="ascii").strip() or None
-    except OSError:
-        return None
-
-
-def require_own_gpus(world: World, place: Place | None) -> None:
+def require_own_gpus(world: World) -> None:
     """Check that no two ranks compute on the same GPU, which NCCL refuses; collective.
 
     Raises:
         UserError: naming the ranks and the GPU, on all ranks.
     """
-    first_there: dict[tuple[str, str], int] = {}
-    for rank, found in enumerate(world.all_gather(place)):
-        if found is None:
-            continue
-        first = first_there.setdefault((found.machine, found.address), rank)
-        if first != rank:
+    own = None
+    if world.device.type == "cuda":
+        gpu: Any = torch.cuda.get_device_properties(world.device)
+        own = str(gpu.uuid), socket.gethostname()
+    first_there: dict[str, int] = {}
+    for rank, place in enumerate(world.all_gather(own)):
+        if place is not None and first_there.setdefault(place[0], rank) != rank:
             raise UserError(
-                f"ranks {first} and {rank} are on one GPU, {found.address} of node {found.node}; NCCL refuses that, "
-                "also where they are MIG slices of it: give each rank a GPU of its own, or use one rank"
+                f"ranks {first_there[place[0]]} and {rank} are on one GPU, {place[0]} of node {place[1]}; NCCL refuses "
+                "that: give each rank a GPU of its own, or use one rank"
             )
+
+
+def compute_deterministically() -> None:
+    """Make every GPU operation give the same bits each time, or raise; to be called before CUDA starts.
+
+    This holds for GPUs of one model and one version of the libraries: others have other kernels. On CPUs, nothing needs
+    to be done.
+    """
+    # Otherwise, cuBLAS may choose among kernels by the scratch memory that other streams leave it.
+    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
+    torch.use_deterministic_algorithms(True)
+    deterministic: Any = torch.utils.deterministic
+    deterministic.fill_uninitialized_memory = False  # a pass over each new tensor that we fill anyway
+    torch.backends.cuda.enable_cudnn_sdp(False)  # its backward is not among the operations that raise
+    # NVIDIA's containers ask by TORCH_ALLOW_TF32_CUBLAS_OVERRIDE for products of float32 with three digits.
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False  # torch's default for convolutions, which hybrids have

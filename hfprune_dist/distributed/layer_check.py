@@ -1,0 +1,123 @@
+"""The check that a model's layers, made one at a time, compute what they do in the whole model.
+
+Passes layer by layer make each layer from its weights and a configuration. An architecture can do more than that
+between its layers (scale embeddings, treat layers by their number), and a pass unaware of that would prune on wrong
+numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hfprune_dist.checkpoints.checkpoint import Checkpoint
+from hfprune_dist.config.schema import Sharding
+from hfprune_dist.distributed.frozen_model import FrozenModel, choose_sharding
+from hfprune_dist.distributed.world import World
+from hfprune_dist.errors import UserError
+from hfprune_dist.kinds.evaluate import Evaluate
+from hfprune_dist.models.single_layer import LayerReader, read_by, run
+from hfprune_dist.store.atomic_files import write_json
+
+# Relative errors that rounding explains: of sums in another order.
+TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
+
+
+def check_layers(
+    checkpoint: Checkpoint, window_T: Tensor, dtype: torch.dtype, sharding: Sharding, world: World, passed: Path
+) -> None:
+    """Run the whole model on one window, and each layer by itself on what it reads there; compare them. Collective.
+
+    Args:
+        window_T: token ids, int64 [tokens].
+        sharding: how the whole model is placed on the ranks (``runtime.sharding``).
+        passed: file that says that this model has passed; if it is there, nothing is computed.
+
+    Raises:
+        UserError: naming the first layer that departs from the model by more than rounding explains.
+    """
+    if world.on_rank0(passed.is_file):
+        return
+    job = Evaluate(0, 0, dtype.itemsize, window=len(window_T))
+    placed = choose_sharding(sharding, job, checkpoint, world)
+    if placed == "zero3" or world.is_first:
+        model = FrozenModel(checkpoint, dtype, 1, placed, world)
+        if world.is_first:
+            _Comparison(checkpoint, dtype, window_T, world.device).follow(model.module)
+        model.final_hidden(window_T)
+        model.release()
+
+    def record() -> None:
+        passed.parent.mkdir(parents=True, exist_ok=True)
+        write_json(passed, {"model": str(checkpoint.path), "layers": checkpoint.num_layers})
+
+    world.on_rank0(record)
+
+
+class _Comparison:
+    """Compares what a model computes in a forward with what its parts compute alone."""
+
+    def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype, window_T: Tensor, device: torch.device) -> None:
+        self._family = checkpoint.family
+        self._dtype = dtype
+        self._reader = LayerReader(checkpoint, dtype, device)
+        self._device = device
+        # What a pass through single layers has at this place, and how it is called.
+        self._hidden_BTC = self._reader.embed({0: window_T[None]})[0]
+        self._what = "embeddings"
+
+    def follow(self, model: nn.Module) -> None:
+        """Compare during the model's next forward."""
+        for number, layer in enumerate(self._family.layers_of(model)):
+            layer.register_forward_pre_hook(self._before, with_kwargs=True)
+            layer.register_forward_hook(self._after_layer(number), with_kwargs=True)
+        self._family.body_of(model).register_forward_hook(self._at_the_end)
+
+    def _before(self, _layer: nn.Module, inputs: tuple[Tensor, ...], options: Mapping[str, Any]) -> None:
+        self._compare(read_by(inputs, options))
+
+    def _after_layer(self, number: int) -> Any:
+        def compare(_layer: nn.Module, inputs: tuple[Tensor, ...], options: Mapping[str, Any], output: Any) -> None:
+            own_BTC = run(self._reader.layer(number), read_by(inputs, options))
+            self._hidden_BTC, self._what = own_BTC, f"outputs of layer {number}"
+            self._compare(output if isinstance(output, Tensor) else output[0])
+
+        return compare
+
+    def _at_the_end(self, _body: nn.Module, _inputs: Any, output: Any) -> None:
+        normed_BTC = self._reader.final_norm()(self._hidden_BTC.to(self._device))
+        self._hidden_BTC, self._what = normed_BTC, "the final norm's outputs"
+        self._compare(output.last_hidden_state)
+
+    def _compare(self, model_BTC: Tensor) -> None:
+        ours_NC, theirs_NC = (it.detach().flatten(0, 1).to(self._device) for it in (self._hidden_BTC, model_BTC))
+        finite_N = theirs_NC.isfinite().all(dim=1)  # other checks report what isn't
+        error = relative_error(ours_NC[finite_N].double(), theirs_NC[finite_N].double())
+        what = f"{self._family.model_type}: computed alone, {self._what} depart from the whole model's"
+        refuse_departure(error, TOLERANCES[self._dtype], what, "it is not supported")
+        self._hidden_BTC = model_BTC.detach()  # so that errors don't add up
+
+
+def relative_error(ours_NC: Tensor, theirs_NC: Tensor) -> float:
+    """Root mean square over the rows of |ours - theirs| / |theirs|; 0 without rows."""
+    if not len(theirs_NC):
+        return 0.0
+    ratios_N = (ours_NC - theirs_NC).norm(dim=1) / theirs_NC.norm(dim=1).clamp(min=1e-30)
+    return float(ratios_N.square().mean().sqrt())
+
+
+def refuse_departure(error: float, tolerance: float, what: str, remedy: str) -> None:
+    """End a pass that doesn't compute what the model does.
+
+    Raises:
+        UserError: if ``error`` is larger than ``tolerance``, or NaN.
+    """
+    if not error <= tolerance:
+        raise UserError(
+            f"{what} by {error:.2g} of their size (rounding explains {tolerance:g}). The architecture does more than "
+            f"hfprune_dist/checkpoints/families.py knows, so results would be wrong; {remedy}"
+        )

@@ -1,0 +1,80 @@
+"""Single layers are compared with the whole model once; architectures that they don't reproduce are refused."""
+
+import pytest
+import tiny
+import torch
+from forks import on_ranks
+from ranks import SoloWorld
+from transformers import DiffLlamaConfig, DiffLlamaForCausalLM
+
+from hfprune_dist.checkpoints import families as families_module
+from hfprune_dist.checkpoints.checkpoint import open_checkpoint
+from hfprune_dist.distributed import layer_check
+from hfprune_dist.distributed.layer_check import check_layers
+from hfprune_dist.errors import UserError
+from hfprune_dist.models.single_layer import LayerReader
+
+LAYERS = 3
+WINDOW_T = torch.randint(3, 264, (40,), generator=torch.Generator().manual_seed(0))
+
+
+def checkpoint_in(folder, variant="llama"):
+    return open_checkpoint(tiny.save_tiny(folder, variant, num_hidden_layers=LAYERS))
+
+
+def check(checkpoint, passed, dtype=torch.float32, sharding="auto", world=None):
+    check_layers(checkpoint, WINDOW_T, dtype, sharding, world or SoloWorld(), passed)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_architecture_whose_layers_depend_on_their_number_is_refused_with_its_place(tmp_path, monkeypatch, dtype):
+    monkeypatch.delitem(families_module._UNFIT, "diffllama")  # as if this weren't known yet
+    variant = DiffLlamaConfig, DiffLlamaForCausalLM, {"tie_word_embeddings": False}
+    monkeypatch.setitem(tiny.VARIANTS, "diffllama", variant)
+    with pytest.raises(UserError, match=r"diffllama: .* outputs of layer 1 depart from the whole model's by"):
+        check(checkpoint_in(tmp_path / "model", "diffllama"), tmp_path / "passed.json", dtype)
+    assert not (tmp_path / "passed.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("part", "place"),
+    [("embed", "embeddings"), ("layer", "outputs of layer 0"), ("final_norm", "final norm's outputs")],
+)
+def test_a_departure_is_found_at_every_place(tmp_path, monkeypatch, part, place):
+    original = getattr(LayerReader, part)
+
+    def scaled(self, *arguments):
+        made = original(self, *arguments)
+        if part == "embed":
+            return {index: hidden_BTC * 1.001 for index, hidden_BTC in made.items()}
+        made.register_forward_hook(lambda _module, _inputs, output: _scale(output))
+        return made
+
+    monkeypatch.setattr(LayerReader, part, scaled)
+    with pytest.raises(UserError, match=f"{place} depart"):
+        check(checkpoint_in(tmp_path / "model"), tmp_path / "passed.json")
+
+
+def _scale(output):
+    if isinstance(output, torch.Tensor):
+        return output * 1.001
+    output.last_hidden_state = output.last_hidden_state * 1.001
+    return output
+
+
+def test_a_model_that_has_passed_is_not_loaded_again(tmp_path, monkeypatch):
+    loads, original = [], layer_check.FrozenModel
+    monkeypatch.setattr(layer_check, "FrozenModel", lambda *rest: loads.append(rest) or original(*rest))
+    checkpoint = checkpoint_in(tmp_path / "model", "qwen2")
+    for _ in range(2):
+        check(checkpoint, tmp_path / "checked" / "passed.json")
+        assert len(loads) == 1
+
+
+def test_sharded_models_are_compared_as_well(tmp_path):
+    checkpoint = checkpoint_in(tmp_path / "model")
+
+    def compare(world):
+        check(checkpoint, tmp_path / "passed.json", torch.bfloat16, "zero3", world)
+
+    assert on_ranks(2, compare).codes == [0, 0]
