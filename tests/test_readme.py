@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[1]
 TOP = ["hfprune_dist", "launch", "configs", "slurm", "tests"]
 READMES = sorted([ROOT / "README.md", *(file for top in TOP for file in (ROOT / top).rglob("README.md"))])
 COMMANDS = ["hfprune", "sweep", "status", "report", "compare", "bench", "clean", "demo_assets", "schema"]
-LONGEST = 199
+LONGEST = 180
 # Files made by commands; all other files that a README names are files of the project.
 WRITTEN = {"results.md", "comparison.md", "bench.md", "bench.png"}
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
