@@ -34,7 +34,7 @@ LONG = [
 # How long an example takes depends only on the machine.
 settings.register_profile("without deadlines", parent=settings.default, deadline=None)
 settings.load_profile("without deadlines")
-DEMO_ASSETS = ("tests/launch/test_real_model.py", "tests/test_demo_assets.py", "tests/checkpoints/test_llama_cpp.py")
+DEMO_ASSETS = ("tests/launch/test_real_model.py", "tests/test_demo_assets.py")
 
 
 @pytest.fixture(scope="session")
@@ -43,10 +43,6 @@ def real_assets(tmp_path_factory):
     folder = tmp_path_factory.mktemp("demo-assets")
     build(folder)
     return folder
-
-
-def pytest_addoption(parser):
-    parser.addoption("--engines", action="store_true", help="run checkpoints in other engines, which are built first")
 
 
 def pytest_configure():
@@ -117,13 +113,9 @@ class TogetherByFile(LoadScopeScheduling):
         return "the demo's assets" if file in DEMO_ASSETS else file
 
 
-def pytest_collection_modifyitems(config, items):
+def pytest_collection_modifyitems(items):
     """Run the longest tests first, so that no worker is left with only those at the end; all workers in one order."""
     items.sort(key=lambda item: (_turn(item.path), item.path))
-    if not config.getoption("engines"):
-        for item in items:
-            if item.get_closest_marker("engines"):
-                item.add_marker(pytest.mark.skip(reason="builds an engine; only with --engines"))
 
 
 def _turn(file):

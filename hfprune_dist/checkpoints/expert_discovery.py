@@ -25,6 +25,8 @@ from hfprune_dist.structures.experts import (
 )
 from hfprune_dist.structures.units import Owned
 
+# Names of the block of experts within a layer.
+_BLOCKS = ("mlp", "feed_forward", "block_sparse_moe")
 # Names of the MLP that every token goes through, inside the block of experts or next to it; and its projections.
 _SHARED = ("{}.shared_expert", "{}.shared_experts", "{}.shared_mlp", "shared_mlp")
 _OF_SHARED: tuple[Projections, ...] = (
@@ -57,7 +59,6 @@ class _Form:
 
     rows: tuple[Owned, ...]
     columns: tuple[Owned, ...]
-    blocks: tuple[str, ...] = ("mlp", "feed_forward", "block_sparse_moe")
 
     @property
     def needed(self) -> list[str]:
@@ -122,7 +123,7 @@ def find_experts(
         _refuse_unstated(config, parts, refuse)
         return None
     for form in _FORMS:
-        for block in form.blocks:
+        for block in _BLOCKS:
             first = [f"{block}.{name.format(0)}" for name in form.needed]
             layers = tuple(number for number, there in enumerate(parts) if all(name in there for name in first))
             if layers:

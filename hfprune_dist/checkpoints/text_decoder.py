@@ -68,17 +68,14 @@ def with_decoder(config: Mapping[str, Any], decoder: Mapping[str, Any]) -> dict[
     """
     before = decoder_config(config)
     changed = {key: value for key, value in decoder.items() if before.get(key) != value or key not in before}
-    of_whole = {key: changed.pop(key) for key in _OF_THE_WHOLE if key in changed and _is_news(config, key, changed)}
-    changed = {key: value for key, value in changed.items() if key not in _OF_THE_WHOLE}
+    of_whole = {key: changed.pop(key) for key in _OF_THE_WHOLE if key in changed}
+    # A head's tie is stated for the whole model only if it was before and is undone.
+    if not config.get("tie_word_embeddings") or of_whole.get("tie_word_embeddings"):
+        of_whole.pop("tie_word_embeddings", None)
     text = config.get("text_config")
     if not isinstance(text, Mapping):
         return {**config, **changed, **of_whole}
     return {**config, "text_config": {**text, **changed}, **of_whole}
-
-
-def _is_news(config: Mapping[str, Any], key: str, changed: Mapping[str, Any]) -> bool:
-    """Whether a change must be stated for the whole model; a head's tie only if it was stated there and is undone."""
-    return key != "tie_word_embeddings" or (bool(config.get(key)) and not changed[key])
 
 
 def is_of_decoder(name: str) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,6 @@ from transformers.utils import logging
 from hfprune_dist.checkpoints import modeling_pruned
 from hfprune_dist.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from hfprune_dist.checkpoints.checks import first_of
-from hfprune_dist.checkpoints.stored_names import module_tensors
-from hfprune_dist.checkpoints.text_decoder import is_of_decoder
 from hfprune_dist.errors import UserError
 
 # transformers changes process-wide defaults while it makes a model: threads that make models at the same time would
@@ -34,8 +32,8 @@ def load_causal_lm(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
         UserError: if a tensor is missing.
     """
     checkpoint = open_checkpoint(folder)
-    model, missing = _loaded(checkpoint, dtype=dtype)
-    _refuse_missing(checkpoint, missing)
+    model, told = _loaded(checkpoint, dtype=dtype)
+    _refuse_missing(checkpoint, told)
     for config in (model.config, model.config.get_text_config()):
         name_outputs(config)
     if checkpoint.family.has_vision:
@@ -50,18 +48,18 @@ def name_outputs(config: Any) -> None:
     config.output_attentions = False
 
 
-def _loaded(checkpoint: Checkpoint, **options: Any) -> tuple[PreTrainedModel, list[str]]:
-    """The model that transformers makes from a checkpoint, and the missing tensors that it fills at random."""
+def _loaded(checkpoint: Checkpoint, **options: Any) -> tuple[PreTrainedModel, dict[str, set[Any]]]:
+    """The model that transformers makes from a checkpoint, and what it tells about tensors."""
     changes = {"tie_word_embeddings": False} if _seems_tied(checkpoint) else {}
     with ONE_AT_A_TIME:
-        model, told = model_class(checkpoint).from_pretrained(
+        loaded: tuple[PreTrainedModel, dict[str, set[Any]]] = model_class(checkpoint).from_pretrained(
             checkpoint.path,
             attn_implementation=attention_of(checkpoint),
             output_loading_info=True,
             **changes,
             **options,
         )
-    return model, sorted(told["missing_keys"])
+    return loaded
 
 
 def _seems_tied(checkpoint: Checkpoint) -> bool:
@@ -74,11 +72,11 @@ def _seems_tied(checkpoint: Checkpoint) -> bool:
     return bool(getattr(config, "tie_word_embeddings", False)) and not checkpoint.config.get("tie_word_embeddings")
 
 
-def _refuse_missing(checkpoint: Checkpoint, missing: Sequence[str]) -> None:
-    if missing:
+def _refuse_missing(checkpoint: Checkpoint, told: Mapping[str, set[Any]]) -> None:
+    if missing := sorted(told["missing_keys"]):
         raise UserError(
-            f"{checkpoint.path}: its files lack {first_of(missing)}, or call it something else than "
-            f"{checkpoint.config['model_type']} does; transformers would make it up at random"
+            f"{checkpoint.path}: tensor {first_of(missing)} is missing from the weight files, or called otherwise "
+            f"than {checkpoint.config['model_type']} calls it; transformers would make it up at random"
         )
 
 
@@ -139,42 +137,21 @@ def require_own_weights(checkpoint: Checkpoint) -> None:
         UserError: naming a tensor that is missing, has another shape, or would be left out; or saying why transformers
             can't make the model.
     """
-    model, missing = _without_weights(checkpoint)
-    modules = dict(model.named_modules())
-    expected = {
-        f"{name}.{part}": parameter.shape
-        for name, module in modules.items()
-        for part, parameter in module.named_parameters(recurse=False)
-        if not checkpoint.family.has_vision or is_of_decoder(name + ".")
-    }
-    tied = checkpoint.family.head_tensor() if checkpoint.config.get("tie_word_embeddings") else None
-    saved = module_tensors(checkpoint)
-    for name, shape in expected.items():
-        info = saved.get(name)
-        if info is None and name != tied:
-            raise UserError(f"{checkpoint.path}: tensor {name} is missing from the weight files")
-        if info is not None and info.shape != shape:
-            raise UserError(
-                f"{checkpoint.path}: {name} has shape {list(info.shape)}, but config.json makes it {list(shape)}"
-            )
-    _refuse_missing(checkpoint, missing)
-    known = expected.keys() | model.state_dict().keys() | checkpoint.beside_decoder
-    for name in sorted({*saved, *checkpoint.unused} - known):
-        module = modules.get(name.rpartition(".")[0])
-        if module is not None and any(True for _ in module.parameters(recurse=False)):
-            raise UserError(
-                f"{checkpoint.path}: transformers would leave out the tensor {name}, which config.json gives no place"
-            )
-
-
-def _without_weights(checkpoint: Checkpoint) -> tuple[nn.Module, list[str]]:
-    """The same as ``_loaded``, but reading only the files' headers."""
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
-        return _loaded(checkpoint, device_map="meta", ignore_mismatched_sizes=True)
+        _, told = _loaded(checkpoint, device_map="meta", ignore_mismatched_sizes=True)
     except UserError:
         raise
     except Exception as error:  # of many kinds, depending on the settings
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise UserError(f"{checkpoint.path / 'config.json'}: transformers can't make this model: {reason}") from None
+    _refuse_missing(checkpoint, told)
+    for name, found, wanted in sorted(told["mismatched_keys"]):
+        raise UserError(f"{checkpoint.path}: {name} has shape {list(found)}, but config.json makes it {list(wanted)}")
+    tied = {checkpoint.family.head_tensor()} if checkpoint.config.get("tie_word_embeddings") else set()
+    ours = {stored for name in checkpoint.tensors for stored in (name, checkpoint.names.in_files(name))}
+    for name in sorted((told["unexpected_keys"] & ours) - tied):
+        raise UserError(
+            f"{checkpoint.path}: transformers would leave out the tensor {name}, which config.json gives no place"
+        )
