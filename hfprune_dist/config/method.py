@@ -10,9 +10,7 @@ from hfprune_dist.config.method_settings import (
     Allocation,
     Effort,
     Refit,
-    Share,
     Structures,
-    Temperature,
 )
 from hfprune_dist.config.section import NonNegative, NumberOrShare, Positive, PositiveOrAuto, Section, explained_by
 from hfprune_dist.methods import CRITERIA, CriterionName, MethodCriterion
@@ -26,8 +24,6 @@ THOROUGH: dict[Refit, dict[str, Any]] = {
     "layerwise": {"refit_copies": 1, "refit_norms": True},
     "block": {"refit_copies": 1, "refit_norms": True, "refit_iterations": 6},
 }
-# Settings of a method that affect a calibration pass of their own, not a cut.
-OF_A_STUDENT = ("student_lacks", "teacher_share", "teacher_temperature")
 
 
 class Method(Section):
@@ -94,16 +90,6 @@ class Method(Section):
     """Passes over the calibration windows, after pruning, in which the pruned model learns the dense model's output
     distribution (see ``DistillationConfig``). This needs no labels and no further text, but it is training."""
 
-    student_lacks: Share = 0.025
-    """Criteria computed on a student that an earlier score chooses (coupled_taylor_distilled): the share of each
-    layer's neurons that the student lacks, those with the lowest scores."""
-    teacher_share: Annotated[float, Field(ge=0, le=1)] | None = None
-    """The same criteria: weight of the divergence from the dense model in the student's loss; the rest is the loss on
-    labels. null: as published for the nearest ratio, 0.4 at 20 %, 0.42 at 30 %, 0.1 at 40 %."""
-    teacher_temperature: Temperature | None = None
-    """The same criteria: divisor of the dense model's logits (only those) in that divergence. null: as published for
-    the nearest ratio, 0.2 at 20 %, 0.5 at 30 %, 0.2 at 40 %."""
-
     @property
     def scored_by(self) -> MethodCriterion:
         """The criterion of a method that has one."""
@@ -136,11 +122,11 @@ class Method(Section):
         idle = set() if self.can_protect else {"floor", "protect_first", "protect_last"}
         idle |= {"floor"} if self.allocation == "local" else set()
         idle |= set() if KV_GROUPS in self.structures else {"tensor_parallel"}
-        return idle | (set(OF_A_STUDENT) if self.student_chosen_by is None else set())
+        return idle
 
     def of_one_cut(self) -> dict[str, Any]:
         """The settings that affect a single prune stage; the others affect which stages there are."""
-        of_others = {"prunes_in", "adapts", "distill", "effort", *OF_A_STUDENT}
+        of_others = {"prunes_in", "adapts", "distill", "effort"}
         thorough = THOROUGH[self.refit] if self.effort == "thorough" else {}
         return self.model_dump(exclude=self.without_effect | of_others) | thorough
 
@@ -177,6 +163,3 @@ class PruneConfig(Section):
     effort: Effort | None = None
     multiple_of: PositiveOrAuto | None = None
     distill: NonNegative | None = None
-    student_lacks: Share | None = None
-    teacher_share: Annotated[float, Field(ge=0, le=1)] | None = None
-    teacher_temperature: Temperature | None = None

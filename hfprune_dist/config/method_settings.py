@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal, TypeVar, get_args
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator
 
 from hfprune_dist.structures import EXPERTS, NEURONS, TOGETHER, Kind, Structure
 
@@ -33,9 +33,6 @@ def _goes_together(structures: list[Structure]) -> list[Structure]:
 # What is pruned, in a fixed order whatever order it is given in; and what is scored, possibly for several methods.
 Structures = Annotated[list[Structure], AfterValidator(_in_order), AfterValidator(_goes_together)]
 Kinds = Annotated[list[Kind], AfterValidator(_in_order)]
-# Share of the neurons that a student lacks; divisor of logits, which must stay finite.
-Share = Annotated[float, Field(gt=0, lt=1)]
-Temperature = Annotated[float, Field(ge=0.01, le=100)]
 
 
 def structures_possible(allocation: Allocation) -> tuple[Structure, ...]:

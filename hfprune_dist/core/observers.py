@@ -7,7 +7,7 @@ Criteria say what is observed there and how it is reduced (``core.criterion``).
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -60,14 +60,6 @@ class UnitOutputs:
         return channels * (self.experts or 1) // self.channels_per_unit
 
 
-@dataclass
-class _Seen:
-    """What hooks have seen of one micro-batch so far, by layer: float32 or wider, on the model's device."""
-
-    sums: dict[tuple[str, int], Tensor] = field(default_factory=dict)
-    activation_sum: dict[int, Tensor] = field(default_factory=dict)
-
-
 class KindObserver:
     """Adds up what hooks observe at the output projections of one kind of units.
 
@@ -75,7 +67,7 @@ class KindObserver:
 
     Args:
         kind: name of the kind in ``Phase.student``.
-        criteria: the criteria for which these units have sums.
+        criteria: the criteria, of which those count that have sums of these units.
         phase: the current state of the pass, updated as the model runs.
         see_output_gradients: None if no criterion needs moments, or if they aren't wanted here.
 
@@ -95,13 +87,13 @@ class KindObserver:
         self._kind = kind
         self._outputs = outputs
         self._modules = {layer: module for layer, module in enumerate(outputs.projections) if module is not None}
-        self._criteria = criteria
+        self._criteria = [criterion for criterion in criteria if criterion.has_sums_of(kind)]
         self._phase = phase
         self._see_output_gradients = see_output_gradients
-        self._seen = _Seen()
+        self.forget()
         layers = len(outputs.projections)
         units = max(outputs.units(layer) for layer in range(layers))
-        sizes = {it.name: units * it.sums_of_unit(outputs.channels_per_unit) for it in criteria}
+        sizes = {it.name: units * it.sums_of_unit(outputs.channels_per_unit) for it in self._criteria}
         self.sums = {name: torch.zeros(layers, size, dtype=torch.float64) for name, size in sizes.items()}
 
     def hook(self) -> list[RemovableHandle]:
@@ -132,19 +124,20 @@ class KindObserver:
             NonFiniteError: if a layer saw NaN or infinity.
         """
         sums = {it.name: pad_sequence(self._of_layers(it), batch_first=True).cpu() for it in self._criteria}
-        if not all(it.isfinite().all() for it in (sums or self._seen.activation_sum).values()):
+        if not all(it.isfinite().all() for it in (sums or self._activation_sums).values()):
             self._explain(sums)
         return sums
 
     def forget(self) -> None:
-        """Discard what was observed of a micro-batch."""
-        self._seen = _Seen()
+        """Discard what was observed of a micro-batch: sums so far, float32 or wider, on the model's device."""
+        self._seen: dict[tuple[str, int], Tensor] = {}
+        self._activation_sums: dict[int, Tensor] = {}
 
     def _of_layers(self, criterion: Criterion) -> list[Tensor]:
         """Return the sums of every layer; empty for layers without such units."""
-        nothing = self._seen.sums[criterion.name, min(self._modules)].new_empty(0)
+        nothing = self._seen[criterion.name, min(self._modules)].new_empty(0)
         layers = range(len(self._outputs.projections))
-        return [self._seen.sums[criterion.name, it] if it in self._modules else nothing for it in layers]
+        return [self._seen[criterion.name, it] if it in self._modules else nothing for it in layers]
 
     def _before(self, layer: int, _module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
         """Hook that runs before an output projection, or before that of one expert."""
@@ -152,9 +145,8 @@ class KindObserver:
         expert = of_expert[0] if of_expert else 0
         is_first_run = self._phase.backward_of is None  # otherwise a checkpointed layer runs again
         if is_first_run and self._phase.student is None:
-            activation_sum = hidden_BTD.detach().sum()
-            self._seen.activation_sum[layer] = activation_sum + self._seen.activation_sum.get(layer, 0.0)
             hidden_ND = hidden_BTD.detach().flatten(0, -2)
+            self._activation_sums[layer] = hidden_ND.sum() + self._activation_sums.get(layer, 0.0)
             for criterion in self._criteria:
                 if criterion.observes == "inputs":
                     for rows in row_blocks(hidden_ND, scratch_bytes=16):
@@ -205,14 +197,14 @@ class KindObserver:
     def _reduce(self, criterion: Criterion, layer: int, expert: int, *seen: Any) -> None:
         """Reduce what a criterion observes, and add it to the sums of a layer, or of one of its experts."""
         assert criterion.reduce is not None
-        sum_N, sums, key = criterion.reduce(*seen), self._seen.sums, (criterion.name, layer)
+        sum_N, sums, key = criterion.reduce(*seen), self._seen, (criterion.name, layer)
         if key not in sums:
             sums[key] = sum_N.new_zeros(len(sum_N) * (self._outputs.experts or 1))
         sums[key][_own(expert, len(sum_N))] += sum_N
 
     def _explain(self, sums: Mapping[str, Tensor]) -> None:
         """Raise the error for sums that aren't all finite; it names the layer in which that began."""
-        activations = [layer for layer in self._modules if not self._seen.activation_sum[layer].isfinite()]
+        activations = [layer for layer in self._modules if not self._activation_sums[layer].isfinite()]
         if activations:
             raise NonFiniteError(f"activations of layer {activations[0]} are NaN or infinite")
         criterion = next(it for it in self._criteria if not sums[it.name].isfinite().all())

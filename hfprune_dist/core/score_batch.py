@@ -46,20 +46,22 @@ def score_batch(model: ScoredModel, batch: Batch, sums: UnitSums) -> dict[str, f
         Loss name -> sum over the batch's windows of the loss per token.
 
     Raises:
-        NonFiniteError: if a layer saw NaN or infinity.
+        NonFiniteError: if a layer saw NaN or infinity; the sums are then unchanged.
     """
     losses = losses_of(sums.criteria)
     of_dense = [loss for loss in losses if not loss.of_student]
     of_student = [loss for loss in losses if loss.of_student]
+    values: dict[str, float] = {}
     with sums.observe():
         with torch.set_grad_enabled(bool(of_dense)):
             hidden_BTC = model.body(batch.input_ids_BT)
-        values = _differentiate(model, batch, sums, of_dense, hidden_BTC) if of_dense else {}
+        if of_dense:
+            values |= _differentiate(model, batch, sums, of_dense, hidden_BTC)
         if of_student:
-            assert model.student
-            with sums.masking(model.student):
-                student_BTC = model.body(batch.input_ids_BT)
-                values |= _differentiate(model, batch, sums, of_student, student_BTC, hidden_BTC.detach().flatten(0, 1))
+            # All units are observed at the activations that they would have, also those that the student lacks.
+            sums.phase.student = model.student
+            student_BTC = model.body(batch.input_ids_BT)
+            values |= _differentiate(model, batch, sums, of_student, student_BTC, hidden_BTC.detach().flatten(0, 1))
     return values
 
 
@@ -83,20 +85,16 @@ class UnitSums:
     """Sums over tokens for every unit and criterion, accumulated for all kinds of units in the same passes.
 
     The gradient graph begins at the first ``h`` of any kind, or at the first of ``linears``: nothing below it needs a
-    gradient, and no parameter does. Scoring further kinds changes no bits of the others' sums. Use::
-
-        with sums.observe():
-            hidden = body(windows)  # under no_grad if no criterion has a loss
-            sums.backward(hidden, head_gradients(...))  # if one has
+    gradient, and no parameter does. Scoring further kinds changes no bits of the others' sums.
 
     Args:
         outputs: kind -> the modules at which its units are observed.
-        criteria: the criteria that have something to sum.
+        criteria: the criteria that observe something.
         see_output_gradients: kind -> callback for the gradients at the outputs of its output projections.
         linears: linear layers whose weights' gradients are observed, if a criterion needs them.
 
     Attributes:
-        criteria: as given.
+        phase: the current state of the pass.
     """
 
     def __init__(
@@ -107,35 +105,24 @@ class UnitSums:
         linears: Sequence[SeenLinear] = (),
     ) -> None:
         self.criteria = criteria
-        self._phase = Phase()
+        self.phase = Phase()
         see = see_output_gradients or {}
-        self._observers = {
-            kind: KindObserver(
-                kind,
-                it,
-                [criterion for criterion in criteria if criterion.has_sums_of(kind)],
-                self._phase,
-                see.get(kind),
-            )
-            for kind, it in outputs.items()
+        self._kinds = {
+            kind: KindObserver(kind, it, criteria, self.phase, see.get(kind)) for kind, it in outputs.items()
         }
         losses = losses_of(criterion for criterion in criteria if criterion.observes == "weight_gradients")
-        self._linear_observers = [LinearObserver(linears, loss, self._phase) for loss in losses]
-        self._linear_observers += [it for of_kind in self._observers.values() for it in of_kind.linear_observers()]
+        self._linear_observers = [LinearObserver(linears, loss, self.phase) for loss in losses]
+        self._linear_observers += [it for of_kind in self._kinds.values() for it in of_kind.linear_observers()]
 
     @property
     def kinds(self) -> dict[str, dict[str, Tensor]]:
         """Kind -> criterion -> sums over all micro-batches so far, as ``KindObserver.sums``."""
-        return {kind: observer.sums for kind, observer in self._observers.items()}
+        return {kind: observer.sums for kind, observer in self._kinds.items()}
 
     @contextmanager
     def observe(self) -> Iterator[None]:
-        """Hook the modules for one forward and its backwards, then add what they saw to the sums.
-
-        Raises:
-            NonFiniteError: if a layer saw NaN or infinity; the sums are then unchanged.
-        """
-        observers = self._observers.values()
+        """Hook the modules for one forward and its backwards, then add what they saw to the sums."""
+        observers = self._kinds.values()
         handles = [handle for observer in observers for handle in observer.hook()]
         handles += [handle for observer in self._linear_observers for handle in observer.hook()]
         try:
@@ -145,26 +132,11 @@ class UnitSums:
                 for name, sums_LN in of_kind.items():
                     observer.sums[name] += sums_LN
         finally:
+            self.phase.student = None
             for handle in handles:
                 handle.remove()
             for observer in observers:
                 observer.forget()
-
-    @contextmanager
-    def masking(self, keeps: Mapping[str, Sequence[Tensor]]) -> Iterator[None]:
-        """Make forwards and their backwards those of a student; for use inside ``observe``.
-
-        All units are scored, at the activations that they would have. Those that the student lacks are scored by the
-        effect on the loss of putting them back.
-
-        Args:
-            keeps: for kinds of which the student lacks some units -> mask of those it has, bool [units] for each layer.
-        """
-        self._phase.student = keeps
-        try:
-            yield
-        finally:
-            self._phase.student = None
 
     def backward(
         self,
@@ -177,23 +149,19 @@ class UnitSums:
         Args:
             hidden_BTC: final hidden states, with their graph.
             gradients: loss -> loss per token and the gradient of its sum at the hidden states, from the head.
-            before_each: called before every backward.
 
         Returns:
             Loss name -> sum over windows of the loss per token.
         """
         sums: dict[str, tuple[Tensor, float]] = {}
-        self._phase.windows = len(hidden_BTC)
+        self.phase.windows = len(hidden_BTC)
         for number, (loss, (loss_N, gradient_NC)) in enumerate(gradients.items(), start=1):
             terms = hidden_BTC.shape[1] - loss.unlabelled
             gradient_BTC = gradient_NC.view_as(hidden_BTC)
             before_each()
-            self._phase.backward_of = loss
-            hidden_BTC.backward(
-                gradient_BTC / terms if loss.is_mean else gradient_BTC,
-                retain_graph=number < len(gradients),
-            )
-            self._phase.backward_of = None
+            self.phase.backward_of = loss
+            hidden_BTC.backward(gradient_BTC / terms if loss.is_mean else gradient_BTC, None, number < len(gradients))
+            self.phase.backward_of = None
             sums[loss.name] = loss_N.sum(dtype=torch.float64), terms
         # Only now, or each backward would begin when the one before it is over, rather than queued behind it.
         return {name: total.item() / terms for name, (total, terms) in sums.items()}

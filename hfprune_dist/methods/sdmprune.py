@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from hfprune_dist.core.head import Batch, LogitGradient, Rows
     from hfprune_dist.core.linear_observer import OwnedRows
 
+# Share of each layer's neurons that the student lacks.
+LACKS = 0.025
 # Ratio -> a and the temperature (the code's settings for Llama-3.2-1B).
 PUBLISHED = {0.2: (0.4, 0.2), 0.3: (0.42, 0.5), 0.4: (0.1, 0.2)}
 # Bytes per element of a block of weights, in float32: the products, and what is added to or multiplied with them.

@@ -35,9 +35,6 @@ _STEPS = ("decoder_sparse_step", "moe_layer_interval")
 _PERIOD, _OFFSET = "expert_layer_period", "expert_layer_offset"
 # A list of layers that have none all the same, and the last layer that has some.
 LAYERS_WITHOUT, _LAST = "mlp_only_layers", "moe_layer_end_index"
-# The keys above that hold integers: those that select layers, and those of widths, which are positive.
-PLACES = (*_FIRSTS, *_STEPS, _PERIOD, _OFFSET, _LAST)
-ALL_WIDTHS = (*WIDTHS, *_DENSE_WIDTHS)
 
 
 @dataclass(frozen=True)

@@ -36,24 +36,6 @@ def test_few_layers_are_all_measured_again_after_each(layers, count, seed):
     assert drop_order(droppable, count, costs(layers, seed)) == greedy(droppable, count, costs(layers, seed))
 
 
-@given(st.integers(9, 60), st.integers(1, 12), st.integers(0, 100))
-def test_each_layer_that_goes_costs_one_measurement_of_few(layers, count, seed):
-    measured = []
-
-    def measure(sets):
-        measured.append(list(sets))
-        return costs(range(layers), seed)(sets)
-
-    order = drop_order(range(layers), count, measure)
-    assert len(order) == len(set(order)) == len(measured) == min(count, layers)
-    assert [len(sets) for sets in measured] == [
-        layers,
-        *(min(CONTENDERS, layers - done) for done in range(1, len(order))),
-    ]
-    for done, sets in enumerate(measured):
-        assert all(set(order[:done]) < set(gone) and list(gone) == sorted(gone) for gone in sets)
-
-
 def test_a_layer_that_is_missed_more_beside_another_waits(monkeypatch):
     """Dropped alone, 1, 2 and 3 cost least, in this order; without 1, its neighbour 2 costs more than 3 does."""
     kl = {(1,): 0.1, (2,): 0.2, (3,): 0.3, (1, 2): 0.9, (1, 3): 0.4, (1, 2, 3): 1.0}

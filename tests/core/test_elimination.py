@@ -74,25 +74,6 @@ def test_it_does_not_matter_how_many_updates_wait(waiting, channels, monkeypatch
     torch.testing.assert_close(found_costs, costs)
 
 
-@CHANNELS
-def test_the_cheapest_goes_first(channels):
-    gram, curvature, weight = layer()
-    order, costs = eliminate(gram, curvature, weight, independent(gram, curvature, weight, channels), block=1)
-    alone = torch.stack([cost_of_removing(gram, curvature, weight, [unit], channels) for unit in range(D // channels)])
-    assert order[0] == alone.argmin()
-    torch.testing.assert_close(costs[0], alone.min())
-
-
-def test_a_block_costs_about_what_its_neurons_cost_together():
-    gram, curvature, weight = layer()
-    order, _ = eliminate(gram, curvature, weight, independent(gram, curvature, weight), block=3)
-    again, costs = eliminate(gram, curvature, weight, independent(gram, curvature, weight), block=3)
-    assert torch.equal(order, again) and sorted(order.tolist()) == list(range(D))
-    removed = order[:3].tolist()
-    alone = [cost_of_removing(gram, curvature, weight, [neuron]).item() for neuron in removed]
-    assert torch.allclose(costs[:3], torch.tensor(alone, dtype=torch.float64))
-
-
 def test_a_neuron_that_others_express_is_free():
     gram, curvature, weight = layer()
     twin = torch.eye(D, dtype=torch.float64)
@@ -142,26 +123,6 @@ def test_a_column_that_no_gradient_touches_has_a_score_however_its_zero_is_round
     fisher[4] = 1e-20
     scores = elimination_scores(gram, curvature, weight, fisher)
     assert scores.isfinite().all() and scores.argmin() == 4
-
-
-def test_exact_scores_correct_half_way_in_the_logarithm():
-    gram, curvature, weight = layer()
-    fisher = independent(gram, curvature, weight)
-    fisher[4] *= 1.44
-    order, costs = eliminate(gram, curvature, weight, fisher, block=D)
-    for neuron, cost in zip(order.tolist(), costs.tolist(), strict=True):
-        alone = cost_of_removing(gram, curvature, weight, [neuron]).item()
-        assert cost / alone == pytest.approx(1.2 if neuron == 4 else 1.0)
-
-
-@pytest.mark.parametrize("unknown", [1, 15])
-def test_costs_that_are_not_a_number_stay_so_and_go_last(unknown):
-    gram, curvature, weight = layer()
-    fisher = independent(gram, curvature, weight)
-    fisher[:unknown] = torch.nan
-    order, _ = eliminate(gram, curvature, weight, fisher, block=3)
-    assert sorted(order.tolist()) == list(range(D))
-    assert not elimination_scores(gram, curvature, weight, fisher, block=3).isfinite().all()
 
 
 @CHANNELS

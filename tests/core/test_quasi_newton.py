@@ -73,16 +73,6 @@ def test_steps_are_those_of_the_formula_with_matrices(monkeypatch):
     torch.testing.assert_close(search.candidate_P, places[-1] - inverse @ gradients[-1])
 
 
-def test_the_first_step_is_downhill_and_of_known_size():
-    search = started(4)
-    gradient = drawn(4, seed=0)
-    search.tell(1.0, gradient)
-    step = search.candidate_P - 1
-    assert step.square().mean().sqrt().item() == pytest.approx(quasi_newton.FIRST_STEP)
-    wanted = -gradient / CURVATURE[:4]
-    torch.testing.assert_close(step / step.norm(), wanted / wanted.norm())
-
-
 @pytest.mark.parametrize("worse", [1.5, 1e300, float("inf"), float("nan")])
 def test_a_step_that_leads_up_is_followed_by_a_shorter_one_from_the_same_place(worse):
     search = started(4)

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hfprune_dist.methods.lorap import SILENT, channel_norms, kept_neurons, low_rank_factors, neuron_scores
+from hfprune_dist.methods.lorap import SILENT, kept_neurons, low_rank_factors, neuron_scores
 
 
 def drawn(*shape, seed=0):
@@ -47,12 +47,6 @@ def test_directions_of_which_nothing_is_left_are_zeros():
     assert not first[2:].abs().max() > 0
     zeros = low_rank_factors(torch.zeros(3, 3), torch.ones(3), 2)
     assert all(torch.equal(it, torch.zeros_like(it)) for it in zeros)
-
-
-def test_norms_are_of_a_window_on_average():
-    values = drawn(3, 5, 4)  # windows, tokens, channels
-    expected = (values.square().sum(1).mean(0)).sqrt()
-    torch.testing.assert_close(channel_norms(values.square().sum((0, 1)), 3), expected)
 
 
 def test_scores_are_norms_of_weights_times_what_they_read():

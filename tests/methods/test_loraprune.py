@@ -1,14 +1,12 @@
 """LoRAPrune's scores compared with the weight's own gradient, and its schedule for any number of steps."""
 
-from itertools import pairwise
-
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from hfprune_dist.methods import loraprune
-from hfprune_dist.methods.loraprune import DECAY, PARTS, TINY, Factors, averaged, gone_after, masks_after, unit_scores
+from hfprune_dist.methods.loraprune import PARTS, TINY, Factors, gone_after, masks_after, unit_scores
 
 STEPS = st.one_of(st.integers(1, 120), st.integers(1, 200_000))
 
@@ -43,13 +41,6 @@ def test_where_the_factors_span_the_gradient_units_are_scored_by_weight_times_gr
     torch.testing.assert_close(scores, expected / (expected.norm() + TINY))
 
 
-def test_the_gradient_is_the_step_of_the_product():
-    """(B - g_B)(A - g_A) equals B A less the gradient."""
-    a, b, grad_a, grad_b = (torch.randn(*size, dtype=torch.float64) for size in ((2, 5), (4, 2), (2, 5), (4, 2)))
-    gradient = Factors(a, b, grad_a, grad_b, 2.0).gradient()
-    torch.testing.assert_close(b @ a - (b - grad_b) @ (a - grad_a), gradient)
-
-
 def test_what_is_scored_is_the_weight_with_the_adapter():
     """A weight that the adapter cancels scores 0; scores that are all 0 cause no division by 0."""
     a, b = torch.randn(2, 5, dtype=torch.float64), torch.randn(4, 2, dtype=torch.float64)
@@ -72,12 +63,6 @@ def test_parts_of_a_matrix_are_scored_as_matrices_of_their_own(units, per_unit, 
     torch.testing.assert_close(together, torch.stack(apart).sum(0))
 
 
-def test_an_average_forgets_a_tenth_in_a_step():
-    first = averaged(torch.zeros(1, dtype=torch.float64), torch.ones(1, dtype=torch.float64))
-    assert float(first) == pytest.approx(1 - DECAY)
-    assert float(averaged(first, torch.zeros(1, dtype=torch.float64))) == pytest.approx(DECAY * (1 - DECAY))
-
-
 @given(total=STEPS, gone=st.integers(1, 20_000), data=st.data())
 def test_any_number_of_steps_reaches_all_and_loses_no_unit_twice(total, gone, data):
     step = data.draw(st.integers(1, total))
@@ -95,12 +80,3 @@ def test_any_number_of_steps_reaches_all_and_loses_no_unit_twice(total, gone, da
 
 def test_the_only_unit_that_goes_does_not_wait_for_the_end():
     assert [gone_after(step, 100, 1) for step in (10, 26, 27, 90)] == [0, 0, 1, 1]
-
-
-@given(total=st.integers(10, 3000))
-def test_what_is_masked_last_is_masked_while_there_are_steps_left(total):
-    """At least ten times in a training, and every ten steps in longer ones."""
-    masked = [step for step in range(1, total + 1) if masks_after(step, total)]
-    assert len(masked) >= 10 and max(b - a for a, b in pairwise(masked)) <= 10
-    complete = next(step for step in masked if gone_after(step, total, 1000) == 1000)
-    assert complete <= 0.9 * total + min(10, total // 10)

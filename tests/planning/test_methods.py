@@ -54,9 +54,6 @@ def test_a_file_of_ones_own_is_found_beside_the_configuration(tmp_path):
         ("criterion: entropi\n", "criterion"),
         ("refit: dense\n", "with prunes_in: calibration, criterion: null isn't possible; entropy,"),
         ("criterion: entropy\nrefits: dense\n", "unknown key 'refits'.*did you mean 'refit'"),
-        ("criterion: coupled_taylor_distilled\nstudent_lacks: 1\n", "student_lacks.*less than 1"),
-        ("criterion: coupled_taylor_distilled\nteacher_share: 1.5\n", "teacher_share.*less than or equal to 1"),
-        ("criterion: coupled_taylor_distilled\nteacher_temperature: 0\n", "teacher_temperature.*0.01"),
         (
             "criterion: entropy\nallocation: global\nstructures: [neurons, layers]\n",
             "layers. isn't possible; .neurons. and .neurons, kv_groups. are; layers have.* plain or searched it",

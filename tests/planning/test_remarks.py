@@ -22,11 +22,6 @@ SHIPPED = Path(__file__).resolve().parents[2] / "configs" / "methods"
             {"floor": 0.1, "protect_first": 1},
             ["floor: hfprune, wanda-sp", "protect_first: hfprune"],
         ),
-        (
-            ["sdmprune", "flap"],
-            {"tensor_parallel": 2, "student_lacks": 0.1},
-            ["tensor_parallel: sdmprune", "student_lacks: flap"],
-        ),
     ],
 )
 def test_a_setting_that_a_method_takes_no_notice_of_is_told(methods, settings, idle):

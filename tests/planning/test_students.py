@@ -25,33 +25,17 @@ CRITERION = "coupled_taylor_distilled"
 def test_what_is_left_open_is_as_published_for_the_nearest_ratio(ratio, share, temperature):
     student = student_of(Method(criterion=CRITERION), ratio)
     assert (student.lacks, student.teacher_share, student.teacher_temperature) == (0.025, share, temperature)
-    given = student_of(Method(criterion=CRITERION, student_lacks=0.1, teacher_share=0, teacher_temperature=2), ratio)
-    assert (given.lacks, given.teacher_share, given.teacher_temperature) == (0.1, 0, 2)
     assert student_of(Method(criterion="coupled_taylor"), ratio) is None
 
 
 def test_a_ratio_at_which_neurons_without_a_score_would_stay_is_refused(tmp_path):
     checkpoint = open_checkpoint(save_tiny(tmp_path / "model", intermediate_size=100))
-    method = Method(criterion=CRITERION, student_lacks=0.1)
-    least = 2 * 10 * 3 * 32 / checkpoint.parameters
+    method = Method(criterion=CRITERION)
+    least = 2 * 2 * 3 * 32 / checkpoint.parameters
     check_ratios(checkpoint, [least], method, "here")
-    check_ratios(checkpoint, [0.9 * least], Method(criterion="coupled_taylor", student_lacks=0.1), "here")
-    with pytest.raises(UserError, match=rf"here: ratio .* 0.1 of the neurons or {least:.4f} of all.*student_lacks"):
+    check_ratios(checkpoint, [0.9 * least], Method(criterion="coupled_taylor"), "here")
+    with pytest.raises(UserError, match=rf"here: ratio .* 0.025 of the neurons or {least:.4f} of all"):
         check_ratios(checkpoint, [0.9 * least], method, "here")
-
-
-@pytest.mark.parametrize("allocation", ["uniform", "local"])
-def test_so_is_one_at_which_they_would_stay_once_widths_are_rounded(tmp_path, allocation):
-    """Of 100 neurons the student lacks 10. The multiples of 7 closest to 90 are 91, which loses fewer, and 84."""
-    checkpoint = open_checkpoint(save_tiny(tmp_path / "model", intermediate_size=100))
-    method = Method(criterion=CRITERION, student_lacks=0.1, allocation=allocation, multiple_of=7)
-    fewer, more = (2 * gone * 3 * 32 / checkpoint.parameters for gone in (10, 13))
-    with pytest.raises(UserError, match=r"multiples of 7, layers lose 9 of 100 neurons, fewer than the 10 that"):
-        check_ratios(checkpoint, [fewer], method, "here")
-    check_ratios(checkpoint, [more], method, "here")
-    check_ratios(checkpoint, [fewer], method.model_copy(update={"multiple_of": 1}), "here")
-    if allocation == "local":  # then the other layer loses the neurons of both
-        check_ratios(checkpoint, [fewer], method.model_copy(update={"protect_last": 1}), "here")
 
 
 @pytest.fixture(scope="module")
@@ -84,14 +68,6 @@ def test_what_else_is_scored_does_not_move_the_students_fingerprint(plan_of):
     others = {"b": {"criterion": "weight_taylor", "allocation": "local", "structures": ["neurons", "kv_groups"]}}
     beside = importance_of(plan_of([0.2], {"a": {"criterion": CRITERION}, **others}))
     assert alone[0].id != beside[0].id and alone[1].id == beside[1].id
-
-
-def test_a_students_settings_move_no_other_methods_stages(plan_of):
-    plain, told = (
-        set(plan_of([0.2], {"a": {"criterion": "entropy", **more}}).stages)
-        for more in ({}, {"student_lacks": 0.1, "teacher_share": 0.5, "teacher_temperature": 1.0})
-    )
-    assert plain == told
 
 
 def test_a_criterion_of_a_student_is_refused_beside_methods(plan_of):

@@ -7,13 +7,11 @@ import torch
 from core_definition import definition as of_channels
 from damage import nothing_reaches_the_disk
 from families import EXPERTS, make_model, save_model
-from hypothesis import example, given, settings
-from hypothesis import strategies as st
 from mixtures import COUNT, KIND, WHOLE, definition, experts_of, routed_outputs
 from ranks import run_stage
 from safetensors.torch import load_file
 from tiny import importance_stage, write_documents
-from worlds import Death, Ranks, run_in_threads, without_deepspeed
+from worlds import Ranks, run_in_threads, without_deepspeed
 
 from hfprune_dist.checkpoints.checkpoint import open_checkpoint
 from hfprune_dist.methods import CRITERIA
@@ -27,9 +25,6 @@ NAMES = sorted(name for name, it in CRITERIA.items() if "expert_neurons" in it.u
 NAMES_OF_WHOLE = sorted(name for name, it in CRITERIA.items() if "experts" in it.units)
 EVERY = sorted({*NAMES, *NAMES_OF_WHOLE})
 DEFINED = ("cross_entropy", "entropy", "fisher_signs")
-# model_type -> the setting that gives it many experts; with few tokens, some of them get none.
-MANY_EXPERTS = 6 * COUNT
-MANY = {"mixtral": "num_local_experts", "deepseek_v3": "n_routed_experts", "gpt_oss": "num_local_experts"}
 
 
 @pytest.fixture(scope="module")
@@ -112,19 +107,6 @@ def test_scores_of_all_units_are_as_defined_in_every_family(tmp_path, model_type
     assert len(scores) - len(without) == len(places) * len(NAMES) + of_whole
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("model_type", sorted(MANY))
-def test_what_else_is_scored_changes_no_bits(tmp_path, model_type, dtype, threads):
-    together, alone = {}, {}
-    for structures in (BOTH, [NEURONS], [WHOLE]):
-        store = Store(tmp_path / "-".join(structures))
-        names = {NEURONS: NAMES, WHOLE: NAMES_OF_WHOLE}[structures[0]] if len(structures) == 1 else EVERY
-        stage = stage_of(tmp_path, model_type, names, dtype, structures=structures)
-        run_in_threads(store, stage, Ranks(1))
-        (together if structures == BOTH else alone).update(load_file(store.path(stage.id) / SCORES))
-    assert together.keys() == alone.keys() and all(torch.equal(together[name], it) for name, it in alone.items())
-
-
 @pytest.mark.parametrize("model_type", EXPERTS)
 def test_kv_groups_are_scored_beside_experts_where_they_can_go(tmp_path, model_type, threads):
     heads = {"num_attention_heads": 8, "num_key_value_heads": 4}
@@ -148,46 +130,6 @@ def test_kv_groups_are_scored_beside_experts_where_they_can_go(tmp_path, model_t
         for layer, expected_U in enumerate(expected):
             ours_U = scores[True][score_name(layer, name, "kv_groups")]
             assert (ours_U - expected_U).norm() <= 1e-4 * expected_U.norm(), (name, layer)
-
-
-# The victim is numbered among the ranks, and the collective before which it dies among the victim's own.
-@settings(derandomize=True, deadline=None, max_examples=6)
-@example(model_type="mixtral", samples=5, tokens=8, micro_batch_size=1, shard_size=1, size=3, later=2, dies_at=0.9)
-@example(model_type="gpt_oss", samples=1, tokens=9, micro_batch_size=1, shard_size=1, size=2, later=1, dies_at=0.5)
-@given(
-    model_type=st.sampled_from(sorted(MANY)),
-    samples=st.integers(1, 5),
-    tokens=st.integers(8, 11),
-    micro_batch_size=st.integers(1, 2),
-    shard_size=st.integers(1, 2),
-    size=st.integers(2, 3),
-    later=st.integers(1, 3),
-    dies_at=st.floats(0, 0.999),
-)
-def test_experts_come_and_go_and_sums_have_the_same_bits_on_any_ranks_after_any_death(
-    tmp_path_factory, threads, model_type, samples, tokens, micro_batch_size, shard_size, size, later, dies_at
-):
-    folder = tmp_path_factory.mktemp("experts")
-    calibration = {"samples": samples, "sequence_length": tokens}
-    calibration |= {"micro_batch_size": micro_batch_size, "shard_size": shard_size}
-    stage = stage_of(folder, model_type, calibration=calibration, **{MANY[model_type]: MANY_EXPERTS})
-
-    def files(name, ranks):
-        store = Store(folder / name)
-        run_in_threads(store, stage, ranks)
-        return files_of(store, stage)
-
-    expected = files("one", Ranks(1))
-    ranks = Ranks(size)
-    assert files("many", ranks) == expected
-    victim = samples % size
-    with pytest.raises(Death):
-        files("killed", Ranks(size, deaths={victim: int(dies_at * len(ranks.logs[victim]))}))
-    assert files("killed", Ranks(later)) == expected
-    if samples * tokens * 2 < MANY_EXPERTS:  # a token goes to two of them
-        scores = load_file(Store(folder / "one").path(stage.id) / SCORES)
-        activations = torch.cat([it for name, it in scores.items() if name.endswith(f"{KIND}.activation_l1")])
-        assert (activations == 0).any() and (activations > 0).any()
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from pairs import CHANNELS, PAIRS
 from tiny import FAMILY, VARIANTS, tiny_model
 
-from hfprune_dist.structures.units import LAYER_SIZES, Block, Owned
+from hfprune_dist.structures.units import LAYER_SIZES
 
 
 @pytest.fixture(params=["neurons", "pairs"])
@@ -64,11 +64,6 @@ def test_what_config_json_says_is_read_back(counts, pairs):
     assert units_of(config | {LAYER_SIZES: {"intermediate_size": values}}, size).counts == tuple(counts)
     assert units.sizes(counts)["intermediate_sizes"] == [count * size for count in counts]
     assert units.sizes(counts)["intermediate_size"] == (size * counts[0] if len(set(counts)) == 1 else None)
-
-
-def test_parts_have_entries_of_every_unit_and_blocks_without_a_norm_read_the_stream_themselves():
-    assert Owned("gate_up_proj.weight", 0, per_unit=3, parts=2).entries == 6
-    assert Block("model.layers", "mlp", "norm").reader == "norm" and Block("model.layers", "mlp", None).reader == "mlp"
 
 
 def test_layers_without_units_have_no_say_in_the_one_size_that_results_state():
