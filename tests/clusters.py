@@ -207,9 +207,10 @@ def label_of(out: Path, folder: Path) -> str:
 
 
 def attempt_folders(out: Path, stage: str = "") -> list[Path]:
-    """Return the folders of all attempts in order of creation; ``stage`` is the start of ``kind label``."""
-    intents = sorted((out / "store" / "attempts").glob("*/*/*/intent.json"), key=lambda file: read(file)["created"])
-    return [file.parent for file in intents if label_of(out, file.parent).startswith(stage)]
+    """Return the folders of all attempts in jobs, in order of creation; ``stage`` is the start of ``kind label``."""
+    intents = {file.parent: read(file) for file in (out / "store" / "attempts").glob("*/*/*/intent.json")}
+    jobs = sorted((it for it in intents if intents[it]["job_name"]), key=lambda folder: intents[folder]["created"])
+    return [folder for folder in jobs if label_of(out, folder).startswith(stage)]
 
 
 def causes(out: Path, stage: str = "") -> list[str]:

@@ -9,9 +9,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from hfprune_launch.slurm import commands
+from hfprune_launch.slurm.launcher import Launcher, NewJobs
+from hfprune_launch.slurm.profile import Profile, Resources
+from hfprune_launch.stage.stage_file import Provenance
 
-HEADER = "JOBID|STATE|REASON|NODELIST|START_TIME|END_TIME|NAME|;\n"
-LIVE = ("PENDING", "RUNNING", "REQUEUE_HOLD", "RESV_DEL_HOLD", "SPECIAL_EXIT")
+from hfprune_dist.config.schema import RuntimeConfig
+from hfprune_dist.planning.plan import Plan
+from hfprune_dist.store.artifacts import Store
+from hfprune_dist.store.cancellation import Cancellation
+from hfprune_dist.store.stage import STAGE_VERSIONS, Stage
+
+HEADER = "JOBID|STATE|REASON|NODELIST|END_TIME|NAME|;\n"
+RESOURCES = dict.fromkeys(STAGE_VERSIONS, Resources())
 
 
 class Clock:
@@ -37,7 +46,7 @@ class Job:
     nodes: str = ""
 
     def line(self, job_id: str) -> str:
-        return f"{job_id}|{self.state}|{self.reason}|{self.nodes}|N/A|N/A|{self.name}"
+        return f"{job_id}|{self.state}|{self.reason}|{self.nodes}|N/A|{self.name}"
 
 
 @dataclass
@@ -83,16 +92,17 @@ class Controller:
         job.state, job.nodes, job.reason = state, nodes, reason
 
     def live(self) -> list[str]:
-        return [job_id for job_id, job in self.jobs.items() if job.state in LIVE]
+        return [job_id for job_id, job in self.jobs.items() if job.state in commands.LIVE_STATES]
 
     def end(self, job_id: str, state: str) -> None:
         self.jobs[job_id].state = state
 
     def forget(self, *job_ids: str) -> None:
         """Forget jobs, as Slurm does after MinJobAge; accounting, if there is one, keeps those that have ended."""
+        live = self.live()
         for job_id in job_ids:
             job = self.jobs.pop(job_id, None)
-            if job is not None and self.history is not None and job.state not in LIVE:
+            if job is not None and self.history is not None and job_id not in live:
                 self.history += f"{job.line(job_id)}\n"
 
     def run(self, command: list[str]) -> subprocess.CompletedProcess[str]:
@@ -141,7 +151,7 @@ class Controller:
         if command[-1] not in self.jobs:
             return 1, "", "slurm_load_jobs error: Invalid job id specified"
         job = self.jobs[command[-1]]
-        told = f"JobState={job.state} Reason={job.reason} StartTime=N/A EndTime=N/A NodeList={job.nodes}"
+        told = f"JobState={job.state} Reason={job.reason} EndTime=N/A NodeList={job.nodes}"
         return 0, f"JobId={command[-1]} JobName={job.name} {told}\n", ""
 
     def scancel(self, command: list[str], _: str) -> tuple[int, str, str]:
@@ -149,3 +159,37 @@ class Controller:
             if job_id in command or f"--jobname={self.jobs[job_id].name}" in command:
                 self.end(job_id, "CANCELLED")
         return 0, "", ""
+
+
+class FakeLauncher(Launcher):
+    """A launcher whose clock is its own, and what it has told."""
+
+    def __init__(self, store: Store, plan: Plan, max_running=None, resources=RESOURCES, clock=None, delays=(1.0, 2.0)):
+        self.clock, self.told = clock or Clock(), []
+        cancellation, profile = Cancellation(store.root), Profile("test", resources, None)
+        new_jobs = NewJobs(Provenance(RuntimeConfig(), {}, {}), profile, max_running, cancellation, Path("/code"))
+        slurm = commands.SlurmCommands(self.clock.sleep, delays)
+        super().__init__(store, plan, new_jobs, slurm, self.told.append, clock=self.clock)
+
+    def step_after(self, seconds: float) -> None:
+        self.clock.sleep(seconds)
+        self.step()
+
+    def run(self, show=lambda: None) -> None:
+        self.follow(show, self.clock.sleep)
+
+    def said(self, what: str) -> list[str]:
+        """Return the messages of one kind, each once."""
+        return list(dict.fromkeys(event.message for event in self.told if event.what == what))
+
+
+def plan_of(*stages: Stage) -> Plan:
+    """Return a plan without rows in which the stages are wanted that no other one needs."""
+    needed = {need for stage in stages for need in stage.needs}
+    return Plan({stage.id: stage for stage in stages}, (), tuple(it.id for it in stages if it.id not in needed))
+
+
+def complete(store: Store, stage: Stage) -> None:
+    draft = store.open_draft(stage.id)
+    (draft / "result").write_text("x")
+    store.commit(stage, draft, {"metrics": {}, "wall_time_s": 1.0})

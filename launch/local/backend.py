@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import shlex
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
-from contextlib import suppress
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 from hfprune_launch.local.deaths import explain_death
 from hfprune_launch.local.hardware import ranks_here, threads_of_a_rank
-from hfprune_launch.local.logs import first_line, last_number, log_of, mark_done
+from hfprune_launch.stage.attempts import DONE, Attempt, End, Intent, Ledger, local_log
 from hfprune_launch.stage.outcome import Outcome
 from hfprune_launch.stage.parent import die_with_parent
-from hfprune_launch.stage.stage_file import Provenance, attempts_so_far, write_stage_file
+from hfprune_launch.stage.stage_file import Provenance, write_stage_file
 
 from hfprune_dist.config.parameters import KINDS
 from hfprune_dist.store.artifacts import Store
@@ -58,25 +58,34 @@ class LocalBackend:
         Raises:
             KeyboardInterrupt: if another command has cancelled the sweep.
         """
-        started, began, handle = time.time(), time.monotonic(), self._store.handle(stage.id)
+        began, handle = time.monotonic(), self._store.handle(stage.id)
         claim = self._claim(handle, on_heartbeat)
         try:
             self._require_wanted()
             if handle.is_done():  # another sweep was faster
                 return Outcome("done", time.monotonic() - began)
-            # Logs outlive the work folder, which is removed with the progress in it once the artifact is made.
-            attempt = 1 + max(attempts_so_far(handle), last_number(self._logs, stage))
-            write_stage_file(handle, stage, self._provenance, attempt)
-            log = self._log(stage, attempt)
-            self._watch(self._start(stage, claim, log), handle, claim, on_heartbeat)
-            failure = None if handle.is_done() else self._failure(handle, claim, log, _Attempt(attempt, started))
-            if failure is None:
-                mark_done(log)
-        except ClaimLostError as lost:
-            failure = None if handle.is_done() else Failure("duplicate", str(lost), -1, time.time())
+            attempt = Ledger(self._store).begin(stage, ranks=self._ranks_of(stage))
+            write_stage_file(handle, stage, self._provenance, attempt.intent.number)
+            failure = self._run(stage, attempt, claim, on_heartbeat)
         finally:
             claim.release()
         return Outcome("failed" if failure else "done", time.monotonic() - began, failure)
+
+    def _run(self, stage: Stage, attempt: Attempt, claim: Claim, on_heartbeat: OnHeartbeat) -> Failure | None:
+        """Run a stage on all ranks, record how it ended, and return why it failed."""
+        handle, log = self._store.handle(stage.id), local_log(self._logs, attempt.intent)
+        self._logs.mkdir(parents=True, exist_ok=True)
+        failure: Failure | None = Failure("interrupted", "the launcher was interrupted", -1, time.time())
+        try:
+            self._watch(self._start(stage, claim, log), handle, claim, on_heartbeat)
+            failure = None if handle.is_done() else self._failure(handle, claim, log, attempt.intent)
+        except ClaimLostError as lost:
+            failure = None if handle.is_done() else Failure("duplicate", str(lost), -1, time.time())
+        finally:
+            end = End(DONE, "", time.time()) if failure is None else End(failure.cause, failure.message, time.time())
+            with contextlib.suppress(OSError):  # a full disk has no room for it
+                attempt.close(end)
+        return failure
 
     def _claim(self, handle: StageHandle, on_heartbeat: OnHeartbeat) -> Claim:
         """Claim a stage once no other sweep works on it, showing its progress until then."""
@@ -90,19 +99,18 @@ class LocalBackend:
         if self._cancellation.is_requested():
             raise KeyboardInterrupt("cancelled by another command; run the same command again to go on")
 
-    def _log(self, stage: Stage, attempt: int) -> Path:
-        """Return the path of the attempt's log file, and make its folder."""
-        self._logs.mkdir(parents=True, exist_ok=True)
-        return log_of(self._logs, stage, attempt)
+    def _ranks_of(self, stage: Stage) -> int:
+        return 1 if KINDS[stage.kind].on_one_rank else self.ranks
 
     def _start(self, stage: Stage, claim: Claim, log: Path) -> subprocess.Popen[bytes]:
-        ranks = 1 if KINDS[stage.kind].on_one_rank else self.ranks
+        ranks = self._ranks_of(stage)
         # torchrun would leave a folder for its own files behind, as would this process if it were killed.
         options = ["--standalone", f"--nproc-per-node={ranks}", f"--log-dir={os.devnull}"]
         torchrun = [sys.executable, "-m", "torch.distributed.run", *options]
         command = [*torchrun, str(STAGE_SCRIPT), str(self._store.root.resolve()), stage.id, "--claim", claim.ticket]
         with log.open("wb") as stream:
-            stream.write(first_line(stage, command).encode())
+            now = time.strftime("%Y-%m-%d %H:%M:%S%z")
+            stream.write(f"{now} {stage.kind} {stage.label} ({stage.id}): {shlex.join(command)}\n".encode())
             stream.flush()
             return subprocess.Popen(
                 command,
@@ -130,7 +138,7 @@ class LocalBackend:
                 renewal.tick()
                 if time.monotonic() - looked_at > CANCELLATION_POLL_S:
                     looked_at = time.monotonic()
-                    with suppress(OSError):  # the store doesn't answer at this moment
+                    with contextlib.suppress(OSError):  # the store doesn't answer at this moment
                         self._require_wanted()
                 time.sleep(POLL_S)
         except BaseException:
@@ -138,13 +146,13 @@ class LocalBackend:
             handle.discard_drafts(claim)
             raise
 
-    def _failure(self, handle: StageHandle, claim: Claim, log: Path, attempt: _Attempt) -> Failure:
+    def _failure(self, handle: StageHandle, claim: Claim, log: Path, attempt: Intent) -> Failure:
         """Return why the ranks left no artifact.
 
         Raises:
             ClaimLostError: if another process has since claimed the stage and uses its work folder.
         """
-        said = (failure for failure in handle.failures() if failure.is_of(attempt.number, attempt.started))
+        said = (failure for failure in handle.failures() if failure.is_of(attempt.number, attempt.created))
         recorded = next(said, None)
         full = full_disk(self._store.root)  # which may have no room for a rank to record its own reason
         left = recorded or (Failure("input", full, -1, time.time()) if full else None)
@@ -155,14 +163,6 @@ class LocalBackend:
             handle.clear_failures()
             handle.report_failure(failure)
         return failure
-
-
-@dataclass(frozen=True)
-class _Attempt:
-    """The number of an attempt at a stage, and the unix time at which it began."""
-
-    number: int
-    started: float
 
 
 def _terminate(process: subprocess.Popen[bytes]) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from hfprune_launch.screen import make_console, say
-from hfprune_launch.slurm.job_tracker import inputs_of_live_jobs
+from hfprune_launch.slurm.observe import inputs_of_live_jobs
 from hfprune_launch.sweep_folder import RecordedSweep, read_sweep
 
 from hfprune_dist.errors import UserError

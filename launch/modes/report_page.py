@@ -8,8 +8,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from hfprune_launch.modes.past_attempts import past_attempts
 from hfprune_launch.screen import say
+from hfprune_launch.stage.attempts import Ledger, past_attempts
 from hfprune_launch.sweep_folder import read_record
 from rich.console import Console
 
@@ -57,6 +57,10 @@ class ReportPage:
         record = read_record(self.out)
         if record is None or not os.access(self.out, os.W_OK):
             return
-        rows = record.rows(Store(self.out / "store"))
-        evidence = collect(self.out, record.plan, rows, past_attempts(self.out), time.time())
+        store = Store(self.out / "store")
+        ledger, logs = Ledger(store), self.out / "logs"
+        rows = record.rows(store)
+        evidence = collect(
+            self.out, record.plan, rows, lambda stage: past_attempts(ledger, stage.id, logs), time.time()
+        )
         write_text(self.out / REPORT, page(evidence))

@@ -14,11 +14,11 @@ from hfprune_launch.modes.sweep_arguments import Command
 from hfprune_launch.modes.sweep_plan import prepare, sweep_to_show
 from hfprune_launch.modes.sweep_run import run_prepared
 from hfprune_launch.screen import make_console, show_checkpoints, show_plan, show_results, show_shapes
-from hfprune_launch.slurm.attempts import Attempts
 from hfprune_launch.slurm.cli import cancel_sweep, show_jobs, show_status
 from hfprune_launch.slurm.commands import SlurmUnavailableError
 from hfprune_launch.slurm.estimate import show_estimates
-from hfprune_launch.slurm.status_table import row_logs
+from hfprune_launch.slurm.status import row_logs
+from hfprune_launch.stage.attempts import Ledger
 from hfprune_launch.sweep_folder import Sweep, configuration, forget_rows, require_sweep
 
 from hfprune_dist.config.yaml_text import to_yaml
@@ -104,7 +104,7 @@ def cancel(command: Command) -> int:
     """End the running stages of the sweep, on this machine or in jobs; saved work stays."""
     sweep = _existing(command)
     plan, store = sweep.plan, sweep.store
-    has_jobs = not Attempts(store.root).is_empty
+    has_jobs = Ledger(store).has_jobs()
     running = running_without_job(plan, store)
     try:
         request_cancellation(store.root)

@@ -12,9 +12,9 @@ from hfprune_launch.local.hardware import device_here, fitting_runtime, gpus_her
 from hfprune_launch.modes.sweep_arguments import Command
 from hfprune_launch.preflight import check_stages
 from hfprune_launch.project import PROJECT
-from hfprune_launch.slurm.batch_script import default_threads, refuse_unusable_path
 from hfprune_launch.slurm.estimate import Estimate, estimate_stages, gpus_of_profile, refuse_what_cannot_fit
 from hfprune_launch.slurm.profile import Profile
+from hfprune_launch.slurm.script import default_threads, refuse_unusable_path
 from hfprune_launch.sweep_folder import Record, Sweep, read_record, require_apart, require_folder
 
 from hfprune_dist.config.method import Method

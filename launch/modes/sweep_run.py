@@ -14,8 +14,9 @@ from hfprune_launch.modes.sweep_arguments import Command
 from hfprune_launch.modes.sweep_plan import Prepared
 from hfprune_launch.project import PROJECT
 from hfprune_launch.screen import StageScreen, show_checkpoints, show_results, stage_screen
-from hfprune_launch.slurm.cli import NewJobs, run_on_slurm
+from hfprune_launch.slurm.cli import run_on_slurm
 from hfprune_launch.slurm.commands import SlurmCommands
+from hfprune_launch.slurm.launcher import NewJobs
 from hfprune_launch.stage.outcome import Outcome
 from hfprune_launch.stage.stage_file import Provenance
 from hfprune_launch.sweep_folder import (
@@ -102,7 +103,7 @@ def _runner(command: Command, prepared: Prepared) -> RunStages:
         return lambda on_end: _run_here(command, prepared, backend, on_end)
     SlurmCommands().require()
     max_running = command.arguments.max_running or profile.max_running
-    jobs = NewJobs(provenance, profile, max_running, PROJECT, prepared.cancellation)
+    jobs = partial(NewJobs, provenance, profile, max_running, prepared.cancellation)
     follow = command.arguments.follow
     return lambda on_end: run_on_slurm(command.console, sweep, prepared.todo, jobs, follow=follow, on_end=on_end)
 

@@ -6,10 +6,9 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from hfprune_launch.slurm.attempts import Attempts, JobAttempt, with_job_ids
-from hfprune_launch.slurm.commands import SlurmCommands
-from hfprune_launch.slurm.job_info import JobInfo
-from hfprune_launch.slurm.job_tracker import JobTracker
+from hfprune_launch.slurm.commands import JobInfo, SlurmCommands
+from hfprune_launch.slurm.observe import Observer
+from hfprune_launch.stage.attempts import Attempt, Ledger
 from hfprune_launch.stage.stage_state import name_of
 
 from hfprune_dist.planning.plan import Plan
@@ -43,20 +42,21 @@ def cancel_jobs(
     Raises:
         SlurmUnavailableError: if Slurm did not answer; some jobs may be left.
     """
-    tracker = JobTracker(store, slurm, time.monotonic)
+    ledger = Ledger(store)
+    observer = Observer(ledger, slurm)
     stages: dict[str, str] = {}  # of cancelled jobs
     asked: set[str] = set()
     for _ in range(int(PATIENCE_S / LOOK_AGAIN_S)):
-        attempts = Attempts(store.root).open_attempts()
-        submitting = _submitting(store, attempts)
-        tracker.look(with_job_ids(attempts))
+        attempts = ledger.open_jobs()
+        submitting = _submitting(ledger, attempts)
+        observer.look(attempts)
         names = {attempt.intent.job_name: attempt.intent.stage_id for attempt in attempts}
-        found = [job for job in tracker.jobs.values() if job.name in names and _goes_on(job)]
+        found = [job for name, job in observer.jobs.items() if name in names and _goes_on(job)]
         # Pending jobs come first: they would start when the jobs that they wait for are gone.
         found.sort(key=lambda job: (not job.is_waiting, int(job.job_id)))
         slurm.cancel([job.job_id for job in found])
         stages |= {job.job_id: names[job.name] for job in found}
-        for name in names.keys() - {job.name for job in tracker.jobs.values()} - asked:
+        for name in names.keys() - observer.jobs.keys() - asked:
             slurm.cancel_named(name)  # squeue may have missed it
         asked |= names.keys()
         if not found and not submitting:
@@ -71,8 +71,9 @@ def _goes_on(job: JobInfo) -> bool:
     return job.is_live and job.state != "COMPLETING"
 
 
-def _submitting(store: Store, attempts: list[JobAttempt]) -> list[str]:
+def _submitting(ledger: Ledger, attempts: list[Attempt]) -> list[str]:
     """Return the launchers that may be submitting jobs at this moment: they hold claims, and have recorded no id."""
-    claims = [store.handle(it.intent.stage_id).open_claim() for it in attempts if it.job_id is None]
+    handles = (ledger.store.handle(it.intent.stage_id) for it in attempts if it.job_id is None)
+    claims = [handle.open_claim() for handle in handles]
     holders = {claim.holder for claim in claims if claim is not None and claim.lives and claim.holder.job is None}
     return sorted(f"{name_of(holder)} submits a job" for holder in holders)

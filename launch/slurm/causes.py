@@ -1,9 +1,23 @@
-"""Causes of the ends of attempts, as records and messages name them, and how often a launcher tries again for each."""
+"""Why attempts ended. A job and its ranks record their own end; Slurm's word, and its words in the logs, count only
+where they could record none.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+import time
+from collections.abc import Mapping, Sequence
 from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+from hfprune_launch.slurm.commands import DEPENDENCY, NEVER, JobInfo
+from hfprune_launch.stage.attempts import Attempt, End, Ledger
+from hfprune_launch.stage.logs import end_of_log
+
+from hfprune_dist.store.file_system import full_disk
+from hfprune_dist.store.heartbeat import Failure, Heartbeat
+from hfprune_dist.store.stage import Stage
 
 
 class Cause(StrEnum):
@@ -22,8 +36,6 @@ class Cause(StrEnum):
     NOT_RUN = "not run"
     """The job never began the stage: its launcher died while it submitted, a job that it needs did not succeed, or
     another process had the stage."""
-    NOT_ACCEPTED = "not accepted"
-    """The queue is full, or a job that this one needs has just ended; its folder is used again for the next try."""
     OUT_OF_MEMORY = "out of memory"
     CANCELLED = "cancelled"
     INPUT = "input"
@@ -39,5 +51,261 @@ RETRIES: Mapping[str, int] = {
     Cause.KILLED: 2,
     Cause.LOST_INPUT: 2,
     Cause.NOT_RUN: 100,  # a job may be dropped each time that one which it needs is interrupted
-    Cause.NOT_ACCEPTED: 1_000_000,
 }
+
+WHAT_TO_RAISE = "raise time_minutes or signal_seconds in the profile, or lower runtime.save_every_steps"
+# This many starts of a stage's jobs in a row may end without getting any further.
+FRUITLESS_STARTS = 3
+# The nodes at fault in this many previous attempts are avoided.
+EXCLUDING_ATTEMPTS = 3
+LOG_TAIL_LINES = 12
+LOG_TAIL_BYTES = 64 * 1024
+# What the batch script and every rank write first, followed by the number of times the job had been requeued.
+START = "hfprune: start"
+# A node could not launch the job, once or more often than the cluster allows ("launch failure limit exceeded requeued
+# held"), or could not read the user's environment: Slurm holds it for ever, even after the node has been repaired.
+LAUNCH_FAILED = re.compile(r"requeued.held|JobHoldMaxRequeue", re.IGNORECASE)
+# States of Slurm's that need no further explanation.
+STATES = {
+    "NODE_FAIL": (Cause.BAD_NODE, "its node failed"),
+    "BOOT_FAIL": (Cause.BAD_NODE, "its node did not boot"),
+    "LAUNCH_FAILED": (Cause.BAD_NODE, "its node could not launch it"),
+    "PREEMPTED": (Cause.INTERRUPTED, "it was preempted"),
+    "DEADLINE": (Cause.INPUT, "it met the deadline that the profile's sbatch sets; set a later one"),
+}
+# Words of Slurm and of drivers, for which ranks have none of their own.
+WORDS = (
+    (
+        r"oom[-_ ]kill|Out Of Memory|exceeded (job |step )?memory limit",
+        Cause.OUT_OF_MEMORY,
+        "it ran out of memory; give the stage more nodes or memory",
+    ),
+    (
+        r"prolog.*(failed|did not exit normally|error)|couldn't chdir to|could not open (stdout|stderr) file"
+        r"|stale file handle|execve\(\):.*no such file|task launch for .* failed on node|DUE TO NODE FAILURE"
+        r"|invalid job credential|munge decode failed|uncorrectable ECC|has fallen off the bus"
+        r"|no CUDA-capable device|CUDA-capable device\(s\) is/are busy|CUDA driver version is insufficient",
+        Cause.BAD_NODE,
+        "a node could not run it; if that persists, tell the cluster's administrators",
+    ),
+    (
+        r"invalid mpi type|mpi plugin|plugin name for mpi/|unable to satisfy cpu bind|cpu binding outside"
+        r"|are mutually exclusive|srun: ((error: )?unable to create step|fatal|unrecognized option|invalid option)",
+        Cause.INPUT,
+        "srun refused to start the ranks; check the profile, above all its sbatch and srun_args",
+    ),
+)
+BY_SLURM = re.compile(r"srun: |slurmstepd\S*: ")
+# What srun says of the first ranks that end badly, whereupon it ends all others.
+DEATH = re.compile(r"^srun: error: (\S+): tasks? [\d,-]+: .+$", re.MULTILINE)
+NODE_AT_FAULT = re.compile(
+    r"srun: error: Node failure on (\S+)|task launch for .* failed on node ([^\s:]+)", re.IGNORECASE
+)
+
+
+def explain_end(ledger: Ledger, stage: Stage, attempt: Attempt, job: JobInfo | None) -> End:
+    """Return how an attempt whose job is over ended; only a verified artifact counts as success.
+
+    Args:
+        job: what Slurm says of it; None if it has forgotten the job.
+    """
+    handle = ledger.store.handle(stage.id)
+    heartbeat = handle.heartbeat()
+    cause: str = Cause.DONE
+    message = text = ""
+    if not handle.is_done():
+        text = _lines_of_last_start(attempt.logs())
+        cause, message = _cause(ledger, stage, attempt, job, text)
+    ended = _ended_at(job, heartbeat)
+    return End(
+        cause=cause,
+        message=message,
+        at=ended,
+        is_over=True,
+        bad_nodes=_nodes_at_fault(text, attempt, job) if cause == Cause.BAD_NODE else [],
+        run_seconds=attempt.run_seconds(ended),
+        progress=as_progress(heartbeat),
+    )
+
+
+def _cause(ledger: Ledger, stage: Stage, attempt: Attempt, job: JobInfo | None, text: str) -> tuple[str, str]:
+    """Return cause and message; what explains most comes first."""
+    name, runs, tail = f"job {attempt.job_id}", attempt.runs(), log_tail(attempt.logs())
+    state, reason = (job.state, job.reason) if job is not None else ("", "")
+    how = runs[-1].how if runs else None
+    if how == "cancelled" or state == "CANCELLED":
+        return _cancelled(ledger, stage, name, reason, has_started=bool(runs))
+    if (state, reason) == ("FAILED", "BadConstraints"):
+        if attempt.intent.avoided:
+            return Cause.NOT_RUN, f"{name} can't do without {', '.join(attempt.intent.avoided)}, where it has failed"
+        return Cause.INPUT, f"{name}: no node suits what it asks for (BadConstraints); check the profile"
+    if how == "duplicate":
+        return Cause.NOT_RUN, f"{name} left the stage to another process that has claimed it"
+    found = ledger.store.handle(stage.id).failures()
+    said = [it for it in found if it.is_of(attempt.intent.number, attempt.intent.created) and not it.is_consequence]
+    if said and said[0].cause != Cause.CODE:
+        return said[0].cause, said[0].message
+    recorded = attempt.exit_record()
+    if recorded is not None and recorded.message:
+        return Cause.INPUT, f"{name}: {recorded.message} (exit code {recorded.code}); correct it\n{tail}"
+    if state == "OUT_OF_MEMORY":
+        return Cause.OUT_OF_MEMORY, f"{name}: {WORDS[0][2]}\n{tail}"
+    if state == "TIMEOUT" or "DUE TO TIME LIMIT" in text:
+        return _time_limit(ledger, attempt)
+    if state in STATES:
+        return STATES[state][0], f"{name}: {STATES[state][1]}"
+    for words, cause, meaning in WORDS:
+        if line := re.search(f"^.*({words}).*$", text, re.IGNORECASE | re.MULTILINE):
+            return cause, f"{name}: {meaning}: {line[0].strip()}\nits log ends with:\n{tail}"
+    if said:
+        return Cause.CODE, said[0].message
+    if full := full_disk(ledger.store.root):  # on which nobody could record a reason
+        return Cause.INPUT, full
+    if not runs and not attempt.logs():
+        where = "its nodes may not see that folder; --out must lie on a file system that all nodes share"
+        return Cause.KILLED, f"{name} has left no log in {attempt.folder}: {where}"
+    death = DEATH.search(text)
+    told = f"a rank died without a message{f' ({death[0]})' if death else ''}"
+    return Cause.KILLED, f"{name} ({state or 'state unknown'}): {told}\nits log ends with:\n{tail}"
+
+
+def _cancelled(ledger: Ledger, stage: Stage, name: str, reason: str, has_started: bool) -> tuple[str, str]:
+    """Tell who cancelled a job: we, as it would have waited for ever; Slurm, as one that it needs did not succeed; or
+    somebody.
+
+    A job that Slurm drops as soon as it is submitted can have any reason; one that somebody cancelled while it waited
+    for others, or was held, keeps the reason for which it waited.
+    """
+    if LAUNCH_FAILED.search(reason):
+        return Cause.BAD_NODE, f"{name} could not be started and would have waited for ever: {reason}"
+    waited = has_started or reason == DEPENDENCY or reason.startswith("JobHeld")
+    lacks = not waited and any(not ledger.store.handle(need).is_done() for need in stage.needs)
+    if lacks or (reason == NEVER and stage.needs):
+        return Cause.NOT_RUN, f"{name} was dropped, as a job on which it depends did not succeed"
+    return Cause.CANCELLED, f"{name} was cancelled; run the same command again to go on"
+
+
+# Starts that get no further.
+
+
+def fruitless_starts(progress: Sequence[dict[str, Any] | None]) -> int:
+    """Return the number of starts since the last one that got further than all before it.
+
+    Args:
+        progress: the last heartbeats of all starts, oldest first; None for a start without one.
+    """
+    count = 0
+    furthest: dict[str, int] = {}
+    for last in progress:
+        if last is not None and last["done"] > furthest.get(last["phase"], -1 if furthest else 0):
+            furthest[last["phase"]], count = last["done"], 0
+        else:
+            count += 1
+    return count
+
+
+def earlier_progress(ledger: Ledger, attempt: Attempt) -> list[dict[str, Any] | None]:
+    """Return how far each ended start of the stage's jobs got, including those of this attempt, oldest first.
+
+    It begins after the last attempt that made the artifact: if that was lost, the work started over.
+    """
+    attempts = [it for it in ledger.jobs_of(attempt.intent.stage_id) if it.intent.number <= attempt.intent.number]
+    made = [number for number, it in enumerate(attempts, 1) if (end := it.end) is not None and end.cause == Cause.DONE]
+    return [progress for it in attempts[max(made, default=0) :] for progress in it.progress()]
+
+
+def never_gets_further(ledger: Ledger, attempt: Attempt) -> Failure | None:
+    """Return why an interrupted job must not be requeued, or None if its last starts got further than those before."""
+    if fruitless_starts(earlier_progress(ledger, attempt)) < FRUITLESS_STARTS:
+        return None
+    message = f"job {attempt.job_id} was interrupted: {_no_further(attempt)}"
+    return Failure(Cause.INPUT, message, 0, time.time(), attempt.intent.number)
+
+
+def _time_limit(ledger: Ledger, attempt: Attempt) -> tuple[str, str]:
+    """Explain a job that reached its time limit before it had saved its work and requeued itself."""
+    runs, progress = attempt.runs(), earlier_progress(ledger, attempt)
+    if not runs or runs[-1].ended is None:  # it could not record how far it got
+        progress.append(as_progress(ledger.store.handle(attempt.intent.stage_id).heartbeat()))
+    reached = f"job {attempt.job_id} reached its time limit of {attempt.intent.time_minutes} minutes"
+    # The first start of all may have spent its time on what is not counted, such as loading a model.
+    if fruitless_starts(progress) < FRUITLESS_STARTS:
+        return Cause.INTERRUPTED, reached
+    return Cause.INPUT, f"{reached}: {_no_further(attempt)}"
+
+
+def _no_further(attempt: Attempt) -> str:
+    minutes = attempt.intent.time_minutes
+    return f"the last {FRUITLESS_STARTS} starts of {minutes} minutes got no further than before; {WHAT_TO_RAISE}"
+
+
+def as_progress(heartbeat: Heartbeat | None) -> dict[str, Any] | None:
+    return None if heartbeat is None else {"phase": heartbeat.phase, "done": heartbeat.done}
+
+
+# Nodes at fault.
+
+
+def _nodes_at_fault(text: str, attempt: Attempt, job: JobInfo | None) -> list[str]:
+    """Return the nodes at fault: those that the log names, else the only node of the job's last start."""
+    named = {first or second for first, second in NODE_AT_FAULT.findall(text)}
+    if not named and (death := DEATH.search(text)):
+        named = {death[1]}
+    if not named:
+        runs = attempt.runs()
+        named = {job.nodes if job is not None and job.nodes else runs[-1].nodes if runs else ""}
+    return sorted(node for node in named if node and not {"[", ","} & set(node))
+
+
+def nodes_to_avoid(attempts: Sequence[Attempt]) -> list[str]:
+    """Return the nodes that a stage's next job avoids; none if Slurm could not start the last one without them."""
+    if attempts and attempts[-1].intent.avoided and (end := attempts[-1].end) and end.cause == Cause.NOT_RUN:
+        return []
+    ends = [end for attempt in attempts[-EXCLUDING_ATTEMPTS:] if (end := attempt.end) is not None]
+    return sorted({node for end in ends for node in end.bad_nodes})
+
+
+# Logs.
+
+
+def _ended_at(job: JobInfo | None, heartbeat: Heartbeat | None) -> float:
+    """Return the unix time at which a job ended: from Slurm, its last heartbeat, or else the present."""
+    if job is not None:
+        try:
+            return time.mktime(time.strptime(job.end, "%Y-%m-%dT%H:%M:%S"))
+        except ValueError:
+            pass
+    return time.time() if heartbeat is None else heartbeat.updated
+
+
+def _lines_of_last_start(logs: Sequence[Path]) -> str:
+    """Return the lines of every log since the job's last start: its last ones, and all that Slurm wrote before them.
+
+    A log that knows only of earlier starts has none: the last one ended before this rank began.
+    """
+    kept: list[str] = []
+    texts = [end_of_log(log, LOG_TAIL_BYTES) for log in logs]
+    starts = [[*re.finditer(rf"^{START} (\d+)$", text, re.MULTILINE)] for text in texts]
+    newest = max((int(found[-1][1]) for found in starts if found), default=None)
+    for text, found in zip(texts, starts, strict=True):
+        if found and int(found[-1][1]) != newest:
+            continue
+        lines = [line for line in text[found[-1].end() if found else 0 :].splitlines() if _says_something(line)]
+        early, late = lines[:-LOG_TAIL_LINES], lines[-LOG_TAIL_LINES:]
+        kept += [*(line for line in early if BY_SLURM.match(line)), *late]
+    return "\n".join(kept)
+
+
+def log_tail(logs: Sequence[Path], lines: int = LOG_TAIL_LINES) -> str:
+    """Return the last lines of every log, each under the log's name."""
+    parts = []
+    for log in logs:
+        text = end_of_log(log, LOG_TAIL_BYTES)
+        kept = [line for line in text.splitlines() if _says_something(line)][-lines:]
+        if kept:
+            parts.append("\n".join([f"  {log.name}:", *(f"    {line}" for line in kept)]))
+    return "\n".join(parts)
+
+
+def _says_something(line: str) -> bool:
+    return bool(line.strip()) and not line.startswith(START)

@@ -6,28 +6,22 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from time import sleep
 
-from hfprune_launch.project import Project
+from hfprune_launch.project import PROJECT
 from hfprune_launch.screen import say
-from hfprune_launch.slurm.attempts import Attempts, with_job_ids
-from hfprune_launch.slurm.backend import SlurmBackend
-from hfprune_launch.slurm.batch_script import Request, batch_script, default_threads
 from hfprune_launch.slurm.cancel import cancel_jobs
-from hfprune_launch.slurm.code_snapshot import take_snapshot
-from hfprune_launch.slurm.commands import SlurmCommands, SlurmUnavailableError
-from hfprune_launch.slurm.job_info import JobInfo
-from hfprune_launch.slurm.job_tracker import JobTracker
-from hfprune_launch.slurm.pending_jobs import REMIND_S
+from hfprune_launch.slurm.commands import JobInfo, SlurmCommands, SlurmUnavailableError
+from hfprune_launch.slurm.launcher import Event, Launcher, NewJobs
+from hfprune_launch.slurm.observe import Observer
 from hfprune_launch.slurm.profile import Profile
-from hfprune_launch.slurm.slurm_stage import SlurmStage
-from hfprune_launch.slurm.status_table import stage_statuses, status_table
-from hfprune_launch.slurm.submission import Submitting
-from hfprune_launch.slurm.sweep_jobs import Event
+from hfprune_launch.slurm.script import Request, batch_script, default_threads
+from hfprune_launch.slurm.snapshot import take_snapshot
+from hfprune_launch.slurm.status import stage_statuses, status_table
+from hfprune_launch.stage.attempts import Ledger
 from hfprune_launch.stage.progress_lines import ProgressLines
-from hfprune_launch.stage.stage_file import Provenance
 from hfprune_launch.sweep_folder import Sweep
 from rich.console import Console
 from rich.live import Live
@@ -36,11 +30,12 @@ from rich.markup import escape
 from hfprune_dist.config.schema import RuntimeConfig
 from hfprune_dist.results.formats import counted
 from hfprune_dist.store.artifacts import Verdict
-from hfprune_dist.store.cancellation import Cancellation
 from hfprune_dist.store.file_system import require_own
 from hfprune_dist.store.stage import Stage
 
-EVENT_COLORS = {"done": "green", "ended": "red", "waiting": "yellow"}
+EVENT_COLORS = {"done": "green", "ended": "red", "waiting": "yellow", "cancelled": "yellow"}
+# Seconds after which what still keeps the sweep waiting is told again.
+REMIND_S = 3600.0
 STATUS_INTERVAL_S = 5.0
 # Between two stages, a sweep on this machine holds no claim for some seconds, while the ranks of the first one end.
 LOOKS_AT_REST = 3
@@ -48,28 +43,11 @@ LOOKS_AT_REST = 3
 AT_REST = ("done", "failed", "died", "waiting", "missing", "not needed")
 
 
-@dataclass(frozen=True)
-class NewJobs:
-    """The input for new jobs.
-
-    Attributes:
-        max_running: the most jobs of the sweep that run at once; None for no limit.
-        project: the project whose code they run, as it is now.
-        cancellation: tells whether they are still wanted.
-    """
-
-    provenance: Provenance
-    profile: Profile
-    max_running: int | None
-    project: Project
-    cancellation: Cancellation
-
-
 def run_on_slurm(
     console: Console,
     sweep: Sweep,
     todo: Sequence[str],
-    new_jobs: NewJobs,
+    new_jobs: Callable[[Path], NewJobs],
     *,
     follow: bool | None,
     on_end: Callable[[], None],
@@ -77,31 +55,36 @@ def run_on_slurm(
     """Submit missing stages and adopt running jobs.
 
     Args:
+        new_jobs: returns the settings for new jobs, given the copy of the code that they run.
         follow: False leaves at once; otherwise the call stays until nothing more can be done.
         on_end: called when a stage's job has ended.
 
     Returns:
         the exit code when leaving at once; None after staying.
     """
-    store = sweep.store
-    provenance, tell = new_jobs.provenance, partial(say, console)
-    require_own(sweep.out, sweep.out / "code", store.root, store.root / "attempts", store.root / "work")
+    store, code, tell = sweep.store, sweep.out / "code", partial(say, console)
+    require_own(sweep.out, code, store.root, store.root / "attempts", store.root / "work")
     every = counted(len(sweep.plan.stages), "stage")
     tell(f"{len(todo)} of {every} to run on Slurm; logs in {store.root / 'attempts'}")
-    snapshot = take_snapshot(new_jobs.project, (sweep.out / "code").resolve(), provenance.code, tell)
+    snapshot = take_snapshot(PROJECT, code.resolve(), PROJECT.code_version(), tell)
     with _Screen(console, sweep).shown() as screen:
-        submitting = Submitting(provenance, new_jobs.profile, snapshot, new_jobs.max_running, new_jobs.cancellation)
-        backend = SlurmBackend(store, sweep.plan, submitting, SlurmCommands(), partial(_tell, screen, on_end))
+
+        def on_event(event: Event) -> None:
+            screen.tell(event)
+            if event.what in ("done", "ended"):
+                on_end()
+
+        launcher = Launcher(store, sweep.plan, new_jobs(snapshot), SlurmCommands(), on_event)
         try:
-            backend.start()
+            launcher.start()
             if follow is not False:
-                backend.follow(lambda: screen.refresh(backend.jobs))
+                launcher.follow(lambda: screen.refresh(launcher.jobs))
                 return None
-            backend.follow_missing(lambda: screen.refresh(backend.jobs))
+            launcher.follow_missing(lambda: screen.refresh(launcher.jobs))
         except KeyboardInterrupt:
             tell("submitted jobs go on; --status shows them, --cancel ends them")
             raise
-    if left := backend.unsubmitted():
+    if left := launcher.unsubmitted():
         names = ", ".join(f"{stage.kind} {stage.label}" for stage in left)
         tell(f"not submitted: {names}; run the same command again")
         return 1
@@ -109,24 +92,37 @@ def run_on_slurm(
     return 0
 
 
-def _tell(screen: _Screen, on_end: Callable[[], None], event: Event) -> None:
-    screen.tell(event)
-    if event.what in ("done", "ended"):
-        on_end()
-
-
 def show_status(console: Console, sweep: Sweep, keep_on: bool) -> None:
     """Show the state of every stage; with ``keep_on``, live for as long as a stage is queued or running."""
-    jobs = _StatusJobs(console, sweep)
+    ledger = Ledger(sweep.store)
+    observer = Observer(ledger, SlurmCommands(retry_delays_s=()))
+    told: list[str] = []
+
+    def jobs() -> Mapping[str, JobInfo] | None:
+        """Return the jobs by name; None if this machine has no Slurm, or Slurm does not answer at once."""
+        missing = (stage_id for stage_id in sweep.plan.stages if not sweep.store.handle(stage_id).is_committed())
+        attempts = [attempt for stage_id in missing if (attempt := ledger.open_job(stage_id)) is not None]
+        if not attempts:
+            return {}
+        try:
+            observer.look(attempts)
+        except SlurmUnavailableError as error:
+            if not told:
+                told.append(f"Slurm does not answer ({error}): submitted jobs may wait or run")
+                say(console, told[0])
+            return None
+        told.clear()
+        return observer.jobs
+
     with _Screen(console, sweep).shown() as screen:
         looks_at_rest = 0
         while keep_on and looks_at_rest < LOOKS_AT_REST:
-            goes_on = screen.refresh(jobs.now())
+            goes_on = screen.refresh(jobs())
             looks_at_rest = 0 if goes_on else looks_at_rest + 1
             if not sweep.plan.lacking(lambda stage_id: sweep.store.handle(stage_id).is_committed()):
                 break
             sleep(STATUS_INTERVAL_S)
-    console.print(status_table(stage_statuses(sweep.plan, sweep.store, jobs.now())))
+    console.print(status_table(stage_statuses(sweep.plan, sweep.store, jobs())))
 
 
 def cancel_sweep(console: Console, sweep: Sweep) -> bool:
@@ -178,34 +174,6 @@ def _planned(
     )
 
 
-class _StatusJobs:
-    """All jobs, for read-only commands."""
-
-    def __init__(self, console: Console, sweep: Sweep) -> None:
-        self._is_silent = False
-        self._console = console
-        self._sweep = sweep
-        self._tracker = JobTracker(sweep.store, SlurmCommands(retry_delays_s=()), time.monotonic)
-
-    def now(self) -> Mapping[str, JobInfo] | None:
-        """Return the jobs, by id; None if this machine has no Slurm, or Slurm does not answer at once."""
-        store = self._sweep.store
-        if Attempts(store.root).is_empty:
-            return {}
-        handles = (SlurmStage(store, stage_id) for stage_id in self._sweep.plan.stages)
-        found = [handle.open_attempt() for handle in handles if not handle.is_committed()]
-        newest = [attempt for attempt in found if attempt is not None]
-        try:
-            self._tracker.look(with_job_ids(newest))
-        except SlurmUnavailableError as error:
-            if not self._is_silent and newest:
-                say(self._console, f"Slurm does not answer ({error}): submitted jobs may wait or run")
-            self._is_silent = True
-            return None
-        self._is_silent = False
-        return self._tracker.jobs
-
-
 class _Screen:
     """A live table on a terminal, occasional lines of progress elsewhere, and always one line per event.
 
@@ -240,11 +208,14 @@ class _Screen:
         return any(status.state not in AT_REST for status in statuses)
 
     def tell(self, event: Event) -> None:
-        """Print an event; a message about waiting, of which every round tells, only once in ``REMIND_S``."""
+        """Print an event; a message about waiting, of which every round tells, only once in ``REMIND_S``, whichever
+        stage it is about.
+        """
         now = self._clock()
-        if event.what == "waiting" and now - self._told_at.get(event.message, -math.inf) < REMIND_S:
-            return
-        self._told_at[event.message] = now
+        if event.what in ("waiting", "cancelled"):
+            if now - self._told_at.get(event.message, -math.inf) < REMIND_S:
+                return
+            self._told_at[event.message] = now
         color = EVENT_COLORS.get(event.what, "cyan")
         stage = f" {event.stage.kind} {escape(event.stage.label)}" if event.stage is not None else ""
         job = f" job {event.job_id}" if event.job_id else ""

@@ -1,8 +1,8 @@
 """Slurm's commands, with patience for a controller that is busy or restarting.
 
 Job states come from one squeue call for all jobs of the user, which also lists jobs that ended a few minutes ago
-(MinJobAge). A job's absence from that list says nothing yet: the controller is then asked about each such job
-(scontrol), and so is accounting (sacct), if there is one.
+(MinJobAge). A job's absence from that list says nothing yet: accounting (sacct) and the controller (scontrol) are then
+asked about it.
 """
 
 from __future__ import annotations
@@ -13,10 +13,9 @@ import shutil
 import subprocess
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
-
-from hfprune_launch.slurm.job_info import NO_NODES, JobInfo
 
 from hfprune_dist.errors import UserError
 
@@ -29,7 +28,7 @@ TRANSIENT = re.compile(  # whole phrases of Slurm's, since a refusal repeats nam
     re.IGNORECASE,
 )
 # Variables with which a user changes what Slurm's commands ask for or show.
-OPTION_VARIABLES = ("SLURM_", "SBATCH_", "SQUEUE_", "SACCT_", "SCANCEL_", "SINFO_")
+OPTION_VARIABLES = ("SLURM_", "SBATCH_", "SQUEUE_", "SACCT_", "SCANCEL_", "SINFO_", "SRUN_")
 # The ones among them that say which cluster is asked, and as which user.
 CONNECTION_VARIABLES = ("SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_CLUSTERS", "SLURM_JWT")
 NO_CONFIGURATION = re.compile("could not establish a configuration source|unable to process configuration", re.I)
@@ -41,13 +40,24 @@ TOO_MANY_JOBS = re.compile(
     re.IGNORECASE,
 )
 # The final mark shows that a line is complete, since names may contain any character, including line ends.
-SQUEUE_FIELDS = "%i|%T|%r|%N|%S|%e|%j|;"
+SQUEUE_FIELDS = "%i|%T|%r|%N|%e|%j|;"
 SQUEUE_HEADER = re.compile(r"^JOBID\|.*\|;\n", re.MULTILINE)
-SQUEUE_JOB = re.compile(r"^(\d[^|\n]*)" + r"\|([^|\n]*)" * 5 + r"\|(.*?)\|;\n", re.MULTILINE | re.DOTALL)
+SQUEUE_JOB = re.compile(r"^(\d[^|\n]*)" + r"\|([^|\n]*)" * 4 + r"\|(.*?)\|;\n", re.MULTILINE | re.DOTALL)
 # What sbatch --parsable prints; sites may print notes before and after it.
 SUBMITTED = re.compile(r"^(\d+)(?:;\S+)?[ \t\r]*$", re.MULTILINE)
 DEPENDENCY_PROBLEM = re.compile("job dependency problem", re.IGNORECASE)
 INVALID_JOB_ID = re.compile("Invalid job id", re.IGNORECASE)
+
+# Live, but on no node; in the last three Slurm holds a job until somebody releases or cancels it.
+WAITING_STATES = frozenset({"PENDING", "REQUEUE_HOLD", "SPECIAL_EXIT", "RESV_DEL_HOLD"})
+LIVE_STATES = WAITING_STATES | {
+    *("CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED", "STOPPED", "RESIZING", "SIGNALING", "STAGE_OUT"),
+    *("REQUEUED", "REQUEUE_FED", "EXPEDITING"),
+}
+# Why a job waits for others; and why it would wait for ever, as one of them did not succeed, if Slurm did not end it.
+DEPENDENCY, NEVER = "Dependency", "DependencyNeverSatisfied"
+# What accounting says of a job that has never started.
+NO_NODES = "None assigned"
 
 Fate = Literal["cancelled", "requeued", "preempted", "open"]
 
@@ -66,6 +76,33 @@ class SubmissionRefusedError(UserError):
 
 class NeedEndedError(Exception):
     """Slurm has forgotten a job on which the submitted one was to depend, since it ended some time ago."""
+
+
+@dataclass(frozen=True)
+class JobInfo:
+    """Slurm's information on a job.
+
+    Attributes:
+        state: as squeue names it, e.g. RUNNING or NODE_FAIL.
+        reason: why it waits or ended; "None" if there is no reason.
+        nodes: its nodes in Slurm's notation, e.g. n[1-2]; empty while it waits.
+        end: when it ended, in local time; anything else if it has not.
+    """
+
+    job_id: str
+    state: str
+    reason: str
+    nodes: str
+    end: str
+    name: str
+
+    @property
+    def is_live(self) -> bool:
+        return self.state in LIVE_STATES
+
+    @property
+    def is_waiting(self) -> bool:
+        return self.state in WAITING_STATES
 
 
 class SlurmCommands:
@@ -136,11 +173,12 @@ class SlurmCommands:
 
     def find(self, job_name: str) -> str | None:
         """Return the id of the job that squeue lists under a name; of a live one if there are several."""
-        found = [job for job in self.jobs().values() if job.name == job_name]
-        return max(found, key=lambda job: job.is_live).job_id if found else None
+        found = self.jobs().get(job_name)
+        return None if found is None else found.job_id
 
     def jobs(self) -> dict[str, JobInfo]:
-        """Return all jobs of this user that squeue lists, by id. A job that it does not list need not be over.
+        """Return all jobs of this user that squeue lists, by name: of those with one name a live one. A job that it
+        does not list need not be over.
 
         Raises:
             SlurmUnavailableError: if Slurm did not answer, or never completely.
@@ -148,7 +186,7 @@ class SlurmCommands:
         command = ["squeue", "--me", "--states=all", f"--format={SQUEUE_FIELDS}"]
         text = self._query(command, is_whole=_is_whole_listing)
         infos = [JobInfo(*fields) for fields in SQUEUE_JOB.findall(text)]
-        return {info.job_id: info for info in infos}
+        return {info.name: info for info in sorted(infos, key=lambda info: info.is_live)}
 
     def job(self, job_id: str) -> JobInfo | None:
         """Return what the controller itself says about a job of any user; None if it says that there is none.
@@ -159,31 +197,27 @@ class SlurmCommands:
         text = self._show(job_id, ignore=INVALID_JOB_ID)
         if not text:
             return None
-        names = ("JobState", "Reason", "NodeList", "StartTime", "EndTime", "JobName")
+        names = ("JobState", "Reason", "NodeList", "EndTime", "JobName")
         return JobInfo(job_id, *(_field(text, name) for name in names))
 
-    def history(self, job_ids: Collection[str]) -> dict[str, JobInfo]:
-        """Return what accounting knows about jobs that squeue does not list; empty without accounting."""
-        return {info.job_id: info for info in self._accounting(job_ids)}
-
-    def launched_on(self, job_id: str) -> str:
-        """Return the nodes of a job's last start in accounting, in Slurm's notation; empty if it knows of none."""
-        nodes = [info.nodes for info in self._accounting([job_id], "--duplicates")]
-        return next((node for node in reversed(nodes) if node and node != NO_NODES), "")
-
-    def _accounting(self, job_ids: Collection[str], *options: str) -> list[JobInfo]:
+    def history(self, job_ids: Collection[str], *options: str) -> list[JobInfo]:
+        """Return what accounting knows about jobs, in the words of squeue; empty without accounting."""
         if not job_ids or shutil.which("sacct") is None:
             return []
-        fields = "JobIDRaw,State,Reason,NodeList,Start,End,JobName"
+        fields = "JobIDRaw,State,Reason,NodeList,End,JobName"
         clusters = os.environ.get("SLURM_CLUSTERS")  # which sacct alone does not obey by itself
         command = ["sacct", *([f"--clusters={clusters}"] if clusters else []), "--allocations", *options]
-        command += ["--noheader", "--parsable2", f"--format={fields}", "--jobs", ",".join(job_ids)]
+        command += ["--noheader", "--parsable2", f"--format={fields}", "--jobs", ",".join(sorted(job_ids))]
         result = _run(command)
         if result.returncode != 0:
             return []
         lines = [line for line in result.stdout.splitlines(keepends=True) if line.endswith("\n")]
-        infos = [JobInfo(*line.rstrip("\n").split("|", 6)) for line in lines if line.count("|") >= 6]
-        return [info.in_words_of_squeue() for info in infos]
+        return [_of_accounting(*line.rstrip("\n").split("|", 5)) for line in lines if line.count("|") >= 5]
+
+    def launched_on(self, job_id: str) -> str:
+        """Return the nodes of a job's last start in accounting, in Slurm's notation; empty if it knows of none."""
+        nodes = [info.nodes for info in self.history([job_id], "--duplicates")]
+        return next((node for node in reversed(nodes) if node), "")
 
     def cancel(self, job_ids: Sequence[str]) -> None:
         """Cancel jobs; it is no error if one has already ended."""
@@ -202,16 +236,9 @@ class SlurmCommands:
             return "cancelled" if state == "CANCELLED" else "requeued"
         return "open" if _field(text, "PreemptTime") in ("", "None", "Unknown", "N/A") else "preempted"
 
-    def requeue(self, job_id: str) -> bool:
-        """From inside a job: put it back into the queue, unless Slurm is already ending or requeueing it.
-
-        Returns:
-            whether it is queued again, by us or by Slurm.
-        """
-        fate = self.fate(job_id)
-        if fate in ("open", "preempted"):
-            self._query(["scontrol", "requeue", job_id])
-        return fate != "cancelled"
+    def requeue(self, job_id: str) -> None:
+        """Put a running job back into the queue."""
+        self._query(["scontrol", "requeue", job_id])
 
     def _show(self, job_id: str, ignore: re.Pattern[str] | None = None) -> str:
         command = ["scontrol", "show", "job", "--oneliner", job_id]
@@ -244,9 +271,8 @@ class SlurmCommands:
 
 
 def command_environment(environment: Mapping[str, str]) -> dict[str, str]:
-    """Return the environment for a command of Slurm, without variables that change what it asks for or shows.
-
-    Such variables come from a user's shell, or from the job in which a launcher runs.
+    """Return the environment for a command of Slurm, without variables that change what it asks for or shows, and that
+    a job would inherit. They come from a user's shell, or from the job in which a launcher runs.
     """
     kept = {name: value for name, value in environment.items() if not name.startswith(OPTION_VARIABLES)}
     return kept | {name: environment[name] for name in CONNECTION_VARIABLES if name in environment}
@@ -278,6 +304,17 @@ def _is_whole_listing(text: str) -> bool:
         return False
     rest = SQUEUE_JOB.sub("", text)
     return not re.search(r"^\d", rest, re.MULTILINE)
+
+
+def _of_accounting(job_id: str, state: str, reason: str, nodes: str, end: str, name: str) -> JobInfo:
+    """Return accounting's line on a job in the words of squeue, which keeps the reason for which a cancelled job
+    waited. Accounting gives the user who cancelled it ("CANCELLED by 1000"); if nobody did, Slurm did.
+    """
+    state, *by = state.split(" ")
+    has_started = nodes != NO_NODES
+    if state == "CANCELLED" and not has_started:
+        reason = DEPENDENCY if by else NEVER
+    return JobInfo(job_id, state, reason, nodes if has_started else "", end, name)
 
 
 def _field(text: str, name: str) -> str:

@@ -18,13 +18,9 @@ from time import sleep
 from typing import TYPE_CHECKING
 
 import psutil
-from hfprune_launch.slurm.attempt_records import Run
-from hfprune_launch.slurm.attempts import Attempts
-from hfprune_launch.slurm.causes import Cause
+from hfprune_launch.slurm.causes import START, Cause, as_progress, never_gets_further
 from hfprune_launch.slurm.commands import SlurmCommands, SlurmUnavailableError
-from hfprune_launch.slurm.exit_causes import START, never_gets_further
-from hfprune_launch.slurm.progress import as_progress
-from hfprune_launch.slurm.slurm_stage import SlurmStage
+from hfprune_launch.stage.attempts import Ledger, Run
 from hfprune_launch.stage.parent import die_with_parent
 from hfprune_launch.stage.run import (
     CLAIM_LOST_EXIT_CODE,
@@ -169,18 +165,19 @@ class _Rank:
 
     def __init__(self, folder: Path, interruption: Interruption) -> None:
         self._folder = folder
-        self._handle = _stage_of(folder)
+        # <store>/attempts/<kind>/<fingerprint>/<number>
+        self._handle = Store(folder.parents[3]).handle("/".join(folder.parts[-3:-1]))
         self._interruption = interruption
         self._rank = int(os.environ.get("SLURM_PROCID", "0"))
-        self._attempt = int(folder.name)
-        self._gate: _StartGate | None = None
+        self._start: _Start | None = None
 
     def run(self) -> None:
         try:
             os.environ.update(rank_environment(os.environ))
             prepare_environment()
             require_store(self._handle.store, os.environ)
-            self._record_start()
+            if self._rank == 0:
+                self._start = _Start(self._folder)
             preflight(os.environ)
             run_stage(self._handle, self._interruption, self._admit)
         except Interrupted:
@@ -195,49 +192,50 @@ class _Rank:
         self._end("done")
         leave_process(0)
 
-    def _record_start(self) -> None:
-        """On rank 0: record that the job has started."""
-        if self._rank == 0:
-            self._gate = _StartGate(self._folder)
-
     def _admit(self, world: World) -> Admission:
         """Return whether the stage has to run here: rank 0 asks until there is an answer, which all ranks learn."""
         answer = "wait"
         while answer == "wait":
-            answer = world.broadcast(self._gate.ask() if self._gate else "")
+            answer = world.broadcast(self._start.ask() if self._start else "")
         if answer == "held":
             raise DuplicateError(f"another process has been running {self._handle.id} for all the time this job waited")
         return Admission(answer == "run", self._claim)
 
     def _requeue(self) -> bool:
-        """On rank 0, once all ranks have saved their work: put the job back into the queue.
+        """On rank 0, once all ranks have saved their work: put the job back into the queue, unless Slurm does.
 
         Returns:
             False if the job is to end, because the user has cancelled it, its last starts got no further than those
             before, or Slurm did not answer.
         """
+        assert self._start is not None
         self._end("interrupted")
-        job_id = os.environ["SLURM_JOB_ID"]
-        attempt = Attempts(self._handle.store.root).attempt_at(self._folder)
-        slurm = SlurmCommands()
+        job_id, slurm = os.environ["SLURM_JOB_ID"], SlurmCommands()
         try:
-            hopeless = never_gets_further(attempt)
-            if hopeless is not None and slurm.fate(job_id) == "open":
+            fate = slurm.fate(job_id)
+            if fate == "cancelled":
+                self._end("cancelled")
+                return False
+            hopeless = never_gets_further(self._start.ledger, self._start.attempt) if fate == "open" else None
+            if hopeless is not None:
                 print(f"signal {self._interruption.signal}: {hopeless.message}", flush=True)
                 self._handle.report_failure(hopeless)
                 return False
             print(f"signal {self._interruption.signal}: work is saved, requeueing job {job_id}", flush=True)
-            return slurm.requeue(job_id)
+            if fate != "requeued":
+                slurm.requeue(job_id)
+            return True
         except SlurmUnavailableError as error:
             message = f"job {job_id} saved its work but could not requeue itself: {error}"
-            self._handle.report_failure(Failure(Cause.INTERRUPTED, message, 0, time.time(), self._attempt))
+            number = self._start.attempt.intent.number
+            self._handle.report_failure(Failure(Cause.INTERRUPTED, message, 0, time.time(), number))
             return False
 
     def _fail(self, error: Exception) -> None:
         mended = from_os_error(error)
         self._discard_draft()  # on a full disk, this makes room for the reason
         try:
-            leave_reason(self._handle, mended, self._rank, self._attempt, self._claim)
+            leave_reason(self._handle, mended, self._rank, int(self._folder.name), self._claim)
             self._end("failed" if self._claim is None or self._claim.is_held() else "duplicate")
         except OSError as full:
             print(f"the failure could not be recorded: {full}", file=sys.stderr)
@@ -248,18 +246,19 @@ class _Rank:
 
     @property
     def _claim(self) -> Claim | None:
-        return self._gate.claim if self._gate is not None else None
+        return self._start.claim if self._start is not None else None
 
     def _discard_draft(self) -> None:
-        if self._gate is not None:
-            self._gate.discard_draft()
+        """Remove the part of the artifact that this start of the job has written."""
+        if self._claim is not None:
+            self._handle.discard_drafts(self._claim)
 
     def _end(self, how: str) -> None:
-        if self._gate is not None:
-            self._gate.end(how)
+        if self._start is not None:
+            self._start.end(how)
 
 
-class _StartGate:
+class _Start:
     """On rank 0: decides whether the stage has to run here, and keeps the record of this start of the job.
 
     Attributes:
@@ -267,9 +266,9 @@ class _StartGate:
     """
 
     def __init__(self, folder: Path) -> None:
-        self._handle = _stage_of(folder)
-        self._attempt = Attempts(self._handle.store.root).attempt_at(folder)
+        self.ledger, self.attempt = Ledger.around(folder)
         self.claim: Claim | None = None
+        self._handle = self.ledger.store.handle(self.attempt.intent.stage_id)
         self._asked_since = time.monotonic()
         self._run = Run(
             job_id=os.environ["SLURM_JOB_ID"],
@@ -277,13 +276,13 @@ class _StartGate:
             nodes=os.environ.get("SLURM_JOB_NODELIST", ""),
             started=time.time(),
         )
-        self._attempt.record_run(self._run)
+        self.attempt.record_run(self._run)
 
     def ask(self) -> str:
         """Return ``run``, ``done`` (nothing to do), ``wait`` (ask again) or ``held`` (another process runs it)."""
         if self._handle.is_done():
             return "done"
-        claim = self._handle.claim(self._run.job_id)
+        claim = self.ledger.claim(self._handle.id, self._run.job_id)
         if isinstance(claim, Holder):
             if time.monotonic() - self._asked_since > CLAIM_PATIENCE_S:
                 return "held"
@@ -301,27 +300,17 @@ class _StartGate:
     def end(self, how: str) -> None:
         """Record how this start of the job ended, and release the stage."""
         progress = as_progress(self._handle.heartbeat())
-        self._attempt.record_run(replace(self._run, ended=time.time(), how=how, progress=progress))
+        self.attempt.record_run(replace(self._run, ended=time.time(), how=how, progress=progress))
         if self.claim is not None:
             self.claim.release()
-
-    def discard_draft(self) -> None:
-        """Remove the part of the artifact that this start of the job has written."""
-        if self.claim is not None:
-            self._handle.discard_drafts(self.claim)
 
     def _close_earlier_runs(self) -> None:
         """Record the ends of earlier, killed starts of this job, at the last heartbeat, or at their start if later."""
         heartbeat = self._handle.heartbeat()
-        for run in self._attempt.runs():
+        for run in self.attempt.runs():
             if run.job_id == self._run.job_id and run.restart < self._run.restart and run.ended is None:
                 ended = max(run.started, heartbeat.updated if heartbeat else 0.0)
-                self._attempt.record_run(replace(run, ended=ended, how="died", progress=as_progress(heartbeat)))
-
-
-def _stage_of(folder: Path) -> SlurmStage:
-    """Return the stage of an attempt by its folder, ``<store>/attempts/<kind>/<fingerprint>/<number>``."""
-    return SlurmStage(Store(folder.parents[3]), "/".join(folder.parts[-3:-1]))
+                self.attempt.record_run(replace(run, ended=ended, how="died", progress=as_progress(heartbeat)))
 
 
 if __name__ == "__main__":

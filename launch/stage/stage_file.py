@@ -76,9 +76,3 @@ def read_stage_file(handle: StageHandle) -> StageFile:
 def began_at(handle: StageHandle) -> float | None:
     """Return when the last attempt began, in unix time; None if the work folder has none."""
     return modified_at(handle.work / STAGE_FILE)
-
-
-def attempts_so_far(handle: StageHandle) -> int:
-    """Return the number of attempts begun in the current work folder, by either backend."""
-    content = find_stage_file(handle)
-    return 0 if content is None else content.attempt

@@ -15,18 +15,14 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from fake_slurm import Controller
+from fake_slurm import Controller, FakeLauncher, plan_of
 from hfprune_launch import sweep
 from hfprune_launch.local.backend import LocalBackend
 from hfprune_launch.modes import sweep_run
 from hfprune_launch.slurm import commands as slurm_cli
-from hfprune_launch.slurm.attempts import Attempts
-from hfprune_launch.slurm.backend import SlurmBackend
-from hfprune_launch.slurm.commands import SlurmCommands
-from hfprune_launch.slurm.job import _StartGate
-from hfprune_launch.slurm.profile import Profile, Resources
-from hfprune_launch.slurm.submission import Submitting
+from hfprune_launch.slurm.job import _Start
 from hfprune_launch.stage import run as stage_script
+from hfprune_launch.stage.attempts import Ledger
 from hfprune_launch.stage.stage_file import Provenance
 from made_stages import stage_of
 from safetensors.torch import save_file
@@ -36,7 +32,6 @@ from tiny import save_tiny, write_documents, write_pairs
 from hfprune_dist.config.schema import EvaluationConfig, RuntimeConfig
 from hfprune_dist.config.training import RecoveryConfig
 from hfprune_dist.distributed.layer_stream import LayerStream
-from hfprune_dist.planning.plan import Plan
 from hfprune_dist.refit.sequential_refit import SequentialRefit
 from hfprune_dist.scoring.shard_scorer import ShardScorer
 from hfprune_dist.stages import evaluate
@@ -334,7 +329,7 @@ class SlurmSweep(Subject):
 
     SCORES = stage_of("importance", "a", {}, {"model": Input("digest", "/model")})
     PRUNE = stage_of("prune", "a 0.2", {"ratio": 0.2}, {"importance": SCORES.as_input()})
-    PLAN = Plan({SCORES.id: SCORES, PRUNE.id: PRUNE}, (), (SCORES.id, PRUNE.id))
+    PLAN = plan_of(SCORES, PRUNE)
     ROUNDS = 12
 
     def run(self, root: Path, count: Count, mark: Mark, marks: list) -> dict:
@@ -345,7 +340,7 @@ class SlurmSweep(Subject):
             for stage in self.PLAN.stages.values():
                 if store.verify(stage.id).state == "done":
                     store.handle(stage.id).discard_leftovers()
-            backend = self._backend(store)
+            backend = FakeLauncher(store, self.PLAN)
             backend.start()
             for _ in range(self.ROUNDS):
                 self._refuse_twins(fake)
@@ -364,17 +359,6 @@ class SlurmSweep(Subject):
 
         slurm_cli._run = marking
 
-    def _backend(self, store: Store) -> SlurmBackend:
-        resources = dict.fromkeys(("importance", "prune"), Resources())
-        submitting = Submitting(
-            Provenance(RuntimeConfig(), {}, {}),
-            Profile("test", resources, None),
-            store.root.with_name("code"),
-            None,
-            Cancellation(store.root),
-        )
-        return SlurmBackend(store, self.PLAN, submitting, SlurmCommands(sleep=lambda _: None), lambda event: None)
-
     def _refuse_twins(self, fake: Controller) -> None:
         live = [fake.jobs[job_id].name.split("-")[1] for job_id in fake.live()]
         assert len(live) == len(set(live)), f"two jobs of one stage live: {fake.jobs}"
@@ -389,10 +373,10 @@ class SlurmSweep(Subject):
     def _run_job(self, store: Store, stage: Stage, job_id: str, name: str, restart: bool) -> bool:
         """Do what the first rank of a job does."""
         os.environ |= {"SLURM_JOB_ID": job_id, "SLURM_RESTART_COUNT": str(int(restart))}
-        attempt = next((it for it in Attempts(store.root).of(stage.id) if it.intent.job_name == name), None)
+        attempt = next((it for it in Ledger(store).of(stage.id) if it.intent.job_name == name), None)
         if attempt is None:
             return False
-        reception = _StartGate(attempt.folder)
+        reception = _Start(attempt.folder)
         answer = reception.ask()
         assert answer in ("run", "done"), answer
         if answer == "run":

@@ -7,7 +7,7 @@ import shutil
 import pytest
 from fake_slurm import Controller, Job
 from hfprune_launch import clean, report, sweep
-from hfprune_launch.slurm.attempts import Attempts
+from hfprune_launch.stage.attempts import Ledger
 from hfprune_launch.stage.stage_file import Provenance, write_stage_file
 from hfprune_launch.sweep_folder import read_record
 from made_stages import stage_of
@@ -142,7 +142,7 @@ def test_what_a_job_in_the_queue_needs_stays_until_the_job_is_over(out, monkeypa
     fake, store = Controller().install(monkeypatch), Store(out / "store")
     (forgotten,) = set(pruned(store)) - read_record(out).plan.stages.keys()
     stage = stage_of("recover", "alpha 0.15", {}, {"model": Input(forgotten, forgotten, is_stage=True)})
-    attempt = Attempts(store.root).begin(stage, 0, 1, 60, None)
+    attempt = Ledger(store).begin(stage, ranks=1, cores=1)
     attempt.record_job("101")
     write_stage_file(store.handle(stage.id), stage, Provenance(RuntimeConfig(), {}, {}), 1)
     draft = store.open_draft(stage.id)

@@ -3,7 +3,7 @@
 import io
 
 from hfprune_launch.measured_hours import measured_hours, show_hours
-from hfprune_launch.slurm.status_table import stage_statuses
+from hfprune_launch.slurm.status import stage_statuses
 from made_stages import stage_of
 from rich.console import Console
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 from hfprune_launch.project import PROJECT, Project
-from hfprune_launch.slurm.code_snapshot import take_snapshot
+from hfprune_launch.slurm.snapshot import take_snapshot
 from ranks import ROOT
 from sweeps import finish, make_inputs, results, without_costs
 

@@ -22,7 +22,7 @@ from pathlib import Path
 import pytest
 from clusters import LAUNCHERS, ONE_CELL, Cluster, label_of
 from hfprune_launch.project import PROJECT
-from hfprune_launch.slurm.code_snapshot import take_snapshot
+from hfprune_launch.slurm.snapshot import take_snapshot
 from sweeps import finish, make_inputs
 
 # Ports of the clusters. The distance between them keeps job ids apart, and with them the ports of ranks.

@@ -73,14 +73,6 @@ def test_scancel(cluster, config, finished, without):
     assert causes(out) == ["cancelled", "done"] and runs(out, CONTROL) == ["interrupted", "done"]
 
 
-def test_requeue_by_hand(cluster, config, finished, without):
-    out = without(CONTROL)
-    submitted = cluster.submit(config, out, **SLOWLY, **FORKED_RANKS)
-    cluster.slurm("scontrol", "requeue", submitted.job_at_work(CONTROL, beats=3))
-    done(cluster, out, finished, submitted)
-    assert causes(out) == ["done"] and len(runs(out, CONTROL)) == 2
-
-
 def test_a_checkpoint_is_corrupted_while_a_job_needs_it(cluster, config, finished, without):
     """The job, put back in the queue, sees that the file's time has changed, and reads it."""
     recovery = "recover alpha 0.2"

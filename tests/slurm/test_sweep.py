@@ -16,39 +16,21 @@ def test_the_bits_are_those_of_the_local_backend(on_cluster, finished):
     assert table(out) == table(finished)
 
 
-def first_run(folder):
-    return read(next(folder.glob("run.*.json")))
-
-
 @of_the_whole_sweep
-def test_jobs_were_multi_node_and_ran_once(on_cluster):
+def test_jobs_were_multi_node_ran_once_and_never_more_at_once_than_allowed(on_cluster):
     out, _ = on_cluster()
     assert set(causes(out)) == {"done"} and len(attempt_folders(out)) == 8
     for stage, nodes in (("importance", 2), ("recover", 2), ("evaluate", 1)):
         manifest = read(next((out / "store" / stage).glob("*/manifest.json")))
         assert manifest["world_size"] == nodes
-    assert first_run(attempt_folders(out, "importance")[0])["nodes"].startswith("n[")
-
-
-@of_the_whole_sweep
-def test_never_more_jobs_at_once_than_allowed(on_cluster):
-    out, _ = on_cluster()
-    spans = [first_run(folder) for folder in attempt_folders(out)]
-    events = sorted([(span["started"], 1) for span in spans] + [(span["ended"], -1) for span in spans])
+    starts = [read(next(folder.glob("run.*.json"))) for folder in attempt_folders(out)]
     running = 0
-    for _, change in events:
+    for _, change in sorted([(it["started"], 1) for it in starts] + [(it["ended"], -1) for it in starts]):
         running += change
         assert running <= 2
-
-
-@of_the_whole_sweep
-def test_provenance_names_the_snapshot_that_ran(on_cluster):
-    out, _ = on_cluster()
     (snapshot,) = (out / "code").iterdir()
-    assert (snapshot / "hfprune_launch" / "slurm" / "job.py").is_file() and (snapshot / "uncommitted.diff").is_file()
     assert read(snapshot / "provenance.json")["git_commit"]
-    script = (attempt_folders(out)[0] / "job.sh").read_text()
-    assert f"--chdir={snapshot}" in script and "--kill-on-invalid-dep=yes" in script
+    assert f"--chdir={snapshot}" in (attempt_folders(out)[0] / "job.sh").read_text()
 
 
 @of_the_whole_sweep

@@ -6,21 +6,15 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
-from fake_slurm import Clock, Controller
-from hfprune_launch.slurm.attempts import Attempts
-from hfprune_launch.slurm.backend import SlurmBackend
-from hfprune_launch.slurm.commands import SlurmCommands, SlurmUnavailableError
-from hfprune_launch.slurm.profile import Profile, Resources
-from hfprune_launch.slurm.submission import Submitting
-from hfprune_launch.stage.stage_file import Provenance
+from fake_slurm import Clock, Controller, FakeLauncher, complete
+from hfprune_launch.slurm.commands import SlurmUnavailableError
+from hfprune_launch.stage.attempts import Ledger
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from made_stages import stage_of
 
-from hfprune_dist.config.schema import RuntimeConfig
 from hfprune_dist.planning.plan import Plan
 from hfprune_dist.store.artifacts import Store
-from hfprune_dist.store.cancellation import Cancellation
 from hfprune_dist.store.stage import Input
 
 FIRST = stage_of("importance", "a", {}, {"model": Input("digest", "/model")})
@@ -58,16 +52,7 @@ class World:
         self.launchers = [self.launcher(), self.launcher()]
 
     def launcher(self):
-        resources = dict.fromkeys(("importance", "prune", "recover", "evaluate"), Resources())
-        submitting = Submitting(
-            Provenance(RuntimeConfig(), {}, {}),
-            Profile("x", resources, None),
-            Path("/code"),
-            None,
-            Cancellation(self.store.root),
-        )
-        slurm = SlurmCommands(sleep=self.clock.sleep, retry_delays_s=(1.0,))
-        return SlurmBackend(self.store, PLAN, submitting, slurm, lambda _: None, clock=self.clock)
+        return FakeLauncher(self.store, PLAN, clock=self.clock, delays=(1.0,))
 
     def happen(self, event):
         if event[0] == "job":
@@ -99,9 +84,7 @@ class World:
     def end_job(self, job_id, what):
         stage = self.stage_of(self.controller.jobs[job_id].name)
         if what == "done" and self.store.verify(stage.id).state != "done":
-            draft = self.store.open_draft(stage.id)
-            (draft / "result").write_text("x")
-            self.store.commit(stage, draft, {"metrics": {}, "wall_time_s": 1.0})
+            complete(self.store, stage)
         self.controller.end(job_id, "COMPLETED" if what == "done" else what)
 
     @staticmethod
@@ -113,14 +96,14 @@ class World:
         kinds = [self.stage_of(name).kind for name in live]
         assert len(set(kinds)) == len(kinds), f"two live jobs for one stage: {live}"
         for stage in PLAN.stages.values():
-            for attempt in Attempts(self.store.root).of(stage.id):
+            for attempt in Ledger(self.store).of(stage.id):
                 over = attempt.end is not None and self.store.verify(stage.id).state != "done"
                 assert not (over and attempt.intent.job_name in live), f"a live job was closed: {attempt.end}"
 
 
 @pytest.fixture(scope="module", autouse=True)
 def _quickly():
-    with mock.patch("os.fsync", lambda _: None), mock.patch("hfprune_launch.slurm.exit_causes.log_tail", lambda _: ""):
+    with mock.patch("os.fsync", lambda _: None), mock.patch("hfprune_launch.slurm.causes.log_tail", lambda _: ""):
         yield
 
 
@@ -152,5 +135,7 @@ def finish(world):
             break
     else:
         pytest.fail("unfinished")
-    world.happen(("step", 0, {}, 100.0))
+    for _ in range(3):
+        world.happen(("step", 0, {}, 100.0))
     assert not world.controller.live(), "done again"
+    assert not Ledger(world.store).open_jobs(), "every attempt ends"

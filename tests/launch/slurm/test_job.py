@@ -7,13 +7,12 @@ from types import SimpleNamespace
 import pytest
 from fake_slurm import Controller
 from hfprune_launch.slurm import job
-from hfprune_launch.slurm.attempt_records import Run
-from hfprune_launch.slurm.attempts import Attempts
-from hfprune_launch.slurm.job import NodeError, _Rank, preflight, rank_environment, require_store
+from hfprune_launch.slurm.job import NodeError, _Start, preflight, rank_environment, require_store
+from hfprune_launch.stage.attempts import Ledger, Run
 from made_stages import stage_of
 from ranks import SoloWorld
 
-from hfprune_dist.distributed.interruption import Interruption
+from hfprune_dist.distributed.interruption import Interrupted, Interruption
 from hfprune_dist.errors import UserError
 from hfprune_dist.store import claims
 from hfprune_dist.store.artifacts import Store
@@ -121,40 +120,6 @@ def test_preflight_names_node_and_lack(tmp_path):
         preflight({"SLURMD_NODENAME": "n7", "HFPRUNE_CODE": str(tmp_path)})
 
 
-@pytest.mark.parametrize(
-    ("done", "says", "requeued"),
-    [
-        (4, "JobState=RUNNING PreemptTime=None", True),
-        (3, "JobState=RUNNING PreemptTime=None", False),
-        (3, "JobState=RUNNING PreemptTime=2026-01-01T00:00:00", True),  # preemption is not the job's fault
-    ],
-)
-def test_a_job_that_its_time_limit_ends_before_it_gets_further_is_not_requeued(
-    tmp_path, monkeypatch, capfd, done, says, requeued
-):
-    stage = stage_of("importance", "a", {}, {"model": Input("digest", "/model")})
-    store, fake = Store(tmp_path / "store"), Controller().install(monkeypatch)
-    fake.shown = f"JobId=7 JobName=x {says} Reason=None\n"
-    attempt = Attempts(store.root).begin(stage, 0, 1, 60, None)
-    earlier = {"phase": "calibration", "done": 3, "total": 9, "updated": 0.0}
-    for number in range(3):
-        attempt.record_run(Run("7", number, "n1", 1.0 + number, 2.0 + number, "interrupted", earlier))
-    environment = {"SLURM_PROCID": "0", "SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": "3"}
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
-    rank = _Rank(attempt.folder, Interruption())
-    rank._record_start()
-    store.work(stage.id).mkdir(parents=True)
-    Progress(store.work(stage.id)).update("calibration", done, 9)
-    assert rank._requeue() is requeued
-    assert fake.calls("scontrol requeue") == ["scontrol requeue 7"] * requeued
-    failure = read_failure(store.work(stage.id))
-    if requeued:
-        assert failure is None
-    else:
-        assert failure.cause == "input" and "raise time_minutes" in capfd.readouterr().out
-
-
 STAGE = stage_of("prune", "a 0.2", {"ratio": 0.2}, {"model": Input("digest", "/somewhere")})
 
 
@@ -165,7 +130,7 @@ def store(tmp_path):
 
 @pytest.fixture
 def attempt(store):
-    return Attempts(store.root).begin(STAGE, 0, 1, 60, None)
+    return Ledger(store).begin(STAGE, ranks=1, cores=1, time_minutes=60)
 
 
 @pytest.fixture
@@ -238,13 +203,46 @@ def test_an_error_that_comes_of_a_lost_claim_is_nobodys_failure(rank, store, att
     assert not store.work(STAGE.id).exists() and attempt.runs()[-1].how == "duplicate"
 
 
-def test_a_job_leaves_its_nodes_where_another_process_has_the_stage(rank, store, monkeypatch):
+def test_a_job_leaves_its_nodes_where_another_process_has_the_stage(rank, store, attempt, monkeypatch):
     clock = [0.0]
     monkeypatch.setattr(job.time, "monotonic", lambda: clock[0])
     monkeypatch.setattr(job, "sleep", lambda seconds: clock.__setitem__(0, clock[0] + seconds))
-    rank._record_start()
-    claim = store.handle(STAGE.id).claim()
-    answers = iter(rank._gate.ask, "held")
+    start, claim = _Start(attempt.folder), store.handle(STAGE.id).claim()
+    answers = iter(start.ask, "held")
     assert set(answers) == {"wait"} and 20 < clock[0] <= 40
     claim.release()
-    assert rank._gate.ask() == "run"
+    assert start.ask() == "run"
+
+
+RUNNING = "JobState=RUNNING PreemptTime=None"
+
+
+@pytest.mark.parametrize(
+    ("done", "says", "queued", "how", "failure"),
+    [
+        (4, RUNNING, True, "interrupted", None),
+        (3, RUNNING, False, "interrupted", "input"),  # by its time limit, for the third time without getting further
+        (3, "JobState=RUNNING PreemptTime=2026-01-01T00:00:00", True, "interrupted", None),  # not the job's fault
+        (4, "JobState=COMPLETING", True, "interrupted", None),  # Slurm itself puts it back
+        (4, "JobState=CANCELLED", False, "cancelled", None),
+    ],
+)
+def test_an_interrupted_job_puts_itself_back_into_the_queue_where_that_helps(
+    rank, store, attempt, monkeypatch, done, says, queued, how, failure
+):
+    fake = Controller().install(monkeypatch)
+    fake.shown = f"JobId=12345 JobName=x {says} Reason=None\n"
+    for number in range(3):
+        ended = 2.0 + number
+        attempt.record_run(Run("12345", number, "n1", 1.0, ended, "interrupted", {"phase": "layers", "done": 3}))
+    monkeypatch.setitem(os.environ, "SLURM_RESTART_COUNT", "3")
+
+    def interrupted(claim):
+        Progress(store.work(STAGE.id)).update("layers", done, 9)
+        raise Interrupted
+
+    assert end_of(rank, monkeypatch, interrupted) == (0 if queued else 1)
+    assert fake.calls("scontrol requeue") == ["scontrol requeue 12345"] * (queued and "RUNNING" in says)
+    assert attempt.runs()[-1].how == how
+    found = read_failure(store.work(STAGE.id))
+    assert (found and found.cause) == failure

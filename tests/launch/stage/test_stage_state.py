@@ -8,9 +8,9 @@ from dataclasses import asdict, replace
 from types import SimpleNamespace
 
 import pytest
-from hfprune_launch.slurm import attempts, cli
-from hfprune_launch.slurm.attempts import Attempts
-from hfprune_launch.slurm.status_table import row_logs, stage_statuses, status_table
+from hfprune_launch.slurm import cli
+from hfprune_launch.slurm.status import row_logs, stage_statuses, status_table
+from hfprune_launch.stage import attempts
 from hfprune_launch.stage.stage_state import time_left
 from hfprune_launch.sweep_folder import Sweep
 from made_stages import stage_of
@@ -105,7 +105,7 @@ def test_logs_are_those_of_the_last_start_on_either_side(store, tmp_path, monkey
     def shown_log():
         return row_logs(PLAN, store, tmp_path / "logs", STAGE.fingerprint, 40).splitlines()[-1].strip()
 
-    attempt = Attempts(store.root).begin(STAGE, 0, 1, 30, None)
+    attempt = attempts.Ledger(store).begin(STAGE, ranks=1, cores=1)
     (attempt.folder / "7_0_log.out").write_text("in a job\n")
     assert shown_log() == "in a job"
     (tmp_path / "logs").mkdir()

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 from hfprune_launch.project import Project
-from hfprune_launch.slurm import code_snapshot as snapshots
-from hfprune_launch.slurm.code_snapshot import take_snapshot
+from hfprune_launch.slurm import snapshot as snapshots
+from hfprune_launch.slurm.snapshot import take_snapshot
 from ranks import ROOT
 
 COMMIT = {"git_commit": "abc"}

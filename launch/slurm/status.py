@@ -1,4 +1,4 @@
-"""The state of a sweep as a table, from artifacts, claims, attempt records, heartbeats and squeue; logs of rows."""
+"""The state of a sweep as a table, from artifacts, claims, the ledger, heartbeats and squeue; logs of rows."""
 
 from __future__ import annotations
 
@@ -9,12 +9,11 @@ from pathlib import Path
 
 from hfprune_launch.measured_hours import NO_RUN, measured_hours
 from hfprune_launch.screen import plain_table
-from hfprune_launch.slurm.attempts import JobAttempt
-from hfprune_launch.slurm.exit_causes import log_tail
-from hfprune_launch.slurm.job_info import JobInfo
-from hfprune_launch.slurm.slurm_stage import SlurmStage
+from hfprune_launch.slurm.causes import log_tail
+from hfprune_launch.slurm.commands import JobInfo
+from hfprune_launch.stage.attempts import Attempt, Ledger
 from hfprune_launch.stage.stage_file import began_at
-from hfprune_launch.stage.stage_state import staleness, state_of, time_left
+from hfprune_launch.stage.stage_state import StageState, staleness, state_of, time_left
 from rich.markup import escape
 from rich.table import Table
 
@@ -23,7 +22,6 @@ from hfprune_dist.planning.plan import Plan
 from hfprune_dist.results.formats import duration
 from hfprune_dist.store.artifacts import Store
 from hfprune_dist.store.atomic_files import listed, modified_at
-from hfprune_dist.store.heartbeat import Heartbeat
 from hfprune_dist.store.stage import Stage
 
 # States of stages that have yet to begin.
@@ -40,7 +38,7 @@ class StageStatus:
             become of its job; or Slurm's state of its job.
         detail: why it waits or failed, who runs it, or for how long it has given no sign of life.
         left: time until the end of its current phase; before it begins, what stages like it took.
-        gpu_hours, core_hours: totals of all attempts, None before the first.
+        gpu_hours, core_hours: totals of all attempts in jobs, None before the first.
     """
 
     stage: Stage
@@ -59,44 +57,44 @@ def stage_statuses(plan: Plan, store: Store, jobs: Mapping[str, JobInfo] | None)
     """Return one line per stage, in plan order.
 
     Args:
-        jobs: by id; None if nothing is known of any, as Slurm does not answer.
+        jobs: by name; None if nothing is known of any, as Slurm does not answer.
     """
-    now, hours_of = time.time(), measured_hours(plan, store)
-    # By name, since the id of a job isn't known if its launcher died before recording it.
-    by_name = None if jobs is None else {job.name: job for job in sorted(jobs.values(), key=lambda job: job.is_live)}
-    statuses = [_status(stage, SlurmStage(store, stage.id), by_name, now) for stage in plan.stages.values()]
-    statuses = [
-        replace(status, left=_expected(hours_of(status.stage)) if status.state in NOT_BEGUN else status.left)
-        for status in statuses
-    ]
+    now, hours_of, ledger = time.time(), measured_hours(plan, store), Ledger(store)
     needed = set(plan.lacking(lambda stage_id: store.handle(stage_id).is_committed()))
-    return [
-        replace(status, state="not needed", detail="", left="")
-        if status.state in ("missing", "waiting") and status.stage.id not in needed
-        else status
-        for status in statuses
-    ]
+    statuses = []
+    for stage in plan.stages.values():
+        status = _status(stage, ledger, jobs, now)
+        if status.state in ("missing", "waiting") and stage.id not in needed:
+            status = replace(status, state="not needed", detail="")
+        elif status.state in NOT_BEGUN:
+            hours = hours_of(stage)
+            status = replace(status, left=NO_RUN if hours is None else f"~{duration(3600 * hours)}")
+        statuses.append(status)
+    return statuses
 
 
-def _expected(hours: float | None) -> str:
-    return NO_RUN if hours is None else f"~{duration(3600 * hours)}"
-
-
-def _status(stage: Stage, handle: SlurmStage, jobs: Mapping[str, JobInfo] | None, now: float) -> StageStatus:
-    attempts = handle.attempts()
+def _status(stage: Stage, ledger: Ledger, jobs: Mapping[str, JobInfo] | None, now: float) -> StageStatus:
+    handle, attempts = ledger.store.handle(stage.id), ledger.jobs_of(stage.id)
     last = attempts[-1] if attempts else None
     open_attempt = last if last is not None and last.end is None else None
     job = None if open_attempt is None or jobs is None else jobs.get(open_attempt.intent.job_name)
-    state, detail = _state(stage, handle, job)
-    if jobs is None and open_attempt is not None and state in ("missing", "waiting", "died"):
+    known = _state(stage, ledger, job)
+    if jobs is None and open_attempt is not None and known.state in ("missing", "waiting", "died"):
         state, detail = "submitted", ""
+    elif job is not None and job.is_live and known.state != "done":
+        state, detail = ("queued", job.reason) if job.is_waiting else (job.state.lower(), "")
+    else:
+        state, detail = known.state, known.detail
     last_beat = handle.heartbeat()
     heartbeat = last_beat if state == "running" else None
-    started = _started(open_attempt, handle)
-    signs = [*started, *([heartbeat.updated] if heartbeat is not None else [])]
-    stale = staleness(signs, now) if state == "running" else ""
-    held_until = _held_until(state, last_beat, now)
-    seconds = [_seconds(attempt, held_until) for attempt in attempts]
+    started = [began] if open_attempt is None and (began := began_at(handle)) else []
+    started += [run.started for run in open_attempt.runs()[-1:]] if open_attempt is not None else []
+    stale = staleness([*started, *([heartbeat.updated] if heartbeat else [])], now) if state == "running" else ""
+    # Until when a start without a recorded end held its nodes; it was killed if its job waits again.
+    held_until = now
+    if state in ("queued", "submitted"):
+        held_until = last_beat.updated if last_beat is not None else 0.0
+    seconds = [it.run_seconds(held_until) if (end := it.end) is None else end.run_seconds for it in attempts]
     return StageStatus(
         stage=stage,
         state=state,
@@ -112,34 +110,11 @@ def _status(stage: Stage, handle: SlurmStage, jobs: Mapping[str, JobInfo] | None
     )
 
 
-def _state(stage: Stage, handle: SlurmStage, job: JobInfo | None) -> tuple[str, str]:
-    claim = handle.open_claim()
+def _state(stage: Stage, ledger: Ledger, job: JobInfo | None) -> StageState:
+    claim = ledger.open_claim(stage.id)
     if job is not None and claim is not None and claim.holder.job is not None:
         claim = None  # Slurm itself knows the state of its job
-    known = state_of(stage, handle, claim)
-    if job is not None and job.is_live and known.state != "done":
-        return ("queued", job.reason) if job.is_waiting else (job.state.lower(), "")
-    return known.state, known.detail
-
-
-def _started(open_attempt: JobAttempt | None, handle: SlurmStage) -> list[float]:
-    """Return the unix time at which the stage was last started, in a job or on this machine; empty if it wasn't."""
-    if open_attempt is not None:
-        return [run.started for run in open_attempt.runs()[-1:]]
-    began = began_at(handle)
-    return [] if began is None else [began]
-
-
-def _held_until(state: str, heartbeat: Heartbeat | None, now: float) -> float:
-    """Return until when a start without a recorded end held its nodes; it was killed if its job waits again."""
-    if state not in ("queued", "submitted"):
-        return now
-    return 0.0 if heartbeat is None else heartbeat.updated
-
-
-def _seconds(attempt: JobAttempt, held_until: float) -> float:
-    end = attempt.end
-    return attempt.run_seconds(held_until) if end is None else end.run_seconds
+    return state_of(stage, ledger.store.handle(stage.id), claim)
 
 
 def _hours(seconds: list[float], units: list[int]) -> float | None:
@@ -149,28 +124,22 @@ def _hours(seconds: list[float], units: list[int]) -> float | None:
 def status_table(statuses: list[StageStatus]) -> Table:
     """Return the table, with jobs if there are any. Hours are GPU-hours, or core-hours if no job has a GPU."""
     on_gpus = any(status.gpu_hours for status in statuses)
-    of_jobs = ["job", "nodes", "attempts", "GPU-h" if on_gpus else "core-h"]
     has_jobs = any(status.attempts for status in statuses)
-    headers = ["stage", "for", "state", "progress", "left", *(of_jobs if has_jobs else [])]
-    lines = plain_table(*headers, "")
+    of_jobs = ["job", "nodes", "attempts", "GPU-h" if on_gpus else "core-h"] if has_jobs else []
+    lines = plain_table("stage", "for", "state", "progress", "left", *of_jobs, "")
     for status in statuses:
-        color = COLORS.get(status.state, "yellow")
+        hours = status.gpu_hours if on_gpus else status.core_hours
+        its_jobs = [status.job, escape(status.nodes), str(status.attempts), "-" if hours is None else f"{hours:.2f}"]
         lines.add_row(
             status.stage.kind,
             escape(status.stage.label),
-            f"[{color}]{status.state}[/]",
+            f"[{COLORS.get(status.state, 'yellow')}]{status.state}[/]",
             escape(status.progress),
             status.left,
-            *(_of_its_jobs(status, on_gpus) if has_jobs else []),
+            *(its_jobs if has_jobs else []),
             escape(status.detail),
         )
     return lines
-
-
-def _of_its_jobs(status: StageStatus, on_gpus: bool) -> list[str]:
-    hours = status.gpu_hours if on_gpus else status.core_hours
-    shown = "-" if hours is None else f"{hours:.2f}"
-    return [status.job, escape(status.nodes), str(status.attempts), shown]
 
 
 def row_logs(plan: Plan, store: Store, local_logs: Path, name: str, lines: int) -> str:
@@ -182,31 +151,28 @@ def row_logs(plan: Plan, store: Store, local_logs: Path, name: str, lines: int) 
     Raises:
         UserError: for a name of no row or stage.
     """
-    stages = _stages_of(plan, name)
-    parts = []
-    for stage_id in stages:
-        stage = plan.stages[stage_id]
-        attempt = SlurmStage(store, stage_id).last_attempt()
+    ledger, parts = Ledger(store), []
+    for stage_id in _stages_of(plan, name):
+        stage, jobs = plan.stages[stage_id], ledger.jobs_of(stage_id)
         local = sorted(listed(local_logs, f"{stage.kind}-{stage.fingerprint}.*.log"), key=_written)
-        logs = _newest_logs(attempt, local)
-        shown = log_tail(logs, lines) or f"  no log: {_why_no_log(stage, SlurmStage(store, stage_id))}"
+        shown = log_tail(_newest_logs(jobs, local), lines) or f"  no log: {_why_no_log(stage, ledger)}"
         parts.append(f"{stage.kind} {stage.label} ({stage_id})\n{shown}")
     return "\n".join(parts)
 
 
-def _newest_logs(attempt: JobAttempt | None, local: list[Path]) -> list[Path]:
+def _newest_logs(jobs: list[Attempt], local: list[Path]) -> list[Path]:
     """Return the logs of the last job, or the last log on this machine if it was written after the job's submission."""
-    if attempt is None or (local and _written(local[-1]) > attempt.recorded_at):
+    if not jobs or (local and _written(local[-1]) > jobs[-1].recorded_at):
         return local[-1:]
-    return attempt.logs()
+    return jobs[-1].logs()
 
 
 def _written(log: Path) -> float:
     return modified_at(log) or 0.0
 
 
-def _why_no_log(stage: Stage, handle: SlurmStage) -> str:
-    known = state_of(stage, handle, handle.open_claim())
+def _why_no_log(stage: Stage, ledger: Ledger) -> str:
+    known = _state(stage, ledger, None)
     if known.state == "done":
         return "its artifact was there already, or its log has been removed"
     if known.state == "running":

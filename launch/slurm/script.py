@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import os
-import re
 import shlex
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from hfprune_launch.slurm.attempt_records import SCRIPT, read_script
-from hfprune_launch.slurm.exit_causes import START
+from hfprune_launch.slurm.causes import START
 from hfprune_launch.slurm.profile import Resources
 from submitit.slurm.slurm import SlurmExecutor
 
@@ -21,6 +19,7 @@ from hfprune_dist.store.atomic_files import write_text
 from hfprune_dist.store.machine import threads_allowed
 from hfprune_dist.store.stage import Stage
 
+SCRIPT = "job.sh"
 # The profile's setup and environment, which may hold secrets: sourced by the batch script, readable by its owner alone.
 ENVIRONMENT = "environment.sh"
 # Characters that the path of a job can't contain, and why.
@@ -29,31 +28,6 @@ UNUSABLE = {
     "\\": "Slurm takes names of log files literally that contain it",
     ":": "it separates the folders of PYTHONPATH",
 }
-# Lines of a script that differ between jobs of one profile, or with the version of the code.
-OF_ONE_JOB = (
-    "#SBATCH --dependency=",
-    "#SBATCH --chdir=",
-    "export HFPRUNE_CODE=",
-    "export PYTHONPATH=",
-    "hfprune_folder=",
-)
-# Variables (SLURM_...) from which srun reads options. A job inherits them from a launcher that runs inside another job
-# or whose user sets them for other work; Slurm itself sets only those for options with which the job was submitted.
-SRUN_VARIABLES = (
-    *("MEM_PER_CPU", "MEM_PER_GPU", "MEM_PER_NODE"),
-    *("GPUS", "GPUS_PER_NODE", "GPUS_PER_SOCKET", "GPUS_PER_TASK", "GPU_BIND", "GPU_FREQ", "CPUS_PER_GPU"),
-    *("NTASKS_PER_GPU", "NTASKS_PER_TRES", "NTASKS_PER_CORE", "NTASKS_PER_SOCKET", "GRES", "STEP_GRES", "TRES_BIND"),
-    *("CPU_BIND", "CPU_BIND_TYPE", "CPU_BIND_LIST", "CPU_BIND_VERBOSE"),
-    *("MEM_BIND", "MEM_BIND_TYPE", "MEM_BIND_LIST", "MEM_BIND_VERBOSE", "MEM_BIND_SORT", "MEM_BIND_PREFER"),
-    *("CORE_SPEC", "THREAD_SPEC", "THREADS_PER_CORE", "HINT", "DISTRIBUTION", "DIST_PLANESIZE", "SPREAD_JOB"),
-    *("HOSTFILE", "NODEFILE", "RELATIVE", "USE_MIN_NODES", "HET_SIZE", "OVERCOMMIT", "OVERLAP", "EXACT", "EXCLUSIVE"),
-    *("EXPORT_ENV", "WORKING_DIR", "REMOTE_CWD", "TIMELIMIT", "IMMEDIATE", "DEPENDENCY", "TEST_EXEC", "BCAST"),
-    *("STDINMODE", "STDOUTMODE", "STDERRMODE", "LABELIO", "PROLOG", "EPILOG", "TASK_PROLOG", "TASK_EPILOG"),
-    *("MPI_TYPE", "NETWORK", "RESV_PORTS"),
-    "CLUSTERS",  # for which srun would need slurmdbd; the job's own cluster is that of its nodes
-)
-# Variables that tell a rank about GPUs; they are another job's if its own asks for none.
-GPU_VARIABLES = ("GPUS_ON_NODE", "JOB_GPUS", "STEP_GPUS")
 
 
 @dataclass(frozen=True)
@@ -130,24 +104,6 @@ def batch_script(request: Request) -> str:
     return executor.text()
 
 
-def is_as_submitted(request: Request) -> bool:
-    """Return whether a submitted job's batch script is what its profile now says; True if it can't be read."""
-    submitted = _of_profile(read_script(request.folder / SCRIPT))
-    environment = read_script(request.folder / ENVIRONMENT)
-    return not submitted or (submitted, environment) == (
-        _of_profile(batch_script(request)),
-        environment_script(request),
-    )
-
-
-def _of_profile(script: str) -> list[str]:
-    """Return what a profile decides in a batch script: without the job's folder, to which several paths may lead."""
-    folder = re.search("^#SBATCH --output='?(.+)/", script, re.MULTILINE)
-    if folder is None:
-        return []
-    return [line.replace(folder[1], "") for line in script.splitlines() if not line.startswith(OF_ONE_JOB)]
-
-
 def write_submission(request: Request) -> Path:
     """Write the batch script and what it sources into the attempt's folder; return the script."""
     if environment := environment_script(request):
@@ -195,7 +151,8 @@ def _setup(request: Request) -> list[str]:
         f"hfprune_folder={shlex.quote(str(folder))}",
         'hfprune_record="$hfprune_folder/exit.$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}"',
         'hfprune_end() { echo "$@" >"$hfprune_record.new" && mv "$hfprune_record.new" "$hfprune_record"; exit "$1"; }',
-        f'unset {" ".join(_foreign_variables(resources))} "${{!SRUN_@}}"',
+        # With it, srun would need slurmdbd; the job's own cluster is that of its nodes.
+        "unset SLURM_CLUSTERS",
         f"export OMP_NUM_THREADS={request.threads}",
         # Python doesn't notice bytecode that a full disk has cut off, and nobody else should run what a job writes.
         "export PYTHONDONTWRITEBYTECODE=1",
@@ -210,19 +167,6 @@ def environment_script(request: Request) -> str:
     """Return the profile's setup and environment as shell lines; empty if it has neither."""
     environment = [f"export {name}={shlex.quote(value)}" for name, value in request.resources.environment.items()]
     return "".join(f"{line}\n" for line in [*_checked(request.resources.setup), *environment])
-
-
-def _foreign_variables(resources: Resources) -> list[str]:
-    """Return the variables that can't be this job's own: options it was given reach srun as SLURM_<OPTION>."""
-    given = {name.replace("-", "_").upper() for name in resources.sbatch}
-    if resources.memory is not None:
-        given.add("MEM_PER_NODE")
-    if resources.gpus_per_node:
-        given.add("GPUS_PER_NODE")
-    has_gpus = any(name.startswith(("GPUS", "GRES", "TRES")) for name in given)
-    names = [name for name in SRUN_VARIABLES if name not in given] + ([] if has_gpus else list(GPU_VARIABLES))
-    # Jobs of a sweep are never elements of an array.
-    return [f"SLURM_{name}" for name in [*names, "ARRAY_JOB_ID", "ARRAY_TASK_ID"]]
 
 
 def _checked(setup: Sequence[str]) -> list[str]:

@@ -1,0 +1,463 @@
+"""The Slurm backend: submits missing stages, adopts running jobs, retries jobs that died through no fault of theirs.
+
+Round by round it observes, decides and acts. All it knows comes from files (artifacts, the ledger, heartbeats) and from
+Slurm. So it may be closed at any time: the jobs go on, and the next launcher continues where this one stopped.
+"""
+
+from __future__ import annotations
+
+import errno
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from hfprune_launch.slurm.causes import LAUNCH_FAILED, Cause, explain_end, nodes_to_avoid
+from hfprune_launch.slurm.commands import (
+    JobInfo,
+    NeedEndedError,
+    SlurmCommands,
+    SlurmUnavailableError,
+    SubmissionRefusedError,
+    SubmitLimitError,
+)
+from hfprune_launch.slurm.decide import GONE_AFTER_S, Action, Do, InSlot, Sight, StageState, choose_slot, decide
+from hfprune_launch.slurm.observe import Observer
+from hfprune_launch.slurm.profile import Profile, Resources
+from hfprune_launch.slurm.script import SCRIPT, Request, default_threads, write_submission
+from hfprune_launch.stage.attempts import Attempt, End, Ledger
+from hfprune_launch.stage.stage_file import Provenance, write_stage_file
+
+from hfprune_dist.errors import UserError
+from hfprune_dist.planning.plan import Plan
+from hfprune_dist.store.artifacts import Store
+from hfprune_dist.store.atomic_files import fsync_folders
+from hfprune_dist.store.cancellation import Cancellation
+from hfprune_dist.store.claims import Holder, keep_renewed
+from hfprune_dist.store.hashing import digest_of
+from hfprune_dist.store.heartbeat import Failure
+from hfprune_dist.store.stage import Stage
+
+# Seconds between two squeues, and between two looks at what jobs have recorded.
+SHORTEST_WAIT_S, LONGEST_WAIT_S = 1.0, 60.0
+LOOK_S = 10.0
+# For how long the store's file system may fail before a launcher gives up.
+STORE_PATIENCE_S = 600.0
+# A full or read-only disk, which stays so until somebody does something about it.
+LASTING = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+MISSING = (Sight.MISSING, Sight.INTENDED, Sight.ACCEPTED)
+
+
+@dataclass(frozen=True)
+class Event:
+    """A message for the user: what happened, to which stage, and in which job."""
+
+    what: str
+    stage: Stage | None
+    job_id: str | None = None
+    message: str = ""
+
+
+@dataclass(frozen=True)
+class NewJobs:
+    """Settings for new jobs.
+
+    Attributes:
+        max_running: the most jobs of the sweep that run at once; None for no limit.
+        cancellation: tells whether jobs are still wanted.
+        snapshot: folder of the code that jobs run.
+    """
+
+    provenance: Provenance
+    profile: Profile
+    max_running: int | None
+    cancellation: Cancellation
+    snapshot: Path
+
+    def asked(self, resources: Resources) -> str:
+        """Return a digest of what a job asks for, to tell whether a queued one would be submitted otherwise now."""
+        return digest_of({"resources": resources.model_dump(), "max_running": self.max_running})
+
+
+class _CancelledError(Exception):
+    """Another command has cancelled the sweep since this launcher was started."""
+
+
+class Launcher:
+    """Runs a sweep to its end, or as far as it can get.
+
+    Args:
+        tell: called with every event; with one about waiting, in every round.
+        clock: seconds of a monotonic clock.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        plan: Plan,
+        new_jobs: NewJobs,
+        slurm: SlurmCommands,
+        tell: Callable[[Event], None],
+        *,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._store = store
+        self._plan = plan
+        self._new_jobs = new_jobs
+        self._slurm = slurm
+        self._tell = tell
+        self._clock = clock
+        self._ledger = Ledger(store)
+        self._observer = Observer(self._ledger, slurm, clock)
+        # Number of the last attempt at each stage that ended before this command began: a new command tries anew.
+        self._before: dict[str, int] = {}
+        # What the last round left: open attempts, and whether a stage could not be submitted that can be later.
+        self._following: list[Attempt] = []
+        self._is_held_up = False
+
+    @property
+    def jobs(self) -> Mapping[str, JobInfo]:
+        """The jobs that the last round saw, by name."""
+        return self._observer.jobs
+
+    def start(self) -> None:
+        """Take over what earlier launchers left, then submit missing stages."""
+        self._look()
+        self._close_ended()
+        for state in self._states().values():
+            is_seen = state.sight not in (Sight.NO_ATTEMPT, *MISSING, Sight.SILENT)
+            attempts = self._ledger.jobs_of(state.stage_id)[: -1 if is_seen else None]
+            self._before[state.stage_id] = attempts[-1].intent.number if attempts else 0
+        self._tell_of_outdated()
+        if not self._submit_missing():
+            self.step()
+
+    def step(self) -> None:
+        """Do one round; another one if a long submission has outlasted Slurm's memory of ended jobs (MinJobAge)."""
+        for _ in range(2):
+            self._look()
+            self._close_ended()
+            if self._submit_missing():
+                break
+
+    def follow(self, show: Callable[[], object], sleep: Callable[[float], None] = time.sleep) -> None:
+        """Continue until every stage is done or has failed for good.
+
+        Args:
+            show: called after every round.
+        """
+        self._follow_while(lambda: bool(self._following) or self._is_held_up, show, sleep)
+
+    def follow_missing(self, show: Callable[[], object], sleep: Callable[[float], None] = time.sleep) -> None:
+        """Continue until it is known for every job whether it is over, but for at most a few minutes."""
+        deadline = self._clock() + 2 * GONE_AFTER_S
+        self._follow_while(lambda: self._misses_a_job() and self._clock() < deadline, show, sleep)
+
+    def unsubmitted(self) -> list[Stage]:
+        """Return missing stages without a job: refused, claimed by another launcher, or without room in the queue."""
+        return [
+            self._plan.stages[state.stage_id]
+            for state in self._states().values()
+            if state.is_wanted and state.sight is Sight.NO_ATTEMPT
+        ]
+
+    # Observe.
+
+    def _open(self) -> list[Attempt]:
+        attempts = (self._ledger.open_job(stage_id) for stage_id in self._plan.stages)
+        return [attempt for attempt in attempts if attempt is not None]
+
+    def _look(self) -> None:
+        self._following = self._open()
+        self._observer.look(self._following)
+
+    def _states(self) -> dict[str, StageState]:
+        return self._observer.states(self._plan, self._before)
+
+    def _misses_a_job(self) -> bool:
+        return any(state.sight in MISSING for state in self._states().values())
+
+    # Act.
+
+    def _close_ended(self) -> None:
+        """Do what is to be done about jobs."""
+        for action in decide(self._states()):
+            attempt = self._ledger.open_job(action.stage_id)
+            if action.do is not Do.SUBMIT and attempt is not None:
+                self._act(action, self._plan.stages[action.stage_id], attempt)
+
+    def _act(self, action: Action, stage: Stage, attempt: Attempt) -> None:
+        job = self._observer.jobs.get(attempt.intent.job_name)
+        match action.do:
+            case Do.ADOPT if job is not None:
+                attempt.record_job(job.job_id)
+                self._tell(Event("adopted", stage, job.job_id))
+            case Do.CANCEL if job is not None:
+                self._slurm.cancel([job.job_id])
+            case Do.CLOSE:
+                self._close(stage, attempt, job)
+            case Do.CLOSE_UNLESS_CLAIMED | Do.SETTLE:
+                claim = self._ledger.claim(stage.id)
+                if isinstance(claim, Holder):
+                    return  # its job lives, or its launcher is submitting it
+                try:
+                    if action.do is Do.CLOSE_UNLESS_CLAIMED or self._store.handle(stage.id).is_done():
+                        self._close(stage, attempt, None)
+                    else:
+                        self._settle(stage, attempt)
+                finally:
+                    claim.release()
+            case Do.TELL:
+                self._tell(Event("waiting", stage, attempt.job_id, action.message))
+
+    def _settle(self, stage: Stage, attempt: Attempt) -> None:
+        """Look for the job of an intent a second time, under the stage's claim; if there is none, close the attempt."""
+        recorded = attempt.job_id  # before squeue: a recorded job is in squeue or over
+        found = self._slurm.find(attempt.intent.job_name)
+        if found is not None:
+            attempt.record_job(found)
+            self._tell(Event("adopted", stage, found))
+        elif recorded is None:
+            if (attempt.folder / SCRIPT).exists():  # otherwise its launcher died before sbatch
+                self._slurm.cancel_named(attempt.intent.job_name)  # squeue may have missed it
+            self._end(stage, attempt, End(Cause.NOT_RUN, "the launcher died while it submitted", time.time(), False))
+
+    def _close(self, stage: Stage, attempt: Attempt, job: JobInfo | None) -> None:
+        if job is not None and LAUNCH_FAILED.search(job.reason):
+            job = replace(job, nodes=self._slurm.launched_on(job.job_id))
+        self._end(stage, attempt, explain_end(self._ledger, stage, attempt, job))
+
+    def _end(self, stage: Stage, attempt: Attempt, end: End) -> None:
+        """Record how an attempt ended, for the next launcher and the report."""
+        attempt.close(end)
+        handle = self._store.handle(stage.id)
+        if end.cause == Cause.DONE:
+            handle.discard_work()  # for a job that died between its commit and its end
+            self._tell(Event("done", stage, attempt.job_id, f"{end.run_seconds:.0f} s"))
+            return
+        # Leave the cause for the report, instead of what the ranks said as they died.
+        handle.work.mkdir(parents=True, exist_ok=True)
+        handle.clear_failures()
+        if end.cause != Cause.NOT_RUN:  # which says nothing about the stage
+            handle.report_failure(Failure(end.cause, end.message, -1, end.at, attempt.intent.number))
+        self._observer.forget_artifacts()
+        self._tell(Event("ended", stage, attempt.job_id, f"{end.cause}: {end.message}"))
+
+    # Submit.
+
+    def _submit_missing(self) -> bool:
+        """Submit every missing stage whose inputs exist or are being made, in plan order; nothing once cancelled.
+
+        Returns:
+            False if Slurm has forgotten a job that one of them needs, so that all should be looked at again.
+        """
+        self._is_held_up = False
+        try:
+            with self._alone():
+                to_submit = [it.stage_id for it in decide(self._states()) if it.do is Do.SUBMIT]
+                if to_submit:
+                    self._require_wanted()
+                    others = self._slots_of_others()
+                    for stage_id in to_submit:
+                        self._submit(self._plan.stages[stage_id], others)
+        except SubmitLimitError as error:
+            self._is_held_up = True
+            self._tell(Event("waiting", None, None, f"{error}; {self._way_below_the_limit()}"))
+        except NeedEndedError as error:
+            self._is_held_up = True
+            self._tell(Event("waiting", None, None, f"{error}; tried again"))
+            return False
+        except _CancelledError:
+            message = "by another command, so nothing more is submitted; run the same command again to go on"
+            self._tell(Event("cancelled", None, None, message))
+        finally:
+            self._following = self._open()
+        return True
+
+    def _alone(self) -> AbstractContextManager[None]:
+        """Under a limit, keep other launchers from taking slots that this one is about to find free."""
+        return nullcontext() if self._new_jobs.max_running is None else self._ledger.locked()
+
+    def _require_wanted(self) -> None:
+        if self._new_jobs.cancellation.is_requested():
+            raise _CancelledError
+
+    def _way_below_the_limit(self) -> str:
+        """Return how room for more jobs can come about, for messages."""
+        if self._open() or any(job.is_live for job in self._observer.jobs.values()):
+            return "the rest is submitted when jobs have ended"
+        return (
+            "none of your jobs is in the queue, so the limit allows none, or other users' jobs reach it; if this "
+            "lasts, name another account, qos or partition in the profile"
+        )
+
+    def _submit(self, stage: Stage, slots_of_others: Sequence[InSlot]) -> None:
+        """Submit a stage, unless another launcher has done so or is doing so."""
+        handle = self._store.handle(stage.id)
+        pending = [need for need in stage.needs if not self._observer.is_done(need)]
+        needed = [self._ledger.open_job(need) for need in pending]
+        after_ok = [job_id for attempt in needed if attempt is not None and (job_id := attempt.job_id) is not None]
+        if len(after_ok) < len(pending):
+            return  # what it needs was refused, or has no known id
+        claim = self._ledger.claim(stage.id)
+        if isinstance(claim, Holder):
+            self._is_held_up = True
+            return
+        submitted = keep_renewed(claim)  # a controller that doesn't answer may take longer than a claim lasts
+        try:
+            verdict = handle.verify()
+            if verdict.state == "done":
+                handle.discard_work()
+            elif self._ledger.open_job(stage.id) is None:
+                if verdict.state == "corrupt":
+                    handle.set_aside()
+                self._submit_claimed(stage, after_ok, slots_of_others)
+        finally:
+            submitted.set()
+            claim.release()
+
+    def _submit_claimed(self, stage: Stage, after_ok: Sequence[str], slots_of_others: Sequence[InSlot]) -> None:
+        """Record the intent, submit, record the job; later rounds repair a death between any two of these steps."""
+        new, resources = self._new_jobs, self._new_jobs.profile.resources[stage.kind]
+        slot = choose_slot(new.max_running, [*slots_of_others, *_in_slots(self._open())], after_ok)
+        if slot is None:
+            self._is_held_up = True
+            return
+        avoided = nodes_to_avoid(self._ledger.jobs_of(stage.id))
+        attempt = self._ledger.begin(
+            stage,
+            ranks=resources.ranks,
+            gpus=resources.gpus,
+            cores=resources.cores,
+            time_minutes=resources.time_minutes,
+            slot=slot.number,
+            asked=new.asked(resources),
+            avoided=avoided,
+        )
+        write_stage_file(self._store.handle(stage.id), stage, new.provenance, attempt.intent.number)
+        request = Request(
+            stage=stage,
+            resources=resources,
+            folder=attempt.folder,
+            job_name=attempt.intent.job_name,
+            snapshot=new.snapshot,
+            threads=default_threads(resources, new.provenance.runtime.threads_per_rank),
+            after_ok=after_ok,
+            after_any=slot.after_any,
+            exclude=avoided,
+        )
+        self._hand_over(stage, attempt, request)
+
+    def _hand_over(self, stage: Stage, attempt: Attempt, request: Request) -> None:
+        """Submit, and record the job's id or why there is none."""
+        try:
+            job_id = self._write_and_submit(attempt, request)
+        except SubmissionRefusedError as error:
+            if request.exclude:  # which may be needed, or gone
+                nodes = ", ".join(request.exclude)
+                message = f"{error}, or Slurm can't do without {nodes}, where it has failed; submitted for any node"
+                self._tell(Event("waiting", stage, None, message))
+                self._hand_over(stage, attempt, replace(request, exclude=()))
+            else:
+                self._end(stage, attempt, End(Cause.INPUT, str(error), time.time()))
+            return
+        except (SubmitLimitError, NeedEndedError, _CancelledError):
+            attempt.withdraw()
+            raise
+        attempt.record_job(job_id)
+        if job_id is None:
+            message = "Slurm took a job without saying its id; it is looked for by name"
+            self._tell(Event("waiting", stage, None, message))
+        else:
+            self._tell(Event("submitted", stage, job_id))
+
+    def _write_and_submit(self, attempt: Attempt, request: Request) -> str | None:
+        script = write_submission(request)
+        # A job may outlive this machine, so what it reads and what tells the next launcher about it must do so as well.
+        for folder in (attempt.folder, self._store.handle(request.stage.id).work):
+            fsync_folders(folder, self._store.root)
+        # Only now: whoever cancels later finds the intent, and waits for what becomes of it.
+        self._require_wanted()
+        return self._slurm.submit(script, attempt.intent.job_name)
+
+    def _slots_of_others(self) -> list[InSlot]:
+        """Return the slots in which jobs of other sweeps are, as Slurm lists them: it would refuse a job that waits for
+        one that it doesn't know.
+        """
+        if self._new_jobs.max_running is None:
+            return []
+        others = [it for it in self._ledger.open_jobs() if it.intent.stage_id not in self._plan.stages]
+        # Asked anew, as another launcher may have submitted since this round began.
+        jobs = self._slurm.jobs() if others else {}
+        return _in_slots(it for it in others if it.intent.job_name in jobs and jobs[it.intent.job_name].is_live)
+
+    def _tell_of_outdated(self) -> None:
+        """Report queued jobs that were submitted with another profile, or another limit, than this launcher's."""
+        count = 0
+        for attempt in self._open():
+            job = self._observer.jobs.get(attempt.intent.job_name)
+            asked = self._new_jobs.asked(
+                self._new_jobs.profile.resources[self._plan.stages[attempt.intent.stage_id].kind]
+            )
+            count += job is not None and job.is_waiting and attempt.intent.asked != asked
+        if count:
+            message = (
+                f"{'1 queued job keeps' if count == 1 else f'{count} queued jobs keep'} to the profile or the "
+                "--max-running of an earlier command; --cancel, then the same command, submits with those of now"
+            )
+            self._tell(Event("waiting", None, None, message))
+
+    # Follow.
+
+    def _follow_while(
+        self, goes_on: Callable[[], bool], show: Callable[[], object], sleep: Callable[[float], None]
+    ) -> None:
+        wait, going = SHORTEST_WAIT_S, goes_on()
+        asked_at = answered_at = self._clock()
+        while going:
+            sleep(min(wait, LOOK_S))
+            before = [attempt.folder for attempt in self._following]
+            try:
+                if self._clock() - asked_at >= wait or self._is_any_end_recorded():
+                    asked_at, wait = self._clock(), min(LONGEST_WAIT_S, wait * 1.5)
+                    self._step_if_answered()
+                    going = goes_on()
+                show()
+                answered_at = self._clock()
+            except (OSError, UserError) as error:
+                if not _may_pass(error) or self._clock() - answered_at >= STORE_PATIENCE_S:
+                    raise
+                message = f"the store can't be read or written ({error}); jobs go on, and it is tried again"
+                self._tell(Event("waiting", None, None, message))
+            if [attempt.folder for attempt in self._following] != before:
+                wait = SHORTEST_WAIT_S
+
+    def _step_if_answered(self) -> None:
+        try:
+            self.step()
+        except SlurmUnavailableError as error:
+            self._tell(Event("waiting", None, None, f"Slurm does not answer ({error}); jobs go on meanwhile"))
+
+    def _is_any_end_recorded(self) -> bool:
+        """Return whether the store says that a job is over, before Slurm is asked."""
+        jobs = ((attempt, self._observer.jobs.get(attempt.intent.job_name)) for attempt in self._following)
+        running = [attempt for attempt, job in jobs if job is not None and job.is_live and not job.is_waiting]
+        return any(it.exit_record() or self._store.handle(it.intent.stage_id).is_committed() for it in running)
+
+
+def _in_slots(attempts: Iterable[Attempt]) -> list[InSlot]:
+    """Return the slots of live attempts, and when they joined them: within a tick of the file system's clock, as their
+    launcher's says.
+    """
+    return [
+        InSlot(it.intent.slot, (it.recorded_at, it.intent.created), it.job_id)
+        for it in attempts
+        if it.intent.slot is not None
+    ]
+
+
+def _may_pass(error: Exception) -> bool:
+    """Return whether an error is a file system's that may pass by itself, such as EIO, or EACCES without a ticket."""
+    found = error if isinstance(error, OSError) else error.__context__  # a ``UserError`` about a file has it there
+    return isinstance(found, OSError) and found.errno not in LASTING

@@ -1,0 +1,165 @@
+"""What the store and Slurm say about a sweep's stages.
+
+squeue lists a user's jobs. A job's absence from that list says nothing yet: the answer may be cut short between two
+lines, or the job may have ended long ago. So accounting is asked about it, and the controller. A job that none of them
+knows counts as gone after some minutes in which nothing in the store shows that it lives.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from hfprune_launch.slurm.commands import JobInfo, SlurmCommands, SlurmUnavailableError
+from hfprune_launch.slurm.decide import GONE_AFTER_S, Sight, StageState
+from hfprune_launch.stage.attempts import Attempt, Ledger
+from hfprune_launch.stage.stage_file import find_stage_file
+
+from hfprune_dist.planning.plan import Plan
+from hfprune_dist.store.artifacts import Store
+
+
+class Observer:
+    """Looks at Slurm and at the store.
+
+    What it remembers can be seen again: since when what is seen of a job has not changed, and which artifacts it has
+    verified.
+
+    Args:
+        clock: seconds of a monotonic clock.
+
+    Attributes:
+        jobs: by name, the jobs that the last look found.
+    """
+
+    def __init__(self, ledger: Ledger, slurm: SlurmCommands, clock: Callable[[], float] = time.monotonic) -> None:
+        self._ledger = ledger
+        self._slurm = slurm
+        self._clock = clock
+        self._unknown: set[str] = set()
+        self._since: dict[str, tuple[Any, float]] = {}
+        self._verified: set[str] = set()
+        self.jobs: dict[str, JobInfo] = {}
+
+    def look(self, attempts: Iterable[Attempt]) -> None:
+        """Ask Slurm about the jobs of open attempts, which have been read before: a recorded job is in squeue or over.
+
+        Raises:
+            SlurmUnavailableError: if squeue did not answer.
+        """
+        ids = {attempt.intent.job_name: (attempt, attempt.job_id) for attempt in attempts}
+        self.jobs = self._slurm.jobs()
+        self._unknown = set()
+        unlisted = {name: pair for name, pair in ids.items() if name not in self.jobs}
+        self._ask_about({name: (attempt, job_id) for name, (attempt, job_id) in unlisted.items() if job_id is not None})
+        for name, (attempt, _) in ids.items():
+            job = self.jobs.get(name)
+            seen = (job.state, job.reason) if job is not None else self._signs_of_life(attempt)
+            if self._since.get(name, (None,))[0] != seen:
+                self._since[name] = seen, self._clock()
+        self._since = {name: since for name, since in self._since.items() if name in ids}
+
+    def _ask_about(self, unlisted: Mapping[str, tuple[Attempt, str]]) -> None:
+        """Ask accounting, and the controller: when a job is first missing, and again before it counts as gone."""
+        past = self._slurm.history({job_id for _, job_id in unlisted.values()})
+        # Ids are reused if a cluster was set up anew, names are not.
+        self.jobs |= {job.name: job for job in past if job.name in unlisted and not job.is_live}
+        for name, (attempt, job_id) in unlisted.items():
+            if name in self.jobs:
+                continue
+            if 0 <= self._missing_for(attempt) < GONE_AFTER_S:
+                self._unknown.add(name)
+                continue
+            try:
+                job = self._slurm.job(job_id)
+            except SlurmUnavailableError:
+                continue
+            if job is not None and job.name == name:
+                self.jobs[name] = job
+            else:
+                self._unknown.add(name)
+
+    def _signs_of_life(self, attempt: Attempt) -> Any:
+        return self._ledger.store.handle(attempt.intent.stage_id).heartbeat(), attempt.runs()
+
+    def _missing_for(self, attempt: Attempt) -> float:
+        """Return the seconds since a look first missed a job that has given no sign of life since; -1 if none has."""
+        seen, since = self._since.get(attempt.intent.job_name, (None, 0.0))
+        return self._clock() - since if seen == self._signs_of_life(attempt) else -1.0
+
+    def lasts(self, attempt: Attempt) -> float:
+        """Return the seconds for which looks have found the same about an attempt's job."""
+        return self._clock() - self._since.get(attempt.intent.job_name, (None, self._clock()))[1]
+
+    def is_done(self, stage_id: str) -> bool:
+        """Return whether a stage has a verified artifact; verifies each only once."""
+        if stage_id not in self._verified and self._ledger.store.handle(stage_id).is_done():
+            self._verified.add(stage_id)
+        return stage_id in self._verified
+
+    def forget_artifacts(self) -> None:
+        """Verify all artifacts again: a stage may have found one of them damaged."""
+        self._verified.clear()
+
+    def states(self, plan: Plan, attempts_before: Mapping[str, int]) -> dict[str, StageState]:
+        """Return the state of every stage, as the last look and the store show it, in plan order.
+
+        Args:
+            attempts_before: number of the last attempt at a stage that this command didn't see end.
+        """
+        wanted = set(plan.lacking(self.is_done))
+        return {
+            stage.id: self._state(stage.id, stage.needs, stage.id in wanted, attempts_before.get(stage.id, 0))
+            for stage in plan.stages.values()
+        }
+
+    def _state(self, stage_id: str, needs: Iterable[str], is_wanted: bool, before: int) -> StageState:
+        attempt = self._ledger.open_job(stage_id)
+        if attempt is None:
+            attempts = self._ledger.jobs_of(stage_id) if is_wanted else []
+            ends = [end.cause for it in attempts if it.intent.number > before and (end := it.end) is not None]
+            return StageState(stage_id, tuple(needs), is_wanted, self.is_done(stage_id), ends=tuple(ends))
+        job, runs = self.jobs.get(attempt.intent.job_name), attempt.runs()
+        return StageState(
+            stage_id,
+            tuple(needs),
+            is_wanted,
+            self.is_done(stage_id),
+            sight=self._sight(attempt, job),
+            has_id=attempt.job_id is not None,
+            reason=job.reason if job is not None else "",
+            lasts=self.lasts(attempt),
+            said_end=bool(runs) and runs[-1].how in ("done", "failed", "duplicate"),
+        )
+
+    def _sight(self, attempt: Attempt, job: JobInfo | None) -> Sight:
+        if job is not None:
+            if job.is_live:
+                return Sight.WAITS if job.is_waiting else Sight.RUNS
+            return Sight.COMPLETED if job.state == "COMPLETED" else Sight.ENDED
+        if attempt.job_id is None:
+            return Sight.ACCEPTED if attempt.is_accepted else Sight.INTENDED
+        return Sight.MISSING if attempt.intent.job_name in self._unknown else Sight.SILENT
+
+
+def inputs_of_live_jobs(store: Store) -> Mapping[str, list[str]]:
+    """Id of each stage whose job may wait or run -> ids of the stages whose artifacts it reads, which must stay."""
+    ledger = Ledger(store)
+    attempts = ledger.open_jobs()
+    observer = Observer(ledger, SlurmCommands(retry_delays_s=()))
+    try:
+        if attempts:
+            observer.look(attempts)
+    except SlurmUnavailableError:
+        pass
+    ended = {name for name, job in observer.jobs.items() if not job.is_live}
+    submitted = {attempt.intent.stage_id for attempt in attempts if attempt.intent.job_name not in ended}
+    return {stage_id: _read_by(store, stage_id) for stage_id in sorted(submitted)}
+
+
+def _read_by(store: Store, stage_id: str) -> list[str]:
+    """Ids of the stages that a submitted one reads; none if its file is lost, without which its job can't run."""
+    content = find_stage_file(store.handle(stage_id))
+    inputs = {} if content is None else content.stage.get("inputs", {})
+    return [source["location"] for source in inputs.values() if source.get("is_stage")]

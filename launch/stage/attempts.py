@@ -1,0 +1,383 @@
+"""The ledger of attempts at stages, on this machine and in jobs: small JSON files in a folder of each attempt's own.
+
+<store>/attempts/<kind>/<fingerprint>/<number>/
+    intent.json        what is about to be started; written before
+    job.sh             what is submitted
+    environment.sh     the profile's setup and environment, which it sources and only its owner can read
+    job.json           the id that Slurm gave; if a launcher dies before writing it, the job is found by its name
+    run.<id>.<n>.json  the n-th start of the job (it may be requeued): nodes, times of start and end, progress
+    exit.<id>.<n>      with what exit code that start ended, as the batch script says unless it was killed
+    end.json           how the attempt ended, and why
+    *_log.out, *.err   output of a job's ranks
+
+Files are made by mkdir and rename, which are atomic on local disks, NFS and Lustre alike. A damaged one counts as
+absent.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import time
+import uuid
+from collections.abc import Collection, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, TypeVar
+
+from hfprune_dist.errors import UserError
+from hfprune_dist.store.artifacts import Store
+from hfprune_dist.store.atomic_files import as_record, listed, locked, modified_at, read_json, write_json
+from hfprune_dist.store.attempt import Attempt as PastAttempt
+from hfprune_dist.store.claims import Claim, Holder, OpenClaim
+from hfprune_dist.store.stage import Stage
+from hfprune_dist.store.stage_handle import StageHandle
+
+Record = TypeVar("Record")
+
+INTENT, JOB, END = "intent.json", "job.json", "end.json"
+LOCK = ".lock"
+# The cause of an attempt that made the artifact.
+DONE = "done"
+
+
+@dataclass(frozen=True)
+class Intent:
+    """What is about to be started.
+
+    Attributes:
+        number: 1 for the first attempt at the stage.
+        created: unix time.
+        job_name: unique, so that the job can be found by its name; empty on this machine.
+        gpus, cores: totals of the whole job.
+        time_minutes: time limit of the job.
+        slot: jobs in the same slot run one at a time (``--max-running``); None without a limit.
+        asked: digest of what the profile asks for, and the limit.
+        avoided: nodes at fault in earlier attempts, which the job must not use.
+    """
+
+    stage_id: str
+    number: int
+    created: float
+    ranks: int
+    job_name: str = ""
+    gpus: int = 0
+    cores: int = 0
+    time_minutes: int = 0
+    slot: int | None = None
+    asked: str = ""
+    avoided: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One start of a job, as recorded by its first rank.
+
+    Attributes:
+        restart: number of times that the job had been requeued before.
+        nodes: in Slurm's notation.
+        ended: unix time; None while it runs, or if it died and no later start has noticed.
+        how: done, failed, interrupted, cancelled, duplicate or died.
+        progress: the last heartbeat when it ended.
+    """
+
+    job_id: str
+    restart: int
+    nodes: str
+    started: float
+    ended: float | None = None
+    how: str | None = None
+    progress: dict[str, Any] | None = None
+
+
+class ExitRecord(NamedTuple):
+    """What the batch script recorded at the end of one start of its job.
+
+    Attributes:
+        code: the exit code: srun's, or that of what failed before srun.
+        message: what failed before srun; empty otherwise.
+    """
+
+    restart: int
+    code: int
+    message: str
+
+
+@dataclass(frozen=True)
+class End:
+    """The end of an attempt.
+
+    Attributes:
+        message: for the user.
+        at: unix time, as far as Slurm or the stage's heartbeat tells it; a launcher may learn of it days later.
+        is_over: whether it is certain that its job is over, so that its claim is void.
+        bad_nodes: nodes that the next attempt should avoid.
+        run_seconds: for which a job held its nodes, over all of its starts.
+        progress: the last heartbeat.
+    """
+
+    cause: str
+    message: str
+    at: float
+    is_over: bool = True
+    bad_nodes: list[str] = field(default_factory=list)
+    run_seconds: float = 0.0
+    progress: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class _Job:
+    """The job that Slurm made from an intent; no id if Slurm accepted it without saying one."""
+
+    job_id: str | None
+
+
+class Attempt:
+    """One attempt, by its folder."""
+
+    def __init__(self, folder: Path, intent: Intent) -> None:
+        self.folder = folder
+        self.intent = intent
+
+    @property
+    def job_id(self) -> str | None:
+        """The job's id, as recorded by the launcher, or by the job itself if the launcher died before that."""
+        job = _read(self.folder / JOB, _Job)
+        if job is not None and job.job_id is not None:
+            return job.job_id
+        return next((run.job_id for run in self.runs()), None)
+
+    @property
+    def is_accepted(self) -> bool:
+        """Whether Slurm has accepted the job, though it may not have said its id."""
+        return _read(self.folder / JOB, _Job) is not None
+
+    @property
+    def recorded_at(self) -> float:
+        """Unix time at which the intent was written, by the file system's clock if it has one (NFS has, on Lustre it is
+        the writer's), since each launcher has its own.
+        """
+        return modified_at(self.folder / INTENT) or self.intent.created
+
+    @property
+    def end(self) -> End | None:
+        return _read(self.folder / END, End)
+
+    def record_job(self, job_id: str | None) -> None:
+        write_json(self.folder / JOB, asdict(_Job(job_id)))
+
+    def close(self, end: End) -> None:
+        """Record the end; if two launchers see the same end, both write the same."""
+        write_json(self.folder / END, asdict(end))
+
+    def withdraw(self) -> None:
+        """Forget an attempt that Slurm did not accept."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def runs(self) -> list[Run]:
+        """Return all starts of the job, in order: by their numbers, as each node has its own clock.
+
+        If there are two jobs (a submission whose answer was lost), the one that started first comes first.
+        """
+        runs = [run for file in listed(self.folder, "run.*.json") if (run := _read(file, Run)) is not None]
+        began = {run.job_id: run.started for run in sorted(runs, key=lambda run: -run.started)}
+        return sorted(runs, key=lambda run: (began[run.job_id], run.job_id, run.restart))
+
+    def record_run(self, run: Run) -> None:
+        write_json(self.folder / f"run.{run.job_id}.{run.restart}.json", asdict(run))
+
+    def exit_record(self) -> ExitRecord | None:
+        """Return what the batch script recorded at the end of the job's last start; None if it was killed."""
+        found = [_read_exit(file) for file in listed(self.folder, f"exit.{self.job_id}.*")]
+        last = max((record for record in found if record is not None), default=None)
+        runs = self.runs()
+        return None if last is None or (runs and runs[-1].restart > last.restart) else last
+
+    def run_seconds(self, now: float) -> float:
+        """Return the seconds during which the job held its nodes, over all of its starts."""
+        return sum(max(0.0, (run.ended or now) - run.started) for run in self.runs())
+
+    def logs(self) -> list[Path]:
+        """Return the log files of a job's ranks, and of its batch script and srun."""
+        return sorted([*listed(self.folder, "*_log.out"), *listed(self.folder, "*_log.err")])
+
+    def progress(self) -> list[dict[str, Any] | None]:
+        """Return how far each start got that has ended."""
+        runs, end = self.runs(), self.end
+        progress = [run.progress for run in runs if run.ended is not None]
+        # A start that was killed could not record how far it got; the launcher did so when it closed the attempt.
+        return [*progress, end.progress] if end is not None and runs and runs[-1].ended is None else progress
+
+
+class Ledger:
+    """All attempts of a store."""
+
+    def __init__(self, store: Store) -> None:
+        self.store = store
+        self._root = store.root / "attempts"
+
+    @classmethod
+    def around(cls, folder: Path) -> tuple[Ledger, Attempt]:
+        """Return the ledger that an attempt's folder is in, and the attempt.
+
+        Raises:
+            UserError: if its intent is lost.
+        """
+        intent = _read(folder / INTENT, Intent)
+        if intent is None:
+            raise UserError(f"{folder}: no record of an attempt; jobs are submitted by a sweep")
+        return cls(Store(folder.parents[3])), Attempt(folder, intent)
+
+    def locked(self) -> AbstractContextManager[None]:
+        """Keep other launchers that do the same from submitting; what they submit has to be read after this."""
+        self._root.mkdir(parents=True, exist_ok=True)
+        return locked(self._root / LOCK)
+
+    def of(self, stage_id: str) -> list[Attempt]:
+        """Return the attempts at a stage, first to last, without those whose intents are missing."""
+        return list(self._iterate(stage_id))
+
+    def jobs_of(self, stage_id: str) -> list[Attempt]:
+        """Return the attempts at a stage that were made in jobs, first to last."""
+        return [attempt for attempt in self._iterate(stage_id) if attempt.intent.job_name]
+
+    def open_job(self, stage_id: str) -> Attempt | None:
+        """Return the newest attempt in a job if it has no end yet; the job may be waiting, running or over."""
+        newest = self._iterate(stage_id, newest_first=True)
+        last = next((attempt for attempt in newest if attempt.intent.job_name), None)
+        return last if last is not None and last.end is None else None
+
+    def open_jobs(self) -> list[Attempt]:
+        """Return all attempts of the store in jobs that have no end, whichever sweep made them."""
+        stages = (folder for kind in listed(self._root, "*") for folder in listed(kind, "*"))
+        attempts = (attempt for folder in stages for attempt in self.jobs_of(str(folder.relative_to(self._root))))
+        return [attempt for attempt in attempts if attempt.end is None]
+
+    def has_jobs(self) -> bool:
+        """Whether a job was ever submitted for this store."""
+        return any(
+            intent is not None and intent.job_name
+            for file in self._root.glob(f"*/*/*/{INTENT}")
+            if (intent := _read(file, Intent)) is not None
+        )
+
+    def begin(self, stage: Stage, *, ranks: int, **job: Any) -> Attempt:
+        """Record the next attempt; the caller must hold the stage's claim.
+
+        Args:
+            job: fields of ``Intent``, for an attempt in a job, which gets a unique name.
+        """
+        folder = self._root / stage.id
+        number = 1 + max((number for number, _ in _numbered(folder)), default=0)
+        name = f"hfprune-{stage.kind}-{stage.fingerprint[:8]}-{number}-{uuid.uuid4().hex[:8]}" if job else ""
+        intent = Intent(stage.id, number, time.time(), ranks, name, **job)
+        attempt = Attempt(folder / str(number), intent)
+        attempt.folder.mkdir(parents=True)
+        write_json(attempt.folder / INTENT, asdict(intent))
+        return attempt
+
+    def claim(self, stage_id: str, job: str | None = None) -> Claim | Holder:
+        """As ``StageHandle.claim``; claims of jobs that are known to be over count as free."""
+        return self.store.handle(stage_id).claim(job, self._ended_jobs(stage_id))
+
+    def open_claim(self, stage_id: str) -> OpenClaim | None:
+        """As ``StageHandle.open_claim``, but None if held by a job that is over: its end is recorded elsewhere."""
+        claim = self.store.handle(stage_id).open_claim()
+        if claim is None or claim.holder.job is None:
+            return claim
+        return claim if claim.lives and claim.holder.job not in self._ended_jobs(stage_id) else None
+
+    def _ended_jobs(self, stage_id: str) -> Collection[str]:
+        """Return the jobs of a stage that are over.
+
+        Ids that an open attempt has as well are left out: a cluster that was set up anew reuses ids.
+        """
+        attempts = [(attempt.job_id, attempt.end) for attempt in self.jobs_of(stage_id)]
+        over = {job_id for job_id, end in attempts if job_id is not None and end is not None and end.is_over}
+        return over - {job_id for job_id, end in attempts if job_id is not None and end is None}
+
+    def _iterate(self, stage_id: str, newest_first: bool = False) -> Iterator[Attempt]:
+        for _, path in sorted(_numbered(self._root / stage_id), reverse=newest_first):
+            intent = _read(path / INTENT, Intent)
+            if intent is not None:
+                yield Attempt(path, intent)
+
+
+def past_attempts(ledger: Ledger, stage_id: str, logs: Path) -> list[PastAttempt]:
+    """Return the attempts at a stage as a report shows them; a requeued job appears once for each of its starts.
+
+    Args:
+        logs: folder of the logs of stages that ran on this machine.
+    """
+    handle, attempts = ledger.store.handle(stage_id), ledger.of(stage_id)
+    local = [it for it in attempts if not it.intent.job_name]
+    told = {it.folder: _local(it, logs, handle, is_last=it is local[-1]) for it in local}
+    return [start for it in attempts for start in ([told[it.folder]] if it.folder in told else _starts(it))]
+
+
+def _local(attempt: Attempt, logs: Path, handle: StageHandle, *, is_last: bool) -> PastAttempt:
+    """Return an attempt on this machine, which may have been cut off before its end was recorded."""
+    intent, end, log = attempt.intent, attempt.end, local_log(logs, attempt.intent)
+    logs_of_it = (log,) if log.exists() else ()
+    past = PastAttempt(intent.number, "open", intent.created, None, logs=logs_of_it, ranks=intent.ranks)
+    if end is not None:
+        state: Literal["done", "failed"] = "done" if end.cause == DONE else "failed"
+        return replace(past, state=state, ended=max(end.at, intent.created), cause=end.cause, message=end.message)
+    manifest = handle.manifest() or {}
+    if manifest.get("attempts") == intent.number:
+        return replace(past, state="done", ended=manifest.get("finished"), cause=DONE)
+    if not is_last:
+        return replace(past, state="failed", ended=modified_at(log), cause="cut off", message="see its log")
+    beat = handle.heartbeat()
+    said = f"last sign of life: {beat}" if beat is not None else ""
+    return replace(past, ended=None if beat is None else beat.updated, cause="no end known", message=said)
+
+
+def _starts(attempt: Attempt) -> Iterator[PastAttempt]:
+    end, runs, logs = attempt.end, attempt.runs(), tuple(attempt.logs())
+    number, ranks = attempt.intent.number, attempt.intent.ranks
+    for run in runs[:-1]:
+        how, where = run.how or "died", f"job {run.job_id} on {run.nodes}"
+        yield PastAttempt(number, "failed", run.started, run.ended, how, "requeued", where, logs, ranks)
+    last = runs[-1] if runs else None
+    where = f"job {last.job_id} on {last.nodes}" if last is not None else f"job {attempt.job_id or 'unknown'}"
+    started, ended = (last.started, last.ended) if last is not None else (None, None)
+    if end is None:
+        yield PastAttempt(number, "open", started, ended, "no end known", "", where, logs, ranks)
+        return
+    if ended is None:
+        ended = max(end.at, started or end.at)
+    state: Literal["done", "failed"] = "done" if end.cause == DONE else "failed"
+    yield PastAttempt(number, state, started, ended, end.cause, end.message, where, logs, ranks)
+
+
+def local_log(folder: Path, intent: Intent) -> Path:
+    """Return the log of an attempt on this machine, in the folder of a sweep's logs."""
+    return folder / f"{intent.stage_id.replace('/', '-')}.{intent.number}.log"
+
+
+def _read(file: Path, kind: type[Record]) -> Record | None:
+    """Read a record; None if there is none or it is damaged.
+
+    Raises:
+        OSError: if the file system does not answer, which says nothing about the record.
+    """
+    try:
+        return as_record(kind, read_json(file))
+    except (ValueError, IsADirectoryError, NotADirectoryError):
+        return None
+
+
+def _read_exit(file: Path) -> ExitRecord | None:
+    try:
+        code, _, message = file.read_text(encoding="utf-8", errors="replace").strip().partition(" ")
+    except FileNotFoundError:
+        return None
+    number = file.suffix[1:]
+    return ExitRecord(int(number), int(code), message) if number.isdecimal() and code.isdecimal() else None
+
+
+def _numbered(folder: Path) -> list[tuple[int, Path]]:
+    """Return number and path of each attempt in a stage's folder; stray files have other names."""
+    return [(int(path.name), path) for path in listed(folder, "*") if re.fullmatch("[1-9][0-9]*", path.name)]

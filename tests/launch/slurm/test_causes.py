@@ -1,0 +1,298 @@
+"""The cause of an attempt's death, deduced from what the attempt left behind."""
+
+import shutil
+import time
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+from fake_slurm import complete
+from hfprune_launch.slurm.causes import FRUITLESS_STARTS, START, explain_end, fruitless_starts, log_tail
+from hfprune_launch.slurm.causes import never_gets_further as refusal_to_requeue
+from hfprune_launch.slurm.commands import NEVER, JobInfo
+from hfprune_launch.stage.attempts import End, Ledger, Run
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from made_stages import stage_of
+
+from hfprune_dist.store.artifacts import Store
+from hfprune_dist.store.heartbeat import Failure, Progress, write_failure_record
+from hfprune_dist.store.stage import Input
+
+NEED = stage_of("importance", "a", {}, {"model": Input("digest", "/somewhere")})
+STAGE = stage_of("prune", "a 0.2", {"ratio": 0.2}, {"importance": NEED.as_input()})
+JOB = {"ranks": 1, "gpus": 8, "cores": 64, "time_minutes": 30}
+LOST = "RuntimeError: [gloo/transport/tcp/pair.cc] Connection closed by peer [127.0.0.1]"
+
+
+@pytest.fixture
+def ledger(tmp_path):
+    ledger = Ledger(Store(tmp_path / "store"))
+    ledger.store.work(STAGE.id).mkdir(parents=True)
+    return ledger
+
+
+@pytest.fixture
+def attempt(ledger):
+    attempt = ledger.begin(STAGE, **JOB)
+    attempt.record_job("7")
+    return attempt
+
+
+def job(state, attempt, nodes="n1", reason="None"):
+    return JobInfo("7", state, reason, nodes, "N/A", attempt.intent.job_name)
+
+
+def started(attempt, nodes="n1"):
+    attempt.record_run(Run("7", 0, nodes, time.time() - 10))
+
+
+def ended(ledger, attempt, state=None, **changes):
+    return explain_end(ledger, STAGE, attempt, job(state, attempt, **changes) if state else None)
+
+
+def fail(ledger, cause, message, at=None, attempt=None, rank=0):
+    write_failure_record(
+        ledger.store.work(STAGE.id), Failure(cause, message, rank, time.time() if at is None else at, attempt)
+    )
+
+
+@pytest.mark.parametrize(
+    ("state", "reason", "expected"),
+    [
+        ("NODE_FAIL", "None", "bad node"),
+        ("PREEMPTED", "None", "interrupted"),
+        ("OUT_OF_MEMORY", "None", "out of memory"),
+        ("CANCELLED", "None", "cancelled"),
+        ("FAILED", "None", "killed"),
+        ("DEADLINE", "None", "input"),
+        ("FAILED", "BadConstraints", "input"),
+        (None, "None", "killed"),
+    ],
+)
+def test_by_state_of_the_job(ledger, attempt, state, reason, expected):
+    started(attempt)
+    assert ended(ledger, attempt, state, reason=reason).cause == expected
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("slurmstepd: error: *** JOB 7 ON n1 CANCELLED AT 2026-01-01T00:00:00 DUE TO TIME LIMIT ***", "interrupted"),
+        ("slurmstepd: error: *** JOB 7 ON n1 CANCELLED AT 2026-01-01T00:00:00 DUE TO NODE FAILURE ***", "bad node"),
+        ("slurmstepd: error: Detected 1 oom_kill event in StepId=7.0", "out of memory"),
+        ("srun: error: task 1 launch failed: Prolog error: prolog did not exit normally", "bad node"),
+        ("RuntimeError: CUDA error: uncorrectable ECC error encountered", "bad node"),
+        ("srun: error: Unable to create step for job 7: Memory required by task is not available", "input"),
+        ("srun: error: n1: task 0: Segmentation fault (core dumped)", "killed"),
+    ],
+)
+def test_by_the_log_where_nothing_else_says_it(ledger, attempt, line, expected):
+    started(attempt)
+    (attempt.folder / "7_0_log.err").write_text(f"something\n{line}\n" + "more\n" * 5)
+    end = ended(ledger, attempt)
+    assert end.cause == expected and (line in end.message or "slurmstepd" in line)
+
+
+def test_what_failed_before_the_ranks_is_told_by_the_batch_script(ledger, attempt):
+    (attempt.folder / "exit.7.0").write_text("127 setup in the profile failed in its line 2\n")
+    end = ended(ledger, attempt, "FAILED")
+    assert end.cause == "input" and "setup in the profile failed in its line 2 (exit code 127)" in end.message
+    attempt.record_run(Run("7", 1, "n1", time.time() - 10))
+    assert ended(ledger, attempt, "FAILED").cause == "killed", "that was the end of an earlier start"
+    (attempt.folder / "exit.7.1").write_text("x")
+    assert ended(ledger, attempt, "FAILED").cause == "killed", "damaged"
+
+
+def test_a_full_disk_is_what_it_is(ledger, attempt, monkeypatch):
+    assert "its nodes may not see that folder" in ended(ledger, attempt, "FAILED").message
+    started(attempt)
+    assert "a rank died without a message" in ended(ledger, attempt, "FAILED").message
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=0))
+    end = ended(ledger, attempt, "FAILED")
+    assert end.cause == "input" and "No space left on device" in end.message
+
+
+@pytest.mark.parametrize("starts_again", [False, True])
+def test_ranks_that_did_not_start_again_say_nothing_of_the_last_end(ledger, attempt, starts_again):
+    """The batch script logs first that a job starts; what fails there ends the job before its ranks log it."""
+    started(attempt)
+    script, rank = (attempt.folder / f"7_{name}_log.err" for name in ("0", "1"))
+    rank.write_text(f"{START} 0\nuncorrectable ECC\n" + f"{START} 1\nuncorrectable ECC\n" * starts_again)
+    script.write_text(f"{START} 0\nall is well\n{START} 1\nended\n")
+    assert (ended(ledger, attempt, "FAILED").cause == "bad node") == starts_again
+
+
+@pytest.mark.parametrize(
+    ("failure", "message", "expected"),
+    [
+        ("input", "no document has 31 tokens", "input"),
+        ("lost input", "importance/x: set aside", "lost input"),
+        ("code", "ValueError: we are wrong", "code"),
+        ("code", LOST, "killed"),  # which explains nothing
+    ],
+)
+@pytest.mark.parametrize("skew", [0.0, -90.0, 90.0])
+def test_by_what_a_rank_said_whatever_its_clock(ledger, attempt, failure, message, expected, skew):
+    started(attempt)
+    fail(ledger, failure, message, time.time() + skew, attempt=1)
+    end = ended(ledger, attempt, "FAILED")
+    assert end.cause == expected and (message in end.message or expected == "killed")
+    attempt.close(end)
+    again = ledger.begin(STAGE, **JOB)
+    again.record_job("7")
+    started(again)
+    assert ended(ledger, again, "FAILED").cause == "killed", "that was the attempt before"
+
+
+def test_a_job_that_left_the_stage_to_another_is_a_duplicate(ledger, attempt):
+    attempt.record_run(Run("7", 0, "n1", time.time() - 10, time.time(), "duplicate"))
+    fail(ledger, "input", "the other's")
+    end = ended(ledger, attempt, "FAILED")
+    assert end.cause == "not run" and "another process" in end.message
+
+
+@pytest.mark.parametrize(
+    ("reason", "before", "after"),
+    [
+        (NEVER, "not run", "not run"),  # its job died after it had made what this one needs
+        ("ReqNodeNotAvail, May be reserved for other job", "not run", "cancelled"),  # dropped at its submission
+        ("JobHeldUser", "cancelled", "cancelled"),
+        ("Dependency", "cancelled", "cancelled"),
+        ("launch failed requeued held", "bad node", "bad node"),
+    ],
+)
+def test_who_cancelled_a_job_that_never_began_follows_from_why_it_waited(ledger, attempt, reason, before, after):
+    assert ended(ledger, attempt, "CANCELLED", nodes="", reason=reason).cause == before
+    complete(ledger.store, NEED)
+    assert ended(ledger, attempt, "CANCELLED", nodes="", reason=reason).cause == after
+
+
+def test_a_job_without_needs_can_not_have_been_dropped_for_one(ledger):
+    attempt = ledger.begin(NEED, **JOB)
+    dropped = job("CANCELLED", attempt, nodes="", reason=NEVER)
+    assert explain_end(ledger, NEED, attempt, dropped).cause == "cancelled", "it would be tried again for ever"
+
+
+def test_what_explains_most_comes_first(ledger, attempt):
+    """Each piece of evidence is added to all of those before it, which it explains."""
+
+    def add(line):
+        with (attempt.folder / "7_0_log.err").open("a") as stream:
+            stream.write(f"{line}\n")
+
+    started(attempt)
+    added = [
+        ("FAILED", "killed", lambda: fail(ledger, "code", "Timed out waiting 4000ms for recv operation", attempt=1)),
+        ("FAILED", "code", lambda: fail(ledger, "code", "ValueError: we are wrong", attempt=1, rank=1)),
+        ("FAILED", "bad node", lambda: add("CUDA error: uncorrectable ECC error encountered")),
+        ("PREEMPTED", "interrupted", lambda: None),
+        ("FAILED", "input", lambda: fail(ledger, "input", "no such text", attempt=1, rank=2)),
+        (
+            "FAILED",
+            "not run",
+            lambda: attempt.record_run(Run("7", 1, "n1", time.time(), time.time(), "duplicate")),
+        ),
+        ("CANCELLED", "cancelled", lambda: None),
+        ("NODE_FAIL", "done", lambda: complete(ledger.store, STAGE)),
+    ]
+    for state, expected, more in added:
+        more()
+        assert ended(ledger, attempt, state).cause == expected
+    assert ended(ledger, attempt, "NODE_FAIL").bad_nodes == []
+
+
+def test_the_end_is_slurms_in_local_time_or_else_the_last_sign_of_life(ledger, attempt, monkeypatch):
+    begin, beat, now = 1_704_067_200.0, 1_704_067_210.0, 1_704_067_300.0
+    attempt.record_run(Run("7", 0, "n1", begin))
+    monkeypatch.setattr(time, "time", lambda: now)
+    assert (ended(ledger, attempt).at, ended(ledger, attempt).run_seconds) == (now, now - begin)
+    monkeypatch.setattr(time, "time", lambda: beat)
+    Progress(ledger.store.work(STAGE.id)).update("calibration", 3, 9)
+    assert (ended(ledger, attempt).at, ended(ledger, attempt).run_seconds) == (beat, 10.0)
+    local = time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(begin + 5))
+    end = explain_end(ledger, STAGE, attempt, replace(job("FAILED", attempt), end=local))
+    assert (end.at, end.run_seconds) == (begin + 5, 5.0)
+
+
+@pytest.mark.parametrize("nodes", ["n[1-2]", "n1,n2", ""])
+def test_the_failing_node_is_named(ledger, attempt, nodes):
+    started(attempt, nodes=nodes)
+    (attempt.folder / "7_0_log.err").write_text("srun: error: Node failure on n2\n")
+    assert ended(ledger, attempt, "NODE_FAIL", nodes=nodes).bad_nodes == ["n2"]
+    (attempt.folder / "7_0_log.err").write_text("")
+    assert ended(ledger, attempt, "NODE_FAIL", nodes=nodes).bad_nodes == []
+    attempt.record_run(Run("7", 1, "n4", time.time()))
+    assert ended(ledger, attempt, "NODE_FAIL", nodes="").bad_nodes == ["n4"]
+
+
+def test_the_last_lines_of_a_log_are_those_that_say_something(tmp_path):
+    log = tmp_path / "7_0_log.err"
+    log.write_text("\n".join(line for number in range(9) for line in ("", "  ", f"{START} 0", f"line {number}")) + "\n")
+    assert log_tail([log], 3).splitlines() == ["  7_0_log.err:", *(f"    line {number}" for number in (6, 7, 8))]
+
+
+# Starts that get no further.
+
+
+def at(phase, done):
+    return {"phase": phase, "done": done}
+
+
+@pytest.mark.parametrize(
+    ("progress", "fruitless"),
+    [
+        ([], 0),
+        ([None, None], 2),
+        ([at("a", 0)], 1),
+        ([at("a", 3), at("a", 4)], 0),
+        ([at("a", 3), at("a", 3), None], 2),
+        ([at("a", 9), at("b", 0)], 0),
+        ([at("a", 5), at("b", 2), at("a", 5), at("b", 2)], 2),  # back and forth
+        ([at("b", 8), at("b", 2), at("b", 9)], 0),
+    ],
+)
+def test_starts_that_got_no_further(progress, fruitless):
+    assert fruitless_starts(progress) == fruitless
+
+
+@settings(derandomize=True, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 2), st.integers(0, 4)), min_size=60, max_size=60))
+def test_any_work_comes_to_an_end(places):
+    """Whatever its starts do, no job requeues itself forever: there are so many places to reach for the first time."""
+    history = [at(*place) for place in places]
+    stops = [number for number in range(61) if fruitless_starts(history[:number]) >= FRUITLESS_STARTS]
+    assert stops and stops[0] <= FRUITLESS_STARTS * (3 * 5 + 1)
+
+
+def test_the_time_limit_is_forgiven_until_three_starts_in_a_row_got_no_further(ledger, attempt):
+    def ends_at(done, number):
+        """Return the cause of an attempt that no signal let save, so that its start has no end."""
+        each = attempt if number == 0 else ledger.begin(STAGE, **JOB)
+        each.record_job(str(number))
+        each.record_run(Run(str(number), 0, "n1", time.time() - 10))
+        if done is not None:
+            Progress(ledger.store.work(STAGE.id)).update("calibration", done, 9)
+        each.close(end := ended(ledger, each, "TIMEOUT"))
+        return end.cause
+
+    assert [ends_at(done, number) for number, done in enumerate([None, None, 3, 3, 3, 4])] == ["interrupted"] * 6
+    assert [ends_at(4, number) for number in (6, 7, 8)] == ["interrupted", "interrupted", "input"]
+
+
+def test_a_job_that_gets_nowhere_is_not_requeued_for_ever(ledger, attempt):
+    """Progress counts across attempts, from the last artifact on."""
+    attempt.record_run(Run("7", 0, "n1", 1.0))
+    attempt.close(End("done", "", 0.0, progress=at("calibration", 9)))
+    for done in (3, 3):
+        each = ledger.begin(STAGE, **JOB)
+        each.record_run(Run("7", 0, "n1", 100.0))
+        each.close(End("killed", "", 0.0, progress=at("calibration", done)))
+    last = ledger.begin(STAGE, **JOB)
+    for number in range(2):
+        last.record_run(Run("8", number, "n1", 100.0 * number, 50.0, "interrupted", at("calibration", 3)))
+        assert (refusal_to_requeue(ledger, last) is not None) == (number == 1)
+    failure = refusal_to_requeue(ledger, last)
+    assert "the last 3 starts of 30 minutes" in failure.message and "raise time_minutes" in failure.message
+    last.record_run(Run("8", 2, "n1", 400.0, 450.0, "interrupted", at("calibration", 4)))
+    assert refusal_to_requeue(ledger, last) is None

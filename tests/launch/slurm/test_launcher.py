@@ -1,0 +1,647 @@
+"""Launchers on a store, with fake commands in place of Slurm: what they leave in the store and in the queue."""
+
+import errno
+import io
+import os
+import re
+import socket
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from fake_slurm import HEADER, RESOURCES, Clock, Controller, FakeLauncher, Job, complete, plan_of
+from hfprune_launch.slurm import cli
+from hfprune_launch.slurm.cancel import cancel_jobs
+from hfprune_launch.slurm.cli import show_status
+from hfprune_launch.slurm.commands import SlurmCommands
+from hfprune_launch.slurm.launcher import Event
+from hfprune_launch.slurm.profile import Resources
+from hfprune_launch.stage.attempts import Ledger, Run
+from hfprune_launch.sweep_folder import Sweep
+from made_stages import stage_of
+from rich.console import Console
+from sweeps import make_inputs, sweep
+
+from hfprune_dist.planning.plan import Plan
+from hfprune_dist.store import claims
+from hfprune_dist.store.artifacts import Store
+from hfprune_dist.store.cancellation import request_cancellation
+from hfprune_dist.store.claims import try_claim
+from hfprune_dist.store.heartbeat import Failure, Progress
+from hfprune_dist.store.stage import Input
+
+SCORES = stage_of("importance", "a", {}, {"model": Input("digest", "/model")})
+PRUNES = [stage_of("prune", f"a {r}", {"ratio": r}, {"importance": SCORES.as_input()}) for r in (0.2, 0.3)]
+PLAN, ALONE = plan_of(SCORES, *PRUNES), plan_of(SCORES)
+JOB = {"ranks": 1, "cores": 1, "time_minutes": 60}
+HELD = "launch failed requeued held"
+LIMIT = "sbatch: error: AssocMaxSubmitJobLimit"
+DOWN = "slurm_load_jobs error: Unable to contact slurm controller"
+
+
+@pytest.fixture
+def fake(monkeypatch):
+    return Controller().install(monkeypatch)
+
+
+@pytest.fixture
+def store(tmp_path):
+    return Store(tmp_path / "store")
+
+
+@pytest.fixture
+def ledger(store):
+    return Ledger(store)
+
+
+def script_of(store, stage, number=1):
+    return (store.root / "attempts" / stage.id / str(number) / "job.sh").read_text()
+
+
+def waits_of(store, stage):
+    return re.findall("--dependency=(.*)", script_of(store, stage))
+
+
+def causes(store, stage):
+    return [attempt.end.cause if attempt.end else None for attempt in Ledger(store).of(stage.id)]
+
+
+def started(store, plan=PLAN, **settings):
+    launcher = FakeLauncher(store, plan, **settings)
+    launcher.start()
+    return launcher
+
+
+# Submission.
+
+
+def test_dependencies_become_slurms(fake, store):
+    started(store)
+    assert list(fake.jobs) == ["101", "102", "103"]
+    assert waits_of(store, SCORES) == [] and [waits_of(store, stage) for stage in PRUNES] == [["afterok:101"]] * 2
+    assert "#SBATCH --kill-on-invalid-dep=yes" in script_of(store, PRUNES[0])
+
+
+def test_what_is_done_or_queued_is_not_submitted_again(fake, store):
+    complete(store, SCORES)
+    started(store)
+    started(store)
+    assert len(fake.calls("sbatch")) == 2 and waits_of(store, PRUNES[0]) == []
+
+
+def test_what_only_results_that_stand_were_made_from_is_not_submitted(fake, store):
+    for stage in PRUNES:
+        complete(store, stage)
+    started(store)
+    assert fake.calls("sbatch") == [] and causes(store, SCORES) == []
+
+
+def test_a_full_queue_is_filled_up_later(fake, store):
+    fake.fail_next("sbatch", *[LIMIT] * 2)
+    launcher = started(store)
+    assert causes(store, SCORES) == [] and launcher.unsubmitted() == list(PLAN.stages.values())
+    assert "the limit allows none, or other users' jobs reach it" in launcher.told[-1].message
+    fake.jobs["999"] = Job("mine", "RUNNING")
+    launcher.step()
+    assert launcher.told[-1].message.endswith("the rest is submitted when jobs have ended")
+    launcher.step()
+    assert len(fake.jobs) == 4 and launcher.unsubmitted() == []
+
+
+def test_a_refused_job_keeps_back_only_what_needs_it(fake, store):
+    complete(store, SCORES)
+    fake.fail_next("sbatch", "sbatch: error: Invalid account")
+    started(store)
+    assert causes(store, PRUNES[0]) == ["input"] and causes(store, PRUNES[1]) == [None]
+
+
+def test_a_need_that_slurm_forgets_during_a_submission(fake, store, monkeypatch):
+    """The submission outlasts MinJobAge: Slurm refuses the dependent job, which is not to blame."""
+    plan, submit = plan_of(SCORES, PRUNES[0]), SlurmCommands.submit
+
+    def slowly(self, script, job_name):
+        job_id = submit(self, script, job_name)
+        fake.forget("101")
+        if is_made:
+            complete(store, SCORES)
+        return job_id
+
+    monkeypatch.setattr(SlurmCommands, "submit", slowly)
+    for is_made in (True, False):
+        store.root, fake.submitted = store.root.with_name(str(is_made)), 0
+        launcher = started(store, plan)
+        if is_made:
+            assert waits_of(store, PRUNES[0]) == []
+        else:
+            assert causes(store, PRUNES[0]) == [] and causes(store, SCORES) == [None]
+            monkeypatch.setattr(SlurmCommands, "submit", submit)
+            for _ in range(5):
+                launcher.step_after(100)
+            assert causes(store, SCORES) == ["killed", None] and waits_of(store, PRUNES[0]) == ["afterok:102"]
+
+
+def test_a_submission_that_takes_longer_than_a_claim_lasts_is_not_made_twice(fake, store, ledger, monkeypatch):
+    """A launcher on another host comes while the first one waits for an answer to its submission."""
+    monkeypatch.setattr(claims, "POLL_S", 0.01)
+    monkeypatch.setattr(claims, "RENEW_S", 0.0)
+    submit = SlurmCommands.submit
+
+    def slowly(slurm, script, job_name):
+        (claim,) = store.work(SCORES.id).glob("claim.*")
+        os.utime(claim, (0, 0))  # as if it had been made long ago
+        deadline = time.monotonic() + 5
+        while not claim.stat().st_mtime and time.monotonic() < deadline:
+            time.sleep(0.01)
+        with monkeypatch.context() as there:
+            there.setattr(SlurmCommands, "submit", submit)
+            there.setattr(socket, "gethostname", lambda: "another-host")
+            started(store, ALONE)
+        return submit(slurm, script, job_name)
+
+    monkeypatch.setattr(SlurmCommands, "submit", slowly)
+    started(store, ALONE)
+    (attempt,) = ledger.of(SCORES.id)
+    assert attempt.end is None and [attempt.job_id] == fake.live()
+
+
+# Jobs that an earlier launcher left.
+
+
+def test_a_job_whose_id_was_never_written_is_adopted(fake, store, ledger):
+    started(store)
+    for job in (store.root / "attempts").glob("*/*/1/job.json"):
+        job.unlink()
+    launcher = started(store)
+    assert len(fake.calls("sbatch")) == 3 and {event.what for event in launcher.told} == {"adopted"}
+    assert ledger.open_job(SCORES.id).job_id == "101"
+
+
+@pytest.mark.parametrize("has_script", [False, True])
+def test_an_intent_that_came_to_nothing_is_submitted_again(fake, store, ledger, has_script):
+    attempt = ledger.begin(SCORES, **JOB)
+    if has_script:
+        (attempt.folder / "job.sh").write_text("#!/bin/bash\n")
+    claim = try_claim(store.work(SCORES.id))
+    started(store)
+    assert causes(store, SCORES) == [None] and fake.calls("sbatch") == [], "its launcher may be submitting it"
+    claim.release()
+    started(store)
+    assert causes(store, SCORES) == ["not run", None]
+    assert fake.calls("scancel") == [f"scancel --jobname={attempt.intent.job_name}"] * has_script
+
+
+def test_of_jobs_with_one_name_the_live_one_is_adopted(fake, store, ledger):
+    """A submission was tried again and its first job cancelled; squeue lists neither of them at first."""
+    name = ledger.begin(SCORES, **JOB).intent.job_name
+    fake.jobs = {"101": Job(name, "CANCELLED"), "102": Job(name, "RUNNING")}
+    fake.listings = [HEADER]
+    started(store)
+    assert ledger.open_job(SCORES.id).job_id == "102" and causes(store, SCORES) == [None]
+
+
+def test_a_job_without_an_id_is_never_submitted_again_before_it_is_looked_for(fake, store, ledger):
+    """sbatch accepted the job but printed nothing, and squeue does not list it for a while."""
+    fake.answer, fake.listings = "", [None, *[HEADER] * 6]
+    launcher = started(store, ALONE)
+    for _ in range(3):
+        launcher.step_after(10)
+    assert len(fake.calls("sbatch")) == 1 and causes(store, SCORES) == [None]
+    launcher.step_after(10)
+    assert ledger.open_job(SCORES.id).job_id == "101"
+
+
+def test_what_was_finished_while_no_launcher_was_there_has_an_end(fake, store, ledger):
+    started(store)
+    complete(store, SCORES)
+    fake.forget("101")
+    called = len(fake.called)
+    started(store)
+    assert causes(store, SCORES) == ["done"] and causes(store, PRUNES[0]) == [None]
+    assert {call.split()[0] for call in fake.called[called:]} <= {"squeue", "sacct", "scontrol"}
+
+
+@pytest.mark.parametrize("now", [{"resources": dict.fromkeys(RESOURCES, Resources(qos="long"))}, {"max_running": 2}])
+def test_jobs_that_wait_as_an_earlier_command_submitted_them_are_told_of(fake, store, now):
+    complete(store, SCORES)
+    started(store)
+    fake.set_state("102", "RUNNING")
+    assert started(store).told == []
+    (message,) = started(store, **now).said("waiting")
+    assert message.startswith("1 queued job keeps to the profile") and "--cancel" in message
+
+
+# What is seen of jobs.
+
+
+@pytest.mark.parametrize("answers", [[HEADER], [HEADER] * 5, ["", HEADER], [HEADER, None, HEADER]])
+def test_a_job_that_squeue_does_not_list_is_not_dead(fake, store, answers):
+    launcher = started(store)
+    for job_id in fake.jobs:
+        fake.set_state(job_id, "RUNNING")
+    fake.listings = [*answers]
+    for _ in answers:
+        launcher.step_after(500)
+    assert causes(store, SCORES) == causes(store, PRUNES[0]) == [None] and len(fake.calls("sbatch")) == 3
+
+
+def test_the_end_of_a_job_that_slurm_has_forgotten_is_accountings(fake, store):
+    launcher = started(store)
+    fake.history = f"101|OUT_OF_MEMORY|None|n1|N/A|{fake.jobs['101'].name}\n102|FAILED|None|n1|N/A|other\n"
+    launcher.step_after(1)
+    assert causes(store, SCORES) == [None], "accounting may still show an earlier start of a requeued job"
+    fake.jobs.clear()
+    launcher.step_after(1)
+    assert causes(store, SCORES) == ["out of memory"] and causes(store, PRUNES[0]) == [None]
+
+
+def test_without_accounting_a_forgotten_job_is_over_after_minutes_without_a_sign_of_life(fake, store, ledger):
+    launcher = started(store, ALONE)
+    fake.forget("101")
+    for done in range(5):
+        Progress(store.work(SCORES.id)).update("calibration", done, 5)
+        launcher.step_after(100)
+        assert causes(store, SCORES) == [None], "its heartbeat goes on"
+    claim = try_claim(store.work(SCORES.id), job="101")
+    for _ in range(5):
+        launcher.step_after(100)
+        assert causes(store, SCORES) == [None], "it holds its claim"
+    claim.release()
+    for _ in range(2):
+        launcher.step_after(100)
+    assert causes(store, SCORES) == ["killed", None] and ledger.of(SCORES.id)[0].end.is_over
+
+
+def test_where_the_controller_does_not_answer_nothing_is_over(fake, store):
+    launcher = started(store)
+    fake.forget("101", "102", "103")
+    fake.fail_next("scontrol", *[DOWN] * 50)
+    for _ in range(3):
+        launcher.step_after(200)
+    assert causes(store, SCORES) == [None]
+
+
+def test_a_new_cluster_may_give_an_id_again(fake, store, ledger):
+    ledger.begin(SCORES, **JOB).record_job("7")
+    fake.jobs["7"] = Job("somebody-else", "RUNNING")
+    launcher = started(store)
+    assert causes(store, SCORES) == [None], "it might be a job of another cluster"
+    launcher.follow_missing(lambda: None, launcher.clock.sleep)
+    assert causes(store, SCORES) == ["killed", None] and 180 <= launcher.clock.now < 300
+
+
+def test_why_jobs_wait_is_told(fake, store):
+    launcher = started(store)
+    for reason in ("PartitionDown", "JobHeldUser", "Priority"):
+        fake.set_state("101", "PENDING", nodes="", reason=reason)
+        launcher.step_after(100)
+    launcher.step_after(400)
+    assert launcher.said("waiting") == [
+        f"it can't start: {why}" for why in ("PartitionDown", "JobHeldUser", "Priority")
+    ]
+    assert fake.calls("scancel") == [], "who holds a job means it"
+
+
+# Ends.
+
+
+def test_only_an_artifact_is_success(fake, store):
+    launcher = started(store)
+    complete(store, SCORES)
+    fake.set_state("101", "FAILED")
+    fake.set_state("102", "COMPLETED")
+    launcher.step()
+    assert causes(store, SCORES) == ["done"] and causes(store, PRUNES[0]) == [None], "its artifact may appear later"
+    launcher.step_after(60)
+    assert causes(store, PRUNES[0]) == ["killed", None]
+
+
+def test_retries_are_bounded(fake, store):
+    launcher = started(store, ALONE)
+    for _ in range(10):
+        for job_id in fake.jobs:
+            fake.set_state(job_id, "FAILED")
+        launcher.step()
+    assert causes(store, SCORES) == ["killed"] * 3
+    started(store, ALONE)
+    assert len(causes(store, SCORES)) == 4, "the same command tries again"
+
+
+def test_a_cancelled_job_waits_for_the_user(fake, store, ledger):
+    launcher = started(store)
+    ledger.open_job(SCORES.id).record_run(Run("101", 0, "n1", time.time()))
+    fake.set_state("101", "CANCELLED")
+    fake.set_state("102", "CANCELLED", nodes="", reason="DependencyNeverSatisfied")
+    fake.set_state("103", "CANCELLED", nodes="", reason="Dependency")
+    launcher.run()
+    assert [causes(store, stage) for stage in PLAN.stages.values()] == [["cancelled"], ["not run"], ["cancelled"]]
+    assert len(fake.calls("sbatch")) == 3
+    started(store)
+    assert len(fake.calls("sbatch")) == 6
+
+
+def test_dependents_follow_a_retry_that_avoids_the_node(fake, store, ledger):
+    launcher = started(store)
+    ledger.open_job(SCORES.id).record_run(Run("101", 0, "n3", time.time()))
+    fake.set_state("101", "NODE_FAIL", "n3")
+    fake.set_state("102", "CANCELLED", nodes="", reason="DependencyNeverSatisfied")
+    launcher.step()
+    assert "#SBATCH --exclude=n3\n" in script_of(store, SCORES, 2)
+    assert "--dependency=afterok:104\n" in script_of(store, PRUNES[0], 2)
+
+
+def test_a_job_that_went_with_one_that_died_after_its_work_is_submitted_again(fake, store):
+    launcher = started(store)
+    complete(store, SCORES)
+    fake.set_state("101", "NODE_FAIL")
+    fake.set_state("102", "CANCELLED", nodes="", reason="DependencyNeverSatisfied")
+    launcher.step()
+    assert causes(store, SCORES) == ["done"] and causes(store, PRUNES[0]) == ["not run", None]
+    assert "--dependency" not in script_of(store, PRUNES[0], 2)
+
+
+@pytest.mark.parametrize("how", ["refused", "never started"])
+def test_a_node_at_fault_that_slurm_does_not_do_without_is_not_avoided(fake, store, how):
+    """The partition has no other, or the node is gone from Slurm's configuration."""
+    launcher = started(store, ALONE)
+    fake.set_state("101", "NODE_FAIL", "n3")
+    if how == "refused":
+        fake.fail_next("sbatch", "sbatch: error: Invalid node name specified")
+    launcher.step()
+    if how == "never started":
+        fake.set_state("102", "FAILED", nodes="", reason="BadConstraints")
+        launcher.step()
+    assert "--exclude" not in script_of(store, SCORES, len(causes(store, SCORES)))
+    assert causes(store, SCORES) == ["bad node", *(["not run"] if how == "never started" else []), None]
+    assert any("can't do without n3" in event.message for event in launcher.told)
+
+
+def test_a_job_that_could_not_be_launched_is_tried_elsewhere(fake, store):
+    launcher = started(store, ALONE)
+    for number in range(6):
+        job_id = str(101 + number)
+        fake.set_state(job_id, "PENDING", nodes="", reason=HELD)
+        fake.history = f"{job_id}|REQUEUED|None|n{number}|N/A|x\n"
+        launcher.step_after(1)
+        assert fake.calls("scancel")[-1] == f"scancel {job_id}" and fake.jobs[job_id].state == "CANCELLED"
+        launcher.step_after(1)
+    assert causes(store, SCORES) == ["bad node"] * 6, "bounded"
+    assert [failure.cause for failure in store.handle(SCORES.id).failures()] == ["bad node"], "for the report"
+    assert "#SBATCH --exclude=n0,n1,n2\n" in script_of(store, SCORES, 4)
+
+
+def test_all_that_a_lost_input_was_made_from_is_made_again(fake, store):
+    third = stage_of("recover", "a", {}, {"model": PRUNES[0].as_input()})
+    chain = [SCORES, PRUNES[0], third]
+    for stage in chain[:2]:
+        complete(store, stage)
+    launcher = started(store, plan_of(*chain))
+    for stage in chain[:2]:
+        store.handle(stage.id).discard()
+    store.handle(third.id).report_failure(Failure("lost input", "set aside", 0, 0.0, 1))
+    fake.end("101", "FAILED")
+    launcher.step()
+    assert [fake.jobs[job_id].name.split("-")[1] for job_id in fake.live()] == [stage.kind for stage in chain]
+
+
+# Slots.
+
+
+def plans_of_two(*names):
+    return [
+        plan_of(*(stage_of("prune", f"{name} {n}", {"n": n, "plan": name}, {}) for n in range(2))) for name in names
+    ]
+
+
+def test_jobs_of_commands_with_other_plans_count_for_max_running(fake, store):
+    plans = plans_of_two("a", "b", "c", "d")
+    waits = []
+    for number, plan in enumerate(plans):
+        if number == 2:
+            for job_id in ("101", "102", "103"):
+                fake.set_state(job_id, "COMPLETED")
+        if number == 3:  # over, and forgotten before any launcher could record how they ended
+            fake.jobs.clear()
+        started(store, plan, max_running=2)
+        waits.append([waits_of(store, stage) for stage in plan.stages.values()])
+    assert waits == [[[], []], [["afterany:101"], ["afterany:102"]], [[], ["afterany:104"]], [[], []]]
+
+
+def test_launchers_that_start_together_take_different_slots(fake, store, monkeypatch):
+    """The limit is for all of them, whether their plans differ or not."""
+    first, *others = [FakeLauncher(store, plan, max_running=1) for plan in plans_of_two("a", "b", "a")]
+    threads, submit = [threading.Thread(target=it.start) for it in others], SlurmCommands.submit
+
+    def submits(self, script, job_name):
+        if threading.current_thread() is threading.main_thread() and not threads[0].ident:
+            for thread in threads:
+                thread.start()
+            threads[0].join(1.0)  # in vain, as it has to wait
+        return submit(self, script, job_name)
+
+    monkeypatch.setattr(SlurmCommands, "submit", submits)
+    first.start()
+    for thread in threads:
+        thread.join(60)
+    stages = [stage for plan in plans_of_two("a", "b") for stage in plan.stages.values()]
+    waits = [waits_of(store, stage) for stage in stages]
+    assert waits == [[], ["afterany:101"], ["afterany:102"], ["afterany:103"]] and len(fake.calls("sbatch")) == 4
+
+
+def test_nothing_joins_a_slot_whose_last_job_has_no_known_id(fake, store):
+    complete(store, SCORES)
+    fake.answer, fake.listings = "", [*[HEADER] * 5]
+    launcher = started(store, max_running=1)
+    assert len(fake.calls("sbatch")) == 1
+    fake.listings, fake.answer = [], "ID\n"
+    launcher.step()
+    assert len(fake.calls("sbatch")) == 2 and waits_of(store, PRUNES[1]) == ["afterany:101"]
+
+
+# Following.
+
+
+def test_slurm_is_asked_once_a_minute_while_nothing_happens(fake, store):
+    launcher = started(store)
+    begun = len(fake.called)
+
+    def show():
+        for job_id in fake.live():
+            fake.end(job_id, "CANCELLED" if launcher.clock.now > 7200 else "RUNNING")
+
+    launcher.run(show)
+    assert set(fake.called[begun:]) == set(fake.calls("squeue")) and len(fake.called) - begun < 140
+
+
+def test_an_end_that_a_job_has_recorded_is_noticed_before_slurm_is_asked(fake, store, ledger):
+    launcher = started(store, ALONE)
+    attempt, ended_at = ledger.open_job(SCORES.id), []
+
+    def show():
+        if not ended_at:
+            fake.end("101", "RUNNING")
+        if launcher.clock.now > 1000 and not ended_at:
+            (attempt.folder / "exit.101.0").write_text("1\n")
+            fake.end("101", "CANCELLED")
+            ended_at.append(launcher.clock.now)
+
+    launcher.run(show)
+    assert causes(store, SCORES) == ["cancelled"] and launcher.clock.now - ended_at[0] <= 10
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.EACCES, errno.ESTALE])
+def test_a_store_that_can_not_be_read_for_minutes_is_waited_for(fake, store, monkeypatch, number):
+    launcher = started(store)
+    listed, iterdir = store.root / "attempts", Path.iterdir
+
+    def fails_for_minutes(folder):
+        if folder.is_relative_to(listed) and launcher.clock.now < 400:
+            raise OSError(number, os.strerror(number), str(folder))
+        return iterdir(folder)
+
+    for job_id in fake.live():
+        fake.end(job_id, "CANCELLED")
+    monkeypatch.setattr(Path, "iterdir", fails_for_minutes)
+    launcher.run()
+    assert causes(store, SCORES) == ["cancelled"] and launcher.clock.now >= 400
+    assert any(os.strerror(number) in message for message in launcher.said("waiting"))
+
+
+@pytest.mark.parametrize(("number", "after"), [(errno.ENOSPC, 1), (errno.EROFS, 1), (errno.EIO, 600)])
+def test_a_full_disk_ends_a_follower_at_once_and_other_errors_in_the_end(fake, store, number, after):
+    launcher = started(store)
+
+    def show():
+        raise OSError(number, os.strerror(number), "somewhere")
+
+    with pytest.raises(OSError, match=os.strerror(number)):
+        launcher.run(show)
+    assert after <= launcher.clock.now < after + 20
+
+
+# Cancellation.
+
+
+def cancel(store, plan=PLAN, sleep=lambda _: None):
+    request_cancellation(store.root)
+    return cancel_jobs(plan, store, SlurmCommands(lambda _: None), sleep)
+
+
+def test_a_launcher_that_waits_for_room_submits_nothing_after_it_was_cancelled(fake, store):
+    fake.faults = {"sbatch": ["", "limit"]}
+    (plan,) = plans_of_two("a")
+    launcher = started(store, plan)
+    fake.jobs["999"] = Job("mine", "RUNNING")
+    assert cancel(store).job_ids == ["101"] and fake.live() == ["999"]
+    launcher.run()
+    assert fake.submitted == 1 and len(launcher.said("cancelled")) == 1
+    started(store, plan)
+    assert len(fake.live()) == 3, "the cancellation concerns the launchers before it"
+
+
+def test_a_launcher_that_is_cancelled_while_it_submits_leaves_the_rest(fake, store, monkeypatch):
+    """It is cancelled when it has written its second intent, which it has not handed over to Slurm."""
+    submit = SlurmCommands.submit
+
+    def submitting(self, script, job_name):
+        job_id = submit(self, script, job_name)
+        request_cancellation(store.root)
+        return job_id
+
+    monkeypatch.setattr(SlurmCommands, "submit", submitting)
+    launcher = started(store)
+    assert fake.submitted == 1 and launcher.unsubmitted() == PRUNES
+
+
+@pytest.mark.parametrize("arrives", [True, False])
+def test_a_job_that_is_being_submitted_is_waited_for(fake, store, ledger, arrives):
+    """Another launcher has looked for a cancellation, and its sbatch has not come back yet."""
+    attempt = ledger.begin(SCORES, **JOB)
+    claim, looks = store.handle(SCORES.id).claim(), []
+
+    def meanwhile(_):
+        looks.append(1)
+        if arrives and len(looks) == 3:
+            fake.jobs["7"] = Job(attempt.intent.job_name)
+            attempt.record_job("7")
+            claim.release()
+
+    cancelled = cancel(store, sleep=meanwhile)
+    assert not fake.live()
+    if arrives:
+        assert (cancelled.job_ids, cancelled.going_on) == (["7"], [])
+    else:
+        assert cancelled.job_ids == [] and "submits a job" in cancelled.going_on[0], "the exit code says so"
+
+
+def test_cancel_finds_what_is_outside_the_plan_unlisted_without_an_id_or_queued_again(fake, store, ledger):
+    fake.submitted = -2  # so that ids are 99, 100 and 101
+    started(store)
+    (ledger.open_job(PRUNES[0].id).folder / "job.json").unlink()
+    lost = ledger.begin(stage_of("evaluate", "x", {}, {}), **JOB)
+    fake.listings = [HEADER + "".join(f"{job.line(i)}|;\n" for i, job in fake.jobs.items() if i != "101")]
+    requeued = []
+
+    def requeue(_):
+        if not requeued:
+            fake.end("100", "PENDING")
+            requeued.append("100")
+
+    cancelled = cancel(store, ALONE, requeue)
+    assert cancelled.job_ids == ["99", "100", "101"] and cancelled.going_on == [] and not fake.live()
+    assert cancelled.outside == sorted(stage.id for stage in PRUNES)
+    assert f"scancel --jobname={lost.intent.job_name}" in fake.calls("scancel")
+
+
+# Commands.
+
+
+def test_what_a_sweep_waits_for_is_told_again_after_an_hour(store, tmp_path):
+    clock, console = Clock(), Console(width=40, file=io.StringIO())
+    screen = cli._Screen(console, Sweep(PLAN, store, tmp_path), clock)
+    for seconds, lines in ((0.0, 1), (10.0, 1), (3580.0, 1), (10.0, 2), (10.0, 2)):
+        clock.sleep(seconds)
+        screen.tell(Event("waiting", SCORES, None, "AssocMaxSubmitJobLimit, in a line that is not wrapped"))
+        assert console.file.getvalue().count("AssocMaxSubmitJobLimit, in a line that is not wrapped\n") == lines
+
+
+def test_dry_run_prints_what_would_be_submitted_where_there_is_no_slurm(tmp_path):
+    environment = {"PATH": "/usr/bin-without-slurm"}
+    config, more = make_inputs(tmp_path), ["--dry-run", "--set", "recovery.batch_size=32"]
+    result = sweep(config, tmp_path / "out", "--profile", "example-gpu", *more, environment=environment)
+    assert result.returncode == 0, result.stderr
+    assert not (tmp_path / "out").exists()
+    assert result.stdout.count("#!/bin/bash") == 22 and "#SBATCH --gpus-per-node=8" in result.stdout
+    assert "srun --unbuffered" in result.stdout and "--kill-on-bad-exit=1" in result.stdout
+    assert "#SBATCH --dependency='afterok:<job of importance/" in result.stdout
+    assert "at most 960.0 GPU-hours" in result.stdout
+    result = sweep(config, tmp_path / "out", "--profile", "local-cluster", environment=environment)
+    assert result.returncode == 2 and "no sbatch on this machine" in result.stderr and "Traceback" not in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_status_says_at_once_that_slurm_does_not_answer(fake, store, tmp_path, capsys, monkeypatch):
+    started(store)
+    before = len(fake.calls("squeue"))
+    fake.fail_next("squeue", *[DOWN] * 5)
+    show_status(Console(width=200), Sweep(PLAN, store, tmp_path), keep_on=False)
+    shown = capsys.readouterr().out
+    assert "Slurm does not answer" in shown and shown.count(" submitted  ") == 3 and "missing" not in shown
+    assert len(fake.calls("squeue")) == before + 1
+    rounds = iter(range(3))
+    monkeypatch.setattr(cli, "sleep", lambda _: next(rounds))
+    with pytest.raises(StopIteration):
+        show_status(Console(width=200), Sweep(PLAN, store, tmp_path), keep_on=True)
+    assert capsys.readouterr().out.count("Slurm does not answer") == 1, "it goes on, and says so once"
+
+
+def test_status_asks_about_jobs_that_squeue_does_not_list_and_writes_nothing(fake, store, tmp_path, capsys):
+    complete(store, SCORES)
+    started(store, Plan(PLAN.stages, (), tuple(PLAN.stages)))
+    for job_id in fake.live():
+        fake.set_state(job_id, "RUNNING")
+    fake.listings = [HEADER]
+    files = sorted(store.root.rglob("*"))
+    show_status(Console(width=200), Sweep(PLAN, store, tmp_path), keep_on=False)
+    assert capsys.readouterr().out.count("running") == 2
+    assert sorted(store.root.rglob("*")) == files

@@ -1,0 +1,162 @@
+"""The ledger of attempts, of which some records may be damaged or strange, and what a report tells of it."""
+
+import errno
+import os
+from pathlib import Path
+
+import pytest
+from hfprune_launch.stage.attempts import End, Ledger, Run, past_attempts
+from made_stages import stage_of
+
+from hfprune_dist.store.artifacts import Store
+from hfprune_dist.store.claims import Claim, Holder, try_claim
+from hfprune_dist.store.heartbeat import Progress
+from hfprune_dist.store.stage import Input
+
+STAGE = stage_of("prune", "a 0.2", {"ratio": 0.2}, {"model": Input("digest", "/somewhere")})
+JOB = {"ranks": 1, "gpus": 8, "time_minutes": 30}
+
+
+@pytest.fixture
+def ledger(tmp_path):
+    return Ledger(Store(tmp_path))
+
+
+@pytest.fixture
+def attempt(ledger):
+    return ledger.begin(STAGE, **JOB)
+
+
+def reread(ledger):
+    return ledger.of(STAGE.id)[-1]
+
+
+def damage(file):
+    content = file.read_bytes()
+    file.write_bytes(content[: len(content) // 2])
+
+
+def test_a_damaged_record_is_absent(ledger, attempt):
+    attempt.record_job("7")
+    attempt.record_run(Run("8", 0, "n1", 1.0, progress={"done": 3}))
+    attempt.record_run(Run("8", 1, "n1", 2.0))
+    attempt.close(End("killed", "", 1.0))
+    damage(attempt.folder / "job.json")
+    assert reread(ledger).job_id == "8", "as the job says"
+    damage(attempt.folder / "run.8.0.json")
+    assert [run.restart for run in reread(ledger).runs()] == [1]
+    damage(attempt.folder / "end.json")
+    assert reread(ledger).end is None and ledger.open_job(STAGE.id) is not None
+    damage(attempt.folder / "intent.json")
+    assert ledger.of(STAGE.id) == [] and ledger.begin(STAGE, **JOB).intent.number == 2, "no number is given again"
+
+
+def test_stray_files_and_folders_are_no_attempts(ledger, attempt):
+    folder = attempt.folder.parent
+    for name in ("notes.txt", ".nfs0001", "4", "²", "1.old"):
+        (folder / name).write_text("")
+    for name in ("backup", "-3", "007", "6"):
+        (folder / name).mkdir()
+    (folder / "6" / "intent.json").mkdir()
+    assert [found.intent for found in ledger.of(STAGE.id)] == [attempt.intent]
+    assert ledger.begin(STAGE, **JOB).intent.number == 7
+
+
+def test_what_can_not_be_read_now_is_not_absent(ledger, attempt, monkeypatch):
+    """A disk or network error says nothing about what has been submitted."""
+
+    def refuse(*_, **__):
+        raise PermissionError(errno.EACCES, "expired")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_text", refuse)
+        with pytest.raises(PermissionError, match="expired"):
+            reread(ledger)
+    monkeypatch.setattr(os, "listdir", refuse)
+    monkeypatch.setattr(os, "scandir", refuse)
+    for read in (attempt.runs, attempt.logs, ledger.open_jobs):
+        with pytest.raises(PermissionError, match="expired"):
+            read()
+
+
+def test_starts_are_in_order_whatever_the_clocks_of_their_nodes(attempt):
+    attempt.record_run(Run("8", 0, "n4", 600.0, 601.0, "duplicate"))
+    attempt.record_run(Run("7", 0, "n1", 900.0, 1000.0, "interrupted"))
+    attempt.record_run(Run("7", 1, "n2", 400.0, 500.0, "interrupted"))
+    attempt.record_run(Run("7", 10, "n3", 450.0, 550.0, "done"))
+    assert [(run.job_id, run.restart) for run in attempt.runs()] == [("7", 0), ("7", 1), ("7", 10), ("8", 0)]
+    assert attempt.run_seconds(0.0) == 301.0
+
+
+def test_only_jobs_that_are_over_lose_their_claims(ledger, attempt):
+    handle = ledger.store.handle(STAGE.id)
+    attempt.record_job("7")
+    assert isinstance(try_claim(handle.work, job="7"), Claim)
+    assert isinstance(ledger.claim(STAGE.id), Holder), "its job may be running"
+    assert isinstance(ledger.claim(STAGE.id, "7"), Claim), "a requeued job succeeds itself"
+    attempt.close(End("killed", "", 0.0, is_over=False))
+    assert isinstance(ledger.claim(STAGE.id), Holder), "nobody has said that the job is over"
+    attempt.close(End("bad node", "", 0.0))
+    again = ledger.begin(STAGE, **JOB)
+    again.record_job("7")
+    assert isinstance(ledger.claim(STAGE.id), Holder), "another cluster gave the id again"
+    again.withdraw()
+    assert ledger.open_claim(STAGE.id) is not None or isinstance(ledger.claim(STAGE.id), Claim)
+
+
+# What a report tells.
+
+
+def told(ledger):
+    found = past_attempts(ledger, STAGE.id, ledger.store.root / "logs")
+    return [(it.number, it.state, it.started, it.ended, it.cause, it.where) for it in found]
+
+
+def test_every_start_of_every_job_has_its_end(ledger):
+    assert told(ledger) == []
+    attempt = ledger.begin(STAGE, **JOB)
+    assert told(ledger) == [(1, "open", None, None, "no end known", "job unknown")]
+    attempt.record_run(Run("7", 0, "n1", 100.0))
+    attempt.record_run(Run("7", 1, "n2", 200.0))
+    requeued = (1, "failed", 100.0, None, "died", "job 7 on n1")
+    assert told(ledger) == [requeued, (1, "open", 200.0, None, "no end known", "job 7 on n2")]
+    attempt.close(End("bad node", "n2 is down", 250.0))
+    second = ledger.begin(STAGE, **JOB)
+    second.record_run(Run("8", 0, "n3", 300.0, 400.0, "done"))
+    second.close(End("done", "", 401.0))
+    assert told(ledger) == [
+        requeued,
+        (1, "failed", 200.0, 250.0, "bad node", "job 7 on n2"),
+        (2, "done", 300.0, 400.0, "done", "job 8 on n3"),
+    ]
+
+
+def test_no_start_lasts_a_negative_time(ledger, attempt):
+    """The clocks of nodes differ, and a start may end before its first heartbeat."""
+    attempt.record_run(Run("7", 0, "n1", 900.0, 1000.0, "interrupted"))
+    attempt.record_run(Run("7", 1, "n2", 400.0))
+    attempt.close(End("bad node", "n2 is down", 390.0))
+    assert told(ledger)[1] == (1, "failed", 400.0, 400.0, "bad node", "job 7 on n2")
+
+
+def test_attempts_on_this_machine_are_told_too(ledger):
+    handle, logs = ledger.store.handle(STAGE.id), ledger.store.root / "logs"
+    logs.mkdir()
+    for number in (1, 2, 3):
+        attempt = ledger.begin(STAGE, ranks=2)
+        (logs / f"prune-{STAGE.fingerprint}.{number}.log").touch()
+        if number == 1:
+            attempt.close(End("input", "no such file", attempt.intent.created + 1))
+    handle.work.mkdir(parents=True)
+    Progress(handle.work).update("layers", 3, 4)
+    found = past_attempts(ledger, STAGE.id, logs)
+    assert [(it.state, it.cause) for it in found] == [
+        ("failed", "input"),
+        ("failed", "cut off"),
+        ("open", "no end known"),
+    ]
+    assert found[2].message == "last sign of life: layers 3/4" and found[2].started <= found[2].ended
+    assert [(it.number, it.ranks, len(it.logs)) for it in found] == [(1, 2, 1), (2, 2, 1), (3, 2, 1)]
+    ledger.store.commit(STAGE, handle.open_draft(), {"metrics": {}, "attempts": 3, "finished": 9.0, "wall_time_s": 1.0})
+    assert past_attempts(ledger, STAGE.id, logs)[2].state == "done", "its launcher was killed before it said so"
+    assert ledger.jobs_of(STAGE.id) == [] and not ledger.has_jobs() and ledger.open_jobs() == []
