@@ -20,7 +20,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Column as RichColumn
 from rich.table import Table
 
-from hfprune_dist.planning.known_shapes import KnownShape, Span
 from hfprune_dist.planning.plan import Plan
 from hfprune_dist.results.checkpoints import Update
 from hfprune_dist.results.formats import counted
@@ -92,24 +91,17 @@ def show_plan(console: Console, plan: Plan, verdicts: Mapping[str, Verdict], tod
     console.print(f"{size}: {counts['reuse']} reuse, {counts['run']} run{unneeded}")
 
 
-def show_shapes(console: Console, shapes: Mapping[str, KnownShape]) -> None:
-    """Show the shape of each cell's checkpoint; "-" and ranges stand for sizes that only a stage can determine."""
-    experts = ["experts"] if any(shape.experts for shape in shapes.values()) else []
-    lines = plain_table("checkpoint of", *experts, "width", "KV heads", "layers", "ratio", "")
+def show_shapes(console: Console, shapes: Mapping[str, Mapping[str, str]]) -> None:
+    """Show the sizes of each cell's checkpoint; "-" stands for sizes that only a stage can determine."""
+    names = ["width", "KV heads", "layers", "ratio"]
+    if any("experts" in sizes for sizes in shapes.values()):
+        names.insert(0, "experts")
+    lines = plain_table("checkpoint of", *names, "")
     for column in lines.columns[1:-1]:
         column.justify = "right"
-    for label, shape in shapes.items():
-        sizes = ([shape.experts] if experts else []) + [shape.width, shape.kv_heads, shape.layers]
-        lines.add_row(escape(label), *(_span(it, "d") for it in sizes), _span(shape.reached, ".4f"), shape.open)
+    for label, sizes in shapes.items():
+        lines.add_row(escape(label), *(sizes.get(name, "-") for name in names), sizes.get("note", ""))
     console.print(lines)
-
-
-def _span(span: Span[int] | Span[float] | None, form: str) -> str:
-    """Format a number or a range; a dash if nothing is known."""
-    if span is None:
-        return "-"
-    least, most = format(span.least, form), format(span.most, form)
-    return least if least == most else f"{least}-{most}"
 
 
 class StageScreen:

@@ -5,19 +5,19 @@ Pure and instant: no torch, no clock, nothing written. Two sweeps that want the 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from hfprune_dist.config.method import Method
 from hfprune_dist.config.schema import SweepConfig
-from hfprune_dist.errors import UserError
+from hfprune_dist.kinds.importance import StudentParameters
 from hfprune_dist.kinds.placement import choose_micro_batches
+from hfprune_dist.methods.sdmprune import PUBLISHED
 from hfprune_dist.planning.legality import can_do, refuse_criteria, refuse_model, suited
 from hfprune_dist.planning.model_sources import ModelSource
-from hfprune_dist.planning.multiples import with_numbers
 from hfprune_dist.planning.plan import NONE, OWN, Cell, Plan, label_of
 from hfprune_dist.planning.planned_stages import PlannedStages, Variant
-from hfprune_dist.planning.ratios import check_ratios
+from hfprune_dist.planning.ratios import check_ratios, with_numbers
 from hfprune_dist.planning.refusals import check_positions, check_recovery, place_of, refuse_same_rows
 from hfprune_dist.planning.scoring_passes import (
     Scored,
@@ -26,8 +26,6 @@ from hfprune_dist.planning.scoring_passes import (
     part_of,
     scored_for,
 )
-from hfprune_dist.planning.students import student_of
-from hfprune_dist.planning.widths import OutOfReachError
 from hfprune_dist.store.hashing import FileHashes
 from hfprune_dist.store.stage import Input, Stage
 from hfprune_dist.structures import NEURONS, kinds_among
@@ -53,10 +51,25 @@ def build_plan(
     check_criteria(config)
     check_recovery(config, methods)
     planner = _Planner(config, methods, hashes, device)
-    planner.check_ratios(models)
+    for model in models:
+        planner.check_ratios(model)
     cells = [cell for model in models for cell in planner.cells(model)]
     refuse_same_rows(cells)
     return Plan(planner.stages.by_id, tuple(cells), tuple(planner.asked))
+
+
+def student_of(method: Method, ratio: float) -> StudentParameters | None:
+    """The settings of the model without some neurons on which a method's criterion computes its scores; None if its
+    criterion needs none. What the method leaves open is as published for the nearest ratio.
+    """
+    if method.student_chosen_by is None:
+        return None
+    share, temperature = PUBLISHED[min(PUBLISHED, key=lambda it: (round(abs(it - ratio), 12), it))]
+    return StudentParameters(
+        lacks=method.student_lacks,
+        teacher_share=share if method.teacher_share is None else method.teacher_share,
+        teacher_temperature=temperature if method.teacher_temperature is None else method.teacher_temperature,
+    )
 
 
 class _Planner:
@@ -68,26 +81,10 @@ class _Planner:
         self.stages = PlannedStages(config, hashes, device)
         self.asked: list[str] = []
 
-    def check_ratios(self, models: Iterable[ModelSource]) -> None:
-        """Refuse ratios that aren't all reached, with one message on all models and methods.
-
-        Raises:
-            UserError: as ``planning.ratios.check_ratios``.
-        """
-        refused = []
-        for model in models:
-            for name, method in self._methods_for(model).items():
-                try:
-                    check_ratios(model.checkpoint, self.config.ratios, method, place_of(model.name, name))
-                except OutOfReachError as error:
-                    refused.append(error)
-        if not refused:
-            return
-        largest = min(error.largest for error in refused)
-        if len(refused) == 1 or not largest:
-            raise refused[0]
-        told = [str(error) for error in refused]
-        raise UserError("\n".join([*told, f"the largest ratio that all of these reach is {largest:g}"]))
+    def check_ratios(self, model: ModelSource) -> None:
+        """Refuse ratios that a method can't reach on a model, before any text is read."""
+        for name, method in self._methods_for(model).items():
+            check_ratios(model.checkpoint, self.config.ratios, method, place_of(model.name, name))
 
     def cells(self, model: ModelSource) -> list[Cell]:
         methods = self._methods_for(model)

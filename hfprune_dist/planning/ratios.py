@@ -1,170 +1,170 @@
-"""Checks that a method can reach the given ratios on a model, and that they lead to different checkpoints."""
+"""What a method comes to on a model: its settings as numbers, which ratios can be reached, and sizes for dry runs."""
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+import math
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 from hfprune_dist.checkpoints.checkpoint import Checkpoint
 from hfprune_dist.config.method import Method
 from hfprune_dist.errors import UserError
-from hfprune_dist.planning.budget import budget_of
-from hfprune_dist.planning.expert_shapes import mixture_target, refuse_unaligned
+from hfprune_dist.methods.sdmprune import lacking
 from hfprune_dist.planning.legality import can_do, refuse_model, suited, why_not
-from hfprune_dist.planning.low_rank_shapes import LowRankTarget
-from hfprune_dist.planning.multiples import check_multiple, with_numbers
-from hfprune_dist.planning.shape_target import divisible, target_of
-from hfprune_dist.planning.shapes import shapes_for
-from hfprune_dist.planning.students import check_student
-from hfprune_dist.planning.widths import to_multiples_of
-from hfprune_dist.structures import EXPERTS, KV_GROUPS, NEURONS
+from hfprune_dist.planning.shapes import ALIGNED, Target, plain_shapes, shapes_for
+from hfprune_dist.structures import EXPERT_NEURONS, EXPERTS, KV_GROUPS
+from hfprune_dist.structures.kept import Shape
 from hfprune_dist.structures.low_rank import rank_field
 
+# What ``multiple_of: auto`` tries, in this order: sizes that run fast on hardware, if that costs few parameters.
+MULTIPLES = (256, 128, 64, 32)
+# The share of all parameters that may be removed beyond the ratio.
+MOST_BEYOND = 0.0125
+# From width WIDE on, every multiple is at least LEAST.
+WIDE, LEAST = 1024, 32
 # Architectures of which vLLM and SGLang take hidden_size / heads as the size of a head, whatever head_dim says.
 _HEADS_SHARE_HIDDEN_SIZE = {"qwen2"}
 
 
-def check_ratios(checkpoint: Checkpoint, ratios: Sequence[float], method: Method, where: str) -> None:
-    """Refuse ratios that a method can't reach on a model, or that would lead to the same checkpoint.
+def with_numbers(method: Method, checkpoint: Checkpoint, ratio: float, where: str) -> Method:
+    """The method as it suits the model, with numbers for ``multiple_of`` and the protected layers; if KV groups may go,
+    ``tensor_parallel`` divides ``multiple_of``.
 
     Raises:
-        UserError: naming the largest ratio within reach, or two ratios that are the same; or if the model's layers
-            differ and the method makes all of them alike.
+        UserError: if ``tensor_parallel`` divides no number of KV groups.
+    """
+    method = suited(method, checkpoint)
+    given = {"protect_first": method.protect_first, "protect_last": method.protect_last}
+    numbers = {name: round(it * checkpoint.num_layers) if isinstance(it, float) else it for name, it in given.items()}
+    method = method.model_copy(update=numbers)
+    multiple_of = method.multiple_of
+    if multiple_of == "auto":
+        multiple_of = _what_auto_is(method, checkpoint, ratio, where)
+    return method.model_copy(update={"multiple_of": math.lcm(multiple_of, method.split)})
+
+
+def _what_auto_is(method: Method, checkpoint: Checkpoint, ratio: float, where: str) -> int:
+    """The largest multiple with which every shape that competes removes at least the ratio, and little more; of experts
+    1. If layers compete, plain shapes must be possible too, since these are measured beside others.
+    """
+    if EXPERTS in method.structures:
+        return 1
+    finest = Target.of(checkpoint, method.model_copy(update={"multiple_of": 1}), ratio, where)
+
+    def shapes(multiple_of: int) -> list[Shape]:
+        target = replace(finest, multiple_of=math.lcm(multiple_of, method.split))
+        try:
+            decided = [] if target.allocation == "plain" else shapes_for(target)
+            return decided or plain_shapes(target)
+        except UserError:
+            return []
+
+    most, ratio_of = len(shapes(1)), checkpoint.parameter_counts.ratio
+    for multiple_of in MULTIPLES:
+        found = shapes(multiple_of)
+        if len(found) == most > 0 and all(ratio - 1e-9 <= ratio_of(it) <= ratio + MOST_BEYOND for it in found):
+            return multiple_of
+    return LEAST if checkpoint.units.width >= WIDE else 1
+
+
+def check_ratios(checkpoint: Checkpoint, ratios: Iterable[float], method: Method, where: str) -> None:
+    """Refuse ratios that a method can't reach on a model.
+
+    Raises:
+        UserError: naming the nearest ratio that it reaches; or what of the model the method can't prune.
     """
     method = suited(method, checkpoint)
     refuse_model(method, checkpoint, where)
     if checkpoint.family.experts:
-        refuse_unaligned(checkpoint, where)
+        _refuse_unaligned(checkpoint, where)
     if checkpoint.ranks:
         raise UserError(
             f"{where}: its attention has matrices of low rank ({', '.join(map(rank_field, checkpoint.ranks))} in "
             "config.json), so it has been pruned already; prune the model that it came from, at a larger ratio"
         )
-    reached: dict[Hashable, float] = {}
     for ratio in ratios:
-        settled = with_numbers(method, checkpoint, ratio, where)
-        check_multiple(checkpoint, settled, where)
-        _check_protected(checkpoint, settled, where)
-        check_student(checkpoint, ratio, settled, where)
-        decided = _deciding_numbers(checkpoint, ratio, settled, where)
-        if decided in reached:
-            what, step, finer = _what_is_rounded(checkpoint, settled)
+        shapes_for(Target.of(checkpoint, with_numbers(method, checkpoint, ratio, where), ratio, where))
+        _check_student(checkpoint, ratio, method, where)
+
+
+def _refuse_unaligned(checkpoint: Checkpoint, where: str) -> None:
+    """Refuse a mixture whose experts transformers can't run."""
+    width, hidden_size = checkpoint.structures[EXPERT_NEURONS].width, checkpoint.config["hidden_size"]
+    for what, size in ((f"its experts have {width} neurons", width), (f"hidden_size is {hidden_size}", hidden_size)):
+        if size % ALIGNED:
             raise UserError(
-                f"{where}: ratios {reached[decided]:g} and {ratio:g} would be the same checkpoint once {what} are "
-                f"rounded{to_multiples_of(step)}; leave one of them out{finer and f' or use {finer}'}"
+                f"{where}: {what}, but transformers multiplies experts' matrices in groups, whose rows must be "
+                f"multiples of {ALIGNED}"
             )
-        reached[decided] = ratio
 
 
-def _deciding_numbers(checkpoint: Checkpoint, ratio: float, method: Method, where: str) -> Hashable:
-    """The numbers that decide what stays, together with scores and measurements.
-
-    Args:
-        method: with numbers, as ``with_numbers`` returns it.
-
-    Raises:
-        UserError: if the ratio is out of reach, or if nothing would be removed.
-    """
-    target = target_of(method, checkpoint, ratio, where)
-    shapes = shapes_for(target, method)
-    if shapes:
-        return tuple((it.layers, *it.units.items(), *it.ranks.items()) for it in shapes)
-    # The smallest step is one of a layer's width.
-    step = target.multiple_of * target.counts.units[NEURONS]
-    return (budget_of(target, method.limits()).parameters + step // 2) // step
-
-
-def _what_is_rounded(checkpoint: Checkpoint, method: Method) -> tuple[str, int, str]:
-    """What is rounded, to multiples of which number, and a setting that makes it smaller; empty if none does."""
-    smaller = "a smaller prune.multiple_of"
-    if not checkpoint.family.experts:
-        assert isinstance(method.multiple_of, int), "planned with a number"
-        return "widths", method.multiple_of, smaller if method.multiple_of > divisible(1, method) else ""
-    asked = target_of(method, checkpoint, 0.0, "")
-    step, finest = (mixture_target(it).step for it in (asked, replace(asked, multiple_of=1)))
-    what = "numbers of experts" if EXPERTS in method.structures else "widths of experts"
-    return what, step, smaller if step > finest else ""
-
-
-def _check_protected(checkpoint: Checkpoint, method: Method, where: str) -> None:
-    first, last = method.protected()
-    if method.can_protect and first + last >= checkpoint.num_layers:
+def _check_student(checkpoint: Checkpoint, ratio: float, method: Method, where: str) -> None:
+    """Refuse a ratio at which some neurons without a score would stay: those that the student lacks."""
+    if method.student_chosen_by is None:
+        return
+    lacks = sum(lacking(count, method.student_lacks) for count in checkpoint.units.counts)
+    least = lacks * checkpoint.parameters_per_unit / checkpoint.parameters
+    if ratio < least:
         raise UserError(
-            f"{where}: prune.protect_first {first} and prune.protect_last {last} leave none of its "
-            f"{checkpoint.num_layers} layers to prune; together they must be less than {checkpoint.num_layers}"
+            f"{where}: ratio {ratio:g} removes less than the student of {method.criterion} lacks, which is "
+            f"{least:.4f} of all parameters; use a larger ratio or a smaller prune.student_lacks"
         )
 
 
 def remarks_on_shapes(checkpoint: Checkpoint, ratios: Sequence[float], method: Method, where: str) -> list[str]:
-    """Sentences for dry runs about a method's settings that depend on the model.
-
-    Raises:
-        UserError: as ``check_ratios`` does.
-    """
+    """Sentences for dry runs about a method's settings that depend on the model."""
     if not can_do(method, checkpoint):
         return [f"{where}: left out, since the model {next(why_not(method, checkpoint))}"]
-    told = _left_out(checkpoint, method, where)
-    method = suited(method, checkpoint)
-    if method.multiple_of == "auto":
-        multiples = [(ratio, with_numbers(method, checkpoint, ratio, where).multiple_of) for ratio in ratios]
-        told.append(f"{where}: multiple_of is {', '.join(f'{multiple} at {ratio:g}' for ratio, multiple in multiples)}")
-    if checkpoint.family.model_type in _HEADS_SHARE_HIDDEN_SIZE and _may_be_plain_with_fewer_groups(method):
-        told.append(
-            f"{where}: where KV groups go, vLLM and SGLang can't load the checkpoint, as they compute the size of "
-            f"{checkpoint.family.model_type}'s heads from their number; for them, leave kv_groups out of structures"
-        )
-    if method.allocation == "low_rank":
-        told += [_told_of_ranks(checkpoint, ratio, method, where) for ratio in ratios]
-    return told
-
-
-def largest_split(checkpoint: Checkpoint, ratios: Sequence[float], methods: Mapping[str, Method]) -> int | None:
-    """The largest ``tensor_parallel`` with which all methods that may remove KV groups reach all ratios.
-
-    Args:
-        methods: what messages call a method -> the method.
-
-    Returns:
-        None if no method of these may remove KV groups of this model.
-    """
-    applied = {where: it for where, it in methods.items() if can_do(it, checkpoint)}
-    removing = {where: it for where, it in applied.items() if KV_GROUPS in suited(it, checkpoint).structures}
-    if not removing:
-        return None
-    groups = checkpoint.structures[KV_GROUPS].most
-
-    def works(split: int) -> bool:
-        return all(_splits(checkpoint, ratio, it, split, where) for where, it in removing.items() for ratio in ratios)
-
-    return next(it for it in range(groups, 0, -1) if it == 1 or works(it))
-
-
-def _may_be_plain_with_fewer_groups(method: Method) -> bool:
-    return KV_GROUPS in method.structures and method.allocation in ("plain", "local")
-
-
-def _left_out(checkpoint: Checkpoint, method: Method, where: str) -> list[str]:
-    """What an adaptive method leaves out for this model, and why."""
     family, left = checkpoint.family, suited(method, checkpoint)
     told = [f"{where}: KV groups stay: {family.whole_groups}"] if left.structures != method.structures else []
     if left.refit != method.refit:
         norms = ", and no norm is refitted" if method.effort == "thorough" else ""
         told.append(f"{where}: refit is {left.refit}{norms}: {family.no_sequence}")
+    if left.multiple_of == "auto":
+        multiples = [(ratio, with_numbers(left, checkpoint, ratio, where).multiple_of) for ratio in ratios]
+        told.append(f"{where}: multiple_of is {', '.join(f'{multiple} at {ratio:g}' for ratio, multiple in multiples)}")
+    stays_plain = KV_GROUPS in left.structures and left.allocation in ("plain", "local")
+    if family.model_type in _HEADS_SHARE_HIDDEN_SIZE and stays_plain:
+        told.append(
+            f"{where}: where KV groups go, vLLM and SGLang can't load the checkpoint, as they compute the size of "
+            f"{family.model_type}'s heads from their number; for them, leave kv_groups out of structures"
+        )
     return told
 
 
-def _told_of_ranks(checkpoint: Checkpoint, ratio: float, method: Method, where: str) -> str:
+def planned_sizes(checkpoint: Checkpoint, ratio: float, method: Method, where: str) -> dict[str, str]:
+    """``sizes_of`` the shapes that a method may make of a model, and a ``note`` on what decides among them.
+
+    Raises:
+        UserError: as ``check_ratios``.
+    """
     settled = with_numbers(method, checkpoint, ratio, where)
-    shape = LowRankTarget(target_of(settled, checkpoint, ratio, where)).shape()
-    ranks = ", ".join(f"{rank_field(name)} {row[0]}" for name, row in shape.ranks.items())
-    return f"{where}: at {ratio:g}, in every layer {ranks}; attention's other matrices stay whole"
+    target = Target.of(checkpoint, settled, ratio, where)
+    shapes = shapes_for(target)
+    if not shapes:
+        decides = "a search decides" if target.allocation == "searched" else "scores decide"
+        return {"note": f"{decides}, layer by layer"}
+    ranks = (f"{rank_field(name)} {row[0]}" for name, row in shapes[0].ranks.items())
+    several = f"the closest of {len(shapes)} shapes, by measurement" if len(shapes) > 1 else ""
+    return sizes_of(checkpoint, shapes) | {"note": several or ", ".join(ranks)}
 
 
-def _splits(checkpoint: Checkpoint, ratio: float, method: Method, tensor_parallel: int, where: str) -> bool:
-    """Whether the method reaches a ratio with this ``tensor_parallel``."""
-    split = method.model_copy(update={"tensor_parallel": tensor_parallel})
-    try:
-        check_ratios(checkpoint, [ratio], split, where)
-    except UserError:
-        return False
-    return True
+def sizes_of(checkpoint: Checkpoint, shapes: Iterable[Shape] = ()) -> dict[str, str]:
+    """Sizes of shapes of a model, or of the model as it is: a number, or the smallest and the largest of them."""
+    shapes = list(shapes) or [Shape(tuple(range(checkpoint.num_layers)))]
+    units = checkpoint.units
+    sizes = {
+        "width": [count // units.copies for shape in shapes for count in shape.counts(units) if count],
+        "KV heads": [count for shape in shapes for count in shape.counts(checkpoint.structures[KV_GROUPS])],
+        "layers": [len(shape.layers) for shape in shapes],
+    }
+    if EXPERTS in checkpoint.structures:
+        experts = checkpoint.structures[EXPERTS]
+        sizes["experts"] = [count for shape in shapes for count in shape.counts(experts) if count]
+    ratios = [checkpoint.parameter_counts.ratio(shape) for shape in shapes]
+    return {name: _span(row, "d") for name, row in sizes.items()} | {"ratio": _span(ratios, ".4f")}
+
+
+def _span(numbers: Sequence[float], form: str) -> str:
+    least, most = format(min(numbers), form), format(max(numbers), form)
+    return least if least == most else f"{least}-{most}"

@@ -10,10 +10,11 @@ from hfprune_dist.core.allocation import Ladder, layer_mean_one, standardized
 from hfprune_dist.core.width_search import Counts, ReweightedShapes
 from hfprune_dist.kinds.prune import PruneParameters
 from hfprune_dist.methods import CRITERIA
-from hfprune_dist.planning.budget import Budget
+from hfprune_dist.planning.shapes import Target
 from hfprune_dist.refit.candidates import Scored
 from hfprune_dist.refit.measurement import Candidate
 from hfprune_dist.structures import NEURONS
+from hfprune_dist.structures.kept import Shape
 
 
 @dataclass(frozen=True)
@@ -22,23 +23,25 @@ class Contest:
 
     Attributes:
         kinds: the units of each kind with their scores, neurons first.
-        budget: of the whole model.
+        target: the ratio asked for, and the bounds on what may go.
         ladders: for each kind, one for each layer that stays.
         removals: parameters that the ladders are to lose; negative if the layers that went had more than the budget.
     """
 
     checkpoint: Checkpoint
     kinds: Sequence[Scored]
-    budget: Budget
+    target: Target
     ladders: Sequence[Sequence[Ladder]]
     removals: int
 
     @classmethod
-    def of(cls, params: PruneParameters, checkpoint: Checkpoint, kinds: Sequence[Scored], budget: Budget) -> Contest:
+    def of(cls, params: PruneParameters, checkpoint: Checkpoint, kinds: Sequence[Scored], target: Target) -> Contest:
         """The contest in which all layers stay."""
         comparable = _comparable(params, checkpoint, kinds)
-        ladders = [_ladders(params, checkpoint, scored, budget) for scored in comparable]
-        return cls(checkpoint, kinds, budget, ladders, budget.parameters)
+        ladders = [_ladders(params, checkpoint, scored, target) for scored in comparable]
+        # Of neurons alone, a whole number goes.
+        smallest = target.counts.units[NEURONS] if len(kinds) == 1 and not target.droppable else 1
+        return cls(checkpoint, kinds, target, ladders, round(target.removals / smallest) * smallest)
 
     def without(self, gone: Collection[int]) -> Contest:
         """The same contest once some layers are gone, whose parameters count as removed."""
@@ -83,6 +86,17 @@ class Contest:
         return tuple(choices.get(layer) for layer in range(self.checkpoint.num_layers))
 
 
+def candidate_of(kinds: Sequence[Scored], shape: Shape) -> Candidate:
+    """The candidate with a shape.
+
+    Args:
+        kinds: in the order of a choice's numbers.
+    """
+    rows = [shape.units[it.units.kind] for it in kinds]
+    choices = dict(zip(shape.layers, zip(*rows, strict=True), strict=True))
+    return tuple(choices.get(layer) for layer in range(kinds[0].units.num_layers))
+
+
 def _comparable(params: PruneParameters, checkpoint: Checkpoint, kinds: Sequence[Scored]) -> list[Scored]:
     """The same kinds with non-negative scores on one scale for all layers and kinds; what competes is a score divided
     by the number of its unit's parameters.
@@ -104,10 +118,10 @@ def _comparable(params: PruneParameters, checkpoint: Checkpoint, kinds: Sequence
     ]
 
 
-def _ladders(params: PruneParameters, checkpoint: Checkpoint, scored: Scored, budget: Budget) -> list[Ladder]:
+def _ladders(params: PruneParameters, checkpoint: Checkpoint, scored: Scored, target: Target) -> list[Ladder]:
     kind, per_unit = scored.units.kind, checkpoint.parameter_counts.units
     multiple_of = params.multiple_of if kind == NEURONS else params.tensor_parallel
     return [
         Ladder(layer, scored.scores[layer], least, per_unit[kind], multiple_of)
-        for layer, least in enumerate(budget.least[kind])
+        for layer, least in enumerate(target.fewest(kind))
     ]

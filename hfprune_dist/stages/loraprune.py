@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from hfprune_dist.checkpoints.checkpoint import open_checkpoint
 from hfprune_dist.kinds.training import LoraPruneParameters
-from hfprune_dist.planning.local_shapes import LocalTarget
+from hfprune_dist.planning.shapes import Target, shape_for
 from hfprune_dist.stages.context import Context
 from hfprune_dist.stages.shape_metrics import shape_metrics
 from hfprune_dist.stages.training import train_on_instructions, write_model
@@ -17,7 +17,7 @@ def run(context: Context[LoraPruneParameters]) -> None:
     which is an adapter of the dense model, from before units were cut.
     """
     params, checkpoint = context.params, open_checkpoint(context.input_path("model"))
-    whole = LocalTarget.of(checkpoint, params, context.stage.label).shape()
+    whole = shape_for(Target.of(checkpoint, params, params.ratio, context.stage.label))
     shape = Shape(whole.layers, {kind: whole.units[kind] for kind in params.structures})
     trained, metrics = train_on_instructions(context, checkpoint, masked_to=shape)
     kept = UnitMasks(checkpoint.structures, shape, trained.units).kept()

@@ -5,8 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from hfprune_dist.checkpoints.checkpoint import Checkpoint
-from hfprune_dist.planning.low_rank_shapes import LowRankTarget
-from hfprune_dist.planning.shape_target import ShapeTarget
+from hfprune_dist.planning.shapes import Target, shape_for
 from hfprune_dist.refit.low_rank import LowRankLayers, Sizes, compress_layers
 from hfprune_dist.stages.prune_refit import Context, Replacements, after_each_layer, stream_of
 from hfprune_dist.structures import NEURONS
@@ -16,7 +15,7 @@ from hfprune_dist.structures.kept import Kept
 def decide_low_rank(context: Context, checkpoint: Checkpoint) -> tuple[Kept, Replacements, dict[str, Any]]:
     """Return what stays, factors of attention's projections, and metrics: their ``attention_ranks``."""
     params, windows_ST = context.params, context.calibration_windows()
-    shape = LowRankTarget(ShapeTarget.of(checkpoint, params, context.stage.label)).shape()
+    shape = shape_for(Target.of(checkpoint, params, params.ratio, context.stage.label))
     ranks = {name: row[0] for name, row in shape.ranks.items()}
     sizes = Sizes(shape.units[NEURONS][0], ranks)
     layers = LowRankLayers(checkpoint, list(ranks), context.work / "low_rank")

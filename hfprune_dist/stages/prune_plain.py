@@ -9,16 +9,16 @@ in the stage has been fitted to or measured on. The closest gets its final refit
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
 
 from hfprune_dist.checkpoints.checkpoint import Checkpoint
-from hfprune_dist.planning.plain_shapes import PlainShape, fitted_to_layers, plain_shapes
-from hfprune_dist.planning.shape_target import ShapeTarget
+from hfprune_dist.planning.shapes import Target, name_of_plain, shapes_for, with_layers
 from hfprune_dist.refit.candidates import Scored, kept_of
-from hfprune_dist.refit.measurement import Candidate
 from hfprune_dist.stages.cheap_measurement import CheapMeasurements
+from hfprune_dist.stages.contest import candidate_of
 from hfprune_dist.stages.final_refit import final_refit
 from hfprune_dist.stages.finals import FINALISTS, Finals, SplitWindows, hopeful
 from hfprune_dist.stages.prune_refit import (
@@ -27,8 +27,8 @@ from hfprune_dist.stages.prune_refit import (
     pruned_kinds,
     refit_metrics,
 )
-from hfprune_dist.structures import KV_GROUPS, NEURONS, kinds_among
-from hfprune_dist.structures.kept import Kept
+from hfprune_dist.structures import KV_GROUPS, NEURONS
+from hfprune_dist.structures.kept import Kept, Shape
 
 
 def decide_plain(
@@ -42,9 +42,10 @@ def decide_plain(
     windows = SplitWindows.apart(context.calibration_windows(), context.params.forward_pass()[1])
     kinds = [Scored(units, scores[units.kind]) for units in pruned_kinds(context, checkpoint)]
     measurements = CheapMeasurements(context, checkpoint, kinds, windows.seen_ST)
-    target = ShapeTarget.of(checkpoint, context.params, context.stage.label)
-    planned = plain_shapes(target)
-    order = _layers_in_order(measurements, target, fewest=min(shape.num_layers for shape in planned))
+    target = Target.of(checkpoint, context.params, context.params.ratio, context.stage.label)
+    planned = shapes_for(target)
+    most_gone = checkpoint.num_layers - min(len(shape.layers) for shape in planned)
+    order = measurements.layers_in_order(target.droppable, most_gone)
     grid = _Grid(measurements, target, planned, order)
     kls = grid.kl()
     metrics: dict[str, Any] = {"layers_in_order_of_dropping": [*order], "search_kl": kls}
@@ -69,20 +70,6 @@ def _first_finalists(competing: Sequence[str], grid: _Grid) -> list[str]:
     return [*mlp_alone, *[shape for shape in competing if shape not in mlp_alone][:FINALISTS]]
 
 
-def _layers_in_order(measurements: CheapMeasurements, target: ShapeTarget, fewest: int) -> list[int]:
-    """The layers that candidates drop, in the order in which they go; collective.
-
-    Args:
-        fewest: how many layers stay in the candidate that has the fewest.
-
-    Raises:
-        Interrupted: if any rank was asked to end.
-    """
-    checkpoint = measurements.checkpoint
-    droppable = [layer for layer in range(checkpoint.num_layers) if layer not in target.undroppable]
-    return measurements.layers_in_order(droppable, checkpoint.num_layers - fewest)
-
-
 class _Grid:
     """Candidate shapes, and how far from the dense model a cheap refit leaves each of them.
 
@@ -94,55 +81,46 @@ class _Grid:
     def __init__(
         self,
         measurements: CheapMeasurements,
-        target: ShapeTarget,
-        planned: Sequence[PlainShape],
+        target: Target,
+        planned: Sequence[Shape],
         order: Sequence[int],
     ) -> None:
         self._measurements = measurements
         self._context = measurements.context
         self._checkpoint = measurements.checkpoint
-        self._order = order
-        fitted = [fitted_to_layers(target, it, self._layers_of(it)) for it in planned]
-        shapes = [it for it in fitted if it is not None] or planned
-        self._shapes = {it.name: it for it in shapes}
+        num_layers, fitted = self._checkpoint.num_layers, []
+        for it in planned:
+            gone = order[: num_layers - len(it.layers)]
+            layers = tuple(layer for layer in range(num_layers) if layer not in gone)
+            fitted.append((replace(it, layers=layers), with_layers(target, layers, it.units[KV_GROUPS][0])))
+        shapes = [it for _, it in fitted if it is not None] or [it for it, _ in fitted]
+        self._shapes = {name_of_plain(it): it for it in shapes}
 
     def is_mlp_alone(self, name: str) -> bool:
         """Whether a shape keeps all layers and all KV groups."""
-        shape, groups = self._shapes[name], self._checkpoint.structures[KV_GROUPS].most
-        return (shape.num_layers, shape.kv_groups) == (self._checkpoint.num_layers, groups)
+        groups = self._checkpoint.structures[KV_GROUPS].most
+        return _order_of(self._shapes[name])[:2] == (self._checkpoint.num_layers, groups)
 
     def with_fewer_layers(self, name: str, competing: Sequence[str]) -> str | None:
         """The next of the competing shapes with the same number of KV groups and fewer layers, if any."""
-        shape, shapes = self._shapes[name], self._shapes
-        fewer = [
-            it
-            for it in competing
-            if shapes[it].kv_groups == shape.kv_groups and shapes[it].num_layers < shape.num_layers
-        ]
-        return max(fewer, key=shapes.__getitem__, default=None)
+        order = {it: _order_of(self._shapes[it]) for it in competing}
+        layers, groups, _ = _order_of(self._shapes[name])
+        fewer = [it for it in competing if order[it][0] < layers and order[it][1] == groups]
+        return max(fewer, key=order.__getitem__, default=None)
 
     def kept(self, name: str) -> Kept:
         """What rank 0 would keep of a shape, on every rank."""
-        return self._context.world.broadcast(kept_of(self._measurements.kinds, self._candidate(self._shapes[name])))
+        kinds = self._measurements.kinds
+        return self._context.world.broadcast(kept_of(kinds, candidate_of(kinds, self._shapes[name])))
 
     def kl(self) -> dict[str, float]:
         """Divergence of every shape from the dense model, nats per token."""
         refit = self._context.params.refit != "none"
         measurement = self._measurements.measurement("shapes", refit=refit, measurements=1)
-        candidates = [self._candidate(shape) for shape in self._shapes.values()]
+        candidates = [candidate_of(self._measurements.kinds, shape) for shape in self._shapes.values()]
         return dict(zip(self._shapes, measurement.kl(candidates), strict=True))
 
-    def _candidate(self, shape: PlainShape) -> Candidate:
-        """The candidate with a shape's units in each of the layers that are missed most."""
-        gone = self._gone(shape)
-        counts = {NEURONS: shape.width, KV_GROUPS: shape.kv_groups}
-        choice = tuple(counts[kind] for kind in kinds_among(self._context.params.structures))
-        return tuple(None if layer in gone else choice for layer in range(self._checkpoint.num_layers))
 
-    def _gone(self, shape: PlainShape) -> Sequence[int]:
-        return self._order[: self._checkpoint.num_layers - shape.num_layers]
-
-    def _layers_of(self, shape: PlainShape) -> list[int]:
-        """Numbers of the layers that a shape keeps."""
-        gone = self._gone(shape)
-        return [layer for layer in range(self._checkpoint.num_layers) if layer not in gone]
+def _order_of(shape: Shape) -> tuple[int, int, int]:
+    """Numbers of layers, of KV groups and of neurons."""
+    return len(shape.layers), shape.units[KV_GROUPS][0], shape.units[NEURONS][0]

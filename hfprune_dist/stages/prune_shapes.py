@@ -16,19 +16,15 @@ from torch import Tensor
 from hfprune_dist.checkpoints.checkpoint import Checkpoint
 from hfprune_dist.core.allocation import EXCHANGE, allocate_globally
 from hfprune_dist.core.width_search import MEASUREMENTS, START, Counts, search_shapes
-from hfprune_dist.errors import UserError
-from hfprune_dist.planning.budget import budget_of
-from hfprune_dist.planning.plain_shapes import PlainShape, all_plain_shapes, fitted_to_layers, shape_of, step_of_layers
-from hfprune_dist.planning.shape_target import ShapeTarget
-from hfprune_dist.planning.shapes import shapes_for, uniform_shape
+from hfprune_dist.planning.shapes import Target, numbers_of_groups, shape_for, step_of_layers, with_layers
 from hfprune_dist.refit.candidates import Scored, kept_of
 from hfprune_dist.refit.measurement import Candidate, Measurement
 from hfprune_dist.stages.cheap_measurement import CheapMeasurements
-from hfprune_dist.stages.contest import Contest
+from hfprune_dist.stages.contest import Contest, candidate_of
 from hfprune_dist.stages.finals import FINALISTS, Finals, SplitWindows, hopeful
 from hfprune_dist.stages.prune_refit import Context, pruned_kinds
-from hfprune_dist.structures import LAYERS, NEURONS
-from hfprune_dist.structures.kept import Kept, Shape
+from hfprune_dist.structures import KV_GROUPS, LAYERS, NEURONS
+from hfprune_dist.structures.kept import Kept
 
 
 def decide_shape(
@@ -41,11 +37,10 @@ def decide_shape(
     """
     allocation = context.params.allocation
     kinds = [Scored(units, scores[units.kind]) for units in pruned_kinds(context, checkpoint)]
-    if checkpoint.family.experts or allocation in ("uniform", "local"):
-        (shape,) = shapes_for(ShapeTarget.of(checkpoint, context.params, context.stage.label), context.params)
-        return kept_of(kinds, _choices(kinds, shape)), {}
-    budget = budget_of(ShapeTarget.of(checkpoint, context.params, context.stage.label), context.params.limits())
-    contest = Contest.of(context.params, checkpoint, kinds, budget)
+    target = Target.of(checkpoint, context.params, context.params.ratio, context.stage.label)
+    if not target.competes:
+        return kept_of(kinds, candidate_of(kinds, shape_for(target))), {}
+    contest = Contest.of(context.params, checkpoint, kinds, target)
     if allocation in ("global", "standardized"):
         rate = EXCHANGE if allocation == "global" else 1.0
         others = [ladder.dearer(rate) for ladder in contest.others]
@@ -53,11 +48,6 @@ def decide_shape(
         return kept_of(kinds, contest.candidate(counts)), {}
     found, metrics = _Search(context, checkpoint, kinds, contest).run()
     return kept_of(kinds, found), metrics
-
-
-def _choices(kinds: Sequence[Scored], shape: Shape) -> Candidate:
-    """The candidate for a shape in which all layers stay."""
-    return tuple(zip(*(shape.units[it.units.kind] for it in kinds), strict=True))
 
 
 class _Search:
@@ -72,7 +62,6 @@ class _Search:
         self._checkpoint = checkpoint
         self._kinds = kinds
         self._contest = contest
-        self._target = ShapeTarget.of(checkpoint, context.params, context.stage.label)
         windows_ST, micro_batch_size = context.calibration_windows(), context.params.forward_pass()[1]
         self._windows = SplitWindows.apart(windows_ST, micro_batch_size)
         # Without finals, no windows need to be kept apart.
@@ -81,9 +70,8 @@ class _Search:
 
     def run(self) -> tuple[Candidate, dict[str, Any]]:
         """The shape that was measured to be closest, and metrics."""
-        budget = self._contest.budget
-        most_gone = budget.most_layers_gone(self._checkpoint.parameter_counts.layers)
-        order = self._measurements.layers_in_order(budget.droppable, most_gone)
+        target = self._contest.target
+        order = self._measurements.layers_in_order(target.droppable, target.most_layers_gone())
         contests = self._contests(order)
         measurement = self._measurements.measurement(
             "search",
@@ -134,27 +122,18 @@ class _Search:
 
     def _plain(self, contest: Contest) -> dict[str, Counts]:
         """Name -> shape that is the same in all layers of a contest, for those that the contest allows."""
+        target = contest.target
         if not self._checkpoint.is_uniform:
             return {}
-        if self._target.structures == (NEURONS,):
-            try:
-                uniform = uniform_shape(self._target).units[NEURONS]
-            except UserError:  # a ratio that one layer alone comes to may be less than half a step of all layers
-                return {}
-            return {"uniform": uniform} if contest.allows(uniform) else {}
-        plain = {}
-        for it in self._plain_shapes(contest):
-            units = shape_of(self._target, it).units
-            counts = tuple(count for scored in contest.kinds for count in units[scored.units.kind])
-            plain[f"{it.kv_groups} KV groups, width {it.width} everywhere"] = counts
+        shapes = (with_layers(target, contest.layers, groups) for groups in numbers_of_groups(target))
+        plain = {
+            f"{it.units[KV_GROUPS][0]} KV groups, width {it.units[NEURONS][0]} everywhere": tuple(
+                count for scored in contest.kinds for count in it.units[scored.units.kind]
+            )
+            for it in shapes
+            if it is not None
+        }
         return {name: counts for name, counts in plain.items() if contest.allows(counts)}
-
-    def _plain_shapes(self, contest: Contest) -> list[PlainShape]:
-        """The plain shapes of a contest's layers, with the widths that the ratio asks for if these layers stay."""
-        target, layers = self._target, contest.layers
-        shapes = [it for it in all_plain_shapes(target) if it.num_layers == len(layers)]
-        fitted = [fitted_to_layers(target, it, layers) for it in shapes]
-        return [it for it in fitted if it is not None]
 
 
 def _possible(contests: Sequence[Contest]) -> list[Contest]:

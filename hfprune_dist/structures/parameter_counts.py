@@ -29,22 +29,15 @@ class ParameterCounts:
 
     def of(self, shape: Shape) -> int:
         """Return the number of parameters of the model once it is pruned to a shape."""
-        outside, gone = self.total - sum(self.layers), sum(map(sum, self._gone(shape))) + self._factored(shape)
-        return outside + sum(self.layers[layer] for layer in shape.layers) - gone
+        gone = self._factored(shape) + sum(self.layers) - sum(self.layers[layer] for layer in shape.layers)
+        for kind, units in self.structures.items():
+            before = sum(units.counts[layer] for layer in shape.layers)
+            gone += self.units[kind] * (before - sum(shape.counts(units)))
+        return self.total - gone
 
     def ratio(self, shape: Shape) -> float:
         """Return the share of the model's parameters that pruning to a shape removes."""
         return (self.total - self.of(shape)) / self.total
-
-    def _gone(self, shape: Shape) -> list[list[int]]:
-        """Parameters that each staying layer loses with its units, for each kind."""
-        return [
-            [
-                self.units[kind] * (units.counts[layer] - count)
-                for layer, count in zip(shape.layers, shape.counts(units), strict=True)
-            ]
-            for kind, units in self.structures.items()
-        ]
 
     def _factored(self, shape: Shape) -> int:
         """Parameters saved where matrices are replaced by low-rank factors."""

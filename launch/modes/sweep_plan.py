@@ -25,11 +25,10 @@ from hfprune_dist.kinds.efficiency import EfficiencyParameters
 from hfprune_dist.kinds.placement import choose_micro_batches, chooses
 from hfprune_dist.planning.build_plan import build_plan
 from hfprune_dist.planning.earlier_rows import refuse_other_checkpoints, with_earlier_rows
-from hfprune_dist.planning.known_shapes import KnownShape, dense_shape, known_shape
 from hfprune_dist.planning.methods import resolve_methods
 from hfprune_dist.planning.model_sources import ModelSource, resolve_models
 from hfprune_dist.planning.plan import Plan
-from hfprune_dist.planning.ratios import largest_split, remarks_on_shapes
+from hfprune_dist.planning.ratios import planned_sizes, remarks_on_shapes, sizes_of
 from hfprune_dist.planning.refusals import place_of
 from hfprune_dist.planning.remarks import remarks_on_settings
 from hfprune_dist.store.artifacts import Verdict
@@ -74,35 +73,28 @@ class Prepared:
         """Return sentences on the effect of settings: how texts are mixed, and what each method does to each model."""
         shares = [f"{it.windows} of {it.text.path or it.text.dataset}" for it in self.config.calibration.shares()]
         mixed = [f"calibration windows: {', '.join(shares)}"] if len(shares) > 1 else []
-        known = [model for model in self.models if model.has_known_shape]
-        return mixed + [remark for model in known for remark in self._of_shapes(model)]
-
-    def _of_shapes(self, model: ModelSource) -> list[str]:
-        """Return what each method does to a model, and how far checkpoints can be split, once for all methods."""
-        ratios, methods = self.config.ratios, {place_of(model.name, name): it for name, it in self.methods.items()}
-        told = [
-            it for where, method in methods.items() for it in remarks_on_shapes(model.checkpoint, ratios, method, where)
+        return mixed + [
+            remark
+            for model in self.models
+            if model.has_known_shape
+            for name, method in self.methods.items()
+            for remark in remarks_on_shapes(model.checkpoint, self.config.ratios, method, place_of(model.name, name))
         ]
-        split = largest_split(model.checkpoint, ratios, methods)
-        if split is not None:
-            told.append(f"model {model.name!r}: the largest prune.tensor_parallel that works is {split}")
-        return told
 
-    def shapes(self) -> dict[str, KnownShape]:
-        """Label of a cell -> the shape of its checkpoint as far as the plan decides it, in the order of the table."""
-        checkpoints = {model.name: model.checkpoint for model in self.models}
-        unknown = {model.name for model in self.models if not model.has_known_shape}
-        known = {}
+    def shapes(self) -> dict[str, dict[str, str]]:
+        """Label of a cell -> sizes of its checkpoint as far as the plan decides them, in the order of the table."""
+        models = {model.name: model for model in self.models}
+        shapes = {}
         for cell in self.sweep.plan.cells:
-            checkpoint = checkpoints[cell.model]
-            if cell.model in unknown:
-                known[cell.label] = KnownShape(None, None, None, None, "unknown until the model is downloaded")
+            model = models[cell.model]
+            if not model.has_known_shape:
+                shapes[cell.label] = {"note": "unknown until the model is downloaded"}
             elif cell.ratio is None or cell.method is None:
-                known[cell.label] = dense_shape(checkpoint)
+                shapes[cell.label] = sizes_of(model.checkpoint)
             else:
-                where = place_of(cell.model, cell.method)
-                known[cell.label] = known_shape(checkpoint, cell.ratio, self.methods[cell.method], where)
-        return known
+                method, where = self.methods[cell.method], place_of(cell.model, cell.method)
+                shapes[cell.label] = planned_sizes(model.checkpoint, cell.ratio, method, where)
+        return shapes
 
     def require_runnable(self, command: Command) -> None:
         """Raise UserError for input that a stage would otherwise refuse only after hours of other stages' work.

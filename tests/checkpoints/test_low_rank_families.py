@@ -19,9 +19,8 @@ from hfprune_dist.config.method import Method
 from hfprune_dist.distributed.layer_stream import LayerStream
 from hfprune_dist.errors import UserError
 from hfprune_dist.models.loading import load_causal_lm, require_own_weights
-from hfprune_dist.planning.low_rank_shapes import LowRankTarget
 from hfprune_dist.planning.ratios import check_ratios
-from hfprune_dist.planning.shape_target import ShapeTarget
+from hfprune_dist.planning.shapes import Target, shape_for
 from hfprune_dist.refit.low_rank import LowRankLayers, Sizes, compress_layers
 from hfprune_dist.structures.kept import Kept
 
@@ -50,7 +49,7 @@ def cut_of(tmp_path_factory):
         folder = tmp_path_factory.mktemp(model_type)
         dense = open_checkpoint(save_model(folder / "dense", model_type))
         check_ratios(dense, [RATIO], METHOD, "m")
-        shape = LowRankTarget(ShapeTarget(dense, RATIO, ("neurons",), 1, "m")).shape()
+        shape = shape_for(Target(dense, RATIO, "m", allocation="low_rank"))
         ranks = {name: row[0] for name, row in shape.ranks.items()}
         layers = LowRankLayers(dense, list(ranks), folder / "layers")
         stream = LayerStream(dense, WINDOWS, torch.float32, 2, SoloWorld())

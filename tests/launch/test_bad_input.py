@@ -49,7 +49,7 @@ def refused(main, *arguments, folders=()):
         # Flags, alone and together.
         ("--ratios=20", "ratios.0: must be less than 1"),
         ("--ratios=a lot", "--ratios 'a lot'"),
-        ("--ratios=0.9", "largest possible is 0.2783"),
+        ("--ratios=0.9", "nearest possible is 0.278"),
         ("--models=", "--models"),
         ("--config=nowhere.yaml", "nowhere.yaml: No such file"),
         ("--ranks=0", "runtime.ranks: must be greater"),

@@ -1,5 +1,4 @@
 import json
-import re
 from pathlib import Path
 
 import huggingface_hub
@@ -7,8 +6,6 @@ import pytest
 from families import save_model
 from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import filter_repo_objects
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from tiny import save_tiny, write_documents, write_pairs
 
@@ -322,7 +319,7 @@ def test_plans_survive_the_round_trip_to_json(world):
 
 
 def test_an_unreachable_ratio_is_refused(world):
-    with pytest.raises(UserError, match=r"model 'a'.*largest possible is 0\.2783"):
+    with pytest.raises(UserError, match=r"model 'a'.*nearest possible is 0\.278"):
         plan_of(world, ratios=[0.5])
 
 
@@ -341,29 +338,6 @@ def test_an_alias_file_that_is_none_is_named(world, tmp_path):
     (tmp_path / "another.yaml").write_text(f"path: {world / 'a'}\n")
     (another,) = resolve_models(load_config([], {"models": ["another"]}), tmp_path, FileHashes(None), download=False)
     assert another.name == "another", "whatever is wrong with files that nobody asked for"
-
-
-@settings(max_examples=20, deadline=None)
-@given(
-    models=st.lists(st.sampled_from(["a", "b"]), unique=True, min_size=1),
-    methods=st.lists(
-        st.sampled_from(["hfprune", "surgeon-uniform-block", "llm-pruner", "surgeon-any-shape"]),
-        unique=True,
-        min_size=1,
-    ),
-)
-def test_one_message_says_what_every_model_and_method_reaches_and_what_all_of_them_do(world, models, methods):
-    def refusal(models, methods):
-        with pytest.raises(UserError) as refused:
-            plan_of(world, models=models, methods=methods, ratios=[0.01, 0.95])
-        return str(refused.value)
-
-    each = [refusal([model], [method]) for model in models for method in methods]
-    *told, of_all = [*refusal(models, methods).split("\n"), *([""] if len(each) == 1 else [])]
-    assert told == each
-    largest = min(float(re.search(r"largest possible is (0\.\d+)", it).group(1)) for it in each)
-    assert of_all in ("", f"the largest ratio that all of these reach is {largest:g}")
-    assert plan_of(world, models=models, methods=methods, ratios=[largest]).cells
 
 
 def test_a_linked_model_is_called_by_its_link_and_read_where_it_leads(world, tmp_path):
@@ -451,7 +425,7 @@ def test_a_checkpoint_whose_layers_differ_is_pruned_again_where_layers_compete(w
     own = {it: Method(criterion="surgeon", allocation=it) for it in ("global", "searched")}
     plan = plan_of(world, own=own, **settings)
     assert [len(cell.producers) for cell in plan.cells] == [0, 2, 2, 2, 2]
-    with pytest.raises(UserError, match=r"ratio 0.4 can't be reached by .* with the floors .* largest possible is 0.1"):
+    with pytest.raises(UserError, match=r"ratio 0.4 can't be reached by .* floor 0.2; the nearest possible is 0.1"):
         plan_of(world, models=[str(folder)], own=own, ratios=[0.4])
 
 

@@ -1,22 +1,88 @@
-"""Ratios that an architecture rules out are refused with the plan, by name."""
-
-import re
+"""What a method comes to on a model: multiples, protected layers, students, what adapts, and sizes in dry runs."""
 
 import pytest
-from blank import SMOLLM2, blank
+from blank import LLAMA_7B, SMOLLM2, blank
 from families import save_model
+from headers import CONFIG, checkpoint_of
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from hfprune_dist.checkpoints.checkpoint import open_checkpoint
 from hfprune_dist.config.method import Method
 from hfprune_dist.errors import UserError
-from hfprune_dist.methods import CRITERIA
-from hfprune_dist.planning.budget import budget_of
-from hfprune_dist.planning.known_shapes import dense_shape, known_shape
-from hfprune_dist.planning.multiples import with_numbers
-from hfprune_dist.planning.ratios import check_ratios, remarks_on_shapes
-from hfprune_dist.planning.shape_target import target_of
+from hfprune_dist.planning.build_plan import student_of
+from hfprune_dist.planning.ratios import (
+    MOST_BEYOND,
+    MULTIPLES,
+    check_ratios,
+    planned_sizes,
+    remarks_on_shapes,
+    sizes_of,
+    with_numbers,
+)
+from hfprune_dist.planning.shapes import Target, plain_shapes, shapes_for
 
-PLAIN = {"criterion": "entropy", "multiple_of": 1}
+BOTH, ALL = ["neurons", "kv_groups"], ["neurons", "kv_groups", "layers"]
+SMOL = blank(**SMOLLM2)
+
+
+def method(allocation="plain", **options):
+    neurons = ["neurons"]
+    structures = {"uniform": neurons, "low_rank": neurons, "global": BOTH, "local": BOTH}.get(allocation, ALL)
+    given = {"criterion": "surgeon", "multiple_of": "auto"} | options
+    return Method(**{"allocation": allocation, "structures": structures} | given)
+
+
+@settings(derandomize=True, deadline=None, max_examples=25)
+@given(
+    width=st.sampled_from([64, 300, 1023, 1500, 3000]),
+    devices=st.sampled_from([1, 3]),
+    ratio=st.floats(0.01, 0.6),
+    allocation=st.sampled_from(["plain", "uniform", "global", "local", "searched", "low_rank"]),
+)
+def test_auto_is_the_largest_multiple_that_costs_little(width, devices, ratio, allocation):
+    checkpoint = blank("mistral", **SMOLLM2 | {"num_hidden_layers": 4, "intermediate_size": width})
+    auto = method(allocation, tensor_parallel=devices)
+    least = 32 if width >= 1024 else 1
+
+    def shapes(multiple_of):
+        try:
+            settled = with_numbers(auto.model_copy(update={"multiple_of": multiple_of}), checkpoint, ratio, "m")
+            target = Target.of(checkpoint, settled, ratio, "m")
+            found = shapes_for(target)
+        except UserError:
+            return [], 0
+        return (plain_shapes(target) if not found or allocation == "plain" else found), 1
+
+    def suits(multiple_of):
+        found, reached = shapes(multiple_of)[0], checkpoint.parameter_counts.ratio
+        within = all(ratio - 1e-9 <= reached(it) <= ratio + MOST_BEYOND for it in found)
+        return len(found) == len(shapes(1)[0]) > 0 and within
+
+    chosen = next(filter(suits, MULTIPLES), least)
+    settled = with_numbers(auto, checkpoint, ratio, "m")
+    assert settled.multiple_of % chosen == 0 == settled.multiple_of % settled.split
+    assert settled.multiple_of <= chosen * devices
+    if shapes(least)[1]:
+        check_ratios(checkpoint, [ratio], auto, "m")
+
+
+def test_multiples_of_large_and_small_models():
+    large = blank(**LLAMA_7B)
+    assert [with_numbers(method(), SMOL, it, "m").multiple_of for it in (0.2, 0.5)] == [32, 32]
+    assert with_numbers(method(), large, 0.5, "m").multiple_of >= 64
+    assert with_numbers(method(multiple_of=48), SMOL, 0.2, "m").multiple_of == 48
+    assert with_numbers(method(multiple_of=32, tensor_parallel=3), SMOL, 0.2, "m").multiple_of == 96
+    for allocation in ("global", "searched"):  # floors are rounded up to the multiple
+        floor = method(allocation, structures=BOTH, floor=0.4)
+        assert [with_numbers(floor, large, it, "m").multiple_of for it in (0.68, 0.69)] == [256, 64]
+
+
+@pytest.mark.parametrize(("share", "layers", "number"), [(0.125, 32, 4), (0.0625, 30, 2), (0.125, 2, 0), (3, 30, 3)])
+def test_protected_layers_are_a_number_or_a_share_of_the_models(share, layers, number):
+    checkpoint = blank(**SMOLLM2 | {"num_hidden_layers": layers})
+    settled = with_numbers(method("local", protect_first=share, protect_last=1), checkpoint, 0.2, "m")
+    assert settled.protected() == (number, 1) and type(settled.protect_first) is int
 
 
 @pytest.mark.parametrize(
@@ -29,140 +95,83 @@ PLAIN = {"criterion": "entropy", "multiple_of": 1}
 )
 def test_a_method_that_adapts_does_without(tmp_path, model_type, changes, told):
     checkpoint = open_checkpoint(save_model(tmp_path / "m", model_type))
-    whole = {"structures": ["neurons", "kv_groups", "layers"], "allocation": "plain", "refit": "block"}
-    method = Method(**PLAIN | whole, adapts=True)
-    check_ratios(checkpoint, [0.1], method, "m by it")
-    settled = with_numbers(method, checkpoint, 0.1, "m by it")
-    assert settled == method.model_copy(update=changes)
-    assert settled.of_one_cut() == Method(**PLAIN | whole | changes).of_one_cut(), "fingerprints are of what is done"
-    remarks = [it for it in remarks_on_shapes(checkpoint, [0.1], method, "m by it") if "tensor_parallel" not in it]
+    whole = {"criterion": "entropy", "structures": ALL, "allocation": "plain", "refit": "block"}
+    adaptive = Method(**whole, adapts=True)
+    check_ratios(checkpoint, [0.1], adaptive, "m by it")
+    settled = with_numbers(adaptive, checkpoint, 0.1, "m by it")
+    assert settled == adaptive.model_copy(update=changes)
+    assert settled.of_one_cut() == Method(**whole | changes).of_one_cut(), "fingerprints are of what is done"
+    remarks = remarks_on_shapes(checkpoint, [0.1], adaptive, "m by it")
     assert len(remarks) == bool(told) and all(told in it for it in remarks)
-    assert known_shape(checkpoint, 0.1, method, "m by it").layers is not None
 
 
-@pytest.mark.parametrize("model_type", ["qwen2", "qwen3", "llama"])
-@pytest.mark.parametrize("allocation", ["plain", "searched"])
-@pytest.mark.parametrize("structures", [["neurons", "layers"], ["neurons", "kv_groups"]])
-def test_engines_that_cannot_load_fewer_heads_are_told(tmp_path, model_type, allocation, structures):
-    checkpoint = open_checkpoint(save_model(tmp_path / "m", model_type))
-    method = Method(criterion="entropy", structures=structures, allocation=allocation)
-    told = [it for it in remarks_on_shapes(checkpoint, [0.1], method, "m by it") if "vLLM" in it]
-    expected = model_type == "qwen2" and allocation == "plain" and "kv_groups" in structures
-    assert [it.startswith("m by it: where KV groups go, vLLM and SGLang can't load") for it in told] == [
-        True
-    ] * expected
+def test_remarks_name_multiples_and_engines_that_cannot_load_fewer_heads(tmp_path):
+    assert remarks_on_shapes(SMOL, [0.2, 0.5], method(), "m") == ["m: multiple_of is 32 at 0.2, 32 at 0.5"]
+    qwen = open_checkpoint(save_model(tmp_path / "m", "qwen2"))
+    (told,) = remarks_on_shapes(qwen, [0.1], method(multiple_of=1), "m")
+    assert told.startswith("m: where KV groups go, vLLM and SGLang can't load")
+    assert remarks_on_shapes(qwen, [0.1], method("searched", multiple_of=1), "m") == []
 
 
-def test_heads_that_stay_are_shown(tmp_path):
-    heads = dense_shape(open_checkpoint(save_model(tmp_path / "m", "olmo2"))).kv_heads
-    assert (heads.least, heads.most) == (2, 2)
+def test_what_cannot_be_pruned_is_refused_by_name():
+    layers = {"num_hidden_layers": 1, "intermediate_size": 64, "first_k_dense_replace": 0}
+    experts = {"moe_intermediate_size": 37, "num_experts": 4, "num_experts_per_tok": 2}
+    with pytest.raises(UserError, match=r"m: its experts have 37 neurons, but .* multiples of 8"):
+        check_ratios(checkpoint_of({**CONFIG, **layers, **experts}), [0.2], Method(criterion="entropy"), "m")
+    low = blank(num_hidden_layers=2, layer_sizes={"q_proj_rank": [3, 3]})
+    assert not low.is_plain and low.ranks == {"self_attn.q_proj": (3, 3)}
+    with pytest.raises(UserError, match=r"low rank \(q_proj_rank in config.json\).*prune the model that it came from"):
+        check_ratios(low, [0.2], Method(criterion="entropy"), "m")
 
 
-@pytest.mark.parametrize("allocation", ["local", "global", "standardized", "searched"])
-@pytest.mark.parametrize(("first", "last"), [(3, 0), (1, 2), (20, 20)])
-def test_layers_that_are_all_protected_are_refused(tmp_path, allocation, first, last):
-    checkpoint = open_checkpoint(save_model(tmp_path / "m", "llama"))
-    method = Method(**PLAIN, allocation=allocation, protect_first=first, protect_last=last)
-    with pytest.raises(UserError, match=rf"m by it: prune.protect_first {first} and .* {last} leave none of its 3 la"):
-        check_ratios(checkpoint, [0.1], method, "m by it")
+# Students.
 
 
-@pytest.mark.parametrize(
-    ("allocation", "helps"), [("global", "kv_groups"), ("standardized", "kv_groups"), ("searched", "kv_groups and la")]
-)
-def test_where_a_ratio_is_out_of_reach_only_what_the_allocation_takes_is_named(tmp_path, allocation, helps):
-    checkpoint = open_checkpoint(save_model(tmp_path / "m", "llama"))
-    method = Method(**PLAIN, allocation=allocation)
-    target = target_of(method, checkpoint, 0.9, "m by it")
-    with pytest.raises(UserError, match=rf"; with {helps}[a-z]* in prune.structures"):
-        budget_of(target, (0.2, 0, 0))
+@pytest.mark.parametrize(("ratio", "published"), [(0.05, (0.4, 0.2)), (0.26, (0.42, 0.5)), (0.7, (0.1, 0.2))])
+def test_what_a_student_leaves_open_is_as_published_for_the_nearest_ratio(ratio, published):
+    criterion = "coupled_taylor_distilled"
+    student = student_of(Method(criterion=criterion), ratio)
+    assert (student.lacks, student.teacher_share, student.teacher_temperature) == (0.025, *published)
+    given = student_of(Method(criterion=criterion, student_lacks=0.1, teacher_share=0, teacher_temperature=2), ratio)
+    assert (given.lacks, given.teacher_share, given.teacher_temperature) == (0.1, 0, 2)
+    assert student_of(Method(criterion="coupled_taylor"), ratio) is None
 
 
-@pytest.mark.parametrize("structures", [["neurons"], ["neurons", "kv_groups"]])
-def test_ratios_that_scores_divide_among_layers_differ_by_a_step_and_stay_above_floors(tmp_path, structures):
-    checkpoint = open_checkpoint(save_model(tmp_path / "m", "llama", intermediate_size=64))
-    method = Method(criterion="entropy", allocation="global", structures=structures, multiple_of=8, floor=0.5)
-    check_ratios(checkpoint, [0.1, 0.15], method, "m by it")
-    with pytest.raises(UserError, match=r"ratios 0.1 and 0.1001 would be the same checkpoint"):
-        check_ratios(checkpoint, [0.1, 0.1001], method, "m by it")
-    with pytest.raises(UserError, match=r"ratio 0.6 can't be reached.* with the floors"):
-        check_ratios(checkpoint, [0.6], method, "m by it")
+def test_a_ratio_at_which_neurons_without_a_score_would_stay_is_refused():
+    checkpoint = blank(intermediate_size=100, num_hidden_layers=2)
+    student = Method(criterion="coupled_taylor_distilled", student_lacks=0.1)
+    least = 2 * 10 * checkpoint.parameters_per_unit / checkpoint.parameters
+    check_ratios(checkpoint, [least], student, "m")
+    check_ratios(checkpoint, [0.9 * least], student.model_copy(update={"criterion": "coupled_taylor"}), "m")
+    with pytest.raises(UserError, match=rf"m: ratio .* lacks, which is {least:.4f} of all .*student_lacks"):
+        check_ratios(checkpoint, [0.9 * least], student, "m")
 
 
-ALL = ["neurons", "kv_groups", "layers"]
+# Sizes in dry runs.
 
 
-@pytest.mark.parametrize("split", [2, 3, 4])
-@pytest.mark.parametrize("ratio", [0.0, 0.95])
-@pytest.mark.parametrize(
-    "settings",
-    [
-        *({"allocation": it} for it in ("uniform", "local", "global", "standardized", "searched")),
-        *({"allocation": it, "structures": ["neurons", "layers"]} for it in ("plain", "searched")),
-        {"criterion": "lorap", "allocation": "low_rank"},
-    ],
-)
-def test_a_split_without_an_effect_is_in_no_message(settings, ratio, split):
-    """SMOLLM2 has three KV groups, which most of these numbers of devices don't divide."""
-    checkpoint, told = blank(**SMOLLM2), []
-    for method in (Method(**PLAIN | settings), Method(**PLAIN | settings, tensor_parallel=split)):
-        with pytest.raises(UserError) as error:
-            check_ratios(checkpoint, [ratio], method, "m by it")
-        told.append(str(error.value))
-    assert "tensor_parallel" not in told[1]
-    # With KV groups it would have one.
-    assert told[0].partition("; with kv_groups")[0] == told[1].partition("; with kv_groups")[0]
+def sizes_at(ratio, **options):
+    return planned_sizes(SMOL, ratio, method(**options), "m")
 
 
-@pytest.mark.parametrize(("multiple_of", "split", "helps"), [(1, 1, False), (64, 1, True), (1, 3, False), (2, 3, True)])
-@pytest.mark.parametrize(
-    ("allocation", "structures"), [("uniform", ALL[:1]), ("local", ALL[:2]), ("global", ALL[:2]), ("searched", ALL)]
-)
-def test_a_smaller_multiple_is_advised_where_there_is_one(allocation, structures, multiple_of, split, helps):
-    method = Method(**PLAIN | {"multiple_of": multiple_of}, allocation=allocation, structures=structures)
-    method = method.model_copy(update={"tensor_parallel": split})
-    with pytest.raises(UserError, match="use a larger ratio") as told:
-        check_ratios(blank(**SMOLLM2), [1e-7], method, "m")
-    assert ("or a smaller prune.multiple_of" in str(told.value)) == helps
-    with pytest.raises(UserError, match="leave one of them out") as told:
-        check_ratios(blank(**SMOLLM2), [0.3, 0.3 + 1e-7], method, "m")
-    assert ("or use a smaller prune.multiple_of" in str(told.value)) == helps
+def test_sizes_are_as_far_known_as_the_plan_decides_them():
+    assert sizes_of(SMOL) == {"width": "1536", "KV heads": "3", "layers": "30", "ratio": "0.0000"}
+    uniform = sizes_at(0.2, allocation="uniform", multiple_of=1)
+    assert uniform == {"width": "1017", "KV heads": "3", "layers": "30", "ratio": "0.2002", "note": ""}
+    protected = sizes_at(0.4, allocation="local", multiple_of=1, protect_first=1)
+    assert protected["width"].endswith("-1536") and protected["KV heads"] == "2-3" and protected["ratio"] == "0.4000"
+    plain = sizes_at(0.5, multiple_of=1)
+    assert plain["note"] == "the closest of 18 shapes, by measurement" and plain["layers"] == "20-30"
+    low = sizes_at(0.2, allocation="low_rank", criterion="lorap", multiple_of=32)
+    assert low["note"] == "q_proj_rank 142, k_proj_rank 71" and low["KV heads"] == "3"
+    assert sizes_at(0.2, allocation="global") == {"note": "scores decide, layer by layer"}
+    assert sizes_at(0.2, allocation="searched") == {"note": "a search decides, layer by layer"}
 
 
-@pytest.mark.parametrize("allocation", ["global", "searched"])
-def test_the_largest_ratio_within_floors_is_told_and_can_be_reached(allocation):
-    checkpoint, method = blank(**SMOLLM2), Method(**PLAIN, allocation=allocation, floor=0.5)
-    with pytest.raises(UserError, match=r"m: ratio 0\.9 can't be reached by .* with the floors") as told:
-        check_ratios(checkpoint, [0.9], method, "m")
-    check_ratios(checkpoint, [told.value.largest], method, "m")
-
-
-@pytest.mark.parametrize("split", [1, 2, 3, 4])
-@pytest.mark.parametrize("multiple_of", [1, 64, "auto"])
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {"allocation": "local"},
-        {"allocation": "local", "protect_first": 1},
-        {"allocation": "searched", "structures": ["neurons", "layers"]},
-        *({"allocation": "plain", "structures": ["neurons", it]} for it in ("kv_groups", "layers")),
-    ],
-)
-def test_the_ratio_promised_for_more_structures_is_reached_on_as_many_devices(settings, multiple_of, split):
-    checkpoint = blank(**SMOLLM2)
-    method = Method(**PLAIN | settings | {"multiple_of": multiple_of}, tensor_parallel=split)
-    with pytest.raises(UserError) as told:
-        check_ratios(checkpoint, [0.97], method, "m")
-    promised = re.search(r"; with (\w+) in prune.structures (0\.\d+)$", str(told.value))
-    assert promised or split > 1, "one device hides nothing"
-    if promised:
-        wider = Method(**method.model_dump() | {"structures": [*method.structures, promised[1]]})
-        check_ratios(checkpoint, [float(promised[2])], wider, "m")
-
-
-@pytest.mark.parametrize("criterion", [name for name, it in CRITERIA.items() if "neurons" in it.units])
-def test_kv_groups_are_only_promised_to_criteria_that_score_them(criterion):
-    with pytest.raises(UserError, match="can't be reached") as error:
-        check_ratios(blank(**SMOLLM2), [0.97], Method(**PLAIN | {"criterion": criterion}, allocation="local"), "m")
-    has_groups = "kv_groups" in CRITERIA[criterion].units
-    assert ("; with kv_groups in prune.structures" in str(error.value)) is has_groups
+def test_sizes_of_a_mixture_name_its_experts():
+    config = {**CONFIG, "num_hidden_layers": 2, "intermediate_size": 64, "first_k_dense_replace": 0}
+    config |= {"moe_intermediate_size": 64, "num_experts": 12, "num_experts_per_tok": 3, "n_group": 2, "topk_group": 1}
+    checkpoint, experts = checkpoint_of(config), Method(criterion="entropy", structures=["experts"], multiple_of="auto")
+    assert sizes_of(checkpoint)["experts"] == "12"
+    planned = planned_sizes(checkpoint, 0.25, experts, "m")
+    assert (planned["experts"], planned["width"]) == ("8", "64")

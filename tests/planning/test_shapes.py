@@ -1,60 +1,377 @@
-"""The shape with one width, and bounds of layers that compete: as close to the ratio as rounding allows."""
+"""Shapes at a ratio, against all that are possible, models that transformers makes of them, and formulas of papers."""
+
+import math
+import re
+from dataclasses import replace
 
 import pytest
-from blank import SMOLLM2, blank
+import torch
+from blank import LLAMA_7B, SMOLLM2, blank, parameters_of, sizes
+from families import FAMILIES, save_model
+from headers import CONFIG, checkpoint_of, grouped_mixtures, mixtures
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from tiny import VARIANTS
+from transformers import DeepseekV3Config
+from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkRouter
 
+from hfprune_dist.checkpoints.checkpoint import open_checkpoint
+from hfprune_dist.checkpoints.pruned_config import is_plain, plain_group_counts, pruned_config
+from hfprune_dist.checkpoints.token_costs import TokenCosts
 from hfprune_dist.errors import UserError
-from hfprune_dist.planning.budget import budget_of
-from hfprune_dist.planning.shape_target import ShapeTarget
-from hfprune_dist.planning.shapes import uniform_shape
-from hfprune_dist.planning.widths import round_down
+from hfprune_dist.planning.shapes import (
+    ALIGNED,
+    MOST_SHAPES,
+    Target,
+    plain_shapes,
+    shape_for,
+    shapes_for,
+    step_of_layers,
+    with_layers,
+)
+from hfprune_dist.structures import EXPERT_NEURONS, EXPERTS
+from hfprune_dist.structures.kept import Shape
+
+NEURONS, BOTH, ALL = ("neurons",), ("neurons", "kv_groups"), ("neurons", "kv_groups", "layers")
+STRUCTURES = {
+    "uniform": [NEURONS],
+    "low_rank": [NEURONS],
+    "local": [NEURONS, BOTH],
+    "plain": [BOTH, ALL, ALL[::2]],
+    "global": [NEURONS, BOTH],
+    "searched": [NEURONS, BOTH, ALL, ALL[::2]],
+}
 
 
-def target(ratio, multiple_of=1, **sizes):
-    return ShapeTarget(blank(**SMOLLM2 | sizes), ratio, ("neurons",), multiple_of, "model 'llama'")
+@st.composite
+def targets(draw, *allocations, protects=True):
+    """Draw the architecture, its sizes, and what is asked of it."""
+    variant, changes = draw(st.sampled_from(sorted(VARIANTS))), draw(sizes())
+    allocation = draw(st.sampled_from(allocations or list(STRUCTURES)))
+    structures = draw(st.sampled_from(STRUCTURES[allocation]))
+    first, last = draw(st.tuples(*[st.integers(0, 2)] * 2)) if protects and allocation != "plain" else (0, 0)
+    return (
+        variant,
+        changes,
+        Target(
+            blank(variant, **changes),
+            draw(st.floats(0.001, 0.95)),
+            "m",
+            structures,
+            allocation,
+            draw(st.sampled_from([1, 1, 2, 8, 32])),
+            draw(st.sampled_from([1, 1, 1, 2, 3])) if "kv_groups" in structures else 1,
+            draw(st.sampled_from([0.0, 0.2, 0.5])) if allocation in ("global", "searched") else 0.0,
+            *((first, last) if allocation in ("local", "global", "searched") else (0, 0)),
+        ),
+    )
 
 
-def width(*asked, **sizes):
-    (only,) = {*uniform_shape(target(*asked, **sizes)).units["neurons"]}
-    return only
+def shapes_or_nothing(target):
+    try:
+        return shapes_for(target)
+    except UserError:
+        assume(False)
 
 
-def test_twenty_percent_of_smollm2_keeps_1017_neurons():
-    assert width(0.2) == 1017
+def smaller(target, variant, changes, shape):
+    """Return the parameters of transformers' model of a plain shape."""
+    (width,), (groups,) = ({*shape.units[kind]} for kind in BOTH)
+    queries = changes["num_attention_heads"] // changes["num_key_value_heads"]
+    heads = {"num_key_value_heads": groups, "num_attention_heads": queries * groups}
+    less = changes | heads | {"num_hidden_layers": len(shape.layers), "intermediate_size": width}
+    if less["hidden_size"] % less["num_attention_heads"] and variant == "llama":
+        variant = "mistral"  # which is written then
+    return parameters_of(variant, **less, head_dim=target.groups.implied["head_dim"])
 
 
-@pytest.mark.parametrize("multiple_of", [8, 64, 128])
-def test_rounding_to_the_nearest_multiple(multiple_of):
-    assert width(0.3, multiple_of) % multiple_of == 0 and abs(width(0.3, multiple_of) - width(0.3)) <= multiple_of / 2
+@settings(derandomize=True, deadline=None, max_examples=60)
+@given(targets("uniform", "local"))
+def test_layers_that_are_not_protected_are_alike_and_come_as_close_as_widths_can(drawn):
+    variant, changes, target = drawn
+    (shape,) = shapes_or_nothing(target)
+    dense = changes["intermediate_size"], changes["num_key_value_heads"]
+    each = list(zip(*(shape.units[kind] for kind in BOTH), strict=True))
+    pruned = target.pruned_layers
+    ((width, groups),) = {each[layer] for layer in pruned}
+    assert {it for layer, it in enumerate(each) if layer not in pruned} <= {dense}
+    assert width == dense[0] or width % target.multiple_of == 0 < width < dense[0]
+    assert groups % target.tensor_parallel == 0 if "kv_groups" in target.structures else groups == dense[1]
+    units = target.counts.units
+
+    def removed(width, groups):
+        return len(pruned) * (units["neurons"] * (dense[0] - width) + units["kv_groups"] * (dense[1] - groups))
+
+    assert target.counts.total - target.counts.of(shape) == removed(width, groups)
+    widths = {*range(target.multiple_of, dense[0], target.multiple_of), dense[0]}
+    closest = min(abs(removed(it, groups) - target.removals) for it in widths if removed(it, groups))
+    assert abs(removed(width, groups) - target.removals) == pytest.approx(closest, abs=1e-3)
+    share = 1 - target.removals / removed(0, 0)
+    for other in plain_group_counts(target.dense) if len(pruned) == len(each) and len(target.structures) == 2 else []:
+        nearer = abs(other / dense[1] - share) < abs(groups / dense[1] - share) - 1e-9
+        if other % target.tensor_parallel == 0 and nearer:
+            assert not removed(dense[0], other) <= target.removals <= removed(min(widths), other)
+    if len(pruned) == len(each):
+        assert is_plain(target.dense, shape) and target.counts.of(shape) == smaller(target, variant, changes, shape)
 
 
-def test_out_of_reach_names_the_largest_ratio_that_is_not():
-    with pytest.raises(UserError, match=r"model 'llama': ratio 0.7 can't be reached .* possible is 0.5915$"):
-        width(0.7)
-    assert width(0.5915) == 1
-    with pytest.raises(UserError, match="removes nothing"):
-        width(0.001, 128)
+@settings(derandomize=True, deadline=None, max_examples=40)
+@given(targets("plain"), st.randoms())
+def test_plain_shapes_come_as_close_to_the_ratio_as_widths_can(drawn, random):
+    variant, changes, target = drawn
+    shapes = shapes_or_nothing(target)
+    dense = changes["num_hidden_layers"], changes["num_key_value_heads"], changes["intermediate_size"]
+    found = [(len(it.layers), it.units["kv_groups"][0], it.units["neurons"][0]) for it in shapes]
+    assert 0 < len(found) <= MOST_SHAPES and found == sorted(set(found), reverse=True) and dense not in found
+    for shape, (layers, groups, width) in zip(shapes, found, strict=True):
+        assert width % target.multiple_of == 0 and width <= dense[2] and is_plain(target.dense, shape)
+        assert dense[1] / 4 <= groups <= dense[1] and groups % target.tensor_parallel == 0
+        assert dense[0] * 2 / 3 <= layers <= dense[0]
+        assert layers == dense[0] or "layers" in target.structures
+        assert groups == dense[1] or "kv_groups" in target.structures
+        step, beyond = target.counts.units["neurons"] * layers * target.multiple_of, 1e-6 * target.counts.total
+        missing = target.counts.total - target.counts.of(shape) - target.removals
+        if target.multiple_of == 1:
+            assert abs(missing) <= step / 2 + beyond
+        else:
+            assert -beyond <= missing < step + beyond, "at least the ratio"
+        assert with_layers(target, shape.layers, groups) == shape
+    shape = random.choice(shapes)
+    assert target.counts.of(shape) == smaller(target, variant, changes, shape)
 
 
-def test_floors_are_rounded_up_to_multiples_but_never_beyond_a_layers_units():
-    sizes = {"intermediate_size": 100, "num_hidden_layers": 4}
-    for multiple_of, limits, least in (
-        (8, (0.3, 0, 1), (32, 32, 32, 100)),
-        (1, (0.0, 1, 0), (100, 1, 1, 1)),
-        (16, (0.32, 0, 0), (32,) * 4),
-        (64, (0.3, 1, 1), (100, 64, 64, 100)),
-    ):
-        assert budget_of(target(1e-3, multiple_of, **sizes), limits).least["neurons"] == least
+@settings(derandomize=True, deadline=None, max_examples=120)
+@given(targets("uniform", "local", "plain", "global", "searched"))
+def test_what_a_message_calls_possible_is_possible(drawn):
+    target = drawn[2]
+    try:
+        shapes_for(target)
+    except UserError as error:
+        told = re.search(r"nearest possible is ([\d.e-]+)$|that works is (\d+)$|; (nothing can go)$", str(error))
+        if told[1]:
+            shapes_for(replace(target, ratio=float(told[1])))
+        elif told[2]:
+            fewer = replace(target, tensor_parallel=int(told[2]))
+            assert shapes_for(replace(fewer, ratio=float(possible_ratio(fewer)))) is not None
+        else:
+            few = not target.pruned_layers or target.multiple_of >= target.neurons.most or target.neurons.most < 3
+            assert few or target.floor
 
 
-def test_what_is_to_be_removed_is_as_close_as_units_allow_and_no_more_than_floors_do():
-    sizes = {"intermediate_size": 100, "num_hidden_layers": 2}
-    per_unit = target(0.1, **sizes).counts.units["neurons"]
-    share = per_unit / target(0.1, **sizes).counts.total
-    assert budget_of(target(99.6 * share, **sizes), (0.5, 0, 0)).parameters == 100 * per_unit
-    with pytest.raises(UserError, match=f"with the floors .* possible is {round_down(100 * share):.4f}"):
-        budget_of(target(101 * share, **sizes), (0.5, 0, 0))
-    # The last step of 100 in steps of 48 removes 4: a ratio that removes 2 is rounded to it, and one of 1 to nothing.
-    assert budget_of(target(2 * share, 48, **sizes), (0, 0, 0)).parameters == 2 * per_unit
-    with pytest.raises(UserError, match="removes nothing"):
-        budget_of(target(share, 48, **sizes), (0, 0, 0))
+def possible_ratio(target):
+    try:
+        shapes_for(target)
+    except UserError as error:
+        told = re.search(r"nearest possible is ([\d.e-]+)$", str(error))
+        assume(told)
+        return told[1]
+    return target.ratio
+
+
+@settings(derandomize=True, deadline=None, max_examples=60)
+@given(targets("global", "searched"))
+def test_where_layers_compete_bounds_hold_and_the_ratio_is_within_them(drawn):
+    _, changes, target = drawn
+    shapes_or_nothing(target)
+    layers, pruned = changes["num_hidden_layers"], target.pruned_layers
+    for layer, (width, groups) in enumerate(zip(*map(target.fewest, BOTH), strict=True)):
+        whole = changes["intermediate_size"], changes["num_key_value_heads"]
+        least = max(1, round(target.floor * whole[0]))
+        assert (width, groups) == whole or layer in pruned
+        assert width == whole[0] or (width % target.multiple_of == 0 and least <= width < least + target.multiple_of)
+        assert groups == whole[1] or (groups == target.tensor_parallel and "kv_groups" in target.structures)
+    assert {*target.droppable} <= {*pruned} and bool(target.droppable) <= ("layers" in target.structures)
+    assert target.fewest_layers >= 2 * layers / 3
+    gone = {*target.droppable[: layers - target.fewest_layers]}
+    kept = tuple(layer for layer in range(layers) if layer not in gone)
+    least = {kind: tuple(target.fewest(kind)[layer] for layer in kept) for kind in BOTH}
+    assert target.ratio <= target.counts.ratio(Shape(kept, least))
+    tried = range(0, target.most_layers_gone() + 1, step_of_layers(layers))
+    assert all(gone * target.counts.layers[0] <= target.removals for gone in [*tried][:-1])
+
+
+def smol(ratio, allocation="uniform", structures=NEURONS, **options):
+    return Target(blank(**SMOLLM2), ratio, "m", structures, allocation, **options)
+
+
+def test_shapes_of_smollm2():
+    assert {*shape_for(smol(0.2)).units["neurons"]} == {1017}
+    shapes = shapes_for(smol(0.5, "plain", ALL))
+    found = [(len(it.layers), it.units["kv_groups"][0], it.units["neurons"][0]) for it in shapes]
+    assert found[0] == (30, 3, 239) and {(30, 2, 409), (28, 3, 292), (28, 2, 463)} < {*found} and len(found) == 18
+    many = SMOLLM2 | {"num_attention_heads": 32, "num_key_value_heads": 8, "hidden_size": 512, "num_hidden_layers": 22}
+    target = Target(blank(**many), 0.5, "m", ALL, "plain")
+    assert len(shapes_for(target)) == MOST_SHAPES < len(plain_shapes(target))
+    assert {it.units["kv_groups"][0] for it in shapes_for(target)} == {8, 6, 4, 2}
+    marked = blank("qwen3", **SMOLLM2, head_dim=64)
+    marked.config["num_kv_shared_layers"] = 2
+    assert {len(it.layers) for it in shapes_for(Target(marked, 0.4, "m", ALL, "plain"))} == {30}
+
+
+@pytest.mark.parametrize(
+    ("target", "told"),
+    [
+        (smol(0.7), "0.7 can't be reached by pruning neurons; the nearest possible is 0.5915[0-9]*"),
+        (smol(0.9, "plain", ALL), "pruning neurons, kv_groups, layers; the nearest possible is 0.7452[0-9]*"),
+        (smol(0.01, "plain", ALL, tensor_parallel=2), "with tensor_parallel 2; the nearest possible is 0.065772"),
+        (smol(0.2, "plain", ALL, tensor_parallel=4), "tensor_parallel 4 divides no .* its 3 .* that works is 3"),
+        (smol(0.2, "local", BOTH, tensor_parallel=2, protect_first=1), "divides no .* that works is 3"),
+        (smol(0.2, multiple_of=2048), "with multiple_of 2048; nothing can go"),
+        (smol(0.2, "local", BOTH, protect_first=2**31, protect_last=3), "protect_first 2147483648, .*; nothing can go"),
+        (smol(0.9, "searched", ALL, floor=0.5), "layers with floor 0.5; the nearest possible is 0.548188"),
+        (smol(1e-6, "global", BOTH, multiple_of=64), "with multiple_of 64; the nearest possible is 0.000822"),
+    ],
+)
+def test_what_can_not_be_is_one_message(target, told):
+    with pytest.raises(UserError, match=f"^m: .*{told}$"):
+        shapes_for(target)
+
+
+def test_layers_that_differ_lose_the_same_share_each():
+    rows = {"intermediate_size": [40, 48, 20], "num_attention_heads": [8, 4, 8], "num_key_value_heads": [4, 2, 4]}
+    changes = {field: max(row) for field, row in rows.items()} | {"num_hidden_layers": 3, "layer_sizes": rows}
+    shape = shape_for(Target(blank(**changes), 0.2, "m", BOTH, "local"))
+    assert shape.units["kv_groups"] in ((3, 2, 3), (2, 1, 2))
+    left = [kept / dense for kept, dense in zip(shape.units["neurons"], rows["intermediate_size"], strict=True)]
+    assert max(left) - min(left) < 1.1 / 20 and max(left) < 1
+
+
+@pytest.mark.parametrize("model_type", ["gemma4_text", "lfm3", "qwen3_5_text"])
+def test_where_layers_differ_in_size_widths_make_up_for_those_that_go(tmp_path, model_type):
+    kinds = FAMILIES[model_type]["layer_types"]
+    changes = {"num_hidden_layers": 6, "layer_types": [*(kinds[it % 2] for it in range(5)), "full_attention"]}
+    checkpoint = open_checkpoint(save_model(tmp_path / "model", model_type, intermediate_size=40, **changes))
+    target = Target(checkpoint, 0.3, "m", ALL[::2], "plain")
+    assert len(set(target.counts.layers)) > 1
+    for gone in target.droppable:
+        shape = with_layers(target, [layer for layer in range(6) if layer != gone], target.groups.most)
+        assert abs(target.counts.ratio(shape) - 0.3) * target.counts.total <= 3 * target.counts.units["neurons"] + 1
+
+
+# Low rank.
+
+
+def matrices_of(checkpoint):
+    """Map the names of the first layer's matrices to their shapes [out, in]."""
+    shapes = {name: it.shape for name, it in checkpoint.tensors.items() if ".layers.0." in name}
+    return {name.split(".")[-2]: shape for name, shape in shapes.items() if len(shape) == 2}
+
+
+@settings(derandomize=True, deadline=None, max_examples=60)
+@given(targets("low_rank"))
+def test_value_and_output_keep_three_times_what_query_and_key_keep_or_all(drawn):
+    target = drawn[2]
+    (shape,) = shapes_or_nothing(target)
+    matrices, layers = matrices_of(target.dense), target.dense.num_layers
+    whole = layers * sum(map(math.prod, matrices.values()))
+    keep = 1 - target.removals / whole
+    share = {"v_proj": min(1.0, 1.5 * keep), "q_proj": max(0.5 * keep, 2 * keep - 1)}  # both pairs have the same size
+    ranks = {name.split(".")[-1]: row[0] for name, row in shape.ranks.items()}
+    for pair in (("v_proj", "o_proj"), ("q_proj", "k_proj")):
+        for name in pair:
+            exact = share[pair[0]] * math.prod(matrices[name]) / sum(matrices[name])
+            if name in ranks:
+                assert ranks[name] == pytest.approx(max(1, int(exact + 1e-6)), abs=1e-6 if exact % 1 > 1e-6 else 1)
+            else:
+                assert share[pair[0]] > 1 - 1e-9 or math.prod(matrices[name]) <= sum(matrices[name])
+    step = target.multiple_of * layers * target.counts.units["neurons"]
+    assert abs(target.counts.total - target.counts.of(shape) - target.removals) <= step / 2 + 1
+
+
+@pytest.mark.parametrize("keep", [0.8, 0.5])
+def test_without_grouped_queries_ranks_are_those_of_the_release(keep):
+    checkpoint = blank(**LLAMA_7B)
+    whole = 32 * sum(map(math.prod, matrices_of(checkpoint).values()))
+    shape = shape_for(Target(checkpoint, (1 - keep) * whole / checkpoint.parameters, "m", NEURONS, "low_rank"))
+    found = {name.split(".")[-1]: row[0] for name, row in shape.ranks.items()}
+    hidden, split = 4096, 3
+    k_att = int(keep * hidden / 2)
+    k_vo = int(k_att * 2 * split / (1 + split))
+    if k_vo >= hidden / 2:
+        k_qk = int(keep * hidden) - hidden // 2
+        assert found == {"q_proj": pytest.approx(k_qk, abs=1), "k_proj": found["q_proj"]}
+    else:
+        k_qk = int(k_att * 2 / (1 + split))
+        expected = {"q_proj": k_qk, "k_proj": k_qk, "v_proj": k_vo, "o_proj": k_vo}
+        assert found == {name: pytest.approx(rank, abs=2) for name, rank in expected.items()}
+    assert shape.units["neurons"][0] == pytest.approx(keep * 11008, abs=3)
+
+
+# Mixtures of experts.
+
+
+@settings(derandomize=True, deadline=None, max_examples=60)
+@given(mixtures(), st.floats(0.01, 0.95), st.sampled_from([1, 4, 32]), st.sampled_from([NEURONS, BOTH]))
+def test_experts_are_as_wide_as_the_ratio_lets_them_be(config, ratio, multiple_of, structures):
+    checkpoint, step = checkpoint_of(config), math.lcm(multiple_of, ALIGNED)
+    (shape,) = shapes_or_nothing(Target(checkpoint, ratio, "m", structures, "local", multiple_of))
+    assert checkpoint.parameter_counts.ratio(shape) >= ratio and is_plain(checkpoint, shape)
+    experts = checkpoint.structures[EXPERT_NEURONS]
+    widths = {kind: {it // checkpoint.structures[kind].copies for it in row if it} for kind, row in shape.units.items()}
+    (width,) = widths[EXPERT_NEURONS]
+    # Experts no wider than a step lose nothing; what the other MLPs lose may be enough.
+    assert (width % step == 0 and width < experts.width) or width == experts.width <= step
+    for kind in widths.keys() - {"kv_groups"}:
+        whole, (kept,) = checkpoint.structures[kind].width, widths[kind]
+        assert kept <= max(whole * width / experts.width, min(multiple_of, whole))
+    if structures == BOTH:
+        possible = plain_group_counts(checkpoint)
+        wanted = possible[-1] * width / experts.width
+        assert widths["kv_groups"] == {min(possible, key=lambda it: (abs(it - wanted), it))}
+        return
+    left = checkpoint_of({**pruned_config(checkpoint, shape), "num_experts": config["num_experts"]})
+    assert left.parameters == checkpoint.parameter_counts.of(shape)
+
+
+def suffices(config, number):
+    """Check whether a router can choose among so many experts."""
+    groups = config.get("n_group", 1)
+    if number % groups or number < max(2, config["num_experts_per_tok"]):
+        return False
+    sizes = {"n_routed_experts": number, "num_experts_per_tok": config["num_experts_per_tok"], "hidden_size": 8}
+    routing = {"n_group": groups, "topk_group": config.get("topk_group", 1)}
+    if "n_group" not in config:  # no scores of groups
+        return True
+    try:
+        router = DeepseekV3TopkRouter(DeepseekV3Config(**sizes, **routing))
+        # Scores of a group that isn't chosen are -inf.
+        router.e_score_correction_bias.copy_(torch.rand(number) + 10)
+        _, weights, chosen = router(torch.randn(5, 8))
+    except RuntimeError:
+        return False
+    of_groups = [len({*row}) for row in (chosen // (number // groups)).tolist()]
+    return max(of_groups) <= routing["topk_group"] and bool(weights.isfinite().all())
+
+
+@settings(derandomize=True, deadline=None, max_examples=60)
+@given(grouped_mixtures(), st.floats(0.01, 0.95), st.sampled_from([1, 2, 4]))
+def test_as_many_experts_stay_as_the_ratio_and_the_router_let(config, ratio, multiple_of):
+    checkpoint, every = checkpoint_of(config), config["num_experts"]
+    possible = [it for it in range(1, every) if it % multiple_of == 0 and suffices(config, it)]
+    there = checkpoint.structures[EXPERTS].counts
+
+    def of(number):
+        return Shape(tuple(range(len(there))), {EXPERTS: tuple(number if count else 0 for count in there)})
+
+    enough = [it for it in possible if checkpoint.parameter_counts.ratio(of(it)) >= ratio]
+    target = Target(checkpoint, ratio, "m", (EXPERTS,), "uniform", multiple_of)
+    if not enough:
+        with pytest.raises(UserError, match=r"by pruning experts.*; (the nearest possible|nothing can go)"):
+            shapes_for(target)
+        return
+    shape = shape_for(target)
+    assert shape == of(max(enough)) and is_plain(checkpoint, shape)
+    left = checkpoint_of(pruned_config(checkpoint, shape))
+    assert left.parameters == checkpoint.parameter_counts.of(shape)
+    routers = (1 + ("n_group" in config) / 64) * (every - max(enough)) * len(left.family.experts.layers)
+    assert TokenCosts.of(left).active_parameters == TokenCosts.of(checkpoint).active_parameters - 64 * routers
+
+
+def test_a_token_costs_what_its_experts_cost():
+    """Compare with the same model that has only as many experts as a token is routed to."""
+    config = {**CONFIG, "num_hidden_layers": 2, "intermediate_size": 64, "first_k_dense_replace": 1}
+    config |= {"moe_intermediate_size": 64, "num_experts": 4, "num_experts_per_tok": 2}
+    costs, of_chosen = (TokenCosts.of(checkpoint_of({**config, "num_experts": it})) for it in (4, 2))
+    routing = 64 * 2
+    assert costs.active_parameters == of_chosen.parameters + routing
+    assert costs.flops(10) == of_chosen.flops(10) + 2 * routing

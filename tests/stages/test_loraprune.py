@@ -15,7 +15,7 @@ from hfprune_dist.checkpoints.checkpoint import open_checkpoint
 from hfprune_dist.checkpoints.lora_adapter import merged, read_adapter
 from hfprune_dist.checkpoints.write_pruned import unit_cuts
 from hfprune_dist.config.training import RecoveryConfig
-from hfprune_dist.planning.local_shapes import LocalTarget
+from hfprune_dist.planning.shapes import Target, shape_for
 from hfprune_dist.store.artifacts import Store
 from hfprune_dist.store.stage import Input
 
@@ -61,7 +61,7 @@ def uninterrupted(source, tmp_path_factory):
 def test_what_is_left_is_the_plan_s_shape_of_the_trained_model(source, uninterrupted):
     store, stage, artifact = uninterrupted
     dense, kept = open_checkpoint(source / "model"), read_kept(artifact)
-    shape = LocalTarget.of(dense, stage.params, "tiny").shape()
+    shape = shape_for(Target.of(dense, stage.params, stage.params.ratio, "tiny"))
     assert kept.shape == shape and shape.units["neurons"][0] > shape.units["neurons"][1]
     metrics = store.manifest(stage.id)["metrics"]
     assert metrics["ratio_reached"] == dense.parameter_counts.ratio(shape) == pytest.approx(0.2, abs=5e-3)
