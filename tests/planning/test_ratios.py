@@ -157,9 +157,9 @@ def sizes_at(ratio, **options):
 def test_sizes_are_as_far_known_as_the_plan_decides_them():
     assert sizes_of(SMOL) == {"width": "1536", "KV heads": "3", "layers": "30", "ratio": "0.0000"}
     uniform = sizes_at(0.2, allocation="uniform", multiple_of=1)
-    assert uniform == {"width": "1017", "KV heads": "3", "layers": "30", "ratio": "0.2002", "note": ""}
+    assert uniform == {"width": "1017", "KV heads": "3", "layers": "30", "ratio": "0.2000", "note": ""}
     protected = sizes_at(0.4, allocation="local", multiple_of=1, protect_first=1)
-    assert protected["width"].endswith("-1536") and protected["KV heads"] == "2-3" and protected["ratio"] == "0.4000"
+    assert protected["width"].endswith("-1536") and protected["KV heads"] == "1-3" and protected["ratio"] == "0.3999"
     plain = sizes_at(0.5, multiple_of=1)
     assert plain["note"] == "the closest of 18 shapes, by measurement" and plain["layers"] == "20-30"
     low = sizes_at(0.2, allocation="low_rank", criterion="lorap", multiple_of=32)
