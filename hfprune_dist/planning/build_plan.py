@@ -12,7 +12,7 @@ from hfprune_dist.config.method import Method
 from hfprune_dist.config.schema import SweepConfig
 from hfprune_dist.kinds.importance import StudentParameters
 from hfprune_dist.kinds.placement import choose_micro_batches
-from hfprune_dist.methods.sdmprune import PUBLISHED
+from hfprune_dist.methods.sdmprune import LACKS, PUBLISHED
 from hfprune_dist.planning.legality import can_do, refuse_criteria, refuse_model, suited
 from hfprune_dist.planning.model_sources import ModelSource
 from hfprune_dist.planning.plan import NONE, OWN, Cell, Plan, label_of
@@ -59,17 +59,13 @@ def build_plan(
 
 
 def student_of(method: Method, ratio: float) -> StudentParameters | None:
-    """The settings of the model without some neurons on which a method's criterion computes its scores; None if its
-    criterion needs none. What the method leaves open is as published for the nearest ratio.
+    """The settings of the model without some neurons on which a method's criterion computes its scores, as published
+    for the nearest ratio (of two equally near ones, the smaller); None if its criterion needs none.
     """
     if method.student_chosen_by is None:
         return None
-    share, temperature = PUBLISHED[min(PUBLISHED, key=lambda it: (round(abs(it - ratio), 12), it))]
-    return StudentParameters(
-        lacks=method.student_lacks,
-        teacher_share=share if method.teacher_share is None else method.teacher_share,
-        teacher_temperature=temperature if method.teacher_temperature is None else method.teacher_temperature,
-    )
+    share, temperature = PUBLISHED[min(PUBLISHED, key=lambda published: (round(abs(published - ratio), 12), published))]
+    return StudentParameters(lacks=LACKS, teacher_share=share, teacher_temperature=temperature)
 
 
 class _Planner:

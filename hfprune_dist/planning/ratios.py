@@ -9,7 +9,7 @@ from dataclasses import replace
 from hfprune_dist.checkpoints.checkpoint import Checkpoint
 from hfprune_dist.config.method import Method
 from hfprune_dist.errors import UserError
-from hfprune_dist.methods.sdmprune import lacking
+from hfprune_dist.methods.sdmprune import LACKS, lacking
 from hfprune_dist.planning.legality import can_do, refuse_model, suited, why_not
 from hfprune_dist.planning.shapes import ALIGNED, Target, plain_shapes, shapes_for
 from hfprune_dist.structures import EXPERT_NEURONS, EXPERTS, KV_GROUPS
@@ -102,12 +102,12 @@ def _check_student(checkpoint: Checkpoint, ratio: float, method: Method, where: 
     """Refuse a ratio at which some neurons without a score would stay: those that the student lacks."""
     if method.student_chosen_by is None:
         return
-    lacks = sum(lacking(count, method.student_lacks) for count in checkpoint.units.counts)
+    lacks = sum(lacking(count, LACKS) for count in checkpoint.units.counts)
     least = lacks * checkpoint.parameters_per_unit / checkpoint.parameters
     if ratio < least:
         raise UserError(
             f"{where}: ratio {ratio:g} removes less than the student of {method.criterion} lacks, which is "
-            f"{least:.4f} of all parameters; use a larger ratio or a smaller prune.student_lacks"
+            f"{least:.4f} of all parameters; use a larger ratio"
         )
 
 

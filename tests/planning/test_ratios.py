@@ -132,18 +132,16 @@ def test_what_a_student_leaves_open_is_as_published_for_the_nearest_ratio(ratio,
     criterion = "coupled_taylor_distilled"
     student = student_of(Method(criterion=criterion), ratio)
     assert (student.lacks, student.teacher_share, student.teacher_temperature) == (0.025, *published)
-    given = student_of(Method(criterion=criterion, student_lacks=0.1, teacher_share=0, teacher_temperature=2), ratio)
-    assert (given.lacks, given.teacher_share, given.teacher_temperature) == (0.1, 0, 2)
     assert student_of(Method(criterion="coupled_taylor"), ratio) is None
 
 
 def test_a_ratio_at_which_neurons_without_a_score_would_stay_is_refused():
     checkpoint = blank(intermediate_size=100, num_hidden_layers=2)
-    student = Method(criterion="coupled_taylor_distilled", student_lacks=0.1)
-    least = 2 * 10 * checkpoint.parameters_per_unit / checkpoint.parameters
+    student = Method(criterion="coupled_taylor_distilled")
+    least = 2 * 2 * checkpoint.parameters_per_unit / checkpoint.parameters
     check_ratios(checkpoint, [least], student, "m")
     check_ratios(checkpoint, [0.9 * least], student.model_copy(update={"criterion": "coupled_taylor"}), "m")
-    with pytest.raises(UserError, match=rf"m: ratio .* lacks, which is {least:.4f} of all .*student_lacks"):
+    with pytest.raises(UserError, match=rf"m: ratio .* lacks, which is {least:.4f} of all"):
         check_ratios(checkpoint, [0.9 * least], student, "m")
 
 
