@@ -144,7 +144,9 @@ def _panels(evidence: Evidence, measures: Mapping[str, tuple[Measure, dict[str, 
     for model, (title, (measure, height)) in product(evidence.models, measures.items()):
         rows = [row for row in evidence.rows if row["model"] == model and row["parameters"]]
         known = sorted((it for it in rows if measure(it)[0] is not None), key=lambda row: int(row["parameters"]))
-        lines = {(row["method"], row["recovery"]): [it for it in known if _is_of(row, it)] for row in known}
+        lines: dict[tuple[str | None, str], list[Row]] = {}
+        for row in known:
+            lines.setdefault((row["method"], row["recovery"]), []).append(row)
         ends = [known[0]["parameters"], known[-1]["parameters"]] if known else []
         traces = []
         for (method, recovery), on_line in lines.items():
@@ -161,10 +163,6 @@ def _panels(evidence: Evidence, measures: Mapping[str, tuple[Measure, dict[str, 
         layout = {"xaxis": {"title": {"text": "parameters"}, "tickformat": ".4~s"}, "yaxis": height}
         figures += [Figure(f"{model}: {title}", model, traces, layout)] if traces else []
     return figures
-
-
-def _is_of(row: Row, other: Row) -> bool:
-    return bool(row["method"] == other["method"] and row["recovery"] == other["recovery"])
 
 
 # What checkpoints keep.

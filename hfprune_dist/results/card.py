@@ -206,14 +206,14 @@ def model_card(subject: Subject, recipe: Recipe | None) -> str:
     """The full text of the card."""
     from huggingface_hub import ModelCardData
 
-    scores, cell, base = list(scores_of(subject)), subject.cell, subject.base
+    scores, texts, cell, base = list(scores_of(subject)), list(_texts(subject)), subject.cell, subject.base
     data = ModelCardData(
         model_name=subject.name,
         base_model=base.hub_id,
         library_name="transformers",
         pipeline_tag="image-text-to-text" if subject.dense.has_vision else "text-generation",
         tags=["hfprune", *(["pruned", "model-compression", cell.method] if cell.method else [])],
-        datasets=sorted(_datasets(subject)) or None,
+        datasets=sorted({it["dataset"] for _, (it, file) in texts if file is None}) or None,
         eval_results=[score.result() for score in scores] or None,
         **base.carried,
     )
@@ -243,7 +243,7 @@ def _summary(subject: Subject) -> str:
 
 def _facts(subject: Subject) -> dict[str, str | None]:
     """Heading of each line of the table -> its text; None if it isn't known or there is nothing to say."""
-    base, cell, row = subject.base, subject.cell, subject.row
+    base, cell, row, texts = subject.base, subject.cell, subject.row, list(_texts(subject))
     licences = [code(name) for name in sorted(subject.manifest["files"]) if is_licence(name)]
     unknown = f"see {', '.join(licences)}" if licences else "not known: see the base model before you share this one"
     return {
@@ -255,24 +255,19 @@ def _facts(subject: Subject) -> dict[str, str | None]:
         "parameters": number(row["parameters"], ","),
         "sizes": ", ".join(f"{column.header} {column.show(row)}" for column in sizes([row])),
         "weights": f"{number(row['weight_bytes'], ',')} bytes",
-        "calibrated on": _trained_or_calibrated_on(subject, "calibration"),
-        "LoRA trained on": _trained_or_calibrated_on(subject, "recovery"),
+        "calibrated on": ", ".join(dict.fromkeys(_text(*it) for key, it in texts if key == "calibration")),
+        "LoRA trained on": ", ".join(_text(*it) for key, it in texts if key == "recovery"),
     }
 
 
-def _trained_or_calibrated_on(subject: Subject, section: str) -> str | None:
-    """The texts that a section of settings names, in Markdown; None if no stage behind the row read them."""
-    stages = [it for it in subject.stages if section in it.params.to_json()]
-    return ", ".join(_text(*it) for it in _texts(stages[-1], section)) if stages else None
-
-
-def _texts(stage: Stage, section: str) -> Iterator[tuple[Mapping[str, Any], Input | None]]:
-    """Settings of each text that a stage reads, and its input if the text is a file."""
-    settings = stage.params.to_json()[section]
-    role = "instructions" if section == "recovery" else section
-    texts = settings.get("mixture")
-    for place, text in enumerate(texts or [settings], 1):
-        yield text, stage.inputs.get(f"{role} {place}" if texts else role)
+def _texts(subject: Subject) -> Iterator[tuple[str, tuple[Mapping[str, Any], Input | None]]]:
+    """Section, settings and file of each text on which the checkpoint was calibrated or trained."""
+    for stage in subject.stages:
+        for section, role in (("calibration", "calibration"), ("recovery", "instructions")):
+            if settings := stage.params.to_json().get(section):
+                texts = settings.get("mixture")
+                for place, text in enumerate(texts or [settings], 1):
+                    yield section, (text, stage.inputs.get(f"{role} {place}" if texts else role))
 
 
 def _text(settings: Mapping[str, Any], source: Input | None) -> str:
@@ -282,13 +277,6 @@ def _text(settings: Mapping[str, Any], source: Input | None) -> str:
     parts = [settings.get("dataset"), settings.get("name"), settings.get("split")]
     revision = f" at {escaped(settings['revision'])}" if settings.get("revision") else ""
     return code("/".join(str(part) for part in parts if part)) + revision
-
-
-def _datasets(subject: Subject) -> set[str]:
-    """Hub ids of the data sets on which the checkpoint was calibrated and trained."""
-    read = [(it, section) for it in subject.stages for section in ("calibration", "recovery")]
-    texts = [text for it, section in read if section in it.params.to_json() for text in _texts(it, section)]
-    return {settings["dataset"] for settings, source in texts if source is None and settings.get("dataset")}
 
 
 def _how_to_load(subject: Subject) -> str:
@@ -377,37 +365,27 @@ class Score:
 def scores_of(subject: Subject) -> Iterator[Score]:
     """All known scores of a checkpoint's evaluation, fidelity first."""
     row, dense = subject.row, subject.dense_row or {OTHER_TEXTS: {}, "tasks": {}}
+    # How it was measured, what identifies it, titles of its metrics, their values, and those of the dense model.
+    measured: list[tuple[str, tuple[str, str | None], dict[str, str], Row, Row]] = []
     for name, found in {FIRST: row, **row[OTHER_TEXTS]}.items():
         reference = subject.evaluation.inputs.get(reference_role(name))
         if reference is not None:
             stage = next(it for it in subject.stages if it.id == reference.location)
             settings, source = stage.params.to_json()["text"], stage.inputs.get("text")
             on = f"held-out text, {counted(settings['windows'], 'window')} of {_text(settings, source)}"
-            dataset = settings["dataset"] if source is None else "held-out"
-            of_dense = dense if name == FIRST else dense[OTHER_TEXTS].get(name, {})
-            for metric in OF_TEXT:
-                yield from _score(on, dataset, name or None, metric, METRICS[metric].told, found, of_dense)
+            place = settings["dataset"] if source is None else "held-out", name or None
+            titles = {metric: METRICS[metric].told for metric in OF_TEXT}
+            measured.append((on, place, titles, found, dense if name == FIRST else dense[OTHER_TEXTS].get(name, {})))
     settings = subject.evaluation.params.to_json()
-    shots = "" if settings["num_fewshot"] is None else f", {settings['num_fewshot']}-shot"
-    limit = "" if settings["limit"] is None else f", at most {counted(settings['limit'], 'document')} a task"
+    how = "lm-eval" if settings["num_fewshot"] is None else f"lm-eval, {settings['num_fewshot']}-shot"
+    how += "" if settings["limit"] is None else f", at most {counted(settings['limit'], 'document')} a task"
     for task, found in row["tasks"].items():
-        for metric in (it for it in found if not it.endswith("_stderr")):
-            on = f"{escaped(task)} (lm-eval{shots}{limit})"
-            yield from _score(on, task, None, metric, metric, found, dense["tasks"].get(task, {}))
-
-
-def _score(
-    on: str,
-    dataset: str,
-    config: str | None,
-    metric: str,
-    title: str,
-    found: Mapping[str, Any],
-    dense: Mapping[str, Any],
-) -> Iterator[Score]:
-    """The score if it is known."""
-    if (value := found.get(metric)) is not None:
-        yield Score(on, dataset, config, metric, title, value, found.get(f"{metric}_stderr"), dense.get(metric))
+        titles = {metric: metric for metric in found if not metric.endswith("_stderr")}
+        measured.append((f"{escaped(task)} ({how})", (task, None), titles, found, dense["tasks"].get(task, {})))
+    for on, place, titles, found, of_dense in measured:
+        for metric, title in titles.items():
+            if (value := found.get(metric)) is not None:
+                yield Score(on, *place, metric, title, value, found.get(f"{metric}_stderr"), of_dense.get(metric))
 
 
 def scores_table(scores: Sequence[Score]) -> str:

@@ -165,20 +165,17 @@ class _Rows:
             it["metrics"].get("training_tokens", 0) * it["metrics"].get("flops_per_token", 0) if it else None
             for it in making
         ]
+        costs = [(it.get("world_size"), it.get("wall_time_s")) if it else (None, None) for it in making]
+        hours = [None if ranks is None or time is None else ranks * time / 3600 for ranks, time in costs]
         return {
             "training_tokens": sum_or_none(trained),
             "training_flops": sum_or_none(operations),
-            "device_hours": sum_or_none(_device_hours(it) for it in making),
+            "device_hours": sum_or_none(hours),
             "stages": seconds,
             "own_time_s": sum_or_none(seconds[it] for it in seconds if it not in self._shared),
             "wall_time_s": sum_or_none(seconds.values()),
             "peak_memory_bytes": None if None in peaks else max(it for it in peaks if it is not None),
         }
-
-
-def _device_hours(manifest: Manifest | None) -> float | None:
-    ranks, seconds = (None, None) if manifest is None else (manifest.get("world_size"), manifest.get("wall_time_s"))
-    return None if ranks is None or seconds is None else ranks * seconds / 3600
 
 
 def sum_or_none(values: Iterable[float | None]) -> float | None:
