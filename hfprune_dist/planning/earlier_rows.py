@@ -38,34 +38,16 @@ def refuse_other_checkpoints(today: Plan, earlier: Plan, out: Path) -> None:
         UserError: naming both checkpoints, and the rows that would stay.
     """
     now = {cell.model: _dense(today, cell) for cell in today.cells}
-    others = [
-        cell
-        for cell in _not_replaced(today, earlier)
-        if cell.model in now and _dense(earlier, cell).identity != now[cell.model].identity
-    ]
-    if others:
-        name = others[0].model
-        labels = [cell.label for cell in others if cell.model == name]
-        both = f"{name!r} ({_told_apart(now[name], _dense(earlier, others[0]))})"
-        raise UserError(
-            f"--out {out}: its rows {', '.join(map(repr, labels))}, which this sweep doesn't replace, are of another "
-            f"checkpoint than its model {both}; give the model another name through an alias ({_alias(now[name])}), "
-            f"use another --out, or remove these rows first: {' '.join(map(_forget, labels))}"
-        )
-
-
-def _told_apart(now: Input, before: Input) -> str:
-    same_place = now.location == before.location
-    return f"{now.location}, " + ("whose files have changed since" if same_place else f"not {before.location}")
-
-
-def _alias(model: Input) -> str:
-    place = "hub_id=ORG/MODEL" if model.content == "commit" else f"path={model.location}"
-    return f"--set {shlex.quote(f'aliases.NAME.{place}')} --models NAME"
-
-
-def _forget(label: str) -> str:
-    return f"--forget {shlex.quote(label)}"
+    for cell in _not_replaced(today, earlier):
+        dense = _dense(earlier, cell)
+        if cell.model in now and dense.identity != now[cell.model].identity:
+            others = [it.label for it in _not_replaced(today, earlier) if it.model == cell.model]
+            raise UserError(
+                f"--out {out}: its rows {', '.join(map(repr, others))}, which stay, are of another "
+                f"checkpoint ({dense.location}, as it was) than its model {cell.model!r} ({now[cell.model].location}); "
+                "give the model another name through an alias, use another --out, or remove these rows first: "
+                + " ".join(f"--forget {shlex.quote(label)}" for label in others)
+            )
 
 
 def _dense(plan: Plan, cell: Cell) -> Input:

@@ -1,25 +1,46 @@
-"""The user's files that a stage reads: they must stay as they were when the sweep was planned."""
+"""The user's files that a stage reads: how their content identifies them, and that it stays as it was planned."""
 
 from __future__ import annotations
 
 import contextlib
-import time
-from collections.abc import Callable, Iterable
+import glob
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
+
+import yaml
 
 from hfprune_dist.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from hfprune_dist.data.formats import files_of, identity_of
 from hfprune_dist.errors import UserError
-from hfprune_dist.planning.task_files import outside_files
 from hfprune_dist.store.hashing import FileHashes, digest_of, files_below
 from hfprune_dist.store.stage import Input
-
-# Size, modification time and inode: they reveal, without reading a file, that it was written or replaced.
-Traits = tuple[int, int, int]
 
 
 class ChangedInputError(UserError):
     """A file is not the one that the sweep was planned with, so results may come from either version."""
+
+
+def require_planned(inputs: Iterable[Input], hashes: FileHashes, when: str) -> None:
+    """Check that the user's files among a stage's inputs have the content that was planned; for a commit of the hub,
+    which never changes, that the files are there. Files that were hashed before and look untouched aren't read again.
+
+    Args:
+        when: what a change would have happened during, for messages.
+
+    Raises:
+        ChangedInputError: naming what has changed.
+        UserError: naming what is gone or can't be read.
+    """
+    for source in inputs:
+        location = Path(source.location)
+        if source.content == "commit":
+            open_checkpoint(location)
+        elif source.content and _identity(source.content, location, hashes) != source.identity:
+            newest = max(_files(source.content, location), key=_changed_at, default=location)
+            raise ChangedInputError(f"{location} (most recently {newest.name}): changed {when}; run the sweep again")
+    with contextlib.suppress(OSError):  # then files are read again the next time
+        hashes.save()
 
 
 def content_files(checkpoint: Checkpoint) -> list[str]:
@@ -28,126 +49,103 @@ def content_files(checkpoint: Checkpoint) -> list[str]:
 
 
 def own_tasks(include_path: str | None, hashes: FileHashes) -> dict[str, Input]:
-    """The user's lm-eval tasks as inputs of an evaluation: their folder and, if there are any, the files elsewhere.
+    """The user's lm-eval tasks as input of an evaluation: their folder, with the files elsewhere that they read.
 
     Raises:
         UserError: if there is no such folder, or a file can't be read.
     """
     if include_path is None:
         return {}
-    folder = Path(include_path)
-    inputs = {"tasks": Input(hashes.of_folder(folder), str(folder), content="folder")}
-    elsewhere = outside_files(folder)
-    if elsewhere:
-        inputs["files of tasks"] = Input(_identity_of(elsewhere, hashes), str(folder), content="files of tasks")
-    return inputs
+    return {"tasks": Input(_identity("tasks", Path(include_path), hashes), include_path, content="tasks")}
 
 
-def _identity_of(files: Iterable[Path], hashes: FileHashes) -> str:
-    """The identity of files wherever they are; the order of their paths tells files of one name apart."""
-    return digest_of([[file.name, hashes.of_file(file)] for file in files])
-
-
-class UserFiles:
-    """The files of the user's that a stage reads, from its start to its commit.
-
-    Args:
-        inputs: of the stage; artifacts among them are ignored.
-        make_hashes: makes the cache of hashes of files that any process of the store has read before.
-    """
-
-    def __init__(self, inputs: Iterable[Input], make_hashes: Callable[[], FileHashes]) -> None:
-        self._inputs = [source for source in inputs if source.content]
-        self._make_hashes = make_hashes
-        self._at_start: dict[Path, Traits] | None = None
-
-    def require_planned(self) -> None:
-        """Check that all files have the content that was planned; for a commit of the hub, that the files are there.
-
-
-        Raises:
-            ChangedInputError: naming what has changed.
-            UserError: naming what is gone or can't be read.
-        """
-        self._at_start = self._traits()
-        self._require_content("since the sweep was planned")
-
-    def require_untouched(self) -> None:
-        """Check that nobody has written or replaced a file since ``require_planned``, if that was called.
-
-        Files are read only if a change could have left size, modification time and inode as they were.
-
-        Raises:
-            ChangedInputError: naming what has changed.
-            UserError: naming what is gone or can't be read.
-        """
-        if self._at_start is None:
-            return
-        now = self._traits()
-        touched = sorted(file for file in self._at_start | now if self._at_start.get(file) != now.get(file))
-        if touched:
-            raise ChangedInputError(f"{touched[0]}: written or replaced while a stage read it; run the sweep again")
-        self._require_content("while a stage read it")
-
-    def _require_content(self, when: str) -> None:
-        hashes = self._make_hashes()
-        for source in self._inputs:
-            if _identity_now(source, hashes) != source.identity:
-                raise ChangedInputError(f"{_changed_part(source)}: changed {when}; run the sweep again")
-        with contextlib.suppress(OSError):  # then files are read again the next time
-            hashes.save()
-
-    def _traits(self) -> dict[Path, Traits]:
-        return {file: _traits_of(file) for source in self._inputs for file in _files(source)}
-
-
-def _identity_now(source: Input, hashes: FileHashes) -> str:
-    location = Path(source.location)
-    if source.content == "commit":
-        open_checkpoint(location)
-        return source.identity
-    if source.content == "text":
+def _identity(content: str, location: Path, hashes: FileHashes) -> str:
+    if content == "text":
         return identity_of(location, hashes)
-    if source.content == "files of tasks":
-        return _identity_of(outside_files(location), hashes)
-    return hashes.of_files(location, _names(source))
+    if content == "checkpoint":
+        return hashes.of_files(location, content_files(open_checkpoint(location)))
+    inside = hashes.of_folder(location)
+    # The order of their paths tells files of one name apart.
+    return digest_of([inside, [[file.name, hashes.of_file(file)] for file in outside_files(location)]])
 
 
-def _names(source: Input) -> list[str]:
-    """Names of the files in a folder that matter, relative to it."""
-    location = Path(source.location)
-    return files_below(location) if source.content == "folder" else content_files(open_checkpoint(location))
-
-
-def _files(source: Input) -> list[Path]:
-    """All files that could change."""
-    location = Path(source.location)
-    if source.content == "text":
+def _files(content: str, location: Path) -> list[Path]:
+    if content == "text":
         return files_of(location)
-    if source.content == "files of tasks":
-        return outside_files(location)
-    return [] if source.content == "commit" else [location / name for name in _names(source)]
-
-
-def _changed_part(source: Input) -> str:
-    """How to name an input that has changed; of several files, the one that changed last is the best guess."""
-    newest = max(_files(source), key=_changed_at, default=Path(source.location))
-    if newest == Path(source.location) or source.content == "files of tasks":
-        return str(newest)
-    return f"{source.location} (most recently {newest.name})"
+    if content == "checkpoint":
+        return [location / name for name in content_files(open_checkpoint(location))]
+    return [*(location / name for name in files_below(location)), *outside_files(location)]
 
 
 def _changed_at(file: Path) -> int:
-    """Unix time in ns of a file's last change; now, if it was removed after it had been listed."""
-    try:
+    with contextlib.suppress(FileNotFoundError):
         return file.stat().st_ctime_ns
-    except FileNotFoundError:
-        return time.time_ns()
+    return 0
 
 
-def _traits_of(file: Path) -> Traits:
+# Files outside a folder of lm-eval tasks that these read: YAML files that they include, functions, and data.
+
+
+class _TaskYaml(yaml.SafeLoader):
+    """YAML loader that makes lm-eval's ``!function module.name`` the module's path, without importing anything."""
+
+
+_TaskYaml.add_multi_constructor(
+    "!function", lambda loader, suffix, node: f"{node.value.rpartition('.')[0].replace('.', '/')}.py"
+)
+
+
+def outside_files(folder: Path) -> list[Path]:
+    """The files that tasks in a folder read, and that ``files_below`` doesn't list there; links resolved, and sorted.
+
+    Any text in a task's YAML file that is the path of a file or of a folder counts; what functions read isn't known.
+    Tasks that can't be read are passed over: where they are evaluated, they are refused.
+
+    Raises:
+        UserError: if the folder, or one with data, can't be listed.
+    """
+    inside = {(folder / name).resolve() for name in files_below(folder)}
     try:
-        stat = file.stat()
+        read = [file.resolve() for file in sorted(folder.glob("**/*.yaml"))]
+        for file in read:  # grows while files include others
+            read += [found for found in map(Path.resolve, _read_by(file, folder)) if found not in read]
     except OSError as error:
-        raise UserError(f"{file}: {error.strerror or error}") from None
-    return stat.st_size, stat.st_mtime_ns, stat.st_ino
+        raise UserError(f"{error.filename or folder}: {error.strerror or error}") from None
+    return sorted(set(read) - inside)
+
+
+def _read_by(file: Path, folder: Path) -> Iterator[Path]:
+    """Yield the files that one file names, if it is YAML: as lm-eval and datasets see paths, from its own folder, from
+    the tasks', or from a folder that it names, of which all files count if it names none.
+    """
+    if file.suffix not in (".yaml", ".yml"):
+        return
+    try:
+        paths = list(_paths_in(yaml.load(file.read_text(encoding="utf-8"), _TaskYaml)))
+    except (yaml.YAMLError, ValueError, RecursionError):
+        return
+    around = {folder.resolve(), *folder.resolve().parents}
+    data = [it for it in (folder / path for path in paths) if it.is_dir() and it.resolve() not in around]
+    data += [inner / path for inner in data for path in paths if (inner / path).is_dir() and path != "."]
+    for place in (file.parent, folder):
+        for path in paths:
+            yield from _matching(place / path)
+    for place in data:
+        yield from [it for path in paths for it in _matching(place / path)] or [place / it for it in files_below(place)]
+
+
+def _paths_in(content: Any) -> Iterator[str]:
+    """Yield all values that may be paths, at any depth, without the forms of URLs that local files have too."""
+    if isinstance(content, str) and content and all(len(part.encode()) < 256 for part in content.split("/")):
+        path = content.rpartition("::")[2].removeprefix("file://")  # as in zip://*.json::archive.zip
+        if "://" not in path and "\0" not in path:
+            yield path
+    elif isinstance(content, Mapping | list):
+        for value in content.values() if isinstance(content, Mapping) else content:
+            yield from _paths_in(value)
+
+
+def _matching(pattern: Path) -> list[Path]:
+    """The file with this name, or the files that match it as a pattern."""
+    names = [str(pattern)] if pattern.is_file() else glob.glob(str(pattern), recursive=True)  # noqa: PTH207
+    return [file for file in map(Path, names) if file.is_file()]

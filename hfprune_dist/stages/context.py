@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -23,7 +23,7 @@ from hfprune_dist.distributed.interruption import Interruption
 from hfprune_dist.distributed.layer_check import check_layers
 from hfprune_dist.distributed.world import World
 from hfprune_dist.errors import LostInputError
-from hfprune_dist.planning.user_files import ChangedInputError, UserFiles
+from hfprune_dist.planning.user_files import ChangedInputError, require_planned
 from hfprune_dist.store.artifacts import Store
 from hfprune_dist.store.claims import Claim
 from hfprune_dist.store.hashing import digest_of
@@ -108,10 +108,6 @@ class Context(Generic[P]):
         passed = self.store.root / "layers" / f"checked-{key}.json"
         check_layers(checkpoint, windows_ST[0], getattr(torch, dtype), self.runtime.sharding, self.world, passed)
 
-    @cached_property
-    def _user_files(self) -> UserFiles:
-        return UserFiles(self.stage.inputs.values(), self.store.make_hashes)
-
     def check_inputs(self) -> None:
         """Verify everything that this stage reads; rank 0 does.
 
@@ -129,7 +125,7 @@ class Context(Generic[P]):
     def _check_inputs(self) -> None:
         for stage_id in self.stage.needs:
             self._check_artifact(stage_id)
-        self._discarding_progress(self._user_files.require_planned)
+        self._require_planned("since the sweep was planned")
 
     def _check_artifact(self, stage_id: str) -> None:
         need = self.store.handle(stage_id)
@@ -143,19 +139,19 @@ class Context(Generic[P]):
             raise LostInputError(f"{stage_id}: {verdict.reason}; run the sweep again")
 
     def require_untouched_inputs(self) -> None:
-        """Check that none of the user's files has changed since ``check_inputs``; on rank 0.
+        """Check that the user's files are as planned still; on rank 0.
 
         Call it before keeping anything that others, or a later attempt, will take for the result of the planned files.
 
         Raises:
             ChangedInputError: naming the file. Progress that this stage has made with it is deleted.
         """
-        self._discarding_progress(self._user_files.require_untouched)
+        self._require_planned("while a stage read it")
 
-    def _discarding_progress(self, check: Callable[[], None]) -> None:
-        """Check files; if they have changed, discard the progress, which may come from either content."""
+    def _require_planned(self, when: str) -> None:
+        """Check the user's files; if they have changed, discard the progress, which may come from either content."""
         try:
-            check()
+            require_planned(self.stage.inputs.values(), self.store.make_hashes(), when)
         except ChangedInputError:
             if self.claim is not None:
                 self.claim.require_held()

@@ -18,7 +18,7 @@ STAGE_VERSIONS = {kind: it.version for kind, it in KINDS.items()}
 # Kinds whose artifact is a model with parts of their input model removed, and kinds that train on instructions.
 CUTTING = frozenset(kind for kind, it in KINDS.items() if it.cuts)
 RECOVERING = frozenset(kind for kind, it in KINDS.items() if it.trains_on_pairs)
-Content = Literal["", "text", "folder", "files of tasks", "checkpoint", "commit"]
+Content = Literal["", "text", "tasks", "checkpoint", "commit"]
 
 
 @dataclass(frozen=True)
@@ -29,9 +29,9 @@ class Input:
     files of the user's, the identity is a digest of their content, and the location their path.
 
     Attributes:
-        content: what the identity of a user's files is the digest of: a ``text``, all files of a ``folder``, the
-            ``files of tasks`` that a folder's lm-eval tasks read elsewhere, the files that make up a ``checkpoint``, or
-            the name of a ``commit`` on the hub, whose files never change. Empty for artifacts.
+        content: what the identity of a user's files is the digest of: a ``text``, a folder of lm-eval ``tasks``
+            with the files elsewhere that they read, the files that make up a ``checkpoint``, or the name of a
+            ``commit`` on the hub, whose files never change. Empty for artifacts.
     """
 
     identity: str

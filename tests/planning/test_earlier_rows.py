@@ -32,53 +32,37 @@ def plan_of(models, ratios=(0.1,), methods=("hfprune",)):
     return Plan(stages, tuple(cells))
 
 
-EARLIER = plan_of({"alpha": ALPHA})
-REFUSED = {
-    "another ratio": plan_of({"alpha": OTHER}, [0.2]),
-    "a commit": plan_of({"alpha": ON_HUB}, [0.2]),
-    "another method": plan_of({"alpha": OTHER}, methods=["theirs"]),
-    "beside another model": plan_of({"beta": ALPHA, "alpha": OTHER}, [0.2]),
-    "nothing but the dense row": plan_of({"alpha": OTHER}, []),
-}
-ALLOWED = {
-    "all rows are replaced": plan_of({"alpha": OTHER}),
-    "and more are added": plan_of({"alpha": OTHER}, [0.1, 0.3], ["theirs", "hfprune"]),
-    "the same checkpoint": plan_of({"alpha": ALPHA}, [0.2]),
-    "a copy": plan_of({"alpha": COPY}, [0.2]),
-    "another name": plan_of({"other": OTHER}, [0.2]),
-    "no model of that name": plan_of({"beta": ON_HUB}, [0.2]),
-}
-
-
-class TestOtherCheckpoints:
-    @pytest.mark.parametrize("today", REFUSED.values(), ids=REFUSED)
-    def test_are_refused_if_rows_of_the_first_would_stay(self, today):
-        with pytest.raises(UserError) as refused:
-            refuse_other_checkpoints(today, EARLIER, OUT)
-        said = str(refused.value)
-        assert said.startswith(f"--out {OUT}: its rows 'alpha 0.1 hfprune', which") and "not /models/alpha" in said
-        assert said.endswith("--forget 'alpha 0.1 hfprune'")
-        by_path = today is not REFUSED["a commit"]
-        alias = f"path={OTHER.location}" if by_path else "hub_id=ORG/MODEL"
-        assert f"(--set aliases.NAME.{alias} --models NAME)" in said
-
-    @pytest.mark.parametrize("today", ALLOWED.values(), ids=ALLOWED)
-    def test_may_replace_all_rows_of_the_first(self, today):
-        refuse_other_checkpoints(today, EARLIER, OUT)
-        together = with_earlier_rows(today, EARLIER)
-        identities = {(cell.model, together.stages[cell.evaluate].inputs["dense"].identity) for cell in together.cells}
-        assert len(identities) == len({name for name, _ in identities})
-
-
-def test_rows_to_remove_are_those_of_the_model_and_have_the_labels_of_the_folder():
+@pytest.mark.parametrize(
+    "today",
+    [
+        plan_of({"alpha": OTHER}, [0.2]),
+        plan_of({"alpha": replace(ALPHA, identity="of what it is now")}, [0.2]),
+        plan_of({"alpha": ON_HUB}, methods=["theirs"]),
+        plan_of({"beta": ALPHA, "alpha": OTHER}, []),
+    ],
+)
+def test_rows_of_another_checkpoint_of_that_name_can_not_stay(today):
     earlier = plan_of({"beta": ALPHA, "alpha": ALPHA}, [0.1, 0.3])
     with pytest.raises(UserError) as refused:
-        refuse_other_checkpoints(plan_of({"beta": COPY, "alpha": OTHER}, methods=["theirs"]), earlier, OUT)
+        refuse_other_checkpoints(today, earlier, OUT)
     said = str(refused.value)
+    assert said.startswith(f"--out {OUT}: its rows 'alpha 0.1 hfprune', 'alpha 0.3 hfprune', which")
     assert said.endswith(": --forget 'alpha 0.1 hfprune' --forget 'alpha 0.3 hfprune'") and "beta" not in said
 
 
-def test_a_checkpoint_that_changed_in_its_folder_is_another():
-    changed = replace(ALPHA, identity="of what it is now")
-    with pytest.raises(UserError, match=r"\(/models/alpha, whose files have changed since\)"):
-        refuse_other_checkpoints(plan_of({"alpha": changed}, [0.2]), plan_of({"alpha": ALPHA}), OUT)
+@pytest.mark.parametrize(
+    "today",
+    [
+        plan_of({"alpha": OTHER}),
+        plan_of({"alpha": OTHER}, [0.1, 0.3], ["theirs", "hfprune"]),
+        plan_of({"alpha": COPY}, [0.2]),
+        plan_of({"other": OTHER}, [0.2]),
+        plan_of({"beta": ON_HUB}, [0.2]),
+    ],
+)
+def test_they_may_all_be_replaced_and_rows_of_the_same_checkpoint_stay(today):
+    earlier = plan_of({"alpha": ALPHA})
+    refuse_other_checkpoints(today, earlier, OUT)
+    together = with_earlier_rows(today, earlier)
+    identities = {(cell.model, together.stages[cell.evaluate].inputs["dense"].identity) for cell in together.cells}
+    assert len(identities) == len({name for name, _ in identities})

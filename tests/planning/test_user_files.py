@@ -1,242 +1,180 @@
-"""The user's files are as planned when a stage begins, and still when it commits."""
+"""The user's files are as planned when a stage begins and when it commits; files of tasks outside their folder."""
 
+import json
 import os
 import time
 
 import pytest
+import yaml
 from made_stages import stage_of
 from sweeps import make_inputs, planned
 
 from hfprune_dist.errors import UserError
-from hfprune_dist.planning.user_files import ChangedInputError, UserFiles, _changed_part
+from hfprune_dist.evaluation.lm_eval_tasks import TaskLoader
+from hfprune_dist.planning.user_files import ChangedInputError, outside_files, require_planned
 from hfprune_dist.store import hashing as identity
 from hfprune_dist.store.hashing import FileHashes
 from hfprune_dist.store.stage import Input
 
-PLANNED = "since the sweep was planned; run the sweep again"
+WHEN = "since the sweep was planned"
 # Kind of stage -> the files that it reads
 READS = {
     "importance": ["alpha/model.safetensors", "alpha/config.json", "alpha/tokenizer.json", "calibration.jsonl"],
-    "reference": ["alpha/model.safetensors", "heldout.jsonl"],
-    "recover": ["alpha/model.safetensors", "pairs.jsonl"],
-    "evaluate": ["alpha/model.safetensors", "tasks/choice.yaml", "tasks/choice.jsonl", "tasks/_utils.py"],
+    "reference": ["heldout.jsonl"],
+    "recover": ["pairs.jsonl"],
+    "evaluate": ["tasks/choice.yaml", "tasks/choice.jsonl", "tasks/_utils.py", "data/more.jsonl", "data/base.yml"],
 }
+LINE = '{"text": "a", "answer": "b"}\n'
 
 
 @pytest.fixture
 def folder(tmp_path):
+    """Everything that a sweep reads, tasks that read files elsewhere among it."""
     make_inputs(tmp_path)
     (tmp_path / "tasks" / "_utils.py").write_text("")
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "more.jsonl").write_text("{}\n")
+    (tmp_path / "data" / "base.yml").write_text("output_type: multiple_choice\n")
+    more = {"task": "more", "include": "../data/base.yml", "dataset_path": "json"}
+    more["dataset_kwargs"] = {"data_files": {"test": "../data/more.jsonl"}}
+    (tmp_path / "tasks" / "more.yaml").write_text(yaml.safe_dump(more))
     return tmp_path
 
 
-@pytest.fixture
-def stages(folder):
-    plan = planned(folder / "tiny.yaml", models=["alpha"])[1]
-    return {stage.kind: stage for stage in reversed(plan.stages.values())}
+def stages_in(folder):
+    return {stage.kind: stage for stage in reversed(planned(folder / "tiny.yaml", models=["alpha"])[1].stages.values())}
 
 
-def user_files(stage, hashes=None):
-    return UserFiles(stage.inputs.values(), lambda: FileHashes(hashes))
-
-
-def test_every_file_of_the_users_is_known_by_its_content(stages):
-    for kind in READS:
-        own = {role: source.content for role, source in stages[kind].inputs.items() if not source.is_stage}
-        assert all(own.values()), (kind, own)
+def check(stage, hashes=None):
+    require_planned(stage.inputs.values(), FileHashes(hashes), WHEN)
 
 
 @pytest.mark.parametrize(("kind", "name"), [(kind, name) for kind, names in READS.items() for name in names])
-def test_a_change_is_refused_and_named(folder, stages, kind, name):
-    files = user_files(stages[kind])
-    files.require_planned()
-    files.require_untouched()
-    with (folder / name).open("a") as stream:
-        stream.write(" ")
-    with pytest.raises(UserError, match=name.rpartition("/")[2].replace(".", r"\.")) as refusal:
-        user_files(stages[kind]).require_planned()
-    assert PLANNED in str(refusal.value) or name.endswith(".safetensors")
-    with pytest.raises(UserError, match=name.rpartition("/")[2].replace(".", r"\.")):
-        files.require_untouched()
-
-
-def test_weights_of_the_same_length_are_told_apart(folder, stages):
-    file = folder / "alpha" / "model.safetensors"
-    content = bytearray(file.read_bytes())
-    content[-1] ^= 1
+def test_a_change_is_refused_and_named_and_changes_the_fingerprint(folder, kind, name):
+    stage, file = stages_in(folder)[kind], folder / name
+    assert all(source.content for source in stage.inputs.values() if not source.is_stage)
+    check(stage)
+    content = file.read_bytes()
+    file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]) if name.endswith("safetensors") else content + b" \n")
+    with pytest.raises(ChangedInputError, match=rf"\(most recently {file.name}\): changed {WHEN}; run the sweep again"):
+        check(stage)
+    assert stages_in(folder)[kind].id != stage.id
     file.write_bytes(content)
-    with pytest.raises(ChangedInputError, match=rf"alpha \(most recently model\.safetensors\): changed {PLANNED}"):
-        user_files(stages["importance"]).require_planned()
+    check(stage)
+    assert stages_in(folder)[kind].id == stage.id
+    file.unlink()
+    with pytest.raises(UserError):
+        check(stage)
 
 
 @pytest.mark.parametrize("name", ["alpha/chat_template.jinja", "tasks/_more.yaml", "tasks/sub/more.yaml"])
-def test_a_file_that_was_added_or_removed_is_a_change(folder, name):
-    def evaluation():
-        return {s.kind: s for s in planned(folder / "tiny.yaml", models=["alpha"])[1].stages.values()}["evaluate"]
-
-    before = evaluation()
-    files = user_files(before)
-    files.require_planned()
+def test_a_file_that_was_added_is_a_change(folder, name):
+    before = stages_in(folder)["evaluate"]
     (folder / name).parent.mkdir(exist_ok=True)
     (folder / name).write_text("")
-    for check in (user_files(before).require_planned, files.require_untouched):
-        with pytest.raises(ChangedInputError, match=(folder / name).name):
-            check()
-    with_it = user_files(evaluation())
-    with_it.require_planned()
-    (folder / name).unlink()
-    for check in (user_files(evaluation()).require_planned, user_files(before).require_planned):
-        check()
-    with pytest.raises(ChangedInputError):
-        with_it.require_untouched()
+    with pytest.raises(ChangedInputError, match=(folder / name).name):
+        check(before)
+    check(stages_in(folder)["evaluate"])
 
 
-def replace_by_the_same(file):
-    copy = file.with_name("copy")
-    copy.write_bytes(file.read_bytes())
-    copy.replace(file)
-
-
-@pytest.mark.parametrize(
-    ("touch", "refused"),
-    [
-        (replace_by_the_same, True),  # something else may have stood there for a moment
-        (lambda file: file.write_bytes(file.read_bytes()), True),
-        (lambda file: file.chmod(0o640), False),
-        (lambda file: os.link(file, file.with_name(".another-name")), False),
-    ],
-)
-def test_while_a_stage_reads_a_file_nobody_may_write_it(folder, stages, touch, refused):
-    files = user_files(stages["importance"])
-    files.require_planned()
-    touch(folder / "calibration.jsonl")
-    if refused:
-        with pytest.raises(ChangedInputError, match=r"calibration\.jsonl: written or replaced while a stage read it"):
-            files.require_untouched()
-    else:
-        files.require_untouched()
-    user_files(stages["importance"]).require_planned()
-
-
-def test_a_change_under_the_old_times_is_found(folder, stages):
-    files, file = user_files(stages["importance"]), folder / "calibration.jsonl"
-    files.require_planned()
+def test_a_change_under_the_old_times_is_found(folder):
+    stage, file = stages_in(folder)["importance"], folder / "calibration.jsonl"
+    check(stage)
     stat = file.stat()
-    content = file.read_text()
-    file.write_text(content.swapcase())
+    file.write_text(file.read_text().swapcase())
     os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
-    with pytest.raises(ChangedInputError, match=r"calibration\.jsonl: changed while a stage read it"):
-        files.require_untouched()
+    with pytest.raises(ChangedInputError, match=r"calibration\.jsonl"):
+        check(stage)
 
 
-def test_what_was_read_before_is_not_read_again(folder, stages, tmp_path, monkeypatch):
+def test_what_was_read_before_is_not_read_again(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(identity, "STABLE_NS", 0)
+    stages = stages_in(folder)
     time.sleep(0.02)
     reads, compute = [], FileHashes._compute
     monkeypatch.setattr(FileHashes, "_compute", lambda self, *rest: reads.append(rest[0].name) or compute(self, *rest))
-    user_files(stages["importance"], tmp_path / "hashes").require_planned()
-    assert sorted(reads)[-2:] == ["tokenizer.json", "tokenizer_config.json"] and reads.count("model.safetensors") == 1
+    check(stages["importance"], tmp_path / "hashes")
+    assert reads.count("model.safetensors") == 1
     reads.clear()
-    again = user_files(stages["recover"], tmp_path / "hashes")
-    again.require_planned()
-    again.require_untouched()
+    check(stages["recover"], tmp_path / "hashes")
+    check(stages["recover"], tmp_path / "hashes")
     assert reads == ["pairs.jsonl"]
 
 
-def test_a_commit_of_the_hub_only_has_to_be_there(folder, stages):
+def test_a_commit_of_the_hub_only_has_to_be_there(folder):
     """Its files are named after their content, and never change."""
     pinned = stage_of("importance", "a", {}, {"model": Input("digest", str(folder / "alpha"), content="commit")})
-    files = user_files(pinned)
     (folder / "alpha" / "generation_config.json").write_text("{}")
-    files.require_planned()
-    files.require_untouched()
+    check(pinned)
     (folder / "alpha" / "model.safetensors").unlink()
     with pytest.raises(UserError, match=r"alpha.*safetensors"):
-        user_files(pinned).require_planned()
-
-
-def test_the_content_of_an_input_leaves_fingerprints_alone():
-    stages = [
-        stage_of("prune", "", {}, {"model": Input("id", "/x", content=content)}) for content in ("", "file", "commit")
-    ]
-    assert len({stage.id for stage in stages}) == 1
-
-
-def test_a_file_that_vanishes_while_the_newest_is_looked_for_is_the_newest(tmp_path, monkeypatch):
-    (tmp_path / "old.yaml").write_text("")
-    monkeypatch.setattr("hfprune_dist.planning.user_files.files_below", lambda _: ["old.yaml", "gone.yaml"])
-    named = _changed_part(Input("digest", str(tmp_path), content="folder"))
-    assert named == f"{tmp_path} (most recently gone.yaml)"
-
-
-# Files outside the folder of tasks that these read.
-
-OUTSIDE = ["data/more.jsonl", "data/base.yml"]
-
-
-def evaluation_in(folder):
-    return {it.kind: it for it in planned(folder / "tiny.yaml", models=["alpha"])[1].stages.values()}["evaluate"]
+        check(pinned)
 
 
 @pytest.fixture
-def reading_elsewhere(folder):
-    (folder / "data").mkdir()
-    (folder / "data" / "more.jsonl").write_text("{}\n")
-    (folder / "data" / "base.yml").write_text("output_type: multiple_choice\n")
-    (folder / "tasks" / "more.yaml").write_text(
-        "task: more\ninclude: ../data/base.yml\ndataset_path: json\n"
-        "dataset_kwargs: {data_files: {test: ../data/more.jsonl}}\n"
+def tasks(tmp_path):
+    """A folder of tasks beside one with data, each with files of the same names."""
+    for name in ("tasks", "data", "data/sub"):
+        (tmp_path / name).mkdir()
+        for file in ("a.jsonl", "b.jsonl"):
+            (tmp_path / name / file).write_text(LINE)
+    return tmp_path / "tasks"
+
+
+def found(tasks, name="mine.yaml", **settings):
+    (tasks / name).write_text(yaml.safe_dump({"task": "mine", "dataset_path": "json", **settings}))
+    return [str(file.relative_to(tasks.parent.resolve())) for file in outside_files(tasks)]
+
+
+@pytest.mark.parametrize(
+    ("data_files", "expected"),
+    [
+        ("a.jsonl", []),
+        (["../data/b.jsonl", "a.jsonl", "../data/a.jsonl"], ["data/a.jsonl", "data/b.jsonl"]),
+        ({"train": "{above}/data/a.jsonl", "test": ["file://{above}/data/b.jsonl"]}, ["data/a.jsonl", "data/b.jsonl"]),
+        ("../data/sub/*", ["data/sub/a.jsonl", "data/sub/b.jsonl"]),
+        ("zip://x.json::../data/a.jsonl", ["data/a.jsonl"]),
+        ("https://example.org/a.jsonl", []),
+        ("../tasks/a.jsonl", []),
+        (["../data/none.jsonl", 5, None, {"a": True}], []),
+    ],
+)
+def test_data_files_are_found_where_the_datasets_library_finds_them(tasks, data_files, expected):
+    filled = json.loads(json.dumps(data_files).replace("{above}", str(tasks.parent)))
+    assert found(tasks, dataset_kwargs={"data_files": filled}) == expected
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"dataset_kwargs": {"data_dir": "../data/sub"}}, ["data/sub/a.jsonl", "data/sub/b.jsonl"]),
+        ({"dataset_kwargs": {"data_dir": "../data", "data_files": "sub/a.jsonl"}}, ["data/sub/a.jsonl"]),
+        ({"dataset_path": "../data", "dataset_kwargs": {"data_files": {"test": "b.jsonl"}}}, ["data/b.jsonl"]),
+        ({"dataset_path": "org/name", "dataset_kwargs": {"data_dir": "main"}}, []),
+        ({"task": [{"task": "inner", "dataset_kwargs": {"data_files": "../data/a.jsonl"}}]}, ["data/a.jsonl"]),
+    ],
+)
+def test_folders_of_data_and_groups_of_tasks(tasks, settings, expected):
+    assert found(tasks, **settings) == expected
+
+
+@pytest.mark.parametrize("odd", ["task: [", "- 1", "task: x\ninclude: odd.yaml"])
+def test_tasks_that_cannot_be_read_hide_no_others(tasks, odd):
+    (tasks / "odd.yaml").write_text(odd)
+    assert found(tasks, dataset_kwargs={"data_files": "../data/a.jsonl"}) == ["data/a.jsonl"]
+
+
+def test_included_files_their_functions_and_links_are_read_where_they_lead(tasks, tmp_path):
+    """As by lm-eval: what a linked task includes lies beside the file that the link leads to."""
+    data = tasks.parent / "data"
+    (data / "code.py").write_text("")
+    (data / "base.yml").write_text("doc_to_text: !function code.text\ndataset_kwargs: {data_files: {test: a.jsonl}}\n")
+    (data / "task.yaml").write_text("task: mine\ninclude: base.yml\ndataset_path: json\n")
+    (tasks / "task.yaml").symlink_to(data / "task.yaml")
+    assert {"data/base.yml", "data/code.py"} <= {*found(tasks)}
+    (data / "base.yml").write_text("dataset_path: json\ndataset_kwargs: {data_files: {test: a.jsonl}}\n")
+    (data / "task.yaml").write_text(
+        'task: linked\ninclude: base.yml\ntest_split: test\ndoc_to_text: "{{text}}"\ndoc_to_target: "{{answer}}"\n'
     )
-    return folder
-
-
-@pytest.mark.parametrize("name", OUTSIDE)
-def test_what_tasks_read_elsewhere_is_part_of_the_fingerprint(reading_elsewhere, name):
-    before, file = evaluation_in(reading_elsewhere), reading_elsewhere / name
-    content = file.read_text()
-    assert evaluation_in(reading_elsewhere).id == before.id
-    file.write_text(content + " \n")
-    assert evaluation_in(reading_elsewhere).id != before.id
-    file.write_text(content)
-    assert evaluation_in(reading_elsewhere).id == before.id
-    file.unlink()
-    assert evaluation_in(reading_elsewhere).id != before.id
-
-
-def test_another_place_is_no_change(reading_elsewhere, tmp_path_factory):
-    before, elsewhere = evaluation_in(reading_elsewhere), tmp_path_factory.mktemp("moved") / "all"
-    reading_elsewhere.rename(elsewhere)
-    task = elsewhere / "tasks" / "choice.yaml"
-    assert str(reading_elsewhere) in task.read_text(), "its own data is named in full, and so is not the same any more"
-    after = evaluation_in(elsewhere)
-    assert after.inputs["files of tasks"].identity == before.inputs["files of tasks"].identity
-
-
-@pytest.mark.parametrize("name", OUTSIDE)
-@pytest.mark.parametrize("change", ["write", "remove"])
-def test_a_change_elsewhere_is_refused_and_named(reading_elsewhere, name, change):
-    stage, file = evaluation_in(reading_elsewhere), reading_elsewhere / name
-    files = user_files(stage)
-    files.require_planned()
-    files.require_untouched()
-    if change == "write":
-        file.write_text(file.read_text() + " ")
-    else:
-        file.unlink()
-    named = file.name.replace(".", r"\.") if change == "write" else "tasks|data"
-    with pytest.raises(ChangedInputError, match=rf"({named}).*: changed {PLANNED}"):
-        user_files(stage).require_planned()
-    with pytest.raises(ChangedInputError, match=file.name.replace(".", r"\.")):
-        files.require_untouched()
-
-
-def test_files_elsewhere_that_change_places_are_a_change(reading_elsewhere):
-    data, task = reading_elsewhere / "data", reading_elsewhere / "tasks" / "more.yaml"
-    (data / "other").mkdir()
-    (data / "other" / "more.jsonl").write_text('{"q": 1}\n')
-    task.write_text(task.read_text().replace("more.jsonl}", "more.jsonl, train: ../data/other/more.jsonl}"))
-    before = evaluation_in(reading_elsewhere)
-    (data / "other" / "more.jsonl").rename(data / "kept")
-    (data / "more.jsonl").rename(data / "other" / "more.jsonl")
-    (data / "kept").rename(data / "more.jsonl")
-    assert evaluation_in(reading_elsewhere).id != before.id
+    loaded = TaskLoader(["linked"], tasks, tmp_path / "cache").load("linked", 0)
+    assert len(loaded["tasks"]["linked"].eval_docs) == 1
