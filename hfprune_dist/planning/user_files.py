@@ -38,7 +38,8 @@ def require_planned(inputs: Iterable[Input], hashes: FileHashes, when: str) -> N
             open_checkpoint(location)
         elif source.content and _identity(source.content, location, hashes) != source.identity:
             newest = max(_files(source.content, location), key=_changed_at, default=location)
-            raise ChangedInputError(f"{location} (most recently {newest.name}): changed {when}; run the sweep again")
+            which = location if newest == location else f"{location} (most recently {newest.name})"
+            raise ChangedInputError(f"{which}: changed {when}; run the sweep again")
     with contextlib.suppress(OSError):  # then files are read again the next time
         hashes.save()
 

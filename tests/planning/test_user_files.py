@@ -56,7 +56,7 @@ def test_a_change_is_refused_and_named_and_changes_the_fingerprint(folder, kind,
     check(stage)
     content = file.read_bytes()
     file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]) if name.endswith("safetensors") else content + b" \n")
-    with pytest.raises(ChangedInputError, match=rf"\(most recently {file.name}\): changed {WHEN}; run the sweep again"):
+    with pytest.raises(ChangedInputError, match=rf"{file.name}\)?: changed {WHEN}; run the sweep again"):
         check(stage)
     assert stages_in(folder)[kind].id != stage.id
     file.write_bytes(content)
