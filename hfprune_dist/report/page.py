@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 from html import escape
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
 from urllib.parse import quote
 
 from hfprune_dist.report.charts import Chart, Figure, charts
@@ -18,7 +17,6 @@ from hfprune_dist.results.formats import counted
 from hfprune_dist.results.metrics import METRICS, OF_TEXT
 from hfprune_dist.results.rows import Row
 from hfprune_dist.results.table import causes, flat_row
-from hfprune_dist.store.artifacts import Manifest
 from hfprune_dist.store.heartbeat import in_one_line
 
 # Makes the browser refuse everything that would need the network.
@@ -187,25 +185,10 @@ def _failures(evidence: Evidence) -> str:
 
 
 def _provenance(evidence: Evidence) -> str:
-    """HTML of what artifacts were made with, and of the configuration of the last run."""
-    origins = [_origin(manifest) for manifest in evidence.manifests.values() if manifest]
-    names = dict.fromkeys(name for origin in origins for name in origin)
-    distinct = {name: dict.fromkeys(origin.get(name, "-") for origin in origins) for name in names}
+    """HTML of what rows were evaluated with, and of the configuration of the last run."""
+    origins = [{**it, **it.get("packages", {})} for row in evidence.rows if (it := row["provenance"])]
+    names = dict.fromkeys(name for origin in origins for name in origin if name not in ("date", "packages"))
+    distinct = {name: dict.fromkeys(str(origin.get(name) or "-") for origin in origins) for name in names}
     lines = [[escape(name), "<br>".join(map(escape, values))] for name, values in distinct.items()]
     config = f"<details><summary>configuration of the last run</summary><pre>{escape(evidence.config)}</pre></details>"
-    return _table("provenance", ("", "of the stages"), lines) + (config if evidence.config else "")
-
-
-def _origin(manifest: Manifest) -> Mapping[str, str]:
-    found: Mapping[str, Any] = manifest.get("provenance", {})
-    changed = " with changes" if found.get("dirty_diff_sha256") else ""
-    told = {
-        "commit": f"{found.get('git_commit') or 'unknown'}{changed}",
-        "seed": manifest.get("config", {}).get("seed"),
-        "device": manifest.get("device"),
-        "ranks": manifest.get("world_size"),
-        "machine": found.get("machine"),
-        "python": found.get("python"),
-        **found.get("packages", {}),
-    }
-    return {name: "-" if value is None else str(value) for name, value in told.items()}
+    return _table("provenance", ("", "of the evaluations"), lines) + (config if evidence.config else "")

@@ -73,9 +73,20 @@ def texts(config, out, file="README.md", **settings):
     return {name: it.texts[file] for name, it in contents(config, out, **settings).items()}
 
 
-def subject_of(plan, store, cell, name="name"):
+@pytest.fixture(scope="module")
+def subject(config, tmp_path_factory):
+    """Return a function that describes the checkpoint of a row, with changes to its description."""
+    plan, store = planned(config)[1], Store(tmp_path_factory.mktemp("made") / "store")
+    fill(store, plan)
     rows = dict(zip(plan.cells, collect_rows(plan, store, DENSE), strict=True))
-    return Subject.of(name, cell, rows, plan, store, DENSE["alpha"])
+
+    def subject(label="alpha 0.2 + lora", files=(), **changes):
+        cell = next(it for it in plan.cells if it.label == label)
+        found = Subject.of("name", cell, rows, plan, store, DENSE["alpha"])
+        manifest = {**found.manifest, "files": {**found.manifest["files"], **dict.fromkeys(files)}}
+        return replace(found, manifest=manifest, **changes)
+
+    return subject
 
 
 def card_of(subject):
@@ -115,7 +126,8 @@ def test_results_of_several_texts_come_back_as_they_were(config, tmp_path):
     plan = planned(config, evaluation__fidelity__path=None, evaluation__fidelity__texts=held_out)[1]
     store = Store(tmp_path / "store")
     fill(store, plan)
-    subject = subject_of(plan, store, plan.cells[1])
+    rows = dict(zip(plan.cells, collect_rows(plan, store, DENSE), strict=True))
+    subject = Subject.of("name", plan.cells[1], rows, plan, store, DENSE["alpha"])
     others = {name: {"kl": kl, "kl_stderr": 0.5} for name, kl in (("b", 1.5), ("c", None))}
     others["c"]["perplexity"] = 3.0
     dense = {**subject.dense_row, OTHER_TEXTS: {"b": {"kl": 0.0}}}
@@ -152,30 +164,35 @@ def test_people_read_how_it_was_made(config, tmp_path):
         "beside its own dense model"
     )
     assert "control" in cards["alpha-dense-lora"] and "ratio asked" not in cards["alpha-dense-lora"]
-    assert "trust_remote_code" not in card
 
 
-def test_a_model_that_reads_images_is_found_among_its_kind(config, tmp_path, monkeypatch):
-    monkeypatch.setitem(DENSE, "alpha", replace(DENSE["alpha"], has_vision=True))
-    cards = texts(config, tmp_path)
-    kinds = {name: ModelCard(card).data.pipeline_tag for name, card in cards.items()}
-    assert (kinds[PRUNED], kinds["beta-0.2-surgeon-uniform-block-lora"]) == (
-        "image-text-to-text",
-        "text-generation",
-    )
-    assert "AutoModelForImageTextToText" in cards[PRUNED]
+def test_a_folder_has_the_artifact_a_card_and_a_recipe_without_paths_of_this_machine(config, tmp_path):
+    made = contents(config, tmp_path)
+    assert len(made) == 6
+    for it in made.values():
+        assert it.artifact == tmp_path / "store" / it.checkpoint
+        assert it.files.keys() == {"config.json", "model.safetensors", "adapter/adapter_config.json"}
+        assert it.texts.keys() == {"README.md", "recipe.yaml"}
+        assert not [text for text in it.texts.values() if any(place in text for place in (str(config.parent), "/tmp"))]
 
 
-def test_names_read_as_they_are_once_rendered(config, tmp_path):
-    plan, store = planned(config)[1], Store(tmp_path / "store")
-    fill(store, plan)
-    odd = replace(subject_of(plan, store, next(cell for cell in plan.cells if cell.method)), name="_name_")
-    files = {**odd.manifest["files"], "License.txt": "0123"}
+def test_it_says_how_the_model_is_loaded_and_what_its_adapter_is_of(subject):
+    plain = card_of(subject())
+    assert "trust_remote_code" not in plain and ModelCard(plain).data.pipeline_tag == "text-generation"
+    assert 'PeftModel.from_pretrained(base, "name/adapter")' in plain and "makes with `--set recovery." in plain
+    assert "of the base model, `alpha`, a local" in card_of(subject("alpha dense + lora"))
+    card = card_of(subject(files=["modeling_pruned.py"]))
+    assert "`trust_remote_code` loads the class in" in card and "trust_remote_code=True" in card
+    card = card_of(subject(dense=replace(DENSE["alpha"], has_vision=True)))
+    assert "AutoModelForImageTextToText" in card and ModelCard(card).data.pipeline_tag == "image-text-to-text"
+
+
+def test_names_read_as_they_are_once_rendered(subject):
+    odd = subject(files=["License.txt"], name="_name_")
     odd = replace(
         odd,
         cell=replace(odd.cell, method="a`|*b*"),
         base=replace(odd.base, name="my_`model`\n<b>"),
-        manifest={**odd.manifest, "files": files},
         row={**odd.row, "tasks": {"*task*": {"_acc_": 0.5}}},
     )
     card = card_of(odd)
@@ -189,13 +206,10 @@ def test_names_read_as_they_are_once_rendered(config, tmp_path):
     assert len(re.split(r"(?<!\\)\|", facts)) == 4, "bars in names end no cell of a table"
 
 
-def test_a_base_of_the_hub_is_linked_and_its_commit_named(config, tmp_path):
-    plan, store = planned(config)[1], Store(tmp_path / "store")
-    fill(store, plan)
-    pruned = next(cell for cell in plan.cells if cell.ratio == 0.2)
+def test_a_base_of_the_hub_is_linked_and_its_commit_named(subject):
     base = BaseModel("alpha", "org/model", "0123", {"license": "mit", "language": ["en"]})
-    subject = replace(subject_of(plan, store, pruned), base=base, config={"methods": ["surgeon-uniform-block"]})
-    card = card_of(subject)
+    made = subject(base=base, config={"methods": ["surgeon-uniform-block"]})
+    card = card_of(made)
     data = ModelCard(card).data
     assert (data.base_model, data.license, data.language) == ("org/model", "mit", ["en"])
     for shown in (
@@ -204,25 +218,8 @@ def test_a_base_of_the_hub_is_linked_and_its_commit_named(config, tmp_path):
         "| licence of the base model | mit |",
     ):
         assert shown in card, shown
-    recipe = yaml.safe_load(Recipe.of(subject).files["recipe.yaml"])
+    recipe = yaml.safe_load(Recipe.of(made).files["recipe.yaml"])
     assert recipe["aliases"] == {"alpha": {"hub_id": "org/model", "revision": "0123"}}
-
-
-def test_it_says_when_remote_code_is_needed(config, tmp_path):
-    plan, store = planned(config)[1], Store(tmp_path / "store")
-    fill(store, plan)
-    subject = subject_of(plan, store, plan.cells[1])
-    assert "trust_remote_code" not in card_of(subject)
-    card = card_of(replace(subject, manifest={**subject.manifest, "files": {"modeling_pruned.py": {}}}))
-    assert "`trust_remote_code` loads the class in" in card and "trust_remote_code=True" in card
-
-
-def test_no_path_of_this_machine_is_in_it(config, tmp_path):
-    here = [str(config.parent), str(tmp_path), "/tmp"]
-    for file in ("README.md", "recipe.yaml"):
-        found = texts(config, tmp_path / file, file)
-        assert len(found) == 6
-        assert not [text for text in found.values() if any(place in text for place in here)]
 
 
 @pytest.mark.parametrize("own_method", [False, True])
@@ -259,27 +256,6 @@ def test_a_checkpoint_without_scores_has_a_card_and_one_that_is_not_there_has_no
     assert "Not evaluated yet." in cards[PRUNED]
     assert ModelCard(cards[PRUNED]).data.eval_results is None
     assert texts(config, tmp_path / "none", but=["recover"]) == {}
-
-
-def test_it_says_which_model_the_adapter_is_of(config, tmp_path):
-    plan, store = planned(config)[1], Store(tmp_path / "store")
-    fill(store, plan)
-    for label, said in (
-        ("alpha dense + lora", "of the base model, `alpha`, a local"),
-        ("alpha 0.2 + lora", "`--set recovery."),
-    ):
-        cell = next(it for it in plan.cells if it.label == label)
-        subject = subject_of(plan, store, cell)
-        files = {**subject.manifest["files"], "adapter/adapter_config.json": {"bytes": 1}}
-        card = card_of(replace(subject, manifest={**subject.manifest, "files": files}))
-        assert said in card and 'PeftModel.from_pretrained(base, "name/adapter")' in card
-
-
-def test_a_folder_has_the_files_of_the_artifact_and_its_texts(config, tmp_path):
-    for it in contents(config, tmp_path).values():
-        assert it.artifact == tmp_path / "store" / it.checkpoint
-        assert it.files.keys() == {"config.json", "model.safetensors", "adapter/adapter_config.json"}
-        assert it.texts.keys() == {"README.md", "recipe.yaml"}
 
 
 def test_a_base_of_the_hub_is_named_with_its_licence(tmp_path):
