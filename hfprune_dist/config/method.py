@@ -107,10 +107,6 @@ class Method(Section):
         assert isinstance(first, int) and isinstance(last, int), "planned with numbers"
         return first, last
 
-    def limits(self) -> tuple[float, int, int]:
-        """``floor``, ``protect_first`` and ``protect_last`` of a method with numbers."""
-        return self.floor, *self.protected()
-
     @property
     def split(self) -> int:
         """The number of devices that numbers of units are divisible by: ``tensor_parallel`` where it has an effect."""
@@ -134,11 +130,6 @@ class Method(Section):
     def scored_before(self) -> frozenset[CriterionName]:
         """The scores that a calibration pass computes for it."""
         return frozenset(CRITERIA.keys() & {self.criterion})
-
-    @property
-    def scores_neurons_alone(self) -> bool:
-        """Whether its criterion has no scores of KV groups."""
-        return any(CRITERIA[name].units == {NEURONS} for name in self.scored_before)
 
     @property
     def student_chosen_by(self) -> CriterionName | None:

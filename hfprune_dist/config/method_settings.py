@@ -33,8 +33,3 @@ def _goes_together(structures: list[Structure]) -> list[Structure]:
 # What is pruned, in a fixed order whatever order it is given in; and what is scored, possibly for several methods.
 Structures = Annotated[list[Structure], AfterValidator(_in_order), AfterValidator(_goes_together)]
 Kinds = Annotated[list[Kind], AfterValidator(_in_order)]
-
-
-def structures_possible(allocation: Allocation) -> tuple[Structure, ...]:
-    """Structures that may be pruned, neurons first. Layers have no scores: the effect of removing one is measured."""
-    return TOGETHER if allocation in ("plain", "searched") else TOGETHER[:-1]

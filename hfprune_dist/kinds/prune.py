@@ -86,17 +86,6 @@ class PruneParameters(StageParameters):
         assert self.dtype is not None and self.micro_batch_size is not None, "planned as one for which none runs"
         return self.dtype, self.micro_batch_size
 
-    def protected(self) -> tuple[int, int]:
-        """``protect_first`` and ``protect_last``, for an allocation that uses them."""
-        first, last = self.protect_first, self.protect_last
-        assert first is not None and last is not None, "planned for an allocation that protects no layers"
-        return first, last
-
-    def limits(self) -> tuple[float, int, int]:
-        """``floor``, ``protect_first`` and ``protect_last``, for an allocation that uses them."""
-        assert self.floor is not None, "planned for an allocation without floors"
-        return self.floor, *self.protected()
-
     def job(self, planned: Planned) -> Refitting | None:
         if self.refit == "none" and self.allocation != "low_rank":
             return None

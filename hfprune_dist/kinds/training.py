@@ -84,10 +84,6 @@ class LoraPruneParameters(RecoverParameters):
             protect_last=last,
         )
 
-    def protected(self) -> tuple[int, int]:
-        """How many layers at the beginning, and how many at the end of the model, lose nothing."""
-        return self.protect_first, self.protect_last
-
 
 @dataclass(frozen=True)
 class Train(Job):
