@@ -209,11 +209,11 @@ def _described(path: Path, whole: Mapping[str, Any]) -> Checkpoint:
     family, stated = discover(config, shapes, str(file), has_vision=vision)
     config |= stated
     mlp_widths(config)  # so that nonsense about experts is reported here
-    check_tensors(path, config, family, found, config["hidden_size"])
+    check_tensors(path, config, family, found)
     tensors = {name: info for name, info in found.items() if name in family.tensors | beside}
-    is_tied, differ = bool(config["tie_word_embeddings"]), _heads_differ(path, family, tensors)
     # Configurations may not mention the default of their class; merged and gathered weights hold a copy of a tied head.
-    config["tie_word_embeddings"] = not differ and (is_tied or not says_if_tied)
+    may_be_tied = bool(config["tie_word_embeddings"]) or not says_if_tied
+    config["tie_word_embeddings"] = may_be_tied and not _heads_differ(path, family, tensors)
     checkpoint = Checkpoint(
         path,
         config,

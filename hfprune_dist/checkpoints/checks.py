@@ -60,9 +60,7 @@ def check_config(config: Mapping[str, Any], file: Path) -> None:
         raise UserError(f"{file}: hidden_size {config['hidden_size']} is not a multiple of num_attention_heads {heads}")
 
 
-def check_tensors(
-    path: Path, config: Mapping[str, Any], family: Family, found: Mapping[str, TensorInfo], hidden: int
-) -> None:
+def check_tensors(path: Path, config: Mapping[str, Any], family: Family, found: Mapping[str, TensorInfo]) -> None:
     """Check that no tensor of the model is missing, since transformers would fill it with random values, and that those
     of units have the shapes that follow from the config's numbers of units.
 
@@ -75,7 +73,7 @@ def check_tensors(
     needed = family.tensors - ({family.head_tensor()} if config.get("tie_word_embeddings") else set())
     if missing := sorted(needed - found.keys()):
         raise UserError(f"{path}: tensor {first_of(missing)} is missing from the weight files")
-    check_shapes(path, found, family.structures(config), hidden)
+    check_shapes(path, found, family.structures(config), config["hidden_size"])
 
 
 def check_dtypes(path: Path, tensors: Mapping[str, TensorInfo]) -> None:

@@ -95,13 +95,6 @@ def test_a_folder_stands_for_its_files_in_order(tmp_path):
     assert texts_of(tmp_path) == ["one", "two", "three", "four"]
 
 
-def test_places_are_told(tmp_path):
-    for name, content in every_format(["a\nb", "c"]):
-        (tmp_path / name).write_bytes(content)
-        places = [place for place, _ in read_files(tmp_path / name, ["text"])]
-        assert len(set(places)) == 2 and all(place.startswith(str(tmp_path / name)) for place in places)
-
-
 def test_a_wide_table_is_read_by_column(tmp_path):
     parquet.write_table(pyarrow.table({"text": ["a"], "embedding": [[0.5] * 9]}), tmp_path / "wide.parquet")
     assert [record for _, record in read_files(tmp_path / "wide.parquet", ["text"])] == [{"text": "a"}]
@@ -163,8 +156,6 @@ def csv_of(*rows, separator=","):
 UNREADABLE = [
     ("empty.jsonl", "", ["empty.jsonl", "no records"]),
     ("cut.jsonl", f"{LINE}\n{LINE[:-9]}", ["cut.jsonl:2", "not valid JSON", "cut short"]),
-    ("number.jsonl", f"{LINE}\n17\n", ["number.jsonl:2", "JSON object"]),
-    ("deep.jsonl", "[" * 50_000 + "\n", ["deep.jsonl:1", "not valid JSON"]),
     ("half.jsonl", f'{LINE}\n{{"text": "\\ud800"}}', ["half.jsonl:2", "surrogate"]),
     ("null.jsonl", f'{LINE}\n{{"text": null}}\n', ["null.jsonl:2", "holds None"]),
     ("other.jsonl", f'{LINE}\n{{"body": "x"}}\n', ["other.jsonl:2", "no text in field", "the record has body"]),
@@ -172,15 +163,10 @@ UNREADABLE = [
     ("pointer.jsonl", LFS_POINTER, ["pointer.jsonl", "Git LFS pointer", "git lfs pull"]),
     ("cut.jsonl.gz", gzip.compress(LINE.encode())[:-12], ["cut.jsonl.gz", "cut short"]),
     ("plain.jsonl.gz", LINE, ["plain.jsonl.gz", "gzip"]),
-    ("plain.json.bz2", LINE, ["plain.json.bz2"]),
-    ("plain.csv.xz", LINE, ["plain.csv.xz"]),
     ("plain.jsonl.zst", LINE, ["plain.jsonl.zst"]),
     ("cut.json", f"[{LINE}, {LINE}", ["cut.json", "cut short"]),
-    ("more.json", f"[{LINE}] {LINE}", ["more.json:1", "not valid JSON"]),
-    ("strings.json", json.dumps([DOCUMENT]), ["strings.json", "record 1", "JSON object"]),
     ("ragged.csv", csv_of(["text", "instruction", "response"], ["a", "b"]), ["ragged.csv:2", "2 fields", "3"]),
     ("open.csv", 'text,instruction,response\n"a,b,c\n', ["open.csv", "CSV"]),
-    ("twice.tsv", csv_of(["text", "text", "response"], ["a", "b", "c"], separator="\t"), ["twice.tsv", "twice"]),
     ("text.parquet", LINE, ["text.parquet", "Parquet"]),
     ("picture.png", b"\x89PNG\r\n\x1a\n", ["picture.png", "not UTF-8", "supported"]),
     ("zeros.bin", bytes(1000), ["zeros.bin", "no plain text", "supported"]),

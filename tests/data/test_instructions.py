@@ -49,12 +49,6 @@ def test_pair_is_bos_prompt_response_eos():
     assert pair.input_ids_T[pair.prompt_length :].tolist() == [*tokenize(["tell"])[0], EOS]
 
 
-def test_a_tokenizer_without_bos_gets_none():
-    (pair,) = encode([("ask\n", "tell")], bos=None)
-    assert pair.input_ids_T[0] == tokenize(["a"])[0][0]
-    assert pair.prompt_length == 4
-
-
 def test_a_token_that_straddles_the_boundary_is_trained():
     def merging(texts):
         return [[ord(letter) for letter in text.replace("\n\n", "\r")] for text in texts]
