@@ -160,7 +160,9 @@ class UnitSums:
             gradient_BTC = gradient_NC.view_as(hidden_BTC)
             before_each()
             self.phase.backward_of = loss
-            hidden_BTC.backward(gradient_BTC / terms if loss.is_mean else gradient_BTC, None, number < len(gradients))
+            hidden_BTC.backward(
+                gradient_BTC / terms if loss.is_mean else gradient_BTC, retain_graph=number < len(gradients)
+            )
             self.phase.backward_of = None
             sums[loss.name] = loss_N.sum(dtype=torch.float64), terms
         # Only now, or each backward would begin when the one before it is over, rather than queued behind it.

@@ -92,9 +92,9 @@ class ReweightedShapes:
         widths = wanted[: len(neurons)]
         return *self._with_total(list(self._evened(widths, reweighting.evenness)), sum(widths)), *wanted[len(neurons) :]
 
-    def name(self, reweighting: Reweighting, digits: int = 3) -> str:
-        """Return the name of a reweighting's shape in ``Found``, with its numbers rounded to so many digits."""
-        evenness, tilt, bend, exchange = (f"{number:.{digits}g}" for number in astuple(reweighting))
+    def name(self, reweighting: Reweighting) -> str:
+        """Return the name of a reweighting's shape in ``Found``."""
+        evenness, tilt, bend, exchange = (f"{number:.5g}" for number in astuple(reweighting))
         name = f"evenness {evenness}, tilt {tilt}, bend {bend}"
         return f"{name}, exchange {exchange}" if self._others else name
 
@@ -142,9 +142,7 @@ def search_shapes(reweighted: ReweightedShapes, also: Mapping[str, Counts], meas
     def kl_of(reweightings: Sequence[Reweighting]) -> list[float]:
         candidates = [reweighted.counts(reweighting) for reweighting in reweightings]
         for reweighting, counts in zip(reweightings, candidates, strict=True):
-            if counts not in names:  # a later step may be too short for a name of its own with so few digits
-                options = (reweighted.name(reweighting, digits) for digits in itertools.count(3))
-                names[counts] = next(name for name in options if name not in names.values())
+            names.setdefault(counts, reweighted.name(reweighting))
         unknown = [counts for counts in names if counts not in measured]
         measured.update(zip(unknown, measure(unknown), strict=True))
         return [measured[counts] for counts in candidates]

@@ -24,9 +24,12 @@ Values = Mapping[str, Sequence[object]]
 ALONE, GROUPS, EXPERTS_ALONE = [NEURONS], [NEURONS, KV_GROUPS], [EXPERTS]
 WITH_LAYERS = [NEURONS, LAYERS], [NEURONS, KV_GROUPS, LAYERS]
 OF_NEURONS = ALONE, GROUPS, *WITH_LAYERS
-OF_WHOLE_EXPERTS = [name for name, it in CRITERIA.items() if EXPERTS in it.units]
-BY_CALIBRATION = [name for name, it in CRITERIA.items() if NEURONS in it.units]
-NO_BIAS = [it for it in get_args(Refit) if it != "bias"]
+NO_BIAS = [name for name in get_args(Refit) if name != "bias"]
+
+
+def scoring(*kinds: str) -> list[str]:
+    """Names of the criteria by which units of any of these kinds have scores."""
+    return [name for name, criterion in CRITERIA.items() if criterion.units & {*kinds}]
 
 
 @dataclass(frozen=True)
@@ -52,13 +55,13 @@ RULES = (
             "allocation": ["uniform"],
             "refit": ["none"],
             "distill": [0],
-            "criterion": OF_WHOLE_EXPERTS,
+            "criterion": scoring(EXPERTS),
         },
         "experts go as a whole, the same number in every layer, and the others stay as they are",
     ),
-    Rule({"structures": OF_NEURONS}, {"criterion": [None, *BY_CALIBRATION, *SCORED_WHILE_PRUNED]}),
+    Rule({"structures": OF_NEURONS}, {"criterion": [None, *scoring(NEURONS), *SCORED_WHILE_PRUNED]}),
     Rule(
-        {"criterion": [name for name, it in CRITERIA.items() if it.units == {NEURONS}]},
+        {"criterion": [name for name in scoring(NEURONS) if name not in scoring(KV_GROUPS)]},
         {"structures": [ALONE, WITH_LAYERS[0]]},
         "it scores neurons alone, whose weights meet at the hidden channels",
     ),
@@ -85,19 +88,15 @@ RULES = (
 
 @dataclass(frozen=True)
 class ModelRule:
-    """What models of a kind take; ``kind`` describes a model of it, for messages, and is empty for all others."""
+    """What models of a kind take; ``kind`` describes a model of it, for messages, and is false for all others."""
 
-    kind: Callable[[Checkpoint], str]
+    kind: Callable[[Checkpoint], object]
     takes: Values
-
-
-def _if(holds: object, kind: str) -> str:
-    return kind if holds else ""
 
 
 MODEL_RULES = (
     ModelRule(
-        lambda it: _if(it.family.experts, "is a mixture of experts"),
+        lambda model: model.family.experts and "is a mixture of experts",
         {
             "prunes_in": ["calibration"],
             "structures": [ALONE, GROUPS, EXPERTS_ALONE],
@@ -106,29 +105,29 @@ MODEL_RULES = (
             "protect_last": [0],
             "refit": ["none", "dense"],
             "distill": [0],
-            "criterion": [name for name, it in CRITERIA.items() if {EXPERT_NEURONS, EXPERTS} & it.units],
+            "criterion": scoring(EXPERT_NEURONS, EXPERTS),
         },
     ),
-    ModelRule(lambda it: _if(not it.family.experts, "has no experts"), {"structures": OF_NEURONS}),
+    ModelRule(lambda model: not model.family.experts and "has no experts", {"structures": OF_NEURONS}),
     ModelRule(
-        lambda it: _if(it.family.has_vision, "is a model of images and text, which must stay plain"),
+        lambda model: model.family.has_vision and "is a model of images and text, which must stay plain",
         {"allocation": ["uniform", "plain"], "refit": NO_BIAS},
     ),
     ModelRule(
-        lambda it: _if(it.family.whole_groups, f"has KV groups that can't be pruned ({it.family.whole_groups})"),
+        lambda model: model.family.whole_groups and f"has KV groups that can't be pruned ({model.family.whole_groups})",
         {"structures": [ALONE, WITH_LAYERS[0], EXPERTS_ALONE]},
     ),
     ModelRule(
-        lambda it: _if(it.family.no_low_rank, f"takes no low rank ({it.family.no_low_rank})"),
-        {"allocation": [it for it in get_args(Allocation) if it != "low_rank"]},
+        lambda model: model.family.no_low_rank and f"takes no low rank ({model.family.no_low_rank})",
+        {"allocation": [name for name in get_args(Allocation) if name != "low_rank"]},
     ),
     ModelRule(
-        lambda it: _if(it.family.no_sequence, f"can't be refitted block by block ({it.family.no_sequence})"),
+        lambda model: model.family.no_sequence and f"can't be refitted block by block ({model.family.no_sequence})",
         {"refit": ["none", "bias", "dense"]},
     ),
     ModelRule(
-        lambda it: _if(
-            not it.is_uniform, "has layers that differ in width or in heads, so it has been pruned already,"
+        lambda model: (
+            not model.is_uniform and "has layers that differ in width or in heads, so it has been pruned already,"
         ),
         {"allocation": ["local", "global", "standardized", "searched"]},
     ),
@@ -139,12 +138,12 @@ def refuse_method(method: Method, where: str) -> None:
     """Refuse settings that don't go together.
 
     Raises:
-        UserError: naming one that isn't possible, what is, and another allocation with which it would be.
+        UserError: naming one that isn't possible, and what is.
     """
     for rule, told in _broken_rules(method):
         given = ", ".join(_setting(name, getattr(method, name)) for name in rule.given)
         because = f"; {rule.because}" if rule.because else ""
-        raise UserError(f"{where}: with {given}, {told}{because}{_elsewhere(method, rule)}")
+        raise UserError(f"{where}: with {given}, {told}{because}")
 
 
 def refuse_model(method: Method, checkpoint: Checkpoint, where: str) -> None:
@@ -188,17 +187,14 @@ def _structures_left(method: Method, family: Family) -> list[Structure]:
 
 
 def refuse_criteria(criteria: Iterable[str], checkpoint: Checkpoint, structures: Iterable[str]) -> None:
-    """Refuse further criteria that can't score a model's units.
-
-    Args:
-        structures: the structures that are scored.
+    """Refuse further criteria that have no scores of the structures that are scored in a model.
 
     Raises:
         UserError: naming the first one, and what is possible.
     """
-    scored, of_experts = {*structures}, bool(checkpoint.family.experts)
-    kinds = {EXPERT_NEURONS if of_experts and it == NEURONS else it for it in scored & {NEURONS, EXPERTS}}
-    possible = [name for name, it in CRITERIA.items() if kinds & it.units]
+    of_experts = checkpoint.family.experts
+    kinds = {EXPERT_NEURONS if of_experts and name == NEURONS else name for name in structures}
+    possible = scoring(*(kinds - {KV_GROUPS}))
     for name in criteria:
         if name not in possible:
             what = "is a mixture of experts" if of_experts else "has no experts"
@@ -227,14 +223,6 @@ def _not_possible(name: str, value: object, values: Sequence[object]) -> str:
     *others, last = map(_shown, values)
     listed = f"{', '.join(others)} and {last} are" if others else f"{last} is"
     return f"{_setting(name, value)} isn't possible; {listed}"
-
-
-def _elsewhere(method: Method, rule: Rule) -> str:
-    """Other allocations that take what this one doesn't, for messages."""
-    if "allocation" not in rule.given:
-        return ""
-    others = [it for it in get_args(Allocation) if not any(_broken_rules(method.model_copy(update={"allocation": it})))]
-    return f"; with allocation: {' or '.join(others)} it is" if others else ""
 
 
 def _setting(name: str, value: object) -> str:

@@ -76,18 +76,6 @@ def test_is_never_worse_than_the_uniform_widths_or_scores_alone():
     assert search_shapes(reweighted, {}, lambda many: [float(it != alone) for it in many]).counts == alone
 
 
-def test_shapes_whose_numbers_round_to_the_same_digits_are_all_reported():
-    reweighted, calls = of_neurons(some_scores(neurons=4000), 9000, [4] * 6, 1), []
-
-    def measure(candidates):
-        calls.append(candidates)
-        return [0.0, 1.0, 0.994, *[1.0] * (len(candidates) - 3)] if len(calls) == 1 else [0.5] * len(candidates)
-
-    found = search_shapes(reweighted, {}, measure)
-    assert len(found.candidates) == sum(map(len, calls))
-    assert {"evenness 0.25, tilt 0, bend 0", "evenness 0.2504, tilt 0, bend 0"} <= {*found.candidates}
-
-
 def of_both(removals=600):
     groups = [scores_U * 20 for scores_U in some_scores(neurons=4, seed=1)]
     neurons = ladders(some_scores(), [4] * 6)
