@@ -1,15 +1,12 @@
 """The plain shape that is found, against whole models that transformers makes."""
 
 import itertools
-import json
 import re
 
 import pytest
 import torch
-from families import save_model
+from faults.kill import deaths_during
 from forks import on_ranks
-from hypothesis import given
-from hypothesis import strategies as st
 from masking import mask
 from ranks import SoloWorld
 from refitting import best_of, ridge_regression
@@ -29,14 +26,13 @@ from shapes import (
     windows_of,
 )
 
-from hfprune_dist.checkpoints.checkpoint import open_checkpoint
-from hfprune_dist.checkpoints.layer_settings import undroppable_layers
 from hfprune_dist.core.least_squares import RIDGES
 from hfprune_dist.core.selection import entries_of, top_units
 from hfprune_dist.refit.measurement import Measurement
 from hfprune_dist.stages import final_refit, finals, prune_plain, prune_refit
-from hfprune_dist.stages.cheap_measurement import EVERY, CheapMeasurements
-from hfprune_dist.structures.kept import Kept, Shape
+from hfprune_dist.stages.cheap_measurement import EVERY
+from hfprune_dist.store.artifacts import Store
+from hfprune_dist.structures.kept import Kept
 
 ALL_HOPEFUL = 1e6
 # Of nine windows, in micro-batches of two, candidates are compared on two and finalists on one.
@@ -95,35 +91,6 @@ def test_the_finalist_that_is_closest_on_windows_apart_is_written(tmp_path, vari
         assert len(metrics[name]) == len(kept["layers"])
 
 
-@pytest.mark.parametrize(("variant", "refit"), [("qwen2", "block"), ("llama-tied-biases", "layerwise")])
-@pytest.mark.usefixtures("all_hopeful")
-def test_finalists_are_compared_with_least_squares_on_windows_apart(tmp_path, monkeypatch, variant, refit):
-    """What is written is what was compared, since the final refit is left out."""
-    fit, fitted_by_shape = finals.Finals._fitted, {}
-
-    def fitting(self, shape, kept):
-        fitted_by_shape[shape] = fit(self, shape, kept)
-        return fitted_by_shape[shape]
-
-    def compared(_context, _models, kept):
-        (found,) = (
-            it
-            for shape, it in fitted_by_shape.items()
-            if numbers_of(shape)[0] == len(kept.layers)
-            and {numbers_of(shape)[2]} == {len(row) for row in kept.units["neurons"]}
-        )
-        return found
-
-    monkeypatch.setattr(finals.Finals, "_fitted", fitting)
-    monkeypatch.setattr(prune_plain, "final_refit", compared)
-    store, stage = prepare(tmp_path, variant, refit=refit)
-    run(store, stage, SoloWorld())
-    finalists = metrics_of(store, stage)["finalists_kl"]
-    found = divergence(load(tmp_path / "model"), load(store.path(stage.id)), windows_of(store)[JUDGED])
-    assert found == pytest.approx(min(finalists.values()), rel=1e-3)
-    assert not any(it.whole_mlp for it in fitted_by_shape.values()), "without steps"
-
-
 def expected_finalists(measured, finalists, layers=LAYERS):
     """Return the names of finalists, given how close they are."""
     most = finals.HOPELESS * min(measured.values())
@@ -152,13 +119,6 @@ def test_the_closest_is_tried_with_fewer_layers_while_that_helps(tmp_path, monke
     assert all(later < earlier for earlier, later in itertools.pairwise(kls[:-1])), "it goes on where that helped"
     assert set(finalists) == expected_finalists(measured, finalists, layers=6)
     assert shape_in(store.path(stage.id)) == numbers_of(min(finalists, key=finalists.get))
-
-
-def test_hopeless_candidates_are_no_finalists(tmp_path):
-    store, stage = prepare(tmp_path, refit="layerwise", ratio=0.4)
-    run(store, stage, SoloWorld())
-    measured, finalists = (metrics_of(store, stage)[name] for name in ("search_kl", "finalists_kl"))
-    assert set(finalists) == expected_finalists(measured, finalists) < set(measured)
 
 
 def gone(metrics, num_layers, layers=LAYERS):
@@ -193,23 +153,6 @@ def test_layers_are_given_up_in_the_order_in_which_whole_models_miss_them_least(
     for name, kl in metrics_of(store, stage)["search_kl"].items():
         masked = mask(load(tmp_path / "model"), shaped(store, numbers_of(name), order, layers))
         assert divergence(load(tmp_path / "model"), masked, windows, EVERY) == pytest.approx(kl, rel=1e-3), name
-
-
-def test_without_a_refit_the_candidate_that_measures_best_is_written(tmp_path):
-    store, stage = prepare(tmp_path, "qwen3", refit="none")
-    run(store, stage, SoloWorld())
-    metrics, windows = metrics_of(store, stage), windows_of(store)[COMPARED]
-    measured = metrics["search_kl"]
-    assert len(measured) > 2 and "finalists_kl" not in metrics
-    for name, kl in measured.items():
-        kept = shaped(store, numbers_of(name), metrics["layers_in_order_of_dropping"], LAYERS)
-        masked = mask(load(tmp_path / "model"), kept)
-        assert divergence(load(tmp_path / "model"), masked, windows, EVERY) == pytest.approx(kl, rel=1e-3)
-    assert shape_in(store.path(stage.id)) == numbers_of(min(measured, key=measured.get))
-    written = load(store.path(stage.id))
-    assert divergence(load(tmp_path / "model"), written, windows, EVERY) == pytest.approx(
-        min(measured.values()), rel=1e-3
-    )
 
 
 def inputs_of(model, windows_ST, name):
@@ -300,28 +243,6 @@ def test_no_window_judges_finalists_that_was_seen_before(tmp_path, used, samples
     assert torch.equal(fitted_on, everything), "what is written is fitted on all"
 
 
-def test_a_shape_that_has_no_rival_is_fitted_once(tmp_path, used):
-    store, stage = prepare(tmp_path, "qwen2", refit="block")
-    run(store, stage, SoloWorld())
-    measured = sorted(metrics_of(store, stage)["search_kl"].values())
-    assert measured[1] > finals.HOPELESS * measured[0], "not what this test is about"
-    (fitted_on,) = used["refit refits"]
-    assert torch.equal(fitted_on, windows_of(store)) and not used["finalists refits"]
-    assert "finalists" not in used and "finalists_kl" not in metrics_of(store, stage)
-
-
-@pytest.mark.usefixtures("all_hopeful")
-@pytest.mark.parametrize("samples", [1, 2])
-def test_one_micro_batch_alone_is_fitted_compared_and_judged(tmp_path, used, samples):
-    store, stage = prepare(tmp_path, samples=samples, layers=3, groups=2)
-    run(store, stage, SoloWorld())
-    everything = windows_of(store)
-    assert all(torch.equal(used[name], everything) for name in ("finalists", "layers", "shapes"))
-    assert all(torch.equal(it, everything) for it in [*used["finalists refits"], *used["refit refits"]])
-    found = divergence(load(tmp_path / "model"), load(store.path(stage.id)), everything)
-    assert found == pytest.approx(min(metrics_of(store, stage)["finalists_kl"].values()), rel=1e-3, abs=1e-6)
-
-
 # Bits.
 
 
@@ -350,66 +271,17 @@ def test_any_number_of_ranks_finds_and_writes_the_same(tmp_path, variant, sample
 # What can't go, or needn't.
 
 
-def test_layers_that_can_not_go_stay(tmp_path):
-    """The config.json tells layers apart by their numbers."""
-    store, stage = prepare(tmp_path, ratio=0.15)
-    file = tmp_path / "model" / "config.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), "num_kv_shared_layers": 1}))
-    run(store, stage, SoloWorld())
-    metrics = metrics_of(store, stage)
-    assert metrics["layers_in_order_of_dropping"] == []
-    assert {numbers_of(name)[0] for name in metrics["search_kl"]} == {LAYERS}
-    assert kept_of(store, stage)["layers"] == list(range(LAYERS))
-
-
-def test_where_attention_is_all_that_counts_neurons_alone_go(tmp_path):
-    """The MLPs' outputs are nothing, so whatever else goes is missed."""
-    store, stage = prepare(tmp_path, silent="mlp.down_proj.weight")
-    run(store, stage, SoloWorld())
-    metrics = metrics_of(store, stage)
-    best = min(metrics["search_kl"], key=metrics["search_kl"].get)
-    assert shape_in(store.path(stage.id)) == numbers_of(best)
-    assert numbers_of(best)[:2] == (LAYERS, GROUPS) and "num_hidden_layers" not in metrics
-    assert metrics["search_kl"][best] == pytest.approx(0, abs=1e-6)
-
-
-def test_where_attention_is_nothing_groups_go(tmp_path):
-    store, stage = prepare(tmp_path, "qwen3", silent="self_attn.o_proj.weight", structures=["neurons", "kv_groups"])
-    run(store, stage, SoloWorld())
-    assert kept_of(store, stage)["layers"] == list(range(LAYERS))
-    assert metrics_of(store, stage)["num_key_value_heads"] < GROUPS
-
-
-@given(st.dictionaries(st.text(max_size=3), st.floats(-1e-3, 1e3), min_size=1))
-def test_the_closest_shape_is_always_hopeful(kls):
-    """This also holds where rounding makes a divergence of zero negative."""
-    found = finals.hopeful(kls)
-    assert kls[found[0]] == min(kls.values())
-    assert [kls[name] for name in found] == sorted(kls[name] for name in found)
-    farther = [kls[name] for name in kls if name not in found]
-    assert all(it > max(kls[found[0]], finals.HOPELESS * kls[found[0]]) for it in farther)
-
-
-@pytest.mark.parametrize("order", [[0, 1, 2], [1, 0, 2], [2, 1, 0]])
-@pytest.mark.parametrize("model_type", ["gemma4_text", "lfm3", "qwen3_5_text"])
-def test_the_ratio_is_met_whichever_layers_go(tmp_path, monkeypatch, model_type, order):
-    """Layers with another kind of attention have more parameters than others, or fewer; the width makes up for it."""
-    model = save_model(tmp_path / "model", model_type, vocab_size=264)
-    stuck = undroppable_layers(open_checkpoint(model).config)
-    chosen = [it for it in order if it not in stuck]
-    monkeypatch.setattr(CheapMeasurements, "layers_in_order", lambda _self, _droppable, count: chosen[:count])
-    settings = {"structures": ["neurons", "layers"], "refit": "none", "ratio": 0.3}
-    store, stage = prepare(tmp_path, model=model, **settings)
-    run(store, stage, SoloWorld())
-    metrics, shapes = metrics_of(store, stage), metrics_of(store, stage)["search_kl"]
-    checkpoint = open_checkpoint(model)
-    neuron = checkpoint.parameters_per_unit / checkpoint.parameters
-    best = numbers_of(min(shapes, key=shapes.get))
-    assert shape_in(store.path(stage.id))[::2] == best[::2]
-    assert abs(metrics["ratio_reached"] - 0.3) <= best[0] * neuron / 2 + 1e-9
-    counts = checkpoint.parameter_counts
-    for layers, groups, width in map(numbers_of, shapes):
-        kept = [it for it in range(3) if it not in chosen[: 3 - layers]]
-        units = {"neurons": (width,) * layers, "kv_groups": (groups,) * layers}
-        reached = counts.ratio(Shape(tuple(kept), units))
-        assert abs(reached - 0.3) <= layers * neuron / 2 + 1e-9
+@pytest.mark.usefixtures("all_hopeful")
+def test_death_before_any_file_appears_ends_with_the_same_bits(tmp_path):
+    """It dies before every file that is written, of finalists, of the final refit and of the checkpoint."""
+    reference, stage = prepare(tmp_path, layers=3, groups=2, samples=4)
+    (tmp_path / "copies").mkdir()
+    appearing = "rename", "replace"
+    deaths = deaths_during(lambda: run(reference, stage, SoloWorld()), reference.root, tmp_path / "copies", appearing)
+    expected, found = outcome(reference, stage), set()
+    for store in map(Store, deaths):
+        found |= {file.parent.name.partition("-")[0] for file in store.work(stage.id).rglob("*") if file.is_file()}
+        if store.verify(stage.id).state == "missing":
+            run(store, stage, SoloWorld())
+        assert outcome(store, stage) == expected
+    assert len(deaths) > 10 and found >= {"final", "refit"}

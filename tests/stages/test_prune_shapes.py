@@ -1,15 +1,9 @@
 """Shapes for which neurons, KV groups and layers compete: cut, measured, loaded, and the same however they are made."""
 
-import itertools
-import shutil
-
 import pytest
 import shapes
 import torch
-from families import save_model
-from faults.kill import die_in_fork
 from forks import on_ranks
-from masking import read_kept
 from ranks import SoloWorld
 from shapes import GROUPS, NEURONS, divergence, kept_of, metrics_of, outcome, scores_of, windows_of
 from transformers import AutoModelForCausalLM
@@ -18,8 +12,7 @@ from hfprune_dist.checkpoints.checkpoint import open_checkpoint
 from hfprune_dist.core.width_search import START, Found
 from hfprune_dist.models.loading import load_causal_lm
 from hfprune_dist.stages import finals, prune, prune_shapes
-from hfprune_dist.stages.cheap_measurement import EVERY, CheapMeasurements
-from hfprune_dist.store.artifacts import Store
+from hfprune_dist.stages.cheap_measurement import EVERY
 
 LAYERS = 3
 # Where layers compete, of nine windows in micro-batches of two, shapes are compared on two and finalists on one.
@@ -89,54 +82,6 @@ def test_a_search_writes_what_measures_closest(tmp_path, structures, ratio):
     assert kept.get("layers", [*range(LAYERS)]) == [layer for layer in range(LAYERS) if layer not in gone]
 
 
-@pytest.mark.parametrize(
-    ("allocation", "structures"), [("searched", ALL), ("searched", NEURONS_ALONE), ("global", NEURONS_ALONE)]
-)
-def test_a_checkpoint_whose_layers_differ_is_pruned_as_a_model_of_its_own(tmp_path, allocation, structures):
-    store, first = prepare(tmp_path, ratio=0.15, allocation="global", structures=structures[:2])
-    run(store, first)
-    settings = {"model": store.path(first.id), "ratio": 0.15, "allocation": allocation, "structures": structures}
-    again, stage = prepare(tmp_path / "again", **settings)
-    run(again, stage)
-    model, metrics, kept = open_checkpoint(store.path(first.id)), metrics_of(again, stage), again.path(stage.id)
-    assert not model.is_uniform
-    assert abs(metrics["ratio_reached"] - 0.15) <= 0.51 * model.parameters_per_unit / model.parameters
-    assert metrics["ratio_reached"] == 1 - metrics["parameters"] / model.parameters
-    shape = read_kept(kept).shape
-    assert model.parameter_counts.of(shape) == metrics["parameters"]
-    if allocation == "searched":
-        assert not any("everywhere" in name for name in metrics["search_kl"])
-
-
-@pytest.mark.parametrize(
-    ("model_type", "order"),
-    [("gemma4_text", [0, 1]), ("lfm3", [0, 1, 2]), ("lfm3", [1, 0, 2]), ("qwen3_5_text", [2, 1, 0])],
-)
-def test_a_plain_shape_competes_with_the_ratio_met_whichever_layers_went(tmp_path, monkeypatch, model_type, order):
-    """Layers with another kind of attention have more parameters than others, or fewer; the width makes up for it."""
-    model = save_model(tmp_path / "model", model_type, vocab_size=264)
-    checkpoint = open_checkpoint(model)
-    assert len(set(checkpoint.parameter_counts.layers)) > 1
-    possible = prune_shapes._possible
-    monkeypatch.setattr(CheapMeasurements, "layers_in_order", lambda _self, _droppable, count: order[:count])
-    store, stage = prepare(tmp_path, model=model, structures=["neurons", "layers"], ratio=0.3, floor=0.0)
-    monkeypatch.setattr(prune_shapes, "_possible", lambda contests: possible(contests)[-1:])
-    monkeypatch.setattr(prune_shapes, "search_shapes", lambda _, plain, __: Found(next(iter(plain.values())), {}))
-    run(store, stage)
-    metrics = metrics_of(store, stage)
-    layers, neuron = metrics["num_hidden_layers"], checkpoint.parameters_per_unit / checkpoint.parameters
-    assert layers < 3 and abs(metrics["ratio_reached"] - 0.3) <= layers * neuron / 2 + 1e-9
-
-
-def test_where_layers_add_nothing_they_go(tmp_path):
-    silent = ("layers.1.mlp.down_proj.weight", "layers.1.self_attn.o_proj.weight")
-    store, stage = prepare(tmp_path, structures=ALL, ratio=0.3, silent=silent)
-    run(store, stage)
-    metrics = metrics_of(store, stage)
-    assert metrics["layers_in_order_of_dropping"] == [1] and kept_of(store, stage)["layers"] == [0, 2]
-    assert metrics["search_kl"]["2 layers"] < metrics["search_kl"]["3 layers"]
-
-
 def layers_of(name):
     return int(name.removesuffix(" layers"))
 
@@ -187,18 +132,3 @@ def test_any_number_of_ranks_finds_and_writes_the_same(tmp_path, variant, dtype,
         assert ended.codes == [0] * ranks, ended.messages
         outcomes.append(outcome(store, stage))
     assert outcomes[0] == outcomes[1]
-
-
-def test_death_on_the_way_ends_with_the_same_checkpoint(tmp_path):
-    reference, stage = prepare(tmp_path / "whole", structures=ALL, samples=2, ratio=0.3)
-    shutil.copytree(reference.root, tmp_path / "before")
-    run(reference, stage)
-    for kill_at in itertools.count(1, 13):
-        store = Store(shutil.copytree(tmp_path / "before", tmp_path / str(kill_at)))
-        died = die_in_fork(lambda store=store: run(store, stage), kill_at, store.root)
-        if store.verify(stage.id).state == "missing":
-            run(store, stage)
-        assert outcome(store, stage) == outcome(reference, stage)
-        if not died:
-            break
-    assert kill_at > 10

@@ -51,14 +51,6 @@ def test_another_ratio_measures_what_is_left(tmp_path, measured, first, second, 
     assert outcome(store, other(stage, ratio=second)) == outcome(alone, other(stage, ratio=second))
 
 
-@pytest.mark.parametrize(("ratio", "tried"), [(0.05, 1), (0.15, 3), (0.5, 4)])
-def test_a_search_orders_no_more_layers_than_might_go(tmp_path, measured, ratio, tried):
-    store, stage = prepare(tmp_path, **SMALL | SEARCHED | {"layers": 12}, ratio=ratio)
-    run(store, stage, SoloWorld())
-    assert measured() == [*range(1, 1 + tried)]
-    assert len(metrics_of(store, stage)["layers_in_order_of_dropping"]) == tried
-
-
 @pytest.mark.parametrize(
     "changes",
     [{"micro_batch_size": 1}, {"dtype": "bfloat16"}, {"structures": ["neurons", "layers"], **SEARCHED}],
@@ -70,14 +62,6 @@ def test_what_measures_something_else_takes_nothing(tmp_path, measured, changes)
     assert measured()
     run(store, other(stage, **changes), SoloWorld())
     assert measured()[0] == 1
-
-
-def test_another_method_takes_the_order(tmp_path, measured):
-    store, stage = prepare(tmp_path, **SMALL, ratio=0.4)
-    run(store, stage, SoloWorld())
-    assert measured()
-    run(store, other(stage, **SEARCHED), SoloWorld())
-    assert not measured()
 
 
 @pytest.mark.parametrize("damage", [b"", b"{}"], ids=repr)
