@@ -11,7 +11,6 @@ from torch import Tensor
 from hfprune_dist.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from hfprune_dist.checkpoints.pruned_config import pruned_config, write_kept
 from hfprune_dist.checkpoints.write_pruned import write_companions, write_weight_file
-from hfprune_dist.stages.final_refit import final_refit
 from hfprune_dist.stages.prune_low_rank import decide_low_rank
 from hfprune_dist.stages.prune_norms import refitted_norms, require_norms
 from hfprune_dist.stages.prune_plain import decide_plain
@@ -19,6 +18,7 @@ from hfprune_dist.stages.prune_refit import (
     Context,
     Replacements,
     added_biases,
+    final_refit,
     pruned_kinds,
     refit_metrics,
 )

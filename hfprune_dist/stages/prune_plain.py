@@ -19,11 +19,11 @@ from hfprune_dist.planning.shapes import Target, name_of_plain, shapes_for, with
 from hfprune_dist.refit.candidates import Scored, kept_of
 from hfprune_dist.stages.cheap_measurement import CheapMeasurements
 from hfprune_dist.stages.contest import candidate_of
-from hfprune_dist.stages.final_refit import final_refit
 from hfprune_dist.stages.finals import FINALISTS, Finals, SplitWindows, hopeful
 from hfprune_dist.stages.prune_refit import (
     Context,
     Replacements,
+    final_refit,
     pruned_kinds,
     refit_metrics,
 )

@@ -10,8 +10,8 @@ from worlds import Ranks, run_in_threads
 
 from hfprune_dist.data.windows import load_windows
 from hfprune_dist.distributed.sums import HOLD_OUT_EVERY, is_held_out
-from hfprune_dist.stages import final_refit
-from hfprune_dist.stages.final_refit import in_refit_order
+from hfprune_dist.stages import prune_refit
+from hfprune_dist.stages.prune_refit import in_refit_order
 from hfprune_dist.store.artifacts import Store
 
 
@@ -43,11 +43,11 @@ def test_windows_are_held_out_with_all_their_copies_as_far_as_there_is_room(wind
 def test_a_refit_sees_copies_and_makes_other_weights(tmp_path, monkeypatch):
     seen = {}
 
-    def refit_layers(context, models, kept, windows_ST, fitted, *, phase, of=final_refit.refit_layers):
+    def refit_layers(context, models, kept, windows_ST, fitted, *, phase, of=prune_refit.refit_layers):
         seen[context.params.refit_copies] = windows_ST
         of(context, models, kept, windows_ST, fitted, phase=phase)
 
-    monkeypatch.setattr(final_refit, "refit_layers", refit_layers)
+    monkeypatch.setattr(prune_refit, "refit_layers", refit_layers)
     store, template, _ = prepare(tmp_path, refit="layerwise")
     weights = []
     for copies in (0, 1, 3):

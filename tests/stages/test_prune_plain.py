@@ -29,7 +29,7 @@ from shapes import (
 from hfprune_dist.core.least_squares import RIDGES
 from hfprune_dist.core.selection import entries_of, top_units
 from hfprune_dist.refit.measurement import Measurement
-from hfprune_dist.stages import final_refit, finals, prune_plain, prune_refit
+from hfprune_dist.stages import finals, prune_plain, prune_refit
 from hfprune_dist.stages.cheap_measurement import EVERY
 from hfprune_dist.store.artifacts import Store
 from hfprune_dist.structures.kept import Kept
@@ -225,7 +225,7 @@ def used(monkeypatch):
         refit(context, models, kept, windows_ST, fitted, phase=phase)
 
     monkeypatch.setattr(Measurement, "__init__", measuring)
-    for module in (finals, final_refit):
+    for module in (finals, prune_refit):
         monkeypatch.setattr(module, "refit_layers", refitting)
     return seen
 
