@@ -8,45 +8,57 @@ as many threads each, and a resumed stage continues at a shard.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from hfprune_dist.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from hfprune_dist.checkpoints.read_tensors import scored_layer
-from hfprune_dist.checkpoints.tensor_files import SavedLayers
+from hfprune_dist.checkpoints.tensor_files import is_usable
 from hfprune_dist.core.criterion import Criterion, ScoredLayer, losses_of
-from hfprune_dist.data.windows import load_windows, save_windows
+from hfprune_dist.data.tokenizer import load_tokenizer
+from hfprune_dist.data.windows import (
+    WINDOWS,
+    Sampling,
+    Source,
+    Windows,
+    load_windows,
+    read_mixture,
+    read_windows,
+    save_windows,
+)
 from hfprune_dist.distributed.frozen_model import choose_sharding
-from hfprune_dist.distributed.interruption import Interrupted
 from hfprune_dist.distributed.layer_stream import LayerStream
-from hfprune_dist.distributed.layer_work import Turns, unfinished, up_to_last
-from hfprune_dist.distributed.sums import Grams, explaining
+from hfprune_dist.distributed.layer_work import Turns
+from hfprune_dist.distributed.sums import Grams, explaining, windows_held_out
 from hfprune_dist.errors import UserError, naming
-from hfprune_dist.kinds.importance import Calibration
+from hfprune_dist.kinds.importance import Calibration, ImportanceParameters
 from hfprune_dist.methods import CRITERIA
 from hfprune_dist.methods.sdmprune import student_keeps
 from hfprune_dist.scoring.calibration_pass import cut_into_shards, run_pass
 from hfprune_dist.scoring.layer_sums import Size
 from hfprune_dist.scoring.shard_scorer import GivenStudent, ShardScorer
 from hfprune_dist.scoring.shard_sums import Accumulation, KindSizes
-from hfprune_dist.stages.calibration_windows import Context, prepare_windows
+from hfprune_dist.stages.context import Context as AnyContext
+from hfprune_dist.store.atomic_files import read_object, write_json
 from hfprune_dist.structures import NEURONS
 from hfprune_dist.structures.score_names import SCORES, score_name, scores_of_layers
 from hfprune_dist.structures.units import Units
 
-PARTIAL = "partial.safetensors"
+Context = AnyContext[ImportanceParameters]
+
+# Files in the work folder: the sums so far, and counts of the documents behind the windows.
+PARTIAL, COUNTS = "partial.safetensors", "windows.json"
 
 
 def run(context: Context) -> None:
     """Write ``importance.safetensors`` and ``windows.safetensors``."""
-    checkpoint = open_checkpoint(context.input_path("model"))
+    checkpoint, world = open_checkpoint(context.input_path("model")), context.world
     criteria = [CRITERIA[name] for name in context.params.criteria]
-    documents = prepare_windows(context)
+    documents = world.on_rank0(lambda: _prepare_windows(context))
     windows_ST = load_windows(context.work)
     observing = [criterion for criterion in criteria if criterion.observes != "nothing"]
     totals = _accumulate(context, checkpoint, windows_ST, observing)
@@ -55,13 +67,48 @@ def run(context: Context) -> None:
 
     def write() -> None:
         with naming(draft / SCORES):
-            save_file(scores.read(), draft / SCORES)
+            save_file(scores, draft / SCORES)
         save_windows(windows_ST, draft)
 
-    context.world.on_rank0(write)
+    world.on_rank0(write)
     losses = [loss for loss in losses_of(criteria) if loss.in_nats]
     means = {f"mean_{loss.name}_nats": totals.losses[loss.name] / len(windows_ST) for loss in losses}
     context.commit(draft, {"tokens": windows_ST.numel(), **means, **documents})
+
+
+# The windows, cut once for all attempts.
+
+
+def _prepare_windows(context: Context) -> dict[str, int]:
+    """Cut the windows into the work folder, unless an earlier attempt has; return counts for the manifest."""
+    counts = read_object(context.work / COUNTS)
+    if counts is None or not is_usable(context.work / WINDOWS):
+        windows = _cut_windows(context)
+        save_windows(windows.input_ids_ST, context.work)
+        counts = {"documents_read": windows.documents_read, "documents_used": windows.documents_used}
+        write_json(context.work / COUNTS, counts)
+    return counts
+
+
+def _cut_windows(context: Context) -> Windows:
+    settings = context.params.calibration
+    sampling = Sampling(settings.samples, settings.sequence_length, context.params.seed, context.params.add_bos_token)
+    tokenizer = load_tokenizer(context.input_path("model"))
+    sources = [
+        Source(
+            share.text.model_dump(),
+            context.input_path(share.role) if context.has_input(share.role) else None,
+            share.windows,
+        )
+        for share in settings.shares()
+    ]
+    if settings.mixture is None:
+        return read_windows(sources[0].settings, sources[0].path, tokenizer, sampling, "calibration")
+    apart = windows_held_out(settings.samples, settings.micro_batch_size)
+    return read_mixture(sources, tokenizer, sampling, apart, "calibration")
+
+
+# The pass.
 
 
 def _scored_units(context: Context, checkpoint: Checkpoint) -> dict[str, Units]:
@@ -81,25 +128,19 @@ def _accumulate(
         kind: KindSizes(units.counts, units.channels_per_unit, hidden_size)
         for kind, units in _scored_units(context, checkpoint).items()
     }
-    totals = Accumulation(
-        criteria,
-        sizes,
-        len(shards),
-        context.work / PARTIAL,
-        context.world,
-        weights=_weights_of_units(context, checkpoint, criteria),
-    )
-
-    def load() -> ShardScorer:
-        return _scorer(context, checkpoint, windows_ST, criteria, totals)
+    weights = _weights_of_units(context, checkpoint, criteria)
+    totals = Accumulation(criteria, sizes, len(shards), context.work / PARTIAL, context.world, weights=weights)
 
     def report(done: int) -> None:
         context.progress.update("calibration", done, len(shards))
 
-    def after_round() -> None:
-        context.interruption.stop_if_agreed(context.world)
-
-    run_pass(shards, totals, load, before_round=report, after_round=after_round)
+    run_pass(
+        shards,
+        totals,
+        lambda: _scorer(context, checkpoint, windows_ST, criteria, totals),
+        before_round=report,
+        after_round=lambda: context.interruption.stop_if_agreed(context.world),
+    )
     report(len(shards))
     return totals
 
@@ -156,123 +197,75 @@ def _given_student(context: Context, criteria: Sequence[Criterion]) -> GivenStud
     return GivenStudent(keeps, (student.teacher_share, student.teacher_temperature))
 
 
+# Scores from what was added up.
+
+
 def _score_layers(
     context: Context,
     checkpoint: Checkpoint,
     criteria: Sequence[Criterion],
     totals: Accumulation,
     windows_ST: Tensor,
-) -> SavedLayers:
-    """Save each layer's scores once they are finished, float64 [units], by their names in the artifact; collective.
+) -> dict[str, Tensor]:
+    """Scores of all layers, float64 [units], by their names in the artifact; ranks take turns at layers. Collective.
 
-    Those that an earlier attempt has saved are reused. Weights are read one layer at a time.
+    Criteria that need moments see the windows a second time, layer by layer.
     """
-    world = context.world
-    saved = SavedLayers(context.work / "scores", range(checkpoint.num_layers))
-    left = unfinished(range(checkpoint.num_layers), saved.done, world)
+    world, kinds = context.world, _scored_units(context, checkpoint)
+    windows, tokens, seed = len(windows_ST), windows_ST.numel(), context.params.seed
+    scores: dict[str, Tensor] = {}
 
-    def write(layer: _Layer) -> None:
-        of_kinds = (_layer_scores(kind, it, criteria, totals) for kind, it in layer.kinds.items())
-        saved.write(layer.number, {name: scores_U for scores in of_kinds for name, scores_U in scores.items()})
+    def solve(kinds: Mapping[str, ScoredLayer]) -> None:
+        for kind, layer in kinds.items():
+            scores.update(_layer_scores(kind, layer, criteria, totals))
 
-    turns = Turns(left, world, write)
-    second_pass = _SecondPass(context, checkpoint, criteria, totals, windows_ST)
-    try:
-        for number in up_to_last(left):
-            if number in left:
-                turns.add(number, second_pass.layer(number, turns.owner(number)))
-            else:
-                second_pass.go_past(number)
-            second_pass.after(number)
-    except Interrupted:
-        turns.finish()
-        raise
-    return saved
-
-
-@dataclass(frozen=True)
-class _Layer:
-    """One layer, as criteria see its units of each kind."""
-
-    number: int
-    kinds: dict[str, ScoredLayer]
-
-
-class _SecondPass:
-    """The second pass of the windows through the model, layer by layer, for the criteria that need moments."""
-
-    def __init__(
-        self,
-        context: Context,
-        checkpoint: Checkpoint,
-        criteria: Sequence[Criterion],
-        totals: Accumulation,
-        windows_ST: Tensor,
-    ) -> None:
-        self._context = context
-        self._checkpoint = checkpoint
-        self._units = _scored_units(context, checkpoint)
-        self._totals = totals
-        self._tokens = windows_ST.numel()
-        self._needed = any(criterion.needs_moments for criterion in criteria)
-        self._windows_ST = windows_ST
-        self._stream: LayerStream | None = None
-        self._layers: Iterator[tuple[int, nn.Module]] = iter(())
-
-    def layer(self, number: int, owner: int) -> _Layer | None:
-        """The next layer as criteria see it; None if another rank scores it. Collective."""
-        grams = self._grams(number, owner) if self._needed else {}
-        if owner != self._context.world.rank:
-            return None
-        kinds = {
+    turns = Turns(range(checkpoint.num_layers), world, solve)
+    for number, grams in _grams_of_layers(context, checkpoint, criteria, windows_ST, turns.owner):
+        mine = turns.owner(number) == world.rank
+        read_gradient = partial(_mean_gradient, totals, number, windows) if totals.gradients else None
+        layers = {
             kind: scored_layer(
-                self._checkpoint,
+                checkpoint,
                 units,
                 number,
-                self._context.params.seed,
-                self._tokens,
-                moments=self._moments(kind, number, grams[kind]) if grams else None,
-                read_gradient=partial(self._mean_gradient, number) if self._totals.gradients else None,
+                seed,
+                tokens,
+                moments=(grams[kind].whole(), totals.mean_curvature(kind, number, tokens)) if grams else None,
+                read_gradient=read_gradient,
             )
-            for kind, units in self._units.items()
+            for kind, units in (kinds.items() if mine else ())
         }
-        return _Layer(number, kinds)
+        turns.add(number, layers if mine else None)
+        context.interruption.stop_if_agreed(world)
+    return {name: scores_U for share in world.all_gather(scores) for name, scores_U in share.items()}
 
-    def go_past(self, number: int) -> None:
-        """Take the windows through the next layer, whose scores are known already; collective."""
-        if self._needed:
-            stream = self._begun()
-            stream.advance(self._next_layer())
 
-    def after(self, number: int) -> None:
-        """Report how far the pass has come, and end it if any rank was asked to."""
-        if self._needed:
-            self._context.progress.update("moments", number + 1, self._checkpoint.num_layers)
-        self._context.interruption.stop_if_agreed(self._context.world)
+def _mean_gradient(totals: Accumulation, number: int, windows: int, name: str) -> Tensor:
+    return totals.mean_gradient(name, number, windows)
 
-    def _grams(self, number: int, owner: int) -> dict[str, Grams]:
-        stream = self._begun()
-        grams = stream.grams(number, self._next_layer(), list(self._units.values()), owner)
-        return {kind: grams[units.kind][0] for kind, units in self._units.items()}
 
-    def _moments(self, kind: str, number: int, grams: Grams) -> tuple[Tensor, Tensor]:
-        return grams.whole(), self._totals.mean_curvature(kind, number, self._tokens)
-
-    def _next_layer(self) -> nn.Module:
-        return next(self._layers)[1]
-
-    def _mean_gradient(self, number: int, name: str) -> Tensor:
-        return self._totals.mean_gradient(name, number, len(self._windows_ST))
-
-    def _begun(self) -> LayerStream:
-        """The stream of windows, begun by the first call, which never comes if all scores are known. Collective."""
-        if self._stream is None:
-            params, context = self._context.params, self._context
-            dtype, size = getattr(torch, params.dtype), params.calibration.micro_batch_size
-            context.check_layers(self._checkpoint, self._windows_ST, params.dtype)
-            self._stream = LayerStream(self._checkpoint, self._windows_ST, dtype, size, context.world)
-            self._layers = self._stream.layers(range(self._checkpoint.num_layers))
-        return self._stream
+def _grams_of_layers(
+    context: Context,
+    checkpoint: Checkpoint,
+    criteria: Sequence[Criterion],
+    windows_ST: Tensor,
+    owner: Callable[[int], int],
+) -> Iterator[tuple[int, Mapping[str, Grams]]]:
+    """Yield each layer's number with the Gram matrices of what its units' outputs are read from, by kind, whole on the
+    layer's owner; without them if no criterion needs moments. Collective.
+    """
+    layers, params = range(checkpoint.num_layers), context.params
+    if not any(criterion.needs_moments for criterion in criteria):
+        yield from ((number, {}) for number in layers)
+        return
+    dtype, size = getattr(torch, params.dtype), params.calibration.micro_batch_size
+    context.check_layers(checkpoint, windows_ST, params.dtype)
+    stream, kinds = LayerStream(checkpoint, windows_ST, dtype, size, context.world), _scored_units(context, checkpoint)
+    for number, layer in stream.layers(layers):
+        grams = stream.grams(number, layer, list(kinds.values()), owner(number))
+        del layer
+        yield number, {kind: grams[kind][0] for kind in kinds}
+        context.progress.update("moments", number + 1, len(layers))
 
 
 def _layer_scores(

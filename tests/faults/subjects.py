@@ -31,7 +31,6 @@ from tiny import save_tiny, write_documents, write_pairs
 
 from hfprune_dist.config.schema import EvaluationConfig, RuntimeConfig
 from hfprune_dist.config.training import RecoveryConfig
-from hfprune_dist.distributed.layer_stream import LayerStream
 from hfprune_dist.refit.sequential_refit import SequentialRefit
 from hfprune_dist.scoring.shard_scorer import ShardScorer
 from hfprune_dist.stages import evaluate
@@ -399,7 +398,7 @@ def subjects() -> list[Subject]:
         SlurmSweep("slurm"),
         WholeSweep("sweep"),
         StageSubject("prune", _prune, {SequentialRefit: "_fit"}),
-        StageSubject("importance", _importance, {ShardScorer: "score", LayerStream: "grams"}),
+        StageSubject("importance", _importance, {ShardScorer: "score"}),
         StageSubject("evaluate", _evaluate, {evaluate: "_run_task"}),
         StageSubject("loraprune", _loraprune, {finetune._LoraTrainer: "training_step"}),
     ]

@@ -55,7 +55,7 @@ def test_an_interrupted_refit_solves_no_layer_twice(tmp_path, written):
     expected = whole(tmp_path / "whole", refit="dense")
     (tmp_path / "log").unlink()
     store, stage = prepare(tmp_path / "parts", **METHOD, refit="dense")
-    assert ended(3, store, stage, Interrupting(2)) == INTERRUPTED
+    assert ended(2, store, stage, Interrupting(2)) == INTERRUPTED
     assert sorted(written()) == ["0", "1"]
     assert ended(1, store, stage) == 0
     assert sorted(written()) == ["0", "1", "2"]
