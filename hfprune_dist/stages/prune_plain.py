@@ -17,9 +17,7 @@ from torch import Tensor
 from hfprune_dist.checkpoints.checkpoint import Checkpoint
 from hfprune_dist.planning.shapes import Target, name_of_plain, shapes_for, with_layers
 from hfprune_dist.refit.candidates import Scored, kept_of
-from hfprune_dist.stages.cheap_measurement import CheapMeasurements
 from hfprune_dist.stages.contest import candidate_of
-from hfprune_dist.stages.finals import FINALISTS, Finals, SplitWindows, hopeful
 from hfprune_dist.stages.prune_refit import (
     Context,
     Replacements,
@@ -27,6 +25,7 @@ from hfprune_dist.stages.prune_refit import (
     pruned_kinds,
     refit_metrics,
 )
+from hfprune_dist.stages.shape_search import FINALISTS, ShapeSearch, may_be_closest
 from hfprune_dist.structures import KV_GROUPS, NEURONS
 from hfprune_dist.structures.kept import Kept, Shape
 
@@ -39,24 +38,23 @@ def decide_plain(
     Args:
         scores: kind -> scores of each layer's units.
     """
-    windows = SplitWindows.apart(context.calibration_windows(), context.params.forward_pass()[1])
     kinds = [Scored(units, scores[units.kind]) for units in pruned_kinds(context, checkpoint)]
-    measurements = CheapMeasurements(context, checkpoint, kinds, windows.seen_ST)
+    search = ShapeSearch(context, checkpoint, kinds, has_finals=True)
     target = Target.of(checkpoint, context.params, context.params.ratio, context.stage.label)
     planned = shapes_for(target)
     most_gone = checkpoint.num_layers - min(len(shape.layers) for shape in planned)
-    order = measurements.layers_in_order(target.droppable, most_gone)
-    grid = _Grid(measurements, target, planned, order)
+    order = search.layers_in_order(target.droppable, most_gone)
+    grid = _Grid(search, target, planned, order)
     kls = grid.kl()
     metrics: dict[str, Any] = {"layers_in_order_of_dropping": [*order], "search_kl": kls}
     if context.params.refit == "none":
         return grid.kept(min(kls, key=kls.__getitem__)), {}, metrics
-    competing = hopeful(kls)
-    finals = Finals(context, checkpoint, windows, grid.kept)
-    best = finals.closest(_first_finalists(competing, grid), lambda closest: grid.with_fewer_layers(closest, competing))
+    competing = may_be_closest(kls)
+    first = _first_finalists(competing, grid)
+    best = search.closest(first, grid.kept, lambda closest: grid.with_fewer_layers(closest, competing))
     kept = grid.kept(best)
     fitted = final_refit(context, checkpoint, kept)
-    metrics |= {"finalists_kl": finals.kl} if finals.kl else {}
+    metrics |= {"finalists_kl": search.finalists_kl} if search.finalists_kl else {}
     return kept, fitted.replacements(kept.layers), metrics | refit_metrics(fitted, kept.layers)
 
 
@@ -80,14 +78,14 @@ class _Grid:
 
     def __init__(
         self,
-        measurements: CheapMeasurements,
+        search: ShapeSearch,
         target: Target,
         planned: Sequence[Shape],
         order: Sequence[int],
     ) -> None:
-        self._measurements = measurements
-        self._context = measurements.context
-        self._checkpoint = measurements.checkpoint
+        self._search = search
+        self._context = search.context
+        self._checkpoint = search.checkpoint
         num_layers, fitted = self._checkpoint.num_layers, []
         for it in planned:
             gone = order[: num_layers - len(it.layers)]
@@ -110,14 +108,14 @@ class _Grid:
 
     def kept(self, name: str) -> Kept:
         """What rank 0 would keep of a shape, on every rank."""
-        kinds = self._measurements.kinds
+        kinds = self._search.kinds
         return self._context.world.broadcast(kept_of(kinds, candidate_of(kinds, self._shapes[name])))
 
     def kl(self) -> dict[str, float]:
         """Divergence of every shape from the dense model, nats per token."""
         refit = self._context.params.refit != "none"
-        measurement = self._measurements.measurement("shapes", refit=refit, measurements=1)
-        candidates = [candidate_of(self._measurements.kinds, shape) for shape in self._shapes.values()]
+        measurement = self._search.measurement("shapes", refit=refit, measurements=1)
+        candidates = [candidate_of(self._search.kinds, shape) for shape in self._shapes.values()]
         return dict(zip(self._shapes, measurement.kl(candidates), strict=True))
 
 

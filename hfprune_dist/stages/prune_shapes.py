@@ -19,10 +19,9 @@ from hfprune_dist.core.width_search import MEASUREMENTS, START, Counts, search_s
 from hfprune_dist.planning.shapes import Target, numbers_of_groups, shape_for, step_of_layers, with_layers
 from hfprune_dist.refit.candidates import Scored, kept_of
 from hfprune_dist.refit.measurement import Candidate, Measurement
-from hfprune_dist.stages.cheap_measurement import CheapMeasurements
 from hfprune_dist.stages.contest import Contest, candidate_of
-from hfprune_dist.stages.finals import FINALISTS, Finals, SplitWindows, hopeful
 from hfprune_dist.stages.prune_refit import Context, pruned_kinds
+from hfprune_dist.stages.shape_search import FINALISTS, ShapeSearch, may_be_closest
 from hfprune_dist.structures import KV_GROUPS, LAYERS, NEURONS
 from hfprune_dist.structures.kept import Kept
 
@@ -62,18 +61,14 @@ class _Search:
         self._checkpoint = checkpoint
         self._kinds = kinds
         self._contest = contest
-        windows_ST, micro_batch_size = context.calibration_windows(), context.params.forward_pass()[1]
-        self._windows = SplitWindows.apart(windows_ST, micro_batch_size)
-        # Without finals, no windows need to be kept apart.
-        seen_ST = self._windows.seen_ST if LAYERS in context.params.structures else windows_ST
-        self._measurements = CheapMeasurements(context, checkpoint, kinds, seen_ST)
+        self._shapes = ShapeSearch(context, checkpoint, kinds, has_finals=LAYERS in context.params.structures)
 
     def run(self) -> tuple[Candidate, dict[str, Any]]:
         """The shape that was measured to be closest, and metrics."""
         target = self._contest.target
-        order = self._measurements.layers_in_order(target.droppable, target.most_layers_gone())
+        order = self._shapes.layers_in_order(target.droppable, target.most_layers_gone())
         contests = self._contests(order)
-        measurement = self._measurements.measurement(
+        measurement = self._shapes.measurement(
             "search",
             refit=self._context.params.refit != "none",
             measurements=MEASUREMENTS + (len(contests) > 1),
@@ -103,7 +98,7 @@ class _Search:
             return contests[first], {}
         candidates = {name: it.candidate(it.reweighted().counts(START)) for name, it in contests.items()}
         kls = dict(zip(contests, measurement.kl([*candidates.values()]), strict=True))
-        competing = hopeful(kls)
+        competing = may_be_closest(kls)
         if self._context.params.refit == "none":
             return contests[competing[0]], {"search_kl": kls}
 
@@ -111,14 +106,13 @@ class _Search:
             fewer = [it for it in competing if len(contests[it].layers) < len(contests[closest].layers)]
             return max(fewer, key=lambda it: len(contests[it].layers), default=None)
 
-        finals = Finals(
-            self._context,
-            self._checkpoint,
-            self._windows,
+        best = self._shapes.closest(
+            competing[:FINALISTS],
             lambda name: self._context.world.broadcast(kept_of(self._kinds, candidates[name])),
+            with_fewer_layers,
         )
-        best = finals.closest(competing[:FINALISTS], with_fewer_layers)
-        return contests[best], {"search_kl": kls} | ({"finalists_kl": finals.kl} if finals.kl else {})
+        compared = self._shapes.finalists_kl
+        return contests[best], {"search_kl": kls} | ({"finalists_kl": compared} if compared else {})
 
     def _plain(self, contest: Contest) -> dict[str, Counts]:
         """Name -> shape that is the same in all layers of a contest, for those that the contest allows."""

@@ -29,8 +29,8 @@ from shapes import (
 from hfprune_dist.core.least_squares import RIDGES
 from hfprune_dist.core.selection import entries_of, top_units
 from hfprune_dist.refit.measurement import Measurement
-from hfprune_dist.stages import finals, prune_plain, prune_refit
-from hfprune_dist.stages.cheap_measurement import EVERY
+from hfprune_dist.stages import prune_plain, prune_refit, shape_search
+from hfprune_dist.stages.shape_search import EVERY
 from hfprune_dist.store.artifacts import Store
 from hfprune_dist.structures.kept import Kept
 
@@ -42,7 +42,7 @@ COMPARED, JUDGED = slice(6, 8), slice(8, 9)
 @pytest.fixture
 def all_hopeful(monkeypatch):
     """Allow as many finalists as there may be, however much random models differ."""
-    monkeypatch.setattr(finals, "HOPELESS", ALL_HOPEFUL)
+    monkeypatch.setattr(shape_search, "WORST_FINALIST", ALL_HOPEFUL)
 
 
 def numbers_of(name):
@@ -93,7 +93,7 @@ def test_the_finalist_that_is_closest_on_windows_apart_is_written(tmp_path, vari
 
 def expected_finalists(measured, finalists, layers=LAYERS):
     """Return the names of finalists, given how close they are."""
-    most = finals.HOPELESS * min(measured.values())
+    most = shape_search.WORST_FINALIST * min(measured.values())
     hopeful = [it for it in sorted(measured, key=measured.get) if measured[it] <= most]
     mlp_alone = [name for name in hopeful if numbers_of(name)[:2] == (layers, GROUPS)]
     expected = {*mlp_alone, *[name for name in hopeful if name not in mlp_alone][: prune_plain.FINALISTS]}
@@ -225,7 +225,7 @@ def used(monkeypatch):
         refit(context, models, kept, windows_ST, fitted, phase=phase)
 
     monkeypatch.setattr(Measurement, "__init__", measuring)
-    for module in (finals, prune_refit):
+    for module in (shape_search, prune_refit):
         monkeypatch.setattr(module, "refit_layers", refitting)
     return seen
 

@@ -11,8 +11,8 @@ from transformers import AutoModelForCausalLM
 from hfprune_dist.checkpoints.checkpoint import open_checkpoint
 from hfprune_dist.core.width_search import START, Found
 from hfprune_dist.models.loading import load_causal_lm
-from hfprune_dist.stages import finals, prune, prune_shapes
-from hfprune_dist.stages.cheap_measurement import EVERY
+from hfprune_dist.stages import prune, prune_shapes, shape_search
+from hfprune_dist.stages.shape_search import EVERY
 
 LAYERS = 3
 # Where layers compete, of nine windows in micro-batches of two, shapes are compared on two and finalists on one.
@@ -89,15 +89,15 @@ def layers_of(name):
 @pytest.mark.parametrize(("variant", "refit"), [("llama", "block"), ("mistral", "layerwise")])
 def test_the_number_of_layers_is_that_of_the_closest_finalist(tmp_path, monkeypatch, variant, refit):
     """Without any further search or a new refit, what is written is a finalist."""
-    monkeypatch.setattr(finals, "HOPELESS", 1e6)
-    fit, fitted = finals.Finals._fitted, {}
+    monkeypatch.setattr(shape_search, "WORST_FINALIST", 1e6)
+    fit, fitted = shape_search.ShapeSearch._fitted, {}
 
     def fitting(self, shape, kept):
         fitted[len(kept.layers)] = fit(self, shape, kept)
         return fitted[len(kept.layers)]
 
     store, stage = prepare(tmp_path, variant, structures=ALL, ratio=0.2, refit=refit, floor=0.05)
-    monkeypatch.setattr(finals.Finals, "_fitted", fitting)
+    monkeypatch.setattr(shape_search.ShapeSearch, "_fitted", fitting)
     monkeypatch.setattr(prune_shapes, "search_shapes", lambda shapes, *_: Found(shapes.counts(START), {}))
     monkeypatch.setattr(prune, "final_refit", lambda _context, _dense, kept: fitted[len(kept.layers)])
     run(store, stage)
@@ -107,7 +107,7 @@ def test_the_number_of_layers_is_that_of_the_closest_finalist(tmp_path, monkeypa
     dense, written = (load_causal_lm(it, torch.float32) for it in (tmp_path / "model", store.path(stage.id)))
     assert written.config.num_hidden_layers == layers_of(best) and len(measured) > 1
     closest = sorted(measured, key=measured.get)
-    assert {*closest[: finals.FINALISTS]} <= {*compared} <= {*measured}
+    assert {*closest[: shape_search.FINALISTS]} <= {*compared} <= {*measured}
     fewer = [name for name in measured if layers_of(name) < layers_of(best)]
     assert not fewer or max(fewer, key=layers_of) in compared, "fewer layers are tried as long as that helps"
     judged = windows_of(store)[JUDGED]

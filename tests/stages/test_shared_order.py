@@ -7,7 +7,7 @@ from made_stages import stage_of
 from ranks import SoloWorld
 from shapes import metrics_of, outcome, prepare, run
 
-from hfprune_dist.stages.cheap_measurement import CheapMeasurements
+from hfprune_dist.stages.shape_search import ShapeSearch
 from hfprune_dist.store.artifacts import Store
 
 SMALL = {"layers": 6, "refit": "none", "samples": 4}
@@ -17,13 +17,13 @@ SEARCHED = {"allocation": "searched", "refit": "dense", "floor": 0.1, "protect_f
 @pytest.fixture
 def measured(monkeypatch):
     """Return how many layers were left out in each measurement that orders layers, since the last call."""
-    asked, original = [], CheapMeasurements._whole_without
+    asked, original = [], ShapeSearch._whole_without
 
     def noted(self, gone):
         asked.append(len(gone))
         return original(self, gone)
 
-    monkeypatch.setattr(CheapMeasurements, "_whole_without", noted)
+    monkeypatch.setattr(ShapeSearch, "_whole_without", noted)
 
     def take():
         taken = sorted({*asked})
