@@ -214,7 +214,7 @@ def rows(windows_ST, among_ST):
 def used(monkeypatch):
     """Windows by use: those of measurements, which are made in this order, and those of refits."""
     seen = {"finalists refits": [], "refit refits": []}
-    init, refit, phases = Measurement.__init__, prune_refit.refit_layers, iter(["layers", "shapes", "finalists"])
+    init, refit, phases = Measurement.__init__, prune_refit.refit_layers, iter(["finalists", "layers", "shapes"])
 
     def measuring(self, checkpoint, variants, micro_batches, **options):
         seen[next(phases)] = torch.cat(list(micro_batches.values()))
