@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,76 +23,52 @@ PEFT_NAME = "default"  # peft's name for the only adapter
 PREFIX = "units."
 
 
-class LoraGradients:
-    """Gradients of a model with LoRA layers, as its engine holds them after a backward.
+def scores_of_units(
+    model: nn.Module, layers: Mapping[int, list[Units]], world: World, *, whole: bool, largest_norm: float
+) -> dict[tuple[str, int], Tensor]:
+    """Score units by the gradients that a model's engine holds after a backward. Collective.
 
     Args:
         model: without peft's wrapper; its projections are LoRA layers.
-        whole: whether its frozen weights are whole on every rank, rather than parameters that DeepSpeed shards.
+        layers: layer -> kinds of its units to score.
+        whole: whether frozen weights are whole on every rank; otherwise all ranks gather layer by layer.
         largest_norm: the norm that gradients are clipped to, as the optimizer will clip them afterwards.
+
+    Returns:
+        Kind and layer -> scores, float64 [units] on the CPU, those of rank 0 on all ranks.
     """
-
-    def __init__(self, model: nn.Module, world: World, *, whole: bool, largest_norm: float) -> None:
-        self._model = model
-        self._world = world
-        self._whole = whole
-        self._largest_norm = largest_norm
-
-    def scores(self, layers: dict[int, list[Units]]) -> dict[tuple[str, int], Tensor]:
-        """Scores of units by kind and layer, float64 [units] on the CPU, those of rank 0 on all ranks. Collective.
-
-        If weights are sharded, all ranks gather layer by layer.
-
-        Args:
-            layers: layer -> kinds of its units to score.
-        """
-        share = self._clipped_share()
-        scores: dict[tuple[str, int], Tensor] = {}
-        for layer, kinds in layers.items():
-            with self._gathered(layer, kinds):
-                for units in kinds:
-                    parts = [self._of_weight(units.tensor(layer, it.tensor), it, share) for it in _owned(units)]
-                    scores[units.kind, layer] = torch.stack(parts).sum(0)
-        # Only now does the host wait for a GPU.
-        return self._world.broadcast({key: scores_U.cpu() for key, scores_U in scores.items()})
-
-    def _of_weight(self, name: str, owned: Owned, share: float) -> Tensor:
-        """One weight's part of its units' scores; all ranks contribute their shards of LoRA's."""
-        lora = self._projection(name)
-        a, b = lora.lora_A[PEFT_NAME].weight, lora.lora_B[PEFT_NAME].weight
-        a_RI, b_OR = safe_get_full_fp32_param(a), safe_get_full_fp32_param(b)
-        grad_a_RI, grad_b_OR = safe_get_full_grad(a), safe_get_full_grad(b)
-        gradients = (share * grad_a_RI.float(), share * grad_b_OR.float())
-        factors = Factors(a_RI, b_OR, *gradients, lora.scaling[PEFT_NAME])
-        return unit_scores(lora.base_layer.weight, factors, owned.axis, owned.per_unit, owned.parts)
-
-    def _clipped_share(self) -> float:
-        """The factor by which clipping scales every gradient of this step; 1 if their norm is small enough."""
-        squares = [
-            safe_get_local_grad(parameter).double().square().sum()
-            for parameter in self._model.parameters()
-            if parameter.requires_grad
+    share = _clipped_share(model, world, largest_norm)
+    scores: dict[tuple[str, int], Tensor] = {}
+    for layer, kinds in layers.items():
+        projections: list[tuple[Units, Owned, Any]] = [
+            (units, owned, model.get_submodule(units.tensor(layer, owned.tensor.removesuffix(".weight"))))
+            for units in kinds
+            for owned in units.owned
+            if owned.tensor.endswith(".weight")  # biases have no adapters
         ]
-        norm = math.sqrt(sum(self._world.all_gather(sum(torch.stack(squares).tolist()))))
-        return min(1.0, self._largest_norm / (norm + 1e-6))
-
-    @contextmanager
-    def _gathered(self, layer: int, kinds: list[Units]) -> Iterator[None]:
-        """Make the weights of a layer's units whole on every rank, within the context."""
-        if self._whole:
-            yield
-            return
-        names = [units.tensor(layer, owned.tensor) for units in kinds for owned in _owned(units)]
-        with deepspeed.zero.GatheredParameters([self._projection(name).base_layer.weight for name in names]):
-            yield
-
-    def _projection(self, weight: str) -> Any:
-        return self._model.get_submodule(weight.removesuffix(".weight"))
+        weights = [lora.base_layer.weight for *_, lora in projections]
+        with deepspeed.zero.GatheredParameters(weights, enabled=not whole):
+            for units, owned, lora in projections:
+                part_U = _of_weight(lora, owned, share)
+                scores[units.kind, layer] = scores.get((units.kind, layer), torch.zeros_like(part_U)) + part_U
+    return world.broadcast({key: scores_U.cpu() for key, scores_U in scores.items()})  # only now the host waits
 
 
-def _owned(units: Units) -> list[Owned]:
-    """The weights that units own; biases have no adapters."""
-    return [owned for owned in units.owned if owned.tensor.endswith(".weight")]
+def _of_weight(lora: Any, owned: Owned, share: float) -> Tensor:
+    """One weight's part of its units' scores; all ranks contribute their shards of LoRA's."""
+    a, b = lora.lora_A[PEFT_NAME].weight, lora.lora_B[PEFT_NAME].weight
+    a_RI, b_OR = safe_get_full_fp32_param(a), safe_get_full_fp32_param(b)
+    grad_a_RI, grad_b_OR = (share * safe_get_full_grad(it).float() for it in (a, b))
+    factors = Factors(a_RI, b_OR, grad_a_RI, grad_b_OR, lora.scaling[PEFT_NAME])
+    return unit_scores(lora.base_layer.weight, factors, owned.axis, owned.per_unit, owned.parts)
+
+
+def _clipped_share(model: nn.Module, world: World, largest_norm: float) -> float:
+    """The factor by which clipping scales every gradient of this step; 1 if their norm is small enough."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    squares = torch.stack([safe_get_local_grad(it).double().square().sum() for it in trained]).sum()
+    world.all_reduce(squares)
+    return min(1.0, largest_norm / (math.sqrt(squares) + 1e-6))
 
 
 @dataclass

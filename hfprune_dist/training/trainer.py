@@ -45,7 +45,7 @@ from hfprune_dist.training.engine_setup import (
     training_arguments,
 )
 from hfprune_dist.training.fine_tuning import FineTuning, finite_values, learning_rate_share
-from hfprune_dist.training.loraprune import LoraGradients, UnitMasks
+from hfprune_dist.training.loraprune import UnitMasks, scores_of_units
 from hfprune_dist.training.snapshots import MOMENTS, LossLine, Snapshot, Snapshots, read_snapshot
 from hfprune_dist.training.teacher_states import DENSE
 
@@ -216,9 +216,8 @@ class _MaskingTrainer(_LoraTrainer):
         assert task.masked_to is not None
         state = None if task.start is None else task.start.units
         self._masks = UnitMasks(task.checkpoint.structures, task.masked_to, state)
-        self._masks.attach(model.get_base_model(), self._world.device, getattr(torch, task.settings.dtype))
-        scored, whole = model.get_base_model(), attempt.whole
-        self._gradients = LoraGradients(scored, self._world, whole=whole, largest_norm=MAX_GRAD_NORM)
+        self._scored = model.get_base_model()
+        self._masks.attach(self._scored, self._world.device, getattr(torch, task.settings.dtype))
 
     def _once_ready(self, engine: nn.Module) -> None:
         super()._once_ready(engine)
@@ -227,7 +226,9 @@ class _MaskingTrainer(_LoraTrainer):
     def _score_and_mask(self) -> None:
         """Score and mask, after backward has added up gradients over all ranks, and before the optimizer's step."""
         step = self._task.first_step + self.state.global_step + 1
-        for (kind, layer), scores_U in self._gradients.scores(self._masks.kinds_by_layer).items():
+        layers, whole = self._masks.kinds_by_layer, self._attempt.whole
+        scores = scores_of_units(self._scored, layers, self._world, whole=whole, largest_norm=MAX_GRAD_NORM)
+        for (kind, layer), scores_U in scores.items():
             self._masks.average(kind, layer, scores_U)
         if masks_after(step, self._task.total_steps):
             self._masks.mask(step, self._task.total_steps)
