@@ -163,12 +163,6 @@ def ridge_regression(weight, hidden, targets, ridge):
     return weight + torch.linalg.lstsq(rows, wanted).solution.T
 
 
-def best_of(ridges, weight, hidden_BTK, targets_BTC):
-    """Return the ridge whose weights, fitted on all other windows, come closest on the held-out ones."""
-    errors = held_out_errors(ridges, weight, hidden_BTK, targets_BTC)
-    return min(errors, key=errors.get)
-
-
 def is_as_good_as_any(ridge, ridges, weight, hidden_BTK, targets_BTC):
     """Return whether no other ridge is closer by more than rounding; where nothing is lost, all are equally good."""
     errors = held_out_errors(ridges, weight, hidden_BTK, targets_BTC)
