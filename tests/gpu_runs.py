@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import random
-import statistics
 import subprocess
 import time
 from collections.abc import Iterator
@@ -72,13 +71,10 @@ def _long_texts(assets: Path, name: str, folder: Path) -> Path:
 
 @dataclass(frozen=True)
 class Beat:
-    """A heartbeat of a running stage (its id, progress and time) and the load of each GPU at that moment, in %."""
+    """A heartbeat of a running stage."""
 
-    stage: str
     phase: str
-    done: int
     at: float
-    busy: tuple[int, ...]
 
 
 def finish_watched(config: Path, out: Path, *arguments: str, environment: dict[str, str]) -> list[Beat]:
@@ -91,7 +87,7 @@ def finish_watched(config: Path, out: Path, *arguments: str, environment: dict[s
         )
         try:
             while running.poll() is None:
-                beats += _beats(out, environment.get("CUDA_VISIBLE_DEVICES", ""))
+                beats += _beats(out)
                 time.sleep(POLL_S)
         finally:
             running.terminate()
@@ -100,42 +96,18 @@ def finish_watched(config: Path, out: Path, *arguments: str, environment: dict[s
     return beats
 
 
-def _beats(out: Path, gpus: str) -> Iterator[Beat]:
+def _beats(out: Path) -> Iterator[Beat]:
     store = Store(out / "store")
     for folder in sorted((out / "store" / "work").glob("*/*")):
-        stage = f"{folder.parent.name}/{folder.name}"
-        heartbeat = store.handle(stage).heartbeat()
+        heartbeat = store.handle(f"{folder.parent.name}/{folder.name}").heartbeat()
         if heartbeat is not None:
-            yield Beat(stage, heartbeat.phase, heartbeat.done, heartbeat.updated, tuple(_busy(gpus)))
-
-
-def _busy(gpus: str) -> list[int]:
-    if not gpus:  # GPUs of other nodes
-        return []
-    query = ["nvidia-smi", f"--id={gpus}", "--query-gpu=utilization.gpu", "--format=csv,noheader,nounits"]
-    answer = subprocess.run(query, capture_output=True, text=True, check=False).stdout
-    return [int(line) for line in answer.split() if line.isdecimal()]
-
-
-def seconds_per_unit(beats: list[Beat], kind: str, phase: str, first: int) -> float:
-    """Return the mean over stages of a phase's time per unit, between heartbeats at unit ``first`` and at the last."""
-    seconds = []
-    for stage in {beat.stage for beat in beats if beat.stage.startswith(f"{kind}/") and beat.phase == phase}:
-        of_stage = [beat for beat in beats if beat.stage == stage and beat.phase == phase and beat.done >= first]
-        at = {beat.done: beat.at for beat in of_stage}
-        seconds.append((at[max(at)] - at[min(at)]) / (max(at) - min(at)))
-    return statistics.mean(seconds)
-
-
-def manifests_of(out: Path, kind: str) -> list[dict]:
-    """Return the manifests of all artifacts of a kind."""
-    return [json.loads(file.read_text()) for file in (out / "store" / kind).glob("*/manifest.json")]
+            yield Beat(heartbeat.phase, heartbeat.updated)
 
 
 def manifest_of(out: Path, kind: str) -> dict:
     """Return the manifest of the only artifact of a kind."""
-    (manifest,) = manifests_of(out, kind)
-    return manifest
+    (file,) = (out / "store" / kind).glob("*/manifest.json")
+    return json.loads(file.read_text())
 
 
 def logs_of(out: Path) -> str:
