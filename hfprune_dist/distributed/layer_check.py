@@ -47,7 +47,7 @@ def check_layers(
     if placed == "zero3" or world.is_first:
         model = FrozenModel(checkpoint, dtype, 1, placed, world)
         if world.is_first:
-            _Comparison(checkpoint, dtype, window_T, world.device).follow(model.module)
+            _compare_in_forward(model.module, checkpoint, dtype, window_T, world.device)
         model.final_hidden(window_T)
         model.release()
 
@@ -58,48 +58,41 @@ def check_layers(
     world.on_rank0(record)
 
 
-class _Comparison:
-    """Compares what a model computes in a forward with what its parts compute alone."""
+def _compare_in_forward(
+    model: nn.Module, checkpoint: Checkpoint, dtype: torch.dtype, window_T: Tensor, device: torch.device
+) -> None:
+    """Compare, during the model's next forward, what its parts put out with what they compute alone."""
+    family, reader = checkpoint.family, LayerReader(checkpoint, dtype, device)
+    # What a part made alone, or the model's last part, has put out; and how that is called.
+    reached = [(reader.embed({0: window_T[None]})[0], "embeddings")]
 
-    def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype, window_T: Tensor, device: torch.device) -> None:
-        self._family = checkpoint.family
-        self._dtype = dtype
-        self._reader = LayerReader(checkpoint, dtype, device)
-        self._device = device
-        # What a pass through single layers has at this place, and how it is called.
-        self._hidden_BTC = self._reader.embed({0: window_T[None]})[0]
-        self._what = "embeddings"
-
-    def follow(self, model: nn.Module) -> None:
-        """Compare during the model's next forward."""
-        for number, layer in enumerate(self._family.layers_of(model)):
-            layer.register_forward_pre_hook(self._before, with_kwargs=True)
-            layer.register_forward_hook(self._after_layer(number), with_kwargs=True)
-        self._family.body_of(model).register_forward_hook(self._at_the_end)
-
-    def _before(self, _layer: nn.Module, inputs: tuple[Tensor, ...], options: Mapping[str, Any]) -> None:
-        self._compare(read_by(inputs, options))
-
-    def _after_layer(self, number: int) -> Any:
-        def compare(_layer: nn.Module, inputs: tuple[Tensor, ...], options: Mapping[str, Any], output: Any) -> None:
-            own_BTC = run(self._reader.layer(number), read_by(inputs, options))
-            self._hidden_BTC, self._what = own_BTC, f"outputs of layer {number}"
-            self._compare(output if isinstance(output, Tensor) else output[0])
-
-        return compare
-
-    def _at_the_end(self, _body: nn.Module, _inputs: Any, output: Any) -> None:
-        normed_BTC = self._reader.final_norm()(self._hidden_BTC.to(self._device))
-        self._hidden_BTC, self._what = normed_BTC, "the final norm's outputs"
-        self._compare(output.last_hidden_state)
-
-    def _compare(self, model_BTC: Tensor) -> None:
-        ours_NC, theirs_NC = (it.detach().flatten(0, 1).to(self._device) for it in (self._hidden_BTC, model_BTC))
+    def compare(model_BTC: Tensor) -> None:
+        ours_BTC, name = reached.pop()
+        ours_NC, theirs_NC = (it.detach().flatten(0, 1).to(device).double() for it in (ours_BTC, model_BTC))
         finite_N = theirs_NC.isfinite().all(dim=1)  # other checks report what isn't
-        error = relative_error(ours_NC[finite_N].double(), theirs_NC[finite_N].double())
-        what = f"{self._family.model_type}: computed alone, {self._what} depart from the whole model's"
-        refuse_departure(error, TOLERANCES[self._dtype], what, "it is not supported")
-        self._hidden_BTC = model_BTC.detach()  # so that errors don't add up
+        what = f"{family.model_type}: computed alone, {name} depart from the whole model's"
+        error = relative_error(ours_NC[finite_N], theirs_NC[finite_N])
+        refuse_departure(error, TOLERANCES[dtype], what, "it is not supported")
+        reached.append((model_BTC.detach(), name))  # so that errors don't add up
+
+    def before(_layer: nn.Module, inputs: tuple[Tensor, ...], options: Mapping[str, Any]) -> None:
+        compare(read_by(inputs, options))
+
+    def after(number: int) -> Any:
+        def compare_layer(_layer: nn.Module, inputs: Any, options: Mapping[str, Any], output: Any) -> None:
+            reached[0] = run(reader.layer(number), read_by(inputs, options)), f"outputs of layer {number}"
+            compare(output if isinstance(output, Tensor) else output[0])
+
+        return compare_layer
+
+    def at_the_end(_body: nn.Module, _inputs: Any, output: Any) -> None:
+        reached[0] = reader.final_norm()(reached[0][0]), "the final norm's outputs"
+        compare(output.last_hidden_state)
+
+    for number, layer in enumerate(family.layers_of(model)):
+        layer.register_forward_pre_hook(before, with_kwargs=True)
+        layer.register_forward_hook(after(number), with_kwargs=True)
+    family.body_of(model).register_forward_hook(at_the_end)
 
 
 def relative_error(ours_NC: Tensor, theirs_NC: Tensor) -> float:
