@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import shutil
-import subprocess
 import uuid
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -46,9 +45,6 @@ def take_snapshot(
             if aside := _set_aside(snapshot):
                 tell(f"the code in {snapshot} was damaged: set aside as {aside}, copied again")
             write_json(draft / "provenance.json", dict(code))
-            changes = draft / "uncommitted.diff"
-            changes.touch(mode=0o600)
-            changes.write_bytes(_uncommitted(project.clone))
             if _publish(draft, snapshot):
                 return snapshot
         finally:
@@ -112,14 +108,3 @@ def _publish(draft: Path, snapshot: Path) -> bool:
         return False
     fsync_path(snapshot.parent)
     return True
-
-
-def _uncommitted(clone: Path | None) -> bytes:
-    """Return the uncommitted changes as a patch, whatever their encoding; empty outside a git repository."""
-    if clone is None:
-        return b""
-    diff = ["git", "-C", str(clone), "diff", "--binary", "HEAD"]
-    try:
-        return subprocess.run(diff, capture_output=True, check=False).stdout
-    except OSError:
-        return b""

@@ -64,11 +64,10 @@ def path_with(folder, **shims):
 @pytest.mark.parametrize(
     "missing, shims",
     [
-        (DENSE, {"squeue": SQUEUE, "sbatch": SBATCH}),
         (DENSE, {"squeue": SQUEUE, "sbatch": SBATCH, "sacct": NO_ACCOUNTING}),
         ("evaluate alpha 0.2 + lora", {"squeue": SQUEUE, "sbatch": SILENT_SBATCH, "sacct": NO_ACCOUNTING}),
     ],
-    ids=["with accounting", "without it", "without the id of the job"],
+    ids=["without accounting", "without the id of the job"],
 )
 def test_squeue_and_sbatch_answer_badly(cluster, config, finished, without, missing, shims):
     out = without(missing)
@@ -76,25 +75,6 @@ def test_squeue_and_sbatch_answer_badly(cluster, config, finished, without, miss
     submitted = cluster.submit(config, out, **SLOWLY, **FORKED_RANKS, PATH=path, SQUEUE_PARTITION="urgent")
     done(cluster, out, finished, submitted)
     assert causes(out) == ["done"]
-
-
-def test_a_need_is_forgotten_during_a_submission(cluster, config, finished, without):
-    """As if the submission took longer than MinJobAge: Slurm no longer knows the job that it needs."""
-    out = without(PRUNE, "recover alpha 0.2")
-    marker = out / "forgotten"
-    sbatch = f"""#!/bin/bash
-if grep -q afterok "${{@: -1}}" && [ ! -e {marker} ]; then
-    touch {marker}
-    job=$(sed -n 's/.*afterok:\\([0-9]*\\).*/\\1/p' "${{@: -1}}")
-    while [ ! -e {out}/store/prune/*/manifest.json ]; do sleep 0.2; done
-    sed -i "s/afterok:$job/afterok:999999/" "${{@: -1}}"
-fi
-{{real}} "$@"
-"""
-    submitted = cluster.submit(config, out, **FORKED_RANKS, PATH=path_with(out / "bin", sbatch=sbatch))
-    output = done(cluster, out, finished, submitted)
-    assert marker.exists()
-    assert "refused" not in output and set(causes(out)) == {"done"}
 
 
 def test_a_held_job_that_waits_for_another_is_cancelled(cluster, config, without):

@@ -1,13 +1,11 @@
 """The test cluster itself: only on loopback, and gone without a trace once it has been taken down."""
 
-import shutil
 import signal
-import socket
 import subprocess
 
 import psutil
 import pytest
-from clusters import SCRIPT, wait_for
+from clusters import wait_for
 from ranks import surroundings
 
 pytestmark = [pytest.mark.slurm, pytest.mark.beside]
@@ -84,34 +82,3 @@ def test_up_and_down_again(new_cluster):
                 bystander.kill()
         assert processes_in(another.folder) == []
         another.run("down")
-
-
-@of_another
-def test_daemons_of_other_clusters_are_left_alone(new_cluster, tmp_path_factory):
-    """One was started from within this cluster's folder, and the folder of another ends like this one's."""
-    program = shutil.copy(shutil.which("sleep"), tmp_path_factory.mktemp("programs") / "munged")
-    with new_cluster(PORT_BASE) as another:
-        another.run("up", "--no-accounting")
-        environment = {
-            **surroundings(),
-            "OLDPWD": f"{another.folder}/logs",
-            "SLURM_CONF": f"/srv{another.folder}/slurm.conf",
-        }
-        with subprocess.Popen([program, "1000"], env=environment) as bystander:
-            try:
-                another.run("down")
-                assert bystander.poll() is None
-            finally:
-                bystander.kill()
-        assert processes_in(another.folder) == []
-
-
-@of_another
-@pytest.mark.parametrize("offset", [3])
-def test_a_taken_port_is_named(new_cluster, offset):
-    with new_cluster(PORT_BASE) as another, socket.create_server(("127.0.0.1", PORT_BASE + offset)):
-        call = [SCRIPT, "up", another.folder]
-        environment = {**surroundings(), **another.environment}
-        result = subprocess.run(call, env=environment, capture_output=True, text=True, check=False)
-        assert result.returncode == 2 and f"port {PORT_BASE + offset}" in result.stderr and "PORT_BASE" in result.stderr
-        assert not (another.folder / "slurm.conf").exists()

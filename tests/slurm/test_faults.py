@@ -4,7 +4,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 
 import pytest
@@ -16,16 +15,12 @@ from clusters import (
     PRUNE,
     SLOWLY,
     assert_undisturbed,
-    attempt_folders,
     causes,
     done,
     job_names,
-    read,
     runs,
     wait_for,
 )
-from fork_server import ADDRESS, forked
-from ranks import killing
 from sweeps import results
 
 pytestmark = [pytest.mark.slurm, pytest.mark.beside]
@@ -99,27 +94,6 @@ def test_two_sweeps_at_once(cluster, config, finished, without):
     assert sorted(causes(out)) == ["done", "done"]
 
 
-def test_a_second_job_for_a_stage_that_runs(cluster, config, finished, without):
-    """As if a submission had been repeated: the second job waits for the first, and then has nothing to do."""
-    out = without(CONTROL)
-    submitted = cluster.submit(config, out, **SLOWLY, **FORKED_RANKS)
-    first = submitted.job_at_work(CONTROL)
-    (folder,) = attempt_folders(out)
-    server = f"{ADDRESS}={forked([sys.executable, 'job'])[3]}"  # whose forks its ranks are, too
-    second = cluster.slurm("sbatch", "--parsable", f"--export=ALL,{server}", f"{folder}/job.sh").strip()
-    done(cluster, out, finished, submitted)
-
-    def starts_of(job):
-        return [read(file) for file in sorted(folder.glob(f"run.{job}.*.json"))]
-
-    wait_for(lambda: any(start["ended"] for start in starts_of(second)))
-    starts = {job: starts_of(job) for job in (first, second)}
-    assert starts[first][-1]["how"] == "done" and starts[second][-1]["how"] in ("done", "duplicate")
-    if len(starts[first]) == 1:  # otherwise Slurm took its nodes away, and the second may have continued
-        assert starts[second][-1]["ended"] >= starts[first][0]["ended"], "they did not work on it together"
-    assert_undisturbed(cluster, out, finished)
-
-
 @pytest.mark.beside("nodes")
 @pytest.mark.parametrize("grace_time, ranks", [(0, FORKED_RANKS), (20, FORKED_SUCCESSORS)], ids=["0", "20"])
 def test_preemption(cluster, config, finished, without, grace_time, ranks):
@@ -183,36 +157,3 @@ def test_the_disk_is_full(cluster, config, finished, without, tmp_path_factory):
         assert causes(out)[-1] == "done"
     finally:
         subprocess.run(["umount", "--lazy", str(disk)], check=True)
-
-
-@pytest.mark.beside("launcher")
-def test_the_launcher_is_killed_throughout_a_submission(cluster, config, finished, without):
-    """It is killed at every third write; the crash campaign (tests/faults) covers all of them, without a cluster."""
-    profile = cluster.partition("closed", nodes="n[1-2]", state="down")  # jobs are accepted, and wait
-    for kill_at in range(1, 100, 3):
-        out = without(DENSE)
-        fault = killing("launcher", kill_at, str(out / "store"))
-        code, _ = cluster.submit(config, out, "--no-follow", profile=profile, **fault).end()
-        code_again, output = cluster.submit(config, out, "--no-follow", profile=profile).end()
-        assert code_again == 0, output
-        jobs = cluster.states(job_names(out))
-        assert len(jobs) == 1, f"killed before operation {kill_at}: {jobs}"
-        if code == 0:
-            break
-        assert code == -signal.SIGKILL
-        cluster.slurm("scancel", *jobs)
-    assert kill_at > 15, "there are many writes to die at"
-    cluster.slurm("scontrol", "update", "partitionname=closed", "state=up")
-    done(cluster, out, finished, cluster.submit(config, out, profile=profile, **FORKED_RANKS))
-
-
-def test_accounting_is_off(new_cluster, config, finished, without):
-    with new_cluster(NO_ACCOUNTING_PORT_BASE) as cluster:
-        cluster.run("up", "--no-accounting")
-        out = without(DENSE)
-        submitted = cluster.submit(config, out, **SLOWLY, **FORKED_SUCCESSORS)
-        with submitted.held(DENSE) as (_, ranks):
-            for process in ranks.values():
-                process.send_signal(signal.SIGKILL)
-        done(cluster, out, finished, submitted)
-        assert causes(out) == ["killed", "done"]

@@ -1,9 +1,7 @@
 """Surroundings of a launcher and its jobs: another job's environment, odd paths, a profile's setup, rank crashes."""
 
-import shutil
-
 import pytest
-from clusters import CONTROL, DENSE, FORKED_RANKS, attempt_folders, causes, read
+from clusters import CONTROL, FORKED_RANKS, attempt_folders, causes, read
 from sweeps import results
 
 pytestmark = [pytest.mark.slurm, pytest.mark.beside]
@@ -34,16 +32,6 @@ def test_a_launcher_inside_another_job(cluster, config, without):
     assert causes(out) == ["done"]
     (run,) = [read(file) for file in attempt_folders(out)[0].glob("run.*.json")]
     assert "_" not in run["job_id"] and run["restart"] == 0
-
-
-def test_odd_characters_in_the_path(cluster, config, without, tmp_path_factory):
-    out = tmp_path_factory.mktemp("odd") / 'it\'s a "test" $HOME `id` #1 ~ & ; * [x] Größe 模型' / "out"
-    shutil.copytree(without(DENSE), out, ignore=shutil.ignore_patterns("code"))  # so that it is copied there, too
-    code, output = cluster.submit(config, out).end()
-    assert code == 0, output
-    assert causes(out) == ["done"]
-    (folder,) = attempt_folders(out)
-    assert {file.name for file in folder.glob("*_log.*")} >= {f"{read(folder / 'job.json')['job_id']}_0_log.err"}
 
 
 def test_a_setup_line_that_fails(cluster, config, without):

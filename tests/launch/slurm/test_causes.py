@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 from fake_slurm import complete
-from hfprune_launch.slurm.causes import FRUITLESS_STARTS, START, explain_end, fruitless_starts, log_tail
+from hfprune_launch.slurm.causes import FRUITLESS_STARTS, START, explain_end, fruitless_starts
 from hfprune_launch.slurm.causes import never_gets_further as refusal_to_requeue
 from hfprune_launch.slurm.commands import NEVER, JobInfo
 from hfprune_launch.stage.attempts import End, Ledger, Run
@@ -145,13 +145,6 @@ def test_by_what_a_rank_said_whatever_its_clock(ledger, attempt, failure, messag
     assert ended(ledger, again, "FAILED").cause == "killed", "that was the attempt before"
 
 
-def test_a_job_that_left_the_stage_to_another_is_a_duplicate(ledger, attempt):
-    attempt.record_run(Run("7", 0, "n1", time.time() - 10, time.time(), "duplicate"))
-    fail(ledger, "input", "the other's")
-    end = ended(ledger, attempt, "FAILED")
-    assert end.cause == "not run" and "another process" in end.message
-
-
 @pytest.mark.parametrize(
     ("reason", "before", "after"),
     [
@@ -224,12 +217,6 @@ def test_the_failing_node_is_named(ledger, attempt, nodes):
     assert ended(ledger, attempt, "NODE_FAIL", nodes=nodes).bad_nodes == []
     attempt.record_run(Run("7", 1, "n4", time.time()))
     assert ended(ledger, attempt, "NODE_FAIL", nodes="").bad_nodes == ["n4"]
-
-
-def test_the_last_lines_of_a_log_are_those_that_say_something(tmp_path):
-    log = tmp_path / "7_0_log.err"
-    log.write_text("\n".join(line for number in range(9) for line in ("", "  ", f"{START} 0", f"line {number}")) + "\n")
-    assert log_tail([log], 3).splitlines() == ["  7_0_log.err:", *(f"    line {number}" for number in (6, 7, 8))]
 
 
 # Starts that get no further.

@@ -52,10 +52,6 @@ def slurm(slept):
     return SlurmCommands(sleep=slept.append)
 
 
-def test_submit_returns_the_id(fake, slurm, script):
-    assert slurm.submit(script, "a-name") == "101"
-
-
 def test_a_busy_controller_is_asked_again_with_growing_delays(fake, slurm, script, slept):
     fake.fail_next("sbatch", BUSY, BUSY, BUSY)
     assert slurm.submit(script, "a-name") == "101"
@@ -96,15 +92,6 @@ POLICY = (
     "sbatch: error: Batch job submission failed: Job violates accounting/QOS policy (job submit limit, user's size "
     "and/or time limits)"
 )
-
-
-@pytest.mark.parametrize(
-    "named", ["QOSMaxSubmitJobPerUserLimit", "AssocGrpSubmitJobsLimit", "MaxSubmitJobsPerAccount", ""]
-)
-def test_a_full_queue_is_no_refusal(fake, slurm, script, named):
-    fake.fail_next("sbatch", f"sbatch: error: {named} {POLICY}")
-    with pytest.raises(SubmitLimitError):
-        slurm.submit(script, "a-name")
 
 
 def test_the_limit_that_is_reached_is_named(fake, slurm, script):
@@ -154,12 +141,6 @@ def test_jobs_are_parsed(fake, slurm):
     jobs = slurm.jobs()
     assert jobs["a|strange|name"].is_live and jobs["a|strange|name"].nodes == "n[1-2]" and not jobs["other"].is_live
     assert len(fake.calls("squeue")) == 1
-
-
-def test_jobs_with_names_in_any_encoding_are_parsed(slurm, squeue):
-    lines = r"7|RUNNING|None|n1|N/A|caf\xe9|;\n8|PENDING|Priority||N/A|b|;\n"
-    squeue(f"printf '{HEADER[:-1]}\\n{lines}'")
-    assert [job.state for job in slurm.jobs().values()] == ["RUNNING", "PENDING"]
 
 
 def test_a_command_that_can_not_be_started_is_tried_again(slurm, slept, squeue, monkeypatch):
@@ -236,11 +217,6 @@ def test_a_job_that_is_not_found_by_name_is_not_submitted_again(fake, slurm, scr
     assert len(fake.calls("sbatch")) == 1
 
 
-def test_a_refusal_by_words_unknown_to_us_is_no_refusal_where_the_job_arrived(fake, slurm, script):
-    fake.fail_next("sbatch", "arrived:sbatch: error: something new")
-    assert slurm.submit(script, "a-name") == "101"
-
-
 def test_a_need_that_slurm_has_forgotten_is_no_refusal(fake, slurm, script):
     fake.fail_next("sbatch", "sbatch: error: Batch job submission failed: Job dependency problem")
     with pytest.raises(NeedEndedError):
@@ -280,21 +256,6 @@ def test_commands_do_not_see_what_a_user_set_for_them(slurm, squeue, monkeypatch
     squeue(f'printf "{HEADER[:-1]}\\n1|R||||$SQUEUE_PARTITION|;\\n"')
     monkeypatch.setenv("SQUEUE_PARTITION", "urgent")
     assert [*slurm.jobs()] == [""]
-
-
-def test_the_controller_is_asked_about_one_job(fake, slurm, slept):
-    fake.jobs["7"] = Job("name", "RUNNING", nodes="n1")
-    assert slurm.job("7").state == "RUNNING" and slurm.job("7").name == "name" and slurm.job("7").nodes == "n1"
-    assert slurm.job("8") is None and slept == []
-    fake.fail_next("scontrol", *[DOWN] * 20)
-    with pytest.raises(SlurmUnavailableError):
-        slurm.job("7")
-
-
-def test_where_a_job_was_launched(fake, slurm):
-    lines = ["6|REQUEUED|None|n1|N/A|held", "6|PENDING|None|None assigned|Unknown|held"]
-    fake.history = "\n".join(lines) + "\n"
-    assert slurm.launched_on("6") == "n1"
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,6 @@ from hfprune_launch.slurm.estimate import estimate_stages, refuse_what_cannot_fi
 from hfprune_launch.slurm.profile import load_profile
 from sweeps import make_inputs, planned, sweep
 
-from hfprune_dist.checkpoints.checkpoint import open_checkpoint
 from hfprune_dist.errors import UserError
 from hfprune_dist.kinds import memory
 from hfprune_dist.kinds.memory import GIB
@@ -57,35 +56,6 @@ def test_whole_weights_that_do_not_fit_are_to_be_sharded(inputs, tmp_path):
     assert evaluation(80).advice == ""
     assert evaluation(1e-5).advice == "runtime.sharding zero3"
     assert evaluation(0.03, evaluation__batch_size=4096).advice.startswith("evaluation.batch_size ")
-
-
-def test_a_distillation_is_estimated_from_the_windows_that_it_reads(inputs, tmp_path):
-    def distillation(**overrides):
-        profile = GPUS + "gpu_memory_gib: 80\n"
-        methods = {"methods": ["surgeon-uniform-block"], "distillation__dtype": "bfloat16", "prune__distill": 2}
-        return next(
-            it for it in estimates(inputs, tmp_path, profile, **methods | overrides) if it.stage.kind == "distill"
-        )
-
-    once, twice = distillation(prune__distill=1), distillation(prune__distill=2)
-    assert once.memory == twice.memory
-    longer = distillation(calibration__sequence_length=64)
-    assert longer.memory.activations > twice.memory.activations
-
-
-def test_no_more_windows_are_counted_than_run_at_once(inputs, tmp_path):
-    """Fewer run where a calibration has fewer windows than fit a micro-batch, and where only texts are compared."""
-
-    def needs(kind, **overrides):
-        found = estimates(inputs, tmp_path, GPUS + "gpu_memory_gib: 80\n", **overrides)
-        return next(each.memory for each in found if each.stage.kind == kind)
-
-    whole, more = (
-        needs("importance", calibration__samples=16, calibration__micro_batch_size=size) for size in (16, 64)
-    )
-    assert whole == more
-    one, eight = (needs("evaluate", evaluation__batch_size=size).total for size in (1, 8))
-    assert needs("evaluate", evaluation__batch_size=8, evaluation__tasks=[]).total < one < eight
 
 
 def test_two_models_that_are_timed_in_turn_must_fit_one_gpu(inputs, tmp_path):
@@ -148,44 +118,6 @@ def test_a_refit_is_estimated_and_a_prune_stage_without_one_is_not(inputs, tmp_p
     assert prunings(inputs, tmp_path, "", methods=[str(tmp_path / "measured.yaml")]) == []
 
 
-def test_hidden_states_of_a_reference_must_fit_main_memory(inputs, tmp_path):
-    """Where a method distills, those of calibration windows must fit as well."""
-
-    def calibration(samples):
-        overrides = {"calibration__samples": samples, "calibration__sequence_length": 32}
-        overrides |= {"methods": ["hfprune"], "distillation__dtype": "float32", "prune__distill": 2}
-        found = estimates(inputs, tmp_path, GPUS, **overrides)
-        return next(each.host_memory for each in found if each.stage.label == "alpha calibration")
-
-    hidden_size = open_checkpoint(inputs.parent / "alpha").config["hidden_size"]
-    assert calibration(128) - calibration(64) == 64 * 32 * hidden_size * 4, "all ranks of the node together"
-    none = estimates(inputs, tmp_path, GPUS + "memory: 1K\n")
-    with pytest.raises(UserError, match=r"reference alpha held-out: .* GiB of hidden states"):
-        refuse_what_cannot_fit([each for each in none if each.stage.kind == "reference"])
-
-
-def test_a_refit_that_cannot_fit_is_refused_with_what_would_help(inputs, tmp_path):
-    large = {"calibration__micro_batch_size": 512, "calibration__samples": 512, "ratios": [0.2]}
-    with pytest.raises(UserError, match=r"prune alpha 0\.2: about .*micro_batch_size 64"):
-        refuse_what_cannot_fit(prunings(inputs, tmp_path, "gpu_memory_gib: 0.02\n", **large))
-    with pytest.raises(UserError, match=r"prune alpha 0\.2: .*another refit"):
-        refuse_what_cannot_fit(prunings(inputs, tmp_path, "gpu_memory_gib: 0.0001\n", ratios=[0.2]))
-    with pytest.raises(UserError, match=r"prune alpha 0\.2: .* GiB of hidden states on each node"):
-        refuse_what_cannot_fit(prunings(inputs, tmp_path, "gpu_memory_gib: 1\nmemory: 20K\n", **large))
-
-
-def test_checkpointing_is_known_to_the_estimate(inputs, tmp_path):
-    plain, checkpointed = (
-        {
-            each.stage.kind: each.memory
-            for each in estimates(inputs, tmp_path, GPUS, runtime__activation_checkpointing=on)
-        }
-        for on in (False, True)
-    )
-    assert checkpointed["importance"].activations != plain["importance"].activations
-    assert checkpointed["recover"] == plain["recover"]
-
-
 @pytest.mark.parametrize(("memory", "code"), [("80", 0), ("0.001", 2)])
 def test_a_dry_run_shows_estimates_and_refuses(inputs, tmp_path, memory, code):
     profile = tmp_path / "gpus.yaml"
@@ -197,19 +129,3 @@ def test_a_dry_run_shows_estimates_and_refuses(inputs, tmp_path, memory, code):
     assert "importance 2 x no run yet" in result.stdout
     assert ("can't fit the profile's GPUs" in result.stderr) == (code == 2)
     assert not Store(tmp_path / "out" / "store").root.exists()
-
-
-def test_a_low_rank_pass_is_estimated_and_more_memory_is_what_helps(inputs, tmp_path):
-    lorap = {"methods": ["lorap"], "ratios": [0.2]}
-    found = prunings(inputs, tmp_path, "gpu_memory_gib: 80\n", **lorap)[0]
-    assert found.fits and found.host_memory > 0
-    with pytest.raises(UserError, match=r"prune alpha 0\.2: .*GPUs with more memory"):
-        refuse_what_cannot_fit(prunings(inputs, tmp_path, "gpu_memory_gib: 0.0001\n", **lorap))
-
-
-def test_gradients_of_weights_are_estimated(inputs, tmp_path):
-    def importance(method):
-        found = estimates(inputs, tmp_path, GPUS, methods=[method], ratios=[0.2])
-        return next(each for each in found if each.stage.kind == "importance")
-
-    assert importance("llm-pruner").memory.temporary > importance("wanda-sp").memory.temporary

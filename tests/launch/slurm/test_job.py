@@ -93,12 +93,6 @@ def test_a_node_without_a_route_to_the_first_rank_is_named():
         rank_environment({**TASK, "SLURM_LAUNCH_NODE_IPADDR": "10.9.0.1"})
 
 
-def test_an_interface_that_is_not_found_is_left_to_gloo(two_networks):
-    two_networks.own = "10.7.7.7"
-    found = rank_environment({**TASK, "SLURM_LAUNCH_NODE_IPADDR": "10.1.0.9"})
-    assert found["GLOO_SOCKET_IFNAME"] == ""
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -90,13 +90,6 @@ def test_what_is_done_or_queued_is_not_submitted_again(fake, store):
     assert len(fake.calls("sbatch")) == 2 and waits_of(store, PRUNES[0]) == []
 
 
-def test_what_only_results_that_stand_were_made_from_is_not_submitted(fake, store):
-    for stage in PRUNES:
-        complete(store, stage)
-    started(store)
-    assert fake.calls("sbatch") == [] and causes(store, SCORES) == []
-
-
 def test_a_full_queue_is_filled_up_later(fake, store):
     fake.fail_next("sbatch", *[LIMIT] * 2)
     launcher = started(store)
@@ -107,13 +100,6 @@ def test_a_full_queue_is_filled_up_later(fake, store):
     assert launcher.told[-1].message.endswith("the rest is submitted when jobs have ended")
     launcher.step()
     assert len(fake.jobs) == 4 and launcher.unsubmitted() == []
-
-
-def test_a_refused_job_keeps_back_only_what_needs_it(fake, store):
-    complete(store, SCORES)
-    fake.fail_next("sbatch", "sbatch: error: Invalid account")
-    started(store)
-    assert causes(store, PRUNES[0]) == ["input"] and causes(store, PRUNES[1]) == [None]
 
 
 def test_a_need_that_slurm_forgets_during_a_submission(fake, store, monkeypatch):
@@ -350,16 +336,6 @@ def test_dependents_follow_a_retry_that_avoids_the_node(fake, store, ledger):
     assert "--dependency=afterok:104\n" in script_of(store, PRUNES[0], 2)
 
 
-def test_a_job_that_went_with_one_that_died_after_its_work_is_submitted_again(fake, store):
-    launcher = started(store)
-    complete(store, SCORES)
-    fake.set_state("101", "NODE_FAIL")
-    fake.set_state("102", "CANCELLED", nodes="", reason="DependencyNeverSatisfied")
-    launcher.step()
-    assert causes(store, SCORES) == ["done"] and causes(store, PRUNES[0]) == ["not run", None]
-    assert "--dependency" not in script_of(store, PRUNES[0], 2)
-
-
 @pytest.mark.parametrize("how", ["refused", "never started"])
 def test_a_node_at_fault_that_slurm_does_not_do_without_is_not_avoided(fake, store, how):
     """The partition has no other, or the node is gone from Slurm's configuration."""
@@ -446,16 +422,6 @@ def test_launchers_that_start_together_take_different_slots(fake, store, monkeyp
     stages = [stage for plan in plans_of_two("a", "b") for stage in plan.stages.values()]
     waits = [waits_of(store, stage) for stage in stages]
     assert waits == [[], ["afterany:101"], ["afterany:102"], ["afterany:103"]] and len(fake.calls("sbatch")) == 4
-
-
-def test_nothing_joins_a_slot_whose_last_job_has_no_known_id(fake, store):
-    complete(store, SCORES)
-    fake.answer, fake.listings = "", [*[HEADER] * 5]
-    launcher = started(store, max_running=1)
-    assert len(fake.calls("sbatch")) == 1
-    fake.listings, fake.answer = [], "ID\n"
-    launcher.step()
-    assert len(fake.calls("sbatch")) == 2 and waits_of(store, PRUNES[1]) == ["afterany:101"]
 
 
 # Following.

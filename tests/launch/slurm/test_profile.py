@@ -1,4 +1,3 @@
-import itertools
 from pathlib import Path
 
 import pytest
@@ -54,11 +53,9 @@ def test_an_option_that_is_false_or_null_is_left_out(tmp_path):
     assert resources["recover"].sbatch == {"exclusive": True} and resources["prune"].sbatch == {}
 
 
-@pytest.mark.parametrize("names", itertools.product(["mem_per_gpu", "mem-per-gpu"], repeat=2))
 @pytest.mark.parametrize(("value", "left"), [("null", {}), ("2G", {"mem-per-gpu": "2G"}), ("false", {})])
-def test_an_option_is_the_same_with_underscores_and_with_dashes(tmp_path, names, value, left):
-    common, own = names
-    text = f"sbatch: {{{common}: 1G}}\nstages: {{prune: {{sbatch: {{{own}: {value}}}}}}}\n"
+def test_an_option_is_the_same_with_underscores_and_with_dashes(tmp_path, value, left):
+    text = f"sbatch: {{mem_per_gpu: 1G}}\nstages: {{prune: {{sbatch: {{mem-per-gpu: {value}}}}}}}\n"
     resources = load_profile(write(tmp_path, text), SHIPPED).resources
     assert resources["prune"].sbatch == left and resources["recover"].sbatch == {"mem-per-gpu": "1G"}
 
@@ -70,54 +67,18 @@ def test_an_option_is_the_same_with_underscores_and_with_dashes(tmp_path, names,
         ("stages: {recover: {node: 2}}", ["stages.recover", "unknown key 'node'", "did you mean 'nodes'"]),
         ("stages: {training: {nodes: 2}}", ["stages.training", "importance"]),
         ("time_minutes: 4 hours", ["time_minutes", "whole number"]),
-        ("nodes: 0", ["nodes", "greater than or equal to 1"]),
-        ("cpus_per_task: 100000", ["cpus_per_task", "less than or equal to 65532 (got 100000)"]),
-        ("tasks_per_node: 65537", ["tasks_per_node", "less than or equal to 65532"]),
-        ("time_minutes: 5000\nsignal_seconds: 70000", ["signal_seconds", "less than or equal to 65532"]),
-        ("memory: lots", ["memory", "pattern"]),
         ("memory: 200B", ["memory", "pattern"]),  # nor would sbatch take it
         ("time_minutes: 5\nsignal_seconds: 6000", ["signal_seconds 6000 is more than time_minutes 5"]),
         ("gpus_per_node: 8\ntasks_per_node: 16", ["tasks_per_node 16 is more than gpus_per_node 8"]),
-        ("gpus_per_node: 8\ngpu_type: 'a100:8'", ["gpu_type", "'a100:8'"]),
-        ("gpu_type: a100", ["gpu_type tells of GPUs", "gpus_per_node is 0"]),
-        ("gpu_memory_gib: .inf", ["gpu_memory_gib", "finite"]),
-        ("gpu_memory_gib: 80", ["gpu_memory_gib tells of GPUs", "gpus_per_node is 0", "set gpus_per_node"]),
-        ("gpu_type: a100\nstages: {prune: {gpu_memory_gib: 4}}", ["leave gpu_type and gpu_memory_gib out"]),
         ("environment: {BAD NAME: x}", ["environment", "pattern"]),
-        ("environment: {A: null}", ["environment.A: must be a valid string (got null)"]),
-        (
-            "stages: {recover: {environment: [A]}}",
-            ["stages.recover", "environment: must be a section (got ['A'])"],
-        ),
         ("stages: {recover: {sbatch: {mem: 3}}}", ["stages.recover", "mem is not to be given there; use memory"]),
         ("sbatch: {ntasks_per_node: 7}", ["ntasks-per-node is not to be given there; use tasks_per_node"]),
-        ("sbatch: {tasks-per-node: 7}", ["tasks-per-node is not to be given there; use tasks_per_node"]),
         ("sbatch: {--partition: gpu}", ["sbatch", "--partition", "pattern"]),
-        ("sbatch: {p: gpu}", ["sbatch", "pattern"]),
         ('sbatch: {comment: "two\\nlines"}', ["sbatch: 'two\\nlines' has a character"]),
-        ("sbatch: {comment: 'a\\b'}", ["sbatch: 'a\\\\b' has a character"]),
-        *(
-            (text.format(character), [f"{key}: ", "has a character that a batch script can't have", expected])
-            for character, expected in (("\\0", r"'\x00'"), ("\\r", r"'\r'"))
-            for key, text in (
-                ("setup", 'setup: [a, "echo a{}"]'),
-                ("environment", 'environment: {{A: "{}b"}}'),
-                ("srun_args", 'srun_args: ["a{}b"]'),
-                ("setup", 'stages: {{prune: {{setup: ["{}"]}}}}'),
-            )
-        ),
         ('constraint: "a100\\n"', ["constraint: 'a100\\n' has a character"]),
-        ("sbatch: {begin: 2026-01-01}", ["mine.yaml):\n  sbatch.begin: give text (in quotes", "(got 2026-01-01)\n"]),
-        ("stages: {prune: {sbatch: {nice: 1.5}}}", ["stages.prune):\n  sbatch.nice: give text", "(got 1.5)\n"]),
-        ("stages: {prune: {sbatch: {1: a}}}", ["stages.prune):\n  sbatch.1: must be a valid string (got 1)"]),
-        ("sbatch: {gres: [gpu]}", ["sbatch.gres: give text", "a whole number, true, false or null (got ['gpu'])\n"]),
         ("sbatch: {wait: true}", ["wait is not to be given there; the sweep itself sets it"]),
-        ("sbatch: {no-requeue: true}", ["no-requeue is not to be given there"]),
-        ("sbatch: {chdir: /}", ["chdir is not to be given there; the sweep itself sets it"]),
-        ("sbatch: {clusters: other}", ["cluster is not to be given there", "export SLURM_CLUSTERS"]),
         ("stages: {recover: {sbatch: {cluster: other}}}", ["stages.recover", "export SLURM_CLUSTERS"]),
         ("[a", ["not valid YAML"]),
-        ("just text", ["keys and values"]),
     ],
 )
 def test_mistakes_are_explained(tmp_path, text, expected):

@@ -75,13 +75,6 @@ def run(tmp_path):
     return start
 
 
-def test_a_type_of_gpus_is_asked_for_where_gpus_are(tmp_path):
-    typed = {"gpu_type": "a100"}
-    assert "#SBATCH --gpus-per-node=a100:8\n" in batch_script(request(tmp_path, gpus_per_node=8, **typed))
-    assert "#SBATCH --gpus-per-node=8\n" in batch_script(request(tmp_path, gpus_per_node=8))
-    assert "--gpus-per-node" not in batch_script(request(tmp_path, **typed))
-
-
 def test_a_profile_may_set_what_srun_takes(run):
     result = run(
         {"SLURM_CLUSTERS": "here"}, setup=["export SLURM_CPU_BIND=none"], environment={"SLURM_MPI_TYPE": "none"}
@@ -112,11 +105,6 @@ def test_a_setup_line_that_fails_ends_the_job_and_is_named(run, name):
     result = run(setup=["true", line, "echo never >&2"])
     assert result.ranks is None and result.code == code
     assert result.records == [f"{code} setup in the profile failed in its line 2"] and "never" not in result.said
-
-
-def test_a_setup_that_leaves_is_noticed(run):
-    result = run(setup=["exit 0"])
-    assert result.ranks is None and result.records == ["1 a line of setup in the profile ended the job"]
 
 
 def test_a_setup_that_can_not_be_read_starts_no_rank(run):
