@@ -12,7 +12,7 @@ from hfprune_dist.errors import UserError
 from hfprune_dist.methods.sdmprune import LACKS, lacking
 from hfprune_dist.planning.legality import can_do, refuse_model, suited, why_not
 from hfprune_dist.planning.shapes import ALIGNED, Target, plain_shapes, shapes_for
-from hfprune_dist.structures import EXPERT_NEURONS, EXPERTS, KV_GROUPS
+from hfprune_dist.structures import EXPERT_NEURONS, EXPERTS, KV_GROUPS, LAYERS
 from hfprune_dist.structures.kept import Shape
 from hfprune_dist.structures.low_rank import rank_field
 
@@ -143,7 +143,9 @@ def planned_sizes(checkpoint: Checkpoint, ratio: float, method: Method, where: s
     shapes = shapes_for(target)
     if not shapes:
         decides = "a search decides" if target.allocation == "searched" else "scores decide"
-        return {"note": f"{decides}, layer by layer"}
+        stay = [name for name, it in (("KV heads", KV_GROUPS), ("layers", LAYERS)) if it not in target.structures]
+        known = {name: size for name, size in sizes_of(checkpoint).items() if name in stay}
+        return known | {"note": f"{decides}, layer by layer"}
     ranks = (f"{rank_field(name)} {row[0]}" for name, row in shapes[0].ranks.items())
     several = f"the closest of {len(shapes)} shapes, by measurement" if len(shapes) > 1 else ""
     return sizes_of(checkpoint, shapes) | {"note": several or ", ".join(ranks)}

@@ -67,7 +67,6 @@ def refused(main, *arguments, folders=()):
         ("--set=recovery.batch_size=5", "recovery.batch_size 5"),
         ("--set=runtime.report_to=[tensorbord]", "'tensorboard', 'trackio' or 'wandb'"),
         ("--set=evaluation.include_path={inputs}/tasks/choice.yaml", "choice.yaml: a file, not a folder"),
-        ("--set=prune.multiple_of=8 --ratios=0.1,0.11", "ratios 0.1 and 0.11"),
         ("--set=prune.tensor_parallel=3 --methods=surgeon-plain", "the largest that works is 2"),
         # Names of models and methods.
         ("--models=alhpa", "did you mean 'alpha'?"),

@@ -162,7 +162,7 @@ def test_sizes_are_as_far_known_as_the_plan_decides_them():
     assert plain["note"] == "the closest of 18 shapes, by measurement" and plain["layers"] == "20-30"
     low = sizes_at(0.2, allocation="low_rank", criterion="lorap", multiple_of=32)
     assert low["note"] == "q_proj_rank 142, k_proj_rank 71" and low["KV heads"] == "3"
-    assert sizes_at(0.2, allocation="global") == {"note": "scores decide, layer by layer"}
+    assert sizes_at(0.2, allocation="global") == {"layers": "30", "note": "scores decide, layer by layer"}
     assert sizes_at(0.2, allocation="searched") == {"note": "a search decides, layer by layer"}
 
 
