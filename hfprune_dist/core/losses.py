@@ -96,32 +96,6 @@ def distillation_gradient(logits_NV: Tensor, teacher_NV: Tensor) -> tuple[Tensor
     return loss_N, log_q_NV.exp_().sub_(p_NV)
 
 
-def labels_and_teacher_gradient(
-    logits_NV: Tensor, teacher_NV: Tensor, label_shares_N: Tensor, labels_N: Tensor, *, teacher_share: float
-) -> tuple[Tensor, Tensor]:
-    """Return b CE + a KL(teacher || model), where b is per token, and its gradient (a + b) q - b onehot - a p.
-
-    Args:
-        logits_NV: the model's logits z, q = softmax(z): float32 or float64 [tokens, vocabulary]. Overwritten: the
-            buffer becomes the gradient.
-        teacher_NV: the teacher's logits t, p = softmax(t), same shape and dtype. Overwritten: used as scratch space.
-        label_shares_N: b; 0 for tokens without a label, same dtype [tokens].
-        labels_N: int64 [tokens]; -1 for tokens without a label.
-        teacher_share: a.
-
-    Returns:
-        The loss in nats [tokens] and its gradient [tokens, vocabulary], in the dtype of the logits.
-    """
-    log_q_NV = logits_NV.sub_(torch.logsumexp(logits_NV, dim=-1, keepdim=True))
-    log_p_NV = teacher_NV.sub_(torch.logsumexp(teacher_NV, dim=-1, keepdim=True))
-    labels_N1, shares_N1 = labels_N.clamp(min=0)[:, None], label_shares_N[:, None]
-    labelled_N = log_q_NV.gather(1, labels_N1).squeeze(1).mul_(-label_shares_N)
-    p_NV = log_p_NV.exp()
-    divergence_N = torch.linalg.vecdot(p_NV, log_p_NV.sub_(log_q_NV))
-    gradient_NV = log_q_NV.exp_().mul_(shares_N1 + teacher_share).sub_(p_NV.mul_(teacher_share))
-    return labelled_N.add_(divergence_N, alpha=teacher_share), gradient_NV.scatter_add_(1, labels_N1, -shares_N1)
-
-
 def random_signs_of(batch: Batch) -> LogitGradient:
     """Return ``random_signs_gradient`` of some rows of a batch, with signs drawn for each window."""
     tokens, device = batch.input_ids_BT.shape[1], batch.input_ids_BT.device

@@ -67,7 +67,7 @@ def labels_and_teacher(batch: Batch) -> LogitGradient:
 
     The mean over a window's labels, one fewer than its tokens, is scaled so that the mean over all tokens gives L.
     """
-    from hfprune_dist.core.losses import labels_and_teacher_gradient
+    from hfprune_dist.core.losses import cross_entropy_gradient, distillation_gradient
 
     assert batch.teacher is not None
     (share, temperature), tokens, labels_N = batch.teacher, batch.input_ids_BT.shape[1], batch.labels()
@@ -75,10 +75,10 @@ def labels_and_teacher(batch: Batch) -> LogitGradient:
 
     def gradient(rows: Rows) -> tuple[Tensor, Tensor]:
         assert rows.teacher_NV is not None
-        some_N = labels_N[rows.numbers]
-        shares_N = (some_N >= 0).to(rows.logits_NV.dtype).mul_(of_labels)
-        tempered_NV = rows.teacher_NV.div_(temperature)
-        return labels_and_teacher_gradient(rows.logits_NV, tempered_NV, shares_N, some_N, teacher_share=share)
+        ce_N, ce_gradient_NV = cross_entropy_gradient(rows.logits_NV.clone(), labels_N[rows.numbers])
+        kl_N, kl_gradient_NV = distillation_gradient(rows.logits_NV, rows.teacher_NV.div_(temperature))
+        loss_N = ce_N.mul_(of_labels).add_(kl_N, alpha=share)
+        return loss_N, ce_gradient_NV.mul_(of_labels).add_(kl_gradient_NV, alpha=share)
 
     return gradient
 

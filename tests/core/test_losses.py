@@ -12,7 +12,6 @@ from hfprune_dist.core.losses import (
     distillation_gradient,
     draw_sign_bits,
     entropy_gradient,
-    labels_and_teacher_gradient,
     random_signs_gradient,
     signs_of,
 )
@@ -50,10 +49,6 @@ LOSSES = {
         lambda z, _: 2 * (signs(z.shape[1]) * z.softmax(-1).sqrt()).sum(-1),
     ),
     "divergence": (distillation_gradient, kl),
-    "labels and teacher": (
-        lambda z, t: labels_and_teacher_gradient(z, t, 0.7 * (LABELS >= 0).to(z), LABELS, teacher_share=0.4),
-        lambda z, t: 0.7 * of_labels(z) + 0.4 * kl(z, t),
-    ),
 }
 
 
