@@ -111,7 +111,7 @@ def test_its_report_shows_the_numbers_of_its_table(finished):
     rows = results(out)
     with opened(out / "report.html") as shown:
         figures = shown.drawn()
-        assert {it["section"] for it in figures} >= {"size", "distance", "tasks", "layers", "losses", "timeline"}
+        assert {it["section"] for it in figures} >= {"quality", "tasks", "layers", "losses", "timeline"}
         for title, column in (("KL", "kl"), ("tiny_choice", "tiny_choice/acc_norm")):
             for model in ("alpha", "beta"):
                 (figure,) = (it for it in figures if it["title"] == f"{model}: {title}")
