@@ -258,9 +258,9 @@ class Launcher:
                 to_submit = [it.stage_id for it in decide(self._states()) if it.do is Do.SUBMIT]
                 if to_submit:
                     self._require_wanted()
-                    others = self._slots_of_others()
+                    slots = self._slots()
                     for stage_id in to_submit:
-                        self._submit(self._plan.stages[stage_id], others)
+                        self._submit(self._plan.stages[stage_id], slots)
         except SubmitLimitError as error:
             self._is_held_up = True
             self._tell(Event("waiting", None, None, f"{error}; {self._way_below_the_limit()}"))
@@ -292,8 +292,12 @@ class Launcher:
             "lasts, name another account, qos or partition in the profile"
         )
 
-    def _submit(self, stage: Stage, slots_of_others: Sequence[InSlot]) -> None:
-        """Submit a stage, unless another launcher has done so or is doing so."""
+    def _submit(self, stage: Stage, slots: list[InSlot]) -> None:
+        """Submit a stage, unless another launcher has done so or is doing so.
+
+        Args:
+            slots: those of all live jobs, to which its own is added.
+        """
         handle = self._store.handle(stage.id)
         pending = [need for need in stage.needs if not self._observer.is_done(need)]
         needed = [self._ledger.open_job(need) for need in pending]
@@ -312,15 +316,15 @@ class Launcher:
             elif self._ledger.open_job(stage.id) is None:
                 if verdict.state == "corrupt":
                     handle.set_aside()
-                self._submit_claimed(stage, after_ok, slots_of_others)
+                self._submit_claimed(stage, after_ok, slots)
         finally:
             submitted.set()
             claim.release()
 
-    def _submit_claimed(self, stage: Stage, after_ok: Sequence[str], slots_of_others: Sequence[InSlot]) -> None:
+    def _submit_claimed(self, stage: Stage, after_ok: Sequence[str], slots: list[InSlot]) -> None:
         """Record the intent, submit, record the job; later rounds repair a death between any two of these steps."""
         new, resources = self._new_jobs, self._new_jobs.profile.resources[stage.kind]
-        slot = choose_slot(new.max_running, [*slots_of_others, *_in_slots(self._open())], after_ok)
+        slot = choose_slot(new.max_running, slots, after_ok)
         if slot is None:
             self._is_held_up = True
             return
@@ -348,6 +352,8 @@ class Launcher:
             exclude=avoided,
         )
         self._hand_over(stage, attempt, request)
+        if attempt.end is None:
+            slots += _in_slots([attempt])
 
     def _hand_over(self, stage: Stage, attempt: Attempt, request: Request) -> None:
         """Submit, and record the job's id or why there is none."""
@@ -381,16 +387,17 @@ class Launcher:
         self._require_wanted()
         return self._slurm.submit(script, attempt.intent.job_name)
 
-    def _slots_of_others(self) -> list[InSlot]:
-        """Return the slots in which jobs of other sweeps are, as Slurm lists them: it would refuse a job that waits for
-        one that it doesn't know.
+    def _slots(self) -> list[InSlot]:
+        """Return the slots in which jobs are; those of other sweeps if Slurm lists them, as it would refuse a job that
+        waits for one that it doesn't know.
         """
         if self._new_jobs.max_running is None:
             return []
         others = [it for it in self._ledger.open_jobs() if it.intent.stage_id not in self._plan.stages]
         # Asked anew, as another launcher may have submitted since this round began.
         jobs = self._slurm.jobs() if others else {}
-        return _in_slots(it for it in others if it.intent.job_name in jobs and jobs[it.intent.job_name].is_live)
+        listed = (it for it in others if it.intent.job_name in jobs and jobs[it.intent.job_name].is_live)
+        return _in_slots([*listed, *self._open()])
 
     def _tell_of_outdated(self) -> None:
         """Report queued jobs that were submitted with another profile, or another limit, than this launcher's."""
