@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -91,6 +91,19 @@ class Context(Generic[P]):
         """Path of an input: a file or folder of the user's, or another stage's artifact."""
         source = self.stage.inputs[role]
         return self.store.handle(source.location).artifact if source.is_stage else Path(source.location)
+
+    def own_file(self, role: str) -> Path | None:
+        """Path of an input that is a file of the user's; None if the settings name a data set instead."""
+        return self.input_path(role) if self.has_input(role) else None
+
+    def reporting(self, phase: str, total: int) -> Callable[[int], None]:
+        """A callback for a pass, which reports how many steps are done, and ends the stage if any rank was asked to."""
+
+        def after_each(done: int) -> None:
+            self.progress.update(phase, done, total)
+            self.interruption.stop_if_agreed(self.world)
+
+        return after_each
 
     def calibration_windows(self) -> Tensor:
         """The windows on which the scores of the ``importance`` input were made, int64 [samples, sequence_length]."""

@@ -187,11 +187,10 @@ def _evaluate_tasks(context: Context, model: FrozenModel, tasks: list[str]) -> N
     lm = ShardedLM(model, tokenizer, context.interruption, params.batch_size, params.add_bos_token)
 
     def evaluate_each() -> None:
-        include_path = context.input_path("tasks") if context.has_input("tasks") else None
         # The datasets library flushes nothing, yet trusts the files that it finds, so those of a dead attempt go.
         cache = context.work / DATASETS
         shutil.rmtree(cache, ignore_errors=True)
-        loader = TaskLoader(tasks, include_path, cache)
+        loader = TaskLoader(tasks, context.own_file("tasks"), cache)
         (context.work / TASKS).mkdir(exist_ok=True)
         for task in tasks:
             context.progress.update(task, 0, 1)

@@ -95,12 +95,7 @@ def _cut_windows(context: Context) -> Windows:
     sampling = Sampling(settings.samples, settings.sequence_length, context.params.seed, context.params.add_bos_token)
     tokenizer = load_tokenizer(context.input_path("model"))
     sources = [
-        Source(
-            share.text.model_dump(),
-            context.input_path(share.role) if context.has_input(share.role) else None,
-            share.windows,
-        )
-        for share in settings.shares()
+        Source(share.text.model_dump(), context.own_file(share.role), share.windows) for share in settings.shares()
     ]
     if settings.mixture is None:
         return read_windows(sources[0].settings, sources[0].path, tokenizer, sampling, "calibration")

@@ -11,7 +11,8 @@ from torch import Tensor
 from hfprune_dist.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from hfprune_dist.checkpoints.pruned_config import pruned_config, write_kept
 from hfprune_dist.checkpoints.write_pruned import write_companions, write_weight_file
-from hfprune_dist.stages.prune_low_rank import decide_low_rank
+from hfprune_dist.planning.shapes import Target, shape_for
+from hfprune_dist.refit.low_rank import LowRankLayers, Sizes, compress_layers
 from hfprune_dist.stages.prune_norms import refitted_norms, require_norms
 from hfprune_dist.stages.prune_plain import decide_plain
 from hfprune_dist.stages.prune_refit import (
@@ -21,9 +22,11 @@ from hfprune_dist.stages.prune_refit import (
     final_refit,
     pruned_kinds,
     refit_metrics,
+    stream_of,
 )
 from hfprune_dist.stages.prune_shapes import decide_shape
 from hfprune_dist.stages.shape_metrics import shape_metrics
+from hfprune_dist.structures import NEURONS
 from hfprune_dist.structures.kept import Kept
 from hfprune_dist.structures.score_names import SCORES, scores_of_layers
 
@@ -64,7 +67,7 @@ def _decide(context: Context, checkpoint: Checkpoint) -> tuple[Kept, Replacement
     """Return what stays, new weights for it, and metrics."""
     params = context.params
     if params.allocation == "low_rank":
-        return decide_low_rank(context, checkpoint)
+        return _decide_low_rank(context, checkpoint)
     scores = _scores(context, checkpoint)
     if params.allocation == "plain":
         return decide_plain(context, checkpoint, scores)
@@ -75,6 +78,21 @@ def _decide(context: Context, checkpoint: Checkpoint) -> tuple[Kept, Replacement
         return kept, added_biases(context, checkpoint, kept), metrics
     fitted = final_refit(context, checkpoint, kept)
     return kept, fitted.replacements(kept.layers), metrics | refit_metrics(fitted, kept.layers)
+
+
+def _decide_low_rank(context: Context, checkpoint: Checkpoint) -> tuple[Kept, Replacements, dict[str, Any]]:
+    """Return what stays, factors of attention's projections, and metrics: their ``attention_ranks``."""
+    params, windows_ST = context.params, context.calibration_windows()
+    shape = shape_for(Target.of(checkpoint, params, params.ratio, context.stage.label))
+    ranks = {name: row[0] for name, row in shape.ranks.items()}
+    sizes = Sizes(shape.units[NEURONS][0], ranks)
+    layers = LowRankLayers(checkpoint, list(ranks), context.work / "low_rank")
+    stream = stream_of(context, checkpoint, windows_ST)
+    after_each = context.reporting("low rank", checkpoint.num_layers)
+    compress_layers(checkpoint, sizes, stream, layers, context.world, after_each)
+    kept = Kept(shape.layers, {NEURONS: [layers.kept(number) for number in shape.layers]}, shape.ranks)
+    attention_ranks = {name.rpartition(".")[2]: rank for name, rank in ranks.items()}
+    return kept, layers.replacements(), {"attention_ranks": attention_ranks}
 
 
 def _scores(context: Context, checkpoint: Checkpoint) -> dict[str, list[Tensor]]:

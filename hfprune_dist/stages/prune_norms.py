@@ -19,7 +19,6 @@ from hfprune_dist.refit.norms_refit import NormGradients, PrunedLayers, fit_norm
 from hfprune_dist.stages.prune_refit import (
     Context,
     Replacements,
-    after_each_layer,
     in_memory,
     outputs_of_dense,
 )
@@ -62,7 +61,7 @@ def refitted_norms(
         batches,
         outputs_of_dense(context, checkpoint, batches),
         world=context.world,
-        after_each=after_each_layer(context, "norms", total),
+        after_each=context.reporting("norms", total),
     )
     fit = fit_norms(gradients)
     weights = _with_factors(checkpoint, _norms_of(checkpoint, gradients.norms), fit.factors_RC)

@@ -12,7 +12,7 @@ from torch import Tensor
 from hfprune_dist.checkpoints.checkpoint import Checkpoint
 from hfprune_dist.checkpoints.tensor_files import SavedLayers
 from hfprune_dist.core.redraw import redrawn_copies
-from hfprune_dist.distributed.layer_stream import AfterLayer, LayerStream
+from hfprune_dist.distributed.layer_stream import LayerStream
 from hfprune_dist.distributed.sums import windows_held_out
 from hfprune_dist.kinds.prune import PruneParameters
 from hfprune_dist.models.single_layer import LayerReader
@@ -53,7 +53,7 @@ def added_biases(context: Context, checkpoint: Checkpoint, kept: Kept) -> Replac
     windows_ST = context.calibration_windows()
     stream = stream_of(context, checkpoint, windows_ST)
     kinds = pruned_kinds(context, checkpoint)
-    after_each = after_each_layer(context, "biases", checkpoint.num_layers)
+    after_each = context.reporting("biases", checkpoint.num_layers)
     find_biases(checkpoint, kept, kinds, stream, saved, context.world, after_each)
     return in_memory(saved.read())
 
@@ -87,7 +87,7 @@ def refit_layers(
             more_iterations=context.params.refit_iterations,
             world=context.world,
         )
-    refit.run(after_each_layer(context, phase, checkpoint.num_layers))
+    refit.run(context.reporting(phase, checkpoint.num_layers))
 
 
 def final_refit(context: Context, checkpoint: Checkpoint, kept: Kept) -> RefittedLayers:
@@ -114,7 +114,7 @@ def _redrawn(context: Context, checkpoint: Checkpoint, windows_ST: Tensor) -> Te
     hidden = outputs_of_dense(context, checkpoint, batches)
     head = LayerReader(checkpoint, getattr(torch, name), world.device).head()
     rounds = range(0, len(batches), world.size)
-    after_each = after_each_layer(context, "copies", len(rounds))
+    after_each = context.reporting("copies", len(rounds))
     own: dict[int, Tensor] = {}
     for done, first in enumerate(rounds, start=1):
         index = first + world.rank
@@ -175,15 +175,5 @@ def stream_of(context: Context, checkpoint: Checkpoint, windows_ST: Tensor) -> L
 def outputs_of_dense(context: Context, checkpoint: Checkpoint, micro_batches: Mapping[int, Tensor]) -> Hidden:
     """Outputs of the dense model for this rank's share of micro-batches; one pass through its layers. Collective."""
     dtype = getattr(torch, context.params.forward_pass()[0])
-    after_each = after_each_layer(context, "dense model", checkpoint.num_layers)
+    after_each = context.reporting("dense model", checkpoint.num_layers)
     return dense_outputs(checkpoint, micro_batches, dtype, context.world, after_each)
-
-
-def after_each_layer(context: Context, phase: str, total: int) -> AfterLayer:
-    """A callback that reports how many layers are done, and ends the stage if any rank was asked to."""
-
-    def after_each(done: int) -> None:
-        context.progress.update(phase, done, total)
-        context.interruption.stop_if_agreed(context.world)
-
-    return after_each

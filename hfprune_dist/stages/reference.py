@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hfprune_dist.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from hfprune_dist.checkpoints.checkpoint import open_checkpoint
 from hfprune_dist.data.tokenizer import load_tokenizer
 from hfprune_dist.data.windows import Sampling, read_windows
 from hfprune_dist.distributed.layer_stream import LayerStream
@@ -22,35 +22,23 @@ SEED = 0
 def run(context: Context) -> None:
     """Write the windows and the dense model's final hidden states (``DenseStates``)."""
     dense = open_checkpoint(context.input_path("model"))
-    windows_ST = context.calibration_windows() if context.has_input("importance") else held_out_windows(context)
-    stream = _stream(context, dense, windows_ST)
+    if context.has_input("importance"):
+        windows_ST = context.calibration_windows()
+    else:
+        windows_ST = context.world.on_rank0(lambda: _held_out_windows(context))
+    params, world = context.params, context.world
+    context.check_layers(dense, windows_ST, params.dtype)
+    stream = LayerStream(dense, windows_ST, getattr(torch, params.dtype), params.micro_batch_size, world)
     draft = context.open_draft()
-
-    def after_each(done: int) -> None:
-        context.progress.update("layers", done, dense.num_layers)
-        context.interruption.stop_if_agreed(context.world)
-
-    write_dense_states(stream, draft, context.world, after_each)
+    write_dense_states(stream, draft, world, context.reporting("layers", dense.num_layers))
     context.commit(draft, {"windows": len(windows_ST), "tokens": windows_ST.numel()})
 
 
-def _stream(context: Context, dense: Checkpoint, windows_ST: Tensor) -> LayerStream:
-    """Stream of windows before the first layer."""
-    params = context.params
-    context.check_layers(dense, windows_ST, params.dtype)
-    return LayerStream(dense, windows_ST, getattr(torch, params.dtype), params.micro_batch_size, context.world)
-
-
-def held_out_windows(context: Context) -> Tensor:
-    """Windows [windows, sequence_length] of the held-out text, cut on rank 0."""
-    return context.world.on_rank0(lambda: _cut_windows(context))
-
-
-def _cut_windows(context: Context) -> Tensor:
+def _held_out_windows(context: Context) -> Tensor:
+    """Windows [windows, sequence_length] of the held-out text."""
     settings, add_bos_token = context.params.text, context.params.add_bos_token
     assert settings is not None and add_bos_token is not None, "planned on the windows of an importance stage"
-    path = context.input_path("text") if context.has_input("text") else None
     tokenizer = load_tokenizer(context.input_path("model"))
     sampling = Sampling(settings.windows, settings.sequence_length, SEED, add_bos_token)
-    windows = read_windows(settings.model_dump(), path, tokenizer, sampling, "fidelity")
+    windows = read_windows(settings.model_dump(), context.own_file("text"), tokenizer, sampling, "fidelity")
     return windows.input_ids_ST

@@ -21,7 +21,6 @@ from hfprune_dist.refit.measurement import Candidate, Measurement, held_out_batc
 from hfprune_dist.refit.refitted_layers import RefittedLayers
 from hfprune_dist.stages.prune_refit import (
     Context,
-    after_each_layer,
     outputs_of_dense,
     pruned_kinds,
     refit_layers,
@@ -88,7 +87,7 @@ class ShapeSearch:
             reference=cache(partial(outputs_of_dense, context, checkpoint, one_by_one(judged_ST))),
             dtype=getattr(torch, context.params.forward_pass()[0]),
             world=context.world,
-            after_each=after_each_layer(context, "comparison", checkpoint.num_layers),
+            after_each=context.reporting("comparison", checkpoint.num_layers),
         )
 
     # With a cheap refit, or none.
@@ -115,7 +114,7 @@ class ShapeSearch:
             dtype=getattr(torch, context.params.forward_pass()[0]),
             world=context.world,
             every=self._every,
-            after_each=after_each_layer(context, phase, measurements * checkpoint.num_layers),
+            after_each=context.reporting(phase, measurements * checkpoint.num_layers),
         )
 
     def layers_in_order(self, droppable: Sequence[int], count: int) -> list[int]:

@@ -161,7 +161,7 @@ def _encode(context: Context[RecoverParameters], tokenizer: Any) -> list[Pair | 
         UserError: if none of them can be trained on.
     """
     settings = context.params.recovery
-    path = context.input_path("instructions") if context.has_input("instructions") else None
+    path = context.own_file("instructions")
     texts = read_texts(settings.model_dump(), path, settings.pair_fields, context.params.seed, "recovery")
     pairs: Iterator[tuple[str, str]] = (
         (prompt_for(asked), answer) for asked, answer in islice(texts, settings.samples)
