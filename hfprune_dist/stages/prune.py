@@ -68,10 +68,8 @@ def _decide(context: Context, checkpoint: Checkpoint) -> tuple[Kept, Replacement
     params = context.params
     if params.allocation == "low_rank":
         return _decide_low_rank(context, checkpoint)
-    scores = _scores(context, checkpoint)
-    if params.allocation == "plain":
-        return decide_plain(context, checkpoint, scores)
-    kept, metrics = context.world.broadcast(decide_shape(context, checkpoint, scores))
+    decide = decide_plain if params.allocation == "plain" else decide_shape
+    kept, metrics = context.world.broadcast(decide(context, checkpoint, _scores(context, checkpoint)))
     if params.refit == "none":
         return kept, {}, metrics
     if params.refit == "bias":

@@ -20,10 +20,7 @@ from hfprune_dist.refit.candidates import Scored, kept_of
 from hfprune_dist.stages.contest import candidate_of
 from hfprune_dist.stages.prune_refit import (
     Context,
-    Replacements,
-    final_refit,
     pruned_kinds,
-    refit_metrics,
 )
 from hfprune_dist.stages.shape_search import FINALISTS, ShapeSearch, may_be_closest
 from hfprune_dist.structures import KV_GROUPS, NEURONS
@@ -32,8 +29,8 @@ from hfprune_dist.structures.kept import Kept, Shape
 
 def decide_plain(
     context: Context, checkpoint: Checkpoint, scores: Mapping[str, Sequence[Tensor]]
-) -> tuple[Kept, Replacements, dict[str, Any]]:
-    """What stays, its refitted weights, and metrics of the search; the same on every rank.
+) -> tuple[Kept, dict[str, Any]]:
+    """What stays, and metrics of the search.
 
     Args:
         scores: kind -> scores of each layer's units.
@@ -48,14 +45,11 @@ def decide_plain(
     kls = grid.kl()
     metrics: dict[str, Any] = {"layers_in_order_of_dropping": [*order], "search_kl": kls}
     if context.params.refit == "none":
-        return grid.kept(min(kls, key=kls.__getitem__)), {}, metrics
+        return grid.kept(min(kls, key=kls.__getitem__)), metrics
     competing = may_be_closest(kls)
     first = _first_finalists(competing, grid)
     best = search.closest(first, grid.kept, lambda closest: grid.with_fewer_layers(closest, competing))
-    kept = grid.kept(best)
-    fitted = final_refit(context, checkpoint, kept)
-    metrics |= {"finalists_kl": search.finalists_kl} if search.finalists_kl else {}
-    return kept, fitted.replacements(kept.layers), metrics | refit_metrics(fitted, kept.layers)
+    return grid.kept(best), metrics | ({"finalists_kl": search.finalists_kl} if search.finalists_kl else {})
 
 
 def _first_finalists(competing: Sequence[str], grid: _Grid) -> list[str]:

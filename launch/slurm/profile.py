@@ -206,7 +206,7 @@ def _shared(common: Mapping[str, Any], kind: str) -> Mapping[str, Any]:
 def _own(whole: ProfileFile, kind: str) -> Mapping[str, Any]:
     """Return the settings that differ for a kind; LoRAPrune, being a recovery, has those of recovery by default."""
     own: Mapping[str, Mapping[str, Any]] = whole.stages  # type: ignore[assignment]
-    return own.get(kind, own.get("recover", {}) if kind == "loraprune" else {})
+    return own.get(kind, own.get("recover", {}) if KINDS[kind].trains_on_pairs else {})
 
 
 def _with_dashes(sbatch: Mapping[Any, Any]) -> dict[Any, Any]:
