@@ -9,7 +9,7 @@ from faults.kill import deaths_during
 from forks import on_ranks
 from masking import mask
 from ranks import SoloWorld
-from refitting import best_of, ridge_regression
+from refitting import held_out_errors, ridge_regression
 from shapes import (
     GROUPS,
     LAYERS,
@@ -194,7 +194,8 @@ def test_candidates_are_measured_with_least_squares_on_dense_activations(tmp_pat
                 continue
             fewest = min(columns.values(), key=len)
             targets = hidden[layer] @ weight.T
-            ridge = best_of(RIDGES, weight[:, fewest], hidden[layer][..., fewest], targets)
+            errors = held_out_errors(RIDGES, weight[:, fewest], hidden[layer][..., fewest], targets)
+            ridge = min(errors, key=errors.get)
             for name, channels in columns.items():
                 fitted = hidden[layer][: COMPARED.start].flatten(0, 1)
                 found = ridge_regression(weight[:, channels], fitted[:, channels], fitted @ weight.T, ridge)
