@@ -1,4 +1,5 @@
-"""Search for the shapes of layers, by measuring the divergence of models with candidate shapes from the dense one.
+"""Search for the shapes of layers, by measuring the divergence of models with candidate shapes from the dense one; and
+the order in which whole layers go.
 
 Scores add up the costs of layers as if only one were pruned. Once all are pruned, errors of some layers grow on their
 way to the output, while those of others no longer matter; and attention costs more than its scores say. The search for
@@ -25,6 +26,12 @@ Measure = Callable[[Sequence[Counts]], Sequence[float]]
 ROUNDS = 2
 # Number of calls of ``Measure`` in a search: one per round, and one at the centre after the last round.
 MEASUREMENTS = ROUNDS + 1
+# Sets of removed layers, ascending -> KL divergence from the dense model, nats per token, of the models without them.
+MeasureWithout = Callable[[Sequence[tuple[int, ...]]], Sequence[float]]
+
+# All layers are measured for the first removal. For each later one, only this many are: those left whose removal by
+# itself cost least. Of ten layers removed from a small model, each was among these five.
+CONTENDERS = 5
 
 
 @dataclass(frozen=True)
@@ -165,3 +172,23 @@ def _lowest(low: float, here: float, high: float) -> float:
     if curvature <= 0:
         return -1.0 if low < high else 1.0
     return min(max((low - high) / (2 * curvature), -1.0), 1.0)
+
+
+def drop_order(droppable: Sequence[int], count: int, measure: MeasureWithout) -> list[int]:
+    """Return the ``count`` layers to remove, in order, or fewer if ``droppable`` has fewer: always the one whose
+    measured loss is smallest, measured again after each.
+
+    Args:
+        measure: called once for every layer that is removed.
+    """
+    order: list[int] = []
+    left = list(droppable)
+    while left and len(order) < count:
+        contenders = left[:CONTENDERS] if order else left
+        kls = measure([tuple(sorted([*order, layer])) for layer in contenders])
+        ranked = [layer for _, layer in sorted(zip(kls, contenders, strict=True))]
+        if not order:
+            left = ranked
+        order.append(ranked[0])
+        left.remove(ranked[0])
+    return order

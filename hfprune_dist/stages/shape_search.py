@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from hfprune_dist.checkpoints.checkpoint import Checkpoint
-from hfprune_dist.core.drop_order import drop_order
+from hfprune_dist.core.width_search import drop_order
 from hfprune_dist.refit.candidates import CheapFits, FinishedLayers, Scored, candidates_of
 from hfprune_dist.refit.measurement import Candidate, Measurement, held_out_batches, one_by_one
 from hfprune_dist.refit.refitted_layers import RefittedLayers
