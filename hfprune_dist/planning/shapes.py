@@ -156,6 +156,7 @@ class Target:
         return next((gone for gone in tried if sum(smallest_first[:gone]) > self.removals), most)
 
     def unusable_split(self, largest: int) -> UserError:
+        """The error if ``tensor_parallel`` divides no possible number of KV groups."""
         return UserError(
             f"{self.where}: prune.tensor_parallel {self.tensor_parallel} divides no number of KV groups that its "
             f"{self.groups.most} can be pruned to; the largest that works is {largest}"
@@ -195,7 +196,7 @@ class Line:
 
 
 @dataclass(frozen=True)
-class Candidate:
+class Closest:
     """The closest shape of a line, its ratio, and whether that is close enough."""
 
     shape: Shape
@@ -214,7 +215,7 @@ def closest_multiple(exact: float, width: int, multiple_of: int) -> int:
     return min((min(multiple, width), width), key=lambda kept: abs(kept - exact))
 
 
-def closest(target: Target, line: Line) -> Candidate | None:
+def closest(target: Target, line: Line) -> Closest | None:
     """The shape of a line that comes closest to the ratio; None if none removes anything."""
     counts, wanted = target.counts, target.counts.total - target.removals
 
@@ -230,7 +231,7 @@ def closest(target: Target, line: Line) -> Candidate | None:
     around = sizes[max(above - 1, 0) : above + (not line.at_least or not above)]
     shape = min(map(line.shape, around), key=lambda it: abs(counts.of(it) - wanted))
     beyond = wanted - counts.of(shape)
-    return Candidate(shape, counts.ratio(shape), (-0.5 if line.at_least else -line.slack) <= beyond <= line.slack)
+    return Closest(shape, counts.ratio(shape), (-0.5 if line.at_least else -line.slack) <= beyond <= line.slack)
 
 
 def shapes_for(target: Target) -> list[Shape]:
