@@ -110,7 +110,7 @@ def begin_steps_at(part: nn.Module, engine: Any) -> None:
     part.register_forward_pre_hook(lambda *_: coordinator.reset_step(), prepend=True)
 
 
-def rearming(model: nn.Module) -> Callable[[], None]:
+def before_backward(model: nn.Module) -> Callable[[], None]:
     """Call after a forward; returns a function that readies the model's hooks for one more backward of that forward.
 
     DeepSpeed counts how often each module's parameters are to be gathered and released in backward, and counts down
@@ -121,11 +121,11 @@ def rearming(model: nn.Module) -> Callable[[], None]:
         (module, name, vars(module)[name]) for module in model.modules() for name in counters if name in vars(module)
     ]
 
-    def rearm() -> None:
+    def restore_counts() -> None:
         for module, name, count in counts:
             setattr(module, name, count)
 
-    return rearm
+    return restore_counts
 
 
 def keep_gathered(model: nn.Module) -> None:

@@ -51,12 +51,12 @@ def load_placed(
             release=partial(release_whole, module),
         )
     # DeepSpeed takes long to import, and one rank doesn't need it.
-    from hfprune_dist.distributed.zero3 import empty_shards, gathered, load_frozen, rearming
+    from hfprune_dist.distributed.zero3 import before_backward, empty_shards, gathered, load_frozen
 
     module = load_frozen(checkpoint.path, dtype, micro_batch_size, world, family.body_of)
     return Placed(
         module=module,
         head=partial(gathered, family.head_of(module)),
-        before_backward=partial(rearming, module),
+        before_backward=partial(before_backward, module),
         release=partial(empty_shards, module),
     )
