@@ -11,7 +11,6 @@ from hfprune_launch.slurm.observe import Observer
 from hfprune_launch.stage.attempts import Attempt, Ledger
 from hfprune_launch.stage.stage_state import name_of
 
-from hfprune_dist.planning.plan import Plan
 from hfprune_dist.store.artifacts import Store
 
 # Seconds between two looks for jobs, and for which jobs and launchers that submit at this moment are waited for.
@@ -24,18 +23,14 @@ class Cancelled:
     """The outcome of cancelling a sweep.
 
     Attributes:
-        outside: stages of cancelled jobs that are not in the plan, from an edited configuration or an earlier version.
         going_on: what still runs, or may be submitted, after some time.
     """
 
     job_ids: list[str]
-    outside: list[str]
     going_on: list[str]
 
 
-def cancel_jobs(
-    plan: Plan, store: Store, slurm: SlurmCommands, sleep: Callable[[float], object] = time.sleep
-) -> Cancelled:
+def cancel_jobs(store: Store, slurm: SlurmCommands, sleep: Callable[[float], object] = time.sleep) -> Cancelled:
     """Cancel the jobs of all open attempts, and look again until there are none: a launcher may be submitting one at
     this moment, or a job may just have put itself back into the queue.
 
@@ -44,27 +39,26 @@ def cancel_jobs(
     """
     ledger = Ledger(store)
     observer = Observer(ledger, slurm)
-    stages: dict[str, str] = {}  # of cancelled jobs
+    cancelled: set[str] = set()
     asked: set[str] = set()
     for _ in range(int(PATIENCE_S / LOOK_AGAIN_S)):
         attempts = ledger.open_jobs()
         submitting = _submitting(ledger, attempts)
         observer.look(attempts)
-        names = {attempt.intent.job_name: attempt.intent.stage_id for attempt in attempts}
+        names = {attempt.intent.job_name for attempt in attempts}
         found = [job for name, job in observer.jobs.items() if name in names and _goes_on(job)]
         # Pending jobs come first: they would start when the jobs that they wait for are gone.
         found.sort(key=lambda job: (not job.is_waiting, int(job.job_id)))
         slurm.cancel([job.job_id for job in found])
-        stages |= {job.job_id: names[job.name] for job in found}
-        for name in names.keys() - observer.jobs.keys() - asked:
+        cancelled |= {job.job_id for job in found}
+        for name in names - observer.jobs.keys() - asked:
             slurm.cancel_named(name)  # squeue may have missed it
-        asked |= names.keys()
+        asked |= names
         if not found and not submitting:
             break
         sleep(LOOK_AGAIN_S)
     going_on = [*submitting, *(f"job {job.job_id}" for job in found)]
-    outside = sorted(set(stages.values()) - plan.stages.keys())
-    return Cancelled(sorted(stages, key=int), outside, going_on)
+    return Cancelled(sorted(cancelled, key=int), going_on)
 
 
 def _goes_on(job: JobInfo) -> bool:

@@ -129,11 +129,9 @@ def cancel_sweep(console: Console, sweep: Sweep) -> bool:
     """Cancel the sweep's jobs, whose saved work stays; return whether something goes on all the same."""
     slurm = SlurmCommands()
     slurm.require()
-    cancelled = cancel_jobs(sweep.plan, sweep.store, slurm)
+    cancelled = cancel_jobs(sweep.store, slurm)
     job_ids = cancelled.job_ids
     lines = [f"cancelled {counted(len(job_ids), 'job')}: {' '.join(job_ids)}" if job_ids else "no jobs to cancel"]
-    if cancelled.outside:
-        lines.append(f"some of them belong to stages outside of this plan: {', '.join(cancelled.outside)}")
     lines += [f"not cancelled yet: {what}; run the same command again" for what in cancelled.going_on]
     for line in lines:
         say(console, line)

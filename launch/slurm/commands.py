@@ -134,8 +134,8 @@ class SlurmCommands:
                 "cluster, set SLURM_CONF, or use --backend local"
             )
 
-    def submit(self, script: Path, job_name: str) -> str | None:
-        """Submit a batch script and return the job's id; None if Slurm accepted the job without saying its id.
+    def submit(self, script: Path, job_name: str) -> str:
+        """Submit a batch script and return the job's id, which is looked for by name if Slurm doesn't say it.
 
         A submission that failed may have arrived all the same. Before another try, the job is looked for by name, as
         late as possible, since a busy controller may accept it after sbatch has given up; in case squeue overlooks
@@ -164,12 +164,13 @@ class SlurmCommands:
                 self.cancel_named(job_name)
         raise SlurmUnavailableError(f"sbatch: {_last_line(result.stderr)}")
 
-    def _find_patiently(self, job_name: str) -> str | None:
+    def _find_patiently(self, job_name: str) -> str:
         for delay in (*self._delays, None):
-            if (job_id := self.find(job_name)) or delay is None:
+            if job_id := self.find(job_name):
                 return job_id
-            self._sleep(delay)
-        return None
+            if delay is not None:
+                self._sleep(delay)
+        raise SlurmUnavailableError("sbatch took a job without saying its id, and squeue does not list it")
 
     def find(self, job_name: str) -> str | None:
         """Return the id of the job that squeue lists under a name; of a live one if there are several."""

@@ -31,8 +31,6 @@ class Sight(Enum):
     NO_ATTEMPT = auto()
     INTENDED = auto()
     """An intent; its launcher is about to submit it, or has died. Slurm lists no job of its name."""
-    ACCEPTED = auto()
-    """Slurm accepted the job without saying its id, and lists none of its name."""
     WAITS = auto()
     RUNS = auto()
     COMPLETED = auto()
@@ -145,8 +143,6 @@ def _about_its_job(state: StageState) -> list[Action]:
             minutes = f"{GONE_AFTER_S / 60:.0f} min"
             return do(Do.TELL, f"Slurm says nothing of it; it counts as gone after {minutes} without a sign of life")
         case Sight.INTENDED:
-            return do(Do.SETTLE)
-        case Sight.ACCEPTED if state.lasts >= GONE_AFTER_S:
             return do(Do.SETTLE)
     return []
 

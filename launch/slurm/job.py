@@ -53,10 +53,6 @@ class NodeError(UserError):
     CAUSE = Cause.BAD_NODE
 
 
-class DuplicateError(Exception):
-    """Another job is running this stage."""
-
-
 def main(folder: Path) -> None:
     """Run this rank of the stage, then end the process; a requeued job resumes from the stage's work folder.
 
@@ -182,7 +178,7 @@ class _Rank:
             run_stage(self._handle, self._interruption, self._admit)
         except Interrupted:
             leave_process(0 if self._rank > 0 or self._requeue() else 1)
-        except (DuplicateError, ClaimLostError) as duplicate:
+        except ClaimLostError as duplicate:
             print(duplicate, file=sys.stderr)
             self._discard_draft()
             self._end("duplicate")
@@ -198,7 +194,7 @@ class _Rank:
         while answer == "wait":
             answer = world.broadcast(self._start.ask() if self._start else "")
         if answer == "held":
-            raise DuplicateError(f"another process has been running {self._handle.id} for all the time this job waited")
+            raise ClaimLostError(f"another process has been running {self._handle.id} for all the time this job waited")
         return Admission(answer == "run", self._claim)
 
     def _requeue(self) -> bool:

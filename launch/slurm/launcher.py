@@ -46,7 +46,7 @@ LOOK_S = 10.0
 STORE_PATIENCE_S = 600.0
 # A full or read-only disk, which stays so until somebody does something about it.
 LASTING = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
-MISSING = (Sight.MISSING, Sight.INTENDED, Sight.ACCEPTED)
+MISSING = (Sight.MISSING, Sight.INTENDED)
 
 
 @dataclass(frozen=True)
@@ -372,13 +372,9 @@ class Launcher:
             attempt.withdraw()
             raise
         attempt.record_job(job_id)
-        if job_id is None:
-            message = "Slurm took a job without saying its id; it is looked for by name"
-            self._tell(Event("waiting", stage, None, message))
-        else:
-            self._tell(Event("submitted", stage, job_id))
+        self._tell(Event("submitted", stage, job_id))
 
-    def _write_and_submit(self, attempt: Attempt, request: Request) -> str | None:
+    def _write_and_submit(self, attempt: Attempt, request: Request) -> str:
         script = write_submission(request)
         # A job may outlive this machine, so what it reads and what tells the next launcher about it must do so as well.
         for folder in (attempt.folder, self._store.handle(request.stage.id).work):

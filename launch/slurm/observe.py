@@ -139,7 +139,7 @@ class Observer:
                 return Sight.WAITS if job.is_waiting else Sight.RUNS
             return Sight.COMPLETED if job.state == "COMPLETED" else Sight.ENDED
         if attempt.job_id is None:
-            return Sight.ACCEPTED if attempt.is_accepted else Sight.INTENDED
+            return Sight.INTENDED
         return Sight.MISSING if attempt.intent.job_name in self._unknown else Sight.SILENT
 
 

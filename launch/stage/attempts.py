@@ -128,9 +128,9 @@ class End:
 
 @dataclass(frozen=True)
 class _Job:
-    """The job that Slurm made from an intent; no id if Slurm accepted it without saying one."""
+    """The job that Slurm made from an intent."""
 
-    job_id: str | None
+    job_id: str
 
 
 class Attempt:
@@ -144,14 +144,7 @@ class Attempt:
     def job_id(self) -> str | None:
         """The job's id, as recorded by the launcher, or by the job itself if the launcher died before that."""
         job = _read(self.folder / JOB, _Job)
-        if job is not None and job.job_id is not None:
-            return job.job_id
-        return next((run.job_id for run in self.runs()), None)
-
-    @property
-    def is_accepted(self) -> bool:
-        """Whether Slurm has accepted the job, though it may not have said its id."""
-        return _read(self.folder / JOB, _Job) is not None
+        return job.job_id if job is not None else next((run.job_id for run in self.runs()), None)
 
     @property
     def recorded_at(self) -> float:
@@ -164,7 +157,7 @@ class Attempt:
     def end(self) -> End | None:
         return _read(self.folder / END, End)
 
-    def record_job(self, job_id: str | None) -> None:
+    def record_job(self, job_id: str) -> None:
         write_json(self.folder / JOB, asdict(_Job(job_id)))
 
     def close(self, end: End) -> None:

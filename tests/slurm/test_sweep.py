@@ -43,7 +43,8 @@ def test_a_second_run_submits_nothing(cluster, on_cluster, config):
 
 def test_status_logs_and_cancel(cluster, config, without):
     out = without("recover alpha dense", "evaluate alpha dense + lora")
-    submitted = cluster.submit(config, out, "--no-follow", **SLOWLY, **FORKED_RANKS)
+    slowly = {**SLOWLY, **FORKED_RANKS, "SLOW_S": "6"}  # each of the commands below takes seconds
+    submitted = cluster.submit(config, out, "--no-follow", **slowly)
     code, output = submitted.end()
     assert code == 0 and "--status shows them" in output
     job_id = submitted.job_at_work("recover alpha dense", beats=2)

@@ -213,7 +213,8 @@ def test_a_job_whose_id_is_not_said_is_found_by_name_with_patience(fake, slurm, 
 def test_a_job_that_is_not_found_by_name_is_not_submitted_again(fake, slurm, script):
     fake.answer = ""
     fake.listings = [*[HEADER] * 20]
-    assert slurm.submit(script, "a-name") is None
+    with pytest.raises(SlurmUnavailableError, match="without saying its id"):
+        slurm.submit(script, "a-name")
     assert len(fake.calls("sbatch")) == 1
 
 

@@ -59,7 +59,7 @@ def test_no_two_jobs_of_a_stage_and_none_of_a_finished_one(states):
 @settings(derandomize=True, deadline=None, max_examples=300)
 @given(sweeps())
 def test_every_open_attempt_ends_once_its_job_is_over(states):
-    ended = (Sight.ENDED, Sight.COMPLETED, Sight.MISSING, Sight.ACCEPTED, Sight.INTENDED)
+    ended = (Sight.ENDED, Sight.COMPLETED, Sight.MISSING, Sight.INTENDED)
     for state in states.values():
         later = decide({**states, state.stage_id: replace(state, lasts=1e6)})
         about_it = {action.do for action in later if action.stage_id == state.stage_id}
@@ -91,8 +91,6 @@ DONE = {"is_wanted": False, "is_done": True}
         ({"sight": Sight.SILENT, "lasts": GONE_AFTER_S}, []),
         ({"sight": Sight.MISSING, **DONE}, [Do.CLOSE]),
         ({"sight": Sight.INTENDED}, [Do.SETTLE]),
-        ({"sight": Sight.ACCEPTED}, []),
-        ({"sight": Sight.ACCEPTED, "lasts": GONE_AFTER_S}, [Do.SETTLE]),
         ({"sight": Sight.WAITS, "reason": "Priority"}, []),
         ({"sight": Sight.WAITS, "reason": "Priority", "lasts": 300.0}, [Do.TELL]),
         ({"sight": Sight.WAITS, "reason": "PartitionDown"}, [Do.TELL]),

@@ -14,7 +14,7 @@ from fake_slurm import HEADER, RESOURCES, Clock, Controller, FakeLauncher, Job, 
 from hfprune_launch.slurm import cli
 from hfprune_launch.slurm.cancel import cancel_jobs
 from hfprune_launch.slurm.cli import show_status
-from hfprune_launch.slurm.commands import SlurmCommands
+from hfprune_launch.slurm.commands import SlurmCommands, SlurmUnavailableError
 from hfprune_launch.slurm.launcher import Event
 from hfprune_launch.slurm.profile import Resources
 from hfprune_launch.stage.attempts import Ledger, Run
@@ -186,14 +186,14 @@ def test_of_jobs_with_one_name_the_live_one_is_adopted(fake, store, ledger):
     assert ledger.open_job(SCORES.id).job_id == "102" and causes(store, SCORES) == [None]
 
 
-def test_a_job_without_an_id_is_never_submitted_again_before_it_is_looked_for(fake, store, ledger):
+def test_a_job_without_an_id_is_looked_for_before_another_is_submitted(fake, store, ledger):
     """sbatch accepted the job but printed nothing, and squeue does not list it for a while."""
-    fake.answer, fake.listings = "", [None, *[HEADER] * 6]
-    launcher = started(store, ALONE)
-    for _ in range(3):
-        launcher.step_after(10)
-    assert len(fake.calls("sbatch")) == 1 and causes(store, SCORES) == [None]
+    fake.answer, fake.listings = "", [None, *[HEADER] * 3]
+    launcher = FakeLauncher(store, ALONE)
+    with pytest.raises(SlurmUnavailableError, match="without saying its id"):
+        launcher.start()
     launcher.step_after(10)
+    assert len(fake.calls("sbatch")) == 1 and causes(store, SCORES) == [None]
     assert ledger.open_job(SCORES.id).job_id == "101"
 
 
@@ -488,9 +488,9 @@ def test_a_full_disk_ends_a_follower_at_once_and_other_errors_in_the_end(fake, s
 # Cancellation.
 
 
-def cancel(store, plan=PLAN, sleep=lambda _: None):
+def cancel(store, sleep=lambda _: None):
     request_cancellation(store.root)
-    return cancel_jobs(plan, store, SlurmCommands(lambda _: None), sleep)
+    return cancel_jobs(store, SlurmCommands(lambda _: None), sleep)
 
 
 def test_a_launcher_that_waits_for_room_submits_nothing_after_it_was_cancelled(fake, store):
@@ -532,7 +532,7 @@ def test_a_job_that_is_being_submitted_is_waited_for(fake, store, ledger, arrive
             attempt.record_job("7")
             claim.release()
 
-    cancelled = cancel(store, sleep=meanwhile)
+    cancelled = cancel(store, meanwhile)
     assert not fake.live()
     if arrives:
         assert (cancelled.job_ids, cancelled.going_on) == (["7"], [])
@@ -540,7 +540,7 @@ def test_a_job_that_is_being_submitted_is_waited_for(fake, store, ledger, arrive
         assert cancelled.job_ids == [] and "submits a job" in cancelled.going_on[0], "the exit code says so"
 
 
-def test_cancel_finds_what_is_outside_the_plan_unlisted_without_an_id_or_queued_again(fake, store, ledger):
+def test_cancel_finds_what_is_of_other_plans_unlisted_without_an_id_or_queued_again(fake, store, ledger):
     fake.submitted = -2  # so that ids are 99, 100 and 101
     started(store)
     (ledger.open_job(PRUNES[0].id).folder / "job.json").unlink()
@@ -553,9 +553,8 @@ def test_cancel_finds_what_is_outside_the_plan_unlisted_without_an_id_or_queued_
             fake.end("100", "PENDING")
             requeued.append("100")
 
-    cancelled = cancel(store, ALONE, requeue)
+    cancelled = cancel(store, requeue)
     assert cancelled.job_ids == ["99", "100", "101"] and cancelled.going_on == [] and not fake.live()
-    assert cancelled.outside == sorted(stage.id for stage in PRUNES)
     assert f"scancel --jobname={lost.intent.job_name}" in fake.calls("scancel")
 
 
