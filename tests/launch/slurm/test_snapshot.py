@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from hfprune_launch.project import Project
@@ -114,25 +113,6 @@ def test_a_damaged_snapshot_is_set_aside_and_made_again(project, folder, damage)
     assert snapshot_of(project, folder, COMMIT, told.append) == snapshot and content(snapshot) == copied(project)
     aside = next(folder.glob(f"damaged-{snapshot.name}-*"))
     assert str(aside) in told[0]
-
-
-def test_all_of_it_reaches_the_disk_before_it_gets_its_name(project, folder, monkeypatch):
-    synced, fsync, rename = [], os.fsync, Path.rename
-
-    def note(handle):
-        synced.append(Path(f"/proc/self/fd/{handle}").readlink())
-        fsync(handle)
-
-    def check(draft, target):
-        assert {draft, *draft.rglob("*")} <= set(synced)
-        synced.clear()
-        return rename(draft, target)
-
-    monkeypatch.setattr(os, "fsync", note)
-    monkeypatch.setattr(snapshots, "_set_aside", lambda snapshot: None)
-    monkeypatch.setattr(Path, "rename", check)
-    snapshot_of(project, folder, COMMIT)
-    assert synced == [folder], "and the name itself"
 
 
 def test_two_launchers_that_find_the_same_damage(project, folder, monkeypatch):
