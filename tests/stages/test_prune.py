@@ -6,18 +6,15 @@ import pytest
 import torch
 from cuts import IMPORTANCE, prepare, run_solo, weights_of
 from faults.kill import deaths_during
-from ranks import SoloWorld, killing, killing_in_reduction, run_stage
+from ranks import killing, killing_in_reduction, run_stage
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from hfprune_dist.config.schema import RuntimeConfig
 from hfprune_dist.errors import UserError
 from hfprune_dist.models.loading import load_causal_lm
 from hfprune_dist.models.single_layer import LayerReader
 from hfprune_dist.refit import gauss_newton_ranks as reconstruct
-from hfprune_dist.stages.context import Context
 from hfprune_dist.store.artifacts import Store
-from hfprune_dist.store.heartbeat import Progress
 
 
 @pytest.mark.slow
@@ -156,19 +153,6 @@ def test_layers_compete_and_the_checkpoint_loads_with_and_without_its_code(tmp_p
     assert plain.generate(input_ids, max_new_tokens=3).shape == (1, 15)
 
 
-@pytest.mark.slow
-def test_a_search_has_the_same_bits_on_any_number_of_ranks(tmp_path):
-    results = []
-    for ranks in (1, 2):
-        (tmp_path / str(ranks)).mkdir()
-        settings = {"allocation": "searched", "refit": "dense", "dtype": "bfloat16"}
-        store, stage, _ = prepare(tmp_path / str(ranks), criterion="surgeon", samples=40, **settings)
-        result = run_stage(store, stage, ranks)
-        assert result.returncode == 0, result.stderr[-2000:]
-        results.append((weights_of(store, stage), store.manifest(stage.id)["metrics"]["search_kl"]))
-    assert results[0] == results[1]
-
-
 def test_a_search_takes_the_widths_that_measure_best(tmp_path):
     """The winner's measurement is what the finished checkpoint has on the held-out window."""
     store, stage, _ = prepare(tmp_path, ratio=0.15, allocation="searched")
@@ -210,16 +194,3 @@ def test_death_at_every_point_ends_with_the_same_weights(tmp_path, method):
         if store.verify(stage.id).state == "missing":
             run_solo(store, stage)
         assert weights_of(store, stage) == expected
-
-
-def test_an_artifact_that_rotted_is_set_aside_before_it_is_used(tmp_path):
-    store, stage, _ = prepare(tmp_path)
-    file = store.path(IMPORTANCE.id) / "importance.safetensors"
-    content = bytearray(file.read_bytes())
-    content[-1] ^= 1
-    file.write_bytes(content)
-    world = SoloWorld()
-    context = Context(stage, store, world, RuntimeConfig(), Progress(None), {}, {}, 1)
-    with pytest.raises(Exception, match=r"content changed.*set aside"):
-        context.check_inputs()
-    assert store.verify(IMPORTANCE.id).state == "missing"
