@@ -91,12 +91,6 @@ class Method(Section):
     distribution (see ``DistillationConfig``). This needs no labels and no further text, but it is training."""
 
     @property
-    def scored_by(self) -> MethodCriterion:
-        """The criterion of a method that has one."""
-        assert self.criterion is not None, "it prunes in recovery"
-        return self.criterion
-
-    @property
     def can_protect(self) -> bool:
         """Whether its allocation uses ``protect_first`` and ``protect_last``."""
         return self.allocation in ("local", "global", "standardized", "searched")
