@@ -55,12 +55,14 @@ def files_of(path: Path) -> list[Path]:
     """The files that a path stands for: itself or, in order, a folder's files that end as ``SUPPORTED`` says.
 
     Raises:
-        UserError: if there are none.
+        UserError: if there are none, and for pipes and devices, which can't be read twice.
     """
     with _explaining(path):
-        if not path.is_dir():
-            path.stat()
+        path.stat()
+        if path.is_file():
             return [path]
+        if not path.is_dir():
+            raise UserError(f"{path}: neither a file nor a folder")
         files = [file for file in sorted(path.iterdir()) if file.is_file() and not file.name.startswith(".")]
     named = [file for file in files if _format_of(file)[0] in _ENDINGS]
     if not named:
