@@ -53,7 +53,8 @@ def did_you_mean(word: str, valid: Iterable[str]) -> str:
     Upper and lower case count as the same.
     """
     words, given = {name.lower(): name for name in valid}, word.lower()
-    close = [name for name in words if given and name.startswith(given)] or difflib.get_close_matches(given, words, n=1)
+    begun = sorted((name for name in words if given and name.startswith(given)), key=len)
+    close = begun or difflib.get_close_matches(given, words, n=1)
     return f"; did you mean {words[close[0]]!r}?" if close else ""
 
 

@@ -144,8 +144,8 @@ class SweepConfig(Section):
     models: list[Name] = Field(default=[])
     """Aliases (configs/models/*.yaml, or the aliases section), folders of Hugging Face checkpoints, or hub ids
     (org/name, org/name@revision); a folder of that name takes precedence over the hub. A sweep needs at least one."""
-    ratios: list[Ratio] = Field(default=[0.2, 0.3], min_length=1)
-    """Removed parameters / all parameters of the model, for each pruned row."""
+    ratios: list[Ratio] = Field(default=[0.2, 0.3])
+    """Removed parameters / all parameters of the model, for each pruned row; with none, only the dense model's rows."""
     methods: list[str] = Field(default=["hfprune", "surgeon-plain"], min_length=1)
     """Names of pruning methods (configs/methods/*.yaml) or YAML files with the keys of ``Method``. By default, the
     published method and the best one whose checkpoints plain transformers loads."""

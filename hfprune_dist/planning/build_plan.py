@@ -128,7 +128,8 @@ class _Planner:
 
     def _importance_for_all(self, model: ModelSource, dense: Input) -> Stage | None:
         """One pass for all methods that need scores and for further criteria; None if there are neither."""
-        methods = [suited(method, model.checkpoint) for method in self._methods_for(model).values()]
+        used = self._methods_for(model) if self.config.ratios else {}
+        methods = [suited(method, model.checkpoint) for method in used.values()]
         scoring = [method for method in methods if method.prunes_in == "calibration"]
         needed = {criterion for method in scoring for criterion in first_criteria(method)}
         pruned = {structure for method in scoring for structure in method.structures} or {NEURONS}

@@ -16,6 +16,8 @@ import yaml
 from hfprune_dist.checkpoints.checkpoint import is_licence
 from hfprune_dist.config.texts import FIRST, OTHER_TEXTS, reference_role
 from hfprune_dist.config.yaml_text import to_yaml
+from hfprune_dist.data.formats import identity_of
+from hfprune_dist.errors import UserError
 from hfprune_dist.planning.plan import OWN, Cell, Plan
 from hfprune_dist.results.checkpoints import Contents, File, checkpoint_names
 from hfprune_dist.results.formats import counted, number
@@ -25,6 +27,7 @@ from hfprune_dist.results.rows import DenseModel, Row, collect_rows
 from hfprune_dist.results.table import sizes
 from hfprune_dist.store.artifacts import Manifest, Store
 from hfprune_dist.store.atomic_files import read_object
+from hfprune_dist.store.hashing import FileHashes
 from hfprune_dist.store.stage import RECOVERING, Input, Stage
 
 if TYPE_CHECKING:  # takes a while to import; commands should answer at once
@@ -119,6 +122,7 @@ class Subject:
         stages: all stages behind the row, in order.
         manifest: manifest of the artifact that is the checkpoint.
         config: configuration of the run that evaluated it, else of the one that made it; empty if it wasn't recorded.
+        checksums: path of each text's file that is still as it was when it was read -> sha256.
     """
 
     name: str
@@ -130,6 +134,7 @@ class Subject:
     manifest: Manifest
     config: Mapping[str, Any]
     base: BaseModel
+    checksums: Mapping[str, str]
 
     @classmethod
     def of(
@@ -141,7 +146,9 @@ class Subject:
         stages = [plan.stages[stage_id] for stage_id in plan.upstream(cell)]
         config = (store.handle(cell.evaluate).manifest() or manifest).get("config", {})
         base = BaseModel.of(cell.model, plan.stages[cell.evaluate].inputs["dense"])
-        return cls(name, cell, row, dense_row, dense, stages, manifest, config, base)
+        texts = [it for stage in stages for it in stage.inputs.values() if it.content == "text"]
+        checksums = {it.location: sha256 for it in texts if (sha256 := _checksum(it, store.hashes))}
+        return cls(name, cell, row, dense_row, dense, stages, manifest, config, base, checksums)
 
     @property
     def evaluation(self) -> Stage:
@@ -154,13 +161,21 @@ class Subject:
         return last if last.kind in RECOVERING else None
 
 
+def _checksum(text: Input, hashes: FileHashes) -> str | None:
+    file = Path(text.location)
+    try:
+        return hashes.of_file(file) if file.is_file() and identity_of(file, hashes) == text.identity else None
+    except UserError:  # it can't be read any more
+        return None
+
+
 @dataclass(frozen=True)
 class Recipe:
     """The configuration of a sweep that makes a checkpoint again, with the same fingerprints.
 
     Attributes:
         files: name -> text: ``recipe.yaml``, and the method's own file if it isn't one of the project's.
-        needed: name of each file or folder that has to be beside them -> digest of its content; empty if not known.
+        needed: name of each file or folder that has to be beside them -> sha256 of a text's file; empty if not known.
     """
 
     files: Mapping[str, str]
@@ -176,7 +191,7 @@ class Recipe:
         base, folder = subject.base, subject.evaluation.inputs["dense"].location
         alias = {"path": folder} if base.hub_id is None else {"hub_id": base.hub_id, "revision": base.revision}
         config |= {"models": [cell.model], "aliases": {cell.model: alias}}
-        config |= {} if cell.ratio is None else {"ratios": [cell.ratio]}
+        config["ratios"] = [] if cell.ratio is None else [cell.ratio]
         named = {Path(it).stem: it for it in config["methods"]}
         method = cell.method if cell.method in named else next(iter(named))
         settings = recorded.get(METHOD_SETTINGS, {}).get(method)
@@ -184,8 +199,7 @@ class Recipe:
         config["methods"] = [f"{method}.yaml" if is_own else method]
         names: dict[str, str] = {}
         config = _with_names(config, names)
-        read = {it.location: it.identity for stage in subject.stages for it in stage.inputs.values()}
-        needed = {name: read.get(location, "") for location, name in names.items()}
+        needed = {name: subject.checksums.get(location, "") for location, name in names.items()}
         return cls({RECIPE: to_yaml(config), **({f"{method}.yaml": to_yaml(settings)} if is_own else {})}, needed)
 
 
@@ -236,9 +250,8 @@ def _summary(subject: Subject) -> str:
         return f"{model} with the fine-tuning that its pruned versions get: the control that they are held against."
     after = ", then fine-tuned with LoRA to recover" if subject.trained_on else ""
     after = ", while it was fine-tuned with LoRA to recover" if cell.recovery == OWN else after
-    return (
-        f"{model} with {100 * cell.ratio:.4g}% of its parameters pruned by the method {code(str(cell.method))}{after}."
-    )
+    ratio = subject.row["ratio_reached"] or cell.ratio
+    return f"{model} with {100 * ratio:.3g}% of its parameters pruned by the method {code(str(cell.method))}{after}."
 
 
 def _facts(subject: Subject) -> dict[str, str | None]:
@@ -255,8 +268,8 @@ def _facts(subject: Subject) -> dict[str, str | None]:
         "parameters": number(row["parameters"], ","),
         "sizes": ", ".join(f"{column.header} {column.show(row)}" for column in sizes([row])),
         "weights": f"{number(row['weight_bytes'], ',')} bytes",
-        "calibrated on": ", ".join(dict.fromkeys(_text(*it) for key, it in texts if key == "calibration")),
-        "LoRA trained on": ", ".join(_text(*it) for key, it in texts if key == "recovery"),
+        "calibrated on": ", ".join(dict.fromkeys(_text(subject, *it) for key, it in texts if key == "calibration")),
+        "LoRA trained on": ", ".join(_text(subject, *it) for key, it in texts if key == "recovery"),
     }
 
 
@@ -270,10 +283,11 @@ def _texts(subject: Subject) -> Iterator[tuple[str, tuple[Mapping[str, Any], Inp
                     yield section, (text, stage.inputs.get(f"{role} {place}" if texts else role))
 
 
-def _text(settings: Mapping[str, Any], source: Input | None) -> str:
+def _text(subject: Subject, settings: Mapping[str, Any], source: Input | None) -> str:
     """A text for people, in Markdown: a data set on the hub, or the name of a file."""
     if source is not None:
-        return f"the file {code(Path(source.location).name)} (sha256 `{source.identity[:12]}`)"
+        sha256 = subject.checksums.get(source.location)
+        return f"the file {code(Path(source.location).name)}" + (f" (sha256 `{sha256[:12]}`)" if sha256 else "")
     parts = [settings.get("dataset"), settings.get("name"), settings.get("split")]
     revision = f" at {escaped(settings['revision'])}" if settings.get("revision") else ""
     return code("/".join(str(part) for part in parts if part)) + revision
@@ -319,10 +333,10 @@ def _how_it_was_made(subject: Subject, recipe: Recipe | None) -> str:
     if recipe is None:
         return f"{text}, by settings that were not recorded."
     needed = recipe.needed.items()
-    beside = ", ".join(code(name) + (f" (sha256 `{identity[:12]}`)" if identity else "") for name, identity in needed)
+    beside = ", ".join(code(name) + (f" (sha256 `{sha256[:12]}`)" if sha256 else "") for name, sha256 in needed)
     also = f" It reads, beside itself, {beside}." if beside else ""
     command = code_block("bash", f"python launch/sweep.py --config {RECIPE}")
-    return f"{text}, as the row {code(subject.cell.label)} of\n\n{command}\n\n`{RECIPE}` has all settings.{also}"
+    return f"{text}, by\n\n{command}\n\n`{RECIPE}` has all settings.{also}"
 
 
 # Scores.
@@ -367,12 +381,15 @@ def scores_of(subject: Subject) -> Iterator[Score]:
     row, dense = subject.row, subject.dense_row or {OTHER_TEXTS: {}, "tasks": {}}
     # How it was measured, what identifies it, titles of its metrics, their values, and those of the dense model.
     measured: list[tuple[str, tuple[str, str | None], dict[str, str], Row, Row]] = []
+    named = subject.config.get("evaluation", {}).get("fidelity", {}).get("texts") or {"": None}
+    first = next(iter(named))
     for name, found in {FIRST: row, **row[OTHER_TEXTS]}.items():
         reference = subject.evaluation.inputs.get(reference_role(name))
         if reference is not None:
             stage = next(it for it in subject.stages if it.id == reference.location)
             settings, source = stage.params.to_json()["text"], stage.inputs.get("text")
-            on = f"held-out text, {counted(settings['windows'], 'window')} of {_text(settings, source)}"
+            told = " ".join(["held-out text", *([escaped(name or first)] if name or first else [])])
+            on = f"{told}, {counted(settings['windows'], 'window')} of {_text(subject, settings, source)}"
             place = settings["dataset"] if source is None else "held-out", name or None
             titles = {metric: METRICS[metric].told for metric in OF_TEXT}
             measured.append((on, place, titles, found, dense if name == FIRST else dense[OTHER_TEXTS].get(name, {})))

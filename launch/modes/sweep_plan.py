@@ -248,7 +248,8 @@ def _with_micro_batches(
         found = {name: gpus_of_profile(profile.resources[kind]) for name, kind in TRAINING_STAGES.items()}
     gpus = {name: it for name, it in found.items() if it is not None}
     dims = [checkpoint_dimensions(it.checkpoint) for it in models if it.has_known_shape]
-    gpus = gpus if dims else {}
+    if not dims:
+        return config, ""
     chosen = choose_micro_batches(config, dims, gpus, methods.values())
     sizes = {name: getattr(chosen, name).rows_at_once for name in TRAINING_STAGES}
     remark = f"note: micro-batches of {' and '.join(f'{name} {size}' for name, size in sizes.items())}"

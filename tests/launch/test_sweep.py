@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import time
+from hashlib import sha256
 
 import psutil
 import pytest
@@ -181,19 +182,22 @@ def same(artifact, folder):
     return (artifact / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
 
 
-def test_the_recipe_of_a_checkpoint_plans_it_again(finished, config, tmp_path):
-    """A dry run elsewhere, with the files that the card names beside it, has the same fingerprints."""
-    folder = finished[0] / "checkpoints" / "alpha-0.2-surgeon-uniform-block-lora"
+@pytest.mark.parametrize(("name", "rows"), [("alpha-0.2-surgeon-uniform-block-lora", 3), ("alpha-dense-lora", 2)])
+def test_the_recipe_of_a_checkpoint_plans_it_again(finished, config, tmp_path, name, rows):
+    """A dry run elsewhere, with the files that the card names beside it, has the same fingerprints; no other rows."""
+    folder = finished[0] / "checkpoints" / name
     shutil.copy(folder / "recipe.yaml", tmp_path)
-    for name in ("alpha", "calibration.jsonl", "heldout.jsonl", "pairs.jsonl", "tasks"):
-        assert f"`{name}` (sha256 `" in (folder / "README.md").read_text()
-        (tmp_path / name).symlink_to(config.parent / name)
+    card = (folder / "README.md").read_text()
+    for file in ("heldout.jsonl", "pairs.jsonl"):
+        assert f"`{file}` (sha256 `{sha256((config.parent / file).read_bytes()).hexdigest()[:12]}`)" in card
+    for needed in ("alpha", "calibration.jsonl", "heldout.jsonl", "pairs.jsonl", "tasks"):
+        (tmp_path / needed).symlink_to(config.parent / needed)
     out = tmp_path / "out"
     out.mkdir()
     (out / "store").symlink_to(finished[0] / "store")
     shown = sweep(tmp_path / "recipe.yaml", out, "--dry-run")
     assert shown.returncode == 0, shown.stderr
-    assert re.search(r": \d+ reuse, 0 run", shown.stdout), shown.stdout
+    assert re.search(rf"^{rows} cells, .*: \d+ reuse, 0 run", shown.stdout, re.MULTILINE), shown.stdout
 
 
 def test_a_model_of_any_shape_is_recovered_and_evaluated(config, tmp_path):

@@ -155,8 +155,8 @@ def test_people_read_how_it_was_made(config, tmp_path):
         "nats per token, lower is better | 0.25 ± 0.031 | 0 |",
         "| acc | 0.5 ± 0.1 | 0.5 |",
         'AutoModelForCausalLM.from_pretrained("alpha-0.2-surgeon-uniform-block-lora")',
-        "the row `alpha 0.2 + lora` of\n\n```bash\npython launch/sweep.py --config recipe.yaml\n```",
-        "It reads, beside itself, `alpha` (sha256 `",
+        "by\n\n```bash\npython launch/sweep.py --config recipe.yaml\n```",
+        "It reads, beside itself, `alpha`, `calibration.jsonl` (sha256 `",
         "With hfprune_dist 0.1.0 at commit `0123abc` with changes (Python 3.12.1, torch 2.9)",
     ):
         assert shown in card, shown
@@ -213,7 +213,7 @@ def test_a_base_of_the_hub_is_linked_and_its_commit_named(subject):
     data = ModelCard(card).data
     assert (data.base_model, data.license, data.language) == ("org/model", "mit", ["en"])
     for shown in (
-        "[org/model](https://huggingface.co/org/model) with 20% of its parameters pruned",
+        "[org/model](https://huggingface.co/org/model) with 19.9% of its parameters pruned",
         "| base model | `org/model`, commit `0123`, 100 parameters |",
         "| licence of the base model | mit |",
     ):
