@@ -121,7 +121,7 @@ def test_a_pass_layer_by_layer(tmp_path, monkeypatch, refit, rank, ranks):
         elif refit == "dense":
             DenseRefit(kept, dense, fitted, world).run(lambda _done: None)
         else:
-            options = {"residual": set(), "more_iterations": 2, "world": world}
+            options = {"more_iterations": 2, "world": world}
             SequentialRefit(checkpoint.family, kept, pruned, dense, fitted, **options).run(lambda _done: None)
     job = Refitting(2, 16, 4, samples=len(windows), refit=refit, share_kept=0.5)
     size = checkpoint_dimensions(checkpoint)
