@@ -52,4 +52,4 @@ def test_all_learn_alike(monkeypatch, tmp_path, ranks, variant, dtype):
     ):  # frozen weights are gathered for each micro-batch only where they are sharded
         frozen = sum(it.numel for it in checkpoint.tensors.values() if it.numel > SMALL_PARAMETER) * compute.itemsize
         last = {name: of_steps[2] - of_steps[1] for name, of_steps in counts.items()}
-        assert last["whole-plain"] < frozen < last["sharded-plain"] // (ROWS // ranks)
+        assert last["whole-plain"] < frozen <= last["sharded-plain"] // (ROWS // ranks)
