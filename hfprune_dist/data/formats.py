@@ -64,6 +64,8 @@ def files_of(path: Path) -> list[Path]:
         if not path.is_dir():
             raise UserError(f"{path}: neither a file nor a folder")
         files = [file for file in sorted(path.iterdir()) if file.is_file() and not file.name.startswith(".")]
+    if arrow := next((file for file in files if file.suffix == ".arrow"), None):
+        raise UserError(f"{arrow}: a data set as save_to_disk writes it; write it as .parquet; {SUPPORTED}")
     named = [file for file in files if _format_of(file)[0] in _ENDINGS]
     if not named:
         raise UserError(f"{path}: this folder has no file that ends in {', '.join(_ENDINGS)}; {SUPPORTED}")

@@ -131,7 +131,7 @@ def make_link_to_nowhere(file):
         (make_pipe, ["neither a file nor a folder"]),
         (make_folder_without_texts, ["no file that ends in", ".jsonl"]),
         (make_saved_data_set, [".arrow", ".parquet"]),
-        (make_link_to_nowhere, ["nowhere", "No such file"]),
+        (make_link_to_nowhere, ["given", "No such file"]),
         (lambda file: None, ["given", "No such file"]),
     ],
     ids=["pipe", "folder", "saved", "link", "missing"],
@@ -153,11 +153,7 @@ def pairs(**fields):
     [
         (pairs(response=" \n"), [], ["none of 3 pairs", "response token"]),
         (pairs(instruction="x" * 400), [], ["none of 3 pairs", "recovery.sequence_length 320"]),
-        (
-            pairs(),
-            ["recovery.sequence_length=64"],
-            ["recovery.sequence_length 64", "takes 141 tokens alone by the tokenizer of"],
-        ),
+        (pairs(), ["recovery.sequence_length=64"], ["recovery.sequence_length 64", "behind the template"]),
         (pairs(), ["recovery.response_field=instruction"], ["response_field", "instruction_field"]),
     ],
 )
