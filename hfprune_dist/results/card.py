@@ -227,7 +227,7 @@ def model_card(subject: Subject, recipe: Recipe | None) -> str:
         library_name="transformers",
         pipeline_tag="image-text-to-text" if subject.dense.has_vision else "text-generation",
         tags=["hfprune", *(["pruned", "model-compression", cell.method] if cell.method else [])],
-        datasets=sorted({it["dataset"] for _, (it, file) in texts if file is None}) or None,
+        datasets=sorted({it["dataset"] for _, (it, _) in texts if "dataset" in it}) or None,
         eval_results=[score.result() for score in scores] or None,
         **base.carried,
     )

@@ -190,7 +190,8 @@ def test_recovery_trains_both_factors_and_keeps_the_shape(recovered):
     linear |= {f"{it}.{place}" for it in PROJECTIONS for place in "01"}
     assert changed == {f"model.layers.{layer}.{it}.weight" for layer in range(9) for it in linear}
     adapter = read_json(trained / "adapter" / "adapter_config.json")
-    assert {"q_proj.0", "q_proj.1", "o_proj.0", "o_proj.1"} < set(adapter["target_modules"])
+    factors = ("q_proj.0", "q_proj.1", "o_proj.0", "o_proj.1")
+    assert all(any(name.endswith(factor) for name in adapter["target_modules"]) for factor in factors)
 
 
 def test_what_recovery_writes_loads_with_its_code_and_is_measured(recovered):

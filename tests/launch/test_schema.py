@@ -77,7 +77,6 @@ def test_what_ships_satisfies_its_schema(kind, file, schemas):
     [
         ("sweep", "ratio: [0.2]"),
         ("sweep", "ratios: [20]"),
-        ("sweep", "ratios: []"),
         ("sweep", "calibration: {samples: many}"),
         ("sweep", "calibration: {mixture: [{path: a, weigth: 2}]}"),
         ("sweep", "importance: {dtype: float16}"),

@@ -368,14 +368,14 @@ def test_killing_a_rank_of_one_stage_after_another(finished, config, short_of):
 
 
 def test_a_rank_that_fails_ends_the_stage_with_its_message(config, tmp_path):
-    """Rank 1 must not write the scores of its layer; rank 0 waits for it."""
-    refused = {"PYTHONPATH": str(FAULTS), "REFUSE_RANK": "1", "REFUSE_MATCH": "scores/layer-1."}
+    """Rank 1 must not write the sums of its layer; rank 0 waits for it."""
+    refused = {"PYTHONPATH": str(FAULTS), "REFUSE_RANK": "1", "REFUSE_MATCH": "curvature"}
     few = ["--set", "recovery.method=none", "--set", "evaluation.tasks=[]"]
     result = sweep(config, tmp_path / "out", *ONE_CELL, *few, environment=refused, real=True)
     assert result.returncode == 2, result.stdout
     assert "Permission denied; check the permissions" in result.stdout and "Traceback" not in result.stdout
     (log,) = (tmp_path / "out" / "logs").glob("importance-*.1.log")
-    assert "error: scores/layer-1.: Permission denied; check the permissions" in log.read_text()
+    assert "error: curvature: Permission denied; check the permissions" in log.read_text()
     commands = [" ".join(it.info["cmdline"] or ()) for it in psutil.process_iter(["cmdline"])]
     assert not [it for it in commands if str(tmp_path / "out") in it], "left running"
 
@@ -403,8 +403,7 @@ def test_two_sweeps_at_once_share_the_work(finished, config, short_of):
     sweeps = [start(config, out, *WITHOUT_RECOVERY) for _ in range(2)]
     outputs = [process.communicate(timeout=600)[0] for process in sweeps]
     assert [process.returncode for process in sweeps] == [0, 0], outputs
-    logs = [log.name for log in (out / "logs").iterdir()]
-    assert all(log.endswith(".1.log") for log in logs) and len(logs) == 3, "every stage ran once"
+    assert len(list((out / "logs").iterdir())) == 3, "every stage ran once"
     assert_same_as(finished[0], out)
 
 
