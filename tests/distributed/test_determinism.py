@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from worlds import Ranks, run_in_threads, without_deepspeed
 
 from hfprune_dist.config.parameters import KINDS
-from hfprune_dist.core import losses
+from hfprune_dist.core import redraw
 from hfprune_dist.distributed import world as worlds
 from hfprune_dist.store.artifacts import Store
 from hfprune_dist.structures.score_names import SCORES
@@ -143,7 +143,7 @@ class WatchedRank(Ranks):
 def test_scoring_and_refits_need_nothing_that_gpus_refuse(monkeypatch, tmp_path):
     """Every criterion, every refit and both searches, on a model of two layers."""
     without_deepspeed(monkeypatch)
-    monkeypatch.setattr(losses, "_cumulative", losses.exact_cumulative)  # as on a GPU
+    monkeypatch.setattr(redraw, "cumulative", redraw.exact_cumulative)  # as on a GPU
     methods = ["fisher-refit", "surgeon-plain", "surgeon-any-shape"]
     config = make_inputs(tmp_path)
     settings = {"models": ["alpha"], "ratios": [0.2], "methods": methods, "recovery": {"method": "none"}}

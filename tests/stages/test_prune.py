@@ -120,7 +120,7 @@ REDUCTIONS = 2 + 3 * (2 + reconstruct.ITERATIONS) + 3 * (2 + 2)
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "fault",
-    [killing_in_reduction(1, REDUCTIONS + REDUCTIONS // 2), killing(0, 3, "layer-1.")],
+    [killing_in_reduction(1, REDUCTIONS + REDUCTIONS // 2), killing(0, 2, "layer-1.")],
     ids=["in a step", "writing"],
 )
 def test_a_block_goes_on_with_the_same_bits_after_one_of_its_ranks_died_in_the_second_layer(tmp_path, fault):

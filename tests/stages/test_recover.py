@@ -141,7 +141,8 @@ def test_stages_of_a_store_share_rows_of_the_same_pairs_length_and_tokenizer(tmp
     monkeypatch.setattr(training, "save_rows", lambda *those, **how: made.append(1) or save_rows(*those, **how))
     first = prepare_rows(store, make_stage(source))
     assert prepare_rows(store, make_stage(source, rank=2, max_steps=3)) == first and len(made) == 1
-    changed = [{"sequence_length": 256}, {"samples": 2}, {"response_field": "instruction"}]
+    swapped = {"instruction_field": "response", "response_field": "instruction"}
+    changed = [{"sequence_length": 256}, {"samples": 2}, swapped]
     files = {prepare_rows(store, make_stage(source, **changes)) for changes in changed}
     shutil.copytree(source, tmp_path / "source")
     file = tmp_path / "source" / "model" / "tokenizer_config.json"
