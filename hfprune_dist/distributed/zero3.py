@@ -10,6 +10,7 @@ from typing import Any
 
 import deepspeed
 import torch
+import torch.distributed as dist
 from torch import nn
 from transformers.integrations import HfDeepSpeedConfig
 
@@ -48,6 +49,14 @@ def init_deepspeed(world: World) -> None:
     deepspeed.init_distributed(dist_backend="nccl" if world.device.type == "cuda" else "gloo")
 
 
+def limit_timeouts() -> None:
+    """Give all process groups the timeout that the ranks joined with: DeepSpeed makes some of half an hour."""
+    joined: Any = dist.distributed_c10d._get_default_group()
+    timeout = joined._get_backend(torch.device("cpu")).options._timeout
+    for group in dist.distributed_c10d._world.pg_map:
+        dist.distributed_c10d._set_pg_timeout(timeout, group)
+
+
 def load_frozen(
     checkpoint: Path,
     dtype: torch.dtype,
@@ -70,6 +79,7 @@ def load_frozen(
     model.requires_grad_(False)
     model.config.use_cache = False
     engine, *_ = deepspeed.initialize(model=model, config=config)
+    limit_timeouts()
     module: nn.Module = engine.module
     if dtype != torch.float32:
         keep_float32(module, open_checkpoint(checkpoint), world.device)

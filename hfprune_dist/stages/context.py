@@ -29,7 +29,7 @@ from hfprune_dist.store.claims import Claim
 from hfprune_dist.store.hashing import digest_of
 from hfprune_dist.store.heartbeat import Progress
 from hfprune_dist.store.provenance import environment
-from hfprune_dist.store.stage import Stage
+from hfprune_dist.store.stage import STAGE_VERSIONS, Stage
 from hfprune_dist.store.stage_handle import StageHandle
 
 TRACKING = "tracking"  # next to the store
@@ -116,7 +116,7 @@ class Context(Generic[P]):
         """
         device = self.world.device
         kind = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-        versions = torch.__version__, transformers.__version__
+        versions = torch.__version__, transformers.__version__, STAGE_VERSIONS
         key = digest_of([self.stage.inputs["model"].identity, dtype, kind, *versions])[:20]
         passed = self.store.root / "layers" / f"checked-{key}.json"
         check_layers(checkpoint, windows_ST[0], getattr(torch, dtype), self.runtime.sharding, self.world, passed)

@@ -31,7 +31,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback
 from hfprune_dist.data.schedule import ScheduledRows
 from hfprune_dist.distributed.interruption import Interrupted, Interruption
 from hfprune_dist.distributed.world import World
-from hfprune_dist.distributed.zero3 import before_each_step, init_deepspeed, keep_float32, keep_gathered
+from hfprune_dist.distributed.zero3 import before_each_step, init_deepspeed, keep_float32, keep_gathered, limit_timeouts
 from hfprune_dist.methods.loraprune import masks_after
 from hfprune_dist.models.after_head import DistillingHead, after_head
 from hfprune_dist.store.hashing import digest_of
@@ -244,6 +244,7 @@ class _OnceReady(TrainerCallback):  # type: ignore[misc]
         self._action = action
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **trained: Any) -> None:
+        limit_timeouts()
         self._action(trained["model"])
 
 

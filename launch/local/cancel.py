@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from hfprune_launch.stage.attempts import Ledger
 from hfprune_launch.stage.stage_state import name_of
 
 from hfprune_dist.planning.plan import Plan
@@ -37,11 +38,12 @@ class Running:
 
 def running_without_job(plan: Plan, store: Store) -> list[Running]:
     """Return the stages that launchers run themselves, not in jobs of a batch system, in plan order."""
-    running = []
+    running, ledger = [], Ledger(store)
     for stage in plan.stages.values():
         handle = store.handle(stage.id)
         claim = handle.open_claim()
-        if claim is not None and claim.lives and claim.holder.job is None:
+        submits = ledger.open_job(stage.id) is not None
+        if claim is not None and claim.lives and claim.holder.job is None and not submits:
             running.append(Running(stage, handle, claim.holder))
     return running
 

@@ -104,7 +104,6 @@ def cancel(command: Command) -> int:
     """End the running stages of the sweep, on this machine or in jobs; saved work stays."""
     sweep = _existing(command)
     plan, store = sweep.plan, sweep.store
-    has_jobs = Ledger(store).has_jobs()
     running = running_without_job(plan, store)
     try:
         request_cancellation(store.root)
@@ -114,6 +113,7 @@ def cancel(command: Command) -> int:
         command.tell(line)
     for line in wait_until_cancelled([it for it in running_without_job(plan, store) if it not in running]):
         command.tell(line)  # a stage that began before its launcher saw the token
+    has_jobs = Ledger(store).has_jobs()  # after the waits: a launcher may have been submitting its first
     jobs_go_on = has_jobs and cancel_sweep(command.console, sweep)
     if not has_jobs and not running:
         command.tell("no stage runs; a launcher that is about to start one ends instead")

@@ -13,7 +13,7 @@ from typing import Any
 
 from hfprune_launch.slurm.commands import JobInfo, SlurmCommands, SlurmUnavailableError
 from hfprune_launch.slurm.decide import GONE_AFTER_S, Sight, StageState
-from hfprune_launch.stage.attempts import Attempt, Ledger
+from hfprune_launch.stage.attempts import DONE, Attempt, Ledger
 from hfprune_launch.stage.stage_file import find_stage_file
 
 from hfprune_dist.planning.plan import Plan
@@ -119,6 +119,7 @@ class Observer:
         if attempt is None:
             attempts = self._ledger.jobs_of(stage_id) if is_wanted else []
             ends = [end.cause for it in attempts if it.intent.number > before and (end := it.end) is not None]
+            ends = [cause for cause in ends if cause != DONE]  # whose artifact is missing again, found damaged
             return StageState(stage_id, tuple(needs), is_wanted, self.is_done(stage_id), ends=tuple(ends))
         job, runs = self.jobs.get(attempt.intent.job_name), attempt.runs()
         return StageState(

@@ -193,6 +193,9 @@ def load_profile(name: str, shipped: Path) -> Profile:
         kind: parse(Resources, _laid_over(_shared(common, kind), _own(whole, kind)), f"{file}: stages.{kind}")
         for kind in STAGE_VERSIONS
     }
+    told = [key for key in ("gpu_type", "gpu_memory_gib") if any(getattr(it, key) for it in resources.values())]
+    if told and not any(it.gpus for it in resources.values()):
+        raise UserError(f"{file}: {told[0]} tells of GPUs, but no kind of stage asks for any; set gpus_per_node")
     return Profile(file.stem, resources, whole.max_running)
 
 

@@ -1,6 +1,7 @@
 """Sharded models compute what whole ones do."""
 
 import torch
+import torch.distributed as dist
 from forks import on_ranks
 from tiny import save_tiny
 
@@ -22,5 +23,17 @@ def test_a_sharded_model_with_biases_has_the_bits_of_a_whole_one_before_and_afte
         whole_TC = hidden("replicate")
         assert torch.equal(hidden("zero3"), whole_TC)
         assert torch.equal(hidden("replicate"), whole_TC)
+
+    assert on_ranks(2, compare).codes == [0, 0]
+
+
+def test_gathers_wait_as_long_as_all_else_for_rank_0_at_work_alone(tmp_path):
+    checkpoint = open_checkpoint(save_tiny(tmp_path, "qwen2", dtype=torch.bfloat16, **SHARDED))
+
+    def compare(world):
+        FrozenModel(checkpoint, torch.bfloat16, 1, "zero3", world)
+        groups = dist.distributed_c10d._world.pg_map
+        timeouts = {group._get_backend(torch.device("cpu")).options._timeout for group in groups}
+        assert len(groups) > 1 and len(timeouts) == 1, timeouts
 
     assert on_ranks(2, compare).codes == [0, 0]

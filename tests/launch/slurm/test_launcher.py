@@ -366,16 +366,25 @@ def test_a_job_that_could_not_be_launched_is_tried_elsewhere(fake, store):
     assert "#SBATCH --exclude=n0,n1,n2\n" in script_of(store, SCORES, 4)
 
 
-def test_all_that_a_lost_input_was_made_from_is_made_again(fake, store):
+@pytest.mark.parametrize("made_here", [False, True])
+def test_all_that_a_lost_input_was_made_from_is_made_again(fake, store, made_here):
+    """Whether an earlier command made it, or this one."""
     third = stage_of("recover", "a", {}, {"model": PRUNES[0].as_input()})
     chain = [SCORES, PRUNES[0], third]
-    for stage in chain[:2]:
-        complete(store, stage)
+    if not made_here:
+        for stage in chain[:2]:
+            complete(store, stage)
     launcher = started(store, plan_of(*chain))
+    if made_here:
+        for stage, job_id in zip(chain, ("101", "102"), strict=False):
+            complete(store, stage)
+            fake.end(job_id, "COMPLETED")
+        launcher.step()
+    (last,) = fake.live()
     for stage in chain[:2]:
         store.handle(stage.id).discard()
     store.handle(third.id).report_failure(Failure("lost input", "set aside", 0, 0.0, 1))
-    fake.end("101", "FAILED")
+    fake.end(last, "FAILED")
     launcher.step()
     assert [fake.jobs[job_id].name.split("-")[1] for job_id in fake.live()] == [stage.kind for stage in chain]
 

@@ -114,3 +114,5 @@ def test_efficiency_is_measured_by_one_rank_on_what_is_asked_for(tmp_path):
     assert other.device(3) == "partition gpu, constraint h100, gres gpu:h100:1, a GPU"
     without = load_profile(write(tmp_path, "cpus_per_task: 4\n"), SHIPPED).resources["efficiency"]
     assert without.gpus == 0 and without.device(3) == "threads: 3"
+    with pytest.raises(UserError, match="gpu_type tells of GPUs, but no kind of stage asks for any; set gpus_per_node"):
+        load_profile(write(tmp_path, "gpu_type: a100\ngpu_memory_gib: 80\n"), SHIPPED)
