@@ -144,7 +144,7 @@ def sweep_parser() -> argparse.ArgumentParser:
     instead.add_argument(
         "--cancel",
         action="store_true",
-        help="end the sweep's process on this machine, or all jobs of its store; saved work stays",
+        help="end all launchers on the sweep's store, on any machine, their ranks and all jobs; saved work stays",
     )
     instead.add_argument(
         "--logs",

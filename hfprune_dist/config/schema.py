@@ -110,8 +110,8 @@ class RuntimeConfig(Section):
     activation_checkpointing: bool = False
     """Importance: keep only the layers' inputs and run each layer again in backward; less memory, identical scores."""
     sharding: Sharding = "auto"
-    """All stages but prune: replicate the model on every rank, shard it with ZeRO-3, or decide by the free memory
-    (auto): whole wherever it fits."""
+    """Wherever ranks run the whole model (prune only to check its layers): replicate it on every rank, shard it with
+    ZeRO-3, or decide by the free memory (auto): whole wherever it fits."""
     save_every_steps: Positive = 50
     """Recovery, distillation: optimizer steps between snapshots."""
     collective_timeout_minutes: Annotated[int, Field(ge=1, le=366 * 24 * 60)] = 240

@@ -22,9 +22,8 @@ class LoraTraining(Section):
     batch_size: Positive = 128
     """Rows per optimizer step, over all ranks together."""
     micro_batch_size: PositiveOrAuto = "auto"
-    """Rows per forward pass of one rank. auto: chosen to suit the memory of the GPUs that the sweep is planned for and,
-    if known, their speed (1 if their memory isn't known). The first run in a folder chooses it, and the folder's
-    configuration keeps it."""
+    """Rows per forward pass of one rank. auto: chosen to suit the memory of the GPUs that the sweep is planned for
+    (1 if it isn't known). The first run in a folder chooses it, and the folder's configuration keeps it."""
     learning_rate: LearningRate = 4e-4
     """Peak learning rate; it decays to zero along a cosine."""
     warmup_steps: NonNegative = 0

@@ -1,4 +1,4 @@
-"""Cancellation of all runs on a store, by a token that every launcher compares before it starts anything."""
+"""Cancellation of all runs on a store, by a token that launchers watch before they start anything and while it runs."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Cancellation:
 
 
 def request_cancellation(root: Path) -> None:
-    """Ask all launchers that work on a store at present to start nothing more.
+    """Ask all launchers that work on a store at present to end what they run, and to start nothing more.
 
     Raises:
         OSError: if the store can't be written to.

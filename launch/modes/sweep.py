@@ -101,7 +101,7 @@ def logs(command: Command) -> int:
 
 
 def cancel(command: Command) -> int:
-    """End the running stages of the sweep, on this machine or in jobs; saved work stays."""
+    """End the running stages of the sweep, on any machine or in jobs; saved work stays."""
     sweep = _existing(command)
     plan, store = sweep.plan, sweep.store
     running = running_without_job(plan, store)
