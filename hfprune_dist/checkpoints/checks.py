@@ -10,7 +10,8 @@ from hfprune_dist.checkpoints.families import Family
 from hfprune_dist.checkpoints.weight_files import FLOATS, TensorInfo
 from hfprune_dist.errors import UserError
 from hfprune_dist.structures import EXPERTS
-from hfprune_dist.structures.units import Units
+from hfprune_dist.structures.low_rank import linear_modules
+from hfprune_dist.structures.units import LAYER_SIZES, OUTPUT_BIASES, Units
 
 
 def check_folder(path: Path) -> None:
@@ -58,6 +59,17 @@ def check_config(config: Mapping[str, Any], file: Path) -> None:
     # Latent attention has sizes of its own for heads.
     if not (config.get("head_dim") or config.get("kv_lora_rank")) and config["hidden_size"] % heads:
         raise UserError(f"{file}: hidden_size {config['hidden_size']} is not a multiple of num_attention_heads {heads}")
+    for key in ("rope_parameters", "rope_scaling", LAYER_SIZES):
+        if not isinstance(config.get(key) or {}, Mapping):
+            raise UserError(f"{file}: {key} must be an object, not {config[key]!r}")
+    for field, values in (config.get(LAYER_SIZES) or {}).items():
+        are_sizes = isinstance(values, list) and all(type(it) is int and it >= 0 for it in values)
+        if not are_sizes or len(values) != config["num_hidden_layers"]:
+            wanted = f"a list of {config['num_hidden_layers']} integers, one for each layer"
+            raise UserError(f"{file}: {LAYER_SIZES}.{field} must be {wanted}, not {values!r}")
+    biased = config.get(OUTPUT_BIASES, [])
+    if not isinstance(biased, list) or not all(isinstance(it, str) for it in biased):
+        raise UserError(f"{file}: {OUTPUT_BIASES} must be a list of names of projections, not {biased!r}")
 
 
 def check_tensors(path: Path, config: Mapping[str, Any], family: Family, found: Mapping[str, TensorInfo]) -> None:
@@ -73,6 +85,11 @@ def check_tensors(path: Path, config: Mapping[str, Any], family: Family, found: 
     needed = family.tensors - ({family.head_tensor()} if config.get("tie_word_embeddings") else set())
     if missing := sorted(needed - found.keys()):
         raise UserError(f"{path}: tensor {first_of(missing)} is missing from the weight files")
+    ranks = family.ranks(config)
+    for module in config.get(OUTPUT_BIASES, ()):
+        bias = f"{linear_modules(module, ranks)[-1]}.bias"
+        if not all(f"{family.layers}.{layer}.{bias}" in found for layer in range(config["num_hidden_layers"])):
+            raise UserError(f"{path / 'config.json'}: {OUTPUT_BIASES} names {module}, but not all layers have a {bias}")
     check_shapes(path, found, family.structures(config), config["hidden_size"])
 
 
