@@ -36,8 +36,3 @@ def change_families(patch, change):
         return change(family), stated
 
     patch.setattr(checkpoint, "discover", discover)
-
-
-def prune_pairs(patch):
-    """Let pruning remove pairs of neurons instead of single neurons."""
-    change_families(patch, lambda family: FamilyOfPairs(**vars(family)))

@@ -257,7 +257,6 @@ def without_eos(model):
     file.write_text(json.dumps(settings))
 
 
-BIAS = "model.layers.{}.self_attn.q_proj.bias"
 Q = "model.layers.1.self_attn.q_proj.weight"
 MODELS = {
     "mllama": (configured(model_type="mllama", vision_config={}, text_config={}), ["mllama", "images", "llama"]),

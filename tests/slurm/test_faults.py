@@ -25,8 +25,6 @@ from sweeps import results
 
 pytestmark = [pytest.mark.slurm, pytest.mark.beside]
 
-NO_ACCOUNTING_PORT_BASE = 19500
-
 
 @pytest.mark.beside("time limit")
 def test_the_time_limit_is_hit_twice_in_mid_recovery(cluster, config, finished, without):
