@@ -11,7 +11,7 @@ from hfprune_dist.planning.plan import Cell, Plan, label_of
 from hfprune_dist.report.evidence import Evidence, collect
 from hfprune_dist.results.rows import DenseModel, collect_rows
 from hfprune_dist.store.artifacts import Store
-from hfprune_dist.store.attempt import Attempt
+from hfprune_dist.store.past_attempt import PastAttempt
 from hfprune_dist.store.stage import Input, Stage
 
 LAYERS, WIDTH, STEPS = 4, 48, 12
@@ -106,6 +106,6 @@ class DrawnSweep:
         return {"layers": list(range(LAYERS)), "neurons": neurons}
 
 
-def made(number: int, started: float, ended: float | None, **facts) -> Attempt:
+def made(number: int, started: float, ended: float | None, **facts) -> PastAttempt:
     """Return an attempt that made its artifact, unless ``facts`` say otherwise."""
-    return Attempt(**{"number": number, "state": "done", "started": started, "ended": ended, **facts})
+    return PastAttempt(**{"number": number, "state": "done", "started": started, "ended": ended, **facts})

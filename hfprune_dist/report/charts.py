@@ -24,7 +24,7 @@ from hfprune_dist.results.headline import headline
 from hfprune_dist.results.metrics import METRICS
 from hfprune_dist.results.rows import Row
 from hfprune_dist.results.table import other_texts
-from hfprune_dist.store.attempt import Attempt
+from hfprune_dist.store.past_attempt import PastAttempt
 from hfprune_dist.store.stage import CUTTING, STAGE_VERSIONS, Stage
 
 Trace = dict[str, Any]
@@ -264,7 +264,7 @@ def timeline(evidence: Evidence) -> Chart:
     return Chart("timeline", "Timeline", about, figures)
 
 
-def _told(bar: tuple[Stage, Attempt, float], seconds: float) -> str:
+def _told(bar: tuple[Stage, PastAttempt, float], seconds: float) -> str:
     stage, attempt, _ = bar
     where = f", {attempt.where}" if attempt.where else ""
     ended = attempt.cause or attempt.state

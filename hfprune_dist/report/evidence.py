@@ -9,7 +9,7 @@ from pathlib import Path
 from hfprune_dist.planning.plan import Cell, Plan
 from hfprune_dist.results.rows import Row
 from hfprune_dist.store.artifacts import Manifest, Store
-from hfprune_dist.store.attempt import Attempt, AttemptsOf
+from hfprune_dist.store.past_attempt import AttemptsOf, PastAttempt
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Evidence:
     plan: Plan
     rows: Sequence[Row]
     manifests: Mapping[str, Manifest | None]
-    attempts: Mapping[str, Sequence[Attempt]]
+    attempts: Mapping[str, Sequence[PastAttempt]]
     config: str
 
     @property

@@ -11,7 +11,7 @@ from hfprune_dist.store.stage import Stage
 
 
 @dataclass(frozen=True)
-class Attempt:
+class PastAttempt:
     """One attempt at a stage, from the records of the launcher that started it.
 
     Attributes:
@@ -35,4 +35,4 @@ class Attempt:
     ranks: int | None = None
 
 
-AttemptsOf = Callable[[Stage], Sequence[Attempt]]
+AttemptsOf = Callable[[Stage], Sequence[PastAttempt]]
