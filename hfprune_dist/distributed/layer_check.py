@@ -63,31 +63,32 @@ def _compare_in_forward(
 ) -> None:
     """Compare, during the model's next forward, what its parts put out with what they compute alone."""
     family, reader = checkpoint.family, LayerReader(checkpoint, dtype, device)
-    # What a part made alone, or the model's last part, has put out; and how that is called.
-    reached = [(reader.embed({0: window_T[None]})[0], "embeddings")]
+    # What the next layer should read, and its name: embeddings made alone, then what the model's own layer puts out, so
+    # that errors don't add up.
+    reached_BTC, name = reader.embed({0: window_T[None]})[0], "embeddings"
 
-    def compare(model_BTC: Tensor) -> None:
-        ours_BTC, name = reached.pop()
+    def compare(ours_BTC: Tensor, model_BTC: Tensor) -> None:
         ours_NC, theirs_NC = (it.detach().flatten(0, 1).to(device).double() for it in (ours_BTC, model_BTC))
         finite_N = theirs_NC.isfinite().all(dim=1)  # other checks report what isn't
         what = f"{family.model_type}: computed alone, {name} depart from the whole model's"
         error = relative_error(ours_NC[finite_N], theirs_NC[finite_N])
         refuse_departure(error, TOLERANCES[dtype], what, "it is not supported")
-        reached.append((model_BTC.detach(), name))  # so that errors don't add up
 
     def before(_layer: nn.Module, inputs: tuple[Tensor, ...], options: Mapping[str, Any]) -> None:
-        compare(read_by(inputs, options))
+        compare(reached_BTC, read_by(inputs, options))
 
     def after(number: int) -> Any:
         def compare_layer(_layer: nn.Module, inputs: Any, options: Mapping[str, Any], output: Any) -> None:
-            reached[0] = run(reader.layer(number), read_by(inputs, options)), f"outputs of layer {number}"
-            compare(output if isinstance(output, Tensor) else output[0])
+            nonlocal reached_BTC, name
+            reached_BTC, name = output if isinstance(output, Tensor) else output[0], f"outputs of layer {number}"
+            compare(run(reader.layer(number), read_by(inputs, options)), reached_BTC)
 
         return compare_layer
 
     def at_the_end(_body: nn.Module, _inputs: Any, output: Any) -> None:
-        reached[0] = reader.final_norm()(reached[0][0]), "the final norm's outputs"
-        compare(output.last_hidden_state)
+        nonlocal name
+        name = "the final norm's outputs"
+        compare(reader.final_norm()(reached_BTC), output.last_hidden_state)
 
     for number, layer in enumerate(family.layers_of(model)):
         layer.register_forward_pre_hook(before, with_kwargs=True)

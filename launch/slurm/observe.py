@@ -43,7 +43,9 @@ class Observer:
         self.jobs: dict[str, JobInfo] = {}
 
     def look(self, attempts: Iterable[Attempt]) -> None:
-        """Ask Slurm about the jobs of open attempts, which have been read before: a recorded job is in squeue or over.
+        """Ask Slurm about the jobs of open attempts.
+
+        Read attempts from the ledger before calling this: then a job that is recorded and not listed is over.
 
         Raises:
             SlurmUnavailableError: if squeue did not answer.
@@ -118,9 +120,10 @@ class Observer:
         attempt = self._ledger.open_job(stage_id)
         if attempt is None:
             attempts = self._ledger.jobs_of(stage_id) if is_wanted else []
-            ends = [end.cause for it in attempts if it.intent.number > before and (end := it.end) is not None]
-            ends = [cause for cause in ends if cause != DONE]  # whose artifact is missing again, found damaged
-            return StageState(stage_id, tuple(needs), is_wanted, self.is_done(stage_id), ends=tuple(ends))
+            ended = (it.end for it in attempts if it.intent.number > before)
+            # One that was done and is wanted again has been found damaged, which is no failure of its own.
+            ends = tuple(end.cause for end in ended if end is not None and end.cause != DONE)
+            return StageState(stage_id, tuple(needs), is_wanted, self.is_done(stage_id), ends=ends)
         job, runs = self.jobs.get(attempt.intent.job_name), attempt.runs()
         return StageState(
             stage_id,
