@@ -38,8 +38,10 @@ NumberOrShare = NonNegative | Annotated[float, Field(gt=0, lt=1)]
 
 
 def without_null(annotation: Any) -> Any:
-    """A type as it is if the value isn't null."""
-    return typing.get_args(annotation)[0] if isinstance(annotation, types.UnionType) else annotation
+    """A type as it is if the value isn't null, without what it is annotated with."""
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        annotation = typing.get_args(annotation)[0]
+    return typing.get_args(annotation)[0] if typing.get_origin(annotation) is Annotated else annotation
 
 
 def explained_by(*others: type[BaseModel]) -> Callable[[dict[str, Any], type[BaseModel]], None]:

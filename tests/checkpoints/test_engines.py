@@ -33,7 +33,7 @@ def pruned(draw):
     return dense, shape, devices
 
 
-@settings(derandomize=True, deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(pruned())
 def test_config_json_alone_gives_the_sizes_that_were_written(drawn):
     dense, shape, devices = drawn

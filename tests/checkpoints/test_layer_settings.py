@@ -16,7 +16,7 @@ from hfprune_dist.checkpoints.layer_settings import of_layers, undroppable_layer
 from hfprune_dist.structures.experts import has_experts
 
 
-@settings(max_examples=50, deadline=None, derandomize=True)
+@settings(max_examples=50)
 @given(st.data())
 def test_layers_keep_the_kind_that_they_had(data):
     count = data.draw(st.integers(1, 6))

@@ -62,7 +62,7 @@ def prune(checkpoint, folder):
     return checkpoint.parameter_counts.ratio(kept.shape)
 
 
-@settings(max_examples=12, deadline=None, derandomize=True)
+@settings(max_examples=12)
 @given(checkpoints())
 def test_parameters_are_those_of_the_loaded_model_before_and_after_pruning(drawn):
     with TemporaryDirectory() as name:

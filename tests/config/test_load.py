@@ -163,20 +163,22 @@ def leaves(section, place=()):
             yield ".".join((*place, name))
 
 
-@given(st.sampled_from([*leaves(SweepConfig)]), st.sampled_from([{"a": {"b": []}}, [["x"]], 10**400, float("nan")]))
-def test_a_value_of_another_kind_is_refused_with_its_key(key, value):
-    with pytest.raises(UserError) as caught:
-        load_config([], {key: value})
-    assert all(re.match(rf"  (unknown key ')?{re.escape(key)}\b", line) for line in str(caught.value).splitlines()[1:])
+@pytest.mark.parametrize("value", [{"a": {"b": []}}, [["x"]], 10**400, float("nan")], ids=type)
+def test_a_value_of_another_kind_is_refused_with_its_key(value):
+    for key in leaves(SweepConfig):
+        with pytest.raises(UserError) as caught:
+            load_config([], {key: value})
+        lines = str(caught.value).splitlines()[1:]
+        assert all(re.match(rf"  (unknown key ')?{re.escape(key)}\b", line) for line in lines)
 
 
-@given(st.sampled_from([*leaves(SweepConfig)]))
-def test_an_unknown_key_is_refused_with_those_that_are_valid(key):
-    with pytest.raises(UserError) as caught:
-        load_config([], {f"{key}x": 1})
-    name = key.rpartition(".")[2]
-    told = re.search("unknown key '(.*)'; did you mean '(.*)'[?]; valid keys: (.*)", str(caught.value))
-    assert told[1] == f"{key}x" and name in told[3].split(", ")
+def test_an_unknown_key_is_refused_with_those_that_are_valid():
+    for key in leaves(SweepConfig):
+        with pytest.raises(UserError) as caught:
+            load_config([], {f"{key}x": 1})
+        name = key.rpartition(".")[2]
+        told = re.search("unknown key '(.*)'; did you mean '(.*)'[?]; valid keys: (.*)", str(caught.value))
+        assert told[1] == f"{key}x" and name in told[3].split(", ")
 
 
 @pytest.mark.parametrize(

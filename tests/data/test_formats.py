@@ -75,7 +75,7 @@ def texts_of(path):
     return [text for (text,) in read_texts({}, path, ["text"], 0, "here")]
 
 
-@settings(max_examples=6, deadline=None, derandomize=True)
+@settings(max_examples=6)
 @given(DOCUMENTS.filter(bool))
 def test_every_format_gives_the_same_texts(documents):
     with tempfile.TemporaryDirectory() as folder:

@@ -11,7 +11,7 @@ from hfprune_dist.distributed.sums import is_held_out
 TEXT = {"text_field": "text"}
 
 
-@settings(max_examples=100, deadline=None, derandomize=True)
+@settings(max_examples=100)
 @given(st.lists(st.integers(1, 60), min_size=1, max_size=4), st.integers(1, 9), st.integers(0, 99), st.data())
 def test_every_part_of_the_windows_has_the_texts_in_their_shares(counts, micro_batch_size, seed, data):
     total = sum(counts)
@@ -29,7 +29,7 @@ def test_every_part_of_the_windows_has_the_texts_in_their_shares(counts, micro_b
             assert abs(part.count(text) - len(part) * count / total) < 1 + len(counts)
 
 
-@settings(max_examples=100, deadline=None, derandomize=True)
+@settings(max_examples=100)
 @given(st.integers(1, 300), st.lists(st.floats(1e-3, 1e3), min_size=1, max_size=6))
 def test_shares_are_whole_windows_and_all_of_them(total, weights):
     counts = apportioned(total, weights)

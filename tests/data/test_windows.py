@@ -30,7 +30,7 @@ def message_of(function, *arguments):
     return None
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=60)
 @given(st.lists(st.text(max_size=30), max_size=5), st.integers(8, 40), st.booleans(), st.integers(1, 4))
 def test_the_check_and_the_stage_agree_on_windows(documents, length, add_bos, samples):
     sampling = Sampling(samples, length, 0, add_bos)
@@ -40,7 +40,7 @@ def test_the_check_and_the_stage_agree_on_windows(documents, length, add_bos, sa
     check_length(Beginning(whole.texts, is_all=False), TOKENIZER, sampling, "here")  # the rest may be longer
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=40)
 @given(
     st.lists(st.tuples(st.text(max_size=9), st.sampled_from(["", " \n", "tell", "x" * 90])), max_size=5),
     st.integers(150, 200),
@@ -53,7 +53,7 @@ def test_the_check_and_the_stage_agree_on_pairs(pairs, length):
     require_trainable(Beginning(whole.texts, is_all=False), TOKENIZER, length, "here")
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=40)
 @given(st.lists(st.integers(0, 60), min_size=1, max_size=6), st.integers(1, 9), st.integers(8, 20))
 def test_a_text_whose_windows_must_overlap_is_told(lengths, samples, sequence_length):
     whole = Beginning([("x" * length,) for length in lengths], is_all=True)
@@ -74,7 +74,7 @@ def test_the_search_for_long_documents_ends(monkeypatch):
         assert tokenizer.characters < 1200
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=60)
 @given(st.lists(st.integers(0, 30), min_size=1, max_size=12), st.integers(1, 5), st.integers(0, 3))
 def test_windows_of_documents_in_random_order_are_those_of_a_shuffled_list(lengths, samples, seed):
     """Without the list: documents are read in the order of the file."""

@@ -24,7 +24,7 @@ def claimed(monkeypatch, visible, local_rank):
     return [*current, device.index, int(environment["LOCAL_RANK"])]
 
 
-@settings(max_examples=30, deadline=None, derandomize=True)
+@settings(max_examples=30)
 @given(ranks=st.integers(1, 8), each=st.integers(1, 4), shown=st.sampled_from(["all", "own", "one"]))
 def test_ranks_of_a_node_have_different_gpus_under_every_binding(ranks, each, shown):
     """A launcher shows a task all GPUs of its node, only its own (by environment variable or cgroup), or just one."""

@@ -22,7 +22,7 @@ from hfprune_dist.refit.measurement import dense_outputs
 from hfprune_dist.refit.norms_refit import NormGradients, PrunedLayers
 from hfprune_dist.training.teacher_states import write_dense_states
 
-DRAWN = settings(derandomize=True, deadline=None, max_examples=60)
+DRAWN = settings(max_examples=60)
 CPU = torch.device("cpu")
 
 

@@ -49,7 +49,7 @@ def grams_of(batches, ranks):
 
 
 @given(read(), st.integers(1, 5))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_means_are_those_of_the_tokens_on_any_number_of_ranks(batches, ranks):
     split = SPLITS[len(batches)]
     for expert, grams in enumerate(grams_of(batches, ranks)):
@@ -62,7 +62,7 @@ def test_means_are_those_of_the_tokens_on_any_number_of_ranks(batches, ranks):
 
 
 @given(read(), st.integers(0, 99))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_every_expert_gets_a_weight_that_is_no_worse(batches, seed):
     generator = torch.Generator().manual_seed(seed)
     size = batches[0][0].shape[1]

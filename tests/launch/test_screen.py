@@ -117,7 +117,7 @@ def test_a_usual_sweep_fits_80_columns_with_its_names_whole(on_terminal, model):
     assert any("lower is better" in line for line in lines) and lines[-1] == "all columns: --wide"
 
 
-@settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_no_line_is_longer_than_the_terminal(on_terminal, data):
     rows = data.draw(st.lists(rows_of(), max_size=6))

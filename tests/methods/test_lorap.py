@@ -14,7 +14,7 @@ def drawn(*shape, seed=0):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-@settings(derandomize=True, deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(st.integers(1, 12), st.integers(1, 12), st.integers(0, 99), st.data())
 def test_factors_are_those_of_the_weighted_decomposition(outputs, inputs, seed, data):
     rank = data.draw(st.integers(1, min(outputs, inputs)))
@@ -59,7 +59,7 @@ def test_scores_are_norms_of_weights_times_what_they_read():
         assert float(found[n]) == pytest.approx(rows + column)
 
 
-@settings(derandomize=True, deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(st.integers(1, 400), st.integers(0, 99), st.data())
 def test_the_lowest_hundredth_stays_and_those_after_it_go(count, seed, data):
     width = data.draw(st.integers(1, count))

@@ -30,7 +30,7 @@ def test_scores_are_those_of_autograd_in_every_family(variant, at_once):
     assert not found[DISTILLED][~a_student(model)].any(), "of what a student lacks"
 
 
-@settings(max_examples=10, deadline=None, derandomize=True)
+@settings(max_examples=10)
 @given(
     share=st.sampled_from((0.0, 0.42, 1.0)),
     temperature=st.floats(0.1, 3),

@@ -39,7 +39,7 @@ def mended(method, told):
     return method.model_copy(update={name: first})
 
 
-@settings(derandomize=True, deadline=None, max_examples=300)
+@settings(max_examples=300)
 @given(METHODS)
 def test_what_is_said_to_be_possible_mends_a_method(method):
     for _ in range(12):
@@ -59,7 +59,7 @@ def models(tmp_path_factory):
     return {name: open_checkpoint(save_model(folder / name, name)) for name in names}
 
 
-@settings(derandomize=True, deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(data=st.data(), method=METHODS)
 def test_so_it_does_for_a_model(models, data, method):
     checkpoint = models[data.draw(st.sampled_from(sorted(models)))]

@@ -33,7 +33,7 @@ def method(allocation="plain", **options):
     return Method(**{"allocation": allocation, "structures": structures} | given)
 
 
-@settings(derandomize=True, deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(
     width=st.sampled_from([64, 300, 1023, 1500, 3000]),
     devices=st.sampled_from([1, 3]),

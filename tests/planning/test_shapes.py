@@ -85,7 +85,7 @@ def smaller(target, variant, changes, shape):
     return parameters_of(variant, **less, head_dim=target.groups.implied["head_dim"])
 
 
-@settings(derandomize=True, deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(targets("uniform", "local"))
 def test_layers_that_are_not_protected_are_alike_and_come_as_close_as_widths_can(drawn):
     variant, changes, target = drawn
@@ -115,7 +115,7 @@ def test_layers_that_are_not_protected_are_alike_and_come_as_close_as_widths_can
         assert is_plain(target.dense, shape) and target.counts.of(shape) == smaller(target, variant, changes, shape)
 
 
-@settings(derandomize=True, deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(targets("plain"), st.randoms())
 def test_plain_shapes_come_as_close_to_the_ratio_as_widths_can(drawn, random):
     variant, changes, target = drawn
@@ -140,7 +140,7 @@ def test_plain_shapes_come_as_close_to_the_ratio_as_widths_can(drawn, random):
     assert target.counts.of(shape) == smaller(target, variant, changes, shape)
 
 
-@settings(derandomize=True, deadline=None, max_examples=120)
+@settings(max_examples=120)
 @given(targets("uniform", "local", "plain", "global", "searched"))
 def test_what_a_message_calls_possible_is_possible(drawn):
     target = drawn[2]
@@ -168,7 +168,7 @@ def possible_ratio(target):
     return target.ratio
 
 
-@settings(derandomize=True, deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(targets("global", "searched"))
 def test_where_layers_compete_bounds_hold_and_the_ratio_is_within_them(drawn):
     _, changes, target = drawn
@@ -257,7 +257,7 @@ def matrices_of(checkpoint):
     return {name.split(".")[-2]: shape for name, shape in shapes.items() if len(shape) == 2}
 
 
-@settings(derandomize=True, deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(targets("low_rank"))
 def test_value_and_output_keep_three_times_what_query_and_key_keep_or_all(drawn):
     target = drawn[2]
@@ -300,7 +300,7 @@ def test_without_grouped_queries_ranks_are_those_of_the_release(keep):
 # Mixtures of experts.
 
 
-@settings(derandomize=True, deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(mixtures(), st.floats(0.01, 0.95), st.sampled_from([1, 4, 32]), st.sampled_from([NEURONS, BOTH]))
 def test_experts_are_as_wide_as_the_ratio_lets_them_be(config, ratio, multiple_of, structures):
     checkpoint, step = checkpoint_of(config), math.lcm(multiple_of, ALIGNED)
@@ -343,7 +343,7 @@ def suffices(config, number):
     return max(of_groups) <= routing["topk_group"] and bool(weights.isfinite().all())
 
 
-@settings(derandomize=True, deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(grouped_mixtures(), st.floats(0.01, 0.95), st.sampled_from([1, 2, 4]))
 def test_as_many_experts_stay_as_the_ratio_and_the_router_let(config, ratio, multiple_of):
     checkpoint, every = checkpoint_of(config), config["num_experts"]

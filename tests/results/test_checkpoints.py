@@ -199,7 +199,7 @@ def test_rows_whose_names_would_be_the_same_are_told_apart_whatever_the_order():
 MODELS = st.text("aA.-_ /模\n", max_size=8) | st.sampled_from(["a..-..a", "a" * 100, "a" * 120, "A" * 120])
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(MODELS, min_size=1, max_size=4, unique=True), st.sampled_from(["lora", "none"]))
 def test_every_row_has_a_name_that_file_systems_and_the_hub_allow(models, recovery):
     rows = [cell(model, recovery=recovery) for model in models]

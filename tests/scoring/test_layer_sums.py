@@ -58,7 +58,7 @@ def totals_of(world, folder, sizes, batches):
     return {place: sums.value(*place, batches) for place in places}
 
 
-@settings(max_examples=30, deadline=None, derandomize=True)
+@settings(max_examples=30)
 @given(sizes=all_sizes(), ranks=st.integers(1, 5), batches=st.integers(1, 7), is_large=st.booleans())
 def test_they_are_the_sum_over_all_ranks(tmp_path_factory, sizes, ranks, batches, is_large):
     """Whether ranks add up their own terms until a shard is over, or are too large for that."""

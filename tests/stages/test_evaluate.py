@@ -6,7 +6,7 @@ import pytest
 import torch
 import yaml
 from damage import damage
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from made_stages import stage_of
 from ranks import SoloWorld, killing, run_stage
@@ -304,7 +304,6 @@ def test_a_broken_task_is_named(inputs, tmp_path, change, message):
         run_alone(store, make_stage(store, broken, ["tiny_broken"]))
 
 
-@settings(deadline=None, derandomize=True)
 @given(st.lists(st.text("a/%25F", min_size=1, max_size=6), min_size=2, max_size=6, unique=True))
 def test_no_two_tasks_share_a_file(names):
     files = {evaluate._task_file(Path("work"), name) for name in names}

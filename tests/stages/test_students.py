@@ -88,7 +88,7 @@ class TestInThreads:
             without_deepspeed(patch)
             yield patch
 
-    @settings(derandomize=True, deadline=None, max_examples=12)
+    @settings(max_examples=12)
     @example(variant="llama", calibration={"samples": 1}, groups=True, size=3, later=1, dies_at=0.9)
     @given(
         variant=st.sampled_from(sorted(VARIANTS)),

@@ -64,7 +64,7 @@ RECORDS = [
 ]
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=60)
 @given(
     kinds=st.lists(st.integers(0, 4), min_size=1, max_size=5),
     skews=st.lists(st.floats(-500, 500), min_size=5, max_size=5),
@@ -82,7 +82,7 @@ def test_the_best_explanation_does_not_depend_on_clocks(tmp_path_factory, kinds,
         assert found == (RECORDS[best].cause, RECORDS[best].message)
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=40)
 @given(attempt=st.integers(1, 3), mine=st.integers(1, 3), skew=st.floats(-500, 500))
 def test_a_failure_belongs_to_the_attempt_that_it_names(attempt, mine, skew):
     assert Failure("input", "", 0, 1000.0 + skew, attempt).is_of(mine, created=1000.0) == (attempt == mine)

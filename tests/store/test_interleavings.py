@@ -18,7 +18,7 @@ from hfprune_dist.store.stage import Input
 
 STAGE = stage_of("prune", "a label", {"ratio": 0.2}, {"model": Input("digest", "/somewhere")})
 ORDERS = st.lists(st.integers(0, 5), max_size=120)
-often = settings(max_examples=60, deadline=None, derandomize=True)
+often = settings(max_examples=60)
 
 
 @pytest.fixture(scope="module")

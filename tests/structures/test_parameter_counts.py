@@ -22,7 +22,7 @@ def size_of(model):
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-@settings(derandomize=True, deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(variant=st.sampled_from(sorted(VARIANTS)), layers=st.integers(1, 3), width=st.integers(1, 7))
 def test_a_shape_has_the_parameters_of_a_model_of_that_shape(variant, layers, width):
     dense = tiny_model(variant, num_hidden_layers=3, intermediate_size=7)

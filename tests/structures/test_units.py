@@ -54,7 +54,7 @@ def test_the_output_projections_of_a_model_read_the_units_channels(variant, chan
     assert all(torch.equal(*pair) for pair in zip(rows, (mlp.gate_proj.weight, mlp.up_proj.weight), strict=True))
 
 
-@settings(derandomize=True, deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(counts=st.lists(st.integers(1, 40), min_size=1, max_size=6), pairs=st.booleans())
 def test_what_config_json_says_is_read_back(counts, pairs):
     size = CHANNELS if pairs else 1

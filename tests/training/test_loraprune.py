@@ -134,7 +134,7 @@ def state_of(checkpoint, kept):
     return state
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.data())
 def test_a_masked_model_computes_what_the_cut_one_computes(data):
     model = data.draw(models())

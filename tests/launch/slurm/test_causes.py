@@ -11,7 +11,7 @@ from hfprune_launch.slurm.causes import FRUITLESS_STARTS, START, explain_end, fr
 from hfprune_launch.slurm.causes import never_gets_further as refusal_to_requeue
 from hfprune_launch.slurm.commands import NEVER, JobInfo
 from hfprune_launch.stage.attempts import End, Ledger, Run
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from made_stages import stage_of
 
@@ -243,7 +243,6 @@ def test_starts_that_got_no_further(progress, fruitless):
     assert fruitless_starts(progress) == fruitless
 
 
-@settings(derandomize=True, deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 2), st.integers(0, 4)), min_size=60, max_size=60))
 def test_any_work_comes_to_an_end(places):
     """Whatever its starts do, no job requeues itself forever: there are so many places to reach for the first time."""

@@ -35,7 +35,7 @@ def sweeps(draw):
     return states
 
 
-@settings(derandomize=True, deadline=None, max_examples=500)
+@settings(max_examples=500)
 @given(sweeps())
 def test_no_two_jobs_of_a_stage_and_none_of_a_finished_one(states):
     actions = decide(states)
@@ -56,7 +56,7 @@ def test_no_two_jobs_of_a_stage_and_none_of_a_finished_one(states):
         assert not (action.do in CLOSES and state.sight is Sight.SILENT and not state.is_done), "nothing is known"
 
 
-@settings(derandomize=True, deadline=None, max_examples=300)
+@settings(max_examples=300)
 @given(sweeps())
 def test_every_open_attempt_ends_once_its_job_is_over(states):
     ended = (Sight.ENDED, Sight.COMPLETED, Sight.MISSING, Sight.INTENDED)

@@ -107,7 +107,7 @@ def _quickly():
         yield
 
 
-@settings(derandomize=True, deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(st.booleans(), st.lists(EVENTS, min_size=10, max_size=30))
 def test_never_two_live_jobs_of_a_stage_and_no_live_job_given_up(accounting, events):
     with tempfile.TemporaryDirectory() as folder:

@@ -170,7 +170,7 @@ NAMES = st.text(st.characters(codec="utf-8", exclude_characters="/\0"), min_size
 
 @given(name=NAMES)
 @example('it\'s a "test" $HOME `id` #1 ~ & ; * Größe 模型')
-@settings(derandomize=True, deadline=None, max_examples=40)
+@settings(max_examples=40)
 def test_paths_reach_the_ranks_as_they_are_or_are_refused(tmp_path_factory, name):
     folder = tmp_path_factory.mktemp("paths") / name
     try:
