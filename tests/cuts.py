@@ -26,13 +26,13 @@ def prepare(folder, shard_size="5GB", criterion="entropy", samples=9, variant="l
     What is drawn doesn't depend on which criteria exist.
     """
     store = Store(folder / "store")
-    draft = store.open_draft(IMPORTANCE.id)
+    draft = store.handle(IMPORTANCE.id).open_draft()
     names = [f"layers.{layer}.{name}" for name in CRITERIA for layer in range(2)]
     scores = {name: torch.rand(48, generator=seeded(name), dtype=torch.float64) for name in names}
     save_file(scores, draft / "importance.safetensors")
     windows_ST = torch.randint(264, (samples, 20), generator=seeded("windows"))
     save_file({"input_ids": windows_ST}, draft / "windows.safetensors")
-    store.commit(IMPORTANCE, draft, {"metrics": {}})
+    store.handle(IMPORTANCE.id).commit(IMPORTANCE, draft, {"metrics": {}})
     model = save_tiny(folder / "model", variant, shard_size=shard_size)
     settings = {"allocation": "global", "floor": 0.2, "protect_first": 0, "protect_last": 0, "multiple_of": 1}
     calibration = {"dtype": "float32", "micro_batch_size": 2}

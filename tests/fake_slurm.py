@@ -190,6 +190,6 @@ def plan_of(*stages: Stage) -> Plan:
 
 
 def complete(store: Store, stage: Stage) -> None:
-    draft = store.open_draft(stage.id)
+    draft = store.handle(stage.id).open_draft()
     (draft / "result").write_text("x")
-    store.commit(stage, draft, {"metrics": {}, "wall_time_s": 1.0})
+    store.handle(stage.id).commit(stage, draft, {"metrics": {}, "wall_time_s": 1.0})

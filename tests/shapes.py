@@ -33,7 +33,7 @@ def prepare(
     """
     folder.mkdir(exist_ok=True)
     store = Store(folder / "store")
-    draft = store.open_draft(IMPORTANCE.id)
+    draft = store.handle(IMPORTANCE.id).open_draft()
     generator = torch.Generator().manual_seed(0)
     biases = {name: settings.pop(name) for name in ("attention_bias",) if name in settings}
     criterion = settings.get("criterion", "entropy")
@@ -53,7 +53,7 @@ def prepare(
     save_file({"input_ids": windows_ST}, draft / "windows.safetensors")
     if silent is not None:
         silence(model / "model.safetensors", silent)
-    store.commit(IMPORTANCE, draft, {"metrics": {}})
+    store.handle(IMPORTANCE.id).commit(IMPORTANCE, draft, {"metrics": {}})
     defaults = {
         "ratio": 0.2,
         "criterion": "entropy",
@@ -87,11 +87,11 @@ def outcome(store, stage):
     folder = store.path(stage.id)
     names = ("model.safetensors", "kept.json", "config.json")
     files = {name: (folder / name).read_bytes() for name in names}
-    return files, store.manifest(stage.id)["metrics"]
+    return files, store.handle(stage.id).manifest()["metrics"]
 
 
 def metrics_of(store, stage):
-    return store.manifest(stage.id)["metrics"]
+    return store.handle(stage.id).manifest()["metrics"]
 
 
 def kept_of(store, stage):

@@ -42,9 +42,6 @@ HEAVY = {"deepspeed": TRAINING, "peft": TRAINING, "datasets": TRAINING, "pandas"
 HEAVY |= {"lm_eval": set(), "tensorboard": set()}
 
 
-DISCARDS = {"discard", "empty", "discard_drafts", "discard_work", "discard_progress"}
-
-
 def name_of(file):
     """Return a module's name, from its place in the project."""
     package = next(package for package, folder in PACKAGES.items() if file.is_relative_to(ROOT / folder))
@@ -156,10 +153,8 @@ def test_submitit_is_known_to_launch_only():
 
 
 def test_a_stage_in_a_store_is_reached_by_its_handle_alone():
-    """Outside the store, no code looks up a stage's folders, artifact, claim or failures by its id."""
-    by_id = {"path", "work", "manifest", "is_committed", "verify", "set_aside", "open_draft", *DISCARDS}
-    of_a_work_folder = {"try_claim", "read_heartbeat", "read_failure", "read_failures", "clear_failures"}
-    of_a_work_folder |= {"write_failure", "write_failure_record"}
+    """Outside the store, no code looks up a stage's folders or claims by its id."""
+    by_id, of_a_work_folder = {"path", "work"}, {"try_claim", "open_claim"}
     for package in PACKAGES:
         for module, file in modules(package).items():
             if room_of(module) == "hfprune_dist.store":

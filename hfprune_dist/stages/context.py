@@ -24,13 +24,12 @@ from hfprune_dist.distributed.layer_check import check_layers
 from hfprune_dist.distributed.world import World
 from hfprune_dist.errors import LostInputError
 from hfprune_dist.planning.user_files import ChangedInputError, require_planned
-from hfprune_dist.store.artifacts import Store
+from hfprune_dist.store.artifacts import StageHandle, Store
 from hfprune_dist.store.claims import Claim
 from hfprune_dist.store.hashing import digest_of
 from hfprune_dist.store.heartbeat import Progress
 from hfprune_dist.store.provenance import environment
 from hfprune_dist.store.stage import STAGE_VERSIONS, Stage
-from hfprune_dist.store.stage_handle import StageHandle
 
 TRACKING = "tracking"  # next to the store
 LONGEST_TITLE = 96
@@ -188,7 +187,7 @@ class Context(Generic[P]):
 
     def _commit(self, draft: Path, record: dict[str, Any]) -> None:
         self.require_untouched_inputs()
-        self.store.commit(self.stage, draft, record, claim=self.claim)
+        self.handle.commit(self.stage, draft, record, self.claim)
         self.handle.discard_work()
 
     def _record(self, metrics: dict[str, Any], peak_memory: Mapping[str, int | None]) -> dict[str, Any]:

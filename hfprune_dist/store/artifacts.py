@@ -15,19 +15,26 @@ from __future__ import annotations
 import contextlib
 import shutil
 import uuid
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 from hfprune_dist.errors import UserError
-from hfprune_dist.store.atomic_files import fsync_path, listed, read_json, read_object, usual_mode, write_json
-from hfprune_dist.store.claims import CLAIM_FILES, Claim
+from hfprune_dist.store.atomic_files import (
+    fsync_path,
+    listed,
+    read_json,
+    read_object,
+    read_record,
+    usual_mode,
+    write_json,
+)
+from hfprune_dist.store.claims import CLAIM_FILES, Claim, Holder, OpenClaim, open_claim, try_claim
 from hfprune_dist.store.hashing import FileHashes, for_each_file
-from hfprune_dist.store.heartbeat import FAILURES, PROGRESS
+from hfprune_dist.store.heartbeat import FAILURES, PROGRESS, Failure, Heartbeat
 from hfprune_dist.store.stage import Stage
-from hfprune_dist.store.stage_handle import StageHandle
 
 MANIFEST = "manifest.json"
 Manifest = Mapping[str, Any]
@@ -48,15 +55,12 @@ class Verdict:
     reason: str
 
 
-# The verdict on an artifact of which ``Store.empty`` left only the manifest.
+# The verdict on an artifact of which ``StageHandle.empty`` left only the manifest.
 NOTHING_LEFT = Verdict("missing", "its files were removed to make room")
 
 
 class Store:
-    """Artifacts by stage id, on a local or shared file system.
-
-    Outside this package, a stage in a store is accessed through its ``handle``.
-    """
+    """Artifacts and progress of stages, on a local or shared file system."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -66,46 +70,71 @@ class Store:
         """Hashes of files, recalled if any process has read the files before with this store."""
         return FileHashes(self.root / "hashes")
 
-    def handle(self, stage_id: str) -> StageHandle:
-        """The handle of a stage: its folders, its artifact, its claim and its failures."""
-        return StageHandle(self, stage_id)
-
     def path(self, stage_id: str) -> Path:
         return self.root / stage_id
 
     def work(self, stage_id: str) -> Path:
         return self.root / "work" / stage_id
 
-    def manifest(self, stage_id: str) -> dict[str, Any] | None:
-        """The manifest of a committed artifact; None if there is none, or a damaged one. Does not verify the files."""
-        found = read_object(self.path(stage_id) / MANIFEST)
+    def handle(self, stage_id: str) -> StageHandle:
+        """The handle of a stage, by which it is asked about and run."""
+        return StageHandle(self, stage_id)
+
+
+class StageHandle:
+    """One stage in a store: its artifact, its work folder, and the right to run it.
+
+    A handle keeps no state: each answer reflects the file system at that moment.
+
+    Args:
+        id: ``<kind>/<fingerprint>``.
+
+    Attributes:
+        artifact: the folder of its artifact.
+        work: the folder of its progress, which survives a crash and is removed once the artifact is committed.
+    """
+
+    def __init__(self, store: Store, id: str) -> None:
+        self.store = store
+        self.id = id
+        self.artifact = store.path(id)
+        self.work = store.work(id)
+
+    # Its artifact.
+
+    def manifest(self) -> dict[str, Any] | None:
+        """The manifest of its artifact; None if there is none, or a damaged one. Does not verify the files."""
+        found = read_object(self.artifact / MANIFEST)
         parts = [found.get("files"), found.get("metrics")] if found else [None]
         return found if all(isinstance(part, dict) for part in parts) else None
 
-    def is_committed(self, stage_id: str) -> bool:
-        """Whether there is an artifact, verified or not, whose files have not been removed to make room."""
-        manifest = self.manifest(stage_id)
+    def is_committed(self) -> bool:
+        """Whether it has an artifact, verified or not, whose files have not been removed to make room; cheap."""
+        manifest = self.manifest()
         return manifest is not None and not manifest.get(EMPTIED)
 
-    def verify(self, stage_id: str, thorough: bool = False) -> Verdict:
-        """Check an artifact against its manifest.
+    def is_done(self) -> bool:
+        """Whether it has an artifact that passes verification, which is the only definition of success."""
+        return self.verify().state == "done"
+
+    def verify(self, thorough: bool = False) -> Verdict:
+        """Check its artifact against the manifest.
 
         Args:
             thorough: read every file; otherwise a file whose size and modification time are as committed is trusted.
         """
-        folder = self.path(stage_id)
-        if not folder.is_dir():
+        if not self.artifact.is_dir():
             return Verdict("missing", "not made yet")
-        manifest = self.manifest(stage_id)
+        manifest = self.manifest()
         if manifest is None or not manifest["files"]:
             return Verdict("corrupt", f"{MANIFEST} is missing or damaged")
         if manifest.get(EMPTIED):
             return NOTHING_LEFT
-        listing = {folder / name: entry for name, entry in manifest["files"].items()}
+        listing = {self.artifact / name: entry for name, entry in manifest["files"].items()}
 
         sizes = {file: entry["bytes"] for file, entry in listing.items()}
         problems = for_each_file(sizes, lambda file: self._check_file(file, listing[file], thorough))
-        found = (f"{file.relative_to(folder)}: {problem}" for file, problem in problems.items() if problem)
+        found = (f"{file.relative_to(self.artifact)}: {problem}" for file, problem in problems.items() if problem)
         reason = next(found, "")
         return Verdict("corrupt", reason) if reason else Verdict("done", "verified")
 
@@ -119,7 +148,7 @@ class Store:
         if stat.st_mtime_ns == entry["mtime_ns"] and not thorough:
             return ""
         # Modification times in a copied store differ: hash each file once, after which the cache knows it.
-        hashes = FileHashes(None) if thorough else self.hashes
+        hashes = FileHashes(None) if thorough else self.store.hashes
         try:
             return "" if hashes.of_file(file) == entry["sha256"] else "content changed since it was committed"
         except UserError:
@@ -127,8 +156,8 @@ class Store:
                 raise
             return "missing"  # set aside by another process in the meantime
 
-    def set_aside(self, stage_id: str) -> Path | None:
-        """Move a corrupt artifact, or one without files, to the quarantine, so that another can take its place.
+    def set_aside(self) -> Path | None:
+        """Move its corrupt artifact, or one without files, to the quarantine, so that another can take its place.
 
         Other processes may find the same damage at the same time and remake the artifact; a remade one is kept.
 
@@ -138,35 +167,30 @@ class Store:
         Raises:
             OSError, UserError: if part of it can't be read at present, which says nothing about it.
         """
-        folder = self.path(stage_id)
-        judged = _inode(folder)
+        judged = _inode(self.artifact)
         if judged is None:
             return None
-        verdict = self.verify(stage_id, thorough=True)
+        verdict = self.verify(thorough=True)
         if verdict.state != "corrupt" and verdict != NOTHING_LEFT:
             return None
         with contextlib.suppress(ValueError, IsADirectoryError):
-            read_json(folder / MANIFEST)  # which looks damaged to ``verify`` if the disk doesn't answer
-        target = self.root / "quarantine" / f"{stage_id.replace('/', '-')}-{uuid.uuid4().hex[:6]}"
+            read_json(self.artifact / MANIFEST)  # which looks damaged to ``verify`` if the disk doesn't answer
+        target = self.store.root / "quarantine" / f"{self.id.replace('/', '-')}-{uuid.uuid4().hex[:6]}"
         target.parent.mkdir(parents=True, exist_ok=True)
         try:
-            folder.rename(target)
+            self.artifact.rename(target)
         except FileNotFoundError:
             return None
         if _inode(target) == judged:
             return target
-        self._put_back(target, folder)
+        try:  # put back what was made while its predecessor was verified; a third may be there by now
+            target.rename(self.artifact)
+        except OSError:
+            shutil.rmtree(target, ignore_errors=True)
         return None
 
-    def _put_back(self, taken: Path, folder: Path) -> None:
-        """Put back an artifact that was made while its predecessor was verified; a third may be there by now."""
-        try:
-            taken.rename(folder)
-        except OSError:
-            shutil.rmtree(taken, ignore_errors=True)
-
-    def open_draft(self, stage_id: str, claim: Claim | None = None) -> Path:
-        """Create the folder in which an artifact is written; drafts left by dead attempts are removed.
+    def open_draft(self, claim: Claim | None = None) -> Path:
+        """Create the folder in which its artifact is written; drafts left by dead attempts are removed.
 
         Args:
             claim: the claim under which the stage runs. Drafts written under earlier claims are removed; without a
@@ -175,34 +199,32 @@ class Store:
         Raises:
             ClaimLostError: if another process has claimed the stage since.
         """
-        kind, fingerprint = stage_id.split("/")
-        owner = "" if claim is None else f"{claim.token}-"
         # Listed before the claim is checked: a process that loses the claim can thus never list its successor's draft.
-        found = listed(self.root / kind, f".draft-{fingerprint}-*")
+        found = self._drafts()
         if claim is not None:
             claim.require_held()
         for draft in found:
-            if claim is not None or _is_unclaimed(draft):
+            if claim is not None or draft.name.count("-") == 2:  # its name has no token of a claim
                 _remove(draft)
-        draft = self.root / kind / f".draft-{fingerprint}-{owner}{uuid.uuid4().hex[:8]}"
+        draft = self._draft(claim)
         draft.mkdir(parents=True)
         return draft
 
-    def discard_drafts(self, stage_id: str, claim: Claim) -> None:
-        """Remove the drafts of a stage that were written under a claim."""
-        kind, fingerprint = stage_id.split("/")
-        for draft in listed(self.root / kind, f".draft-{fingerprint}-{claim.token}-*"):
+    def _draft(self, claim: Claim | None = None) -> Path:
+        """A new path ``.draft-<fingerprint>[-<token of a claim>]-<random>``."""
+        owner = "" if claim is None else f"{claim.token}-"
+        return self.artifact.with_name(f".draft-{self.artifact.name}-{owner}{uuid.uuid4().hex[:8]}")
+
+    def _drafts(self, owner: str = "") -> list[Path]:
+        return listed(self.artifact.parent, f".draft-{self.artifact.name}-{owner}*")
+
+    def discard_drafts(self, claim: Claim) -> None:
+        """Remove the drafts of its artifact that were written under a claim."""
+        for draft in self._drafts(f"{claim.token}-"):
             _remove(draft)
 
-    def commit(
-        self,
-        stage: Stage,
-        draft: Path,
-        record: dict[str, Any],
-        *,
-        claim: Claim | None = None,
-    ) -> None:
-        """Turn a draft into the stage's artifact: fsync, manifest last, one rename.
+    def commit(self, stage: Stage, draft: Path, record: dict[str, Any], claim: Claim | None = None) -> None:
+        """Turn a draft into its artifact: fsync, manifest last, one rename.
 
         If another attempt committed first, its artifact is verified and the draft is dropped; if that artifact is
         corrupt, it is set aside and the draft takes its place.
@@ -214,94 +236,115 @@ class Store:
             ClaimLostError: if another process has claimed the stage since.
         """
         try:
-            self._seal(stage, draft, record)
+            _seal(stage, draft, record)
             if claim is not None:
                 claim.require_held()
-            self._publish(draft, stage.id)
+            self._publish(draft)
         except (OSError, UserError):
             if claim is not None:
                 claim.require_held()  # a successor has removed the draft
             raise
-        fsync_path(self.path(stage.id).parent)
+        fsync_path(self.artifact.parent)
 
-    def _seal(self, stage: Stage, draft: Path, record: dict[str, Any]) -> None:
-        """Flush all files of a draft and write its manifest."""
-        files = sorted(file for file in draft.rglob("*") if file.is_file())
-        mode = usual_mode()
-        sealed = for_each_file({file: file.stat().st_size for file in files}, partial(_sealed, mode))
-        listing = {str(file.relative_to(draft)): entry for file, entry in sealed.items()}
-        write_json(draft / MANIFEST, {"format": 1, "stage": stage.to_json(), "files": listing, **record})
-        for folder in {file.parent for file in files} | {draft}:
-            fsync_path(folder)
-
-    def _publish(self, draft: Path, stage_id: str) -> None:
+    def _publish(self, draft: Path) -> None:
         """Give a finished draft its final name, unless a valid artifact has it already."""
-        final = self.path(stage_id)
         for attempts_left in reversed(range(PUBLISHING_ATTEMPTS)):
             try:
-                draft.rename(final)
+                draft.rename(self.artifact)
                 return
             except OSError:
-                if not final.is_dir() or not attempts_left:
+                if not self.artifact.is_dir() or not attempts_left:
                     raise
-            if self.verify(stage_id).state == "done":
+            if self.is_done():
                 shutil.rmtree(draft, ignore_errors=True)
                 return
-            aside = self.set_aside(stage_id)
+            aside = self.set_aside()
             if aside is not None and (read_object(aside / MANIFEST) or {}).get(EMPTIED):
                 shutil.rmtree(aside, ignore_errors=True)
 
-    def empty(self, stage_id: str) -> None:
-        """Remove an artifact's files, except for its manifest; the artifact is made again when its files are needed.
+    def empty(self) -> None:
+        """Remove the files of its artifact, except for the manifest; they are made again when they are needed.
 
         Files that can't be removed stay: another user's, or on NFS those that are open, under other names.
         """
-        folder, manifest = self.path(stage_id), self.manifest(stage_id)
+        manifest = self.manifest()
         if manifest is None:
             return
-        write_json(folder / MANIFEST, {**manifest, EMPTIED: True})
+        write_json(self.artifact / MANIFEST, {**manifest, EMPTIED: True})
+        fsync_path(self.artifact)
+        for path in listed(self.artifact, "*"):
+            if path.name != MANIFEST:
+                _remove_path(path)
+
+    def discard(self) -> None:
+        """Remove its artifact; a process that dies meanwhile leaves a draft behind."""
+        _remove(self.artifact, self._draft())
+
+    # Its work folder, in which it runs.
+
+    def claim(self, job: str | None = None, ended_jobs: Collection[str] = ()) -> Claim | Holder:
+        """Claim the right to run it, or return the holder; creates the work folder. See ``try_claim``."""
+        return try_claim(self.work, job, ended_jobs)
+
+    def open_claim(self) -> OpenClaim | None:
+        """The claim under which it runs, or ran when its launcher died; None if there is none. Claims nothing."""
+        return open_claim(self.work)
+
+    def claim_of(self, ticket: str) -> Claim:
+        """The claim of the process that started this one, by its ticket."""
+        return Claim.from_ticket(self.work, ticket)
+
+    def heartbeat(self) -> Heartbeat | None:
+        """The latest report of its progress; None if none can be read."""
+        return read_record(Heartbeat, self.work / PROGRESS)
+
+    def failures(self) -> list[Failure]:
+        """What the ranks and the launcher recorded of why it failed, the best explanation first."""
+        found = (read_record(Failure, file) for file in listed(self.work, FAILURES))
+        return sorted((failure for failure in found if failure is not None), key=lambda failure: failure.order)
+
+    def failure(self) -> Failure | None:
+        """The best explanation of why it failed; None if no failure was recorded."""
+        return next(iter(self.failures()), None)
+
+    def report_failure(self, failure: Failure) -> None:
+        """Record a failure where launchers and the report find it."""
+        write_json(self.work / f"failure.{failure.rank}.json", asdict(failure))
+
+    def clear_failures(self) -> None:
+        """Remove the failures and the heartbeat of earlier attempts."""
+        for file in [*listed(self.work, FAILURES), self.work / PROGRESS]:
+            file.unlink(missing_ok=True)
+
+    def discard_progress(self) -> None:
+        """Make the next attempt start over; claims and files exchanged by launchers and ranks are kept."""
+        for path in listed(self.work, "*"):
+            if not any(path.match(pattern) for pattern in OF_LAUNCHERS):
+                _remove_path(path)
+
+    def discard_work(self) -> None:
+        """Remove its work folder, once its artifact is committed."""
+        shutil.rmtree(self.work, ignore_errors=True)
+
+    def discard_leftovers(self) -> None:
+        """Remove the work folder left by a process that died just after committing, if the stage is done."""
+        if not self.work.is_dir() or isinstance(claim := self.claim(), Holder):
+            return  # a process that has just committed is about to do the same
+        try:
+            if self.is_done():
+                self.discard_work()
+        finally:
+            claim.release()
+
+
+def _seal(stage: Stage, draft: Path, record: dict[str, Any]) -> None:
+    """Flush all files of a draft and write its manifest."""
+    files = sorted(file for file in draft.rglob("*") if file.is_file())
+    sealed = for_each_file({file: file.stat().st_size for file in files}, partial(_sealed, usual_mode()))
+    listing = {str(file.relative_to(draft)): entry for file, entry in sealed.items()}
+    write_json(draft / MANIFEST, {"format": 1, "stage": stage.to_json(), "files": listing, **record})
+    for folder in {file.parent for file in files} | {draft}:
         fsync_path(folder)
-        for path in listed(folder, "*"):
-            if path.is_dir():
-                shutil.rmtree(path, ignore_errors=True)
-            elif path.name != MANIFEST:
-                with contextlib.suppress(OSError):
-                    path.unlink()
-
-    def discard(self, stage_id: str) -> None:
-        """Remove an artifact; a process that dies meanwhile leaves a draft behind."""
-        kind, fingerprint = stage_id.split("/")
-        doomed = self.root / kind / f".draft-{fingerprint}-{uuid.uuid4().hex[:8]}"
-        with contextlib.suppress(FileNotFoundError):
-            self.path(stage_id).rename(doomed)
-        shutil.rmtree(doomed, ignore_errors=True)
-
-    def discard_work(self, stage_id: str) -> None:
-        """Remove the work folder of a stage whose artifact is committed."""
-        shutil.rmtree(self.work(stage_id), ignore_errors=True)
-
-    def discard_progress(self, stage_id: str) -> None:
-        """Make the next attempt at a stage start over; claims and files exchanged by launchers and ranks are kept."""
-        for path in listed(self.work(stage_id), "*"):
-            if any(path.match(pattern) for pattern in OF_LAUNCHERS):
-                continue
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path, ignore_errors=True)
-            else:
-                path.unlink(missing_ok=True)
-
-
-def _remove(draft: Path) -> None:
-    """Rename a draft and remove it: a process about to commit it must not commit a partly removed one."""
-    doomed = draft.with_name(f"{'-'.join(draft.name.split('-')[:2])}-{uuid.uuid4().hex[:8]}")
-    with contextlib.suppress(FileNotFoundError):
-        draft.rename(doomed)
-    shutil.rmtree(doomed, ignore_errors=True)
-
-
-def _is_unclaimed(draft: Path) -> bool:
-    """Whether a draft's name, ``.draft-<fingerprint>[-<token of a claim>]-<random>``, has no token of a claim."""
-    return draft.name.count("-") == 2
 
 
 def _sealed(mode: int, file: Path) -> dict[str, Any]:
@@ -309,8 +352,23 @@ def _sealed(mode: int, file: Path) -> dict[str, Any]:
     file.chmod(mode)
     fsync_path(file)
     stat = file.stat()
-    sha256 = FileHashes(None).of_file(file)
-    return {"bytes": stat.st_size, "sha256": sha256, "mtime_ns": stat.st_mtime_ns}
+    return {"bytes": stat.st_size, "sha256": FileHashes(None).of_file(file), "mtime_ns": stat.st_mtime_ns}
+
+
+def _remove(folder: Path, doomed: Path | None = None) -> None:
+    """Rename a folder and remove it: a process about to commit it, or to read it, must not find a part of it."""
+    doomed = doomed or folder.with_name(f"{'-'.join(folder.name.split('-')[:2])}-{uuid.uuid4().hex[:8]}")
+    with contextlib.suppress(FileNotFoundError):
+        folder.rename(doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
+
+
+def _remove_path(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with contextlib.suppress(OSError):
+            path.unlink()
 
 
 def _inode(folder: Path) -> int | None:

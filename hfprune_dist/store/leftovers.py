@@ -11,10 +11,9 @@ from functools import partial
 from pathlib import Path
 
 from hfprune_dist.errors import UserError
-from hfprune_dist.store.artifacts import MANIFEST, Store
+from hfprune_dist.store.artifacts import MANIFEST, StageHandle, Store
 from hfprune_dist.store.atomic_files import listed
 from hfprune_dist.store.stage import STAGE_VERSIONS
-from hfprune_dist.store.stage_handle import StageHandle
 
 # Folders of files that stages share; a stage makes such a file anew if it is missing.
 SHARED = {

@@ -21,13 +21,12 @@ from hfprune_launch.stage.parent import die_with_parent
 from hfprune_launch.stage.stage_file import Provenance, write_stage_file
 
 from hfprune_dist.config.parameters import KINDS
-from hfprune_dist.store.artifacts import Store
+from hfprune_dist.store.artifacts import StageHandle, Store
 from hfprune_dist.store.cancellation import Cancellation
 from hfprune_dist.store.claims import Claim, ClaimLostError, Holder, Renewal
 from hfprune_dist.store.file_system import full_disk
 from hfprune_dist.store.heartbeat import Failure, Heartbeat
 from hfprune_dist.store.stage import Stage
-from hfprune_dist.store.stage_handle import StageHandle
 
 STAGE_SCRIPT = Path(__file__).resolve().parents[1] / "stage" / "run.py"
 POLL_S = 0.1
@@ -152,7 +151,7 @@ class LocalBackend:
         Raises:
             ClaimLostError: if another process has since claimed the stage and uses its work folder.
         """
-        said = (failure for failure in handle.failures() if failure.is_of(attempt.number, attempt.created))
+        said = (failure for failure in handle.failures() if failure.attempt == attempt.number)
         recorded = next(said, None)
         full = full_disk(self._store.root)  # which may have no room for a rank to record its own reason
         left = recorded or (Failure("input", full, -1, time.time()) if full else None)

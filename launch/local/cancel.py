@@ -10,10 +10,9 @@ from hfprune_launch.stage.attempts import Ledger
 from hfprune_launch.stage.stage_state import name_of
 
 from hfprune_dist.planning.plan import Plan
-from hfprune_dist.store.artifacts import Store
+from hfprune_dist.store.artifacts import StageHandle, Store
 from hfprune_dist.store.claims import Holder
 from hfprune_dist.store.stage import Stage
-from hfprune_dist.store.stage_handle import StageHandle
 
 # Time that a launcher may take to end; it looks for the token every second and gives its ranks 20 s.
 WAIT_S = 40.0

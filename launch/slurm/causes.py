@@ -142,7 +142,7 @@ def _cause(ledger: Ledger, stage: Stage, attempt: Attempt, job: JobInfo | None, 
     if how == "duplicate":
         return Cause.NOT_RUN, f"{name} left the stage to another process that has claimed it"
     found = ledger.store.handle(stage.id).failures()
-    said = [it for it in found if it.is_of(attempt.intent.number, attempt.intent.created) and not it.is_consequence]
+    said = [it for it in found if it.attempt == attempt.intent.number and not it.is_consequence]
     if said and said[0].cause != Cause.CODE:
         return said[0].cause, said[0].message
     recorded = attempt.exit_record()

@@ -27,12 +27,11 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar
 
 from hfprune_dist.errors import UserError
-from hfprune_dist.store.artifacts import Store
+from hfprune_dist.store.artifacts import StageHandle, Store
 from hfprune_dist.store.atomic_files import as_record, listed, locked, modified_at, read_json, write_json
 from hfprune_dist.store.claims import Claim, Holder, OpenClaim
 from hfprune_dist.store.past_attempt import PastAttempt
 from hfprune_dist.store.stage import Stage
-from hfprune_dist.store.stage_handle import StageHandle
 
 Record = TypeVar("Record")
 

@@ -23,11 +23,10 @@ from hfprune_dist.config.parameters import KINDS, Parameters
 from hfprune_dist.config.schema import RuntimeConfig
 from hfprune_dist.distributed.interruption import Interruption
 from hfprune_dist.errors import UserError, from_os_error
-from hfprune_dist.store.artifacts import Store
+from hfprune_dist.store.artifacts import StageHandle, Store
 from hfprune_dist.store.claims import Claim, ClaimLostError
-from hfprune_dist.store.heartbeat import Progress
+from hfprune_dist.store.heartbeat import Failure, Progress
 from hfprune_dist.store.stage import Stage, kind_of
-from hfprune_dist.store.stage_handle import StageHandle
 
 if TYPE_CHECKING:  # torch takes seconds to import; a rank that can't run should say so at once
     from hfprune_dist.distributed.world import World
@@ -76,7 +75,7 @@ def main() -> NoReturn:
 def leave_reason(handle: StageHandle, error: Exception, rank: int, attempt: int | None, claim: Claim | None) -> None:
     """Tell the launcher why a rank failed, unless its work folder belongs to another attempt by now."""
     if claim is None or claim.is_held():
-        handle.report_error(error, rank, attempt)
+        handle.report_failure(Failure.from_error(error, rank, attempt))
 
 
 def leave_process(code: int) -> NoReturn:

@@ -8,10 +8,9 @@ from typing import Any
 
 from hfprune_dist.config.schema import RuntimeConfig
 from hfprune_dist.errors import UserError
-from hfprune_dist.store.artifacts import STAGE_FILE
+from hfprune_dist.store.artifacts import STAGE_FILE, StageHandle
 from hfprune_dist.store.atomic_files import modified_at, read_record, write_json
 from hfprune_dist.store.stage import Stage
-from hfprune_dist.store.stage_handle import StageHandle
 
 
 @dataclass(frozen=True)

@@ -6,10 +6,10 @@ import socket
 from dataclasses import dataclass
 from typing import Literal
 
+from hfprune_dist.store.artifacts import StageHandle
 from hfprune_dist.store.claims import Holder, OpenClaim
 from hfprune_dist.store.heartbeat import Heartbeat, in_one_line
 from hfprune_dist.store.stage import Stage
-from hfprune_dist.store.stage_handle import StageHandle
 
 # A running stage without a sign of life for this long may hang, though a step of a large model may take as long.
 STALE_MINUTES = 5

@@ -152,9 +152,9 @@ def test_scoring_and_refits_need_nothing_that_gpus_refuse(monkeypatch, tmp_path)
     _, plan = planned(config, importance__criteria=OF_ONE_PASS)
     store, seen = Store(tmp_path / "store"), Refusals()
     for stage in plan.stages.values():
-        if KINDS[stage.kind].reproducible and all(store.is_committed(need) for need in stage.needs):
+        if KINDS[stage.kind].reproducible and all(store.handle(need).is_committed() for need in stage.needs):
             run_in_threads(store, stage, WatchedRank(seen))
-            assert store.is_committed(stage.id), stage.label
+            assert store.handle(stage.id).is_committed(), stage.label
     scored = {file.parent.parent.name for file in store.root.glob(f"*/*/{SCORES}")}
     assert scored == {"importance"} and {"cumsum_", "scatter_add_", "linalg_cholesky_ex"} <= seen.called
     assert seen.refused == set()

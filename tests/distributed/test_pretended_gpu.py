@@ -48,7 +48,7 @@ def test_importance(tmp_path, variant, structures, criteria):
     store = Store(tmp_path / "store")
     with pretended_gpu():
         scoring.run(store, stage, WORLD)
-    assert store.is_committed(stage.id)
+    assert store.handle(stage.id).is_committed()
 
 
 @pytest.mark.parametrize(

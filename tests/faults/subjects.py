@@ -104,17 +104,17 @@ class StageSubject(Subject):
         for owner, name in self._units.items():
             _before(owner, name, count)
         store = Store(root)
-        verdict = store.verify(self.prepared.id)
+        verdict = store.handle(self.prepared.id).verify()
         assert verdict.state != "corrupt", f"an artifact that is not whole: {verdict.reason}"
         if verdict.state == "done":
             store.handle(self.prepared.id).discard_leftovers()
         else:
             outcome = InProcess(store, root.with_name("logs")).run(self.prepared, lambda beat: None)
             assert outcome.state == "done", outcome.failure
-        assert store.verify(self.prepared.id, thorough=True).state == "done"
+        assert store.handle(self.prepared.id).verify(thorough=True).state == "done"
         artifact = store.path(self.prepared.id)
         hashes = {name: entry["sha256"] for name, entry in read_json(artifact / "manifest.json")["files"].items()}
-        metrics = store.manifest(self.prepared.id)["metrics"]
+        metrics = store.handle(self.prepared.id).manifest()["metrics"]
         return {"files": hashes, "metrics": metrics}
 
 
@@ -166,14 +166,14 @@ def _importance(folder: Path, store: Store) -> Stage:
 
 def _prune(folder: Path, store: Store) -> Stage:
     scored = stage_of("importance", "tiny", {}, {})
-    draft = store.open_draft(scored.id)
+    draft = store.handle(scored.id).open_draft()
     generator = torch.Generator().manual_seed(0)
     names = [f"layers.{layer}.entropy" for layer in range(4)]
     scores = {name: torch.rand(48, generator=generator, dtype=torch.float64) for name in names}
     save_file(scores, draft / "importance.safetensors")
     windows_ST = torch.randint(264, (16, 20), generator=generator)
     save_file({"input_ids": windows_ST}, draft / "windows.safetensors")
-    store.commit(scored, draft, {"metrics": {}})
+    store.handle(scored.id).commit(scored, draft, {"metrics": {}})
     model = save_tiny(folder / "model", num_hidden_layers=4, shard_size="40KB")
     params = {
         "ratio": 0.15,
@@ -257,19 +257,21 @@ class Commit(Subject):
 
     def run(self, root: Path, count: Count, mark: Mark, marks: list) -> dict:
         store = Store(root)
-        verdict = store.verify(self.STAGE.id, thorough=True)
+        verdict = store.handle(self.STAGE.id).verify(thorough=True)
         assert verdict.state != "corrupt", verdict.reason
         if verdict.state == "missing":
             store.work(self.STAGE.id).mkdir(parents=True, exist_ok=True)
             (store.work(self.STAGE.id) / "half").write_text("done")
-            draft = store.open_draft(self.STAGE.id)
+            draft = store.handle(self.STAGE.id).open_draft()
             (draft / "below" / "deep").mkdir(parents=True)
             for name in ("a.bin", "below/b.bin", "below/deep/c.bin"):
                 (draft / name).write_text(name * 100)
-            store.commit(self.STAGE, draft, {"metrics": {}})
-        store.discard_work(self.STAGE.id)
-        assert store.verify(self.STAGE.id, thorough=True).state == "done"
-        return {"files": {name: entry["sha256"] for name, entry in store.manifest(self.STAGE.id)["files"].items()}}
+            store.handle(self.STAGE.id).commit(self.STAGE, draft, {"metrics": {}})
+        store.handle(self.STAGE.id).discard_work()
+        assert store.handle(self.STAGE.id).verify(thorough=True).state == "done"
+        return {
+            "files": {name: entry["sha256"] for name, entry in store.handle(self.STAGE.id).manifest()["files"].items()}
+        }
 
 
 class Claims(Subject):
@@ -337,7 +339,7 @@ class SlurmSweep(Subject):
         store = Store(root)
         for _ in range(2):  # where a launcher gives up, the user repeats the command
             for stage in self.PLAN.stages.values():
-                if store.verify(stage.id).state == "done":
+                if store.handle(stage.id).verify().state == "done":
                     store.handle(stage.id).discard_leftovers()
             backend = FakeLauncher(store, self.PLAN)
             backend.start()
@@ -346,7 +348,7 @@ class SlurmSweep(Subject):
                 self._run_jobs(fake, store, restart=len(marks) > 0)
                 backend.step()
         assert not backend.unsubmitted(), f"stuck: {backend.unsubmitted()}"
-        assert all(store.verify(stage_id, thorough=True).state == "done" for stage_id in self.PLAN.stages)
+        assert all(store.handle(stage_id).verify(thorough=True).state == "done" for stage_id in self.PLAN.stages)
         return {}
 
     def _mark_submissions(self, fake: Controller, mark: Mark) -> None:
@@ -365,7 +367,7 @@ class SlurmSweep(Subject):
     def _run_jobs(self, fake: Controller, store: Store, restart: bool) -> None:
         for job_id, job in fake.jobs.items():
             stage = next(stage for stage in self.PLAN.stages.values() if f"-{stage.kind}-" in job.name)
-            if job.state == "PENDING" and all(store.verify(need).state == "done" for need in stage.needs):
+            if job.state == "PENDING" and all(store.handle(need).verify().state == "done" for need in stage.needs):
                 succeeds = self._run_job(store, stage, job_id, job.name, restart)
                 fake.set_state(job_id, "COMPLETED" if succeeds else "FAILED")
 
@@ -382,10 +384,10 @@ class SlurmSweep(Subject):
             if read_json(store.work(stage.id) / "stage.json") is None:
                 reception.end("failed")
                 return False
-            draft = store.open_draft(stage.id, reception.claim)
+            draft = store.handle(stage.id).open_draft(reception.claim)
             (draft / "result").write_text("x")
-            store.commit(stage, draft, {"metrics": {}, "wall_time_s": 1.0}, claim=reception.claim)
-            store.discard_work(stage.id)
+            store.handle(stage.id).commit(stage, draft, {"metrics": {}, "wall_time_s": 1.0}, claim=reception.claim)
+            store.handle(stage.id).discard_work()
         reception.end("done")
         return True
 

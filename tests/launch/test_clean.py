@@ -29,11 +29,13 @@ def made(config, tmp_path_factory):
     for ratio in (0.15, 0.2):
         store, plan = Store(out / "store"), planned(config, models=["alpha"], ratios=[ratio])[1]
         for stage in (it for it in plan.stages.values() if not store.handle(it.id).is_committed()):
-            draft = store.open_draft(stage.id)
+            draft = store.handle(stage.id).open_draft()
             for name in ("config.json", "model.safetensors") if stage.kind in ("prune", "recover") else ("scores",):
                 (draft / name).write_text("{}" + "x" * 998)
             metrics = {"fidelity": {}, "tasks": {}, "ratio_reached": ratio, "parameters": 5}
-            store.commit(stage, draft, {"metrics": metrics, "wall_time_s": 1.0, "peak_memory_bytes": 1})
+            store.handle(stage.id).commit(
+                stage, draft, {"metrics": metrics, "wall_time_s": 1.0, "peak_memory_bytes": 1}
+            )
         assert in_process(sweep.main, *chosen, ratio)[0] == 0
     assert in_process(sweep.main, "--out", out, "--forget", "alpha 0.15 + lora")[0] == 0
     return out
@@ -145,7 +147,7 @@ def test_what_a_job_in_the_queue_needs_stays_until_the_job_is_over(out, monkeypa
     attempt = Ledger(store).begin(stage, ranks=1, cores=1)
     attempt.record_job("101")
     write_stage_file(store.handle(stage.id), stage, Provenance(RuntimeConfig(), {}, {}), 1)
-    draft = store.open_draft(stage.id)
+    draft = store.handle(stage.id).open_draft()
     state = "CANCELLED" if answer == "gone" else "PENDING"
     fake.jobs["101"] = Job(attempt.intent.job_name, state)
     if answer == "silent":

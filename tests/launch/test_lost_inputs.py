@@ -63,14 +63,14 @@ def test_what_a_stage_finds_damaged_is_made_again_before_another_try(config, tmp
     store = Store(tmp_path / "store")
     for stage in wanted.stages.values():
         if stage.kind in gone:
-            store.discard(stage.id)
+            store.handle(stage.id).discard()
         elif stage.kind in damaged:
             damage(store, stage)
     code, shown, said = run(config, tmp_path)
     assert code == 0, shown + said
     assert "missing" not in shown
     reads = {need for stage in wanted.stages.values() if stage.kind in gone for need in stage.needs}
-    assert {store.verify(stage_id, thorough=True).state for stage_id in reads} == {"done"}
+    assert {store.handle(stage_id).verify(thorough=True).state for stage_id in reads} == {"done"}
     counts = [line.split("]")[0][1:].split("/") for line in shown.splitlines() if line.startswith("[")]
     assert counts[-1][0] == counts[-1][1] == str(len(counts)), "every try is counted"
 
@@ -78,6 +78,6 @@ def test_what_a_stage_finds_damaged_is_made_again_before_another_try(config, tmp
 def test_a_disk_that_damages_all_that_is_made_ends_the_sweep(config, tmp_path, wanted, monkeypatch):
     monkeypatch.setattr(Reading, "damages_again", True)
     for stage in wanted.stages.values():
-        Store(tmp_path / "store").discard(stage.id)
+        Store(tmp_path / "store").handle(stage.id).discard()
     code, shown, _ = run(config, tmp_path)
     assert code == 1 and "set aside" in shown

@@ -24,7 +24,7 @@ def test_what_stages_of_the_kind_and_model_took(tmp_path):
     for ratio, times in ((0.1, 1), (0.2, 3)):
         for stage in scores_and_cut("a", ratio):
             record = {"metrics": {"parameters": 1}, "wall_time_s": 3600 * times * hours[stage.kind]}
-            store.commit(stage, store.open_draft(stage.id), record)
+            store.handle(stage.id).commit(stage, store.handle(stage.id).open_draft(), record)
     stages = [*scores_and_cut("a", 0.3), *scores_and_cut("b", 0.3)]
     plan = Plan({stage.id: stage for stage in stages}, (), tuple(stage.id for stage in stages))
     known = [*map(measured_hours(plan, store), stages)]

@@ -29,7 +29,7 @@ def fill(out, wanted, but=()):
     """Write artifacts for all stages of a plan, as if they had run."""
     store = Store(out / "store")
     for stage in wanted.stages.values():
-        if stage.kind in but or store.manifest(stage.id) is not None:
+        if stage.kind in but or store.handle(stage.id).manifest() is not None:
             continue
         make_artifact(store, stage)
 

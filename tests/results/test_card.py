@@ -50,14 +50,16 @@ def fill(store, plan, but=(), config=None):
     for stage in plan.stages.values():
         if stage.kind in but:
             continue
-        draft = store.open_draft(stage.id)
+        draft = store.handle(stage.id).open_draft()
         (draft / "adapter").mkdir()
         (draft / "adapter" / "adapter_config.json").write_text('{"base_model_name_or_path": null, "r": 4}')
         for name in ("config.json", "model.safetensors"):
             (draft / name).write_text("content")
         fidelity = SCORES["fidelity"] | ({"kl": 0.0} if stage.label == "alpha dense" else {})
         metrics = {**SHAPE, **SCORES, "fidelity": fidelity}
-        store.commit(stage, draft, {"metrics": metrics, "provenance": PROVENANCE, "config": config or {}})
+        store.handle(stage.id).commit(
+            stage, draft, {"metrics": metrics, "provenance": PROVENANCE, "config": config or {}}
+        )
 
 
 def contents(config, out, but=(), **overrides):

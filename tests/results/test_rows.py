@@ -19,7 +19,7 @@ from hfprune_dist.results.rows import DenseModel, collect_rows
 from hfprune_dist.results.table import columns, flat_row, write_reports
 from hfprune_dist.store.artifacts import Store
 from hfprune_dist.store.atomic_files import write_json
-from hfprune_dist.store.heartbeat import Failure, write_failure_record
+from hfprune_dist.store.heartbeat import Failure
 from hfprune_dist.store.stage import Input
 from hfprune_dist.structures.experts import EXPERT_COUNT_KEYS, SHARED_WIDTHS
 
@@ -48,12 +48,12 @@ SCORES = {
 
 
 def commit(store, stage, files=None, record=None, **metrics):
-    draft = store.open_draft(stage.id)
+    draft = store.handle(stage.id).open_draft()
     for name, content in (files or {}).items():
         (draft / name).parent.mkdir(exist_ok=True)
         (draft / name).write_text(content)
     costs = {"wall_time_s": 2.0, "peak_memory_bytes": 100 + len(stage.kind)}
-    store.commit(stage, draft, {"metrics": metrics, **costs, **(record or {})})
+    store.handle(stage.id).commit(stage, draft, {"metrics": metrics, **costs, **(record or {})})
 
 
 def table(rows):
@@ -132,7 +132,7 @@ def test_a_row_names_the_folder_of_its_checkpoint(store):
     assert collect_rows(PLAN, store, DENSE)[1]["checkpoint"] == "checkpoints/m-0.2-hfprune"
     update_checkpoints(store.root.parent, {"m-0.2-hfprune": replace(contents, checkpoint="prune/another")})
     assert collect_rows(PLAN, store, DENSE)[1]["checkpoint"] == f"store/{PRUNE.id}"
-    store.discard(PRUNE.id)
+    store.handle(PRUNE.id).discard()
     (_, pruned) = collect_rows(PLAN, store, DENSE)
     assert pruned["status"] == "missing" and pruned["checkpoint"] is None
 
@@ -159,7 +159,7 @@ def test_sizes_of_experts_have_columns_whatever_config_json_calls_them(store, nu
         | {"shared_expert_intermediate_size": 40}
     )
     dense = {"m": DenseModel.of(checkpoint_of(config, shapes))}
-    store.discard(PRUNE.id)
+    store.handle(PRUNE.id).discard()
     commit(store, PRUNE, **{number: 3, shared: 39})
     shown = table(collect_rows(PLAN, store, dense))
     assert (shown["experts"], shown["shared expert width"]) == (("4", "3"), ("40", "39"))
@@ -170,14 +170,14 @@ def test_a_missing_cell_is_missing_and_says_why(store):
     assert pruned["status"] == "missing" and pruned["cause"] == "evaluate has not run yet"
     assert pruned["kl"] is None and pruned["average"] is None and pruned["wall_time_s"] is None
     store.work(EVALUATE.id).mkdir(parents=True)
-    write_failure_record(store.work(EVALUATE.id), Failure("input", "first line\nlast line", 0, 0.0))
+    store.handle(EVALUATE.id).report_failure(Failure("input", "first line\nlast line", 0, 0.0))
     assert collect_rows(PLAN, store, DENSE)[1]["cause"] == "evaluate failed (input): first line"
 
 
 def test_a_cell_that_waits_names_what_failed_before_it(tmp_path):
     store = Store(tmp_path)
     store.work(IMPORTANCE.id).mkdir(parents=True)
-    write_failure_record(store.work(IMPORTANCE.id), Failure("killed", "a rank died", -1, 0.0))
+    store.handle(IMPORTANCE.id).report_failure(Failure("killed", "a rank died", -1, 0.0))
     _, pruned = collect_rows(PLAN, store, DENSE)
     assert pruned["cause"] == "importance failed (killed): a rank died" and pruned["parameters"] is None
 
@@ -188,7 +188,7 @@ def test_a_row_stands_without_its_speed(store):
     cells = (PLAN.cells[0], replace(PLAN.cells[1], efficiency=measured.id))
     plan = Plan({**PLAN.stages, measured.id: measured}, cells)
     store.work(measured.id).mkdir(parents=True)
-    write_failure_record(store.work(measured.id), Failure("code", "out of memory\nat last", 0, 0.0))
+    store.handle(measured.id).report_failure(Failure("code", "out of memory\nat last", 0, 0.0))
     _, row = collect_rows(plan, store, DENSE)
     assert (row["status"], row["kl"], row["own_time_s"]) == ("done", 0.25, 6.0) and "decode_speed" not in row
     assert row["cause"] == "no speed: efficiency failed (code): out of memory"
@@ -202,7 +202,7 @@ def test_a_row_stands_without_its_speed(store):
 def test_a_result_stands_when_a_pass_behind_it_is_made_again(store):
     """It may be made again for a further criterion, for example; its cost is not known yet."""
     commit(store, EVALUATE, **SCORES)
-    store.discard(IMPORTANCE.id)
+    store.handle(IMPORTANCE.id).discard()
     _, row = collect_rows(PLAN, store, DENSE)
     assert (row["status"], row["cause"], row["kl"], row["parameters"]) == ("done", None, 0.25, 79)
     assert row["wall_time_s"] is row["peak_memory_bytes"] is row["device_hours"] is None

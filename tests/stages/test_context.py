@@ -38,9 +38,9 @@ def store(tmp_path):
 
 
 def make_need(store):
-    draft = store.open_draft(NEED.id)
+    draft = store.handle(NEED.id).open_draft()
     (draft / "scores").write_text("scores")
-    store.commit(NEED, draft, {"metrics": {}})
+    store.handle(NEED.id).commit(NEED, draft, {"metrics": {}})
 
 
 def begin(store, text, claim=None):
@@ -82,7 +82,7 @@ def test_a_stage_on_the_planned_files_commits(store, text):
     draft = context.open_draft()
     (draft / "weights").write_text("weights")
     context.commit(draft, {})
-    assert store.verify(context.stage.id).state == "done" and not context.work.exists()
+    assert store.handle(context.stage.id).verify().state == "done" and not context.work.exists()
 
 
 def test_a_file_that_changed_after_planning_is_refused_and_so_is_what_was_made_of_it(store, text):
@@ -106,7 +106,7 @@ def test_nothing_is_committed_that_may_have_been_made_of_another_file(store, tex
     (draft / "weights").write_text("poisoned")
     with pytest.raises(ChangedInputError, match=r"text\.jsonl.*: changed while a stage read it"):
         context.commit(draft, {})
-    assert store.verify(context.stage.id).state == "missing" and progress_of(context) == []
+    assert store.handle(context.stage.id).verify().state == "missing" and progress_of(context) == []
     text.write_text("planned")
     claimed(store, text).check_inputs()
 
@@ -117,7 +117,7 @@ def test_who_lost_its_claim_commits_nothing_and_leaves_its_successor_alone(store
     draft = context.open_draft()
     (draft / "weights").write_text("late")
     successor = take_over(context, monkeypatch)
-    his = store.open_draft(context.stage.id, successor)
+    his = store.handle(context.stage.id).open_draft(successor)
     assert not draft.exists()
     draft.mkdir()  # as if the successor had come first
     (draft / "weights").write_text("late")
@@ -129,7 +129,7 @@ def test_who_lost_its_claim_commits_nothing_and_leaves_its_successor_alone(store
     with pytest.raises(ClaimLostError):
         context.check_inputs()
     assert his.is_dir() and progress_of(context) == ["partial.safetensors", "snapshots"]
-    assert store.verify(context.stage.id).state == "missing" and successor.is_held()
+    assert store.handle(context.stage.id).verify().state == "missing" and successor.is_held()
 
 
 def test_a_heartbeat_of_who_lost_its_claim_ends_the_stage(store, text, monkeypatch):
@@ -152,7 +152,7 @@ def test_damage_is_set_aside(store, text):
     corrupt(store)
     with pytest.raises(LostInputError, match=rf"{NEED.id}: scores: content changed.*; set aside as .*quarantine"):
         begin(store, text).check_inputs()
-    assert store.verify(NEED.id).state == "missing"
+    assert store.handle(NEED.id).verify().state == "missing"
     with pytest.raises(LostInputError, match=rf"{NEED.id}: not made yet; run the sweep again"):
         begin(store, text).check_inputs()
 
@@ -174,6 +174,6 @@ def test_a_clock_that_is_set_lengthens_no_stage(store, text, monkeypatch):
     draft = context.open_draft()
     (draft / "model.bin").write_text("weights")
     context.commit(draft, {})
-    manifest = store.manifest(context.stage.id)
+    manifest = store.handle(context.stage.id).manifest()
     assert 0 <= manifest["wall_time_s"] < 600
     assert manifest["finished"] - manifest["started"] == pytest.approx(manifest["wall_time_s"], abs=1e-3)

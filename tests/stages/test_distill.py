@@ -36,20 +36,20 @@ def source(tmp_path_factory):
     dense = open_checkpoint(save_tiny(folder / "dense"))
     store = Store(folder / "store")
     make_reference(store, dense, torch.float32)
-    draft = store.open_draft(PRUNE.id)
+    draft = store.handle(PRUNE.id).open_draft()
     kept = Kept.of_all_layers({"neurons": [torch.arange(0, 48, 2), torch.arange(30)]})
     for file in dense.weight_files:
         write_weight_file(dense, file, kept, draft)
     write_companions(dense, draft, pruned_config(dense, kept.shape))
-    store.commit(PRUNE, draft, {"metrics": {}})
+    store.handle(PRUNE.id).commit(PRUNE, draft, {"metrics": {}})
     return folder
 
 
 def make_reference(store, dense, dtype):
-    draft = store.open_draft(REFERENCE.id)
+    draft = store.handle(REFERENCE.id).open_draft()
     stream = LayerStream(dense, windows(), dtype, MICRO_BATCH, SoloWorld())
     write_dense_states(stream, draft, SoloWorld(), lambda layers: None)
-    store.commit(REFERENCE, draft, {"metrics": {}})
+    store.handle(REFERENCE.id).commit(REFERENCE, draft, {"metrics": {}})
 
 
 def lay_out(source, folder, passes=6, **settings):
@@ -103,7 +103,7 @@ def test_plain_transformers_loads_a_closer_model(source, uninterrupted):
     # The logged values are the divergence itself: a step's mean over its windows, the first before anything was learnt.
     losses = losses_of(store, stage)
     assert sum(losses[:2]) / 2 == pytest.approx(before, rel=0.05)
-    metrics = store.manifest(stage.id)["metrics"]
+    metrics = store.handle(stage.id).manifest()["metrics"]
     assert (metrics["windows"], metrics["tokens"], metrics["steps"]) == (WINDOWS, WINDOWS * TOKENS, 12)
     assert (metrics["first_loss"], metrics["final_loss"]) == (losses[0], losses[-1])
 

@@ -103,7 +103,7 @@ def make_reference(store, inputs, dense, dtype, name):
     params = {"dtype": dtype, "micro_batch_size": 1, "add_bos_token": True, "text": settings}
     files = {"model": dense, "text": Input(FileHashes(None).of_file(text), str(text))}
     stage = stage_of("reference", "tiny", params, files)
-    if store.verify(stage.id).state != "done":
+    if store.handle(stage.id).verify().state != "done":
         run_alone(store, stage, reference)
     return stage
 
@@ -111,8 +111,8 @@ def make_reference(store, inputs, dense, dtype, name):
 def finish(store, stage, ranks, **options):
     result = run_stage(store, stage, ranks, environment={"HF_HUB_OFFLINE": "1"}, **options)
     assert result.returncode == 0, result.stderr[-3000:]
-    assert store.verify(stage.id, thorough=True).state == "done"
-    return store.manifest(stage.id)["metrics"]
+    assert store.handle(stage.id).verify(thorough=True).state == "done"
+    return store.handle(stage.id).manifest()["metrics"]
 
 
 def run_alone(store, stage, kind=evaluate):
@@ -120,7 +120,7 @@ def run_alone(store, stage, kind=evaluate):
     store.work(stage.id).mkdir(parents=True, exist_ok=True)
     progress = Progress(store.work(stage.id))
     kind.run(Context(stage, store, SoloWorld(), RuntimeConfig(), progress, config={}, code={}, attempt=1))
-    return store.manifest(stage.id)["metrics"]
+    return store.handle(stage.id).manifest()["metrics"]
 
 
 @pytest.fixture(scope="module")
@@ -328,7 +328,7 @@ def test_outputs_that_are_no_numbers_are_no_result(inputs, tmp_path):
     stage = make_stage(store, there, [])
     with pytest.raises(UserError, match=r"^fidelity: the model's outputs are NaN or infinite; check the checkpoint's"):
         run_alone(store, stage)
-    assert store.verify(stage.id).state == "missing"
+    assert store.handle(stage.id).verify().state == "missing"
 
 
 def test_log_likelihoods_that_are_no_numbers_are_no_score(inputs, tmp_path, monkeypatch):
@@ -340,4 +340,4 @@ def test_log_likelihoods_that_are_no_numbers_are_no_score(inputs, tmp_path, monk
         UserError, match=r"^loglikelihood\w*: the model's log-likelihoods are NaN; check the checkpoint"
     ):
         run_alone(store, stage)
-    assert store.verify(stage.id).state == "missing"
+    assert store.handle(stage.id).verify().state == "missing"

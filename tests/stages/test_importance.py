@@ -81,7 +81,7 @@ def test_anyone_can_recompute_the_scores_from_the_windows(on_one_rank):
         assert scores[f"layers.{layer}.entropy"].dtype == torch.float64
         difference = scores[f"layers.{layer}.entropy"] - expected[layer]
         assert difference.norm() / expected[layer].norm() < 1e-5
-    metrics = store.manifest(stage.id)["metrics"]
+    metrics = store.handle(stage.id).manifest()["metrics"]
     assert metrics["tokens"] == 11 * 32 and metrics["documents_used"] == 11
 
 
@@ -116,7 +116,7 @@ def test_all_criteria_at_once_on_any_number_of_ranks(tmp_path):
     }
     for name, expected in scores.items():
         assert torch.equal(scores_of(two, stage)[name], expected), name
-    metrics = [store.manifest(stage.id)["metrics"] for store in (one, two)]
+    metrics = [store.handle(stage.id).manifest()["metrics"] for store in (one, two)]
     assert metrics[0] == metrics[1] and 0 < metrics[0]["mean_entropy_nats"] < metrics[0]["mean_cross_entropy_nats"]
 
     model = tiny_model("llama", **SHARDED)
@@ -152,7 +152,7 @@ def test_criteria_without_a_loss_do_without_a_model(tmp_path):
     stage = make_stage(tmp_path, criteria=criteria, samples=3)
     store = run_in(tmp_path / "store", stage, 1)
     assert set(scores_of(store, stage)) == {f"layers.{layer}.{name}" for layer in range(2) for name in criteria}
-    assert not any(key.startswith("mean_") for key in store.manifest(stage.id)["metrics"])
+    assert not any(key.startswith("mean_") for key in store.handle(stage.id).manifest()["metrics"])
 
 
 def test_killed_in_mid_pass_and_resumed_on_another_number_of_ranks(on_one_rank, tmp_path):
@@ -160,7 +160,7 @@ def test_killed_in_mid_pass_and_resumed_on_another_number_of_ranks(on_one_rank, 
     store = Store(tmp_path / "store")
     environment = killing(rank=0, kill_at=5, match="partial.draft")
     result = run_stage(store, stage, 2, environment=environment)
-    assert result.returncode != 0 and store.verify(stage.id).state == "missing"
+    assert result.returncode != 0 and store.handle(stage.id).verify().state == "missing"
     saved = load_file(store.work(stage.id) / "partial.safetensors")
     assert saved["next_shard"] == 4 < 6, "killed before its third save"
     run_in(store.root, stage, 1)

@@ -24,7 +24,7 @@ def test_real_ranks_write_a_checkpoint_that_plain_transformers_loads(tmp_path):
     assert result.returncode == 0, result.stderr[-2000:]
     kept = json.loads((store.path(stage.id) / "kept.json").read_text())["neurons"]
     model = AutoModelForCausalLM.from_pretrained(store.path(stage.id))
-    metrics = store.manifest(stage.id)["metrics"]
+    metrics = store.handle(stage.id).manifest()["metrics"]
     assert metrics["intermediate_size"] == model.config.intermediate_size == 14
     assert metrics["parameters"] == sum(p.numel() for p in model.parameters())
     assert metrics["ratio_reached"] == pytest.approx(0.2, abs=0.01)
@@ -83,7 +83,7 @@ def test_refitted_norms_bring_the_distribution_closer_and_nothing_else_changes(t
         store, stage, _ = prepare(folder, ratio=0.25, refit="layerwise", **also)
         run_solo(store, stage)
         tensors.append(load_file(store.path(stage.id) / "model.safetensors"))
-        metrics = store.manifest(stage.id)["metrics"]
+        metrics = store.handle(stage.id).manifest()["metrics"]
     changed = {name for name, it in tensors[0].items() if not torch.equal(it, tensors[1][name])}
     assert changed == {f"{it}.weight" for it in NORMS}
     kls = metrics["norms_kl"]
@@ -139,7 +139,7 @@ def test_a_block_goes_on_with_the_same_bits_after_one_of_its_ranks_died_in_the_s
 def test_layers_compete_and_the_checkpoint_loads_with_and_without_its_code(tmp_path):
     store, stage, _ = prepare(tmp_path, ratio=0.1, allocation="global", refit="dense", protect_last=1)
     run_solo(store, stage)
-    metrics, folder = store.manifest(stage.id)["metrics"], store.path(stage.id)
+    metrics, folder = store.handle(stage.id).manifest()["metrics"], store.path(stage.id)
     widths = metrics["intermediate_sizes"]
     assert widths == [14, 48] and metrics["intermediate_size"] is None
     assert metrics["ratio_reached"] == pytest.approx(0.1, abs=0.002)
@@ -157,7 +157,7 @@ def test_a_search_takes_the_widths_that_measure_best(tmp_path):
     """The winner's measurement is what the finished checkpoint has on the held-out window."""
     store, stage, _ = prepare(tmp_path, ratio=0.15, allocation="searched")
     run_solo(store, stage)
-    metrics, folder = store.manifest(stage.id)["metrics"], store.path(stage.id)
+    metrics, folder = store.handle(stage.id).manifest()["metrics"], store.path(stage.id)
     measured = metrics["search_kl"]
     assert any("everywhere" in name for name in measured) and len(measured) > 8
     held_out = load_file(store.path(IMPORTANCE.id) / "windows.safetensors")["input_ids"][8:]
@@ -190,7 +190,7 @@ def test_death_at_every_point_ends_with_the_same_weights(tmp_path, method):
     expected = weights_of(reference, stage)
     assert len(deaths) > 10
     for store in map(Store, deaths):
-        assert store.verify(stage.id).state in ("missing", "done")
-        if store.verify(stage.id).state == "missing":
+        assert store.handle(stage.id).verify().state in ("missing", "done")
+        if store.handle(stage.id).verify().state == "missing":
             run_solo(store, stage)
         assert weights_of(store, stage) == expected

@@ -32,7 +32,7 @@ BOTH = [NEURONS, KV_GROUPS]
 def scored(store, checkpoint, structures):
     """Commit an importance artifact of random scores."""
     stage = stage_of("importance", "moe", {}, {})
-    draft = store.open_draft(stage.id)
+    draft = store.handle(stage.id).open_draft()
     scores = {
         score_name(layer, "entropy", units.kind): torch.rand(count, generator=seeded(units.kind, layer)).double()
         for units in checkpoint.pruned_kinds(structures)
@@ -41,7 +41,7 @@ def scored(store, checkpoint, structures):
     save_file(scores, draft / "importance.safetensors")
     windows_ST = torch.randint(3, 64, (16, 12), generator=seeded("windows", 0))
     save_file({"input_ids": windows_ST}, draft / "windows.safetensors")
-    store.commit(stage, draft, {"metrics": {}})
+    store.handle(stage.id).commit(stage, draft, {"metrics": {}})
     return stage, scores
 
 
@@ -89,7 +89,10 @@ def test_what_scores_highest_stays(tmp_path, model_type, refit, structures):
     importance, scores = scored(store, dense, structures)
     inputs = {"model": Input(FileHashes(None).of_folder(folder), str(folder)), "importance": importance.as_input()}
     stage = pruned(store, RATIO, inputs, refit, structures)
-    kept, metrics = json.loads((store.path(stage.id) / "kept.json").read_text()), store.manifest(stage.id)["metrics"]
+    kept, metrics = (
+        json.loads((store.path(stage.id) / "kept.json").read_text()),
+        store.handle(stage.id).manifest()["metrics"],
+    )
     model = AutoModelForCausalLM.from_pretrained(store.path(stage.id))
     assert metrics["parameters"] == sum(it.numel() for it in model.state_dict().values())
     assert metrics["ratio_reached"] >= RATIO

@@ -282,7 +282,7 @@ def test_death_before_any_file_appears_ends_with_the_same_bits(tmp_path):
     expected, found = outcome(reference, stage), set()
     for store in map(Store, deaths):
         found |= {file.parent.name.partition("-")[0] for file in store.work(stage.id).rglob("*") if file.is_file()}
-        if store.verify(stage.id).state == "missing":
+        if store.handle(stage.id).verify().state == "missing":
             run(store, stage, SoloWorld())
         assert outcome(store, stage) == expected
     assert len(deaths) > 10 and found >= {"final", "refit"}

@@ -88,7 +88,7 @@ def test_losses_fall_and_reach_the_manifest(uninterrupted):
     assert lines[0].keys() == {"step", "epoch", "loss", "learning_rate", "grad_norm"}
     assert lines[0]["learning_rate"] == RECOVERY["learning_rate"]
     assert lines[-1]["loss"] < lines[0]["loss"] - 0.5
-    metrics = store.manifest(stage.id)["metrics"]
+    metrics = store.handle(stage.id).manifest()["metrics"]
     assert (metrics["pairs"], metrics["dropped_pairs"], metrics["steps"]) == (40, 0, STEPS)
     assert (metrics["first_loss"], metrics["final_loss"]) == (lines[0]["loss"], lines[-1]["loss"])
     assert 0 < metrics["trained_tokens"] < metrics["tokens"] <= metrics["rows"] * RECOVERY["sequence_length"]

@@ -78,9 +78,9 @@ def test_calibration_windows_are_rows_to_learn_from(tmp_path):
     save_tiny(tmp_path / "dense")
     windows_ST = torch.randint(3, 264, (6, 24), generator=torch.Generator().manual_seed(0))
     store = Store(tmp_path / "store")
-    draft = store.open_draft(IMPORTANCE.id)
+    draft = store.handle(IMPORTANCE.id).open_draft()
     save_file({"input_ids": windows_ST}, draft / "windows.safetensors")
-    store.commit(IMPORTANCE, draft, {"metrics": {}})
+    store.handle(IMPORTANCE.id).commit(IMPORTANCE, draft, {"metrics": {}})
     inputs = {"model": Input("dense", str(tmp_path / "dense")), "importance": IMPORTANCE.as_input()}
     states = run_alone(store, stage_of("reference", "tiny", {"dtype": "float32", "micro_batch_size": 4}, inputs))
     with torch.no_grad():
@@ -126,4 +126,4 @@ def test_states_that_are_no_numbers_are_refused(source, tmp_path):
     store = Store(tmp_path / "store")
     with pytest.raises(UserError, match=r"final hidden states are NaN or infinite; check the checkpoint's weights"):
         run_in_threads(store, stage, Ranks(3))
-    assert store.verify(stage.id).state == "missing"
+    assert store.handle(stage.id).verify().state == "missing"

@@ -13,11 +13,11 @@ STAGE = stage_of("prune", "a label", {"ratio": 0.2}, {"model": Input("digest", "
 
 
 def make(store, content="weights"):
-    draft = store.open_draft(STAGE.id)
+    draft = store.handle(STAGE.id).open_draft()
     (draft / "model.bin").write_text(content)
     (draft / "sub").mkdir()
     (draft / "sub" / "more.txt").write_text("more")
-    store.commit(STAGE, draft, {"metrics": {"parameters": 3}})
+    store.handle(STAGE.id).commit(STAGE, draft, {"metrics": {"parameters": 3}})
 
 
 @pytest.fixture(params=["files one after another", "files side by side"])
@@ -28,10 +28,10 @@ def store(tmp_path, request, monkeypatch):
 
 
 def test_a_committed_artifact_verifies_and_carries_its_manifest(store):
-    assert store.verify(STAGE.id).state == "missing"
+    assert store.handle(STAGE.id).verify().state == "missing"
     make(store)
-    assert store.verify(STAGE.id).state == store.verify(STAGE.id, thorough=True).state == "done"
-    manifest = store.manifest(STAGE.id)
+    assert store.handle(STAGE.id).verify().state == store.handle(STAGE.id).verify(thorough=True).state == "done"
+    manifest = store.handle(STAGE.id).manifest()
     assert manifest["stage"]["fingerprint"] == STAGE.fingerprint
     assert set(manifest["files"]) == {"model.bin", "sub/more.txt"}
     assert not list((store.root / "prune").glob(".draft*"))
@@ -39,10 +39,10 @@ def test_a_committed_artifact_verifies_and_carries_its_manifest(store):
 
 def test_colleagues_may_read_what_the_umask_allows(store):
     """Some libraries make their files readable by their owner only."""
-    draft = store.open_draft(STAGE.id)
+    draft = store.handle(STAGE.id).open_draft()
     (draft / "scores.bin").touch(mode=0o600)
     before = os.umask(0o027)
-    store.commit(STAGE, draft, {"metrics": {}})
+    store.handle(STAGE.id).commit(STAGE, draft, {"metrics": {}})
     os.umask(before)
     assert (store.path(STAGE.id) / "scores.bin").stat().st_mode & 0o777 == 0o640
 
@@ -50,7 +50,7 @@ def test_colleagues_may_read_what_the_umask_allows(store):
 def test_what_has_no_manifest_does_not_exist(store):
     make(store)
     (store.path(STAGE.id) / MANIFEST).unlink()
-    assert store.verify(STAGE.id).state == "corrupt"
+    assert store.handle(STAGE.id).verify().state == "corrupt"
 
 
 @pytest.mark.parametrize("damage", ["missing", "truncated", "flipped", "manifest"])
@@ -63,20 +63,20 @@ def test_damage_is_found_and_set_aside(store, damage):
         file.write_text(file.read_text()[:50])
     else:
         file.write_text("weight" if damage == "truncated" else "Weights")
-    verdict = store.verify(STAGE.id)
+    verdict = store.handle(STAGE.id).verify()
     assert verdict.state == "corrupt"
-    aside = store.set_aside(STAGE.id)
-    assert aside.is_dir() and store.verify(STAGE.id).state == "missing"
+    aside = store.handle(STAGE.id).set_aside()
+    assert aside.is_dir() and store.handle(STAGE.id).verify().state == "missing"
     make(store)
-    assert store.verify(STAGE.id).state == "done"
+    assert store.handle(STAGE.id).verify().state == "done"
 
 
 @pytest.mark.parametrize("content", ["[]", '{"metrics": []}'])
 def test_a_manifest_without_metrics_is_none(store, content):
     make(store)
     (store.path(STAGE.id) / MANIFEST).write_text(content)
-    assert store.manifest(STAGE.id) is None and not store.is_committed(STAGE.id)
-    assert store.verify(STAGE.id).state == "corrupt"
+    assert store.handle(STAGE.id).manifest() is None and not store.handle(STAGE.id).is_committed()
+    assert store.handle(STAGE.id).verify().state == "corrupt"
 
 
 def test_damage_behind_an_unchanged_modification_time_is_found_by_reading(store):
@@ -85,31 +85,30 @@ def test_damage_behind_an_unchanged_modification_time_is_found_by_reading(store)
     stat = file.stat()
     file.write_text("Weights")
     os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
-    assert store.verify(STAGE.id, thorough=True).state == "corrupt"
+    assert store.handle(STAGE.id).verify(thorough=True).state == "corrupt"
 
 
 def test_a_copied_store_with_other_times_verifies(store):
     make(store)
     os.utime(store.path(STAGE.id) / "model.bin", (1, 1))
-    assert store.verify(STAGE.id).state == "done"
+    assert store.handle(STAGE.id).verify().state == "done"
 
 
 def test_the_loser_of_a_race_keeps_the_winners_artifact(store):
-    draft = store.open_draft(STAGE.id)
+    draft = store.handle(STAGE.id).open_draft()
     (draft / "model.bin").write_text("loser")
-    winner = Store(store.root)
-    rival = winner.root / "prune" / ".draft-rival"
+    rival = store.root / "prune" / ".draft-rival"
     rival.mkdir()
     (rival / "model.bin").write_text("winner")
-    winner.commit(STAGE, rival, {"metrics": {}})
-    store.commit(STAGE, draft, {"metrics": {}})
+    Store(store.root).handle(STAGE.id).commit(STAGE, rival, {"metrics": {}})
+    store.handle(STAGE.id).commit(STAGE, draft, {"metrics": {}})
     assert (store.path(STAGE.id) / "model.bin").read_text() == "winner"
     assert not draft.exists()
 
 
 def test_drafts_of_dead_attempts_go(store):
-    stale = store.open_draft(STAGE.id)
-    fresh = store.open_draft(STAGE.id)
+    stale = store.handle(STAGE.id).open_draft()
+    fresh = store.handle(STAGE.id).open_draft()
     assert not stale.exists() and fresh.is_dir()
 
 
@@ -127,8 +126,8 @@ def test_what_can_not_be_read_now_is_not_set_aside(store, monkeypatch, reader):
     with monkeypatch.context() as patch:
         patch.setattr(Path, reader, refuse)
         with pytest.raises(OSError, match="Input/output"):
-            store.set_aside(STAGE.id)
-    assert store.verify(STAGE.id).state == "done"
+            store.handle(STAGE.id).set_aside()
+    assert store.handle(STAGE.id).verify().state == "done"
 
 
 def test_what_is_emptied_may_be_in_use(store, monkeypatch):
@@ -137,11 +136,11 @@ def test_what_is_emptied_may_be_in_use(store, monkeypatch):
     with monkeypatch.context() as patch:
         for function in ("rmdir", "unlink"):
             patch.setattr(os, function, unless_named(("model.bin", "sub"), getattr(os, function)))
-        store.empty(STAGE.id)
-    assert not store.is_committed(STAGE.id)
+        store.handle(STAGE.id).empty()
+    assert not store.handle(STAGE.id).is_committed()
     assert {it.name for it in store.path(STAGE.id).iterdir()} == {MANIFEST, "model.bin", "sub"}
     make(store)
-    assert store.verify(STAGE.id).state == "done"
+    assert store.handle(STAGE.id).verify().state == "done"
 
 
 def unless_named(names, remove):

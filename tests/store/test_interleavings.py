@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from made_stages import stage_of
 
 from hfprune_dist.store import claims
-from hfprune_dist.store.artifacts import Store
+from hfprune_dist.store.artifacts import StageHandle, Store
 from hfprune_dist.store.claims import Claim, ClaimLostError, Holder, try_claim
 from hfprune_dist.store.stage import Input
 
@@ -32,9 +32,9 @@ def fresh(scratch):
 
 
 def make(store, content="weights"):
-    draft = store.open_draft(STAGE.id)
+    draft = store.handle(STAGE.id).open_draft()
     (draft / "model.bin").write_text(content)
-    store.commit(STAGE, draft, {"metrics": {}})
+    store.handle(STAGE.id).commit(STAGE, draft, {"metrics": {}})
 
 
 def corrupt(store):
@@ -45,13 +45,13 @@ def corrupt(store):
 def find_and_mend(scratch, makes):
     """Do what a sweep does that finds damage: set it aside, and make what is missing."""
     store = Store(scratch / "store")
-    if store.verify(STAGE.id, thorough=True).state == "corrupt":
-        aside = store.set_aside(STAGE.id)
-        if makes and store.verify(STAGE.id).state == "missing":
+    if store.handle(STAGE.id).verify(thorough=True).state == "corrupt":
+        aside = store.handle(STAGE.id).set_aside()
+        if makes and store.handle(STAGE.id).verify().state == "missing":
             made = store.root / STAGE.kind / f".draft-{id(store)}"  # each claim has a draft of its own
             made.mkdir(parents=True)
             (made / "model.bin").write_text("weights")
-            store.commit(STAGE, made, {"metrics": {}})
+            store.handle(STAGE.id).commit(STAGE, made, {"metrics": {}})
         return aside
     return None
 
@@ -65,7 +65,7 @@ def test_damage_is_set_aside_once_and_what_was_made_anew_stays(scratch, order, m
     (folder,) = [path for path in aside if path is not None]
     assert (folder / "model.bin").read_text() == "Weights"
     assert [path.name for path in (store.root / "quarantine").iterdir()] == [folder.name]
-    state = store.verify(STAGE.id, thorough=True).state
+    state = store.handle(STAGE.id).verify(thorough=True).state
     assert state in ("done", "missing"), "no damage is left, and nothing that was made anew is damaged"
     assert state == "done" or not all(makers)
     assert {path.name for path in (store.root / STAGE.kind).iterdir()} <= {STAGE.fingerprint}
@@ -75,20 +75,20 @@ def test_who_comes_late_leaves_what_was_made_anew_alone(scratch, monkeypatch):
     """Both find it corrupt; one sets it aside and makes it anew, and only then does the other take it."""
     store = fresh(scratch)
     corrupt(store)
-    late, verify = Store(store.root), Store.verify
+    late, verify = store.handle(STAGE.id), StageHandle.verify
 
     def made_anew_meanwhile(self, *arguments, **options):
         verdict = verify(self, *arguments, **options)
         if self is late and verdict.state == "corrupt":
-            assert store.set_aside(STAGE.id) is not None
+            assert store.handle(STAGE.id).set_aside() is not None
             make(store)
         return verdict
 
-    monkeypatch.setattr(Store, "verify", made_anew_meanwhile)
-    assert late.set_aside(STAGE.id) is None
-    assert store.verify(STAGE.id, thorough=True).state == "done"
+    monkeypatch.setattr(StageHandle, "verify", made_anew_meanwhile)
+    assert late.set_aside() is None
+    assert store.handle(STAGE.id).verify(thorough=True).state == "done"
     assert len(list((store.root / "quarantine").iterdir())) == 1
-    assert store.set_aside(STAGE.id) is None and store.verify(STAGE.id).state == "done"
+    assert store.handle(STAGE.id).set_aside() is None and store.handle(STAGE.id).verify().state == "done"
 
 
 @often
@@ -111,12 +111,12 @@ def commit_unless_lost(scratch, claim, content):
     """Make an attempt at the stage, up to its end or until it notices that it has lost its claim."""
     store = Store(scratch / "store")
     try:
-        draft = store.open_draft(STAGE.id, claim)
+        draft = store.handle(STAGE.id).open_draft(claim)
         with contextlib.suppress(FileNotFoundError):  # its successor has cleared its draft away
             (draft / "model.bin").write_text(content)
-        store.commit(STAGE, draft, {"metrics": {}}, claim=claim)
+        store.handle(STAGE.id).commit(STAGE, draft, {"metrics": {}}, claim=claim)
     except ClaimLostError:
-        store.discard_drafts(STAGE.id, claim)
+        store.handle(STAGE.id).discard_drafts(claim)
         return "lost"
     return "done"
 
@@ -136,7 +136,7 @@ def test_who_was_taken_for_dead_never_harms_its_successor(scratch, order):
 
     ends = interleave([lambda: commit_unless_lost(scratch, first, "first"), succeed], order)
     assert ends[1] == "done"
-    assert store.verify(STAGE.id, thorough=True).state == "done"
+    assert store.handle(STAGE.id).verify(thorough=True).state == "done"
     content = (store.path(STAGE.id) / "model.bin").read_text()
     assert content == "second" or ends[0] == "done"
     assert [path.name for path in (store.root / STAGE.kind).iterdir()] == [STAGE.fingerprint]
@@ -146,16 +146,16 @@ def test_a_draft_belongs_to_its_claim(scratch):
     store = fresh(scratch)
     work = store.work(STAGE.id)
     first = try_claim(work)
-    stale = store.open_draft(STAGE.id, first)
-    unclaimed = store.open_draft(STAGE.id)
+    stale = store.handle(STAGE.id).open_draft(first)
+    unclaimed = store.handle(STAGE.id).open_draft()
     assert stale.is_dir(), "who has no claim removes nobody's draft"
     first.release()
     second = try_claim(work)
-    draft = store.open_draft(STAGE.id, second)
+    draft = store.handle(STAGE.id).open_draft(second)
     assert not stale.exists() and not unclaimed.exists()
     with pytest.raises(ClaimLostError):
-        store.open_draft(STAGE.id, first)
-    store.discard_drafts(STAGE.id, first)
+        store.handle(STAGE.id).open_draft(first)
+    store.handle(STAGE.id).discard_drafts(first)
     assert draft.is_dir() and isinstance(draft, Path)
-    store.discard_drafts(STAGE.id, second)
+    store.handle(STAGE.id).discard_drafts(second)
     assert not draft.exists()

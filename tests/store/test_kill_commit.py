@@ -6,7 +6,7 @@ import pytest
 from faults.kill import die_in_fork
 from made_stages import stage_of
 
-from hfprune_dist.store.artifacts import Store
+from hfprune_dist.store.artifacts import StageHandle, Store
 from hfprune_dist.store.atomic_files import read_json, write_json
 from hfprune_dist.store.claims import Claim, try_claim
 from hfprune_dist.store.stage import Input
@@ -15,11 +15,11 @@ STAGE = stage_of("prune", "a label", {"ratio": 0.2}, {"model": Input("digest", "
 
 
 def commit(store):
-    draft = store.open_draft(STAGE.id)
+    draft = store.handle(STAGE.id).open_draft()
     for name in ("a.bin", "b.bin"):
         (draft / name).write_text(name * 100)
-    store.commit(STAGE, draft, {"metrics": {}})
-    store.discard_work(STAGE.id)
+    store.handle(STAGE.id).commit(STAGE, draft, {"metrics": {}})
+    store.handle(STAGE.id).discard_work()
 
 
 def test_at_every_point_of_a_commit(tmp_path):
@@ -28,11 +28,11 @@ def test_at_every_point_of_a_commit(tmp_path):
         store = Store(tmp_path / str(kill_at))
         store.work(STAGE.id).mkdir(parents=True)
         died = die_in_fork(lambda store=store: commit(store), kill_at, store.root)
-        states.append(store.verify(STAGE.id).state)
+        states.append(store.handle(STAGE.id).verify().state)
         assert states[-1] in ("missing", "done"), f"operation {kill_at} left a corrupt artifact"
         if states[-1] == "missing":
             commit(store)
-        assert store.verify(STAGE.id, thorough=True).state == "done"
+        assert store.handle(STAGE.id).verify(thorough=True).state == "done"
         assert [path.name for path in (store.root / "prune").iterdir()] == [STAGE.fingerprint]
         if not died:
             break
@@ -41,22 +41,22 @@ def test_at_every_point_of_a_commit(tmp_path):
     assert len(states) > states.index("done") + 1
 
 
-@pytest.mark.parametrize("remove", [Store.discard, Store.empty])
+@pytest.mark.parametrize("remove", [StageHandle.discard, StageHandle.empty])
 def test_at_every_point_of_a_removal(tmp_path, remove):
     """The remains can't be taken for an artifact, and the next removal or commit copes with them."""
     states = []
     for kill_at in itertools.count(1):
         store = Store(tmp_path / str(kill_at))
         commit(store)
-        died = die_in_fork(lambda store=store: remove(store, STAGE.id), kill_at, store.root)
-        states.append(store.verify(STAGE.id).state)
+        died = die_in_fork(lambda store=store: remove(store.handle(STAGE.id)), kill_at, store.root)
+        states.append(store.handle(STAGE.id).verify().state)
         if kill_at % 2:
-            remove(store, STAGE.id)
+            remove(store.handle(STAGE.id))
             found = {path.name for path in store.path(STAGE.id).glob("*")}
-            assert found == (set() if remove == Store.discard else {"manifest.json"})
+            assert found == (set() if remove == StageHandle.discard else {"manifest.json"})
         if states[-1] != "done":
             commit(store)
-            assert store.verify(STAGE.id, thorough=True).state == "done"
+            assert store.handle(STAGE.id).verify(thorough=True).state == "done"
             assert not list(store.root.glob("quarantine/*")), "nothing was damaged"
         if not died:
             break

@@ -17,9 +17,9 @@ STAGE = stage_of("prune", "a label", {"ratio": 0.2}, {"model": Input("digest", "
 def test_files_in_use_do_not_count_as_removed(tmp_path, monkeypatch):
     """On NFS, they stay under another name as long as they are open."""
     store = Store(tmp_path)
-    draft = store.open_draft(STAGE.id)
+    draft = store.handle(STAGE.id).open_draft()
     (draft / "model.bin").write_text("weights")
-    store.commit(STAGE, draft, {"metrics": {}})
+    store.handle(STAGE.id).commit(STAGE, draft, {"metrics": {}})
     leftover, unlink = files_of(store.handle(STAGE.id), "an intermediate checkpoint"), os.unlink
     assert leftover.size_bytes == len("weights")
     with monkeypatch.context() as patch:

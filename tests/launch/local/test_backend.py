@@ -18,10 +18,10 @@ from made_stages import stage_of
 
 from hfprune_dist.config.schema import RuntimeConfig
 from hfprune_dist.store import claims
-from hfprune_dist.store.artifacts import Store
+from hfprune_dist.store.artifacts import StageHandle, Store
 from hfprune_dist.store.cancellation import Cancellation, request_cancellation
 from hfprune_dist.store.claims import Claim, Holder, try_claim
-from hfprune_dist.store.heartbeat import Failure, read_failure, write_failure_record
+from hfprune_dist.store.heartbeat import Failure
 from hfprune_dist.store.stage import Input
 
 STAGE = stage_of("prune", "a 0.2", {"ratio": 0.2}, {"model": Input("digest", "/somewhere")})
@@ -164,9 +164,9 @@ def run(backend):
 
 
 def commit(store, claim=None):
-    draft = store.open_draft(STAGE.id, claim)
+    draft = store.handle(STAGE.id).open_draft(claim)
     (draft / "model.bin").write_text("weights")
-    store.commit(STAGE, draft, {"metrics": {}}, claim=claim)
+    store.handle(STAGE.id).commit(STAGE, draft, {"metrics": {}}, claim=claim)
 
 
 def test_a_launcher_that_waits_for_anothers_stage_is_cancelled_with_it(backend, store):
@@ -202,7 +202,7 @@ def test_the_logs_of_an_artifact_that_was_lost_stay(backend, store, tmp_path):
         assert store.handle(STAGE.id).is_done() == succeeds
         if succeeds:
             store.handle(STAGE.id).discard()
-            store.discard_work(STAGE.id)
+            store.handle(STAGE.id).discard_work()
     logs = [tmp_path / "logs" / f"prune-{STAGE.fingerprint}.{number}.log" for number in range(1, len(expected) + 1)]
     assert [log.read_text().splitlines()[0] for log in logs] == [f"attempt {n}" for n in range(1, len(expected) + 1)]
     assert [it.end.cause == "done" for it in Ledger(store).of(STAGE.id)] == expected
@@ -222,21 +222,21 @@ def test_the_logs_of_an_artifact_that_was_lost_stay(backend, store, tmp_path):
 def test_the_failure_that_is_told_is_the_one_on_record(backend, store, left, log):
     def meanwhile(claim):
         if left is not None:
-            write_failure_record(store.work(STAGE.id), replace(left, attempt=1))
+            store.handle(STAGE.id).report_failure(replace(left, attempt=1))
 
     backend.meanwhile, backend.said = meanwhile, log
     told = run(backend).failure
-    assert told == read_failure(store.work(STAGE.id)) and told.attempt == 1
+    assert told == store.handle(STAGE.id).failure() and told.attempt == 1
 
 
 def test_a_failure_of_another_attempt_says_nothing(backend, store):
     """A rank of the previous attempt dies late, on a host whose clock is ahead."""
     late = Failure("input", "of the attempt before", 0, 1e10, 1)
     assert run(backend).failure.cause == "killed"
-    backend.meanwhile = lambda claim: write_failure_record(store.work(STAGE.id), late)
+    backend.meanwhile = lambda claim: store.handle(STAGE.id).report_failure(late)
     assert run(backend).failure.cause == "killed"
     own = replace(late, message="mine", at=0.0, attempt=3)
-    backend.meanwhile = lambda claim: write_failure_record(store.work(STAGE.id), own)
+    backend.meanwhile = lambda claim: store.handle(STAGE.id).report_failure(own)
     outcome = run(backend)
     assert (outcome.failure.cause, outcome.failure.message) == ("input", "mine")
 
@@ -246,8 +246,8 @@ def take_over(store):
         patch.setattr(claims, "_lives", lambda *_: False)
         claim = try_claim(store.work(STAGE.id))
     assert isinstance(claim, Claim)
-    draft = store.open_draft(STAGE.id, claim)
-    write_failure_record(store.work(STAGE.id), Failure("code", "the successor's", 0, 0.0, 2))
+    draft = store.handle(STAGE.id).open_draft(claim)
+    store.handle(STAGE.id).report_failure(Failure("code", "the successor's", 0, 0.0, 2))
     return claim, draft
 
 
@@ -259,14 +259,14 @@ def test_who_lost_its_claim_says_so_and_leaves_its_successor_alone(backend, stor
     assert "another process has taken over this stage" in outcome.failure.message
     ((claim, draft),) = successors
     assert claim.is_held() and draft.is_dir()
-    assert read_failure(store.work(STAGE.id)).message == "the successor's"
+    assert store.handle(STAGE.id).failure().message == "the successor's"
 
 
 def test_what_its_successor_has_done_is_done(backend, store):
     def succeeded(claim):
         successor, _ = take_over(store)
         commit(store, successor)
-        store.discard_work(STAGE.id)
+        store.handle(STAGE.id).discard_work()
 
     backend.meanwhile = succeeded
     assert run(backend).state == "done"
@@ -279,7 +279,7 @@ from hfprune_launch.local import backend
 from hfprune_launch.stage.stage_file import Provenance
 from hfprune_dist.kinds.prune import PruneParameters
 from hfprune_dist.config.schema import RuntimeConfig
-from hfprune_dist.store.artifacts import Store
+from hfprune_dist.store.artifacts import StageHandle, Store
 from hfprune_dist.store.cancellation import Cancellation
 from hfprune_dist.store.stage import Input, Stage
 
@@ -318,9 +318,9 @@ def test_a_full_disk_is_told_even_where_a_draft_filled_it(backend, store, monkey
     full = [True]
     usage = shutil.disk_usage(os.curdir)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=0 if full[0] else 10**9))
-    discard = Store.discard_drafts
-    monkeypatch.setattr(Store, "discard_drafts", lambda *a: full.__setitem__(0, False) or discard(*a))
-    backend.meanwhile = lambda claim: store.open_draft(STAGE.id, claim)
+    discard = StageHandle.discard_drafts
+    monkeypatch.setattr(StageHandle, "discard_drafts", lambda *a: full.__setitem__(0, False) or discard(*a))
+    backend.meanwhile = lambda claim: store.handle(STAGE.id).open_draft(claim)
     outcome = run(backend)
     assert outcome.failure.cause == "input" and "No space left on device" in outcome.failure.message
     assert not list(store.root.rglob(".draft*"))

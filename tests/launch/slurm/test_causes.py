@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from made_stages import stage_of
 
 from hfprune_dist.store.artifacts import Store
-from hfprune_dist.store.heartbeat import Failure, Progress, write_failure_record
+from hfprune_dist.store.heartbeat import Failure, Progress
 from hfprune_dist.store.stage import Input
 
 NEED = stage_of("importance", "a", {}, {"model": Input("digest", "/somewhere")})
@@ -51,10 +51,9 @@ def ended(ledger, attempt, state=None, **changes):
     return explain_end(ledger, STAGE, attempt, job(state, attempt, **changes) if state else None)
 
 
-def fail(ledger, cause, message, at=None, attempt=None, rank=0):
-    write_failure_record(
-        ledger.store.work(STAGE.id), Failure(cause, message, rank, time.time() if at is None else at, attempt)
-    )
+def fail(ledger, cause, message, at=None, attempt=1, rank=0):
+    failure = Failure(cause, message, rank, time.time() if at is None else at, attempt)
+    ledger.store.handle(STAGE.id).report_failure(failure)
 
 
 @pytest.mark.parametrize(

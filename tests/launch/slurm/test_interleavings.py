@@ -83,7 +83,7 @@ class World:
 
     def end_job(self, job_id, what):
         stage = self.stage_of(self.controller.jobs[job_id].name)
-        if what == "done" and self.store.verify(stage.id).state != "done":
+        if what == "done" and self.store.handle(stage.id).verify().state != "done":
             complete(self.store, stage)
         self.controller.end(job_id, "COMPLETED" if what == "done" else what)
 
@@ -97,7 +97,7 @@ class World:
         assert len(set(kinds)) == len(kinds), f"two live jobs for one stage: {live}"
         for stage in PLAN.stages.values():
             for attempt in Ledger(self.store).of(stage.id):
-                over = attempt.end is not None and self.store.verify(stage.id).state != "done"
+                over = attempt.end is not None and self.store.handle(stage.id).verify().state != "done"
                 assert not (over and attempt.intent.job_name in live), f"a live job was closed: {attempt.end}"
 
 
@@ -131,7 +131,7 @@ def finish(world):
             world.end_job(job_id, "done")
         world.happen(("step", 0, {}, 100.0))
         world.check()
-        if all(world.store.verify(stage_id).state == "done" for stage_id in PLAN.stages):
+        if all(world.store.handle(stage_id).verify().state == "done" for stage_id in PLAN.stages):
             break
     else:
         pytest.fail("unfinished")

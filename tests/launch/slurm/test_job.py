@@ -17,7 +17,7 @@ from hfprune_dist.errors import UserError
 from hfprune_dist.store import claims
 from hfprune_dist.store.artifacts import Store
 from hfprune_dist.store.claims import try_claim
-from hfprune_dist.store.heartbeat import Progress, read_failure
+from hfprune_dist.store.heartbeat import Progress
 from hfprune_dist.store.stage import Input
 
 TASK = {
@@ -166,7 +166,7 @@ def test_a_rank_says_which_attempt_failed(rank, store, attempt, monkeypatch):
         raise UserError("no such text")
 
     assert end_of(rank, monkeypatch, fail) == 2
-    assert read_failure(store.work(STAGE.id)).attempt == attempt.intent.number == 1
+    assert store.handle(STAGE.id).failure().attempt == attempt.intent.number == 1
     assert attempt.runs()[-1].how == "failed"
 
 
@@ -177,11 +177,11 @@ def test_a_job_that_was_taken_for_dead_leaves_the_stage_to_its_successor(rank, s
         with monkeypatch.context() as patch:
             patch.setattr(claims, "_lives", lambda *_: False)
             successors.append(try_claim(store.work(STAGE.id)))
-        successors.append(store.open_draft(STAGE.id, successors[0]))
+        successors.append(store.handle(STAGE.id).open_draft(successors[0]))
         claim.require_held()
 
     assert end_of(rank, monkeypatch, suspended) == 75
-    assert attempt.runs()[-1].how == "duplicate" and read_failure(store.work(STAGE.id)) is None
+    assert attempt.runs()[-1].how == "duplicate" and store.handle(STAGE.id).failure() is None
     assert successors[0].is_held() and successors[1].is_dir()
 
 
@@ -238,5 +238,5 @@ def test_an_interrupted_job_puts_itself_back_into_the_queue_where_that_helps(
     assert end_of(rank, monkeypatch, interrupted) == (0 if queued else 1)
     assert fake.calls("scontrol requeue") == ["scontrol requeue 12345"] * (queued and "RUNNING" in says)
     assert attempt.runs()[-1].how == how
-    found = read_failure(store.work(STAGE.id))
+    found = store.handle(STAGE.id).failure()
     assert (found and found.cause) == failure

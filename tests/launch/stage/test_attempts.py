@@ -157,6 +157,8 @@ def test_attempts_on_this_machine_are_told_too(ledger):
     ]
     assert found[2].message == "last sign of life: layers 3/4" and found[2].started <= found[2].ended
     assert [(it.number, it.ranks, len(it.logs)) for it in found] == [(1, 2, 1), (2, 2, 1), (3, 2, 1)]
-    ledger.store.commit(STAGE, handle.open_draft(), {"metrics": {}, "attempts": 3, "finished": 9.0, "wall_time_s": 1.0})
+    ledger.store.handle(STAGE.id).commit(
+        STAGE, handle.open_draft(), {"metrics": {}, "attempts": 3, "finished": 9.0, "wall_time_s": 1.0}
+    )
     assert past_attempts(ledger, STAGE.id, logs)[2].state == "done", "its launcher was killed before it said so"
     assert ledger.jobs_of(STAGE.id) == [] and not ledger.has_jobs() and ledger.open_jobs() == []

@@ -122,9 +122,9 @@ def test_who_follows_does_not_leave_between_two_stages(store, tmp_path, monkeypa
     held = []
 
     def commit(stage):
-        draft = store.open_draft(stage.id)
+        draft = store.handle(stage.id).open_draft()
         (draft / "result").write_text("x")
-        store.commit(stage, draft, {"metrics": {}})
+        store.handle(stage.id).commit(stage, draft, {"metrics": {}})
 
     moments = iter(
         [
