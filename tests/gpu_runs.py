@@ -16,7 +16,8 @@ import yaml
 from sweeps import command
 
 from hfprune_dist.checkpoints.checkpoint import open_checkpoint
-from hfprune_dist.kinds.dimensions import Dimensions, dimensions_of
+from hfprune_dist.kinds.memory import MARGIN, Planned, parameters_of
+from hfprune_dist.planning.plan import Plan
 from hfprune_dist.store.artifacts import Store
 from hfprune_dist.store.machine import count_gpus
 
@@ -28,10 +29,6 @@ def folder_of(variable: str) -> Path:
     if variable not in os.environ:
         pytest.skip(f"needs a large model: {variable} names no folder")
     return Path(os.environ[variable])
-
-
-def shape_of(model: Path) -> Dimensions:
-    return dimensions_of(open_checkpoint(model).config)
 
 
 def visible(count: int) -> dict[str, str]:
@@ -108,6 +105,15 @@ def manifest_of(out: Path, kind: str) -> dict:
     """Return the manifest of the only artifact of a kind."""
     (file,) = (out / "store" / kind).glob("*/manifest.json")
     return json.loads(file.read_text())
+
+
+def estimate_of(out: Path, model: Path, ranks: int) -> float:
+    """Return the bytes that planning expects of each rank of the calibration pass, with sharded weights."""
+    plan = Plan.from_json(json.loads((out / "sweep.json").read_text()))
+    stage = next(it for it in plan.stages.values() if it.kind == "importance")
+    need = parameters_of(stage).need(Planned(stage, plan.stages, open_checkpoint(model), checkpointing=False))
+    assert need is not None
+    return need.on_each_gpu(ranks, whole=False) / MARGIN
 
 
 def logs_of(out: Path) -> str:

@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from hfprune_dist.checkpoints.checkpoint import Checkpoint
 from hfprune_dist.config.schema import Sharding
 from hfprune_dist.distributed.world import World
-from hfprune_dist.kinds.dimensions import checkpoint_dimensions
-from hfprune_dist.kinds.memory import Gpus, Job
+from hfprune_dist.kinds.memory import Gpus, Need
 from hfprune_dist.kinds.placement import Placement, place
 from hfprune_dist.models.loading import load_causal_lm
 from hfprune_dist.store.machine import available_memory
@@ -24,15 +23,14 @@ DecidedSharding = Literal["replicate", "zero3"]
 ALIGNMENT = 64
 
 
-def placement_here(job: Job, checkpoint: Checkpoint, sharding: Sharding, world: World) -> Placement:
-    """Decide together how to place a job in the free memory; the rank with the least of it decides for all."""
-    gpus = Gpus(nodes=1, per_node=world.size, memory=min(world.all_gather(free_bytes(world))))
-    return place(job, checkpoint_dimensions(checkpoint), gpus, sharding)
+def placement_here(need: Need, sharding: Sharding, world: World) -> Placement:
+    """Decide together where weights lie in the free memory; the rank with the least of it decides for all."""
+    return place(need, Gpus(world.size, min(world.all_gather(free_bytes(world)))), sharding)
 
 
-def choose_sharding(requested: Sharding, job: Job, checkpoint: Checkpoint, world: World) -> DecidedSharding:
-    """Decide together how to place a model for a job: whole on each rank if it fits everywhere, otherwise sharded."""
-    return "replicate" if placement_here(job, checkpoint, requested, world).whole else "zero3"
+def choose_sharding(requested: Sharding, need: Need, world: World) -> DecidedSharding:
+    """Decide together how to place a model: whole on each rank if it fits everywhere, otherwise sharded."""
+    return "replicate" if placement_here(need, requested, world).whole else "zero3"
 
 
 def free_bytes(world: World) -> float:

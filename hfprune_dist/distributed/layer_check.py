@@ -19,7 +19,7 @@ from hfprune_dist.config.schema import Sharding
 from hfprune_dist.distributed.frozen_model import FrozenModel, choose_sharding
 from hfprune_dist.distributed.world import World
 from hfprune_dist.errors import UserError
-from hfprune_dist.kinds.evaluate import Evaluate
+from hfprune_dist.kinds.memory import Sizes, whole_forward
 from hfprune_dist.models.single_layer import LayerReader, read_by, run
 from hfprune_dist.store.atomic_files import write_json
 
@@ -42,8 +42,7 @@ def check_layers(
     """
     if world.on_rank0(passed.is_file):
         return
-    job = Evaluate(0, 0, dtype.itemsize, window=len(window_T))
-    placed = choose_sharding(sharding, job, checkpoint, world)
+    placed = choose_sharding(sharding, whole_forward(Sizes.of(checkpoint), len(window_T), dtype.itemsize), world)
     if placed == "zero3" or world.is_first:
         model = FrozenModel(checkpoint, dtype, 1, placed, world)
         if world.is_first:

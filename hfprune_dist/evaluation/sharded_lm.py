@@ -25,7 +25,7 @@ from hfprune_dist.distributed.frozen_model import FrozenModel
 from hfprune_dist.distributed.interruption import Interruption
 from hfprune_dist.errors import UserError
 from hfprune_dist.evaluation.lm_eval_tasks import explain
-from hfprune_dist.kinds.evaluate import logits_bytes
+from hfprune_dist.kinds.memory import logits_bytes
 
 # Maximum number of batches per chunk. Single-letter choices share a forward if they are in the same chunk; several
 # batches per chunk keep them together.

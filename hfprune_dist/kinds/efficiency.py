@@ -5,15 +5,12 @@ Inputs: ``model``, and ``dense``.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import ClassVar
 
-from hfprune_dist.checkpoints.checkpoint import Checkpoint
 from hfprune_dist.checkpoints.token_costs import TokenCosts
 from hfprune_dist.config.schema import EfficiencyConfig
 from hfprune_dist.config.section import Dtype
-from hfprune_dist.kinds.dimensions import Dimensions
-from hfprune_dist.kinds.memory import ITEMSIZE, Job, Memory, Planned, StageParameters, widest_of_a_token
+from hfprune_dist.kinds.memory import ITEMSIZE, Need, Planned, Sizes, StageParameters
 from hfprune_dist.store.provenance import package_versions
 
 
@@ -46,37 +43,12 @@ class EfficiencyParameters(StageParameters):
             packages=package_versions(("torch", "transformers")),
         )
 
-    def job(self, planned: Planned) -> Generate:
-        return Generate.of(self, planned.dense)
-
-
-@dataclass(frozen=True)
-class Generate(Job):
-    """Two models in turn generate ``batch`` sequences, each ``tokens`` long in the end, all on rank 0.
-
-    ``cached_channels``: what the dense model caches of a token (see ``TokenCosts``); a pruned one caches no more.
-    """
-
-    is_placed: ClassVar[bool] = False
-
-    cached_channels: int = 0
-
-    @classmethod
-    def of(cls, params: EfficiencyParameters, dense: Checkpoint) -> Generate:
-        """The job of a stage that measures the efficiency of this dense model, or of one pruned from it."""
-        cached = TokenCosts.of(dense).cached_channels
-        return cls(
-            max(params.batch_sizes),
-            max(params.prompt_tokens) + params.new_tokens,
-            ITEMSIZE[params.dtype],
-            cached_channels=cached,
-        )
-
-    def memory(self, dims: Dimensions, ranks: int) -> Memory:
-        """Memory on rank 0, however many others wait."""
-        tokens = self.batch * self.tokens
-        return Memory(
-            weights=2 * dims.parameters * self.itemsize,
-            activations=tokens * (self.cached_channels + widest_of_a_token(dims)) * self.itemsize,
-            temporary=self.batch * dims.vocabulary * self.itemsize,
+    def need(self, planned: Planned, rows: int | None = None) -> Need:
+        """Of two models in turn on rank 0, however many others wait; a pruned one caches no more than the dense one."""
+        model, itemsize, rows = Sizes.of(planned.dense), ITEMSIZE[self.dtype], rows or max(self.batch_sizes)
+        of_a_token = TokenCosts.of(planned.dense).cached_channels + model.forward
+        return Need(
+            weights=2 * model.parameters * itemsize,
+            activations=rows * (max(self.prompt_tokens) + self.new_tokens) * of_a_token * itemsize,
+            temporary=rows * model.vocabulary * itemsize,
         )

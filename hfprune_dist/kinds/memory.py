@@ -1,8 +1,7 @@
-"""The memory that a stage needs of each GPU: weights on a rank + activations + the largest temporary.
+"""The memory that a stage needs of each GPU: weights / ranks + activations + the largest temporary, and a fifth more.
 
-Each kind's module has the formula for its job. They count what the code keeps, from a model's dimensions; tests compare
-them with the bytes that small models take. What they leave out is ``MARGIN``: CUDA's context, communication buffers,
-fragmentation, smaller values.
+Each kind's module says what these are for its stages, from the model's sizes. They are upper bounds of what the code
+keeps; the fifth is for CUDA's context, communication buffers, fragmentation and smaller values.
 """
 
 from __future__ import annotations
@@ -10,13 +9,14 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 from hfprune_dist.checkpoints.checkpoint import Checkpoint
 from hfprune_dist.config.parameters import Parameters
 from hfprune_dist.core.memory_limits import CHUNK_BYTES
-from hfprune_dist.kinds.dimensions import Dimensions
 from hfprune_dist.store.stage import Stage
+from hfprune_dist.structures import NEURONS
+from hfprune_dist.structures.experts import mlp_widths
 
 GIB = 2**30
 MARGIN = 1.2
@@ -29,90 +29,123 @@ LIVE_PARAMETERS = 1_000_000_000
 HEAD_BYTES = 8 * CHUNK_BYTES
 
 
+class Gpus(NamedTuple):
+    """The GPUs that a job runs on, one for each rank; ``memory``: bytes of one."""
+
+    ranks: int
+    memory: float
+
+
 @dataclass(frozen=True)
-class Memory:
-    """Bytes on one GPU at the peak.
+class Need:
+    """The memory that a stage needs, in bytes.
 
     Attributes:
-        weights: a rank's share, with what training keeps for it, and what is gathered for the layers being computed.
+        weights: of the whole model, or of the layers that are there at a time.
         activations: what a micro-batch keeps for backward, or the widest layer of a forward.
-        temporary: the largest values that are there only for a while, and sums.
+        temporary: the largest values that are there only for a while.
+        gathered: what ranks gather at a time where they share the weights; None if they never do.
+        again: the activations if layers run again in backward; None if that is not for the placement to decide.
+        shared: sums and optimizer states, of which each rank has its part.
+        host: main memory for hidden states that wait there, of all ranks.
     """
 
     weights: float
     activations: float
     temporary: float
+    gathered: float | None = None
+    again: float | None = None
+    shared: float = 0.0
+    host: float = 0.0
 
-    @property
-    def total(self) -> float:
-        return self.weights + self.activations + self.temporary
-
-    @property
-    def needed(self) -> float:
-        """The bytes that a GPU should have."""
-        return MARGIN * self.total
-
-
-@dataclass(frozen=True)
-class Gpus:
-    """The GPUs that a job runs on, one for each rank; ``memory``: bytes of one."""
-
-    nodes: int
-    per_node: int
-    memory: float
-
-    @property
-    def ranks(self) -> int:
-        return self.nodes * self.per_node
+    def on_each_gpu(self, ranks: int, *, whole: bool, checkpointing: bool = False) -> float:
+        """The bytes that each GPU should have, if each rank has all weights (``whole``) or they share them."""
+        alone = whole or ranks == 1 or self.gathered is None
+        weights = self.weights if alone else self.weights / ranks + (self.gathered or 0.0)
+        activations = self.activations if self.again is None or not checkpointing else self.again
+        return MARGIN * (weights + activations + self.temporary + self.shared / ranks)
 
 
 @dataclass(frozen=True)
-class Job(ABC):
-    """What a stage does with a model: ``batch`` sequences of ``tokens`` at a time, in numbers of ``itemsize`` bytes.
+class Sizes:
+    """The sizes of a model that decide its memory.
 
-    With ``checkpointing``, layers keep only their inputs, and run again in backward. ``is_placed``: whether the model's
-    weights lie whole on each rank or are sharded, as ``placement`` decides.
+    Attributes:
+        attention: channels of queries, keys, values and heads' outputs in a layer.
+        neurons: neurons that a token goes through in the widest layer.
+        routed: channels of the outputs of all experts that a token goes through.
+        mlp_channels: channels that each output projection of a layer's MLP, or of its experts, reads.
+        parameters: of the whole model, and those of its largest layer (``layer``).
     """
 
-    is_placed: ClassVar[bool] = True
+    hidden: int
+    num_layers: int
+    vocabulary: int
+    attention: int
+    neurons: int
+    routed: int
+    mlp_channels: tuple[int, ...]
+    parameters: int
+    layer: int
 
-    batch: int
-    tokens: int
-    itemsize: int = 2
-    checkpointing: bool = False
+    @classmethod
+    def of(cls, checkpoint: Checkpoint) -> Sizes:
+        config, experts = checkpoint.config, checkpoint.family.experts
+        hidden, heads = int(config["hidden_size"]), int(config["num_attention_heads"])
+        of_heads = heads + int(config.get("num_key_value_heads") or heads)
+        return cls(
+            hidden=hidden,
+            num_layers=checkpoint.num_layers,
+            vocabulary=int(config["vocab_size"]),
+            attention=2 * of_heads * int(config.get("head_dim") or hidden // heads),
+            neurons=max(of_a_token for of_a_token, _ in mlp_widths(config)),
+            routed=experts.chosen * hidden if experts else 0,
+            mlp_channels=tuple(
+                units.most // units.experts
+                for units in checkpoint.pruned_kinds([NEURONS])
+                for _ in range(units.experts)
+            ),
+            parameters=checkpoint.parameters,
+            layer=max(checkpoint.parameter_counts.layers),
+        )
 
-    @abstractmethod
-    def memory(self, dims: Dimensions, ranks: int) -> Memory:
-        """The memory of one of ``ranks``, over which the model is sharded."""
+    @property
+    def head(self) -> int:
+        """Parameters of the head."""
+        return self.vocabulary * self.hidden
 
-    def host_bytes(self, dims: Dimensions, ranks: int) -> int:
-        """Main memory of one rank for hidden states that wait there."""
-        return 0
+    @property
+    def gathered(self) -> int:
+        """Parameters that ranks gather at a time: those of a layer's experts together, however many they are."""
+        return min(self.parameters, max(LIVE_PARAMETERS, self.layer) + self.head)
 
-    def _weights(self, dims: Dimensions, ranks: int) -> float:
-        if ranks == 1:
-            return dims.parameters * self.itemsize
-        # A layer's experts are two tensors of one module, which are gathered together, however many that makes.
-        live = max(LIVE_PARAMETERS, dims.expert_parameters)
-        gathered = min(dims.parameters, live + dims.head_parameters)
-        return (dims.parameters / ranks + gathered) * self.itemsize
+    @property
+    def forward(self) -> int:
+        """Numbers per token that a forward without gradients holds at a time; experts read copies of their tokens."""
+        return 4 * max(self.neurons, self.routed) + self.routed + 8 * self.hidden
 
 
-@dataclass(frozen=True)
-class LayerPass(Job):
-    """Windows through a model layer by layer, one at a time on each rank; ``samples``: all windows, copies included."""
+def layer_by_layer(
+    model: Sizes, rows: int, tokens: int, itemsize: int, *, models: int = 1, temporary: float = 0.0, host: float = 0.0
+) -> Need:
+    """The need of rows of ``tokens`` tokens in one layer at a time of each model, while the next layer arrives."""
+    numbers = model.forward + (1 + models) * model.hidden + 2 * model.neurons * (temporary > 0)
+    return Need(2 * models * model.layer * itemsize, rows * tokens * numbers * itemsize, temporary, host=host)
 
-    is_placed: ClassVar[bool] = False
 
-    samples: int = 1
+def whole_forward(model: Sizes, tokens: int, itemsize: int) -> Need:
+    """The need of a forward of the whole model on so many tokens, with all of their logits."""
+    return Need(
+        model.parameters * itemsize,
+        tokens * model.forward * itemsize,
+        tokens * model.vocabulary * logits_bytes(itemsize),
+        gathered=model.gathered * itemsize,
+    )
 
-    def memory(self, dims: Dimensions, ranks: int) -> Memory:
-        """See ``Job``."""
-        return one_layer(self, dims, temporary=0.0)
 
-    def host_bytes(self, dims: Dimensions, ranks: int) -> int:
-        """See ``Job``."""
-        return states(self, dims, self.samples, ranks) * self.itemsize
+def logits_bytes(itemsize: int) -> int:
+    """Bytes of each logit in an evaluation: as computed, and twice in float32."""
+    return itemsize + 2 * FLOAT32
 
 
 @dataclass(frozen=True)
@@ -154,8 +187,12 @@ class StageParameters(Parameters, ABC):
     remedy: ClassVar[str] = "no number of nodes is enough: GPUs with more memory, or shorter sequences"
 
     @abstractmethod
-    def job(self, planned: Planned) -> Job | None:
-        """What the stage does with a model; None if it runs none."""
+    def need(self, planned: Planned, rows: int | None = None) -> Need | None:
+        """The memory that the stage needs; None if it runs no model.
+
+        Args:
+            rows: sequences at a time, if not as set.
+        """
 
     def allows(self, rows: int) -> bool:
         """Whether the micro-batches of all ranks can have so many sequences together."""
@@ -166,43 +203,3 @@ def parameters_of(stage: Stage) -> StageParameters:
     """The settings of a stage."""
     assert isinstance(stage.params, StageParameters)
     return stage.params
-
-
-def fits(job: Job, dims: Dimensions, gpus: Gpus) -> bool:
-    """Whether the GPUs have what a job needs if its model is sharded over all of them."""
-    return job.memory(dims, gpus.ranks).needed <= gpus.memory
-
-
-def widest_of_a_token(dims: Dimensions) -> int:
-    """Numbers per token that a forward without gradients holds at a time."""
-    of_mlp = 2 * dims.row_projections * dims.intermediate_size
-    copy = dims.routed_channels  # each expert reads copies of its tokens; its outputs are weighted and reordered
-    return max(of_mlp + copy, 4 * copy) + 8 * dims.hidden_size
-
-
-def one_layer(job: Job, dims: Dimensions, temporary: float, models: int = 1) -> Memory:
-    """Memory of one layer at a time of each model, while the next one and the next micro-batch arrive."""
-    tokens, read = job.batch * job.tokens, max(channels(dims, attention=True))
-    if dims.experts is not None:
-        read = max(read, dims.experts.chosen * dims.experts.width)
-    numbers = (widest_of_a_token(dims) + (1 + models) * dims.hidden_size) * job.itemsize
-    return Memory(
-        weights=2 * models * dims.layer_parameters * job.itemsize,
-        activations=tokens * (numbers + FLOAT32 * read * (temporary > 0)),
-        temporary=temporary,
-    )
-
-
-def channels(dims: Dimensions, attention: bool) -> list[int]:
-    """Channels that output projections read: of MLPs or experts, and of attention."""
-    return [*dims.mlp_channels, *([dims.attention_size] if attention else [])]
-
-
-def tokens_of_a_rank(job: Job, samples: int, ranks: int) -> int:
-    """The most tokens that any rank gets when whole micro-batches are distributed."""
-    return min(samples, -(-samples // (job.batch * ranks)) * job.batch) * job.tokens
-
-
-def states(job: Job, dims: Dimensions, samples: int, ranks: int) -> int:
-    """Numbers of the hidden states of a rank's windows."""
-    return tokens_of_a_rank(job, samples, ranks) * dims.hidden_size

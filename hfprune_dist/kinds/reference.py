@@ -12,7 +12,7 @@ from hfprune_dist.config.section import Dtype
 from hfprune_dist.config.texts import FidelityConfig
 from hfprune_dist.config.training import DistillationConfig
 from hfprune_dist.kinds.importance import calibration_of
-from hfprune_dist.kinds.memory import ITEMSIZE, LayerPass, Planned, StageParameters
+from hfprune_dist.kinds.memory import ITEMSIZE, Need, Planned, Sizes, StageParameters, layer_by_layer
 
 
 class ReferenceParameters(StageParameters):
@@ -38,10 +38,12 @@ class ReferenceParameters(StageParameters):
         """The reference that an evaluation needs on one of its texts."""
         return cls(dtype=evaluation.dtype, micro_batch_size=1, add_bos_token=evaluation.add_bos_token, text=text)
 
-    def job(self, planned: Planned) -> LayerPass:
+    def need(self, planned: Planned, rows: int | None = None) -> Need:
         if self.text is None:
             calibration = calibration_of(planned, "importance")
             samples, tokens = calibration.samples, calibration.sequence_length
         else:
             samples, tokens = self.text.windows, self.text.sequence_length
-        return LayerPass(min(self.micro_batch_size, samples), tokens, ITEMSIZE[self.dtype], samples=samples)
+        model, itemsize = Sizes.of(planned.dense), ITEMSIZE[self.dtype]
+        host = samples * tokens * model.hidden * itemsize
+        return layer_by_layer(model, min(rows or self.micro_batch_size, samples), tokens, itemsize, host=host)

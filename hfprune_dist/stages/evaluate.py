@@ -29,7 +29,7 @@ from hfprune_dist.data.tokenizer import load_tokenizer
 from hfprune_dist.distributed.frozen_model import DecidedSharding, FrozenModel, choose_sharding
 from hfprune_dist.errors import UserError
 from hfprune_dist.evaluation.lm_eval_tasks import TaskLoader, details_of, explain, plain, scores_of
-from hfprune_dist.kinds.evaluate import REQUEST_TOKENS, Evaluate, EvaluateParameters
+from hfprune_dist.kinds.evaluate import REQUEST_TOKENS, EvaluateParameters
 from hfprune_dist.models.single_layer import Head, LayerReader
 from hfprune_dist.stages.context import Context as AnyContext
 from hfprune_dist.store.atomic_files import read_object, write_json
@@ -50,8 +50,7 @@ def run(context: Context) -> None:
     """Write ``results.json`` and lm-eval's own results, ``tasks/<task>.json``."""
     _be_quiet()
     checkpoint, world = open_checkpoint(context.input_path("model")), context.world
-    job = Evaluate.of(context.params, REQUEST_TOKENS, checkpoint.max_positions)
-    sharding = choose_sharding(context.runtime.sharding, job, checkpoint, world)
+    sharding = choose_sharding(context.runtime.sharding, context.params.forwards(checkpoint, REQUEST_TOKENS), world)
     texts, tasks = world.on_rank0(lambda: _left_to_do(context))
     model = _measure_fidelity(context, sharding, texts) if texts else None
     if tasks:

@@ -35,7 +35,7 @@ from hfprune_dist.distributed.layer_stream import LayerStream
 from hfprune_dist.distributed.layer_work import Turns
 from hfprune_dist.distributed.sums import Grams, explaining, windows_held_out
 from hfprune_dist.errors import UserError, naming
-from hfprune_dist.kinds.importance import Calibration, ImportanceParameters
+from hfprune_dist.kinds.importance import ImportanceParameters
 from hfprune_dist.methods import CRITERIA
 from hfprune_dist.methods.sdmprune import student_keeps
 from hfprune_dist.scoring.calibration_pass import cut_into_shards, run_pass
@@ -161,7 +161,7 @@ def _scorer(
 ) -> ShardScorer:
     """Load the model, ready to score."""
     params = context.params
-    job = Calibration.of(params, checkpointing=context.runtime.activation_checkpointing)
+    need = params.pass_over(checkpoint, checkpointing=context.runtime.activation_checkpointing)
     return ShardScorer(
         checkpoint,
         getattr(torch, params.dtype),
@@ -170,7 +170,7 @@ def _scorer(
         seed=params.seed,
         micro_batch_size=params.calibration.micro_batch_size,
         world=context.world,
-        sharding=choose_sharding(context.runtime.sharding, job, checkpoint, context.world),
+        sharding=choose_sharding(context.runtime.sharding, need, context.world),
         structures=list(_scored_units(context, checkpoint)),
         activation_checkpointing=context.runtime.activation_checkpointing,
         curvature=totals.curvature,

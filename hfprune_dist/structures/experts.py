@@ -91,25 +91,6 @@ class Experts:
         return not self.rows[0].stacked
 
 
-@dataclass(frozen=True)
-class ExpertSizes:
-    """Sizes of a layer's experts: their number, the number that process each token, and the neurons of each."""
-
-    count: int
-    chosen: int
-    width: int
-
-
-def expert_sizes(config: Mapping[str, Any]) -> list[ExpertSizes | None]:
-    """Return the sizes of each layer's experts, from a config.json; None for layers without experts."""
-    layers, experts = range(int(config["num_hidden_layers"])), number_of_experts(config)
-    if not experts:
-        return [None for _ in layers]
-    width = int(config[_width_key(config)])
-    sizes = ExpertSizes(experts, int(chosen_experts(config) or 1), width)
-    return [sizes if has_experts(config, layer) else None for layer in layers]
-
-
 def number_of_experts(config: Mapping[str, Any]) -> int:
     """Return the number of experts in a layer that has any; 0 if the config.json states no more than one."""
     stated = [int(config[key]) for key in EXPERT_COUNT_KEYS if isinstance(config.get(key), int)]

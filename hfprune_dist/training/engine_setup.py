@@ -16,8 +16,9 @@ from transformers.utils import logging
 from hfprune_dist.checkpoints.lora_adapter import lora_targets
 from hfprune_dist.distributed.frozen_model import placement_here
 from hfprune_dist.distributed.world import World
+from hfprune_dist.kinds.memory import Sizes
 from hfprune_dist.kinds.placement import Placement
-from hfprune_dist.kinds.training import Train
+from hfprune_dist.kinds.training import training_need
 from hfprune_dist.models.loading import load_causal_lm
 from hfprune_dist.training.fine_tuning import FineTuning
 
@@ -103,9 +104,11 @@ def training_arguments(
 
 def place_training(task: FineTuning, world: World) -> Placement:
     """Decide together how to place a training in the free memory."""
-    tokens = len(task.rows(0)["input_ids"])
-    job = Train.of(task.settings, tokens, distills=task.distills, masks=task.masked_to is not None)
-    return placement_here(job, task.checkpoint, task.sharding, world)
+    rows, tokens = task.settings.rows_at_once, len(task.rows(0)["input_ids"])
+    how = {"distills": task.distills, "masks": task.masked_to is not None}
+    return placement_here(
+        training_need(task.settings, Sizes.of(task.checkpoint), rows, tokens, **how), task.sharding, world
+    )
 
 
 def load_trainable_model(task: FineTuning) -> nn.Module:

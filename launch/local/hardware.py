@@ -69,7 +69,7 @@ def gpus_here(runtime: RuntimeConfig) -> Gpus | None:
         memory = min(int(line) for line in told.splitlines()) * 2**20
     except (OSError, subprocess.SubprocessError, ValueError):
         return None
-    return Gpus(nodes=1, per_node=ranks_here(runtime), memory=memory)
+    return Gpus(ranks_here(runtime), memory)
 
 
 def note_on_bfloat16(stages: Iterable[Stage]) -> str:

@@ -20,7 +20,6 @@ from hfprune_launch.sweep_folder import Record, Sweep, read_record, require_apar
 from hfprune_dist.config.method import Method
 from hfprune_dist.config.schema import RuntimeConfig, SweepConfig
 from hfprune_dist.errors import UserError
-from hfprune_dist.kinds.dimensions import checkpoint_dimensions
 from hfprune_dist.kinds.efficiency import EfficiencyParameters
 from hfprune_dist.kinds.placement import choose_micro_batches, chooses
 from hfprune_dist.planning.build_plan import build_plan
@@ -247,10 +246,10 @@ def _with_micro_batches(
     else:
         found = {name: gpus_of_profile(profile.resources[kind]) for name, kind in TRAINING_STAGES.items()}
     gpus = {name: it for name, it in found.items() if it is not None}
-    dims = [checkpoint_dimensions(it.checkpoint) for it in models if it.has_known_shape]
-    if not dims:
+    known = [it.checkpoint for it in models if it.has_known_shape]
+    if not known:
         return config, ""
-    chosen = choose_micro_batches(config, dims, gpus, methods.values())
+    chosen = choose_micro_batches(config, known, gpus, methods.values())
     sizes = {name: getattr(chosen, name).rows_at_once for name in TRAINING_STAGES}
     remark = f"note: micro-batches of {' and '.join(f'{name} {size}' for name, size in sizes.items())}"
     if gpus:

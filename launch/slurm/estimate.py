@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from hfprune_launch.slurm.profile import Profile, Resources
 from rich.console import Console
@@ -12,8 +12,7 @@ from rich.table import Table
 
 from hfprune_dist.config.schema import RuntimeConfig, Sharding
 from hfprune_dist.errors import UserError
-from hfprune_dist.kinds.dimensions import Dimensions, checkpoint_dimensions
-from hfprune_dist.kinds.memory import GIB, Gpus, Job, Memory, Planned, StageParameters, fits, parameters_of
+from hfprune_dist.kinds.memory import GIB, Gpus, Planned, parameters_of
 from hfprune_dist.kinds.placement import place
 from hfprune_dist.planning.plan import Plan
 from hfprune_dist.store.stage import Stage
@@ -26,6 +25,7 @@ class Estimate:
     """The computed needs of one stage.
 
     Attributes:
+        needed: bytes that each GPU should have.
         host_memory: bytes of main memory on one node that hidden states of all its ranks take.
         host_available: bytes of main memory of one node; None if the profile does not say.
         fits: whether the GPUs' memory is enough; None if the profile does not say how much memory a GPU has.
@@ -33,7 +33,7 @@ class Estimate:
     """
 
     stage: Stage
-    memory: Memory
+    needed: float
     available: float | None
     host_memory: float
     host_available: float | None
@@ -48,7 +48,7 @@ class Estimate:
 
 def gpus_of(resources: Resources) -> Gpus:
     """Return the GPUs of a kind of stage, one for each rank; of unknown memory if the profile doesn't say."""
-    return Gpus(resources.nodes, resources.tasks_per_node, (resources.gpu_memory_gib or 0.0) * GIB)
+    return Gpus(resources.ranks, (resources.gpu_memory_gib or 0.0) * GIB)
 
 
 def gpus_of_profile(resources: Resources) -> Gpus | None:
@@ -63,10 +63,10 @@ def estimate_stages(plan: Plan, todo: Sequence[str], profile: Profile, runtime: 
     """
     found = []
     for stage in (plan.stages[stage_id] for stage_id in todo):
-        resources, dense = profile.resources[stage.kind], plan.dense_checkpoint(stage)
-        planned = Planned(stage, plan.stages, dense, runtime.activation_checkpointing)
-        if resources.gpus and (job := parameters_of(stage).job(planned)) is not None:
-            found.append(_estimate(stage, job, checkpoint_dimensions(dense), resources, runtime.sharding))
+        planned = Planned(stage, plan.stages, plan.dense_checkpoint(stage), runtime.activation_checkpointing)
+        resources = profile.resources[stage.kind]
+        if resources.gpus and (estimate := _estimate(planned, resources, runtime.sharding)) is not None:
+            found.append(estimate)
     return found
 
 
@@ -83,7 +83,7 @@ def _problems(estimate: Estimate) -> Iterator[str]:
     stage = f"{estimate.stage.kind} {estimate.stage.label}"
     if estimate.fits is False:
         yield (
-            f"{stage}: about {estimate.memory.needed / GIB:,.1f} GiB on each GPU, which has "
+            f"{stage}: about {estimate.needed / GIB:,.1f} GiB on each GPU, which has "
             f"{(estimate.available or 0) / GIB:,.1f} GiB (gpu_memory_gib); "
             f"{estimate.advice or parameters_of(estimate.stage).remedy}"
         )
@@ -103,52 +103,49 @@ def show_estimates(console: Console, estimates: Sequence[Estimate]) -> None:
         verdict = {None: "? (gpu_memory_gib)", True: "yes", False: "no"}[each.fits]
         if each.lacks_host_memory:
             verdict = "no (memory)"
-        memory = f"~{each.memory.needed / GIB:,.1f} GiB"
+        memory = f"~{each.needed / GIB:,.1f} GiB"
         host = f"~{each.host_memory / GIB:,.1f} GiB" if each.host_memory else ""
         lines.add_row(each.stage.kind, escape(each.stage.label), memory, host, verdict, escape(each.advice))
     console.print("\nestimates from the models' shapes and the profile's GPUs; nothing here was measured:")
     console.print(lines)
 
 
-def _estimate(stage: Stage, job: Job, dims: Dimensions, resources: Resources, sharding: Sharding) -> Estimate:
-    gpus, params = gpus_of(resources), parameters_of(stage)
-    placed, copy = _placed(job, dims, gpus, sharding)
-    known = resources.gpu_memory_gib is not None
-    fitting = fits(placed, dims, copy) if known else None
+def _estimate(planned: Planned, resources: Resources, sharding: Sharding) -> Estimate | None:
+    stage, gpus, known = planned.stage, gpus_of(resources), resources.gpu_memory_gib is not None
+    need = parameters_of(stage).need(planned)
+    if need is None:
+        return None
+    placed = place(need, gpus, sharding)
     return Estimate(
         stage=stage,
-        memory=placed.memory(dims, copy.ranks),
+        needed=placed.needed,
         available=gpus.memory if known else None,
-        host_memory=resources.tasks_per_node * job.host_bytes(dims, gpus.ranks),
+        host_memory=need.host / resources.nodes,
         host_available=resources.memory_bytes,
-        fits=fitting,
-        advice=_advice(params, job, dims, gpus, sharding) if fitting is False else "",
+        fits=placed.fits if known else None,
+        advice=_advice(planned, resources, sharding) if known and not placed.fits else "",
     )
 
 
-def _placed(job: Job, dims: Dimensions, gpus: Gpus, sharding: Sharding) -> tuple[Job, Gpus]:
-    """Return a job as it will run, and the GPUs that hold one copy of what it needs."""
-    return place(job, dims, gpus, sharding).of(job, gpus) if job.is_placed else (job, gpus)
-
-
-def _advice(params: StageParameters, job: Job, dims: Dimensions, gpus: Gpus, sharding: Sharding) -> str:
-    """Return what makes a job fit that doesn't: a smaller micro-batch, sharded weights, or the nearest number of nodes
-    that holds one row; empty if none of them does.
+def _advice(planned: Planned, resources: Resources, sharding: Sharding) -> str:
+    """Return what makes a stage fit that doesn't: a smaller micro-batch, sharded weights, or the nearest number of
+    nodes that holds one row; empty if none of them does.
     """
+    params, gpus, per_node = parameters_of(planned.stage), gpus_of(resources), resources.tasks_per_node
 
-    def holds(size: int, where: Gpus) -> bool:
-        placed, copy = _placed(replace(job, batch=size), dims, where, sharding)
-        return fits(placed, dims, copy)
+    def holds(rows: int, ranks: int) -> bool:
+        need = params.need(planned, rows)
+        return need is not None and place(need, Gpus(ranks, gpus.memory), sharding).fits
 
-    fitting = [size for size in MICRO_BATCHES if params.allows(size * gpus.ranks) and holds(size, gpus)]
+    fitting = [rows for rows in MICRO_BATCHES if params.allows(rows * gpus.ranks) and holds(rows, gpus.ranks)]
     if fitting:
         return f"{params.batch_setting} {fitting[-1]}"
-    if not job.is_placed:
+    need = params.need(planned)
+    if need is None or need.gathered is None:
         return ""
     if sharding == "replicate":
         return "runtime.sharding zero3"
-    # A single rank gathers nothing, so fewer nodes may hold a job that more nodes can't.
-    counts = (*range(gpus.nodes + 1, MOST_NODES + 1), *range(1, gpus.nodes))
-    candidates = (replace(gpus, nodes=count) for count in counts)
-    holding = next((it for it in candidates if params.allows(it.ranks) and holds(1, it)), None)
-    return "" if holding is None else f"nodes {holding.nodes}, {params.batch_setting} 1"
+    # A single rank gathers nothing, so fewer nodes may hold a stage that more nodes can't.
+    counts = (*range(resources.nodes + 1, MOST_NODES + 1), *range(1, resources.nodes))
+    holding = next((it for it in counts if params.allows(it * per_node) and holds(1, it * per_node)), None)
+    return "" if holding is None else f"nodes {holding}, {params.batch_setting} 1"

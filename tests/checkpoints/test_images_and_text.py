@@ -22,7 +22,6 @@ from hfprune_dist.checkpoints.checkpoint import open_checkpoint
 from hfprune_dist.checkpoints.layer_settings import undroppable_layers
 from hfprune_dist.config.method import Method
 from hfprune_dist.errors import UserError
-from hfprune_dist.kinds.dimensions import checkpoint_dimensions
 from hfprune_dist.methods import CRITERIA
 from hfprune_dist.models.loading import load_causal_lm, require_own_weights
 from hfprune_dist.planning.ratios import check_ratios
@@ -178,7 +177,7 @@ def test_layers_behind_which_images_enter_stay(checkpoint_of):
 def test_parameters_of_the_encoder_count(checkpoint_of):
     checkpoint = checkpoint_of("llava")
     encoder = sum(checkpoint.tensors[name].numel for name in checkpoint.beside_decoder)
-    assert encoder > 1000 and checkpoint_dimensions(checkpoint).beside_decoder == encoder
+    assert encoder > 1000
     less = Kept((0, 1, 2), {"neurons": [torch.arange(23)] * 3})
     assert checkpoint.parameters - checkpoint.parameter_counts.of(less.shape) == 3 * 3 * SHAPE["hidden_size"]
 

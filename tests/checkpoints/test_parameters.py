@@ -15,7 +15,6 @@ from tiny import save_tiny
 from transformers import AutoModelForCausalLM
 
 from hfprune_dist.checkpoints.checkpoint import open_checkpoint
-from hfprune_dist.kinds.dimensions import dimensions_of
 from hfprune_dist.models.loading import load_causal_lm
 from hfprune_dist.models.single_layer import LayerReader
 from hfprune_dist.structures.kept import Kept
@@ -84,7 +83,7 @@ def test_the_head_that_counts_is_the_one_that_every_part_computes_with(tmp_path)
     checkpoint, loaded = open_checkpoint(folder), AutoModelForCausalLM.from_pretrained(folder)
     head = LayerReader(checkpoint, torch.float32, torch.device("cpu")).head()
     assert torch.equal(head.weight_VC, loaded.lm_head.weight)
-    assert not dimensions_of(checkpoint.config).tied
+    assert not checkpoint.config["tie_word_embeddings"]
 
 
 @pytest.mark.parametrize("model_type", ["gemma", "lfm2"])

@@ -2,9 +2,8 @@
 
 import pytest
 from gpu_marks import MODEL
-from gpu_runs import finish_watched, folder_of, manifest_of, shape_of, visible, write_config
+from gpu_runs import estimate_of, finish_watched, folder_of, manifest_of, visible, write_config
 
-from hfprune_dist.kinds.importance import Calibration
 from hfprune_dist.store.machine import count_gpus
 
 # Parts that an estimate leaves out: CUDA's own memory, NCCL's buffers, and memory that the allocator can't use.
@@ -17,6 +16,6 @@ def test_memory_of_a_calibration_pass_is_as_estimated(real_assets, tmp_path, win
     model, ranks = folder_of(MODEL), count_gpus()
     config = write_config(tmp_path, real_assets, model, calibration={"samples": 256, "micro_batch_size": windows})
     finish_watched(config, tmp_path / "out", environment=visible(ranks))
-    expected = Calibration(windows, 1024).memory(shape_of(model), ranks).total
+    expected = estimate_of(tmp_path / "out", model, ranks)
     found = manifest_of(tmp_path / "out", "importance")["peak_memory_bytes"]
     assert found == pytest.approx(expected, rel=MEMORY_TOLERANCE)

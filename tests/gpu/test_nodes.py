@@ -7,15 +7,13 @@ import pytest
 import yaml
 from gpu_marks import LARGE_MODEL, PROFILE
 from gpu_runs import (
+    estimate_of,
     finish_watched,
     folder_of,
     logs_of,
     manifest_of,
-    shape_of,
     write_config,
 )
-
-from hfprune_dist.kinds.importance import Calibration
 
 pytestmark = pytest.mark.multi_gpu(nodes=2)
 
@@ -65,5 +63,5 @@ def test_a_large_model_on_two_nodes(real_assets, shared):
     manifest = manifest_of(shared / "out", "importance")
     first = min(beat.at for beat in beats if beat.phase == "calibration")
     assert first - manifest["started"] < LOADING_S
-    expected = Calibration(1, 1024).memory(shape_of(model), manifest["world_size"]).total
+    expected = estimate_of(shared / "out", model, manifest["world_size"])
     assert manifest["peak_memory_bytes"] == pytest.approx(expected, rel=MEMORY_TOLERANCE)
