@@ -18,9 +18,8 @@ from hfprune_dist.config.schema import SweepConfig
 from hfprune_dist.config.yaml_text import read_yaml, to_yaml
 from hfprune_dist.errors import UserError, did_you_mean
 from hfprune_dist.kinds.placement import with_micro_batches
-from hfprune_dist.planning.earlier_rows import without_rows
 from hfprune_dist.planning.model_sources import ModelSource
-from hfprune_dist.planning.plan import Cell, Plan
+from hfprune_dist.planning.plan import Cell, Plan, without_rows
 from hfprune_dist.results.card import contents_of_checkpoints
 from hfprune_dist.results.checkpoints import Update, update_checkpoints
 from hfprune_dist.results.rows import DenseModel, Row, collect_rows

@@ -20,6 +20,7 @@ from hfprune_dist.core.criterion import losses_of
 from hfprune_dist.core.memory_limits import ACCELERATOR_BYTES
 from hfprune_dist.kinds.memory import FLOAT32, FLOAT64, HEAD_BYTES, ITEMSIZE, Need, Planned, Sizes, StageParameters
 from hfprune_dist.methods import CRITERIA, CriterionName
+from hfprune_dist.methods.sdmprune import LACKS, PUBLISHED
 from hfprune_dist.structures import NEURONS
 
 # core.memory_efficient: the portions, in float32, that a gated MLP's backward holds.
@@ -37,6 +38,13 @@ class StudentParameters(Section):
     lacks: float
     teacher_share: float
     teacher_temperature: float
+
+    @classmethod
+    def of(cls, ratio: float) -> StudentParameters:
+        """Settings as published for the nearest ratio; of two equally near ones, for the smaller."""
+        nearest = min(PUBLISHED, key=lambda published: (round(abs(published - ratio), 12), published))
+        share, temperature = PUBLISHED[nearest]
+        return cls(lacks=LACKS, teacher_share=share, teacher_temperature=temperature)
 
 
 class ImportanceParameters(StageParameters):

@@ -1,31 +1,34 @@
-"""Expansion of a configuration into a plan: the stages that the rows of its table need, with their settings.
+"""Expansion of a configuration into a plan: the rows of its table, and the stages that they need, with their settings.
 
 Pure and instant: no torch, no clock, nothing written. Two sweeps that want the same result plan the same stage.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 from hfprune_dist.config.method import Method
+from hfprune_dist.config.parameters import Parameters
 from hfprune_dist.config.schema import SweepConfig
-from hfprune_dist.kinds.importance import StudentParameters
+from hfprune_dist.config.section import TextSource
+from hfprune_dist.config.texts import FIRST, reference_role
+from hfprune_dist.data.formats import identity_of
+from hfprune_dist.errors import UserError
+from hfprune_dist.kinds.efficiency import EfficiencyParameters
+from hfprune_dist.kinds.evaluate import EvaluateParameters
+from hfprune_dist.kinds.importance import ImportanceParameters, StudentParameters
 from hfprune_dist.kinds.placement import choose_micro_batches
-from hfprune_dist.methods.sdmprune import LACKS, PUBLISHED
-from hfprune_dist.planning.legality import can_do, refuse_criteria, refuse_model, suited
+from hfprune_dist.kinds.prune import PruneParameters
+from hfprune_dist.kinds.reference import ReferenceParameters
+from hfprune_dist.kinds.training import DistillParameters, LoraPruneParameters, RecoverParameters
+from hfprune_dist.methods import CRITERIA
+from hfprune_dist.planning.methods import can_do, refuse_criteria, refuse_model, suited
 from hfprune_dist.planning.model_sources import ModelSource
 from hfprune_dist.planning.plan import NONE, OWN, Cell, Plan, label_of
-from hfprune_dist.planning.planned_stages import PlannedStages, Variant
-from hfprune_dist.planning.ratios import check_ratios, with_numbers
-from hfprune_dist.planning.refusals import check_positions, check_recovery, place_of, refuse_same_rows
-from hfprune_dist.planning.scoring_passes import (
-    Scored,
-    check_criteria,
-    first_criteria,
-    part_of,
-    scored_for,
-)
+from hfprune_dist.planning.ratios import check_ratios, place_of, with_numbers
+from hfprune_dist.planning.user_files import own_tasks
 from hfprune_dist.store.hashing import FileHashes
 from hfprune_dist.store.stage import Input, Stage
 from hfprune_dist.structures import NEURONS, kinds_among
@@ -48,156 +51,243 @@ def build_plan(
             generations beyond a model's positions, or a method that prunes during recovery if there is no recovery.
     """
     config = choose_micro_batches(config, [], {})  # 1 where still to be chosen
-    check_criteria(config)
-    check_recovery(config, methods)
+    in_recovery = [name for name, method in methods.items() if method.prunes_in == "recovery"]
+    if in_recovery and config.recovery.method == NONE:
+        raise UserError(
+            f"--methods {', '.join(in_recovery)}: units go while LoRA recovers the model (prunes_in: recovery), and "
+            "recovery.method is none; set it to lora, or leave the method out"
+        )
     planner = _Planner(config, methods, hashes, device)
-    for model in models:
-        planner.check_ratios(model)
-    cells = [cell for model in models for cell in planner.cells(model)]
-    refuse_same_rows(cells)
-    return Plan(planner.stages.by_id, tuple(cells), tuple(planner.asked))
+    for model in models:  # before any text is read
+        for name, method in planner.methods_for(model).items():
+            check_ratios(model.checkpoint, config.ratios, method, place_of(model.name, name))
+    cells = [cell for model in models for cell in planner.rows(model)]
+    _refuse_same_rows(cells)
+    return Plan(planner.stages, tuple(cells), tuple(planner.asked))
 
 
-def student_of(method: Method, ratio: float) -> StudentParameters | None:
-    """The settings of the model without some neurons on which a method's criterion computes its scores, as published
-    for the nearest ratio (of two equally near ones, the smaller); None if its criterion needs none.
+def _refuse_same_rows(cells: Iterable[Cell]) -> None:
+    """Refuse rows that differ in nothing but their names."""
+    labels: dict[str, str] = {}
+    for cell in cells:
+        label = label_of(cell.model, cell.ratio, cell.method, cell.recovery)
+        if cell.evaluate in labels:
+            raise UserError(
+                f"rows {labels[cell.evaluate]!r} and {label!r} would be the same: their models have the same "
+                "content, and their methods do the same at this ratio; leave one of them out"
+            )
+        labels[cell.evaluate] = label
+
+
+def _first_criteria(method: Method) -> set[str]:
+    """The criterion by which a method needs the dense model scored: its own, or the one that chooses its student; empty
+    if the method scores while it prunes.
     """
-    if method.student_chosen_by is None:
-        return None
-    share, temperature = PUBLISHED[min(PUBLISHED, key=lambda published: (round(abs(published - ratio), 12), published))]
-    return StudentParameters(lacks=LACKS, teacher_share=share, teacher_temperature=temperature)
+    return {CRITERIA[name].student_of or name for name in method.scored_before}
+
+
+def _scores(importance: Stage, criteria: Iterable[str], structures: Sequence[str]) -> Input:
+    """The artifact of a calibration pass, identified as if the pass had computed only these scores: others that share
+    the pass change neither these scores nor the windows.
+    """
+    assert isinstance(importance.params, ImportanceParameters)
+    alone = replace(importance, params=importance.params.scoring(criteria, structures))
+    return replace(importance.as_input(), identity=alone.id)
+
+
+@dataclass(frozen=True)
+class _Variant:
+    """A checkpoint before recovery: the dense one, or one that a method pruned at a ratio.
+
+    ``cut`` has the same shape: if the checkpoint was distilled, ``cut`` is what it was before distillation.
+    """
+
+    label: str
+    model: str
+    dense: Input
+    checkpoint: Input
+    cut: Input
+    ratio: float | None = None
+    method: str | None = None
+    producers: tuple[str, ...] = ()
 
 
 class _Planner:
-    """Lays out the cells of each model, and the stages that they need."""
+    """Lays out the rows of each model, and the stages that they need.
+
+    Attributes:
+        stages: all stages so far by id, in the order in which they were first needed.
+        asked: see ``Plan``.
+    """
 
     def __init__(self, config: SweepConfig, methods: Mapping[str, Method], hashes: FileHashes, device: str) -> None:
-        self.config = config
-        self.methods = methods
-        self.stages = PlannedStages(config, hashes, device)
+        self._config = config
+        self._methods = methods
+        self._hashes = hashes
+        self._device = device
+        self._own_tasks = own_tasks(config.evaluation.include_path, hashes)
+        self.stages: dict[str, Stage] = {}
         self.asked: list[str] = []
 
-    def check_ratios(self, model: ModelSource) -> None:
-        """Refuse ratios that a method can't reach on a model, before any text is read."""
-        for name, method in self._methods_for(model).items():
-            check_ratios(model.checkpoint, self.config.ratios, method, place_of(model.name, name))
-
-    def cells(self, model: ModelSource) -> list[Cell]:
-        methods = self._methods_for(model)
-        check_positions(self.config.efficiency, model)
-        dense = Input(model.identity, str(model.checkpoint.path), content=model.content)
-        # First, since most of the sweep waits for it.
-        importance = self._importance_for_all(model, dense)
-        label = label_of(model.name, None, None, NONE)
-        cells = self._finish(Variant(label, model, dense, dense, dense))
-        for ratio in self.config.ratios:
-            for name, method in methods.items():
-                settled = with_numbers(method, model.checkpoint, ratio, place_of(model.name, name))
-                label = label_of(model.name, ratio, name if len(self.methods) > 1 else None, NONE)
-                variant = Variant(label, model, dense, dense, dense, ratio, name)
-                cells += self._pruned(variant, settled, importance)
-        return cells
-
-    def _methods_for(self, model: ModelSource) -> dict[str, Method]:
-        """The methods that apply to a model: all but adaptive ones that can do nothing there.
+    def methods_for(self, model: ModelSource) -> dict[str, Method]:
+        """The methods that apply to a model, as they suit it: all but adaptive ones that can do nothing there.
 
         Raises:
             UserError: if none is left.
         """
-        left = {name: method for name, method in self.methods.items() if can_do(method, model.checkpoint)}
+        checkpoint = model.checkpoint
+        left = {name: suited(it, checkpoint) for name, it in self._methods.items() if can_do(it, checkpoint)}
         if not left:
-            name, method = next(iter(self.methods.items()))
-            refuse_model(method, model.checkpoint, place_of(model.name, name))
+            name, method = next(iter(self._methods.items()))
+            refuse_model(method, checkpoint, place_of(model.name, name))
         return left
 
-    def _pruned(self, variant: Variant, method: Method, importance: Stage | None) -> list[Cell]:
-        """Lay out the stages and cells of a dense model that a method prunes at the variant's ratio.
-
-        Args:
-            method: with numbers, as ``with_numbers`` returns it.
-            importance: None if no method needs scores.
-        """
-        assert variant.ratio is not None
-        if method.prunes_in == "recovery":
-            return [self._pruned_in_recovery(variant, method, variant.ratio)]
-        assert importance is not None, "the method needs scores"
-        chain = self._chain(variant, importance, variant.ratio, method)
-        cut = next(stage.as_input() for stage in chain if stage.kind == "prune")
-        producers = tuple(stage.id for stage in chain)
-        return self._finish(replace(variant, checkpoint=chain[-1].as_input(), cut=cut, producers=producers))
-
-    def _importance_for_all(self, model: ModelSource, dense: Input) -> Stage | None:
-        """One pass for all methods that need scores and for further criteria; None if there are neither."""
-        used = self._methods_for(model) if self.config.ratios else {}
-        methods = [suited(method, model.checkpoint) for method in used.values()]
-        scoring = [method for method in methods if method.prunes_in == "calibration"]
-        needed = {criterion for method in scoring for criterion in first_criteria(method)}
-        pruned = {structure for method in scoring for structure in method.structures} or {NEURONS}
-        refuse_criteria(self.config.importance.criteria, model.checkpoint, pruned)
-        criteria = needed.union(self.config.importance.criteria)
-        if not scoring and not criteria:
-            return None
-        importance = self.stages.importance(model.name, {"model": dense}, Scored(criteria, kinds_among(pruned)))
-        has_further_criteria = criteria > needed
-        self.asked += [importance.id] if has_further_criteria else []
-        return importance
-
-    def _pruned_in_recovery(self, variant: Variant, method: Method, ratio: float) -> Cell:
-        """Lay out the training that prunes and recovers at the same time, and its evaluation."""
-        made = self.stages.loraprune(variant, method, ratio)
-        pruned = replace(variant, checkpoint=made.as_input(), cut=made.as_input())
-        return self._cell(pruned, OWN, (made.id,), self.stages.evaluate(variant.label, pruned, made.as_input()))
-
-    def _finish(self, variant: Variant) -> list[Cell]:
-        """Lay out recovery and evaluation of one checkpoint; the dense model is also evaluated as it is."""
-        recovery = self.config.recovery.method
-        cells = []
-        if variant.ratio is None or recovery == NONE:
-            evaluate = self.stages.evaluate(variant.label, variant, variant.checkpoint)
-            cells.append(self._cell(variant, NONE, variant.producers, evaluate))
-        if recovery != NONE:
-            recover = self.stages.recover(variant)
-            evaluate = self.stages.evaluate(f"{variant.label} + {recovery}", variant, recover.as_input())
-            cells.append(self._cell(variant, recovery, (*variant.producers, recover.id), evaluate))
+    def rows(self, model: ModelSource) -> list[Cell]:
+        """The rows of a model: the dense one, and for each ratio those of the methods."""
+        self._check_positions(model)
+        methods = self.methods_for(model) if self._config.ratios else {}
+        dense = Input(model.identity, str(model.checkpoint.path), content=model.content)
+        importance = self._importance_for_all(model, dense, methods)  # first, since most of the sweep waits for it
+        cells = self._finish(_Variant(label_of(model.name, None, None, NONE), model.name, dense, dense, dense))
+        for ratio in self._config.ratios:
+            for name, method in methods.items():
+                label = label_of(model.name, ratio, name if len(self._methods) > 1 else None, NONE)
+                variant = _Variant(label, model.name, dense, dense, dense, ratio, name)
+                numbered = with_numbers(method, model.checkpoint, ratio, place_of(model.name, name))
+                if method.prunes_in == "recovery":
+                    cells.append(self._pruned_in_recovery(variant, numbered, ratio))
+                else:
+                    assert importance is not None
+                    cells += self._finish(self._pruned(variant, numbered, ratio, importance))
         return cells
 
-    def _cell(self, variant: Variant, recovery: str, producers: tuple[str, ...], evaluate: Stage) -> Cell:
-        criterion = None if variant.method is None else self.methods[variant.method].criterion
-        measured = self.stages.efficiency(variant).id if self.config.efficiency.enabled else None
+    def _check_positions(self, model: ModelSource) -> None:
+        """Refuse generations that are longer than the number of a model's positions."""
+        efficiency, positions = self._config.efficiency, model.checkpoint.max_positions
+        longest = max(efficiency.prompt_tokens) + efficiency.new_tokens
+        if efficiency.enabled and positions is not None and longest > positions:
+            raise UserError(
+                f"efficiency: the longest of prompt_tokens and new_tokens are {longest} together, more than the "
+                f"{positions} positions of model {model.name!r} (max_position_embeddings); choose fewer"
+            )
+
+    def _importance_for_all(self, model: ModelSource, dense: Input, methods: Mapping[str, Method]) -> Stage | None:
+        """One pass for all methods that need scores and for further criteria; None if there are neither."""
+        scoring = [method for method in methods.values() if method.prunes_in == "calibration"]
+        needed = {criterion for method in scoring for criterion in _first_criteria(method)}
+        pruned = {structure for method in scoring for structure in method.structures} or {NEURONS}
+        refuse_criteria(self._config.importance.criteria, model.checkpoint, pruned)
+        criteria = needed.union(self._config.importance.criteria)
+        if not scoring and not criteria:
+            return None
+        importance = self._importance(model.name, {"model": dense}, criteria, kinds_among(pruned))
+        self.asked += [importance.id] if criteria > needed else []
+        return importance
+
+    def _importance(
+        self,
+        label: str,
+        inputs: dict[str, Input],
+        criteria: Iterable[str],
+        structures: Sequence[str],
+        student: StudentParameters | None = None,
+    ) -> Stage:
+        for share in self._config.calibration.shares():
+            inputs = inputs | self._text(share.role, share.text)
+        params = ImportanceParameters.of(self._config, criteria, structures, student)
+        return self._stage("importance", label, params, inputs)
+
+    def _pruned(self, variant: _Variant, method: Method, ratio: float, importance: Stage) -> _Variant:
+        """The dense model that a method with numbers prunes: student, cut and distillation."""
+        chain, dense = [importance], variant.dense
+        structures = kinds_among(method.structures)
+        if method.student_chosen_by is not None:
+            scores = {"model": dense, "student": _scores(importance, _first_criteria(method), [NEURONS])}
+            student = StudentParameters.of(ratio)
+            label = f"{variant.label} student"
+            chain.append(self._importance(label, scores, method.scored_before, structures, student))
+        params: Parameters = PruneParameters.of(self._config, method, ratio)
+        inputs = {"model": dense, "importance": _scores(chain[-1], method.scored_before, structures)}
+        cut = self._stage("prune", variant.label, params, inputs)
+        chain.append(cut)
+        if method.distill:
+            params = ReferenceParameters.of_calibration(self._config.distillation)
+            inputs = {"model": dense, "importance": _scores(importance, [], [NEURONS])}
+            reference = self._stage("reference", f"{importance.label} calibration", params, inputs)
+            settings = self._config.distillation
+            params = DistillParameters(distillation=settings, passes=method.distill, seed=self._config.seed)
+            inputs = {"model": cut.as_input(), "reference": reference.as_input()}
+            chain += [reference, self._stage("distill", variant.label, params, inputs)]
+        producers = tuple(stage.id for stage in chain)
+        return replace(variant, checkpoint=chain[-1].as_input(), cut=cut.as_input(), producers=producers)
+
+    def _pruned_in_recovery(self, variant: _Variant, method: Method, ratio: float) -> Cell:
+        """The training that prunes and recovers at the same time, and its evaluation."""
+        inputs = {"model": variant.dense, **self._text("instructions", self._config.recovery)}
+        made = self._stage("loraprune", variant.label, LoraPruneParameters.of(self._config, method, ratio), inputs)
+        pruned = replace(variant, checkpoint=made.as_input(), cut=made.as_input(), producers=(made.id,))
+        return self._row(pruned, OWN)
+
+    def _finish(self, variant: _Variant) -> list[Cell]:
+        """Recovery and evaluation of one checkpoint; the dense model is also evaluated as it is."""
+        recovery = self._config.recovery
+        cells = [self._row(variant, NONE)] if variant.ratio is None or recovery.method == NONE else []
+        if recovery.method != NONE:
+            inputs = {"model": variant.checkpoint, **self._text("instructions", recovery)}
+            params = RecoverParameters(recovery=recovery, seed=self._config.seed)
+            recover = self._stage("recover", variant.label, params, inputs)
+            producers = (*variant.producers, recover.id)
+            cells.append(
+                self._row(replace(variant, checkpoint=recover.as_input(), producers=producers), recovery.method)
+            )
+        return cells
+
+    def _row(self, variant: _Variant, recovery: str) -> Cell:
+        """The row of a checkpoint, with the stages that measure it."""
+        label = variant.label if recovery in (NONE, OWN) else f"{variant.label} + {recovery}"
+        inputs = {"model": variant.checkpoint, "dense": variant.dense}
+        inputs |= self._references_of_held_out(variant) | self._own_tasks
+        evaluate = self._stage("evaluate", label, EvaluateParameters.of(self._config.evaluation), inputs)
+        measured = None
+        if self._config.efficiency.enabled:  # of the shape, which recovery and distillation don't change
+            params = EfficiencyParameters.of(self._config.efficiency, self._device)
+            inputs = {"model": variant.cut, "dense": variant.dense}
+            measured = self._stage("efficiency", variant.label, params, inputs).id
         return Cell(
-            label=evaluate.label,
-            model=variant.source.name,
+            label=label,
+            model=variant.model,
             ratio=variant.ratio,
             method=variant.method,
-            criterion=criterion,
+            criterion=None if variant.method is None else self._methods[variant.method].criterion,
             recovery=recovery,
-            producers=producers,
+            producers=variant.producers,
             evaluate=evaluate.id,
             efficiency=measured,
         )
 
-    def _chain(self, variant: Variant, importance: Stage, ratio: float, method: Method) -> list[Stage]:
-        """All stages from the dense model's scores to the checkpoint before recovery, in order."""
-        scored = scored_for(method)
-        scores = [importance, *self._student(variant, importance, scored, ratio, method)]
-        inputs = {"model": variant.dense, "importance": part_of(scores[-1], scored)}
-        cut = self.stages.prune(variant.label, inputs, ratio, method)
-        return [*scores, cut, *self._distillation(variant, importance, cut.as_input(), method.distill)]
+    def _references_of_held_out(self, variant: _Variant) -> dict[str, Input]:
+        """References on the texts that fidelity is measured on: role of an evaluation's input -> reference."""
+        evaluation = self._config.evaluation
+        references: dict[str, Input] = {}
+        for name, text in evaluation.fidelity.each().items():
+            params = ReferenceParameters.of_held_out(evaluation, text)
+            inputs = {"model": variant.dense, **self._text("text", text)}
+            stage = self._stage("reference", f"{variant.model} held-out {name}".rstrip(), params, inputs)
+            if stage.as_input() in references.values():
+                raise UserError(
+                    f"evaluation.fidelity.texts: {name} has the content of another text; leave one of them out"
+                )
+            references[reference_role(name if references else FIRST)] = stage.as_input()
+        return references
 
-    def _student(
-        self, variant: Variant, importance: Stage, scored: Scored, ratio: float, method: Method
-    ) -> list[Stage]:
-        """The pass over the student that the dense model's scores choose, for a method that has one."""
-        student = student_of(method, ratio)
-        if student is None:
-            return []
-        chosen_by = Scored(first_criteria(method), [NEURONS])
-        inputs = {"model": variant.dense, "student": part_of(importance, chosen_by)}
-        return [self.stages.importance(f"{variant.label} student", inputs, scored, student)]
+    def _stage(self, kind: str, label: str, params: Parameters, inputs: Mapping[str, Input]) -> Stage:
+        """A stage, or the equal one that is planned already."""
+        stage = Stage(kind, label, params, inputs)
+        return self.stages.setdefault(stage.id, stage)
 
-    def _distillation(self, variant: Variant, importance: Stage, pruned: Input, passes: int) -> list[Stage]:
-        """The distillation of a pruned model, on the windows of ``importance``, and the reference that it needs."""
-        if not passes:
-            return []
-        reference = self.stages.reference_of_calibration(importance)
-        return [reference, self.stages.distill(variant, pruned, reference, passes)]
+    def _text(self, role: str, source: TextSource) -> dict[str, Input]:
+        """A text file as an input, identified by its content; nothing for a data set, which the settings name."""
+        if source.path is None:
+            return {}
+        file = Path(source.path)
+        return {role: Input(identity_of(file, self._hashes), str(file), content="text")}

@@ -1,15 +1,141 @@
-"""Finding pruning methods by the names that a user gives."""
+"""Pruning methods by the names that a user gives; which of their settings go together, and which models take them.
+
+A rule holds for methods with certain settings, or for models of some kind, and says which values other settings may
+have there. The first one that is broken makes the message; settings without effect break none.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import get_args
 
+from hfprune_dist.checkpoints.checkpoint import Checkpoint
+from hfprune_dist.checkpoints.families import Family
 from hfprune_dist.config.load import parse
 from hfprune_dist.config.method import Method
+from hfprune_dist.config.method_settings import Allocation, Refit
 from hfprune_dist.config.schema import SweepConfig
 from hfprune_dist.config.yaml_text import read_yaml
 from hfprune_dist.errors import UserError, did_you_mean
-from hfprune_dist.planning.legality import refuse_method
+from hfprune_dist.methods import CRITERIA, SCORED_WHILE_PRUNED
+from hfprune_dist.structures import EXPERT_NEURONS, EXPERTS, KV_GROUPS, LAYERS, NEURONS, Structure
+
+# Name of a setting -> values of it.
+Values = Mapping[str, Sequence[object]]
+
+ALONE, GROUPS, EXPERTS_ALONE = [NEURONS], [NEURONS, KV_GROUPS], [EXPERTS]
+WITH_LAYERS = [NEURONS, LAYERS], [NEURONS, KV_GROUPS, LAYERS]
+OF_NEURONS = ALONE, GROUPS, *WITH_LAYERS
+NO_BIAS = [name for name in get_args(Refit) if name != "bias"]
+
+
+def scoring(*kinds: str) -> list[str]:
+    """Names of the criteria by which units of any of these kinds have scores."""
+    return [name for name, criterion in CRITERIA.items() if criterion.units & {*kinds}]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What methods with the settings ``given`` take; ``because`` says why, and may be empty."""
+
+    given: Values
+    takes: Values
+    because: str = ""
+
+
+RULES = (
+    Rule({"prunes_in": ["calibration"]}, {"criterion": [*CRITERIA, *SCORED_WHILE_PRUNED]}),
+    Rule(
+        {"prunes_in": ["recovery"]},
+        {"criterion": [None], "allocation": ["local"], "refit": ["none"], "distill": [0]},
+        "LoRA's own gradients score units while it recovers the model",
+    ),
+    Rule(
+        {"structures": [EXPERTS_ALONE]},
+        {
+            "prunes_in": ["calibration"],
+            "allocation": ["uniform"],
+            "refit": ["none"],
+            "distill": [0],
+            "criterion": scoring(EXPERTS),
+        },
+        "experts go as a whole, the same number in every layer, and the others stay as they are",
+    ),
+    Rule({"structures": OF_NEURONS}, {"criterion": [None, *scoring(NEURONS), *SCORED_WHILE_PRUNED]}),
+    Rule(
+        {"criterion": [name for name in scoring(NEURONS) if name not in scoring(KV_GROUPS)]},
+        {"structures": [ALONE, WITH_LAYERS[0]]},
+        "it scores neurons alone, whose weights meet at the hidden channels",
+    ),
+    Rule({"allocation": ["uniform"]}, {"structures": [ALONE, EXPERTS_ALONE]}, "it is one width, or one number"),
+    Rule(
+        {"allocation": ["plain"]},
+        {"structures": [*WITH_LAYERS, GROUPS], "refit": NO_BIAS},
+        "it measures shapes after least squares; of neurons alone the one width is allocation: uniform",
+    ),
+    Rule({"allocation": ["searched"]}, {"refit": NO_BIAS}, "it measures shapes after least squares"),
+    Rule(
+        {"allocation": ["local", "global", "standardized"]},
+        {"structures": [ALONE, GROUPS]},
+        "layers have no scores, and it measures nothing",
+    ),
+    Rule(
+        {"allocation": ["low_rank"]},
+        {"criterion": [*SCORED_WHILE_PRUNED], "structures": [ALONE], "refit": ["none"]},
+        "it scores while it prunes, and attention's new weights aren't a refit",
+    ),
+    Rule({"criterion": [*SCORED_WHILE_PRUNED]}, {"allocation": ["low_rank"]}, "it scores while it prunes"),
+)
+
+
+@dataclass(frozen=True)
+class ModelRule:
+    """What models of a kind take; ``kind`` describes a model of it, for messages, and is false for all others."""
+
+    kind: Callable[[Checkpoint], object]
+    takes: Values
+
+
+MODEL_RULES = (
+    ModelRule(
+        lambda model: model.family.experts and "is a mixture of experts",
+        {
+            "prunes_in": ["calibration"],
+            "structures": [ALONE, GROUPS, EXPERTS_ALONE],
+            "allocation": ["uniform", "local"],
+            "protect_first": [0],
+            "protect_last": [0],
+            "refit": ["none", "dense"],
+            "distill": [0],
+            "criterion": scoring(EXPERT_NEURONS, EXPERTS),
+        },
+    ),
+    ModelRule(lambda model: not model.family.experts and "has no experts", {"structures": OF_NEURONS}),
+    ModelRule(
+        lambda model: model.family.has_vision and "is a model of images and text, which must stay plain",
+        {"allocation": ["uniform", "plain"], "refit": NO_BIAS},
+    ),
+    ModelRule(
+        lambda model: model.family.whole_groups and f"has KV groups that can't be pruned ({model.family.whole_groups})",
+        {"structures": [ALONE, WITH_LAYERS[0], EXPERTS_ALONE]},
+    ),
+    ModelRule(
+        lambda model: model.family.no_low_rank and f"takes no low rank ({model.family.no_low_rank})",
+        {"allocation": [name for name in get_args(Allocation) if name != "low_rank"]},
+    ),
+    ModelRule(
+        lambda model: model.family.no_sequence and f"can't be refitted block by block ({model.family.no_sequence})",
+        {"refit": ["none", "bias", "dense"]},
+    ),
+    ModelRule(
+        lambda model: (
+            not model.is_uniform and "has layers that differ in width or in heads, so it has been pruned already,"
+        ),
+        {"allocation": ["local", "global", "standardized", "searched"]},
+    ),
+)
 
 
 def resolve_methods(config: SweepConfig, shipped: Path) -> dict[str, Method]:
@@ -42,3 +168,105 @@ def resolve_methods(config: SweepConfig, shipped: Path) -> dict[str, Method]:
         methods[file.stem] = parse(Method, {**settings, **on_top}, where)
         refuse_method(methods[file.stem], f"configuration ({where})")
     return methods
+
+
+def refuse_method(method: Method, where: str) -> None:
+    """Refuse settings that don't go together.
+
+    Raises:
+        UserError: naming one that isn't possible, and what is.
+    """
+    for rule in RULES:
+        if all(getattr(method, name) in values for name, values in rule.given.items()):
+            for told in _broken(rule.takes, method):
+                given = ", ".join(_setting(name, getattr(method, name)) for name in rule.given)
+                raise UserError(f"{where}: with {given}, {told}" + (f"; {rule.because}" if rule.because else ""))
+
+
+def refuse_model(method: Method, checkpoint: Checkpoint, where: str) -> None:
+    """Refuse a model that doesn't take a method.
+
+    Raises:
+        UserError: naming the setting, and what is possible.
+    """
+    for told in why_not(method, checkpoint):
+        raise UserError(f"{where}: {checkpoint.family.model_type} {told}")
+
+
+def why_not(method: Method, checkpoint: Checkpoint) -> Iterator[str]:
+    """What a model is, with which settings of the method aren't possible; nothing if all are."""
+    for rule in MODEL_RULES:
+        if kind := rule.kind(checkpoint):
+            yield from (f"{kind}, with which {told}" for told in _broken(rule.takes, method))
+
+
+def can_do(method: Method, checkpoint: Checkpoint) -> bool:
+    """Whether a method applies to a model; an adaptive one is left out where a mixture of experts rules it out."""
+    if not (method.adapts and checkpoint.family.experts):
+        return True
+    left = method.model_copy(update={"structures": _structures_left(method, checkpoint.family)})
+    return not any(why_not(left, checkpoint))
+
+
+def suited(method: Method, checkpoint: Checkpoint) -> Method:
+    """A method that ``adapts`` without what the model's architecture rules out; any other method unchanged."""
+    family, changes = checkpoint.family, dict[str, object]()
+    if method.adapts:
+        changes["structures"] = _structures_left(method, family)
+    if method.adapts and family.no_sequence and method.refit in ("layerwise", "block"):
+        changes["refit"] = "dense"
+    return method.model_copy(update=changes)
+
+
+def _structures_left(method: Method, family: Family) -> list[Structure]:
+    """An adaptive method's structures without KV groups that must stay."""
+    return [it for it in method.structures if it != KV_GROUPS or not family.whole_groups]
+
+
+def refuse_criteria(criteria: Iterable[str], checkpoint: Checkpoint, structures: Iterable[str]) -> None:
+    """Refuse further criteria that score a student, which only a method can choose, or none of the structures that are
+    scored in a model.
+
+    Raises:
+        UserError: naming the first one, and what is possible.
+    """
+    of_experts = checkpoint.family.experts
+    kinds = {EXPERT_NEURONS if of_experts and name == NEURONS else name for name in structures}
+    possible = scoring(*(kinds - {KV_GROUPS}))
+    for name in criteria:
+        if chosen_by := CRITERIA[name].student_of:
+            raise UserError(
+                f"importance.criteria: {name} scores a student that a method chooses by {chosen_by}; prune by it "
+                "instead, as the method sdmprune does"
+            )
+        if name not in possible:
+            what = "is a mixture of experts" if of_experts else "has no experts"
+            raise UserError(
+                f"importance.criteria: {checkpoint.path}: {checkpoint.family.model_type} {what}, with which "
+                f"{_not_possible('criterion', name, possible)}"
+            )
+
+
+def _broken(takes: Values, method: Method) -> Iterator[str]:
+    """What a rule says of each setting that it doesn't allow."""
+    for name, values in takes.items():
+        value = getattr(method, name)
+        if value not in values and name not in method.without_effect:
+            yield _not_possible(name, value, values)
+
+
+def _not_possible(name: str, value: object, values: Sequence[object]) -> str:
+    *others, last = map(_shown, values)
+    listed = f"{', '.join(others)} and {last} are" if others else f"{last} is"
+    return f"{_setting(name, value)} isn't possible; {listed}"
+
+
+def _setting(name: str, value: object) -> str:
+    return f"{name}: {_shown(value)}"
+
+
+def _shown(value: object) -> str:
+    """A value as it is written in YAML."""
+    if value is None:
+        return "null"
+    return f"[{', '.join(value)}]" if isinstance(value, list) else f"{value}"

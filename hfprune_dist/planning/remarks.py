@@ -1,18 +1,28 @@
-"""Warnings about settings that are valid, but with which results mislead."""
+"""What planning tells: settings with which results mislead, what a method does to a model, and what is left of it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
+from hfprune_dist.checkpoints.checkpoint import Checkpoint
 from hfprune_dist.config.method import Method
 from hfprune_dist.config.schema import SweepConfig
 from hfprune_dist.config.section import TextSource
 from hfprune_dist.config.texts import FIRST
+from hfprune_dist.planning.methods import can_do, suited, why_not
+from hfprune_dist.planning.ratios import with_numbers
+from hfprune_dist.planning.shapes import Target, shapes_for
+from hfprune_dist.structures import EXPERTS, KV_GROUPS, LAYERS
+from hfprune_dist.structures.kept import Shape
+from hfprune_dist.structures.low_rank import rank_field
+
+# Architectures of which vLLM and SGLang take hidden_size / heads as the size of a head, whatever head_dim says.
+_HEADS_SHARE_HIDDEN_SIZE = {"qwen2"}
 
 
 def remarks_on_settings(config: SweepConfig, methods: Mapping[str, Method]) -> list[str]:
-    """A sentence about each such setting."""
+    """Sentences about settings that are valid, but with which results mislead."""
     return [*_without_effect(config, methods), *_seen_before(config, methods)]
 
 
@@ -47,3 +57,64 @@ def _overlap(one: TextSource, other: TextSource) -> bool:
         return all(getattr(one, part) == getattr(other, part) for part in parts)
     first, second = Path(one.path).resolve(), Path(other.path).resolve()
     return first == second or first.parent == second or second.parent == first
+
+
+def remarks_on_shapes(checkpoint: Checkpoint, ratios: Sequence[float], method: Method, where: str) -> list[str]:
+    """Sentences for dry runs about a method's settings that depend on the model."""
+    if not can_do(method, checkpoint):
+        return [f"{where}: left out, since the model {next(why_not(method, checkpoint))}"]
+    family, left = checkpoint.family, suited(method, checkpoint)
+    told = [f"{where}: KV groups stay: {family.whole_groups}"] if left.structures != method.structures else []
+    if left.refit != method.refit:
+        norms = ", and no norm is refitted" if method.effort == "thorough" else ""
+        told.append(f"{where}: refit is {left.refit}{norms}: {family.no_sequence}")
+    if left.multiple_of == "auto":
+        multiples = [(ratio, with_numbers(left, checkpoint, ratio, where).multiple_of) for ratio in ratios]
+        told.append(f"{where}: multiple_of is {', '.join(f'{multiple} at {ratio:g}' for ratio, multiple in multiples)}")
+    stays_plain = KV_GROUPS in left.structures and left.allocation in ("plain", "local")
+    if family.model_type in _HEADS_SHARE_HIDDEN_SIZE and stays_plain:
+        told.append(
+            f"{where}: where KV groups go, vLLM and SGLang can't load the checkpoint, as they compute the size of "
+            f"{family.model_type}'s heads from their number; for them, leave kv_groups out of structures"
+        )
+    return told
+
+
+def planned_sizes(checkpoint: Checkpoint, ratio: float, method: Method, where: str) -> dict[str, str]:
+    """``sizes_of`` the shapes that a method may make of a model, and a ``note`` on what decides among them.
+
+    Raises:
+        UserError: as ``check_ratios``.
+    """
+    settled = with_numbers(method, checkpoint, ratio, where)
+    target = Target.of(checkpoint, settled, ratio, where)
+    shapes = shapes_for(target)
+    if not shapes:
+        decides = "a search decides" if target.allocation == "searched" else "scores decide"
+        stay = [name for name, it in (("KV heads", KV_GROUPS), ("layers", LAYERS)) if it not in target.structures]
+        known = {name: size for name, size in sizes_of(checkpoint).items() if name in stay}
+        return known | {"note": f"{decides}, layer by layer"}
+    ranks = (f"{rank_field(name)} {row[0]}" for name, row in shapes[0].ranks.items())
+    several = f"the closest of {len(shapes)} shapes, by measurement" if len(shapes) > 1 else ""
+    return sizes_of(checkpoint, shapes) | {"note": several or ", ".join(ranks)}
+
+
+def sizes_of(checkpoint: Checkpoint, shapes: Iterable[Shape] = ()) -> dict[str, str]:
+    """Sizes of shapes of a model, or of the model as it is: a number, or the smallest and the largest of them."""
+    shapes = list(shapes) or [Shape(tuple(range(checkpoint.num_layers)))]
+    units = checkpoint.units
+    sizes = {
+        "width": [count // units.copies for shape in shapes for count in shape.counts(units) if count],
+        "KV heads": [count for shape in shapes for count in shape.counts(checkpoint.structures[KV_GROUPS])],
+        "layers": [len(shape.layers) for shape in shapes],
+    }
+    if EXPERTS in checkpoint.structures:
+        experts = checkpoint.structures[EXPERTS]
+        sizes["experts"] = [count for shape in shapes for count in shape.counts(experts) if count]
+    ratios = [checkpoint.parameter_counts.ratio(shape) for shape in shapes]
+    return {name: _span(row, "d") for name, row in sizes.items()} | {"ratio": _span(ratios, ".4f")}
+
+
+def _span(numbers: Sequence[float], form: str) -> str:
+    least, most = format(min(numbers), form), format(max(numbers), form)
+    return least if least == most else f"{least}-{most}"

@@ -23,13 +23,11 @@ from hfprune_dist.errors import UserError
 from hfprune_dist.kinds.efficiency import EfficiencyParameters
 from hfprune_dist.kinds.placement import choose_micro_batches, chooses
 from hfprune_dist.planning.build_plan import build_plan
-from hfprune_dist.planning.earlier_rows import refuse_other_checkpoints, with_earlier_rows
 from hfprune_dist.planning.methods import resolve_methods
 from hfprune_dist.planning.model_sources import ModelSource, resolve_models
-from hfprune_dist.planning.plan import Plan
-from hfprune_dist.planning.ratios import planned_sizes, remarks_on_shapes, sizes_of
-from hfprune_dist.planning.refusals import place_of
-from hfprune_dist.planning.remarks import remarks_on_settings
+from hfprune_dist.planning.plan import Plan, refuse_other_checkpoints, with_earlier_rows
+from hfprune_dist.planning.ratios import place_of
+from hfprune_dist.planning.remarks import planned_sizes, remarks_on_settings, remarks_on_shapes, sizes_of
 from hfprune_dist.store.artifacts import Verdict
 from hfprune_dist.store.cancellation import Cancellation
 

@@ -30,8 +30,7 @@ from hfprune_launch.sweep_folder import (
 )
 
 from hfprune_dist.errors import LostInputError, UserError
-from hfprune_dist.planning.earlier_rows import kept_rows, with_earlier_rows
-from hfprune_dist.planning.plan import Cell
+from hfprune_dist.planning.plan import Cell, kept_rows, with_earlier_rows
 from hfprune_dist.results.card import METHOD_SETTINGS
 from hfprune_dist.results.formats import counted
 from hfprune_dist.results.rows import DenseModel

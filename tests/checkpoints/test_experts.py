@@ -27,7 +27,8 @@ from hfprune_dist.config.method import Method
 from hfprune_dist.errors import UserError
 from hfprune_dist.methods import CRITERIA
 from hfprune_dist.models.loading import load_causal_lm, require_own_weights
-from hfprune_dist.planning.ratios import check_ratios, remarks_on_shapes
+from hfprune_dist.planning.ratios import check_ratios
+from hfprune_dist.planning.remarks import remarks_on_shapes
 from hfprune_dist.scoring.shard_scorer import ShardScorer
 from hfprune_dist.structures import EXPERTS as WHOLE
 from hfprune_dist.structures import NEURONS

@@ -7,8 +7,7 @@ import pytest
 from made_stages import stage_of
 
 from hfprune_dist.errors import UserError
-from hfprune_dist.planning.earlier_rows import refuse_other_checkpoints, with_earlier_rows
-from hfprune_dist.planning.plan import Cell, Plan
+from hfprune_dist.planning.plan import Cell, Plan, refuse_other_checkpoints, with_earlier_rows
 from hfprune_dist.store.stage import Input
 
 OUT = Path("runs/my")

@@ -1,22 +1,108 @@
+"""Methods by their names, and the tables of what goes together: what a refusal says is possible is."""
+
+import re
 from pathlib import Path
+from typing import get_args
 
 import pytest
+import yaml
+from families import save_model
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from hfprune_dist.checkpoints.checkpoint import open_checkpoint
 from hfprune_dist.config.load import load_config
 from hfprune_dist.config.method import Method
+from hfprune_dist.config.method_settings import Allocation, Refit
 from hfprune_dist.errors import UserError
-from hfprune_dist.planning.methods import resolve_methods
+from hfprune_dist.methods import CRITERIA, SCORED_WHILE_PRUNED
+from hfprune_dist.planning.methods import can_do, refuse_criteria, refuse_method, refuse_model, resolve_methods, why_not
 
 SHIPPED = Path(__file__).resolve().parents[2] / "configs" / "methods"
+TOLD = re.compile(r"(\w+): (null|\[.*?\]|[\w.]+) isn't possible; (.*?) (?:is|are)(?:;|$)")
+METHODS = st.builds(
+    Method,
+    criterion=st.sampled_from([None, *CRITERIA, *SCORED_WHILE_PRUNED]),
+    prunes_in=st.sampled_from(["calibration", "calibration", "recovery"]),
+    structures=st.sampled_from([["neurons"], ["neurons", "kv_groups"], ["neurons", "layers"], ["experts"]]),
+    allocation=st.sampled_from(get_args(Allocation)),
+    protect_last=st.sampled_from([0, 0, 1]),
+    refit=st.sampled_from(get_args(Refit)),
+    distill=st.sampled_from([0, 0, 1]),
+)
 
 
 def resolved(**overrides):
     return resolve_methods(load_config([], overrides), SHIPPED)
 
 
-def test_every_shipped_method_resolves():
-    names = [file.stem for file in SHIPPED.glob("*.yaml")]
-    assert set(resolved(methods=names)) == set(names) >= {"hfprune", "surgeon-plain"}
+def mended(method, told):
+    """Return the method with the first value that a message says is possible."""
+    name, value, possible = TOLD.search(told).groups()
+    assert yaml.safe_load(value) == getattr(method, name)
+    first = yaml.safe_load(re.match(r"\[.*?\]|\w+", possible)[0])
+    return method.model_copy(update={name: first})
+
+
+@settings(max_examples=300)
+@given(METHODS)
+def test_what_is_said_to_be_possible_mends_a_method(method):
+    for _ in range(12):
+        try:
+            return refuse_method(method, "m")
+        except UserError as error:
+            told = str(error)
+        assert told.startswith("m: with ")
+        method = mended(method, told)
+    raise AssertionError(told)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """Architectures of all kinds that the table knows."""
+    folder, names = tmp_path_factory.mktemp("models"), ("llama", "qwen3_moe", "olmo2", "phi3", "cohere2", "llava")
+    return {name: open_checkpoint(save_model(folder / name, name)) for name in names}
+
+
+@settings(max_examples=200)
+@given(data=st.data(), method=METHODS)
+def test_so_it_does_for_a_model(models, data, method):
+    checkpoint = models[data.draw(st.sampled_from(sorted(models)))]
+    for _ in range(12):
+        why = next(why_not(method, checkpoint), None)
+        if why is None:
+            return refuse_model(method, checkpoint, "m")
+        with pytest.raises(UserError, match=f"^m: {checkpoint.family.model_type} {re.escape(why)}$"):
+            refuse_model(method, checkpoint, "m")
+        method = mended(method, why)
+    raise AssertionError(why)
+
+
+def test_shipped_methods_are_legal_and_those_for_mixtures_are_listed(models):
+    names = sorted(file.stem for file in SHIPPED.glob("*.yaml"))
+    methods = resolved(methods=names)
+    assert [*methods] == names
+    mixture = models["qwen3_moe"]
+    assert {name for name, it in methods.items() if not any(why_not(it, mixture))} == {
+        *("hfprune", "hfprune-refit", "fisher-refit", "cross-entropy", "wanda-sp", "magnitude", "random"),
+        *("hfprune-experts", "reap"),
+    }
+    assert not can_do(methods["surgeon-plain"], mixture) and can_do(methods["surgeon-plain"], models["llama"])
+
+
+@pytest.mark.parametrize("name", sorted(name for name, it in CRITERIA.items() if it.student_of is None))
+def test_further_criteria_are_those_that_score_what_is_pruned(models, name):
+    criterion = CRITERIA[name]
+    for model, structures, is_scored in (
+        ("llama", ["neurons"], "neurons" in criterion.units),
+        ("qwen3_moe", ["neurons"], "expert_neurons" in criterion.units),
+        ("qwen3_moe", ["experts"], "experts" in criterion.units),
+    ):
+        if is_scored:
+            refuse_criteria([name], models[model], structures)
+        else:
+            with pytest.raises(UserError, match=f"importance.criteria: .*criterion: {name} isn't possible; "):
+                refuse_criteria([name], models[model], structures)
 
 
 def test_hfprune_is_the_published_method():
@@ -51,18 +137,14 @@ def test_a_file_of_ones_own_is_found_beside_the_configuration(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("criterion: entropi\n", "criterion"),
         ("refit: dense\n", "with prunes_in: calibration, criterion: null isn't possible; entropy,"),
         ("criterion: entropy\nrefits: dense\n", "unknown key 'refits'.*did you mean 'refit'"),
         (
             "criterion: entropy\nallocation: global\nstructures: [neurons, layers]\n",
             "layers. isn't possible; .neurons. and .neurons, kv_groups. are; layers have",
         ),
-        ("criterion: entropy\nfloor: -0.1\n", "floor.*greater than or equal to 0"),
-        ("criterion: entropy\nprotect_last: 1.5\n", r"protect_last: must be less than 1 .got 1.5"),
         ("criterion: entropy\nprotect_first: -1\n", r"protect_first: must be greater than or equal to 0 .got -1"),
         ("- entropy\n", "expected the keys of a method"),
-        ("a: [\n", "not valid YAML"),
         (None, "No such file"),
     ],
 )

@@ -10,16 +10,14 @@ from hypothesis import strategies as st
 from hfprune_dist.checkpoints.checkpoint import open_checkpoint
 from hfprune_dist.config.method import Method
 from hfprune_dist.errors import UserError
-from hfprune_dist.planning.build_plan import student_of
+from hfprune_dist.kinds.importance import StudentParameters
 from hfprune_dist.planning.ratios import (
     MOST_BEYOND,
     MULTIPLES,
     check_ratios,
-    planned_sizes,
-    remarks_on_shapes,
-    sizes_of,
     with_numbers,
 )
+from hfprune_dist.planning.remarks import planned_sizes, remarks_on_shapes, sizes_of
 from hfprune_dist.planning.shapes import Target, plain_shapes, shapes_for
 
 BOTH, ALL = ["neurons", "kv_groups"], ["neurons", "kv_groups", "layers"]
@@ -129,10 +127,8 @@ def test_what_cannot_be_pruned_is_refused_by_name():
 
 @pytest.mark.parametrize(("ratio", "published"), [(0.05, (0.4, 0.2)), (0.26, (0.42, 0.5)), (0.7, (0.1, 0.2))])
 def test_what_a_student_leaves_open_is_as_published_for_the_nearest_ratio(ratio, published):
-    criterion = "coupled_taylor_distilled"
-    student = student_of(Method(criterion=criterion), ratio)
+    student = StudentParameters.of(ratio)
     assert (student.lacks, student.teacher_share, student.teacher_temperature) == (0.025, *published)
-    assert student_of(Method(criterion="coupled_taylor"), ratio) is None
 
 
 def test_a_ratio_at_which_neurons_without_a_score_would_stay_is_refused():
