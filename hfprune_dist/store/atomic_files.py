@@ -1,6 +1,6 @@
 """Atomic writes: a reader, or a resumed run, sees either the old content of a file or the new, never a part of it.
 
-What is read may be replaced or removed at any moment by other hosts; NFS then reports some things twice, or as stale.
+What is read may be replaced or removed at any moment by other hosts; NFS then reports it as stale.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import IO, Any, TypeVar
+from typing import Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -24,7 +24,7 @@ T = TypeVar("T")
 
 # How often something that is stale is read before it counts as an error.
 READING_ATTEMPTS = 5
-_ADAPTERS: dict[type[Any], TypeAdapter[Any]] = {}
+_ADAPTERS: dict[type[Any], TypeAdapter[Any]] = {}  # each takes milliseconds to make
 
 
 def unless_stale(read: Callable[[], T]) -> T:
@@ -53,18 +53,15 @@ def write_text(file: Path, text: str, *, mode: int = 0o666, durable: bool = True
     """
     draft = file.with_name(f".{file.name}.{uuid.uuid4().hex[:8]}")
     try:
-        with naming(file), _created(draft, mode) as stream:
+        descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
+        with naming(file), os.fdopen(descriptor, "w", encoding="utf-8") as stream:
             stream.write(text)
             if durable:
                 stream.flush()
                 os.fsync(stream.fileno())
-        _replace(draft, file)
+        draft.replace(file)
     finally:
         draft.unlink(missing_ok=True)
-
-
-def _created(file: Path, mode: int) -> IO[str]:
-    return os.fdopen(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "w", encoding="utf-8")
 
 
 def write_json(file: Path, value: Any, *, sort_keys: bool = True, durable: bool = True) -> None:
@@ -103,15 +100,14 @@ def read_record(kind: type[T], file: Path) -> T | None:
 
 def as_record(kind: type[T], value: dict[str, Any] | None) -> T | None:
     """Make a dataclass of this kind from a JSON object, ignoring unknown fields; None if the object doesn't fit."""
+    if value is None:
+        return None
+    adapter = _ADAPTERS.get(kind) or _ADAPTERS.setdefault(kind, TypeAdapter(kind))
     try:
-        record: T | None = None if value is None else _adapter(kind).validate_python(value)
+        record: T = adapter.validate_python(value)
     except ValidationError:
         return None
     return record
-
-
-def _adapter(kind: type[Any]) -> TypeAdapter[Any]:
-    return _ADAPTERS.get(kind) or _ADAPTERS.setdefault(kind, TypeAdapter(kind))
 
 
 def listed(folder: Path, pattern: str) -> list[Path]:
@@ -159,18 +155,8 @@ def publish(draft: Path, file: Path) -> None:
     """
     draft.chmod(usual_mode())
     fsync_path(draft)
-    _replace(draft, file)
+    draft.replace(file)
     fsync_path(file.parent)
-
-
-def _replace(draft: Path, file: Path) -> None:
-    """Rename a draft over a file. If an answer is lost, NFS asks again, and is told that there is no draft."""
-    inode = draft.stat().st_ino
-    try:
-        draft.replace(file)
-    except FileNotFoundError:
-        if not file.exists() or file.stat().st_ino != inode:
-            raise
 
 
 @contextlib.contextmanager
@@ -184,18 +170,9 @@ def locked(file: Path) -> Iterator[None]:
 
 def usual_mode() -> int:
     """The mode of new files: readable and writable, minus the bits in the umask."""
-    return 0o666 & ~_umask()
-
-
-def _umask(status: Path = Path("/proc/self/status")) -> int:
-    """The umask of this process. Without Linux's file on it, it has to be set for a moment, which threads notice."""
-    lines = status.read_text(encoding="utf-8", errors="replace").splitlines() if status.is_file() else []
-    for line in lines:
-        if line.startswith("Umask:"):
-            return int(line.split()[1], 8)
-    mask = os.umask(0o077)
+    mask = os.umask(0o077)  # to be read, it has to be set for a moment
     os.umask(mask)
-    return mask
+    return 0o666 & ~mask
 
 
 def set_aside(file: Path, reason: str) -> None:

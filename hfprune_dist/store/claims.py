@@ -12,16 +12,13 @@ import errno
 import json
 import os
 import socket
-import sys
 import threading
 import time
 import uuid
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
-
-import psutil
 
 from hfprune_dist.errors import naming
 from hfprune_dist.store.atomic_files import as_record, listed, modified_at, read_json, write_json
@@ -30,11 +27,6 @@ CLAIM_FILES = "claim.*"
 # The process of a holder on another host can't be checked; it counts as dead if its claim wasn't renewed for this long.
 RENEWAL_LIMIT_S = 300.0
 RENEW_S = 60.0
-POLL_S = 1.0
-# Unix times computed for the start of one process may differ by this much while the system's clock is adjusted.
-START_TOLERANCE_S = 2.0
-
-Clock = Callable[[], float]
 
 
 class ClaimLostError(Exception):
@@ -46,36 +38,33 @@ class Holder:
     """A process, and its job in a batch system, if any.
 
     Attributes:
-        started: start of the process; with ``pid`` it identifies the process, since ids are reused. On Linux
-            ``<system>/<ticks>``: boot and PID namespace, and clock ticks since that boot, which adjusting a clock does
-            not change. On other systems, and in older claims, unix time; None if it isn't known.
+        started: boot and PID namespace, and clock ticks since that boot at which the process started, which together
+            with ``pid`` identify it: ids are reused, and clocks adjusted. None where there is no Linux to say so.
     """
 
     host: str
     pid: int
-    started: str | float | None
+    started: str | None
     job: str | None = None
 
     @classmethod
     def me(cls, job: str | None = None) -> Holder:
-        return cls(socket.gethostname(), os.getpid(), _start_on_linux(os.getpid()) or _start_time(os.getpid()), job)
+        return cls(socket.gethostname(), os.getpid(), _start_of(os.getpid()), job)
 
     def is_running(self) -> bool | None:
-        """Whether the process is running; None if it can't be seen from here and only its claim's renewals can tell."""
-        if self.host != socket.gethostname():
+        """Whether the process is running; None if it can't be seen from here and only its claim's renewals can tell:
+        it is on another machine, in another container, from before a reboot, or hidden as another user's.
+        """
+        if self.host != socket.gethostname() or self.started is None or self.started.rpartition("/")[0] != _system():
             return None
-        if isinstance(self.started, str):
-            return self._is_running_on_linux(self.started)
-        started = _start_time(self.pid)
-        return started is not None and self.started is not None and abs(started - self.started) < START_TOLERANCE_S
-
-    def _is_running_on_linux(self, started: str) -> bool | None:
-        if started.rpartition("/")[0] != _system():
-            return None  # another machine of the same name, a container, or this machine before it was rebooted
-        found = _start_on_linux(self.pid)
-        if found is None and _is_hidden(self.pid):
-            return None
-        return found == started
+        if (found := _start_of(self.pid)) is None:
+            try:
+                os.kill(self.pid, 0)
+            except PermissionError:
+                return None
+            except OSError:
+                pass
+        return found == self.started
 
 
 class Claim:
@@ -126,7 +115,6 @@ class Claim:
 
         Raises:
             ClaimLostError: if the claim is no longer held.
-            OSError: if the file system fails.
         """
         self.require_held()
         os.utime(self._file)
@@ -137,76 +125,35 @@ class Claim:
             write_json(self._file, {**_read(self._file), "released": True})
 
 
-class Renewal:
-    """Renews a claim at intervals as long as it is held; temporary failures of the file system are tolerated.
-
-    Args:
-        tell: called with a warning if renewals fail for so long that others may soon take the holder for dead.
-        clock: returns seconds, from any origin.
-    """
-
-    def __init__(self, claim: Claim, tell: Callable[[str], None] | None = None, clock: Clock = time.monotonic) -> None:
-        self._claim = claim
-        self._tell = tell or _warn
-        self._clock = clock
-        self._tried_at = self._renewed_at = self._told_at = clock()
-
-    def tick(self) -> None:
-        """Renew the claim if it is time to.
-
-        Raises:
-            ClaimLostError: if the claim is no longer held.
-        """
-        now = self._clock()
-        if now - self._tried_at < RENEW_S:
-            return
-        self._tried_at = now
-        try:
-            self._claim.renew()
-        except OSError as error:
-            self._complain(now, error)
-        else:
-            self._renewed_at = now
-
-    def _complain(self, now: float, error: OSError) -> None:
-        silent_s = now - self._renewed_at
-        if silent_s < RENEWAL_LIMIT_S / 2 or now - self._told_at < RENEWAL_LIMIT_S / 2:
-            return
-        self._told_at = now
-        self._tell(
-            f"the claim on this stage could not be renewed for {silent_s:.0f} s ({error}); after {RENEWAL_LIMIT_S:.0f} "
-            "s another host may take the stage over"
-        )
-
-
 def keep_renewed(claim: Claim) -> threading.Event:
     """Renew a claim from a thread until it is released or lost, which its holder notices by itself, or until the
-    returned event is set.
+    returned event is set. What keeps it from being renewed now may pass until the next time.
     """
     enough = threading.Event()
-    threading.Thread(target=_renew, args=(Renewal(claim), enough), daemon=True).start()
+
+    def renew() -> None:
+        with contextlib.suppress(ClaimLostError):
+            while not enough.wait(RENEW_S):
+                with contextlib.suppress(OSError):
+                    claim.renew()
+
+    threading.Thread(target=renew, daemon=True).start()
     return enough
-
-
-def _renew(renewal: Renewal, enough: threading.Event) -> None:
-    with contextlib.suppress(ClaimLostError):
-        while not enough.wait(POLL_S):
-            renewal.tick()
 
 
 def try_claim(folder: Path, job: str | None = None, ended_jobs: Collection[str] = ()) -> Claim | Holder:
     """Claim ``folder`` (created if needed), or return its holder.
 
     Args:
-        folder: the stage's work folder.
-        job: the batch job that claims, if any; a requeued job succeeds itself.
+        job: the batch job that claims; a requeued job succeeds itself.
         ended_jobs: jobs known to have ended: their claims are void, however recently they were renewed.
     """
     while True:
         folder.mkdir(parents=True, exist_ok=True)  # removed by a holder that finishes
-        generation, holder = _current(folder)
-        if holder is not None and (holder.job is None or holder.job not in {job, *ended_jobs}):
-            return holder
+        generation = _newest_generation(folder)
+        newest = _open_claim(folder, generation)
+        if newest is not None and newest.lives and newest.holder.job not in ({job, *ended_jobs} - {None}):
+            return newest.holder
         claim = Claim(folder, generation + 1, uuid.uuid4().hex[:12])
         file = folder / f"claim.{generation + 1}"
         if _create(file, json.dumps({**asdict(Holder.me(job)), "token": claim.token}, allow_nan=False)):
@@ -230,14 +177,9 @@ def _open_claim(folder: Path, generation: int) -> OpenClaim | None:
     file = folder / f"claim.{generation}"
     record = _read(file)
     holder = as_record(Holder, record)
-    return None if holder is None or record.get("released") else OpenClaim(holder, _lives(holder, file))
-
-
-def _current(folder: Path) -> tuple[int, Holder | None]:
-    """The highest generation, and its holder if that process is alive."""
-    generation = _newest_generation(folder)
-    claim = _open_claim(folder, generation)
-    return generation, claim.holder if claim is not None and claim.lives else None
+    if holder is None or record.get("released"):
+        return None
+    return OpenClaim(holder, _lives(holder, file))
 
 
 def _read(file: Path) -> dict[str, Any]:
@@ -260,6 +202,7 @@ def _newest_generation(folder: Path) -> int:
 
 
 def _lives(holder: Holder, file: Path) -> bool:
+    """Whether a holder is running or, where that can't be seen, has renewed its claim within the limit."""
     running = holder.is_running()
     if running is not None:
         return running
@@ -296,8 +239,10 @@ def _create(file: Path, text: str) -> bool:
         with naming(file):
             draft.write_text(text, encoding="utf-8")
         os.link(draft, file)
-    except FileExistsError:
-        return _has_two_names(draft)
+    except FileExistsError:  # perhaps by our own link: NFS repeats a request whose answer was lost
+        with contextlib.suppress(FileNotFoundError):
+            return draft.stat().st_nlink > 1
+        return False
     except OSError as error:
         if error.errno not in (errno.ENOENT, errno.ESTALE):  # stale on NFS if it was removed while it was written
             raise
@@ -305,14 +250,6 @@ def _create(file: Path, text: str) -> bool:
     finally:
         draft.unlink(missing_ok=True)
     return True
-
-
-def _has_two_names(draft: Path) -> bool:
-    """Whether a link that "already exists" is ours: NFS repeats a request whose answer was lost."""
-    try:
-        return draft.stat().st_nlink > 1
-    except FileNotFoundError:
-        return False
 
 
 def _system() -> str | None:
@@ -324,36 +261,11 @@ def _system() -> str | None:
         return None
 
 
-def _start_on_linux(pid: int) -> str | None:
-    """Start of a process in the form of ``Holder.started`` on Linux; None if it isn't running, or on other systems."""
-    system = _system()
+def _start_of(pid: int) -> str | None:
+    """Start of a process, in the form of ``Holder.started``; None if it isn't running, or can't be seen."""
     try:
         # The name in parentheses may contain anything; state is the first field after it, the start the twentieth.
         fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
     except OSError:
         return None
-    return None if system is None or fields[0] in ("Z", "X") else f"{system}/{fields[19]}"
-
-
-def _is_hidden(pid: int) -> bool:
-    """Whether a process is running that ``/proc`` doesn't show, since it may hide processes of other users."""
-    try:
-        os.kill(pid, 0)
-    except PermissionError:
-        return not Path(f"/proc/{pid}").exists()
-    except OSError:
-        return False
-    return False
-
-
-def _start_time(pid: int) -> float | None:
-    """Start of a process, in unix time; None if it isn't running."""
-    try:
-        process = psutil.Process(pid)
-        return None if process.status() == psutil.STATUS_ZOMBIE else process.create_time()
-    except psutil.Error:
-        return None
-
-
-def _warn(message: str) -> None:
-    print(f"warning: {message}", file=sys.stderr, flush=True)
+    return None if fields[0] in ("Z", "X") else f"{_system()}/{fields[19]}"

@@ -41,8 +41,7 @@ class FileHashes:
 
     def __init__(self, cache: Path | None) -> None:
         self._cache = cache
-        self._fresh: dict[str, dict[str, Any]] = {}
-        self._stable: set[str] = set()
+        self._fresh: dict[str, dict[str, Any]] = {}  # by name of the entry, those that are not in the cache
 
     def of_file(self, file: Path) -> str:
         """sha256 of a file's content.
@@ -67,34 +66,31 @@ class FileHashes:
 
     def save(self) -> None:
         """Write the hashes computed since the last call to the cache, except those of files that had just changed."""
-        if self._cache is not None and self._stable:
+        stable = [name for name, entry in self._fresh.items() if entry["stable"]]
+        if self._cache is not None and stable:
             self._cache.mkdir(parents=True, exist_ok=True)
-            for name in self._stable:
+            for name in stable:
                 write_json(self._cache / name, self._fresh.pop(name))
-            self._stable.clear()
 
     def _digest(self, file: Path) -> str:
-        key = _key_of(file)
-        return self._recall(key) or self._compute(file, key)
-
-    def _compute(self, file: Path, key: list[Any]) -> str:
-        read_at_ns = time.time_ns()
-        sha256 = hashlib.sha256()
-        with file.open("rb", buffering=0) as stream:
-            while chunk := stream.read(CHUNK_BYTES):
-                sha256.update(chunk)
-        name, digest = _entry_name(key), sha256.hexdigest()
-        self._fresh[name] = {"key": key, "sha256": digest}
-        changed_at_ns = key[-1]
-        (self._stable.add if changed_at_ns < read_at_ns - STABLE_NS else self._stable.discard)(name)
-        return digest
-
-    def _recall(self, key: list[Any]) -> str | None:
-        name = _entry_name(key)
+        stat = file.stat()
+        key = [str(file.resolve()), stat.st_size, stat.st_mtime_ns, stat.st_ino, stat.st_ctime_ns]
+        name = f"{digest_of(key[0])[:32]}.json"
         entry = self._fresh.get(name)
         if entry is None and self._cache is not None:
             entry = read_object(self._cache / name)
-        return str(entry["sha256"]) if entry and entry.get("key") == key and "sha256" in entry else None
+        if entry is None or entry.get("key") != key or "sha256" not in entry:
+            stable = stat.st_ctime_ns < time.time_ns() - STABLE_NS
+            entry = self._fresh[name] = {"key": key, "sha256": _sha256_of(file), "stable": stable}
+        return str(entry["sha256"])
+
+
+def _sha256_of(file: Path) -> str:
+    sha256 = hashlib.sha256()
+    with file.open("rb", buffering=0) as stream:
+        while chunk := stream.read(CHUNK_BYTES):
+            sha256.update(chunk)
+    return sha256.hexdigest()
 
 
 def for_each_file(sizes: Mapping[Path, int], work: Callable[[Path], T]) -> dict[Path, T]:
@@ -149,13 +145,3 @@ def _walk(folder: Path, above: frozenset[Path] = frozenset()) -> Iterator[Path]:
             yield from _walk(path, above | {here})
         else:
             yield path
-
-
-def _key_of(file: Path) -> list[Any]:
-    """Path, size, times and inode of a file; the time of its last change (of content or attributes) comes last."""
-    stat = file.stat()
-    return [str(file.resolve()), stat.st_size, stat.st_mtime_ns, stat.st_ino, stat.st_ctime_ns]
-
-
-def _entry_name(key: list[Any]) -> str:
-    return f"{digest_of(key[0])[:32]}.json"

@@ -7,7 +7,6 @@ import re
 import shutil
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 from hfprune_dist.errors import UserError
@@ -30,6 +29,7 @@ class Leftover:
     Attributes:
         reason: why nothing needs it.
         size_bytes: how much space its removal frees.
+        remove: removes it, or raises ``UserError`` if part of it stays.
     """
 
     path: Path
@@ -54,26 +54,27 @@ def unused(store: Store, kept: Collection[str], about_to_run: Collection[str] = 
     Args:
         about_to_run: ids of stages that may begin at any moment. Their drafts and all shared files are left out.
     """
+    begun = tuple(f".draft-{stage_id.partition('/')[2]}-" for stage_id in about_to_run)
     for kind in STAGE_VERSIONS:
-        begun = tuple(f".draft-{it.partition('/')[2]}-" for it in about_to_run)
-        for draft in (it for it in listed(store.root / kind, ".draft-*") if not it.name.startswith(begun)):
-            yield _folder(draft, "a draft of a stage that ended early")
-        for handle in (it for it in _handles(store, store.root / kind) if it.id not in kept):
-            yield Leftover(
-                handle.artifact, "an artifact of no row of the tables", size_of(handle.artifact), handle.discard
-            )
-        for handle in (it for it in _handles(store, store.root / "work" / kind) if it.id not in kept):
-            yield _folder(handle.work, "progress of a stage of no row of the tables")
+        for draft in listed(store.root / kind, ".draft-*"):
+            if not draft.name.startswith(begun):
+                yield _leftover(draft, "a draft of a stage that ended early")
+        for handle in _handles(store, store.root / kind):
+            if handle.id not in kept:
+                yield _leftover(handle.artifact, "an artifact of no row of the tables", handle.discard)
+        for handle in _handles(store, store.root / "work" / kind):
+            if handle.id not in kept:
+                yield _leftover(handle.work, "progress of a stage of no row of the tables")
     for folder in listed(store.root / "quarantine", "*"):
-        yield _folder(folder, "an artifact that failed verification")
+        yield _leftover(folder, "an artifact that failed verification")
     for name, what in {} if about_to_run else SHARED.items():
         if (folder := store.root / name).is_dir():
-            yield _folder(folder, what)
+            yield _leftover(folder, what)
 
 
 def files_of(handle: StageHandle, reason: str) -> Leftover:
     """The files of an artifact, except its manifest, as a leftover."""
-    return Leftover(handle.artifact, reason, _bytes_beside_manifest(handle), partial(_empty, handle))
+    return _leftover(handle.artifact, reason, handle.empty, keeps=MANIFEST)
 
 
 def _handles(store: Store, folder: Path) -> list[StageHandle]:
@@ -82,48 +83,25 @@ def _handles(store: Store, folder: Path) -> list[StageHandle]:
     return [store.handle(f"{folder.name}/{name}") for name in names]
 
 
-def size_of(path: Path) -> int:
-    """Bytes of a file, or of all files below a folder; those that vanish meanwhile count as nothing."""
-    below = (Path(folder, name) for folder, _, names in os.walk(path) for name in names)  # as far as it can be listed
-    return sum(map(_bytes_of, [path] if path.is_file() else below))
+def _leftover(folder: Path, reason: str, remove: Callable[[], None] | None = None, keeps: str = "") -> Leftover:
+    """A folder as a leftover, except for a file that it keeps."""
+
+    def removing() -> None:
+        remove() if remove is not None else shutil.rmtree(folder, ignore_errors=True)
+        if _size_of(folder, keeps) if keeps else folder.exists():
+            raise UserError(f"{folder}: part of it can't be removed; is it another user's, or in use?")
+
+    return Leftover(folder, reason, _size_of(folder, keeps), removing)
 
 
-def _bytes_of(path: Path) -> int:
+def _size_of(folder: Path, without: str) -> int:
+    """Bytes of all files below a folder but one; those that vanish meanwhile count as nothing."""
+    below = (Path(where, name) for where, _, names in os.walk(folder) for name in names)  # as far as it can be listed
+    return sum(_bytes_of(file) for file in below if file != folder / without)
+
+
+def _bytes_of(file: Path) -> int:
     try:
-        return path.lstat().st_size if path.is_file() else 0
+        return file.lstat().st_size
     except FileNotFoundError:
         return 0
-
-
-def _folder(folder: Path, reason: str) -> Leftover:
-    return Leftover(folder, reason, size_of(folder), partial(_remove, folder))
-
-
-def _remove(folder: Path) -> None:
-    """Remove a folder, which another process may be removing as well.
-
-    Raises:
-        UserError: if part of it stays.
-    """
-    shutil.rmtree(folder, ignore_errors=True)
-    if folder.exists():
-        raise _stays(folder)
-
-
-def _empty(handle: StageHandle) -> None:
-    """Remove the files of an artifact, except its manifest.
-
-    Raises:
-        UserError: if some stay.
-    """
-    handle.empty()
-    if _bytes_beside_manifest(handle):
-        raise _stays(handle.artifact)
-
-
-def _bytes_beside_manifest(handle: StageHandle) -> int:
-    return size_of(handle.artifact) - size_of(handle.artifact / MANIFEST)
-
-
-def _stays(folder: Path) -> UserError:
-    return UserError(f"{folder}: part of it can't be removed; is it another user's, or in use?")

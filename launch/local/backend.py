@@ -23,8 +23,8 @@ from hfprune_launch.stage.stage_file import Provenance, write_stage_file
 from hfprune_dist.config.parameters import KINDS
 from hfprune_dist.store.artifacts import StageHandle, Store
 from hfprune_dist.store.cancellation import Cancellation
-from hfprune_dist.store.claims import Claim, ClaimLostError, Holder, Renewal
-from hfprune_dist.store.file_system import full_disk
+from hfprune_dist.store.claims import Claim, ClaimLostError, Holder, keep_renewed
+from hfprune_dist.store.file_system import unwritable
 from hfprune_dist.store.heartbeat import Failure, Heartbeat
 from hfprune_dist.store.stage import Stage
 
@@ -130,15 +130,16 @@ class LocalBackend:
         self, process: subprocess.Popen[bytes], handle: StageHandle, claim: Claim, on_heartbeat: OnHeartbeat
     ) -> None:
         """Wait until all ranks have ended; end them if this is interrupted, cancelled or loses its claim."""
-        renewal, looked_at = Renewal(claim), time.monotonic()
+        looked_at, _ = time.monotonic(), keep_renewed(claim)
         try:
             while process.poll() is None:
                 on_heartbeat(handle.heartbeat())
-                renewal.tick()
                 if time.monotonic() - looked_at > CANCELLATION_POLL_S:
                     looked_at = time.monotonic()
                     with contextlib.suppress(OSError):  # the store doesn't answer at this moment
                         self._require_wanted()
+                        if not handle.is_committed():  # after which the claim goes with the work folder
+                            claim.require_held()
                 time.sleep(POLL_S)
         except BaseException:
             _terminate(process)
@@ -153,7 +154,7 @@ class LocalBackend:
         """
         said = (failure for failure in handle.failures() if failure.attempt == attempt.number)
         recorded = next(said, None)
-        full = full_disk(self._store.root)  # which may have no room for a rank to record its own reason
+        full = unwritable(self._store.root)  # which may have no room for a rank to record its own reason
         left = recorded or (Failure("input", full, -1, time.time()) if full else None)
         handle.discard_drafts(claim)  # makes room for what is written below
         claim.require_held()

@@ -15,7 +15,7 @@ from hfprune_launch.slurm.commands import DEPENDENCY, NEVER, JobInfo
 from hfprune_launch.stage.attempts import Attempt, End, Ledger
 from hfprune_launch.stage.logs import end_of_log
 
-from hfprune_dist.store.file_system import full_disk
+from hfprune_dist.store.file_system import unwritable
 from hfprune_dist.store.heartbeat import Failure, Heartbeat
 from hfprune_dist.store.stage import Stage
 
@@ -159,7 +159,7 @@ def _cause(ledger: Ledger, stage: Stage, attempt: Attempt, job: JobInfo | None, 
             return cause, f"{name}: {meaning}: {line[0].strip()}\nits log ends with:\n{tail}"
     if said:
         return Cause.CODE, said[0].message
-    if full := full_disk(ledger.store.root):  # on which nobody could record a reason
+    if full := unwritable(ledger.store.root):  # on which nobody could record a reason
         return Cause.INPUT, full
     if not runs and not attempt.logs():
         where = "its nodes may not see that folder; --out must lie on a file system that all nodes share"

@@ -89,7 +89,7 @@ def test_anyone_can_recompute_the_scores_from_the_windows(on_one_rank):
 def test_any_number_of_ranks_gives_the_same_bits(on_one_rank, ranks, interpreters, sharding):
     folder, stage, one = on_one_rank
     many = run_in(folder / f"{ranks} {sharding}", stage, ranks, interpreters=interpreters, sharding=sharding)
-    assert many.manifest(stage.id)["world_size"] == ranks
+    assert many.handle(stage.id).manifest()["world_size"] == ranks
     for name, expected in scores_of(one, stage).items():
         assert torch.equal(scores_of(many, stage)[name], expected), name
     windows = "windows.safetensors"

@@ -5,7 +5,6 @@ from pathlib import Path
 import pytest
 from made_stages import stage_of
 
-from hfprune_dist.store import hashing
 from hfprune_dist.store.artifacts import MANIFEST, Store
 from hfprune_dist.store.stage import Input
 
@@ -20,10 +19,8 @@ def make(store, content="weights"):
     store.handle(STAGE.id).commit(STAGE, draft, {"metrics": {"parameters": 3}})
 
 
-@pytest.fixture(params=["files one after another", "files side by side"])
-def store(tmp_path, request, monkeypatch):
-    if request.param == "files side by side":
-        monkeypatch.setattr(hashing, "LARGE_BYTES", 1)
+@pytest.fixture
+def store(tmp_path):
     return Store(tmp_path / "store")
 
 

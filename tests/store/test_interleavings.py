@@ -3,6 +3,7 @@
 import contextlib
 import json
 import shutil
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -97,7 +98,7 @@ def test_of_those_who_claim_one_wins(scratch, order, count, left):
     store = fresh(scratch)
     folder = store.work(STAGE.id)
     folder.mkdir(parents=True)
-    record = {"host": Holder.me().host, "pid": 1, "started": 1.0, "job": None, "released": left == "released"}
+    record = {**asdict(replace(Holder.me(), pid=2**22 + 1)), "released": left == "released"}
     if left != "nothing":
         (folder / "claim.4").write_text("{" if left == "garbled" else json.dumps(record))
     found = interleave([lambda: try_claim(folder) for _ in range(count)], order)

@@ -300,8 +300,7 @@ def test_a_launcher_that_is_killed_leaves_nothing_outside_its_sweep(tmp_path):
     assert (tmp_path / "logs").is_dir() and not list(temporary.iterdir())
 
 
-def test_ranks_end_when_their_launcher_has_lost_its_claim(backend, store, monkeypatch):
-    monkeypatch.setattr(claims, "RENEW_S", 0.0)
+def test_ranks_end_when_their_launcher_has_lost_its_claim(backend, store):
     processes = []
 
     def start(stage, claim, log):

@@ -129,8 +129,7 @@ def test_a_need_that_slurm_forgets_during_a_submission(fake, store, monkeypatch)
 
 def test_a_submission_that_takes_longer_than_a_claim_lasts_is_not_made_twice(fake, store, ledger, monkeypatch):
     """A launcher on another host comes while the first one waits for an answer to its submission."""
-    monkeypatch.setattr(claims, "POLL_S", 0.01)
-    monkeypatch.setattr(claims, "RENEW_S", 0.0)
+    monkeypatch.setattr(claims, "RENEW_S", 0.01)
     submit = SlurmCommands.submit
 
     def slowly(slurm, script, job_name):

@@ -49,7 +49,7 @@ def test_a_job_whose_id_was_never_recorded_is_found_by_its_name(tmp_path):
     store = Store(tmp_path / "store")
     attempt = Ledger(store).begin(STAGE, ranks=1, cores=2)
     store.handle(STAGE.id).work.mkdir(parents=True)
-    dead = {**asdict(replace(Holder.me(), started=1.0)), "token": "x"}
+    dead = {**asdict(replace(Holder.me(), pid=2**22 + 1)), "token": "x"}
     (store.work(STAGE.id) / "claim.1").write_text(json.dumps(dead))
     name = attempt.intent.job_name
     jobs = {name: JobInfo("5", "PENDING", "Priority", "", "N/A", name)}
@@ -92,7 +92,7 @@ def test_what_was_submitted_is_not_called_missing_where_slurm_does_not_answer(tm
     for number, stage in enumerate((waits, begun, failed)):
         Ledger(store).begin(stage, ranks=1, cores=2).record_job(str(number))
         store.work(stage.id).mkdir(parents=True)
-    dead = {**asdict(replace(Holder.me(), started=1.0)), "token": "x"}
+    dead = {**asdict(replace(Holder.me(), pid=2**22 + 1)), "token": "x"}
     (store.work(begun.id) / "claim.1").write_text(json.dumps(dead))
     store.handle(failed.id).report_failure(Failure("input", "a bad text", 0, 0.0, 1))
     plan = Plan({stage.id: stage for stage in (waits, begun, failed, never)}, (), (waits.id, begun.id, never.id))
