@@ -19,7 +19,7 @@ from hfprune_dist.store.artifacts import Store
 from hfprune_dist.store.cancellation import Cancellation
 from hfprune_dist.store.stage import STAGE_VERSIONS, Stage
 
-HEADER = "JOBID|STATE|REASON|NODELIST|END_TIME|NAME|;\n"
+HEADER = "JOBID|STATE|REASON|NODELIST|NAME|;\n"
 RESOURCES = dict.fromkeys(STAGE_VERSIONS, Resources())
 
 
@@ -46,7 +46,7 @@ class Job:
     nodes: str = ""
 
     def line(self, job_id: str) -> str:
-        return f"{job_id}|{self.state}|{self.reason}|{self.nodes}|N/A|{self.name}"
+        return f"{job_id}|{self.state}|{self.reason}|{self.nodes}|{self.name}"
 
 
 @dataclass
@@ -151,7 +151,7 @@ class Controller:
         if command[-1] not in self.jobs:
             return 1, "", "slurm_load_jobs error: Invalid job id specified"
         job = self.jobs[command[-1]]
-        told = f"JobState={job.state} Reason={job.reason} EndTime=N/A NodeList={job.nodes}"
+        told = f"JobState={job.state} Reason={job.reason} NodeList={job.nodes}"
         return 0, f"JobId={command[-1]} JobName={job.name} {told}\n", ""
 
     def scancel(self, command: list[str], _: str) -> tuple[int, str, str]:

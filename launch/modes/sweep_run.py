@@ -17,6 +17,7 @@ from hfprune_launch.screen import StageScreen, show_checkpoints, show_results, s
 from hfprune_launch.slurm.cli import run_on_slurm
 from hfprune_launch.slurm.commands import SlurmCommands
 from hfprune_launch.slurm.launcher import NewJobs
+from hfprune_launch.stage.attempts import Ledger
 from hfprune_launch.stage.outcome import Outcome
 from hfprune_launch.stage.stage_file import Provenance
 from hfprune_launch.sweep_folder import (
@@ -149,11 +150,15 @@ def _has_lost_input(outcome: Outcome) -> bool:
 
 
 def _clean_up(command: Command, prepared: Prepared) -> None:
-    """Set aside corrupt artifacts that are to be made again, and discard the leftovers of finished stages."""
+    """Set aside corrupt artifacts that are to be made again; discard the leftovers of finished stages, and close their
+    attempts, whose ends no launcher has seen.
+    """
+    ledger = Ledger(prepared.sweep.store)
     for stage_id, verdict in prepared.verdicts.items():
         handle = prepared.sweep.store.handle(stage_id)
         if verdict.state == "done":
             handle.discard_leftovers()
+            ledger.close_done(stage_id)
         elif verdict.state == "corrupt" and stage_id in prepared.todo:
             aside = handle.set_aside()
             if aside is not None:  # nobody else was faster

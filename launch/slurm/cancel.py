@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 
-from hfprune_launch.slurm.commands import JobInfo, SlurmCommands
+from hfprune_launch.slurm.commands import SlurmCommands
 from hfprune_launch.slurm.observe import Observer
 from hfprune_launch.stage.attempts import Attempt, Ledger
 from hfprune_launch.stage.stage_state import name_of
@@ -18,21 +17,14 @@ LOOK_AGAIN_S = 2.0
 PATIENCE_S = 60.0
 
 
-@dataclass(frozen=True)
-class Cancelled:
-    """The outcome of cancelling a sweep.
-
-    Attributes:
-        going_on: what still runs, or may be submitted, after some time.
-    """
-
-    job_ids: list[str]
-    going_on: list[str]
-
-
-def cancel_jobs(store: Store, slurm: SlurmCommands, sleep: Callable[[float], object] = time.sleep) -> Cancelled:
+def cancel_jobs(
+    store: Store, slurm: SlurmCommands, sleep: Callable[[float], object] = time.sleep
+) -> tuple[list[str], list[str]]:
     """Cancel the jobs of all open attempts, and look again until there are none: a launcher may be submitting one at
     this moment, or a job may just have put itself back into the queue.
+
+    Returns:
+        the ids of the cancelled jobs, and what still runs, or may be submitted, after some time.
 
     Raises:
         SlurmUnavailableError: if Slurm did not answer; some jobs may be left.
@@ -46,7 +38,8 @@ def cancel_jobs(store: Store, slurm: SlurmCommands, sleep: Callable[[float], obj
         submitting = _submitting(ledger, attempts)
         observer.look(attempts)
         names = {attempt.intent.job_name for attempt in attempts}
-        found = [job for name, job in observer.jobs.items() if name in names and _goes_on(job)]
+        listed = [observer.jobs[name] for name in names & observer.jobs.keys()]
+        found = [job for job in listed if job.is_live and job.state != "COMPLETING"]
         # Pending jobs come first: they would start when the jobs that they wait for are gone.
         found.sort(key=lambda job: (not job.is_waiting, int(job.job_id)))
         slurm.cancel([job.job_id for job in found])
@@ -57,12 +50,7 @@ def cancel_jobs(store: Store, slurm: SlurmCommands, sleep: Callable[[float], obj
         if not found and not submitting:
             break
         sleep(LOOK_AGAIN_S)
-    going_on = [*submitting, *(f"job {job.job_id}" for job in found)]
-    return Cancelled(sorted(cancelled, key=int), going_on)
-
-
-def _goes_on(job: JobInfo) -> bool:
-    return job.is_live and job.state != "COMPLETING"
+    return sorted(cancelled, key=int), [*submitting, *(f"job {job.job_id}" for job in found)]
 
 
 def _submitting(ledger: Ledger, attempts: list[Attempt]) -> list[str]:

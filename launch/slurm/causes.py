@@ -16,7 +16,7 @@ from hfprune_launch.stage.attempts import Attempt, End, Ledger
 from hfprune_launch.stage.logs import end_of_log
 
 from hfprune_dist.store.file_system import unwritable
-from hfprune_dist.store.heartbeat import Failure, Heartbeat
+from hfprune_dist.store.heartbeat import Heartbeat
 from hfprune_dist.store.stage import Stage
 
 
@@ -53,7 +53,6 @@ RETRIES: Mapping[str, int] = {
     Cause.NOT_RUN: 100,  # a job may be dropped each time that one which it needs is interrupted
 }
 
-WHAT_TO_RAISE = "raise time_minutes or signal_seconds in the profile, or lower runtime.save_every_steps"
 # This many starts of a stage's jobs in a row may end without getting any further.
 FRUITLESS_STARTS = 3
 # The nodes at fault in this many previous attempts are avoided.
@@ -65,6 +64,7 @@ START = "hfprune: start"
 # A node could not launch the job, once or more often than the cluster allows ("launch failure limit exceeded requeued
 # held"), or could not read the user's environment: Slurm holds it for ever, even after the node has been repaired.
 LAUNCH_FAILED = re.compile(r"requeued.held|JobHoldMaxRequeue", re.IGNORECASE)
+MEMORY = "it ran out of memory; give the stage more nodes or memory"
 # States of Slurm's that need no further explanation.
 STATES = {
     "NODE_FAIL": (Cause.BAD_NODE, "its node failed"),
@@ -72,14 +72,11 @@ STATES = {
     "LAUNCH_FAILED": (Cause.BAD_NODE, "its node could not launch it"),
     "PREEMPTED": (Cause.INTERRUPTED, "it was preempted"),
     "DEADLINE": (Cause.INPUT, "it met the deadline that the profile's sbatch sets; set a later one"),
+    "OUT_OF_MEMORY": (Cause.OUT_OF_MEMORY, MEMORY),
 }
 # Words of Slurm and of drivers, for which ranks have none of their own.
 WORDS = (
-    (
-        r"oom[-_ ]kill|Out Of Memory|exceeded (job |step )?memory limit",
-        Cause.OUT_OF_MEMORY,
-        "it ran out of memory; give the stage more nodes or memory",
-    ),
+    (r"oom[-_ ]kill|Out Of Memory|exceeded (job |step )?memory limit", Cause.OUT_OF_MEMORY, MEMORY),
     (
         r"prolog.*(failed|did not exit normally|error)|couldn't chdir to|could not open (stdout|stderr) file"
         r"|stale file handle|execve\(\):.*no such file|task launch for .* failed on node|DUE TO NODE FAILURE"
@@ -96,8 +93,6 @@ WORDS = (
     ),
 )
 BY_SLURM = re.compile(r"srun: |slurmstepd\S*: ")
-# What srun says of the first ranks that end badly, whereupon it ends all others.
-DEATH = re.compile(r"^srun: error: (\S+): tasks? [\d,-]+: .+$", re.MULTILINE)
 NODE_AT_FAULT = re.compile(
     r"srun: error: Node failure on (\S+)|task launch for .* failed on node ([^\s:]+)", re.IGNORECASE
 )
@@ -110,18 +105,13 @@ def explain_end(ledger: Ledger, stage: Stage, attempt: Attempt, job: JobInfo | N
         job: what Slurm says of it; None if it has forgotten the job.
     """
     handle = ledger.store.handle(stage.id)
-    heartbeat = handle.heartbeat()
-    cause: str = Cause.DONE
-    message = text = ""
-    if not handle.is_done():
-        text = _lines_of_last_start(attempt.logs())
-        cause, message = _cause(ledger, stage, attempt, job, text)
-    ended = _ended_at(job, heartbeat)
+    heartbeat, text = handle.heartbeat(), _lines_of_last_start(attempt.logs())
+    cause, message = (Cause.DONE, "") if handle.is_done() else _cause(ledger, stage, attempt, job, text)
+    ended = time.time() if heartbeat is None else heartbeat.updated
     return End(
         cause=cause,
         message=message,
         at=ended,
-        is_over=True,
         bad_nodes=_nodes_at_fault(text, attempt, job) if cause == Cause.BAD_NODE else [],
         run_seconds=attempt.run_seconds(ended),
         progress=as_progress(heartbeat),
@@ -145,28 +135,27 @@ def _cause(ledger: Ledger, stage: Stage, attempt: Attempt, job: JobInfo | None, 
     said = [it for it in found if it.attempt == attempt.intent.number and not it.is_consequence]
     if said and said[0].cause != Cause.CODE:
         return said[0].cause, said[0].message
-    recorded = attempt.exit_record()
-    if recorded is not None and recorded.message:
-        return Cause.INPUT, f"{name}: {recorded.message} (exit code {recorded.code}); correct it\n{tail}"
-    if state == "OUT_OF_MEMORY":
-        return Cause.OUT_OF_MEMORY, f"{name}: {WORDS[0][2]}\n{tail}"
+    code, problem = attempt.exit_record() or (0, "")
+    if problem:
+        return Cause.INPUT, f"{name}: {problem} (exit code {code}); correct it\n{tail}"
     if state == "TIMEOUT" or "DUE TO TIME LIMIT" in text:
         return _time_limit(ledger, attempt)
     if state in STATES:
-        return STATES[state][0], f"{name}: {STATES[state][1]}"
+        return STATES[state][0], f"{name}: {STATES[state][1]}\n{tail}".rstrip()
     for words, cause, meaning in WORDS:
         if line := re.search(f"^.*({words}).*$", text, re.IGNORECASE | re.MULTILINE):
             return cause, f"{name}: {meaning}: {line[0].strip()}\nits log ends with:\n{tail}"
     if said:
         return Cause.CODE, said[0].message
-    if full := unwritable(ledger.store.root):  # on which nobody could record a reason
-        return Cause.INPUT, full
+    if why := unwritable(ledger.store.root):  # where nobody could record a reason
+        return Cause.INPUT, why
     if not runs and not attempt.logs():
         where = "its nodes may not see that folder; --out must lie on a file system that all nodes share"
         return Cause.KILLED, f"{name} has left no log in {attempt.folder}: {where}"
-    death = DEATH.search(text)
-    told = f"a rank died without a message{f' ({death[0]})' if death else ''}"
-    return Cause.KILLED, f"{name} ({state or 'state unknown'}): {told}\nits log ends with:\n{tail}"
+    return (
+        Cause.KILLED,
+        f"{name} ({state or 'state unknown'}): a rank died without a message\nits log ends with:\n{tail}",
+    )
 
 
 def _cancelled(ledger: Ledger, stage: Stage, name: str, reason: str, has_started: bool) -> tuple[str, str]:
@@ -204,39 +193,36 @@ def fruitless_starts(progress: Sequence[dict[str, Any] | None]) -> int:
     return count
 
 
-def earlier_progress(ledger: Ledger, attempt: Attempt) -> list[dict[str, Any] | None]:
-    """Return how far each ended start of the stage's jobs got, including those of this attempt, oldest first.
+def no_further(ledger: Ledger, attempt: Attempt, *more: dict[str, Any] | None) -> str:
+    """Say that the last starts of a stage's jobs got no further than those before; empty if they did.
 
-    It begins after the last attempt that made the artifact: if that was lost, the work started over.
+    Starts count from the last attempt that made the artifact: if that was lost, the work started over.
+
+    Args:
+        more: how far a start got that has no record of its end.
     """
     attempts = [it for it in ledger.jobs_of(attempt.intent.stage_id) if it.intent.number <= attempt.intent.number]
     made = [number for number, it in enumerate(attempts, 1) if (end := it.end) is not None and end.cause == Cause.DONE]
-    return [progress for it in attempts[max(made, default=0) :] for progress in it.progress()]
-
-
-def never_gets_further(ledger: Ledger, attempt: Attempt) -> Failure | None:
-    """Return why an interrupted job must not be requeued, or None if its last starts got further than those before."""
-    if fruitless_starts(earlier_progress(ledger, attempt)) < FRUITLESS_STARTS:
-        return None
-    message = f"job {attempt.job_id} was interrupted: {_no_further(attempt)}"
-    return Failure(Cause.INPUT, message, 0, time.time(), attempt.intent.number)
+    progress = [start for it in attempts[max(made, default=0) :] for start in it.progress()]
+    if fruitless_starts([*progress, *more]) < FRUITLESS_STARTS:
+        return ""
+    return (
+        f"the last {FRUITLESS_STARTS} starts of {attempt.intent.time_minutes} minutes got no further than before; "
+        "raise time_minutes or signal_seconds in the profile, or lower runtime.save_every_steps"
+    )
 
 
 def _time_limit(ledger: Ledger, attempt: Attempt) -> tuple[str, str]:
-    """Explain a job that reached its time limit before it had saved its work and requeued itself."""
-    runs, progress = attempt.runs(), earlier_progress(ledger, attempt)
-    if not runs or runs[-1].ended is None:  # it could not record how far it got
-        progress.append(as_progress(ledger.store.handle(attempt.intent.stage_id).heartbeat()))
+    """Explain a job that reached its time limit before it had saved its work and requeued itself.
+
+    The first start of all may have spent its time on what is not counted, such as loading a model: it has more tries.
+    """
+    runs, heartbeat = attempt.runs(), ledger.store.handle(attempt.intent.stage_id).heartbeat()
+    more = [as_progress(heartbeat)] if not runs or runs[-1].ended is None else []
     reached = f"job {attempt.job_id} reached its time limit of {attempt.intent.time_minutes} minutes"
-    # The first start of all may have spent its time on what is not counted, such as loading a model.
-    if fruitless_starts(progress) < FRUITLESS_STARTS:
-        return Cause.INTERRUPTED, reached
-    return Cause.INPUT, f"{reached}: {_no_further(attempt)}"
-
-
-def _no_further(attempt: Attempt) -> str:
-    minutes = attempt.intent.time_minutes
-    return f"the last {FRUITLESS_STARTS} starts of {minutes} minutes got no further than before; {WHAT_TO_RAISE}"
+    if why := no_further(ledger, attempt, *more):
+        return Cause.INPUT, f"{reached}: {why}"
+    return Cause.INTERRUPTED, reached
 
 
 def as_progress(heartbeat: Heartbeat | None) -> dict[str, Any] | None:
@@ -249,12 +235,9 @@ def as_progress(heartbeat: Heartbeat | None) -> dict[str, Any] | None:
 def _nodes_at_fault(text: str, attempt: Attempt, job: JobInfo | None) -> list[str]:
     """Return the nodes at fault: those that the log names, else the only node of the job's last start."""
     named = {first or second for first, second in NODE_AT_FAULT.findall(text)}
-    if not named and (death := DEATH.search(text)):
-        named = {death[1]}
-    if not named:
-        runs = attempt.runs()
-        named = {job.nodes if job is not None and job.nodes else runs[-1].nodes if runs else ""}
-    return sorted(node for node in named if node and not {"[", ","} & set(node))
+    runs = attempt.runs()
+    found = named or {job.nodes if job is not None and job.nodes else runs[-1].nodes if runs else ""}
+    return sorted(node for node in found if node and not {"[", ","} & set(node))
 
 
 def nodes_to_avoid(attempts: Sequence[Attempt]) -> list[str]:
@@ -268,31 +251,13 @@ def nodes_to_avoid(attempts: Sequence[Attempt]) -> list[str]:
 # Logs.
 
 
-def _ended_at(job: JobInfo | None, heartbeat: Heartbeat | None) -> float:
-    """Return the unix time at which a job ended: from Slurm, its last heartbeat, or else the present."""
-    if job is not None:
-        try:
-            return time.mktime(time.strptime(job.end, "%Y-%m-%dT%H:%M:%S"))
-        except ValueError:
-            pass
-    return time.time() if heartbeat is None else heartbeat.updated
-
-
 def _lines_of_last_start(logs: Sequence[Path]) -> str:
-    """Return the lines of every log since the job's last start: its last ones, and all that Slurm wrote before them.
-
-    A log that knows only of earlier starts has none: the last one ended before this rank began.
-    """
+    """Return the last lines of every log since the job's last start, and all that Slurm wrote before them."""
     kept: list[str] = []
-    texts = [end_of_log(log, LOG_TAIL_BYTES) for log in logs]
-    starts = [[*re.finditer(rf"^{START} (\d+)$", text, re.MULTILINE)] for text in texts]
-    newest = max((int(found[-1][1]) for found in starts if found), default=None)
-    for text, found in zip(texts, starts, strict=True):
-        if found and int(found[-1][1]) != newest:
-            continue
-        lines = [line for line in text[found[-1].end() if found else 0 :].splitlines() if _says_something(line)]
-        early, late = lines[:-LOG_TAIL_LINES], lines[-LOG_TAIL_LINES:]
-        kept += [*(line for line in early if BY_SLURM.match(line)), *late]
+    for log in logs:
+        text = end_of_log(log, LOG_TAIL_BYTES).rpartition(START)[2]
+        lines = [line for line in text.splitlines() if line.strip()]
+        kept += [line for line in lines[:-LOG_TAIL_LINES] if BY_SLURM.match(line)] + lines[-LOG_TAIL_LINES:]
     return "\n".join(kept)
 
 
@@ -301,11 +266,7 @@ def log_tail(logs: Sequence[Path], lines: int = LOG_TAIL_LINES) -> str:
     parts = []
     for log in logs:
         text = end_of_log(log, LOG_TAIL_BYTES)
-        kept = [line for line in text.splitlines() if _says_something(line)][-lines:]
+        kept = [line for line in text.splitlines() if line.strip() and not line.startswith(START)][-lines:]
         if kept:
             parts.append("\n".join([f"  {log.name}:", *(f"    {line}" for line in kept)]))
     return "\n".join(parts)
-
-
-def _says_something(line: str) -> bool:
-    return bool(line.strip()) and not line.startswith(START)

@@ -80,7 +80,7 @@ def run_on_slurm(
             if follow is not False:
                 launcher.follow(lambda: screen.refresh(launcher.jobs))
                 return None
-            launcher.follow_missing(lambda: screen.refresh(launcher.jobs))
+            launcher.follow(lambda: screen.refresh(launcher.jobs), only_missing=True)
         except KeyboardInterrupt:
             tell("submitted jobs go on; --status shows them, --cancel ends them")
             raise
@@ -129,13 +129,12 @@ def cancel_sweep(console: Console, sweep: Sweep) -> bool:
     """Cancel the sweep's jobs, whose saved work stays; return whether something goes on all the same."""
     slurm = SlurmCommands()
     slurm.require()
-    cancelled = cancel_jobs(sweep.store, slurm)
-    job_ids = cancelled.job_ids
+    job_ids, going_on = cancel_jobs(sweep.store, slurm)
     lines = [f"cancelled {counted(len(job_ids), 'job')}: {' '.join(job_ids)}" if job_ids else "no jobs to cancel"]
-    lines += [f"not cancelled yet: {what}; run the same command again" for what in cancelled.going_on]
+    lines += [f"not cancelled yet: {what}; run the same command again" for what in going_on]
     for line in lines:
         say(console, line)
-    return bool(cancelled.going_on)
+    return bool(going_on)
 
 
 def show_jobs(

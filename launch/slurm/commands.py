@@ -31,7 +31,6 @@ TRANSIENT = re.compile(  # whole phrases of Slurm's, since a refusal repeats nam
 OPTION_VARIABLES = ("SLURM_", "SBATCH_", "SQUEUE_", "SACCT_", "SCANCEL_", "SINFO_", "SRUN_")
 # The ones among them that say which cluster is asked, and as which user.
 CONNECTION_VARIABLES = ("SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_CLUSTERS", "SLURM_JWT")
-NO_CONFIGURATION = re.compile("could not establish a configuration source|unable to process configuration", re.I)
 # Slurm names the limit that a job exceeds (QOSMinGRES), before a sentence that is the same for all limits.
 NAMED_LIMIT = re.compile(r"error: (\w+)\s+sbatch: error: ")
 # The limit of a user, an account or a QOS; and the cluster's own, at which sbatch tries again for minutes.
@@ -40,9 +39,9 @@ TOO_MANY_JOBS = re.compile(
     re.IGNORECASE,
 )
 # The final mark shows that a line is complete, since names may contain any character, including line ends.
-SQUEUE_FIELDS = "%i|%T|%r|%N|%e|%j|;"
+SQUEUE_FIELDS = "%i|%T|%r|%N|%j|;"
 SQUEUE_HEADER = re.compile(r"^JOBID\|.*\|;\n", re.MULTILINE)
-SQUEUE_JOB = re.compile(r"^(\d[^|\n]*)" + r"\|([^|\n]*)" * 4 + r"\|(.*?)\|;\n", re.MULTILINE | re.DOTALL)
+SQUEUE_JOB = re.compile(r"^(\d[^|\n]*)" + r"\|([^|\n]*)" * 3 + r"\|(.*?)\|;\n", re.MULTILINE | re.DOTALL)
 # What sbatch --parsable prints; sites may print notes before and after it.
 SUBMITTED = re.compile(r"^(\d+)(?:;\S+)?[ \t\r]*$", re.MULTILINE)
 DEPENDENCY_PROBLEM = re.compile("job dependency problem", re.IGNORECASE)
@@ -86,14 +85,12 @@ class JobInfo:
         state: as squeue names it, e.g. RUNNING or NODE_FAIL.
         reason: why it waits or ended; "None" if there is no reason.
         nodes: its nodes in Slurm's notation, e.g. n[1-2]; empty while it waits.
-        end: when it ended, in local time; anything else if it has not.
     """
 
     job_id: str
     state: str
     reason: str
     nodes: str
-    end: str
     name: str
 
     @property
@@ -127,12 +124,6 @@ class SlurmCommands:
                 f"--profile: no {missing[0]} on this machine; run on a node of the cluster that can submit jobs, or "
                 "use --backend local (slurm/cluster.sh brings up a cluster for tests)"
             )
-        refusal = _run(["scontrol", "ping"]).stderr
-        if NO_CONFIGURATION.search(refusal):
-            raise UserError(
-                f"--profile: Slurm is not set up on this machine ({_last_line(refusal)}); run on a node of the "
-                "cluster, set SLURM_CONF, or use --backend local"
-            )
 
     def submit(self, script: Path, job_name: str) -> str:
         """Submit a batch script and return the job's id, which is looked for by name if Slurm doesn't say it.
@@ -152,7 +143,9 @@ class SlurmCommands:
             if said := SUBMITTED.findall(result.stdout):
                 return str(said[-1])
             if result.returncode == 0:
-                return self._find_patiently(job_name)
+                if arrived := self.find(job_name):
+                    return arrived
+                raise SlurmUnavailableError("sbatch took a job without saying its id, and squeue does not list it yet")
             if _is_full(result.stderr) or not _is_transient(result):
                 if arrived := self.find(job_name):
                     return arrived
@@ -163,14 +156,6 @@ class SlurmCommands:
                     return arrived
                 self.cancel_named(job_name)
         raise SlurmUnavailableError(f"sbatch: {_last_line(result.stderr)}")
-
-    def _find_patiently(self, job_name: str) -> str:
-        for delay in (*self._delays, None):
-            if job_id := self.find(job_name):
-                return job_id
-            if delay is not None:
-                self._sleep(delay)
-        raise SlurmUnavailableError("sbatch took a job without saying its id, and squeue does not list it")
 
     def find(self, job_name: str) -> str | None:
         """Return the id of the job that squeue lists under a name; of a live one if there are several."""
@@ -198,27 +183,22 @@ class SlurmCommands:
         text = self._show(job_id, ignore=INVALID_JOB_ID)
         if not text:
             return None
-        names = ("JobState", "Reason", "NodeList", "EndTime", "JobName")
+        names = ("JobState", "Reason", "NodeList", "JobName")
         return JobInfo(job_id, *(_field(text, name) for name in names))
 
-    def history(self, job_ids: Collection[str], *options: str) -> list[JobInfo]:
+    def history(self, job_ids: Collection[str]) -> list[JobInfo]:
         """Return what accounting knows about jobs, in the words of squeue; empty without accounting."""
         if not job_ids or shutil.which("sacct") is None:
             return []
-        fields = "JobIDRaw,State,Reason,NodeList,End,JobName"
         clusters = os.environ.get("SLURM_CLUSTERS")  # which sacct alone does not obey by itself
-        command = ["sacct", *([f"--clusters={clusters}"] if clusters else []), "--allocations", *options]
-        command += ["--noheader", "--parsable2", f"--format={fields}", "--jobs", ",".join(sorted(job_ids))]
+        command = ["sacct", *([f"--clusters={clusters}"] if clusters else []), "--allocations"]
+        command += ["--noheader", "--parsable2", "--format=JobIDRaw,State,Reason,NodeList,JobName"]
+        command += ["--jobs", ",".join(sorted(job_ids))]
         result = _run(command)
         if result.returncode != 0:
             return []
         lines = [line for line in result.stdout.splitlines(keepends=True) if line.endswith("\n")]
-        return [_of_accounting(*line.rstrip("\n").split("|", 5)) for line in lines if line.count("|") >= 5]
-
-    def launched_on(self, job_id: str) -> str:
-        """Return the nodes of a job's last start in accounting, in Slurm's notation; empty if it knows of none."""
-        nodes = [info.nodes for info in self.history([job_id], "--duplicates")]
-        return next((node for node in reversed(nodes) if node), "")
+        return [_of_accounting(*line.rstrip("\n").split("|", 4)) for line in lines if line.count("|") >= 4]
 
     def cancel(self, job_ids: Sequence[str]) -> None:
         """Cancel jobs; it is no error if one has already ended."""
@@ -307,7 +287,7 @@ def _is_whole_listing(text: str) -> bool:
     return not re.search(r"^\d", rest, re.MULTILINE)
 
 
-def _of_accounting(job_id: str, state: str, reason: str, nodes: str, end: str, name: str) -> JobInfo:
+def _of_accounting(job_id: str, state: str, reason: str, nodes: str, name: str) -> JobInfo:
     """Return accounting's line on a job in the words of squeue, which keeps the reason for which a cancelled job
     waited. Accounting gives the user who cancelled it ("CANCELLED by 1000"); if nobody did, Slurm did.
     """
@@ -315,7 +295,7 @@ def _of_accounting(job_id: str, state: str, reason: str, nodes: str, end: str, n
     has_started = nodes != NO_NODES
     if state == "CANCELLED" and not has_started:
         reason = DEPENDENCY if by else NEVER
-    return JobInfo(job_id, state, reason, nodes if has_started else "", end, name)
+    return JobInfo(job_id, state, reason, nodes if has_started else "", name)
 
 
 def _field(text: str, name: str) -> str:

@@ -36,9 +36,7 @@ class Sight(Enum):
     COMPLETED = auto()
     ENDED = auto()
     MISSING = auto()
-    """It has an id, and Slurm says that there is no such job."""
-    SILENT = auto()
-    """Nobody has answered about it."""
+    """It has an id that Slurm does not list, or does not answer about."""
 
 
 @dataclass(frozen=True)
@@ -135,7 +133,7 @@ def _about_its_job(state: StageState) -> list[Action]:
             return adopted
         case Sight.COMPLETED | Sight.ENDED:
             return adopted + do(Do.CLOSE)
-        case Sight.MISSING | Sight.SILENT if state.is_done:
+        case Sight.MISSING if state.is_done:
             return do(Do.CLOSE)
         case Sight.MISSING if state.said_end or state.lasts >= GONE_AFTER_S:
             return do(Do.CLOSE_UNLESS_CLAIMED)
@@ -171,31 +169,23 @@ class InSlot(NamedTuple):
     job_id: str | None
 
 
-class Slot(NamedTuple):
-    """A place for a job, and the job that has to be over first, if any; no number if there is no limit."""
-
-    number: int | None
-    after_any: str | None
-
-
-def choose_slot(limit: int | None, live: Sequence[InSlot], after_ok: Collection[str]) -> Slot | None:
+def choose_slot(limit: int, live: Sequence[InSlot], after_ok: Collection[str]) -> tuple[int, str | None] | None:
     """Choose the slot that a new job joins (``--max-running``). The jobs of a slot run one after another, so that Slurm
     enforces the limit without a launcher.
 
     Args:
-        limit: the most jobs that run at once; None for no limit.
+        limit: the most jobs that run at once.
         after_ok: ids of the jobs that the new one has to wait for in any case.
 
     Returns:
-        None if the last jobs of all slots have ids that aren't known (yet).
+        the slot's number, and the id of the job that has to be over first, if any; None if the last jobs of all slots
+        have ids that aren't known (yet).
     """
-    if limit is None:
-        return Slot(None, None)
     last = {attempt.slot: attempt for attempt in sorted(live, key=lambda attempt: attempt.joined)}
     free = next((number for number in range(limit) if number not in last), None)
     if free is not None:
-        return Slot(free, None)
+        return free, None
     # Behind a job that the new one has to wait for anyway, else behind the one that was submitted first.
     known = [attempt for number, attempt in last.items() if number < limit and attempt.job_id is not None]
     before = min(known, key=lambda attempt: (attempt.job_id not in after_ok, attempt.joined), default=None)
-    return None if before is None else Slot(before.slot, before.job_id)
+    return None if before is None else (before.slot, before.job_id)

@@ -18,7 +18,7 @@ from time import sleep
 from typing import TYPE_CHECKING
 
 import psutil
-from hfprune_launch.slurm.causes import START, Cause, as_progress, never_gets_further
+from hfprune_launch.slurm.causes import START, Cause, as_progress, no_further
 from hfprune_launch.slurm.commands import SlurmCommands, SlurmUnavailableError
 from hfprune_launch.stage.attempts import Ledger, Run
 from hfprune_launch.stage.parent import die_with_parent
@@ -81,7 +81,9 @@ def rank_environment(slurm: Mapping[str, str]) -> dict[str, str]:
         job_id, local_size = slurm["SLURM_JOB_ID"], slurm.get("SLURM_STEP_TASKS_PER_NODE", "1")
     except KeyError as error:
         raise NodeError(f"{error.args[0]} is not set: stages are started by srun inside a job") from None
-    address = _master_address(slurm)
+    address = slurm.get("SLURM_LAUNCH_NODE_IPADDR") or slurm.get("SLURM_SRUN_COMM_HOST")
+    if not address:
+        raise NodeError("SLURM_LAUNCH_NODE_IPADDR is not set: the ranks can't find each other")
     return {
         "RANK": rank,
         "WORLD_SIZE": size,
@@ -93,56 +95,33 @@ def rank_environment(slurm: Mapping[str, str]) -> dict[str, str]:
     }
 
 
-def _master_address(slurm: Mapping[str, str]) -> str:
-    address = slurm.get("SLURM_LAUNCH_NODE_IPADDR") or slurm.get("SLURM_SRUN_COMM_HOST")
-    if not address:
-        raise NodeError("SLURM_LAUNCH_NODE_IPADDR is not set: the ranks can't find each other")
-    try:
-        socket.getaddrinfo(address, None)
-    except OSError as error:
-        raise NodeError(f"the first rank's address {address!r} does not resolve: {error}") from None
-    return address
-
-
 def _interface_towards(address: str) -> str:
     """Return the network interface of this node from which an address is reached.
 
     By itself, gloo takes that of the node's own name, to which Debian gives an address that no other node reaches.
     """
-    family, kind, _, _, target = socket.getaddrinfo(address, FIRST_PORT, type=socket.SOCK_DGRAM)[0]
-    with socket.socket(family, kind) as probe:
-        try:
+    try:
+        family, kind, _, _, target = socket.getaddrinfo(address, FIRST_PORT, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, kind) as probe:
             probe.connect(target)  # sends nothing
-        except OSError as error:
-            raise NodeError(
-                f"node {socket.gethostname()} has no route to the first rank at {address}: {error}"
-            ) from None
-        own = probe.getsockname()[0]
+            own = probe.getsockname()[0]
+    except OSError as error:
+        raise NodeError(f"node {socket.gethostname()} has no route to the first rank at {address}: {error}") from None
     has_own = (name for name, its in psutil.net_if_addrs().items() if any(it.address == own for it in its))
     return next(has_own, "")
 
 
-def require_store(store: Store, environment: Mapping[str, str]) -> None:
-    """Check that the node sees the store and can write to it.
-
-    Raises:
-        NodeError: if it does not; names the node.
-    """
-    node = _node(environment)
-    if not store.root.is_dir():
-        raise NodeError(f"node {node} does not see {store.root}; --out must lie on a file system that all nodes share")
-    if not os.access(store.root, os.W_OK):
-        raise NodeError(f"node {node} can't write to {store.root}")
-
-
-def preflight(environment: Mapping[str, str]) -> None:
-    """Check that the node runs the sweep's code and sees its GPUs, before anything slow is imported.
+def require_usable_node(store: Store, environment: Mapping[str, str]) -> None:
+    """Check that the node can write to the store, runs the sweep's code and sees its GPUs.
 
     Raises:
         NodeError: if it does not; names the node and what it lacks.
     """
-    node = _node(environment)
-    code = environment["HFPRUNE_CODE"]
+    node, code = environment.get("SLURMD_NODENAME", socket.gethostname()), environment["HFPRUNE_CODE"]
+    if not store.root.is_dir():
+        raise NodeError(f"node {node} does not see {store.root}; --out must lie on a file system that all nodes share")
+    if not os.access(store.root, os.W_OK):
+        raise NodeError(f"node {node} can't write to {store.root}")
     if not Path(__file__).is_relative_to(code):
         raise NodeError(f"node {node} runs {__file__}, not the sweep's snapshot {code}; check the profile's setup")
     if re.search("[1-9]", environment.get("SLURM_GPUS_ON_NODE", "")):
@@ -150,10 +129,6 @@ def preflight(environment: Mapping[str, str]) -> None:
 
         if not torch.cuda.is_available():
             raise NodeError(f"node {node} was allocated with GPUs, but torch finds none; check its driver")
-
-
-def _node(environment: Mapping[str, str]) -> str:
-    return environment.get("SLURMD_NODENAME", socket.gethostname())
 
 
 class _Rank:
@@ -165,16 +140,15 @@ class _Rank:
         self._handle = Store(folder.parents[3]).handle("/".join(folder.parts[-3:-1]))
         self._interruption = interruption
         self._rank = int(os.environ.get("SLURM_PROCID", "0"))
-        self._start: _Start | None = None
+        self._start: Start | None = None
 
     def run(self) -> None:
         try:
             os.environ.update(rank_environment(os.environ))
             prepare_environment()
-            require_store(self._handle.store, os.environ)
-            if self._rank == 0:
-                self._start = _Start(self._folder)
-            preflight(os.environ)
+            if self._rank == 0 and self._handle.store.root.is_dir():
+                self._start = Start(self._folder)
+            require_usable_node(self._handle.store, os.environ)
             run_stage(self._handle, self._interruption, self._admit)
         except Interrupted:
             leave_process(0 if self._rank > 0 or self._requeue() else 1)
@@ -212,20 +186,21 @@ class _Rank:
             if fate == "cancelled":
                 self._end("cancelled")
                 return False
-            hopeless = never_gets_further(self._start.ledger, self._start.attempt) if fate == "open" else None
-            if hopeless is not None:
-                print(f"signal {self._interruption.signal}: {hopeless.message}", flush=True)
-                self._handle.report_failure(hopeless)
+            why = no_further(self._start.ledger, self._start.attempt) if fate == "open" else ""
+            if why:
+                self._report(Cause.INPUT, f"job {job_id} was interrupted: {why}")
                 return False
             print(f"signal {self._interruption.signal}: work is saved, requeueing job {job_id}", flush=True)
             if fate != "requeued":
                 slurm.requeue(job_id)
             return True
         except SlurmUnavailableError as error:
-            message = f"job {job_id} saved its work but could not requeue itself: {error}"
-            number = self._start.attempt.intent.number
-            self._handle.report_failure(Failure(Cause.INTERRUPTED, message, 0, time.time(), number))
+            self._report(Cause.INTERRUPTED, f"job {job_id} saved its work but could not requeue itself: {error}")
             return False
+
+    def _report(self, cause: Cause, message: str) -> None:
+        print(message, flush=True)
+        self._handle.report_failure(Failure(cause, message, 0, time.time(), int(self._folder.name)))
 
     def _fail(self, error: Exception) -> None:
         mended = from_os_error(error)
@@ -254,7 +229,7 @@ class _Rank:
             self._start.end(how)
 
 
-class _Start:
+class Start:
     """On rank 0: decides whether the stage has to run here, and keeps the record of this start of the job.
 
     Attributes:

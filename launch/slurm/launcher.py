@@ -9,11 +9,11 @@ from __future__ import annotations
 import errno
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from hfprune_launch.slurm.causes import LAUNCH_FAILED, Cause, explain_end, nodes_to_avoid
+from hfprune_launch.slurm.causes import Cause, explain_end, nodes_to_avoid
 from hfprune_launch.slurm.commands import (
     JobInfo,
     NeedEndedError,
@@ -24,9 +24,9 @@ from hfprune_launch.slurm.commands import (
 )
 from hfprune_launch.slurm.decide import GONE_AFTER_S, Action, Do, InSlot, Sight, StageState, choose_slot, decide
 from hfprune_launch.slurm.observe import Observer
-from hfprune_launch.slurm.profile import Profile, Resources
-from hfprune_launch.slurm.script import SCRIPT, Request, default_threads, write_submission
-from hfprune_launch.stage.attempts import Attempt, End, Ledger
+from hfprune_launch.slurm.profile import Profile
+from hfprune_launch.slurm.script import Request, default_threads, write_submission
+from hfprune_launch.stage.attempts import SCRIPT, Attempt, End, Ledger
 from hfprune_launch.stage.stage_file import Provenance, write_stage_file
 
 from hfprune_dist.errors import UserError
@@ -35,7 +35,6 @@ from hfprune_dist.store.artifacts import Store
 from hfprune_dist.store.atomic_files import fsync_folders
 from hfprune_dist.store.cancellation import Cancellation
 from hfprune_dist.store.claims import Holder, keep_renewed
-from hfprune_dist.store.hashing import digest_of
 from hfprune_dist.store.heartbeat import Failure
 from hfprune_dist.store.stage import Stage
 
@@ -47,6 +46,10 @@ STORE_PATIENCE_S = 600.0
 # A full or read-only disk, which stays so until somebody does something about it.
 LASTING = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 MISSING = (Sight.MISSING, Sight.INTENDED)
+BELOW_THE_LIMIT = (
+    "the rest is submitted when jobs have ended; if none of yours is queued, the limit allows none, or other users' "
+    "jobs reach it: then name another account, qos or partition in the profile"
+)
 
 
 @dataclass(frozen=True)
@@ -74,10 +77,6 @@ class NewJobs:
     max_running: int | None
     cancellation: Cancellation
     snapshot: Path
-
-    def asked(self, resources: Resources) -> str:
-        """Return a digest of what a job asks for, to tell whether a queued one would be submitted otherwise now."""
-        return digest_of({"resources": resources.model_dump(), "max_running": self.max_running})
 
 
 class _CancelledError(Exception):
@@ -125,34 +124,57 @@ class Launcher:
         """Take over what earlier launchers left, then submit missing stages."""
         self._look()
         self._close_ended()
-        for state in self._states().values():
-            is_seen = state.sight not in (Sight.NO_ATTEMPT, *MISSING, Sight.SILENT)
-            attempts = self._ledger.jobs_of(state.stage_id)[: -1 if is_seen else None]
-            self._before[state.stage_id] = attempts[-1].intent.number if attempts else 0
-        self._tell_of_outdated()
-        if not self._submit_missing():
-            self.step()
+        for stage_id in self._plan.stages:
+            ended = [attempt for attempt in self._ledger.jobs_of(stage_id) if attempt.end is not None]
+            self._before[stage_id] = ended[-1].intent.number if ended else 0
+        self._submit_missing()
 
     def step(self) -> None:
-        """Do one round; another one if a long submission has outlasted Slurm's memory of ended jobs (MinJobAge)."""
-        for _ in range(2):
-            self._look()
-            self._close_ended()
-            if self._submit_missing():
-                break
+        """Do one round."""
+        self._look()
+        self._close_ended()
+        self._submit_missing()
 
-    def follow(self, show: Callable[[], object], sleep: Callable[[float], None] = time.sleep) -> None:
+    def follow(
+        self,
+        show: Callable[[], object],
+        sleep: Callable[[float], None] = time.sleep,
+        *,
+        only_missing: bool = False,
+    ) -> None:
         """Continue until every stage is done or has failed for good.
 
         Args:
             show: called after every round.
+            only_missing: continue only until it is known for every job whether it is over, for at most a few minutes.
         """
-        self._follow_while(lambda: bool(self._following) or self._is_held_up, show, sleep)
-
-    def follow_missing(self, show: Callable[[], object], sleep: Callable[[float], None] = time.sleep) -> None:
-        """Continue until it is known for every job whether it is over, but for at most a few minutes."""
         deadline = self._clock() + 2 * GONE_AFTER_S
-        self._follow_while(lambda: self._misses_a_job() and self._clock() < deadline, show, sleep)
+
+        def goes_on() -> bool:
+            if not only_missing:
+                return bool(self._following) or self._is_held_up
+            is_missing = any(state.sight in MISSING for state in self._states().values())
+            return is_missing and self._clock() < deadline
+
+        wait, going = SHORTEST_WAIT_S, goes_on()
+        asked_at = answered_at = self._clock()
+        while going:
+            sleep(min(wait, LOOK_S))
+            before = [attempt.folder for attempt in self._following]
+            try:
+                if self._clock() - asked_at >= wait or self._is_any_end_recorded():
+                    asked_at, wait = self._clock(), min(LONGEST_WAIT_S, wait * 1.5)
+                    self._step_if_answered()
+                    going = goes_on()
+                show()
+                answered_at = self._clock()
+            except (OSError, UserError) as error:
+                if not _may_pass(error) or self._clock() - answered_at >= STORE_PATIENCE_S:
+                    raise
+                message = f"the store can't be read or written ({error}); jobs go on, and it is tried again"
+                self._tell(Event("waiting", None, None, message))
+            if [attempt.folder for attempt in self._following] != before:
+                wait = SHORTEST_WAIT_S
 
     def unsubmitted(self) -> list[Stage]:
         """Return missing stages without a job: refused, claimed by another launcher, or without room in the queue."""
@@ -175,9 +197,6 @@ class Launcher:
     def _states(self) -> dict[str, StageState]:
         return self._observer.states(self._plan, self._before)
 
-    def _misses_a_job(self) -> bool:
-        return any(state.sight in MISSING for state in self._states().values())
-
     # Act.
 
     def _close_ended(self) -> None:
@@ -196,14 +215,14 @@ class Launcher:
             case Do.CANCEL if job is not None:
                 self._slurm.cancel([job.job_id])
             case Do.CLOSE:
-                self._close(stage, attempt, job)
+                self._end(stage, attempt, explain_end(self._ledger, stage, attempt, job))
             case Do.CLOSE_UNLESS_CLAIMED | Do.SETTLE:
                 claim = self._ledger.claim(stage.id)
                 if isinstance(claim, Holder):
                     return  # its job lives, or its launcher is submitting it
                 try:
                     if action.do is Do.CLOSE_UNLESS_CLAIMED or self._store.handle(stage.id).is_done():
-                        self._close(stage, attempt, None)
+                        self._end(stage, attempt, explain_end(self._ledger, stage, attempt, None))
                     else:
                         self._settle(stage, attempt)
                 finally:
@@ -223,11 +242,6 @@ class Launcher:
                 self._slurm.cancel_named(attempt.intent.job_name)  # squeue may have missed it
             self._end(stage, attempt, End(Cause.NOT_RUN, "the launcher died while it submitted", time.time(), False))
 
-    def _close(self, stage: Stage, attempt: Attempt, job: JobInfo | None) -> None:
-        if job is not None and LAUNCH_FAILED.search(job.reason):
-            job = replace(job, nodes=self._slurm.launched_on(job.job_id))
-        self._end(stage, attempt, explain_end(self._ledger, stage, attempt, job))
-
     def _end(self, stage: Stage, attempt: Attempt, end: End) -> None:
         """Record how an attempt ended, for the next launcher and the report."""
         attempt.close(end)
@@ -246,51 +260,32 @@ class Launcher:
 
     # Submit.
 
-    def _submit_missing(self) -> bool:
-        """Submit every missing stage whose inputs exist or are being made, in plan order; nothing once cancelled.
-
-        Returns:
-            False if Slurm has forgotten a job that one of them needs, so that all should be looked at again.
-        """
+    def _submit_missing(self) -> None:
+        """Submit every missing stage whose inputs exist or are being made, in plan order; nothing once cancelled."""
         self._is_held_up = False
+        # Under a limit, other launchers must not take slots that this one is about to find free.
+        alone = nullcontext() if self._new_jobs.max_running is None else self._ledger.locked()
         try:
-            with self._alone():
+            with alone:
                 to_submit = [it.stage_id for it in decide(self._states()) if it.do is Do.SUBMIT]
                 if to_submit:
                     self._require_wanted()
                     slots = self._slots()
                     for stage_id in to_submit:
                         self._submit(self._plan.stages[stage_id], slots)
-        except SubmitLimitError as error:
+        except (SubmitLimitError, NeedEndedError) as error:
             self._is_held_up = True
-            self._tell(Event("waiting", None, None, f"{error}; {self._way_below_the_limit()}"))
-        except NeedEndedError as error:
-            self._is_held_up = True
-            self._tell(Event("waiting", None, None, f"{error}; tried again"))
-            return False
+            why = BELOW_THE_LIMIT if isinstance(error, SubmitLimitError) else "tried again"
+            self._tell(Event("waiting", None, None, f"{error}; {why}"))
         except _CancelledError:
             message = "by another command, so nothing more is submitted; run the same command again to go on"
             self._tell(Event("cancelled", None, None, message))
         finally:
             self._following = self._open()
-        return True
-
-    def _alone(self) -> AbstractContextManager[None]:
-        """Under a limit, keep other launchers from taking slots that this one is about to find free."""
-        return nullcontext() if self._new_jobs.max_running is None else self._ledger.locked()
 
     def _require_wanted(self) -> None:
         if self._new_jobs.cancellation.is_requested():
             raise _CancelledError
-
-    def _way_below_the_limit(self) -> str:
-        """Return how room for more jobs can come about, for messages."""
-        if self._open() or any(job.is_live for job in self._observer.jobs.values()):
-            return "the rest is submitted when jobs have ended"
-        return (
-            "none of your jobs is in the queue, so the limit allows none, or other users' jobs reach it; if this "
-            "lasts, name another account, qos or partition in the profile"
-        )
 
     def _submit(self, stage: Stage, slots: list[InSlot]) -> None:
         """Submit a stage, unless another launcher has done so or is doing so.
@@ -324,7 +319,9 @@ class Launcher:
     def _submit_claimed(self, stage: Stage, after_ok: Sequence[str], slots: list[InSlot]) -> None:
         """Record the intent, submit, record the job; later rounds repair a death between any two of these steps."""
         new, resources = self._new_jobs, self._new_jobs.profile.resources[stage.kind]
-        slot = choose_slot(new.max_running, slots, after_ok)
+        slot: tuple[int | None, str | None] | None = None, None
+        if new.max_running is not None:
+            slot = choose_slot(new.max_running, slots, after_ok)
         if slot is None:
             self._is_held_up = True
             return
@@ -335,8 +332,7 @@ class Launcher:
             gpus=resources.gpus,
             cores=resources.cores,
             time_minutes=resources.time_minutes,
-            slot=slot.number,
-            asked=new.asked(resources),
+            slot=slot[0],
             avoided=avoided,
         )
         write_stage_file(self._store.handle(stage.id), stage, new.provenance, attempt.intent.number)
@@ -348,7 +344,7 @@ class Launcher:
             snapshot=new.snapshot,
             threads=default_threads(resources, new.provenance.runtime.threads_per_rank),
             after_ok=after_ok,
-            after_any=slot.after_any,
+            after_any=slot[1],
             exclude=avoided,
         )
         self._hand_over(stage, attempt, request)
@@ -358,7 +354,13 @@ class Launcher:
     def _hand_over(self, stage: Stage, attempt: Attempt, request: Request) -> None:
         """Submit, and record the job's id or why there is none."""
         try:
-            job_id = self._write_and_submit(attempt, request)
+            script = write_submission(request)
+            # A job may outlive this machine: what it reads, and what tells the next launcher of it, must do so as well.
+            for folder in (attempt.folder, self._store.handle(stage.id).work):
+                fsync_folders(folder, self._store.root)
+            # Only now: whoever cancels later finds the intent, and waits for what becomes of it.
+            self._require_wanted()
+            job_id = self._slurm.submit(script, attempt.intent.job_name)
         except SubmissionRefusedError as error:
             if request.exclude:  # which may be needed, or gone
                 nodes = ", ".join(request.exclude)
@@ -374,15 +376,6 @@ class Launcher:
         attempt.record_job(job_id)
         self._tell(Event("submitted", stage, job_id))
 
-    def _write_and_submit(self, attempt: Attempt, request: Request) -> str:
-        script = write_submission(request)
-        # A job may outlive this machine, so what it reads and what tells the next launcher about it must do so as well.
-        for folder in (attempt.folder, self._store.handle(request.stage.id).work):
-            fsync_folders(folder, self._store.root)
-        # Only now: whoever cancels later finds the intent, and waits for what becomes of it.
-        self._require_wanted()
-        return self._slurm.submit(script, attempt.intent.job_name)
-
     def _slots(self) -> list[InSlot]:
         """Return the slots in which jobs are; those of other sweeps if Slurm lists them, as it would refuse a job that
         waits for one that it doesn't know.
@@ -394,47 +387,6 @@ class Launcher:
         jobs = self._slurm.jobs() if others else {}
         listed = (it for it in others if it.intent.job_name in jobs and jobs[it.intent.job_name].is_live)
         return _in_slots([*listed, *self._open()])
-
-    def _tell_of_outdated(self) -> None:
-        """Report queued jobs that were submitted with another profile, or another limit, than this launcher's."""
-        count = 0
-        for attempt in self._open():
-            job = self._observer.jobs.get(attempt.intent.job_name)
-            asked = self._new_jobs.asked(
-                self._new_jobs.profile.resources[self._plan.stages[attempt.intent.stage_id].kind]
-            )
-            count += job is not None and job.is_waiting and attempt.intent.asked != asked
-        if count:
-            message = (
-                f"{'1 queued job keeps' if count == 1 else f'{count} queued jobs keep'} to the profile or the "
-                "--max-running of an earlier command; --cancel, then the same command, submits with those of now"
-            )
-            self._tell(Event("waiting", None, None, message))
-
-    # Follow.
-
-    def _follow_while(
-        self, goes_on: Callable[[], bool], show: Callable[[], object], sleep: Callable[[float], None]
-    ) -> None:
-        wait, going = SHORTEST_WAIT_S, goes_on()
-        asked_at = answered_at = self._clock()
-        while going:
-            sleep(min(wait, LOOK_S))
-            before = [attempt.folder for attempt in self._following]
-            try:
-                if self._clock() - asked_at >= wait or self._is_any_end_recorded():
-                    asked_at, wait = self._clock(), min(LONGEST_WAIT_S, wait * 1.5)
-                    self._step_if_answered()
-                    going = goes_on()
-                show()
-                answered_at = self._clock()
-            except (OSError, UserError) as error:
-                if not _may_pass(error) or self._clock() - answered_at >= STORE_PATIENCE_S:
-                    raise
-                message = f"the store can't be read or written ({error}); jobs go on, and it is tried again"
-                self._tell(Event("waiting", None, None, message))
-            if [attempt.folder for attempt in self._following] != before:
-                wait = SHORTEST_WAIT_S
 
     def _step_if_answered(self) -> None:
         try:

@@ -1,8 +1,8 @@
 """What the store and Slurm say about a sweep's stages.
 
 squeue lists a user's jobs. A job's absence from that list says nothing yet: the answer may be cut short between two
-lines, or the job may have ended long ago. So accounting is asked about it, and the controller. A job that none of them
-knows counts as gone after some minutes in which nothing in the store shows that it lives.
+lines, or the job may have ended long ago. So accounting is asked about it, and it counts as gone after some minutes in
+which nothing in the store shows that it lives, if the controller then says so.
 """
 
 from __future__ import annotations
@@ -37,7 +37,6 @@ class Observer:
         self._ledger = ledger
         self._slurm = slurm
         self._clock = clock
-        self._unknown: set[str] = set()
         self._since: dict[str, tuple[Any, float]] = {}
         self._verified: set[str] = set()
         self.jobs: dict[str, JobInfo] = {}
@@ -50,45 +49,33 @@ class Observer:
         Raises:
             SlurmUnavailableError: if squeue did not answer.
         """
-        ids = {attempt.intent.job_name: (attempt, attempt.job_id) for attempt in attempts}
+        asked = [(attempt.intent.job_name, attempt, attempt.job_id) for attempt in attempts]
         self.jobs = self._slurm.jobs()
-        self._unknown = set()
-        unlisted = {name: pair for name, pair in ids.items() if name not in self.jobs}
-        self._ask_about({name: (attempt, job_id) for name, (attempt, job_id) in unlisted.items() if job_id is not None})
-        for name, (attempt, _) in ids.items():
+        unlisted = {name: job_id for name, _, job_id in asked if job_id is not None and name not in self.jobs}
+        # Ids are reused if a cluster was set up anew, names are not.
+        past = self._slurm.history(unlisted.values())
+        self.jobs |= {job.name: job for job in past if job.name in unlisted and not job.is_live}
+        before, self._since = self._since, {}
+        for name, attempt, job_id in asked:
             job = self.jobs.get(name)
             seen = (job.state, job.reason) if job is not None else self._signs_of_life(attempt)
-            if self._since.get(name, (None,))[0] != seen:
-                self._since[name] = seen, self._clock()
-        self._since = {name: since for name, since in self._since.items() if name in ids}
+            self._since[name] = before[name] if name in before and before[name][0] == seen else (seen, self._clock())
+            if job is None and job_id is not None and self.lasts(attempt) >= GONE_AFTER_S:
+                self._ask_the_controller(name, job_id)
 
-    def _ask_about(self, unlisted: Mapping[str, tuple[Attempt, str]]) -> None:
-        """Ask accounting, and the controller: when a job is first missing, and again before it counts as gone."""
-        past = self._slurm.history({job_id for _, job_id in unlisted.values()})
-        # Ids are reused if a cluster was set up anew, names are not.
-        self.jobs |= {job.name: job for job in past if job.name in unlisted and not job.is_live}
-        for name, (attempt, job_id) in unlisted.items():
-            if name in self.jobs:
-                continue
-            if 0 <= self._missing_for(attempt) < GONE_AFTER_S:
-                self._unknown.add(name)
-                continue
-            try:
-                job = self._slurm.job(job_id)
-            except SlurmUnavailableError:
-                continue
-            if job is not None and job.name == name:
-                self.jobs[name] = job
-            else:
-                self._unknown.add(name)
+    def _ask_the_controller(self, name: str, job_id: str) -> None:
+        """Make sure that a job is gone; if it isn't, or that can't be known now, it has been missing since now."""
+        try:
+            job = self._slurm.job(job_id)
+        except SlurmUnavailableError:
+            self._since[name] = self._since[name][0], self._clock()
+            return
+        if job is not None and job.name == name:
+            self.jobs[name] = job
+            self._since[name] = (job.state, job.reason), self._clock()
 
     def _signs_of_life(self, attempt: Attempt) -> Any:
         return self._ledger.store.handle(attempt.intent.stage_id).heartbeat(), attempt.runs()
-
-    def _missing_for(self, attempt: Attempt) -> float:
-        """Return the seconds since a look first missed a job that has given no sign of life since; -1 if none has."""
-        seen, since = self._since.get(attempt.intent.job_name, (None, 0.0))
-        return self._clock() - since if seen == self._signs_of_life(attempt) else -1.0
 
     def lasts(self, attempt: Attempt) -> float:
         """Return the seconds for which looks have found the same about an attempt's job."""
@@ -142,15 +129,13 @@ class Observer:
             if job.is_live:
                 return Sight.WAITS if job.is_waiting else Sight.RUNS
             return Sight.COMPLETED if job.state == "COMPLETED" else Sight.ENDED
-        if attempt.job_id is None:
-            return Sight.INTENDED
-        return Sight.MISSING if attempt.intent.job_name in self._unknown else Sight.SILENT
+        return Sight.INTENDED if attempt.job_id is None else Sight.MISSING
 
 
 def inputs_of_live_jobs(store: Store) -> Mapping[str, list[str]]:
     """Id of each stage whose job may wait or run -> ids of the stages whose artifacts it reads, which must stay."""
     ledger = Ledger(store)
-    attempts = ledger.open_jobs()
+    attempts = [it for it in ledger.open_jobs() if not store.handle(it.intent.stage_id).is_committed()]
     observer = Observer(ledger, SlurmCommands(retry_delays_s=()))
     try:
         if attempts:

@@ -17,9 +17,7 @@ from hfprune_dist.config.yaml_text import read_yaml
 from hfprune_dist.errors import UserError, did_you_mean
 from hfprune_dist.store.stage import STAGE_VERSIONS
 
-Kind = Literal["importance", "reference", "prune", "distill", "recover", "evaluate", "efficiency", "loraprune"]
-
-
+StageName = Literal["importance", "reference", "prune", "distill", "recover", "evaluate", "efficiency", "loraprune"]
 OptionName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_-]+$")]
 # Units of Slurm's --mem; megabytes if none is given.
 UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
@@ -160,7 +158,7 @@ class ProfileFile(Resources):
 
     max_running: Positive | None = None
     """The most jobs of a sweep that run at once; null: as many as the cluster allows."""
-    stages: dict[Kind, dict[str, Any]] = Field(default_factory=dict)
+    stages: dict[StageName, dict[str, Any]] = Field(default_factory=dict)
     """Kind of stage -> the settings that differ for it. In environment and sbatch, the keys given here are added or
     replaced, or removed if they are null; setup and srun_args are replaced as a whole."""
 

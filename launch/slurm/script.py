@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
-import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from hfprune_launch.slurm.causes import START
 from hfprune_launch.slurm.profile import Resources
+from hfprune_launch.stage.attempts import SCRIPT
 from submitit.slurm.slurm import SlurmExecutor
 
 from hfprune_dist.errors import UserError
@@ -19,15 +20,10 @@ from hfprune_dist.store.atomic_files import write_text
 from hfprune_dist.store.machine import threads_allowed
 from hfprune_dist.store.stage import Stage
 
-SCRIPT = "job.sh"
 # The profile's setup and environment, which may hold secrets: sourced by the batch script, readable by its owner alone.
 ENVIRONMENT = "environment.sh"
-# Characters that the path of a job can't contain, and why.
-UNUSABLE = {
-    "%": "Slurm and submitit put ids in its place in the names of log files",
-    "\\": "Slurm takes names of log files literally that contain it",
-    ":": "it separates the folders of PYTHONPATH",
-}
+# Characters to which Slurm (ids in the names of logs), batch scripts or PYTHONPATH give a meaning of their own.
+UNUSABLE = re.compile(r"[%\\:\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
@@ -66,15 +62,11 @@ def refuse_unusable_path(out: Path) -> None:
         UserError: for characters to which Slurm or Python give a special meaning.
     """
     for path in (out.absolute(), out.resolve()):
-        for character in str(path):
-            why = UNUSABLE.get(character)
-            if unicodedata.category(character) in ("Cc", "Cs"):  # control characters, and bytes that aren't UTF-8
-                why = "it can't be written into a batch script"
-            if why is not None:
-                raise UserError(
-                    f"--out {str(path)!r}: a folder of jobs can't have {character!r} in its path, as {why}; choose "
-                    "another --out"
-                )
+        if found := UNUSABLE.search(str(path)):
+            raise UserError(
+                f"--out {str(path)!r}: a folder of jobs can't have {found[0]!r} in its path, to which Slurm or "
+                "batch scripts give a meaning of their own; choose another --out"
+            )
 
 
 def batch_script(request: Request) -> str:

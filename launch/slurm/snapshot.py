@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import shutil
 import uuid
@@ -16,8 +15,6 @@ from hfprune_dist.errors import UserError
 from hfprune_dist.store.atomic_files import fsync_path, write_json
 from hfprune_dist.store.hashing import FileHashes, digest_of
 
-_DRAFT = ".draft-"
-_STALE_S = 24 * 3600.0  # much longer than a copy takes
 _SOMETHING_IS_THERE = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR)
 
 
@@ -27,17 +24,16 @@ def take_snapshot(
     """Copy the project's packages to ``<folder>/<digest of their content>``, or reuse an intact copy that is there.
 
     A copy whose content no longer matches its name (emptied by a full disk, purged by a cleaner of old files) is set
-    aside, since every job that runs it would fail. Unfinished copies that killed launchers left are removed.
+    aside, since every job that runs it would fail.
 
     Args:
         code: provenance (commit, digest of the uncommitted changes), kept with the copy.
         tell: called with a message on what was set aside.
     """
     while True:
-        draft = folder / f"{_DRAFT}{uuid.uuid4().hex[:8]}"
+        draft = folder / f".draft-{uuid.uuid4().hex[:8]}"
         try:
             _copy_packages(project, draft)
-            _remove_stale(draft)
             # The copy is digested, since the originals may be edited at this moment.
             snapshot = folder / _digest(draft)
             if _is_intact(snapshot):
@@ -57,15 +53,6 @@ def _copy_packages(project: Project, target: Path) -> None:
             copy = target / package / source.relative_to(folder)
             copy.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source, copy)
-
-
-def _remove_stale(own: Path) -> None:
-    """Remove drafts much older than our own, by the clock of their disk; others may be being made at this moment."""
-    latest = own.stat().st_mtime - _STALE_S
-    for draft in own.parent.glob(f"{_DRAFT}*"):
-        with contextlib.suppress(FileNotFoundError):  # removed by another launcher
-            if draft.stat().st_mtime < latest:
-                shutil.rmtree(draft, ignore_errors=True)
 
 
 def _sources(folder: Path) -> list[Path]:

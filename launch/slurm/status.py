@@ -13,7 +13,7 @@ from hfprune_launch.slurm.causes import log_tail
 from hfprune_launch.slurm.commands import JobInfo
 from hfprune_launch.stage.attempts import Attempt, Ledger
 from hfprune_launch.stage.stage_file import began_at
-from hfprune_launch.stage.stage_state import StageState, staleness, state_of, time_left
+from hfprune_launch.stage.stage_state import staleness, state_of, time_left
 from rich.markup import escape
 from rich.table import Table
 
@@ -34,8 +34,8 @@ class StageStatus:
     """One line of the table; strings are empty if there is nothing to show.
 
     Attributes:
-        state: done, running, queued, failed, died, waiting, missing or not needed; submitted, if nobody says what has
-            become of its job; or Slurm's state of its job.
+        state: done, running, queued, failed, died, waiting, missing or not needed; submitted, if Slurm says nothing of
+            its job; or Slurm's state of its job.
         detail: why it waits or failed, who runs it, or for how long it has given no sign of life.
         left: time until the end of its current phase; before it begins, what stages like it took.
         gpu_hours, core_hours: totals of all attempts in jobs, None before the first.
@@ -76,32 +76,29 @@ def stage_statuses(plan: Plan, store: Store, jobs: Mapping[str, JobInfo] | None)
 def _status(stage: Stage, ledger: Ledger, jobs: Mapping[str, JobInfo] | None, now: float) -> StageStatus:
     handle, attempts = ledger.store.handle(stage.id), ledger.jobs_of(stage.id)
     last = attempts[-1] if attempts else None
-    open_attempt = last if last is not None and last.end is None else None
-    job = None if open_attempt is None or jobs is None else jobs.get(open_attempt.intent.job_name)
-    known = _state(stage, ledger, job)
-    if jobs is None and open_attempt is not None and known.state in ("missing", "waiting", "died"):
+    is_open = last is not None and last.end is None
+    job = jobs.get(last.intent.job_name) if last is not None and is_open and jobs else None
+    state, detail = _state(stage, ledger, job)
+    if is_open and job is None and state in ("missing", "waiting", "died"):
         state, detail = "submitted", ""
-    elif job is not None and job.is_live and known.state != "done":
+    elif job is not None and job.is_live and state != "done":
         state, detail = ("queued", job.reason) if job.is_waiting else (job.state.lower(), "")
-    else:
-        state, detail = known.state, known.detail
-    last_beat = handle.heartbeat()
-    heartbeat = last_beat if state == "running" else None
-    started = [began] if open_attempt is None and (began := began_at(handle)) else []
-    started += [run.started for run in open_attempt.runs()[-1:]] if open_attempt is not None else []
-    stale = staleness([*started, *([heartbeat.updated] if heartbeat else [])], now) if state == "running" else ""
+    heartbeat, runs = handle.heartbeat(), last.runs() if last is not None and is_open else []
     # Until when a start without a recorded end held its nodes; it was killed if its job waits again.
-    held_until = now
-    if state in ("queued", "submitted"):
-        held_until = last_beat.updated if last_beat is not None else 0.0
+    held_until = (heartbeat.updated if heartbeat else 0.0) if state in ("queued", "submitted") else now
     seconds = [it.run_seconds(held_until) if (end := it.end) is None else end.run_seconds for it in attempts]
+    began = runs[-1].started if runs else None if is_open else began_at(handle)
+    shown = heartbeat if state == "running" else None
+    if state == "running":
+        signs = [*([began] if began is not None else []), *([heartbeat.updated] if heartbeat is not None else [])]
+        detail = "; ".join(part for part in (detail, staleness(signs, now)) if part)
     return StageStatus(
         stage=stage,
         state=state,
-        detail="; ".join(part for part in (detail, stale) if part),
-        progress="" if heartbeat is None else str(heartbeat),
+        detail=detail,
+        progress="" if shown is None else str(shown),
         # A heartbeat from before the start belongs to an earlier one.
-        left="" if heartbeat is None or heartbeat.updated < max(started, default=0.0) else time_left(heartbeat),
+        left="" if shown is None or shown.updated < (began or 0.0) else time_left(shown),
         job=(last.job_id or "") if last is not None else "",
         nodes=job.nodes if job is not None else "",
         attempts=len(attempts),
@@ -110,11 +107,12 @@ def _status(stage: Stage, ledger: Ledger, jobs: Mapping[str, JobInfo] | None, no
     )
 
 
-def _state(stage: Stage, ledger: Ledger, job: JobInfo | None) -> StageState:
+def _state(stage: Stage, ledger: Ledger, job: JobInfo | None) -> tuple[str, str]:
     claim = ledger.open_claim(stage.id)
     if job is not None and claim is not None and claim.holder.job is not None:
         claim = None  # Slurm itself knows the state of its job
-    return state_of(stage, ledger.store.handle(stage.id), claim)
+    known = state_of(stage, ledger.store.handle(stage.id), claim)
+    return known.state, known.detail
 
 
 def _hours(seconds: list[float], units: list[int]) -> float | None:
@@ -172,12 +170,12 @@ def _written(log: Path) -> float:
 
 
 def _why_no_log(stage: Stage, ledger: Ledger) -> str:
-    known = _state(stage, ledger, None)
-    if known.state == "done":
+    state, detail = _state(stage, ledger, None)
+    if state == "done":
         return "its artifact was there already, or its log has been removed"
-    if known.state == "running":
-        return f"it starts, and has written nothing yet ({known.detail})"
-    return f"it has not been started ({known.state}{f' {known.detail}' if known.detail else ''})"
+    if state == "running":
+        return f"it starts, and has written nothing yet ({detail})"
+    return f"it has not been started ({' '.join((state, detail)).strip()})"
 
 
 def _stages_of(plan: Plan, name: str) -> list[str]:

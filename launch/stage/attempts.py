@@ -24,10 +24,10 @@ from collections.abc import Collection, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, Literal, TypeVar
 
 from hfprune_dist.errors import UserError
-from hfprune_dist.store.artifacts import StageHandle, Store
+from hfprune_dist.store.artifacts import Store
 from hfprune_dist.store.atomic_files import as_record, listed, locked, modified_at, read_json, write_json
 from hfprune_dist.store.claims import Claim, Holder, OpenClaim
 from hfprune_dist.store.past_attempt import PastAttempt
@@ -35,8 +35,7 @@ from hfprune_dist.store.stage import Stage
 
 Record = TypeVar("Record")
 
-INTENT, JOB, END = "intent.json", "job.json", "end.json"
-LOCK = ".lock"
+INTENT, SCRIPT, JOB, END, LOCK = "intent.json", "job.sh", "job.json", "end.json", ".lock"
 # The cause of an attempt that made the artifact.
 DONE = "done"
 
@@ -52,7 +51,6 @@ class Intent:
         gpus, cores: totals of the whole job.
         time_minutes: time limit of the job.
         slot: jobs in the same slot run one at a time (``--max-running``); None without a limit.
-        asked: digest of what the profile asks for, and the limit.
         avoided: nodes at fault in earlier attempts, which the job must not use.
     """
 
@@ -65,7 +63,6 @@ class Intent:
     cores: int = 0
     time_minutes: int = 0
     slot: int | None = None
-    asked: str = ""
     avoided: list[str] = field(default_factory=list)
 
 
@@ -90,26 +87,13 @@ class Run:
     progress: dict[str, Any] | None = None
 
 
-class ExitRecord(NamedTuple):
-    """What the batch script recorded at the end of one start of its job.
-
-    Attributes:
-        code: the exit code: srun's, or that of what failed before srun.
-        message: what failed before srun; empty otherwise.
-    """
-
-    restart: int
-    code: int
-    message: str
-
-
 @dataclass(frozen=True)
 class End:
     """The end of an attempt.
 
     Attributes:
         message: for the user.
-        at: unix time, as far as Slurm or the stage's heartbeat tells it; a launcher may learn of it days later.
+        at: unix time, as far as the stage's heartbeat tells it; a launcher may learn of it days later.
         is_over: whether it is certain that its job is over, so that its claim is void.
         bad_nodes: nodes that the next attempt should avoid.
         run_seconds: for which a job held its nodes, over all of its starts.
@@ -125,13 +109,6 @@ class End:
     progress: dict[str, Any] | None = None
 
 
-@dataclass(frozen=True)
-class _Job:
-    """The job that Slurm made from an intent."""
-
-    job_id: str
-
-
 class Attempt:
     """One attempt, by its folder."""
 
@@ -142,8 +119,8 @@ class Attempt:
     @property
     def job_id(self) -> str | None:
         """The job's id, as recorded by the launcher, or by the job itself if the launcher died before that."""
-        job = _read(self.folder / JOB, _Job)
-        return job.job_id if job is not None else next((run.job_id for run in self.runs()), None)
+        job = _read(self.folder / JOB, dict[str, str]) or {}
+        return job.get("job_id") or next((run.job_id for run in self.runs()), None)
 
     @property
     def recorded_at(self) -> float:
@@ -157,7 +134,7 @@ class Attempt:
         return _read(self.folder / END, End)
 
     def record_job(self, job_id: str) -> None:
-        write_json(self.folder / JOB, asdict(_Job(job_id)))
+        write_json(self.folder / JOB, {"job_id": job_id})
 
     def close(self, end: End) -> None:
         """Record the end; if two launchers see the same end, both write the same."""
@@ -179,12 +156,17 @@ class Attempt:
     def record_run(self, run: Run) -> None:
         write_json(self.folder / f"run.{run.job_id}.{run.restart}.json", asdict(run))
 
-    def exit_record(self) -> ExitRecord | None:
-        """Return what the batch script recorded at the end of the job's last start; None if it was killed."""
-        found = [_read_exit(file) for file in listed(self.folder, f"exit.{self.job_id}.*")]
-        last = max((record for record in found if record is not None), default=None)
-        runs = self.runs()
-        return None if last is None or (runs and runs[-1].restart > last.restart) else last
+    def exit_record(self) -> tuple[int, str] | None:
+        """Return what the batch script recorded at the end of the job's last start: srun's exit code, or that of what
+        failed before srun, and then what that was; None if the start was killed, or goes on.
+        """
+        files = listed(self.folder, f"exit.{self.job_id}.*")
+        numbers = {int(file.suffix[1:]): file for file in files if file.suffix[1:].isdecimal()}
+        last, runs = max(numbers, default=-1), self.runs()
+        if last < 0 or (runs and runs[-1].restart > last):
+            return None
+        code, _, message = numbers[last].read_text(encoding="utf-8", errors="replace").strip().partition(" ")
+        return (int(code), message) if code.isdecimal() else None
 
     def run_seconds(self, now: float) -> float:
         """Return the seconds during which the job held its nodes, over all of its starts."""
@@ -248,11 +230,7 @@ class Ledger:
 
     def has_jobs(self) -> bool:
         """Whether a job was ever submitted for this store."""
-        return any(
-            intent is not None and intent.job_name
-            for file in self._root.glob(f"*/*/*/{INTENT}")
-            if (intent := _read(file, Intent)) is not None
-        )
+        return any(self._root.glob(f"*/*/*/{SCRIPT}"))
 
     def begin(self, stage: Stage, *, ranks: int, **job: Any) -> Attempt:
         """Record the next attempt; the caller must hold the stage's claim.
@@ -268,6 +246,13 @@ class Ledger:
         attempt.folder.mkdir(parents=True)
         write_json(attempt.folder / INTENT, asdict(intent))
         return attempt
+
+    def close_done(self, stage_id: str) -> None:
+        """Record the end of an attempt that no launcher saw make its artifact, which has been verified."""
+        if (attempt := self.open_job(stage_id)) is not None:
+            manifest = self.store.handle(stage_id).manifest() or {}
+            at = manifest.get("finished", time.time())
+            attempt.close(End(DONE, "", at, run_seconds=attempt.run_seconds(at)))
 
     def claim(self, stage_id: str, job: str | None = None) -> Claim | Holder:
         """As ``StageHandle.claim``; claims of jobs that are known to be over count as free."""
@@ -297,51 +282,38 @@ class Ledger:
 
 
 def past_attempts(ledger: Ledger, stage_id: str, logs: Path) -> list[PastAttempt]:
-    """Return the attempts at a stage as a report shows them; a requeued job appears once for each of its starts.
+    """Return the attempts at a stage as a report shows them.
 
     Args:
         logs: folder of the logs of stages that ran on this machine.
     """
     handle, attempts = ledger.store.handle(stage_id), ledger.of(stage_id)
-    local = [it for it in attempts if not it.intent.job_name]
-    told = {it.folder: _local(it, logs, handle, is_last=it is local[-1]) for it in local}
-    return [start for it in attempts for start in ([told[it.folder]] if it.folder in told else _starts(it))]
-
-
-def _local(attempt: Attempt, logs: Path, handle: StageHandle, *, is_last: bool) -> PastAttempt:
-    """Return an attempt on this machine, which may have been cut off before its end was recorded."""
-    intent, end, log = attempt.intent, attempt.end, local_log(logs, attempt.intent)
-    logs_of_it = (log,) if log.exists() else ()
-    past = PastAttempt(intent.number, "open", intent.created, None, logs=logs_of_it, ranks=intent.ranks)
-    if end is not None:
-        state: Literal["done", "failed"] = "done" if end.cause == DONE else "failed"
-        return replace(past, state=state, ended=max(end.at, intent.created), cause=end.cause, message=end.message)
-    manifest = handle.manifest() or {}
-    if manifest.get("attempts") == intent.number:
-        return replace(past, state="done", ended=manifest.get("finished"), cause=DONE)
-    if not is_last:
-        return replace(past, state="failed", ended=modified_at(log), cause="cut off", message="see its log")
-    beat = handle.heartbeat()
-    said = f"last sign of life: {beat}" if beat is not None else ""
-    return replace(past, ended=None if beat is None else beat.updated, cause="no end known", message=said)
-
-
-def _starts(attempt: Attempt) -> Iterator[PastAttempt]:
-    end, runs, logs = attempt.end, attempt.runs(), tuple(attempt.logs())
-    number, ranks = attempt.intent.number, attempt.intent.ranks
-    for run in runs[:-1]:
-        how, where = run.how or "died", f"job {run.job_id} on {run.nodes}"
-        yield PastAttempt(number, "failed", run.started, run.ended, how, "requeued", where, logs, ranks)
-    last = runs[-1] if runs else None
-    where = f"job {last.job_id} on {last.nodes}" if last is not None else f"job {attempt.job_id or 'unknown'}"
-    started, ended = (last.started, last.ended) if last is not None else (None, None)
-    if end is None:
-        yield PastAttempt(number, "open", started, ended, "no end known", "", where, logs, ranks)
-        return
-    if ended is None:
-        ended = max(end.at, started or end.at)
-    state: Literal["done", "failed"] = "done" if end.cause == DONE else "failed"
-    yield PastAttempt(number, state, started, ended, end.cause, end.message, where, logs, ranks)
+    manifest, beat = handle.manifest() or {}, handle.heartbeat()
+    past = []
+    for attempt in attempts:
+        intent, end, runs = attempt.intent, attempt.end, attempt.runs()
+        started: float | None = intent.created
+        where = ""
+        own_logs = [log] if (log := local_log(logs, intent)).exists() else []
+        if intent.job_name:
+            started, own_logs = runs[0].started if runs else None, attempt.logs()
+            requeued = f", requeued {len(runs) - 1} times" if len(runs) > 1 else ""
+            where = f"job {attempt.job_id or 'unknown'}{f' on {runs[-1].nodes}' if runs else ''}{requeued}"
+        told = PastAttempt(
+            intent.number, "open", started, None, "no end known", "", where, tuple(own_logs), intent.ranks
+        )
+        if end is None and manifest.get("attempts") == intent.number:
+            end = End(DONE, "", manifest["finished"])
+        if end is not None:
+            state: Literal["done", "failed"] = "done" if end.cause == DONE else "failed"
+            ended = max(end.at, started or end.at)
+            told = replace(told, state=state, ended=ended, cause=end.cause, message=end.message)
+        elif attempt is not attempts[-1]:
+            told = replace(told, state="failed", cause="cut off", message="see its log")
+        elif beat is not None:
+            told = replace(told, ended=beat.updated, message=f"last sign of life: {beat}")
+        past.append(told)
+    return past
 
 
 def local_log(folder: Path, intent: Intent) -> Path:
@@ -359,15 +331,6 @@ def _read(file: Path, kind: type[Record]) -> Record | None:
         return as_record(kind, read_json(file))
     except (ValueError, IsADirectoryError, NotADirectoryError):
         return None
-
-
-def _read_exit(file: Path) -> ExitRecord | None:
-    try:
-        code, _, message = file.read_text(encoding="utf-8", errors="replace").strip().partition(" ")
-    except FileNotFoundError:
-        return None
-    number = file.suffix[1:]
-    return ExitRecord(int(number), int(code), message) if number.isdecimal() and code.isdecimal() else None
 
 
 def _numbered(folder: Path) -> list[tuple[int, Path]]:

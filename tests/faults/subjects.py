@@ -20,7 +20,7 @@ from hfprune_launch import sweep
 from hfprune_launch.local.backend import LocalBackend
 from hfprune_launch.modes import sweep_run
 from hfprune_launch.slurm import commands as slurm_cli
-from hfprune_launch.slurm.job import _Start
+from hfprune_launch.slurm.job import Start
 from hfprune_launch.stage import run as stage_script
 from hfprune_launch.stage.attempts import Ledger
 from hfprune_launch.stage.stage_file import Provenance
@@ -377,7 +377,7 @@ class SlurmSweep(Subject):
         attempt = next((it for it in Ledger(store).of(stage.id) if it.intent.job_name == name), None)
         if attempt is None:
             return False
-        reception = _Start(attempt.folder)
+        reception = Start(attempt.folder)
         answer = reception.ask()
         assert answer in ("run", "done"), answer
         if answer == "run":

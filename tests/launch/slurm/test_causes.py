@@ -1,14 +1,13 @@
 """The cause of an attempt's death, deduced from what the attempt left behind."""
 
+import os
 import shutil
 import time
-from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 from fake_slurm import complete
-from hfprune_launch.slurm.causes import FRUITLESS_STARTS, START, explain_end, fruitless_starts
-from hfprune_launch.slurm.causes import never_gets_further as refusal_to_requeue
+from hfprune_launch.slurm.causes import FRUITLESS_STARTS, RETRIES, START, explain_end, fruitless_starts, no_further
 from hfprune_launch.slurm.commands import NEVER, JobInfo
 from hfprune_launch.stage.attempts import End, Ledger, Run
 from hypothesis import given
@@ -40,7 +39,7 @@ def attempt(ledger):
 
 
 def job(state, attempt, nodes="n1", reason="None"):
-    return JobInfo("7", state, reason, nodes, "N/A", attempt.intent.job_name)
+    return JobInfo("7", state, reason, nodes, attempt.intent.job_name)
 
 
 def started(attempt, nodes="n1"):
@@ -51,8 +50,8 @@ def ended(ledger, attempt, state=None, **changes):
     return explain_end(ledger, STAGE, attempt, job(state, attempt, **changes) if state else None)
 
 
-def fail(ledger, cause, message, at=None, attempt=1, rank=0):
-    failure = Failure(cause, message, rank, time.time() if at is None else at, attempt)
+def fail(ledger, cause, message, rank=0):
+    failure = Failure(cause, message, rank, time.time(), 1)
     ledger.store.handle(STAGE.id).report_failure(failure)
 
 
@@ -64,7 +63,6 @@ def fail(ledger, cause, message, at=None, attempt=1, rank=0):
         ("OUT_OF_MEMORY", "None", "out of memory"),
         ("CANCELLED", "None", "cancelled"),
         ("FAILED", "None", "killed"),
-        ("DEADLINE", "None", "input"),
         ("FAILED", "BadConstraints", "input"),
         (None, "None", "killed"),
     ],
@@ -103,23 +101,26 @@ def test_what_failed_before_the_ranks_is_told_by_the_batch_script(ledger, attemp
     assert ended(ledger, attempt, "FAILED").cause == "killed", "damaged"
 
 
-def test_a_full_disk_is_what_it_is(ledger, attempt, monkeypatch):
+def test_a_disk_that_nobody_can_write_to_is_what_it_is(ledger, attempt, monkeypatch):
     assert "its nodes may not see that folder" in ended(ledger, attempt, "FAILED").message
     started(attempt)
     assert "a rank died without a message" in ended(ledger, attempt, "FAILED").message
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=0))
-    end = ended(ledger, attempt, "FAILED")
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=0))
+        end = ended(ledger, attempt, "FAILED")
     assert end.cause == "input" and "No space left on device" in end.message
+    monkeypatch.setattr(os, "statvfs", lambda _: SimpleNamespace(f_flag=os.ST_RDONLY))
+    end = ended(ledger, attempt, "FAILED")
+    assert end.cause == "input" and "Read-only file system" in end.message and RETRIES.get("input", 0) == 0
 
 
-@pytest.mark.parametrize("starts_again", [False, True])
-def test_ranks_that_did_not_start_again_say_nothing_of_the_last_end(ledger, attempt, starts_again):
-    """The batch script logs first that a job starts; what fails there ends the job before its ranks log it."""
+def test_the_log_of_an_earlier_start_says_nothing_of_the_last_end(ledger, attempt):
     started(attempt)
-    script, rank = (attempt.folder / f"7_{name}_log.err" for name in ("0", "1"))
-    rank.write_text(f"{START} 0\nuncorrectable ECC\n" + f"{START} 1\nuncorrectable ECC\n" * starts_again)
-    script.write_text(f"{START} 0\nall is well\n{START} 1\nended\n")
-    assert (ended(ledger, attempt, "FAILED").cause == "bad node") == starts_again
+    log = attempt.folder / "7_0_log.err"
+    log.write_text(f"{START} 0\nuncorrectable ECC\n{START} 1\nended\n")
+    assert ended(ledger, attempt, "FAILED").cause == "killed"
+    log.write_text(f"{START} 0\nended\n{START} 1\nuncorrectable ECC\n")
+    assert ended(ledger, attempt, "FAILED").cause == "bad node"
 
 
 @pytest.mark.parametrize(
@@ -131,10 +132,9 @@ def test_ranks_that_did_not_start_again_say_nothing_of_the_last_end(ledger, atte
         ("code", LOST, "killed"),  # which explains nothing
     ],
 )
-@pytest.mark.parametrize("skew", [0.0, -90.0, 90.0])
-def test_by_what_a_rank_said_whatever_its_clock(ledger, attempt, failure, message, expected, skew):
+def test_by_what_a_rank_of_this_attempt_said(ledger, attempt, failure, message, expected):
     started(attempt)
-    fail(ledger, failure, message, time.time() + skew, attempt=1)
+    fail(ledger, failure, message)
     end = ended(ledger, attempt, "FAILED")
     assert end.cause == expected and (message in end.message or expected == "killed")
     attempt.close(end)
@@ -175,11 +175,11 @@ def test_what_explains_most_comes_first(ledger, attempt):
 
     started(attempt)
     added = [
-        ("FAILED", "killed", lambda: fail(ledger, "code", "Timed out waiting 4000ms for recv operation", attempt=1)),
-        ("FAILED", "code", lambda: fail(ledger, "code", "ValueError: we are wrong", attempt=1, rank=1)),
+        ("FAILED", "killed", lambda: fail(ledger, "code", "Timed out waiting 4000ms for recv operation")),
+        ("FAILED", "code", lambda: fail(ledger, "code", "ValueError: we are wrong", rank=1)),
         ("FAILED", "bad node", lambda: add("CUDA error: uncorrectable ECC error encountered")),
         ("PREEMPTED", "interrupted", lambda: None),
-        ("FAILED", "input", lambda: fail(ledger, "input", "no such text", attempt=1, rank=2)),
+        ("FAILED", "input", lambda: fail(ledger, "input", "no such text", rank=2)),
         (
             "FAILED",
             "not run",
@@ -194,7 +194,7 @@ def test_what_explains_most_comes_first(ledger, attempt):
     assert ended(ledger, attempt, "NODE_FAIL").bad_nodes == []
 
 
-def test_the_end_is_slurms_in_local_time_or_else_the_last_sign_of_life(ledger, attempt, monkeypatch):
+def test_the_end_is_the_last_sign_of_life(ledger, attempt, monkeypatch):
     begin, beat, now = 1_704_067_200.0, 1_704_067_210.0, 1_704_067_300.0
     attempt.record_run(Run("7", 0, "n1", begin))
     monkeypatch.setattr(time, "time", lambda: now)
@@ -202,9 +202,6 @@ def test_the_end_is_slurms_in_local_time_or_else_the_last_sign_of_life(ledger, a
     monkeypatch.setattr(time, "time", lambda: beat)
     Progress(ledger.store.work(STAGE.id)).update("calibration", 3, 9)
     assert (ended(ledger, attempt).at, ended(ledger, attempt).run_seconds) == (beat, 10.0)
-    local = time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(begin + 5))
-    end = explain_end(ledger, STAGE, attempt, replace(job("FAILED", attempt), end=local))
-    assert (end.at, end.run_seconds) == (begin + 5, 5.0)
 
 
 @pytest.mark.parametrize("nodes", ["n[1-2]", "n1,n2", ""])
@@ -228,7 +225,6 @@ def at(phase, done):
 @pytest.mark.parametrize(
     ("progress", "fruitless"),
     [
-        ([], 0),
         ([None, None], 2),
         ([at("a", 0)], 1),
         ([at("a", 3), at("a", 4)], 0),
@@ -276,8 +272,7 @@ def test_a_job_that_gets_nowhere_is_not_requeued_for_ever(ledger, attempt):
     last = ledger.begin(STAGE, **JOB)
     for number in range(2):
         last.record_run(Run("8", number, "n1", 100.0 * number, 50.0, "interrupted", at("calibration", 3)))
-        assert (refusal_to_requeue(ledger, last) is not None) == (number == 1)
-    failure = refusal_to_requeue(ledger, last)
-    assert "the last 3 starts of 30 minutes" in failure.message and "raise time_minutes" in failure.message
+        assert bool(no_further(ledger, last)) == (number == 1)
+    assert "the last 3 starts of 30 minutes got no further than before; raise time_minutes" in no_further(ledger, last)
     last.record_run(Run("8", 2, "n1", 400.0, 450.0, "interrupted", at("calibration", 4)))
-    assert refusal_to_requeue(ledger, last) is None
+    assert no_further(ledger, last) == ""

@@ -107,8 +107,8 @@ def _quickly():
         yield
 
 
-@settings(max_examples=100)
-@given(st.booleans(), st.lists(EVENTS, min_size=10, max_size=30))
+@settings(max_examples=40)
+@given(st.booleans(), st.lists(EVENTS, min_size=10, max_size=25))
 def test_never_two_live_jobs_of_a_stage_and_no_live_job_given_up(accounting, events):
     with tempfile.TemporaryDirectory() as folder:
         world = World(Path(folder), accounting)

@@ -7,10 +7,10 @@ from types import SimpleNamespace
 import pytest
 from fake_slurm import Controller
 from hfprune_launch.slurm import job
-from hfprune_launch.slurm.job import NodeError, _Start, preflight, rank_environment, require_store
+from hfprune_launch.slurm.job import NodeError, Start, rank_environment, require_usable_node
 from hfprune_launch.stage.attempts import Ledger, Run
 from made_stages import stage_of
-from ranks import SoloWorld
+from ranks import ROOT, SoloWorld
 
 from hfprune_dist.distributed.interruption import Interrupted, Interruption
 from hfprune_dist.errors import UserError
@@ -98,7 +98,7 @@ def test_a_node_without_a_route_to_the_first_rank_is_named():
     [
         ({"SLURM_PROCID": None}, "SLURM_PROCID is not set"),
         ({"SLURM_LAUNCH_NODE_IPADDR": None}, "the ranks can't find each other"),
-        ({"SLURM_LAUNCH_NODE_IPADDR": "no.such.host.invalid"}, "does not resolve"),
+        ({"SLURM_LAUNCH_NODE_IPADDR": "no.such.host.invalid"}, "has no route to the first rank"),
     ],
 )
 def test_what_is_missing_is_named(change, message):
@@ -107,11 +107,12 @@ def test_what_is_missing_is_named(change, message):
         rank_environment(environment)
 
 
-def test_preflight_names_node_and_lack(tmp_path):
+def test_a_node_and_what_it_lacks_are_named(tmp_path):
+    node = {"SLURMD_NODENAME": "n7", "HFPRUNE_CODE": str(tmp_path / "code")}
     with pytest.raises(NodeError, match=r"node n7 does not see .*file system that all nodes share"):
-        require_store(Store(tmp_path / "elsewhere"), {"SLURMD_NODENAME": "n7"})
+        require_usable_node(Store(tmp_path / "elsewhere"), node)
     with pytest.raises(NodeError, match="not the sweep's snapshot"):
-        preflight({"SLURMD_NODENAME": "n7", "HFPRUNE_CODE": str(tmp_path)})
+        require_usable_node(Store(tmp_path), node)
 
 
 STAGE = stage_of("prune", "a 0.2", {"ratio": 0.2}, {"model": Input("digest", "/somewhere")})
@@ -130,9 +131,8 @@ def attempt(store):
 @pytest.fixture
 def rank(store, attempt, monkeypatch):
     """Rank 0 of a job; leaving its process raises an exception here."""
-    for key, value in {**TASK, "SLURM_PROCID": "0"}.items():
+    for key, value in {**TASK, "SLURM_PROCID": "0", "HFPRUNE_CODE": str(ROOT)}.items():
         monkeypatch.setenv(key, value)
-    monkeypatch.setattr(job, "preflight", lambda *_: None)
     monkeypatch.setattr(job, "prepare_environment", lambda: None)
     monkeypatch.setattr(job, "leave_process", lambda code: sys.exit(code))
     monkeypatch.setattr(os, "environ", dict(os.environ))
@@ -201,7 +201,7 @@ def test_a_job_leaves_its_nodes_where_another_process_has_the_stage(rank, store,
     clock = [0.0]
     monkeypatch.setattr(job.time, "monotonic", lambda: clock[0])
     monkeypatch.setattr(job, "sleep", lambda seconds: clock.__setitem__(0, clock[0] + seconds))
-    start, claim = _Start(attempt.folder), store.handle(STAGE.id).claim()
+    start, claim = Start(attempt.folder), store.handle(STAGE.id).claim()
     answers = iter(start.ask, "held")
     assert set(answers) == {"wait"} and 20 < clock[0] <= 40
     claim.release()

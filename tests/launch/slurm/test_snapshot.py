@@ -51,14 +51,6 @@ def identities(snapshot):
     return {file: file.stat().st_ino for file in [snapshot, *snapshot.rglob("*")]}
 
 
-def test_a_snapshot_holds_the_code_and_its_provenance(project, folder):
-    snapshot = snapshot_of(project, folder, COMMIT)
-    assert content(snapshot) == {
-        name.replace("launch/", "hfprune_launch/"): text for name, text in content(project).items()
-    }
-    assert '"git_commit": "abc"' in (snapshot / "provenance.json").read_text()
-
-
 def test_every_file_of_the_library_is_in_its_snapshot(folder):
     """The snapshot is all that jobs import and read of the project."""
     snapshot = snapshot_of(ROOT, folder, COMMIT)
@@ -91,17 +83,17 @@ def test_a_good_snapshot_is_used_as_it_is(project, folder):
 def test_other_code_gets_a_snapshot_of_its_own(project, folder):
     first = snapshot_of(project, folder, COMMIT)
     (project / "launch" / "job.py").write_text("print('new')\n")
-    assert snapshot_of(project, folder, COMMIT) != first and first.is_dir()
+    second = snapshot_of(project, folder, COMMIT)
+    assert second != first and first.is_dir() and content(second) == copied(project)
+    assert '"git_commit": "abc"' in (second / "provenance.json").read_text()
 
 
-@pytest.mark.parametrize("damage", ["removed", "changed", "added", "a folder", "all of it"])
+@pytest.mark.parametrize("damage", ["removed", "added", "a folder", "all of it"])
 def test_a_damaged_snapshot_is_set_aside_and_made_again(project, folder, damage):
     told = []
     snapshot = snapshot_of(project, folder, COMMIT)
     file = snapshot / "hfprune_launch" / "job.py"
-    if damage == "changed":
-        file.write_text("print('jab')\n")
-    elif damage == "added":
+    if damage == "added":
         file.with_name("torch.py").write_text("raise SystemExit\n")
     else:
         file.unlink()
@@ -131,14 +123,3 @@ def test_two_launchers_that_find_the_same_damage(project, folder, monkeypatch):
         monkeypatch.setattr(snapshots, step, meanwhile)
         assert content(snapshot_of(project, folder, COMMIT)) == copied(project), step
         assert not list(folder.glob(".draft-*"))
-
-
-def test_drafts_of_killed_launchers_are_removed_and_those_being_made_are_not(project, folder):
-    for name, hours in ((".draft-killed", 25), (".draft-made-now", 23), (".draft-ahead", -30), ("other", 99)):
-        (folder / name / "hfprune_dist").mkdir(parents=True)
-        changed = (folder / name).stat().st_mtime - hours * 3600
-        os.utime(folder / name, (changed, changed))
-    (folder / ".draft-dangling").symlink_to("nowhere")
-    snapshot = snapshot_of(project, folder, COMMIT)
-    kept = {".draft-made-now", ".draft-ahead", ".draft-dangling", "other", snapshot.name}
-    assert {path.name for path in folder.iterdir()} == kept
