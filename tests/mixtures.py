@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 from transformers.integrations import moe
 
 from hfprune_dist.checkpoints.families import Family
-from hfprune_dist.core.selection import top_units_of_each
+from hfprune_dist.core.selection import top_units
 from hfprune_dist.structures import NEURONS
 from hfprune_dist.structures.kept import Kept
 
@@ -44,7 +44,7 @@ def some_kept(checkpoint, share, structure=NEURONS, *, groups=False):
     for it in checkpoint.pruned_kinds([structure]):
         width = round(share * it.width)
         units[it.kind] = [
-            top_units_of_each(torch.rand(count, generator=generator), width * it.copies * (count > 0), it.parts)
+            top_units(torch.rand(count, generator=generator), width * it.copies * (count > 0), it.parts)
             for count in it.counts
         ]
     if groups:

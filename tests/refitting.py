@@ -99,9 +99,9 @@ def found(folder, number, name):
 
 def in_files(files, units, number, expert):
     """Return the output projection of an expert or single MLP [hidden_size, kept], from tensors as files have them."""
-    first = units.output_columns[0]
+    first = units.columns[0]
     if not first.stacked:
-        return files[units.tensor(number, units.output_columns[expert].tensor)]
+        return files[units.tensor(number, units.columns[expert].tensor)]
     matrix = files[units.tensor(number, first.tensor)][expert]
     return matrix if first.axis == 2 else matrix.T
 

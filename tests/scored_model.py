@@ -7,11 +7,12 @@ from typing import NamedTuple
 
 import torch
 from tiny import FAMILY
-from unit_outputs import unit_outputs
+from unit_outputs import seen_units
 
 from hfprune_dist.core.gram import gram_matrix
 from hfprune_dist.core.head import Batch
-from hfprune_dist.core.score_batch import ScoredModel, UnitSums, score_batch
+from hfprune_dist.core.observers import UnitSums
+from hfprune_dist.core.score_batch import ScoredModel, score_batch
 from hfprune_dist.methods import CRITERIA
 from hfprune_dist.models.memory_efficient_backward import (
     checkpoint_activations,
@@ -41,9 +42,9 @@ def some_windows(count=5, tokens=24):
     return torch.randint(3, 250, (count, tokens), generator=torch.Generator().manual_seed(1))
 
 
-def outputs_of(model, kinds):
+def units_of(model, kinds):
     structures = FAMILY.structures(model.config.to_dict())
-    return {kind: unit_outputs(structures[kind], model) for kind in kinds}
+    return seen_units(model, [structures[kind] for kind in kinds])
 
 
 def a_student(model):
@@ -71,26 +72,29 @@ def sums_of(
     scored = ScoredModel(
         body=lambda input_ids: family.body_of(model)(input_ids=input_ids, use_cache=False).last_hidden_state,
         head=lambda: contextlib.nullcontext((head.weight, head.bias)),
-        outputs=outputs_of(model, kinds),
         student={NEURONS: list(a_student(model))},
     )
     curvature = {kind: defaultdict(float) for kind in kinds}
 
-    def seeing(kind):
-        def see(layer, gradients):
-            curvature[kind][layer] += gram_matrix(gradients.float())
+    def see(kind, layer, gradients):
+        curvature[kind][layer] += gram_matrix(gradients.float())
 
-        return see
-
-    seeing = {kind: seeing(kind) for kind in kinds}
-    sums = UnitSums(scored.outputs, [CRITERIA[name] for name in names], seeing, linears(model))
+    sums = UnitSums(units_of(model, kinds), [CRITERIA[name] for name in names], see, linears(model))
     for start in range(0, len(windows), at_once):
         input_ids = windows[start : start + at_once]
         numbers = range(start, start + len(input_ids))
         score_batch(scored, Batch(input_ids, numbers, head.out_features, seed, teaching), sums)
     assert all(parameter.grad is None for parameter in model.parameters())
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
-    return {kind: Sums(of_kind, curvature[kind]) for kind, of_kind in sums.kinds.items()}
+    return {kind: Sums(stacked(sums, kind), curvature[kind]) for kind in kinds}
+
+
+def stacked(sums, kind):
+    """Return criterion -> sums of a kind of units [layers, units]."""
+    layers = defaultdict(dict)
+    for (of_kind, layer, name), sum_N in sums.sums.items():
+        layers[name] |= {layer: sum_N} if of_kind == kind else {}
+    return {name: torch.stack([it[layer] for layer in sorted(it)]) for name, it in layers.items() if it}
 
 
 def assert_same_bits(sums, expected):

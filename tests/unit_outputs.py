@@ -1,14 +1,17 @@
-"""Output projections of a model's units, and the projections that feed them, as the calibration pass has them."""
+"""Where a model's units are observed, as in the calibration pass."""
 
-from hfprune_dist.core.observers import UnitOutputs
+from hfprune_dist.core.observers import SeenUnits
 
 
-def unit_outputs(units, model):
-    rows = [
-        [
-            (model.get_submodule(name.removesuffix(".weight")), parts)
-            for name, parts in zip(units.row_weights(layer), units.row_parts, strict=True)
-        ]
-        for layer in range(units.num_layers)
+def seen_units(model, kinds):
+    """Return the units of some kinds, given as ``Units``, in all layers of a model."""
+    return [
+        SeenUnits(units.kind, layer, output, units.channels_per_unit, rows_of(units, model, layer))
+        for units in kinds
+        for layer, output in enumerate(units.outputs_of(model))
     ]
-    return UnitOutputs(units.outputs_of(model), units.channels_per_unit, rows)
+
+
+def rows_of(units, model, layer):
+    names = zip(units.weights[:-1], units.row_parts, strict=True)
+    return [(model.get_submodule(units.tensor(layer, it).removesuffix(".weight")), parts) for it, parts in names]

@@ -16,6 +16,7 @@ import pickle
 import threading
 from collections import Counter
 from collections.abc import Callable, Mapping
+from types import SimpleNamespace
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -25,7 +26,6 @@ from hfprune_dist.config.schema import RuntimeConfig
 from hfprune_dist.distributed.world import World
 from hfprune_dist.models.loading import load_causal_lm
 from hfprune_dist.scoring import shard_scorer
-from hfprune_dist.scoring.placement import Placed
 from hfprune_dist.stages.context import Context
 from hfprune_dist.store.artifacts import Store
 from hfprune_dist.store.heartbeat import Progress
@@ -209,7 +209,8 @@ def without_deepspeed(monkeypatch: Any) -> None:
     loaded: dict[Any, torch.nn.Module] = {}
     reading = threading.Lock()
 
-    def place(checkpoint, dtype, _micro_batch_size, _sharding, world):
+    def place(checkpoint, dtype, _micro_batch_size, _sharding, world, *, has_backward):
+        assert has_backward
         with reading:
             if (checkpoint.path, dtype) not in loaded:
                 loaded[checkpoint.path, dtype] = load_causal_lm(checkpoint.path, dtype).requires_grad_(False).eval()
@@ -223,9 +224,14 @@ def without_deepspeed(monkeypatch: Any) -> None:
             world.together(HEAD)
             yield head.weight.data, None if head.bias is None else head.bias.data
 
-        return Placed(model, gathered, lambda: lambda: world.together(BACKWARD), lambda: None)
+        return SimpleNamespace(
+            module=model,
+            head=gathered,
+            before_backward=lambda: lambda: world.together(BACKWARD),
+            release=lambda: None,
+        )
 
-    monkeypatch.setattr(shard_scorer, "load_placed", place)
+    monkeypatch.setattr(shard_scorer, "FrozenModel", place)
 
 
 def run_in_threads(store: Store, stage: Stage, ranks: Ranks) -> None:

@@ -23,8 +23,7 @@ from hfprune_dist.checkpoints.weight_files import (
 )
 from hfprune_dist.errors import UserError
 from hfprune_dist.structures import Structure, structure_of
-from hfprune_dist.structures.experts import mlp_widths
-from hfprune_dist.structures.parameter_counts import ParameterCounts, count_parameters
+from hfprune_dist.structures.kept import ParameterCounts, count_parameters
 from hfprune_dist.structures.units import LAYER_SIZES, OUTPUT_BIASES, Units
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
@@ -208,7 +207,6 @@ def _described(path: Path, whole: Mapping[str, Any]) -> Checkpoint:
     says_if_tied = config.get("tie_word_embeddings") is not None
     family, stated = discover(config, shapes, str(file), has_vision=vision)
     config |= stated
-    mlp_widths(config)  # so that nonsense about experts is reported here
     check_tensors(path, config, family, found)
     tensors = {name: info for name, info in found.items() if name in family.tensors | beside}
     # Configurations may not mention the default of their class; merged and gathered weights hold a copy of a tied head.

@@ -11,18 +11,9 @@ from typing import TYPE_CHECKING, Any, cast
 
 from hfprune_dist.checkpoints.layer_settings import OTHER_LAYERS
 from hfprune_dist.errors import UserError
-from hfprune_dist.structures.experts import (
-    WIDTHS,
-    Experts,
-    dense_neurons,
-    expert_neurons,
-    shared_neurons,
-    whole_experts,
-)
-from hfprune_dist.structures.kv_groups import kv_groups, whole_groups
+from hfprune_dist.structures.experts import WIDTHS, Experts, units_of_mixture
 from hfprune_dist.structures.low_rank import read_ranks
-from hfprune_dist.structures.neurons import OLDER_WIDTHS, OTHER_WIDTHS, neurons
-from hfprune_dist.structures.units import Block, Units
+from hfprune_dist.structures.units import OLDER_WIDTHS, OTHER_WIDTHS, Block, Units, kv_groups, neurons
 
 if TYPE_CHECKING:
     from torch import nn
@@ -102,26 +93,21 @@ class Family:
 
     def units(self, config: Mapping[str, Any]) -> Units:
         """The main units of a model with this ``config.json``: the neurons of its MLPs, or of its experts."""
-        mlp, projections = self._mlp(config), (self.row_projections, self.down_projection, self.row_parts)
-        return expert_neurons(config, mlp, self.experts) if self.experts else neurons(config, mlp, *projections)
+        return self._units_of_mlps(config)[0]
 
     def structures(self, config: Mapping[str, Any]) -> dict[str, Units]:
         """All kinds of units in a model with this ``config.json``, by name; the main ones first."""
-        found, mlp = [self.units(config)], self._mlp(config)
-        if self.experts is not None:
-            projections = self.row_projections, self.down_projection, self.row_parts
-            found += [shared_neurons(config, mlp, self.experts)] if self.experts.shared else []
-            found += [dense_neurons(config, mlp, self.experts, projections)] if self.dense_layers else []
-            found += [whole_experts(config, mlp, self.experts)]
         attention = self._block(config, self.attention, self.attention_norm, self.attention_norm_after)
-        if self.whole_groups:
-            groups = whole_groups(self.completed(config), attention)
-        else:
-            groups = kv_groups(self.completed(config), attention, self.attention_projections)
-        return {units.kind: units for units in (*found, groups)}
+        projections = () if self.whole_groups else self.attention_projections
+        groups = kv_groups(self.completed(config), attention, projections)
+        return {units.kind: units for units in (*self._units_of_mlps(config), groups)}
 
-    def _mlp(self, config: Mapping[str, Any]) -> Block:
-        return self._block(config, self.mlp, self.mlp_norm, self.mlp_norm_after)
+    def _units_of_mlps(self, config: Mapping[str, Any]) -> list[Units]:
+        mlp = self._block(config, self.mlp, self.mlp_norm, self.mlp_norm_after)
+        projections = self.row_projections, self.down_projection, self.row_parts
+        if self.experts is None:
+            return [neurons(config, mlp, *projections)]
+        return units_of_mixture(config, mlp, self.experts, projections if self.dense_layers else None)
 
     def _block(self, config: Mapping[str, Any], name: str, norm: str | None, norm_after: str | None) -> Block:
         multiplier = config.get("residual_multiplier")

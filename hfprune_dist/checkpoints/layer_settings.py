@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from hfprune_dist.checkpoints.text_decoder import DEEPSTACK
-from hfprune_dist.structures.experts import LAYERS_WITHOUT, has_experts
 from hfprune_dist.structures.units import PER_LAYER
 
 # Lists with one entry per layer.
@@ -97,14 +96,17 @@ def of_layers(config: Mapping[str, Any], layers: Sequence[int]) -> dict[str, Any
 def _experts_of(config: Mapping[str, Any], layers: Sequence[int]) -> dict[str, Any]:
     """Settings that say which of these layers have experts, where numbers say it; for several layers, a best effort."""
     if "moe_layer_start_index" in config:
-        sparse = [number for number, layer in enumerate(layers) if has_experts(config, layer)] or [1, 0]
+        first, last, step = (config.get(f"moe_layer_{it}") for it in ("start_index", "end_index", "interval"))
+        last = config["num_hidden_layers"] if last in (None, -1) else last
+        has_experts = [(first or 0) <= layer <= last and (layer + 1) % (step or 1) == 0 for layer in layers]
+        sparse = [number for number, has_some in enumerate(has_experts) if has_some] or [1, 0]
         return {"moe_layer_start_index": sparse[0], "moe_layer_end_index": sparse[-1], "moe_layer_interval": 1}
     periods = {period: offset for period, offset in PERIODS.items() if config.get(period)}
     if periods:
         own = {offset: int(layers[0] % config[it] != config.get(offset, 0)) for it, offset in periods.items()}
         return dict.fromkeys(periods, 2) | own
-    step, without = config.get("decoder_sparse_step") or 1, config.get(LAYERS_WITHOUT) or []
+    step, without = config.get("decoder_sparse_step") or 1, config.get("mlp_only_layers") or []
     if step == 1 and not without:
         return {}
     plain = [number for number, layer in enumerate(layers) if layer in without or (layer + 1) % step]
-    return {"decoder_sparse_step": 1, LAYERS_WITHOUT: plain}
+    return {"decoder_sparse_step": 1, "mlp_only_layers": plain}

@@ -95,8 +95,8 @@ def _rows(checkpoint: Checkpoint, units: Units, layer: int) -> list[Tensor]:
         return _of_experts(checkpoint, layer, checkpoint.units.rows)
     return [
         part
-        for name, parts in zip(units.row_weights(layer), units.row_parts, strict=True)
-        for part in read_tensor(checkpoint, name).chunk(parts)
+        for name, parts in zip(units.weights[:-1], units.row_parts, strict=True)
+        for part in read_tensor(checkpoint, units.tensor(layer, name)).chunk(parts)
     ]
 
 
@@ -104,7 +104,7 @@ def _columns(checkpoint: Checkpoint, units: Units, layer: int) -> Tensor:
     if units.experts > 1:
         (columns,) = _of_experts(checkpoint, layer, checkpoint.units.columns)
         return columns.T
-    return read_tensor(checkpoint, units.output_weight(layer))
+    return read_tensor(checkpoint, units.tensor(layer, units.weights[-1]))
 
 
 def _of_experts(checkpoint: Checkpoint, layer: int, owned: Sequence[Owned]) -> list[Tensor]:

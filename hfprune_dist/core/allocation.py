@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,7 +19,6 @@ class Ladder:
     """Units of one kind in one layer, which are removed in steps, cheapest first.
 
     Attributes:
-        layer: number of the layer.
         scores: scores of the units, float64 [units], none negative, in a unit of measure that all ladders share.
         fewest: lower bound on the number of units that stay.
         parameters: number of parameters of one unit.
@@ -67,38 +65,30 @@ class Ladder:
         return replace(self, scores=self.scores * factor)
 
 
-class Steps(NamedTuple):
-    """Steps in the order in which they are taken: by price, at equal prices by layer, then by ladder.
-
-    A step removes units of one ladder together. Its price is the mean score of its units divided by their size, where
-    the smallest unit has size 1, but no lower than that of the step that must come before it.
-
-    Attributes:
-        places_S: index of each step's ladder, int64 [steps].
-        parameters_S: number of parameters that each step removes, int64 [steps].
-        are_finest_S: whether a step removes units of the smallest size, bool [steps].
-    """
-
-    places_S: Tensor
-    parameters_S: Tensor
-    are_finest_S: Tensor
-
-
 def allocate_globally(ladders: Sequence[Ladder], removals: int) -> list[int]:
     """Remove ``removals`` parameters where their scores are lowest, over all ladders together.
 
-    Steps are taken in order of price until that many parameters are gone. If the last step overshoots, as that of a
-    large unit may, the latest steps of the smallest units are undone as long as this comes closer. The result then
-    differs from ``removals`` by at most half of such a step, as long as there are steps to undo.
+    Steps are taken in order of price until that many parameters are gone. The price is the mean score of a step's units
+    divided by their size, where the smallest unit has size 1, but no lower than that of the step that must come before
+    it. If the last step overshoots, as that of a large unit may, the latest steps of the smallest units are undone as
+    long as this comes closer. The result then differs from ``removals`` by at most half of such a step, as long as
+    there are steps to undo.
 
     Returns:
         Number of units that each ladder keeps. At equal prices, the lower layer loses first, then the earlier ladder.
     """
-    places_S, parameters_S, are_finest_S = _in_order(ladders)
+    finest = min(ladder.parameters for ladder in ladders)
+    places = sorted(range(len(ladders)), key=lambda place: ladders[place].layer)
+    sizes = [ladders[place].step_sizes() for place in places]
+    prices = [_prices(ladders[place], sizes_S, finest) for place, sizes_S in zip(places, sizes, strict=True)]
+    order_S = torch.cat(prices).sort(stable=True).indices
+    places_S = torch.tensor(places).repeat_interleave(torch.tensor([len(sizes_S) for sizes_S in sizes]))[order_S]
+    per_unit_S = torch.tensor([ladder.parameters for ladder in ladders])[places_S]
+    parameters_S = torch.cat(sizes)[order_S] * per_unit_S
     gone_S = parameters_S.cumsum(0)
     taken = min(int(torch.searchsorted(gone_S, removals)) + 1, len(gone_S)) if removals > 0 else 0
     left = removals - int(parameters_S[:taken].sum())
-    small_N = are_finest_S[:taken].nonzero().flatten()
+    small_N = (per_unit_S == finest)[:taken].nonzero().flatten()
     undone = 0
     while undone < len(small_N) and -2 * left > (parameters := int(parameters_S[small_N[-1 - undone]])):
         left += parameters
@@ -125,18 +115,6 @@ def standardized(scores: Sequence[Tensor], *, in_deviations: bool) -> list[Tenso
     if in_deviations:
         return centred
     return [it / (float(it.std()) or 1.0) if len(it) > 1 else it for it in centred]
-
-
-def _in_order(ladders: Sequence[Ladder]) -> Steps:
-    """Return the steps of all ladders."""
-    finest = min(ladder.parameters for ladder in ladders)
-    places = sorted(range(len(ladders)), key=lambda place: ladders[place].layer)
-    sizes = [ladders[place].step_sizes() for place in places]
-    prices = [_prices(ladders[place], sizes_S, finest) for place, sizes_S in zip(places, sizes, strict=True)]
-    order_S = torch.cat(prices).sort(stable=True).indices
-    places_S = torch.tensor(places).repeat_interleave(torch.tensor([len(sizes_S) for sizes_S in sizes]))[order_S]
-    per_unit_S = torch.tensor([ladder.parameters for ladder in ladders])[places_S]
-    return Steps(places_S, torch.cat(sizes)[order_S] * per_unit_S, per_unit_S == finest)
 
 
 def _prices(ladder: Ladder, sizes_S: Tensor, finest: int) -> Tensor:

@@ -24,7 +24,6 @@ class Loss:
     """A function of a model's outputs, whose gradient is observed. Criteria with the same loss share one backward.
 
     Attributes:
-        name: name in reports.
         of_batch: micro-batch -> function of some of its tokens' logits: the loss per token, and its gradient there.
         is_mean: whether the mean or the sum over a window's tokens is differentiated.
         of_student: whether it takes the outputs of a student that lacks some units, with the dense model as its
@@ -46,7 +45,6 @@ class Criterion:
     """A score per unit: what is observed, summed over tokens, and perhaps transformed afterwards.
 
     Attributes:
-        name: name in the configuration and in the artifact.
         units: the kinds of units that have scores.
         observes: the argument of ``reduce``, which is called several times and whose results are added up.
             "inputs": some tokens' h, float32 or wider [tokens, channels].
@@ -57,8 +55,7 @@ class Criterion:
             (``core.linear_observer.OwnedRows``).
             "weight_gradients": nothing; gradients of weights are summed over the whole pass, for ``score``.
             "nothing": nothing; no calibration pass is needed.
-        reduce: what is observed -> sums of the layer's units; of each channel by itself for "inputs".
-        numbers: number of adjacent sums that ``reduce`` returns for each unit, or each channel.
+        reduce: what is observed -> a vector of sums, of which ``score`` makes the scores of the layer's units.
         score: the sums and the layer -> scores, float64 [units]; None if the sums are the scores.
         loss: L, if gradients are observed.
         needs_moments: whether ``score`` needs the layer's Gram matrix and curvature, which cost a second pass.
@@ -71,7 +68,6 @@ class Criterion:
     units: frozenset[str]
     observes: Literal["inputs", "effects", "expert_outputs", "weights", "weight_gradients", "nothing"]
     reduce: Callable[..., Tensor] | None = None
-    numbers: int = 1
     score: Callable[[Tensor, ScoredLayer], Tensor] | None = None
     loss: Loss | None = None
     needs_moments: bool = False
@@ -83,19 +79,13 @@ class Criterion:
         """Return whether a pass adds up numbers for units of a kind, or for their channels."""
         return self.reduce is not None and kind in self.units
 
-    def sums_of_unit(self, channels: int) -> int:
-        """Return the number of sums that a unit with this many channels has."""
-        return self.numbers * (channels if self.observes == "inputs" else 1)
-
 
 @dataclass(frozen=True)
 class ScoredLayer:
     """One layer's units of one kind and their weights, which are read on demand.
 
     Attributes:
-        number: the layer's number.
         units: number of its units.
-        seed: the sweep's seed.
         read_rows: returns the weights whose rows the units own, each [units * rows of a unit, hidden_size].
         read_columns: returns the weight of the output projection [hidden_size, units * channels of a unit].
         tokens: number of tokens that the sums are over.

@@ -64,11 +64,7 @@ def elimination_scores(
 def eliminate(
     gram_DD: Tensor, curvature_CC: Tensor, weight_CD: Tensor, fisher_U: Tensor, block: int | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Remove all units, always the cheapest next; arguments as for ``elimination_scores``.
-
-    Returns:
-        Order of removal (int64 [units]), and the cost of each removal at the time it happens.
-    """
+    """Remove all units, always the cheapest next; return their order, and the cost of each removal when it happens."""
     units, device = len(fisher_U), gram_DD.device
     channels = len(gram_DD) // units
     block = block or max(1, BLOCK // channels)

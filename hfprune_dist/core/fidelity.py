@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 
 import torch
 from torch import Tensor
@@ -31,13 +32,7 @@ class FidelitySums:
     predicted: int = 0
 
     def __add__(self, other: FidelitySums) -> FidelitySums:
-        return FidelitySums(
-            self.kl + other.kl,
-            self.agree + other.agree,
-            self.nll + other.nll,
-            self.tokens + other.tokens,
-            self.predicted + other.predicted,
-        )
+        return FidelitySums(*map(operator.add, astuple(self), astuple(other)))
 
     def means(self) -> dict[str, float]:
         """Return perplexity, mean KL in nats per token and top-1 agreement; values that overflow are infinite."""
@@ -79,14 +74,7 @@ def _error_of_ratio(windows: Sequence[tuple[float, int]]) -> float:
 
 @dataclass(frozen=True)
 class Outputs:
-    """A model's outputs for a sequence of tokens, before its head.
-
-    Attributes:
-        hidden_NC: final hidden states [tokens, hidden_size].
-        weight_VC: the head's weight [vocabulary, hidden_size], same dtype and device.
-        bias_V: the head's bias, if it has one.
-        after: transformation of the head's logits.
-    """
+    """A model's final hidden states for a sequence of tokens, and its head."""
 
     hidden_NC: Tensor
     weight_VC: Tensor
@@ -121,12 +109,8 @@ def divergences(dense: Outputs, models: Sequence[Outputs]) -> list[float]:
 
 @torch.no_grad()
 def compare_outputs(dense: Outputs, model: Outputs, next_ids_N: Tensor) -> FidelitySums:
-    """Compare two models on the same tokens; the logits of only one chunk of tokens exist at a time.
-
-    Args:
-        dense: the dense model's outputs.
-        model: the other model's outputs for the same tokens, over the same vocabulary.
-        next_ids_N: the next token of the text at each position, int64; -1 where there is none.
+    """Compare two models on the same tokens, as ``compare_logits``; the logits of only one chunk of tokens exist at a
+    time.
     """
     total = FidelitySums()
     for (rows, dense_NV), (_, model_NV) in zip(dense.logits(), model.logits(), strict=True):
@@ -135,11 +119,9 @@ def compare_outputs(dense: Outputs, model: Outputs, next_ids_N: Tensor) -> Fidel
 
 
 def compare_logits(dense_NV: Tensor, model_NV: Tensor, next_ids_N: Tensor) -> FidelitySums:
-    """Compare two models' logits for the same positions.
+    """Compare two models' logits for the same positions, float32 or float64.
 
     Args:
-        dense_NV: the dense model's logits, float32 or float64 [tokens, vocabulary].
-        model_NV: the other model's logits, same shape.
         next_ids_N: the next token of the text at each position, int64; -1 where there is none.
     """
     log_p_NV = dense_NV.log_softmax(dim=-1)

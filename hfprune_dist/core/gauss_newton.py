@@ -9,7 +9,7 @@ arXiv 1503.05671). No parameters are added, and biases stay as they are.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -30,31 +30,29 @@ class MlpWeights:
 
     @classmethod
     def of(cls, *tensors: Tensor) -> MlpWeights:
-        """Build the weights from what ``tensors`` returns."""
+        """Return weights of such ``tensors``, down last."""
         return cls(tensors[:-1], tensors[-1])
 
     def tensors(self) -> tuple[Tensor, ...]:
-        """Return all weights, down last."""
         return *self.rows_KC, self.down_CK
 
     def to(self, dtype: torch.dtype) -> MlpWeights:
-        """Return the same weights in a dtype."""
         return MlpWeights.of(*(it.to(dtype) for it in self.tensors()))
 
     def plus(self, other: MlpWeights, scale: float = 1.0) -> MlpWeights:
         """Return ``self + scale * other``."""
-        pairs = zip(self.tensors(), other.tensors(), strict=True)
-        return MlpWeights.of(*((scale * b).add_(a) for a, b in pairs))  # into the product, which makes no third tensor
+        return MlpWeights.of(*((scale * b).add_(a) for a, b in self._beside(other)))  # which makes no third tensor
 
     def times(self, other: MlpWeights) -> MlpWeights:
         """Return the product, element by element."""
-        return MlpWeights.of(*(a * b for a, b in zip(self.tensors(), other.tensors(), strict=True)))
+        return MlpWeights.of(*(a * b for a, b in self._beside(other)))
 
     def dot(self, other: MlpWeights) -> float:
         """Return the inner product over all weights, added up in float64."""
-        return sum(
-            float((a * b).sum(dtype=torch.float64)) for a, b in zip(self.tensors(), other.tensors(), strict=True)
-        )
+        return sum(float((a * b).sum(dtype=torch.float64)) for a, b in self._beside(other))
+
+    def _beside(self, other: MlpWeights) -> Iterator[tuple[Tensor, Tensor]]:
+        return zip(self.tensors(), other.tensors(), strict=True)
 
 
 @dataclass(frozen=True)
@@ -95,13 +93,9 @@ class Linearized:
         acted_NK, slope_NK = biases.acted(first_NK)
         self._input_NC = input_NC
         self._down_CK = weights.down_CK
-        if gated:
-            (up_NK,) = gated
-            self._by_rows_NK = [slope_NK * up_NK, acted_NK]
-            self.hidden_NK = acted_NK * up_NK
-        else:
-            self._by_rows_NK = [slope_NK]
-            self.hidden_NK = acted_NK
+        self.hidden_NK, self._by_rows_NK = acted_NK, [slope_NK]
+        for up_NK in gated:
+            self.hidden_NK, self._by_rows_NK = acted_NK * up_NK, [slope_NK * up_NK, acted_NK]
 
     @staticmethod
     def bytes_of(weights: MlpWeights, input_NC: Tensor) -> int:
@@ -185,8 +179,7 @@ def solve_normal_equations(
     Args:
         product: v -> J^T J v.
         right: J^T residual.
-        curvature: sums over the same tokens.
-        iterations: number of iterations, fewer if the residual vanishes.
+        iterations: at most so many; fewer if the residual vanishes.
     """
     damping = MlpWeights.of(*(DAMPING * (it + it.mean()) for it in curvature.diagonal().tensors()))
     inverse = curvature.inverse()

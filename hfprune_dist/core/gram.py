@@ -21,9 +21,8 @@ class UnresolvedError(ValueError):
 
 
 def gram_matrix(vectors_ND: Tensor) -> Tensor:
-    """Return the sum of v v^T over the rows, in their ``wide_dtype`` [size, size].
-
-    On a CPU only the blocks on and above the diagonal are computed, which saves 30 % of the time.
+    """Return the sum of v v^T over the rows, in their ``wide_dtype``. A CPU computes only blocks on and above the
+    diagonal, which saves 30 % of the time.
     """
     if vectors_ND.device.type != "cpu":
         return wide_product(vectors_ND, vectors_ND)

@@ -45,7 +45,7 @@ class Rows:
     """Some tokens of a batch, as a loss sees them. The loss may overwrite their logits.
 
     Attributes:
-        logits_NV: float32 or float64 [tokens, vocabulary].
+        logits_NV: float32 or float64.
         numbers: indices of these tokens within the batch.
         teacher_NV: the dense model's logits for the same tokens, if the model is not the dense one.
     """
@@ -96,9 +96,7 @@ def head_gradients(
     the bits of another.
 
     Args:
-        hidden_NC: final hidden states [tokens, hidden_size], float32 or bfloat16, no graph needed.
-        weight_VC: the head's weight [vocabulary, hidden_size], same dtype.
-        bias_V: the head's bias, if it has one.
+        hidden_NC: final hidden states, no graph needed; weight_VC and bias_V, the head's, have the same dtype.
         logit_gradients: the losses, as closed forms on float32 logits (float64 if the model is float64).
         teacher_NC: final hidden states of the dense model for the same tokens, if the losses compare with it.
         after: transformation of the logits.

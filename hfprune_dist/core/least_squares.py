@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,7 +23,6 @@ class Projection:
     """An output projection on some tokens, from which the problem for any choice of kept channels follows.
 
     Args:
-        weight_CD: the weight before pruning [hidden_size, channels].
         gram_DD: float64, the mean (or sum) over tokens of h h^T, for all channels.
     """
 
@@ -33,11 +33,7 @@ class Projection:
         self._energy = (self._outputs_CD * self._weight_CD).sum()
 
     def keeping(self, kept: Tensor) -> LeastSquares:
-        """Return the problem in which only some channels stay.
-
-        Args:
-            kept: ascending int64 indices of those channels.
-        """
+        """Return the problem in which only some channels stay, whose ascending int64 indices are given."""
         cross_CK, old_CK = self._outputs_CD[:, kept], self._weight_CD[:, kept]
         return LeastSquares(self._energy, cross_CK, self._gram_DD[kept[:, None], kept], old_CK)
 
@@ -60,9 +56,6 @@ class LeastSquares:
 
     def weight(self, ridge: float) -> Tensor:
         """Return the refitted weight [hidden_size, kept], float64; the old one if the kept channels are silent.
-
-        Args:
-            ridge: strength of the pull towards the old weight, as a share of the kept channels' mean of h^2.
 
         Raises:
             UnresolvedError: if the Gram matrix, with the ridge, isn't positive definite.
@@ -97,14 +90,8 @@ class LeastSquares:
         )
 
 
-@dataclass(frozen=True)
-class Ridge:
-    """A ridge that was tried.
-
-    Attributes:
-        error: error of its weight on held-out tokens.
-        weight_CK: the weight, fitted on the other tokens.
-    """
+class Ridge(NamedTuple):
+    """A ridge, the error of its weight on held-out tokens, and that weight, fitted on the other tokens."""
 
     ridge: float
     error: float

@@ -19,12 +19,6 @@ from torch.utils.hooks import RemovableHandle
 from hfprune_dist.core.criterion import Loss
 from hfprune_dist.core.portions import wide_dtype
 
-# Called in a backward with a linear layer's inputs [windows, tokens, in] and the gradients at its outputs [windows,
-# tokens, out].
-SeeLinear = Callable[[Tensor, Tensor], None]
-# Called in a backward with a linear layer's weight [out, in].
-SeeWeight = Callable[[Tensor], None]
-
 
 @dataclass
 class Phase:
@@ -43,76 +37,53 @@ class Phase:
 
 @dataclass(frozen=True)
 class SeenLinear:
-    """A linear layer, and the callbacks that get its inputs, output gradients and weight.
+    """A linear layer that backwards show. If there is no gradient graph yet, it begins at the layer's output.
 
     Attributes:
-        see_weight: called after ``see``, as soon as the weight, which may be sharded until then, is available.
+        see: called with its inputs [windows, tokens, in] and the gradients at its outputs [windows, tokens, out].
+        see_weight: called after ``see`` with its weight, as soon as that, which may be sharded until then, is there.
     """
 
     module: nn.Module
-    see: SeeLinear
-    see_weight: SeeWeight | None = None
+    see: Callable[[Tensor, Tensor], None]
+    see_weight: Callable[[Tensor], None] | None = None
 
+    def hook(self, loss: Loss, phase: Phase) -> list[RemovableHandle]:
+        """Register the hooks for the backwards of one loss, and return their handles."""
 
-class LinearObserver:
-    """Passes some linear layers' inputs and output gradients to callbacks, in the backwards of one loss.
+        def is_observed() -> bool:
+            """Whether the model that is running is the one that this loss belongs to."""
+            return torch.is_grad_enabled() and (phase.student is not None) == loss.of_student
 
-    If there is no gradient graph yet, it begins at a layer's output.
+        def before_weight_goes(_module: nn.Module, _inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
+            if not is_observed():
+                return None
+            in_graph = _in_graph(output)
+            in_graph.register_hook(show_weight)
+            return in_graph
 
-    Args:
-        phase: the current state of the pass, updated as the model runs.
-    """
+        def show_weight(_gradients: Tensor) -> None:
+            if phase.backward_of is loss and self.see_weight is not None:
+                self.see_weight(self.module.weight.detach())  # type: ignore[operator]
 
-    def __init__(self, linears: Sequence[SeenLinear], loss: Loss, phase: Phase) -> None:
-        self._linears = linears
-        self._loss = loss
-        self._phase = phase
+        def after(_module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
+            if not is_observed():
+                return None
+            shown: Any = _WithInputs.apply(_in_graph(output), inputs[0].detach())  # type: ignore[no-untyped-call]
+            if phase.backward_of is None:  # otherwise a checkpointed layer runs again
+                shown.grad_fn.observer = show
+            seen: Tensor = shown
+            return seen
 
-    def hook(self) -> list[RemovableHandle]:
-        """Register the hooks and return their handles."""
-        # Prepended, so that it runs before the hooks that shard the weights again; in backward, those gather them.
-        handles = [
-            it.module.register_forward_hook(partial(self._before_weight_goes, it.see_weight), prepend=True)
-            for it in self._linears
-            if it.see_weight is not None
-        ]
-        return handles + [it.module.register_forward_hook(partial(self._after, it.see)) for it in self._linears]
+        def show(inputs: Tensor, gradients: Tensor) -> None:
+            if phase.backward_of is loss:  # some layers read the tokens of all windows in one row
+                self.see(*(it if it.ndim > 2 else it.unflatten(0, (phase.windows, -1)) for it in (inputs, gradients)))
 
-    def _is_observed(self) -> bool:
-        """Return whether the model that is running is the one that this loss belongs to."""
-        return torch.is_grad_enabled() and (self._phase.student is not None) == self._loss.of_student
-
-    def _before_weight_goes(
-        self, see: SeeWeight, module: nn.Module, _inputs: tuple[Tensor, ...], output: Tensor
-    ) -> Tensor | None:
-        """Forward hook that runs before the layer's weight may be sharded again."""
-        if not self._is_observed():
-            return None
-        in_graph = _in_graph(output)
-        in_graph.register_hook(lambda _gradients: self._show_weight(see, module))
-        return in_graph
-
-    def _show_weight(self, see: SeeWeight, module: nn.Module) -> None:
-        if self._phase.backward_of is self._loss:
-            see(module.weight.detach())  # type: ignore[operator]
-
-    def _after(self, see: SeeLinear, _module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
-        """Forward hook that makes backward show the layer's inputs and output gradients."""
-        if not self._is_observed():
-            return None
-        shown: Any = _WithInputs.apply(_in_graph(output), inputs[0].detach())  # type: ignore[no-untyped-call]
-        if self._phase.backward_of is None:  # otherwise a checkpointed layer runs again
-            shown.grad_fn.observer = partial(self._show, see)
-        seen: Tensor = shown
-        return seen
-
-    def _show(self, see: SeeLinear, inputs: Tensor, gradients: Tensor) -> None:
-        if self._phase.backward_of is self._loss:
-            see(*(self._by_window(it) for it in (inputs, gradients)))
-
-    def _by_window(self, seen: Tensor) -> Tensor:
-        """Return [windows, tokens, channels], even if the layer reads the tokens of all windows in one row."""
-        return seen if seen.ndim > 2 else seen.unflatten(0, (self._phase.windows, -1))
+        handles = [self.module.register_forward_hook(after)]
+        if self.see_weight is not None:
+            # Prepended, so that it runs before the hooks that shard the weights again; in backward, those gather them.
+            handles.append(self.module.register_forward_hook(before_weight_goes, prepend=True))
+        return handles
 
 
 def _in_graph(output: Tensor) -> Tensor:
@@ -138,15 +109,10 @@ class _WithInputs(Function):
 
 @dataclass(frozen=True)
 class OwnedRows:
-    """A weight whose rows the units own, and the two factors of its gradient g^T x.
+    """A weight whose rows the units own, and the two factors of its gradient g^T x: the inputs x and the gradients g.
 
     A projection that reads the units' channels is treated as one that makes them, by transposing its weight and
     swapping x and g.
-
-    Attributes:
-        weight_DC: [rows, hidden_size].
-        inputs_BTC: x [windows, tokens, hidden_size].
-        gradients_BTD: g [windows, tokens, rows].
     """
 
     weight_DC: Tensor
@@ -164,39 +130,34 @@ class OwnedRows:
         return gradient_DC.mul_(self.weight_DC[rows])
 
 
-class WeightsObserver:
-    """Collects all the weights that one layer's units own, with the factors of their gradients, during a backward.
+def seen_weights(
+    rows: Sequence[tuple[nn.Module, int]], columns: nn.Module, see: Callable[[Sequence[OwnedRows]], None]
+) -> list[SeenLinear]:
+    """Return what shows all the weights that one layer's units own, with the factors of their gradients.
 
     Args:
         rows: linear layers that the channels are made of, whose rows the units own, with the number of parts of each.
         columns: the projection that reads the channels, whose columns the units own.
-        see: called once the backward has shown all of them, those of ``rows`` first.
+        see: called once a backward has shown all of them, those of ``rows`` first.
     """
+    linears = [*rows, (columns, 0)]
+    shown: dict[int, tuple[Tensor, Tensor]] = {}
+    owned: dict[int, list[OwnedRows]] = {}
 
-    def __init__(
-        self, rows: Sequence[tuple[nn.Module, int]], columns: nn.Module, see: Callable[[Sequence[OwnedRows]], None]
-    ) -> None:
-        self._linears = [*rows, (columns, 0)]
-        self._see_all = see
-        self._shown: dict[int, tuple[Tensor, Tensor]] = {}
-        self._owned: dict[int, list[OwnedRows]] = {}
+    def see_one(number: int, inputs_BTI: Tensor, gradients_BTO: Tensor) -> None:
+        shown[number] = inputs_BTI, gradients_BTO
 
-    def seen_linears(self) -> list[SeenLinear]:
-        """Return the linear layers with the callbacks that must see them."""
-        return [
-            SeenLinear(linear, partial(self._see, number), partial(self._see_weight, number, parts))
-            for number, (linear, parts) in enumerate(self._linears)
-        ]
-
-    def _see(self, number: int, inputs_BTI: Tensor, gradients_BTO: Tensor) -> None:
-        self._shown[number] = inputs_BTI, gradients_BTO
-
-    def _see_weight(self, number: int, parts: int, weight_OI: Tensor) -> None:
-        inputs_BTI, gradients_BTO = self._shown.pop(number)
+    def see_weight(number: int, parts: int, weight_OI: Tensor) -> None:
+        inputs_BTI, gradients_BTO = shown.pop(number)
         if parts:
             pairs = zip(weight_OI.chunk(parts), gradients_BTO.chunk(parts, dim=-1), strict=True)
-            self._owned[number] = [OwnedRows(weight, inputs_BTI, gradients) for weight, gradients in pairs]
+            owned[number] = [OwnedRows(weight, inputs_BTI, gradients) for weight, gradients in pairs]
         else:
-            self._owned[number] = [OwnedRows(weight_OI.T, gradients_BTO, inputs_BTI)]
-        if len(self._owned) == len(self._linears):
-            self._see_all([it for place in range(len(self._linears)) for it in self._owned.pop(place)])
+            owned[number] = [OwnedRows(weight_OI.T, gradients_BTO, inputs_BTI)]
+        if len(owned) == len(linears):
+            see([it for place in range(len(linears)) for it in owned.pop(place)])
+
+    return [
+        SeenLinear(linear, partial(see_one, number), partial(see_weight, number, parts))
+        for number, (linear, parts) in enumerate(linears)
+    ]

@@ -1,5 +1,8 @@
 """Losses on a model's output distribution p = softmax(z), each with its gradient at the logits z in closed form.
 
+They take float32 or float64 logits [tokens, vocabulary], which they overwrite, and return in the same dtype the loss of
+each token, in nats, and its gradient.
+
 Random numbers are drawn per window, from a generator seeded with the sweep's seed and the window's number. So chunks of
 tokens, micro-batches and ranks don't change them, and they are the same on every device.
 """
@@ -8,25 +11,21 @@ from __future__ import annotations
 
 import functools
 import hashlib
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import Function
 
-from hfprune_dist.core.head import Batch, LogitGradient, Rows
+from hfprune_dist.core.head import NOTHING, AfterHead, Batch, LogitGradient, Rows, head_gradients
+from hfprune_dist.core.portions import wide_dtype
 
 # Number of tokens whose signs are drawn at a time, so that the bits of a long window never all exist at once.
 SIGN_TOKENS = 64
 
 
 def entropy_gradient(logits_NV: Tensor) -> tuple[Tensor, Tensor]:
-    """Return each row's entropy and its gradient: dH/dz = -p * (log p + H) = p * (sum_v p_v z_v - z).
-
-    Args:
-        logits_NV: float32 or float64 [tokens, vocabulary]. Overwritten: the buffer becomes the gradient.
-
-    Returns:
-        H_N in nats [tokens] and dH/dz [tokens, vocabulary], in the dtype of the logits.
-    """
+    """Return each row's entropy and its gradient: dH/dz = -p * (log p + H) = p * (sum_v p_v z_v - z)."""
     shifted_NV = logits_NV.sub_(logits_NV.amax(dim=-1, keepdim=True))
     weight_NV = shifted_NV.exp()
     total_N = weight_NV.sum(dim=-1)
@@ -36,15 +35,7 @@ def entropy_gradient(logits_NV: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def cross_entropy_gradient(logits_NV: Tensor, labels_N: Tensor) -> tuple[Tensor, Tensor]:
-    """Return -log p(label) and its gradient p - onehot(label); both are 0 for tokens without a label.
-
-    Args:
-        logits_NV: float32 or float64 [tokens, vocabulary]. Overwritten: the buffer becomes the gradient.
-        labels_N: int64 [tokens]; -1 for tokens without a label.
-
-    Returns:
-        The loss in nats [tokens] and its gradient [tokens, vocabulary], in the dtype of the logits.
-    """
+    """Return -log p(label) and its gradient p - onehot(label); both are 0 for tokens without a label, int64 -1."""
     has_label_N1 = (labels_N >= 0)[:, None]
     labels_N1 = labels_N.clamp(min=0)[:, None]
     shifted_NV = logits_NV.sub_(logits_NV.amax(dim=-1, keepdim=True))
@@ -65,11 +56,7 @@ def random_signs_gradient(logits_NV: Tensor, signs_NV: Tensor) -> tuple[Tensor, 
     for a sampled label, but the gradient spreads over the vocabulary what a label concentrates on one word.
 
     Args:
-        logits_NV: float32 or float64 [tokens, vocabulary]. Overwritten: the buffer becomes scratch space.
-        signs_NV: e, -1 or 1, same shape and dtype. Overwritten: the buffer becomes the gradient.
-
-    Returns:
-        The loss [tokens] and its gradient [tokens, vocabulary], in the dtype of the logits.
+        signs_NV: e, -1 or 1, in the dtype of the logits. Overwritten, too.
     """
     log_p_NV = torch.sub(logits_NV, torch.logsumexp(logits_NV, dim=-1, keepdim=True), out=logits_NV)
     root_p_NV = log_p_NV.mul_(0.5).exp_()
@@ -82,12 +69,7 @@ def distillation_gradient(logits_NV: Tensor, teacher_NV: Tensor) -> tuple[Tensor
     """Return KL(teacher || model) = sum_v p_v log(p_v / q_v) and its gradient at the model's logits, q - p.
 
     Args:
-        logits_NV: the model's logits z, q = softmax(z): float32 or float64 [tokens, vocabulary]. Overwritten: the
-            buffer becomes the gradient.
-        teacher_NV: the teacher's logits t, p = softmax(t), same shape and dtype. Overwritten: used as scratch space.
-
-    Returns:
-        The divergence in nats [tokens] and its gradient [tokens, vocabulary], in the dtype of the logits.
+        teacher_NV: the teacher's logits t, p = softmax(t), in the dtype of the model's. Overwritten, too.
     """
     log_q_NV = logits_NV.sub_(torch.logsumexp(logits_NV, dim=-1, keepdim=True))
     log_p_NV = teacher_NV.sub_(torch.logsumexp(teacher_NV, dim=-1, keepdim=True))
@@ -148,3 +130,43 @@ def window_generator(seed: int, window: int, purpose: str) -> torch.Generator:
     """Return the source of a calibration window's random numbers for some purpose; on the CPU."""
     digest = hashlib.sha256(f"{seed} {window} {purpose}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:4], "little"))
+
+
+def summed_divergence(
+    hidden_NC: Tensor, dense_NC: Tensor, weight_VC: Tensor, bias_V: Tensor | None, after: AfterHead = NOTHING
+) -> Tensor:
+    """Return the sum over tokens of KL(dense || model) in nats, a float32 scalar (float64 if the model is float64): a
+    loss for training that never holds the logits of all tokens. The head's weights get no gradient.
+
+    Args:
+        hidden_NC: the model's final hidden states [tokens, hidden_size]; there may be no tokens.
+        dense_NC: the dense model's final hidden states for the same tokens, same dtype.
+        weight_VC, bias_V, after: both models' head.
+    """
+    if not len(hidden_NC):
+        return hidden_NC.sum(dtype=wide_dtype(hidden_NC.dtype))
+    with torch.no_grad():
+        ((loss_N, gradient_NC),) = head_gradients(
+            hidden_NC, weight_VC, bias_V, [_divergence_of_rows], teacher_NC=dense_NC, after=after
+        )
+    divergence: Tensor = _WithGradient.apply(hidden_NC, loss_N.sum(), gradient_NC)  # type: ignore[no-untyped-call]
+    return divergence
+
+
+def _divergence_of_rows(rows: Rows) -> tuple[Tensor, Tensor]:
+    assert rows.teacher_NV is not None
+    return distillation_gradient(rows.logits_NV, rows.teacher_NV)
+
+
+class _WithGradient(Function):
+    """A loss whose gradient at the hidden states is known already, so that backward needs no more than that."""
+
+    @staticmethod
+    def forward(ctx: Any, _hidden_NC: Tensor, loss: Tensor, gradient_NC: Tensor) -> Tensor:
+        ctx.save_for_backward(gradient_NC)
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        (gradient_NC,) = ctx.saved_tensors
+        return gradient_NC * gradient.to(gradient_NC.dtype), None, None

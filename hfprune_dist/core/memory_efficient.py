@@ -53,41 +53,28 @@ class RmsNorm(Function):
 
 
 class FrozenLinear(Function):
-    """x W^T + b, where neither W nor b gets a gradient. Keeps W itself, neither a view nor a copy of it.
+    """x W^T + b, or x W + b if it ``is_transposed``, where neither W nor b gets a gradient. Keeps W itself, neither a
+    view nor a copy of it; or the one tensor of all experts' weights, if W and b are those of an ``expert``.
 
     So a weight that is sharded over ranks can be released after forward and gathered again for backward; and a
     checkpointed layer needn't be rerun as far as a product that keeps nothing else.
     """
 
     @staticmethod
-    def forward(ctx: Any, x_NC: Tensor, weight_DC: Tensor, bias_D: Tensor | None) -> Tensor:
-        ctx.weight_DC = weight_DC
-        return linear(x_NC, weight_DC, bias_D)
-
-    @staticmethod
-    def backward(ctx: Any, gradient_ND: Tensor) -> tuple[Tensor, None, None]:
-        return gradient_ND.matmul(ctx.weight_DC), None, None
-
-
-class FrozenExpert(Function):
-    """x W_e^T + b_e, or x W_e + b_e if it ``is_transposed``, for one of several experts that share one weight tensor.
-    Keeps that tensor, as ``FrozenLinear``.
-    """
-
-    @staticmethod
     def forward(
-        ctx: Any, x_NC: Tensor, weights: Tensor, bias_ED: Tensor | None, expert: int, is_transposed: bool
+        ctx: Any, x_NC: Tensor, weights: Tensor, biases: Tensor | None, expert: int | None, is_transposed: bool
     ) -> Tensor:
         ctx.weights, ctx.expert, ctx.is_transposed = weights, expert, is_transposed
-        bias_D = None if bias_ED is None else bias_ED[expert]
+        weight = weights if expert is None else weights[expert]
+        bias_D = biases if expert is None or biases is None else biases[expert]
         if not is_transposed:
-            return linear(x_NC, weights[expert], bias_D)
-        product_ND = x_NC.matmul(weights[expert])
+            return linear(x_NC, weight, bias_D)
+        product_ND = x_NC.matmul(weight)
         return product_ND if bias_D is None else product_ND.add_(bias_D)
 
     @staticmethod
     def backward(ctx: Any, gradient_ND: Tensor) -> tuple[Tensor, None, None, None, None]:
-        weight = ctx.weights[ctx.expert]
+        weight = ctx.weights if ctx.expert is None else ctx.weights[ctx.expert]
         return gradient_ND.matmul(weight.T if ctx.is_transposed else weight), None, None, None, None
 
 
@@ -136,8 +123,8 @@ class GatedProduct(Function):
 class Observed(Function):
     """h unchanged; or, of a layer that lacks some units, with zeros in their place.
 
-    Keeps the whole h for backward, where observers (``observe_gradient``) see it times the gradient at the result: for
-    every channel the derivative by its mask, taken at 0 for a missing channel, which is the effect of putting it back.
+    In backward, observers (``observe_gradient``) see the whole h times the gradient at the result: for every channel
+    the derivative by its mask, taken at 0 for a missing channel, which is the effect of putting it back.
     """
 
     @staticmethod
@@ -158,8 +145,7 @@ class Observed(Function):
 
 # The same as functions.
 rms_norm: Callable[[Tensor, Tensor, float], Tensor] = RmsNorm.apply
-frozen_linear: Callable[[Tensor, Tensor, Tensor | None], Tensor] = FrozenLinear.apply
-frozen_expert: Callable[[Tensor, Tensor, Tensor | None, int, bool], Tensor] = FrozenExpert.apply
+frozen_linear: Callable[[Tensor, Tensor, Tensor | None, int | None, bool], Tensor] = FrozenLinear.apply
 routed: Callable[[Tensor, Tensor], Tensor] = Routed.apply
 gated_product: Callable[[Tensor, Tensor], Tensor] = GatedProduct.apply
 observed: Callable[..., Tensor] = Observed.apply
@@ -174,7 +160,7 @@ def summed_per_token(routed_SC: Tensor, order_S: Tensor, tokens: int) -> Tensor:
 
 
 def can_be_observed(h_BTD: Tensor) -> bool:
-    """Return whether ``observe_gradient`` accepts h; one made by a ``GatedProduct`` need not be kept for it."""
+    """Return whether ``observe_gradient`` accepts h, as it does what a ``GatedProduct`` made."""
     return hasattr(h_BTD.grad_fn, "observer")
 
 
@@ -183,9 +169,9 @@ def observe_gradient(h_BTD: Tensor, observer: Observer) -> None:
     made_by: Any = h_BTD.grad_fn
     earlier: Observer | None = made_by.observer
 
-    def both(product_ND: Tensor) -> None:
-        assert earlier is not None
-        earlier(product_ND)
+    def observe(product_ND: Tensor) -> None:
+        if earlier is not None:
+            earlier(product_ND)
         observer(product_ND)
 
-    made_by.observer = observer if earlier is None else both
+    made_by.observer = observe

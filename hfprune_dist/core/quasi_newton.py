@@ -30,9 +30,8 @@ class QuasiNewton:
 
     Attributes:
         candidate_P: the place to look at next.
-        best_P: the lowest place so far.
+        best_P: the lowest place so far, at which the search ends.
         values: of the function, at all places so far.
-        is_over: whether the search ends at ``best_P``.
     """
 
     def __init__(self, start_P: Tensor, curvature_P: Tensor) -> None:

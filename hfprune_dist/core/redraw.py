@@ -28,9 +28,8 @@ def redrawn_copies(ids_T: Tensor, dense: Outputs, copies: int, *, window: int) -
     """Copies of a window in which some tokens are redrawn, int64 [copies, tokens] on the CPU; its first token stays.
 
     Args:
-        ids_T: the original, int64 on the CPU.
         dense: the dense model's outputs for it; their logits are computed once.
-        window: number of the window, which determines what is drawn; the first copies are the same however many follow.
+        window: its number, which determines what is drawn; the first copies are the same however many follow.
     """
     random_R2T = torch.stack([_random(window, copy, len(ids_T)) for copy in range(copies)])
     uniform_RT = random_R2T[:, 1].to(dense.hidden_NC.device)

@@ -6,21 +6,16 @@ import torch
 from torch import Tensor
 
 
-def top_units(scores_U: Tensor, count: int) -> Tensor:
-    """Return the ascending int64 indices of the ``count`` highest scores. Among equal scores, lower indices win."""
-    assert 0 < count <= scores_U.numel(), f"{count} of {scores_U.numel()} units"
-    order = scores_U.sort(descending=True, stable=True).indices
-    return order[:count].sort().values
-
-
-def top_units_of_each(scores_U: Tensor, count: int, parts: int) -> Tensor:
-    """Return ascending int64 indices of ``count`` units: the same number of highest scores from each equal part."""
+def top_units(scores_U: Tensor, count: int, parts: int = 1) -> Tensor:
+    """Return the ascending int64 indices of the ``count`` highest scores, the same number of them from each of some
+    equal consecutive parts. Among equal scores, lower indices win.
+    """
+    assert 0 <= count <= len(scores_U), f"{count} of {len(scores_U)} units"
     assert count % parts == len(scores_U) % parts == 0, f"{count} of {len(scores_U)} units in {parts} parts"
-    if not count:
-        return torch.zeros(0, dtype=torch.int64)
     width = len(scores_U) // parts
-    kept = [top_units(part_N, count // parts) + width * it for it, part_N in enumerate(scores_U.split(width))]
-    return torch.cat(kept)
+    order_PN = scores_U.view(parts, width).sort(descending=True, stable=True, dim=1).indices
+    starts_P1 = width * torch.arange(parts, device=order_PN.device)[:, None]
+    return (order_PN[:, : count // parts].sort(dim=1).values + starts_P1).flatten()
 
 
 def entries_of(units_K: Tensor, per_unit: int, parts: int = 1, units: int = 0) -> Tensor:

@@ -14,6 +14,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass
+from typing import NamedTuple
 
 from hfprune_dist.core.allocation import EXCHANGE, Ladder, allocate_globally
 
@@ -61,41 +62,37 @@ START = Reweighting(0.25, 0.0, 0.0)
 STEPS = (0.25, 0.5, 0.5, 0.5)
 
 
-@dataclass(frozen=True)
-class Found:
-    """Outcome of a search.
-
-    Attributes:
-        counts: numbers of units that stay in the candidate with the lowest measured divergence.
-        candidates: name of each measured candidate -> its KL divergence, nats per token.
-    """
+class Found(NamedTuple):
+    """The candidate with the lowest measured divergence; and the name of each measured candidate -> its divergence."""
 
     counts: Counts
     candidates: dict[str, float]
 
 
+@dataclass(frozen=True)
 class ReweightedShapes:
     """Shapes for every reweighting, all with the same number of parameters, as closely as steps allow.
 
-    Args:
+    Attributes:
         neurons: ladder of each layer's neurons, the smallest units; all have the same ``multiple_of``.
         others: ladders of the units that compete with them.
-        removals: number of parameters to remove.
     """
 
-    def __init__(self, neurons: Sequence[Ladder], others: Sequence[Ladder], removals: int) -> None:
-        self._neurons = neurons
-        self._others = others
-        self._removals = removals
-        # Axes along which shapes differ: without other kinds, the exchange changes nothing.
-        self.axes = len(STEPS) if others else len(STEPS) - 1
+    neurons: Sequence[Ladder]
+    others: Sequence[Ladder]
+    removals: int
+
+    @property
+    def axes(self) -> int:
+        """Number of axes along which shapes differ: without other kinds, the exchange changes nothing."""
+        return len(STEPS) if self.others else len(STEPS) - 1
 
     def counts(self, reweighting: Reweighting) -> Counts:
         """Return the shape for a reweighting: widths from scores made dearer, then moved towards their mean."""
         rate = math.exp(reweighting.exchange)
-        neurons = self._reweighted(self._neurons, reweighting)
-        others = [ladder.dearer(rate) for ladder in self._reweighted(self._others, reweighting)]
-        wanted = allocate_globally([*neurons, *others], self._removals)
+        neurons = self._reweighted(self.neurons, reweighting)
+        others = [ladder.dearer(rate) for ladder in self._reweighted(self.others, reweighting)]
+        wanted = allocate_globally([*neurons, *others], self.removals)
         widths = wanted[: len(neurons)]
         return *self._with_total(list(self._evened(widths, reweighting.evenness)), sum(widths)), *wanted[len(neurons) :]
 
@@ -103,11 +100,11 @@ class ReweightedShapes:
         """Return the name of a reweighting's shape in ``Found``."""
         evenness, tilt, bend, exchange = (f"{number:.5g}" for number in astuple(reweighting))
         name = f"evenness {evenness}, tilt {tilt}, bend {bend}"
-        return f"{name}, exchange {exchange}" if self._others else name
+        return f"{name}, exchange {exchange}" if self.others else name
 
     def _reweighted(self, ladders: Sequence[Ladder], reweighting: Reweighting) -> list[Ladder]:
         """Return ladders made dearer according to their places among the layers, from -1 (first) to 1 (last)."""
-        layers = [ladder.layer for ladder in self._neurons]
+        layers = [ladder.layer for ladder in self.neurons]
         last = max(len(layers) - 1, 1)
         places = [2 * layers.index(ladder.layer) / last - 1 for ladder in ladders]
         factors = [math.exp(reweighting.tilt * it + reweighting.bend * (1.5 * it * it - 0.5)) for it in places]
@@ -116,7 +113,7 @@ class ReweightedShapes:
     def _evened(self, widths: Sequence[int], evenness: float) -> Iterator[int]:
         """Yield widths moved towards their mean, each to the closest one that its layer allows."""
         mean = sum(widths) / len(widths)
-        for width, ladder in zip(widths, self._neurons, strict=True):
+        for width, ladder in zip(widths, self.neurons, strict=True):
             multiple_of, wanted = ladder.multiple_of, evenness * mean + (1 - evenness) * width
             rounded = round(wanted / multiple_of) * multiple_of
             # A layer that loses nothing may have a width that isn't a multiple.
@@ -125,22 +122,19 @@ class ReweightedShapes:
 
     def _with_total(self, widths: list[int], total: int) -> list[int]:
         """Change widths by single steps, from the first layer on, until they add up to ``total`` up to rounding."""
-        multiple_of, excess = self._neurons[0].multiple_of, sum(widths) - total
+        multiple_of, excess = self.neurons[0].multiple_of, sum(widths) - total
         for layer in itertools.cycle(range(len(widths))):
             if abs(excess) <= multiple_of // 2:
                 return widths
-            ladder, width = self._neurons[layer], widths[layer]
+            ladder, width = self.neurons[layer], widths[layer]
             widths[layer] = ladder.above(width) if excess < 0 else ladder.below(width)
             excess += widths[layer] - width
         raise AssertionError("a model without layers")
 
 
 def search_shapes(reweighted: ReweightedShapes, also: Mapping[str, Counts], measure: Measure) -> Found:
-    """Search among shapes from reweighted scores; as measured, never worse than unchanged scores or those in ``also``.
-
-    Args:
-        also: name -> a further shape that competes.
-        measure: called ``MEASUREMENTS`` times.
+    """Search among shapes from reweighted scores; as measured, never worse than unchanged scores or than further shapes
+    by name (``also``). Measures ``MEASUREMENTS`` times.
     """
     measured: dict[Counts, float] = {}
     names = {counts: name for name, counts in also.items()}
@@ -177,9 +171,6 @@ def _lowest(low: float, here: float, high: float) -> float:
 def drop_order(droppable: Sequence[int], count: int, measure: MeasureWithout) -> list[int]:
     """Return the ``count`` layers to remove, in order, or fewer if ``droppable`` has fewer: always the one whose
     measured loss is smallest, measured again after each.
-
-    Args:
-        measure: called once for every layer that is removed.
     """
     order: list[int] = []
     left = list(droppable)

@@ -1,8 +1,8 @@
-"""Frozen models for forward passes only: whole on every rank, or one model sharded over all of them."""
+"""Frozen models: whole on every rank, or one model sharded over all of them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -15,6 +15,7 @@ from hfprune_dist.distributed.world import World
 from hfprune_dist.kinds.memory import Gpus, Need
 from hfprune_dist.kinds.placement import Placement, place
 from hfprune_dist.models.loading import load_causal_lm
+from hfprune_dist.models.memory_efficient_backward import branch_off
 from hfprune_dist.store.machine import available_memory
 
 # How a model is sharded once that is decided.
@@ -43,7 +44,11 @@ def free_bytes(world: World) -> float:
 
 
 class FrozenModel:
-    """A causal language model without gradients, placed on the ranks of a world.
+    """A causal language model whose weights get no gradients, placed on the ranks of a world.
+
+    Args:
+        has_backward: whether backwards to activations follow forwards of its body, with the same bits wherever the
+            weights are; otherwise there are only forwards, of its body or of ``module``.
 
     Attributes:
         module: the Hugging Face model. If it is sharded, each of its forwards is a collective of all ranks.
@@ -52,20 +57,31 @@ class FrozenModel:
     """
 
     def __init__(
-        self, checkpoint: Checkpoint, dtype: torch.dtype, batch_size: int, sharding: DecidedSharding, world: World
+        self,
+        checkpoint: Checkpoint,
+        dtype: torch.dtype,
+        batch_size: int,
+        sharding: DecidedSharding,
+        world: World,
+        *,
+        has_backward: bool = False,
     ) -> None:
         self._family = checkpoint.family
         self.world = world
         self.max_positions = checkpoint.max_positions
         self._sharded = sharding == "zero3"
-        self.module = (
-            _load_sharded(checkpoint, dtype, batch_size, world)
-            if self._sharded
-            else load_whole(checkpoint, dtype, world)
-        )
         self._idle = False
         if self._sharded:
+            # DeepSpeed takes long to import, and one rank doesn't need it.
+            from hfprune_dist.distributed.zero3 import load_frozen
+
+            body_of = self._family.body_of if has_backward else None
+            self.module = load_frozen(checkpoint.path, dtype, batch_size, world, body_of)
             self.module.register_forward_pre_hook(self._announce, prepend=True)
+        else:
+            self.module = load_whole(checkpoint, dtype, world)
+            if has_backward:
+                branch_off(self.module, self._family)
 
     @torch.no_grad()
     def final_hidden(self, input_ids_T: Tensor) -> Tensor:
@@ -96,6 +112,14 @@ class FrozenModel:
                 yield weight_and_bias
         else:
             yield head.weight.data, None if head.bias is None else head.bias.data
+
+    def before_backward(self) -> Callable[[], None]:
+        """Call after a forward; returns a function to call before each backward of that forward."""
+        if not self._sharded:
+            return lambda: None
+        from hfprune_dist.distributed.zero3 import before_backward
+
+        return before_backward(self.module)
 
     def join_idle_forwards(self) -> None:
         """Take part in the other ranks' forwards of ``module`` until no rank needs another one.
@@ -140,10 +164,3 @@ def release_whole(module: nn.Module) -> None:
     """Free the memory of a module's weights."""
     for parameter in module.parameters():
         parameter.data = parameter.data.new_empty(0)
-
-
-def _load_sharded(checkpoint: Checkpoint, dtype: torch.dtype, batch_size: int, world: World) -> nn.Module:
-    # DeepSpeed takes long to import, and most evaluations don't need it.
-    from hfprune_dist.distributed.zero3 import load_frozen
-
-    return load_frozen(checkpoint.path, dtype, batch_size, world)

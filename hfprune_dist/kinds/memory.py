@@ -16,7 +16,6 @@ from hfprune_dist.config.parameters import Parameters
 from hfprune_dist.core.memory_limits import CHUNK_BYTES
 from hfprune_dist.store.stage import Stage
 from hfprune_dist.structures import NEURONS
-from hfprune_dist.structures.experts import mlp_widths
 
 GIB = 2**30
 MARGIN = 1.2
@@ -93,18 +92,19 @@ class Sizes:
         config, experts = checkpoint.config, checkpoint.family.experts
         hidden, heads = int(config["hidden_size"]), int(config["num_attention_heads"])
         of_heads = heads + int(config.get("num_key_value_heads") or heads)
+        mlps = checkpoint.pruned_kinds([NEURONS])
+        seen = [experts.chosen if experts and units.experts > 1 else 1 for units in mlps]  # experts, by each token
         return cls(
             hidden=hidden,
             num_layers=checkpoint.num_layers,
             vocabulary=int(config["vocab_size"]),
             attention=2 * of_heads * int(config.get("head_dim") or hidden // heads),
-            neurons=max(of_a_token for of_a_token, _ in mlp_widths(config)),
-            routed=experts.chosen * hidden if experts else 0,
-            mlp_channels=tuple(
-                units.most // units.experts
-                for units in checkpoint.pruned_kinds([NEURONS])
-                for _ in range(units.experts)
+            neurons=max(
+                sum(units.counts[layer] // units.experts * number for units, number in zip(mlps, seen, strict=True))
+                for layer in range(checkpoint.num_layers)
             ),
+            routed=experts.chosen * hidden if experts else 0,
+            mlp_channels=tuple(units.most // units.experts for units in mlps for _ in range(units.experts)),
             parameters=checkpoint.parameters,
             layer=max(checkpoint.parameter_counts.layers),
         )

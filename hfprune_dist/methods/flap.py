@@ -45,7 +45,6 @@ CRITERIA = (
         frozenset({NEURONS, KV_GROUPS}),
         "inputs",
         sums_and_squares,
-        numbers=2,
         score=fluctuation,
         in_deviations=True,
     ),

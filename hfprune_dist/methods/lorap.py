@@ -33,7 +33,6 @@ def low_rank_factors(weight_OI: Tensor, norms_I: Tensor, rank: int) -> tuple[Ten
     full rank; directions with S = 0 get zeros.
 
     Args:
-        weight_OI: W [out, in]; the rank is at most out.
         norms_I: d.
     """
     weight_OI, norms_I = weight_OI.double(), norms_I.double()
@@ -47,11 +46,10 @@ def low_rank_factors(weight_OI: Tensor, norms_I: Tensor, rank: int) -> tuple[Ten
 
 
 def neuron_scores(rows: Sequence[Tensor], down_CK: Tensor, read_C: Tensor, hidden_K: Tensor) -> Tensor:
-    """Return ||d * gate row|| + ||d * up row|| + d_n ||down column|| for each neuron n [neurons].
+    """Return ||d * gate row|| + ||d * up row|| + d_n ||down column|| for each neuron n.
 
     Args:
-        rows: weights of gate and up, or only of up if the MLP has no gate, each [neurons, hidden_size].
-        read_C: d of the channels that these projections read.
+        rows: weights of gate and up, or only of up if the MLP has no gate; read_C is d of the channels that they read.
         hidden_K: d of the neurons.
     """
     scores_K: Tensor = hidden_K * torch.linalg.vector_norm(down_CK, dim=0, dtype=torch.float64)

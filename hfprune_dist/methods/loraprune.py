@@ -28,13 +28,7 @@ PORTION = ACCELERATOR_BYTES // 4
 
 @dataclass(frozen=True)
 class Factors:
-    """LoRA's factors for a weight [out_features, in_features], and a loss's gradients at them; all of one float dtype.
-
-    Attributes:
-        a_RI, grad_a_RI: [r, in_features].
-        b_OR, grad_b_OR: [out_features, r].
-        scale: alpha / r.
-    """
+    """LoRA's factors for a weight [out, in], and a loss's gradients at them; ``scale`` is alpha / r."""
 
     a_RI: Tensor
     b_OR: Tensor
@@ -64,12 +58,8 @@ def unit_scores(weight_OI: Tensor, factors: Factors, axis: int, per_unit: int, p
     The paper squares the terms; the code doesn't. Takes memory for three portions of ``PORTION`` numbers.
 
     Args:
-        axis: dimension along which units follow one another.
-        per_unit: number of consecutive entries of one unit.
+        axis, per_unit: dimension along which units follow one another, with so many entries each.
         parts: number of matrices concatenated along that axis, each of which counts as a tensor of its own.
-
-    Returns:
-        float64 [units].
     """
     sums = []
     height = max(1, PORTION // weight_OI.shape[1])
@@ -85,7 +75,7 @@ def unit_scores(weight_OI: Tensor, factors: Factors, axis: int, per_unit: int, p
 
 
 def averaged(average_U: Tensor, scores_U: Tensor) -> Tensor:
-    """Return the moving average after one more step; before the first step it is 0."""
+    """Return the moving average after one more step; it begins at 0."""
     return DECAY * average_U + (1 - DECAY) * scores_U
 
 

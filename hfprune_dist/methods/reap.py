@@ -30,4 +30,4 @@ def mean_over_tokens(sums_N: Tensor, _layer: ScoredLayer) -> Tensor:
     return mean_U
 
 
-CRITERIA = (Criterion("reap", frozenset({EXPERTS}), "expert_outputs", routed_norms, numbers=2, score=mean_over_tokens),)
+CRITERIA = (Criterion("reap", frozenset({EXPERTS}), "expert_outputs", routed_norms, score=mean_over_tokens),)

@@ -14,8 +14,8 @@ from transformers import AutoConfig
 
 from hfprune_dist.checkpoints.checkpoint import Checkpoint
 from hfprune_dist.checkpoints.families import Family
-from hfprune_dist.core.distillation import summed_divergence
 from hfprune_dist.core.head import NOTHING, AfterHead
+from hfprune_dist.core.losses import summed_divergence
 from hfprune_dist.errors import UserError
 
 # Keys by which some architectures change their head's logits -> the neutral value.

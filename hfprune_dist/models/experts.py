@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers.integrations import moe
 
 from hfprune_dist.checkpoints.families import Family
-from hfprune_dist.core.memory_efficient import frozen_expert, gated_product, routed, summed_per_token
+from hfprune_dist.core.memory_efficient import frozen_linear, gated_product, routed, summed_per_token
 from hfprune_dist.errors import UserError
 from hfprune_dist.models.memory_efficient_backward import SILU
 from hfprune_dist.models.single_layer import output_of, part_of, read_by
@@ -157,7 +157,7 @@ def down_projections(experts: Any) -> list[Tensor]:
 def _activations(experts: Any, x_NC: Tensor, expert: int) -> Tensor:
     """The input of an expert's down projection [tokens, channels of an expert]."""
     bias = experts.gate_up_proj_bias if experts.has_bias else None
-    made_ND = frozen_expert(x_NC, experts.gate_up_proj, bias, expert, experts.is_transposed)
+    made_ND = frozen_linear(x_NC, experts.gate_up_proj, bias, expert, experts.is_transposed)
     has_own_gate = type(experts)._apply_gate.__module__ != moe.__name__
     if not has_own_gate and isinstance(experts.act_fn, SILU):
         return gated_product(*made_ND.chunk(2, dim=-1))
@@ -167,7 +167,7 @@ def _activations(experts: Any, x_NC: Tensor, expert: int) -> Tensor:
 
 def _project_down(experts: Any, hidden_ND: Tensor, expert: int) -> Tensor:
     bias = experts.down_proj_bias if experts.has_bias else None
-    return frozen_expert(hidden_ND, experts.down_proj, bias, expert, experts.is_transposed)
+    return frozen_linear(hidden_ND, experts.down_proj, bias, expert, experts.is_transposed)
 
 
 def output_weights(layer: nn.Module, units: Units) -> list[Tensor]:

@@ -25,8 +25,7 @@ from hfprune_dist.errors import UserError
 from hfprune_dist.kinds.prune import PruneParameters
 from hfprune_dist.kinds.training import LoraPruneParameters
 from hfprune_dist.structures import EXPERT_NEURONS, EXPERTS, KV_GROUPS, LAYERS, NEURONS, Structure
-from hfprune_dist.structures.kept import Shape
-from hfprune_dist.structures.parameter_counts import ParameterCounts
+from hfprune_dist.structures.kept import ParameterCounts, Shape
 from hfprune_dist.structures.units import Units
 
 # Allocations with which scores or a search divide what goes among layers.

@@ -45,7 +45,7 @@ def find_biases(
         found = {}
         for units in kinds:
             bias_C = _bias(layer, units, kept.of_layer(number, units.kind), means[units.kind])
-            name, like = units.output_bias(number), units.output_weight(number)
+            name, like = (units.tensor(number, f"{units.output}.{part}") for part in ("bias", "weight"))
             found[name] = as_stored(checkpoint, name, bias_C, like=like, otherwise=OTHER_REFIT).cpu()
         return found
 

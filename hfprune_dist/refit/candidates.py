@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from hfprune_dist.core.least_squares import Projection, best_ridge
-from hfprune_dist.core.selection import entries_of, top_units_of_each
+from hfprune_dist.core.selection import entries_of, top_units
 from hfprune_dist.distributed.layer_stream import LayerStream
 from hfprune_dist.distributed.sums import Grams, explaining
 from hfprune_dist.distributed.world import World
@@ -33,7 +33,7 @@ class Scored:
 
     def kept(self, layer: int, count: int) -> Tensor:
         """Ascending indices of the units that a layer keeps if it keeps ``count`` of them."""
-        return top_units_of_each(self.scores[layer], count, self.units.parts)
+        return top_units(self.scores[layer], count, self.units.parts)
 
 
 def kept_of(kinds: Sequence[Scored], candidate: Candidate) -> Kept:

@@ -122,8 +122,8 @@ def output_tensors(units: Units, weights_CK: Sequence[Tensor]) -> dict[str, Tens
     Args:
         weights_CK: the weight of each expert [hidden_size, channels], or a single one.
     """
-    first = units.output_columns[0]
+    first = units.columns[0]
     if first.stacked:
         whole = torch.stack([*weights_CK])
         return {first.tensor: whole if first.axis == 2 else whole.transpose(1, 2)}
-    return {owned.tensor: it for owned, it in zip(units.output_columns, weights_CK, strict=True)}
+    return {owned.tensor: it for owned, it in zip(units.columns, weights_CK, strict=True)}

@@ -89,4 +89,4 @@ class RefittedLayers:
     def _names(self, number: int) -> list[str]:
         """Names, within a layer, of the tensors that the refit changes."""
         rows = self.kinds[0].weights[:-1] if self.whole_mlp else ()
-        return [*rows, *(owned.tensor for units in self.kinds_of(number) for owned in units.output_columns)]
+        return [*rows, *(owned.tensor for units in self.kinds_of(number) for owned in units.columns)]

@@ -278,7 +278,5 @@ class SequentialRefit:
         )
         with explaining(number):
             moved = reconstruction.improve(fitted, whole)
-        names = *self._mlp.row_weights(number), self._mlp.output_weight(number)
-        within_layer = [name.removeprefix(self._mlp.tensor(number, "")) for name in names]
         rows = moved.rows_KC if self._mlp.row_parts[0] == 1 else [torch.cat(moved.rows_KC)]  # gate and up are one
-        return dict(zip(within_layer, [*rows, moved.down_CK], strict=True))
+        return dict(zip(self._mlp.weights, [*rows, moved.down_CK], strict=True))

@@ -1,8 +1,7 @@
 """Sums of matrices over all ranks, one for each layer, made of the terms that a backward computes.
 
 They are too large to be sent shard by shard, or to fit one host: curvature of Llama-2-70B takes 43 GB, gradients of its
-weights 548 GB. So each layer's sum is kept by the rank that owns the layer, which also saves it. Where all layers' sums
-fit on every rank, ranks first add up their own terms of a shard; otherwise, terms are reduced as they appear.
+weights 548 GB. So terms are reduced as they appear, to the rank that owns the layer, which keeps and saves its sum.
 """
 
 from __future__ import annotations
@@ -15,13 +14,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from hfprune_dist.checkpoints.tensor_files import DamagedFileError, load_tensors, save_tensors
-from hfprune_dist.core.memory_limits import LAYER_SUMS_BYTES
+from hfprune_dist.checkpoints.tensor_files import SavedLayers
 from hfprune_dist.distributed.world import World
 from hfprune_dist.errors import UserError
 from hfprune_dist.store.atomic_files import listed
-
-TOTAL = "total"
 
 # Rows and columns of a matrix.
 Size = tuple[int, ...]
@@ -40,34 +36,26 @@ class LayerSums:
         self.sizes = sizes
         self._folder = folder
         self._world = world
-        self._totals: dict[tuple[str, int], Tensor] = {}  # of the layers that this rank owns
-        self._of_shard: dict[tuple[str, int], Tensor] = {}  # of all layers; this rank's terms
-        self._waits = self._bytes_of_every(1) <= LAYER_SUMS_BYTES
-
-    def __bool__(self) -> bool:
-        """Return whether there is anything to sum."""
-        return bool(self.sizes)
+        self._layers = range(max(map(len, sizes.values()), default=0))
+        self._owned = self._layers[world.rank :: world.size]  # those whose sums this rank has
+        self._totals: dict[tuple[str, int], Tensor] = {}
+        self._go_to(0)
 
     @property
     def owned_bytes(self) -> int:
         """Approximate largest size of what any one rank owns, in bytes."""
-        return self._bytes_of_every(self._world.size)
+        owned = (size for of_layers in self.sizes.values() for size in of_layers[:: self._world.size])
+        return torch.float64.itemsize * sum(map(math.prod, owned))
 
-    def add(self, name: str, layer: int, term: Tensor | None) -> None:
-        """Add a micro-batch's float32 term, or nothing, to a layer's sum. All ranks do so in the same order."""
-        if self._world.size > 1 and not self._waits:
-            nothing = torch.zeros(self.sizes[name][layer], device=self._world.device)
-            self._reduce(name, layer, nothing if term is None else term.float())
-        elif term is not None:
-            self._at(self._totals if self._world.size == 1 else self._of_shard, name, layer).add_(term)
-
-    def end_shard(self) -> None:
-        """Add up all ranks' terms, if that hasn't happened yet. Collective."""
-        if self._world.size > 1 and self._waits:
-            for name, of_layers in self.sizes.items():
-                for layer in range(len(of_layers)):
-                    self._reduce(name, layer, self._at(self._of_shard, name, layer))
-            self._of_shard = {}
+    def add(self, name: str, layer: int, term_RC: Tensor | None) -> None:
+        """Add every rank's float32 term of a micro-batch, or nothing, to a layer's sum. Collective."""
+        size, owner = self.sizes[name][layer], layer % self._world.size
+        if self._world.size > 1:
+            term_RC = torch.zeros(size, device=self._world.device) if term_RC is None else term_RC
+            term_RC = term_RC.double()
+            self._world.reduce(term_RC, owner)
+        if term_RC is not None and owner == self._world.rank:
+            self._total(name, layer).add_(term_RC)
 
     def require_finite(self) -> None:
         """Check the sums so far. Collective.
@@ -90,61 +78,37 @@ class LayerSums:
 
     def save(self, shards: int) -> None:
         """Write what this rank owns, as the state after ``shards`` shards."""
-        self._of(shards).mkdir(parents=True, exist_ok=True)
-        for name, layer in self._owned():
-            save_tensors({TOTAL: self._at(self._totals, name, layer).cpu()}, self._file(shards, name, layer))
+        self._go_to(shards)
+        for layer in self._owned:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            self._saved.write(layer, {name: self._total(name, layer).cpu() for name in self.sizes})
 
-    def resume(self, shards: int) -> str:
-        """Read what this rank owns; return a description of what is wrong with it, or an empty string."""
-        try:
-            self._totals = {(name, layer): self.value(name, layer, shards) for name, layer in self._owned()}
-        except DamagedFileError as error:
-            return str(error)
-        return ""
+    def resume(self, shards: int) -> bool:
+        """Read what this rank owns; return whether all of it is intact. Damaged files are set aside."""
+        self._go_to(shards)
+        if not all(self._saved.is_done(layer) for layer in self._owned):
+            return False
+        self._totals = {(name, layer): self.value(name, layer) for layer in self._owned for name in self.sizes}
+        return True
 
-    def value(self, name: str, layer: int, shards: int) -> Tensor:
-        """Return the saved sum of any layer after ``shards`` shards, float64 on the device.
-
-        Raises:
-            DamagedFileError: if its file is missing or can't be used.
-        """
-        file = self._file(shards, name, layer)
-        try:
-            total = load_tensors(file)[0][TOTAL]
-        except (DamagedFileError, OSError) as error:
-            raise DamagedFileError(f"goes with {file.name}, which can't be read ({error})") from None
+    def value(self, name: str, layer: int) -> Tensor:
+        """Return the last saved sum of any layer, float64 on the device."""
         # Not a view of the file, which is removed once a later state is saved, perhaps by another host.
-        return total.to(self._world.device, copy=True)
+        return self._saved.tensor(layer, name).to(self._world.device, copy=True)
 
-    def keep_only(self, shards: int) -> None:
-        """Remove the states saved after any other number of shards; what fails to go now is left to a later call."""
+    def drop_earlier(self) -> None:
+        """Remove all states but the last one; what fails to go now is left to a later call."""
         for folder in listed(self._folder, "*"):
-            if folder != self._of(shards):
+            if folder != self._state:
                 shutil.rmtree(folder, ignore_errors=True)
 
-    def _reduce(self, name: str, layer: int, sum_RC: Tensor) -> None:
-        """Add all ranks' sums of some terms to a layer's total; collective."""
-        owner = layer % self._world.size
-        self._world.reduce(sum_RC, owner)
-        if owner == self._world.rank:
-            self._at(self._totals, name, layer).add_(sum_RC)
+    def _go_to(self, shards: int) -> None:
+        self._state = self._folder / str(shards)
+        self._saved = SavedLayers(self._state, self._layers)
 
-    def _at(self, sums: dict[tuple[str, int], Tensor], name: str, layer: int) -> Tensor:
-        """A layer's sum among some, 0 at first."""
-        if (name, layer) not in sums:
-            sums[name, layer] = torch.zeros(self.sizes[name][layer], dtype=torch.float64, device=self._world.device)
-        return sums[name, layer]
-
-    def _owned(self) -> list[tuple[str, int]]:
-        mine = slice(self._world.rank, None, self._world.size)
-        return [(name, layer) for name, of_layers in self.sizes.items() for layer in range(len(of_layers))[mine]]
-
-    def _bytes_of_every(self, step: int) -> int:
-        """Bytes of the sums of every ``step``th layer."""
-        return torch.float64.itemsize * sum(math.prod(it) for sizes in self.sizes.values() for it in sizes[::step])
-
-    def _of(self, shards: int) -> Path:
-        return self._folder / str(shards)
-
-    def _file(self, shards: int, name: str, layer: int) -> Path:
-        return self._of(shards) / f"{name}-{layer}.safetensors"
+    def _total(self, name: str, layer: int) -> Tensor:
+        """The sum of a layer that this rank owns, 0 at first."""
+        if (name, layer) not in self._totals:
+            zeros_RC = torch.zeros(self.sizes[name][layer], dtype=torch.float64, device=self._world.device)
+            self._totals[name, layer] = zeros_RC
+        return self._totals[name, layer]

@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from hfprune_dist.checkpoints.checkpoint import Checkpoint
-from hfprune_dist.core.criterion import Criterion, losses_of
+from hfprune_dist.core.criterion import Criterion
 from hfprune_dist.core.gram import gram_matrix
 from hfprune_dist.core.head import Batch
 from hfprune_dist.core.linear_observer import SeenLinear
-from hfprune_dist.core.observers import NonFiniteError, SeeOutputGradients, UnitOutputs
+from hfprune_dist.core.observers import NonFiniteError, SeenUnits, UnitSums
 from hfprune_dist.core.portions import wide_product
-from hfprune_dist.core.score_batch import ScoredModel, UnitSums, score_batch
-from hfprune_dist.distributed.frozen_model import DecidedSharding
+from hfprune_dist.core.score_batch import ScoredModel, score_batch
+from hfprune_dist.distributed.frozen_model import DecidedSharding, FrozenModel
 from hfprune_dist.distributed.world import World
 from hfprune_dist.errors import UserError
 from hfprune_dist.models.after_head import after_head, require_known_logits
@@ -27,20 +27,42 @@ from hfprune_dist.models.memory_efficient_backward import (
     keep_no_gathered_weights,
     use_memory_efficient_backward,
 )
-from hfprune_dist.scoring.layer_sums import LayerSums
-from hfprune_dist.scoring.placement import load_placed
-from hfprune_dist.scoring.shard_sums import SumsOfShard
+from hfprune_dist.scoring.layer_sums import LayerSums, Size
 from hfprune_dist.structures import NEURONS
+from hfprune_dist.structures.score_names import loss_name, score_name
 from hfprune_dist.structures.units import Units
 
+# A shard: the numbers of the windows in each of its micro-batches.
+Shard = Sequence[range]
 
-@dataclass(frozen=True)
-class GivenStudent:
-    """A student that is known before the pass, and the settings of its loss.
 
-    Attributes:
-        keeps: mask of the neurons that it has, bool [neurons] for each layer.
-        teacher: weight of the teacher in the loss, and its temperature.
+def cut_into_shards(windows: int, micro_batch_size: int, shard_size: int) -> list[Shard]:
+    """Split windows into micro-batches and these into shards; only the last micro-batch and shard may be smaller."""
+    starts = range(0, windows, micro_batch_size)
+    micro_batches = [range(start, min(start + micro_batch_size, windows)) for start in starts]
+    return [micro_batches[start : start + shard_size] for start in range(0, len(micro_batches), shard_size)]
+
+
+def summed_matrices(
+    checkpoint: Checkpoint, kinds: Sequence[Units], criteria: Sequence[Criterion]
+) -> dict[str, list[Size]]:
+    """The matrices that criteria need sums of: name -> size in each layer.
+
+    The sum of g g^T at the output projection's output has the name of a kind of units; gradients have weights' names.
+    """
+    hidden_size, tensors, layers = checkpoint.config["hidden_size"], checkpoint.tensors, range(checkpoint.num_layers)
+    sizes: dict[str, list[Size]] = {}
+    if any(criterion.needs_moments for criterion in criteria):
+        sizes |= {units.kind: [(hidden_size, hidden_size) for _ in layers] for units in kinds}
+    if any(criterion.observes == "weight_gradients" for criterion in criteria):
+        weights = [(units, name) for units in kinds for name in units.weights]
+        sizes |= {name: [tensors[units.tensor(layer, name)].shape for layer in layers] for units, name in weights}
+    return sizes
+
+
+class GivenStudent(NamedTuple):
+    """A student that is known before the pass: for each layer the mask of the neurons that it has; and the teacher's
+    weight in its loss, and temperature.
     """
 
     keeps: Sequence[Tensor]
@@ -51,12 +73,10 @@ class ShardScorer:
     """Scores windows on one rank, in step with the others.
 
     Args:
-        windows_ST: int64 [windows, tokens], the same on every rank.
-        criteria: the criteria that observe something.
-        sharding: whether the model is whole on each rank, or sharded over all.
+        windows_ST: int64, the same on every rank.
+        criteria: those that observe something.
         structures: the kinds of units that are scored.
-        curvature: sums of output gradients' second moments, if a criterion needs them.
-        gradients: sums of weights' gradients, if a criterion needs them.
+        matrices: sums of ``summed_matrices``, if there are any.
         student: the student of criteria with a ``student_of``, chosen by an earlier pass.
     """
 
@@ -73,47 +93,47 @@ class ShardScorer:
         sharding: DecidedSharding = "replicate",
         structures: Sequence[str] = (NEURONS,),
         activation_checkpointing: bool = False,
-        curvature: LayerSums | None = None,
-        gradients: LayerSums | None = None,
+        matrices: LayerSums | None = None,
         student: GivenStudent | None = None,
     ) -> None:
         family = checkpoint.family
-        placed = load_placed(checkpoint, dtype, micro_batch_size, sharding, world)
-        self.module = placed.module
-        self.release = placed.release
+        frozen = FrozenModel(checkpoint, dtype, micro_batch_size, sharding, world, has_backward=True)
+        self.module = frozen.module
+        self.release = frozen.release
         use_memory_efficient_backward(self.module, family)
         keep_no_gathered_weights(self.module)
         if activation_checkpointing:
             checkpoint_activations(self.module, family)
         body, head = family.body_of(self.module), family.head_of(self.module)
-        self._experts = see_experts(self.module, family)
         self._model = ScoredModel(
             body=lambda input_ids_BT: body(input_ids=input_ids_BT, use_cache=False).last_hidden_state,
-            head=placed.head,
-            outputs={kind: self._outputs_of(checkpoint.structures[kind], criteria) for kind in structures},
+            head=frozen.head,
             after=after_head(checkpoint),
-            before_backward=placed.before_backward,
+            before_backward=frozen.before_backward,
             student={NEURONS: [keeps_U.to(world.device) for keeps_U in student.keeps]} if student else {},
         )
-        self._teacher = student.teacher if student else None
-        require_known_logits(checkpoint, self.module, placed.head, windows_ST[0].to(world.device))
-        self._units = [checkpoint.structures[kind] for kind in structures]
-        self._vocabulary = head.out_features
+        require_known_logits(checkpoint, self.module, frozen.head, windows_ST[0].to(world.device))
         self._windows_ST = windows_ST
         self._criteria = criteria
-        self._seed = seed
         self._world = world
-        self._curvature = curvature
-        self._gradients = gradients
+        self._matrices = matrices
+        self._kinds = [checkpoint.structures[kind] for kind in structures]
+        self._seen_units = self._units(see_experts(self.module, family))
+        self._batch = partial(
+            Batch, vocabulary=head.out_features, seed=seed, teacher=student.teacher if student else None
+        )
 
-    def score(self, micro_batches: Sequence[range], forwards: int = 0, *, counts: bool = True) -> SumsOfShard:
-        """Return sums over the windows of some micro-batches.
+    def score(self, micro_batches: Shard, forwards: int = 0, *, counts: bool = True) -> dict[str, Tensor]:
+        """Return sums over the windows of some micro-batches: name -> float64 vector.
+
+        There is one for each layer and kind of units and criterion, named as in an importance artifact, unit by unit;
+        and one of a single number for each loss, the sum over windows of the loss per token.
 
         Args:
             forwards: number of micro-batches on the rank that has the most of them. Forwards and backwards of a sharded
                 model are collective, so a rank with fewer first scores its first micro-batch once for each one that it
                 lacks, and discards the results.
-            counts: whether this shard is added to the curvature and the weights' gradients of all ranks.
+            counts: whether this shard is added to the matrices of all ranks.
 
         Raises:
             UserError: if activations or gradients of a layer are NaN or infinite.
@@ -123,59 +143,62 @@ class ShardScorer:
             self._score([micro_batches[0]] * missing, counts=False)
         return self._score(micro_batches, counts=counts)
 
-    def _score(self, micro_batches: Sequence[range], *, counts: bool) -> SumsOfShard:
-        see, linears = self._adding_curvature(counts=counts), self._adding_gradients(counts=counts)
-        sums = UnitSums(self._model.outputs, self._criteria, see, linears)
-        losses = {loss.name: 0.0 for loss in losses_of(self._criteria)}
+    def _score(self, micro_batches: Shard, *, counts: bool) -> dict[str, Tensor]:
+        sums = UnitSums(
+            self._seen_units,
+            self._criteria,
+            partial(self._add_curvature, counts=counts),
+            self._adding_gradients(counts=counts),
+        )
+        losses: dict[str, Tensor] = {}
         for windows in micro_batches:
             input_ids_BT = self._windows_ST[windows.start : windows.stop].to(self._world.device)
-            batch = Batch(input_ids_BT, windows, self._vocabulary, self._seed, self._teacher)
             try:
-                for name, value in score_batch(self._model, batch, sums).items():
-                    losses[name] += value
+                values = score_batch(self._model, self._batch(input_ids_BT, windows), sums)
             except NonFiniteError as error:
                 raise UserError(
                     f"importance, calibration windows from number {windows.start} on: {error}; set "
                     "importance.dtype=float32 if it isn't yet, else check the checkpoint's weights"
                 ) from None
-        return SumsOfShard(sums.kinds, losses)
+            for name, value in values.items():
+                losses[loss_name(name)] = losses.get(loss_name(name), 0.0) + torch.tensor([value], dtype=torch.float64)
+        return {score_name(layer, name, kind): it for (kind, layer, name), it in sums.sums.items()} | losses
 
-    def _adding_curvature(self, *, counts: bool) -> dict[str, SeeOutputGradients]:
-        """For each kind, what adds g g^T of output gradients g; this rank's count only if it ``counts``."""
-        sums = self._curvature
+    def _add_curvature(self, kind: str, layer: int, gradients_NC: Tensor, *, counts: bool) -> None:
+        """Add g g^T of output gradients g; this rank's count only if it ``counts``."""
+        assert self._matrices is not None
+        self._matrices.add(kind, layer, gram_matrix(gradients_NC) if counts else None)
 
-        def add(kind: str, layer: int, gradients_NC: Tensor) -> None:
-            assert sums is not None
-            sums.add(kind, layer, gram_matrix(gradients_NC) if counts else None)
-
-        return {kind: partial(add, kind) for kind in (sums.sizes if sums else ())}
+    def _add_gradient(
+        self, weight: str, layer: int, inputs_BTI: Tensor, gradients_BTO: Tensor, *, counts: bool
+    ) -> None:
+        """Add a weight's gradient; this rank's counts only if it ``counts``."""
+        assert self._matrices is not None
+        product = partial(wide_product, gradients_BTO.flatten(0, -2), inputs_BTI.flatten(0, -2))
+        self._matrices.add(weight, layer, product() if counts else None)
 
     def _adding_gradients(self, *, counts: bool) -> list[SeenLinear]:
-        """For each weight that units own, what adds its gradient; this rank's counts only if it ``counts``."""
-        sums = self._gradients
-
-        def add(name: str, layer: int, inputs_BTI: Tensor, gradients_BTO: Tensor) -> None:
-            assert sums is not None
-            product = partial(wide_product, gradients_BTO.flatten(0, -2), inputs_BTI.flatten(0, -2))
-            sums.add(name, layer, product() if counts else None)
-
+        """What adds the gradient of each weight that units own, if a criterion needs them."""
         return [
-            SeenLinear(self._linear(units, layer, name), partial(add, name, layer))
-            for units in (self._units if sums else ())
+            SeenLinear(self._linear(units, layer, name), partial(self._add_gradient, name, layer, counts=counts))
+            for units in self._kinds
             for name in units.weights
+            if self._matrices is not None and name in self._matrices.sizes
             for layer in range(units.num_layers)
         ]
 
     def _linear(self, units: Units, layer: int, weight: str) -> nn.Module:
         return self.module.get_submodule(units.tensor(layer, weight.removesuffix(".weight")))
 
-    def _outputs_of(self, units: Units, criteria: Sequence[Criterion]) -> UnitOutputs:
-        """Return the modules at which units are observed, and those that make their channels if a criterion asks."""
-        if units.experts > 1:
-            return UnitOutputs(self._experts, units.channels_per_unit, experts=units.experts)
-        layers = range(units.num_layers)
-        outputs = [self._linear(units, layer, units.output) if units.counts[layer] else None for layer in layers]
-        makers = list(zip(units.weights[:-1], units.row_parts, strict=True))
-        needed = any(it.observes == "weights" for it in criteria)
-        rows = [[(self._linear(units, layer, name), parts) for name, parts in makers] for layer in layers if needed]
-        return UnitOutputs(outputs, units.channels_per_unit, rows)
+    def _units(self, experts: Sequence[nn.Module | None]) -> list[SeenUnits]:
+        """The units of all layers that have some, with the modules that make their channels if a criterion asks."""
+        needs_rows = any(criterion.observes == "weights" for criterion in self._criteria)
+        found = []
+        for units in self._kinds:
+            makers = list(zip(units.weights[:-1], units.row_parts, strict=True)) if needs_rows else []
+            for layer in (layer for layer, count in enumerate(units.counts) if count):
+                output = experts[layer] if units.experts > 1 else self._linear(units, layer, units.output)
+                assert output is not None
+                rows = [(self._linear(units, layer, name), parts) for name, parts in makers if units.experts == 1]
+                found.append(SeenUnits(units.kind, layer, output, units.channels_per_unit, rows, units.experts))
+        return found

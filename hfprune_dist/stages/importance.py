@@ -31,6 +31,7 @@ from hfprune_dist.data.windows import (
     save_windows,
 )
 from hfprune_dist.distributed.frozen_model import choose_sharding
+from hfprune_dist.distributed.interruption import Interrupted
 from hfprune_dist.distributed.layer_stream import LayerStream
 from hfprune_dist.distributed.layer_work import Turns
 from hfprune_dist.distributed.sums import Grams, explaining, windows_held_out
@@ -38,14 +39,12 @@ from hfprune_dist.errors import UserError, naming
 from hfprune_dist.kinds.importance import ImportanceParameters
 from hfprune_dist.methods import CRITERIA
 from hfprune_dist.methods.sdmprune import student_keeps
-from hfprune_dist.scoring.calibration_pass import cut_into_shards, run_pass
-from hfprune_dist.scoring.layer_sums import Size
-from hfprune_dist.scoring.shard_scorer import GivenStudent, ShardScorer
-from hfprune_dist.scoring.shard_sums import Accumulation, KindSizes
+from hfprune_dist.scoring.accumulation import Accumulation
+from hfprune_dist.scoring.shard_scorer import GivenStudent, ShardScorer, cut_into_shards, summed_matrices
 from hfprune_dist.stages.context import Context as AnyContext
 from hfprune_dist.store.atomic_files import read_object, write_json
 from hfprune_dist.structures import NEURONS
-from hfprune_dist.structures.score_names import SCORES, score_name, scores_of_layers
+from hfprune_dist.structures.score_names import SCORES, loss_name, score_name, scores_of_layers
 from hfprune_dist.structures.units import Units
 
 Context = AnyContext[ImportanceParameters]
@@ -72,7 +71,7 @@ def run(context: Context) -> None:
 
     world.on_rank0(write)
     losses = [loss for loss in losses_of(criteria) if loss.in_nats]
-    means = {f"mean_{loss.name}_nats": totals.losses[loss.name] / len(windows_ST) for loss in losses}
+    means = {f"mean_{it.name}_nats": float(totals.sums[loss_name(it.name)]) / len(windows_ST) for it in losses}
     context.commit(draft, {"tokens": windows_ST.numel(), **means, **documents})
 
 
@@ -116,40 +115,28 @@ def _accumulate(
 ) -> Accumulation:
     """Add up all shards; if no criterion sums anything, there are none, and no model is loaded."""
     settings = context.params.calibration
-    windows = len(windows_ST) if criteria else 0
-    shards = cut_into_shards(windows, settings.micro_batch_size, settings.shard_size)
-    hidden_size = checkpoint.config["hidden_size"]
-    sizes = {
-        kind: KindSizes(units.counts, units.channels_per_unit, hidden_size)
-        for kind, units in _scored_units(context, checkpoint).items()
-    }
-    weights = _weights_of_units(context, checkpoint, criteria)
-    totals = Accumulation(criteria, sizes, len(shards), context.work / PARTIAL, context.world, weights=weights)
+    shards = cut_into_shards(len(windows_ST) if criteria else 0, settings.micro_batch_size, settings.shard_size)
+    kinds = [*_scored_units(context, checkpoint).values()]
+    matrices = summed_matrices(checkpoint, kinds, criteria)
+    totals = Accumulation(len(shards), context.work / PARTIAL, context.world, matrices)
+    if not totals.is_complete:
+        scorer = _scorer(context, checkpoint, windows_ST, criteria, totals)
 
-    def report(done: int) -> None:
-        context.progress.update("calibration", done, len(shards))
+        def score(shard: int, counts: bool) -> Mapping[str, Tensor]:
+            longest = len(shards[totals.next_shard])  # only the very last shard is shorter
+            return scorer.score(shards[shard], longest, counts=counts)
 
-    run_pass(
-        shards,
-        totals,
-        lambda: _scorer(context, checkpoint, windows_ST, criteria, totals),
-        before_round=report,
-        after_round=lambda: context.interruption.stop_if_agreed(context.world),
-    )
-    report(len(shards))
+        while not totals.is_complete:
+            context.progress.update("calibration", totals.next_shard, len(shards))
+            totals.add_round(score)
+            try:
+                context.interruption.stop_if_agreed(context.world)
+            except Interrupted:
+                totals.save()
+                raise
+        scorer.release()
+    context.progress.update("calibration", len(shards), len(shards))
     return totals
-
-
-def _weights_of_units(context: Context, checkpoint: Checkpoint, criteria: Sequence[Criterion]) -> dict[str, list[Size]]:
-    """Name within a layer -> size [out, in] in each layer; none if no criterion uses their gradients."""
-    if not any(criterion.observes == "weight_gradients" for criterion in criteria):
-        return {}
-    tensors, layers = checkpoint.tensors, range(checkpoint.num_layers)
-    return {
-        name: [tensors[units.tensor(layer, name)].shape for layer in layers]
-        for units in _scored_units(context, checkpoint).values()
-        for name in units.weights
-    }
 
 
 def _scorer(
@@ -173,8 +160,7 @@ def _scorer(
         sharding=choose_sharding(context.runtime.sharding, need, context.world),
         structures=list(_scored_units(context, checkpoint)),
         activation_checkpointing=context.runtime.activation_checkpointing,
-        curvature=totals.curvature,
-        gradients=totals.gradients,
+        matrices=totals.matrices,
         student=_given_student(context, criteria),
     )
 
@@ -208,6 +194,7 @@ def _score_layers(
     """
     world, kinds = context.world, _scored_units(context, checkpoint)
     windows, tokens, seed = len(windows_ST), windows_ST.numel(), context.params.seed
+    has_gradients = any(criterion.observes == "weight_gradients" for criterion in criteria)
     scores: dict[str, Tensor] = {}
 
     def solve(kinds: Mapping[str, ScoredLayer]) -> None:
@@ -217,7 +204,7 @@ def _score_layers(
     turns = Turns(range(checkpoint.num_layers), world, solve)
     for number, grams in _grams_of_layers(context, checkpoint, criteria, windows_ST, turns.owner):
         mine = turns.owner(number) == world.rank
-        read_gradient = partial(_mean_gradient, totals, number, windows) if totals.gradients else None
+        read_gradient = partial(_mean_of, totals, number, windows) if has_gradients else None
         layers = {
             kind: scored_layer(
                 checkpoint,
@@ -225,7 +212,7 @@ def _score_layers(
                 number,
                 seed,
                 tokens,
-                moments=(grams[kind].whole(), totals.mean_curvature(kind, number, tokens)) if grams else None,
+                moments=(grams[kind].whole(), _mean_of(totals, number, tokens, kind)) if grams else None,
                 read_gradient=read_gradient,
             )
             for kind, units in (kinds.items() if mine else ())
@@ -235,8 +222,9 @@ def _score_layers(
     return {name: scores_U for share in world.all_gather(scores) for name, scores_U in share.items()}
 
 
-def _mean_gradient(totals: Accumulation, number: int, windows: int, name: str) -> Tensor:
-    return totals.mean_gradient(name, number, windows)
+def _mean_of(totals: Accumulation, number: int, terms: int, name: str) -> Tensor:
+    """The mean of one of a layer's matrices over windows or tokens: float64, on the device."""
+    return totals.matrices.value(name, number).div_(terms)
 
 
 def _grams_of_layers(
@@ -270,7 +258,8 @@ def _layer_scores(
     for criterion in criteria:
         if kind not in criterion.units:
             continue
-        scores_U = totals.of_layer(kind, criterion, layer.number)
+        name = score_name(layer.number, criterion.name, kind)
+        scores_U = totals.sums.get(name, torch.zeros(0, dtype=torch.float64))
         if criterion.score is not None and layer.units:
             with explaining(layer.number):
                 scores_U = criterion.score(scores_U, layer)
@@ -279,5 +268,5 @@ def _layer_scores(
                 f"importance: {criterion.name} of layer {layer.number} is NaN or infinite; "
                 "check the checkpoint's weights"
             )
-        scores[score_name(layer.number, criterion.name, kind)] = scores_U.clone()
+        scores[name] = scores_U.clone()
     return scores

@@ -1,7 +1,8 @@
-"""The layers of a model that stay when it is pruned, and the units of each kind that stay within them."""
+"""What stays of a model when it is pruned: layers, and the units of each kind within them; and how large that is."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -14,13 +15,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Shape:
-    """How many layers and units of a model stay.
+    """How many layers and units of a model stay; see ``Kept``.
 
     Attributes:
-        layers: numbers of the layers that stay, ascending.
-        units: kind -> number of units that each of these layers keeps, aligned with ``layers``. Kinds that are
-            missing here keep all units.
-        ranks: name within a layer of a low-rank projection (``low_rank``) -> its rank in each of these layers.
+        units: kind -> number of units that each of the layers keeps.
     """
 
     layers: tuple[int, ...]
@@ -28,11 +26,7 @@ class Shape:
     ranks: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
     def counts(self, units: Units) -> tuple[int, ...]:
-        """Return the number of units of one kind that each staying layer keeps.
-
-        Args:
-            units: the units of this kind in the unpruned model.
-        """
+        """Return the number of units of one kind that each staying layer keeps, given those of the unpruned model."""
         assert self.layers and list(self.layers) == sorted(set(self.layers)), f"layers {self.layers}"
         there = tuple(units.counts[layer] for layer in self.layers)
         counts = tuple(self.units.get(units.kind, there))
@@ -50,7 +44,7 @@ class Kept:
         layers: numbers of the layers that stay, ascending.
         units: kind -> ascending int64 indices of the units that each of these layers keeps, aligned with ``layers``.
             Kinds that are missing here keep all units.
-        ranks: as in ``Shape``.
+        ranks: name within a layer of a low-rank projection (``low_rank``) -> its rank in each of these layers.
     """
 
     layers: tuple[int, ...]
@@ -59,11 +53,7 @@ class Kept:
 
     @classmethod
     def of_all_layers(cls, units: Mapping[str, Sequence[Tensor]]) -> Kept:
-        """Return what stays of a model that keeps all its layers.
-
-        Args:
-            units: kind -> indices of the units that each layer keeps; at least one kind.
-        """
+        """Return what stays of a model that keeps all its layers, and of at least one kind these units."""
         return cls(tuple(range(len(next(iter(units.values()))))), units)
 
     @property
@@ -75,3 +65,67 @@ class Kept:
     def of_layer(self, layer: int, kind: str) -> Tensor:
         """Return the units that a staying layer keeps, for a kind that ``units`` contains."""
         return self.units[kind][self.layers.index(layer)]
+
+
+@dataclass(frozen=True)
+class ParameterCounts:
+    """Numbers of parameters in a model and in its parts.
+
+    Attributes:
+        total: of the whole model; a head tied to the embedding counts once.
+        layers: of each layer, including norms and biases.
+        units: kind -> of one unit, the same in every layer.
+        structures, shapes: as in ``count_parameters``.
+    """
+
+    total: int
+    layers: tuple[int, ...]
+    units: Mapping[str, int]
+    structures: Mapping[str, Units]
+    shapes: Mapping[str, Sequence[int]]
+
+    def of(self, shape: Shape) -> int:
+        """Return the number of parameters of the model once it is pruned to a shape."""
+        gone = self._factored(shape) + sum(self.layers) - sum(self.layers[layer] for layer in shape.layers)
+        for kind, units in self.structures.items():
+            before = sum(units.counts[layer] for layer in shape.layers)
+            gone += self.units[kind] * (before - sum(shape.counts(units)))
+        return self.total - gone
+
+    def ratio(self, shape: Shape) -> float:
+        """Return the share of the model's parameters that pruning to a shape removes."""
+        return (self.total - self.of(shape)) / self.total
+
+    def _factored(self, shape: Shape) -> int:
+        """Parameters saved where matrices are replaced by low-rank factors."""
+        units = next(iter(self.structures.values()))
+        gone = 0
+        for projection, ranks in shape.ranks.items():
+            for layer, rank in zip(shape.layers, ranks, strict=True):
+                outputs, inputs = self.shapes[units.tensor(layer, f"{projection}.weight")]
+                gone += outputs * inputs - rank * (outputs + inputs)
+        return gone
+
+
+def count_parameters(
+    shapes: Mapping[str, Sequence[int]], structures: Mapping[str, Units], tied: str | None
+) -> ParameterCounts:
+    """Count the parameters of a checkpoint.
+
+    Args:
+        shapes: name -> shape of the tensors that the model computes with.
+        structures: kind -> units, for every kind that the model has.
+        tied: name of a tensor that shares its values with another one and so doesn't count.
+    """
+    sizes = {name: math.prod(shape) for name, shape in shapes.items() if name != tied}
+    units = next(iter(structures.values()))
+    of_layers = [0] * units.num_layers
+    for name, size in sizes.items():
+        if name.startswith(f"{units.layers}."):
+            of_layers[int(name.removeprefix(f"{units.layers}.").partition(".")[0])] += size
+    per_unit = {}
+    for kind, it in structures.items():
+        layer = next(layer for layer, count in enumerate(it.counts) if count)
+        owned = sum(math.prod(shapes[name]) for name, _ in it.in_layer(layer, shapes))
+        per_unit[kind] = owned // it.counts[layer]
+    return ParameterCounts(sum(sizes.values()), tuple(of_layers), per_unit, structures, shapes)

@@ -21,29 +21,21 @@ def rank_field(projection: str) -> str:
 
 
 def read_ranks(config: Mapping[str, Any], block: str, projections: Sequence[str]) -> dict[str, tuple[int, ...]]:
-    """Return the ranks from a config.json: name within a layer of each low-rank projection -> its rank in each layer.
-
-    Args:
-        block: name within a layer of the block that contains these projections.
-    """
+    """Return what a config.json states of a block's projections: name within a layer -> rank in each layer."""
     sizes = config.get(LAYER_SIZES) or {}
     return {f"{block}.{name}": tuple(sizes[field]) for name in projections if (field := rank_field(name)) in sizes}
 
 
 def linear_modules(projection: str, low_rank: Mapping[str, Any]) -> tuple[str, ...]:
-    """Return the modules that compute a projection, the one with its bias last: the projection itself, or its factors.
-
-    Args:
-        low_rank: contains the names of the low-rank projections.
+    """Return the modules that compute a projection, the one with its bias last: itself, or its factors if it is one of
+    those of low rank.
     """
     return tuple(f"{projection}.{factor}" for factor in FACTORS) if projection in low_rank else (projection,)
 
 
 def with_products(config: Mapping[str, Any], shapes: Mapping[str, Sequence[int]]) -> dict[str, Sequence[int]]:
-    """Return the tensors of a layer, name within it -> shape, with its low-rank projections replaced by whole ones.
-
-    Args:
-        config: a ``config.json``, which says which projections have low rank.
+    """Return the tensors of a layer, name within it -> shape, with the projections replaced by whole ones that have a
+    low rank according to config.json.
     """
     sizes, whole = config.get(LAYER_SIZES) or {}, dict(shapes)
     for name in shapes:

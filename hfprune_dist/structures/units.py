@@ -1,18 +1,18 @@
 """Units: the smallest structures that pruning removes as a whole.
 
-Everything between scores and files works on the units of a model's layers. ``Units`` defines what a unit is: the tensor
-entries that go with it, the channels of an output projection's input that belong to it, and the fields of config.json
-that state how many units a layer has. Each kind of unit is a function from a ``config.json`` to ``Units``; ``neurons``
-is one.
+``Units`` defines what a unit is: the tensor entries that go with it, the channels of an output projection's input that
+belong to it, and the fields of config.json that state how many units a layer has. Each kind of unit is a function from
+a config.json to ``Units``: ``neurons`` and ``kv_groups`` here, and those of ``experts``.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
+
+from hfprune_dist.structures import KV_GROUPS, NEURONS
 
 if TYPE_CHECKING:
     from torch import nn
@@ -23,6 +23,9 @@ LAYER_SIZES = "layer_sizes"
 OUTPUT_BIASES = "output_biases"
 # transformers' key for settings of single layers: layer number -> field -> value.
 PER_LAYER = "per_layer_config"
+# Names of ``intermediate_size`` in configurations of opt and granitemoehybrid; and a second one that lfm2 reads first.
+OTHER_WIDTHS = ("ffn_dim", "shared_intermediate_size")
+OLDER_WIDTHS = ("block_ff_dim",)
 
 
 @dataclass(frozen=True)
@@ -48,11 +51,6 @@ class Owned:
     stacked: bool = False
     unit: int | None = None
 
-    @property
-    def entries(self) -> int:
-        """Number of entries of one unit, in all parts together."""
-        return self.per_unit * self.parts
-
     def numbered(self, name: str, number: int) -> str:
         """Return the name of a tensor that belongs to one unit as a whole, after that unit is renumbered."""
         begin, _, end = name.rpartition(f".{self.unit}.")
@@ -65,10 +63,10 @@ class Block:
 
     Attributes:
         layers: prefix of the names of all layers' tensors, before the layer's number.
-        name: name of the block within a layer; empty if its projections belong to the layer directly.
+        name: name within a layer; empty if its projections belong to the layer directly.
         norm: name within a layer of the norm whose output the block reads; None if it reads the residual stream.
-        norm_after: name of the norm that its outputs go through before they are added to the residual stream, if any.
-        multiplier: factor by which its outputs are multiplied before they are added.
+        norm_after: name of the norm that its outputs go through, if any, before they are added to that stream.
+        multiplier: factor by which they are then multiplied.
     """
 
     layers: str
@@ -95,12 +93,12 @@ class Units:
         kind: name of the kind, in the plural.
         counts: number of units in each layer.
         rows: what the units own of the projections that make the channels.
-        output: name within a layer of the projection that reads the channels; units own columns of its weight.
+        columns: what they own of the tensors that read the channels: of one, or of one for each expert.
+        output: name within a layer of the projection that reads the channels.
         block: the attention or MLP that the units are part of.
-        channels_per_unit: number of consecutive channels of that projection's input that belong to one unit.
         fields: field of config.json -> the amount of it that one unit accounts for.
+        channels_per_unit: number of consecutive channels of that projection's input that belong to one unit.
         implied: field -> its value, which config.json must state once it can't be computed from ``fields`` any more.
-        columns: what the units own of the tensors that read the channels; if empty, columns of the output projection.
         experts: number of experts among which a layer's channels are divided, expert by expert; 1 without experts.
         parts: number of equal consecutive parts of a layer's units, each of which keeps the same number.
         copies: number of units for each one that ``fields`` count.
@@ -109,12 +107,12 @@ class Units:
     kind: str
     counts: tuple[int, ...]
     rows: tuple[Owned, ...]
+    columns: tuple[Owned, ...]
     output: str
     block: Block
-    channels_per_unit: int
     fields: Mapping[str, int]
+    channels_per_unit: int = 1
     implied: Mapping[str, int] = field(default_factory=dict)
-    columns: tuple[Owned, ...] = ()
     experts: int = 1
     parts: int = 1
     copies: int = 1
@@ -145,39 +143,22 @@ class Units:
 
     @cached_property
     def owned(self) -> tuple[Owned, ...]:
-        """All that the units own in their layer, including columns of the output projection."""
-        return *self.rows, *self.output_columns
-
-    @property
-    def output_columns(self) -> tuple[Owned, ...]:
-        """What the units own of the tensors that read the channels: of one tensor, or of one for each expert."""
-        return self.columns or (Owned(f"{self.output}.weight", 1, self.channels_per_unit),)
-
-    def tensor(self, layer: int, name: str) -> str:
-        """Return the name in the whole model of a layer's tensor or module."""
-        return f"{self.layers}.{layer}.{name}"
-
-    def output_weight(self, layer: int) -> str:
-        """Return the name of the output projection's weight [hidden_size, units * channels_per_unit]."""
-        return self.tensor(layer, f"{self.output}.weight")
-
-    def output_bias(self, layer: int) -> str:
-        """Return the name of the output projection's bias [hidden_size], which a checkpoint may lack."""
-        return self.tensor(layer, f"{self.output}.bias")
-
-    def row_weights(self, layer: int) -> list[str]:
-        """Return the names of the weights [units * rows of a unit, ...] whose rows the units own, without biases."""
-        return [self.tensor(layer, name) for name in self.weights[:-1]]
-
-    @property
-    def row_parts(self) -> list[int]:
-        """Number of parts of each weight in ``row_weights``."""
-        return [owned.parts for owned in self.rows if owned.tensor.endswith(".weight")]
+        """All that the units own in their layer."""
+        return *self.rows, *self.columns
 
     @property
     def weights(self) -> list[str]:
         """Names within a layer of the weights that the units own parts of: rows of all but the last, then columns."""
         return [owned.tensor for owned in self.owned if owned.tensor.endswith(".weight")]
+
+    @property
+    def row_parts(self) -> list[int]:
+        """Number of parts of each of ``weights`` but the last."""
+        return [owned.parts for owned in self.rows if owned.tensor.endswith(".weight")]
+
+    def tensor(self, layer: int, name: str) -> str:
+        """Return the name in the whole model of a layer's tensor or module."""
+        return f"{self.layers}.{layer}.{name}"
 
     def in_layer(self, layer: int, tensors: Mapping[str, Any]) -> Iterator[tuple[str, Owned]]:
         """Yield those of the given tensors that the layer's units own parts of: (name in the whole model, the part)."""
@@ -187,17 +168,8 @@ class Units:
                 yield name, owned
 
     def outputs_of(self, model: nn.Module) -> list[nn.Module]:
-        """Return the output projections of a model's layers, in order."""
+        """Return the output projections of a model's layers."""
         return [model.get_submodule(self.tensor(layer, self.output)) for layer in range(self.num_layers)]
-
-    def parameters_per_unit(self, shapes: Mapping[str, Sequence[int]]) -> int:
-        """Return the number of parameters that are removed with one unit, the same in every layer.
-
-        Args:
-            shapes: name -> shape of the model's tensors.
-        """
-        layer = next(layer for layer, count in enumerate(self.counts) if count)
-        return sum(math.prod(shapes[name]) for name, _ in self.in_layer(layer, shapes)) // self.counts[layer]
 
     def shape_of(self, owned: Owned, layer: int, hidden: int) -> list[int]:
         """Return the shape of a tensor that a layer's units own parts of; not for whole experts.
@@ -206,14 +178,12 @@ class Units:
             hidden: the hidden size, which is the other dimension of matrices.
         """
         within = owned.axis - owned.stacked
-        size = self.counts[layer] // self.parts * owned.entries
+        size = self.counts[layer] // self.parts * owned.per_unit * owned.parts
         matrix = [size] if "bias" in owned.tensor else [size, hidden] if within == 0 else [hidden, size]
         return [self.parts, *matrix] if owned.stacked else matrix
 
     def values(self, counts: Sequence[int]) -> dict[str, list[int]]:
-        """Return what config.json states for layers with these numbers of units: field -> its value in each layer, 0
-        for layers that have none.
-        """
+        """Return what config.json states for layers with these numbers of units: field -> its value in each layer."""
         return {field: [count * size // self.copies for count in counts] for field, size in self.fields.items()}
 
     def sizes(self, counts: Sequence[int]) -> dict[str, Any]:
@@ -235,11 +205,56 @@ def plural_of(field: str) -> str:
     return f"{field}_by_layer" if field.endswith("s") else f"{field}s"
 
 
-def read_counts(config: Mapping[str, Any], field: str, per_unit: int = 1) -> tuple[int, ...]:
-    """Return the number of units in each layer, from a field of config.json; layers may differ.
+def read_counts(config: Mapping[str, Any], field: str) -> tuple[int, ...]:
+    """Return what a field of config.json states for each layer; layers may differ."""
+    values = (config.get(LAYER_SIZES) or {}).get(field) or [config[field]] * int(config["num_hidden_layers"])
+    return tuple(map(int, values))
+
+
+def neurons(config: Mapping[str, Any], mlp: Block, row_projections: Sequence[str], down: str, parts: int = 1) -> Units:
+    """Return the neurons of a model's MLPs: each owns a row of every row projection, weight and bias, and a column of
+    the down projection. There is only one row projection if there is no gate, or if it stacks gate and up as ``parts``.
+    """
+    rows = (mlp.within(f"{name}.{part}") for name in row_projections for part in ("weight", "bias"))
+    return Units(
+        kind=NEURONS,
+        counts=read_counts(config, "intermediate_size"),
+        rows=tuple(Owned(name, axis=0, parts=parts) for name in rows),
+        columns=(Owned(mlp.within(f"{down}.weight"), axis=1),),
+        output=mlp.within(down),
+        block=mlp,
+        fields={field: 1 for field in ("intermediate_size", *OTHER_WIDTHS, *OLDER_WIDTHS) if field in config},
+    )
+
+
+def kv_groups(config: Mapping[str, Any], attention: Block, projections: Sequence[str]) -> Units:
+    """Return the KV groups of a model: key-value heads, each with the query heads that read it. Query head ``j``
+    belongs to group ``j // (query heads per group)``.
+
+    Each group owns its rows of the query, key and value projections, weights and biases, and its columns of the output
+    projection. Norms over a head's channels (``q_norm``, ``k_norm``) are shared by all heads and stay.
 
     Args:
-        per_unit: the amount of the field that one unit accounts for.
+        config: includes the number of key-value heads and the size of a head.
+        projections: names of the query, key, value and output projections within the attention; none if groups can't
+            go. They then own nothing, and count as if all layers had as many, since a class of transformers may give
+            those of one kind fewer (``gemma4_text``).
     """
-    values = (config.get(LAYER_SIZES) or {}).get(field) or [config[field]] * int(config["num_hidden_layers"])
-    return tuple(int(value) // per_unit for value in values)
+    groups, head_dim = int(config["num_key_value_heads"]), int(config["head_dim"])
+    if not projections:
+        counts = (groups,) * int(config["num_hidden_layers"])
+        return Units(KV_GROUPS, counts, rows=(), columns=(), output=attention.name, block=attention, fields={})
+    query, key, value, output = (f"{attention.name}.{name}" for name in projections)
+    queries = int(config["num_attention_heads"]) // groups
+    owned = ((query, queries * head_dim), (key, head_dim), (value, head_dim))
+    return Units(
+        kind=KV_GROUPS,
+        counts=read_counts(config, "num_key_value_heads"),
+        rows=tuple(Owned(f"{name}.{part}", 0, size) for name, size in owned for part in ("weight", "bias")),
+        columns=(Owned(f"{output}.weight", 1, queries * head_dim),),
+        output=output,
+        block=attention,
+        fields={"num_attention_heads": queries, "num_key_value_heads": 1},
+        channels_per_unit=queries * head_dim,
+        implied={"head_dim": head_dim},
+    )

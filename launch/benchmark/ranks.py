@@ -15,6 +15,7 @@ from hfprune_launch.benchmark.scoring import read_windows
 
 from hfprune_dist.checkpoints.checkpoint import open_checkpoint
 from hfprune_dist.methods import CRITERIA
+from hfprune_dist.structures.score_names import scores_of_layers
 
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}
 ALONE = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
@@ -64,7 +65,7 @@ def score(model: str, text: str, tokens: int, shards: int) -> dict[str, Any]:
     mine = {shard: scorer.score(_micro_batches(shard)) for shard in range(world.rank, shards, world.size)}
     world.barrier()
     seconds = time.perf_counter() - started
-    entropy = {shard: sums.kinds["neurons"]["entropy"] for shard, sums in mine.items()}
+    entropy = {shard: torch.cat(scores_of_layers(sums, "entropy")) for shard, sums in mine.items()}
     digests = {shard: hashlib.sha256(it.numpy().tobytes()).hexdigest() for shard, it in entropy.items()}
     everybody = {shard: digest for share in world.all_gather(digests) for shard, digest in share.items()}
     return {"seconds": seconds, "digests": [everybody[shard] for shard in sorted(everybody)]}

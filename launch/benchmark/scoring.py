@@ -18,8 +18,8 @@ from transformers.utils import logging
 
 from hfprune_dist.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from hfprune_dist.core.head import Batch
-from hfprune_dist.core.observers import UnitOutputs
-from hfprune_dist.core.score_batch import ScoredModel, UnitSums, score_batch
+from hfprune_dist.core.observers import SeenUnits, UnitSums
+from hfprune_dist.core.score_batch import ScoredModel, score_batch
 from hfprune_dist.data.tokenizer import load_tokenizer
 from hfprune_dist.data.windows import Sampling, sample_windows
 from hfprune_dist.methods import CRITERIA
@@ -108,20 +108,21 @@ class Ours:
         self._model = ScoredModel(
             body=lambda input_ids_BT: body(input_ids=input_ids_BT, use_cache=False).last_hidden_state,
             head=lambda: contextlib.nullcontext((head.weight, head.bias)),
-            outputs={NEURONS: UnitOutputs(checkpoint.units.outputs_of(frozen), checkpoint.units.channels_per_unit)},
             after=after_head(checkpoint),
         )
+        outputs = checkpoint.units.outputs_of(frozen)
+        self._units = [SeenUnits(NEURONS, layer, output) for layer, output in enumerate(outputs)]
         self._windows = 0
         self.scores_LD = torch.zeros(())
 
     def add(self, micro_batches: Sequence[Tensor]) -> None:
         """Add the scores of a shard."""
-        sums = UnitSums(self._model.outputs, [CRITERIA[CRITERION]])
+        sums = UnitSums(self._units, [CRITERIA[CRITERION]])
         for input_ids_BT in micro_batches:
             windows = range(self._windows, self._windows + len(input_ids_BT))
             score_batch(self._model, Batch(input_ids_BT, windows, self._vocabulary, SEED), sums)
             self._windows += len(input_ids_BT)
-        self.scores_LD = self.scores_LD + sums.kinds[NEURONS][CRITERION]
+        self.scores_LD = self.scores_LD + torch.stack([sums.sums[NEURONS, it.layer, CRITERION] for it in self._units])
 
 
 def read_windows(model: str, text: str, windows: int, tokens: int) -> Tensor:

@@ -28,6 +28,7 @@ from hfprune_dist.planning.ratios import check_ratios
 from hfprune_dist.scoring.shard_scorer import ShardScorer
 from hfprune_dist.structures import NEURONS
 from hfprune_dist.structures.kept import Kept
+from hfprune_dist.structures.score_names import score_name
 
 every_model = pytest.mark.parametrize("model_type", SEEING)
 TEXT = [5, 6, 7, 8]
@@ -223,9 +224,9 @@ def test_scores_layers_and_adapters_of_a_mixture_are_those_of_the_whole_model(ch
     others = {place: name for place, name in places.items() if place[0] != KIND}
     expected = definition(model, WINDOWS[:1], "entropy", others=others)
     options = {"seed": 0, "micro_batch_size": 1, "world": SoloWorld(), "structures": [*units, WHOLE]}
-    sums = ShardScorer(checkpoint, torch.float32, WINDOWS, [CRITERIA["entropy"]], **options).score([range(1)]).kinds
+    sums = ShardScorer(checkpoint, torch.float32, WINDOWS, [CRITERIA["entropy"]], **options).score([range(1)])
     for (kind, layer), expected_U in expected.items():
-        ours_U = sums[kind]["entropy"][layer, : len(expected_U)]
+        ours_U = sums[score_name(layer, "entropy", kind)]
         assert (ours_U - expected_U).norm() <= 1e-4 * expected_U.norm(), (kind, layer)
     with torch.no_grad():
         through_layers(checkpoint, load(checkpoint.path), WINDOWS)

@@ -13,7 +13,6 @@ from transformers import (
 )
 
 from hfprune_dist.checkpoints.layer_settings import of_layers, undroppable_layers
-from hfprune_dist.structures.experts import has_experts
 
 
 @settings(max_examples=50)
@@ -81,6 +80,20 @@ def test_all_other_layers_can_be_dropped():
 
 
 PERIODS = {"expert_layer_period": 2, "expert_layer_offset": 1, "attn_layer_period": 4, "attn_layer_offset": 2}
+
+
+def has_experts(config, layer):
+    """Return what classes of transformers make of these settings."""
+    last = config.get("moe_layer_end_index", -1)
+    if kinds := config.get("mlp_layer_types"):
+        return kinds[layer] == "sparse"
+    if layer in config.get("mlp_only_layers", ()) or 0 <= last < layer:
+        return False
+    if period := config.get("expert_layer_period"):
+        return layer % period == config["expert_layer_offset"]
+    steps = [config.get(key, 1) for key in ("decoder_sparse_step", "moe_layer_interval")]
+    firsts = [config.get(key, 0) for key in ("first_k_dense_replace", "num_dense_layers", "moe_layer_start_index")]
+    return all((layer + 1) % step == 0 for step in steps) and layer >= max(firsts)
 
 
 @pytest.mark.parametrize(

@@ -96,9 +96,10 @@ def defined(dense, ranks, width):
     attention = [f"{dense.family.attention}.{name}" for name in dense.family.attention_projections]
     for layer in range(3):
         query, output = (units.tensor(layer, it) for it in (attention[0], attention[3]))
-        row, down = (it.removesuffix(".weight") for it in (units.row_weights(layer)[0], units.output_weight(layer)))
+        names = [units.tensor(layer, it) for it in units.weights]
+        row, down = (names[it].removesuffix(".weight") for it in (0, -1))
         of_query, of_output, of_row, of_down = read_by(model, [query, output, row, down])
-        rows = [model.get_parameter(name).data.double() for name in units.row_weights(layer)]
+        rows = [model.get_parameter(name).data.double() for name in names[:-1]]
         matrices = [it for whole in rows for it in whole.chunk(2 if len(whole) > len(of_down) else 1)]
         columns = model.get_submodule(down).weight.data
         scores = sum((it * of_row).norm(dim=1) for it in matrices) + columns.double().norm(dim=0) * of_down

@@ -36,7 +36,7 @@ def cost_of_removing(gram, curvature, weight, removed, channels=1):
     return 0.5 * torch.trace(curvature @ error @ gram @ error.T)
 
 
-CHANNELS = pytest.mark.parametrize("channels", [1, 2, 5, 10, 20])
+CHANNELS = pytest.mark.parametrize("channels", [1, 5, 20])
 
 
 @CHANNELS
@@ -62,8 +62,7 @@ def test_a_first_removal_goes_half_way_to_the_exact_fisher_score(channels):
         torch.testing.assert_close(costs, factor**0.5 * torch.stack(alone))
 
 
-@pytest.mark.parametrize("channels", [1, 2])
-@pytest.mark.parametrize("waiting", [1, 3, 100])
+@pytest.mark.parametrize(("waiting", "channels"), [(1, 1), (3, 2), (100, 2)])
 def test_it_does_not_matter_how_many_updates_wait(waiting, channels, monkeypatch):
     gram, curvature, weight = layer()
     arguments = gram, curvature, weight, 2 * independent(gram, curvature, weight, channels), 2

@@ -52,7 +52,7 @@ def test_sums_match_their_definitions():
     assert (sums.agree, sums.tokens, sums.predicted) == (agree, 13, 12)
 
 
-@pytest.mark.parametrize("rows", [1, 4, 13, 100])
+@pytest.mark.parametrize("rows", [1, 4])
 def test_chunks_change_nothing(monkeypatch, rows):
     whole = compare_outputs(outputs(0), outputs(1), following())
     monkeypatch.setattr(head, "CHUNK_BYTES", rows * 17 * 8)
@@ -62,8 +62,7 @@ def test_chunks_change_nothing(monkeypatch, rows):
     assert (chunked.agree, chunked.tokens, chunked.predicted) == (whole.agree, whole.tokens, whole.predicted)
 
 
-@pytest.mark.parametrize("rows", [1, 4, 100])
-@pytest.mark.parametrize("count", [0, 1, 3])
+@pytest.mark.parametrize(("rows", "count"), [(4, 3), (100, 0)])
 def test_several_models_diverge_as_each_does_alone(monkeypatch, rows, count):
     """Bit for bit, while the dense model's logits are computed only once."""
     monkeypatch.setattr(head, "CHUNK_BYTES", rows * 17 * 8)

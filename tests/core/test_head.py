@@ -17,8 +17,7 @@ def by_autograd(hidden, weight, bias):
     return entropy.detach(), hidden.grad
 
 
-@pytest.mark.parametrize("with_bias", [False, True])
-@pytest.mark.parametrize("rows_per_chunk", [1, 4, 100])
+@pytest.mark.parametrize(("with_bias", "rows_per_chunk"), [(False, 1), (True, 4), (False, 100)])
 def test_chunks_give_the_gradient_of_the_whole(monkeypatch, rows_per_chunk, with_bias):
     hidden = torch.randn(11, 8, dtype=torch.float64)
     weight = torch.randn(30, 8, dtype=torch.float64)

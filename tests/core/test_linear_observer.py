@@ -6,7 +6,7 @@ import pytest
 import torch
 from core_definition import ROWS, cross_entropy
 from scored_model import checkpointed, some_windows, sums_of
-from tiny import VARIANTS, tiny_model
+from tiny import tiny_model
 
 from hfprune_dist.core.linear_observer import SeenLinear
 from hfprune_dist.models.memory_efficient_backward import use_memory_efficient_backward
@@ -34,8 +34,8 @@ def gradients_of(model, windows, criteria=("weight_taylor",), names=NAMES, **opt
     return gradients, sums.of_units
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_gradients_are_those_of_autograd_in_every_family(variant):
+@pytest.mark.parametrize("variant", ["llama-tied-biases", "qwen3"])
+def test_gradients_are_those_of_autograd(variant):
     model, windows = tiny_model(variant), some_windows(3, 16)
     found, _ = gradients_of(model, windows)
     exact = copy.deepcopy(model).double().requires_grad_()
@@ -47,8 +47,9 @@ def test_gradients_are_those_of_autograd_in_every_family(variant):
         assert (gradient - expected).norm() < 1e-4 * expected.norm(), (number, name)
 
 
-@pytest.mark.parametrize("prepare", [use_memory_efficient_backward, checkpointed])
-@pytest.mark.parametrize("options", [{}, {"hidden_act": "gelu"}])
+@pytest.mark.parametrize(
+    ("prepare", "options"), [(use_memory_efficient_backward, {"hidden_act": "gelu"}), (checkpointed, {})]
+)
 def test_checkpointing_and_criteria_and_weights_beside_change_no_bits(prepare, options):
     model, windows = tiny_model(num_hidden_layers=3, **options), some_windows(3, 16)
     alone, _ = gradients_of(model, windows, names=[name for name in NAMES if "mlp" in name])

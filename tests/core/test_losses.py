@@ -5,6 +5,7 @@ import itertools
 import pytest
 import torch
 
+from hfprune_dist.core import head
 from hfprune_dist.core.head import Batch, Rows
 from hfprune_dist.core.losses import (
     SIGN_TOKENS,
@@ -14,6 +15,7 @@ from hfprune_dist.core.losses import (
     entropy_gradient,
     random_signs_gradient,
     signs_of,
+    summed_divergence,
 )
 from hfprune_dist.methods import CRITERIA
 
@@ -124,3 +126,28 @@ def test_neither_chunks_nor_micro_batches_change_labels_or_signs(criterion):
     for chunk in (1, 50, SIGN_TOKENS, tokens + 1):
         assert torch.equal(torch.cat(list(gradients([[0, 1]], chunk))), whole)
         assert torch.equal(torch.cat(list(gradients([[0], [1]], chunk))), whole)
+
+
+@pytest.mark.parametrize(("tokens_a_chunk", "has_bias"), [(4, True), (100, False)])
+def test_the_divergence_to_train_on_is_that_of_the_definition_and_leaves_the_head_alone(
+    monkeypatch, tokens_a_chunk, has_bias
+):
+    hidden_NC, dense_NC, weight_VC, bias_V = (some_logits(*shape) for shape in ((13, 8), (13, 8), (17, 8), (1, 17)))
+    monkeypatch.setattr(head, "CHUNK_BYTES", tokens_a_chunk * 17 * 8)
+    bias_V = bias_V[0] if has_bias else None
+    ours, theirs = hidden_NC.clone().requires_grad_(), hidden_NC.clone().requires_grad_()
+    weight_VC.requires_grad_()
+    loss = summed_divergence(ours, dense_NC, weight_VC, bias_V)
+    expected = kl(*(torch.nn.functional.linear(it, weight_VC.detach(), bias_V) for it in (theirs, dense_NC))).sum()
+    torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
+    (loss * 3).backward()
+    (expected * 3).backward()
+    torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-10, atol=1e-12)
+    assert weight_VC.grad is None
+
+
+def test_no_tokens_are_no_divergence_but_keep_the_graph():
+    hidden_NC, weight_VC = some_logits(5, 8).requires_grad_(), some_logits(17, 8)
+    loss = summed_divergence(hidden_NC[:0], hidden_NC.detach()[:0], weight_VC, None)
+    loss.backward()
+    assert loss.item() == 0.0 and not hidden_NC.grad.any()

@@ -46,7 +46,7 @@ def test_a_frozen_linear_layer_has_torchs_bits_and_saves_no_tensor(dtype, biased
     x, gradient = random(2, 5, 16, dtype=dtype, seed=2).requires_grad_(), random(2, 5, 6, dtype=dtype, seed=3)
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
-        y = frozen_linear(x, weight, bias)
+        y = frozen_linear(x, weight, bias, None, False)
     assert torch.equal(y, torch.nn.functional.linear(x, weight, bias))
     assert kept == []
     y.backward(gradient)

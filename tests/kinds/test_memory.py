@@ -11,7 +11,7 @@ from peft import LoraConfig, get_peft_model
 from ranks import SoloWorld
 from tiny import FAMILY, save_tiny, tiny_model
 from transformers import AutoModelForCausalLM
-from unit_outputs import unit_outputs
+from unit_outputs import seen_units
 
 from hfprune_dist.checkpoints.checkpoint import open_checkpoint
 from hfprune_dist.checkpoints.lora_adapter import lora_targets
@@ -20,7 +20,8 @@ from hfprune_dist.config.texts import CalibrationConfig
 from hfprune_dist.config.training import RecoveryConfig
 from hfprune_dist.core import head, portions
 from hfprune_dist.core.head import Batch
-from hfprune_dist.core.score_batch import ScoredModel, UnitSums, score_batch
+from hfprune_dist.core.observers import UnitSums
+from hfprune_dist.core.score_batch import ScoredModel, score_batch
 from hfprune_dist.distributed.layer_stream import LayerStream
 from hfprune_dist.kinds import importance
 from hfprune_dist.kinds.evaluate import EvaluateParameters
@@ -73,9 +74,8 @@ def test_a_calibration_pass(tmp_path, monkeypatch, criteria, kinds, checkpointin
     scored = ScoredModel(
         body=lambda input_ids: FAMILY.body_of(model)(input_ids=input_ids, use_cache=False).last_hidden_state,
         head=lambda: contextlib.nullcontext((last.weight, last.bias)),
-        outputs={kind: unit_outputs(structures[kind], model) for kind in kinds},
     )
-    sums = UnitSums(scored.outputs, [CRITERIA[name] for name in criteria])
+    sums = UnitSums(seen_units(model, [structures[kind] for kind in kinds]), [CRITERIA[name] for name in criteria])
     with PeakBytes() as counted:
         batch = Batch(torch.ones(2, 48, dtype=torch.int64), range(2), 264, 0, (0.4, 0.2))
         score_batch(scored, batch, sums)

@@ -369,7 +369,7 @@ def test_killing_a_rank_of_one_stage_after_another(finished, config, short_of):
 
 def test_a_rank_that_fails_ends_the_stage_with_its_message(config, tmp_path):
     """Rank 1 must not write the sums of its layer; rank 0 waits for it."""
-    refused = {"PYTHONPATH": str(FAULTS), "REFUSE_RANK": "1", "REFUSE_MATCH": "curvature"}
+    refused = {"PYTHONPATH": str(FAULTS), "REFUSE_RANK": "1", "REFUSE_MATCH": "matrices"}
     few = ["--set", "recovery.method=none", "--set", "evaluation.tasks=[]"]
     result = sweep(config, tmp_path / "out", *ONE_CELL, *few, environment=refused, real=True)
     assert result.returncode == 2, result.stdout

@@ -5,7 +5,7 @@ import torch
 from host_reads import HostReads
 from tiny import FAMILY, tiny_model
 
-from hfprune_dist.core.distillation import summed_divergence
+from hfprune_dist.core.losses import summed_divergence
 from hfprune_dist.models.after_head import DistillingHead
 
 

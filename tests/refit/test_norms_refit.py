@@ -77,7 +77,7 @@ def test_derivatives_are_those_of_the_whole_model(tmp_path, model_type):
     checkpoint, windows_ST = open_checkpoint(save_model(tmp_path / "model", model_type)), windows_of(3) % 64
     units = checkpoint.structures["neurons"]
     weight = 0.3 * torch.randn(32, units.counts[1], generator=torch.Generator().manual_seed(1))
-    new = {units.output_weight(1): lambda: weight}
+    new = {units.tensor(1, units.weights[-1]): lambda: weight}
     gradients = gradients_of(checkpoint, Kept((0, 1, 2)), windows_ST, new=new)
     factors_RC = factors_of(gradients.shape)
     there = gradients.at(factors_RC)

@@ -5,7 +5,6 @@ from dataclasses import replace
 import pytest
 import tiny
 import torch
-from pairs import change_families
 from ranks import SoloWorld
 from refitting import (
     DOWN,
@@ -27,6 +26,7 @@ from tiny import VARIANTS
 from transformers import Olmo2Config, Olmo2ForCausalLM
 from worlds import Ranks
 
+from hfprune_dist.checkpoints import checkpoint as checkpoints
 from hfprune_dist.core.least_squares import RIDGES
 from hfprune_dist.distributed.interruption import Interrupted
 from hfprune_dist.errors import UserError
@@ -156,7 +156,13 @@ def test_an_interrupted_refit_goes_on_at_its_layer(tmp_path, monkeypatch, method
 def test_norms_behind_the_attention_are_refused_before_anything_is_fitted(tmp_path, monkeypatch):
     names = {"attention_norm": "post_feedforward_layernorm", "attention_norm_after": None}
     names |= {"mlp_norm": "post_attention_layernorm", "mlp_norm_after": None, "whole_groups": ""}
-    change_families(monkeypatch, lambda family: replace(family, **names))
+    original = checkpoints.discover
+
+    def discover(*arguments, **options):
+        family, stated = original(*arguments, **options)
+        return replace(family, **names), stated
+
+    monkeypatch.setattr(checkpoints, "discover", discover)
     monkeypatch.setitem(tiny.VARIANTS, "olmo2", (Olmo2Config, Olmo2ForCausalLM, {"tie_word_embeddings": False}))
     checkpoint = checkpoint_in(tmp_path / "model", "olmo2")
     with pytest.raises(

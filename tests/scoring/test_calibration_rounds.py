@@ -12,13 +12,15 @@ from tiny import save_tiny
 from worlds import BACKWARD, FORWARD, Death, Ranks, without_deepspeed
 
 from hfprune_dist.checkpoints.checkpoint import open_checkpoint
+from hfprune_dist.config.texts import CalibrationConfig
 from hfprune_dist.distributed.interruption import Interruption
 from hfprune_dist.errors import UserError
+from hfprune_dist.kinds.importance import ImportanceParameters
 from hfprune_dist.methods import CRITERIA
 from hfprune_dist.stages import importance
 from hfprune_dist.store.heartbeat import Progress
 
-TOKENS, UNKNOWN = 6, 250
+TOKENS, UNKNOWN = 8, 250
 SMALLEST = {"hidden_size": 16, "intermediate_size": 20, "num_attention_heads": 4, "num_key_value_heads": 2}
 # Only the default; with a sum of activations and another loss; and gradients of weights, with products of them as well.
 CHOICES = (("surgeon",), ("activation_l1", "entropy", "surgeon"), ("entropy", "weight_taylor", "coupled_taylor"))
@@ -89,13 +91,11 @@ def calibrate(checkpoint, patch):
         windows_ST = known_ST.clone()
         if unknown_in is not None:
             windows_ST[unknown_in, TOKENS // 2] = UNKNOWN
-        keys = ("micro_batch_size", "shard_size")
-        sizes = {key: getattr(case, key) for key in keys}
-        calibration = SimpleNamespace(**sizes, samples=case.samples, sequence_length=TOKENS)
-        names = CHOICES[case.choice]
-        params = SimpleNamespace(
-            criteria=names, dtype="float32", seed=3, calibration=calibration, structures=case.structures
-        )
+        keys = ("samples", "micro_batch_size", "shard_size")
+        calibration = CalibrationConfig(sequence_length=TOKENS, **{key: getattr(case, key) for key in keys})
+        names = [*CHOICES[case.choice]]
+        settings = {"criteria": names, "dtype": "float32", "add_bos_token": True, "seed": 3}
+        params = ImportanceParameters(calibration=calibration, structures=case.structures, **settings)
 
         def accumulate(world):
             context = SimpleNamespace(
@@ -116,29 +116,21 @@ def calibrate(checkpoint, patch):
 
 def assert_same(totals, expected, tokens):
     assert totals.next_shard == expected.next_shard and totals.is_complete
-    assert totals.losses == expected.losses
-    for kind, of_kind in totals.kinds.items():
-        for name, sums in expected.kinds[kind].items():
-            assert torch.equal(of_kind[name], sums), (kind, name)
-        for layer in range(2) if totals.curvature else ():
-            curvature = expected.mean_curvature(kind, layer, tokens)
-            torch.testing.assert_close(totals.mean_curvature(kind, layer, tokens), curvature, rtol=1e-5, atol=1e-7)
-    for weight in totals.gradients.sizes:
+    assert all(torch.equal(expected.sums[name], sum_N) for name, sum_N in totals.sums.items())
+    for name in totals.matrices.sizes:
         for layer in range(2):
-            gradient = expected.mean_gradient(weight, layer, tokens)
-            torch.testing.assert_close(totals.mean_gradient(weight, layer, tokens), gradient, rtol=1e-5, atol=1e-7)
+            mean = expected.matrices.value(name, layer) / tokens
+            torch.testing.assert_close(totals.matrices.value(name, layer) / tokens, mean, rtol=1e-5, atol=1e-7)
 
 
 # The victim is numbered among the ranks, and the collective before which it dies among the victim's own.
 @pytest.mark.parametrize(
     ("case", "size", "later", "dies_at", "victim"),
     [
-        (Case(6, 4, 1, 1), 2, 3, 0.9, 0),
-        (Case(62, 4, 1, 0), 4, 3, 0.5, 1),
+        (Case(30, 4, 1, 0), 4, 3, 0.5, 1),
         (Case(1, 1, 1, 1), 1, 1, 0.0, 0),
         (Case(1, 1, 1, 0), 5, 2, 0.99, 3),
-        (Case(13, 4, 2, 1), 3, 1, 0.7, 2),
-        (Case(3, 1, 1, 1, groups=True), 5, 2, 0.8, 0),
+        (Case(13, 4, 2, 1, groups=True), 3, 1, 0.7, 2),
         (Case(9, 2, 1, 2, groups=True), 3, 2, 0.7, 1),
         (Case(9, 2, 2, 2), 2, 3, 0.5, 0),
     ],
@@ -168,8 +160,7 @@ def test_all_ranks_keep_step_and_have_the_sums_of_one(calibrate, tmp_path, case,
         assert_same(totals, expected, tokens)
 
 
-@pytest.mark.parametrize("choice", range(len(CHOICES)))
-@pytest.mark.parametrize("window", [0, 5])
+@pytest.mark.parametrize(("choice", "window"), [(0, 5), (1, 0), (2, 5)])
 def test_what_is_not_finite_in_one_ranks_windows_is_told_with_their_number(calibrate, tmp_path, window, choice):
     message = f"^importance, calibration windows from number {window} on: .* are NaN.*set importance.dtype=float32"
     with pytest.raises(UserError, match=message):

@@ -95,10 +95,9 @@ def norms(attention, groups):
 @pytest.mark.parametrize(
     "model",
     [
-        Model("qwen3", 2, 2, 2, 8),
+        Model("qwen3", 2, 3, 2, 4),
         Model("qwen2", 1, 4, 1, 4),
         Model("llama-tied-biases", 3, 1, 3, 2),
-        Model("mistral", 2, 3, 2, 4),
     ],
     ids=str,
 )

@@ -1,6 +1,5 @@
 """The layer-by-layer pass of the importance stage, on real ranks: what a resume may not change."""
 
-import pytest
 from forks import on_ranks
 from scoring import files_of, make_stage, run
 
@@ -20,10 +19,9 @@ def killed_at(layer):
     return grams
 
 
-@pytest.mark.parametrize("structures", [("neurons",), ("neurons", "kv_groups")])
-def test_a_resume_in_the_second_pass_has_the_bits_of_a_model_with_biases(tmp_path, monkeypatch, structures):
+def test_a_resume_in_the_second_pass_has_the_bits_of_a_model_with_biases(tmp_path, monkeypatch):
     """A process that resumes there never loads a sharded model, for which DeepSpeed replaces torch's linear."""
-    stage = make_stage(tmp_path, "qwen2", "bfloat16", structures=structures)
+    stage = make_stage(tmp_path, "qwen2", "bfloat16", structures=("neurons", "kv_groups"))
     whole, store = Store(tmp_path / "whole"), Store(tmp_path / "store")
     assert on_ranks(1, lambda world: run(whole, stage, world)).codes == [0]
     with monkeypatch.context() as patch:

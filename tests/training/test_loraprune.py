@@ -21,8 +21,7 @@ from hfprune_dist.kinds.placement import Placement
 from hfprune_dist.methods.loraprune import DECAY, gone_after
 from hfprune_dist.models.loading import load_causal_lm
 from hfprune_dist.structures.kept import Shape
-from hfprune_dist.structures.neurons import neurons
-from hfprune_dist.structures.units import Block
+from hfprune_dist.structures.units import Block, neurons
 from hfprune_dist.training import snapshots, trainer
 from hfprune_dist.training.engine_setup import MAX_GRAD_NORM
 from hfprune_dist.training.loraprune import UnitMasks
