@@ -22,13 +22,18 @@ from hfprune_launch.screen import make_console
 from hfprune_launch.sweep import sweep_parser
 from hfprune_launch.sweep_folder import read_sweep
 from numpy.typing import NDArray
+from safetensors.numpy import load_file
 
 from hfprune_dist.config.load import from_command_line, parse_assignments
 from hfprune_dist.config.yaml_text import to_yaml
 from hfprune_dist.errors import UserError
-from hfprune_dist.results.agreement import read_scores
 from hfprune_dist.results.rows import Row
 from hfprune_dist.store.stage import kind_of
+from hfprune_dist.structures import EXPERT_NEURONS, EXPERTS, NEURONS, SHARED_NEURONS
+from hfprune_dist.structures.score_names import SCORES, criteria_in, scores_of_layers
+
+# Kinds of units that a layer's MLPs consist of.
+MLPS = (NEURONS, EXPERT_NEURONS, SHARED_NEURONS)
 
 
 class Session:
@@ -52,7 +57,7 @@ class Session:
         at = folder(str(out)).absolute()
         arguments.config = [] if config is None else [_fixed(place(str(config)))]
         arguments.set = _assignments(from_command_line(parse_assignments(_assignments(plain))))
-        self._command = Command(arguments, at, make_console(works_on=True))
+        self._command = Command(arguments, at, make_console())
 
     def score(self) -> dict[str, dict[str, list[NDArray[np.float64]]]]:
         """Score the neurons of the dense models.
@@ -103,7 +108,7 @@ class Session:
         prepared = prepare(self._command, download=True)
         prepared.require_runnable(self._command)
         run_prepared(self._command, prepared)
-        return read_sweep(self._command.out).rows
+        return read_sweep(self._command.out).rows()
 
     def _make(self, prepared: Prepared, stage_ids: Iterable[str]) -> None:
         sweep = prepared.sweep
@@ -118,13 +123,21 @@ class Session:
                 raise error(f"{sweep.plan.stages[handle.id].kind} failed: {failure.message}")
 
 
+def read_scores(importance: Path) -> dict[str, list[NDArray[np.float64]]]:
+    """Criterion -> its scores of every layer's neurons, from an importance artifact; those of experts are concatenated.
+    If only whole experts were scored, their scores.
+    """
+    stored, scores = load_file(importance / SCORES), {}
+    for name in sorted(criteria_in(stored)):
+        of_kinds = [found for kind in MLPS if (found := scores_of_layers(stored, name, kind))]
+        of_kinds = of_kinds or [scores_of_layers(stored, name, EXPERTS)]
+        scores[name] = [np.concatenate(layer) for layer in zip(*of_kinds, strict=True)]
+    return scores
+
+
 def _plain(value: Any) -> Any:
     """Return a value that JSON lacks as one that it has: numbers and arrays of numpy, and paths as text."""
-    if isinstance(value, np.ndarray):
-        return [*value] if value.ndim else value[()]
-    if isinstance(value, np.floating):
-        return float(str(value))  # 0.2, where the nearest float32 is 0.20000000298
-    return value.item() if isinstance(value, np.generic) else str(value)
+    return value.tolist() if isinstance(value, np.ndarray | np.generic) else str(value)
 
 
 def _assignments(settings: Mapping[str, Any]) -> list[str]:

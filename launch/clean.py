@@ -26,15 +26,12 @@ from collections.abc import Sequence
 if __name__ == "__main__":
     import installed  # noqa: F401
 
-from hfprune_launch.command import folder, make_parser, run
+from hfprune_launch.command import command, folder, make_parser
 
 
+@command
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse the command line and clean up."""
-    return run(lambda: _clean(argv))
-
-
-def _clean(argv: Sequence[str] | None) -> int:
     parser = make_parser(__doc__)
     parser.add_argument("out", type=folder, help="folder of a sweep, e.g. runs/demo")
     parser.add_argument(

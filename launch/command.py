@@ -5,23 +5,29 @@ This holds from the start, since this module imports next to nothing and command
 
 from __future__ import annotations
 
+import functools
 import io
 import os
 import re
 import sys
-import traceback
 from argparse import Action, ArgumentParser, Namespace, RawDescriptionHelpFormatter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from hfprune_launch.installed import how_to_activate
-
-import hfprune_dist
 from hfprune_dist.errors import UserError, explained
 
 SIGPIPE_EXIT_CODE = 141  # what a shell reports for a program ended by SIGPIPE
+
+
+def command(body: Callable[[Sequence[str] | None], int]) -> Callable[..., int]:
+    """Decorator of a command's ``main``, which gets the arguments, by default those of this process."""
+
+    @functools.wraps(body)
+    def main(argv: Sequence[str] | None = None) -> int:
+        return run(lambda: body(argv))
+
+    return main
 
 
 def run(body: Callable[[], int], when_interrupted: str = "interrupted") -> int:
@@ -32,49 +38,17 @@ def run(body: Callable[[], int], when_interrupted: str = "interrupted") -> int:
     """
     _require_streams()
     try:
-        with explained(), _packages_explained():
-            _require_current_folder()
+        with explained():
             _require_own_packages()
             code = body()
             sys.stdout.flush()
             return code
     except BrokenPipeError:  # the reader of the output, such as head, has seen enough
-        discard_output()
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return SIGPIPE_EXIT_CODE
     except KeyboardInterrupt as interruption:
         print(*interruption.args or [when_interrupted], file=sys.stderr)
         return 130
-
-
-@contextmanager
-def _packages_explained() -> Iterator[None]:
-    """Turn the error of a package that is missing, or breaks while it is imported, into one that says what to do."""
-    try:
-        yield
-    except Exception as error:
-        package = _unusable_package(error)
-        if package is None:
-            raise
-        path = os.environ.get("PYTHONPATH")
-        other = f"PYTHONPATH ({path}) may hold another one: unset it, or " if path else ""
-        raise UserError(
-            f"{package} can't be imported by {sys.executable} ({type(error).__name__}: {error}); "
-            f"{other}{how_to_activate()}"
-        ) from None
-
-
-def _unusable_package(error: Exception) -> str | None:
-    """The package, or the file of one, whose import raised an error; None if something else did, or it is ours."""
-    if isinstance(error, ImportError) and error.name and not error.name.startswith("hfprune_"):
-        return error.name.partition(".")[0]
-    ours = [Path(__file__).resolve().parent, Path(hfprune_dist.__file__).resolve().parent]
-    imported = (Path(it.filename) for it in traceback.extract_tb(error.__traceback__) if it.name == "<module>")
-    return next((str(it) for it in imported if not {*ours}.intersection(it.resolve().parents)), None)
-
-
-def discard_output() -> None:
-    """Let all further output go nowhere, since its reader has gone."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def make_parser(doc: str | None) -> ArgumentParser:
@@ -147,10 +121,3 @@ def _require_own_packages() -> None:
             f"{packages.parent}; activate the environment of {copy}, or make one: "
             f"bash -c 'source {launch / 'setup.sh'}'"
         )
-
-
-def _require_current_folder() -> None:
-    try:
-        Path.cwd()
-    except FileNotFoundError:
-        raise UserError("the current folder has been deleted; change to another one") from None

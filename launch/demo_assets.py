@@ -20,15 +20,12 @@ from pathlib import Path
 if __name__ == "__main__":
     import installed  # noqa: F401
 
-from hfprune_launch.command import folder, make_parser, run
+from hfprune_launch.command import command, folder, make_parser
 
 
+@command
 def main(argv: Sequence[str] | None = None) -> int:
     """Build what is missing."""
-    return run(lambda: _build(argv))
-
-
-def _build(argv: Sequence[str] | None) -> int:
     parser = make_parser(__doc__)
     default = Path("runs/demo-assets")
     parser.add_argument("--out", metavar="DIR", type=folder, default=default, help=f"their folder; default: {default}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -31,7 +31,6 @@ class Reading:
         section: section of the configuration that describes it.
         sequence_length: tokens per window, or per row of pairs.
         where: name of the text in the stages' messages.
-        source: its settings.
         beginning: its first texts; None if they come from the hub.
         windows: number of windows that are cut from the text; 0 if it is pairs to train on.
         add_bos_token: whether windows begin with BOS.
@@ -40,7 +39,6 @@ class Reading:
     section: str
     sequence_length: int
     where: str
-    source: TextSource
     beginning: Beginning | None
     windows: int = 0
     add_bos_token: bool = False
@@ -76,9 +74,7 @@ def check_stages(
     if {*RECOVERING, "distill"} & {plan.stages[stage_id].kind for stage_id in todo}:
         _check_trackers(config.runtime)
     models = _models_by_kind(plan, todo)
-    readings = _read_texts(config, models)
-    if not looks_only:
-        _require_data_sets(reading.source for of_kind in readings.values() for reading in of_kind)
+    readings = {kind: list(_texts(config, kind, looks_only)) for kind in models}
     for kind in RECOVERING & models.keys():
         ranks = profile.resources[kind].ranks if profile else ranks_here(config.runtime)
         config.recovery.require_shared_evenly(ranks)
@@ -87,7 +83,7 @@ def check_stages(
     remarks: list[str] = []
     for folder in dict.fromkeys(it for folders in models.values() for it in folders if it not in absent):
         kinds = [kind for kind, folders in models.items() if folder in folders]
-        of_folder = [it for kind in kinds for it in readings.get(kind, [])]
+        of_folder = [it for kind in kinds for it in readings[kind]]
         remarks += _check_model(config, folder, of_folder, "evaluate" in kinds)
     return list(dict.fromkeys(remarks))
 
@@ -97,11 +93,6 @@ def _check_gpus() -> None:
         from hfprune_dist.distributed.devices import require_usable_gpus  # torch takes seconds to import
 
         require_usable_gpus()
-
-
-def _require_data_sets(sources: Iterable[TextSource]) -> None:
-    for source in {(it.dataset, it.name, it.split, it.revision): it for it in sources if it.path is None}.values():
-        require_data_set(source.model_dump())
 
 
 def _check_tasks(evaluation: EvaluationConfig) -> None:
@@ -127,39 +118,32 @@ def _models_by_kind(plan: Plan, todo: Sequence[str]) -> dict[str, list[Path]]:
     return models
 
 
-def _read_texts(config: SweepConfig, kinds: Mapping[str, object]) -> dict[str, list[Reading]]:
-    """Kind of stage -> the texts that such stages will read, among those that are checked here."""
-    readers = {"importance": _calibration_texts, "reference": _held_out_texts}
-    readers |= dict.fromkeys(RECOVERING, _pairs)
-    return {kind: list(read(config)) for kind, read in readers.items() if kind in kinds}
-
-
-def _calibration_texts(config: SweepConfig) -> Iterator[Reading]:
-    calibration, bos = config.calibration, config.calibrates_with_bos
-    for share in calibration.shares():
-        place = _begin("calibration", share.text, [share.text.text_field])
-        yield Reading("calibration", calibration.sequence_length, *place, share.windows, bos)
-
-
-def _held_out_texts(config: SweepConfig) -> Iterator[Reading]:
-    for text in config.evaluation.fidelity.each().values():
-        place = _begin("fidelity", text, [text.text_field])
-        bos = config.evaluation.add_bos_token
-        yield Reading("evaluation.fidelity", text.sequence_length, *place, text.windows, bos)
-
-
-def _pairs(config: SweepConfig) -> Iterator[Reading]:
-    recovery = config.recovery
-    place = _begin("recovery", recovery, recovery.pair_fields, recovery.samples)
-    yield Reading("recovery", recovery.sequence_length, *place)
+def _texts(config: SweepConfig, kind: str, looks_only: bool) -> Iterator[Reading]:
+    """The texts that stages of a kind will read, among those that are checked here."""
+    calibration, evaluation, recovery = config.calibration, config.evaluation, config.recovery
+    if kind == "importance":
+        for share in calibration.shares():
+            place = _begin("calibration", share.text, [share.text.text_field], looks_only)
+            sizes = share.windows, config.calibrates_with_bos
+            yield Reading("calibration", calibration.sequence_length, *place, *sizes)
+    if kind == "reference":
+        for text in evaluation.fidelity.each().values():
+            place = _begin("fidelity", text, [text.text_field], looks_only)
+            yield Reading("evaluation.fidelity", text.sequence_length, *place, text.windows, evaluation.add_bos_token)
+    if kind in RECOVERING:
+        place = _begin("recovery", recovery, recovery.pair_fields, looks_only, recovery.samples)
+        yield Reading("recovery", recovery.sequence_length, *place)
 
 
 def _begin(
-    where: str, source: TextSource, fields: Sequence[str], records: int | None = None
-) -> tuple[str, TextSource, Beginning | None]:
-    """Return the name of a text in messages, its settings, and its first records."""
-    beginning = None if source.path is None else read_beginning(Path(source.path), fields, where, records)
-    return f"{where} {source.path}", source, beginning
+    where: str, source: TextSource, fields: Sequence[str], looks_only: bool, records: int | None = None
+) -> tuple[str, Beginning | None]:
+    """The name of a text in messages, and its first records; of a data set on the hub, whether it can be read."""
+    if source.path is not None:
+        return f"{where} {source.path}", read_beginning(Path(source.path), fields, where, records)
+    if not looks_only:
+        require_data_set(source.model_dump())
+    return where, None
 
 
 def _check_model(config: SweepConfig, folder: Path, readings: Sequence[Reading], evaluates: bool) -> list[str]:

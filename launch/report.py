@@ -13,15 +13,12 @@ from collections.abc import Sequence
 if __name__ == "__main__":
     import installed  # noqa: F401
 
-from hfprune_launch.command import folder, make_parser, run
+from hfprune_launch.command import command, folder, make_parser
 
 
+@command
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse the command line and show the tables."""
-    return run(lambda: _report(argv))
-
-
-def _report(argv: Sequence[str] | None) -> int:
     parser = make_parser(__doc__)
     parser.add_argument("out", type=folder, help="folder of a sweep, e.g. runs/demo")
     parser.add_argument(
@@ -36,18 +33,13 @@ def _report(argv: Sequence[str] | None) -> int:
 
     from hfprune_dist.results.checkpoints import Update
     from hfprune_dist.results.published import read_published
-    from hfprune_dist.results.table import write_reports
-    from hfprune_dist.store.artifacts import Store
 
-    out = arguments.out
-    sweep = read_sweep(out)
-    console, rows = make_console(), sweep.rows
-    update = Update({}, [f"{out} can't be written to; the files in it stay as they are"])  # another user's
-    if os.access(out, os.W_OK):
-        update = sweep.record.write_checkpoints(out)
-        rows = sweep.record.rows(Store(out / "store"))  # which name their checkpoints' folders
-        write_reports(rows, out)
-        ReportPage(out, console).write()
+    sweep, console = read_sweep(arguments.out), make_console()
+    if os.access(sweep.out, os.W_OK):
+        rows, update = sweep.write_results()
+        ReportPage(sweep.out, console).write()
+    else:  # another user's
+        rows, update = sweep.rows(), Update({}, [f"{sweep.out} can't be written to; the files in it stay as they are"])
     # Shown once all is written, as a reader such as head may end the command.
     show_results(console, rows, arguments.wide)
     if arguments.published:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 if __name__ == "__main__":
     import installed  # noqa: F401
 
-from hfprune_launch.command import make_parser, run
+from hfprune_launch.command import command, make_parser
 
 if TYPE_CHECKING:
     from hfprune_dist.config.section import Section
@@ -31,12 +31,9 @@ KINDS = {
 }
 
 
+@command
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse the command line and print the schema."""
-    return run(lambda: _schema(argv))
-
-
-def _schema(argv: Sequence[str] | None) -> int:
     parser = make_parser(__doc__)
     kinds = "; ".join(f"{name}: {what}" for name, what in KINDS.items())
     parser.add_argument("kind", choices=KINDS, nargs="?", default="sweep", help=f"{kinds}; default: sweep")

@@ -8,14 +8,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TypeVar
 
-from hfprune_launch.command import discard_output
 from hfprune_launch.stage.outcome import Outcome
 from hfprune_launch.stage.progress_lines import ProgressLines
 from hfprune_launch.stage.stage_state import time_left
-from rich.cells import cell_len
 from rich.console import Console, JustifyMethod
 from rich.markup import escape
-from rich.measure import Measurement
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Column as RichColumn
 from rich.table import Table
@@ -31,39 +28,24 @@ from hfprune_dist.store.artifacts import Verdict
 from hfprune_dist.store.heartbeat import Heartbeat
 from hfprune_dist.store.stage import Stage
 
-# In characters; wider than any table.
-WIDEST = 10**6
-# Spaces between columns.
-ROOMY, TIGHT = 2, 1
-# Layouts of the table with few columns, best first: whether KL has its standard error, and the spaces.
-LAYOUTS = ((True, ROOMY), (True, TIGHT), (False, TIGHT))
+# Characters of a terminal that has room for standard errors of KL, and of one that is too narrow for any table.
+ROOMY, NARROW = 100, 60
+SIDES: dict[bool, JustifyMethod] = {True: "left", False: "right"}
 SAID_OF_WIDE = "all columns: --wide"
 T = TypeVar("T")
 
 
 class _PipedConsole(Console):
-    """A console for output whose reader, such as head, may go: a command then ends as usual, or works on in silence;
-    rich would exit with 1.
-    """
-
-    def __init__(self, works_on: bool, width: int | None) -> None:
-        # Rich would show the ``:100:`` of ``train.py:100: error`` as a picture.
-        super().__init__(width=width, emoji=False)
-        self._works_on = works_on
+    """A console for output whose reader, such as head, may go, which ends a command; rich would exit with 1."""
 
     def on_broken_pipe(self) -> None:
-        if not self._works_on:
-            raise BrokenPipeError
-        discard_output()
+        raise BrokenPipeError
 
 
-def make_console(works_on: bool = False) -> Console:
-    """Return a console as wide as the terminal; a pipe or file has no width, so tables keep their full width there.
-
-    Args:
-        works_on: whether the command has work left while it prints, which it does even if nobody reads on.
-    """
-    return _PipedConsole(works_on, None if sys.stdout.isatty() else 400)
+def make_console() -> Console:
+    """Return a console as wide as the terminal; a pipe or file has no width, so tables keep their full width there."""
+    # Rich would show the ``:100:`` of ``train.py:100: error`` as a picture.
+    return _PipedConsole(width=None if sys.stdout.isatty() else 400, emoji=False)
 
 
 def say(console: Console, text: str) -> None:
@@ -177,55 +159,37 @@ def show_results(console: Console, rows: Sequence[Row], wide: bool = False) -> N
     Args:
         wide: show all columns, however wide it gets, instead of a few that fit the terminal.
     """
-    if wide:
-        layouts = [_results(rows, columns(rows, wide=True), ROOMY)]
-    else:
-        layouts = [_results(rows, columns(rows, with_errors=errors), gap) for errors, gap in LAYOUTS]
-    show_table(console, layouts, wide)
+    table = table_of(rows, columns(rows, wide, with_errors=wide or console.width >= ROOMY))
+    for line, row in zip(table.rows, rows, strict=True):
+        line.style = "red" if row["status"] == "missing" else None
+    show_table(console, table, wide)
     for note in [*notes(rows), *(notes(rows, wide=True) if wide else [SAID_OF_WIDE])]:
         console.print(note, highlight=False, markup=False)
     for cause in causes(rows):
         say(console, cause)
 
 
-def _results(rows: Sequence[Row], shown: Sequence[Column[Row]], gap: int) -> Table:
-    lines = table_of(rows, shown, gap)
-    for line, row in zip(lines.rows, rows, strict=True):
-        line.style = "red" if row["status"] == "missing" else None
-    return lines
-
-
-def table_of(rows: Sequence[T], shown: Sequence[Column[T]], gap: int) -> Table:
-    """Return a table with ``gap`` spaces between its columns."""
-    lines = Table(box=None, pad_edge=False, padding=(0, gap, 0, 0))
+def table_of(rows: Sequence[T], shown: Sequence[Column[T]]) -> Table:
+    """Return a table whose names break over lines where they don't fit."""
+    lines = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
     for column in shown:
-        side: JustifyMethod = "left" if column.is_text else "right"
-        lines.add_column(escape(column.header), justify=side, no_wrap=not column.is_text, overflow="fold")
+        lines.add_column(
+            escape(column.header), justify=SIDES[column.is_text], no_wrap=not column.is_text, overflow="fold"
+        )
     for texts in cells(rows, shown):
         lines.add_row(*map(escape, texts))
     return lines
 
 
-def show_table(console: Console, layouts: Sequence[Table], wide: bool) -> None:
-    """Show the first layout that fits the terminal; if none does, the last one, with its names broken over lines. No
-    number is cut off: where they alone are too wide, the terminal breaks the lines of the first layout.
+def show_table(console: Console, table: Table, wide: bool) -> None:
+    """Show a table within the terminal's width.
 
     Args:
-        wide: show the first one, whatever the terminal's width.
+        wide: show it as wide as it is, and let the terminal break its lines.
     """
-    widths = [Measurement.get(console, console.options.update(max_width=WIDEST), it).maximum for it in layouts]
-    if wide or _least_width(layouts[-1]) > console.width:
-        layouts[0].width = widths[0]
-        console.print(layouts[0], soft_wrap=True)
-    else:
-        fitting = (it for it, width in zip(layouts, widths, strict=True) if width <= console.width)
-        console.print(next(fitting, layouts[-1]))
-
-
-def _least_width(table: Table) -> int:
-    """Characters that a table of ``table_of`` takes with its names broken into single ones, which may be two wide."""
-    numbers = (max(map(cell_len, (str(it.header), *map(str, it.cells)))) if it.no_wrap else 2 for it in table.columns)
-    return sum(width + table.padding[1] for width in numbers)
+    if wide := wide or console.width < NARROW:
+        table.width = console.measure(table, options=console.options.update(max_width=10**6)).maximum
+    console.print(table, soft_wrap=wide)
 
 
 def show_checkpoints(console: Console, update: Update) -> None:
@@ -243,7 +207,7 @@ def show_published(console: Console, tables: Sequence[PublishedTable], wide: boo
     """
     for table in tables:
         console.print(f"\n{table.title}", highlight=False, markup=False)
-        show_table(console, [table_of(table.rows, table.shown(wide), ROOMY)], wide)
+        show_table(console, table_of(table.rows, table.shown(wide)), wide)
         console.print(table.protocol, highlight=False, markup=False)
     console.print(
         "\nof all: that ratio as a share of all parameters, which is what ratio means in our tables; -: not known",

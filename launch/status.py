@@ -12,15 +12,12 @@ from collections.abc import Sequence
 if __name__ == "__main__":
     import installed  # noqa: F401
 
-from hfprune_launch.command import folder, make_parser, run
+from hfprune_launch.command import command, folder, make_parser
 
 
+@command
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse the command line and show the state."""
-    return run(lambda: _status(argv))
-
-
-def _status(argv: Sequence[str] | None) -> int:
     parser = make_parser(__doc__)
     parser.add_argument("out", type=folder, help="folder of a sweep, e.g. runs/demo")
     parser.add_argument("--follow", action="store_true", help="keep it up to date while a stage is queued or running")
@@ -28,9 +25,9 @@ def _status(argv: Sequence[str] | None) -> int:
     from hfprune_launch.modes.report_page import ReportPage
     from hfprune_launch.screen import make_console
     from hfprune_launch.slurm.cli import show_status
-    from hfprune_launch.sweep_folder import planned_sweep
+    from hfprune_launch.sweep_folder import read_sweep
 
-    console, sweep = make_console(), planned_sweep(arguments.out)
+    console, sweep = make_console(), read_sweep(arguments.out)
     ReportPage(sweep.out, console).write()
     show_status(console, sweep, keep_on=arguments.follow)
     return 0

@@ -83,7 +83,7 @@ def sweep_parser() -> argparse.ArgumentParser:
         "--criteria",
         metavar="A,B",
         action=ListAction,
-        help="further scores to compute in the calibration pass, to compare criteria (importance.criteria)",
+        help="further scores to compute in the calibration pass (importance.criteria)",
     )
     parser.add_argument(
         "--config",

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from hfprune_launch.project import PROJECT
-from pydantic import TypeAdapter
 
 from hfprune_dist.config.load import load_config
 from hfprune_dist.config.schema import SweepConfig
@@ -19,14 +17,13 @@ from hfprune_dist.config.yaml_text import read_yaml, to_yaml
 from hfprune_dist.errors import UserError, did_you_mean
 from hfprune_dist.kinds.placement import with_micro_batches
 from hfprune_dist.planning.model_sources import ModelSource
-from hfprune_dist.planning.plan import Cell, Plan, without_rows
+from hfprune_dist.planning.plan import Plan, without_rows
 from hfprune_dist.results.card import contents_of_checkpoints
 from hfprune_dist.results.checkpoints import Update, update_checkpoints
 from hfprune_dist.results.rows import DenseModel, Row, collect_rows
 from hfprune_dist.results.table import write_reports
 from hfprune_dist.store.artifacts import Store
-from hfprune_dist.store.atomic_files import locked, read_json, rename_aside, write_json, write_text
-from hfprune_dist.store.stage import CUTTING, kind_of
+from hfprune_dist.store.atomic_files import locked, read_json, write_json, write_text
 
 SWEEP_FILE = "sweep.json"
 CONFIG_FILE = "config.yaml"
@@ -35,41 +32,46 @@ LOCK = ".lock"
 
 @dataclass(frozen=True)
 class Sweep:
-    """A sweep's plan, with its store and folder."""
+    """A sweep's plan, with its store and folder.
+
+    Attributes:
+        dense: model name -> facts of the dense checkpoint; rows can't be collected without them.
+    """
 
     plan: Plan
     store: Store
     out: Path
+    dense: Mapping[str, DenseModel] = field(default_factory=dict)
 
+    def rows(self) -> list[Row]:
+        """The rows that the store has for the plan by now."""
+        return collect_rows(self.plan, self.store, self.dense)
 
-@dataclass(frozen=True)
-class Record:
-    """The rows of a folder, including those of earlier runs, and the stages behind them.
-
-    Attributes:
-        dense: model name -> facts of the dense checkpoint.
-    """
-
-    plan: Plan
-    dense: Mapping[str, DenseModel]
-
-    def rows(self, store: Store) -> list[Row]:
-        return collect_rows(self.plan, store, self.dense)
-
-    def write_checkpoints(self, out: Path) -> Update:
-        """Bring the named checkpoints in the record's folder up to date."""
-        store = Store(out / "store")
+    def write_checkpoints(self) -> Update:
+        """Bring the named checkpoints in the folder up to date."""
         try:
-            return update_checkpoints(out, contents_of_checkpoints(self.plan, store, self.dense))
+            return update_checkpoints(self.out, contents_of_checkpoints(self.plan, self.store, self.dense))
         except OSError as error:  # the results are complete all the same
-            return Update({}, [f"named checkpoints can't be written ({error}); those in {store.root} are whole"])
+            return Update({}, [f"named checkpoints can't be written ({error}); those in {self.store.root} are whole"])
+
+    def write_results(self) -> tuple[list[Row], Update]:
+        """Write the named checkpoints, and the tables, whose rows name them."""
+        update = self.write_checkpoints()
+        rows = self.rows()
+        write_reports(rows, self.out)
+        return rows, update
+
+    def write_record(self) -> None:
+        """Write the plan as that of all rows of the folder."""
+        dense = {name: asdict(facts) for name, facts in self.dense.items()}
+        write_json(self.out / SWEEP_FILE, {**self.plan.to_json(), "dense": dense})
 
 
-def read_record(out: Path) -> Record | None:
-    """Read the record left by the last run in a folder; None if there was no run.
+def recorded_sweep(out: Path) -> Sweep | None:
+    """The sweep left by the last run in a folder, with the rows of earlier runs; None if there was no run.
 
     Raises:
-        UserError: if it is damaged.
+        UserError: if its record is damaged.
     """
     try:
         record = read_json(out / SWEEP_FILE)
@@ -79,67 +81,23 @@ def read_record(out: Path) -> Record | None:
         plan = Plan.from_json(record)
         if not all(cell.model in dense and {*plan.upstream(cell)} <= plan.stages.keys() for cell in plan.cells):
             raise KeyError("a row's model or stage")
-        _require_types(plan.cells, dense.values())
-        return Record(plan, dense)
     except (ValueError, TypeError, KeyError, AttributeError):
-        raise UserError(f"{out / SWEEP_FILE}: damaged; run the sweep again, it makes only what is missing") from None
+        raise UserError(
+            f"{out / SWEEP_FILE}: damaged; remove it and run the sweep again, which makes only what is missing"
+        ) from None
+    return Sweep(plan, Store(out / "store"), out, dense)
 
 
-def _require_types(cells: Sequence[Cell], dense: Iterable[DenseModel]) -> None:
-    """Check the values of rows and models, of which dataclasses take any.
-
-    Raises:
-        ValueError: if one is of another type, isn't finite, or if a row has a ratio and no stage that prunes.
-    """
-    for kind, values in ((Cell, cells), (DenseModel, dense)):
-        written = json.dumps([asdict(it) for it in values], allow_nan=False)
-        TypeAdapter(list[kind]).validate_json(written, strict=True)  # type: ignore[valid-type]
-    if not all(cell.ratio is None or CUTTING.intersection(map(kind_of, cell.producers)) for cell in cells):
-        raise ValueError("a row with a ratio is pruned")
-
-
-@dataclass(frozen=True)
-class RecordedSweep:
-    """A sweep as recorded in its folder by its last run, with the rows that the store has for it by now."""
-
-    folder: Path
-    record: Record
-    rows: list[Row]
-
-    @property
-    def plan(self) -> Plan:
-        return self.record.plan
-
-
-def read_sweep(out: Path) -> RecordedSweep:
-    """Read the record left by the last run, and collect its rows.
+def read_sweep(out: Path) -> Sweep:
+    """The sweep left by the last run in a folder.
 
     Raises:
         UserError: if the folder is not a sweep's.
     """
-    record = _require_record(out)
-    return RecordedSweep(out, record, record.rows(Store(out / "store")))
-
-
-def planned_sweep(out: Path) -> Sweep:
-    """Return the sweep as planned by the last run.
-
-    Raises:
-        UserError: if the folder is not a sweep's.
-    """
-    return Sweep(_require_record(out).plan, Store(out / "store"), out)
-
-
-def _require_record(out: Path) -> Record:
-    record = read_record(out)
-    if record is None:
+    sweep = recorded_sweep(out)
+    if sweep is None:
         raise UserError(f"{out}: no {SWEEP_FILE}; give the folder of a sweep that has been started")
-    return record
-
-
-def write_record(out: Path, record: Record) -> None:
-    dense = {name: asdict(facts) for name, facts in record.dense.items()}
-    write_json(out / SWEEP_FILE, {**record.plan.to_json(), "dense": dense})
+    return sweep
 
 
 def record_locked(out: Path) -> AbstractContextManager[None]:
@@ -147,40 +105,23 @@ def record_locked(out: Path) -> AbstractContextManager[None]:
     return locked(out / LOCK)
 
 
-def set_record_aside(out: Path) -> str:
-    """Rename a record that can't be read, and return its new name."""
-    return rename_aside(out / SWEEP_FILE, "unread").name
-
-
-def forget_rows(out: Path, labels: Sequence[str]) -> tuple[list[Row], Update]:
-    """Remove rows from a folder's record, tables and named checkpoints; the store stays as it is.
-
-    Returns:
-        the remaining rows, and the changes to the named checkpoints.
+def forget_rows(out: Path, labels: Sequence[str]) -> Sweep:
+    """Remove rows from a folder's record; the store stays as it is. Return what is left.
 
     Raises:
         UserError: if there is no such row.
     """
-    _with_all_rows(out, labels)  # nothing is written unless they are there
+    read_sweep(out)  # nothing is written where no sweep has run
     with record_locked(out):
-        record = _with_all_rows(out, labels)
-        left = Record(without_rows(record.plan, labels), record.dense)
-        write_record(out, left)
-    update = left.write_checkpoints(out)
-    rows_left = left.rows(Store(out / "store"))
-    write_reports(rows_left, out)
-    return rows_left, update
-
-
-def _with_all_rows(out: Path, labels: Sequence[str]) -> Record:
-    record = read_record(out)
-    known = [cell.label for cell in record.plan.cells] if record else []
-    for label in labels:
-        if label not in known:
-            rows = f"rows: {', '.join(known)}" if known else "the folder has no rows"
-            raise UserError(f"--forget: no row {label!r} in {out}{did_you_mean(label, known)}; {rows}")
-    assert record is not None
-    return record
+        sweep = read_sweep(out)
+        known = [cell.label for cell in sweep.plan.cells]
+        for label in labels:
+            if label not in known:
+                hint = did_you_mean(label, known)
+                raise UserError(f"--forget: no row {label!r} in {out}{hint}; rows: {', '.join(known) or 'none'}")
+        left = Sweep(without_rows(sweep.plan, labels), sweep.store, out, sweep.dense)
+        left.write_record()
+    return left
 
 
 def require_folder(out: Path) -> None:
@@ -213,16 +154,6 @@ def require_apart(out: Path, plan: Plan) -> None:
             raise UserError(f"--out {out}: the sweep reads what is in {read}; choose a folder outside of it")
 
 
-def require_sweep(out: Path) -> None:
-    """Check that a folder is a sweep's.
-
-    Raises:
-        UserError: if no sweep has been run there.
-    """
-    if not (out / SWEEP_FILE).is_file() and not (out / CONFIG_FILE).is_file():
-        raise UserError(f"{out}: no sweep has been run there; give its folder with --out, or its --config")
-
-
 def write_config(out: Path, config: SweepConfig, models: Sequence[ModelSource]) -> None:
     """Write the resolved configuration, in which models are named so that they can be found from any folder."""
     names = [model.spelling for model in models]
@@ -242,27 +173,13 @@ def configuration(out: Path, files: Sequence[Path], overrides: Mapping[str, Any]
         raise UserError(f"{own} is missing, the configuration of this folder's last run; give --config or --models")
     if files or not own.is_file():
         return with_micro_batches(load_config(files, overrides, PROJECT.configs), _chosen_micro_batches(own)), ""
-    try:
-        if "models" not in read_yaml(own, "configuration", "keys and values at the top level"):
-            raise UserError(f"{own}: damaged, it doesn't name any models")
-        load_config([own], {})
-    except UserError as error:
-        raise UserError(
-            f"{error}\n{own} is what the last run in this folder was configured with: mend it, remove it, or give "
-            "--config"
-        ) from None
     laid_over = ", with this command's settings over it" if overrides else ""
     config = with_micro_batches(load_config([own], overrides), _chosen_micro_batches(own))
     return config, f"configuration: {own}, of the last run in this folder{laid_over}"
 
 
 def _chosen_micro_batches(own: Path) -> dict[str, int]:
-    """Section -> the micro-batch size that the last run in a folder trained with; empty if the file is damaged."""
-    if not own.is_file():
-        return {}
-    try:
-        raw = read_yaml(own, "configuration", "keys and values at the top level")
-    except UserError:
-        return {}
+    """Section -> the micro-batch size that the last run in a folder trained with."""
+    raw = read_yaml(own, "configuration", "keys and values at the top level") if own.is_file() else {}
     sizes = {name: section.get("micro_batch_size") for name, section in raw.items() if isinstance(section, dict)}
     return {name: size for name, size in sizes.items() if isinstance(size, int) and size > 0}

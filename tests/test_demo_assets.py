@@ -7,14 +7,9 @@ from pathlib import Path
 import pytest
 from hfprune_launch import demo_assets
 from hfprune_launch.demo import assets, models, tasks
-from hfprune_launch.demo.docstrings import documented_in, instruction_pairs, standard_library
+from hfprune_launch.demo.docstrings import instruction_pairs, standard_library
 from hfprune_launch.demo.prose import (
-    DOCUMENT_CHARACTERS,
     benchmark_prose,
-    description,
-    own_paragraphs,
-    pack,
-    passages,
     reference_prose,
     shingles,
 )
@@ -23,23 +18,6 @@ from hfprune_dist.config.load import load_config
 from hfprune_dist.errors import UserError
 
 ROOT = Path(__file__).parent.parent
-SENTENCES = (
-    "The task is to say whether a sentence follows from another, and the data were collected from people who were paid "
-    "for the work of writing pairs of sentences."
-)
-SOURCE = '''
-raise SystemExit
-
-def f(a, *, b=1):
-    """Does
-    this.
-
-    And that.
-    """
-
-def _private():
-    """Nothing."""
-'''
 
 
 @pytest.fixture(scope="module")
@@ -78,49 +56,10 @@ def read_jsonl(file):
 # --- text ---------------------------------------------------------------------------------------------------------
 
 
-def test_documents_are_long_enough_and_many(prose):
-    assert len(prose.calibration) >= 32
-    assert len(prose.held_out) >= 12
-    # The reference's text has at least 3 characters a token: 600 tokens each.
-    assert min(map(len, prose.calibration + prose.held_out)) >= 1800
-
-
-def test_of_the_other_kind_there_are_enough_documents_of_english(papers):
-    assert len(papers.calibration) >= 8 and len(papers.held_out) >= 3
-    assert min(map(len, papers.calibration + papers.held_out)) >= DOCUMENT_CHARACTERS
-    assert sum(" the " in block for document in papers.held_out for block in document.split("\n\n")) > 20
-
-
-def test_descriptions_are_english_sentences():
-    assert description(f"Abstract: `{SENTENCES}`") == SENTENCES
-    for block in (SENTENCES.replace("task", "https://task"), f"* {SENTENCES}", "Too short to tell."):
-        assert description(block) == ""
-
-
 def test_calibration_and_held_out_share_no_run_of_words(prose, papers, calibration_shingles):
     for document in prose.held_out + papers.held_out:
         for paragraph in document.split("\n\n"):
             assert calibration_shingles.isdisjoint(shingles(paragraph))
-
-
-def test_a_quoted_paragraph_belongs_to_the_longest_topic():
-    quoted = " ".join(f"word{number}" for number in range(20))
-    topics = {"short": f"Own text.\n\n{quoted}", "long": f"{quoted}\n\n{'much more ' * 20}"}
-    long, short = own_paragraphs(topics)
-    assert quoted in long
-    assert short == ["Own text."]
-
-
-def test_pack_leaves_no_short_document_and_loses_nothing():
-    documents = pack([["a" * 40], ["b" * 40, "c" * 40], ["d" * 10]], characters=50)
-    assert "".join(documents).replace("\n", "") == "a" * 40 + "b" * 40 + "c" * 40 + "d" * 10
-    assert min(map(len, documents)) >= 50
-
-
-def test_passages_are_running_text():
-    running = "This sentence, which spans two\nlines, is prose."
-    document = "\n\n".join([running, "   >>> code = 1", "Heading\n*******", 'grammar ::= "a" | "b".'])
-    assert list(passages([document], min_words=5)) == [" ".join(running.split())]
 
 
 # --- docstrings ---------------------------------------------------------------------------------------------------
@@ -134,18 +73,6 @@ def test_instruction_pairs_are_many_clean_and_distinct(library):
         assert set(pair) == {"instruction", "response"}
         assert 15 <= len(pair["response"].split()) <= 120
         assert "\n" not in pair["response"]
-
-
-def test_the_first_instruction_pairs_come_from_many_modules(library):
-    """``recovery.samples`` takes the beginning."""
-    pairs = instruction_pairs(library)
-    assert len({pair["instruction"].split("`")[1].split(".")[0] for pair in pairs[:100]}) > 20
-
-
-def test_source_is_read_and_not_executed(tmp_path):
-    (tmp_path / "module.py").write_text(SOURCE)
-    (item,) = documented_in(tmp_path / "module.py", tmp_path)
-    assert (item.name, item.signature, item.paragraphs) == ("module.f", "def f(a, b)", ("Does this.", "And that."))
 
 
 # --- tasks --------------------------------------------------------------------------------------------------------
@@ -168,19 +95,6 @@ def test_tasks_hold_nothing_that_is_trained_or_calibrated_on(suite, library, cal
     for document in read_jsonl(suite / "demo_continuation.jsonl"):
         passage = f"{document['context']} {document['choices'][document['label']]}"
         assert calibration_shingles.isdisjoint(shingles(passage))
-
-
-def test_the_suite_is_the_same_each_time_and_names_no_path(suite, prose, library, tmp_path):
-    for name, documents in tasks.write_tasks(tmp_path, prose.held_out, library).items():
-        assert documents == read_jsonl(suite / f"{name}.jsonl")
-    for file in tmp_path.iterdir():
-        assert file.read_bytes() == (suite / file.name).read_bytes()
-        assert str(tmp_path) not in file.read_text(encoding="utf-8")
-
-
-def test_too_little_text_is_refused():
-    with pytest.raises(UserError, match=f"2 documents, {tasks.DOCUMENTS} are needed"):
-        tasks.multiple_choice("demo_x", ["a", "b"], ["c", "d"])
 
 
 def test_lm_eval_loads_the_suite_from_another_folder(suite, tmp_path, monkeypatch):

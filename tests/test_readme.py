@@ -1,4 +1,4 @@
-"""Everything that READMEs and examples show exists: links, paths, commands and their options, keys, methods."""
+"""What READMEs and examples show exists: links, commands, configurations."""
 
 import argparse
 import contextlib
@@ -16,7 +16,6 @@ from hfprune_launch.slurm.profile import load_profile
 from rich.console import Console
 
 from hfprune_dist.config.load import load_config
-from hfprune_dist.config.schema import SweepConfig
 from hfprune_dist.errors import UserError
 from hfprune_dist.planning.methods import resolve_methods
 from hfprune_dist.planning.model_sources import shipped_aliases
@@ -25,13 +24,7 @@ ROOT = Path(__file__).resolve().parents[1]
 TOP = ["hfprune_dist", "launch", "configs", "slurm", "tests"]
 READMES = sorted([ROOT / "README.md", *(file for top in TOP for file in (ROOT / top).rglob("README.md"))])
 COMMANDS = ["hfprune", "sweep", "status", "report", "compare", "bench", "clean", "demo_assets", "schema"]
-LONGEST = 180
-# Files made by commands; all other files that a README names are files of the project.
-WRITTEN = {"results.md", "comparison.md", "bench.md", "bench.png"}
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-CODE = re.compile(r"`([^`\n]+)`")
-FILE_NAME = re.compile(r"[\w./-]+\.(py|sh|md|png)")
-SHIPPED_PATH = re.compile(rf"({'|'.join(TOP)})/[\w./-]*")
 
 
 def names(readme):
@@ -90,18 +83,6 @@ def wrong_links(text, folder):
             headings = re.findall(r"^#+ (.*)$", re.sub(FENCE, "", linked), re.MULTILINE)
             if anchor not in map(slug, headings):
                 yield f"link to {target}: no such heading"
-
-
-def wrong_paths(text, folder):
-    places = [folder, ROOT, ROOT / "hfprune_dist", ROOT / "launch"]
-    for word in CODE.findall(prose_of(text)):
-        is_path = FILE_NAME.fullmatch(word) or SHIPPED_PATH.fullmatch(word)
-        if is_path and word not in WRITTEN and not any((place / word).exists() for place in places):
-            yield f"path {word}"
-    for _, body in FENCE.findall(text):
-        for found in re.finditer(rf"(?<![\w./-]){SHIPPED_PATH.pattern}", body):
-            if not (ROOT / found[0].rstrip(".")).exists():
-                yield f"path {found[0]}"
 
 
 def commands_of(text):
@@ -165,44 +146,11 @@ def wrong_yaml(text, folder, scratch):
             yield f"{error}"
 
 
-def wrong_options(text, _folder, parsers):
-    known = {option for parser in parsers.values() for option in parser._option_string_actions}
-    for code in CODE.findall(prose_of(text)):
-        for option in re.findall(r"(?<![\w-])--[a-z][\w-]*", code):
-            if option not in known:
-                yield f"option {option}"
-
-
-def wrong_keys(text, _folder):
-    """Check keys in inline code: section.key, with or without a value."""
-    sections = {name: field.annotation for name, field in SweepConfig.model_fields.items()}
-    for code in CODE.findall(prose_of(text)):
-        found = re.match(r"(?:--set )?'?(\w+)\.(\w+)(?:\.(\w+))?\b", code)
-        if found is None or not hasattr(sections.get(found[1]), "model_fields") or found[2] in ("py", "KEY"):
-            continue
-        field = sections[found[1]].model_fields.get(found[2])
-        if field is None or (found[3] and found[3] not in field.annotation.model_fields):
-            yield f"key {code}"
-
-
-def problems_in(text, folder, parsers, scratch):
-    return [
-        *wrong_links(text, folder),
-        *wrong_paths(text, folder),
-        *wrong_commands(text, folder, parsers),
-        *wrong_yaml(text, folder, scratch),
-        *wrong_options(text, folder, parsers),
-        *wrong_keys(text, folder),
-    ]
-
-
-def test_the_readme_is_short():
-    assert len((ROOT / "README.md").read_text().splitlines()) <= LONGEST
-
-
 @pytest.mark.parametrize("readme", READMES, ids=names)
 def test_what_a_readme_shows_exists(readme, parsers, tmp_path):
-    assert problems_in(readme.read_text(), readme.parent, parsers, tmp_path) == []
+    text, folder = readme.read_text(), readme.parent
+    commands, yaml = wrong_commands(text, folder, parsers), wrong_yaml(text, folder, tmp_path)
+    assert [*wrong_links(text, folder), *commands, *yaml] == []
 
 
 EXAMPLES = [
@@ -219,12 +167,6 @@ def test_commands_in_comments_and_help_texts_exist(file, parsers):
     shown = file.read_text().replace("\\\n#", "").replace(" ...", "").replace(" | --cancel", "")
     lines = [re.split(r"   +", line)[0] for line in re.findall(r"python launch/[^`\n]*", shown)]
     assert list(wrong_commands("```bash\n" + "\n".join(lines) + "\n```", ROOT, parsers)) == []
-
-
-def test_the_readme_leads_to_every_other():
-    text = (ROOT / "README.md").read_text()
-    linked = {(ROOT / target.split("#")[0]).resolve() for target in re.findall(r"\]\(([^)]+)\)", text)}
-    assert set(READMES) - {ROOT / "README.md"} <= linked
 
 
 @pytest.mark.parametrize("readme", READMES, ids=names)

@@ -24,8 +24,7 @@ from hfprune_dist.results.headline import headline
 from hfprune_dist.results.metrics import METRICS
 from hfprune_dist.results.rows import Row
 from hfprune_dist.results.table import other_texts
-from hfprune_dist.store.past_attempt import PastAttempt
-from hfprune_dist.store.stage import CUTTING, STAGE_VERSIONS, Stage
+from hfprune_dist.store.stage import CUTTING, Stage
 
 Trace = dict[str, Any]
 # Of Okabe and Ito, which can be distinguished with all common kinds of colour blindness, without their yellow and
@@ -34,7 +33,6 @@ PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 GREY = "#888888"
 # Of plotly.js.
 DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
-SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross", "x", "star")
 
 
 @dataclass(frozen=True)
@@ -42,13 +40,11 @@ class Figure:
     """One panel of a chart.
 
     Attributes:
-        model: the model that it shows; empty if it shows all models.
         layout: layout settings of plotly.js; fonts, colours and margins are set by the page.
         height: in pixels.
     """
 
     title: str
-    model: str
     data: Sequence[Trace]
     layout: dict[str, Any]
     height: int = 360
@@ -84,7 +80,7 @@ def _line(evidence: Evidence, method: str | None, name: str, xs: Sequence[Any], 
     """A line in its method's colour."""
     number = evidence.methods.index(method) if method else 0
     color = PALETTE[number % len(PALETTE)] if method else GREY
-    mark = {"symbol": SYMBOLS[number % len(SYMBOLS)], "size": 8, "color": color}
+    mark = {"size": 8, "color": color}
     look = {"color": color, "dash": dash, "width": 2}
     hover = "%{fullData.name}<br>%{x}, %{y}"
     trace: Trace = {"type": "scatter", "mode": "lines", "name": _shown(name), "hovertemplate": hover}
@@ -161,7 +157,7 @@ def _panels(evidence: Evidence, measures: Mapping[str, tuple[Measure, dict[str, 
                 trace |= {"mode": "lines+markers", "error_y": bars}
             traces.append(trace)
         layout = {"xaxis": {"title": {"text": "parameters"}, "tickformat": ".4~s"}, "yaxis": height}
-        figures += [Figure(f"{model}: {title}", model, traces, layout)] if traces else []
+        figures += [Figure(f"{model}: {title}", traces, layout)] if traces else []
     return figures
 
 
@@ -190,7 +186,7 @@ def _layers(evidence: Evidence) -> Chart:
             trace["line"]["shape"] = "hvh"
             traces.setdefault((cell.model, kind), []).append(trace)
     layout = {"xaxis": {"title": {"text": "layer"}}, "yaxis": {"rangemode": "tozero"}}
-    figures = [Figure(f"{model}: {UNITS[kind]} kept", model, it, layout) for (model, kind), it in traces.items()]
+    figures = [Figure(f"{model}: {UNITS[kind]} kept", it, layout) for (model, kind), it in traces.items()]
     return Chart("layers", "Widths and heads by layer", "What each layer of the dense model keeps.", figures)
 
 
@@ -208,7 +204,7 @@ def _losses(evidence: Evidence) -> Chart:
             trace = _line(evidence, cell.method, name, list(losses), list(losses.values()), _dash(cell, evidence))
             traces.setdefault((cell.model, kind), []).append(trace)
     layout = {"xaxis": {"title": {"text": "step"}}, "yaxis": {}}
-    figures = [Figure(f"{model}: loss of {TRAINING[kind]}", model, it, layout) for (model, kind), it in traces.items()]
+    figures = [Figure(f"{model}: loss of {TRAINING[kind]}", it, layout) for (model, kind), it in traces.items()]
     return Chart("losses", "Training", "Training loss by optimizer step.", figures)
 
 
@@ -225,47 +221,38 @@ def training_losses(file: Path) -> Mapping[int, float]:
 
 # When stages ran.
 
-# With more stages than this, there is one line per kind of stage instead of one per stage.
-MOST_LINES = 60
-# Patterns of plotly.js, by state of the attempt.
-PATTERNS = {"done": "", "failed": "x", "open": "."}
-
 
 def timeline(evidence: Evidence) -> Chart:
     """The timeline, with a bar for each attempt that has begun; an open one ends, for now, at the report's time."""
     stages = evidence.plan.stages.values()
     begun = [(stage, it, it.started) for stage in stages for it in evidence.attempts[stage.id] if it.started]
     begun.sort(key=lambda it: it[2])
-    by_kind = len({stage.id for stage, *_ in begun}) > MOST_LINES
-    lines = {stage.id: stage.kind if by_kind else f"{stage.kind} {stage.label} {stage.id[-4:]}" for stage, *_ in begun}
     traces = []
-    for kind in [it for it in STAGE_VERSIONS if any(stage.kind == it for stage, *_ in begun)]:
+    for kind in dict.fromkeys(stage.kind for stage, *_ in begun):
         bars = [(stage, it, start) for stage, it, start in begun if stage.kind == kind]
         lengths = [max((evidence.written if it.ended is None else it.ended) - start, 1.0) for _, it, start in bars]
-        patterns = [PATTERNS[it.state] for _, it, _ in bars]
         traces.append(
             {
                 "type": "bar",
                 "orientation": "h",
                 "name": kind,
-                "y": [_shown(lines[stage.id]) for stage, *_ in bars],
+                "y": [_line_of(stage) for stage, *_ in bars],
                 "base": [f"{datetime.fromtimestamp(start, UTC):%Y-%m-%d %H:%M:%S}" for *_, start in bars],
                 "x": [1000 * seconds for seconds in lengths],
-                "hovertext": [_shown(_told(*it)) for it in zip(bars, lengths, strict=True)],
-                "hovertemplate": "%{hovertext}<extra></extra>",
-                "marker": {"pattern": {"shape": patterns}},
+                "hovertext": [
+                    _shown(f"attempt {it.number}: {seconds:.0f} s, {it.cause or it.state} {it.where}")
+                    for (_, it, _), seconds in zip(bars, lengths, strict=True)
+                ],
+                "hovertemplate": "%{y}<br>%{hovertext}<extra></extra>",
             }
         )
-    order = [*dict.fromkeys(map(_shown, lines.values()))]
+    order = [*dict.fromkeys(_line_of(stage) for stage, *_ in begun)]
     vertical = {"type": "category", "categoryarray": order, "autorange": "reversed"}
     layout = {"barmode": "overlay", "xaxis": {"type": "date"}, "yaxis": vertical}
-    about = "A bar is an attempt at a stage; crossed ones failed, dotted ones have no end yet. Times are UTC."
-    figures = [Figure("", "", traces, layout, height=150 + 22 * len(order))] if traces else []
+    about = "A bar is an attempt at a stage. Times are UTC."
+    figures = [Figure("", traces, layout, height=150 + 22 * len(order))] if traces else []
     return Chart("timeline", "Timeline", about, figures)
 
 
-def _told(bar: tuple[Stage, PastAttempt, float], seconds: float) -> str:
-    stage, attempt, _ = bar
-    where = f", {attempt.where}" if attempt.where else ""
-    ended = attempt.cause or attempt.state
-    return f"{stage.kind} {stage.label}, attempt {attempt.number}: {seconds:.0f} s, {ended}{where}"
+def _line_of(stage: Stage) -> str:
+    return _shown(f"{stage.kind} {stage.label} {stage.id[-4:]}")

@@ -1,20 +1,19 @@
 "use strict";
-// Draws the figures when they come into view, in the page's colours; sorts the table; chooses what is shown.
+// Draws the figures when they come into view, in the page's colours; sorts the table.
 (() => {
   const figures = JSON.parse(document.getElementById("figures").textContent);
   const plots = [...document.querySelectorAll(".plot")];
   const dark = matchMedia("(prefers-color-scheme: dark)");
-  const printed = matchMedia("print");
 
-  function colors(forPrint) {
-    return dark.matches && !forPrint
+  function colors() {
+    return dark.matches
       ? { text: "#e3e7eb", grid: "#2c343c", back: "#14181d" }
       : { text: "#1b1f24", grid: "#e4e8ec", back: "#ffffff" };
   }
 
   // What the layouts leave to the page.
-  function themed(layout, forPrint) {
-    const { text, grid, back } = colors(forPrint);
+  function themed(layout) {
+    const { text, grid, back } = colors();
     const axis = (own) => ({
       gridcolor: grid, linecolor: grid, zerolinecolor: grid, automargin: true, exponentformat: "power", ...own,
       title: { standoff: 8, ...(own && own.title) },
@@ -28,44 +27,18 @@
     };
   }
 
-  function draw(plot, forPrint) {
+  function draw(plot) {
     const { data, layout } = figures[plots.indexOf(plot)];
     const config = { displaylogo: false, responsive: true, modeBarButtonsToRemove: ["select2d", "lasso2d"] };
     plot.dataset.drawn = "true";
-    return Plotly.react(plot, data, themed(layout, forPrint), config);
+    return Plotly.react(plot, data, themed(layout), config);
   }
 
-  const isShown = (plot) => plot.offsetParent !== null;
-  const drawn = () => plots.filter((plot) => plot.dataset.drawn);
   const seen = new IntersectionObserver((entries) => {
-    for (const entry of entries) if (entry.isIntersecting && !entry.target.dataset.drawn) draw(entry.target, false);
+    for (const entry of entries) if (entry.isIntersecting && !entry.target.dataset.drawn) draw(entry.target);
   }, { rootMargin: "300px" });
   plots.forEach((plot) => seen.observe(plot));
-  dark.addEventListener("change", () => drawn().forEach((plot) => draw(plot, false)));
-
-  // On paper all figures are there, in the colours of paper and as wide as it is.
-  function forPaper(isPaper) {
-    for (const plot of isPaper ? plots.filter(isShown) : drawn()) {
-      draw(plot, isPaper);
-      Plotly.Plots.resize(plot);
-    }
-  }
-  printed.addEventListener("change", (event) => forPaper(event.matches));
-  addEventListener("beforeprint", () => forPaper(true));
-  addEventListener("afterprint", () => forPaper(false));
-
-  // Models.
-  const chosen = document.getElementById("model");
-  function showModel() {
-    for (const part of document.querySelectorAll("[data-model]")) {
-      const { model } = part.dataset;
-      part.hidden = Boolean(chosen.value && model && model !== chosen.value);
-    }
-  }
-  if (chosen) {
-    chosen.addEventListener("change", showModel);
-    showModel();
-  }
+  dark.addEventListener("change", () => plots.filter((plot) => plot.dataset.drawn).forEach(draw));
 
   // The table.
   const table = document.getElementById("rows");

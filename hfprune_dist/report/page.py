@@ -21,8 +21,6 @@ from hfprune_dist.store.heartbeat import in_one_line
 
 # Makes the browser refuse everything that would need the network.
 POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:"
-# With more models than this, the page shows only the first one initially.
-MOST_MODELS_AT_ONCE = 4
 LONGEST_MESSAGE = 500
 
 
@@ -46,7 +44,7 @@ def page(evidence: Evidence) -> str:
             '<meta name="viewport" content="width=device-width, initial-scale=1">',
             f'<link rel="icon" href="data:,"><title>{name}: report</title>',
             f"<style>{_own('page.css')}</style></head><body>",
-            f"<header><h1>{name}</h1><p>Written {_time(evidence.written)}.</p>{_models(evidence.models)}",
+            f"<header><h1>{name}</h1><p>Written {_time(evidence.written)}.</p>",
             f"<nav>{places}</nav></header><main>{_summary(evidence)}",
             "<noscript><p class=note>Charts need JavaScript; the table has their numbers.</p></noscript>",
             *(f'<section id="{id}"><h2>{escape(title)}</h2>{body}</section>' for id, title, body in sections),
@@ -82,18 +80,7 @@ def _panel(figure: Figure) -> str:
     title = f"<figcaption>{escape(figure.title)}</figcaption>" if figure.title else ""
     whole = "" if figure.title else " class=whole"
     plot = f'<div class=plot style="height:{figure.height}px"></div>'
-    return f'<figure data-model="{escape(figure.model)}"{whole}>{title}{plot}</figure>'
-
-
-def _models(models: Sequence[str]) -> str:
-    """HTML of the menu that selects the model to show; empty if there is only one."""
-    if len(models) < 2:
-        return ""
-    first = models[0] if len(models) > MOST_MODELS_AT_ONCE else ""
-    options = "".join(
-        f'<option value="{escape(it)}"{" selected" * (it == first)}>{escape(it)}</option>' for it in models
-    )
-    return f'<label>model <select id=model><option value="">all</option>{options}</select></label>'
+    return f"<figure{whole}>{title}{plot}</figure>"
 
 
 def _rows_table(evidence: Evidence) -> str:
@@ -120,7 +107,7 @@ def _rows_table(evidence: Evidence) -> str:
         return f'<td data-v="{escape("" if value is None else str(value))}">{text}</td>'
 
     lines = [
-        f'<tr data-model="{escape(row["model"])}" class={row["status"]}>'
+        f"<tr class={row['status']}>"
         + "".join(cell(column, row) for column in few)
         + "".join(f"<td>{'' if (value := row.get(it)) is None else escape(str(value))}</td>" for it in more)
         + "</tr>"
@@ -130,7 +117,7 @@ def _rows_table(evidence: Evidence) -> str:
     beyond = f":is(th,td):nth-child(n+{len(few) + 1}){{display:none}}"
     body = "\n".join(lines)
     return (
-        f"<style>#rows:not(.all) {beyond}@media print{{#rows {beyond}}}</style><div class=wide><table id=rows><thead>"
+        f"<style>#rows:not(.all) {beyond}</style><div class=wide><table id=rows><thead>"
         f"<tr>{''.join(map(header, [*few, *more]))}</tr></thead><tbody>\n{body}\n</tbody></table></div>"
     )
 

@@ -14,20 +14,16 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from hfprune_dist.checkpoints.checkpoint import is_licence
-from hfprune_dist.config.texts import FIRST, OTHER_TEXTS, reference_role
+from hfprune_dist.config.texts import OTHER_TEXTS
 from hfprune_dist.config.yaml_text import to_yaml
-from hfprune_dist.data.formats import identity_of
-from hfprune_dist.errors import UserError
 from hfprune_dist.planning.plan import OWN, Cell, Plan
 from hfprune_dist.results.checkpoints import Contents, File, checkpoint_names
-from hfprune_dist.results.formats import counted, number
 from hfprune_dist.results.markdown import code, code_block, escaped, table
 from hfprune_dist.results.metrics import METRICS, OF_TEXT
 from hfprune_dist.results.rows import DenseModel, Row, collect_rows
-from hfprune_dist.results.table import sizes
+from hfprune_dist.results.table import columns, notes
 from hfprune_dist.store.artifacts import Manifest, Store
 from hfprune_dist.store.atomic_files import read_object
-from hfprune_dist.store.hashing import FileHashes
 from hfprune_dist.store.stage import RECOVERING, Input, Stage
 
 if TYPE_CHECKING:  # takes a while to import; commands should answer at once
@@ -37,8 +33,6 @@ CARD, RECIPE, ADAPTER = "README.md", "recipe.yaml", "adapter"
 NEEDS_CODE = "modeling_pruned.py"  # plain transformers loads it only with trust_remote_code
 # Metadata of a base model's card that also holds for models made from it.
 _CARRIED_OVER = ("license", "license_name", "license_link", "language")
-# Key of a manifest's configuration: name of each method of the run -> its settings.
-METHOD_SETTINGS = "method_settings"
 
 
 def contents_of_checkpoints(plan: Plan, store: Store, dense: Mapping[str, DenseModel]) -> dict[str, Contents | None]:
@@ -55,8 +49,7 @@ def contents_of_checkpoints(plan: Plan, store: Store, dense: Mapping[str, DenseM
         contents[name] = None
         if manifest is not None and made.is_committed():
             subject = Subject.of(name, cell, rows, plan, store, dense[cell.model])
-            recipe = Recipe.of(subject)
-            texts = {CARD: model_card(subject, recipe), **(recipe.files if recipe else {})}
+            texts = {CARD: model_card(subject), **({RECIPE: text} if (text := recipe(subject)[0]) else {})}
             facts = {name: it for name, it in manifest["files"].items() if name not in texts}
             files = {name: File(it["bytes"], it["sha256"], it["mtime_ns"]) for name, it in facts.items()}
             contents[name] = Contents(made.id, made.artifact, files, texts)
@@ -122,7 +115,6 @@ class Subject:
         stages: all stages behind the row, in order.
         manifest: manifest of the artifact that is the checkpoint.
         config: configuration of the run that evaluated it, else of the one that made it; empty if it wasn't recorded.
-        checksums: path of each text's file that is still as it was when it was read -> sha256.
     """
 
     name: str
@@ -134,7 +126,6 @@ class Subject:
     manifest: Manifest
     config: Mapping[str, Any]
     base: BaseModel
-    checksums: Mapping[str, str]
 
     @classmethod
     def of(
@@ -146,61 +137,33 @@ class Subject:
         stages = [plan.stages[stage_id] for stage_id in plan.upstream(cell)]
         config = (store.handle(cell.evaluate).manifest() or manifest).get("config", {})
         base = BaseModel.of(cell.model, plan.stages[cell.evaluate].inputs["dense"])
-        texts = [it for stage in stages for it in stage.inputs.values() if it.content == "text"]
-        checksums = {it.location: sha256 for it in texts if (sha256 := _checksum(it, store.hashes))}
-        return cls(name, cell, row, dense_row, dense, stages, manifest, config, base, checksums)
+        return cls(name, cell, row, dense_row, dense, stages, manifest, config, base)
 
     @property
-    def evaluation(self) -> Stage:
-        return self.stages[-1]
-
-    @property
-    def trained_on(self) -> Stage | None:
-        """The stage of the row's recovery; None without recovery."""
-        last = next(it for it in self.stages if it.id == self.cell.producers[-1])
-        return last if last.kind in RECOVERING else None
+    def is_trained(self) -> bool:
+        """Whether the row was recovered."""
+        return any(it.kind in RECOVERING for it in self.stages if it.id == self.cell.producers[-1])
 
 
-def _checksum(text: Input, hashes: FileHashes) -> str | None:
-    file = Path(text.location)
-    try:
-        return hashes.of_file(file) if file.is_file() and identity_of(file, hashes) == text.identity else None
-    except UserError:  # it can't be read any more
-        return None
-
-
-@dataclass(frozen=True)
-class Recipe:
+def recipe(subject: Subject) -> tuple[str, list[str]]:
     """The configuration of a sweep that makes a checkpoint again, with the same fingerprints.
 
-    Attributes:
-        files: name -> text: ``recipe.yaml``, and the method's own file if it isn't one of the project's.
-        needed: name of each file or folder that has to be beside them -> sha256 of a text's file; empty if not known.
+    Returns:
+        its text, and the names of the files and folders that have to be beside it; empty if it wasn't recorded.
     """
-
-    files: Mapping[str, str]
-    needed: Mapping[str, str]
-
-    @classmethod
-    def of(cls, subject: Subject) -> Recipe | None:
-        """The recipe of a checkpoint; None if its configuration wasn't recorded."""
-        cell, recorded = subject.cell, subject.config
-        if not recorded.get("methods"):
-            return None
-        config = {key: value for key, value in recorded.items() if key not in ("runtime", METHOD_SETTINGS)}
-        base, folder = subject.base, subject.evaluation.inputs["dense"].location
-        alias = {"path": folder} if base.hub_id is None else {"hub_id": base.hub_id, "revision": base.revision}
-        config |= {"models": [cell.model], "aliases": {cell.model: alias}}
-        config["ratios"] = [] if cell.ratio is None else [cell.ratio]
-        named = {Path(it).stem: it for it in config["methods"]}
-        method = cell.method if cell.method in named else next(iter(named))
-        settings = recorded.get(METHOD_SETTINGS, {}).get(method)
-        is_own = settings is not None and named[method] != method
-        config["methods"] = [f"{method}.yaml" if is_own else method]
-        names: dict[str, str] = {}
-        config = _with_names(config, names)
-        needed = {name: subject.checksums.get(location, "") for location, name in names.items()}
-        return cls({RECIPE: to_yaml(config), **({f"{method}.yaml": to_yaml(settings)} if is_own else {})}, needed)
+    cell, recorded = subject.cell, subject.config
+    if not recorded.get("methods"):
+        return "", []
+    config = {key: value for key, value in recorded.items() if key != "runtime"}
+    base, folder = subject.base, subject.stages[-1].inputs["dense"].location
+    alias = {"path": folder} if base.hub_id is None else {"hub_id": base.hub_id, "revision": base.revision}
+    config |= {"models": [cell.model], "aliases": {cell.model: alias}}
+    config["ratios"] = [] if cell.ratio is None else [cell.ratio]
+    named = {Path(it).stem: it for it in config["methods"]}
+    method = cell.method if cell.method in named else next(iter(named))
+    config["methods"] = [named[method]]
+    names: dict[str, str] = {}
+    return to_yaml(_with_names(config, names)), [*names.values()]
 
 
 def _with_names(value: Any, names: dict[str, str]) -> Any:
@@ -216,19 +179,19 @@ def _with_names(value: Any, names: dict[str, str]) -> Any:
     return names.setdefault(value, name if name not in taken else f"{len(names)}-{name}")
 
 
-def model_card(subject: Subject, recipe: Recipe | None) -> str:
+def model_card(subject: Subject) -> str:
     """The full text of the card."""
     from huggingface_hub import ModelCardData
 
-    scores, texts, cell, base = list(scores_of(subject)), list(_texts(subject)), subject.cell, subject.base
+    cell, base, texts = subject.cell, subject.base, list(_texts(subject))
     data = ModelCardData(
         model_name=subject.name,
         base_model=base.hub_id,
         library_name="transformers",
         pipeline_tag="image-text-to-text" if subject.dense.has_vision else "text-generation",
         tags=["hfprune", *(["pruned", "model-compression", cell.method] if cell.method else [])],
-        datasets=sorted({it["dataset"] for _, (it, _) in texts if "dataset" in it}) or None,
-        eval_results=[score.result() for score in scores] or None,
+        datasets=sorted({it["dataset"] for _, it, _ in texts if it.get("dataset")}) or None,
+        eval_results=list(eval_results(subject.row)) or None,
         **base.carried,
     )
     parts = [
@@ -236,9 +199,9 @@ def model_card(subject: Subject, recipe: Recipe | None) -> str:
         _summary(subject),
         table(["", ""], [[name, text] for name, text in _facts(subject).items() if text]),
         "## Scores",
-        scores_table(scores) if scores else "Not evaluated yet.",
+        _scores(subject),
         _how_to_load(subject),
-        _how_it_was_made(subject, recipe),
+        _how_it_was_made(subject),
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -248,7 +211,7 @@ def _summary(subject: Subject) -> str:
     model = f"[{escaped(base.hub_id)}](https://huggingface.co/{base.hub_id})" if base.hub_id else code(base.name)
     if cell.ratio is None:
         return f"{model} with the fine-tuning that its pruned versions get: the control that they are held against."
-    after = ", then fine-tuned with LoRA to recover" if subject.trained_on else ""
+    after = ", then fine-tuned with LoRA to recover" if subject.is_trained else ""
     after = ", while it was fine-tuned with LoRA to recover" if cell.recovery == OWN else after
     ratio = subject.row["ratio_reached"] or cell.ratio
     return f"{model} with {100 * ratio:.3g}% of its parameters pruned by the method {code(str(cell.method))}{after}."
@@ -256,41 +219,71 @@ def _summary(subject: Subject) -> str:
 
 def _facts(subject: Subject) -> dict[str, str | None]:
     """Heading of each line of the table -> its text; None if it isn't known or there is nothing to say."""
-    base, cell, row, texts = subject.base, subject.cell, subject.row, list(_texts(subject))
+    base, cell, texts = subject.base, subject.cell, list(_texts(subject))
     licences = [code(name) for name in sorted(subject.manifest["files"]) if is_licence(name)]
     unknown = f"see {', '.join(licences)}" if licences else "not known: see the base model before you share this one"
+    calibration, recovery = (
+        ", ".join(dict.fromkeys(_text(it, source) for key, it, source in texts if key == section))
+        for section in ("calibration", "recovery")
+    )
     return {
         "base model": f"{base.shown()}, {subject.dense.parameters:,} parameters",
         "licence of the base model": escaped(base.licence) if base.licence else unknown,
         "method": cell.method and code(cell.method),
         "ratio asked": f"{cell.ratio:g} of all parameters" if cell.ratio is not None else None,
-        "ratio reached": None if cell.ratio is None else number(row["ratio_reached"], ".4f"),
-        "parameters": number(row["parameters"], ","),
-        "sizes": ", ".join(f"{column.header} {column.show(row)}" for column in sizes([row])),
-        "weights": f"{number(row['weight_bytes'], ',')} bytes",
-        "calibrated on": ", ".join(dict.fromkeys(_text(subject, *it) for key, it in texts if key == "calibration")),
-        "LoRA trained on": ", ".join(_text(subject, *it) for key, it in texts if key == "recovery"),
+        "calibrated on": calibration,
+        "LoRA trained on": recovery,
     }
 
 
-def _texts(subject: Subject) -> Iterator[tuple[str, tuple[Mapping[str, Any], Input | None]]]:
+def _texts(subject: Subject) -> Iterator[tuple[str, Mapping[str, Any], Input | None]]:
     """Section, settings and file of each text on which the checkpoint was calibrated or trained."""
     for stage in subject.stages:
         for section, role in (("calibration", "calibration"), ("recovery", "instructions")):
             if settings := stage.params.to_json().get(section):
                 texts = settings.get("mixture")
                 for place, text in enumerate(texts or [settings], 1):
-                    yield section, (text, stage.inputs.get(f"{role} {place}" if texts else role))
+                    yield section, text, stage.inputs.get(f"{role} {place}" if texts else role)
 
 
-def _text(subject: Subject, settings: Mapping[str, Any], source: Input | None) -> str:
+def _text(settings: Mapping[str, Any], source: Input | None) -> str:
     """A text for people, in Markdown: a data set on the hub, or the name of a file."""
     if source is not None:
-        sha256 = subject.checksums.get(source.location)
-        return f"the file {code(Path(source.location).name)}" + (f" (sha256 `{sha256[:12]}`)" if sha256 else "")
+        return f"the file {code(Path(source.location).name)}"
     parts = [settings.get("dataset"), settings.get("name"), settings.get("split")]
     revision = f" at {escaped(settings['revision'])}" if settings.get("revision") else ""
     return code("/".join(str(part) for part in parts if part)) + revision
+
+
+def _scores(subject: Subject) -> str:
+    """What the tables of the sweep say of the row, beside the dense model's if that was measured in the same way."""
+    rows = [subject.row, *([subject.dense_row] if subject.dense_row else [])]
+    measured = [it for it in columns(rows, wide=True) if not it.is_text]
+    lines = [[escaped(it.header), *(escaped(it.show(row)) for row in rows)] for it in measured]
+    told = [f"- {escaped(it)}" for it in [*notes(rows), *notes(rows, wide=True)]]
+    unmeasured = "Not evaluated yet.\n\n" if subject.row["status"] == "missing" else ""
+    return unmeasured + table(["", "this model", "dense"][: 1 + len(rows)], lines) + "\n\n" + "\n".join(told)
+
+
+def eval_results(row: Row) -> Iterator[EvalResult]:
+    """All scores of a row in the hub's format."""
+    from huggingface_hub import EvalResult
+
+    texts = [("held-out", name, found) for name, found in {None: row, **row[OTHER_TEXTS]}.items()]
+    tasks = [(task, None, found) for task, found in row["tasks"].items()]
+    for dataset, config, found in (*texts, *tasks):
+        keys = OF_TEXT if dataset == "held-out" else [key for key in found if not key.endswith("_stderr")]
+        for key in keys:
+            if found.get(key) is not None:
+                yield EvalResult(
+                    task_type="text-generation",
+                    dataset_type=dataset,
+                    dataset_name=config or dataset,
+                    dataset_config=config,
+                    metric_type=key,
+                    metric_name=METRICS[key].told if key in METRICS else key,
+                    metric_value=found[key],
+                )
 
 
 def _how_to_load(subject: Subject) -> str:
@@ -306,7 +299,7 @@ def _how_to_load(subject: Subject) -> str:
     if trust:
         text += "\n\nNo class of transformers has its shape (layers of different sizes, matrices of low rank, biases): "
         text += f"`trust_remote_code` loads the class in `{NEEDS_CODE}`."
-    if subject.trained_on and any(name.startswith(f"{ADAPTER}/") for name in subject.manifest["files"]):
+    if subject.is_trained and any(name.startswith(f"{ADAPTER}/") for name in subject.manifest["files"]):
         text += "\n\nWhat the fine-tuning added is part of these weights. `adapter/` holds it as an adapter too, "
         text += f'of {_base_of_adapter(subject)}: `PeftModel.from_pretrained(base, "{subject.name}/{ADAPTER}")`.'
     return text
@@ -322,7 +315,7 @@ def _base_of_adapter(subject: Subject) -> str:
     return "the pruned model before it, which the recipe below makes with `--set recovery.method=none`"
 
 
-def _how_it_was_made(subject: Subject, recipe: Recipe | None) -> str:
+def _how_it_was_made(subject: Subject) -> str:
     """The section with versions and the command."""
     found: Mapping[str, Any] = subject.manifest.get("provenance", {})
     commit = f" at commit `{found['git_commit']}`" if found.get("git_commit") else ""
@@ -330,88 +323,9 @@ def _how_it_was_made(subject: Subject, recipe: Recipe | None) -> str:
     packages = {"Python": found.get("python"), **found.get("packages", {})}
     used = ", ".join(f"{name} {version}" for name, version in packages.items() if version)
     text = f"## How it was made\n\nWith hfprune_dist {found.get('hfprune_dist', '')}{commit} ({used})"
-    if recipe is None:
+    text_of_recipe, beside = recipe(subject)
+    if not text_of_recipe:
         return f"{text}, by settings that were not recorded."
-    needed = recipe.needed.items()
-    beside = ", ".join(code(name) + (f" (sha256 `{sha256[:12]}`)" if sha256 else "") for name, sha256 in needed)
-    also = f" It reads, beside itself, {beside}." if beside else ""
+    also = f" It reads, beside itself, {', '.join(map(code, beside))}." if beside else ""
     command = code_block("bash", f"python launch/sweep.py --config {RECIPE}")
     return f"{text}, by\n\n{command}\n\n`{RECIPE}` has all settings.{also}"
-
-
-# Scores.
-
-
-@dataclass(frozen=True)
-class Score:
-    """One number, its standard error, and the dense model's, as far as they are known.
-
-    Attributes:
-        on: the data set, described for people in Markdown.
-        dataset, config: what identifies it.
-        metric, title: name of the metric, and its description for people.
-    """
-
-    on: str
-    dataset: str
-    config: str | None
-    metric: str
-    title: str
-    value: float
-    error: float | None
-    dense: float | None
-
-    def result(self) -> EvalResult:
-        """The score in the hub's format."""
-        from huggingface_hub import EvalResult
-
-        return EvalResult(
-            task_type="text-generation",
-            dataset_type=self.dataset,
-            dataset_name=self.on,
-            dataset_config=self.config,
-            metric_type=self.metric,
-            metric_name=self.title,
-            metric_value=self.value,
-        )
-
-
-def scores_of(subject: Subject) -> Iterator[Score]:
-    """All known scores of a checkpoint's evaluation, fidelity first."""
-    row, dense = subject.row, subject.dense_row or {OTHER_TEXTS: {}, "tasks": {}}
-    # How it was measured, what identifies it, titles of its metrics, their values, and those of the dense model.
-    measured: list[tuple[str, tuple[str, str | None], dict[str, str], Row, Row]] = []
-    named = subject.config.get("evaluation", {}).get("fidelity", {}).get("texts") or {"": None}
-    first = next(iter(named))
-    for name, found in {FIRST: row, **row[OTHER_TEXTS]}.items():
-        reference = subject.evaluation.inputs.get(reference_role(name))
-        if reference is not None:
-            stage = next(it for it in subject.stages if it.id == reference.location)
-            settings, source = stage.params.to_json()["text"], stage.inputs.get("text")
-            told = " ".join(["held-out text", *([escaped(name or first)] if name or first else [])])
-            on = f"{told}, {counted(settings['windows'], 'window')} of {_text(subject, settings, source)}"
-            place = settings["dataset"] if source is None else "held-out", name or None
-            titles = {metric: METRICS[metric].told for metric in OF_TEXT}
-            measured.append((on, place, titles, found, dense if name == FIRST else dense[OTHER_TEXTS].get(name, {})))
-    settings = subject.evaluation.params.to_json()
-    how = "lm-eval" if settings["num_fewshot"] is None else f"lm-eval, {settings['num_fewshot']}-shot"
-    how += "" if settings["limit"] is None else f", at most {counted(settings['limit'], 'document')} a task"
-    for task, found in row["tasks"].items():
-        titles = {metric: metric for metric in found if not metric.endswith("_stderr")}
-        measured.append((f"{escaped(task)} ({how})", (task, None), titles, found, dense["tasks"].get(task, {})))
-    for on, place, titles, found, of_dense in measured:
-        for metric, title in titles.items():
-            if (value := found.get(metric)) is not None:
-                yield Score(on, *place, metric, title, value, found.get(f"{metric}_stderr"), of_dense.get(metric))
-
-
-def scores_table(scores: Sequence[Score]) -> str:
-    """Markdown table of the scores, with a column for the dense model if it was measured in the same way."""
-    with_dense = any(score.dense is not None for score in scores)
-    lines, before = [], ""
-    for it in scores:
-        error = "" if it.error is None else f" ± {it.error:.2g}"
-        lines.append(["" if it.on == before else it.on, escaped(it.title), f"{it.value:.5g}{error}"])
-        lines[-1] += ["-" if it.dense is None else f"{it.dense:.5g}"] * with_dense
-        before = it.on
-    return table(["on", "metric", "value", *["dense"] * with_dense], lines)

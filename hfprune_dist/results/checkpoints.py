@@ -1,8 +1,9 @@
 """The folder ``checkpoints/`` of a sweep: each row's checkpoint under its name, with a card, in a plain folder that can
 be copied, sent or uploaded.
 
-Large files are hard links to those in the store, else copies; small ones, which people edit, are always copies. Only
-files that were written here are ever changed or removed: ``.written`` names them.
+A folder is made beside its place and renamed, so it is whole at any moment. Large files are hard links to those in the
+store, else copies; small ones, which people edit, are always copies. ``hfprune.json`` names the files that were written
+here: all others are the user's, and stay.
 """
 
 from __future__ import annotations
@@ -10,22 +11,20 @@ from __future__ import annotations
 import os
 import re
 import shutil
-import uuid
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from hashlib import file_digest, sha256
 from pathlib import Path
 
 from hfprune_dist.planning.plan import NONE, OWN, Cell
-from hfprune_dist.store.atomic_files import locked, publish, read_record, write_json
+from hfprune_dist.store.atomic_files import fsync_path, locked, read_record, write_json, write_text
 from hfprune_dist.store.hashing import digest_of
 
-CHECKPOINTS = "checkpoints"
-LOCK, WRITTEN, DRAFT = ".lock", ".written", ".hfprune-draft-"
-# Without it nothing loads a folder: it is removed before the other files are changed, and written after them.
-CONFIG = "config.json"
+CHECKPOINTS, MADE, LOCK = "checkpoints", "hfprune.json", ".lock"
+# In front of the names of folders that aren't in their places yet, and no longer.
+NEW, OLD = ".new-", ".old-"
 # Files up to this size are copied and compared by content, larger ones linked and compared by size.
 SMALL = 2**20
 LONGEST_NAME = 96  # the hub's limit for names of repositories
@@ -83,31 +82,11 @@ class File:
 
 
 @dataclass(frozen=True)
-class Folder:
-    """A folder as it was, or will be, written.
-
-    Attributes:
-        checkpoint: id of the stage whose artifact is the checkpoint.
-        files: name of a file, relative to the folder -> the file.
-    """
-
-    checkpoint: str
-    files: dict[str, File]
-
-
-@dataclass(frozen=True)
-class _Written:
-    """Content of ``.written``: name of a folder -> the folder."""
-
-    folders: dict[str, Folder]
-
-
-@dataclass(frozen=True)
 class Contents:
     """What a row's folder should hold.
 
     Attributes:
-        checkpoint: as in ``Folder``.
+        checkpoint: id of the stage whose artifact is the checkpoint.
         artifact: its folder in the store.
         files: name of a file in it -> the file.
         texts: name of a further file -> its text.
@@ -118,11 +97,13 @@ class Contents:
     files: Mapping[str, File]
     texts: Mapping[str, str]
 
-    @property
-    def folder(self) -> Folder:
-        texts = {name: text.encode() for name, text in self.texts.items()}
-        written = {name: File(len(text), sha256(text).hexdigest()) for name, text in texts.items()}
-        return Folder(self.checkpoint, {**self.files, **written})
+
+@dataclass(frozen=True)
+class Made:
+    """The file ``hfprune.json``: the stage whose artifact a folder holds, and name -> file of all that was written."""
+
+    checkpoint: str
+    files: dict[str, File]
 
 
 @dataclass(frozen=True)
@@ -133,16 +114,14 @@ class Update:
     remarks: Sequence[str]
 
 
-def written_folders(out: Path) -> dict[str, Folder]:
-    """The named folders in a sweep's folder, as they were last written."""
-    found = read_record(_Written, out / CHECKPOINTS / WRITTEN)
-    return {} if found is None else found.folders
+def made_checkpoint(folder: Path) -> str | None:
+    """Id of the stage whose artifact a named folder holds; None if nothing was written there."""
+    made = read_record(Made, folder / MADE)
+    return None if made is None else made.checkpoint
 
 
 def update_checkpoints(out: Path, wanted: Mapping[str, Contents | None]) -> Update:
     """Write the named folders in a sweep's folder, and remove those of rows that are gone.
-
-    A reader finds each folder whole, or without its config.json.
 
     Args:
         wanted: name of each row's folder -> its contents; None: as it is, since the row has no checkpoint (yet).
@@ -155,73 +134,91 @@ def update_checkpoints(out: Path, wanted: Mapping[str, Contents | None]) -> Upda
         return Update({}, [])
     root.mkdir(exist_ok=True)
     with locked(root / LOCK):
-        written = written_folders(out)
-        for name in [it for it in written if it not in wanted]:
-            remarks += _remove(root / name, written)
+        _finish(root)
+        for folder in sorted(root.iterdir()):
+            if folder.name not in wanted:
+                remarks += _remove(folder)
         for name, contents in wanted.items():
             if contents is not None:
-                remarks += _write(root / name, contents, written)
-    made = {name: contents.checkpoint for name, contents in wanted.items() if contents}
-    return Update({name: root / name for name, it in written.items() if made.get(name) == it.checkpoint}, remarks)
+                remarks += _write(root / name, contents)
+    known = {name: it.checkpoint for name, it in wanted.items() if it}
+    return Update({name: root / name for name, it in known.items() if made_checkpoint(root / name) == it}, remarks)
 
 
-def _remove(folder: Path, written: dict[str, Folder]) -> list[str]:
+def _finish(root: Path) -> None:
+    """Undo or finish what an update has left that died."""
+    for old in root.glob(f"{OLD}*"):
+        if (root / old.name.removeprefix(OLD)).exists():
+            shutil.rmtree(old)
+        else:
+            old.rename(root / old.name.removeprefix(OLD))
+    for new in root.glob(f"{NEW}*"):
+        shutil.rmtree(new)
+
+
+def _remove(folder: Path) -> list[str]:
     """Remove what was written to a folder; tell what else is in it."""
-    _unlink(folder, [file for file, it in written[folder.name].files.items() if it.is_at(folder / file)])
-    for path in sorted([folder, *folder.rglob("*")], reverse=True):
-        with suppress(OSError):  # a file, or a folder that holds the user's files
-            path.rmdir()
-    _note(folder.parent, written, folder.name, None)
-    theirs = sorted(str(it.relative_to(folder)) for it in folder.rglob("*") if not it.is_dir())
-    return [f"{folder}: its row is gone, but it stays, since it holds files of yours ({theirs[0]})"] if theirs else []
+    made = read_record(Made, folder / MADE)
+    if made is None:
+        return []
+    theirs = _files_of_the_user(folder, made)
+    if theirs:
+        for name in [*made.files, MADE]:
+            if name not in theirs:
+                (folder / name).unlink(missing_ok=True)
+        return [f"{folder}: its row is gone, but it stays, since it holds files of yours ({theirs[0]})"]
+    shutil.rmtree(folder.rename(folder.with_name(NEW + folder.name)))
+    return []
 
 
-def _write(folder: Path, contents: Contents, written: dict[str, Folder]) -> list[str]:
+def _write(folder: Path, contents: Contents) -> list[str]:
     """Bring a folder up to date; tell which files are left as they are."""
-    old, new = written.get(folder.name, Folder("", {})), contents.folder
-    if folder.is_symlink() or (os.path.lexists(folder) and not folder.is_dir()):
+    if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
         return [f"{folder} is in the way of its row's checkpoint, {contents.artifact}"]
-    for draft in folder.rglob(f"{DRAFT}*"):
-        draft.unlink()
-    ours = {file for file, it in old.files.items() if it.is_at(folder / file)}
-    theirs = [file for file in new.files if file not in ours and os.path.lexists(folder / file)]
-    if old.checkpoint != new.checkpoint and (in_the_way := [file for file in theirs if file in contents.files]):
+    made = read_record(Made, folder / MADE) or Made("", {})
+    theirs = _files_of_the_user(folder, made)
+    if in_the_way := [name for name in theirs if name in contents.files]:
         return [f"{folder} holds files of yours ({in_the_way[0]}) in the way of its row's checkpoint"]
-    current = {file for file in ours if old.files[file] == new.files.get(file)}
-    todo = new.files.keys() - current - {*theirs}
-    if todo - contents.texts.keys():
-        todo |= {CONFIG} & current  # which comes last
-    _unlink(folder, (ours - new.files.keys()) | (ours & todo))
-    _note(folder.parent, written, folder.name, Folder(new.checkpoint, {it: new.files[it] for it in {*todo, *current}}))
-    for file in sorted(todo, key=lambda file: file == CONFIG):
-        _put(folder / file, contents.texts.get(file, contents.artifact / file))
-    return [f"{folder / file}: left as it is, since it was edited" for file in theirs]
+    texts = {name: text.encode() for name, text in contents.texts.items() if name not in theirs}
+    written = {name: File(len(text), sha256(text).hexdigest()) for name, text in texts.items()}
+    wanted = Made(contents.checkpoint, {**contents.files, **written})
+    if made != wanted or not all((folder / name).exists() for name in wanted.files):
+        _replace(folder, contents, wanted, theirs)
+    return [f"{folder / name}: left as it is, since it was edited" for name in theirs if name in contents.texts]
 
 
-def _unlink(folder: Path, files: Sequence[str] | set[str]) -> None:
-    for file in sorted(files, key=lambda file: file != CONFIG):
-        (folder / file).unlink()
+def _files_of_the_user(folder: Path, made: Made) -> list[str]:
+    """Files in a folder that weren't written here, or were changed since."""
+    files = sorted(str(it.relative_to(folder)) for it in folder.rglob("*") if it.is_symlink() or not it.is_dir())
+    return [it for it in files if it != MADE and not (it in made.files and made.files[it].is_at(folder / it))]
 
 
-def _note(root: Path, written: dict[str, Folder], name: str, folder: Folder | None) -> None:
-    """Record what a folder holds, before that is written; None: nothing of ours any more."""
-    before = dict(written)
-    written.pop(name, None)
-    written |= {} if folder is None else {name: folder}
-    if written != before:
-        write_json(root / WRITTEN, {"folders": {name: asdict(it) for name, it in written.items()}})
+def _replace(folder: Path, contents: Contents, made: Made, theirs: Iterable[str]) -> None:
+    """Put a new folder in a folder's place, with the user's files."""
+    new, old = folder.with_name(NEW + folder.name), folder.with_name(OLD + folder.name)
+    for name in (*made.files, *theirs):
+        (new / name).parent.mkdir(parents=True, exist_ok=True)
+        if name in theirs:
+            _link(folder / name, new / name)
+        elif name in contents.texts:
+            write_text(new / name, contents.texts[name])
+        else:
+            _link((contents.artifact / name).resolve(), new / name)
+    write_json(new / MADE, asdict(made))
+    for path in (*new.rglob("*"), new):
+        if not path.is_symlink():
+            fsync_path(path)
+    if folder.exists():
+        folder.rename(old)
+    new.rename(folder)
+    fsync_path(folder.parent)
+    shutil.rmtree(old, ignore_errors=True)
 
 
-def _put(target: Path, source: Path | str) -> None:
-    """Write a text, or link or copy a file, so that nobody finds a part of it."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    draft = target.with_name(f"{DRAFT}{uuid.uuid4().hex[:8]}")
-    if isinstance(source, str):
-        draft.write_text(source, encoding="utf-8")
-    else:
-        if source.stat().st_size > SMALL:
-            with suppress(OSError):  # another file system, or one without links
-                os.link(source.resolve(), target)
-                return
-        shutil.copyfile(source, draft)
-    publish(draft, target)
+def _link(source: Path, target: Path) -> None:
+    """Link a large file, or copy a file."""
+    if not source.is_symlink() and source.stat().st_size > SMALL:
+        with suppress(OSError):  # another file system, or one without links
+            os.link(source, target)
+            return
+    shutil.copyfile(source, target, follow_symlinks=False)

@@ -1,14 +1,12 @@
-"""Methods compared over sweeps that differ in their seed: means and spreads; whether they differ in nothing else."""
+"""Methods compared over sweeps that differ in their seed: means and spreads."""
 
 from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
 
-from hfprune_dist.config.section import as_written
-from hfprune_dist.planning.plan import NONE, Cell, Plan
+from hfprune_dist.planning.plan import NONE
 from hfprune_dist.results.markdown import Column, escaped, markdown
 from hfprune_dist.results.metrics import METRICS, Metric
 from hfprune_dist.results.rows import Row
@@ -109,43 +107,3 @@ def methods_table(rows: Sequence[Row], reference: str) -> str:
     """Markdown table of methods, with a note below."""
     table = markdown(rows, columns_of_methods(rows, reference, wide=True))
     return f"{table}\n{escaped(note_on_methods(rows, reference, wide=True))}\n"
-
-
-MadeWith = Mapping[tuple[str, str], object]
-
-
-def made_with(plan: Plan, cell: Cell) -> MadeWith:
-    """(stage, setting or file) -> its value, of everything but seeds that a row's scores depend on, in the order in
-    which stages run. Its speed is measured where a sweep happens to run, and isn't part of it.
-    """
-    made: dict[tuple[str, str], object] = {}
-    for number, stage_id in enumerate((it for it in plan.upstream(cell) if it != cell.efficiency), start=1):
-        stage = plan.stages[stage_id]
-        name = f"stage {number}, {stage.kind}"
-        # What a pass computes besides the scores that the row's method reads is of other rows.
-        ignored = {"seed", *(("criteria", "structures") if stage.kind == "importance" else ())}
-        for key, value in _flat(stage.to_json()["params"]):
-            if key not in ignored and not key.endswith("micro_batch_size"):  # which suits the machine
-                made[name, key] = value
-        files = {role: source for role, source in stage.inputs.items() if not source.is_stage}
-        made |= {(name, role): f"content {source.identity[:8]}" for role, source in files.items()}
-    return made
-
-
-def difference(one: MadeWith, other: MadeWith) -> str:
-    """The first thing in which two rows differ, and what it is in one and in the other; empty if there is nothing."""
-    for key in [*one, *(it for it in other if it not in one)]:
-        if one.get(key) != other.get(key):
-            return (
-                f"{key[1]} ({key[0]}) is {as_written(one.get(key))} in one, {as_written(other.get(key))} in the other"
-            )
-    return ""
-
-
-def _flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, object]]:
-    """Each setting under its name, with those of its section in front."""
-    for name, value in settings.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value

@@ -42,21 +42,9 @@ def byte_count(value: float | None) -> str:
     return "-" if value is None else _short(value, _BYTES, 999.5)
 
 
-def hours(value: float | None) -> str:
-    """Hours in two digits, without a unit."""
-    return number(value, ".0f" if value is not None and value >= 10 else ".2g")
-
-
 def duration(seconds: float | None) -> str:
     """Seconds, minutes, hours or days in two digits."""
     return "-" if seconds is None else _short(seconds, _SECONDS, 99.5)
-
-
-def latency(seconds: float | None) -> str:
-    """A time of usually less than some seconds, in three digits; from minutes on as ``duration``."""
-    if seconds is None or seconds >= 99.95:
-        return duration(seconds)
-    return f"{1000 * seconds:.3g}ms" if seconds < 0.9995 else f"{seconds:.3g}s"
 
 
 def _short(value: float, units: Mapping[str, int], limit: float) -> str:

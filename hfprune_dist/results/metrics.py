@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
-from hfprune_dist.results.formats import byte_count, count, duration, hours, latency, number, percent, with_error
+from hfprune_dist.results.formats import byte_count, count, duration, number, percent, with_error
 
 Row = Mapping[str, Any]
 
@@ -57,6 +57,10 @@ def _digits(digits: int) -> Callable[[float | None], str]:
     return partial(number, form=f"z.{digits}f")
 
 
+def _significant(digits: int) -> Callable[[float | None], str]:
+    return partial(number, form=f".{digits}g")
+
+
 METRICS = {
     it.key: it
     for it in (
@@ -85,7 +89,13 @@ METRICS = {
             in_few=True,
         ),
         Metric("decode_tokens_per_s", "tokens/s", "of all sequences together", count, "higher"),
-        Metric("time_to_first_token_s", "first token", "time from the prompts to it", latency, "lower"),
+        Metric(
+            "time_to_first_token_s",
+            "first token",
+            "time from the prompts to it, in seconds",
+            _significant(3),
+            "lower",
+        ),
         Metric(
             "generation_memory_bytes", "generating", "most memory at once, of weights and torch's tensors", byte_count
         ),
@@ -93,7 +103,12 @@ METRICS = {
         Metric("cache_bytes_per_token", "cache/token", "keys and values of one token", byte_count),
         Metric("training_tokens", "tokens", "read by distillation and recovery as they train", count),
         Metric("training_flops", "FLOPs", "of these, computed from shapes", count),
-        Metric("device_hours", "device-h", "of making a row's checkpoint, time x ranks, in hours", hours),
+        Metric(
+            "device_hours",
+            "device-h",
+            "of making a row's checkpoint, time x ranks, in hours",
+            _significant(2),
+        ),
         Metric("own_time_s", "time", "of a row's own stages", duration, in_few=True),
         Metric("wall_time_s", "total", "of all stages behind a row, those that it shares included", duration),
         Metric("peak_memory_bytes", "memory", "the most that one rank took", byte_count),

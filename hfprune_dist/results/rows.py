@@ -11,7 +11,7 @@ from typing import Any
 from hfprune_dist.checkpoints.checkpoint import Checkpoint
 from hfprune_dist.config.texts import OTHER_TEXTS
 from hfprune_dist.planning.plan import NONE, Cell, Plan
-from hfprune_dist.results.checkpoints import CHECKPOINTS, checkpoint_names, written_folders
+from hfprune_dist.results.checkpoints import CHECKPOINTS, checkpoint_names, made_checkpoint
 from hfprune_dist.results.headline import average
 from hfprune_dist.results.metrics import OF_TEXT
 from hfprune_dist.store.artifacts import Manifest, Store
@@ -96,7 +96,7 @@ class _Rows:
         self._shared = {stage_id for stage_id, rows in rows_behind.items() if rows > 1}
         self._manifests = {stage_id: store.handle(stage_id).manifest() for stage_id in rows_behind}
         self._names = {cell: name for name, cell in checkpoint_names(plan.cells).items()}
-        self._written = written_folders(store.root.parent)
+        self._checkpoints = store.root.parent / CHECKPOINTS
 
     def row(self, cell: Cell) -> Row:
         plan, dense = self._plan, self._dense[cell.model]
@@ -139,7 +139,7 @@ class _Rows:
         if not cell.producers or self._manifests[cell.producers[-1]] is None:
             return None
         name, made = self._names[cell], cell.producers[-1]
-        is_named = name in self._written and self._written[name].checkpoint == made
+        is_named = made_checkpoint(self._checkpoints / name) == made
         return f"{CHECKPOINTS}/{name}" if is_named else f"{self._store.root.name}/{made}"
 
     def _cause(self, stage_id: str) -> str:

@@ -1,17 +1,20 @@
-"""Section ``pass``: the calibration pass as published and as in this project, in forward passes of the same model."""
+"""The calibration pass as published and as in this project, in forward passes of the same model."""
 
 from __future__ import annotations
 
 import contextlib
 import copy
+import ctypes
+import gc
 import statistics
-from collections.abc import Sequence
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from hfprune_launch.benchmark.measurement import TIDY, call, median_ratio, paired_seconds, peak_bytes
 from hfprune_launch.benchmark.published import PublishedScores
 from torch import Tensor, nn
 from transformers.utils import logging
@@ -22,6 +25,7 @@ from hfprune_dist.core.observers import SeenUnits, UnitSums
 from hfprune_dist.core.score_batch import ScoredModel, score_batch
 from hfprune_dist.data.tokenizer import load_tokenizer
 from hfprune_dist.data.windows import Sampling, sample_windows
+from hfprune_dist.errors import UserError
 from hfprune_dist.methods import CRITERIA
 from hfprune_dist.models.after_head import after_head
 from hfprune_dist.models.loading import load_causal_lm
@@ -38,54 +42,82 @@ SHARE_KEPT = 0.7
 
 def measure_pass(model: str, text: str, tokens: int, rounds: int) -> list[tuple[str, float, str]]:
     """Measure time, memory and kept neurons of both formulations: what, value, unit."""
-    lines: list[tuple[str, float, str]] = []
+    lines = []
     for dtype in DTYPES:
-        where = {"model": model, "text": text, "dtype": dtype, "tokens": tokens}
-        timed = call(f"{__name__}:time_pass", {**where, "rounds": rounds}, {})
-        taken = {name: call(f"{__name__}:take_memory", {**where, "name": name}, TIDY) for name in ("published", *OURS)}
-        lines.append((f"{dtype}: a forward of {tokens} tokens, time", timed["forward"], "s"))
-        lines += [(f"{dtype}: {name}, time", ratio, "forwards") for name, ratio in timed["ratios"].items()]
-        lines += [(f"{dtype}: {name}, memory", taken[name] / taken["published"], "x published") for name in OURS]
-        lines.append((f"{dtype}: kept by published and by ours", timed["overlap"], "of the neurons"))
+        measured = _measure(model, text, dtype, tokens, rounds)
+        lines += [(f"{dtype}: {what}", value, unit) for what, value, unit in measured]
     return lines
 
 
-def time_pass(model: str, text: str, dtype: str, tokens: int, rounds: int) -> dict[str, Any]:
-    """In a separate process: seconds of a forward pass, time ratios to it, and the share of neurons both keep."""
-    windows = iter(read_windows(model, text, rounds + 1, tokens)[:, None])
+def _measure(model: str, text: str, dtype: str, tokens: int, rounds: int) -> Iterator[tuple[str, float, str]]:
+    windows = iter(_read_windows(model, text, rounds + 1, tokens)[:, None])
     window: list[Tensor] = []
     causal_lm, checkpoint = _load(model, dtype)
-    scorers = {name: Ours(causal_lm, checkpoint, checkpointing) for name, checkpointing in OURS.items()}
     published = PublishedScores(causal_lm, checkpoint.units.outputs_of(causal_lm))
+    scorers: dict[str, PublishedScores | Ours] = {"published": published}
+    scorers |= {name: Ours(causal_lm, checkpoint, checkpointing) for name, checkpointing in OURS.items()}
 
     def forward() -> None:
         window[:] = [next(windows).to(causal_lm.device)]
         with torch.no_grad():
             causal_lm(input_ids=window[0], use_cache=False)
 
-    variants = {"forward": forward, "published": lambda: published.add(window[0])}
-    variants |= {name: partial(ours.add, window) for name, ours in scorers.items()}
+    def score(name: str) -> None:
+        scorers[name].add(window[0])
+
+    # The first round warms up: it allocates what is made only once, and loads the weights' pages.
+    variants: dict[str, Callable[[], object]] = {"forward": forward, **{name: partial(score, name) for name in scorers}}
     seconds = paired_seconds(variants, rounds)
     forwards = seconds.pop("forward")
-    layers = zip(published.scores, scorers["ours"].scores_LD, strict=True)
-    return {
-        "forward": statistics.median(forwards),
-        "ratios": {name: median_ratio(times, forwards) for name, times in seconds.items()},
-        "overlap": statistics.mean(_overlap(one.double(), other) for one, other in layers),
-    }
+    ours = scorers["ours"]
+    assert isinstance(ours, Ours)
+    layers = zip(published.scores, ours.scores_LD, strict=True)
+    overlap = statistics.mean(_overlap(one.double(), other) for one, other in layers)
+    taken = {name: peak_bytes(partial(score, name)) for name in scorers}
+    yield f"a forward of {tokens} tokens, time", statistics.median(forwards), "s"
+    for name, times in seconds.items():
+        ratio = statistics.median(taken / one for taken, one in zip(times, forwards, strict=True))
+        yield f"{name}, time", ratio, "forwards"
+    for name in OURS:
+        yield f"{name}, memory", taken[name] / taken["published"], "x published"
+    yield "kept by published and by ours", overlap, "of the neurons"
 
 
-def take_memory(model: str, text: str, dtype: str, tokens: int, name: str) -> int:
-    """In a separate process: bytes above the model at the peak of scoring one window."""
-    causal_lm, checkpoint = _load(model, dtype)
-    window = read_windows(model, text, 1, tokens).to(causal_lm.device)
-    if name == "published":
-        published = PublishedScores(causal_lm, checkpoint.units.outputs_of(causal_lm))
-        published.add(window[:, :8])  # allocates what is made only once, and loads the weights' pages
-        return peak_bytes(lambda: published.add(window))
-    ours = Ours(causal_lm, checkpoint, OURS[name])
-    ours.add([window[:, :8]])
-    return peak_bytes(lambda: ours.add([window]))
+def paired_seconds(variants: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each variant in each round, after one round to warm up; the variants take turns, so that other work on
+    the machine slows all alike.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in variants}
+    for _ in range(rounds + 1):
+        for name, run in variants.items():
+            started = time.perf_counter()
+            run()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            seconds[name].append(time.perf_counter() - started)
+    return {name: times[1:] for name, times in seconds.items()}
+
+
+def peak_bytes(run: Callable[[], object]) -> int:
+    """The peak memory of ``run`` above what was in use before: of the GPU if there is one, else resident memory."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run()
+        return torch.cuda.max_memory_allocated() - before
+    if not sys.platform.startswith("linux"):
+        raise UserError("memory is measured on Linux or on a GPU only")
+    ctypes.CDLL(None).malloc_trim(0)  # returns freed memory, so that resident memory is the memory in use
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # resets the peak
+    before = _status_bytes("VmRSS")
+    run()
+    return _status_bytes("VmHWM") - before
+
+
+def _status_bytes(key: str) -> int:
+    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{key}:"))
 
 
 class Ours:
@@ -115,17 +147,16 @@ class Ours:
         self._windows = 0
         self.scores_LD = torch.zeros(())
 
-    def add(self, micro_batches: Sequence[Tensor]) -> None:
-        """Add the scores of a shard."""
+    def add(self, input_ids_BT: Tensor) -> None:
+        """Add the scores of some windows."""
         sums = UnitSums(self._units, [CRITERIA[CRITERION]])
-        for input_ids_BT in micro_batches:
-            windows = range(self._windows, self._windows + len(input_ids_BT))
-            score_batch(self._model, Batch(input_ids_BT, windows, self._vocabulary, SEED), sums)
-            self._windows += len(input_ids_BT)
+        windows = range(self._windows, self._windows + len(input_ids_BT))
+        score_batch(self._model, Batch(input_ids_BT, windows, self._vocabulary, SEED), sums)
+        self._windows += len(input_ids_BT)
         self.scores_LD = self.scores_LD + torch.stack([sums.sums[NEURONS, it.layer, CRITERION] for it in self._units])
 
 
-def read_windows(model: str, text: str, windows: int, tokens: int) -> Tensor:
+def _read_windows(model: str, text: str, windows: int, tokens: int) -> Tensor:
     """Windows [windows, tokens] of the text in file ``text``, tokenized for the model."""
     whole = Path(text).read_text(encoding="utf-8")
     return sample_windows([whole], load_tokenizer(Path(model)), Sampling(windows, tokens, SEED), text).input_ids_ST

@@ -35,7 +35,7 @@ QUIET_AND_OFFLINE = {
 
 def build(root: Path) -> None:
     """Make the assets, unless all are there and were made from the versions that are installed."""
-    console = make_console(works_on=True)
+    console = make_console()
     root.mkdir(parents=True, exist_ok=True)
     with locked(root / ".lock"):
         made_from = {"assets": VERSION, "python": platform.python_version(), **dict(map(_installed, MADE_FROM))}

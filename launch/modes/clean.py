@@ -7,7 +7,7 @@ from pathlib import Path
 
 from hfprune_launch.screen import make_console, say
 from hfprune_launch.slurm.observe import inputs_of_live_jobs
-from hfprune_launch.sweep_folder import RecordedSweep, read_sweep
+from hfprune_launch.sweep_folder import Sweep, read_sweep
 
 from hfprune_dist.errors import UserError
 from hfprune_dist.store.artifacts import Store
@@ -27,16 +27,18 @@ def clean(out: Path, *, intermediates: bool, dry_run: bool) -> None:
         UserError: if the folder is not a sweep's, or one of its stages is running, or begins meanwhile; once all else
             is removed, for what can't be, such as another user's.
     """
-    sweep, store = read_sweep(out), Store(out / "store")
+    sweep = read_sweep(out)
+    store = sweep.store
     _refuse_while_needed(store)
     jobs = inputs_of_live_jobs(store)
     used = {*jobs, *(need for needs in jobs.values() for need in needs)}
     found = list(unused(store, {*sweep.plan.stages, *used}, about_to_run=jobs))
     if intermediates:
-        found += _intermediates(sweep, store, used)
+        found += _intermediates(sweep, used)
     staying: list[str] = []
-    gone = found if dry_run else list(_removed(store, found, staying))
-    remarks = [] if dry_run else sweep.record.write_checkpoints(out).remarks
+    _refuse_while_needed(store)  # they were looked for, and measured, over minutes
+    gone = found if dry_run else list(_removed(found, staying))
+    remarks = [] if dry_run else sweep.write_checkpoints().remarks
     # Shown once all is done, as a reader such as head may end the command.
     console = make_console()
     if jobs:
@@ -51,14 +53,9 @@ def clean(out: Path, *, intermediates: bool, dry_run: bool) -> None:
         raise UserError("\n".join(staying))
 
 
-def _removed(store: Store, found: Iterable[Leftover], staying: list[str]) -> Iterator[Leftover]:
+def _removed(found: Iterable[Leftover], staying: list[str]) -> Iterator[Leftover]:
     """Remove leftovers and yield those that are gone; add to ``staying`` why others aren't."""
     for leftover in found:
-        try:
-            _refuse_while_needed(store)  # they were looked for, and measured, over minutes
-        except UserError as error:
-            staying.append(str(error))
-            return
         try:
             leftover.remove()
         except UserError as error:
@@ -75,13 +72,13 @@ def _refuse_while_needed(store: Store) -> None:
         raise UserError(f"{store.root}: {running_now}; let the sweep end, or cancel it")
 
 
-def _intermediates(sweep: RecordedSweep, store: Store, used: set[str]) -> Iterator[Leftover]:
+def _intermediates(sweep: Sweep, used: set[str]) -> Iterator[Leftover]:
     """Yield checkpoints that belong to no row and that no missing stage reads.
 
     Args:
         used: ids of stages whose artifacts are in use in another way.
     """
-    plan = sweep.plan
+    plan, store = sweep.plan, sweep.store
     missing = plan.lacking(lambda stage_id: store.handle(stage_id).is_done())
     kept = {*used, *plan.asked, *(result for cell in plan.cells for result in cell.results)}
     kept |= {need for stage_id in missing for need in plan.stages[stage_id].needs}

@@ -10,11 +10,10 @@ from pathlib import Path
 
 from hfprune_launch.screen import say
 from hfprune_launch.stage.attempts import Ledger, past_attempts
-from hfprune_launch.sweep_folder import read_record
+from hfprune_launch.sweep_folder import recorded_sweep
 from rich.console import Console
 
 from hfprune_dist.report.evidence import collect
-from hfprune_dist.store.artifacts import Store
 from hfprune_dist.store.atomic_files import write_text
 
 REPORT = "report.html"
@@ -54,13 +53,11 @@ class ReportPage:
     def _write(self) -> None:
         from hfprune_dist.report.page import page
 
-        record = read_record(self.out)
-        if record is None or not os.access(self.out, os.W_OK):
+        sweep = recorded_sweep(self.out)
+        if sweep is None or not os.access(self.out, os.W_OK):
             return
-        store = Store(self.out / "store")
-        ledger, logs = Ledger(store), self.out / "logs"
-        rows = record.rows(store)
+        ledger, logs = Ledger(sweep.store), self.out / "logs"
         evidence = collect(
-            self.out, record.plan, rows, lambda stage: past_attempts(ledger, stage.id, logs), time.time()
+            self.out, sweep.plan, sweep.rows(), lambda stage: past_attempts(ledger, stage.id, logs), time.time()
         )
         write_text(self.out / REPORT, page(evidence))

@@ -11,7 +11,7 @@ from hfprune_launch.local.cancel import running_without_job, wait_until_cancelle
 from hfprune_launch.measured_hours import show_hours
 from hfprune_launch.modes.report_page import ReportPage
 from hfprune_launch.modes.sweep_arguments import Command
-from hfprune_launch.modes.sweep_plan import prepare, sweep_to_show
+from hfprune_launch.modes.sweep_plan import prepare
 from hfprune_launch.modes.sweep_run import run_prepared
 from hfprune_launch.screen import make_console, show_checkpoints, show_plan, show_results, show_shapes
 from hfprune_launch.slurm.cli import cancel_sweep, show_jobs, show_status
@@ -19,7 +19,7 @@ from hfprune_launch.slurm.commands import SlurmUnavailableError
 from hfprune_launch.slurm.estimate import show_estimates
 from hfprune_launch.slurm.status import row_logs
 from hfprune_launch.stage.attempts import Ledger
-from hfprune_launch.sweep_folder import Sweep, configuration, forget_rows, require_sweep
+from hfprune_launch.sweep_folder import configuration, forget_rows, read_sweep
 
 from hfprune_dist.config.yaml_text import to_yaml
 from hfprune_dist.store.cancellation import request_cancellation
@@ -34,9 +34,8 @@ def run_sweep(arguments: Namespace) -> int:
         UserError: for bad input; nothing has been written.
     """
     out = arguments.out or Path("runs") / (arguments.config[0].stem if arguments.config else "default")
-    mode = _mode(arguments)
     try:
-        return mode(Command(arguments, out, make_console(works_on=mode in (run, cancel, forget))))
+        return _mode(arguments)(Command(arguments, out, make_console()))
     except SlurmUnavailableError as error:
         print(f"error: Slurm does not answer: {error}; run the same command again to go on", file=sys.stderr)
         return 1
@@ -87,7 +86,7 @@ def show_config(command: Command) -> int:
 
 def status(command: Command) -> int:
     """Write the report and show the state of every stage."""
-    sweep = _existing(command)
+    sweep = read_sweep(command.out)
     ReportPage(command.out, command.console).write()
     show_status(command.console, sweep, keep_on=bool(command.arguments.follow))
     return 0
@@ -95,14 +94,14 @@ def status(command: Command) -> int:
 
 def logs(command: Command) -> int:
     """Show the last lines of a row's logs."""
-    sweep = _existing(command)
+    sweep = read_sweep(command.out)
     command.tell(row_logs(sweep.plan, sweep.store, sweep.out / "logs", command.arguments.logs, LOG_LINES))
     return 0
 
 
 def cancel(command: Command) -> int:
     """End the running stages of the sweep, on any machine or in jobs; saved work stays."""
-    sweep = _existing(command)
+    sweep = read_sweep(command.out)
     plan, store = sweep.plan, sweep.store
     running = running_without_job(plan, store)
     try:
@@ -123,21 +122,10 @@ def cancel(command: Command) -> int:
 def forget(command: Command) -> int:
     """Remove rows from the folder's tables; the artifacts behind them stay."""
     labels = command.arguments.forget
-    rows, checkpoints = forget_rows(command.out, labels)
+    rows, checkpoints = forget_rows(command.out, labels).write_results()
     ReportPage(command.out, command.console).write()
     show_results(command.console, rows, command.arguments.wide)
     show_checkpoints(command.console, checkpoints)
     store = command.out / "store"
     command.tell(f"removed: {', '.join(labels)}; a run that plans such a row brings it back from {store}")
     return 0
-
-
-def _existing(command: Command) -> Sweep:
-    """Return the sweep to show or to stop.
-
-    Raises:
-        UserError: if no sweep has been run in the folder, and no configuration is given that defines one.
-    """
-    if not command.arguments.config:
-        require_sweep(command.out)
-    return sweep_to_show(command)

@@ -62,12 +62,6 @@ class Command:
             overrides["runtime.ranks"] = arguments.ranks
         return overrides
 
-    def asks_for_ranks(self) -> bool:
-        """Return whether the command line sets the number of ranks."""
-        overrides = self.overrides()
-        section = overrides.get("runtime")
-        return "runtime.ranks" in overrides or (isinstance(section, dict) and "ranks" in section)
-
     def profile(self) -> Profile | None:
         """Return the profile of the cluster to run on; None for this machine.
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 from hfprune_launch.command import as_called
 from hfprune_launch.local.hardware import device_here, fitting_runtime, gpus_here
@@ -15,17 +13,16 @@ from hfprune_launch.project import PROJECT
 from hfprune_launch.slurm.estimate import Estimate, estimate_stages, gpus_of_profile, refuse_what_cannot_fit
 from hfprune_launch.slurm.profile import Profile
 from hfprune_launch.slurm.script import default_threads, refuse_unusable_path
-from hfprune_launch.sweep_folder import Record, Sweep, read_record, require_apart, require_folder
+from hfprune_launch.sweep_folder import Sweep, recorded_sweep, require_apart, require_folder
 
 from hfprune_dist.config.method import Method
 from hfprune_dist.config.schema import RuntimeConfig, SweepConfig
 from hfprune_dist.errors import UserError
-from hfprune_dist.kinds.efficiency import EfficiencyParameters
 from hfprune_dist.kinds.placement import choose_micro_batches, chooses
 from hfprune_dist.planning.build_plan import build_plan
 from hfprune_dist.planning.methods import resolve_methods
 from hfprune_dist.planning.model_sources import ModelSource, resolve_models
-from hfprune_dist.planning.plan import Plan, refuse_other_checkpoints, with_earlier_rows
+from hfprune_dist.planning.plan import refuse_other_checkpoints
 from hfprune_dist.planning.ratios import place_of
 from hfprune_dist.planning.remarks import planned_sizes, remarks_on_settings, remarks_on_shapes, sizes_of
 from hfprune_dist.store.artifacts import Verdict
@@ -115,132 +112,70 @@ def prepare(command: Command, *, download: bool) -> Prepared:
         UserError: for bad input; nothing has been written.
     """
     require_folder(command.out)
-    store = command.store
+    store, profile = command.store, command.profile()
     cancellation = Cancellation(store.root)
-    profile = command.profile()
-    device = _device_in(profile)
-    config, models, methods, plan = _plan(command, device, command.tell, download=download, stands_in=not download)
-    require_apart(command.out, plan)
-    if (record := _readable_record(command)) and all(model.has_known_shape for model in models):
-        refuse_other_checkpoints(plan, record.plan, command.out)
-    for remark in remarks_on_settings(config, methods):
-        command.tell(f"note: {remark}")
-    for model in models:
-        for remark in _remarks_on(model):
-            command.tell(f"note: model {model.name!r}: {remark}")
+    config = command.configuration()
+    if not config.models:
+        raise UserError(as_called(NO_MODELS))
+    models = resolve_models(config, PROJECT.configs / "models", store.hashes, download, stands_in=not download)
+    methods = resolve_methods(config, PROJECT.configs / "methods")
+    here = config.runtime
+    if profile is None:
+        here, remark = fitting_runtime(config.runtime)
+        command.tell(remark)
+    if chooses(config):
+        config, remark = _with_micro_batches(profile, here, config, models, methods)
+        command.tell(remark)
+    device = device_here(config.runtime)
     if profile is not None:
+        resources = profile.resources["efficiency"]
+        device = resources.device(default_threads(resources, config.runtime.threads_per_rank))
         refuse_unusable_path(command.out)
+    unknown = [model for model in models if not model.has_known_shape]
+    try:
+        plan = build_plan(config, models, methods, store.hashes, device)
+    except UserError as error:
+        if not unknown:
+            raise
+        names = ", ".join(model.name for model in unknown)
+        raise UserError(f"{error}\na Llama stands in for {names}, unknown until downloaded") from None
+    require_apart(command.out, plan)
+    if (record := recorded_sweep(command.out)) and not unknown:
+        refuse_other_checkpoints(plan, record.plan, command.out)
+    remarks = [*remarks_on_settings(config, methods), *(remark for model in models for remark in _remarks_on(model))]
+    for remark in remarks:
+        command.tell(f"note: {remark}")
     verdicts = {stage_id: store.handle(stage_id).verify() for stage_id in plan.stages}
     todo = plan.lacking(lambda stage_id: verdicts[stage_id].state == "done")
-    here = config.model_copy(update={"runtime": _runtime(command, config, profile)})
-    sized = _of_known_shape(plan, todo, models)
+    folders = {model.checkpoint.path for model in unknown}
+    sized = [stage_id for stage_id in todo if plan.dense_folder(plan.stages[stage_id]) not in folders]
     estimates = estimate_stages(plan, sized, profile, config.runtime) if profile is not None else []
+    runs = config.model_copy(update={"runtime": here})
     sweep = Sweep(plan, store, command.out)
-    return Prepared(sweep, config, here, models, verdicts, todo, profile, estimates, methods, cancellation)
-
-
-def _of_known_shape(plan: Plan, todo: Sequence[str], models: Sequence[ModelSource]) -> list[str]:
-    unknown = {model.checkpoint.path for model in models if not model.has_known_shape}
-    return [stage_id for stage_id in todo if plan.dense_folder(plan.stages[stage_id]) not in unknown]
+    return Prepared(sweep, config, runs, models, verdicts, todo, profile, estimates, methods, cancellation)
 
 
 def _remarks_on(model: ModelSource) -> list[str]:
     if model.is_here:
         return []
-    if model.has_known_shape:
-        return ["it is downloaded when the sweep runs; only its config.json and its tensors' shapes were looked up"]
-    return ["it isn't in the local hub cache, and the hub can't be asked for its shape; ids of its stages will change"]
-
-
-def _runtime(command: Command, config: SweepConfig, profile: Profile | None) -> RuntimeConfig:
-    """Return the runtime as configured; on this machine with no more ranks than GPUs, if a file asks for more."""
-    if profile is not None or command.asks_for_ranks():
-        return config.runtime
-    runtime, remark = fitting_runtime(config.runtime)
-    command.tell(remark)
-    return runtime
-
-
-def sweep_to_show(command: Command) -> Sweep:
-    """Return today's plan with the folder's other rows, or the recorded plan if inputs can't be read: they may be
-    gone, or another user's.
-    """
-    store, out, settings = command.store, command.out, command.overrides()
-    show, record = partial(Sweep, store=store, out=out), read_record(out)
-    try:
-        device = _device_of(record)
-        tells = device_here if device is None else lambda _: device
-        *_, today = _plan(command, tells, lambda _: None, download=False, stands_in=False)
-    except (UserError, OSError) as error:
-        if record is None:
-            raise
-        if settings:
-            command.tell(f"note: this command's settings are left out, and the sweep is as last planned: {error}")
-        return show(record.plan)
-    return show(with_earlier_rows(today, record.plan) if record else today)
-
-
-def _device_in(profile: Profile | None) -> Callable[[RuntimeConfig], str]:
-    """Return what tells, for a runtime, on which device of a profile, or of this machine, efficiency is measured."""
-    if profile is None:
-        return device_here
-    resources = profile.resources["efficiency"]
-    return lambda runtime: resources.device(default_threads(resources, runtime.threads_per_rank))
-
-
-def _device_of(record: Record | None) -> str | None:
-    """Return the device on which a folder's last run measured efficiency; None if it didn't."""
-    stages = record.plan.stages.values() if record else ()
-    devices = (it.params.device for it in stages if isinstance(it.params, EfficiencyParameters))
-    return next(devices, None)
-
-
-def _plan(
-    command: Command,
-    device: Callable[[RuntimeConfig], str],
-    tell: Callable[[str], None],
-    *,
-    download: bool,
-    stands_in: bool,
-) -> tuple[SweepConfig, list[ModelSource], dict[str, Method], Plan]:
-    """Return the configuration with all that planning chooses, and its models, methods and plan.
-
-    Args:
-        device: tells on which device efficiency is measured.
-        tell: told which micro-batches are chosen for a run.
-    """
-    config, hashes = command.configuration(), command.store.hashes
-    if not config.models:
-        raise UserError(as_called(NO_MODELS))
-    models = resolve_models(config, PROJECT.configs / "models", hashes, download, stands_in)
-    methods = resolve_methods(config, PROJECT.configs / "methods")
-    if chooses(config):
-        config, remark = _with_micro_batches(command.profile(), config, models, methods)
-        tell(remark)
-    try:
-        plan = build_plan(config, models, methods, hashes, device(config.runtime))
-    except UserError as error:
-        if unknown := [model.name for model in models if not model.has_known_shape]:
-            raise UserError(f"{error}\na Llama stands in for {', '.join(unknown)}, unknown until downloaded") from None
-        raise
-    return config, models, methods, plan
-
-
-def _readable_record(command: Command) -> Record | None:
-    """Return the folder's record; None if there is none, or if it is damaged, whose rows are lost."""
-    with suppress(UserError):
-        return read_record(command.out)
-    return None
+    told = "it is downloaded when the sweep runs; only its config.json and its tensors' shapes were looked up"
+    if not model.has_known_shape:
+        told = "it isn't in the local hub cache, nor can the hub be asked for its shape; ids of its stages will change"
+    return [f"model {model.name!r}: {told}"]
 
 
 def _with_micro_batches(
-    profile: Profile | None, config: SweepConfig, models: Sequence[ModelSource], methods: Mapping[str, Method]
+    profile: Profile | None,
+    here: RuntimeConfig,
+    config: SweepConfig,
+    models: Sequence[ModelSource],
+    methods: Mapping[str, Method],
 ) -> tuple[SweepConfig, str]:
     """Return the configuration with micro-batches that suit the GPUs of the profile, or of this machine, and a remark
     on them; it is empty where there are no GPUs.
     """
     if profile is None:
-        found = dict.fromkeys(TRAINING_STAGES, gpus_here(fitting_runtime(config.runtime)[0]))
+        found = dict.fromkeys(TRAINING_STAGES, gpus_here(here))
     else:
         found = {name: gpus_of_profile(profile.resources[kind]) for name, kind in TRAINING_STAGES.items()}
     gpus = {name: it for name, it in found.items() if it is not None}
@@ -250,8 +185,4 @@ def _with_micro_batches(
     chosen = choose_micro_batches(config, known, gpus, methods.values())
     sizes = {name: getattr(chosen, name).rows_at_once for name in TRAINING_STAGES}
     remark = f"note: micro-batches of {' and '.join(f'{name} {size}' for name, size in sizes.items())}"
-    if gpus:
-        return chosen, remark
-    if profile is not None and any(profile.resources[kind].gpus for kind in TRAINING_STAGES.values()):
-        return chosen, f"{remark}, as the profile doesn't say gpu_memory_gib; config.yaml keeps them"
-    return chosen, ""
+    return chosen, remark if gpus else ""

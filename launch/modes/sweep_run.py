@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
 from functools import partial
 
 from hfprune_launch.local.backend import LocalBackend
@@ -20,22 +19,13 @@ from hfprune_launch.slurm.launcher import NewJobs
 from hfprune_launch.stage.attempts import Ledger
 from hfprune_launch.stage.outcome import Outcome
 from hfprune_launch.stage.stage_file import Provenance
-from hfprune_launch.sweep_folder import (
-    Record,
-    Sweep,
-    read_record,
-    record_locked,
-    set_record_aside,
-    write_config,
-    write_record,
-)
+from hfprune_launch.sweep_folder import Sweep, read_sweep, record_locked, recorded_sweep, write_config
 
 from hfprune_dist.errors import LostInputError, UserError
-from hfprune_dist.planning.plan import Cell, kept_rows, with_earlier_rows
-from hfprune_dist.results.card import METHOD_SETTINGS
+from hfprune_dist.planning.plan import kept_rows, with_earlier_rows
 from hfprune_dist.results.formats import counted
 from hfprune_dist.results.rows import DenseModel
-from hfprune_dist.results.table import RESULTS, write_reports
+from hfprune_dist.results.table import RESULTS
 from hfprune_dist.store.file_system import require_usable
 from hfprune_dist.store.stage import Stage
 
@@ -73,7 +63,7 @@ def run_missing(command: Command, prepared: Prepared, finish: Callable[[], None]
     require_usable(command.out)
     write_config(command.out, prepared.config, prepared.models)
     with record_locked(command.out):
-        write_record(command.out, _with_earlier(command, prepared))
+        _with_earlier(prepared).write_record()
     store.hashes.save()  # of input files; every stage that reads one compares its hash with the plan
     _clean_up(command, prepared)
     report = ReportPage(command.out, command.console)
@@ -95,9 +85,7 @@ def _runner(command: Command, prepared: Prepared) -> RunStages:
         UserError: if this machine can't run them; nothing has been written.
     """
     sweep, here, profile = prepared.sweep, prepared.here, prepared.profile
-    methods = {name: method.model_dump(exclude_unset=True) for name, method in prepared.methods.items()}
-    config = {**here.model_dump(), METHOD_SETTINGS: methods}
-    provenance = Provenance(here.runtime, config, PROJECT.code_version())
+    provenance = Provenance(here.runtime, here.model_dump(), PROJECT.code_version())
     if profile is None:
         backend = LocalBackend(sweep.store, sweep.out / "logs", provenance, prepared.cancellation)
         return lambda on_end: _run_here(command, prepared, backend, on_end)
@@ -165,45 +153,26 @@ def _clean_up(command: Command, prepared: Prepared) -> None:
                 command.tell(f"corrupt artifact {stage_id} ({verdict.reason}): set aside as {aside}, made again")
 
 
-def _with_earlier(command: Command, prepared: Prepared) -> Record:
-    """Return today's plan with the folder's other rows."""
-    plan = prepared.sweep.plan
-    dense = {model.name: DenseModel.of(model.checkpoint) for model in prepared.models}
-    try:
-        earlier = read_record(command.out)
-    except UserError as error:
-        command.tell(f"note: rows of earlier runs are lost: {error}; kept as {set_record_aside(command.out)}")
-        return Record(plan, dense)
-    return Record(with_earlier_rows(plan, earlier.plan), {**earlier.dense, **dense}) if earlier else Record(plan, dense)
-
-
-def _recorded(command: Command, prepared: Prepared) -> Record:
-    """Return the folder's record, which this run has written; if it was lost since, it is written again."""
-    with record_locked(command.out):
-        with suppress(UserError):
-            if (record := read_record(command.out)) is not None:
-                return record
-        record = _with_earlier(command, prepared)
-        write_record(command.out, record)
-        return record
+def _with_earlier(prepared: Prepared) -> Sweep:
+    """Today's sweep with the folder's other rows."""
+    today, dense = prepared.sweep, {model.name: DenseModel.of(model.checkpoint) for model in prepared.models}
+    plan = today.plan
+    if (earlier := recorded_sweep(today.out)) is not None:
+        plan, dense = with_earlier_rows(plan, earlier.plan), {**earlier.dense, **dense}
+    return Sweep(plan, today.store, today.out, dense)
 
 
 def _report(command: Command, prepared: Prepared) -> None:
     """Write and show the tables of all rows of the folder, as other commands have left them in the meantime: with those
     that another run has begun, and without those that were forgotten.
     """
-    out, today, folder = command.out, prepared.sweep.plan, _recorded(command, prepared)
-    update = folder.write_checkpoints(out)  # first, since rows name their folders
-    rows = folder.rows(prepared.sweep.store)
-    write_reports(rows, out)
+    folder = read_sweep(command.out)
+    rows, update = folder.write_results()
     show_results(command.console, rows, command.arguments.wide)
-    if kept := kept_rows(today, folder.plan):
-        command.tell(f"rows of earlier runs: {_labels(kept)}; to remove one: --forget '{kept[0].label}'")
+    if kept := kept_rows(prepared.sweep.plan, folder.plan):
+        labels = ", ".join(cell.label for cell in kept)
+        command.tell(f"rows of earlier runs: {labels}; to remove one: --forget '{kept[0].label}'")
     show_checkpoints(command.console, update)
-
-
-def _labels(cells: Sequence[Cell]) -> str:
-    return ", ".join(cell.label for cell in cells)
 
 
 def _exit_code(sweep: Sweep) -> int:

@@ -293,8 +293,7 @@ class Claims(Subject):
 
 # Whole sweeps.
 
-# Files that tell checkpoints by name apart from the user's own files, for as long as there are any.
-BOOKKEEPING = {".lock", "checkpoints/.lock", "checkpoints/.written"}
+BOOKKEEPING = {".lock", "checkpoints/.lock"}
 
 
 class WholeSweep(Subject):

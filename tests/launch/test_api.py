@@ -50,32 +50,13 @@ def test_scores_are_those_of_dense_models_and_of_no_student(config, tmp_path, mo
     assert session.score() == {"alpha": {}} and len(made) == 1
 
 
-def test_settings_are_those_that_are_given(config, tmp_path):
-    place = tmp_path / "\N{SLIGHTLY SMILING FACE} of \N{LATIN SMALL LETTER E WITH ACUTE}\N{LINE SEPARATOR}"
-    session = Session(tmp_path / "out", config, aliases={"mine": {"path": place}}, recovery={"learning_rate": 1e-5})
-    made = session._command.configuration()
-    assert made.aliases["mine"].path == str(place) and made.recovery.learning_rate == 1e-5
-
-
-@pytest.mark.parametrize("number", [np.float16, np.float32, np.float64, float])
+@pytest.mark.parametrize("number", [np.float64, float])
 def test_numbers_may_be_those_of_numpy(config, tmp_path, number):
     settings = {"calibration": {"samples": np.int64(3), "add_bos_token": np.bool_(True)}, "seed": np.array(5)}
     for ratios in (np.array([0.2, 0.3], dtype=number), [number(0.2), number(0.3)]):
         made = Session(tmp_path / "out", config, ratios=ratios, **settings)._command.configuration()
         assert made.ratios == [0.2, 0.3] and (made.calibration.samples, made.seed) == (3, 5)
         assert made.calibration.add_bos_token is True
-
-
-def test_places_are_those_of_the_command_line(config, tmp_path, monkeypatch):
-    """A notebook has no shell that replaces a tilde."""
-    monkeypatch.setenv("HOME", str(config.parent))
-    command = Session("~/out", f"~/{config.name}")._command
-    assert command.out == config.parent / "out" and command.configuration().models == ["alpha", "beta"]
-    with pytest.raises(UserError, match="folder is empty"):
-        Session("", config)
-    for places in [("~nobody-of-this-name/out", config), (tmp_path / "out", "~nobody-of-this-name/my.yaml")]:
-        with pytest.raises(UserError, match="not a valid path"):
-            Session(*places)
 
 
 def test_a_session_stays_where_it_was_made(config, tmp_path, monkeypatch):
@@ -97,13 +78,9 @@ def test_a_session_stays_where_it_was_made(config, tmp_path, monkeypatch):
     assert made.evaluation.fidelity.path == str(first / "heldout.jsonl")
 
 
-@pytest.mark.parametrize(
-    ("settings", "expected"),
-    [({"models": ["nope"]}, "'nope'"), ({"ratio": [0.2]}, "unknown key 'ratio'; did you mean 'ratios'")],
-)
-def test_bad_input_is_a_user_error_and_nothing_is_written(config, tmp_path, settings, expected):
-    session = Session(tmp_path / "out", config, **settings)
+def test_bad_input_is_a_user_error_and_nothing_is_written(config, tmp_path):
+    session = Session(tmp_path / "out", config, ratio=[0.2])
     for ask in (session.score, session.prune, session.compare):
-        with pytest.raises(UserError, match=expected):
+        with pytest.raises(UserError, match="unknown key 'ratio'; did you mean 'ratios'"):
             ask()
     assert not (tmp_path / "out").exists()

@@ -90,12 +90,3 @@ def test_a_second_run_starts_no_stage_and_a_dry_run_tells_what_is_left_out(confi
     headers, *shown = [line.split() for line in again.stdout.splitlines() if line.startswith(starts)]
     assert headers[2] == "experts" and [it[it.index("lora") + 1] for it in shown] == ["6", "3"]
     assert "method 'surgeon-plain': left out, since the model is a mixture of experts" in again.stdout
-
-
-def test_methods_that_are_not_possible_are_refused_before_anything_is_written(config, tmp_path):
-    out = tmp_path / "out"
-    refused = sweep(config, out, *COMMON, "--methods", "surgeon-uniform-block")
-    assert refused.returncode == 2 and not out.exists()
-    assert "method 'surgeon-uniform-block': glm4_moe is a mixture of experts, with which refit" in refused.stderr
-    alone = sweep(config, out, *COMMON, "--methods", "surgeon-plain")
-    assert alone.returncode == 2 and "glm4_moe is a mixture of experts, with which structures" in alone.stderr

@@ -1,12 +1,11 @@
 """The command hfprune: its sub-commands are the project's commands, and it answers at once."""
 
 import io
-import os
 import subprocess
 import sys
 
 import pytest
-from hfprune_launch import hfprune, status
+from hfprune_launch import hfprune
 from hfprune_launch.command import run
 from hfprune_launch.project import PROJECT
 from sweeps import in_process
@@ -31,17 +30,6 @@ def test_a_sub_command_has_the_help_of_its_command_with_its_own_name(name):
     assert "launch/" not in shown, "examples are those of hfprune"
 
 
-def test_a_command_called_by_its_path_has_examples_with_its_path(monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["launch/status.py"])
-    _, shown, _ = in_process(status.main, "--help")
-    assert "usage: status.py " in shown and "python launch/status.py runs/demo" in shown
-
-
-def test_help_lists_all_commands():
-    code, shown, _ = in_process(hfprune.main, "--help")
-    assert code == 0 and all(f"  {name} " in shown for name in hfprune.COMMANDS)
-
-
 def test_version():
     code, shown, _ = in_process(hfprune.main, "--version")
     assert code == 0 and shown.startswith(f"hfprune {hfprune_dist.__version__}\ncommit: ")
@@ -53,22 +41,12 @@ def test_version():
     [
         ([], "no command; valid: sweep"),
         (["swep", "--dry-run"], "no command 'swep'; did you mean 'sweep'?"),
-        (["status", "nowhere"], "nowhere: no sweep.json"),
     ],
 )
 def test_bad_input_is_one_message(arguments, expected, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     code, _, said = in_process(hfprune.main, *arguments)
     assert code == 2 and expected in said and not list(tmp_path.iterdir())
-
-
-def test_output_that_nobody_reads_is_no_traceback():
-    reading, writing = os.pipe()
-    os.close(reading)
-    command = [sys.executable, str(PROJECT.packages["hfprune_launch"] / "hfprune.py"), "schema"]
-    result = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True, check=False)
-    os.close(writing)
-    assert (result.returncode, result.stderr) == (141, "")
 
 
 def test_help_and_version_load_no_large_library():

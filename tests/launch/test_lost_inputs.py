@@ -57,8 +57,9 @@ def run(config, out):
     return in_process(sweep.main, "--config", config, "--out", out, "--models", "alpha", "--ratios", "0.2")
 
 
-@pytest.mark.parametrize("damaged", [["recover", "reference"], ["importance", "prune", "reference"]])
-@pytest.mark.parametrize("gone", [["evaluate"], ["recover", "evaluate"]])
+@pytest.mark.parametrize(
+    ("gone", "damaged"), [(["evaluate"], ["recover", "reference"]), (["recover", "evaluate"], ["importance", "prune"])]
+)
 def test_what_a_stage_finds_damaged_is_made_again_before_another_try(config, tmp_path, wanted, damaged, gone):
     store = Store(tmp_path / "store")
     for stage in wanted.stages.values():

@@ -6,12 +6,8 @@ import sys
 import unicodedata
 
 import pytest
-from hfprune_launch import sweep
-from hfprune_launch.command import SIGPIPE_EXIT_CODE
-from hfprune_launch.modes import sweep as modes
 from hfprune_launch.screen import (
     make_console,
-    show_plan,
     show_results,
     stage_screen,
 )
@@ -24,8 +20,6 @@ from made_stages import stage_of
 from rich.console import Console
 from rows import missing, row_of
 
-from hfprune_dist.planning.plan import Plan
-from hfprune_dist.store.artifacts import Verdict
 from hfprune_dist.store.heartbeat import Heartbeat
 from hfprune_dist.store.stage import Input
 
@@ -52,39 +46,6 @@ def on_terminal(monkeypatch):
     return shown
 
 
-def test_whoever_stops_reading_ends_a_command_as_a_closed_pipe_does(unread):
-    """Rich would exit with 1, which says that a stage failed."""
-    with unread:
-        with pytest.raises(BrokenPipeError):
-            make_console().print("a line")
-        make_console(works_on=True).print("a line")
-
-
-@pytest.mark.parametrize(
-    ("arguments", "works_on"),
-    [
-        ([], True),
-        (["--cancel"], True),
-        (["--forget", "a"], True),
-        *((it, False) for it in (["--status"], ["--logs", "a"], ["--dry-run"], ["--show-config"])),
-    ],
-)
-def test_what_changes_something_is_done_to_its_end_even_if_nobody_reads_on(unread, monkeypatch, arguments, works_on):
-    done = []
-
-    def mode(command):
-        for number in range(3):
-            command.tell("a line")
-            done.append(number)
-        return 0
-
-    for name in ("run", "cancel", "forget", "status", "logs", "dry_run", "show_config"):
-        monkeypatch.setattr(modes, name, mode if (name in ("run", "cancel", "forget")) == works_on else None)
-    with unread:
-        code = sweep.main([*arguments, "--out", "runs/none"])
-    assert (code, done) == ((0, [0, 1, 2]) if works_on else (SIGPIPE_EXIT_CODE, []))
-
-
 def width_of(line):
     """Return how many columns a line occupies."""
     return sum(1 + (unicodedata.east_asian_width(letter) in "WF") for letter in line)
@@ -95,15 +56,10 @@ def test_no_terminal_is_so_narrow_that_numbers_or_names_are_cut_off(on_terminal,
     monkeypatch.setenv("COLUMNS", columns)
     shown = "".join("".join(on_terminal(show_results, USUAL)).split())
     assert all(number in shown for number in ("134.5M", "0.263", "4.597", "68.3±4.2", "269MB", "4.4m"))
-    stage = stage_of("evaluate", "llama 0.2 surgeon-any-shape + lora", {}, {"model": Input("digest", "/a")})
-    plan = Plan({stage.id: stage}, (), (stage.id,))
-    if columns != "1":
-        lines = "".join(on_terminal(show_plan, plan, {stage.id: Verdict("missing", "not made yet")}, [stage.id]))
-        assert "…" not in lines
 
 
-@pytest.mark.parametrize("model", ["llama-3.2-1b"])
-def test_a_usual_sweep_fits_80_columns_with_its_names_whole(on_terminal, model):
+def test_a_usual_sweep_fits_80_columns_with_its_names_whole(on_terminal):
+    model = "llama-3.2-1b"
     rows = [row | {"model": model} for row in USUAL]
     lines = on_terminal(show_results, rows)
     assert max(map(width_of, lines)) <= 80
@@ -113,7 +69,6 @@ def test_a_usual_sweep_fits_80_columns_with_its_names_whole(on_terminal, model):
         [model, "0.2", "surgeon-plain", "lora"],
         [model, "0.2", "hfprune", "lora"],
     ]
-    assert ("0.263±0.012" in lines[2]) == (model == "llama"), "where there is room"
     assert any("lower is better" in line for line in lines) and lines[-1] == "all columns: --wide"
 
 
@@ -123,7 +78,7 @@ def test_no_line_is_longer_than_the_terminal(on_terminal, data):
     rows = data.draw(st.lists(rows_of(), max_size=6))
     lines = on_terminal(show_results, rows)
     # Messages are not wrapped, as they contain paths to copy.
-    assert max(width_of(line) for line in lines if not line.startswith("missing: ")) <= 80
+    assert max(width_of(line) for line in lines if not line.startswith(("missing: ", "not to be "))) <= 80
     assert sum(line.startswith("missing: ") for line in lines) == sum(row["status"] == "missing" for row in rows)
 
 

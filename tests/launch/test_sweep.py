@@ -6,9 +6,7 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 import time
-from hashlib import sha256
 
 import psutil
 import pytest
@@ -16,10 +14,13 @@ import torch
 import yaml
 from browser import opened
 from fork_server import forked
+from hfprune_launch import report
 from huggingface_hub import ModelCard
 from ranks import FAULTS, ROOT, killing
-from sweeps import artifacts, command, finish, results, sweep
+from sweeps import artifacts, command, finish, in_process, results, sweep
 from transformers import AutoModelForCausalLM
+
+from hfprune_dist.results.checkpoints import MADE
 
 pytestmark = pytest.mark.slow
 
@@ -28,10 +29,11 @@ pytestmark = pytest.mark.slow
 def finished(config, tmp_path_factory):
     """An undisturbed sweep, with whose results every fault below must end."""
     out = tmp_path_factory.mktemp("finished") / "out"
-    return out, finish(config, out)
+    return out, finish(config, out, *ALPHA)
 
 
-ONE_CELL = ["--models", "alpha", "--ratios", "0.2"]
+ALPHA = ["--models", "alpha"]
+ONE_CELL = [*ALPHA, "--ratios", "0.2"]
 WITHOUT_RECOVERY = [*ONE_CELL, "--set", "recovery.method=none"]
 
 
@@ -74,28 +76,16 @@ def assert_same_as(finished_out, out):
         assert ours and all(theirs[name] == content for name, content in ours.items())
 
 
-def test_a_sweep_is_shown_whatever_became_of_its_inputs(finished, config, tmp_path):
-    """The configuration now lies in a folder that has none of the models and texts it names."""
-    moved = tmp_path / "moved.yaml"
-    moved.write_bytes(config.read_bytes())
-    shown = sweep(moved, finished[0], "--status")
-    assert shown.returncode == 0 and shown.stdout.count("done") == 22
-    logs = sweep(moved, finished[0], "--logs", "alpha dense")
-    assert logs.returncode == 0 and "reference alpha held-out" in logs.stdout
-    nothing = sweep(moved, tmp_path / "never started", "--status")
-    assert nothing.returncode == 2 and "alpha" in nothing.stderr and "Traceback" not in nothing.stderr
-
-
 def test_one_row_per_cell_with_its_baselines(finished):
     out, _ = finished
     rows = results(out)
-    assert [(row["model"], row["ratio"], row["recovery"]) for row in rows[:4]] == [
+    assert [(row["model"], row["ratio"], row["recovery"]) for row in rows] == [
         ("alpha", "0.0", "none"),
         ("alpha", "0.0", "lora"),
         ("alpha", "0.1", "lora"),
         ("alpha", "0.2", "lora"),
     ]
-    assert len(rows) == 8 and {row["status"] for row in rows} == {"done"}
+    assert {row["status"] for row in rows} == {"done"}
     for row in rows:
         assert float(row["perplexity"]) > 1 and 0 <= float(row["top1_agreement"]) <= 1
         assert 0 <= float(row["tiny_choice/acc"]) <= 1 and row["tiny_choice/acc_stderr"]
@@ -114,30 +104,32 @@ def test_its_report_shows_the_numbers_of_its_table(finished):
         figures = shown.drawn()
         assert {it["section"] for it in figures} >= {"quality", "tasks", "layers", "losses", "timeline"}
         for title, column in (("KL", "kl"), ("tiny_choice", "tiny_choice/acc_norm")):
-            for model in ("alpha", "beta"):
-                (figure,) = (it for it in figures if it["title"] == f"{model}: {title}")
-                drawn = {value for trace in figure["traces"] for value in trace["y"]}
-                assert drawn == {float(row[column]) for row in rows if row["model"] == model}
+            (figure,) = (it for it in figures if it["title"] == f"alpha: {title}")
+            drawn = {value for trace in figure["traces"] for value in trace["y"]}
+            assert drawn == {float(row[column]) for row in rows}
         page = shown.page
         page.click("#rows button[title=kl]")
         page.click("#rows button[title=kl]")
         sorted_rows = page.eval_on_selector_all("#rows tbody tr", "rows => rows.map(row => row.cells[0].dataset.v)")
         by_kl = sorted(rows, key=lambda row: -float(row["kl"]))
-        assert sorted_rows[:6] == [row["label"] for row in by_kl[:6]], "the dense models' are equal"
-        assert {width: shown.overflow(width) for width in (375, 768, 1280, 1920)} == dict.fromkeys(
-            (375, 768, 1280, 1920), 0
-        )
-        page.emulate_media(color_scheme="dark")
-        assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(20, 24, 29)"
+        assert sorted_rows == [row["label"] for row in by_kl]
+        assert shown.overflow(375) == shown.overflow(1280) == 0
         assert shown.errors == [] and shown.requests == [(out / "report.html").resolve().as_uri()]
 
 
-def test_checkpoints_load_with_plain_transformers_by_their_names(finished):
+def test_checkpoints_load_by_their_names_and_have_a_card_and_no_path_of_this_machine(finished, config):
     out, _ = finished
-    for row in results(out):
-        if row["checkpoint"]:
-            model = AutoModelForCausalLM.from_pretrained(out / "checkpoints" / name_of(row))
-            assert sum(p.numel() for p in model.parameters()) == int(row["parameters"])
+    places = [str(place).encode() for place in (out, config.parent)]
+    for row in results(out)[1:]:
+        folder = out / row["checkpoint"]
+        assert folder == out / "checkpoints" / name_of(row)
+        model = AutoModelForCausalLM.from_pretrained(folder)
+        assert sum(p.numel() for p in model.parameters()) == int(row["parameters"])
+        files = [file for file in folder.rglob("*") if file.is_file()]
+        assert {"README.md", "config.json", "model.safetensors", "tokenizer.json"} <= {file.name for file in files}
+        assert not [file for file in files for place in places if place in file.read_bytes()]
+        card = ModelCard.load(folder / "README.md")
+        assert next(it.metric_value for it in card.data.eval_results if it.metric_type == "kl") == float(row["kl"])
 
 
 def name_of(row):
@@ -146,30 +138,15 @@ def name_of(row):
     return "-".join(filter(None, parts))
 
 
-def test_what_one_would_push_has_a_card_and_no_path_of_this_machine(finished, config):
-    out, _ = finished
-    folder = out / "checkpoints" / "alpha-0.2-surgeon-uniform-block-lora"
-    files = [file for file in folder.rglob("*") if file.is_file()]
-    assert {"README.md", "config.json", "model.safetensors", "tokenizer.json"} <= {file.name for file in files}
-    places = [str(place).encode() for place in (out, config.parent)]
-    assert not [file for file in files for place in places if place in file.read_bytes()]
-    card = ModelCard.load(folder / "README.md")
-    kl = next(it.metric_value for it in card.data.eval_results if it.metric_type == "kl")
-    assert kl == float(next(row["kl"] for row in results(out) if name_of(row) == folder.name))
-
-
-@pytest.mark.parametrize("name", ["alpha-0.2-surgeon-uniform-block-lora", "alpha-dense-lora"])
-def test_a_checkpoint_that_was_copied_elsewhere_needs_no_sweep(finished, config, tmp_path, monkeypatch, name):
+def test_a_checkpoint_that_was_copied_elsewhere_needs_no_sweep(finished, tmp_path, monkeypatch):
     """Its adapter is one of the model that the card names, and gives the merged model with it."""
     from peft import PeftModel
 
+    name = "alpha-0.2-surgeon-uniform-block-lora"
     sweep_folder, tokens = shutil.copytree(finished[0], tmp_path / "sweep"), torch.arange(3, 20)[None]
-    assert next(it for it in results(sweep_folder) if name_of(it) == name)["checkpoint"] == f"checkpoints/{name}"
-    (made,) = [it for it in sweep_folder.glob("store/recover/*") if same(it, sweep_folder / "checkpoints" / name)]
+    made = sweep_folder / "store" / json.loads((sweep_folder / "checkpoints" / name / MADE).read_text())["checkpoint"]
     before = json.loads((made / "manifest.json").read_text())["stage"]["inputs"]["model"]["location"]
-    base = (
-        config.parent / "alpha" if "dense" in name else shutil.copytree(sweep_folder / "store" / before, tmp_path / "b")
-    )
+    base = shutil.copytree(sweep_folder / "store" / before, tmp_path / "b")
     shutil.copytree(sweep_folder / "checkpoints" / name, tmp_path / "elsewhere", symlinks=True)
     shutil.rmtree(sweep_folder)
     monkeypatch.chdir(tmp_path)
@@ -178,18 +155,10 @@ def test_a_checkpoint_that_was_copied_elsewhere_needs_no_sweep(finished, config,
     assert torch.allclose(adapted, merged, atol=1e-3)
 
 
-def same(artifact, folder):
-    return (artifact / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
-
-
-@pytest.mark.parametrize(("name", "rows"), [("alpha-0.2-surgeon-uniform-block-lora", 3), ("alpha-dense-lora", 2)])
-def test_the_recipe_of_a_checkpoint_plans_it_again(finished, config, tmp_path, name, rows):
+def test_the_recipe_of_a_checkpoint_plans_it_again(finished, config, tmp_path):
     """A dry run elsewhere, with the files that the card names beside it, has the same fingerprints; no other rows."""
-    folder = finished[0] / "checkpoints" / name
+    folder = finished[0] / "checkpoints" / "alpha-0.2-surgeon-uniform-block-lora"
     shutil.copy(folder / "recipe.yaml", tmp_path)
-    card = (folder / "README.md").read_text()
-    for file in ("heldout.jsonl", "pairs.jsonl"):
-        assert f"`{file}` (sha256 `{sha256((config.parent / file).read_bytes()).hexdigest()[:12]}`)" in card
     for needed in ("alpha", "calibration.jsonl", "heldout.jsonl", "pairs.jsonl", "tasks"):
         (tmp_path / needed).symlink_to(config.parent / needed)
     out = tmp_path / "out"
@@ -197,7 +166,7 @@ def test_the_recipe_of_a_checkpoint_plans_it_again(finished, config, tmp_path, n
     (out / "store").symlink_to(finished[0] / "store")
     shown = sweep(tmp_path / "recipe.yaml", out, "--dry-run")
     assert shown.returncode == 0, shown.stderr
-    assert re.search(rf"^{rows} cells, .*: \d+ reuse, 0 run", shown.stdout, re.MULTILINE), shown.stdout
+    assert re.search(r"^3 cells, .*: \d+ reuse, 0 run", shown.stdout, re.MULTILINE), shown.stdout
 
 
 def test_a_model_of_any_shape_is_recovered_and_evaluated(config, tmp_path):
@@ -224,7 +193,7 @@ def test_all_three_reports_agree_and_keep_the_configuration(finished, config):
     assert (out / "results.md").read_text().count("\n| alpha |") == 2 * 4, "a table of few columns and one of all"
     assert "alpha" in result.stdout and "tiny_choice" in result.stdout
     checkpoints = [out / "checkpoints" / name_of(row) for row in rows if row["checkpoint"]]
-    assert len(checkpoints) == 6 and all(f"  {folder}\n" in result.stdout for folder in checkpoints)
+    assert len(checkpoints) == 3 and all(f"  {folder}\n" in result.stdout for folder in checkpoints)
     assert all(row["kl_stderr"] > 0 and row["windows"] == 4 for row in rows if row["kl"])
     assert all(0 < row["own_time_s"] <= row["wall_time_s"] for row in rows)
     assert all(row["provenance"]["seed"] == 0 and row["provenance"]["packages"]["torch"] for row in rows)
@@ -237,7 +206,7 @@ def test_all_three_reports_agree_and_keep_the_configuration(finished, config):
 def test_a_second_run_runs_nothing(finished, config):
     out, _ = finished
     before = {file: file.stat().st_mtime_ns for file in (out / "store").rglob("*") if file.is_file()}
-    result = sweep(config, out)
+    result = sweep(config, out, *ALPHA)
     assert result.returncode == 0 and "stages to run" not in result.stdout
     after = {file: file.stat().st_mtime_ns for file in (out / "store").rglob("*") if file.is_file()}
     assert after == before
@@ -248,10 +217,10 @@ def test_report_command_makes_the_same_tables(finished):
     expected = {name: (out / name).read_bytes() for name in ("results.csv", "results.md", "results.json")}
     for name in expected:
         (out / name).unlink()
-    report = [sys.executable, str(ROOT / "launch" / "report.py"), str(out), "--published"]
-    shown = subprocess.run(report, capture_output=True, text=True, check=True)
+    code, shown, said = in_process(report.main, out, "--published")
+    assert code == 0, said
     assert {name: (out / name).read_bytes() for name in expected} == expected
-    assert "HFPrune" in shown.stdout and "59.0" in shown.stdout
+    assert "HFPrune" in shown and "59.0" in shown
 
 
 def test_a_session_in_python_takes_up_a_sweep(finished, config, monkeypatch):
@@ -260,7 +229,11 @@ def test_a_session_in_python_takes_up_a_sweep(finished, config, monkeypatch):
     before = {name: (out / name).read_bytes() for name in ("results.csv", "results.md", "results.json")}
     text = (ROOT / "launch" / "README.md").read_text()
     lines = re.search(r"```py\n(.*?)```", text, re.DOTALL)[1]
-    lines = lines.replace("runs/notebook", str(out)).replace("my.yaml", str(config)).replace(", ratios=[0.2]", "")
+    lines = (
+        lines.replace("runs/notebook", str(out))
+        .replace("my.yaml", str(config))
+        .replace("ratios=[0.2]", 'models=["alpha"]')
+    )
     monkeypatch.setattr(subprocess, "Popen", None)
     shown = {}
     exec(lines, shown)
@@ -268,10 +241,8 @@ def test_a_session_in_python_takes_up_a_sweep(finished, config, monkeypatch):
     assert [row["label"] for row in shown["rows"]] == [
         row["label"] for row in json.loads(before["results.json"])["rows"]
     ]
-    assert [len(layer) for layer in shown["scores"]["beta"]["surgeon"]] == [48, 48]
-    assert set(shown["folders"]) == {
-        (model, ratio, "surgeon-uniform-block") for model in ("alpha", "beta") for ratio in (0.1, 0.2)
-    }
+    assert [len(layer) for layer in shown["scores"]["alpha"]["surgeon"]] == [48, 48]
+    assert set(shown["folders"]) == {("alpha", ratio, "surgeon-uniform-block") for ratio in (0.1, 0.2)}
     pruned = AutoModelForCausalLM.from_pretrained(shown["folders"]["alpha", 0.2, "surgeon-uniform-block"])
     assert pruned.config.intermediate_size < 48
 
@@ -283,9 +254,9 @@ def test_a_corrupt_artifact_is_set_aside_and_made_again(finished, config, tmp_pa
     content = bytearray(victim.read_bytes())
     content[-1] ^= 1
     victim.write_bytes(content)
-    result = sweep(config, out)
+    result = sweep(config, out, *ALPHA)
     assert result.returncode == 0 and "content changed since it was committed" in result.stdout
-    assert "1 of 22 stages to run" in result.stdout
+    assert "1 of 11 stages to run" in result.stdout
     assert len(list((out / "store" / "quarantine").iterdir())) == 1
     assert_same_as(finished[0], out)
 
@@ -355,7 +326,7 @@ def test_no_rank_outlives_its_launcher(config, tmp_path):
 def test_killing_a_rank_of_one_stage_after_another(finished, config, short_of):
     """Each time, cells that don't need the stage are finished; the next sweep goes on to the next stage."""
     out = short_of(SCORES, PRUNE, RECOVER, EVALUATE, "evaluate alpha dense")
-    for kind in ("importance", "recover", "evaluate"):
+    for kind in ("importance", "evaluate"):
         result = sweep(config, out, *ONE_CELL, environment=killing(0, 6, f"work/{kind}"))
         assert result.returncode == 1
         assert f"failed {kind}" in result.stdout and "a rank died without a message" in result.stdout
@@ -371,7 +342,7 @@ def test_a_rank_that_fails_ends_the_stage_with_its_message(config, tmp_path):
     """Rank 1 must not write the sums of its layer; rank 0 waits for it."""
     refused = {"PYTHONPATH": str(FAULTS), "REFUSE_RANK": "1", "REFUSE_MATCH": "matrices"}
     few = ["--set", "recovery.method=none", "--set", "evaluation.tasks=[]"]
-    result = sweep(config, tmp_path / "out", *ONE_CELL, *few, environment=refused, real=True)
+    result = sweep(config, tmp_path / "out", *ONE_CELL, *few, environment=refused)
     assert result.returncode == 2, result.stdout
     assert "Permission denied; check the permissions" in result.stdout and "Traceback" not in result.stdout
     (log,) = (tmp_path / "out" / "logs").glob("importance-*.1.log")
@@ -405,20 +376,3 @@ def test_two_sweeps_at_once_share_the_work(finished, config, short_of):
     assert [process.returncode for process in sweeps] == [0, 0], outputs
     assert len(list((out / "logs").iterdir())) == 3, "every stage ran once"
     assert_same_as(finished[0], out)
-
-
-@pytest.mark.skipif(os.geteuid() != 0, reason="needs root to mount a small disk")
-def test_a_full_disk(config, tmp_path):
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=160k", "tmpfs", str(disk)], check=True)
-    try:
-        result = sweep(config, disk / "out", *WITHOUT_RECOVERY)
-        assert result.returncode == 2, result.stdout
-        assert "No space left on device" in result.stdout + result.stderr and "Traceback" not in result.stderr
-        assert not list((disk / "out" / "store").rglob(".draft*"))
-        subprocess.run(["mount", "-o", "remount,size=16m", str(disk)], check=True)
-        result = sweep(config, disk / "out", *WITHOUT_RECOVERY, "--ranks", "1")
-        assert result.returncode == 0, result.stdout
-    finally:
-        subprocess.run(["umount", str(disk)], check=True)

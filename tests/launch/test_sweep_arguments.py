@@ -27,10 +27,3 @@ def test_a_flag_of_its_own_wins_over_assignments_in_whichever_way_they_are_writt
 def test_lists_that_are_given_in_parts_add_up():
     config = configured("--ratios", "0.1", "--ratios", "0.2,0.3", "--models", "a/b", "--models", "c/d")
     assert (config.ratios, config.models) == ([0.1, 0.2, 0.3], ["a/b", "c/d"])
-
-
-def test_assignments_to_one_section_are_merged_and_the_last_to_a_key_wins():
-    sections = configured("--set", "prune={multiple_of: 2, refit: dense}", "--set", "prune={refit: none}").prune
-    assert (sections.multiple_of, sections.refit) == (2, "none")
-    keys = configured("--set", "prune.floor=0.1", "--set", "prune={floor: 0.2}", "--set", "prune.floor=0.3").prune
-    assert keys.floor == 0.3

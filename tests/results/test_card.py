@@ -10,15 +10,12 @@ from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
 from sweeps import make_inputs, planned
 
-from hfprune_dist.config.texts import OTHER_TEXTS
 from hfprune_dist.results.card import (
-    METHOD_SETTINGS,
     BaseModel,
-    Recipe,
     Subject,
     contents_of_checkpoints,
     model_card,
-    scores_of,
+    recipe,
 )
 from hfprune_dist.results.checkpoints import checkpoint_names
 from hfprune_dist.results.rows import DenseModel, collect_rows
@@ -26,6 +23,7 @@ from hfprune_dist.store.artifacts import Store
 from hfprune_dist.store.stage import Input
 
 SCORES = {
+    "other_texts": {"news": {"kl": 1.5}},
     "fidelity": {"perplexity": 12.5, "kl": 0.25, "kl_stderr": 0.03125, "top1_agreement": 0.75, "tokens": 124},
     "tasks": {"tiny_choice": {"acc": 0.5, "acc_stderr": 0.1, "acc_norm": 0.6, "acc_norm_stderr": None}},
 }
@@ -91,10 +89,6 @@ def subject(config, tmp_path_factory):
     return subject
 
 
-def card_of(subject):
-    return model_card(subject, Recipe.of(subject))
-
-
 def test_the_hub_reads_what_was_measured(config, tmp_path):
     cards = texts(config, tmp_path)
     data = ModelCard(cards[PRUNED]).data
@@ -108,41 +102,16 @@ def test_the_hub_reads_what_was_measured(config, tmp_path):
         and data.base_model is None
         and data.license is None
     )
-    found = {(it.dataset_type, it.metric_type): it.metric_value for it in data.eval_results}
+    found = {(it.dataset_config or it.dataset_type, it.metric_type): it.metric_value for it in data.eval_results}
     assert found == {
         ("held-out", "kl"): 0.25,
         ("held-out", "top1_agreement"): 0.75,
         ("held-out", "perplexity"): 12.5,
+        ("news", "kl"): 1.5,
         ("tiny_choice", "acc"): 0.5,
         ("tiny_choice", "acc_norm"): 0.6,
     }
     assert ModelCard(cards["alpha-dense-lora"]).data.tags == ["hfprune"], "nothing of it was pruned"
-
-
-def test_results_of_several_texts_come_back_as_they_were(config, tmp_path):
-    held_out = {
-        name: {"path": str(config.parent / f"{file}.jsonl")} for name, file in (("a", "heldout"), ("b", "pairs"))
-    }
-    held_out["b"]["text_field"] = "response"
-    held_out["c"] = {"dataset": "org/data", "revision": "0" * 40}
-    plan = planned(config, evaluation__fidelity__path=None, evaluation__fidelity__texts=held_out)[1]
-    store = Store(tmp_path / "store")
-    fill(store, plan)
-    rows = dict(zip(plan.cells, collect_rows(plan, store, DENSE), strict=True))
-    subject = Subject.of("name", plan.cells[1], rows, plan, store, DENSE["alpha"])
-    others = {name: {"kl": kl, "kl_stderr": 0.5} for name, kl in (("b", 1.5), ("c", None))}
-    others["c"]["perplexity"] = 3.0
-    dense = {**subject.dense_row, OTHER_TEXTS: {"b": {"kl": 0.0}}}
-    subject = replace(subject, row={**subject.row, OTHER_TEXTS: others}, dense_row=dense)
-    found = list(scores_of(subject))
-    read = ModelCard(card_of(subject)).data.eval_results
-    assert len(read) == 7 and sorted(read, key=repr) == sorted((it.result() for it in found), key=repr)
-    assert {(it.dataset_type, it.dataset_config, it.metric_value) for it in read if it.metric_type == "kl"} == {
-        ("held-out", None, 0.25),
-        ("held-out", "b", 1.5),
-    }
-    assert [it.metric_type for it in read if it.dataset_type == "org/data"] == ["perplexity"]
-    assert [it.dense for it in found if it.metric == "kl"] == [0.0, 0.0], "of each text the dense model's"
 
 
 def test_people_read_how_it_was_made(config, tmp_path):
@@ -150,21 +119,20 @@ def test_people_read_how_it_was_made(config, tmp_path):
     card = cards[PRUNED]
     for shown in (
         "| ratio asked | 0.2 of all parameters |",
-        "| ratio reached | 0.1987 |",
-        "| sizes | width 7-9 |",
-        "| calibrated on | the file `calibration.jsonl` (sha256 `",
-        "| LoRA trained on | the file `pairs.jsonl` (sha256 `",
-        "nats per token, lower is better | 0.25 ± 0.031 | 0 |",
-        "| acc | 0.5 ± 0.1 | 0.5 |",
+        "| calibrated on | the file `calibration.jsonl` |",
+        "| LoRA trained on | the file `pairs.jsonl` |",
+        "| reached | 0.1987 | 0.0000 |",
+        "| width | 7-9 | 48 |",
+        "| KL | 0.250±0.031 | 0.000±0.031 |",
+        "| tiny_choice | 60.0 | 60.0 |",
+        "- KL: mean divergence of the next token's distribution from the dense model's, nats per token, lower is ",
         'AutoModelForCausalLM.from_pretrained("alpha-0.2-surgeon-uniform-block-lora")',
         "by\n\n```bash\npython launch/sweep.py --config recipe.yaml\n```",
-        "It reads, beside itself, `alpha`, `calibration.jsonl` (sha256 `",
+        "It reads, beside itself, `alpha`, `calibration.jsonl`, ",
         "With hfprune_dist 0.1.0 at commit `0123abc` with changes (Python 3.12.1, torch 2.9)",
     ):
         assert shown in card, shown
-    assert "nats per token, lower is better | 0.25 ± 0.031 | 0.25 |" in cards["beta-0.2-surgeon-uniform-block-lora"], (
-        "beside its own dense model"
-    )
+    assert "| KL | 0.250±0.031 | 0.250±0.031 |" in cards["beta-0.2-surgeon-uniform-block-lora"], "its own dense model's"
     assert "control" in cards["alpha-dense-lora"] and "ratio asked" not in cards["alpha-dense-lora"]
 
 
@@ -179,13 +147,13 @@ def test_a_folder_has_the_artifact_a_card_and_a_recipe_without_paths_of_this_mac
 
 
 def test_it_says_how_the_model_is_loaded_and_what_its_adapter_is_of(subject):
-    plain = card_of(subject())
+    plain = model_card(subject())
     assert "trust_remote_code" not in plain and ModelCard(plain).data.pipeline_tag == "text-generation"
     assert 'PeftModel.from_pretrained(base, "name/adapter")' in plain and "makes with `--set recovery." in plain
-    assert "of the base model, `alpha`, a local" in card_of(subject("alpha dense + lora"))
-    card = card_of(subject(files=["modeling_pruned.py"]))
+    assert "of the base model, `alpha`, a local" in model_card(subject("alpha dense + lora"))
+    card = model_card(subject(files=["modeling_pruned.py"]))
     assert "`trust_remote_code` loads the class in" in card and "trust_remote_code=True" in card
-    card = card_of(subject(dense=replace(DENSE["alpha"], has_vision=True)))
+    card = model_card(subject(dense=replace(DENSE["alpha"], has_vision=True)))
     assert "AutoModelForImageTextToText" in card and ModelCard(card).data.pipeline_tag == "image-text-to-text"
 
 
@@ -195,14 +163,14 @@ def test_names_read_as_they_are_once_rendered(subject):
         odd,
         cell=replace(odd.cell, method="a`|*b*"),
         base=replace(odd.base, name="my_`model`\n<b>"),
-        row={**odd.row, "tasks": {"*task*": {"_acc_": 0.5}}},
+        row={**odd.row, "tasks": {"*task*": {"acc": 0.5}}},
     )
-    card = card_of(odd)
+    card = model_card(odd)
     parsed = MarkdownIt("commonmark").enable("table").parse(card.split("---\n\n", 1)[1])
     shown = ["".join(part.content or " " for part in it.children) for it in parsed if it.type == "inline"]
     assert "_name_" in shown and "my_`model` <b>, a local checkpoint, 100 parameters" in shown
     assert "see License.txt" in shown and "a`|*b*" in shown
-    assert any(it.startswith("*task* (lm-eval") for it in shown) and "_acc_" in shown
+    assert "*task*" in shown
     assert not [it for it in parsed if "html" in it.type], "no name is a tag"
     (facts,) = [line for line in card.splitlines() if line.startswith("| method ")]
     assert len(re.split(r"(?<!\\)\|", facts)) == 4, "bars in names end no cell of a table"
@@ -211,7 +179,7 @@ def test_names_read_as_they_are_once_rendered(subject):
 def test_a_base_of_the_hub_is_linked_and_its_commit_named(subject):
     base = BaseModel("alpha", "org/model", "0123", {"license": "mit", "language": ["en"]})
     made = subject(base=base, config={"methods": ["surgeon-uniform-block"]})
-    card = card_of(made)
+    card = model_card(made)
     data = ModelCard(card).data
     assert (data.base_model, data.license, data.language) == ("org/model", "mit", ["en"])
     for shown in (
@@ -220,8 +188,7 @@ def test_a_base_of_the_hub_is_linked_and_its_commit_named(subject):
         "| licence of the base model | mit |",
     ):
         assert shown in card, shown
-    recipe = yaml.safe_load(Recipe.of(made).files["recipe.yaml"])
-    assert recipe["aliases"] == {"alpha": {"hub_id": "org/model", "revision": "0123"}}
+    assert yaml.safe_load(recipe(made)[0])["aliases"] == {"alpha": {"hub_id": "org/model", "revision": "0123"}}
 
 
 @pytest.mark.parametrize("own_method", [False, True])
@@ -233,14 +200,15 @@ def test_its_recipe_plans_the_same_stages(config, tmp_path, own_method):
         Path(method).write_text("{criterion: entropy, refit: layerwise}")
     made_by, plan = planned(config, methods=[method, "hfprune"], **settings)
     store = Store(tmp_path / "out" / "store")
-    methods = {Path(method).stem: {"criterion": "entropy", "refit": "layerwise"}}
-    fill(store, plan, config={**made_by.model_dump(mode="json"), METHOD_SETTINGS: methods})
+    fill(store, plan, config=made_by.model_dump(mode="json"))
     cells = checkpoint_names(plan.cells)
     for name, made in contents_of_checkpoints(plan, store, DENSE).items():
         elsewhere, cell = tmp_path / "elsewhere" / name, cells[name]
         elsewhere.mkdir(parents=True)
         for file, text in made.texts.items():
             (elsewhere / file).write_text(text)
+        if own_method:
+            (elsewhere / "mine.yaml").write_text(Path(method).read_text())
         for source in ("alpha", "beta", "calibration.jsonl", "heldout.jsonl", "pairs.jsonl", "tasks"):
             (elsewhere / source).symlink_to(config.parent / source)
         _, again = planned(elsewhere / "recipe.yaml")
@@ -251,13 +219,6 @@ def test_its_recipe_plans_the_same_stages(config, tmp_path, own_method):
         ]
         assert (row.producers[-1], row.evaluate) == (cell.producers[-1], cell.evaluate)
         assert {it.model for it in again.cells} == {cell.model}
-
-
-def test_a_checkpoint_without_scores_has_a_card_and_one_that_is_not_there_has_none(config, tmp_path):
-    cards = texts(config, tmp_path, but=["evaluate"])
-    assert "Not evaluated yet." in cards[PRUNED]
-    assert ModelCard(cards[PRUNED]).data.eval_results is None
-    assert texts(config, tmp_path / "none", but=["recover"]) == {}
 
 
 def test_a_base_of_the_hub_is_named_with_its_licence(tmp_path):

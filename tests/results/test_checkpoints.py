@@ -14,9 +14,8 @@ from hypothesis import strategies as st
 from hfprune_dist.planning.plan import Cell
 from hfprune_dist.results import checkpoints
 from hfprune_dist.results.checkpoints import (
-    CONFIG,
-    DRAFT,
     LONGEST_NAME,
+    MADE,
     Contents,
     File,
     checkpoint_names,
@@ -24,7 +23,7 @@ from hfprune_dist.results.checkpoints import (
 )
 from hfprune_dist.store.hashing import FileHashes
 
-FILES = (CONFIG, "model.safetensors", "adapter/adapter_model.safetensors")
+FILES = ("config.json", "model.safetensors", "adapter/adapter_model.safetensors")
 
 
 class Sweep:
@@ -52,7 +51,11 @@ class Sweep:
         """Map the name of each folder to what a reader finds in it."""
         folders = list(self.root.glob("[!.]*"))
         return {
-            folder.name: {str(it.relative_to(folder)): it.read_text() for it in folder.rglob("*") if it.is_file()}
+            folder.name: {
+                str(it.relative_to(folder)): it.read_text()
+                for it in folder.rglob("*")
+                if it.is_file() and it.name != MADE
+            }
             for folder in folders
         }
 
@@ -84,22 +87,14 @@ def test_a_folder_is_plain_and_outlives_its_sweep(sweep, tmp_path):
     assert {it: (tmp_path / "elsewhere" / it).read_text() for it in expected} == expected
 
 
-def test_a_second_update_writes_nothing(sweep):
-    contents = sweep.contents()
-    sweep.update(name=contents)
-    before = {path: path.lstat() for path in sweep.root.rglob("*") if path.name != ".lock"}
-    sweep.update(name=contents)
-    after = {path: path.lstat() for path in sweep.root.rglob("*") if path.name != ".lock"}
-    assert {path: (it.st_ino, it.st_mtime_ns) for path, it in after.items()} == {
-        path: (it.st_ino, it.st_mtime_ns) for path, it in before.items()
-    }
-
-
-def test_a_new_card_and_a_new_artifact_are_written_and_a_row_that_is_gone_goes(sweep):
+def test_folders_follow_their_rows_and_a_second_update_writes_nothing(sweep):
     sweep.update(one=sweep.contents(), two=sweep.contents("b"))
     changed = {"one": sweep.contents(card="another"), "two": sweep.contents("c")}
     assert sweep.update(**changed) == []
     assert sweep.shown() == {name: whole(contents) for name, contents in changed.items()}
+    before = {path: path.stat().st_ino for path in sweep.root.rglob("*")}
+    sweep.update(**changed)
+    assert {path: path.stat().st_ino for path in sweep.root.rglob("*")} == before
     shutil.rmtree(sweep.out / "store" / "recover" / "c")
     assert sweep.update(one=changed["one"], two=None) == [], "the row is there, its checkpoint isn't"
     assert {*sweep.shown()} == {"one", "two"}
@@ -123,17 +118,15 @@ def test_edited_cards_and_files_of_the_users_stay(sweep):
     folder = sweep.root / "name"
     (folder / "README.md").write_text("my own words")
     (folder / "notes.txt").write_text("mine")
+    (folder / "link").symlink_to("notes.txt")
     (folder / "adapter" / "adapter_model.safetensors").unlink()
-    (remark,) = sweep.update(name=sweep.contents(card="another"))
-    assert "README.md: left as it is" in remark
-    expected = whole(sweep.contents()) | {"README.md": "my own words", "notes.txt": "mine"}
-    assert sweep.shown()["name"] == expected
-    other = sweep.contents("b")
-    sweep.update(name=other)
-    assert sweep.shown()["name"] == whole(other) | {"README.md": "my own words", "notes.txt": "mine"}
+    mine = {"README.md": "my own words", "notes.txt": "mine", "link": "mine"}
+    for contents in (sweep.contents(card="another"), sweep.contents("b")):
+        (remark,) = sweep.update(name=contents)
+        assert "README.md: left as it is" in remark
+        assert sweep.shown()["name"] == whole(contents) | mine
     (remark,) = sweep.update()
-    assert "name: its row is gone, but it stays" in remark
-    assert sweep.shown() == {"name": {"README.md": "my own words", "notes.txt": "mine"}}
+    assert "name: its row is gone, but it stays" in remark and sweep.shown() == {"name": mine}
 
 
 def test_a_folder_with_weights_of_the_users_is_no_rows(sweep):
@@ -149,25 +142,27 @@ def test_a_folder_with_weights_of_the_users_is_no_rows(sweep):
 
 
 def test_at_every_point_of_an_update(tmp_path, monkeypatch):
-    """One folder gets a new card, one another checkpoint, one goes. What has a config.json is whole."""
+    """One folder gets a new card, one another checkpoint, one goes. Every folder is whole, and what is mine stays."""
     monkeypatch.setattr(checkpoints, "SMALL", 1)
-    operations = ("rename", "replace", "link", "unlink")
     for kill_at in itertools.count(1):
         sweep = Sweep(tmp_path / str(kill_at))
         before = {name: sweep.contents(name) for name in ("card", "weights", "gone")}
         sweep.update(**before)
+        (sweep.root / "weights" / "notes").write_text("mine")
         after = {"card": sweep.contents("card", card="new"), "weights": sweep.contents("other")}
-        died = die_in_fork(lambda sweep=sweep, after=after: sweep.update(**after), kill_at, "", operations)
-        for files in sweep.shown().values():
-            found = {name: text for name, text in files.items() if not name.startswith(DRAFT)}
-            known = [whole(it) for it in (*before.values(), *after.values())]
-            without_card = [{name: text for name, text in it.items() if name != "README.md"} for it in known]
-            assert CONFIG not in found or found in [*known, *without_card], f"operation {kill_at}"
+        died = die_in_fork(
+            lambda sweep=sweep, after=after: sweep.update(**after), kill_at, "", ("rename", "link", "rmdir")
+        )
+        known = [whole(it) for it in (*before.values(), *after.values())]
+        for name, files in sweep.shown().items():
+            assert files in ([it | {"notes": "mine"} for it in known] if name == "weights" else known), kill_at
         assert sweep.update(**after) == [], f"operation {kill_at}"
-        assert sweep.shown() == {name: whole(contents) for name, contents in after.items()}, "drafts are gone too"
+        expected = {name: whole(contents) for name, contents in after.items()}
+        expected["weights"]["notes"] = "mine"
+        assert sweep.shown() == expected and not [*sweep.root.glob(".[!l]*")], "drafts are gone too"
         if not died:
             break
-    assert kill_at > 12
+    assert kill_at > 8
 
 
 # Names.

@@ -3,22 +3,19 @@
 import csv
 import json
 import shutil
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 import pytest
-from families import save_model
 from headers import CONFIG, checkpoint_of, tensors_of
 from made_stages import stage_of
 from rows import efficiency
 
-from hfprune_dist.checkpoints.checkpoint import open_checkpoint
 from hfprune_dist.planning.plan import Cell, Plan
 from hfprune_dist.results.checkpoints import Contents, update_checkpoints
 from hfprune_dist.results.markdown import cells
 from hfprune_dist.results.rows import DenseModel, collect_rows
 from hfprune_dist.results.table import columns, flat_row, write_reports
 from hfprune_dist.store.artifacts import Store
-from hfprune_dist.store.atomic_files import write_json
 from hfprune_dist.store.heartbeat import Failure
 from hfprune_dist.store.stage import Input
 from hfprune_dist.structures.experts import EXPERT_COUNT_KEYS, SHARED_WIDTHS
@@ -107,22 +104,14 @@ def test_a_finished_cell_shows_what_was_measured(store):
     assert {name: dense[name] for name in expected} == expected
 
 
-@pytest.mark.parametrize("kind", ["prune", "loraprune"])
-def test_a_row_has_the_shape_of_its_last_cut(store, kind):
-    last = stage_of(kind, "m 0.3", {"ratio": 0.3}, {"model": PRUNE.as_input()})
+def test_a_row_has_the_shape_of_its_last_cut(store):
+    last = stage_of("loraprune", "m 0.3", {"ratio": 0.3}, {"model": PRUNE.as_input()})
     evaluate = stage_of("evaluate", "m 0.3", {}, {"model": last.as_input()})
     commit(store, last, {"model.safetensors": "123"}, ratio_reached=0.3, parameters=70, intermediate_size=9)
     cell = replace(PLAN.cells[1], producers=(*PLAN.cells[1].producers, last.id), evaluate=evaluate.id)
     (row,) = collect_rows(Plan({**PLAN.stages, last.id: last, evaluate.id: evaluate}, (cell,)), store, DENSE)
     assert (row["parameters"], row["ratio_reached"], row["intermediate_size"]) == (70, 0.3, 9)
     assert row["checkpoint"].endswith(last.id) and row["weight_bytes"] == 3
-
-
-def test_what_is_known_of_a_dense_model_comes_back_from_its_record(tmp_path):
-    folder = save_model(tmp_path, "llama")
-    facts = DenseModel.of(open_checkpoint(folder))
-    assert facts.weight_bytes == sum(it.stat().st_size for it in folder.glob("*.safetensors"))
-    assert DenseModel(**json.loads(json.dumps(asdict(facts)))) == facts
 
 
 def test_a_row_names_the_folder_of_its_checkpoint(store):
@@ -137,21 +126,8 @@ def test_a_row_names_the_folder_of_its_checkpoint(store):
     assert pruned["status"] == "missing" and pruned["checkpoint"] is None
 
 
-def test_what_more_than_neurons_lost_has_columns(store):
-    assert "layers" not in table(collect_rows(PLAN, store, DENSE))
-    more = {"num_hidden_layers": 5, "num_key_value_heads": None, "num_key_value_heads_by_layer": [1, 3]}
-    again = Store(store.root.parent / "again")
-    commit(again, PRUNE, ratio_reached=0.21, parameters=79, intermediate_size=15, **more)
-    rows = collect_rows(PLAN, again, DENSE)
-    shown = table(rows)
-    assert [shown[name] for name in ("layers", "KV heads", "width")] == [("-", "5"), ("-", "1-3"), ("48", "15")]
-    assert "num_key_value_heads_by_layer" not in flat_row(rows[1])
-
-
-@pytest.mark.parametrize(
-    ("number", "shared"), [*((it, SHARED_WIDTHS[0]) for it in EXPERT_COUNT_KEYS), ("num_experts", SHARED_WIDTHS[1])]
-)
-def test_sizes_of_experts_have_columns_whatever_config_json_calls_them(store, number, shared):
+@pytest.mark.parametrize(("number", "shared"), [(EXPERT_COUNT_KEYS[0], SHARED_WIDTHS[0])])
+def test_sizes_of_experts_have_columns(store, number, shared):
     config = CONFIG | {"num_hidden_layers": 2, "intermediate_size": 24, "num_experts_per_tok": 1, number: 4, shared: 40}
     shapes = tensors_of(
         config
@@ -172,14 +148,6 @@ def test_a_missing_cell_is_missing_and_says_why(store):
     store.work(EVALUATE.id).mkdir(parents=True)
     store.handle(EVALUATE.id).report_failure(Failure("input", "first line\nlast line", 0, 0.0))
     assert collect_rows(PLAN, store, DENSE)[1]["cause"] == "evaluate failed (input): first line"
-
-
-def test_a_cell_that_waits_names_what_failed_before_it(tmp_path):
-    store = Store(tmp_path)
-    store.work(IMPORTANCE.id).mkdir(parents=True)
-    store.handle(IMPORTANCE.id).report_failure(Failure("killed", "a rank died", -1, 0.0))
-    _, pruned = collect_rows(PLAN, store, DENSE)
-    assert pruned["cause"] == "importance failed (killed): a rank died" and pruned["parameters"] is None
 
 
 def test_a_row_stands_without_its_speed(store):
@@ -222,18 +190,6 @@ def test_files_hold_every_metric_and_agree(store, tmp_path):
     tables = [line.count("|") for line in lines if line.startswith("|")]
     assert len(set(tables[:4])) == len(set(tables[4:])) == 1 and len(tables) == 8
     assert "- missing: m 0.2: evaluate has not run yet" in lines
-
-
-def test_the_table_shows_headlines_and_texts(store):
-    shown = table(collect_rows(PLAN, store, DENSE))
-    expected = {"piqa": "60.0±10.0", "wikitext": "30.25", "avg": "60.0±10.0", "KL": "0.250", "KL news": "0.500±0.125"}
-    assert {name: shown[name][0] for name in expected} == expected and shown["KL"][1] == "missing"
-
-
-def test_a_damaged_manifest_is_a_missing_result(store):
-    write_json(store.path(DENSE_EVALUATE.id) / "manifest.json", [])
-    dense, _ = collect_rows(PLAN, store, DENSE)
-    assert dense["status"] == "missing" and dense["perplexity"] is None
 
 
 def test_rows_share_times_and_are_set_against_the_dense_row_that_was_measured_alike(store):
