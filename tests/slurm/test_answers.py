@@ -1,22 +1,17 @@
-"""Slurm commands that answer badly, and jobs that can't start, on real daemons."""
+"""Slurm commands that answer badly, and a job that can't start, on real daemons."""
 
 import os
 import shutil
-import time
 
 import pytest
 from clusters import (
-    CONTROL,
     DENSE,
     FORKED_RANKS,
-    PRUNE,
     SLOWLY,
     attempt_folders,
     causes,
     done,
-    job_names,
     read,
-    wait_for,
 )
 
 pytestmark = [pytest.mark.slurm, pytest.mark.beside]
@@ -38,18 +33,10 @@ echo "Note: maintenance on Friday"
 {real} "$@"
 echo "Note: your 12 core-hours are used up"
 """
-SILENT_SBATCH = """#!/bin/bash
-{real} "$@" >/dev/null
-"""
 NO_ACCOUNTING = """#!/bin/bash
 echo "Slurm accounting storage is disabled" >&2
 exit 1
 """
-
-
-def causes_so_far(out):
-    ends = [folder / "end.json" for folder in attempt_folders(out)]
-    return [read(end)["cause"] if end.exists() else None for end in ends]
 
 
 def path_with(folder, **shims):
@@ -61,57 +48,12 @@ def path_with(folder, **shims):
     return f"{folder}:{os.environ['PATH']}"
 
 
-@pytest.mark.parametrize(
-    "missing, shims",
-    [
-        (DENSE, {"squeue": SQUEUE, "sbatch": SBATCH, "sacct": NO_ACCOUNTING}),
-        ("evaluate alpha 0.2 + lora", {"squeue": SQUEUE, "sbatch": SILENT_SBATCH, "sacct": NO_ACCOUNTING}),
-    ],
-    ids=["without accounting", "without the id of the job"],
-)
-def test_squeue_and_sbatch_answer_badly(cluster, config, finished, without, missing, shims):
-    out = without(missing)
+def test_squeue_and_sbatch_answer_badly_and_there_is_no_accounting(cluster, config, finished, without):
+    out, shims = without(DENSE), {"squeue": SQUEUE, "sbatch": SBATCH, "sacct": NO_ACCOUNTING}
     path = path_with(out / "bin", **shims)
     submitted = cluster.submit(config, out, **SLOWLY, **FORKED_RANKS, PATH=path, SQUEUE_PARTITION="urgent")
     done(cluster, out, finished, submitted)
     assert causes(out) == ["done"]
-
-
-def test_a_held_job_that_waits_for_another_is_cancelled(cluster, config, without):
-    profile = cluster.partition("held", nodes="n1", state="down")
-    out = without(PRUNE, "recover alpha 0.2")
-    submitted = cluster.submit(config, out, profile=profile)
-    wait_for(lambda: len(cluster.states(job_names(out))) == 2)
-    wait_for(lambda: (attempt_folders(out)[1] / "job.json").exists())
-    dependent = read(attempt_folders(out)[1] / "job.json")["job_id"]
-    cluster.slurm("scontrol", "hold", dependent)
-    wait_for(lambda: "JobHeld" in cluster.slurm("squeue", "--noheader", f"--jobs={dependent}", "--format=%r"))
-    cluster.slurm("scancel", dependent)
-    wait_for(lambda: (attempt_folders(out)[1] / "end.json").exists())
-    assert causes_so_far(out) == [None, "cancelled"]
-    assert "cancelled 1 job" in cluster.sweep(config, out, "--cancel")
-    code, output = submitted.end()
-    assert code == 1 and causes(out) == ["cancelled", "cancelled"], output
-
-
-def test_a_launcher_that_waits_for_room_is_cancelled(cluster, config, finished, without):
-    """The second job is one more than Slurm allows."""
-    profile = cluster.partition("room", nodes="n[1-2]", state="down")
-    out = without(CONTROL, DENSE)
-    sbatch = """#!/bin/bash
-[ -z "$(squeue --noheader --partition=room)" ] ||
-    { touch {folder}/full; echo "error: AssocMaxSubmitJobLimit" >&2; exit 1; }
-{real} "$@"
-"""
-    path = path_with(out / "bin", sbatch=sbatch)
-    submitted = cluster.submit(config, out, profile=profile, PATH=path)
-    wait_for((out / "bin" / "full").exists)
-    assert "cancelled 1 job" in cluster.sweep(config, out, "--cancel")
-    code, output = submitted.end()
-    assert code == 1 and "cancelled: by another command, so nothing more is submitted" in output, output
-    assert not cluster.states(job_names(out)) and causes(out) == ["cancelled"]
-    cluster.slurm("scontrol", "update", "partitionname=room", "state=up")
-    done(cluster, out, finished, cluster.submit(config, out, profile=profile, **FORKED_RANKS))
 
 
 @pytest.mark.beside("disturbed")
@@ -128,16 +70,3 @@ def test_a_prolog_fails(disturbed, config, finished, without):
     finally:
         broken.unlink()
         disturbed.slurm("scontrol", "update", "nodename=n1", "state=resume")
-
-
-def test_why_a_job_waits_is_said(cluster, config, finished, without):
-    profile = cluster.partition("later", nodes="n[1-2]", state="down")
-    out = without(DENSE)
-    submitted = cluster.submit(config, out, profile=profile, **FORKED_RANKS)
-    wait_for(lambda: "PartitionDown" in cluster.slurm("squeue", "--noheader", "--partition=later", "--format=%r"))
-    wait_for(lambda: attempt_folders(out) and (attempt_folders(out)[0] / "job.json").exists())
-    assert "queued" in cluster.sweep(config, out, "--status")
-    time.sleep(5)  # the launcher's next look at its jobs, which can't be seen from outside
-    cluster.slurm("scontrol", "update", "partitionname=later", "state=up")
-    output = done(cluster, out, finished, submitted)
-    assert output.count("it can't start: PartitionDown") == 1

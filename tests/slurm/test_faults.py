@@ -27,17 +27,16 @@ pytestmark = [pytest.mark.slurm, pytest.mark.beside]
 
 
 @pytest.mark.beside("time limit")
-def test_the_time_limit_is_hit_twice_in_mid_recovery(cluster, config, finished, without):
+def test_the_time_limit_is_hit_in_mid_recovery(cluster, config, finished, without):
     first_in_queue = {"nice": -10000}
     # Two minutes, as ranks on a busy machine need half a minute to start, and another one to end a step and save it.
     profile = cluster.profile("short", time_minutes=2, signal_seconds=70, sbatch=first_in_queue)
-    # So slow that all steps, where they are slow, take longer than two time limits.
-    slowly = {**SLOWLY, **FORKED_RANKS, "SLOW_S": "16", "SLOW_STARTS": "2"}
+    # So slow that all steps, where they are slow, take longer than the time limit.
+    slowly = {**SLOWLY, **FORKED_RANKS, "SLOW_S": "16", "SLOW_STARTS": "1"}
     out = without(CONTROL)
     done(cluster, out, finished, cluster.submit(config, out, profile=profile, **slowly))
     assert causes(out) == ["done"], "one job, requeued by itself"
     *ended_early, last = runs(out, CONTROL)
-    assert len(ended_early) >= 2, "a third time where the machine is so busy that quick steps don't fit either"
     assert set(ended_early) == {"interrupted"} and last == "done"
 
 
@@ -66,23 +65,6 @@ def test_scancel(cluster, config, finished, without):
     assert causes(out) == ["cancelled", "done"] and runs(out, CONTROL) == ["interrupted", "done"]
 
 
-def test_a_checkpoint_is_corrupted_while_a_job_needs_it(cluster, config, finished, without):
-    """The job, put back in the queue, sees that the file's time has changed, and reads it."""
-    recovery = "recover alpha 0.2"
-    out = without("evaluate alpha 0.2 + lora", recovery)
-    submitted = cluster.submit(config, out, **SLOWLY, **FORKED_RANKS)
-    job = submitted.job_at_work(recovery, beats=3)
-    victim = next((out / "store" / "prune").glob("*/model.safetensors"))
-    content = bytearray(victim.read_bytes())
-    content[-1] ^= 1
-    (out / "damaged").write_bytes(content)
-    (out / "damaged").replace(victim)  # ranks at work may have the file mapped
-    cluster.slurm("scontrol", "requeue", job)
-    done(cluster, out, finished, submitted)
-    assert causes(out, recovery) == ["lost input", "done"] and causes(out, PRUNE) == ["done"]
-    assert len(list((out / "store" / "quarantine").iterdir())) == 1
-
-
 def test_two_sweeps_at_once(cluster, config, finished, without):
     out = without(DENSE, "evaluate alpha 0.2 + lora")
     both = [cluster.submit(config, out, **FORKED_RANKS) for _ in range(2)]
@@ -93,11 +75,10 @@ def test_two_sweeps_at_once(cluster, config, finished, without):
 
 
 @pytest.mark.beside("nodes")
-@pytest.mark.parametrize("grace_time, ranks", [(0, FORKED_RANKS), (20, FORKED_SUCCESSORS)], ids=["0", "20"])
-def test_preemption(cluster, config, finished, without, grace_time, ranks):
-    profile = cluster.partition(f"grace{grace_time}", nodes="n[3-4]", gracetime=str(grace_time), preemptmode="requeue")
+def test_preemption(cluster, config, finished, without):
+    profile = cluster.partition("grace", nodes="n[3-4]", gracetime="20", preemptmode="requeue")
     out = without(CONTROL)
-    submitted = cluster.submit(config, out, profile=profile, **SLOWLY, **ranks)
+    submitted = cluster.submit(config, out, profile=profile, **SLOWLY, **FORKED_SUCCESSORS)
     submitted.job_at_work(CONTROL, beats=2)
     cluster.slurm("srun", "--partition=urgent", "--nodelist=n[3-4]", "--exclusive", "true")
     done(cluster, out, finished, submitted)

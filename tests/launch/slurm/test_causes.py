@@ -160,12 +160,6 @@ def test_who_cancelled_a_job_that_never_began_follows_from_why_it_waited(ledger,
     assert ended(ledger, attempt, "CANCELLED", nodes="", reason=reason).cause == after
 
 
-def test_a_job_without_needs_can_not_have_been_dropped_for_one(ledger):
-    attempt = ledger.begin(NEED, **JOB)
-    dropped = job("CANCELLED", attempt, nodes="", reason=NEVER)
-    assert explain_end(ledger, NEED, attempt, dropped).cause == "cancelled", "it would be tried again for ever"
-
-
 def test_what_explains_most_comes_first(ledger, attempt):
     """Each piece of evidence is added to all of those before it, which it explains."""
 

@@ -58,18 +58,6 @@ def test_whole_weights_that_do_not_fit_are_to_be_sharded(inputs, tmp_path):
     assert evaluation(0.03, evaluation__batch_size=4096).advice.startswith("evaluation.batch_size ")
 
 
-def test_two_models_that_are_timed_in_turn_must_fit_one_gpu(inputs, tmp_path):
-    def measurement(gib, **overrides):
-        settings = {"efficiency__enabled": True, "efficiency__new_tokens": 8, "efficiency__prompt_tokens": [8]}
-        found = estimates(inputs, tmp_path, f"{GPUS}gpu_memory_gib: {gib}\n", **settings | overrides)
-        return next(it for it in found if it.stage.kind == "efficiency")
-
-    roomy, tight = measurement(80), measurement(1e-4)
-    assert (roomy.fits, roomy.advice) == (True, "")
-    assert not tight.fits and tight.advice == ""
-    assert roomy.needed > measurement(80, efficiency__batch_sizes=[2]).needed
-
-
 def test_nothing_is_claimed_that_the_profile_does_not_say(inputs, tmp_path):
     assert all(each.fits is None for each in estimates(inputs, tmp_path, GPUS))
     assert estimates(inputs, tmp_path, "tasks_per_node: 2\n") == [], "no GPUs, no estimates"
@@ -99,23 +87,6 @@ def test_hidden_states_of_all_ranks_of_a_node_must_fit_its_main_memory(inputs, t
     refuse_what_cannot_fit(importance("", importance__criteria=["surgeon"]))
     more = importance("", importance__criteria=["surgeon"], calibration__samples=64)
     assert more[0].host_memory > small[0].host_memory, "hidden states of all windows"
-
-
-def prunings(inputs, tmp_path, profile, **overrides):
-    found = estimates(inputs, tmp_path, GPUS + profile, **overrides)
-    return [each for each in found if each.stage.kind == "prune"]
-
-
-def test_a_refit_is_estimated_and_a_prune_stage_without_one_is_not(inputs, tmp_path):
-    (tmp_path / "uniform.yaml").write_text("{criterion: surgeon, refit: dense}")
-    totals = [
-        prunings(inputs, tmp_path, "", methods=[method], ratios=[0.2])[0].needed
-        for method in (str(tmp_path / "uniform.yaml"), "surgeon-uniform-block")
-    ]
-    assert totals == sorted(totals) and totals[0] < totals[1]
-    assert prunings(inputs, tmp_path, "", methods=["hfprune"]) == []
-    (tmp_path / "measured.yaml").write_text("{criterion: entropy, allocation: searched}")
-    assert prunings(inputs, tmp_path, "", methods=[str(tmp_path / "measured.yaml")]) == []
 
 
 @pytest.mark.parametrize(("memory", "code"), [("80", 0), ("0.001", 2)])

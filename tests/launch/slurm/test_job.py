@@ -1,8 +1,6 @@
-import errno
 import os
 import shutil
 import sys
-from types import SimpleNamespace
 
 import pytest
 from fake_slurm import Controller
@@ -40,57 +38,6 @@ def test_ranks_meet_at_an_address_not_a_name():
         "MASTER_PORT": "20345",
         "GLOO_SOCKET_IFNAME": "lo",
     }
-
-
-@pytest.fixture
-def two_networks(monkeypatch):
-    """A node with a loopback device and two networks; the route to other nodes uses the second."""
-    addresses = {"lo": ["127.0.0.1"], "eth0": ["10.0.0.5"], "ib0": ["10.1.0.5", "fe80::1%ib0"]}
-    cards = {name: [SimpleNamespace(address=it) for it in its] for name, its in addresses.items()}
-    monkeypatch.setattr(job.psutil, "net_if_addrs", lambda: cards)
-
-    class Probe:
-        own = "10.1.0.5"
-
-        def __init__(self, *_):
-            pass
-
-        def __enter__(self):
-            return self
-
-        def __exit__(self, *_):
-            pass
-
-        def connect(self, target):
-            if target[0] == "10.9.0.1":
-                raise OSError(errno.ENETUNREACH, "Network is unreachable")
-            self.own = "127.0.0.1" if target[0] == "127.0.0.1" else self.own
-
-        def getsockname(self):
-            return self.own, 1234
-
-    monkeypatch.setattr(job.socket, "socket", Probe)
-    return Probe
-
-
-@pytest.mark.parametrize(
-    ("change", "interface"),
-    [
-        ({"SLURM_LAUNCH_NODE_IPADDR": "10.1.0.9"}, "ib0"),
-        ({"SLURM_LAUNCH_NODE_IPADDR": "127.0.0.1"}, "lo"),
-        ({"SLURM_LAUNCH_NODE_IPADDR": "10.1.0.9", "GLOO_SOCKET_IFNAME": "eth0"}, "eth0"),
-    ],
-)
-@pytest.mark.usefixtures("two_networks")
-def test_gloo_takes_the_network_of_the_route_to_the_first_rank(change, interface):
-    """Gloo itself would choose the address of the node's name, on Debian 127.0.1.1; the user's choice stands."""
-    assert rank_environment({**TASK, **change})["GLOO_SOCKET_IFNAME"] == interface
-
-
-@pytest.mark.usefixtures("two_networks")
-def test_a_node_without_a_route_to_the_first_rank_is_named():
-    with pytest.raises(NodeError, match=r"has no route to the first rank at 10.9.0.1"):
-        rank_environment({**TASK, "SLURM_LAUNCH_NODE_IPADDR": "10.9.0.1"})
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,6 @@ import errno
 import io
 import os
 import re
-import socket
 import threading
 import time
 from pathlib import Path
@@ -23,7 +22,6 @@ from rich.console import Console
 from sweeps import make_inputs, sweep
 
 from hfprune_dist.planning.plan import Plan
-from hfprune_dist.store import claims
 from hfprune_dist.store.artifacts import Store
 from hfprune_dist.store.cancellation import request_cancellation
 from hfprune_dist.store.claims import try_claim
@@ -82,13 +80,6 @@ def test_dependencies_become_slurms(fake, store):
     assert "#SBATCH --kill-on-invalid-dep=yes" in script_of(store, PRUNES[0])
 
 
-def test_what_is_done_or_queued_is_not_submitted_again(fake, store):
-    complete(store, SCORES)
-    started(store)
-    started(store)
-    assert len(fake.calls("sbatch")) == 2 and waits_of(store, PRUNES[0]) == []
-
-
 def test_a_full_queue_is_filled_up_later(fake, store):
     fake.fail_next("sbatch", *[LIMIT] * 2)
     launcher = started(store)
@@ -124,29 +115,6 @@ def test_a_need_that_slurm_forgets_during_a_submission(fake, store, monkeypatch)
             assert causes(store, SCORES) == ["killed", None] and waits_of(store, PRUNES[0]) == ["afterok:102"]
 
 
-def test_a_submission_that_takes_longer_than_a_claim_lasts_is_not_made_twice(fake, store, ledger, monkeypatch):
-    """A launcher on another host comes while the first one waits for an answer to its submission."""
-    monkeypatch.setattr(claims, "RENEW_S", 0.01)
-    submit = SlurmCommands.submit
-
-    def slowly(slurm, script, job_name):
-        (claim,) = store.work(SCORES.id).glob("claim.*")
-        os.utime(claim, (0, 0))  # as if it had been made long ago
-        deadline = time.monotonic() + 5
-        while not claim.stat().st_mtime and time.monotonic() < deadline:
-            time.sleep(0.01)
-        with monkeypatch.context() as there:
-            there.setattr(SlurmCommands, "submit", submit)
-            there.setattr(socket, "gethostname", lambda: "another-host")
-            started(store, ALONE)
-        return submit(slurm, script, job_name)
-
-    monkeypatch.setattr(SlurmCommands, "submit", slowly)
-    started(store, ALONE)
-    (attempt,) = ledger.of(SCORES.id)
-    assert attempt.end is None and [attempt.job_id] == fake.live()
-
-
 # Jobs that an earlier launcher left.
 
 
@@ -171,15 +139,6 @@ def test_an_intent_that_came_to_nothing_is_submitted_again(fake, store, ledger, 
     started(store)
     assert causes(store, SCORES) == ["not run", None]
     assert fake.calls("scancel") == [f"scancel --jobname={attempt.intent.job_name}"] * has_script
-
-
-def test_of_jobs_with_one_name_the_live_one_is_adopted(fake, store, ledger):
-    """A submission was tried again and its first job cancelled; squeue lists neither of them at first."""
-    name = ledger.begin(SCORES, **JOB).intent.job_name
-    fake.jobs = {"101": Job(name, "CANCELLED"), "102": Job(name, "RUNNING")}
-    fake.listings = [HEADER]
-    started(store)
-    assert ledger.open_job(SCORES.id).job_id == "102" and causes(store, SCORES) == [None]
 
 
 def test_a_job_without_an_id_is_looked_for_before_another_is_submitted(fake, store, ledger):
@@ -260,18 +219,6 @@ def test_a_new_cluster_may_give_an_id_again(fake, store, ledger):
     assert causes(store, SCORES) == [None], "it might be a job of another cluster"
     launcher.follow(lambda: None, launcher.clock.sleep, only_missing=True)
     assert causes(store, SCORES) == ["killed", None] and 180 <= launcher.clock.now < 300
-
-
-def test_why_jobs_wait_is_told(fake, store):
-    launcher = started(store)
-    for reason in ("PartitionDown", "JobHeldUser", "Priority"):
-        fake.set_state("101", "PENDING", nodes="", reason=reason)
-        launcher.step_after(100)
-    launcher.step_after(400)
-    assert launcher.said("waiting") == [
-        f"it can't start: {why}" for why in ("PartitionDown", "JobHeldUser", "Priority")
-    ]
-    assert fake.calls("scancel") == [], "who holds a job means it"
 
 
 # Ends.
@@ -420,18 +367,6 @@ def test_launchers_that_start_together_take_different_slots(fake, store, monkeyp
 # Following.
 
 
-def test_slurm_is_asked_once_a_minute_while_nothing_happens(fake, store):
-    launcher = started(store)
-    begun = len(fake.called)
-
-    def show():
-        for job_id in fake.live():
-            fake.end(job_id, "CANCELLED" if launcher.clock.now > 7200 else "RUNNING")
-
-    launcher.run(show)
-    assert set(fake.called[begun:]) == set(fake.calls("squeue")) and len(fake.called) - begun < 140
-
-
 def test_an_end_that_a_job_has_recorded_is_noticed_before_slurm_is_asked(fake, store, ledger):
     launcher = started(store, ALONE)
     attempt, ended_at = ledger.open_job(SCORES.id), []
@@ -496,20 +431,6 @@ def test_a_launcher_that_waits_for_room_submits_nothing_after_it_was_cancelled(f
     assert fake.submitted == 1 and len(launcher.said("cancelled")) == 1
     started(store, plan)
     assert len(fake.live()) == 3, "the cancellation concerns the launchers before it"
-
-
-def test_a_launcher_that_is_cancelled_while_it_submits_leaves_the_rest(fake, store, monkeypatch):
-    """It is cancelled when it has written its second intent, which it has not handed over to Slurm."""
-    submit = SlurmCommands.submit
-
-    def submitting(self, script, job_name):
-        job_id = submit(self, script, job_name)
-        request_cancellation(store.root)
-        return job_id
-
-    monkeypatch.setattr(SlurmCommands, "submit", submitting)
-    launcher = started(store)
-    assert fake.submitted == 1 and launcher.unsubmitted() == PRUNES
 
 
 @pytest.mark.parametrize("arrives", [True, False])

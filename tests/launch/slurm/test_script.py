@@ -81,35 +81,21 @@ def test_a_profile_may_set_what_srun_takes(run):
     )
     assert "SLURM_CLUSTERS" not in result.ranks
     assert result.ranks["SLURM_CPU_BIND"] == "none" and result.ranks["SLURM_MPI_TYPE"] == "none"
+    assert result.said.startswith("hfprune: start 0\n")
 
 
-def test_limits_and_environment_do_not_depend_on_the_launcher(tmp_path):
-    script = batch_script(request(tmp_path))
-    assert "#SBATCH --propagate=NONE\n" in script
-    (srun,) = [line for line in script.splitlines() if line.startswith("srun ")]
-    assert " --export=ALL " in srun
-    assert "#SBATCH --propagate=ALL\n" in batch_script(request(tmp_path, sbatch={"propagate": "ALL"}))
-
-
-FAILING = {
-    "a command that is not there": ("module load cuda/99", 127),
-    "a command that fails": ("ls /no/such/folder", 2),
-    "a function's result": ("loader() { false; return 3; }; loader cuda", 3),
-    "a file to source": ("source /no/such/venv/bin/activate", 1),
-}
-
-
-@pytest.mark.parametrize("name", FAILING)
-def test_a_setup_line_that_fails_ends_the_job_and_is_named(run, name):
-    line, code = FAILING[name]
+@pytest.mark.parametrize(
+    ("line", "code"),
+    [
+        ("module load cuda/99", 127),
+        ("loader() { false; return 3; }; loader cuda", 3),
+        ("source /no/such/venv/bin/activate", 1),
+    ],
+)
+def test_a_setup_line_that_fails_ends_the_job_and_is_named(run, line, code):
     result = run(setup=["true", line, "echo never >&2"])
     assert result.ranks is None and result.code == code
     assert result.records == [f"{code} setup in the profile failed in its line 2"] and "never" not in result.said
-
-
-def test_a_setup_that_can_not_be_read_starts_no_rank(run):
-    result = run(setup=["if true; then echo"])
-    assert result.ranks is None and result.code != 0 and f"{ENVIRONMENT}: line" in result.said and result.records
 
 
 def test_what_may_fail_in_a_setup(run, tmp_path):
@@ -139,7 +125,7 @@ def test_a_copy_of_the_code_that_was_removed_is_what_it_is(run):
     assert result.ranks is None and "the copy of the code in" in result.records[0] and "gone" in result.records[0]
 
 
-@pytest.mark.parametrize("code", [0, 1, 2, 137])
+@pytest.mark.parametrize("code", [0, 137])
 def test_the_exit_code_of_the_ranks_is_recorded(run, code):
     result = run(srun="exit " + str(code))
     assert result.code == code and result.records == [str(code)]
@@ -156,10 +142,6 @@ def test_values_of_a_profile_are_for_its_owner_alone(run, tmp_path):
     assert (asked.folder / ENVIRONMENT).stat().st_mode & 0o777 == 0o600
     ranks = run(setup=asked.resources.setup, environment=asked.resources.environment).ranks
     assert (ranks["FIRST"], ranks["HF_TOKEN"]) == ("secret-1", "secret-2")
-
-
-def test_every_start_of_a_job_is_marked(run):
-    assert run({"SLURM_RESTART_COUNT": "2"}).said.startswith("hfprune: start 2\n")
 
 
 # Characters that people have in paths: names that are not refused must reach the ranks unchanged.
@@ -195,10 +177,3 @@ def test_a_path_that_jobs_can_not_have_is_refused_before_anything_is_written(con
     said = capsys.readouterr().err
     assert said.startswith(f"error: --out {str(out)!r}: ") and said.count("\n") == 1
     assert not out.parent.exists()
-
-
-def test_a_link_to_such_a_path_is_refused_too(tmp_path):
-    (tmp_path / "50%").mkdir()
-    (tmp_path / "link").symlink_to(tmp_path / "50%")
-    with pytest.raises(UserError, match="50%"):
-        refuse_unusable_path(tmp_path / "link" / "out")

@@ -47,10 +47,6 @@ def copied(project):
     return {name.replace("launch/", "hfprune_launch/"): text for name, text in content(project).items()}
 
 
-def identities(snapshot):
-    return {file: file.stat().st_ino for file in [snapshot, *snapshot.rglob("*")]}
-
-
 def test_every_file_of_the_library_is_in_its_snapshot(folder):
     """The snapshot is all that jobs import and read of the project."""
     snapshot = snapshot_of(ROOT, folder, COMMIT)
@@ -71,21 +67,16 @@ def test_every_file_of_the_library_is_in_its_snapshot(folder):
     assert result.stdout.strip() == str(snapshot / "hfprune_launch" / "slurm" / "job.py")
 
 
-def test_a_good_snapshot_is_used_as_it_is(project, folder):
+def test_a_good_snapshot_is_used_as_it_is_and_other_code_gets_its_own(project, folder):
     """Running jobs import from it, so neither it nor the files they have left there are touched."""
     snapshot = snapshot_of(project, folder, COMMIT)
+    assert content(snapshot) == copied(project) and '"abc"' in (snapshot / "provenance.json").read_text()
     (snapshot / "core.4711").write_bytes(b"left by a job")
-    before = identities(snapshot)
+    before = {file: file.stat().st_ino for file in snapshot.rglob("*")}
     assert snapshot_of(project, folder, {"git_commit": "another"}) == snapshot
-    assert identities(snapshot) == before and list(folder.iterdir()) == [snapshot]
-
-
-def test_other_code_gets_a_snapshot_of_its_own(project, folder):
-    first = snapshot_of(project, folder, COMMIT)
+    assert {file: file.stat().st_ino for file in snapshot.rglob("*")} == before and list(folder.iterdir()) == [snapshot]
     (project / "launch" / "job.py").write_text("print('new')\n")
-    second = snapshot_of(project, folder, COMMIT)
-    assert second != first and first.is_dir() and content(second) == copied(project)
-    assert '"git_commit": "abc"' in (second / "provenance.json").read_text()
+    assert snapshot_of(project, folder, COMMIT) != snapshot and snapshot.is_dir()
 
 
 @pytest.mark.parametrize("damage", ["removed", "added", "a folder", "all of it"])
