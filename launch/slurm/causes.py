@@ -107,13 +107,11 @@ def explain_end(ledger: Ledger, stage: Stage, attempt: Attempt, job: JobInfo | N
     handle = ledger.store.handle(stage.id)
     heartbeat, text = handle.heartbeat(), _lines_of_last_start(attempt.logs())
     cause, message = (Cause.DONE, "") if handle.is_done() else _cause(ledger, stage, attempt, job, text)
-    ended = time.time() if heartbeat is None else heartbeat.updated
     return End(
         cause=cause,
         message=message,
-        at=ended,
+        at=time.time() if heartbeat is None else heartbeat.updated,
         bad_nodes=_nodes_at_fault(text, attempt, job) if cause == Cause.BAD_NODE else [],
-        run_seconds=attempt.run_seconds(ended),
         progress=as_progress(heartbeat),
     )
 

@@ -40,7 +40,7 @@ STATUS_INTERVAL_S = 5.0
 # Between two stages, a sweep on this machine holds no claim for some seconds, while the ranks of the first one end.
 LOOKS_AT_REST = 3
 # States of stages on which nothing is at work.
-AT_REST = ("done", "failed", "died", "waiting", "missing", "not needed")
+AT_REST = ("done", "failed", "died", "waiting", "missing", "not needed", "submitted")
 
 
 def run_on_slurm(
@@ -202,7 +202,7 @@ class _Screen:
                 self._lines.tell(status.stage, status.progress, status.left)
         if self._live is not None:
             self._live.update(status_table(statuses), refresh=True)
-        return any(status.state not in AT_REST for status in statuses)
+        return jobs is None or any(status.state not in AT_REST for status in statuses)
 
     def tell(self, event: Event) -> None:
         """Print an event; a message about waiting, of which every round tells, only once in ``REMIND_S``, whichever

@@ -248,7 +248,7 @@ class Launcher:
         handle = self._store.handle(stage.id)
         if end.cause == Cause.DONE:
             handle.discard_work()  # for a job that died between its commit and its end
-            self._tell(Event("done", stage, attempt.job_id, f"{end.run_seconds:.0f} s"))
+            self._tell(Event("done", stage, attempt.job_id))
             return
         # Leave the cause for the report, instead of what the ranks said as they died.
         handle.work.mkdir(parents=True, exist_ok=True)
@@ -329,8 +329,6 @@ class Launcher:
         attempt = self._ledger.begin(
             stage,
             ranks=resources.ranks,
-            gpus=resources.gpus,
-            cores=resources.cores,
             time_minutes=resources.time_minutes,
             slot=slot[0],
             avoided=avoided,

@@ -38,7 +38,6 @@ class StageStatus:
             its job; or Slurm's state of its job.
         detail: why it waits or failed, who runs it, or for how long it has given no sign of life.
         left: time until the end of its current phase; before it begins, what stages like it took.
-        gpu_hours, core_hours: totals of all attempts in jobs, None before the first.
     """
 
     stage: Stage
@@ -49,8 +48,6 @@ class StageStatus:
     job: str
     nodes: str
     attempts: int
-    gpu_hours: float | None
-    core_hours: float | None
 
 
 def stage_statuses(plan: Plan, store: Store, jobs: Mapping[str, JobInfo] | None) -> list[StageStatus]:
@@ -84,9 +81,6 @@ def _status(stage: Stage, ledger: Ledger, jobs: Mapping[str, JobInfo] | None, no
     elif job is not None and job.is_live and state != "done":
         state, detail = ("queued", job.reason) if job.is_waiting else (job.state.lower(), "")
     heartbeat, runs = handle.heartbeat(), last.runs() if last is not None and is_open else []
-    # Until when a start without a recorded end held its nodes; it was killed if its job waits again.
-    held_until = (heartbeat.updated if heartbeat else 0.0) if state in ("queued", "submitted") else now
-    seconds = [it.run_seconds(held_until) if (end := it.end) is None else end.run_seconds for it in attempts]
     began = runs[-1].started if runs else None if is_open else began_at(handle)
     shown = heartbeat if state == "running" else None
     if state == "running":
@@ -102,8 +96,6 @@ def _status(stage: Stage, ledger: Ledger, jobs: Mapping[str, JobInfo] | None, no
         job=(last.job_id or "") if last is not None else "",
         nodes=job.nodes if job is not None else "",
         attempts=len(attempts),
-        gpu_hours=_hours(seconds, [attempt.intent.gpus for attempt in attempts]),
-        core_hours=_hours(seconds, [attempt.intent.cores for attempt in attempts]),
     )
 
 
@@ -115,26 +107,19 @@ def _state(stage: Stage, ledger: Ledger, job: JobInfo | None) -> tuple[str, str]
     return known.state, known.detail
 
 
-def _hours(seconds: list[float], units: list[int]) -> float | None:
-    return sum(time * count for time, count in zip(seconds, units, strict=True)) / 3600 if seconds else None
-
-
 def status_table(statuses: list[StageStatus]) -> Table:
-    """Return the table, with jobs if there are any. Hours are GPU-hours, or core-hours if no job has a GPU."""
-    on_gpus = any(status.gpu_hours for status in statuses)
+    """Return the table, with jobs if there are any."""
     has_jobs = any(status.attempts for status in statuses)
-    of_jobs = ["job", "nodes", "attempts", "GPU-h" if on_gpus else "core-h"] if has_jobs else []
+    of_jobs = ["job", "nodes", "attempts"] if has_jobs else []
     lines = plain_table("stage", "for", "state", "progress", "left", *of_jobs, "")
     for status in statuses:
-        hours = status.gpu_hours if on_gpus else status.core_hours
-        its_jobs = [status.job, escape(status.nodes), str(status.attempts), "-" if hours is None else f"{hours:.2f}"]
         lines.add_row(
             status.stage.kind,
             escape(status.stage.label),
             f"[{COLORS.get(status.state, 'yellow')}]{status.state}[/]",
             escape(status.progress),
             status.left,
-            *(its_jobs if has_jobs else []),
+            *([status.job, escape(status.nodes), str(status.attempts)] if has_jobs else []),
             escape(status.detail),
         )
     return lines

@@ -48,7 +48,6 @@ class Intent:
         number: 1 for the first attempt at the stage.
         created: unix time.
         job_name: unique, so that the job can be found by its name; empty on this machine.
-        gpus, cores: totals of the whole job.
         time_minutes: time limit of the job.
         slot: jobs in the same slot run one at a time (``--max-running``); None without a limit.
         avoided: nodes at fault in earlier attempts, which the job must not use.
@@ -59,8 +58,6 @@ class Intent:
     created: float
     ranks: int
     job_name: str = ""
-    gpus: int = 0
-    cores: int = 0
     time_minutes: int = 0
     slot: int | None = None
     avoided: list[str] = field(default_factory=list)
@@ -96,7 +93,6 @@ class End:
         at: unix time, as far as the stage's heartbeat tells it; a launcher may learn of it days later.
         is_over: whether it is certain that its job is over, so that its claim is void.
         bad_nodes: nodes that the next attempt should avoid.
-        run_seconds: for which a job held its nodes, over all of its starts.
         progress: the last heartbeat.
     """
 
@@ -105,7 +101,6 @@ class End:
     at: float
     is_over: bool = True
     bad_nodes: list[str] = field(default_factory=list)
-    run_seconds: float = 0.0
     progress: dict[str, Any] | None = None
 
 
@@ -167,10 +162,6 @@ class Attempt:
             return None
         code, _, message = numbers[last].read_text(encoding="utf-8", errors="replace").strip().partition(" ")
         return (int(code), message) if code.isdecimal() else None
-
-    def run_seconds(self, now: float) -> float:
-        """Return the seconds during which the job held its nodes, over all of its starts."""
-        return sum(max(0.0, (run.ended or now) - run.started) for run in self.runs())
 
     def logs(self) -> list[Path]:
         """Return the log files of a job's ranks, and of its batch script and srun."""
@@ -251,8 +242,7 @@ class Ledger:
         """Record the end of an attempt that no launcher saw make its artifact, which has been verified."""
         if (attempt := self.open_job(stage_id)) is not None:
             manifest = self.store.handle(stage_id).manifest() or {}
-            at = manifest.get("finished", time.time())
-            attempt.close(End(DONE, "", at, run_seconds=attempt.run_seconds(at)))
+            attempt.close(End(DONE, "", manifest.get("finished", time.time())))
 
     def claim(self, stage_id: str, job: str | None = None) -> Claim | Holder:
         """As ``StageHandle.claim``; claims of jobs that are known to be over count as free."""

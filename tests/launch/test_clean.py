@@ -119,7 +119,7 @@ def test_what_a_job_in_the_queue_needs_stays_until_the_job_is_over(out, monkeypa
     fake, store = Controller().install(monkeypatch), Store(out / "store")
     (forgotten,) = set(pruned(store)) - read_sweep(out).plan.stages.keys()
     stage = stage_of("recover", "alpha 0.15", {}, {"model": Input(forgotten, forgotten, is_stage=True)})
-    attempt = Ledger(store).begin(stage, ranks=1, cores=1)
+    attempt = Ledger(store).begin(stage, ranks=1, time_minutes=1)
     attempt.record_job("101")
     write_stage_file(store.handle(stage.id), stage, Provenance(RuntimeConfig(), {}, {}), 1)
     draft = store.handle(stage.id).open_draft()

@@ -72,7 +72,7 @@ def store(tmp_path):
 
 @pytest.fixture
 def attempt(store):
-    return Ledger(store).begin(STAGE, ranks=1, cores=1, time_minutes=60)
+    return Ledger(store).begin(STAGE, ranks=1, time_minutes=60)
 
 
 @pytest.fixture

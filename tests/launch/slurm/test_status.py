@@ -28,7 +28,7 @@ def status(tmp_path):
     store.work(STAGE.id).mkdir(parents=True)
 
     def at(started=None, beat=None, state="RUNNING", earlier=(), name=None):
-        attempt = Ledger(store).begin(STAGE, ranks=1, cores=2)
+        attempt = Ledger(store).begin(STAGE, ranks=1, time_minutes=60)
         attempt.record_job("5")
         now = time.time()
         if started is not None:
@@ -47,7 +47,7 @@ def status(tmp_path):
 
 def test_a_job_whose_id_was_never_recorded_is_found_by_its_name(tmp_path):
     store = Store(tmp_path / "store")
-    attempt = Ledger(store).begin(STAGE, ranks=1, cores=2)
+    attempt = Ledger(store).begin(STAGE, ranks=1, time_minutes=60)
     store.handle(STAGE.id).work.mkdir(parents=True)
     dead = {**asdict(replace(Holder.me(), pid=2**22 + 1)), "token": "x"}
     (store.work(STAGE.id) / "claim.1").write_text(json.dumps(dead))
@@ -75,14 +75,6 @@ def test_a_rank_that_hangs_shows(status, times, detail):
     assert waiting.state == "queued" and "stale" not in waiting.detail
 
 
-@pytest.mark.parametrize("state", ["PENDING", "REQUEUE_HOLD"])
-@pytest.mark.parametrize(("beat", "hours"), [(120, 2.0), (None, 0.0)])
-def test_a_killed_job_that_waits_again_uses_up_no_hours(status, beat, hours, state):
-    """Neither preemption without notice nor a node's death leaves a record of the end."""
-    assert status(started=180, beat=beat, state=state).core_hours == pytest.approx(hours, abs=0.01)
-    assert status(started=180, beat=beat, state="RUNNING").core_hours > 5.9
-
-
 def test_what_was_submitted_is_not_called_missing_where_slurm_does_not_answer(tmp_path):
     """Nor dead, if a launcher died at it before. What has failed, or was never submitted, is shown as it is."""
     store = Store(tmp_path)
@@ -90,7 +82,7 @@ def test_what_was_submitted_is_not_called_missing_where_slurm_does_not_answer(tm
         stage_of("importance", name, {"seed": number}, {}) for number, name in enumerate("abcd")
     )
     for number, stage in enumerate((waits, begun, failed)):
-        Ledger(store).begin(stage, ranks=1, cores=2).record_job(str(number))
+        Ledger(store).begin(stage, ranks=1, time_minutes=60).record_job(str(number))
         store.work(stage.id).mkdir(parents=True)
     dead = {**asdict(replace(Holder.me(), pid=2**22 + 1)), "token": "x"}
     (store.work(begun.id) / "claim.1").write_text(json.dumps(dead))

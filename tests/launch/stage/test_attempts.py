@@ -14,7 +14,7 @@ from hfprune_dist.store.heartbeat import Progress
 from hfprune_dist.store.stage import Input
 
 STAGE = stage_of("prune", "a 0.2", {"ratio": 0.2}, {"model": Input("digest", "/somewhere")})
-JOB = {"ranks": 1, "gpus": 8, "time_minutes": 30}
+JOB = {"ranks": 1, "time_minutes": 30}
 
 
 @pytest.fixture
@@ -85,7 +85,6 @@ def test_starts_are_in_order_whatever_the_clocks_of_their_nodes(attempt):
     attempt.record_run(Run("7", 1, "n2", 400.0, 500.0, "interrupted"))
     attempt.record_run(Run("7", 10, "n3", 450.0, 550.0, "done"))
     assert [(run.job_id, run.restart) for run in attempt.runs()] == [("7", 0), ("7", 1), ("7", 10), ("8", 0)]
-    assert attempt.run_seconds(0.0) == 301.0
 
 
 def test_only_jobs_that_are_over_lose_their_claims(ledger, attempt):
@@ -136,7 +135,7 @@ def test_an_attempt_whose_end_no_launcher_saw_is_closed_by_whoever_sees_its_arti
     ledger.store.handle(STAGE.id).commit(STAGE, draft, {"metrics": {}, "finished": 160.0})
     for _ in range(2):
         ledger.close_done(STAGE.id)
-        assert (attempt.end.cause, attempt.end.at, attempt.end.run_seconds) == ("done", 160.0, 60.0)
+        assert (attempt.end.cause, attempt.end.at) == ("done", 160.0)
     assert ledger.open_jobs() == []
 
 

@@ -27,7 +27,7 @@ NEXT = stage_of("prune", "a 0.2", {}, {"importance": STAGE.as_input()})
 CELL = Cell("a 0.2", "a", 0.2, "m", "entropy", "none", (STAGE.id,), NEXT.id)
 PLAN = Plan({STAGE.id: STAGE, NEXT.id: NEXT}, (CELL,), (STAGE.id,))
 DEAD = 2**22 + 1  # no process has this id
-WORDS_OF_SLURM = ("job", "nodes", "attempts", "GPU-h", "core-h", "lurm")
+WORDS_OF_SLURM = ("job", "nodes", "attempts", "lurm")
 
 
 @pytest.fixture
@@ -106,7 +106,7 @@ def test_logs_are_those_of_the_last_start_on_either_side(store, tmp_path, monkey
     def shown_log():
         return row_logs(PLAN, store, tmp_path / "logs", STAGE.fingerprint, 40).splitlines()[-1].strip()
 
-    attempt = attempts.Ledger(store).begin(STAGE, ranks=1, cores=1)
+    attempt = attempts.Ledger(store).begin(STAGE, ranks=1, time_minutes=1)
     (attempt.folder / "7_0_log.out").write_text("in a job\n")
     assert shown_log() == "in a job"
     (tmp_path / "logs").mkdir()
