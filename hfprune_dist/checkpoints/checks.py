@@ -131,7 +131,8 @@ def check_shapes(path: Path, tensors: Mapping[str, TensorInfo], structures: Mapp
                     size = found[owned.axis : owned.axis + 1] if owned.unit is not None else [units.counts[layer]]
                     wanted = [*found[: owned.axis], *size, *found[owned.axis + 1 :]]
                 if found != wanted:
+                    stated = units.values([units.counts[layer]]).items()
                     raise UserError(
                         f"{path}: {name} has shape {found}, but config.json makes it {wanted}: "
-                        f"{units.described(layer)} for this layer"
+                        f"{' and '.join(f'{field} {value}' for field, (value,) in stated)} for this layer"
                     )

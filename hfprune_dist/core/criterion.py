@@ -47,14 +47,11 @@ class Criterion:
     Attributes:
         units: the kinds of units that have scores.
         observes: the argument of ``reduce``, which is called several times and whose results are added up.
-            "inputs": some tokens' h, float32 or wider [tokens, channels].
-            "effects": some tokens' effect of each unit on the loss, to first order: h * dL/dh, float32 or wider, added
-            up over the unit's channels [tokens, units].
-            "expert_outputs": an expert's outputs [tokens, hidden_size], and its routing weights [tokens].
-            "weights": a micro-batch's weights of one layer that the units own, with the factors of their gradients
-            (``core.linear_observer.OwnedRows``).
-            "weight_gradients": nothing; gradients of weights are summed over the whole pass, for ``score``.
-            "nothing": nothing; no calibration pass is needed.
+            "inputs": some tokens' h [tokens, channels]. "effects": their effects on the loss, to first order: h * dL/dh
+            added up over each unit's channels [tokens, units]. "expert_outputs": an expert's outputs [tokens,
+            hidden_size], and its routing weights [tokens]. "weights": a micro-batch's weights of one layer that the
+            units own, with the factors of their gradients (``core.linear_observer.OwnedRows``). "weight_gradients":
+            nothing; gradients are summed over the whole pass, for ``score``. "nothing": no pass is needed.
         reduce: what is observed -> a vector of sums, of which ``score`` makes the scores of the layer's units.
         score: the sums and the layer -> scores, float64 [units]; None if the sums are the scores.
         loss: L, if gradients are observed.

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,6 @@ from torch.autograd import Function
 from torch.utils.hooks import RemovableHandle
 
 from hfprune_dist.core.criterion import Loss
-from hfprune_dist.core.portions import wide_dtype
 
 
 @dataclass
@@ -107,8 +106,7 @@ class _WithInputs(Function):
         return gradients, None
 
 
-@dataclass(frozen=True)
-class OwnedRows:
+class OwnedRows(NamedTuple):
     """A weight whose rows the units own, and the two factors of its gradient g^T x: the inputs x and the gradients g.
 
     A projection that reads the units' channels is treated as one that makes them, by transposing its weight and
@@ -118,16 +116,6 @@ class OwnedRows:
     weight_DC: Tensor
     inputs_BTC: Tensor
     gradients_BTD: Tensor
-
-    def zeros(self) -> Tensor:
-        """Return zeros as the start of sums, float32 or wider [rows]."""
-        return self.weight_DC.new_zeros(len(self.weight_DC), dtype=wide_dtype(self.weight_DC.dtype))
-
-    def products(self, window: int, rows: slice) -> Tensor:
-        """Return W * dL/dW of some rows in one window, float32 or wider."""
-        wide = wide_dtype(self.weight_DC.dtype)
-        gradient_DC = self.gradients_BTD[window, :, rows].to(wide).T @ self.inputs_BTC[window].to(wide)
-        return gradient_DC.mul_(self.weight_DC[rows])
 
 
 def seen_weights(

@@ -104,7 +104,10 @@ class UnitSums:
         Raises:
             NonFiniteError: if a layer saw NaN or infinity; the sums are then unchanged.
         """
-        handles = [handle for it in self._units for handle in self._hook(it)]
+        handles: list[RemovableHandle] = []
+        for it in self._units:
+            handles.append(it.projection.register_forward_pre_hook(partial(self._before, it), prepend=True))
+            handles.append(it.projection.register_forward_hook(partial(self._after, it)))
         handles += [handle for linear, loss in self._linears for handle in linear.hook(loss, self.phase)]
         try:
             yield
@@ -115,12 +118,6 @@ class UnitSums:
             for handle in handles:
                 handle.remove()
             self._seen = {}
-
-    def _hook(self, units: SeenUnits) -> list[RemovableHandle]:
-        return [
-            units.projection.register_forward_pre_hook(partial(self._before, units), prepend=True),
-            units.projection.register_forward_hook(partial(self._after, units)),
-        ]
 
     def _observing(self, units: SeenUnits, what: str) -> list[Criterion]:
         return [it for it in self.criteria if it.observes == what and it.has_sums_of(units.kind)]

@@ -97,7 +97,6 @@ class ReweightedShapes:
         return *self._with_total(list(self._evened(widths, reweighting.evenness)), sum(widths)), *wanted[len(neurons) :]
 
     def name(self, reweighting: Reweighting) -> str:
-        """Return the name of a reweighting's shape in ``Found``."""
         evenness, tilt, bend, exchange = (f"{number:.5g}" for number in astuple(reweighting))
         name = f"evenness {evenness}, tilt {tilt}, bend {bend}"
         return f"{name}, exchange {exchange}" if self.others else name

@@ -38,15 +38,17 @@ def coupled_products(owned: Sequence[OwnedRows]) -> Tensor:
     """Sum over a micro-batch's windows of the mean over hidden channels of |sum of W * dL/dW over a neuron's weights
     there|, in blocks of neurons, so that no weight's whole gradient ever exists.
     """
-    from hfprune_dist.core.portions import row_blocks
+    from hfprune_dist.core.portions import row_blocks, wide_dtype, wide_product
 
-    first = owned[0]
-    scores_U = first.zeros()
-    for window in range(len(first.inputs_BTC)):
-        for rows in row_blocks(first.weight_DC, BLOCK_BYTES):
-            of_neurons = first.products(window, rows)
-            for it in owned[1:]:
-                of_neurons += it.products(window, rows)
+    weight_DC, inputs_BTC, _ = owned[0]
+    scores_U = weight_DC.new_zeros(len(weight_DC), dtype=wide_dtype(weight_DC.dtype))
+    for window in range(len(inputs_BTC)):
+        for rows in row_blocks(weight_DC, BLOCK_BYTES):
+            gradients = (wide_product(g_BTD[window, :, rows], x_BTC[window]) for _, x_BTC, g_BTD in owned)
+            products = (gradient.mul_(it.weight_DC[rows]) for gradient, it in zip(gradients, owned, strict=True))
+            of_neurons = next(products)
+            for product in products:
+                of_neurons += product
             scores_U[rows] += of_neurons.abs_().mean(dim=1)
     return scores_U
 

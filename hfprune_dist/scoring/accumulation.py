@@ -1,27 +1,35 @@
 """Sums of the calibration pass over its shards.
 
-First-order sums are added shard by shard, in order, and have the same bits on any number of ranks and after any resume.
-Layers' matrices have the same bits on the same number of ranks, and are equal up to rounding on any other.
+First-order sums are vectors that are added shard by shard, in order, and have the same bits on any number of ranks and
+after any resume. Curvature and gradients of weights are matrices, one for each layer, too large to be sent shard by
+shard, or to fit one host: for Llama-2-70B they take 43 and 548 GB. So terms are reduced as they appear, to the rank of
+the layer, which keeps and saves its sum. These have the same bits on the same number of ranks, and are equal up to
+rounding on any other.
 """
 
 from __future__ import annotations
 
+import math
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from hfprune_dist.checkpoints.tensor_files import load_usable, save_tensors
+from hfprune_dist.checkpoints.tensor_files import SavedLayers, load_usable, save_tensors
 from hfprune_dist.distributed.world import World
-from hfprune_dist.scoring.layer_sums import LayerSums, Size
-from hfprune_dist.store.atomic_files import set_aside
+from hfprune_dist.errors import UserError
+from hfprune_dist.store.atomic_files import listed, set_aside
 
-# Name of the folder with layers' matrices.
+# Name of the folder with layers' matrices: one folder in it for each state of the pass.
 MATRICES = "matrices"
 # Average number of bytes that a rank may write per round for the layers' matrices: if it owns more than this, not every
 # round is saved.
 BYTES_SAVED_A_ROUND = 2**27
+
+# Rows and columns of a matrix.
+Size = tuple[int, ...]
 
 
 class Accumulation:
@@ -31,20 +39,25 @@ class Accumulation:
         shards: number of shards in the whole pass.
         file: file in which rank 0 saves after a round; if it exists, the pass resumes from it. A damaged file is set
             aside, and the pass starts over. The layers' matrices are saved next to it.
-        matrices: name -> size in each layer, of matrices that are summed as well.
+        matrices: name -> size in each layer, of the matrices that are summed.
 
     Attributes:
-        sums: name -> sum, float64.
-        matrices: the layers' matrices.
+        sums: name -> sum, a float64 vector.
     """
 
     def __init__(self, shards: int, file: Path, world: World, matrices: Mapping[str, Sequence[Size]]) -> None:
         self.sums: dict[str, Tensor] = {}
-        self.matrices = LayerSums(matrices, file.parent / MATRICES, world)
+        self.matrices = matrices
         self.next_shard = 0
         self.shards = shards
         self._file = file
         self._world = world
+        self._layers = range(max(map(len, matrices.values()), default=0))
+        self._owned = self._layers[world.rank :: world.size]  # layers whose matrices this rank keeps
+        self._totals: dict[tuple[str, int], Tensor] = {}
+        owned = (size for of_layers in matrices.values() for size in of_layers[:: world.size])
+        bytes_owned = torch.float64.itemsize * sum(map(math.prod, owned))  # at most, by any one rank
+        self._rounds_per_save = -(-bytes_owned // BYTES_SAVED_A_ROUND)
         self._rounds_unsaved = 0
         self._resume()
 
@@ -59,7 +72,7 @@ class Accumulation:
 
         Args:
             score: number of a shard, and whether it counts -> its sums, float64 vectors that have the same names and
-                sizes on all ranks.
+                sizes on all ranks. Meanwhile, matrices are added to.
         """
         counted = min(self._world.size, self.shards - self.next_shard)
         shard = score(min(self.next_shard + self._world.rank, self.shards - 1), self._world.rank < counted)
@@ -72,10 +85,25 @@ class Accumulation:
                 self.sums[name] = self.sums.get(name, 0.0) + sum_N
         self.next_shard += counted
         self._rounds_unsaved += 1
-        if self.is_complete or self._rounds_unsaved >= -(-self.matrices.owned_bytes // BYTES_SAVED_A_ROUND):
+        if self.is_complete or self._rounds_unsaved >= self._rounds_per_save:
             self.save()
         if self.is_complete:
-            self.matrices.release()
+            self._totals = {}
+
+    def add_to_matrix(self, name: str, layer: int, term_RC: Tensor | None) -> None:
+        """Add every rank's float32 term of a micro-batch, or nothing. Collective."""
+        size, owner = self.matrices[name][layer], layer % self._world.size
+        if self._world.size > 1:
+            term_RC = torch.zeros(size, device=self._world.device) if term_RC is None else term_RC
+            term_RC = term_RC.double()
+            self._world.reduce(term_RC, owner)
+        if term_RC is not None and owner == self._world.rank:
+            self._total(name, layer).add_(term_RC)
+
+    def matrix(self, name: str, layer: int) -> Tensor:
+        """Return the last saved sum of any layer's matrix, float64 on the device."""
+        # Not a view of the file, which is removed once a later state is saved, perhaps by another host.
+        return self._saved().tensor(layer, name).to(self._world.device, copy=True)
 
     def save(self) -> None:
         """Save the state unless it is saved already. Collective.
@@ -83,28 +111,58 @@ class Accumulation:
         Each rank first saves its own layers' matrices, which become valid once rank 0 has saved the rest.
 
         Raises:
-            UserError: if one of these is NaN or infinite.
+            UserError: if one of these is NaN or infinite; on every rank, naming the layer in which a backward came to
+                what isn't finite first.
         """
         if not self._rounds_unsaved:
             return
-        self.matrices.require_finite()
-        self.matrices.save(self.next_shard)
+        lost = [(layer, name) for (name, layer), total in self._totals.items() if not total.sum().isfinite()]
+        everywhere = [it for of_rank in self._world.all_gather(lost) for it in of_rank]
+        if everywhere:
+            layer, name = max(everywhere)
+            raise UserError(
+                f"importance: gradients of {name} in layer {layer} are NaN or infinite; set importance.dtype=float32 "
+                "if it isn't yet, else check the checkpoint's weights"
+            )
+        for layer in self._owned:
+            self._state.parent.mkdir(parents=True, exist_ok=True)
+            self._saved().write(layer, {name: self._total(name, layer).cpu() for name in self.matrices})
         self._world.barrier()
-        self._world.on_rank0(self._save)
+        self._world.on_rank0(self._save_sums)
         self._rounds_unsaved = 0
+
+    @property
+    def _state(self) -> Path:
+        return self._file.parent / MATRICES / str(self.next_shard)
+
+    def _saved(self) -> SavedLayers:
+        return SavedLayers(self._state, self._layers)
+
+    def _total(self, name: str, layer: int) -> Tensor:
+        """The sum of a matrix of a layer that this rank owns, 0 at first."""
+        if (name, layer) not in self._totals:
+            zeros_RC = torch.zeros(self.matrices[name][layer], dtype=torch.float64, device=self._world.device)
+            self._totals[name, layer] = zeros_RC
+        return self._totals[name, layer]
+
+    def _save_sums(self) -> None:
+        save_tensors({"next_shard": torch.tensor(self.next_shard), **self.sums}, self._file)
+        for folder in listed(self._state.parent, "*"):
+            if folder != self._state:  # of an earlier state; what fails to go now is left to a later save
+                shutil.rmtree(folder, ignore_errors=True)
 
     def _resume(self) -> None:
         """Go on where an earlier attempt at this pass saved its state, if all of that is intact."""
-        saved = self._world.on_rank0(lambda: load_usable(self._file)) or {}
-        if saved and not all(self._world.all_gather(self.matrices.resume(int(saved["next_shard"])))):
+        saved = self._world.on_rank0(lambda: load_usable(self._file))
+        if saved is None:
+            return
+        self.next_shard = int(saved.pop("next_shard"))
+        is_intact = all(self._saved().is_done(layer) for layer in self._owned)
+        if not all(self._world.all_gather(is_intact)):
             self._world.on_rank0(lambda: set_aside(self._file, "goes with matrices that can't be read"))
-            saved = {}
-        if saved:
-            self.next_shard = int(saved.pop("next_shard"))
-            self.sums = saved
-        if not saved or self.is_complete:
-            self.matrices.release()
-
-    def _save(self) -> None:
-        save_tensors({"next_shard": torch.tensor(self.next_shard), **self.sums}, self._file)
-        self.matrices.drop_earlier()
+            self.next_shard = 0
+            return
+        self.sums = saved
+        if not self.is_complete:
+            places = [(name, layer) for name in self.matrices for layer in self._owned]
+            self._totals = {place: self.matrix(*place) for place in places}

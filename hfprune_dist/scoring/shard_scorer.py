@@ -27,9 +27,9 @@ from hfprune_dist.models.memory_efficient_backward import (
     keep_no_gathered_weights,
     use_memory_efficient_backward,
 )
-from hfprune_dist.scoring.layer_sums import LayerSums, Size
+from hfprune_dist.scoring.accumulation import Accumulation, Size
 from hfprune_dist.structures import NEURONS
-from hfprune_dist.structures.score_names import loss_name, score_name
+from hfprune_dist.structures.score_names import score_name
 from hfprune_dist.structures.units import Units
 
 # A shard: the numbers of the windows in each of its micro-batches.
@@ -76,7 +76,7 @@ class ShardScorer:
         windows_ST: int64, the same on every rank.
         criteria: those that observe something.
         structures: the kinds of units that are scored.
-        matrices: sums of ``summed_matrices``, if there are any.
+        totals: where ``summed_matrices`` are added up, if there are any.
         student: the student of criteria with a ``student_of``, chosen by an earlier pass.
     """
 
@@ -93,7 +93,7 @@ class ShardScorer:
         sharding: DecidedSharding = "replicate",
         structures: Sequence[str] = (NEURONS,),
         activation_checkpointing: bool = False,
-        matrices: LayerSums | None = None,
+        totals: Accumulation | None = None,
         student: GivenStudent | None = None,
     ) -> None:
         family = checkpoint.family
@@ -104,6 +104,7 @@ class ShardScorer:
         keep_no_gathered_weights(self.module)
         if activation_checkpointing:
             checkpoint_activations(self.module, family)
+        experts = see_experts(self.module, family)
         body, head = family.body_of(self.module), family.head_of(self.module)
         self._model = ScoredModel(
             body=lambda input_ids_BT: body(input_ids=input_ids_BT, use_cache=False).last_hidden_state,
@@ -116,18 +117,17 @@ class ShardScorer:
         self._windows_ST = windows_ST
         self._criteria = criteria
         self._world = world
-        self._matrices = matrices
+        self._totals = totals
         self._kinds = [checkpoint.structures[kind] for kind in structures]
-        self._seen_units = self._units(see_experts(self.module, family))
-        self._batch = partial(
-            Batch, vocabulary=head.out_features, seed=seed, teacher=student.teacher if student else None
-        )
+        self._seen_units = self._units(experts)
+        teacher = student.teacher if student else None
+        self._batch = partial(Batch, vocabulary=head.out_features, seed=seed, teacher=teacher)
 
     def score(self, micro_batches: Shard, forwards: int = 0, *, counts: bool = True) -> dict[str, Tensor]:
         """Return sums over the windows of some micro-batches: name -> float64 vector.
 
-        There is one for each layer and kind of units and criterion, named as in an importance artifact, unit by unit;
-        and one of a single number for each loss, the sum over windows of the loss per token.
+        There is one for each layer and kind of units and criterion, named as in an importance artifact; and one of a
+        single number for each loss, named as the loss: the sum over windows of the loss per token.
 
         Args:
             forwards: number of micro-batches on the rank that has the most of them. Forwards and backwards of a sharded
@@ -138,8 +138,7 @@ class ShardScorer:
         Raises:
             UserError: if activations or gradients of a layer are NaN or infinite.
         """
-        missing = forwards - len(micro_batches)
-        if missing > 0:
+        if missing := max(0, forwards - len(micro_batches)):
             self._score([micro_batches[0]] * missing, counts=False)
         return self._score(micro_batches, counts=counts)
 
@@ -161,21 +160,21 @@ class ShardScorer:
                     "importance.dtype=float32 if it isn't yet, else check the checkpoint's weights"
                 ) from None
             for name, value in values.items():
-                losses[loss_name(name)] = losses.get(loss_name(name), 0.0) + torch.tensor([value], dtype=torch.float64)
+                losses[name] = losses.get(name, 0.0) + torch.tensor([value], dtype=torch.float64)
         return {score_name(layer, name, kind): it for (kind, layer, name), it in sums.sums.items()} | losses
 
     def _add_curvature(self, kind: str, layer: int, gradients_NC: Tensor, *, counts: bool) -> None:
         """Add g g^T of output gradients g; this rank's count only if it ``counts``."""
-        assert self._matrices is not None
-        self._matrices.add(kind, layer, gram_matrix(gradients_NC) if counts else None)
+        assert self._totals is not None
+        self._totals.add_to_matrix(kind, layer, gram_matrix(gradients_NC) if counts else None)
 
     def _add_gradient(
         self, weight: str, layer: int, inputs_BTI: Tensor, gradients_BTO: Tensor, *, counts: bool
     ) -> None:
         """Add a weight's gradient; this rank's counts only if it ``counts``."""
-        assert self._matrices is not None
+        assert self._totals is not None
         product = partial(wide_product, gradients_BTO.flatten(0, -2), inputs_BTI.flatten(0, -2))
-        self._matrices.add(weight, layer, product() if counts else None)
+        self._totals.add_to_matrix(weight, layer, product() if counts else None)
 
     def _adding_gradients(self, *, counts: bool) -> list[SeenLinear]:
         """What adds the gradient of each weight that units own, if a criterion needs them."""
@@ -183,7 +182,7 @@ class ShardScorer:
             SeenLinear(self._linear(units, layer, name), partial(self._add_gradient, name, layer, counts=counts))
             for units in self._kinds
             for name in units.weights
-            if self._matrices is not None and name in self._matrices.sizes
+            if self._totals is not None and name in self._totals.matrices
             for layer in range(units.num_layers)
         ]
 

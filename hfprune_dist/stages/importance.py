@@ -44,7 +44,7 @@ from hfprune_dist.scoring.shard_scorer import GivenStudent, ShardScorer, cut_int
 from hfprune_dist.stages.context import Context as AnyContext
 from hfprune_dist.store.atomic_files import read_object, write_json
 from hfprune_dist.structures import NEURONS
-from hfprune_dist.structures.score_names import SCORES, loss_name, score_name, scores_of_layers
+from hfprune_dist.structures.score_names import SCORES, score_name, scores_of_layers
 from hfprune_dist.structures.units import Units
 
 Context = AnyContext[ImportanceParameters]
@@ -71,7 +71,7 @@ def run(context: Context) -> None:
 
     world.on_rank0(write)
     losses = [loss for loss in losses_of(criteria) if loss.in_nats]
-    means = {f"mean_{it.name}_nats": float(totals.sums[loss_name(it.name)]) / len(windows_ST) for it in losses}
+    means = {f"mean_{it.name}_nats": float(totals.sums[it.name]) / len(windows_ST) for it in losses}
     context.commit(draft, {"tokens": windows_ST.numel(), **means, **documents})
 
 
@@ -160,7 +160,7 @@ def _scorer(
         sharding=choose_sharding(context.runtime.sharding, need, context.world),
         structures=list(_scored_units(context, checkpoint)),
         activation_checkpointing=context.runtime.activation_checkpointing,
-        matrices=totals.matrices,
+        totals=totals,
         student=_given_student(context, criteria),
     )
 
@@ -224,7 +224,7 @@ def _score_layers(
 
 def _mean_of(totals: Accumulation, number: int, terms: int, name: str) -> Tensor:
     """The mean of one of a layer's matrices over windows or tokens: float64, on the device."""
-    return totals.matrices.value(name, number).div_(terms)
+    return totals.matrix(name, number).div_(terms)
 
 
 def _grams_of_layers(

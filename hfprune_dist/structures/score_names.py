@@ -18,11 +18,6 @@ def score_name(layer: int, criterion: str, kind: str = NEURONS) -> str:
     return ".".join(["layers", str(layer), *([] if kind == NEURONS else [kind]), criterion])
 
 
-def loss_name(loss: str) -> str:
-    """Return the name of a loss among sums of a calibration pass: ``loss.entropy``."""
-    return f"loss.{loss}"
-
-
 def scores_of_layers(stored: Mapping[str, ScoresT], criterion: str, kind: str = NEURONS) -> list[ScoresT]:
     """Return one criterion's scores for one kind of units, layer by layer.
 

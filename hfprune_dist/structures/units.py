@@ -119,7 +119,6 @@ class Units:
 
     @property
     def layers(self) -> str:
-        """Prefix of the names of all layers' tensors, before the layer's number."""
         return self.block.layers
 
     @property
@@ -193,11 +192,6 @@ class Units:
         values = self.values(counts)
         one = {field: max(row) if len({*row} - {0}) == 1 else None for field, row in values.items()}
         return one | {plural_of(field): row for field, row in values.items() if 0 not in row}
-
-    def described(self, layer: int) -> str:
-        """Describe a layer's units in the terms of config.json, for messages."""
-        stated = self.values([self.counts[layer]])
-        return " and ".join(f"{field} {value}" for field, (value,) in stated.items())
 
 
 def plural_of(field: str) -> str:

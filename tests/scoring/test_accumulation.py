@@ -1,5 +1,7 @@
 """Sums over shards, on any number of ranks, after a death at any write, and after damage to a file."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from damage import DAMAGES, damage, nothing_reaches_the_disk
@@ -9,6 +11,7 @@ from ranks import SoloWorld
 from worlds import Ranks
 
 from hfprune_dist.checkpoints import tensor_files
+from hfprune_dist.errors import UserError
 from hfprune_dist.scoring import accumulation
 from hfprune_dist.scoring.accumulation import Accumulation
 
@@ -30,7 +33,7 @@ def full_shard(totals, number, counts):
     for layer in reversed(range(LAYERS)):  # as a backward does
         for name, of_layers in MATRICES.items():
             term = torch.randn(of_layers[layer], generator=generator)
-            totals.matrices.add(name, layer, term if counts else None)
+            totals.add_to_matrix(name, layer, term if counts else None)
     return {name: torch.rand(size, generator=generator).double() for name, size in SIZES.items()}
 
 
@@ -52,7 +55,7 @@ def assert_same(totals, expected):
     assert all(torch.equal(totals.sums[name], it) for name, it in expected.sums.items())
     for name in MATRICES:
         for layer in range(LAYERS):
-            found, wanted = (it.matrices.value(name, layer) for it in (totals, expected))
+            found, wanted = (it.matrix(name, layer) for it in (totals, expected))
             torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
 
 
@@ -133,3 +136,57 @@ def test_where_ranks_own_much_not_every_round_is_saved_and_nothing_is_lost_at_an
             assert begun_at == saved
             assert_same(totals, expected)
     assert sorted(it.name for it in (file.parent / "matrices").iterdir()) == [str(SHARDS)]
+
+
+def accumulated(folder, world, sizes, shards):
+    """Return the sums of some matrices over shards of one micro-batch each."""
+    totals = Accumulation(shards, folder / "partial.safetensors", world, sizes)
+
+    def score(shard, counts):
+        for layer in reversed(range(len(sizes["up"]))):
+            for name, of_layers in sizes.items():
+                totals.add_to_matrix(name, layer, term(shard, name, layer, of_layers[layer]) if counts else None)
+        return {"loss": torch.zeros(1).double()}
+
+    while not totals.is_complete:
+        totals.add_round(score)
+    return {(name, layer): totals.matrix(name, layer) for name, it in sizes.items() for layer in range(len(it))}
+
+
+def term(shard, name, layer, size):
+    generator = torch.Generator().manual_seed(1000 * shard + 10 * layer + len(name))
+    return torch.randn(size, generator=generator) * 10.0 ** (len(name) - 3)
+
+
+@settings(max_examples=20)
+@given(ranks=st.integers(1, 5), shards=st.integers(1, 7), sides=st.lists(st.integers(1, 7), min_size=1, max_size=4))
+def test_matrices_are_the_sums_over_all_ranks(tmp_path_factory, ranks, shards, sides):
+    """Each layer has matrices of its own sizes."""
+    folder = tmp_path_factory.mktemp("many")
+    sizes = {"up": [(side, 3) for side in sides], "down": [(2, side) for side in sides]}
+    found = Ranks(ranks).run(lambda world: accumulated(folder, world, sizes, shards))
+    for (name, layer), total in found[0].items():
+        expected = sum(term(shard, name, layer, sizes[name][layer]).double() for shard in range(shards))
+        torch.testing.assert_close(total, expected, rtol=1e-5, atol=1e-6 * float(expected.abs().max()))
+        assert all(torch.equal(it[name, layer], total) for it in found)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_not_finite_names_the_layer_that_backward_met_first(tmp_path, value):
+    totals = Accumulation(1, tmp_path / "partial.safetensors", SoloWorld(), {"neurons": [(3, 3)] * 3})
+
+    def score(_shard, _counts):
+        for lost in range(2):
+            totals.add_to_matrix("neurons", lost, torch.full((3, 3), value))
+        return {"loss": torch.zeros(1).double()}
+
+    with pytest.raises(UserError, match=r"gradients of neurons in layer 1 are NaN or infinite"):
+        totals.add_round(score)
+
+
+def test_what_is_resumed_outlives_its_file(tmp_path):
+    """Whoever saves a later state removes it, perhaps on another host, and with it what a view has yet to read."""
+    file = tmp_path / "partial.safetensors"
+    add_rounds(file, 1)
+    assert begun(file, SoloWorld()).next_shard == 1
+    assert str(tmp_path) not in Path("/proc/self/maps").read_text()

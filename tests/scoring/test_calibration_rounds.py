@@ -117,10 +117,10 @@ def calibrate(checkpoint, patch):
 def assert_same(totals, expected, tokens):
     assert totals.next_shard == expected.next_shard and totals.is_complete
     assert all(torch.equal(expected.sums[name], sum_N) for name, sum_N in totals.sums.items())
-    for name in totals.matrices.sizes:
+    for name in totals.matrices:
         for layer in range(2):
-            mean = expected.matrices.value(name, layer) / tokens
-            torch.testing.assert_close(totals.matrices.value(name, layer) / tokens, mean, rtol=1e-5, atol=1e-7)
+            mean = expected.matrix(name, layer) / tokens
+            torch.testing.assert_close(totals.matrix(name, layer) / tokens, mean, rtol=1e-5, atol=1e-7)
 
 
 # The victim is numbered among the ranks, and the collective before which it dies among the victim's own.
