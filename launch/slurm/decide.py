@@ -18,8 +18,6 @@ from hfprune_launch.slurm.commands import DEPENDENCY, NEVER
 GONE_AFTER_S = 180.0
 # Seconds after a job's completion by which its artifact has to be visible here (file systems lag).
 LAG_S = 60.0
-# kill-on-invalid-dep ends a job whose dependency failed; if it hasn't after this time, it does not work.
-STUCK_S = 60.0
 # Reasons that occur in every queue, of interest only if the wait is long.
 ORDINARY = ("None", "Priority", "Resources", "BeginTime", "Prolog", "Cleaning")
 LONG_WAIT_S = 300.0
@@ -123,7 +121,7 @@ def _about_its_job(state: StageState) -> list[Action]:
 
     adopted = [] if state.has_id else do(Do.ADOPT)
     match state.sight:
-        case Sight.WAITS if _is_hopeless(state):
+        case Sight.WAITS if LAUNCH_FAILED.search(state.reason):  # Slurm will never start it
             return adopted + do(Do.CANCEL)
         case Sight.WAITS:
             return adopted + (do(Do.TELL, f"it can't start: {state.reason}") if _is_worth_telling(state) else [])
@@ -145,11 +143,6 @@ def _about_its_job(state: StageState) -> list[Action]:
     return []
 
 
-def _is_hopeless(state: StageState) -> bool:
-    """Return whether Slurm will never start a waiting job."""
-    return bool(LAUNCH_FAILED.search(state.reason)) or (state.reason == NEVER and state.lasts >= STUCK_S)
-
-
 def _is_worth_telling(state: StageState) -> bool:
     if state.reason in (DEPENDENCY, NEVER):
         return False
@@ -160,12 +153,12 @@ class InSlot(NamedTuple):
     """A live attempt that has a slot.
 
     Attributes:
-        joined: orders attempts as they were recorded.
+        joined: unix time at which the attempt was recorded.
         job_id: None if it isn't known (yet).
     """
 
     slot: int
-    joined: tuple[float, float]
+    joined: float
     job_id: str | None
 
 

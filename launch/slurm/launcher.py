@@ -400,14 +400,8 @@ class Launcher:
 
 
 def _in_slots(attempts: Iterable[Attempt]) -> list[InSlot]:
-    """Return the slots of live attempts, and when they joined them: within a tick of the file system's clock, as their
-    launcher's says.
-    """
-    return [
-        InSlot(it.intent.slot, (it.recorded_at, it.intent.created), it.job_id)
-        for it in attempts
-        if it.intent.slot is not None
-    ]
+    intents = [(attempt.intent, attempt.job_id) for attempt in attempts]
+    return [InSlot(it.slot, it.created, job_id) for it, job_id in intents if it.slot is not None]
 
 
 def _may_pass(error: Exception) -> bool:

@@ -145,7 +145,7 @@ def row_logs(plan: Plan, store: Store, local_logs: Path, name: str, lines: int) 
 
 def _newest_logs(jobs: list[Attempt], local: list[Path]) -> list[Path]:
     """Return the logs of the last job, or the last log on this machine if it was written after the job's submission."""
-    if not jobs or (local and _written(local[-1]) > jobs[-1].recorded_at):
+    if not jobs or (local and _written(local[-1]) > jobs[-1].intent.created):
         return local[-1:]
     return jobs[-1].logs()
 

@@ -28,7 +28,7 @@ from typing import Any, Literal, TypeVar
 
 from hfprune_dist.errors import UserError
 from hfprune_dist.store.artifacts import Store
-from hfprune_dist.store.atomic_files import as_record, listed, locked, modified_at, read_json, write_json
+from hfprune_dist.store.atomic_files import as_record, listed, locked, read_json, write_json
 from hfprune_dist.store.claims import Claim, Holder, OpenClaim
 from hfprune_dist.store.past_attempt import PastAttempt
 from hfprune_dist.store.stage import Stage
@@ -116,13 +116,6 @@ class Attempt:
         """The job's id, as recorded by the launcher, or by the job itself if the launcher died before that."""
         job = _read(self.folder / JOB, dict[str, str]) or {}
         return job.get("job_id") or next((run.job_id for run in self.runs()), None)
-
-    @property
-    def recorded_at(self) -> float:
-        """Unix time at which the intent was written, by the file system's clock if it has one (NFS has, on Lustre it is
-        the writer's), since each launcher has its own.
-        """
-        return modified_at(self.folder / INTENT) or self.intent.created
 
     @property
     def end(self) -> End | None:

@@ -68,14 +68,6 @@ def test_damage_is_found_and_set_aside(store, damage):
     assert store.handle(STAGE.id).verify().state == "done"
 
 
-@pytest.mark.parametrize("content", ["[]", '{"metrics": []}'])
-def test_a_manifest_without_metrics_is_none(store, content):
-    make(store)
-    (store.path(STAGE.id) / MANIFEST).write_text(content)
-    assert store.handle(STAGE.id).manifest() is None and not store.handle(STAGE.id).is_committed()
-    assert store.handle(STAGE.id).verify().state == "corrupt"
-
-
 def test_damage_behind_an_unchanged_modification_time_is_found_by_reading(store):
     make(store)
     file = store.path(STAGE.id) / "model.bin"

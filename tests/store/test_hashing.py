@@ -1,6 +1,5 @@
 """Digests change with content and names, and with nothing else; a file is read once, unless it may have changed."""
 
-import errno
 import hashlib
 import os
 import time
@@ -127,19 +126,3 @@ def test_what_can_not_be_read_is_named(tmp_path):
         FileHashes(None).of_file(tmp_path / "gone")
     with pytest.raises(UserError, match=r"gone: no such folder"):
         FileHashes(None).of_folder(tmp_path / "gone")
-
-
-def test_a_file_that_is_replaced_while_it_is_read_is_read_again(tmp_path, monkeypatch):
-    """On NFS, what was opened is stale then."""
-    file, compute, refused = tmp_path / "text", identity._sha256_of, []
-    file.write_text("before")
-
-    def replaced_meanwhile(path):
-        if not refused:
-            refused.append(path)
-            path.write_text("after")
-            raise OSError(errno.ESTALE, "stale")
-        return compute(path)
-
-    monkeypatch.setattr(identity, "_sha256_of", replaced_meanwhile)
-    assert FileHashes(None).of_file(file) == hashlib.sha256(b"after").hexdigest() and refused

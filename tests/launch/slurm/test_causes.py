@@ -7,11 +7,9 @@ from types import SimpleNamespace
 
 import pytest
 from fake_slurm import complete
-from hfprune_launch.slurm.causes import FRUITLESS_STARTS, RETRIES, START, explain_end, fruitless_starts, no_further
+from hfprune_launch.slurm.causes import RETRIES, START, explain_end, fruitless_starts, no_further
 from hfprune_launch.slurm.commands import NEVER, JobInfo
 from hfprune_launch.stage.attempts import End, Ledger, Run
-from hypothesis import given
-from hypothesis import strategies as st
 from made_stages import stage_of
 
 from hfprune_dist.store.artifacts import Store
@@ -230,14 +228,6 @@ def at(phase, done):
 )
 def test_starts_that_got_no_further(progress, fruitless):
     assert fruitless_starts(progress) == fruitless
-
-
-@given(st.lists(st.tuples(st.integers(0, 2), st.integers(0, 4)), min_size=60, max_size=60))
-def test_any_work_comes_to_an_end(places):
-    """Whatever its starts do, no job requeues itself forever: there are so many places to reach for the first time."""
-    history = [at(*place) for place in places]
-    stops = [number for number in range(61) if fruitless_starts(history[:number]) >= FRUITLESS_STARTS]
-    assert stops and stops[0] <= FRUITLESS_STARTS * (3 * 5 + 1)
 
 
 def test_the_time_limit_is_forgiven_until_three_starts_in_a_row_got_no_further(ledger, attempt):

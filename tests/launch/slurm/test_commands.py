@@ -1,6 +1,4 @@
-import errno
 import os
-import subprocess
 
 import pytest
 from fake_slurm import HEADER, Controller, Job
@@ -92,22 +90,6 @@ def test_the_limit_that_is_reached_is_named(fake, slurm, script):
         slurm.submit(script, "a-name")
 
 
-def test_a_queue_of_the_cluster_that_is_full_is_no_refusal_either(squeue, slurm, script, slept, monkeypatch):
-    """sbatch then tries again by itself, for longer than a command may take here."""
-    run, said = subprocess.run, "sbatch: error: Slurm temporarily unable to accept job, sleeping and retrying\n"
-
-    def time_out(command, **options):
-        if command[0] == "sbatch":
-            raise subprocess.TimeoutExpired(command, 90.0, stderr=said.encode())
-        return run(command, **options)
-
-    squeue(f"echo '{HEADER[:-1]}'")
-    monkeypatch.setattr(subprocess, "run", time_out)
-    with pytest.raises(SubmitLimitError, match=r"unable to accept job.*; sbatch: timed out after 90 s"):
-        slurm.submit(script, "a-name")
-    assert slept == []
-
-
 def test_a_job_beyond_other_limits_is_refused(fake, slurm, script):
     """Slurm gives the same explanation for all of them."""
     fake.fail_next("sbatch", f"sbatch: error: QOSMaxWallDurationPerJobLimit {POLICY}")
@@ -127,23 +109,6 @@ def test_jobs_are_parsed(fake, slurm):
     jobs = slurm.jobs()
     assert jobs["a|strange|name"].is_live and jobs["a|strange|name"].nodes == "n[1-2]" and not jobs["other"].is_live
     assert len(fake.calls("squeue")) == 1
-
-
-def test_a_command_that_can_not_be_started_is_tried_again(slurm, slept, squeue, monkeypatch):
-    """A login node limits how many processes a user may start at once; a job's node may lack Slurm's commands."""
-    run, failing = subprocess.run, [BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")] * 2
-
-    def start(*arguments, **options):
-        if failing:
-            raise failing.pop()
-        return run(*arguments, **options)
-
-    squeue(f"echo '{HEADER[:-1]}'")
-    monkeypatch.setattr(subprocess, "run", start)
-    assert slurm.jobs() == {} and slept == list(RETRY_DELAYS_S[:2])
-    monkeypatch.setenv("PATH", "/nowhere")
-    with pytest.raises(SlurmUnavailableError, match="squeue: No such file or directory"):
-        slurm.jobs()
 
 
 @pytest.mark.parametrize(
@@ -200,11 +165,6 @@ def test_an_answer_that_is_cut_off_is_none(fake, slurm, slept, answer):
     fake.listings = [answer, answer]
     assert list(slurm.jobs()) == ["name"]
     assert slept == list(RETRY_DELAYS_S[:2])
-
-
-def test_listings_of_several_clusters(fake, slurm):
-    fake.listings = ["".join(f"CLUSTER: c{n}\n{HEADER}{n}|RUNNING|None|n1|name {n}|;\n" for n in (1, 2))]
-    assert slurm.jobs().keys() == {"name 1", "name 2"}
 
 
 def test_commands_do_not_see_what_a_user_set_for_them(slurm, squeue, monkeypatch):

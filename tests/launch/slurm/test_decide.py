@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 from hfprune_launch.slurm.causes import RETRIES, Cause
-from hfprune_launch.slurm.decide import GONE_AFTER_S, LAG_S, STUCK_S, Do, InSlot, Sight, StageState, choose_slot, decide
+from hfprune_launch.slurm.decide import GONE_AFTER_S, LAG_S, Do, InSlot, Sight, StageState, choose_slot, decide
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -55,16 +55,6 @@ def test_no_two_jobs_of_a_stage_and_none_of_a_finished_one(states):
         assert action.do is not Do.CANCEL or state.sight is Sight.WAITS
 
 
-@settings(max_examples=100)
-@given(sweeps())
-def test_every_open_attempt_ends_once_its_job_is_over(states):
-    ended = (Sight.ENDED, Sight.COMPLETED, Sight.MISSING, Sight.INTENDED)
-    for state in states.values():
-        later = decide({**states, state.stage_id: replace(state, lasts=1e6)})
-        about_it = {action.do for action in later if action.stage_id == state.stage_id}
-        assert bool(about_it & CLOSES) == (state.sight in ended)
-
-
 STATE = StageState("a", (), is_wanted=True, is_done=False, has_id=True)
 DONE = {"is_wanted": False, "is_done": True}
 
@@ -95,7 +85,6 @@ DONE = {"is_wanted": False, "is_done": True}
         ({"sight": Sight.WAITS, "reason": "JobHeldUser", "lasts": 1e6}, [Do.TELL]),
         ({"sight": Sight.WAITS, "reason": "Dependency", "lasts": 1e6}, []),
         ({"sight": Sight.WAITS, "reason": "DependencyNeverSatisfied"}, []),
-        ({"sight": Sight.WAITS, "reason": "DependencyNeverSatisfied", "lasts": STUCK_S}, [Do.CANCEL]),
         ({"sight": Sight.WAITS, "reason": HELD}, [Do.CANCEL]),
         ({"sight": Sight.RUNS, "reason": HELD}, []),
     ],
@@ -105,7 +94,7 @@ def test_what_is_done(seen, does):
 
 
 def in_slot(number, joined, job_id):
-    return InSlot(number, (joined, 0.0), job_id)
+    return InSlot(number, joined, job_id)
 
 
 def test_a_job_joins_the_first_free_slot_or_the_one_whose_last_job_was_submitted_first():

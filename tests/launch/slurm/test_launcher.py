@@ -1,7 +1,6 @@
 """Launchers on a store, with fake commands in place of Slurm: what they leave in the store and in the queue."""
 
 import errno
-import io
 import os
 import re
 import threading
@@ -9,12 +8,11 @@ import time
 from pathlib import Path
 
 import pytest
-from fake_slurm import HEADER, Clock, Controller, FakeLauncher, Job, complete, plan_of
+from fake_slurm import HEADER, Controller, FakeLauncher, Job, complete, plan_of
 from hfprune_launch.slurm import cli
 from hfprune_launch.slurm.cancel import cancel_jobs
 from hfprune_launch.slurm.cli import show_status
 from hfprune_launch.slurm.commands import SlurmCommands, SlurmUnavailableError
-from hfprune_launch.slurm.launcher import Event
 from hfprune_launch.stage.attempts import Ledger, Run
 from hfprune_launch.sweep_folder import Sweep
 from made_stages import stage_of
@@ -92,27 +90,20 @@ def test_a_full_queue_is_filled_up_later(fake, store):
 
 def test_a_need_that_slurm_forgets_during_a_submission(fake, store, monkeypatch):
     """The submission outlasts MinJobAge: Slurm refuses the dependent job, which is not to blame."""
-    plan, submit = plan_of(SCORES, PRUNES[0]), SlurmCommands.submit
+    submit = SlurmCommands.submit
 
     def slowly(self, script, job_name):
         job_id = submit(self, script, job_name)
         fake.forget("101")
-        if is_made:
-            complete(store, SCORES)
         return job_id
 
-    monkeypatch.setattr(SlurmCommands, "submit", slowly)
-    for is_made in (True, False):
-        store.root, fake.submitted = store.root.with_name(str(is_made)), 0
-        launcher = started(store, plan)
-        if is_made:
-            assert waits_of(store, PRUNES[0]) == []
-        else:
-            assert causes(store, PRUNES[0]) == [] and causes(store, SCORES) == [None]
-            monkeypatch.setattr(SlurmCommands, "submit", submit)
-            for _ in range(5):
-                launcher.step_after(100)
-            assert causes(store, SCORES) == ["killed", None] and waits_of(store, PRUNES[0]) == ["afterok:102"]
+    with monkeypatch.context() as patch:
+        patch.setattr(SlurmCommands, "submit", slowly)
+        launcher = started(store, plan_of(SCORES, PRUNES[0]))
+    assert causes(store, PRUNES[0]) == [] and causes(store, SCORES) == [None]
+    for _ in range(5):
+        launcher.step_after(100)
+    assert causes(store, SCORES) == ["killed", None] and waits_of(store, PRUNES[0]) == ["afterok:102"]
 
 
 # Jobs that an earlier launcher left.
@@ -473,15 +464,6 @@ def test_cancel_finds_what_is_of_other_plans_unlisted_without_an_id_or_queued_ag
 
 
 # Commands.
-
-
-def test_what_a_sweep_waits_for_is_told_again_after_an_hour(store, tmp_path):
-    clock, console = Clock(), Console(width=40, file=io.StringIO())
-    screen = cli._Screen(console, Sweep(PLAN, store, tmp_path), clock)
-    for seconds, lines in ((0.0, 1), (10.0, 1), (3580.0, 1), (10.0, 2), (10.0, 2)):
-        clock.sleep(seconds)
-        screen.tell(Event("waiting", SCORES, None, "AssocMaxSubmitJobLimit, in a line that is not wrapped"))
-        assert console.file.getvalue().count("AssocMaxSubmitJobLimit, in a line that is not wrapped\n") == lines
 
 
 def test_dry_run_prints_what_would_be_submitted_where_there_is_no_slurm(tmp_path):
