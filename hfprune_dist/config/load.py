@@ -1,4 +1,4 @@
-"""Build a configuration from files and flags: defaults <- YAML files <- command line; unknown keys are refused."""
+"""Build a configuration from files and flags: defaults <- YAML files <- command line; what is wrong is explained."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
-from hfprune_dist.config.explain import explain
 from hfprune_dist.config.schema import SweepConfig
-from hfprune_dist.config.section import IS_PATH, Section, without_null
+from hfprune_dist.config.section import Section, as_written, without_null
 from hfprune_dist.config.yaml_text import NotYamlError, read_yaml, yaml_value
-from hfprune_dist.errors import UserError
+from hfprune_dist.errors import UserError, did_you_mean
 
-PARTS_OF_A_DATA_SET = ("name", "split", "revision")
+# Keys that belong to a data set, and those that are paths, in any section.
+OF_A_DATA_SET, PATHS = ("name", "split", "revision"), ("path", "include_path")
 # Folder of the project's own configurations.
 SHIPPED = "configs"
 
@@ -64,8 +64,53 @@ def parse(schema: type[SectionT], raw: Mapping[str, Any], where: str) -> Section
     try:
         return schema.model_validate(dict(raw))
     except ValidationError as error:
-        lines = [explain(schema, raw, problem) for problem in error.errors()]
+        lines = [_explain(schema, raw, problem) for problem in error.errors()]
         raise UserError(f"configuration ({where}):\n" + "\n".join(f"  {line}" for line in lines)) from None
+
+
+def _explain(schema: type[BaseModel], raw: Mapping[str, Any], problem: Mapping[str, Any]) -> str:
+    """Turn an entry of ``ValidationError.errors`` into a line that says which key has it, and what is valid there."""
+    location = _as_given(raw, problem["loc"])
+    if problem["type"] == "missing":
+        location = [str(part) for part in problem["loc"]]
+    key = ".".join(location)
+    if problem["type"] == "extra_forbidden":
+        valid = sorted(_fields_at(schema, location[:-1]))
+        return f"unknown key {key!r}{did_you_mean(location[-1], valid)}; valid keys: {', '.join(valid)}"
+    if not key or problem["type"] in ("value_error", "missing"):
+        message = problem["msg"].removeprefix("Value error, ")
+        return f"{key}: {message}" if key else message
+    message = re.sub("^(Input|String|List) should ", "must ", problem["msg"])
+    message = re.sub("a valid dictionary( or instance of .*)?", "a section", message)
+    message = message.replace("a valid integer", "a whole number")
+    if (valid := _fields_at(schema, location)) and not isinstance(problem["input"], Mapping):
+        message += f" of the keys {', '.join(sorted(valid))}"
+    return f"{key}: {message} (got {as_written(problem['input'])})"
+
+
+def _as_given(raw: Any, location: Iterable[Any]) -> list[str]:
+    """The part of a location that ``raw`` has; pydantic adds the member of a union and the like."""
+    found = []
+    for part in location:
+        try:
+            raw = raw[part]
+        except (KeyError, IndexError, TypeError):
+            break
+        found.append(str(part))
+    return found
+
+
+def _fields_at(schema: type[BaseModel], location: Iterable[str]) -> list[str]:
+    """The valid keys of the section that ``location`` leads to; none if that is no section."""
+    annotation: Any = schema
+    for part in location:
+        annotation = without_null(annotation)
+        if typing.get_origin(annotation) in (dict, list):
+            annotation = typing.get_args(annotation)[-1]
+        elif issubclass(annotation, BaseModel) and part in annotation.model_fields:
+            annotation = annotation.model_fields[part].annotation
+    is_section = isinstance(annotation, type) and issubclass(annotation, BaseModel)
+    return list(annotation.model_fields) if is_section else []
 
 
 def parse_assignments(assignments: Iterable[str]) -> dict[str, Any]:
@@ -103,10 +148,15 @@ def parse_ratios(text: str) -> list[float]:
 
 
 def _merge(base: Mapping[str, Any], update: Mapping[str, Any]) -> dict[str, Any]:
-    merged = dict(base)
-    if base.get("dataset") is not None and update.get("dataset") not in (None, base["dataset"]):
-        for part in PARTS_OF_A_DATA_SET:  # of the one that is replaced
-            merged.pop(part, None)
+    """Sections key by key; a text's path or data set replaces the one, with its keys, that it had before."""
+    replaced: tuple[str, ...] = ()
+    if update.get("path", base.get("path")) != base.get("path") and "dataset" not in update:
+        replaced = ("dataset", *OF_A_DATA_SET)
+    elif "dataset" in base and update.get("dataset") not in (None, base["dataset"]):
+        replaced = OF_A_DATA_SET
+    if update.get("dataset") is not None and "path" not in update:
+        replaced = ("path", *replaced)
+    merged = {key: value for key, value in base.items() if key not in replaced}
     for key, value in update.items():
         old = merged.get(key)
         merged[key] = _merge(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
@@ -123,42 +173,32 @@ def _set_dotted(target: dict[str, Any], key: str, value: Any) -> None:
 
 
 def with_absolute_paths(raw: dict[str, Any], base: Path) -> dict[str, Any]:
-    """A configuration whose relative paths, which are relative to ``base``, are absolute."""
-    resolved: dict[str, Any] = _with_absolute_paths(SweepConfig, raw, base)
-    for key, is_path in (("methods", _is_file), ("models", _is_folder)):
+    """A configuration whose relative paths, which are relative to ``base``, are absolute: in the keys that are paths,
+    models with a slash, unless they have the form of a hub id and are no folder, and methods that are named by a file.
+    """
+
+    def resolved(value: Any) -> Any:
+        if isinstance(value, list):
+            return [resolved(part) for part in value]
+        if not isinstance(value, dict):
+            return value
+        return {
+            key: absolute_path(part, base) if key in PATHS and isinstance(part, str) and part else resolved(part)
+            for key, part in value.items()
+        }
+
+    def is_named_by_path(key: str, name: Any) -> bool:
+        if not isinstance(name, str):
+            return False
+        if key == "methods":
+            return name.endswith((".yaml", ".yml"))
+        return "/" in name and (not is_hub_id(name) or Path(absolute_path(name, base)).is_dir())
+
+    content: dict[str, Any] = resolved(raw)
+    for key in ("methods", "models"):
         if isinstance(names := raw.get(key), list):
-            resolved[key] = [absolute_path(name, base) if is_path(name, base) else name for name in names]
-    return resolved
-
-
-def _with_absolute_paths(annotation: Any, value: Any, base: Path) -> Any:
-    """A value of this type, in which keys that are marked as paths have absolute ones."""
-    annotation = without_null(annotation)
-    kind = typing.get_origin(annotation)
-    if kind is dict and isinstance(value, dict):
-        return {key: _with_absolute_paths(typing.get_args(annotation)[1], part, base) for key, part in value.items()}
-    if kind is list and isinstance(value, list):
-        return [_with_absolute_paths(typing.get_args(annotation)[0], part, base) for part in value]
-    if not (isinstance(annotation, type) and issubclass(annotation, Section) and isinstance(value, dict)):
-        return value
-    resolved = dict(value)
-    for key, field in annotation.model_fields.items():
-        if IS_PATH in field.metadata and isinstance(value.get(key), str) and value[key]:  # empty ones are refused
-            resolved[key] = absolute_path(value[key], base)
-        elif key in value:
-            resolved[key] = _with_absolute_paths(field.annotation, value[key], base)
-    return resolved
-
-
-def _is_file(method: Any, _base: Path) -> bool:
-    """Whether a method is named by its file."""
-    return isinstance(method, str) and method.endswith((".yaml", ".yml"))
-
-
-def _is_folder(model: Any, base: Path) -> bool:
-    """Whether a model is named by its folder: with a slash, and unless it has the form of a hub id, if there is one."""
-    is_path = isinstance(model, str) and "/" in model
-    return is_path and (not is_hub_id(model) or Path(absolute_path(model, base)).is_dir())
+            content[key] = [absolute_path(name, base) if is_named_by_path(key, name) else name for name in names]
+    return content
 
 
 def is_hub_id(model: str) -> bool:

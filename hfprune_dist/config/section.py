@@ -16,10 +16,9 @@ Positive = Annotated[int, Field(ge=1, lt=2**31)]
 NonNegative = Annotated[int, Field(ge=0, lt=2**31)]
 # A name or a path; an empty path would mean the current folder.
 Name = Annotated[str, Field(min_length=1)]
-IS_PATH = "a path"
 # A file or folder. A relative path is seen from the folder of the YAML file that names it, or from the current folder
 # when it comes from the command line.
-LocalPath = Annotated[Name | None, IS_PATH]
+LocalPath = Name | None
 # Tokens of a window, or of a row of pairs.
 Length = Annotated[int, Field(ge=8, lt=2**31)]
 
@@ -93,10 +92,11 @@ class TextSource(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _has_its_own_name(cls, given: Any) -> Any:
-        """The default configuration is one of the default data set; another data set has its own."""
-        usual = cls.model_fields["dataset"].default
-        if isinstance(given, dict) and given.get("dataset") not in (None, usual):
+    def _has_one_source(cls, given: Any) -> Any:
+        """A file takes the place of the default data set; the default configuration is of that data set alone."""
+        if isinstance(given, dict) and given.get("path") is not None:
+            return {"dataset": None, "name": None, **given}
+        if isinstance(given, dict) and given.get("dataset") not in (None, cls.model_fields["dataset"].default):
             return {"name": None, **given}
         return given
 
@@ -104,6 +104,6 @@ class TextSource(Section):
     def _has_a_source(self) -> TextSource:
         if self.path is None and self.dataset is None:
             raise ValueError("needs a path (a file of text) or a dataset (a hub id)")
-        if self.path is not None and self.dataset not in (None, type(self).model_fields["dataset"].default):
-            raise ValueError(f"path ({self.path}) and dataset ({self.dataset}) are both given; set one of them to null")
+        if self.path is not None and self.dataset is not None:
+            raise ValueError(f"path ({self.path}) and dataset ({self.dataset}) are both given; leave one of them out")
         return self

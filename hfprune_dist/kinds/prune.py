@@ -9,8 +9,7 @@ from typing import ClassVar
 
 from pydantic import Field
 
-from hfprune_dist.config.method import Method
-from hfprune_dist.config.method_settings import Allocation, Refit, Structures
+from hfprune_dist.config.method import Allocation, Method, Refit, Structures
 from hfprune_dist.config.schema import SweepConfig
 from hfprune_dist.config.section import Dtype
 from hfprune_dist.core.memory_limits import KEPT_BYTES

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from hfprune_dist.config.method import Method
-from hfprune_dist.config.method_settings import Kinds
+from hfprune_dist.config.method import Kinds, Method
 from hfprune_dist.config.schema import SweepConfig
 from hfprune_dist.config.training import DistillationConfig, LoraTraining, RecoveryConfig
 from hfprune_dist.kinds.importance import calibration_of

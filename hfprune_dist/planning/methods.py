@@ -14,8 +14,7 @@ from typing import get_args
 from hfprune_dist.checkpoints.checkpoint import Checkpoint
 from hfprune_dist.checkpoints.families import Family
 from hfprune_dist.config.load import parse
-from hfprune_dist.config.method import Method
-from hfprune_dist.config.method_settings import Allocation, Refit
+from hfprune_dist.config.method import Allocation, Method, Refit
 from hfprune_dist.config.schema import SweepConfig
 from hfprune_dist.config.yaml_text import read_yaml
 from hfprune_dist.errors import UserError, did_you_mean

@@ -19,8 +19,7 @@ from typing import TypeVar
 from hfprune_dist.checkpoints.checkpoint import Checkpoint
 from hfprune_dist.checkpoints.layer_settings import undroppable_layers
 from hfprune_dist.checkpoints.pruned_config import plain_group_counts
-from hfprune_dist.config.method import Method
-from hfprune_dist.config.method_settings import Allocation
+from hfprune_dist.config.method import Allocation, Method
 from hfprune_dist.errors import UserError
 from hfprune_dist.kinds.prune import PruneParameters
 from hfprune_dist.kinds.training import LoraPruneParameters

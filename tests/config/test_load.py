@@ -81,6 +81,14 @@ def test_a_data_set_is_not_read_with_the_name_and_revision_of_another(tmp_path, 
     own = {"dataset": "org/a", "name": "x", "revision": "main"}
     assert text(own, split="test") == ("org/a", "x", "main")
     assert text(own, dataset="org/b", name="y") == ("org/b", "y", None)
+    file = write(tmp_path, {"calibration": {"path": "/a"}})
+    written = load_config([file], {}).model_dump()
+    for base in ({"calibration": {"path": "/a"}}, written):  # the last source that is named is the one that counts
+        file = write(tmp_path, base)
+        assert load_config([file], {"calibration.path": "/b"}).calibration.path == "/b"
+        assert load_config([file], {"calibration.path": None}).calibration == load_config([], {}).calibration
+        over = load_config([file], {"calibration.dataset": "org/b"}).calibration
+        assert (over.path, over.dataset, over.name) == (None, "org/b", None)
 
 
 def section_values(assignments):
@@ -194,6 +202,7 @@ def test_an_unknown_key_is_refused_with_those_that_are_valid():
         ({"ratios": [0.2, 0.20000001]}, ["ratios: 0.2 is listed twice"]),
         ({"prune": {"structures": ["layers"]}}, ["prune.structures: neurons must be among them"]),
         ({"prune": {"multiple_of": "some"}}, ["multiple_of: must be a whole number (got 'some')", "must be 'auto'"]),
+        ({"calibration": {"path": "a", "dataset": "allenai/c4"}}, ["calibration: path (", "are both given"]),
         ({"calibration": {"path": "a", "mixture": [{"path": "b"}, {"path": "c"}]}}, ["path (", "mixture to null"]),
         ({"calibration": {"mixture": [{"path": "a", "wight": 1}]}}, ["calibration.mixture.0.wight", "mean 'weight'"]),
         ({"evaluation": {"fidelity": {"texts": {"x/y": {"path": "a"}}}}}, ["evaluation.fidelity.texts.x/y", "pattern"]),

@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 
 from hfprune_dist.checkpoints.checkpoint import open_checkpoint
 from hfprune_dist.config.load import load_config
-from hfprune_dist.config.method import Method
-from hfprune_dist.config.method_settings import Allocation, Refit
+from hfprune_dist.config.method import Allocation, Method, Refit
 from hfprune_dist.errors import UserError
 from hfprune_dist.methods import CRITERIA, SCORED_WHILE_PRUNED
 from hfprune_dist.planning.methods import can_do, refuse_criteria, refuse_method, refuse_model, resolve_methods, why_not
