@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from hfprune_dist.config.method import Kinds, Method
+from hfprune_dist.config.method import Allocation, Kinds, Method
 from hfprune_dist.config.schema import SweepConfig
 from hfprune_dist.config.training import DistillationConfig, LoraTraining, RecoveryConfig
 from hfprune_dist.kinds.importance import calibration_of
@@ -59,6 +59,8 @@ class LoraPruneParameters(RecoverParameters):
     """Settings of fine-tuning that prunes, with those of ``PruneParameters`` that bound what it removes."""
 
     masks: ClassVar[bool] = True
+    allocation: ClassVar[Allocation] = "local"
+    floor: ClassVar[None] = None
 
     ratio: float
     structures: Kinds

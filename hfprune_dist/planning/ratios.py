@@ -11,7 +11,8 @@ from hfprune_dist.config.method import Method
 from hfprune_dist.errors import UserError
 from hfprune_dist.methods.sdmprune import LACKS, lacking
 from hfprune_dist.planning.methods import refuse_model, suited
-from hfprune_dist.planning.shapes import ALIGNED, Target, plain_shapes, shapes_for
+from hfprune_dist.planning.shapes import ALIGNED, plain_shapes, shapes_for
+from hfprune_dist.planning.target import Target
 from hfprune_dist.structures import EXPERT_NEURONS, EXPERTS
 from hfprune_dist.structures.kept import Shape
 from hfprune_dist.structures.low_rank import rank_field

@@ -12,7 +12,8 @@ from hfprune_dist.config.section import TextSource
 from hfprune_dist.config.texts import FIRST
 from hfprune_dist.planning.methods import can_do, suited, why_not
 from hfprune_dist.planning.ratios import with_numbers
-from hfprune_dist.planning.shapes import Target, shapes_for
+from hfprune_dist.planning.shapes import shapes_for
+from hfprune_dist.planning.target import Target
 from hfprune_dist.structures import EXPERTS, KV_GROUPS, LAYERS
 from hfprune_dist.structures.kept import Shape
 from hfprune_dist.structures.low_rank import rank_field

@@ -10,7 +10,7 @@ from hfprune_dist.core.allocation import Ladder, layer_mean_one, standardized
 from hfprune_dist.core.width_search import Counts, ReweightedShapes
 from hfprune_dist.kinds.prune import PruneParameters
 from hfprune_dist.methods import CRITERIA
-from hfprune_dist.planning.shapes import Target
+from hfprune_dist.planning.target import Target
 from hfprune_dist.refit.candidates import Scored
 from hfprune_dist.refit.measurement import Candidate
 from hfprune_dist.structures import NEURONS

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from hfprune_dist.checkpoints.checkpoint import open_checkpoint
 from hfprune_dist.kinds.training import LoraPruneParameters
-from hfprune_dist.planning.shapes import Target, shape_for
+from hfprune_dist.planning.shapes import shape_for
+from hfprune_dist.planning.target import Target
 from hfprune_dist.stages.context import Context
 from hfprune_dist.stages.shape_metrics import shape_metrics
 from hfprune_dist.stages.training import train_on_instructions, write_model

@@ -11,7 +11,8 @@ from torch import Tensor
 from hfprune_dist.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from hfprune_dist.checkpoints.pruned_config import pruned_config, write_kept
 from hfprune_dist.checkpoints.write_pruned import write_companions, write_weight_file
-from hfprune_dist.planning.shapes import Target, shape_for
+from hfprune_dist.planning.shapes import shape_for
+from hfprune_dist.planning.target import Target
 from hfprune_dist.refit.low_rank import LowRankLayers, Sizes, compress_layers
 from hfprune_dist.stages.prune_norms import refitted_norms, require_norms
 from hfprune_dist.stages.prune_plain import decide_plain

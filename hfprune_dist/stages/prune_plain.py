@@ -15,7 +15,8 @@ from typing import Any
 from torch import Tensor
 
 from hfprune_dist.checkpoints.checkpoint import Checkpoint
-from hfprune_dist.planning.shapes import Target, name_of_plain, shapes_for, with_layers
+from hfprune_dist.planning.shapes import name_of_plain, shapes_for, with_layers
+from hfprune_dist.planning.target import Target
 from hfprune_dist.refit.candidates import Scored, kept_of
 from hfprune_dist.stages.contest import candidate_of
 from hfprune_dist.stages.prune_refit import (

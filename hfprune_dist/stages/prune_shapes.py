@@ -16,7 +16,8 @@ from torch import Tensor
 from hfprune_dist.checkpoints.checkpoint import Checkpoint
 from hfprune_dist.core.allocation import EXCHANGE, allocate_globally
 from hfprune_dist.core.width_search import MEASUREMENTS, START, Counts, search_shapes
-from hfprune_dist.planning.shapes import Target, numbers_of_groups, shape_for, step_of_layers, with_layers
+from hfprune_dist.planning.shapes import numbers_of_groups, shape_for, with_layers
+from hfprune_dist.planning.target import Target
 from hfprune_dist.refit.candidates import Scored, kept_of
 from hfprune_dist.refit.measurement import Candidate, Measurement
 from hfprune_dist.stages.contest import Contest, candidate_of
@@ -84,8 +85,8 @@ class _Search:
 
     def _contests(self, order: Sequence[int]) -> dict[str, Contest]:
         """Name -> contest, one for each number of layers to try; the most layers first."""
-        step = step_of_layers(self._checkpoint.num_layers)
-        contests = _possible([self._contest.without(order[:gone]) for gone in range(0, len(order) + 1, step)])
+        numbers = range(0, len(order) + 1, self._contest.target.step_of_layers)
+        contests = _possible([self._contest.without(order[:gone]) for gone in numbers])
         contests = contests or [self._contest.without(order)]  # if steps skip the fewest layers
         return {f"{len(it.layers)} layers": it for it in contests}
 

@@ -20,7 +20,8 @@ from hfprune_dist.distributed.layer_stream import LayerStream
 from hfprune_dist.errors import UserError
 from hfprune_dist.models.loading import load_causal_lm, require_own_weights
 from hfprune_dist.planning.ratios import check_ratios
-from hfprune_dist.planning.shapes import Target, shape_for
+from hfprune_dist.planning.shapes import shape_for
+from hfprune_dist.planning.target import Target
 from hfprune_dist.refit.low_rank import LowRankLayers, Sizes, compress_layers
 from hfprune_dist.structures.kept import Kept
 

@@ -18,7 +18,8 @@ from hfprune_dist.planning.ratios import (
     with_numbers,
 )
 from hfprune_dist.planning.remarks import planned_sizes, remarks_on_shapes, sizes_of
-from hfprune_dist.planning.shapes import Target, plain_shapes, shapes_for
+from hfprune_dist.planning.shapes import plain_shapes, shapes_for
+from hfprune_dist.planning.target import Target
 
 BOTH, ALL = ["neurons", "kv_groups"], ["neurons", "kv_groups", "layers"]
 SMOL = blank(**SMOLLM2)

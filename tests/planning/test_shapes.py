@@ -22,13 +22,12 @@ from hfprune_dist.errors import UserError
 from hfprune_dist.planning.shapes import (
     ALIGNED,
     MOST_SHAPES,
-    Target,
     plain_shapes,
     shape_for,
     shapes_for,
-    step_of_layers,
     with_layers,
 )
+from hfprune_dist.planning.target import Target
 from hfprune_dist.structures import EXPERT_NEURONS, EXPERTS
 from hfprune_dist.structures.kept import Shape
 
@@ -186,7 +185,7 @@ def test_where_layers_compete_bounds_hold_and_the_ratio_is_within_them(drawn):
     kept = tuple(layer for layer in range(layers) if layer not in gone)
     least = {kind: tuple(target.fewest(kind)[layer] for layer in kept) for kind in BOTH}
     assert target.ratio <= target.counts.ratio(Shape(kept, least))
-    tried = range(0, target.most_layers_gone() + 1, step_of_layers(layers))
+    tried = range(0, target.most_layers_gone() + 1, target.step_of_layers)
     assert all(gone * target.counts.layers[0] <= target.removals for gone in [*tried][:-1])
 
 

@@ -15,7 +15,8 @@ from hfprune_dist.checkpoints.checkpoint import open_checkpoint
 from hfprune_dist.checkpoints.lora_adapter import merged, read_adapter
 from hfprune_dist.checkpoints.write_pruned import unit_cuts
 from hfprune_dist.config.training import RecoveryConfig
-from hfprune_dist.planning.shapes import Target, shape_for
+from hfprune_dist.planning.shapes import shape_for
+from hfprune_dist.planning.target import Target
 from hfprune_dist.store.artifacts import Store
 from hfprune_dist.store.stage import Input
 
