@@ -13,9 +13,8 @@ from hfprune_launch.project import PROJECT
 
 from hfprune_dist.config.load import load_config
 from hfprune_dist.config.schema import SweepConfig
-from hfprune_dist.config.yaml_text import read_yaml, to_yaml
+from hfprune_dist.config.yaml_text import to_yaml
 from hfprune_dist.errors import UserError, did_you_mean
-from hfprune_dist.kinds.placement import with_micro_batches
 from hfprune_dist.planning.model_sources import ModelSource
 from hfprune_dist.planning.plan import Plan, without_rows
 from hfprune_dist.results.card import contents_of_checkpoints
@@ -172,14 +171,6 @@ def configuration(out: Path, files: Sequence[Path], overrides: Mapping[str, Any]
     if not files and not own.is_file() and "models" not in overrides and (out / SWEEP_FILE).is_file():
         raise UserError(f"{own} is missing, the configuration of this folder's last run; give --config or --models")
     if files or not own.is_file():
-        return with_micro_batches(load_config(files, overrides, PROJECT.configs), _chosen_micro_batches(own)), ""
+        return load_config(files, overrides, PROJECT.configs), ""
     laid_over = ", with this command's settings over it" if overrides else ""
-    config = with_micro_batches(load_config([own], overrides), _chosen_micro_batches(own))
-    return config, f"configuration: {own}, of the last run in this folder{laid_over}"
-
-
-def _chosen_micro_batches(own: Path) -> dict[str, int]:
-    """Section -> the micro-batch size that the last run in a folder trained with."""
-    raw = read_yaml(own, "configuration", "keys and values at the top level") if own.is_file() else {}
-    sizes = {name: section.get("micro_batch_size") for name, section in raw.items() if isinstance(section, dict)}
-    return {name: size for name, size in sizes.items() if isinstance(size, int) and size > 0}
+    return load_config([own], overrides), f"configuration: {own}, of the last run in this folder{laid_over}"

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from hfprune_dist.config.section import Dtype, Length, Name, NonNegative, Positive, PositiveOrAuto, Section, TextSource
+from hfprune_dist.config.section import Dtype, Length, Name, NonNegative, Positive, Section, TextSource
 from hfprune_dist.errors import UserError
 
 # Its limit is beyond any sensible value: AdamW's first step is ten times the rate, which float32 must hold.
@@ -21,9 +21,9 @@ class LoraTraining(Section):
 
     batch_size: Positive = 128
     """Rows per optimizer step, over all ranks together."""
-    micro_batch_size: PositiveOrAuto = "auto"
-    """Rows per forward pass of one rank. auto: chosen to suit the memory of the GPUs that the sweep is planned for
-    (1 if it isn't known). The first run in a folder chooses it, and the folder's configuration keeps it."""
+    micro_batch_size: Positive = 1
+    """Rows per forward pass of one rank; on GPUs, 4 are faster where they fit. A recovery's batch_size must be a
+    multiple of this times the number of ranks."""
     learning_rate: LearningRate = 4e-4
     """Peak learning rate; it decays to zero along a cosine."""
     warmup_steps: NonNegative = 0
@@ -38,11 +38,6 @@ class LoraTraining(Section):
     """LoRA dropout."""
     dtype: Dtype = "bfloat16"
     """Compute dtype; LoRA weights and optimizer states are always float32."""
-
-    @property
-    def rows_at_once(self) -> int:
-        """``micro_batch_size``; 1 as long as it is ``auto``."""
-        return 1 if self.micro_batch_size == "auto" else self.micro_batch_size
 
 
 class DistillationConfig(LoraTraining):
@@ -108,7 +103,7 @@ class RecoveryConfig(TextSource, LoraTraining):
         Raises:
             UserError: if they can't.
         """
-        at_once = self.rows_at_once * world_size
+        at_once = self.micro_batch_size * world_size
         if self.batch_size % at_once:
             above = self.batch_size // at_once * at_once + at_once
             raise UserError(

@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from hfprune_dist.checkpoints.checkpoint import Checkpoint
 from hfprune_dist.config.schema import Sharding
 from hfprune_dist.distributed.world import World
-from hfprune_dist.kinds.memory import Gpus, Need
-from hfprune_dist.kinds.placement import Placement, place
+from hfprune_dist.kinds.memory import Gpus, Need, Placement, place
 from hfprune_dist.models.loading import load_causal_lm
 from hfprune_dist.models.memory_efficient_backward import branch_off
 from hfprune_dist.store.machine import available_memory

@@ -1,7 +1,9 @@
 """The memory that a stage needs of each GPU: weights / ranks + activations + the largest temporary, and a fifth more.
 
 Each kind's module says what these are for its stages, from the model's sizes. They are upper bounds of what the code
-keeps; the fifth is for CUDA's context, communication buffers, fragmentation and smaller values.
+keeps; the fifth is for CUDA's context, communication buffers, fragmentation and smaller values. By this need weights are
+placed: whole on each rank wherever they fit, else sharded. Planning and running a stage follow the same rule; placements
+change results by rounding at most.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from typing import ClassVar, NamedTuple
 
 from hfprune_dist.checkpoints.checkpoint import Checkpoint
 from hfprune_dist.config.parameters import Parameters
+from hfprune_dist.config.schema import Sharding
 from hfprune_dist.core.memory_limits import CHUNK_BYTES
 from hfprune_dist.store.stage import Stage
 from hfprune_dist.structures import NEURONS
@@ -63,6 +66,40 @@ class Need:
         weights = self.weights if alone else self.weights / ranks + (self.gathered or 0.0)
         activations = self.activations if self.again is None or not checkpointing else self.again
         return MARGIN * (weights + activations + self.temporary + self.shared / ranks)
+
+
+@dataclass(frozen=True)
+class Placement:
+    """How a stage uses memory.
+
+    Attributes:
+        whole: whether each rank has all weights; otherwise they are sharded with ZeRO-3.
+        checkpointing: whether a training's layers keep only their inputs, and run again in backward.
+        fits: whether each GPU has the bytes that are needed.
+        needed: these bytes.
+    """
+
+    whole: bool
+    checkpointing: bool
+    fits: bool
+    needed: float = 0.0
+
+
+def place(need: Need, gpus: Gpus, sharding: Sharding) -> Placement:
+    """The fastest placement that fits; if none does, the one that takes the least memory.
+
+    Args:
+        gpus: of all ranks.
+        sharding: ``runtime.sharding``.
+    """
+    both = [True] if gpus.ranks == 1 or need.gathered is None else [True, False]
+    wholes = {"replicate": [True], "zero3": [False]}.get(sharding, both)
+    ways = []
+    for whole in wholes:
+        for again in (False,) if need.again is None else (False, True):
+            needed = need.on_each_gpu(gpus.ranks, whole=whole, checkpointing=again)
+            ways.append(Placement(whole, again, needed <= gpus.memory, needed))
+    return next((way for way in ways if way.fits), min(ways, key=lambda way: way.needed))
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ class ReferenceParameters(StageParameters):
     @classmethod
     def of_calibration(cls, distillation: DistillationConfig) -> ReferenceParameters:
         """The reference that a distillation needs."""
-        return cls(dtype=distillation.dtype, micro_batch_size=distillation.rows_at_once)
+        return cls(dtype=distillation.dtype, micro_batch_size=distillation.micro_batch_size)
 
     @classmethod
     def of_held_out(cls, evaluation: EvaluationConfig, text: FidelityConfig) -> ReferenceParameters:

@@ -28,7 +28,7 @@ class DistillParameters(StageParameters):
 
     def need(self, planned: Planned, rows: int | None = None) -> Need:
         tokens = calibration_of(planned, "reference", "importance").sequence_length
-        rows = rows or self.distillation.rows_at_once
+        rows = rows or self.distillation.micro_batch_size
         return training_need(self.distillation, Sizes.of(planned.dense), rows, tokens, distills=True)
 
     def allows(self, rows: int) -> bool:
@@ -47,7 +47,7 @@ class RecoverParameters(StageParameters):
     seed: int
 
     def need(self, planned: Planned, rows: int | None = None) -> Need:
-        tokens, rows = self.recovery.sequence_length, rows or self.recovery.rows_at_once
+        tokens, rows = self.recovery.sequence_length, rows or self.recovery.micro_batch_size
         return training_need(self.recovery, Sizes.of(planned.dense), rows, tokens, distills=False, masks=self.masks)
 
     def allows(self, rows: int) -> bool:

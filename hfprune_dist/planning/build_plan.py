@@ -19,7 +19,6 @@ from hfprune_dist.errors import UserError
 from hfprune_dist.kinds.efficiency import EfficiencyParameters
 from hfprune_dist.kinds.evaluate import EvaluateParameters
 from hfprune_dist.kinds.importance import ImportanceParameters, StudentParameters
-from hfprune_dist.kinds.placement import choose_micro_batches
 from hfprune_dist.kinds.prune import PruneParameters
 from hfprune_dist.kinds.reference import ReferenceParameters
 from hfprune_dist.kinds.training import DistillParameters, LoraPruneParameters, RecoverParameters
@@ -50,7 +49,6 @@ def build_plan(
         UserError: for a ratio that a model can't reach, rows that would be the same, input text that can't be read,
             generations beyond a model's positions, or a method that prunes during recovery if there is no recovery.
     """
-    config = choose_micro_batches(config, [], {})  # 1 where still to be chosen
     in_recovery = [name for name, method in methods.items() if method.prunes_in == "recovery"]
     if in_recovery and config.recovery.method == NONE:
         raise UserError(

@@ -11,9 +11,9 @@ from hfprune_dist.config.method import Method
 from hfprune_dist.errors import UserError
 from hfprune_dist.methods.sdmprune import LACKS, lacking
 from hfprune_dist.planning.methods import refuse_model, suited
-from hfprune_dist.planning.shapes import ALIGNED, plain_shapes, shapes_for
+from hfprune_dist.planning.shapes import plain_shapes, shapes_for
 from hfprune_dist.planning.target import Target
-from hfprune_dist.structures import EXPERT_NEURONS, EXPERTS
+from hfprune_dist.structures import EXPERTS
 from hfprune_dist.structures.kept import Shape
 from hfprune_dist.structures.low_rank import rank_field
 
@@ -79,8 +79,6 @@ def check_ratios(checkpoint: Checkpoint, ratios: Iterable[float], method: Method
     """
     method = suited(method, checkpoint)
     refuse_model(method, checkpoint, where)
-    if checkpoint.family.experts:
-        _refuse_unaligned(checkpoint, where)
     if checkpoint.ranks:
         raise UserError(
             f"{where}: its attention has matrices of low rank ({', '.join(map(rank_field, checkpoint.ranks))} in "
@@ -89,17 +87,6 @@ def check_ratios(checkpoint: Checkpoint, ratios: Iterable[float], method: Method
     for ratio in ratios:
         shapes_for(Target.of(checkpoint, with_numbers(method, checkpoint, ratio, where), ratio, where))
         _check_student(checkpoint, ratio, method, where)
-
-
-def _refuse_unaligned(checkpoint: Checkpoint, where: str) -> None:
-    """Refuse a mixture whose experts transformers can't run."""
-    width, hidden_size = checkpoint.structures[EXPERT_NEURONS].width, checkpoint.config["hidden_size"]
-    for what, size in ((f"its experts have {width} neurons", width), (f"hidden_size is {hidden_size}", hidden_size)):
-        if size % ALIGNED:
-            raise UserError(
-                f"{where}: {what}, but transformers multiplies experts' matrices in groups, whose rows must be "
-                f"multiples of {ALIGNED}"
-            )
 
 
 def _check_student(checkpoint: Checkpoint, ratio: float, method: Method, where: str) -> None:

@@ -84,9 +84,6 @@ def _changed_at(file: Path) -> int:
     return 0
 
 
-# Files outside a folder of lm-eval tasks that these read: YAML files that they include, functions, and data.
-
-
 class _TaskYaml(yaml.SafeLoader):
     """YAML loader that makes lm-eval's ``!function module.name`` the module's path, without importing anything."""
 
@@ -97,7 +94,8 @@ _TaskYaml.add_multi_constructor(
 
 
 def outside_files(folder: Path) -> list[Path]:
-    """The files that tasks in a folder read, and that ``files_below`` doesn't list there; links resolved, and sorted.
+    """The files that lm-eval tasks in a folder read elsewhere: YAML files that they include, functions, and data; links
+    resolved, and sorted.
 
     Any text in a task's YAML file that is the path of a file or of a folder counts; what functions read isn't known.
     Tasks that can't be read are passed over: where they are evaluated, they are refused.
@@ -116,37 +114,31 @@ def outside_files(folder: Path) -> list[Path]:
 
 
 def _read_by(file: Path, folder: Path) -> Iterator[Path]:
-    """Yield the files that one file names, if it is YAML: as lm-eval and datasets see paths, from its own folder, from
-    the tasks', or from a folder that it names, of which all files count if it names none.
+    """Yield the files that a YAML file names by a path or a pattern, as seen from its own folder or from the tasks'; of
+    a folder with data, all files.
     """
     if file.suffix not in (".yaml", ".yml"):
         return
     try:
-        paths = list(_paths_in(yaml.load(file.read_text(encoding="utf-8"), _TaskYaml)))
+        texts = list(_texts_in(yaml.load(file.read_text(encoding="utf-8"), _TaskYaml)))
     except (yaml.YAMLError, ValueError, RecursionError):
         return
     around = {folder.resolve(), *folder.resolve().parents}
-    data = [it for it in (folder / path for path in paths) if it.is_dir() and it.resolve() not in around]
-    data += [inner / path for inner in data for path in paths if (inner / path).is_dir() and path != "."]
-    for place in (file.parent, folder):
-        for path in paths:
-            yield from _matching(place / path)
-    for place in data:
-        yield from [it for path in paths for it in _matching(place / path)] or [place / it for it in files_below(place)]
+    for text in texts:
+        path = text.rpartition("::")[2].removeprefix("file://")  # as in zip://*.json::archive.zip
+        if not path or "://" in path or "\0" in path or any(len(part.encode()) > 255 for part in path.split("/")):
+            continue
+        for place in (file.parent / path, folder / path):
+            if place.is_dir():
+                yield from [] if place.resolve() in around else (place / name for name in files_below(place))
+            else:
+                names = [str(place)] if place.is_file() else glob.glob(str(place), recursive=True)  # noqa: PTH207
+                yield from (found for found in map(Path, names) if found.is_file())
 
 
-def _paths_in(content: Any) -> Iterator[str]:
-    """Yield all values that may be paths, at any depth, without the forms of URLs that local files have too."""
-    if isinstance(content, str) and content and all(len(part.encode()) < 256 for part in content.split("/")):
-        path = content.rpartition("::")[2].removeprefix("file://")  # as in zip://*.json::archive.zip
-        if "://" not in path and "\0" not in path:
-            yield path
+def _texts_in(content: Any) -> Iterator[str]:
+    if isinstance(content, str):
+        yield content
     elif isinstance(content, Mapping | list):
         for value in content.values() if isinstance(content, Mapping) else content:
-            yield from _paths_in(value)
-
-
-def _matching(pattern: Path) -> list[Path]:
-    """The file with this name, or the files that match it as a pattern."""
-    names = [str(pattern)] if pattern.is_file() else glob.glob(str(pattern), recursive=True)  # noqa: PTH207
-    return [file for file in map(Path, names) if file.is_file()]
+            yield from _texts_in(value)

@@ -16,8 +16,7 @@ from transformers.utils import logging
 from hfprune_dist.checkpoints.lora_adapter import lora_targets
 from hfprune_dist.distributed.frozen_model import placement_here
 from hfprune_dist.distributed.world import World
-from hfprune_dist.kinds.memory import Sizes
-from hfprune_dist.kinds.placement import Placement
+from hfprune_dist.kinds.memory import Placement, Sizes
 from hfprune_dist.kinds.training import training_need
 from hfprune_dist.models.loading import load_causal_lm
 from hfprune_dist.training.fine_tuning import FineTuning
@@ -74,7 +73,7 @@ def training_arguments(
     return TrainingArguments(
         output_dir=str(folder),
         num_train_epochs=1,  # one pass over ScheduledRows, which has the rows of all epochs
-        per_device_train_batch_size=settings.rows_at_once,
+        per_device_train_batch_size=settings.micro_batch_size,
         gradient_accumulation_steps=accumulation_steps,
         train_sampling_strategy="sequential",
         optim="adamw_torch",
@@ -104,7 +103,7 @@ def training_arguments(
 
 def place_training(task: FineTuning, world: World) -> Placement:
     """Decide together how to place a training in the free memory."""
-    rows, tokens = task.settings.rows_at_once, len(task.rows(0)["input_ids"])
+    rows, tokens = task.settings.micro_batch_size, len(task.rows(0)["input_ids"])
     how = {"distills": task.distills, "masks": task.masked_to is not None}
     return placement_here(
         training_need(task.settings, Sizes.of(task.checkpoint), rows, tokens, **how), task.sharding, world

@@ -86,7 +86,7 @@ class _Attempt:
 def _train(task: FineTuning, attempt: _Attempt) -> None:
     prepare_process()
     world = attempt.world
-    rows_at_once = task.settings.rows_at_once * world.size
+    rows_at_once = task.settings.micro_batch_size * world.size
     rows = ScheduledRows(task.rows, task.schedule, task.first_step, task.total_steps, multiple_of=rows_at_once)
     placement = place_training(task, world)
     init_deepspeed(world)

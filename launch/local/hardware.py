@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import os
-import subprocess
 from collections.abc import Iterable
 
 from hfprune_dist.config.schema import RuntimeConfig
 from hfprune_dist.errors import UserError
-from hfprune_dist.kinds.memory import Gpus, parameters_of
+from hfprune_dist.kinds.memory import parameters_of
 from hfprune_dist.results.formats import counted
 from hfprune_dist.store.machine import NVIDIA, count_gpus, threads_allowed, usable_cores
 from hfprune_dist.store.provenance import CPU_INFO, cpu_model
@@ -57,19 +56,6 @@ def ranks_here(runtime: RuntimeConfig) -> int:
         has = counted(gpus, "GPU")
         raise UserError(f"--ranks {ranks}: this machine has {has}, and a rank needs one of its own; ask for {gpus}")
     return ranks
-
-
-def gpus_here(runtime: RuntimeConfig) -> Gpus | None:
-    """Return the GPUs for ranks on this machine; None if it has none or nvidia-smi doesn't report their memory."""
-    if not count_gpus():
-        return None
-    query = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
-    try:
-        told = subprocess.run(query, capture_output=True, encoding="utf-8", timeout=60, check=True).stdout
-        memory = min(int(line) for line in told.splitlines()) * 2**20
-    except (OSError, subprocess.SubprocessError, ValueError):
-        return None
-    return Gpus(ranks_here(runtime), memory)
 
 
 def note_on_bfloat16(stages: Iterable[Stage]) -> str:

@@ -6,19 +6,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from hfprune_launch.command import as_called
-from hfprune_launch.local.hardware import device_here, fitting_runtime, gpus_here
+from hfprune_launch.local.hardware import device_here, fitting_runtime
 from hfprune_launch.modes.sweep_arguments import Command
 from hfprune_launch.preflight import check_stages
 from hfprune_launch.project import PROJECT
-from hfprune_launch.slurm.estimate import Estimate, estimate_stages, gpus_of_profile, refuse_what_cannot_fit
+from hfprune_launch.slurm.estimate import Estimate, estimate_stages, refuse_what_cannot_fit
 from hfprune_launch.slurm.profile import Profile
 from hfprune_launch.slurm.script import default_threads, refuse_unusable_path
 from hfprune_launch.sweep_folder import Sweep, recorded_sweep, require_apart, require_folder
 
 from hfprune_dist.config.method import Method
-from hfprune_dist.config.schema import RuntimeConfig, SweepConfig
+from hfprune_dist.config.schema import SweepConfig
 from hfprune_dist.errors import UserError
-from hfprune_dist.kinds.placement import choose_micro_batches, chooses
 from hfprune_dist.planning.build_plan import build_plan
 from hfprune_dist.planning.methods import resolve_methods
 from hfprune_dist.planning.model_sources import ModelSource, resolve_models
@@ -33,8 +32,6 @@ NO_MODELS = """no models are named: give --models, or models in a --config file;
   python launch/sweep.py --models /data/my-llama --ratios 0.2 --set calibration.path=text.jsonl
   python launch/sweep.py --models Qwen/Qwen2.5-0.5B --dry-run
 all flags: python launch/sweep.py --help"""
-# Section of the configuration -> the kind of stage that it configures.
-TRAINING_STAGES = {"recovery": "recover", "distillation": "distill"}
 
 
 @dataclass(frozen=True)
@@ -123,9 +120,6 @@ def prepare(command: Command, *, download: bool) -> Prepared:
     if profile is None:
         here, remark = fitting_runtime(config.runtime)
         command.tell(remark)
-    if chooses(config):
-        config, remark = _with_micro_batches(profile, here, config, models, methods)
-        command.tell(remark)
     device = device_here(config.runtime)
     if profile is not None:
         resources = profile.resources["efficiency"]
@@ -162,27 +156,3 @@ def _remarks_on(model: ModelSource) -> list[str]:
     if not model.has_known_shape:
         told = "it isn't in the local hub cache, nor can the hub be asked for its shape; ids of its stages will change"
     return [f"model {model.name!r}: {told}"]
-
-
-def _with_micro_batches(
-    profile: Profile | None,
-    here: RuntimeConfig,
-    config: SweepConfig,
-    models: Sequence[ModelSource],
-    methods: Mapping[str, Method],
-) -> tuple[SweepConfig, str]:
-    """Return the configuration with micro-batches that suit the GPUs of the profile, or of this machine, and a remark
-    on them; it is empty where there are no GPUs.
-    """
-    if profile is None:
-        found = dict.fromkeys(TRAINING_STAGES, gpus_here(here))
-    else:
-        found = {name: gpus_of_profile(profile.resources[kind]) for name, kind in TRAINING_STAGES.items()}
-    gpus = {name: it for name, it in found.items() if it is not None}
-    known = [it.checkpoint for it in models if it.has_known_shape]
-    if not known:
-        return config, ""
-    chosen = choose_micro_batches(config, known, gpus, methods.values())
-    sizes = {name: getattr(chosen, name).rows_at_once for name in TRAINING_STAGES}
-    remark = f"note: micro-batches of {' and '.join(f'{name} {size}' for name, size in sizes.items())}"
-    return chosen, remark if gpus else ""

@@ -12,8 +12,7 @@ from rich.table import Table
 
 from hfprune_dist.config.schema import RuntimeConfig, Sharding
 from hfprune_dist.errors import UserError
-from hfprune_dist.kinds.memory import GIB, Gpus, Planned, parameters_of
-from hfprune_dist.kinds.placement import place
+from hfprune_dist.kinds.memory import GIB, Gpus, Planned, parameters_of, place
 from hfprune_dist.planning.plan import Plan
 from hfprune_dist.store.stage import Stage
 
@@ -49,11 +48,6 @@ class Estimate:
 def gpus_of(resources: Resources) -> Gpus:
     """Return the GPUs of a kind of stage, one for each rank; of unknown memory if the profile doesn't say."""
     return Gpus(resources.ranks, (resources.gpu_memory_gib or 0.0) * GIB)
-
-
-def gpus_of_profile(resources: Resources) -> Gpus | None:
-    """Return the GPUs of a kind of stage; None if it has none or the profile doesn't say how much memory they have."""
-    return gpus_of(resources) if resources.gpus and resources.gpu_memory_gib else None
 
 
 def estimate_stages(plan: Plan, todo: Sequence[str], profile: Profile, runtime: RuntimeConfig) -> list[Estimate]:

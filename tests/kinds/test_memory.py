@@ -5,6 +5,8 @@ import contextlib
 import pytest
 import torch
 from families import save_model
+from hypothesis import given
+from hypothesis import strategies as st
 from mixtures import some_kept
 from peak_bytes import PeakBytes
 from peft import LoraConfig, get_peft_model
@@ -26,8 +28,7 @@ from hfprune_dist.distributed.layer_stream import LayerStream
 from hfprune_dist.kinds import importance
 from hfprune_dist.kinds.evaluate import EvaluateParameters
 from hfprune_dist.kinds.importance import ImportanceParameters
-from hfprune_dist.kinds.memory import GIB, MARGIN, Gpus, Planned, Sizes
-from hfprune_dist.kinds.placement import place
+from hfprune_dist.kinds.memory import GIB, MARGIN, Gpus, Need, Planned, Sizes, place
 from hfprune_dist.kinds.prune import PruneParameters
 from hfprune_dist.kinds.training import training_need
 from hfprune_dist.methods import CRITERIA
@@ -191,3 +192,26 @@ def test_an_evaluation_has_room_for_long_requests(tmp_path):
     assert logits(tasks=[]) == 256 * 264 * 10
     assert logits(tasks=["piqa"], batch_size=1) == 131072 * 264 * 10
     assert 3.9 * GIB < logits(tasks=["piqa"], batch_size=64) <= 4 * GIB
+
+
+@given(
+    parts=st.tuples(*[st.integers(1, 100)] * 4),
+    trains=st.booleans(),
+    count=st.integers(1, 16),
+    gib=st.integers(8, 200),
+    sharding=st.sampled_from(["auto", "replicate", "zero3"]),
+)
+def test_weights_are_whole_wherever_they_fit_and_layers_run_again_only_where_they_must(
+    parts, trains, count, gib, sharding
+):
+    weights, activations, temporary, gathered = parts
+    need = Need(weights, activations, temporary, gathered, again=activations / 2 if trains else None)
+    way = place(need, Gpus(count, gib), sharding)
+    assert way.needed == need.on_each_gpu(count, whole=way.whole, checkpointing=way.checkpointing)
+    assert way.fits == (way.needed <= gib)
+    if way.checkpointing:
+        assert trains and not (way.fits and need.on_each_gpu(count, whole=way.whole) <= gib), "not without need"
+    if sharding != "auto":
+        assert way.whole == (sharding == "replicate")
+    elif not way.whole:
+        assert need.on_each_gpu(count, whole=True, checkpointing=trains) > gib

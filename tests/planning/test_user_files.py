@@ -148,8 +148,6 @@ def test_data_files_are_found_where_the_datasets_library_finds_them(tasks, data_
     ("settings", "expected"),
     [
         ({"dataset_kwargs": {"data_dir": "../data/sub"}}, ["data/sub/a.jsonl", "data/sub/b.jsonl"]),
-        ({"dataset_kwargs": {"data_dir": "../data", "data_files": "sub/a.jsonl"}}, ["data/sub/a.jsonl"]),
-        ({"dataset_path": "../data", "dataset_kwargs": {"data_files": {"test": "b.jsonl"}}}, ["data/b.jsonl"]),
         ({"dataset_path": "org/name", "dataset_kwargs": {"data_dir": "main"}}, []),
         ({"task": [{"task": "inner", "dataset_kwargs": {"data_files": "../data/a.jsonl"}}]}, ["data/a.jsonl"]),
     ],

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from hfprune_dist.checkpoints.checkpoint import open_checkpoint
 from hfprune_dist.checkpoints.lora_adapter import lora_targets
-from hfprune_dist.kinds.placement import Placement
+from hfprune_dist.kinds.memory import Placement
 from hfprune_dist.methods.loraprune import DECAY, gone_after
 from hfprune_dist.models.loading import load_causal_lm
 from hfprune_dist.structures.kept import Shape

@@ -10,7 +10,7 @@ from gather_counter import SMALL_PARAMETER
 from tiny import save_tiny
 
 from hfprune_dist.checkpoints.checkpoint import open_checkpoint
-from hfprune_dist.kinds.placement import Placement
+from hfprune_dist.kinds.memory import Placement
 from hfprune_dist.training import trainer
 
 # Every matrix of a layer has more elements than DeepSpeed leaves unsharded, head and embedding have fewer.
