@@ -1,9 +1,9 @@
 """The memory that a stage needs of each GPU: weights / ranks + activations + the largest temporary, and a fifth more.
 
 Each kind's module says what these are for its stages, from the model's sizes. They are upper bounds of what the code
-keeps; the fifth is for CUDA's context, communication buffers, fragmentation and smaller values. By this need weights are
-placed: whole on each rank wherever they fit, else sharded. Planning and running a stage follow the same rule; placements
-change results by rounding at most.
+keeps; the fifth is for CUDA's context, communication buffers, fragmentation and smaller values. By this need, weights
+are placed: whole on each rank wherever they fit, else sharded. Planning and running a stage follow the same rule.
+Placements change results by rounding at most.
 """
 
 from __future__ import annotations
