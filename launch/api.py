@@ -113,7 +113,7 @@ class Session:
     def _make(self, prepared: Prepared, stage_ids: Iterable[str]) -> None:
         sweep = prepared.sweep
         wanted = list(stage_ids)
-        todo = sweep.plan.lacking_for(wanted, lambda stage_id: prepared.verdicts[stage_id].state == "done")
+        todo = sweep.plan.lacking(lambda stage_id: prepared.verdicts[stage_id].state == "done", wanted)
         chosen = replace(prepared, todo=todo)
         chosen.require_runnable(self._command)
         run_missing(self._command, chosen)

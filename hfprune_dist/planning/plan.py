@@ -57,27 +57,20 @@ class Plan:
     asked: tuple[str, ...] = ()
     _opened: dict[Path, Checkpoint] = field(default_factory=dict, init=False, repr=False, compare=False)
 
-    def lacking(self, is_done: Callable[[str], bool]) -> list[str]:
+    def lacking(self, is_done: Callable[[str], bool], wanted: Iterable[str] | None = None) -> list[str]:
         """Ids of the stages that must run, in order. Stages that only serve existing results may lack their artifacts.
 
         Args:
             is_done: whether the stage with this id has its artifact.
+            wanted: ids of the stages whose artifacts are wanted; None: those of all rows, and those asked for.
         """
         results = (stage_id for cell in self.cells for stage_id in cell.results)
-        return self.lacking_for([*self.asked, *results], is_done)
-
-    def lacking_for(self, stage_ids: Iterable[str], is_done: Callable[[str], bool]) -> list[str]:
-        """Ids of the stages that must run for the artifacts of some stages, in order.
-
-        Args:
-            is_done: whether the stage with this id has its artifact.
-        """
-        wanted, missing = list(stage_ids), set()
-        while wanted:
-            stage_id = wanted.pop()
+        left, missing = [*self.asked, *results] if wanted is None else list(wanted), set()
+        while left:
+            stage_id = left.pop()
             if stage_id not in missing and not is_done(stage_id):
                 missing.add(stage_id)
-                wanted += self.stages[stage_id].needs
+                left += self.stages[stage_id].needs
         return [stage_id for stage_id in self.stages if stage_id in missing]
 
     def upstream(self, cell: Cell) -> list[str]:

@@ -18,9 +18,6 @@ from hfprune_dist.structures import EXPERTS, KV_GROUPS, LAYERS
 from hfprune_dist.structures.kept import Shape
 from hfprune_dist.structures.low_rank import rank_field
 
-# Architectures of which vLLM and SGLang take hidden_size / heads as the size of a head, whatever head_dim says.
-_HEADS_SHARE_HIDDEN_SIZE = {"qwen2"}
-
 
 def remarks_on_settings(config: SweepConfig, methods: Mapping[str, Method]) -> list[str]:
     """Sentences about settings that are valid, but with which results mislead."""
@@ -72,12 +69,6 @@ def remarks_on_shapes(checkpoint: Checkpoint, ratios: Sequence[float], method: M
     if left.multiple_of == "auto":
         multiples = [(ratio, with_numbers(left, checkpoint, ratio, where).multiple_of) for ratio in ratios]
         told.append(f"{where}: multiple_of is {', '.join(f'{multiple} at {ratio:g}' for ratio, multiple in multiples)}")
-    stays_plain = KV_GROUPS in left.structures and left.allocation in ("plain", "local")
-    if family.model_type in _HEADS_SHARE_HIDDEN_SIZE and stays_plain:
-        told.append(
-            f"{where}: where KV groups go, vLLM and SGLang can't load the checkpoint, as they compute the size of "
-            f"{family.model_type}'s heads from their number; for them, leave kv_groups out of structures"
-        )
     return told
 
 

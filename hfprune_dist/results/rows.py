@@ -104,7 +104,7 @@ class _Rows:
         evaluation = manifests[cell.evaluate]
         # The row is complete even without its speed.
         needed = [stage_id for stage_id in cell.results if stage_id != cell.efficiency]
-        missing = plan.lacking_for(needed, lambda stage_id: manifests[stage_id] is not None)
+        missing = plan.lacking(lambda stage_id: manifests[stage_id] is not None, needed)
         cause = self._cause(missing[0]) if missing else None
         if cell.efficiency and manifests[cell.efficiency] is None:
             del manifests[cell.efficiency]

@@ -127,7 +127,7 @@ def _run_in_order(sweep: Sweep, todo: Sequence[str], backend: LocalBackend, scre
         tries[stage.id] += 1
         # Each try finds one of its artifacts at most; more tries than that mean a disk that damages them again.
         if _has_lost_input(outcome) and tries[stage.id] <= len(stage.needs):
-            again = sweep.plan.lacking_for([stage.id], lambda stage_id: store.handle(stage_id).is_done())
+            again = sweep.plan.lacking(lambda stage_id: store.handle(stage_id).is_done(), [stage.id])
             waiting.extendleft(reversed(again))
             screen.expect(len(again))
         yield stage
