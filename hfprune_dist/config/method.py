@@ -8,13 +8,13 @@ from pydantic import AfterValidator, ConfigDict, Field
 
 from hfprune_dist.config.section import NonNegative, NumberOrShare, Positive, PositiveOrAuto, Section, explained_by
 from hfprune_dist.methods import CRITERIA, CriterionName, MethodCriterion
-from hfprune_dist.structures import EXPERTS, KV_GROUPS, NEURONS, TOGETHER, Kind, Structure
+from hfprune_dist.structures import EXPERTS, KV_GROUPS, NEURONS, TOGETHER, Structure, UnitKind
 
 Allocation = Literal["uniform", "plain", "local", "global", "standardized", "searched", "low_rank"]
 Refit = Literal["none", "bias", "dense", "layerwise", "block"]
 Effort = Literal["quick", "thorough"]
 
-StructureT = TypeVar("StructureT", Kind, Structure)
+StructureT = TypeVar("StructureT", UnitKind, Structure)
 
 
 def _in_order(structures: list[StructureT]) -> list[StructureT]:
@@ -34,7 +34,7 @@ def _goes_together(structures: list[Structure]) -> list[Structure]:
 
 # What is pruned, in a fixed order whatever order it is given in; and what is scored, possibly for several methods.
 Structures = Annotated[list[Structure], AfterValidator(_in_order), AfterValidator(_goes_together)]
-Kinds = Annotated[list[Kind], AfterValidator(_in_order)]
+UnitKinds = Annotated[list[UnitKind], AfterValidator(_in_order)]
 
 # What a thorough refit does beyond a quick one: parameters of the stage that prunes.
 THOROUGH: dict[Refit, dict[str, Any]] = {

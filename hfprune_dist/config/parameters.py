@@ -22,7 +22,7 @@ OF_A_DATA_SET = {"dataset", "name", "split", "revision"}
 
 
 @dataclass(frozen=True)
-class Kind:
+class StageKind:
     """A kind of stage, as far as it must be known without its settings.
 
     Attributes:
@@ -43,14 +43,14 @@ class Kind:
 
 
 KINDS = {
-    "importance": Kind("importance.ImportanceParameters", 7, reproducible=True),
-    "reference": Kind("reference.ReferenceParameters", 2, reproducible=True),
-    "prune": Kind("prune.PruneParameters", 5, reproducible=True, cuts=True),
-    "distill": Kind("training.DistillParameters", 2),
-    "recover": Kind("training.RecoverParameters", 2, trains_on_pairs=True),
-    "evaluate": Kind("evaluate.EvaluateParameters", 4),
-    "efficiency": Kind("efficiency.EfficiencyParameters", 2, on_one_rank=True),
-    "loraprune": Kind("training.LoraPruneParameters", 2, cuts=True, trains_on_pairs=True),
+    "importance": StageKind("importance.ImportanceParameters", 7, reproducible=True),
+    "reference": StageKind("reference.ReferenceParameters", 2, reproducible=True),
+    "prune": StageKind("prune.PruneParameters", 5, reproducible=True, cuts=True),
+    "distill": StageKind("training.DistillParameters", 2),
+    "recover": StageKind("training.RecoverParameters", 2, trains_on_pairs=True),
+    "evaluate": StageKind("evaluate.EvaluateParameters", 4),
+    "efficiency": StageKind("efficiency.EfficiencyParameters", 2, on_one_rank=True),
+    "loraprune": StageKind("training.LoraPruneParameters", 2, cuts=True, trains_on_pairs=True),
 }
 
 

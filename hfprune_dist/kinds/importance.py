@@ -12,7 +12,7 @@ from typing import ClassVar, Self
 from pydantic import Field
 
 from hfprune_dist.checkpoints.checkpoint import Checkpoint
-from hfprune_dist.config.method import Kinds
+from hfprune_dist.config.method import UnitKinds
 from hfprune_dist.config.schema import SweepConfig
 from hfprune_dist.config.section import Dtype, Section
 from hfprune_dist.config.texts import CalibrationConfig
@@ -62,7 +62,7 @@ class ImportanceParameters(StageParameters):
     dtype: Dtype
     add_bos_token: bool
     seed: int
-    structures: Kinds = Field(default=[NEURONS])
+    structures: UnitKinds = Field(default=[NEURONS])
     student: StudentParameters | None = None
 
     @classmethod

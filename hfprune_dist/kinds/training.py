@@ -1,4 +1,4 @@
-"""Kinds of stages that train LoRA: distillation, recovery, and LoRAPrune, which prunes as it recovers.
+"""UnitKinds of stages that train LoRA: distillation, recovery, and LoRAPrune, which prunes as it recovers.
 
 Inputs: ``model``, for LoRAPrune the dense one; a distillation's ``reference`` has the dense model's hidden states; the
 others read ``instructions`` where the pairs are in a file.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from hfprune_dist.config.method import Allocation, Kinds, Method
+from hfprune_dist.config.method import Allocation, Method, UnitKinds
 from hfprune_dist.config.schema import SweepConfig
 from hfprune_dist.config.training import DistillationConfig, LoraTraining, RecoveryConfig
 from hfprune_dist.kinds.importance import calibration_of
@@ -63,7 +63,7 @@ class LoraPruneParameters(RecoverParameters):
     floor: ClassVar[None] = None
 
     ratio: float
-    structures: Kinds
+    structures: UnitKinds
     multiple_of: int
     tensor_parallel: int
     protect_first: int

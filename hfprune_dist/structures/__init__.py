@@ -11,24 +11,24 @@ from collections.abc import Iterable
 from typing import Literal, get_args
 
 # Kinds of units, all of which are scored.
-Kind = Literal["neurons", "kv_groups", "experts"]
+UnitKind = Literal["neurons", "kv_groups", "experts"]
 # Structures that a method can name. Layers have no scores: what a model loses without one is measured.
-Structure = Literal[Kind, "layers"]
-NEURONS: Kind = "neurons"
-KV_GROUPS: Kind = "kv_groups"
-EXPERTS: Kind = "experts"
+Structure = Literal[UnitKind, "layers"]
+NEURONS: UnitKind = "neurons"
+KV_GROUPS: UnitKind = "kv_groups"
+EXPERTS: UnitKind = "experts"
 LAYERS: Structure = "layers"
 # Structures that one method can prune together, neurons always among them. Experts are pruned by themselves.
 TOGETHER: tuple[Structure, ...] = (NEURONS, KV_GROUPS, LAYERS)
 # Kinds that methods also call neurons: those of experts, and those of the shared MLP that every token goes through.
 EXPERT_NEURONS, SHARED_NEURONS = "expert_neurons", "shared_neurons"
-ALL_KINDS: frozenset[str] = frozenset({*get_args(Kind), EXPERT_NEURONS, SHARED_NEURONS})
+ALL_KINDS: frozenset[str] = frozenset({*get_args(UnitKind), EXPERT_NEURONS, SHARED_NEURONS})
 
 
-def kinds_among(structures: Iterable[Structure]) -> list[Kind]:
+def kinds_among(structures: Iterable[Structure]) -> list[UnitKind]:
     """Return the kinds of units among the pruned structures, always in the same order."""
     pruned = set(structures)
-    return [kind for kind in get_args(Kind) if kind in pruned]
+    return [kind for kind in get_args(UnitKind) if kind in pruned]
 
 
 def structure_of(kind: str) -> str:
