@@ -110,7 +110,7 @@ class ImportanceParameters(StageParameters):
         backward = tokens * (4 + 4 * reads) * neurons
         backward += GATED_PORTIONS * min(ACCELERATOR_BYTES, FLOAT32 * tokens * model.neurons)
         # Of Gram matrices, both sums and their mean; those of the next layer; or in eliminations, three more.
-        widths = [*model.mlp_channels, model.attention // 2]
+        widths = [*model.mlp_channels, model.heads]
         grams = 4 * FLOAT64 * sum(width**2 for width in widths) * curvature
         sums = FLOAT64 * (2 * model.hidden**2 * curvature + model.layer * gradients)
         return Need(

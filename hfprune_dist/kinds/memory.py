@@ -107,7 +107,7 @@ class Sizes:
     """The sizes of a model that decide its memory.
 
     Attributes:
-        attention: channels of queries, keys, values and heads' outputs in a layer.
+        attention: channels of queries, keys, values and heads' outputs in a layer; ``heads``: of the outputs alone.
         neurons: neurons that a token goes through in the widest layer.
         routed: channels of the outputs of all experts that a token goes through.
         mlp_channels: channels that each output projection of a layer's MLP, or of its experts, reads.
@@ -118,6 +118,7 @@ class Sizes:
     num_layers: int
     vocabulary: int
     attention: int
+    heads: int
     neurons: int
     routed: int
     mlp_channels: tuple[int, ...]
@@ -128,14 +129,15 @@ class Sizes:
     def of(cls, checkpoint: Checkpoint) -> Sizes:
         config, experts = checkpoint.config, checkpoint.family.experts
         hidden, heads = int(config["hidden_size"]), int(config["num_attention_heads"])
-        of_heads = heads + int(config.get("num_key_value_heads") or heads)
+        size = int(config.get("head_dim") or hidden // heads)
         mlps = checkpoint.pruned_kinds([NEURONS])
         seen = [experts.chosen if experts and units.experts > 1 else 1 for units in mlps]  # experts, by each token
         return cls(
             hidden=hidden,
             num_layers=checkpoint.num_layers,
             vocabulary=int(config["vocab_size"]),
-            attention=2 * of_heads * int(config.get("head_dim") or hidden // heads),
+            attention=2 * size * (heads + int(config.get("num_key_value_heads") or heads)),
+            heads=size * heads,
             neurons=max(
                 sum(units.counts[layer] // units.experts * number for units, number in zip(mlps, seen, strict=True))
                 for layer in range(checkpoint.num_layers)

@@ -81,7 +81,7 @@ class PruneParameters(StageParameters):
         pursues, steps = self.refit in ("layerwise", "block"), self.refit == "block"
         temporary = 0.0
         if self.allocation == "low_rank":  # inputs of a layer; the eigenvectors of the largest matrix, with the factors
-            largest = max(hidden, model.attention // 2)
+            largest = max(hidden, model.heads)
             temporary = FLOAT64 * (7 * largest**2 + 2 * hidden * model.attention + 2 * rows * tokens * model.neurons)
         elif self.refit != "bias":
             temporary = self._least_squares(model, pursues)
@@ -103,7 +103,7 @@ class PruneParameters(StageParameters):
 
     def _least_squares(self, model: Sizes, pursues: bool) -> float:
         """Gram matrices of windows that are fitted and of those that are held out, and a solve of the widest block."""
-        widths = [*model.mlp_channels, *([model.attention // 2] if KV_GROUPS in self.structures else [])]
+        widths = [*model.mlp_channels, *([model.heads] if KV_GROUPS in self.structures else [])]
         kept = self._kept(max(widths))
         read = kept + model.hidden if pursues else max(widths)  # and the dense model's hidden states
         squares = read**2 if pursues else sum(width**2 for width in widths)

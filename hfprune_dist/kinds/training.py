@@ -1,4 +1,4 @@
-"""UnitKinds of stages that train LoRA: distillation, recovery, and LoRAPrune, which prunes as it recovers.
+"""Kinds of stages that train LoRA: distillation, recovery, and LoRAPrune, which prunes as it recovers.
 
 Inputs: ``model``, for LoRAPrune the dense one; a distillation's ``reference`` has the dense model's hidden states; the
 others read ``instructions`` where the pairs are in a file.
@@ -103,7 +103,7 @@ def training_need(
     lora = model.num_layers * settings.rank * sides * (4 * FLOAT32 + itemsize)
     # Norms in float32; attention, what the MLP multiplies, experts' outputs, and what linear layers read; with dropout,
     # a copy of that and a mask for each of them.
-    kept = model.attention * (1 + masks / 2) + 3 * neurons + model.routed + 2 * hidden
+    kept = model.attention + masks * model.heads + 3 * neurons + model.routed + 2 * hidden
     dropped = (4 * hidden + (2 * hidden + neurons) * (of_mlp > 0)) * (itemsize + 1) * (settings.dropout > 0)
     layer = 2 * FLOAT32 * hidden + kept * itemsize + dropped
     # The logits; in float32: the logits again, their log-softmax and its gradient.

@@ -156,8 +156,20 @@ def test_lora_training(tmp_path, model_type, dropout):
 
 LARGE = {"vocabulary": 32000, "routed": 0}
 SIZES = {
-    "7B": Sizes(4096, 32, attention=16384, neurons=11008, mlp_channels=(11008,), parameters=6.7e9, layer=2e8, **LARGE),
-    "70B": Sizes(8192, 80, attention=18432, neurons=28672, mlp_channels=(28672,), parameters=69e9, layer=9e8, **LARGE),
+    "7B": Sizes(
+        4096,
+        32,
+        attention=16384,
+        heads=4096,
+        neurons=11008,
+        mlp_channels=(11008,),
+        parameters=6.7e9,
+        layer=2e8,
+        **LARGE,
+    ),
+    "70B": Sizes(
+        8192, 80, attention=18432, heads=8192, neurons=28672, mlp_channels=(28672,), parameters=69e9, layer=9e8, **LARGE
+    ),
 }
 
 
