@@ -79,7 +79,7 @@ def check_stages(
         ranks = profile.resources[kind].ranks if profile else ranks_here(config.runtime)
         config.recovery.require_shared_evenly(ranks)
     if config.evaluation.tasks and "evaluate" in models:
-        _check_tasks(config.evaluation)
+        _check_tasks(config.evaluation, looks_only)
     remarks: list[str] = []
     for folder in dict.fromkeys(it for folders in models.values() for it in folders if it not in absent):
         kinds = [kind for kind, folders in models.items() if folder in folders]
@@ -95,10 +95,11 @@ def _check_gpus() -> None:
         require_usable_gpus()
 
 
-def _check_tasks(evaluation: EvaluationConfig) -> None:
-    from hfprune_dist.evaluation.lm_eval_tasks import refuse_unknown  # lm-eval takes seconds to import
+def _check_tasks(evaluation: EvaluationConfig, looks_only: bool) -> None:
+    from hfprune_dist.evaluation.lm_eval_tasks import check_tasks  # lm-eval takes seconds to import
 
-    refuse_unknown(evaluation.tasks, Path(evaluation.include_path) if evaluation.include_path else None)
+    include_path = Path(evaluation.include_path) if evaluation.include_path else None
+    check_tasks(evaluation.tasks, include_path, data=not looks_only)
 
 
 def _check_trackers(runtime: RuntimeConfig) -> None:

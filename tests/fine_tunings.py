@@ -12,14 +12,13 @@ from forks import on_ranks
 from gather_counter import counting_gathers
 
 from hfprune_dist.checkpoints.checkpoint import Checkpoint
+from hfprune_dist.config.schema import RuntimeConfig
 from hfprune_dist.config.training import RecoveryConfig
 from hfprune_dist.data.schedule import Schedule
 from hfprune_dist.distributed.interruption import Interruption
 from hfprune_dist.distributed.world import World
 from hfprune_dist.distributed.zero3 import init_deepspeed
-from hfprune_dist.training.fine_tuning import FineTuning
-from hfprune_dist.training.snapshots import Snapshot, Snapshots, read_snapshot
-from hfprune_dist.training.trainer import fine_tune
+from hfprune_dist.training.trainer import Attempt, FineTuning, Snapshot, fine_tune
 
 ROWS, TOKENS, STEPS = 8, 24, 3
 
@@ -32,12 +31,10 @@ def make_task(checkpoint: Checkpoint, **settings: object) -> FineTuning:
         settings=RecoveryConfig(batch_size=ROWS, rank=4, alpha=8, **{"learning_rate": 1e-3, **settings}),
         seed=0,
         rows=lambda row: {"input_ids": ids_ST[row], "labels": ids_ST[row].clone()},
-        distills=False,
         schedule=Schedule(ROWS, ROWS, 0),
         total_steps=STEPS,
         warmup_steps=0,
-        save_every_steps=STEPS,
-        timeout_minutes=5,
+        runtime=RuntimeConfig(collective_timeout_minutes=5, save_every_steps=1),
         run_folder=checkpoint.path / "run",
     )
 
@@ -54,9 +51,9 @@ def train(folder: Path, ranks: int, task: FineTuning) -> tuple[Snapshot, list[in
         counts: list[int] = []
         with counting_gathers() as gathered:
             noting = SimpleNamespace(update=lambda *_: counts.append(gathered.bytes))
-            fine_tune(task, folder / "snapshots", world, noting, Interruption())
+            fine_tune(task, Attempt(folder / "snapshot", world, noting, Interruption()))
         if world.is_first:
             file.write_text(json.dumps(counts))
 
     assert on_ranks(ranks, act).codes == [0] * ranks
-    return read_snapshot(Snapshots(folder / "snapshots").newest()), json.loads(file.read_text())
+    return Snapshot.read(folder / "snapshot"), json.loads(file.read_text())

@@ -16,43 +16,41 @@ from hfprune_dist.store.atomic_files import read_json
 from hfprune_dist.store.hashing import FileHashes
 from hfprune_dist.store.heartbeat import Progress
 from hfprune_dist.store.stage import Input
+from hfprune_dist.structures.score_names import score_name
 
 IMPORTANCE = stage_of("importance", "tiny", {}, {})
 LAYERS, GROUPS, QUERIES, NEURONS = 4, 4, 2, 48
 MICRO_BATCH = 2
 
 
-def prepare(
-    folder, variant="llama", *, samples=9, layers=LAYERS, groups=GROUPS, silent=None, worth=1.0, model=None, **settings
-):
+def prepare(folder, variant="llama", *, samples=9, layers=LAYERS, groups=GROUPS, worth=1.0, model=None, **settings):
     """A store with an importance artifact of random scores, and the stage that searches for a shape by them.
 
-    ``model``: folder of the model, if it isn't a ``variant`` of tiny sizes. ``silent``: ending of the names of tensors
-    that are all zeros. ``worth``: of a group's score, relative to a neuron's. ``settings``: of the stage;
-    ``attention_bias`` is the model's.
+    ``model``: folder of the model, if it isn't a ``variant`` of tiny sizes. ``worth``: of a group's score, relative to
+    a neuron's. ``settings``: of the stage; ``attention_bias`` and ``shard_size`` are the model's.
     """
     folder.mkdir(exist_ok=True)
     store = Store(folder / "store")
     draft = store.handle(IMPORTANCE.id).open_draft()
     generator = torch.Generator().manual_seed(0)
-    biases = {name: settings.pop(name) for name in ("attention_bias",) if name in settings}
+    biases = {name: settings.pop(name) for name in ("attention_bias", "shard_size") if name in settings}
     criterion = settings.get("criterion", "entropy")
     if model is None:
         heads = {"num_key_value_heads": groups, "num_attention_heads": groups * QUERIES}
         sizes = {"intermediate_size": NEURONS, "num_hidden_layers": layers}
         model = save_tiny(folder / "model", variant, **sizes, **heads, **biases)
-    neurons, kv_groups = (open_checkpoint(model).structures[kind].counts for kind in ("neurons", "kv_groups"))
+    checkpoint, structures = open_checkpoint(model), settings.get("structures", ["neurons"])
+    experts = checkpoint.family.experts
+    kinds = checkpoint.pruned_kinds(structures if experts else ["neurons", "kv_groups"])
     scores = {
-        f"layers.{layer}.{name}{criterion}": torch.rand(counts[layer], generator=generator, dtype=torch.float64)
-        * factor
-        for layer in range(len(neurons))
-        for name, counts, factor in (("", neurons, 1.0), ("kv_groups.", kv_groups, worth))
+        score_name(layer, criterion, units.kind): torch.rand(units.counts[layer], generator=generator).double()
+        * (worth if units.kind == "kv_groups" else 1.0)
+        for layer in range(checkpoint.num_layers)
+        for units in kinds
     }
     save_file(scores, draft / "importance.safetensors")
-    windows_ST = torch.randint(3, 264, (samples, 12), generator=generator)
+    windows_ST = torch.randint(3, min(264, checkpoint.config["vocab_size"]), (samples, 12), generator=generator)
     save_file({"input_ids": windows_ST}, draft / "windows.safetensors")
-    if silent is not None:
-        silence(model / "model.safetensors", silent)
     store.handle(IMPORTANCE.id).commit(IMPORTANCE, draft, {"metrics": {}})
     defaults = {
         "ratio": 0.2,
@@ -86,7 +84,7 @@ def outcome(store, stage):
     """Return everything that must have the same bits."""
     folder = store.path(stage.id)
     names = ("model.safetensors", "kept.json", "config.json")
-    files = {name: (folder / name).read_bytes() for name in names}
+    files = {name: (folder / name).read_bytes() for name in names if (folder / name).exists()}
     return files, store.handle(stage.id).manifest()["metrics"]
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
-import logging
 import math
 import re
 from collections import defaultdict
@@ -13,38 +12,49 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from hfprune_dist.data.text import require_data_set
 from hfprune_dist.errors import UserError, did_you_mean
-from hfprune_dist.store.hashing import digest_of
 
 # Loaders of the datasets library that read local files.
 FILE_LOADERS = ("arrow", "csv", "json", "parquet", "text")
 _PLAIN_TASK = re.compile(r"^task:[ \t]*[\"']?([^\s\"'#]+)[\"']?[ \t]*$", re.MULTILINE)
 
 
-def refuse_unknown(tasks: Sequence[str], include_path: Path | None) -> None:
-    """Refuse names of tasks, groups and tags that lm-eval doesn't know.
+def check_tasks(tasks: Sequence[str], include_path: Path | None, *, data: bool = True) -> None:
+    """Refuse names of tasks, groups and tags that lm-eval doesn't know; and tasks whose data set can't be had.
+
+    Args:
+        data: whether to look for data sets, on the hub or in the cache of what was downloaded from it.
 
     Raises:
-        UserError: listing all unknown names with close matches, if any.
+        UserError: listing all unknown names with close matches, if any, or naming the first data set that is missing.
     """
-    known = open_index(tasks, include_path).task_index
+    known = _open_index(tuple(tasks), include_path).task_index
     unknown = [f"unknown task {name!r}{did_you_mean(name, known)}" for name in tasks if name not in known]
     if unknown:
         where = f" and {include_path}" if include_path else " (evaluation.include_path names a folder with more)"
         raise UserError("evaluation.tasks:\n  " + "\n  ".join(unknown) + f"\nknown are the tasks of lm-eval{where}")
+    for name in tasks if data else ():
+        settings = known[name].cfg or {}
+        source, part = settings.get("dataset_path"), settings.get("dataset_name")
+        if not source or source in FILE_LOADERS or ((include_path or Path()) / source).exists():
+            continue
+        try:
+            require_data_set({"dataset": source, "name": part, "split": None, "revision": None})
+        except UserError as error:
+            raise UserError(
+                f"evaluation.tasks: {name}: its data set {source!r} is not in the cache of data sets, and the hub "
+                "lacks it or can't be reached; download it first, or leave the task out"
+            ) from error
 
 
-def open_index(tasks: Sequence[str], include_path: Path | None) -> Any:
+@cache  # asked again for each model
+def _open_index(tasks: tuple[str, ...], include_path: Path | None) -> Any:
     """lm-eval's ``TaskManager``, which knows at least these tasks if they exist.
 
     All of lm-eval's own 14,000 files take it 12 s. Unless groups or tags are asked for, only those in the folders of
     the tasks are read.
     """
-    return _open_index(tuple(tasks), include_path)
-
-
-@cache  # asked again for each model
-def _open_index(tasks: tuple[str, ...], include_path: Path | None) -> Any:
     from lm_eval.tasks import TaskManager
     from lm_eval.tasks._index import Kind
 
@@ -79,9 +89,8 @@ class TaskLoader:
     """
 
     def __init__(self, tasks: Sequence[str], include_path: Path | None, cache: Path) -> None:
-        _silence()
         include_path = include_path and include_path.resolve()
-        self._index = open_index(tasks, include_path)
+        self._index = _open_index(tuple(tasks), include_path)
         self._include_path = include_path
         self._cache = cache.resolve()
 
@@ -94,55 +103,38 @@ class TaskLoader:
         Raises:
             UserError: naming the task, its file and the reason, if it or its data can't be loaded.
         """
+        from lm_eval.defaults import DEFAULT_OTHER_SEED
+
         entry = self._index.task_index.get(name)
         place = "" if entry is None or entry.yaml_path is None else f" ({entry.yaml_path})"
         try:
-            with self._own_folder(), self._own_cache(entry):
+            with self._at_home(entry):
                 loaded = self._index.load(name)
             for task in loaded["tasks"].values():
-                _set_fewshot(task, num_fewshot)
+                # As lm-eval's command line does: a task set to 0 examples stays at 0; sampling is seeded.
+                usual = task.get_config("num_fewshot")
+                if num_fewshot is None or usual == 0:
+                    task.set_config(key="num_fewshot", value=usual or 0)
+                else:
+                    task.set_config(key="num_fewshot", value=num_fewshot)
+                task.set_fewshot_seed(seed=DEFAULT_OTHER_SEED)
         except Exception as error:  # a task is third-party code and data: anything can happen
             raise UserError(f"task {name!r}{place} can't be loaded: {explain(error)}") from error
         return loaded
 
-    def _own_folder(self) -> contextlib.AbstractContextManager[None]:
-        return contextlib.chdir(self._include_path) if self._include_path else contextlib.nullcontext()
-
     @contextlib.contextmanager
-    def _own_cache(self, entry: Any) -> Iterator[None]:
-        """Keep what is built from local files out of the user's cache of downloaded data sets."""
+    def _at_home(self, entry: Any) -> Iterator[None]:
+        """Find data by relative paths, and keep what is built from local files out of the user's cache of data sets."""
         import datasets
 
         usual = datasets.config.HF_DATASETS_CACHE
         if entry is not None and (entry.cfg or {}).get("dataset_path") in FILE_LOADERS:
             datasets.config.HF_DATASETS_CACHE = self._cache
         try:
-            yield
+            with contextlib.chdir(self._include_path) if self._include_path else contextlib.nullcontext():
+                yield
         finally:
             datasets.config.HF_DATASETS_CACHE = usual
-
-
-def _set_fewshot(task: Any, num_fewshot: int | None) -> None:
-    """Set the number of examples as lm-eval's command line does: a task set to 0 stays at 0; sampling is seeded."""
-    from lm_eval.defaults import DEFAULT_OTHER_SEED
-
-    usual = task.get_config("num_fewshot")
-    if num_fewshot is None:
-        task.set_config(key="num_fewshot", value=usual or 0)
-    elif usual != 0:
-        task.set_config(key="num_fewshot", value=num_fewshot)
-    task.set_fewshot_seed(seed=DEFAULT_OTHER_SEED)
-
-
-def _silence() -> None:
-    """Turn off progress bars and log output: progress has its own file, errors have their own messages."""
-    import datasets
-    import lm_eval.api.task
-
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    datasets.disable_progress_bars()
-    datasets.logging.set_verbosity_error()
-    lm_eval.api.task.tqdm = lambda documents, **_: documents  # a bar without a switch
 
 
 def explain(error: Exception) -> str:
@@ -195,10 +187,3 @@ def clean_metrics(metrics: Mapping[str, Any]) -> dict[str, float | None]:
             readable = base + ("" if filter_name == "none" else f"[{filter_name}]") + suffix
             cleaned[readable] = value if isinstance(value, int | float) else None
     return cleaned
-
-
-def details_of(result: Mapping[str, Any]) -> dict[str, Any]:
-    """What lm-eval reports about a task, with its configuration reduced to a hash."""
-    kept = ("results", "groups", "group_subtasks", "n-samples", "n-shot", "versions", "higher_is_better")
-    hashes = {task: digest_of(config)[:16] for task, config in result["configs"].items()}
-    return {key: result[key] for key in kept if key in result} | {"config_hashes": hashes}

@@ -12,8 +12,7 @@ from __future__ import annotations
 
 import math
 import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
@@ -116,7 +115,9 @@ class ShardedLM(HFLM):  # type: ignore[misc]
             raise ModelError(f"{method}: {error}") from error
 
     def _ask_all_ranks(self, method: str, requests: list[Arguments]) -> list[Any]:
-        order = sorted(range(len(requests)), key=lambda index: _by_length(requests[index]))
+        # Longest first, so that memory runs out at once or never; identical prompts next to each other.
+        lengths = [-sum(len(part) for part in arguments if isinstance(part, str)) for arguments in requests]
+        order = sorted(range(len(requests)), key=lambda index: (lengths[index], str(requests[index][0])))
         size, ranks = chunk_size(method, len(requests), self.batch_size), self._world.size
         places = [order[start : start + size] for start in range(0, len(order), size)]
         answers: list[Any] = [None] * len(requests)
@@ -128,7 +129,9 @@ class ShardedLM(HFLM):  # type: ignore[misc]
                 for index, answer in zip(places[number], of_chunk, strict=True):
                     answers[index] = answer
         self.report(len(requests), len(requests))
-        if any(_is_nan(answer) for answer in answers):
+        # A log-likelihood comes alone, or with whether its text is the most likely one.
+        values = [answer[0] if isinstance(answer, list | tuple) else answer for answer in answers]
+        if any(isinstance(value, float) and math.isnan(value) for value in values):
             raise UserError(f"{method}: the model's log-likelihoods are NaN; check the checkpoint's weights")
         return answers
 
@@ -151,23 +154,17 @@ class ShardedLM(HFLM):  # type: ignore[misc]
         requests = [Instance(method, {}, args, index) for index, args in enumerate(arguments)]
         try:
             # Rolling windows begin with BOS anyway; a second one would count as text to be predicted.
-            with self._without_bos() if method == "loglikelihood_rolling" else nullcontext():
-                answers: list[Any] = getattr(super(), method)(requests, disable_tqdm=True)
+            self.add_bos_token = self._wants_bos and method != "loglikelihood_rolling"
+            answers: list[Any] = getattr(super(), method)(requests, disable_tqdm=True)
         except _UNSUITABLE as error:
             # Of a bare assertion, all that is known is its line.
             reason = explain(error) if str(error) else f"{traceback.extract_tb(error.__traceback__)[-1].line} fails"
             raise UserError(
                 f"task {task!r} can't be evaluated: {method}, by a model that reads {self.max_length} tokens: {reason}"
             ) from error
-        return answers
-
-    @contextmanager
-    def _without_bos(self) -> Iterator[None]:
-        self.add_bos_token = False
-        try:
-            yield
         finally:
             self.add_bos_token = self._wants_bos
+        return answers
 
     def _loglikelihood_tokens(self, requests: Any, disable_tqdm: bool = True, override_bs: int | None = None) -> Any:
         """Answer long requests in smaller batches, of logits that fit ``LOGITS_BYTES``: the same on any machine."""
@@ -189,14 +186,3 @@ def chunk_size(method: str, requests: int, batch_size: int) -> int:
     """
     unit = 1 if method == "loglikelihood_rolling" else batch_size
     return min(-(-requests // (WANTED_CHUNKS * unit)) * unit, CHUNK_BATCHES * batch_size)
-
-
-def _by_length(arguments: Arguments) -> tuple[int, str]:
-    """Sort key: longest first, so that memory runs out at once or never; identical prompts next to each other."""
-    return -sum(len(part) for part in arguments if isinstance(part, str)), str(arguments[0])
-
-
-def _is_nan(answer: Any) -> bool:
-    """Whether an answer is a NaN log-likelihood, alone or with whether its text is the most likely one; no text is."""
-    value = answer[0] if isinstance(answer, list | tuple) else answer
-    return isinstance(value, float) and math.isnan(value)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -30,9 +29,6 @@ from hfprune_dist.store.hashing import digest_of
 from hfprune_dist.store.heartbeat import Progress
 from hfprune_dist.store.provenance import environment
 from hfprune_dist.store.stage import STAGE_VERSIONS, Stage
-
-TRACKING = "tracking"  # next to the store
-LONGEST_TITLE = 96
 
 P = TypeVar("P", bound=Parameters, covariant=True)
 
@@ -75,13 +71,6 @@ class Context(Generic[P]):
     @property
     def work(self) -> Path:
         return self.handle.work
-
-    @property
-    def run_folder(self) -> Path:
-        """Where trackers put the files of this training, under its name for them; each store has runs of its own."""
-        title = re.sub("[^A-Za-z0-9._]+", "-", f"{self.stage.label} {self.stage.kind}")[:LONGEST_TITLE]
-        digits = digest_of([self.stage.id, str(self.store.root.resolve())])[:8]
-        return self.store.root.parent / TRACKING / f"{title}-{digits}"
 
     def has_input(self, role: str) -> bool:
         return role in self.stage.inputs
@@ -132,36 +121,29 @@ class Context(Generic[P]):
             ChangedInputError: naming a file of the user's that is not what the sweep was planned with. Progress that
                 earlier attempts have made with it is deleted.
         """
-        self.world.on_rank0(self._check_inputs)
 
-    def _check_inputs(self) -> None:
-        for stage_id in self.stage.needs:
-            self._check_artifact(stage_id)
-        self._require_planned("since the sweep was planned")
+        def check() -> None:
+            for stage_id in self.stage.needs:
+                need = self.store.handle(stage_id)
+                while (verdict := need.verify(thorough=self.attempt > 1)).state == "corrupt":
+                    if (aside := need.set_aside()) is not None:
+                        raise LostInputError(
+                            f"{stage_id}: {verdict.reason}; set aside as {aside}; run the sweep again to make it anew"
+                        )
+                if verdict.state == "missing":
+                    raise LostInputError(f"{stage_id}: {verdict.reason}; run the sweep again")
+            self.require_untouched_inputs("since the sweep was planned")
 
-    def _check_artifact(self, stage_id: str) -> None:
-        need = self.store.handle(stage_id)
-        while (verdict := need.verify(thorough=self.attempt > 1)).state == "corrupt":
-            aside = need.set_aside()
-            if aside is not None:
-                raise LostInputError(
-                    f"{stage_id}: {verdict.reason}; set aside as {aside}; run the sweep again to make it anew"
-                )
-        if verdict.state == "missing":
-            raise LostInputError(f"{stage_id}: {verdict.reason}; run the sweep again")
+        self.world.on_rank0(check)
 
-    def require_untouched_inputs(self) -> None:
+    def require_untouched_inputs(self, when: str = "while a stage read it") -> None:
         """Check that the user's files are as planned still; on rank 0.
 
         Call it before keeping anything that others, or a later attempt, will take for the result of the planned files.
 
         Raises:
-            ChangedInputError: naming the file. Progress that this stage has made with it is deleted.
+            ChangedInputError: naming the file. Progress of this stage, which may come from either content, is deleted.
         """
-        self._require_planned("while a stage read it")
-
-    def _require_planned(self, when: str) -> None:
-        """Check the user's files; if they have changed, discard the progress, which may come from either content."""
         try:
             require_planned(self.stage.inputs.values(), self.store.make_hashes(), when)
         except ChangedInputError:
@@ -183,16 +165,8 @@ class Context(Generic[P]):
         """
         peak = self.world.peak_memory()
         self.world.barrier()
-        self.world.on_rank0(lambda: self._commit(draft, self._record(metrics, peak)))
-
-    def _commit(self, draft: Path, record: dict[str, Any]) -> None:
-        self.require_untouched_inputs()
-        self.handle.commit(self.stage, draft, record, self.claim)
-        self.handle.discard_work()
-
-    def _record(self, metrics: dict[str, Any], peak_memory: Mapping[str, int | None]) -> dict[str, Any]:
         finished, seconds = time.time(), time.monotonic() - self.began
-        return {
+        record = {
             "config": self.config,
             "metrics": metrics,
             "provenance": {**self.code, **environment()},
@@ -200,7 +174,14 @@ class Context(Generic[P]):
             "device": self.world.device.type,
             "started": finished - seconds,
             "finished": finished,
-            **peak_memory,
+            **peak,
             "wall_time_s": seconds,
             "attempts": self.attempt,
         }
+
+        def publish() -> None:
+            self.require_untouched_inputs()
+            self.handle.commit(self.stage, draft, record, self.claim)
+            self.handle.discard_work()
+
+        self.world.on_rank0(publish)

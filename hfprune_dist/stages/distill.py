@@ -10,7 +10,7 @@ from hfprune_dist.checkpoints.token_costs import training_cost
 from hfprune_dist.data.schedule import Schedule
 from hfprune_dist.kinds.training import DistillParameters
 from hfprune_dist.stages.context import Context
-from hfprune_dist.stages.training import train, write_model
+from hfprune_dist.stages.training import train
 from hfprune_dist.training.teacher_states import DenseStates
 
 STEPS_PER_WARMUP_STEP = 4  # at least
@@ -24,17 +24,7 @@ def run(context: Context[DistillParameters]) -> None:
     windows, length = rows.windows_ST.shape
     schedule = Schedule(windows, settings.batch_size, params.seed)
     steps = params.passes * schedule.steps_per_epoch
-    trained = train(
-        context,
-        checkpoint,
-        settings,
-        rows,
-        schedule,
-        section="distillation",
-        total_steps=steps,
-        warmup_steps=min(settings.warmup_steps, steps // STEPS_PER_WARMUP_STEP),
-        distills=True,
-    )
-    draft = write_model(context, checkpoint, settings, trained)
+    warmup = min(settings.warmup_steps, steps // STEPS_PER_WARMUP_STEP)
     cost = training_cost(checkpoint, params.passes * windows, length)
-    context.commit(draft, {"windows": windows, "tokens": windows * length, **trained.metrics(), **cost})
+    metrics = {"windows": windows, "tokens": windows * length, **cost}
+    train(context, checkpoint, "distillation", settings, rows, schedule, steps, warmup, metrics, distills=True)

@@ -33,9 +33,15 @@ Measured = dict[str, tuple[int, list[Seconds]]]
 
 def run(context: Context[EfficiencyParameters]) -> None:
     """Write ``efficiency.json``: what a token costs each model, and everything measured under each workload."""
-    params, world = context.params, context.world
-    models: dict[str, PreTrainedModel] = {}  # on rank 0; large ones take minutes to read
-    world.on_rank0(lambda: models.update(_load(context)))
+    params, world, inputs = context.params, context.world, context.stage.inputs
+    models: dict[str, PreTrainedModel] = {}  # role -> model, on rank 0; the dense one alone if both are the same
+
+    def load() -> None:
+        for role in [DENSE] if inputs[DENSE].identity == inputs[MODEL].identity else [DENSE, MODEL]:
+            model = load_causal_lm(context.input_path(role), getattr(torch, params.dtype))
+            models[role] = model.to(world.device).eval()
+
+    world.on_rank0(load)
     # The most demanding one last.
     workloads = [
         Workload(batch, tokens, params.new_tokens) for batch in params.batch_sizes for tokens in params.prompt_tokens
@@ -45,23 +51,18 @@ def run(context: Context[EfficiencyParameters]) -> None:
         context.progress.update(str(workload), done, len(workloads))
         measured.append(world.on_rank0(partial(_measure, models, workload, params.repeats)))
         context.interruption.stop_if_agreed(world)
-    draft = context.open_draft()
+    device: dict[str, Any] = {"device": cpu_model(), "threads": torch.get_num_threads(), "cores": usable_cores()}
+    if world.device.type == "cuda":
+        device = {"device": torch.cuda.get_device_name(world.device)}
     metrics = {
-        **_device(world.device),
+        **device,
         **{role: _costs(open_checkpoint(context.input_path(role)), params) for role in (DENSE, MODEL)},
         "runs": [_described(*pair) for pair in zip(workloads, measured, strict=True)],
     }
     seconds = [{role: [asdict(it) for it in times] for role, (_, times) in found.items()} for found in measured]
+    draft = context.open_draft()
     world.on_rank0(lambda: write_json(draft / RESULTS, {**metrics, "seconds": seconds}))
     context.commit(draft, metrics)
-
-
-def _load(context: Context[EfficiencyParameters]) -> dict[str, PreTrainedModel]:
-    """Load the dense model and, if it is another one, the model: role -> model."""
-    dtype, inputs = getattr(torch, context.params.dtype), context.stage.inputs
-    roles = [DENSE] if inputs[DENSE].identity == inputs[MODEL].identity else [DENSE, MODEL]
-    loaded = {role: load_causal_lm(context.input_path(role), dtype) for role in roles}
-    return {role: model.to(context.world.device).eval() for role, model in loaded.items()}
 
 
 def _measure(models: Mapping[str, PreTrainedModel], workload: Workload, repeats: int) -> Measured:
@@ -76,13 +77,6 @@ def _measure(models: Mapping[str, PreTrainedModel], workload: Workload, repeats:
         for role, generate in generations.items():
             measured[role][1].append(generate())
     return measured
-
-
-def _device(device: torch.device) -> dict[str, Any]:
-    """The device that the models were measured on; of a CPU also its threads, and the cores that these could use."""
-    if device.type == "cuda":
-        return {"device": torch.cuda.get_device_name(device)}
-    return {"device": cpu_model(), "threads": torch.get_num_threads(), "cores": usable_cores()}
 
 
 def _costs(checkpoint: Checkpoint, params: EfficiencyParameters) -> dict[str, int]:
@@ -101,24 +95,19 @@ def _costs(checkpoint: Checkpoint, params: EfficiencyParameters) -> dict[str, in
 
 def _described(workload: Workload, measured: Measured) -> dict[str, Any]:
     """Results of a workload: those of both models, and the model's speed relative to the dense one, pair by pair."""
-    dense, model = measured[DENSE], measured.get(MODEL, measured[DENSE])
-    pairs = list(zip(dense[1], model[1], strict=True))
-    return {
-        **asdict(workload),
-        DENSE: _summary(workload, *dense),
-        MODEL: _summary(workload, *model),
-        "first_token_speed": _spread([one.first / other.first for one, other in pairs]),
-        "decode_speed": _spread([one.others / other.others for one, other in pairs]),
-    }
-
-
-def _summary(workload: Workload, peak: int, seconds: Sequence[Seconds]) -> dict[str, Any]:
+    found = {DENSE: measured[DENSE], MODEL: measured.get(MODEL, measured[DENSE])}
     decoded = workload.batch_size * (workload.new_tokens - 1)
-    return {
-        "peak_memory_bytes": peak,
-        "time_to_first_token_s": _spread([it.first for it in seconds]),
-        "decode_tokens_per_s": _spread([decoded / it.others for it in seconds]),
-    }
+    described = asdict(workload)
+    for role, (peak, times) in found.items():
+        described[role] = {
+            "peak_memory_bytes": peak,
+            "time_to_first_token_s": _spread([it.first for it in times]),
+            "decode_tokens_per_s": _spread([decoded / it.others for it in times]),
+        }
+    pairs = list(zip(found[DENSE][1], found[MODEL][1], strict=True))
+    described["first_token_speed"] = _spread([one.first / other.first for one, other in pairs])
+    described["decode_speed"] = _spread([one.others / other.others for one, other in pairs])
+    return described
 
 
 def _spread(values: Sequence[float]) -> dict[str, float]:

@@ -8,7 +8,7 @@ as many threads each, and a resumed stage continues at a shard.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 
 import torch
@@ -75,9 +75,6 @@ def run(context: Context) -> None:
     context.commit(draft, {"tokens": windows_ST.numel(), **means, **documents})
 
 
-# The windows, cut once for all attempts.
-
-
 def _prepare_windows(context: Context) -> dict[str, int]:
     """Cut the windows into the work folder, unless an earlier attempt has; return counts for the manifest."""
     counts = read_object(context.work / COUNTS)
@@ -105,22 +102,31 @@ def _cut_windows(context: Context) -> Windows:
 # The pass.
 
 
-def _scored_units(context: Context, checkpoint: Checkpoint) -> dict[str, Units]:
-    """Kind -> its units, neurons first."""
-    return {units.kind: units for units in checkpoint.pruned_kinds(context.params.structures)}
-
-
 def _accumulate(
     context: Context, checkpoint: Checkpoint, windows_ST: Tensor, criteria: Sequence[Criterion]
 ) -> Accumulation:
     """Add up all shards; if no criterion sums anything, there are none, and no model is loaded."""
-    settings = context.params.calibration
+    params, world = context.params, context.world
+    settings, kinds = params.calibration, checkpoint.pruned_kinds(params.structures)
     shards = cut_into_shards(len(windows_ST) if criteria else 0, settings.micro_batch_size, settings.shard_size)
-    kinds = [*_scored_units(context, checkpoint).values()]
-    matrices = summed_matrices(checkpoint, kinds, criteria)
-    totals = Accumulation(len(shards), context.work / PARTIAL, context.world, matrices)
+    totals = Accumulation(len(shards), context.work / PARTIAL, world, summed_matrices(checkpoint, kinds, criteria))
     if not totals.is_complete:
-        scorer = _scorer(context, checkpoint, windows_ST, criteria, totals)
+        checkpointing = context.runtime.activation_checkpointing
+        need = params.pass_over(checkpoint, checkpointing=checkpointing)
+        scorer = ShardScorer(
+            checkpoint,
+            getattr(torch, params.dtype),
+            windows_ST,
+            criteria,
+            seed=params.seed,
+            micro_batch_size=settings.micro_batch_size,
+            world=world,
+            sharding=choose_sharding(context.runtime.sharding, need, world),
+            structures=[units.kind for units in kinds],
+            activation_checkpointing=checkpointing,
+            totals=totals,
+            student=_given_student(context, criteria),
+        )
 
         def score(shard: int, counts: bool) -> Mapping[str, Tensor]:
             longest = len(shards[totals.next_shard])  # only the very last shard is shorter
@@ -130,39 +136,13 @@ def _accumulate(
             context.progress.update("calibration", totals.next_shard, len(shards))
             totals.add_round(score)
             try:
-                context.interruption.stop_if_agreed(context.world)
+                context.interruption.stop_if_agreed(world)
             except Interrupted:
                 totals.save()
                 raise
         scorer.release()
     context.progress.update("calibration", len(shards), len(shards))
     return totals
-
-
-def _scorer(
-    context: Context,
-    checkpoint: Checkpoint,
-    windows_ST: Tensor,
-    criteria: Sequence[Criterion],
-    totals: Accumulation,
-) -> ShardScorer:
-    """Load the model, ready to score."""
-    params = context.params
-    need = params.pass_over(checkpoint, checkpointing=context.runtime.activation_checkpointing)
-    return ShardScorer(
-        checkpoint,
-        getattr(torch, params.dtype),
-        windows_ST,
-        criteria,
-        seed=params.seed,
-        micro_batch_size=params.calibration.micro_batch_size,
-        world=context.world,
-        sharding=choose_sharding(context.runtime.sharding, need, context.world),
-        structures=list(_scored_units(context, checkpoint)),
-        activation_checkpointing=context.runtime.activation_checkpointing,
-        totals=totals,
-        student=_given_student(context, criteria),
-    )
 
 
 def _given_student(context: Context, criteria: Sequence[Criterion]) -> GivenStudent | None:
@@ -192,34 +172,57 @@ def _score_layers(
 
     Criteria that need moments see the windows a second time, layer by layer.
     """
-    world, kinds = context.world, _scored_units(context, checkpoint)
+    world, kinds = context.world, checkpoint.pruned_kinds(context.params.structures)
     windows, tokens, seed = len(windows_ST), windows_ST.numel(), context.params.seed
-    has_gradients = any(criterion.observes == "weight_gradients" for criterion in criteria)
     scores: dict[str, Tensor] = {}
 
-    def solve(kinds: Mapping[str, ScoredLayer]) -> None:
-        for kind, layer in kinds.items():
-            scores.update(_layer_scores(kind, layer, criteria, totals))
+    def solve(layers: Sequence[tuple[str, ScoredLayer]]) -> None:
+        for kind, layer in layers:
+            for criterion in criteria:
+                if kind in criterion.units:
+                    name = score_name(layer.number, criterion.name, kind)
+                    scores[name] = _score(name, layer, criterion, totals)
 
     turns = Turns(range(checkpoint.num_layers), world, solve)
-    for number, grams in _grams_of_layers(context, checkpoint, criteria, windows_ST, turns.owner):
-        mine = turns.owner(number) == world.rank
-        read_gradient = partial(_mean_of, totals, number, windows) if has_gradients else None
-        layers = {
-            kind: scored_layer(
-                checkpoint,
-                units,
-                number,
-                seed,
-                tokens,
-                moments=(grams[kind].whole(), _mean_of(totals, number, tokens, kind)) if grams else None,
-                read_gradient=read_gradient,
-            )
-            for kind, units in (kinds.items() if mine else ())
-        }
-        turns.add(number, layers if mine else None)
+    has_gradients = any(criterion.observes == "weight_gradients" for criterion in criteria)
+    passed: Iterable[Mapping[str, Sequence[Grams]]] = [{}] * checkpoint.num_layers
+    if any(criterion.needs_moments for criterion in criteria):
+        passed = _grams_of_layers(context, checkpoint, windows_ST, kinds, turns.owner)
+    for number, grams in enumerate(passed):
+        layers = None
+        if turns.owner(number) == world.rank:
+            gradients = partial(_mean_of, totals, number, windows) if has_gradients else None
+            layers = []
+            for units in kinds:
+                kind, moments = units.kind, None
+                if grams:
+                    moments = grams[kind][0].whole(), _mean_of(totals, number, tokens, kind)
+                made = scored_layer(checkpoint, units, number, seed, tokens, moments=moments, read_gradient=gradients)
+                layers.append((kind, made))
+        turns.add(number, layers)
         context.interruption.stop_if_agreed(world)
     return {name: scores_U for share in world.all_gather(scores) for name, scores_U in share.items()}
+
+
+def _grams_of_layers(
+    context: Context,
+    checkpoint: Checkpoint,
+    windows_ST: Tensor,
+    kinds: Sequence[Units],
+    owner: Callable[[int], int],
+) -> Iterator[Mapping[str, Sequence[Grams]]]:
+    """Yield, layer by layer, the Gram matrices of what its units' outputs are read from, by kind, whole on the layer's
+    owner. Collective.
+    """
+    params = context.params
+    context.check_layers(checkpoint, windows_ST, params.dtype)
+    size = params.calibration.micro_batch_size
+    stream = LayerStream(checkpoint, windows_ST, getattr(torch, params.dtype), size, context.world)
+    for number, layer in stream.layers(range(checkpoint.num_layers)):
+        grams = stream.grams(number, layer, kinds, owner(number))
+        del layer
+        yield grams
+        context.progress.update("moments", number + 1, checkpoint.num_layers)
 
 
 def _mean_of(totals: Accumulation, number: int, terms: int, name: str) -> Tensor:
@@ -227,46 +230,13 @@ def _mean_of(totals: Accumulation, number: int, terms: int, name: str) -> Tensor
     return totals.matrix(name, number).div_(terms)
 
 
-def _grams_of_layers(
-    context: Context,
-    checkpoint: Checkpoint,
-    criteria: Sequence[Criterion],
-    windows_ST: Tensor,
-    owner: Callable[[int], int],
-) -> Iterator[tuple[int, Mapping[str, Grams]]]:
-    """Yield each layer's number with the Gram matrices of what its units' outputs are read from, by kind, whole on the
-    layer's owner; without them if no criterion needs moments. Collective.
-    """
-    layers, params = range(checkpoint.num_layers), context.params
-    if not any(criterion.needs_moments for criterion in criteria):
-        yield from ((number, {}) for number in layers)
-        return
-    dtype, size = getattr(torch, params.dtype), params.calibration.micro_batch_size
-    context.check_layers(checkpoint, windows_ST, params.dtype)
-    stream, kinds = LayerStream(checkpoint, windows_ST, dtype, size, context.world), _scored_units(context, checkpoint)
-    for number, layer in stream.layers(layers):
-        grams = stream.grams(number, layer, list(kinds.values()), owner(number))
-        del layer
-        yield number, {kind: grams[kind][0] for kind in kinds}
-        context.progress.update("moments", number + 1, len(layers))
-
-
-def _layer_scores(
-    kind: str, layer: ScoredLayer, criteria: Sequence[Criterion], totals: Accumulation
-) -> dict[str, Tensor]:
-    scores = {}
-    for criterion in criteria:
-        if kind not in criterion.units:
-            continue
-        name = score_name(layer.number, criterion.name, kind)
-        scores_U = totals.sums.get(name, torch.zeros(0, dtype=torch.float64))
-        if criterion.score is not None and layer.units:
-            with explaining(layer.number):
-                scores_U = criterion.score(scores_U, layer)
-        if not scores_U.isfinite().all():
-            raise UserError(
-                f"importance: {criterion.name} of layer {layer.number} is NaN or infinite; "
-                "check the checkpoint's weights"
-            )
-        scores[name] = scores_U.clone()
-    return scores
+def _score(name: str, layer: ScoredLayer, criterion: Criterion, totals: Accumulation) -> Tensor:
+    scores_U = totals.sums.get(name, torch.zeros(0, dtype=torch.float64))
+    if criterion.score is not None and layer.units:
+        with explaining(layer.number):
+            scores_U = criterion.score(scores_U, layer)
+    if not scores_U.isfinite().all():
+        raise UserError(
+            f"importance: {criterion.name} of layer {layer.number} is NaN or infinite; check the checkpoint's weights"
+        )
+    return scores_U.clone()

@@ -7,10 +7,8 @@ from hfprune_dist.kinds.training import LoraPruneParameters
 from hfprune_dist.planning.shapes import shape_for
 from hfprune_dist.planning.target import Target
 from hfprune_dist.stages.context import Context
-from hfprune_dist.stages.shape_metrics import shape_metrics
-from hfprune_dist.stages.training import train_on_instructions, write_model
+from hfprune_dist.stages.training import train_on_instructions
 from hfprune_dist.structures.kept import Shape
-from hfprune_dist.training.loraprune import UnitMasks
 
 
 def run(context: Context[LoraPruneParameters]) -> None:
@@ -20,7 +18,4 @@ def run(context: Context[LoraPruneParameters]) -> None:
     params, checkpoint = context.params, open_checkpoint(context.input_path("model"))
     whole = shape_for(Target.of(checkpoint, params, params.ratio, context.stage.label))
     shape = Shape(whole.layers, {kind: whole.units[kind] for kind in params.structures})
-    trained, metrics = train_on_instructions(context, checkpoint, masked_to=shape)
-    kept = UnitMasks(checkpoint.structures, shape, trained.units).kept()
-    draft = write_model(context, checkpoint, params.recovery, trained, kept)
-    context.commit(draft, shape_metrics(checkpoint, kept.shape, checkpoint.config) | metrics)
+    train_on_instructions(context, checkpoint, masked_to=shape)

@@ -5,11 +5,9 @@ from __future__ import annotations
 from hfprune_dist.checkpoints.checkpoint import open_checkpoint
 from hfprune_dist.kinds.training import RecoverParameters
 from hfprune_dist.stages.context import Context
-from hfprune_dist.stages.training import train_on_instructions, write_model
+from hfprune_dist.stages.training import train_on_instructions
 
 
 def run(context: Context[RecoverParameters]) -> None:
     """Write a Hugging Face folder that plain transformers loads, with ``adapter/`` and ``loss.jsonl`` in it."""
-    checkpoint = open_checkpoint(context.input_path("model"))
-    trained, metrics = train_on_instructions(context, checkpoint)
-    context.commit(write_model(context, checkpoint, context.params.recovery, trained), metrics)
+    train_on_instructions(context, open_checkpoint(context.input_path("model")))

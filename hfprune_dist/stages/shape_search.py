@@ -1,205 +1,372 @@
-"""Measurements of shapes in a prune stage: many with a cheap refit, then finalists that are fitted layer by layer.
+"""What stays by score: in a shape that the ratio decides, that scores decide, or that is found by measuring candidates.
 
-No shape is measured on windows that its refit was fitted to, and finalists are compared on windows that nothing else in
-the stage sees. Fitting layer by layer makes up for more where layers are gone, which cheap refits can't show. So the
-closest shape is tried with fewer layers as well, as long as that helps.
+``plain`` shapes are the same in all layers; in others, kinds of units and all layers compete for one budget. A search
+first orders the layers that may go by how little the model misses them. Candidates that drop none or some of them are
+measured with a cheap refit, then the best of them fitted layer by layer. No shape is measured on windows that its refit
+was fitted to, and those finalists are compared on windows that nothing else in the stage sees. Fitting layer by layer
+makes up for more where layers are gone, which cheap refits can't show. So the best finalist is tried with fewer layers
+as well, as long as that helps. Where layers compete, the search for widths continues with as many layers as it has.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cache, partial
+from itertools import islice
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from hfprune_dist.checkpoints.checkpoint import Checkpoint
-from hfprune_dist.core.width_search import drop_order
-from hfprune_dist.refit.candidates import CheapFits, FinishedLayers, Scored, candidates_of
+from hfprune_dist.core.allocation import EXCHANGE, Ladder, allocate_globally, layer_mean_one, standardized
+from hfprune_dist.core.width_search import (
+    MEASUREMENTS,
+    START,
+    Counts,
+    ReweightedShapes,
+    drop_order,
+    search_shapes,
+)
+from hfprune_dist.kinds.prune import PruneParameters
+from hfprune_dist.methods import CRITERIA
+from hfprune_dist.planning.shapes import name_of_plain, numbers_of_groups, shape_for, shapes_for, with_layers
+from hfprune_dist.planning.target import Target
+from hfprune_dist.refit.candidates import CheapFits, FinishedLayers, Scored, candidates_of, kept_of
 from hfprune_dist.refit.measurement import Candidate, Measurement, held_out_batches, one_by_one
 from hfprune_dist.refit.refitted_layers import RefittedLayers
-from hfprune_dist.stages.prune_refit import (
-    Context,
-    outputs_of_dense,
-    pruned_kinds,
-    refit_layers,
-    stream_of,
-)
-from hfprune_dist.store.atomic_files import read_object, write_json
-from hfprune_dist.store.hashing import digest_of
-from hfprune_dist.store.stage import STAGE_VERSIONS
-from hfprune_dist.structures import NEURONS
-from hfprune_dist.structures.kept import Kept
+from hfprune_dist.stages.prune_refit import Context, outputs_of_dense, pruned_kinds, refit_layers, stream_of
+from hfprune_dist.structures import KV_GROUPS, LAYERS, NEURONS
+from hfprune_dist.structures.kept import Kept, Shape
 
 # Windows for comparing candidates and for ordering layers, from those that refits hold out to choose their ridge.
 # Ordering needs fewer, since layers differ a lot, and takes the most candidates.
 WINDOWS, WINDOWS_OF_ORDER = 8, 2
-# Candidates with several structures are many, so they are compared on every second token; widths on every token.
-EVERY = 2
+EVERY = 2  # candidates are compared on every second token
 # One micro-batch of windows in this many is kept apart from everything else in the stage, to compare finalists.
 JUDGED_EVERY = 16
-# How many of the shapes that cheap refits leave closest are finalists.
+# How many of the shapes that cheap refits leave closest to the dense model are finalists.
 FINALISTS = 2
 # Shapes that cheap refits leave with more than this many times the least divergence aren't finalists. Better refits
 # reversed the order of a small model's shapes where that factor was 1.06 or 1.14, not where it was 1.30, 1.42 or 1.51.
 WORST_FINALIST = 1.25
 
 
-def may_be_closest(kls: Mapping[str, float]) -> list[str]:
-    """The shapes, at least one, that may turn out to be the closest; the closest after a cheap refit first."""
-    closest = min(kls.values())
-    farthest = max(closest, WORST_FINALIST * closest)  # rounding can make a divergence of zero negative
-    return [shape for shape in sorted(kls, key=kls.__getitem__) if kls[shape] <= farthest]
+def decide_shape(
+    context: Context, checkpoint: Checkpoint, scores: Mapping[str, Sequence[Tensor]]
+) -> tuple[Kept, dict[str, Any]]:
+    """What stays, and metrics of the search if there was one.
+
+    Args:
+        scores: kind -> scores of each layer's units.
+    """
+    params = context.params
+    kinds = [Scored(units, scores[units.kind]) for units in pruned_kinds(context, checkpoint)]
+    target = Target.of(checkpoint, params, params.ratio, context.stage.label)
+    metrics: dict[str, Any] = {}
+    if params.allocation == "plain":
+        found, metrics = _Search(context, checkpoint, kinds, target).plain_shape()
+    elif params.allocation == "searched":
+        contest = Contest.of(params, checkpoint, kinds, target)
+        found, metrics = _Search(context, checkpoint, kinds, target).any_shape(contest)
+    elif target.competes:
+        contest = Contest.of(params, checkpoint, kinds, target)
+        rate = EXCHANGE if params.allocation == "global" else 1.0
+        counts = allocate_globally([*contest.neurons, *(it.dearer(rate) for it in contest.others)], contest.removals)
+        found = contest.candidate(counts)
+    else:
+        found = _candidate_of(kinds, shape_for(target))
+    return kept_of(kinds, found), metrics
 
 
-class ShapeSearch:
-    """Measures a stage's candidates, and fits and compares the best of them.
+def _candidate_of(kinds: Sequence[Scored], shape: Shape) -> Candidate:
+    """The candidate with a shape.
+
+    Args:
+        kinds: in the order of a choice's numbers.
+    """
+    choices = dict(zip(shape.layers, zip(*(shape.units[it.units.kind] for it in kinds), strict=True), strict=True))
+    return tuple(choices.get(layer) for layer in range(kinds[0].units.num_layers))
+
+
+@dataclass(frozen=True)
+class Contest:
+    """Units, of one or more kinds in the layers that stay, compete over which of them a model loses.
+
+    Attributes:
+        ladders: for each kind, neurons first, one for each layer that stays.
+        removals: parameters that the ladders are to lose; negative if the layers that went had more than the budget.
+    """
+
+    checkpoint: Checkpoint
+    ladders: Sequence[Sequence[Ladder]]
+    removals: int
+
+    @classmethod
+    def of(cls, params: PruneParameters, checkpoint: Checkpoint, kinds: Sequence[Scored], target: Target) -> Contest:
+        """The contest in which all layers stay."""
+        per_unit = checkpoint.parameter_counts.units
+        ladders = []
+        for it, scores in zip(kinds, _comparable(params, checkpoint, kinds), strict=True):
+            kind = it.units.kind
+            multiple_of = params.multiple_of if kind == NEURONS else params.tensor_parallel
+            rungs = zip(scores, target.fewest(kind), strict=True)
+            ladders.append([Ladder(layer, *rung, per_unit[kind], multiple_of) for layer, rung in enumerate(rungs)])
+        # Of neurons alone, a whole number goes.
+        smallest = per_unit[NEURONS] if len(kinds) == 1 and not target.droppable else 1
+        return cls(checkpoint, ladders, round(target.removals / smallest) * smallest)
+
+    def without(self, gone: Collection[int]) -> Contest:
+        """The same contest once some layers are gone, whose parameters count as removed."""
+        ladders = [[ladder for ladder in of_kind if ladder.layer not in gone] for of_kind in self.ladders]
+        of_layers = self.checkpoint.parameter_counts.layers
+        return Contest(self.checkpoint, ladders, self.removals - sum(of_layers[layer] for layer in gone))
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """Numbers of the layers that stay."""
+        return tuple(ladder.layer for ladder in self.neurons)
+
+    @property
+    def neurons(self) -> Sequence[Ladder]:
+        return self.ladders[0]
+
+    @property
+    def others(self) -> Sequence[Ladder]:
+        """Ladders of the kinds other than neurons."""
+        return [ladder for of_kind in self.ladders[1:] for ladder in of_kind]
+
+    @property
+    def removable(self) -> int:
+        """The most parameters that can go."""
+        return sum((it.most - it.least) * it.parameters for of_kind in self.ladders for it in of_kind)
+
+    def reweighted(self) -> ReweightedShapes:
+        """The family of shapes to search."""
+        return ReweightedShapes(self.neurons, self.others, self.removals)
+
+    def allows(self, counts: Counts) -> bool:
+        """Whether every layer has that many units, and none would keep fewer than it must."""
+        ladders = [*self.neurons, *self.others]
+        return all(it.least <= count <= it.most for count, it in zip(counts, ladders, strict=True))
+
+    def candidate(self, counts: Sequence[int]) -> Candidate:
+        """The candidate that keeps these numbers of units, given in the order of the ladders."""
+        size = len(self.layers)
+        of_kinds = [counts[start : start + size] for start in range(0, len(counts), size)]
+        choices = dict(zip(self.layers, zip(*of_kinds, strict=True), strict=True))
+        return tuple(choices.get(layer) for layer in range(self.checkpoint.num_layers))
+
+
+def _comparable(params: PruneParameters, checkpoint: Checkpoint, kinds: Sequence[Scored]) -> list[Sequence[Tensor]]:
+    """Non-negative scores of each kind on one scale for all layers and kinds; what competes is a score divided by the
+    number of its unit's parameters.
+    """
+    criterion = CRITERIA[params.criterion]
+    of_kinds: list[Sequence[Tensor]] = [it.scores for it in kinds]
+    if params.allocation == "standardized":  # a unit's score, whatever its size, shifted so that the smallest is 0
+        of_kinds = [standardized(scores, in_deviations=criterion.in_deviations) for scores in of_kinds]
+        smallest = min(float(scores_U.min()) for scores in of_kinds for scores_U in scores)
+        of_kinds = [[scores_U - smallest for scores_U in scores] for scores in of_kinds]
+    elif criterion.in_nats:
+        return of_kinds
+    else:  # on average, a parameter counts the same in every kind and layer
+        of_kinds = [layer_mean_one(scores) for scores in of_kinds]
+    per_unit = checkpoint.parameter_counts.units
+    sizes = [per_unit[it.units.kind] / per_unit[NEURONS] for it in kinds]
+    return [[scores_U * size for scores_U in scores] for size, scores in zip(sizes, of_kinds, strict=True)]
+
+
+class _Search:
+    """Candidates, and how far from the dense model refits leave each of them.
 
     Args:
         kinds: the units that may go with their scores, in the order of a choice's numbers.
-        has_finals: whether finalists may be compared; otherwise no windows are kept apart.
-
-    Attributes:
-        finalists_kl: each finalist's divergence from the dense model, nats per token.
     """
 
-    def __init__(self, context: Context, checkpoint: Checkpoint, kinds: Sequence[Scored], *, has_finals: bool) -> None:
-        self.context = context
-        self.checkpoint = checkpoint
-        self.kinds = kinds
-        self.finalists_kl: dict[str, float] = {}
-        self._finalists: dict[str, tuple[Kept, RefittedLayers]] = {}
-        self._of_widths_alone = context.params.structures == [NEURONS]
-        windows_ST = context.calibration_windows()
-        batches = windows_ST.split(context.params.forward_pass()[1])
+    def __init__(self, context: Context, checkpoint: Checkpoint, kinds: Sequence[Scored], target: Target) -> None:
+        self._context = context
+        self._checkpoint = checkpoint
+        self._kinds = kinds
+        self._target = target
+        self._refits = context.params.refit != "none"
+        windows_ST, (dtype, size) = context.calibration_windows(), context.params.forward_pass()
+        self._dtype = getattr(torch, dtype)
+        batches = windows_ST.split(size)
         apart = max(1, len(batches) // JUDGED_EVERY)
+        has_finals = context.params.allocation == "plain" or LAYERS in context.params.structures
         if has_finals and len(batches) > 1:
-            self._seen_ST, judged_ST = torch.cat(batches[:-apart]), torch.cat(batches[-apart:])
+            self._seen_ST, self._judged_ST = torch.cat(batches[:-apart]), torch.cat(batches[-apart:])
         else:  # a single micro-batch is both seen and judged
-            self._seen_ST = judged_ST = windows_ST
+            self._seen_ST = self._judged_ST = windows_ST
+        compared_ST = torch.cat([*held_out_batches(self._seen_ST, size, WINDOWS).values()])[:WINDOWS]
+        self._compared = one_by_one(compared_ST)
         # The dense model's outputs; one pass through its layers, which is collective, serves all measurements.
-        self._outputs = cache(partial(outputs_of_dense, context, checkpoint, self._compared(WINDOWS)))
-        self._comparison = Measurement(
-            checkpoint,
-            lambda: FinishedLayers(list(self._finalists.values())),
-            one_by_one(judged_ST),
-            reference=cache(partial(outputs_of_dense, context, checkpoint, one_by_one(judged_ST))),
-            dtype=getattr(torch, context.params.forward_pass()[0]),
-            world=context.world,
-            after_each=context.reporting("comparison", checkpoint.num_layers),
+        self._outputs = cache(partial(outputs_of_dense, context, checkpoint, self._compared))
+
+    def plain_shape(self) -> tuple[Candidate, dict[str, Any]]:
+        """Of the shapes that are the same in all layers, the one that is measured to be closest, and metrics.
+
+        Finalists are that which prunes only MLPs, and the best others.
+        """
+        num_layers, planned = self._checkpoint.num_layers, shapes_for(self._target)
+        order = self._layers_in_order(num_layers - min(len(shape.layers) for shape in planned))
+        shapes, as_planned = [], []
+        for it in planned:
+            gone = order[: num_layers - len(it.layers)]
+            layers = tuple(layer for layer in range(num_layers) if layer not in gone)
+            as_planned.append(replace(it, layers=layers))
+            if (shape := with_layers(self._target, layers, it.units[KV_GROUPS][0])) is not None:
+                shapes.append(shape)
+        named = {name_of_plain(shape): shape for shape in shapes or as_planned}
+        candidates = {name: _candidate_of(self._kinds, shape) for name, shape in named.items()}
+        measurement = self._measurement("shapes", refit=self._refits, measurements=1)
+        kls = dict(zip(candidates, measurement.kl([*candidates.values()]), strict=True))
+        groups = {name: shape.units[KV_GROUPS][0] for name, shape in named.items()}
+        most = self._target.groups.most
+        mlp_alone = {name for name, it in named.items() if (len(it.layers), groups[name]) == (num_layers, most)}
+        best, finalists = self._best(candidates, kls, groups, mlp_alone)
+        return candidates[best], {"layers_in_order_of_dropping": order, "search_kl": kls, **finalists}
+
+    def any_shape(self, contest: Contest) -> tuple[Candidate, dict[str, Any]]:
+        """The shape that is measured to be closest, and metrics.
+
+        Args:
+            contest: the one in which all layers stay.
+        """
+        order = self._layers_in_order(self._target.most_layers_gone())
+        steps = range(0, len(order) + 1, self._target.step_of_layers)
+        contests = _possible([contest.without(order[:gone]) for gone in steps]) or [contest.without(order)]
+        measurement = self._measurement("search", refit=self._refits, measurements=MEASUREMENTS + (len(contests) > 1))
+        kls: dict[str, float] = {}
+        metrics: dict[str, Any] = {"layers_in_order_of_dropping": order} if order else {}
+        if len(contests) > 1:
+            named = {f"{len(it.layers)} layers": it for it in contests}
+            candidates = {name: it.candidate(it.reweighted().counts(START)) for name, it in named.items()}
+            kls = dict(zip(named, measurement.kl([*candidates.values()]), strict=True))
+            best, finalists = self._best(candidates, kls, dict.fromkeys(named, 0))
+            contests, metrics = [named[best]], metrics | finalists
+        contest = contests[0]
+        found = search_shapes(
+            contest.reweighted(),
+            self._plain_within(contest),
+            lambda many: measurement.kl([contest.candidate(counts) for counts in many]),
         )
+        return contest.candidate(found.counts), metrics | {"search_kl": kls | found.candidates}
 
-    # With a cheap refit, or none.
+    def _plain_within(self, contest: Contest) -> dict[str, Counts]:
+        """Name -> shape that is the same in all layers of a contest, for those that the contest allows."""
+        found: dict[str, Counts] = {}
+        for groups in numbers_of_groups(self._target) if self._checkpoint.is_uniform else ():
+            shape = with_layers(self._target, contest.layers, groups)
+            if shape is not None:
+                name = f"{shape.units[KV_GROUPS][0]} KV groups, width {shape.units[NEURONS][0]} everywhere"
+                found[name] = tuple(count for it in self._kinds for count in shape.units[it.units.kind])
+        return {name: counts for name, counts in found.items() if contest.allows(counts)}
 
-    def measurement(self, phase: str, *, refit: bool, measurements: int, windows: int = WINDOWS) -> Measurement:
-        """Return a measurement of candidates.
+    def _measurement(self, phase: str, *, refit: bool, measurements: int, windows: int = WINDOWS) -> Measurement:
+        """A measurement of candidates with a cheap refit, or none.
 
         Args:
             phase: its name in progress reports.
             measurements: how many times it will be called.
             windows: the most windows that candidates are compared on.
         """
-        context, checkpoint = self.context, self.checkpoint
+        context, checkpoint = self._context, self._checkpoint
 
         def variants() -> CheapFits:
             stream = stream_of(context, checkpoint, self._seen_ST) if refit else None
-            return CheapFits(self.kinds, stream, context.world)
+            return CheapFits(self._kinds, stream, context.world)
 
         return Measurement(
             checkpoint,
             variants,
-            self._compared(windows),
+            dict(islice(self._compared.items(), windows)),
             reference=self._outputs,
-            dtype=getattr(torch, context.params.forward_pass()[0]),
+            every=EVERY,
+            dtype=self._dtype,
             world=context.world,
-            every=self._every,
             after_each=context.reporting(phase, measurements * checkpoint.num_layers),
         )
 
-    def layers_in_order(self, droppable: Sequence[int], count: int) -> list[int]:
-        """Return the ``count`` droppable layers that the model misses least, in the order in which they go.
-
-        The store keeps what was measured for stages with other ratios and methods, as far as they measure the same.
-        """
+    def _layers_in_order(self, count: int) -> list[int]:
+        """The ``count`` droppable layers that the model misses least, in the order in which they go."""
         if not count:
             return []
-        world, file = self.context.world, self.context.store.root / "layers" / self._key_of_order()
-        measurement = self.measurement("layers", refit=False, measurements=count, windows=WINDOWS_OF_ORDER)
-        known: dict[str, float] = world.on_rank0(lambda: read_object(file) or {})
+        measurement = self._measurement("layers", refit=False, measurements=count, windows=WINDOWS_OF_ORDER)
+        whole = [tuple(len(it.scores[layer]) for it in self._kinds) for layer in range(self._checkpoint.num_layers)]
 
-        def save() -> None:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            write_json(file, known)
+        def measure(sets: Sequence[tuple[int, ...]]) -> Sequence[float]:
+            without = [tuple(None if layer in gone else it for layer, it in enumerate(whole)) for gone in sets]
+            return measurement.kl(without)
 
-        def measure(sets: Sequence[tuple[int, ...]]) -> list[float]:
-            names = {" ".join(map(str, gone)): gone for gone in sets}
-            if unknown := [name for name in names if name not in known]:
-                kls = measurement.kl([self._whole_without(names[name]) for name in unknown])
-                known.update(zip(unknown, kls, strict=True))
-                world.on_rank0(save)
-            return [known[name] for name in names]
+        return drop_order(self._target.droppable, count, measure)
 
-        return drop_order(droppable, count, measure)
-
-    def _key_of_order(self) -> str:
-        """File name of the results that order layers, made from everything that they depend on."""
-        content = {
-            "version": STAGE_VERSIONS["prune"],
-            "model": self.context.stage.inputs["model"].identity,
-            "windows": [ids_ST.tolist() for ids_ST in self._compared(WINDOWS_OF_ORDER).values()],
-            "forward_pass": self.context.params.forward_pass(),
-            "every": self._every,
-            "kinds": [it.units.kind for it in self.kinds],
-        }
-        return f"{digest_of(content)[:20]}.json"
-
-    @property
-    def _every(self) -> int:
-        return 1 if self._of_widths_alone else EVERY
-
-    def _compared(self, windows: int) -> dict[int, Tensor]:
-        """Micro-batches on which candidates are compared; of one window each if candidates are many."""
-        batches = held_out_batches(self._seen_ST, self.context.params.forward_pass()[1], windows)
-        if self._of_widths_alone:
-            return batches
-        return one_by_one(torch.cat([*batches.values()])[:windows])
-
-    def _whole_without(self, gone: Sequence[int]) -> Candidate:
-        return tuple(
-            None if layer in gone else tuple(len(it.scores[layer]) for it in self.kinds)
-            for layer in range(self.checkpoint.num_layers)
-        )
-
-    # Fitted layer by layer.
-
-    def closest(
-        self, first: Sequence[str], kept: Callable[[str], Kept], with_fewer_layers: Callable[[str], str | None]
-    ) -> str:
-        """The shape that is closest once its layers have been fitted one by one.
+    def _best(
+        self,
+        candidates: Mapping[str, Candidate],
+        kls: Mapping[str, float],
+        families: Mapping[str, int],
+        always: Collection[str] = (),
+    ) -> tuple[str, dict[str, Any]]:
+        """The candidate that is closest to the dense model once its layers have been fitted one by one, and metrics.
 
         Args:
-            first: the shapes to compare first; among equally close ones, the first wins.
-            kept: returns what the shape with a name keeps; collective.
-            with_fewer_layers: returns what else to try if the given shape is the closest; None for nothing.
+            kls: name -> divergence after a cheap refit.
+            families: name -> what a candidate has in common with those that are tried for having fewer layers.
+            always: candidates that become finalists if they are not far from the best.
         """
-        best, *rivals = first
-        ahead = first if rivals or with_fewer_layers(best) else []
-        while ahead:
-            for shape in ahead:
-                keeps = kept(shape)
-                self._finalists[shape] = keeps, self._fitted(shape, keeps)
-            candidates = candidates_of([keeps for keeps, _ in self._finalists.values()], self.checkpoint.num_layers)
-            self.finalists_kl = dict(zip(self._finalists, self._comparison.kl(candidates), strict=True))
-            best = min(self.finalists_kl, key=self.finalists_kl.__getitem__)
-            fewer = with_fewer_layers(best)
-            ahead = [] if fewer is None or fewer in self.finalists_kl else [fewer]
-        return best
+        closest = min(kls.values())
+        if not self._refits:
+            return min(kls, key=kls.__getitem__), {}
+        farthest = max(closest, WORST_FINALIST * closest)  # rounding can make a divergence of zero negative
+        competing = [name for name in sorted(kls, key=kls.__getitem__) if kls[name] <= farthest]
+        layers = {name: sum(it is not None for it in candidates[name]) for name in competing}
 
-    def _fitted(self, shape: str, kept: Kept) -> RefittedLayers:
-        """Refit a shape by least squares only: further steps take several times as long, and don't change the order."""
-        context, checkpoint = self.context, self.checkpoint
-        folder = context.work / f"final-{re.sub('[^a-zA-Z0-9]+', '-', shape)}"
-        fitted = RefittedLayers(checkpoint, pruned_kinds(context, checkpoint), whole_mlp=False, folder=folder)
-        refit_layers(context, checkpoint, kept, self._seen_ST, fitted, phase="finalists")
-        return fitted
+        def with_fewer_layers(name: str) -> str | None:
+            fewer = [it for it in competing if families[it] == families[name] and layers[it] < layers[name]]
+            return max(fewer, key=layers.__getitem__, default=None)
+
+        ahead = [name for name in competing if name in always]
+        ahead += [name for name in competing if name not in always][:FINALISTS]
+        best = ahead[0]
+        if len(ahead) == 1 and with_fewer_layers(best) is None:
+            return best, {}
+        context, checkpoint, judged = self._context, self._checkpoint, one_by_one(self._judged_ST)
+        finalists: dict[str, tuple[Kept, RefittedLayers]] = {}
+        comparison = Measurement(
+            checkpoint,
+            lambda: FinishedLayers([*finalists.values()]),
+            judged,
+            reference=cache(partial(outputs_of_dense, context, checkpoint, judged)),
+            dtype=self._dtype,
+            world=context.world,
+            after_each=context.reporting("comparison", checkpoint.num_layers),
+        )
+        while ahead:
+            for name in ahead:
+                kept = context.world.broadcast(kept_of(self._kinds, candidates[name]))
+                folder = f"final-{re.sub('[^a-zA-Z0-9]+', '-', name)}"
+                # By least squares only: further steps take several times as long, and don't change the order.
+                fitted = refit_layers(
+                    context, checkpoint, kept, self._seen_ST, folder, phase="finalists", whole_mlp=False
+                )
+                finalists[name] = kept, fitted
+            models = candidates_of([kept for kept, _ in finalists.values()], checkpoint.num_layers)
+            finalists_kl = dict(zip(finalists, comparison.kl(models), strict=True))
+            best = min(finalists_kl, key=finalists_kl.__getitem__)
+            following = with_fewer_layers(best)
+            ahead = [] if following is None or following in finalists else [following]
+        return best, {"finalists_kl": finalists_kl}
+
+
+def _possible(contests: Sequence[Contest]) -> list[Contest]:
+    """The contests whose units can make up the ratio; if dropped layers always exceed it, the one with most layers.
+
+    Args:
+        contests: those with most layers first.
+    """
+    enough = [it for it in contests if it.removals <= it.removable]
+    return [it for it in enough if it.removals >= 0] or enough[:1]

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+import re
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from hfprune_dist.checkpoints.checkpoint import Checkpoint
+from hfprune_dist.checkpoints.lora_adapter import lora_targets, merge_weight_file, read_adapter, write_adapter
+from hfprune_dist.checkpoints.pruned_config import pruned_config, write_kept
 from hfprune_dist.checkpoints.tensor_files import is_usable
 from hfprune_dist.checkpoints.token_costs import training_cost
+from hfprune_dist.checkpoints.write_pruned import write_companions
 from hfprune_dist.config.section import TextSource
 from hfprune_dist.config.training import LoraTraining, rows_trained
 from hfprune_dist.data.instructions import (
@@ -25,101 +30,135 @@ from hfprune_dist.data.instructions import (
 from hfprune_dist.data.schedule import RowReader, Schedule
 from hfprune_dist.data.text import read_texts
 from hfprune_dist.data.tokenizer import load_tokenizer, require_eos
-from hfprune_dist.kinds.training import DistillParameters, RecoverParameters
+from hfprune_dist.distributed.world import World
+from hfprune_dist.kinds.training import RecoverParameters
 from hfprune_dist.stages.context import Context
+from hfprune_dist.stages.shape_metrics import shape_metrics
+from hfprune_dist.store.atomic_files import write_text
 from hfprune_dist.store.hashing import FileHashes, digest_of
+from hfprune_dist.store.heartbeat import Progress
 from hfprune_dist.store.stage import STAGE_VERSIONS
 from hfprune_dist.structures.kept import Kept, Shape
-from hfprune_dist.training.fine_tuning import FineTuning
-from hfprune_dist.training.snapshots import Snapshot
-from hfprune_dist.training.trainer import fine_tune
-from hfprune_dist.training.write_merged import write_merged, write_trained
+from hfprune_dist.training.loraprune import UnitMasks
+from hfprune_dist.training.trainer import Attempt, FineTuning, Snapshot, fine_tune
 
+TRACKING = "tracking"  # next to the store: a folder of its own for what each training tells trackers
+LONGEST_TITLE = 96
+ADAPTER_FOLDER, LOSSES = "adapter", "loss.jsonl"
 PAIRS_AT_ONCE = 2000
 # The settings that decide what is in the packed rows.
 ROW_SETTINGS = {*TextSource.model_fields, "instruction_field", "response_field", "samples", "sequence_length"}
 
 
 def train(
-    context: Context[DistillParameters] | Context[RecoverParameters],
+    context: Context[Any],
     checkpoint: Checkpoint,
+    section: str,
     settings: LoraTraining,
     rows: RowReader,
     schedule: Schedule,
-    *,
-    section: str,
     total_steps: int,
     warmup_steps: int,
+    metrics: Mapping[str, Any],
+    *,
     distills: bool = False,
     masked_to: Shape | None = None,
-) -> Snapshot:
-    """Train LoRA, or resume where an earlier attempt was interrupted; see ``FineTuning``."""
-    runtime = context.runtime
+) -> None:
+    """Train LoRA, or resume where an earlier attempt was interrupted, and commit a Hugging Face folder with what was
+    learnt merged in; for most arguments see ``FineTuning``.
+
+    Args:
+        metrics: further ones for the manifest.
+    """
+    title = re.sub("[^A-Za-z0-9._]+", "-", f"{context.stage.label} {context.stage.kind}")[:LONGEST_TITLE]
+    root = context.store.root
+    run_folder = root.parent / TRACKING / f"{title}-{digest_of([context.stage.id, str(root.resolve())])[:8]}"
     task = FineTuning(
         checkpoint=checkpoint,
         section=section,
         settings=settings,
         seed=context.params.seed,
         rows=rows,
-        distills=distills,
         schedule=schedule,
         total_steps=total_steps,
         warmup_steps=warmup_steps,
-        save_every_steps=runtime.save_every_steps,
-        timeout_minutes=runtime.collective_timeout_minutes,
-        run_folder=context.run_folder,
-        report_to=runtime.report_to,
-        sharding=runtime.sharding,
+        runtime=context.runtime,
+        run_folder=run_folder,
+        distills=distills,
         masked_to=masked_to,
     )
-    return fine_tune(task, context.work / "snapshots", context.world, context.progress, context.interruption)
+    snapshot = context.work / "snapshot.safetensors"
+    trained = fine_tune(task, Attempt(snapshot, context.world, context.progress, context.interruption))
+    losses = [line["loss"] for line in trained.losses]
+    metrics = {**metrics, "steps": len(losses), "first_loss": losses[0], "final_loss": losses[-1]}
+    kept = None
+    if masked_to is not None:
+        kept = UnitMasks(checkpoint.structures, masked_to, trained.tensors).kept()
+        metrics |= shape_metrics(checkpoint, kept.shape, checkpoint.config)
+    draft = context.open_draft()
+    write_merged(checkpoint, trained, settings, draft, context.world, context.progress, kept)
+    context.commit(draft, metrics)
 
 
-def write_model(
-    context: Context[Any], checkpoint: Checkpoint, settings: LoraTraining, trained: Snapshot, kept: Kept | None = None
-) -> Path:
-    """Write a Hugging Face folder with what was learnt merged in, ``adapter/`` and ``loss.jsonl``; return the draft.
+def write_merged(
+    checkpoint: Checkpoint,
+    trained: Snapshot,
+    settings: LoraTraining,
+    draft: Path,
+    world: World,
+    progress: Progress,
+    kept: Kept | None = None,
+) -> None:
+    """Write a Hugging Face folder with the checkpoint's layout and what was learnt merged in, and ``adapter/`` and
+    ``loss.jsonl`` beside it. Each rank writes a share of the weight files.
 
     Args:
-        kept: the units that stay after merging, also written to ``kept.json``; None for all of them.
+        kept: the units of all layers that stay after merging, also written to ``kept.json``; None for all of them.
+
+    Raises:
+        UserError: as ``merge_weight_file`` does.
     """
-    draft = context.open_draft()
-    context.world.on_rank0(lambda: write_trained(checkpoint, trained, settings, draft))
-    write_merged(checkpoint, draft, context.world, context.progress, kept)
-    return draft
+
+    def write_trained() -> None:
+        targets = lora_targets(checkpoint.family, checkpoint.ranks)
+        write_adapter(draft / ADAPTER_FOLDER, trained.weights, targets, settings.rank, settings.alpha)
+        write_text(draft / LOSSES, "".join(json.dumps(line, allow_nan=False) + "\n" for line in trained.losses))
+
+    def write_rest() -> None:
+        config = checkpoint.config if kept is None else pruned_config(checkpoint, kept.shape)
+        write_companions(checkpoint, draft, config)
+        if kept is not None:
+            write_kept(draft, kept)
+
+    world.on_rank0(write_trained)
+    adapter, files = read_adapter(draft / ADAPTER_FOLDER), checkpoint.weight_files
+    for done, file in enumerate(files[world.rank :: world.size]):
+        progress.update("merging", done * world.size, len(files))
+        merge_weight_file(checkpoint, file, adapter, draft, kept)
+    world.barrier()  # the rest describes all weight files
+    world.on_rank0(write_rest)
+
+
+# On instructions.
 
 
 def train_on_instructions(
     context: Context[RecoverParameters], checkpoint: Checkpoint, masked_to: Shape | None = None
-) -> tuple[Snapshot, dict[str, Any]]:
+) -> None:
     """Prepare the rows, and train on them.
 
     Args:
         masked_to: the units that are to be left of the model at the end; None for all.
-
-    Returns:
-        what was learnt, and metrics for the manifest.
     """
     settings = context.params.recovery
     settings.require_shared_evenly(context.world.size)
     file = context.world.on_rank0(lambda: prepare_rows(context, checkpoint))
-    counts = read_counts(file)
+    counts, rows = read_counts(file), PackedRows(file)
     schedule = Schedule(counts.rows, settings.batch_size, context.params.seed)
-    steps = settings.steps(schedule.steps_per_epoch)
-    trained = train(
-        context,
-        checkpoint,
-        settings,
-        PackedRows(file),
-        schedule,
-        section="recovery",
-        total_steps=steps,
-        warmup_steps=settings.warmup_steps,
-        masked_to=masked_to,
-    )
-    rows = rows_trained(counts.rows, settings.batch_size, steps)
-    cost = training_cost(checkpoint, rows, settings.sequence_length)
-    return trained, {**asdict(counts), **trained.metrics(), **cost}
+    steps, warmup = settings.steps(schedule.steps_per_epoch), settings.warmup_steps
+    seen = rows_trained(counts.rows, settings.batch_size, steps)
+    metrics = {**asdict(counts), **training_cost(checkpoint, seen, settings.sequence_length)}
+    train(context, checkpoint, "recovery", settings, rows, schedule, steps, warmup, metrics, masked_to=masked_to)
 
 
 def prepare_rows(context: Context[RecoverParameters], checkpoint: Checkpoint) -> Path:

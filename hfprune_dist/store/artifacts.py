@@ -6,8 +6,7 @@
 <store>/quarantine/                     artifacts that failed verification, set aside
 <store>/hashes/                         sha256 of files seen before
 <store>/rows/                           packed training rows, shared by recoveries that need the same ones
-<store>/layers/                         measurements that rank layers, shared by prunings that need the same ones; and
-                                        checked-*.json: models whose layers, computed alone, were found right
+<store>/layers/                         checked-*.json: models whose layers, computed alone, were found right
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ from hfprune_dist.store.stage import STAGE_VERSIONS
 # Folders of files that stages share; a stage makes such a file anew if it is missing.
 SHARED = {
     "rows": "packed training rows, which a recovery packs again",
-    "layers": "checks of layers and measurements that put them in order, which stages make again",
+    "layers": "checks of layers, which stages make again",
 }
 _FINGERPRINT = re.compile(r"[0-9a-f]{20}")
 

@@ -14,13 +14,11 @@ from torch import Tensor, nn
 
 from hfprune_dist.core.selection import top_units
 from hfprune_dist.distributed.world import World
-from hfprune_dist.methods.loraprune import Factors, averaged, gone_after, unit_scores
+from hfprune_dist.methods.loraprune import Factors, averaged, gone_after, masks_after, unit_scores
 from hfprune_dist.structures.kept import Kept, Shape
 from hfprune_dist.structures.units import Owned, Units
 
 PEFT_NAME = "default"  # peft's name for the only adapter
-# Prefix of the names of their tensors in a snapshot.
-PREFIX = "units."
 
 
 def scores_of_units(
@@ -37,7 +35,10 @@ def scores_of_units(
     Returns:
         Kind and layer -> scores, float64 [units] on the CPU, those of rank 0 on all ranks.
     """
-    share = _clipped_share(model, world, largest_norm)
+    gradients = [safe_get_local_grad(it).double() for it in model.parameters() if it.requires_grad]
+    squares = torch.stack([gradient.square().sum() for gradient in gradients]).sum()
+    world.all_reduce(squares)
+    clipped = min(1.0, largest_norm / (math.sqrt(squares) + 1e-6))  # the share of every gradient that is left
     scores: dict[tuple[str, int], Tensor] = {}
     for layer, kinds in layers.items():
         projections: list[tuple[Units, Owned, Any]] = [
@@ -49,26 +50,13 @@ def scores_of_units(
         weights = [lora.base_layer.weight for *_, lora in projections]
         with deepspeed.zero.GatheredParameters(weights, enabled=not whole):
             for units, owned, lora in projections:
-                part_U = _of_weight(lora, owned, share)
+                a, b = lora.lora_A[PEFT_NAME].weight, lora.lora_B[PEFT_NAME].weight
+                grad_a_RI, grad_b_OR = (clipped * safe_get_full_grad(it).float() for it in (a, b))
+                a_RI, b_OR = safe_get_full_fp32_param(a), safe_get_full_fp32_param(b)
+                factors = Factors(a_RI, b_OR, grad_a_RI, grad_b_OR, lora.scaling[PEFT_NAME])
+                part_U = unit_scores(lora.base_layer.weight, factors, owned.axis, owned.per_unit, owned.parts)
                 scores[units.kind, layer] = scores.get((units.kind, layer), torch.zeros_like(part_U)) + part_U
     return world.broadcast({key: scores_U.cpu() for key, scores_U in scores.items()})  # only now the host waits
-
-
-def _of_weight(lora: Any, owned: Owned, share: float) -> Tensor:
-    """One weight's part of its units' scores; all ranks contribute their shards of LoRA's."""
-    a, b = lora.lora_A[PEFT_NAME].weight, lora.lora_B[PEFT_NAME].weight
-    a_RI, b_OR = safe_get_full_fp32_param(a), safe_get_full_fp32_param(b)
-    grad_a_RI, grad_b_OR = (share * safe_get_full_grad(it).float() for it in (a, b))
-    factors = Factors(a_RI, b_OR, grad_a_RI, grad_b_OR, lora.scaling[PEFT_NAME])
-    return unit_scores(lora.base_layer.weight, factors, owned.axis, owned.per_unit, owned.parts)
-
-
-def _clipped_share(model: nn.Module, world: World, largest_norm: float) -> float:
-    """The factor by which clipping scales every gradient of this step; 1 if their norm is small enough."""
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    squares = torch.stack([safe_get_local_grad(it).double().square().sum() for it in trained]).sum()
-    world.all_reduce(squares)
-    return min(1.0, largest_norm / (math.sqrt(squares) + 1e-6))
 
 
 @dataclass
@@ -98,7 +86,7 @@ class UnitMasks:
     Args:
         structures: the kinds of units that the model has, by name.
         shape: what is to be left at the end; all layers stay.
-        tensors: what ``state`` returned; None before the first step.
+        tensors: a snapshot's, with what ``state`` returned; None before the first step.
     """
 
     def __init__(
@@ -110,10 +98,9 @@ class UnitMasks:
             for layer, (count, most) in enumerate(zip(shape.units[kind], units.counts, strict=True)):
                 if count < most:
                     average_U, stays_U = torch.zeros(most, dtype=torch.float64), torch.ones(most, dtype=torch.bool)
+                    if tensors:
+                        average_U, stays_U = (tensors[_name(kind, layer, what)] for what in ("average", "stays"))
                     self._masked[kind, layer] = _Masked(units, most - count, average_U, stays_U)
-        for (kind, layer), it in self._masked.items():
-            if tensors:
-                it.average_U, it.stays_U = tensors[_name(kind, layer, "average")], tensors[_name(kind, layer, "stays")]
 
     @property
     def kinds_by_layer(self) -> dict[int, list[Units]]:
@@ -123,54 +110,50 @@ class UnitMasks:
 
     def attach(self, model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
         """Make a model compute without the masked units, now and as more are masked."""
-        for (_, layer), it in self._masked.items():
-            it.mask_C = torch.empty(len(it.stays_U) * it.units.channels_per_unit, device=device, dtype=dtype)
-            model.get_submodule(it.units.tensor(layer, it.units.output)).register_forward_pre_hook(_masking(it))
+        for (_, layer), masked in self._masked.items():
+            units, size = masked.units, len(masked.stays_U) * masked.units.channels_per_unit
+            masked.mask_C = torch.empty(size, device=device, dtype=dtype)
+
+            def multiply(_: nn.Module, inputs: tuple[Tensor, ...], mask_C: Tensor = masked.mask_C) -> Any:
+                return inputs[0] * mask_C, *inputs[1:]
+
+            model.get_submodule(units.tensor(layer, units.output)).register_forward_pre_hook(multiply)
         self._show()
 
-    def average(self, kind: str, layer: int, scores_U: Tensor) -> None:
-        """Update the averages of a layer's units with the scores of a step, float64 [units]."""
-        it = self._masked[kind, layer]
-        it.average_U = averaged(it.average_U, scores_U)
-
-    def mask(self, step: int, total_steps: int) -> None:
-        """Mask as many units as are to be gone after a step, the lowest averages first; masked units stay masked."""
-        for it in self._masked.values():
-            gone = gone_after(step, total_steps, it.gone)
-            if gone:
-                average_U = it.average_U.masked_fill(~it.stays_U, -torch.inf)
-                it.stays_U = torch.zeros_like(it.stays_U)
-                it.stays_U[top_units(average_U, len(average_U) - gone)] = True
-        self._show()
+    def update(self, scores: Mapping[tuple[str, int], Tensor], step: int, total_steps: int) -> None:
+        """Average the scores of a step, by kind and layer, float64 [units]. Then mask, if it is time, as many units as
+        are to be gone after this step, those with the lowest averages first; masked units stay masked.
+        """
+        masks = masks_after(step, total_steps)
+        for place, masked in self._masked.items():
+            masked.average_U = averaged(masked.average_U, scores[place])
+            if masks and (gone := gone_after(step, total_steps, masked.gone)):
+                average_U = masked.average_U.masked_fill(~masked.stays_U, -torch.inf)
+                masked.stays_U = torch.zeros_like(masked.stays_U)
+                masked.stays_U[top_units(average_U, len(average_U) - gone)] = True
+        if masks:
+            self._show()
 
     def state(self) -> dict[str, Tensor]:
         """Tensors for a snapshot."""
         told: dict[str, Tensor] = {}
-        for (kind, layer), it in self._masked.items():
-            told |= {_name(kind, layer, "average"): it.average_U, _name(kind, layer, "stays"): it.stays_U}
+        for (kind, layer), masked in self._masked.items():
+            told |= {_name(kind, layer, "average"): masked.average_U, _name(kind, layer, "stays"): masked.stays_U}
         return told
 
     def kept(self) -> Kept:
         """The units that aren't masked."""
         rows = {kind: [torch.arange(count) for count in units.counts] for kind, units in self._kinds.items()}
-        for (kind, layer), it in self._masked.items():
-            rows[kind][layer] = it.stays_U.nonzero().flatten()
+        for (kind, layer), masked in self._masked.items():
+            rows[kind][layer] = masked.stays_U.nonzero().flatten()
         return Kept.of_all_layers(rows)
 
     def _show(self) -> None:
         """Apply the masks to the model. Only between steps: all activations that wait for backward are of one mask."""
-        for it in self._masked.values():
-            if it.mask_C is not None:
-                it.mask_C.copy_(it.stays_U.repeat_interleave(it.units.channels_per_unit))
-
-
-def _masking(masked: _Masked) -> Any:
-    def multiply(_module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        assert masked.mask_C is not None
-        return inputs[0] * masked.mask_C, *inputs[1:]
-
-    return multiply
+        for masked in self._masked.values():
+            if masked.mask_C is not None:
+                masked.mask_C.copy_(masked.stays_U.repeat_interleave(masked.units.channels_per_unit))
 
 
 def _name(kind: str, layer: int, what: str) -> str:
-    return f"{PREFIX}{kind}.{layer}.{what}"
+    return f"units.{kind}.{layer}.{what}"

@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 from safetensors import safe_open
@@ -61,17 +60,8 @@ def write_dense_states(stream: LayerStream, folder: Path, world: World, after_ea
         stream.advance(layer)
         del layer
         after_each(number + 1)
-    _write_final(stream.final_hidden(), folder)
-
-
-def _write_final(final_hidden: Iterator[tuple[int, Tensor]], folder: Path) -> None:
-    """Write this rank's micro-batches.
-
-    Raises:
-        UserError: if any state is NaN or infinite.
-    """
     is_finite = True
-    for index, hidden_BTC in final_hidden:
+    for index, hidden_BTC in stream.final_hidden():
         with naming(file := _file(folder, index)):
             save_file({DENSE: hidden_BTC.contiguous()}, file)
         is_finite = is_finite and bool(hidden_BTC.isfinite().all())

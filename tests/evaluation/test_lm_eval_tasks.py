@@ -11,10 +11,9 @@ from hfprune_dist.errors import UserError
 from hfprune_dist.evaluation import lm_eval_tasks
 from hfprune_dist.evaluation.lm_eval_tasks import (
     TaskLoader,
+    check_tasks,
     clean_metrics,
-    details_of,
     plain,
-    refuse_unknown,
     scores_of,
 )
 
@@ -46,17 +45,26 @@ def own(tmp_path, monkeypatch):
 
 
 def test_tasks_groups_and_tags_are_known(own):
-    refuse_unknown(EvaluationConfig().tasks, None)
+    check_tasks(EvaluationConfig().tasks, None, data=False)
     for tasks in (["a", "arc_easy"], ["tag"], ["quiet"]):
-        refuse_unknown(tasks, own)
+        check_tasks(tasks, own, data=False)
 
 
 def test_unknown_names_are_listed_with_close_ones(own):
     with pytest.raises(UserError) as caught:
-        refuse_unknown(["quite", "qqqq", "a"], own)
+        check_tasks(["quite", "qqqq", "a"], own)
     message = str(caught.value)
     assert "unknown task 'quite'; did you mean 'quiet'?" in message
     assert "unknown task 'qqqq'\n" in message and "'a'" not in message
+
+
+def test_a_task_whose_data_set_cannot_be_had_is_named(own, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    (own / "far.yaml").write_text(f"task: far\n{CHOICE}".replace("path: json", "path: nobody/nothing-of-this-name"))
+    check_tasks(["a", "absent"], own)
+    with pytest.raises(UserError, match=r"tasks: far: its data set 'nobody/nothing-of-this-name' is not in the cache"):
+        check_tasks(["a", "far"], own)
 
 
 def test_a_group_is_loaded_with_its_members_and_their_data(own, tmp_path):
@@ -93,10 +101,3 @@ def test_values_become_json():
     }
     of_classes = plain({"f1,none": np.array([0.5, float("nan")])})  # as a task's own aggregation may return it
     assert of_classes == {"f1,none": [0.5, None]} and clean_metrics(of_classes) == {"f1": None}
-
-
-def test_the_configuration_is_kept_as_a_hash():
-    result = {"results": {"a": {}}, "configs": {"a": {"x": 1}}, "versions": {"a": 1}, "n-shot": {"a": 0}}
-    details = details_of(result)
-    assert set(details) == {"results", "versions", "n-shot", "config_hashes"}
-    assert details["config_hashes"] != details_of(result | {"configs": {"a": {"x": 2}}})["config_hashes"]

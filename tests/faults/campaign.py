@@ -3,7 +3,7 @@
 cd tests
 python -m faults.campaign                      all states of all subjects (an hour), and of some second crashes
 python -m faults.campaign --draw 8             this many of each
-python -m faults.campaign commit importance    of some subjects
+python -m faults.campaign commit slurm     of some subjects
 python -m faults.campaign 'commit!b.bin'       as if the program did not fsync paths with this text: must fail
 
 Prints a line per subject, and how states ended badly. Exit code 1 if any did. The model of a crash is in faults.crash,
@@ -27,14 +27,13 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from fork_server import IMPORTED
 
-from faults.crash import Event, Recorder, State, states_of
+from faults.crash import Recorder, Recording, State, states_of
 from faults.subjects import Subject, subjects
 
 # Runs after a crash that are themselves recorded, for a second crash.
@@ -73,24 +72,6 @@ def main() -> int:
     return int(any(report["failures"] for report in reports.values()))
 
 
-@dataclass(frozen=True)
-class Recorded:
-    """A run that ended well, step by step.
-
-    Attributes:
-        begins: number of events before it began.
-        result: its return value.
-    """
-
-    events: list[Event]
-    begins: int
-    result: dict
-
-    def units(self, events: int | None = None) -> int:
-        """Return how many units of work it had begun by that event; by default, all of them."""
-        return sum(event.kind == "unit" for event in self.events[:events])
-
-
 class Campaign:
     """Crashes of one subject's command."""
 
@@ -109,9 +90,11 @@ class Campaign:
         whole = self._record(root, [])
         if isinstance(whole, str):
             return {"states": 0, "run": 0, "failures": [f"without a crash: {whole}"]}
-        states = states_of(whole.events, whole.begins)
-        drawn = choose.sample(states, min(draw or len(states), len(states)))
-        ended = [self._ended_badly(whole, state, whole.result) for state in drawn]
+        recording, result = whole
+        states = states_of(recording)
+        ended = [
+            self._ended_badly(state, result) for state in choose.sample(states, min(draw or len(states), len(states)))
+        ]
         count = len(states)
         for state in choose.sample(states, 1 if draw else min(SECOND_CRASHES, len(states))):
             root = self._next_root()
@@ -119,10 +102,10 @@ class Campaign:
             again = self._record(root, state.marks)
             if isinstance(again, str):
                 continue  # already reported, if it was drawn
-            seconds = states_of(again.events, again.begins)
+            seconds = states_of(again[0])
             count += len(seconds)
             for second in choose.sample(seconds, min(len(seconds), draw // 2 if draw else AFTER_EACH)):
-                told = self._ended_badly(again, second, whole.result)
+                told = self._ended_badly(second, result)
                 ended.append(told and f"{state}; then {told}")
         return {"states": count, "run": len(ended), "failures": [told for told in ended if told]}
 
@@ -131,38 +114,33 @@ class Campaign:
         folder.mkdir()
         return folder / "store"
 
-    def _record(self, root: Path, marks: list) -> Recorded | str:
-        """Run the command and record what it does; if it fails, return how."""
+    def _record(self, root: Path, marks: list) -> tuple[Recording, dict] | str:
+        """Run the command, record what it does, and return its result, too; if it fails, return how."""
 
-        def recorded() -> Recorded:
+        def recorded() -> tuple[Recording, dict]:
             recorder = Recorder(root, marks, self._unsynced)
             recorder.arm()
-            result = self._subject.run(root, recorder.unit, recorder.mark, marks)
+            result = self._subject.run(root, recorder.mark, marks)
             recorder.disarm()
-            return Recorded(recorder.events, recorder.begins, result)
+            return recorder.recording, result
 
         return in_fork(recorded)
 
-    def _ended_badly(self, crashed: Recorded, state: State, expected: dict) -> str | None:
+    def _ended_badly(self, state: State, expected: dict) -> str | None:
         """Repeat the command in the state after a crash; return what is wrong with its end, or None."""
         root = self._next_root()
         state.write(root)
-        units: list[None] = []
 
-        def again() -> tuple[dict, int, list[str]]:
-            result = self._subject.run(root, lambda: units.append(None), lambda value: None, state.marks)
-            return result, len(units), self._subject.leftovers(root)
+        def again() -> tuple[dict, list[str]]:
+            return self._subject.run(root, lambda value: None, state.marks), self._subject.leftovers(root)
 
         ended = in_fork(again)
         shutil.rmtree(root.parent)
         if isinstance(ended, str):
             return f"{state}: {ended}"
-        result, done, left = ended
-        most = crashed.units() - max(0, crashed.units(state.named) - 1)
+        result, left = ended
         if result != expected:
             return f"{state}: ended with {_first_difference(result, expected)}"
-        if done > most:
-            return f"{state}: {done} units of work were done again where {most} were missing"
         return f"{state}: left behind {left}" if left else None
 
 

@@ -20,7 +20,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,24 +30,34 @@ FOLDER = -1
 # Content of a symbolic link, followed by its target.
 LEADS_TO = b"\0leads to "
 
+Names = Mapping[str, int]  # path -> file, or FOLDER
+
 
 @dataclass(frozen=True)
-class Event:
-    """One step of a run. ``kind``: mkdir, rmdir, create, link, unlink, rename (names); write, fsync, sync names,
-    mark, unit.
+class Moment:
+    """Something has changed.
+
+    Attributes:
+        file: the file that was written; None if names changed, or something left the machine.
+        versions: numbers of the versions of names that may be on the disk.
+        latest: file -> (content, mtime in ns).
+        safe: file -> content when it was last flushed.
+        marks: all marks so far.
     """
 
-    kind: str
-    path: str = ""
-    target: str = ""  # of a link or rename
-    file: int = FOLDER
-    content: bytes = b""
-    mtime_ns: int = 0
-    value: Any = None  # of a mark
+    file: int | None
+    versions: range
+    latest: Mapping[int, tuple[bytes, int]]
+    safe: Mapping[int, bytes]
+    marks: Sequence[Any]
 
-    @property
-    def is_of_names(self) -> bool:
-        return self.kind in ("mkdir", "rmdir", "create", "link", "unlink", "rename")
+
+@dataclass(frozen=True)
+class Recording:
+    """A run, moment by moment. ``versions``: all names, after each change of them."""
+
+    versions: list[Names]
+    moments: list[Moment]
 
 
 class Recorder:
@@ -64,16 +74,19 @@ class Recorder:
 
     def __init__(self, root: Path, marks: list, unsynced: str = "") -> None:
         self.root = root.resolve()
-        self.events = [Event("mark", value=value) for value in marks]
         self._unsynced = unsynced
         self._names: dict[str, int] = {}
+        self._latest: dict[int, tuple[bytes, int]] = {}
+        self._safe: dict[int, bytes] = {}
+        self._marks = list(marks)
         self._seen: dict[int, tuple[int, ...]] = {}
-        self._last = FOLDER
+        self._synced = 0
+        self.recording = Recording([], [])
         self._originals = {name: getattr(os, name) for name in PATCHED}
         self._look()
-        self.events += [Event("fsync", file=file) for file in sorted(self._seen)]
-        self.events.append(Event("sync names"))
-        self.begins = len(self.events)
+        self._safe = {file: content for file, (content, _) in self._latest.items()}
+        self.recording = Recording([], [])
+        self._renamed()
 
     def arm(self) -> None:
         """Start to record."""
@@ -85,15 +98,21 @@ class Recorder:
             setattr(os, name, original)
         self._look()
 
-    def unit(self) -> None:
-        """Record that a unit of work begins."""
-        self._look()
-        self.events.append(Event("unit"))
-
     def mark(self, value: Any) -> None:
         """Record something that no crash takes back."""
         self._look()
-        self.events.append(Event("mark", value=value))
+        self._marks.append(value)
+        self._moment()
+
+    def _renamed(self) -> None:
+        """Names have changed."""
+        self.recording.versions.append(dict(self._names))
+        self._moment()
+
+    def _moment(self, file: int | None = None) -> None:
+        versions = range(self._synced, len(self.recording.versions))
+        told = dict(self._latest), dict(self._safe), tuple(self._marks)
+        self.recording.moments.append(Moment(file, versions, *told))
 
     def _fsync(self, target: Any) -> None:
         self._originals["fsync"](target)
@@ -102,11 +121,9 @@ class Recorder:
             return
         self._look()
         if path.is_dir():
-            self.events.append(Event("sync names", str(path.relative_to(self.root))))
-        else:
-            name = str(path.relative_to(self.root))
-            if name in self._names:  # otherwise it was removed meanwhile
-                self.events.append(Event("fsync", name, file=self._names[name]))
+            self._synced = len(self.recording.versions) - 1
+        elif (name := str(path.relative_to(self.root))) in self._names:  # otherwise it was removed meanwhile
+            self._safe[self._names[name]] = self._latest[self._names[name]][0]
 
     _fdatasync = _fsync
 
@@ -119,8 +136,9 @@ class Recorder:
         assert old is not None and new is not None, f"moved out of, or into, what is recorded: {source}, {target}"
         if self._names[old] == self._names.get(new, FOLDER) != FOLDER:
             return  # two names of one file: a rename does nothing
-        self.events.append(Event("rename", old, new))
-        _rename(self._names, old, new)
+        for name in [name for name in self._names if name == old or name.startswith(old + "/")]:
+            self._names[new + name[len(old) :]] = self._names.pop(name)
+        self._renamed()
 
     _replace = _rename
 
@@ -130,8 +148,8 @@ class Recorder:
         old, new = self._inside(source), self._inside(target)
         if new is not None:
             assert old is not None, f"linked from outside: {source}"
-            self.events.append(Event("link", old, new))
             self._names[new] = self._names[old]
+            self._renamed()
 
     def _unlink(self, path, *, dir_fd=None) -> None:
         self._gone("unlink", path, dir_fd)
@@ -141,21 +159,21 @@ class Recorder:
     def _rmdir(self, path, *, dir_fd=None) -> None:
         self._gone("rmdir", path, dir_fd)
 
-    def _gone(self, kind, path, dir_fd) -> None:
+    def _gone(self, call, path, dir_fd) -> None:
         self._look()
-        self._originals[kind](path, dir_fd=dir_fd)
+        self._originals[call](path, dir_fd=dir_fd)
         name = self._inside(path, dir_fd)
         if name is not None:
-            self.events.append(Event(kind, name))
             del self._names[name]
+            self._renamed()
 
     def _mkdir(self, path, *arguments, dir_fd=None, **options) -> None:
         self._look()
         self._originals["mkdir"](path, *arguments, dir_fd=dir_fd, **options)
         name = self._inside(path, dir_fd)
         if name is not None:
-            self.events.append(Event("mkdir", name))
             self._names[name] = FOLDER
+            self._renamed()
 
     def _inside(self, path, dir_fd=None) -> str | None:
         """Return the path relative to the root, or None if it is elsewhere."""
@@ -169,49 +187,34 @@ class Recorder:
         found = set()
         for folder, names, files in os.walk(self.root):
             base = "" if folder == str(self.root) else folder[len(str(self.root)) + 1 :] + "/"
-            for name in names:
-                found.add(base + name)
-                if (Path(folder) / name).is_symlink():
-                    self._look_at(base + name)
-                elif base + name not in self._names:
-                    self._names[base + name] = FOLDER
-                    self.events.append(Event("mkdir", base + name))
-            for name in files:
-                found.add(base + name)
-                self._look_at(base + name)
+            for name in [base + name for name in names]:
+                found.add(name)
+                if (self.root / name).is_symlink():
+                    self._look_at(name)
+                elif name not in self._names:
+                    self._names[name] = FOLDER
+                    self._renamed()
+            for name in [base + name for name in files]:
+                found.add(name)
+                self._look_at(name)
         for name in sorted(self._names.keys() - found, reverse=True):
-            kind = "rmdir" if self._names.pop(name) == FOLDER else "unlink"
-            self.events.append(Event(kind, name))
+            del self._names[name]
+            self._renamed()
 
     def _look_at(self, name: str) -> None:
-        path = self.root / name
-        if path.is_symlink():
-            self._look_at_link(name, path)
-            return
-        if name not in self._names:
-            self._last += 1
-            self._names[name] = self._last
-            self.events.append(Event("create", name, file=self._last))
-        file, stat = self._names[name], path.stat()
-        state = (stat.st_ino, stat.st_size, stat.st_mtime_ns)
-        if self._seen.get(file) != state:
-            self._seen[file] = state
-            self.events.append(Event("write", name, file=file, content=path.read_bytes(), mtime_ns=stat.st_mtime_ns))
-
-    def _look_at_link(self, name: str, path: Path) -> None:
-        """A link's content is safe before the link has a name."""
-        if name not in self._names:
-            self._last += 1
-            self._names[name] = self._last
-            content = LEADS_TO + os.fsencode(path.readlink())
-            self.events.append(Event("write", name, file=self._last, content=content))
-            self.events.append(Event("fsync", name, file=self._last))
-            self.events.append(Event("create", name, file=self._last))
-
-
-def _rename(names: dict[str, int], old: str, new: str) -> None:
-    for name in [name for name in names if name == old or name.startswith(old + "/")]:
-        names[new + name[len(old) :]] = names.pop(name)
+        path, is_new = self.root / name, name not in self._names
+        file = self._names.setdefault(name, len(self._latest))
+        if is_new:
+            content = LEADS_TO + os.fsencode(path.readlink()) if path.is_symlink() else b""
+            self._latest[file], self._safe[file] = (content, 0), content
+            self._renamed()
+        if not path.is_symlink():
+            stat = path.stat()
+            state = (stat.st_ino, stat.st_size, stat.st_mtime_ns)
+            if self._seen.get(file) != state:
+                self._seen[file] = state
+                self._latest[file] = path.read_bytes(), stat.st_mtime_ns
+                self._moment(file)
 
 
 @dataclass(frozen=True)
@@ -219,10 +222,9 @@ class State:
     """A state that a crash may leave.
 
     Attributes:
-        at: number of events before the crash.
-        named: number of events whose effects on names reached the disk.
+        at: number of the last moment before the crash.
+        named: number of the version of names that reached the disk.
         lost: what happened to contents, for messages.
-        names: path -> file, or ``FOLDER``.
         contents: file -> (content, mtime in ns).
         marks: all marks before the crash.
     """
@@ -230,7 +232,7 @@ class State:
     at: int
     named: int
     lost: str
-    names: dict[str, int]
+    names: Names
     contents: dict[int, tuple[bytes, int]]
     marks: list[Any] = field(default_factory=list)
 
@@ -266,17 +268,17 @@ class State:
         return digest.hexdigest()
 
     def __str__(self) -> str:
-        return f"crash after event {self.at}, names as after {self.named}, {self.lost}"
+        return f"crash after moment {self.at}, names of version {self.named}, {self.lost}"
 
 
-def states_of(events: list[Event], begins: int) -> list[State]:
-    """Return every state that a crash may leave, once; ``begins`` is the number of events before the run.
+def states_of(recording: Recording) -> list[State]:
+    """Return every state that a crash may leave, once.
 
     If several files are at risk, all are lost; or only one, if the content at risk or its name is new.
     """
     seen: set[str] = set()
     found = []
-    for state in _all_states(events, begins):
+    for state in _all_states(recording):
         signature = state.signature()
         if signature not in seen:
             seen.add(signature)
@@ -284,62 +286,26 @@ def states_of(events: list[Event], begins: int) -> list[State]:
     return found
 
 
-def _all_states(events: list[Event], begins: int) -> Iterator[State]:
-    names: dict[str, int] = {}
+def _all_states(recording: Recording) -> Iterator[State]:
     risks: set[frozenset] = set()
-    for named in range(len(events) + 1):
-        if named:
-            _apply(names, events[named - 1])
-        if named >= begins and (named == begins or events[named - 1].is_of_names):
-            alive = set(names.values()) - {FOLDER}
-            for at in _crashes(events, named, alive):
-                yield from _with_losses(events, at, named, dict(names), risks)
+    marks = 0
+    for at, moment in enumerate(recording.moments):
+        for version in moment.versions:
+            names = recording.versions[version]
+            # Older names can be told apart by this moment only if it is one of their files, or of the world outside.
+            is_told = moment.file in names.values() if moment.file is not None else len(moment.marks) > marks
+            if is_told or version == moment.versions[-1]:
+                yield from _with_losses(at, moment, version, names, risks)
+        marks = len(moment.marks)
 
 
-def _apply(names: dict[str, int], event: Event) -> None:
-    if event.kind == "mkdir":
-        names[event.path] = FOLDER
-    elif event.kind == "create":
-        names[event.path] = event.file
-    elif event.kind == "link":
-        names[event.target] = names[event.path]
-    elif event.kind == "rename":
-        _rename(names, event.path, event.target)
-    elif event.kind in ("unlink", "rmdir"):
-        del names[event.path]
-
-
-def _crashes(events: list[Event], named: int, alive: set[int]) -> Iterator[int]:
-    """Yield moments at which a crash may leave these names: until a folder is fsynced after further changes of names.
-
-    Between two of these moments, nothing happens that changes what is left.
-    """
-    yield named
-    others = False
-    for at in range(named, len(events)):
-        event = events[at]
-        if event.kind == "sync names" and others:
-            return
-        others = others or event.is_of_names
-        if event.kind == "mark" or (event.kind == "write" and event.file in alive):
-            yield at + 1
-
-
-def _with_losses(
-    events: list[Event], at: int, named: int, names: dict[str, int], risks: set[frozenset]
-) -> Iterator[State]:
-    alive = set(names.values()) - {FOLDER}
-    latest: dict[int, tuple[bytes, int]] = dict.fromkeys(alive, (b"", 0))
-    safe: dict[int, bytes] = dict.fromkeys(alive, b"")
-    for event in events[:at]:
-        if event.file in alive and event.kind == "write":
-            latest[event.file] = event.content, event.mtime_ns
-        elif event.file in alive and event.kind == "fsync":
-            safe[event.file] = latest[event.file][0]
-    marks = [event.value for event in events[:at] if event.kind == "mark"]
-    yield State(at, named, "nothing lost", names, latest, marks)
-    at_risk = [file for file in sorted(alive) if safe[file] != latest[file][0]]
-    paths = {file: name for name, file in names.items()}
+def _with_losses(at: int, moment: Moment, version: int, names: Names, risks: set[frozenset]) -> Iterator[State]:
+    latest, safe = moment.latest, moment.safe
+    paths = {file: name for name, file in names.items() if file != FOLDER}
+    contents = {file: latest[file] for file in paths}
+    marks = list(moment.marks)
+    yield State(at, version, "nothing lost", names, contents, marks)
+    at_risk = [file for file in sorted(paths) if safe[file] != latest[file][0]]
     risk = frozenset((paths[file], safe[file], latest[file][0]) for file in at_risk)
     alone = [[file] for file in at_risk] if risk not in risks and len(at_risk) > 1 else []
     risks.add(risk)
@@ -347,7 +313,7 @@ def _with_losses(
         for loss in ("gone", "half", "zeros"):
             lost = {file: (_lose(safe[file], latest[file][0], loss), latest[file][1]) for file in files}
             told = f"{loss}: {', '.join(paths[file] for file in files)}"
-            yield State(at, named, told, names, latest | lost, marks)
+            yield State(at, version, told, names, contents | lost, marks)
 
 
 # Many states share a file's content and its remains.

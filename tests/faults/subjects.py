@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import json
 import os
 import re
 import sys
@@ -14,7 +13,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import torch
 from fake_slurm import Controller, FakeLauncher, plan_of
 from hfprune_launch import sweep
 from hfprune_launch.local.backend import LocalBackend
@@ -25,28 +23,20 @@ from hfprune_launch.stage import run as stage_script
 from hfprune_launch.stage.attempts import Ledger
 from hfprune_launch.stage.stage_file import Provenance
 from made_stages import stage_of
-from safetensors.torch import save_file
 from sweeps import make_inputs, results, without_costs
-from tiny import save_tiny, write_documents, write_pairs
 
-from hfprune_dist.config.schema import EvaluationConfig, RuntimeConfig
-from hfprune_dist.config.training import RecoveryConfig
-from hfprune_dist.refit.sequential_refit import SequentialRefit
-from hfprune_dist.scoring.shard_scorer import ShardScorer
-from hfprune_dist.stages import evaluate
+from hfprune_dist.config.schema import RuntimeConfig
 from hfprune_dist.store.artifacts import Store
 from hfprune_dist.store.atomic_files import read_json
 from hfprune_dist.store.cancellation import Cancellation
 from hfprune_dist.store.claims import Claim, try_claim
 from hfprune_dist.store.hashing import FileHashes
 from hfprune_dist.store.stage import Input, Stage
-from hfprune_dist.training import trainer as finetune
 
-Count = Callable[[], None]
 Mark = Callable[[object], None]
 
 
-# Results are made of held-out text alone: "evaluate" has tasks.
+# Results are made of held-out text alone, and nothing is trained: one process can run DeepSpeed once.
 SHORT = ["--set", "recovery.method=none", "--set", "evaluation.tasks=[]"]
 # Remains of a record if ``files.write_text`` dies.
 DRAFT_OF_RECORD = re.compile(r"\..+\.[0-9a-f]{8}")
@@ -69,12 +59,11 @@ class Subject(ABC):
         (folder / "store").mkdir()
 
     @abstractmethod
-    def run(self, root: Path, count: Count, mark: Mark, marks: list) -> dict:
+    def run(self, root: Path, mark: Mark, marks: list) -> dict:
         """Run the command; its result must be the same after any crash.
 
         Args:
             root: a store in a state that a crash may have left.
-            count: called before every unit of work that a crash must not undo once the next one has begun.
             mark: called with everything that no crash takes back.
             marks: marks of the run that crashed.
         """
@@ -84,38 +73,6 @@ class Subject(ABC):
         hidden = [path.relative_to(root) for path in root.rglob(".*") if not DRAFT_OF_RECORD.fullmatch(path.name)]
         work = [path.relative_to(root) for path in root.glob("**/work/**/*") if path.is_file()]
         return sorted(map(str, {*hidden, *work}))
-
-
-class StageSubject(Subject):
-    """A stage, run by the local backend with one rank in this process."""
-
-    prepared: Stage
-
-    def __init__(self, name: str, make: Callable[[Path, Store], Stage], units: dict[object, str]) -> None:
-        super().__init__(name)
-        self._make = make
-        self._units = units
-
-    def prepare(self, folder: Path) -> Stage:
-        (folder / "store").mkdir()
-        return self._make(folder, Store(folder / "store"))
-
-    def run(self, root: Path, count: Count, mark: Mark, marks: list) -> dict:
-        for owner, name in self._units.items():
-            _before(owner, name, count)
-        store = Store(root)
-        verdict = store.handle(self.prepared.id).verify()
-        assert verdict.state != "corrupt", f"an artifact that is not whole: {verdict.reason}"
-        if verdict.state == "done":
-            store.handle(self.prepared.id).discard_leftovers()
-        else:
-            outcome = InProcess(store, root.with_name("logs")).run(self.prepared, lambda beat: None)
-            assert outcome.state == "done", outcome.failure
-        assert store.handle(self.prepared.id).verify(thorough=True).state == "done"
-        artifact = store.path(self.prepared.id)
-        hashes = {name: entry["sha256"] for name, entry in read_json(artifact / "manifest.json")["files"].items()}
-        metrics = store.handle(self.prepared.id).manifest()["metrics"]
-        return {"files": hashes, "metrics": metrics}
 
 
 class InProcess(LocalBackend):
@@ -137,116 +94,6 @@ class InProcess(LocalBackend):
         return SimpleNamespace(poll=lambda: 0)
 
 
-def _before(owner: object, name: str, action: Count) -> None:
-    original = getattr(owner, name)
-
-    def wrapper(*arguments, **options):
-        action()
-        return original(*arguments, **options)
-
-    setattr(owner, name, wrapper)
-
-
-# Stages.
-
-
-def _importance(folder: Path, store: Store) -> Stage:
-    model, text = save_tiny(folder / "model"), write_documents(folder / "text.jsonl")
-    calibration = {"samples": 6, "sequence_length": 24, "micro_batch_size": 1, "shard_size": 1, "text_field": "text"}
-    params = {
-        "calibration": calibration,
-        "criteria": ["entropy", "surgeon"],
-        "dtype": "float32",
-        "add_bos_token": True,
-        "seed": 3,
-        "structures": ["neurons", "kv_groups"],
-    }
-    return stage_of("importance", "tiny", params, {"model": _folder(model), "calibration": _file(text)})
-
-
-def _prune(folder: Path, store: Store) -> Stage:
-    scored = stage_of("importance", "tiny", {}, {})
-    draft = store.handle(scored.id).open_draft()
-    generator = torch.Generator().manual_seed(0)
-    names = [f"layers.{layer}.entropy" for layer in range(4)]
-    scores = {name: torch.rand(48, generator=generator, dtype=torch.float64) for name in names}
-    save_file(scores, draft / "importance.safetensors")
-    windows_ST = torch.randint(264, (16, 20), generator=generator)
-    save_file({"input_ids": windows_ST}, draft / "windows.safetensors")
-    store.handle(scored.id).commit(scored, draft, {"metrics": {}})
-    model = save_tiny(folder / "model", num_hidden_layers=4, shard_size="40KB")
-    params = {
-        "ratio": 0.15,
-        "criterion": "entropy",
-        "allocation": "uniform",
-        "refit": "block",
-        "floor": 0.2,
-        "protect_first": 0,
-        "protect_last": 0,
-        "multiple_of": 1,
-        "dtype": "float32",
-        "micro_batch_size": 2,
-    }
-    return stage_of("prune", "tiny", params, {"model": _folder(model), "importance": scored.as_input()})
-
-
-def _reference(folder: Path, store: Store, model: Path) -> Stage:
-    text = write_documents(folder / "held-out.jsonl", count=3)
-    settings = {"windows": 3, "sequence_length": 24, "text_field": "text"}
-    params = {"dtype": "float32", "micro_batch_size": 1, "add_bos_token": True, "text": settings}
-    return stage_of("reference", "tiny", params, {"model": _folder(model), "text": _file(text)})
-
-
-def _evaluate(folder: Path, store: Store) -> Stage:
-    dense, model = save_tiny(folder / "dense"), save_tiny(folder / "model", seed=1)
-    reference = _reference(folder, store, dense)
-    assert InProcess(store, folder / "logs").run(reference, lambda beat: None).state == "done"
-    _write_tasks(folder / "tasks")
-    settings = {"tasks": ["tiny_a", "tiny_b"], "dtype": "float32", "batch_size": 2, "num_fewshot": 0}
-    params = EvaluationConfig.model_validate(settings).model_dump(exclude={"include_path", "fidelity"})
-    inputs = {"model": _folder(model), "dense": _folder(dense), "tasks": _folder(folder / "tasks")}
-    return stage_of("evaluate", "tiny", params, {**inputs, "reference": reference.as_input()})
-
-
-def _write_tasks(folder: Path) -> None:
-    folder.mkdir()
-    for name, count in (("tiny_a", 8), ("tiny_b", 4)):
-        documents = [{"text": f"ban der {n}", "choices": ["kin", "gos t"], "label": n % 2} for n in range(count)]
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(document) + "\n" for document in documents))
-        task = {
-            "task": name,
-            "dataset_path": "json",
-            "dataset_kwargs": {"data_files": {"test": f"{name}.jsonl"}},
-            "test_split": "test",
-            "output_type": "multiple_choice",
-            "doc_to_text": "{{text}}",
-            "doc_to_target": "{{label}}",
-            "doc_to_choice": "{{choices}}",
-            "metric_list": [{"metric": "acc"}],
-            "metadata": {"version": 1.0},
-        }
-        (folder / f"{name}.yaml").write_text(json.dumps(task))
-
-
-def _loraprune(folder: Path, store: Store) -> Stage:
-    """It writes everything that recovery writes, and more."""
-    model, pairs = save_tiny(folder / "model"), write_pairs(folder / "pairs.jsonl", count=12)
-    settings = {"sequence_length": 320, "batch_size": 1, "max_steps": 3, "rank": 2, "alpha": 4, "dtype": "float32"}
-    recovery = RecoveryConfig(**settings).model_dump(exclude={"path", "dataset", "name", "split", "revision"})
-    inputs = {"model": _folder(model), "instructions": _file(pairs)}
-    cut = {"ratio": 0.1, "structures": ["neurons", "kv_groups"], "multiple_of": 1, "tensor_parallel": 1}
-    protected = {"protect_first": 0, "protect_last": 1}
-    return stage_of("loraprune", "tiny", {"recovery": recovery, "seed": 0, **cut, **protected}, inputs)
-
-
-def _folder(path: Path) -> Input:
-    return Input(FileHashes(None).of_folder(path), str(path))
-
-
-def _file(path: Path) -> Input:
-    return Input(FileHashes(None).of_file(path), str(path))
-
-
 # The store's own commands.
 
 
@@ -255,7 +102,7 @@ class Commit(Subject):
 
     STAGE = stage_of("prune", "a label", {"ratio": 0.2}, {})
 
-    def run(self, root: Path, count: Count, mark: Mark, marks: list) -> dict:
+    def run(self, root: Path, mark: Mark, marks: list) -> dict:
         store = Store(root)
         verdict = store.handle(self.STAGE.id).verify(thorough=True)
         assert verdict.state != "corrupt", verdict.reason
@@ -277,7 +124,7 @@ class Commit(Subject):
 class Claims(Subject):
     """A claim that is taken, renewed, given back, taken again, and never given back."""
 
-    def run(self, root: Path, count: Count, mark: Mark, marks: list) -> dict:
+    def run(self, root: Path, mark: Mark, marks: list) -> dict:
         for _ in range(3):
             claim = try_claim(root / "work" / "prune" / "1")
             assert isinstance(claim, Claim), f"held by the dead: {claim}"
@@ -303,7 +150,7 @@ class WholeSweep(Subject):
         (folder / "store").mkdir()
         return make_inputs(folder)
 
-    def run(self, root: Path, count: Count, mark: Mark, marks: list) -> dict:
+    def run(self, root: Path, mark: Mark, marks: list) -> dict:
         os.environ["OMP_NUM_THREADS"] = "1"
         sweep_run.LocalBackend = lambda store, logs, *_: InProcess(store, logs)
         chosen = ["--models", "alpha", "--ratios", "0.2", "--methods", "hfprune", "--ranks", "1"]
@@ -332,7 +179,7 @@ class SlurmSweep(Subject):
     PLAN = plan_of(SCORES, PRUNE)
     ROUNDS = 12
 
-    def run(self, root: Path, count: Count, mark: Mark, marks: list) -> dict:
+    def run(self, root: Path, mark: Mark, marks: list) -> dict:
         fake = copy.deepcopy(marks[-1]) if marks else Controller()
         self._mark_submissions(fake, mark)
         store = Store(root)
@@ -392,14 +239,5 @@ class SlurmSweep(Subject):
 
 
 def subjects() -> list[Subject]:
-    """Return all subjects; the last ones take longest."""
-    return [
-        Commit("commit"),
-        Claims("claims"),
-        SlurmSweep("slurm"),
-        WholeSweep("sweep"),
-        StageSubject("prune", _prune, {SequentialRefit: "_fit"}),
-        StageSubject("importance", _importance, {ShardScorer: "score"}),
-        StageSubject("evaluate", _evaluate, {evaluate: "_run_task"}),
-        StageSubject("loraprune", _loraprune, {finetune._LoraTrainer: "training_step"}),
-    ]
+    """Return all subjects; the last one takes longest."""
+    return [Commit("commit"), Claims("claims"), SlurmSweep("slurm"), WholeSweep("sweep")]

@@ -11,11 +11,11 @@ from ranks import FAULTS, ROOT
 
 pytestmark = pytest.mark.slow
 
-SUBJECTS = ["commit", "claims", "slurm", "sweep", "prune", "importance", "evaluate", "loraprune"]
+SUBJECTS = ["commit", "claims", "slurm", "sweep"]
 # States per subject, and half as many after a second crash.
 DRAWN = 4
 # Subjects that must end badly, because one fsync is left out.
-BROKEN = ["commit!b.bin", "commit!manifest"]
+BROKEN = ["commit!b.bin"]
 
 
 @pytest.fixture(scope="module")

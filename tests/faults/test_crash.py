@@ -19,13 +19,11 @@ def recorded(tmp_path):
             action(tmp_path)
         finally:
             recorder.disarm()
-        return [_texts(state, tmp_path / f"state-{number}") for number, state in enumerate(states_of(*_of(recorder)))]
+        return [
+            _texts(state, tmp_path / f"state-{number}") for number, state in enumerate(states_of(recorder.recording))
+        ]
 
     return record
-
-
-def _of(recorder):
-    return recorder.events, recorder.begins
 
 
 def _texts(state, folder):
@@ -65,7 +63,7 @@ def test_names_reach_the_disk_in_their_order_and_stay_once_a_folder_was_flushed(
     recorder.mark("flushed")
     (tmp_path / "c").mkdir()
     recorder.disarm()
-    left = [(bool(state.marks), "".join(sorted(state.names))) for state in states_of(*_of(recorder))]
+    left = [(bool(state.marks), "".join(sorted(state.names))) for state in states_of(recorder.recording)]
     assert left == [(False, ""), (False, "a"), (False, "ab"), (True, "ab"), (True, "abc")]
 
 
@@ -85,10 +83,10 @@ def test_what_left_the_machine_stays_whatever_is_lost(tmp_path):
     (tmp_path / "intent").mkdir()
     recorder.mark("sent")
     recorder.disarm()
-    states = states_of(*_of(recorder))
+    states = states_of(recorder.recording)
     assert [(sorted(state.names), state.marks) for state in states] == [
         ([], ["before"]),
-        ([], ["before", "sent"]),
         (["intent"], ["before"]),
+        ([], ["before", "sent"]),
         (["intent"], ["before", "sent"]),
     ]

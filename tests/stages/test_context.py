@@ -33,14 +33,10 @@ def text(tmp_path):
 @pytest.fixture
 def store(tmp_path):
     store = Store(tmp_path / "store")
-    make_need(store)
-    return store
-
-
-def make_need(store):
     draft = store.handle(NEED.id).open_draft()
     (draft / "scores").write_text("scores")
     store.handle(NEED.id).commit(NEED, draft, {"metrics": {}})
+    return store
 
 
 def begin(store, text, claim=None):
@@ -132,24 +128,8 @@ def test_who_lost_its_claim_commits_nothing_and_leaves_its_successor_alone(store
     assert store.handle(context.stage.id).verify().state == "missing" and successor.is_held()
 
 
-def test_a_heartbeat_of_who_lost_its_claim_ends_the_stage(store, text, monkeypatch):
-    context = claimed(store, text)
-    progress = Progress(context.work, context.claim.require_held)
-    progress.update("shards", 1, 9)
-    written = (context.work / "progress.json").read_bytes()
-    take_over(context, monkeypatch)
-    progress.update("shards", 2, 9)  # too soon for another heartbeat
-    with pytest.raises(ClaimLostError):
-        progress.update("shards", 9, 9)
-    assert (context.work / "progress.json").read_bytes() == written
-
-
-def corrupt(store):
-    (store.path(NEED.id) / "scores").write_text("scorez")
-
-
 def test_damage_is_set_aside(store, text):
-    corrupt(store)
+    (store.path(NEED.id) / "scores").write_text("scorez")
     with pytest.raises(LostInputError, match=rf"{NEED.id}: scores: content changed.*; set aside as .*quarantine"):
         begin(store, text).check_inputs()
     assert store.handle(NEED.id).verify().state == "missing"

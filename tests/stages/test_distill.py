@@ -1,14 +1,13 @@
-"""The distill stage: it brings a pruned model closer to the dense one, on any number of real ranks, after any kill."""
+"""The distill stage: it brings a pruned model closer to the dense one, on any number of real ranks."""
 
 import shutil
 
 import pytest
 import torch
 from made_stages import stage_of
-from ranks import SoloWorld, killing, run_stage
+from ranks import SoloWorld, run_stage
 from tiny import save_tiny
-from tracked import require_reported
-from trained import assert_same_weights, lines_of, losses_of, weights_of
+from trained import losses_of, weights_of
 from transformers import AutoModelForCausalLM
 
 from hfprune_dist.checkpoints.checkpoint import open_checkpoint
@@ -120,20 +119,6 @@ def test_another_number_of_ranks_comes_close(source, uninterrupted, tmp_path):
     expected = weights_of(uninterrupted[0].path(stage.id))
     for name, tensor in weights_of(store.path(stage.id)).items():
         torch.testing.assert_close(tensor, expected[name], rtol=0.02, atol=2e-3)
-
-
-@pytest.mark.slow
-def test_a_killed_stage_goes_on_to_the_same_bits(source, uninterrupted, tmp_path):
-    """Unlike the run that was not killed, this one has a tracker: it is told each step, and changes no bit."""
-    store, stage = lay_out(source, tmp_path)
-    tracked = {**RUNTIME, "report_to": ["tensorboard"]}
-    killed = run_stage(store, stage, 2, environment=killing(0, 6, "/snapshots"), **tracked)
-    assert killed.returncode != 0
-    assert not store.path(stage.id).exists()
-    resumed = run_stage(store, stage, 2, **tracked)
-    assert resumed.returncode == 0 and "step 1/" not in resumed.stdout, resumed.stderr[-2000:]
-    require_reported(tmp_path / "tracking", lines_of(store, stage))
-    assert_same_weights(store.path(stage.id), uninterrupted[0].path(stage.id))
 
 
 @pytest.mark.slow

@@ -82,7 +82,7 @@ def test_what_is_left_is_the_plan_s_shape_of_the_trained_model(source, uninterru
 @pytest.mark.slow
 def test_a_killed_stage_goes_on_to_the_same_bits(source, uninterrupted, tmp_path):
     store, stage = lay_out(source, tmp_path)
-    killed = run_stage(store, stage, 2, environment=killing(0, 12, "/snapshots"), **RUNTIME)
+    killed = run_stage(store, stage, 2, environment=killing(0, 6, "/snapshot."), **RUNTIME)
     assert killed.returncode != 0 and not store.path(stage.id).exists()
     artifact, expected = finish(store, stage, 2), uninterrupted[-1]
     assert (artifact / "kept.json").read_text() == (expected / "kept.json").read_text()

@@ -1,75 +1,158 @@
-"""The prune stage on real ranks, and death at every point of it."""
-
-import json
+"""The prune stage: on real ranks, killed, interrupted; its refits, and shapes that the ratio decides."""
 
 import pytest
+import shapes
 import torch
-from cuts import IMPORTANCE, prepare, run_solo, weights_of
-from faults.kill import deaths_during
-from ranks import killing, killing_in_reduction, run_stage
+from forks import INTERRUPTED, on_ranks
+from hypothesis import given
+from hypothesis import strategies as st
+from masking import mask, read_kept
+from ranks import SoloWorld, killing_in_reduction, run_stage
 from safetensors.torch import load_file
+from shapes import GROUPS, LAYERS, NEURONS, kept_of, load, metrics_of, outcome, scores_of
 from transformers import AutoModelForCausalLM
 
+from hfprune_dist.checkpoints.checkpoint import open_checkpoint
+from hfprune_dist.distributed.interruption import Interruption
+from hfprune_dist.distributed.sums import HOLD_OUT_EVERY, is_held_out
 from hfprune_dist.errors import UserError
 from hfprune_dist.models.loading import load_causal_lm
 from hfprune_dist.models.single_layer import LayerReader
 from hfprune_dist.refit import gauss_newton_ranks as reconstruct
-from hfprune_dist.store.artifacts import Store
+from hfprune_dist.refit.refitted_layers import RefittedLayers
+from hfprune_dist.stages.prune_refit import in_refit_order
+
+BOTH = ["neurons", "kv_groups"]
+
+
+def prepare(folder, variant="llama", **changes):
+    """A stage that removes as many neurons of every layer."""
+    settings = {"allocation": "uniform", "structures": ["neurons"], "layers": 2}
+    return shapes.prepare(folder, variant, **{**settings, **changes})
+
+
+def local(folder, variant="llama", **changes):
+    """A stage that removes the same share of every layer."""
+    settings = {"allocation": "local", "refit": "none", "structures": BOTH, "protect_first": 0, "protect_last": 0}
+    return shapes.prepare(folder, variant, **{**settings, **changes})
+
+
+def assert_highest_stay(store, kept):
+    scores = scores_of(store)
+    for kind, name in (("neurons", "entropy"), ("kv_groups", "kv_groups.entropy")):
+        for layer, row in enumerate(kept.get(kind, [])):
+            assert row == sorted(scores[f"layers.{layer}.{name}"].topk(len(row)).indices.tolist())
+
+
+# Ranks.
 
 
 @pytest.mark.slow
 def test_real_ranks_write_a_checkpoint_that_plain_transformers_loads(tmp_path):
-    store, stage, scores = prepare(tmp_path, shard_size="20KB")
+    store, stage = prepare(tmp_path, refit="none", shard_size="20KB")
     result = run_stage(store, stage, ranks=2)
     assert result.returncode == 0, result.stderr[-2000:]
-    kept = json.loads((store.path(stage.id) / "kept.json").read_text())["neurons"]
-    model = AutoModelForCausalLM.from_pretrained(store.path(stage.id))
-    metrics = store.handle(stage.id).manifest()["metrics"]
-    assert metrics["intermediate_size"] == model.config.intermediate_size == 14
+    model, metrics = AutoModelForCausalLM.from_pretrained(store.path(stage.id)), metrics_of(store, stage)
+    assert metrics["intermediate_size"] == model.config.intermediate_size < NEURONS
     assert metrics["parameters"] == sum(p.numel() for p in model.parameters())
     assert metrics["ratio_reached"] == pytest.approx(0.2, abs=0.01)
-    for layer in range(2):
-        assert kept[layer] == sorted(scores[f"layers.{layer}.entropy"].topk(14).indices.tolist())
+    assert_highest_stay(store, kept_of(store, stage))
 
 
-def assert_gates_moved(store, stage, folder):
-    """Check that some layer's gates moved: otherwise only least squares on the down projection was at work."""
-    kept = json.loads((store.path(stage.id) / "kept.json").read_text())["neurons"]
-    dense, pruned = (
-        AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).model.layers
-        for path in (folder / "model", store.path(stage.id))
-    )
-    gates = [
-        (a.mlp.gate_proj.weight[rows], b.mlp.gate_proj.weight) for a, b, rows in zip(dense, pruned, kept, strict=True)
-    ]
-    assert not all(torch.equal(*pair) for pair in gates)
+@pytest.mark.parametrize(
+    ("settings", "ranks"),
+    [
+        ({"refit": "dense", "refit_copies": 2, "samples": 9}, 3),
+        ({"refit": "block", "refit_norms": True, "samples": 24}, 2),
+        ({"refit": "bias", "allocation": "local", "structures": BOTH, "protect_first": 0, "protect_last": 0}, 3),
+    ],
+    ids=["dense", "block", "bias"],
+)
+def test_refits_have_the_same_bits_on_any_number_of_ranks(tmp_path, settings, ranks):
+    outcomes = []
+    for size in (1, ranks):
+        store, stage = prepare(tmp_path / str(size), dtype="bfloat16", **settings)
+        ended = on_ranks(size, lambda world, store=store, stage=stage: shapes.run(store, stage, world))
+        assert ended.codes == [0] * size, ended.messages
+        outcomes.append(outcome(store, stage))
+    assert outcomes[0] == outcomes[1]
+
+
+# Per layer: two Gram matrices; in each step three sums for the curvature, the right side and every iteration.
+REDUCTIONS = 2 + 3 * (2 + reconstruct.ITERATIONS) + 3 * (2 + 2)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("refit", "samples", "more"),
-    [
-        ("dense", 9, {"refit_copies": 1}),
-        ("layerwise", 9, {"refit_norms": True}),
-        ("block", 64, {}),
-        ("block", 2, {"refit_norms": True}),
-    ],
-)
-def test_refit_has_the_same_bits_on_any_number_of_ranks(tmp_path, refit, samples, more):
-    """Two samples make one micro-batch, so all ranks but one have nothing to do. Ranks that are threads try other
-    numbers (tests/refit).
-    """
-    weights = []
-    for ranks in (1, 2, 4) if samples > 9 else (1, 2):
-        folder = tmp_path / str(ranks)
-        folder.mkdir()
-        store, stage, _ = prepare(folder, refit=refit, samples=samples, dtype="bfloat16", **more)
-        result = run_stage(store, stage, ranks)
-        assert result.returncode == 0, result.stderr[-2000:]
-        weights.append(weights_of(store, stage))
-        if refit == "block" and samples > 2:
-            assert_gates_moved(store, stage, folder)
-    assert all(others == weights[0] for others in weights)
+def test_a_block_goes_on_with_the_same_bits_after_one_of_its_ranks_died_in_the_second_layer(tmp_path):
+    reference, stage = prepare(tmp_path / "whole", refit="block", samples=24)
+    assert run_stage(reference, stage, 2).returncode == 0
+    store, stage = prepare(tmp_path / "killed", refit="block", samples=24)
+    killed = run_stage(store, stage, 2, environment=killing_in_reduction(1, REDUCTIONS + REDUCTIONS // 2))
+    assert killed.returncode != 0 and not store.path(stage.id).exists()
+    assert len(list(store.work(stage.id).glob("refit/layer-*.safetensors"))) == 1
+    resumed = run_stage(store, stage, 2)
+    assert resumed.returncode == 0, resumed.stderr[-2000:]
+    assert outcome(store, stage) == outcome(reference, stage)
+
+
+class Interrupting(Interruption):
+    """Asks all ranks to end when they check for an interruption the ``at``-th time."""
+
+    def __init__(self, at):
+        super().__init__()
+        self._at = at
+
+    def agreed(self, world):
+        self._at -= 1
+        return self._at == 0
+
+
+def test_an_interrupted_refit_solves_no_layer_twice(tmp_path, monkeypatch):
+    log, write = tmp_path / "log", RefittedLayers.write
+
+    def logged(self, number, *rest):
+        write(self, number, *rest)
+        with log.open("a") as stream:
+            stream.write(f"{number}\n")
+
+    def ended(ranks, store, stage, interruption=None):
+        (code,) = {*on_ranks(ranks, lambda world: shapes.run(store, stage, world, interruption)).codes}
+        return code
+
+    settings = {"refit": "dense", "samples": 24, "layers": 3, "dtype": "bfloat16"}
+    whole, stage = prepare(tmp_path / "whole", **settings)
+    assert ended(1, whole, stage) == 0
+    monkeypatch.setattr(RefittedLayers, "write", logged)
+    store, stage = prepare(tmp_path / "parts", **settings)
+    assert ended(2, store, stage, Interrupting(2)) == INTERRUPTED
+    assert sorted(log.read_text().split()) == ["0", "1"]
+    assert ended(1, store, stage) == 0
+    assert sorted(log.read_text().split()) == ["0", "1", "2"]
+    assert outcome(store, stage) == outcome(whole, stage)
+
+
+# Refits.
+
+
+@given(windows=st.integers(1, 70), copies=st.integers(1, 4), size=st.integers(1, 9))
+def test_windows_are_held_out_with_all_their_copies_as_far_as_there_is_room(windows, copies, size):
+    """A window's tokens are its number; a copy's are negative."""
+
+    def held_out(count):
+        return [it for it in range(count) if is_held_out(it // size, -(-count // size))]
+
+    windows_ST, versions = torch.arange(1, windows + 1)[:, None], 1 + copies
+    numbers = in_refit_order(windows_ST, -windows_ST[:, None].expand(-1, copies, -1), size)[:, 0].tolist()
+    assert sorted(numbers) == sorted([*range(1, windows + 1), *[-it for it in range(1, windows + 1)] * copies])
+    before = {1 + it for it in held_out(windows)}
+    places = held_out(len(numbers))
+    apart = [numbers[it] for it in places]
+    assert sum(abs(number) in before for number in apart) == min(len(apart), len(before) * versions)
+    fitted = {abs(number) for place, number in enumerate(numbers) if place not in places}
+    # Those of one side that fill the other are whole windows, but perhaps for one.
+    assert len(fitted & {abs(number) for number in apart}) <= 1
+    if windows % size == 0 and windows // size % HOLD_OUT_EVERY == 0:
+        assert {abs(number) for number in apart} == before and not fitted & before
 
 
 NORMS = ["model.norm", *(f"model.layers.{n}.{it}_layernorm" for n in (0, 1) for it in ("input", "post_attention"))]
@@ -78,12 +161,10 @@ NORMS = ["model.norm", *(f"model.layers.{n}.{it}_layernorm" for n in (0, 1) for 
 def test_refitted_norms_bring_the_distribution_closer_and_nothing_else_changes(tmp_path):
     tensors, metrics = [], {}
     for also in ({}, {"refit_norms": True}):
-        folder = tmp_path / str(len(also))
-        folder.mkdir()
-        store, stage, _ = prepare(folder, ratio=0.25, refit="layerwise", **also)
-        run_solo(store, stage)
+        store, stage = prepare(tmp_path / str(len(also)), ratio=0.25, refit="layerwise", **also)
+        shapes.run(store, stage, SoloWorld())
         tensors.append(load_file(store.path(stage.id) / "model.safetensors"))
-        metrics = store.handle(stage.id).manifest()["metrics"]
+        metrics = metrics_of(store, stage)
     changed = {name for name, it in tensors[0].items() if not torch.equal(it, tensors[1][name])}
     assert changed == {f"{it}.weight" for it in NORMS}
     kls = metrics["norms_kl"]
@@ -102,95 +183,59 @@ class Shifting(torch.nn.Module):
 
 
 def test_a_norm_that_cannot_be_refitted_is_named_before_anything_is_computed(tmp_path, monkeypatch):
-    store, stage, _ = prepare(tmp_path, refit="layerwise", refit_norms=True)
+    store, stage = prepare(tmp_path, refit="layerwise", refit_norms=True)
     which = "layers.1.post_attention_layernorm"
     read = LayerReader._alone
     monkeypatch.setattr(
         LayerReader, "_alone", lambda self, *of: Shifting() if of[2] == f"model.{which}" else read(self, *of)
     )
     with pytest.raises(UserError, match=rf"^{tmp_path / 'model'}: model\.{which}, Shifting, has no weight that multip"):
-        run_solo(store, stage)
+        shapes.run(store, stage, SoloWorld())
     assert not list(store.work(stage.id).iterdir())
 
 
-# Per layer: two Gram matrices; in each step three sums for the curvature, the right side and every iteration.
-REDUCTIONS = 2 + 3 * (2 + reconstruct.ITERATIONS) + 3 * (2 + 2)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "fault",
-    [killing_in_reduction(1, REDUCTIONS + REDUCTIONS // 2), killing(0, 2, "layer-1.")],
-    ids=["in a step", "writing"],
-)
-def test_a_block_goes_on_with_the_same_bits_after_one_of_its_ranks_died_in_the_second_layer(tmp_path, fault):
-    (tmp_path / "whole").mkdir()
-    reference, stage, _ = prepare(tmp_path / "whole", refit="block", samples=64)
-    assert run_stage(reference, stage, 2).returncode == 0
-    store, stage, _ = prepare(tmp_path, refit="block", samples=64)
-    killed = run_stage(store, stage, 2, environment=fault)
-    assert killed.returncode != 0 and not store.path(stage.id).exists()
-    assert len(list(store.work(stage.id).glob("refit/layer-*.safetensors"))) == 1
-    resumed = run_stage(store, stage, 2)
-    assert resumed.returncode == 0, resumed.stderr[-2000:]
-    assert weights_of(store, stage) == weights_of(reference, stage)
-
-
-def test_layers_compete_and_the_checkpoint_loads_with_and_without_its_code(tmp_path):
-    store, stage, _ = prepare(tmp_path, ratio=0.1, allocation="global", refit="dense", protect_last=1)
-    run_solo(store, stage)
-    metrics, folder = store.handle(stage.id).manifest()["metrics"], store.path(stage.id)
-    widths = metrics["intermediate_sizes"]
-    assert widths == [14, 48] and metrics["intermediate_size"] is None
-    assert metrics["ratio_reached"] == pytest.approx(0.1, abs=0.002)
-    ours = load_causal_lm(folder, torch.float32)
-    plain = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32)
-    assert [layer.mlp.down_proj.in_features for layer in ours.model.layers] == widths
-    assert sum(p.numel() for p in plain.parameters()) == metrics["parameters"]
-    input_ids = torch.arange(12)[None] + 3
-    with torch.no_grad():
-        assert torch.equal(ours(input_ids).logits, plain(input_ids).logits)
-    assert plain.generate(input_ids, max_new_tokens=3).shape == (1, 15)
-
-
-def test_a_search_takes_the_widths_that_measure_best(tmp_path):
-    """The winner's measurement is what the finished checkpoint has on the held-out window."""
-    store, stage, _ = prepare(tmp_path, ratio=0.15, allocation="searched")
-    run_solo(store, stage)
-    metrics, folder = store.handle(stage.id).manifest()["metrics"], store.path(stage.id)
-    measured = metrics["search_kl"]
-    assert any("everywhere" in name for name in measured) and len(measured) > 8
-    held_out = load_file(store.path(IMPORTANCE.id) / "windows.safetensors")["input_ids"][8:]
-    with torch.no_grad():
-        log_p, log_q = (
-            load_causal_lm(path, torch.float32)(held_out).logits.log_softmax(-1)
-            for path in (tmp_path / "model", folder)
-        )
-    kl = (log_p.exp() * (log_p - log_q)).sum(-1).mean().item()
-    assert kl == pytest.approx(min(measured.values()), rel=1e-4)
-    assert metrics["ratio_reached"] == pytest.approx(0.15, abs=0.002)
+# The same share of every layer.
 
 
 @pytest.mark.parametrize(
-    "method",
+    ("variant", "refit", "written"),
     [
-        {"refit": "none"},
-        {"refit": "block", "samples": 64},
-        {"refit": "layerwise", "refit_norms": True},
-        {"refit": "dense", "refit_copies": 2},
+        ("llama", "none", "mistral"),  # six heads don't divide 32
+        ("llama-tied-biases", "dense", "llama"),
     ],
-    ids=str,
 )
-def test_death_at_every_point_ends_with_the_same_weights(tmp_path, method):
-    reference, stage, _ = prepare(tmp_path, **method)
-    (tmp_path / "copies").mkdir()
-    deaths = deaths_during(lambda: run_solo(reference, stage), reference.root, tmp_path / "copies")
-    if method.get("refit") == "block":
-        assert_gates_moved(reference, stage, tmp_path)
-    expected = weights_of(reference, stage)
-    assert len(deaths) > 10
-    for store in map(Store, deaths):
-        assert store.handle(stage.id).verify().state in ("missing", "done")
-        if store.handle(stage.id).verify().state == "missing":
-            run_solo(store, stage)
-        assert weights_of(store, stage) == expected
+def test_without_protected_layers_all_are_alike_in_a_plain_checkpoint(tmp_path, variant, refit, written):
+    store, stage = local(tmp_path, variant, refit=refit)
+    shapes.run(store, stage, SoloWorld())
+    metrics, kept = metrics_of(store, stage), kept_of(store, stage)
+    ((groups,), (width,)) = ({len(row) for row in kept[kind]} for kind in ("kv_groups", "neurons"))
+    assert groups == (2 if variant == "llama-tied-biases" else 3) and width < NEURONS
+    assert_highest_stay(store, kept)
+    checkpoint = open_checkpoint(tmp_path / "model")
+    step = LAYERS * checkpoint.parameters_per_unit / checkpoint.parameters
+    assert abs(metrics["ratio_reached"] - 0.2) <= 0.51 * step
+    folder = store.path(stage.id)
+    assert open_checkpoint(folder).is_plain and open_checkpoint(folder).config["model_type"] == written
+    plain = load(folder)
+    assert sum(it.numel() for it in plain.parameters()) == metrics["parameters"]
+    if refit == "none":
+        ids = torch.arange(12)[None] + 3
+        expected = mask(load_causal_lm(tmp_path / "model", torch.float32), read_kept(folder))
+        with torch.no_grad():
+            torch.testing.assert_close(plain(ids).logits, expected(ids).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_protected_layers_stay_whole_and_the_others_lose_more(tmp_path):
+    store, stage = local(tmp_path, "qwen2", refit="block", protect_first=1, protect_last=1)
+    shapes.run(store, stage, SoloWorld())
+    metrics, kept, folder = metrics_of(store, stage), kept_of(store, stage), store.path(stage.id)
+    assert [len(row) for row in kept["kv_groups"]] == [GROUPS, 2, 2, GROUPS]
+    first, *middle, last = (len(row) for row in kept["neurons"])
+    assert first == last == NEURONS and len(set(middle)) == 1 and middle[0] < NEURONS
+    assert_highest_stay(store, kept)
+    checkpoint = open_checkpoint(tmp_path / "model")
+    assert abs(metrics["ratio_reached"] - 0.2) <= 0.51 * 2 * checkpoint.parameters_per_unit / checkpoint.parameters
+    remote = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32)
+    ids = torch.arange(12)[None] + 3
+    with torch.no_grad():
+        assert torch.equal(load_causal_lm(folder, torch.float32)(ids).logits, remote(ids).logits)

@@ -5,16 +5,12 @@ import re
 
 import pytest
 import torch
-from faults.kill import deaths_during
 from forks import on_ranks
 from masking import mask
 from ranks import SoloWorld
-from refitting import held_out_errors, ridge_regression
 from shapes import (
     GROUPS,
     LAYERS,
-    NEURONS,
-    QUERIES,
     divergence,
     kept_of,
     load,
@@ -26,23 +22,21 @@ from shapes import (
     windows_of,
 )
 
-from hfprune_dist.core.least_squares import RIDGES
-from hfprune_dist.core.selection import entries_of, top_units
+from hfprune_dist.core.selection import top_units
 from hfprune_dist.refit.measurement import Measurement
-from hfprune_dist.stages import prune_plain, prune_refit, shape_search
+from hfprune_dist.stages import prune_refit, shape_search
 from hfprune_dist.stages.shape_search import EVERY
-from hfprune_dist.store.artifacts import Store
 from hfprune_dist.structures.kept import Kept
 
-ALL_HOPEFUL = 1e6
+ANY_FACTOR = 1e6
 # Of nine windows, in micro-batches of two, candidates are compared on two and finalists on one.
 COMPARED, JUDGED = slice(6, 8), slice(8, 9)
 
 
 @pytest.fixture
-def all_hopeful(monkeypatch):
+def all_compete(monkeypatch):
     """Allow as many finalists as there may be, however much random models differ."""
-    monkeypatch.setattr(shape_search, "WORST_FINALIST", ALL_HOPEFUL)
+    monkeypatch.setattr(shape_search, "WORST_FINALIST", ANY_FACTOR)
 
 
 def numbers_of(name):
@@ -58,14 +52,12 @@ def shape_in(folder):
 @pytest.mark.parametrize(
     ("variant", "refit"),
     [
-        ("llama", "dense"),
         ("llama-tied-biases", "layerwise"),
         ("qwen2", "block"),
-        ("qwen3", "layerwise"),
         ("mistral", "dense"),
     ],
 )
-@pytest.mark.usefixtures("all_hopeful")
+@pytest.mark.usefixtures("all_compete")
 def test_the_finalist_that_is_closest_on_windows_apart_is_written(tmp_path, variant, refit):
     store, stage = prepare(tmp_path, variant, refit=refit)
     run(store, stage, SoloWorld())
@@ -87,30 +79,27 @@ def test_the_finalist_that_is_closest_on_windows_apart_is_written(tmp_path, vari
         for kind, name in (("neurons", "entropy"), ("kv_groups", "kv_groups.entropy")):
             row = kept[kind][place]
             assert row == sorted(scores[f"layers.{layer}.{name}"].topk(len(row)).indices.tolist())
-    for name in ("refit_ridge", "refit_kv_groups_ridge"):
-        assert len(metrics[name]) == len(kept["layers"])
 
 
 def expected_finalists(measured, finalists, layers=LAYERS):
     """Return the names of finalists, given how close they are."""
     most = shape_search.WORST_FINALIST * min(measured.values())
-    hopeful = [it for it in sorted(measured, key=measured.get) if measured[it] <= most]
-    mlp_alone = [name for name in hopeful if numbers_of(name)[:2] == (layers, GROUPS)]
-    expected = {*mlp_alone, *[name for name in hopeful if name not in mlp_alone][: prune_plain.FINALISTS]}
+    competing = [it for it in sorted(measured, key=measured.get) if measured[it] <= most]
+    mlp_alone = [name for name in competing if numbers_of(name)[:2] == (layers, GROUPS)]
+    expected = {*mlp_alone, *[name for name in competing if name not in mlp_alone][: shape_search.FINALISTS]}
     while True:
         fewest, groups, _ = numbers_of(min(expected, key=finalists.get))
-        fewer = [it for it in hopeful if numbers_of(it)[1] == groups and numbers_of(it)[0] < fewest]
+        fewer = [it for it in competing if numbers_of(it)[1] == groups and numbers_of(it)[0] < fewest]
         following = {*sorted(fewer, key=numbers_of)[-1:]}
         if following <= expected:
             return expected
         expected |= following
 
 
-@pytest.mark.usefixtures("all_hopeful")
-@pytest.mark.parametrize("ratio", [0.17, 0.2])
-def test_the_closest_is_tried_with_fewer_layers_while_that_helps(tmp_path, monkeypatch, ratio):
-    monkeypatch.setattr(prune_plain, "FINALISTS", 0)
-    store, stage = prepare(tmp_path, layers=6, ratio=ratio)
+@pytest.mark.usefixtures("all_compete")
+def test_the_closest_is_tried_with_fewer_layers_while_that_helps(tmp_path, monkeypatch):
+    monkeypatch.setattr(shape_search, "FINALISTS", 0)
+    store, stage = prepare(tmp_path, layers=6, ratio=0.17)
     run(store, stage, SoloWorld())
     measured, finalists = (metrics_of(store, stage)[name] for name in ("search_kl", "finalists_kl"))
     tried = sorted(finalists, key=numbers_of, reverse=True)
@@ -155,58 +144,6 @@ def test_layers_are_given_up_in_the_order_in_which_whole_models_miss_them_least(
         assert divergence(load(tmp_path / "model"), masked, windows, EVERY) == pytest.approx(kl, rel=1e-3), name
 
 
-def inputs_of(model, windows_ST, name):
-    """Return what an output projection reads in every layer, [windows, tokens, channels] in float64."""
-    seen = []
-    handles = [
-        layer.get_submodule(name).register_forward_pre_hook(lambda _module, inputs: seen.append(inputs[0].double()))
-        for layer in model.model.layers
-    ]
-    with torch.no_grad():
-        model(windows_ST, use_cache=False)
-    for handle in handles:
-        handle.remove()
-    return seen
-
-
-def test_candidates_are_measured_with_least_squares_on_dense_activations(tmp_path):
-    """The reference is ridge regression in float64, on windows that are neither compared nor set apart."""
-    store, stage = prepare(tmp_path)
-    run(store, stage, SoloWorld())
-    metrics, windows = metrics_of(store, stage), windows_of(store)
-    measured = metrics["search_kl"]
-    shapes = {
-        name: shaped(store, numbers_of(name), metrics["layers_in_order_of_dropping"], LAYERS) for name in measured
-    }
-    dense = load(tmp_path / "model")
-    models = {name: load(tmp_path / "model") for name in measured}
-    head_dim = dense.config.hidden_size // dense.config.num_attention_heads
-    for kind, projection, per_unit, most in (
-        ("neurons", "mlp.down_proj", 1, NEURONS),
-        ("kv_groups", "self_attn.o_proj", QUERIES * head_dim, GROUPS),
-    ):
-        hidden = inputs_of(dense, windows[:8], projection)
-        for layer in range(LAYERS):
-            weight = dense.model.layers[layer].get_submodule(projection).weight.detach().double()
-            kept = {name: it.of_layer(layer, kind) for name, it in shapes.items() if layer in it.layers}
-            columns = {name: entries_of(row, per_unit) for name, row in kept.items() if len(row) < most}
-            if not columns:
-                continue
-            fewest = min(columns.values(), key=len)
-            targets = hidden[layer] @ weight.T
-            errors = held_out_errors(RIDGES, weight[:, fewest], hidden[layer][..., fewest], targets)
-            ridge = min(errors, key=errors.get)
-            for name, channels in columns.items():
-                fitted = hidden[layer][: COMPARED.start].flatten(0, 1)
-                found = ridge_regression(weight[:, channels], fitted[:, channels], fitted @ weight.T, ridge)
-                module = models[name].model.layers[layer].get_submodule(projection)
-                module.weight.data.zero_()
-                module.weight.data[:, channels] = found.float()
-    for name, kl in measured.items():
-        model = mask(models[name], Kept(shapes[name].layers))
-        assert divergence(dense, model, windows[COMPARED], EVERY) == pytest.approx(kl, rel=1e-3), name
-
-
 def rows(windows_ST, among_ST):
     return {int((among_ST == row).all(1).nonzero()[0]) for row in windows_ST}
 
@@ -215,15 +152,15 @@ def rows(windows_ST, among_ST):
 def used(monkeypatch):
     """Windows by use: those of measurements, which are made in this order, and those of refits."""
     seen = {"finalists refits": [], "refit refits": []}
-    init, refit, phases = Measurement.__init__, prune_refit.refit_layers, iter(["finalists", "layers", "shapes"])
+    init, refit, phases = Measurement.__init__, prune_refit.refit_layers, iter(["layers", "shapes", "finalists"])
 
     def measuring(self, checkpoint, variants, micro_batches, **options):
         seen[next(phases)] = torch.cat(list(micro_batches.values()))
         init(self, checkpoint, variants, micro_batches, **options)
 
-    def refitting(context, models, kept, windows_ST, fitted, *, phase):
+    def refitting(context, models, kept, windows_ST, folder, *, phase, whole_mlp):
         seen[f"{phase} refits"].append(windows_ST)
-        refit(context, models, kept, windows_ST, fitted, phase=phase)
+        return refit(context, models, kept, windows_ST, folder, phase=phase, whole_mlp=whole_mlp)
 
     monkeypatch.setattr(Measurement, "__init__", measuring)
     for module in (shape_search, prune_refit):
@@ -231,8 +168,8 @@ def used(monkeypatch):
     return seen
 
 
-@pytest.mark.usefixtures("all_hopeful")
-@pytest.mark.parametrize(("samples", "judged"), [(3, 1), (4, 2), (9, 1), (70, 4)])
+@pytest.mark.usefixtures("all_compete")
+@pytest.mark.parametrize(("samples", "judged"), [(4, 2), (70, 4)])
 def test_no_window_judges_finalists_that_was_seen_before(tmp_path, used, samples, judged):
     store, stage = prepare(tmp_path, samples=samples, layers=3, groups=2)
     run(store, stage, SoloWorld())
@@ -250,13 +187,11 @@ def test_no_window_judges_finalists_that_was_seen_before(tmp_path, used, samples
 @pytest.mark.parametrize(
     ("variant", "samples", "several", "method"),
     [
-        ("qwen2", 9, 3, {"refit": "layerwise", "structures": ["neurons", "kv_groups"]}),
-        ("llama-tied-biases", 1, 2, {"refit": "block"}),
+        ("llama-tied-biases", 1, 2, {"refit": "layerwise"}),
         ("qwen3", 4, 3, {"refit": "dense", "dtype": "bfloat16"}),
-        ("mistral", 5, 2, {"refit": "none", "structures": ["neurons", "layers"]}),
     ],
 )
-@pytest.mark.usefixtures("all_hopeful")
+@pytest.mark.usefixtures("all_compete")
 def test_any_number_of_ranks_finds_and_writes_the_same(tmp_path, variant, samples, several, method):
     """This also holds for fewer micro-batches than ranks."""
     outcomes = []
@@ -267,22 +202,3 @@ def test_any_number_of_ranks_finds_and_writes_the_same(tmp_path, variant, sample
         assert ended.codes == [0] * ranks
         outcomes.append(outcome(store, stage))
     assert outcomes[0] == outcomes[1]
-
-
-# What can't go, or needn't.
-
-
-@pytest.mark.usefixtures("all_hopeful")
-def test_death_before_any_file_appears_ends_with_the_same_bits(tmp_path):
-    """It dies before every file that is written, of finalists, of the final refit and of the checkpoint."""
-    reference, stage = prepare(tmp_path, layers=3, groups=2, samples=4)
-    (tmp_path / "copies").mkdir()
-    appearing = "rename", "replace"
-    deaths = deaths_during(lambda: run(reference, stage, SoloWorld()), reference.root, tmp_path / "copies", appearing)
-    expected, found = outcome(reference, stage), set()
-    for store in map(Store, deaths):
-        found |= {file.parent.name.partition("-")[0] for file in store.work(stage.id).rglob("*") if file.is_file()}
-        if store.handle(stage.id).verify().state == "missing":
-            run(store, stage, SoloWorld())
-        assert outcome(store, stage) == expected
-    assert len(deaths) > 10 and found >= {"final", "refit"}

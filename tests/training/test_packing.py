@@ -2,32 +2,13 @@
 
 import pytest
 import torch
+from fine_tunings import make_task
 from masking import write
 from tiny import save_tiny
 
 from hfprune_dist.checkpoints.checkpoint import open_checkpoint
-from hfprune_dist.config.training import RecoveryConfig
-from hfprune_dist.data.schedule import Schedule
 from hfprune_dist.structures.kept import Kept
-from hfprune_dist.training.engine_setup import load_trainable_model
-from hfprune_dist.training.fine_tuning import FineTuning
-
-
-def task_of(folder):
-    return FineTuning(
-        checkpoint=open_checkpoint(folder),
-        section="recovery",
-        settings=RecoveryConfig(batch_size=1, rank=4, alpha=8, dtype="float32"),
-        seed=0,
-        rows=lambda row: {},
-        distills=False,
-        schedule=Schedule(1, 1, 0),
-        total_steps=1,
-        warmup_steps=0,
-        save_every_steps=1,
-        timeout_minutes=5,
-        run_folder=folder / "run",
-    )
+from hfprune_dist.training.trainer import load_trainable_model
 
 
 def model_in(folder, layers):
@@ -42,7 +23,7 @@ def model_in(folder, layers):
 
 @pytest.mark.parametrize("layers", ["alike", "different"])
 def test_pairs_of_a_row_do_not_see_each_other(tmp_path, layers):
-    model = load_trainable_model(task_of(model_in(tmp_path, layers))).eval()
+    model = load_trainable_model(make_task(open_checkpoint(model_in(tmp_path, layers)), dtype="float32")).eval()
     pairs = [torch.arange(3, 20)[None], torch.arange(40, 51)[None], torch.arange(7, 9)[None]]
     positions = torch.cat([torch.arange(it.shape[1]) for it in pairs])[None]
     with torch.no_grad():
