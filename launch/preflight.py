@@ -175,7 +175,7 @@ def _check_length(reading: Reading, folder: Path, positions: int | None) -> None
 
 def _check_text(reading: Reading, folder: Path, tokenizer: Any) -> str | None:
     """Check that the part of a text that was read holds its windows, or a pair to train on; return a remark on it."""
-    from hfprune_dist.data.instructions import require_trainable
+    from hfprune_dist.data.instructions import check_pairs
     from hfprune_dist.data.tokenizer import require_eos
     from hfprune_dist.data.windows import Sampling, check_length
 
@@ -183,7 +183,7 @@ def _check_text(reading: Reading, folder: Path, tokenizer: Any) -> str | None:
     if not reading.windows:
         require_eos(tokenizer, folder)
         if beginning is not None:
-            require_trainable(beginning, tokenizer, length, reading.where)
+            check_pairs(beginning, tokenizer, length, reading.where)
     elif beginning is not None:
         sampling = Sampling(reading.windows, length, seed=0, add_bos_token=reading.add_bos_token)
         return check_length(beginning, tokenizer, sampling, reading.where)

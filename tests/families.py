@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from more_families import LATENT, MAMBA, MORE_EXPERTS
 from tiny import tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -29,6 +28,45 @@ SHAPE = {
     "eos_token_id": 2,
 }
 SLIDING = {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
+_ROUTED = {"n_routed_experts": 4, "moe_intermediate_size": 24, "n_shared_experts": 2, "first_k_dense_replace": 1}
+_GROUPS = {"n_group": 2, "topk_group": 1}
+LATENT = {
+    "num_key_value_heads": 4,
+    "q_lora_rank": 16,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 8,
+}
+MAMBA = {
+    "mamba_n_heads": 4,
+    "mamba_d_head": 8,
+    "mamba_n_groups": 1,
+    "mamba_d_state": 8,
+    "mamba_expand": 1,
+    "mamba_chunk_size": 4,
+}
+_INDEX = {"index_n_heads": 2, "index_head_dim": 16, "index_topk": 4}
+_DELTA = {
+    "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+    "linear_num_value_heads": 4,
+    "linear_num_key_heads": 2,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+}
+_SHARED = {"num_experts": 4, "moe_intermediate_size": 24, "shared_expert_intermediate_size": 16}
+_TYPES = {"mlp_layer_types": ["dense", "sparse", "sparse"]}
+_GRANITE = {"num_local_experts": 4, "shared_intermediate_size": 16, "residual_multiplier": 0.3, "logits_scaling": 4.0}
+_KIMI = {
+    "num_local_experts": 4,
+    "moe_intermediate_size": 24,
+    "n_shared_experts": 2,
+    "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+    "linear_head_dim": 8,
+    "linear_num_heads": 4,
+    **LATENT,
+    **_TYPES,
+}
 # model_type -> settings that turn on every feature of the architecture.
 FAMILIES: dict[str, dict[str, object]] = {
     "llama": {},
@@ -81,13 +119,7 @@ FAMILIES: dict[str, dict[str, object]] = {
         **LATENT,
         "pad_token_id": None,  # transformers zeroes the row of a padding token when it loads
     },
-    "qwen3_5_text": {
-        "layer_types": ["linear_attention", "full_attention", "linear_attention"],
-        "linear_num_value_heads": 4,
-        "linear_num_key_heads": 2,
-        "linear_key_head_dim": 8,
-        "linear_value_head_dim": 8,
-    },
+    "qwen3_5_text": _DELTA,
     "arcee": {"mlp_bias": True},
     "nemotron": {"mlp_bias": True},
     "apertus": {},
@@ -119,7 +151,7 @@ FAMILIES: dict[str, dict[str, object]] = {
     "doge": {"num_experts": 4},
 }
 # Likewise for mixtures of experts.
-EXPERTS: dict[str, dict[str, object]] = {
+MIXTURES: dict[str, dict[str, object]] = {
     "qwen3_moe": {"num_experts": 4, "moe_intermediate_size": 24, "mlp_only_layers": [1], "norm_topk_prob": True},
     "mixtral": {"num_local_experts": 4},
     "olmoe": {"num_experts": 4},
@@ -129,24 +161,86 @@ EXPERTS: dict[str, dict[str, object]] = {
         "shared_expert_intermediate_size": 20,
         "decoder_sparse_step": 2,
     },
-    "glm4_moe": {
-        "n_routed_experts": 4,
-        "moe_intermediate_size": 24,
-        "n_shared_experts": 2,
-        "first_k_dense_replace": 1,
-        "use_qk_norm": True,
-    },
-    "deepseek_v3": {
-        "n_routed_experts": 4,
-        "moe_intermediate_size": 24,
-        "n_shared_experts": 2,
-        "first_k_dense_replace": 1,
-        "n_group": 2,
-        "topk_group": 1,
-        **LATENT,
-    },
+    "glm4_moe": _ROUTED | {"use_qk_norm": True},
+    "deepseek_v3": _ROUTED | _GROUPS | LATENT,
     "granitemoe": {"num_local_experts": 4, "residual_multiplier": 0.3, "logits_scaling": 4.0},
     "gpt_oss": {"num_local_experts": 4, "sliding_window": 4},
+    "qwen3_next": _SHARED | _DELTA,
+    "qwen3_5_moe_text": _SHARED | _DELTA,
+    "deepseek_v2": _ROUTED | LATENT,
+    "dots1": _ROUTED | _GROUPS,
+    "ernie4_5_moe": {
+        "moe_num_experts": 4,
+        "moe_k": 2,
+        "moe_intermediate_size": 24,
+        "moe_num_shared_experts": 2,
+        "moe_layer_start_index": 1,
+        "moe_layer_end_index": 1,
+    },
+    "hunyuan_v1_moe": {"num_experts": 4, "moe_topk": 2},
+    "phimoe": {"num_local_experts": 4, "attention_bias": True, "lm_head_bias": True},
+    "minimax_m2": {"num_local_experts": 4},
+    "glm4_moe_lite": _ROUTED | LATENT | _GROUPS | _TYPES | {"num_attention_heads": 5, "num_key_value_heads": 5},
+    "glm_moe_dsa": _ROUTED | LATENT | _GROUPS | _TYPES | _INDEX,
+    "deepseek_v32": _ROUTED | LATENT | _GROUPS | _INDEX,
+    "flex_olmo": {"num_experts": 4},
+    "granitemoeshared": _GRANITE,
+    "granitemoehybrid": _GRANITE
+    | {
+        "num_experts_per_tok": 2,
+        "layer_types": ["mamba", "attention", "mamba"],
+        **MAMBA,
+    },
+    "lfm2_moe": {
+        "num_experts": 4,
+        "moe_intermediate_size": 24,
+        "num_dense_layers": 1,
+        "layer_types": ["conv", "full_attention", "conv"],
+    },
+    "jamba": {
+        "num_experts": 4,
+        "expert_layer_period": 2,
+        "expert_layer_offset": 1,
+        "attn_layer_period": 3,
+        "attn_layer_offset": 1,
+        "mamba_d_state": 8,
+        "mamba_dt_rank": 4,
+        "use_mamba_kernels": False,
+    },
+    "kimi_linear": _KIMI,
+    "exaone_moe": _TYPES | SLIDING | {"num_experts": 4, "moe_intermediate_size": 24, "num_shared_experts": 2},
+    "solar_open": {"n_routed_experts": 4, "moe_intermediate_size": 24, "n_shared_experts": 1},
+    "afmoe": SLIDING
+    | {
+        "num_experts": 4,
+        "moe_intermediate_size": 24,
+        "num_shared_experts": 2,
+        "num_dense_layers": 1,
+        "mup_enabled": True,
+    },
+    "mimo_v2_flash": _TYPES | SLIDING | {"n_routed_experts": 4, "moe_intermediate_size": 24},
+    "cohere2_moe": SLIDING
+    | {"num_experts": 4, "num_shared_experts": 2, "logit_scale": 0.25, "prefix_dense_intermediate_size": 16, **_TYPES},
+    "granitemoe_swa": _GRANITE | {"layer_rope_theta": [10000.0, 0.0, 50.0]},
+    "mellum": {"num_local_experts": 4, "moe_intermediate_size": 24},
+    "minimax": {
+        "num_local_experts": 4,
+        "layer_types": ["full_attention", "linear_attention", "full_attention"],
+        "block_size": 8,
+    },
+    "axk1": _ROUTED | LATENT | _GROUPS | _TYPES,
+    "flint": _SHARED | {"mlp_only_layers": [0]},
+    "sarvam_mla": _ROUTED | LATENT,
+    "kolibri1": {"num_local_experts": 4} | _SHARED | SLIDING,
+    "minimax_m3_vl_text": {
+        "num_local_experts": 4,
+        "shared_intermediate_size": 16,
+        "dense_intermediate_size": 40,
+        **_TYPES,
+    },
+    "bailing_hybrid": _KIMI | _GROUPS,
+    "hy_v3": _TYPES | {"num_experts": 4, "moe_intermediate_size": 24, "num_shared_experts": 2},
+    "laguna": _SHARED | _TYPES | {"num_attention_heads_per_layer": [4, 2, 4]},
 }
 
 
@@ -219,22 +313,27 @@ SEEING_EXPERTS: dict[str, dict[str, Any]] = {
         "text_config": FAMILIES["qwen3_5_text"]
         | _AXES
         | {
-            "num_experts": 4,
             "num_experts_per_tok": 2,
-            "moe_intermediate_size": 24,
-            "shared_expert_intermediate_size": 16,
+            **_SHARED,
         },
         "vision_config": _QWEN_ENCODER | {"patch_size": 4, "num_position_embeddings": 16},
         **_QWEN,
     },
 }
 ALL_SEEING = SEEING | SEEING_EXPERTS
+EVERY = FAMILIES | ALL_SEEING | MIXTURES
+
+
+# One for each form of experts, for tests that needn't see all.
+EXPERTS = {
+    name: MIXTURES[name]
+    for name in (*("qwen3_moe", "mixtral", "olmoe", "qwen2_moe", "glm4_moe", "deepseek_v3", "granitemoe", "gpt_oss"),)
+}
 
 
 def with_experts(model_type: str, count: int) -> dict[str, int]:
     """Return the setting that gives a model of such an architecture this many experts in a layer."""
-    settings = (EXPERTS | MORE_EXPERTS)[model_type]
-    return {next(key for key in EXPERT_COUNT_KEYS if key in settings): count}
+    return {next(key for key in EXPERT_COUNT_KEYS if key in MIXTURES[model_type]): count}
 
 
 def make_model(model_type: str, seed: int = 0, **changes: object) -> torch.nn.Module:
@@ -245,7 +344,8 @@ def make_model(model_type: str, seed: int = 0, **changes: object) -> torch.nn.Mo
         config = CONFIG_MAPPING[model_type](**settings | {"text_config": SHAPE | settings["text_config"]})
         model = AutoModelForImageTextToText.from_config(config).eval()
     else:
-        settings = own(FAMILIES.get(model_type) or {"num_experts_per_tok": 2, **EXPERTS.get(model_type, {})})
+        of_family = FAMILIES.get(model_type)
+        settings = own({"num_experts_per_tok": 2, **MIXTURES[model_type]} if of_family is None else of_family)
         config = CONFIG_MAPPING[model_type](**SHAPE | settings | own(changes))
         model = AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():
@@ -267,5 +367,5 @@ def save_model(folder: Path, model_type: str, **changes: object) -> Path:
         make_model(model_type, **changes).save_pretrained(empty)
         tiny_tokenizer().save_pretrained(empty)
 
-    settings = [of_some.get(model_type) for of_some in (ALL_SEEING, FAMILIES, EXPERTS)]
+    settings = [of_some.get(model_type) for of_some in (ALL_SEEING, FAMILIES, MIXTURES)]
     return write_once(folder, f"{model_type} {settings} {sorted(changes.items())}", make)

@@ -20,7 +20,8 @@ WITHOUT = {"deepseek_v32": CHOOSING, "glm_moe_dsa": CHOOSING, "afmoe": frozenset
 
 def linears_to_train(model, family):
     """Return the names of all linear layers in the decoder's attention and, without experts, in its MLPs."""
-    mlp = {".".join(filter(None, (family.mlp, name))) for name in (*family.row_projections, family.down_projection)}
+    rows, down, _ = family.projections
+    mlp = {".".join(filter(None, (family.mlp, name))) for name in (*rows, down)}
     found = set()
     for number, layer in enumerate(family.layers_of(model)):
         for name, module in layer.named_modules():

@@ -9,12 +9,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from hfprune_dist.checkpoints.checks import check_config, check_dtypes, check_folder, check_tensors
 from hfprune_dist.checkpoints.discovery import discover
-from hfprune_dist.checkpoints.families import Family, normalized, not_supported, refuse_other_kinds
+from hfprune_dist.checkpoints.families import NEEDED, Family, normalized, not_supported, refuse_other_kinds
 from hfprune_dist.checkpoints.stored_names import SAME, StoredNames
 from hfprune_dist.checkpoints.text_decoder import KNOWN, beside_decoder, decoder_config, has_vision, with_decoder
 from hfprune_dist.checkpoints.weight_files import (
+    FLOATS,
     TensorInfo,
     matching,
     read_headers,
@@ -22,8 +22,9 @@ from hfprune_dist.checkpoints.weight_files import (
     refuse_pointer,
 )
 from hfprune_dist.errors import UserError
-from hfprune_dist.structures import Structure, structure_of
+from hfprune_dist.structures import EXPERTS, Structure, structure_of
 from hfprune_dist.structures.kept import ParameterCounts, count_parameters
+from hfprune_dist.structures.low_rank import linear_modules
 from hfprune_dist.structures.units import LAYER_SIZES, OUTPUT_BIASES, Units
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
@@ -48,8 +49,6 @@ LICENCE_PATTERNS = tuple(
 # tokenizer that transformers takes where mistral-common is installed.
 UNREAD_PATTERNS = (*LICENCE_PATTERNS, "additional_chat_templates/*.jinja", "tokenization_*.py", "tekken.json")
 COMPARED_BYTES = 2**20
-# Kinds of rope scaling whose factor multiplies max_position_embeddings, or the original number of positions.
-_STRETCHING = ("linear", "dynamic", "yarn")
 
 
 @dataclass(frozen=True)
@@ -60,8 +59,8 @@ class Checkpoint:
         config: config.json's settings, with values for the keys that it lacks. If config.json ties the head, but the
             files have one whose values differ from the embedding's, the head isn't tied here and the saved one counts,
             as it does for transformers.
-        tensors: the tensors that the model computes with, by their names in the model.
-        unused: names of the other tensors in the files. They aren't parameters, and pruning leaves them out.
+        tensors: the tensors that the model computes with, by their names in the model. Others in the files aren't
+            parameters, and pruning leaves them out.
         names: the names of tensors in the files, where they differ from those in the model.
         whole: config.json, unchanged.
         bytes_on_disk: size of the files with its weights.
@@ -71,7 +70,6 @@ class Checkpoint:
     config: dict[str, Any]
     family: Family
     tensors: Mapping[str, TensorInfo]
-    unused: tuple[str, ...] = ()
     names: StoredNames = SAME
     whole: Mapping[str, Any] = field(default_factory=dict)
     bytes_on_disk: int = 0
@@ -114,21 +112,20 @@ class Checkpoint:
 
     @cached_property
     def max_positions(self) -> int | None:
-        """The longest sequence that the model's positions were made for, including positions added by rope scaling;
-        None if the config doesn't say.
+        """The longest sequence that config.json says the model is for, including positions added by rope scaling; None
+        if it doesn't say.
         """
         stated: int | None = self.config.get("max_position_embeddings")
         rope = self.config.get("rope_parameters") or self.config.get("rope_scaling") or {}
-        factor, original = rope.get("factor"), rope.get("original_max_position_embeddings")
-        stretches = rope.get("rope_type", rope.get("type")) in _STRETCHING
-        if stated is None or not stretches or not isinstance(factor, int | float):
+        stretches = rope.get("rope_type", rope.get("type")) in ("linear", "dynamic", "yarn")
+        if stated is None or not stretches or not rope.get("factor"):
             return stated
-        return max(stated, int((original if isinstance(original, int) else stated) * factor))
+        return max(stated, int((rope.get("original_max_position_embeddings") or stated) * rope["factor"]))
 
     @cached_property
     def parameter_counts(self) -> ParameterCounts:
         """Numbers of parameters in the model, in its layers and in their units."""
-        tied_head = self.family.head_tensor() if self.config.get("tie_word_embeddings") else None
+        tied_head = self.family.head_tensor if self.config.get("tie_word_embeddings") else None
         shapes = {name: info.shape for name, info in self.tensors.items()}
         return count_parameters(shapes, self.structures, tied_head)
 
@@ -155,11 +152,6 @@ class Checkpoint:
         """Names, relative to its folder, of the files that a pruned copy has unchanged, config.json aside."""
         return sorted({*self.companion_files, *matching(self.path, UNREAD_PATTERNS)})
 
-    @cached_property
-    def beside_decoder(self) -> frozenset[str]:
-        """Names of the tensors outside its text decoder; empty unless it is a model of images and text."""
-        return beside_decoder(self.tensors) if self.family.has_vision else frozenset()
-
     def config_file(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """The content of config.json for settings in the form of this checkpoint's ``config``."""
         return with_decoder(self.whole, config) if self.family.has_vision else dict(config)
@@ -175,7 +167,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
     Raises:
         UserError: naming the file and what is wrong with it.
     """
-    check_folder(path)
+    _check_folder(path)
     file = path / "config.json"
     whole = read_json_object(file)
     if not any((path / name).is_file() for name in TOKENIZER_FILES):
@@ -197,9 +189,14 @@ def _described(path: Path, whole: Mapping[str, Any]) -> Checkpoint:
         raise not_supported(whole, str(file), why)
     config = normalized(decoder_config(whole) if vision else whole)
     refuse_other_kinds({**whole, **config}, str(file))
-    check_config({**whole, **config}, file)
+    _check_config({**whole, **config}, file)
     stored = read_headers(path)
-    check_dtypes(path, stored)
+    for name, info in stored.items():
+        if ".layers." in name and info.dtype not in (*FLOATS, "I64", "BOOL") and not name.endswith("bias"):
+            raise UserError(
+                f"{path}: {name} is of type {info.dtype}: quantized weights can't be pruned; use the unquantized "
+                f"checkpoint ({', '.join(FLOATS)})"
+            )
     names = StoredNames.of(whole, stored)
     found = {names.in_modules(name): info for name, info in stored.items()}
     beside = beside_decoder(found) if vision else frozenset()
@@ -207,7 +204,7 @@ def _described(path: Path, whole: Mapping[str, Any]) -> Checkpoint:
     says_if_tied = config.get("tie_word_embeddings") is not None
     family, stated = discover(config, shapes, str(file), has_vision=vision)
     config |= stated
-    check_tensors(path, config, family, found)
+    _check_tensors(path, config, family, found)
     tensors = {name: info for name, info in found.items() if name in family.tensors | beside}
     # Configurations may not mention the default of their class; merged and gathered weights hold a copy of a tied head.
     may_be_tied = bool(config["tie_word_embeddings"]) or not says_if_tied
@@ -217,7 +214,6 @@ def _described(path: Path, whole: Mapping[str, Any]) -> Checkpoint:
         config,
         family,
         tensors,
-        unused=tuple(sorted(found.keys() - tensors.keys())),
         names=names,
         whole=whole,
         bytes_on_disk=sum((path / name).stat().st_size for name in {info.file for info in stored.values()}),
@@ -227,9 +223,82 @@ def _described(path: Path, whole: Mapping[str, Any]) -> Checkpoint:
     return checkpoint
 
 
+def _check_folder(path: Path) -> None:
+    """Refuse a path that is given by mistake in place of a checkpoint's folder."""
+    if not path.is_dir():
+        what = "not a folder" if path.exists() else "no such folder"
+        raise UserError(f"{path}: {what}; give a Hugging Face checkpoint folder (config.json, *.safetensors)")
+    snapshots = sorted(path.glob("snapshots/*/config.json"))
+    if snapshots:
+        raise UserError(f"{path}: a folder of the hub cache; give the snapshot in it: {snapshots[-1].parent}")
+    if (path / "adapter_config.json").is_file():
+        raise UserError(
+            f"{path}: a LoRA adapter (adapter_config.json); merge it into its base (peft's merge_and_unload, then "
+            "save_pretrained) and give the folder of the result"
+        )
+
+
+def _check_config(config: Mapping[str, Any], file: Path) -> None:
+    """Check what determines which tensors there must be, and their shapes."""
+
+    def require(key: str, holds: object, wanted: str, value: object) -> None:
+        if not holds:
+            raise UserError(f"{file}: {key} must be {wanted}, not {value!r}")
+
+    if config.get("quantization_config"):
+        raise UserError(
+            f"{file}: quantized weights can't be pruned; use the unquantized checkpoint, or dequantize it with "
+            "transformers' from_pretrained (quantization_config=Mxfp4Config(dequantize=True) or "
+            "FineGrainedFP8Config(dequantize=True)) and save_pretrained"
+        )
+    optional = ("num_key_value_heads", "head_dim", "max_position_embeddings")
+    for key in (*NEEDED, *(key for key in optional if config.get(key) is not None)):
+        require(key, type(config[key]) is int and config[key] > 0, "a positive integer", config[key])
+    heads, hidden = config["num_attention_heads"], config["hidden_size"]
+    groups = config.get("num_key_value_heads") or heads
+    require("num_attention_heads", heads % groups == 0, f"a multiple of num_key_value_heads {groups}", heads)
+    # Latent attention has sizes of its own for heads.
+    divides = config.get("head_dim") or config.get("kv_lora_rank") or hidden % heads == 0
+    require("hidden_size", divides, f"a multiple of num_attention_heads {heads}", hidden)
+
+
+def _check_tensors(path: Path, config: Mapping[str, Any], family: Family, found: Mapping[str, TensorInfo]) -> None:
+    """Check that no tensor of the model is missing, since transformers would fill it with random values, and that those
+    of units have the shapes that follow from the config's numbers of units.
+    """
+    needed = family.tensors - ({family.head_tensor} if config.get("tie_word_embeddings") else set())
+    if missing := sorted(needed - found.keys()):
+        raise UserError(f"{path}: tensor {missing[0]} is missing from the weight files ({len(missing)} in all)")
+    ranks = family.ranks(config)
+    for module in config.get(OUTPUT_BIASES, ()):
+        bias = f"{linear_modules(module, ranks)[-1]}.bias"
+        if not all(f"{family.layers}.{layer}.{bias}" in found for layer in range(config["num_hidden_layers"])):
+            raise UserError(f"{path / 'config.json'}: {OUTPUT_BIASES} names {module}, but not all layers have a {bias}")
+    check_shapes(path, found, family.structures(config), config["hidden_size"])
+
+
+def check_shapes(path: Path, tensors: Mapping[str, TensorInfo], structures: Mapping[str, Units], hidden: int) -> None:
+    """Check that every layer's tensors have the shapes that follow from the config's numbers of units."""
+    for units in structures.values():
+        for layer in (it for it, count in enumerate(units.counts) if count):
+            for name, owned in units.in_layer(layer, tensors):
+                found = list(tensors[name].shape)
+                if units.kind != EXPERTS:
+                    wanted = units.shape_of(owned, layer, hidden)
+                else:  # whose other dimensions are checked with their neurons
+                    size = found[owned.axis : owned.axis + 1] if owned.unit is not None else [units.counts[layer]]
+                    wanted = [*found[: owned.axis], *size, *found[owned.axis + 1 :]]
+                if found != wanted:
+                    stated = units.values([units.counts[layer]]).items()
+                    raise UserError(
+                        f"{path}: {name} has shape {found}, but config.json makes it {wanted}: "
+                        f"{' and '.join(f'{field} {value}' for field, (value,) in stated)} for this layer"
+                    )
+
+
 def _heads_differ(path: Path, family: Family, tensors: Mapping[str, TensorInfo]) -> bool:
     """Whether the files hold a head whose values differ from the embedding that it is said to be tied to."""
-    embedding, head = tensors[family.embedding_tensor()], tensors.get(family.head_tensor())
+    embedding, head = tensors[family.embedding_tensor], tensors.get(family.head_tensor)
     if head is None:
         return False
     if (head.dtype, head.shape) != (embedding.dtype, embedding.shape):

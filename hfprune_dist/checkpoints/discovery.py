@@ -1,4 +1,4 @@
-"""Locating the parts of a model by the names and shapes of a checkpoint's tensors.
+"""Locating the parts of a model by the names and shapes of a checkpoint's tensors: one pass, whose result is a family.
 
 A tensor's name tells what it is, and its shape confirms it. Names can't tell how the parts work together; that is
 checked when the model runs: each layer against the whole model (``distributed.layer_check``), and the head
@@ -12,16 +12,17 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from hfprune_dist.checkpoints.discovered_blocks import Shapes, adapted_linears, attention_of, norms_of
-from hfprune_dist.checkpoints.expert_discovery import find_experts
+from hfprune_dist.checkpoints.expert_discovery import Refuse, Shapes, find_experts
 from hfprune_dist.checkpoints.families import CAUSAL, WITH_VISION, Family, not_supported
+from hfprune_dist.structures.experts import Projections
 from hfprune_dist.structures.low_rank import with_products
+from hfprune_dist.structures.units import LAYER_SIZES
 
 # Buffers of rotary embeddings and masks: some checkpoints hold them, but every model computes them itself.
-BUFFERS = ("rotary_emb.inv_freq", ".attention.bias", ".attention.masked_bias")
+_BUFFERS = ("rotary_emb.inv_freq", ".attention.bias", ".attention.masked_bias")
 # An MLP's row projections, its down projection, and the number of matrices in each row projection: separate gate and up
 # projections, both in one, or no gate.
-_MLPS = (
+_MLPS: tuple[Projections, ...] = (
     (("gate_proj", "up_proj"), "down_proj", 1),
     (("gate_up_proj",), "down_proj", 2),
     (("input_linear",), "output_linear", 2),
@@ -33,14 +34,39 @@ _MLPS = (
 )
 # Parameters of a learned activation: single numbers, not one per neuron.
 _OF_ACTIVATION = re.compile(r"\w+\.act_fn\.\w+")
+_OUTPUTS = ("o_proj", "out_proj", "dense")
+_ATTENTION = re.compile(r"(self_attn|attention)\.")
+# Architectures in which config.json can't set the size of a head; neither names nor shapes tell which these are.
+_FIXED_HEADS = (
+    *("helium", "stablelm", "opt", "biogpt"),
+    *("qwen2_vl", "qwen2_vl_text", "qwen2_5_vl", "qwen2_5_vl_text"),
+)
 # Tensors of attention that doesn't notice when positions restart: convolutions over tokens, decay rates of a state, and
 # whatever chooses among keys; and architectures that don't pass positions to their attention.
 _BLIND_PARTS = re.compile(r"conv1d\.|\.A_log$|\.slope_rate$|\.indexer\.")
 _BLIND = ("afmoe", "gpt_oss", "granitemoehybrid")
 # The architecture in which a layer that doesn't choose keys itself attends to those that an earlier layer chose.
 _SHARING_CHOICES, _CHOOSES = "glm_moe_dsa", "self_attn.indexer."
+# Linear layers of attention that LoRA leaves out: parts that choose keys get no gradient, and in a mixture of experts
+# peft takes the names of MLPs' projections for those of experts.
+_OF_EXPERTS = re.compile(r"(gate|up|down)_proj")
+# The norms of a layer: before and after attention, before and after the MLP.
+_NORMED = ("attention_norm", "attention_norm_after", "mlp_norm", "mlp_norm_after")
+_NORMS = (
+    ("input_layernorm", None, "post_attention_layernorm", None),
+    ("input_layernorm", None, "pre_feedforward_layernorm", None),
+    ("input_layernorm", None, "pre_ff_layernorm", None),
+    ("operator_norm", None, "ffn_norm", None),
+    ("operator_norm", "post_operator_norm", "ffn_norm", "post_ffn_norm"),
+    ("attention_layernorm", None, "feedforward_layernorm", None),
+    (None, "post_attention_layernorm", None, "post_feedforward_layernorm"),
+    ("input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm"),
+    ("input_layernorm", "post_attention_layernorm", "pre_mlp_layernorm", "post_mlp_layernorm"),
+    ("input_layernorm", "post_norm1", "post_attention_layernorm", "post_norm2"),
+    ("input_layernorm", "post_self_attn_layernorm", "post_attention_layernorm", "post_mlp_layernorm"),
+)
 # Next to a model's layers: tables of positions, which are added to the embeddings.
-_POSITIONS = "embed_positions"
+_POSITIONS = ".embed_positions."
 # The final norm of architectures whose norms have no weights.
 _BARE_NORMS = {"olmo": "norm", "nanochat": "norm"}
 # The head's name, if it isn't ``lm_head``, for checkpoints that lack its tensor.
@@ -56,45 +82,45 @@ _PREDICTING, _PREDICTING_NAMES = ("num_nextn_predict_layers", "mtp_num_hidden_la
 
 
 def discover(
-    config: Mapping[str, Any], shapes: Shapes, where: str, *, has_vision: bool = False
+    config: Mapping[str, Any], shapes: Mapping[str, Sequence[int]], where: str, *, has_vision: bool = False
 ) -> tuple[Family, dict[str, Any]]:
     """Find the parts of a model.
 
     Args:
         shapes: shapes of all tensors in the checkpoint's files; for a model of images and text, of its text decoder's.
-        has_vision: whether it is a model of images and text.
 
     Returns:
         Its family; and the values that hold for keys that its config.json lacks or that mean something else there.
-
-    Raises:
-        UserError: naming what is missing or unexpected.
     """
-    search = _Search(config, shapes, where)
+    refuse, model_type = partial(not_supported, config, where), str(config["model_type"])
+    shapes = {name: tuple(shape) for name, shape in shapes.items() if not name.endswith(_BUFFERS)}
     task = WITH_VISION if has_vision else CAUSAL
-    architecture = search.architecture(task)
-    layers = search.stack()
+    name = str((config.get("architectures") or [""])[0])
+    stem = re.fullmatch(rf"(?:Pruned)?(\w+){task}", name)
+    if model_type not in _CLASSES and stem is None:
+        raise refuse(f"architectures is {name!r}, which doesn't end in {task}")
+    layers = _stack(config, shapes, refuse)
     body = layers.rpartition(".")[0]
-    tensors = search.parts_of_layers(layers)
-    outside = search.outside_layers(layers)
-    embedding, norm = search.embedding(outside), search.norm(body, outside)
-    search.require_nothing_else(outside, {norm, embedding})
-    search.require_alike(tensors)
-    parts = [with_products(config, there) for there in tensors]
-    experts = find_experts(config, parts, search.refuse)
+    tensors = by_layer(config, shapes, layers)
+    apart = (f"{layers}.", *(f"{body}.{name}" for name in _PREDICTING_NAMES))
+    outside = {name: it for name, it in shapes.items() if name.startswith(f"{body}.") and not name.startswith(apart)}
+    embedding, norm = _outside_layers(config, outside, body, refuse)
+    _require_alike(config, tensors, refuse)
+    parts: list[Shapes] = [with_products(config, there) for there in tensors]
+    experts = find_experts(config, parts, refuse)
     plain = {layer: there for layer, there in enumerate(parts) if experts is None or layer not in experts.layers}
-    mlp, rows, down, row_parts = search.mlp(plain) if plain else ("mlp", *_MLPS[0])
+    mlp, projections = _mlp(plain, refuse) if plain else ("mlp", _MLPS[0])
     mlp = experts.module.rpartition(".")[0] if experts else mlp
-    attention, norms = attention_of(config, parts), norms_of(config, parts, mlp)
-    head = search.head(body)
-    of_head = {name for name in search.shapes if name.startswith(f"{head}.")}
+    attention, stated = _attention(config, parts)
+    head = _head(config, shapes, body)
+    of_head = {name for name in shapes if name.startswith(f"{head}.")}
     of_layers = {f"{layers}.{layer}.{name}" for layer, there in enumerate(tensors) for name in there}
-    everywhere = all(any(name.startswith(f"{attention.name}.") for name in there) for there in parts)
-    blind = config["model_type"] in _BLIND or any(_BLIND_PARTS.search(name) for there in parts for name in there)
-    counted = any(f".{_POSITIONS}." in name for name in outside)  # the model counts the positions itself
+    everywhere = all(any(name.startswith(f"{attention['attention']}.") for name in there) for there in parts)
+    blind = model_type in _BLIND or any(_BLIND_PARTS.search(name) for there in parts for name in there)
+    counted = any(_POSITIONS in name for name in outside)  # the model counts the positions itself
     family = Family(
-        model_type=str(config["model_type"]),
-        architecture=architecture,
+        model_type=model_type,
+        architecture=_CLASSES.get(model_type) or (stem[1] if stem else ""),
         tensors=frozenset({*of_layers, *outside, *of_head, f"{head}.weight"}),
         task=task,
         body=body,
@@ -103,28 +129,16 @@ def discover(
         layers=layers,
         norm=norm,
         mlp=mlp,
-        row_projections=rows,
-        row_parts=row_parts,
-        down_projection=down,
+        projections=projections,
         keeps_apart=everywhere and not blind and not counted,
         experts=experts,
         dense_layers=bool(plain),
-        adapted_attention=adapted_linears(attention.name, parts, experts=experts is not None),
-        attention=attention.name,
-        attention_projections=attention.projections,
-        whole_groups=attention.whole,
-        no_low_rank=attention.unlike,
-        attention_norm=norms.attention_norm,
-        attention_norm_after=norms.attention_norm_after,
-        mlp_norm=norms.mlp_norm,
-        mlp_norm_after=norms.mlp_norm_after,
-        no_sequence="it has experts" if experts else norms.no_sequence,
+        adapted_attention=_adapted_linears(attention["attention"], parts, of_mixture=experts is not None),
+        **attention,
+        **_norms(config, parts, mlp) | ({"no_sequence": "it has experts"} if experts else {}),
     )
-    queries = int(config["num_attention_heads"])
-    usual = {"num_key_value_heads": queries, "head_dim": config["hidden_size"] // queries}
-    silent = {key: value for key, value in attention.stated.items() if value != usual[key]}
-    silent["tie_word_embeddings"] = not of_head
-    told = {key: value for key, value in silent.items() if config.get(key) is None}
+    stated["tie_word_embeddings"] = not of_head
+    told = {key: value for key, value in stated.items() if config.get(key) is None}
     return family, told | _overridden(config, family, parts[0])
 
 
@@ -132,143 +146,199 @@ def _overridden(config: Mapping[str, Any], family: Family, first: Shapes) -> dic
     """The values of keys that mean something else in config.json than here."""
     told: dict[str, Any] = {key: 0 for key in _PREDICTING if config.get(key)}
     if config.get("block_auto_adjust_ff_dim", config["model_type"] == "lfm2"):
-        width = first[f"{family.mlp}.{family.down_projection}.weight"][1]
+        width = first[f"{family.mlp}.{family.projections[1]}.weight"][1]
         told |= {"block_auto_adjust_ff_dim": False, "intermediate_size": width}
         told |= {"block_ff_dim": width} if "block_ff_dim" in config else {}
     return told
 
 
-class _Search:
-    """A search through a checkpoint's tensors, which raises a fitting error if something is missing."""
+def _stack(config: Mapping[str, Any], shapes: Shapes, refuse: Refuse) -> str:
+    """The beginning of the names of a layer's tensors, before the layer's number."""
+    count = config["num_hidden_layers"]
+    numbers: dict[str, set[int]] = {}
+    for name in shapes:
+        if found := re.match(r"((?:(?!mtp)\w+\.)*layers)\.(\d+)\.", name):
+            numbers.setdefault(found[1], set()).add(int(found[2]))
+    missing = {prefix: sorted({*range(count)} - there) for prefix, there in numbers.items()}
+    stacks = [prefix for prefix, layers in missing.items() if not layers]
+    if len(stacks) != 1:
+        there = [prefix + (f" ({prefix}.{it[0]} is missing)" if it else "") for prefix, it in sorted(missing.items())]
+        has = ", ".join(there) or min(shapes)
+        raise refuse(f"it doesn't have exactly one stack of num_hidden_layers {count} layers.<number>: it has {has}")
+    return stacks[0]
 
-    def __init__(self, config: Mapping[str, Any], shapes: Shapes, where: str) -> None:
-        self._config = config
-        self._hidden_size = config["hidden_size"]
-        self.shapes = {name: shape for name, shape in shapes.items() if not name.endswith(BUFFERS)}
-        self.refuse = partial(not_supported, config, where)
 
-    def architecture(self, task: str) -> str:
-        """The stem of the architecture's class names."""
-        if self._config["model_type"] in _CLASSES:
-            return _CLASSES[self._config["model_type"]]
-        name = str((self._config.get("architectures") or [""])[0])
-        found = re.fullmatch(rf"(?:Pruned)?(\w+){task}", name)
-        if found is None:
-            raise self.refuse(f"architectures is {name!r}, which doesn't end in {task}")
-        return found[1]
+def by_layer(config: Mapping[str, Any], shapes: Shapes, layers: str) -> list[dict[str, Sequence[int]]]:
+    """The tensors of each layer, by their names within it; ``layers`` is the beginning of all layers' names."""
+    parts: list[dict[str, Sequence[int]]] = [{} for _ in range(config["num_hidden_layers"])]
+    for name, shape in shapes.items():
+        number, _, part = name.removeprefix(f"{layers}.").partition(".")
+        if name.startswith(f"{layers}.") and number.isdigit() and int(number) < len(parts):
+            parts[int(number)][part] = shape
+    return parts
 
-    def stack(self) -> str:
-        """The beginning of the names of a layer's tensors, before the layer's number."""
-        count = self._config["num_hidden_layers"]
-        numbers: dict[str, set[int]] = {}
-        for name in self.shapes:
-            if found := re.match(r"((?:(?!mtp)\w+\.)*layers)\.(\d+)\.", name):
-                numbers.setdefault(found[1], set()).add(int(found[2]))
-        stacks = [prefix for prefix, there in numbers.items() if there.issuperset(range(count))]
-        if len(stacks) == 1:
-            return stacks[0]
-        if len(numbers) == 1:
-            ((prefix, there),) = numbers.items()
-            missing = min({*range(count)} - there)
-            raise self.refuse(f"num_hidden_layers is {count}, but {prefix}.{missing} is missing from the weight files")
-        raise self.refuse(
-            f"it doesn't have exactly one stack of {count} layers called layers.<number>: it has "
-            f"{', '.join(sorted(numbers)) or min(self.shapes)}"
-        )
 
-    def parts_of_layers(self, layers: str) -> Sequence[Shapes]:
-        """The tensors of each layer, by their names within it."""
-        parts: list[dict[str, Sequence[int]]] = [{} for _ in range(self._config["num_hidden_layers"])]
-        for name, shape in self.shapes.items():
-            if name.startswith(f"{layers}."):
-                number, _, part = name.removeprefix(f"{layers}.").partition(".")
-                if number.isdigit() and int(number) < len(parts):
-                    parts[int(number)][part] = shape
-        return parts
+def _outside_layers(config: Mapping[str, Any], outside: Shapes, body: str, refuse: Refuse) -> tuple[str, str]:
+    """Names of the table of token embeddings and of the final norm; after checking that no other part acts between
+    layers, which passes that run one layer at a time would miss.
+    """
+    embedded, shared, hidden = (config.get(it) for it in ("word_embed_proj_dim", "num_kv_shared_layers", "hidden_size"))
+    if embedded not in (None, hidden):
+        raise refuse(f"its embeddings are of another size than its layers (word_embed_proj_dim {embedded})")
+    if shared:
+        raise refuse(f"its last {shared} layers read keys and values of others (num_kv_shared_layers)")
+    known = {name: shape for name, shape in outside.items() if _POSITIONS not in name}
+    tables = [name for name, shape in known.items() if shape == (config["vocab_size"], hidden)]
+    if len(tables) != 1:
+        there = ", ".join(f"{name} {list(shape)}" for name, shape in sorted(known.items()) if len(shape) == 2) or "none"
+        wanted = f"vocab_size and hidden_size {[config['vocab_size'], hidden]}"
+        raise refuse(f"it doesn't have exactly one table of embeddings of {wanted} (tables: {there})")
+    norms = [name for name, shape in known.items() if name.endswith(".weight") and shape == (hidden,)]
+    if bare := _BARE_NORMS.get(str(config["model_type"])):
+        norms = [f"{body}.{bare}.weight"]
+    if len(norms) != 1:
+        raise refuse(f"it doesn't have exactly one norm of {[hidden]} after its layers (found: {sorted(norms)})")
+    embedding, norm = (name.removesuffix(".weight") for name in (*tables, *norms))
+    if more := [name for name in known if name.rpartition(".")[0] not in (embedding, norm)]:
+        raise refuse(f"beside its layers it has {min(more)}")
+    return embedding, norm
 
-    def require_alike(self, parts: Sequence[Shapes]) -> None:
-        """Refuse a layer that lacks a tensor that others of its kind have: transformers would make it up, or, if it
-        would choose keys, the layer attends to keys that an earlier one chose.
-        """
-        kinds = self._config.get("layer_types") or [""] * len(parts)
-        for layer, there in enumerate(parts):
-            for other, theirs in enumerate(parts):
-                missing = sorted(theirs.keys() - there.keys())
-                if self._config["model_type"] != _SHARING_CHOICES:
-                    missing = [name for name in missing if not name.startswith(_CHOOSES)]
-                if missing and there.keys() < theirs.keys() and kinds[layer] == kinds[other]:
-                    raise self.refuse(f"tensor {missing[0]} of layer {layer}, which layer {other} has, is missing")
 
-    def mlp(self, parts: Mapping[int, Shapes]) -> tuple[str, tuple[str, ...], str, int]:
-        """The MLP that all of these layers have: its name, its row projections, its down projection, and the number of
-        matrices in each row projection.
-        """
-        first = next(iter(parts.values()))
-        for rows, down, row_parts in _MLPS:
-            names = sorted(name for name in first if re.fullmatch(rf"(\w+\.)?{down}\.weight", name))
-            for block in (name.removesuffix(f"{down}.weight") for name in names):
-                if all(f"{block}{name}.weight" in first for name in rows):
-                    self._require_plain(block, {*rows, down}, parts)
-                    return block.removesuffix("."), rows, down, row_parts
-        inside = ", ".join(sorted({name.rpartition(".")[0] for name in first if len(first[name]) > 1}))
-        raise self.refuse(f"its layers have no MLP of a kind that is known (they have {inside})")
+def _head(config: Mapping[str, Any], shapes: Shapes, body: str) -> str:
+    """Name of the projection to the vocabulary."""
+    wanted = (config["vocab_size"], config["hidden_size"])
+    found = {name for name, shape in shapes.items() if name.endswith(".weight") and shape == wanted}
+    names = {name.removesuffix(".weight") for name in found if not name.startswith(f"{body}.")}
+    return names.pop() if len(names) == 1 else _HEADS.get(str(config["model_type"]), "lm_head")
 
-    def _require_plain(self, block: str, known: set[str], parts: Mapping[int, Shapes]) -> None:
-        weights = {f"{block}{name}.weight" for name in known}
-        expected = {f"{block}{name}.{part}" for name in known for part in ("weight", "bias")}
+
+def _require_alike(config: Mapping[str, Any], parts: Sequence[Shapes], refuse: Refuse) -> None:
+    """Refuse a layer that lacks a tensor that others of its kind have: transformers would make it up, or, if it would
+    choose keys, the layer attends to keys that an earlier one chose.
+    """
+    kinds = config.get("layer_types") or [""] * len(parts)
+    for layer, there in enumerate(parts):
+        for other, theirs in enumerate(parts):
+            missing = sorted(theirs.keys() - there.keys())
+            if config["model_type"] != _SHARING_CHOICES:
+                missing = [name for name in missing if not name.startswith(_CHOOSES)]
+            if missing and there.keys() < theirs.keys() and kinds[layer] == kinds[other]:
+                raise refuse(f"tensor {missing[0]} of layer {layer}, which layer {other} has, is missing")
+
+
+def _mlp(parts: Mapping[int, Shapes], refuse: Refuse) -> tuple[str, Projections]:
+    """The name of the MLP that all of these layers have, and its projections; after checking that it has no more."""
+    first = next(iter(parts.values()))
+    kinds = ((name.removesuffix(f"{kind[1]}.weight"), kind) for kind in _MLPS for name in sorted(first))
+    for block, projections in kinds:
+        rows, down, _ = projections
+        weights = {f"{block}{name}.weight" for name in (*rows, down)}
+        if not weights <= first.keys() or not re.fullmatch(r"(\w+\.)?", block):
+            continue
+        expected = weights | {f"{block}{name}.bias" for name in (*rows, down)}
         for layer, there in parts.items():
             if missing := sorted(weights - there.keys()):
-                raise self.refuse(f"layer {layer} has no {missing[0]}")
+                raise refuse(f"layer {layer} has no {missing[0]}")
             inside = {name for name in there if block and name.startswith(block)}
-            learned = {name for name in inside if _OF_ACTIVATION.fullmatch(name) and list(there[name]) in ([], [1])}
+            learned = {name for name in inside if _OF_ACTIVATION.fullmatch(name) and there[name] in ((), (1,))}
             if more := sorted(inside - expected - learned):
-                raise self.refuse(f"in layer {layer}, {more[0]} is not part of a plain MLP")
+                raise refuse(f"in layer {layer}, {more[0]} is not part of a plain MLP")
+        return block.removesuffix("."), projections
+    modules = ", ".join(sorted({name.rpartition(".")[0] for name in first if len(first[name]) > 1}))
+    raise refuse(f"its layers have no MLP of a kind that is known (they have {modules})")
 
-    def outside_layers(self, layers: str) -> set[str]:
-        """Names of the decoder's tensors outside its layers."""
-        body = layers.rpartition(".")[0]
-        apart = (f"{layers}.", *(f"{body}.{name}" for name in _PREDICTING_NAMES))
-        return {name for name in self.shapes if name.startswith(f"{body}.") and not name.startswith(apart)}
 
-    def norm(self, body: str, outside: set[str]) -> str:
-        """Name of the final norm."""
-        if bare := _BARE_NORMS.get(str(self._config["model_type"])):
-            return f"{body}.{bare}"
-        vectors = {name: list(self.shapes[name]) for name in outside if len(self.shapes[name]) == 1}
-        wanted = [self._hidden_size]
-        names = {name.rpartition(".")[0] for name, it in vectors.items() if name.endswith(".weight") and it == wanted}
-        if len(names) != 1:
-            raise self.refuse(f"it doesn't have exactly one norm of {wanted} after its layers (found: {vectors})")
-        return names.pop()
+def _attention(config: Mapping[str, Any], parts: Sequence[Shapes]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The attention of layers with these tensors: attributes of ``Family``, and what the tensors say about the keys of
+    config.json for the number of key-value heads and their size. It is that of the first layer that has a known kind.
+    """
+    for there in parts:
+        for name in dict.fromkeys(it.partition(".")[0] for it in there if re.fullmatch(r"\w+\.q_proj\.weight", it)):
+            for output in _OUTPUTS:
+                projections = ("q_proj", "k_proj", "v_proj", output)
+                if "linear" not in name and all(len(there.get(f"{name}.{it}.weight", ())) == 2 for it in projections):
+                    return _separate(config, parts, name, projections, there)
+    inside = [it for there in parts for it in there if _ATTENTION.match(it)]
+    why = "it has no attention of a kind that is known"
+    if latent := next((it for it in inside if ".kv_a_proj" in it), None):
+        why = f"its attention keeps one latent vector for all heads ({latent})"
+    if fused := next((it for it in inside if ".qkv_proj" in it or ".query_key_value" in it), None):
+        why = f"its queries, keys and values are one matrix ({fused})"
+    name = inside[0].partition(".")[0] if inside else "self_attn"
+    return {"attention": name, "attention_projections": (), "whole_groups": why, "no_low_rank": why}, {}
 
-    def embedding(self, outside: set[str]) -> str:
-        """Name of the table of token embeddings."""
-        wanted = [self._config["vocab_size"], self._hidden_size]
-        tables = [name for name in outside if len(self.shapes[name]) == 2 and f".{_POSITIONS}." not in name]
-        found = [name for name in tables if list(self.shapes[name]) == wanted]
-        if len(found) != 1:
-            there = ", ".join(f"{name} {list(self.shapes[name])}" for name in sorted(tables)) or "none"
-            raise self.refuse(
-                "it doesn't have exactly one table of embeddings of vocab_size and hidden_size "
-                f"{wanted} (tables: {there})"
-            )
-        return found[0].removesuffix(".weight")
 
-    def head(self, body: str) -> str:
-        """Name of the projection to the vocabulary."""
-        wanted = [self._config["vocab_size"], self._hidden_size]
-        found = {name for name, shape in self.shapes.items() if name.endswith(".weight") and list(shape) == wanted}
-        names = {name.removesuffix(".weight") for name in found if not name.startswith(f"{body}.")}
-        return names.pop() if len(names) == 1 else _HEADS.get(str(self._config["model_type"]), "lm_head")
+def _separate(
+    config: Mapping[str, Any], parts: Sequence[Shapes], name: str, projections: tuple[str, ...], there: Shapes
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Attention with separate projections, whose shapes are those in the layer ``there``."""
+    weights, heads = [f"{name}.{it}.weight" for it in projections], int(config["num_attention_heads"])
+    sizes = config.get(LAYER_SIZES) or {}
+    head_dim = there[weights[0]][0] // int(sizes.get("num_attention_heads", [heads])[0])
+    stated = {"num_key_value_heads": there[weights[1]][0] // head_dim, "head_dim": head_dim} if head_dim else {}
+    usual = {"num_key_value_heads": heads, "head_dim": config["hidden_size"] // heads}
+    without = [layer for layer, others in enumerate(parts) if not all(it in others for it in weights)]
+    unlike = whole = ""
+    if without:
+        unlike = f"not all layers have attention (layer {without[0]} has none)"
+    elif "num_attention_heads" not in sizes and len({(it[weights[0]][0], it[weights[1]][0]) for it in parts}) > 1:
+        unlike = "its layers differ in heads"
+    elif config.get("head_dim") not in (None, head_dim):
+        whole = "its heads have another size than config.json says"
+    elif config["model_type"] in _FIXED_HEADS or config.get("qk_layernorm"):
+        whole = "its classes take the size of a head from the number of heads"
+    else:
+        known = {f"{name}.{it}.{part}" for it in projections for part in ("weight", "bias")}
+        inside = sorted((it, shape) for others in parts for it, shape in others.items() if it.startswith(f"{name}."))
+        more = [it for it, shape in inside if it not in known and (tuple(shape) != (head_dim,) or "norm" not in it)]
+        whole = f"{more[0]} has something of all heads" if more else ""
+    found = {"attention": name, "attention_projections": projections}
+    reasons = {"whole_groups": unlike or whole, "no_low_rank": unlike}
+    return found | reasons, {key: value for key, value in stated.items() if value != usual[key]}
 
-    def require_nothing_else(self, outside: set[str], known: set[str]) -> None:
-        """Refuse parts that act between layers, which passes that run one layer at a time would miss."""
-        embedded, shared = (self._config.get(key) for key in ("word_embed_proj_dim", "num_kv_shared_layers"))
-        if embedded not in (None, self._hidden_size):
-            raise self.refuse(f"its embeddings are of another size than its layers (word_embed_proj_dim {embedded})")
-        if shared:
-            raise self.refuse(f"its last {shared} layers read keys and values of others (num_kv_shared_layers)")
-        modules = {name: name.rpartition(".")[0] for name in outside}
-        more = [name for name, it in modules.items() if it not in known and not it.endswith(f".{_POSITIONS}")]
-        if more:
-            raise self.refuse(f"beside its layers it has {min(more)}")
+
+def _adapted_linears(attention: str, parts: Sequence[Shapes], *, of_mixture: bool) -> tuple[str, ...]:
+    """Names within a layer of the linear layers that get an adapter, in attention of whatever kind; short convolutions
+    and state-space blocks are none.
+    """
+    linears = {
+        name.removesuffix(".weight")
+        for there in parts
+        for name, shape in there.items()
+        if name.endswith(".weight") and len(shape) == 2 and "norm" not in name and ".indexer." not in name
+        if name.startswith((f"{attention}.", "linear_attn."))
+    }
+    return tuple(sorted(it for it in linears if not (of_mixture and _OF_EXPERTS.fullmatch(it.rpartition(".")[2]))))
+
+
+def _norms(config: Mapping[str, Any], parts: Sequence[Shapes], mlp: str) -> dict[str, Any]:
+    """The norms of layers with these tensors, as attributes of ``Family``, or why their blocks can't be refitted one
+    after another.
+    """
+    found = {
+        frozenset(
+            name.removesuffix(".weight")
+            for name, shape in there.items()
+            if name.count(".") == 1 and name.endswith(".weight") and tuple(shape) == (config["hidden_size"],)
+        )
+        for there in parts
+    }
+    norms = found.pop() if len(found) == 1 else frozenset()
+    between = sorted(name for there in parts for name in there if "." not in name)
+    told = ", ".join(sorted(norms)) or "they differ, or have no weights"
+    why = f"what its norms do isn't known ({told})"
+    if between:
+        why = f"a layer does more ({between[0]})"
+    elif any(re.match(r"mamba\.", it) and any(map(_ATTENTION.match, there)) for there in parts for it in there):
+        why = "its attention and its state-space block read the same hidden states"
+    elif norms == {"input_layernorm"} or (
+        config["model_type"] == "gpt_neox" and config.get("use_parallel_residual", True)
+    ):
+        why = "its attention and its MLP read the same hidden states"
+    elif not mlp:
+        why = "its MLP is no module of its own"
+    else:
+        for known in _NORMS:
+            if norms == {*known} - {None}:
+                return dict(zip(_NORMED, known, strict=True))
+    return dict.fromkeys(_NORMED) | {"no_sequence": why}

@@ -7,11 +7,11 @@ experts, has a row for each of them.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from itertools import product
 from typing import Any
 
-from hfprune_dist.checkpoints.discovered_blocks import Shapes
 from hfprune_dist.errors import UserError
 from hfprune_dist.structures.experts import (
     EXPERT_COUNT_KEYS,
@@ -24,6 +24,10 @@ from hfprune_dist.structures.experts import (
     shared_experts,
 )
 from hfprune_dist.structures.units import Owned
+
+# Name of a tensor -> its shape; and what makes an error of the reason why a model can't be pruned.
+Shapes = Mapping[str, Sequence[int]]
+Refuse = Callable[[str], UserError]
 
 # Names of the block of experts within a layer.
 _BLOCKS = ("mlp", "feed_forward", "block_sparse_moe")
@@ -53,99 +57,64 @@ _GROUPS, _CHOSEN_GROUPS = ("n_group", "num_expert_group"), "topk_group"
 _GROUPS_UNSTATED = dict.fromkeys(("axk1", "bailing_hybrid", "deepseek_v3", "deepseek_v32"), (8, 4))
 
 
-@dataclass(frozen=True)
-class _Form:
-    """A form in which files may hold experts, within their block: rows, then columns; {} is an expert's number."""
-
-    rows: tuple[Owned, ...]
-    columns: tuple[Owned, ...]
-
-    @property
-    def needed(self) -> list[str]:
-        """Names of its tensors."""
-        return [owned.tensor for owned in (*self.rows, *self.columns)]
-
-    def owned(self, block: str, count: int) -> list[tuple[Owned, ...]]:
-        """What the neurons of a block's experts, ``count`` in number, own: rows, and columns."""
-        return [
-            tuple(one for it in part for one in _of_experts(it, block, count)) for part in (self.rows, self.columns)
-        ]
-
-    def whole(self, block: str, count: int) -> list[Owned]:
-        """What a block's experts, ``count`` in number, consist of."""
-        parts = [f"{block}.{name}" for name in self.needed]
-        if all(it.stacked for it in self.rows):
-            return [Owned(name, 0) for name in (*parts, f"{block}.{_BIAS}")]
-        return [Owned(name.format(expert), 0, unit=expert) for name in parts for expert in range(count)]
-
-
-def _each(gate: str, up: str, down: str) -> _Form:
+def _each(gate: str, up: str, down: str) -> tuple[tuple[Owned, ...], tuple[Owned, ...]]:
     rows = tuple(Owned(f"experts.{{}}.{name}.weight", 0) for name in (gate, up))
-    return _Form(rows, (Owned(f"experts.{{}}.{down}.weight", 1),))
+    return rows, (Owned(f"experts.{{}}.{down}.weight", 1),)
 
 
+# Forms in which files may hold experts, within their block: what neurons own of rows, and of columns; {} stands for an
+# expert's number.
 _FORMS = (
     _each("gate_proj", "up_proj", "down_proj"),
     _each("w1", "w3", "w2"),
     # Matrices [in, out], in which gate and up alternate.
-    _Form(
+    (
         (
             Owned("experts.gate_up_proj", 2, per_unit=2, stacked=True),
             Owned("experts.gate_up_proj_bias", 1, per_unit=2, stacked=True),
         ),
         (Owned("experts.down_proj", 1, stacked=True),),
     ),
-    _Form((Owned("experts.gate_up_proj", 1, parts=2, stacked=True),), (Owned("experts.down_proj", 2, stacked=True),)),
+    ((Owned("experts.gate_up_proj", 1, parts=2, stacked=True),), (Owned("experts.down_proj", 2, stacked=True),)),
 )
 
 
-def _of_experts(owned: Owned, block: str, count: int) -> list[Owned]:
-    if owned.stacked:
-        return [Owned(f"{block}.{owned.tensor}", owned.axis, owned.per_unit, owned.parts, stacked=True)]
-    names = (f"{block}.{owned.tensor.format(expert)}" for expert in range(count))
-    return [Owned(name, owned.axis, expert=expert) for expert, name in enumerate(names)]
-
-
-def find_experts(
-    config: Mapping[str, Any], parts: Sequence[Shapes], refuse: Callable[[str], UserError]
-) -> Experts | None:
+def find_experts(config: Mapping[str, Any], parts: Sequence[Shapes], refuse: Refuse) -> Experts | None:
     """The experts of a model; None if it has none.
 
     Args:
         parts: the tensors of each layer, by their names within it.
-        refuse: makes the error to raise, of a reason.
-
-    Raises:
-        UserError: naming what is missing or unexpected.
     """
     count = number_of_experts(config)
     if not count:
-        _refuse_unstated(config, parts, refuse)
         return None
-    for form in _FORMS:
-        for block in _BLOCKS:
-            first = [f"{block}.{name.format(0)}" for name in form.needed]
-            layers = tuple(number for number, there in enumerate(parts) if all(name in there for name in first))
-            if layers:
-                return _described(config, parts, refuse, form, block, layers)
+    for form, block in product(_FORMS, _BLOCKS):
+        first = [f"{block}.{it.tensor.format(0)}" for of_part in form for it in of_part]
+        layers = tuple(number for number, there in enumerate(parts) if all(name in there for name in first))
+        if layers:
+            rows, columns = (tuple(_of_all(of_part, block, count)) for of_part in form)
+            return _described(config, parts, refuse, block, rows, columns, layers)
     keys = ", ".join(key for key in EXPERT_COUNT_KEYS if key in config)
     raise refuse(f"it is a mixture of experts ({keys}) of a kind that isn't known")
 
 
-def _refuse_unstated(config: Mapping[str, Any], parts: Sequence[Shapes], refuse: Callable[[str], UserError]) -> None:
-    """Refuse files with experts if config.json states no more than one."""
-    found = next((name for there in parts for name in there if re.search(r"(^|\.)experts\.", name)), None)
-    key = next((key for key in EXPERT_COUNT_KEYS if config.get(key) is not None), None)
-    if found is not None and key is not None and config.get("is_moe", True):
-        raise refuse(f"its weight files have experts ({found}), and {key} is {config[key]!r}")
+def _of_all(of_part: Sequence[Owned], block: str, count: int) -> Iterator[Owned]:
+    """What the neurons of a block's experts, ``count`` in number, own."""
+    for owned in of_part:
+        if owned.stacked:
+            yield replace(owned, tensor=f"{block}.{owned.tensor}")
+        else:
+            for expert in range(count):
+                yield replace(owned, tensor=f"{block}.{owned.tensor.format(expert)}", expert=expert)
 
 
 def _described(
     config: Mapping[str, Any],
     parts: Sequence[Shapes],
-    refuse: Callable[[str], UserError],
-    form: _Form,
+    refuse: Refuse,
     block: str,
+    rows: tuple[Owned, ...],
+    columns: tuple[Owned, ...],
     layers: tuple[int, ...],
 ) -> Experts:
     """The experts of these layers, which have a known form; after checking that nothing else is in their block."""
@@ -153,13 +122,15 @@ def _described(
     count, chosen, first = number_of_experts(config), chosen_experts(config), parts[layers[0]]
     if {*numbers.values()} != {count} or not isinstance(chosen, int) or not 1 <= chosen <= count:
         raise refuse(f"of {numbers} experts, a token can't have {chosen!r}")
-    rows, columns = form.owned(block, count)
     shared = _shared(config, first, block, refuse)
     inside = ((name, name.removeprefix(f"{block}.")) for name in sorted(first))
     routers = [Owned(name, int(own == _STATICS)) for name, own in inside if own != name and _ROUTERS.fullmatch(own)]
     if not routers:
         raise refuse(f"layer {layers[0]} has {count} experts, and nothing that chooses among them")
-    known = {owned.tensor for owned in (*rows, *columns, *routers)}
+    owned = (*rows, *columns)
+    whole = [Owned(it.tensor, 0, unit=it.expert) for it in owned]
+    whole += [Owned(f"{block}.{_BIAS}", 0)] if rows[0].stacked else []
+    known = {it.tensor for it in (*owned, *routers)}
     if shared is not None:
         of_shared = (*shared.projections[0], shared.projections[1])
         known |= {f"{shared.name}.{name}.weight" for name in of_shared}
@@ -171,33 +142,28 @@ def _described(
             own = name.removeprefix(f"{block}.")
             if own != name and not _BESIDE.fullmatch(own):
                 raise refuse(f"in layer {layer}, {name} is not part of {count} experts of a known kind")
+    # The fields that state the experts' width: one or, if no layer has a plain MLP, all that state the same.
+    stated = [key for key in WIDTHS if config.get(key) is not None]
+    saying = [key for key in stated if config[key] == first[columns[0].tensor][columns[0].axis]]
+    fields = (saying if len(layers) == len(parts) else saying[:1]) or stated[:1]
     groups, fewest = _groups(config, count, chosen, any(it.tensor.endswith(_CORRECTION) for it in routers), refuse)
     return Experts(
         count=count,
         chosen=chosen,
         layers=layers,
         module=f"{block}.experts",
-        fields=_width_fields(config, first[columns[0].tensor][columns[0].axis], everywhere=len(layers) == len(parts)),
+        fields=tuple(fields),
         numbers=tuple(numbers),
         rows=rows,
         columns=columns,
-        whole=(*form.whole(block, count), *routers),
+        whole=(*whole, *routers),
         groups=groups,
         fewest=fewest,
         shared=shared,
     )
 
 
-def _width_fields(config: Mapping[str, Any], width: int, *, everywhere: bool) -> tuple[str, ...]:
-    """The fields that state the experts' width: one or, if no layer has a plain MLP, all that state the same."""
-    stated = [key for key in WIDTHS if config.get(key) is not None]
-    saying = [key for key in stated if config[key] == width]
-    return tuple((saying if everywhere else saying[:1]) or stated[:1])
-
-
-def _groups(
-    config: Mapping[str, Any], count: int, chosen: int, corrected: bool, refuse: Callable[[str], UserError]
-) -> tuple[int, int]:
+def _groups(config: Mapping[str, Any], count: int, chosen: int, corrected: bool, refuse: Refuse) -> tuple[int, int]:
     """The number of groups that a router first chooses among, and how many experts it needs in all of them."""
     groups, chosen_groups = 1, 1
     # The router of deepseek_v2 has no use for groups unless this key says so.
@@ -218,7 +184,7 @@ def _groups(
     return groups, max(of_group * groups, 2)
 
 
-def _shared(config: Mapping[str, Any], there: Shapes, block: str, refuse: Callable[[str], UserError]) -> Shared | None:
+def _shared(config: Mapping[str, Any], there: Shapes, block: str, refuse: Refuse) -> Shared | None:
     for name in (name.format(block) for name in _SHARED):
         if not any(it.startswith(f"{name}.") for it in there):
             continue

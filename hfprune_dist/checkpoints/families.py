@@ -5,13 +5,13 @@ The parts are found in a checkpoint (see ``discovery``); the defaults here are t
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 from hfprune_dist.checkpoints.layer_settings import OTHER_LAYERS
 from hfprune_dist.errors import UserError
-from hfprune_dist.structures.experts import WIDTHS, Experts, units_of_mixture
+from hfprune_dist.structures.experts import WIDTHS, Experts, Projections, units_of_mixture
 from hfprune_dist.structures.low_rank import read_ranks
 from hfprune_dist.structures.units import OLDER_WIDTHS, OTHER_WIDTHS, Block, Units, kv_groups, neurons
 
@@ -31,7 +31,8 @@ class Family:
         tensors: names of the tensors that a model computes with, a head included even if it is tied; others in a
             checkpoint's files are ignored when it is loaded.
         adapted_attention: names within a layer of the linear layers that LoRA adapts in attention, of all its kinds.
-        row_parts: number of matrices in each row projection, one after the other: two if it holds both gate and up.
+        projections: the MLP's row projections, its down projection, and the number of matrices in each row projection,
+            one after the other: two if it holds both gate and up.
         mlp_norm, attention_norm: the norm whose output the block reads; None: the block reads the residual stream.
         mlp_norm_after, attention_norm_after: the norm that the block's outputs go through, if any.
         task: the ending of its transformers class's name.
@@ -59,9 +60,7 @@ class Family:
     mlp: str = "mlp"
     mlp_norm: str | None = "post_attention_layernorm"
     mlp_norm_after: str | None = None
-    row_projections: tuple[str, ...] = ("gate_proj", "up_proj")
-    row_parts: int = 1
-    down_projection: str = "down_proj"
+    projections: Projections = (("gate_proj", "up_proj"), "down_proj", 1)
     task: str = CAUSAL
     keeps_apart: bool = True
     whole_groups: str = ""
@@ -91,6 +90,21 @@ class Family:
         text = "Text" if self.model_type.endswith("_text") else ""
         return f"Pruned{self.architecture.removesuffix('Text')}{text}Model"
 
+    @property
+    def attention_modules(self) -> list[str]:
+        """Names within a layer of attention's projections: if these are separate, query, key, value, output."""
+        return [f"{self.attention}.{name}" for name in self.attention_projections]
+
+    @property
+    def embedding_tensor(self) -> str:
+        """Name of the table of token embeddings [vocabulary, hidden_size]."""
+        return f"{self.embedding}.weight"
+
+    @property
+    def head_tensor(self) -> str:
+        """Name of the head's weight [vocabulary, hidden_size]; a checkpoint whose head is tied may lack it."""
+        return f"{self.head}.weight"
+
     def units(self, config: Mapping[str, Any]) -> Units:
         """The main units of a model with this ``config.json``: the neurons of its MLPs, or of its experts."""
         return self._units_of_mlps(config)[0]
@@ -104,10 +118,9 @@ class Family:
 
     def _units_of_mlps(self, config: Mapping[str, Any]) -> list[Units]:
         mlp = self._block(config, self.mlp, self.mlp_norm, self.mlp_norm_after)
-        projections = self.row_projections, self.down_projection, self.row_parts
         if self.experts is None:
-            return [neurons(config, mlp, *projections)]
-        return units_of_mixture(config, mlp, self.experts, projections if self.dense_layers else None)
+            return [neurons(config, mlp, *self.projections)]
+        return units_of_mixture(config, mlp, self.experts, self.projections if self.dense_layers else None)
 
     def _block(self, config: Mapping[str, Any], name: str, norm: str | None, norm_after: str | None) -> Block:
         multiplier = config.get("residual_multiplier")
@@ -120,22 +133,9 @@ class Family:
         head_dim = config.get("head_dim") or config["hidden_size"] // queries
         return {**config, "num_key_value_heads": groups, "head_dim": head_dim}
 
-    @property
-    def attention_modules(self) -> list[str]:
-        """Names within a layer of attention's projections: if these are separate, query, key, value, output."""
-        return [f"{self.attention}.{name}" for name in self.attention_projections]
-
     def ranks(self, config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
         """Ranks of attention's low-rank projections under this ``config.json``; see ``structures.low_rank``."""
         return read_ranks(config, self.attention, self.attention_projections)
-
-    def embedding_tensor(self) -> str:
-        """Name of the table of token embeddings [vocabulary, hidden_size]."""
-        return f"{self.embedding}.weight"
-
-    def head_tensor(self) -> str:
-        """Name of the head's weight [vocabulary, hidden_size]; a checkpoint whose head is tied may lack it."""
-        return f"{self.head}.weight"
 
     def body_of(self, model: nn.Module) -> nn.Module:
         """The decoder without its head: input_ids -> last_hidden_state, final norm included."""
@@ -150,34 +150,29 @@ class Family:
         return list(model.get_submodule(self.layers).children())
 
 
-# Keys of a config.json -> the kind of model that has them.
-_OTHER_KINDS = {
-    "audio_config": "a model of sound and text",
-    "is_encoder_decoder": "an encoder-decoder",
-}
-# Keys by which attention also sees later tokens, so that no output predicts the next one -> the values that do this.
-_SEEING_AHEAD: dict[str, tuple[object, ...]] = {"is_causal": (False,), "use_bidirectional_attention": (True, "all")}
+# Keys of a config.json, and their values, that rule a model out -> why.
+_SEES_AHEAD = "its tokens see those that follow, so that no output predicts the next one"
+_RULED_OUT: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
+    ("audio_config", lambda value: value is not None, "it is a model of sound and text"),
+    ("is_encoder_decoder", bool, "it is an encoder-decoder"),
+    ("is_causal", lambda value: value is False, _SEES_AHEAD),
+    ("use_bidirectional_attention", lambda value: value in (True, "all"), _SEES_AHEAD),
+)
 # Architectures that could be taken for supported ones -> why they aren't.
 _UNFIT = {
     "llama4_text": "routers multiply what its experts read, not what they make",
     "jetmoe": "its attention has experts too",
     "diffllama": "its attention computes with a layer's number",
     **dict.fromkeys(("minicpm3", "beam"), "what its layers add is scaled by how many there are"),
-    **dict.fromkeys(
-        ("lara_mini", "sarvam_moe", "axk2"), "its files have in one matrix what its attention has in several"
-    ),
     **dict.fromkeys(("deepseek_v4", "hy_v4", "gemma3n_text"), "several residual streams run through its layers"),
     **dict.fromkeys(
         ("inkling_text", "inkling2_text", "inkling2_loop_text"), "its shared experts are routed to as well"
     ),
-    "recurrent_gemma": "its MLPs are half as wide as intermediate_size says",
     "falcon_h1": "its model, not its layers, makes the scales of their state-space blocks",
     "olmo_hybrid": "transformers makes no layer of it alone",
-    "nemotron_h": "a layer has an MLP or attention, not both",
     **dict.fromkeys(("zamba", "zamba2"), "its layers share their MLPs"),
-    **dict.fromkeys(("gpt2", "openai-gpt"), "its matrices are transposed (Conv1D)"),
 }
-_NEEDED = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "vocab_size")
+NEEDED = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "vocab_size")
 
 
 def normalized(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -197,22 +192,15 @@ def normalized(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def refuse_other_kinds(config: Mapping[str, Any], where: str) -> None:
-    """Refuse models that aren't decoders of a supported kind.
-
-    Raises:
-        UserError: saying what the model is, or what its config.json lacks.
-    """
+    """Refuse models that aren't decoders of a supported kind, saying what they are or what their config.json lacks."""
     if not isinstance(config.get("model_type"), str):
         raise UserError(f"{where}: model_type is {config.get('model_type')!r}; it must name an architecture")
     if unfit := _UNFIT.get(config["model_type"]):
         raise not_supported(config, where, unfit)
-    for key, kind in _OTHER_KINDS.items():
-        if config.get(key) not in (None, False):
-            raise not_supported(config, where, f"it is {kind} ({key})")
-    for key, values in _SEEING_AHEAD.items():
-        if config.get(key) in values:
-            raise not_supported(config, where, f"its tokens see those that follow ({key} {config[key]!r})")
-    if missing := [key for key in _NEEDED if key not in config]:
+    for key, rules_out, why in _RULED_OUT:
+        if rules_out(config.get(key)):
+            raise not_supported(config, where, f"{why} ({key})")
+    if missing := [key for key in NEEDED if key not in config]:
         raise not_supported(config, where, f"config.json has no {', '.join(missing)}")
 
 

@@ -41,20 +41,13 @@ PERIODS = {"expert_layer_period": "expert_layer_offset", "attn_layer_period": "a
 
 def undroppable_layers(config: Mapping[str, Any]) -> dict[int, str]:
     """Layers that can't be dropped, because no config.json could describe the remaining model; each with the reason."""
-    layers = range(int(config["num_hidden_layers"]))
-    for interval, listed in _INTERVALS.items():
-        if config.get(interval) and not config.get(listed):
-            why = f"{interval} {config[interval]} tells layers apart by their number, and it has no {listed}"
-            return dict.fromkeys(layers, why)
-    model_type = str(config.get("model_type"))
+    layers, model_type = range(int(config["num_hidden_layers"])), str(config.get("model_type"))
+    by_number = [f"{key} {config[key]}" for key in PERIODS if config.get(key)]
+    by_number += [f"{key} {config[key]}" for key, it in _INTERVALS.items() if config.get(key) and not config.get(it)]
     if model_type in _UNLISTED and not config.get(_UNLISTED[model_type]):
-        why = f"{model_type} tells layers apart by their number where config.json has no {_UNLISTED[model_type]}"
-        return dict.fromkeys(layers, why)
-    for period in PERIODS:
-        if config.get(period):
-            return dict.fromkeys(layers, f"{period} {config[period]} tells layers apart by their number")
-    if shared := config.get("num_kv_shared_layers"):
-        return dict.fromkeys(layers, f"its last {shared} layers read keys and values of others (num_kv_shared_layers)")
+        by_number.append(f"{model_type} without {_UNLISTED[model_type]}")
+    if by_number:
+        return dict.fromkeys(layers, f"{by_number[0]} tells layers apart by their number")
     if len(layers) == 1:
         return dict.fromkeys(layers, "it is the only one")
     if model_type in _FULL_AT_THE_END:

@@ -13,10 +13,8 @@ from torch import Tensor
 
 from hfprune_dist.checkpoints.checkpoint import Checkpoint
 from hfprune_dist.checkpoints.families import Family
-from hfprune_dist.checkpoints.pruned_config import is_plain
-from hfprune_dist.checkpoints.read_tensors import as_stored
-from hfprune_dist.checkpoints.stored_names import SAME
-from hfprune_dist.checkpoints.write_pruned import Cut, Transform, Written, stream_weight_file, unit_cuts
+from hfprune_dist.checkpoints.read_tensors import as_stored, read_tensor
+from hfprune_dist.checkpoints.write_pruned import Cut, staying, write_weight_file
 from hfprune_dist.errors import UserError, naming
 from hfprune_dist.store.atomic_files import read_json, write_json
 from hfprune_dist.structures.kept import Kept
@@ -31,12 +29,7 @@ _A, _B = ".lora_A.weight", ".lora_B.weight"
 
 @dataclass(frozen=True)
 class Adapter:
-    """Low-rank updates of a model's weights: W + scale * B @ A.
-
-    Attributes:
-        scale: alpha / r.
-        factors: name of a weight -> (A [r, in_features], B [out_features, r]).
-    """
+    """Low-rank updates of weights: W + scale * B @ A; ``factors`` are, by W's name, A [r, in] and B [out, r]."""
 
     scale: float
     factors: Mapping[str, tuple[Tensor, Tensor]]
@@ -47,25 +40,19 @@ def lora_targets(family: Family, low_rank: Iterable[str] = ()) -> list[str] | st
     those of low rank; or, where other parts of the model may use the same names, a pattern that matches only the
     decoder's. In mixtures of experts, only attention gets adapters: peft would take the names of MLP projections for
     the experts', whose adapters can't be merged matrix by matrix.
-
-    Args:
-        low_rank: names within a layer of its low-rank projections.
     """
     factored = dict.fromkeys(low_rank)
     names = [linear for name in family.adapted_attention for linear in linear_modules(name, factored)]
-    if not family.experts:
-        names += [".".join(filter(None, (family.mlp, it))) for it in (*family.row_projections, family.down_projection)]
+    rows, down, _ = family.projections
+    names += [] if family.experts else [".".join(filter(None, (family.mlp, name))) for name in (*rows, down)]
     return rf"{re.escape(family.layers)}\.\d+\.({'|'.join(map(re.escape, names))})" if family.has_vision else names
 
 
 def write_adapter(
     folder: Path, parameters: Mapping[str, Tensor], targets: Sequence[str] | str, rank: int, alpha: int
 ) -> None:
-    """Write an adapter that ``peft.PeftModel.from_pretrained`` loads.
-
-    Args:
-        parameters: the LoRA parameters, by their names in a ``PeftModel``.
-        targets: what ``lora_targets`` returns.
+    """Write an adapter that ``peft.PeftModel.from_pretrained`` loads; ``parameters`` have their names in a
+    ``PeftModel``, and ``targets`` is what ``lora_targets`` returns.
     """
     folder.mkdir()
     # The base model is left open: its path would differ from machine to machine.
@@ -103,30 +90,19 @@ def merge_weight_file(
 
     Args:
         kept: the units that all layers keep after merging; None: all, so that no shape changes.
-
-    Raises:
-        UserError: if a merged weight is NaN or infinite, and as ``as_stored`` does.
     """
-    unknown = adapter.factors.keys() - checkpoint.tensors.keys()
-    assert not unknown, f"the adapter has weights that the checkpoint lacks: {sorted(unknown)[:3]}"
-    cuts = {} if kept is None else unit_cuts(checkpoint, kept)
-    written = []
-    transform: Transform | None
-    for name, info in checkpoint.tensors.items():
-        if info.file == file:
-            cut = cuts.get(name)
-            shape, transform = (tuple(info.shape), None) if cut is None else (cut.shape(info.shape), cut.apply)
-            if name in adapter.factors:
-                transform = partial(_merged_and_cut, checkpoint, name, adapter, cut)
-            written.append(Written(name, name, shape, transform))
-    stored = checkpoint.names if kept is None or is_plain(checkpoint, kept.shape) else SAME
-    stream_weight_file(checkpoint, file, written, target, stored)
+    assert adapter.factors.keys() <= checkpoint.tensors.keys(), "the adapter has weights that the checkpoint lacks"
+    kept = kept or Kept(tuple(range(checkpoint.num_layers)))
+    cuts = {name: cut for name, (_, cut) in staying(checkpoint, kept).items() if name in adapter.factors}
+    learnt = {name: partial(_merged_and_cut, checkpoint, name, adapter, cut) for name, cut in cuts.items()}
+    write_weight_file(checkpoint, file, kept, target, learnt)
 
 
-def _merged_and_cut(checkpoint: Checkpoint, name: str, adapter: Adapter, cut: Cut | None, weight: Tensor) -> Tensor:
+def _merged_and_cut(checkpoint: Checkpoint, name: str, adapter: Adapter, cut: Cut | None) -> Tensor:
     """What stays of a merged weight, rounded once, to the dtype that the weight has."""
-    whole = merged(adapter.scale, *adapter.factors[name], weight)
-    staying = whole if cut is None else cut.apply(whole)
+    factor_a, factor_b = adapter.factors[name]
+    whole = read_tensor(checkpoint, name).float() + adapter.scale * (factor_b.float() @ factor_a.float())
+    staying = cut.apply(whole) if cut else whole
     rounded = as_stored(checkpoint, name, staying, otherwise="lower the training's learning_rate")
     if not rounded.isfinite().all():  # the loss of the last step, which was finite, is of the weights before it
         raise UserError(
@@ -134,8 +110,3 @@ def _merged_and_cut(checkpoint: Checkpoint, name: str, adapter: Adapter, cut: Cu
             "training's learning_rate or weight_decay"
         )
     return rounded
-
-
-def merged(scale: float, factor_a: Tensor, factor_b: Tensor, weight: Tensor) -> Tensor:
-    """W + scale * B @ A in float32."""
-    return weight.float() + scale * (factor_b.float() @ factor_a.float())

@@ -13,7 +13,7 @@ from typing import Any
 
 from hfprune_dist.checkpoints.checkpoint import Checkpoint
 from hfprune_dist.checkpoints.layer_settings import of_layers, undroppable_layers
-from hfprune_dist.store.atomic_files import read_json, write_json, write_text
+from hfprune_dist.store.atomic_files import read_json, write_json
 from hfprune_dist.structures.kept import Kept, Shape
 from hfprune_dist.structures.low_rank import rank_field
 from hfprune_dist.structures.units import LAYER_SIZES, OUTPUT_BIASES, PER_LAYER
@@ -58,10 +58,8 @@ def is_plain(checkpoint: Checkpoint, shape: Shape) -> bool:
 
 
 def pruned_config(checkpoint: Checkpoint, shape: Shape, biased: Iterable[str] = ()) -> dict[str, Any]:
-    """The complete settings of a checkpoint that is pruned to this shape, in the form of ``Checkpoint.config``.
-
-    Args:
-        biased: names within a layer of the output projections that have biases after pruning.
+    """The complete settings of a checkpoint that is pruned to this shape, in the form of ``Checkpoint.config``; output
+    projections that are ``biased``, by their names within a layer, have biases after pruning.
     """
     gone = set(range(checkpoint.num_layers)).difference(shape.layers)
     needed = gone & undroppable_layers(checkpoint.config).keys()
@@ -144,21 +142,18 @@ def _without_ours(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def write_config(config: Mapping[str, Any], folder: Path) -> None:
-    """Write config.json, with what transformers 5 has renamed under the earlier names too, which other engines read:
-    each of them unless it would change what transformers reads.
-
-    Args:
-        folder: a draft, since the file is written several times.
+    """Write config.json into a draft, with what transformers 5 has renamed under the earlier names too, which other
+    engines read: each of them unless it would change what transformers reads.
     """
     content = copy.deepcopy(dict(config))
     text = content.get("text_config", content)
-    expected = _read(content, folder)
+    expected = _written_and_read(content, folder)
     for name, value in _earlier_names(text).items():
         if value is not None and name not in text:
             text[name] = value
-            if _read(content, folder) != expected:
+            if _written_and_read(content, folder) != expected:
                 del text[name]
-    write_text(folder / "config.json", _json(content))
+    _written_and_read(content, folder)
 
 
 def _earlier_names(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -178,16 +173,12 @@ def _earlier_names(config: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _json(content: Mapping[str, Any]) -> str:
-    # Not by write_json: it refuses infinite numbers, which transformers before 5 wrote as they are (bamba).
-    return json.dumps(content, indent=1, sort_keys=True) + "\n"
-
-
-def _read(content: Mapping[str, Any], folder: Path) -> dict[str, Any] | None:
-    """What transformers makes of a config.json; None if it refuses it."""
+def _written_and_read(content: Mapping[str, Any], folder: Path) -> dict[str, Any] | None:
+    """Write config.json, and return what transformers makes of it; None if it refuses it."""
     from transformers import AutoConfig
 
-    (folder / "config.json").write_text(_json(content), encoding="utf-8")
+    # Not by write_json: it refuses infinite numbers, which transformers before 5 wrote as they are (bamba).
+    (folder / "config.json").write_text(json.dumps(content, indent=1, sort_keys=True) + "\n", encoding="utf-8")
     try:
         read: dict[str, Any] = AutoConfig.from_pretrained(folder).to_dict()
     except Exception:  # which ones a configuration class raises isn't documented

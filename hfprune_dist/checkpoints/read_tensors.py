@@ -51,12 +51,7 @@ def read_module_tensor(read: Read, made: ModuleTensor) -> Tensor:
     """Read a tensor of a module, in the dtype of the files, on the CPU."""
     matrices = [[read(name) for name in names] for names in made.sources]
     whole = [parts[0] if len(parts) == 1 else torch.cat(parts) for parts in matrices]
-    return torch.stack(whole) if made.is_stacked else whole[0]
-
-
-def dtype_of(checkpoint: Checkpoint, name: str) -> torch.dtype:
-    """The dtype of a tensor in the checkpoint's files."""
-    return DTYPES[checkpoint.tensors[name].dtype]
+    return torch.stack(whole) if len(whole) > 1 else whole[0]
 
 
 def scored_layer(
@@ -69,20 +64,17 @@ def scored_layer(
     moments: tuple[Tensor, Tensor] | None = None,
     read_gradient: Callable[[str], Tensor] | None = None,
 ) -> ScoredLayer:
-    """A layer's units of one kind, as criteria see them.
-
-    Args:
-        tokens: the number of tokens that sums run over.
-        moments: the Gram matrix and the curvature.
-        read_gradient: name within a layer -> the gradient of a whole weight.
+    """A layer's units of one kind, as criteria see them; ``tokens`` is how many its sums run over, ``moments`` are its
+    Gram matrix and curvature, and ``read_gradient`` reads a whole weight's gradient, given its name within a layer.
     """
     gram_DD, curvature_CC = moments or (None, None)
+    owner = checkpoint.units if units.experts > 1 else units  # of whole experts, what their neurons own
     return ScoredLayer(
         number=layer,
         units=units.counts[layer],
         seed=seed,
-        read_rows=lambda: _rows(checkpoint, units, layer),
-        read_columns=lambda: _columns(checkpoint, units, layer),
+        read_rows=lambda: _weights(checkpoint, owner, layer, owner.rows),
+        read_columns=lambda: _weights(checkpoint, owner, layer, owner.columns)[0].T,
         tokens=tokens,
         gram_DD=gram_DD,
         curvature_CC=curvature_CC,
@@ -90,67 +82,42 @@ def scored_layer(
     )
 
 
-def _rows(checkpoint: Checkpoint, units: Units, layer: int) -> list[Tensor]:
-    if units.experts > 1:
-        return _of_experts(checkpoint, layer, checkpoint.units.rows)
-    return [
-        part
-        for name, parts in zip(units.weights[:-1], units.row_parts, strict=True)
-        for part in read_tensor(checkpoint, units.tensor(layer, name)).chunk(parts)
-    ]
-
-
-def _columns(checkpoint: Checkpoint, units: Units, layer: int) -> Tensor:
-    if units.experts > 1:
-        (columns,) = _of_experts(checkpoint, layer, checkpoint.units.columns)
-        return columns.T
-    return read_tensor(checkpoint, units.tensor(layer, units.weights[-1]))
-
-
-def _of_experts(checkpoint: Checkpoint, layer: int, owned: Sequence[Owned]) -> list[Tensor]:
-    """Matrices [all experts' neurons, hidden_size], one expert after another, whatever the form of the files.
-
-    Args:
-        owned: the rows or the columns that their neurons own.
+def _weights(checkpoint: Checkpoint, units: Units, layer: int, owned: Sequence[Owned]) -> list[Tensor]:
+    """What units own of a layer's weights, whatever the form of the files: for each weight, or part of one, a matrix
+    [units * entries of a unit, other dimension], with one expert after another.
     """
-    units = checkpoint.units
     weights = [it for it in owned if "bias" not in it.tensor]
     read = [read_tensor(checkpoint, units.tensor(layer, it.tensor)) for it in weights]
+    pairs = list(zip(read, weights, strict=True))
     if weights[0].stacked:
-        pairs = zip(read, weights, strict=True)
         return [part.flatten(0, 1) for it, of in pairs for part in it.movedim(of.axis, 1).chunk(of.parts, dim=1)]
-    rows = [it.movedim(of.axis, 0) for it, of in zip(read, weights, strict=True)]
-    return [torch.cat(rows[start : start + units.experts]) for start in range(0, len(rows), units.experts)]
+    rows, experts = [it.movedim(of.axis, 0) for it, of in pairs], units.experts
+    joined = [torch.cat(rows[it : it + experts]) if experts > 1 else rows[it] for it in range(0, len(rows), experts)]
+    return [part for it, of in zip(joined, weights[::experts], strict=True) for part in it.chunk(of.parts)]
 
 
 def _gradients(units: Units, read: Callable[[str], Tensor]) -> list[Callable[[], Tensor]]:
-    """Gradients of the weights that a layer's units own, divided into parts as ``_rows`` divides the weights."""
+    """Gradients of the weights that a layer's units own, divided into parts as the weights themselves."""
     *rows, columns = units.weights
-    of_parts = [
-        partial(_part_of, partial(read, name), part, parts)
-        for name, parts in zip(rows, units.row_parts, strict=True)
-        for part in range(parts)
-    ]
+    counted = zip(rows, units.row_parts, strict=True)
+    of_parts = [partial(_part_of, read, name, part, parts) for name, parts in counted for part in range(parts)]
     return [*of_parts, partial(read, columns)]
 
 
-def _part_of(read: Callable[[], Tensor], part: int, parts: int) -> Tensor:
-    return read().chunk(parts)[part]
+def _part_of(read: Callable[[str], Tensor], name: str, part: int, parts: int) -> Tensor:
+    return read(name).chunk(parts)[part]
 
 
 def as_stored(checkpoint: Checkpoint, name: str, tensor: Tensor, *, like: str | None = None, otherwise: str) -> Tensor:
-    """Round a tensor, of any shape and on any device, to the dtype of the checkpoint's files.
+    """Round a tensor, of any shape and on any device, to the dtype that the tensor ``like`` (None: ``name``) has in the
+    checkpoint's files. Values that are too large for float16, the one dtype whose range is easily left, are refused
+    unless they were infinite before.
 
     Args:
         name: under which it will be written.
-        like: name of the checkpoint's tensor whose dtype it gets; None: ``name``.
         otherwise: what the user can do instead of converting the model, for the message.
-
-    Raises:
-        UserError: if a value is too large for float16, the one dtype of files whose range is easily left, unless it was
-            infinite before.
     """
-    rounded = tensor.to(dtype_of(checkpoint, like or name))
+    rounded = tensor.to(DTYPES[checkpoint.tensors[like or name].dtype])
     if rounded.dtype == torch.float16 and tensor.dtype != torch.float16:
         too_large = rounded.isinf() & tensor.isfinite()
         if too_large.any():

@@ -9,7 +9,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from hfprune_dist.checkpoints.text_decoder import has_vision
@@ -109,14 +108,10 @@ class StoredNames:
 
     @classmethod
     def of(cls, config: Mapping[str, Any], names: Iterable[str]) -> StoredNames:
-        """The names of a checkpoint with this ``config.json``.
-
-        Args:
-            names: names of all tensors in its files.
-        """
+        """The names of a checkpoint with this ``config.json``, whose files have tensors with these ``names``."""
         pairs = _OF_DECODERS if has_vision(config) else _RENAMED.get(str(config.get("model_type")), ())
-        every = list(names)
-        return cls(tuple(pair for pair in pairs if any(_beginning(pair[1]).match(name) for name in every)))
+        every = {_general(name)[0] for name in names}
+        return cls(tuple(pair for pair in pairs if any(name.startswith(pair[1]) for name in every)))
 
     def in_modules(self, name: str) -> str:
         """The name in a model of a tensor in the files."""
@@ -127,16 +122,17 @@ class StoredNames:
         return _renamed(name, self.pairs)
 
 
-@cache
-def _beginning(part: str) -> re.Pattern[str]:
-    return re.compile(re.escape(part).replace(re.escape("#"), r"(\d+)"))
+def _general(name: str) -> tuple[str, str]:
+    """A name with # in place of its first number, which is a layer's; and that number."""
+    number = re.search(r"(?<=\.)\d+(?=\.)", name)
+    return (f"{name[: number.start()]}#{name[number.end() :]}", number[0]) if number else (name, "#")
 
 
 def _renamed(name: str, pairs: Iterable[Pair]) -> str:
+    general, number = _general(name)
     for before, after in pairs:
-        if found := _beginning(before).match(name):
-            number = found[1] if found.re.groups else ""
-            return after.replace("#", number) + name[found.end() :]
+        if general.startswith(before):
+            return (after + general.removeprefix(before)).replace("#", number, 1)
     return name
 
 
@@ -149,17 +145,12 @@ _JOINED, _WHOLE = (".q_conv1d.weight", ".k_conv1d.weight", ".v_conv1d.weight"), 
 
 @dataclass(frozen=True)
 class ModuleTensor:
-    """A tensor of a module.
-
-    Attributes:
-        sources: names of the tensors that it is made from: for each expert, the matrices to concatenate; a single name
-            if the files have the tensor as it is.
-        is_stacked: whether the experts' matrices are stacked, along a new first dimension.
+    """A tensor of a module, and the names of the tensors that it is made from: for each expert, the matrices to
+    concatenate, which are then stacked along a new first dimension; or, without experts, those of one matrix.
     """
 
     shape: tuple[int, ...]
     sources: tuple[tuple[str, ...], ...]
-    is_stacked: bool = False
 
 
 def module_tensors(checkpoint: Checkpoint, layer: int | None = None) -> dict[str, ModuleTensor]:
@@ -176,14 +167,13 @@ def module_tensors(checkpoint: Checkpoint, layer: int | None = None) -> dict[str
                     for expert in range(experts.count)
                 )
                 rows, columns = shapes[sources[0][0]]
-                found[f"{prefix}{sparse}.{experts.module}.{module}"] = ModuleTensor(
-                    (experts.count, rows * len(sources[0]), columns), sources, is_stacked=True
-                )
+                shape = (experts.count, rows * len(sources[0]), columns)
+                found[f"{prefix}{sparse}.{experts.module}.{module}"] = ModuleTensor(shape, sources)
     stacked = {name for made in found.values() for names in made.sources for name in names}
     found |= {name: ModuleTensor(shape, ((name,),)) for name, shape in shapes.items() if name not in stacked}
     for first in [name for name in found if name.endswith(_JOINED[0])]:
         names = tuple(first.removesuffix(_JOINED[0]) + part for part in _JOINED)
         parts = [found.pop(name).shape for name in names]
-        shape = (sum(it[0] for it in parts), *parts[0][1:])
-        found[first.removesuffix(_JOINED[0]) + _WHOLE] = ModuleTensor(shape, (names,))
+        joined = (sum(it[0] for it in parts), *parts[0][1:])
+        found[first.removesuffix(_JOINED[0]) + _WHOLE] = ModuleTensor(joined, (names,))
     return found

@@ -6,6 +6,7 @@ import json
 import zlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -24,10 +25,8 @@ class DamagedFileError(Exception):
 
 
 def save_tensors(tensors: Mapping[str, Tensor], file: Path, texts: Mapping[str, str] | None = None) -> None:
-    """Replace a safetensors file; its readers see the old content or the new, even if the node dies meanwhile.
-
-    Args:
-        texts: texts to store in the file's header.
+    """Replace a safetensors file, with ``texts`` in its header; its readers see the old content or the new, even if the
+    node dies meanwhile.
     """
     about = {"texts": dict(texts or {}), "crc32": _checksum(tensors, texts or {})}
     draft = file.with_suffix(".draft")
@@ -40,21 +39,26 @@ def load_tensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors and the texts that ``save_tensors`` wrote.
 
     Raises:
-        DamagedFileError: if the file is cut short, or its content is not what was written.
+        DamagedFileError: if that is not what the file holds now.
     """
     try:
-        texts, checksum = _about(file)
+        about = _about(file)
         tensors: dict[str, Tensor] = load_file(file)
     except (SafetensorError, ValueError, KeyError) as error:
         raise DamagedFileError(f"is cut short or not a safetensors file of ours ({error})") from None
-    if checksum != _checksum(tensors, texts):
+    if about["crc32"] != _checksum(tensors, about["texts"]):
         raise DamagedFileError("has other content than was written to it")
-    return tensors, texts
+    return tensors, about["texts"]
 
 
 def read_texts(file: Path) -> dict[str, str]:
     """The texts that ``save_tensors`` wrote, without reading the tensors."""
-    return _about(file)[0]
+    return dict(_about(file)["texts"])
+
+
+def _about(file: Path) -> dict[str, Any]:
+    with safe_open(file, framework="pt") as stream:
+        return dict(json.loads((stream.metadata() or {})[ABOUT]))
 
 
 def load_usable(file: Path) -> dict[str, Tensor] | None:
@@ -73,13 +77,6 @@ def is_usable(file: Path) -> bool:
     return load_usable(file) is not None
 
 
-def _about(file: Path) -> tuple[dict[str, str], str]:
-    """The texts in a file, and its checksum."""
-    with safe_open(file, framework="pt") as stream:
-        about = json.loads((stream.metadata() or {})[ABOUT])
-    return about["texts"], about["crc32"]
-
-
 def _checksum(tensors: Mapping[str, Tensor], texts: Mapping[str, str]) -> str:
     """CRC-32 over names, dtypes, shapes, texts and bytes."""
     kinds = [[name, str(tensor.dtype), list(tensor.shape)] for name, tensor in sorted(tensors.items())]
@@ -90,11 +87,8 @@ def _checksum(tensors: Mapping[str, Tensor], texts: Mapping[str, str]) -> str:
 
 
 class SavedLayers:
-    """Tensors of finished layers, from which a later attempt resumes: one file per layer, written by the rank that has
-    the layer.
-
-    Args:
-        layers: numbers of all layers that there will be.
+    """Tensors of finished layers, out of these ``layers``, from which a later attempt resumes: one file per layer,
+    written by the rank that has the layer.
     """
 
     def __init__(self, folder: Path, layers: Iterable[int]) -> None:
@@ -104,6 +98,10 @@ class SavedLayers:
     def done(self) -> set[int]:
         """Layers that have a file; damaged ones are set aside."""
         return {number for number in self._layers if self.is_done(number)}
+
+    def is_done(self, number: int) -> bool:
+        """Whether a layer has an intact file; a damaged one is set aside."""
+        return is_usable(self._file(number))
 
     def write(self, number: int, tensors: Mapping[str, Tensor]) -> None:
         """Save the tensors of one layer, under names that no other layer uses."""
@@ -120,10 +118,6 @@ class SavedLayers:
         with safe_open(self._file(number), framework="pt") as source:
             found: Tensor = source.get_tensor(name)
         return found
-
-    def is_done(self, number: int) -> bool:
-        """Whether a layer has a file; a damaged one is set aside."""
-        return is_usable(self._file(number))
 
     def _file(self, number: int) -> Path:
         return self._folder / f"layer-{number}.safetensors"

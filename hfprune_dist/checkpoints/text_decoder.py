@@ -11,35 +11,22 @@ from typing import Any
 
 # The model_types for which tests show that images do the same to a pruned decoder as to a masked one.
 KNOWN = ("gemma3", "idefics3", "llava", "mistral3", "qwen2_5_vl", "qwen3_5", "qwen3_5_moe", "qwen3_vl", "smolvlm")
-# Beginnings of the names of a text decoder's modules.
-BODIES = ("model.language_model.", "model.text_model.")
-HEAD = "lm_head."
-# Beginning of the names of extra layers, which predict further tokens and aren't part of the model.
-_PREDICTING = "mtp."
+# Beginnings of the names of a text decoder's modules, and of extra layers, which predict further tokens and aren't part
+# of the model.
+_OF_DECODER = ("model.language_model.", "model.text_model.", "lm_head.", "mtp.")
 # Keys of a config.json that describe the whole model, wherever those of its text decoder are.
 _OF_THE_WHOLE = ("architectures", "auto_map", "tie_word_embeddings")
 # The key of ``vision_config`` that lists the encoder's layers whose outputs enter behind the decoder's first layers.
 DEEPSTACK = "deepstack_visual_indexes"
-_LLAMA = {
-    "vocab_size": 32000,
-    "hidden_size": 4096,
-    "intermediate_size": 11008,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-}
-# model_type -> its configuration class's defaults for keys that ``text_config`` lacks.
-DEFAULTS: dict[str, dict[str, Any]] = {
-    "llama": _LLAMA,
-    "mistral": _LLAMA | {"intermediate_size": 14336, "num_key_value_heads": 8},
-    "gemma3_text": {
-        "vocab_size": 262208,
-        "hidden_size": 2304,
-        "intermediate_size": 9216,
-        "num_hidden_layers": 26,
-        "num_attention_heads": 8,
-        "num_key_value_heads": 4,
-        "head_dim": 256,
-    },
+_SIZES = (
+    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+    *("num_key_value_heads", "head_dim"),
+)
+# model_type -> its configuration class's defaults for ``_SIZES`` that ``text_config`` lacks.
+DEFAULTS = {
+    "llama": (32000, 4096, 11008, 32, 32),
+    "mistral": (32000, 4096, 14336, 32, 32, 8),
+    "gemma3_text": (262208, 2304, 9216, 26, 8, 4, 256),
 }
 
 
@@ -57,14 +44,13 @@ def decoder_config(config: Mapping[str, Any]) -> dict[str, Any]:
         return {**config, **deepstack}
     model_type = str(text.get("model_type", f"{config.get('model_type')}_text"))
     whole = {key: config[key] for key in _OF_THE_WHOLE if config.get(key) is not None}
-    return {**DEFAULTS.get(model_type, {}), **text, "model_type": model_type, **whole, **deepstack}
+    usual = dict(zip(_SIZES, DEFAULTS.get(model_type, ()), strict=False))
+    return {**usual, **text, "model_type": model_type, **whole, **deepstack}
 
 
 def with_decoder(config: Mapping[str, Any], decoder: Mapping[str, Any]) -> dict[str, Any]:
-    """The whole ``config.json`` with the text decoder's settings changed to ``decoder``; all else stays as it is.
-
-    Args:
-        decoder: settings in the form that ``decoder_config`` returns.
+    """The whole ``config.json`` with the text decoder's settings, in the form of ``decoder_config``, changed to
+    ``decoder``; all else stays as it is.
     """
     before = decoder_config(config)
     changed = {key: value for key, value in decoder.items() if before.get(key) != value or key not in before}
@@ -78,11 +64,6 @@ def with_decoder(config: Mapping[str, Any], decoder: Mapping[str, Any]) -> dict[
     return {**config, "text_config": {**text, **changed}, **of_whole}
 
 
-def is_of_decoder(name: str) -> bool:
-    """Whether a tensor belongs to the text decoder or the head."""
-    return name.startswith((*BODIES, HEAD))
-
-
 def beside_decoder(names: Iterable[str]) -> frozenset[str]:
-    """Names of the tensors outside the text decoder, which are copied."""
-    return frozenset(name for name in names if not is_of_decoder(name) and not name.startswith(_PREDICTING))
+    """Names of the tensors outside the text decoder and its head, which are copied."""
+    return frozenset(name for name in names if not name.startswith(_OF_DECODER))

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from hfprune_dist.checkpoints.checkpoint import Checkpoint
+from hfprune_dist.checkpoints.discovery import by_layer
 from hfprune_dist.structures.low_rank import linear_modules
 
 
@@ -20,13 +21,11 @@ class TokenCosts:
     layers carry along in place of keys and values aren't counted.
 
     Attributes:
-        parameters: parameters of the whole model; a head tied to the embedding counts once.
-        parameters_without_embeddings: the same, without the table of embeddings and the head.
-        active_parameters: parameters that a token's output is computed with: all except those of experts not chosen.
-        multiplied: parameters that a token's vectors are multiplied by, including the head's.
-        query_channels: channels of the queries of all heads in all layers, each of which is multiplied by a key's.
-        value_channels: channels of the values that all heads in all layers add up.
-        cached_channels: channels of the keys and values in all layers, or of latent vectors in their place.
+        parameters: of the whole model; a head tied to the embedding counts once.
+        active_parameters: those that a token's output is computed with: all except those of experts not chosen.
+        multiplied: those that a token's vectors are multiplied by, including the head's.
+        query_channels, value_channels: of all heads in all layers: those multiplied by keys, and those added up.
+        cached_channels: of the keys and values in all layers, or of latent vectors in their place.
     """
 
     parameters: int
@@ -40,31 +39,18 @@ class TokenCosts:
     @classmethod
     def of(cls, checkpoint: Checkpoint) -> TokenCosts:
         """The costs for a checkpoint, by its tensors."""
-        prefix = f"{checkpoint.family.layers}."
-        of_layers: list[dict[str, Sequence[int]]] = [{} for _ in range(checkpoint.num_layers)]
-        for name, info in checkpoint.tensors.items():
-            if name.startswith(prefix):
-                number, _, part = name.removeprefix(prefix).partition(".")
-                of_layers[int(number)][part] = info.shape
-        table = checkpoint.tensors[checkpoint.family.embedding_tensor()].numel
-        tied = bool(checkpoint.config.get("tie_word_embeddings"))
-        idle = _idle(checkpoint)
+        shapes = {name: info.shape for name, info in checkpoint.tensors.items()}
+        of_layers = by_layer(checkpoint.config, shapes, checkpoint.family.layers)
+        table = checkpoint.tensors[checkpoint.family.embedding_tensor].numel
+        tables = table if checkpoint.config.get("tie_word_embeddings") else 2 * table
+        idle, parameters = _idle(checkpoint), checkpoint.parameters
         in_layers = sum(math.prod(shape) for there in of_layers for shape in there.values())
-        queries, values, cached = zip(*(_channels_of(checkpoint, there) for there in of_layers), strict=True)
-        return cls(
-            parameters=checkpoint.parameters,
-            parameters_without_embeddings=checkpoint.parameters - table * (1 if tied else 2),
-            active_parameters=checkpoint.parameters - idle,
-            multiplied=in_layers - idle + table,
-            query_channels=sum(queries),
-            value_channels=sum(values),
-            cached_channels=sum(cached),
-        )
+        channels = zip(*(_channels_of(checkpoint, there) for there in of_layers), strict=True)
+        return cls(parameters, parameters - tables, parameters - idle, in_layers - idle + table, *map(sum, channels))
 
     def flops(self, context: int) -> int:
-        """Floating-point operations of one token's forward pass: two for each parameter that it is multiplied by (norms
-        and biases, about a thousandth, included), and attention's two products with each of ``context`` tokens, itself
-        included.
+        """Floating-point operations of one token's forward pass: two for each parameter that it is multiplied by, and
+        attention's two products with each of ``context`` tokens, itself included.
         """
         return 2 * (self.multiplied + context * (self.query_channels + self.value_channels))
 
@@ -74,9 +60,9 @@ class TokenCosts:
 
 
 def training_cost(checkpoint: Checkpoint, rows: int, tokens: int) -> dict[str, int]:
-    """The cost of LoRA training on ``rows`` of ``tokens`` tokens, each counted as often as it is trained on, for a
-    manifest: ``training_tokens``, and ``flops_per_token`` of a forward and of a backward to activations, which takes as
-    many operations. LoRA's own products, about a hundredth, are left out; causal attention is to half a row on average.
+    """For a manifest, the cost of LoRA training on ``rows`` of ``tokens`` tokens, each counted as often as it is
+    trained on. A backward to activations takes as many operations as a forward; LoRA's own products, about a hundredth,
+    are left out; causal attention is to half a row on average.
     """
     return {"training_tokens": rows * tokens, "flops_per_token": 2 * TokenCosts.of(checkpoint).flops(tokens // 2)}
 

@@ -6,23 +6,21 @@ import json
 import math
 import shutil
 import struct
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from io import BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoTokenizer
 
 from hfprune_dist.checkpoints.checkpoint import Checkpoint
 from hfprune_dist.checkpoints.pruned_config import AUTO_CLASS, MODELING_FILE, is_plain, write_config
+from hfprune_dist.checkpoints.read_tensors import DTYPES, open_weights
 from hfprune_dist.checkpoints.stored_names import SAME, StoredNames
-from hfprune_dist.checkpoints.weight_files import INDEX_FILE, read_safetensors_header
+from hfprune_dist.checkpoints.weight_files import INDEX_FILE, TensorInfo, read_safetensors_header
 from hfprune_dist.core.selection import entries_of
 from hfprune_dist.errors import naming
 from hfprune_dist.store.atomic_files import write_json
@@ -30,13 +28,6 @@ from hfprune_dist.structures import EXPERT_NEURONS, EXPERTS
 from hfprune_dist.structures.kept import Kept
 from hfprune_dist.structures.low_rank import FACTORS, factor_shapes
 from hfprune_dist.structures.units import Owned, Units
-
-COPY_BYTES = 256 * 1024
-# The dtype that holds a number's bits, by its size in bytes.
-BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-
-# A tensor as read -> the tensor to write, of the same dtype.
-Transform = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -59,40 +50,45 @@ class Cut:
         if self.kept.ndim == 2:
             cuts = (Cut(self.dimension - 1, kept) for kept in self.kept)
             return torch.stack([cut.apply(matrix) for cut, matrix in zip(cuts, tensor, strict=True)])
-        if self.dimension == 0:
-            return tensor.index_select(0, self.kept)
-        # Along rows, index_select takes twice as long as gather, which is faster with integers than with bfloat16.
-        kept_by_row = self.kept.expand(len(tensor), -1)
-        return tensor.view(BITS[tensor.itemsize]).gather(1, kept_by_row).view(tensor.dtype)
+        return tensor.index_select(self.dimension, self.kept)
 
 
 @dataclass(frozen=True)
 class Written:
-    """A tensor to write to a file.
-
-    Attributes:
-        name: its name in the new model.
-        source: name of the tensor that it is made from, or whose place and dtype it has.
-        transform: applied to the source; None: the source's bytes are copied as they are.
+    """A tensor to write to a file: its name in the new model, what makes it, and the old model's tensor that it comes
+    from, or whose place and dtype it has.
     """
 
     name: str
-    source: str
+    source: TensorInfo
     shape: tuple[int, ...]
-    transform: Transform | None
+    make: Callable[[], Tensor]
 
 
-def unit_cuts(checkpoint: Checkpoint, kept: Kept) -> dict[str, Cut]:
-    """The cut of every tensor that shrinks when only ``kept`` stays of a checkpoint."""
+def staying(checkpoint: Checkpoint, kept: Kept) -> dict[str, tuple[str, Cut | None]]:
+    """Name of every tensor that stays -> its name in the smaller checkpoint, as layers and experts are renumbered, and
+    its cut if it shrinks.
+    """
     assert not {EXPERTS, EXPERT_NEURONS} <= kept.units.keys(), "experts and their neurons are cut one after the other"
-    return {
-        name: _cut_of(units, layer, owned, kept_K)
-        for units, rows in ((checkpoint.structures[kind], rows) for kind, rows in kept.units.items())
-        for layer, kept_K in zip(kept.layers, rows, strict=True)
-        if units.counts[layer]
-        for name, owned in units.in_layer(layer, checkpoint.tensors)
-        if owned.unit is None
-    }
+    prefix = f"{checkpoint.family.layers}."
+    numbers = {str(layer): str(number) for number, layer in enumerate(kept.layers)}
+    found: dict[str, tuple[str, Cut | None]] = {}
+    for name in checkpoint.tensors:
+        layer, _, part = name.removeprefix(prefix).partition(".")
+        if not name.startswith(prefix):
+            found[name] = name, None
+        elif layer in numbers:
+            found[name] = f"{prefix}{numbers[layer]}.{part}", None
+    for units, rows in ((checkpoint.structures[kind], rows) for kind, rows in kept.units.items()):
+        for number, kept_K in zip(kept.layers, rows, strict=True):
+            places = {unit: place for place, unit in enumerate(kept_K.tolist())}
+            for name, owned in units.in_layer(number, checkpoint.tensors) if units.counts[number] else ():
+                new, _ = found.pop(name)
+                if owned.unit is None:
+                    found[name] = new, _cut_of(units, number, owned, kept_K)
+                elif owned.unit in places:
+                    found[name] = owned.numbered(new, places[owned.unit]), None
+    return found
 
 
 def _cut_of(units: Units, layer: int, owned: Owned, kept_K: Tensor) -> Cut:
@@ -104,27 +100,6 @@ def _cut_of(units: Units, layer: int, owned: Owned, kept_K: Tensor) -> Cut:
         return Cut(owned.axis, of_experts[owned.expert] - width * owned.expert)
     own = (entries_of(it - width * expert, owned.per_unit, owned.parts, width) for expert, it in enumerate(of_experts))
     return Cut(owned.axis, torch.stack(list(own)))
-
-
-def kept_names(checkpoint: Checkpoint, kept: Kept) -> dict[str, str]:
-    """Name of every tensor that stays -> its name in the smaller checkpoint, as layers and experts are renumbered."""
-    prefix = f"{checkpoint.family.layers}."
-    numbers = {str(layer): str(number) for number, layer in enumerate(kept.layers)}
-    names = {}
-    for name in checkpoint.tensors:
-        layer, _, part = name.removeprefix(prefix).partition(".")
-        if not name.startswith(prefix):
-            names[name] = name
-        elif layer in numbers:
-            names[name] = f"{prefix}{numbers[layer]}.{part}"
-    for units, rows in ((checkpoint.structures[kind], rows) for kind, rows in kept.units.items()):
-        for layer_number, kept_K in zip(kept.layers, rows, strict=True):
-            places = {unit: number for number, unit in enumerate(kept_K.tolist())}
-            for name, owned in units.in_layer(layer_number, checkpoint.tensors):
-                if owned.unit is not None:
-                    new = names.pop(name)
-                    names |= {name: owned.numbered(new, places[owned.unit])} if owned.unit in places else {}
-    return names
 
 
 def write_weight_file(
@@ -141,117 +116,58 @@ def write_weight_file(
             same shape. A bias that ``checkpoint`` lacks, under the name it would have there, is written after its
             weight. A projection given a low rank has one entry for each factor.
     """
-    given, names, cuts = replacements or {}, kept_names(checkpoint, kept), unit_cuts(checkpoint, kept)
+    given, found = replacements or {}, staying(checkpoint, kept)
     ranks = {
         checkpoint.units.tensor(layer, projection): rank
         for projection, row in kept.ranks.items()
         for layer, rank in zip(kept.layers, row, strict=True)
     }
-    written: list[Written] = []
-    transform: Transform | None
-    for name, info in checkpoint.tensors.items():
-        if info.file != file or name not in names:
-            continue
-        module, _, part = name.rpartition(".")
-        new = names[name].removesuffix(f".{part}")
-        if module in ranks and part == "weight":
-            shapes = factor_shapes(info.shape, ranks[module])
-            pairs = ((factor, partial(_replace, given[f"{module}.{factor}.weight"])) for factor in FACTORS)
-            written += [
-                Written(f"{new}.{factor}.weight", name, shape, transform)
-                for (factor, transform), shape in zip(pairs, shapes, strict=True)
-            ]
-            continue
-        if module in ranks:
-            new = f"{new}.{FACTORS[-1]}"
-        shape, transform = tuple(info.shape), None
-        if name in cuts:
-            shape, transform = cuts[name].shape(info.shape), cuts[name].apply
-        if name in given:
-            transform = partial(_replace, given[name])
-        written.append(Written(f"{new}.{part}" if module else names[name], name, shape, transform))
-        bias = f"{module}.bias"
-        if part == "weight" and bias in given and bias not in checkpoint.tensors:
-            written.append(Written(f"{new}.bias", name, shape[:1], partial(_replace, given[bias])))
     added = any(name.endswith(".bias") and name not in checkpoint.tensors for name in given)
     stored = checkpoint.names if is_plain(checkpoint, kept.shape) and not added else SAME
-    if written:
-        stream_weight_file(checkpoint, file, written, target, stored)
+    written: list[Written] = []
+    with open_weights(checkpoint) as read:
+        for name, info in checkpoint.tensors.items():
+            if info.file != file or name not in found:
+                continue
+            (named, cut), (module, _, part) = found[name], name.rpartition(".")
+            new = named.removesuffix(f".{part}")
+            if module in ranks and part == "weight":
+                for factor, size in zip(FACTORS, factor_shapes(info.shape, ranks[module]), strict=True):
+                    made = given[f"{module}.{factor}.weight"]
+                    written.append(Written(f"{new}.{factor}.weight", info, size, made))
+                continue
+            new += f".{FACTORS[-1]}" if module in ranks else ""
+            made, shape = partial(read, name), info.shape
+            if cut is not None:
+                made, shape = partial(_cut, cut, made), cut.shape(shape)
+            written.append(Written(f"{new}.{part}" if module else named, info, shape, given.get(name, made)))
+            bias = f"{module}.bias"
+            if part == "weight" and bias in given and bias not in checkpoint.tensors:
+                written.append(Written(f"{new}.bias", info, shape[:1], given[bias]))
+        if written:
+            _write(written, target / file, stored)
 
 
-def _replace(read: Callable[[], Tensor], tensor: Tensor) -> Tensor:
-    return read().to(tensor.dtype)
+def _cut(cut: Cut, read: Callable[[], Tensor]) -> Tensor:
+    return cut.apply(read())
 
 
-def stream_weight_file(
-    checkpoint: Checkpoint, file: str, written: Sequence[Written], target: Path, stored: StoredNames
-) -> None:
-    """Write one safetensors file, transforming each tensor while the previous one is written.
-
-    Peak memory is what one transform needs plus the previous transformed tensor.
-
-    Args:
-        stored: the names of tensors in the new file.
-    """
-    path = checkpoint.path / file
-    with (
-        naming(target / file),
-        safe_open(path, framework="pt") as source,
-        path.open("rb") as raw,
-        (target / file).open("wb") as stream,
-    ):
-
-        def transformed(name: str, transform: Transform) -> Tensor:
-            return transform(source.get_tensor(checkpoint.names.in_files(name))).contiguous()
-
-        tensors = _one_ahead(partial(transformed, it.source, it.transform) for it in written if it.transform)
-        stream.write(_header(checkpoint, written, stored))
-        for it in written:
-            if it.transform:
-                stream.write(next(tensors).view(torch.uint8).numpy().data)
-            else:
-                info = checkpoint.tensors[it.source]
-                raw.seek(info.offset)
-                _copy(raw, stream, info.bytes)
-
-
-def _one_ahead(makers: Iterable[Callable[[], Tensor]]) -> Iterator[Tensor]:
-    """Yield each maker's tensor, in order; a thread makes the next one while the caller works on this one."""
-    with ThreadPoolExecutor(max_workers=1) as pool:
-        waiting = None
-        for make in makers:
-            coming = pool.submit(make)
-            if waiting is not None:
-                yield waiting.result()
-            waiting = coming
-        if waiting is not None:
-            yield waiting.result()
-
-
-def _header(checkpoint: Checkpoint, written: Sequence[Written], names: StoredNames) -> bytes:
-    """The beginning of a safetensors file: the length of a JSON object, and that object."""
+def _write(written: Sequence[Written], file: Path, stored: StoredNames) -> None:
+    """Write a safetensors file, one tensor after another, whose names in it ``stored`` tells."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    offset = 0
+    end = 0
     for it in written:
-        info = checkpoint.tensors[it.source]
-        end = offset + info.bytes // info.numel * math.prod(it.shape)
-        place = {"dtype": info.dtype, "shape": list(it.shape), "data_offsets": [offset, end]}
-        header[names.in_files(it.name)] = place
-        offset = end
+        begin, end = end, end + it.source.bytes * math.prod(it.shape) // max(it.source.numel, 1)
+        entry = {"dtype": it.source.dtype, "shape": list(it.shape), "data_offsets": [begin, end]}
+        header[stored.in_files(it.name)] = entry
     encoded = json.dumps(header, separators=(",", ":")).encode()
     encoded += b" " * (-len(encoded) % 8)  # tensors begin at a multiple of 8 bytes, as the format asks
-    return struct.pack("<Q", len(encoded)) + encoded
-
-
-def _copy(source: BufferedReader, stream: BinaryIO, size: int) -> None:
-    """Copy the next ``size`` bytes, through a buffer that stays in a core's cache."""
-    buffer = memoryview(bytearray(min(size, COPY_BYTES)))
-    while size:
-        read = source.readinto(buffer[:size])
-        if not read:
-            raise OSError(f"{source.name}: it was cut short while being read")
-        stream.write(buffer[:read])
-        size -= read
+    with naming(file), file.open("wb") as stream:
+        stream.write(struct.pack("<Q", len(encoded)) + encoded)
+        for it in written:
+            tensor = it.make()
+            exact = tensor.to(DTYPES.get(it.source.dtype, tensor.dtype)).contiguous()
+            stream.write(exact.reshape(-1).view(torch.uint8).numpy().data)
 
 
 def write_companions(checkpoint: Checkpoint, target: Path, config: Mapping[str, Any]) -> None:

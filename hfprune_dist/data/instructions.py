@@ -9,7 +9,7 @@ from __future__ import annotations
 import bisect
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from torch import Tensor
 from hfprune_dist.checkpoints.tensor_files import read_texts, save_tensors
 from hfprune_dist.data.schedule import IGNORED
 from hfprune_dist.data.text import Beginning
-from hfprune_dist.data.tokenizer import all_plain_ids, bos_id
+from hfprune_dist.data.tokenizer import bos_id, plain_ids
 from hfprune_dist.errors import UserError
 
 # Alpaca's template for instructions without an input.
@@ -32,6 +32,8 @@ PROMPT = (
 )
 # The most pairs that are tokenized before a sweep begins, to check that one can be trained on: a second's work.
 PAIRS_TO_TRY = 4096
+# The tensors of a packed row.
+ROW = ("input_ids", "position_ids", "labels")
 PACKING_BUFFER = 8192  # pairs that are packed together: enough to fill rows well, few enough to keep them mixed
 
 
@@ -41,27 +43,6 @@ class Pair:
 
     input_ids_T: NDArray[np.int32]
     prompt_length: int
-
-
-@dataclass(frozen=True)
-class RowCounts:
-    """Numbers of pairs, rows and tokens after packing.
-
-    Attributes:
-        pairs: pairs that are trained on.
-        dropped_pairs: pairs without a response token inside sequence_length.
-        rows: packed rows.
-        tokens: tokens of all pairs, without padding.
-        trained_tokens: tokens that carry loss.
-        packing_efficiency: share of the rows' tokens that is not padding.
-    """
-
-    pairs: int
-    dropped_pairs: int
-    rows: int
-    tokens: int
-    trained_tokens: int
-    packing_efficiency: float
 
 
 def prompt_for(instruction: str) -> str:
@@ -77,8 +58,9 @@ def encode_pairs(tokenizer: Any, texts: Iterable[tuple[str, str]], sequence_leng
     """
     bos, eos = bos_id(tokenizer, add_bos_token=True), tokenizer.eos_token_id
     answered = [(prompt, prompt + response if response.strip() else "") for prompt, response in texts]
-    prompts = all_plain_ids(tokenizer, [prompt for prompt, _ in answered])
-    wholes = all_plain_ids(tokenizer, [whole for _, whole in answered])
+    if not answered:
+        return []
+    prompts, wholes = (plain_ids(tokenizer, list(column)) for column in zip(*answered, strict=True))
     return [_pair(prompt, whole, bos, eos, sequence_length) for prompt, whole in zip(prompts, wholes, strict=True)]
 
 
@@ -92,83 +74,47 @@ def _pair(prompt: list[int], whole: list[int], bos: int | None, eos: int, sequen
     return Pair(np.asarray(input_ids, dtype=np.int32), prompt_length)
 
 
-def require_trainable(beginning: Beginning, tokenizer: Any, sequence_length: int, where: str) -> None:
-    """Refuse instructions and responses that leave nothing to train on, if there are at most ``PAIRS_TO_TRY``.
-
-    Raises:
-        UserError: the one that ``nothing_to_train_on`` makes.
-    """
+def check_pairs(beginning: Beginning, tokenizer: Any, sequence_length: int, where: str) -> None:
+    """Check instructions and responses as ``require_trainable`` does, if there are at most ``PAIRS_TO_TRY``."""
     if beginning.is_all and len(beginning.texts) <= PAIRS_TO_TRY:
         pairs = [(prompt_for(instruction), response) for instruction, response in beginning.texts]
-        if not any(encode_pairs(tokenizer, pairs, sequence_length)):
-            raise nothing_to_train_on(len(pairs), sequence_length, where)
+        require_trainable(encode_pairs(tokenizer, pairs, sequence_length), sequence_length, where)
 
 
-def nothing_to_train_on(pairs: int, sequence_length: int, where: str) -> UserError:
-    """The error to raise if none of so many pairs has a response token within ``sequence_length``."""
-    return UserError(
-        f"{where}: none of {pairs} pairs has a response token within recovery.sequence_length {sequence_length}: "
-        "responses are empty, or begin later, behind the template and the instruction; give other pairs, or raise it"
-    )
+def require_trainable(encoded: Sequence[Pair | None], sequence_length: int, where: str) -> None:
+    """Refuse pairs of which none can be trained on."""
+    if not any(encoded):
+        raise UserError(
+            f"{where}: none of {len(encoded)} pairs has a response token within recovery.sequence_length "
+            f"{sequence_length}: responses are empty, or begin later, behind the template and the instruction; give "
+            "other pairs, or raise it"
+        )
 
 
 def assign_rows(lengths: Sequence[int], sequence_length: int, seed: int) -> list[list[int]]:
-    """Decide which pairs share a row: best-fit-decreasing inside buffers of shuffled pairs.
-
-    Args:
-        lengths: tokens of each pair, at most ``sequence_length``.
-
-    Returns:
-        Indices of the pairs in each row.
+    """The numbers of the pairs that share each row, given their ``lengths``: best-fit-decreasing inside buffers of
+    shuffled pairs.
     """
     order = torch.randperm(len(lengths), generator=torch.Generator().manual_seed(seed)).tolist()
-    buffers = [order[start : start + PACKING_BUFFER] for start in range(0, len(order), PACKING_BUFFER)]
-    return [row for buffer in buffers for row in _best_fit_decreasing(buffer, lengths, sequence_length)]
-
-
-def _best_fit_decreasing(pairs: list[int], lengths: Sequence[int], sequence_length: int) -> list[list[int]]:
     rows: list[list[int]] = []
-    spaces: list[tuple[int, int]] = []  # (free tokens, row), ascending
-    for pair in sorted(pairs, key=lambda pair: -lengths[pair]):
-        place = bisect.bisect_left(spaces, (lengths[pair], 0))
-        free, row = spaces.pop(place) if place < len(spaces) else (sequence_length, len(rows))
-        if row == len(rows):
-            rows.append([])
-        rows[row].append(pair)
-        bisect.insort(spaces, (free - lengths[pair], row))
+    for start in range(0, len(order), PACKING_BUFFER):
+        spaces: list[tuple[int, int]] = []  # (free tokens, row), ascending
+        for pair in sorted(order[start : start + PACKING_BUFFER], key=lambda pair: -lengths[pair]):
+            place = bisect.bisect_left(spaces, (lengths[pair], 0))
+            free, row = spaces.pop(place) if place < len(spaces) else (sequence_length, len(rows))
+            if row == len(rows):
+                rows.append([])
+            rows[row].append(pair)
+            bisect.insort(spaces, (free - lengths[pair], row))
     return rows
-
-
-def fill_rows(
-    pairs: Sequence[Pair], rows: Sequence[Sequence[int]], sequence_length: int, pad: int
-) -> dict[str, Tensor]:
-    """Lay pairs out in rows.
-
-    Returns:
-        ``input_ids``, ``position_ids`` and ``labels``, each int32 [rows, sequence_length]. Labels are not shifted.
-        Padding is a sequence of its own at the row's end, without loss.
-    """
-    shape = (len(rows), sequence_length)
-    input_ids_RT = np.full(shape, pad, dtype=np.int32)
-    labels_RT = np.full(shape, IGNORED, dtype=np.int32)
-    position_ids_RT = np.empty(shape, dtype=np.int32)
-    for row, members in enumerate(rows):
-        start = 0
-        for pair in (pairs[member] for member in members):
-            end = start + len(pair.input_ids_T)
-            input_ids_RT[row, start:end] = pair.input_ids_T
-            labels_RT[row, start + pair.prompt_length : end] = pair.input_ids_T[pair.prompt_length :]
-            position_ids_RT[row, start:end] = np.arange(end - start)
-            start = end
-        position_ids_RT[row, start:] = np.arange(sequence_length - start)
-    arrays = {"input_ids": input_ids_RT, "position_ids": position_ids_RT, "labels": labels_RT}
-    return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
 
 def save_rows(
     file: Path, encoded: Sequence[Pair | None], sequence_length: int, pad: int, seed: int, *, shares: bool = True
-) -> RowCounts:
+) -> None:
     """Pack the usable pairs (at least one) into rows and write them; the file appears whole or not at all.
+
+    Labels are not shifted. Padding is a sequence of its own at the row's end, without loss.
 
     Args:
         pad: the token after a row's pairs.
@@ -178,29 +124,40 @@ def save_rows(
     pairs = [pair for pair in encoded if pair is not None]
     lengths = [len(pair.input_ids_T) for pair in pairs]
     rows = assign_rows(lengths, sequence_length, seed) if shares else [[pair] for pair in range(len(pairs))]
-    counts = RowCounts(
-        pairs=len(pairs),
-        dropped_pairs=len(encoded) - len(pairs),
-        rows=len(rows),
-        tokens=sum(lengths),
-        trained_tokens=sum(lengths) - sum(pair.prompt_length for pair in pairs),
-        packing_efficiency=sum(lengths) / (len(rows) * sequence_length),
-    )
-    arrays = fill_rows(pairs, rows, sequence_length, pad)
-    save_tensors(arrays, file, {"counts": json.dumps(asdict(counts), allow_nan=False)})
-    return counts
-
-
-def read_counts(file: Path) -> RowCounts:
-    """The counts that ``save_rows`` stored in its file."""
-    return RowCounts(**json.loads(read_texts(file)["counts"]))
+    input_ids_RT = np.full((len(rows), sequence_length), pad, dtype=np.int32)
+    labels_RT = np.full_like(input_ids_RT, IGNORED)
+    position_ids_RT = np.empty_like(input_ids_RT)
+    for row, members in enumerate(rows):
+        start = 0
+        for pair in (pairs[member] for member in members):
+            end = start + len(pair.input_ids_T)
+            input_ids_RT[row, start:end] = pair.input_ids_T
+            labels_RT[row, start + pair.prompt_length : end] = pair.input_ids_T[pair.prompt_length :]
+            position_ids_RT[row, start:end] = np.arange(end - start)
+            start = end
+        position_ids_RT[row, start:] = np.arange(sequence_length - start)
+    counts = {
+        "pairs": len(pairs),
+        "dropped_pairs": len(encoded) - len(pairs),
+        "rows": len(rows),
+        "tokens": sum(lengths),
+        "trained_tokens": sum(lengths) - sum(pair.prompt_length for pair in pairs),
+    }
+    arrays = zip(ROW, (input_ids_RT, position_ids_RT, labels_RT), strict=True)
+    save_tensors({name: torch.from_numpy(array) for name, array in arrays}, file, {"counts": json.dumps(counts)})
 
 
 class PackedRows:
-    """The rows that ``save_rows`` wrote: number -> ``input_ids``, ``position_ids`` and ``labels``, int64."""
+    """The rows that ``save_rows`` wrote: number -> the tensors of ``ROW``, int64 [sequence_length].
+
+    Attributes:
+        counts: numbers of pairs that are trained on, of those without a response token inside sequence_length, of
+            rows, of tokens without padding, and of those with a loss.
+    """
 
     def __init__(self, file: Path) -> None:
         self._stream = safe_open(file, framework="pt")
+        self.counts: dict[str, int] = json.loads(read_texts(file)["counts"])
 
     def __call__(self, row: int) -> dict[str, Tensor]:
-        return {name: self._stream.get_slice(name)[row].long() for name in ("input_ids", "position_ids", "labels")}
+        return {name: self._stream.get_slice(name)[row].long() for name in ROW}

@@ -1,32 +1,97 @@
-"""Texts from local files or a hub data set."""
+"""Texts from local files or a hub data set, each record with its place for messages.
+
+The datasets library reads the hub, but not local files: it guesses the types of columns, so that the text ``1`` of a
+table becomes a number and ``NA`` nothing, knows no line numbers, and takes each rank seconds to import.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import bz2
+import csv
+import gzip
+import io
+import json
+import lzma
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from hfprune_dist.data.formats import Placed, Record, read_files
+from hfprune_dist.checkpoints.weight_files import refuse_pointer
 from hfprune_dist.errors import UserError, hub_errors
+from hfprune_dist.store.hashing import FileHashes, digest_of
 
 # Characters of a local source that are read before a sweep begins: most sources as a whole, in a second or two.
 CHECKED_CHARACTERS = 32 * 2**20
+SUPPORTED = (
+    "supported are .jsonl and .ndjson (one JSON object a line), .json (an array of objects), .csv and .tsv (the first "
+    "line names the fields), .parquet, and any other UTF-8 text (one document); all but .parquet also compressed (.gz, "
+    ".bz2, .xz, .zst); or a folder of such files"
+)
+_SEPARATORS = {".csv": ",", ".tsv": "\t"}
+_ENDINGS = (".jsonl", ".ndjson", ".json", *_SEPARATORS, ".parquet", ".txt")
+_LONGEST_FIELD = 2**31 - 1  # in a csv file; the csv module's default, 131,072 characters, is less than a document
+
+Placed = tuple[str, Mapping[str, Any]]
+
+
+def _open_zstandard(file: Path) -> io.BufferedReader:
+    import pyarrow  # type: ignore[import-untyped]
+
+    return io.BufferedReader(pyarrow.input_stream(str(file), compression="zstd"))
+
+
+_OPENERS: dict[str, Callable[[Path], Any]] = {
+    "": lambda file: file.open("rb"),
+    ".gz": gzip.open,
+    ".bz2": bz2.open,
+    ".xz": lzma.open,
+    ".zst": _open_zstandard,
+}
 
 
 @dataclass(frozen=True)
 class Beginning:
-    """The first texts of a local source.
-
-    Attributes:
-        texts: for each record, the texts in the wanted fields.
-        is_all: whether they are all of the source, or all of the records that were asked for.
+    """The first texts of a local source, those in the wanted fields of each record; and whether they are all of it, or
+    all of the records that were asked for.
     """
 
     texts: list[tuple[str, ...]]
     is_all: bool
+
+
+def files_of(path: Path) -> list[Path]:
+    """The files that a path stands for: itself or, in order, a folder's files that end as ``SUPPORTED`` says.
+    Pipes and devices, which can't be read twice, are refused.
+    """
+    with _explaining(path):
+        path.stat()
+        if path.is_file():
+            return [path]
+        if not path.is_dir():
+            raise UserError(f"{path}: neither a file nor a folder")
+        files = [file for file in sorted(path.iterdir()) if file.is_file() and not file.name.startswith(".")]
+    if arrow := next((file for file in files if file.suffix == ".arrow"), None):
+        raise UserError(f"{arrow}: a data set as save_to_disk writes it; write it as .parquet; {SUPPORTED}")
+    named = [file for file in files if _format_of(file)[0]]
+    if not named:
+        raise UserError(f"{path}: this folder has no file that ends in {', '.join(_ENDINGS)}; {SUPPORTED}")
+    return named
+
+
+def identity_of(path: Path, hashes: FileHashes) -> str:
+    """The identity of a local text in fingerprints: its files' content and how it is read, but not their names."""
+    return digest_of([[*_format_of(file), hashes.of_file(file)] for file in files_of(path)])
+
+
+def _format_of(file: Path) -> tuple[str, str]:
+    """The endings of the name that tell the format, empty for an unknown one, and the compression; in lower case."""
+    compression = file.suffix.lower() if file.suffix.lower() in _OPENERS else ""
+    ending = Path(file.stem if compression else file.name).suffix.lower()
+    return ending if ending in _ENDINGS else "", compression
 
 
 def read_texts(
@@ -36,28 +101,23 @@ def read_texts(
 
     Args:
         source: settings of a hub data set (``dataset``, ``name``, ``split``, ``revision``).
-        path: local file or folder that holds the text (see ``formats.SUPPORTED``); None reads the hub data set as a
-            stream, shuffled with ``seed``.
+        path: local file or folder that holds the text; None reads the hub data set as a stream, shuffled with ``seed``.
+        fields: plain text has a single field, the first of these.
         where: what the text is for, for messages.
 
     Raises:
         UserError: if the text can't be read, has no records, or a record has no text in one of the fields.
     """
-    records = _stream(source, seed) if path is None else read_files(path, fields)
     is_empty = True
-    for place, record in records:
+    for place, record in _stream(source, seed) if path is None else _read_files(path, fields):
         is_empty = False
-        yield tuple(field_of(record, field, f"{where} {place}") for field in fields)
+        yield tuple(_text_in(record, field, f"{where} {place}") for field in fields)
     if is_empty:
         raise UserError(f"{where} {path or source['dataset']}: it has no records")
 
 
 def read_beginning(path: Path, fields: Sequence[str], where: str, records: int | None = None) -> Beginning:
-    """Read a local source as ``read_texts`` does, but stop after ``CHECKED_CHARACTERS`` or after ``records`` records.
-
-    Raises:
-        UserError: as ``read_texts``, for what is read.
-    """
+    """Read a local source as ``read_texts`` does, but stop after ``CHECKED_CHARACTERS`` or so many records."""
     texts: list[tuple[str, ...]] = []
     characters = 0
     for text in islice(read_texts({}, path, fields, 0, where), records):
@@ -68,41 +128,106 @@ def read_beginning(path: Path, fields: Sequence[str], where: str, records: int |
     return Beginning(texts, is_all=True)
 
 
-def field_of(record: Record, key: str, where: str) -> str:
-    """The text in a record's field.
+def _text_in(record: Mapping[str, Any], field: str, where: str) -> str:
+    value = record.get(field)
+    try:
+        value.encode()  # type: ignore[union-attr]
+    except UnicodeEncodeError:
+        raise UserError(f"{where}: field {field!r} holds half of a surrogate pair, which is no character") from None
+    except AttributeError:
+        there = f"field {field!r} holds {value!r:.40}" if field in record else f"the record has {', '.join(record)}"
+        raise UserError(f"{where}: no text in field {field!r}; {there:.400}") from None
+    return str(value)
 
-    Raises:
-        UserError: if the field is missing, where the message lists the fields there are, or if it holds no text.
-    """
-    value = record.get(key)
-    if not isinstance(value, str):
-        found = f"field {key!r} holds {value!r:.40}" if key in record else f"the record has {', '.join(sorted(record))}"
-        raise UserError(f"{where}: no text in field {key!r}; {found:.400}")
-    if not value.isascii():
-        try:
-            value.encode()
-        except UnicodeEncodeError:
-            raise UserError(f"{where}: field {key!r} holds half of a surrogate pair, which is no character") from None
-    return value
+
+def _read_files(path: Path, fields: Sequence[str]) -> Iterator[Placed]:
+    """Yield the records of a local file, or of a folder's files."""
+    for file in files_of(path):
+        with _explaining(file):
+            refuse_pointer(file)
+            ending, compression = _format_of(file)
+            if ending == ".parquet":
+                yield from _read_parquet(file, fields)
+                continue
+            line_ends = "" if ending in _SEPARATORS else None  # which are part of a table's texts
+            with io.TextIOWrapper(_OPENERS[compression](file), encoding="utf-8-sig", newline=line_ends) as stream:
+                if ending in _SEPARATORS:
+                    yield from _read_table(file, stream, _SEPARATORS[ending])
+                elif ending in (".jsonl", ".ndjson", ".json"):
+                    yield from _read_json(file, stream, ending)
+                else:
+                    text = stream.read()
+                    if "\0" in text or len(fields) > 1:
+                        lacks = f"is no plain text, or has no fields {' and '.join(fields)}"
+                        raise UserError(f"{file}: {lacks}; {SUPPORTED}")
+                    yield str(file), {fields[0]: text}
+
+
+def _read_json(file: Path, stream: io.TextIOWrapper, ending: str) -> Iterator[Placed]:
+    """Read an object a line or, in a file that ends in .json, an array of objects."""
+    text = stream.read() if ending == ".json" else ""
+    records: Iterator[tuple[str, Any]]
+    if text.lstrip().startswith("["):
+        records = ((f"{file}, record {number}", it) for number, it in enumerate(json.loads(text), start=1))
+    else:
+        lines = enumerate(io.StringIO(text) if text else stream, start=1)
+        records = ((f"{file}:{number}", line) for number, line in lines if line.strip())
+    for place, record in records:
+        with _explaining(place):
+            value = json.loads(record) if isinstance(record, str) else record
+        if not isinstance(value, dict):
+            raise UserError(f"{place}: expected a JSON object")
+        yield place, value
+
+
+def _read_table(file: Path, stream: io.TextIOWrapper, separator: str) -> Iterator[Placed]:
+    csv.field_size_limit(_LONGEST_FIELD)
+    rows = csv.reader(stream, delimiter=separator, strict=True)
+    names = next(rows, [])
+    for row in filter(None, rows):
+        if len(row) != len(names):
+            raise UserError(f"{file}:{rows.line_num}: {len(row)} fields, but the first line names {len(names)}")
+        yield f"{file}:{rows.line_num}", dict(zip(names, row, strict=True))
+
+
+def _read_parquet(file: Path, fields: Sequence[str]) -> Iterator[Placed]:
+    """Yield the rows of a Parquet file, of which only the columns that are wanted are read."""
+    from pyarrow import parquet
+
+    with parquet.ParquetFile(file) as table:
+        names = table.schema_arrow.names
+        if not {*fields} <= {*names}:
+            raise UserError(f"{file}: no text in field {fields[0]!r} or {fields[-1]!r}; the record has {names}")
+        batches = table.iter_batches(batch_size=1024, columns=list(fields))
+        for number, record in enumerate((row for batch in batches for row in batch.to_pylist()), start=1):
+            yield f"{file}, row {number}", record
+
+
+@contextmanager
+def _explaining(where: Path | str) -> Iterator[None]:
+    """Refuse what can't be read; pyarrow's errors are among the built-in ones."""
+    try:
+        yield
+    except (OSError, EOFError, ValueError, RuntimeError, csv.Error, zlib.error, lzma.LZMAError) as error:
+        if isinstance(error, OSError) and error.strerror:
+            raise UserError(f"{where}: {error.strerror}") from None
+        why = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise UserError(f"{where}: it can't be read ({why}); is it damaged or cut short? {SUPPORTED}") from None
 
 
 def require_data_set(source: Mapping[str, Any]) -> None:
-    """Check that a data set is on the hub, or in its cache; none of it is read.
-
-    Raises:
-        UserError: if it isn't, or the hub can't be reached.
-    """
+    """Refuse a data set that is neither on the hub, which must be reached, nor in its cache; none of it is read."""
     from huggingface_hub import HfApi
 
     try:
         HfApi().dataset_info(source["dataset"], revision=source["revision"], timeout=10.0)
     except hub_errors():  # it may be in the cache; otherwise the message is the one that a stage would have
-        with _explaining(source):
+        with _explaining_hub(source):
             _open(source)
 
 
 def _stream(source: Mapping[str, Any], seed: int) -> Iterator[Placed]:
-    with _explaining(source):
+    with _explaining_hub(source):
         for number, record in enumerate(_open(source).shuffle(seed=seed, buffer_size=10_000), start=1):
             yield f"{source['dataset']}, record {number}", record
 
@@ -115,7 +240,7 @@ def _open(source: Mapping[str, Any]) -> Any:
 
 
 @contextmanager
-def _explaining(source: Mapping[str, Any]) -> Iterator[None]:
+def _explaining_hub(source: Mapping[str, Any]) -> Iterator[None]:
     refusals: tuple[type[Exception], ...] = (*hub_errors(), RuntimeError)
     try:
         yield

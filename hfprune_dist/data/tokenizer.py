@@ -12,11 +12,7 @@ from hfprune_dist.errors import UserError
 
 
 def load_tokenizer(checkpoint: Path) -> Any:
-    """Load the tokenizer of a checkpoint folder.
-
-    Raises:
-        UserError: if its files are missing or damaged, or need code from the folder to be run.
-    """
+    """Load the tokenizer of a checkpoint folder, whose own code isn't run."""
     logging.set_verbosity_error()
     try:
         tokenizer = AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=False)
@@ -30,22 +26,13 @@ def bos_id(tokenizer: Any, add_bos_token: bool) -> int | None:
     return tokenizer.bos_token_id if add_bos_token else None
 
 
-def plain_ids(tokenizer: Any, text: str) -> list[int]:
-    """Token ids of a text without special tokens; texts longer than the model's context are fine here."""
-    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
-
-
-def all_plain_ids(tokenizer: Any, texts: list[str]) -> list[list[int]]:
-    """``plain_ids`` of many texts."""
-    return list(tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]) if texts else []
+def plain_ids(tokenizer: Any, texts: str | list[str]) -> list[Any]:
+    """Token ids of a text, or of each of several, without special tokens; they may exceed the model's context."""
+    return list(tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"])
 
 
 def require_eos(tokenizer: Any, where: Path) -> None:
-    """Refuse a tokenizer without the token that ends a response.
-
-    Raises:
-        UserError: naming the file that can give it one.
-    """
+    """Refuse a tokenizer without the token that ends a response."""
     if tokenizer.eos_token_id is None:
         raise UserError(f"{where}: the tokenizer has no end-of-sequence token; name one in tokenizer_config.json")
 
@@ -54,9 +41,6 @@ def require_embedded(tokenizer: Any, rows: int, where: Path) -> None:
     """Refuse a tokenizer that can produce ids for which the table of embeddings has no row.
 
     Tokens for padding and for unknown text may lie beyond it: many tokenizers have them without using them.
-
-    Raises:
-        UserError: naming the largest of these ids.
     """
     idle = {tokenizer.pad_token, tokenizer.unk_token} - {tokenizer.bos_token, tokenizer.eos_token}
     used = ((token, index) for token, index in tokenizer.get_vocab().items() if token not in idle)
@@ -69,11 +53,7 @@ def require_embedded(tokenizer: Any, rows: int, where: Path) -> None:
 
 
 def require_chat(tokenizer: Any, where: Path) -> None:
-    """Refuse a tokenizer without a chat template that can be rendered.
-
-    Raises:
-        UserError: naming the folder and the reason.
-    """
+    """Refuse a tokenizer without a chat template that can be rendered."""
     if not tokenizer.chat_template:
         raise UserError(f"{where}: the tokenizer has no chat template, which evaluation.apply_chat_template needs")
     try:

@@ -1,6 +1,4 @@
-"""Windows of tokens cut from long documents, on which importance is accumulated and fidelity is measured; from one text
-or from several, in given shares.
-"""
+"""Windows of tokens cut from long documents of one text or several, to accumulate importance and measure fidelity."""
 
 from __future__ import annotations
 
@@ -25,31 +23,9 @@ TOKENIZED_CHARACTERS = 2 * 2**20
 
 
 @dataclass(frozen=True)
-class Windows:
-    """Token windows and what they were cut from.
-
-    Attributes:
-        input_ids_ST: int64 [samples, sequence_length].
-        documents_read: documents that were tokenized.
-        documents_used: documents that were long enough.
-        tokens: number of tokens in the documents used.
-    """
-
-    input_ids_ST: Tensor
-    documents_read: int
-    documents_used: int
-    tokens: int
-
-
-@dataclass(frozen=True)
 class Sampling:
-    """How windows are cut from documents.
-
-    Attributes:
-        samples: number of windows.
-        sequence_length: tokens per window, a BOS token included.
-        seed: determines the order of documents, and where each window begins.
-        add_bos_token: whether every window begins with BOS, if the tokenizer has one.
+    """How windows are cut from documents: how many, and of how many tokens each, a BOS token included with which they
+    begin if the tokenizer has one; ``seed`` determines the order of documents, and where each window begins.
     """
 
     samples: int
@@ -64,16 +40,9 @@ class Sampling:
 
 def read_windows(
     source: Mapping[str, Any], path: Path | None, tokenizer: Any, sampling: Sampling, where: str
-) -> Windows:
-    """Cut windows from a text source; a local file's documents are taken in random order.
-
-    Args:
-        source: settings of the source (see ``read_texts``), including ``text_field``.
-        path: the local file or folder; None streams the hub data set.
-        where: what the text is for, for messages.
-
-    Raises:
-        UserError: if the text can't be read or no document is long enough.
+) -> Tensor:
+    """Cut windows [samples, sequence_length] from a text, given as for ``read_texts``; its ``source`` has a
+    ``text_field`` too. A local file's documents are taken in random order.
     """
 
     def texts() -> Iterator[str]:
@@ -83,46 +52,22 @@ def read_windows(
     return sample_windows(texts(), tokenizer, sampling, f"{where} {path or source['dataset']}", order)
 
 
-@dataclass(frozen=True)
-class Source:
-    """A text of a mixture.
-
-    Attributes:
-        settings: as in ``read_windows``.
-        path: the local file or folder; None streams the hub data set.
-        windows: number of windows that are cut from it.
-    """
-
-    settings: Mapping[str, Any]
-    path: Path | None
-    windows: int
+# A text of a mixture: its settings and path as in ``read_windows``, and the number of its windows.
+Source = tuple[Mapping[str, Any], Path | None, int]
 
 
 def read_mixture(
     sources: Sequence[Source], tokenizer: Any, sampling: Sampling, apart: Sequence[bool], where: str
-) -> Windows:
-    """Cut windows from several texts, from each text as ``read_windows`` does.
-
-    Args:
-        sampling: how all windows are cut; ``samples`` is the total number of the sources' windows.
-        apart: for each window, whether it will be kept apart from others; see ``interleaved``.
-        where: what the texts are for, for messages.
-
-    Raises:
-        UserError: if a text can't be read, or none of its documents is long enough.
+) -> Tensor:
+    """Cut windows from several texts, from each text as ``read_windows`` does, and interleave them; ``sampling`` is
+    that of all windows, and ``apart`` tells for each whether it will be kept apart from others.
     """
-    drawn = [
-        read_windows(source.settings, source.path, tokenizer, replace(sampling, samples=source.windows), where)
-        for source in sources
+    left = [
+        iter(read_windows(settings, path, tokenizer, replace(sampling, samples=count), where))
+        for settings, path, count in sources
     ]
-    left = [iter(windows.input_ids_ST) for windows in drawn]
-    order = interleaved([source.windows for source in sources], apart, sampling.seed)
-    return Windows(
-        torch.stack([next(left[index]) for index in order]),
-        sum(windows.documents_read for windows in drawn),
-        sum(windows.documents_used for windows in drawn),
-        sum(windows.tokens for windows in drawn),
-    )
+    order = interleaved([count for _, _, count in sources], apart, sampling.seed)
+    return torch.stack([next(left[text]) for text in order])
 
 
 def interleaved(counts: Sequence[int], apart: Sequence[bool], seed: int) -> list[int]:
@@ -130,14 +75,9 @@ def interleaved(counts: Sequence[int], apart: Sequence[bool], seed: int) -> list
 
     Stratified: the k-th of a text's ``count`` windows gets the position (k + u) / count, with u uniform in [0, 1), and
     windows are sorted by position. Every run of windows then has each text in about its share, without a period that
-    could coincide with shards. Windows that will be kept apart are dealt first, and the others after them, so that both
-    groups have the texts in their shares. Counts are off by less than 1 + the number of texts, in what is kept apart
-    and in any first or last part of the others.
-
-    Args:
-        counts: number of windows of each text.
-        apart: for each window, whether it is kept apart.
-        seed: determines the random part.
+    could coincide with shards. Windows that will be kept ``apart`` are dealt first, and the others after them, so that
+    both groups have the texts in their shares. Counts are off by less than 1 + the number of texts, in what is kept
+    apart and in any first or last part of the others.
     """
     generator = torch.Generator().manual_seed(seed)
     places = [
@@ -146,28 +86,23 @@ def interleaved(counts: Sequence[int], apart: Sequence[bool], seed: int) -> list
     texts = [text for text, count in enumerate(counts) for _ in range(count)]
     dealt = torch.cat(places).argsort(stable=True).tolist()
     windows = sorted(range(len(apart)), key=lambda window: not apart[window])
-    order = [0] * len(windows)
-    for window, number in zip(windows, dealt, strict=True):
-        order[window] = texts[number]
-    return order
+    text_of = {window: texts[number] for window, number in zip(windows, dealt, strict=True)}
+    return [text_of[window] for window in range(len(apart))]
 
 
 def sample_windows(
     texts: Iterable[str], tokenizer: Any, sampling: Sampling, where: str, order: Sequence[int] | None = None
-) -> Windows:
+) -> Tensor:
     """Cut one random window from each document that is long enough; start again if documents run out.
 
     Args:
         where: the source, for messages.
         order: for each document, its place in the order in which they are used; None: they come in order, and no more
             are read than are needed.
-
-    Raises:
-        UserError: if no document is long enough; the message states the longest one's length.
     """
     body, bos = sampling.body(tokenizer), bos_id(tokenizer, sampling.add_bos_token)
     chosen: list[tuple[int, list[int]]] = []  # a heap, of which the last in order is the first; places are negated
-    read = longest = 0
+    longest = 0
     for number, text in enumerate(texts):
         place = number if order is None else order[number]
         if len(chosen) == sampling.samples and place > -chosen[0][0]:
@@ -175,29 +110,25 @@ def sample_windows(
                 break
             continue
         ids = plain_ids(tokenizer, text)
-        read = max(read, number + 1)
         longest = max(longest, len(ids))
         if len(ids) >= body:
             (heappush if len(chosen) < sampling.samples else heapreplace)(chosen, (-place, ids))
     if not chosen:
-        raise _too_short(where, tokenizer, sampling, read, longest)
-    if order is not None and len(chosen) == sampling.samples:
-        read = 1 - chosen[0][0]  # those before the last in order; others were read only to find these
+        raise _too_short(where, tokenizer, sampling, longest)
     documents = [ids for _, ids in sorted(chosen, reverse=True)]
     generator = torch.Generator().manual_seed(sampling.seed)
-    rows = [_window(documents[index % len(documents)], body, bos, generator) for index in range(sampling.samples)]
-    return Windows(torch.tensor(rows, dtype=torch.int64), read, len(documents), sum(map(len, documents)))
+    rows = []
+    for index in range(sampling.samples):
+        ids = documents[index % len(documents)]
+        start = int(torch.randint(len(ids) - body + 1, (), generator=generator))
+        rows.append(([] if bos is None else [bos]) + ids[start : start + body])
+    return torch.tensor(rows, dtype=torch.int64)
 
 
 def places_in_random_order(documents: int, seed: int) -> list[int]:
     """For each document, its place in an order that depends only on their number and the seed."""
     order: list[int] = torch.randperm(documents, generator=torch.Generator().manual_seed(seed)).argsort().tolist()
     return order
-
-
-def _window(ids: list[int], body: int, bos: int | None, generator: torch.Generator) -> list[int]:
-    start = int(torch.randint(len(ids) - body + 1, (), generator=generator))
-    return ([] if bos is None else [bos]) + ids[start : start + body]
 
 
 def save_windows(input_ids_ST: Tensor, folder: Path) -> None:
@@ -213,13 +144,8 @@ def load_windows(folder: Path) -> Tensor:
 
 def check_length(beginning: Beginning, tokenizer: Any, sampling: Sampling, where: str) -> str | None:
     """Refuse a source from which ``read_windows`` could cut no window, as far as can be told from
-    ``TOKENIZED_CHARACTERS`` of its longest documents.
-
-    Returns:
-        A sentence about a source that has fewer tokens than all its windows together.
-
-    Raises:
-        UserError: as ``sample_windows``.
+    ``TOKENIZED_CHARACTERS`` of its longest documents; return a sentence about one that has fewer tokens than its
+    windows together.
     """
     body = sampling.body(tokenizer)
     needed, found, longest, tokenized = sampling.samples * body, 0, 0, 0
@@ -232,15 +158,15 @@ def check_length(beginning: Beginning, tokenizer: Any, sampling: Sampling, where
     if not beginning.is_all:
         return None
     if not found:
-        raise _too_short(where, tokenizer, sampling, len(beginning.texts), longest)
+        raise _too_short(where, tokenizer, sampling, longest)
     return (
         f"{where}: {found} tokens in documents that are long enough, and {sampling.samples} windows take {needed}: "
         "they overlap, and tell less than as many windows of a longer text"
     )
 
 
-def _too_short(where: str, tokenizer: Any, sampling: Sampling, read: int, longest: int) -> UserError:
+def _too_short(where: str, tokenizer: Any, sampling: Sampling, longest: int) -> UserError:
     return UserError(
         f"{where}: no document has {sampling.body(tokenizer)} tokens by the tokenizer of {tokenizer.name_or_path} "
-        f"({read} read, the longest has {longest}); use longer documents or a smaller sequence_length"
+        f"(the longest has {longest}); use longer documents or a smaller sequence_length"
     )

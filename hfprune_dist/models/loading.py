@@ -15,7 +15,6 @@ from transformers.utils import logging
 
 from hfprune_dist.checkpoints import modeling_pruned
 from hfprune_dist.checkpoints.checkpoint import Checkpoint, open_checkpoint
-from hfprune_dist.checkpoints.checks import first_of
 from hfprune_dist.errors import UserError
 
 # transformers changes process-wide defaults while it makes a model: threads that make models at the same time would
@@ -75,7 +74,7 @@ def _seems_tied(checkpoint: Checkpoint) -> bool:
 def _refuse_missing(checkpoint: Checkpoint, told: Mapping[str, set[Any]]) -> None:
     if missing := sorted(told["missing_keys"]):
         raise UserError(
-            f"{checkpoint.path}: tensor {first_of(missing)} is missing from the weight files, or called otherwise "
+            f"{checkpoint.path}: tensor {missing[0]} is missing from the weight files, or called otherwise "
             f"than {checkpoint.config['model_type']} calls it; transformers would make it up at random"
         )
 
@@ -149,7 +148,7 @@ def require_own_weights(checkpoint: Checkpoint) -> None:
     _refuse_missing(checkpoint, told)
     for name, found, wanted in sorted(told["mismatched_keys"]):
         raise UserError(f"{checkpoint.path}: {name} has shape {list(found)}, but config.json makes it {list(wanted)}")
-    tied = {checkpoint.family.head_tensor()} if checkpoint.config.get("tie_word_embeddings") else set()
+    tied = {checkpoint.family.head_tensor} if checkpoint.config.get("tie_word_embeddings") else set()
     ours = {stored for name in checkpoint.tensors for stored in (name, checkpoint.names.in_files(name))}
     for name in sorted((told["unexpected_keys"] & ours) - tied):
         raise UserError(

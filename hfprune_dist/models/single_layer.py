@@ -61,7 +61,7 @@ class LayerReader:
 
     def embed(self, batches: Mapping[int, Tensor]) -> dict[int, Tensor]:
         """The first layer's inputs [windows, tokens, hidden_size] for batches of ids [windows, tokens]; on the CPU."""
-        table = self._checkpoint.family.embedding_tensor()
+        table = self._checkpoint.family.embedding_tensor
         body = self._empty.of_layer(0).eval()  # some apply dropout to embeddings
         body.load_state_dict({**self._beside(), **self._read_within([table])}, strict=False, assign=True)
         first = body.get_submodule(LAYER)
@@ -104,11 +104,11 @@ class LayerReader:
     def head(self) -> Head:
         """The part of the model that turns the last layer's output into logits."""
         family, names = self._checkpoint.family, self._checkpoint.tensors
-        weight = family.head_tensor()
+        weight = family.head_tensor
         bias = f"{family.head}.bias"
         return Head(
             self.final_norm(),
-            self._read(weight if weight in names else family.embedding_tensor()),  # otherwise tied to the embedding
+            self._read(weight if weight in names else family.embedding_tensor),  # otherwise tied to the embedding
             self._read(bias) if bias in names else None,
             after_head(self._checkpoint),
         )

@@ -14,7 +14,7 @@ from hfprune_dist.config.parameters import Parameters
 from hfprune_dist.config.schema import SweepConfig
 from hfprune_dist.config.section import TextSource
 from hfprune_dist.config.texts import FIRST, reference_role
-from hfprune_dist.data.formats import identity_of
+from hfprune_dist.data.text import identity_of
 from hfprune_dist.errors import UserError
 from hfprune_dist.kinds.efficiency import EfficiencyParameters
 from hfprune_dist.kinds.evaluate import EvaluateParameters

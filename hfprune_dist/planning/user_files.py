@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from hfprune_dist.checkpoints.checkpoint import Checkpoint, open_checkpoint
-from hfprune_dist.data.formats import files_of, identity_of
+from hfprune_dist.data.text import files_of, identity_of
 from hfprune_dist.errors import UserError
 from hfprune_dist.store.hashing import FileHashes, digest_of, files_below
 from hfprune_dist.store.stage import Input

@@ -23,8 +23,6 @@ from hfprune_dist.data.tokenizer import load_tokenizer
 from hfprune_dist.data.windows import (
     WINDOWS,
     Sampling,
-    Source,
-    Windows,
     load_windows,
     read_mixture,
     read_windows,
@@ -42,22 +40,21 @@ from hfprune_dist.methods.sdmprune import student_keeps
 from hfprune_dist.scoring.accumulation import Accumulation
 from hfprune_dist.scoring.shard_scorer import GivenStudent, ShardScorer, cut_into_shards, summed_matrices
 from hfprune_dist.stages.context import Context as AnyContext
-from hfprune_dist.store.atomic_files import read_object, write_json
 from hfprune_dist.structures import NEURONS
 from hfprune_dist.structures.score_names import SCORES, score_name, scores_of_layers
 from hfprune_dist.structures.units import Units
 
 Context = AnyContext[ImportanceParameters]
 
-# Files in the work folder: the sums so far, and counts of the documents behind the windows.
-PARTIAL, COUNTS = "partial.safetensors", "windows.json"
+# The sums so far, in the work folder.
+PARTIAL = "partial.safetensors"
 
 
 def run(context: Context) -> None:
     """Write ``importance.safetensors`` and ``windows.safetensors``."""
     checkpoint, world = open_checkpoint(context.input_path("model")), context.world
     criteria = [CRITERIA[name] for name in context.params.criteria]
-    documents = world.on_rank0(lambda: _prepare_windows(context))
+    world.on_rank0(lambda: _prepare_windows(context))
     windows_ST = load_windows(context.work)
     observing = [criterion for criterion in criteria if criterion.observes != "nothing"]
     totals = _accumulate(context, checkpoint, windows_ST, observing)
@@ -72,29 +69,22 @@ def run(context: Context) -> None:
     world.on_rank0(write)
     losses = [loss for loss in losses_of(criteria) if loss.in_nats]
     means = {f"mean_{it.name}_nats": float(totals.sums[it.name]) / len(windows_ST) for it in losses}
-    context.commit(draft, {"tokens": windows_ST.numel(), **means, **documents})
+    context.commit(draft, {"tokens": windows_ST.numel(), **means})
 
 
-def _prepare_windows(context: Context) -> dict[str, int]:
-    """Cut the windows into the work folder, unless an earlier attempt has; return counts for the manifest."""
-    counts = read_object(context.work / COUNTS)
-    if counts is None or not is_usable(context.work / WINDOWS):
-        windows = _cut_windows(context)
-        save_windows(windows.input_ids_ST, context.work)
-        counts = {"documents_read": windows.documents_read, "documents_used": windows.documents_used}
-        write_json(context.work / COUNTS, counts)
-    return counts
+def _prepare_windows(context: Context) -> None:
+    """Cut the windows into the work folder, unless an earlier attempt has."""
+    if not is_usable(context.work / WINDOWS):
+        save_windows(_cut_windows(context), context.work)
 
 
-def _cut_windows(context: Context) -> Windows:
+def _cut_windows(context: Context) -> Tensor:
     settings = context.params.calibration
     sampling = Sampling(settings.samples, settings.sequence_length, context.params.seed, context.params.add_bos_token)
     tokenizer = load_tokenizer(context.input_path("model"))
-    sources = [
-        Source(share.text.model_dump(), context.own_file(share.role), share.windows) for share in settings.shares()
-    ]
+    sources = [(it.text.model_dump(), context.own_file(it.role), it.windows) for it in settings.shares()]
     if settings.mixture is None:
-        return read_windows(sources[0].settings, sources[0].path, tokenizer, sampling, "calibration")
+        return read_windows(*sources[0][:2], tokenizer, sampling, "calibration")
     apart = windows_held_out(settings.samples, settings.micro_batch_size)
     return read_mixture(sources, tokenizer, sampling, apart, "calibration")
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -22,9 +21,8 @@ from hfprune_dist.data.instructions import (
     PackedRows,
     Pair,
     encode_pairs,
-    nothing_to_train_on,
     prompt_for,
-    read_counts,
+    require_trainable,
     save_rows,
 )
 from hfprune_dist.data.schedule import RowReader, Schedule
@@ -153,11 +151,11 @@ def train_on_instructions(
     settings = context.params.recovery
     settings.require_shared_evenly(context.world.size)
     file = context.world.on_rank0(lambda: prepare_rows(context, checkpoint))
-    counts, rows = read_counts(file), PackedRows(file)
-    schedule = Schedule(counts.rows, settings.batch_size, context.params.seed)
+    rows = PackedRows(file)
+    schedule = Schedule(rows.counts["rows"], settings.batch_size, context.params.seed)
     steps, warmup = settings.steps(schedule.steps_per_epoch), settings.warmup_steps
-    seen = rows_trained(counts.rows, settings.batch_size, steps)
-    metrics = {**asdict(counts), **training_cost(checkpoint, seen, settings.sequence_length)}
+    seen = rows_trained(schedule.rows, settings.batch_size, steps)
+    metrics = {**rows.counts, **training_cost(checkpoint, seen, settings.sequence_length)}
     train(context, checkpoint, "recovery", settings, rows, schedule, steps, warmup, metrics, masked_to=masked_to)
 
 
@@ -210,7 +208,5 @@ def _encode(context: Context[RecoverParameters], tokenizer: Any) -> list[Pair | 
         encoded += encode_pairs(tokenizer, some, settings.sequence_length)
         done = len(encoded)
         context.progress.update("tokenizing pairs", done, settings.samples or done + len(some))
-    if not any(encoded):
-        where = f"recovery {path or settings.dataset}"
-        raise nothing_to_train_on(len(encoded), settings.sequence_length, where)
+    require_trainable(encoded, settings.sequence_length, f"recovery {path or settings.dataset}")
     return encoded

@@ -159,7 +159,7 @@ class Ours:
 def _read_windows(model: str, text: str, windows: int, tokens: int) -> Tensor:
     """Windows [windows, tokens] of the text in file ``text``, tokenized for the model."""
     whole = Path(text).read_text(encoding="utf-8")
-    return sample_windows([whole], load_tokenizer(Path(model)), Sampling(windows, tokens, SEED), text).input_ids_ST
+    return sample_windows([whole], load_tokenizer(Path(model)), Sampling(windows, tokens, SEED), text)
 
 
 def _load(model: str, dtype: str) -> tuple[Any, Checkpoint]:

@@ -67,37 +67,17 @@ def test_blocks_that_predict_further_tokens_and_buffers_are_no_part_of_it():
 
 
 @pytest.mark.parametrize(
-    ("rows", "down"), [("mlp.up_proj", "mlp.down_proj"), ("mlp.c_fc", "mlp.c_proj"), ("fc1", "fc2")], ids=str
-)
-def test_an_mlp_may_have_no_gate_and_be_no_module_of_its_own(rows, down):
-    layer = without("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj") | {rows: [12, 8], down: [8, 12]}
-    family, _ = found(layer)
-    units = family.units(CONFIG)
-    assert units.row_parts == [1] and units.output == down
-    assert family.no_sequence == ("" if rows.startswith("mlp.") else "its MLP is no module of its own")
-
-
-def test_an_activation_may_learn():
-    numbers = {f"model.layers.{layer}.mlp.act_fn.alpha": [1] for layer in range(2)}
-    assert numbers.keys() <= discover(CONFIG, shapes_of() | numbers, "here")[0].tensors
-    with pytest.raises(UserError, match=r"mlp\.act_fn\.alpha is not part of a plain MLP"):
-        discover(CONFIG, shapes_of() | {key: [12] for key in numbers}, "here")
-
-
-def test_the_head_and_positions_beside_the_layers_are_found():
-    family, stated = found(embed_out__weight=[20, 8], model__embed_positions__weight=[66, 8])
-    assert family.head == "embed_out" and stated["tie_word_embeddings"] is False
-    assert "model.embed_positions.weight" in family.tensors and not family.keeps_apart
-
-
-@pytest.mark.parametrize(
     ("layer", "outside", "changes", "expected"),
     [
         (without("mlp.up_proj"), {}, {}, "its layers have no MLP of a kind that is known (they have mlp.down_proj"),
         (LAYER | {"mlp.sub_norm": [12]}, {}, {}, "in layer 0, mlp.sub_norm.weight is not part of a plain MLP"),
         (LAYER, {"model__wpe__weight": [64, 8]}, {}, "beside its layers it has model.wpe.weight"),
-        (LAYER, {"model__other_norm__weight": [8]}, {}, "exactly one norm of [8] after its layers"),
-        (LAYER, {}, {"num_hidden_layers": 4}, "num_hidden_layers is 4, but model.layers.2 is missing"),
+        (
+            LAYER,
+            {},
+            {"num_hidden_layers": 4},
+            "num_hidden_layers 4 layers.<number>: it has model.layers (model.layers.2 is missing)",
+        ),
         (LAYER, {}, {"vocab_size": 24}, "[24, 8] (tables: model.embed_tokens.weight [20, 8])"),
         (LAYER, {}, {"num_kv_shared_layers": 1}, "its last 1 layers read keys"),
         (LAYER, {}, {"architectures": ["NewModel"]}, "architectures is 'NewModel'"),
@@ -136,13 +116,9 @@ def test_a_layer_for_which_another_chooses_keys_is_refused_where_it_would_attend
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
-        ({"is_causal": False}, "its tokens see those that follow (is_causal False)"),
-        (
-            {"use_bidirectional_attention": "all"},
-            "its tokens see those that follow (use_bidirectional_attention 'all')",
-        ),
+        ({"is_causal": False}, "its tokens see those that follow, so that no output predicts the next one (is_causal)"),
+        ({"use_bidirectional_attention": "all"}, "(use_bidirectional_attention)"),
         ({"model_type": None}, "model_type is None; it must name an architecture"),
-        ({"model_type": "gpt2"}, "'gpt2' is not supported: its matrices are transposed (Conv1D)"),
         ({"audio_config": {}}, "it is a model of sound and text (audio_config)"),
     ],
 )
@@ -150,43 +126,3 @@ def test_config_json_alone_may_rule_a_model_out(changes, told):
     with pytest.raises(UserError) as caught:
         refuse_other_kinds(CONFIG | changes, "here")
     assert told in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    ("layer", "why"),
-    [
-        (without("self_attn.q_proj") | {"self_attn.kv_a_proj_with_mqa": [6, 8]}, "one latent vector for all heads"),
-        (without("self_attn.q_proj") | {"self_attn.qkv_proj": [16, 8]}, "queries, keys and values are one matrix"),
-        (LAYER | {"self_attn.q_norm": [8]}, "self_attn.q_norm.weight has something of all heads"),
-    ],
-    ids=str,
-)
-def test_where_kv_groups_cannot_go_neurons_can(layer, why):
-    family, stated = found(layer)
-    assert why in family.whole_groups
-    structures = family.structures(CONFIG | stated)
-    assert structures["kv_groups"].fields == {} and structures["kv_groups"].parameters_per_unit(shapes_of(layer)) == 0
-    assert structures["neurons"].counts == (12, 12)
-
-
-@pytest.mark.parametrize(
-    ("norms", "why"),
-    [
-        (["input_layernorm"], "its attention and its MLP read the same hidden states"),
-        (["norm1", "norm2"], "what its norms do isn't known (norm1, norm2)"),
-        ([], "they differ, or have no weights"),
-    ],
-)
-def test_where_norms_say_too_little_blocks_are_not_refitted_one_after_another(norms, why):
-    family, _ = found(without("input_layernorm", "post_attention_layernorm") | {key: [8] for key in norms})
-    assert why in family.no_sequence
-
-
-def test_norms_may_come_before_blocks_after_them_or_both():
-    norms = ["post_attention_layernorm", "post_feedforward_layernorm"]
-    family, _ = found(without("input_layernorm") | {key: [8] for key in norms})
-    assert (family.mlp_norm, family.mlp_norm_after) == (None, "post_feedforward_layernorm")
-    more = ["input_layernorm", *norms, "pre_feedforward_layernorm"]
-    family, _ = found(LAYER | {key: [8] for key in more})
-    assert (family.mlp_norm, family.mlp_norm_after) == ("pre_feedforward_layernorm", "post_feedforward_layernorm")
-    assert (family.attention_norm, family.attention_norm_after) == ("input_layernorm", "post_attention_layernorm")

@@ -5,9 +5,8 @@ from headers import checkpoint_of, grouped_mixtures, mixtures, tensors_of
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hfprune_dist.checkpoints.checks import check_shapes
+from hfprune_dist.checkpoints.checkpoint import check_shapes
 from hfprune_dist.checkpoints.discovery import discover
-from hfprune_dist.checkpoints.stored_names import module_tensors
 from hfprune_dist.errors import UserError
 from hfprune_dist.structures import EXPERT_NEURONS, EXPERTS, NEURONS, SHARED_NEURONS
 
@@ -50,19 +49,6 @@ def test_experts_own_their_tensors_and_their_rows_of_what_chooses_them(config):
     check_shapes(checkpoint.path, checkpoint.tensors, checkpoint.structures, 64)
 
 
-@given(mixtures())
-def test_modules_have_the_experts_of_a_layer_in_two_tensors(config):
-    checkpoint = checkpoint_of(config)
-    made = module_tensors(checkpoint)
-    sources = [name for it in made.values() for names in it.sources for name in names]
-    assert sorted(sources) == sorted(checkpoint.tensors)
-    experts, width = config["num_experts"], config["moe_intermediate_size"]
-    last = f"model.layers.{config['num_hidden_layers'] - 1}.mlp.experts"
-    assert made[f"{last}.gate_up_proj"].shape == (experts, 2 * width, 64)
-    assert made[f"{last}.down_proj"].shape == (experts, 64, width)
-    assert {f"{last}.{expert}.up_proj.weight" for expert in range(experts)}.isdisjoint(made)
-
-
 REFUSED = {
     "a token can't have None": {"num_experts_per_tok": None},
     "a token can't have 99": {"num_experts_per_tok": 99},
@@ -99,23 +85,3 @@ def test_groups_must_have_as_many_as_a_router_takes(config):
     with pytest.raises(UserError, match=r"groups have .* experts each, but a router that takes"):
         changes = {"n_group": experts, "topk_group": 1, "num_experts_per_tok": 2}
         discover(config | changes, tensors_of(config), "here")
-
-
-@given(mixtures())
-def test_all_that_config_json_says_of_experts_widths_follows(config):
-    """Some classes read intermediate_size for the width, whatever else a file says."""
-    both = {**config, "intermediate_size": config["moe_intermediate_size"]}
-    fields = {"moe_intermediate_size"} | ({"intermediate_size"} if not config["first_k_dense_replace"] else set())
-    assert checkpoint_of(both).structures[EXPERT_NEURONS].fields.keys() == fields
-
-
-@given(mixtures())
-def test_layers_that_predict_further_tokens_are_left_out(config):
-    shapes = tensors_of(config)
-    further = {
-        name.replace("layers.0.", f"layers.{config['num_hidden_layers']}."): shape
-        for name, shape in shapes.items()
-        if "layers.0." in name
-    }
-    family, stated = discover(config | {"num_nextn_predict_layers": 1}, shapes | further, "here")
-    assert stated["num_nextn_predict_layers"] == 0 and family.tensors == {*shapes, "lm_head.weight"}

@@ -4,31 +4,23 @@ from __future__ import annotations
 
 import functools
 import json
-import re
 import shutil
 
 import pytest
 import torch
-from families import EXPERTS, save_model, with_experts
-from families_lora import trained_and_merged
+from families import MIXTURES, SEEING_EXPERTS, save_model, with_experts
 from families_masked import assert_same, dense_of, load, masked, through_layers
 from masking import write
 from mixtures import KIND, definition, experts_of, some_kept
-from more_families import MORE_EXPERTS
 from ranks import SoloWorld
 from refitting import refit
-from safetensors.torch import load_file
 from tiny import tiny_tokenizer
-from transformers import AutoModelForCausalLM
 
 from hfprune_dist.checkpoints.checkpoint import open_checkpoint
 from hfprune_dist.checkpoints.pruned_config import is_plain
-from hfprune_dist.config.method import Method
 from hfprune_dist.errors import UserError
 from hfprune_dist.methods import CRITERIA
 from hfprune_dist.models.loading import load_causal_lm, require_own_weights
-from hfprune_dist.planning.ratios import check_ratios
-from hfprune_dist.planning.remarks import remarks_on_shapes
 from hfprune_dist.scoring.shard_scorer import ShardScorer
 from hfprune_dist.structures import EXPERTS as WHOLE
 from hfprune_dist.structures import NEURONS
@@ -37,7 +29,7 @@ from hfprune_dist.structures.score_names import score_name
 WINDOWS = torch.randint(3, 64, (8, 12), generator=torch.Generator().manual_seed(0))
 # Shares that are kept: of the dense model, and then of the result.
 SHARES = {NEURONS: (2 / 3, 1 / 2), WHOLE: (3 / 4, 2 / 3)}
-every_mixture = pytest.mark.parametrize("model_type", EXPERTS | MORE_EXPERTS)
+every_mixture = pytest.mark.parametrize("model_type", MIXTURES)
 # Those with one tensor for all experts: alone, next to shared ones, transposed; and other names in files.
 FUSED = ("mixtral", "glm4_moe", "gpt_oss", "phimoe", "lfm2_moe", "kimi_linear")
 
@@ -48,7 +40,7 @@ def checkpoint_of(tmp_path_factory):
 
     @functools.cache
     def made(name, structure=NEURONS):
-        changes = MORE_EXPERTS.get(name, {}) | (with_experts(name, 8) if structure == WHOLE else {})
+        changes = MIXTURES.get(name, {}) | (with_experts(name, 8) if structure == WHOLE else {})
         checkpoint = open_checkpoint(save_model(tmp_path_factory.mktemp(name) / "model", name, **changes))
         require_own_weights(checkpoint)
         return checkpoint
@@ -146,7 +138,7 @@ def test_lists_in_files_are_read(checkpoint_of, tmp_path):
         assert_pruned_is_masked(checkpoint, some_kept(checkpoint, 2 / 3), tmp_path / f"{name} pruned")
 
 
-@every_mixture
+@pytest.mark.parametrize("model_type", MIXTURES | SEEING_EXPERTS)
 def test_scores_and_single_layers_are_those_of_the_whole_model(checkpoint_of, model_type):
     checkpoint, model = checkpoint_of(model_type), dense_of(checkpoint_of(model_type))
     with torch.no_grad():
@@ -168,20 +160,6 @@ def test_scores_and_single_layers_are_those_of_the_whole_model(checkpoint_of, mo
         assert (ours_U - expected_U).norm() <= 1e-4 * expected_U.norm(), (kind, layer)
 
 
-@every_mixture
-@torch.no_grad()
-def test_pairs_share_a_row_of_training_where_they_do_not_see_each_other(checkpoint_of, model_type):
-    checkpoint = checkpoint_of(model_type)
-    model = load_causal_lm(checkpoint.path, torch.float32)
-    alone = torch.cat([model(input_ids=WINDOWS[:1, part]).logits for part in (slice(0, 5), slice(5, 12))], dim=1)
-    positions = torch.cat([torch.arange(5), torch.arange(7)])[None]
-    together = model(input_ids=WINDOWS[:1], position_ids=positions, use_cache=False).logits
-    if checkpoint.family.keeps_apart:
-        assert_same(together, alone)
-    else:
-        assert (together - alone).abs().max() > 1e-2 * alone.abs().max()
-
-
 # One for each form of experts and of what is beside them.
 @pytest.mark.parametrize("model_type", ["qwen3_moe", "glm4_moe", "granitemoeshared", "gpt_oss", "deepseek_v3"])
 def test_a_refit_lowers_the_error(checkpoint_of, tmp_path, model_type):
@@ -198,56 +176,6 @@ def test_a_refit_lowers_the_error(checkpoint_of, tmp_path, model_type):
     dense, cut, better = (logits_of(it).log_softmax(-1) for it in models)
     lost = [(dense.exp() * (dense - other)).sum() for other in (cut, better)]
     assert lost[1] < lost[0]
-
-
-@pytest.mark.parametrize("model_type", ["qwen3_moe", "afmoe", "deepseek_v32", "qwen3_next"])
-def test_lora_trains_and_merges_and_leaves_experts_as_they_are(checkpoint_of, tmp_path, model_type):
-    model = trained_and_merged(checkpoint_of(model_type), tmp_path, WINDOWS)
-    ours, theirs = logits_of(load(tmp_path / "merged")), logits_of(model)
-    assert (ours - theirs).abs().max() <= 1e-4 * theirs.abs().max()
-
-
-@pytest.mark.parametrize("model_type", ["qwen3_moe", "deepseek_v3", "gpt_oss"])
-def test_kv_groups_go_where_they_can_and_others_are_refused_by_name(checkpoint_of, model_type):
-    checkpoint = checkpoint_of(model_type)
-    method = Method(criterion="entropy", structures=["neurons", "kv_groups"], allocation="local")
-    if not checkpoint.family.whole_groups:
-        check_ratios(checkpoint, [0.1], method, "here")
-        return
-    with pytest.raises(UserError, match=f"here: {model_type} has KV groups that can't be pruned"):
-        check_ratios(checkpoint, [0.1], method, "here")
-    (remark,) = remarks_on_shapes(checkpoint, [0.1], method.model_copy(update={"adapts": True}), "here")
-    assert remark.startswith("here: KV groups stay: ")
-
-
-@pytest.mark.parametrize("model_type", ["deepseek_v3", "granitemoe"])
-def test_what_chooses_experts_follows_them_bit_by_bit(checkpoint_of, tmp_path, model_type):
-    checkpoint = checkpoint_of(model_type, WHOLE)
-    kept = some_kept(checkpoint, SHARES[WHOLE][0], WHOLE)
-    write(checkpoint, kept, tmp_path / "pruned")
-    before, after = (load_file(folder / "model.safetensors") for folder in (checkpoint.path, tmp_path / "pruned"))
-    expected = {}
-    for name, tensor in before.items():
-        layer = re.search(r"\.layers\.(\d+)\.(?!self_attn)", name)
-        rows = kept.of_layer(int(layer[1]), WHOLE).tolist() if layer else []
-        expert = re.search(r"\.experts\.(\d+)\.", name)
-        if not expert:
-            expected[name] = tensor[rows] if rows and len(tensor) == 8 else tensor
-        elif int(expert[1]) in rows:
-            expected[name.replace(expert[0], f".experts.{rows.index(int(expert[1]))}.")] = tensor
-    assert expected.keys() == after.keys() and all(torch.equal(after[name], it) for name, it in expected.items())
-
-
-def test_code_that_came_with_a_checkpoint_is_left_behind(checkpoint_of, tmp_path):
-    shutil.copytree(checkpoint_of("qwen3_moe").path, tmp_path / "model")
-    config = json.loads((tmp_path / "model" / "config.json").read_text())
-    told = {"auto_map": {"AutoConfig": "configuration_theirs.TheirConfig"}}
-    (tmp_path / "model" / "config.json").write_text(json.dumps(config | told))
-    (tmp_path / "model" / "configuration_theirs.py").write_text("raise SystemExit\n")
-    checkpoint = open_checkpoint(tmp_path / "model")
-    write(checkpoint, some_kept(checkpoint, 2 / 3), tmp_path / "pruned")
-    AutoModelForCausalLM.from_pretrained(tmp_path / "pruned", trust_remote_code=True)
-    assert not list((tmp_path / "pruned").glob("*.py"))
 
 
 def test_tensors_that_files_call_otherwise_are_not_made_up(checkpoint_of, tmp_path):

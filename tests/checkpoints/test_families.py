@@ -8,7 +8,7 @@ import json
 import pytest
 import torch
 from core_definition import definition
-from families import FAMILIES, SEEING, save_model
+from families import EVERY, FAMILIES, SEEING, save_model
 from families_lora import trained_and_merged
 from families_masked import assert_same, dense_of, kinds_of, load, masked, some_kept, through_layers, two_layers
 from forks import on_ranks
@@ -29,6 +29,7 @@ from hfprune_dist.structures.score_names import score_name
 WINDOWS = torch.randint(3, 64, (8, 12), generator=torch.Generator().manual_seed(0))
 every_family = pytest.mark.parametrize("model_type", FAMILIES)
 every_decoder = pytest.mark.parametrize("model_type", FAMILIES | SEEING)
+every_model = pytest.mark.parametrize("model_type", EVERY)
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +104,7 @@ def test_scores_and_single_layers_are_those_of_the_whole_model(checkpoint_of, mo
         through_layers(checkpoint, model, WINDOWS)
 
 
-@every_decoder
+@every_model
 @torch.no_grad()
 def test_pairs_that_share_a_row_of_training_do_not_see_each_other_where_the_family_says_so(checkpoint_of, model_type):
     assert_pairs_are_apart_where_the_family_says_so(checkpoint_of(model_type))
@@ -125,8 +126,14 @@ def logits_of_part(model, part, **options):
     return model(input_ids=WINDOWS[:1, part], use_cache=False, **options).logits
 
 
-# One for each kind of names, norms or head.
-@pytest.mark.parametrize("model_type", ["llama", "phi3", "opt", "qwen3_5_text", "lfm2", "youtu", "gpt_neox", "gemma3"])
+# One for each kind of names, norms or head, and of what is left alone in mixtures of experts.
+@pytest.mark.parametrize(
+    "model_type",
+    [
+        *("llama", "phi3", "opt", "qwen3_5_text", "lfm2", "youtu", "gpt_neox", "gemma3"),
+        *("qwen3_moe", "afmoe", "deepseek_v32", "qwen3_next", "qwen3_5_moe"),
+    ],
+)
 def test_lora_trains_and_merges(checkpoint_of, tmp_path, model_type):
     model = trained_and_merged(checkpoint_of(model_type), tmp_path, WINDOWS)
     ours, theirs = logits_of(load(tmp_path / "merged")), logits_of(model)

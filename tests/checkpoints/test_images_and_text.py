@@ -7,28 +7,20 @@ import json
 
 import pytest
 import torch
-from families import IMAGE_TOKEN, IMAGE_TOKENS, SEEING, SHAPE, save_model
-from families_lora import trained_and_merged
-from families_masked import assert_same, load, masked, some_kept, through_layers, two_layers
+from families import IMAGE_TOKEN, IMAGE_TOKENS, SEEING, save_model
+from families_masked import assert_same, load, masked, some_kept, two_layers
 from masking import write
-from mixtures import KIND, WHOLE, definition
 from mixtures import some_kept as some_kept_of_mixtures
-from ranks import SoloWorld
 from safetensors.torch import load_file, save_file
 from tiny import tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
 from hfprune_dist.checkpoints.checkpoint import open_checkpoint
-from hfprune_dist.checkpoints.layer_settings import undroppable_layers
+from hfprune_dist.checkpoints.text_decoder import beside_decoder
 from hfprune_dist.config.method import Method
 from hfprune_dist.errors import UserError
-from hfprune_dist.methods import CRITERIA
 from hfprune_dist.models.loading import load_causal_lm, require_own_weights
 from hfprune_dist.planning.ratios import check_ratios
-from hfprune_dist.scoring.shard_scorer import ShardScorer
-from hfprune_dist.structures import NEURONS
-from hfprune_dist.structures.kept import Kept
-from hfprune_dist.structures.score_names import score_name
 
 every_model = pytest.mark.parametrize("model_type", SEEING)
 TEXT = [5, 6, 7, 8]
@@ -81,8 +73,8 @@ def test_with_an_image_it_is_the_masked_model_and_nothing_but_the_decoder_change
     write(checkpoint, kept, tmp_path)
     assert_same(logits_of(load(tmp_path), model_type), logits_of(masked(checkpoint, kept), model_type))
     before, after = (load_file(folder / "model.safetensors") for folder in (checkpoint.path, tmp_path))
-    assert len(checkpoint.beside_decoder) > 10
-    assert all(torch.equal(before[name], after[name]) for name in checkpoint.beside_decoder)
+    beside = beside_decoder(checkpoint.tensors)
+    assert len(beside) > 10 and all(torch.equal(before[name], after[name]) for name in beside)
     was, became = (json.loads((folder / "config.json").read_text()) for folder in (checkpoint.path, tmp_path))
     text_was, text_became = was.pop("text_config"), became.pop("text_config")
     assert became == was
@@ -137,22 +129,6 @@ def test_other_layouts_of_files_are_read_and_kept(checkpoint_of, tmp_path, model
     }
 
 
-def test_layers_that_predict_further_tokens_are_left_out(checkpoint_of, tmp_path):
-    """transformers doesn't load these layers, and pruning would leave them wider than config.json says."""
-    source = checkpoint_of("qwen3_5")
-    further = {"mtp.fc.weight": torch.zeros(32, 64), "mtp.layers.0.mlp.down_proj.weight": torch.zeros(32, 24)}
-    folder = renamed(source.path, tmp_path / "dense", {}, dict(source.whole)).path
-    save_file(load_file(folder / "model.safetensors") | further, folder / "model.safetensors", {"format": "pt"})
-    text = source.whole["text_config"] | {"mtp_num_hidden_layers": 1}
-    (folder / "config.json").write_text(json.dumps({**source.whole, "text_config": text}))
-    checkpoint = open_checkpoint(folder)
-    require_own_weights(checkpoint)
-    assert (checkpoint.parameters, checkpoint.unused) == (source.parameters, tuple(sorted(further)))
-    write(checkpoint, some_kept(checkpoint, two_layers(checkpoint), (15, 15)), tmp_path / "pruned")
-    assert not further.keys() & load_file(tmp_path / "pruned" / "model.safetensors").keys()
-    assert open_checkpoint(tmp_path / "pruned").whole["text_config"]["mtp_num_hidden_layers"] == 0
-
-
 @pytest.mark.parametrize("widths", [(15, 15), (15, 11)], ids=["plain", "of each layer"])
 def test_a_decoder_that_was_saved_without_its_encoder_is_pruned(checkpoint_of, tmp_path, widths):
     """transformers then gives its tensors the names that they have in the whole model."""
@@ -170,42 +146,10 @@ def test_a_decoder_that_was_saved_without_its_encoder_is_pruned(checkpoint_of, t
     assert_same(by_us, wanted)
 
 
-def test_layers_behind_which_images_enter_stay(checkpoint_of):
-    assert list(undroppable_layers(checkpoint_of("qwen3_vl").config)) == [0]
-    assert not undroppable_layers(checkpoint_of("gemma3").config)
-
-
-def test_parameters_of_the_encoder_count(checkpoint_of):
-    checkpoint = checkpoint_of("llava")
-    encoder = sum(checkpoint.tensors[name].numel for name in checkpoint.beside_decoder)
-    assert encoder > 1000
-    less = Kept((0, 1, 2), {"neurons": [torch.arange(23)] * 3})
-    assert checkpoint.parameters - checkpoint.parameter_counts.of(less.shape) == 3 * 3 * SHAPE["hidden_size"]
-
-
 @pytest.mark.parametrize("changes", [{"allocation": "global"}, {"allocation": "uniform", "refit": "bias"}], ids=str)
 def test_shapes_that_are_not_plain_are_refused_by_name(checkpoint_of, changes):
     with pytest.raises(UserError, match="is a model of images and text, which must stay plain"):
         check_ratios(checkpoint_of("llava"), [0.1], Method(criterion="entropy", **changes), "here")
-
-
-def test_others_are_refused_by_name(checkpoint_of, tmp_path):
-    checkpoint = checkpoint_of("llava")
-    with pytest.raises(UserError, match="'mllama' is not supported: it is a model of images and text"):
-        renamed(checkpoint.path, tmp_path / "other", {}, {**checkpoint.whole, "model_type": "mllama"})
-    checkpoint = checkpoint_of("smolvlm")
-    with pytest.raises(UserError, match="it doesn't have exactly one stack of 3 layers"):
-        renamed(checkpoint.path, tmp_path / "elsewhere", {"model.text_model.": "model.speaker."}, checkpoint.whole)
-
-
-def test_loading_leaves_positions_of_one_axis_alone(checkpoint_of):
-    model = load_causal_lm(checkpoint_of("llava").path, torch.float32)
-    ids = torch.tensor([TEXT])
-    positions = torch.arange(len(TEXT))[None]
-    assert torch.equal(model(input_ids=ids, position_ids=positions).logits, model(input_ids=ids).logits)
-
-
-WINDOWS = torch.randint(3, 64, (8, 12), generator=torch.Generator().manual_seed(0))
 
 
 def test_a_pruned_mixture_is_the_masked_model_with_an_image(checkpoint_of, tmp_path):
@@ -215,21 +159,3 @@ def test_a_pruned_mixture_is_the_masked_model_with_an_image(checkpoint_of, tmp_p
     require_own_weights(open_checkpoint(tmp_path))
     ours, theirs = load(tmp_path), masked(checkpoint, kept)
     assert_same(logits_of(ours, "qwen3_5_moe"), logits_of(theirs, "qwen3_5_moe"))
-
-
-def test_scores_layers_and_adapters_of_a_mixture_are_those_of_the_whole_model(checkpoint_of, tmp_path):
-    checkpoint, model = checkpoint_of("qwen3_5_moe"), load(checkpoint_of("qwen3_5_moe").path)
-    units = {it.kind: it for it in checkpoint.pruned_kinds([NEURONS])}
-    places = {(kind, layer): it.tensor(layer, it.output) for kind, it in units.items() for layer in range(3)}
-    others = {place: name for place, name in places.items() if place[0] != KIND}
-    expected = definition(model, WINDOWS[:1], "entropy", others=others)
-    options = {"seed": 0, "micro_batch_size": 1, "world": SoloWorld(), "structures": [*units, WHOLE]}
-    sums = ShardScorer(checkpoint, torch.float32, WINDOWS, [CRITERIA["entropy"]], **options).score([range(1)])
-    for (kind, layer), expected_U in expected.items():
-        ours_U = sums[score_name(layer, "entropy", kind)]
-        assert (ours_U - expected_U).norm() <= 1e-4 * expected_U.norm(), (kind, layer)
-    with torch.no_grad():
-        through_layers(checkpoint, load(checkpoint.path), WINDOWS)
-    trained = trained_and_merged(checkpoint, tmp_path, WINDOWS)
-    ours, theirs = logits_of(load(tmp_path / "merged"), "qwen3_5_moe"), logits_of(trained, "qwen3_5_moe")
-    assert (ours - theirs).abs().max() <= 1e-4 * theirs.abs().max()

@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file
 from tiny import FAMILY, save_tiny
 from transformers import AutoModelForCausalLM
 
 from hfprune_dist.checkpoints.checkpoint import open_checkpoint
 from hfprune_dist.checkpoints.lora_adapter import (
-    Adapter,
     lora_targets,
     merge_weight_file,
     read_adapter,
     write_adapter,
 )
 from hfprune_dist.checkpoints.write_pruned import write_companions
-from hfprune_dist.errors import UserError
 from hfprune_dist.models.loading import load_causal_lm
-from hfprune_dist.structures.kept import Kept
 
 RANK, ALPHA = 4, 6
 INPUT_IDS = torch.arange(3, 43).view(2, 20)
@@ -55,19 +50,6 @@ def merge(source, adapter_folder, target):
     for file in checkpoint.weight_files:
         merge_weight_file(checkpoint, file, read_adapter(adapter_folder), target)
     write_companions(checkpoint, target, checkpoint.config)
-    return open_checkpoint(target)
-
-
-@pytest.mark.parametrize("variant", ["llama-tied-biases", "qwen2"])
-def test_merged_model_computes_what_model_and_adapter_compute(tmp_path, variant):
-    source = save_tiny(tmp_path / "source", variant, shard_size="60KB")
-    model = adapted_model(source)
-    write_adapter(tmp_path / "adapter", lora_parameters(model), lora_targets(FAMILY), RANK, ALPHA)
-    merged = merge(source, tmp_path / "adapter", tmp_path / "merged")
-    assert merged.tensors == open_checkpoint(source).tensors
-    logits = logits_of(AutoModelForCausalLM.from_pretrained(tmp_path / "merged"))
-    torch.testing.assert_close(logits, logits_of(model), rtol=1e-4, atol=1e-4)
-    assert not torch.allclose(logits, logits_of(AutoModelForCausalLM.from_pretrained(source)), atol=0.1)
 
 
 def test_peft_loads_our_adapter_and_we_load_pefts(tmp_path):
@@ -96,24 +78,3 @@ def test_bfloat16_is_rounded_once(tmp_path):
     exact = original.double() + ALPHA / RANK * factor_b @ factor_a
     assert result.dtype == torch.bfloat16
     assert (result == exact.to(torch.bfloat16)).float().mean() > 0.99
-
-
-@pytest.mark.parametrize("stays", [True, False])
-def test_a_merged_weight_that_float16_cannot_hold_is_told_if_it_stays(tmp_path, stays):
-    """The last neuron's weights are too large; it is cut, or stays."""
-    source = save_tiny(tmp_path / "source", dtype=torch.float16)
-    checkpoint, name = open_checkpoint(source), "model.layers.0.mlp.up_proj.weight"
-    (file,) = checkpoint.weight_files
-    neurons, hidden_size = checkpoint.tensors[name].shape
-    factor_b = torch.zeros(neurons, 1)
-    factor_b[-1] = 1e5
-    kept = Kept((0, 1), {"neurons": [torch.arange(neurons - 1 + stays)] * 2})
-    adapter = Adapter(1.0, {name: (torch.ones(1, hidden_size), factor_b)})
-    if stays:
-        for units in (None, kept):
-            with pytest.raises(UserError, match=rf"^{source}: the new {name} has values up to 100,\d{{3}}, .*float16"):
-                merge_weight_file(checkpoint, file, adapter, tmp_path, units)
-    else:
-        merge_weight_file(checkpoint, file, adapter, tmp_path, kept)
-        written = load_file(tmp_path / file)
-        assert torch.equal(written[name], load_file(source / file)[name][:-1])

@@ -1,6 +1,3 @@
-import os
-from pathlib import Path
-
 import pytest
 import torch
 from damage import DAMAGES, damage
@@ -57,21 +54,3 @@ def test_damaged_files_are_set_aside_and_not_deleted(tmp_path, capsys):
         "a.safetensors.damaged-2": b"two",
     }
     assert "set aside as a.safetensors.damaged-2" in capsys.readouterr().out.splitlines()[1]
-
-
-def test_content_is_on_the_disk_before_the_name_and_the_name_before_anything_else(tmp_path, monkeypatch):
-    operations = []
-    fsync, replace = os.fsync, os.replace
-
-    def note_fsync(handle):
-        operations.append(("fsync", Path(f"/proc/self/fd/{handle}").readlink().name))
-        fsync(handle)
-
-    def note_replace(source, target):
-        operations.append(("replace", Path(source).name, Path(target).name))
-        replace(source, target)
-
-    monkeypatch.setattr(os, "fsync", note_fsync)
-    monkeypatch.setattr(os, "replace", note_replace)
-    save_tensors(TENSORS, tmp_path / "a.safetensors")
-    assert operations == [("fsync", "a.draft"), ("replace", "a.draft", "a.safetensors"), ("fsync", tmp_path.name)]

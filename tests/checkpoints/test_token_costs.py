@@ -2,9 +2,8 @@
 
 import pytest
 import torch
-from families import save_model
+from families import MIXTURES, save_model
 from masking import write
-from more_families import MORE_EXPERTS
 from peft import LoraConfig, get_peft_model
 from tiny import save_tiny
 from torch.utils.flop_counter import FlopCounterMode
@@ -14,7 +13,6 @@ from hfprune_dist.checkpoints.lora_adapter import lora_targets
 from hfprune_dist.checkpoints.token_costs import TokenCosts, training_cost
 from hfprune_dist.models.loading import load_causal_lm
 from hfprune_dist.structures.kept import Kept
-from hfprune_dist.structures.low_rank import factor_shapes
 
 LAYERS, GROUPS = 3, 3
 SHAPE = {"num_hidden_layers": LAYERS, "num_key_value_heads": GROUPS, "num_attention_heads": 2 * GROUPS}
@@ -35,11 +33,7 @@ def check(checkpoint, batch_size, tokens):
     assert of_prompt == pytest.approx(batch_size * tokens * costs.flops(tokens), rel=0.03)  # norms and biases
     held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
     assert held == batch_size * tokens * costs.cache_bytes(torch.float32.itemsize)
-    of_next, _ = counted_flops(model, torch.randint(vocabulary, (batch_size, 1)), cache)
-    assert of_next == pytest.approx(batch_size * costs.flops(tokens + 1), rel=0.03)
-    tables = {id(it.weight): it.weight.numel() for it in (model.get_input_embeddings(), model.get_output_embeddings())}
-    assert costs.parameters == costs.active_parameters == sum(it.numel() for it in model.parameters())
-    assert costs.parameters_without_embeddings == costs.parameters - sum(tables.values())
+    return costs, model
 
 
 def test_a_step_of_lora_training_costs_twice_a_forward_for_every_token(tmp_path):
@@ -54,50 +48,29 @@ def test_a_step_of_lora_training_costs_twice_a_forward_for_every_token(tmp_path)
     assert counter.get_total_flops() == pytest.approx(3 * 8 * cost["flops_per_token"], rel=0.1)
 
 
-def check_a_prompt(checkpoint, batch_size, tokens):
-    costs, model = TokenCosts.of(checkpoint), load_causal_lm(checkpoint.path, torch.float32)
-    flops, cache = counted_flops(model, torch.randint(64, (batch_size, tokens)))
-    assert flops == pytest.approx(batch_size * tokens * costs.flops(tokens), rel=0.03)
-    held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
-    assert held == batch_size * tokens * costs.cache_bytes(torch.float32.itemsize)
-
-
 @pytest.mark.parametrize(("widths", "groups"), [((20, 20), (2, 2)), ((9, 30), (1, 3))])
 def test_pruned_shapes_plain_and_layer_by_layer(tmp_path, widths, groups):
     dense = open_checkpoint(save_tiny(tmp_path / "dense", "llama", hidden_size=36, **SHAPE))
     units = {"neurons": [torch.arange(it) for it in widths], "kv_groups": [torch.arange(it) for it in groups]}
     check(dense, 1, 5)
     write(dense, Kept((0, 2), units), tmp_path / "pruned")
-    check(open_checkpoint(tmp_path / "pruned"), 2, 7)
-
-
-def test_attention_of_low_rank(tmp_path):
-    dense = open_checkpoint(save_tiny(tmp_path / "dense", "qwen3", hidden_size=36, **SHAPE))
-    ranks = {f"self_attn.{name}_proj": (1 + place, 2, 3) for place, name in enumerate("qkvo")}
-    factors = {}
-    for projection, row in ranks.items():
-        for layer, rank in enumerate(row):
-            name = f"model.layers.{layer}.{projection}"
-            shapes = factor_shapes(dense.tensors[f"{name}.weight"].shape, rank)
-            factors |= {f"{name}.{place}.weight": lambda it=it: torch.ones(it) for place, it in enumerate(shapes)}
-    kept = Kept(tuple(range(LAYERS)), {"neurons": [torch.arange(20)] * LAYERS}, ranks)
-    write(dense, kept, tmp_path / "pruned", factors)
-    checkpoint = open_checkpoint(tmp_path / "pruned")
-    assert checkpoint.ranks == ranks and checkpoint.parameters == dense.parameter_counts.of(kept.shape)
-    check(checkpoint, 2, 5)
+    costs, model = check(open_checkpoint(tmp_path / "pruned"), 2, 7)
+    tables = {id(it.weight): it.weight.numel() for it in (model.get_input_embeddings(), model.get_output_embeddings())}
+    assert costs.parameters == costs.active_parameters == sum(it.numel() for it in model.parameters())
+    assert costs.parameters_without_embeddings == costs.parameters - sum(tables.values())
 
 
 def test_latent_attention_has_queries_and_values_of_sizes_of_their_own(tmp_path):
     checkpoint = open_checkpoint(save_model(tmp_path, "youtu"))
     costs = TokenCosts.of(checkpoint)
     assert (costs.query_channels, costs.value_channels) == (3 * 4 * (8 + 8), 3 * 4 * 8)
-    check_a_prompt(checkpoint, batch_size=2, tokens=7)
+    check(checkpoint, batch_size=2, tokens=7)
 
 
 def test_keys_are_values_too_in_layers_without_a_projection_of_values(tmp_path):
     checkpoint = open_checkpoint(save_model(tmp_path, "gemma4_text", attention_k_eq_v=True))
     assert sum(name.endswith("v_proj.weight") for name in checkpoint.tensors) == 1 < checkpoint.num_layers
-    check_a_prompt(checkpoint, batch_size=2, tokens=3)
+    check(checkpoint, batch_size=2, tokens=3)
 
 
 @pytest.mark.parametrize(
@@ -109,5 +82,5 @@ def test_keys_are_values_too_in_layers_without_a_projection_of_values(tmp_path):
     ],
 )
 def test_only_layers_that_attend_to_earlier_tokens_cache_them(tmp_path, model_type, queries, values, cached):
-    costs = TokenCosts.of(open_checkpoint(save_model(tmp_path, model_type, **MORE_EXPERTS[model_type])))
+    costs = TokenCosts.of(open_checkpoint(save_model(tmp_path, model_type, **MIXTURES[model_type])))
     assert (costs.query_channels, costs.value_channels, costs.cached_channels) == (queries, values, cached)

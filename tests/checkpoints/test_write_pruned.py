@@ -2,14 +2,15 @@
 
 import json
 
+import pytest
 import torch
 from masking import write
 from tiny import save_tiny
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from hfprune_dist.checkpoints import write_pruned as surgery
 from hfprune_dist.checkpoints.checkpoint import open_checkpoint
-from hfprune_dist.checkpoints.weight_files import INDEX_FILE
+from hfprune_dist.checkpoints.read_tensors import as_stored
+from hfprune_dist.errors import UserError
 from hfprune_dist.structures.kept import Kept
 
 KEPT = [torch.tensor([0, 3, 4, 17, 40]), torch.tensor([1, 2, 30, 46, 47])]
@@ -21,8 +22,7 @@ def prune(source, target):
     return checkpoint
 
 
-def test_other_tensors_and_dtype_are_untouched(tmp_path, monkeypatch):
-    monkeypatch.setattr(surgery, "COPY_BYTES", 1000)  # smaller than the embedding, and not a divisor of its size
+def test_other_tensors_and_dtype_are_untouched(tmp_path):
     source = prune(save_tiny(tmp_path / "dense", dtype=torch.bfloat16), tmp_path / "pruned")
     pruned = open_checkpoint(tmp_path / "pruned")
     assert set(pruned.tensors) == set(source.tensors)
@@ -31,14 +31,6 @@ def test_other_tensors_and_dtype_are_untouched(tmp_path, monkeypatch):
     for name, tensor in AutoModelForCausalLM.from_pretrained(tmp_path / "pruned").state_dict().items():
         if ".mlp." not in name:
             assert torch.equal(tensor, dense_state[name]), name
-
-
-def test_tokenizer_and_index_travel_along(tmp_path):
-    prune(save_tiny(tmp_path / "dense", shard_size="20KB"), tmp_path / "pruned")
-    assert AutoTokenizer.from_pretrained(tmp_path / "pruned")("ban").input_ids
-    index = json.loads((tmp_path / "pruned" / INDEX_FILE).read_text())
-    state = AutoModelForCausalLM.from_pretrained(tmp_path / "pruned").state_dict()
-    assert index["metadata"]["total_size"] == sum(t.numel() * t.element_size() for t in state.values())
 
 
 def test_files_for_other_programs_travel_along_without_identifying_the_checkpoint(tmp_path):
@@ -80,3 +72,18 @@ def test_infinite_numbers_in_a_config_stay(tmp_path):
     prune(dense, tmp_path / "pruned")
     assert '"time_step_limit": [\n  0.0,\n  Infinity\n ]' in (tmp_path / "pruned" / "config.json").read_text()
     assert AutoConfig.from_pretrained(tmp_path / "pruned").time_step_limit == [0.0, float("inf")]
+
+
+def test_what_float16_cannot_hold_is_told_and_nothing_else(tmp_path):
+    """65,520 is the smallest number that float16 rounds to infinity."""
+    name = "model.layers.1.mlp.down_proj.weight"
+    half = open_checkpoint(save_tiny(tmp_path / "half", dtype=torch.float16))
+    whole = open_checkpoint(save_tiny(tmp_path / "whole"))
+    for value in (float("inf"), float("nan"), 65519.0, 0.1):
+        found = as_stored(half, name, torch.tensor([value], dtype=torch.float64), otherwise="")
+        torch.testing.assert_close(found, torch.tensor([value]).half(), rtol=0, atol=0, equal_nan=True)
+    for sign in (1, -1):
+        with pytest.raises(UserError, match=rf"the new {name} has values up to 65,520, but float16, .* or do without"):
+            as_stored(half, name, torch.tensor([1.0, sign * 65520.0, float("inf")]), otherwise="do without")
+    assert as_stored(whole, name, torch.tensor([1e30]), otherwise="").isfinite().all()
+    assert as_stored(half, "new.bias", torch.ones(3), like=name, otherwise="").dtype == torch.float16

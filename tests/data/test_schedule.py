@@ -16,12 +16,6 @@ def test_an_epoch_sees_every_row_once_in_even_steps():
     assert second_epoch != first_epoch
 
 
-def test_fewer_rows_than_a_batch_make_one_step_of_all_rows():
-    schedule = Schedule(rows=5, batch_size=128, seed=0)
-    assert schedule.steps_per_epoch == 1
-    assert sorted(schedule.rows_of(0)) == sorted(schedule.rows_of(1)) == list(range(5))
-
-
 def test_every_number_of_ranks_and_every_resume_sees_the_same_rows():
     def read(row):
         return {"input_ids": torch.tensor([row]), "labels": torch.tensor([row])}

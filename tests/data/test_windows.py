@@ -1,12 +1,22 @@
-"""Checks of a text before a sweep begins, and the stage's own: both reach the same verdict."""
+"""Windows of one text or several, and checks of texts before a sweep begins, which agree with the stages' own."""
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import tiny_tokenizer
+from tiny import tiny_tokenizer, write_documents
 
-from hfprune_dist.data.instructions import encode_pairs, nothing_to_train_on, prompt_for, require_trainable
+from hfprune_dist.config.texts import apportioned
+from hfprune_dist.data.instructions import check_pairs, encode_pairs, prompt_for, require_trainable
 from hfprune_dist.data.text import Beginning
-from hfprune_dist.data.windows import Sampling, check_length, places_in_random_order, sample_windows
+from hfprune_dist.data.windows import (
+    Sampling,
+    check_length,
+    interleaved,
+    places_in_random_order,
+    read_mixture,
+    read_windows,
+    sample_windows,
+)
+from hfprune_dist.distributed.sums import is_held_out
 from hfprune_dist.errors import UserError
 
 TOKENIZER = tiny_tokenizer()
@@ -48,9 +58,10 @@ def test_the_check_and_the_stage_agree_on_windows(documents, length, add_bos, sa
 def test_the_check_and_the_stage_agree_on_pairs(pairs, length):
     whole = Beginning(list(pairs), is_all=True)
     encoded = encode_pairs(TOKENIZER, [(prompt_for(ask), tell) for ask, tell in pairs], length)
-    expected = None if any(encoded) else str(nothing_to_train_on(len(pairs), length, "here"))
-    assert message_of(require_trainable, whole, TOKENIZER, length, "here") == expected
-    require_trainable(Beginning(whole.texts, is_all=False), TOKENIZER, length, "here")
+    expected = message_of(require_trainable, encoded, length, "here")
+    assert message_of(check_pairs, whole, TOKENIZER, length, "here") == expected
+    assert (expected is None) == any(encoded)
+    check_pairs(Beginning(whole.texts, is_all=False), TOKENIZER, length, "here")
 
 
 @settings(max_examples=40)
@@ -85,8 +96,44 @@ def test_windows_of_documents_in_random_order_are_those_of_a_shuffled_list(lengt
     found = []
     for given_texts, order in ((texts, places), (shuffled, None)):
         try:
-            cut = sample_windows(given_texts, tokenizer, sampling, "here", order)
-            found.append((cut.input_ids_ST.tolist(), cut.documents_read, cut.documents_used, cut.tokens))
+            found.append(sample_windows(given_texts, tokenizer, sampling, "here", order).tolist())
         except UserError as error:
             found.append(str(error))
     assert found[0] == found[1]
+
+
+@settings(max_examples=100)
+@given(st.lists(st.integers(1, 60), min_size=1, max_size=4), st.integers(1, 9), st.integers(0, 99), st.data())
+def test_every_part_of_the_windows_has_the_texts_in_their_shares(counts, micro_batch_size, seed, data):
+    total = sum(counts)
+    batches = -(-total // micro_batch_size)
+    apart = [is_held_out(window // micro_batch_size, batches) for window in range(total)]
+    order = interleaved(counts, apart, seed)
+    assert [order.count(text) for text in range(len(counts))] == counts
+    assert order == interleaved(counts, apart, seed)
+    fitted = [text for text, held_out in zip(order, apart, strict=True) if not held_out]
+    held_out = [text for text, held_out in zip(order, apart, strict=True) if held_out]
+    end = data.draw(st.integers(0, len(fitted)))
+    for part in (held_out, fitted[end:]):
+        for text, count in enumerate(counts):
+            assert abs(part.count(text) - len(part) * count / total) < 1 + len(counts)
+
+
+@settings(max_examples=100)
+@given(st.integers(1, 300), st.lists(st.floats(1e-3, 1e3), min_size=1, max_size=6))
+def test_shares_are_whole_windows_and_all_of_them(total, weights):
+    counts = apportioned(total, weights)
+    assert sum(counts) == total
+    assert all(abs(count - total * weight / sum(weights)) < 1 for count, weight in zip(counts, weights, strict=True))
+
+
+def test_windows_of_a_mixture_are_those_of_its_texts(tmp_path):
+    files = [write_documents(tmp_path / f"{seed}.jsonl", seed=seed) for seed in (0, 7)]
+    tokenizer, sampling = tiny_tokenizer(), Sampling(12, 16, seed=3)
+    sources = [({"text_field": "text"}, file, count) for file, count in zip(files, (9, 3), strict=True)]
+    mixed = read_mixture(sources, tokenizer, sampling, [False] * 12, "calibration")
+    expected = []
+    for file, count in zip(files, (9, 3), strict=True):
+        expected += read_windows({"text_field": "text"}, file, tokenizer, Sampling(count, 16, seed=3), "").tolist()
+    assert sorted(mixed.tolist()) == sorted(expected)
+    assert mixed.tolist() != expected, "one text after the other"

@@ -80,7 +80,7 @@ LINE = json.dumps({"text": DOCUMENT, "instruction": "ask", "response": "tell"})
 @pytest.mark.parametrize("key", [CALIBRATION, HELD_OUT, PAIRS])
 def test_unreadable_text(inputs, refusal, key):
     (inputs / "cut.jsonl").write_text(f"{LINE}\n{LINE[:-9]}")
-    assert_parts(refusal("--set", f"{key}={inputs / 'cut.jsonl'}"), "cut.jsonl:2", "not valid JSON", "cut short")
+    assert_parts(refusal("--set", f"{key}={inputs / 'cut.jsonl'}"), "cut.jsonl:2", "JSONDecodeError", "cut short")
 
 
 @pytest.mark.parametrize("key", [CALIBRATION, HELD_OUT])
@@ -171,7 +171,7 @@ def without_eos(model):
 Q = "model.layers.1.self_attn.q_proj.weight"
 MODELS = {
     "mllama": (configured(model_type="mllama", vision_config={}, text_config={}), ["mllama", "images", "llama"]),
-    "heads": (configured(num_attention_heads=5), ["num_attention_heads 5"]),
+    "heads": (configured(num_attention_heads=5), ["num_attention_heads must be a multiple", "not 5"]),
     "activation": (configured(hidden_act="sillu"), ["config.json", "sillu"]),
     "positions": (configured(max_position_embeddings=16), ["calibration.sequence_length 32", "16"]),
     "q shape": (replaced(Q, torch.zeros(16, 32)), [Q, "[16, 32]", "[32, 32]"]),

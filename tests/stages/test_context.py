@@ -9,7 +9,7 @@ from made_stages import stage_of
 from ranks import SoloWorld
 
 from hfprune_dist.config.schema import RuntimeConfig
-from hfprune_dist.data.formats import identity_of
+from hfprune_dist.data.text import identity_of
 from hfprune_dist.errors import LostInputError
 from hfprune_dist.planning.user_files import ChangedInputError
 from hfprune_dist.stages.context import Context

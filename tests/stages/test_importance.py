@@ -88,7 +88,7 @@ def test_anyone_can_recompute_the_scores_from_the_windows(on_one_rank):
         difference = scores[f"layers.{layer}.entropy"] - expected[layer]
         assert difference.norm() / expected[layer].norm() < 1e-5
     metrics = store.handle(stage.id).manifest()["metrics"]
-    assert metrics["tokens"] == 11 * 32 and metrics["documents_used"] == 11
+    assert metrics["tokens"] == 11 * 32
 
 
 @pytest.mark.parametrize(("ranks", "sharding"), [(2, "zero3"), (3, "auto")])

@@ -12,8 +12,8 @@ from trained import assert_same_weights, weights_of
 from transformers import AutoModelForCausalLM
 
 from hfprune_dist.checkpoints.checkpoint import open_checkpoint
-from hfprune_dist.checkpoints.lora_adapter import merged, read_adapter
-from hfprune_dist.checkpoints.write_pruned import unit_cuts
+from hfprune_dist.checkpoints.lora_adapter import read_adapter
+from hfprune_dist.checkpoints.write_pruned import staying
 from hfprune_dist.config.training import RecoveryConfig
 from hfprune_dist.planning.shapes import shape_for
 from hfprune_dist.planning.target import Target
@@ -70,10 +70,13 @@ def test_what_is_left_is_the_plan_s_shape_of_the_trained_model(source, uninterru
     assert metrics["num_key_value_heads_by_layer"] == list(shape.units["kv_groups"])
     assert metrics["steps"] == len((artifact / "loss.jsonl").read_text().splitlines()) == STEPS
 
-    adapter, cuts, written = read_adapter(artifact / "adapter"), unit_cuts(dense, kept), weights_of(artifact)
+    adapter, stays, written = read_adapter(artifact / "adapter"), staying(dense, kept), weights_of(artifact)
     for name, weight in weights_of(source / "model").items():
-        expected = merged(adapter.scale, *adapter.factors[name], weight) if name in adapter.factors else weight
-        expected = (cuts[name].apply(expected) if name in cuts else expected).to(weight.dtype)
+        expected, cut = weight, stays[name][1]
+        if name in adapter.factors:
+            factor_a, factor_b = adapter.factors[name]
+            expected = weight.float() + adapter.scale * (factor_b.float() @ factor_a.float())
+        expected = (cut.apply(expected) if cut else expected).to(weight.dtype)
         assert torch.equal(written[name], expected), name
     model = AutoModelForCausalLM.from_pretrained(artifact, trust_remote_code=True)
     assert torch.isfinite(model(torch.arange(3, 23)[None]).logits).all()
