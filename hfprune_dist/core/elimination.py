@@ -39,11 +39,10 @@ def elimination_scores(
     """Score every unit of a layer by the cost of its removal after all cheaper ones.
 
     Args:
-        gram_DD: float64 [channels, channels], the mean of h h^T over tokens; every unit has the same number of
-            consecutive channels.
-        curvature_CC: float64 [hidden_size, hidden_size], the mean of g g^T over tokens.
-        weight_CD: the output projection's weight [hidden_size, channels].
-        fisher_U: float64 [units], the mean over tokens of (the sum of h dlog p(y)/dh over a unit's channels)^2.
+        gram_DD: float64, the mean of h h^T over tokens; every unit has the same number of consecutive channels.
+        curvature_CC: float64, the mean of g g^T over tokens.
+        weight_CD: the output projection's weight.
+        fisher_U: float64, the mean over tokens of (the sum of h dlog p(y)/dh over a unit's channels)^2.
         block: number of units removed between two updates of the costs; None: those that make up ``BLOCK`` channels.
 
     Returns:

@@ -45,13 +45,10 @@ class FidelitySums:
 
 
 def standard_errors(windows: Sequence[FidelitySums]) -> dict[str, float]:
-    """Return standard errors of a text's perplexity, KL and top-1 agreement, from its windows: ``kl_stderr``, ...
+    """Return standard errors of ``FidelitySums.means`` from a text's windows (``kl_stderr``, ...); NaN for one window.
 
     Tokens within a window depend on each other, windows hardly do. Means over tokens are ratios of sums, so their
     errors are those of ratio estimators, whatever the windows' lengths; that of perplexity uses the delta method.
-
-    Returns:
-        The errors in the units of ``FidelitySums.means``; NaN if there is only one window.
     """
     total = sum(windows, FidelitySums())
     errors = {
@@ -109,9 +106,7 @@ def divergences(dense: Outputs, models: Sequence[Outputs]) -> list[float]:
 
 @torch.no_grad()
 def compare_outputs(dense: Outputs, model: Outputs, next_ids_N: Tensor) -> FidelitySums:
-    """Compare two models on the same tokens, as ``compare_logits``; the logits of only one chunk of tokens exist at a
-    time.
-    """
+    """Compare two models on the same tokens, of which the logits of only one chunk exist at a time."""
     total = FidelitySums()
     for (rows, dense_NV), (_, model_NV) in zip(dense.logits(), model.logits(), strict=True):
         total += compare_logits(dense_NV, model_NV, next_ids_N[rows])

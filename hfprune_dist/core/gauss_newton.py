@@ -83,8 +83,8 @@ class Linearized:
     """The MLP linearized around some weights, on some tokens.
 
     Args:
-        weights: the weights, in the dtype of all products; a reference to ``down_CK`` is kept.
-        input_NC: the MLP's inputs, in that dtype [tokens, hidden_size]; a reference is kept.
+        weights: in the dtype of all products; a reference to ``down_CK`` is kept.
+        input_NC: the MLP's inputs, in that dtype; a reference is kept.
     """
 
     def __init__(self, weights: MlpWeights, biases: Biases, input_NC: Tensor) -> None:
@@ -140,10 +140,8 @@ class GaussNewtonSums:
     """Approximation of J^T J without the terms between different neurons in gate and up, or different outputs in down.
 
     Attributes:
-        rows_K: sum over tokens of the squared derivative of the outputs by each neuron's gate [kept], and by its up.
-        inputs_CC: sum of x x^T [hidden_size, hidden_size].
-        hidden_KK: sum of h h^T [kept, kept].
-        tokens: number of tokens.
+        rows_K: sum over tokens of the squared derivative of the outputs by each neuron's gate, and by its up.
+        inputs_CC, hidden_KK: sums of x x^T and h h^T over so many ``tokens``.
     """
 
     rows_K: tuple[Tensor, ...]

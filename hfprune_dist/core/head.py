@@ -17,7 +17,7 @@ class Batch:
     """A micro-batch of calibration windows, as losses see it.
 
     Attributes:
-        input_ids_BT: int64 [windows, tokens], on the model's device.
+        input_ids_BT: int64, on the model's device.
         windows: each window's number among all calibration windows.
         vocabulary: number of logits per token.
         seed: the sweep's seed.
@@ -42,12 +42,8 @@ def next_ids(input_ids_T: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Rows:
-    """Some tokens of a batch, as a loss sees them. The loss may overwrite their logits.
-
-    Attributes:
-        logits_NV: float32 or float64.
-        numbers: indices of these tokens within the batch.
-        teacher_NV: the dense model's logits for the same tokens, if the model is not the dense one.
+    """Some tokens of a batch, as a loss sees them: logits, which it may overwrite, numbers within the batch, and the
+    dense model's logits, if the model is not the dense one.
     """
 
     logits_NV: Tensor
@@ -102,8 +98,7 @@ def head_gradients(
         after: transformation of the logits.
 
     Returns:
-        For each loss: loss_N in float32 (or float64), and the gradient of ``loss_N.sum()`` at ``hidden_NC``, in the
-        dtype of ``hidden_NC``.
+        For each loss: loss_N in float32 (or float64), and the gradient of its sum at ``hidden_NC``, in that dtype.
     """
     losses: list[list[Tensor]] = [[] for _ in logit_gradients]
     gradients_NC = [torch.empty_like(hidden_NC) for _ in logit_gradients]

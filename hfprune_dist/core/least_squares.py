@@ -40,19 +40,12 @@ class Projection:
 
 @dataclass(frozen=True)
 class LeastSquares:
-    """The problem on some tokens, from which the weight for any ridge and the error of any weight follow; in float64.
+    """The problem on some tokens, from which the weight for any ridge and the error of any weight follow; float64."""
 
-    Attributes:
-        energy: E||W h||^2, with all channels.
-        cross_CK: E[W h h_S^T].
-        gram_KK: E[h_S h_S^T].
-        old_CK: the kept columns of the weight before pruning.
-    """
-
-    energy: Tensor
-    cross_CK: Tensor
-    gram_KK: Tensor
-    old_CK: Tensor
+    energy: Tensor  # E||W h||^2, with all channels
+    cross_CK: Tensor  # E[W h h_S^T]
+    gram_KK: Tensor  # E[h_S h_S^T]
+    old_CK: Tensor  # the kept columns of W
 
     def weight(self, ridge: float) -> Tensor:
         """Return the refitted weight [hidden_size, kept], float64; the old one if the kept channels are silent.

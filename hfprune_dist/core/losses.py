@@ -101,12 +101,8 @@ def random_signs_of(batch: Batch) -> LogitGradient:
 
 
 def draw_sign_bits(seed: int, window: int, group: int, vocabulary: int) -> Tensor:
-    """Draw random bits for every word at ``SIGN_TOKENS`` tokens of a calibration window, packed into bytes on the CPU.
-
-    The shape is [SIGN_TOKENS, bytes], uint8, with bytes a multiple of 8 that holds ``vocabulary`` bits.
-
-    Args:
-        group: number of the group of tokens, which begins at the window's token ``group * SIGN_TOKENS``.
+    """Draw random bits for every word at ``SIGN_TOKENS`` tokens of a calibration window, packed into bytes on the CPU:
+    uint8 [SIGN_TOKENS, bytes]. The first of these tokens is the window's number ``group * SIGN_TOKENS``.
     """
     words = torch.empty(SIGN_TOKENS, -(-vocabulary // 64), dtype=torch.int64)
     generator = window_generator(seed, window, f"signs {group}")

@@ -81,8 +81,8 @@ class FrozenLinear(Function):
 class Routed(Function):
     """Rows of x, each repeated for every expert that reads it, in the order of the experts. Keeps only that order.
 
-    ``order_S`` is a permutation of range(rows * K), int64, in which s stands for row s // K. In backward, the sum of
-    several experts' gradients at a row has the same bits in any order of the experts.
+    ``order_S`` is a permutation of range(rows * K), int64, in which s stands for row s // K. Sums of several experts'
+    gradients at a row have the same bits in any order of the experts.
     """
 
     @staticmethod

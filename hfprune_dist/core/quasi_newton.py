@@ -48,8 +48,10 @@ class QuasiNewton:
         """Take in the value and the gradient, float64 [numbers], at ``candidate_P``; the first value is finite."""
         gain = math.inf
         if not self.values or value < min(self.values):
-            if self.values:
-                self._learn(self.candidate_P - self.best_P, gradient_P - self._gradient_P)
+            step_P, change_P = self.candidate_P - self.best_P, gradient_P - self._gradient_P
+            if step_P @ change_P > 0:  # where the function is convex; the first step is 0
+                self._steps.append(step_P)
+                self._changes.append(change_P)
             self.best_P, self._gradient_P = self.candidate_P, gradient_P
             self._step_P = self._downwards()
             gain = -0.5 * float(gradient_P @ self._step_P)
@@ -58,12 +60,6 @@ class QuasiNewton:
         self.values.append(value)
         self.candidate_P = self.best_P + self._step_P
         self.is_over = gain <= LITTLE * min(self.values) or len(self.values) == PASSES
-
-    def _learn(self, step_P: Tensor, change_P: Tensor) -> None:
-        """Remember a step, unless the function isn't convex along it."""
-        if step_P @ change_P > 0:
-            self._steps.append(step_P)
-            self._changes.append(change_P)
 
     def _downwards(self) -> Tensor:
         """The step that leads to the minimum, as far as gradients can tell; zeros where the gradient is."""

@@ -55,7 +55,7 @@ class Factors:
 def unit_scores(weight_OI: Tensor, factors: Factors, axis: int, per_unit: int, parts: int = 1) -> Tensor:
     """Return sums of |gradient * (W + scale B A)| over each unit's entries of a tensor, as a vector of norm 1.
 
-    The paper squares the terms; the code doesn't. Takes memory for three portions of ``PORTION`` numbers.
+    The paper squares the terms; the code doesn't. Takes memory for three times ``PORTION`` numbers.
 
     Args:
         axis, per_unit: dimension along which units follow one another, with so many entries each.
@@ -75,7 +75,6 @@ def unit_scores(weight_OI: Tensor, factors: Factors, axis: int, per_unit: int, p
 
 
 def averaged(average_U: Tensor, scores_U: Tensor) -> Tensor:
-    """Return the moving average after one more step; it begins at 0."""
     return DECAY * average_U + (1 - DECAY) * scores_U
 
 

@@ -86,25 +86,19 @@ class ParameterCounts:
 
     def of(self, shape: Shape) -> int:
         """Return the number of parameters of the model once it is pruned to a shape."""
-        gone = self._factored(shape) + sum(self.layers) - sum(self.layers[layer] for layer in shape.layers)
+        gone = sum(self.layers) - sum(self.layers[layer] for layer in shape.layers)
         for kind, units in self.structures.items():
             before = sum(units.counts[layer] for layer in shape.layers)
             gone += self.units[kind] * (before - sum(shape.counts(units)))
+        for projection, ranks in shape.ranks.items():  # matrices replaced by low-rank factors
+            for layer, rank in zip(shape.layers, ranks, strict=True):
+                outputs, inputs = self.shapes[units.tensor(layer, f"{projection}.weight")]
+                gone += outputs * inputs - rank * (outputs + inputs)
         return self.total - gone
 
     def ratio(self, shape: Shape) -> float:
         """Return the share of the model's parameters that pruning to a shape removes."""
         return (self.total - self.of(shape)) / self.total
-
-    def _factored(self, shape: Shape) -> int:
-        """Parameters saved where matrices are replaced by low-rank factors."""
-        units = next(iter(self.structures.values()))
-        gone = 0
-        for projection, ranks in shape.ranks.items():
-            for layer, rank in zip(shape.layers, ranks, strict=True):
-                outputs, inputs = self.shapes[units.tensor(layer, f"{projection}.weight")]
-                gone += outputs * inputs - rank * (outputs + inputs)
-        return gone
 
 
 def count_parameters(

@@ -186,8 +186,8 @@ class Units:
         return {field: [count * size // self.copies for count in counts] for field, size in self.fields.items()}
 
     def sizes(self, counts: Sequence[int]) -> dict[str, Any]:
-        """Return what results state for these numbers of units per layer: each field of config.json (None where layers
-        differ) and, under its plural, the values of all layers, if every layer has such units.
+        """Return what results state for these numbers of units: each field of config.json (None where layers differ)
+        and, under its plural, the values of all layers, if every layer has such units.
         """
         values = self.values(counts)
         one = {field: max(row) if len({*row} - {0}) == 1 else None for field, row in values.items()}
@@ -230,9 +230,8 @@ def kv_groups(config: Mapping[str, Any], attention: Block, projections: Sequence
 
     Args:
         config: includes the number of key-value heads and the size of a head.
-        projections: names of the query, key, value and output projections within the attention; none if groups can't
-            go. They then own nothing, and count as if all layers had as many, since a class of transformers may give
-            those of one kind fewer (``gemma4_text``).
+        projections: query, key, value and output; none if groups can't go. They then own nothing, and count as if all
+            layers had as many, since a class of transformers may give those of one kind fewer (``gemma4_text``).
     """
     groups, head_dim = int(config["num_key_value_heads"]), int(config["head_dim"])
     if not projections:
