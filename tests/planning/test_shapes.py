@@ -203,7 +203,7 @@ def test_shapes_of_smollm2():
     assert len(shapes_for(target)) == MOST_SHAPES < len(plain_shapes(target))
     assert {it.units["kv_groups"][0] for it in shapes_for(target)} == {8, 6, 4, 2}
     marked = blank("qwen3", **SMOLLM2, head_dim=64)
-    marked.config["num_kv_shared_layers"] = 2
+    marked.config["no_rope_layer_interval"] = 2
     assert {len(it.layers) for it in shapes_for(Target(marked, 0.4, "m", ALL, "plain"))} == {30}
 
 
