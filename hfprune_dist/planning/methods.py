@@ -12,14 +12,13 @@ from pathlib import Path
 from typing import get_args
 
 from hfprune_dist.checkpoints.checkpoint import Checkpoint
-from hfprune_dist.checkpoints.families import Family
 from hfprune_dist.config.load import parse
 from hfprune_dist.config.method import Allocation, Method, Refit
 from hfprune_dist.config.schema import SweepConfig
 from hfprune_dist.config.yaml_text import read_yaml
 from hfprune_dist.errors import UserError, did_you_mean
 from hfprune_dist.methods import CRITERIA, SCORED_WHILE_PRUNED
-from hfprune_dist.structures import EXPERT_NEURONS, EXPERTS, KV_GROUPS, LAYERS, NEURONS, Structure
+from hfprune_dist.structures import EXPERT_NEURONS, EXPERTS, KV_GROUPS, LAYERS, NEURONS
 
 # Name of a setting -> values of it.
 Values = Mapping[str, Sequence[object]]
@@ -149,7 +148,6 @@ def resolve_methods(config: SweepConfig, shipped: Path) -> dict[str, Method]:
     files = {file.stem: file for file in sorted(shipped.glob("*.yaml"))}
     on_top = config.prune.model_dump(exclude_none=True)
     methods: dict[str, Method] = {}
-    seen: dict[Path, str] = {}
     for name in config.methods:
         file = files.get(name, Path(name))
         if name not in files and file.suffix not in (".yaml", ".yml"):
@@ -157,11 +155,8 @@ def resolve_methods(config: SweepConfig, shipped: Path) -> dict[str, Method]:
                 f"--methods: unknown method {name!r}{did_you_mean(name, files)}; valid: {', '.join(files)}, "
                 "or a YAML file"
             )
-        if file.resolve() in seen:
-            raise UserError(f"--methods: {seen[file.resolve()]!r} and {name!r} are the same method; name it once")
-        seen[file.resolve()] = name
         if file.stem in methods:
-            raise UserError(f"--methods: two methods are called {file.stem!r}; rename one of the files")
+            raise UserError(f"--methods: two methods are called {file.stem!r}; leave one out, or rename its file")
         settings = read_yaml(file, "--methods", "the keys of a method")
         where = f"{file} with prune.{', prune.'.join(on_top)}" if on_top else str(file)
         methods[file.stem] = parse(Method, {**settings, **on_top}, where)
@@ -203,23 +198,17 @@ def can_do(method: Method, checkpoint: Checkpoint) -> bool:
     """Whether a method applies to a model; an adaptive one is left out where a mixture of experts rules it out."""
     if not (method.adapts and checkpoint.family.experts):
         return True
-    left = method.model_copy(update={"structures": _structures_left(method, checkpoint.family)})
-    return not any(why_not(left, checkpoint))
+    return not any(why_not(suited(method, checkpoint), checkpoint))
 
 
 def suited(method: Method, checkpoint: Checkpoint) -> Method:
     """A method that ``adapts`` without what the model's architecture rules out; any other method unchanged."""
-    family, changes = checkpoint.family, dict[str, object]()
-    if method.adapts:
-        changes["structures"] = _structures_left(method, family)
-    if method.adapts and family.no_sequence and method.refit in ("layerwise", "block"):
-        changes["refit"] = "dense"
-    return method.model_copy(update=changes)
-
-
-def _structures_left(method: Method, family: Family) -> list[Structure]:
-    """An adaptive method's structures without KV groups that must stay."""
-    return [it for it in method.structures if it != KV_GROUPS or not family.whole_groups]
+    if not method.adapts:
+        return method
+    family = checkpoint.family
+    structures = [it for it in method.structures if it != KV_GROUPS or not family.whole_groups]
+    refit = "dense" if family.no_sequence and method.refit in ("layerwise", "block") else method.refit
+    return method.model_copy(update={"structures": structures, "refit": refit})
 
 
 def refuse_criteria(criteria: Iterable[str], checkpoint: Checkpoint, structures: Iterable[str]) -> None:

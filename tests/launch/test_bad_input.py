@@ -57,7 +57,7 @@ def refused(main, *arguments, folders=()):
         ("--models=alhpa", "did you mean 'alpha'?"),
         ("--models=alpha,{inputs}/alpha", "are the same checkpoint"),
         ("--models=someone/nothing", "is not in the local hub cache"),
-        ("--methods=hfprune,{root}/configs/methods/hfprune.yaml", "are the same method"),
+        ("--methods=hfprune,{root}/configs/methods/hfprune.yaml", "two methods are called 'hfprune'"),
         # Folders.
         ("--out={inputs}/alpha", "the sweep reads what is in"),
         ("--out=\udcff", "isn't UTF-8"),
