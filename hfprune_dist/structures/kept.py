@@ -90,9 +90,10 @@ class ParameterCounts:
         for kind, units in self.structures.items():
             before = sum(units.counts[layer] for layer in shape.layers)
             gone += self.units[kind] * (before - sum(shape.counts(units)))
+        any_units = next(iter(self.structures.values()))
         for projection, ranks in shape.ranks.items():  # matrices replaced by low-rank factors
             for layer, rank in zip(shape.layers, ranks, strict=True):
-                outputs, inputs = self.shapes[units.tensor(layer, f"{projection}.weight")]
+                outputs, inputs = self.shapes[any_units.tensor(layer, f"{projection}.weight")]
                 gone += outputs * inputs - rank * (outputs + inputs)
         return self.total - gone
 
