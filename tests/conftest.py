@@ -46,7 +46,8 @@ def real_assets(tmp_path_factory):
 
 
 def pytest_configure():
-    """A suite started in the background ignores Ctrl-C, and so would all processes that it starts."""
+    fork_server.share()
+    # A suite started in the background ignores Ctrl-C, and so would all processes that it starts.
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 

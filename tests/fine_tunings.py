@@ -8,7 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
-from forks import on_ranks
+from ranks import on_ranks
 from gather_counter import counting_gathers
 
 from hfprune_dist.checkpoints.checkpoint import Checkpoint
@@ -55,5 +55,5 @@ def train(folder: Path, ranks: int, task: FineTuning) -> tuple[Snapshot, list[in
         if world.is_first:
             file.write_text(json.dumps(counts))
 
-    assert on_ranks(ranks, act).codes == [0] * ranks
+    assert on_ranks(ranks, act) == [0] * ranks
     return Snapshot.read(folder / "snapshot"), json.loads(file.read_text())

@@ -1,6 +1,6 @@
 """Stands in for a process of the fork server (fork_server.py): passes on streams and signals, and ends as it does.
 
-python -IS tests/fork_client.py SOCKET ARGUMENT...
+python -IS tests/fork_client.py SOCKET SCRIPT ARGUMENT...
 """
 
 import json
@@ -13,18 +13,21 @@ FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
 
 
 def main():
+    address, *command = sys.argv[1:]
+    environment = {**os.environ, "HFPRUNE_FORK_SERVER": address}
+    folder = os.getcwd()  # noqa: PTH109  pathlib takes longer to import than all this
     with socket.socket(socket.AF_UNIX) as server:
-        server.connect(sys.argv[1])
+        server.connect(address)
         for number in FORWARDED:
             if signal.getsignal(number) != signal.SIG_IGN:
                 signal.signal(number, lambda number, _frame: server.sendall(bytes([number])))
-        folder = os.getcwd()  # noqa: PTH109  pathlib takes longer to import than all this
-        process = {"arguments": sys.argv[2:], "environment": dict(os.environ), "folder": folder}
-        request = json.dumps(process).encode()
-        socket.send_fds(server, [len(request).to_bytes(4, "big")], [0, 1, 2])
-        server.sendall(request)
-        answer = server.recv(4)
-    code = int.from_bytes(answer, "big", signed=True) if answer else -signal.SIGKILL
+        request = json.dumps(["fork_server:become", [environment, *command], 1, environment, folder]).encode()
+        socket.send_fds(server, [b"."], [0, 1, 2])
+        server.sendall(len(request).to_bytes(4, "big") + request)
+        answer = b""
+        while not answer.endswith(b"\n") and (more := server.recv(1 << 10)):
+            answer += more
+    code = json.loads(answer)[0][1] if answer else -signal.SIGKILL
     if code < 0:
         if -code != signal.SIGKILL:
             signal.signal(-code, signal.SIG_DFL)

@@ -1,20 +1,28 @@
-"""Ranks for tests: one in this process, or real ones, which run a stage that is laid out as the launcher does it."""
+"""Ranks for tests: one in this process, forks of it, or those of a stage that is laid out as the launcher does it."""
 
 from __future__ import annotations
 
-import json
+import datetime
+import gc
 import os
-import subprocess
+import signal
 import sys
-from collections.abc import Mapping
+import tempfile
+import traceback
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import torch
-from fork_server import forked
+import torch.distributed as dist
+from hfprune_launch.local import backend
+from hfprune_launch.stage import warm
+from hfprune_launch.stage.run import leave_process
+from hfprune_launch.stage.warm import WarmProcess
 from safetensors.torch import load
 
 from hfprune_dist.config.schema import RuntimeConfig
+from hfprune_dist.distributed.interruption import Interrupted
 from hfprune_dist.distributed.world import World
 from hfprune_dist.store.artifacts import Store
 from hfprune_dist.store.atomic_files import read_json, write_json
@@ -22,7 +30,17 @@ from hfprune_dist.store.stage import Stage
 
 ROOT = Path(__file__).resolve().parents[1]
 FAULTS = ROOT / "tests" / "faults"
+RUN = ROOT / "launch" / "stage" / "run.py"
 CPU = torch.device("cpu")
+INTERRUPTED = 75
+Environment = Mapping[str, str]
+
+
+class Ended(NamedTuple):
+    """How the ranks of a stage ended: the first exit code that isn't 0, and their output."""
+
+    returncode: int
+    stderr: str
 
 
 def surroundings() -> dict[str, str]:
@@ -73,59 +91,70 @@ def run_stage(
     stage: Stage,
     ranks: int = 1,
     *,
-    environment: dict[str, str] | None = None,
-    interpreters: bool = False,
+    fresh: bool = False,
+    environment: Environment | None = None,
     **runtime: object,
-) -> subprocess.CompletedProcess[str]:
+) -> Ended:
     """Lay a stage out and run it to its end, as ``run_ranks`` does."""
     write_stage_file(store, stage, **runtime)
-    return run_ranks(store, stage, ranks, environment=environment, interpreters=interpreters)
+    return run_ranks(store, stage, ranks, fresh=fresh, environment=environment)
 
 
 def run_ranks(
-    store: Store,
-    stage: Stage,
-    ranks: int = 1,
-    *,
-    environment: dict[str, str] | None = None,
-    interpreters: bool = False,
-) -> subprocess.CompletedProcess[str]:
+    store: Store, stage: Stage, ranks: int = 1, *, fresh: bool = False, environment: Environment | None = None
+) -> Ended:
     """Run a stage that is already laid out to its end, with one thread per rank so that its bits can be compared.
 
     Args:
-        interpreters: whether ranks are interpreters, several of them started by torchrun, rather than forks
-            (fork_server.py).
+        fresh: whether each rank is an interpreter of its own, which imports everything.
     """
-    launcher = _torchrun(ranks) if ranks > 1 else []
-    script = ROOT / "launch" / "stage" / "run.py"
-    command = [sys.executable, *launcher, str(script), str(store.root), stage.id]
-    return subprocess.run(
-        command if interpreters else forked(command),
-        env={**surroundings(), "OMP_NUM_THREADS": "1", "RANK": "0", **(environment or {})},
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
+    environment, arguments = (
+        {**surroundings(), "OMP_NUM_THREADS": "1", **(environment or {})},
+        [str(store.root), stage.id],
     )
+    with tempfile.TemporaryFile() as log:
+        if fresh:
+
+            def be_rank() -> None:
+                os.dup2(log.fileno(), 2)
+                os.execve(sys.executable, [sys.executable, RUN, *arguments], {**environment, **os.environ})
+
+            codes = warm.run_ranks(be_rank, ranks)
+        else:
+            running = WarmProcess().start(backend.RUN, arguments, ranks, environment, log)
+            assert running.ended(600)
+            codes = running.codes
+        log.seek(0)
+        code = next(filter(None, codes.values()), 0 if codes else -signal.SIGKILL)
+        return Ended(code, log.read().decode())
 
 
-def _torchrun(ranks: int) -> list[str]:
-    return ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+def on_ranks(size: int, action: Callable[[World], None]) -> list[int]:
+    """Run ``action`` on ranks that are forks of this process, each with one thread, and return their exit codes.
 
+    These are 0, INTERRUPTED, 1 for errors, or minus a signal.
+    """
+    with tempfile.TemporaryDirectory() as folder:
 
-def result_of(script: Path, ranks: int, *arguments: str) -> Any:
-    """Return the JSON that a script prints after "result: " on one of the ranks on which torchrun runs it."""
-    result = subprocess.run(
-        forked([sys.executable, *_torchrun(ranks), str(script), *arguments]),
-        env={**surroundings(), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "tests")},
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-    )
-    lines = [line for line in result.stdout.splitlines() if line.startswith("result: ")]
-    assert lines, result.stderr[-3000:]
-    return json.loads(lines[0].removeprefix("result: "))
+        def be_rank() -> None:
+            torch.set_num_threads(1)  # the parent's thread pool did not survive the fork
+            dist.init_process_group("gloo", timeout=datetime.timedelta(minutes=5))
+            rank = dist.get_rank()
+            try:
+                action(World(rank, size, size, CPU))
+            except Interrupted:
+                Path(folder, str(rank)).touch()
+            except BaseException:
+                traceback.print_exc()
+                leave_process(1)
+            leave_process(0)
+
+        gc.freeze()  # objects of this process are never collected by the forks, and so stay shared
+        sys.stdout.flush()
+        codes = warm.run_ranks(be_rank, size)
+        gc.unfreeze()
+        left = {int(file.name): INTERRUPTED for file in Path(folder).iterdir()}
+        return [{**codes, **left}.get(rank, -signal.SIGTERM) for rank in range(size)]
 
 
 def killing(rank: int | str, kill_at: int, match: str) -> dict[str, str]:

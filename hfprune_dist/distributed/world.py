@@ -1,13 +1,15 @@
 """The process group of a stage, as an object that is passed in and never looked up.
 
-A rank that fails leaves its reason and ends (``launch/stage/run.py``); whoever started the ranks then ends the others,
-which may wait in a collective. So no rank tells others of its errors.
+A rank that fails leaves its reason and ends (``launch/stage/run.py``); whoever started the ranks
+(``launch/stage/warm.py``, srun) then ends the others, which may wait in a collective. So no rank tells others of its
+errors.
 """
 
 from __future__ import annotations
 
 import datetime
 import resource
+import socket
 import sys
 from collections.abc import Callable, MutableMapping
 from dataclasses import dataclass
@@ -123,6 +125,13 @@ def join_world(environment: MutableMapping[str, str], timeout_minutes: int, *, r
     )
     require_own_gpus(world)
     return world
+
+
+def meeting_place(listener: socket.socket) -> object:
+    """Let ranks meet at the address of a listening socket, for as long as the returned object lives."""
+    host, port = listener.getsockname()
+    fd = listener.detach()
+    return dist.TCPStore(host, port, is_master=True, master_listen_fd=fd, wait_for_workers=False)  # type: ignore[attr-defined]
 
 
 def _max_resident_bytes() -> int:

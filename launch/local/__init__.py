@@ -1,1 +1,1 @@
-"""The local backend: torchrun on this machine."""
+"""The local backend: ranks on this machine."""

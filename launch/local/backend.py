@@ -1,26 +1,22 @@
-"""The local backend: one stage at a time, with torchrun to start and watch its ranks."""
+"""The local backend: one stage at a time, on ranks of this machine."""
 
 from __future__ import annotations
 
 import contextlib
 import os
-import shlex
-import signal
-import subprocess
-import sys
 import time
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from hfprune_launch.local.deaths import explain_death
 from hfprune_launch.local.hardware import ranks_here, threads_of_a_rank
 from hfprune_launch.stage.attempts import DONE, Attempt, End, Intent, Ledger, local_log
 from hfprune_launch.stage.outcome import Outcome
-from hfprune_launch.stage.parent import die_with_parent
 from hfprune_launch.stage.stage_file import Provenance, write_stage_file
+from hfprune_launch.stage.warm import Ranks, WarmProcess
 
 from hfprune_dist.config.parameters import KINDS
+from hfprune_dist.results.formats import counted
 from hfprune_dist.store.artifacts import StageHandle, Store
 from hfprune_dist.store.cancellation import Cancellation
 from hfprune_dist.store.claims import Claim, ClaimLostError, Holder, keep_renewed
@@ -28,16 +24,15 @@ from hfprune_dist.store.file_system import unwritable
 from hfprune_dist.store.heartbeat import Failure, Heartbeat
 from hfprune_dist.store.stage import Stage
 
-STAGE_SCRIPT = Path(__file__).resolve().parents[1] / "stage" / "run.py"
+RUN = "hfprune_launch.stage.run:main"
 POLL_S = 0.1
 CANCELLATION_POLL_S = 1.0
-TERMINATION_GRACE_S = 20.0
 
 OnHeartbeat = Callable[[Heartbeat | None], None]
 
 
 class LocalBackend:
-    """Runs stages on this machine.
+    """Runs stages on this machine, on ranks of a process that goes on until ``close``.
 
     Args:
         logs: folder that receives one log per stage and attempt.
@@ -49,7 +44,12 @@ class LocalBackend:
         self._logs = logs
         self._provenance = provenance
         self._cancellation = cancellation
+        self._warm = WarmProcess()
         self.ranks = ranks_here(provenance.runtime)
+
+    def close(self) -> None:
+        """End the process that starts ranks."""
+        self._warm.close()
 
     def run(self, stage: Stage, on_heartbeat: OnHeartbeat) -> Outcome:
         """Claim a stage, run it on all ranks, and return how it ended; only a verified artifact counts as success.
@@ -76,8 +76,8 @@ class LocalBackend:
         self._logs.mkdir(parents=True, exist_ok=True)
         failure: Failure | None = Failure("interrupted", "the launcher was interrupted", -1, time.time())
         try:
-            self._watch(self._start(stage, claim, log), handle, claim, on_heartbeat)
-            failure = None if handle.is_done() else self._failure(handle, claim, log, attempt.intent)
+            codes = self._watch(self._start(stage, claim, log), handle, claim, on_heartbeat)
+            failure = None if handle.is_done() else self._failure(handle, claim, codes, log, attempt.intent)
         except ClaimLostError as lost:
             failure = None if handle.is_done() else Failure("duplicate", str(lost), -1, time.time())
         finally:
@@ -101,38 +101,25 @@ class LocalBackend:
     def _ranks_of(self, stage: Stage) -> int:
         return 1 if KINDS[stage.kind].on_one_rank else self.ranks
 
-    def _start(self, stage: Stage, claim: Claim, log: Path) -> subprocess.Popen[bytes]:
+    def _start(self, stage: Stage, claim: Claim, log: Path) -> Ranks:
         ranks = self._ranks_of(stage)
-        # torchrun would leave a folder for its own files behind, as would this process if it were killed.
-        options = ["--standalone", f"--nproc-per-node={ranks}", f"--log-dir={os.devnull}"]
-        torchrun = [sys.executable, "-m", "torch.distributed.run", *options]
-        command = [*torchrun, str(STAGE_SCRIPT), str(self._store.root.resolve()), stage.id, "--claim", claim.ticket]
+        # Ranks of this machine share its cores, and write their logs at once.
+        threads = threads_of_a_rank(self._provenance.runtime, ranks)
+        environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+        arguments = [str(self._store.root.resolve()), stage.id, "--claim", claim.ticket]
         with log.open("wb") as stream:
             now = time.strftime("%Y-%m-%d %H:%M:%S%z")
-            stream.write(f"{now} {stage.kind} {stage.label} ({stage.id}): {shlex.join(command)}\n".encode())
+            stream.write(f"{now} {stage.kind} {stage.label} ({stage.id}) on {counted(ranks, 'rank')}\n".encode())
             stream.flush()
-            return subprocess.Popen(
-                command,
-                stdin=subprocess.DEVNULL,
-                stdout=stream,
-                stderr=subprocess.STDOUT,
-                env=self._environment(ranks),
-                start_new_session=True,  # Ctrl-C reaches only this process, which then ends the ranks cleanly
-                preexec_fn=partial(die_with_parent, signal.SIGTERM),  # torchrun then ends its ranks
-            )
+            return self._warm.start(RUN, arguments, ranks, environment, stream)
 
-    def _environment(self, ranks: int) -> dict[str, str]:
-        """Return the ranks' environment, with their number of CPU threads and unbuffered output."""
-        threads = threads_of_a_rank(self._provenance.runtime, ranks)
-        return {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"}
-
-    def _watch(
-        self, process: subprocess.Popen[bytes], handle: StageHandle, claim: Claim, on_heartbeat: OnHeartbeat
-    ) -> None:
-        """Wait until all ranks have ended; end them if this is interrupted, cancelled or loses its claim."""
+    def _watch(self, ranks: Ranks, handle: StageHandle, claim: Claim, on_heartbeat: OnHeartbeat) -> Mapping[int, int]:
+        """Wait until all ranks have ended and return their exit codes; end them if this is interrupted, cancelled or
+        loses its claim.
+        """
         looked_at, _ = time.monotonic(), keep_renewed(claim)
         try:
-            while process.poll() is None:
+            while not ranks.ended(POLL_S):
                 on_heartbeat(handle.heartbeat())
                 if time.monotonic() - looked_at > CANCELLATION_POLL_S:
                     looked_at = time.monotonic()
@@ -140,13 +127,15 @@ class LocalBackend:
                         self._require_wanted()
                         if not handle.is_committed():  # after which the claim goes with the work folder
                             claim.require_held()
-                time.sleep(POLL_S)
         except BaseException:
-            _terminate(process)
+            ranks.end()
             handle.discard_drafts(claim)
             raise
+        return ranks.codes
 
-    def _failure(self, handle: StageHandle, claim: Claim, log: Path, attempt: Intent) -> Failure:
+    def _failure(
+        self, handle: StageHandle, claim: Claim, codes: Mapping[int, int], log: Path, attempt: Intent
+    ) -> Failure:
         """Return why the ranks left no artifact.
 
         Raises:
@@ -158,18 +147,8 @@ class LocalBackend:
         left = recorded or (Failure("input", full, -1, time.time()) if full else None)
         handle.discard_drafts(claim)  # makes room for what is written below
         claim.require_held()
-        failure = explain_death(left, log, attempt.number)
+        failure = explain_death(left, codes, log, attempt.number)
         if failure is not recorded:
             handle.clear_failures()
             handle.report_failure(failure)
         return failure
-
-
-def _terminate(process: subprocess.Popen[bytes]) -> None:
-    """Terminate torchrun, which then ends its ranks; kill it if it does not respond."""
-    process.terminate()
-    try:
-        process.wait(TERMINATION_GRACE_S)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from functools import partial
 
 from hfprune_launch.local.backend import LocalBackend
@@ -103,7 +104,7 @@ def _run_here(command: Command, prepared: Prepared, backend: LocalBackend, on_en
     command.tell(f"{len(todo)} of {every} to run, {counted(backend.ranks, 'rank')} each; logs in {logs}")
     if note := note_on_bfloat16(stages[stage_id] for stage_id in todo):
         command.tell(f"note: {note}")
-    with stage_screen(command.console, len(todo)) as screen:
+    with closing(backend), stage_screen(command.console, len(todo)) as screen:
         for _ in _run_in_order(prepared.sweep, todo, backend, screen):
             on_end()
 

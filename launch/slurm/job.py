@@ -21,7 +21,6 @@ import psutil
 from hfprune_launch.slurm.causes import START, Cause, as_progress, no_further
 from hfprune_launch.slurm.commands import SlurmCommands, SlurmUnavailableError
 from hfprune_launch.stage.attempts import Ledger, Run
-from hfprune_launch.stage.parent import die_with_parent
 from hfprune_launch.stage.run import (
     CLAIM_LOST_EXIT_CODE,
     Admission,
@@ -30,6 +29,7 @@ from hfprune_launch.stage.run import (
     prepare_environment,
     run_stage,
 )
+from hfprune_launch.stage.warm import die_with_parent
 
 from hfprune_dist.distributed.interruption import Interrupted, Interruption
 from hfprune_dist.errors import UserError, from_os_error

@@ -1,6 +1,6 @@
-"""Run one stage on the ranks that torchrun or Slurm started; normally called by a backend, not by hand.
+"""Run one stage on ranks that a backend has started.
 
-To run one in the foreground:  torchrun --standalone --nproc-per-node 2 launch/stage/run.py runs/demo/store prune/<id>
+To run one by hand, on a single rank:  python launch/stage/run.py runs/demo/store prune/<id>
 """
 
 from __future__ import annotations
@@ -11,12 +11,11 @@ import gc
 import importlib
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from hfprune_launch.stage.parent import die_with_parent
 from hfprune_launch.stage.stage_file import find_stage_file, read_stage_file
 
 from hfprune_dist.config.parameters import KINDS, Parameters
@@ -42,14 +41,13 @@ class Admission:
     claim: Claim | None = None
 
 
-def main() -> NoReturn:
+def main(argv: Sequence[str] | None = None) -> NoReturn:
     """Run the stage. If it fails, a file with the cause is left in its work folder before the process ends."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("store", type=Path, help="the sweep's store, e.g. runs/demo/store")
     parser.add_argument("stage", help="id of the stage, e.g. prune/0123456789abcdef0123")
     parser.add_argument("--claim", metavar="TICKET", help="of the launcher's claim on the stage; given by launchers")
-    arguments = parser.parse_args()
-    die_with_parent()
+    arguments = parser.parse_args(argv)
     prepare_environment()
     handle, rank = Store(arguments.store).handle(arguments.stage), int(os.environ["RANK"])
     content = find_stage_file(handle)

@@ -11,9 +11,8 @@ from core_definition import definition
 from families import EVERY, FAMILIES, SEEING, save_model
 from families_lora import trained_and_merged
 from families_masked import assert_same, dense_of, kinds_of, load, masked, some_kept, through_layers, two_layers
-from forks import on_ranks
 from masking import write
-from ranks import SoloWorld
+from ranks import SoloWorld, on_ranks
 from refitting import refit
 from transformers import AutoModel
 
@@ -241,7 +240,7 @@ def test_two_ranks_have_the_bits_of_one(checkpoint_of, tmp_path):
         init_deepspeed(world)
         torch.save({name: sums_of(name, world, world.rank) for name in checkpoints}, tmp_path / f"{world.rank}.pt")
 
-    assert on_ranks(2, act).codes == [0, 0]
+    assert on_ranks(2, act) == [0, 0]
     found = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
     for name in checkpoints:
         for rank, expected in enumerate(sums_of(name, SoloWorld(), 0, 1)):

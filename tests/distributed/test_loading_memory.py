@@ -1,12 +1,15 @@
 """Memory that real ranks use while they load a sharded model, compared with the memory planned for it."""
 
-from pathlib import Path
+import json
 
 import pytest
-from ranks import result_of
+import torch
+from peak_bytes import PeakBytes
+from ranks import on_ranks
 from tiny import save_tiny
 
 from hfprune_dist.checkpoints.checkpoint import open_checkpoint
+from hfprune_dist.distributed.frozen_model import FrozenModel
 
 pytestmark = pytest.mark.slow
 
@@ -14,9 +17,19 @@ pytestmark = pytest.mark.slow
 SHAPE = {"hidden_size": 320, "intermediate_size": 832, "num_hidden_layers": 4, "vocab_size": 1200}
 
 
-def taken(folder, ranks):
+def taken(checkpoint, ranks, file):
     """Return (peak, what stays after loading) of each rank's memory, in bytes."""
-    return result_of(Path(__file__).with_name("load_sharded.py"), ranks, str(folder))
+
+    def load(world):
+        with PeakBytes() as counted:
+            model = FrozenModel(checkpoint, torch.float32, 1, "zero3", world)
+        everywhere = world.all_gather((counted.peak, counted.live))
+        model.release()
+        if world.is_first:
+            file.write_text(json.dumps(everywhere))
+
+    assert on_ranks(ranks, load) == [0] * ranks
+    return json.loads(file.read_text())
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])
@@ -26,7 +39,7 @@ def test_a_rank_takes_its_shards_and_few_tensors_and_the_first_has_the_files_map
     whole = checkpoint.parameters * 4
     shards = whole / ranks
     largest = SHAPE["vocab_size"] * SHAPE["hidden_size"] * 4
-    for rank, (peak, left) in enumerate(taken(checkpoint.path, ranks)):
+    for rank, (peak, left) in enumerate(taken(checkpoint, ranks, tmp_path / "taken")):
         mapped = whole if rank == 0 else 0
         assert left == pytest.approx(shards, rel=0.02)
         assert 0.9 * largest < peak - mapped - shards < 3 * largest < whole / 4

@@ -14,8 +14,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import gc
-import importlib
 import itertools
 import json
 import os
@@ -31,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from fork_server import IMPORTED
+from hfprune_launch.stage.warm import import_everything
 
 from faults.crash import Recorder, Recording, State, states_of
 from faults.subjects import Subject, subjects
@@ -49,9 +47,7 @@ def main() -> int:
     parser.add_argument("--draw", type=int, help="states per subject; default: all")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
-    for name in IMPORTED:  # once, instead of in every fork
-        importlib.import_module(name)
-    gc.freeze()  # memory that forks share
+    import_everything()  # once, instead of in every fork
     known = {subject.name: subject for subject in subjects()}
     reports = {}
     for name in arguments.subjects or known:

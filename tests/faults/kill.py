@@ -12,11 +12,11 @@ from pathlib import Path
 OPERATIONS = ("fsync", "rename", "replace", "link", "unlink", "mkdir", "rmdir")
 
 
-def arm(kill_at, match, operations=OPERATIONS):
+def arm(kill_at, match, operations=OPERATIONS, condition=lambda: True):
     """From now on, count operations on paths that contain ``match`` and die before the ``kill_at``-th."""
     count = countdown(kill_at)
     for name in operations:
-        before(name, match, count)
+        before(name, match, lambda: condition() and count())
 
 
 def arm_reductions(kill_at):
@@ -43,23 +43,27 @@ def countdown(kill_at):
     return count
 
 
-def refuse(match):
-    """From now on, no file may be replaced whose path contains ``match``."""
+def refuse(match, condition):
+    """From now on, no file may be replaced whose path contains ``match``, as long as a condition holds."""
 
     def deny():
+        if not condition():
+            return
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), match)
 
     for name in ("rename", "replace"):
         before(name, match, deny)
 
 
-def slow_down(match, seconds, while_exists=None):
-    """From now on, sleep before every replacement of a file whose path contains ``match``.
+def slow_down(match, seconds, while_exists, condition):
+    """From now on, sleep before every replacement of a file whose path contains ``match``, if a condition holds.
 
     While the file ``while_exists`` exists, sleep on.
     """
 
     def sleep():
+        if not condition():
+            return
         time.sleep(seconds)
         while while_exists and Path(while_exists).exists():
             time.sleep(seconds)

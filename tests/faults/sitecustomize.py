@@ -1,4 +1,6 @@
-"""Put on PYTHONPATH by fault tests: kills or slows down a process at chosen file-system operations.
+"""Put on PYTHONPATH by fault tests: kills or slows down ranks at chosen file-system operations.
+
+Ranks are forks of a process that has read this, so whether it concerns them is asked at each operation.
 
 KILL_RANK=r       the process whose rank is r ("launcher": the one without a rank)
 KILL_AT=n         it dies before its n-th operation that makes something durable or visible (0: never)
@@ -13,21 +15,28 @@ SLOW_STARTS=n     only in the first n starts of a job; without it, in all of the
 
 import os
 
-rank = os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or "launcher"
-if os.environ.get("KILL_RANK") == rank:
+
+def rank():
+    return os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or "launcher"
+
+
+if "KILL_RANK" in os.environ:
     from kill import arm, arm_reductions
 
+    def is_chosen():
+        return os.environ.get("KILL_RANK") == rank()
+
     if "KILL_MATCH" in os.environ:
-        arm(int(os.environ["KILL_AT"]), os.environ["KILL_MATCH"])
-    else:
+        arm(int(os.environ["KILL_AT"]), os.environ["KILL_MATCH"], condition=is_chosen)
+    elif is_chosen():
         arm_reductions(int(os.environ["KILL_AT"]))
-if os.environ.get("REFUSE_RANK") == rank:
+if "REFUSE_RANK" in os.environ:
     from kill import refuse
 
-    refuse(os.environ["REFUSE_MATCH"])
+    refuse(os.environ["REFUSE_MATCH"], lambda: os.environ.get("REFUSE_RANK") == rank())
 start = int(os.environ.get("SLURM_RESTART_COUNT") or 0)
-is_slow = "SLOW_MATCH" in os.environ and start < int(os.environ.get("SLOW_STARTS") or start + 1)
-if is_slow and rank != "launcher":
+if "SLOW_MATCH" in os.environ and start < int(os.environ.get("SLOW_STARTS") or start + 1):
     from kill import slow_down
 
-    slow_down(os.environ["SLOW_MATCH"], float(os.environ["SLOW_S"]), os.environ.get("SLOW_WHILE"))
+    slow = float(os.environ["SLOW_S"]), os.environ.get("SLOW_WHILE")
+    slow_down(os.environ["SLOW_MATCH"], *slow, condition=lambda: rank() != "launcher")

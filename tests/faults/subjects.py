@@ -86,12 +86,10 @@ class InProcess(LocalBackend):
     def _start(self, stage: Stage, claim: Claim, log: Path):
         log.touch()
         os.environ["OMP_NUM_THREADS"] = "1"
-        sys.argv = ["run.py", str(self._store.root), stage.id, "--claim", claim.ticket]
-        stage_script.die_with_parent = lambda: None
         stage_script.leave_process = sys.exit
         with contextlib.suppress(Exception, SystemExit):  # it has left its reason behind
-            stage_script.main()
-        return SimpleNamespace(poll=lambda: 0)
+            stage_script.main([str(self._store.root), stage.id, "--claim", claim.ticket])
+        return SimpleNamespace(ended=lambda timeout: True, codes={0: 0})
 
 
 # The store's own commands.

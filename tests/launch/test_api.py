@@ -22,6 +22,9 @@ class Failing:
     def __init__(self, store, *_):
         self._store = store
 
+    def close(self):
+        pass
+
     def run(self, stage, _):
         failure = Failure(self.cause, f"{stage.kind} of {stage.label} broke", 0, 0.0)
         handle = self._store.handle(stage.id)

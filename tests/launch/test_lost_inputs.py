@@ -24,6 +24,9 @@ class Reading:
     def __init__(self, store, *_):
         self._store = store
 
+    def close(self):
+        pass
+
     def run(self, stage, _):
         for need in map(self._store.handle, stage.needs):
             if need.verify(thorough=True).state == "corrupt":

@@ -42,6 +42,9 @@ def refusal(inputs, tmp_path, monkeypatch, capsys):
         def run(self, stage, _):
             pytest.fail(f"{stage.kind} {stage.label} began")
 
+        def close(self):
+            pass
+
     def message(*arguments, ways=(("--dry-run",), ())):
         return [_refuse(inputs, tmp_path / "out", capsys, *arguments, *way) for way in ways][-1]
 

@@ -3,11 +3,10 @@
 import pytest
 import shapes
 import torch
-from forks import INTERRUPTED, on_ranks
 from hypothesis import given
 from hypothesis import strategies as st
 from masking import mask, read_kept
-from ranks import SoloWorld, killing_in_reduction, run_stage
+from ranks import INTERRUPTED, SoloWorld, killing_in_reduction, on_ranks, run_stage
 from safetensors.torch import load_file
 from shapes import GROUPS, LAYERS, NEURONS, kept_of, load, metrics_of, outcome, scores_of
 from transformers import AutoModelForCausalLM
@@ -73,7 +72,7 @@ def test_refits_have_the_same_bits_on_any_number_of_ranks(tmp_path, settings, ra
     for size in (1, ranks):
         store, stage = prepare(tmp_path / str(size), dtype="bfloat16", **settings)
         ended = on_ranks(size, lambda world, store=store, stage=stage: shapes.run(store, stage, world))
-        assert ended.codes == [0] * size, ended.messages
+        assert ended == [0] * size, ended.messages
         outcomes.append(outcome(store, stage))
     assert outcomes[0] == outcomes[1]
 
@@ -116,7 +115,7 @@ def test_an_interrupted_refit_solves_no_layer_twice(tmp_path, monkeypatch):
             stream.write(f"{number}\n")
 
     def ended(ranks, store, stage, interruption=None):
-        (code,) = {*on_ranks(ranks, lambda world: shapes.run(store, stage, world, interruption)).codes}
+        (code,) = {*on_ranks(ranks, lambda world: shapes.run(store, stage, world, interruption))}
         return code
 
     settings = {"refit": "dense", "samples": 24, "layers": 3, "dtype": "bfloat16"}

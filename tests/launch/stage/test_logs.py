@@ -4,11 +4,5 @@ from hfprune_launch.stage.logs import end_of_log
 
 
 def test_of_a_long_log_only_the_end_is_read(tmp_path):
-    log = tmp_path / "log"
-    log.write_bytes("caf\u00e9\nlast".encode())
-    assert end_of_log(log, 100) == "caf\u00e9\nlast"
-    assert end_of_log(log, 6) == "\ufffd\nlast"
-
-
-def test_a_log_that_has_been_removed_is_empty(tmp_path):
-    assert end_of_log(tmp_path / "none", 100) == ""
+    (tmp_path / "log").write_bytes("caf\u00e9\nlast".encode())
+    assert end_of_log(tmp_path / "log", 6) == "\ufffd\nlast" and end_of_log(tmp_path / "none", 6) == ""

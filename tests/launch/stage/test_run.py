@@ -1,10 +1,8 @@
-"""The environment of a rank's process, and its end."""
+"""The end of a rank that fails."""
 
 import os
 import subprocess
 import sys
-
-import pytest
 
 from hfprune_dist.store.artifacts import Store
 
@@ -41,21 +39,3 @@ def test_a_rank_that_fails_ends_at_once_whatever_its_threads_do(tmp_path):
     assert ended.stderr.startswith("Traceback") and ended.stderr.endswith("RuntimeError: connection closed by peer\n")
     (failure,) = handle.failures()
     assert (failure.cause, failure.rank) == ("code", 3)
-
-
-@pytest.mark.parametrize(("chosen", "spins"), [({}, "0"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "30000000000")])
-def test_threads_of_a_rank_sleep_while_they_wait_unless_the_user_decides_otherwise(chosen, spins):
-    own = {name: value for name, value in os.environ.items() if not name.startswith(("OMP_WAIT", "GOMP_"))}
-    told = subprocess.run(
-        [
-            sys.executable,
-            "-c",
-            "from hfprune_launch.stage.run import prepare_environment; prepare_environment(); import torch",
-        ],
-        env={**own, "OMP_DISPLAY_ENV": "verbose", **chosen},  # OpenMP tells what it has read
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=True,
-    ).stderr
-    assert f"GOMP_SPINCOUNT = '{spins}'" in told  # rounds of waiting awake
