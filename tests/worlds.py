@@ -1,8 +1,8 @@
 """Worlds of several ranks that are threads of this process: milliseconds where real ranks take seconds.
 
 Ranks wait for each other in each collective. Where they don't all call the same one, every rank gets a
-``DivergedError`` that says which rank called what, instead of hanging. Collectives are logged per rank, with their
-bytes. A rank can be made to die before any of its collectives.
+``DivergedError`` that says which rank called what, instead of hanging. Collectives are logged per rank. A rank can be
+made to die before any of its collectives.
 
 ``without_deepspeed`` gives these ranks a calibration pass without ZeRO-3, but its gathers still count as collectives.
 """
@@ -17,7 +17,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Mapping
 from types import SimpleNamespace
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from ranks import write_stage_file
@@ -47,13 +47,6 @@ class Death(BaseException):
     """The end of a rank that was scheduled to die."""
 
 
-class Call(NamedTuple):
-    """One collective of a rank, and the bytes that the rank contributed."""
-
-    kind: str
-    bytes: int
-
-
 class Ranks:
     """Several ranks, each a thread, and the place where they meet.
 
@@ -66,7 +59,7 @@ class Ranks:
 
     def __init__(self, size: int, deaths: Mapping[int, int] | None = None) -> None:
         self.size = size
-        self.logs: list[list[Call]] = [[] for _ in range(size)]
+        self.logs: list[list[str]] = [[] for _ in range(size)]
         self._deaths = dict(deaths or {})
         self._changed = threading.Condition()
         self._here: dict[int, tuple[str, Any]] = {}
@@ -102,19 +95,14 @@ class Ranks:
 
     def counts(self, rank: int = 0) -> Counter[str]:
         """Return how often a rank took part in each kind of collective."""
-        return Counter(call.kind for call in self.logs[rank])
+        return Counter(self.logs[rank])
 
-    def meet(self, rank: int, kind: str, mine: Any = None, size: int = 0) -> list[Any]:
-        """Take part in a collective and return what each rank contributed, in rank order.
-
-        Args:
-            kind: which collective, in the same words on every rank.
-            size: of ``mine``, in bytes.
-        """
+    def meet(self, rank: int, kind: str, mine: Any = None) -> list[Any]:
+        """Take part in a collective, named alike on every rank; return what each contributed, in rank order."""
         if self._deaths.get(rank) == len(self.logs[rank]):
             raise Death(f"rank {rank} before its collective {len(self.logs[rank])}, {kind}")
         with self._changed:
-            self.logs[rank].append(Call(kind, size))
+            self.logs[rank].append(kind)
             self._here[rank] = kind, mine
             meeting = self._meetings
             if len(self._here) == self.size:
@@ -169,36 +157,30 @@ class ThreadWorld(World):
         super().__init__(rank=rank, size=ranks.size, local_size=ranks.size, device=torch.device("cpu"))
         object.__setattr__(self, "_ranks", ranks)
 
-    def together(self, kind: str) -> None:
-        """Take part in a collective outside the world's methods, such as a forward of a sharded model."""
-        self._meet(kind)
+    def together(self, kind: str, mine: Any = None) -> list[Any]:
+        """Take part in a collective, which may be one outside the world's methods: a forward of a sharded model."""
+        ranks: Ranks = object.__getattribute__(self, "_ranks")
+        return ranks.meet(self.rank, kind, mine)
 
     def broadcast(self, value: T, source: int = 0) -> T:
-        mine = pickle.dumps(value) if self.rank == source else b""
-        brought = self._meet(f"broadcast from {source}", mine, len(mine))
+        brought = self.together(f"broadcast from {source}", pickle.dumps(value) if self.rank == source else b"")
         return value if self.rank == source else pickle.loads(brought[source])
 
     def all_gather(self, value: T) -> list[T]:
-        mine = pickle.dumps(value)
-        return [pickle.loads(theirs) for theirs in self._meet("all_gather", mine, len(mine))]
+        return [pickle.loads(theirs) for theirs in self.together("all_gather", pickle.dumps(value))]
 
     def broadcast_tensor(self, tensor: torch.Tensor, source: int) -> None:
         mine = tensor.clone() if self.rank == source else None
         kind = f"broadcast_tensor from {source}, {tensor.dtype} {list(tensor.shape)}"
-        tensor.copy_(self._meet(kind, mine, 0 if mine is None else mine.nbytes)[source])
+        tensor.copy_(self.together(kind, mine)[source])
 
     def all_reduce(self, tensor: torch.Tensor) -> None:
-        brought = self._meet(f"all_reduce {tensor.dtype} {list(tensor.shape)}", tensor.clone(), tensor.nbytes)
+        brought = self.together(f"all_reduce {tensor.dtype} {list(tensor.shape)}", tensor.clone())
         tensor.copy_(torch.stack(brought).sum(0))
 
     def reduce(self, tensor: torch.Tensor, owner: int) -> None:
-        kind = f"reduce {owner}, {tensor.dtype} {list(tensor.shape)}"
-        brought = self._meet(kind, tensor.clone(), tensor.nbytes)
+        brought = self.together(f"reduce {owner}, {tensor.dtype} {list(tensor.shape)}", tensor.clone())
         tensor.copy_(torch.stack(brought).sum(0)) if self.rank == owner else tensor.fill_(-1)
-
-    def _meet(self, kind: str, mine: Any = None, size: int = 0) -> list[Any]:
-        ranks: Ranks = object.__getattribute__(self, "_ranks")
-        return ranks.meet(self.rank, kind, mine, size)
 
 
 FORWARD, BACKWARD, HEAD = "forward", "backward", "gather head"

@@ -261,6 +261,10 @@ def test_a_corrupt_artifact_is_set_aside_and_made_again(finished, config, tmp_pa
     assert_same_as(finished[0], out)
 
 
+# Ranks of the first stage do not end by themselves.
+SLEEPING = {"PYTHONPATH": str(FAULTS), "SLOW_MATCH": "partial", "SLOW_S": "600"}
+
+
 def descendants_of(process):
     return psutil.Process(process.pid).children(recursive=True)
 
@@ -313,8 +317,7 @@ def test_killing_the_launcher_at_any_moment(finished, config, short_of):
 def test_no_rank_outlives_its_launcher(config, tmp_path):
     """The rank would not end by itself before the test does."""
     out = tmp_path / "out"
-    sleeping = {"PYTHONPATH": str(FAULTS), "SLOW_MATCH": "partial", "SLOW_S": "600"}
-    launcher = start(config, out, *ONE_CELL, "--ranks", "1", real=True, environment=sleeping)
+    launcher = start(config, out, *ONE_CELL, "--ranks", "1", real=True, environment=SLEEPING)
     wait_for(lambda: at_work(out, "importance/*"))
     started = descendants_of(launcher)
     assert len(started) >= 3, "the warm process, a watcher and a rank"
@@ -353,8 +356,8 @@ def test_a_rank_that_fails_ends_the_stage_with_its_message(config, tmp_path):
 
 def test_ctrl_c_leaves_nothing_running_and_nothing_half_written(finished, config, short_of):
     out = short_of(SCORES, PRUNE, RECOVER)  # without a checkpoint, so that all of it is needed
-    launcher = start(config, out, *ONE_CELL, real=True)
-    wait_for(lambda: list((out / "store" / "work").glob("*/*/stage.json")) and len(descendants_of(launcher)) >= 3)
+    launcher = start(config, out, *ONE_CELL, real=True, environment=SLEEPING)
+    wait_for(lambda: at_work(out, id_of(finished[0], SCORES)))
     started = descendants_of(launcher)
     shown = sweep(config, out, *ONE_CELL, "--status").stdout
     assert f"process {launcher.pid}" in shown and "running" in shown and "job" not in shown
