@@ -40,7 +40,7 @@ class Ended(NamedTuple):
     """How the ranks of a stage ended: the first exit code that isn't 0, and their output."""
 
     returncode: int
-    stderr: str
+    output: str
 
 
 def surroundings() -> dict[str, str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from hfprune_launch.stage.attempts import Ledger
 from hfprune_launch.stage.stage_state import name_of
@@ -14,13 +14,12 @@ from hfprune_dist.store.artifacts import StageHandle, Store
 from hfprune_dist.store.claims import Holder
 from hfprune_dist.store.stage import Stage
 
-# Time that a launcher may take to end; it looks for the token every second and gives its ranks 20 s.
+# Time that a launcher may take to end; it looks for the token every second and gives its ranks 10 s.
 WAIT_S = 40.0
 POLL_S = 0.1
 
 
-@dataclass(frozen=True)
-class Running:
+class Running(NamedTuple):
     """A running stage, and the launcher that holds its claim."""
 
     stage: Stage
@@ -31,9 +30,6 @@ class Running:
         claim = self.handle.open_claim()
         return claim is not None and claim.lives and claim.holder == self.holder
 
-    def __str__(self) -> str:
-        return f"{self.stage.kind} {self.stage.label}: {name_of(self.holder)}"
-
 
 def running_without_job(plan: Plan, store: Store) -> list[Running]:
     """Return the stages that launchers run themselves, not in jobs of a batch system, in plan order."""
@@ -41,8 +37,7 @@ def running_without_job(plan: Plan, store: Store) -> list[Running]:
     for stage in plan.stages.values():
         handle = store.handle(stage.id)
         claim = handle.open_claim()
-        submits = ledger.open_job(stage.id) is not None
-        if claim is not None and claim.lives and claim.holder.job is None and not submits:
+        if claim and claim.lives and claim.holder.job is None and ledger.open_job(stage.id) is None:
             running.append(Running(stage, handle, claim.holder))
     return running
 
@@ -51,9 +46,10 @@ def wait_until_cancelled(running: Sequence[Running]) -> Iterator[str]:
     """Wait for launchers to leave their stages once a cancellation has been requested; yield a message about each."""
     deadline = time.monotonic() + WAIT_S
     for each in running:
-        while each.goes_on() and time.monotonic() < deadline:
+        while (goes_on := each.goes_on()) and time.monotonic() < deadline:
             time.sleep(POLL_S)
-        if each.goes_on():
-            yield f"not cancelled yet: {each} is still at work on it; on its machine, kill {each.holder.pid} ends it"
+        name = f"{each.stage.kind} {each.stage.label}: {name_of(each.holder)}"
+        if goes_on:
+            yield f"not cancelled yet: {name} is still at work on it; on its machine, kill {each.holder.pid} ends it"
         else:
-            yield f"cancelled: {each} has stopped work on it; what was saved stays, and the same command continues"
+            yield f"cancelled: {name} has stopped work on it; what was saved stays, and the same command continues"

@@ -9,18 +9,14 @@ from hfprune_dist.store.atomic_files import unless_stale
 
 
 def end_of_log(log: Path, most: int) -> str:
-    """Return the end of a log, without what comes before its last ``most`` bytes; empty if there is no log (any more).
+    """Return the last ``most`` bytes of a log, whose first line may be cut off; empty if there is no log (any more)."""
 
-    Its first line may be cut off.
-    """
+    def read() -> bytes:
+        with log.open("rb") as stream:
+            stream.seek(max(0, stream.seek(0, os.SEEK_END) - most))
+            return stream.read()
+
     try:
-        return unless_stale(lambda: _last_bytes(log, most)).decode("utf-8", errors="replace")
+        return unless_stale(read).decode("utf-8", errors="replace")
     except FileNotFoundError:
         return ""
-
-
-def _last_bytes(file: Path, most: int) -> bytes:
-    with file.open("rb") as stream:
-        size = stream.seek(0, os.SEEK_END)
-        stream.seek(max(0, size - most))
-        return stream.read()

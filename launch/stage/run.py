@@ -112,17 +112,19 @@ def run_stage(handle: StageHandle, interruption: Interruption, should_run: Calla
         from hfprune_dist.distributed.world import join_world, leave_world
         from hfprune_dist.stages.context import Context
 
-    world = join_world(os.environ, _timeout_minutes(handle), reproducible=KINDS[kind_of(handle.id)].reproducible)
+    content = find_stage_file(handle)  # none if another process has done the stage
+    runtime = RuntimeConfig.model_validate({} if content is None else content.runtime)
+    reproducible = KINDS[kind_of(handle.id)].reproducible
+    world = join_world(os.environ, runtime.collective_timeout_minutes, reproducible=reproducible)
     admission = should_run(world)
     if admission.runs:
         content, claim = read_stage_file(handle), admission.claim
-        guard = None if claim is None else claim.require_held
         context: Context[Parameters] = Context(
             stage=Stage.from_json(content.stage),
             store=handle.store,
             world=world,
             runtime=RuntimeConfig.model_validate(content.runtime),
-            progress=Progress(handle.work if world.is_first else None, guard),
+            progress=Progress(handle.work if world.is_first else None, None if claim is None else claim.require_held),
             config=content.config,
             code=content.code,
             attempt=content.attempt,
@@ -145,13 +147,6 @@ def _imports() -> Iterator[None]:
     finally:
         gc.freeze()
         gc.enable()
-
-
-def _timeout_minutes(handle: StageHandle) -> int:
-    """Return the collective timeout that the stage runs with; the default if there is no ``stage.json`` (any more)."""
-    content = find_stage_file(handle)
-    runtime = RuntimeConfig() if content is None else RuntimeConfig.model_validate(content.runtime)
-    return runtime.collective_timeout_minutes
 
 
 if __name__ == "__main__":

@@ -141,5 +141,5 @@ def test_two_sharded_ranks_have_the_bits_of_one(tmp_path, model_type, dtype, che
     stores = {ranks: Store(tmp_path / f"on {ranks}") for ranks in (1, 2)}
     for ranks, store in stores.items():
         result = run_stage(store, stage, ranks, activation_checkpointing=checkpointing and ranks == 2)
-        assert result.returncode == 0, result.stderr[-3000:]
+        assert result.returncode == 0, result.output[-3000:]
     assert files_of(stores[1], stage) == files_of(stores[2], stage)

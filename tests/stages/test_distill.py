@@ -71,8 +71,8 @@ def lay_out(source, folder, passes=6, **settings):
 
 def finish(store, stage, ranks):
     result = run_stage(store, stage, ranks, **RUNTIME)
-    assert result.returncode == 0, result.stderr[-2000:]
-    return result.stdout
+    assert result.returncode == 0, result.output[-2000:]
+    return result.output
 
 
 def divergence(dense, model):

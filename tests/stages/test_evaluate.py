@@ -108,7 +108,7 @@ def make_reference(store, inputs, dense, dtype, name):
 
 def finish(store, stage, ranks, **options):
     result = run_stage(store, stage, ranks, environment={"HF_HUB_OFFLINE": "1"}, **options)
-    assert result.returncode == 0, result.stderr[-3000:]
+    assert result.returncode == 0, result.output[-3000:]
     assert store.handle(stage.id).verify(thorough=True).state == "done"
     return store.handle(stage.id).manifest()["metrics"]
 

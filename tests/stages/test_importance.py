@@ -64,7 +64,7 @@ def scores_of(store, stage):
 def run_in(folder, stage, ranks, **options):
     store = Store(folder)
     result = run_stage(store, stage, ranks, **options)
-    assert result.returncode == 0, result.stderr[-3000:]
+    assert result.returncode == 0, result.output[-3000:]
     return store
 
 
@@ -170,7 +170,7 @@ def test_nan_weights_end_the_stage_with_the_layers_name(tmp_path):
     assert open_checkpoint(tmp_path / "model")
     store = Store(tmp_path / "store")
     result = run_stage(store, stage)
-    assert result.returncode == 2 and "Traceback" not in result.stderr
+    assert result.returncode == 2 and "Traceback" not in result.output
     assert failure_of(store, stage)["cause"] == "input"
     assert "layer 1" in failure_of(store, stage)["message"]
 

@@ -48,7 +48,7 @@ def lay_out(source, root, *, steps=STEPS, **changes):
 
 def finish(store, stage, ranks):
     ended = run_stage(store, stage, ranks, **RUNTIME)
-    assert ended.returncode == 0, ended.stderr[-2000:]
+    assert ended.returncode == 0, ended.output[-2000:]
     return store.path(stage.id)
 
 

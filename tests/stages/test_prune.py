@@ -50,7 +50,7 @@ def assert_highest_stay(store, kept):
 def test_real_ranks_write_a_checkpoint_that_plain_transformers_loads(tmp_path):
     store, stage = prepare(tmp_path, refit="none", shard_size="20KB")
     result = run_stage(store, stage, ranks=2)
-    assert result.returncode == 0, result.stderr[-2000:]
+    assert result.returncode == 0, result.output[-2000:]
     model, metrics = AutoModelForCausalLM.from_pretrained(store.path(stage.id)), metrics_of(store, stage)
     assert metrics["intermediate_size"] == model.config.intermediate_size < NEURONS
     assert metrics["parameters"] == sum(p.numel() for p in model.parameters())
@@ -90,7 +90,7 @@ def test_a_block_goes_on_with_the_same_bits_after_one_of_its_ranks_died_in_the_s
     assert killed.returncode != 0 and not store.path(stage.id).exists()
     assert len(list(store.work(stage.id).glob("refit/layer-*.safetensors"))) == 1
     resumed = run_stage(store, stage, 2)
-    assert resumed.returncode == 0, resumed.stderr[-2000:]
+    assert resumed.returncode == 0, resumed.output[-2000:]
     assert outcome(store, stage) == outcome(reference, stage)
 
 

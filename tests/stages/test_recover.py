@@ -39,8 +39,8 @@ def make_stage(source, **changes):
 
 def finish(store, stage, ranks, code=0, **runtime):
     ended = run_stage(store, stage, ranks, **RUNTIME, **runtime)
-    assert ended.returncode == code, ended.stdout + ended.stderr
-    return ended.stdout + ended.stderr
+    assert ended.returncode == code, ended.output
+    return ended.output
 
 
 @pytest.fixture(scope="module")
