@@ -117,11 +117,6 @@ def test_a_launcher_that_waits_for_anothers_stage_is_cancelled_with_it(backend, 
     assert run(backend).state == "done"
 
 
-def test_success_is_an_artifact(backend, store):
-    backend.meanwhile = lambda claim: commit(store, claim)
-    assert run(backend).state == "done"
-
-
 def test_the_logs_of_an_artifact_that_was_lost_stay(backend, store, tmp_path):
     """Its store entry is removed by hand, for want of room or since it is damaged; then it is made again."""
     expected = [False, True, True, False, False, True]

@@ -1,5 +1,6 @@
 """Cancelling what launchers run themselves."""
 
+import os
 import threading
 from dataclasses import asdict, replace
 
@@ -23,19 +24,13 @@ def store(tmp_path):
     return Store(tmp_path / "store")
 
 
-def test_a_launcher_is_waited_for(store):
+def test_a_launcher_is_waited_for_and_named_if_it_does_not_end(store, monkeypatch):
     claim = store.handle(STAGE.id).claim()
     running = running_without_job(PLAN, store)
     threading.Timer(0.2, claim.release).start()
     (line,) = wait_until_cancelled(running)
     assert line.startswith("cancelled: prune a 0.2: process ") and running_without_job(PLAN, store) == []
-
-
-@pytest.mark.parametrize("host", [Holder.me().host, "elsewhere"])
-def test_a_launcher_that_does_not_end_is_named(store, monkeypatch, host):
     monkeypatch.setattr(cancel, "WAIT_S", 0.2)
-    holder = replace(Holder.me(), host=host)
-    store.work(STAGE.id).mkdir(parents=True)
-    write_json(store.work(STAGE.id) / "claim.1", asdict(holder))
+    write_json(store.handle(STAGE.id).work / "claim.2", asdict(replace(Holder.me(), host="elsewhere")))
     (line,) = wait_until_cancelled(running_without_job(PLAN, store))
-    assert line.startswith("not cancelled yet: prune a 0.2: process") and f"kill {holder.pid} ends it" in line
+    assert line.startswith("not cancelled yet: prune a 0.2: process") and f"kill {os.getpid()} ends it" in line
