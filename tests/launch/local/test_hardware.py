@@ -1,6 +1,5 @@
 """This machine's device, and the note on stages whose dtype its CPU computes slowly."""
 
-
 import pytest
 from hfprune_launch.local import hardware
 from hfprune_launch.local.hardware import device_here, note_on_bfloat16
