@@ -8,8 +8,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
-from ranks import on_ranks
 from gather_counter import counting_gathers
+from ranks import on_ranks
 
 from hfprune_dist.checkpoints.checkpoint import Checkpoint
 from hfprune_dist.config.schema import RuntimeConfig

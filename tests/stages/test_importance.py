@@ -91,10 +91,10 @@ def test_anyone_can_recompute_the_scores_from_the_windows(on_one_rank):
     assert metrics["tokens"] == 11 * 32
 
 
-@pytest.mark.parametrize(("ranks", "sharding"), [(2, "zero3"), (3, "auto")])
-def test_any_number_of_ranks_gives_the_same_bits(on_one_rank, ranks, sharding):
+@pytest.mark.parametrize(("ranks", "fresh", "sharding"), [(2, True, "zero3"), (3, False, "auto")])
+def test_any_number_of_ranks_gives_the_same_bits_forked_or_not(on_one_rank, ranks, fresh, sharding):
     folder, stage, one = on_one_rank
-    many = run_in(folder / f"{ranks} {sharding}", stage, ranks, sharding=sharding)
+    many = run_in(folder / f"{ranks} {sharding}", stage, ranks, fresh=fresh, sharding=sharding)
     assert many.handle(stage.id).manifest()["world_size"] == ranks
     for name, expected in scores_of(one, stage).items():
         assert torch.equal(scores_of(many, stage)[name], expected), name
