@@ -1,23 +1,68 @@
-"""Finding checkpoints by the names that a user gives, and the hashes that identify their content."""
+"""Finding checkpoints by the names that a user gives, and the hashes that identify their content.
+
+A dry run plans with stand-ins for models of the hub that aren't downloaded.
+"""
 
 from __future__ import annotations
 
+import atexit
+import json
+import math
 import os
+import shutil
+import struct
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import combinations
 from pathlib import Path
+from typing import Any
 
-from hfprune_dist.checkpoints.checkpoint import LICENCE_PATTERNS, Checkpoint, open_checkpoint
+from hfprune_dist.checkpoints.checkpoint import LICENCE_PATTERNS, TOKENIZER_FILES, Checkpoint, open_checkpoint
+from hfprune_dist.checkpoints.weight_files import INDEX_FILE, SINGLE_FILE
 from hfprune_dist.config.load import absolute_path, is_hub_id, parse
 from hfprune_dist.config.schema import ModelAlias, SweepConfig
 from hfprune_dist.config.yaml_text import read_yaml
 from hfprune_dist.errors import UserError, did_you_mean, hub_errors
-from hfprune_dist.planning.stand_ins import stand_in
 from hfprune_dist.planning.user_files import content_files
+from hfprune_dist.store.atomic_files import write_json
 from hfprune_dist.store.hashing import FileHashes, digest_of
 from hfprune_dist.store.stage import Content
+
+# What is downloaded; Mistral's models hold all weights twice, once more in their publisher's own format.
+DOWNLOADED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "README.md", "tokenization_*.py"]
+DOWNLOADED += LICENCE_PATTERNS
+TWICE = ["consolidated*.safetensors"]
+TIMEOUT_S = 10.0
+# A shape of which every method can make something, Llama-3.1-8B's, and its tensors outside of layers and in each.
+_ASSUMED = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 4096,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "vocab_size": 128256,
+    "max_position_embeddings": 131072,
+    "rms_norm_eps": 1e-5,
+    "tie_word_embeddings": False,
+}
+_AROUND = {"model.embed_tokens": [128256, 4096], "model.norm": [4096], "lm_head": [128256, 4096]}
+_LAYER = {
+    "input_layernorm": [4096],
+    "self_attn.q_proj": [4096, 4096],
+    "self_attn.k_proj": [1024, 4096],
+    "self_attn.v_proj": [1024, 4096],
+    "self_attn.o_proj": [4096, 4096],
+    "post_attention_layernorm": [4096],
+    "mlp.gate_proj": [14336, 4096],
+    "mlp.up_proj": [14336, 4096],
+    "mlp.down_proj": [4096, 14336],
+}
+# Of a file of weights: tensor -> dtype, shape and data_offsets.
+Header = Mapping[str, Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -93,38 +138,26 @@ def _resolve(
     alias = aliases.get(name)
     if isinstance(alias, Path):
         alias = read_alias(alias)
-    if alias is None:
-        folder = Path(name)
-        if folder.is_file():
-            raise UserError(f"--models: {name} is a file; give the folder of a Hugging Face checkpoint")
-        if not folder.is_dir() and is_hub_id(name):
-            hub_id, _, revision = name.partition("@")
-            try:
-                return from_hub(name.split("/", 1)[1], hub_id, revision or "main", name)
-            except UserError as error:
-                raise UserError(f"{error}; nor is there a folder {name}") from None
-        if not (folder.is_dir() or os.sep in name):
-            raise UserError(
-                f"--models: unknown model {name!r}{did_you_mean(name, aliases)}; valid: {', '.join(sorted(aliases))}, "
-                "the folder of a Hugging Face checkpoint, or a hub id (org/name)"
-            )
-        spelling = absolute_path(name, Path.cwd())
-        return _local(Path(spelling).name, Path(spelling).resolve(), hashes, spelling)
-    if alias.path is not None:
+    if alias is not None and alias.path is not None:
         return _local(name, Path(alias.path), hashes, name)
-    assert alias.hub_id is not None
-    return from_hub(name, alias.hub_id, alias.revision, name)
-
-
-def _hub_model(name: str, hub_id: str, revision: str, spelling: str, *, download: bool, stands_in: bool) -> ModelSource:
-    folder, is_known = _snapshot(name, hub_id, revision, download, optional=stands_in), True
-    is_here = folder is not None
-    if folder is None:
-        folder, is_known = stand_in(name, hub_id, revision)
-    checkpoint = open_checkpoint(folder)
-    # The last part of a snapshot's folder is the commit that the revision stood for.
-    identity = digest_of([hub_id, checkpoint.path.name])
-    return ModelSource(name, checkpoint, identity, spelling, "commit", is_here, is_known)
+    if alias is not None:
+        return from_hub(name, alias.hub_id, alias.revision, name)
+    folder = Path(name)
+    if folder.is_file():
+        raise UserError(f"--models: {name} is a file; give the folder of a Hugging Face checkpoint")
+    if not folder.is_dir() and is_hub_id(name):
+        hub_id, _, revision = name.partition("@")
+        try:
+            return from_hub(name.split("/", 1)[1], hub_id, revision or "main", name)
+        except UserError as error:
+            raise UserError(f"{error}; nor is there a folder {name}") from None
+    if not (folder.is_dir() or os.sep in name):
+        raise UserError(
+            f"--models: unknown model {name!r}{did_you_mean(name, aliases)}; valid: {', '.join(sorted(aliases))}, "
+            "the folder of a Hugging Face checkpoint, or a hub id (org/name)"
+        )
+    spelling = absolute_path(name, Path.cwd())
+    return _local(Path(spelling).name, Path(spelling).resolve(), hashes, spelling)
 
 
 def _local(name: str, folder: Path, hashes: FileHashes, spelling: str) -> ModelSource:
@@ -133,31 +166,93 @@ def _local(name: str, folder: Path, hashes: FileHashes, spelling: str) -> ModelS
     return ModelSource(name, checkpoint, identity, spelling, "checkpoint")
 
 
-def _snapshot(name: str, hub_id: str, revision: str, download: bool, optional: bool) -> Path | None:
-    """The folder of a model in the hub's cache; None if it is ``optional`` and not there."""
+def _hub_model(name: str, hub_id: str, revision: str, spelling: str, *, download: bool, stands_in: bool) -> ModelSource:
+    """A model in the hub's cache, or a stand-in for it."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
-    patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "README.md"]
-    patterns += ["tokenization_*.py", *LICENCE_PATTERNS]
-    # Mistral's models hold all weights twice, once more in their publisher's own format.
-    twice = ["consolidated*.safetensors"]
+    is_here = is_known = True
     try:
-        found = snapshot_download(
-            hub_id,
-            revision=revision,
-            allow_patterns=patterns,
-            ignore_patterns=twice,
-            local_files_only=not download,
+        folder = Path(
+            snapshot_download(
+                hub_id,
+                revision=revision,
+                allow_patterns=DOWNLOADED,
+                ignore_patterns=TWICE,
+                local_files_only=not download,
+            )
         )
     except LocalEntryNotFoundError:
-        if optional:
-            return None
-        action = "check the network" if download else "it is downloaded when the sweep runs without --dry-run"
-        raise UserError(f"model {name!r}: {hub_id}@{revision} is not in the local hub cache; {action}") from None
+        if not stands_in:
+            action = "check the network" if download else "it is downloaded when the sweep runs without --dry-run"
+            raise UserError(f"model {name!r}: {hub_id}@{revision} is not in the local hub cache; {action}") from None
+        is_here = False
+        folder, is_known = _stand_in(name, hub_id, revision)
     except hub_errors() as error:
         raise UserError(
             f"model {name!r}: {hub_id}@{revision} can't be downloaded: {error}; for a gated model, accept its licence "
             "on its page and run `hf auth login`"
         ) from None
-    return Path(found)
+    checkpoint = open_checkpoint(folder)
+    # The last part of a snapshot's folder is the commit that the revision stood for.
+    identity = digest_of([hub_id, checkpoint.path.name])
+    return ModelSource(name, checkpoint, identity, spelling, "commit", is_here, is_known)
+
+
+def _stand_in(name: str, hub_id: str, revision: str) -> tuple[Path, bool]:
+    """Make a folder like a model's, in a temporary one that goes with this process: its config.json, and files without
+    content whose headers are those of its weights; named like its commit. If the hub can't be asked for these, it has
+    the shape of another model: enough to plan with, and never shown.
+
+    Returns:
+        the folder, and whether its shape is the model's.
+
+    Raises:
+        UserError: if the hub has no such model or revision, or no safetensors of it.
+    """
+    from huggingface_hub import HfApi, hf_hub_download
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, NotASafetensorsRepoError
+
+    hub = HfApi()
+    try:
+        commit = str(hub.model_info(hub_id, revision=revision, timeout=TIMEOUT_S).sha)
+        config = json.loads(Path(hf_hub_download(hub_id, "config.json", revision=commit)).read_text(encoding="utf-8"))
+        files = hub.get_safetensors_metadata(hub_id, revision=commit, timeout=TIMEOUT_S).files_metadata
+    except (NotASafetensorsRepoError, HfHubHTTPError) as error:
+        if not isinstance(error, GatedRepoError):
+            raise UserError(f"model {name!r}: {hub_id}@{revision} can't be downloaded: {error}") from None
+    except hub_errors():  # offline, or out of reach
+        pass
+    else:
+        headers = {
+            file: {tensor: asdict(info) for tensor, info in header.tensors.items()} for file, header in files.items()
+        }
+        return _folder(commit, config, headers), True
+    return _folder("unknown", _ASSUMED, {SINGLE_FILE: _assumed_header()}), False
+
+
+def _assumed_header() -> Header:
+    layers = {f"model.layers.{layer}.{name}": shape for layer in range(32) for name, shape in _LAYER.items()}
+    header, end = {}, 0
+    for name, shape in {**_AROUND, **layers}.items():
+        begin, end = end, end + 2 * math.prod(shape)
+        header[f"{name}.weight"] = {"dtype": "BF16", "shape": shape, "data_offsets": [begin, end]}
+    return header
+
+
+def _folder(name: str, config: Mapping[str, Any], headers: Mapping[str, Header]) -> Path:
+    above = Path(tempfile.mkdtemp(prefix="hfprune-"))
+    atexit.register(shutil.rmtree, above, ignore_errors=True)
+    folder = above / name
+    folder.mkdir()
+    write_json(folder / "config.json", dict(config))
+    (folder / TOKENIZER_FILES[0]).touch()
+    for file, header in headers.items():
+        text = json.dumps(header, allow_nan=False).encode()
+        with (folder / file).open("wb") as stream:
+            stream.write(struct.pack("<Q", len(text)) + text)
+            stream.truncate(stream.tell() + max(tensor["data_offsets"][1] for tensor in header.values()))
+    if len(headers) > 1:
+        weight_map = {tensor: file for file, header in headers.items() for tensor in header}
+        write_json(folder / INDEX_FILE, {"weight_map": weight_map})
+    return folder
