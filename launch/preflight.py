@@ -90,7 +90,7 @@ def check_stages(
 
 def _check_gpus() -> None:
     if count_gpus():
-        from hfprune_dist.distributed.devices import require_usable_gpus  # torch takes seconds to import
+        from hfprune_dist.distributed.world import require_usable_gpus  # torch takes seconds to import
 
         require_usable_gpus()
 

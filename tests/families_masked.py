@@ -116,7 +116,7 @@ def through_layers(checkpoint, model, windows):
         assert torch.equal(hidden_BTC, expected), number
         hidden_BTC = run(reader.layer(number), hidden_BTC)
         assert torch.equal(hidden_BTC, output if isinstance(output, torch.Tensor) else output[0]), number
-    ((_, logits_NV),) = reader.head().outputs(hidden_BTC).logits()
+    ((_, logits_NV),) = reader.head().outputs(reader.final_norm()(hidden_BTC)).logits()
     assert (logits_NV - logits.flatten(0, 1).float()).abs().max() <= 1e-6 * logits.abs().max()
 
 

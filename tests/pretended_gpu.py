@@ -8,14 +8,11 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from lanes import PlainLanes
 from torch import Tensor
 from torch.autograd import Variable
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-
-from hfprune_dist.distributed import host_transfers
 
 GPU, CPU = torch.device("cuda", 0), torch.device("cpu")
 # Operations that take tensors of both devices; the first tensor determines where the result is.
@@ -100,6 +97,7 @@ class _Calls(TorchFunctionMode):
                 return self._moved(first, is_there, args[1:], kwargs)
             if name == "histc":  # its counts of integers exist only on a GPU
                 args = first.float(), *args[1:]
+            kwargs.pop("pin_memory", None)
             target = kwargs.get("device")
             if target is not None:
                 kwargs["device"] = CPU if torch.device(target).type == "cuda" else target
@@ -114,6 +112,7 @@ class _Calls(TorchFunctionMode):
             return result
 
     def _moved(self, tensor, is_there, args, kwargs):
+        kwargs.pop("non_blocking", None)
         target, others = kwargs.pop("device", None), []
         for it in args:
             if isinstance(it, Tensor):
@@ -150,7 +149,8 @@ def pretended_gpu() -> Iterator[None]:
     """Within the context, tensors may be moved to ``GPU``; mixing them with others raises ``MixedError``."""
     places = _Places()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(host_transfers, "lanes_of", lambda device: PlainLanes(device) if device.type == "cuda" else None)
+        patch.setattr(torch.cuda, "set_device", lambda _device: None)
+        patch.setattr(Tensor, "pin_memory", lambda tensor: tensor)
         patch.setattr(torch.cuda, "get_device_name", lambda _device=None: "pretended")
         patch.setattr(torch.cuda, "get_device_capability", lambda _device=None: (7, 0))
         patch.setattr(torch.cuda, "mem_get_info", lambda _device=None: (2**36, 2**36))

@@ -7,10 +7,11 @@ from safetensors.torch import load_file
 from tiny import save_tiny
 
 from hfprune_dist.checkpoints.checkpoint import open_checkpoint
+from hfprune_dist.core.least_squares import RIDGES
 from hfprune_dist.distributed.layer_stream import LayerStream
 from hfprune_dist.distributed.sums import is_held_out
 from hfprune_dist.models.single_layer import LayerReader, part_of, run
-from hfprune_dist.refit.dense_refit import DenseRefit
+from hfprune_dist.refit.dense_refit import refit_on_dense
 from hfprune_dist.refit.refitted_layers import RefittedLayers
 from hfprune_dist.refit.sequential_refit import SequentialRefit
 from hfprune_dist.structures.kept import Kept
@@ -54,27 +55,21 @@ def some_kept(layers, seed=0, kinds=KINDS):
     return Kept(tuple(layers), {kind: units[kind] for kind in kinds})
 
 
-def fitted_in(checkpoint, folder, refit, kinds=KINDS):
-    return RefittedLayers(checkpoint, [checkpoint.structures[kind] for kind in kinds], refit == "block", folder)
-
-
 def refit(method, checkpoint, kept, folder, **options):
     """Refit what stays, as the prune stage does, and return where the refitted layers are.
 
     Args:
         options: ``world``, ``windows_ST``, ``dtype``, ``micro_batch_size`` and ``after_each``.
     """
-    world, windows_ST = options["world"], options["windows_ST"]
-    where = windows_ST, options.get("dtype", torch.float32), options.get("micro_batch_size", MICRO_BATCH), world
-    fitted = fitted_in(checkpoint, folder, method, kinds=list(kept.units))
-    stream = LayerStream(checkpoint, *where)
+    where = options["windows_ST"], options.get("dtype", torch.float32), options.get("micro_batch_size", MICRO_BATCH)
+    fitted, kinds = RefittedLayers(checkpoint, folder), [checkpoint.structures[kind] for kind in kept.units]
+    streams = [LayerStream(checkpoint, *where, options["world"]) for _ in range(1 + (method != "dense"))]
+    after_each = options.get("after_each", lambda _done: None)
     if method == "dense":
-        made = DenseRefit(kept, stream, fitted, world)
+        refit_on_dense(kept, kinds, *streams, fitted, after_each)
     else:
-        streams = stream, LayerStream(checkpoint, *where)
-        iterations = options.get("more_iterations", 2)
-        made = SequentialRefit(checkpoint.family, kept, *streams, fitted, more_iterations=iterations, world=world)
-    made.run(options.get("after_each", lambda _done: None))
+        iterations = 2 if method == "block" else None
+        SequentialRefit(kept, kinds, *streams, fitted, more_iterations=iterations).run(after_each)
     return fitted
 
 
@@ -163,10 +158,10 @@ def ridge_regression(weight, hidden, targets, ridge):
     return weight + torch.linalg.lstsq(rows, wanted).solution.T
 
 
-def is_as_good_as_any(ridge, ridges, weight, hidden_BTK, targets_BTC):
-    """Return whether no other ridge is closer by more than rounding; where nothing is lost, all are equally good."""
-    errors = held_out_errors(ridges, weight, hidden_BTK, targets_BTC)
-    return errors[ridge] <= min(errors.values()) * (1 + 1e-6) + 1e-14
+def best_ridge_regression(weight, hidden_BTK, targets_BTC):
+    """Return the weights for the ridge that is the best on held-out windows, fitted on all."""
+    errors = held_out_errors(RIDGES, weight, hidden_BTK, targets_BTC)
+    return ridge_regression(weight, hidden_BTK.flatten(0, 1), targets_BTC.flatten(0, 1), min(RIDGES, key=errors.get))
 
 
 def apart(rows_BTD):

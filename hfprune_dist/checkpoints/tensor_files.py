@@ -108,10 +108,10 @@ class SavedLayers:
         self._folder.mkdir(exist_ok=True)
         save_tensors(tensors, self._file(number))
 
-    def read(self) -> dict[str, Tensor]:
-        """The tensors of all layers."""
-        files = [load_tensors(self._file(number))[0] for number in self._layers]
-        return {name: tensor for tensors in files for name, tensor in tensors.items()}
+    def names(self, number: int) -> list[str]:
+        """Names of the tensors of a finished layer."""
+        with safe_open(self._file(number), framework="pt") as source:
+            return list(source.keys())
 
     def tensor(self, number: int, name: str) -> Tensor:
         """One tensor of a finished layer, without reading the others."""

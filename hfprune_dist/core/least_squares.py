@@ -23,7 +23,7 @@ class Projection:
     """An output projection on some tokens, from which the problem for any choice of kept channels follows.
 
     Args:
-        gram_DD: float64, the mean (or sum) over tokens of h h^T, for all channels.
+        gram_DD: float64, the sum (or mean) over tokens of h h^T, for all channels.
     """
 
     def __init__(self, weight_CD: Tensor, gram_DD: Tensor) -> None:
@@ -73,14 +73,10 @@ class LeastSquares:
         explained = (weight_CK * (2 * self.cross_CK - weight_CK @ self.gram_KK)).sum()
         return float((1 - explained / self.energy).clamp(min=0))
 
-    def mixed(self, other: LeastSquares, share: float) -> LeastSquares:
-        """Return the problem on the tokens of both, a ``share`` of them the other's; both must consist of means."""
-        return LeastSquares(
-            self.energy.lerp(other.energy, share),
-            self.cross_CK.lerp(other.cross_CK, share),
-            self.gram_KK.lerp(other.gram_KK, share),
-            self.old_CK,
-        )
+    def with_tokens_of(self, other: LeastSquares) -> LeastSquares:
+        """Return the problem on the tokens of both; both must consist of sums."""
+        gram_KK, cross_CK = self.gram_KK + other.gram_KK, self.cross_CK + other.cross_CK
+        return LeastSquares(self.energy + other.energy, cross_CK, gram_KK, self.old_CK)
 
 
 class Ridge(NamedTuple):

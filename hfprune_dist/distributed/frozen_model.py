@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any, Literal
 
 import torch
@@ -68,19 +68,22 @@ class FrozenModel:
         self._family = checkpoint.family
         self.world = world
         self.max_positions = checkpoint.max_positions
-        self._sharded = sharding == "zero3"
         self._idle = False
-        if self._sharded:
+        self._zero3: Any = None  # if the model is sharded
+        if sharding == "zero3":
             # DeepSpeed takes long to import, and one rank doesn't need it.
-            from hfprune_dist.distributed.zero3 import load_frozen
+            from hfprune_dist.distributed import zero3
 
-            body_of = self._family.body_of if has_backward else None
-            self.module = load_frozen(checkpoint.path, dtype, batch_size, world, body_of)
+            self._zero3, body_of = zero3, self._family.body_of if has_backward else None
+            self.module = zero3.load_frozen(checkpoint.path, dtype, batch_size, world, body_of)
             self.module.register_forward_pre_hook(self._announce, prepend=True)
-        else:
-            self.module = load_whole(checkpoint, dtype, world)
-            if has_backward:
-                branch_off(self.module, self._family)
+            return
+        model: Any = load_causal_lm(checkpoint.path, dtype)
+        if self._family.experts:
+            _align(model)
+        self.module = model.to(world.device).requires_grad_(False).eval()
+        if has_backward:
+            branch_off(self.module, self._family)
 
     @torch.no_grad()
     def final_hidden(self, input_ids_T: Tensor) -> Tensor:
@@ -92,40 +95,29 @@ class FrozenModel:
         return hidden_BTC[0]
 
     def release(self) -> None:
-        """Free the memory of the weights; the model can't be used any more."""
-        if self._sharded:
-            from hfprune_dist.distributed.zero3 import empty_shards
-
-            empty_shards(self.module)
-        else:
-            release_whole(self.module)
+        """Free the memory of the weights, since DeepSpeed holds on to a model for ever; it can't be used any more."""
+        parameters: Iterable[Any] = self.module.parameters()
+        for parameter in parameters:
+            held = parameter.ds_tensor if self._zero3 else parameter
+            held.data = held.data.new_empty(0)
 
     @contextmanager
     def head(self) -> Iterator[tuple[Tensor, Tensor | None]]:
         """Yield the whole weight [vocabulary, hidden_size] and bias of the head, for use within the context."""
         head = self._family.head_of(self.module)
-        if self._sharded:
-            from hfprune_dist.distributed.zero3 import gathered
-
-            with gathered(head) as weight_and_bias:
-                yield weight_and_bias
-        else:
+        with self._zero3.gathered(head) if self._zero3 else nullcontext():
             yield head.weight.data, None if head.bias is None else head.bias.data
 
     def before_backward(self) -> Callable[[], None]:
         """Call after a forward; returns a function to call before each backward of that forward."""
-        if not self._sharded:
-            return lambda: None
-        from hfprune_dist.distributed.zero3 import before_backward
-
-        return before_backward(self.module)
+        return self._zero3.before_backward(self.module) if self._zero3 else lambda: None
 
     def join_idle_forwards(self) -> None:
         """Take part in the other ranks' forwards of ``module`` until no rank needs another one.
 
         This lets ranks of a sharded model make different numbers of forwards. Every rank must call it when done.
         """
-        if not self._sharded:
+        if not self._zero3:
             return
         token_BT = torch.zeros((1, 1), dtype=torch.int64, device=self.world.device)
         self._idle = True
@@ -140,15 +132,6 @@ class FrozenModel:
             self.world.all_gather(True)
 
 
-def load_whole(checkpoint: Checkpoint, dtype: torch.dtype, world: World) -> nn.Module:
-    """Load a model with all its weights on this rank, none of which needs a gradient."""
-    model = load_causal_lm(checkpoint.path, dtype)
-    if checkpoint.family.experts:
-        _align(model)
-    whole: nn.Module = model.to(world.device).requires_grad_(False).eval()
-    return whole
-
-
 def _align(model: nn.Module) -> None:
     """Align weights as those that are gathered from ranks are, rather than as their file happens to be mapped.
 
@@ -157,9 +140,3 @@ def _align(model: nn.Module) -> None:
     for parameter in model.parameters():
         if parameter.data_ptr() % ALIGNMENT:
             parameter.data = parameter.data.clone()
-
-
-def release_whole(module: nn.Module) -> None:
-    """Free the memory of a module's weights."""
-    for parameter in module.parameters():
-        parameter.data = parameter.data.new_empty(0)

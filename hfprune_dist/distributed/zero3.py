@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +84,10 @@ def load_frozen(
     if dtype != torch.float32:
         keep_float32(module, open_checkpoint(checkpoint), world.device)
     if body_of is not None:
-        begin_steps_at(body_of(module), engine)
+        # DeepSpeed learns the order of layers in one step and gathers ahead in the next. It takes a forward of the
+        # whole module for the beginning of a step; if only a part is run, no second step would ever begin.
+        coordinator = engine.optimizer.get_param_coordinator()
+        body_of(module).register_forward_pre_hook(lambda *_: coordinator.reset_step(), prepend=True)
     gc.freeze()  # otherwise Python walks all modules and parameters again and again
     return module.eval()
 
@@ -103,21 +106,10 @@ def keep_float32(module: nn.Module, checkpoint: Checkpoint, device: torch.device
                 module.get_submodule(owner).register_buffer(part, whole, persistent=False)
 
 
-@contextmanager
-def gathered(linear: nn.Linear) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
-    """Yield the whole weight and bias of a sharded linear layer, for use within the context."""
-    with deepspeed.zero.GatheredParameters(list(linear.parameters(recurse=False))):
-        yield linear.weight.data, None if linear.bias is None else linear.bias.data
-
-
-def begin_steps_at(part: nn.Module, engine: Any) -> None:
-    """Make every forward of a part of the engine's module begin a step.
-
-    DeepSpeed learns the order of layers in one step and gathers ahead in the next. It takes a forward of the whole
-    module for the beginning of a step; if only the part is run, no second step would ever begin.
-    """
-    coordinator = engine.optimizer.get_param_coordinator()
-    part.register_forward_pre_hook(lambda *_: coordinator.reset_step(), prepend=True)
+def gathered(linear: nn.Linear) -> AbstractContextManager[None]:
+    """A context in which a sharded linear layer has its whole weight and bias."""
+    gathering: AbstractContextManager[None] = deepspeed.zero.GatheredParameters(list(linear.parameters(recurse=False)))
+    return gathering
 
 
 def before_backward(model: nn.Module) -> Callable[[], None]:
@@ -164,10 +156,3 @@ def before_each_step(model: nn.Module, action: Callable[[], None]) -> None:
         return step(*arguments, **keywords)
 
     optimizer.step = stepping
-
-
-def empty_shards(model: nn.Module) -> None:
-    """Free the memory of a sharded model's weights: DeepSpeed holds on to the model for ever."""
-    parameters: Iterable[Any] = model.parameters()
-    for parameter in parameters:
-        parameter.ds_tensor.data = parameter.ds_tensor.new_empty(0)

@@ -8,8 +8,8 @@ whatever tokens a rank has.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
@@ -37,11 +37,12 @@ class ExpertProjections(nn.Module):
         experts: number of experts.
     """
 
-    def __init__(self, project: Callable[[Tensor, int], Tensor], in_features: int, experts: int) -> None:
+    def __init__(self, experts: Any) -> None:
         super().__init__()
-        self._project = project
-        self.in_features = in_features
-        self.experts = experts
+        self._owner = (experts,)  # not as a module within this one
+        weight = experts.down_proj
+        self.in_features = getattr(weight, "ds_shape", weight.shape)[1 if experts.is_transposed else 2]
+        self.experts = experts.num_experts
 
     def forward(self, hidden_ND: Tensor, expert: int, _weights_N: Tensor) -> Tensor:
         """Project an expert's activations [tokens, in_features] to its output [tokens, hidden_size].
@@ -49,7 +50,9 @@ class ExpertProjections(nn.Module):
         Args:
             _weights_N: factors by which the output will be multiplied; not used here, but seen by hooks.
         """
-        return self._project(hidden_ND, expert)
+        (experts,) = self._owner
+        bias = experts.down_proj_bias if experts.has_bias else None
+        return frozen_linear(hidden_ND, experts.down_proj, bias, expert, experts.is_transposed)
 
 
 def see_experts(model: nn.Module, family: Family) -> list[ExpertProjections | None]:
@@ -69,11 +72,10 @@ def _see(layer: nn.Module) -> ExpertProjections | None:
     if experts is None:
         return None
     _require_known(experts)
-    channels = _shape_of(experts.down_proj)[1 if experts.is_transposed else 2]
-    projections = ExpertProjections(partial(_project_down, experts), channels, experts.num_experts)
+    projections = ExpertProjections(experts)
     experts.add_module(_PROJECTIONS, projections)
     experts.config._experts_implementation = _IMPLEMENTATION
-    if _is_sharded(experts.down_proj):
+    if hasattr(experts.down_proj, "ds_shape"):  # sharded
         experts.register_forward_pre_hook(_in_graph, prepend=True)
     return projections
 
@@ -82,15 +84,6 @@ def _require_known(experts: Any) -> None:
     if not experts.has_gate or experts.has_post_expert_norm:
         kind = type(experts).__name__
         raise UserError(f"{kind}: experts that have no gate, or a norm of their own, can't be scored, nor refitted")
-
-
-def _is_sharded(weight: Any) -> bool:
-    return hasattr(weight, "ds_shape")
-
-
-def _shape_of(weight: Any) -> tuple[int, ...]:
-    """The whole shape of a weight, which may be sharded."""
-    return tuple(weight.ds_shape if _is_sharded(weight) else weight.shape)
 
 
 def _in_graph(_experts: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
@@ -165,11 +158,6 @@ def _activations(experts: Any, x_NC: Tensor, expert: int) -> Tensor:
     return gated_ND
 
 
-def _project_down(experts: Any, hidden_ND: Tensor, expert: int) -> Tensor:
-    bias = experts.down_proj_bias if experts.has_bias else None
-    return frozen_linear(hidden_ND, experts.down_proj, bias, expert, experts.is_transposed)
-
-
 def output_weights(layer: nn.Module, units: Units) -> list[Tensor]:
     """Weights [hidden_size, channels] that read the units' channels: one for each expert, or a single one."""
     if units.experts > 1:
@@ -177,27 +165,24 @@ def output_weights(layer: nn.Module, units: Units) -> list[Tensor]:
     return [output_of(layer, units).weight.data]
 
 
-def channels_of(layer: nn.Module, units: Units) -> int:
-    """Number of channels that each of ``output_weights`` reads."""
-    return output_weights(layer, units)[0].shape[1]
-
-
 @contextmanager
-def channels_read(layer: nn.Module, units: Units) -> Iterator[list[Any]]:
-    """Collect the inputs [tokens, channels] of the units' output projection whenever the layer runs; for experts, the
-    result of ``weighted_activations``.
+def observing(layer: nn.Module, names: Iterable[str]) -> Iterator[dict[str, list[Tensor]]]:
+    """Collect what modules read while the layer runs once: name within the layer -> [tokens, channels], a single one,
+    or for experts those of ``weighted_activations``.
     """
-    seen: list[Any] = []
+    seen: dict[str, list[Tensor]] = {}
 
-    def see(module: nn.Module, inputs: tuple[Tensor, ...], options: dict[str, Any]) -> None:
-        is_of_experts = units.experts > 1
-        seen.append(weighted_activations(module, *inputs) if is_of_experts else read_by(inputs, options).flatten(0, -2))
+    def see(name: str, module: nn.Module, inputs: tuple[Tensor, ...], options: dict[str, Any]) -> None:
+        if hasattr(module, "_apply_gate"):
+            seen[name] = weighted_activations(module, *inputs)
+        else:
+            seen[name] = [read_by(inputs, options).flatten(0, -2)]
 
-    handle = part_of(layer, units.output).register_forward_pre_hook(see, with_kwargs=True)
-    try:
+    with ExitStack() as hooks:
+        for name in names:
+            handle = part_of(layer, name).register_forward_pre_hook(partial(see, name), with_kwargs=True)
+            hooks.callback(handle.remove)
         yield seen
-    finally:
-        handle.remove()
 
 
 moe.ALL_EXPERTS_FUNCTIONS.register(_IMPLEMENTATION, _run)

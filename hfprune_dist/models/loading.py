@@ -49,26 +49,19 @@ def name_outputs(config: Any) -> None:
 
 def _loaded(checkpoint: Checkpoint, **options: Any) -> tuple[PreTrainedModel, dict[str, set[Any]]]:
     """The model that transformers makes from a checkpoint, and what it tells about tensors."""
-    changes = {"tie_word_embeddings": False} if _seems_tied(checkpoint) else {}
+    # A head that config.json doesn't call tied counts by itself, but the class's default may tie it. Left to itself,
+    # transformers compares it with the embedding then: if both are sharded, it sees no values, and ties them.
+    default = getattr(AutoConfig.from_pretrained(checkpoint.path), "tie_word_embeddings", False)
+    untie = default and not checkpoint.config.get("tie_word_embeddings")
     with ONE_AT_A_TIME:
         loaded: tuple[PreTrainedModel, dict[str, set[Any]]] = model_class(checkpoint).from_pretrained(
             checkpoint.path,
             attn_implementation=attention_of(checkpoint),
             output_loading_info=True,
-            **changes,
+            **({"tie_word_embeddings": False} if untie else {}),
             **options,
         )
     return loaded
-
-
-def _seems_tied(checkpoint: Checkpoint) -> bool:
-    """Whether transformers takes a head that counts by itself for tied, since config.json says so, or since it says
-    nothing and the class's default does.
-
-    Left to itself, it then compares the head with the embedding: if both are sharded, it sees no values, and ties them.
-    """
-    config = AutoConfig.from_pretrained(checkpoint.path)
-    return bool(getattr(config, "tie_word_embeddings", False)) and not checkpoint.config.get("tie_word_embeddings")
 
 
 def _refuse_missing(checkpoint: Checkpoint, told: Mapping[str, set[Any]]) -> None:

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Container, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.utils.hooks import RemovableHandle
 
 from hfprune_dist.checkpoints.checkpoint import Checkpoint
 from hfprune_dist.errors import UserError
 
 # Norms multiply by their weight, or by 1 + their weight.
 OFFSETS = (0.0, 1.0)
-# What outputs may depart from twice their size, as a share of the largest: some norms round to bfloat16 on the way.
+# What outputs may depart from a multiple, as a share of the largest: some norms round to bfloat16 on the way.
 TOLERANCE = 0.02
 
 
@@ -42,7 +41,9 @@ def with_factors(norm: nn.Module, factors_C: Tensor) -> dict[str, Tensor]:
     Raises:
         UserError: if there are no such values.
     """
-    return _scaled(_parameters(norm), factors_C.float(), weight_offset(norm))
+    factors_C, offset = factors_C.float(), weight_offset(norm)
+    scaled = {name: it.data.float() * factors_C for name, it in norm.named_parameters()}
+    return scaled | {"weight": scaled["weight"] + offset * (factors_C - 1)}
 
 
 @torch.no_grad()
@@ -55,58 +56,38 @@ def weight_offset(norm: nn.Module, called: str = "a norm") -> float:
     Raises:
         UserError: if its outputs are no multiple of its weight plus either of them.
     """
-    # Next to a large weight of its own, 1 more would be lost in what outputs may depart.
-    parameters = {name: torch.ones_like(it) for name, it in _parameters(norm).items()}
-    if "weight" in parameters and parameters.keys() <= {"weight", "bias"}:
-        twice_C = torch.full_like(parameters["weight"], 2.0)
-        sample_NC = torch.randn(8, len(twice_C), generator=torch.Generator().manual_seed(0)).to(twice_C)
-        wanted_NC = 2 * functional_call(norm, parameters, sample_NC)
+    zeros = {name: torch.zeros_like(it, dtype=torch.float32) for name, it in norm.named_parameters()}
+    if "weight" in zeros and zeros.keys() <= {"weight", "bias"}:
+        sample_NC = torch.randn(8, len(zeros["weight"]), generator=torch.Generator().manual_seed(0)).to(zeros["weight"])
+        at_0_NC, at_1_NC, at_2_NC = (
+            functional_call(norm, zeros | {"weight": zeros["weight"] + value}, sample_NC) for value in (0.0, 1.0, 2.0)
+        )
+        each_NC = at_1_NC - at_0_NC
         for offset in OFFSETS:
-            departure_NC = functional_call(norm, _scaled(parameters, twice_C, offset), sample_NC) - wanted_NC
-            if departure_NC.abs().max() <= TOLERANCE * wanted_NC.abs().max():
+            departures = at_0_NC - offset * each_NC, at_2_NC - (2 + offset) * each_NC
+            if max(float(it.abs().max()) for it in departures) <= TOLERANCE * float(each_NC.abs().max()):
                 return offset
     raise UserError(
         f"{called}, {type(norm).__name__}, has no weight that multiplies its outputs; set prune.effort to quick"
     )
 
 
-def _parameters(norm: nn.Module) -> dict[str, Tensor]:
-    return {name: it.data.float() for name, it in norm.named_parameters()}
-
-
-def _scaled(parameters: dict[str, Tensor], factors_C: Tensor, offset: float) -> dict[str, Tensor]:
-    scaled = {name: it * factors_C for name, it in parameters.items()}
-    return scaled | {"weight": (parameters["weight"] + offset) * factors_C - offset}
-
-
-@dataclass(frozen=True)
-class Multiplied:
-    """What a norm has put out in one call, and the same times its factors, each [..., hidden_size]."""
-
-    norm: int
-    output_BTC: Tensor
-    product_BTC: Tensor
-
-
 @contextmanager
-def multiplying(norms: Mapping[int, nn.Module], factors_RC: Tensor) -> Iterator[list[Multiplied]]:
-    """Multiply norms' outputs by factors, and collect them.
+def multiplying(norms: Mapping[int, nn.Module], factors_RC: Tensor) -> Iterator[list[tuple[int, Tensor, Tensor]]]:
+    """Multiply norms' outputs by factors, and collect (number of the norm, its output, the product).
 
     Args:
         norms: number of a norm -> the norm.
         factors_RC: float32 [norms, hidden_size], on the norms' device.
     """
-    seen: list[Multiplied] = []
+    seen: list[tuple[int, Tensor, Tensor]] = []
 
-    def hooked(number: int, norm: nn.Module) -> RemovableHandle:
-        def multiply(_norm: nn.Module, _inputs: object, output_BTC: Tensor) -> Tensor:
-            product_BTC = (output_BTC * factors_RC[number]).to(output_BTC)
-            seen.append(Multiplied(number, output_BTC, product_BTC))
-            return product_BTC
-
-        return norm.register_forward_hook(multiply)
+    def multiply(number: int, _norm: nn.Module, _inputs: object, output_BTC: Tensor) -> Tensor:
+        product_BTC = (output_BTC * factors_RC[number]).to(output_BTC)
+        seen.append((number, output_BTC, product_BTC))
+        return product_BTC
 
     with ExitStack() as hooks:
         for number, norm in norms.items():
-            hooks.callback(hooked(number, norm).remove)
+            hooks.callback(norm.register_forward_hook(partial(multiply, number)).remove)
         yield seen

@@ -5,27 +5,36 @@ In functions, a ``layer`` is a decoder with only one, as ``LayerReader.layer`` m
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import copy
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from transformers import AutoConfig
 
 from hfprune_dist.checkpoints.checkpoint import Checkpoint
+from hfprune_dist.checkpoints.layer_settings import of_layers
+from hfprune_dist.checkpoints.modeling_pruned import add_output_biases, config_of_layer, factorize
 from hfprune_dist.checkpoints.read_tensors import open_weights, read_module_tensor, read_tensor
 from hfprune_dist.checkpoints.stored_names import module_tensors
 from hfprune_dist.core.fidelity import Outputs
+from hfprune_dist.core.gauss_newton import Biases
 from hfprune_dist.core.head import AfterHead
 from hfprune_dist.core.selection import entries_of
 from hfprune_dist.errors import UserError
 from hfprune_dist.models.after_head import after_head
-from hfprune_dist.models.empty_decoders import LAYER, EmptyDecoders
-from hfprune_dist.models.loading import stays_float32
+from hfprune_dist.models.loading import ONE_AT_A_TIME, attention_of, auto_class, name_outputs, stays_float32
 from hfprune_dist.models.memory_efficient_backward import SILU
 from hfprune_dist.structures.units import Units
 
+# Name of the only layer in a decoder of one.
+LAYER = "layers.0"
+# What a decoder is made from -> the decoder without values, of which copies take a quarter of the time.
+_MADE: dict[str, nn.Module] = {}
 # The gate of MLPs that apply SiLU without having a module for it (lfm2, lfm2_moe, lfm3).
 _GATE_OF_SILU = ".w1.weight"
 
@@ -39,9 +48,9 @@ class Head:
     bias_V: Tensor | None
     after: AfterHead
 
-    def outputs(self, hidden_BTC: Tensor) -> Outputs:
-        """The model's outputs, given the last layer's."""
-        return Outputs(self.norm(hidden_BTC).flatten(0, 1), self.weight_VC, self.bias_V, self.after)
+    def outputs(self, normed_BTC: Tensor) -> Outputs:
+        """The model's outputs, given what ``norm`` puts out."""
+        return Outputs(normed_BTC.flatten(0, 1), self.weight_VC, self.bias_V, self.after)
 
 
 class LayerReader:
@@ -54,15 +63,15 @@ class LayerReader:
     """
 
     def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> None:
+        self.dtype = dtype
+        self.device = device
         self._checkpoint = checkpoint
-        self._dtype = dtype
-        self._device = device
-        self._empty = EmptyDecoders(checkpoint, dtype)
+        self._config: Any = AutoConfig.from_pretrained(checkpoint.path)
 
     def embed(self, batches: Mapping[int, Tensor]) -> dict[int, Tensor]:
         """The first layer's inputs [windows, tokens, hidden_size] for batches of ids [windows, tokens]; on the CPU."""
         table = self._checkpoint.family.embedding_tensor
-        body = self._empty.of_layer(0).eval()  # some apply dropout to embeddings
+        body = self._empty(0).eval()  # some apply dropout to embeddings
         body.load_state_dict({**self._beside(), **self._read_within([table])}, strict=False, assign=True)
         first = body.get_submodule(LAYER)
         return {
@@ -70,36 +79,64 @@ class LayerReader:
             for index, ids_BT in batches.items()
         }
 
+    def layers(self, numbers: Iterable[int]) -> Iterator[tuple[int, nn.Module]]:
+        """Yield layers with their numbers; drop each before asking for the next. While a GPU works on one, a thread
+        reads the next one's weights into pinned memory.
+        """
+        if self.device.type != "cuda":
+            for number in numbers:
+                yield number, self.layer(number)
+            return
+        waiting = list(numbers)
+        # The thread would use the first GPU if it weren't told which.
+        with ThreadPoolExecutor(1, initializer=torch.cuda.set_device, initargs=(self.device,)) as thread:
+            coming = [thread.submit(self._weights, number) for number in waiting[:1]]
+            for place, number in enumerate(waiting, start=1):
+                weights = coming.pop().result()
+                coming += [thread.submit(self._weights, following) for following in waiting[place : place + 1]]
+                yield number, self._with_weights(number, weights)
+
     def layer(self, number: int) -> nn.Module:
         """The decoder of one layer; call it through ``run``."""
-        return self.with_weights(number, self.weights(number, self._placed))
+        return self._with_weights(number, self._weights(number))
 
-    def weights(self, number: int, place: Callable[[Tensor, torch.dtype], Tensor]) -> dict[str, Tensor]:
-        """A layer's weights for ``with_weights``. Threads may read different layers at once.
+    def _weights(self, number: int) -> dict[str, Tensor]:
+        """A layer's weights by their names in the decoder, in main memory, pinned for a GPU."""
+        weights, checkpoint = {}, self._checkpoint
+        with open_weights(checkpoint) as read:
+            for name, made in module_tensors(checkpoint, number).items():
+                dtype = torch.float32 if stays_float32(checkpoint, name) else self.dtype
+                weight = read_module_tensor(read, made).to(dtype)
+                within = name.removeprefix(f"{checkpoint.family.layers}.{number}.")
+                weights[f"{LAYER}.{within}"] = weight.pin_memory() if self.device.type == "cuda" else weight
+        return weights
 
-        Args:
-            place: moves a tensor from a file to the device, in a given dtype.
-        """
-        prefix = f"{self._checkpoint.family.layers}.{number}."
-        with open_weights(self._checkpoint) as read:
-            return {
-                f"{LAYER}.{name.removeprefix(prefix)}": place(read_module_tensor(read, made), self._dtype_of(name))
-                for name, made in module_tensors(self._checkpoint, number).items()
-            }
-
-    def _dtype_of(self, name: str) -> torch.dtype:
-        return torch.float32 if stays_float32(self._checkpoint, name) else self._dtype
-
-    def with_weights(self, number: int, weights: Mapping[str, Tensor]) -> nn.Module:
-        """The same as ``layer``, with weights that were read before."""
+    def _with_weights(self, number: int, weights: Mapping[str, Tensor]) -> nn.Module:
         family = self._checkpoint.family
-        body = self._empty.of_layer(number)
+        body = self._empty(number)
         body.set_submodule(_within(family.body, family.norm), nn.Identity())
         body.set_submodule(_within(family.body, family.embedding), nn.Identity())
         body.load_state_dict({**self._beside(), **weights}, strict=False, assign=True)
         missing = [name for name, parameter in body.named_parameters() if parameter.is_meta]
         assert not missing, f"layer {number}: the checkpoint lacks {missing}"
-        return body.to(self._device).requires_grad_(False).eval()
+        return body.to(self.device, non_blocking=True).requires_grad_(False).eval()
+
+    def _empty(self, number: int) -> nn.Module:
+        """A decoder of one layer; its parameters are meta tensors, its buffers lie on the CPU."""
+        text = self._config.get_text_config()
+        own = config = copy.deepcopy(config_of_layer(text, number))
+        for key, value in of_layers(vars(own), [number]).items():
+            setattr(own, key, value)
+        own.use_cache = False
+        name_outputs(own)
+        if text is not self._config:
+            config = copy.copy(self._config)
+            config.text_config = own
+        recipe = str([self._checkpoint.family.plain_class, self.dtype, config.to_dict()])
+        with ONE_AT_A_TIME:
+            if recipe not in _MADE:
+                _MADE[recipe] = _decoder(self._checkpoint, config, self.dtype)
+        return copy.deepcopy(_MADE[recipe])
 
     def head(self) -> Head:
         """The part of the model that turns the last layer's output into logits."""
@@ -124,7 +161,7 @@ class LayerReader:
 
     def _alone(self, number: int, within: str, stored: str) -> nn.Module:
         """A module of the decoder of one layer, by its name there and its name in the checkpoint."""
-        module = self._empty.of_layer(number).get_submodule(within)
+        module = self._empty(number).get_submodule(within)
         module.load_state_dict({name: self._read(f"{stored}.{name}") for name in module.state_dict()}, assign=True)
         return module.requires_grad_(False)
 
@@ -138,13 +175,39 @@ class LayerReader:
     def _read_within(self, names: Iterable[str]) -> dict[str, Tensor]:
         """Tensors by their names within the decoder, on the CPU."""
         body = self._checkpoint.family.body
-        return {_within(body, name): read_tensor(self._checkpoint, name).to(self._dtype) for name in names}
+        return {_within(body, name): read_tensor(self._checkpoint, name).to(self.dtype) for name in names}
 
     def _read(self, name: str) -> Tensor:
-        return self._placed(read_tensor(self._checkpoint, name), self._dtype)
+        return read_tensor(self._checkpoint, name).to(self.device, self.dtype)
 
-    def _placed(self, tensor: Tensor, dtype: torch.dtype) -> Tensor:
-        return tensor.to(self._device, dtype)
+
+def _decoder(checkpoint: Checkpoint, config: Any, dtype: torch.dtype) -> nn.Module:
+    with torch.device("meta"):
+        model = auto_class(checkpoint).from_config(config, dtype=dtype, attn_implementation=attention_of(checkpoint))
+        (layer,) = checkpoint.family.layers_of(model)
+        add_output_biases(config.get_text_config(), layer)
+        factorize(layer, config.get_text_config())
+    body: nn.Module = checkpoint.family.body_of(model)
+    for module in body.modules():
+        _compute_buffers(model, module)
+    return body
+
+
+def _compute_buffers(model: Any, module: nn.Module) -> None:
+    """Compute a module's buffers as they are before weights (some of them buffers) are loaded: those of rotary
+    embeddings from their configuration, others as transformers does it.
+    """
+    buffers = {name: it for name, it in module.named_buffers(recurse=False) if it.is_meta}
+    if not buffers:
+        return
+    for name, buffer in buffers.items():
+        in_files = name not in module._non_persistent_buffers_set
+        empty = torch.empty_like(buffer, device="cpu")
+        # NaN, so that a buffer that a class forgets shows.
+        module.register_buffer(
+            name, empty.fill_(torch.nan) if empty.is_floating_point() else empty, persistent=in_files
+        )
+    model._init_weights(module)
 
 
 def _within(body: str, name: str) -> str:
@@ -208,13 +271,25 @@ def input_of(module: nn.Module, compute: Callable[[], object]) -> Tensor:
 
 def mlp_of(layer: nn.Module, units: Units) -> nn.Module:
     """The MLP that some units belong to."""
-    return layer.get_submodule(f"{LAYER}.{units.block.name}")
+    return part_of(layer, units.block.name)
 
 
 def norm_before(layer: nn.Module, units: Units) -> nn.Module:
     """The module that turns the residual stream into the input of the units' block: a norm, or the identity."""
     norm = units.block.norm
     return nn.Identity() if norm is None else part_of(layer, norm)
+
+
+def before_block(layer: nn.Module, units: Units, hidden_BTC: Tensor) -> Tensor:
+    """The residual stream before the block of some units, given what the layer reads."""
+    return input_of(part_of(layer, units.block.reader), partial(run, layer, hidden_BTC))
+
+
+@torch.no_grad()
+def through_mlp(layer: nn.Module, mlp: Units, residual_BTC: Tensor) -> Tensor:
+    """The layer's output, given the residual stream before its MLP; the same bits as from ``run``."""
+    output_BTC: Tensor = mlp_of(layer, mlp)(norm_before(layer, mlp)(residual_BTC))
+    return residual_BTC + residual_update(layer, mlp, output_BTC)
 
 
 @torch.no_grad()
@@ -242,34 +317,18 @@ def output_for_update(layer: nn.Module, units: Units, update_NC: Tensor, like_NC
     return update_NC / scale_NC.where(scale_NC.abs() * sizes_NC.clamp(min=1) > 1e-6, torch.inf)
 
 
-@dataclass(frozen=True)
-class BeforeDown:
-    """The parts of an MLP before its down projection.
-
-    Attributes:
-        weights, biases: those of gate and up, or only of up.
-        activation: applied to the output of the first of them.
-    """
-
-    weights: tuple[Tensor, ...]
-    biases: tuple[Tensor | None, ...]
-    activation: Callable[[Tensor], Tensor]
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.weights[0].dtype
-
-
-def before_down(layer: nn.Module, units: Units) -> BeforeDown:
-    """The parts before the down projection of the MLP of which ``units`` are the neurons.
+def before_down(layer: nn.Module, units: Units) -> Biases:
+    """What is done before the down projection of the MLP of which ``units`` are the neurons, besides products with
+    ``row_matrices``.
 
     Raises:
         UserError: if the MLP's activation isn't known.
     """
-    mlp = mlp_of(layer, units)
-    rows, weights = _rows(layer, units), row_matrices(layer, units)
+    rows = _rows(layer, units)
     biases = [part for row in rows if row.bias is not None for part in row.bias.data.chunk(units.row_parts[0])]
-    return BeforeDown(weights, tuple(biases) or (None,) * len(weights), _activation_of(mlp, units))
+    return Biases(
+        tuple(biases) or (None,) * len(rows) * units.row_parts[0], _activation_of(mlp_of(layer, units), units)
+    )
 
 
 def _activation_of(mlp: nn.Module, units: Units) -> Callable[[Tensor], Tensor]:
@@ -306,26 +365,14 @@ def output_of(layer: nn.Module, units: Units) -> nn.Linear:
     return linear_of(layer, units.output)
 
 
-def reads_alike(layer: nn.Module, other: nn.Module, units: Units) -> bool:
-    """Whether the units' output projection reads the same in two layers with the same residual stream before the units'
-    block, because all weights in between are the same.
-    """
-    parts = (units.block.within(""), *([] if units.block.norm is None else [f"{units.block.norm}."]))
-    ours, theirs = (dict(it.get_submodule(LAYER).named_parameters()) for it in (layer, other))
-    before = [name for name in ours if name.startswith(parts) and not name.startswith(f"{units.output}.")]
-    return all(torch.equal(ours[name], theirs[name]) for name in before)
-
-
-def weights_kept(layer: nn.Module, units: Units, kept: Tensor | None = None) -> dict[str, Tensor]:
+def weights_kept(layer: nn.Module, units: Units, kept: Tensor) -> dict[str, Tensor]:
     """The remaining part of every parameter that units own a part of, by its name.
 
     Args:
-        kept: ascending int64 indices of the units that stay; None: all.
+        kept: ascending int64 indices of the units that stay.
     """
     found = dict(layer.get_submodule(LAYER).named_parameters())
     owned = [it for it in units.owned if it.tensor in found]
-    if kept is None:
-        return {it.tensor: found[it.tensor].data for it in owned}
     kept = kept.to(found[owned[0].tensor].device)
     number = output_of(layer, units).in_features // units.channels_per_unit
     entries = {it.tensor: entries_of(kept, it.per_unit, it.parts, number) for it in owned}

@@ -1,15 +1,14 @@
-"""New weights for what stays of a model, and how far from the dense model candidate shapes are with them.
+"""New weights for what stays of a model, and how far from the dense model it is with them.
 
 Refits of output projections, by least squares (``least_squares_fit``):
     ``dense_refit`` fits each layer on the dense model's activations;
     ``sequential_refit`` fits layer by layer on what the pruned model makes of the windows, and continues with
     ``gauss_newton_ranks``, which moves all weights of an MLP;
-    ``bias_refit`` only adds biases.
+    ``bias_refit`` only adds biases;
+    ``low_rank`` is LoRAP, which prunes neurons and gives attention low-rank matrices.
 What they have done so far is on disk: ``refitted_layers``.
 
 A refit of all norms, once all else is known of the pruned model: ``norms_refit``.
 
-LoRAP, which prunes neurons and gives attention low-rank matrices: ``low_rank``.
-
-Divergence from the dense model: ``measurement``, of ``candidates`` with a cheap refit or with layers refitted before.
+Divergence from the dense model: ``measurement``, of many shapes with ``cheap_fits`` or of a refitted model.
 """

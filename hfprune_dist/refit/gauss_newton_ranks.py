@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -12,8 +11,8 @@ from torch import Tensor
 
 from hfprune_dist.core.gauss_newton import Biases, GaussNewtonSums, Linearized, MlpWeights, solve_normal_equations
 from hfprune_dist.core.memory_limits import KEPT_BYTES
-from hfprune_dist.distributed.host_transfers import HostTransfers
-from hfprune_dist.distributed.sums import UnusableActivationsError, is_held_out
+from hfprune_dist.distributed.main_memory import to_device
+from hfprune_dist.distributed.sums import is_held_out, unusable_activations
 from hfprune_dist.distributed.world import World
 
 # Iterations of conjugate gradients in the first step; each costs about as much as four forwards of the MLP.
@@ -28,15 +27,13 @@ class Start:
 
     Attributes:
         weights: of the MLP.
-        hidden_KK: the mean of h h^T [kept, kept] over the tokens that the step is fitted on, where h are activations;
-            those from before an earlier step will do: the mean sets the damping and preconditions the iterations, for
+        hidden_KK: the sum of h h^T [kept, kept] over the tokens that the step is fitted on, where h are activations;
+            those from before an earlier step will do: the sum sets the damping and preconditions the iterations, for
             which it need not be exact.
-        tokens: the number of these tokens, on all ranks together.
     """
 
     weights: MlpWeights
     hidden_KK: Tensor
-    tokens: int
 
 
 class Reconstruction:
@@ -46,10 +43,10 @@ class Reconstruction:
         number: the layer's, for messages.
         dtype: in which products are computed.
         biases: of gate and up, or of up only, in that dtype.
-        inputs: micro-batch of this rank -> what the MLP reads in it, in that dtype [tokens, hidden_size], on the CPU.
-        targets: micro-batch -> what the MLP should put out, without the down projection's bias, float32 on the CPU.
+        inputs: micro-batch of this rank -> what the MLP reads in it, in that dtype [tokens, hidden_size], in main
+            memory.
+        targets: micro-batch -> what the MLP should put out, without the down projection's bias, float32.
         micro_batches: their number on all ranks together.
-        more_iterations: those of the step that follows on all windows.
     """
 
     def __init__(
@@ -61,20 +58,17 @@ class Reconstruction:
         targets: Mapping[int, Tensor],
         *,
         micro_batches: int,
-        more_iterations: int,
         world: World,
     ) -> None:
         self._number = number
-        self._more_iterations = more_iterations
         self._dtype = dtype
         self._biases = biases
         self._inputs = inputs
         self._targets = targets
-        self._transfers = HostTransfers(world.device)
         self._micro_batches = micro_batches
         self._world = world
 
-    def improve(self, fitted: Start, whole: Start) -> MlpWeights:
+    def improve(self, fitted: Start, whole: Start, more_iterations: int) -> MlpWeights:
         """The weights after a step, if it is better on held-out windows, and after another on all windows.
 
         The held-out windows, which the first step hasn't seen, also decide how far both steps go.
@@ -82,21 +76,22 @@ class Reconstruction:
         Args:
             fitted: where the first step begins, on the windows that are not held out.
             whole: the same for all windows; its weights are the result if no step is better.
+            more_iterations: those of the step that follows on all windows.
 
         Raises:
-            UnusableActivationsError: if outputs or targets are NaN or infinite.
+            UserError: if outputs or targets are NaN or infinite.
             UnresolvedError: if inputs or activations are mostly rounding errors.
         """
         known = [index for index in self._inputs if not is_held_out(index, self._micro_batches)]
         step = self._step(fitted, known, ITERATIONS)
         errors = [self._held_out_error(fitted.weights.plus(step, length)) for length in STEP_LENGTHS]
         if not all(map(math.isfinite, errors)):
-            raise UnusableActivationsError(self._number, "values are NaN or infinite")
+            raise unusable_activations(self._number, "values are NaN or infinite")
         length = STEP_LENGTHS[errors.index(min(errors))]
         if not length:
             return whole.weights
         moved = replace(whole, weights=fitted.weights.plus(step, length))
-        return moved.weights.plus(self._step(moved, list(self._inputs), self._more_iterations), length)
+        return moved.weights.plus(self._step(moved, list(self._inputs), more_iterations), length)
 
     def _step(self, start: Start, indices: Sequence[int], iterations: int) -> MlpWeights:
         """A Gauss-Newton step, on some micro-batches of this rank and those of the other ranks."""
@@ -105,48 +100,34 @@ class Reconstruction:
         hidden_size, kept = start.weights.down_CK.shape
         curvature_shapes = [*([kept] for _ in start.weights.rows_KC), [hidden_size, hidden_size]]
         *rows_K, inputs_CC = self._sum(curvature_shapes, map(Linearized.curvature, around()))
-        curvature = GaussNewtonSums(tuple(rows_K), inputs_CC, start.hidden_KK * start.tokens, start.tokens)
+        (tokens,) = self._sum([[]], ((torch.tensor(len(self._inputs[index])),) for index in indices))
+        curvature = GaussNewtonSums(tuple(rows_K), inputs_CC, start.hidden_KK, int(tokens))
 
         def product(change: MlpWeights) -> MlpWeights:
             rounded = change.to(self._dtype)
+            return MlpWeights.of(*self._sum(shapes, (at.backward(at.forward(rounded)).tensors() for at in around())))
 
-            def normal_product(at: Linearized) -> tuple[Tensor, ...]:
-                return at.backward(at.forward(rounded)).tensors()
-
-            return MlpWeights.of(*self._sum(shapes, map(normal_product, around())))
-
-        targets = self._sent(self._targets, indices)
-
-        def residual(at: Linearized) -> tuple[Tensor, ...]:
-            return at.backward(next(targets) - at.output()).tensors()
-
-        right = MlpWeights.of(*self._sum(shapes, map(residual, around())))
-        return solve_normal_equations(product, right, curvature, iterations)
+        targets = map(self._target, indices)
+        missing = (at.backward(next(targets) - at.output()).tensors() for at in around())
+        return solve_normal_equations(product, MlpWeights.of(*self._sum(shapes, missing)), curvature, iterations)
 
     def _around(self, weights: MlpWeights, indices: Sequence[int]) -> Callable[[], Iterator[Linearized]]:
         """A function that yields the MLP, linearized around some weights, on each of some micro-batches.
 
         What fits is kept for all iterations, which saves a third of their time; the rest is made anew each time.
         """
-        rounded = weights.to(self._dtype)
-        kept: dict[int, Linearized] = {}
-        taken = itertools.accumulate(Linearized.bytes_of(weights, self._inputs[index]) for index in indices)
-        fitting = [index for index, bytes_so_far in zip(indices, taken, strict=True) if bytes_so_far <= KEPT_BYTES]
-        for index, input_NC in zip(fitting, self._sent(self._inputs, fitting), strict=True):
-            kept[index] = Linearized(rounded, self._biases, input_NC)
+        rounded, kept, room = weights.to(self._dtype), dict[int, Linearized](), KEPT_BYTES
+        for index in indices:
+            room -= Linearized.bytes_of(weights, self._inputs[index])
+            if room >= 0:
+                kept[index] = self._linearized(rounded, index)
+        return lambda: (kept[index] if index in kept else self._linearized(rounded, index) for index in indices)
 
-        def each() -> Iterator[Linearized]:
-            others = self._sent(self._inputs, [index for index in indices if index not in kept])
-            for index in indices:
-                yield kept[index] if index in kept else Linearized(rounded, self._biases, next(others))
+    def _linearized(self, rounded: MlpWeights, index: int) -> Linearized:
+        return Linearized(rounded, self._biases, to_device(self._inputs[index], self._world.device))
 
-        return each
-
-    def _sent(self, tensors: Mapping[int, Tensor], indices: Sequence[int]) -> Iterator[Tensor]:
-        """Tensors of some micro-batches, one after another on the device."""
-        for _, tensor in self._transfers.to_device((index, tensors[index]) for index in indices):
-            yield tensor
-            del tensor  # before the one after the next is sent
+    def _target(self, index: int) -> Tensor:
+        return to_device(self._targets[index], self._world.device)
 
     def _sum(self, shapes: Iterable[Sequence[int]], terms: Iterator[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
         """Add up tensors of some shapes over all micro-batches, this rank's and the other ranks'."""
@@ -162,11 +143,10 @@ class Reconstruction:
     def _held_out_error(self, weights: MlpWeights) -> float:
         """Squared error on the held-out windows of all ranks."""
         rounded = weights.to(self._dtype)
-        judged = [it for it in self._inputs if is_held_out(it, self._micro_batches) or self._micro_batches == 1]
-        inputs, targets = (self._sent(tensors, judged) for tensors in (self._inputs, self._targets))
         error = torch.zeros((), dtype=torch.float64, device=self._world.device)
-        for _ in judged:
-            missing_NC = next(targets) - Linearized(rounded, self._biases, next(inputs)).output()
-            error += missing_NC.square().sum(dtype=torch.float64)
+        for index in self._inputs:
+            if is_held_out(index, self._micro_batches) or self._micro_batches == 1:
+                missing_NC = self._target(index) - self._linearized(rounded, index).output()
+                error += missing_NC.square().sum(dtype=torch.float64)
         self._world.all_reduce(error)
         return float(error)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,34 +12,14 @@ from hfprune_dist.distributed.sums import Grams
 from hfprune_dist.distributed.world import World
 
 
-@dataclass(frozen=True)
-class ProjectionFit:
-    """What least squares did to one output projection, or to those of all experts of a layer.
+class Solution(NamedTuple):
+    """An output projection's new weight [hidden_size, kept], float32.
 
     Attributes:
-        ridge: chosen on held-out windows; for experts, the median.
-        error_before: the share of its target's energy that is lost before the refit.
-        error_after: the share that is still lost after least squares.
-    """
-
-    ridge: float
-    error_before: float
-    error_after: float
-
-
-@dataclass(frozen=True)
-class Solution:
-    """Result of a least-squares fit of an output projection.
-
-    Attributes:
-        fit: report of the fit.
-        energy: mean over tokens of the squared norm of the projection's outputs before pruning.
-        fitted_CK: weight fitted on the windows that are not held out, float32 [hidden_size, kept].
+        fitted_CK: fitted on the windows that are not held out.
         whole_CK: the same on all windows.
     """
 
-    fit: ProjectionFit
-    energy: float
     fitted_CK: Tensor
     whole_CK: Tensor
 
@@ -62,22 +42,17 @@ def solve(weight_CD: Tensor, grams: Grams, kept: Tensor, *, expert: bool = False
     fitted, held_out = (Projection(weight_CD, it).keeping(kept) for it in (grams.fitted_DD, grams.held_out_DD))
     can_choose = not expert or min(fitted.energy, held_out.energy) > 0
     best = best_ridge(fitted, held_out, RIDGES if can_choose else RIDGES[-1:])
-    whole = fitted.mixed(held_out, grams.held_out_share)
+    whole = fitted.with_tokens_of(held_out)
     del fitted, held_out
-    whole_CK = whole.weight(best.ridge)
-    fit = ProjectionFit(best.ridge, error_before=whole.error(whole.old_CK), error_after=whole.error(whole_CK))
-    return Solution(fit, float(whole.energy), best.weight_CK.float(), whole_CK.float())
+    return Solution(best.weight_CK.float().contiguous(), whole.weight(best.ridge).float().contiguous())
 
 
 def solve_on_rank0(weight_CD: Tensor, grams: Grams, kept: Tensor, world: World) -> Solution:
     """``solve`` on rank 0, and give every rank the solution. Collective."""
     if world.is_first:
         solution = solve(weight_CD, grams, kept)
-        weights = [solution.fitted_CK.contiguous(), solution.whole_CK.contiguous()]
     else:
-        empty_CK = weight_CD.new_empty(len(weight_CD), len(kept), dtype=torch.float32)
-        weights = [empty_CK, empty_CK.clone()]
-    fit, energy = world.on_rank0(lambda: (solution.fit, solution.energy))
-    for weight_CK in weights:
+        solution = Solution(*weight_CD.new_empty(2, len(weight_CD), len(kept), dtype=torch.float32))
+    for weight_CK in solution:
         world.broadcast_tensor(weight_CK, 0)
-    return Solution(fit, energy, *weights)
+    return solution

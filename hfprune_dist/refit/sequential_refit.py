@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import collections
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from hfprune_dist.checkpoints.families import Family
-from hfprune_dist.core.gauss_newton import Biases, MlpWeights
+from hfprune_dist.core.gauss_newton import MlpWeights
 from hfprune_dist.core.least_squares import vectors_of_targets, weight_of_targets
-from hfprune_dist.distributed.host_transfers import HostTransfers
+from hfprune_dist.distributed.layer_check import TOLERANCES, refuse_departure, relative_error
 from hfprune_dist.distributed.layer_stream import AfterLayer, LayerStream
-from hfprune_dist.distributed.layer_work import unfinished, up_to_last
+from hfprune_dist.distributed.main_memory import States, to_device, to_host
 from hfprune_dist.distributed.sums import Grams, GramSums, explaining
-from hfprune_dist.distributed.world import World
 from hfprune_dist.models.single_layer import (
+    before_block,
     before_down,
     input_of,
     mlp_of,
@@ -26,13 +23,14 @@ from hfprune_dist.models.single_layer import (
     output_for_update,
     output_of,
     put_weights,
-    reads_alike,
     residual_update,
+    row_matrices,
     run,
+    through_mlp,
     weights_kept,
 )
 from hfprune_dist.refit.gauss_newton_ranks import Reconstruction, Start
-from hfprune_dist.refit.least_squares_fit import ProjectionFit, Solution, solve_on_rank0
+from hfprune_dist.refit.least_squares_fit import Solution, solve_on_rank0
 from hfprune_dist.refit.refitted_layers import RefittedLayers
 from hfprune_dist.structures.kept import Kept
 from hfprune_dist.structures.units import Units
@@ -40,25 +38,6 @@ from hfprune_dist.structures.units import Units
 # Share of what earlier blocks have lost that a block makes up for. That loss is hardly a function of what this block
 # reads, so making up for all of it would fit the calibration windows rather than the model.
 SHARE_MADE_UP = 0.5
-# Layers with their numbers, in order.
-Layers = Iterator[tuple[int, nn.Module]]
-
-
-@dataclass(frozen=True)
-class _Block:
-    """A block of a layer that is fitted: its attention or its MLP.
-
-    Attributes:
-        units: the units that are pruned in it.
-        dense: the dense model's layer that has this block.
-        gap: the layers that are removed right after this one; the last block before them makes up for them.
-        wanted: micro-batch -> the dense model's residual stream after the block, or after the gap, on the CPU.
-    """
-
-    units: Units
-    dense: nn.Module
-    wanted: Mapping[int, Tensor]
-    gap: Sequence[nn.Module] = ()
 
 
 class SequentialRefit:
@@ -68,35 +47,31 @@ class SequentialRefit:
     would turn the residual stream into the dense model's, which makes up for earlier blocks too (``SHARE_MADE_UP``).
 
     Args:
-        family: of the model that is pruned.
-        kept: what stays of that model.
-        stream: the pruned model's windows before the first layer.
-        dense: the same windows before the first layer of the dense model.
-        fitted: where refitted layers are written. Its kinds say which blocks are fitted; if it holds whole MLPs, Gauss-
-            Newton steps on all their projections follow least squares on the down projection.
-        more_iterations: of the Gauss-Newton step on all windows.
+        kept: what stays of the model.
+        kinds: the units whose blocks are fitted, those of the MLP first.
+        stream, dense: the windows before the first layer of the pruned and of the dense model.
+        fitted: where rank 0 writes refitted layers; those that are there stay.
+        more_iterations: if Gauss-Newton steps on all projections of an MLP follow least squares on the down projection,
+            iterations of the one on all windows.
     """
 
     def __init__(
         self,
-        family: Family,
         kept: Kept,
+        kinds: Sequence[Units],
         stream: LayerStream,
         dense: LayerStream,
         fitted: RefittedLayers,
         *,
-        more_iterations: int,
-        world: World,
+        more_iterations: int | None = None,
     ) -> None:
-        self._family = family
-        self._mlp, *self._attention = fitted.kinds
+        self._mlp, *self._attention = kinds
         self._kept = kept
         self._stream = stream
         self._dense = dense
         self._fitted = fitted
         self._more_iterations = more_iterations
-        self._transfers = HostTransfers(world.device)
-        self._world = world
+        self._world = stream.world
 
     def run(self, after_each: AfterLayer) -> None:
         """Refit all layers that stay and are not done yet; windows go no further than the last of these.
@@ -105,178 +80,166 @@ class SequentialRefit:
             UserError: if a layer of the dense model is not its residual stream plus its blocks; or as ``explaining``
                 and ``RefittedLayers.rounded`` do.
         """
-        left = unfinished(self._kept.layers, self._fitted.done, self._world)
-        staying = [number for number in self._kept.layers if number in up_to_last(left)]
-        dense_layers = self._dense.layers(range(self._next_place(staying[-1]) if staying else 0))
-        place = 0
-        for number, layer in self._stream.layers(staying):
-            for _ in range(place, number):  # before the first that stays
-                self._dense.advance(next(dense_layers)[1])
-            place = self._next_place(number)
-            self._through(number, layer, dense_layers, is_done=number not in left)
+        finished, layers = self._world.on_rank0(self._fitted.done), self._kept.layers
+        last = max((number for number in layers if number not in finished), default=-1)
+        ends = dict(zip(layers, [*layers[1:], self._dense.num_layers], strict=True))
+        dense_layers = (layer for _, layer in self._dense.reader.layers(range(ends.get(last, 0))))
+        if last >= 0:
+            self._advance_dense(dense_layers, layers[0])
+        for number, layer in self._stream.reader.layers(number for number in layers if number <= last):
+            for units in (self._mlp, *self._attention):
+                put_weights(layer, weights_kept(layer, units, self._kept.of_layer(number, units.kind)))
+            if number in finished:
+                self._fitted.install(number, layer)
+                self._stream.advance(partial(run, layer))
+                self._advance_dense(dense_layers, ends[number] - number)
+            else:
+                self._fit(number, layer, dense_layers, ends[number] - number - 1)
             del layer
             after_each(number + 1)
 
-    def _next_place(self, number: int) -> int:
-        """Number of the next layer that stays; the number of layers if there is none."""
-        return min((it for it in self._kept.layers if it > number), default=self._dense.num_layers)
+    def _advance_dense(self, layers: Iterator[nn.Module], count: int) -> None:
+        for _ in range(count):
+            self._dense.advance(partial(run, next(layers)))
 
-    def _through(self, number: int, layer: nn.Module, dense_layers: Layers, *, is_done: bool) -> None:
-        """Take the windows of both models through a layer, and the dense model's through the gap after it."""
-        blocks = self._advance_dense(number, dense_layers)
-        for units in (*self._attention, self._mlp):
-            put_weights(layer, weights_kept(layer, units, self._kept.of_layer(number, units.kind)))
-        if is_done:
-            self._fitted.install(number, layer)
-            self._stream.advance_to(layer, self._mlp)
-        else:
-            self._fit(number, layer, blocks)
-            self._fitted.install(number, layer)
-        self._stream.advance_from(layer, self._mlp)
+    @torch.no_grad()
+    def _require_residual(self, number: int, layer: nn.Module) -> None:
+        """Check, on rank 0's first window, that a layer adds its blocks' outputs to its residual stream as expected.
 
-    def _advance_dense(self, number: int, dense_layers: Layers) -> list[_Block]:
-        """Take the dense model's windows through a layer and the gap after it, and return what its blocks are fitted
-        to, the MLP's at the end.
+        Raises:
+            UserError: if a block does not, e.g. because a norm follows its output projection.
         """
-        _, layer = next(dense_layers)
-        self._dense.require_residual(layer, [*self._attention, self._mlp])
-        self._dense.advance_to(layer, self._mlp)
-        blocks = [_Block(units, layer, self._dense.all_hidden()) for units in self._attention]
-        self._dense.advance_from(layer, self._mlp)
-        gap = [next(dense_layers)[1] for _ in range(number + 1, self._next_place(number))]
-        for gone in gap:
-            self._dense.advance(gone)
-        return [*blocks, _Block(self._mlp, layer, self._dense.all_hidden(), gap)]
+        if 0 not in self._dense.states:
+            return
+        hidden_BTC = to_device(self._dense.states[0][:1], self._world.device)
+        kinds, after = [*self._attention, self._mlp], run(layer, hidden_BTC)
+        streams = [*(before_block(layer, units, hidden_BTC) for units in kinds), after]
+        for place, units in enumerate(kinds):
+            output_NC = output_of(layer, units)(self._read(layer, units, streams[place]))
+            found_NC = streams[place].flatten(0, 1) + residual_update(layer, units, output_NC)
+            what = (
+                f"in layer {number}, the inputs of {units.block.reader} plus the outputs of {units.output} depart from "
+                "the hidden states that follow"
+            )
+            error = relative_error(found_NC.double(), streams[place + 1].flatten(0, 1).double())
+            refuse_departure(error, TOLERANCES[after.dtype], what, "a method whose refit is dense or none works")
 
-    def _fit(self, number: int, layer: nn.Module, blocks: list[_Block]) -> None:
-        """Fit a layer's blocks; leaves the windows before the MLP. Every rank has the Gram matrices, and rank 0 writes.
+    def _fit(self, number: int, layer: nn.Module, dense_layers: Iterator[nn.Module], gap: int) -> None:
+        """Fit a layer's blocks, and take the windows of both models past it, and the dense model's past the gap after
+        it, for which its last block makes up. Every rank has the Gram matrices, and rank 0 writes.
 
         Args:
-            blocks: emptied on the way, since what they are fitted to is as large as the windows.
+            gap: number of layers that are removed right after this one.
         """
-        tensors: dict[str, Tensor] = {}
-        fits: dict[str, ProjectionFit] = {}
+        dense, tensors = next(dense_layers), dict[str, Tensor]()
+        self._require_residual(number, dense)
+        self._dense.advance(partial(before_block, dense, self._mlp))
         for units in self._attention:
-            solution, _ = self._solved(number, layer, blocks.pop(0))
+            solution, _ = self._solved(number, layer, units, dense)
             fitted = {f"{units.output}.weight": solution.whole_CK}
-            self._put(number, layer, fitted)
+            # As rank 0 will save it; every rank has the same bits to round.
+            like = output_of(layer, units).weight
+            put_weights(layer, {name: it.to(like) for name, it in self._fitted.rounded(number, fitted).items()})
             tensors |= fitted
-            fits[units.kind] = solution.fit
-        self._stream.advance_to(layer, self._mlp)
-        targets: dict[int, Tensor] = {}
-        solution, grams = self._solved(number, layer, blocks.pop(), targets if self._fitted.whole_mlp else None)
-        fits[self._mlp.kind] = solution.fit
-        if self._fitted.whole_mlp:
-            tensors |= self._moved(number, layer, solution, grams, targets)
-        else:
+        self._dense.advance(partial(through_mlp, dense, self._mlp))
+        gone = [next(dense_layers) for _ in range(gap)]
+        for it in gone:
+            self._dense.advance(partial(run, it))
+        self._stream.advance(partial(before_block, layer, self._mlp))
+        targets: States | None = None if self._more_iterations is None else {}
+        solution, grams = self._solved(number, layer, self._mlp, dense, gone, targets)
+        if targets is None:
             tensors[f"{self._mlp.output}.weight"] = solution.whole_CK
-        self._world.on_rank0(lambda: self._fitted.write(number, tensors, fits))
-
-    def _put(self, number: int, layer: nn.Module, fitted: Mapping[str, Tensor]) -> None:
-        """Give the layer a fitted block, rounded as rank 0 will save it; every rank has the same bits to round."""
-        like = output_of(layer, self._mlp).weight
-        put_weights(layer, {name: it.to(like) for name, it in self._fitted.rounded(number, fitted).items()})
+        else:
+            tensors |= self._moved(number, layer, solution, grams, targets)
+        self._world.on_rank0(lambda: self._fitted.write_rounded(number, tensors))
+        self._fitted.install(number, layer)
+        self._stream.advance(partial(through_mlp, layer, self._mlp))
 
     def _solved(
-        self, number: int, layer: nn.Module, block: _Block, targets: dict[int, Tensor] | None = None
+        self,
+        number: int,
+        layer: nn.Module,
+        units: Units,
+        dense: nn.Module,
+        gone: Sequence[nn.Module] = (),
+        targets: States | None = None,
     ) -> tuple[Solution, Grams]:
-        """Fit an output projection by least squares; and the Gram matrices of its channels, followed by its targets.
+        """Fit an output projection by least squares, so that a block brings the residual stream to that of the dense
+        model; and the Gram matrices of its channels, followed by its targets.
 
         Args:
-            targets: is given the targets of every micro-batch of this rank, on the CPU.
+            dense: the dense model's layer that has this block.
+            gone: removed layers between the block and where the dense model's windows are.
+            targets: is given the targets of every micro-batch of this rank.
         """
-        weight_CK = output_of(layer, block.units).weight.data
-        sums = GramSums(number, sum(weight_CK.shape), self._stream.split, self._world)
-        fitted_to = self._summed(layer, block, sums)
-        if targets is None:  # only the sums are needed
-            collections.deque(fitted_to, maxlen=0)
-        else:
-            targets.update(self._transfers.to_host(fitted_to))
-        grams = sums.means()
-        kept = torch.arange(weight_CK.shape[1], device=weight_CK.device)
+        weight_CK = output_of(layer, units).weight.data
+        sums = GramSums(number, sum(weight_CK.shape), self._stream.micro_batches, self._world)
+        for index, residual_BTC in self._stream.standing():
+            wanted_BTC = to_device(self._dense.states[index], self._world.device)
+            target_NC = self._target(layer, units, dense, gone, residual_BTC, wanted_BTC)
+            hidden_NK = self._read(layer, units, residual_BTC)
+            del residual_BTC, wanted_BTC
+            sums.add(index, vectors_of_targets(weight_CK, hidden_NK, target_NC))
+            if targets is not None:
+                targets[index] = to_host(target_NC)
+            del hidden_NK, target_NC  # before the next ones are made
+        grams, kept = sums.of_all_ranks(), torch.arange(weight_CK.shape[1], device=weight_CK.device)
         with explaining(number):
             return solve_on_rank0(weight_of_targets(weight_CK), grams, kept, self._world), grams
 
-    def _summed(self, layer: nn.Module, block: _Block, sums: GramSums) -> Iterator[tuple[int, Tensor]]:
-        """Yield the targets of every micro-batch of this rank, once its terms for least squares have been added up."""
-        output, is_mlp = output_of(layer, block.units), block.units is self._mlp
-        is_whole = not is_mlp and reads_alike(layer, block.dense, block.units)
-        wanted = self._transfers.to_device((index, block.wanted[index]) for index in self._stream.all_hidden())
-        for index, residual_BTC in self._stream.standing():
-            dense_ND = None if is_mlp else self._hidden(block.dense, block, residual_BTC)
-            target_NC = self._target(layer, residual_BTC, block, next(wanted)[1], dense_ND)
-            if output.bias is not None:
-                target_NC -= output.bias.float()
-            hidden_NK = dense_ND if is_whole else None
-            del dense_ND  # before another is made
-            if hidden_NK is None:
-                hidden_NK = self._hidden(layer, block, residual_BTC)
-            sums.add(index, vectors_of_targets(output.weight.data, hidden_NK, target_NC))
-            del hidden_NK, residual_BTC
-            yield index, target_NC
-            del target_NC  # before the next one is made
-
     @torch.no_grad()
-    def _hidden(self, layer: nn.Module, block: _Block, residual_BTC: Tensor) -> Tensor:
-        """What a block's output projection reads [tokens, channels]."""
+    def _read(self, layer: nn.Module, units: Units, residual_BTC: Tensor) -> Tensor:
+        """What the output projection of a block reads, given the residual stream before it [tokens, channels]."""
         compute = partial(run, layer, residual_BTC)
-        if block.units is self._mlp:
-            compute = partial(mlp_of(layer, self._mlp), norm_before(layer, self._mlp)(residual_BTC))
-        return input_of(output_of(layer, block.units), compute).flatten(0, 1)
+        if units is self._mlp:
+            compute = partial(mlp_of(layer, units), norm_before(layer, units)(residual_BTC))
+        return input_of(output_of(layer, units), compute).flatten(0, 1)
 
     @torch.no_grad()
     def _target(
-        self, layer: nn.Module, residual_BTC: Tensor, block: _Block, wanted_BTC: Tensor, dense_ND: Tensor | None
+        self,
+        layer: nn.Module,
+        units: Units,
+        dense: nn.Module,
+        gone: Sequence[nn.Module],
+        residual_BTC: Tensor,
+        wanted_BTC: Tensor,
     ) -> Tensor:
-        """What a block should put out, float32 [tokens, hidden_size].
-
-        Args:
-            dense_ND: what the dense block's output projection reads; None for an MLP.
-        """
-        if dense_ND is None:
-            normed_NC = norm_before(block.dense, self._mlp)(residual_BTC).flatten(0, 1)
-            own_NC: Tensor = mlp_of(block.dense, self._mlp)(normed_NC)
-        else:
-            own_NC = output_of(block.dense, block.units)(dense_ND)
-        residual_NC, output_NC = residual_BTC.flatten(0, 1), own_NC
-        own_NC = residual_update(block.dense, block.units, own_NC)
-        if block.gap:
+        """What a block's output projection should put out, without its bias, float32 [tokens, hidden_size]."""
+        output_NC = output_of(dense, units)(self._read(dense, units, residual_BTC))
+        own_NC, residual_NC = residual_update(dense, units, output_NC), residual_BTC.flatten(0, 1)
+        if gone:
             reached_BTC = (residual_NC + own_NC).view_as(residual_BTC)
-            for gone in block.gap:
-                reached_BTC = run(gone, reached_BTC)
+            for it in gone:
+                reached_BTC = run(it, reached_BTC)
             own_NC = reached_BTC.flatten(0, 1).float() - residual_NC.float()
-        own_NC = own_NC.float()
-        missing_NC = wanted_BTC.flatten(0, 1).to(own_NC) - residual_NC.float()
-        return output_for_update(layer, block.units, own_NC.lerp(missing_NC, SHARE_MADE_UP), output_NC)
+        missing_NC = wanted_BTC.flatten(0, 1).float() - residual_NC.float()
+        target_NC = output_for_update(layer, units, own_NC.float().lerp(missing_NC, SHARE_MADE_UP), output_NC)
+        bias = output_of(layer, units).bias
+        return target_NC if bias is None else target_NC - bias.float()
 
     def _moved(
         self, number: int, layer: nn.Module, solution: Solution, grams: Grams, targets: Mapping[int, Tensor]
     ) -> dict[str, Tensor]:
         """Gate, up and down after Gauss-Newton steps, the first from a least-squares down on the same windows."""
-        norm = norm_before(layer, self._mlp)
-        mlp = before_down(layer, self._mlp)
+        norm, rows = norm_before(layer, self._mlp), row_matrices(layer, self._mlp)
         reconstruction = Reconstruction(
             number,
-            mlp.dtype,
-            Biases(mlp.biases, mlp.activation),
-            dict(self._transfers.through(self._stream.all_hidden().items(), lambda it: norm(it).flatten(0, 1))),
+            rows[0].dtype,
+            before_down(layer, self._mlp),
+            {index: to_host(norm(hidden_BTC).flatten(0, 1)) for index, hidden_BTC in self._stream.standing()},
             targets,
-            micro_batches=self._stream.split.count,
-            more_iterations=self._more_iterations,
+            micro_batches=self._stream.micro_batches,
             world=self._world,
         )
-
-        rows_KC = tuple(weight.float() for weight in mlp.weights)
-        kept = solution.whole_CK.shape[1]  # the channels come first
-        # Held-out windows judge a step, so the first one begins at weights that haven't seen them.
-        fitted, whole = (
-            Start(MlpWeights(rows_KC, down_CK), gram_DD[:kept, :kept], tokens)
-            for down_CK, gram_DD, tokens in (
-                (solution.fitted_CK, grams.fitted_DD, self._stream.split.fitted_tokens),
-                (solution.whole_CK, grams.whole(), self._stream.split.tokens),
-            )
-        )
+        rows_KC, kept = tuple(weight.float() for weight in rows), solution.whole_CK.shape[1]
+        # Held-out windows judge a step, so the first one begins at weights that haven't seen them. The channels come
+        # first in the Gram matrices.
+        fitted = Start(MlpWeights(rows_KC, solution.fitted_CK), grams.fitted_DD[:kept, :kept])
+        whole = Start(MlpWeights(rows_KC, solution.whole_CK), grams.whole()[:kept, :kept])
+        assert self._more_iterations is not None
         with explaining(number):
-            moved = reconstruction.improve(fitted, whole)
-        rows = moved.rows_KC if self._mlp.row_parts[0] == 1 else [torch.cat(moved.rows_KC)]  # gate and up are one
-        return dict(zip(self._mlp.weights, [*rows, moved.down_CK], strict=True))
+            moved = reconstruction.improve(fitted, whole, self._more_iterations)
+        whole_rows = moved.rows_KC if self._mlp.row_parts[0] == 1 else [torch.cat(moved.rows_KC)]  # gate and up are one
+        return dict(zip(self._mlp.weights, [*whole_rows, moved.down_CK], strict=True))

@@ -174,7 +174,7 @@ class Context(Generic[P]):
             "device": self.world.device.type,
             "started": finished - seconds,
             "finished": finished,
-            **peak,
+            "peak_memory_bytes": peak,
             "wall_time_s": seconds,
             "attempts": self.attempt,
         }

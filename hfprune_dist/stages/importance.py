@@ -8,7 +8,7 @@ as many threads each, and a resumed stage continues at a shard.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 
 import torch
@@ -31,7 +31,6 @@ from hfprune_dist.data.windows import (
 from hfprune_dist.distributed.frozen_model import choose_sharding
 from hfprune_dist.distributed.interruption import Interrupted
 from hfprune_dist.distributed.layer_stream import LayerStream
-from hfprune_dist.distributed.layer_work import Turns
 from hfprune_dist.distributed.sums import Grams, explaining, windows_held_out
 from hfprune_dist.errors import UserError, naming
 from hfprune_dist.kinds.importance import ImportanceParameters
@@ -165,31 +164,30 @@ def _score_layers(
     world, kinds = context.world, checkpoint.pruned_kinds(context.params.structures)
     windows, tokens, seed = len(windows_ST), windows_ST.numel(), context.params.seed
     scores: dict[str, Tensor] = {}
-
-    def solve(layers: Sequence[tuple[str, ScoredLayer]]) -> None:
-        for kind, layer in layers:
-            for criterion in criteria:
-                if kind in criterion.units:
-                    name = score_name(layer.number, criterion.name, kind)
-                    scores[name] = _score(name, layer, criterion, totals)
-
-    turns = Turns(range(checkpoint.num_layers), world, solve)
+    waiting: list[tuple[str, ScoredLayer]] = []
     has_gradients = any(criterion.observes == "weight_gradients" for criterion in criteria)
     passed: Iterable[Mapping[str, Sequence[Grams]]] = [{}] * checkpoint.num_layers
     if any(criterion.needs_moments for criterion in criteria):
-        passed = _grams_of_layers(context, checkpoint, windows_ST, kinds, turns.owner)
+        passed = _grams_of_layers(context, checkpoint, windows_ST, kinds)
     for number, grams in enumerate(passed):
-        layers = None
-        if turns.owner(number) == world.rank:
+        turn = number % world.size
+        if turn == world.rank:
             gradients = partial(_mean_of, totals, number, windows) if has_gradients else None
-            layers = []
             for units in kinds:
                 kind, moments = units.kind, None
                 if grams:
-                    moments = grams[kind][0].whole(), _mean_of(totals, number, tokens, kind)
+                    moments = grams[kind][0].whole().div_(tokens), _mean_of(totals, number, tokens, kind)
                 made = scored_layer(checkpoint, units, number, seed, tokens, moments=moments, read_gradient=gradients)
-                layers.append((kind, made))
-        turns.add(number, layers)
+                waiting.append((kind, made))
+        del grams
+        if turn == world.size - 1 or number == checkpoint.num_layers - 1:  # ranks score a layer each at the same time
+            while waiting:
+                kind, layer = waiting.pop()
+                for criterion in criteria:
+                    if kind in criterion.units:
+                        name = score_name(layer.number, criterion.name, kind)
+                        scores[name] = _score(name, layer, criterion, totals)
+            world.barrier()
         context.interruption.stop_if_agreed(world)
     return {name: scores_U for share in world.all_gather(scores) for name, scores_U in share.items()}
 
@@ -199,17 +197,16 @@ def _grams_of_layers(
     checkpoint: Checkpoint,
     windows_ST: Tensor,
     kinds: Sequence[Units],
-    owner: Callable[[int], int],
 ) -> Iterator[Mapping[str, Sequence[Grams]]]:
-    """Yield, layer by layer, the Gram matrices of what its units' outputs are read from, by kind, whole on the layer's
-    owner. Collective.
+    """Yield, layer by layer, the Gram matrices of what its units' outputs are read from, by kind, whole on the rank
+    whose turn the layer is. Collective.
     """
     params = context.params
     context.check_layers(checkpoint, windows_ST, params.dtype)
     size = params.calibration.micro_batch_size
     stream = LayerStream(checkpoint, windows_ST, getattr(torch, params.dtype), size, context.world)
-    for number, layer in stream.layers(range(checkpoint.num_layers)):
-        grams = stream.grams(number, layer, kinds, owner(number))
+    for number, layer in stream.reader.layers(range(checkpoint.num_layers)):
+        grams = stream.grams(number, layer, kinds, number % context.world.size)
         del layer
         yield grams
         context.progress.update("moments", number + 1, checkpoint.num_layers)

@@ -11,7 +11,8 @@ from hfprune_dist.checkpoints.pruned_config import pruned_config, write_kept
 from hfprune_dist.checkpoints.write_pruned import write_companions, write_weight_file
 from hfprune_dist.planning.shapes import shape_for
 from hfprune_dist.planning.target import Target
-from hfprune_dist.refit.low_rank import LowRankLayers, Sizes, compress_layers
+from hfprune_dist.refit.low_rank import compress_layers
+from hfprune_dist.refit.refitted_layers import RefittedLayers
 from hfprune_dist.stages.prune_refit import (
     Context,
     Replacements,
@@ -23,7 +24,6 @@ from hfprune_dist.stages.prune_refit import (
 )
 from hfprune_dist.stages.shape_metrics import shape_metrics
 from hfprune_dist.stages.shape_search import decide_shape
-from hfprune_dist.structures import NEURONS
 from hfprune_dist.structures.kept import Kept
 from hfprune_dist.structures.score_names import SCORES, scores_of_layers
 
@@ -66,12 +66,8 @@ def _compressed(context: Context, checkpoint: Checkpoint) -> tuple[Kept, Replace
     """What stays, factors of low rank for attention's projections, and metrics: their ``attention_ranks``."""
     params, windows_ST = context.params, context.calibration_windows()
     shape = shape_for(Target.of(checkpoint, params, params.ratio, context.stage.label))
-    ranks = {name: row[0] for name, row in shape.ranks.items()}
-    sizes = Sizes(shape.units[NEURONS][0], ranks)
-    layers = LowRankLayers(checkpoint, list(ranks), context.work / "low_rank")
-    stream = stream_of(context, checkpoint, windows_ST)
+    layers, stream = RefittedLayers(checkpoint, context.work / "low_rank"), stream_of(context, checkpoint, windows_ST)
     after_each = context.reporting("low rank", checkpoint.num_layers)
-    compress_layers(checkpoint, sizes, stream, layers, context.world, after_each)
-    kept = Kept(shape.layers, {NEURONS: [layers.kept(number) for number in shape.layers]}, shape.ranks)
-    attention_ranks = {name.rpartition(".")[2]: rank for name, rank in ranks.items()}
-    return kept, layers.replacements(), {"attention_ranks": attention_ranks}
+    kept = compress_layers(checkpoint, shape, stream, layers, after_each)
+    attention_ranks = {name.rpartition(".")[2]: row[0] for name, row in shape.ranks.items()}
+    return kept, layers.replacements(kept.layers), {"attention_ranks": attention_ranks}

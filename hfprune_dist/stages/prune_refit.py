@@ -12,18 +12,18 @@ from torch import Tensor, nn
 
 from hfprune_dist.checkpoints.checkpoint import Checkpoint
 from hfprune_dist.checkpoints.read_tensors import as_stored
-from hfprune_dist.checkpoints.tensor_files import SavedLayers
 from hfprune_dist.core import quasi_newton
 from hfprune_dist.core.redraw import redrawn_copies
 from hfprune_dist.distributed.layer_stream import LayerStream
+from hfprune_dist.distributed.main_memory import States
 from hfprune_dist.distributed.sums import windows_held_out
 from hfprune_dist.kinds.prune import PruneParameters
 from hfprune_dist.models.norm_factors import norms_of_layers, weight_offset, with_factors
 from hfprune_dist.models.single_layer import LayerReader
 from hfprune_dist.refit.bias_refit import find_biases
-from hfprune_dist.refit.dense_refit import DenseRefit
-from hfprune_dist.refit.measurement import Hidden, dense_outputs, normed_outputs
-from hfprune_dist.refit.norms_refit import NormGradients, PrunedLayers, fit_norms, micro_batches_of_norms
+from hfprune_dist.refit.dense_refit import refit_on_dense
+from hfprune_dist.refit.measurement import PrunedLayers, run_layers
+from hfprune_dist.refit.norms_refit import NormGradients, fit_norms, windows_of_norms
 from hfprune_dist.refit.refitted_layers import RefittedLayers
 from hfprune_dist.refit.sequential_refit import SequentialRefit
 from hfprune_dist.stages.context import Context as AnyContext
@@ -47,11 +47,10 @@ def refitted(context: Context, checkpoint: Checkpoint, kept: Kept) -> Replacemen
         return {}
     windows_ST = context.calibration_windows()
     if context.params.refit == "bias":  # those that make up for what goes
-        saved = SavedLayers(context.work / "biases", kept.layers)
-        stream, kinds = stream_of(context, checkpoint, windows_ST), pruned_kinds(context, checkpoint)
+        found, kinds = RefittedLayers(checkpoint, context.work / "biases"), pruned_kinds(context, checkpoint)
         after_each = context.reporting("biases", checkpoint.num_layers)
-        find_biases(checkpoint, kept, kinds, stream, saved, context.world, after_each)
-        return _in_memory(saved.read())
+        find_biases(kept, kinds, stream_of(context, checkpoint, windows_ST), found, after_each)
+        return found.replacements(kept.layers)
     if context.params.refit_copies:
         copies_SRT = _redrawn(context, checkpoint, windows_ST).long()
         windows_ST = in_refit_order(windows_ST, copies_SRT, context.params.forward_pass()[1])
@@ -77,38 +76,29 @@ def refit_layers(
         phase: its name in progress reports.
         whole_mlp: whether all weights of an MLP are refitted, not only its output projection.
     """
-    fitted = RefittedLayers(checkpoint, pruned_kinds(context, checkpoint), whole_mlp, context.work / folder)
-    stream = stream_of(context, checkpoint, windows_ST)
-    refit: DenseRefit | SequentialRefit
+    fitted, kinds = RefittedLayers(checkpoint, context.work / folder), pruned_kinds(context, checkpoint)
+    stream, after_each = stream_of(context, checkpoint, windows_ST), context.reporting(phase, checkpoint.num_layers)
     if context.params.refit == "dense":
-        refit = DenseRefit(kept, stream, fitted, context.world)
+        refit_on_dense(kept, kinds, stream, fitted, after_each)
     else:
-        refit = SequentialRefit(
-            checkpoint.family,
-            kept,
-            stream,
-            stream_of(context, checkpoint, windows_ST),
-            fitted,
-            more_iterations=context.params.refit_iterations,
-            world=context.world,
-        )
-    refit.run(context.reporting(phase, checkpoint.num_layers))
+        iterations = context.params.refit_iterations if whole_mlp else None
+        dense = stream_of(context, checkpoint, windows_ST)
+        SequentialRefit(kept, kinds, stream, dense, fitted, more_iterations=iterations).run(after_each)
     return fitted
 
 
 def _redrawn(context: Context, checkpoint: Checkpoint, windows_ST: Tensor) -> Tensor:
     """Copies of all windows, int32 [windows, copies of each, tokens], on every rank."""
     (name, size), world = context.params.forward_pass(), context.world
-    batches = dict(enumerate(windows_ST.split(size)))
-    hidden = outputs_of_dense(context, checkpoint, batches)
+    hidden = dense_states(context, checkpoint, windows_ST, size)
     head = LayerReader(checkpoint, getattr(torch, name), world.device).head()
-    rounds = range(0, len(batches), world.size)
+    rounds = range(0, -(-len(windows_ST) // size), world.size)
     after_each = context.reporting("copies", len(rounds))
     own: dict[int, Tensor] = {}
     for done, first in enumerate(rounds, start=1):
         index = first + world.rank
         for place, hidden_TC in enumerate(hidden.pop(index, ())):
-            outputs = normed_outputs(head, hidden_TC[None].to(world.device))
+            outputs = head.outputs(hidden_TC[None].to(world.device))
             window = index * size + place
             own[window] = redrawn_copies(windows_ST[window], outputs, context.params.refit_copies, window=window).int()
         after_each(done)
@@ -137,17 +127,20 @@ def in_refit_order(windows_ST: Tensor, copies_SRT: Tensor, micro_batch_size: int
     return everything_SRT.flatten(0, 1)[order]
 
 
-def stream_of(context: Context, checkpoint: Checkpoint, windows_ST: Tensor) -> LayerStream:
-    """Stream of windows before a model's first layer."""
+def stream_of(
+    context: Context, checkpoint: Checkpoint, windows_ST: Tensor, micro_batch_size: int | None = None
+) -> LayerStream:
+    """Stream of windows before a model's first layer, in micro-batches of the settings' size or another."""
     dtype, size = context.params.forward_pass()
-    return LayerStream(checkpoint, windows_ST, getattr(torch, dtype), size, context.world)
+    return LayerStream(checkpoint, windows_ST, getattr(torch, dtype), micro_batch_size or size, context.world)
 
 
-def outputs_of_dense(context: Context, checkpoint: Checkpoint, micro_batches: Mapping[int, Tensor]) -> Hidden:
-    """Outputs of the dense model for this rank's share of micro-batches; one pass through its layers. Collective."""
-    dtype = getattr(torch, context.params.forward_pass()[0])
+def dense_states(context: Context, checkpoint: Checkpoint, windows_ST: Tensor, micro_batch_size: int) -> States:
+    """What the dense model's head reads for this rank's micro-batches; one pass through its layers. Collective."""
+    stream = stream_of(context, checkpoint, windows_ST, micro_batch_size)
     after_each = context.reporting("dense model", checkpoint.num_layers)
-    return dense_outputs(checkpoint, micro_batches, dtype, context.world, after_each)
+    run_layers(stream, stream.reader.layers(range(checkpoint.num_layers)), after_each)
+    return dict(stream.final_hidden())
 
 
 # Norms.
@@ -174,22 +167,20 @@ def refitted_norms(
     Raises:
         UserError: as ``as_stored`` and the refits do.
     """
-    name, size = context.params.forward_pass()
-    pruned = PrunedLayers(checkpoint, kept, replacements, getattr(torch, name), context.world.device)
-    batches = micro_batches_of_norms(context.calibration_windows(), size)
-    gradients = NormGradients(
-        pruned,
-        batches,
-        outputs_of_dense(context, checkpoint, batches),
-        world=context.world,
-        after_each=context.reporting("norms", 2 * quasi_newton.PASSES * len(pruned.numbers)),
+    windows_ST, size = windows_of_norms(context.calibration_windows(), context.params.forward_pass()[1])
+    dense, stream = (
+        dense_states(context, checkpoint, windows_ST, size),
+        stream_of(context, checkpoint, windows_ST, size),
     )
-    fit, weights = fit_norms(gradients), dict[str, Tensor]()
-    for (norm_name, norm), factors_C in zip(_norms(checkpoint, gradients.norms).items(), fit.factors_RC, strict=True):
+    pruned = PrunedLayers(checkpoint, kept, replacements, stream.reader)
+    after_each = context.reporting("norms", 2 * quasi_newton.PASSES * len(kept.layers))
+    gradients, weights = NormGradients(pruned, stream, dense, after_each), dict[str, Tensor]()
+    factors_RC, kls = fit_norms(gradients)
+    for (norm_name, norm), factors_C in zip(_norms(checkpoint, gradients.norms).items(), factors_RC, strict=True):
         for of_norm, weight_C in with_factors(norm, factors_C).items():
             tensor = f"{norm_name}.{of_norm}"
             weights[tensor] = as_stored(checkpoint, tensor, weight_C, otherwise="set prune.effort to quick")
-    return _in_memory(weights), {"norms_kl": [kl if math.isfinite(kl) else None for kl in fit.kl]}
+    return _in_memory(weights), {"norms_kl": [kl if math.isfinite(kl) else None for kl in kls]}
 
 
 def _norms(checkpoint: Checkpoint, of_layers: list[tuple[int, str]]) -> Mapping[str, nn.Module]:

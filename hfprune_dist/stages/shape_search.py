@@ -11,10 +11,10 @@ as well, as long as that helps. Where layers compete, the search for widths cont
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
-from itertools import islice
 from typing import Any
 
 import torch
@@ -34,10 +34,15 @@ from hfprune_dist.kinds.prune import PruneParameters
 from hfprune_dist.methods import CRITERIA
 from hfprune_dist.planning.shapes import name_of_plain, numbers_of_groups, shape_for, shapes_for, with_layers
 from hfprune_dist.planning.target import Target
-from hfprune_dist.refit.candidates import CheapFits, FinishedLayers, Scored, candidates_of, kept_of
-from hfprune_dist.refit.measurement import Candidate, Measurement, held_out_batches, one_by_one
-from hfprune_dist.refit.refitted_layers import RefittedLayers
-from hfprune_dist.stages.prune_refit import Context, outputs_of_dense, pruned_kinds, refit_layers, stream_of
+from hfprune_dist.refit.cheap_fits import Scored, kept_of
+from hfprune_dist.refit.measurement import (
+    PrunedLayers,
+    held_out_windows,
+    mean_divergences,
+    measure_shapes,
+    run_layers,
+)
+from hfprune_dist.stages.prune_refit import Context, dense_states, pruned_kinds, refit_layers, stream_of
 from hfprune_dist.structures import KV_GROUPS, LAYERS, NEURONS
 from hfprune_dist.structures.kept import Kept, Shape
 
@@ -75,20 +80,10 @@ def decide_shape(
         contest = Contest.of(params, checkpoint, kinds, target)
         rate = EXCHANGE if params.allocation == "global" else 1.0
         counts = allocate_globally([*contest.neurons, *(it.dearer(rate) for it in contest.others)], contest.removals)
-        found = contest.candidate(counts)
+        found = contest.shape(counts)
     else:
-        found = _candidate_of(kinds, shape_for(target))
+        found = shape_for(target)
     return kept_of(kinds, found), metrics
-
-
-def _candidate_of(kinds: Sequence[Scored], shape: Shape) -> Candidate:
-    """The candidate with a shape.
-
-    Args:
-        kinds: in the order of a choice's numbers.
-    """
-    choices = dict(zip(shape.layers, zip(*(shape.units[it.units.kind] for it in kinds), strict=True), strict=True))
-    return tuple(choices.get(layer) for layer in range(kinds[0].units.num_layers))
 
 
 @dataclass(frozen=True)
@@ -96,11 +91,13 @@ class Contest:
     """Units, of one or more kinds in the layers that stay, compete over which of them a model loses.
 
     Attributes:
-        ladders: for each kind, neurons first, one for each layer that stays.
+        kinds: their kinds, neurons first.
+        ladders: for each kind, one for each layer that stays.
         removals: parameters that the ladders are to lose; negative if the layers that went had more than the budget.
     """
 
     checkpoint: Checkpoint
+    kinds: Sequence[str]
     ladders: Sequence[Sequence[Ladder]]
     removals: int
 
@@ -116,13 +113,13 @@ class Contest:
             ladders.append([Ladder(layer, *rung, per_unit[kind], multiple_of) for layer, rung in enumerate(rungs)])
         # Of neurons alone, a whole number goes.
         smallest = per_unit[NEURONS] if len(kinds) == 1 and not target.droppable else 1
-        return cls(checkpoint, ladders, round(target.removals / smallest) * smallest)
+        return cls(checkpoint, [it.units.kind for it in kinds], ladders, round(target.removals / smallest) * smallest)
 
     def without(self, gone: Collection[int]) -> Contest:
         """The same contest once some layers are gone, whose parameters count as removed."""
         ladders = [[ladder for ladder in of_kind if ladder.layer not in gone] for of_kind in self.ladders]
         of_layers = self.checkpoint.parameter_counts.layers
-        return Contest(self.checkpoint, ladders, self.removals - sum(of_layers[layer] for layer in gone))
+        return Contest(self.checkpoint, self.kinds, ladders, self.removals - sum(of_layers[layer] for layer in gone))
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -152,12 +149,11 @@ class Contest:
         ladders = [*self.neurons, *self.others]
         return all(it.least <= count <= it.most for count, it in zip(counts, ladders, strict=True))
 
-    def candidate(self, counts: Sequence[int]) -> Candidate:
-        """The candidate that keeps these numbers of units, given in the order of the ladders."""
+    def shape(self, counts: Sequence[int]) -> Shape:
+        """The shape that keeps these numbers of units, given in the order of the ladders."""
         size = len(self.layers)
-        of_kinds = [counts[start : start + size] for start in range(0, len(counts), size)]
-        choices = dict(zip(self.layers, zip(*of_kinds, strict=True), strict=True))
-        return tuple(choices.get(layer) for layer in range(self.checkpoint.num_layers))
+        rows = [tuple(counts[start : start + size]) for start in range(0, len(counts), size)]
+        return Shape(self.layers, dict(zip(self.kinds, rows, strict=True)))
 
 
 def _comparable(params: PruneParameters, checkpoint: Checkpoint, kinds: Sequence[Scored]) -> list[Sequence[Tensor]]:
@@ -183,7 +179,7 @@ class _Search:
     """Candidates, and how far from the dense model refits leave each of them.
 
     Args:
-        kinds: the units that may go with their scores, in the order of a choice's numbers.
+        kinds: the units that may go, with their scores.
     """
 
     def __init__(self, context: Context, checkpoint: Checkpoint, kinds: Sequence[Scored], target: Target) -> None:
@@ -192,8 +188,8 @@ class _Search:
         self._kinds = kinds
         self._target = target
         self._refits = context.params.refit != "none"
-        windows_ST, (dtype, size) = context.calibration_windows(), context.params.forward_pass()
-        self._dtype = getattr(torch, dtype)
+        self._passes: Counter[str] = Counter()
+        windows_ST, (_, size) = context.calibration_windows(), context.params.forward_pass()
         batches = windows_ST.split(size)
         apart = max(1, len(batches) // JUDGED_EVERY)
         has_finals = context.params.allocation == "plain" or LAYERS in context.params.structures
@@ -201,12 +197,11 @@ class _Search:
             self._seen_ST, self._judged_ST = torch.cat(batches[:-apart]), torch.cat(batches[-apart:])
         else:  # a single micro-batch is both seen and judged
             self._seen_ST = self._judged_ST = windows_ST
-        compared_ST = torch.cat([*held_out_batches(self._seen_ST, size, WINDOWS).values()])[:WINDOWS]
-        self._compared = one_by_one(compared_ST)
-        # The dense model's outputs; one pass through its layers, which is collective, serves all measurements.
-        self._outputs = cache(partial(outputs_of_dense, context, checkpoint, self._compared))
+        self._compared_ST = held_out_windows(self._seen_ST, size, WINDOWS)[:WINDOWS]
+        # What the dense model's head reads; one pass through its layers, which is collective, serves all measurements.
+        self._dense = cache(partial(dense_states, context, checkpoint, self._compared_ST, 1))
 
-    def plain_shape(self) -> tuple[Candidate, dict[str, Any]]:
+    def plain_shape(self) -> tuple[Shape, dict[str, Any]]:
         """Of the shapes that are the same in all layers, the one that is measured to be closest, and metrics.
 
         Finalists are that which prunes only MLPs, and the best others.
@@ -221,16 +216,14 @@ class _Search:
             if (shape := with_layers(self._target, layers, it.units[KV_GROUPS][0])) is not None:
                 shapes.append(shape)
         named = {name_of_plain(shape): shape for shape in shapes or as_planned}
-        candidates = {name: _candidate_of(self._kinds, shape) for name, shape in named.items()}
-        measurement = self._measurement("shapes", refit=self._refits, measurements=1)
-        kls = dict(zip(candidates, measurement.kl([*candidates.values()]), strict=True))
+        kls = dict(zip(named, self._kl([*named.values()], "shapes"), strict=True))
         groups = {name: shape.units[KV_GROUPS][0] for name, shape in named.items()}
         most = self._target.groups.most
         mlp_alone = {name for name, it in named.items() if (len(it.layers), groups[name]) == (num_layers, most)}
-        best, finalists = self._best(candidates, kls, groups, mlp_alone)
-        return candidates[best], {"layers_in_order_of_dropping": order, "search_kl": kls, **finalists}
+        best, finalists = self._best(named, kls, groups, mlp_alone)
+        return named[best], {"layers_in_order_of_dropping": order, "search_kl": kls, **finalists}
 
-    def any_shape(self, contest: Contest) -> tuple[Candidate, dict[str, Any]]:
+    def any_shape(self, contest: Contest) -> tuple[Shape, dict[str, Any]]:
         """The shape that is measured to be closest, and metrics.
 
         Args:
@@ -239,22 +232,26 @@ class _Search:
         order = self._layers_in_order(self._target.most_layers_gone())
         steps = range(0, len(order) + 1, self._target.step_of_layers)
         contests = _possible([contest.without(order[:gone]) for gone in steps]) or [contest.without(order)]
-        measurement = self._measurement("search", refit=self._refits, measurements=MEASUREMENTS + (len(contests) > 1))
+        measure = partial(self._kl, phase="search", passes=MEASUREMENTS + (len(contests) > 1))
         kls: dict[str, float] = {}
+        known: dict[Counts, float] = {}
         metrics: dict[str, Any] = {"layers_in_order_of_dropping": order} if order else {}
         if len(contests) > 1:
             named = {f"{len(it.layers)} layers": it for it in contests}
-            candidates = {name: it.candidate(it.reweighted().counts(START)) for name, it in named.items()}
-            kls = dict(zip(named, measurement.kl([*candidates.values()]), strict=True))
-            best, finalists = self._best(candidates, kls, dict.fromkeys(named, 0))
+            shapes = {name: it.shape(it.reweighted().counts(START)) for name, it in named.items()}
+            kls = dict(zip(named, measure([*shapes.values()]), strict=True))
+            best, finalists = self._best(shapes, kls, dict.fromkeys(named, 0))
             contests, metrics = [named[best]], metrics | finalists
+            known[named[best].reweighted().counts(START)] = kls[best]
         contest = contests[0]
-        found = search_shapes(
-            contest.reweighted(),
-            self._plain_within(contest),
-            lambda many: measurement.kl([contest.candidate(counts) for counts in many]),
-        )
-        return contest.candidate(found.counts), metrics | {"search_kl": kls | found.candidates}
+
+        def kl_of(many: Sequence[Counts]) -> list[float]:
+            if unknown := [counts for counts in many if counts not in known]:
+                known.update(zip(unknown, measure([contest.shape(counts) for counts in unknown]), strict=True))
+            return [known[counts] for counts in many]
+
+        found = search_shapes(contest.reweighted(), self._plain_within(contest), kl_of)
+        return contest.shape(found.counts), metrics | {"search_kl": kls | found.candidates}
 
     def _plain_within(self, contest: Contest) -> dict[str, Counts]:
         """Name -> shape that is the same in all layers of a contest, for those that the contest allows."""
@@ -266,64 +263,63 @@ class _Search:
                 found[name] = tuple(count for it in self._kinds for count in shape.units[it.units.kind])
         return {name: counts for name, counts in found.items() if contest.allows(counts)}
 
-    def _measurement(self, phase: str, *, refit: bool, measurements: int, windows: int = WINDOWS) -> Measurement:
-        """A measurement of candidates with a cheap refit, or none.
+    def _kl(
+        self, shapes: Sequence[Shape], phase: str, passes: int = 1, *, fits: bool = True, windows: int = WINDOWS
+    ) -> list[float]:
+        """The divergence of each shape from the dense model.
 
         Args:
-            phase: its name in progress reports.
-            measurements: how many times it will be called.
-            windows: the most windows that candidates are compared on.
+            phase: its name in progress reports, of this pass and others, ``passes`` in all.
+            fits: whether a cheap refit precedes it, if the stage refits at all.
+            windows: the most windows that shapes are compared on.
         """
         context, checkpoint = self._context, self._checkpoint
-
-        def variants() -> CheapFits:
-            stream = stream_of(context, checkpoint, self._seen_ST) if refit else None
-            return CheapFits(self._kinds, stream, context.world)
-
-        return Measurement(
-            checkpoint,
-            variants,
-            dict(islice(self._compared.items(), windows)),
-            reference=self._outputs,
+        after_each = context.reporting(phase, passes * checkpoint.num_layers)
+        before = self._passes[phase] * checkpoint.num_layers
+        self._passes[phase] += 1
+        return measure_shapes(
+            shapes,
+            self._kinds,
+            stream_of(context, checkpoint, self._seen_ST) if fits and self._refits else None,
+            stream_of(context, checkpoint, self._compared_ST[:windows], 1),
+            self._dense(),
+            lambda done: after_each(before + done),
             every=EVERY,
-            dtype=self._dtype,
-            world=context.world,
-            after_each=context.reporting(phase, measurements * checkpoint.num_layers),
         )
 
     def _layers_in_order(self, count: int) -> list[int]:
         """The ``count`` droppable layers that the model misses least, in the order in which they go."""
-        if not count:
-            return []
-        measurement = self._measurement("layers", refit=False, measurements=count, windows=WINDOWS_OF_ORDER)
-        whole = [tuple(len(it.scores[layer]) for it in self._kinds) for layer in range(self._checkpoint.num_layers)]
+
+        def without(gone: Collection[int]) -> Shape:
+            layers = tuple(layer for layer in range(self._checkpoint.num_layers) if layer not in gone)
+            counts = {it.units.kind: it.units.counts for it in self._kinds}
+            return Shape(layers, {kind: tuple(row[layer] for layer in layers) for kind, row in counts.items()})
 
         def measure(sets: Sequence[tuple[int, ...]]) -> Sequence[float]:
-            without = [tuple(None if layer in gone else it for layer, it in enumerate(whole)) for gone in sets]
-            return measurement.kl(without)
+            return self._kl([without(gone) for gone in sets], "layers", count, fits=False, windows=WINDOWS_OF_ORDER)
 
         return drop_order(self._target.droppable, count, measure)
 
     def _best(
         self,
-        candidates: Mapping[str, Candidate],
+        shapes: Mapping[str, Shape],
         kls: Mapping[str, float],
         families: Mapping[str, int],
         always: Collection[str] = (),
     ) -> tuple[str, dict[str, Any]]:
-        """The candidate that is closest to the dense model once its layers have been fitted one by one, and metrics.
+        """The shape that is closest to the dense model once its layers have been fitted one by one, and metrics.
 
         Args:
             kls: name -> divergence after a cheap refit.
-            families: name -> what a candidate has in common with those that are tried for having fewer layers.
-            always: candidates that become finalists if they are not far from the best.
+            families: name -> what a shape has in common with those that are tried for having fewer layers.
+            always: shapes that become finalists if they are not far from the best.
         """
         closest = min(kls.values())
         if not self._refits:
             return min(kls, key=kls.__getitem__), {}
         farthest = max(closest, WORST_FINALIST * closest)  # rounding can make a divergence of zero negative
         competing = [name for name in sorted(kls, key=kls.__getitem__) if kls[name] <= farthest]
-        layers = {name: sum(it is not None for it in candidates[name]) for name in competing}
+        layers = {name: len(shapes[name].layers) for name in competing}
 
         def with_fewer_layers(name: str) -> str | None:
             fewer = [it for it in competing if families[it] == families[name] and layers[it] < layers[name]]
@@ -334,31 +330,23 @@ class _Search:
         best = ahead[0]
         if len(ahead) == 1 and with_fewer_layers(best) is None:
             return best, {}
-        context, checkpoint, judged = self._context, self._checkpoint, one_by_one(self._judged_ST)
-        finalists: dict[str, tuple[Kept, RefittedLayers]] = {}
-        comparison = Measurement(
-            checkpoint,
-            lambda: FinishedLayers([*finalists.values()]),
-            judged,
-            reference=cache(partial(outputs_of_dense, context, checkpoint, judged)),
-            dtype=self._dtype,
-            world=context.world,
-            after_each=context.reporting("comparison", checkpoint.num_layers),
-        )
+        context, checkpoint, finalists_kl = self._context, self._checkpoint, dict[str, float]()
+        dense = dense_states(context, checkpoint, self._judged_ST, 1)
         while ahead:
             for name in ahead:
-                kept = context.world.broadcast(kept_of(self._kinds, candidates[name]))
+                kept = context.world.broadcast(kept_of(self._kinds, shapes[name]))
                 folder = f"final-{re.sub('[^a-zA-Z0-9]+', '-', name)}"
                 # By least squares only: further steps take several times as long, and don't change the order.
                 fitted = refit_layers(
                     context, checkpoint, kept, self._seen_ST, folder, phase="finalists", whole_mlp=False
                 )
-                finalists[name] = kept, fitted
-            models = candidates_of([kept for kept, _ in finalists.values()], checkpoint.num_layers)
-            finalists_kl = dict(zip(finalists, comparison.kl(models), strict=True))
+                stream = stream_of(context, checkpoint, self._judged_ST, 1)
+                pruned = PrunedLayers(checkpoint, kept, fitted.replacements(kept.layers), stream.reader)
+                run_layers(stream, pruned.layers(kept.layers), context.reporting("comparison", len(kept.layers)))
+                (finalists_kl[name],) = mean_divergences(stream, dense, [stream.states])
             best = min(finalists_kl, key=finalists_kl.__getitem__)
             following = with_fewer_layers(best)
-            ahead = [] if following is None or following in finalists else [following]
+            ahead = [] if following is None or following in finalists_kl else [following]
         return best, {"finalists_kl": finalists_kl}
 
 

@@ -169,9 +169,6 @@ def test_a_refit_lowers_the_error(checkpoint_of, tmp_path, model_type):
     fitted = refit("dense", checkpoint, kept, tmp_path / "refit", **options)
     write(checkpoint, kept, tmp_path / "cut")
     write(checkpoint, kept, tmp_path / "fitted", fitted.replacements(kept.layers))
-    for number, report in enumerate(fitted.reports(kept.layers)):
-        assert report.keys() == {kind for kind, rows in kept.units.items() if len(rows[number])}
-        assert all(it.error_after < it.error_before for it in report.values())
     models = dense_of(checkpoint), load(tmp_path / "cut"), load(tmp_path / "fitted")
     dense, cut, better = (logits_of(it).log_softmax(-1) for it in models)
     lost = [(dense.exp() * (dense - other)).sum() for other in (cut, better)]

@@ -22,8 +22,8 @@ from hfprune_dist.models.loading import load_causal_lm, require_own_weights
 from hfprune_dist.planning.ratios import check_ratios
 from hfprune_dist.planning.shapes import shape_for
 from hfprune_dist.planning.target import Target
-from hfprune_dist.refit.low_rank import LowRankLayers, Sizes, compress_layers
-from hfprune_dist.structures.kept import Kept
+from hfprune_dist.refit.low_rank import compress_layers
+from hfprune_dist.refit.refitted_layers import RefittedLayers
 
 WINDOWS = torch.randint(3, 64, (8, 12), generator=torch.Generator().manual_seed(0))
 RATIO = 0.45  # low enough that no matrix of attention stays whole
@@ -52,12 +52,10 @@ def cut_of(tmp_path_factory):
         check_ratios(dense, [RATIO], METHOD, "m")
         shape = shape_for(Target(dense, RATIO, "m", allocation="low_rank"))
         ranks = {name: row[0] for name, row in shape.ranks.items()}
-        layers = LowRankLayers(dense, list(ranks), folder / "layers")
+        layers = RefittedLayers(dense, folder / "layers")
         stream = LayerStream(dense, WINDOWS, torch.float32, 2, SoloWorld())
-        sizes = Sizes(shape.units["neurons"][0], ranks)
-        compress_layers(dense, sizes, stream, layers, SoloWorld(), lambda _done: None)
-        kept = Kept(shape.layers, {"neurons": [layers.kept(it) for it in shape.layers]}, shape.ranks)
-        write(dense, kept, folder / "low", layers.replacements())
+        kept = compress_layers(dense, shape, stream, layers, lambda _done: None)
+        write(dense, kept, folder / "low", layers.replacements(kept.layers))
         return SimpleNamespace(dense=dense, kept=kept, ranks=ranks, low=open_checkpoint(folder / "low"))
 
     return cut

@@ -81,8 +81,8 @@ def test_held_out_tokens_choose_more_ridge_where_samples_are_few():
 def test_problems_of_two_parts_of_the_tokens_make_that_of_all():
     hidden = activations()
     parts = (hidden[:200], hidden[200:])
-    fitted, held_out = (Projection(WEIGHT, part.T @ part / len(part)).keeping(KEPT) for part in parts)
-    mixed, whole = fitted.mixed(held_out, 100 / 300), Projection(WEIGHT, hidden.T @ hidden / T).keeping(KEPT)
+    fitted, held_out = (Projection(WEIGHT, part.T @ part).keeping(KEPT) for part in parts)
+    mixed, whole = fitted.with_tokens_of(held_out), Projection(WEIGHT, hidden.T @ hidden).keeping(KEPT)
     torch.testing.assert_close(mixed.weight(1e-2), whole.weight(1e-2))
     assert mixed.error(WEIGHT[:, KEPT]) == pytest.approx(whole.error(WEIGHT[:, KEPT]))
     torch.testing.assert_close(mixed.gram_KK, whole.gram_KK)

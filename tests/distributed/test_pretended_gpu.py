@@ -1,22 +1,26 @@
 """Scoring, refits and measurements keep tensors of a GPU, here a pretended one, apart from those in main memory."""
 
+import contextlib
+import threading
 from functools import partial
 
 import pytest
 import scoring
 import torch
-from pretended_gpu import GPU, MixedError, pretended_gpu
+from pretended_gpu import CPU, GPU, MixedError, pretended_gpu
 from ranks import SoloWorld
 from refitting import KINDS, MICRO_BATCH, checkpoint_in, refit, some_kept, to_prune, windows_of
 
-from hfprune_dist.checkpoints.tensor_files import SavedLayers
 from hfprune_dist.distributed.layer_stream import LayerStream
+from hfprune_dist.models.single_layer import LayerReader
 from hfprune_dist.refit.bias_refit import find_biases
-from hfprune_dist.refit.candidates import CheapFits, Scored
-from hfprune_dist.refit.low_rank import LowRankLayers, Sizes, compress_layers
-from hfprune_dist.refit.measurement import Measurement, dense_outputs, one_by_one
-from hfprune_dist.refit.norms_refit import NormGradients, PrunedLayers, fit_norms
+from hfprune_dist.refit.cheap_fits import Scored
+from hfprune_dist.refit.low_rank import compress_layers
+from hfprune_dist.refit.measurement import PrunedLayers, measure_shapes, run_layers
+from hfprune_dist.refit.norms_refit import NormGradients, fit_norms
+from hfprune_dist.refit.refitted_layers import RefittedLayers
 from hfprune_dist.store.artifacts import Store
+from hfprune_dist.structures.kept import Shape
 from hfprune_dist.training.teacher_states import write_dense_states
 
 WORLD, DTYPE = SoloWorld(device=GPU), torch.bfloat16
@@ -61,47 +65,67 @@ def test_refits(tmp_path, method, variant):
     assert fitted.done() == set(kept.layers)
 
 
+def stream_in(folder, variant="llama", size=MICRO_BATCH):
+    return partial(LayerStream, checkpoint_in(folder / "model", variant), windows_of(5), DTYPE, size, WORLD)
+
+
+def dense_states(stream):
+    run_layers(stream, stream.reader.layers(range(stream.num_layers)), nothing)
+    return dict(stream.final_hidden())
+
+
 def test_measurements(tmp_path):
-    checkpoint, windows_ST = checkpoint_in(tmp_path / "model"), windows_of(5)
+    checkpoint, make_stream = checkpoint_in(tmp_path / "model"), stream_in(tmp_path)
     units = [checkpoint.structures[kind] for kind in KINDS]
     kinds = [Scored(it, [torch.arange(count).double() for count in it.counts]) for it in units]
-    judged = one_by_one(windows_ST[:2])
+    shapes = [
+        Shape((0, 1), {"neurons": (11, 24), "kv_groups": (2, 4)}),
+        Shape((0, 1, 2), {"neurons": (24, 13, 9), "kv_groups": (4, 1, 3)}),
+    ]
     with pretended_gpu():
-        measurement = Measurement(
-            checkpoint,
-            lambda: CheapFits(kinds, LayerStream(checkpoint, windows_ST, DTYPE, MICRO_BATCH, WORLD), WORLD),
-            judged,
-            reference=lambda: dense_outputs(checkpoint, judged, DTYPE, WORLD, nothing),
-            dtype=DTYPE,
-            world=WORLD,
-            after_each=nothing,
-        )
-        assert all(kl > 0 for kl in measurement.kl([((11, 2), (24, 4), None), ((24, 4), (13, 1), (9, 3))]))
+        kls = measure_shapes(shapes, kinds, make_stream(), make_stream(), dense_states(make_stream()), nothing)
+        assert all(kl > 0 for kl in kls)
 
 
 @pytest.mark.parametrize("variant", ["llama-tied-biases", "qwen3"])
 def test_refits_of_norms(tmp_path, variant):
-    checkpoint, batches = checkpoint_in(tmp_path / "model", variant), dict(enumerate(windows_of(5).split(MICRO_BATCH)))
+    checkpoint, make_stream = checkpoint_in(tmp_path / "model", variant), stream_in(tmp_path, variant)
     with pretended_gpu():
-        dense = dense_outputs(checkpoint, batches, DTYPE, WORLD, nothing)
-        pruned = PrunedLayers(checkpoint, some_kept([0, 2]), {}, DTYPE, GPU)
-        gradients = NormGradients(pruned, batches, dense, world=WORLD, after_each=nothing)
-        fit = fit_norms(gradients)
-        assert fit.factors_RC.device.type == "cpu"
-    assert min(fit.kl) < fit.kl[0]
+        dense, stream = dense_states(make_stream()), make_stream()
+        pruned = PrunedLayers(checkpoint, some_kept([0, 2]), {}, stream.reader)
+        factors_RC, kls = fit_norms(NormGradients(pruned, stream, dense, nothing))
+        assert factors_RC.device.type == "cpu"
+    assert min(kls) < kls[0]
 
 
 def test_biases_low_ranks_and_references(tmp_path):
-    checkpoint, windows_ST, kept = checkpoint_in(tmp_path / "model"), windows_of(5), some_kept((0, 1, 2))
-    ranks = dict.fromkeys(checkpoint.family.attention_modules[:2], 8)
+    checkpoint, make_stream, kept = checkpoint_in(tmp_path / "model"), stream_in(tmp_path), some_kept((0, 1, 2))
+    ranks = dict.fromkeys(checkpoint.family.attention_modules[:2], (8, 8, 8))
+    biases, factors = (RefittedLayers(checkpoint, tmp_path / name) for name in ("biases", "factors"))
     with pretended_gpu():
-        where = windows_ST, DTYPE, MICRO_BATCH, WORLD
-        stream = partial(LayerStream, checkpoint, *where)
-        kinds = [checkpoint.structures[kind] for kind in KINDS]
-        biases = SavedLayers(tmp_path / "biases", kept.layers)
-        find_biases(checkpoint, kept, kinds, stream(), biases, WORLD, nothing)
-        layers = LowRankLayers(checkpoint, list(ranks), tmp_path / "ranks")
-        compress_layers(checkpoint, Sizes(12, ranks), stream(), layers, WORLD, nothing)
+        find_biases(kept, [checkpoint.structures[kind] for kind in KINDS], make_stream(), biases, nothing)
+        compress_layers(checkpoint, Shape((0, 1, 2), {"neurons": (12,) * 3}, ranks), make_stream(), factors, nothing)
         (tmp_path / "states").mkdir()
-        write_dense_states(stream(), tmp_path / "states", WORLD, nothing)
-    assert biases.done() == layers.done() == set(kept.layers)
+        write_dense_states(make_stream(), tmp_path / "states", WORLD, nothing)
+    assert biases.done() == factors.done() == set(kept.layers)
+
+
+@pytest.mark.parametrize("fails_at", [None, 1])
+def test_weights_are_read_by_a_thread_whose_errors_are_those_of_whoever_asks(tmp_path, monkeypatch, fails_at):
+    checkpoint = checkpoint_in(tmp_path / "model")
+    alone, reader = (LayerReader(checkpoint, DTYPE, device) for device in (CPU, GPU))
+    threads, read, seen = set(), reader._weights, []
+
+    def weights(number):
+        threads.add(threading.get_ident())
+        if number == fails_at:
+            raise OSError("stale file handle")
+        return read(number)
+
+    monkeypatch.setattr(reader, "_weights", weights)
+    with pretended_gpu(), pytest.raises(OSError, match="stale") if fails_at else contextlib.nullcontext():
+        for number, layer in reader.layers((0, 1, 2)):
+            seen.append(number)
+            expected = alone.layer(number).state_dict()
+            assert all(torch.equal(it.cpu(), expected[name]) for name, it in layer.state_dict().items())
+    assert seen == list(range(fails_at or 3)) and len(threads - {threading.get_ident()}) == 1

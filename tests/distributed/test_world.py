@@ -1,27 +1,100 @@
-"""What ranks tell each other: that one is still at work, messages on the way, and the memory that they have used."""
+"""Every rank finds its own GPU under any binding by a launcher; two ranks on one GPU are named before NCCL refuses."""
+
+import contextlib
+from types import SimpleNamespace
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from worlds import Ranks
 
-from hfprune_dist.distributed.world import World
+from hfprune_dist.distributed.world import World, claim_device, require_own_gpus
+from hfprune_dist.errors import UserError
+from hfprune_dist.store import machine
 
 
-@pytest.mark.parametrize("size", [1, 3])
-def test_the_most_memory_of_a_rank_is_told_and_of_no_gpu_what_was_reserved(size):
-    (told, *others) = Ranks(size).run(lambda world: world.peak_memory())
-    assert told.pop("peak_reserved_bytes") is None and told.pop("peak_memory_bytes") > 2**20 and not told
-    assert all(other["peak_reserved_bytes"] is None for other in others)
+def claimed(monkeypatch, visible, local_rank):
+    """Return the numbers of the GPU made current, of the GPU returned, and the one left in LOCAL_RANK."""
+    current, environment = [], {"LOCAL_RANK": str(local_rank)}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: visible > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: visible)
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    device = claim_device(environment)
+    return [*current, device.index, int(environment["LOCAL_RANK"])]
 
 
-def test_of_gpus_tensors_are_told_and_what_the_allocator_kept_for_them(monkeypatch):
-    """Each is the maximum over ranks."""
+@settings(max_examples=30)
+@given(ranks=st.integers(1, 8), each=st.integers(1, 4), shown=st.sampled_from(["all", "own", "one"]))
+def test_ranks_of_a_node_have_different_gpus_under_every_binding(ranks, each, shown):
+    """A launcher shows a task all GPUs of its node, only its own (by environment variable or cgroup), or just one."""
+    taken = []
+    with pytest.MonkeyPatch.context() as patch:
+        for rank in range(ranks):
+            visible = {
+                "all": list(range(ranks * each)),
+                "own": list(range(rank * each, (rank + 1) * each)),
+                "one": [rank * each],
+            }
+            numbers = claimed(patch, len(visible[shown]), rank)
+            assert len(set(numbers)) == 1
+            taken.append(visible[shown][numbers[0]])
+    assert len(set(taken)) == ranks
 
-    class OnGpus(World):
-        def all_gather(self, value):
-            return [value, (3, 900), (500, 4)]
 
-    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda _device: 100)
-    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda _device: 200)
-    told = OnGpus(0, 3, 3, torch.device("cuda", 0)).peak_memory()
-    assert told == {"peak_memory_bytes": 500, "peak_reserved_bytes": 900}
+def test_without_a_gpu_nothing_is_claimed(monkeypatch):
+    assert claimed(monkeypatch, 0, 3) == [None, 3]
+
+
+@pytest.mark.parametrize("built", ["13.0", None])
+def test_gpus_that_torch_cannot_use_are_an_error_instead_of_a_run_on_the_cpu(monkeypatch, tmp_path, built):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    monkeypatch.setattr(torch.version, "cuda", built)
+    monkeypatch.setattr(machine, "NVIDIA", tmp_path)
+    (tmp_path / "version").write_text(
+        "NVRM version: NVIDIA UNIX x86_64 Kernel Module  535.104.05  Sat Aug 19\nGCC 12.2.0\n"
+    )
+    told = rf"GPUs \(2\) that torch can't use.* {'CUDA 13.0' if built else 'without CUDA'}, .* driver is 535\.104\.05;"
+    with pytest.raises(UserError, match=told):
+        claimed(monkeypatch, 0, 3)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert claimed(monkeypatch, 0, 3) == [None, 3]
+
+
+def test_gpus_of_the_node_that_a_job_may_not_open_are_not_its_own(monkeypatch, tmp_path):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(machine, "DEVICES", tmp_path)
+    for name in ("nvidia0", "nvidia1"):
+        (tmp_path / name).mkdir()  # not even root opens a folder for writing
+    assert claimed(monkeypatch, 0, 3) == [None, 3]
+    (tmp_path / "nvidia2").touch()
+    with pytest.raises(UserError, match=r"GPUs \(1\) that torch can't use"):
+        claimed(monkeypatch, 0, 3)
+
+
+@pytest.mark.parametrize(
+    ("gpus", "message"),
+    [("abc", None), ("aba", "ranks 0 and 2 are on one GPU, a of node "), ("abb", "ranks 1 and 2 are on one GPU, b ")],
+)
+def test_ranks_that_share_a_gpu_are_named(monkeypatch, gpus, message):
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid=gpus[device.index]))
+
+    def check(world):
+        require_own_gpus(RankOnGpu(world))
+
+    with pytest.raises(UserError, match=message) if message else contextlib.nullcontext():
+        Ranks(3).run(check)
+    Ranks(3).run(require_own_gpus)  # without GPUs
+
+
+class RankOnGpu:
+    """A rank of a world, with the GPU of its number."""
+
+    def __init__(self, world):
+        self.device, self.all_gather = torch.device("cuda", world.rank), world.all_gather
+
+
+def test_the_most_memory_of_a_rank_is_told(monkeypatch):
+    assert all(told > 2**20 for told in Ranks(3).run(lambda world: world.peak_memory()))
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 100 + device.index)
+    assert Ranks(3).run(lambda world: World.peak_memory(RankOnGpu(world))) == [102] * 3

@@ -33,7 +33,7 @@ from hfprune_dist.kinds.prune import PruneParameters
 from hfprune_dist.kinds.training import training_need
 from hfprune_dist.methods import CRITERIA
 from hfprune_dist.models.memory_efficient_backward import checkpoint_activations, use_memory_efficient_backward
-from hfprune_dist.refit.dense_refit import DenseRefit
+from hfprune_dist.refit.dense_refit import refit_on_dense
 from hfprune_dist.refit.refitted_layers import RefittedLayers
 from hfprune_dist.refit.sequential_refit import SequentialRefit
 from hfprune_dist.store.stage import Stage
@@ -100,13 +100,12 @@ def test_a_refit_layer_by_layer(tmp_path, monkeypatch, refit):
         some_kept(checkpoint, 0.5) if refit == "experts" else Kept.of_all_layers({"neurons": [torch.arange(512)] * 3})
     )
     dense, pruned = (LayerStream(checkpoint, windows, torch.float32, 2, world) for _ in range(2))
-    fitted = RefittedLayers(checkpoint, kinds, refit == "block", tmp_path / "fitted")
+    fitted = RefittedLayers(checkpoint, tmp_path / "fitted")
     with PeakBytes() as counted:
         if refit == "block":
-            options = {"more_iterations": 2, "world": world}
-            SequentialRefit(checkpoint.family, kept, pruned, dense, fitted, **options).run(lambda _done: None)
+            SequentialRefit(kept, kinds, pruned, dense, fitted, more_iterations=2).run(lambda _done: None)
         else:
-            DenseRefit(kept, dense, fitted, world).run(lambda _done: None)
+            refit_on_dense(kept, kinds, dense, fitted, lambda _done: None)
     settings = {"allocation": "uniform", "multiple_of": 1, "dtype": "float32", "micro_batch_size": 2}
     name = "block" if refit == "block" else "dense"
     stages = [Stage("importance", "a", scoring(["entropy"], ["neurons"], 8, 2, tokens, "float32"), {})]

@@ -1,3 +1,5 @@
+"""Decoders of one layer without values: copies of one for each configuration, which share nothing."""
+
 import pytest
 import torch
 from families import save_model
@@ -5,13 +7,17 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from hfprune_dist.checkpoints.checkpoint import open_checkpoint
-from hfprune_dist.models import empty_decoders
-from hfprune_dist.models.empty_decoders import LAYER, EmptyDecoders
+from hfprune_dist.models import single_layer
+from hfprune_dist.models.single_layer import LAYER, LayerReader
 
 
-def test_layers_of_one_configuration_are_copies_and_few_are_kept(tmp_path, monkeypatch):
+def decoder(checkpoint, number, dtype=torch.float32):
+    return LayerReader(checkpoint, dtype, torch.device("cpu"))._empty(number)
+
+
+def test_layers_of_one_configuration_are_copies(tmp_path, monkeypatch):
     """Two layers of three have a sliding window, which is not in their weights."""
-    monkeypatch.setattr(empty_decoders, "_MADE", {str(number): nn.Identity() for number in range(empty_decoders._MOST)})
+    monkeypatch.setattr(single_layer, "_MADE", {})
     made = []
     make = AutoModelForCausalLM.from_config
     monkeypatch.setattr(
@@ -19,20 +25,18 @@ def test_layers_of_one_configuration_are_copies_and_few_are_kept(tmp_path, monke
     )
     checkpoint = open_checkpoint(save_model(tmp_path, "gemma2"))
     made.clear()
-    for decoders in (EmptyDecoders(checkpoint, torch.float32) for _ in range(2)):
-        attention = [decoders.of_layer(number).get_submodule(f"{LAYER}.self_attn") for number in (0, 1, 2)]
+    for _ in range(2):
+        attention = [decoder(checkpoint, number).get_submodule(f"{LAYER}.self_attn") for number in (0, 1, 2)]
         assert [it.sliding_window for it in attention] == [4, None, 4] and len(made) == 2
-    assert EmptyDecoders(checkpoint, torch.bfloat16).of_layer(0).dtype == torch.bfloat16 and len(made) == 3
-    assert list(empty_decoders._MADE)[:-3] == [str(number) for number in range(3, empty_decoders._MOST)]
+    assert decoder(checkpoint, 0, torch.bfloat16).dtype == torch.bfloat16 and len(made) == 3
 
 
 @pytest.mark.parametrize("model_type", ["gemma3", "mixtral", "bamba"])
 def test_whatever_is_done_to_a_decoder_the_next_ones_are_as_if_it_were_the_first(tmp_path, monkeypatch, model_type):
     checkpoint = open_checkpoint(save_model(tmp_path, model_type))
-    decoders = EmptyDecoders(checkpoint, torch.bfloat16)
-    first, second = (decoders.of_layer(0) for _ in range(2))
-    monkeypatch.setattr(empty_decoders, "_MADE", {})
-    untouched = EmptyDecoders(checkpoint, torch.bfloat16).of_layer(0)
+    first, second = (decoder(checkpoint, 0) for _ in range(2))
+    monkeypatch.setattr(single_layer, "_MADE", {})
+    untouched = decoder(checkpoint, 0)
     monkeypatch.undo()
     for module in first.modules():
         module.register_forward_pre_hook(print)
@@ -41,7 +45,7 @@ def test_whatever_is_done_to_a_decoder_the_next_ones_are_as_if_it_were_the_first
         tensor.requires_grad_(False).add_(1)
     first.set_submodule(LAYER, nn.Identity())
     assert_alike(second, untouched)
-    assert_alike(decoders.of_layer(0), untouched)
+    assert_alike(decoder(checkpoint, 0), untouched)
 
 
 def assert_alike(decoder, expected):

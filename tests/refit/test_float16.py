@@ -7,11 +7,12 @@ from safetensors.torch import load_file, save_file
 from worlds import Ranks
 
 from hfprune_dist.checkpoints.checkpoint import open_checkpoint
-from hfprune_dist.checkpoints.tensor_files import SavedLayers
 from hfprune_dist.distributed.layer_stream import LayerStream
 from hfprune_dist.errors import UserError
 from hfprune_dist.refit.bias_refit import find_biases
-from hfprune_dist.refit.low_rank import LowRankLayers, Sizes, compress_layers
+from hfprune_dist.refit.low_rank import compress_layers
+from hfprune_dist.refit.refitted_layers import RefittedLayers
+from hfprune_dist.structures.kept import Shape
 
 LAYERS = (0, 2)
 WINDOWS = windows_of(8)
@@ -57,8 +58,7 @@ def test_biases_tell_it(tmp_path):
 
     def work(world):
         stream = LayerStream(checkpoint, WINDOWS, torch.float32, 2, world)
-        saved = SavedLayers(tmp_path / "biases", kept.layers)
-        find_biases(checkpoint, kept, kinds, stream, saved, world, nothing)
+        find_biases(kept, kinds, stream, RefittedLayers(checkpoint, tmp_path / "biases"), nothing)
 
     message = told_by(work)
     assert message.startswith(f"{tmp_path / 'model'}: the new {DOWN.replace('weight', 'bias')} has values up to ")
@@ -71,11 +71,10 @@ def test_factors_of_low_rank_tell_it(tmp_path):
 
     def work(world):
         stream = LayerStream(checkpoint, WINDOWS, torch.float32, 2, world)
-        ranks = {f"self_attn.{name}_proj": 4 for name in "qo"}
-        layers = LowRankLayers(checkpoint, list(ranks), tmp_path / "layers")
-        compress_layers(checkpoint, Sizes(12, ranks), stream, layers, world, nothing)
+        shape = Shape((0, 1, 2), {"neurons": (12,) * 3}, {f"self_attn.{name}_proj": (4,) * 3 for name in "qo"})
+        compress_layers(checkpoint, shape, stream, RefittedLayers(checkpoint, tmp_path / "layers"), nothing)
 
     message = told_by(work)
     assert message.startswith(f"{tmp_path / 'model'}: the new model.layers.0.self_attn.o_proj.")
-    assert message.endswith(", or choose a method with another allocation")
+    assert message.endswith(", or choose a method with another refit")
     assert not list(tmp_path.glob("layers/*"))

@@ -5,7 +5,7 @@ import torch
 from worlds import Ranks
 
 from hfprune_dist.core.gauss_newton import Biases, MlpWeights
-from hfprune_dist.distributed.sums import UnusableActivationsError
+from hfprune_dist.errors import UserError
 from hfprune_dist.refit.gauss_newton_ranks import Reconstruction, Start
 
 MICRO_BATCHES, TOKENS, HIDDEN, KEPT = 5, 6, 3, 4
@@ -20,7 +20,7 @@ def test_a_target_that_is_not_finite_names_the_layer(place, value, ranks):
     targets = [torch.randn(TOKENS, HIDDEN, generator=generator) for _ in range(MICRO_BATCHES)]
     targets[place][-1, 0] = value
     rows_KC = tuple(torch.randn(KEPT, HIDDEN, generator=generator) for _ in range(2))
-    start = Start(MlpWeights(rows_KC, torch.randn(HIDDEN, KEPT, generator=generator)), torch.eye(KEPT), TOKENS)
+    start = Start(MlpWeights(rows_KC, torch.randn(HIDDEN, KEPT, generator=generator)), torch.eye(KEPT))
 
     def work(world):
         mine = range(world.rank, MICRO_BATCHES, world.size)
@@ -31,10 +31,9 @@ def test_a_target_that_is_not_finite_names_the_layer(place, value, ranks):
             {index: inputs[index] for index in mine},
             {index: targets[index] for index in mine},
             micro_batches=MICRO_BATCHES,
-            more_iterations=1,
             world=world,
         )
-        reconstruction.improve(start, start)
+        reconstruction.improve(start, start, 1)
 
-    with pytest.raises(UnusableActivationsError, match=r"^activations of layer 7: "):
+    with pytest.raises(UserError, match=r"^activations of layer 7: "):
         Ranks(ranks).run(work)

@@ -22,7 +22,6 @@ from shapes import (
 )
 
 from hfprune_dist.core.selection import top_units
-from hfprune_dist.refit.measurement import Measurement
 from hfprune_dist.stages import prune_refit, shape_search
 from hfprune_dist.stages.shape_search import EVERY
 from hfprune_dist.structures.kept import Kept
@@ -149,19 +148,24 @@ def rows(windows_ST, among_ST):
 
 @pytest.fixture
 def used(monkeypatch):
-    """Windows by use: those of measurements, which are made in this order, and those of refits."""
-    seen = {"finalists refits": [], "refit refits": []}
-    init, refit, phases = Measurement.__init__, prune_refit.refit_layers, iter(["layers", "shapes", "finalists"])
+    """Windows by use."""
+    seen = {"shapes": [], "finalists": [], "finalists refits": [], "refit refits": []}
+    measure, compare, refit = shape_search.measure_shapes, shape_search.mean_divergences, prune_refit.refit_layers
 
-    def measuring(self, checkpoint, variants, micro_batches, **options):
-        seen[next(phases)] = torch.cat(list(micro_batches.values()))
-        init(self, checkpoint, variants, micro_batches, **options)
+    def measuring(shapes, kinds, fitted_on, stream, *rest, **options):
+        seen["shapes"] += [it.windows_ST for it in (fitted_on, stream) if it is not None]
+        return measure(shapes, kinds, fitted_on, stream, *rest, **options)
+
+    def comparing(stream, *rest):
+        seen["finalists"].append(stream.windows_ST)
+        return compare(stream, *rest)
 
     def refitting(context, models, kept, windows_ST, folder, *, phase, whole_mlp):
         seen[f"{phase} refits"].append(windows_ST)
         return refit(context, models, kept, windows_ST, folder, phase=phase, whole_mlp=whole_mlp)
 
-    monkeypatch.setattr(Measurement, "__init__", measuring)
+    monkeypatch.setattr(shape_search, "measure_shapes", measuring)
+    monkeypatch.setattr(shape_search, "mean_divergences", comparing)
     for module in (shape_search, prune_refit):
         monkeypatch.setattr(module, "refit_layers", refitting)
     return seen
@@ -173,8 +177,8 @@ def test_no_window_judges_finalists_that_was_seen_before(tmp_path, used, samples
     store, stage = prepare(tmp_path, samples=samples, layers=3, groups=2)
     run(store, stage, SoloWorld())
     everything = windows_of(store)
-    apart = rows(used["finalists"], everything)
-    seen = rows(torch.cat([*used["finalists refits"], used["layers"], used["shapes"]]), everything)
+    apart = rows(torch.cat(used["finalists"]), everything)
+    seen = rows(torch.cat([*used["finalists refits"], *used["shapes"]]), everything)
     assert apart == set(range(samples - judged, samples)) and seen == set(range(samples - judged))
     (fitted_on,) = used["refit refits"]
     assert torch.equal(fitted_on, everything), "what is written is fitted on all"

@@ -1,0 +1,103 @@
+"""Least squares for many sizes of a layer at once, on the dense model's activations."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from hfprune_dist.core.least_squares import Projection, best_ridge
+from hfprune_dist.core.selection import entries_of, top_units
+from hfprune_dist.distributed.layer_stream import LayerStream
+from hfprune_dist.distributed.sums import Grams, explaining
+from hfprune_dist.distributed.world import World
+from hfprune_dist.models.single_layer import output_of, weights_kept
+from hfprune_dist.structures.kept import Kept, Shape
+from hfprune_dist.structures.units import Units
+
+# How many units of each kind a layer keeps -> its weights then, by their names within it.
+Fits = Mapping[tuple[int, ...], Mapping[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class Scored:
+    """Units of one kind, and their scores in each layer, which keeps the units that score highest."""
+
+    units: Units
+    scores: Sequence[Tensor]
+
+    def kept(self, layer: int, count: int) -> Tensor:
+        """Ascending indices of the units that a layer keeps if it keeps ``count`` of them."""
+        return top_units(self.scores[layer], count, self.units.parts)
+
+
+def kept_of(kinds: Sequence[Scored], shape: Shape) -> Kept:
+    """What a model with a shape keeps: the units that score highest, in the layers that stay."""
+    units = {
+        it.units.kind: [it.kept(*place) for place in zip(shape.layers, shape.units[it.units.kind], strict=True)]
+        for it in kinds
+    }
+    return Kept(shape.layers, units)
+
+
+def cheap_fits(
+    number: int,
+    layer: nn.Module,
+    kinds: Sequence[Scored],
+    sizes: Sequence[tuple[int, ...]],
+    stream: LayerStream | None,
+    world: World,
+) -> Fits:
+    """Weights of a layer for each of some sizes; collective, ranks share the work.
+
+    Args:
+        sizes: numbers of units of each of the kinds.
+        stream: windows before this layer, on which output projections are fitted; None to keep their weights.
+
+    Raises:
+        UserError: as ``LayerStream.grams`` and ``explaining`` do.
+    """
+    grams = {} if stream is None else stream.grams(number, layer, [it.units for it in kinds])
+    of_kinds = []
+    for place, scored in enumerate(kinds):
+        units = scored.units
+        kept = {count: scored.kept(number, count) for count in sorted({size[place] for size in sizes})}
+        weights = {count: weights_kept(layer, units, kept_K) for count, kept_K in kept.items()}
+        kept.pop(len(scored.scores[number]), None)  # what loses nothing needs no fit
+        if kept and units.kind in grams:
+            for count, fitted_CK in _fitted(number, layer, units, kept, grams[units.kind][0], world).items():
+                name = f"{units.output}.weight"
+                weights[count][name] = fitted_CK.to(weights[count][name])
+        of_kinds.append(weights)
+    merged: dict[tuple[int, ...], dict[str, Tensor]] = {size: {} for size in sizes}
+    for size, of_size in merged.items():
+        for count, of_kind in zip(size, of_kinds, strict=True):
+            of_size.update(of_kind[count])
+    return merged
+
+
+def _fitted(
+    number: int, layer: nn.Module, units: Units, kept: Mapping[int, Tensor], grams: Grams, world: World
+) -> dict[int, Tensor]:
+    """The output projection for every number of units, fitted on windows not held out; one ridge for all."""
+    weight_CD = output_of(layer, units).weight.data.double()
+    channels = {count: entries_of(it, units.channels_per_unit).to(weight_CD.device) for count, it in kept.items()}
+    fitted = Projection(weight_CD, grams.fitted_DD)
+
+    def ridge_of_fewest() -> float:
+        fewest_K = channels[min(channels)]
+        return best_ridge(fitted.keeping(fewest_K), Projection(weight_CD, grams.held_out_DD).keeping(fewest_K)).ridge
+
+    weights: dict[int, Tensor] = {}
+    with explaining(number):  # more channels may be lost in rounding with a ridge that fewer do with
+        ridge = world.on_rank0(ridge_of_fewest)
+        for place, (count, channels_K) in enumerate(channels.items()):
+            if place % world.size == world.rank:
+                weights[count] = fitted.keeping(channels_K).weight(ridge).float().contiguous()
+            else:
+                weights[count] = weight_CD.new_empty(len(weight_CD), len(channels_K), dtype=torch.float32)
+    for place, weight_CK in enumerate(weights.values()):
+        world.broadcast_tensor(weight_CK, place % world.size)
+    return weights

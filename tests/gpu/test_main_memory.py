@@ -1,0 +1,73 @@
+"""Copies queued among a GPU's work have the bits of plain ones, and stay within the memory planned for them."""
+
+import pytest
+import torch
+from ranks import SoloWorld
+from refitting import checkpoint_in, refit, some_kept, weights_in, windows_of
+
+from hfprune_dist.distributed import layer_stream
+from hfprune_dist.distributed.main_memory import to_device, to_host
+from hfprune_dist.models.single_layer import LayerReader
+from hfprune_dist.refit import gauss_newton_ranks, sequential_refit
+
+pytestmark = pytest.mark.gpu
+GPU = torch.device("cuda", 0)
+TOKENS, SIZE = 2048, 4096
+
+
+def busy(weight_CC, hidden_TC):
+    """Keep the GPU busy for longer than a copy takes, so that copies that don't wait are found out."""
+    for _ in range(8):
+        hidden_TC = torch.tanh(hidden_TC @ weight_CC)
+    return hidden_TC
+
+
+def test_states_have_the_bits_of_plain_copies():
+    generator = torch.Generator().manual_seed(0)
+    weight_CC = torch.randn(SIZE, SIZE, generator=generator).bfloat16().to(GPU) / 64
+    # Of different sizes, so that memory is reused at other addresses.
+    states = {index: torch.randn(TOKENS + index, SIZE, generator=generator).bfloat16() for index in range(24)}
+    plain, made = dict(states), dict(states)
+    for _ in range(3):
+        for index in states:
+            plain[index] = busy(weight_CC, plain[index].to(GPU)).cpu()
+            made[index] = to_host(busy(weight_CC, to_device(made[index], GPU)))
+    torch.cuda.synchronize()
+    assert all(torch.equal(made[index], plain[index]) for index in states)
+
+
+def test_one_micro_batch_is_on_the_gpu_at_a_time():
+    states = {index: torch.randn(TOKENS, SIZE) for index in range(16)}
+    micro_batch = TOKENS * SIZE * 4
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_allocated(GPU)
+    torch.cuda.reset_peak_memory_stats(GPU)
+    for index in states:
+        states[index] = to_host(torch.tanh(to_device(states[index], GPU)))
+    assert torch.cuda.max_memory_allocated(GPU) - before <= 3 * micro_batch
+    assert torch.cuda.memory_allocated(GPU) == before
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_layers_have_the_bits_of_those_read_one_by_one(tmp_path, dtype):
+    """They are converted on the way."""
+    reader = LayerReader(checkpoint_in(tmp_path / "model", layers=5), dtype, GPU)
+    for number, layer in reader.layers(range(5)):
+        whole = reader.layer(number).state_dict()
+        assert whole.keys() == layer.state_dict().keys()
+        assert all(torch.equal(weight, whole[name]) for name, weight in layer.state_dict().items())
+        del layer, whole
+
+
+@pytest.mark.parametrize("method", ["dense", "layerwise", "block"])
+def test_refits_have_the_bits_of_plain_copies(tmp_path, method, monkeypatch):
+    checkpoint, kept = checkpoint_in(tmp_path / "model", "qwen3", layers=4), some_kept((0, 1, 3))
+    options = {"world": SoloWorld(device=GPU), "windows_ST": windows_of(31, tokens=64), "dtype": torch.bfloat16}
+    refit(method, checkpoint, kept, tmp_path / "queued", **options)
+    with monkeypatch.context() as patch:
+        for module in (layer_stream, sequential_refit, gauss_newton_ranks):
+            patch.setattr(module, "to_device", torch.Tensor.to)
+            patch.setattr(module, "to_host", torch.Tensor.cpu, raising=False)
+        refit(method, checkpoint, kept, tmp_path / "plain", **options)
+    assert weights_in(tmp_path / "queued") == weights_in(tmp_path / "plain")
