@@ -26,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--wide", action="store_true", help="show all columns, however wide the table gets")
     arguments = parser.parse_args(argv)
-    from hfprune_launch.modes.report_page import ReportPage
+    from hfprune_launch.modes.report_page import write_page
     from hfprune_launch.project import PROJECT
     from hfprune_launch.screen import make_console, show_checkpoints, show_published, show_results
     from hfprune_launch.sweep_folder import read_sweep
@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     sweep, console = read_sweep(arguments.out), make_console()
     if os.access(sweep.out, os.W_OK):
         rows, update = sweep.write_results()
-        ReportPage(sweep.out, console).write()
+        write_page(sweep.out, console)
     else:  # another user's
         rows, update = sweep.rows(), Update({}, [f"{sweep.out} can't be written to; the files in it stay as they are"])
     # Shown once all is written, as a reader such as head may end the command.

@@ -22,13 +22,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("out", type=folder, help="folder of a sweep, e.g. runs/demo")
     parser.add_argument("--follow", action="store_true", help="keep it up to date while a stage is queued or running")
     arguments = parser.parse_args(argv)
-    from hfprune_launch.modes.report_page import ReportPage
+    from hfprune_launch.modes.report_page import write_page
     from hfprune_launch.screen import make_console
     from hfprune_launch.slurm.cli import show_status
     from hfprune_launch.sweep_folder import read_sweep
 
     console, sweep = make_console(), read_sweep(arguments.out)
-    ReportPage(sweep.out, console).write()
+    write_page(sweep.out, console)
     show_status(console, sweep, keep_on=arguments.follow)
     return 0
 

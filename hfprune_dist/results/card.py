@@ -307,10 +307,9 @@ def _how_to_load(subject: Subject) -> str:
 
 def _base_of_adapter(subject: Subject) -> str:
     """The model that the adapter was trained on, which its own configuration leaves open."""
-    cell = subject.cell
-    if cell.recovery == OWN:
+    if subject.cell.recovery == OWN:
         return f"the base model, {subject.base.shown()}, before units were cut"
-    if cell.ratio is None:
+    if subject.cell.ratio is None:
         return f"the base model, {subject.base.shown()}"
     return "the pruned model before it, which the recipe below makes with `--set recovery.method=none`"
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from hfprune_launch.local.cancel import running_without_job, wait_until_cancelled
 from hfprune_launch.measured_hours import show_hours
-from hfprune_launch.modes.report_page import ReportPage
+from hfprune_launch.modes.report_page import write_page
 from hfprune_launch.modes.sweep_arguments import Command
 from hfprune_launch.modes.sweep_plan import prepare
 from hfprune_launch.modes.sweep_run import run_prepared
@@ -87,7 +87,7 @@ def show_config(command: Command) -> int:
 def status(command: Command) -> int:
     """Write the report and show the state of every stage."""
     sweep = read_sweep(command.out)
-    ReportPage(command.out, command.console).write()
+    write_page(command.out, command.console)
     show_status(command.console, sweep, keep_on=bool(command.arguments.follow))
     return 0
 
@@ -123,7 +123,7 @@ def forget(command: Command) -> int:
     """Remove rows from the folder's tables; the artifacts behind them stay."""
     labels = command.arguments.forget
     rows, checkpoints = forget_rows(command.out, labels).write_results()
-    ReportPage(command.out, command.console).write()
+    write_page(command.out, command.console)
     show_results(command.console, rows, command.arguments.wide)
     show_checkpoints(command.console, checkpoints)
     store = command.out / "store"

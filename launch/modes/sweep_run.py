@@ -9,7 +9,7 @@ from functools import partial
 
 from hfprune_launch.local.backend import LocalBackend
 from hfprune_launch.local.hardware import note_on_bfloat16
-from hfprune_launch.modes.report_page import REPORT, ReportPage
+from hfprune_launch.modes.report_page import REPORT, write_page
 from hfprune_launch.modes.sweep_arguments import Command
 from hfprune_launch.modes.sweep_plan import Prepared
 from hfprune_launch.project import PROJECT
@@ -67,15 +67,15 @@ def run_missing(command: Command, prepared: Prepared, finish: Callable[[], None]
         _with_earlier(prepared).write_record()
     store.hashes.save()  # of input files; every stage that reads one compares its hash with the plan
     _clean_up(command, prepared)
-    report = ReportPage(command.out, command.console)
+    report = partial(write_page, command.out, command.console)
     try:
-        if run_stages is not None and (code := run_stages(report.refresh)) is not None:
+        if run_stages is not None and (code := run_stages(report)) is not None:
             return code
         store.hashes.save()
         if finish is not None:
             finish()
     finally:
-        report.write()
+        report()
     return None
 
 

@@ -6,7 +6,7 @@ import hfprune_launch.modes.report_page as report_page
 import pytest
 from drawn_sweep import DrawnSweep
 from hfprune_launch import report
-from hfprune_launch.modes.report_page import REPORT, ReportPage
+from hfprune_launch.modes.report_page import REPORT, write_page
 from hfprune_launch.sweep_folder import Sweep
 from rich.console import Console
 from sweeps import in_process
@@ -21,30 +21,12 @@ def drawn(tmp_path):
     return sweep
 
 
-def test_it_is_rewritten_at_most_every_half_minute_and_at_the_end(drawn):
-    now, file = 100.0, drawn.out / REPORT
-    page = ReportPage(drawn.out, Console(), lambda: now)
-    page.refresh()
-    first = file.read_text()
-    assert first.startswith("<!doctype html>") and first.rstrip().endswith("</html>")
-    file.unlink()
-    now += 29.0
-    page.refresh()
-    assert not file.exists()
-    now += 1.0
-    page.refresh()
-    assert file.exists()
-    file.unlink()
-    page.write()
-    assert file.exists() and [*drawn.out.glob(".*")] == []
-
-
 def test_one_that_cannot_be_written_ends_nothing(drawn, monkeypatch):
     said = io.StringIO()
     (drawn.out / REPORT).mkdir()
-    ReportPage(drawn.out, Console(file=said)).write()
+    write_page(drawn.out, Console(file=said))
     monkeypatch.setattr(report_page, "collect", lambda *_: {}["broken"])
-    ReportPage(drawn.out, Console(file=said)).write()
+    write_page(drawn.out, Console(file=said))
     first, second = said.getvalue().splitlines()
     assert "can't be written" in first and "can't be written" in second and "broken" in second
 
@@ -52,5 +34,5 @@ def test_one_that_cannot_be_written_ends_nothing(drawn, monkeypatch):
 def test_report_writes_it_and_nothing_lies_where_no_sweep_has_run(drawn, tmp_path):
     code, shown, _ = in_process(report.main, drawn.out)
     assert code == 0 and "m 0.5" in (drawn.out / REPORT).read_text() and "can't" not in shown
-    ReportPage(tmp_path / "other", Console()).write()
+    write_page(tmp_path / "other", Console())
     assert not (tmp_path / "other").exists()
