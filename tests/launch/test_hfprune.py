@@ -7,11 +7,8 @@ import sys
 import pytest
 from hfprune_launch import hfprune
 from hfprune_launch.command import run
-from hfprune_launch.project import PROJECT
 from sweeps import in_process
 from test_imports import COMMANDS
-
-import hfprune_dist
 
 
 @pytest.fixture(autouse=True)
@@ -28,12 +25,6 @@ def test_a_sub_command_has_the_help_of_its_command_with_its_own_name(name):
     code, shown, _ = in_process(hfprune.main, name, "--help")
     assert code == 0 and shown.startswith(f"usage: hfprune {name} ")
     assert "launch/" not in shown, "examples are those of hfprune"
-
-
-def test_version():
-    code, shown, _ = in_process(hfprune.main, "--version")
-    assert code == 0 and shown.startswith(f"hfprune {hfprune_dist.__version__}\ncommit: ")
-    assert str(PROJECT.configs) in shown
 
 
 @pytest.mark.parametrize(

@@ -94,14 +94,6 @@ def test_a_row_without_checkpoint_or_scores_is_made_again_from_what_it_needs(con
     assert planned_actions(config, out)["run"] == run_again
 
 
-def test_a_pass_with_further_criteria_is_wanted_for_itself(config, tmp_path):
-    out = tmp_path / "out"
-    done(config, out)
-    assert planned_actions(config, out, "--criteria", "surgeon")["run"] == set(), "the method's own"
-    actions = planned_actions(config, out, "--criteria", "magnitude")
-    assert actions["run"] == {"importance"} and actions["not needed"] == set()
-
-
 def test_rows_of_other_ratios_models_and_methods_stay(config, tmp_path):
     out = tmp_path / "out"
     done(config, out, "--models", "alpha", "--ratios", "0.2", models=["alpha"], ratios=[0.2])
@@ -282,27 +274,6 @@ def test_rows_of_other_settings_do_not_pass_for_other_seeds(config, tmp_path):
         code, shown, said = run(one, other, "--out", tmp_path / "both", command=compare)
         assert code == 2 and not shown and f"{other}" in said and told in said
     assert not (tmp_path / "both").exists()
-
-
-def test_somebody_elses_sweep_is_looked_at_without_its_models_and_without_writing(config, tmp_path, monkeypatch):
-    done(config, tmp_path)
-    before = {path: path.lstat().st_mtime_ns for path in tmp_path.rglob("*")}
-    monkeypatch.setattr(os, "access", lambda path, mode: False)
-
-    for given in (["--config", config], []):
-        for looking in (["--status"], ["--logs", "alpha dense + lora"]):
-            code, shown, said = run(*given, "--out", tmp_path, *looking)
-            assert (code, said) == (0, "") and "note" not in shown, looking
-    assert {path: path.lstat().st_mtime_ns for path in tmp_path.rglob("*")} == before
-
-
-def test_a_lost_configuration_is_not_taken_for_the_defaults(config, tmp_path):
-    done(config, tmp_path)
-    (tmp_path / "config.yaml").unlink()
-    code, _, said = run("--out", tmp_path, "--dry-run")
-    assert code == 2 and f"{tmp_path / 'config.yaml'} is missing" in said and "give --config" in said
-    for whole in (["--status"], ["--config", config, "--dry-run"]):
-        assert run("--out", tmp_path, *whole)[0] == 0
 
 
 def test_somebody_elses_tables_are_shown_where_nothing_can_be_written(config, tmp_path, monkeypatch):

@@ -14,10 +14,9 @@ import torch
 import yaml
 from browser import opened
 from fork_server import forked
-from hfprune_launch import report
 from huggingface_hub import ModelCard
 from ranks import FAULTS, ROOT, killing
-from sweeps import artifacts, command, finish, in_process, results, sweep
+from sweeps import artifacts, command, finish, results, sweep
 from transformers import AutoModelForCausalLM
 
 from hfprune_dist.results.checkpoints import MADE
@@ -210,17 +209,6 @@ def test_a_second_run_runs_nothing(finished, config):
     assert result.returncode == 0 and "stages to run" not in result.stdout
     after = {file: file.stat().st_mtime_ns for file in (out / "store").rglob("*") if file.is_file()}
     assert after == before
-
-
-def test_report_command_makes_the_same_tables(finished):
-    out, _ = finished
-    expected = {name: (out / name).read_bytes() for name in ("results.csv", "results.md", "results.json")}
-    for name in expected:
-        (out / name).unlink()
-    code, shown, said = in_process(report.main, out, "--published")
-    assert code == 0, said
-    assert {name: (out / name).read_bytes() for name in expected} == expected
-    assert "HFPrune" in shown and "59.0" in shown
 
 
 def test_a_session_in_python_takes_up_a_sweep(finished, config, monkeypatch):

@@ -149,13 +149,3 @@ def test_losses_are_thinned_to_their_end_and_those_that_are_not_finite_left_out(
     found, finite = charts.training_losses(file), [step for step, it in enumerate(losses, 1) if it == 0.5]
     assert len(found) <= charts.MOST_POINTS + 1 and set(found.values()) <= {0.5}
     assert [*found][:1] == finite[:1] and [*found][-1:] == finite[-1:]
-
-
-def test_only_a_file_that_was_removed_is_left_out_without_a_word(tmp_path):
-    sweep = DrawnSweep(tmp_path, methods=("hfprune",), ratios=(0.2,))
-    pruned = next((tmp_path / "store" / "prune").iterdir())
-    (pruned / "kept.json").unlink()
-    assert "layers" not in {it.id for it in charts.charts(sweep.evidence())}
-    (pruned / "kept.json").write_text("{}")
-    with pytest.raises(KeyError, match="layers"):
-        charts.charts(sweep.evidence())

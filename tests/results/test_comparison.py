@@ -1,7 +1,6 @@
 """Means over seeds."""
 
 import json
-from pathlib import Path
 
 import pytest
 
@@ -12,8 +11,6 @@ from hfprune_dist.results.comparison import (
     note_on_methods,
 )
 from hfprune_dist.results.markdown import cells
-
-METHODS = Path(__file__).resolve().parents[2] / "configs" / "methods"
 
 
 def row(method, kl, ratio=0.2, status="done", measured_as="0123456789ab"):

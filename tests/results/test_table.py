@@ -3,9 +3,9 @@
 import pytest
 from rows import efficiency, missing, row_of
 
-from hfprune_dist.results.markdown import Column, cells, markdown
+from hfprune_dist.results.markdown import cells
 from hfprune_dist.results.metrics import METRICS
-from hfprune_dist.results.table import causes, columns, notes, report
+from hfprune_dist.results.table import causes, columns, notes
 
 DENSE = row_of(ratio=0.0, recovery="none", kl=0.0, kl_stderr=0.0)
 
@@ -78,10 +78,3 @@ def test_what_is_missing_or_not_comparable_is_named():
         "missing: llama 0.2 surgeon-plain: no speed: a rank died",
         "not to be compared with the first rows of their models, since measured in another way: this",
     ], "of qwen, there is no other"
-
-
-def test_names_do_not_break_markdown():
-    table = markdown(["a|b\nc"], [Column("name", str, is_text=True), Column("length", lambda it: f"{len(it)}")])
-    assert table == "| name | length |\n|---|---:|\n| a\\|b c | 5 |\n"
-    row = row_of(status="missing", label="a *b*", cause="no `c`\nhere")
-    assert "\n- missing: a \\*b\\*: no \\`c\\` here\n" in report([row])
