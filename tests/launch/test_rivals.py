@@ -159,7 +159,7 @@ def test_recovery_trains_both_factors_and_keeps_the_shape(finished, recovered):
     before, after = before_and_after(finished, recovered, "lorap")
     changed = {name for name, weight in before.items() if not torch.equal(weight, after[name])}
     assert changed == {name for name in before if ".self_attn." in name or ".mlp." in name}
-    assert "model.layers.0.mlp.down_proj.0.weight" in changed or "model.layers.0.self_attn.q_proj.0.weight" in changed
+    assert any(name.endswith("q_proj.0.weight") for name in changed)
     remote = AutoModelForCausalLM.from_pretrained(folders[1], trust_remote_code=True, dtype=torch.float32)
     ids = torch.arange(3, 43)[None]
     with torch.no_grad():
