@@ -128,6 +128,7 @@ class LocalBackend:
                         if not handle.is_committed():  # after which the claim goes with the work folder
                             claim.require_held()
         except BaseException:
+            self.close()  # which is faster than to wait for imports
             ranks.end()
             handle.discard_drafts(claim)
             raise

@@ -16,13 +16,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from hfprune_launch.stage.stage_file import find_stage_file, read_stage_file
+from hfprune_launch.stage.stage_file import find_stage_file
 
 from hfprune_dist.config.parameters import KINDS, Parameters
 from hfprune_dist.config.schema import RuntimeConfig
 from hfprune_dist.distributed.interruption import Interruption
 from hfprune_dist.errors import UserError, from_os_error
-from hfprune_dist.store.artifacts import StageHandle, Store
+from hfprune_dist.store.artifacts import STAGE_FILE, StageHandle, Store
 from hfprune_dist.store.claims import Claim, ClaimLostError
 from hfprune_dist.store.heartbeat import Failure, Progress
 from hfprune_dist.store.stage import Stage, kind_of
@@ -118,7 +118,9 @@ def run_stage(handle: StageHandle, interruption: Interruption, should_run: Calla
     world = join_world(os.environ, runtime.collective_timeout_minutes, reproducible=reproducible)
     admission = should_run(world)
     if admission.runs:
-        content, claim = read_stage_file(handle), admission.claim
+        content, claim = find_stage_file(handle), admission.claim
+        if content is None:
+            raise UserError(f"{handle.work}: no {STAGE_FILE}; it is written by a sweep")
         context: Context[Parameters] = Context(
             stage=Stage.from_json(content.stage),
             store=handle.store,

@@ -7,7 +7,6 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from hfprune_dist.config.schema import RuntimeConfig
-from hfprune_dist.errors import UserError
 from hfprune_dist.store.artifacts import STAGE_FILE, StageHandle
 from hfprune_dist.store.atomic_files import modified_at, read_record, write_json
 from hfprune_dist.store.stage import Stage
@@ -58,18 +57,6 @@ def write_stage_file(handle: StageHandle, stage: Stage, provenance: Provenance, 
 def find_stage_file(handle: StageHandle) -> StageFile | None:
     """Read what ``write_stage_file`` wrote; None if there is nothing that can be read."""
     return read_record(StageFile, handle.work / STAGE_FILE)
-
-
-def read_stage_file(handle: StageHandle) -> StageFile:
-    """Read what ``write_stage_file`` wrote.
-
-    Raises:
-        UserError: if there is nothing that can be read.
-    """
-    content = find_stage_file(handle)
-    if content is None:
-        raise UserError(f"{handle.work}: no {STAGE_FILE}; it is written by a sweep")
-    return content
 
 
 def began_at(handle: StageHandle) -> float | None:
