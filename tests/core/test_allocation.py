@@ -101,7 +101,7 @@ def any_ladders(draw):
     return ladders
 
 
-@settings(max_examples=150)
+@settings(max_examples=100)
 @given(any_ladders(), st.floats(-0.1, 1.1))
 def test_the_same_go_as_step_by_step(kept, share):
     removals = round(share * sum(ladder.most * ladder.parameters for ladder in kept))

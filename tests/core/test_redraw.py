@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hfprune_dist.core import head, portions
@@ -20,6 +20,7 @@ def certain(next_T, vocabulary):
     return outputs_of(100.0 * torch.nn.functional.one_hot(next_T, vocabulary).float())
 
 
+@settings(max_examples=30)
 @given(length=st.integers(1, 40), window=st.integers(0, 99), copies=st.integers(1, 4))
 def test_redrawn_tokens_are_what_the_model_expects_after_the_original_text(length, window, copies):
     ids_T, next_T = torch.randint(0, 5, (length,)), torch.randint(5, 9, (length,))
@@ -35,6 +36,7 @@ def test_redrawn_tokens_are_what_the_model_expects_after_the_original_text(lengt
     assert torch.equal(copied_RT, redrawn_copies(ids_T, certain(next_T, 9), copies + 2, window=window)[:copies])
 
 
+@settings(max_examples=30)
 @given(st.integers(1, 20), st.integers(1, 7))
 def test_chunks_and_blocks_of_logits_draw_the_same_tokens(rows, block_rows):
     ids_T, outputs = torch.randint(0, 30, (60,)), outputs_of(torch.randn(60, 30))
