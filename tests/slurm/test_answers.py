@@ -8,10 +8,8 @@ from clusters import (
     DENSE,
     FORKED_RANKS,
     SLOWLY,
-    attempt_folders,
     causes,
     done,
-    read,
 )
 
 pytestmark = [pytest.mark.slurm, pytest.mark.beside]
@@ -66,7 +64,6 @@ def test_a_prolog_fails(disturbed, config, finished, without):
         output = done(disturbed, out, finished, disturbed.submit(config, out, **FORKED_RANKS))
         assert "could not be started and would have waited for ever: launch failed requeued held" in output
         assert causes(out) == ["bad node", "done"]
-        assert read(attempt_folders(out)[0] / "end.json")["bad_nodes"] == ["n1"]
     finally:
         broken.unlink()
         disturbed.slurm("scontrol", "update", "nodename=n1", "state=resume")
