@@ -198,7 +198,7 @@ def without_deepspeed(monkeypatch: Any) -> None:
                 loaded[checkpoint.path, dtype] = load_causal_lm(checkpoint.path, dtype).requires_grad_(False).eval()
             model = copy.deepcopy(loaded[checkpoint.path, dtype])
         family = checkpoint.family
-        family.body_of(model).register_forward_pre_hook(lambda *_: world.together(FORWARD))
+        family.body_of(model).register_forward_pre_hook(lambda *_: world.together(FORWARD) and None)  # keeps its inputs
         head = family.head_of(model)
 
         @contextlib.contextmanager
