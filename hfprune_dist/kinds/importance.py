@@ -17,7 +17,7 @@ from hfprune_dist.config.schema import SweepConfig
 from hfprune_dist.config.section import Dtype, Section
 from hfprune_dist.config.texts import CalibrationConfig
 from hfprune_dist.core.criterion import losses_of
-from hfprune_dist.core.memory_limits import ACCELERATOR_BYTES
+from hfprune_dist.core.memory_limits import ACCELERATOR_BYTES, OWN_TERMS_BYTES
 from hfprune_dist.kinds.memory import FLOAT32, FLOAT64, HEAD_BYTES, ITEMSIZE, Need, Planned, Sizes, StageParameters
 from hfprune_dist.methods import CRITERIA, CriterionName
 from hfprune_dist.methods.sdmprune import LACKS, PUBLISHED
@@ -113,10 +113,13 @@ class ImportanceParameters(StageParameters):
         widths = [*model.mlp_channels, model.heads]
         grams = 4 * FLOAT64 * sum(width**2 for width in widths) * curvature
         sums = FLOAT64 * (2 * model.hidden**2 * curvature + model.layer * gradients)
+        own_terms = model.num_layers * sums
+        own_terms = own_terms if own_terms <= OWN_TERMS_BYTES else 2 * sums
+        temporary = max(HEAD_BYTES * (1 + student), backward, grams) + tokens * (len(losses) + 2) * hidden
         return Need(
             weights=model.parameters * itemsize,
             activations=tokens * kept,
-            temporary=max(HEAD_BYTES * (1 + student), backward, grams) + tokens * (len(losses) + 2) * hidden + 2 * sums,
+            temporary=temporary + own_terms,
             gathered=model.gathered * itemsize,
             shared=model.num_layers * sums,
             host=curvature * samples * length * hidden,

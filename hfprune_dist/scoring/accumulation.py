@@ -1,10 +1,10 @@
 """Sums of the calibration pass over its shards.
 
 First-order sums are vectors that are added shard by shard, in order, and have the same bits on any number of ranks and
-after any resume. Curvature and gradients of weights are matrices, one for each layer, too large to be sent shard by
-shard, or to fit one host: for Llama-2-70B they take 43 and 548 GB. So terms are reduced as they appear, to the rank of
-the layer, which keeps and saves its sum. These have the same bits on the same number of ranks, and are equal up to
-rounding on any other.
+after any resume. Curvature and gradients of weights are matrices, one for each layer, which may be too large for one host: for
+Llama-2-70B they take 43 and 548 GB. So the rank of a layer keeps and saves its sums. Where the matrices of all layers
+fit, ranks add up their own terms until the end of a round; otherwise terms are reduced as they appear. These sums have
+the same bits on the same number of ranks, and are equal up to rounding on any other.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from hfprune_dist.checkpoints.tensor_files import SavedLayers, load_usable, save_tensors
+from hfprune_dist.core.memory_limits import OWN_TERMS_BYTES
 from hfprune_dist.distributed.world import World
 from hfprune_dist.errors import UserError
 from hfprune_dist.store.atomic_files import listed, set_aside
@@ -54,7 +55,10 @@ class Accumulation:
         self._world = world
         self._layers = range(max(map(len, matrices.values()), default=0))
         self._owned = self._layers[world.rank :: world.size]  # layers whose matrices this rank keeps
-        self._totals: dict[tuple[str, int], Tensor] = {}
+        self._totals: dict[tuple[str, int], Tensor] = {}  # of the layers owned
+        self._own_terms: dict[tuple[str, int], Tensor] = {}  # of all layers, in this round
+        everything = torch.float64.itemsize * sum(math.prod(size) for sizes in matrices.values() for size in sizes)
+        self._reduces_rounds = world.size > 1 and everything <= OWN_TERMS_BYTES
         owned = (size for of_layers in matrices.values() for size in of_layers[:: world.size])
         bytes_owned = torch.float64.itemsize * sum(map(math.prod, owned))  # at most, by any one rank
         self._rounds_per_save = -(-bytes_owned // BYTES_SAVED_A_ROUND)
@@ -76,6 +80,11 @@ class Accumulation:
         """
         counted = min(self._world.size, self.shards - self.next_shard)
         shard = score(min(self.next_shard + self._world.rank, self.shards - 1), self._world.rank < counted)
+        if self._reduces_rounds:
+            for name, sizes in self.matrices.items():
+                for layer in range(len(sizes)):
+                    self._reduce(name, layer, self._sum_of(self._own_terms, name, layer))
+            self._own_terms = {}
         names = sorted(shard)
         own_N = torch.cat([shard[name] for name in names])
         for source in range(counted):
@@ -92,13 +101,11 @@ class Accumulation:
 
     def add_to_matrix(self, name: str, layer: int, term_RC: Tensor | None) -> None:
         """Add every rank's float32 term of a micro-batch, or nothing. Collective."""
-        size, owner = self.matrices[name][layer], layer % self._world.size
-        if self._world.size > 1:
-            term_RC = torch.zeros(size, device=self._world.device) if term_RC is None else term_RC
-            term_RC = term_RC.double()
-            self._world.reduce(term_RC, owner)
-        if term_RC is not None and owner == self._world.rank:
-            self._total(name, layer).add_(term_RC)
+        if self._world.size > 1 and not self._reduces_rounds:
+            zeros_RC = torch.zeros(self.matrices[name][layer], device=self._world.device)
+            self._reduce(name, layer, (zeros_RC if term_RC is None else term_RC).double())
+        elif term_RC is not None:
+            self._sum_of(self._own_terms if self._reduces_rounds else self._totals, name, layer).add_(term_RC)
 
     def matrix(self, name: str, layer: int) -> Tensor:
         """Return the last saved sum of any layer's matrix, float64 on the device."""
@@ -126,7 +133,7 @@ class Accumulation:
             )
         for layer in self._owned:
             self._state.parent.mkdir(parents=True, exist_ok=True)
-            self._saved().write(layer, {name: self._total(name, layer).cpu() for name in self.matrices})
+            self._saved().write(layer, {name: self._sum_of(self._totals, name, layer).cpu() for name in self.matrices})
         self._world.barrier()
         self._world.on_rank0(self._save_sums)
         self._rounds_unsaved = 0
@@ -138,12 +145,18 @@ class Accumulation:
     def _saved(self) -> SavedLayers:
         return SavedLayers(self._state, self._layers)
 
-    def _total(self, name: str, layer: int) -> Tensor:
-        """The sum of a matrix of a layer that this rank owns, 0 at first."""
-        if (name, layer) not in self._totals:
-            zeros_RC = torch.zeros(self.matrices[name][layer], dtype=torch.float64, device=self._world.device)
-            self._totals[name, layer] = zeros_RC
-        return self._totals[name, layer]
+    def _reduce(self, name: str, layer: int, terms_RC: Tensor) -> None:
+        """Add all ranks' terms to the sum of the rank that owns the layer; collective."""
+        owner = layer % self._world.size
+        self._world.reduce(terms_RC, owner)
+        if owner == self._world.rank:
+            self._sum_of(self._totals, name, layer).add_(terms_RC)
+
+    def _sum_of(self, sums: dict[tuple[str, int], Tensor], name: str, layer: int) -> Tensor:
+        """A layer's sum of a matrix among some, 0 at first."""
+        if (name, layer) not in sums:
+            sums[name, layer] = torch.zeros(self.matrices[name][layer], dtype=torch.float64, device=self._world.device)
+        return sums[name, layer]
 
     def _save_sums(self) -> None:
         save_tensors({"next_shard": torch.tensor(self.next_shard), **self.sums}, self._file)

@@ -159,12 +159,19 @@ def term(shard, name, layer, size):
 
 
 @settings(max_examples=20)
-@given(ranks=st.integers(1, 5), shards=st.integers(1, 7), sides=st.lists(st.integers(1, 7), min_size=1, max_size=4))
-def test_matrices_are_the_sums_over_all_ranks(tmp_path_factory, ranks, shards, sides):
-    """Each layer has matrices of its own sizes."""
+@given(
+    ranks=st.integers(1, 5),
+    shards=st.integers(1, 7),
+    sides=st.lists(st.integers(1, 7), min_size=1, max_size=4),
+    fits=st.booleans(),
+)
+def test_matrices_are_the_sums_over_all_ranks(tmp_path_factory, ranks, shards, sides, fits):
+    """Each layer has matrices of its own sizes; the terms of a round fit on each rank, or are reduced at once."""
     folder = tmp_path_factory.mktemp("many")
     sizes = {"up": [(side, 3) for side in sides], "down": [(2, side) for side in sides]}
-    found = Ranks(ranks).run(lambda world: accumulated(folder, world, sizes, shards))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(accumulation, "OWN_TERMS_BYTES", 2**20 if fits else 0)
+        found = Ranks(ranks).run(lambda world: accumulated(folder, world, sizes, shards))
     for (name, layer), total in found[0].items():
         expected = sum(term(shard, name, layer, sizes[name][layer]).double() for shard in range(shards))
         torch.testing.assert_close(total, expected, rtol=1e-5, atol=1e-6 * float(expected.abs().max()))
