@@ -1,10 +1,10 @@
 """Sums of the calibration pass over its shards.
 
 First-order sums are vectors that are added shard by shard, in order, and have the same bits on any number of ranks and
-after any resume. Curvature and gradients of weights are matrices, one for each layer, which may be too large for one host: for
-Llama-2-70B they take 43 and 548 GB. So the rank of a layer keeps and saves its sums. Where the matrices of all layers
-fit, ranks add up their own terms until the end of a round; otherwise terms are reduced as they appear. These sums have
-the same bits on the same number of ranks, and are equal up to rounding on any other.
+after any resume. Curvature and gradients of weights are matrices, one for each layer, which may be too large for one
+host: for Llama-2-70B they take 43 and 548 GB. So the rank of a layer keeps and saves its sums. Where the matrices of
+all layers fit, ranks add up their own terms until the end of a round; otherwise terms are reduced as they appear. These
+sums have the same bits on the same number of ranks, and are equal up to rounding on any other.
 """
 
 from __future__ import annotations
