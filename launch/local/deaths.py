@@ -40,7 +40,7 @@ def explain_death(left: Failure | None, codes: Mapping[int, int], log: Path, att
     if set(signals.values()) - set(CRASHES):  # the surviving ranks then fail too, in a collective
         return noticed("killed", f"a rank died without a message: {deaths}, from outside")
     if not codes:
-        return noticed("killed", "a rank died without a message: the process that started all ranks died, from outside")
+        return noticed("killed", "a rank died without a message: the process that started all ranks died")
     if left is not None and not left.is_consequence:
         return left
     if signals:

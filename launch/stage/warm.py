@@ -8,7 +8,8 @@ process forks a watcher, which forks the ranks, ends all of them when one fails,
 Before the forks nothing is computed, no GPU is touched and no thread is started. Each rank gets the environment, folder
 and output that its request names. Linux ends every process with the one that started it; elsewhere the watcher ends the
 ranks once the launcher's end of the socket is closed. Where a fork is not safe it becomes a new interpreter: on macOS,
-and if a library that was imported has started a thread or looked for GPUs.
+and if a library can't be imported, has started a thread or looked for GPUs. None of them imports from the current
+folder.
 """
 
 from __future__ import annotations
@@ -102,7 +103,7 @@ class WarmProcess:
         self._control, theirs = socket.socketpair()
         with theirs:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", __name__, str(theirs.fileno()), str(os.getpid())],
+                [sys.executable, "-P", "-m", __name__, str(theirs.fileno()), str(os.getpid())],
                 env={**IMPORTING, **os.environ},
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
@@ -176,9 +177,10 @@ def serve(receive: Callable[[], Sequence[int]]) -> None:
         if not is_safe and sys.platform == "linux":
             own = [os.dup(number) for number in range(len(streams))]
             _redirect(streams)  # what libraries say when they are imported is for the log of the first ranks
-            import_everything()
+            with contextlib.suppress(Exception):  # a rank that needs what can't be imported says so itself
+                import_everything()
+                is_safe = len(list(Path("/proc/self/task").iterdir())) == 1
             _redirect(own)
-            is_safe = len(list(Path("/proc/self/task").iterdir())) == 1
         if os.fork() == 0:
             die_with_parent(parent)
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
@@ -222,7 +224,7 @@ def _watch(connection: socket.socket, streams: Sequence[int], is_safe: bool) -> 
             getattr(importlib.import_module(module), name)(arguments)
         else:
             call = f"import sys; from {module} import {name}; {name}(sys.argv[1:])"
-            os.execv(sys.executable, [sys.executable, "-c", call, *arguments])
+            os.execv(sys.executable, [sys.executable, "-P", "-c", call, *arguments])
 
     codes = run_ranks(be_rank, size, connection)
     with contextlib.suppress(OSError):  # the launcher was killed

@@ -84,6 +84,7 @@ def all_gone(processes):
 
 def test_ranks_join_in_surroundings_of_their_own(process, log, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "torch.py").write_text("raise ImportError('a file of the user has the name of a library')")
     for value, threads in (("first", "1"), ("second", "2")):
         ranks = start(process, log, ranks=2, OF_THIS_STAGE=value, OMP_NUM_THREADS=threads)
         assert ranks.ended(300) and ranks.codes == {0: 0, 1: 0}
@@ -178,19 +179,29 @@ def test_memory_stays_the_same_over_many_stages(process, log):
 
     before = used()
     for _ in range(50):
-        assert start(process, log, main="test_warm:tell_of_start", ranks=1).ended(60)
+        assert start(process, log, main="test_warm:tell_of_start", ranks=1).ended(60) and told(log) == [[True, "0"]]
     after = used()
     assert after[0] < before[0] + 2**21 and after[1] == before[1]
 
 
-def test_where_a_library_starts_a_thread_ranks_are_new_interpreters(process, log, tmp_path, monkeypatch):
-    (tmp_path / "sitecustomize.py").write_text(
-        f"import threading, time\nthreading.Thread(target=time.sleep, args=({FOR_EVER_S},), daemon=True).start()\n"
-    )
-    ranks = start(process, log, main="test_warm:tell_of_start")
-    assert ranks.ended(60) and sorted(told(log)) == [[True, "0"], [True, "1"]]
+@pytest.mark.parametrize(
+    ("module", "text"),
+    [
+        (
+            "sitecustomize",
+            f"import threading, time\nthreading.Thread(target=time.sleep, args=({FOR_EVER_S},), daemon=True).start()\n",
+        ),
+        ("lm_eval", "raise ImportError('broken')\n"),
+    ],
+    ids=["starts a thread", "can't be imported"],
+)
+def test_where_a_library_does_what_forks_do_not_survive_ranks_are_new_interpreters(
+    process, log, tmp_path, monkeypatch, module, text
+):
+    (tmp_path / f"{module}.py").write_text(text)
     process.close()
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{os.environ['PYTHONPATH']}")
     ranks = start(process, log, main="test_warm:tell_of_start")
     assert ranks.ended(300) and ranks.codes == {0: 0, 1: 0}
     assert sorted(told(log)) == [[False, "0"], [False, "1"]]
+    process.close()
