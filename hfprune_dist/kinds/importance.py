@@ -112,16 +112,16 @@ class ImportanceParameters(StageParameters):
         # Of Gram matrices, both sums and their mean; those of the next layer; or in eliminations, three more.
         widths = [*model.mlp_channels, model.heads]
         grams = 4 * FLOAT64 * sum(width**2 for width in widths) * curvature
-        sums = FLOAT64 * (2 * model.hidden**2 * curvature + model.layer * gradients)
-        own_terms = model.num_layers * sums
-        own_terms = own_terms if own_terms <= OWN_TERMS_BYTES else 2 * sums
+        sums = FLOAT64 * (len(self.structures) * model.hidden**2 * curvature + model.layer * gradients)
+        everything = model.num_layers * sums
         temporary = max(HEAD_BYTES * (1 + student), backward, grams) + tokens * (len(losses) + 2) * hidden
         return Need(
             weights=model.parameters * itemsize,
             activations=tokens * kept,
-            temporary=temporary + own_terms,
+            temporary=temporary + 2 * sums,
             gathered=model.gathered * itemsize,
-            shared=model.num_layers * sums,
+            shared=everything,
+            unreduced=everything if everything <= OWN_TERMS_BYTES else 0.0,
             host=curvature * samples * length * hidden,
         )
 

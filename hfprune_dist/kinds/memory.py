@@ -49,6 +49,7 @@ class Need:
         gathered: what ranks gather at a time where they share the weights; None if they never do.
         again: the activations if layers run again in backward; None if that is not for the placement to decide.
         shared: sums and optimizer states, of which each rank has its part.
+        unreduced: own terms of such sums, which each of several ranks has until they are reduced.
         host: main memory for hidden states that wait there, of all ranks.
     """
 
@@ -58,6 +59,7 @@ class Need:
     gathered: float | None = None
     again: float | None = None
     shared: float = 0.0
+    unreduced: float = 0.0
     host: float = 0.0
 
     def on_each_gpu(self, ranks: int, *, whole: bool, checkpointing: bool = False) -> float:
@@ -65,7 +67,8 @@ class Need:
         alone = whole or ranks == 1 or self.gathered is None
         weights = self.weights if alone else self.weights / ranks + (self.gathered or 0.0)
         activations = self.activations if self.again is None or not checkpointing else self.again
-        return MARGIN * (weights + activations + self.temporary + self.shared / ranks)
+        sums = self.shared / ranks + (self.unreduced if ranks > 1 else 0.0)
+        return MARGIN * (weights + activations + self.temporary + sums)
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,8 @@
 """What stages need of each GPU, against the bytes that small models take: enough with the margin, not much more."""
 
 import contextlib
+import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -36,6 +38,9 @@ from hfprune_dist.models.memory_efficient_backward import checkpoint_activations
 from hfprune_dist.refit.dense_refit import refit_on_dense
 from hfprune_dist.refit.refitted_layers import RefittedLayers
 from hfprune_dist.refit.sequential_refit import SequentialRefit
+from hfprune_dist.scoring import accumulation
+from hfprune_dist.scoring.accumulation import Accumulation
+from hfprune_dist.scoring.shard_scorer import summed_matrices
 from hfprune_dist.store.stage import Stage
 from hfprune_dist.structures.kept import Kept
 
@@ -83,6 +88,20 @@ def test_a_calibration_pass(tmp_path, monkeypatch, criteria, kinds, checkpointin
     checkpoint = open_checkpoint(save_tiny(tmp_path / "model", **SHAPE))
     need = scoring(criteria, kinds, 2, 2, 48).pass_over(checkpoint, checkpointing=checkpointing)
     check(need.on_each_gpu(1, whole=True) / MARGIN, counted.peak)
+
+
+@pytest.mark.parametrize("kinds", [["neurons"], ["neurons", "kv_groups"]])
+def test_matrices_of_a_calibration_pass(tmp_path, monkeypatch, kinds):
+    checkpoint = open_checkpoint(save_tiny(tmp_path / "model", **SHAPE))
+    matrices = summed_matrices(checkpoint, checkpoint.pruned_kinds(kinds), [CRITERIA["surgeon"]])
+    everything = 8 * sum(math.prod(size) for sizes in matrices.values() for size in sizes)
+    for limit in (everything, everything - 1):
+        monkeypatch.setattr(importance, "OWN_TERMS_BYTES", limit)
+        monkeypatch.setattr(accumulation, "OWN_TERMS_BYTES", limit)
+        reduces_rounds = Accumulation(1, tmp_path / "sums", SoloWorld(size=2), matrices)._reduces_rounds
+        need = scoring(["surgeon"], kinds, 2, 2, 48).pass_over(checkpoint, checkpointing=False)
+        assert (need.shared, need.unreduced) == (everything, everything if reduces_rounds else 0)
+    assert need.on_each_gpu(1, whole=True) == replace(need, unreduced=1).on_each_gpu(1, whole=True)
 
 
 @pytest.mark.parametrize("refit", ["dense", "block", "experts"])
