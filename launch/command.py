@@ -110,9 +110,13 @@ def place(argument: str) -> Path:
 
 def _require_own_packages() -> None:
     """Refuse to run the script of one copy of the project with the packages of another, since edits in the first would
-    go unnoticed: so it is in a second clone if the environment of the first is active.
+    go unnoticed: so it is in a second clone if the environment of the first is active. Nor does one run in a folder
+    that is gone.
     """
-    script, packages = Path(sys.argv[0]).absolute(), Path(__file__).resolve().parent
+    try:
+        script, packages = Path.cwd() / sys.argv[0], Path(__file__).resolve().parent
+    except FileNotFoundError:
+        raise UserError("the current folder has been deleted; change to another one") from None
     launch, copy = script.parent, script.parent.parent
     is_of_project = script.is_file() and (launch / "setup.sh").is_file() and (copy / "hfprune_dist").is_dir()
     if is_of_project and not launch.samefile(packages):

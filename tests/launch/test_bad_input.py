@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from hfprune_launch import bench, compare, report, sweep
+from hfprune_launch import bench, compare, report, status, sweep
 from hfprune_launch.local.hardware import fitting_runtime
 from ranks import ROOT
 from sweeps import in_process
@@ -87,6 +87,14 @@ def test_a_sweep_that_can_not_be_is_refused(config, tmp_path, monkeypatch, argum
 def test_other_commands_refuse_too(tmp_path, monkeypatch, command, arguments, told):
     monkeypatch.chdir(tmp_path)
     assert told in refused(command.main, *arguments, folders=(tmp_path,))
+
+
+def test_a_folder_that_is_gone_is_told(tmp_path, monkeypatch):
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    code, _, said = in_process(status.main, "runs/my")
+    assert (code, said) == (2, "error: the current folder has been deleted; change to another one\n")
 
 
 def test_a_tracker_that_is_not_installed_is_refused_where_something_is_trained(config, tmp_path, monkeypatch):
