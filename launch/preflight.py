@@ -64,12 +64,11 @@ def check_stages(
         looks_only: whether it is one, which asks for no data sets.
 
     Raises:
-        UserError: for more ranks than this machine has GPUs, GPUs that torch can't use, a tracker that isn't installed,
-            a text or data set that can't be read, a text that is too short, a batch that ranks can't share, an unknown
-            task, or a model with unsuitable tokenizer, chat template, weights or positions.
+        UserError: for GPUs that torch can't use, a tracker that isn't installed, a text or data set that can't be read,
+            a text that is too short, a batch that ranks can't share, an unknown task, or a model with unsuitable
+            tokenizer, chat template, weights or positions.
     """
     if todo and profile is None:
-        ranks_here(config.runtime)
         _check_gpus()
     if {*RECOVERING, "distill"} & {plan.stages[stage_id].kind for stage_id in todo}:
         _check_trackers(config.runtime)

@@ -6,7 +6,6 @@ import os
 from collections.abc import Iterable
 
 from hfprune_dist.config.schema import RuntimeConfig
-from hfprune_dist.errors import UserError
 from hfprune_dist.kinds.memory import parameters_of
 from hfprune_dist.results.formats import counted
 from hfprune_dist.store.machine import NVIDIA, count_gpus, threads_allowed, usable_cores
@@ -30,9 +29,8 @@ def threads_of_a_rank(runtime: RuntimeConfig, ranks: int) -> int:
 
 
 def fitting_runtime(runtime: RuntimeConfig) -> tuple[RuntimeConfig, str]:
-    """Return a runtime with at most one rank per GPU, if this machine has GPUs, and a note if there had to be fewer.
-
-    This is for numbers of ranks from a file, which may have been written for another machine.
+    """Return a runtime with at most one rank per GPU, if this machine has GPUs, and a note if there had to be fewer, as
+    with a file that was written for another machine.
     """
     gpus = count_gpus()
     if not gpus or runtime.ranks is None or runtime.ranks <= gpus:
@@ -45,17 +43,8 @@ def fitting_runtime(runtime: RuntimeConfig) -> tuple[RuntimeConfig, str]:
 
 
 def ranks_here(runtime: RuntimeConfig) -> int:
-    """Return the number of ranks of a stage on this machine.
-
-    Raises:
-        UserError: if the machine has GPUs, but too few.
-    """
-    gpus = count_gpus()
-    ranks = runtime.ranks or gpus or 1
-    if gpus and ranks > gpus:
-        has = counted(gpus, "GPU")
-        raise UserError(f"--ranks {ranks}: this machine has {has}, and a rank needs one of its own; ask for {gpus}")
-    return ranks
+    """Return the number of ranks of a stage on this machine, given the runtime that fits it."""
+    return runtime.ranks or count_gpus() or 1
 
 
 def note_on_bfloat16(stages: Iterable[Stage]) -> str:
