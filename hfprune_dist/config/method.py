@@ -36,13 +36,13 @@ def _goes_together(structures: list[Structure]) -> list[Structure]:
 Structures = Annotated[list[Structure], AfterValidator(_in_order), AfterValidator(_goes_together)]
 UnitKinds = Annotated[list[UnitKind], AfterValidator(_in_order)]
 
-# What a thorough refit does beyond a quick one: parameters of the stage that prunes.
+# What a thorough method does beyond a quick one: parameters of the stage that prunes.
 THOROUGH: dict[Refit, dict[str, Any]] = {
-    "none": {},
-    "bias": {},
-    "dense": {"refit_copies": 1},
-    "layerwise": {"refit_copies": 1, "refit_norms": True},
-    "block": {"refit_copies": 1, "refit_norms": True, "refit_iterations": 6},
+    "none": {"finals": True},
+    "bias": {"finals": True},
+    "dense": {"refit_copies": 1, "finals": True},
+    "layerwise": {"refit_copies": 1, "refit_norms": True, "finals": True},
+    "block": {"refit_copies": 1, "refit_norms": True, "finals": True, "refit_iterations": 6},
 }
 
 
@@ -95,12 +95,14 @@ class Method(Section):
     the output that would restore the dense model's hidden states. block: as layerwise, then Gauss-Newton steps on
     gate_proj, up_proj and down_proj together; takes minutes, not seconds."""
     effort: Effort = "thorough"
-    """How far a refit by least squares goes. quick: it sees the calibration windows, and ends with block by block.
-    thorough: it also sees a copy of each window in which half of the tokens are redrawn from the dense model's
-    distribution of the next token, which brings some of what more text would and takes twice as long; ``block`` ends
-    with six iterations on all windows instead of two; and after ``layerwise`` and ``block``, the weights of all norms
-    are refitted: a factor for each channel, found by a few steps that lower the divergence from the dense model's
-    distribution of the next token. Has no effect with refit: none or bias."""
+    """How far a refit by least squares goes. quick: it sees the calibration windows, and ends with block by block; of
+    shapes that are measured, the closest is taken. thorough: it also sees a copy of each window in which half of the
+    tokens are redrawn from the dense model's distribution of the next token, which brings some of what more text would
+    and takes twice as long; the closest shapes are fitted layer by layer before one is taken; ``block`` has four
+    iterations, and six on all windows, instead of two each; and after ``layerwise`` and ``block``, the weights of all
+    norms are refitted: a factor for each channel, found by a few steps that lower the divergence from the dense model's
+    distribution of the next token. With refit: none or bias it only changes how many layers a search
+    measures."""
     multiple_of: PositiveOrAuto = 1
     """Round intermediate_size, or the number of experts, to a multiple of this: 64 or 128 suit GPUs; for experts,
     take the number of devices that share them. auto: for each model and ratio, the largest of 256, 128, 64 and 32 with

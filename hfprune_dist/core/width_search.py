@@ -30,10 +30,6 @@ MEASUREMENTS = ROUNDS + 1
 # Sets of removed layers, ascending -> KL divergence from the dense model, nats per token, of the models without them.
 MeasureWithout = Callable[[Sequence[tuple[int, ...]]], Sequence[float]]
 
-# All layers are measured for the first removal. For each later one, only this many are: those left whose removal by
-# itself cost least. Of ten layers removed from a small model, each was among these five.
-CONTENDERS = 5
-
 
 @dataclass(frozen=True)
 class Reweighting:
@@ -167,16 +163,19 @@ def _lowest(low: float, here: float, high: float) -> float:
     return min(max((low - high) / (2 * curvature), -1.0), 1.0)
 
 
-def drop_order(droppable: Sequence[int], count: int, measure: MeasureWithout) -> list[int]:
+def drop_order(droppable: Sequence[int], count: int, measure: MeasureWithout, contenders: int) -> list[int]:
     """Return the ``count`` layers to remove, in order, or fewer if ``droppable`` has fewer: always the one whose
     measured loss is smallest, measured again after each.
+
+    Args:
+        contenders: how many layers are measured again: those left whose removal by itself costs least.
     """
     order: list[int] = []
     left = list(droppable)
     while left and len(order) < count:
-        contenders = left[:CONTENDERS] if order else left
-        kls = measure([tuple(sorted([*order, layer])) for layer in contenders])
-        ranked = [layer for _, layer in sorted(zip(kls, contenders, strict=True))]
+        measured = left[:contenders] if order else left
+        kls = measure([tuple(sorted([*order, layer])) for layer in measured])
+        ranked = [layer for _, layer in sorted(zip(kls, measured, strict=True))]
         if not order:
             left = ranked
         order.append(ranked[0])

@@ -30,7 +30,9 @@ class PruneParameters(StageParameters):
     forward pass) if no model runs. ``tensor_parallel`` divides ``multiple_of`` and the layers' numbers of KV groups; it
     is 1 if none are pruned. ``refit_iterations``: of conjugate gradients in the last Gauss-Newton step of refit: block.
     ``refit_copies``: copies of each calibration window, with redrawn tokens, that a refit sees as well.
-    ``refit_norms``: whether the weights of all norms are refitted at the end.
+    ``refit_norms``: whether the weights of all norms are refitted at the end. ``finals``: whether a
+    search measures more layers before it drops some, and fits the closest shapes, if there is a refit, layer by layer
+    before it takes one.
     """
 
     dtype_setting: ClassVar[str | None] = "importance.dtype"
@@ -53,6 +55,7 @@ class PruneParameters(StageParameters):
     refit_iterations: int = 2
     refit_copies: int = 0
     refit_norms: bool = False
+    finals: bool = False
 
     @classmethod
     def of(cls, config: SweepConfig, method: Method, ratio: float) -> PruneParameters:

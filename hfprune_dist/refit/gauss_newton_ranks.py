@@ -15,7 +15,7 @@ from hfprune_dist.distributed.main_memory import to_device
 from hfprune_dist.distributed.sums import is_held_out, unusable_activations
 from hfprune_dist.distributed.world import World
 
-# Iterations of conjugate gradients in the first step; each costs about as much as four forwards of the MLP.
+# The most iterations of conjugate gradients in the first step; each costs about as much as four forwards of the MLP.
 ITERATIONS = 4
 # Shares of the step that are tried on held-out windows.
 STEP_LENGTHS = (0.0, 1.0, 0.5)
@@ -76,14 +76,14 @@ class Reconstruction:
         Args:
             fitted: where the first step begins, on the windows that are not held out.
             whole: the same for all windows; its weights are the result if no step is better.
-            more_iterations: those of the step that follows on all windows.
+            more_iterations: those of the step that follows on all windows; the first has no more either.
 
         Raises:
             UserError: if outputs or targets are NaN or infinite.
             UnresolvedError: if inputs or activations are mostly rounding errors.
         """
         known = [index for index in self._inputs if not is_held_out(index, self._micro_batches)]
-        step = self._step(fitted, known, ITERATIONS)
+        step = self._step(fitted, known, min(ITERATIONS, more_iterations))
         errors = [self._held_out_error(fitted.weights.plus(step, length)) for length in STEP_LENGTHS]
         if not all(map(math.isfinite, errors)):
             raise unusable_activations(self._number, "values are NaN or infinite")

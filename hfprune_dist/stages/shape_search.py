@@ -2,10 +2,11 @@
 
 ``plain`` shapes are the same in all layers; in others, kinds of units and all layers compete for one budget. A search
 first orders the layers that may go by how little the model misses them. Candidates that drop none or some of them are
-measured with a cheap refit, then the best of them fitted layer by layer. No shape is measured on windows that its refit
-was fitted to, and those finalists are compared on windows that nothing else in the stage sees. Fitting layer by layer
-makes up for more where layers are gone, which cheap refits can't show. So the best finalist is tried with fewer layers
-as well, as long as that helps. Where layers compete, the search for widths continues with as many layers as it has.
+measured with a cheap refit; unless the effort is quick, the best of them are then fitted layer by layer. No shape is
+measured on windows that its refit was fitted to, and those finalists are compared on windows that nothing else in the
+stage sees. Fitting layer by layer makes up for more where layers are gone, which cheap refits can't show. So the best
+finalist is tried with fewer layers as well, as long as that helps. Where layers compete, the search for widths
+continues with as many layers as it has.
 """
 
 from __future__ import annotations
@@ -49,6 +50,8 @@ from hfprune_dist.structures.kept import Kept, Shape
 # Windows for comparing candidates and for ordering layers, from those that refits hold out to choose their ridge.
 # Ordering needs fewer, since layers differ a lot, and takes the most candidates.
 WINDOWS, WINDOWS_OF_ORDER = 8, 2
+# Layers that are measured again after each that goes. Of ten removed from a small model, each was among these five.
+CONTENDERS, QUICK_CONTENDERS = 5, 2
 EVERY = 2  # candidates are compared on every second token
 # One micro-batch of windows in this many is kept apart from everything else in the stage, to compare finalists.
 JUDGED_EVERY = 16
@@ -193,7 +196,7 @@ class _Search:
         batches = windows_ST.split(size)
         apart = max(1, len(batches) // JUDGED_EVERY)
         has_finals = context.params.allocation == "plain" or LAYERS in context.params.structures
-        if has_finals and len(batches) > 1:
+        if context.params.finals and has_finals and len(batches) > 1:
             self._seen_ST, self._judged_ST = torch.cat(batches[:-apart]), torch.cat(batches[-apart:])
         else:  # a single micro-batch is both seen and judged
             self._seen_ST = self._judged_ST = windows_ST
@@ -298,7 +301,8 @@ class _Search:
         def measure(sets: Sequence[tuple[int, ...]]) -> Sequence[float]:
             return self._kl([without(gone) for gone in sets], "layers", count, fits=False, windows=WINDOWS_OF_ORDER)
 
-        return drop_order(self._target.droppable, count, measure)
+        contenders = CONTENDERS if self._context.params.finals else QUICK_CONTENDERS
+        return drop_order(self._target.droppable, count, measure, contenders)
 
     def _best(
         self,
@@ -315,7 +319,7 @@ class _Search:
             always: shapes that become finalists if they are not far from the best.
         """
         closest = min(kls.values())
-        if not self._refits:
+        if not self._refits or not self._context.params.finals:
             return min(kls, key=kls.__getitem__), {}
         farthest = max(closest, WORST_FINALIST * closest)  # rounding can make a divergence of zero negative
         competing = [name for name in sorted(kls, key=kls.__getitem__) if kls[name] <= farthest]

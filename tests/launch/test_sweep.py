@@ -337,7 +337,7 @@ def test_a_rank_that_fails_ends_the_stage_with_its_message(config, tmp_path):
     assert result.returncode == 2, result.stdout
     assert "Permission denied; check the permissions" in result.stdout and "Traceback" not in result.stdout
     (log,) = (tmp_path / "out" / "logs").glob("importance-*.1.log")
-    assert "error: curvature: Permission denied; check the permissions" in log.read_text()
+    assert re.search("error: .*Permission denied; check the permissions", log.read_text())
     commands = [" ".join(it.info["cmdline"] or ()) for it in psutil.process_iter(["cmdline"])]
     assert not [it for it in commands if str(tmp_path / "out") in it], "left running"
 

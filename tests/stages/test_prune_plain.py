@@ -108,6 +108,14 @@ def test_the_closest_is_tried_with_fewer_layers_while_that_helps(tmp_path, monke
     assert shape_in(store.path(stage.id)) == numbers_of(min(finalists, key=finalists.get))
 
 
+def test_without_finals_the_closest_that_was_measured_is_written(tmp_path):
+    store, stage = prepare(tmp_path, finals=False)
+    run(store, stage, SoloWorld())
+    measured = metrics_of(store, stage)["search_kl"]
+    assert shape_in(store.path(stage.id)) == numbers_of(min(measured, key=measured.get))
+    assert "finalists_kl" not in metrics_of(store, stage)
+
+
 def gone(metrics, num_layers, layers=LAYERS):
     return metrics["layers_in_order_of_dropping"][: layers - num_layers]
 

@@ -140,9 +140,10 @@ def test_ranks_end_with_those_who_started_them_and_the_next_ones_start(process, 
 
 
 LAUNCHER = """
-import os, sys, time
+import os, signal, sys
 from pathlib import Path
 from hfprune_launch.stage.warm import WarmProcess
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # which nohup may have changed
 process, log = WarmProcess(), Path(sys.argv[1]).open("wb")
 ranks = process.start("test_warm:join_and_tell", ["0", "pass"], 2, dict(os.environ), log)
 print(process._process.pid, flush=True)
