@@ -122,7 +122,7 @@ class ImportanceParameters(StageParameters):
             gathered=model.gathered * itemsize,
             shared=everything,
             unreduced=everything if everything <= OWN_TERMS_BYTES else 0.0,
-            host=curvature * samples * length * hidden,
+            host=curvature * samples * length * hidden * model.pinned(tokens),
         )
 
     def allows(self, rows: int) -> bool:

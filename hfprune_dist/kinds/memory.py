@@ -50,7 +50,7 @@ class Need:
         again: the activations if layers run again in backward; None if that is not for the placement to decide.
         shared: sums and optimizer states, of which each rank has its part.
         unreduced: own terms of such sums, which each of several ranks has until they are reduced.
-        host: main memory for hidden states that wait there, of all ranks.
+        host: pinned main memory for hidden states that wait there, of all ranks.
     """
 
     weights: float
@@ -166,11 +166,21 @@ class Sizes:
         """Numbers per token that a forward without gradients holds at a time; experts read copies of their tokens."""
         return 4 * max(self.neurons, self.routed) + self.routed + 8 * self.hidden
 
+    def pinned(self, tokens: int) -> float:
+        """How many times their size a micro-batch's hidden states take pinned: torch rounds it up to a power of two."""
+        numbers = tokens * self.hidden
+        return (1 << (numbers - 1).bit_length()) / numbers
+
 
 def layer_by_layer(
     model: Sizes, rows: int, tokens: int, itemsize: int, *, models: int = 1, temporary: float = 0.0, host: float = 0.0
 ) -> Need:
-    """The need of rows of ``tokens`` tokens in one layer at a time of each model, while the next layer arrives."""
+    """The need of rows of ``tokens`` tokens in one layer at a time of each model, while the next layer arrives.
+
+    Args:
+        host: bytes of hidden states that wait.
+    """
+    host *= model.pinned(rows * tokens)
     numbers = model.forward + (1 + models) * model.hidden + 2 * model.neurons * (temporary > 0)
     return Need(2 * models * model.layer * itemsize, rows * tokens * numbers * itemsize, temporary, host=host)
 

@@ -30,7 +30,7 @@ from hfprune_dist.distributed.layer_stream import LayerStream
 from hfprune_dist.kinds import importance
 from hfprune_dist.kinds.evaluate import EvaluateParameters
 from hfprune_dist.kinds.importance import ImportanceParameters
-from hfprune_dist.kinds.memory import GIB, MARGIN, Gpus, Need, Planned, Sizes, place
+from hfprune_dist.kinds.memory import GIB, MARGIN, Gpus, Need, Planned, Sizes, layer_by_layer, place
 from hfprune_dist.kinds.prune import PruneParameters
 from hfprune_dist.kinds.training import training_need
 from hfprune_dist.methods import CRITERIA
@@ -209,6 +209,15 @@ def test_more_at_a_time_takes_more_and_more_ranks_take_no_more(monkeypatch, name
         assert need(64).on_each_gpu(8, whole=False) > of_ranks[1]
     sharded = [place(needs[0](1), Gpus(ranks, 80 * GIB), "auto") for ranks in (1, 8)]
     assert [it.fits for it in sharded] == ([False, True] if name == "70B" else [True, True])
+
+
+@pytest.mark.parametrize(("hidden", "times"), [(4096, 1), (5120, 1.6), (4097, 2 * 4096 / 4097)])
+def test_hidden_states_wait_in_powers_of_two(monkeypatch, hidden, times):
+    model = replace(SIZES["7B"], hidden=hidden)
+    monkeypatch.setattr(Sizes, "of", lambda _checkpoint: model)
+    assert layer_by_layer(model, 2, 1024, 2, host=100.0).host == pytest.approx(100 * times)
+    need = scoring(["surgeon"], ["neurons"], 64, 2, 1024).pass_over("7B", checkpointing=False)
+    assert need.host == pytest.approx(64 * 1024 * hidden * 2 * times)
 
 
 def test_an_evaluation_has_room_for_long_requests(tmp_path):
