@@ -8,9 +8,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TypeVar
 
-from hfprune_launch.stage.outcome import Outcome
 from hfprune_launch.stage.progress_lines import ProgressLines
-from hfprune_launch.stage.stage_state import time_left
+from hfprune_launch.stage.stage_state import Outcome, time_left
 from rich.console import Console, JustifyMethod
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn

@@ -11,8 +11,8 @@ from pathlib import Path
 from hfprune_launch.local.deaths import explain_death
 from hfprune_launch.local.hardware import ranks_here, threads_of_a_rank
 from hfprune_launch.stage.attempts import DONE, Attempt, End, Intent, Ledger, local_log
-from hfprune_launch.stage.outcome import Outcome
 from hfprune_launch.stage.stage_file import Provenance, write_stage_file
+from hfprune_launch.stage.stage_state import Outcome
 from hfprune_launch.stage.warm import Ranks, WarmProcess
 
 from hfprune_dist.config.parameters import KINDS

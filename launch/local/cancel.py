@@ -14,7 +14,7 @@ from hfprune_dist.store.artifacts import StageHandle, Store
 from hfprune_dist.store.claims import Holder
 from hfprune_dist.store.stage import Stage
 
-# Time that a launcher may take to end; it looks for the token every second and gives its ranks 10 s.
+# Time that a launcher may take to end; it looks for the token every second and waits up to 10 s for killed ranks.
 WAIT_S = 40.0
 POLL_S = 0.1
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from hfprune_launch.stage.logs import end_of_log
+from hfprune_launch.stage.attempts import end_of_log
 
 from hfprune_dist.store.heartbeat import Failure
 

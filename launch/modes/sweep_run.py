@@ -18,8 +18,8 @@ from hfprune_launch.slurm.cli import run_on_slurm
 from hfprune_launch.slurm.commands import SlurmCommands
 from hfprune_launch.slurm.launcher import NewJobs
 from hfprune_launch.stage.attempts import Ledger
-from hfprune_launch.stage.outcome import Outcome
 from hfprune_launch.stage.stage_file import Provenance
+from hfprune_launch.stage.stage_state import Outcome
 from hfprune_launch.sweep_folder import Sweep, read_sweep, record_locked, recorded_sweep, write_config
 
 from hfprune_dist.errors import LostInputError, UserError

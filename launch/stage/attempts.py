@@ -16,6 +16,7 @@ absent.
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import time
@@ -28,7 +29,7 @@ from typing import Any, Literal, TypeVar
 
 from hfprune_dist.errors import UserError
 from hfprune_dist.store.artifacts import Store
-from hfprune_dist.store.atomic_files import as_record, listed, locked, read_json, write_json
+from hfprune_dist.store.atomic_files import as_record, listed, locked, read_json, unless_stale, write_json
 from hfprune_dist.store.claims import Claim, Holder, OpenClaim
 from hfprune_dist.store.past_attempt import PastAttempt
 from hfprune_dist.store.stage import Stage
@@ -302,6 +303,22 @@ def past_attempts(ledger: Ledger, stage_id: str, logs: Path) -> list[PastAttempt
 def local_log(folder: Path, intent: Intent) -> Path:
     """Return the log of an attempt on this machine, in the folder of a sweep's logs."""
     return folder / f"{intent.stage_id.replace('/', '-')}.{intent.number}.log"
+
+
+def end_of_log(log: Path, most: int) -> str:
+    """Return the last ``most`` bytes of a log, whose first line may be cut off; empty if there is no log (any more), as
+    its owner may remove it at any moment.
+    """
+
+    def read() -> bytes:
+        with log.open("rb") as stream:
+            stream.seek(max(0, stream.seek(0, os.SEEK_END) - most))
+            return stream.read()
+
+    try:
+        return unless_stale(read).decode("utf-8", errors="replace")
+    except FileNotFoundError:
+        return ""
 
 
 def _read(file: Path, kind: type[Record]) -> Record | None:

@@ -7,7 +7,7 @@ import pytest
 from hfprune_launch import api
 from hfprune_launch.api import Session
 from hfprune_launch.modes import sweep_run
-from hfprune_launch.stage.outcome import Outcome
+from hfprune_launch.stage.stage_state import Outcome
 
 from hfprune_dist.errors import UserError
 from hfprune_dist.store.heartbeat import Failure

@@ -5,7 +5,7 @@ import os
 import pytest
 from hfprune_launch import sweep
 from hfprune_launch.modes import sweep_run
-from hfprune_launch.stage.outcome import Outcome
+from hfprune_launch.stage.stage_state import Outcome
 from rows import make_artifact
 from sweeps import in_process, planned
 

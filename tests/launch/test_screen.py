@@ -12,8 +12,8 @@ from hfprune_launch.screen import (
     stage_screen,
 )
 from hfprune_launch.stage import progress_lines
-from hfprune_launch.stage.outcome import Outcome
 from hfprune_launch.stage.progress_lines import ProgressLines
+from hfprune_launch.stage.stage_state import Outcome
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from made_stages import stage_of

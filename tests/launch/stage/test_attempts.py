@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 
 import pytest
-from hfprune_launch.stage.attempts import End, Ledger, Run, past_attempts
+from hfprune_launch.stage.attempts import End, Ledger, Run, end_of_log, past_attempts
 from made_stages import stage_of
 
 from hfprune_dist.store.artifacts import Store
@@ -162,3 +162,8 @@ def test_attempts_on_this_machine_are_told_too(ledger):
     )
     assert past_attempts(ledger, STAGE.id, logs)[2].state == "done", "its launcher was killed before it said so"
     assert ledger.jobs_of(STAGE.id) == [] and not ledger.has_jobs() and ledger.open_jobs() == []
+
+
+def test_of_a_long_log_only_the_end_is_read(tmp_path):
+    (tmp_path / "log").write_bytes("caf\u00e9\nlast".encode())
+    assert end_of_log(tmp_path / "log", 6) == "\ufffd\nlast" and end_of_log(tmp_path / "none", 6) == ""
