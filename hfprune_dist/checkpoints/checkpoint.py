@@ -173,12 +173,14 @@ def open_checkpoint(path: Path) -> Checkpoint:
     if not any((path / name).is_file() for name in TOKENIZER_FILES):
         raise UserError(f"{path}: no tokenizer; one of {', '.join(TOKENIZER_FILES)} is needed")
     try:
-        return _described(path, whole)
+        checkpoint = _described(path, whole)
+        float(checkpoint.max_positions or 0)  # rope settings of a wrong form are told here
     except (KeyError, IndexError, TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
         raise UserError(
             f"{file}: it can't be read as one of a {whole.get('model_type')} "
             f"({type(error).__name__}: {error}); if plain transformers loads the model, this is a fault of hfprune_dist"
         ) from error
+    return checkpoint
 
 
 def _described(path: Path, whole: Mapping[str, Any]) -> Checkpoint:

@@ -65,6 +65,7 @@ def test_a_tensor_that_transformers_would_make_up_is_named(folder, name, told):
         ({"layer_sizes": {"intermediate_size": [48, 47]}}, "intermediate_size 47 for this layer"),
         ({"layer_sizes": [1]}, "it can't be read as one of a llama"),
         ({"layer_sizes": {"intermediate_size": [48, "x"]}}, "it can't be read as one of a llama"),
+        ({"rope_parameters": [1]}, "it can't be read as one of a llama"),
         ({"output_biases": ["foo"]}, "output_biases names foo"),
         ({"quantization_config": {"quant_method": "mxfp4"}}, "Mxfp4Config(dequantize=True)"),
         ({"num_key_value_heads": 1}, "num_attention_heads 4 and num_key_value_heads 1 for this layer"),
