@@ -57,7 +57,7 @@ def run_on_slurm(
     Args:
         new_jobs: returns the settings for new jobs, given the copy of the code that they run.
         follow: False leaves at once; otherwise the call stays until nothing more can be done.
-        on_end: called when a stage's job has ended.
+        on_end: called after a round in which stages' jobs have ended.
 
     Returns:
         the exit code when leaving at once; None after staying.
@@ -67,20 +67,27 @@ def run_on_slurm(
     every = counted(len(sweep.plan.stages), "stage")
     tell(f"{len(todo)} of {every} to run on Slurm; logs in {store.root / 'attempts'}")
     snapshot = take_snapshot(PROJECT, code.resolve(), PROJECT.code_version(), tell)
+    ended: list[Event] = []
     with _Screen(console, sweep).shown() as screen:
 
         def on_event(event: Event) -> None:
             screen.tell(event)
             if event.what in ("done", "ended"):
+                ended.append(event)
+
+        def after_round() -> None:
+            screen.refresh(launcher.jobs)
+            if ended:
+                ended.clear()
                 on_end()
 
         launcher = Launcher(store, sweep.plan, new_jobs(snapshot), SlurmCommands(), on_event)
         try:
             launcher.start()
             if follow is not False:
-                launcher.follow(lambda: screen.refresh(launcher.jobs))
+                launcher.follow(after_round)
                 return None
-            launcher.follow(lambda: screen.refresh(launcher.jobs), only_missing=True)
+            launcher.follow(after_round, only_missing=True)
         except KeyboardInterrupt:
             tell("submitted jobs go on; --status shows them, --cancel ends them")
             raise
