@@ -36,13 +36,11 @@ def _goes_together(structures: list[Structure]) -> list[Structure]:
 Structures = Annotated[list[Structure], AfterValidator(_in_order), AfterValidator(_goes_together)]
 UnitKinds = Annotated[list[UnitKind], AfterValidator(_in_order)]
 
-# What a thorough method does beyond a quick one: parameters of the stage that prunes.
+# What a thorough refit does beyond a quick one: parameters of the stage that prunes.
 THOROUGH: dict[Refit, dict[str, Any]] = {
-    "none": {"finals": True},
-    "bias": {"finals": True},
-    "dense": {"refit_copies": 1, "finals": True},
-    "layerwise": {"refit_copies": 1, "refit_norms": True, "finals": True},
-    "block": {"refit_copies": 1, "refit_norms": True, "finals": True, "refit_iterations": 6},
+    "dense": {"refit_copies": 1},
+    "layerwise": {"refit_copies": 1, "refit_norms": True},
+    "block": {"refit_copies": 1, "refit_norms": True, "refit_iterations": 6},
 }
 
 
@@ -139,7 +137,7 @@ class Method(Section):
     def of_one_cut(self) -> dict[str, Any]:
         """The settings that affect a single prune stage; the others affect which stages there are."""
         of_others = {"prunes_in", "adapts", "distill", "effort"}
-        thorough = THOROUGH[self.refit] if self.effort == "thorough" else {}
+        thorough = {"finals": True, **THOROUGH.get(self.refit, {})} if self.effort == "thorough" else {}
         return self.model_dump(exclude=self.without_effect | of_others) | thorough
 
     @property
