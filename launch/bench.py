@@ -1,84 +1,130 @@
-"""Measure what the calibration pass costs: the published formulation against ours, in time and memory.
+"""Measure this machine, and a sweep's stages in a unit of time that depends little on the machine.
 
-Variants are measured side by side in one run and reported as ratios, so that other work on the machine matters little.
-No network is needed: the model is the demo's, which is made if missing.
+The unit, u, is the time of one forward of 4,096 tokens (16 windows of 256) through the body of the demo's Llama, by
+plain transformers in float32, on all cores or on one GPU. The demo's files are made if they are missing.
 
 examples:
-  python launch/bench.py                           about three minutes on two cores
-  python launch/bench.py --model /data/my-llama --out runs/bench-llama --rounds 1
+  python launch/bench.py             u, what a stage that does nothing takes, and the demo's stages if they have run
+  python launch/bench.py runs/my     the same with another sweep's stages
 """
 
 from __future__ import annotations
 
 import os
-import platform
+import statistics
 import sys
 import tempfile
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import closing
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 if __name__ == "__main__":
     import installed  # noqa: F401
 
 from hfprune_launch.command import command, folder, make_parser
 
-from hfprune_dist.errors import UserError
-from hfprune_dist.store.machine import usable_cores
+from hfprune_dist.store.machine import count_gpus, usable_cores
 
-ASSETS = Path("runs/demo-assets")
-# Tokens per window, if the model has as many positions.
-TOKENS = 1024
+if TYPE_CHECKING:  # commands import what they need once they run
+    from hfprune_launch.sweep_folder import Sweep
+
+DEMO, ASSETS = Path("runs/demo"), Path("runs/demo-assets")
+WINDOWS, TOKENS = 16, 256
+ROUNDS = 3
+NOTHING = "hfprune_launch.bench:do_nothing"
 
 
 @command
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measure, print the table, and write it to the output folder."""
+    """Measure, and print a table."""
     parser = make_parser(__doc__)
-    parser.add_argument("--model", metavar="PATH", type=folder, help="a checkpoint folder; default: the demo's llama")
-    parser.add_argument(
-        "--rounds", metavar="N", type=int, default=3, help="measured rounds, of which medians are taken"
-    )
-    default = Path("runs/bench")
-    parser.add_argument("--out", metavar="DIR", type=folder, default=default, help=f"for results; default: {default}")
-    arguments = parser.parse_args(argv)
-    if arguments.rounds < 1:
-        raise UserError(f"--rounds {arguments.rounds}: at least 1")
+    parser.add_argument("sweep", metavar="DIR", type=folder, nargs="?", help=f"a sweep's folder; default: {DEMO}")
+    given: Path | None = parser.parse_args(argv).sweep
     import torch
-    from hfprune_launch.benchmark.scoring import measure_pass
     from hfprune_launch.demo.assets import QUIET_AND_OFFLINE, build
-    from hfprune_launch.demo.prose import reference_prose
-    from hfprune_launch.screen import make_console, say
+    from hfprune_launch.screen import make_console, plain_table, say
+    from hfprune_launch.sweep_folder import read_sweep, recorded_sweep
 
-    from hfprune_dist.checkpoints.checkpoint import open_checkpoint
-    from hfprune_dist.results.markdown import table_of_texts
-    from hfprune_dist.store.atomic_files import write_json, write_text
-
+    sweep, console = read_sweep(given) if given else recorded_sweep(DEMO), make_console()
     os.environ.update(QUIET_AND_OFFLINE)
-    if arguments.model is None:
-        build(ASSETS)
-    model: Path = arguments.model or ASSETS / "llama"
-    checkpoint = open_checkpoint(model)
-    if checkpoint.family.experts:
-        raise UserError(f"--model {model}: a mixture of experts; give a model with one MLP in each layer")
-    out: Path = arguments.out
-    out.mkdir(parents=True, exist_ok=True)
-    tokens = min(TOKENS, checkpoint.max_positions or TOKENS)
-    with tempfile.TemporaryDirectory(dir=out) as scratch:
-        text = Path(scratch) / "text.txt"
-        text.write_text("\n\n".join(reference_prose().calibration), encoding="utf-8")
-        lines = measure_pass(str(model), str(text), tokens, arguments.rounds)
-    table = table_of_texts(["what", "measured"], [[what, f"{value:.3g} {unit}"] for what, value, unit in lines])
-    machine = {
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-        "cores": usable_cores(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-    }
-    write_json(out / "bench.json", {"machine": machine, "model": str(model), "tokens": tokens, "pass": lines})
-    write_text(out / "bench.md", table + "\n")
-    say(make_console(), f"{table}\n\nwritten: {out / 'bench.json'}, bench.md")
+    build(ASSETS)
+    unit = seconds_of_a_forward(ASSETS / "llama")
+    device = torch.cuda.get_device_name() if count_gpus() else f"a CPU, threads: {torch.get_num_threads()}"
+    say(console, f"u = {unit:.3g} s: {WINDOWS} x {TOKENS} tokens on {device}, torch {torch.__version__}")
+    times = {"a stage that does nothing": [seconds_of_nothing()]}
+    if sweep is not None:
+        every = list(stage_seconds(sweep))
+        kinds = dict.fromkeys(kind for kind, _ in every)
+        times |= {f"{sweep.out}: {kind}": [seconds for own, seconds in every if own == kind] for kind in kinds}
+        times[f"{sweep.out}: all"] = [seconds for _, seconds in every]
+    table = plain_table("stages", "number", "seconds", "u", "longest, u")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for name, seconds in times.items():
+        total, longest = sum(seconds), max(seconds, default=0.0)
+        table.add_row(name, f"{len(seconds)}", f"{total:.1f}", f"{total / unit:.2f}", f"{longest / unit:.2f}")
+    console.print(table)
     return 0
+
+
+def seconds_of_a_forward(model: Path) -> float:
+    """Return u, the median of a few rounds."""
+    import torch
+    from transformers import AutoModel
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    torch.set_num_threads(usable_cores())
+    body = AutoModel.from_pretrained(model, dtype=torch.float32).to("cuda" if count_gpus() else "cpu")
+    vocabulary = body.config.vocab_size
+    windows = torch.randint(vocabulary, (WINDOWS, TOKENS), generator=torch.Generator().manual_seed(0)).to(body.device)
+    took = []
+    for _ in range(ROUNDS + 1):  # the first of them loads the weights' pages
+        began = time.perf_counter()
+        with torch.inference_mode():
+            body(input_ids=windows, use_cache=False)
+        if count_gpus():
+            torch.cuda.synchronize()
+        took.append(time.perf_counter() - began)
+    return statistics.median(took[1:])
+
+
+def seconds_of_nothing() -> float:
+    """Return the seconds in which two ranks, or one for each GPU, start, join and leave, after those of a first stage,
+    which have waited for imports.
+    """
+    from hfprune_launch.stage.warm import WarmProcess
+
+    with closing(WarmProcess()) as warm, tempfile.TemporaryFile() as log:
+        for _ in range(2):
+            began = time.perf_counter()
+            ranks = warm.start(NOTHING, [], count_gpus() or 2, os.environ, log)
+            while not ranks.ended(1.0):
+                pass
+    assert set(ranks.codes.values()) == {0}, ranks.codes
+    return time.perf_counter() - began
+
+
+def do_nothing(_arguments: Sequence[str]) -> None:
+    """Be a rank of a stage that does nothing."""
+    from hfprune_dist.distributed.world import join_world, leave_world
+
+    join_world(os.environ, timeout_minutes=1, reproducible=True)
+    leave_world()
+
+
+def stage_seconds(sweep: Sweep) -> Iterator[tuple[str, float]]:
+    """Yield (kind of stage, seconds) for every stage that has run, all attempts and the start of ranks included."""
+    from hfprune_launch.stage.attempts import Ledger, past_attempts
+
+    for stage in sweep.plan.stages.values():
+        attempts = past_attempts(Ledger(sweep.store), stage.id, sweep.out / "logs")
+        times = [attempt.ended - attempt.started for attempt in attempts if attempt.started and attempt.ended]
+        if times:
+            yield stage.kind, sum(times)
 
 
 if __name__ == "__main__":

@@ -1,1 +1,0 @@
-"""Measurements of launch/bench.py: each section compares two ways to do the same work, side by side in one run."""
