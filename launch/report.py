@@ -1,7 +1,7 @@
 """Write a sweep's tables, report.html and named checkpoints again from its store, and show the table of results. The
 sweep need not have finished; nothing is run.
 
-example:  python launch/report.py runs/demo --published
+example:  python launch/report.py runs/demo --wide
 """
 
 from __future__ import annotations
@@ -21,18 +21,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Parse the command line and show the tables."""
     parser = make_parser(__doc__)
     parser.add_argument("out", type=folder, help="folder of a sweep, e.g. runs/demo")
-    parser.add_argument(
-        "--published", action="store_true", help="show the results that papers report, and how they were obtained"
-    )
     parser.add_argument("--wide", action="store_true", help="show all columns, however wide the table gets")
     arguments = parser.parse_args(argv)
     from hfprune_launch.modes.report_page import write_page
-    from hfprune_launch.project import PROJECT
-    from hfprune_launch.screen import make_console, show_checkpoints, show_published, show_results
+    from hfprune_launch.screen import make_console, show_checkpoints, show_results
     from hfprune_launch.sweep_folder import read_sweep
 
     from hfprune_dist.results.checkpoints import Update
-    from hfprune_dist.results.published import read_published
 
     sweep, console = read_sweep(arguments.out), make_console()
     if os.access(sweep.out, os.W_OK):
@@ -42,8 +37,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         rows, update = sweep.rows(), Update({}, [f"{sweep.out} can't be written to; the files in it stay as they are"])
     # Shown once all is written, as a reader such as head may end the command.
     show_results(console, rows, arguments.wide)
-    if arguments.published:
-        show_published(console, read_published(PROJECT.configs / "published.yaml"), arguments.wide)
     show_checkpoints(console, update)
     return 0
 

@@ -20,7 +20,6 @@ from hfprune_dist.planning.plan import Plan
 from hfprune_dist.results.checkpoints import Update
 from hfprune_dist.results.formats import counted
 from hfprune_dist.results.markdown import Column, cells
-from hfprune_dist.results.published import PublishedTable
 from hfprune_dist.results.rows import Row
 from hfprune_dist.results.table import causes, columns, notes
 from hfprune_dist.store.artifacts import Verdict
@@ -196,20 +195,3 @@ def show_checkpoints(console: Console, update: Update) -> None:
     lines = ["checkpoints:", *(f"  {folder}" for folder in update.folders.values())] if update.folders else []
     for line in (*lines, *(f"note: {remark}" for remark in update.remarks)):
         say(console, line)
-
-
-def show_published(console: Console, tables: Sequence[PublishedTable], wide: bool = False) -> None:
-    """Show the results that papers report, and how they were obtained.
-
-    Args:
-        wide: show every task's score too, however wide it gets.
-    """
-    for table in tables:
-        console.print(f"\n{table.title}", highlight=False, markup=False)
-        show_table(console, table_of(table.rows, table.shown(wide)), wide)
-        console.print(table.protocol, highlight=False, markup=False)
-    console.print(
-        "\nof all: that ratio as a share of all parameters, which is what ratio means in our tables; -: not known",
-        highlight=False,
-        markup=False,
-    )

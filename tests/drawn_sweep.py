@@ -8,8 +8,8 @@ from made_stages import stage_of
 from rows import efficiency
 
 from hfprune_dist.planning.plan import Cell, Plan, label_of
-from hfprune_dist.report.evidence import Evidence, collect
-from hfprune_dist.results.rows import DenseModel, collect_rows
+from hfprune_dist.report.page import page
+from hfprune_dist.results.rows import DenseModel, Row, collect_rows
 from hfprune_dist.store.artifacts import Store
 from hfprune_dist.store.past_attempt import PastAttempt
 from hfprune_dist.store.stage import Input, Stage
@@ -41,9 +41,13 @@ class DrawnSweep:
         self.plan = Plan(self._stages, tuple(self._cells))
         self.dense = {model: DenseModel(1000, {"intermediate_size": WIDTH}) for model in models}
 
-    def evidence(self, attempts=None) -> Evidence:
-        rows = collect_rows(self.plan, Store(self.out / "store"), self.dense)
-        return collect(self.out, self.plan, rows, lambda stage: (attempts or {}).get(stage.id, ()), self._now)
+    def rows(self) -> list[Row]:
+        return collect_rows(self.plan, Store(self.out / "store"), self.dense)
+
+    def page(self, attempts=None, rows=None) -> str:
+        return page(
+            self.out, self.plan, rows or self.rows(), lambda stage: (attempts or {}).get(stage.id, ()), self._now
+        )
 
     def _add_model(self, model):
         dense = Input(f"digest of {model}", f"/{model}")
@@ -80,7 +84,7 @@ class DrawnSweep:
         stage = stage_of(kind, label, {"number": len(self._stages)}, inputs)
         self._stages[stage.id] = stage
         if made:
-            times = {"started": self._now, "finished": self._now + 60, "wall_time_s": 60.0}
+            times = {"started": self._now, "finished": self._now + 60, "wall_time_s": 60.0, "world_size": 1}
             origin = {"provenance": {"git_commit": "c0ffee", "packages": {"torch": "2"}}, "config": {"seed": 0}}
             self._write(stage, "manifest.json", json.dumps({"files": {}, "metrics": metrics, **times, **origin}))
         self._now += 60
@@ -106,6 +110,6 @@ class DrawnSweep:
         return {"layers": list(range(LAYERS)), "neurons": neurons}
 
 
-def made(number: int, started: float, ended: float | None, **facts) -> PastAttempt:
+def made(number: int, ended: float | None, **facts) -> PastAttempt:
     """Return an attempt that made its artifact, unless ``facts`` say otherwise."""
-    return PastAttempt(**{"number": number, "state": "done", "started": started, "ended": ended, **facts})
+    return PastAttempt(**{"number": number, "state": "done", "ended": ended, **facts})

@@ -77,7 +77,8 @@ def make_artifact(store: Store, stage: Stage) -> None:
     metrics = {"fidelity": {"perplexity": 9.0, "kl": 0.5, "top1_agreement": 0.5}, "tasks": {}}
     shape = {"ratio_reached": 0.1, "parameters": 5, "intermediate_size": 7, "intermediate_sizes": None}
     measured = metrics | shape | efficiency(1.5, tokens_per_s=30.0, seconds=0.1)
-    store.handle(stage.id).commit(stage, draft, {"metrics": measured, "wall_time_s": 1.0, "peak_memory_bytes": 1})
+    costs = {"world_size": 1, "wall_time_s": 1.0, "peak_memory_bytes": 1}
+    store.handle(stage.id).commit(stage, draft, {"metrics": measured, **costs})
 
 
 def missing(row: Row) -> Row:

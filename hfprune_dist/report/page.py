@@ -11,30 +11,45 @@ from importlib.resources import files
 from pathlib import Path
 from urllib.parse import quote
 
-from hfprune_dist.report.charts import Chart, Figure, charts
-from hfprune_dist.report.evidence import Evidence
+from hfprune_dist.planning.plan import Plan
+from hfprune_dist.report.charts import Chart, charts
 from hfprune_dist.results.formats import counted
 from hfprune_dist.results.metrics import METRICS, OF_TEXT
 from hfprune_dist.results.rows import Row
 from hfprune_dist.results.table import causes, flat_row
+from hfprune_dist.store.artifacts import Store
 from hfprune_dist.store.heartbeat import in_one_line
+from hfprune_dist.store.past_attempt import AttemptsOf, PastAttempt
+from hfprune_dist.store.stage import Stage
 
 # Makes the browser refuse everything that would need the network.
 POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:"
 LONGEST_MESSAGE = 500
+# Stage and attempt, those of a stage first to last.
+Attempts = Sequence[tuple[Stage, PastAttempt]]
 
 
-def page(evidence: Evidence) -> str:
-    """The HTML of a report."""
-    name, drawn = escape(evidence.out.resolve().name), charts(evidence)
+def page(out: Path, plan: Plan, rows: Sequence[Row], attempts_of: AttemptsOf, written: float) -> str:
+    """The HTML of a report.
+
+    Args:
+        out: the sweep's folder, which also holds the report.
+        rows: one per cell of the plan.
+        attempts_of: returns the attempts at a stage, as launchers recorded them.
+        written: unix time of the report.
+    """
+    store, file = Store(out / "store"), out / "config.yaml"
+    config = file.read_text(encoding="utf-8", errors="replace") if file.is_file() else ""
+    attempts = [(stage, attempt) for stage in plan.stages.values() for attempt in attempts_of(stage)]
+    name, drawn = escape(out.resolve().name), charts(rows, plan, store)
     told = "; ".join(f"{METRICS[key].header}: {METRICS[key].told}" for key in ("kl", "top1_agreement"))
     switch = "<label><input type=checkbox id=all-columns> all columns</label>"
-    rows = f"<p>A click on a header sorts. {escape(told)}; ±: one standard error. {switch}</p>{_rows_table(evidence)}"
+    how = f"<p>A click on a header sorts. {escape(told)}; ±: one standard error. {switch}</p>"
     sections = [
-        ("rows-section", "Rows", rows),
+        ("rows-section", "Rows", how + _rows_table(rows, out)),
         *((chart.id, chart.title, _body(chart)) for chart in drawn),
-        ("failures-section", "Failures", _failures(evidence)),
-        ("provenance-section", "Where results come from", _provenance(evidence)),
+        ("failures-section", "Failures", _failures(attempts, out)),
+        ("provenance-section", "Where results come from", _provenance(rows, config)),
     ]
     places = " ".join(f'<a href="#{id}">{escape(title)}</a>' for id, title, _ in sections)
     return "\n".join(
@@ -44,8 +59,8 @@ def page(evidence: Evidence) -> str:
             '<meta name="viewport" content="width=device-width, initial-scale=1">',
             f'<link rel="icon" href="data:,"><title>{name}: report</title>',
             f"<style>{_own('page.css')}</style></head><body>",
-            f"<header><h1>{name}</h1><p>Written {_time(evidence.written)}.</p>",
-            f"<nav>{places}</nav></header><main>{_summary(evidence)}",
+            f"<header><h1>{name}</h1><p>Written {_time(written)}.</p>",
+            f"<nav>{places}</nav></header><main>{_summary(rows, plan, store, attempts)}",
             "<noscript><p class=note>Charts need JavaScript; the table has their numbers.</p></noscript>",
             *(f'<section id="{id}"><h2>{escape(title)}</h2>{body}</section>' for id, title, body in sections),
             f'</main><script type="application/json" id=figures>{_json(drawn)}</script>',
@@ -73,20 +88,18 @@ def _json(drawn: Sequence[Chart]) -> str:
 
 
 def _body(chart: Chart) -> str:
-    return f"<p>{escape(chart.about)}</p><div class=panels>{''.join(map(_panel, chart.figures))}</div>"
+    panels = (
+        f"<figure><figcaption>{escape(figure.title)}</figcaption><div class=plot></div></figure>"
+        for figure in chart.figures
+    )
+    return f"<p>{escape(chart.about)}</p><div class=panels>{''.join(panels)}</div>"
 
 
-def _panel(figure: Figure) -> str:
-    title = f"<figcaption>{escape(figure.title)}</figcaption>" if figure.title else ""
-    whole = "" if figure.title else " class=whole"
-    plot = f'<div class=plot style="height:{figure.height}px"></div>'
-    return f"<figure{whole}>{title}{plot}</figure>"
-
-
-def _rows_table(evidence: Evidence) -> str:
+def _rows_table(rows: Sequence[Row], out: Path) -> str:
     """HTML of the table of rows: everything in results.csv, with a few columns shown at first."""
-    flat = [flat_row(row) for row in evidence.rows]
-    metrics = {it.key: it for it in METRICS.values() if (it.in_few or it.key in OF_TEXT) and it.is_known(flat)}
+    flat = [flat_row(row) for row in rows]
+    known = [metric for metric in METRICS.values() if metric.is_known(flat)]
+    metrics = {metric.key: metric for metric in known if metric.in_few or metric.key in OF_TEXT}
     few = ["label", *metrics, "checkpoint", "status"]
     more = list(dict.fromkeys(column for row in flat for column in row if column not in few))
 
@@ -102,14 +115,14 @@ def _rows_table(evidence: Evidence) -> str:
             text = f"<span>{text}</span>"
         elif column == "status" and value == "missing":
             text = f"missing: {escape(row['cause'])}"
-        elif column == "checkpoint" and value and (evidence.out / value).is_dir():
-            text = f'<a href="{_link(evidence.out / value, evidence)}">{escape(Path(value).name)}</a>'
+        elif column == "checkpoint" and value and (out / value).is_dir():
+            text = f'<a href="{_link(out / value, out)}">{escape(Path(value).name)}</a>'
         return f'<td data-v="{escape("" if value is None else str(value))}">{text}</td>'
 
     lines = [
         f"<tr class={row['status']}>"
         + "".join(cell(column, row) for column in few)
-        + "".join(f"<td>{'' if (value := row.get(it)) is None else escape(str(value))}</td>" for it in more)
+        + "".join(f"<td>{'' if (value := row.get(column)) is None else escape(str(value))}</td>" for column in more)
         + "</tr>"
         for row in flat
     ]
@@ -122,30 +135,29 @@ def _rows_table(evidence: Evidence) -> str:
     )
 
 
-def _link(target: Path, evidence: Evidence) -> str:
+def _link(target: Path, out: Path) -> str:
     """A relative URL from the report to a file, which still works if both are moved together."""
-    return escape(quote(os.path.relpath(target, evidence.out)))
+    return escape(quote(os.path.relpath(target, out)))
 
 
 def _time(moment: float) -> str:
     return f"{datetime.fromtimestamp(moment, UTC):%Y-%m-%d %H:%M:%S} UTC"
 
 
-def _summary(evidence: Evidence) -> str:
+def _summary(rows: Sequence[Row], plan: Plan, store: Store, attempts: Attempts) -> str:
     """HTML of the sweep's progress: finished rows and stages, what runs, what is missing, what can't be compared."""
-    done = sum(row["status"] == "done" for row in evidence.rows)
-    made = [manifest for manifest in evidence.manifests.values() if manifest]
-    hours = sum(manifest.get("wall_time_s") or 0.0 for manifest in made) / 3600
-    lacking = evidence.plan.lacking(lambda stage_id: evidence.manifests[stage_id] is not None)
+    done = sum(row["status"] == "done" for row in rows)
+    made = {stage_id: manifest for stage_id in plan.stages if (manifest := store.handle(stage_id).manifest())}
+    hours = sum(manifest.get("wall_time_s") or 0.0 for manifest in made.values()) / 3600
+    lacking = plan.lacking(made.__contains__)
     stages = f"{len(made)} of {counted(len(made) + len(lacking), 'stage')} made, in {hours:.1f} hours"
     running = [
         f"begun, without an end: {stage.kind} {stage.label} {attempt.message}"
-        for stage in evidence.plan.stages.values()
-        for attempt in evidence.attempts[stage.id]
+        for stage, attempt in attempts
         if attempt.state == "open"
     ]
-    lines = "".join(f"<li>{escape(it)}</li>" for it in [*running, *causes(evidence.rows)])
-    told = f"<p><b>{done} of {counted(len(evidence.rows), 'row')}</b> with a result; {stages}.</p>"
+    lines = "".join(f"<li>{escape(line)}</li>" for line in [*running, *causes(rows)])
+    told = f"<p><b>{done} of {counted(len(rows), 'row')}</b> with a result; {stages}.</p>"
     return told + (f"<div class=note><ul>{lines}</ul></div>" if lines else "")
 
 
@@ -156,26 +168,25 @@ def _table(id: str, head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
     return f"<div class=wide><table id={id}><thead><tr>{heads}</tr></thead><tbody>{body}</tbody></table></div>"
 
 
-def _failures(evidence: Evidence) -> str:
+def _failures(attempts: Attempts, out: Path) -> str:
     """HTML table of all attempts that ended without an artifact."""
     lines = []
-    for stage in evidence.plan.stages.values():
-        for it in evidence.attempts[stage.id]:
-            if it.state == "failed":
-                logs = [f'<a href="{_link(log, evidence)}">{escape(log.name)}</a>' for log in it.logs]
-                ended = "-" if it.ended is None else _time(it.ended)
-                message = in_one_line(it.message)[:LONGEST_MESSAGE]
-                texts = (f"{stage.kind} {stage.label}", str(it.number), ended, it.cause, message)
-                lines.append([*map(escape, texts), " ".join([escape(it.where), *logs])])
+    for stage, attempt in attempts:
+        if attempt.state == "failed":
+            logs = [f'<a href="{_link(log, out)}">{escape(log.name)}</a>' for log in attempt.logs]
+            ended = "-" if attempt.ended is None else _time(attempt.ended)
+            message = in_one_line(attempt.message)[:LONGEST_MESSAGE]
+            texts = (f"{stage.kind} {stage.label}", str(attempt.number), ended, attempt.cause, message)
+            lines.append([*map(escape, texts), " ".join([escape(attempt.where), *logs])])
     head = ("stage", "attempt", "ended", "cause", "message", "log")
     return _table("failures", head, lines) if lines else "<p>No attempt has failed.</p>"
 
 
-def _provenance(evidence: Evidence) -> str:
+def _provenance(rows: Sequence[Row], config: str) -> str:
     """HTML of what rows were evaluated with, and of the configuration of the last run."""
-    origins = [{**it, **it.get("packages", {})} for row in evidence.rows if (it := row["provenance"])]
+    origins = [{**found, **found.get("packages", {})} for row in rows if (found := row["provenance"])]
     names = dict.fromkeys(name for origin in origins for name in origin if name not in ("date", "packages"))
     distinct = {name: dict.fromkeys(str(origin.get(name) or "-") for origin in origins) for name in names}
     lines = [[escape(name), "<br>".join(map(escape, values))] for name, values in distinct.items()]
-    config = f"<details><summary>configuration of the last run</summary><pre>{escape(evidence.config)}</pre></details>"
-    return _table("provenance", ("", "of the evaluations"), lines) + (config if evidence.config else "")
+    details = f"<details><summary>configuration of the last run</summary><pre>{escape(config)}</pre></details>"
+    return _table("provenance", ("", "of the evaluations"), lines) + (details if config else "")

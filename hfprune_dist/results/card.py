@@ -24,7 +24,7 @@ from hfprune_dist.results.rows import DenseModel, Row, collect_rows
 from hfprune_dist.results.table import columns, notes
 from hfprune_dist.store.artifacts import Manifest, Store
 from hfprune_dist.store.atomic_files import read_object
-from hfprune_dist.store.stage import RECOVERING, Input, Stage
+from hfprune_dist.store.stage import RECOVERING, Input, Stage, kind_of
 
 if TYPE_CHECKING:  # takes a while to import; commands should answer at once
     from huggingface_hub import EvalResult
@@ -48,10 +48,12 @@ def contents_of_checkpoints(plan: Plan, store: Store, dense: Mapping[str, DenseM
         manifest = made.manifest()
         contents[name] = None
         if manifest is not None and made.is_committed():
-            subject = Subject.of(name, cell, rows, plan, store, dense[cell.model])
+            subject = Subject.from_cell(name, cell, rows, plan, store, dense[cell.model])
             texts = {CARD: model_card(subject), **({RECIPE: text} if (text := recipe(subject)[0]) else {})}
-            facts = {name: it for name, it in manifest["files"].items() if name not in texts}
-            files = {name: File(it["bytes"], it["sha256"], it["mtime_ns"]) for name, it in facts.items()}
+            facts = manifest["files"].items()
+            files = {
+                file: File(fact["bytes"], fact["sha256"], fact["mtime_ns"]) for file, fact in facts if file not in texts
+            }
             contents[name] = Contents(made.id, made.artifact, files, texts)
     return contents
 
@@ -73,7 +75,7 @@ class BaseModel:
     carried: Mapping[str, Any]
 
     @classmethod
-    def of(cls, name: str, source: Input) -> BaseModel:
+    def from_input(cls, name: str, source: Input) -> BaseModel:
         """Describe a checkpoint that stages read; of one that has been removed since, only the name is certain."""
         folder = Path(source.location)
         cached = folder.parent.parent.name  # models--org--name/snapshots/commit
@@ -102,7 +104,7 @@ def _carried_over(folder: Path) -> dict[str, Any]:
         metadata = {}
     stated = {"license": (read_object(folder / "config.json") or {}).get("license"), **metadata}
     known = {key: stated.get(key) for key in _CARRIED_OVER}
-    return {key: it for key, it in known.items() if it and all(isinstance(part, str) for part in it)}
+    return {key: value for key, value in known.items() if value and all(isinstance(part, str) for part in value)}
 
 
 @dataclass(frozen=True)
@@ -128,21 +130,21 @@ class Subject:
     base: BaseModel
 
     @classmethod
-    def of(
+    def from_cell(
         cls, name: str, cell: Cell, rows: Mapping[Cell, Row], plan: Plan, store: Store, dense: DenseModel
     ) -> Subject:
         row, manifest = rows[cell], store.handle(cell.producers[-1]).manifest() or {}
-        alike = [it for other, it in rows.items() if not other.producers and other.model == cell.model]
-        dense_row = next((it for it in alike if it["measured_as"] == row["measured_as"]), None)
+        alike = (found for other, found in rows.items() if not other.producers and other.model == cell.model)
+        dense_row = next((found for found in alike if found["measured_as"] == row["measured_as"]), None)
         stages = [plan.stages[stage_id] for stage_id in plan.upstream(cell)]
         config = (store.handle(cell.evaluate).manifest() or manifest).get("config", {})
-        base = BaseModel.of(cell.model, plan.stages[cell.evaluate].inputs["dense"])
+        base = BaseModel.from_input(cell.model, plan.stages[cell.evaluate].inputs["dense"])
         return cls(name, cell, row, dense_row, dense, stages, manifest, config, base)
 
     @property
     def is_trained(self) -> bool:
         """Whether the row was recovered."""
-        return any(it.kind in RECOVERING for it in self.stages if it.id == self.cell.producers[-1])
+        return kind_of(self.cell.producers[-1]) in RECOVERING
 
 
 def recipe(subject: Subject) -> tuple[str, list[str]]:
@@ -159,9 +161,8 @@ def recipe(subject: Subject) -> tuple[str, list[str]]:
     alias = {"path": folder} if base.hub_id is None else {"hub_id": base.hub_id, "revision": base.revision}
     config |= {"models": [cell.model], "aliases": {cell.model: alias}}
     config["ratios"] = [] if cell.ratio is None else [cell.ratio]
-    named = {Path(it).stem: it for it in config["methods"]}
-    method = cell.method if cell.method in named else next(iter(named))
-    config["methods"] = [named[method]]
+    named = {Path(method).stem: method for method in config["methods"]}
+    config["methods"] = [named.get(str(cell.method), config["methods"][0])]
     names: dict[str, str] = {}
     return to_yaml(_with_names(config, names)), [*names.values()]
 
@@ -169,13 +170,13 @@ def recipe(subject: Subject) -> tuple[str, list[str]]:
 def _with_names(value: Any, names: dict[str, str]) -> Any:
     """Settings in which each absolute path is a name; ``names`` is filled with path -> name."""
     if isinstance(value, Mapping):
-        return {key: _with_names(it, names) for key, it in value.items()}
+        return {key: _with_names(part, names) for key, part in value.items()}
     if isinstance(value, list):
-        return [_with_names(it, names) for it in value]
+        return [_with_names(part, names) for part in value]
     if not isinstance(value, str) or not Path(value).is_absolute():
         return value
     name = Path(value).name
-    taken = [it for path, it in names.items() if path != value]
+    taken = [other for path, other in names.items() if path != value]
     return names.setdefault(value, name if name not in taken else f"{len(names)}-{name}")
 
 
@@ -190,7 +191,7 @@ def model_card(subject: Subject) -> str:
         library_name="transformers",
         pipeline_tag="image-text-to-text" if subject.dense.has_vision else "text-generation",
         tags=["hfprune", *(["pruned", "model-compression", cell.method] if cell.method else [])],
-        datasets=sorted({it["dataset"] for _, it, _ in texts if it.get("dataset")}) or None,
+        datasets=sorted({text["dataset"] for _, text, _ in texts if text.get("dataset")}) or None,
         eval_results=list(eval_results(subject.row)) or None,
         **base.carried,
     )
@@ -223,7 +224,7 @@ def _facts(subject: Subject) -> dict[str, str | None]:
     licences = [code(name) for name in sorted(subject.manifest["files"]) if is_licence(name)]
     unknown = f"see {', '.join(licences)}" if licences else "not known: see the base model before you share this one"
     calibration, recovery = (
-        ", ".join(dict.fromkeys(_text(it, source) for key, it, source in texts if key == section))
+        ", ".join(dict.fromkeys(_text(settings, source) for key, settings, source in texts if key == section))
         for section in ("calibration", "recovery")
     )
     return {
@@ -258,9 +259,9 @@ def _text(settings: Mapping[str, Any], source: Input | None) -> str:
 def _scores(subject: Subject) -> str:
     """What the tables of the sweep say of the row, beside the dense model's if that was measured in the same way."""
     rows = [subject.row, *([subject.dense_row] if subject.dense_row else [])]
-    measured = [it for it in columns(rows, wide=True) if not it.is_text]
-    lines = [[escaped(it.header), *(escaped(it.show(row)) for row in rows)] for it in measured]
-    told = [f"- {escaped(it)}" for it in [*notes(rows), *notes(rows, wide=True)]]
+    measured = [column for column in columns(rows, wide=True) if not column.is_text]
+    lines = [[escaped(column.header), *(escaped(column.show(row)) for row in rows)] for column in measured]
+    told = [f"- {escaped(note)}" for note in [*notes(rows), *notes(rows, wide=True)]]
     unmeasured = "Not evaluated yet.\n\n" if subject.row["status"] == "missing" else ""
     return unmeasured + table(["", "this model", "dense"][: 1 + len(rows)], lines) + "\n\n" + "\n".join(told)
 
@@ -300,18 +301,14 @@ def _how_to_load(subject: Subject) -> str:
         text += "\n\nNo class of transformers has its shape (layers of different sizes, matrices of low rank, biases): "
         text += f"`trust_remote_code` loads the class in `{NEEDS_CODE}`."
     if subject.is_trained and any(name.startswith(f"{ADAPTER}/") for name in subject.manifest["files"]):
+        base = f"the base model, {subject.base.shown()}"
+        if subject.cell.recovery == OWN:
+            base += ", before units were cut"
+        elif subject.cell.ratio is not None:
+            base = "the pruned model before it, which the recipe below makes with `--set recovery.method=none`"
         text += "\n\nWhat the fine-tuning added is part of these weights. `adapter/` holds it as an adapter too, "
-        text += f'of {_base_of_adapter(subject)}: `PeftModel.from_pretrained(base, "{subject.name}/{ADAPTER}")`.'
+        text += f'of {base}: `PeftModel.from_pretrained(base, "{subject.name}/{ADAPTER}")`.'
     return text
-
-
-def _base_of_adapter(subject: Subject) -> str:
-    """The model that the adapter was trained on, which its own configuration leaves open."""
-    if subject.cell.recovery == OWN:
-        return f"the base model, {subject.base.shown()}, before units were cut"
-    if subject.cell.ratio is None:
-        return f"the base model, {subject.base.shown()}"
-    return "the pruned model before it, which the recipe below makes with `--set recovery.method=none`"
 
 
 def _how_it_was_made(subject: Subject) -> str:

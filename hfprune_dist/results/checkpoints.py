@@ -1,9 +1,9 @@
 """The folder ``checkpoints/`` of a sweep: each row's checkpoint under its name, with a card, in a plain folder that can
 be copied, sent or uploaded.
 
-A folder is made beside its place and renamed, so it is whole at any moment. Large files are hard links to those in the
+A folder is made beside its place and renamed, so what is there is whole. Large files are hard links to those in the
 store, else copies; small ones, which people edit, are always copies. ``hfprune.json`` names the files that were written
-here: all others are the user's, and stay.
+here. A folder in which the user has added or changed a file stays as it is.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import os
 import re
 import shutil
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from hashlib import file_digest, sha256
@@ -134,80 +134,64 @@ def update_checkpoints(out: Path, wanted: Mapping[str, Contents | None]) -> Upda
         return Update({}, [])
     root.mkdir(exist_ok=True)
     with locked(root / LOCK):
-        _finish(root)
-        for folder in sorted(root.iterdir()):
-            if folder.name not in wanted:
-                remarks += _remove(folder)
+        for left in (*root.glob(f"{NEW}*"), *root.glob(f"{OLD}*")):  # by an update that died
+            shutil.rmtree(left)
+        for name in sorted({folder.name for folder in root.iterdir()} - wanted.keys()):
+            remarks += _remove(root / name)
         for name, contents in wanted.items():
             if contents is not None:
                 remarks += _write(root / name, contents)
-    known = {name: it.checkpoint for name, it in wanted.items() if it}
-    return Update({name: root / name for name, it in known.items() if made_checkpoint(root / name) == it}, remarks)
-
-
-def _finish(root: Path) -> None:
-    """Undo or finish what an update has left that died."""
-    for old in root.glob(f"{OLD}*"):
-        if (root / old.name.removeprefix(OLD)).exists():
-            shutil.rmtree(old)
-        else:
-            old.rename(root / old.name.removeprefix(OLD))
-    for new in root.glob(f"{NEW}*"):
-        shutil.rmtree(new)
+    known = {name: contents.checkpoint for name, contents in wanted.items() if contents}
+    there = {name: root / name for name, made in known.items() if made_checkpoint(root / name) == made}
+    return Update(there, remarks)
 
 
 def _remove(folder: Path) -> list[str]:
-    """Remove what was written to a folder; tell what else is in it."""
+    """Remove a folder that was written here; tell if that holds files of the user."""
     made = read_record(Made, folder / MADE)
     if made is None:
         return []
-    theirs = _files_of_the_user(folder, made)
-    if theirs:
-        for name in [*made.files, MADE]:
-            if name not in theirs:
-                (folder / name).unlink(missing_ok=True)
-        return [f"{folder}: its row is gone, but it stays, since it holds files of yours ({theirs[0]})"]
-    shutil.rmtree(folder.rename(folder.with_name(NEW + folder.name)))
+    if theirs := _file_of_the_user(folder, made):
+        return [f"{folder}: its row is gone, but it stays, since {theirs} in it is yours"]
+    shutil.rmtree(folder.rename(folder.with_name(OLD + folder.name)))
     return []
 
 
 def _write(folder: Path, contents: Contents) -> list[str]:
-    """Bring a folder up to date; tell which files are left as they are."""
-    if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
-        return [f"{folder} is in the way of its row's checkpoint, {contents.artifact}"]
-    made = read_record(Made, folder / MADE) or Made("", {})
-    theirs = _files_of_the_user(folder, made)
-    if in_the_way := [name for name in theirs if name in contents.files]:
-        return [f"{folder} holds files of yours ({in_the_way[0]}) in the way of its row's checkpoint"]
-    texts = {name: text.encode() for name, text in contents.texts.items() if name not in theirs}
+    """Bring a folder up to date; tell if it is left as it is."""
+    texts = {name: text.encode() for name, text in contents.texts.items()}
     written = {name: File(len(text), sha256(text).hexdigest()) for name, text in texts.items()}
     wanted = Made(contents.checkpoint, {**contents.files, **written})
-    if made != wanted or not all((folder / name).exists() for name in wanted.files):
-        _replace(folder, contents, wanted, theirs)
-    return [f"{folder / name}: left as it is, since it was edited" for name in theirs if name in contents.texts]
+    made = read_record(Made, folder / MADE)
+    if made == wanted and all((folder / name).exists() for name in wanted.files):
+        return []
+    if theirs := _file_of_the_user(folder, made or Made("", {})):
+        return [f"{folder}: left as it is, since {theirs} in it is yours; its row's checkpoint is {contents.artifact}"]
+    _replace(folder, contents, wanted)
+    return []
 
 
-def _files_of_the_user(folder: Path, made: Made) -> list[str]:
-    """Files in a folder that weren't written here, or were changed since."""
-    files = sorted(str(it.relative_to(folder)) for it in folder.rglob("*") if it.is_symlink() or not it.is_dir())
-    return [it for it in files if it != MADE and not (it in made.files and made.files[it].is_at(folder / it))]
+def _file_of_the_user(folder: Path, made: Made) -> str | None:
+    """A file in a folder that wasn't written here, or was changed since; the folder itself if it is none."""
+    if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
+        return folder.name
+    files = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_symlink() or path.is_file())
+    kept = (name for name in files if name in made.files and made.files[name].is_at(folder / name))
+    return next(iter(sorted({*files} - {MADE, *kept})), None)
 
 
-def _replace(folder: Path, contents: Contents, made: Made, theirs: Iterable[str]) -> None:
-    """Put a new folder in a folder's place, with the user's files."""
+def _replace(folder: Path, contents: Contents, made: Made) -> None:
+    """Put a new folder in a folder's place."""
     new, old = folder.with_name(NEW + folder.name), folder.with_name(OLD + folder.name)
-    for name in (*made.files, *theirs):
+    for name in made.files:
         (new / name).parent.mkdir(parents=True, exist_ok=True)
-        if name in theirs:
-            _link(folder / name, new / name)
-        elif name in contents.texts:
+        if name in contents.texts:
             write_text(new / name, contents.texts[name])
         else:
             _link((contents.artifact / name).resolve(), new / name)
     write_json(new / MADE, asdict(made))
     for path in (*new.rglob("*"), new):
-        if not path.is_symlink():
-            fsync_path(path)
+        fsync_path(path)
     if folder.exists():
         folder.rename(old)
     new.rename(folder)
@@ -217,8 +201,8 @@ def _replace(folder: Path, contents: Contents, made: Made, theirs: Iterable[str]
 
 def _link(source: Path, target: Path) -> None:
     """Link a large file, or copy a file."""
-    if not source.is_symlink() and source.stat().st_size > SMALL:
+    if source.stat().st_size > SMALL:
         with suppress(OSError):  # another file system, or one without links
             os.link(source, target)
             return
-    shutil.copyfile(source, target, follow_symlinks=False)
+    shutil.copyfile(source, target)

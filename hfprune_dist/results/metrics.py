@@ -1,7 +1,11 @@
-"""What rows measure: one table from which columns, notes, comparisons, charts, the report's page and cards are made."""
+"""What rows measure: one table from which columns, notes, comparisons, charts, the report's page and cards are made.
+
+And the headline of each task, the one of its scores that tables show. Needs neither torch nor lm-eval.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -62,8 +66,8 @@ def _significant(digits: int) -> Callable[[float | None], str]:
 
 
 METRICS = {
-    it.key: it
-    for it in (
+    metric.key: metric
+    for metric in (
         Metric("ratio_reached", "reached", "removed / all parameters", _digits(4)),
         Metric("parameters", "params", "", count, in_few=True),
         Metric("share_kept", "kept%", "parameters in % of the dense model's", percent, in_few=True),
@@ -89,13 +93,7 @@ METRICS = {
             in_few=True,
         ),
         Metric("decode_tokens_per_s", "tokens/s", "of all sequences together", count, "higher"),
-        Metric(
-            "time_to_first_token_s",
-            "first token",
-            "time from the prompts to it, in seconds",
-            _significant(3),
-            "lower",
-        ),
+        Metric("time_to_first_token_s", "first token", "from the prompts to it, in seconds", _significant(3), "lower"),
         Metric(
             "generation_memory_bytes", "generating", "most memory at once, of weights and torch's tensors", byte_count
         ),
@@ -103,12 +101,7 @@ METRICS = {
         Metric("cache_bytes_per_token", "cache/token", "keys and values of one token", byte_count),
         Metric("training_tokens", "tokens", "read by distillation and recovery as they train", count),
         Metric("training_flops", "FLOPs", "of these, computed from shapes", count),
-        Metric(
-            "device_hours",
-            "device-h",
-            "of making a row's checkpoint, time x ranks, in hours",
-            _significant(2),
-        ),
+        Metric("device_hours", "device-h", "of making a row's checkpoint, time x ranks, in hours", _significant(2)),
         Metric("own_time_s", "time", "of a row's own stages", duration, in_few=True),
         Metric("wall_time_s", "total", "of all stages behind a row, those that it shares included", duration),
         Metric("peak_memory_bytes", "memory", "the most that one rank took", byte_count),
@@ -116,3 +109,46 @@ METRICS = {
 }
 # Those of the comparison with the dense model on one text.
 OF_TEXT = ("kl", "top1_agreement", "perplexity")
+
+# A task's headline is the first of these that it reports; all are shares of right answers. Perplexities are not, and
+# can't be averaged with them: a task that reports nothing else has no headline.
+HEADLINES = ("acc_norm", "acc", "pct_stereotype", "exact_match", "em", "f1", "pass@1")
+# A value, and its standard error; None if it isn't known.
+Score = tuple[float | None, float | None]
+
+
+def headline_metric(scores: Mapping[str, Any]) -> str | None:
+    """Name of the score that stands for a task; None if there is no suitable one.
+
+    Args:
+        scores: name -> value, as in the manifest of an evaluation; lm-eval's filters are part of a name, as in
+            ``exact_match[strict-match]``, and the strictest one counts.
+    """
+    for metric in HEADLINES:
+        names = [name for name in scores if name.partition("[")[0] == metric and not name.endswith("_stderr")]
+        if names:
+            return min(names, key=lambda name: ("[" in name, "strict" not in name, name))
+    return None
+
+
+def headline(scores: Mapping[str, Any]) -> Score:
+    """The score that stands for a task, with its standard error."""
+    name = headline_metric(scores)
+    if name is None or scores[name] is None:
+        return None, None
+    scale = 100 if "HasAns_f1" in scores else 1  # lm-eval's squadv2 reports percent
+    error = scores.get(f"{name}_stderr")
+    return scores[name] / scale, None if error is None else error / scale
+
+
+def average(tasks: Mapping[str, Mapping[str, Any]]) -> Score:
+    """Mean headline over all tasks, and its standard error if they are independent; None if a task's is missing.
+
+    A task that reports only other scores, such as perplexities, is left out: it has no headline that could be missing.
+    """
+    found = [headline(scores) for scores in tasks.values() if not scores or headline_metric(scores)]
+    values = [value for value, _ in found if value is not None]
+    errors = [error for _, error in found if error is not None]
+    if not found or len(values) < len(found):
+        return None, None
+    return sum(values) / len(values), math.hypot(*errors) / len(errors) if len(errors) == len(found) else None

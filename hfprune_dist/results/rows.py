@@ -12,8 +12,7 @@ from hfprune_dist.checkpoints.checkpoint import Checkpoint
 from hfprune_dist.config.texts import OTHER_TEXTS
 from hfprune_dist.planning.plan import NONE, Cell, Plan
 from hfprune_dist.results.checkpoints import CHECKPOINTS, checkpoint_names, made_checkpoint
-from hfprune_dist.results.headline import average
-from hfprune_dist.results.metrics import OF_TEXT
+from hfprune_dist.results.metrics import OF_TEXT, average
 from hfprune_dist.store.artifacts import Manifest, Store
 from hfprune_dist.store.hashing import digest_of
 from hfprune_dist.store.heartbeat import in_one_line
@@ -44,7 +43,7 @@ class DenseModel:
 
     Attributes:
         sizes: field of config.json -> its value, of those in ``SIZES``.
-        weight_bytes: size of the files with its weights, as ``weight_bytes_of`` counts them.
+        weight_bytes: size of the files with its weights.
         has_vision: whether it is a model of images and text.
     """
 
@@ -54,9 +53,9 @@ class DenseModel:
     has_vision: bool = False
 
     @classmethod
-    def of(cls, checkpoint: Checkpoint) -> DenseModel:
+    def from_checkpoint(cls, checkpoint: Checkpoint) -> DenseModel:
         """Collect the facts from a dense checkpoint."""
-        stated = (it.sizes(it.counts).items() for it in checkpoint.structures.values())
+        stated = (units.sizes(units.counts).items() for units in checkpoint.structures.values())
         sizes = {name: size for each in stated for name, size in each if name in SIZE_FIELDS and size is not None}
         return cls(checkpoint.parameters, sizes, checkpoint.bytes_on_disk, checkpoint.family.has_vision)
 
@@ -125,7 +124,7 @@ class _Rows:
             "tasks": tasks,
             "average": mean,
             "average_stderr": error,
-            "weight_bytes": weight_bytes_of(manifests[cell.producers[-1]]) if cell.producers else dense.weight_bytes,
+            "weight_bytes": _weight_bytes(manifests[cell.producers[-1]]) if cell.producers else dense.weight_bytes,
             **_efficiency(manifests.get(cell.efficiency or "")),
             **self._costs(cell, manifests),
             "checkpoint": self._checkpoint(cell),
@@ -159,33 +158,31 @@ class _Rows:
         """
         seconds = {stage_id: found.get("wall_time_s") if found else None for stage_id, found in manifests.items()}
         peaks = [found.get("peak_memory_bytes") if found else None for found in manifests.values()]
-        making = [self._manifests[stage_id] for stage_id in cell.producers]
-        trained = [it["metrics"].get("training_tokens", 0) if it else None for it in making]
-        operations = [
-            it["metrics"].get("training_tokens", 0) * it["metrics"].get("flops_per_token", 0) if it else None
-            for it in making
+        making = [made for stage_id in cell.producers if (made := self._manifests[stage_id])]
+        is_known = len(making) == len(cell.producers)
+        trained = [
+            (made["metrics"].get("training_tokens", 0), made["metrics"].get("flops_per_token", 0)) for made in making
         ]
-        costs = [(it.get("world_size"), it.get("wall_time_s")) if it else (None, None) for it in making]
-        hours = [None if ranks is None or time is None else ranks * time / 3600 for ranks, time in costs]
         return {
-            "training_tokens": sum_or_none(trained),
-            "training_flops": sum_or_none(operations),
-            "device_hours": sum_or_none(hours),
+            "training_tokens": sum(tokens for tokens, _ in trained) if is_known else None,
+            "training_flops": sum(tokens * flops for tokens, flops in trained) if is_known else None,
+            "device_hours": (
+                sum(made["world_size"] * made["wall_time_s"] for made in making) / 3600 if is_known else None
+            ),
             "stages": seconds,
-            "own_time_s": sum_or_none(seconds[it] for it in seconds if it not in self._shared),
+            "own_time_s": sum_or_none(time for stage_id, time in seconds.items() if stage_id not in self._shared),
             "wall_time_s": sum_or_none(seconds.values()),
-            "peak_memory_bytes": None if None in peaks else max(it for it in peaks if it is not None),
+            "peak_memory_bytes": None if None in peaks else max(peak for peak in peaks if peak is not None),
         }
 
 
 def sum_or_none(values: Iterable[float | None]) -> float | None:
     """The sum of the values; None if one is missing."""
     listed = list(values)
-    known = [value for value in listed if value is not None]
-    return sum(known) if len(known) == len(listed) else None
+    return None if None in listed else sum(value for value in listed if value is not None)
 
 
-def weight_bytes_of(manifest: Manifest | None) -> int | None:
+def _weight_bytes(manifest: Manifest | None) -> int | None:
     """Bytes of a checkpoint's weights on disk, without the adapter in its own folder, which is merged into them."""
     files = manifest["files"].items() if manifest else ()
     return sum(entry["bytes"] for name, entry in files if "/" not in name and name.endswith(".safetensors")) or None

@@ -12,9 +12,8 @@ from typing import Any
 from hfprune_dist.config.texts import OTHER_TEXTS
 from hfprune_dist.planning.plan import OWN
 from hfprune_dist.results.formats import counted, number, percent, with_error
-from hfprune_dist.results.headline import headline, headline_metric
 from hfprune_dist.results.markdown import Column, escaped, markdown
-from hfprune_dist.results.metrics import METRICS, Metric
+from hfprune_dist.results.metrics import METRICS, Metric, headline, headline_metric
 from hfprune_dist.results.rows import BY_LAYER, SIZES, Row
 from hfprune_dist.store.atomic_files import write_json, write_text
 from hfprune_dist.structures.units import plural_of

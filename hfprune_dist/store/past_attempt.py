@@ -16,23 +16,20 @@ class PastAttempt:
 
     Attributes:
         number: 1 for the first.
-        started, ended: unix time; None if it wasn't recorded, or hasn't come yet.
+        ended: unix time of its end, or of its last sign of life; None if there was none.
         state: ``open`` if no end is known: the attempt is queued, is running, or was cut off.
         cause: why it ended, in a word or two; empty if there is nothing to say.
         message: the reason in full.
         where: job and nodes; empty on this machine.
-        ranks: number of ranks; None if it wasn't recorded.
     """
 
     number: int
     state: Literal["done", "failed", "open"]
-    started: float | None
     ended: float | None
     cause: str = ""
     message: str = ""
     where: str = ""
     logs: tuple[Path, ...] = ()
-    ranks: int | None = None
 
 
 AttemptsOf = Callable[[Stage], Sequence[PastAttempt]]

@@ -11,7 +11,6 @@ from hfprune_launch.stage.attempts import Ledger, past_attempts
 from hfprune_launch.sweep_folder import recorded_sweep
 from rich.console import Console
 
-from hfprune_dist.report.evidence import collect
 from hfprune_dist.store.atomic_files import write_text
 
 REPORT = "report.html"
@@ -30,6 +29,6 @@ def write_page(out: Path, console: Console) -> None:
             return
         ledger, logs = Ledger(sweep.store), out / "logs"
         attempts_of = lambda stage: past_attempts(ledger, stage.id, logs)  # noqa: E731
-        write_text(out / REPORT, page(collect(out, sweep.plan, sweep.rows(), attempts_of, time.time())))
+        write_text(out / REPORT, page(out, sweep.plan, sweep.rows(), attempts_of, time.time()))
     except Exception as error:  # whatever is wrong with the report, the sweep is fine
         say(console, f"note: {out / REPORT} can't be written ({type(error).__name__}: {error})")

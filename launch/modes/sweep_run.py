@@ -156,7 +156,10 @@ def _clean_up(command: Command, prepared: Prepared) -> None:
 
 def _with_earlier(prepared: Prepared) -> Sweep:
     """Today's sweep with the folder's other rows."""
-    today, dense = prepared.sweep, {model.name: DenseModel.of(model.checkpoint) for model in prepared.models}
+    today, dense = (
+        prepared.sweep,
+        {model.name: DenseModel.from_checkpoint(model.checkpoint) for model in prepared.models},
+    )
     plan = today.plan
     if (earlier := recorded_sweep(today.out)) is not None:
         plan, dense = with_earlier_rows(plan, earlier.plan), {**earlier.dense, **dense}

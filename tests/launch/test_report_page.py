@@ -25,7 +25,7 @@ def test_one_that_cannot_be_written_ends_nothing(drawn, monkeypatch):
     said = io.StringIO()
     (drawn.out / REPORT).mkdir()
     write_page(drawn.out, Console(file=said))
-    monkeypatch.setattr(report_page, "collect", lambda *_: {}["broken"])
+    monkeypatch.setattr(report_page, "past_attempts", lambda *_: {}["broken"])
     write_page(drawn.out, Console(file=said))
     first, second = said.getvalue().splitlines()
     assert "can't be written" in first and "can't be written" in second and "broken" in second

@@ -101,7 +101,7 @@ def test_its_report_shows_the_numbers_of_its_table(finished):
     rows = results(out)
     with opened(out / "report.html") as shown:
         figures = shown.drawn()
-        assert {it["section"] for it in figures} >= {"quality", "tasks", "layers", "losses", "timeline"}
+        assert {it["section"] for it in figures} >= {"quality", "tasks", "layers", "losses"}
         for title, column in (("KL", "kl"), ("tiny_choice", "tiny_choice/acc_norm")):
             (figure,) = (it for it in figures if it["title"] == f"alpha: {title}")
             drawn = {value for trace in figure["traces"] for value in trace["y"]}

@@ -12,8 +12,6 @@ from hypothesis import strategies as st
 
 from hfprune_dist.report import charts
 from hfprune_dist.report import page as page_module
-from hfprune_dist.report.evidence import collect
-from hfprune_dist.report.page import page
 from hfprune_dist.results.table import write_reports
 
 ODD = ["<script>alert(1)</script>", "a\"b'c&amp;<b>", "%{x} ${y} </script><!--", "--method=x y"]
@@ -68,21 +66,21 @@ def without_library(monkeypatch):
 
 def test_the_table_has_every_number_of_results_csv(tmp_path):
     missing, tasks = {"n 0.5 other + lora"}, ("piqa", "arc")
-    evidence = DrawnSweep(tmp_path, ["m", "n"], missing=missing, tasks=tasks, timed=True).evidence()
-    write_reports(evidence.rows, tmp_path)
+    sweep = DrawnSweep(tmp_path, ["m", "n"], missing=missing, tasks=tasks, timed=True)
+    write_reports(sweep.rows(), tmp_path)
     with (tmp_path / "results.csv").open(newline="") as stream:
         expected = list(csv.DictReader(stream))
-    shown = Parsed(page(evidence)).rows
+    shown = Parsed(sweep.page()).rows
     assert len(shown) == len(expected) == 20
     assert [{column: row[column] for column in expected[0]} for row in shown] == expected
 
 
 def test_figures_have_the_numbers_of_rows(tmp_path):
-    evidence = DrawnSweep(tmp_path, tasks=("piqa", "arc")).evidence()
-    parsed = Parsed(page(evidence))
+    sweep = DrawnSweep(tmp_path, tasks=("piqa", "arc"))
+    parsed, rows = Parsed(sweep.page()), sweep.rows()
     drawn = {value for figure in parsed.figures for trace in figure["data"] for value in trace.get("y", [])}
-    measured = {row[name] for row in evidence.rows for name in ("kl", "perplexity", "top1_agreement", "average")}
-    measured |= {task["acc"] for row in evidence.rows for task in row["tasks"].values()}
+    measured = {row[name] for row in rows for name in ("kl", "perplexity", "top1_agreement", "average")}
+    measured |= {task["acc"] for row in rows for task in row["tasks"].values()}
     assert measured <= drawn
     bars = [trace["error_y"]["array"] for figure in parsed.figures for trace in figure["data"] if "error_y" in trace]
     assert {error for array in bars for error in array} == {None, 0.01, math.hypot(0.01, 0.01) / 2}
@@ -93,9 +91,9 @@ def test_names_are_text_whatever_is_in_them(tmp_path):
     odd, others = ODD[:2], ODD[2:]
     sweep = DrawnSweep(tmp_path / "<odd> & 'name'", odd, others, missing={f"{odd[0]} 0.2 {others[0]}"}, tasks=odd)
     (sweep.out / "config.yaml").write_text(f"models: {ODD}\n")
-    attempts = {id: [made(1, BEGIN, BEGIN + 9, state="failed", message=ODD[0])] for id in sweep.plan.stages}
-    text = page(sweep.evidence(attempts))
-    parsed, plain = Parsed(text), Parsed(page(DrawnSweep(tmp_path / "plain").evidence()))
+    attempts = {id: [made(1, BEGIN + 9, state="failed", message=ODD[0])] for id in sweep.plan.stages}
+    text = sweep.page(attempts)
+    parsed, plain = Parsed(text), Parsed(DrawnSweep(tmp_path / "plain").page())
     assert parsed.scripts == plain.scripts and "alert(1)</script>" not in text
     assert {row["label"] for row in parsed.rows} == {cell.label for cell in sweep.plan.cells}
     for name in ODD[:3]:
@@ -107,9 +105,9 @@ def test_names_are_text_whatever_is_in_them(tmp_path):
 
 def test_what_is_missing_or_measured_in_another_way_is_named_above_the_charts(tmp_path):
     sweep = DrawnSweep(tmp_path, missing={"m 0.5 other"})
-    rows = [dict(row, measured_as="a") for row in sweep.evidence().rows]
+    rows = [dict(row, measured_as="a") for row in sweep.rows()]
     rows[-1]["measured_as"] = "b"
-    parsed = Parsed(page(collect(tmp_path, sweep.plan, rows, lambda _: (), math.pi)))
+    parsed = Parsed(sweep.page(rows=rows))
     assert "missing: m 0.5 other: evaluate has not run yet" in parsed.texts
     assert any(f"measured in another way: {rows[-1]['label']}" in it for it in parsed.texts)
     assert [row["label"] for row in parsed.rows if row["status"] == "missing"] == ["m 0.5 other"]
@@ -119,7 +117,7 @@ def test_links_are_relative_and_nothing_else_is_asked_for(tmp_path):
     sweep = DrawnSweep(tmp_path / "a b")
     log = sweep.out / "logs" / "prune 1.log"
     failed = {"state": "failed", "logs": (log,)}
-    text = page(sweep.evidence({id: [made(1, BEGIN, BEGIN + 1, **failed)] for id in sweep.plan.stages}))
+    text = sweep.page({id: [made(1, BEGIN + 1, **failed)] for id in sweep.plan.stages})
     addresses = Parsed(text).addresses
     assert "logs/prune%201.log" in addresses and "default-src 'none'" in text
     assert {f"store/{cell.producers[-1]}" for cell in sweep.plan.cells if cell.producers} <= set(addresses)
@@ -127,18 +125,6 @@ def test_links_are_relative_and_nothing_else_is_asked_for(tmp_path):
 
 
 # The data that charts are drawn from.
-
-
-def test_every_attempt_is_a_bar_where_it_ran(tmp_path):
-    sweep = DrawnSweep(tmp_path, methods=(), ratios=())
-    first, second, *_ = sweep.plan.stages
-    failed = made(1, BEGIN, BEGIN + 10, state="failed", cause="killed", where="job 7 on n1")
-    attempts = {first: [failed, made(2, BEGIN + 20, BEGIN + 50)], second: [made(1, BEGIN + 1e6, None, state="open")]}
-    (figure,) = charts.timeline(sweep.evidence(attempts)).figures
-    drawn = [(it["base"], it["x"], it["hovertext"]) for it in figure.data]
-    bars = [bar for trace in drawn for bar in zip(*trace, strict=True)]
-    assert [bar[:2] for bar in bars[:2]] == [("2027-01-15 08:00:00", 10_000.0), ("2027-01-15 08:00:20", 30_000.0)]
-    assert "killed job 7 on n1" in bars[0][2] and "open" in bars[2][2]
 
 
 @given(st.lists(st.sampled_from([0.5, math.nan, math.inf, None]), max_size=1000))

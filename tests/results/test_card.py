@@ -53,9 +53,8 @@ def fill(store, plan, but=(), config=None):
             (draft / name).write_text("content")
         fidelity = SCORES["fidelity"] | ({"kl": 0.0} if stage.label == "alpha dense" else {})
         metrics = {**SHAPE, **SCORES, "fidelity": fidelity}
-        store.handle(stage.id).commit(
-            stage, draft, {"metrics": metrics, "provenance": PROVENANCE, "config": config or {}}
-        )
+        record = {"provenance": PROVENANCE, "config": config or {}, "world_size": 1, "wall_time_s": 1.0}
+        store.handle(stage.id).commit(stage, draft, {"metrics": metrics, **record})
 
 
 def contents(config, out, but=(), **overrides):
@@ -80,7 +79,7 @@ def subject(config, tmp_path_factory):
 
     def subject(label="alpha 0.2 + lora", files=(), **changes):
         cell = next(it for it in plan.cells if it.label == label)
-        found = Subject.of("name", cell, rows, plan, store, DENSE["alpha"])
+        found = Subject.from_cell("name", cell, rows, plan, store, DENSE["alpha"])
         manifest = {**found.manifest, "files": {**found.manifest["files"], **dict.fromkeys(files)}}
         return replace(found, manifest=manifest, **changes)
 
@@ -197,7 +196,7 @@ def test_a_base_of_the_hub_is_named_with_its_licence(tmp_path):
         "---\nlicense: other\nlicense_name: a-licence\nlicense_link: LICENSE\nlanguage: [en]\ntags: [x]\n---\n# Hello\n"
     )
     (snapshot / "README.md").write_text(card)
-    base = BaseModel.of("m", Input("digest", str(snapshot), content="commit"))
+    base = BaseModel.from_input("m", Input("digest", str(snapshot), content="commit"))
     assert (base.hub_id, base.revision, base.licence) == ("some-org/a-model", "0123", "a-licence")
     assert base.carried == {
         "license": "other",
@@ -206,11 +205,11 @@ def test_a_base_of_the_hub_is_named_with_its_licence(tmp_path):
         "language": ["en"],
     }
     (snapshot / "README.md").write_text("---\nlanguage: [en, no]\n---\n")
-    norwegian = BaseModel.of("m", Input("digest", str(snapshot), content="commit"))
+    norwegian = BaseModel.from_input("m", Input("digest", str(snapshot), content="commit"))
     assert norwegian.carried == {}, "YAML takes no for false"
     (snapshot / "README.md").write_text("---\n: [\n---\n")
     (snapshot / "config.json").write_text('{"license": "mit"}')
-    assert BaseModel.of("m", Input("digest", str(snapshot), content="checkpoint")) == BaseModel(
+    assert BaseModel.from_input("m", Input("digest", str(snapshot), content="checkpoint")) == BaseModel(
         "m", None, None, {"license": "mit"}
     )
     assert norwegian.licence is None

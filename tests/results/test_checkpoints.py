@@ -113,20 +113,20 @@ def test_a_checkpoint_that_was_damaged_and_made_again_is_written_again(sweep):
     assert sweep.update(name=again) == [] and sweep.shown() == {"name": whole(again)}
 
 
-def test_edited_cards_and_files_of_the_users_stay(sweep):
+@pytest.mark.parametrize("name", ["README.md", "notes.txt", "link", "adapter/more.txt"])
+def test_a_folder_in_which_a_file_is_the_users_stays(sweep, name):
     sweep.update(name=sweep.contents())
-    folder = sweep.root / "name"
-    (folder / "README.md").write_text("my own words")
-    (folder / "notes.txt").write_text("mine")
-    (folder / "link").symlink_to("notes.txt")
-    (folder / "adapter" / "adapter_model.safetensors").unlink()
-    mine = {"README.md": "my own words", "notes.txt": "mine", "link": "mine"}
+    file = sweep.root / "name" / name
+    file.symlink_to("config.json") if name == "link" else file.write_text("mine")
+    before = sweep.shown()
+    assert sweep.update(name=sweep.contents()) == [], "nothing is to be written"
     for contents in (sweep.contents(card="another"), sweep.contents("b")):
         (remark,) = sweep.update(name=contents)
-        assert "README.md: left as it is" in remark
-        assert sweep.shown()["name"] == whole(contents) | mine
+        assert f"name: left as it is, since {name} in it is yours" in remark
     (remark,) = sweep.update()
-    assert "name: its row is gone, but it stays" in remark and sweep.shown() == {"name": mine}
+    assert "name: its row is gone, but it stays" in remark and sweep.shown() == before
+    file.unlink()
+    assert sweep.update(name=contents) == [] and sweep.shown() == {"name": whole(contents)}
 
 
 def test_a_folder_with_weights_of_the_users_is_no_rows(sweep):
@@ -142,23 +142,21 @@ def test_a_folder_with_weights_of_the_users_is_no_rows(sweep):
 
 
 def test_at_every_point_of_an_update(tmp_path, monkeypatch):
-    """One folder gets a new card, one another checkpoint, one goes. Every folder is whole, and what is mine stays."""
+    """One folder gets a new card, one another checkpoint, one goes. Every folder is whole."""
     monkeypatch.setattr(checkpoints, "SMALL", 1)
     for kill_at in itertools.count(1):
         sweep = Sweep(tmp_path / str(kill_at))
         before = {name: sweep.contents(name) for name in ("card", "weights", "gone")}
         sweep.update(**before)
-        (sweep.root / "weights" / "notes").write_text("mine")
         after = {"card": sweep.contents("card", card="new"), "weights": sweep.contents("other")}
         died = die_in_fork(
             lambda sweep=sweep, after=after: sweep.update(**after), kill_at, "", ("rename", "link", "rmdir")
         )
         known = [whole(it) for it in (*before.values(), *after.values())]
         for name, files in sweep.shown().items():
-            assert files in ([it | {"notes": "mine"} for it in known] if name == "weights" else known), kill_at
+            assert files in known, (name, kill_at)
         assert sweep.update(**after) == [], f"operation {kill_at}"
         expected = {name: whole(contents) for name, contents in after.items()}
-        expected["weights"]["notes"] = "mine"
         assert sweep.shown() == expected and not [*sweep.root.glob(".[!l]*")], "drafts are gone too"
         if not died:
             break

@@ -49,7 +49,7 @@ def commit(store, stage, files=None, record=None, **metrics):
     for name, content in (files or {}).items():
         (draft / name).parent.mkdir(exist_ok=True)
         (draft / name).write_text(content)
-    costs = {"wall_time_s": 2.0, "peak_memory_bytes": 100 + len(stage.kind)}
+    costs = {"world_size": 1, "wall_time_s": 2.0, "peak_memory_bytes": 100 + len(stage.kind)}
     store.handle(stage.id).commit(stage, draft, {"metrics": metrics, **costs, **(record or {})})
 
 
@@ -134,7 +134,7 @@ def test_sizes_of_experts_have_columns(store, number, shared):
         | {"num_experts": 4, "moe_intermediate_size": 24, "first_k_dense_replace": 0}
         | {"shared_expert_intermediate_size": 40}
     )
-    dense = {"m": DenseModel.of(checkpoint_of(config, shapes))}
+    dense = {"m": DenseModel.from_checkpoint(checkpoint_of(config, shapes))}
     store.handle(PRUNE.id).discard()
     commit(store, PRUNE, **{number: 3, shared: 39})
     shown = table(collect_rows(PLAN, store, dense))
