@@ -112,4 +112,4 @@ class DrawnSweep:
 
 def made(number: int, ended: float | None, **facts) -> PastAttempt:
     """Return an attempt that made its artifact, unless ``facts`` say otherwise."""
-    return PastAttempt(**{"number": number, "state": "done", "ended": ended, **facts})
+    return PastAttempt(**{"number": number, "state": "done", "started": BEGIN, "ended": ended, **facts})

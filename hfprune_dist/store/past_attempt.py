@@ -16,6 +16,7 @@ class PastAttempt:
 
     Attributes:
         number: 1 for the first.
+        started: unix time; None if it wasn't recorded.
         ended: unix time of its end, or of its last sign of life; None if there was none.
         state: ``open`` if no end is known: the attempt is queued, is running, or was cut off.
         cause: why it ended, in a word or two; empty if there is nothing to say.
@@ -25,6 +26,7 @@ class PastAttempt:
 
     number: int
     state: Literal["done", "failed", "open"]
+    started: float | None
     ended: float | None
     cause: str = ""
     message: str = ""

@@ -276,13 +276,14 @@ def past_attempts(ledger: Ledger, stage_id: str, logs: Path) -> list[PastAttempt
     past = []
     for attempt in attempts:
         intent, end, runs = attempt.intent, attempt.end, attempt.runs()
+        started: float | None = intent.created
         where = ""
         own_logs = [log] if (log := local_log(logs, intent)).exists() else []
         if intent.job_name:
-            own_logs = attempt.logs()
+            started, own_logs = runs[0].started if runs else None, attempt.logs()
             requeued = f", requeued {len(runs) - 1} times" if len(runs) > 1 else ""
             where = f"job {attempt.job_id or 'unknown'}{f' on {runs[-1].nodes}' if runs else ''}{requeued}"
-        told = PastAttempt(intent.number, "open", None, "no end known", "", where, tuple(own_logs))
+        told = PastAttempt(intent.number, "open", started, None, "no end known", "", where, tuple(own_logs))
         if end is None and manifest.get("attempts") == intent.number:
             end = End(DONE, "", manifest["finished"])
         if end is not None:

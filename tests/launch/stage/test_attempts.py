@@ -108,23 +108,23 @@ def test_only_jobs_that_are_over_lose_their_claims(ledger, attempt):
 
 def told(ledger):
     found = past_attempts(ledger, STAGE.id, ledger.store.root / "logs")
-    return [(it.number, it.state, it.ended, it.cause, it.where) for it in found]
+    return [(it.number, it.state, it.started, it.ended, it.cause, it.where) for it in found]
 
 
 def test_every_job_has_its_end(ledger):
     assert told(ledger) == []
     attempt = ledger.begin(STAGE, **JOB)
-    assert told(ledger) == [(1, "open", None, "no end known", "job unknown")]
+    assert told(ledger) == [(1, "open", None, None, "no end known", "job unknown")]
     attempt.record_run(Run("7", 0, "n1", 400.0))
     attempt.record_run(Run("7", 1, "n2", 200.0))
-    assert told(ledger) == [(1, "open", None, "no end known", "job 7 on n2, requeued 1 times")]
+    assert told(ledger) == [(1, "open", 400.0, None, "no end known", "job 7 on n2, requeued 1 times")]
     attempt.close(End("bad node", "n2 is down", 390.0))
     second = ledger.begin(STAGE, **JOB)
     second.record_run(Run("8", 0, "n3", 300.0, 400.0, "done"))
     second.close(End("done", "", 401.0))
     assert told(ledger) == [
-        (1, "failed", 390.0, "bad node", "job 7 on n2, requeued 1 times"),
-        (2, "done", 401.0, "done", "job 8 on n3"),
+        (1, "failed", 400.0, 390.0, "bad node", "job 7 on n2, requeued 1 times"),
+        (2, "done", 300.0, 401.0, "done", "job 8 on n3"),
     ]
 
 
