@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TypeVar
 
 from hfprune_launch.stage.progress_lines import ProgressLines
-from hfprune_launch.stage.stage_state import Outcome, time_left
+from hfprune_launch.stage.stage_state import time_left
 from rich.console import Console, JustifyMethod
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
@@ -23,7 +24,7 @@ from hfprune_dist.results.markdown import Column, cells
 from hfprune_dist.results.rows import Row
 from hfprune_dist.results.table import causes, columns, notes
 from hfprune_dist.store.artifacts import Verdict
-from hfprune_dist.store.heartbeat import Heartbeat
+from hfprune_dist.store.heartbeat import Failure, Heartbeat
 from hfprune_dist.store.stage import Stage
 
 # Characters of a terminal that has room for standard errors of KL, and of one that is too narrow for any table.
@@ -94,6 +95,7 @@ class StageScreen:
         self._lines = ProgressLines(console)
         self._finished = 0
         self._bar: TaskID | None = None
+        self._began = time.monotonic()
 
     def expect(self, more: int) -> None:
         """Count further stages, which turned out to be missing."""
@@ -101,6 +103,7 @@ class StageScreen:
 
     def begin(self, stage: Stage) -> None:
         name = f"{stage.kind} {escape(stage.label)}"
+        self._began = time.monotonic()
         self._bar = self._progress.add_task(name, total=None, phase="starting", left="")
 
     def beat(self, stage: Stage, heartbeat: Heartbeat | None) -> None:
@@ -113,12 +116,14 @@ class StageScreen:
                 self._bar, completed=heartbeat.done, total=heartbeat.total, phase=phase, left=remaining
             )
 
-    def end(self, stage: Stage, outcome: Outcome) -> None:
-        self._close_bar()
-        mark = "[green]done[/]" if outcome.state == "done" else "[red]failed[/]"
-        self._line(f"{mark} {stage.kind} {escape(stage.label)} ({outcome.seconds:.1f} s)")
-        if outcome.failure is not None:
-            self._console.print(f"  {escape(outcome.failure.message)}", highlight=False, soft_wrap=True)
+    def end(self, stage: Stage, failure: Failure | None) -> None:
+        if self._bar is not None:
+            self._progress.remove_task(self._bar)
+            self._bar = None
+        mark = "[green]done[/]" if failure is None else "[red]failed[/]"
+        self._line(f"{mark} {stage.kind} {escape(stage.label)} ({time.monotonic() - self._began:.1f} s)")
+        if failure is not None:
+            self._console.print(f"  {escape(failure.message)}", highlight=False, soft_wrap=True)
 
     def skip(self, stage: Stage, waiting_for: Stage) -> None:
         self._line(
@@ -129,11 +134,6 @@ class StageScreen:
     def _line(self, text: str) -> None:
         self._finished += 1
         self._console.print(f"[{self._finished}/{self._total}] {text}", highlight=False)
-
-    def _close_bar(self) -> None:
-        if self._bar is not None:
-            self._progress.remove_task(self._bar)
-            self._bar = None
 
 
 @contextmanager

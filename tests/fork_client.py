@@ -1,8 +1,9 @@
-"""Stands in for a process of the fork server (fork_server.py): passes on streams and signals, and ends as it does.
+"""Stands in for a process of the fork server (fork_server.py): passes on its streams and signals, and ends as it does.
 
 python -IS tests/fork_client.py SOCKET SCRIPT ARGUMENT...
 """
 
+import contextlib
 import json
 import os
 import signal
@@ -16,18 +17,21 @@ def main():
     address, *command = sys.argv[1:]
     environment = {**os.environ, "HFPRUNE_FORK_SERVER": address}
     folder = os.getcwd()  # noqa: PTH109  pathlib takes longer to import than all this
-    with socket.socket(socket.AF_UNIX) as server:
-        server.connect(address)
-        for number in FORWARDED:
-            if signal.getsignal(number) != signal.SIG_IGN:
-                signal.signal(number, lambda number, _frame: server.sendall(bytes([number])))
-        request = json.dumps(["fork_server:become", [environment, *command], 1, environment, folder]).encode()
-        socket.send_fds(server, [b"."], [0, 1, 2])
-        server.sendall(len(request).to_bytes(4, "big") + request)
-        answer = b""
-        while not answer.endswith(b"\n") and (more := server.recv(1 << 10)):
-            answer += more
-    code = json.loads(answer)[0][1] if answer else -signal.SIGKILL
+    server = socket.socket(socket.AF_UNIX)
+    server.connect(address)
+    socket.send_fds(server, [b"."], [0, 1, 2])
+    server.sendall(json.dumps([environment, folder, *command]).encode() + b"\n")
+    answers = server.makefile("r")
+    pid = int(answers.readline())
+
+    def forward(number, _frame):
+        with contextlib.suppress(ProcessLookupError):  # it has just ended
+            os.kill(pid, number)
+
+    for number in FORWARDED:
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, forward)
+    code = int(answers.readline() or -signal.SIGKILL)
     if code < 0:
         if -code != signal.SIGKILL:
             signal.signal(-code, signal.SIG_DFL)

@@ -1,4 +1,4 @@
-"""Commands of this project without the seconds that imports take, as forks of one warm process (stage/warm.py).
+"""Commands of this project without the seconds that imports take, as forks of one warm process (local/warm.py).
 
 The product starts ranks in this way. Here whole commands, Slurm's tasks and pytest's workers are started so, too, and
 launchers that are forks get their ranks from the same process instead of one of their own. Since a fork shares its hash
@@ -11,18 +11,23 @@ import atexit
 import contextlib
 import functools
 import importlib
+import json
 import os
 import runpy
+import select
+import signal
 import socket
 import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
-from hfprune_launch.local import backend
-from hfprune_launch.stage import warm
+from hfprune_launch.local import backend, warm
+from hfprune_launch.local.warm import WarmProcess
+from hfprune_launch.stage.run import die_with_parent
 
 from hfprune_dist.store.machine import count_gpus
 
@@ -34,10 +39,10 @@ EXECUTABLE = "HFPRUNE_EXECUTABLE"  # what they take for their Python, which they
 QUIET = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **warm.IMPORTING}
 
 
-class OwnProcess(warm.WarmProcess):
-    """The product's warm process, where the others of tests share one."""
+class OwnProcess(WarmProcess):
+    """The product's warm process, where the others of tests are forks of the server."""
 
-    _connect = warm.WarmProcess._connect
+    _begin = WarmProcess._begin
 
 
 def forked(command: Sequence[str | Path]) -> list[str]:
@@ -52,17 +57,16 @@ def forked(command: Sequence[str | Path]) -> list[str]:
 
 
 def share() -> None:
-    """Let launchers in this process get their ranks from the server."""
+    """Let a fork of the server be the warm process of launchers in this process."""
     if sys.platform == "linux" and not count_gpus():
-        warm.WarmProcess._connect = _connect
+        WarmProcess._begin = _begin
         backend.RUN = "fork_server:run_rank"
 
 
-def _connect(_process: warm.WarmProcess, streams: Sequence[int]) -> socket.socket:
-    connection = socket.socket(socket.AF_UNIX)
-    connection.connect(_address())
-    socket.send_fds(connection, [b"."], list(streams))
-    return connection
+def _begin(process: WarmProcess) -> None:
+    process._connection = socket.socket(socket.AF_UNIX)
+    process._connection.connect(_address())
+    process._connection.sendall(b".")
 
 
 @functools.cache
@@ -96,20 +100,26 @@ def start() -> str:
 
 
 def serve(address: str, parent: int) -> None:
-    warm.die_with_parent(parent)
+    """Be the server: whoever connects gets a fork, which is a warm process, or runs a command on the streams given."""
+    die_with_parent(parent)
     os.fsync = lambda _: None  # nothing in a fork has to survive a crash, and each call waits for the disk
     warm.import_everything()  # what libraries say meanwhile isn't for the first client
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(f"{address}.new")
     listener.listen(64)
     Path(f"{address}.new").rename(address)  # only now, because clients connect at once
-
-    def receive() -> list[int]:
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # forks that have ended leave nothing behind
+    server = os.getpid()
+    while True:
         connection, _ = listener.accept()
-        streams = socket.recv_fds(connection, 1, 3)[1]
-        return [connection.detach(), *streams]
-
-    warm.serve(receive)
+        if os.fork() == 0:
+            listener.close()
+            die_with_parent(server)
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            streams = socket.recv_fds(connection, 1, 3)[1]
+            run_command(connection, streams) if streams else warm.serve(connection)
+            os._exit(0)
+        connection.close()
 
 
 # In a fork.
@@ -123,9 +133,44 @@ def run_rank(arguments: list[str]) -> None:
     run.main(arguments)
 
 
-def become(arguments: list) -> None:
-    """Be a command: arguments are its environment, its script, and what else follows."""
-    environment, script, *rest = arguments
+def run_command(client: socket.socket, streams: list[int]) -> None:
+    """Run a command in a fork of this process: tell its client the process id, and then the exit code.
+
+    The client sends the command's environment, folder and arguments, and signals it; with the client, it ends.
+    """
+    environment, folder, *command = json.loads(client.makefile("r").readline())
+    os.chdir(folder)
+    for number, stream in enumerate(streams):
+        os.dup2(stream, number)
+        os.close(stream)
+    if (pid := os.fork()) == 0:
+        code = 1
+        try:
+            die_with_parent()
+            client.close()
+            for stream in (sys.stdout, sys.stderr):
+                stream.reconfigure(write_through=True)
+            become(environment, *command)
+            code = 0
+        except SystemExit as end:
+            code = end.code if isinstance(end.code, int) else int(end.code is not None)
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(code)
+    with contextlib.suppress(OSError):  # it is gone
+        client.sendall(f"{pid}\n".encode())
+    ended = status = 0
+    while not ended:
+        if select.select([client], [], [], warm.POLL_S)[0]:
+            os.kill(pid, signal.SIGKILL)
+        ended, status = os.waitpid(pid, os.WNOHANG)
+    with contextlib.suppress(OSError):
+        client.sendall(f"{os.waitstatus_to_exitcode(status)}\n".encode())
+
+
+def become(environment: dict[str, str], script: str, *rest: str) -> None:
+    """Be a command."""
     os.environ.clear()
     os.environ.update(environment)
     sys.argv = [script, *rest]

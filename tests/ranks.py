@@ -10,15 +10,15 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Callable, Mapping
+from contextlib import closing
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-from hfprune_launch.local import backend
-from hfprune_launch.stage import warm
+from hfprune_launch.local import backend, warm
+from hfprune_launch.local.warm import WarmProcess
 from hfprune_launch.stage.run import leave_process
-from hfprune_launch.stage.warm import WarmProcess
 from safetensors.torch import load
 
 from hfprune_dist.config.schema import RuntimeConfig
@@ -108,25 +108,22 @@ def run_ranks(
     Args:
         fresh: whether each rank is an interpreter of its own, which imports everything.
     """
-    environment, arguments = (
-        {**surroundings(), "OMP_NUM_THREADS": "1", **(environment or {})},
-        [str(store.root), stage.id],
-    )
-    with tempfile.TemporaryFile() as log:
+    environment = {**surroundings(), "OMP_NUM_THREADS": "1", **(environment or {})}
+    arguments = [str(store.root), stage.id]
+    with tempfile.NamedTemporaryFile() as log:
         if fresh:
 
             def be_rank() -> None:
                 os.dup2(log.fileno(), 2)
-                os.execve(sys.executable, [sys.executable, RUN, *arguments], {**environment, **os.environ})
+                os.execv(sys.executable, [sys.executable, RUN, *arguments])
 
-            codes = warm.run_ranks(be_rank, ranks)
+            codes = warm.run_ranks(be_rank, ranks, environment)
         else:
-            running = WarmProcess().start(backend.RUN, arguments, ranks, environment, log)
-            assert running.ended(600)
-            codes = running.codes
-        log.seek(0)
+            with closing(WarmProcess()) as process:
+                process.start(backend.RUN, arguments, ranks, environment, Path(log.name))
+                codes = process.ended(600) or {}
         code = next(filter(None, codes.values()), 0 if codes else -signal.SIGKILL)
-        return Ended(code, log.read().decode())
+        return Ended(code, Path(log.name).read_text())
 
 
 def on_ranks(size: int, action: Callable[[World], None]) -> list[int]:
@@ -151,7 +148,7 @@ def on_ranks(size: int, action: Callable[[World], None]) -> list[int]:
 
         gc.freeze()  # objects of this process are never collected by the forks, and so stay shared
         sys.stdout.flush()
-        codes = warm.run_ranks(be_rank, size)
+        codes = warm.run_ranks(be_rank, size, surroundings())
         gc.unfreeze()
         left = {int(file.name): INTERRUPTED for file in Path(folder).iterdir()}
         return [{**codes, **left}.get(rank, -signal.SIGTERM) for rank in range(size)]

@@ -1,7 +1,7 @@
 """The process group of a stage, as an object that is passed in and never looked up.
 
 A rank that fails leaves its reason and ends (``launch/stage/run.py``); whoever started the ranks
-(``launch/stage/warm.py``, srun) then ends the others, which may wait in a collective. So no rank tells others of its
+(``launch/local/warm.py``, srun) then ends the others, which may wait in a collective. So no rank tells others of its
 errors.
 """
 

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
-from hfprune_launch.local.deaths import explain_death
 from hfprune_launch.local.hardware import ranks_here, threads_of_a_rank
-from hfprune_launch.stage.attempts import DONE, Attempt, End, Intent, Ledger, local_log
+from hfprune_launch.local.warm import WarmProcess
+from hfprune_launch.stage.attempts import DONE, Attempt, End, Ledger, end_of_log, local_log
 from hfprune_launch.stage.stage_file import Provenance, write_stage_file
-from hfprune_launch.stage.stage_state import Outcome
-from hfprune_launch.stage.warm import Ranks, WarmProcess
 
 from hfprune_dist.config.parameters import KINDS
 from hfprune_dist.results.formats import counted
@@ -27,6 +27,11 @@ from hfprune_dist.store.stage import Stage
 RUN = "hfprune_launch.stage.run:main"
 POLL_S = 0.1
 CANCELLATION_POLL_S = 1.0
+LOG_TAIL_LINES = 12
+LOG_END_BYTES = 2**14
+# Signals of a process to itself. All others come from outside: from the kernel if memory is short or a page of a mapped
+# file is gone, a scheduler or a user.
+CRASHES = (signal.SIGSEGV, signal.SIGABRT, signal.SIGILL, signal.SIGFPE)
 
 OnHeartbeat = Callable[[Heartbeat | None], None]
 
@@ -51,33 +56,35 @@ class LocalBackend:
         """End the process that starts ranks."""
         self._warm.close()
 
-    def run(self, stage: Stage, on_heartbeat: OnHeartbeat) -> Outcome:
-        """Claim a stage, run it on all ranks, and return how it ended; only a verified artifact counts as success.
+    def run(self, stage: Stage, on_heartbeat: OnHeartbeat) -> Failure | None:
+        """Claim a stage, run it on all ranks, and return why it failed; None if there is a verified artifact.
 
         Raises:
             KeyboardInterrupt: if another command has cancelled the sweep.
         """
-        began, handle = time.monotonic(), self._store.handle(stage.id)
-        claim = self._claim(handle, on_heartbeat)
+        handle = self._store.handle(stage.id)
+        while isinstance(claim := handle.claim(), Holder):  # another sweep works on it
+            self._require_wanted()
+            on_heartbeat(handle.heartbeat())
+            time.sleep(POLL_S)
         try:
             self._require_wanted()
             if handle.is_done():  # another sweep was faster
-                return Outcome("done", time.monotonic() - began)
+                return None
             attempt = Ledger(self._store).begin(stage, ranks=self._ranks_of(stage))
             write_stage_file(handle, stage, self._provenance, attempt.intent.number)
-            failure = self._run(stage, attempt, claim, on_heartbeat)
+            return self._run(stage, attempt, claim, on_heartbeat)
         finally:
             claim.release()
-        return Outcome("failed" if failure else "done", time.monotonic() - began, failure)
 
     def _run(self, stage: Stage, attempt: Attempt, claim: Claim, on_heartbeat: OnHeartbeat) -> Failure | None:
         """Run a stage on all ranks, record how it ended, and return why it failed."""
         handle, log = self._store.handle(stage.id), local_log(self._logs, attempt.intent)
-        self._logs.mkdir(parents=True, exist_ok=True)
         failure: Failure | None = Failure("interrupted", "the launcher was interrupted", -1, time.time())
         try:
-            codes = self._watch(self._start(stage, claim, log), handle, claim, on_heartbeat)
-            failure = None if handle.is_done() else self._failure(handle, claim, codes, log, attempt.intent)
+            self._start(stage, claim, log)
+            codes = self._watch(handle, claim, on_heartbeat)
+            failure = None if handle.is_done() else self._failure(handle, claim, codes, log, attempt.intent.number)
         except ClaimLostError as lost:
             failure = None if handle.is_done() else Failure("duplicate", str(lost), -1, time.time())
         finally:
@@ -86,14 +93,6 @@ class LocalBackend:
                 attempt.close(end)
         return failure
 
-    def _claim(self, handle: StageHandle, on_heartbeat: OnHeartbeat) -> Claim:
-        """Claim a stage once no other sweep works on it, showing its progress until then."""
-        while isinstance(claim := handle.claim(), Holder):
-            self._require_wanted()
-            on_heartbeat(handle.heartbeat())
-            time.sleep(POLL_S)
-        return claim
-
     def _require_wanted(self) -> None:
         if self._cancellation.is_requested():
             raise KeyboardInterrupt("cancelled by another command; run the same command again to go on")
@@ -101,25 +100,23 @@ class LocalBackend:
     def _ranks_of(self, stage: Stage) -> int:
         return 1 if KINDS[stage.kind].on_one_rank else self.ranks
 
-    def _start(self, stage: Stage, claim: Claim, log: Path) -> Ranks:
+    def _start(self, stage: Stage, claim: Claim, log: Path) -> None:
         ranks = self._ranks_of(stage)
+        now = time.strftime("%Y-%m-%d %H:%M:%S%z")
+        log.parent.mkdir(parents=True, exist_ok=True)
+        log.write_text(f"{now} {stage.kind} {stage.label} ({stage.id}) on {counted(ranks, 'rank')}\n", encoding="utf-8")
         # Ranks of this machine share its cores, and write their logs at once.
-        threads = threads_of_a_rank(self._provenance.runtime, ranks)
-        environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+        environment = {**os.environ, "OMP_NUM_THREADS": str(threads_of_a_rank(self._provenance.runtime, ranks))}
         arguments = [str(self._store.root.resolve()), stage.id, "--claim", claim.ticket]
-        with log.open("wb") as stream:
-            now = time.strftime("%Y-%m-%d %H:%M:%S%z")
-            stream.write(f"{now} {stage.kind} {stage.label} ({stage.id}) on {counted(ranks, 'rank')}\n".encode())
-            stream.flush()
-            return self._warm.start(RUN, arguments, ranks, environment, stream)
+        self._warm.start(RUN, arguments, ranks, environment, log)
 
-    def _watch(self, ranks: Ranks, handle: StageHandle, claim: Claim, on_heartbeat: OnHeartbeat) -> Mapping[int, int]:
+    def _watch(self, handle: StageHandle, claim: Claim, on_heartbeat: OnHeartbeat) -> Mapping[int, int]:
         """Wait until all ranks have ended and return their exit codes; end them if this is interrupted, cancelled or
         loses its claim.
         """
         looked_at, _ = time.monotonic(), keep_renewed(claim)
         try:
-            while not ranks.ended(POLL_S):
+            while (codes := self._warm.ended(POLL_S)) is None:
                 on_heartbeat(handle.heartbeat())
                 if time.monotonic() - looked_at > CANCELLATION_POLL_S:
                     looked_at = time.monotonic()
@@ -128,28 +125,55 @@ class LocalBackend:
                         if not handle.is_committed():  # after which the claim goes with the work folder
                             claim.require_held()
         except BaseException:
-            self.close()  # which is faster than to wait for imports
-            ranks.end()
+            self.close()
             handle.discard_drafts(claim)
             raise
-        return ranks.codes
+        return codes
 
-    def _failure(
-        self, handle: StageHandle, claim: Claim, codes: Mapping[int, int], log: Path, attempt: Intent
-    ) -> Failure:
+    def _failure(self, handle: StageHandle, claim: Claim, codes: Mapping[int, int], log: Path, attempt: int) -> Failure:
         """Return why the ranks left no artifact.
 
         Raises:
             ClaimLostError: if another process has since claimed the stage and uses its work folder.
         """
-        said = (failure for failure in handle.failures() if failure.attempt == attempt.number)
-        recorded = next(said, None)
+        recorded = next((failure for failure in handle.failures() if failure.attempt == attempt), None)
         full = unwritable(self._store.root)  # which may have no room for a rank to record its own reason
         left = recorded or (Failure("input", full, -1, time.time()) if full else None)
         handle.discard_drafts(claim)  # makes room for what is written below
         claim.require_held()
-        failure = explain_death(left, codes, log, attempt.number)
+        failure = explain_death(left, codes, log, attempt)
         if failure is not recorded:
             handle.clear_failures()
             handle.report_failure(failure)
         return failure
+
+
+def explain_death(left: Failure | None, codes: Mapping[int, int], log: Path, attempt: int) -> Failure:
+    """Return why an attempt failed, from what its ranks recorded and from how their processes ended.
+
+    Args:
+        left: the most informative failure that the ranks left; None if they left none.
+        codes: rank -> exit code, negative for a signal; empty if the process that started the ranks died with them.
+        log: log of all ranks.
+    """
+    if left is not None and left.cause != "code":
+        return left
+    signals = {rank: signal.Signals(-code) for rank, code in sorted(codes.items()) if code < 0}
+    deaths = ", ".join(f"rank {rank} by {number.name}" for rank, number in signals.items())
+    is_from_outside = bool(set(signals.values()) - set(CRASHES))  # the surviving ranks then fail too, in a collective
+    if left is not None and not left.is_consequence and codes and not is_from_outside:
+        return left
+    if left is not None and codes and not signals:
+        return replace(left, message=f"a rank was lost or hangs, and rank {left.rank} waited for it:\n{left.message}")
+    if is_from_outside:
+        cause, message = "killed", f"a rank died without a message: {deaths}, from outside"
+    elif not codes:
+        cause, message = "killed", "a rank died without a message: the process that started all ranks died"
+    elif signals:
+        cause, message = "code", f"a rank crashed: {deaths}"
+    else:
+        ends = ", ".join(f"rank {rank} with exit code {code}" for rank, code in codes.items() if code)
+        cause, message = "killed", f"a rank died without a message: {ends or 'all ended as if they had succeeded'}"
+    lines = [line for line in end_of_log(log, LOG_END_BYTES).splitlines() if line.strip()]
+    ending = "\n  ".join([f"\n{log} ends with:", *lines[-LOG_TAIL_LINES:]])
+    return Failure(cause, message + ending, -1, time.time(), attempt)

@@ -19,7 +19,6 @@ from hfprune_launch.slurm.commands import SlurmCommands
 from hfprune_launch.slurm.launcher import NewJobs
 from hfprune_launch.stage.attempts import Ledger
 from hfprune_launch.stage.stage_file import Provenance
-from hfprune_launch.stage.stage_state import Outcome
 from hfprune_launch.sweep_folder import Sweep, read_sweep, record_locked, recorded_sweep, write_config
 
 from hfprune_dist.errors import LostInputError, UserError
@@ -123,19 +122,16 @@ def _run_in_order(sweep: Sweep, todo: Sequence[str], backend: LocalBackend, scre
             screen.skip(stage, stages[missing])
             continue
         screen.begin(stage)
-        outcome = backend.run(stage, partial(screen.beat, stage))
-        screen.end(stage, outcome)
+        failure = backend.run(stage, partial(screen.beat, stage))
+        screen.end(stage, failure)
         tries[stage.id] += 1
         # Each try finds one of its artifacts at most; more tries than that mean a disk that damages them again.
-        if _has_lost_input(outcome) and tries[stage.id] <= len(stage.needs):
+        has_lost_input = failure is not None and failure.cause == LostInputError.CAUSE
+        if has_lost_input and tries[stage.id] <= len(stage.needs):
             again = sweep.plan.lacking(lambda stage_id: store.handle(stage_id).is_done(), [stage.id])
             waiting.extendleft(reversed(again))
             screen.expect(len(again))
         yield stage
-
-
-def _has_lost_input(outcome: Outcome) -> bool:
-    return outcome.failure is not None and outcome.failure.cause == LostInputError.CAUSE
 
 
 def _clean_up(command: Command, prepared: Prepared) -> None:

@@ -24,12 +24,12 @@ from hfprune_launch.stage.attempts import Ledger, Run
 from hfprune_launch.stage.run import (
     CLAIM_LOST_EXIT_CODE,
     Admission,
+    die_with_parent,
     leave_process,
     leave_reason,
     prepare_environment,
     run_stage,
 )
-from hfprune_launch.stage.warm import die_with_parent
 
 from hfprune_dist.distributed.interruption import Interrupted, Interruption
 from hfprune_dist.errors import UserError, from_os_error

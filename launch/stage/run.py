@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import ctypes
 import gc
 import importlib
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -68,6 +70,19 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
         sys.excepthook(type(error), error, error.__traceback__)
         leave_process(1)
     leave_process(0)
+
+
+def die_with_parent(parent: int | None = None) -> None:
+    """Ask Linux to kill this process when the process that started it dies, for whatever reason.
+
+    Args:
+        parent: its id, if known; it may be dead by now.
+    """
+    parent = parent or os.getppid()
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    if os.getppid() != parent:
+        os._exit(1)
 
 
 def leave_reason(handle: StageHandle, error: Exception, rank: int, attempt: int | None, claim: Claim | None) -> None:

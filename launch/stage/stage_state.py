@@ -8,7 +8,7 @@ from typing import Literal
 
 from hfprune_dist.store.artifacts import StageHandle
 from hfprune_dist.store.claims import Holder, OpenClaim
-from hfprune_dist.store.heartbeat import Failure, Heartbeat, in_one_line
+from hfprune_dist.store.heartbeat import Heartbeat, in_one_line
 from hfprune_dist.store.stage import Stage
 
 # A running stage without a sign of life for this long may hang, though a step of a large model may take as long.
@@ -28,15 +28,6 @@ class StageState:
 
     state: Literal["done", "running", "failed", "died", "waiting", "missing"]
     detail: str
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """The outcome of an attempt at a stage on this machine; ``failure`` says why if it isn't done."""
-
-    state: Literal["done", "failed"]
-    seconds: float
-    failure: Failure | None = None
 
 
 def state_of(stage: Stage, handle: StageHandle, claim: OpenClaim | None) -> StageState:

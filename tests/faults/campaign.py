@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from hfprune_launch.stage.warm import import_everything
+from hfprune_launch.local.warm import import_everything
 
 from faults.crash import Recorder, Recording, State, states_of
 from faults.subjects import Subject, subjects

@@ -8,27 +8,22 @@ import os
 import re
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 from fake_slurm import Controller, FakeLauncher, plan_of
 from hfprune_launch import sweep
-from hfprune_launch.local.backend import LocalBackend
-from hfprune_launch.modes import sweep_run
+from hfprune_launch.local import backend
 from hfprune_launch.slurm import commands as slurm_cli
 from hfprune_launch.slurm.job import Start
 from hfprune_launch.stage import run as stage_script
 from hfprune_launch.stage.attempts import Ledger
-from hfprune_launch.stage.stage_file import Provenance
 from made_stages import stage_of
 from sweeps import make_inputs, results, without_costs
 
-from hfprune_dist.config.schema import RuntimeConfig
 from hfprune_dist.store.artifacts import Store
 from hfprune_dist.store.atomic_files import read_json
-from hfprune_dist.store.cancellation import Cancellation
 from hfprune_dist.store.claims import Claim, try_claim
 from hfprune_dist.store.hashing import FileHashes
 from hfprune_dist.store.stage import Input, Stage
@@ -75,21 +70,20 @@ class Subject(ABC):
         return sorted(map(str, {*hidden, *work}))
 
 
-class InProcess(LocalBackend):
-    """The local backend, with this process as its rank."""
+class InProcess:
+    """A warm process whose only rank is this process."""
 
-    def __init__(self, store: Store, logs: Path) -> None:
-        super().__init__(
-            store, logs, Provenance(RuntimeConfig(ranks=1, save_every_steps=1), {}, {}), Cancellation(store.root)
-        )
-
-    def _start(self, stage: Stage, claim: Claim, log: Path):
-        log.touch()
+    def start(self, main: str, arguments: list[str], size: int, environment: Mapping[str, str], log: Path) -> None:
         os.environ["OMP_NUM_THREADS"] = "1"
         stage_script.leave_process = sys.exit
         with contextlib.suppress(Exception, SystemExit):  # it has left its reason behind
-            stage_script.main([str(self._store.root), stage.id, "--claim", claim.ticket])
-        return SimpleNamespace(ended=lambda timeout: True, codes={0: 0})
+            stage_script.main(arguments)
+
+    def ended(self, timeout: float) -> dict[int, int]:
+        return {0: 0}
+
+    def close(self) -> None:
+        pass
 
 
 # The store's own commands.
@@ -150,7 +144,7 @@ class WholeSweep(Subject):
 
     def run(self, root: Path, mark: Mark, marks: list) -> dict:
         os.environ["OMP_NUM_THREADS"] = "1"
-        sweep_run.LocalBackend = lambda store, logs, *_: InProcess(store, logs)
+        backend.WarmProcess = InProcess
         chosen = ["--models", "alpha", "--ratios", "0.2", "--methods", "hfprune", "--ranks", "1"]
         assert sweep.main(["--config", str(self.prepared), "--out", str(root), *chosen, *SHORT]) == 0
         weights = sorted(root.glob("store/*/*/*.safetensors"))

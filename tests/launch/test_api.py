@@ -7,7 +7,6 @@ import pytest
 from hfprune_launch import api
 from hfprune_launch.api import Session
 from hfprune_launch.modes import sweep_run
-from hfprune_launch.stage.stage_state import Outcome
 
 from hfprune_dist.errors import UserError
 from hfprune_dist.store.heartbeat import Failure
@@ -30,7 +29,7 @@ class Failing:
         handle = self._store.handle(stage.id)
         handle.work.mkdir(parents=True, exist_ok=True)
         handle.report_failure(failure)
-        return Outcome("failed", 1.0, failure)
+        return failure
 
 
 @pytest.mark.parametrize(("cause", "error"), [("code", RuntimeError), ("input", UserError)])

@@ -5,7 +5,6 @@ import os
 import pytest
 from hfprune_launch import sweep
 from hfprune_launch.modes import sweep_run
-from hfprune_launch.stage.stage_state import Outcome
 from rows import make_artifact
 from sweeps import in_process, planned
 
@@ -31,11 +30,11 @@ class Reading:
         for need in map(self._store.handle, stage.needs):
             if need.verify(thorough=True).state == "corrupt":
                 need.set_aside()
-                return Outcome("failed", 1.0, Failure("lost input", f"{need.id}: set aside", 0, 0.0))
+                return Failure("lost input", f"{need.id}: set aside", 0, 0.0)
         make_artifact(self._store, stage)
         if self.damages_again:
             damage(self._store, stage)
-        return Outcome("done", 1.0)
+        return None
 
 
 def damage(store, stage):

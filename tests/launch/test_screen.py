@@ -13,7 +13,6 @@ from hfprune_launch.screen import (
 )
 from hfprune_launch.stage import progress_lines
 from hfprune_launch.stage.progress_lines import ProgressLines
-from hfprune_launch.stage.stage_state import Outcome
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from made_stages import stage_of
@@ -128,7 +127,7 @@ def test_a_sweep_shows_the_stage_at_work_and_when_it_ends(is_terminal, monkeypat
         screen.begin(stage)
         screen.beat(stage, Heartbeat("calibration", 5, 9, 100.0, 40.0, 2))
         screen._progress.refresh()
-        screen.end(stage, Outcome("done", 1.0))
+        screen.end(stage, None)
     text = console.file.getvalue()
     assert ("importance a: calibration 5/9, 80 s left\n" in text) != is_terminal
-    assert ("5/9" in text and "80 s left" in text) and "[1/2] done importance a (1.0 s)" in text
+    assert ("5/9" in text and "80 s left" in text) and "[1/2] done importance a (0.0 s)" in text

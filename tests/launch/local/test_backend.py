@@ -3,12 +3,10 @@
 import os
 import shutil
 from dataclasses import replace
-from types import MappingProxyType
 
 import pytest
 from hfprune_launch.local import backend as local
-from hfprune_launch.local.backend import LocalBackend
-from hfprune_launch.local.deaths import explain_death
+from hfprune_launch.local.backend import LocalBackend, explain_death
 from hfprune_launch.stage.attempts import Ledger
 from hfprune_launch.stage.stage_file import Provenance
 from made_stages import stage_of
@@ -59,34 +57,38 @@ def store(tmp_path):
 
 
 class Ranks:
-    """Ranks that end at once unless they are said to run ``on``."""
+    """A warm process whose ranks do what ``meanwhile`` does with their claim, say something, and end with ``codes``."""
 
-    def __init__(self, codes, on=False):
-        self.codes, self.on, self.were_ended = codes, on, False
+    def __init__(self, store):
+        self.meanwhile = lambda claim: None
+        self.said = "the end\n"
+        self.codes = {0: 1}  # None if they go on
+        self.were_ended = False
+        self._work = store.work(STAGE.id)
 
-    def ended(self, _timeout):
-        return not self.on
+    def start(self, main, arguments, size, environment, log):
+        self.meanwhile(Claim.from_ticket(self._work, arguments[-1]))
+        log.write_text(self.said)
 
-    def end(self):
+    def ended(self, timeout):
+        return self.codes
+
+    def close(self):
         self.were_ended = True
 
 
 @pytest.fixture
-def backend(store, tmp_path, monkeypatch):
-    """A backend whose ranks do what ``meanwhile`` does, then end with ``codes`` and have ``said`` something."""
+def backend(store, tmp_path):
+    backend = LocalBackend(
+        store, tmp_path / "logs", Provenance(RuntimeConfig(ranks=1), {}, {}), Cancellation(store.root)
+    )
+    backend._warm = Ranks(store)
+    return backend
 
-    class Scripted(LocalBackend):
-        meanwhile = staticmethod(lambda claim: None)
-        said = "the end\n"
-        codes = MappingProxyType({0: 1})
 
-        def _start(self, stage, claim, log):
-            self.meanwhile(claim)
-            log.write_text(self.said)
-            return Ranks(self.codes)
-
-    monkeypatch.setattr(local, "POLL_S", 0.01)
-    return Scripted(store, tmp_path / "logs", Provenance(RuntimeConfig(ranks=1), {}, {}), Cancellation(store.root))
+@pytest.fixture
+def ranks(backend):
+    return backend._warm
 
 
 def run(backend):
@@ -99,7 +101,7 @@ def commit(store, claim=None):
     store.handle(STAGE.id).commit(STAGE, draft, {"metrics": {}}, claim=claim)
 
 
-def test_a_launcher_that_waits_for_anothers_stage_is_cancelled_with_it(backend, store):
+def test_a_launcher_that_waits_for_anothers_stage_is_cancelled_with_it(backend, ranks, store):
     """And the same command goes on, as that cancellation was of the launchers before it."""
     claim = store.handle(STAGE.id).claim()
 
@@ -113,16 +115,16 @@ def test_a_launcher_that_waits_for_anothers_stage_is_cancelled_with_it(backend, 
     assert not isinstance(later, Holder), "nothing is at work on it"
     later.release()
     backend._cancellation = Cancellation(store.root)
-    backend.meanwhile = lambda claim: commit(store, claim)
-    assert run(backend).state == "done"
+    ranks.meanwhile = lambda claim: commit(store, claim)
+    assert run(backend) is None
 
 
-def test_the_logs_of_an_artifact_that_was_lost_stay(backend, store, tmp_path):
+def test_the_logs_of_an_artifact_that_was_lost_stay(backend, ranks, store, tmp_path):
     """Its store entry is removed by hand, for want of room or since it is damaged; then it is made again."""
     expected = [False, True, True, False, False, True]
     for number, succeeds in enumerate(expected, 1):
-        backend.meanwhile = (lambda claim: commit(store, claim)) if succeeds else (lambda claim: None)
-        backend.said = f"attempt {number}\n"
+        ranks.meanwhile = (lambda claim: commit(store, claim)) if succeeds else (lambda claim: None)
+        ranks.said = f"attempt {number}\n"
         run(backend)
         assert store.handle(STAGE.id).is_done() == succeeds
         if succeeds:
@@ -137,26 +139,26 @@ def test_the_logs_of_an_artifact_that_was_lost_stay(backend, store, tmp_path):
     ("left", "codes"),
     [(code(TIMEOUT), {0: 1}), (code(CLOSED), {1: -9}), (code("ValueError: ours"), {0: 1}), (None, {1: -11})],
 )
-def test_the_failure_that_is_told_is_the_one_on_record(backend, store, left, codes):
+def test_the_failure_that_is_told_is_the_one_on_record(backend, ranks, store, left, codes):
     def meanwhile(claim):
         if left is not None:
             store.handle(STAGE.id).report_failure(replace(left, attempt=1))
 
-    backend.meanwhile, backend.codes = meanwhile, codes
-    told = run(backend).failure
+    ranks.meanwhile, ranks.codes = meanwhile, codes
+    told = run(backend)
     assert told == store.handle(STAGE.id).failure() and told.attempt == 1
 
 
-def test_a_failure_of_another_attempt_says_nothing(backend, store):
+def test_a_failure_of_another_attempt_says_nothing(backend, ranks, store):
     """A rank of the previous attempt dies late, on a host whose clock is ahead."""
     late = Failure("input", "of the attempt before", 0, 1e10, 1)
-    assert run(backend).failure.cause == "killed"
-    backend.meanwhile = lambda claim: store.handle(STAGE.id).report_failure(late)
-    assert run(backend).failure.cause == "killed"
+    assert run(backend).cause == "killed"
+    ranks.meanwhile = lambda claim: store.handle(STAGE.id).report_failure(late)
+    assert run(backend).cause == "killed"
     own = replace(late, message="mine", at=0.0, attempt=3)
-    backend.meanwhile = lambda claim: store.handle(STAGE.id).report_failure(own)
-    outcome = run(backend)
-    assert (outcome.failure.cause, outcome.failure.message) == ("input", "mine")
+    ranks.meanwhile = lambda claim: store.handle(STAGE.id).report_failure(own)
+    told = run(backend)
+    assert (told.cause, told.message) == ("input", "mine")
 
 
 def take_over(store):
@@ -169,46 +171,41 @@ def take_over(store):
     return claim, draft
 
 
-def test_who_lost_its_claim_says_so_and_leaves_its_successor_alone(backend, store):
+def test_who_lost_its_claim_says_so_and_leaves_its_successor_alone(backend, ranks, store):
     successors = []
-    backend.meanwhile = lambda claim: successors.append(take_over(store))
-    outcome = run(backend)
-    assert (outcome.state, outcome.failure.cause) == ("failed", "duplicate")
-    assert "another process has taken over this stage" in outcome.failure.message
+    ranks.meanwhile = lambda claim: successors.append(take_over(store))
+    told = run(backend)
+    assert told.cause == "duplicate" and "another process has taken over this stage" in told.message
     ((claim, draft),) = successors
     assert claim.is_held() and draft.is_dir()
     assert store.handle(STAGE.id).failure().message == "the successor's"
 
 
-def test_what_its_successor_has_done_is_done(backend, store):
+def test_what_its_successor_has_done_is_done(backend, ranks, store):
     def succeeded(claim):
         successor, _ = take_over(store)
         commit(store, successor)
         store.handle(STAGE.id).discard_work()
 
-    backend.meanwhile = succeeded
-    assert run(backend).state == "done"
+    ranks.meanwhile = succeeded
+    assert run(backend) is None
 
 
-def test_ranks_end_when_their_launcher_has_lost_its_claim(backend, store, monkeypatch):
-    ranks = Ranks({}, on=True)
-
-    def start(stage, claim, log):
-        take_over(store)
-        return ranks
-
-    backend._start = start
-    assert run(backend).failure.cause == "duplicate"
+def test_ranks_end_when_their_launcher_has_lost_its_claim(backend, ranks, store, monkeypatch):
+    monkeypatch.setattr(local, "CANCELLATION_POLL_S", 0.0)
+    ranks.codes = None
+    ranks.meanwhile = lambda claim: take_over(store)
+    assert run(backend).cause == "duplicate"
     assert ranks.were_ended
 
 
-def test_a_full_disk_is_told_even_where_a_draft_filled_it(backend, store, monkeypatch):
+def test_a_full_disk_is_told_even_where_a_draft_filled_it(backend, ranks, store, monkeypatch):
     full = [True]
     usage = shutil.disk_usage(os.curdir)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=0 if full[0] else 10**9))
     discard = StageHandle.discard_drafts
     monkeypatch.setattr(StageHandle, "discard_drafts", lambda *a: full.__setitem__(0, False) or discard(*a))
-    backend.meanwhile = lambda claim: store.handle(STAGE.id).open_draft(claim)
-    outcome = run(backend)
-    assert outcome.failure.cause == "input" and "No space left on device" in outcome.failure.message
+    ranks.meanwhile = lambda claim: store.handle(STAGE.id).open_draft(claim)
+    told = run(backend)
+    assert told.cause == "input" and "No space left on device" in told.message
     assert not list(store.root.rglob(".draft*"))

@@ -6,17 +6,34 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import closing
 from pathlib import Path
 
 import psutil
 import pytest
 from fork_server import OwnProcess
-from hfprune_launch.stage import warm
+from hfprune_launch.local import warm
 from ranks import on_ranks
 
-TESTS = Path(__file__).resolve().parents[2]
+PATH = f"{Path(__file__).resolve().parents[2]}:{Path(__file__).parent}"
 # Whoever sees to it that this doesn't end by itself gives the reason.
 FOR_EVER_S = 600.0
+BE_LIGHT = "from hfprune_launch.local import warm; warm.IMPORTED = [{}]; warm.be_warm_process()"
+
+
+class LightProcess(OwnProcess):
+    """A warm process that imports little."""
+
+    PROGRAM = ("-c", BE_LIGHT.format("'torch'"))
+
+
+class ThreadedProcess(OwnProcess):
+    THREAD = f"import threading, time; threading.Thread(target=time.sleep, args=({FOR_EVER_S},), daemon=True).start()"
+    PROGRAM = ("-c", f"{THREAD}; {BE_LIGHT.format('')}")
+
+
+class BrokenProcess(OwnProcess):
+    PROGRAM = ("-c", BE_LIGHT.format("'no_such_library'"))
 
 
 def join_and_tell(arguments):
@@ -29,7 +46,7 @@ def join_and_tell(arguments):
         "environment": os.environ.get("OF_THIS_STAGE"),
         "folder": str(Path.cwd()),
         "hash": hash("text"),
-        "processes": [psutil.Process().parent().ppid(), os.getppid(), os.getpid()],
+        "processes": [os.getppid(), os.getpid()],
         "threads": sys.modules["torch"].get_num_threads(),
     }
     os.write(1, f"told: {json.dumps(told)}\n".encode())  # at once, as all ranks write there
@@ -41,17 +58,15 @@ def join_and_tell(arguments):
 
 
 def tell_of_start(_arguments):
-    is_fork = "-m" in sys.orig_argv
+    is_fork = "hfprune_launch.local.warm" in sys.modules and "from test_warm" not in " ".join(sys.orig_argv)
     os.write(1, f"told: {json.dumps([is_fork, os.environ['RANK']])}\n".encode())
 
 
 @pytest.fixture(scope="module")
 def process():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", f"{TESTS}:{Path(__file__).parent}")
-        process = OwnProcess()
+    with pytest.MonkeyPatch.context() as patch, closing(LightProcess()) as process:
+        patch.setenv("PYTHONPATH", PATH)
         yield process
-        process.close()
 
 
 @pytest.fixture
@@ -60,8 +75,8 @@ def log(tmp_path):
 
 
 def start(process, log, *arguments, main="test_warm:join_and_tell", ranks=2, **environment):
-    with log.open("wb") as stream:
-        return process.start(main, arguments, ranks, {**os.environ, "OMP_NUM_THREADS": "1", **environment}, stream)
+    log.write_text("")
+    process.start(main, arguments, ranks, {**os.environ, "OMP_NUM_THREADS": "1", **environment}, log)
 
 
 def told(log):
@@ -70,12 +85,12 @@ def told(log):
 
 
 def at_work(log, ranks=2):
-    """Wait until all ranks have told about themselves; return the warm process, the watcher and theirs."""
+    """Wait until all ranks have told about themselves; return the warm process and theirs."""
     deadline = time.monotonic() + 300
-    while len(found := told(log)) < ranks:
+    while not log.exists() or len(found := told(log)) < ranks:
         assert time.monotonic() < deadline, log.read_text()
         time.sleep(0.01)
-    return [psutil.Process(pid) for pid in dict.fromkeys(pid for it in found for pid in it["processes"])]
+    return [psutil.Process(pid) for pid in dict.fromkeys(pid for those in found for pid in those["processes"])]
 
 
 def all_gone(processes):
@@ -86,27 +101,28 @@ def test_ranks_join_in_surroundings_of_their_own(process, log, tmp_path, monkeyp
     monkeypatch.chdir(tmp_path)
     (tmp_path / "torch.py").write_text("raise ImportError('a file of the user has the name of a library')")
     for value, threads in (("first", "1"), ("second", "2")):
-        ranks = start(process, log, ranks=2, OF_THIS_STAGE=value, OMP_NUM_THREADS=threads)
-        assert ranks.ended(300) and ranks.codes == {0: 0, 1: 0}
+        start(process, log, ranks=2, OF_THIS_STAGE=value, OMP_NUM_THREADS=threads)
+        assert process.ended(300) == {0: 0, 1: 0}
         one, other = told(log)
         assert one["ranks"] == other["ranks"] == [0, 1] and one["hash"] == other["hash"]
         assert (one["environment"], one["folder"], one["threads"]) == (value, str(tmp_path), int(threads))
 
 
-def test_nothing_but_imports_happens_before_the_fork(process, log):
-    ranks = start(process, log)
-    warm_process = at_work(log)[0]
-    assert ranks.ended(60) and warm_process.num_threads() == 1
+def test_nothing_but_imports_happens_before_a_fork(log, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", PATH)
+    with closing(OwnProcess()) as process:
+        for _ in range(2):
+            start(process, log)
+            warm_process = at_work(log)[0]
+            assert process.ended(300) == {0: 0, 1: 0}
+            assert warm_process.num_threads() == 1 and "hfprune_launch.local.warm" in warm_process.cmdline()
 
 
-@pytest.mark.parametrize(
-    ("action", "code"),
-    [("os.kill(os.getpid(), 9)", -9), ("os.abort()", -6), ("os._exit(3)", 3), ("1 / 0", 1)],
-)
+@pytest.mark.parametrize(("action", "code"), [("os.kill(os.getpid(), 9)", -9), ("os._exit(3)", 3), ("1 / 0", 1)])
 def test_a_rank_that_fails_takes_the_others_along_and_is_the_one_that_is_reported(process, log, action, code):
-    ranks = start(process, log, "1", action)
-    processes = at_work(log)[1:]
-    assert ranks.ended(60) and ranks.codes == {1: code} and all_gone(processes)
+    start(process, log, "1", action)
+    ranks = at_work(log)[1:]
+    assert process.ended(60) == {1: code} and all_gone(ranks)
     assert action != "1 / 0" or "ZeroDivisionError" in log.read_text()
 
 
@@ -122,44 +138,45 @@ def test_a_rank_that_ignores_the_request_to_end_is_killed(monkeypatch):
     assert on_ranks(2, act) == [-signal.SIGTERM, 1], "the first, of which nothing is reported, and the second"
 
 
-def test_ranks_end_when_they_are_told_to(process, log):
-    ranks = start(process, log, "0", "pass")
-    processes = at_work(log)[1:]
-    ranks.end()
+@pytest.mark.parametrize("end", ["killed", "killed while idle", "closed"])
+def test_ranks_end_with_the_warm_process_and_the_next_ones_start(process, log, end):
+    start(process, log, *([] if end == "killed while idle" else ["0", "pass"]))
+    processes = at_work(log)
+    if end == "closed":
+        assert process.ended(0.01) is None
+        process.close()
+    elif end == "killed while idle":
+        assert process.ended(60) == {0: 0, 1: 0}
+        processes[0].kill()
+    else:
+        processes[0].kill()
+        assert process.ended(60) == {}
     assert all_gone(processes)
-
-
-@pytest.mark.parametrize("victim", ["watcher", "warm process"])
-def test_ranks_end_with_those_who_started_them_and_the_next_ones_start(process, log, victim):
-    ranks = start(process, log, "0", "pass")
-    processes = at_work(log)[victim == "watcher" :]
-    processes[0].kill()
-    assert ranks.ended(60) and ranks.codes == {} and all_gone(processes)
-    again = start(process, log)
-    assert again.ended(300) and again.codes == {0: 0, 1: 0}
+    start(process, log)
+    assert process.ended(300) == {0: 0, 1: 0}
 
 
 LAUNCHER = """
 import os, signal, sys
 from pathlib import Path
-from hfprune_launch.stage.warm import WarmProcess
+from test_warm import LightProcess
 signal.signal(signal.SIGHUP, signal.SIG_DFL)  # which nohup may have changed
-process, log = WarmProcess(), Path(sys.argv[1]).open("wb")
-ranks = process.start("test_warm:join_and_tell", ["0", "pass"], 2, dict(os.environ), log)
+process = LightProcess()
+process.start("test_warm:join_and_tell", ["0", "pass"], 2, dict(os.environ), Path(sys.argv[1]))
 print(process._process.pid, flush=True)
-ranks.ended(600)
+process.ended(600)
 """
 
 
 @pytest.mark.parametrize(
     ("number", "moment"),
-    [(signal.SIGKILL, "imports"), (signal.SIGKILL, "ranks"), (signal.SIGHUP, "ranks")],
-    ids=["killed during imports", "killed", "closed terminal"],
+    [(signal.SIGKILL, "imports"), (signal.SIGHUP, "ranks")],
+    ids=["killed during imports", "closed terminal"],
 )
 def test_nothing_outlives_the_launcher(log, number, moment):
     launcher = subprocess.Popen(
         [sys.executable, "-c", LAUNCHER, str(log)],
-        env={**os.environ, "PYTHONPATH": f"{TESTS}:{Path(__file__).parent}"},
+        env={**os.environ, "PYTHONPATH": PATH},
         stdout=subprocess.PIPE,
         text=True,
     )
@@ -173,36 +190,23 @@ def test_nothing_outlives_the_launcher(log, number, moment):
 
 def test_memory_stays_the_same_over_many_stages(process, log):
     def used():
-        ranks = start(process, log)
+        start(process, log)
         warm_process = at_work(log)[0]
-        assert ranks.ended(60)
+        assert process.ended(60) == {0: 0, 1: 0}
         return warm_process.memory_info().rss, warm_process.num_fds()
 
     before = used()
-    for _ in range(50):
-        assert start(process, log, main="test_warm:tell_of_start", ranks=1).ended(60) and told(log) == [[True, "0"]]
+    for _ in range(8):
+        start(process, log, main="test_warm:tell_of_start", ranks=1)
+        assert process.ended(60) == {0: 0} and told(log) == [[True, "0"]]
     after = used()
-    assert after[0] < before[0] + 2**21 and after[1] == before[1]
+    assert after[0] < before[0] + 2**20 and after[1] == before[1]
 
 
-@pytest.mark.parametrize(
-    ("module", "text"),
-    [
-        (
-            "sitecustomize",
-            f"import threading, time\nthreading.Thread(target=time.sleep, args=({FOR_EVER_S},), daemon=True).start()\n",
-        ),
-        ("lm_eval", "raise ImportError('broken')\n"),
-    ],
-    ids=["starts a thread", "can't be imported"],
-)
-def test_where_a_library_does_what_forks_do_not_survive_ranks_are_new_interpreters(
-    process, log, tmp_path, monkeypatch, module, text
-):
-    (tmp_path / f"{module}.py").write_text(text)
-    process.close()
-    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{os.environ['PYTHONPATH']}")
-    ranks = start(process, log, main="test_warm:tell_of_start")
-    assert ranks.ended(300) and ranks.codes == {0: 0, 1: 0}
+@pytest.mark.parametrize("kind", [ThreadedProcess, BrokenProcess])
+def test_where_a_library_does_what_forks_do_not_survive_ranks_are_new_interpreters(kind, log, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", PATH)
+    with closing(kind()) as process:
+        start(process, log, main="test_warm:tell_of_start")
+        assert process.ended(300) == {0: 0, 1: 0}
     assert sorted(told(log)) == [[False, "0"], [False, "1"]]
-    process.close()
