@@ -96,15 +96,15 @@ def seconds_of_nothing() -> float:
     """Return the seconds in which two ranks, or one for each GPU, start, join and leave, after those of a first stage,
     which have waited for imports.
     """
-    from hfprune_launch.stage.warm import WarmProcess
+    from hfprune_launch.local.warm import WarmProcess
 
-    with closing(WarmProcess()) as warm, tempfile.TemporaryFile() as log:
+    with closing(WarmProcess()) as warm, tempfile.NamedTemporaryFile() as log:
         for _ in range(2):
             began = time.perf_counter()
-            ranks = warm.start(NOTHING, [], count_gpus() or 2, os.environ, log)
-            while not ranks.ended(1.0):
+            warm.start(NOTHING, [], count_gpus() or 2, os.environ, Path(log.name))
+            while (codes := warm.ended(1.0)) is None:
                 pass
-    assert set(ranks.codes.values()) == {0}, ranks.codes
+    assert set(codes.values()) == {0}, codes
     return time.perf_counter() - began
 
 
