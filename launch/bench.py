@@ -104,7 +104,7 @@ def seconds_of_nothing() -> float:
             warm.start(NOTHING, [], count_gpus() or 2, os.environ, Path(log.name))
             while (codes := warm.ended(1.0)) is None:
                 pass
-    assert set(codes.values()) == {0}, codes
+            assert set(codes.values()) == {0}, codes
     return time.perf_counter() - began
 
 
@@ -118,10 +118,10 @@ def do_nothing(_arguments: Sequence[str]) -> None:
 
 def stage_seconds(sweep: Sweep) -> Iterator[tuple[str, float]]:
     """Yield (kind of stage, seconds) for every stage that has run, all attempts and the start of ranks included."""
-    from hfprune_launch.stage.attempts import Ledger, past_attempts
+    from hfprune_dist.store.attempts import past_attempts
 
     for stage in sweep.plan.stages.values():
-        attempts = past_attempts(Ledger(sweep.store), stage.id, sweep.out / "logs")
+        attempts = past_attempts(sweep.store, stage.id, sweep.out / "logs")
         times = [attempt.ended - attempt.started for attempt in attempts if attempt.started and attempt.ended]
         if times:
             yield stage.kind, sum(times)

@@ -3,15 +3,16 @@
 import json
 import random
 from pathlib import Path
+from unittest import mock
 
 from made_stages import stage_of
 from rows import efficiency
 
 from hfprune_dist.planning.plan import Cell, Plan, label_of
-from hfprune_dist.report.page import page
+from hfprune_dist.report import page
 from hfprune_dist.results.rows import DenseModel, Row, collect_rows
 from hfprune_dist.store.artifacts import Store
-from hfprune_dist.store.past_attempt import PastAttempt
+from hfprune_dist.store.attempts import PastAttempt
 from hfprune_dist.store.stage import Input, Stage
 
 LAYERS, WIDTH, STEPS = 4, 48, 12
@@ -45,9 +46,8 @@ class DrawnSweep:
         return collect_rows(self.plan, Store(self.out / "store"), self.dense)
 
     def page(self, attempts=None, rows=None) -> str:
-        return page(
-            self.out, self.plan, rows or self.rows(), lambda stage: (attempts or {}).get(stage.id, ()), self._now
-        )
+        with mock.patch.object(page, "past_attempts", lambda store, stage_id, logs: (attempts or {}).get(stage_id, ())):
+            return page.page(self.out, self.plan, rows or self.rows(), self._now)
 
     def _add_model(self, model):
         dense = Input(f"digest of {model}", f"/{model}")

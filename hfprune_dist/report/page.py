@@ -18,8 +18,8 @@ from hfprune_dist.results.metrics import METRICS, OF_TEXT
 from hfprune_dist.results.rows import Row
 from hfprune_dist.results.table import causes, flat_row
 from hfprune_dist.store.artifacts import Store
+from hfprune_dist.store.attempts import PastAttempt, past_attempts
 from hfprune_dist.store.heartbeat import in_one_line
-from hfprune_dist.store.past_attempt import AttemptsOf, PastAttempt
 from hfprune_dist.store.stage import Stage
 
 # Makes the browser refuse everything that would need the network.
@@ -29,18 +29,19 @@ LONGEST_MESSAGE = 500
 Attempts = Sequence[tuple[Stage, PastAttempt]]
 
 
-def page(out: Path, plan: Plan, rows: Sequence[Row], attempts_of: AttemptsOf, written: float) -> str:
+def page(out: Path, plan: Plan, rows: Sequence[Row], written: float) -> str:
     """The HTML of a report.
 
     Args:
         out: the sweep's folder, which also holds the report.
         rows: one per cell of the plan.
-        attempts_of: returns the attempts at a stage, as launchers recorded them.
         written: unix time of the report.
     """
     store, file = Store(out / "store"), out / "config.yaml"
     config = file.read_text(encoding="utf-8", errors="replace") if file.is_file() else ""
-    attempts = [(stage, attempt) for stage in plan.stages.values() for attempt in attempts_of(stage)]
+    attempts = [
+        (stage, attempt) for stage in plan.stages.values() for attempt in past_attempts(store, stage.id, out / "logs")
+    ]
     name, drawn = escape(out.resolve().name), charts(rows, plan, store)
     told = "; ".join(f"{METRICS[key].header}: {METRICS[key].told}" for key in ("kl", "top1_agreement"))
     switch = "<label><input type=checkbox id=all-columns> all columns</label>"

@@ -12,12 +12,12 @@ from pathlib import Path
 
 from hfprune_launch.local.hardware import ranks_here, threads_of_a_rank
 from hfprune_launch.local.warm import WarmProcess
-from hfprune_launch.stage.attempts import DONE, Attempt, End, Ledger, end_of_log, local_log
 from hfprune_launch.stage.stage_file import Provenance, write_stage_file
 
 from hfprune_dist.config.parameters import KINDS
 from hfprune_dist.results.formats import counted
 from hfprune_dist.store.artifacts import StageHandle, Store
+from hfprune_dist.store.attempts import DONE, Attempt, End, Ledger, end_of_log, local_log
 from hfprune_dist.store.cancellation import Cancellation
 from hfprune_dist.store.claims import Claim, ClaimLostError, Holder, keep_renewed
 from hfprune_dist.store.file_system import unwritable

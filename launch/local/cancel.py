@@ -6,11 +6,11 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from hfprune_launch.stage.attempts import Ledger
 from hfprune_launch.stage.stage_state import name_of
 
 from hfprune_dist.planning.plan import Plan
 from hfprune_dist.store.artifacts import StageHandle, Store
+from hfprune_dist.store.attempts import Ledger
 from hfprune_dist.store.claims import Holder
 from hfprune_dist.store.stage import Stage
 

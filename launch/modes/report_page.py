@@ -7,7 +7,6 @@ import time
 from pathlib import Path
 
 from hfprune_launch.screen import say
-from hfprune_launch.stage.attempts import Ledger, past_attempts
 from hfprune_launch.sweep_folder import recorded_sweep
 from rich.console import Console
 
@@ -27,8 +26,6 @@ def write_page(out: Path, console: Console) -> None:
         sweep = recorded_sweep(out)
         if sweep is None or not os.access(out, os.W_OK):
             return
-        ledger, logs = Ledger(sweep.store), out / "logs"
-        attempts_of = lambda stage: past_attempts(ledger, stage.id, logs)  # noqa: E731
-        write_text(out / REPORT, page(out, sweep.plan, sweep.rows(), attempts_of, time.time()))
+        write_text(out / REPORT, page(out, sweep.plan, sweep.rows(), time.time()))
     except Exception as error:  # whatever is wrong with the report, the sweep is fine
         say(console, f"note: {out / REPORT} can't be written ({type(error).__name__}: {error})")

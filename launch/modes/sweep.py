@@ -18,10 +18,10 @@ from hfprune_launch.slurm.cli import cancel_sweep, show_jobs, show_status
 from hfprune_launch.slurm.commands import SlurmUnavailableError
 from hfprune_launch.slurm.estimate import show_estimates
 from hfprune_launch.slurm.status import row_logs
-from hfprune_launch.stage.attempts import Ledger
 from hfprune_launch.sweep_folder import configuration, forget_rows, read_sweep
 
 from hfprune_dist.config.yaml_text import to_yaml
+from hfprune_dist.store.attempts import Ledger
 from hfprune_dist.store.cancellation import request_cancellation
 
 LOG_LINES = 40

@@ -17,7 +17,6 @@ from hfprune_launch.screen import StageScreen, show_checkpoints, show_results, s
 from hfprune_launch.slurm.cli import run_on_slurm
 from hfprune_launch.slurm.commands import SlurmCommands
 from hfprune_launch.slurm.launcher import NewJobs
-from hfprune_launch.stage.attempts import Ledger
 from hfprune_launch.stage.stage_file import Provenance
 from hfprune_launch.sweep_folder import Sweep, read_sweep, record_locked, recorded_sweep, write_config
 
@@ -26,6 +25,7 @@ from hfprune_dist.planning.plan import kept_rows, with_earlier_rows
 from hfprune_dist.results.formats import counted
 from hfprune_dist.results.rows import DenseModel
 from hfprune_dist.results.table import RESULTS
+from hfprune_dist.store.attempts import Ledger
 from hfprune_dist.store.file_system import require_usable
 from hfprune_dist.store.stage import Stage
 

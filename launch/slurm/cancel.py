@@ -7,10 +7,10 @@ from collections.abc import Callable
 
 from hfprune_launch.slurm.commands import SlurmCommands
 from hfprune_launch.slurm.observe import Observer
-from hfprune_launch.stage.attempts import Attempt, Ledger
 from hfprune_launch.stage.stage_state import name_of
 
 from hfprune_dist.store.artifacts import Store
+from hfprune_dist.store.attempts import Attempt, Ledger
 
 # Seconds between two looks for jobs, and for which jobs and launchers that submit at this moment are waited for.
 LOOK_AGAIN_S = 2.0

@@ -20,7 +20,6 @@ from hfprune_launch.slurm.profile import Profile
 from hfprune_launch.slurm.script import Request, batch_script, default_threads
 from hfprune_launch.slurm.snapshot import take_snapshot
 from hfprune_launch.slurm.status import stage_statuses, status_table
-from hfprune_launch.stage.attempts import Ledger
 from hfprune_launch.stage.progress_lines import ProgressLines
 from hfprune_launch.sweep_folder import Sweep
 from rich.console import Console
@@ -30,6 +29,7 @@ from rich.markup import escape
 from hfprune_dist.config.schema import RuntimeConfig
 from hfprune_dist.results.formats import counted
 from hfprune_dist.store.artifacts import Verdict
+from hfprune_dist.store.attempts import Ledger
 from hfprune_dist.store.file_system import require_own
 from hfprune_dist.store.stage import Stage
 

@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING
 import psutil
 from hfprune_launch.slurm.causes import START, Cause, as_progress, no_further
 from hfprune_launch.slurm.commands import SlurmCommands, SlurmUnavailableError
-from hfprune_launch.stage.attempts import Ledger, Run
 from hfprune_launch.stage.run import (
     CLAIM_LOST_EXIT_CODE,
     Admission,
@@ -34,6 +33,7 @@ from hfprune_launch.stage.run import (
 from hfprune_dist.distributed.interruption import Interrupted, Interruption
 from hfprune_dist.errors import UserError, from_os_error
 from hfprune_dist.store.artifacts import Store
+from hfprune_dist.store.attempts import Ledger, Run
 from hfprune_dist.store.claims import Claim, ClaimLostError, Holder, keep_renewed
 from hfprune_dist.store.heartbeat import Failure
 

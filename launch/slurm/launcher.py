@@ -26,13 +26,13 @@ from hfprune_launch.slurm.decide import GONE_AFTER_S, Action, Do, InSlot, Sight,
 from hfprune_launch.slurm.observe import Observer
 from hfprune_launch.slurm.profile import Profile
 from hfprune_launch.slurm.script import Request, default_threads, write_submission
-from hfprune_launch.stage.attempts import SCRIPT, Attempt, End, Ledger
 from hfprune_launch.stage.stage_file import Provenance, write_stage_file
 
 from hfprune_dist.errors import UserError
 from hfprune_dist.planning.plan import Plan
 from hfprune_dist.store.artifacts import Store
 from hfprune_dist.store.atomic_files import fsync_folders
+from hfprune_dist.store.attempts import SCRIPT, Attempt, End, Ledger
 from hfprune_dist.store.cancellation import Cancellation
 from hfprune_dist.store.claims import Holder, keep_renewed
 from hfprune_dist.store.heartbeat import Failure

@@ -13,11 +13,11 @@ from typing import Any
 
 from hfprune_launch.slurm.commands import JobInfo, SlurmCommands, SlurmUnavailableError
 from hfprune_launch.slurm.decide import GONE_AFTER_S, Sight, StageState
-from hfprune_launch.stage.attempts import DONE, Attempt, Ledger
 from hfprune_launch.stage.stage_file import find_stage_file
 
 from hfprune_dist.planning.plan import Plan
 from hfprune_dist.store.artifacts import Store
+from hfprune_dist.store.attempts import DONE, Attempt, Ledger
 
 
 class Observer:

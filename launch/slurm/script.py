@@ -11,12 +11,12 @@ from pathlib import Path
 
 from hfprune_launch.slurm.causes import START
 from hfprune_launch.slurm.profile import Resources
-from hfprune_launch.stage.attempts import SCRIPT
 from submitit.slurm.slurm import SlurmExecutor
 
 from hfprune_dist.errors import UserError
 from hfprune_dist.results.formats import counted
 from hfprune_dist.store.atomic_files import write_text
+from hfprune_dist.store.attempts import SCRIPT
 from hfprune_dist.store.machine import threads_allowed
 from hfprune_dist.store.stage import Stage
 

@@ -11,7 +11,6 @@ from hfprune_launch.measured_hours import NO_RUN, measured_hours
 from hfprune_launch.screen import plain_table
 from hfprune_launch.slurm.causes import log_tail
 from hfprune_launch.slurm.commands import JobInfo
-from hfprune_launch.stage.attempts import Attempt, Ledger
 from hfprune_launch.stage.stage_file import began_at
 from hfprune_launch.stage.stage_state import staleness, state_of, time_left
 from rich.markup import escape
@@ -22,6 +21,7 @@ from hfprune_dist.planning.plan import Plan
 from hfprune_dist.results.formats import duration
 from hfprune_dist.store.artifacts import Store
 from hfprune_dist.store.atomic_files import listed, modified_at
+from hfprune_dist.store.attempts import Attempt, Ledger
 from hfprune_dist.store.stage import Stage
 
 # States of stages that have yet to begin.

@@ -18,12 +18,12 @@ from hfprune_launch.local import backend
 from hfprune_launch.slurm import commands as slurm_cli
 from hfprune_launch.slurm.job import Start
 from hfprune_launch.stage import run as stage_script
-from hfprune_launch.stage.attempts import Ledger
 from made_stages import stage_of
 from sweeps import make_inputs, results, without_costs
 
 from hfprune_dist.store.artifacts import Store
 from hfprune_dist.store.atomic_files import read_json
+from hfprune_dist.store.attempts import Ledger
 from hfprune_dist.store.claims import Claim, try_claim
 from hfprune_dist.store.hashing import FileHashes
 from hfprune_dist.store.stage import Input, Stage

@@ -4,7 +4,6 @@ import re
 
 from hfprune_launch import bench
 from hfprune_launch.demo import assets
-from hfprune_launch.stage.attempts import DONE, End, Ledger
 from hfprune_launch.sweep_folder import Sweep
 from made_stages import stage_of
 from sweeps import in_process
@@ -12,6 +11,7 @@ from tiny import save_tiny
 
 from hfprune_dist.planning.plan import Plan
 from hfprune_dist.store.artifacts import Store
+from hfprune_dist.store.attempts import DONE, End, Ledger
 
 
 def test_stages_in_units_with_all_their_attempts(tmp_path, monkeypatch):

@@ -6,7 +6,6 @@ import shutil
 import pytest
 from fake_slurm import Controller, Job
 from hfprune_launch import clean, report, sweep
-from hfprune_launch.stage.attempts import Ledger
 from hfprune_launch.stage.stage_file import Provenance, write_stage_file
 from hfprune_launch.sweep_folder import read_sweep
 from made_stages import stage_of
@@ -14,6 +13,7 @@ from sweeps import in_process, planned
 
 from hfprune_dist.config.schema import RuntimeConfig
 from hfprune_dist.store.artifacts import Store
+from hfprune_dist.store.attempts import Ledger
 from hfprune_dist.store.stage import Input
 
 UNKNOWN = "0" * 20  # no stage's fingerprint

@@ -2,7 +2,6 @@
 
 import io
 
-import hfprune_launch.modes.report_page as report_page
 import pytest
 from drawn_sweep import DrawnSweep
 from hfprune_launch import report
@@ -11,6 +10,7 @@ from hfprune_launch.sweep_folder import Sweep
 from rich.console import Console
 from sweeps import in_process
 
+from hfprune_dist.report import page
 from hfprune_dist.store.artifacts import Store
 
 
@@ -25,7 +25,7 @@ def test_one_that_cannot_be_written_ends_nothing(drawn, monkeypatch):
     said = io.StringIO()
     (drawn.out / REPORT).mkdir()
     write_page(drawn.out, Console(file=said))
-    monkeypatch.setattr(report_page, "past_attempts", lambda *_: {}["broken"])
+    monkeypatch.setattr(page, "past_attempts", lambda *_: {}["broken"])
     write_page(drawn.out, Console(file=said))
     first, second = said.getvalue().splitlines()
     assert "can't be written" in first and "can't be written" in second and "broken" in second

@@ -7,13 +7,13 @@ from dataclasses import replace
 import pytest
 from hfprune_launch.local import backend as local
 from hfprune_launch.local.backend import LocalBackend, explain_death
-from hfprune_launch.stage.attempts import Ledger
 from hfprune_launch.stage.stage_file import Provenance
 from made_stages import stage_of
 
 from hfprune_dist.config.schema import RuntimeConfig
 from hfprune_dist.store import claims
 from hfprune_dist.store.artifacts import StageHandle, Store
+from hfprune_dist.store.attempts import Ledger
 from hfprune_dist.store.cancellation import Cancellation, request_cancellation
 from hfprune_dist.store.claims import Claim, Holder, try_claim
 from hfprune_dist.store.heartbeat import Failure

@@ -9,10 +9,10 @@ import pytest
 from fake_slurm import complete
 from hfprune_launch.slurm.causes import RETRIES, START, explain_end, fruitless_starts, no_further
 from hfprune_launch.slurm.commands import NEVER, JobInfo
-from hfprune_launch.stage.attempts import End, Ledger, Run
 from made_stages import stage_of
 
 from hfprune_dist.store.artifacts import Store
+from hfprune_dist.store.attempts import End, Ledger, Run
 from hfprune_dist.store.heartbeat import Failure, Progress
 from hfprune_dist.store.stage import Input
 

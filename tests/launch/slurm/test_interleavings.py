@@ -8,13 +8,13 @@ from unittest import mock
 import pytest
 from fake_slurm import Clock, Controller, FakeLauncher, complete
 from hfprune_launch.slurm.commands import SlurmUnavailableError
-from hfprune_launch.stage.attempts import Ledger
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from made_stages import stage_of
 
 from hfprune_dist.planning.plan import Plan
 from hfprune_dist.store.artifacts import Store
+from hfprune_dist.store.attempts import Ledger
 from hfprune_dist.store.stage import Input
 
 FIRST = stage_of("importance", "a", {}, {"model": Input("digest", "/model")})

@@ -6,7 +6,6 @@ import pytest
 from fake_slurm import Controller
 from hfprune_launch.slurm import job
 from hfprune_launch.slurm.job import NodeError, Start, rank_environment, require_usable_node
-from hfprune_launch.stage.attempts import Ledger, Run
 from made_stages import stage_of
 from ranks import ROOT, SoloWorld
 
@@ -14,6 +13,7 @@ from hfprune_dist.distributed.interruption import Interrupted, Interruption
 from hfprune_dist.errors import UserError
 from hfprune_dist.store import claims
 from hfprune_dist.store.artifacts import Store
+from hfprune_dist.store.attempts import Ledger, Run
 from hfprune_dist.store.claims import try_claim
 from hfprune_dist.store.heartbeat import Progress
 from hfprune_dist.store.stage import Input

@@ -13,7 +13,6 @@ from hfprune_launch.slurm import cli
 from hfprune_launch.slurm.cancel import cancel_jobs
 from hfprune_launch.slurm.cli import show_status
 from hfprune_launch.slurm.commands import SlurmCommands, SlurmUnavailableError
-from hfprune_launch.stage.attempts import Ledger, Run
 from hfprune_launch.sweep_folder import Sweep
 from made_stages import stage_of
 from rich.console import Console
@@ -21,6 +20,7 @@ from sweeps import make_inputs, sweep
 
 from hfprune_dist.planning.plan import Plan
 from hfprune_dist.store.artifacts import Store
+from hfprune_dist.store.attempts import Ledger, Run
 from hfprune_dist.store.cancellation import request_cancellation
 from hfprune_dist.store.claims import try_claim
 from hfprune_dist.store.heartbeat import Failure, Progress

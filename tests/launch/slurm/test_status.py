@@ -7,12 +7,12 @@ from dataclasses import asdict, replace
 import pytest
 from hfprune_launch.slurm.commands import JobInfo
 from hfprune_launch.slurm.status import stage_statuses
-from hfprune_launch.stage.attempts import Ledger, Run
 from made_stages import stage_of
 
 from hfprune_dist.planning.plan import Plan
 from hfprune_dist.store.artifacts import Store
 from hfprune_dist.store.atomic_files import write_json
+from hfprune_dist.store.attempts import Ledger, Run
 from hfprune_dist.store.claims import Holder
 from hfprune_dist.store.heartbeat import Failure
 from hfprune_dist.store.stage import Input

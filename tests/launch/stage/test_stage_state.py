@@ -9,13 +9,13 @@ from dataclasses import asdict, replace
 import pytest
 from hfprune_launch.slurm import cli
 from hfprune_launch.slurm.status import row_logs, stage_statuses, status_table
-from hfprune_launch.stage import attempts
 from hfprune_launch.stage.stage_state import time_left
 from hfprune_launch.sweep_folder import Sweep
 from made_stages import stage_of
 from rich.console import Console
 
 from hfprune_dist.planning.plan import Cell, Plan
+from hfprune_dist.store import attempts
 from hfprune_dist.store.artifacts import Store
 from hfprune_dist.store.claims import Holder
 from hfprune_dist.store.heartbeat import Failure, Heartbeat, Progress

@@ -5,10 +5,10 @@ import os
 from pathlib import Path
 
 import pytest
-from hfprune_launch.stage.attempts import End, Ledger, Run, end_of_log, past_attempts
 from made_stages import stage_of
 
 from hfprune_dist.store.artifacts import Store
+from hfprune_dist.store.attempts import End, Ledger, Run, end_of_log, past_attempts
 from hfprune_dist.store.claims import Claim, Holder, try_claim
 from hfprune_dist.store.heartbeat import Progress
 from hfprune_dist.store.stage import Input
@@ -107,7 +107,7 @@ def test_only_jobs_that_are_over_lose_their_claims(ledger, attempt):
 
 
 def told(ledger):
-    found = past_attempts(ledger, STAGE.id, ledger.store.root / "logs")
+    found = past_attempts(ledger.store, STAGE.id, ledger.store.root / "logs")
     return [(it.number, it.state, it.started, it.ended, it.cause, it.where) for it in found]
 
 
@@ -149,7 +149,7 @@ def test_attempts_on_this_machine_are_told_too(ledger):
             attempt.close(End("input", "no such file", attempt.intent.created + 1))
     handle.work.mkdir(parents=True)
     Progress(handle.work).update("layers", 3, 4)
-    found = past_attempts(ledger, STAGE.id, logs)
+    found = past_attempts(ledger.store, STAGE.id, logs)
     assert [(it.state, it.cause) for it in found] == [
         ("failed", "input"),
         ("failed", "cut off"),
@@ -160,7 +160,7 @@ def test_attempts_on_this_machine_are_told_too(ledger):
     ledger.store.handle(STAGE.id).commit(
         STAGE, handle.open_draft(), {"metrics": {}, "attempts": 3, "finished": 9.0, "wall_time_s": 1.0}
     )
-    assert past_attempts(ledger, STAGE.id, logs)[2].state == "done", "its launcher was killed before it said so"
+    assert past_attempts(ledger.store, STAGE.id, logs)[2].state == "done", "its launcher was killed before it said so"
     assert ledger.jobs_of(STAGE.id) == [] and not ledger.has_jobs() and ledger.open_jobs() == []
 
 

@@ -21,7 +21,7 @@ import re
 import shutil
 import time
 import uuid
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -31,7 +31,6 @@ from hfprune_dist.errors import UserError
 from hfprune_dist.store.artifacts import Store
 from hfprune_dist.store.atomic_files import as_record, listed, locked, read_json, unless_stale, write_json
 from hfprune_dist.store.claims import Claim, Holder, OpenClaim
-from hfprune_dist.store.past_attempt import PastAttempt
 from hfprune_dist.store.stage import Stage
 
 Record = TypeVar("Record")
@@ -265,25 +264,46 @@ class Ledger:
                 yield Attempt(path, intent)
 
 
-def past_attempts(ledger: Ledger, stage_id: str, logs: Path) -> list[PastAttempt]:
+@dataclass(frozen=True)
+class PastAttempt:
+    """One attempt as a report shows it.
+
+    Attributes:
+        state: ``open`` if no end is known: the attempt is queued, is running, or was cut off.
+        started, ended: unix time; None if it wasn't recorded, or hasn't come yet.
+        cause: why it ended, in a word or two.
+        where: job and nodes; empty on this machine.
+    """
+
+    number: int
+    state: Literal["done", "failed", "open"]
+    started: float | None
+    ended: float | None
+    cause: str = ""
+    message: str = ""
+    where: str = ""
+    logs: Sequence[Path] = ()
+
+
+def past_attempts(store: Store, stage_id: str, logs: Path) -> list[PastAttempt]:
     """Return the attempts at a stage as a report shows them.
 
     Args:
         logs: folder of the logs of stages that ran on this machine.
     """
-    handle, attempts = ledger.store.handle(stage_id), ledger.of(stage_id)
+    handle, attempts = store.handle(stage_id), Ledger(store).of(stage_id)
     manifest, beat = handle.manifest() or {}, handle.heartbeat()
     past = []
     for attempt in attempts:
         intent, end, runs = attempt.intent, attempt.end, attempt.runs()
-        started: float | None = intent.created
-        where = ""
-        own_logs = [log] if (log := local_log(logs, intent)).exists() else []
         if intent.job_name:
             started, own_logs = runs[0].started if runs else None, attempt.logs()
             requeued = f", requeued {len(runs) - 1} times" if len(runs) > 1 else ""
             where = f"job {attempt.job_id or 'unknown'}{f' on {runs[-1].nodes}' if runs else ''}{requeued}"
-        told = PastAttempt(intent.number, "open", started, None, "no end known", "", where, tuple(own_logs))
+        else:
+            log = local_log(logs, intent)
+            started, own_logs, where = intent.created, [log] if log.exists() else [], ""
+        told = PastAttempt(intent.number, "open", started, None, "no end known", "", where, own_logs)
         if end is None and manifest.get("attempts") == intent.number:
             end = End(DONE, "", manifest["finished"])
         if end is not None:
