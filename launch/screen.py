@@ -5,12 +5,10 @@ from __future__ import annotations
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TypeVar
 
-from hfprune_launch.stage.progress_lines import ProgressLines
-from hfprune_launch.stage.stage_state import time_left
 from rich.console import Console, JustifyMethod
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
@@ -19,7 +17,7 @@ from rich.table import Table
 
 from hfprune_dist.planning.plan import Plan
 from hfprune_dist.results.checkpoints import Update
-from hfprune_dist.results.formats import counted
+from hfprune_dist.results.formats import counted, duration
 from hfprune_dist.results.markdown import Column, cells
 from hfprune_dist.results.rows import Row
 from hfprune_dist.results.table import causes, columns, notes
@@ -30,6 +28,8 @@ from hfprune_dist.store.stage import Stage
 # Characters of a terminal that has room for standard errors of KL, and of one that is too narrow for any table.
 ROOMY, NARROW = 100, 60
 SIDES: dict[bool, JustifyMethod] = {True: "left", False: "right"}
+# Seconds between two lines about one stage, and before the first.
+LINE_INTERVAL_S = 30.0
 SAID_OF_WIDE = "all columns: --wide"
 T = TypeVar("T")
 
@@ -83,6 +83,41 @@ def show_shapes(console: Console, shapes: Mapping[str, Mapping[str, str]]) -> No
     for label, sizes in shapes.items():
         lines.add_row(escape(label), *(sizes.get(name, "-") for name in names), sizes.get("note", ""))
     console.print(lines)
+
+
+def time_left(heartbeat: Heartbeat | None) -> str:
+    """Return the time until the end of the current phase; empty if it isn't known yet."""
+    seconds = None if heartbeat is None else heartbeat.seconds_left
+    return "" if seconds is None else duration(seconds)
+
+
+class ProgressLines:
+    """Where there is no terminal to show more, as under nohup or in a pipe: an occasional line for each running stage.
+
+    Args:
+        clock: seconds of a monotonic clock.
+    """
+
+    def __init__(self, console: Console, clock: Callable[[], float] = time.monotonic) -> None:
+        self._console = console
+        self._clock = clock
+        self._told_at: dict[str, float] = {}
+
+    def tell(self, stage: Stage, progress: str, left: str) -> None:
+        """Print how far a stage is, if a line is due; to be called on every sign of progress of a running stage.
+
+        Args:
+            progress: e.g. "calibration 3/9"; empty while the stage starts.
+            left: the time left; empty if it isn't known.
+        """
+        now = self._clock()
+        if self._console.is_terminal or now - self._told_at.setdefault(stage.id, now) < LINE_INTERVAL_S:
+            return
+        self._told_at[stage.id] = now
+        say(
+            self._console,
+            f"{stage.kind} {stage.label}: {progress or 'starting'}{f', {left} left' if left else ''}",
+        )
 
 
 class StageScreen:

@@ -51,6 +51,10 @@ class Holder:
     def me(cls, job: str | None = None) -> Holder:
         return cls(socket.gethostname(), os.getpid(), _start_of(os.getpid()), job)
 
+    def __str__(self) -> str:
+        place = "" if self.host == socket.gethostname() else f" on {self.host}"
+        return f"process {self.pid}{place}" if self.job is None else f"job {self.job}{place}"
+
     def is_running(self) -> bool | None:
         """Whether the process is running; None if it can't be seen from here and only its claim's renewals can tell:
         it is on another machine, in another container, from before a reboot, or hidden as another user's.

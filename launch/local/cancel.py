@@ -6,8 +6,6 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from hfprune_launch.stage.stage_state import name_of
-
 from hfprune_dist.planning.plan import Plan
 from hfprune_dist.store.artifacts import StageHandle, Store
 from hfprune_dist.store.attempts import Ledger
@@ -48,7 +46,7 @@ def wait_until_cancelled(running: Sequence[Running]) -> Iterator[str]:
     for each in running:
         while (goes_on := each.goes_on()) and time.monotonic() < deadline:
             time.sleep(POLL_S)
-        name = f"{each.stage.kind} {each.stage.label}: {name_of(each.holder)}"
+        name = f"{each.stage.kind} {each.stage.label}: {each.holder}"
         if goes_on:
             yield f"not cancelled yet: {name} is still at work on it; on its machine, kill {each.holder.pid} ends it"
         else:

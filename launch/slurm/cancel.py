@@ -7,7 +7,6 @@ from collections.abc import Callable
 
 from hfprune_launch.slurm.commands import SlurmCommands
 from hfprune_launch.slurm.observe import Observer
-from hfprune_launch.stage.stage_state import name_of
 
 from hfprune_dist.store.artifacts import Store
 from hfprune_dist.store.attempts import Attempt, Ledger
@@ -58,4 +57,4 @@ def _submitting(ledger: Ledger, attempts: list[Attempt]) -> list[str]:
     handles = (ledger.store.handle(it.intent.stage_id) for it in attempts if it.job_id is None)
     claims = [handle.open_claim() for handle in handles]
     holders = {claim.holder for claim in claims if claim is not None and claim.lives and claim.holder.job is None}
-    return sorted(f"{name_of(holder)} submits a job" for holder in holders)
+    return sorted(f"{holder} submits a job" for holder in holders)

@@ -11,7 +11,7 @@ from pathlib import Path
 from time import sleep
 
 from hfprune_launch.project import PROJECT
-from hfprune_launch.screen import say
+from hfprune_launch.screen import ProgressLines, say
 from hfprune_launch.slurm.cancel import cancel_jobs
 from hfprune_launch.slurm.commands import JobInfo, SlurmCommands, SlurmUnavailableError
 from hfprune_launch.slurm.launcher import Event, Launcher, NewJobs
@@ -20,7 +20,6 @@ from hfprune_launch.slurm.profile import Profile
 from hfprune_launch.slurm.script import Request, batch_script, default_threads
 from hfprune_launch.slurm.snapshot import take_snapshot
 from hfprune_launch.slurm.status import stage_statuses, status_table
-from hfprune_launch.stage.progress_lines import ProgressLines
 from hfprune_launch.sweep_folder import Sweep
 from rich.console import Console
 from rich.live import Live

@@ -8,24 +8,25 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from hfprune_launch.measured_hours import NO_RUN, measured_hours
-from hfprune_launch.screen import plain_table
+from hfprune_launch.screen import plain_table, time_left
 from hfprune_launch.slurm.causes import log_tail
 from hfprune_launch.slurm.commands import JobInfo
-from hfprune_launch.stage.stage_file import began_at
-from hfprune_launch.stage.stage_state import staleness, state_of, time_left
 from rich.markup import escape
 from rich.table import Table
 
 from hfprune_dist.errors import UserError, did_you_mean
 from hfprune_dist.planning.plan import Plan
 from hfprune_dist.results.formats import duration
-from hfprune_dist.store.artifacts import Store
+from hfprune_dist.store.artifacts import STAGE_FILE, Store
 from hfprune_dist.store.atomic_files import listed, modified_at
 from hfprune_dist.store.attempts import Attempt, Ledger
+from hfprune_dist.store.heartbeat import in_one_line
 from hfprune_dist.store.stage import Stage
 
 # States of stages that have yet to begin.
 NOT_BEGUN = ("missing", "waiting", "queued")
+# A running stage without a sign of life for this long may hang, though a step of a large model may take as long.
+STALE_MINUTES = 5
 COLORS = {"done": "green", "running": "cyan", "failed": "red", "died": "red"}
 
 
@@ -81,11 +82,12 @@ def _status(stage: Stage, ledger: Ledger, jobs: Mapping[str, JobInfo] | None, no
     elif job is not None and job.is_live and state != "done":
         state, detail = ("queued", job.reason) if job.is_waiting else (job.state.lower(), "")
     heartbeat, runs = handle.heartbeat(), last.runs() if last is not None and is_open else []
-    began = runs[-1].started if runs else None if is_open else began_at(handle)
+    began = runs[-1].started if runs else None if is_open else modified_at(handle.work / STAGE_FILE)
     shown = heartbeat if state == "running" else None
     if state == "running":
         signs = [*([began] if began is not None else []), *([heartbeat.updated] if heartbeat is not None else [])]
-        detail = "; ".join(part for part in (detail, staleness(signs, now)) if part)
+        if (minutes := int((now - max(signs, default=now)) / 60)) >= STALE_MINUTES:
+            detail = f"{detail}; stale for {minutes} min".removeprefix("; ")
     return StageStatus(
         stage=stage,
         state=state,
@@ -100,11 +102,21 @@ def _status(stage: Stage, ledger: Ledger, jobs: Mapping[str, JobInfo] | None, no
 
 
 def _state(stage: Stage, ledger: Ledger, job: JobInfo | None) -> tuple[str, str]:
-    claim = ledger.open_claim(stage.id)
+    """Return the state of a stage according to its files, and who runs it, why it failed, or what it waits for."""
+    store, claim = ledger.store, ledger.open_claim(stage.id)
+    handle = store.handle(stage.id)
     if job is not None and claim is not None and claim.holder.job is not None:
         claim = None  # Slurm itself knows the state of its job
-    known = state_of(stage, ledger.store.handle(stage.id), claim)
-    return known.state, known.detail
+    if handle.is_committed():
+        return "done", ""
+    if claim is not None and claim.lives:
+        return "running", str(claim.holder)
+    if (failure := handle.failure()) is not None:
+        return "failed", f"{failure.cause}: {in_one_line(failure.message)}"
+    if claim is not None:
+        return "died", f"{claim.holder} ended without giving a reason; run the same command again"
+    missing = [need for need in stage.needs if not store.handle(need).is_committed()]
+    return ("waiting", f"for {missing[0]}") if missing else ("missing", "")
 
 
 def status_table(statuses: list[StageStatus]) -> Table:

@@ -8,7 +8,7 @@ from typing import Any
 
 from hfprune_dist.config.schema import RuntimeConfig
 from hfprune_dist.store.artifacts import STAGE_FILE, StageHandle
-from hfprune_dist.store.atomic_files import modified_at, read_record, write_json
+from hfprune_dist.store.atomic_files import read_record, write_json
 from hfprune_dist.store.stage import Stage
 
 
@@ -57,8 +57,3 @@ def write_stage_file(handle: StageHandle, stage: Stage, provenance: Provenance, 
 def find_stage_file(handle: StageHandle) -> StageFile | None:
     """Read what ``write_stage_file`` wrote; None if there is nothing that can be read."""
     return read_record(StageFile, handle.work / STAGE_FILE)
-
-
-def began_at(handle: StageHandle) -> float | None:
-    """Return when the last attempt began, in unix time; None if the work folder has none."""
-    return modified_at(handle.work / STAGE_FILE)

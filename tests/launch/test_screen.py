@@ -6,13 +6,8 @@ import sys
 import unicodedata
 
 import pytest
-from hfprune_launch.screen import (
-    make_console,
-    show_results,
-    stage_screen,
-)
-from hfprune_launch.stage import progress_lines
-from hfprune_launch.stage.progress_lines import ProgressLines
+from hfprune_launch import screen
+from hfprune_launch.screen import ProgressLines, make_console, show_results, stage_screen
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from made_stages import stage_of
@@ -120,14 +115,14 @@ def test_progress_without_a_terminal_is_a_line_now_and_then():
 
 @pytest.mark.parametrize("is_terminal", [True, False])
 def test_a_sweep_shows_the_stage_at_work_and_when_it_ends(is_terminal, monkeypatch):
-    monkeypatch.setattr(progress_lines, "INTERVAL_S", 0.0)
+    monkeypatch.setattr(screen, "LINE_INTERVAL_S", 0.0)
     stage = stage_of("importance", "a", {}, {"model": Input("digest", "/x")})
     console = Console(file=io.StringIO(), width=120, force_terminal=is_terminal, color_system=None)
-    with stage_screen(console, 2) as screen:
-        screen.begin(stage)
-        screen.beat(stage, Heartbeat("calibration", 5, 9, 100.0, 40.0, 2))
-        screen._progress.refresh()
-        screen.end(stage, None)
+    with stage_screen(console, 2) as shown:
+        shown.begin(stage)
+        shown.beat(stage, Heartbeat("calibration", 5, 9, 100.0, 40.0, 2))
+        shown._progress.refresh()
+        shown.end(stage, None)
     text = console.file.getvalue()
-    assert ("importance a: calibration 5/9, 80 s left\n" in text) != is_terminal
-    assert ("5/9" in text and "80 s left" in text) and "[1/2] done importance a (0.0 s)" in text
+    assert ("importance a: calibration 5/9, 80s left\n" in text) != is_terminal
+    assert ("5/9" in text and "80s left" in text) and "[1/2] done importance a (0.0 s)" in text

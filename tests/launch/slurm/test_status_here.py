@@ -9,7 +9,6 @@ from dataclasses import asdict, replace
 import pytest
 from hfprune_launch.slurm import cli
 from hfprune_launch.slurm.status import row_logs, stage_statuses, status_table
-from hfprune_launch.stage.stage_state import time_left
 from hfprune_launch.sweep_folder import Sweep
 from made_stages import stage_of
 from rich.console import Console
@@ -57,7 +56,7 @@ def test_a_stage_that_runs_shows_how_far_it_is_and_who_runs_it(store):
     beat = Heartbeat("calibration", 5, 9, now, now - 60, 2)
     (handle.work / "progress.json").write_text(json.dumps(asdict(beat)))
     assert shown(store) == [
-        f"importance a running calibration 5/9 80 s process {os.getpid()}",
+        f"importance a running calibration 5/9 80s process {os.getpid()}",
         f"prune a 0.2 waiting no run yet for {STAGE.id}",
     ]
     claim.release()
@@ -135,8 +134,3 @@ def test_who_follows_does_not_leave_between_two_stages(store, tmp_path, monkeypa
     commit(NEXT)
     cli.show_status(Console(file=io.StringIO()), Sweep(PLAN, store, tmp_path), keep_on=True)
     assert len(looks) == 4 + cli.LOOKS_AT_REST, "nothing is to come"
-
-
-def test_time_left_in_words():
-    for seconds, words in ((119, "119 s"), (120, "2 min"), (9000, "2.5 h")):
-        assert time_left(Heartbeat("x", 1, 2, 10.0 + seconds, 10.0)) == words
