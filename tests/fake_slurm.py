@@ -16,7 +16,7 @@ from hfprune_launch.stage.stage_file import Provenance
 from hfprune_dist.config.schema import RuntimeConfig
 from hfprune_dist.planning.plan import Plan
 from hfprune_dist.store.artifacts import Store
-from hfprune_dist.store.cancellation import Cancellation
+from hfprune_dist.store.claims import Cancellation
 from hfprune_dist.store.stage import STAGE_VERSIONS, Stage
 
 HEADER = "JOBID|STATE|REASON|NODELIST|NAME|;\n"

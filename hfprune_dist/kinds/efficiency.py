@@ -21,7 +21,6 @@ class EfficiencyParameters(StageParameters):
     ``packages``: versions of the libraries that do the computing.
     """
 
-    dtype_setting: ClassVar[str | None] = "efficiency.dtype"
     batch_setting: ClassVar[str] = "efficiency.batch_sizes"
     remedy: ClassVar[str] = "fewer efficiency.batch_sizes or tokens, or efficiency.enabled false"
 

@@ -25,7 +25,6 @@ class EvaluateParameters(StageParameters):
     """Settings of an evaluation: those of an ``EvaluationConfig`` that it depends on."""
 
     tokenizes: ClassVar[bool] = True
-    dtype_setting: ClassVar[str | None] = "evaluation.dtype"
     batch_setting: ClassVar[str] = "evaluation.batch_size"
 
     tasks: list[str]

@@ -55,7 +55,6 @@ class ImportanceParameters(StageParameters):
     """
 
     tokenizes: ClassVar[bool] = True
-    dtype_setting: ClassVar[str | None] = "importance.dtype"
 
     calibration: CalibrationConfig
     criteria: list[CriterionName]

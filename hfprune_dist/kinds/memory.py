@@ -228,13 +228,11 @@ class StageParameters(Parameters, ABC):
 
     Attributes:
         tokenizes: whether it reads text with the tokenizer of its model.
-        dtype_setting: the setting for its compute dtype, where it has one of its own.
         batch_setting: the setting for how many sequences run at a time.
         remedy: what helps where no number of nodes is enough.
     """
 
     tokenizes: ClassVar[bool] = False
-    dtype_setting: ClassVar[str | None] = None
     batch_setting: ClassVar[str] = "calibration.micro_batch_size"
     remedy: ClassVar[str] = "no number of nodes is enough: GPUs with more memory, or shorter sequences"
 

@@ -35,7 +35,6 @@ class PruneParameters(StageParameters):
     before it takes one.
     """
 
-    dtype_setting: ClassVar[str | None] = "importance.dtype"
     remedy: ClassVar[str] = (
         "every rank has a layer's Gram matrices: GPUs with more memory, or a method with another refit, or none"
     )

@@ -19,7 +19,6 @@ from hfprune_dist.structures import kinds_among
 class DistillParameters(StageParameters):
     """Settings of a distillation. ``passes``: number of passes over the calibration windows."""
 
-    dtype_setting: ClassVar[str | None] = "distillation.dtype"
     batch_setting: ClassVar[str] = "distillation.micro_batch_size"
 
     distillation: DistillationConfig
@@ -39,7 +38,6 @@ class RecoverParameters(StageParameters):
     """Settings of fine-tuning on instruction pairs."""
 
     tokenizes: ClassVar[bool] = True
-    dtype_setting: ClassVar[str | None] = "recovery.dtype"
     batch_setting: ClassVar[str] = "recovery.micro_batch_size"
     masks: ClassVar[bool] = False
 

@@ -21,8 +21,7 @@ from hfprune_dist.kinds.efficiency import EfficiencyParameters
 from hfprune_dist.models.loading import load_causal_lm
 from hfprune_dist.stages.context import Context
 from hfprune_dist.store.atomic_files import write_json
-from hfprune_dist.store.machine import usable_cores
-from hfprune_dist.store.provenance import cpu_model
+from hfprune_dist.store.machine import cpu_model, usable_cores
 
 RESULTS = "efficiency.json"
 DENSE, MODEL = "dense", "model"

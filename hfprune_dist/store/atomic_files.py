@@ -10,6 +10,9 @@ import errno
 import fcntl
 import json
 import os
+import shutil
+import stat
+import tempfile
 import uuid
 from collections.abc import Callable, Iterator
 from fnmatch import fnmatchcase
@@ -18,12 +21,13 @@ from typing import Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
-from hfprune_dist.errors import naming
+from hfprune_dist.errors import UserError, naming
 
 T = TypeVar("T")
 
 # How often something that is stale is read before it counts as an error.
 READING_ATTEMPTS = 5
+FULL_DISK_BYTES = 64 * 1024
 _ADAPTERS: dict[type[Any], TypeAdapter[Any]] = {}  # each takes milliseconds to make
 
 
@@ -177,13 +181,55 @@ def usual_mode() -> int:
 
 def set_aside(file: Path, reason: str) -> None:
     """Rename a file that can't be used, which frees its name for a new one, and print a message."""
-    aside = rename_aside(file, "damaged")
+    number = 1
+    while (aside := file.with_name(f"{file.name}.damaged-{number}")).exists():
+        number += 1
+    file.rename(aside)
     print(f"{file}: {reason}; set aside as {aside.name}, and what it held is computed again", flush=True)
 
 
-def rename_aside(file: Path, why: str) -> Path:
-    """Rename a file to the first free name of ``<name>.<why>-1``, ``<name>.<why>-2``, ..., and return the new path."""
-    number = 1
-    while (aside := file.with_name(f"{file.name}.{why}-{number}")).exists():
-        number += 1
-    return file.rename(aside)
+# What a store needs of its file system.
+
+
+def require_usable(root: Path) -> None:
+    """Create a folder and check that it can be written to and has hard links, with which stages are claimed.
+
+    Raises:
+        UserError: if not; the message names the folder and the reason.
+    """
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".probe-", dir=root) as probe:
+            (Path(probe) / "file").touch()
+            try:
+                os.link(Path(probe) / "file", Path(probe) / "link")
+            except OSError as error:
+                raise UserError(
+                    f"{root}: no hard links on this file system ({error.strerror or error}), so stages can't be "
+                    "claimed there; choose another --out"
+                ) from None
+    except OSError as error:
+        raise UserError(f"{root}: can't be written to ({error.strerror or error}); choose another --out") from None
+
+
+def unwritable(root: Path) -> str:
+    """Say that the disk of a folder is full, or can only be read; empty if neither."""
+    if os.statvfs(root).f_flag & os.ST_RDONLY:
+        return f"{root}: Read-only file system; have it mounted for writing and run the sweep again"
+    if (free := shutil.disk_usage(root).free) <= FULL_DISK_BYTES:
+        return f"{root}: No space left on device ({free:,} bytes); make room and run the sweep again"
+    return ""
+
+
+def require_own(*folders: Path) -> None:
+    """Check that not everybody can write to folders whose content decides what jobs run.
+
+    Raises:
+        UserError: if everybody can.
+    """
+    for folder in folders:
+        if folder.is_dir() and folder.stat().st_mode & stat.S_IWOTH:
+            raise UserError(
+                f"{folder}: everybody can write to it, and so decide what your jobs run; chmod o-w {folder}, and give "
+                "those who share it a group (umask 002, chmod g+s)"
+            )

@@ -24,6 +24,7 @@ from hfprune_dist.errors import naming
 from hfprune_dist.store.atomic_files import as_record, listed, modified_at, read_json, write_json
 
 CLAIM_FILES = "claim.*"
+CANCELLED = "cancelled"  # in a store: a token, another for each cancellation of all that runs
 # The process of a holder on another host can't be checked; it counts as dead if its claim wasn't renewed for this long.
 RENEWAL_LIMIT_S = 300.0
 RENEW_S = 60.0
@@ -254,6 +255,34 @@ def _create(file: Path, text: str) -> bool:
     finally:
         draft.unlink(missing_ok=True)
     return True
+
+
+class Cancellation:
+    """Tells whether the runs on a store were cancelled, which a launcher asks before it starts anything and meanwhile.
+
+    A launcher makes it when it starts, so that an earlier cancellation doesn't concern it.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self._file = root / CANCELLED
+        self._earlier = read_json(self._file)
+
+    def is_requested(self) -> bool:
+        """Whether a cancellation has been requested since.
+
+        Raises:
+            OSError: if the store can't be read.
+        """
+        return bool(read_json(self._file) != self._earlier)
+
+    def request(self) -> None:
+        """Ask all launchers that work on the store at present to end what they run, and to start nothing more.
+
+        Raises:
+            OSError: if the store can't be written to.
+        """
+        self._file.parent.mkdir(parents=True, exist_ok=True)
+        write_json(self._file, uuid.uuid4().hex)
 
 
 def _system() -> str | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import os
+import platform
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,6 +15,7 @@ import psutil
 # What the driver of NVIDIA's GPUs tells about itself and them.
 NVIDIA = Path("/proc/driver/nvidia")
 DEVICES = Path("/dev")
+CPU_INFO = Path("/proc/cpuinfo")
 # What names a GPU in CUDA_VISIBLE_DEVICES; other words name none: NoDevFiles of older Slurm, void, none.
 DEVICE = re.compile(r"\s*(\d|GPU-|MIG-)")
 # Where control groups are mounted, and the file that names this process's own group in each hierarchy.
@@ -43,6 +45,17 @@ def driver_version() -> str | None:
     """Return the version of NVIDIA's driver; None if it isn't loaded."""
     found = re.search(r"\d+\.[\d.]*\d", _text(NVIDIA / "version"))
     return found and found[0]
+
+
+def cpu_model() -> str:
+    """Return the name of this machine's processor; its architecture if there is no name."""
+    return cpu_info("model name") or platform.machine()
+
+
+def cpu_info(name: str) -> str:
+    """Return what Linux says about the first processor under a name; empty if nothing."""
+    found = re.search(rf"^{name}\s*: (.*)$", _text(CPU_INFO), re.MULTILINE)
+    return found[1].strip() if found else ""
 
 
 def threads_allowed(environment: Mapping[str, str]) -> int | None:

@@ -1,4 +1,4 @@
-"""Provenance of a result: code, packages, machine."""
+"""Provenance of a result: its code and packages."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-CPU_INFO = Path("/proc/cpuinfo")
 CODE = ("hfprune_dist", "launch")  # folders of a clone
 PACKAGES = ("torch", "transformers", "deepspeed", "peft", "accelerate", "datasets", "lm-eval", "safetensors")
 
@@ -47,13 +46,6 @@ def _version(package: str) -> str | None:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return None
-
-
-def cpu_model() -> str:
-    """Name of this machine's processor; its architecture if there is no name."""
-    lines = CPU_INFO.read_text(encoding="utf-8", errors="replace").splitlines() if CPU_INFO.is_file() else []
-    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(named, "") or platform.machine()
 
 
 def _git(root: Path, *arguments: str) -> str | None:

@@ -17,10 +17,9 @@ from hfprune_launch.stage.stage_file import Provenance, write_stage_file
 from hfprune_dist.config.parameters import KINDS
 from hfprune_dist.results.formats import counted
 from hfprune_dist.store.artifacts import StageHandle, Store
+from hfprune_dist.store.atomic_files import unwritable
 from hfprune_dist.store.attempts import DONE, Attempt, End, Ledger, end_of_log, local_log
-from hfprune_dist.store.cancellation import Cancellation
-from hfprune_dist.store.claims import Claim, ClaimLostError, Holder, keep_renewed
-from hfprune_dist.store.file_system import unwritable
+from hfprune_dist.store.claims import Cancellation, Claim, ClaimLostError, Holder, keep_renewed
 from hfprune_dist.store.heartbeat import Failure, Heartbeat
 from hfprune_dist.store.stage import Stage
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable
 
 from hfprune_dist.config.schema import RuntimeConfig
-from hfprune_dist.kinds.memory import parameters_of
 from hfprune_dist.results.formats import counted
-from hfprune_dist.store.machine import NVIDIA, count_gpus, threads_allowed, usable_cores
-from hfprune_dist.store.provenance import CPU_INFO, cpu_model
+from hfprune_dist.store.machine import NVIDIA, count_gpus, cpu_info, cpu_model, threads_allowed, usable_cores
 from hfprune_dist.store.stage import Stage
 
 
@@ -17,9 +16,8 @@ def device_here(runtime: RuntimeConfig) -> str:
     """Return the device of a stage with one rank: this machine's kind of GPU, or its CPU and number of threads."""
     if not count_gpus():
         return f"{cpu_model()}, threads: {threads_of_a_rank(runtime, 1)}"
-    files = sorted(NVIDIA.glob("gpus/*/information"))
-    facts = [line for file in files for line in file.read_text(encoding="utf-8").splitlines()]
-    models = {line.partition(":")[2].strip() for line in facts if line.startswith("Model:")}
+    facts = "\n".join(file.read_text(encoding="utf-8") for file in NVIDIA.glob("gpus/*/information"))
+    models = {model.strip() for model in re.findall("^Model:(.*)$", facts, re.MULTILINE)}
     return ", ".join(sorted(models)) or "a GPU"
 
 
@@ -49,19 +47,11 @@ def ranks_here(runtime: RuntimeConfig) -> int:
 
 def note_on_bfloat16(stages: Iterable[Stage]) -> str:
     """Return which settings to change if stages would use bfloat16 on a CPU that is slow at it; empty if none."""
-    if count_gpus() or not _bfloat16_is_slow():
+    flags = cpu_info("flags").split()
+    # On an x86 without AVX-512, torch multiplies bfloat16 numbers one at a time.
+    is_slow = not count_gpus() and "sse2" in flags and "avx512bw" not in flags
+    if not is_slow or all(stage.params.compute_dtype != "bfloat16" for stage in stages):
         return ""
-    slow = (parameters_of(it) for it in stages if it.params.compute_dtype == "bfloat16")
-    settings = sorted({f"--set {it.dtype_setting}=float32" for it in slow if it.dtype_setting is not None})
-    if not settings:
-        return ""
-    return f"this CPU has no instructions for bfloat16; float32 is several times as fast on it: {' '.join(settings)}"
-
-
-def _bfloat16_is_slow() -> bool:
-    """Return whether this is an x86 without AVX-512, on which torch multiplies bfloat16 numbers one at a time."""
-    if not CPU_INFO.is_file():
-        return False
-    lines = CPU_INFO.read_text(encoding="utf-8", errors="replace").splitlines()
-    flags = next((line.split() for line in lines if line.startswith("flags")), [])
-    return "sse2" in flags and "avx512bw" not in flags
+    sections = "importance", "distillation", "recovery", "evaluation"
+    settings = " ".join(f"--set {section}.dtype=float32" for section in sections)
+    return f"this CPU has no instructions for bfloat16; float32 is several times as fast on it: {settings}"

@@ -22,7 +22,7 @@ from hfprune_launch.sweep_folder import configuration, forget_rows, read_sweep
 
 from hfprune_dist.config.yaml_text import to_yaml
 from hfprune_dist.store.attempts import Ledger
-from hfprune_dist.store.cancellation import request_cancellation
+from hfprune_dist.store.claims import Cancellation
 
 LOG_LINES = 40
 
@@ -105,7 +105,7 @@ def cancel(command: Command) -> int:
     plan, store = sweep.plan, sweep.store
     running = running_without_job(plan, store)
     try:
-        request_cancellation(store.root)
+        Cancellation(store.root).request()
     except OSError as error:  # jobs can be ended all the same
         command.tell(f"note: launchers can't be told ({error}), and may go on")
     for line in wait_until_cancelled(running):

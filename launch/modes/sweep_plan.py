@@ -25,7 +25,7 @@ from hfprune_dist.planning.plan import refuse_other_checkpoints
 from hfprune_dist.planning.ratios import place_of
 from hfprune_dist.planning.remarks import planned_sizes, remarks_on_settings, remarks_on_shapes, sizes_of
 from hfprune_dist.store.artifacts import Verdict
-from hfprune_dist.store.cancellation import Cancellation
+from hfprune_dist.store.claims import Cancellation
 
 NO_MODELS = """no models are named: give --models, or models in a --config file; for example
   python launch/sweep.py --models llama,qwen --ratios 0.2,0.5 --config configs/demo.yaml

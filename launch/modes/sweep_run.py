@@ -25,8 +25,8 @@ from hfprune_dist.planning.plan import kept_rows, with_earlier_rows
 from hfprune_dist.results.formats import counted
 from hfprune_dist.results.rows import DenseModel
 from hfprune_dist.results.table import RESULTS
+from hfprune_dist.store.atomic_files import require_usable
 from hfprune_dist.store.attempts import Ledger
-from hfprune_dist.store.file_system import require_usable
 from hfprune_dist.store.stage import Stage
 
 RunStages = Callable[[Callable[[], None]], int | None]

@@ -13,8 +13,8 @@ from typing import Any
 
 from hfprune_launch.slurm.commands import DEPENDENCY, NEVER, JobInfo
 
+from hfprune_dist.store.atomic_files import unwritable
 from hfprune_dist.store.attempts import Attempt, End, Ledger, end_of_log
-from hfprune_dist.store.file_system import unwritable
 from hfprune_dist.store.heartbeat import Heartbeat
 from hfprune_dist.store.stage import Stage
 

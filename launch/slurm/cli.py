@@ -28,8 +28,8 @@ from rich.markup import escape
 from hfprune_dist.config.schema import RuntimeConfig
 from hfprune_dist.results.formats import counted
 from hfprune_dist.store.artifacts import Verdict
+from hfprune_dist.store.atomic_files import require_own
 from hfprune_dist.store.attempts import Ledger
-from hfprune_dist.store.file_system import require_own
 from hfprune_dist.store.stage import Stage
 
 EVENT_COLORS = {"done": "green", "ended": "red", "waiting": "yellow", "cancelled": "yellow"}

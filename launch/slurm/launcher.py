@@ -33,8 +33,7 @@ from hfprune_dist.planning.plan import Plan
 from hfprune_dist.store.artifacts import Store
 from hfprune_dist.store.atomic_files import fsync_folders
 from hfprune_dist.store.attempts import SCRIPT, Attempt, End, Ledger
-from hfprune_dist.store.cancellation import Cancellation
-from hfprune_dist.store.claims import Holder, keep_renewed
+from hfprune_dist.store.claims import Cancellation, Holder, keep_renewed
 from hfprune_dist.store.heartbeat import Failure
 from hfprune_dist.store.stage import Stage
 

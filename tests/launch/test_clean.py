@@ -1,7 +1,10 @@
 """Freeing disk space: what goes, what stays, and what a later sweep does; no stage runs here."""
 
+import errno
+import os
 import re
 import shutil
+from pathlib import Path
 
 import pytest
 from fake_slurm import Controller, Job
@@ -32,7 +35,7 @@ def made(config, tmp_path_factory):
                 (draft / name).write_text("{}" + "x" * 998)
             metrics = {"fidelity": {}, "tasks": {}, "ratio_reached": ratio, "parameters": 5}
             store.handle(stage.id).commit(
-                stage, draft, {"metrics": metrics, "wall_time_s": 1.0, "peak_memory_bytes": 1}
+                stage, draft, {"metrics": metrics, "wall_time_s": 1.0, "world_size": 1, "peak_memory_bytes": 1}
             )
         assert in_process(sweep.main, *chosen, ratio)[0] == 0
     assert in_process(sweep.main, "--out", out, "--forget", "alpha 0.15 + lora")[0] == 0
@@ -164,3 +167,22 @@ def test_nothing_goes_while_a_stage_runs(out):
     claim.release()
     shutil.rmtree(handle.work)
     assert files(out) == before
+
+
+def test_files_in_use_do_not_count_as_removed(out, monkeypatch):
+    """On NFS, they stay under another name as long as they are open."""
+    draft = out / "store" / "prune" / ".draft-0-1"
+    draft.mkdir()
+    (draft / "file").write_text("12345")
+    unlink = os.unlink
+
+    def leave_open(path, **how):
+        if Path(path).name == "file":
+            raise OSError(errno.EBUSY, "Device or resource busy")
+        unlink(path, **how)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "unlink", leave_open)
+        code, _, said = in_process(clean.main, out)
+    assert code == 2 and f"{draft}: part of it can't be removed; is it another user's, or in use?" in said
+    assert "5 bytes removed" in run(out)

@@ -11,8 +11,7 @@ from worlds import Ranks, run_in_threads
 
 from hfprune_dist.stages.efficiency import RESULTS
 from hfprune_dist.store.artifacts import Store
-from hfprune_dist.store.machine import usable_cores
-from hfprune_dist.store.provenance import cpu_model
+from hfprune_dist.store.machine import cpu_model, usable_cores
 from hfprune_dist.store.stage import Input
 
 PARAMS = {

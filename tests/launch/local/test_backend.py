@@ -14,8 +14,7 @@ from hfprune_dist.config.schema import RuntimeConfig
 from hfprune_dist.store import claims
 from hfprune_dist.store.artifacts import StageHandle, Store
 from hfprune_dist.store.attempts import Ledger
-from hfprune_dist.store.cancellation import Cancellation, request_cancellation
-from hfprune_dist.store.claims import Claim, Holder, try_claim
+from hfprune_dist.store.claims import Cancellation, Claim, Holder, try_claim
 from hfprune_dist.store.heartbeat import Failure
 from hfprune_dist.store.stage import Input
 
@@ -106,7 +105,7 @@ def test_a_launcher_that_waits_for_anothers_stage_is_cancelled_with_it(backend, 
     claim = store.handle(STAGE.id).claim()
 
     def cancel(beat):
-        request_cancellation(store.root)
+        Cancellation(store.root).request()
         claim.release()  # the other launcher is interrupted
 
     with pytest.raises(KeyboardInterrupt, match="cancelled by another command"):

@@ -5,48 +5,40 @@ from hfprune_launch.local import hardware
 from hfprune_launch.local.hardware import device_here, note_on_bfloat16
 from made_stages import stage_of
 
-from hfprune_dist.config.schema import EvaluationConfig, RuntimeConfig
+from hfprune_dist.config.schema import RuntimeConfig
 from hfprune_dist.config.texts import CalibrationConfig
-from hfprune_dist.config.training import RecoveryConfig
 from hfprune_dist.kinds.importance import ImportanceParameters
-from hfprune_dist.kinds.training import RecoverParameters
-from hfprune_dist.store import provenance
+from hfprune_dist.store import machine as machine_module
 from hfprune_dist.store.machine import threads_allowed
 
 BEFORE_AVX512, AVX512 = "flags\t\t: fpu sse2 avx avx2 fma", "flags\t\t: fpu sse2 avx avx2 fma avx512f avx512bw"
 ARM = "Features\t: fp asimd bf16"
-CUT = {"ratio": 0.2, "criterion": "entropy", "allocation": "uniform", "refit": "none", "multiple_of": 1}
 PASS = ImportanceParameters(calibration=CalibrationConfig(), criteria=[], dtype="bfloat16", add_bos_token=True, seed=0)
-TASKS = EvaluationConfig(dtype="float32").model_dump(exclude={"include_path", "fidelity"})
-STAGES = [
-    stage_of("importance", "alpha", PASS, {}),
-    stage_of("prune", "alpha 0.2", CUT, {}),
-    stage_of("recover", "alpha 0.2 + lora", RecoverParameters(recovery=RecoveryConfig(dtype="bfloat16"), seed=0), {}),
-    stage_of("evaluate", "alpha", TASKS, {}),
-]
+CUT = stage_of("prune", "alpha 0.2", {"ratio": 0.2, "criterion": "entropy", "refit": "none"}, {})
 
 
 @pytest.fixture
 def machine(tmp_path, monkeypatch):
     def build(line, gpus=""):
         (tmp_path / "cpuinfo").write_text(f"processor\t: 0\n{line}\n\nprocessor\t: 1\n{line}\n")
-        monkeypatch.setattr(hardware, "CPU_INFO", tmp_path / "cpuinfo")
+        monkeypatch.setattr(machine_module, "CPU_INFO", tmp_path / "cpuinfo")
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", gpus)
 
     return build
 
 
-def test_the_note_names_the_settings_of_the_stages_to_run(machine):
+def test_bfloat16_is_warned_of_where_a_stage_would_use_it_and_the_cpu_is_slow_at_it(machine):
+    stages = [CUT, stage_of("importance", "alpha", PASS, {})]
     machine(BEFORE_AVX512)
-    assert note_on_bfloat16(STAGES).endswith(": --set importance.dtype=float32 --set recovery.dtype=float32")
+    assert "--set importance.dtype=float32 --set" in note_on_bfloat16(stages) and not note_on_bfloat16([CUT])
     for line, gpus in ((AVX512, ""), (BEFORE_AVX512, "0,1"), (ARM, "")):
         machine(line, gpus)
-        assert not note_on_bfloat16(STAGES)
+        assert not note_on_bfloat16(stages)
 
 
 @pytest.mark.parametrize(
     ("visible", "gpus"),
-    [("", 0), ("0", 1), ("0, 2", 2), ("-1", 0), ("1,-1,0", 1), ("GPU-1f,MIG-2", 2), ("NoDevFiles", 0)],
+    [("", 0), ("0, 2", 2), ("1,-1,0", 1), ("GPU-1f,MIG-2", 2), ("NoDevFiles", 0)],
 )
 def test_gpus_are_counted_as_cuda_does(monkeypatch, visible, gpus):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
@@ -69,7 +61,6 @@ def test_threads_are_those_of_the_outermost_level():
 
 def test_the_device_of_one_rank_is_told_without_torch(machine, tmp_path, monkeypatch):
     machine("model name\t: A processor @ 2 GHz")
-    monkeypatch.setattr(provenance, "CPU_INFO", tmp_path / "cpuinfo")
     assert device_here(RuntimeConfig(threads_per_rank=3, ranks=2)) == "A processor @ 2 GHz, threads: 3"
     monkeypatch.setenv("OMP_NUM_THREADS", "5")
     assert device_here(RuntimeConfig()) == "A processor @ 2 GHz, threads: 5"

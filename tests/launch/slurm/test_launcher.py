@@ -21,8 +21,7 @@ from sweeps import make_inputs, sweep
 from hfprune_dist.planning.plan import Plan
 from hfprune_dist.store.artifacts import Store
 from hfprune_dist.store.attempts import Ledger, Run
-from hfprune_dist.store.cancellation import request_cancellation
-from hfprune_dist.store.claims import try_claim
+from hfprune_dist.store.claims import Cancellation, try_claim
 from hfprune_dist.store.heartbeat import Failure, Progress
 from hfprune_dist.store.stage import Input
 
@@ -408,7 +407,7 @@ def test_a_full_disk_ends_a_follower_at_once_and_other_errors_in_the_end(fake, s
 
 
 def cancel(store, sleep=lambda _: None):
-    request_cancellation(store.root)
+    Cancellation(store.root).request()
     return cancel_jobs(store, SlurmCommands(lambda _: None), sleep)
 
 
