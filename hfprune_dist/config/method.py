@@ -103,9 +103,9 @@ class Method(Section):
     measures."""
     multiple_of: PositiveOrAuto = 1
     """Round intermediate_size, or the number of experts, to a multiple of this: 64 or 128 suit GPUs; for experts,
-    take the number of devices that share them. auto: for each model and ratio, the largest of 256, 128, 64 and 32 with
-    which at least the ratio is removed, and at most 0.0125 more, within ``floor``; if there is none, 32 for models
-    whose intermediate_size is at least 1,024, otherwise 1; always 1 for experts."""
+    take the number of devices that share them. auto: the largest of 256, 128, 64 and 32 of which one step in all layers
+    is at most 1.25 % of the model's parameters; if there is none, 32 for models whose intermediate_size is at least
+    1,024, otherwise 1; always 1 for experts."""
     distill: NonNegative = 0
     """Passes over the calibration windows, after pruning, in which the pruned model learns the dense model's output
     distribution (see ``DistillationConfig``). This needs no labels and no further text, but it is training."""

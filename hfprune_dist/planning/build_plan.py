@@ -134,7 +134,7 @@ class _Planner:
             UserError: if none is left.
         """
         checkpoint = model.checkpoint
-        left = {name: suited(it, checkpoint) for name, it in self._methods.items() if can_do(it, checkpoint)}
+        left = {name: suited(own, checkpoint) for name, own in self._methods.items() if can_do(own, checkpoint)}
         if not left:
             name, method = next(iter(self._methods.items()))
             refuse_model(method, checkpoint, place_of(model.name, name))
@@ -151,7 +151,7 @@ class _Planner:
             for name, method in methods.items():
                 label = label_of(model.name, ratio, name if len(self._methods) > 1 else None, NONE)
                 variant = _Variant(label, model.name, dense, dense, dense, ratio, name)
-                numbered = with_numbers(method, model.checkpoint, ratio, place_of(model.name, name))
+                numbered = with_numbers(method, model.checkpoint)
                 if method.prunes_in == "recovery":
                     cells.append(self._pruned_in_recovery(variant, numbered, ratio))
                 else:

@@ -1,13 +1,12 @@
 """Finding checkpoints by the names that a user gives, and the hashes that identify their content.
 
-A dry run plans with stand-ins for models of the hub that aren't downloaded.
+A dry run plans with stand-ins for models of the hub that aren't downloaded: files that have the shapes of the weights.
 """
 
 from __future__ import annotations
 
 import atexit
 import json
-import math
 import os
 import shutil
 import struct
@@ -20,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from hfprune_dist.checkpoints.checkpoint import LICENCE_PATTERNS, TOKENIZER_FILES, Checkpoint, open_checkpoint
-from hfprune_dist.checkpoints.weight_files import INDEX_FILE, SINGLE_FILE
+from hfprune_dist.checkpoints.weight_files import INDEX_FILE
 from hfprune_dist.config.load import absolute_path, is_hub_id, parse
 from hfprune_dist.config.schema import ModelAlias, SweepConfig
 from hfprune_dist.config.yaml_text import read_yaml
@@ -35,32 +34,6 @@ DOWNLOADED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "README.
 DOWNLOADED += LICENCE_PATTERNS
 TWICE = ["consolidated*.safetensors"]
 TIMEOUT_S = 10.0
-# A shape of which every method can make something, Llama-3.1-8B's, and its tensors outside of layers and in each.
-_ASSUMED = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "hidden_size": 4096,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "intermediate_size": 14336,
-    "num_hidden_layers": 32,
-    "vocab_size": 128256,
-    "max_position_embeddings": 131072,
-    "rms_norm_eps": 1e-5,
-    "tie_word_embeddings": False,
-}
-_AROUND = {"model.embed_tokens": [128256, 4096], "model.norm": [4096], "lm_head": [128256, 4096]}
-_LAYER = {
-    "input_layernorm": [4096],
-    "self_attn.q_proj": [4096, 4096],
-    "self_attn.k_proj": [1024, 4096],
-    "self_attn.v_proj": [1024, 4096],
-    "self_attn.o_proj": [4096, 4096],
-    "post_attention_layernorm": [4096],
-    "mlp.gate_proj": [14336, 4096],
-    "mlp.up_proj": [14336, 4096],
-    "mlp.down_proj": [4096, 14336],
-}
 # Of a file of weights: tensor -> dtype, shape and data_offsets.
 Header = Mapping[str, Mapping[str, Any]]
 
@@ -75,7 +48,6 @@ class ModelSource:
         spelling: its name in a configuration's ``models``, valid in any folder: alias, hub id or absolute path.
         content: how ``identity`` is computed from its files.
         is_here: whether all of it is on this machine; otherwise ``checkpoint`` is a stand-in.
-        has_known_shape: whether the shape of ``checkpoint`` is the model's own.
     """
 
     name: str
@@ -84,24 +56,20 @@ class ModelSource:
     spelling: str
     content: Content
     is_here: bool = True
-    has_known_shape: bool = True
 
 
-def resolve_models(
-    config: SweepConfig, shipped: Path, hashes: FileHashes, download: bool, stands_in: bool = False
-) -> list[ModelSource]:
+def resolve_models(config: SweepConfig, shipped: Path, hashes: FileHashes, download: bool) -> list[ModelSource]:
     """Find the folder and identity of every model of the sweep.
 
     Args:
         shipped: folder with the alias files that come with the project.
-        download: fetch hub models that are not in the local cache.
-        stands_in: take stand-ins for such models if they aren't fetched; otherwise they are errors.
+        download: fetch hub models that are not in the local cache; otherwise the hub is asked for their shapes alone.
 
     Raises:
         UserError: for an unknown alias or a damaged checkpoint.
     """
     aliases: dict[str, ModelAlias | Path] = {**shipped_aliases(shipped), **config.aliases}
-    from_hub = partial(_hub_model, download=download, stands_in=stands_in)
+    from_hub = partial(_hub_model, download=download)
     sources = [_resolve(name, aliases, hashes, from_hub) for name in config.models]
     _refuse_twice(sources)
     return sources
@@ -166,78 +134,45 @@ def _local(name: str, folder: Path, hashes: FileHashes, spelling: str) -> ModelS
     return ModelSource(name, checkpoint, identity, spelling, "checkpoint")
 
 
-def _hub_model(name: str, hub_id: str, revision: str, spelling: str, *, download: bool, stands_in: bool) -> ModelSource:
+def _hub_model(name: str, hub_id: str, revision: str, spelling: str, *, download: bool) -> ModelSource:
     """A model in the hub's cache, or a stand-in for it."""
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import LocalEntryNotFoundError
+    from huggingface_hub.errors import LocalEntryNotFoundError, NotASafetensorsRepoError
 
-    is_here = is_known = True
+    refusals: tuple[type[Exception], ...] = (NotASafetensorsRepoError, *hub_errors())
+    wanted: dict[str, Any] = {"revision": revision, "allow_patterns": DOWNLOADED, "ignore_patterns": TWICE}
     try:
-        folder = Path(
-            snapshot_download(
-                hub_id,
-                revision=revision,
-                allow_patterns=DOWNLOADED,
-                ignore_patterns=TWICE,
-                local_files_only=not download,
-            )
-        )
-    except LocalEntryNotFoundError:
-        if not stands_in:
-            action = "check the network" if download else "it is downloaded when the sweep runs without --dry-run"
-            raise UserError(f"model {name!r}: {hub_id}@{revision} is not in the local hub cache; {action}") from None
-        is_here = False
-        folder, is_known = _stand_in(name, hub_id, revision)
-    except hub_errors() as error:
+        try:
+            folder, is_here = Path(snapshot_download(hub_id, **wanted, local_files_only=not download)), True
+        except LocalEntryNotFoundError:
+            if download:
+                raise
+            folder, is_here = _stand_in(hub_id, revision), False
+    except refusals as error:
         raise UserError(
-            f"model {name!r}: {hub_id}@{revision} can't be downloaded: {error}; for a gated model, accept its licence "
-            "on its page and run `hf auth login`"
+            f"model {name!r}: {hub_id}@{revision} can't be downloaded: {error}; check the network; for a gated model, "
+            "accept its licence on its page and run `hf auth login`"
         ) from None
     checkpoint = open_checkpoint(folder)
     # The last part of a snapshot's folder is the commit that the revision stood for.
     identity = digest_of([hub_id, checkpoint.path.name])
-    return ModelSource(name, checkpoint, identity, spelling, "commit", is_here, is_known)
+    return ModelSource(name, checkpoint, identity, spelling, "commit", is_here)
 
 
-def _stand_in(name: str, hub_id: str, revision: str) -> tuple[Path, bool]:
-    """Make a folder like a model's, in a temporary one that goes with this process: its config.json, and files without
-    content whose headers are those of its weights; named like its commit. If the hub can't be asked for these, it has
-    the shape of another model: enough to plan with, and never shown.
-
-    Returns:
-        the folder, and whether its shape is the model's.
-
-    Raises:
-        UserError: if the hub has no such model or revision, or no safetensors of it.
+def _stand_in(hub_id: str, revision: str) -> Path:
+    """A folder like a model's, in a temporary one that goes with this process: its config.json, and files without
+    content whose headers are those of its weights; named like its commit.
     """
     from huggingface_hub import HfApi, hf_hub_download
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, NotASafetensorsRepoError
 
     hub = HfApi()
-    try:
-        commit = str(hub.model_info(hub_id, revision=revision, timeout=TIMEOUT_S).sha)
-        config = json.loads(Path(hf_hub_download(hub_id, "config.json", revision=commit)).read_text(encoding="utf-8"))
-        files = hub.get_safetensors_metadata(hub_id, revision=commit, timeout=TIMEOUT_S).files_metadata
-    except (NotASafetensorsRepoError, HfHubHTTPError) as error:
-        if not isinstance(error, GatedRepoError):
-            raise UserError(f"model {name!r}: {hub_id}@{revision} can't be downloaded: {error}") from None
-    except hub_errors():  # offline, or out of reach
-        pass
-    else:
-        headers = {
-            file: {tensor: asdict(info) for tensor, info in header.tensors.items()} for file, header in files.items()
-        }
-        return _folder(commit, config, headers), True
-    return _folder("unknown", _ASSUMED, {SINGLE_FILE: _assumed_header()}), False
-
-
-def _assumed_header() -> Header:
-    layers = {f"model.layers.{layer}.{name}": shape for layer in range(32) for name, shape in _LAYER.items()}
-    header, end = {}, 0
-    for name, shape in {**_AROUND, **layers}.items():
-        begin, end = end, end + 2 * math.prod(shape)
-        header[f"{name}.weight"] = {"dtype": "BF16", "shape": shape, "data_offsets": [begin, end]}
-    return header
+    commit = str(hub.model_info(hub_id, revision=revision, timeout=TIMEOUT_S).sha)
+    config = json.loads(Path(hf_hub_download(hub_id, "config.json", revision=commit)).read_text(encoding="utf-8"))
+    files = hub.get_safetensors_metadata(hub_id, revision=commit, timeout=TIMEOUT_S).files_metadata
+    headers = {
+        file: {tensor: asdict(info) for tensor, info in header.tensors.items()} for file, header in files.items()
+    }
+    return _folder(commit, config, headers)
 
 
 def _folder(name: str, config: Mapping[str, Any], headers: Mapping[str, Header]) -> Path:

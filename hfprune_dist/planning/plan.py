@@ -134,18 +134,16 @@ def refuse_other_checkpoints(today: Plan, earlier: Plan, out: Path) -> None:
         out: the folder, for the message.
 
     Raises:
-        UserError: naming both checkpoints, and the rows that would stay.
+        UserError: naming both checkpoints, and a row that would stay.
     """
     now = {cell.model: _dense(today, cell) for cell in today.cells}
     for cell in _not_replaced(today, earlier):
         dense = _dense(earlier, cell)
         if cell.model in now and dense.identity != now[cell.model].identity:
-            others = [it.label for it in _not_replaced(today, earlier) if it.model == cell.model]
             raise UserError(
-                f"--out {out}: its rows {', '.join(map(repr, others))}, which stay, are of another "
-                f"checkpoint ({dense.location}, as it was) than its model {cell.model!r} ({now[cell.model].location}); "
-                "give the model another name through an alias, use another --out, or remove these rows first: "
-                + " ".join(f"--forget {shlex.quote(label)}" for label in others)
+                f"--out {out}: its row {cell.label!r}, which stays, is of another checkpoint ({dense.location}, as it "
+                f"was) than its model {cell.model!r} ({now[cell.model].location}); give the model another name through "
+                f"an alias, use another --out, or remove the row first: --forget {shlex.quote(cell.label)}"
             )
 
 

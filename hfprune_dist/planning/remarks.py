@@ -1,8 +1,8 @@
-"""What planning tells: settings with which results mislead, what a method does to a model, and what is left of it."""
+"""What planning tells: texts with which results mislead, what a method does to a model, and what is left of it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from hfprune_dist.checkpoints.checkpoint import Checkpoint
@@ -14,38 +14,26 @@ from hfprune_dist.planning.methods import can_do, suited, why_not
 from hfprune_dist.planning.ratios import with_numbers
 from hfprune_dist.planning.shapes import shapes_for
 from hfprune_dist.planning.target import Target
-from hfprune_dist.structures import EXPERTS, KV_GROUPS, LAYERS
+from hfprune_dist.structures import EXPERTS, KV_GROUPS
 from hfprune_dist.structures.kept import Shape
 from hfprune_dist.structures.low_rank import rank_field
 
 
-def remarks_on_settings(config: SweepConfig, methods: Mapping[str, Method]) -> list[str]:
-    """Sentences about settings that are valid, but with which results mislead."""
-    return [*_without_effect(config, methods), *_seen_before(config, methods)]
-
-
-def _without_effect(config: SweepConfig, methods: Mapping[str, Method]) -> Iterator[str]:
-    """Settings of the ``prune`` section, for all methods, that change nothing with some of them."""
-    for name in config.prune.model_dump(exclude_none=True):
-        if unmoved := [label for label, method in methods.items() if name in method.without_effect]:
-            yield f"prune.{name} changes nothing with {', '.join(unmoved)}"
-
-
-def _seen_before(config: SweepConfig, methods: Mapping[str, Method]) -> Iterator[str]:
-    """Texts for comparison that models are also pruned on."""
+def remarks_on_texts(config: SweepConfig, methods: Mapping[str, Method]) -> list[str]:
+    """Sentences about texts for comparison that models are also pruned on, which misleads."""
     calibrates = config.importance.criteria or any(method.prunes_in == "calibration" for method in methods.values())
     if not calibrates:
-        return
+        return []
     mixture = config.calibration.mixture
     pruned_on: dict[str, TextSource] = {f"calibration.mixture.{n}": text for n, text in enumerate(mixture or [])}
-    for name, held_out in (config.evaluation.fidelity.texts or {FIRST: config.evaluation.fidelity}).items():
-        key = f"evaluation.fidelity.texts.{name}" if name else "evaluation.fidelity"
-        for other, text in (pruned_on or {"calibration": config.calibration}).items():
-            if _overlap(text, held_out):
-                yield (
-                    f"{key} and {other} read the same text: pruned models seem closer to the dense model on it than "
-                    "they are on text that they weren't pruned on"
-                )
+    compared_on = config.evaluation.fidelity.texts or {FIRST: config.evaluation.fidelity}
+    return [
+        f"{f'evaluation.fidelity.texts.{name}' if name else 'evaluation.fidelity'} and {other} read the same text: "
+        "pruned models seem closer to the dense model on it than they are on text that they weren't pruned on"
+        for name, held_out in compared_on.items()
+        for other, text in (pruned_on or {"calibration": config.calibration}).items()
+        if _overlap(text, held_out)
+    ]
 
 
 def _overlap(one: TextSource, other: TextSource) -> bool:
@@ -57,19 +45,13 @@ def _overlap(one: TextSource, other: TextSource) -> bool:
     return first == second or first.parent == second or second.parent == first
 
 
-def remarks_on_shapes(checkpoint: Checkpoint, ratios: Sequence[float], method: Method, where: str) -> list[str]:
-    """Sentences for dry runs about a method's settings that depend on the model."""
+def remarks_on_method(checkpoint: Checkpoint, method: Method, where: str) -> list[str]:
+    """Sentences about what a method does otherwise on a model, or that it is left out."""
     if not can_do(method, checkpoint):
         return [f"{where}: left out, since the model {next(why_not(method, checkpoint))}"]
     family, left = checkpoint.family, suited(method, checkpoint)
     told = [f"{where}: KV groups stay: {family.whole_groups}"] if left.structures != method.structures else []
-    if left.refit != method.refit:
-        norms = ", and no norm is refitted" if method.effort == "thorough" else ""
-        told.append(f"{where}: refit is {left.refit}{norms}: {family.no_sequence}")
-    if left.multiple_of == "auto":
-        multiples = [(ratio, with_numbers(left, checkpoint, ratio, where).multiple_of) for ratio in ratios]
-        told.append(f"{where}: multiple_of is {', '.join(f'{multiple} at {ratio:g}' for ratio, multiple in multiples)}")
-    return told
+    return told + ([f"{where}: refit is {left.refit}: {family.no_sequence}"] if left.refit != method.refit else [])
 
 
 def planned_sizes(checkpoint: Checkpoint, ratio: float, method: Method, where: str) -> dict[str, str]:
@@ -78,14 +60,11 @@ def planned_sizes(checkpoint: Checkpoint, ratio: float, method: Method, where: s
     Raises:
         UserError: as ``check_ratios``.
     """
-    settled = with_numbers(method, checkpoint, ratio, where)
-    target = Target.of(checkpoint, settled, ratio, where)
+    target = Target.from_settings(checkpoint, with_numbers(method, checkpoint), ratio, where)
     shapes = shapes_for(target)
     if not shapes:
         decides = "a search decides" if target.allocation == "searched" else "scores decide"
-        stay = [name for name, it in (("KV heads", KV_GROUPS), ("layers", LAYERS)) if it not in target.structures]
-        known = {name: size for name, size in sizes_of(checkpoint).items() if name in stay}
-        return known | {"note": f"{decides}, layer by layer"}
+        return {"note": f"{decides}, layer by layer"}
     ranks = (f"{rank_field(name)} {row[0]}" for name, row in shapes[0].ranks.items())
     several = f"the closest of {len(shapes)} shapes, by measurement" if len(shapes) > 1 else ""
     return sizes_of(checkpoint, shapes) | {"note": several or ", ".join(ranks)}

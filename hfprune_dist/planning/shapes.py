@@ -67,7 +67,7 @@ def nearest(target: Target, line: Line) -> Nearest | None:
         return None
     above = bisect_right(sizes, wanted + 0.5, key=parameters)  # ratios are rounded to less than a parameter
     around = sizes[max(above - 1, 0) : above + (not line.at_least or not above)]
-    shape = min(map(line.shape, around), key=lambda it: abs(counts.of(it) - wanted))
+    shape = min(map(line.shape, around), key=lambda shape: abs(counts.of(shape) - wanted))
     beyond = wanted - counts.of(shape)
     return Nearest(shape, counts.ratio(shape), (-0.5 if line.at_least else -line.slack) <= beyond <= line.slack)
 
@@ -83,14 +83,12 @@ def shapes_for(target: Target) -> list[Shape]:
     if target.competes:
         target.require_budget()
         return []
-    found = [it for it in (nearest(target, line) for line in _lines(target)) if it is not None]
-    fitting = [it.shape for it in found if it.fits]
+    found = [near for line in _lines(target) if (near := nearest(target, line)) is not None]
+    fitting = [near.shape for near in found if near.fits]
     if not fitting:
-        ratios = [it.ratio for it in found]
-        raise target.out_of_reach(min(ratios, key=lambda it: abs(it - target.ratio), default=None))
-    if target.allocation == "plain":
-        return spread(fitting, MOST_SHAPES)
-    return fitting if len(fitting) == 1 else [min(fitting, key=lambda shape: _excess_of_groups(target, shape))]
+        ratios = [near.ratio for near in found]
+        raise target.out_of_reach(min(ratios, key=lambda ratio: abs(ratio - target.ratio), default=None))
+    return spread(fitting, MOST_SHAPES) if target.allocation == "plain" else fitting[:1]
 
 
 def shape_for(target: Target) -> Shape:
@@ -99,13 +97,8 @@ def shape_for(target: Target) -> Shape:
     return shape
 
 
-def plain_shapes(target: Target) -> list[Shape]:
-    """Every plain shape that comes to the ratio, whatever the allocation; none if layers differ already."""
-    found = (nearest(target, line) for line in _plain_lines(target)) if target.dense.is_uniform else ()
-    return [it.shape for it in found if it is not None and it.fits]
-
-
 def _lines(target: Target) -> list[Line]:
+    """The lines of an allocation; except for plain shapes, the first that comes to the ratio is taken."""
     if target.dense.family.experts:
         return [_line_of_experts(target) if EXPERTS in target.structures else _line_of_expert_neurons(target)]
     if target.allocation == "plain":
@@ -136,38 +129,33 @@ def _local_line(target: Target, groups: Sequence[int]) -> Line:
 
     def shape(size: int) -> Shape:
         narrowed = (_nearest_multiple(size * width / most, width, target.multiple_of) for width in widths)
-        kept = tuple(it if layer in of_layer else widths[layer] for layer, it in enumerate(narrowed))
+        kept = tuple(less if layer in of_layer else widths[layer] for layer, less in enumerate(narrowed))
         return Shape(tuple(layers), {NEURONS: kept, KV_GROUPS: all_groups})
 
     return Line(range(1, most + 1), shape, _parameters_of_a_step(target, len(groups)) / 2)
 
 
 def _rows_of_groups(target: Target) -> list[tuple[int, ...]]:
-    """The numbers of KV groups that the layers that aren't protected may have; without protected ones, and if all
+    """The numbers of KV groups that the layers that aren't protected may have; those come first whose share of all
+    groups is nearest to the share of neurons and groups together that stays. Without protected layers, and if all
     layers are alike, the checkpoint stays plain.
     """
     counts, split = [target.groups.counts[layer] for layer in target.pruned_layers], target.tensor_parallel
     if KV_GROUPS not in target.structures:
         return [tuple(counts)]
     if target.groups.is_uniform and len(counts) == target.dense.num_layers:
-        return [(count,) * len(counts) for count in target.plain_groups()]
-    target.require_divisible()
-    most = target.groups.most
-    rows = [
-        tuple(max(split, round(kept / most * it / split) * split) for it in counts)
-        for kept in range(split, most + 1, split)
-    ]
-    return list(dict.fromkeys(rows))
-
-
-def _excess_of_groups(target: Target, shape: Shape) -> float:
-    """How far the share of KV groups that stay, in the layers that aren't protected, is from that of all units."""
-    counts, every = target.counts, target.groups.counts
-    groups = sum(every[layer] for layer in target.pruned_layers)
+        rows = [(count,) * len(counts) for count in target.plain_groups()]
+    else:
+        target.require_divisible()
+        most = target.groups.most
+        rows = [
+            tuple(max(split, round(kept / most * count / split) * split) for count in counts)
+            for kept in range(split, most + 1, split)
+        ]
     neurons = sum(target.neurons.counts[layer] for layer in target.pruned_layers)
-    share = 1 - target.removals / max(1, counts.units[NEURONS] * neurons + counts.units[KV_GROUPS] * groups)
-    gone = sum(every) - sum(shape.units.get(KV_GROUPS, every))
-    return abs(1 - gone / max(1, groups) - share)
+    units = target.counts.units
+    share = 1 - target.removals / (units[NEURONS] * neurons + units[KV_GROUPS] * sum(counts))
+    return sorted(dict.fromkeys(rows), key=lambda row: abs(sum(row) / sum(counts) - share))
 
 
 # Plain shapes: a number of layers, and numbers of KV groups and neurons that are the same in all of them.
@@ -178,7 +166,7 @@ def numbers_of_groups(target: Target) -> list[int]:
     most = target.groups.most
     if KV_GROUPS not in target.structures:
         return [most]
-    return spread([it for it in target.plain_groups()[::-1] if 4 * it >= most] or [most], MOST_GROUP_COUNTS)
+    return spread([count for count in target.plain_groups()[::-1] if 4 * count >= most] or [most], MOST_GROUP_COUNTS)
 
 
 def _plain_lines(target: Target) -> list[Line]:
@@ -252,12 +240,12 @@ def _line_of_expert_neurons(target: Target) -> Line:
 
     def shape(size: int) -> Shape:
         widths: dict[str, int] = {}
-        for it in kinds:  # those that one field of config.json describes have one width
-            widths.setdefault(next(iter(it.fields)), size if it is experts else width_of(it, size))
+        for kind in kinds:  # those that one field of config.json describes have one width
+            widths.setdefault(next(iter(kind.fields)), size if kind is experts else width_of(kind, size))
         units = {}
-        for it in kinds:
-            (name,) = {*it.fields} & widths.keys()
-            units[it.kind] = tuple(widths[name] * it.copies if count else 0 for count in it.counts)
+        for kind in kinds:
+            (name,) = {*kind.fields} & widths.keys()
+            units[kind.kind] = tuple(widths[name] * kind.copies if count else 0 for count in kind.counts)
         if plain:
             groups = min(plain, key=lambda count: abs(count - size / experts.width * plain[-1]))
             units[KV_GROUPS] = (groups,) * len(layers)
@@ -279,9 +267,10 @@ def _low_rank_line(target: Target) -> Line:
     LoRAP's code, except for one or two where it rounds twice.
     """
     dense, layers, most = target.dense, range(target.dense.num_layers), target.neurons.most
-    in_layers = (it.shape for name, it in dense.tensors.items() if name.startswith(f"{dense.family.layers}."))
+    in_layers = (info.shape for name, info in dense.tensors.items() if name.startswith(f"{dense.family.layers}."))
     matrices = sum(math.prod(shape) for shape in in_layers if len(shape) == 2)
-    ranks = {name: (it,) * len(layers) for name, it in _ranks(dense, max(0.0, 1 - target.removals / matrices)).items()}
+    left = max(0.0, 1 - target.removals / matrices)
+    ranks = {name: (rank,) * len(layers) for name, rank in _ranks(dense, left).items()}
 
     def shape(size: int) -> Shape:
         width = _nearest_multiple(size, most, target.multiple_of)

@@ -53,7 +53,7 @@ class Target:
     protect_last: int = 0
 
     @classmethod
-    def of(
+    def from_settings(
         cls, dense: Checkpoint, settings: Method | PruneParameters | LoraPruneParameters, ratio: float, where: str
     ) -> Target:
         """The target of a method with numbers (``with_numbers``), or of a stage that prunes."""

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import glob
-from collections.abc import Iterable, Iterator, Mapping
+import os
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
 import yaml
 
@@ -84,61 +83,33 @@ def _changed_at(file: Path) -> int:
     return 0
 
 
-class _TaskYaml(yaml.SafeLoader):
-    """YAML loader that makes lm-eval's ``!function module.name`` the module's path, without importing anything."""
-
-
-_TaskYaml.add_multi_constructor(
-    "!function", lambda loader, suffix, node: f"{node.value.rpartition('.')[0].replace('.', '/')}.py"
-)
-
-
 def outside_files(folder: Path) -> list[Path]:
-    """The files that lm-eval tasks in a folder read elsewhere: YAML files that they include, functions, and data; links
-    resolved, and sorted.
+    """The files outside a folder of lm-eval tasks that its YAML files name, or that files so named name: settings that
+    they include, and data, of a folder all of it; links resolved, and sorted.
 
-    Any text in a task's YAML file that is the path of a file or of a folder counts; what functions read isn't known.
+    Any text in them that is the path of a file or of a folder counts, but no patterns; what functions read isn't known.
     Tasks that can't be read are passed over: where they are evaluated, they are refused.
 
     Raises:
         UserError: if the folder, or one with data, can't be listed.
     """
     inside = {(folder / name).resolve() for name in files_below(folder)}
-    try:
-        read = [file.resolve() for file in sorted(folder.glob("**/*.yaml"))]
-        for file in read:  # grows while files include others
-            read += [found for found in map(Path.resolve, _read_by(file, folder)) if found not in read]
-    except OSError as error:
-        raise UserError(f"{error.filename or folder}: {error.strerror or error}") from None
-    return sorted(set(read) - inside)
+    found = [file.resolve() for file in sorted(folder.glob("**/*.yaml"))]
+    for file in found:  # grows while files name others
+        if file.suffix in (".yaml", ".yml"):
+            found += [named for named in map(Path.resolve, _named_in(file, folder)) if named not in found]
+    return sorted(set(found) - inside)
 
 
-def _read_by(file: Path, folder: Path) -> Iterator[Path]:
-    """Yield the files that a YAML file names by a path or a pattern, as seen from its own folder or from the tasks'; of
-    a folder with data, all files.
-    """
-    if file.suffix not in (".yaml", ".yml"):
-        return
-    try:
-        texts = list(_texts_in(yaml.load(file.read_text(encoding="utf-8"), _TaskYaml)))
-    except (yaml.YAMLError, ValueError, RecursionError):
-        return
+def _named_in(file: Path, folder: Path) -> Iterator[Path]:
+    """Yield the files that a YAML file names, as seen from its own folder or from the tasks'."""
+    names: list[str] = []
+    with contextlib.suppress(yaml.YAMLError, ValueError, OSError):
+        tokens = yaml.scan(file.read_text(encoding="utf-8"))
+        names += [token.value for token in tokens if isinstance(token, yaml.ScalarToken)]
     around = {folder.resolve(), *folder.resolve().parents}
-    for text in texts:
-        path = text.rpartition("::")[2].removeprefix("file://")  # as in zip://*.json::archive.zip
-        if not path or "://" in path or "\0" in path or any(len(part.encode()) > 255 for part in path.split("/")):
-            continue
-        for place in (file.parent / path, folder / path):
-            if place.is_dir():
-                yield from [] if place.resolve() in around else (place / name for name in files_below(place))
-            else:
-                names = [str(place)] if place.is_file() else glob.glob(str(place), recursive=True)  # noqa: PTH207
-                yield from (found for found in map(Path, names) if found.is_file())
-
-
-def _texts_in(content: Any) -> Iterator[str]:
-    if isinstance(content, str):
-        yield content
-    elif isinstance(content, Mapping | list):
-        for value in content.values() if isinstance(content, Mapping) else content:
-            yield from _texts_in(value)
+    for place in (above / name for name in names for above in (file.parent, folder)):
+        if os.path.isfile(place):  # noqa: PTH113  of a text that may be no path at all
+            yield place
+        elif os.path.isdir(place) and place.resolve() not in around:  # noqa: PTH112
+            yield from (place / name for name in files_below(place))

@@ -16,6 +16,6 @@ def run(context: Context[LoraPruneParameters]) -> None:
     which is an adapter of the dense model, from before units were cut.
     """
     params, checkpoint = context.params, open_checkpoint(context.input_path("model"))
-    whole = shape_for(Target.of(checkpoint, params, params.ratio, context.stage.label))
+    whole = shape_for(Target.from_settings(checkpoint, params, params.ratio, context.stage.label))
     shape = Shape(whole.layers, {kind: whole.units[kind] for kind in params.structures})
     train_on_instructions(context, checkpoint, masked_to=shape)

@@ -65,7 +65,7 @@ def run(context: Context) -> None:
 def _compressed(context: Context, checkpoint: Checkpoint) -> tuple[Kept, Replacements, dict[str, Any]]:
     """What stays, factors of low rank for attention's projections, and metrics: their ``attention_ranks``."""
     params, windows_ST = context.params, context.calibration_windows()
-    shape = shape_for(Target.of(checkpoint, params, params.ratio, context.stage.label))
+    shape = shape_for(Target.from_settings(checkpoint, params, params.ratio, context.stage.label))
     layers, stream = RefittedLayers(checkpoint, context.work / "low_rank"), stream_of(context, checkpoint, windows_ST)
     after_each = context.reporting("low rank", checkpoint.num_layers)
     kept = compress_layers(checkpoint, shape, stream, layers, after_each)

@@ -72,7 +72,7 @@ def decide_shape(
     """
     params = context.params
     kinds = [Scored(units, scores[units.kind]) for units in pruned_kinds(context, checkpoint)]
-    target = Target.of(checkpoint, params, params.ratio, context.stage.label)
+    target = Target.from_settings(checkpoint, params, params.ratio, context.stage.label)
     metrics: dict[str, Any] = {}
     if params.allocation == "plain":
         found, metrics = _Search(context, checkpoint, kinds, target).plain_shape()

@@ -23,7 +23,7 @@ from hfprune_dist.planning.methods import resolve_methods
 from hfprune_dist.planning.model_sources import ModelSource, resolve_models
 from hfprune_dist.planning.plan import refuse_other_checkpoints
 from hfprune_dist.planning.ratios import place_of
-from hfprune_dist.planning.remarks import planned_sizes, remarks_on_settings, remarks_on_shapes, sizes_of
+from hfprune_dist.planning.remarks import planned_sizes, remarks_on_method, remarks_on_texts, sizes_of
 from hfprune_dist.store.artifacts import Verdict
 from hfprune_dist.store.claims import Cancellation
 
@@ -67,9 +67,8 @@ class Prepared:
         return mixed + [
             remark
             for model in self.models
-            if model.has_known_shape
             for name, method in self.methods.items()
-            for remark in remarks_on_shapes(model.checkpoint, self.config.ratios, method, place_of(model.name, name))
+            for remark in remarks_on_method(model.checkpoint, method, place_of(model.name, name))
         ]
 
     def shapes(self) -> dict[str, dict[str, str]]:
@@ -78,9 +77,7 @@ class Prepared:
         shapes = {}
         for cell in self.sweep.plan.cells:
             model = models[cell.model]
-            if not model.has_known_shape:
-                shapes[cell.label] = {"note": "unknown until the model is downloaded"}
-            elif cell.ratio is None or cell.method is None:
+            if cell.ratio is None or cell.method is None:
                 shapes[cell.label] = sizes_of(model.checkpoint)
             else:
                 method, where = self.methods[cell.method], place_of(cell.model, cell.method)
@@ -114,7 +111,7 @@ def prepare(command: Command, *, download: bool) -> Prepared:
     config = command.configuration()
     if not config.models:
         raise UserError(as_called(NO_MODELS))
-    models = resolve_models(config, PROJECT.configs / "models", store.hashes, download, stands_in=not download)
+    models = resolve_models(config, PROJECT.configs / "models", store.hashes, download)
     methods = resolve_methods(config, PROJECT.configs / "methods")
     here = config.runtime
     if profile is None:
@@ -125,25 +122,16 @@ def prepare(command: Command, *, download: bool) -> Prepared:
         resources = profile.resources["efficiency"]
         device = resources.device(default_threads(resources, config.runtime.threads_per_rank))
         refuse_unusable_path(command.out)
-    unknown = [model for model in models if not model.has_known_shape]
-    try:
-        plan = build_plan(config, models, methods, store.hashes, device)
-    except UserError as error:
-        if not unknown:
-            raise
-        names = ", ".join(model.name for model in unknown)
-        raise UserError(f"{error}\na Llama stands in for {names}, unknown until downloaded") from None
+    plan = build_plan(config, models, methods, store.hashes, device)
     require_apart(command.out, plan)
-    if (record := recorded_sweep(command.out)) and not unknown:
+    if record := recorded_sweep(command.out):
         refuse_other_checkpoints(plan, record.plan, command.out)
-    remarks = [*remarks_on_settings(config, methods), *(remark for model in models for remark in _remarks_on(model))]
+    remarks = [*remarks_on_texts(config, methods), *(remark for model in models for remark in _remarks_on(model))]
     for remark in remarks:
         command.tell(f"note: {remark}")
     verdicts = {stage_id: store.handle(stage_id).verify() for stage_id in plan.stages}
     todo = plan.lacking(lambda stage_id: verdicts[stage_id].state == "done")
-    folders = {model.checkpoint.path for model in unknown}
-    sized = [stage_id for stage_id in todo if plan.dense_folder(plan.stages[stage_id]) not in folders]
-    estimates = estimate_stages(plan, sized, profile, config.runtime) if profile is not None else []
+    estimates = estimate_stages(plan, todo, profile, config.runtime) if profile is not None else []
     runs = config.model_copy(update={"runtime": here})
     sweep = Sweep(plan, store, command.out)
     return Prepared(sweep, config, runs, models, verdicts, todo, profile, estimates, methods, cancellation)
@@ -153,6 +141,4 @@ def _remarks_on(model: ModelSource) -> list[str]:
     if model.is_here:
         return []
     told = "it is downloaded when the sweep runs; only its config.json and its tensors' shapes were looked up"
-    if not model.has_known_shape:
-        told = "it isn't in the local hub cache, nor can the hub be asked for its shape; ids of its stages will change"
     return [f"model {model.name!r}: {told}"]

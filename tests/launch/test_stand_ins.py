@@ -1,4 +1,4 @@
-"""Dry runs of models of the hub that aren't in its cache: planned with what the hub tells, or as unknown."""
+"""Dry runs of models of the hub that aren't in its cache: planned with what the hub tells."""
 
 import os
 import subprocess
@@ -8,8 +8,6 @@ from pathlib import Path
 from hub import local_hub
 from ranks import ROOT
 from tiny import save_tiny
-
-PAPER = ROOT / "configs" / "sweeps" / "paper.yaml"
 
 
 def dry_run(folder, *arguments, **environment):
@@ -22,22 +20,13 @@ def dry_run(folder, *arguments, **environment):
     )
 
 
-def test_what_can_not_be_looked_up_is_planned_without_its_shape(tmp_path):
-    shown = dry_run(tmp_path, "--config", PAPER, "--profile", "example-gpu", HF_HUB_OFFLINE="1")
-    assert shown.returncode == 0, shown.stderr
-    assert "24 cells, 68 stages: 0 reuse, 68 run" in shown.stdout
-    assert shown.stdout.count("unknown until the model is downloaded") == 24
-    assert shown.stdout.count("#SBATCH --job-name") == 68
-    assert "width" in shown.stdout and "14336" not in shown.stdout
-    assert not list(tmp_path.glob("*")), "nothing is left"
-
-
 def test_what_the_hub_tells_of_a_model_is_planned_with(tmp_path):
     save_tiny(tmp_path / "hub" / "org" / "model", "llama", shard_size="40KB")
     local = dry_run(tmp_path, "--ratios", "0.2", "--models", tmp_path / "hub" / "org" / "model", HF_HUB_OFFLINE="1")
     with local_hub(tmp_path / "hub") as endpoint:
         shown = dry_run(tmp_path, "--ratios", "0.2", "--models", "org/model", HF_ENDPOINT=endpoint)
         unknown = dry_run(tmp_path, "--models", "org/modell", HF_ENDPOINT=endpoint)
+    offline = dry_run(tmp_path, "--models", "org/modell", HF_HUB_OFFLINE="1")
     assert shown.returncode == 0, shown.stderr
     assert "it is downloaded when the sweep runs" in shown.stdout
 
@@ -47,5 +36,6 @@ def test_what_the_hub_tells_of_a_model_is_planned_with(tmp_path):
     assert shapes(shown.stdout) == shapes(local.stdout) != ""
     cached = {file.name for file in (tmp_path / "cache").rglob("snapshots/*/*")}
     assert cached <= {"config.json", "model.safetensors.index.json"}
-    assert unknown.returncode == 2 and "org/modell@main can't be downloaded" in unknown.stderr
+    for refused in (unknown, offline):
+        assert refused.returncode == 2 and "org/modell@main can't be downloaded" in refused.stderr
     assert Path(tmp_path / "out").exists() is False

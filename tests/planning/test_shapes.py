@@ -22,7 +22,6 @@ from hfprune_dist.errors import UserError
 from hfprune_dist.planning.shapes import (
     ALIGNED,
     MOST_SHAPES,
-    plain_shapes,
     shape_for,
     shapes_for,
     with_layers,
@@ -84,7 +83,7 @@ def smaller(target, variant, changes, shape):
     return parameters_of(variant, **less, head_dim=target.groups.implied["head_dim"])
 
 
-@settings(max_examples=60)
+@settings(max_examples=20)
 @given(targets("uniform", "local"))
 def test_layers_that_are_not_protected_are_alike_and_come_as_close_as_widths_can(drawn):
     variant, changes, target = drawn
@@ -114,7 +113,7 @@ def test_layers_that_are_not_protected_are_alike_and_come_as_close_as_widths_can
         assert is_plain(target.dense, shape) and target.counts.of(shape) == smaller(target, variant, changes, shape)
 
 
-@settings(max_examples=40)
+@settings(max_examples=15)
 @given(targets("plain"), st.randoms())
 def test_plain_shapes_come_as_close_to_the_ratio_as_widths_can(drawn, random):
     variant, changes, target = drawn
@@ -167,7 +166,7 @@ def possible_ratio(target):
     return target.ratio
 
 
-@settings(max_examples=60)
+@settings(max_examples=20)
 @given(targets("global", "searched"))
 def test_where_layers_compete_bounds_hold_and_the_ratio_is_within_them(drawn):
     _, changes, target = drawn
@@ -200,7 +199,7 @@ def test_shapes_of_smollm2():
     assert found[0] == (30, 3, 239) and {(30, 2, 409), (28, 3, 292), (28, 2, 463)} < {*found} and len(found) == 18
     many = SMOLLM2 | {"num_attention_heads": 32, "num_key_value_heads": 8, "hidden_size": 512, "num_hidden_layers": 22}
     target = Target(blank(**many), 0.5, "m", ALL, "plain")
-    assert len(shapes_for(target)) == MOST_SHAPES < len(plain_shapes(target))
+    assert len(shapes_for(target)) == MOST_SHAPES
     assert {it.units["kv_groups"][0] for it in shapes_for(target)} == {8, 6, 4, 2}
     marked = blank("qwen3", **SMOLLM2, head_dim=64)
     marked.config["no_rope_layer_interval"] = 2
@@ -256,7 +255,7 @@ def matrices_of(checkpoint):
     return {name.split(".")[-2]: shape for name, shape in shapes.items() if len(shape) == 2}
 
 
-@settings(max_examples=60)
+@settings(max_examples=20)
 @given(targets("low_rank"))
 def test_value_and_output_keep_three_times_what_query_and_key_keep_or_all(drawn):
     target = drawn[2]

@@ -1,7 +1,6 @@
 """The user's files are as planned when a stage begins and when it commits; files of tasks outside their folder."""
 
 import json
-import os
 import time
 
 import pytest
@@ -77,16 +76,6 @@ def test_a_file_that_was_added_is_a_change(folder, name):
     check(stages_in(folder)["evaluate"])
 
 
-def test_a_change_under_the_old_times_is_found(folder):
-    stage, file = stages_in(folder)["importance"], folder / "calibration.jsonl"
-    check(stage)
-    stat = file.stat()
-    file.write_text(file.read_text().swapcase())
-    os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
-    with pytest.raises(ChangedInputError, match=r"calibration\.jsonl"):
-        check(stage)
-
-
 def test_what_was_read_before_is_not_read_again(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(identity, "STABLE_NS", 0)
     stages = stages_in(folder)
@@ -127,52 +116,34 @@ def found(tasks, name="mine.yaml", **settings):
 
 
 @pytest.mark.parametrize(
-    ("data_files", "expected"),
-    [
-        ("a.jsonl", []),
-        (["../data/b.jsonl", "a.jsonl", "../data/a.jsonl"], ["data/a.jsonl", "data/b.jsonl"]),
-        ({"train": "{above}/data/a.jsonl", "test": ["file://{above}/data/b.jsonl"]}, ["data/a.jsonl", "data/b.jsonl"]),
-        ("../data/sub/*", ["data/sub/a.jsonl", "data/sub/b.jsonl"]),
-        ("zip://x.json::../data/a.jsonl", ["data/a.jsonl"]),
-        ("https://example.org/a.jsonl", []),
-        ("../tasks/a.jsonl", []),
-        (["../data/none.jsonl", 5, None, {"a": True}], []),
-    ],
-)
-def test_data_files_are_found_where_the_datasets_library_finds_them(tasks, data_files, expected):
-    filled = json.loads(json.dumps(data_files).replace("{above}", str(tasks.parent)))
-    assert found(tasks, dataset_kwargs={"data_files": filled}) == expected
-
-
-@pytest.mark.parametrize(
     ("settings", "expected"),
     [
-        ({"dataset_kwargs": {"data_dir": "../data/sub"}}, ["data/sub/a.jsonl", "data/sub/b.jsonl"]),
-        ({"dataset_path": "org/name", "dataset_kwargs": {"data_dir": "main"}}, []),
-        ({"task": [{"task": "inner", "dataset_kwargs": {"data_files": "../data/a.jsonl"}}]}, ["data/a.jsonl"]),
+        ({"data_files": "a.jsonl"}, []),
+        ({"data_files": ["../data/b.jsonl", "a.jsonl", "../data/a.jsonl"]}, ["data/a.jsonl", "data/b.jsonl"]),
+        ({"data_files": {"train": "{above}/data/a.jsonl"}}, ["data/a.jsonl"]),
+        ({"data_files": ["../tasks/a.jsonl", "../data/none.jsonl", "x" * 300, "\0", 5, None]}, []),
+        ({"data_dir": "../data/sub", "name": ".."}, ["data/sub/a.jsonl", "data/sub/b.jsonl"]),
     ],
 )
-def test_folders_of_data_and_groups_of_tasks(tasks, settings, expected):
-    assert found(tasks, **settings) == expected
+def test_data_files_are_found_where_the_datasets_library_finds_them(tasks, settings, expected):
+    filled = json.loads(json.dumps(settings).replace("{above}", str(tasks.parent)))
+    assert found(tasks, dataset_kwargs=filled) == expected
 
 
-@pytest.mark.parametrize("odd", ["task: [", "- 1", "task: x\ninclude: odd.yaml"])
+@pytest.mark.parametrize("odd", ["task: [", "task: x\ninclude: odd.yaml"])
 def test_tasks_that_cannot_be_read_hide_no_others(tasks, odd):
     (tasks / "odd.yaml").write_text(odd)
     assert found(tasks, dataset_kwargs={"data_files": "../data/a.jsonl"}) == ["data/a.jsonl"]
 
 
-def test_included_files_their_functions_and_links_are_read_where_they_lead(tasks, tmp_path):
+def test_included_files_and_links_are_read_where_they_lead(tasks, tmp_path):
     """As by lm-eval: what a linked task includes lies beside the file that the link leads to."""
     data = tasks.parent / "data"
-    (data / "code.py").write_text("")
-    (data / "base.yml").write_text("doc_to_text: !function code.text\ndataset_kwargs: {data_files: {test: a.jsonl}}\n")
-    (data / "task.yaml").write_text("task: mine\ninclude: base.yml\ndataset_path: json\n")
     (tasks / "task.yaml").symlink_to(data / "task.yaml")
-    assert {"data/base.yml", "data/code.py"} <= {*found(tasks)}
     (data / "base.yml").write_text("dataset_path: json\ndataset_kwargs: {data_files: {test: a.jsonl}}\n")
     (data / "task.yaml").write_text(
         'task: linked\ninclude: base.yml\ntest_split: test\ndoc_to_text: "{{text}}"\ndoc_to_target: "{{answer}}"\n'
     )
     loaded = TaskLoader(["linked"], tasks, tmp_path / "cache").load("linked", 0)
     assert len(loaded["tasks"]["linked"].eval_docs) == 1
+    assert found(tasks) == ["data/a.jsonl", "data/base.yml"]

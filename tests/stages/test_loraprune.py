@@ -62,7 +62,7 @@ def uninterrupted(source, tmp_path_factory):
 def test_what_is_left_is_the_plan_s_shape_of_the_trained_model(source, uninterrupted):
     store, stage, artifact = uninterrupted
     dense, kept = open_checkpoint(source / "model"), read_kept(artifact)
-    shape = shape_for(Target.of(dense, stage.params, stage.params.ratio, "tiny"))
+    shape = shape_for(Target.from_settings(dense, stage.params, stage.params.ratio, "tiny"))
     assert kept.shape == shape and shape.units["neurons"][0] > shape.units["neurons"][1]
     metrics = store.handle(stage.id).manifest()["metrics"]
     assert metrics["ratio_reached"] == dense.parameter_counts.ratio(shape) == pytest.approx(0.2, abs=5e-3)
