@@ -40,8 +40,6 @@ Manifest = Mapping[str, Any]
 # Marks the manifest of an artifact whose files were removed; the manifest stays, for the tables.
 EMPTIED = "emptied"
 STAGE_FILE = "stage.json"  # in a work folder: written by ``launch/stage/stage_file.py`` for the ranks
-# After each failed attempt, a corrupt artifact found in the place of ours is set aside.
-PUBLISHING_ATTEMPTS = 3
 # Files of launchers in a work folder; everything else there is progress inside the stage.
 OF_LAUNCHERS = (CLAIM_FILES, f".{CLAIM_FILES}", STAGE_FILE, PROGRESS, FAILURES)
 
@@ -247,19 +245,15 @@ class StageHandle:
 
     def _publish(self, draft: Path) -> None:
         """Give a finished draft its final name, unless a valid artifact has it already."""
-        for attempts_left in reversed(range(PUBLISHING_ATTEMPTS)):
-            try:
-                draft.rename(self.artifact)
-                return
-            except OSError:
-                if not self.artifact.is_dir() or not attempts_left:
-                    raise
-            if self.is_done():
-                shutil.rmtree(draft, ignore_errors=True)
-                return
-            aside = self.set_aside()
-            if aside is not None and (read_object(aside / MANIFEST) or {}).get(EMPTIED):
-                shutil.rmtree(aside, ignore_errors=True)
+        aside = None if self.is_done() else self.set_aside()
+        if aside is not None and (read_object(aside / MANIFEST) or {}).get(EMPTIED):
+            shutil.rmtree(aside, ignore_errors=True)
+        try:
+            draft.rename(self.artifact)
+        except OSError:
+            if not self.is_done():
+                raise
+            shutil.rmtree(draft, ignore_errors=True)
 
     def empty(self) -> None:
         """Remove the files of its artifact, except for the manifest; they are made again when they are needed.

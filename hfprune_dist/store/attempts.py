@@ -21,7 +21,7 @@ import re
 import shutil
 import time
 import uuid
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -192,19 +192,19 @@ class Ledger:
         self._root.mkdir(parents=True, exist_ok=True)
         return locked(self._root / LOCK)
 
-    def of(self, stage_id: str) -> list[Attempt]:
+    def attempts_at(self, stage_id: str) -> list[Attempt]:
         """Return the attempts at a stage, first to last, without those whose intents are missing."""
-        return list(self._iterate(stage_id))
+        intents = ((path, _read(path / INTENT, Intent)) for _, path in sorted(_numbered(self._root / stage_id)))
+        return [Attempt(path, intent) for path, intent in intents if intent is not None]
 
     def jobs_of(self, stage_id: str) -> list[Attempt]:
         """Return the attempts at a stage that were made in jobs, first to last."""
-        return [attempt for attempt in self._iterate(stage_id) if attempt.intent.job_name]
+        return [attempt for attempt in self.attempts_at(stage_id) if attempt.intent.job_name]
 
     def open_job(self, stage_id: str) -> Attempt | None:
         """Return the newest attempt in a job if it has no end yet; the job may be waiting, running or over."""
-        newest = self._iterate(stage_id, newest_first=True)
-        last = next((attempt for attempt in newest if attempt.intent.job_name), None)
-        return last if last is not None and last.end is None else None
+        newest = next(reversed(self.jobs_of(stage_id)), None)
+        return newest if newest is not None and newest.end is None else None
 
     def open_jobs(self) -> list[Attempt]:
         """Return all attempts of the store in jobs that have no end, whichever sweep made them."""
@@ -257,12 +257,6 @@ class Ledger:
         over = {job_id for job_id, end in attempts if job_id is not None and end is not None and end.is_over}
         return over - {job_id for job_id, end in attempts if job_id is not None and end is None}
 
-    def _iterate(self, stage_id: str, newest_first: bool = False) -> Iterator[Attempt]:
-        for _, path in sorted(_numbered(self._root / stage_id), reverse=newest_first):
-            intent = _read(path / INTENT, Intent)
-            if intent is not None:
-                yield Attempt(path, intent)
-
 
 @dataclass(frozen=True)
 class PastAttempt:
@@ -291,7 +285,7 @@ def past_attempts(store: Store, stage_id: str, logs: Path) -> list[PastAttempt]:
     Args:
         logs: folder of the logs of stages that ran on this machine.
     """
-    handle, attempts = store.handle(stage_id), Ledger(store).of(stage_id)
+    handle, attempts = store.handle(stage_id), Ledger(store).attempts_at(stage_id)
     manifest, beat = handle.manifest() or {}, handle.heartbeat()
     past = []
     for attempt in attempts:

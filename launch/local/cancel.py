@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Iterator
 
 from hfprune_dist.planning.plan import Plan
-from hfprune_dist.store.artifacts import StageHandle, Store
+from hfprune_dist.store.artifacts import Store
 from hfprune_dist.store.attempts import Ledger
 from hfprune_dist.store.claims import Holder
 from hfprune_dist.store.stage import Stage
@@ -17,37 +16,29 @@ WAIT_S = 40.0
 POLL_S = 0.1
 
 
-class Running(NamedTuple):
-    """A running stage, and the launcher that holds its claim."""
-
-    stage: Stage
-    handle: StageHandle
-    holder: Holder
-
-    def goes_on(self) -> bool:
-        claim = self.handle.open_claim()
-        return claim is not None and claim.lives and claim.holder == self.holder
-
-
-def running_without_job(plan: Plan, store: Store) -> list[Running]:
-    """Return the stages that launchers run themselves, not in jobs of a batch system, in plan order."""
-    running, ledger = [], Ledger(store)
+def running_without_job(plan: Plan, store: Store) -> dict[Holder, Stage]:
+    """Return the launchers that run stages themselves, not in jobs of a batch system, each with its stage."""
+    running, ledger = {}, Ledger(store)
     for stage in plan.stages.values():
-        handle = store.handle(stage.id)
-        claim = handle.open_claim()
+        claim = store.handle(stage.id).open_claim()
         if claim and claim.lives and claim.holder.job is None and ledger.open_job(stage.id) is None:
-            running.append(Running(stage, handle, claim.holder))
+            running[claim.holder] = stage
     return running
 
 
-def wait_until_cancelled(running: Sequence[Running]) -> Iterator[str]:
+def wait_until_cancelled(plan: Plan, store: Store) -> Iterator[str]:
     """Wait for launchers to leave their stages once a cancellation has been requested; yield a message about each."""
     deadline = time.monotonic() + WAIT_S
-    for each in running:
-        while (goes_on := each.goes_on()) and time.monotonic() < deadline:
-            time.sleep(POLL_S)
-        name = f"{each.stage.kind} {each.stage.label}: {each.holder}"
-        if goes_on:
-            yield f"not cancelled yet: {name} is still at work on it; on its machine, kill {each.holder.pid} ends it"
-        else:
-            yield f"cancelled: {name} has stopped work on it; what was saved stays, and the same command continues"
+    before: dict[Holder, Stage] = {}
+    while (running := running_without_job(plan, store)) | before:
+        for holder in before.keys() - running.keys():
+            stage = before[holder]
+            ended = f"{stage.kind} {stage.label}: {holder} has stopped work on it"
+            yield f"cancelled: {ended}; what was saved stays, and the same command continues"
+        before = running
+        if time.monotonic() >= deadline:
+            break
+        time.sleep(POLL_S)
+    for holder, stage in before.items():
+        still = f"{stage.kind} {stage.label}: {holder} is still at work on it"
+        yield f"not cancelled yet: {still}; on its machine, kill {holder.pid} ends it"

@@ -103,18 +103,16 @@ def cancel(command: Command) -> int:
     """End the running stages of the sweep, on any machine or in jobs; saved work stays."""
     sweep = read_sweep(command.out)
     plan, store = sweep.plan, sweep.store
-    running = running_without_job(plan, store)
+    is_any_running = bool(running_without_job(plan, store))
     try:
         Cancellation(store.root).request()
     except OSError as error:  # jobs can be ended all the same
         command.tell(f"note: launchers can't be told ({error}), and may go on")
-    for line in wait_until_cancelled(running):
+    for line in wait_until_cancelled(plan, store):
         command.tell(line)
-    for line in wait_until_cancelled([it for it in running_without_job(plan, store) if it not in running]):
-        command.tell(line)  # a stage that began before its launcher saw the token
     has_jobs = Ledger(store).has_jobs()  # after the waits: a launcher may have been submitting its first
     jobs_go_on = has_jobs and cancel_sweep(command.console, sweep)
-    if not has_jobs and not running:
+    if not has_jobs and not is_any_running:
         command.tell("no stage runs; a launcher that is about to start one ends instead")
     return 1 if jobs_go_on or running_without_job(plan, store) else 0
 

@@ -28,7 +28,7 @@ def attempt(ledger):
 
 
 def reread(ledger):
-    return ledger.of(STAGE.id)[-1]
+    return ledger.attempts_at(STAGE.id)[-1]
 
 
 def damage(file):
@@ -48,7 +48,9 @@ def test_a_damaged_record_is_absent(ledger, attempt):
     damage(attempt.folder / "end.json")
     assert reread(ledger).end is None and ledger.open_job(STAGE.id) is not None
     damage(attempt.folder / "intent.json")
-    assert ledger.of(STAGE.id) == [] and ledger.begin(STAGE, **JOB).intent.number == 2, "no number is given again"
+    assert ledger.attempts_at(STAGE.id) == [] and ledger.begin(STAGE, **JOB).intent.number == 2, (
+        "no number is given again"
+    )
 
 
 def test_stray_files_and_folders_are_no_attempts(ledger, attempt):
@@ -58,7 +60,7 @@ def test_stray_files_and_folders_are_no_attempts(ledger, attempt):
     for name in ("backup", "-3", "007", "6"):
         (folder / name).mkdir()
     (folder / "6" / "intent.json").mkdir()
-    assert [found.intent for found in ledger.of(STAGE.id)] == [attempt.intent]
+    assert [found.intent for found in ledger.attempts_at(STAGE.id)] == [attempt.intent]
     assert ledger.begin(STAGE, **JOB).intent.number == 7
 
 

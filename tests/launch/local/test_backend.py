@@ -131,7 +131,7 @@ def test_the_logs_of_an_artifact_that_was_lost_stay(backend, ranks, store, tmp_p
             store.handle(STAGE.id).discard_work()
     logs = [tmp_path / "logs" / f"prune-{STAGE.fingerprint}.{number}.log" for number in range(1, len(expected) + 1)]
     assert [log.read_text().splitlines()[0] for log in logs] == [f"attempt {n}" for n in range(1, len(expected) + 1)]
-    assert [it.end.cause == "done" for it in Ledger(store).of(STAGE.id)] == expected
+    assert [it.end.cause == "done" for it in Ledger(store).attempts_at(STAGE.id)] == expected
 
 
 @pytest.mark.parametrize(

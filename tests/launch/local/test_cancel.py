@@ -26,11 +26,10 @@ def store(tmp_path):
 
 def test_a_launcher_is_waited_for_and_named_if_it_does_not_end(store, monkeypatch):
     claim = store.handle(STAGE.id).claim()
-    running = running_without_job(PLAN, store)
     threading.Timer(0.2, claim.release).start()
-    (line,) = wait_until_cancelled(running)
-    assert line.startswith("cancelled: prune a 0.2: process ") and running_without_job(PLAN, store) == []
+    (line,) = wait_until_cancelled(PLAN, store)
+    assert line.startswith("cancelled: prune a 0.2: process ") and running_without_job(PLAN, store) == {}
     monkeypatch.setattr(cancel, "WAIT_S", 0.2)
     write_json(store.handle(STAGE.id).work / "claim.2", asdict(replace(Holder.me(), host="elsewhere")))
-    (line,) = wait_until_cancelled(running_without_job(PLAN, store))
+    (line,) = wait_until_cancelled(PLAN, store)
     assert line.startswith("not cancelled yet: prune a 0.2: process") and f"kill {os.getpid()} ends it" in line

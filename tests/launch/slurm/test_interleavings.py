@@ -96,7 +96,7 @@ class World:
         kinds = [self.stage_of(name).kind for name in live]
         assert len(set(kinds)) == len(kinds), f"two live jobs for one stage: {live}"
         for stage in PLAN.stages.values():
-            for attempt in Ledger(self.store).of(stage.id):
+            for attempt in Ledger(self.store).attempts_at(stage.id):
                 over = attempt.end is not None and self.store.handle(stage.id).verify().state != "done"
                 assert not (over and attempt.intent.job_name in live), f"a live job was closed: {attempt.end}"
 

@@ -58,7 +58,7 @@ def waits_of(store, stage):
 
 
 def causes(store, stage):
-    return [attempt.end.cause if attempt.end else None for attempt in Ledger(store).of(stage.id)]
+    return [attempt.end.cause if attempt.end else None for attempt in Ledger(store).attempts_at(stage.id)]
 
 
 def started(store, plan=PLAN, **settings):
@@ -190,7 +190,7 @@ def test_without_accounting_a_forgotten_job_is_over_after_minutes_without_a_sign
     claim.release()
     for _ in range(2):
         launcher.step_after(100)
-    assert causes(store, SCORES) == ["killed", None] and ledger.of(SCORES.id)[0].end.is_over
+    assert causes(store, SCORES) == ["killed", None] and ledger.attempts_at(SCORES.id)[0].end.is_over
 
 
 def test_where_the_controller_does_not_answer_nothing_is_over(fake, store):
