@@ -55,7 +55,7 @@ def refused(main, *arguments, folders=()):
         # Names of models and methods.
         ("--models=alhpa", "did you mean 'alpha'?"),
         ("--models=alpha,{inputs}/alpha", "are the same checkpoint"),
-        ("--models=someone/nothing", "is not in the local hub cache"),
+        ("--models=someone/nothing", "can't be downloaded"),
         ("--methods=hfprune,{root}/configs/methods/hfprune.yaml", "two methods are called 'hfprune'"),
         # Folders.
         ("--out={inputs}/alpha", "the sweep reads what is in"),
@@ -146,7 +146,7 @@ def test_a_dry_run_shows_what_checkpoints_will_be(config, tmp_path):
     dense, uniform, by_score, plain = lines[place + 1 : place + 5]
     assert dense == "alpha dense 48 2 2 0.0000"
     assert re.fullmatch(r"alpha 0.2 hfprune \d+ 2 2 0.(19|20)\d\d", uniform)
-    assert by_score == "alpha 0.2 flap - - 2 - scores decide, layer by layer"
+    assert by_score == "alpha 0.2 flap - - - - scores decide, layer by layer"
     measured = "the closest of 2 shapes, by measurement"
     assert re.fullmatch(rf"alpha 0.2 surgeon-plain \d+-\d+ 1-2 2 0.20\d\d {measured}", plain)
 
