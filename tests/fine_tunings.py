@@ -18,7 +18,8 @@ from hfprune_dist.data.schedule import Schedule
 from hfprune_dist.distributed.interruption import Interruption
 from hfprune_dist.distributed.world import World
 from hfprune_dist.distributed.zero3 import init_deepspeed
-from hfprune_dist.training.trainer import Attempt, FineTuning, Snapshot, fine_tune
+from hfprune_dist.training.snapshot import Snapshot
+from hfprune_dist.training.trainer import Attempt, FineTuning, fine_tune
 
 ROWS, TOKENS, STEPS = 8, 24, 3
 
@@ -34,8 +35,6 @@ def make_task(checkpoint: Checkpoint, **settings: object) -> FineTuning:
         schedule=Schedule(ROWS, ROWS, 0),
         total_steps=STEPS,
         warmup_steps=0,
-        runtime=RuntimeConfig(collective_timeout_minutes=5, save_every_steps=1),
-        run_folder=checkpoint.path / "run",
     )
 
 
@@ -51,7 +50,8 @@ def train(folder: Path, ranks: int, task: FineTuning) -> tuple[Snapshot, list[in
         counts: list[int] = []
         with counting_gathers() as gathered:
             noting = SimpleNamespace(update=lambda *_: counts.append(gathered.bytes))
-            fine_tune(task, Attempt(folder / "snapshot", world, noting, Interruption()))
+            runtime = RuntimeConfig(collective_timeout_minutes=5, save_every_steps=1)
+            fine_tune(task, Attempt(world, runtime, noting, Interruption(), folder / "snapshot", folder / "run"))
         if world.is_first:
             file.write_text(json.dumps(counts))
 

@@ -17,7 +17,7 @@ from hfprune_dist.config.training import DistillationConfig, RecoveryConfig
 from hfprune_dist.methods import CriterionName
 
 Ratio = Annotated[float, Field(gt=0.0, lt=1.0)]
-# The Trainer's trackers that can resume a run; these are also the names of their packages.
+# Trackers that can resume a run; these are also the names of their packages.
 Tracker = Literal["tensorboard", "trackio", "wandb"]
 # How ranks hold frozen weights: all of them each, a shard each, or whichever the free memory allows (auto).
 Sharding = Literal["auto", "replicate", "zero3"]

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from hfprune_dist.config.training import steps_per_epoch
 
@@ -52,30 +50,3 @@ class Schedule:
 def _shuffled(rows: int, seed: int, epoch: int) -> Tensor:
     generator = torch.Generator().manual_seed(int(np.random.SeedSequence([seed, epoch]).generate_state(1)[0]))
     return torch.randperm(rows, generator=generator)
-
-
-class ScheduledRows(Dataset[Mapping[str, Any]]):
-    """The rows of optimizer steps ``first_step`` to ``last_step`` (exclusive), in order.
-
-    Every step has the same number of ``slots``, a multiple of ``multiple_of``; slots that its rows leave free hold a
-    row without loss. An item is what ``read`` returns, plus ``place``: its step and its slot, which aren't a tensor, so
-    that they stay on the host.
-    """
-
-    def __init__(self, read: RowReader, schedule: Schedule, first_step: int, last_step: int, multiple_of: int) -> None:
-        self._read = read
-        self._schedule = schedule
-        self._first_step = first_step
-        self._steps = last_step - first_step
-        self.slots = -(-schedule.largest_step // multiple_of) * multiple_of
-
-    def __len__(self) -> int:
-        return self._steps * self.slots
-
-    def __getitem__(self, index: int) -> Mapping[str, Any]:
-        step, slot = self._first_step + index // self.slots, index % self.slots
-        rows = self._schedule.rows_of(step)
-        row = self._read(rows[slot] if slot < len(rows) else rows[0])
-        if slot >= len(rows):
-            row["labels"].fill_(IGNORED)
-        return {**row, "place": (step, slot)}

@@ -21,23 +21,19 @@ from hfprune_dist.distributed.world import World
 from hfprune_dist.models.loading import load_causal_lm, stays_float32
 
 
-def zero3_config(dtype: torch.dtype, micro_batch_size: int) -> dict[str, Any]:
-    """DeepSpeed configuration for frozen models: parameters sharded, gathered layer by layer when used.
+def zero3_config(dtype: torch.dtype, micro_batch_size: int, **zero: Any) -> dict[str, Any]:
+    """DeepSpeed configuration: parameters sharded, gathered layer by layer when used.
 
-    ``torch.nn.functional.linear`` stays torch's: DeepSpeed's rounds before it adds a bias. A forward without gradients
-    keeps no weight in any case, and for backward there is ``models.memory_efficient_backward``.
     Blocks of experts are hooked like all other modules: otherwise some would be gathered as a whole, and gradients of
     their parts would be added up in another order.
+
+    Args:
+        zero: further settings of ZeRO.
     """
+    sharded = {"stage": 3, "overlap_comm": True, "contiguous_gradients": False, "leaf_module": {"classes": []}}
     return {
         "train_micro_batch_size_per_gpu": micro_batch_size,
-        "zero_optimization": {
-            "stage": 3,
-            "overlap_comm": True,
-            "contiguous_gradients": False,
-            "memory_efficient_linear": False,
-            "leaf_module": {"classes": []},
-        },
+        "zero_optimization": sharded | zero,
         "bf16": {"enabled": dtype == torch.bfloat16},
     }
 
@@ -67,11 +63,13 @@ def load_frozen(
     """Load a checkpoint, sharded over the world; none of its parameters needs a gradient.
 
     Run the returned module itself: its hooks gather and release parameters, in forward and backward.
+    ``torch.nn.functional.linear`` stays torch's: DeepSpeed's rounds before it adds a bias. A forward without gradients
+    keeps no weight in any case, and for backward there is ``models.memory_efficient_backward``.
 
     Args:
         body_of: returns the part of the module whose forwards will be run in place of the module's.
     """
-    config = zero3_config(dtype, micro_batch_size)
+    config = zero3_config(dtype, micro_batch_size, memory_efficient_linear=False)
     init_deepspeed(world)
     keep_alive = HfDeepSpeedConfig(config)  # from_pretrained shards while such an object exists
     model = load_causal_lm(checkpoint, dtype)
@@ -140,19 +138,3 @@ def keep_gathered(model: nn.Module) -> None:
     offload = first._z3_optimizer.parameter_offload
     offload.destroy()
     first.all_gather(offload.persistent_parameters)
-
-
-def before_each_step(model: nn.Module, action: Callable[[], None]) -> None:
-    """Call an action before each optimizer step of a model in training, while its gradients are still there.
-
-    For accelerate, a backward and the step after it are one call, and gradients are gone when that returns.
-    """
-    first: Any = next(it for it in model.parameters() if it.requires_grad)
-    optimizer = first._z3_optimizer
-    step = optimizer.step
-
-    def stepping(*arguments: Any, **keywords: Any) -> Any:
-        action()
-        return step(*arguments, **keywords)
-
-    optimizer.step = stepping

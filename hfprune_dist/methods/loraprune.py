@@ -7,12 +7,10 @@ this follows the code.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-
-from hfprune_dist.core.memory_limits import ACCELERATOR_BYTES
 
 # Weight of the previous value in a step of the moving average.
 DECAY = 0.9
@@ -22,8 +20,6 @@ PARTS = 10
 # Number of steps between two maskings, and the fewest maskings of a training too short for this.
 MASK_EVERY, MASKINGS = 10, 10
 TINY = 1e-8
-# Number of a weight's elements whose terms are computed at a time.
-PORTION = ACCELERATOR_BYTES // 4
 
 
 @dataclass(frozen=True)
@@ -35,10 +31,6 @@ class Factors:
     grad_a_RI: Tensor
     grad_b_OR: Tensor
     scale: float
-
-    def rows(self, part: slice) -> Factors:
-        """Return the factors of some rows of the weight."""
-        return replace(self, b_OR=self.b_OR[part], grad_b_OR=self.grad_b_OR[part])
 
     def gradient(self) -> Tensor:
         """Return the estimate of the weight's own gradient [out_features, in_features] (the paper's equation 8): the
@@ -55,27 +47,17 @@ class Factors:
 def unit_scores(weight_OI: Tensor, factors: Factors, axis: int, per_unit: int, parts: int = 1) -> Tensor:
     """Return sums of |gradient * (W + scale B A)| over each unit's entries of a tensor, as a vector of norm 1.
 
-    The paper squares the terms; the code doesn't. Takes memory for three times ``PORTION`` numbers.
+    The paper squares the terms; the code doesn't.
 
     Args:
         axis, per_unit: dimension along which units follow one another, with so many entries each.
         parts: number of matrices concatenated along that axis, each of which counts as a tensor of its own.
     """
-    sums = []
-    height = max(1, PORTION // weight_OI.shape[1])
-    for first in range(0, len(weight_OI), height):
-        part = slice(first, first + height)
-        of_rows = factors.rows(part)
-        terms_OI = of_rows.added_to(weight_OI[part]).mul_(of_rows.gradient()).abs_()
-        sums.append(terms_OI.sum(1 - axis, dtype=torch.float64))
-    entries = torch.cat(sums) if axis == 0 else torch.stack(sums).sum(0)
+    terms_OI = factors.added_to(weight_OI).mul_(factors.gradient()).abs_()
+    entries = terms_OI.sum(1 - axis, dtype=torch.float64)
     sums_PU = entries.view(parts, -1, per_unit).sum(2)
     vector_U: Tensor = (sums_PU / (sums_PU.norm(dim=1, keepdim=True) + TINY)).sum(0)
     return vector_U
-
-
-def averaged(average_U: Tensor, scores_U: Tensor) -> Tensor:
-    return DECAY * average_U + (1 - DECAY) * scores_U
 
 
 def masks_after(step: int, total_steps: int) -> bool:

@@ -12,6 +12,7 @@ from hfprune_dist.kinds.training import DistillParameters
 from hfprune_dist.stages.context import Context
 from hfprune_dist.stages.training import train
 from hfprune_dist.training.teacher_states import DenseStates
+from hfprune_dist.training.trainer import FineTuning
 
 STEPS_PER_WARMUP_STEP = 4  # at least
 
@@ -24,7 +25,16 @@ def run(context: Context[DistillParameters]) -> None:
     windows, length = rows.windows_ST.shape
     schedule = Schedule(windows, settings.batch_size, params.seed)
     steps = params.passes * schedule.steps_per_epoch
-    warmup = min(settings.warmup_steps, steps // STEPS_PER_WARMUP_STEP)
+    task = FineTuning(
+        checkpoint=checkpoint,
+        section="distillation",
+        settings=settings,
+        seed=params.seed,
+        rows=rows,
+        schedule=schedule,
+        total_steps=steps,
+        warmup_steps=min(settings.warmup_steps, steps // STEPS_PER_WARMUP_STEP),
+        distills=True,
+    )
     cost = training_cost(checkpoint, params.passes * windows, length)
-    metrics = {"windows": windows, "tokens": windows * length, **cost}
-    train(context, checkpoint, "distillation", settings, rows, schedule, steps, warmup, metrics, distills=True)
+    train(context, task, {"windows": windows, "tokens": windows * length, **cost})

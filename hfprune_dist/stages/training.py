@@ -25,7 +25,7 @@ from hfprune_dist.data.instructions import (
     require_trainable,
     save_rows,
 )
-from hfprune_dist.data.schedule import RowReader, Schedule
+from hfprune_dist.data.schedule import Schedule
 from hfprune_dist.data.text import read_texts
 from hfprune_dist.data.tokenizer import load_tokenizer, require_eos
 from hfprune_dist.distributed.world import World
@@ -38,7 +38,8 @@ from hfprune_dist.store.heartbeat import Progress
 from hfprune_dist.store.stage import STAGE_VERSIONS
 from hfprune_dist.structures.kept import Kept, Shape
 from hfprune_dist.training.loraprune import UnitMasks
-from hfprune_dist.training.trainer import Attempt, FineTuning, Snapshot, fine_tune
+from hfprune_dist.training.snapshot import Snapshot
+from hfprune_dist.training.trainer import Attempt, FineTuning, fine_tune
 
 TRACKING = "tracking"  # next to the store: a folder of its own for what each training tells trackers
 LONGEST_TITLE = 96
@@ -48,53 +49,32 @@ PAIRS_AT_ONCE = 2000
 ROW_SETTINGS = {*TextSource.model_fields, "instruction_field", "response_field", "samples", "sequence_length"}
 
 
-def train(
-    context: Context[Any],
-    checkpoint: Checkpoint,
-    section: str,
-    settings: LoraTraining,
-    rows: RowReader,
-    schedule: Schedule,
-    total_steps: int,
-    warmup_steps: int,
-    metrics: Mapping[str, Any],
-    *,
-    distills: bool = False,
-    masked_to: Shape | None = None,
-) -> None:
+def train(context: Context[Any], task: FineTuning, metrics: Mapping[str, Any]) -> None:
     """Train LoRA, or resume where an earlier attempt was interrupted, and commit a Hugging Face folder with what was
-    learnt merged in; for most arguments see ``FineTuning``.
+    learnt merged in.
 
     Args:
         metrics: further ones for the manifest.
     """
     title = re.sub("[^A-Za-z0-9._]+", "-", f"{context.stage.label} {context.stage.kind}")[:LONGEST_TITLE]
     root = context.store.root
-    run_folder = root.parent / TRACKING / f"{title}-{digest_of([context.stage.id, str(root.resolve())])[:8]}"
-    task = FineTuning(
-        checkpoint=checkpoint,
-        section=section,
-        settings=settings,
-        seed=context.params.seed,
-        rows=rows,
-        schedule=schedule,
-        total_steps=total_steps,
-        warmup_steps=warmup_steps,
+    attempt = Attempt(
+        world=context.world,
         runtime=context.runtime,
-        run_folder=run_folder,
-        distills=distills,
-        masked_to=masked_to,
+        progress=context.progress,
+        interruption=context.interruption,
+        snapshot=context.work / "snapshot.safetensors",
+        run_folder=root.parent / TRACKING / f"{title}-{digest_of([context.stage.id, str(root.resolve())])[:8]}",
     )
-    snapshot = context.work / "snapshot.safetensors"
-    trained = fine_tune(task, Attempt(snapshot, context.world, context.progress, context.interruption))
+    trained = fine_tune(task, attempt)
     losses = [line["loss"] for line in trained.losses]
     metrics = {**metrics, "steps": len(losses), "first_loss": losses[0], "final_loss": losses[-1]}
-    kept = None
-    if masked_to is not None:
-        kept = UnitMasks(checkpoint.structures, masked_to, trained.tensors).kept()
+    kept, checkpoint = None, task.checkpoint
+    if task.masked_to is not None:
+        kept = UnitMasks(checkpoint.structures, task.masked_to, trained.tensors).kept()
         metrics |= shape_metrics(checkpoint, kept.shape, checkpoint.config)
     draft = context.open_draft()
-    write_merged(checkpoint, trained, settings, draft, context.world, context.progress, kept)
+    write_merged(checkpoint, trained, task.settings, draft, context.world, context.progress, kept)
     context.commit(draft, metrics)
 
 
@@ -153,10 +133,19 @@ def train_on_instructions(
     file = context.world.on_rank0(lambda: prepare_rows(context, checkpoint))
     rows = PackedRows(file)
     schedule = Schedule(rows.counts["rows"], settings.batch_size, context.params.seed)
-    steps, warmup = settings.steps(schedule.steps_per_epoch), settings.warmup_steps
-    seen = rows_trained(schedule.rows, settings.batch_size, steps)
-    metrics = {**rows.counts, **training_cost(checkpoint, seen, settings.sequence_length)}
-    train(context, checkpoint, "recovery", settings, rows, schedule, steps, warmup, metrics, masked_to=masked_to)
+    task = FineTuning(
+        checkpoint=checkpoint,
+        section="recovery",
+        settings=settings,
+        seed=context.params.seed,
+        rows=rows,
+        schedule=schedule,
+        total_steps=settings.steps(schedule.steps_per_epoch),
+        warmup_steps=settings.warmup_steps,
+        masked_to=masked_to,
+    )
+    seen = rows_trained(schedule.rows, settings.batch_size, task.total_steps)
+    train(context, task, {**rows.counts, **training_cost(checkpoint, seen, settings.sequence_length)})
 
 
 def prepare_rows(context: Context[RecoverParameters], checkpoint: Checkpoint) -> Path:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import deepspeed
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 
 from hfprune_dist.core.selection import top_units
 from hfprune_dist.distributed.world import World
-from hfprune_dist.methods.loraprune import Factors, averaged, gone_after, masks_after, unit_scores
+from hfprune_dist.methods.loraprune import DECAY, Factors, gone_after, masks_after, unit_scores
 from hfprune_dist.structures.kept import Kept, Shape
 from hfprune_dist.structures.units import Owned, Units
 
@@ -59,26 +58,12 @@ def scores_of_units(
     return world.broadcast({key: scores_U.cpu() for key, scores_U in scores.items()})  # only now the host waits
 
 
-@dataclass
-class _Masked:
-    """The units of one kind in one layer.
-
-    Attributes:
-        gone: how many units are masked at the end.
-        average_U: averages of their scores, float64, on the CPU.
-        stays_U: whether they stay, bool, on the CPU.
-        mask_C: 0 or 1 for each channel that the output projection reads, on the model's device; None before ``attach``.
-    """
-
-    units: Units
-    gone: int
-    average_U: Tensor
-    stays_U: Tensor
-    mask_C: Tensor | None = None
+# A kind of units and a layer.
+Place = tuple[str, int]
 
 
 class UnitMasks:
-    """Masks for all layers that lose units.
+    """Masks for all layers that lose units, by kind and layer.
 
     A unit is masked where the output projection of its block reads it: its channels of that input are multiplied by 0,
     which has the same effect as removing its weights.
@@ -86,74 +71,80 @@ class UnitMasks:
     Args:
         structures: the kinds of units that the model has, by name.
         shape: what is to be left at the end; all layers stay.
-        tensors: a snapshot's, with what ``state`` returned; None before the first step.
+        tensors: a snapshot's, with what ``state`` returned; none of these before the first step.
     """
 
-    def __init__(
-        self, structures: Mapping[str, Units], shape: Shape, tensors: Mapping[str, Tensor] | None = None
-    ) -> None:
+    def __init__(self, structures: Mapping[str, Units], shape: Shape, tensors: Mapping[str, Tensor]) -> None:
         self._kinds = {kind: structures[kind] for kind in shape.units}
-        self._masked: dict[tuple[str, int], _Masked] = {}
+        # How many units are masked at the end.
+        self._gone: dict[Place, int] = {}
+        # Averages of their scores, float64, and whether they stay, bool; on the CPU.
+        self._averages: dict[Place, Tensor] = {}
+        self._stays: dict[Place, Tensor] = {}
+        # 0 or 1 for each channel that the output projection reads, on the model's device.
+        self._masks: dict[Place, Tensor] = {}
         for kind, units in self._kinds.items():
             for layer, (count, most) in enumerate(zip(shape.units[kind], units.counts, strict=True)):
                 if count < most:
-                    average_U, stays_U = torch.zeros(most, dtype=torch.float64), torch.ones(most, dtype=torch.bool)
-                    if tensors:
-                        average_U, stays_U = (tensors[_name(kind, layer, what)] for what in ("average", "stays"))
-                    self._masked[kind, layer] = _Masked(units, most - count, average_U, stays_U)
+                    place = kind, layer
+                    self._gone[place] = most - count
+                    zeros_U, ones_U = torch.zeros(most, dtype=torch.float64), torch.ones(most, dtype=torch.bool)
+                    self._averages[place] = tensors.get(_name(place, "average"), zeros_U)
+                    self._stays[place] = tensors.get(_name(place, "stays"), ones_U)
 
     @property
     def kinds_by_layer(self) -> dict[int, list[Units]]:
         """Number of each layer that loses units -> the kinds of units that it loses."""
-        layers = sorted({layer for _, layer in self._masked})
-        return {it: [masked.units for (_, layer), masked in self._masked.items() if layer == it] for it in layers}
+        found: dict[int, list[Units]] = {}
+        for kind, layer in sorted(self._gone, key=lambda place: place[1]):
+            found.setdefault(layer, []).append(self._kinds[kind])
+        return found
 
     def attach(self, model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
         """Make a model compute without the masked units, now and as more are masked."""
-        for (_, layer), masked in self._masked.items():
-            units, size = masked.units, len(masked.stays_U) * masked.units.channels_per_unit
-            masked.mask_C = torch.empty(size, device=device, dtype=dtype)
+        for (kind, layer), stays_U in self._stays.items():
+            units = self._kinds[kind]
+            mask_C = torch.empty(len(stays_U) * units.channels_per_unit, device=device, dtype=dtype)
 
-            def multiply(_: nn.Module, inputs: tuple[Tensor, ...], mask_C: Tensor = masked.mask_C) -> Any:
+            def multiply(_: nn.Module, inputs: tuple[Tensor, ...], mask_C: Tensor = mask_C) -> Any:
                 return inputs[0] * mask_C, *inputs[1:]
 
             model.get_submodule(units.tensor(layer, units.output)).register_forward_pre_hook(multiply)
+            self._masks[kind, layer] = mask_C
         self._show()
 
-    def update(self, scores: Mapping[tuple[str, int], Tensor], step: int, total_steps: int) -> None:
-        """Average the scores of a step, by kind and layer, float64 [units]. Then mask, if it is time, as many units as
-        are to be gone after this step, those with the lowest averages first; masked units stay masked.
+    def update(self, scores: Mapping[Place, Tensor], step: int, total_steps: int) -> None:
+        """Average the scores of a step, float64 [units]. Then mask, if it is time, as many units as are to be gone
+        after this step, those with the lowest averages first; masked units stay masked.
         """
         masks = masks_after(step, total_steps)
-        for place, masked in self._masked.items():
-            masked.average_U = averaged(masked.average_U, scores[place])
-            if masks and (gone := gone_after(step, total_steps, masked.gone)):
-                average_U = masked.average_U.masked_fill(~masked.stays_U, -torch.inf)
-                masked.stays_U = torch.zeros_like(masked.stays_U)
-                masked.stays_U[top_units(average_U, len(average_U) - gone)] = True
+        for place, final in self._gone.items():
+            average_U = DECAY * self._averages[place] + (1 - DECAY) * scores[place]
+            self._averages[place] = average_U
+            if masks and (gone := gone_after(step, total_steps, final)):
+                of_those_U = average_U.masked_fill(~self._stays[place], -torch.inf)
+                self._stays[place] = torch.zeros_like(self._stays[place])
+                self._stays[place][top_units(of_those_U, len(average_U) - gone)] = True
         if masks:
             self._show()
 
     def state(self) -> dict[str, Tensor]:
         """Tensors for a snapshot."""
-        told: dict[str, Tensor] = {}
-        for (kind, layer), masked in self._masked.items():
-            told |= {_name(kind, layer, "average"): masked.average_U, _name(kind, layer, "stays"): masked.stays_U}
-        return told
+        averages = {_name(place, "average"): average_U for place, average_U in self._averages.items()}
+        return averages | {_name(place, "stays"): stays_U for place, stays_U in self._stays.items()}
 
     def kept(self) -> Kept:
         """The units that aren't masked."""
         rows = {kind: [torch.arange(count) for count in units.counts] for kind, units in self._kinds.items()}
-        for (kind, layer), masked in self._masked.items():
-            rows[kind][layer] = masked.stays_U.nonzero().flatten()
+        for (kind, layer), stays_U in self._stays.items():
+            rows[kind][layer] = stays_U.nonzero().flatten()
         return Kept.of_all_layers(rows)
 
     def _show(self) -> None:
         """Apply the masks to the model. Only between steps: all activations that wait for backward are of one mask."""
-        for masked in self._masked.values():
-            if masked.mask_C is not None:
-                masked.mask_C.copy_(masked.stays_U.repeat_interleave(masked.units.channels_per_unit))
+        for (kind, layer), mask_C in self._masks.items():
+            mask_C.copy_(self._stays[kind, layer].repeat_interleave(self._kinds[kind].channels_per_unit))
 
 
-def _name(kind: str, layer: int, what: str) -> str:
-    return f"units.{kind}.{layer}.{what}"
+def _name(place: Place, what: str) -> str:
+    return f"units.{place[0]}.{place[1]}.{what}"

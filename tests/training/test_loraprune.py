@@ -23,7 +23,8 @@ from hfprune_dist.structures.kept import Shape
 from hfprune_dist.structures.units import Block, neurons
 from hfprune_dist.training import trainer
 from hfprune_dist.training.loraprune import UnitMasks
-from hfprune_dist.training.trainer import MAX_GRAD_NORM, Snapshot
+from hfprune_dist.training.snapshot import Snapshot
+from hfprune_dist.training.trainer import MAX_GRAD_NORM
 
 STEPS = 4
 SMALL = {"num_hidden_layers": 3, "intermediate_size": 12}
@@ -129,7 +130,7 @@ def test_the_lowest_averages_go_and_none_comes_back(counts, total, data):
     config = {"intermediate_size": width, "num_hidden_layers": len(counts)}
     units = neurons(config, Block("model.layers", "mlp", "norm"), ("gate_proj", "up_proj"), "down_proj")
     structures, shape = {units.kind: units}, Shape(tuple(range(len(counts))), {units.kind: tuple(counts)})
-    masks = UnitMasks(structures, shape)
+    masks = UnitMasks(structures, shape, {})
     assert list(masks.kinds_by_layer) == [layer for layer, count in enumerate(counts) if count < width]
     before = masks.kept()
     resumed_at = data.draw(st.integers(1, total))

@@ -12,7 +12,7 @@ from hfprune_dist.config.training import RecoveryConfig
 from hfprune_dist.errors import UserError
 from hfprune_dist.stages.training import write_merged
 from hfprune_dist.store.heartbeat import Progress
-from hfprune_dist.training.trainer import Snapshot
+from hfprune_dist.training.snapshot import Snapshot
 
 
 def told_of_merging(folder, dtype, factor_a, factor_b):
