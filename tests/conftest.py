@@ -45,6 +45,10 @@ def real_assets(tmp_path_factory):
     return folder
 
 
+def pytest_addoption(parser):
+    parser.addoption("--all", action="store_true", help="also tests marked thorough, and every crash of the campaign")
+
+
 def pytest_configure():
     fork_server.share()
     # A suite started in the background ignores Ctrl-C, and so would all processes that it starts.
@@ -114,8 +118,16 @@ class TogetherByFile(LoadScopeScheduling):
         return "the demo's assets" if file in DEMO_ASSETS else file
 
 
-def pytest_collection_modifyitems(items):
-    """Run the longest tests first, so that no worker is left with only those at the end; all workers in one order."""
+def pytest_collection_modifyitems(config, items):
+    """Run the longest tests first, so that no worker is left with only those at the end; all workers in one order.
+
+    Thorough ones are left out unless they are asked for: with --all, by their marker, or by a test's name.
+    """
+    named = any("::" in argument for argument in config.args)
+    if not (config.option.all or named or "thorough" in config.option.markexpr):
+        thorough = [item for item in items if item.get_closest_marker("thorough")]
+        items[:] = [item for item in items if item not in thorough]
+        config.hook.pytest_deselected(items=thorough)
     items.sort(key=lambda item: (_turn(item.path), item.path))
 
 

@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# From a fresh clone to a tested one: installs into .venv, then lint, types and all tests. Arguments go to pytest.
+# From a fresh clone to a tested one: installs into .venv, then lint, types and the tests that every change needs.
+# --all adds every fault on the Slurm cluster, every crash, and whatever else is thorough. Arguments go to pytest.
 set -euo pipefail
 CDPATH= cd "$(dirname "${BASH_SOURCE[0]}")/.."
-source launch/setup.sh
+source launch/setup.sh demo,test
 # The tests bring up a Slurm cluster of their own and open a report in a browser; without Slurm, or without Chromium, they
 # are skipped, or fail where CI is set.
 if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then

@@ -11,6 +11,7 @@ CLUSTER = ROOT / "slurm" / "cluster.sh"
 # Stands in for Python and, in an environment, for its pip and the project's commands.
 PYTHON = """#!/bin/bash
 echo "$*" >>"$CALLS"
+[ "$1 $2" != "$FAILS" ] || exit 1
 if [ "$1 $2" = "-m venv" ]; then
     mkdir -p "$3/bin"
     cp "$0" "$3/bin/python"
@@ -45,7 +46,7 @@ def quickstart(project, tmp_path):
         result = subprocess.run(
             ["bash", "launch/quickstart.sh"],
             cwd=project,
-            env={**os.environ, "CALLS": str(calls), "PATH": path, "PYTHON_BASE": "", **environment},
+            env={**os.environ, "CALLS": str(calls), "PATH": path, "PYTHON_BASE": "", "FAILS": "", **environment},
             capture_output=True,
             text=True,
             check=False,
@@ -55,10 +56,12 @@ def quickstart(project, tmp_path):
     return run
 
 
-def test_the_quickstart_installs_once(quickstart, project):
-    result, calls = quickstart()
+@pytest.mark.parametrize(("fails", "installer"), [("none", "uv pip"), ("-m uv", "pip")])
+def test_the_quickstart_installs_once(quickstart, project, fails, installer):
+    result, calls = quickstart(FAILS=fails)
     assert result.returncode == 0, result.stderr
     assert f"-m venv {project}/.venv" in calls
+    assert [it for it in calls if it.startswith(f"-m {installer} install") and it.endswith(f"-e {project}[demo]")]
     assert quickstart()[1] == ["launch/demo_assets.py", "launch/sweep.py --config configs/demo.yaml"]
 
 

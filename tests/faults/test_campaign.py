@@ -1,4 +1,4 @@
-"""Power losses at drawn moments of every kind of run; all of them with HFPRUNE_CRASHES=all (see faults.campaign)."""
+"""Power losses at drawn moments of every kind of run; all of them with --all (see faults.campaign)."""
 
 import json
 import os
@@ -19,9 +19,9 @@ BROKEN = ["commit!b.bin"]
 
 
 @pytest.fixture(scope="module")
-def reports(tmp_path_factory):
+def reports(request, tmp_path_factory):
     file = tmp_path_factory.mktemp("campaign") / "reports.json"
-    draw = [] if os.environ.get("HFPRUNE_CRASHES") == "all" else ["--draw", str(DRAWN)]
+    draw = [] if request.config.option.all else ["--draw", str(DRAWN)]
     subprocess.run(
         forked([sys.executable, FAULTS / "campaign.py", *SUBJECTS, *BROKEN, *draw, "--json", file]),
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "tests")},

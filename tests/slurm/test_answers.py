@@ -12,7 +12,7 @@ from clusters import (
     done,
 )
 
-pytestmark = [pytest.mark.slurm, pytest.mark.beside]
+pytestmark = [pytest.mark.slurm, pytest.mark.beside, pytest.mark.thorough]
 
 # In turn: the truth, nothing, a list without jobs, a list cut off within a line.
 SQUEUE = """#!/bin/bash

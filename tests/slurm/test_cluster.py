@@ -58,6 +58,7 @@ def test_nothing_can_be_reached_from_outside(cluster):
 
 
 @of_another
+@pytest.mark.thorough
 def test_up_and_down_again(new_cluster):
     with new_cluster(PORT_BASE) as another:
         another.run("up", "--no-accounting")

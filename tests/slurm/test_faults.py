@@ -1,8 +1,9 @@
-"""Every fault on real daemons, and afterwards: the same results, nothing done twice, no job left, no hand needed."""
+"""Faults on real daemons, and afterwards: the same results, nothing done twice, no job left, no hand needed. That of a
+killed rank is in test_sweep.py, which every change runs.
+"""
 
 import os
 import shutil
-import signal
 import subprocess
 import time
 
@@ -12,7 +13,6 @@ from clusters import (
     DENSE,
     FORKED_RANKS,
     FORKED_SUCCESSORS,
-    PRUNE,
     SLOWLY,
     assert_undisturbed,
     causes,
@@ -23,7 +23,7 @@ from clusters import (
 )
 from sweeps import results
 
-pytestmark = [pytest.mark.slurm, pytest.mark.beside]
+pytestmark = [pytest.mark.slurm, pytest.mark.beside, pytest.mark.thorough]
 
 
 @pytest.mark.beside("time limit")
@@ -38,20 +38,6 @@ def test_the_time_limit_is_hit_in_mid_recovery(cluster, config, finished, withou
     assert causes(out) == ["done"], "one job, requeued by itself"
     *ended_early, last = runs(out, CONTROL)
     assert set(ended_early) == {"interrupted"} and last == "done"
-
-
-def test_a_rank_is_killed_in_each_stage(cluster, config, finished, without):
-    stages = ["importance alpha", CONTROL, DENSE]
-    out = without(*stages, PRUNE, "recover alpha 0.2")  # a pass runs only where something made from it is missing
-    submitted = cluster.submit(config, out, **SLOWLY, **FORKED_RANKS)
-    alive = list(stages)
-    while alive:
-        with submitted.held(*alive) as (stage, ranks):
-            ranks[max(ranks)].send_signal(signal.SIGKILL)
-        alive.remove(stage)
-    done(cluster, out, finished, submitted)
-    for stage in stages:
-        assert causes(out, stage) == ["killed", "done"]
 
 
 def test_scancel(cluster, config, finished, without):

@@ -3,7 +3,7 @@
 import pytest
 from clusters import CONTROL, attempt_folders, causes, read
 
-pytestmark = [pytest.mark.slurm, pytest.mark.beside]
+pytestmark = [pytest.mark.slurm, pytest.mark.beside, pytest.mark.thorough]
 
 # As in a shell inside an interactive job on a GPU node, and as people set them for jobs of another kind.
 SURROUNDINGS = {

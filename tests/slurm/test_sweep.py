@@ -1,7 +1,23 @@
-"""A whole sweep on the cluster: the same results as on this machine, and the commands that inspect it."""
+"""A whole sweep on the cluster: the same results as on this machine, also with killed ranks, and the commands that
+inspect it.
+"""
+
+import signal
 
 import pytest
-from clusters import FORKED_RANKS, SLOWLY, attempt_folders, causes, job_names, read, table
+from clusters import (
+    CONTROL,
+    DENSE,
+    FORKED_RANKS,
+    PRUNE,
+    SLOWLY,
+    attempt_folders,
+    causes,
+    done,
+    job_names,
+    read,
+    table,
+)
 from sweeps import artifacts
 
 pytestmark = [pytest.mark.slurm, pytest.mark.beside]
@@ -39,6 +55,20 @@ def test_a_second_run_submits_nothing(cluster, on_cluster, config):
     before = len(attempt_folders(out))
     code, output = cluster.submit(config, out).end()
     assert code == 0 and "submitted" not in output and len(attempt_folders(out)) == before
+
+
+def test_a_rank_is_killed_in_each_stage(cluster, config, finished, without):
+    stages = ["importance alpha", CONTROL, DENSE]
+    out = without(*stages, PRUNE, "recover alpha 0.2")  # a pass runs only where something made from it is missing
+    submitted = cluster.submit(config, out, **SLOWLY, **FORKED_RANKS)
+    alive = list(stages)
+    while alive:
+        with submitted.held(*alive) as (stage, ranks):
+            ranks[max(ranks)].send_signal(signal.SIGKILL)
+        alive.remove(stage)
+    done(cluster, out, finished, submitted)
+    for stage in stages:
+        assert causes(out, stage) == ["killed", "done"]
 
 
 def test_status_logs_and_cancel(cluster, config, without):
