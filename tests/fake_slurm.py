@@ -51,10 +51,9 @@ class Job:
 
 @dataclass
 class Controller:
-    """The controller, accounting and commands.
+    """The controller and its commands.
 
     Attributes:
-        history: what sacct prints; None if there is no accounting.
         answer: what sbatch prints, with ID for the job's id.
         shown: what scontrol prints of any job; None: the truth.
         faults: command -> faults of its next calls: "" (none), "error" (no answer), "empty" or "cut" (output cut off),
@@ -65,7 +64,6 @@ class Controller:
     """
 
     jobs: dict[str, Job] = field(default_factory=dict)
-    history: str | None = ""
     answer: str = "ID\n"
     shown: str | None = None
     faults: dict[str, list[str]] = field(default_factory=dict)
@@ -77,7 +75,7 @@ class Controller:
         """Answer for Slurm's commands, as on a machine that has them."""
         monkeypatch.setattr(commands, "_run", self.run)
         which = shutil.which
-        names = ("sbatch", "squeue", "scancel", "scontrol", "sacct")
+        names = ("sbatch", "squeue", "scancel", "scontrol")
         monkeypatch.setattr(shutil, "which", lambda name, **given: name if name in names else which(name, **given))
         return self
 
@@ -98,12 +96,9 @@ class Controller:
         self.jobs[job_id].state = state
 
     def forget(self, *job_ids: str) -> None:
-        """Forget jobs, as Slurm does after MinJobAge; accounting, if there is one, keeps those that have ended."""
-        live = self.live()
+        """Forget jobs, as Slurm does after MinJobAge."""
         for job_id in job_ids:
-            job = self.jobs.pop(job_id, None)
-            if job is not None and self.history is not None and job_id not in live:
-                self.history += f"{job.line(job_id)}\n"
+            self.jobs.pop(job_id, None)
 
     def run(self, command: list[str]) -> subprocess.CompletedProcess[str]:
         self.called.append(" ".join(command))
@@ -139,9 +134,6 @@ class Controller:
             return 0, listing, ""
         lines = [f"{job.line(job_id)}|;\n" for job_id, job in self.jobs.items()]
         return 0, HEADER + ("" if fault == "header" else "".join(lines)), ""
-
-    def sacct(self, _: list[str], __: str) -> tuple[int, str, str]:
-        return (1, "", "Slurm accounting storage is disabled") if self.history is None else (0, self.history, "")
 
     def scontrol(self, command: list[str], _: str) -> tuple[int, str, str]:
         if command[1] == "requeue":

@@ -49,7 +49,6 @@ class Intent:
         created: unix time.
         job_name: unique, so that the job can be found by its name; empty on this machine.
         time_minutes: time limit of the job.
-        slot: jobs in the same slot run one at a time (``--max-running``); None without a limit.
         avoided: nodes at fault in earlier attempts, which the job must not use.
     """
 
@@ -59,7 +58,6 @@ class Intent:
     ranks: int
     job_name: str = ""
     time_minutes: int = 0
-    slot: int | None = None
     avoided: list[str] = field(default_factory=list)
 
 
@@ -70,9 +68,9 @@ class Run:
     Attributes:
         restart: number of times that the job had been requeued before.
         nodes: in Slurm's notation.
-        ended: unix time; None while it runs, or if it died and no later start has noticed.
-        how: done, failed, interrupted, cancelled, duplicate or died.
-        progress: the last heartbeat when it ended.
+        ended: unix time; None while it runs, or if it was killed.
+        how: done, failed, interrupted, cancelled or duplicate.
+        progress: the last heartbeat when it ended, without times.
     """
 
     job_id: str
@@ -93,7 +91,6 @@ class End:
         at: unix time, as far as the stage's heartbeat tells it; a launcher may learn of it days later.
         is_over: whether it is certain that its job is over, so that its claim is void.
         bad_nodes: nodes that the next attempt should avoid.
-        progress: the last heartbeat.
     """
 
     cause: str
@@ -101,7 +98,6 @@ class End:
     at: float
     is_over: bool = True
     bad_nodes: list[str] = field(default_factory=list)
-    progress: dict[str, Any] | None = None
 
 
 class Attempt:
@@ -159,13 +155,6 @@ class Attempt:
     def logs(self) -> list[Path]:
         """Return the log files of a job's ranks, and of its batch script and srun."""
         return sorted([*listed(self.folder, "*_log.out"), *listed(self.folder, "*_log.err")])
-
-    def progress(self) -> list[dict[str, Any] | None]:
-        """Return how far each start got that has ended."""
-        runs, end = self.runs(), self.end
-        progress = [run.progress for run in runs if run.ended is not None]
-        # A start that was killed could not record how far it got; the launcher did so when it closed the attempt.
-        return [*progress, end.progress] if end is not None and runs and runs[-1].ended is None else progress
 
 
 class Ledger:

@@ -9,13 +9,11 @@ import time
 from collections.abc import Mapping, Sequence
 from enum import StrEnum
 from pathlib import Path
-from typing import Any
 
-from hfprune_launch.slurm.commands import DEPENDENCY, NEVER, JobInfo
+from hfprune_launch.slurm.commands import DEPENDENCY, FORGOTTEN, NEVER, JobInfo
 
 from hfprune_dist.store.atomic_files import unwritable
 from hfprune_dist.store.attempts import Attempt, End, Ledger, end_of_log
-from hfprune_dist.store.heartbeat import Heartbeat
 from hfprune_dist.store.stage import Stage
 
 
@@ -25,11 +23,11 @@ class Cause(StrEnum):
     DONE = "done"
     """The artifact is there and verified."""
     INTERRUPTED = "interrupted"
-    """By preemption, or a time limit before which the job got further; it goes on from what is saved."""
+    """By preemption, or once all was saved; it goes on from there."""
     BAD_NODE = "bad node"
     """A node died, or can't run the stage."""
     KILLED = "killed"
-    """A rank died without a message, or waited in vain for another one."""
+    """A rank died without a message, waited in vain for another one, or met the time limit before it had saved."""
     LOST_INPUT = "lost input"
     """An artifact that the stage reads is damaged; it is made again."""
     NOT_RUN = "not run"
@@ -52,10 +50,6 @@ RETRIES: Mapping[str, int] = {
     Cause.NOT_RUN: 100,  # a job may be dropped each time that one which it needs is interrupted
 }
 
-# This many starts of a stage's jobs in a row may end without getting any further.
-FRUITLESS_STARTS = 3
-# The nodes at fault in this many previous attempts are avoided.
-EXCLUDING_ATTEMPTS = 3
 LOG_TAIL_LINES = 12
 LOG_TAIL_BYTES = 64 * 1024
 # What the batch script and every rank write first, followed by the number of times the job had been requeued.
@@ -91,10 +85,6 @@ WORDS = (
         "srun refused to start the ranks; check the profile, above all its sbatch and srun_args",
     ),
 )
-BY_SLURM = re.compile(r"srun: |slurmstepd\S*: ")
-NODE_AT_FAULT = re.compile(
-    r"srun: error: Node failure on (\S+)|task launch for .* failed on node ([^\s:]+)", re.IGNORECASE
-)
 
 
 def explain_end(ledger: Ledger, stage: Stage, attempt: Attempt, job: JobInfo | None) -> End:
@@ -104,28 +94,29 @@ def explain_end(ledger: Ledger, stage: Stage, attempt: Attempt, job: JobInfo | N
         job: what Slurm says of it; None if it has forgotten the job.
     """
     handle = ledger.store.handle(stage.id)
-    heartbeat, text = handle.heartbeat(), _lines_of_last_start(attempt.logs())
-    cause, message = (Cause.DONE, "") if handle.is_done() else _cause(ledger, stage, attempt, job, text)
+    heartbeat = handle.heartbeat()
+    cause, message = (Cause.DONE, "") if handle.is_done() else _cause(ledger, stage, attempt, job)
     return End(
         cause=cause,
         message=message,
         at=time.time() if heartbeat is None else heartbeat.updated,
-        bad_nodes=_nodes_at_fault(text, attempt, job) if cause == Cause.BAD_NODE else [],
-        progress=as_progress(heartbeat),
+        is_over=attempt.job_id is not None,
+        bad_nodes=_only_node(attempt, job) if cause == Cause.BAD_NODE else [],
     )
 
 
-def _cause(ledger: Ledger, stage: Stage, attempt: Attempt, job: JobInfo | None, text: str) -> tuple[str, str]:
+def _cause(ledger: Ledger, stage: Stage, attempt: Attempt, job: JobInfo | None) -> tuple[str, str]:
     """Return cause and message; what explains most comes first."""
+    if attempt.job_id is None:
+        return Cause.NOT_RUN, "the launcher died while it submitted"
     name, runs, tail = f"job {attempt.job_id}", attempt.runs(), log_tail(attempt.logs())
-    state, reason = (job.state, job.reason) if job is not None else ("", "")
+    state, reason = (job.state, job.reason) if job is not None else (FORGOTTEN, "")
     how = runs[-1].how if runs else None
+    text = "\n".join(_end_of_last_start(log) for log in attempt.logs())
     if how == "cancelled" or state == "CANCELLED":
         return _cancelled(ledger, stage, name, reason, has_started=bool(runs))
     if (state, reason) == ("FAILED", "BadConstraints"):
-        if attempt.intent.avoided:
-            return Cause.NOT_RUN, f"{name} can't do without {', '.join(attempt.intent.avoided)}, where it has failed"
-        return Cause.INPUT, f"{name}: no node suits what it asks for (BadConstraints); check the profile"
+        return no_node_suits(f"{name} (BadConstraints)", attempt.intent.avoided)
     if how == "duplicate":
         return Cause.NOT_RUN, f"{name} left the stage to another process that has claimed it"
     found = ledger.store.handle(stage.id).failures()
@@ -136,7 +127,8 @@ def _cause(ledger: Ledger, stage: Stage, attempt: Attempt, job: JobInfo | None, 
     if problem:
         return Cause.INPUT, f"{name}: {problem} (exit code {code}); correct it\n{tail}"
     if state == "TIMEOUT" or "DUE TO TIME LIMIT" in text:
-        return _time_limit(ledger, attempt)
+        reached = f"{name} reached its time limit of {attempt.intent.time_minutes} minutes before it had saved"
+        return Cause.KILLED, f"{reached}; raise time_minutes or signal_seconds in the profile"
     if state in STATES:
         return STATES[state][0], f"{name}: {STATES[state][1]}\n{tail}".rstrip()
     for words, cause, meaning in WORDS:
@@ -147,12 +139,18 @@ def _cause(ledger: Ledger, stage: Stage, attempt: Attempt, job: JobInfo | None, 
     if why := unwritable(ledger.store.root):  # where nobody could record a reason
         return Cause.INPUT, why
     if not runs and not attempt.logs():
+        if state == FORGOTTEN:
+            return Cause.NOT_RUN, f"{name} never began, and Slurm has forgotten why"
         where = "its nodes may not see that folder; --out must lie on a file system that all nodes share"
         return Cause.KILLED, f"{name} has left no log in {attempt.folder}: {where}"
-    return (
-        Cause.KILLED,
-        f"{name} ({state or 'state unknown'}): a rank died without a message\nits log ends with:\n{tail}",
-    )
+    return Cause.KILLED, f"{name} ({state}): a rank died without a message\nits log ends with:\n{tail}"
+
+
+def no_node_suits(problem: str, avoided: Sequence[str]) -> tuple[str, str]:
+    """Return why Slurm refuses to run a job, which may be because of the nodes that it avoids."""
+    if avoided:
+        return Cause.NOT_RUN, f"{problem}: Slurm can't do without {', '.join(avoided)}, where it has failed"
+    return Cause.INPUT, f"{problem}; check the profile"
 
 
 def _cancelled(ledger: Ledger, stage: Stage, name: str, reason: str, has_started: bool) -> tuple[str, str]:
@@ -171,91 +169,23 @@ def _cancelled(ledger: Ledger, stage: Stage, name: str, reason: str, has_started
     return Cause.CANCELLED, f"{name} was cancelled; run the same command again to go on"
 
 
-# Starts that get no further.
-
-
-def fruitless_starts(progress: Sequence[dict[str, Any] | None]) -> int:
-    """Return the number of starts since the last one that got further than all before it.
-
-    Args:
-        progress: the last heartbeats of all starts, oldest first; None for a start without one.
-    """
-    count = 0
-    furthest: dict[str, int] = {}
-    for last in progress:
-        if last is not None and last["done"] > furthest.get(last["phase"], -1 if furthest else 0):
-            furthest[last["phase"]], count = last["done"], 0
-        else:
-            count += 1
-    return count
-
-
-def no_further(ledger: Ledger, attempt: Attempt, *more: dict[str, Any] | None) -> str:
-    """Say that the last starts of a stage's jobs got no further than those before; empty if they did.
-
-    Starts count from the last attempt that made the artifact: if that was lost, the work started over.
-
-    Args:
-        more: how far a start got that has no record of its end.
-    """
-    attempts = [it for it in ledger.jobs_of(attempt.intent.stage_id) if it.intent.number <= attempt.intent.number]
-    made = [number for number, it in enumerate(attempts, 1) if (end := it.end) is not None and end.cause == Cause.DONE]
-    progress = [start for it in attempts[max(made, default=0) :] for start in it.progress()]
-    if fruitless_starts([*progress, *more]) < FRUITLESS_STARTS:
-        return ""
-    return (
-        f"the last {FRUITLESS_STARTS} starts of {attempt.intent.time_minutes} minutes got no further than before; "
-        "raise time_minutes or signal_seconds in the profile, or lower runtime.save_every_steps"
-    )
-
-
-def _time_limit(ledger: Ledger, attempt: Attempt) -> tuple[str, str]:
-    """Explain a job that reached its time limit before it had saved its work and requeued itself.
-
-    The first start of all may have spent its time on what is not counted, such as loading a model: it has more tries.
-    """
-    runs, heartbeat = attempt.runs(), ledger.store.handle(attempt.intent.stage_id).heartbeat()
-    more = [as_progress(heartbeat)] if not runs or runs[-1].ended is None else []
-    reached = f"job {attempt.job_id} reached its time limit of {attempt.intent.time_minutes} minutes"
-    if why := no_further(ledger, attempt, *more):
-        return Cause.INPUT, f"{reached}: {why}"
-    return Cause.INTERRUPTED, reached
-
-
-def as_progress(heartbeat: Heartbeat | None) -> dict[str, Any] | None:
-    return None if heartbeat is None else {"phase": heartbeat.phase, "done": heartbeat.done}
-
-
-# Nodes at fault.
-
-
-def _nodes_at_fault(text: str, attempt: Attempt, job: JobInfo | None) -> list[str]:
-    """Return the nodes at fault: those that the log names, else the only node of the job's last start."""
-    named = {first or second for first, second in NODE_AT_FAULT.findall(text)}
+def _only_node(attempt: Attempt, job: JobInfo | None) -> list[str]:
+    """Return the node of a job's last start; none of several, as nothing says which of them is at fault."""
     runs = attempt.runs()
-    found = named or {job.nodes if job is not None and job.nodes else runs[-1].nodes if runs else ""}
-    return sorted(node for node in found if node and not {"[", ","} & set(node))
+    nodes = job.nodes if job is not None and job.nodes else runs[-1].nodes if runs else ""
+    return [nodes] if nodes and not {"[", ","} & set(nodes) else []
 
 
 def nodes_to_avoid(attempts: Sequence[Attempt]) -> list[str]:
-    """Return the nodes that a stage's next job avoids; none if Slurm could not start the last one without them."""
-    if attempts and attempts[-1].intent.avoided and (end := attempts[-1].end) and end.cause == Cause.NOT_RUN:
+    """Return the nodes at fault in a stage's last attempts, which the next one avoids."""
+    last = attempts[-1] if attempts else None
+    if last is None or (end := last.end) is None or end.cause != Cause.BAD_NODE:
         return []
-    ends = [end for attempt in attempts[-EXCLUDING_ATTEMPTS:] if (end := attempt.end) is not None]
-    return sorted({node for end in ends for node in end.bad_nodes})
+    return sorted({*last.intent.avoided, *end.bad_nodes})
 
 
-# Logs.
-
-
-def _lines_of_last_start(logs: Sequence[Path]) -> str:
-    """Return the last lines of every log since the job's last start, and all that Slurm wrote before them."""
-    kept: list[str] = []
-    for log in logs:
-        text = end_of_log(log, LOG_TAIL_BYTES).rpartition(START)[2]
-        lines = [line for line in text.splitlines() if line.strip()]
-        kept += [line for line in lines[:-LOG_TAIL_LINES] if BY_SLURM.match(line)] + lines[-LOG_TAIL_LINES:]
-    return "\n".join(kept)
+def _end_of_last_start(log: Path) -> str:
+    return end_of_log(log, LOG_TAIL_BYTES).rpartition(START)[2]
 
 
 def log_tail(logs: Sequence[Path], lines: int = LOG_TAIL_LINES) -> str:

@@ -82,11 +82,11 @@ def run_on_slurm(
 
         launcher = Launcher(store, sweep.plan, new_jobs(snapshot), SlurmCommands(), on_event)
         try:
-            launcher.start()
+            launcher.step()
+            after_round()
             if follow is not False:
                 launcher.follow(after_round)
                 return None
-            launcher.follow(after_round, only_missing=True)
         except KeyboardInterrupt:
             tell("submitted jobs go on; --status shows them, --cancel ends them")
             raise

@@ -1,8 +1,8 @@
 """Slurm's commands, with patience for a controller that is busy or restarting.
 
 Job states come from one squeue call for all jobs of the user, which also lists jobs that ended a few minutes ago
-(MinJobAge). A job's absence from that list says nothing yet: accounting (sacct) and the controller (scontrol) are then
-asked about it.
+(MinJobAge). A job's absence from that list says nothing yet, as an answer may be cut short between two lines: scontrol
+is then asked about the job itself.
 """
 
 from __future__ import annotations
@@ -12,10 +12,9 @@ import re
 import shutil
 import subprocess
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from hfprune_dist.errors import UserError
 
@@ -28,7 +27,7 @@ TRANSIENT = re.compile(  # whole phrases of Slurm's, since a refusal repeats nam
     re.IGNORECASE,
 )
 # Variables with which a user changes what Slurm's commands ask for or show.
-OPTION_VARIABLES = ("SLURM_", "SBATCH_", "SQUEUE_", "SACCT_", "SCANCEL_", "SINFO_", "SRUN_")
+OPTION_VARIABLES = ("SLURM_", "SBATCH_", "SQUEUE_", "SCANCEL_", "SINFO_", "SRUN_")
 # The ones among them that say which cluster is asked, and as which user.
 CONNECTION_VARIABLES = ("SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_CLUSTERS", "SLURM_JWT")
 # Slurm names the limit that a job exceeds (QOSMinGRES), before a sentence that is the same for all limits.
@@ -55,26 +54,26 @@ LIVE_STATES = WAITING_STATES | {
 }
 # Why a job waits for others; and why it would wait for ever, as one of them did not succeed, if Slurm did not end it.
 DEPENDENCY, NEVER = "Dependency", "DependencyNeverSatisfied"
-# What accounting says of a job that has never started.
-NO_NODES = "None assigned"
-
-Fate = Literal["cancelled", "requeued", "preempted", "open"]
+# The state of a job of which the controller says that there is none.
+FORGOTTEN = "forgotten by Slurm"
+BELOW_THE_LIMIT = (
+    "the rest is submitted when jobs have ended; if none of yours is queued, the limit allows none, or other users' "
+    "jobs reach it: then name another account, qos or partition in the profile"
+)
 
 
 class SlurmUnavailableError(Exception):
     """Slurm did not answer despite retries; nothing is known about any job."""
 
 
-class SubmitLimitError(Exception):
-    """The user has as many jobs as the cluster allows; some have to end first."""
+class NotNowError(Exception):
+    """Slurm takes a job later: the user has as many as the cluster allows, or one on which it depends has just ended
+    and been forgotten.
+    """
 
 
 class SubmissionRefusedError(UserError):
     """Slurm refuses a job with these options."""
-
-
-class NeedEndedError(Exception):
-    """Slurm has forgotten a job on which the submitted one was to depend, since it ended some time ago."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +81,7 @@ class JobInfo:
     """Slurm's information on a job.
 
     Attributes:
-        state: as squeue names it, e.g. RUNNING or NODE_FAIL.
+        state: as squeue names it, e.g. RUNNING or NODE_FAIL; or ``FORGOTTEN``.
         reason: why it waits or ended; "None" if there is no reason.
         nodes: its nodes in Slurm's notation, e.g. n[1-2]; empty while it waits.
     """
@@ -134,8 +133,7 @@ class SlurmCommands:
 
         Raises:
             SubmissionRefusedError: with Slurm's message, if the job would be refused again.
-            SubmitLimitError: if it would be accepted later.
-            NeedEndedError: if a job that it depends on is unknown to Slurm.
+            NotNowError: if it would be accepted later.
             SlurmUnavailableError: if Slurm did not answer; the job may have arrived.
         """
         for delay in (*self._delays, None):
@@ -180,25 +178,16 @@ class SlurmCommands:
         Raises:
             SlurmUnavailableError: if Slurm did not answer.
         """
-        text = self._show(job_id, ignore=INVALID_JOB_ID)
-        if not text:
-            return None
+        fields = self.fields(job_id)
         names = ("JobState", "Reason", "NodeList", "JobName")
-        return JobInfo(job_id, *(_field(text, name) for name in names))
+        return JobInfo(job_id, *(fields.get(name, "") for name in names)) if fields else None
 
-    def history(self, job_ids: Collection[str]) -> list[JobInfo]:
-        """Return what accounting knows about jobs, in the words of squeue; empty without accounting."""
-        if not job_ids or shutil.which("sacct") is None:
-            return []
-        clusters = os.environ.get("SLURM_CLUSTERS")  # which sacct alone does not obey by itself
-        command = ["sacct", *([f"--clusters={clusters}"] if clusters else []), "--allocations"]
-        command += ["--noheader", "--parsable2", "--format=JobIDRaw,State,Reason,NodeList,JobName"]
-        command += ["--jobs", ",".join(sorted(job_ids))]
-        result = _run(command)
-        if result.returncode != 0:
-            return []
-        lines = [line for line in result.stdout.splitlines(keepends=True) if line.endswith("\n")]
-        return [_of_accounting(*line.rstrip("\n").split("|", 4)) for line in lines if line.count("|") >= 4]
+    def fields(self, job_id: str) -> dict[str, str]:
+        """Return the fields of a job as ``scontrol show job`` names them; none if there is no such job."""
+        command = ["scontrol", "show", "job", "--oneliner", job_id]
+        text = self._query(command, INVALID_JOB_ID, is_whole=lambda text: "JobState=" in text)
+        found = re.findall(r"(?:^| )(\w+)=(\S*)", text)
+        return {name: "" if value == "(null)" else value for name, value in found}
 
     def cancel(self, job_ids: Sequence[str]) -> None:
         """Cancel jobs; it is no error if one has already ended."""
@@ -209,21 +198,9 @@ class SlurmCommands:
         """Cancel all jobs with a given name."""
         self._query(["scancel", f"--jobname={job_name}"], ignore=INVALID_JOB_ID)
 
-    def fate(self, job_id: str) -> Fate:
-        """From inside a job: return how Slurm is ending it, or ``open`` if it is not."""
-        text = self._show(job_id)
-        state = _field(text, "JobState")
-        if state != "RUNNING":
-            return "cancelled" if state == "CANCELLED" else "requeued"
-        return "open" if _field(text, "PreemptTime") in ("", "None", "Unknown", "N/A") else "preempted"
-
     def requeue(self, job_id: str) -> None:
         """Put a running job back into the queue."""
         self._query(["scontrol", "requeue", job_id])
-
-    def _show(self, job_id: str, ignore: re.Pattern[str] | None = None) -> str:
-        command = ["scontrol", "show", "job", "--oneliner", job_id]
-        return self._query(command, ignore, is_whole=lambda text: "JobState=" in text)
 
     def _query(
         self,
@@ -287,30 +264,14 @@ def _is_whole_listing(text: str) -> bool:
     return not re.search(r"^\d", rest, re.MULTILINE)
 
 
-def _of_accounting(job_id: str, state: str, reason: str, nodes: str, name: str) -> JobInfo:
-    """Return accounting's line on a job in the words of squeue, which keeps the reason for which a cancelled job
-    waited. Accounting gives the user who cancelled it ("CANCELLED by 1000"); if nobody did, Slurm did.
-    """
-    state, *by = state.split(" ")
-    has_started = nodes != NO_NODES
-    if state == "CANCELLED" and not has_started:
-        reason = DEPENDENCY if by else NEVER
-    return JobInfo(job_id, state, reason, nodes if has_started else "", name)
-
-
-def _field(text: str, name: str) -> str:
-    """Return a field of ``scontrol show job --oneliner``; empty if there is none."""
-    found = re.search(rf"(?:^| ){name}=(\S*)", text)
-    return "" if found is None or found[1] == "(null)" else found[1]
-
-
 def _refusal(script: Path, message: str) -> Exception:
     """Return the error that says why sbatch refused a job."""
     if _is_full(message):
-        return SubmitLimitError("; ".join(message.strip().splitlines()))  # the first line names the limit
+        said = "; ".join(message.strip().splitlines())  # the first line names the limit
+        return NotNowError(f"{said}; {BELOW_THE_LIMIT}")
     if DEPENDENCY_PROBLEM.search(message):
-        return NeedEndedError(_last_line(message))
-    return SubmissionRefusedError(f"sbatch refused {script}: {message.strip()}; check the profile")
+        return NotNowError(f"{_last_line(message)}; tried again")
+    return SubmissionRefusedError(f"sbatch refused {script}: {message.strip()}")
 
 
 def _is_transient(result: subprocess.CompletedProcess[str]) -> bool:

@@ -6,7 +6,7 @@ However they are called, no stage ever has two live jobs, no finished stage is s
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
 from typing import NamedTuple
@@ -14,8 +14,6 @@ from typing import NamedTuple
 from hfprune_launch.slurm.causes import LAUNCH_FAILED, RETRIES
 from hfprune_launch.slurm.commands import DEPENDENCY, NEVER
 
-# Seconds for which a job must have been unknown, without a sign of life, before it counts as gone.
-GONE_AFTER_S = 180.0
 # Seconds after a job's completion by which its artifact has to be visible here (file systems lag).
 LAG_S = 60.0
 # Reasons that occur in every queue, of interest only if the wait is long.
@@ -33,8 +31,10 @@ class Sight(Enum):
     RUNS = auto()
     COMPLETED = auto()
     ENDED = auto()
-    MISSING = auto()
-    """It has an id that Slurm does not list, or does not answer about."""
+    FORGOTTEN = auto()
+    """Slurm says that there is no such job (any more)."""
+    UNKNOWN = auto()
+    """Slurm does not list it, and does not answer about it."""
 
 
 @dataclass(frozen=True)
@@ -45,10 +45,8 @@ class StageState:
         needs: ids of the stages that it needs.
         is_wanted: whether its artifact is missing, and results that are asked for need it.
         is_done: whether it has a verified artifact.
-        has_id: whether the job's id is recorded.
         reason: why its job waits, in Slurm's words.
         lasts: seconds for which this has been seen of the job.
-        said_end: whether the job's last start recorded an end after which it is not requeued.
         ends: causes of the attempts that ended while this command followed them.
     """
 
@@ -57,90 +55,56 @@ class StageState:
     is_wanted: bool
     is_done: bool
     sight: Sight = Sight.NO_ATTEMPT
-    has_id: bool = False
     reason: str = ""
     lasts: float = 0.0
-    said_end: bool = False
     ends: tuple[str, ...] = ()
+
+    @property
+    def can_not_start(self) -> bool:
+        """Whether Slurm will never start its job."""
+        return self.sight is Sight.WAITS and LAUNCH_FAILED.search(self.reason) is not None
 
 
 class Do(Enum):
-    ADOPT = auto()
-    """Record the id of a job that was found by its name."""
     CLOSE = auto()
     """Record the end of an attempt."""
-    CLOSE_UNLESS_CLAIMED = auto()
-    """The same, unless the stage's claim shows that its job lives."""
     SETTLE = auto()
-    """Make sure that an intent came to nothing, unless its launcher is still at it; then record the end."""
+    """The same, unless the stage's claim shows that its job lives, or that a launcher is submitting it."""
     CANCEL = auto()
     """Cancel a job that would wait for ever."""
-    SUBMIT = auto()
     TELL = auto()
 
 
 class Action(NamedTuple):
-    """What to do about a stage, and for ``TELL`` what to say."""
+    """What to do about a stage's job, and for ``TELL`` what to say."""
 
     do: Do
     stage_id: str
     message: str = ""
 
 
-def decide(states: Mapping[str, StageState]) -> list[Action]:
-    """Return what to do, in an order in which it can be done.
-
-    Args:
-        states: of all stages, in plan order: each comes after those that it needs.
-    """
-    actions: list[Action] = []
-    live: set[str] = set()
-    for state in states.values():
-        if state.sight is Sight.NO_ATTEMPT:
-            has_needs = all(states[need].is_done or need in live for need in state.needs)
-            if state.is_wanted and not state.is_done and has_needs and _may_try(state):
-                actions.append(Action(Do.SUBMIT, state.stage_id))
-                live.add(state.stage_id)
-            continue
-        about_its_job = _about_its_job(state)
-        actions += about_its_job
-        if state.sight in (Sight.WAITS, Sight.RUNS) and Do.CANCEL not in (action.do for action in about_its_job):
-            live.add(state.stage_id)
-    return actions
+def about_jobs(states: Mapping[str, StageState]) -> list[Action]:
+    """Return what to do about the jobs of open attempts."""
+    return [action for state in states.values() if (action := _about(state)) is not None]
 
 
-def _may_try(state: StageState) -> bool:
-    return all(count <= RETRIES.get(cause, 0) for cause, count in Counter(state.ends).items())
-
-
-def _about_its_job(state: StageState) -> list[Action]:
-    """Return what to do about a stage that has an open attempt."""
-
-    def do(what: Do, message: str = "") -> list[Action]:
-        return [Action(what, state.stage_id, message)]
-
-    adopted = [] if state.has_id else do(Do.ADOPT)
+def _about(state: StageState) -> Action | None:
     match state.sight:
-        case Sight.WAITS if LAUNCH_FAILED.search(state.reason):  # Slurm will never start it
-            return adopted + do(Do.CANCEL)
-        case Sight.WAITS:
-            return adopted + (do(Do.TELL, f"it can't start: {state.reason}") if _is_worth_telling(state) else [])
-        case Sight.RUNS:
-            return adopted
+        case Sight.WAITS if state.can_not_start:
+            return Action(Do.CANCEL, state.stage_id)
+        case Sight.WAITS if _is_worth_telling(state):
+            return Action(Do.TELL, state.stage_id, f"it can't start: {state.reason}")
         case Sight.COMPLETED if not state.is_done and state.lasts < LAG_S:
-            return adopted
+            return None
         case Sight.COMPLETED | Sight.ENDED:
-            return adopted + do(Do.CLOSE)
-        case Sight.MISSING if state.is_done:
-            return do(Do.CLOSE)
-        case Sight.MISSING if state.said_end or state.lasts >= GONE_AFTER_S:
-            return do(Do.CLOSE_UNLESS_CLAIMED)
-        case Sight.MISSING:
-            minutes = f"{GONE_AFTER_S / 60:.0f} min"
-            return do(Do.TELL, f"Slurm says nothing of it; it counts as gone after {minutes} without a sign of life")
-        case Sight.INTENDED:
-            return do(Do.SETTLE)
-    return []
+            return Action(Do.CLOSE, state.stage_id)
+        case Sight.FORGOTTEN | Sight.UNKNOWN if state.is_done:
+            return Action(Do.CLOSE, state.stage_id)
+        case Sight.FORGOTTEN | Sight.INTENDED:
+            return Action(Do.SETTLE, state.stage_id)
+        case Sight.UNKNOWN:
+            return Action(Do.TELL, state.stage_id, "Slurm does not list it, and does not answer about it")
+    return None
 
 
 def _is_worth_telling(state: StageState) -> bool:
@@ -149,36 +113,31 @@ def _is_worth_telling(state: StageState) -> bool:
     return state.reason not in ORDINARY or state.lasts >= LONG_WAIT_S
 
 
-class InSlot(NamedTuple):
-    """A live attempt that has a slot.
-
-    Attributes:
-        joined: unix time at which the attempt was recorded.
-        job_id: None if it isn't known (yet).
-    """
-
-    slot: int
-    joined: float
-    job_id: str | None
-
-
-def choose_slot(limit: int, live: Sequence[InSlot], after_ok: Collection[str]) -> tuple[int, str | None] | None:
-    """Choose the slot that a new job joins (``--max-running``). The jobs of a slot run one after another, so that Slurm
-    enforces the limit without a launcher.
+def to_submit(states: Mapping[str, StageState]) -> list[str]:
+    """Return the stages to submit, each after those that it needs, which are done or have jobs.
 
     Args:
-        limit: the most jobs that run at once.
-        after_ok: ids of the jobs that the new one has to wait for in any case.
-
-    Returns:
-        the slot's number, and the id of the job that has to be over first, if any; None if the last jobs of all slots
-        have ids that aren't known (yet).
+        states: of all stages, in plan order.
     """
-    last = {attempt.slot: attempt for attempt in sorted(live, key=lambda attempt: attempt.joined)}
-    free = next((number for number in range(limit) if number not in last), None)
-    if free is not None:
-        return free, None
-    # Behind a job that the new one has to wait for anyway, else behind the one that was submitted first.
-    known = [attempt for number, attempt in last.items() if number < limit and attempt.job_id is not None]
-    before = min(known, key=lambda attempt: (attempt.job_id not in after_ok, attempt.joined), default=None)
-    return None if before is None else (before.slot, before.job_id)
+    found: list[str] = []
+    has_job = {it.stage_id for it in states.values() if it.sight in (Sight.WAITS, Sight.RUNS) and not it.can_not_start}
+    for state in states.values():
+        has_needs = all(states[need].is_done or need in has_job for need in state.needs)
+        if state.sight is Sight.NO_ATTEMPT and state.is_wanted and not state.is_done and has_needs and _may_try(state):
+            found.append(state.stage_id)
+            has_job.add(state.stage_id)
+    return found
+
+
+def _may_try(state: StageState) -> bool:
+    return all(count <= RETRIES.get(cause, 0) for cause, count in Counter(state.ends).items())
+
+
+def job_to_wait_for(max_running: int | None, live: Sequence[str]) -> str | None:
+    """Return the job that has to be over before a new one starts, so that Slurm itself runs no more than a number of
+    jobs at once, without a launcher: the jobs form that many rows, in each of which they run one after another.
+
+    Args:
+        live: ids of the store's jobs that wait or run, in the order of their submission.
+    """
+    return live[-max_running] if max_running is not None and len(live) >= max_running else None

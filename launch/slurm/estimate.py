@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from hfprune_launch.slurm.profile import Profile, Resources
@@ -26,23 +26,17 @@ class Estimate:
     Attributes:
         needed: bytes that each GPU should have.
         host_memory: bytes of main memory on one node that hidden states of all its ranks take.
-        host_available: bytes of main memory of one node; None if the profile does not say.
         fits: whether the GPUs' memory is enough; None if the profile does not say how much memory a GPU has.
         advice: micro-batch, nodes or sharding with which the stage would fit; empty if it does, or none are known.
+        problems: what GPUs or nodes lack, and what would help.
     """
 
     stage: Stage
     needed: float
-    available: float | None
     host_memory: float
-    host_available: float | None
     fits: bool | None
     advice: str
-
-    @property
-    def lacks_host_memory(self) -> bool:
-        """Whether nodes have less main memory than is needed."""
-        return self.host_available is not None and self.host_memory > self.host_available
+    problems: list[str]
 
 
 def gpus_of(resources: Resources) -> Gpus:
@@ -66,26 +60,9 @@ def estimate_stages(plan: Plan, todo: Sequence[str], profile: Profile, runtime: 
 
 def refuse_what_cannot_fit(estimates: Sequence[Estimate]) -> None:
     """Raise UserError naming every stage that needs more memory than its GPUs or nodes have, and what would help."""
-    problems = [problem for each in estimates for problem in _problems(each)]
+    problems = "".join(f"\n  {problem}" for each in estimates for problem in each.problems)
     if problems:
-        raise UserError(
-            "the plan can't fit the profile's GPUs and nodes (estimates):\n" + "\n".join(f"  {it}" for it in problems)
-        )
-
-
-def _problems(estimate: Estimate) -> Iterator[str]:
-    stage = f"{estimate.stage.kind} {estimate.stage.label}"
-    if estimate.fits is False:
-        yield (
-            f"{stage}: about {estimate.needed / GIB:,.1f} GiB on each GPU, which has "
-            f"{(estimate.available or 0) / GIB:,.1f} GiB (gpu_memory_gib); "
-            f"{estimate.advice or parameters_of(estimate.stage).remedy}"
-        )
-    if estimate.lacks_host_memory:
-        yield (
-            f"{stage}: about {estimate.host_memory / GIB:,.1f} GiB of hidden states on each node, which has "
-            f"{(estimate.host_available or 0) / GIB:,.1f} GiB (memory); more nodes, or fewer calibration windows"
-        )
+        raise UserError(f"the plan can't fit the profile's GPUs and nodes (estimates):{problems}")
 
 
 def show_estimates(console: Console, estimates: Sequence[Estimate]) -> None:
@@ -94,9 +71,7 @@ def show_estimates(console: Console, estimates: Sequence[Estimate]) -> None:
         return
     lines = Table("stage", "for", "memory per GPU", "host memory", "fits", "suggested", box=None, pad_edge=False)
     for each in estimates:
-        verdict = {None: "? (gpu_memory_gib)", True: "yes", False: "no"}[each.fits]
-        if each.lacks_host_memory:
-            verdict = "no (memory)"
+        verdict = "no" if each.problems else "yes" if each.fits else "? (gpu_memory_gib)"
         memory = f"~{each.needed / GIB:,.1f} GiB"
         host = f"~{each.host_memory / GIB:,.1f} GiB" if each.host_memory else ""
         lines.add_row(each.stage.kind, escape(each.stage.label), memory, host, verdict, escape(each.advice))
@@ -105,20 +80,29 @@ def show_estimates(console: Console, estimates: Sequence[Estimate]) -> None:
 
 
 def _estimate(planned: Planned, resources: Resources, sharding: Sharding) -> Estimate | None:
-    stage, gpus, known = planned.stage, gpus_of(resources), resources.gpu_memory_gib is not None
+    stage, gib = planned.stage, resources.gpu_memory_gib
     need = parameters_of(stage).need(planned)
     if need is None:
         return None
-    placed = place(need, gpus, sharding)
-    return Estimate(
-        stage=stage,
-        needed=placed.needed,
-        available=gpus.memory if known else None,
-        host_memory=need.host / resources.nodes,
-        host_available=resources.memory_bytes,
-        fits=placed.fits if known else None,
-        advice=_advice(planned, resources, sharding) if known and not placed.fits else "",
+    placed, host, host_available = (
+        place(need, gpus_of(resources), sharding),
+        need.host / resources.nodes,
+        resources.memory_bytes,
     )
+    fits = None if gib is None else placed.fits
+    advice = _advice(planned, resources, sharding) if fits is False else ""
+    problems = []
+    if fits is False:
+        problems.append(
+            f"{stage.kind} {stage.label}: about {placed.needed / GIB:,.1f} GiB on each GPU, which has {gib:,.1f} GiB "
+            f"(gpu_memory_gib); {advice or parameters_of(stage).remedy}"
+        )
+    if host_available is not None and host > host_available:
+        problems.append(
+            f"{stage.kind} {stage.label}: about {host / GIB:,.1f} GiB of hidden states on each node, which has "
+            f"{host_available / GIB:,.1f} GiB (memory); more nodes, or fewer calibration windows"
+        )
+    return Estimate(stage, placed.needed, host, fits, advice, problems)
 
 
 def _advice(planned: Planned, resources: Resources, sharding: Sharding) -> str:

@@ -18,7 +18,7 @@ from time import sleep
 from typing import TYPE_CHECKING
 
 import psutil
-from hfprune_launch.slurm.causes import START, Cause, as_progress, no_further
+from hfprune_launch.slurm.causes import START, Cause
 from hfprune_launch.slurm.commands import SlurmCommands, SlurmUnavailableError
 from hfprune_launch.stage.run import (
     CLAIM_LOST_EXIT_CODE,
@@ -45,6 +45,8 @@ GLOO_INTERFACE = "GLOO_SOCKET_IFNAME"
 CLAIM_POLL_S = 1.0
 # A killed start of the same job has no claim of its own any more; another process holds the stage for longer.
 CLAIM_PATIENCE_S = 30.0
+# This many starts of a job in a row may end without getting any further.
+FRUITLESS_STARTS = 3
 
 
 class NodeError(UserError):
@@ -64,7 +66,7 @@ def main(folder: Path) -> None:
     # USR2 announces the time limit and preemption, TERM scancel and preemption.
     interruption.listen(signal.SIGUSR2, signal.SIGTERM)
     die_with_parent()
-    _Rank(folder, interruption).run()
+    leave_process(_Rank(folder, interruption).run())
 
 
 def rank_environment(slurm: Mapping[str, str]) -> dict[str, str]:
@@ -135,14 +137,16 @@ class _Rank:
     """One rank, from its start to its end."""
 
     def __init__(self, folder: Path, interruption: Interruption) -> None:
-        self._folder = folder
+        self._number = int(folder.name)
         # <store>/attempts/<kind>/<fingerprint>/<number>
         self._handle = Store(folder.parents[3]).handle("/".join(folder.parts[-3:-1]))
+        self._folder = folder
         self._interruption = interruption
         self._rank = int(os.environ.get("SLURM_PROCID", "0"))
-        self._start: Start | None = None
+        self._start: Start | None = None  # on rank 0
 
-    def run(self) -> None:
+    def run(self) -> int:
+        """Run this rank and return its exit code."""
         try:
             os.environ.update(rank_environment(os.environ))
             prepare_environment()
@@ -151,16 +155,15 @@ class _Rank:
             require_usable_node(self._handle.store, os.environ)
             run_stage(self._handle, self._interruption, self._admit)
         except Interrupted:
-            leave_process(0 if self._rank > 0 or self._requeue() else 1)
+            return 0 if self._start is None or self._requeue(self._start) else 1
         except ClaimLostError as duplicate:
             print(duplicate, file=sys.stderr)
-            self._discard_draft()
             self._end("duplicate")
-            leave_process(CLAIM_LOST_EXIT_CODE)
+            return CLAIM_LOST_EXIT_CODE
         except Exception as error:
-            self._fail(error)
+            return self._fail(error)
         self._end("done")
-        leave_process(0)
+        return 0
 
     def _admit(self, world: World) -> Admission:
         """Return whether the stage has to run here: rank 0 asks until there is an answer, which all ranks learn."""
@@ -171,28 +174,34 @@ class _Rank:
             raise ClaimLostError(f"another process has been running {self._handle.id} for all the time this job waited")
         return Admission(answer == "run", self._claim)
 
-    def _requeue(self) -> bool:
+    def _requeue(self, start: Start) -> bool:
         """On rank 0, once all ranks have saved their work: put the job back into the queue, unless Slurm does.
 
         Returns:
             False if the job is to end, because the user has cancelled it, its last starts got no further than those
             before, or Slurm did not answer.
         """
-        assert self._start is not None
-        self._end("interrupted")
+        start.end("interrupted")
         job_id, slurm = os.environ["SLURM_JOB_ID"], SlurmCommands()
         try:
-            fate = slurm.fate(job_id)
-            if fate == "cancelled":
-                self._end("cancelled")
+            fields = slurm.fields(job_id)
+            state = fields.get("JobState")
+            if state == "CANCELLED":
+                start.end("cancelled")
                 return False
-            why = no_further(self._start.ledger, self._start.attempt) if fate == "open" else ""
-            if why:
-                self._report(Cause.INPUT, f"job {job_id} was interrupted: {why}")
+            is_preempted = fields.get("PreemptTime", "None") not in ("", "None", "Unknown", "N/A")
+            if state != "RUNNING":
+                return True  # Slurm itself puts it back
+            if not is_preempted and start.gets_no_further():
+                self._report(
+                    Cause.INPUT,
+                    f"job {job_id} was interrupted, and its last {FRUITLESS_STARTS} starts of "
+                    f"{start.attempt.intent.time_minutes} minutes got no further than those before; raise time_minutes "
+                    "or signal_seconds in the profile, or lower runtime.save_every_steps",
+                )
                 return False
             print(f"signal {self._interruption.signal}: work is saved, requeueing job {job_id}", flush=True)
-            if fate != "requeued":
-                slurm.requeue(job_id)
+            slurm.requeue(job_id)
             return True
         except SlurmUnavailableError as error:
             self._report(Cause.INTERRUPTED, f"job {job_id} saved its work but could not requeue itself: {error}")
@@ -200,29 +209,26 @@ class _Rank:
 
     def _report(self, cause: Cause, message: str) -> None:
         print(message, flush=True)
-        self._handle.report_failure(Failure(cause, message, 0, time.time(), int(self._folder.name)))
+        self._handle.report_failure(Failure(cause, message, 0, time.time(), self._number))
 
-    def _fail(self, error: Exception) -> None:
+    def _fail(self, error: Exception) -> int:
+        """Leave the reason for the launcher, and return the exit code."""
         mended = from_os_error(error)
-        self._discard_draft()  # on a full disk, this makes room for the reason
+        if self._claim is not None:
+            self._handle.discard_drafts(self._claim)  # on a full disk, this makes room for the reason
         try:
-            leave_reason(self._handle, mended, self._rank, int(self._folder.name), self._claim)
+            leave_reason(self._handle, mended, self._rank, self._number, self._claim)
             self._end("failed" if self._claim is None or self._claim.is_held() else "duplicate")
         except OSError as full:
             print(f"the failure could not be recorded: {full}", file=sys.stderr)
         if not isinstance(mended, UserError):
             sys.excepthook(type(error), error, error.__traceback__)
         print(f"error: {mended}", file=sys.stderr)
-        leave_process(UserError.EXIT_CODE if isinstance(mended, UserError) else 1)
+        return UserError.EXIT_CODE if isinstance(mended, UserError) else 1
 
     @property
     def _claim(self) -> Claim | None:
         return self._start.claim if self._start is not None else None
-
-    def _discard_draft(self) -> None:
-        """Remove the part of the artifact that this start of the job has written."""
-        if self._claim is not None:
-            self._handle.discard_drafts(self._claim)
 
     def _end(self, how: str) -> None:
         if self._start is not None:
@@ -263,25 +269,24 @@ class Start:
         if self._handle.is_done():
             self._handle.discard_work()
             return "done"
-        self._close_earlier_runs()
         self._handle.clear_failures()
         keep_renewed(claim)
         return "run"
 
     def end(self, how: str) -> None:
         """Record how this start of the job ended, and release the stage."""
-        progress = as_progress(self._handle.heartbeat())
+        beat = self._handle.heartbeat()
+        progress = None if beat is None else {"phase": beat.phase, "done": beat.done}
         self.attempt.record_run(replace(self._run, ended=time.time(), how=how, progress=progress))
         if self.claim is not None:
+            self._handle.discard_drafts(self.claim)
             self.claim.release()
 
-    def _close_earlier_runs(self) -> None:
-        """Record the ends of earlier, killed starts of this job, at the last heartbeat, or at their start if later."""
-        heartbeat = self._handle.heartbeat()
-        for run in self.attempt.runs():
-            if run.job_id == self._run.job_id and run.restart < self._run.restart and run.ended is None:
-                ended = max(run.started, heartbeat.updated if heartbeat else 0.0)
-                self.attempt.record_run(replace(run, ended=ended, how="died", progress=as_progress(heartbeat)))
+    def gets_no_further(self) -> bool:
+        """Return whether the job's last starts ended where earlier ones had been."""
+        progress = [run.progress for run in self.attempt.runs()]
+        is_new = [at is not None and at not in progress[:number] for number, at in enumerate(progress)]
+        return len(is_new) >= FRUITLESS_STARTS and not any(is_new[-FRUITLESS_STARTS:])
 
 
 if __name__ == "__main__":

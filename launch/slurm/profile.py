@@ -18,22 +18,25 @@ from hfprune_dist.errors import UserError, did_you_mean
 from hfprune_dist.store.stage import STAGE_VERSIONS
 
 StageName = Literal["importance", "reference", "prune", "distill", "recover", "evaluate", "efficiency", "loraprune"]
-OptionName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_-]+$")]
+OptionName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9-]+$")]
 # Units of Slurm's --mem; megabytes if none is given.
 UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
-# Options of sbatch that have a setting of their own, and its name.
-SETTINGS = {
-    **{name: name for name in ("nodes", "partition", "account", "qos", "constraint", "exclude")},
-    **{name: name.replace("-", "_") for name in ("gpus-per-node", "cpus-per-task")},
-    **dict.fromkeys(("ntasks", "ntasks-per-node", "tasks-per-node"), "tasks_per_node"),
-    "mem": "memory",
-    "time": "time_minutes",
-    "signal": "signal_seconds",
-}
-# Options of sbatch that only a sweep sets, or that would keep sbatch from submitting a job and saying its id at once.
+# Options of sbatch that a sweep sets, some of them from other keys, or that would keep sbatch from saying a job's id at
+# once. Which cluster is asked is for SLURM_CLUSTERS to say, as all of Slurm's commands have to find the jobs there.
 OWN_OPTIONS = {
-    *("dependency", "kill-on-invalid-dep", "requeue", "no-requeue", "chdir", "job-name", "array"),
-    *("output", "error", "open-mode", "wait", "test-only"),
+    *(
+        "nodes",
+        "ntasks",
+        "ntasks-per-node",
+        "tasks-per-node",
+        "cpus-per-task",
+        "gpus-per-node",
+        "mem",
+        "time",
+        "signal",
+    ),
+    *("partition", "account", "qos", "constraint", "exclude", "cluster", "clusters", "dependency", "chdir", "job-name"),
+    *("kill-on-invalid-dep", "requeue", "no-requeue", "array", "output", "error", "open-mode", "wait", "test-only"),
 }
 
 
@@ -93,8 +96,11 @@ class Resources(Section):
 
     @field_validator("sbatch")
     @classmethod
-    def _without_what_is_left_out(cls, sbatch: dict[str, Any]) -> dict[str, Any]:
-        return {name: it for name, it in _with_dashes(sbatch).items() if it is not False and it is not None}
+    def _of_others(cls, sbatch: dict[str, Any]) -> dict[str, Any]:
+        if taken := sorted(sbatch.keys() & OWN_OPTIONS):
+            instead = "a key of its own, the sweep itself, or SLURM_CLUSTERS sets it"
+            raise ValueError(f"{taken[0]} is not to be given there; {instead}")
+        return {name: value for name, value in sbatch.items() if value is not False and value is not None}
 
     @model_validator(mode="after")
     def _agrees_with_itself(self) -> Resources:
@@ -104,14 +110,6 @@ class Resources(Section):
             raise ValueError(
                 f"tasks_per_node {self.tasks_per_node} is more than gpus_per_node {self.gpus_per_node}; a rank needs a "
                 "GPU of its own"
-            )
-        if taken := sorted(self.sbatch.keys() & (SETTINGS.keys() | OWN_OPTIONS)):
-            instead = f"use {SETTINGS[taken[0]]}" if taken[0] in SETTINGS else "the sweep itself sets it"
-            raise ValueError(f"sbatch: {taken[0]} is not to be given there; {instead}")
-        if "clusters" in self.sbatch or "cluster" in self.sbatch:
-            raise ValueError(
-                "sbatch: the cluster is not to be given there, since jobs have to be found there too; before each "
-                "command, export SLURM_CLUSTERS=..., which all of Slurm's commands obey"
             )
         return self
 
@@ -210,17 +208,13 @@ def _own(whole: ProfileFile, kind: str) -> Mapping[str, Any]:
     return own.get(kind, own.get("recover", {}) if KINDS[kind].trains_on_pairs else {})
 
 
-def _with_dashes(sbatch: Mapping[Any, Any]) -> dict[Any, Any]:
-    """Return options of sbatch by their names as sbatch has them; with underscores they mean the same."""
-    return {name.replace("_", "-") if isinstance(name, str) else name: value for name, value in sbatch.items()}
-
-
 def _laid_over(common: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
     """Return the settings of all stages, overridden by a kind's own."""
     merged = {**common, **own}
-    for key, named in (("environment", dict), ("sbatch", _with_dashes)):
+    for key in ("environment", "sbatch"):
         if isinstance(own.get(key), dict):
-            merged[key] = {name: it for name, it in {**common[key], **named(own[key])}.items() if it is not None}
+            both = {**common[key], **own[key]}
+            merged[key] = {name: value for name, value in both.items() if value is not None}
     return merged
 
 

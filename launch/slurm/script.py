@@ -14,7 +14,6 @@ from hfprune_launch.slurm.profile import Resources
 from submitit.slurm.slurm import SlurmExecutor
 
 from hfprune_dist.errors import UserError
-from hfprune_dist.results.formats import counted
 from hfprune_dist.store.atomic_files import write_text
 from hfprune_dist.store.attempts import SCRIPT
 from hfprune_dist.store.machine import threads_allowed
@@ -98,8 +97,7 @@ def batch_script(request: Request) -> str:
 
 def write_submission(request: Request) -> Path:
     """Write the batch script and what it sources into the attempt's folder; return the script."""
-    if environment := environment_script(request):
-        write_text(request.folder / ENVIRONMENT, environment, mode=0o600)
+    write_text(request.folder / ENVIRONMENT, environment_script(request), mode=0o600)
     write_text(request.folder / SCRIPT, batch_script(request))
     return request.folder / SCRIPT
 
@@ -132,12 +130,7 @@ def _common_options(request: Request) -> dict[str, str | bool]:
 
 def _setup(request: Request) -> list[str]:
     """Return the shell lines before srun, among them the profile's setup and environment."""
-    snapshot, resources, folder = shlex.quote(str(request.snapshot)), request.resources, request.folder.resolve()
-    own = [*([f"{counted(len(resources.setup), 'line')} of setup"] if resources.setup else []), *resources.environment]
-    sourced = [
-        f'. "$hfprune_folder/{ENVIRONMENT}"  # {", ".join(own)}',
-        "[ $? = 0 ] || hfprune_end 1 setup in the profile can not be read",
-    ]
+    snapshot, folder = shlex.quote(str(request.snapshot)), request.folder.resolve()
     return [
         f'echo "{START} ${{SLURM_RESTART_COUNT:-0}}" >&2',
         f"hfprune_folder={shlex.quote(str(folder))}",
@@ -148,7 +141,8 @@ def _setup(request: Request) -> list[str]:
         f"export OMP_NUM_THREADS={request.threads}",
         # Python doesn't notice bytecode that a full disk has cut off, and nobody else should run what a job writes.
         "export PYTHONDONTWRITEBYTECODE=1",
-        *(sourced if own else []),
+        f'. "$hfprune_folder/{ENVIRONMENT}"',
+        "[ $? = 0 ] || hfprune_end 1 setup in the profile can not be read",
         f"export HFPRUNE_CODE={snapshot}",
         '[ -d "$HFPRUNE_CODE" ] || hfprune_end 1 "the copy of the code in $HFPRUNE_CODE is gone"',
         f"export PYTHONPATH={snapshot}${{PYTHONPATH:+:$PYTHONPATH}}",
@@ -156,26 +150,20 @@ def _setup(request: Request) -> list[str]:
 
 
 def environment_script(request: Request) -> str:
-    """Return the profile's setup and environment as shell lines; empty if it has neither."""
-    environment = [f"export {name}={shlex.quote(value)}" for name, value in request.resources.environment.items()]
-    return "".join(f"{line}\n" for line in [*_checked(request.resources.setup), *environment])
+    """Return the profile's setup and environment as shell lines; the first line of setup that fails ends the job and is
+    named in its record.
 
-
-def _checked(setup: Sequence[str]) -> list[str]:
-    """Return setup lines such that the first one that fails ends the job and is named in its record.
-
-    As with ``set -e``, conditions may fail; unlike with it, so may commands inside functions and sourced files.
+    As with ``set -e``, conditions may fail; unlike with it, so may commands inside functions and sourced files: the
+    batch script sources these lines, so that their own commands have a depth of two.
     """
-    if not setup:
-        return []
-    # LINENO counts the two lines of ours that come first.
-    end = "hfprune_end $hfprune_code setup in the profile failed in its line $((LINENO - 2))"
-    return [  # in a file that the batch script sources, so that commands of its own have a depth of two
-        f"trap 'hfprune_code=$?; if [ ${{#BASH_SOURCE[@]}} = 2 ]; then trap - EXIT; {end}; fi' ERR",
-        "trap 'trap - EXIT; hfprune_end 1 a line of setup in the profile ended the job' EXIT",
-        *setup,
-        "trap - ERR EXIT",
+    failed = "hfprune_end $hfprune_code setup in the profile failed in its line $((LINENO - 1))"
+    checked = [
+        f"trap 'hfprune_code=$?; if [ ${{#BASH_SOURCE[@]}} = 2 ]; then {failed}; fi' ERR",
+        *request.resources.setup,
+        "trap - ERR",
     ]
+    environment = [f"export {name}={shlex.quote(value)}" for name, value in request.resources.environment.items()]
+    return "".join(f"{line}\n" for line in [*checked, *environment])
 
 
 def _srun_arguments(resources: Resources) -> list[str]:

@@ -150,7 +150,9 @@ def row_logs(plan: Plan, store: Store, local_logs: Path, name: str, lines: int) 
     for stage_id in _stages_of(plan, name):
         stage, jobs = plan.stages[stage_id], ledger.jobs_of(stage_id)
         local = sorted(listed(local_logs, f"{stage.kind}-{stage.fingerprint}.*.log"), key=_written)
-        shown = log_tail(_newest_logs(jobs, local), lines) or f"  no log: {_why_no_log(stage, ledger)}"
+        shown = (
+            log_tail(_newest_logs(jobs, local), lines) or f"  no log ({' '.join(_state(stage, ledger, None)).strip()})"
+        )
         parts.append(f"{stage.kind} {stage.label} ({stage_id})\n{shown}")
     return "\n".join(parts)
 
@@ -164,15 +166,6 @@ def _newest_logs(jobs: list[Attempt], local: list[Path]) -> list[Path]:
 
 def _written(log: Path) -> float:
     return modified_at(log) or 0.0
-
-
-def _why_no_log(stage: Stage, ledger: Ledger) -> str:
-    state, detail = _state(stage, ledger, None)
-    if state == "done":
-        return "its artifact was there already, or its log has been removed"
-    if state == "running":
-        return f"it starts, and has written nothing yet ({detail})"
-    return f"it has not been started ({' '.join((state, detail)).strip()})"
 
 
 def _stages_of(plan: Plan, name: str) -> list[str]:

@@ -180,7 +180,7 @@ class SlurmSweep(Subject):
                 if store.handle(stage.id).verify().state == "done":
                     store.handle(stage.id).discard_leftovers()
             backend = FakeLauncher(store, self.PLAN)
-            backend.start()
+            backend.step()
             for _ in range(self.ROUNDS):
                 self._refuse_twins(fake)
                 self._run_jobs(fake, store, restart=len(marks) > 0)

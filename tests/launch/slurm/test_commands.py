@@ -4,11 +4,10 @@ import pytest
 from fake_slurm import HEADER, Controller, Job
 from hfprune_launch.slurm.commands import (
     RETRY_DELAYS_S,
-    NeedEndedError,
+    NotNowError,
     SlurmCommands,
     SlurmUnavailableError,
     SubmissionRefusedError,
-    SubmitLimitError,
     command_environment,
 )
 
@@ -59,7 +58,7 @@ def test_a_submission_that_arrived_in_spite_of_an_error_is_not_repeated(fake, sl
 def test_a_refusal_says_why_and_is_not_repeated(fake, slurm, script, slept):
     """Names that a refusal repeats may sound like a busy controller."""
     fake.fail_next("sbatch", "sbatch: error: invalid partition specified: zero_bytes")
-    with pytest.raises(SubmissionRefusedError, match=r"invalid partition specified: zero_bytes.*check the profile"):
+    with pytest.raises(SubmissionRefusedError, match="invalid partition specified: zero_bytes"):
         slurm.submit(script, "a-name")
     assert slept == []
 
@@ -86,7 +85,7 @@ POLICY = (
 
 def test_the_limit_that_is_reached_is_named(fake, slurm, script):
     fake.fail_next("sbatch", f"sbatch: error: QOSMaxSubmitJobPerUserLimit\n{POLICY}")
-    with pytest.raises(SubmitLimitError, match=r"QOSMaxSubmitJobPerUserLimit; .*accounting/QOS policy"):
+    with pytest.raises(NotNowError, match=r"QOSMaxSubmitJobPerUserLimit; .*accounting/QOS policy"):
         slurm.submit(script, "a-name")
 
 
@@ -109,26 +108,6 @@ def test_jobs_are_parsed(fake, slurm):
     jobs = slurm.jobs()
     assert jobs["a|strange|name"].is_live and jobs["a|strange|name"].nodes == "n[1-2]" and not jobs["other"].is_live
     assert len(fake.calls("squeue")) == 1
-
-
-@pytest.mark.parametrize(
-    ("said", "state", "reason"),
-    [
-        ("CANCELLED by 1000|None|None assigned", "CANCELLED", "Dependency"),
-        ("CANCELLED|None|None assigned", "CANCELLED", "DependencyNeverSatisfied"),  # nobody did but Slurm
-        ("CANCELLED by 1000|None|n1", "CANCELLED", "None"),
-    ],
-)
-def test_accountings_words_are_squeues(fake, slurm, monkeypatch, said, state, reason):
-    fake.fail_next("sacct", "Slurm accounting storage is disabled")
-    assert slurm.history(["7"]) == []
-    fake.history = f"7|{said}|name\n"
-    (job,) = slurm.history(["7"])
-    assert (job.state, job.reason, job.name) == (state, reason, "name")
-    assert slurm.history([]) == [] and len(fake.calls("sacct")) == 2
-    monkeypatch.setenv("SLURM_CLUSTERS", "other")
-    slurm.history(["7"])
-    assert ["--clusters=other" in call for call in fake.calls("sacct")] == [False, False, True]
 
 
 @pytest.mark.parametrize(
@@ -155,7 +134,7 @@ def test_a_job_whose_id_is_not_said_is_found_by_name_or_not_submitted_again(fake
 
 def test_a_need_that_slurm_has_forgotten_is_no_refusal(fake, slurm, script):
     fake.fail_next("sbatch", "sbatch: error: Batch job submission failed: Job dependency problem")
-    with pytest.raises(NeedEndedError):
+    with pytest.raises(NotNowError):
         slurm.submit(script, "a-name")
 
 
@@ -169,23 +148,9 @@ def test_an_answer_that_is_cut_off_is_none(fake, slurm, slept, answer):
 
 def test_commands_do_not_see_what_a_user_set_for_them(slurm, squeue, monkeypatch):
     kept = {"SLURM_CONF": "/etc/slurm.conf", "SLURM_CLUSTERS": "a", "SLURM_JWT": "token", "PATH": "/bin", "HOME": "/"}
-    dropped = ["SQUEUE_PARTITION", "SLURM_TIME_FORMAT", "SLURM_MEM_PER_CPU", "SBATCH_QOS", "SACCT_FORMAT"]
+    dropped = ["SQUEUE_PARTITION", "SLURM_TIME_FORMAT", "SLURM_MEM_PER_CPU", "SBATCH_QOS"]
     dropped += ["SCANCEL_STATE", "SINFO_FORMAT", "SLURM_JOB_ID", "SRUN_CPUS_PER_TASK"]
     assert command_environment({**kept, **dict.fromkeys(dropped, "x")}) == kept
     squeue(f'printf "{HEADER[:-1]}\\n1|R|||$SQUEUE_PARTITION|;\\n"')
     monkeypatch.setenv("SQUEUE_PARTITION", "urgent")
     assert [*slurm.jobs()] == [""]
-
-
-@pytest.mark.parametrize(
-    ("fields", "fate"),
-    [
-        ("JobState=RUNNING PreemptTime=None", "open"),
-        ("JobState=RUNNING PreemptTime=2026-01-01T00:00:00", "preempted"),
-        ("JobState=COMPLETING", "requeued"),
-        ("JobState=CANCELLED", "cancelled"),
-    ],
-)
-def test_what_slurm_does_to_a_job_from_inside_it(fake, slurm, fields, fate):
-    fake.shown = f"JobId=7 JobName=x {fields} Reason=None\n"
-    assert slurm.fate("7") == fate

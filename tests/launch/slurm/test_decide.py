@@ -4,13 +4,13 @@ from dataclasses import replace
 
 import pytest
 from hfprune_launch.slurm.causes import RETRIES, Cause
-from hfprune_launch.slurm.decide import GONE_AFTER_S, LAG_S, Do, InSlot, Sight, StageState, choose_slot, decide
+from hfprune_launch.slurm.decide import LAG_S, Do, Sight, StageState, about_jobs, job_to_wait_for, to_submit
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 HELD = "launch failed requeued held"
 REASONS = ["None", "Priority", "Dependency", "DependencyNeverSatisfied", "PartitionDown", "JobHeldUser", HELD]
-CLOSES = {Do.CLOSE, Do.CLOSE_UNLESS_CLAIMED, Do.SETTLE}
+CLOSES = {Do.CLOSE, Do.SETTLE}
 
 
 @st.composite
@@ -26,10 +26,8 @@ def sweeps(draw):
             is_wanted=not is_done and draw(st.booleans()),
             is_done=is_done,
             sight=draw(st.sampled_from(Sight)),
-            has_id=draw(st.booleans()),
             reason=draw(st.sampled_from(REASONS)),
             lasts=draw(st.sampled_from([0.0, 59.0, 61.0, 200.0, 9000.0])),
-            said_end=draw(st.booleans()),
             ends=tuple(draw(st.lists(st.sampled_from(Cause), max_size=4))),
         )
     return states
@@ -38,8 +36,7 @@ def sweeps(draw):
 @settings(max_examples=150)
 @given(sweeps())
 def test_no_two_jobs_of_a_stage_and_none_of_a_finished_one(states):
-    actions = decide(states)
-    submitted = [action.stage_id for action in actions if action.do is Do.SUBMIT]
+    actions, submitted = about_jobs(states), to_submit(states)
     assert len(set(submitted)) == len(submitted)
     cancelled = {action.stage_id for action in actions if action.do is Do.CANCEL}
     for stage_id in submitted:
@@ -51,64 +48,68 @@ def test_no_two_jobs_of_a_stage_and_none_of_a_finished_one(states):
             assert states[need].is_done or runs or need in submitted[: submitted.index(stage_id)]
     for action in actions:
         state = states[action.stage_id]
+        assert state.sight is not Sight.NO_ATTEMPT
         assert not (action.do in CLOSES and state.sight in (Sight.WAITS, Sight.RUNS)), "it lives"
         assert action.do is not Do.CANCEL or state.sight is Sight.WAITS
 
 
-STATE = StageState("a", (), is_wanted=True, is_done=False, has_id=True)
+STATE = StageState("a", (), is_wanted=True, is_done=False)
 DONE = {"is_wanted": False, "is_done": True}
 
 
 @pytest.mark.parametrize(
     ("seen", "does"),
     [
-        ({}, [Do.SUBMIT]),
-        ({"is_wanted": False}, []),
-        ({"ends": (Cause.KILLED,) * 2}, [Do.SUBMIT]),
-        ({"ends": (Cause.KILLED,) * 3}, []),
-        ({"ends": (Cause.BAD_NODE,) * 6}, []),
-        ({"ends": (Cause.CANCELLED,)}, []),
-        ({"ends": (Cause.INTERRUPTED,) * 50 + (Cause.KILLED,)}, [Do.SUBMIT]),
-        ({"sight": Sight.RUNS, "has_id": False}, [Do.ADOPT]),
-        ({"sight": Sight.COMPLETED}, []),
-        ({"sight": Sight.COMPLETED, "lasts": LAG_S}, [Do.CLOSE]),
-        ({"sight": Sight.COMPLETED, **DONE}, [Do.CLOSE]),
-        ({"sight": Sight.ENDED}, [Do.CLOSE]),
-        ({"sight": Sight.MISSING}, [Do.TELL]),
-        ({"sight": Sight.MISSING, "said_end": True}, [Do.CLOSE_UNLESS_CLAIMED]),
-        ({"sight": Sight.MISSING, "lasts": GONE_AFTER_S}, [Do.CLOSE_UNLESS_CLAIMED]),
-        ({"sight": Sight.MISSING, **DONE}, [Do.CLOSE]),
-        ({"sight": Sight.INTENDED}, [Do.SETTLE]),
-        ({"sight": Sight.WAITS, "reason": "Priority"}, []),
-        ({"sight": Sight.WAITS, "reason": "Priority", "lasts": 300.0}, [Do.TELL]),
-        ({"sight": Sight.WAITS, "reason": "PartitionDown"}, [Do.TELL]),
-        ({"sight": Sight.WAITS, "reason": "JobHeldUser", "lasts": 1e6}, [Do.TELL]),
-        ({"sight": Sight.WAITS, "reason": "Dependency", "lasts": 1e6}, []),
-        ({"sight": Sight.WAITS, "reason": "DependencyNeverSatisfied"}, []),
-        ({"sight": Sight.WAITS, "reason": HELD}, [Do.CANCEL]),
-        ({"sight": Sight.RUNS, "reason": HELD}, []),
+        ({}, None),
+        ({"sight": Sight.RUNS, "reason": HELD}, None),
+        ({"sight": Sight.COMPLETED}, None),
+        ({"sight": Sight.COMPLETED, "lasts": LAG_S}, Do.CLOSE),
+        ({"sight": Sight.COMPLETED, **DONE}, Do.CLOSE),
+        ({"sight": Sight.ENDED}, Do.CLOSE),
+        ({"sight": Sight.UNKNOWN}, Do.TELL),
+        ({"sight": Sight.UNKNOWN, **DONE}, Do.CLOSE),
+        ({"sight": Sight.FORGOTTEN}, Do.SETTLE),
+        ({"sight": Sight.FORGOTTEN, **DONE}, Do.CLOSE),
+        ({"sight": Sight.INTENDED}, Do.SETTLE),
+        ({"sight": Sight.WAITS, "reason": "Priority"}, None),
+        ({"sight": Sight.WAITS, "reason": "Priority", "lasts": 300.0}, Do.TELL),
+        ({"sight": Sight.WAITS, "reason": "PartitionDown"}, Do.TELL),
+        ({"sight": Sight.WAITS, "reason": "Dependency", "lasts": 1e6}, None),
+        ({"sight": Sight.WAITS, "reason": "DependencyNeverSatisfied"}, None),
+        ({"sight": Sight.WAITS, "reason": HELD}, Do.CANCEL),
     ],
 )
-def test_what_is_done(seen, does):
-    assert [action.do for action in decide({"a": replace(STATE, **seen)})] == does
+def test_what_is_done_about_a_job(seen, does):
+    actions = about_jobs({"a": replace(STATE, **seen)})
+    assert [action.do for action in actions] == [does] * (does is not None)
 
 
-def in_slot(number, joined, job_id):
-    return InSlot(number, joined, job_id)
+@pytest.mark.parametrize(
+    ("seen", "is_submitted"),
+    [
+        ({}, True),
+        ({"is_wanted": False}, False),
+        ({"ends": (Cause.KILLED,) * 2}, True),
+        ({"ends": (Cause.KILLED,) * 3}, False),
+        ({"ends": (Cause.BAD_NODE,) * 6}, False),
+        ({"ends": (Cause.CANCELLED,)}, False),
+        ({"ends": (Cause.INTERRUPTED,) * 50 + (Cause.KILLED,)}, True),
+    ],
+)
+def test_a_stage_is_tried_again_as_often_as_the_causes_of_its_ends_allow(seen, is_submitted):
+    assert to_submit({"a": replace(STATE, **seen)}) == ["a"] * is_submitted
 
 
-def test_a_job_joins_the_first_free_slot_or_the_one_whose_last_job_was_submitted_first():
-    assert choose_slot(2, [], ()) == (0, None)
-    assert choose_slot(3, [in_slot(2, 1.0, "a"), in_slot(0, 2.0, "b")], {"a"}) == (1, None)
-    live = [in_slot(0, 1.0, "a"), in_slot(1, 2.0, "b"), in_slot(0, 3.0, "c"), in_slot(1, 4.0, "d")]
-    for order in (1, -1):
-        assert choose_slot(2, live[::order], ()) == (0, "c")
-        assert choose_slot(2, live[::order], {"d"}) == (1, "d"), "it waits for that job anyway"
-        assert choose_slot(2, live[::order], {"a", "b"}) == (0, "c"), "those are not last"
-
-
-def test_nothing_joins_slots_beyond_the_limit_or_whose_last_jobs_have_no_known_ids():
-    assert choose_slot(2, [in_slot(2, 1.0, "a"), in_slot(1, 2.0, "b"), in_slot(0, 3.0, "c")], {"a"}) == (1, "b")
-    live = [in_slot(0, 1.0, "a"), in_slot(0, 2.0, None), in_slot(1, 3.0, "b")]
-    assert choose_slot(2, live, {"a"}) == (1, "b")
-    assert choose_slot(1, live, {"a"}) is None
+@given(st.integers(1, 4), st.lists(st.sampled_from(["submit", "end"]), max_size=40))
+def test_no_more_jobs_run_than_are_allowed(limit, events):
+    """Each job runs as soon as the one that it waits for is over; the oldest job that runs ends first."""
+    waits, live = {}, []
+    for number, event in enumerate(events):
+        running = [job for job in live if waits[job] not in live]
+        assert len(running) == min(limit, len(live)), "no fewer either"
+        if event == "submit":
+            waits[str(number)] = job_to_wait_for(limit, live)
+            live.append(str(number))
+        elif running:
+            live.remove(running[0])
+    assert job_to_wait_for(None, live) is None

@@ -31,7 +31,6 @@ FAULTS = st.fixed_dictionaries(
         "squeue": faults_of("error", "empty", "cut", "header"),
         "sbatch": faults_of("error", "lost", "silent"),
         "scontrol": faults_of("error", "empty"),
-        "sacct": faults_of("error", "empty", "cut"),
         "scancel": faults_of("error"),
     }
 )
@@ -45,9 +44,9 @@ EVENTS = st.one_of(
 class World:
     """Two launchers and one controller that share a store."""
 
-    def __init__(self, folder, accounting):
+    def __init__(self, folder):
         self.store = Store(folder / "store")
-        self.controller = Controller(history="" if accounting else None)
+        self.controller = Controller()
         self.clock = Clock()
         self.launchers = [self.launcher(), self.launcher()]
 
@@ -65,7 +64,7 @@ class World:
             self.launchers[number] = self.launcher()
         launcher = self.launchers[number]
         with contextlib.suppress(SlurmUnavailableError):
-            launcher.start() if what == "restart" else launcher.step()
+            launcher.step()
 
     def change_job(self, what, number):
         jobs = sorted(self.controller.jobs)
@@ -108,10 +107,10 @@ def _quickly():
 
 
 @settings(max_examples=40)
-@given(st.booleans(), st.lists(EVENTS, min_size=10, max_size=25))
-def test_never_two_live_jobs_of_a_stage_and_no_live_job_given_up(accounting, events):
+@given(st.lists(EVENTS, min_size=10, max_size=25))
+def test_never_two_live_jobs_of_a_stage_and_no_live_job_given_up(events):
     with tempfile.TemporaryDirectory() as folder:
-        world = World(Path(folder), accounting)
+        world = World(Path(folder))
         with (
             mock.patch("hfprune_launch.slurm.commands._run", world.controller.run),
             mock.patch("shutil.which", lambda _: "/bin/x"),
