@@ -4,14 +4,14 @@
 # loopback address; otherwise it listens on all addresses, and says so.
 #
 #   slurm/cluster.sh install                       Debian packages, as root
-#   slurm/cluster.sh up DIR [--no-accounting] [--grace-time SECONDS]
-#   slurm/cluster.sh start|stop DIR DAEMON         one daemon: n1, n2, n3, n4, slurmctld, slurmdbd, ...
+#   slurm/cluster.sh up DIR [--grace-time SECONDS]
+#   slurm/cluster.sh start|stop DIR DAEMON         one daemon: n1, n2, n3, n4, slurmctld, munge
 #   slurm/cluster.sh status DIR
 #   slurm/cluster.sh down DIR
 #
 # DIR is a folder of the cluster's own, in whose path Slurm's configuration allows no white space, quotes, #, % and \.
 # To let clients find it:  export SLURM_CONF=DIR/slurm.conf
-# PORT_BASE (default 17000) is the first of the 12 ports it uses; change it to run two clusters side by side.
+# PORT_BASE (default 17000) is the first of the 5 ports it uses; change it to run two clusters side by side.
 # CPUS (default 2) is the number of CPUs that each node has for Slurm, which only counts them.
 # DIR/site.conf may hold your own lines of slurm.conf, e.g. "Prolog=/path"; "up" includes them.
 set -euo pipefail
@@ -19,7 +19,7 @@ set -euo pipefail
 PORT_BASE=${PORT_BASE:-17000}
 CPUS=${CPUS:-2}
 NODES=(n1 n2 n3 n4)
-DAEMONS=("${NODES[@]}" slurmctld slurmdbd mariadb munge)
+DAEMONS=("${NODES[@]}" slurmctld munge)
 WAIT_SECONDS=60
 PATH=$PATH:/usr/sbin:/sbin
 
@@ -29,11 +29,10 @@ fail() {
 }
 
 install_packages() {
-    if command -v slurmctld slurmd slurmdbd munged mariadbd sbatch >/dev/null; then return; fi
+    if command -v slurmctld slurmd munged sbatch >/dev/null; then return; fi
     [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null || fail "Slurm is not installed; as root on Debian: $0 install"
     apt-get update -qq
-    DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends \
-        slurm-wlm slurmdbd munge mariadb-server >/dev/null
+    DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends slurm-wlm munge >/dev/null
 }
 
 # Configuration.
@@ -52,19 +51,16 @@ find_address() {
     esac
 }
 
-# Returns 1 if neither file has changed.
+# Returns 1 if the file has not changed.
 write_conf() {
     local before
-    before=$(cat "$DIR/slurm.conf" "$DIR/slurmdbd.conf" 2>/dev/null | cksum)
+    before=$(cat "$DIR/slurm.conf" 2>/dev/null | cksum)
     write_slurm_conf
     cat "$DIR/site.conf" >>"$DIR/slurm.conf" 2>/dev/null || true
-    write_slurmdbd_conf
-    [ "$before" != "$(cat "$DIR/slurm.conf" "$DIR/slurmdbd.conf" | cksum)" ]
+    [ "$before" != "$(cat "$DIR/slurm.conf" | cksum)" ]
 }
 
 write_slurm_conf() {
-    local accounting="accounting_storage/slurmdbd"
-    [ "$ACCOUNTING" = yes ] || accounting="accounting_storage/none"
     cat >"$DIR/slurm.conf" <<CONF
 ClusterName=hfprune
 $LISTEN
@@ -99,11 +95,6 @@ PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 JobRequeue=1
 JobAcctGatherType=jobacct_gather/linux
-AccountingStorageType=$accounting
-AccountingStorageHost=$ADDRESS
-AccountingStoragePort=$((PORT_BASE + 10))
-# With munge, this "password" is the socket through which slurmdbd's clients are known.
-AccountingStoragePass=$DIR/munge/munge.socket
 NodeName=n[1-4] NodeHostname=localhost NodeAddr=$ADDRESS Port=[$((PORT_BASE + 1))-$((PORT_BASE + 4))] CPUs=$CPUS RealMemory=4000
 PartitionName=main Nodes=n[1-4] Default=YES MaxTime=INFINITE PriorityTier=1 PreemptMode=REQUEUE GraceTime=$GRACE_TIME
 PartitionName=urgent Nodes=n[1-4] MaxTime=INFINITE PriorityTier=2 PreemptMode=OFF
@@ -111,33 +102,12 @@ CONF
     echo "CgroupPlugin=disabled" >"$DIR/cgroup.conf"
 }
 
-write_slurmdbd_conf() {
-    cat >"$DIR/slurmdbd.conf" <<CONF
-$LISTEN
-DbdHost=localhost
-DbdAddr=$ADDRESS
-DbdPort=$((PORT_BASE + 10))
-SlurmUser=$(id -un)
-AuthType=auth/munge
-AuthInfo=socket=$DIR/munge/munge.socket
-PidFile=$DIR/run/slurmdbd.pid
-LogFile=$DIR/logs/slurmdbd.log
-StorageType=accounting_storage/mysql
-StorageHost=127.0.0.1
-StoragePort=$((PORT_BASE + 11))
-StorageUser=slurm
-StoragePass=$(cat "$DIR/mariadb.password")
-CONF
-    chmod 600 "$DIR/slurmdbd.conf"
-}
-
 # Daemons: each writes its pid to DIR/run, and is stopped only by that pid.
 
 program_of() {
     case $1 in
         munge) echo munged ;;
-        mariadb) echo mariadbd ;;
-        slurmdbd | slurmctld) echo "$1" ;;
+        slurmctld) echo slurmctld ;;
         n[1-4]) echo slurmd ;;
     esac
 }
@@ -146,8 +116,6 @@ port_of() {
     case $1 in
         slurmctld) echo "$PORT_BASE" ;;
         n[1-4]) echo $((PORT_BASE + ${1#n})) ;;
-        slurmdbd) echo $((PORT_BASE + 10)) ;;
-        mariadb) echo $((PORT_BASE + 11)) ;;
     esac
 }
 
@@ -166,10 +134,10 @@ left_over() {
     for process in $({
         find /proc/[0-9]*/fd -lname "$pattern/*"
         grep -lzE "^(--[a-z-]+=)?$(sed 's/[][*?\\.^$(){}+|]/\\&/g' <<<"$DIR")/" /proc/[0-9]*/cmdline
-        grep -lzxF -e "SLURM_CONF=$DIR/slurm.conf" -e "SLURM_CONF=$DIR/slurmdbd.conf" /proc/[0-9]*/environ
+        grep -lzxF -e "SLURM_CONF=$DIR/slurm.conf" /proc/[0-9]*/environ
     } 2>/dev/null | cut -d / -f 3 | sort -u); do
         case $(cat "/proc/$process/comm" 2>/dev/null) in
-            slurmctld* | slurmd* | slurmstepd* | slurmscriptd* | mariadbd | munged) echo "$process" ;;
+            slurmctld* | slurmd* | slurmstepd* | slurmscriptd* | munged) echo "$process" ;;
         esac
     done
 }
@@ -189,7 +157,7 @@ refuse_taken_ports() {
     for daemon in "${DAEMONS[@]}"; do
         port=$(port_of "$daemon")
         if [ -n "$port" ] && ! is_running "$daemon" && (: <"/dev/tcp/127.0.0.1/$port") 2>/dev/null; then
-            fail "port $port, for $daemon, is in use, by another cluster perhaps; set PORT_BASE to the first of 12 free ports"
+            fail "port $port, for $daemon, is in use, by another cluster perhaps; set PORT_BASE to the first of 5 free ports"
         fi
     done
 }
@@ -199,8 +167,6 @@ start() {
     is_running "$1" && return
     case $1 in
         munge) start_munge ;;
-        mariadb) start_mariadb ;;
-        slurmdbd) SLURM_CONF=$DIR/slurmdbd.conf slurmdbd ;;
         slurmctld) slurmctld -f "$DIR/slurm.conf" ;;
         n[1-4]) slurmd -N "$1" -f "$DIR/slurm.conf" ;;
     esac 9>&- # the lock belongs to this command, not to the daemon
@@ -212,23 +178,6 @@ start_munge() {
     [ -s "$munge/key" ] || (umask 077 && head -c 128 /dev/urandom >"$munge/key")
     munged --socket "$munge/munge.socket" --key-file "$munge/key" --pid-file "$DIR/run/munge.pid" \
         --log-file "$munge/munged.log" --seed-file "$munge/seed"
-}
-
-start_mariadb() {
-    local data=$DIR/mariadb
-    if [ ! -d "$data/mysql" ]; then
-        mariadb-install-db --no-defaults --datadir="$data" --user="$(id -un)" --skip-test-db >"$DIR/logs/mariadb.log" 2>&1
-    fi
-    nohup mariadbd --no-defaults --datadir="$data" --user="$(id -un)" --socket="$data/socket" \
-        --pid-file="$DIR/run/mariadb.pid" --bind-address=127.0.0.1 --port=$((PORT_BASE + 11)) --skip-name-resolve \
-        >>"$DIR/logs/mariadb.log" 2>&1 </dev/null &
-    wait_for "MariaDB" mariadb-admin --no-defaults --socket="$data/socket" ping
-    # slurmdbd can't create its database on MariaDB 11.8.
-    mariadb --no-defaults --socket="$data/socket" <<SQL
-CREATE DATABASE IF NOT EXISTS slurm_acct_db;
-CREATE USER IF NOT EXISTS slurm@'127.0.0.1' IDENTIFIED BY '$(cat "$DIR/mariadb.password")';
-GRANT ALL ON slurm_acct_db.* TO slurm@'127.0.0.1';
-SQL
 }
 
 stop() {
@@ -272,33 +221,18 @@ nodes_are_usable() {
         [ "$(wc -l <<<"$states")" = ${#NODES[@]} ] && ! grep -qvE '^(idle|mixed|allocated)$' <<<"$states"
 }
 
-slurmdbd_answers() {
-    sacctmgr --noheader --parsable2 show cluster format=cluster </dev/null
-}
-
-register_cluster() {
-    slurmdbd_answers | grep -qx hfprune || sacctmgr --immediate add cluster hfprune >/dev/null
-}
-
 up() {
     install_packages
     refuse_taken_ports
-    mkdir -p "$DIR"/{logs,run,state,mariadb} "${NODES[@]/#/$DIR/spool/}"
+    mkdir -p "$DIR"/{logs,run,state} "${NODES[@]/#/$DIR/spool/}"
     mkdir -p -m 755 "$DIR/munge"
     chmod a+x "$DIR" # munged requires its socket to be reachable by everyone
-    [ -s "$DIR/mariadb.password" ] || (umask 077 && head -c 12 /dev/urandom | od -An -tx1 | tr -d ' \n' >"$DIR/mariadb.password")
     find_address
     # Not "scontrol reconfigure": it replaces a daemon with a new process, whose pid file the old one then removes.
     if write_conf; then
-        stop_together "${NODES[@]}" slurmctld slurmdbd
+        stop_together "${NODES[@]}" slurmctld
     fi
     start munge
-    if [ "$ACCOUNTING" = yes ]; then
-        start mariadb
-        start slurmdbd
-        wait_for "slurmdbd" slurmdbd_answers
-        register_cluster
-    fi
     start slurmctld
     for node in "${NODES[@]}"; do start "$node"; done
     wait_for "the cluster" nodes_are_usable
@@ -314,8 +248,7 @@ down() {
         done
     fi
     stop_together "${NODES[@]}" slurmctld
-    stop slurmdbd # after slurmctld, which reports to it while ending
-    stop_together mariadb munge
+    stop munge
     # Daemons that have lost their pid files or not written them yet, and job steps that no slurmctld could end. This
     # is repeated, since a daemon that goes into the background becomes another process a moment later.
     local processes
@@ -357,18 +290,16 @@ esac
 FOLDER=${2:-}
 [ -n "$FOLDER" ] || fail "usage: $0 $command DIR; see the top of this file"
 shift 2
-ACCOUNTING=yes
 GRACE_TIME=0
 DAEMON=
 while [ $# -gt 0 ]; do
     case $command:$1 in
-        up:--no-accounting) ACCOUNTING=no ;;
         up:--grace-time)
             GRACE_TIME=${2:-}
             require_number --grace-time "$GRACE_TIME" 0 100000
             shift
             ;;
-        up:*) fail "unknown option '$1'; valid: --no-accounting, --grace-time SECONDS" ;;
+        up:*) fail "unknown option '$1'; valid: --grace-time SECONDS" ;;
         start:* | stop:*)
             [ -z "$DAEMON" ] || fail "$command takes one daemon, not also '$1'"
             DAEMON=$1
@@ -377,7 +308,7 @@ while [ $# -gt 0 ]; do
     esac
     shift
 done
-require_number PORT_BASE "$PORT_BASE" 1024 65524 # and eleven more ports
+require_number PORT_BASE "$PORT_BASE" 1024 65531 # and four more ports
 require_number CPUS "$CPUS" 1 100000
 DIR=$(realpath -m -- "$FOLDER")
 if [ "$command" = up ]; then

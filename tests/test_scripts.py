@@ -82,11 +82,11 @@ def test_no_other_python_is_taken_than_the_one_asked_for(quickstart, project):
     ("arguments", "environment", "expected"),
     [
         (["upp", "cluster"], {}, "unknown command 'upp'; valid: install, up"),
-        (["up", "cluster", "--grace"], {}, "unknown option '--grace'; valid: --no-accounting"),
+        (["up", "cluster", "--grace"], {}, "unknown option '--grace'; valid: --grace-time"),
         (["up", "cluster", "--grace-time", "soon"], {}, "--grace-time 'soon': must be a whole number"),
         (["status", "cluster"], {}, "cluster: no cluster there"),
         (["up", "my cluster"], {}, "white space"),
-        (["up", "cluster"], {"PORT_BASE": "http"}, "PORT_BASE 'http': must be a whole number from 1024 to 65524"),
+        (["up", "cluster"], {"PORT_BASE": "http"}, "PORT_BASE 'http': must be a whole number from 1024 to 65531"),
     ],
 )
 def test_the_cluster_refuses_what_can_not_be(tmp_path, arguments, environment, expected):

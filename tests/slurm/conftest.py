@@ -3,8 +3,8 @@
 Most of a disturbed sweep's time is spent waiting: for time limits, for Slurm, for a launcher's next look. So tests
 marked ``beside`` all start together, each in its own thread, when the folder's first test starts; each test then
 waits for the end of its thread. Tests of one lane, ``beside("name")``, run one after another. They take only
-fixtures that last for all of them and must not disturb each other: what belongs to a whole cluster (its controller, its
-accounting, its configuration) is for the lane "disturbed", nodes n3 and n4 for the lane "nodes".
+fixtures that last for all of them and must not disturb each other: what belongs to a whole cluster (its
+controller, its configuration) is for the lane "disturbed", nodes n3 and n4 for the lane "nodes".
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def pytest_configure(config):
 @pytest.fixture(scope="package")
 def _slurm():
     path = f"{os.environ['PATH']}:/usr/sbin"
-    if not all(shutil.which(name, path=path) for name in ("slurmctld", "slurmd", "slurmdbd", "sbatch", "munged")):
+    if not all(shutil.which(name, path=path) for name in ("slurmctld", "slurmd", "sbatch", "munged")):
         message = "Slurm is not installed; on Debian, as root: slurm/cluster.sh install"
         if os.environ.get("CI"):
             pytest.fail(message)
@@ -46,7 +46,7 @@ def _slurm():
 
 @pytest.fixture(scope="package")
 def new_cluster(_slurm):
-    """A context manager for a cluster with its own folder and twelve ports, which is taken down at the end."""
+    """A context manager for a cluster with its own folder and five ports, which is taken down at the end."""
 
     @contextmanager
     def folder_of(port_base, cpus=2):
@@ -76,7 +76,7 @@ def cluster(new_cluster):
 
 @pytest.fixture(scope="package")
 def disturbed(new_cluster):
-    """A cluster that may be disturbed in every part: its controller, its accounting, its configuration."""
+    """A cluster that may be disturbed in every part: its controller, its prolog."""
     with new_cluster(DISTURBED_PORT_BASE) as started:
         prolog = started.folder / "prolog"
         prolog.write_text(f"#!/bin/bash\n[ ! -e {prolog}.fails.$SLURMD_NODENAME ]\n")

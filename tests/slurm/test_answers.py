@@ -31,10 +31,6 @@ echo "Note: maintenance on Friday"
 {real} "$@"
 echo "Note: your 12 core-hours are used up"
 """
-NO_ACCOUNTING = """#!/bin/bash
-echo "Slurm accounting storage is disabled" >&2
-exit 1
-"""
 
 
 def path_with(folder, **shims):
@@ -46,8 +42,8 @@ def path_with(folder, **shims):
     return f"{folder}:{os.environ['PATH']}"
 
 
-def test_squeue_and_sbatch_answer_badly_and_there_is_no_accounting(cluster, config, finished, without):
-    out, shims = without(DENSE), {"squeue": SQUEUE, "sbatch": SBATCH, "sacct": NO_ACCOUNTING}
+def test_squeue_and_sbatch_answer_badly(cluster, config, finished, without):
+    out, shims = without(DENSE), {"squeue": SQUEUE, "sbatch": SBATCH}
     path = path_with(out / "bin", **shims)
     submitted = cluster.submit(config, out, **SLOWLY, **FORKED_RANKS, PATH=path, SQUEUE_PARTITION="urgent")
     done(cluster, out, finished, submitted)

@@ -12,7 +12,7 @@ pytestmark = [pytest.mark.slurm, pytest.mark.beside]
 of_another = pytest.mark.beside("another cluster")
 
 PORT_BASE = 18100
-PROGRAMS = {"slurmctld", "slurmd", "slurmstepd", "slurmdbd", "mariadbd", "munged", "srun"}
+PROGRAMS = {"slurmctld", "slurmd", "slurmstepd", "munged", "srun"}
 
 
 def listening():
@@ -53,7 +53,7 @@ def test_nothing_can_be_reached_from_outside(cluster):
     finally:
         step.terminate()
         step.wait()
-    assert {"slurmctld", "slurmd", "slurmdbd", "mariadbd", "srun"} <= set(found.values())
+    assert {"slurmctld", "slurmd", "srun"} <= set(found.values())
     assert [address for address in found if not address[0].startswith("127.")] == []
 
 
@@ -61,11 +61,11 @@ def test_nothing_can_be_reached_from_outside(cluster):
 @pytest.mark.thorough
 def test_up_and_down_again(new_cluster):
     with new_cluster(PORT_BASE) as another:
-        another.run("up", "--no-accounting")
+        another.run("up")
         pids = {daemon: another.pid(daemon) for daemon in ("slurmctld", "n1", "n4", "munge")}
-        another.run("up", "--no-accounting")
+        another.run("up")
         assert pids == {daemon: another.pid(daemon) for daemon in pids}, "what runs as it should is left alone"
-        another.run("up", "--no-accounting", "--grace-time", "7")
+        another.run("up", "--grace-time", "7")
         assert "GraceTime=7" in another.slurm("scontrol", "show", "partition", "main")
 
         another.slurm("sbatch", "--output=/dev/null", "--wrap", f"sleep 1000 # {another.folder}")
