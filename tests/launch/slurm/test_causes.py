@@ -12,7 +12,7 @@ from hfprune_launch.slurm.commands import NEVER, JobInfo
 from made_stages import stage_of
 
 from hfprune_dist.store.artifacts import Store
-from hfprune_dist.store.attempts import End, Ledger, Run
+from hfprune_dist.store.attempts import Ledger, Run
 from hfprune_dist.store.heartbeat import Failure, Progress
 from hfprune_dist.store.stage import Input
 
@@ -201,4 +201,4 @@ def test_the_only_node_of_the_last_start_is_avoided(ledger, attempt):
     assert ended(ledger, attempt, "NODE_FAIL", nodes="n[1-2]").bad_nodes == [], "it may be either"
     attempt.record_run(Run("7", 1, "n4", time.time()))
     attempt.close(ended(ledger, attempt, "NODE_FAIL", nodes=""))
-    assert nodes_to_avoid(ledger.of(STAGE.id)) == ["n4"]
+    assert nodes_to_avoid(ledger.attempts_at(STAGE.id)) == ["n4"]
