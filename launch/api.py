@@ -7,25 +7,21 @@ the results are those of ``launch/sweep.py``; each reuses what the other has mad
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from hfprune_launch.command import folder, place
-from hfprune_launch.modes.sweep_arguments import Command
-from hfprune_launch.modes.sweep_plan import Prepared, prepare
-from hfprune_launch.modes.sweep_run import run_missing, run_prepared
+from hfprune_launch.prepare import Prepared, Request, prepare
+from hfprune_launch.run import run_missing, run_to_tables
 from hfprune_launch.screen import make_console
-from hfprune_launch.sweep import sweep_parser
 from hfprune_launch.sweep_folder import read_sweep
 from numpy.typing import NDArray
 from safetensors.numpy import load_file
 
-from hfprune_dist.config.load import from_command_line, parse_assignments
-from hfprune_dist.config.yaml_text import to_yaml
+from hfprune_dist.config.load import from_command_line
 from hfprune_dist.errors import UserError
 from hfprune_dist.results.rows import Row
 from hfprune_dist.store.stage import kind_of
@@ -52,12 +48,9 @@ class Session:
     """
 
     def __init__(self, out: str | Path, config: str | Path | None = None, **settings: Any) -> None:
-        plain = json.loads(json.dumps(settings, default=_plain))
-        arguments = sweep_parser().parse_args([])
-        at = folder(str(out)).absolute()
-        arguments.config = [] if config is None else [_fixed(place(str(config)))]
-        arguments.set = _assignments(from_command_line(parse_assignments(_assignments(plain))))
-        self._command = Command(arguments, at, make_console())
+        at, files = folder(str(out)).absolute(), [] if config is None else [_absolute(place(str(config)))]
+        overrides = from_command_line(json.loads(json.dumps(settings, default=_plain)))
+        self._request = Request(at, make_console(), files, overrides)
 
     def score(self) -> dict[str, dict[str, list[NDArray[np.float64]]]]:
         """Score the neurons of the dense models.
@@ -69,8 +62,9 @@ class Session:
             UserError: for bad input.
             RuntimeError: if a stage fails.
         """
-        prepared = prepare(self._command, download=True)
-        passes = [it for it in prepared.sweep.plan.stages.values() if it.kind == "importance" and not it.needs]
+        prepared = prepare(self._request, download=True)
+        stages = prepared.sweep.plan.stages.values()
+        passes = [stage for stage in stages if stage.kind == "importance" and not stage.needs]
         self._make(prepared, [stage.id for stage in passes])
         store = prepared.sweep.store
         return {stage.label: read_scores(store.handle(stage.id).artifact) for stage in passes}
@@ -86,7 +80,7 @@ class Session:
             UserError: for bad input.
             RuntimeError: if a stage fails.
         """
-        prepared = prepare(self._command, download=True)
+        prepared = prepare(self._request, download=True)
         made: dict[tuple[str, float, str], str] = {}
         for cell in prepared.sweep.plan.cells:
             if cell.ratio is not None and cell.method is not None:
@@ -105,18 +99,17 @@ class Session:
         Raises:
             UserError: for bad input.
         """
-        prepared = prepare(self._command, download=True)
-        prepared.require_runnable(self._command)
-        run_prepared(self._command, prepared)
-        return read_sweep(self._command.out).rows()
+        prepared = prepare(self._request, download=True)
+        prepared.require_runnable()
+        run_to_tables(prepared)
+        return read_sweep(self._request.out).rows()
 
     def _make(self, prepared: Prepared, stage_ids: Iterable[str]) -> None:
         sweep = prepared.sweep
-        wanted = list(stage_ids)
-        todo = sweep.plan.lacking(lambda stage_id: prepared.verdicts[stage_id].state == "done", wanted)
+        todo = sweep.plan.lacking(lambda stage_id: prepared.verdicts[stage_id].state == "done", [*stage_ids])
         chosen = replace(prepared, todo=todo)
-        chosen.require_runnable(self._command)
-        run_missing(self._command, chosen)
+        chosen.require_runnable()
+        run_missing(chosen)
         for handle in map(sweep.store.handle, todo):
             if (failure := handle.failure()) is not None:
                 error = UserError if failure.cause == UserError.CAUSE else RuntimeError
@@ -140,11 +133,6 @@ def _plain(value: Any) -> Any:
     return value.tolist() if isinstance(value, np.ndarray | np.generic) else str(value)
 
 
-def _assignments(settings: Mapping[str, Any]) -> list[str]:
-    """Return settings in the form of ``--set``."""
-    return [f"{key}={to_yaml(value, width=math.inf, flow=True)}" for key, value in settings.items()]
-
-
-def _fixed(file: Path) -> Path:
+def _absolute(file: Path) -> Path:
     """Return a file's absolute path; a name that may be that of one of the project's own configurations stays."""
     return file.absolute() if file.exists() else file

@@ -9,24 +9,85 @@ Removed: artifacts and progress of rows that were removed (--forget) or replaced
 ended early, artifacts that failed verification, and files that stages share, which are made again when needed. Kept:
 rows, tables, named checkpoints and logs, and what waiting Slurm jobs need.
 
-Later sweeps: the same command still runs nothing, since the rows are complete. --intermediates removes pruned and
-distilled checkpoints that finished rows were recovered from; they are made again only if something needs them, such as
-another recovery of the same pruned model, a recovered checkpoint that was deleted, or a ratio that shares its first
-rounds. Scores of calibration passes stay, so another ratio costs as much as before otherwise. Large files in
-checkpoints/ share their bytes with the store, so these are free only once both are gone.
+--intermediates removes pruned and distilled checkpoints that finished rows were recovered from; they are made again
+only if something needs them, such as another recovery of the same pruned model. Scores of calibration passes stay, so
+another ratio costs as much as before. Large files in checkpoints/ share their bytes with the store, so these are free
+only once both are gone.
 
 exit codes: 0 done; 2 a stage of the sweep is running, something can't be removed, or bad input
 """
 
 from __future__ import annotations
 
+import os
+import re
+import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 
 if __name__ == "__main__":
     import installed  # noqa: F401
 
 from hfprune_launch.command import command, folder, make_parser
+from hfprune_launch.screen import make_console, say
+from hfprune_launch.slurm.observe import inputs_of_live_jobs
+from hfprune_launch.sweep_folder import Sweep, read_sweep
+
+from hfprune_dist.errors import UserError
+from hfprune_dist.store.artifacts import MANIFEST, StageHandle, Store
+from hfprune_dist.store.atomic_files import listed
+from hfprune_dist.store.stage import STAGE_VERSIONS
+
+CONFIG = "config.json"  # which every checkpoint has
+# Folders of files that stages share; a stage makes such a file anew if it is missing.
+SHARED = {
+    "rows": "packed training rows, which a recovery packs again",
+    "layers": "checks of layers, which stages make again",
+}
+FINGERPRINT = re.compile(r"[0-9a-f]{20}")
+
+
+@dataclass(frozen=True)
+class Leftover:
+    """A folder that can be removed.
+
+    Attributes:
+        reason: why nothing needs it.
+        remove: removes it as far as possible: files of another user's stay, or on NFS those that are open.
+        keeps: name of a file in it that stays.
+        size_bytes: how much space its removal frees.
+    """
+
+    path: Path
+    reason: str
+    remove: Callable[[], None]
+    keeps: str
+    size_bytes: int
+
+    @classmethod
+    def measured(cls, path: Path, reason: str, remove: Callable[[], None] | None = None, keeps: str = "") -> Leftover:
+        """A leftover, with its size; by default, all of the folder goes."""
+        remove = remove or partial(shutil.rmtree, path, ignore_errors=True)
+        return cls(path, reason, remove, keeps, sum(map(_bytes_of, _files_below(path, keeps))))
+
+    def is_gone(self) -> bool:
+        return not any(_files_below(self.path, self.keeps))
+
+
+def _files_below(folder: Path, without: str) -> Iterator[Path]:
+    """Yield all files below a folder but one, as far as they can be listed."""
+    below = (Path(where, name) for where, _, names in os.walk(folder) for name in names)
+    return (file for file in below if not without or file != folder / without)
+
+
+def _bytes_of(file: Path) -> int:
+    try:
+        return file.lstat().st_size
+    except FileNotFoundError:
+        return 0
 
 
 @command
@@ -41,10 +102,108 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--dry-run", action="store_true", help="show what would be removed; removes nothing")
     arguments = parser.parse_args(argv)
-    from hfprune_launch.modes.clean import clean
-
-    clean(arguments.out, intermediates=arguments.intermediates, dry_run=arguments.dry_run)
+    _clean(arguments.out, arguments.intermediates, arguments.dry_run)
     return 0
+
+
+def _clean(out: Path, intermediates: bool, dry_run: bool) -> None:
+    """Remove what nothing refers to, and list it.
+
+    Raises:
+        UserError: if the folder is not a sweep's, or one of its stages is running, or begins meanwhile; once all else
+            is removed, for what can't be, such as another user's.
+    """
+    sweep = read_sweep(out)
+    store = sweep.store
+    _refuse_while_needed(store)
+    jobs = inputs_of_live_jobs(store)
+    used = {*jobs, *(need for needs in jobs.values() for need in needs)}
+    found = list(_unused(store, {*sweep.plan.stages, *used}, about_to_run=jobs))
+    if intermediates:
+        found += _intermediates(sweep, used)
+    _refuse_while_needed(store)  # they were looked for, and measured, over minutes
+    if not dry_run:
+        for leftover in found:
+            leftover.remove()
+    gone = [leftover for leftover in found if dry_run or leftover.is_gone()]
+    remarks = [] if dry_run else sweep.write_checkpoints().remarks
+    # Shown once all is done, as a reader such as head may end the command.
+    console = make_console()
+    if jobs:
+        say(console, f"note: the jobs of {', '.join(jobs)} may still wait or run, so what they need stays")
+    for leftover in gone:
+        say(console, f"{leftover.size_bytes:>15,} bytes  {leftover.path}: {leftover.reason}")
+    total = sum(leftover.size_bytes for leftover in gone)
+    say(console, f"{total:>15,} bytes {'would be removed' if dry_run else 'removed'}")
+    for remark in remarks:
+        say(console, f"note: {remark}")
+    if staying := [str(leftover.path) for leftover in found if leftover not in gone]:
+        raise UserError(f"{', '.join(staying)}: part of it can't be removed; is it another user's, or in use?")
+
+
+def _refuse_while_needed(store: Store) -> None:
+    if store.root.is_symlink():
+        raise UserError(f"{store.root} is a link, so other sweeps may use what is there; nothing is removed")
+    if stages := _running(store):
+        running_now = f"{', '.join(stages)} {'is' if len(stages) == 1 else 'are'} running"
+        raise UserError(f"{store.root}: {running_now}; let the sweep end, or cancel it")
+
+
+def _running(store: Store) -> list[str]:
+    """Return the ids of the stages claimed by a process that is alive."""
+    handles = (handle for kind in STAGE_VERSIONS for handle in _handles(store, store.root / "work" / kind))
+    claims = ((handle.id, handle.open_claim()) for handle in handles)
+    return [stage_id for stage_id, claim in claims if claim is not None and claim.lives]
+
+
+def _unused(store: Store, kept: Collection[str], about_to_run: Collection[str]) -> Iterator[Leftover]:
+    """Yield everything that the stages with these ids don't need: other artifacts and their progress, drafts, artifacts
+    that failed verification, and shared files.
+
+    To be called only while no stage runs: the drafts of running stages would be included.
+
+    Args:
+        about_to_run: ids of stages that may begin at any moment. Their drafts and all shared files are left out.
+    """
+    begun = tuple(f".draft-{stage_id.partition('/')[2]}-" for stage_id in about_to_run)
+    for kind in STAGE_VERSIONS:
+        for draft in listed(store.root / kind, ".draft-*"):
+            if not draft.name.startswith(begun):
+                yield Leftover.measured(draft, "a draft of a stage that ended early")
+        for handle in _handles(store, store.root / kind):
+            if handle.id not in kept:
+                yield Leftover.measured(handle.artifact, "an artifact of no row of the tables", handle.discard)
+        for handle in _handles(store, store.root / "work" / kind):
+            if handle.id not in kept:
+                yield Leftover.measured(handle.work, "progress of a stage of no row of the tables")
+    for path in listed(store.root / "quarantine", "*"):
+        yield Leftover.measured(path, "an artifact that failed verification")
+    for name, what in {} if about_to_run else SHARED.items():
+        if (store.root / name).is_dir():
+            yield Leftover.measured(store.root / name, what)
+
+
+def _handles(store: Store, folder: Path) -> list[StageHandle]:
+    """Return the stages of one kind that have a subfolder in a folder; anything else in it is not ours."""
+    names = [path.name for path in listed(folder, "*") if path.is_dir() and FINGERPRINT.fullmatch(path.name)]
+    return [store.handle(f"{folder.name}/{name}") for name in names]
+
+
+def _intermediates(sweep: Sweep, used: set[str]) -> Iterator[Leftover]:
+    """Yield checkpoints that belong to no row and that no missing stage reads.
+
+    Args:
+        used: ids of stages whose artifacts are in use in another way.
+    """
+    plan, store = sweep.plan, sweep.store
+    missing = plan.lacking(lambda stage_id: store.handle(stage_id).is_done())
+    kept = {*used, *plan.asked, *(result for cell in plan.cells for result in cell.results)}
+    kept |= {need for stage_id in missing for need in plan.stages[stage_id].needs}
+    for handle in (store.handle(stage_id) for stage_id in plan.stages if stage_id not in kept):
+        reason = "an intermediate checkpoint of finished rows"
+        leftover = Leftover.measured(handle.artifact, reason, handle.empty, keeps=MANIFEST)
+        if CONFIG in (handle.manifest() or {}).get("files", {}) and leftover.size_bytes:
+            yield leftover
 
 
 if __name__ == "__main__":

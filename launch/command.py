@@ -1,7 +1,4 @@
-"""The frame around every command: an error that the user can fix is one message, and Ctrl-C shows no traceback.
-
-This holds from the start, since this module imports next to nothing and commands import what they need within ``run``.
-"""
+"""The frame around every command: an error that the user can fix is one message, and Ctrl-C shows no traceback."""
 
 from __future__ import annotations
 
@@ -25,30 +22,22 @@ def command(body: Callable[[Sequence[str] | None], int]) -> Callable[..., int]:
 
     @functools.wraps(body)
     def main(argv: Sequence[str] | None = None) -> int:
-        return run(lambda: body(argv))
+        """Run the command and return its exit code."""
+        _require_streams()
+        try:
+            with explained():
+                _require_current_folder()
+                code = body(argv)
+                sys.stdout.flush()
+                return code
+        except BrokenPipeError:  # the reader of the output, such as head, has seen enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return SIGPIPE_EXIT_CODE
+        except KeyboardInterrupt as interruption:
+            print(*interruption.args or ["interrupted; run the same command again to go on"], file=sys.stderr)
+            return 130
 
     return main
-
-
-def run(body: Callable[[], int], when_interrupted: str = "interrupted") -> int:
-    """Run a command and return its exit code.
-
-    Args:
-        when_interrupted: message for when the user interrupts it.
-    """
-    _require_streams()
-    try:
-        with explained():
-            _require_own_packages()
-            code = body()
-            sys.stdout.flush()
-            return code
-    except BrokenPipeError:  # the reader of the output, such as head, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return SIGPIPE_EXIT_CODE
-    except KeyboardInterrupt as interruption:
-        print(*interruption.args or [when_interrupted], file=sys.stderr)
-        return 130
 
 
 def make_parser(doc: str | None) -> ArgumentParser:
@@ -74,6 +63,13 @@ def _require_streams() -> None:
             setattr(sys, name, Path(os.devnull).open("w", encoding="utf-8"))  # noqa: SIM115
         elif isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
             stream.reconfigure(errors="backslashreplace")
+
+
+def _require_current_folder() -> None:
+    try:
+        Path.cwd()
+    except FileNotFoundError:
+        raise UserError("the current folder has been deleted; change to another one") from None
 
 
 class ListAction(Action):
@@ -106,22 +102,3 @@ def place(argument: str) -> Path:
         return Path(argument).expanduser()
     except RuntimeError as error:
         raise UserError(f"{argument!r}: not a valid path ({error})") from None
-
-
-def _require_own_packages() -> None:
-    """Refuse to run the script of one copy of the project with the packages of another, since edits in the first would
-    go unnoticed: so it is in a second clone if the environment of the first is active. Nor does one run in a folder
-    that is gone.
-    """
-    try:
-        script, packages = Path.cwd() / sys.argv[0], Path(__file__).resolve().parent
-    except FileNotFoundError:
-        raise UserError("the current folder has been deleted; change to another one") from None
-    launch, copy = script.parent, script.parent.parent
-    is_of_project = script.is_file() and (launch / "setup.sh").is_file() and (copy / "hfprune_dist").is_dir()
-    if is_of_project and not launch.samefile(packages):
-        raise UserError(
-            f"{sys.argv[0]} is in {copy}, but this Python ({sys.executable}) has the project's packages from "
-            f"{packages.parent}; activate the environment of {copy}, or make one: "
-            f"bash -c 'source {launch / 'setup.sh'}'"
-        )

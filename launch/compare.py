@@ -9,13 +9,30 @@ perplexity and the average of tasks, and time and memory.
 
 from __future__ import annotations
 
+import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 if __name__ == "__main__":
     import installed  # noqa: F401
 
 from hfprune_launch.command import command, folder, make_parser
+from hfprune_launch.screen import make_console, say, show_table, table_of
+from hfprune_launch.sweep_folder import CONFIG_FILE, read_sweep, require_folder
+
+from hfprune_dist.config.load import load_config
+from hfprune_dist.config.section import as_written
+from hfprune_dist.errors import UserError, did_you_mean
+from hfprune_dist.results.comparison import columns_of_methods, compare_methods, methods_table, note_on_methods
+from hfprune_dist.results.markdown import escaped
+from hfprune_dist.results.table import not_comparable
+from hfprune_dist.store.atomic_files import write_json, write_text
+
+REFERENCE = "hfprune"  # unless another method is named
+# What rows of one label may differ in: what other rows there are, where a sweep ran, and what suits its machine.
+MAY_DIFFER = r"(models|aliases|ratios|methods|importance\.criteria|runtime|efficiency)\b|.*micro_batch_size$"
 
 
 @command
@@ -25,14 +42,81 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("sweeps", metavar="SWEEP", type=folder, nargs="+", help="folders of sweeps")
     parser.add_argument("--out", type=folder, required=True, help="folder for comparison.md and comparison.json")
     parser.add_argument("--reference", help="the method whose KL the others are divided by; default: hfprune")
-    parser.add_argument(
-        "--wide", action="store_true", help="show perplexity, the average of tasks, time and memory too"
-    )
     arguments = parser.parse_args(argv)
-    from hfprune_launch.modes.compare import compare
-
-    compare(arguments.sweeps, arguments.out, arguments.reference, arguments.wide)
+    _compare(arguments.sweeps, arguments.out, arguments.reference)
     return 0
+
+
+def _compare(folders: Sequence[Path], out: Path, named: str | None) -> None:
+    """Compare the finished cells of several sweeps, with the method ``named`` as the reference.
+
+    Raises:
+        UserError: if sweeps can't be compared, none has a finished cell, or none has the method ``named``.
+    """
+    given = ", ".join(map(str, folders))
+    if len({place.resolve() for place in folders}) < len(folders):
+        raise UserError(f"{given}: one folder is given twice; give each sweep once")
+    sweeps = [read_sweep(place).rows() for place in folders]
+    _refuse_other_settings(folders)
+    require_folder(out)
+    reference = named or REFERENCE
+    methods = compare_methods(sweeps, reference)
+    if not methods:
+        raise UserError(f"{given}: no cell is finished; run the sweeps first")
+    names = sorted({row["method"] for row in methods})
+    if named is not None and named not in names:
+        raise UserError(f"--reference: no method {named!r}{did_you_mean(named, names)}; valid: {', '.join(names)}")
+    rows = [
+        {**row, "label": f"{place}: {row['label']}"}
+        for place, found in zip(folders, sweeps, strict=True)
+        for row in found
+    ]
+    # Rows that the table leaves out, and those whose scores are of other held-out text than their model's first one.
+    warnings = [f"missing: {row['label']}: {row['cause']}" for row in rows if row["status"] == "missing"]
+    warnings += not_comparable([row for row in rows if row["status"] == "done"])
+    out.mkdir(parents=True, exist_ok=True)
+    record = {"methods": methods, "sweeps": [str(place) for place in folders]}
+    write_json(out / "comparison.json", record, sort_keys=False)
+    parts = [f"# Methods\n\n{methods_table(methods, reference)}", *(f"{escaped(warning)}\n" for warning in warnings)]
+    write_text(out / "comparison.md", "\n".join(parts))
+    console = make_console()
+    show_table(console, table_of(methods, columns_of_methods(methods, reference, wide=False)))
+    for text in [note_on_methods(methods, reference, wide=False), *warnings]:
+        say(console, text)
+    say(console, f"written: {out / 'comparison.md'}, comparison.json")
+
+
+def _refuse_other_settings(sweeps: Sequence[Path]) -> None:
+    """Refuse sweeps that differ in more than the seed, since their mean would be one of seeds; and that don't even
+    differ in the seed.
+    """
+    known: dict[int, Path] = {}
+    first = _settings(sweeps[0])
+    for out in sweeps:
+        settings = _settings(out)
+        if (other := known.setdefault(settings.pop("seed"), out)) != out:
+            raise UserError(f"{out}: its seed is that of {other}; compare sweeps that differ in it (--set seed=1)")
+        for key, value in settings.items():
+            if value != first[key]:
+                raise UserError(
+                    f"{out} differs from {sweeps[0]} in more than the seed: {key} is {as_written(value)}, not "
+                    f"{as_written(first[key])}; run both with one configuration"
+                )
+
+
+def _settings(out: Path) -> dict[str, Any]:
+    """Key -> value of all settings of a folder's last run that rows with one label should share, and its seed."""
+    found = _flat(load_config([out / CONFIG_FILE], {}).model_dump())
+    return {key: value for key, value in found if not re.match(MAY_DIFFER, key)}
+
+
+def _flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Each setting under its name, with those of its section in front."""
+    for name, value in settings.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
 
 
 if __name__ == "__main__":

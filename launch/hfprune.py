@@ -7,20 +7,18 @@ from __future__ import annotations
 
 import importlib
 import sys
-from argparse import ArgumentParser
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 if __name__ == "__main__":
     import installed  # noqa: F401
 
-from hfprune_launch.command import make_parser, run
+from hfprune_launch.command import command, make_parser
 
 from hfprune_dist.errors import did_you_mean
 
 # Each is a module of this package with a function ``main``; a dash stands for an underscore.
 COMMANDS = {
     "sweep": "prune, recover and evaluate models; the same command resumes",
-    "status": "show the state of every stage of a sweep",
     "report": "write and show the tables of a sweep again",
     "compare": "compare methods over sweeps that differ in their seed",
     "clean": "remove what no row of a sweep refers to any more",
@@ -30,54 +28,36 @@ COMMANDS = {
 }
 
 
+@command
 def main(argv: Sequence[str] | None = None) -> int:
     """Hand over to the command named by the first argument."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if arguments and arguments[0] in COMMANDS:
-        return _main_of(arguments[0])(arguments[1:])
-    return run(lambda: _without_command(arguments))
-
-
-def _main_of(name: str) -> Callable[[Sequence[str]], int]:
-    sys.argv[0] = f"hfprune {name}"  # what parsers call the program
-    main: Callable[[Sequence[str]], int] = importlib.import_module(f"hfprune_launch.{name.replace('-', '_')}").main
-    return main
-
-
-def _without_command(arguments: Sequence[str]) -> int:
-    parser = _parser()
+        sys.argv[0] = f"hfprune {arguments[0]}"  # what parsers call the program
+        module = importlib.import_module(f"hfprune_launch.{arguments[0].replace('-', '_')}")
+        return int(module.main(arguments[1:]))
+    parser = make_parser(__doc__)
+    lines = [f"  {name:{max(map(len, COMMANDS))}}  {what}" for name, what in COMMANDS.items()]
+    parser.prog, parser.epilog = "hfprune", "\n".join(["commands:", *lines, "", "hfprune COMMAND --help explains one."])
+    parser.add_argument("--version", action="store_true", help="show the version, its commit and where its files are")
+    parser.add_argument("command", metavar="COMMAND", nargs="?", help="one of those below, followed by its arguments")
     parsed, _ = parser.parse_known_args(arguments)
     if not parsed.version:
         given = parsed.command
         named = f"no command {given!r}{did_you_mean(given, COMMANDS)}" if given else "no command"
         parser.error(f"{named}; valid: {', '.join(COMMANDS)}")
-    print(_version())
+    _show_version()
     return 0
 
 
-def _parser() -> ArgumentParser:
-    parser = make_parser(__doc__)
-    width = max(map(len, COMMANDS))
-    lines = [f"  {name:{width}}  {what}" for name, what in COMMANDS.items()]
-    parser.prog, parser.epilog = "hfprune", "\n".join(["commands:", *lines, "", "hfprune COMMAND --help explains one."])
-    parser.add_argument("--version", action="store_true", help="show the version, its commit and where its files are")
-    parser.add_argument("command", metavar="COMMAND", nargs="?", help="one of those below, followed by its arguments")
-    return parser
-
-
-def _version() -> str:
+def _show_version() -> None:
     from hfprune_launch.project import PROJECT
 
     code = PROJECT.code_version()
-    changed = ", with changes" if code["dirty_diff_sha256"] else ""
-    return "\n".join(
-        [
-            f"hfprune {code['hfprune_dist']}",
-            f"commit: {code['git_commit'] or 'unknown'}{changed}",
-            f"configurations: {PROJECT.configs}",
-            f"Slurm profiles: {PROJECT.profiles}",
-        ]
-    )
+    print(f"hfprune {code['hfprune_dist']}")
+    print(f"commit: {code['git_commit'] or 'unknown'}{', with changes' if code['dirty_diff_sha256'] else ''}")
+    print(f"configurations: {PROJECT.configs}")
+    print(f"Slurm profiles: {PROJECT.profiles}")
 
 
 if __name__ == "__main__":

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from statistics import fmean
 
 from rich.console import Console
 
@@ -17,34 +17,26 @@ NO_RUN = "no run yet"
 
 
 def measured_hours(plan: Plan, store: Store) -> Callable[[Stage], float | None]:
-    """Return what tells the hours that finished stages of a stage's kind took on average, for models pruned from the
-    same dense one; None if there is none.
+    """Return what tells the hours that finished stages of a stage's kind and model took on average; None if there is
+    none.
     """
-
-    def inputs_of(stage_id: str) -> Mapping[str, Any]:
-        planned = plan.stages.get(stage_id)
-        record = (store.handle(stage_id).manifest() or {}).get("stage", {}) if planned is None else planned.to_json()
-        return dict(record.get("inputs", {}))
-
-    def dense_model(stage_id: str) -> str | None:
-        source = inputs_of(stage_id).get("model")
-        if source is None:
-            return None
-        return dense_model(source["location"]) if source.get("is_stage") else str(source["location"])
-
-    took: dict[tuple[str, str | None], list[float]] = defaultdict(list)
+    took: dict[tuple[str, str], list[float]] = defaultdict(list)
     for kind in {stage.kind for stage in plan.stages.values()}:
         for folder in listed(store.root / kind, "[!.]*"):
-            stage_id = f"{kind}/{folder.name}"
-            seconds = (store.handle(stage_id).manifest() or {}).get("wall_time_s")
-            if seconds is not None:
-                took[kind, dense_model(stage_id)].append(seconds / 3600)
+            manifest = store.handle(f"{kind}/{folder.name}").manifest()
+            if manifest is not None and manifest.get("wall_time_s") is not None:
+                took[kind, _model_in(manifest["stage"]["label"])].append(manifest["wall_time_s"] / 3600)
 
     def hours(stage: Stage) -> float | None:
-        of_kind = took.get((stage.kind, dense_model(stage.id)))
-        return sum(of_kind) / len(of_kind) if of_kind else None
+        of_kind = took.get((stage.kind, _model_in(stage.label)))
+        return fmean(of_kind) if of_kind else None
 
     return hours
+
+
+def _model_in(label: str) -> str:
+    """Return the first word of a label, such as ``llama 0.2 hfprune``."""
+    return label.partition(" ")[0]
 
 
 def show_hours(console: Console, plan: Plan, store: Store, todo: Sequence[str]) -> None:
@@ -52,8 +44,5 @@ def show_hours(console: Console, plan: Plan, store: Store, todo: Sequence[str]) 
     hours_of = measured_hours(plan, store)
     stages = Counter((stage.kind, hours_of(stage)) for stage in (plan.stages[stage_id] for stage_id in todo))
     if stages:
-        told = (
-            f"{kind} {count} x {NO_RUN if hours is None else f'{hours:.2g} h'}"
-            for (kind, hours), count in stages.items()
-        )
+        told = [f"{kind} {n} x {NO_RUN if hours is None else f'{hours:.2g} h'}" for (kind, hours), n in stages.items()]
         console.print(f"\nby finished stages of the same kind and model: {', '.join(told)}", soft_wrap=True)

@@ -14,6 +14,8 @@ if __name__ == "__main__":
     import installed  # noqa: F401
 
 from hfprune_launch.command import command, folder, make_parser
+from hfprune_launch.screen import make_console, say, show_checkpoints, show_results
+from hfprune_launch.sweep_folder import read_sweep, write_page
 
 
 @command
@@ -23,21 +25,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("out", type=folder, help="folder of a sweep, e.g. runs/demo")
     parser.add_argument("--wide", action="store_true", help="show all columns, however wide the table gets")
     arguments = parser.parse_args(argv)
-    from hfprune_launch.modes.report_page import write_page
-    from hfprune_launch.screen import make_console, show_checkpoints, show_results
-    from hfprune_launch.sweep_folder import read_sweep
-
-    from hfprune_dist.results.checkpoints import Update
-
-    sweep, console = read_sweep(arguments.out), make_console()
+    sweep, console, update = read_sweep(arguments.out), make_console(), None
     if os.access(sweep.out, os.W_OK):
         rows, update = sweep.write_results()
         write_page(sweep.out, console)
     else:  # another user's
-        rows, update = sweep.rows(), Update({}, [f"{sweep.out} can't be written to; the files in it stay as they are"])
+        rows = sweep.rows()
+        say(console, f"note: {sweep.out} can't be written to; the files in it stay as they are")
     # Shown once all is written, as a reader such as head may end the command.
     show_results(console, rows, arguments.wide)
-    show_checkpoints(console, update)
+    if update is not None:
+        show_checkpoints(console, update)
     return 0
 
 

@@ -27,10 +27,9 @@ from hfprune_dist.store.stage import Stage
 
 # Characters of a terminal that has room for standard errors of KL, and of one that is too narrow for any table.
 ROOMY, NARROW = 100, 60
-SIDES: dict[bool, JustifyMethod] = {True: "left", False: "right"}
 # Seconds between two lines about one stage, and before the first.
 LINE_INTERVAL_S = 30.0
-SAID_OF_WIDE = "all columns: --wide"
+ALL_COLUMNS = "all columns: results.md, or launch/report.py with --wide"
 T = TypeVar("T")
 
 
@@ -114,10 +113,8 @@ class ProgressLines:
         if self._console.is_terminal or now - self._told_at.setdefault(stage.id, now) < LINE_INTERVAL_S:
             return
         self._told_at[stage.id] = now
-        say(
-            self._console,
-            f"{stage.kind} {stage.label}: {progress or 'starting'}{f', {left} left' if left else ''}",
-        )
+        remaining = f", {left} left" if left else ""
+        say(self._console, f"{stage.kind} {stage.label}: {progress or 'starting'}{remaining}")
 
 
 class StageScreen:
@@ -196,7 +193,7 @@ def show_results(console: Console, rows: Sequence[Row], wide: bool = False) -> N
     for line, row in zip(table.rows, rows, strict=True):
         line.style = "red" if row["status"] == "missing" else None
     show_table(console, table, wide)
-    for note in [*notes(rows), *(notes(rows, wide=True) if wide else [SAID_OF_WIDE])]:
+    for note in [*notes(rows), *(notes(rows, wide=True) if wide else [ALL_COLUMNS])]:
         console.print(note, highlight=False, markup=False)
     for cause in causes(rows):
         say(console, cause)
@@ -206,15 +203,14 @@ def table_of(rows: Sequence[T], shown: Sequence[Column[T]]) -> Table:
     """Return a table whose names break over lines where they don't fit."""
     lines = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
     for column in shown:
-        lines.add_column(
-            escape(column.header), justify=SIDES[column.is_text], no_wrap=not column.is_text, overflow="fold"
-        )
+        side: JustifyMethod = "left" if column.is_text else "right"
+        lines.add_column(escape(column.header), justify=side, no_wrap=not column.is_text, overflow="fold")
     for texts in cells(rows, shown):
         lines.add_row(*map(escape, texts))
     return lines
 
 
-def show_table(console: Console, table: Table, wide: bool) -> None:
+def show_table(console: Console, table: Table, wide: bool = False) -> None:
     """Show a table within the terminal's width.
 
     Args:

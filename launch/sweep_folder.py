@@ -1,8 +1,9 @@
-"""Files in a sweep's folder next to its store: the configuration, the plan of all its rows, and the tables."""
+"""Files in a sweep's folder next to its store: its configuration, the plan of all its rows, the tables, the report."""
 
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
@@ -10,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from hfprune_launch.project import PROJECT
+from hfprune_launch.screen import say
+from rich.console import Console
 
 from hfprune_dist.config.load import load_config
 from hfprune_dist.config.schema import SweepConfig
@@ -17,6 +20,7 @@ from hfprune_dist.config.yaml_text import to_yaml
 from hfprune_dist.errors import UserError, did_you_mean
 from hfprune_dist.planning.model_sources import ModelSource
 from hfprune_dist.planning.plan import Plan, without_rows
+from hfprune_dist.report.page import page
 from hfprune_dist.results.card import contents_of_checkpoints
 from hfprune_dist.results.checkpoints import Update, update_checkpoints
 from hfprune_dist.results.rows import DenseModel, Row, collect_rows
@@ -26,6 +30,7 @@ from hfprune_dist.store.atomic_files import locked, read_json, write_json, write
 
 SWEEP_FILE = "sweep.json"
 CONFIG_FILE = "config.yaml"
+REPORT = "report.html"
 LOCK = ".lock"
 
 
@@ -97,6 +102,17 @@ def read_sweep(out: Path) -> Sweep:
     if sweep is None:
         raise UserError(f"{out}: no {SWEEP_FILE}; give the folder of a sweep that has been started")
     return sweep
+
+
+def write_page(out: Path, console: Console) -> None:
+    """Write the report on all rows of a folder. If it can't be written, a note says so: the results are complete all
+    the same.
+    """
+    try:
+        sweep = read_sweep(out)
+        write_text(out / REPORT, page(out, sweep.plan, sweep.rows(), time.time()))
+    except Exception as error:  # whatever is wrong with the report, the sweep is fine
+        say(console, f"note: {out / REPORT} can't be written ({type(error).__name__}: {error})")
 
 
 def record_locked(out: Path) -> AbstractContextManager[None]:

@@ -1,6 +1,7 @@
 """Import rules: data flows one way, some rooms must not know each other, and login nodes need no torch."""
 
 import ast
+import functools
 import subprocess
 import sys
 from graphlib import TopologicalSorter
@@ -14,7 +15,7 @@ ROOMS = {
     *("config", "store", "data", "core", "checkpoints", "kinds", "planning", "models", "distributed"),
     *("methods", "scoring", "refit", "training", "evaluation", "report", "results", "stages", "structures"),
 }
-COMMANDS = ["hfprune", "sweep", "status", "report", "compare", "bench", "clean", "demo_assets", "schema"]
+COMMANDS = ["hfprune", "sweep", "report", "compare", "bench", "clean", "demo_assets", "schema"]
 SHARED = [
     "command",
     "installed",
@@ -24,6 +25,8 @@ SHARED = [
     "measured_hours",
     "sweep_folder",
     "preflight",
+    "prepare",
+    "run",
     "screen",
 ]
 # These don't wait for torch, so that a login node answers at once.
@@ -32,8 +35,10 @@ TORCH_FREE = [
     *(f"hfprune_dist.checkpoints.{name}" for name in ("checkpoint", "families", "weight_files")),
     *(f"hfprune_dist.checkpoints.{name}" for name in ("layer_settings", "pruned_config")),
     "hfprune_dist.core.criterion",
-    *(f"hfprune_launch.{name}" for name in ("modes.sweep", "report", "sweep_folder", "slurm.cli", "local.backend")),
-    *(f"hfprune_launch.{name}" for name in ("hfprune", "schema", "status", "modes.clean")),
+    *(
+        f"hfprune_launch.{name}"
+        for name in ("hfprune", "sweep", "report", "compare", "clean", "schema", "local.backend")
+    ),
 ]
 # Libraries that take a rank some tenths of a second each to import -> kinds of stages that import them in any case.
 # Others do so only in what needs them: sharding a model, running lm-eval's tasks, a data set of the hub.
@@ -53,7 +58,12 @@ def modules(package):
     return {name_of(file): file for file in (ROOT / PACKAGES[package]).rglob("*.py")}
 
 
+@functools.cache
 def imports_of(file):
+    return list(_imports_of(file))
+
+
+def _imports_of(file):
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -120,7 +130,7 @@ def test_phases_never_import_each_other():
 def test_backends_never_import_each_other_or_a_command():
     backends = {"hfprune_launch.local", "hfprune_launch.slurm"}
     commands = {f"hfprune_launch.{name}" for name in COMMANDS}
-    assert crossing(backends, backends | commands | {"hfprune_launch.modes"}) == []
+    assert crossing(backends, backends | commands) == []
 
 
 def test_commands_never_import_commands():

@@ -10,10 +10,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from hfprune_launch.modes.sweep_arguments import Command
 from hfprune_launch.project import PROJECT
 from hfprune_launch.slurm.profile import load_profile
-from rich.console import Console
+from hfprune_launch.sweep import overrides_of
 
 from hfprune_dist.config.load import load_config
 from hfprune_dist.errors import UserError
@@ -23,7 +22,7 @@ from hfprune_dist.planning.model_sources import shipped_aliases
 ROOT = Path(__file__).resolve().parents[1]
 TOP = ["hfprune_dist", "launch", "configs", "slurm", "tests"]
 READMES = sorted([ROOT / "README.md", *(file for top in TOP for file in (ROOT / top).rglob("README.md"))])
-COMMANDS = ["hfprune", "sweep", "status", "report", "compare", "bench", "clean", "demo_assets", "schema"]
+COMMANDS = ["hfprune", "sweep", "report", "compare", "bench", "clean", "demo_assets", "schema"]
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
@@ -118,7 +117,7 @@ def wrong_commands(text, _folder, parsers):
 def _check_sweep(parsed):
     """Check a sweep's command line as far as that is possible without the user's own files."""
     files = [ROOT / file for file in parsed.config if (ROOT / file).exists() or file.parts[0] in TOP]
-    _check_config(load_config(files, Command(parsed, ROOT, Console()).overrides()))
+    _check_config(load_config(files, overrides_of(parsed)))
     if parsed.profile is not None and (not parsed.profile.endswith(".yaml") or parsed.profile.startswith("slurm/")):
         load_profile(parsed.profile, PROJECT.profiles)
 

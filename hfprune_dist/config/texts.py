@@ -118,7 +118,7 @@ class FidelityConfig(HeldOutText):
     texts: dict[TextName, HeldOutText] | None = None
     """Several texts instead of one, under names of your choice, each with the keys of a text (path, or dataset, ...),
     e.g. {own: {path: own.jsonl}, news: {path: news.jsonl}}. Tables show perplexity, KL and agreement on the first text;
-    --wide also shows KL on each of the others. results.csv has all."""
+    results.md also shows KL on each of the others. results.csv has all."""
 
     @model_validator(mode="after")
     def _is_one_text_or_several(self) -> FidelityConfig:

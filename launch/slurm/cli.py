@@ -48,7 +48,7 @@ def run_on_slurm(
     todo: Sequence[str],
     new_jobs: Callable[[Path], NewJobs],
     *,
-    follow: bool | None,
+    follow: bool,
     on_end: Callable[[], None],
 ) -> int | None:
     """Submit missing stages and adopt running jobs.
@@ -84,7 +84,7 @@ def run_on_slurm(
         try:
             launcher.step()
             after_round()
-            if follow is not False:
+            if follow:
                 launcher.follow(after_round)
                 return None
         except KeyboardInterrupt:

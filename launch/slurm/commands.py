@@ -121,7 +121,7 @@ class SlurmCommands:
         if missing:
             raise UserError(
                 f"--profile: no {missing[0]} on this machine; run on a node of the cluster that can submit jobs, or "
-                "use --backend local (slurm/cluster.sh brings up a cluster for tests)"
+                "leave out --profile (slurm/cluster.sh brings up a cluster for tests)"
             )
 
     def submit(self, script: Path, job_name: str) -> str:

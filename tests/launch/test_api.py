@@ -5,11 +5,17 @@ import shutil
 import numpy as np
 import pytest
 from hfprune_launch import api
+from hfprune_launch import run as sweep_run
 from hfprune_launch.api import Session
-from hfprune_launch.modes import sweep_run
+from hfprune_launch.sweep_folder import configuration
 
 from hfprune_dist.errors import UserError
 from hfprune_dist.store.heartbeat import Failure
+
+
+def settings_of(session):
+    request = session._request
+    return configuration(request.out, request.files, request.overrides)[0]
 
 
 class Failing:
@@ -56,7 +62,7 @@ def test_scores_are_those_of_dense_models_and_of_no_student(config, tmp_path, mo
 def test_numbers_may_be_those_of_numpy(config, tmp_path, number):
     settings = {"calibration": {"samples": np.int64(3), "add_bos_token": np.bool_(True)}, "seed": np.array(5)}
     for ratios in (np.array([0.2, 0.3], dtype=number), [number(0.2), number(0.3)]):
-        made = Session(tmp_path / "out", config, ratios=ratios, **settings)._command.configuration()
+        made = settings_of(Session(tmp_path / "out", config, ratios=ratios, **settings))
         assert made.ratios == [0.2, 0.3] and (made.calibration.samples, made.seed) == (3, 5)
         assert made.calibration.add_bos_token is True
 
@@ -73,8 +79,8 @@ def test_a_session_stays_where_it_was_made(config, tmp_path, monkeypatch):
     }
     session = Session("out", config.name, **settings)
     monkeypatch.chdir(tmp_path)
-    made = session._command.configuration()
-    assert session._command.out == first / "out"
+    made = settings_of(session)
+    assert session._request.out == first / "out"
     assert made.models == [str(first / "mine"), "alpha"], "the second one is an alias"
     assert made.calibration.path == str(first / "calibration.jsonl")
     assert made.evaluation.fidelity.path == str(first / "heldout.jsonl")

@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from hfprune_launch import bench, compare, report, status, sweep
+from hfprune_launch import bench, compare, report, sweep
 from hfprune_launch.local.hardware import fitting_runtime
 from ranks import ROOT
 from sweeps import in_process
@@ -93,7 +93,7 @@ def test_a_folder_that_is_gone_is_told(tmp_path, monkeypatch):
     (tmp_path / "gone").mkdir()
     monkeypatch.chdir(tmp_path / "gone")
     (tmp_path / "gone").rmdir()
-    code, _, said = in_process(status.main, "runs/my")
+    code, _, said = in_process(report.main, "runs/my")
     assert (code, said) == (2, "error: the current folder has been deleted; change to another one\n")
 
 
@@ -158,18 +158,13 @@ def outcome(*command, **settings):
     return subprocess.run([*map(str, command)], capture_output=True, text=True, check=False, **settings)
 
 
-def test_a_copy_of_the_project_does_not_run_with_the_packages_of_another(config, tmp_path, monkeypatch):
+def test_a_copy_of_the_project_does_not_run_with_the_packages_of_another(tmp_path):
     """As it would in a second clone, with the environment of the first."""
-    (tmp_path / "copy" / "launch").mkdir(parents=True)
-    (tmp_path / "copy" / "hfprune_dist").mkdir()
-    for name in ("sweep.py", "setup.sh"):
-        shutil.copy(ROOT / "launch" / name, tmp_path / "copy" / "launch")
+    shutil.copytree(ROOT / "launch", tmp_path / "copy" / "launch")
     (tmp_path / "link").symlink_to(ROOT)
-    monkeypatch.chdir(tmp_path)
-    for script, code in (("link/launch/sweep.py", 0), ("hfprune sweep", 0), ("copy/launch/sweep.py", 2)):
-        monkeypatch.setattr(sys, "argv", [script])
-        ended, _, said = in_process(sweep.main, "--config", config, "--dry-run", "--out", "out")
-        assert ended == code and (f"has the project's packages from {ROOT}; activate" in said) is (code == 2), said
+    for script, code in (("link/launch/schema.py", 0), ("copy/launch/schema.py", 2)):
+        result = outcome(sys.executable, tmp_path / script)
+        assert result.returncode == code and (f"has the packages of {ROOT}; run" in result.stderr) is (code == 2)
 
 
 def test_a_python_without_the_packages_is_told_what_to_do(tmp_path):

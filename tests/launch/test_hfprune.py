@@ -6,7 +6,7 @@ import sys
 
 import pytest
 from hfprune_launch import hfprune
-from hfprune_launch.command import run
+from hfprune_launch.command import command
 from sweeps import in_process
 from test_imports import COMMANDS
 
@@ -59,6 +59,6 @@ print({"torch", "transformers", "yaml", "rich"} & set(sys.modules))
 def test_what_a_terminal_can_not_show_is_escaped(monkeypatch, encoding):
     stream = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
     monkeypatch.setattr(sys, "stdout", stream)
-    assert run(lambda: print("\u6a21 \xb1 \udcff") or 0) == 0
+    assert command(lambda _: print("\u6a21 \xb1 \udcff") or 0)() == 0
     shown = stream.buffer.getvalue().decode(encoding)
     assert shown == ("\\u6a21 \\xb1 \\udcff\n" if encoding == "ascii" else "\u6a21 \xb1 \\udcff\n")

@@ -3,8 +3,8 @@
 import os
 
 import pytest
+from hfprune_launch import run as sweep_run
 from hfprune_launch import sweep
-from hfprune_launch.modes import sweep_run
 from rows import make_artifact
 from sweeps import in_process, planned
 

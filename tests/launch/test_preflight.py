@@ -6,8 +6,8 @@ import shutil
 
 import pytest
 import torch
+from hfprune_launch import run as sweep_run
 from hfprune_launch import sweep
-from hfprune_launch.modes import sweep_run
 from safetensors.torch import load_file, save_file
 from sweeps import make_inputs
 from tiny import tiny_text

@@ -5,8 +5,7 @@ import io
 import pytest
 from drawn_sweep import DrawnSweep
 from hfprune_launch import report
-from hfprune_launch.modes.report_page import REPORT, write_page
-from hfprune_launch.sweep_folder import Sweep
+from hfprune_launch.sweep_folder import REPORT, Sweep, write_page
 from rich.console import Console
 from sweeps import in_process
 

@@ -10,8 +10,8 @@ from functools import partial
 
 import pytest
 import yaml
-from hfprune_launch import compare, report, sweep, sweep_folder
-from hfprune_launch.modes import sweep_plan, sweep_run
+from hfprune_launch import compare, prepare, report, sweep, sweep_folder
+from hfprune_launch import run as sweep_run
 from hfprune_launch.sweep_folder import Sweep, recorded_sweep
 from rows import make_artifact
 from sweeps import in_process, planned
@@ -145,7 +145,7 @@ def test_rows_of_another_checkpoint_with_the_same_name_are_refused(config, tmp_p
     before = {path: path.lstat().st_mtime_ns for path in out.rglob("*")}
     for mode in ([], ["--dry-run"]):
         code, _, said = run("--config", file, "--out", out, "--models", namesake, "--ratios", "0.2", *mode)
-        assert code == 2 and f"--out {out}: its rows 'alpha 0.1 + lora', which stay" in said
+        assert code == 2 and f"--out {out}: its row 'alpha 0.1 + lora', which" in said
         assert "--forget 'alpha 0.1 + lora'" in said and f"'alpha' ({namesake})" in said
     assert {path: path.lstat().st_mtime_ns for path in out.rglob("*")} == before
     assert run("--out", out, "--forget", "alpha 0.1 + lora")[0] == 0
@@ -158,13 +158,13 @@ def test_rows_of_another_checkpoint_with_the_same_name_are_refused(config, tmp_p
 def test_speed_is_of_the_device_on_which_the_sweep_ran(config, tmp_path, monkeypatch):
     """On another device a run would measure again, and do nothing else."""
     out, asked = tmp_path / "out", ["--set", "efficiency.enabled=true"]
-    monkeypatch.setattr(sweep_plan, "device_here", lambda _: "this machine")
+    monkeypatch.setattr(prepare, "device_here", lambda _: "this machine")
     shown = done(config, out, *asked, efficiency__enabled=True, device="this machine")
     assert "speed" in shown and "1.50" in shown and "batch 4, 32 in, 16 out" in shown
     measured = {row["decode_speed"] for row in csv.DictReader((out / "results.csv").open())}
     assert measured == {"1.5"} and planned_actions(config, out, *asked)["run"] == set()
 
-    monkeypatch.setattr(sweep_plan, "device_here", lambda _: "another machine")
+    monkeypatch.setattr(prepare, "device_here", lambda _: "another machine")
     assert planned_actions(config, out, *asked)["run"] == {"efficiency"}
     assert planned_actions(config, out)["run"] == set(), "which nobody asks for"
 
@@ -207,7 +207,7 @@ def test_of_two_commands_that_change_the_record_at_once_neither_undoes_the_other
     def write_while_another_forgets(record):
         if not other.ident:
             other.start()
-            other.join(2)
+            other.join(0.3)
         write(record)
 
     monkeypatch.setattr(Sweep, "write_record", write_while_another_forgets)
@@ -250,11 +250,10 @@ def test_without_a_config_the_folder_has_its_own(config, tmp_path, monkeypatch):
 def test_a_comparison_shows_a_few_columns_and_writes_all(config, tmp_path):
     out, both = tmp_path / "out", tmp_path / "both"
     done(config, out, "--models", "alpha", models=["alpha"])
-    for wide in ([], ["--wide"]):
-        code, shown, said = run(out, "--out", both, *wide, command=compare)
-        head = shown.splitlines()[0].split()
-        assert code == 0, said
-        assert ("memory" in head) == bool(wide) and "agree" in head
+    code, shown, said = run(out, "--out", both, command=compare)
+    head = shown.splitlines()[0].split()
+    assert code == 0, said
+    assert "memory" not in head and "agree" in head
     assert "| memory |" in (both / "comparison.md").read_text()
 
 

@@ -1,18 +1,13 @@
 """What the flags of a command line come to as settings."""
 
-from pathlib import Path
-
 import pytest
-from hfprune_launch.modes.sweep_arguments import Command
-from hfprune_launch.screen import make_console
-from hfprune_launch.sweep import sweep_parser
+from hfprune_launch.sweep import _parse, overrides_of
 
 from hfprune_dist.config.load import load_config
 
 
 def configured(*arguments):
-    command = Command(sweep_parser().parse_args(arguments), Path("out"), make_console())
-    return load_config([], command.overrides())
+    return load_config([], overrides_of(_parse(arguments)))
 
 
 KEY, SECTION = "runtime.ranks=2", "runtime={ranks: 3}"

@@ -1,19 +1,22 @@
-"""Preparation of a runnable plan from a configuration: what is missing, where it would run, and whether it can."""
+"""From a request to a runnable plan: what is missing, where it would run, and whether it can."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 from hfprune_launch.command import as_called
 from hfprune_launch.local.hardware import device_here, fitting_runtime
-from hfprune_launch.modes.sweep_arguments import Command
 from hfprune_launch.preflight import check_stages
 from hfprune_launch.project import PROJECT
+from hfprune_launch.screen import say
 from hfprune_launch.slurm.estimate import Estimate, estimate_stages, refuse_what_cannot_fit
 from hfprune_launch.slurm.profile import Profile
 from hfprune_launch.slurm.script import default_threads, refuse_unusable_path
-from hfprune_launch.sweep_folder import Sweep, recorded_sweep, require_apart, require_folder
+from hfprune_launch.sweep_folder import Sweep, configuration, recorded_sweep, require_apart, require_folder
+from rich.console import Console
 
 from hfprune_dist.config.method import Method
 from hfprune_dist.config.schema import SweepConfig
@@ -24,7 +27,7 @@ from hfprune_dist.planning.model_sources import ModelSource, resolve_models
 from hfprune_dist.planning.plan import refuse_other_checkpoints
 from hfprune_dist.planning.ratios import place_of
 from hfprune_dist.planning.remarks import planned_sizes, remarks_on_method, remarks_on_texts, sizes_of
-from hfprune_dist.store.artifacts import Verdict
+from hfprune_dist.store.artifacts import Store, Verdict
 from hfprune_dist.store.claims import Cancellation
 
 NO_MODELS = """no models are named: give --models, or models in a --config file; for example
@@ -35,34 +38,59 @@ all flags: python launch/sweep.py --help"""
 
 
 @dataclass(frozen=True)
+class Request:
+    """What a command line or a session in Python asks for.
+
+    Attributes:
+        out: folder of the sweep.
+        files: YAML files of settings; without any, those of the folder's last run.
+        overrides: dotted key -> value of settings that win over files.
+        profile: profile of the cluster on which stages run; None for this machine.
+        follow: whether to stay until all jobs have ended.
+    """
+
+    out: Path
+    console: Console
+    files: Sequence[Path] = ()
+    overrides: Mapping[str, Any] = field(default_factory=dict)
+    profile: Profile | None = None
+    follow: bool = True
+
+    def tell(self, text: str) -> None:
+        """Print a line as it is; nothing if it is empty."""
+        if text:
+            say(self.console, text)
+
+
+@dataclass(frozen=True)
 class Prepared:
     """A sweep before its first stage; nothing has been written.
 
     Attributes:
         config: the configuration as given.
         here: the configuration with the runtime that fits where stages run.
+        methods: methods, by name.
         verdicts: verdicts on artifacts, by stage id.
         todo: ids of the stages that must run, in order.
-        profile: profile of the cluster on which they run; None for this machine.
-        estimates: estimates of what they need of its GPUs.
-        methods: methods, by name.
+        estimates: estimates of what they need of a cluster's GPUs.
         cancellation: tells whether the sweep has been cancelled since its planning began.
     """
 
+    request: Request
     sweep: Sweep
     config: SweepConfig
     here: SweepConfig
     models: Sequence[ModelSource]
+    methods: Mapping[str, Method]
     verdicts: Mapping[str, Verdict]
     todo: Sequence[str]
-    profile: Profile | None
     estimates: Sequence[Estimate]
-    methods: Mapping[str, Method]
     cancellation: Cancellation
 
     def remarks(self) -> list[str]:
         """Return sentences on the effect of settings: how texts are mixed, and what each method does to each model."""
-        shares = [f"{it.windows} of {it.text.path or it.text.dataset}" for it in self.config.calibration.shares()]
+        texts = self.config.calibration.shares()
+        shares = [f"{share.windows} of {share.text.path or share.text.dataset}" for share in texts]
         mixed = [f"calibration windows: {', '.join(shares)}"] if len(shares) > 1 else []
         return mixed + [
             remark
@@ -84,61 +112,70 @@ class Prepared:
                 shapes[cell.label] = planned_sizes(model.checkpoint, cell.ratio, method, where)
         return shapes
 
-    def require_runnable(self, command: Command) -> None:
+    def require_runnable(self, looks_only: bool = False) -> None:
         """Raise UserError for input that a stage would otherwise refuse only after hours of other stages' work.
 
         Notes on input that is accepted are told.
+
+        Args:
+            looks_only: whether it is for a dry run, which asks for no data sets.
         """
         refuse_what_cannot_fit(self.estimates)
         absent = [model.checkpoint.path for model in self.models if not model.is_here]
-        plan, looks_only = self.sweep.plan, command.arguments.dry_run
-        for remark in check_stages(self.here, plan, self.todo, self.profile, absent=absent, looks_only=looks_only):
-            command.tell(f"note: {remark}")
+        profile = self.request.profile
+        remarks = check_stages(self.here, self.sweep.plan, self.todo, profile, absent=absent, looks_only=looks_only)
+        for remark in remarks:
+            self.request.tell(f"note: {remark}")
 
 
-def prepare(command: Command, *, download: bool) -> Prepared:
+def prepare(request: Request, *, download: bool) -> Prepared:
     """Plan a sweep, and check which of its artifacts exist.
 
     Args:
-        download: fetch models from the hub that are not in the local cache; otherwise they have stand-ins.
+        download: fetch models from the hub that are not in the local cache; otherwise only their shapes are looked up.
 
     Raises:
         UserError: for bad input; nothing has been written.
     """
-    require_folder(command.out)
-    store, profile = command.store, command.profile()
+    out, profile = request.out, request.profile
+    require_folder(out)
+    store = Store(out / "store")
     cancellation = Cancellation(store.root)
-    config = command.configuration()
+    config, remark = configuration(out, request.files, request.overrides)
+    request.tell(remark)
     if not config.models:
         raise UserError(as_called(NO_MODELS))
     models = resolve_models(config, PROJECT.configs / "models", store.hashes, download)
     methods = resolve_methods(config, PROJECT.configs / "methods")
-    here = config.runtime
     if profile is None:
-        here, remark = fitting_runtime(config.runtime)
-        command.tell(remark)
-    device = device_here(config.runtime)
-    if profile is not None:
-        resources = profile.resources["efficiency"]
-        device = resources.device(default_threads(resources, config.runtime.threads_per_rank))
-        refuse_unusable_path(command.out)
+        runtime, remark = fitting_runtime(config.runtime)
+        request.tell(remark)
+        device = device_here(config.runtime)
+    else:
+        runtime, resources = config.runtime, profile.resources["efficiency"]
+        device = resources.device(default_threads(resources, runtime.threads_per_rank))
+        refuse_unusable_path(out)
     plan = build_plan(config, models, methods, store.hashes, device)
-    require_apart(command.out, plan)
-    if record := recorded_sweep(command.out):
-        refuse_other_checkpoints(plan, record.plan, command.out)
-    remarks = [*remarks_on_texts(config, methods), *(remark for model in models for remark in _remarks_on(model))]
-    for remark in remarks:
-        command.tell(f"note: {remark}")
+    require_apart(out, plan)
+    if record := recorded_sweep(out):
+        refuse_other_checkpoints(plan, record.plan, out)
+    for remark in remarks_on_texts(config, methods):
+        request.tell(f"note: {remark}")
+    for model in models:
+        if not model.is_here:
+            told = "it is downloaded when the sweep runs; only its config.json and its tensors' shapes were looked up"
+            request.tell(f"note: model {model.name!r}: {told}")
     verdicts = {stage_id: store.handle(stage_id).verify() for stage_id in plan.stages}
     todo = plan.lacking(lambda stage_id: verdicts[stage_id].state == "done")
-    estimates = estimate_stages(plan, todo, profile, config.runtime) if profile is not None else []
-    runs = config.model_copy(update={"runtime": here})
-    sweep = Sweep(plan, store, command.out)
-    return Prepared(sweep, config, runs, models, verdicts, todo, profile, estimates, methods, cancellation)
-
-
-def _remarks_on(model: ModelSource) -> list[str]:
-    if model.is_here:
-        return []
-    told = "it is downloaded when the sweep runs; only its config.json and its tensors' shapes were looked up"
-    return [f"model {model.name!r}: {told}"]
+    return Prepared(
+        request=request,
+        sweep=Sweep(plan, store, out),
+        config=config,
+        here=config.model_copy(update={"runtime": runtime}),
+        models=models,
+        methods=methods,
+        verdicts=verdicts,
+        todo=todo,
+        estimates=estimate_stages(plan, todo, profile, runtime) if profile is not None else [],
+        cancellation=cancellation,
+    )

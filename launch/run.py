@@ -9,16 +9,22 @@ from functools import partial
 
 from hfprune_launch.local.backend import LocalBackend
 from hfprune_launch.local.hardware import note_on_bfloat16
-from hfprune_launch.modes.report_page import REPORT, write_page
-from hfprune_launch.modes.sweep_arguments import Command
-from hfprune_launch.modes.sweep_plan import Prepared
+from hfprune_launch.prepare import Prepared
 from hfprune_launch.project import PROJECT
 from hfprune_launch.screen import StageScreen, show_checkpoints, show_results, stage_screen
 from hfprune_launch.slurm.cli import run_on_slurm
 from hfprune_launch.slurm.commands import SlurmCommands
 from hfprune_launch.slurm.launcher import NewJobs
 from hfprune_launch.stage.stage_file import Provenance
-from hfprune_launch.sweep_folder import Sweep, read_sweep, record_locked, recorded_sweep, write_config
+from hfprune_launch.sweep_folder import (
+    REPORT,
+    Sweep,
+    read_sweep,
+    record_locked,
+    recorded_sweep,
+    write_config,
+    write_page,
+)
 
 from hfprune_dist.errors import LostInputError, UserError
 from hfprune_dist.planning.plan import kept_rows, with_earlier_rows
@@ -29,82 +35,75 @@ from hfprune_dist.store.atomic_files import require_usable
 from hfprune_dist.store.attempts import Ledger
 from hfprune_dist.store.stage import Stage
 
-RunStages = Callable[[Callable[[], None]], int | None]
-"""Runs the missing stages, calling its argument whenever one has ended; returns an exit code if it leaves before the
-last one has.
-"""
 
-
-def run_prepared(command: Command, prepared: Prepared) -> int:
+def run_to_tables(prepared: Prepared) -> int:
     """Run missing stages, write the tables, and return the exit code.
 
     Raises:
         UserError: if stages can't run as asked for; nothing has been written.
     """
-    code = run_missing(command, prepared, lambda: _report(command, prepared))
+    out = prepared.sweep.out
+    try:
+        if (code := run_missing(prepared)) is None:
+            _report(prepared)
+    finally:
+        write_page(out, prepared.request.console)
     if code is not None:
         return code
-    written = [name for name in (*RESULTS, REPORT) if (command.out / name).exists()]
-    command.tell(f"written: {command.out / written[0]}, {', '.join(written[1:])}")
+    written = [name for name in (*RESULTS, REPORT) if (out / name).exists()]
+    prepared.request.tell(f"written: {out / written[0]}, {', '.join(written[1:])}")
     return _exit_code(prepared.sweep)
 
 
-def run_missing(command: Command, prepared: Prepared, finish: Callable[[], None] | None = None) -> int | None:
-    """Run missing stages and keep report.html up to date; return an exit code if leaving before they have ended.
-
-    Args:
-        finish: called once all stages that can run have run, before the report is written for the last time.
+def run_missing(prepared: Prepared) -> int | None:
+    """Run missing stages, and write report.html whenever one has ended; return an exit code if leaving before the last
+    one has.
 
     Raises:
         UserError: if stages can't run as asked for; nothing has been written.
     """
-    store = prepared.sweep.store
-    run_stages = _runner(command, prepared) if prepared.todo else None
-    require_usable(command.out)
-    write_config(command.out, prepared.config, prepared.models)
-    with record_locked(command.out):
+    sweep, out = prepared.sweep, prepared.sweep.out
+    run_stages = _runner(prepared) if prepared.todo else None
+    require_usable(out)
+    write_config(out, prepared.config, prepared.models)
+    with record_locked(out):
         _with_earlier(prepared).write_record()
-    store.hashes.save()  # of input files; every stage that reads one compares its hash with the plan
-    _clean_up(command, prepared)
-    report = partial(write_page, command.out, command.console)
-    try:
-        if run_stages is not None and (code := run_stages(report)) is not None:
-            return code
-        store.hashes.save()
-        if finish is not None:
-            finish()
-    finally:
-        report()
+    sweep.store.hashes.save()  # of input files; every stage that reads one compares its hash with the plan
+    _clean_up(prepared)
+    if run_stages is not None:
+        code = run_stages(partial(write_page, out, prepared.request.console))
+        sweep.store.hashes.save()
+        return code
     return None
 
 
-def _runner(command: Command, prepared: Prepared) -> RunStages:
-    """Return the function that runs the missing stages.
+def _runner(prepared: Prepared) -> Callable[[Callable[[], None]], int | None]:
+    """Return what runs the missing stages: it calls its argument whenever one has ended, and returns an exit code if it
+    leaves before the last one has.
 
     Raises:
         UserError: if this machine can't run them; nothing has been written.
     """
-    sweep, here, profile = prepared.sweep, prepared.here, prepared.profile
+    sweep, here, request = prepared.sweep, prepared.here, prepared.request
     provenance = Provenance(here.runtime, here.model_dump(), PROJECT.code_version())
-    if profile is None:
+    if request.profile is None:
         backend = LocalBackend(sweep.store, sweep.out / "logs", provenance, prepared.cancellation)
-        return lambda on_end: _run_here(command, prepared, backend, on_end)
+        return partial(_run_here, prepared, backend)
     SlurmCommands().require()
-    max_running = command.arguments.max_running or profile.max_running
-    jobs = partial(NewJobs, provenance, profile, max_running, prepared.cancellation)
-    follow = command.arguments.follow
-    return lambda on_end: run_on_slurm(command.console, sweep, prepared.todo, jobs, follow=follow, on_end=on_end)
+    profile, follow = request.profile, request.follow
+    jobs = partial(NewJobs, provenance, profile, profile.max_running, prepared.cancellation)
+    return lambda on_end: run_on_slurm(request.console, sweep, prepared.todo, jobs, follow=follow, on_end=on_end)
 
 
-def _run_here(command: Command, prepared: Prepared, backend: LocalBackend, on_end: Callable[[], None]) -> None:
-    stages, todo = prepared.sweep.plan.stages, prepared.todo
-    logs = prepared.sweep.out / "logs"
-    every = counted(len(stages), "stage")
-    command.tell(f"{len(todo)} of {every} to run, {counted(backend.ranks, 'rank')} each; logs in {logs}")
+def _run_here(prepared: Prepared, backend: LocalBackend, on_end: Callable[[], None]) -> None:
+    sweep, todo, tell = prepared.sweep, prepared.todo, prepared.request.tell
+    stages, console = sweep.plan.stages, prepared.request.console
+    every, ranks = counted(len(stages), "stage"), counted(backend.ranks, "rank")
+    tell(f"{len(todo)} of {every} to run, {ranks} each; logs in {sweep.out / 'logs'}")
     if note := note_on_bfloat16(stages[stage_id] for stage_id in todo):
-        command.tell(f"note: {note}")
-    with closing(backend), stage_screen(command.console, len(todo)) as screen:
-        for _ in _run_in_order(prepared.sweep, todo, backend, screen):
+        tell(f"note: {note}")
+    with closing(backend), stage_screen(console, len(todo)) as screen:
+        for _ in _run_in_order(sweep, todo, backend, screen):
             on_end()
 
 
@@ -134,7 +133,7 @@ def _run_in_order(sweep: Sweep, todo: Sequence[str], backend: LocalBackend, scre
         yield stage
 
 
-def _clean_up(command: Command, prepared: Prepared) -> None:
+def _clean_up(prepared: Prepared) -> None:
     """Set aside corrupt artifacts that are to be made again; discard the leftovers of finished stages, and close their
     attempts, whose ends no launcher has seen.
     """
@@ -147,32 +146,30 @@ def _clean_up(command: Command, prepared: Prepared) -> None:
         elif verdict.state == "corrupt" and stage_id in prepared.todo:
             aside = handle.set_aside()
             if aside is not None:  # nobody else was faster
-                command.tell(f"corrupt artifact {stage_id} ({verdict.reason}): set aside as {aside}, made again")
+                told = f"corrupt artifact {stage_id} ({verdict.reason}): set aside as {aside}, made again"
+                prepared.request.tell(told)
 
 
 def _with_earlier(prepared: Prepared) -> Sweep:
     """Today's sweep with the folder's other rows."""
-    today, dense = (
-        prepared.sweep,
-        {model.name: DenseModel.from_checkpoint(model.checkpoint) for model in prepared.models},
-    )
-    plan = today.plan
+    today = prepared.sweep
+    plan, dense = today.plan, {model.name: DenseModel.from_checkpoint(model.checkpoint) for model in prepared.models}
     if (earlier := recorded_sweep(today.out)) is not None:
         plan, dense = with_earlier_rows(plan, earlier.plan), {**earlier.dense, **dense}
     return Sweep(plan, today.store, today.out, dense)
 
 
-def _report(command: Command, prepared: Prepared) -> None:
+def _report(prepared: Prepared) -> None:
     """Write and show the tables of all rows of the folder, as other commands have left them in the meantime: with those
     that another run has begun, and without those that were forgotten.
     """
-    folder = read_sweep(command.out)
+    folder, request = read_sweep(prepared.sweep.out), prepared.request
     rows, update = folder.write_results()
-    show_results(command.console, rows, command.arguments.wide)
+    show_results(request.console, rows)
     if kept := kept_rows(prepared.sweep.plan, folder.plan):
         labels = ", ".join(cell.label for cell in kept)
-        command.tell(f"rows of earlier runs: {labels}; to remove one: --forget '{kept[0].label}'")
-    show_checkpoints(command.console, update)
+        request.tell(f"rows of earlier runs: {labels}; to remove one: --forget '{kept[0].label}'")
+    show_checkpoints(request.console, update)
 
 
 def _exit_code(sweep: Sweep) -> int:

@@ -1,1 +1,0 @@
-"""Implementations of the commands, called once their command lines are parsed."""
