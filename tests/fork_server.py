@@ -21,7 +21,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -143,21 +142,7 @@ def run_command(client: socket.socket, streams: list[int]) -> None:
     for number, stream in enumerate(streams):
         os.dup2(stream, number)
         os.close(stream)
-    if (pid := os.fork()) == 0:
-        code = 1
-        try:
-            die_with_parent()
-            client.close()
-            for stream in (sys.stdout, sys.stderr):
-                stream.reconfigure(write_through=True)
-            become(environment, *command)
-            code = 0
-        except SystemExit as end:
-            code = end.code if isinstance(end.code, int) else int(end.code is not None)
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            os._exit(code)
+    pid = warm._fork(functools.partial(become, *command), environment)
     with contextlib.suppress(OSError):  # it is gone
         client.sendall(f"{pid}\n".encode())
     ended = status = 0
@@ -169,12 +154,10 @@ def run_command(client: socket.socket, streams: list[int]) -> None:
         client.sendall(f"{os.waitstatus_to_exitcode(status)}\n".encode())
 
 
-def become(environment: dict[str, str], script: str, *rest: str) -> None:
+def become(script: str, *rest: str) -> None:
     """Be a command."""
-    os.environ.clear()
-    os.environ.update(environment)
     sys.argv = [script, *rest]
-    sys.executable = environment.get(EXECUTABLE, sys.executable)
+    sys.executable = os.environ.get(EXECUTABLE, sys.executable)
     sys.path[0] = str(Path(script).resolve().parent)
     sys.path.insert(1, str(FOLDER))
     _customize()

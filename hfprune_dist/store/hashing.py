@@ -128,7 +128,7 @@ def files_below(folder: Path) -> list[str]:
     if not folder.is_dir():
         raise UserError(f"{folder}: {'a file, not a folder' if folder.exists() else 'no such folder'}")
     try:
-        return unless_stale(lambda: sorted(str(it.relative_to(folder)) for it in _walk(folder) if it.is_file()))
+        return unless_stale(lambda: sorted(str(file.relative_to(folder)) for file in _walk(folder) if file.is_file()))
     except OSError as error:
         raise UserError(f"{error.filename or folder}: {error.strerror or error}") from None
 

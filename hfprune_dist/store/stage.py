@@ -14,10 +14,10 @@ from hfprune_dist.config.parameters import KINDS, Parameters, parameters_of
 from hfprune_dist.errors import UserError
 from hfprune_dist.store.hashing import digest_of
 
-STAGE_VERSIONS = {kind: it.version for kind, it in KINDS.items()}
+STAGE_VERSIONS = {kind: parameters.version for kind, parameters in KINDS.items()}
 # Kinds whose artifact is a model with parts of their input model removed, and kinds that train on instructions.
-CUTTING = frozenset(kind for kind, it in KINDS.items() if it.cuts)
-RECOVERING = frozenset(kind for kind, it in KINDS.items() if it.trains_on_pairs)
+CUTTING = frozenset(kind for kind, parameters in KINDS.items() if parameters.cuts)
+RECOVERING = frozenset(kind for kind, parameters in KINDS.items() if parameters.trains_on_pairs)
 Content = Literal["", "text", "tasks", "checkpoint", "commit"]
 
 

@@ -1,7 +1,7 @@
 """Replays every state in which a crash may leave a run, and repeats the same command there.
 
 cd tests
-python -m faults.campaign                      all states of all subjects (an hour), and of some second crashes
+python -m faults.campaign                      all states of all subjects (an hour)
 python -m faults.campaign --draw 8             this many of each
 python -m faults.campaign commit slurm     of some subjects
 python -m faults.campaign 'commit!b.bin'       as if the program did not fsync paths with this text: must fail
@@ -34,9 +34,6 @@ from hfprune_launch.local.warm import import_everything
 from faults.crash import Recorder, Recording, State, states_of
 from faults.subjects import Subject, subjects
 
-# Runs after a crash that are themselves recorded, for a second crash.
-SECOND_CRASHES = 6
-AFTER_EACH = 30  # states, where all are run
 LINES_OF_TRACEBACK = 12
 SHOWN = 5  # failures of each subject
 
@@ -78,12 +75,12 @@ class Campaign:
         self._count = itertools.count()
 
     def run(self, draw: int | None) -> dict:
-        """Run, crash, and run again; then crash some of those second runs as well."""
+        """Run, crash, and run again."""
         choose = random.Random(0)
         self._subject.prepared = in_fork(lambda: self._subject.prepare(self._folder))
         root = self._next_root()
         shutil.copytree(self._folder / "store", root)
-        whole = self._record(root, [])
+        whole = self._record(root)
         if isinstance(whole, str):
             return {"states": 0, "run": 0, "failures": [f"without a crash: {whole}"]}
         recording, result = whole
@@ -91,32 +88,20 @@ class Campaign:
         ended = [
             self._ended_badly(state, result) for state in choose.sample(states, min(draw or len(states), len(states)))
         ]
-        count = len(states)
-        for state in choose.sample(states, 1 if draw else min(SECOND_CRASHES, len(states))):
-            root = self._next_root()
-            state.write(root)
-            again = self._record(root, state.marks)
-            if isinstance(again, str):
-                continue  # already reported, if it was drawn
-            seconds = states_of(again[0])
-            count += len(seconds)
-            for second in choose.sample(seconds, min(len(seconds), draw // 2 if draw else AFTER_EACH)):
-                told = self._ended_badly(second, result)
-                ended.append(told and f"{state}; then {told}")
-        return {"states": count, "run": len(ended), "failures": [told for told in ended if told]}
+        return {"states": len(states), "run": len(ended), "failures": [told for told in ended if told]}
 
     def _next_root(self) -> Path:
         folder = self._folder / f"run-{next(self._count)}"
         folder.mkdir()
         return folder / "store"
 
-    def _record(self, root: Path, marks: list) -> tuple[Recording, dict] | str:
+    def _record(self, root: Path) -> tuple[Recording, dict] | str:
         """Run the command, record what it does, and return its result, too; if it fails, return how."""
 
         def recorded() -> tuple[Recording, dict]:
-            recorder = Recorder(root, marks, self._unsynced)
+            recorder = Recorder(root, self._unsynced)
             recorder.arm()
-            result = self._subject.run(root, recorder.mark, marks)
+            result = self._subject.run(root, recorder.mark, [])
             recorder.disarm()
             return recorder.recording, result
 

@@ -67,18 +67,17 @@ class Recorder:
     new files and new contents. That is early enough, because only calls make anything durable.
 
     Args:
-        marks: marks that were made before.
         unsynced: fsyncs of paths that contain this text are not recorded, as if the program had none; if empty, all
             are recorded.
     """
 
-    def __init__(self, root: Path, marks: list, unsynced: str = "") -> None:
+    def __init__(self, root: Path, unsynced: str = "") -> None:
         self.root = root.resolve()
         self._unsynced = unsynced
         self._names: dict[str, int] = {}
         self._latest: dict[int, tuple[bytes, int]] = {}
         self._safe: dict[int, bytes] = {}
-        self._marks = list(marks)
+        self._marks: list[Any] = []
         self._seen: dict[int, tuple[int, ...]] = {}
         self._synced = 0
         self.recording = Recording([], [])

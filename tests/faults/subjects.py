@@ -212,7 +212,7 @@ class SlurmSweep(Subject):
     def _run_job(self, store: Store, stage: Stage, job_id: str, name: str, restart: bool) -> bool:
         """Do what the first rank of a job does."""
         os.environ |= {"SLURM_JOB_ID": job_id, "SLURM_RESTART_COUNT": str(int(restart))}
-        attempt = next((it for it in Ledger(store).attempts_at(stage.id) if it.intent.job_name == name), None)
+        attempt = next((each for each in Ledger(store).jobs_of(stage.id) if each.intent.job_name == name), None)
         if attempt is None:
             return False
         reception = Start(attempt.folder)

@@ -12,8 +12,8 @@ from ranks import FAULTS, ROOT
 pytestmark = pytest.mark.slow
 
 SUBJECTS = ["commit", "claims", "slurm", "sweep"]
-# States per subject, and half as many after a second crash.
-DRAWN = 4
+# States per subject.
+DRAWN = 5
 # Subjects that must end badly, because one fsync is left out.
 BROKEN = ["commit!b.bin"]
 
@@ -34,7 +34,7 @@ def reports(request, tmp_path_factory):
 @pytest.mark.parametrize("subject", SUBJECTS)
 def test_after_any_crash_the_same_command_ends_with_the_same_bits(reports, subject):
     assert reports[subject]["failures"] == []
-    assert reports[subject]["run"] > DRAWN
+    assert reports[subject]["run"] >= DRAWN
 
 
 @pytest.mark.parametrize("subject", BROKEN)

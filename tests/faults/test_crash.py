@@ -13,7 +13,7 @@ def recorded(tmp_path):
     """Return a function that records an action below a folder and returns path -> text for each state of a crash."""
 
     def record(action, unsynced=""):
-        recorder = Recorder(tmp_path, [], unsynced)
+        recorder = Recorder(tmp_path, unsynced)
         recorder.arm()
         try:
             action(tmp_path)
@@ -55,7 +55,7 @@ def test_what_was_flushed_before_its_rename_is_old_or_new(tmp_path, recorded):
 
 
 def test_names_reach_the_disk_in_their_order_and_stay_once_a_folder_was_flushed(tmp_path):
-    recorder = Recorder(tmp_path, [])
+    recorder = Recorder(tmp_path)
     recorder.arm()
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()
@@ -78,15 +78,15 @@ def test_what_was_removed_may_be_back_and_links_stay_one_file(tmp_path, recorded
 
 
 def test_what_left_the_machine_stays_whatever_is_lost(tmp_path):
-    recorder = Recorder(tmp_path, ["before"])
+    recorder = Recorder(tmp_path)
     recorder.arm()
     (tmp_path / "intent").mkdir()
     recorder.mark("sent")
     recorder.disarm()
     states = states_of(recorder.recording)
     assert [(sorted(state.names), state.marks) for state in states] == [
-        ([], ["before"]),
-        (["intent"], ["before"]),
-        ([], ["before", "sent"]),
-        (["intent"], ["before", "sent"]),
+        ([], []),
+        (["intent"], []),
+        ([], ["sent"]),
+        (["intent"], ["sent"]),
     ]

@@ -12,7 +12,6 @@ from hfprune_dist.errors import UserError
 from hfprune_dist.store import atomic_files
 from hfprune_dist.store.atomic_files import (
     READING_ATTEMPTS,
-    fsync_folders,
     listed,
     publish,
     read_json,
@@ -60,14 +59,6 @@ def test_a_published_file_is_on_disk_before_it_has_its_name_and_its_name_afterwa
     assert os.umask(before) == 0o027
     assert flushed == [(draft, "new"), (tmp_path, None)] and file.read_text() == "new"
     assert file.stat().st_mode & 0o777 == 0o640 and not draft.exists()
-
-
-def test_folders_are_flushed_up_to_the_root_and_no_further(tmp_path, flushed):
-    fsync_folders(tmp_path / "a" / "b", tmp_path)
-    assert [path for path, _ in flushed] == [tmp_path / "a" / "b", tmp_path / "a", tmp_path]
-    flushed.clear()
-    fsync_folders(tmp_path, tmp_path)
-    assert [path for path, _ in flushed] == [tmp_path]
 
 
 READERS = {"file": (Path, "read_text", read_json), "folder": (Path, "iterdir", lambda file: listed(file.parent, "*"))}

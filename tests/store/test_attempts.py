@@ -110,7 +110,7 @@ def test_only_jobs_that_are_over_lose_their_claims(ledger, attempt):
 
 def told(ledger):
     found = past_attempts(ledger.store, STAGE.id, ledger.store.root / "logs")
-    return [(it.number, it.state, it.started, it.ended, it.cause, it.where) for it in found]
+    return [(past.number, past.state, past.started, past.ended, past.cause, past.where) for past in found]
 
 
 def test_every_job_has_its_end(ledger):
@@ -152,13 +152,13 @@ def test_attempts_on_this_machine_are_told_too(ledger):
     handle.work.mkdir(parents=True)
     Progress(handle.work).update("layers", 3, 4)
     found = past_attempts(ledger.store, STAGE.id, logs)
-    assert [(it.state, it.cause) for it in found] == [
+    assert [(past.state, past.cause) for past in found] == [
         ("failed", "input"),
         ("failed", "cut off"),
         ("open", "no end known"),
     ]
     assert found[2].message == "last sign of life: layers 3/4"
-    assert [(it.number, len(it.logs)) for it in found] == [(1, 1), (2, 1), (3, 1)]
+    assert [(past.number, len(past.logs)) for past in found] == [(1, 1), (2, 1), (3, 1)]
     ledger.store.handle(STAGE.id).commit(
         STAGE, handle.open_draft(), {"metrics": {}, "attempts": 3, "finished": 9.0, "wall_time_s": 1.0}
     )

@@ -2,8 +2,6 @@ import errno
 import json
 import os
 import shutil
-import subprocess
-import sys
 import threading
 import time
 from dataclasses import asdict, replace
@@ -14,10 +12,6 @@ import pytest
 from hfprune_dist.store import claims
 from hfprune_dist.store.claims import Claim, ClaimLostError, Holder, OpenClaim, keep_renewed, open_claim, try_claim
 
-CLAIMANT = (
-    "import sys; from pathlib import Path; from hfprune_dist.store.claims import Claim, try_claim\n"
-    "print(isinstance(try_claim(Path(sys.argv[1])), Claim), flush=True); sys.stdin.read()"
-)
 ELSEWHERE = Holder("another-host", 1, "boot/pid:[1]/1")
 # The same name for another machine, or a container that shares it: process ids say nothing.
 NAMESAKE = replace(Holder.me(), pid=2**22 + 1, started="another-boot/pid:[1]/4711")
@@ -38,16 +32,6 @@ def test_a_second_claim_meets_the_holder_until_it_is_released(tmp_path):
     claim.release()
     assert isinstance(try_claim(tmp_path), Claim)
     assert sorted(file.name for file in tmp_path.glob("claim.*")) == ["claim.1", "claim.2"]
-
-
-def test_of_many_claimants_one_wins_and_is_succeeded_when_it_is_dead(tmp_path):
-    command = [sys.executable, "-c", CLAIMANT, str(tmp_path)]
-    claimants = [subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(4)]
-    verdicts = [claimant.stdout.readline().strip() for claimant in claimants]
-    assert sorted(verdicts) == ["False"] * 3 + ["True"] and isinstance(try_claim(tmp_path), Holder)
-    for claimant in claimants:
-        claimant.communicate()
-    assert isinstance(try_claim(tmp_path), Claim)
 
 
 @pytest.mark.parametrize("dead", [REUSED, DEAD])
@@ -80,23 +64,6 @@ def test_a_process_that_is_hidden_may_live(tmp_path, monkeypatch):
     assert isinstance(try_claim(tmp_path), Holder)
 
 
-def test_a_folder_that_its_holder_has_just_removed_is_made_again(tmp_path, monkeypatch):
-    """A stage that finishes discards its work folder, at any moment of another process's claim."""
-    folder, looked = tmp_path / "work", []
-    original = claims._newest_generation
-
-    def removed_meanwhile(there):
-        found = original(there)
-        if not looked:
-            there.rmdir()
-        looked.append(found)
-        return found
-
-    monkeypatch.setattr(claims, "_newest_generation", removed_meanwhile)
-    assert isinstance(try_claim(folder), Claim)
-    assert looked == [0, 0] and (folder / "claim.1").is_file()
-
-
 def test_a_requeued_job_succeeds_itself_and_anyone_a_job_that_has_ended(tmp_path):
     assert isinstance(try_claim(tmp_path, "7"), Claim)
     for job, ended in ((None, ()), ("8", ()), ("8", ("9",))):
@@ -104,14 +71,6 @@ def test_a_requeued_job_succeeds_itself_and_anyone_a_job_that_has_ended(tmp_path
     again = try_claim(tmp_path, "7")
     assert isinstance(again, Claim) and isinstance(try_claim(tmp_path, "8", {"6", "7"}), Claim)
     assert not again.is_held()
-
-
-@pytest.mark.parametrize("content", ["{", '{"host": 1}'])
-def test_a_damaged_claim_holds_nobody_back(tmp_path, content):
-    (tmp_path / "claim.1").write_text(content)
-    (tmp_path / "claim.x").write_text(content)
-    claim = try_claim(tmp_path)
-    assert isinstance(claim, Claim) and claim.is_held()
 
 
 def test_a_claim_that_can_not_be_read_is_not_taken(tmp_path, monkeypatch):

@@ -13,7 +13,7 @@ from hfprune_dist.store.artifacts import Store
 from hfprune_dist.store.heartbeat import Failure, Progress, in_one_line
 
 STAGE = stage_of("prune", "a label", {"ratio": 0.2}, {})
-GARBLED = ["", "{", "[]", "null", '{"phase": "x"}', '{"cause": "code"}', '{"phase": 1, "done": "x", "total": []}']
+GARBLED = ["", "{", "[]", '{"phase": "x", "cause": "code"}', '{"phase": 1, "done": "x", "total": []}']
 LOST = "RuntimeError: [../gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:49152"
 
 

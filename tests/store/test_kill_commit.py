@@ -7,8 +7,6 @@ from faults.kill import die_in_fork
 from made_stages import stage_of
 
 from hfprune_dist.store.artifacts import StageHandle, Store
-from hfprune_dist.store.atomic_files import read_json, write_json
-from hfprune_dist.store.claims import Claim, try_claim
 from hfprune_dist.store.stage import Input
 
 STAGE = stage_of("prune", "a label", {"ratio": 0.2}, {"model": Input("digest", "/somewhere")})
@@ -61,26 +59,3 @@ def test_at_every_point_of_a_removal(tmp_path, remove):
         if not died:
             break
     assert states[0] == "done" and states[-1] == "missing" and len(states) > 2
-
-
-def test_at_every_point_of_a_replacement(tmp_path):
-    file = tmp_path / "state.json"
-    for kill_at in itertools.count(1):
-        write_json(file, "old")
-        died = die_in_fork(lambda: write_json(file, "new"), kill_at, tmp_path)
-        assert read_json(file) in ("old", "new")
-        if not died:
-            break
-    assert kill_at > 2 and read_json(file) == "new"
-
-
-def test_at_every_point_of_a_claim(tmp_path):
-    for kill_at in itertools.count(1):
-        folder = tmp_path / str(kill_at)
-        died = die_in_fork(lambda folder=folder: try_claim(folder), kill_at, tmp_path)
-        claim = try_claim(folder)
-        assert isinstance(claim, Claim), "a claim of a dead process holds nobody back"
-        claim.release()
-        if not died:
-            break
-    assert kill_at > 2

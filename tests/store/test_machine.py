@@ -18,7 +18,6 @@ CACHED = f"anon 5\ninactive_file {GIB}\nactive_file {2 * GIB}\ntotal_inactive_fi
 # The membership of a process, files below the root, and the cores and memory that they leave, of 4 cores and 4 GiB.
 CASES = {
     "no groups": ("", {}, 4, 4 * GIB),
-    "no limits": ("0::/a\n", {"a/cpu.max": "max 100000\n", "a/memory.max": "max\n"}, 4, 4 * GIB),
     "the job's": (
         "0::/job/task\n",
         {
@@ -50,12 +49,6 @@ CASES = {
         },
         4,
         3 * GIB,
-    ),
-    "version 1, a container that is told the path outside": (
-        "5:memory:/docker/0a1b\n",
-        {"memory/memory.limit_in_bytes": f"{GIB}\n", "memory/memory.usage_in_bytes": "0\n"},
-        4,
-        GIB,
     ),
 }
 
