@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from hfprune_dist.core.head import NOTHING, AfterHead, logit_chunks
+from hfprune_dist.core.portions import row_blocks
 
 
 @dataclass(frozen=True)
@@ -106,10 +107,16 @@ def divergences(dense: Outputs, models: Sequence[Outputs]) -> list[float]:
 
 @torch.no_grad()
 def compare_outputs(dense: Outputs, model: Outputs, next_ids_N: Tensor) -> FidelitySums:
-    """Compare two models on the same tokens, of which the logits of only one chunk exist at a time."""
+    """Compare two models on the same tokens, of which the logits of only one chunk exist at a time, and are computed
+    once if both are the same model.
+    """
     total = FidelitySums()
-    for (rows, dense_NV), (_, model_NV) in zip(dense.logits(), model.logits(), strict=True):
-        total += compare_logits(dense_NV, model_NV, next_ids_N[rows])
+    chunks = None if model is dense else model.logits()
+    for rows, dense_NV in dense.logits():
+        model_NV = dense_NV if chunks is None else next(chunks)[1]
+        ids_N = next_ids_N[rows]
+        for block in row_blocks(dense_NV):
+            total += compare_logits(dense_NV[block], model_NV[block], ids_N[block])
     return total
 
 

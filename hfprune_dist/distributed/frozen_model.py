@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from hfprune_dist.checkpoints.checkpoint import Checkpoint
 from hfprune_dist.config.schema import Sharding
@@ -93,6 +96,45 @@ class FrozenModel:
         body = self._family.body_of(self.module)
         hidden_BTC: Tensor = body(input_ids=input_ids_T[None].to(self.world.device), use_cache=False).last_hidden_state
         return hidden_BTC[0]
+
+    @torch.no_grad()
+    def logits_at(
+        self, input_ids_BT: Tensor, places_N: Tensor, cache: Any = None, first_position: int = 0
+    ) -> tuple[Tensor, Any]:
+        """Logits at some places of a batch that is flattened to [B * T], [N, vocabulary], and the cache after it; for
+        the other places, nothing is multiplied with the head. If sharded, it is a forward of ``module``.
+
+        Args:
+            cache: of the tokens before these ones, whose positions begin at ``first_position``; the batch extends it.
+        """
+        head, device, use_cache = self._family.head_of(self.module), self.world.device, self.cache_expands
+        handle = head.register_forward_pre_hook(
+            lambda _head, inputs: inputs[0].flatten(0, 1)[places_N.to(device)][None]
+        )
+        options: dict[str, Any] = {"use_cache": use_cache}
+        if cache is not None and self._takes_positions:  # some models count from 0 whatever the cache holds
+            positions_T = torch.arange(first_position, first_position + input_ids_BT.shape[1], device=device)
+            options["position_ids"] = positions_T.expand(input_ids_BT.shape)
+        try:
+            outputs = self.module(input_ids=input_ids_BT.to(device), past_key_values=cache, **options)
+        finally:
+            handle.remove()
+        return outputs.logits[0], outputs.get("past_key_values")
+
+    @cached_property
+    def cache_expands(self) -> bool:
+        """Whether several sequences can go on from the cache of their common beginning: one of keys and values alone,
+        unlike recurrent states. Collective if sharded: a forward of one token tells.
+        """
+        token_BT = torch.zeros((1, 1), dtype=torch.int64, device=self.world.device)
+        with torch.no_grad():
+            cache = self.module(input_ids=token_BT, use_cache=True).get("past_key_values")
+        layers = cache.layers if type(cache) is DynamicCache else [None]
+        return all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers)
+
+    @cached_property
+    def _takes_positions(self) -> bool:
+        return "position_ids" in inspect.signature(self.module.forward).parameters
 
     def release(self) -> None:
         """Free the memory of the weights, since DeepSpeed holds on to a model for ever; it can't be used any more."""

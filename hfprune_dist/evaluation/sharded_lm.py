@@ -1,23 +1,28 @@
 """lm-eval's Hugging Face model, answering with all ranks of a world.
 
 lm-eval runs only on rank 0 and sees a single process: there it builds the requests and scores the answers, which may
-take minutes. The other ranks wait for requests to answer with it.
+take minutes. The other ranks wait for batches of them to answer.
 
-Requests are cut into chunks that don't depend on the number of ranks, and each chunk is answered by one rank. Answers
-and scores therefore have the same bits on any number of ranks, and a task may have fewer documents than there are
-ranks.
+Choices of one question have the same context. It is read once, and each choice goes on from the cache; where a model's
+cache can't be expanded, or a question has a single choice, context and choice are read together.
+
+Batches don't depend on the number of ranks, and each is answered by one rank. Answers and scores therefore have the
+same bits on any number of ranks, and a task may have fewer documents than there are ranks.
 """
 
 from __future__ import annotations
 
+import copy
 import math
 import traceback
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
+from torch import Tensor
 
 from hfprune_dist.core.memory_limits import LOGITS_BYTES
 from hfprune_dist.distributed.frozen_model import FrozenModel
@@ -26,19 +31,22 @@ from hfprune_dist.errors import UserError
 from hfprune_dist.evaluation.lm_eval_tasks import explain
 from hfprune_dist.kinds.memory import logits_bytes
 
-# Maximum number of batches per chunk. Single-letter choices share a forward if they are in the same chunk; several
-# batches per chunk keep them together.
-CHUNK_BATCHES = 4
-# Chunks per task, as long as batches stay whole: ranks wait for each other after each, and the last ones may get none.
-WANTED_CHUNKS = 64
+# Batches of a task, if it has so many questions: work for several ranks.
+WANTED_BATCHES = 8
+# Tokens of padding that cost as much as a forward more.
+WORTH_A_FORWARD = 32
+# How often, at most, ranks wait for each other in a task.
+MOST_ROUNDS = 256
 
-# What lm-eval and transformers raise, before a forward, for a request that they can't put to the model.
+# What lm-eval and transformers raise for a request that they can't put to the model.
 _UNSUITABLE = (AssertionError, IndexError, TypeError, ValueError)
 
 T = TypeVar("T")
-Arguments = tuple[Any, ...]
-# (name of the task, name of the model's method, index of the chunk, arguments of its requests)
-Chunk = tuple[str, str, int, list[Arguments]]
+Tokens = tuple[int, ...]
+# Sequences with the same context, and its length; or one sequence alone, and its length.
+Group = tuple[int, list[Tokens]]
+# How many tokens of the sequences are read once for each context; the sequences; the continuations at the end of each.
+Batch = tuple[int, Sequence[Tokens], Sequence[Sequence[list[int]]]]
 
 
 class ModelError(Exception):
@@ -46,16 +54,16 @@ class ModelError(Exception):
 
 
 class ShardedLM(HFLM):  # type: ignore[misc]
-    """An lm-eval model over a ``FrozenModel``, for use on rank 0 while all ranks ``run``.
+    """An lm-eval model over a ``FrozenModel``, for use on rank 0 while all ranks ``run``; all ranks make it together.
 
     Attributes:
         task: name of the task that is being evaluated, on rank 0.
-        report: called on rank 0 with how many requests of how many are answered.
+        report: called on rank 0 with how many batches of how many are answered.
 
     Args:
         tokenizer: the model's tokenizer; its ``add_bos_token`` is set.
-        interruption: checked after every round of chunks, on all ranks.
-        batch_size: requests per forward of one rank.
+        interruption: checked after every round of batches, on all ranks.
+        batch_size: requests, or contexts that several requests share, per forward of one rank.
         add_bos_token: begin every sequence with BOS, if the tokenizer has one.
     """
 
@@ -76,7 +84,6 @@ class ShardedLM(HFLM):  # type: ignore[misc]
             batch_size=batch_size,
             max_length=model.max_positions,  # lm-eval itself leaves out positions that rope scaling adds
             add_bos_token=add_bos_token,
-            softmax_dtype=torch.float32,  # summed over a document, bfloat16 keeps no more than three digits
         )
         self.task = ""
         self.report: Callable[[int, int], None] = lambda done, total: None
@@ -85,6 +92,8 @@ class ShardedLM(HFLM):  # type: ignore[misc]
         self._world = model.world
         self._interruption = interruption
         self._frozen = model
+        self._most_rows = batch_size
+        self._shares = model.cache_expands
 
     def run(self, work: Callable[[], T]) -> T:
         """Run work that asks this model on rank 0, and answer it with all ranks; return its result on every rank."""
@@ -92,97 +101,197 @@ class ShardedLM(HFLM):  # type: ignore[misc]
             result = work()
             self._world.broadcast(None)
             return self._world.broadcast(result)
-        while (chunks := self._world.broadcast(None)) is not None:
-            self._answer_mine(chunks)
+        while (batches := self._world.broadcast(None)) is not None:
+            self._answer_mine(*batches)
         return self._world.broadcast(None)  # type: ignore[return-value]
 
     # On rank 0: called by lm-eval.
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
-        return [(float(value), bool(greedy)) for value, greedy in self._ask("loglikelihood", requests)]
+        return list(super().loglikelihood(requests, disable_tqdm=True))
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = True) -> list[float]:
-        return self._ask("loglikelihood_rolling", requests)
+        # Windows begin with BOS anyway; a second one would count as text to be predicted.
+        self.add_bos_token, self.batch_size_per_gpu = False, 2**31  # all windows in one call
+        try:
+            return list(super().loglikelihood_rolling(requests, disable_tqdm=True))
+        finally:
+            self.add_bos_token, self.batch_size_per_gpu = self._wants_bos, self._most_rows
+
+    def _loglikelihood_tokens(
+        self,
+        requests: list[tuple[Any, list[int], list[int]]],
+        disable_tqdm: bool = True,
+        override_bs: int | None = None,
+    ) -> list[tuple[float, bool]]:
+        """The log-likelihood of each continuation after its context, and whether it is the most likely text."""
+        asked: dict[Tokens, list[int]] = defaultdict(list)  # what is read -> requests about how it continues
+        for number, (_, context, continuation) in enumerate(requests):
+            asked[tuple((context + continuation)[-self.max_length - 1 : -1])].append(number)
+        questions: dict[Tokens, list[Tokens]] = defaultdict(list)  # context -> sequences that begin with it
+        for tokens, numbers in asked.items():
+            longest = max(len(requests[number][2]) for number in numbers)
+            questions[tokens[: max(0, len(tokens) + 1 - longest)]].append(tokens)
+        model: Any = self._frozen.module
+        most_tokens = LOGITS_BYTES // (model.config.get_text_config().vocab_size * logits_bytes(model.dtype.itemsize))
+        cut = list(cut_questions(questions, self._shares, self._most_rows, most_tokens))
+        batches = [
+            (shared, sequences, [[requests[number][2] for number in asked[tokens]] for tokens in sequences])
+            for shared, sequences in cut
+        ]
+        places = [[number for tokens in sequences for number in asked[tokens]] for _, sequences in cut]
+        answers = self._ask("loglikelihood", batches, places)
+        if any(math.isnan(value) for value, _ in answers):
+            error = UserError("loglikelihood: the model's log-likelihoods are NaN; check the checkpoint's weights")
+            raise ModelError from error
+        return answers
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = True) -> list[str]:
-        return self._ask("generate_until", requests)
+        # Longest first, so that memory runs out at once or never.
+        order = sorted(range(len(requests)), key=lambda number: -len(requests[number].args[0]))
+        size = min(self._most_rows, math.ceil(len(requests) / WANTED_BATCHES))
+        places = [order[first : first + size] for first in range(0, len(order), size)]
+        batches = [[requests[number].args for number in numbers] for numbers in places]
+        return self._ask("generate_until", batches, places)
 
-    def _ask(self, method: str, requests: list[Instance]) -> list[Any]:
-        """Have all ranks answer requests, each one chunk at a time."""
+    def _ask(self, method: str, batches: Sequence[Any], places: Sequence[Sequence[int]]) -> list[Any]:
+        """Have all ranks answer batches, a few at a time; ``places`` are those of their requests' answers."""
+        answers: list[Any] = [None] * sum(map(len, places))
+        ranks = self._world.size
+        size = ranks * math.ceil(len(batches) / (ranks * MOST_ROUNDS))
         try:
-            return self._ask_all_ranks(method, [tuple(request.args) for request in requests])
+            for first in range(0, len(batches), size):
+                self.report(first, len(batches))
+                now = self._world.broadcast((self.task, method, first, batches[first : first + size]))
+                for number, found in self._answer_mine(*now).items():
+                    for place, answer in zip(places[number], found, strict=True):
+                        answers[place] = answer
         except Exception as error:
             raise ModelError(f"{method}: {error}") from error
-
-    def _ask_all_ranks(self, method: str, requests: list[Arguments]) -> list[Any]:
-        # Longest first, so that memory runs out at once or never; identical prompts next to each other.
-        lengths = [-sum(len(part) for part in arguments if isinstance(part, str)) for arguments in requests]
-        order = sorted(range(len(requests)), key=lambda index: (lengths[index], str(requests[index][0])))
-        size, ranks = chunk_size(method, len(requests), self.batch_size), self._world.size
-        places = [order[start : start + size] for start in range(0, len(order), size)]
-        answers: list[Any] = [None] * len(requests)
-        for first in range(0, len(places), ranks):
-            self.report(first * size, len(requests))
-            now = range(first, min(first + ranks, len(places)))
-            chunks = [(self.task, method, number, [requests[index] for index in places[number]]) for number in now]
-            for number, of_chunk in zip(now, self._answer_mine(self._world.broadcast(chunks)), strict=True):
-                for index, answer in zip(places[number], of_chunk, strict=True):
-                    answers[index] = answer
-        self.report(len(requests), len(requests))
-        # A log-likelihood comes alone, or with whether its text is the most likely one.
-        values = [answer[0] if isinstance(answer, list | tuple) else answer for answer in answers]
-        if any(isinstance(value, float) and math.isnan(value) for value in values):
-            raise UserError(f"{method}: the model's log-likelihoods are NaN; check the checkpoint's weights")
+        self.report(len(batches), len(batches))
         return answers
 
     # On all ranks.
 
-    def _answer_mine(self, chunks: list[Chunk]) -> list[list[Any]]:
-        """Answer this rank's chunk, if it has one; return the answers to all chunks."""
-        self._interruption.stop_if_agreed(self._world)
-        answers = self._answer(*chunks[self._world.rank]) if self._world.rank < len(chunks) else []
-        self._frozen.join_idle_forwards()
-        return self._world.all_gather(answers)[: len(chunks)]
-
-    def _answer(self, task: str, method: str, number: int, arguments: list[Arguments]) -> list[Any]:
-        """Have lm-eval's own code answer a chunk; sampling, if any, is seeded with the chunk's number.
+    def _answer_mine(self, task: str, method: str, first: int, batches: Sequence[Any]) -> dict[int, list[Any]]:
+        """Answer this rank's share of batches, of which ``first`` is the first's number; return all answers by number.
 
         Raises:
             UserError: for a request that no model, or not this one, can answer: too long, or with unknown options.
         """
-        torch.manual_seed(number)
-        requests = [Instance(method, {}, args, index) for index, args in enumerate(arguments)]
+        self._interruption.stop_if_agreed(self._world)
+        answer: Callable[..., list[Any]] = self._score if method == "loglikelihood" else self._generate
+        mine = {}
         try:
-            # Rolling windows begin with BOS anyway; a second one would count as text to be predicted.
-            self.add_bos_token = self._wants_bos and method != "loglikelihood_rolling"
-            answers: list[Any] = getattr(super(), method)(requests, disable_tqdm=True)
+            for index in range(self._world.rank, len(batches), self._world.size):
+                mine[first + index] = answer(first + index, batches[index])
         except _UNSUITABLE as error:
             # Of a bare assertion, all that is known is its line.
             reason = explain(error) if str(error) else f"{traceback.extract_tb(error.__traceback__)[-1].line} fails"
             raise UserError(
                 f"task {task!r} can't be evaluated: {method}, by a model that reads {self.max_length} tokens: {reason}"
             ) from error
-        finally:
-            self.add_bos_token = self._wants_bos
-        return answers
+        self._frozen.join_idle_forwards()
+        return {number: found for theirs in self._world.all_gather(mine) for number, found in theirs.items()}
 
-    def _loglikelihood_tokens(self, requests: Any, disable_tqdm: bool = True, override_bs: int | None = None) -> Any:
-        """Answer long requests in smaller batches, of logits that fit ``LOGITS_BYTES``: the same on any machine."""
-        batch_size: int = self.batch_size
-        model: Any = self._frozen.module
-        longest = max((len(prompt) + len(answer) for _, prompt, answer in requests), default=1)
-        of_a_token = model.config.get_text_config().vocab_size * logits_bytes(model.dtype.itemsize)
-        self.batch_size_per_gpu = min(batch_size, max(1, LOGITS_BYTES // (longest * of_a_token)))
-        try:
-            return super()._loglikelihood_tokens(requests, disable_tqdm=True, override_bs=override_bs)
-        finally:
-            self.batch_size_per_gpu = batch_size
+    def _generate(self, number: int, batch: Sequence[tuple[Any, ...]]) -> list[str]:
+        """Have lm-eval's own code answer; sampling, if any, is seeded with the batch's number."""
+        torch.manual_seed(number)
+        requests = [Instance("generate_until", {}, arguments, index) for index, arguments in enumerate(batch)]
+        return list(super().generate_until(requests, disable_tqdm=True))
+
+    def _score(self, _number: int, batch: Batch) -> list[tuple[float, bool]]:
+        """For each continuation of each sequence, its log-likelihood, and whether each token is the most likely one."""
+        shared, sequences, continuations = batch
+        for tokens, them in zip(sequences, continuations, strict=True):
+            assert all(0 < len(ids) <= len(tokens) for ids in them), "a context or continuation is empty or too long"
+        starts = list(dict.fromkeys(tokens[:shared] for tokens in sequences))
+        start_of = {start: index for index, start in enumerate(starts)}
+        cache = None
+        if shared:
+            _, cache = self._frozen.logits_at(torch.tensor(starts), torch.tensor([], dtype=torch.int64))
+        answers: dict[int, list[tuple[float, bool]]] = {}
+        by_length = sorted(range(len(sequences)), key=lambda row: -len(sequences[row]))
+        for some in cut_where_it_pays([len(sequences[row]) for row in by_length]):
+            rows = by_length[some]
+            own = copy.deepcopy(cache)
+            if own is not None:
+                chosen = [start_of[sequences[row][:shared]] for row in rows]
+                own.batch_select_indices(torch.tensor(chosen, device=self.device))
+            rest = [torch.tensor(sequences[row][shared:]) for row in rows]
+            # Padding comes after a sequence, so it changes nothing before.
+            input_ids_BT = torch.nn.utils.rnn.pad_sequence(rest, batch_first=True)
+            scored = [max(map(len, continuations[row])) for row in rows]
+            ends = [place * input_ids_BT.shape[1] + len(ids) for place, ids in enumerate(rest)]
+            places_N = torch.cat([torch.arange(end - count, end) for end, count in zip(ends, scored, strict=True)])
+            logits_NV, _ = self._frozen.logits_at(input_ids_BT, places_N, own, shared)
+            for row, logits_TV in zip(rows, logits_NV.split(scored), strict=True):
+                answers[row] = _log_likelihoods(logits_TV, continuations[row])
+        return [answer for row in range(len(sequences)) for answer in answers[row]]
 
 
-def chunk_size(method: str, requests: int, batch_size: int) -> int:
-    """Requests per chunk of a task; independent of the number of ranks, so that answers always have the same bits.
+def _log_likelihoods(logits_TV: Tensor, continuations: Sequence[list[int]]) -> list[tuple[float, bool]]:
+    """The answers for continuations that end where the logits do."""
+    log_p_TV, best_T = logits_TV.float().log_softmax(dim=-1), logits_TV.argmax(dim=-1)
+    answers = []
+    for continuation in continuations:
+        ids_T, end = torch.tensor(continuation, device=logits_TV.device), slice(-len(continuation), None)
+        found = log_p_TV[end].gather(1, ids_T[:, None]).sum()
+        answers.append((float(found), bool((best_T[end] == ids_T).all())))
+    return answers
 
-    A chunk has whole batches; for rolling log-likelihoods a document counts as a batch, since it has many windows.
+
+def cut_where_it_pays(lengths: Sequence[int], first: int = 0) -> list[slice]:
+    """Cut sequences, of which the longest come first, into slices that are padded to their longest each: as long as a
+    cut saves the tokens that a forward is worth.
     """
-    unit = 1 if method == "loglikelihood_rolling" else batch_size
-    return min(-(-requests // (WANTED_CHUNKS * unit)) * unit, CHUNK_BATCHES * batch_size)
+    rows = len(lengths)
+    saved, cut = max(((rows - cut) * (lengths[0] - lengths[cut]), cut) for cut in range(rows))
+    if saved < WORTH_A_FORWARD:
+        return [slice(first, first + rows)]
+    return cut_where_it_pays(lengths[:cut], first) + cut_where_it_pays(lengths[cut:], first + cut)
+
+
+def cut_questions(
+    questions: Mapping[Tokens, list[Tokens]], shares: bool, batch_size: int, most_tokens: int
+) -> list[tuple[int, list[Tokens]]]:
+    """Cut questions into batches of similar length; the largest come first, so that memory runs out at once or never.
+
+    Args:
+        questions: context -> sequences that begin with it.
+        shares: whether sequences with the same context can share its forward.
+        most_tokens: of a batch, padding included, if it has more than one sequence.
+
+    Returns:
+        For each batch, how many tokens of its sequences are read once for each context, and the sequences.
+    """
+    sharing: list[Group] = []
+    alone: list[Group] = []
+    for context, sequences in questions.items():
+        if shares and len(sequences) > 1 < len(context) and _padded(sequences) <= most_tokens:
+            sharing.append((len(context), sequences))
+        else:
+            alone += [(len(tokens), [tokens]) for tokens in sequences]
+    found: list[tuple[int, list[Tokens]]] = []
+    for groups in (sharing, alone):
+        size = min(batch_size, math.ceil(len(groups) / WANTED_BATCHES))
+        batches: list[list[Group]] = []
+        for group in sorted(groups, reverse=True):
+            together = [*batches[-1], group] if batches else [group]
+            is_similar = group[0] >= together[0][0] * 7 // 8
+            if batches and is_similar and len(together) <= size and _padded(_sequences(together)) <= most_tokens:
+                batches[-1].append(group)
+            else:
+                batches.append([group])
+        # The last token of a context is read with each continuation, of which it predicts the first token.
+        found += [(batch[-1][0] - 1 if groups is sharing else 0, _sequences(batch)) for batch in batches]
+    return sorted(found, key=lambda batch: -_padded(batch[1]))
+
+
+def _sequences(groups: Sequence[Group]) -> list[Tokens]:
+    return [tokens for _, sequences in groups for tokens in sequences]
+
+
+def _padded(sequences: Sequence[Tokens]) -> int:
+    """Tokens of a batch in which all are as long as the longest."""
+    return len(sequences) * max(map(len, sequences))

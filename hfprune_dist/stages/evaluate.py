@@ -1,6 +1,6 @@
 """Evaluate: fidelity to the dense model's reference, and lm-eval tasks, on a model that is loaded once.
 
-The result of each text and of each task is kept in the work folder: a killed stage resumes at the next.
+The fidelity to all texts, and the result of each task, are kept in the work folder: a killed stage resumes after them.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import os
 import random
 import shutil
 from collections.abc import Callable, Mapping
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -36,9 +36,10 @@ from hfprune_dist.training.teacher_states import DenseStates
 Context = AnyContext[EvaluateParameters]
 
 RESULTS = "results.json"
+FIDELITY = "fidelity.json"
 TASKS = "tasks"
 DATASETS = "datasets"
-# Key of the results for each window in a text's file; a manifest has only those over all windows.
+# Key of the results for each window of a text; a manifest has only those over all windows.
 BY_WINDOW = "by_window"
 # What results.json has of lm-eval's result for a task.
 DETAILS = ("results", "groups", "group_subtasks", "n-samples", "n-shot", "versions", "higher_is_better")
@@ -53,38 +54,32 @@ def run(context: Context) -> None:
     params, world = context.params, context.world
     checkpoint = open_checkpoint(context.input_path("model"))
     sharding = choose_sharding(context.runtime.sharding, params.forwards(checkpoint, REQUEST_TOKENS), world)
-    roles = compared_texts(context.stage.inputs)  # name of each text -> role of the dense model's reference on it
-    texts = {text: context.work / f"{_phase(text)}.json" for text in roles}
+    fidelity = context.work / FIDELITY
     tasks = {task: _task_file(context.work, task) for task in params.tasks}
 
     @cache
     def load() -> FrozenModel:
         return FrozenModel(checkpoint, getattr(torch, params.dtype), params.batch_size, sharding, world)
 
-    for text in world.on_rank0(lambda: _missing(texts)):
-        result = plain(_fidelity(context, text, roles[text], load))
-        world.on_rank0(partial(write_json, texts[text], result))
-    if missing := world.on_rank0(lambda: _missing(tasks)):
+    if world.on_rank0(lambda: read_object(fidelity) is None):
+        result = plain(_fidelity(context, load))
+        world.on_rank0(lambda: write_json(fidelity, result))
+    if missing := world.on_rank0(lambda: [task for task, file in tasks.items() if read_object(file) is None]):
         _evaluate_tasks(context, load(), missing)
     draft = context.open_draft()
 
     def write() -> dict[str, Any]:
-        found, results = ({name: read_json(file) for name, file in files.items()} for files in (texts, tasks))
+        texts, results = read_json(fidelity), {task: read_json(file) for task, file in tasks.items()}
         (draft / TASKS).mkdir()
         for task, result in results.items():
             write_json(_task_file(draft, task), result)
-        details = {task: {key: it[key] for key in DETAILS if key in it} for task, it in results.items()}
-        write_json(draft / RESULTS, {**_by_place(found), "tasks": details, "limit": params.limit})
-        summaries = {text: {key: it[key] for key in it if key != BY_WINDOW} for text, it in found.items()}
+        details = {task: {key: found[key] for key in DETAILS if key in found} for task, found in results.items()}
+        write_json(draft / RESULTS, {**_by_place(texts), "tasks": details, "limit": params.limit})
+        summaries = {text: {key: found[key] for key in found if key != BY_WINDOW} for text, found in texts.items()}
         scores = {name: score for task in results for name, score in scores_of(task, results[task]).items()}
         return {**_by_place(summaries), "tasks": scores}
 
     context.commit(draft, {**world.on_rank0(write), "sharding": sharding})
-
-
-def _missing(files: Mapping[str, Path]) -> list[str]:
-    """Texts or tasks for which earlier attempts left no result."""
-    return [name for name, file in files.items() if read_object(file) is None]
 
 
 def _by_place(texts: Mapping[str, Any]) -> dict[str, Any]:
@@ -96,36 +91,37 @@ def _by_place(texts: Mapping[str, Any]) -> dict[str, Any]:
 # Fidelity.
 
 
-def _phase(text: str) -> str:
-    return f"fidelity {text}".rstrip()
-
-
-def _fidelity(context: Context, text: str, role: str, load: Callable[[], FrozenModel]) -> dict[str, Any]:
-    """A text's fidelity with its standard errors, and the fidelity of each of its windows; collective.
+def _fidelity(context: Context, load: Callable[[], FrozenModel]) -> dict[str, Any]:
+    """Fidelity on each text with its standard errors, and the fidelity of each window; collective.
 
     Only the head of the dense model is read. It is its own reference, so it isn't loaded to be measured itself.
     Each window is compared on one rank. Forwards of sharded models are collective, so ranks with fewer windows repeat
     the last. Sums are added in the order of the windows, so that the number of ranks changes no bit.
     """
-    world, phase, inputs = context.world, _phase(text), context.stage.inputs
+    world, inputs = context.world, context.stage.inputs
     dtype = getattr(torch, context.params.dtype)
     head = LayerReader(open_checkpoint(context.input_path("dense")), dtype, world.device).head()
     model = None if inputs["model"].identity == inputs["dense"].identity else load()
-    states = DenseStates(context.input_path(role))
-    count, sums = len(states.windows_ST), dict[int, FidelitySums]()
-    for first in range(0, count, world.size):
-        context.progress.update(phase, first, count)
-        index = min(first + world.rank, count - 1)
-        sums |= dict(world.all_gather((index, _compared(index, states, head, model))))
+    texts = {text: DenseStates(context.input_path(role)) for text, role in compared_texts(inputs).items()}
+    windows = [(text, index) for text, states in texts.items() for index in range(len(states.windows_ST))]
+    sums: list[FidelitySums] = []
+    for first in range(0, len(windows), world.size):
+        context.progress.update("fidelity", first, len(windows))
+        text, index = windows[min(first + world.rank, len(windows) - 1)]
+        sums += world.all_gather(_compared(index, texts[text], head, model))
         context.interruption.stop_if_agreed(world)
-    context.progress.update(phase, count, count)
-    windows = [sums[index] for index in range(count)]
-    if not all(math.isfinite(window.kl + window.nll) for window in windows):
-        raise UserError(f"{phase}: the model's outputs are NaN or infinite; check the checkpoint's weights")
-    alone = [window.means() for window in windows]
-    by_window = {name: [means[name] for means in alone] for name in ("perplexity", "kl", "top1_agreement")}
-    means = sum(windows, FidelitySums()).means()
-    return {**means, **standard_errors(windows), "windows": count, BY_WINDOW: by_window}
+    context.progress.update("fidelity", len(windows), len(windows))
+    found: dict[str, Any] = {}
+    for text in texts:
+        of_text = [one for (its_text, _), one in zip(windows, sums, strict=False) if its_text == text]
+        if not all(math.isfinite(one.kl + one.nll) for one in of_text):
+            where = f"fidelity {text}".rstrip()
+            raise UserError(f"{where}: the model's outputs are NaN or infinite; check the checkpoint's weights")
+        alone = [one.means() for one in of_text]
+        by_window = {name: [means[name] for means in alone] for name in ("perplexity", "kl", "top1_agreement")}
+        means = sum(of_text, FidelitySums()).means()
+        found[text] = {**means, **standard_errors(of_text), "windows": len(of_text), BY_WINDOW: by_window}
+    return found
 
 
 def _compared(index: int, states: DenseStates, head: Head, model: FrozenModel | None) -> FidelitySums:
