@@ -1,4 +1,7 @@
-"""A pretended GPU: its tensors are really on the CPU, but don't mix with tensors that aren't on this GPU."""
+"""A pretended GPU: its tensors are really on the CPU, but don't mix with tensors that aren't on this GPU.
+
+Operations that a GPU refuses under deterministic algorithms are refused here too.
+"""
 
 from __future__ import annotations
 
@@ -19,11 +22,37 @@ GPU, CPU = torch.device("cuda", 0), torch.device("cpu")
 _MIXING = ("copy_", "index", "index_put", "index_put_", "_index_put_impl_", "set_", "_to_copy")
 
 
+# Operations that raise on a GPU under deterministic algorithms: torch's own list (torch.use_deterministic_algorithms),
+# and others that its CUDA kernels refuse. Conditional ones are judged by their arguments.
+_REFUSED = (
+    *("avg_pool3d_backward", "_adaptive_avg_pool2d_backward", "_adaptive_avg_pool3d_backward"),
+    *("adaptive_max_pool2d_backward", "fractional_max_pool2d_backward", "fractional_max_pool3d_backward"),
+    *("max_unpool2d", "max_unpool3d", "upsample_linear1d_backward", "upsample_bilinear2d_backward"),
+    *("upsample_bicubic2d_backward", "upsample_trilinear3d_backward", "reflection_pad1d_backward"),
+    *("reflection_pad2d_backward", "reflection_pad3d_backward", "nll_loss2d_forward", "nll_loss2d_backward"),
+    *("_ctc_loss_backward", "_embedding_bag", "put", "put_", "kthvalue", "median", "nanmedian"),
+    *("grid_sampler_2d_backward", "grid_sampler_3d_backward", "index_reduce", "index_reduce_", "scatter_reduce"),
+    *("scatter_reduce_", "segment_reduce"),
+)
+_REFUSED_OF_FLOATS = ("cumsum", "cumsum_", "logcumsumexp", "_logcumsumexp")
+
 _DEVICE_OF = Tensor.device.__get__
 
 
 class MixedError(AssertionError):
     """An operation got tensors of both devices."""
+
+
+class RefusedError(AssertionError):
+    """An operation would not have the same bits each time."""
+
+
+def _is_refused(name, function, args, options):
+    if name in _REFUSED_OF_FLOATS:
+        return (options.get("dtype") or args[0].dtype).is_floating_point
+    if name == "bincount":
+        return any(it is not None for it in (*args[1:2], options.get("weights")))
+    return name in _REFUSED and ("median" not in name or len(function._schema.returns) == 2)  # with indices
 
 
 class _Places:
@@ -59,6 +88,8 @@ class _Operations(TorchDispatchMode):
         elif any(there) and any(it.dim() for it, is_there in zip(tensors, there, strict=True) if not is_there):
             shapes = [tuple(it.shape) for it in tensors]
             raise MixedError(f"{name} of {shapes}, of which these are on the GPU: {there}")
+        if any(there) and _is_refused(name, function, args, kwargs or {}):
+            raise RefusedError(name)
         results = function(*args, **(kwargs or {}))
         if any(there):
             for it in tree_leaves(results):

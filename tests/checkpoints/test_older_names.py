@@ -14,7 +14,7 @@ WINDOWS = torch.randint(3, 64, (2, 12), generator=torch.Generator().manual_seed(
 
 @pytest.mark.parametrize(
     "model_type",
-    ["llama", "phi3", "glm", "gpt_neox", "gemma3_text", "olmo3", "bamba", "stablelm", "qwen3_moe", "gemma3"],
+    ["llama", "gpt_neox", "gemma3_text", "qwen3_moe", "gemma3"],
 )
 def test_earlier_names_say_the_same_and_change_nothing(tmp_path, model_type):
     folder = save_model(tmp_path, model_type)

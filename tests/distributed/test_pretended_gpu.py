@@ -7,7 +7,7 @@ from functools import partial
 import pytest
 import scoring
 import torch
-from pretended_gpu import CPU, GPU, MixedError, pretended_gpu
+from pretended_gpu import CPU, GPU, MixedError, RefusedError, pretended_gpu
 from ranks import SoloWorld
 from refitting import KINDS, MICRO_BATCH, checkpoint_in, refit, some_kept, to_prune, windows_of
 
@@ -38,6 +38,8 @@ def test_what_a_gpu_would_refuse_is_found():
         for mixed in (lambda: there + here, lambda: torch.cat([there, here]), there.numpy, lambda: here @ there):
             with pytest.raises(MixedError):
                 mixed()
+        with pytest.raises(RefusedError):
+            there.cumsum(0)
 
 
 @pytest.mark.parametrize(
