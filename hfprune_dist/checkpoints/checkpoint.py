@@ -199,7 +199,7 @@ def _described(path: Path, whole: Mapping[str, Any]) -> Checkpoint:
                 f"{path}: {name} is of type {info.dtype}: quantized weights can't be pruned; use the unquantized "
                 f"checkpoint ({', '.join(FLOATS)})"
             )
-    names = StoredNames.of(whole, stored)
+    names = StoredNames.found(whole, stored)
     found = {names.in_modules(name): info for name, info in stored.items()}
     beside = beside_decoder(found) if vision else frozenset()
     shapes = {name: info.shape for name, info in found.items() if name not in beside}
@@ -282,7 +282,7 @@ def _check_tensors(path: Path, config: Mapping[str, Any], family: Family, found:
 def check_shapes(path: Path, tensors: Mapping[str, TensorInfo], structures: Mapping[str, Units], hidden: int) -> None:
     """Check that every layer's tensors have the shapes that follow from the config's numbers of units."""
     for units in structures.values():
-        for layer in (it for it, count in enumerate(units.counts) if count):
+        for layer in (number for number, count in enumerate(units.counts) if count):
             for name, owned in units.in_layer(layer, tensors):
                 found = list(tensors[name].shape)
                 if units.kind != EXPERTS:

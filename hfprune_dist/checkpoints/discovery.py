@@ -103,7 +103,9 @@ def discover(
     body = layers.rpartition(".")[0]
     tensors = by_layer(config, shapes, layers)
     apart = (f"{layers}.", *(f"{body}.{name}" for name in _PREDICTING_NAMES))
-    outside = {name: it for name, it in shapes.items() if name.startswith(f"{body}.") and not name.startswith(apart)}
+    outside = {
+        name: shape for name, shape in shapes.items() if name.startswith(f"{body}.") and not name.startswith(apart)
+    }
     embedding, norm = _outside_layers(config, outside, body, refuse)
     _require_alike(config, tensors, refuse)
     parts: list[Shapes] = [with_products(config, there) for there in tensors]
@@ -162,7 +164,10 @@ def _stack(config: Mapping[str, Any], shapes: Shapes, refuse: Refuse) -> str:
     missing = {prefix: sorted({*range(count)} - there) for prefix, there in numbers.items()}
     stacks = [prefix for prefix, layers in missing.items() if not layers]
     if len(stacks) != 1:
-        there = [prefix + (f" ({prefix}.{it[0]} is missing)" if it else "") for prefix, it in sorted(missing.items())]
+        there = [
+            prefix + (f" ({prefix}.{layers_gone[0]} is missing)" if layers_gone else "")
+            for prefix, layers_gone in sorted(missing.items())
+        ]
         has = ", ".join(there) or min(shapes)
         raise refuse(f"it doesn't have exactly one stack of num_hidden_layers {count} layers.<number>: it has {has}")
     return stacks[0]
@@ -182,7 +187,9 @@ def _outside_layers(config: Mapping[str, Any], outside: Shapes, body: str, refus
     """Names of the table of token embeddings and of the final norm; after checking that no other part acts between
     layers, which passes that run one layer at a time would miss.
     """
-    embedded, shared, hidden = (config.get(it) for it in ("word_embed_proj_dim", "num_kv_shared_layers", "hidden_size"))
+    embedded, shared, hidden = (
+        config.get(key) for key in ("word_embed_proj_dim", "num_kv_shared_layers", "hidden_size")
+    )
     if embedded not in (None, hidden):
         raise refuse(f"its embeddings are of another size than its layers (word_embed_proj_dim {embedded})")
     if shared:
@@ -253,16 +260,20 @@ def _attention(config: Mapping[str, Any], parts: Sequence[Shapes]) -> tuple[dict
     config.json for the number of key-value heads and their size. It is that of the first layer that has a known kind.
     """
     for there in parts:
-        for name in dict.fromkeys(it.partition(".")[0] for it in there if re.fullmatch(r"\w+\.q_proj\.weight", it)):
+        for name in dict.fromkeys(
+            tensor.partition(".")[0] for tensor in there if re.fullmatch(r"\w+\.q_proj\.weight", tensor)
+        ):
             for output in _OUTPUTS:
                 projections = ("q_proj", "k_proj", "v_proj", output)
-                if "linear" not in name and all(len(there.get(f"{name}.{it}.weight", ())) == 2 for it in projections):
+                if "linear" not in name and all(
+                    len(there.get(f"{name}.{part}.weight", ())) == 2 for part in projections
+                ):
                     return _separate(config, parts, name, projections, there)
-    inside = [it for there in parts for it in there if _ATTENTION.match(it)]
+    inside = [tensor for there in parts for tensor in there if _ATTENTION.match(tensor)]
     why = "it has no attention of a kind that is known"
-    if latent := next((it for it in inside if ".kv_a_proj" in it), None):
+    if latent := next((tensor for tensor in inside if ".kv_a_proj" in tensor), None):
         why = f"its attention keeps one latent vector for all heads ({latent})"
-    if fused := next((it for it in inside if ".qkv_proj" in it or ".query_key_value" in it), None):
+    if fused := next((tensor for tensor in inside if ".qkv_proj" in tensor or ".query_key_value" in tensor), None):
         why = f"its queries, keys and values are one matrix ({fused})"
     name = inside[0].partition(".")[0] if inside else "self_attn"
     return {"attention": name, "attention_projections": (), "whole_groups": why, "no_low_rank": why}, {}
@@ -272,25 +283,34 @@ def _separate(
     config: Mapping[str, Any], parts: Sequence[Shapes], name: str, projections: tuple[str, ...], there: Shapes
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Attention with separate projections, whose shapes are those in the layer ``there``."""
-    weights, heads = [f"{name}.{it}.weight" for it in projections], int(config["num_attention_heads"])
+    weights, heads = [f"{name}.{part}.weight" for part in projections], int(config["num_attention_heads"])
     sizes = config.get(LAYER_SIZES) or {}
     head_dim = there[weights[0]][0] // int(sizes.get("num_attention_heads", [heads])[0])
     stated = {"num_key_value_heads": there[weights[1]][0] // head_dim, "head_dim": head_dim} if head_dim else {}
     usual = {"num_key_value_heads": heads, "head_dim": config["hidden_size"] // heads}
-    without = [layer for layer, others in enumerate(parts) if not all(it in others for it in weights)]
+    without = [layer for layer, others in enumerate(parts) if not all(weight in others for weight in weights)]
     unlike = whole = ""
     if without:
         unlike = f"not all layers have attention (layer {without[0]} has none)"
-    elif "num_attention_heads" not in sizes and len({(it[weights[0]][0], it[weights[1]][0]) for it in parts}) > 1:
+    elif (
+        "num_attention_heads" not in sizes
+        and len({(there_too[weights[0]][0], there_too[weights[1]][0]) for there_too in parts}) > 1
+    ):
         unlike = "its layers differ in heads"
     elif config.get("head_dim") not in (None, head_dim):
         whole = "its heads have another size than config.json says"
     elif config["model_type"] in _FIXED_HEADS or config.get("qk_layernorm"):
         whole = "its classes take the size of a head from the number of heads"
     else:
-        known = {f"{name}.{it}.{part}" for it in projections for part in ("weight", "bias")}
-        inside = sorted((it, shape) for others in parts for it, shape in others.items() if it.startswith(f"{name}."))
-        more = [it for it, shape in inside if it not in known and (tuple(shape) != (head_dim,) or "norm" not in it)]
+        known = {f"{name}.{projection}.{part}" for projection in projections for part in ("weight", "bias")}
+        inside = sorted(
+            (tensor, shape) for others in parts for tensor, shape in others.items() if tensor.startswith(f"{name}.")
+        )
+        more = [
+            tensor
+            for tensor, shape in inside
+            if tensor not in known and (tuple(shape) != (head_dim,) or "norm" not in tensor)
+        ]
         whole = f"{more[0]} has something of all heads" if more else ""
     found = {"attention": name, "attention_projections": projections}
     reasons = {"whole_groups": unlike or whole, "no_low_rank": unlike}
@@ -308,7 +328,9 @@ def _adapted_linears(attention: str, parts: Sequence[Shapes], *, of_mixture: boo
         if name.endswith(".weight") and len(shape) == 2 and "norm" not in name and ".indexer." not in name
         if name.startswith((f"{attention}.", "linear_attn."))
     }
-    return tuple(sorted(it for it in linears if not (of_mixture and _OF_EXPERTS.fullmatch(it.rpartition(".")[2]))))
+    return tuple(
+        sorted(linear for linear in linears if not (of_mixture and _OF_EXPERTS.fullmatch(linear.rpartition(".")[2])))
+    )
 
 
 def _norms(config: Mapping[str, Any], parts: Sequence[Shapes], mlp: str) -> dict[str, Any]:
@@ -329,7 +351,7 @@ def _norms(config: Mapping[str, Any], parts: Sequence[Shapes], mlp: str) -> dict
     why = f"what its norms do isn't known ({told})"
     if between:
         why = f"a layer does more ({between[0]})"
-    elif any(re.match(r"mamba\.", it) and any(map(_ATTENTION.match, there)) for there in parts for it in there):
+    elif any(re.match(r"mamba\.", tensor) and any(map(_ATTENTION.match, there)) for there in parts for tensor in there):
         why = "its attention and its state-space block read the same hidden states"
     elif norms == {"input_layernorm"} or (
         config["model_type"] == "gpt_neox" and config.get("use_parallel_residual", True)

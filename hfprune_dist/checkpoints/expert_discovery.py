@@ -89,7 +89,7 @@ def find_experts(config: Mapping[str, Any], parts: Sequence[Shapes], refuse: Ref
     if not count:
         return None
     for form, block in product(_FORMS, _BLOCKS):
-        first = [f"{block}.{it.tensor.format(0)}" for of_part in form for it in of_part]
+        first = [f"{block}.{part.tensor.format(0)}" for of_part in form for part in of_part]
         layers = tuple(number for number, there in enumerate(parts) if all(name in there for name in first))
         if layers:
             rows, columns = (tuple(_of_all(of_part, block, count)) for of_part in form)
@@ -128,9 +128,9 @@ def _described(
     if not routers:
         raise refuse(f"layer {layers[0]} has {count} experts, and nothing that chooses among them")
     owned = (*rows, *columns)
-    whole = [Owned(it.tensor, 0, unit=it.expert) for it in owned]
+    whole = [Owned(part.tensor, 0, unit=part.expert) for part in owned]
     whole += [Owned(f"{block}.{_BIAS}", 0)] if rows[0].stacked else []
-    known = {it.tensor for it in (*owned, *routers)}
+    known = {part.tensor for part in (*owned, *routers)}
     if shared is not None:
         of_shared = (*shared.projections[0], shared.projections[1])
         known |= {f"{shared.name}.{name}.weight" for name in of_shared}
@@ -146,7 +146,9 @@ def _described(
     stated = [key for key in WIDTHS if config.get(key) is not None]
     saying = [key for key in stated if config[key] == first[columns[0].tensor][columns[0].axis]]
     fields = (saying if len(layers) == len(parts) else saying[:1]) or stated[:1]
-    groups, fewest = _groups(config, count, chosen, any(it.tensor.endswith(_CORRECTION) for it in routers), refuse)
+    groups, fewest = _groups(
+        config, count, chosen, any(router.tensor.endswith(_CORRECTION) for router in routers), refuse
+    )
     return Experts(
         count=count,
         chosen=chosen,
@@ -171,7 +173,7 @@ def _groups(config: Mapping[str, Any], count: int, chosen: int, corrected: bool,
         unstated = _GROUPS_UNSTATED.get(str(config["model_type"]), (1, 1)) if corrected else (1, 1)
         key = next((key for key in _GROUPS if key in config), _GROUPS[0])
         stated = (config.get(name, usual) for name, usual in zip((key, _CHOSEN_GROUPS), unstated, strict=True))
-        groups, chosen_groups = (1 if it is None or it is False else it for it in stated)
+        groups, chosen_groups = (1 if number is None or number is False else number for number in stated)
         if not 1 <= chosen_groups <= groups <= count or count % groups:
             raise refuse(f"{count} experts can't be {groups} groups of which a token has {chosen_groups} ({key})")
     of_group = max(-(-chosen // chosen_groups), _OF_GROUP if corrected and groups > 1 else 1)
@@ -186,7 +188,7 @@ def _groups(config: Mapping[str, Any], count: int, chosen: int, corrected: bool,
 
 def _shared(config: Mapping[str, Any], there: Shapes, block: str, refuse: Refuse) -> Shared | None:
     for name in (name.format(block) for name in _SHARED):
-        if not any(it.startswith(f"{name}.") for it in there):
+        if not any(tensor.startswith(f"{name}.") for tensor in there):
             continue
         field, copies = shared_experts(config)
         for rows, down, parts in _OF_SHARED:

@@ -43,7 +43,8 @@ def undroppable_layers(config: Mapping[str, Any]) -> dict[int, str]:
     """Layers that can't be dropped, because no config.json could describe the remaining model; each with the reason."""
     layers, model_type = range(int(config["num_hidden_layers"])), str(config.get("model_type"))
     by_number = [f"{key} {config[key]}" for key in PERIODS if config.get(key)]
-    by_number += [f"{key} {config[key]}" for key, it in _INTERVALS.items() if config.get(key) and not config.get(it)]
+    unlisted = [key for key, stated in _INTERVALS.items() if config.get(key) and not config.get(stated)]
+    by_number += [f"{key} {config[key]}" for key in unlisted]
     if model_type in _UNLISTED and not config.get(_UNLISTED[model_type]):
         by_number.append(f"{model_type} without {_UNLISTED[model_type]}")
     if by_number:
@@ -89,14 +90,14 @@ def of_layers(config: Mapping[str, Any], layers: Sequence[int]) -> dict[str, Any
 def _experts_of(config: Mapping[str, Any], layers: Sequence[int]) -> dict[str, Any]:
     """Settings that say which of these layers have experts, where numbers say it; for several layers, a best effort."""
     if "moe_layer_start_index" in config:
-        first, last, step = (config.get(f"moe_layer_{it}") for it in ("start_index", "end_index", "interval"))
+        first, last, step = (config.get(f"moe_layer_{bound}") for bound in ("start_index", "end_index", "interval"))
         last = config["num_hidden_layers"] if last in (None, -1) else last
         has_experts = [(first or 0) <= layer <= last and (layer + 1) % (step or 1) == 0 for layer in layers]
         sparse = [number for number, has_some in enumerate(has_experts) if has_some] or [1, 0]
         return {"moe_layer_start_index": sparse[0], "moe_layer_end_index": sparse[-1], "moe_layer_interval": 1}
     periods = {period: offset for period, offset in PERIODS.items() if config.get(period)}
     if periods:
-        own = {offset: int(layers[0] % config[it] != config.get(offset, 0)) for it, offset in periods.items()}
+        own = {offset: int(layers[0] % config[period] != config.get(offset, 0)) for period, offset in periods.items()}
         return dict.fromkeys(periods, 2) | own
     step, without = config.get("decoder_sparse_step") or 1, config.get("mlp_only_layers") or []
     if step == 1 and not without:

@@ -53,7 +53,7 @@ def factorize(layer: Any, own: Any) -> None:
     """Make those projections of attention two linear layers that the configuration of the layer gives a rank."""
     ranks = [field for field in getattr(own, "layer_sizes", None) or {} if field.endswith(_RANK)]
     for field in ranks:
-        attention = next(it for it in layer.modules() if hasattr(it, "q_proj"))
+        attention = next(module for module in layer.modules() if hasattr(module, "q_proj"))
         name = field.removesuffix(_RANK)
         setattr(attention, name, in_two(getattr(attention, name), getattr(own, field)))
 

@@ -86,14 +86,17 @@ def _weights(checkpoint: Checkpoint, units: Units, layer: int, owned: Sequence[O
     """What units own of a layer's weights, whatever the form of the files: for each weight, or part of one, a matrix
     [units * entries of a unit, other dimension], with one expert after another.
     """
-    weights = [it for it in owned if "bias" not in it.tensor]
-    read = [read_tensor(checkpoint, units.tensor(layer, it.tensor)) for it in weights]
-    pairs = list(zip(read, weights, strict=True))
-    if weights[0].stacked:
-        return [part.flatten(0, 1) for it, of in pairs for part in it.movedim(of.axis, 1).chunk(of.parts, dim=1)]
-    rows, experts = [it.movedim(of.axis, 0) for it, of in pairs], units.experts
-    joined = [torch.cat(rows[it : it + experts]) if experts > 1 else rows[it] for it in range(0, len(rows), experts)]
-    return [part for it, of in zip(joined, weights[::experts], strict=True) for part in it.chunk(of.parts)]
+    matrices: list[Tensor] = []
+    names = [(part, units.tensor(layer, part.tensor)) for part in owned if "bias" not in part.tensor]
+    for first in range(0, len(names), 1 if names[0][0].stacked else units.experts):
+        part = names[first][0]
+        if part.stacked:
+            stack = read_tensor(checkpoint, names[first][1]).movedim(part.axis, 1)
+            matrices += [matrix.flatten(0, 1) for matrix in stack.chunk(part.parts, dim=1)]
+        else:
+            of_experts = [read_tensor(checkpoint, name) for _, name in names[first : first + units.experts]]
+            matrices += torch.cat([matrix.movedim(part.axis, 0) for matrix in of_experts]).chunk(part.parts)
+    return matrices
 
 
 def _gradients(units: Units, read: Callable[[str], Tensor]) -> list[Callable[[], Tensor]]:

@@ -107,7 +107,7 @@ class StoredNames:
     pairs: tuple[Pair, ...] = ()
 
     @classmethod
-    def of(cls, config: Mapping[str, Any], names: Iterable[str]) -> StoredNames:
+    def found(cls, config: Mapping[str, Any], names: Iterable[str]) -> StoredNames:
         """The names of a checkpoint with this ``config.json``, whose files have tensors with these ``names``."""
         pairs = _OF_DECODERS if has_vision(config) else _RENAMED.get(str(config.get("model_type")), ())
         every = {_general(name)[0] for name in names}
@@ -163,7 +163,7 @@ def module_tensors(checkpoint: Checkpoint, layer: int | None = None) -> dict[str
         for sparse in experts.layers if layer is None else {layer} & {*experts.layers}:
             for module, owned in (("gate_up_proj", experts.rows), ("down_proj", experts.columns)):
                 sources = tuple(
-                    tuple(f"{prefix}{sparse}.{it.tensor}" for it in owned if it.expert == expert)
+                    tuple(f"{prefix}{sparse}.{part.tensor}" for part in owned if part.expert == expert)
                     for expert in range(experts.count)
                 )
                 rows, columns = shapes[sources[0][0]]
@@ -174,6 +174,6 @@ def module_tensors(checkpoint: Checkpoint, layer: int | None = None) -> dict[str
     for first in [name for name in found if name.endswith(_JOINED[0])]:
         names = tuple(first.removesuffix(_JOINED[0]) + part for part in _JOINED)
         parts = [found.pop(name).shape for name in names]
-        joined = (sum(it[0] for it in parts), *parts[0][1:])
+        joined = (sum(shape[0] for shape in parts), *parts[0][1:])
         found[first.removesuffix(_JOINED[0]) + _WHOLE] = ModuleTensor(joined, (names,))
     return found

@@ -36,18 +36,6 @@ class TokenCosts:
     value_channels: int
     cached_channels: int
 
-    @classmethod
-    def of(cls, checkpoint: Checkpoint) -> TokenCosts:
-        """The costs for a checkpoint, by its tensors."""
-        shapes = {name: info.shape for name, info in checkpoint.tensors.items()}
-        of_layers = by_layer(checkpoint.config, shapes, checkpoint.family.layers)
-        table = checkpoint.tensors[checkpoint.family.embedding_tensor].numel
-        tables = table if checkpoint.config.get("tie_word_embeddings") else 2 * table
-        idle, parameters = _idle(checkpoint), checkpoint.parameters
-        in_layers = sum(math.prod(shape) for there in of_layers for shape in there.values())
-        channels = zip(*(_channels_of(checkpoint, there) for there in of_layers), strict=True)
-        return cls(parameters, parameters - tables, parameters - idle, in_layers - idle + table, *map(sum, channels))
-
     def flops(self, context: int) -> int:
         """Floating-point operations of one token's forward pass: two for each parameter that it is multiplied by, and
         attention's two products with each of ``context`` tokens, itself included.
@@ -59,12 +47,24 @@ class TokenCosts:
         return self.cached_channels * itemsize
 
 
+def token_costs(checkpoint: Checkpoint) -> TokenCosts:
+    """The costs for a checkpoint, by its tensors."""
+    shapes = {name: info.shape for name, info in checkpoint.tensors.items()}
+    of_layers = by_layer(checkpoint.config, shapes, checkpoint.family.layers)
+    table = checkpoint.tensors[checkpoint.family.embedding_tensor].numel
+    tables = table if checkpoint.config.get("tie_word_embeddings") else 2 * table
+    idle, parameters = _idle(checkpoint), checkpoint.parameters
+    in_layers = sum(math.prod(shape) for there in of_layers for shape in there.values())
+    channels = zip(*(_channels_of(checkpoint, there) for there in of_layers), strict=True)
+    return TokenCosts(parameters, parameters - tables, parameters - idle, in_layers - idle + table, *map(sum, channels))
+
+
 def training_cost(checkpoint: Checkpoint, rows: int, tokens: int) -> dict[str, int]:
     """For a manifest, the cost of LoRA training on ``rows`` of ``tokens`` tokens, each counted as often as it is
     trained on. A backward to activations takes as many operations as a forward; LoRA's own products, about a hundredth,
     are left out; causal attention is to half a row on average.
     """
-    return {"training_tokens": rows * tokens, "flops_per_token": 2 * TokenCosts.of(checkpoint).flops(tokens // 2)}
+    return {"training_tokens": rows * tokens, "flops_per_token": 2 * token_costs(checkpoint).flops(tokens // 2)}
 
 
 def _idle(checkpoint: Checkpoint) -> int:

@@ -78,7 +78,7 @@ def read_headers(path: Path) -> dict[str, TensorInfo]:
     """The tensors of all weight files in a folder: a single file, or those listed in an index."""
     index = path / INDEX_FILE
     weight_map = read_json_object(index).get("weight_map") if index.is_file() else {}
-    if not isinstance(weight_map, dict) or not all(isinstance(it, str) for it in weight_map.values()):
+    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
         raise UserError(f"{index}: weight_map must give the file of every tensor; download it again")
     tensors: dict[str, TensorInfo] = {}
     files = _weight_files(path, sorted(set(weight_map.values())))
@@ -110,7 +110,9 @@ def _weight_files(path: Path, indexed: list[str]) -> list[str]:
 
 def matching(path: Path, patterns: Iterable[str]) -> list[str]:
     """Names, relative to a folder, of its files that match any of the patterns."""
-    return sorted({str(file.relative_to(path)) for it in patterns for file in path.glob(it) if file.is_file()})
+    return sorted(
+        {str(file.relative_to(path)) for pattern in patterns for file in path.glob(pattern) if file.is_file()}
+    )
 
 
 def read_json_object(file: Path) -> dict[str, Any]:

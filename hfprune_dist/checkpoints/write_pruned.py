@@ -98,7 +98,10 @@ def _cut_of(units: Units, layer: int, owned: Owned, kept_K: Tensor) -> Cut:
     width, of_experts = units.counts[layer] // units.parts, kept_K.chunk(units.parts)
     if owned.expert is not None:
         return Cut(owned.axis, of_experts[owned.expert] - width * owned.expert)
-    own = (entries_of(it - width * expert, owned.per_unit, owned.parts, width) for expert, it in enumerate(of_experts))
+    own = (
+        entries_of(kept_units - width * expert, owned.per_unit, owned.parts, width)
+        for expert, kept_units in enumerate(of_experts)
+    )
     return Cut(owned.axis, torch.stack(list(own)))
 
 
@@ -156,17 +159,17 @@ def _write(written: Sequence[Written], file: Path, stored: StoredNames) -> None:
     """Write a safetensors file, one tensor after another, whose names in it ``stored`` tells."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
-    for it in written:
-        begin, end = end, end + it.source.bytes * math.prod(it.shape) // max(it.source.numel, 1)
-        entry = {"dtype": it.source.dtype, "shape": list(it.shape), "data_offsets": [begin, end]}
-        header[stored.in_files(it.name)] = entry
+    for part in written:
+        begin, end = end, end + part.source.bytes * math.prod(part.shape) // max(part.source.numel, 1)
+        entry = {"dtype": part.source.dtype, "shape": list(part.shape), "data_offsets": [begin, end]}
+        header[stored.in_files(part.name)] = entry
     encoded = json.dumps(header, separators=(",", ":")).encode()
     encoded += b" " * (-len(encoded) % 8)  # tensors begin at a multiple of 8 bytes, as the format asks
     with naming(file), file.open("wb") as stream:
         stream.write(struct.pack("<Q", len(encoded)) + encoded)
-        for it in written:
-            tensor = it.make()
-            exact = tensor.to(DTYPES.get(it.source.dtype, tensor.dtype)).contiguous()
+        for part in written:
+            tensor = part.make()
+            exact = tensor.to(DTYPES.get(part.source.dtype, tensor.dtype)).contiguous()
             stream.write(exact.reshape(-1).view(torch.uint8).numpy().data)
 
 
@@ -183,13 +186,13 @@ def write_companions(checkpoint: Checkpoint, target: Path, config: Mapping[str, 
             shutil.copyfile(checkpoint.path / name, target / name)
     if config["model_type"] != checkpoint.config["model_type"]:
         _write_tokenizer(checkpoint, target)
-    stated = {key: it for key, it in checkpoint.config_file(config).items() if needs_ours or key != "auto_map"}
+    stated = {key: value for key, value in checkpoint.config_file(config).items() if needs_ours or key != "auto_map"}
     write_config(stated, target)
     if needs_ours:
         shutil.copyfile(MODELING_FILE, target / MODELING_FILE.name)
     if (checkpoint.path / INDEX_FILE).is_file():
         files = [target / file for file in checkpoint.weight_files]
-        infos = {name: it for file in files if file.is_file() for name, it in read_safetensors_header(file).items()}
+        infos = {name: info for file in files if file.is_file() for name, info in read_safetensors_header(file).items()}
         total = sum(info.bytes for info in infos.values())
         weight_map = {name: info.file for name, info in infos.items()}
         write_json(target / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": weight_map})

@@ -67,7 +67,9 @@ def _compare_in_forward(
     reached_BTC, name = reader.embed({0: window_T[None]})[0], "embeddings"
 
     def compare(ours_BTC: Tensor, model_BTC: Tensor) -> None:
-        ours_NC, theirs_NC = (it.detach().flatten(0, 1).to(device).double() for it in (ours_BTC, model_BTC))
+        ours_NC, theirs_NC = (
+            states_BTC.detach().flatten(0, 1).to(device).double() for states_BTC in (ours_BTC, model_BTC)
+        )
         finite_N = theirs_NC.isfinite().all(dim=1)  # other checks report what isn't
         what = f"{family.model_type}: computed alone, {name} depart from the whole model's"
         error = relative_error(ours_NC[finite_N], theirs_NC[finite_N])

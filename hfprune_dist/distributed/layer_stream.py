@@ -46,7 +46,9 @@ class LayerStream:
         self.reader = LayerReader(checkpoint, dtype, world.device)
         batches = windows_ST.split(micro_batch_size)
         self.micro_batches = len(batches)
-        self.states = self.reader.embed({it: batches[it] for it in range(world.rank, len(batches), world.size)})
+        self.states = self.reader.embed(
+            {index: batches[index] for index in range(world.rank, len(batches), world.size)}
+        )
 
     def standing(self) -> Iterator[tuple[int, Tensor]]:
         """Yield the micro-batches' current hidden states on the device, one after another."""
@@ -116,9 +118,12 @@ class LayerStream:
             UserError: as ``Float64Sum.of_all_ranks`` does.
         """
         made = partial(GramSums, number, micro_batches=self.micro_batches, world=self.world)
-        sums = {units.output: [made(size=it.shape[1]) for it in output_weights(layer, units)] for units in kinds}
+        sums = {
+            units.output: [made(size=weight_CD.shape[1]) for weight_CD in output_weights(layer, units)]
+            for units in kinds
+        }
         for index, seen in self.observe(layer, sums):
             for name, of_name in sums.items():
                 for of_expert, vectors_ND in zip(of_name, seen[name], strict=True):
                     of_expert.add(index, vectors_ND)
-        return {units.kind: [it.of_all_ranks(owner) for it in sums[units.output]] for units in kinds}
+        return {units.kind: [gram_sums.of_all_ranks(owner) for gram_sums in sums[units.output]] for units in kinds}

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from hfprune_dist.checkpoints.token_costs import TokenCosts
+from hfprune_dist.checkpoints.token_costs import token_costs
 from hfprune_dist.config.schema import EfficiencyConfig
 from hfprune_dist.config.section import Dtype
 from hfprune_dist.kinds.memory import ITEMSIZE, Need, Planned, Sizes, StageParameters
@@ -45,7 +45,7 @@ class EfficiencyParameters(StageParameters):
     def need(self, planned: Planned, rows: int | None = None) -> Need:
         """Of two models in turn on rank 0, however many others wait; a pruned one caches no more than the dense one."""
         model, itemsize, rows = Sizes.of(planned.dense), ITEMSIZE[self.dtype], rows or max(self.batch_sizes)
-        of_a_token = TokenCosts.of(planned.dense).cached_channels + model.forward
+        of_a_token = token_costs(planned.dense).cached_channels + model.forward
         return Need(
             weights=2 * model.parameters * itemsize,
             activations=rows * (max(self.prompt_tokens) + self.new_tokens) * of_a_token * itemsize,

@@ -45,7 +45,7 @@ def coupled_products(owned: Sequence[OwnedRows]) -> Tensor:
     for window in range(len(inputs_BTC)):
         for rows in row_blocks(weight_DC, BLOCK_BYTES):
             gradients = (wide_product(g_BTD[window, :, rows], x_BTC[window]) for _, x_BTC, g_BTD in owned)
-            products = (gradient.mul_(it.weight_DC[rows]) for gradient, it in zip(gradients, owned, strict=True))
+            products = (gradient.mul_(part.weight_DC[rows]) for gradient, part in zip(gradients, owned, strict=True))
             of_neurons = next(products)
             for product in products:
                 of_neurons += product

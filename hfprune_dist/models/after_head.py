@@ -106,5 +106,5 @@ class DistillingHead:
 
     def _diverge(self, hidden_BTC: Tensor) -> Tensor:
         """Sum of KL(dense || model), in nats, over the tokens of the rows that count."""
-        hidden_NC, dense_NC = (it[: self._rows].flatten(0, 1) for it in (hidden_BTC, self._dense_BTC))
+        hidden_NC, dense_NC = (states_BTC[: self._rows].flatten(0, 1) for states_BTC in (hidden_BTC, self._dense_BTC))
         return summed_divergence(hidden_NC, dense_NC, self._head.weight, self._head.bias, self._after)

@@ -106,7 +106,11 @@ def _run(experts: Any, hidden_NC: Tensor, index_NK: Tensor, weights_NK: Tensor) 
     """
     order_S, weights_S, parts = _of_each(experts, hidden_NC, index_NK, weights_NK)
     down = getattr(experts, _PROJECTIONS)
-    outputs = [down(_activations(experts, x_NC, it), it, of_N) for it, (x_NC, of_N) in enumerate(parts) if len(x_NC)]
+    outputs = [
+        down(_activations(experts, x_NC, expert), expert, of_N)
+        for expert, (x_NC, of_N) in enumerate(parts)
+        if len(x_NC)
+    ]
     weighted_SC = torch.cat(outputs) * weights_S[:, None]
     return summed_per_token(weighted_SC, order_S, len(hidden_NC)).to(hidden_NC.dtype)
 
@@ -139,12 +143,14 @@ def weighted_activations(experts: Any, hidden_NC: Tensor, index_NK: Tensor, weig
     """
     _require_known(experts)
     _, _, parts = _of_each(experts, hidden_NC, index_NK, weights_NK)
-    return [_activations(experts, x_NC, it).float() * of_N.float()[:, None] for it, (x_NC, of_N) in enumerate(parts)]
+    return [
+        _activations(experts, x_NC, expert).float() * of_N.float()[:, None] for expert, (x_NC, of_N) in enumerate(parts)
+    ]
 
 
 def down_projections(experts: Any) -> list[Tensor]:
     """The down projection of each expert [hidden_size, channels], as views of the module's weights."""
-    return [it.T if experts.is_transposed else it for it in experts.down_proj.data]
+    return [weight.T if experts.is_transposed else weight for weight in experts.down_proj.data]
 
 
 def _activations(experts: Any, x_NC: Tensor, expert: int) -> Tensor:

@@ -25,9 +25,9 @@ def norms_of_layers(checkpoint: Checkpoint, layers: Container[int]) -> list[tupl
     They are the parts of a layer that have a number for each hidden channel and no parts of their own.
     """
     prefix, size = f"{checkpoint.family.layers}.", (checkpoint.config["hidden_size"],)
-    one_each = (name for name, it in checkpoint.tensors.items() if tuple(it.shape) == size)
+    one_each = (name for name, info in checkpoint.tensors.items() if tuple(info.shape) == size)
     parts = (name.removeprefix(prefix).split(".") for name in one_each if name.startswith(prefix))
-    norms = ((int(it[0]), it[1]) for it in parts if len(it) == 3 and it[2] == "weight")
+    norms = ((int(names[0]), names[1]) for names in parts if len(names) == 3 and names[2] == "weight")
     return sorted(norm for norm in norms if norm[0] in layers)
 
 
@@ -42,7 +42,7 @@ def with_factors(norm: nn.Module, factors_C: Tensor) -> dict[str, Tensor]:
         UserError: if there are no such values.
     """
     factors_C, offset = factors_C.float(), weight_offset(norm)
-    scaled = {name: it.data.float() * factors_C for name, it in norm.named_parameters()}
+    scaled = {name: parameter.data.float() * factors_C for name, parameter in norm.named_parameters()}
     return scaled | {"weight": scaled["weight"] + offset * (factors_C - 1)}
 
 
@@ -56,7 +56,7 @@ def weight_offset(norm: nn.Module, called: str = "a norm") -> float:
     Raises:
         UserError: if its outputs are no multiple of its weight plus either of them.
     """
-    zeros = {name: torch.zeros_like(it, dtype=torch.float32) for name, it in norm.named_parameters()}
+    zeros = {name: torch.zeros_like(parameter, dtype=torch.float32) for name, parameter in norm.named_parameters()}
     if "weight" in zeros and zeros.keys() <= {"weight", "bias"}:
         sample_NC = torch.randn(8, len(zeros["weight"]), generator=torch.Generator().manual_seed(0)).to(zeros["weight"])
         at_0_NC, at_1_NC, at_2_NC = (
@@ -65,7 +65,7 @@ def weight_offset(norm: nn.Module, called: str = "a norm") -> float:
         each_NC = at_1_NC - at_0_NC
         for offset in OFFSETS:
             departures = at_0_NC - offset * each_NC, at_2_NC - (2 + offset) * each_NC
-            if max(float(it.abs().max()) for it in departures) <= TOLERANCE * float(each_NC.abs().max()):
+            if max(float(departure.abs().max()) for departure in departures) <= TOLERANCE * float(each_NC.abs().max()):
                 return offset
     raise UserError(
         f"{called}, {type(norm).__name__}, has no weight that multiplies its outputs; set prune.effort to quick"

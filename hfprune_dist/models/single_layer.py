@@ -197,7 +197,7 @@ def _compute_buffers(model: Any, module: nn.Module) -> None:
     """Compute a module's buffers as they are before weights (some of them buffers) are loaded: those of rotary
     embeddings from their configuration, others as transformers does it.
     """
-    buffers = {name: it for name, it in module.named_buffers(recurse=False) if it.is_meta}
+    buffers = {name: buffer for name, buffer in module.named_buffers(recurse=False) if buffer.is_meta}
     if not buffers:
         return
     for name, buffer in buffers.items():
@@ -332,7 +332,7 @@ def before_down(layer: nn.Module, units: Units) -> Biases:
 
 
 def _activation_of(mlp: nn.Module, units: Units) -> Callable[[Tensor], Tensor]:
-    acting = [it for it in mlp.children() if not isinstance(it, nn.Linear)]
+    acting = [module for module in mlp.children() if not isinstance(module, nn.Linear)]
     if not acting and not units.weights[0].endswith(_GATE_OF_SILU):
         raise UserError(
             f"the activation of {type(mlp).__name__} isn't known, since it is none of its modules; a method whose "
@@ -372,11 +372,11 @@ def weights_kept(layer: nn.Module, units: Units, kept: Tensor) -> dict[str, Tens
         kept: ascending int64 indices of the units that stay.
     """
     found = dict(layer.get_submodule(LAYER).named_parameters())
-    owned = [it for it in units.owned if it.tensor in found]
+    owned = [part for part in units.owned if part.tensor in found]
     kept = kept.to(found[owned[0].tensor].device)
     number = output_of(layer, units).in_features // units.channels_per_unit
-    entries = {it.tensor: entries_of(kept, it.per_unit, it.parts, number) for it in owned}
-    return {it.tensor: found[it.tensor].data.index_select(it.axis, entries[it.tensor]) for it in owned}
+    entries = {part.tensor: entries_of(kept, part.per_unit, part.parts, number) for part in owned}
+    return {part.tensor: found[part.tensor].data.index_select(part.axis, entries[part.tensor]) for part in owned}
 
 
 def put_weights(layer: nn.Module, weights: Mapping[str, Tensor]) -> None:

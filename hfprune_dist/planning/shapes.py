@@ -58,7 +58,7 @@ def nearest(target: Target, line: Line) -> Nearest | None:
     counts, wanted = target.counts, target.counts.total - target.removals
 
     def parameters(size: int) -> int:
-        return counts.of(line.shape(size))
+        return counts.after(line.shape(size))
 
     sizes = line.sizes
     if sizes and parameters(sizes[-1]) == counts.total:  # the model as it is
@@ -67,8 +67,8 @@ def nearest(target: Target, line: Line) -> Nearest | None:
         return None
     above = bisect_right(sizes, wanted + 0.5, key=parameters)  # ratios are rounded to less than a parameter
     around = sizes[max(above - 1, 0) : above + (not line.at_least or not above)]
-    shape = min(map(line.shape, around), key=lambda shape: abs(counts.of(shape) - wanted))
-    beyond = wanted - counts.of(shape)
+    shape = min(map(line.shape, around), key=lambda shape: abs(counts.after(shape) - wanted))
+    beyond = wanted - counts.after(shape)
     return Nearest(shape, counts.ratio(shape), (-0.5 if line.at_least else -line.slack) <= beyond <= line.slack)
 
 

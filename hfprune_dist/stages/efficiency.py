@@ -15,7 +15,7 @@ import torch
 from transformers import PreTrainedModel
 
 from hfprune_dist.checkpoints.checkpoint import Checkpoint, open_checkpoint
-from hfprune_dist.checkpoints.token_costs import TokenCosts
+from hfprune_dist.checkpoints.token_costs import token_costs
 from hfprune_dist.evaluation.generation import Seconds, Workload, peak_bytes, time_generation, weight_bytes
 from hfprune_dist.kinds.efficiency import EfficiencyParameters
 from hfprune_dist.models.loading import load_causal_lm
@@ -80,7 +80,7 @@ def _measure(models: Mapping[str, PreTrainedModel], workload: Workload, repeats:
 
 def _costs(checkpoint: Checkpoint, params: EfficiencyParameters) -> dict[str, int]:
     """Costs of a token, at the largest number of tokens in a prompt."""
-    costs = TokenCosts.of(checkpoint)
+    costs = token_costs(checkpoint)
     return {
         "parameters": costs.parameters,
         "parameters_without_embeddings": costs.parameters_without_embeddings,

@@ -23,5 +23,5 @@ def shape_metrics(dense: Checkpoint, shape: Shape, config: Mapping[str, Any]) ->
     for kind, units in dense.structures.items():
         if kind in shape.units or kind in (dense.units.kind, EXPERTS):
             sizes |= units.sizes(shape.counts(units))
-    total, parameters = dense.parameters, dense.parameter_counts.of(shape) + parameters_of_biases(dense, config)
+    total, parameters = dense.parameters, dense.parameter_counts.after(shape) + parameters_of_biases(dense, config)
     return {"ratio_reached": (total - parameters) / total, "parameters": parameters, **sizes}

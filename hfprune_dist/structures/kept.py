@@ -84,7 +84,7 @@ class ParameterCounts:
     structures: Mapping[str, Units]
     shapes: Mapping[str, Sequence[int]]
 
-    def of(self, shape: Shape) -> int:
+    def after(self, shape: Shape) -> int:
         """Return the number of parameters of the model once it is pruned to a shape."""
         gone = sum(self.layers) - sum(self.layers[layer] for layer in shape.layers)
         for kind, units in self.structures.items():
@@ -99,7 +99,7 @@ class ParameterCounts:
 
     def ratio(self, shape: Shape) -> float:
         """Return the share of the model's parameters that pruning to a shape removes."""
-        return (self.total - self.of(shape)) / self.total
+        return (self.total - self.after(shape)) / self.total
 
 
 def count_parameters(
@@ -119,8 +119,8 @@ def count_parameters(
         if name.startswith(f"{units.layers}."):
             of_layers[int(name.removeprefix(f"{units.layers}.").partition(".")[0])] += size
     per_unit = {}
-    for kind, it in structures.items():
-        layer = next(layer for layer, count in enumerate(it.counts) if count)
-        owned = sum(math.prod(shapes[name]) for name, _ in it.in_layer(layer, shapes))
-        per_unit[kind] = owned // it.counts[layer]
+    for kind, units_of_kind in structures.items():
+        layer = next(layer for layer, count in enumerate(units_of_kind.counts) if count)
+        owned = sum(math.prod(shapes[name]) for name, _ in units_of_kind.in_layer(layer, shapes))
+        per_unit[kind] = owned // units_of_kind.counts[layer]
     return ParameterCounts(sum(sizes.values()), tuple(of_layers), per_unit, structures, shapes)

@@ -41,7 +41,7 @@ def with_products(config: Mapping[str, Any], shapes: Mapping[str, Sequence[int]]
     for name in shapes:
         projection = name.removesuffix(f".{FACTORS[0]}.weight")
         first, second = (f"{projection}.{factor}" for factor in FACTORS)
-        factors = [shapes.get(f"{it}.weight", ()) for it in (first, second)]
+        factors = [shapes.get(f"{factor}.weight", ()) for factor in (first, second)]
         if rank_field(projection) in sizes and all(len(shape) == 2 for shape in factors):
             inputs, outputs = whole.pop(f"{first}.weight")[1], whole.pop(f"{second}.weight")[0]
             whole[f"{projection}.weight"] = [outputs, inputs]

@@ -34,7 +34,7 @@ def scores_of_units(
     Returns:
         Kind and layer -> scores, float64 [units] on the CPU, those of rank 0 on all ranks.
     """
-    gradients = [safe_get_local_grad(it).double() for it in model.parameters() if it.requires_grad]
+    gradients = [safe_get_local_grad(parameter).double() for parameter in model.parameters() if parameter.requires_grad]
     squares = torch.stack([gradient.square().sum() for gradient in gradients]).sum()
     world.all_reduce(squares)
     clipped = min(1.0, largest_norm / (math.sqrt(squares) + 1e-6))  # the share of every gradient that is left
@@ -50,7 +50,7 @@ def scores_of_units(
         with deepspeed.zero.GatheredParameters(weights, enabled=not whole):
             for units, owned, lora in projections:
                 a, b = lora.lora_A[PEFT_NAME].weight, lora.lora_B[PEFT_NAME].weight
-                grad_a_RI, grad_b_OR = (clipped * safe_get_full_grad(it).float() for it in (a, b))
+                grad_a_RI, grad_b_OR = (clipped * safe_get_full_grad(factor).float() for factor in (a, b))
                 a_RI, b_OR = safe_get_full_fp32_param(a), safe_get_full_fp32_param(b)
                 factors = Factors(a_RI, b_OR, grad_a_RI, grad_b_OR, lora.scaling[PEFT_NAME])
                 part_U = unit_scores(lora.base_layer.weight, factors, owned.axis, owned.per_unit, owned.parts)

@@ -48,7 +48,9 @@ class Snapshot:
     @property
     def weights(self) -> dict[str, Tensor]:
         """The LoRA parameters alone."""
-        return {name: it for name, it in self.tensors.items() if ".lora_" in name and not name.endswith(MOMENTS)}
+        return {
+            name: tensor for name, tensor in self.tensors.items() if ".lora_" in name and not name.endswith(MOMENTS)
+        }
 
     def save(self, file: Path) -> None:
         """Replace an earlier snapshot by this one."""

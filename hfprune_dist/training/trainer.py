@@ -164,8 +164,10 @@ class Training:
         if task.distills:
             self._head = DistillingHead(base, task.checkpoint.family, after_head(task.checkpoint))
         # Names and parameters of the LoRA layers, in an order that is the same on all ranks.
-        self._trained = [(name, it) for name, it in model.named_parameters() if it.requires_grad]
-        self._optimizer = torch.optim.AdamW([it for _, it in self._trained], weight_decay=task.settings.weight_decay)
+        self._trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+        self._optimizer = torch.optim.AdamW(
+            [parameter for _, parameter in self._trained], weight_decay=task.settings.weight_decay
+        )
         self._engine, *_ = deepspeed.initialize(model=model, optimizer=self._optimizer, config=self._config())
         limit_timeouts()
         if start.step:
@@ -257,8 +259,8 @@ class Training:
     def _loss(self, batch: _MicroBatch, tokens: int) -> Tensor:
         """A micro-batch's part of the mean loss over all ``tokens`` of an optimizer step."""
         tensors = {
-            name: it.to(self._world.device, self._dtype if it.is_floating_point() else None)
-            for name, it in batch.tensors.items()
+            name: tensor.to(self._world.device, self._dtype if tensor.is_floating_point() else None)
+            for name, tensor in batch.tensors.items()
         }
         if self._head is None:
             loss: Tensor = self._engine(**tensors, num_items_in_batch=tokens).loss

@@ -91,7 +91,7 @@ def assert_pruned_is_masked(checkpoint, kept, folder):
     assert len(routing) == len(checkpoint.family.experts.layers)
     assert all(torch.equal(*pair) for pair in zip(routing, routing_of(dense), strict=True))
     parameters = {it.data_ptr(): it.numel() for it in loaded.state_dict().values()}
-    assert smaller.parameters == checkpoint.parameter_counts.of(kept.shape) == sum(parameters.values())
+    assert smaller.parameters == checkpoint.parameter_counts.after(kept.shape) == sum(parameters.values())
     return smaller
 
 

@@ -59,7 +59,7 @@ def test_a_plain_checkpoint_is_the_masked_model(checkpoint_of, tmp_path, model_t
     assert not list(tmp_path.glob("*.py")) and type(loaded).__module__.startswith("transformers.")
     assert_same(logits_of(loaded), logits_of(masked(checkpoint, kept)))
     distinct = {it.data_ptr(): it.numel() for it in loaded.state_dict().values()}
-    assert smaller.parameters == checkpoint.parameter_counts.of(kept.shape) == sum(distinct.values())
+    assert smaller.parameters == checkpoint.parameter_counts.after(kept.shape) == sum(distinct.values())
 
 
 @every_family

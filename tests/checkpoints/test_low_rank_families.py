@@ -14,7 +14,7 @@ from masking import write
 from ranks import SoloWorld
 
 from hfprune_dist.checkpoints.checkpoint import open_checkpoint
-from hfprune_dist.checkpoints.token_costs import TokenCosts
+from hfprune_dist.checkpoints.token_costs import token_costs
 from hfprune_dist.config.method import Method
 from hfprune_dist.distributed.layer_stream import LayerStream
 from hfprune_dist.errors import UserError
@@ -123,7 +123,7 @@ def test_what_is_written_loads_with_its_code_and_without_and_computes_what_lorap
     assert torch.equal(logits_of(ours), logits_of(theirs))
     assert (logits_of(ours) - logits_of(expected)).abs().max() <= 1e-3 * logits_of(expected).abs().max()
     distinct = {it.data_ptr(): it.numel() for it in ours.state_dict().values()}
-    assert cut.low.parameters == cut.dense.parameter_counts.of(cut.kept.shape) == sum(distinct.values())
+    assert cut.low.parameters == cut.dense.parameter_counts.after(cut.kept.shape) == sum(distinct.values())
 
 
 @pytest.mark.parametrize("model_type", ["llama", "olmo2", "opt", "phi"])
@@ -131,7 +131,7 @@ def test_layers_costs_and_adapters_know_factors(cut_of, tmp_path, model_type):
     cut = cut_of(model_type)
     with torch.no_grad():
         through_layers(cut.low, load_causal_lm(cut.low.path, torch.float32), WINDOWS)
-    before, after = TokenCosts.of(cut.dense), TokenCosts.of(cut.low)
+    before, after = token_costs(cut.dense), token_costs(cut.low)
     assert before.multiplied - after.multiplied == cut.dense.parameters - cut.low.parameters
     assert before.cached_channels == after.cached_channels
     model = trained_and_merged(cut.low, tmp_path, WINDOWS)

@@ -58,7 +58,7 @@ def test_a_plain_checkpoint_computes_what_the_masked_model_does(data):
         assert not list(pruned.glob("*.py")) and "auto_map" not in smaller.config
         loaded = load(pruned)
         torch.testing.assert_close(logits(loaded), logits(masked(dense, kept)), **EXACT)
-        assert checkpoint.parameter_counts.of(kept.shape) == smaller.parameters == count(loaded)
+        assert checkpoint.parameter_counts.after(kept.shape) == smaller.parameters == count(loaded)
         for kind, units in checkpoint.structures.items():
             assert smaller.structures[kind].counts == kept.shape.counts(units)
             for mine, before in zip(smaller.parameter_counts.layers, kept.layers, strict=True):
@@ -79,7 +79,7 @@ def test_any_shape_computes_what_the_masked_model_does_and_is_pruned_again(data)
         require_own_weights(smaller)
         loaded = load_causal_lm(pruned, torch.float64)
         torch.testing.assert_close(logits(loaded), logits(masked(dense, kept)), **EXACT)
-        assert checkpoint.parameter_counts.of(kept.shape) == smaller.parameters == count(loaded)
+        assert checkpoint.parameter_counts.after(kept.shape) == smaller.parameters == count(loaded)
         assert torch.equal(logits(loaded), by_layers(smaller))
 
         sizes = [smaller.structures[kind].counts for kind in ("neurons", "kv_groups")]
@@ -89,7 +89,7 @@ def test_any_shape_computes_what_the_masked_model_does_and_is_pruned_again(data)
         write(smaller, second, again)
         twice = load_causal_lm(again, torch.float64)
         torch.testing.assert_close(logits(twice), logits(mask(loaded, second)), **EXACT)
-        assert open_checkpoint(again).parameters == count(twice) == smaller.parameter_counts.of(second.shape)
+        assert open_checkpoint(again).parameters == count(twice) == smaller.parameter_counts.after(second.shape)
 
 
 def by_layers(checkpoint):

@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from hfprune_dist.checkpoints.checkpoint import open_checkpoint
 from hfprune_dist.checkpoints.lora_adapter import lora_targets
-from hfprune_dist.checkpoints.token_costs import TokenCosts, training_cost
+from hfprune_dist.checkpoints.token_costs import token_costs, training_cost
 from hfprune_dist.models.loading import load_causal_lm
 from hfprune_dist.structures.kept import Kept
 
@@ -27,7 +27,7 @@ def counted_flops(model, input_ids_BT, cache=None):
 
 
 def check(checkpoint, batch_size, tokens):
-    costs, model = TokenCosts.of(checkpoint), load_causal_lm(checkpoint.path, torch.float32)
+    costs, model = token_costs(checkpoint), load_causal_lm(checkpoint.path, torch.float32)
     vocabulary = checkpoint.config["vocab_size"]
     of_prompt, cache = counted_flops(model, torch.randint(vocabulary, (batch_size, tokens)))
     assert of_prompt == pytest.approx(batch_size * tokens * costs.flops(tokens), rel=0.03)  # norms and biases
@@ -62,7 +62,7 @@ def test_pruned_shapes_plain_and_layer_by_layer(tmp_path, widths, groups):
 
 def test_latent_attention_has_queries_and_values_of_sizes_of_their_own(tmp_path):
     checkpoint = open_checkpoint(save_model(tmp_path, "youtu"))
-    costs = TokenCosts.of(checkpoint)
+    costs = token_costs(checkpoint)
     assert (costs.query_channels, costs.value_channels) == (3 * 4 * (8 + 8), 3 * 4 * 8)
     check(checkpoint, batch_size=2, tokens=7)
 
@@ -82,5 +82,5 @@ def test_keys_are_values_too_in_layers_without_a_projection_of_values(tmp_path):
     ],
 )
 def test_only_layers_that_attend_to_earlier_tokens_cache_them(tmp_path, model_type, queries, values, cached):
-    costs = TokenCosts.of(open_checkpoint(save_model(tmp_path, model_type, **MIXTURES[model_type])))
+    costs = token_costs(open_checkpoint(save_model(tmp_path, model_type, **MIXTURES[model_type])))
     assert (costs.query_channels, costs.value_channels, costs.cached_channels) == (queries, values, cached)

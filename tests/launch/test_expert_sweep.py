@@ -8,7 +8,7 @@ from sweeps import finish, make_inputs, results, sweep
 from transformers import AutoModelForCausalLM
 
 from hfprune_dist.checkpoints.checkpoint import open_checkpoint
-from hfprune_dist.checkpoints.token_costs import TokenCosts
+from hfprune_dist.checkpoints.token_costs import token_costs
 
 pytestmark = pytest.mark.slow
 
@@ -47,7 +47,7 @@ def test_the_default_methods_come_to_a_row_that_plain_transformers_loads(config,
     reached = 1 - checkpoint.parameters / int(dense["parameters"])
     assert 0.2 <= reached == pytest.approx(float(row["ratio_reached"]))
     assert int(row["moe_intermediate_size"]) == model.config.moe_intermediate_size == 8
-    assert TokenCosts.of(checkpoint).active_parameters < checkpoint.parameters
+    assert token_costs(checkpoint).active_parameters < checkpoint.parameters
     assert float(dense["kl"]) < 1e-6 < float(row["kl"])
     assert [int(it["n_routed_experts"]) for it in (dense, control, row, of_experts)] == [6, 6, 6, 3]
 

@@ -17,7 +17,7 @@ from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkR
 
 from hfprune_dist.checkpoints.checkpoint import open_checkpoint
 from hfprune_dist.checkpoints.pruned_config import is_plain, plain_group_counts, pruned_config
-from hfprune_dist.checkpoints.token_costs import TokenCosts
+from hfprune_dist.checkpoints.token_costs import token_costs
 from hfprune_dist.errors import UserError
 from hfprune_dist.planning.shapes import (
     ALIGNED,
@@ -100,7 +100,7 @@ def test_layers_that_are_not_protected_are_alike_and_come_as_close_as_widths_can
     def removed(width, groups):
         return len(pruned) * (units["neurons"] * (dense[0] - width) + units["kv_groups"] * (dense[1] - groups))
 
-    assert target.counts.total - target.counts.of(shape) == removed(width, groups)
+    assert target.counts.total - target.counts.after(shape) == removed(width, groups)
     widths = {*range(target.multiple_of, dense[0], target.multiple_of), dense[0]}
     closest = min(abs(removed(it, groups) - target.removals) for it in widths if removed(it, groups))
     assert abs(removed(width, groups) - target.removals) == pytest.approx(closest, abs=1e-3)
@@ -110,7 +110,7 @@ def test_layers_that_are_not_protected_are_alike_and_come_as_close_as_widths_can
         if other % target.tensor_parallel == 0 and nearer:
             assert not removed(dense[0], other) <= target.removals <= removed(min(widths), other)
     if len(pruned) == len(each):
-        assert is_plain(target.dense, shape) and target.counts.of(shape) == smaller(target, variant, changes, shape)
+        assert is_plain(target.dense, shape) and target.counts.after(shape) == smaller(target, variant, changes, shape)
 
 
 @settings(max_examples=15)
@@ -128,14 +128,14 @@ def test_plain_shapes_come_as_close_to_the_ratio_as_widths_can(drawn, random):
         assert layers == dense[0] or "layers" in target.structures
         assert groups == dense[1] or "kv_groups" in target.structures
         step, beyond = target.counts.units["neurons"] * layers * target.multiple_of, 1e-6 * target.counts.total
-        missing = target.counts.total - target.counts.of(shape) - target.removals
+        missing = target.counts.total - target.counts.after(shape) - target.removals
         if target.multiple_of == 1:
             assert abs(missing) <= step / 2 + beyond
         else:
             assert -beyond <= missing < step + beyond, "at least the ratio"
         assert with_layers(target, shape.layers, groups) == shape
     shape = random.choice(shapes)
-    assert target.counts.of(shape) == smaller(target, variant, changes, shape)
+    assert target.counts.after(shape) == smaller(target, variant, changes, shape)
 
 
 @settings(max_examples=120)
@@ -273,7 +273,7 @@ def test_value_and_output_keep_three_times_what_query_and_key_keep_or_all(drawn)
             else:
                 assert share[pair[0]] > 1 - 1e-9 or math.prod(matrices[name]) <= sum(matrices[name])
     step = target.multiple_of * layers * target.counts.units["neurons"]
-    assert abs(target.counts.total - target.counts.of(shape) - target.removals) <= step / 2 + 1
+    assert abs(target.counts.total - target.counts.after(shape) - target.removals) <= step / 2 + 1
 
 
 @pytest.mark.parametrize("keep", [0.8, 0.5])
@@ -318,7 +318,7 @@ def test_experts_are_as_wide_as_the_ratio_lets_them_be(config, ratio, multiple_o
         assert widths["kv_groups"] == {min(possible, key=lambda it: (abs(it - wanted), it))}
         return
     left = checkpoint_of({**pruned_config(checkpoint, shape), "num_experts": config["num_experts"]})
-    assert left.parameters == checkpoint.parameter_counts.of(shape)
+    assert left.parameters == checkpoint.parameter_counts.after(shape)
 
 
 def suffices(config, number):
@@ -360,16 +360,16 @@ def test_as_many_experts_stay_as_the_ratio_and_the_router_let(config, ratio, mul
     shape = shape_for(target)
     assert shape == of(max(enough)) and is_plain(checkpoint, shape)
     left = checkpoint_of(pruned_config(checkpoint, shape))
-    assert left.parameters == checkpoint.parameter_counts.of(shape)
+    assert left.parameters == checkpoint.parameter_counts.after(shape)
     routers = (1 + ("n_group" in config) / 64) * (every - max(enough)) * len(left.family.experts.layers)
-    assert TokenCosts.of(left).active_parameters == TokenCosts.of(checkpoint).active_parameters - 64 * routers
+    assert token_costs(left).active_parameters == token_costs(checkpoint).active_parameters - 64 * routers
 
 
 def test_a_token_costs_what_its_experts_cost():
     """Compare with the same model that has only as many experts as a token is routed to."""
     config = {**CONFIG, "num_hidden_layers": 2, "intermediate_size": 64, "first_k_dense_replace": 1}
     config |= {"moe_intermediate_size": 64, "num_experts": 4, "num_experts_per_tok": 2}
-    costs, of_chosen = (TokenCosts.of(checkpoint_of({**config, "num_experts": it})) for it in (4, 2))
+    costs, of_chosen = (token_costs(checkpoint_of({**config, "num_experts": it})) for it in (4, 2))
     routing = 64 * 2
     assert costs.active_parameters == of_chosen.parameters + routing
     assert costs.flops(10) == of_chosen.flops(10) + 2 * routing

@@ -58,16 +58,16 @@ def test_a_shape_has_the_parameters_of_a_model_of_that_shape(variant, layers, wi
     dense = tiny_model(variant, num_hidden_layers=3, intermediate_size=7)
     smaller = tiny_model(variant, num_hidden_layers=layers, intermediate_size=width)
     counts = counts_of(dense)
-    assert counts.total == size_of(dense) and counts.of(Shape((0, 1, 2))) == counts.total
+    assert counts.total == size_of(dense) and counts.after(Shape((0, 1, 2))) == counts.total
     shape = Shape(tuple(range(3 - layers, 3)), {"neurons": (width,) * layers})
-    assert counts.of(shape) == size_of(smaller)
+    assert counts.after(shape) == size_of(smaller)
     assert counts.ratio(shape) == pytest.approx(1 - size_of(smaller) / size_of(dense))
 
 
 def test_each_layer_loses_its_own_units_and_matrices_of_low_rank_count_as_factors():
     dense = tiny_model("llama", num_hidden_layers=3, intermediate_size=7)
     counts, hidden = counts_of(dense), dense.config.hidden_size
-    assert counts.total - counts.of(Shape((0, 1, 2), {"neurons": (7, 3, 6)})) == (4 + 1) * 3 * hidden
+    assert counts.total - counts.after(Shape((0, 1, 2), {"neurons": (7, 3, 6)})) == (4 + 1) * 3 * hidden
     outputs, inputs = dense.model.layers[0].self_attn.k_proj.weight.shape
-    saved = counts.of(Shape((0, 2))) - counts.of(Shape((0, 2), ranks={"self_attn.k_proj": (1, 5)}))
+    saved = counts.after(Shape((0, 2))) - counts.after(Shape((0, 2), ranks={"self_attn.k_proj": (1, 5)}))
     assert saved == 2 * outputs * inputs - (1 + 5) * (outputs + inputs)
