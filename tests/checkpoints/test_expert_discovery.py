@@ -77,11 +77,3 @@ def test_a_tensor_that_is_missing_of_another_shape_or_there_besides_is_named(con
     for changed in (other, shapes | {last: [64]}):
         with pytest.raises(UserError, match="is not supported"):
             discover(config, changed, "here")
-
-
-@given(grouped_mixtures())
-def test_groups_must_have_as_many_as_a_router_takes(config):
-    experts = config["num_experts"]
-    with pytest.raises(UserError, match=r"groups have .* experts each, but a router that takes"):
-        changes = {"n_group": experts, "topk_group": 1, "num_experts_per_tok": 2}
-        discover(config | changes, tensors_of(config), "here")

@@ -24,15 +24,8 @@ from hfprune_dist.planning.ratios import check_ratios
 
 every_model = pytest.mark.parametrize("model_type", SEEING)
 TEXT = [5, 6, 7, 8]
-SIZES = {
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "layer_types",
-    "max_window_layers",
-}
+SIZES = {"intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim"}
+SIZES |= {"layer_types", "max_window_layers"}
 
 
 @pytest.fixture(scope="module")

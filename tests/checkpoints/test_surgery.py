@@ -133,23 +133,16 @@ def test_layers_that_differ_load_with_the_code_in_their_folder_and_generate(tmp_
         assert torch.equal(loaded.generate(IDS, **steps, **cache), without_cache), cache
 
 
-@pytest.mark.parametrize("variant", ["llama", "qwen2"])
-def test_layers_that_differ_load_where_transformers_has_no_settings_of_single_layers(tmp_path, monkeypatch, variant):
+def test_layers_that_differ_load_where_transformers_has_no_settings_of_single_layers(tmp_path, monkeypatch):
     """As in transformers 4.57 and 5.5, with which this was run too."""
-    write(open_checkpoint(save_tiny(tmp_path / "dense", variant, num_hidden_layers=3)), RAGGED, tmp_path / "pruned")
+    write(open_checkpoint(save_tiny(tmp_path / "dense", num_hidden_layers=3)), RAGGED, tmp_path / "pruned")
     expected = load(tmp_path / "pruned", trust_remote_code=True)(IDS, use_cache=False).logits
     monkeypatch.delattr(HeterogeneousConfigMixin, "per_layer_config")
     loaded = load(tmp_path / "pruned", trust_remote_code=True)
     assert torch.equal(loaded(IDS, use_cache=False).logits, expected)
 
 
-ROPES = [
-    {},
-    {"rope_theta": 5000.0},
-    {"rope_theta": 5000.0, "rope_scaling": {"type": "linear", "factor": 2.0}},
-    {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}},
-    {"rope_parameters": {"rope_type": "yarn", "rope_theta": 777.0, "factor": 4.0}},
-]
+ROPES = [{}, {"rope_theta": 5000.0, "rope_scaling": {"type": "linear", "factor": 2.0}}]
 
 
 @drawn

@@ -33,7 +33,7 @@ def written(tmp_path_factory):
     return file, file.read_bytes()
 
 
-@settings(max_examples=200)
+@settings(max_examples=50)
 @given(how=DAMAGES)
 def test_any_damage_is_noticed(written, how):
     file, content = written

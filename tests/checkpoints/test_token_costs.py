@@ -78,7 +78,6 @@ def test_keys_are_values_too_in_layers_without_a_projection_of_values(tmp_path):
     [
         ("qwen3_next", 4 * 8, 4 * 8, 2 * 2 * 8),  # a gate comes with the queries
         ("kimi_linear", 4 * (8 + 8), 4 * 8, 16 + 8),  # linear attention has queries, keys and values as well
-        ("bailing_hybrid", 4 * (8 + 8), 4 * 8, 16 + 8),
     ],
 )
 def test_only_layers_that_attend_to_earlier_tokens_cache_them(tmp_path, model_type, queries, values, cached):

@@ -15,7 +15,6 @@ from hfprune_dist.structures.kept import Kept
 MERGES = [("▁", "b"), ("a", "n"), ("▁b", "an"), ("e", "n"), ("▁", "d")]
 PIECES = ["<unk>", "<s>", "</s>", *"abcdefghijklmnoprstuv .,\n▁", *(left + right for left, right in MERGES)]
 TEXTS = [" ban  den</s>ban ", "ban\n\n<s>  den 12,3", "</s> ban", "", tiny_text(30, 0)]
-FLAGS = [{}, {"legacy": True}, {"add_bos_token": False}]
 
 
 def of_pieces(normalizer, pre_tokenizer):
@@ -40,9 +39,6 @@ def of_bytes():
 
 
 TOKENIZERS = {
-    "prepending": lambda: of_pieces(
-        normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]), None
-    ),
     "metaspace": lambda: of_pieces(None, pre_tokenizers.Metaspace("▁", "first", split=False)),
     "nothing before a text": lambda: of_pieces(normalizers.Replace(" ", "▁"), None),
     "bytes": of_bytes,
@@ -65,11 +61,8 @@ def dense(tmp_path_factory):
 def test_ids_are_those_of_the_dense_model(dense, tmp_path, name, kind):
     kept = Kept.of_all_layers({"kv_groups": [torch.arange(3)]})
     TOKENIZERS[name]().save(str(dense / "tokenizer.json"))
-    for number, flags in enumerate(FLAGS):
-        settings = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "tokenizer_class": kind, **flags}
-        settings = {key: value for key, value in settings.items() if value is not None}
-        (dense / "tokenizer_config.json").write_text(json.dumps(settings))
-        pruned = tmp_path / str(number)
-        write(open_checkpoint(dense), kept, pruned)
-        assert json.loads((pruned / "config.json").read_text())["model_type"] == "mistral"
-        assert ids(pruned) == ids(dense)
+    settings = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "tokenizer_class": kind}
+    (dense / "tokenizer_config.json").write_text(json.dumps(settings))
+    write(open_checkpoint(dense), kept, tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["model_type"] == "mistral"
+    assert ids(tmp_path) == ids(dense)

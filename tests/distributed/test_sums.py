@@ -6,10 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from worlds import Ranks
 
-from hfprune_dist.core.least_squares import Projection
 from hfprune_dist.distributed.sums import GramSums, is_held_out
 from hfprune_dist.errors import UserError
-from hfprune_dist.refit.least_squares_fit import solve
 
 EXPERTS, OUTPUTS = 3, 4
 # Scales that routers and gates give to an expert's activations.
@@ -55,24 +53,7 @@ def test_sums_are_those_of_the_tokens_on_any_number_of_ranks(batches, ranks):
             assert (gram_DD - vectors.T @ vectors).norm() <= 1e-6 * (vectors.T @ vectors).norm()
 
 
-@given(read(), st.integers(0, 99))
-@settings(max_examples=50)
-def test_every_expert_gets_a_weight_that_is_no_worse(batches, seed):
-    generator = torch.Generator().manual_seed(seed)
-    size = batches[0][0].shape[1]
-    kept = torch.randperm(size, generator=generator)[: 1 + seed % size].sort().values
-    weight_CD = torch.randn(OUTPUTS, size, generator=generator)
-    for grams in grams_of(batches, 1):
-        whole_CK, gram_DD = solve(weight_CD, grams, kept, expert=True).whole_CK, grams.whole()
-        assert whole_CK.isfinite().all()
-        problem = Projection(weight_CD, gram_DD).keeping(kept)
-        assert problem.error(whole_CK.double()) <= problem.error(problem.old_CK) + 1e-6
-        if not gram_DD.any():
-            assert torch.equal(whole_CK, weight_CD[:, kept])
-
-
-@pytest.mark.parametrize("value", [torch.nan, torch.inf, 1e30])
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize(("value", "ranks"), [(torch.nan, 1), (1e30, 2)])
 def test_what_is_not_finite_names_the_layer(value, ranks):
     batches = [[torch.ones(2, 3)] * EXPERTS, [torch.ones(2, 3), torch.full((1, 3), value), torch.ones(0, 3)]]
     with pytest.raises(UserError, match="activations of layer 0: values are NaN or infinite"):

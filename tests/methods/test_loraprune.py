@@ -73,7 +73,3 @@ def test_any_number_of_steps_reaches_all_and_loses_no_unit_twice(total, gone, da
     else:
         left = 1 - (step - 0.1 * total) / (0.8 * total)
         assert here == pytest.approx(gone * (1 - left**3), abs=0.501)
-
-
-def test_the_only_unit_that_goes_does_not_wait_for_the_end():
-    assert [gone_after(step, 100, 1) for step in (10, 26, 27, 90)] == [0, 0, 1, 1]

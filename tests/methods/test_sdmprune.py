@@ -1,17 +1,11 @@
 """Products of neurons' weights and their gradients, compared with autograd through models that are really cut."""
 
 import pytest
-import torch
 from core_definition import coupled_taylor
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from peak_bytes import PeakBytes
 from scored_model import NEURONS, TEACHING, a_student, some_windows, sums_of
 from tiny import tiny_model
-
-from hfprune_dist.core import portions
-from hfprune_dist.core.linear_observer import seen_weights
-from hfprune_dist.methods.sdmprune import coupled_products
 
 OF_LABELS, DISTILLED = "coupled_taylor", "coupled_taylor_distilled"
 
@@ -40,21 +34,3 @@ def test_labels_and_teacher_count_as_they_are_told_to(share, temperature, tokens
     model, windows = tiny_model("llama", intermediate_size=width), some_windows(2, tokens)
     found = sums_of(model, windows, [DISTILLED], 2, teaching=(share, temperature))[NEURONS].of_units
     assert_close(found[DISTILLED], coupled_taylor(model, windows, a_student(model), share, temperature))
-
-
-def test_no_weights_whole_gradient_ever_exists(monkeypatch):
-    """Where portions fit into a cache; a window's inputs and gradients are given."""
-    width, hidden, tokens = 600, 400, 4
-    monkeypatch.setattr(portions, "CACHE_BYTES", 2**16)
-    linears = [torch.nn.Linear(hidden, width), torch.nn.Linear(hidden, width), torch.nn.Linear(width, hidden)]
-    scores = []
-    rows = [(linear, 1) for linear in linears[:2]]
-    weights = seen_weights(rows, linears[2], lambda owned: scores.append(coupled_products(owned)))
-    shown = [(torch.randn(3, tokens, it.in_features), torch.randn(3, tokens, it.out_features)) for it in linears]
-    with PeakBytes() as counted:
-        for seen, pair in zip(weights, shown, strict=True):
-            seen.see(*pair)
-            seen.see_weight(seen.module.weight.detach())
-    assert len(scores) == 1 and scores[0].shape == (width,)
-    # Weights count as well, because views of them are made meanwhile.
-    assert counted.peak < 4 * width * hidden * 3.3

@@ -31,7 +31,7 @@ def test_layers_of_one_configuration_are_copies(tmp_path, monkeypatch):
     assert decoder(checkpoint, 0, torch.bfloat16).dtype == torch.bfloat16 and len(made) == 3
 
 
-@pytest.mark.parametrize("model_type", ["gemma3", "mixtral", "bamba"])
+@pytest.mark.parametrize("model_type", ["gemma3", "bamba"])
 def test_whatever_is_done_to_a_decoder_the_next_ones_are_as_if_it_were_the_first(tmp_path, monkeypatch, model_type):
     checkpoint = open_checkpoint(save_model(tmp_path, model_type))
     first, second = (decoder(checkpoint, 0) for _ in range(2))
@@ -44,18 +44,9 @@ def test_whatever_is_done_to_a_decoder_the_next_ones_are_as_if_it_were_the_first
     for tensor in (*first.parameters(), *first.buffers()):
         tensor.requires_grad_(False).add_(1)
     first.set_submodule(LAYER, nn.Identity())
-    assert_alike(second, untouched)
-    assert_alike(decoder(checkpoint, 0), untouched)
-
-
-def assert_alike(decoder, expected):
-    assert str(decoder) == str(expected)
-    for ours, theirs in zip(decoder.modules(), expected.modules(), strict=True):
-        assert not ours._forward_pre_hooks and not hasattr(getattr(ours, "config", ours), "spoilt")
-        assert vars(ours).keys() == vars(theirs).keys() and ours.training == theirs.training
-    for (name, ours), (_, theirs) in zip(decoder.named_parameters(), expected.named_parameters(), strict=True):
-        assert (ours.is_meta, ours.shape, ours.dtype, ours.requires_grad) == (True, theirs.shape, theirs.dtype, True), (
-            name
-        )
-    for (name, ours), (_, theirs) in zip(decoder.named_buffers(), expected.named_buffers(), strict=True):
-        assert ours.dtype == theirs.dtype and torch.equal(ours, theirs), name
+    for other in (second, decoder(checkpoint, 0)):
+        assert str(other) == str(untouched)
+        for ours in other.modules():
+            assert not ours._forward_pre_hooks and not hasattr(getattr(ours, "config", ours), "spoilt")
+        assert all(parameter.is_meta and parameter.requires_grad for parameter in other.parameters())
+        assert all(map(torch.equal, other.buffers(), untouched.buffers()))

@@ -10,27 +10,13 @@ from hfprune_dist.models.single_layer import LayerReader
 
 
 @pytest.mark.parametrize("model_type", ["llama", "gemma2", "stablelm"])
-@pytest.mark.parametrize(("least", "most"), [(0.5, 1.5), (0.98, 0.99)])
-def test_outputs_are_multiplied_whether_the_norm_adds_one_to_its_weight_or_has_a_bias(
-    tmp_path, model_type, least, most
-):
+@pytest.mark.parametrize("size", [0.0, 1e-3, 3e4])
+def test_outputs_are_multiplied_whatever_the_norm_does_with_its_weight(tmp_path, model_type, size):
+    """It may add one to it, or have a bias as well; weights may be large or small."""
     checkpoint = open_checkpoint(save_model(tmp_path, model_type))
     norm = LayerReader(checkpoint, torch.float32, torch.device("cpu")).final_norm()
-    for it in norm.parameters():
-        it.data += torch.linspace(-0.3, 0.3, len(it))
-    hidden_NC = torch.randn(7, len(norm.weight))
-    factors_C = torch.linspace(least, most, len(norm.weight))
-    wanted_NC = norm(hidden_NC) * factors_C
-    for name, value in with_factors(norm, factors_C.double()).items():
-        norm.get_parameter(name).data = value
-    torch.testing.assert_close(norm(hidden_NC), wanted_NC)
-
-
-@pytest.mark.parametrize("model_type", ["llama", "gemma2", "stablelm"])
-@pytest.mark.parametrize("size", [0.0, 1e-3, 300.0, -300.0, 3e4])
-def test_outputs_are_multiplied_however_large_or_small_weights_are(tmp_path, model_type, size):
-    checkpoint = open_checkpoint(save_model(tmp_path, model_type))
-    norm = LayerReader(checkpoint, torch.float32, torch.device("cpu")).final_norm()
+    for parameter in norm.parameters():
+        parameter.data += torch.linspace(-0.3, 0.3, len(parameter))
     norm.weight.data[5] = size
     hidden_NC, factors_C = torch.randn(7, len(norm.weight)), torch.linspace(0.5, 1.5, len(norm.weight))
     wanted_NC = norm(hidden_NC) * factors_C

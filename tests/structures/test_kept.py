@@ -18,13 +18,6 @@ def test_a_shape_is_how_much_is_kept():
     assert Kept.of_all_layers({"neurons": [torch.tensor([4])] * 3}).layers == (0, 1, 2)
 
 
-@pytest.mark.parametrize("layers", [(1, 0), (0, 0), ()])
-def test_layers_stand_in_order(layers):
-    units = FAMILY.units(tiny_model().config.to_dict())
-    with pytest.raises(AssertionError, match="layers"):
-        Shape(layers).counts(units)
-
-
 def test_a_layer_keeps_at_least_one_of_its_units_and_at_most_all():
     units = FAMILY.units(tiny_model().config.to_dict())
     layers, most = tuple(range(units.num_layers)), units.most
