@@ -28,11 +28,10 @@ pytestmark = pytest.mark.slow
 def finished(config, tmp_path_factory):
     """An undisturbed sweep, with whose results every fault below must end."""
     out = tmp_path_factory.mktemp("finished") / "out"
-    return out, finish(config, out, *ALPHA)
+    return out, finish(config, out, *ONE_CELL)
 
 
-ALPHA = ["--models", "alpha"]
-ONE_CELL = [*ALPHA, "--ratios", "0.2"]
+ONE_CELL = ["--models", "alpha", "--ratios", "0.2", "--ranks", "1"]
 WITHOUT_RECOVERY = [*ONE_CELL, "--set", "recovery.method=none"]
 
 
@@ -81,14 +80,13 @@ def test_one_row_per_cell_with_its_baselines(finished):
     assert [(row["model"], row["ratio"], row["recovery"]) for row in rows] == [
         ("alpha", "0.0", "none"),
         ("alpha", "0.0", "lora"),
-        ("alpha", "0.1", "lora"),
         ("alpha", "0.2", "lora"),
     ]
     assert {row["status"] for row in rows} == {"done"}
     for row in rows:
         assert float(row["perplexity"]) > 1 and 0 <= float(row["top1_agreement"]) <= 1
         assert 0 <= float(row["tiny_choice/acc"]) <= 1 and row["tiny_choice/acc_stderr"]
-    dense, control, pruned = rows[0], rows[1], rows[3]
+    dense, control, pruned = rows
     assert float(dense["kl"]) == 0 and float(dense["top1_agreement"]) == 1
     assert float(control["kl"]) > 0 and float(pruned["kl"]) > float(control["kl"])
     assert int(pruned["parameters"]) < int(dense["parameters"])
@@ -170,7 +168,8 @@ def test_the_recipe_of_a_checkpoint_plans_it_again(finished, config, tmp_path):
 
 def test_a_model_of_any_shape_is_recovered_and_evaluated(config, tmp_path):
     """It is calibrated on two texts and compared on two."""
-    settings = ["recovery.max_steps=1", "runtime.ranks=1", "prune.refit=dense", "calibration.samples=4"]
+    settings = ["recovery.max_steps=1", "runtime.ranks=1", "calibration.samples=4", "evaluation.tasks=[]"]
+    settings += ["prune.refit=dense", "prune.effort=quick"]
     first, second = ({"path": str(config.parent / name)} for name in ("calibration.jsonl", "heldout.jsonl"))
     settings += ["calibration.path=null", f"calibration.mixture=[{first}, {second}]"]
     settings += ["evaluation.fidelity.path=null", f"evaluation.fidelity.texts={{own: {second}, other: {first}}}"]
@@ -178,7 +177,7 @@ def test_a_model_of_any_shape_is_recovered_and_evaluated(config, tmp_path):
     result = sweep(config, tmp_path, *chosen, *itertools.chain(*(("--set", it) for it in settings)))
     assert result.returncode == 0, result.stderr[-2000:]
     pruned = next(row for row in results(tmp_path) if row["ratio"] == "0.3")
-    assert pruned["status"] == "done" and float(pruned["kl"]) > 0 and pruned["tiny_choice/acc"]
+    assert pruned["status"] == "done" and float(pruned["kl"]) > 0
     assert float(pruned["fidelity/other/kl"]) > 0 and "| KL other |" in (tmp_path / "results.md").read_text()
     assert float(pruned["ratio_reached"]) == pytest.approx(0.3, abs=0.002)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoints" / name_of(pruned), trust_remote_code=True)
@@ -189,10 +188,10 @@ def test_all_three_reports_agree_and_keep_the_configuration(finished, config):
     out, result = finished
     rows = json.loads((out / "results.json").read_text())["rows"]
     assert [row["kl"] for row in rows] == [float(row["kl"]) for row in results(out)]
-    assert (out / "results.md").read_text().count("\n| alpha |") == 2 * 4, "a table of few columns and one of all"
+    assert (out / "results.md").read_text().count("\n| alpha |") == 2 * 3, "a table of few columns and one of all"
     assert "alpha" in result.stdout and "tiny_choice" in result.stdout
     checkpoints = [out / "checkpoints" / name_of(row) for row in rows if row["checkpoint"]]
-    assert len(checkpoints) == 3 and all(f"  {folder}\n" in result.stdout for folder in checkpoints)
+    assert len(checkpoints) == 2 and all(f"  {folder}\n" in result.stdout for folder in checkpoints)
     assert all(row["kl_stderr"] > 0 and row["windows"] == 4 for row in rows if row["kl"])
     assert all(0 < row["own_time_s"] <= row["wall_time_s"] for row in rows)
     assert all(row["provenance"]["seed"] == 0 and row["provenance"]["packages"]["torch"] for row in rows)
@@ -205,7 +204,7 @@ def test_all_three_reports_agree_and_keep_the_configuration(finished, config):
 def test_a_second_run_runs_nothing(finished, config):
     out, _ = finished
     before = {file: file.stat().st_mtime_ns for file in (out / "store").rglob("*") if file.is_file()}
-    result = sweep(config, out, *ALPHA)
+    result = sweep(config, out, *ONE_CELL)
     assert result.returncode == 0 and "stages to run" not in result.stdout
     after = {file: file.stat().st_mtime_ns for file in (out / "store").rglob("*") if file.is_file()}
     assert after == before
@@ -220,7 +219,7 @@ def test_a_session_in_python_takes_up_a_sweep(finished, config, monkeypatch):
     lines = (
         lines.replace("runs/notebook", str(out))
         .replace("my.yaml", str(config))
-        .replace("ratios=[0.2]", 'models=["alpha"]')
+        .replace("ratios=[0.2]", 'models=["alpha"], ratios=[0.2]')
     )
     monkeypatch.setattr(subprocess, "Popen", None)
     shown = {}
@@ -230,7 +229,7 @@ def test_a_session_in_python_takes_up_a_sweep(finished, config, monkeypatch):
         row["label"] for row in json.loads(before["results.json"])["rows"]
     ]
     assert [len(layer) for layer in shown["scores"]["alpha"]["surgeon"]] == [48, 48]
-    assert set(shown["folders"]) == {("alpha", ratio, "surgeon-uniform-block") for ratio in (0.1, 0.2)}
+    assert set(shown["folders"]) == {("alpha", 0.2, "surgeon-uniform-block")}
     pruned = AutoModelForCausalLM.from_pretrained(shown["folders"]["alpha", 0.2, "surgeon-uniform-block"])
     assert pruned.config.intermediate_size < 48
 
@@ -242,9 +241,9 @@ def test_a_corrupt_artifact_is_set_aside_and_made_again(finished, config, tmp_pa
     content = bytearray(victim.read_bytes())
     content[-1] ^= 1
     victim.write_bytes(content)
-    result = sweep(config, out, *ALPHA)
+    result = sweep(config, out, *ONE_CELL)
     assert result.returncode == 0 and "content changed since it was committed" in result.stdout
-    assert "1 of 11 stages to run" in result.stdout
+    assert "1 of 8 stages to run" in result.stdout
     assert len(list((out / "store" / "quarantine").iterdir())) == 1
     assert_same_as(finished[0], out)
 
@@ -253,14 +252,9 @@ def test_a_corrupt_artifact_is_set_aside_and_made_again(finished, config, tmp_pa
 SLEEPING = {"PYTHONPATH": str(FAULTS), "SLOW_MATCH": "partial", "SLOW_S": "600"}
 
 
-def descendants_of(process):
-    return psutil.Process(process.pid).children(recursive=True)
-
-
-def start(config, out, *arguments, real=False, environment=None):
-    started = command(config, out, *arguments)
+def start(config, out, *arguments, environment=None):
     return subprocess.Popen(
-        started if real else forked(started),
+        forked(command(config, out, *arguments)),
         env={**os.environ, "OMP_NUM_THREADS": "1", **(environment or {})},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -274,10 +268,6 @@ def wait_for(condition, seconds=600):
         assert time.monotonic() < deadline, "waited in vain"
         time.sleep(0.02)
     return found
-
-
-def all_gone(processes):
-    return not any(process.is_running() and process.status() != psutil.STATUS_ZOMBIE for process in processes)
 
 
 def at_work(out, stage_id):
@@ -302,18 +292,6 @@ def test_killing_the_launcher_at_any_moment(finished, config, short_of):
     assert len(results(out)) == 3
 
 
-def test_no_rank_outlives_its_launcher(config, tmp_path):
-    """The rank would not end by itself before the test does."""
-    out = tmp_path / "out"
-    launcher = start(config, out, *ONE_CELL, "--ranks", "1", real=True, environment=SLEEPING)
-    wait_for(lambda: at_work(out, "importance/*"))
-    started = descendants_of(launcher)
-    assert len(started) >= 3, "the warm process, a watcher and a rank"
-    launcher.kill()
-    launcher.communicate()
-    wait_for(lambda: all_gone(started), 30)
-
-
 def test_killing_a_rank_of_one_stage_after_another(finished, config, short_of):
     """Each time, cells that don't need the stage are finished; the next sweep goes on to the next stage."""
     out = short_of(SCORES, PRUNE, RECOVER, EVALUATE, "evaluate alpha dense")
@@ -333,7 +311,7 @@ def test_a_rank_that_fails_ends_the_stage_with_its_message(config, tmp_path):
     """Rank 1 must not write the sums of its layer; rank 0 waits for it."""
     refused = {"PYTHONPATH": str(FAULTS), "REFUSE_RANK": "1", "REFUSE_MATCH": "matrices"}
     few = ["--set", "recovery.method=none", "--set", "evaluation.tasks=[]"]
-    result = sweep(config, tmp_path / "out", *ONE_CELL, *few, environment=refused)
+    result = sweep(config, tmp_path / "out", *ONE_CELL, "--ranks", "2", *few, environment=refused)
     assert result.returncode == 2, result.stdout
     assert "Permission denied; check the permissions" in result.stdout and "Traceback" not in result.stdout
     (log,) = (tmp_path / "out" / "logs").glob("importance-*.1.log")
@@ -342,22 +320,19 @@ def test_a_rank_that_fails_ends_the_stage_with_its_message(config, tmp_path):
     assert not [it for it in commands if str(tmp_path / "out") in it], "left running"
 
 
-def test_ctrl_c_leaves_nothing_running_and_nothing_half_written(finished, config, short_of):
+def test_a_cancelled_launcher_leaves_nothing_half_written(finished, config, short_of):
+    """That nothing is left running is tested in local/test_warm.py."""
     out = short_of(SCORES, PRUNE, RECOVER)  # without a checkpoint, so that all of it is needed
-    launcher = start(config, out, *ONE_CELL, real=True, environment=SLEEPING)
+    launcher = start(config, out, *ONE_CELL, environment=SLEEPING)
     wait_for(lambda: at_work(out, id_of(finished[0], SCORES)))
-    started = descendants_of(launcher)
     shown = sweep(config, out, *ONE_CELL, "--status").stdout
-    assert f"process {launcher.pid}" in shown and "running" in shown and "job" not in shown
-    assert "on 2 ranks" in sweep(config, out, *ONE_CELL, "--logs", "alpha 0.2 + lora").stdout, "said at once"
+    assert re.search(r"running .*process \d+", shown) and "job" not in shown
+    assert "on 1 rank" in sweep(config, out, *ONE_CELL, "--logs", "alpha 0.2 + lora").stdout, "said at once"
     cancelled = sweep(config, out, *ONE_CELL, "--cancel")
-    assert cancelled.returncode == 0 and f"process {launcher.pid} has stopped work on it" in cancelled.stdout
+    assert cancelled.returncode == 0 and re.search(r"process \d+ has stopped work on it", cancelled.stdout)
     output, _ = launcher.communicate(timeout=600)
     assert launcher.returncode == 130 and "run the same command again" in output and "Traceback" not in output
-    assert all_gone(started)
     assert not list((out / "store").rglob(".draft*"))
-    assert sweep(config, out, *ONE_CELL).returncode == 0
-    assert_same_as(finished[0], out)
 
 
 def test_two_sweeps_at_once_share_the_work(finished, config, short_of):
