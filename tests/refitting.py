@@ -11,7 +11,7 @@ from hfprune_dist.core.least_squares import RIDGES
 from hfprune_dist.distributed.layer_stream import LayerStream
 from hfprune_dist.distributed.sums import is_held_out
 from hfprune_dist.models.single_layer import LayerReader, part_of, run
-from hfprune_dist.refit.dense_refit import refit_on_dense
+from hfprune_dist.refit.output_refit import refit_on_dense
 from hfprune_dist.refit.refitted_layers import RefittedLayers
 from hfprune_dist.refit.sequential_refit import SequentialRefit
 from hfprune_dist.structures.kept import Kept
@@ -68,8 +68,8 @@ def refit(method, checkpoint, kept, folder, **options):
     if method == "dense":
         refit_on_dense(kept, kinds, *streams, fitted, after_each)
     else:
-        iterations = 2 if method == "block" else None
-        SequentialRefit(kept, kinds, *streams, fitted, more_iterations=iterations).run(after_each)
+        iterations = options.get("iterations", (2, 2)) if method == "block" else None
+        SequentialRefit(kept, kinds, *streams, fitted, iterations=iterations).run(after_each)
     return fitted
 
 

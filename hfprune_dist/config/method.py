@@ -36,13 +36,6 @@ def _goes_together(structures: list[Structure]) -> list[Structure]:
 Structures = Annotated[list[Structure], AfterValidator(_in_order), AfterValidator(_goes_together)]
 UnitKinds = Annotated[list[UnitKind], AfterValidator(_in_order)]
 
-# What a thorough refit does beyond a quick one: parameters of the stage that prunes.
-THOROUGH: dict[Refit, dict[str, Any]] = {
-    "dense": {"refit_copies": 1},
-    "layerwise": {"refit_copies": 1, "refit_norms": True},
-    "block": {"refit_copies": 1, "refit_norms": True, "refit_iterations": 6},
-}
-
 
 class Method(Section):
     """How scores are turned into a smaller checkpoint. ``configs/methods`` has the methods shipped with the project."""
@@ -93,14 +86,15 @@ class Method(Section):
     the output that would restore the dense model's hidden states. block: as layerwise, then Gauss-Newton steps on
     gate_proj, up_proj and down_proj together; takes minutes, not seconds."""
     effort: Effort = "thorough"
-    """How far a refit by least squares goes. quick: it sees the calibration windows, and ends with block by block; of
-    shapes that are measured, the closest is taken. thorough: it also sees a copy of each window in which half of the
-    tokens are redrawn from the dense model's distribution of the next token, which brings some of what more text would
-    and takes twice as long; the closest shapes are fitted layer by layer before one is taken; ``block`` has four
-    iterations, and six on all windows, instead of two each; and after ``layerwise`` and ``block``, the weights of all
-    norms are refitted: a factor for each channel, found by a few steps that lower the divergence from the dense model's
-    distribution of the next token. With refit: none or bias it only changes how many layers a search
-    measures."""
+    """How far a search and a refit by least squares go. quick: layers are ordered by what dropping each alone costs; of
+    shapes, those with every other number of layers are measured, after fits on half of the calibration windows, and the
+    closest is taken; the refit sees the calibration windows, and ``block`` takes one Gauss-Newton step of two
+    iterations. thorough: layers are measured again after each that goes; the closest shapes are fitted layer by layer
+    before one is taken; the refit also sees a copy of each window in which half of the tokens are redrawn from the
+    dense model's distribution of the next token, which brings some of what more text would; ``block`` takes a step of
+    four iterations, and one of six on all windows; and after ``layerwise`` and ``block``, the weights of all norms are
+    refitted: a factor for each channel, found by a few steps that lower the divergence from the dense model's
+    distribution of the next token."""
     multiple_of: PositiveOrAuto = 1
     """Round intermediate_size, or the number of experts, to a multiple of this: 64 or 128 suit GPUs; for experts,
     take the number of devices that share them. auto: the largest of 256, 128, 64 and 32 of which one step in all layers
@@ -136,9 +130,9 @@ class Method(Section):
 
     def of_one_cut(self) -> dict[str, Any]:
         """The settings that affect a single prune stage; the others affect which stages there are."""
-        of_others = {"prunes_in", "adapts", "distill", "effort"}
-        thorough = {"finals": True, **THOROUGH.get(self.refit, {})} if self.effort == "thorough" else {}
-        return self.model_dump(exclude=self.without_effect | of_others) | thorough
+        of_others = {"prunes_in", "adapts", "distill"}
+        measures_or_fits = self.allocation in ("plain", "searched") or self.refit not in ("none", "bias")
+        return self.model_dump(exclude=self.without_effect | of_others | (set() if measures_or_fits else {"effort"}))
 
     @property
     def scored_before(self) -> frozenset[CriterionName]:

@@ -159,8 +159,8 @@ class GaussNewtonSums:
 
     def inverse(self) -> Callable[[MlpWeights], MlpWeights]:
         """Return a function that multiplies with approximately (J^T J)^-1, damped."""
-        by_inputs_CC = damped_inverse(self.inputs_CC / self.tokens, DAMPING).float()
-        by_hidden_KK = damped_inverse(self.hidden_KK, DAMPING).float()
+        by_inputs_CC = damped_inverse(self.inputs_CC / self.tokens, DAMPING)
+        by_hidden_KK = damped_inverse(self.hidden_KK.float(), DAMPING)
         rows_K = [it + damping_of(it, DAMPING) for it in self.rows_K]
         return lambda it: MlpWeights.of(
             *(row_KC @ by_inputs_CC / row_K[:, None] for row_KC, row_K in zip(it.rows_KC, rows_K, strict=True)),
@@ -169,13 +169,18 @@ class GaussNewtonSums:
 
 
 def solve_normal_equations(
-    product: Callable[[MlpWeights], MlpWeights], right: MlpWeights, curvature: GaussNewtonSums, iterations: int
+    product: Callable[[MlpWeights], MlpWeights],
+    length: Callable[[MlpWeights], float],
+    right: MlpWeights,
+    curvature: GaussNewtonSums,
+    iterations: int,
 ) -> MlpWeights:
     """Return an approximate solution x of (J^T J + DAMPING (diag + its mean)) x = right, with diag the approximate
     diagonal of J^T J, by preconditioned conjugate gradients from x = 0.
 
     Args:
         product: v -> J^T J v.
+        length: v -> ||J v||^2, which is all that the last iteration needs, at half of the price.
         right: J^T residual.
         iterations: at most so many; fewer if the residual vanishes.
     """
@@ -187,12 +192,13 @@ def solve_normal_equations(
     for following in reversed(range(iterations)):
         if rho <= 0:  # solved, up to rounding
             break
-        image = product(direction).plus(damping.times(direction))
+        damped = damping.times(direction)
+        if not following:
+            return solution.plus(direction, rho / (length(direction) + direction.dot(damped)))
+        image = product(direction).plus(damped)
         step = rho / direction.dot(image)
-        solution = solution.plus(direction, step)
-        if following:  # the last direction needs none after it
-            residual = residual.plus(image, -step)
-            rho_before, preconditioned = rho, inverse(residual)
-            rho = residual.dot(preconditioned)
-            direction = preconditioned.plus(direction, rho / rho_before)
+        solution, residual = solution.plus(direction, step), residual.plus(image, -step)
+        rho_before, preconditioned = rho, inverse(residual)
+        rho = residual.dot(preconditioned)
+        direction = preconditioned.plus(direction, rho / rho_before)
     return solution

@@ -43,14 +43,14 @@ def damping_of(diagonal_D: Tensor, damping: float) -> Tensor:
 
 
 def damped_inverse(gram_DD: Tensor, damping: float) -> Tensor:
-    """Return the inverse, float64, of the matrix with ``damping_of`` its diagonal added to the diagonal.
+    """Return the inverse, in the same dtype, of the matrix with ``damping_of`` its diagonal added to the diagonal.
 
     What is added is up to 100 times as large if less leaves a matrix that is, due to rounding, not positive definite.
 
     Raises:
         UnresolvedError: if no such matrix is positive definite.
     """
-    damped_DD = gram_DD.to(torch.float64, copy=True)
+    damped_DD = gram_DD.clone()
     strengths = [damping_of(damped_DD.diagonal(), factor * damping) for factor in MORE_DAMPING]
     diagonal_D = damped_DD.diagonal().clone()
     for strength in strengths:

@@ -1,7 +1,8 @@
 """Least-squares refit of an output projection: the channels that stay take over the work of those removed.
 
-W' minimises E||W h - W' h_S||^2 + ridge * mean(diag G[S, S]) * ||W' - W_S||^2 over the kept channels S, which needs
-only G = E[h h^T]: W' = (W G[:, S] + ridge' W_S) (G[S, S] + ridge' I)^-1. No bias or other parameter is added.
+W' minimises E||y - W' h_S||^2 + ridge * mean(diag G[S, S]) * ||W' - W_S||^2 over the kept channels S, where targets y
+are W h, or anything else. That needs only G = E[h h^T] and E[y h_S^T]:
+W' = (E[y h_S^T] + ridge' W_S) (G[S, S] + ridge' I)^-1. No bias or other parameter is added.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from hfprune_dist.core.gram import UnresolvedError
+from hfprune_dist.core.portions import widened
 
 # Candidate ridges, as shares of the kept channels' mean energy; the best one on held-out tokens is used.
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
@@ -27,9 +29,9 @@ class Projection:
     """
 
     def __init__(self, weight_CD: Tensor, gram_DD: Tensor) -> None:
-        self._weight_CD = weight_CD.to(gram_DD)
+        self._weight_CD = widened(weight_CD)
         self._gram_DD = gram_DD
-        self._outputs_CD = self._weight_CD @ gram_DD
+        self._outputs_CD = (self._weight_CD @ gram_DD.to(self._weight_CD)).to(gram_DD)
         self._energy = (self._outputs_CD * self._weight_CD).sum()
 
     def keeping(self, kept: Tensor) -> LeastSquares:
@@ -40,15 +42,19 @@ class Projection:
 
 @dataclass(frozen=True)
 class LeastSquares:
-    """The problem on some tokens, from which the weight for any ridge and the error of any weight follow; float64."""
+    """The problem on some tokens, from which the weight for any ridge and the error of any weight follow.
 
-    energy: Tensor  # E||W h||^2, with all channels
-    cross_CK: Tensor  # E[W h h_S^T]
+    Sums are float64. Products and solves have the dtype of ``old_CK``, float32 for models: a solve errs as if entries
+    of the Gram matrix were rounded once more, and those of models are sums of float32 products already.
+    """
+
+    energy: Tensor  # E||y||^2
+    cross_CK: Tensor  # E[y h_S^T]
     gram_KK: Tensor  # E[h_S h_S^T]
     old_CK: Tensor  # the kept columns of W
 
     def weight(self, ridge: float) -> Tensor:
-        """Return the refitted weight [hidden_size, kept], float64; the old one if the kept channels are silent.
+        """Return the refitted weight [hidden_size, kept]; the old one if the kept channels are silent.
 
         Raises:
             UnresolvedError: if the Gram matrix, with the ridge, isn't positive definite.
@@ -57,20 +63,20 @@ class LeastSquares:
         if energy == 0:
             return self.old_CK.clone()
         strength = ridge * energy
-        damped_KK = self.gram_KK.clone()
+        damped_KK = self.gram_KK.to(self.old_CK, copy=True)
         damped_KK.diagonal().add_(strength)
         factor_KK, problem = torch.linalg.cholesky_ex(damped_KK)
         if problem:
             raise UnresolvedError
         del damped_KK
-        right_CK = self.cross_CK + strength * self.old_CK
+        right_CK = (self.cross_CK + strength * self.old_CK).to(self.old_CK)
         return torch.cholesky_solve(right_CK.T, factor_KK).T.contiguous()
 
     def error(self, weight_CK: Tensor) -> float:
-        """Return E||W h - W' h_S||^2 / E||W h||^2, the share of the output's energy that is lost; 0 if it has none."""
+        """Return E||y - W' h_S||^2 / E||y||^2, the share of the targets' energy that is lost; 0 if they have none."""
         if self.energy == 0:
             return 0.0
-        explained = (weight_CK * (2 * self.cross_CK - weight_CK @ self.gram_KK)).sum()
+        explained = (weight_CK * (2 * self.cross_CK - weight_CK @ self.gram_KK.to(weight_CK))).sum()
         return float((1 - explained / self.energy).clamp(min=0))
 
     def with_tokens_of(self, other: LeastSquares) -> LeastSquares:
@@ -106,17 +112,3 @@ def best_ridge(fitted: LeastSquares, held_out: LeastSquares, ridges: Sequence[fl
     if best is None:
         raise UnresolvedError
     return best
-
-
-def weight_of_targets(kept_CK: Tensor) -> Tensor:
-    """Return the weight W [hidden_size, kept + hidden_size] that maps vectors v = [h_S; y - W_S h_S] to targets y.
-
-    So fitting W' h_S to any targets is a refit with the Gram matrix of such vectors, where S are their first entries.
-    """
-    return torch.cat([kept_CK, torch.eye(len(kept_CK)).to(kept_CK)], dim=1)
-
-
-def vectors_of_targets(kept_CK: Tensor, hidden_NK: Tensor, target_NC: Tensor) -> Tensor:
-    """Return the vectors [tokens, kept + hidden_size], float32, that ``weight_of_targets`` maps to ``target_NC``."""
-    hidden_NK = hidden_NK.float()
-    return torch.cat([hidden_NK, target_NC.float() - hidden_NK @ kept_CK.float().T], dim=1)

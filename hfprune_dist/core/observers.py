@@ -31,9 +31,10 @@ class NonFiniteError(ValueError):
     """A layer's activations or gradients are NaN or infinite; the message says which."""
 
 
-# Called in the backward of the criterion that ``needs_moments``, from the last layer to the first, with a kind of
-# units, the layer's number and the gradients at its output projection's output [tokens, hidden_size].
-SeeOutputGradients = Callable[[str, int, Tensor], None]
+# Called for the criterion that ``needs_moments`` with a kind of units, the layer's number and vectors: in the forward,
+# what the output projection reads [tokens, channels]; in the backward, from the last layer to the first, the gradients
+# at its output [tokens, hidden_size].
+SeeVectors = Callable[[str, int, Tensor], None]
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ class UnitSums:
 
     Args:
         units: those of all kinds in all layers that have some, layer by layer.
-        see_output_gradients: None if no criterion needs moments, or if they aren't wanted here.
+        see_inputs, see_output_gradients: None if no criterion needs moments, or if they aren't wanted here.
         linears: linear layers whose weights' gradients are observed, if a criterion needs them.
 
     Attributes:
@@ -79,7 +80,8 @@ class UnitSums:
         self,
         units: Sequence[SeenUnits],
         criteria: Sequence[Criterion],
-        see_output_gradients: SeeOutputGradients | None = None,
+        see_inputs: SeeVectors | None = None,
+        see_output_gradients: SeeVectors | None = None,
         linears: Sequence[SeenLinear] = (),
     ) -> None:
         self.criteria = criteria
@@ -87,6 +89,7 @@ class UnitSums:
         self.phase = Phase()
         self._units = units
         self._first = {it.kind: it.layer for it in reversed(units)}
+        self._see_inputs = see_inputs
         self._see_output_gradients = see_output_gradients
         losses = losses_of(criterion for criterion in criteria if criterion.observes == "weight_gradients")
         self._linears = [(linear, loss) for loss in losses for linear in linears]
@@ -144,6 +147,8 @@ class UnitSums:
         if is_first_run and self.phase.student is None:
             hidden_ND = hidden_BTD.detach().flatten(0, -2)
             self._add(units, _ACTIVATIONS, 0, hidden_ND.sum()[None])
+            if self._see_inputs is not None:
+                self._see_inputs(units.kind, units.layer, hidden_ND)
             for criterion in self._observing(units, "inputs"):
                 for rows in row_blocks(hidden_ND, scratch_bytes=16):
                     self._reduce(units, criterion, expert, widened(hidden_ND[rows]))

@@ -1,7 +1,7 @@
 """Text much like a given one, on which a pruned model can be compared with the dense one: some tokens are redrawn.
 
 Each redrawn token comes from the dense model's distribution of the next token, given the original tokens before it. So
-one forward of the original is enough for any number of copies.
+one forward of the original is enough.
 """
 
 from __future__ import annotations
@@ -24,24 +24,24 @@ SEED = 0
 
 
 @torch.no_grad()
-def redrawn_copies(ids_T: Tensor, dense: Outputs, copies: int, *, window: int) -> Tensor:
-    """Copies of a window in which some tokens are redrawn, int64 [copies, tokens] on the CPU; its first token stays.
+def redrawn_copy(ids_T: Tensor, dense: Outputs, *, window: int) -> Tensor:
+    """A copy of a window in which some tokens are redrawn, int64 [tokens] on the CPU; its first token stays.
 
     Args:
-        dense: the dense model's outputs for it; their logits are computed once.
-        window: its number, which determines what is drawn; the first copies are the same however many follow.
+        dense: the dense model's outputs for it.
+        window: its number, which determines what is drawn.
     """
-    random_R2T = torch.stack([_random(window, copy, len(ids_T)) for copy in range(copies)])
-    uniform_RT = random_R2T[:, 1].to(dense.hidden_NC.device)
-    drawn_RT = ids_T.repeat(copies, 1)
+    # For each token, a number that says whether it is redrawn, and one that says which its successor is.
+    generator = window_generator(SEED, window, "copy 0")
+    chosen_T, uniform_T = torch.rand(2, len(ids_T), generator=generator, dtype=torch.float64)
+    uniform_T, drawn_T = uniform_T.to(dense.hidden_NC.device), ids_T.clone()
     for rows, logits_NV in dense.logits():
         for block in row_blocks(logits_NV, SCRATCH_BYTES):
             some = slice(rows.start + block.start, rows.start + block.stop)
-            for drawn_T, uniform_T in zip(drawn_RT, uniform_RT, strict=True):
-                drawn_T[some] = sample_labels(logits_NV[block], uniform_T[some]).cpu()
-    redrawn_RT = random_R2T[:, 0] < REDRAWN
-    redrawn_RT[:, 0] = False
-    return drawn_RT.roll(1, dims=1).where(redrawn_RT, ids_T)
+            drawn_T[some] = sample_labels(logits_NV[block], uniform_T[some]).cpu()
+    redrawn_T = chosen_T < REDRAWN
+    redrawn_T[0] = False
+    return drawn_T.roll(1).where(redrawn_T, ids_T)
 
 
 def sample_labels(logits_NV: Tensor, uniform_N: Tensor) -> Tensor:
@@ -61,8 +61,3 @@ def cumulative(p_NV: Tensor) -> Tensor:
 def exact_cumulative(p_NV: Tensor) -> Tensor:
     """Return cumulative sums along rows, added as integer multiples of ``SHARE``: the same bits in any order."""
     return p_NV.double().div_(SHARE).long().cumsum_(dim=-1).to(p_NV.dtype)
-
-
-def _random(window: int, copy: int, tokens: int) -> Tensor:
-    """For each token of a copy, a number that says whether it is redrawn, and one that says which its successor is."""
-    return torch.rand(2, tokens, generator=window_generator(SEED, window, f"copy {copy}"), dtype=torch.float64)

@@ -168,7 +168,8 @@ def drop_order(droppable: Sequence[int], count: int, measure: MeasureWithout, co
     measured loss is smallest, measured again after each.
 
     Args:
-        contenders: how many layers are measured again: those left whose removal by itself costs least.
+        contenders: how many layers are measured again: those left whose removal by itself costs least. If none are,
+            that cost decides.
     """
     order: list[int] = []
     left = list(droppable)
@@ -177,6 +178,8 @@ def drop_order(droppable: Sequence[int], count: int, measure: MeasureWithout, co
         kls = measure([tuple(sorted([*order, layer])) for layer in measured])
         ranked = [layer for _, layer in sorted(zip(kls, measured, strict=True))]
         if not order:
+            if not contenders:
+                return ranked[:count]
             left = ranked
         order.append(ranked[0])
         left.remove(ranked[0])

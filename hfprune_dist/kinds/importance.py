@@ -21,7 +21,7 @@ from hfprune_dist.core.memory_limits import ACCELERATOR_BYTES, OWN_TERMS_BYTES
 from hfprune_dist.kinds.memory import FLOAT32, FLOAT64, HEAD_BYTES, ITEMSIZE, Need, Planned, Sizes, StageParameters
 from hfprune_dist.methods import CRITERIA, CriterionName
 from hfprune_dist.methods.sdmprune import LACKS, PUBLISHED
-from hfprune_dist.structures import NEURONS
+from hfprune_dist.structures import KV_GROUPS, NEURONS
 
 # core.memory_efficient: the portions, in float32, that a gated MLP's backward holds.
 GATED_PORTIONS = 7
@@ -109,9 +109,12 @@ class ImportanceParameters(StageParameters):
         backward = tokens * (4 + 4 * reads) * neurons
         backward += GATED_PORTIONS * min(ACCELERATOR_BYTES, FLOAT32 * tokens * model.neurons)
         # Of Gram matrices, both sums and their mean; those of the next layer; or in eliminations, three more.
-        widths = [*model.mlp_channels, model.heads]
+        widths = [*model.mlp_channels, *([model.heads] if KV_GROUPS in self.structures else [])]
         grams = 4 * FLOAT64 * sum(width**2 for width in widths) * curvature
         sums = FLOAT64 * (len(self.structures) * model.hidden**2 * curvature + model.layer * gradients)
+        inputs = FLOAT64 * sum(width**2 for width in widths) * curvature
+        if model.num_layers * (sums + inputs) <= OWN_TERMS_BYTES:
+            sums += inputs
         everything = model.num_layers * sums
         temporary = max(HEAD_BYTES * (1 + student), backward, grams) + tokens * (len(losses) + 2) * hidden
         return Need(

@@ -9,7 +9,7 @@ from typing import ClassVar
 
 from pydantic import Field
 
-from hfprune_dist.config.method import Allocation, Method, Refit, Structures
+from hfprune_dist.config.method import Allocation, Effort, Method, Refit, Structures
 from hfprune_dist.config.schema import SweepConfig
 from hfprune_dist.config.section import Dtype
 from hfprune_dist.core.memory_limits import KEPT_BYTES
@@ -27,12 +27,8 @@ class PruneParameters(StageParameters):
 
     ``ratio``: removed parameters / all of the dense model's. ``floor``, ``protect_first`` and
     ``protect_last`` are None if the allocation doesn't use them, ``dtype`` and ``micro_batch_size`` (windows per rank's
-    forward pass) if no model runs. ``tensor_parallel`` divides ``multiple_of`` and the layers' numbers of KV groups; it
-    is 1 if none are pruned. ``refit_iterations``: of conjugate gradients in the last Gauss-Newton step of refit: block.
-    ``refit_copies``: copies of each calibration window, with redrawn tokens, that a refit sees as well.
-    ``refit_norms``: whether the weights of all norms are refitted at the end. ``finals``: whether a
-    search measures more layers before it drops some, and fits the closest shapes, if there is a refit, layer by layer
-    before it takes one.
+    forward pass) if no model runs, ``effort`` if nothing is measured or fitted. ``tensor_parallel`` divides
+    ``multiple_of`` and the layers' numbers of KV groups; it is 1 if none are pruned.
     """
 
     remedy: ClassVar[str] = (
@@ -51,10 +47,21 @@ class PruneParameters(StageParameters):
     micro_batch_size: int | None = None
     structures: Structures = Field(default=[NEURONS])
     tensor_parallel: int = 1
-    refit_iterations: int = 2
-    refit_copies: int = 0
-    refit_norms: bool = False
-    finals: bool = False
+    effort: Effort | None = None
+
+    @property
+    def is_thorough(self) -> bool:
+        return self.effort == "thorough"
+
+    @property
+    def sees_copies(self) -> bool:
+        """Whether a refit also sees a copy of each window, with redrawn tokens."""
+        return self.is_thorough and self.refit in ("dense", "layerwise", "block")
+
+    @property
+    def refits_norms(self) -> bool:
+        """Whether the weights of all norms are refitted at the end."""
+        return self.is_thorough and self.refit in ("layerwise", "block")
 
     @classmethod
     def of(cls, config: SweepConfig, method: Method, ratio: float) -> PruneParameters:
@@ -78,7 +85,7 @@ class PruneParameters(StageParameters):
             return None
         calibration, (dtype, windows) = calibration_of(planned, "importance"), self.forward_pass()
         model, itemsize = Sizes.of(planned.dense), ITEMSIZE[dtype]
-        samples, tokens = calibration.samples * (1 + self.refit_copies), calibration.sequence_length
+        samples, tokens = calibration.samples * (1 + self.sees_copies), calibration.sequence_length
         rows, hidden = min(rows or windows, samples), model.hidden
         pursues, steps = self.refit in ("layerwise", "block"), self.refit == "block"
         temporary = 0.0
@@ -92,7 +99,7 @@ class PruneParameters(StageParameters):
         # Both models' states, those between blocks, and an MLP's inputs with its targets in float32; or all layers'.
         number = itemsize * (1 + pursues * (1 + (KV_GROUPS in self.structures)) + steps) + FLOAT32 * steps
         waiting = samples * tokens * number
-        if self.refit_norms:
+        if self.refits_norms:
             waiting = max(waiting, (model.num_layers + 4) * min(samples * tokens, NORM_TOKENS) * itemsize)
         models, host = 1 + pursues, waiting * hidden
         return layer_by_layer(model, rows, tokens, itemsize, models=models, temporary=temporary, host=host)

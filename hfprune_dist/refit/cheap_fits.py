@@ -8,12 +8,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from hfprune_dist.core.least_squares import Projection, best_ridge
+from hfprune_dist.core.least_squares import Projection
 from hfprune_dist.core.selection import entries_of, top_units
 from hfprune_dist.distributed.layer_stream import LayerStream
 from hfprune_dist.distributed.sums import Grams, explaining
 from hfprune_dist.distributed.world import World
 from hfprune_dist.models.single_layer import output_of, weights_kept
+from hfprune_dist.refit.output_refit import Problems, best_ridge_together
 from hfprune_dist.structures.kept import Kept, Shape
 from hfprune_dist.structures.units import Units
 
@@ -81,21 +82,20 @@ def cheap_fits(
 def _fitted(
     number: int, layer: nn.Module, units: Units, kept: Mapping[int, Tensor], grams: Grams, world: World
 ) -> dict[int, Tensor]:
-    """The output projection for every number of units, fitted on windows not held out; one ridge for all."""
-    weight_CD = output_of(layer, units).weight.data.double()
+    """The output projection for every number of units, fitted on windows not held out; one ridge for all, that of the
+    fewest.
+    """
+    weight_CD = output_of(layer, units).weight.data
     channels = {count: entries_of(it, units.channels_per_unit).to(weight_CD.device) for count, it in kept.items()}
-    fitted = Projection(weight_CD, grams.fitted_DD)
-
-    def ridge_of_fewest() -> float:
-        fewest_K = channels[min(channels)]
-        return best_ridge(fitted.keeping(fewest_K), Projection(weight_CD, grams.held_out_DD).keeping(fewest_K)).ridge
-
+    fitted, held_out = (Projection(weight_CD, it) for it in (grams.fitted_DD, grams.held_out_DD))
+    fewest_K = channels[min(channels)]
     weights: dict[int, Tensor] = {}
     with explaining(number):  # more channels may be lost in rounding with a ridge that fewer do with
-        ridge = world.on_rank0(ridge_of_fewest)
+        problems = Problems(fitted.keeping(fewest_K), held_out.keeping(fewest_K))
+        ridge = best_ridge_together(problems, world).ridge
         for place, (count, channels_K) in enumerate(channels.items()):
             if place % world.size == world.rank:
-                weights[count] = fitted.keeping(channels_K).weight(ridge).float().contiguous()
+                weights[count] = fitted.keeping(channels_K).weight(ridge)
             else:
                 weights[count] = weight_CD.new_empty(len(weight_CD), len(channels_K), dtype=torch.float32)
     for place, weight_CK in enumerate(weights.values()):

@@ -15,8 +15,6 @@ from hfprune_dist.distributed.main_memory import to_device
 from hfprune_dist.distributed.sums import is_held_out, unusable_activations
 from hfprune_dist.distributed.world import World
 
-# The most iterations of conjugate gradients in the first step; each costs about as much as four forwards of the MLP.
-ITERATIONS = 4
 # Shares of the step that are tried on held-out windows.
 STEP_LENGTHS = (0.0, 1.0, 0.5)
 
@@ -68,7 +66,7 @@ class Reconstruction:
         self._micro_batches = micro_batches
         self._world = world
 
-    def improve(self, fitted: Start, whole: Start, more_iterations: int) -> MlpWeights:
+    def improve(self, fitted: Start, whole: Start, iterations: int, again: int) -> MlpWeights:
         """The weights after a step, if it is better on held-out windows, and after another on all windows.
 
         The held-out windows, which the first step hasn't seen, also decide how far both steps go.
@@ -76,22 +74,25 @@ class Reconstruction:
         Args:
             fitted: where the first step begins, on the windows that are not held out.
             whole: the same for all windows; its weights are the result if no step is better.
-            more_iterations: those of the step that follows on all windows; the first has no more either.
+            iterations: of conjugate gradients in the first step; each costs about as much as four forwards of the MLP.
+            again: of those in the step that follows on all windows; 0 for the first step alone, from both beginnings.
 
         Raises:
             UserError: if outputs or targets are NaN or infinite.
             UnresolvedError: if inputs or activations are mostly rounding errors.
         """
         known = [index for index in self._inputs if not is_held_out(index, self._micro_batches)]
-        step = self._step(fitted, known, min(ITERATIONS, more_iterations))
+        step = self._step(fitted, known, iterations)
         errors = [self._held_out_error(fitted.weights.plus(step, length)) for length in STEP_LENGTHS]
         if not all(map(math.isfinite, errors)):
             raise unusable_activations(self._number, "values are NaN or infinite")
         length = STEP_LENGTHS[errors.index(min(errors))]
         if not length:
             return whole.weights
+        if not again:
+            return whole.weights.plus(step, length)
         moved = replace(whole, weights=fitted.weights.plus(step, length))
-        return moved.weights.plus(self._step(moved, list(self._inputs), more_iterations), length)
+        return moved.weights.plus(self._step(moved, list(self._inputs), again), length)
 
     def _step(self, start: Start, indices: Sequence[int], iterations: int) -> MlpWeights:
         """A Gauss-Newton step, on some micro-batches of this rank and those of the other ranks."""
@@ -107,9 +108,15 @@ class Reconstruction:
             rounded = change.to(self._dtype)
             return MlpWeights.of(*self._sum(shapes, (at.backward(at.forward(rounded)).tensors() for at in around())))
 
+        def length(change: MlpWeights) -> float:
+            rounded = change.to(self._dtype)
+            squares = ((at.forward(rounded).square().sum(dtype=torch.float64),) for at in around())
+            return float(self._sum([[]], squares)[0])
+
         targets = map(self._target, indices)
         missing = (at.backward(next(targets) - at.output()).tensors() for at in around())
-        return solve_normal_equations(product, MlpWeights.of(*self._sum(shapes, missing)), curvature, iterations)
+        right = MlpWeights.of(*self._sum(shapes, missing))
+        return solve_normal_equations(product, length, right, curvature, iterations)
 
     def _around(self, weights: MlpWeights, indices: Sequence[int]) -> Callable[[], Iterator[Linearized]]:
         """A function that yields the MLP, linearized around some weights, on each of some micro-batches.

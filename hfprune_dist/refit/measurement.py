@@ -114,7 +114,7 @@ def mean_divergences(stream: LayerStream, dense: States, models: Sequence[States
     """KL(dense || model) per token of a stream's windows, in nats, for each of several models; collective.
 
     Args:
-        dense: what the dense model's head reads for these windows, or for more of them, on the CPU.
+        dense: what the dense model's head reads for these windows, or for more or longer ones, on the CPU.
         models: what their last layers put out.
         every: one token in this many is compared. With a large vocabulary, logits cost more than all layers.
 
@@ -123,9 +123,10 @@ def mean_divergences(stream: LayerStream, dense: States, models: Sequence[States
     """
     head, device = stream.reader.head(), stream.world.device
     totals = torch.zeros(len(models), dtype=torch.float64)
+    tokens = slice(None, stream.windows_ST.shape[1], every)
     for index in stream.states:
-        reached = [head.norm(to_device(hidden[index], device)[:, ::every]) for hidden in models]
-        wanted = head.outputs(to_device(dense[index], device)[:, ::every])
+        reached = [head.norm(to_device(hidden[index], device)[:, tokens]) for hidden in models]
+        wanted = head.outputs(to_device(dense[index], device)[:, tokens])
         totals += torch.tensor(divergences(wanted, [head.outputs(it) for it in reached]), dtype=torch.float64)
     stream.world.all_reduce(totals)
     if strange := int((~totals.isfinite()).sum()):
@@ -133,7 +134,7 @@ def mean_divergences(stream: LayerStream, dense: States, models: Sequence[States
             f"{strange} of {len(models)} shapes can't be compared: their outputs, or the dense model's, are NaN or "
             "infinite; set importance.dtype=float32 if it isn't yet, else check the checkpoint's weights"
         )
-    return [float(total) / stream.windows_ST[:, ::every].numel() for total in totals]
+    return [float(total) / stream.windows_ST[:, tokens].numel() for total in totals]
 
 
 def held_out_windows(windows_ST: Tensor, micro_batch_size: int, most: int) -> Tensor:

@@ -9,11 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from hfprune_dist.core.gauss_newton import MlpWeights
-from hfprune_dist.core.least_squares import vectors_of_targets, weight_of_targets
 from hfprune_dist.distributed.layer_check import TOLERANCES, refuse_departure, relative_error
 from hfprune_dist.distributed.layer_stream import AfterLayer, LayerStream
 from hfprune_dist.distributed.main_memory import States, to_device, to_host
-from hfprune_dist.distributed.sums import Grams, GramSums, explaining
+from hfprune_dist.distributed.sums import explaining
 from hfprune_dist.models.single_layer import (
     before_block,
     before_down,
@@ -30,7 +29,7 @@ from hfprune_dist.models.single_layer import (
     weights_kept,
 )
 from hfprune_dist.refit.gauss_newton_ranks import Reconstruction, Start
-from hfprune_dist.refit.least_squares_fit import Solution, solve_on_rank0
+from hfprune_dist.refit.output_refit import Problems, Solution, TargetSums, solve_together
 from hfprune_dist.refit.refitted_layers import RefittedLayers
 from hfprune_dist.structures.kept import Kept
 from hfprune_dist.structures.units import Units
@@ -51,8 +50,8 @@ class SequentialRefit:
         kinds: the units whose blocks are fitted, those of the MLP first.
         stream, dense: the windows before the first layer of the pruned and of the dense model.
         fitted: where rank 0 writes refitted layers; those that are there stay.
-        more_iterations: if Gauss-Newton steps on all projections of an MLP follow least squares on the down projection,
-            iterations of the one on all windows.
+        iterations: if a Gauss-Newton step on all projections of an MLP follows least squares on the down projection,
+            its iterations on the windows that are not held out, and on all windows (``Reconstruction.improve``).
     """
 
     def __init__(
@@ -63,14 +62,14 @@ class SequentialRefit:
         dense: LayerStream,
         fitted: RefittedLayers,
         *,
-        more_iterations: int | None = None,
+        iterations: tuple[int, int] | None = None,
     ) -> None:
         self._mlp, *self._attention = kinds
         self._kept = kept
         self._stream = stream
         self._dense = dense
         self._fitted = fitted
-        self._more_iterations = more_iterations
+        self._iterations = iterations
         self._world = stream.world
 
     def run(self, after_each: AfterLayer) -> None:
@@ -124,12 +123,12 @@ class SequentialRefit:
             error = relative_error(found_NC.double(), streams[place + 1].flatten(0, 1).double())
             refuse_departure(error, TOLERANCES[after.dtype], what, "a method whose refit is dense or none works")
 
-    def _fit(self, number: int, layer: nn.Module, dense_layers: Iterator[nn.Module], gap: int) -> None:
-        """Fit a layer's blocks, and take the windows of both models past it, and the dense model's past the gap after
-        it, for which its last block makes up. Every rank has the Gram matrices, and rank 0 writes.
+    def _fit(self, number: int, layer: nn.Module, dense_layers: Iterator[nn.Module], dropped_after: int) -> None:
+        """Fit a layer's blocks, and take the windows of both models past it; rank 0 writes.
 
         Args:
-            gap: number of layers that are removed right after this one.
+            dropped_after: number of layers right after this one that are gone. The dense model's windows go past them,
+                too: the MLP makes up for them.
         """
         dense, tensors = next(dense_layers), dict[str, Tensor]()
         self._require_residual(number, dense)
@@ -142,16 +141,16 @@ class SequentialRefit:
             put_weights(layer, {name: it.to(like) for name, it in self._fitted.rounded(number, fitted).items()})
             tensors |= fitted
         self._dense.advance(partial(through_mlp, dense, self._mlp))
-        gone = [next(dense_layers) for _ in range(gap)]
-        for it in gone:
-            self._dense.advance(partial(run, it))
+        dropped = [next(dense_layers) for _ in range(dropped_after)]
+        for gone in dropped:
+            self._dense.advance(partial(run, gone))
         self._stream.advance(partial(before_block, layer, self._mlp))
-        targets: States | None = None if self._more_iterations is None else {}
-        solution, grams = self._solved(number, layer, self._mlp, dense, gone, targets)
+        targets: States | None = None if self._iterations is None else {}
+        solution, problems = self._solved(number, layer, self._mlp, dense, dropped, targets)
         if targets is None:
             tensors[f"{self._mlp.output}.weight"] = solution.whole_CK
         else:
-            tensors |= self._moved(number, layer, solution, grams, targets)
+            tensors |= self._moved(number, layer, solution, problems, targets)
         self._world.on_rank0(lambda: self._fitted.write_rounded(number, tensors))
         self._fitted.install(number, layer)
         self._stream.advance(partial(through_mlp, layer, self._mlp))
@@ -162,31 +161,28 @@ class SequentialRefit:
         layer: nn.Module,
         units: Units,
         dense: nn.Module,
-        gone: Sequence[nn.Module] = (),
+        dropped: Sequence[nn.Module] = (),
         targets: States | None = None,
-    ) -> tuple[Solution, Grams]:
+    ) -> tuple[Solution, Problems]:
         """Fit an output projection by least squares, so that a block brings the residual stream to that of the dense
-        model; and the Gram matrices of its channels, followed by its targets.
+        model.
 
         Args:
             dense: the dense model's layer that has this block.
-            gone: removed layers between the block and where the dense model's windows are.
+            dropped: layers between the block and where the dense model's windows are.
             targets: is given the targets of every micro-batch of this rank.
         """
-        weight_CK = output_of(layer, units).weight.data
-        sums = GramSums(number, sum(weight_CK.shape), self._stream.micro_batches, self._world)
+        sums = TargetSums(number, output_of(layer, units).weight.data, self._stream.micro_batches, self._world)
         for index, residual_BTC in self._stream.standing():
             wanted_BTC = to_device(self._dense.states[index], self._world.device)
-            target_NC = self._target(layer, units, dense, gone, residual_BTC, wanted_BTC)
-            hidden_NK = self._read(layer, units, residual_BTC)
-            del residual_BTC, wanted_BTC
-            sums.add(index, vectors_of_targets(weight_CK, hidden_NK, target_NC))
+            target_NC = self._target(layer, units, dense, dropped, residual_BTC, wanted_BTC)
+            sums.add(index, self._read(layer, units, residual_BTC), target_NC)
             if targets is not None:
                 targets[index] = to_host(target_NC)
-            del hidden_NK, target_NC  # before the next ones are made
-        grams, kept = sums.of_all_ranks(), torch.arange(weight_CK.shape[1], device=weight_CK.device)
+            del residual_BTC, wanted_BTC, target_NC  # before the next ones are made
+        problems = sums.of_all_ranks()
         with explaining(number):
-            return solve_on_rank0(weight_of_targets(weight_CK), grams, kept, self._world), grams
+            return solve_together(problems, self._world), problems
 
     @torch.no_grad()
     def _read(self, layer: nn.Module, units: Units, residual_BTC: Tensor) -> Tensor:
@@ -202,17 +198,17 @@ class SequentialRefit:
         layer: nn.Module,
         units: Units,
         dense: nn.Module,
-        gone: Sequence[nn.Module],
+        dropped: Sequence[nn.Module],
         residual_BTC: Tensor,
         wanted_BTC: Tensor,
     ) -> Tensor:
         """What a block's output projection should put out, without its bias, float32 [tokens, hidden_size]."""
         output_NC = output_of(dense, units)(self._read(dense, units, residual_BTC))
         own_NC, residual_NC = residual_update(dense, units, output_NC), residual_BTC.flatten(0, 1)
-        if gone:
+        if dropped:
             reached_BTC = (residual_NC + own_NC).view_as(residual_BTC)
-            for it in gone:
-                reached_BTC = run(it, reached_BTC)
+            for gone in dropped:
+                reached_BTC = run(gone, reached_BTC)
             own_NC = reached_BTC.flatten(0, 1).float() - residual_NC.float()
         missing_NC = wanted_BTC.flatten(0, 1).float() - residual_NC.float()
         target_NC = output_for_update(layer, units, own_NC.float().lerp(missing_NC, SHARE_MADE_UP), output_NC)
@@ -220,7 +216,7 @@ class SequentialRefit:
         return target_NC if bias is None else target_NC - bias.float()
 
     def _moved(
-        self, number: int, layer: nn.Module, solution: Solution, grams: Grams, targets: Mapping[int, Tensor]
+        self, number: int, layer: nn.Module, solution: Solution, problems: Problems, targets: Mapping[int, Tensor]
     ) -> dict[str, Tensor]:
         """Gate, up and down after Gauss-Newton steps, the first from a least-squares down on the same windows."""
         norm, rows = norm_before(layer, self._mlp), row_matrices(layer, self._mlp)
@@ -233,13 +229,12 @@ class SequentialRefit:
             micro_batches=self._stream.micro_batches,
             world=self._world,
         )
-        rows_KC, kept = tuple(weight.float() for weight in rows), solution.whole_CK.shape[1]
-        # Held-out windows judge a step, so the first one begins at weights that haven't seen them. The channels come
-        # first in the Gram matrices.
-        fitted = Start(MlpWeights(rows_KC, solution.fitted_CK), grams.fitted_DD[:kept, :kept])
-        whole = Start(MlpWeights(rows_KC, solution.whole_CK), grams.whole()[:kept, :kept])
-        assert self._more_iterations is not None
+        rows_KC = tuple(weight.float() for weight in rows)
+        # Held-out windows judge a step, so the first one begins at weights that haven't seen them.
+        fitted = Start(MlpWeights(rows_KC, solution.fitted_CK), problems.fitted.gram_KK)
+        whole = Start(MlpWeights(rows_KC, solution.whole_CK), problems.whole().gram_KK)
+        assert self._iterations is not None
         with explaining(number):
-            moved = reconstruction.improve(fitted, whole, self._more_iterations)
+            moved = reconstruction.improve(fitted, whole, *self._iterations)
         whole_rows = moved.rows_KC if self._mlp.row_parts[0] == 1 else [torch.cat(moved.rows_KC)]  # gate and up are one
         return dict(zip(self._mlp.weights, [*whole_rows, moved.down_CK], strict=True))

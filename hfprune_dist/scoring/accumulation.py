@@ -33,6 +33,11 @@ BYTES_SAVED_A_ROUND = 2**27
 Size = tuple[int, ...]
 
 
+def bytes_of(matrices: Mapping[str, Sequence[Size]]) -> int:
+    """Bytes of the sums of such matrices of all layers."""
+    return torch.float64.itemsize * sum(math.prod(size) for sizes in matrices.values() for size in sizes)
+
+
 class Accumulation:
     """Sums over the shards before ``next_shard``; ranks work on consecutive shards, one round at a time.
 
@@ -57,8 +62,7 @@ class Accumulation:
         self._owned = self._layers[world.rank :: world.size]  # layers whose matrices this rank keeps
         self._totals: dict[tuple[str, int], Tensor] = {}  # of the layers owned
         self._own_terms: dict[tuple[str, int], Tensor] = {}  # of all layers, in this round
-        everything = torch.float64.itemsize * sum(math.prod(size) for sizes in matrices.values() for size in sizes)
-        self._reduces_rounds = world.size > 1 and everything <= OWN_TERMS_BYTES
+        self._reduces_rounds = world.size > 1 and bytes_of(matrices) <= OWN_TERMS_BYTES
         owned = (size for of_layers in matrices.values() for size in of_layers[:: world.size])
         bytes_owned = torch.float64.itemsize * sum(map(math.prod, owned))  # at most, by any one rank
         self._rounds_per_save = -(-bytes_owned // BYTES_SAVED_A_ROUND)
@@ -128,7 +132,7 @@ class Accumulation:
         if everywhere:
             layer, name = max(everywhere)
             raise UserError(
-                f"importance: gradients of {name} in layer {layer} are NaN or infinite; set importance.dtype=float32 "
+                f"importance: sums of {name} in layer {layer} are NaN or infinite; set importance.dtype=float32 "
                 "if it isn't yet, else check the checkpoint's weights"
             )
         for layer in self._owned:

@@ -14,6 +14,7 @@ from hfprune_dist.core.criterion import Criterion
 from hfprune_dist.core.gram import gram_matrix
 from hfprune_dist.core.head import Batch
 from hfprune_dist.core.linear_observer import SeenLinear
+from hfprune_dist.core.memory_limits import OWN_TERMS_BYTES
 from hfprune_dist.core.observers import NonFiniteError, SeenUnits, UnitSums
 from hfprune_dist.core.portions import wide_product
 from hfprune_dist.core.score_batch import ScoredModel, score_batch
@@ -27,7 +28,7 @@ from hfprune_dist.models.memory_efficient_backward import (
     keep_no_gathered_weights,
     use_memory_efficient_backward,
 )
-from hfprune_dist.scoring.accumulation import Accumulation, Size
+from hfprune_dist.scoring.accumulation import Accumulation, Size, bytes_of
 from hfprune_dist.structures import NEURONS
 from hfprune_dist.structures.score_names import score_name
 from hfprune_dist.structures.units import Units
@@ -49,15 +50,26 @@ def summed_matrices(
     """The matrices that criteria need sums of: name -> size in each layer.
 
     The sum of g g^T at the output projection's output has the name of a kind of units; gradients have weights' names.
+    The sum of h h^T at its input (``inputs_of``) is among them if all of them are small enough to be added up by each
+    rank; otherwise it takes a pass of its own, layer by layer.
     """
     hidden_size, tensors, layers = checkpoint.config["hidden_size"], checkpoint.tensors, range(checkpoint.num_layers)
     sizes: dict[str, list[Size]] = {}
     if any(criterion.needs_moments for criterion in criteria):
         sizes |= {units.kind: [(hidden_size, hidden_size) for _ in layers] for units in kinds}
+        channels = {units.kind: [count * units.channels_per_unit for count in units.counts] for units in kinds}
+        inputs: dict[str, list[Size]] = {inputs_of(kind): [(it, it) for it in row] for kind, row in channels.items()}
+        if bytes_of(sizes | inputs) <= OWN_TERMS_BYTES:
+            sizes |= inputs
     if any(criterion.observes == "weight_gradients" for criterion in criteria):
         weights = [(units, name) for units in kinds for name in units.weights]
         sizes |= {name: [tensors[units.tensor(layer, name)].shape for layer in layers] for units, name in weights}
     return sizes
+
+
+def inputs_of(kind: str) -> str:
+    """The name of the sum of h h^T, h being what the output projection of a kind of units reads."""
+    return f"{kind}.inputs"
 
 
 class GivenStudent(NamedTuple):
@@ -146,6 +158,7 @@ class ShardScorer:
         sums = UnitSums(
             self._seen_units,
             self._criteria,
+            partial(self._add_inputs, counts=counts),
             partial(self._add_curvature, counts=counts),
             self._adding_gradients(counts=counts),
         )
@@ -162,6 +175,11 @@ class ShardScorer:
             for name, value in values.items():
                 losses[name] = losses.get(name, 0.0) + torch.tensor([value], dtype=torch.float64)
         return {score_name(layer, name, kind): it for (kind, layer, name), it in sums.sums.items()} | losses
+
+    def _add_inputs(self, kind: str, layer: int, hidden_ND: Tensor, *, counts: bool) -> None:
+        """Add h h^T of what an output projection reads, if it is summed in this pass."""
+        if self._totals is not None and inputs_of(kind) in self._totals.matrices:
+            self._totals.add_to_matrix(inputs_of(kind), layer, gram_matrix(hidden_ND) if counts else None)
 
     def _add_curvature(self, kind: str, layer: int, gradients_NC: Tensor, *, counts: bool) -> None:
         """Add g g^T of output gradients g; this rank's count only if it ``counts``."""

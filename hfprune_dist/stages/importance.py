@@ -37,7 +37,7 @@ from hfprune_dist.kinds.importance import ImportanceParameters
 from hfprune_dist.methods import CRITERIA
 from hfprune_dist.methods.sdmprune import student_keeps
 from hfprune_dist.scoring.accumulation import Accumulation
-from hfprune_dist.scoring.shard_scorer import GivenStudent, ShardScorer, cut_into_shards, summed_matrices
+from hfprune_dist.scoring.shard_scorer import GivenStudent, ShardScorer, cut_into_shards, inputs_of, summed_matrices
 from hfprune_dist.stages.context import Context as AnyContext
 from hfprune_dist.structures import NEURONS
 from hfprune_dist.structures.score_names import SCORES, score_name, scores_of_layers
@@ -159,7 +159,7 @@ def _score_layers(
 ) -> dict[str, Tensor]:
     """Scores of all layers, float64 [units], by their names in the artifact; ranks take turns at layers. Collective.
 
-    Criteria that need moments see the windows a second time, layer by layer.
+    Criteria that need moments see the windows a second time, layer by layer, if there was no room for all of them.
     """
     world, kinds = context.world, checkpoint.pruned_kinds(context.params.structures)
     windows, tokens, seed = len(windows_ST), windows_ST.numel(), context.params.seed
@@ -167,7 +167,8 @@ def _score_layers(
     waiting: list[tuple[str, ScoredLayer]] = []
     has_gradients = any(criterion.observes == "weight_gradients" for criterion in criteria)
     passed: Iterable[Mapping[str, Sequence[Grams]]] = [{}] * checkpoint.num_layers
-    if any(criterion.needs_moments for criterion in criteria):
+    needs_moments = any(criterion.needs_moments for criterion in criteria)
+    if needs_moments and inputs_of(kinds[0].kind) not in totals.matrices:
         passed = _grams_of_layers(context, checkpoint, windows_ST, kinds)
     for number, grams in enumerate(passed):
         turn = number % world.size
@@ -175,8 +176,9 @@ def _score_layers(
             gradients = partial(_mean_of, totals, number, windows) if has_gradients else None
             for units in kinds:
                 kind, moments = units.kind, None
-                if grams:
-                    moments = grams[kind][0].whole().div_(tokens), _mean_of(totals, number, tokens, kind)
+                if needs_moments:
+                    gram_DD = grams[kind][0].whole() if grams else totals.matrix(inputs_of(kind), number)
+                    moments = gram_DD.div_(tokens), _mean_of(totals, number, tokens, kind)
                 made = scored_layer(checkpoint, units, number, seed, tokens, moments=moments, read_gradient=gradients)
                 waiting.append((kind, made))
         del grams

@@ -32,7 +32,7 @@ def run(context: Context) -> None:
     """Write a Hugging Face folder, and ``kept.json``: the units that stayed."""
     checkpoint, params, world = open_checkpoint(context.input_path("model")), context.params, context.world
     kinds = pruned_kinds(context, checkpoint)
-    if params.refit_norms:
+    if params.refits_norms:
         require_norms(checkpoint)
     if params.dtype is not None:
         context.check_layers(checkpoint, context.calibration_windows(), params.dtype)
@@ -43,7 +43,7 @@ def run(context: Context) -> None:
         scores = {units.kind: scores_of_layers(stored, params.criterion, units.kind) for units in kinds}
         kept, metrics = world.broadcast(decide_shape(context, checkpoint, scores))
         replacements = refitted(context, checkpoint, kept)
-    if params.refit_norms:
+    if params.refits_norms:
         norms, of_norms = refitted_norms(context, checkpoint, kept, replacements)
         replacements, metrics = {**replacements, **norms}, metrics | of_norms
 

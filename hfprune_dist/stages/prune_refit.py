@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from hfprune_dist.checkpoints.checkpoint import Checkpoint
 from hfprune_dist.checkpoints.read_tensors import as_stored
 from hfprune_dist.core import quasi_newton
-from hfprune_dist.core.redraw import redrawn_copies
+from hfprune_dist.core.redraw import redrawn_copy
 from hfprune_dist.distributed.layer_stream import LayerStream
 from hfprune_dist.distributed.main_memory import States
 from hfprune_dist.distributed.sums import windows_held_out
@@ -21,9 +21,9 @@ from hfprune_dist.kinds.prune import PruneParameters
 from hfprune_dist.models.norm_factors import norms_of_layers, weight_offset, with_factors
 from hfprune_dist.models.single_layer import LayerReader
 from hfprune_dist.refit.bias_refit import find_biases
-from hfprune_dist.refit.dense_refit import refit_on_dense
 from hfprune_dist.refit.measurement import PrunedLayers, run_layers
 from hfprune_dist.refit.norms_refit import NormGradients, fit_norms, windows_of_norms
+from hfprune_dist.refit.output_refit import refit_on_dense
 from hfprune_dist.refit.refitted_layers import RefittedLayers
 from hfprune_dist.refit.sequential_refit import SequentialRefit
 from hfprune_dist.stages.context import Context as AnyContext
@@ -31,6 +31,9 @@ from hfprune_dist.structures.kept import Kept
 from hfprune_dist.structures.units import Units
 
 Context = AnyContext[PruneParameters]
+
+# Iterations of Gauss-Newton steps on the windows that aren't held out, and then on all (``Reconstruction.improve``).
+ITERATIONS, QUICK_ITERATIONS = (4, 6), (2, 0)
 
 # Name of a tensor of the checkpoint -> function that reads what is written in its place.
 Replacements = Mapping[str, Callable[[], Tensor]]
@@ -51,9 +54,9 @@ def refitted(context: Context, checkpoint: Checkpoint, kept: Kept) -> Replacemen
         after_each = context.reporting("biases", checkpoint.num_layers)
         find_biases(kept, kinds, stream_of(context, checkpoint, windows_ST), found, after_each)
         return found.replacements(kept.layers)
-    if context.params.refit_copies:
-        copies_SRT = _redrawn(context, checkpoint, windows_ST).long()
-        windows_ST = in_refit_order(windows_ST, copies_SRT, context.params.forward_pass()[1])
+    if context.params.sees_copies:
+        copies_ST = _redrawn(context, checkpoint, windows_ST)
+        windows_ST = in_refit_order(windows_ST, copies_ST, context.params.forward_pass()[1])
     whole_mlp = context.params.refit == "block"
     fitted = refit_layers(context, checkpoint, kept, windows_ST, "refit", phase="refit", whole_mlp=whole_mlp)
     return fitted.replacements(kept.layers)
@@ -81,14 +84,15 @@ def refit_layers(
     if context.params.refit == "dense":
         refit_on_dense(kept, kinds, stream, fitted, after_each)
     else:
-        iterations = context.params.refit_iterations if whole_mlp else None
+        iterations = ITERATIONS if context.params.is_thorough else QUICK_ITERATIONS
         dense = stream_of(context, checkpoint, windows_ST)
-        SequentialRefit(kept, kinds, stream, dense, fitted, more_iterations=iterations).run(after_each)
+        refit = SequentialRefit(kept, kinds, stream, dense, fitted, iterations=iterations if whole_mlp else None)
+        refit.run(after_each)
     return fitted
 
 
 def _redrawn(context: Context, checkpoint: Checkpoint, windows_ST: Tensor) -> Tensor:
-    """Copies of all windows, int32 [windows, copies of each, tokens], on every rank."""
+    """A copy of each window, int64 [windows, tokens], on every rank."""
     (name, size), world = context.params.forward_pass(), context.world
     hidden = dense_states(context, checkpoint, windows_ST, size)
     head = LayerReader(checkpoint, getattr(torch, name), world.device).head()
@@ -100,31 +104,28 @@ def _redrawn(context: Context, checkpoint: Checkpoint, windows_ST: Tensor) -> Te
         for place, hidden_TC in enumerate(hidden.pop(index, ())):
             outputs = head.outputs(hidden_TC[None].to(world.device))
             window = index * size + place
-            own[window] = redrawn_copies(windows_ST[window], outputs, context.params.refit_copies, window=window).int()
+            own[window] = redrawn_copy(windows_ST[window], outputs, window=window)
         after_each(done)
-    copies = {window: copies_RT for share in world.all_gather(own) for window, copies_RT in share.items()}
+    copies = {window: copy_T for share in world.all_gather(own) for window, copy_T in share.items()}
     return torch.stack([copies[window] for window in range(len(windows_ST))])
 
 
-def in_refit_order(windows_ST: Tensor, copies_SRT: Tensor, micro_batch_size: int) -> Tensor:
+def in_refit_order(windows_ST: Tensor, copies_ST: Tensor, micro_batch_size: int) -> Tensor:
     """Windows and copies in an order in which refits hold out those windows that they would hold out without copies,
-    and all copies of them, as far as there is room; otherwise a refit would be judged on what it was fitted to.
-
-    Args:
-        copies_SRT: copies of all windows [windows, copies of each, tokens].
+    and the copies of them, as far as there is room; otherwise a refit would be judged on what it was fitted to.
     """
-    everything_SRT = torch.cat([windows_ST[:, None], copies_SRT], dim=1)
-    versions, apart = everything_SRT.shape[1], windows_held_out(len(windows_ST), micro_batch_size)
-    # Windows in order, each with its copies: where there is no room, or too much, few windows are on both sides.
+    pairs_S2T = torch.stack([windows_ST, copies_ST], dim=1)
+    apart = windows_held_out(len(windows_ST), micro_batch_size)
+    # Windows in order, each with its copy: where there is no room, or too much, few windows are on both sides.
     held_out, fitted = (
-        [window * versions + it for window, is_apart in enumerate(apart) if is_apart is side for it in range(versions)]
+        [2 * window + version for window, is_apart in enumerate(apart) if is_apart is side for version in range(2)]
         for side in (True, False)
     )
     order = []
-    for is_apart in windows_held_out(everything_SRT[..., 0].numel(), micro_batch_size):
+    for is_apart in windows_held_out(2 * len(windows_ST), micro_batch_size):
         first, second = (held_out, fitted) if is_apart else (fitted, held_out)
         order.append(first.pop(0) if first else second.pop())
-    return everything_SRT.flatten(0, 1)[order]
+    return pairs_S2T.flatten(0, 1)[order]
 
 
 def stream_of(

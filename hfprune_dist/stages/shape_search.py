@@ -14,7 +14,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cache, partial
 from typing import Any
 
@@ -22,17 +22,8 @@ import torch
 from torch import Tensor
 
 from hfprune_dist.checkpoints.checkpoint import Checkpoint
-from hfprune_dist.core.allocation import EXCHANGE, Ladder, allocate_globally, layer_mean_one, standardized
-from hfprune_dist.core.width_search import (
-    MEASUREMENTS,
-    START,
-    Counts,
-    ReweightedShapes,
-    drop_order,
-    search_shapes,
-)
-from hfprune_dist.kinds.prune import PruneParameters
-from hfprune_dist.methods import CRITERIA
+from hfprune_dist.core.allocation import EXCHANGE
+from hfprune_dist.core.width_search import MEASUREMENTS, START, Counts, drop_order, search_shapes
 from hfprune_dist.planning.shapes import name_of_plain, numbers_of_groups, shape_for, shapes_for, with_layers
 from hfprune_dist.planning.target import Target
 from hfprune_dist.refit.cheap_fits import Scored, kept_of
@@ -43,15 +34,18 @@ from hfprune_dist.refit.measurement import (
     measure_shapes,
     run_layers,
 )
+from hfprune_dist.stages.contest import Contest, possible
 from hfprune_dist.stages.prune_refit import Context, dense_states, pruned_kinds, refit_layers, stream_of
 from hfprune_dist.structures import KV_GROUPS, LAYERS, NEURONS
 from hfprune_dist.structures.kept import Kept, Shape
 
 # Windows for comparing candidates and for ordering layers, from those that refits hold out to choose their ridge.
-# Ordering needs fewer, since layers differ a lot, and takes the most candidates.
-WINDOWS, WINDOWS_OF_ORDER = 8, 2
-# Layers that are measured again after each that goes. Of ten removed from a small model, each was among these five.
-CONTENDERS, QUICK_CONTENDERS = 5, 2
+# Ordering needs fewer, since layers differ a lot, and takes the most candidates. If quick, it reads only so many tokens
+# of each, and cheap refits see one half of the windows.
+WINDOWS, WINDOWS_OF_ORDER, QUICK_TOKENS = 8, 2, 64
+# Layers that are measured again after each that goes, unless quick. Of ten removed from a small model, each was among
+# these five.
+CONTENDERS = 5
 EVERY = 2  # candidates are compared on every second token
 # One micro-batch of windows in this many is kept apart from everything else in the stage, to compare finalists.
 JUDGED_EVERY = 16
@@ -80,102 +74,11 @@ def decide_shape(
         contest = Contest.of(params, checkpoint, kinds, target)
         found, metrics = _Search(context, checkpoint, kinds, target).any_shape(contest)
     elif target.competes:
-        contest = Contest.of(params, checkpoint, kinds, target)
-        rate = EXCHANGE if params.allocation == "global" else 1.0
-        counts = allocate_globally([*contest.neurons, *(it.dearer(rate) for it in contest.others)], contest.removals)
-        found = contest.shape(counts)
+        exchange = EXCHANGE if params.allocation == "global" else 1.0
+        found = Contest.of(params, checkpoint, kinds, target).decided_by_scores(exchange)
     else:
         found = shape_for(target)
     return kept_of(kinds, found), metrics
-
-
-@dataclass(frozen=True)
-class Contest:
-    """Units, of one or more kinds in the layers that stay, compete over which of them a model loses.
-
-    Attributes:
-        kinds: their kinds, neurons first.
-        ladders: for each kind, one for each layer that stays.
-        removals: parameters that the ladders are to lose; negative if the layers that went had more than the budget.
-    """
-
-    checkpoint: Checkpoint
-    kinds: Sequence[str]
-    ladders: Sequence[Sequence[Ladder]]
-    removals: int
-
-    @classmethod
-    def of(cls, params: PruneParameters, checkpoint: Checkpoint, kinds: Sequence[Scored], target: Target) -> Contest:
-        """The contest in which all layers stay."""
-        per_unit = checkpoint.parameter_counts.units
-        ladders = []
-        for it, scores in zip(kinds, _comparable(params, checkpoint, kinds), strict=True):
-            kind = it.units.kind
-            multiple_of = params.multiple_of if kind == NEURONS else params.tensor_parallel
-            rungs = zip(scores, target.fewest(kind), strict=True)
-            ladders.append([Ladder(layer, *rung, per_unit[kind], multiple_of) for layer, rung in enumerate(rungs)])
-        # Of neurons alone, a whole number goes.
-        smallest = per_unit[NEURONS] if len(kinds) == 1 and not target.droppable else 1
-        return cls(checkpoint, [it.units.kind for it in kinds], ladders, round(target.removals / smallest) * smallest)
-
-    def without(self, gone: Collection[int]) -> Contest:
-        """The same contest once some layers are gone, whose parameters count as removed."""
-        ladders = [[ladder for ladder in of_kind if ladder.layer not in gone] for of_kind in self.ladders]
-        of_layers = self.checkpoint.parameter_counts.layers
-        return Contest(self.checkpoint, self.kinds, ladders, self.removals - sum(of_layers[layer] for layer in gone))
-
-    @property
-    def layers(self) -> tuple[int, ...]:
-        """Numbers of the layers that stay."""
-        return tuple(ladder.layer for ladder in self.neurons)
-
-    @property
-    def neurons(self) -> Sequence[Ladder]:
-        return self.ladders[0]
-
-    @property
-    def others(self) -> Sequence[Ladder]:
-        """Ladders of the kinds other than neurons."""
-        return [ladder for of_kind in self.ladders[1:] for ladder in of_kind]
-
-    @property
-    def removable(self) -> int:
-        """The most parameters that can go."""
-        return sum((it.most - it.least) * it.parameters for of_kind in self.ladders for it in of_kind)
-
-    def reweighted(self) -> ReweightedShapes:
-        """The family of shapes to search."""
-        return ReweightedShapes(self.neurons, self.others, self.removals)
-
-    def allows(self, counts: Counts) -> bool:
-        """Whether every layer has that many units, and none would keep fewer than it must."""
-        ladders = [*self.neurons, *self.others]
-        return all(it.least <= count <= it.most for count, it in zip(counts, ladders, strict=True))
-
-    def shape(self, counts: Sequence[int]) -> Shape:
-        """The shape that keeps these numbers of units, given in the order of the ladders."""
-        size = len(self.layers)
-        rows = [tuple(counts[start : start + size]) for start in range(0, len(counts), size)]
-        return Shape(self.layers, dict(zip(self.kinds, rows, strict=True)))
-
-
-def _comparable(params: PruneParameters, checkpoint: Checkpoint, kinds: Sequence[Scored]) -> list[Sequence[Tensor]]:
-    """Non-negative scores of each kind on one scale for all layers and kinds; what competes is a score divided by the
-    number of its unit's parameters.
-    """
-    criterion = CRITERIA[params.criterion]
-    of_kinds: list[Sequence[Tensor]] = [it.scores for it in kinds]
-    if params.allocation == "standardized":  # a unit's score, whatever its size, shifted so that the smallest is 0
-        of_kinds = [standardized(scores, in_deviations=criterion.in_deviations) for scores in of_kinds]
-        smallest = min(float(scores_U.min()) for scores in of_kinds for scores_U in scores)
-        of_kinds = [[scores_U - smallest for scores_U in scores] for scores in of_kinds]
-    elif criterion.in_nats:
-        return of_kinds
-    else:  # on average, a parameter counts the same in every kind and layer
-        of_kinds = [layer_mean_one(scores) for scores in of_kinds]
-    per_unit = checkpoint.parameter_counts.units
-    sizes = [per_unit[it.units.kind] / per_unit[NEURONS] for it in kinds]
-    return [[scores_U * size for scores_U in scores] for size, scores in zip(sizes, of_kinds, strict=True)]
 
 
 class _Search:
@@ -191,16 +94,20 @@ class _Search:
         self._kinds = kinds
         self._target = target
         self._refits = context.params.refit != "none"
+        self._step = target.step_of_layers * (1 if context.params.is_thorough else 2)
         self._passes: Counter[str] = Counter()
         windows_ST, (_, size) = context.calibration_windows(), context.params.forward_pass()
         batches = windows_ST.split(size)
         apart = max(1, len(batches) // JUDGED_EVERY)
         has_finals = context.params.allocation == "plain" or LAYERS in context.params.structures
-        if context.params.finals and has_finals and len(batches) > 1:
+        if context.params.is_thorough and has_finals and len(batches) > 1:
             self._seen_ST, self._judged_ST = torch.cat(batches[:-apart]), torch.cat(batches[-apart:])
         else:  # a single micro-batch is both seen and judged
             self._seen_ST = self._judged_ST = windows_ST
-        self._compared_ST = held_out_windows(self._seen_ST, size, WINDOWS)[:WINDOWS]
+        # Windows for cheap refits, which hold some of them out.
+        skipped = 0 if context.params.is_thorough else max(0, min(len(batches) // 2, len(batches) - 2))
+        self._fitted_ST = self._seen_ST[skipped * size :]
+        self._compared_ST = held_out_windows(self._fitted_ST, size, WINDOWS)[:WINDOWS]
         # What the dense model's head reads; one pass through its layers, which is collective, serves all measurements.
         self._dense = cache(partial(dense_states, context, checkpoint, self._compared_ST, 1))
 
@@ -210,6 +117,7 @@ class _Search:
         Finalists are that which prunes only MLPs, and the best others.
         """
         num_layers, planned = self._checkpoint.num_layers, shapes_for(self._target)
+        planned = [it for it in planned if (num_layers - len(it.layers)) % self._step == 0] or planned
         order = self._layers_in_order(num_layers - min(len(shape.layers) for shape in planned))
         shapes, as_planned = [], []
         for it in planned:
@@ -233,8 +141,8 @@ class _Search:
             contest: the one in which all layers stay.
         """
         order = self._layers_in_order(self._target.most_layers_gone())
-        steps = range(0, len(order) + 1, self._target.step_of_layers)
-        contests = _possible([contest.without(order[:gone]) for gone in steps]) or [contest.without(order)]
+        steps = range(0, len(order) + 1, self._step)
+        contests = possible([contest.without(order[:gone]) for gone in steps]) or [contest.without(order)]
         measure = partial(self._kl, phase="search", passes=MEASUREMENTS + (len(contests) > 1))
         kls: dict[str, float] = {}
         known: dict[Counts, float] = {}
@@ -266,25 +174,27 @@ class _Search:
                 found[name] = tuple(count for it in self._kinds for count in shape.units[it.units.kind])
         return {name: counts for name, counts in found.items() if contest.allows(counts)}
 
-    def _kl(
-        self, shapes: Sequence[Shape], phase: str, passes: int = 1, *, fits: bool = True, windows: int = WINDOWS
-    ) -> list[float]:
-        """The divergence of each shape from the dense model.
+    def _kl(self, shapes: Sequence[Shape], phase: str, passes: int = 1, *, order_alone: bool = False) -> list[float]:
+        """The divergence of each shape from the dense model, after a cheap refit if the stage refits at all.
 
         Args:
             phase: its name in progress reports, of this pass and others, ``passes`` in all.
-            fits: whether a cheap refit precedes it, if the stage refits at all.
-            windows: the most windows that shapes are compared on.
+            order_alone: whether it only orders layers, for which few windows without a refit will do.
         """
-        context, checkpoint = self._context, self._checkpoint
+        context, checkpoint, is_thorough = self._context, self._checkpoint, self._context.params.is_thorough
         after_each = context.reporting(phase, passes * checkpoint.num_layers)
         before = self._passes[phase] * checkpoint.num_layers
         self._passes[phase] += 1
+        compared_ST, fitted_on = self._compared_ST, None
+        if order_alone:
+            compared_ST = compared_ST[:WINDOWS_OF_ORDER, : None if is_thorough else QUICK_TOKENS]
+        elif self._refits:
+            fitted_on = stream_of(context, checkpoint, self._fitted_ST)
         return measure_shapes(
             shapes,
             self._kinds,
-            stream_of(context, checkpoint, self._seen_ST) if fits and self._refits else None,
-            stream_of(context, checkpoint, self._compared_ST[:windows], 1),
+            fitted_on,
+            stream_of(context, checkpoint, compared_ST, 1),
             self._dense(),
             lambda done: after_each(before + done),
             every=EVERY,
@@ -299,10 +209,9 @@ class _Search:
             return Shape(layers, {kind: tuple(row[layer] for layer in layers) for kind, row in counts.items()})
 
         def measure(sets: Sequence[tuple[int, ...]]) -> Sequence[float]:
-            return self._kl([without(gone) for gone in sets], "layers", count, fits=False, windows=WINDOWS_OF_ORDER)
+            return self._kl([without(gone) for gone in sets], "layers", count, order_alone=True)
 
-        contenders = CONTENDERS if self._context.params.finals else QUICK_CONTENDERS
-        return drop_order(self._target.droppable, count, measure, contenders)
+        return drop_order(self._target.droppable, count, measure, CONTENDERS if self._context.params.is_thorough else 0)
 
     def _best(
         self,
@@ -319,7 +228,7 @@ class _Search:
             always: shapes that become finalists if they are not far from the best.
         """
         closest = min(kls.values())
-        if not self._refits or not self._context.params.finals:
+        if not self._refits or not self._context.params.is_thorough:
             return min(kls, key=kls.__getitem__), {}
         farthest = max(closest, WORST_FINALIST * closest)  # rounding can make a divergence of zero negative
         competing = [name for name in sorted(kls, key=kls.__getitem__) if kls[name] <= farthest]
@@ -352,13 +261,3 @@ class _Search:
             following = with_fewer_layers(best)
             ahead = [] if following is None or following in finalists_kl else [following]
         return best, {"finalists_kl": finalists_kl}
-
-
-def _possible(contests: Sequence[Contest]) -> list[Contest]:
-    """The contests whose units can make up the ratio; if dropped layers always exceed it, the one with most layers.
-
-    Args:
-        contests: those with most layers first.
-    """
-    enough = [it for it in contests if it.removals <= it.removable]
-    return [it for it in enough if it.removals >= 0] or enough[:1]

@@ -25,6 +25,13 @@ def curvature_of(at):
     return GaussNewtonSums(tuple(rows), inputs, at.hidden_NK.T @ at.hidden_NK, len(at.hidden_NK))
 
 
+def solved(at, right, iterations):
+    def length(change):
+        return at.forward(change).square().sum().item()
+
+    return solve_normal_equations(lambda v: at.backward(at.forward(v)), length, right, curvature_of(at), iterations)
+
+
 def mlp(weights, biases, x):
     rows = [x @ row.T for row in weights.rows_KC]
     gate, *up = [row if bias is None else row + bias for row, bias in zip(rows, biases.rows_K, strict=True)]
@@ -76,7 +83,7 @@ def test_conjugate_gradients_solve_the_damped_equations():
     at = Linearized(weights, Biases(), x)
     target = mlp(some(3)[0], Biases(), x)
     curvature, right = curvature_of(at), at.backward(target - at.output())
-    change = solve_normal_equations(lambda v: at.backward(at.forward(v)), right, curvature, iterations=200)
+    change = solved(at, right, iterations=200)
     left, diagonal = at.backward(at.forward(change)), curvature.diagonal()
     for a, b, v, d in zip(left.tensors(), right.tensors(), change.tensors(), diagonal.tensors(), strict=True):
         torch.testing.assert_close(a + DAMPING * (d + d.mean()) * v, b, rtol=1e-3, atol=1e-2)
@@ -91,10 +98,7 @@ def test_a_step_or_two_find_weights_that_were_moved_a_little():
         at = Linearized(moved, Biases(), x)
         residual = target - at.output()
         errors.append(residual.square().sum().item())
-        change = solve_normal_equations(
-            lambda v, at=at: at.backward(at.forward(v)), at.backward(residual), curvature_of(at), 30
-        )
-        moved = moved.plus(change)
+        moved = moved.plus(solved(at, at.backward(residual), iterations=30))
     assert errors[1] < 0.1 * errors[0] and errors[2] < errors[1]
 
 
@@ -104,5 +108,5 @@ def test_a_silent_mlp_is_left_alone():
     silent = MlpWeights.of(*(torch.zeros_like(it) for it in weights.tensors()))
     at = Linearized(silent, Biases(), x)
     right = at.backward(torch.ones(len(x), silent.down_CK.shape[0], dtype=x.dtype))
-    step = solve_normal_equations(lambda v: at.backward(at.forward(v)), right, curvature_of(at), 5)
+    step = solved(at, right, iterations=5)
     assert all(torch.equal(it, torch.zeros_like(it)) for it in step.tensors())

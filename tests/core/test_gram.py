@@ -12,19 +12,18 @@ def test_blocks_make_the_whole_symmetric_matrix(size, monkeypatch):
     torch.testing.assert_close(gram_matrix(vectors), vectors.T @ vectors)
 
 
-def test_nothing_to_invert_is_no_matter():
-    identity = torch.eye(3, dtype=torch.float64)
-    torch.testing.assert_close(damped_inverse(torch.zeros(3, 3), 0.01), identity / 0.01)
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_a_damped_inverse_leaves_what_it_inverts(dtype):
-    vectors = torch.randn(30, 8, generator=torch.Generator().manual_seed(0), dtype=dtype)
+    vectors, identity = (
+        torch.randn(30, 8, generator=torch.Generator().manual_seed(0), dtype=dtype),
+        torch.eye(8).to(dtype),
+    )
     matrix = vectors.T @ vectors
     before = matrix.clone()
-    damped = matrix.double() + 0.1 * matrix.diagonal().mean().double() * torch.eye(8).double()
-    torch.testing.assert_close(damped_inverse(matrix, 0.1) @ damped, torch.eye(8).double())
+    damped = matrix + 0.1 * matrix.diagonal().mean() * identity
+    torch.testing.assert_close(damped_inverse(matrix, 0.1) @ damped, identity)
     assert torch.equal(matrix, before)
+    torch.testing.assert_close(damped_inverse(torch.zeros_like(matrix), 0.01), identity / 0.01)
 
 
 @pytest.mark.parametrize(("lost", "needed"), [(0.05, 0.1), (0.5, 1.0)])

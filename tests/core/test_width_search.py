@@ -126,4 +126,4 @@ def test_a_layer_that_is_missed_more_beside_another_waits():
     """Dropped alone, 1, 2 and 3 cost least, in this order; without 1, its neighbour 2 costs more than 3 does."""
     kl = {(1,): 0.1, (2,): 0.2, (3,): 0.3, (1, 2): 0.9, (1, 3): 0.4, (1, 2, 3): 1.0}
     assert drop_order([1, 2, 3], 3, lambda sets: [kl[gone] for gone in sets], 5) == [1, 3, 2]
-    assert drop_order([1, 2, 3], 2, lambda sets: [kl[gone] for gone in sets], 1) == [1, 2]
+    assert drop_order([1, 2, 3], 2, lambda sets: [kl[gone] for gone in sets], 0) == [1, 2]

@@ -1,7 +1,6 @@
 """What stages need of each GPU, against the bytes that small models take: enough with the margin, not much more."""
 
 import contextlib
-import math
 from dataclasses import replace
 
 import pytest
@@ -35,11 +34,11 @@ from hfprune_dist.kinds.prune import PruneParameters
 from hfprune_dist.kinds.training import training_need
 from hfprune_dist.methods import CRITERIA
 from hfprune_dist.models.memory_efficient_backward import checkpoint_activations, use_memory_efficient_backward
-from hfprune_dist.refit.dense_refit import refit_on_dense
+from hfprune_dist.refit.output_refit import refit_on_dense
 from hfprune_dist.refit.refitted_layers import RefittedLayers
 from hfprune_dist.refit.sequential_refit import SequentialRefit
-from hfprune_dist.scoring import accumulation
-from hfprune_dist.scoring.accumulation import Accumulation
+from hfprune_dist.scoring import accumulation, shard_scorer
+from hfprune_dist.scoring.accumulation import Accumulation, bytes_of
 from hfprune_dist.scoring.shard_scorer import summed_matrices
 from hfprune_dist.store.stage import Stage
 from hfprune_dist.structures.kept import Kept
@@ -93,14 +92,17 @@ def test_a_calibration_pass(tmp_path, monkeypatch, criteria, kinds, checkpointin
 @pytest.mark.parametrize("kinds", [["neurons"], ["neurons", "kv_groups"]])
 def test_matrices_of_a_calibration_pass(tmp_path, monkeypatch, kinds):
     checkpoint = open_checkpoint(save_tiny(tmp_path / "model", **SHAPE))
-    matrices = summed_matrices(checkpoint, checkpoint.pruned_kinds(kinds), [CRITERIA["surgeon"]])
-    everything = 8 * sum(math.prod(size) for sizes in matrices.values() for size in sizes)
-    for limit in (everything, everything - 1):
-        monkeypatch.setattr(importance, "OWN_TERMS_BYTES", limit)
-        monkeypatch.setattr(accumulation, "OWN_TERMS_BYTES", limit)
-        reduces_rounds = Accumulation(1, tmp_path / "sums", SoloWorld(size=2), matrices)._reduces_rounds
+    reduced, limit = [], 2**60
+    for _ in range(3):  # with inputs of output projections; without; and too large for any rank to have all terms
+        for module in (importance, accumulation, shard_scorer):
+            monkeypatch.setattr(module, "OWN_TERMS_BYTES", limit)
+        matrices = summed_matrices(checkpoint, checkpoint.pruned_kinds(kinds), [CRITERIA["surgeon"]])
+        reduced.append(Accumulation(1, tmp_path / "sums", SoloWorld(size=2), matrices)._reduces_rounds)
         need = scoring(["surgeon"], kinds, 2, 2, 48).pass_over(checkpoint, checkpointing=False)
-        assert (need.shared, need.unreduced) == (everything, everything if reduces_rounds else 0)
+        everything = bytes_of(matrices)
+        assert (need.shared, need.unreduced) == (everything, everything if reduced[-1] else 0)
+        limit = everything - 1
+    assert reduced == [True, True, False]
     assert need.on_each_gpu(1, whole=True) == replace(need, unreduced=1).on_each_gpu(1, whole=True)
 
 
@@ -122,7 +124,7 @@ def test_a_refit_layer_by_layer(tmp_path, monkeypatch, refit):
     fitted = RefittedLayers(checkpoint, tmp_path / "fitted")
     with PeakBytes() as counted:
         if refit == "block":
-            SequentialRefit(kept, kinds, pruned, dense, fitted, more_iterations=2).run(lambda _done: None)
+            SequentialRefit(kept, kinds, pruned, dense, fitted, iterations=(2, 2)).run(lambda _done: None)
         else:
             refit_on_dense(kept, kinds, dense, fitted, lambda _done: None)
     settings = {"allocation": "uniform", "multiple_of": 1, "dtype": "float32", "micro_batch_size": 2}

@@ -109,13 +109,12 @@ def test_hfprune_is_the_published_method():
     assert (method.criterion, method.allocation, method.refit, method.multiple_of) == ("entropy", "uniform", "none", 1)
 
 
-@pytest.mark.parametrize("refit", ["none", "bias", "dense", "layerwise", "block"])
-def test_a_quick_refit_leaves_out_what_a_thorough_one_does_besides(refit):
-    quick, thorough = (Method(criterion="entropy", refit=refit, effort=it).of_one_cut() for it in ("quick", "thorough"))
-    beside = ["finals", "refit_copies", "refit_norms", "refit_iterations"]
-    assert not quick.keys() & {*beside} and {**quick, **thorough} == thorough
-    more = {"dense": 2, "layerwise": 3, "block": 4}.get(refit, 1)
-    assert thorough.keys() - quick.keys() == {*beside[:more]}
+@pytest.mark.parametrize(
+    ("refit", "allocation", "has"), [("none", "uniform", 0), ("none", "plain", 1), ("block", "uniform", 1)]
+)
+def test_effort_is_a_parameter_of_what_measures_or_fits(refit, allocation, has):
+    method = Method(criterion="entropy", refit=refit, allocation=allocation, effort="quick")
+    assert ("effort" in method.of_one_cut()) is bool(has)
 
 
 def test_the_prune_section_wins_over_every_method():

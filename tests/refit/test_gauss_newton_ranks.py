@@ -33,7 +33,7 @@ def test_a_target_that_is_not_finite_names_the_layer(place, value, ranks):
             micro_batches=MICRO_BATCHES,
             world=world,
         )
-        reconstruction.improve(start, start, 1)
+        reconstruction.improve(start, start, 1, 1)
 
     with pytest.raises(UserError, match=r"^activations of layer 7: "):
         Ranks(ranks).run(work)

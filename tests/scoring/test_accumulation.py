@@ -187,7 +187,7 @@ def test_what_is_not_finite_names_the_layer_that_backward_met_first(tmp_path, va
             totals.add_to_matrix("neurons", lost, torch.full((3, 3), value))
         return {"loss": torch.zeros(1).double()}
 
-    with pytest.raises(UserError, match=r"gradients of neurons in layer 1 are NaN or infinite"):
+    with pytest.raises(UserError, match=r"sums of neurons in layer 1 are NaN or infinite"):
         totals.add_round(score)
 
 

@@ -1,10 +1,15 @@
-"""The layer-by-layer pass of the importance stage, on real ranks: what a resume may not change."""
+"""Where Gram matrices of inputs don't fit, the importance stage makes them in a pass layer by layer."""
 
+import pytest
+import torch
 from ranks import on_ranks
+from safetensors.torch import load
 from scoring import files_of, make_stage, run
 
 from hfprune_dist.distributed.layer_stream import LayerStream
+from hfprune_dist.scoring import shard_scorer
 from hfprune_dist.store.artifacts import Store
+from hfprune_dist.structures.score_names import SCORES
 
 
 def killed_at(layer):
@@ -19,13 +24,20 @@ def killed_at(layer):
     return grams
 
 
-def test_a_resume_in_the_second_pass_has_the_bits_of_a_model_with_biases(tmp_path, monkeypatch):
+@pytest.mark.parametrize(("variant", "dtype"), [("qwen2", "bfloat16"), ("llama", "float32")])
+def test_a_second_pass_resumes_and_scores_as_one_pass_does(tmp_path, monkeypatch, variant, dtype):
     """A process that resumes there never loads a sharded model, for which DeepSpeed replaces torch's linear."""
-    stage = make_stage(tmp_path, "qwen2", "bfloat16", structures=("neurons", "kv_groups"))
-    whole, store = Store(tmp_path / "whole"), Store(tmp_path / "store")
+    stage = make_stage(tmp_path, variant, dtype, structures=("neurons", "kv_groups"))
+    in_one, whole, store = (Store(tmp_path / name) for name in ("in one", "whole", "store"))
+    assert on_ranks(1, lambda world: run(in_one, stage, world)) == [0]
+    monkeypatch.setattr(shard_scorer, "OWN_TERMS_BYTES", 0)
     assert on_ranks(1, lambda world: run(whole, stage, world)) == [0]
     with monkeypatch.context() as patch:
         patch.setattr(LayerStream, "grams", killed_at(1))
         assert on_ranks(1, lambda world: run(store, stage, world)) == [1]
     assert on_ranks(1, lambda world: run(store, stage, world)) == [0]
     assert files_of(store, stage) == files_of(whole, stage)
+    one, two = (load(files_of(it, stage)[SCORES]) for it in (in_one, whole))
+    for name, scores_U in two.items():
+        if dtype == "float32":
+            torch.testing.assert_close(one[name], scores_U, rtol=1e-3, atol=1e-9)

@@ -15,6 +15,7 @@ from hfprune_dist.checkpoints.checkpoint import open_checkpoint
 from hfprune_dist.distributed.interruption import Interruption
 from hfprune_dist.distributed.sums import HOLD_OUT_EVERY, is_held_out
 from hfprune_dist.errors import UserError
+from hfprune_dist.kinds.prune import PruneParameters
 from hfprune_dist.models.loading import load_causal_lm
 from hfprune_dist.models.single_layer import LayerReader
 from hfprune_dist.refit.refitted_layers import RefittedLayers
@@ -60,8 +61,8 @@ def test_real_ranks_write_a_checkpoint_that_plain_transformers_loads(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "ranks"),
     [
-        ({"refit": "dense", "refit_copies": 2, "samples": 9}, 3),
-        ({"refit": "block", "refit_norms": True, "samples": 24}, 2),
+        ({"refit": "dense", "effort": "thorough", "samples": 9}, 3),
+        ({"refit": "block", "effort": "thorough", "samples": 24}, 2),
         ({"refit": "bias", "allocation": "local", "structures": BOTH, "protect_first": 0, "protect_last": 0}, 3),
     ],
     ids=["dense", "block", "bias"],
@@ -132,20 +133,20 @@ def test_an_interrupted_refit_solves_no_layer_twice(tmp_path, monkeypatch):
 # Refits.
 
 
-@given(windows=st.integers(1, 70), copies=st.integers(1, 4), size=st.integers(1, 9))
-def test_windows_are_held_out_with_all_their_copies_as_far_as_there_is_room(windows, copies, size):
-    """A window's tokens are its number; a copy's are negative."""
+@given(windows=st.integers(1, 70), size=st.integers(1, 9))
+def test_windows_are_held_out_with_their_copies_as_far_as_there_is_room(windows, size):
+    """A window's tokens are its number; its copy's are negative."""
 
     def held_out(count):
         return [it for it in range(count) if is_held_out(it // size, -(-count // size))]
 
-    windows_ST, versions = torch.arange(1, windows + 1)[:, None], 1 + copies
-    numbers = in_refit_order(windows_ST, -windows_ST[:, None].expand(-1, copies, -1), size)[:, 0].tolist()
-    assert sorted(numbers) == sorted([*range(1, windows + 1), *[-it for it in range(1, windows + 1)] * copies])
+    windows_ST = torch.arange(1, windows + 1)[:, None]
+    numbers = in_refit_order(windows_ST, -windows_ST, size)[:, 0].tolist()
+    assert sorted(numbers) == sorted([*range(1, windows + 1), *range(-windows, 0)])
     before = {1 + it for it in held_out(windows)}
     places = held_out(len(numbers))
     apart = [numbers[it] for it in places]
-    assert sum(abs(number) in before for number in apart) == min(len(apart), len(before) * versions)
+    assert sum(abs(number) in before for number in apart) == min(len(apart), 2 * len(before))
     fitted = {abs(number) for place, number in enumerate(numbers) if place not in places}
     # Those of one side that fill the other are whole windows, but perhaps for one.
     assert len(fitted & {abs(number) for number in apart}) <= 1
@@ -156,10 +157,11 @@ def test_windows_are_held_out_with_all_their_copies_as_far_as_there_is_room(wind
 NORMS = ["model.norm", *(f"model.layers.{n}.{it}_layernorm" for n in (0, 1) for it in ("input", "post_attention"))]
 
 
-def test_refitted_norms_bring_the_distribution_closer_and_nothing_else_changes(tmp_path):
+def test_refitted_norms_bring_the_distribution_closer_and_nothing_else_changes(tmp_path, monkeypatch):
     tensors, metrics = [], {}
-    for also in ({}, {"refit_norms": True}):
-        store, stage = prepare(tmp_path / str(len(also)), ratio=0.25, refit="layerwise", **also)
+    for refits in (False, True):
+        monkeypatch.setattr(PruneParameters, "refits_norms", refits)
+        store, stage = prepare(tmp_path / str(refits), ratio=0.25, refit="layerwise")
         shapes.run(store, stage, SoloWorld())
         tensors.append(load_file(store.path(stage.id) / "model.safetensors"))
         metrics = metrics_of(store, stage)
@@ -181,7 +183,7 @@ class Shifting(torch.nn.Module):
 
 
 def test_a_norm_that_cannot_be_refitted_is_named_before_anything_is_computed(tmp_path, monkeypatch):
-    store, stage = prepare(tmp_path, refit="layerwise", refit_norms=True)
+    store, stage = prepare(tmp_path, refit="layerwise", effort="thorough")
     which = "layers.1.post_attention_layernorm"
     read = LayerReader._alone
     monkeypatch.setattr(

@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from hfprune_dist.checkpoints.checkpoint import open_checkpoint
 from hfprune_dist.core.width_search import START, Found
+from hfprune_dist.kinds.prune import PruneParameters
 from hfprune_dist.models.loading import load_causal_lm
 from hfprune_dist.stages import prune, shape_search
 from hfprune_dist.stages.shape_search import EVERY
@@ -22,6 +23,7 @@ NEURONS_ALONE, BOTH, ALL = ["neurons"], ["neurons", "kv_groups"], ["neurons", "k
 def prepare(folder, variant="llama", **changes):
     """Prepare a stage for which a group's score per parameter is about a neuron's."""
     settings = {"criterion": "surgeon", "allocation": "searched", "refit": "none", "structures": BOTH}
+    settings |= {"effort": "thorough"}
     limits = {"floor": 0.2, "protect_first": 0, "protect_last": 0}
     biases = {"attention_bias": True} if variant == "qwen3" else {}
     return shapes.prepare(folder, variant, layers=LAYERS, worth=4.0, **biases, **{**settings, **limits, **changes})
@@ -86,6 +88,7 @@ def layers_of(name):
 def test_the_number_of_layers_is_that_of_the_closest_finalist(tmp_path, monkeypatch):
     """Without any further search or a new refit, what is written is a finalist."""
     monkeypatch.setattr(shape_search, "WORST_FINALIST", 1e6)
+    monkeypatch.setattr(PruneParameters, "refits_norms", False)
     fit, fitted = shape_search.refit_layers, {}
 
     def fitting(context, checkpoint, kept, *where, **how):

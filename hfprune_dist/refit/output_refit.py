@@ -1,0 +1,191 @@
+"""Least squares on output projections, with a ridge that held-out windows choose; and the refit that does nothing else:
+each layer on the dense model's activations, so that none depends on another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import suppress
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from hfprune_dist.core.gram import UnresolvedError, gram_matrix
+from hfprune_dist.core.least_squares import RIDGES, LeastSquares, Projection, Ridge, best_ridge
+from hfprune_dist.core.portions import wide_product, widened
+from hfprune_dist.core.selection import entries_of
+from hfprune_dist.distributed.layer_stream import AfterLayer, LayerStream
+from hfprune_dist.distributed.sums import Float64Sum, Grams, explaining, is_held_out
+from hfprune_dist.distributed.world import World
+from hfprune_dist.models.experts import output_weights
+from hfprune_dist.models.single_layer import run
+from hfprune_dist.refit.refitted_layers import RefittedLayers
+from hfprune_dist.structures.kept import Kept
+from hfprune_dist.structures.units import Units
+
+
+class Problems(NamedTuple):
+    """A problem on the windows that are fitted, and on those that are held out."""
+
+    fitted: LeastSquares
+    held_out: LeastSquares
+
+    @classmethod
+    def of_kept(cls, weight_CD: Tensor, grams: Grams, kept: Tensor) -> Problems:
+        """Fit the kept channels of a projection to its outputs with all channels.
+
+        Args:
+            grams: Gram matrices of all channels.
+            kept: ascending int64 indices of the channels that stay.
+        """
+        return cls(*(Projection(weight_CD, it).keeping(kept) for it in (grams.fitted_DD, grams.held_out_DD)))
+
+    def whole(self) -> LeastSquares:
+        """The problem on all windows."""
+        return self.fitted.with_tokens_of(self.held_out)
+
+
+class TargetSums:
+    """The problems of fitting what a projection reads to any targets, added up over micro-batches.
+
+    Args:
+        number: of the layer, for messages.
+        weight_CK: the projection's current weight [hidden_size, channels].
+        micro_batches: their number on all ranks together.
+    """
+
+    def __init__(self, number: int, weight_CK: Tensor, micro_batches: int, world: World) -> None:
+        channels = weight_CK.shape[1]
+        shapes: list[Sequence[int]] = [[], weight_CK.shape, [channels, channels]]
+        self._sums = [[Float64Sum(number, shape, world) for shape in shapes] for _ in range(2)]
+        self._old_CK = widened(weight_CK)
+        self._micro_batches = micro_batches
+
+    def add(self, index: int, hidden_NK: Tensor, target_NC: Tensor) -> None:
+        """Add a micro-batch: what the projection reads, and float32 targets of its outputs."""
+        energy, cross, gram = self._sums[is_held_out(index, self._micro_batches)]
+        energy.add(target_NC.square().sum(dtype=torch.float64))
+        cross.add(wide_product(target_NC, hidden_NK))
+        gram.add(gram_matrix(hidden_NK))
+
+    def of_all_ranks(self) -> Problems:
+        """The sums over all ranks; collective, see ``Float64Sum.of_all_ranks``."""
+
+        def problem(energy: Float64Sum, cross: Float64Sum, gram: Float64Sum) -> LeastSquares:
+            return LeastSquares(energy.of_all_ranks(), cross.of_all_ranks(), gram.of_all_ranks(), self._old_CK)
+
+        return Problems(*(problem(*sums) for sums in self._sums))
+
+
+class Solution(NamedTuple):
+    """An output projection's new weight [hidden_size, kept], float32.
+
+    Attributes:
+        fitted_CK: fitted on the windows that are not held out.
+        whole_CK: the same on all windows.
+    """
+
+    fitted_CK: Tensor
+    whole_CK: Tensor
+
+
+def solve(problems: Problems, *, expert: bool = False) -> Solution:
+    """Solve by least squares.
+
+    Args:
+        expert: whether few tokens, or none, may have reached the projection. If all targets on the fitted or on the
+            held-out windows are zero, there is nothing to choose a ridge by; the largest one is used, which pulls
+            towards the old weight. If they are zero on both, the old weight stays.
+
+    Raises:
+        UnresolvedError: if a Gram matrix isn't positive definite: that of the fitted windows with any of the ridges, or
+            that of all windows with the best one.
+    """
+    can_choose = not expert or min(it.energy for it in problems) > 0
+    best = best_ridge(*problems, RIDGES if can_choose else RIDGES[-1:])
+    return Solution(best.weight_CK.contiguous(), problems.whole().weight(best.ridge))
+
+
+def best_ridge_together(problems: Problems, world: World) -> Ridge:
+    """``best_ridge``, for which ranks try the candidates in turns; collective."""
+    best: Ridge | None = None
+    with suppress(UnresolvedError):  # a larger one, perhaps another rank's, may do
+        best = best_ridge(*problems, RIDGES[world.rank :: world.size])
+    found = world.all_gather(None if best is None else (best.error, best.ridge))
+    if not any(found):
+        raise UnresolvedError
+    error, ridge = winner = min(filter(None, found))
+    owner = found.index(winner)
+    weight_CK = (torch.empty_like(problems.fitted.old_CK) if best is None else best.weight_CK).contiguous()
+    world.broadcast_tensor(weight_CK, owner)
+    return Ridge(ridge, error, weight_CK)
+
+
+def solve_together(problems: Problems, world: World) -> Solution:
+    """``solve`` on all ranks, each of which gets the solution; collective."""
+    best = best_ridge_together(problems, world)
+    whole_CK = torch.empty_like(best.weight_CK)
+    if world.is_first:
+        whole_CK = problems.whole().weight(best.ridge)
+    world.broadcast_tensor(whole_CK, 0)
+    return Solution(best.weight_CK, whole_CK)
+
+
+def refit_on_dense(
+    kept: Kept, kinds: Sequence[Units], stream: LayerStream, fitted: RefittedLayers, after_each: AfterLayer
+) -> None:
+    """Fit output projections to their dense outputs, from the kept channels of the dense model's activations.
+
+    In a mixture of experts, each expert is fitted on the tokens that it is given. Errors count by the square of the
+    routing weight, by which the expert's output is multiplied. An expert with few tokens stays closer to its old weight
+    (``solve``), and one with none keeps its columns as they are.
+
+    Args:
+        kinds: the units whose output projections are fitted.
+        stream: the model's windows before the first layer.
+        fitted: where rank 0 writes refitted layers; those that are there stay.
+
+    Raises:
+        UserError: as ``LayerStream.grams``, ``explaining`` and ``RefittedLayers.rounded`` do.
+    """
+    for number, layer, is_left in stream.unfinished(kept.layers, fitted.done, after_each):
+        there = [units for units in kinds if units.counts[number]]
+        if not is_left:
+            stream.advance(partial(run, layer))
+        else:
+            grams = stream.grams(number, layer, there, owner=0)
+            if stream.world.is_first:
+                tensors: dict[str, Tensor] = {}
+                for units in there:
+                    with explaining(number):
+                        weights = _solved(layer, units, kept.of_layer(number, units.kind), grams.pop(units.kind))
+                    tensors |= output_tensors(units, weights)
+                fitted.write_rounded(number, tensors)
+            del grams
+        del layer
+
+
+def _solved(layer: nn.Module, units: Units, kept_U: Tensor, grams: Sequence[Grams]) -> list[Tensor]:
+    """Fit the output projection of each expert, or the single one."""
+    solved, is_expert = [], units.experts > 1
+    for expert, (weight_CD, of_expert) in enumerate(zip(output_weights(layer, units), grams, strict=True)):
+        first = weight_CD.shape[1] // units.channels_per_unit * expert
+        channels_K = entries_of(kept_U.chunk(units.experts)[expert] - first, units.channels_per_unit)
+        problems = Problems.of_kept(weight_CD, of_expert, channels_K.to(weight_CD.device))
+        solved.append(solve(problems, expert=is_expert).whole_CK)
+    return solved
+
+
+def output_tensors(units: Units, weights_CK: Sequence[Tensor]) -> dict[str, Tensor]:
+    """Name within a layer -> tensor as stored in files, for the output projections of some units.
+
+    Args:
+        weights_CK: the weight of each expert [hidden_size, channels], or a single one.
+    """
+    first = units.columns[0]
+    if first.stacked:
+        whole = torch.stack([*weights_CK])
+        return {first.tensor: whole if first.axis == 2 else whole.transpose(1, 2)}
+    return {owned.tensor: it for owned, it in zip(units.columns, weights_CK, strict=True)}
