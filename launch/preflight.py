@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from hfprune_launch.local.hardware import ranks_here
 from hfprune_launch.slurm.profile import Profile
 
 from hfprune_dist.checkpoints.checkpoint import open_checkpoint
-from hfprune_dist.config.schema import EvaluationConfig, RuntimeConfig, SweepConfig
+from hfprune_dist.config.schema import SweepConfig
 from hfprune_dist.config.section import TextSource
 from hfprune_dist.data.text import Beginning, read_beginning, require_data_set
 from hfprune_dist.errors import UserError
@@ -23,23 +22,22 @@ from hfprune_dist.store.machine import count_gpus
 from hfprune_dist.store.stage import RECOVERING
 
 
-@dataclass(frozen=True)
-class Reading:
+class Text(NamedTuple):
     """A text that stages will read.
 
     Attributes:
         section: section of the configuration that describes it.
-        sequence_length: tokens per window, or per row of pairs.
         where: name of the text in the stages' messages.
         beginning: its first texts; None if they come from the hub.
+        sequence_length: tokens per window, or per row of pairs.
         windows: number of windows that are cut from the text; 0 if it is pairs to train on.
         add_bos_token: whether windows begin with BOS.
     """
 
     section: str
-    sequence_length: int
     where: str
     beginning: Beginning | None
+    sequence_length: int
     windows: int = 0
     add_bos_token: bool = False
 
@@ -68,122 +66,87 @@ def check_stages(
             a text that is too short, a batch that ranks can't share, an unknown task, or a model with unsuitable
             tokenizer, chat template, weights or positions.
     """
-    if todo and profile is None:
-        _check_gpus()
-    if {*RECOVERING, "distill"} & {plan.stages[stage_id].kind for stage_id in todo}:
-        _check_trackers(config.runtime)
-    models = _models_by_kind(plan, todo)
-    readings = {kind: list(_texts(config, kind, looks_only)) for kind in models}
-    for kind in RECOVERING & models.keys():
-        ranks = profile.resources[kind].ranks if profile else ranks_here(config.runtime)
-        config.recovery.require_shared_evenly(ranks)
-    if config.evaluation.tasks and "evaluate" in models:
-        _check_tasks(config.evaluation, looks_only)
-    remarks: list[str] = []
-    for folder in dict.fromkeys(it for folders in models.values() for it in folders if it not in absent):
-        kinds = [kind for kind, folders in models.items() if folder in folders]
-        of_folder = [it for kind in kinds for it in readings[kind]]
-        remarks += _check_model(config, folder, of_folder, "evaluate" in kinds)
-    return list(dict.fromkeys(remarks))
-
-
-def _check_gpus() -> None:
-    if count_gpus():
+    stages = [plan.stages[stage_id] for stage_id in todo]
+    kinds = {stage.kind for stage in stages}
+    evaluation = config.evaluation
+    if stages and profile is None and count_gpus():
         from hfprune_dist.distributed.world import require_usable_gpus  # torch takes seconds to import
 
         require_usable_gpus()
-
-
-def _check_tasks(evaluation: EvaluationConfig, looks_only: bool) -> None:
-    from hfprune_dist.evaluation.lm_eval_tasks import check_tasks  # lm-eval takes seconds to import
-
-    include_path = Path(evaluation.include_path) if evaluation.include_path else None
-    check_tasks(evaluation.tasks, include_path, data=not looks_only)
-
-
-def _check_trackers(runtime: RuntimeConfig) -> None:
-    for tracker in runtime.report_to:
+    for tracker in config.runtime.report_to if {*RECOVERING, "distill"} & kinds else ():
         if find_spec(tracker) is None:
             raise UserError(
                 f"runtime.report_to: {tracker} is not installed; `pip install {tracker}`, or leave it out of the list"
             )
+    for kind in RECOVERING & kinds:
+        ranks = profile.resources[kind].ranks if profile else ranks_here(config.runtime)
+        config.recovery.require_shared_evenly(ranks)
+    texts = list(_texts(config, kinds, looks_only))
+    if evaluation.tasks and "evaluate" in kinds:
+        from hfprune_dist.evaluation.lm_eval_tasks import check_tasks  # lm-eval takes seconds to import
+
+        include_path = Path(evaluation.include_path) if evaluation.include_path else None
+        check_tasks(evaluation.tasks, include_path, data=not looks_only)
+    needs_chat = bool(evaluation.tasks) and evaluation.apply_chat_template and "evaluate" in kinds
+    # Tokenizers of dense models are those of the models pruned from them, too.
+    folders = dict.fromkeys(plan.dense_folder(stage) for stage in stages if parameters_of(stage).tokenizes)
+    remarks = [_check_model(folder, texts, needs_chat) for folder in folders if folder not in absent]
+    return list(dict.fromkeys(remark for of_model in remarks for remark in of_model))
 
 
-def _models_by_kind(plan: Plan, todo: Sequence[str]) -> dict[str, list[Path]]:
-    """Kind of stage -> folders of the dense models whose tokenizers it needs, for these and models pruned from them."""
-    models: dict[str, list[Path]] = {}
-    for stage in (plan.stages[stage_id] for stage_id in todo):
-        if parameters_of(stage).tokenizes:
-            models.setdefault(stage.kind, []).append(plan.dense_folder(stage))
-    return models
+def _texts(config: SweepConfig, kinds: Collection[str], looks_only: bool) -> Iterator[Text]:
+    """The texts that stages of these kinds will read, among those that are checked here."""
 
+    def begin(
+        where: str, source: TextSource, fields: Sequence[str], records: int | None = None
+    ) -> tuple[str, Beginning | None]:
+        """Return the name of a text in messages, and its first records; a data set of the hub has to be there."""
+        if source.path is not None:
+            return f"{where} {source.path}", read_beginning(Path(source.path), fields, where, records)
+        if not looks_only:
+            require_data_set(source.model_dump())
+        return where, None
 
-def _texts(config: SweepConfig, kind: str, looks_only: bool) -> Iterator[Reading]:
-    """The texts that stages of a kind will read, among those that are checked here."""
     calibration, evaluation, recovery = config.calibration, config.evaluation, config.recovery
-    if kind == "importance":
-        for share in calibration.shares():
-            place = _begin("calibration", share.text, [share.text.text_field], looks_only)
-            sizes = share.windows, config.calibrates_with_bos
-            yield Reading("calibration", calibration.sequence_length, *place, *sizes)
-    if kind == "reference":
-        for text in evaluation.fidelity.each().values():
-            place = _begin("fidelity", text, [text.text_field], looks_only)
-            yield Reading("evaluation.fidelity", text.sequence_length, *place, text.windows, evaluation.add_bos_token)
-    if kind in RECOVERING:
-        place = _begin("recovery", recovery, recovery.pair_fields, looks_only, recovery.samples)
-        yield Reading("recovery", recovery.sequence_length, *place)
+    for share in calibration.shares() if "importance" in kinds else ():
+        place = begin("calibration", share.text, [share.text.text_field])
+        yield Text("calibration", *place, calibration.sequence_length, share.windows, config.calibrates_with_bos)
+    for text in evaluation.fidelity.each().values() if "reference" in kinds else ():
+        place = begin("fidelity", text, [text.text_field])
+        yield Text("evaluation.fidelity", *place, text.sequence_length, text.windows, evaluation.add_bos_token)
+    if RECOVERING & {*kinds}:
+        place = begin("recovery", recovery, recovery.pair_fields, recovery.samples)
+        yield Text("recovery", *place, recovery.sequence_length)
 
 
-def _begin(
-    where: str, source: TextSource, fields: Sequence[str], looks_only: bool, records: int | None = None
-) -> tuple[str, Beginning | None]:
-    """The name of a text in messages, and its first records; of a data set on the hub, whether it can be read."""
-    if source.path is not None:
-        return f"{where} {source.path}", read_beginning(Path(source.path), fields, where, records)
-    if not looks_only:
-        require_data_set(source.model_dump())
-    return where, None
-
-
-def _check_model(config: SweepConfig, folder: Path, readings: Sequence[Reading], evaluates: bool) -> list[str]:
+def _check_model(folder: Path, texts: Sequence[Text], needs_chat: bool) -> list[str]:
+    """Check a model's tokenizer and weights, and that each text holds its windows, or a pair to train on."""
     # These import torch and transformers, which takes seconds.
-    from hfprune_dist.data.tokenizer import load_tokenizer, require_chat, require_embedded
+    from hfprune_dist.data.instructions import check_pairs
+    from hfprune_dist.data.tokenizer import load_tokenizer, require_chat, require_embedded, require_eos
+    from hfprune_dist.data.windows import Sampling, check_length
     from hfprune_dist.models.loading import require_own_weights
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # otherwise it warns when stages are started from here
     checkpoint = open_checkpoint(folder)
     require_own_weights(checkpoint)
-    tokenizer = load_tokenizer(folder)
+    tokenizer: Any = load_tokenizer(folder)
     require_embedded(tokenizer, checkpoint.config["vocab_size"], folder)
-    if evaluates and config.evaluation.tasks and config.evaluation.apply_chat_template:
+    if needs_chat:
         require_chat(tokenizer, folder)
-    for reading in readings:
-        _check_length(reading, folder, checkpoint.max_positions)
-    return [remark for reading in readings if (remark := _check_text(reading, folder, tokenizer))]
-
-
-def _check_length(reading: Reading, folder: Path, positions: int | None) -> None:
-    length = reading.sequence_length
-    if positions is not None and length > positions:
-        raise UserError(
-            f"{reading.section}.sequence_length {length} is more than the {positions} positions of the model in "
-            f"{folder} (max_position_embeddings); choose a smaller one"
-        )
-
-
-def _check_text(reading: Reading, folder: Path, tokenizer: Any) -> str | None:
-    """Check that the part of a text that was read holds its windows, or a pair to train on; return a remark on it."""
-    from hfprune_dist.data.instructions import check_pairs
-    from hfprune_dist.data.tokenizer import require_eos
-    from hfprune_dist.data.windows import Sampling, check_length
-
-    length, beginning = reading.sequence_length, reading.beginning
-    if not reading.windows:
-        require_eos(tokenizer, folder)
-        if beginning is not None:
-            check_pairs(beginning, tokenizer, length, reading.where)
-    elif beginning is not None:
-        sampling = Sampling(reading.windows, length, seed=0, add_bos_token=reading.add_bos_token)
-        return check_length(beginning, tokenizer, sampling, reading.where)
-    return None
+    for text in texts:
+        if checkpoint.max_positions is not None and text.sequence_length > checkpoint.max_positions:
+            raise UserError(
+                f"{text.section}.sequence_length {text.sequence_length} is more than the {checkpoint.max_positions} "
+                f"positions of the model in {folder} (max_position_embeddings); choose a smaller one"
+            )
+    remarks = []
+    for text in texts:
+        if not text.windows:
+            require_eos(tokenizer, folder)
+            if text.beginning is not None:
+                check_pairs(text.beginning, tokenizer, text.sequence_length, text.where)
+        elif text.beginning is not None:
+            sampling = Sampling(text.windows, text.sequence_length, seed=0, add_bos_token=text.add_bos_token)
+            remarks.append(check_length(text.beginning, tokenizer, sampling, text.where))
+    return [remark for remark in remarks if remark is not None]

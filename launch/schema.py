@@ -13,50 +13,34 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 if __name__ == "__main__":
     import installed  # noqa: F401
 
 from hfprune_launch.command import command, make_parser
+from hfprune_launch.slurm.profile import ProfileFile
 
-if TYPE_CHECKING:
-    from hfprune_dist.config.section import Section
+from hfprune_dist.config.method import Method
+from hfprune_dist.config.schema import ModelAlias, SweepConfig
+from hfprune_dist.config.section import Section
 
-KINDS = {
-    "sweep": "a configuration (--config)",
-    "method": "a pruning method (--methods)",
-    "profile": "a Slurm profile (--profile)",
-    "model": "an alias of a model (configs/models)",
-}
+# Kind of YAML file -> the class that defines what it may contain.
+KINDS: dict[str, type[Section]] = {"sweep": SweepConfig, "method": Method, "profile": ProfileFile, "model": ModelAlias}
+MEANING = (
+    "sweep: a configuration (--config); method: a pruning method (--methods); profile: a Slurm profile (--profile); "
+    "model: an alias of a model (configs/models); default: sweep"
+)
 
 
 @command
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse the command line and print the schema."""
     parser = make_parser(__doc__)
-    kinds = "; ".join(f"{name}: {what}" for name, what in KINDS.items())
-    parser.add_argument("kind", choices=KINDS, nargs="?", default="sweep", help=f"{kinds}; default: sweep")
+    parser.add_argument("kind", choices=KINDS, nargs="?", default="sweep", help=MEANING)
     arguments = parser.parse_args(argv)
     dialect = {"$schema": "https://json-schema.org/draft/2020-12/schema"}
-    print(json.dumps(dialect | section_of(arguments.kind).model_json_schema(), indent=1))
+    print(json.dumps(dialect | KINDS[arguments.kind].model_json_schema(), indent=1))
     return 0
-
-
-def section_of(kind: str) -> type[Section]:
-    """Return the class that defines what a kind of YAML file may contain."""
-    from hfprune_launch.slurm.profile import ProfileFile
-
-    from hfprune_dist.config.method import Method
-    from hfprune_dist.config.schema import ModelAlias, SweepConfig
-
-    sections: dict[str, type[Section]] = {
-        "sweep": SweepConfig,
-        "method": Method,
-        "profile": ProfileFile,
-        "model": ModelAlias,
-    }
-    return sections[kind]
 
 
 if __name__ == "__main__":

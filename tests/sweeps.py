@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -95,16 +94,10 @@ def sweep(
     out: Path,
     *arguments: str,
     environment: dict[str, str] | None = None,
-    real: bool = False,
 ) -> subprocess.CompletedProcess[str]:
-    """Run a sweep to its end, one thread per rank so that its bits can be compared.
-
-    Args:
-        real: whether it runs in processes as a user's does, rather than in forks (fork_server.py).
-    """
-    started = command(config, out, *arguments)
+    """Run a sweep to its end in forks (fork_server.py), one thread per rank so that its bits can be compared."""
     return subprocess.run(
-        started if real else forked(started),
+        forked(command(config, out, *arguments)),
         env={**surroundings(), "OMP_NUM_THREADS": "1", **(environment or {})},
         capture_output=True,
         text=True,
@@ -125,10 +118,10 @@ def in_process(main: Callable[[Sequence[str]], int], *arguments: object) -> tupl
 
 
 def finish(
-    config: Path, out: Path, *arguments: str, environment: dict[str, str] | None = None, real: bool = False
+    config: Path, out: Path, *arguments: str, environment: dict[str, str] | None = None
 ) -> subprocess.CompletedProcess[str]:
-    """Run a sweep that must succeed; ``real`` as in ``sweep``."""
-    result = sweep(config, out, *arguments, environment=environment, real=real)
+    """Run a sweep that must succeed."""
+    result = sweep(config, out, *arguments, environment=environment)
     assert result.returncode == 0, result.stdout + result.stderr
     return result
 
@@ -142,12 +135,6 @@ def without_costs(row: dict[str, str]) -> dict[str, str]:
     """Return what two undisturbed sweeps have in common: everything but times and memory."""
     costs = ("own_time_s", "wall_time_s", "peak_memory_bytes")
     return {name: value for name, value in row.items() if name not in costs and not name.endswith("device_hours")}
-
-
-def begin_with(out: Path, finished: Path, *kinds: str) -> None:
-    """Copy the artifacts of some kinds of stages from another sweep, so that these stages don't run again."""
-    for kind in kinds:
-        shutil.copytree(finished / "store" / kind, out / "store" / kind)
 
 
 def artifacts(out: Path, kind: str) -> dict[str, bytes]:

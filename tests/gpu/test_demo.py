@@ -29,7 +29,7 @@ def test_the_table_of_the_demo(real_assets, tmp_path, gpus):
     text = (ROOT / "configs" / "demo.yaml").read_text().replace("../runs/demo-assets", str(real_assets))
     (tmp_path / "demo.yaml").write_text(text)
     out, which = tmp_path / "out", ["--models", "llama", "--ratios", "0.2,0.5"]
-    finish(tmp_path / "demo.yaml", out, *which, environment=visible(gpus), real=True)
+    finish(tmp_path / "demo.yaml", out, *which, environment=visible(gpus))
     rows = results(out)
     assert len(rows) == 6
     for row, (kl, millions) in zip(rows, readme_rows(), strict=True):

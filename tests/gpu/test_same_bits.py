@@ -22,7 +22,7 @@ def config(real_assets, tmp_path_factory):
 @pytest.fixture(scope="module")
 def on_one(config, tmp_path_factory):
     out = tmp_path_factory.mktemp("one") / "out"
-    finish(config, out, environment=visible(1), real=True)
+    finish(config, out, environment=visible(1))
     return bits_of(out)
 
 
@@ -35,7 +35,7 @@ def bits_of(out):
 
 @pytest.mark.gpu
 def test_a_second_run_has_the_same_bits(config, on_one, tmp_path):
-    finish(config, tmp_path / "out", environment=visible(1), real=True)
+    finish(config, tmp_path / "out", environment=visible(1))
     assert bits_of(tmp_path / "out") == on_one
 
 
@@ -43,9 +43,9 @@ def test_a_second_run_has_the_same_bits(config, on_one, tmp_path):
 @pytest.mark.parametrize("where", ["partial.draft", "layer-"])
 def test_a_resume_has_the_same_bits(config, on_one, tmp_path, where):
     """It is killed in the middle of the calibration pass, or of the layers that follow."""
-    killed = sweep(config, tmp_path / "out", environment={**visible(1), **killing(0, 5, where)}, real=True)
+    killed = sweep(config, tmp_path / "out", environment={**visible(1), **killing(0, 5, where)})
     assert killed.returncode == 1
-    finish(config, tmp_path / "out", environment=visible(1), real=True)
+    finish(config, tmp_path / "out", environment=visible(1))
     assert bits_of(tmp_path / "out") == on_one
 
 
@@ -54,7 +54,7 @@ def test_a_resume_has_the_same_bits(config, on_one, tmp_path, where):
 def test_any_number_of_ranks_has_the_same_results_up_to_rounding(config, on_one, tmp_path, ranks):
     if count_gpus() < ranks:
         pytest.skip(f"needs {ranks} NVIDIA GPUs; this machine has {count_gpus()}")
-    finish(config, tmp_path / "out", environment=visible(ranks), real=True)
+    finish(config, tmp_path / "out", environment=visible(ranks))
     assert_close_files(bits_of(tmp_path / "out")["importance"], on_one["importance"])
 
 

@@ -12,7 +12,7 @@ def sections(request):
     """The schema of a kind of file, and of each of its sections."""
     found = json.loads(in_process(schema.main, request.param)[1])
     assert found["$schema"].startswith("https://json-schema.org/") and found["properties"].keys() == {
-        *schema.section_of(request.param).model_fields
+        *schema.KINDS[request.param].model_fields
     }
     return [found, *found.get("$defs", {}).values()]
 
