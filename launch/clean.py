@@ -23,8 +23,8 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -56,38 +56,28 @@ class Leftover:
 
     Attributes:
         reason: why nothing needs it.
-        remove: removes it as far as possible: files of another user's stay, or on NFS those that are open.
-        keeps: name of a file in it that stays.
-        size_bytes: how much space its removal frees.
+        remove: removes its files as far as possible; another user's stay.
+        files: each file that goes, with its size in bytes.
     """
 
     path: Path
     reason: str
     remove: Callable[[], None]
-    keeps: str
-    size_bytes: int
+    files: Mapping[Path, int]
 
     @classmethod
-    def measured(cls, path: Path, reason: str, remove: Callable[[], None] | None = None, keeps: str = "") -> Leftover:
-        """A leftover, with its size; by default, all of the folder goes."""
-        remove = remove or partial(shutil.rmtree, path, ignore_errors=True)
-        return cls(path, reason, remove, keeps, sum(map(_bytes_of, _files_below(path, keeps))))
+    def found(cls, path: Path, reason: str, remove: Callable[[], None] | None = None) -> Leftover:
+        """A leftover, with all of its files; by default, the whole folder goes."""
+        files = [Path(where, name) for where, _, names in os.walk(path) for name in names]
+        sizes = {file: file.lstat().st_size for file in files if os.path.lexists(file)}
+        return cls(path, reason, remove or partial(shutil.rmtree, path, ignore_errors=True), sizes)
+
+    @property
+    def size_bytes(self) -> int:
+        return sum(self.files.values())
 
     def is_gone(self) -> bool:
-        return not any(_files_below(self.path, self.keeps))
-
-
-def _files_below(folder: Path, without: str) -> Iterator[Path]:
-    """Yield all files below a folder but one, as far as they can be listed."""
-    below = (Path(where, name) for where, _, names in os.walk(folder) for name in names)
-    return (file for file in below if not without or file != folder / without)
-
-
-def _bytes_of(file: Path) -> int:
-    try:
-        return file.lstat().st_size
-    except FileNotFoundError:
-        return 0
+        return not any(map(os.path.lexists, self.files))
 
 
 @command
@@ -169,18 +159,18 @@ def _unused(store: Store, kept: Collection[str], about_to_run: Collection[str]) 
     for kind in STAGE_VERSIONS:
         for draft in listed(store.root / kind, ".draft-*"):
             if not draft.name.startswith(begun):
-                yield Leftover.measured(draft, "a draft of a stage that ended early")
+                yield Leftover.found(draft, "a draft of a stage that ended early")
         for handle in _handles(store, store.root / kind):
             if handle.id not in kept:
-                yield Leftover.measured(handle.artifact, "an artifact of no row of the tables", handle.discard)
+                yield Leftover.found(handle.artifact, "an artifact of no row of the tables", handle.discard)
         for handle in _handles(store, store.root / "work" / kind):
             if handle.id not in kept:
-                yield Leftover.measured(handle.work, "progress of a stage of no row of the tables")
+                yield Leftover.found(handle.work, "progress of a stage of no row of the tables")
     for path in listed(store.root / "quarantine", "*"):
-        yield Leftover.measured(path, "an artifact that failed verification")
+        yield Leftover.found(path, "an artifact that failed verification")
     for name, what in {} if about_to_run else SHARED.items():
         if (store.root / name).is_dir():
-            yield Leftover.measured(store.root / name, what)
+            yield Leftover.found(store.root / name, what)
 
 
 def _handles(store: Store, folder: Path) -> list[StageHandle]:
@@ -200,10 +190,11 @@ def _intermediates(sweep: Sweep, used: set[str]) -> Iterator[Leftover]:
     kept = {*used, *plan.asked, *(result for cell in plan.cells for result in cell.results)}
     kept |= {need for stage_id in missing for need in plan.stages[stage_id].needs}
     for handle in (store.handle(stage_id) for stage_id in plan.stages if stage_id not in kept):
-        reason = "an intermediate checkpoint of finished rows"
-        leftover = Leftover.measured(handle.artifact, reason, handle.empty, keeps=MANIFEST)
-        if CONFIG in (handle.manifest() or {}).get("files", {}) and leftover.size_bytes:
-            yield leftover
+        if CONFIG in (handle.manifest() or {}).get("files", {}):
+            leftover = Leftover.found(handle.artifact, "an intermediate checkpoint of finished rows", handle.empty)
+            files = {file: size for file, size in leftover.files.items() if file.name != MANIFEST}
+            if files:
+                yield replace(leftover, files=files)
 
 
 if __name__ == "__main__":
