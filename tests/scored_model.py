@@ -26,10 +26,13 @@ TEACHING = (0.4, 0.2)
 
 
 class Sums(NamedTuple):
-    """Criterion -> sums [layers, units]; and layer -> the sum of g g^T at its output projection's output."""
+    """Criterion -> sums [layers, units]; layer -> the sum of g g^T at its output projection's output, of h h^T at its
+    input.
+    """
 
     of_units: dict
     curvature: dict
+    grams: dict
 
 
 def checkpointed(model, family):
@@ -74,19 +77,23 @@ def sums_of(
         head=lambda: contextlib.nullcontext((head.weight, head.bias)),
         student={NEURONS: list(a_student(model))},
     )
-    curvature = {kind: defaultdict(float) for kind in kinds}
+    curvature, grams = ({kind: defaultdict(float) for kind in kinds} for _ in range(2))
 
-    def see(kind, layer, gradients):
-        curvature[kind][layer] += gram_matrix(gradients.float())
+    def adding_to(totals):
+        def see(kind, layer, vectors):
+            totals[kind][layer] += gram_matrix(vectors.float())
 
-    sums = UnitSums(units_of(model, kinds), [CRITERIA[name] for name in names], see, linears(model))
+        return see
+
+    criteria = [CRITERIA[name] for name in names]
+    sums = UnitSums(units_of(model, kinds), criteria, adding_to(grams), adding_to(curvature), linears(model))
     for start in range(0, len(windows), at_once):
         input_ids = windows[start : start + at_once]
         numbers = range(start, start + len(input_ids))
         score_batch(scored, Batch(input_ids, numbers, head.out_features, seed, teaching), sums)
     assert all(parameter.grad is None for parameter in model.parameters())
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
-    return {kind: Sums(stacked(sums, kind), curvature[kind]) for kind in kinds}
+    return {kind: Sums(stacked(sums, kind), curvature[kind], grams[kind]) for kind in kinds}
 
 
 def stacked(sums, kind):

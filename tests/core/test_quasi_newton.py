@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hfprune_dist.core import quasi_newton
@@ -46,6 +46,7 @@ def _until_it_ends(monkeypatch):
     monkeypatch.setattr(quasi_newton, "LITTLE", 1e-14)
 
 
+@settings(max_examples=25)
 @given(size=st.integers(1, 12), seed=st.integers(0, 99))
 @pytest.mark.usefixtures("_until_it_ends")
 def test_it_ends_at_the_minimum(size, seed):

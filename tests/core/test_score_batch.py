@@ -20,9 +20,10 @@ def ours(model, windows, at_once, names=("entropy",), **options):
 
 
 def assert_moments(sums, expected_moments, tokens):
-    for layer, (_, expected, fisher) in enumerate(expected_moments):
-        found = sums.curvature[layer] / tokens
-        assert torch.linalg.norm(found - expected) / torch.linalg.norm(expected) < 2e-5
+    for layer, (gram, curvature, fisher) in enumerate(expected_moments):
+        for sum_of_products, expected in ((sums.grams, gram), (sums.curvature, curvature)):
+            found = sum_of_products[layer] / tokens
+            assert torch.linalg.norm(found - expected) / torch.linalg.norm(expected) < 2e-5
         torch.testing.assert_close(sums.of_units["surgeon"][layer] / tokens, fisher, rtol=1e-3, atol=1e-9)
 
 
