@@ -50,10 +50,8 @@ def check_stages(
     *,
     absent: Collection[Path] = (),
     looks_only: bool = False,
-) -> list[str]:
+) -> None:
     """Before any missing stage runs, check what the stages will read for every model, and that ranks can share it.
-
-    Returns sentences about what they read that are no reason to refuse it.
 
     Args:
         todo: ids of the stages.
@@ -90,8 +88,8 @@ def check_stages(
     needs_chat = bool(evaluation.tasks) and evaluation.apply_chat_template and "evaluate" in kinds
     # Tokenizers of dense models are those of the models pruned from them, too.
     folders = dict.fromkeys(plan.dense_folder(stage) for stage in stages if parameters_of(stage).tokenizes)
-    remarks = [_check_model(folder, texts, needs_chat) for folder in folders if folder not in absent]
-    return list(dict.fromkeys(remark for of_model in remarks for remark in of_model))
+    for folder in (folder for folder in folders if folder not in absent):
+        _check_model(folder, texts, needs_chat)
 
 
 def _texts(config: SweepConfig, kinds: Collection[str], looks_only: bool) -> Iterator[Text]:
@@ -119,8 +117,8 @@ def _texts(config: SweepConfig, kinds: Collection[str], looks_only: bool) -> Ite
         yield Text("recovery", *place, recovery.sequence_length)
 
 
-def _check_model(folder: Path, texts: Sequence[Text], needs_chat: bool) -> list[str]:
-    """Check a model's tokenizer and weights, and that each text holds its windows, or a pair to train on."""
+def _check_model(folder: Path, texts: Sequence[Text], needs_chat: bool) -> None:
+    """Check a model's tokenizer and weights, and that each text holds a window, or a pair to train on."""
     # These import torch and transformers, which takes seconds.
     from hfprune_dist.data.instructions import check_pairs
     from hfprune_dist.data.tokenizer import load_tokenizer, require_chat, require_embedded, require_eos
@@ -140,7 +138,6 @@ def _check_model(folder: Path, texts: Sequence[Text], needs_chat: bool) -> list[
                 f"{text.section}.sequence_length {text.sequence_length} is more than the {checkpoint.max_positions} "
                 f"positions of the model in {folder} (max_position_embeddings); choose a smaller one"
             )
-    remarks = []
     for text in texts:
         if not text.windows:
             require_eos(tokenizer, folder)
@@ -148,5 +145,4 @@ def _check_model(folder: Path, texts: Sequence[Text], needs_chat: bool) -> list[
                 check_pairs(text.beginning, tokenizer, text.sequence_length, text.where)
         elif text.beginning is not None:
             sampling = Sampling(text.windows, text.sequence_length, seed=0, add_bos_token=text.add_bos_token)
-            remarks.append(check_length(text.beginning, tokenizer, sampling, text.where))
-    return [remark for remark in remarks if remark is not None]
+            check_length(text.beginning, tokenizer, sampling, text.where)

@@ -115,17 +115,13 @@ class Prepared:
     def require_runnable(self, looks_only: bool = False) -> None:
         """Raise UserError for input that a stage would otherwise refuse only after hours of other stages' work.
 
-        Notes on input that is accepted are told.
-
         Args:
             looks_only: whether it is for a dry run, which asks for no data sets.
         """
         refuse_what_cannot_fit(self.estimates)
         absent = [model.checkpoint.path for model in self.models if not model.is_here]
-        profile = self.request.profile
-        remarks = check_stages(self.here, self.sweep.plan, self.todo, profile, absent=absent, looks_only=looks_only)
-        for remark in remarks:
-            self.request.tell(f"note: {remark}")
+        plan, profile = self.sweep.plan, self.request.profile
+        check_stages(self.here, plan, self.todo, profile, absent=absent, looks_only=looks_only)
 
 
 def prepare(request: Request, *, download: bool) -> Prepared:

@@ -36,7 +36,6 @@ def row_of(model: str = "llama", ratio: float = 0.2, method: str | None = "surge
         "other_texts": {},
         "tasks": {"demo_docstring": scores},
         **AVERAGE,
-        "average_of_dense": 0.901,
         "weight_bytes": 269_000_000,
         "efficiency": None,
         "stages": {f"evaluate/{model} {ratio} {method}": 100.0, f"importance/{model}": 180.0},
@@ -83,7 +82,7 @@ def make_artifact(store: Store, stage: Stage) -> None:
 
 def missing(row: Row) -> Row:
     """Return the same row before anything of it was made."""
-    unknown = [*MEASURES, *ERRORS, *AVERAGE, *COSTS, "average_of_dense", "windows", "tokens", "parameters"]
+    unknown = [*MEASURES, *ERRORS, *AVERAGE, *COSTS, "windows", "tokens", "parameters"]
     unknown += ["ratio_reached", "share_kept", "weight_bytes", "own_time_s", "wall_time_s", "checkpoint"]
     unknown += ["peak_memory_bytes"]
     none = {key: {} for key in ("tasks", "other_texts")}

@@ -76,15 +76,9 @@ class RecoveryConfig(TextSource, LoraTraining):
     """Number of optimizer steps after which training stops; overrides epochs."""
 
     def steps(self, steps_per_epoch: int) -> int:
-        """Number of optimizer steps: ``max_steps``, or the fewest that are at least ``epochs``.
-
-        A quotient of integers is the float nearest to it, as ``epochs`` is to what was written, so that 11 of 10 steps
-        are 1.1 epochs; the product of the float 1.1 and 10 is more than 11.
-        """
-        if self.max_steps is not None:
-            return self.max_steps
-        rounded_up = ceil(self.epochs * steps_per_epoch)
-        return rounded_up - ((rounded_up - 1) / steps_per_epoch >= self.epochs)
+        """Number of optimizer steps: ``max_steps``, or the fewest that are at least ``epochs``."""
+        exact = self.epochs * steps_per_epoch
+        return self.max_steps or ceil(exact - 1e-9 * exact)  # the float 1.1 times 10 is more than 11
 
     @model_validator(mode="after")
     def _has_two_fields(self) -> RecoveryConfig:

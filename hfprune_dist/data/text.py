@@ -74,8 +74,6 @@ def files_of(path: Path) -> list[Path]:
         if not path.is_dir():
             raise UserError(f"{path}: neither a file nor a folder")
         files = [file for file in sorted(path.iterdir()) if file.is_file() and not file.name.startswith(".")]
-    if arrow := next((file for file in files if file.suffix == ".arrow"), None):
-        raise UserError(f"{arrow}: a data set as save_to_disk writes it; write it as .parquet; {SUPPORTED}")
     named = [file for file in files if _format_of(file)[0]]
     if not named:
         raise UserError(f"{path}: this folder has no file that ends in {', '.join(_ENDINGS)}; {SUPPORTED}")
@@ -130,14 +128,12 @@ def read_beginning(path: Path, fields: Sequence[str], where: str, records: int |
 
 def _text_in(record: Mapping[str, Any], field: str, where: str) -> str:
     value = record.get(field)
-    try:
-        value.encode()  # type: ignore[union-attr]
-    except UnicodeEncodeError:
-        raise UserError(f"{where}: field {field!r} holds half of a surrogate pair, which is no character") from None
-    except AttributeError:
+    if not isinstance(value, str):
         there = f"field {field!r} holds {value!r:.40}" if field in record else f"the record has {', '.join(record)}"
-        raise UserError(f"{where}: no text in field {field!r}; {there:.400}") from None
-    return str(value)
+        raise UserError(f"{where}: no text in field {field!r}; {there:.400}")
+    with _explaining(where):
+        value.encode()  # half of a surrogate pair is no character
+    return value
 
 
 def _read_files(path: Path, fields: Sequence[str]) -> Iterator[Placed]:

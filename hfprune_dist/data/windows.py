@@ -142,27 +142,18 @@ def load_windows(folder: Path) -> Tensor:
     return windows_ST
 
 
-def check_length(beginning: Beginning, tokenizer: Any, sampling: Sampling, where: str) -> str | None:
+def check_length(beginning: Beginning, tokenizer: Any, sampling: Sampling, where: str) -> None:
     """Refuse a source from which ``read_windows`` could cut no window, as far as can be told from
-    ``TOKENIZED_CHARACTERS`` of its longest documents; return a sentence about one that has fewer tokens than its
-    windows together.
+    ``TOKENIZED_CHARACTERS`` of its longest documents.
     """
-    body = sampling.body(tokenizer)
-    needed, found, longest, tokenized = sampling.samples * body, 0, 0, 0
+    longest, tokenized = 0, 0
     for (text,) in sorted(beginning.texts, key=lambda text: -len(text[0])):
-        tokens = len(plain_ids(tokenizer, text[:TOKENIZED_CHARACTERS]))
-        longest, tokenized = max(longest, tokens), tokenized + len(text)
-        found += tokens if tokens >= body else 0
-        if found >= needed or tokenized > TOKENIZED_CHARACTERS:
-            return None
-    if not beginning.is_all:
-        return None
-    if not found:
+        longest = max(longest, len(plain_ids(tokenizer, text[:TOKENIZED_CHARACTERS])))
+        tokenized += len(text)
+        if longest >= sampling.body(tokenizer) or tokenized > TOKENIZED_CHARACTERS:
+            return
+    if beginning.is_all:
         raise _too_short(where, tokenizer, sampling, longest)
-    return (
-        f"{where}: {found} tokens in documents that are long enough, and {sampling.samples} windows take {needed}: "
-        "they overlap, and tell less than as many windows of a longer text"
-    )
 
 
 def _too_short(where: str, tokenizer: Any, sampling: Sampling, longest: int) -> UserError:

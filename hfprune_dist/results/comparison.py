@@ -22,10 +22,9 @@ def compare_methods(sweeps: Sequence[Sequence[Row]], reference: str) -> list[Row
     Models come in order of first appearance, each with its ratios from low to high, and their methods in order of first
     appearance. A row has the mean of each metric of ``QUALITY``, and under ``<key>_stderr`` its standard deviation over
     sweeps: None for a single sweep, and both None if it isn't a number in some sweep. ``kl_share`` is KL divided by the
-    reference method's KL in the same sweep, over the ``sweeps_with_reference`` of all ``sweeps`` that have one; None
-    without any, and if one of the two isn't a number, or the reference's is 0. Where pruning and recovery are one
-    training, the reference is the recovered one. ``wall_time_s`` is a mean over rows for which it is known, and
-    ``peak_memory_bytes`` the highest peak.
+    reference method's KL in the same sweep, which must not be 0. Where pruning and recovery are one training, the
+    reference is the recovered one. ``wall_time_s`` is a mean over rows for which it is known, and ``peak_memory_bytes``
+    the highest peak.
     """
     groups: dict[tuple[str, float, str, str], list[tuple[Row, Row | None]]] = {}
     for rows in sweeps:
@@ -47,15 +46,14 @@ def _place(row: Row) -> tuple[str, float, bool, str]:
 
 def _compared(members: Sequence[tuple[Row, Row | None]]) -> Row:
     rows = [row for row, _ in members]
-    references = [(row["kl"], reference["kl"]) for row, reference in members if reference is not None]
-    shares = [kl / other if kl is not None and other else None for kl, other in references]
+    pairs = [(row["kl"], reference["kl"] if reference else None) for row, reference in members]
+    shares = [kl / other if kl is not None and other else None for kl, other in pairs]
     times = [row["wall_time_s"] for row in rows if row["wall_time_s"] is not None]
     measured = {metric.key: _spread(metric.value(row) for row in rows) for metric in QUALITY} | {SHARE: _spread(shares)}
     return {
         **{key: mean for key, (mean, _) in measured.items()},
         **{f"{key}_stderr": deviation for key, (_, deviation) in measured.items()},
         "sweeps": len(rows),
-        "sweeps_with_reference": len(shares),
         "wall_time_s": statistics.fmean(times) if times else None,
         "peak_memory_bytes": max((row["peak_memory_bytes"] for row in rows if row["peak_memory_bytes"]), default=None),
     }
@@ -64,7 +62,7 @@ def _compared(members: Sequence[tuple[Row, Row | None]]) -> Row:
 def _spread(values: Iterable[float | None]) -> tuple[float | None, float | None]:
     """Mean and sample standard deviation; None if there are no values, or one of them isn't a number."""
     known = [math.nan if value is None else value for value in values]
-    if not known or not all(map(math.isfinite, known)):
+    if not all(map(math.isfinite, known)):
         return None, None
     return statistics.fmean(known), statistics.stdev(known) if len(known) > 1 else None
 
@@ -73,7 +71,7 @@ def _metrics(rows: Sequence[Row], reference: str, wide: bool) -> list[Metric]:
     share = Metric(SHARE, f"KL / {reference}", "", METRICS["kl"].form)
     costs = [METRICS["wall_time_s"], METRICS["peak_memory_bytes"]]
     shown = [METRICS["kl"], *([share] if any(row["method"] == reference for row in rows) else []), *FEW[1:]]
-    return [*shown, *(it for it in QUALITY[2:] if it.is_known(rows)), *costs] if wide else shown
+    return [*shown, *(metric for metric in QUALITY[2:] if metric.is_known(rows)), *costs] if wide else shown
 
 
 def columns_of_methods(rows: Sequence[Row], reference: str, wide: bool) -> list[Column[Row]]:
@@ -98,8 +96,6 @@ def note_on_methods(rows: Sequence[Row], reference: str, wide: bool) -> str:
     told = [f"{metric.header}: {metric.told}" for metric in _metrics(rows, reference, wide) if metric.meaning]
     if any(row["sweeps"] > 1 for row in rows):
         told.append("±: standard deviation over seeds")
-    if any(0 < row["sweeps_with_reference"] < row["sweeps"] for row in rows):
-        told.append(f"KL / {reference}: over the seeds that have both methods")
     return "; ".join(told)
 
 

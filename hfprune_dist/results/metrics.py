@@ -82,7 +82,6 @@ METRICS = {
         Metric("top1_agreement", "agree", "share of tokens with its most likely next token", _digits(3), "higher"),
         Metric("perplexity", "ppl", "perplexity per token", _digits(2), "lower"),
         Metric("average", "avg", "mean of the tasks' scores in %", percent, "higher", in_few=True),
-        Metric("average_of_dense", "avg % of dense", "avg in % of the dense row's measured alike", percent, "higher"),
         Metric("weight_bytes", "size", "of the weights on disk", byte_count, in_few=True),
         Metric(
             "decode_speed",

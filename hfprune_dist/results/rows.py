@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
 from hfprune_dist.checkpoints.checkpoint import Checkpoint
 from hfprune_dist.config.texts import OTHER_TEXTS
-from hfprune_dist.planning.plan import NONE, Cell, Plan
+from hfprune_dist.planning.plan import Cell, Plan
 from hfprune_dist.results.checkpoints import CHECKPOINTS, checkpoint_names, made_checkpoint
 from hfprune_dist.results.metrics import OF_TEXT, average
 from hfprune_dist.store.artifacts import Manifest, Store
@@ -71,9 +71,7 @@ def collect_rows(plan: Plan, store: Store, dense: Mapping[str, DenseModel]) -> l
         dense: model name -> facts about the dense checkpoint.
     """
     rows = _Rows(plan, store, dense)
-    found = [rows.row(cell) for cell in plan.cells]
-    _add_shares_of_dense(found)
-    return found
+    return [rows.row(cell) for cell in plan.cells]
 
 
 def measured_as(evaluation: Stage) -> str:
@@ -230,16 +228,3 @@ def _efficiency(manifest: Manifest | None) -> Row:
         **{key: metrics["model"][key] for key in ("flops_per_token", "cache_bytes_per_token")},
         "efficiency": {key: value for key, value in metrics.items() if key != "dense"},
     }
-
-
-def _add_shares_of_dense(rows: Sequence[Row]) -> None:
-    """Add to each row its average as a share of that of its model's dense row that was measured in the same way."""
-    alike = [(row["model"], row["measured_as"]) for row in rows]
-    dense = {
-        key: row["average"]
-        for key, row in zip(alike, rows, strict=True)
-        if not row["ratio"] and row["recovery"] == NONE
-    }
-    for key, row in zip(alike, rows, strict=True):
-        whole = dense.get(key)
-        row["average_of_dense"] = row["average"] / whole if whole and row["average"] is not None else None

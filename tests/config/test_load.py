@@ -34,13 +34,6 @@ def test_layers_defaults_file_command_line(tmp_path):
     assert (config.calibration.samples, config.calibration.sequence_length) == (9, 32)
 
 
-@pytest.mark.parametrize("base", ["demo.yaml", "sweeps/own-model.yaml"])
-@pytest.mark.parametrize("suite", ["generative", "paper", "wikitext"])
-def test_suites_lie_over_any_configuration(base, suite):
-    fidelity = load_config([CONFIGS / base, CONFIGS / "suites" / f"{suite}.yaml"], {}).evaluation.fidelity
-    assert (fidelity.path is None and fidelity.texts is None) == (suite == "wikitext")
-
-
 def test_the_papers_recipe_is_the_default():
     recovery = load_config([], {}).recovery
     assert (recovery.rank, recovery.alpha, recovery.dropout, recovery.learning_rate) == (32, 64, 0.05, 4e-4)
@@ -140,12 +133,6 @@ def test_a_link_is_called_by_its_own_name(tmp_path):
     assert absolute_path("./named/", tmp_path) == str(tmp_path / "named")
 
 
-@pytest.mark.parametrize("path", ["\udcff", "a\0b", "~nobody-of-this-name/x"])
-def test_what_is_no_path_is_refused(tmp_path, path):
-    with pytest.raises(UserError, match="not a valid path"):
-        absolute_path(path, tmp_path)
-
-
 def test_a_shipped_file_is_found_by_the_name_it_has_in_a_clone(tmp_path, monkeypatch):
     """Its paths are resolved as if it were there; a file that really is there takes precedence."""
     (tmp_path / "shipped" / "sweeps").mkdir(parents=True)
@@ -196,26 +183,18 @@ def test_an_unknown_key_is_refused_with_those_that_are_valid():
             {"seed": -1, "ratios": [2.0]},
             ["seed: must be greater than or equal to 0 (got -1)\n", "ratios.0: must be less"],
         ),
-        ({"calibration": {"path": ""}}, ["calibration.path", "at least 1 character"]),
-        ({"aliases": {"x": {"hub": "a/b"}}}, ["aliases.x.hub", "hub_id"]),
-        ({"aliases": {"x": {}}}, ["aliases.x: needs exactly one of path and hub_id"]),
         ({"ratios": [0.2, 0.20000001]}, ["ratios: 0.2 is listed twice"]),
         ({"prune": {"structures": ["layers"]}}, ["prune.structures: neurons must be among them"]),
         ({"prune": {"multiple_of": "some"}}, ["multiple_of: must be a whole number (got 'some')", "must be 'auto'"]),
-        ({"calibration": {"path": "a", "dataset": "allenai/c4"}}, ["calibration: path (", "are both given"]),
         ({"calibration": {"path": "a", "mixture": [{"path": "b"}, {"path": "c"}]}}, ["path (", "mixture to null"]),
         ({"calibration": {"mixture": [{"path": "a", "wight": 1}]}}, ["calibration.mixture.0.wight", "mean 'weight'"]),
-        ({"evaluation": {"fidelity": {"texts": {"x/y": {"path": "a"}}}}}, ["evaluation.fidelity.texts.x/y", "pattern"]),
-        ({"recovery": {"response_field": "instruction"}}, ["response_field are both 'instruction'"]),
         ("importance: []", ["importance: must be a section of the keys criteria, dtype (got [])"]),
         ("calibration: {samples: true}", ["calibration.samples: must be a whole number (got true)"]),
         ("- a", ["sweep.yaml: expected keys and values", "found a list"]),
         ("a: [", ["sweep.yaml: not valid YAML", "line 1, column 5"]),
         ("seed: 1\nseed: 2", ["the key 'seed' appears twice", "line 1, column 1"]),
-        *(
-            (text, ["sweep.yaml: not valid YAML"])
-            for text in ('models: ["a\\udfff"]', "models: &a [*a]", "a: " + 20_000 * "[", "seed: 2024-13-45")
-        ),
+        ('models: ["a\\udfff"]', ["sweep.yaml: not valid YAML"]),
+        ("models: &a [*a]", ["sweep.yaml: not valid YAML"]),
     ],
 )
 def test_bad_configuration_is_explained(tmp_path, content, expected):
@@ -231,9 +210,3 @@ def test_a_file_that_is_not_there_or_not_utf_8_is_named(tmp_path):
     (tmp_path / "sweep.yaml").write_bytes("models: [caf\N{LATIN SMALL LETTER E WITH ACUTE}]".encode("latin-1"))
     with pytest.raises(UserError, match=r"sweep\.yaml: not valid YAML: 'utf-8' codec"):
         load_config([tmp_path / "sweep.yaml"], {})
-
-
-def test_what_is_merged_in_yaml_may_repeat_keys(tmp_path):
-    text = "calibration: &a {path: a, text_field: x}\nrecovery: {<<: *a, path: b}\n"
-    config = load_config([write(tmp_path, text)], {})
-    assert (config.recovery.path, config.recovery.text_field) == (str(tmp_path / "b"), "x")

@@ -9,7 +9,6 @@ from sweeps import make_inputs, planned
 from hfprune_dist.config.parameters import KINDS, parameters_of
 from hfprune_dist.config.texts import CalibrationConfig
 from hfprune_dist.errors import UserError
-from hfprune_dist.kinds.prune import PruneParameters
 from hfprune_dist.store.stage import Stage
 
 CUT = {"ratio": 0.2, "criterion": "entropy", "allocation": "uniform", "refit": "none", "multiple_of": 1}
@@ -58,11 +57,6 @@ def test_a_record_of_another_version_is_one_message(stages, change):
             record["params"] |= {"unknown": 1} if change == "more" else {max(record["params"]): {"a": 1}}
         with pytest.raises(UserError, match=rf"{stage.id} was planned by another version of the code; run sweep\.py"):
             Stage.from_json(record)
-
-
-def test_settings_can_not_be_changed():
-    with pytest.raises(ValueError, match="frozen"):
-        PruneParameters(**CUT).ratio = 0.3
 
 
 def test_of_a_file_no_data_set_is_recorded():

@@ -104,11 +104,6 @@ def test_further_criteria_are_those_that_score_what_is_pruned(models, name):
                 refuse_criteria([name], models[model], structures)
 
 
-def test_hfprune_is_the_published_method():
-    method = resolved(methods=["hfprune"])["hfprune"]
-    assert (method.criterion, method.allocation, method.refit, method.multiple_of) == ("entropy", "uniform", "none", 1)
-
-
 @pytest.mark.parametrize(
     ("refit", "allocation", "has"), [("none", "uniform", 0), ("none", "plain", 1), ("block", "uniform", 1)]
 )
@@ -138,8 +133,6 @@ def test_a_file_of_ones_own_is_found_beside_the_configuration(tmp_path):
             "criterion: entropy\nallocation: global\nstructures: [neurons, layers]\n",
             "layers. isn't possible; .neurons. and .neurons, kv_groups. are; layers have",
         ),
-        ("criterion: entropy\nprotect_first: -1\n", r"protect_first: must be greater than or equal to 0 .got -1"),
-        ("- entropy\n", "expected the keys of a method"),
         (None, "No such file"),
     ],
 )
@@ -156,9 +149,3 @@ def test_an_unknown_name_lists_the_valid_ones():
         UserError, match=r"unknown method 'surgon-plain'.*did you mean 'surgeon-plain'.*valid: .*hfprune"
     ):
         resolved(methods=["surgon-plain"])
-
-
-def test_two_methods_of_one_name_are_refused(tmp_path):
-    (tmp_path / "hfprune.yaml").write_text("criterion: fisher_signs\n")
-    with pytest.raises(UserError, match="two methods are called 'hfprune'"):
-        resolved(methods=["hfprune", str(tmp_path / "hfprune.yaml")])

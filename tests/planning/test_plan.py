@@ -5,7 +5,6 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 from families import save_model
-from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
 from tiny import save_tiny, write_documents, write_pairs
@@ -15,7 +14,7 @@ from hfprune_dist.config.method import Method
 from hfprune_dist.errors import UserError
 from hfprune_dist.planning.build_plan import build_plan
 from hfprune_dist.planning.methods import resolve_methods
-from hfprune_dist.planning.model_sources import read_alias, resolve_models, shipped_aliases
+from hfprune_dist.planning.model_sources import resolve_models
 from hfprune_dist.planning.plan import Plan
 from hfprune_dist.store.hashing import FileHashes
 
@@ -108,12 +107,6 @@ def test_what_prunes_in_recovery_is_a_stage_and_an_evaluation_and_changes_nothin
     assert set(asked.asked) == set(asked.stages) - set(alone.stages) == {it.id for it in stages_of(asked, "importance")}
 
 
-def test_a_further_ratio_reuses_all_that_is_there(world):
-    small, large = plan_of(world), plan_of(world, ratios=[0.1, 0.2, 0.25])
-    assert set(small.stages) < set(large.stages)
-    assert len(large.stages) - len(small.stages) == 6
-
-
 def test_paths_names_and_runtime_stay_out_of_fingerprints(world, tmp_path):
     moved = tmp_path / "renamed.jsonl"
     moved.write_bytes((world / "text.jsonl").read_bytes())
@@ -199,16 +192,6 @@ def test_several_texts_add_references_and_inputs_and_leave_what_a_single_text_ma
     assert Plan.from_json(json.loads(json.dumps(mixed.to_json()))).to_json() == mixed.to_json()
 
 
-def test_bos_of_calibration_windows_is_that_of_evaluations_unless_it_is_set(world):
-    both, neither = plan_of(world), plan_of(world, evaluation__add_bos_token=False)
-    own = plan_of(world, evaluation__add_bos_token=False, calibration__add_bos_token=True)
-    ids = [{stage.id for stage in stages_of(plan, "importance")} for plan in (both, neither, own)]
-    assert ids[0] == ids[2] != ids[1]
-    assert {stage.id for stage in stages_of(own, "reference")} == {
-        stage.id for stage in stages_of(neither, "reference")
-    }
-
-
 def test_a_criterion_more_in_the_pass_makes_it_again_and_nothing_else(world):
     few = plan_of(world, methods=["hfprune"])
     for change in ({"methods": ["hfprune", "surgeon-uniform-block"]}, {"importance__criteria": ["activation_l1"]}):
@@ -248,26 +231,6 @@ def test_a_plain_shape_is_planned_with_what_it_is_measured_with(world, tmp_path)
     (cut,) = stages_of(plan_of(world, methods=[plain], models=["a"], ratios=[0.1]), "prune")
     run = {"ratio": 0.1, "refit": "none", "dtype": "bfloat16", "micro_batch_size": 1}
     assert cut.params.to_json().items() >= (method | run | {"multiple_of": 1, "floor": None}).items()
-
-
-@pytest.mark.parametrize(("beside", "moves"), [("layers", False), ("kv_groups", True)])
-def test_only_where_groups_may_go_it_matters_over_how_many_devices_layers_are_split(world, tmp_path, beside, moves):
-    options = {"criterion": "entropy", "structures": ["neurons", beside], "allocation": "searched"}
-    method = methods_file(tmp_path, "method", **options)
-    before, after = (
-        stages_of(plan_of(world, methods=[method], models=["a"], ratios=[0.1], prune__tensor_parallel=size), "prune")
-        for size in (1, 2)
-    )
-    assert (before[0].id != after[0].id) is moves
-    assert after[0].params.tensor_parallel == (2 if moves else 1)
-
-
-def test_a_row_carries_the_cost_of_all_that_it_needs(world):
-    plan = plan_of(world, models=["a"], methods=["surgeon-uniform-block"], ratios=[0.2], prune__distill=2)
-    kinds_upstream = [[plan.stages[stage_id].kind for stage_id in plan.upstream(cell)] for cell in plan.cells]
-    assert kinds_upstream[0] == ["reference", "evaluate"]
-    chain = ["importance", "prune", "reference", "distill", "recover", "reference", "evaluate"]
-    assert kinds_upstream[-1] == chain
 
 
 def test_an_unreachable_ratio_is_refused(world):
@@ -310,12 +273,6 @@ def test_a_linked_model_is_called_by_its_link_and_read_where_it_leads(world, tmp
     assert plan.stages.keys() == plan_of(world, models=["a"]).stages.keys()
 
 
-def test_all_shipped_aliases_are_of_the_hub():
-    aliases = shipped_aliases(METHODS.parent / "models")
-    assert {"llama", "qwen"} <= aliases.keys()
-    assert all(it.hub_id for it in map(read_alias, aliases.values()))
-
-
 def test_what_is_downloaded_is_what_a_pruned_copy_needs_and_weights_once(tmp_path, monkeypatch):
     needed = ["config.json", "model-00001-of-00002.safetensors", "README.md", "additional_chat_templates/rag.jinja"]
     needed += ["tokenization_own.py", "tekken.json", "License.md", "COPYING", "NOTICE"]
@@ -327,18 +284,6 @@ def test_what_is_downloaded_is_what_a_pruned_copy_needs_and_weights_once(tmp_pat
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", downloaded)
     with pytest.raises(UserError, match=f"downloads {re.escape(', '.join(needed))};"):
-        resolve_models(load_config([], {"models": ["org/name"]}), tmp_path, FileHashes(None), download=True)
-
-
-@pytest.mark.parametrize("error", HfHubHTTPError.__bases__)
-def test_a_download_that_breaks_off_is_an_error_of_the_user(tmp_path, monkeypatch, error):
-    """Whichever library the hub's client uses: its errors need not be the operating system's."""
-
-    def broken(_hub_id, **_asked):
-        raise error("the connection was reset")
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", broken)
-    with pytest.raises(UserError, match="can't be downloaded: the connection was reset"):
         resolve_models(load_config([], {"models": ["org/name"]}), tmp_path, FileHashes(None), download=True)
 
 
@@ -363,16 +308,6 @@ def test_a_checkpoint_whose_layers_differ_is_pruned_again_where_layers_compete(w
     assert [len(cell.producers) for cell in plan.cells] == [0, 2, 2, 2, 2]
     with pytest.raises(UserError, match=r"ratio 0.4 can't be reached by .* floor 0.2; the nearest possible is 0.1"):
         plan_of(world, models=[str(folder)], own=own, ratios=[0.4])
-
-
-def test_each_method_is_a_row_and_shares_the_importance_pass(world):
-    plan = plan_of(world, models=["a"], methods=["hfprune", "surgeon-uniform-block"])
-    assert kinds(plan).count("importance") == 1 and kinds(plan).count("prune") == 4
-    importance = next(stage for stage in plan.stages.values() if stage.kind == "importance")
-    assert importance.params.criteria == ["entropy", "surgeon"]
-    labels = [cell.label for cell in plan.cells]
-    assert "a 0.1 hfprune + lora" in labels and "a 0.1 surgeon-uniform-block + lora" in labels
-    assert [cell.label for cell in plan_of(world, models=["a"]).cells][-1] == "a 0.2 + lora"
 
 
 def test_a_method_that_scores_while_it_prunes_needs_the_windows_alone(world):

@@ -3,7 +3,6 @@
 import pytest
 from blank import LLAMA_7B, SMOLLM2, blank
 from families import save_model
-from headers import CONFIG, checkpoint_of
 
 from hfprune_dist.checkpoints.checkpoint import open_checkpoint
 from hfprune_dist.config.method import Method
@@ -106,12 +105,3 @@ def test_sizes_are_as_far_known_as_the_plan_decides_them():
     assert low["note"] == "q_proj_rank 142, k_proj_rank 71" and low["KV heads"] == "3"
     assert sizes_at(0.2, allocation="global") == {"note": "scores decide, layer by layer"}
     assert sizes_at(0.2, allocation="searched") == {"note": "a search decides, layer by layer"}
-
-
-def test_sizes_of_a_mixture_name_its_experts():
-    config = {**CONFIG, "num_hidden_layers": 2, "intermediate_size": 64, "first_k_dense_replace": 0}
-    config |= {"moe_intermediate_size": 64, "num_experts": 12, "num_experts_per_tok": 3, "n_group": 2, "topk_group": 1}
-    checkpoint, experts = checkpoint_of(config), Method(criterion="entropy", structures=["experts"], multiple_of="auto")
-    assert sizes_of(checkpoint)["experts"] == "12"
-    planned = planned_sizes(checkpoint, 0.25, experts, "m")
-    assert (planned["experts"], planned["width"]) == ("8", "64")

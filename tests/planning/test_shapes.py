@@ -8,7 +8,7 @@ import pytest
 import torch
 from blank import LLAMA_7B, SMOLLM2, blank, parameters_of, sizes
 from families import FAMILIES, save_model
-from headers import CONFIG, checkpoint_of, grouped_mixtures, mixtures
+from headers import checkpoint_of, grouped_mixtures, mixtures
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from tiny import VARIANTS
@@ -363,13 +363,3 @@ def test_as_many_experts_stay_as_the_ratio_and_the_router_let(config, ratio, mul
     assert left.parameters == checkpoint.parameter_counts.after(shape)
     routers = (1 + ("n_group" in config) / 64) * (every - max(enough)) * len(left.family.experts.layers)
     assert token_costs(left).active_parameters == token_costs(checkpoint).active_parameters - 64 * routers
-
-
-def test_a_token_costs_what_its_experts_cost():
-    """Compare with the same model that has only as many experts as a token is routed to."""
-    config = {**CONFIG, "num_hidden_layers": 2, "intermediate_size": 64, "first_k_dense_replace": 1}
-    config |= {"moe_intermediate_size": 64, "num_experts": 4, "num_experts_per_tok": 2}
-    costs, of_chosen = (token_costs(checkpoint_of({**config, "num_experts": it})) for it in (4, 2))
-    routing = 64 * 2
-    assert costs.active_parameters == of_chosen.parameters + routing
-    assert costs.flops(10) == of_chosen.flops(10) + 2 * routing

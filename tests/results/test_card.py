@@ -4,7 +4,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import yaml
 from huggingface_hub import ModelCard
 from sweeps import make_inputs, planned
 
@@ -13,7 +12,6 @@ from hfprune_dist.results.card import (
     Subject,
     contents_of_checkpoints,
     model_card,
-    recipe,
 )
 from hfprune_dist.results.checkpoints import checkpoint_names
 from hfprune_dist.results.rows import DenseModel, collect_rows
@@ -142,21 +140,6 @@ def test_it_says_how_the_model_is_loaded_and_what_its_adapter_is_of(subject):
     assert "`trust_remote_code` loads the class in" in card and "trust_remote_code=True" in card
     card = model_card(subject(dense=replace(DENSE["alpha"], has_vision=True)))
     assert "AutoModelForImageTextToText" in card and ModelCard(card).data.pipeline_tag == "image-text-to-text"
-
-
-def test_a_base_of_the_hub_is_linked_and_its_commit_named(subject):
-    base = BaseModel("alpha", "org/model", "0123", {"license": "mit", "language": ["en"]})
-    made = subject(base=base, config={"methods": ["surgeon-uniform-block"]})
-    card = model_card(made)
-    data = ModelCard(card).data
-    assert (data.base_model, data.license, data.language) == ("org/model", "mit", ["en"])
-    for shown in (
-        "[org/model](https://huggingface.co/org/model) with 19.9% of its parameters pruned",
-        "| base model | `org/model`, commit `0123`, 100 parameters |",
-        "| licence of the base model | mit |",
-    ):
-        assert shown in card, shown
-    assert yaml.safe_load(recipe(made)[0])["aliases"] == {"alpha": {"hub_id": "org/model", "revision": "0123"}}
 
 
 @pytest.mark.parametrize("own_method", [False, True])

@@ -21,8 +21,3 @@ from hfprune_dist.results.metrics import METRICS
 )
 def test_numbers_are_short(shown, expected):
     assert shown == expected
-
-
-@pytest.mark.parametrize("form", dict.fromkeys(metric.form for metric in METRICS.values()))
-def test_what_is_not_known_is_a_dash(form):
-    assert form(None) == "-"

@@ -85,7 +85,6 @@ def test_a_finished_cell_shows_what_was_measured(store):
         "weight_bytes": 5,
         "average": 0.6,
         "average_stderr": 0.1,
-        "average_of_dense": 1.0,
         "own_time_s": 11.0,
         "wall_time_s": 11.0,
         "peak_memory_bytes": 110,
@@ -102,16 +101,6 @@ def test_a_finished_cell_shows_what_was_measured(store):
     expected = {"ratio": 0.0, "ratio_reached": 0.0, "parameters": 100, "intermediate_size": 48, "weight_bytes": 400}
     expected |= {"own_time_s": 2.0, "checkpoint": None, "device_hours": 0, "measured_as": pruned["measured_as"]}
     assert {name: dense[name] for name in expected} == expected
-
-
-def test_a_row_has_the_shape_of_its_last_cut(store):
-    last = stage_of("loraprune", "m 0.3", {"ratio": 0.3}, {"model": PRUNE.as_input()})
-    evaluate = stage_of("evaluate", "m 0.3", {}, {"model": last.as_input()})
-    commit(store, last, {"model.safetensors": "123"}, ratio_reached=0.3, parameters=70, intermediate_size=9)
-    cell = replace(PLAN.cells[1], producers=(*PLAN.cells[1].producers, last.id), evaluate=evaluate.id)
-    (row,) = collect_rows(Plan({**PLAN.stages, last.id: last, evaluate.id: evaluate}, (cell,)), store, DENSE)
-    assert (row["parameters"], row["ratio_reached"], row["intermediate_size"]) == (70, 0.3, 9)
-    assert row["checkpoint"].endswith(last.id) and row["weight_bytes"] == 3
 
 
 def test_a_row_names_the_folder_of_its_checkpoint(store):
@@ -192,14 +181,13 @@ def test_files_hold_every_metric_and_agree(store, tmp_path):
     assert "- missing: m 0.2: evaluate has not run yet" in lines
 
 
-def test_rows_share_times_and_are_set_against_the_dense_row_that_was_measured_alike(store):
-    """Two ratios share a pass; an evaluation of other documents is not compared with that of all."""
+def test_rows_share_times_and_say_how_they_were_measured(store):
+    """Two ratios share a pass; an evaluation of other documents is another one."""
     half = {"tasks": {"piqa": {"acc": 0.3}}}
     commit(store, EVALUATE, **half)
     other = stage_of("evaluate", "m 0.2, few", {"limit": 3}, {"model": PRUNE.as_input()})
     commit(store, other, **half)
     plan = Plan({**PLAN.stages, other.id: other}, (*PLAN.cells, replace(PLAN.cells[1], ratio=0.3, evaluate=other.id)))
     dense, pruned, few = collect_rows(plan, store, DENSE)
-    assert [it["average_of_dense"] for it in (dense, pruned, few)] == [1.0, pytest.approx(0.5), None]
     assert [(it["own_time_s"], it["wall_time_s"]) for it in (dense, pruned, few)] == [(2, 2), (2, 6), (2, 6)]
     assert dense["measured_as"] == pruned["measured_as"] != few["measured_as"]

@@ -1,6 +1,5 @@
 """Columns, notes and causes of the table of results."""
 
-import pytest
 from rows import efficiency, missing, row_of
 
 from hfprune_dist.results.markdown import cells
@@ -47,12 +46,6 @@ def test_every_metric_has_one_column_and_one_note_that_tells_its_direction():
         assert metric.header in found and not {"-"} & {*found[metric.header]}
         assert not metric.meaning or f"{metric.header}: {metric.told}" in told
     assert len(found) == len({*found}) and {"demo_docstring", "width"} < found.keys()
-
-
-@pytest.mark.parametrize(("widths", "width"), [([9, 7, 8], "7-9"), ([8, 8], "8"), (None, "-")])
-def test_a_width_is_that_of_all_layers_or_of_the_narrowest_and_the_widest(widths, width):
-    row = row_of(intermediate_size=None, intermediate_sizes=widths)
-    assert shown([row], wide=True)["width"] == (width,)
 
 
 def test_notes_tell_how_rows_were_measured():
