@@ -1,4 +1,5 @@
-"""The check that a model's layers, made one at a time, compute what they do in the whole model.
+"""Checks that an architecture does no more than we know: a model's layers, made one at a time, must compute what they
+do in the whole model, and its logits must be what its head makes.
 
 Passes layer by layer make each layer from its weights and a configuration. An architecture can do more than that
 between its layers (scale embeddings, treat layers by their number), and a pass unaware of that would prune on wrong
@@ -20,11 +21,13 @@ from hfprune_dist.distributed.frozen_model import FrozenModel, choose_sharding
 from hfprune_dist.distributed.world import World
 from hfprune_dist.errors import UserError
 from hfprune_dist.kinds.memory import Sizes, whole_forward
+from hfprune_dist.models.after_head import after_head
 from hfprune_dist.models.single_layer import LayerReader, read_by, run
 from hfprune_dist.store.atomic_files import write_json
 
 # Relative errors that rounding explains: of sums in another order.
 TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
+TOKENS = 16  # whose logits are compared
 
 
 def check_layers(
@@ -95,6 +98,26 @@ def _compare_in_forward(
         layer.register_forward_pre_hook(before, with_kwargs=True)
         layer.register_forward_hook(after(number), with_kwargs=True)
     family.body_of(model).register_forward_hook(at_the_end)
+
+
+@torch.no_grad()
+def check_logits(checkpoint: Checkpoint, model: FrozenModel, window_T: Tensor) -> None:
+    """Check that a model outputs the logits that its head and ``after_head`` give; collective.
+
+    Args:
+        window_T: ids of some text.
+
+    Raises:
+        UserError: if the model does something else to them.
+    """
+    window_T = window_T[:TOKENS].to(model.world.device)
+    logits_NV = model.module(input_ids=window_T[None], use_cache=False).logits[0].float()
+    hidden_NC = model.final_hidden(window_T)
+    with model.head() as (weight_VC, bias_V):
+        ours_NV = after_head(checkpoint)(nn.functional.linear(hidden_NC, weight_VC, bias_V)).float()
+    if logits_NV.isfinite().all():  # otherwise the pass itself reports where that begins
+        what = f"{checkpoint.path}: logits of {checkpoint.family.model_type} depart from what its head makes"
+        refuse_departure(relative_error(ours_NV, logits_NV), TOLERANCES[hidden_NC.dtype], what, "it is not supported")
 
 
 def relative_error(ours_NC: Tensor, theirs_NC: Tensor) -> float:

@@ -1,14 +1,11 @@
-"""What an architecture does to its head's logits, a check that it does nothing else to them, and a head that makes a
-model output its divergence from the dense model in their place.
+"""What an architecture does to its head's logits, and a head that makes a model output its divergence from the dense
+model in their place.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers import AutoConfig
 
@@ -16,15 +13,11 @@ from hfprune_dist.checkpoints.checkpoint import Checkpoint
 from hfprune_dist.checkpoints.families import Family
 from hfprune_dist.core.head import NOTHING, AfterHead
 from hfprune_dist.core.losses import summed_divergence
-from hfprune_dist.errors import UserError
 
 # Keys by which some architectures change their head's logits -> the neutral value.
 _NEUTRAL = {"logits_scaling": 1.0, "logit_scale": 1.0, "lm_head_multiplier": 1.0, "final_logit_softcapping": None}
 # Architectures that multiply by ``logits_scaling``; others divide by it.
 _MULTIPLYING = ("hyperclovax",)
-# Differences, relative to the size of the logits, that rounding can make if sums are taken in another order.
-_TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
-_TOKENS = 16
 
 
 def after_head(checkpoint: Checkpoint) -> AfterHead:
@@ -43,37 +36,6 @@ def leave_logits(model: Any) -> None:
         for owner in (model, model.config, model.config.get_text_config()):
             if getattr(owner, key, None) is not None:
                 setattr(owner, key, neutral)
-
-
-@torch.no_grad()
-def require_known_logits(
-    checkpoint: Checkpoint,
-    model: nn.Module,
-    head: Callable[[], AbstractContextManager[tuple[Tensor, Tensor | None]]],
-    window_T: Tensor,
-) -> None:
-    """Check that a model outputs the logits that its head and ``after_head`` give.
-
-    Args:
-        head: as in ``core.score_batch.ScoredModel``.
-        window_T: ids of some text, on the model's device.
-
-    Raises:
-        UserError: if the model does something else to them.
-    """
-    input_ids_BT = window_T[None, :_TOKENS]
-    theirs_NV = model(input_ids=input_ids_BT, use_cache=False).logits[0].float()
-    hidden_NC = checkpoint.family.body_of(model)(input_ids=input_ids_BT, use_cache=False).last_hidden_state[0]
-    with head() as (weight_VC, bias_V):
-        ours_NV = after_head(checkpoint)(nn.functional.linear(hidden_NC, weight_VC, bias_V)).float()
-    if not theirs_NV.isfinite().all():
-        return  # the pass itself reports where that begins
-    error = float((ours_NV - theirs_NV).norm() / theirs_NV.norm().clamp(min=1e-30))
-    if not error <= _TOLERANCES[hidden_NC.dtype]:
-        raise UserError(
-            f"{checkpoint.path}: logits of {checkpoint.family.model_type} differ from what its head makes of its final "
-            f"hidden states, by {error:.2g} of their size, so scores would be wrong; it is not supported"
-        )
 
 
 class DistillingHead:

@@ -19,9 +19,10 @@ from hfprune_dist.core.observers import NonFiniteError, SeenUnits, UnitSums
 from hfprune_dist.core.portions import wide_product
 from hfprune_dist.core.score_batch import ScoredModel, score_batch
 from hfprune_dist.distributed.frozen_model import DecidedSharding, FrozenModel
+from hfprune_dist.distributed.layer_check import check_logits
 from hfprune_dist.distributed.world import World
 from hfprune_dist.errors import UserError
-from hfprune_dist.models.after_head import after_head, require_known_logits
+from hfprune_dist.models.after_head import after_head
 from hfprune_dist.models.experts import see_experts
 from hfprune_dist.models.memory_efficient_backward import (
     checkpoint_activations,
@@ -125,7 +126,7 @@ class ShardScorer:
             before_backward=frozen.before_backward,
             student={NEURONS: [keeps_U.to(world.device) for keeps_U in student.keeps]} if student else {},
         )
-        require_known_logits(checkpoint, self.module, frozen.head, windows_ST[0].to(world.device))
+        check_logits(checkpoint, frozen, windows_ST[0])
         self._windows_ST = windows_ST
         self._criteria = criteria
         self._world = world

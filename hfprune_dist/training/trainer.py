@@ -187,7 +187,7 @@ class Training:
         else:
             keep_float32(model.get_submodule("base_model.model"), self._task.checkpoint, self._world.device)
         if placement.checkpointing:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
         return model
 
     @property
