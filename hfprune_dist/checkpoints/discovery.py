@@ -103,9 +103,7 @@ def discover(
     body = layers.rpartition(".")[0]
     tensors = by_layer(config, shapes, layers)
     apart = (f"{layers}.", *(f"{body}.{name}" for name in _PREDICTING_NAMES))
-    outside = {
-        name: shape for name, shape in shapes.items() if name.startswith(f"{body}.") and not name.startswith(apart)
-    }
+    outside = {name: shapes[name] for name in shapes if name.startswith(f"{body}.") and not name.startswith(apart)}
     embedding, norm = _outside_layers(config, outside, body, refuse)
     _require_alike(config, tensors, refuse)
     parts: list[Shapes] = [with_products(config, there) for there in tensors]
@@ -165,8 +163,7 @@ def _stack(config: Mapping[str, Any], shapes: Shapes, refuse: Refuse) -> str:
     stacks = [prefix for prefix, layers in missing.items() if not layers]
     if len(stacks) != 1:
         there = [
-            prefix + (f" ({prefix}.{layers_gone[0]} is missing)" if layers_gone else "")
-            for prefix, layers_gone in sorted(missing.items())
+            prefix + (f" ({prefix}.{gone[0]} is missing)" if gone else "") for prefix, gone in sorted(missing.items())
         ]
         has = ", ".join(there) or min(shapes)
         raise refuse(f"it doesn't have exactly one stack of num_hidden_layers {count} layers.<number>: it has {has}")
@@ -187,10 +184,8 @@ def _outside_layers(config: Mapping[str, Any], outside: Shapes, body: str, refus
     """Names of the table of token embeddings and of the final norm; after checking that no other part acts between
     layers, which passes that run one layer at a time would miss.
     """
-    embedded, shared, hidden = (
-        config.get(key) for key in ("word_embed_proj_dim", "num_kv_shared_layers", "hidden_size")
-    )
-    if embedded not in (None, hidden):
+    hidden, shared = config["hidden_size"], config.get("num_kv_shared_layers")
+    if (embedded := config.get("word_embed_proj_dim")) not in (None, hidden):
         raise refuse(f"its embeddings are of another size than its layers (word_embed_proj_dim {embedded})")
     if shared:
         raise refuse(f"its last {shared} layers read keys and values of others (num_kv_shared_layers)")
@@ -260,14 +255,11 @@ def _attention(config: Mapping[str, Any], parts: Sequence[Shapes]) -> tuple[dict
     config.json for the number of key-value heads and their size. It is that of the first layer that has a known kind.
     """
     for there in parts:
-        for name in dict.fromkeys(
-            tensor.partition(".")[0] for tensor in there if re.fullmatch(r"\w+\.q_proj\.weight", tensor)
-        ):
+        for name in dict.fromkeys(own.partition(".")[0] for own in there if re.fullmatch(r"\w+\.q_proj\.weight", own)):
             for output in _OUTPUTS:
                 projections = ("q_proj", "k_proj", "v_proj", output)
-                if "linear" not in name and all(
-                    len(there.get(f"{name}.{part}.weight", ())) == 2 for part in projections
-                ):
+                weights = [f"{name}.{projection}.weight" for projection in projections]
+                if "linear" not in name and all(len(there.get(weight, ())) == 2 for weight in weights):
                     return _separate(config, parts, name, projections, there)
     inside = [tensor for there in parts for tensor in there if _ATTENTION.match(tensor)]
     why = "it has no attention of a kind that is known"
@@ -292,10 +284,7 @@ def _separate(
     unlike = whole = ""
     if without:
         unlike = f"not all layers have attention (layer {without[0]} has none)"
-    elif (
-        "num_attention_heads" not in sizes
-        and len({(there_too[weights[0]][0], there_too[weights[1]][0]) for there_too in parts}) > 1
-    ):
+    elif "num_attention_heads" not in sizes and len({(own[weights[0]][0], own[weights[1]][0]) for own in parts}) > 1:
         unlike = "its layers differ in heads"
     elif config.get("head_dim") not in (None, head_dim):
         whole = "its heads have another size than config.json says"
@@ -303,14 +292,8 @@ def _separate(
         whole = "its classes take the size of a head from the number of heads"
     else:
         known = {f"{name}.{projection}.{part}" for projection in projections for part in ("weight", "bias")}
-        inside = sorted(
-            (tensor, shape) for others in parts for tensor, shape in others.items() if tensor.startswith(f"{name}.")
-        )
-        more = [
-            tensor
-            for tensor, shape in inside
-            if tensor not in known and (tuple(shape) != (head_dim,) or "norm" not in tensor)
-        ]
+        inside = sorted((own, shape) for others in parts for own, shape in others.items() if own.startswith(f"{name}."))
+        more = [own for own, shape in inside if own not in known and (tuple(shape) != (head_dim,) or "norm" not in own)]
         whole = f"{more[0]} has something of all heads" if more else ""
     found = {"attention": name, "attention_projections": projections}
     reasons = {"whole_groups": unlike or whole, "no_low_rank": unlike}
@@ -328,9 +311,7 @@ def _adapted_linears(attention: str, parts: Sequence[Shapes], *, of_mixture: boo
         if name.endswith(".weight") and len(shape) == 2 and "norm" not in name and ".indexer." not in name
         if name.startswith((f"{attention}.", "linear_attn."))
     }
-    return tuple(
-        sorted(linear for linear in linears if not (of_mixture and _OF_EXPERTS.fullmatch(linear.rpartition(".")[2])))
-    )
+    return tuple(sorted(own for own in linears if not (of_mixture and _OF_EXPERTS.fullmatch(own.rpartition(".")[2]))))
 
 
 def _norms(config: Mapping[str, Any], parts: Sequence[Shapes], mlp: str) -> dict[str, Any]:

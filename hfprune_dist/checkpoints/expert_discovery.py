@@ -146,9 +146,8 @@ def _described(
     stated = [key for key in WIDTHS if config.get(key) is not None]
     saying = [key for key in stated if config[key] == first[columns[0].tensor][columns[0].axis]]
     fields = (saying if len(layers) == len(parts) else saying[:1]) or stated[:1]
-    groups, fewest = _groups(
-        config, count, chosen, any(router.tensor.endswith(_CORRECTION) for router in routers), refuse
-    )
+    corrected = any(router.tensor.endswith(_CORRECTION) for router in routers)
+    groups, fewest = _groups(config, count, chosen, corrected, refuse)
     return Experts(
         count=count,
         chosen=chosen,

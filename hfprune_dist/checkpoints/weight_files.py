@@ -110,9 +110,8 @@ def _weight_files(path: Path, indexed: list[str]) -> list[str]:
 
 def matching(path: Path, patterns: Iterable[str]) -> list[str]:
     """Names, relative to a folder, of its files that match any of the patterns."""
-    return sorted(
-        {str(file.relative_to(path)) for pattern in patterns for file in path.glob(pattern) if file.is_file()}
-    )
+    found = {file for pattern in patterns for file in path.glob(pattern) if file.is_file()}
+    return sorted(str(file.relative_to(path)) for file in found)
 
 
 def read_json_object(file: Path) -> dict[str, Any]:

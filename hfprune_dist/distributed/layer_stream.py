@@ -46,9 +46,8 @@ class LayerStream:
         self.reader = LayerReader(checkpoint, dtype, world.device)
         batches = windows_ST.split(micro_batch_size)
         self.micro_batches = len(batches)
-        self.states = self.reader.embed(
-            {index: batches[index] for index in range(world.rank, len(batches), world.size)}
-        )
+        own = range(world.rank, len(batches), world.size)
+        self.states = self.reader.embed({index: batches[index] for index in own})
 
     def standing(self) -> Iterator[tuple[int, Tensor]]:
         """Yield the micro-batches' current hidden states on the device, one after another."""
@@ -118,10 +117,7 @@ class LayerStream:
             UserError: as ``Float64Sum.of_all_ranks`` does.
         """
         made = partial(GramSums, number, micro_batches=self.micro_batches, world=self.world)
-        sums = {
-            units.output: [made(size=weight_CD.shape[1]) for weight_CD in output_weights(layer, units)]
-            for units in kinds
-        }
+        sums = {units.output: [made(size=w_CD.shape[1]) for w_CD in output_weights(layer, units)] for units in kinds}
         for index, seen in self.observe(layer, sums):
             for name, of_name in sums.items():
                 for of_expert, vectors_ND in zip(of_name, seen[name], strict=True):

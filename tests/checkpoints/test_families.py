@@ -129,8 +129,8 @@ def logits_of_part(model, part, **options):
 @pytest.mark.parametrize(
     "model_type",
     [
-        *("llama", "phi3", "opt", "qwen3_5_text", "lfm2", "youtu", "gpt_neox", "gemma3"),
-        *("qwen3_moe", "afmoe", "deepseek_v32", "qwen3_next", "qwen3_5_moe"),
+        *("llama", "phi3", "opt", "lfm2", "youtu", "gpt_neox", "gemma3"),
+        *("afmoe", "deepseek_v32", "qwen3_next", "qwen3_5_moe"),
     ],
 )
 def test_lora_trains_and_merges(checkpoint_of, tmp_path, model_type):
@@ -155,7 +155,7 @@ def test_distillation_compares_the_logits_that_count(checkpoint_of, model_type):
 # One for each arrangement of norms, and for each kind of MLP.
 @pytest.mark.parametrize(
     "model_type",
-    ["llama", "gemma2", "olmo2", "glm4", "granite", "exaone4", "lfm3", "bamba", "phi", "phi3", "apertus", "gemma3"],
+    ["llama", "gemma2", "olmo2", "granite", "lfm3", "bamba", "phi", "phi3", "apertus"],
 )
 def test_refits_lower_the_error(checkpoint_of, tmp_path, model_type):
     """One layer after another, where the family allows that, or all layers on dense activations."""
