@@ -38,9 +38,8 @@ class Contest:
         """The contest in which all layers stay."""
         per_unit = checkpoint.parameter_counts.units
         ladders = []
-        for kind, scores in zip(
-            (scored.units.kind for scored in kinds), _comparable(params, checkpoint, kinds), strict=True
-        ):
+        for scored, scores in zip(kinds, _comparable(params, checkpoint, kinds), strict=True):
+            kind = scored.units.kind
             multiple_of = params.multiple_of if kind == NEURONS else params.tensor_parallel
             rungs = zip(scores, target.fewest(kind), strict=True)
             ladders.append([Ladder(layer, *rung, per_unit[kind], multiple_of) for layer, rung in enumerate(rungs)])

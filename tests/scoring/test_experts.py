@@ -134,7 +134,7 @@ def test_kv_groups_are_scored_beside_experts_where_they_can_go(tmp_path, model_t
 
 @pytest.mark.parametrize(
     ("model_type", "dtype", "checkpointing"),
-    [("qwen2_moe", "float32", False), ("deepseek_v3", "bfloat16", True), ("gpt_oss", "float32", True)],
+    [("qwen2_moe", "float32", False), ("deepseek_v3", "bfloat16", True)],
 )
 def test_two_sharded_ranks_have_the_bits_of_one(tmp_path, model_type, dtype, checkpointing):
     stage = stage_of(tmp_path, model_type, ["activation_l1", "entropy", "fisher_signs", "reap"], dtype)
