@@ -29,7 +29,9 @@ def test_a_second_pass_resumes_and_scores_as_one_pass_does(tmp_path, monkeypatch
     """A process that resumes there never loads a sharded model, for which DeepSpeed replaces torch's linear."""
     stage = make_stage(tmp_path, variant, dtype, structures=("neurons", "kv_groups"))
     in_one, whole, store = (Store(tmp_path / name) for name in ("in one", "whole", "store"))
-    assert on_ranks(1, lambda world: run(in_one, stage, world)) == [0]
+    with monkeypatch.context() as patch:
+        patch.setattr(LayerStream, "grams", killed_at(0))
+        assert on_ranks(1, lambda world: run(in_one, stage, world)) == [0]
     monkeypatch.setattr(shard_scorer, "OWN_TERMS_BYTES", 0)
     assert on_ranks(1, lambda world: run(whole, stage, world)) == [0]
     with monkeypatch.context() as patch:
