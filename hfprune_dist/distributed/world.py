@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 
 from hfprune_dist.errors import UserError
-from hfprune_dist.store.machine import count_gpus, driver_version, threads_allowed, usable_cores
+from hfprune_dist.store.machine import count_gpus, threads_allowed, usable_cores
 
 T = TypeVar("T")
 
@@ -159,16 +159,16 @@ def require_usable_gpus() -> None:
     """Check that torch can use the machine's GPUs if it has some: all would be computed on its CPU, without a word.
 
     Raises:
-        UserError: naming the CUDA that torch was built for, and the driver.
+        UserError: naming the CUDA that torch was built for.
     """
     count = count_gpus()
     if not count or torch.cuda.is_available():
         return
     built = f"was built for CUDA {torch.version.cuda}" if torch.version.cuda else "was built without CUDA"
     raise UserError(
-        f"this machine has GPUs ({count}) that torch can't use: torch {torch.__version__} {built}, and the driver is "
-        f"{driver_version() or 'not loaded'}; install a torch built for a CUDA that this driver supports (nvidia-smi "
-        "shows it) or a newer driver, or set CUDA_VISIBLE_DEVICES='' to compute on the CPU"
+        f"this machine has GPUs ({count}) that torch can't use: torch {torch.__version__} {built}; install a torch "
+        "built for a CUDA that the driver supports (nvidia-smi shows it) or a newer driver, or set "
+        "CUDA_VISIBLE_DEVICES='' to compute on the CPU"
     )
 
 

@@ -283,10 +283,6 @@ class StageHandle:
         """The claim under which it runs, or ran when its launcher died; None if there is none. Claims nothing."""
         return open_claim(self.work)
 
-    def claim_of(self, ticket: str) -> Claim:
-        """The claim of the process that started this one, by its ticket."""
-        return Claim.from_ticket(self.work, ticket)
-
     def heartbeat(self) -> Heartbeat | None:
         """The latest report of its progress; None if none can be read."""
         return read_record(Heartbeat, self.work / PROGRESS)

@@ -12,8 +12,6 @@ from pathlib import Path
 
 import psutil
 
-# What the driver of NVIDIA's GPUs tells about itself and them.
-NVIDIA = Path("/proc/driver/nvidia")
 DEVICES = Path("/dev")
 CPU_INFO = Path("/proc/cpuinfo")
 # What names a GPU in CUDA_VISIBLE_DEVICES; other words name none: NoDevFiles of older Slurm, void, none.
@@ -39,12 +37,6 @@ def _can_open(device: Path) -> bool:
     except OSError:
         return False
     return True
-
-
-def driver_version() -> str | None:
-    """Return the version of NVIDIA's driver; None if it isn't loaded."""
-    found = re.search(r"\d+\.[\d.]*\d", _text(NVIDIA / "version"))
-    return found and found[0]
 
 
 def cpu_model() -> str:

@@ -5,11 +5,15 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterable
+from pathlib import Path
 
 from hfprune_dist.config.schema import RuntimeConfig
 from hfprune_dist.results.formats import counted
-from hfprune_dist.store.machine import NVIDIA, count_gpus, cpu_info, cpu_model, threads_allowed, usable_cores
+from hfprune_dist.store.machine import count_gpus, cpu_info, cpu_model, threads_allowed, usable_cores
 from hfprune_dist.store.stage import Stage
+
+# What the driver of NVIDIA's GPUs tells about them.
+NVIDIA = Path("/proc/driver/nvidia")
 
 
 def device_here(runtime: RuntimeConfig) -> str:

@@ -13,7 +13,6 @@ for GPUs. None of them imports from the current folder.
 from __future__ import annotations
 
 import contextlib
-import gc
 import importlib
 import json
 import os
@@ -29,7 +28,7 @@ from functools import partial
 from pathlib import Path
 from typing import ClassVar, NoReturn
 
-from hfprune_launch.stage.run import die_with_parent, prepare_environment
+from hfprune_launch.stage.run import die_with_parent, prepare_environment, quick_imports
 
 from hfprune_dist.config.parameters import KINDS
 
@@ -165,13 +164,11 @@ def _be_rank(main: str, arguments: list[str], folder: str, is_safe: bool) -> Non
 
 
 def import_everything() -> None:
-    gc.disable()  # searching the objects that imports make takes a quarter of their time
-    for name in IMPORTED:
-        importlib.import_module(name)
+    with quick_imports():  # objects that are never collected stay shared with the forks
+        for name in IMPORTED:
+            importlib.import_module(name)
     sys.stdout.flush()
     sys.stderr.flush()
-    gc.freeze()  # objects that are never collected stay shared with the forks
-    gc.enable()
 
 
 def _has_imported_safely() -> bool:

@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     prepare_environment()
     handle, rank = Store(arguments.store).handle(arguments.stage), int(os.environ["RANK"])
     content = find_stage_file(handle)
-    claim = handle.claim_of(arguments.claim) if arguments.claim else None
+    claim = Claim.from_ticket(handle.work, arguments.claim) if arguments.claim else None
     try:
         run_stage(handle, Interruption(), should_run=lambda world: Admission(True, claim))
     except ClaimLostError as lost:
@@ -123,7 +123,7 @@ def run_stage(handle: StageHandle, interruption: Interruption, should_run: Calla
         ClaimLostError: if another process has claimed the stage in the meantime.
         Interrupted: if the ranks have saved their work because ``interruption`` asked them to end.
     """
-    with _imports():
+    with quick_imports():
         from hfprune_dist.distributed.world import join_world, leave_world
         from hfprune_dist.stages.context import Context
 
@@ -149,14 +149,14 @@ def run_stage(handle: StageHandle, interruption: Interruption, should_run: Calla
             interruption=interruption,
         )
         context.check_inputs()
-        with _imports():
+        with quick_imports():
             module = importlib.import_module(f"hfprune_dist.stages.{context.stage.kind}")
         module.run(context)
     leave_world()
 
 
 @contextlib.contextmanager
-def _imports() -> Iterator[None]:
+def quick_imports() -> Iterator[None]:
     """Import without garbage collection, which costs a quarter of the time, and exempt the results from it later."""
     gc.disable()
     try:

@@ -42,14 +42,10 @@ def test_ranks_of_a_node_have_different_gpus_under_every_binding(ranks, each, sh
     assert len(set(taken)) == ranks
 
 
-def test_gpus_that_torch_cannot_use_are_an_error_instead_of_a_run_on_the_cpu(monkeypatch, tmp_path):
+def test_gpus_that_torch_cannot_use_are_an_error_instead_of_a_run_on_the_cpu(monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
     monkeypatch.setattr(torch.version, "cuda", "13.0")
-    monkeypatch.setattr(machine, "NVIDIA", tmp_path)
-    (tmp_path / "version").write_text(
-        "NVRM version: NVIDIA UNIX x86_64 Kernel Module  535.104.05  Sat Aug 19\nGCC 12.2.0\n"
-    )
-    told = r"GPUs \(2\) that torch can't use.* CUDA 13.0, .* driver is 535\.104\.05;"
+    told = r"GPUs \(2\) that torch can't use.* CUDA 13.0;"
     with pytest.raises(UserError, match=told):
         claimed(monkeypatch, 0, 3)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
