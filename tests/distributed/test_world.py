@@ -11,7 +11,6 @@ from worlds import Ranks
 
 from hfprune_dist.distributed.world import World, claim_device, require_own_gpus
 from hfprune_dist.errors import UserError
-from hfprune_dist.store import machine
 
 
 def claimed(monkeypatch, visible, local_rank):
