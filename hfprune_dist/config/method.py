@@ -105,17 +105,6 @@ class Method(Section):
     distribution (see ``DistillationConfig``). This needs no labels and no further text, but it is training."""
 
     @property
-    def can_protect(self) -> bool:
-        """Whether its allocation uses ``protect_first`` and ``protect_last``."""
-        return self.allocation in ("local", "global", "standardized", "searched")
-
-    def protected(self) -> tuple[int, int]:
-        """``protect_first`` and ``protect_last`` of a method with numbers, as ``with_numbers`` returns it."""
-        first, last = self.protect_first, self.protect_last
-        assert isinstance(first, int) and isinstance(last, int), "planned with numbers"
-        return first, last
-
-    @property
     def split(self) -> int:
         """The number of devices that numbers of units are divisible by: ``tensor_parallel`` where it has an effect."""
         return self.tensor_parallel if KV_GROUPS in self.structures else 1
@@ -123,7 +112,8 @@ class Method(Section):
     @property
     def without_effect(self) -> set[str]:
         """Names of settings that have no effect, given the others."""
-        idle = set() if self.can_protect else {"floor", "protect_first", "protect_last"}
+        protects = self.allocation in ("local", "global", "standardized", "searched")
+        idle = set() if protects else {"floor", "protect_first", "protect_last"}
         idle |= {"floor"} if self.allocation == "local" else set()
         idle |= set() if KV_GROUPS in self.structures else {"tensor_parallel"}
         return idle

@@ -82,7 +82,7 @@ def _recorded(value: object, file: str = "(file)") -> Any:
         return value
     record = {name: _recorded(getattr(value, name)) for name in type(value).model_fields}
     if isinstance(value, CalibrationConfig) and value.mixture is not None:  # whose texts have these settings
-        return {name: it for name, it in record.items() if name not in TextSource.model_fields}
+        return {name: value for name, value in record.items() if name not in TextSource.model_fields}
     if isinstance(value, TextSource) and value.path is not None:
-        return {name: it for name, it in record.items() if name not in OF_A_DATA_SET} | {"path": file}
+        return {name: value for name, value in record.items() if name not in OF_A_DATA_SET} | {"path": file}
     return record

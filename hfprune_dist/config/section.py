@@ -49,9 +49,10 @@ def explained_by(*others: type[BaseModel]) -> Callable[[dict[str, Any], type[Bas
     """
 
     def explain(schema: dict[str, Any], section: type[BaseModel]) -> None:
-        known = [it.model_fields for it in (*section.__mro__, *others) if issubclass(it, BaseModel)]
+        known = [model.model_fields for model in (*section.__mro__, *others) if issubclass(model, BaseModel)]
         for name, key in schema["properties"].items():
-            found = next((it[name].description for it in known if name in it and it[name].description), None)
+            told = (fields[name].description for fields in known if name in fields)
+            found = next(filter(None, told), None)
             if found is not None:
                 key.setdefault("description", found)
 

@@ -88,7 +88,7 @@ class CalibrationConfig(TextSource):
 def apportioned(total: int, weights: list[float]) -> list[int]:
     """Whole numbers that sum to ``total``, in proportion to the weights (largest-remainder method)."""
     exact = [total * weight / sum(weights) for weight in weights]
-    counts = [int(it) for it in exact]
+    counts = [int(share) for share in exact]
     by_remainder = sorted(range(len(weights)), key=lambda index: counts[index] - exact[index])
     for index in by_remainder[: total - sum(counts)]:
         counts[index] += 1

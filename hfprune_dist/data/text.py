@@ -164,7 +164,7 @@ def _read_json(file: Path, stream: io.TextIOWrapper, ending: str) -> Iterator[Pl
     text = stream.read() if ending == ".json" else ""
     records: Iterator[tuple[str, Any]]
     if text.lstrip().startswith("["):
-        records = ((f"{file}, record {number}", it) for number, it in enumerate(json.loads(text), start=1))
+        records = ((f"{file}, record {number}", record) for number, record in enumerate(json.loads(text), start=1))
     else:
         lines = enumerate(io.StringIO(text) if text else stream, start=1)
         records = ((f"{file}:{number}", line) for number, line in lines if line.strip())

@@ -45,7 +45,8 @@ def check_layers(
     """
     if world.on_rank0(passed.is_file):
         return
-    placed = choose_sharding(sharding, whole_forward(Sizes.of(checkpoint), len(window_T), dtype.itemsize), world)
+    need = whole_forward(Sizes.from_checkpoint(checkpoint), len(window_T), dtype.itemsize)
+    placed = choose_sharding(sharding, need, world)
     if placed == "zero3" or world.is_first:
         model = FrozenModel(checkpoint, dtype, 1, placed, world)
         if world.is_first:

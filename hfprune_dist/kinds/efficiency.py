@@ -33,7 +33,7 @@ class EfficiencyParameters(StageParameters):
     packages: dict[str, str | None]
 
     @classmethod
-    def of(cls, efficiency: EfficiencyConfig, device: str) -> EfficiencyParameters:
+    def from_config(cls, efficiency: EfficiencyConfig, device: str) -> EfficiencyParameters:
         return cls(
             batch_sizes=sorted(efficiency.batch_sizes),
             prompt_tokens=sorted(efficiency.prompt_tokens),
@@ -44,7 +44,8 @@ class EfficiencyParameters(StageParameters):
 
     def need(self, planned: Planned, rows: int | None = None) -> Need:
         """Of two models in turn on rank 0, however many others wait; a pruned one caches no more than the dense one."""
-        model, itemsize, rows = Sizes.of(planned.dense), ITEMSIZE[self.dtype], rows or max(self.batch_sizes)
+        model, itemsize = Sizes.from_checkpoint(planned.dense), ITEMSIZE[self.dtype]
+        rows = rows or max(self.batch_sizes)
         of_a_token = token_costs(planned.dense).cached_channels + model.forward
         return Need(
             weights=2 * model.parameters * itemsize,

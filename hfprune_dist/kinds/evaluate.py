@@ -36,7 +36,7 @@ class EvaluateParameters(StageParameters):
     dtype: Dtype
 
     @classmethod
-    def of(cls, evaluation: EvaluationConfig) -> EvaluateParameters:
+    def from_config(cls, evaluation: EvaluationConfig) -> EvaluateParameters:
         return cls(**evaluation.model_dump(exclude={"include_path", "fidelity"}))
 
     def need(self, planned: Planned, rows: int | None = None) -> Need:
@@ -49,7 +49,7 @@ class EvaluateParameters(StageParameters):
         """The memory of requests of tasks, and of windows of text, one by one. Requests may have all positions of the
         model, examples included; then fewer run at a time (``LOGITS_BYTES``), but at least one.
         """
-        model, itemsize = Sizes.of(checkpoint), ITEMSIZE[self.dtype]
+        model, itemsize = Sizes.from_checkpoint(checkpoint), ITEMSIZE[self.dtype]
         longest = REQUEST_TOKENS + EXAMPLE_TOKENS * (USUAL_EXAMPLES if self.num_fewshot is None else self.num_fewshot)
         positions = checkpoint.max_positions or longest
         at_once = max(LOGITS_BYTES // (model.vocabulary * logits_bytes(itemsize)), min(longest, positions))

@@ -40,7 +40,7 @@ class StudentParameters(Section):
     teacher_temperature: float
 
     @classmethod
-    def of(cls, ratio: float) -> StudentParameters:
+    def at_ratio(cls, ratio: float) -> StudentParameters:
         """Settings as published for the nearest ratio; of two equally near ones, for the smaller."""
         nearest = min(PUBLISHED, key=lambda published: (round(abs(published - ratio), 12), published))
         share, temperature = PUBLISHED[nearest]
@@ -65,7 +65,7 @@ class ImportanceParameters(StageParameters):
     student: StudentParameters | None = None
 
     @classmethod
-    def of(
+    def from_config(
         cls,
         config: SweepConfig,
         criteria: Iterable[CriterionName],
@@ -92,13 +92,14 @@ class ImportanceParameters(StageParameters):
 
     def pass_over(self, checkpoint: Checkpoint, *, checkpointing: bool, rows: int | None = None) -> Need:
         """The memory of a forward, and a backward for each loss; if Gram matrices are summed, of the pass for these."""
-        model, itemsize = Sizes.of(checkpoint), ITEMSIZE[self.dtype]
+        model, itemsize = Sizes.from_checkpoint(checkpoint), ITEMSIZE[self.dtype]
         criteria = [CRITERIA[name] for name in self.criteria]
         losses = losses_of(criteria)
         student = any(loss.of_student for loss in losses)
-        curvature = any(it.needs_moments for it in criteria)
-        gradients = any(it.observes == "weight_gradients" for it in criteria)
-        reads = gradients or any(it.observes == "weights" for it in criteria)  # what linear layers read stays, too
+        curvature = any(criterion.needs_moments for criterion in criteria)
+        observed = {criterion.observes for criterion in criteria}
+        gradients = "weight_gradients" in observed
+        reads = gradients or "weights" in observed  # what linear layers read stays, too
         samples, length = self.calibration.samples, self.calibration.sequence_length
         tokens = min(rows or self.calibration.micro_batch_size, samples) * length
         hidden, neurons = model.hidden * itemsize, model.neurons * itemsize

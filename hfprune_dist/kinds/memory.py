@@ -129,7 +129,7 @@ class Sizes:
     layer: int
 
     @classmethod
-    def of(cls, checkpoint: Checkpoint) -> Sizes:
+    def from_checkpoint(cls, checkpoint: Checkpoint) -> Sizes:
         config, experts = checkpoint.config, checkpoint.family.experts
         hidden, heads = int(config["hidden_size"]), int(config["num_attention_heads"])
         size = int(config.get("head_dim") or hidden // heads)

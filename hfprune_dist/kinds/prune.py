@@ -64,7 +64,7 @@ class PruneParameters(StageParameters):
         return self.is_thorough and self.refit in ("layerwise", "block")
 
     @classmethod
-    def of(cls, config: SweepConfig, method: Method, ratio: float) -> PruneParameters:
+    def from_method(cls, config: SweepConfig, method: Method, ratio: float) -> PruneParameters:
         """The cut of a method with numbers, as ``with_numbers`` returns it."""
         runs_model = method.refit != "none" or method.allocation in ("plain", "searched", "low_rank")
         return cls(
@@ -84,7 +84,7 @@ class PruneParameters(StageParameters):
         if self.refit == "none" and self.allocation != "low_rank":
             return None
         calibration, (dtype, windows) = calibration_of(planned, "importance"), self.forward_pass()
-        model, itemsize = Sizes.of(planned.dense), ITEMSIZE[dtype]
+        model, itemsize = Sizes.from_checkpoint(planned.dense), ITEMSIZE[dtype]
         samples, tokens = calibration.samples * (1 + self.sees_copies), calibration.sequence_length
         rows, hidden = min(rows or windows, samples), model.hidden
         pursues, steps = self.refit in ("layerwise", "block"), self.refit == "block"

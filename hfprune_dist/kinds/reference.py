@@ -44,6 +44,6 @@ class ReferenceParameters(StageParameters):
             samples, tokens = calibration.samples, calibration.sequence_length
         else:
             samples, tokens = self.text.windows, self.text.sequence_length
-        model, itemsize = Sizes.of(planned.dense), ITEMSIZE[self.dtype]
+        model, itemsize = Sizes.from_checkpoint(planned.dense), ITEMSIZE[self.dtype]
         host = samples * tokens * model.hidden * itemsize
         return layer_by_layer(model, min(rows or self.micro_batch_size, samples), tokens, itemsize, host=host)

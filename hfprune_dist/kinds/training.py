@@ -28,7 +28,7 @@ class DistillParameters(StageParameters):
     def need(self, planned: Planned, rows: int | None = None) -> Need:
         tokens = calibration_of(planned, "reference", "importance").sequence_length
         rows = rows or self.distillation.micro_batch_size
-        return training_need(self.distillation, Sizes.of(planned.dense), rows, tokens, distills=True)
+        return training_need(self.distillation, Sizes.from_checkpoint(planned.dense), rows, tokens, distills=True)
 
     def allows(self, rows: int) -> bool:
         return rows <= self.distillation.batch_size
@@ -46,7 +46,8 @@ class RecoverParameters(StageParameters):
 
     def need(self, planned: Planned, rows: int | None = None) -> Need:
         tokens, rows = self.recovery.sequence_length, rows or self.recovery.micro_batch_size
-        return training_need(self.recovery, Sizes.of(planned.dense), rows, tokens, distills=False, masks=self.masks)
+        model = Sizes.from_checkpoint(planned.dense)
+        return training_need(self.recovery, model, rows, tokens, distills=False, masks=self.masks)
 
     def allows(self, rows: int) -> bool:
         """Ranks share the rows of an optimizer step evenly."""
@@ -68,19 +69,18 @@ class LoraPruneParameters(RecoverParameters):
     protect_last: int
 
     @classmethod
-    def of(cls, config: SweepConfig, method: Method, ratio: float) -> LoraPruneParameters:
+    def from_method(cls, config: SweepConfig, method: Method, ratio: float) -> LoraPruneParameters:
         """The training of a method with numbers, as ``with_numbers`` returns it."""
-        (first, last), multiple_of = method.protected(), method.multiple_of
-        assert isinstance(multiple_of, int), "planned with a number"
+        assert isinstance(method.multiple_of, int), "planned with numbers"
         return cls(
             recovery=config.recovery,
             seed=config.seed,
             ratio=ratio,
             structures=kinds_among(method.structures),
-            multiple_of=multiple_of,
+            multiple_of=method.multiple_of,
             tensor_parallel=method.split,
-            protect_first=first,
-            protect_last=last,
+            protect_first=int(method.protect_first),
+            protect_last=int(method.protect_last),
         )
 
 

@@ -192,7 +192,7 @@ class _Planner:
     ) -> Stage:
         for share in self._config.calibration.shares():
             inputs = inputs | self._text(share.role, share.text)
-        params = ImportanceParameters.of(self._config, criteria, structures, student)
+        params = ImportanceParameters.from_config(self._config, criteria, structures, student)
         return self._stage("importance", label, params, inputs)
 
     def _pruned(self, variant: _Variant, method: Method, ratio: float, importance: Stage) -> _Variant:
@@ -201,10 +201,10 @@ class _Planner:
         structures = kinds_among(method.structures)
         if method.student_chosen_by is not None:
             scores = {"model": dense, "student": _scores(importance, _first_criteria(method), [NEURONS])}
-            student = StudentParameters.of(ratio)
+            student = StudentParameters.at_ratio(ratio)
             label = f"{variant.label} student"
             chain.append(self._importance(label, scores, method.scored_before, structures, student))
-        params: Parameters = PruneParameters.of(self._config, method, ratio)
+        params: Parameters = PruneParameters.from_method(self._config, method, ratio)
         inputs = {"model": dense, "importance": _scores(chain[-1], method.scored_before, structures)}
         cut = self._stage("prune", variant.label, params, inputs)
         chain.append(cut)
@@ -222,7 +222,9 @@ class _Planner:
     def _pruned_in_recovery(self, variant: _Variant, method: Method, ratio: float) -> Cell:
         """The training that prunes and recovers at the same time, and its evaluation."""
         inputs = {"model": variant.dense, **self._text("instructions", self._config.recovery)}
-        made = self._stage("loraprune", variant.label, LoraPruneParameters.of(self._config, method, ratio), inputs)
+        made = self._stage(
+            "loraprune", variant.label, LoraPruneParameters.from_method(self._config, method, ratio), inputs
+        )
         pruned = replace(variant, checkpoint=made.as_input(), cut=made.as_input(), producers=(made.id,))
         return self._row(pruned, OWN)
 
@@ -245,10 +247,10 @@ class _Planner:
         label = variant.label if recovery in (NONE, OWN) else f"{variant.label} + {recovery}"
         inputs = {"model": variant.checkpoint, "dense": variant.dense}
         inputs |= self._references_of_held_out(variant) | self._own_tasks
-        evaluate = self._stage("evaluate", label, EvaluateParameters.of(self._config.evaluation), inputs)
+        evaluate = self._stage("evaluate", label, EvaluateParameters.from_config(self._config.evaluation), inputs)
         measured = None
         if self._config.efficiency.enabled:  # of the shape, which recovery and distillation don't change
-            params = EfficiencyParameters.of(self._config.efficiency, self._device)
+            params = EfficiencyParameters.from_config(self._config.efficiency, self._device)
             inputs = {"model": variant.cut, "dense": variant.dense}
             measured = self._stage("efficiency", variant.label, params, inputs).id
         return Cell(

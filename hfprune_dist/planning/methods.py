@@ -206,7 +206,7 @@ def suited(method: Method, checkpoint: Checkpoint) -> Method:
     if not method.adapts:
         return method
     family = checkpoint.family
-    structures = [it for it in method.structures if it != KV_GROUPS or not family.whole_groups]
+    structures = [kind for kind in method.structures if kind != KV_GROUPS or not family.whole_groups]
     refit = "dense" if family.no_sequence and method.refit in ("layerwise", "block") else method.refit
     return method.model_copy(update={"structures": structures, "refit": refit})
 

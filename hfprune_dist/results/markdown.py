@@ -19,7 +19,7 @@ _BACKTICKS = re.compile("`+")
 
 def escaped(text: str) -> str:
     """A text within a line, in which nothing is markup."""
-    return _MARKUP.sub(lambda found: "".join(f"\\{it}" for it in found[0]), on_one_line(text))
+    return _MARKUP.sub(lambda found: "".join(f"\\{mark}" for mark in found[0]), on_one_line(text))
 
 
 def code(text: str) -> str:

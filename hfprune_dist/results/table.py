@@ -30,7 +30,8 @@ def metrics_shown(rows: Sequence[Row], wide: bool) -> list[Metric]:
     """The metrics that tables of these rows have: a few or all, as far as any row has them. The column of KL also says
     that a result is missing.
     """
-    return [it for it in METRICS.values() if (wide or it.in_few) and (it.key == "kl" or it.is_known(rows))]
+    wanted = [metric for metric in METRICS.values() if wide or metric.in_few]
+    return [metric for metric in wanted if metric.key == "kl" or metric.is_known(rows)]
 
 
 def columns(rows: Sequence[Row], wide: bool = False, with_errors: bool = True) -> Columns:
@@ -105,16 +106,18 @@ def notes(rows: Sequence[Row], wide: bool = False) -> list[str]:
     """
     few, everything = metrics_shown(rows, wide=False), metrics_shown(rows, wide=True)
     if wide:
-        told = [f"{it.header}: {it.told}" for it in everything if it not in few]
+        told = [f"{metric.header}: {metric.told}" for metric in everything if metric not in few]
         return ["; ".join([*told, "width: of MLPs; a task without a share of right answers: its perplexity"])]
     how = {"kl": _held_out(rows), "average": _tasks_told(rows), "decode_speed": _measured_on(rows)}
     lines = ["recovery own: units go while LoRA trains"] if any(row["recovery"] == OWN for row in rows) else []
-    lines += [f"{it.header}: {it.told}{how[it.key]}" for it in few if it.key in how]
-    return [*lines, "; ".join(f"{it.header}: {it.told}" for it in few if it.meaning and it.key not in how)]
+    lines += [f"{metric.header}: {metric.told}{how[metric.key]}" for metric in few if metric.key in how]
+    others = [metric for metric in few if metric.meaning and metric.key not in how]
+    return [*lines, "; ".join(f"{metric.header}: {metric.told}" for metric in others)]
 
 
 def _held_out(rows: Sequence[Row]) -> str:
-    sizes = [f"{it['windows']} windows, {it['tokens']:,} tokens" for it in rows if it["windows"] and it["tokens"]]
+    measured = [row for row in rows if row["windows"] and row["tokens"]]
+    sizes = [f"{row['windows']} windows, {row['tokens']:,} tokens" for row in measured]
     if not sizes:
         return ""
     first = "the sweep's first held-out text" if other_texts(rows) else "held-out text"
@@ -129,8 +132,8 @@ def _tasks_told(rows: Sequence[Row]) -> str:
 
 
 def _measured_on(rows: Sequence[Row]) -> str:
-    measured = [it["efficiency"] for it in rows if it["efficiency"]]
-    how = (f"{workload(it['runs'][-1])}; {it['device']}, {counted(it['threads'], 'thread')}" for it in measured)
+    measured = [row["efficiency"] for row in rows if row["efficiency"]]
+    how = (f"{workload(run['runs'][-1])}; {run['device']}, {counted(run['threads'], 'thread')}" for run in measured)
     return f" ({' / '.join(dict.fromkeys(how))})"
 
 
@@ -177,7 +180,7 @@ def flat_row(row: Row) -> Row:
 
 
 def _medians(run: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    for name, value in {**run["model"], **{it: run[it] for it in ("first_token_speed", "decode_speed")}}.items():
+    for name, value in {**run["model"], **{key: run[key] for key in ("first_token_speed", "decode_speed")}}.items():
         yield name, value["median"] if isinstance(value, Mapping) else value
 
 
@@ -189,4 +192,4 @@ def report(rows: Sequence[Row]) -> str:
 
 
 def _listed(paragraphs: Sequence[str]) -> str:
-    return "".join(f"- {escaped(it)}\n" for it in paragraphs)
+    return "".join(f"- {escaped(paragraph)}\n" for paragraph in paragraphs)

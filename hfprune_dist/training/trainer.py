@@ -288,7 +288,7 @@ class _MicroBatch:
 
 def place_training(task: FineTuning, sharding: Sharding, world: World) -> Placement:
     """Decide together how to place a training in the free memory."""
-    settings, sizes = task.settings, Sizes.of(task.checkpoint)
+    settings, sizes = task.settings, Sizes.from_checkpoint(task.checkpoint)
     rows, tokens, masks = settings.micro_batch_size, len(task.rows(0)["input_ids"]), task.masked_to is not None
     need = training_need(settings, sizes, rows, tokens, distills=task.distills, masks=masks)
     return placement_here(need, sharding, world)

@@ -166,7 +166,7 @@ def test_lora_training(tmp_path, model_type, dropout):
     config = LoraConfig(task_type="CAUSAL_LM", r=4, lora_dropout=dropout, target_modules=targets)
     adapted = get_peft_model(model, config, autocast_adapter_dtype=False).train()
     settings = RecoveryConfig(rank=4, dropout=dropout)
-    need = training_need(settings, Sizes.of(checkpoint), 2, 64, distills=False)
+    need = training_need(settings, Sizes.from_checkpoint(checkpoint), 2, 64, distills=False)
     with kept_for_backward(adapted) as counted:
         adapted.base_model.model.model(torch.randint(64, (2, 64)), use_cache=False)
         check(need.activations, counted())
@@ -195,7 +195,7 @@ SIZES = {
 
 @pytest.mark.parametrize("name", SIZES)
 def test_more_at_a_time_takes_more_and_more_ranks_take_no_more(monkeypatch, name):
-    monkeypatch.setattr(Sizes, "of", lambda model: SIZES[model])
+    monkeypatch.setattr(Sizes, "from_checkpoint", lambda model: SIZES[model])
     passes = [scoring([criterion], ["neurons"], 64, 1, 1024) for criterion in ("entropy", "surgeon", "coupled_taylor")]
     trainings = [(RecoveryConfig(), False), (RecoveryConfig(dropout=0.0), True)]
     needs = [lambda rows, it=it: it.pass_over(name, checkpointing=False, rows=rows) for it in passes]
@@ -216,7 +216,7 @@ def test_more_at_a_time_takes_more_and_more_ranks_take_no_more(monkeypatch, name
 @pytest.mark.parametrize(("hidden", "times"), [(4096, 1), (5120, 1.6), (4097, 2 * 4096 / 4097)])
 def test_hidden_states_wait_in_powers_of_two(monkeypatch, hidden, times):
     model = replace(SIZES["7B"], hidden=hidden)
-    monkeypatch.setattr(Sizes, "of", lambda _checkpoint: model)
+    monkeypatch.setattr(Sizes, "from_checkpoint", lambda _checkpoint: model)
     assert layer_by_layer(model, 2, 1024, 2, host=100.0).host == pytest.approx(100 * times)
     need = scoring(["surgeon"], ["neurons"], 64, 2, 1024).pass_over("7B", checkpointing=False)
     assert need.host == pytest.approx(64 * 1024 * hidden * 2 * times)

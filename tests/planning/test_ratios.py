@@ -37,7 +37,7 @@ def test_multiples_of_large_and_small_models():
 def test_protected_layers_are_a_number_or_a_share_of_the_models(share, layers, number):
     checkpoint = blank(**SMOLLM2 | {"num_hidden_layers": layers})
     settled = with_numbers(method("local", protect_first=share, protect_last=1), checkpoint)
-    assert settled.protected() == (number, 1) and type(settled.protect_first) is int
+    assert (settled.protect_first, settled.protect_last) == (number, 1) and type(settled.protect_first) is int
 
 
 @pytest.mark.parametrize(
@@ -72,7 +72,7 @@ def test_what_cannot_be_pruned_is_refused_by_name():
 
 @pytest.mark.parametrize(("ratio", "published"), [(0.05, (0.4, 0.2)), (0.26, (0.42, 0.5)), (0.7, (0.1, 0.2))])
 def test_what_a_student_leaves_open_is_as_published_for_the_nearest_ratio(ratio, published):
-    student = StudentParameters.of(ratio)
+    student = StudentParameters.at_ratio(ratio)
     assert (student.lacks, student.teacher_share, student.teacher_temperature) == (0.025, *published)
 
 
