@@ -161,11 +161,25 @@ def become(script: str, *rest: str) -> None:
     sys.path[0] = str(Path(script).resolve().parent)
     sys.path.insert(1, str(FOLDER))
     _customize()
+    if script == "-u":
+        be_slurm_rank(Path(rest[-1]))
     share()
     try:
         runpy.run_path(script, run_name="__main__")
     finally:
         atexit._run_exitfuncs()
+
+
+def be_slurm_rank(attempt: Path) -> None:
+    """Be what ``python -u -m hfprune_launch.slurm.job`` is: a rank with the code on PYTHONPATH instead of ours."""
+    # An interpreter reads this when it starts, long before this process was forked.
+    sys.dont_write_bytecode = bool(os.environ.get("PYTHONDONTWRITEBYTECODE"))
+    for name in list(sys.modules):
+        if name.partition(".")[0] in ("hfprune_dist", "hfprune_launch"):
+            del sys.modules[name]
+    from hfprune_launch.slurm.job import main
+
+    main(attempt)
 
 
 def _customize() -> None:

@@ -6,4 +6,4 @@ for attempt; do :; done # the last argument is the attempt's folder, named by it
 if [ $((${attempt##*/} + ${SLURM_RESTART_COUNT:-0})) -le "${INTERPRETED_STARTS:-0}" ]; then
     exec "$INTERPRETER" "$@"
 fi
-exec python3 -IS "$tests/fork_client.py" "$HFPRUNE_FORK_SERVER" "$tests/slurm_rank.py" "$@"
+exec python3 -IS "$tests/fork_client.py" "$HFPRUNE_FORK_SERVER" "$@"
