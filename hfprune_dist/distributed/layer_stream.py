@@ -68,14 +68,15 @@ class LayerStream:
         for index in list(self.states):
             yield index, norm(to_device(self.states.pop(index), self.world.device)).cpu()
 
-    def unfinished(
+    def layers_left(
         self, layers: Sequence[int], done: Callable[[], set[int]], after_each: AfterLayer
     ) -> Iterator[tuple[int, nn.Module, bool]]:
-        """Yield (number, layer, whether to work on it) up to the last of some layers that earlier attempts haven't
-        finished; the caller takes the windows past each. Collective.
+        """Yield layers from the first one to the last that earlier attempts have left to do: (number, layer, whether it
+        is one of those; otherwise it is only run). The caller takes the windows past each. Collective.
 
         Args:
-            done: returns the layers that are finished. Only rank 0 calls it: it may set damaged files aside.
+            layers: those to do in all.
+            done: returns those that are finished. Only rank 0 calls it: it may set damaged files aside.
         """
         finished = self.world.on_rank0(done)
         left = [number for number in layers if number not in finished]

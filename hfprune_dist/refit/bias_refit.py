@@ -29,7 +29,7 @@ def find_biases(
     Raises:
         UserError: as ``Float64Sum.of_all_ranks`` and ``RefittedLayers.rounded`` do.
     """
-    for number, layer, is_left in stream.unfinished(kept.layers, found.done, after_each):
+    for number, layer, is_left in stream.layers_left(kept.layers, found.done, after_each):
         sums = {
             units.output: Float64Sum(number, [output_of(layer, units).in_features], stream.world)
             for units in kinds

@@ -43,7 +43,7 @@ def compress_layers(
     # q, k and v read the same vectors; gate and up do, too.
     query, *_, output = checkpoint.family.attention_modules
     row, down = neurons.weights[0].removesuffix(".weight"), neurons.output
-    for number, layer, is_left in stream.unfinished(shape.layers, done.done, after_each):
+    for number, layer, is_left in stream.layers_left(shape.layers, done.done, after_each):
         if is_left:
             squares = {
                 name: Float64Sum(number, [linear_of(layer, name).in_features], stream.world)

@@ -150,7 +150,7 @@ def refit_on_dense(
     Raises:
         UserError: as ``LayerStream.grams``, ``explaining`` and ``RefittedLayers.rounded`` do.
     """
-    for number, layer, is_left in stream.unfinished(kept.layers, fitted.done, after_each):
+    for number, layer, is_left in stream.layers_left(kept.layers, fitted.done, after_each):
         there = [units for units in kinds if units.counts[number]]
         if not is_left:
             stream.advance(partial(run, layer))
