@@ -25,8 +25,7 @@ from hfprune_dist.store.atomic_files import as_record, listed, modified_at, read
 
 CLAIM_FILES = "claim.*"
 CANCELLED = "cancelled"  # in a store: a token, another for each cancellation of all that runs
-# The process of a holder on another host can't be checked; it counts as dead if its claim wasn't renewed for this long,
-# as far as clocks of hosts agree. Where they don't, the worst is that a stage changes hands, which its holder notices.
+# The process of a holder on another host can't be checked; it counts as dead if its claim wasn't renewed for this long.
 RENEWAL_LIMIT_S = 300.0
 RENEW_S = 60.0
 
@@ -215,7 +214,24 @@ def _lives(holder: Holder, file: Path) -> bool:
     renewed_at = modified_at(file)
     if renewed_at is None:
         return False
-    return time.time() - renewed_at < RENEWAL_LIMIT_S
+    # This host's clock may be ahead or behind; what decides is the clock of the file system, which is slower to read.
+    silent_s = time.time() - renewed_at
+    if not 0 <= silent_s < RENEWAL_LIMIT_S:
+        silent_s = _clock_of(file.parent) - renewed_at
+    return silent_s < RENEWAL_LIMIT_S
+
+
+def _clock_of(folder: Path) -> float:
+    """Current time by the clock that dates files on a file system; on NFS the server's, which dates all renewals."""
+    probe = folder / f".clock.{uuid.uuid4().hex}"
+    try:
+        probe.touch()
+        return probe.stat().st_mtime
+    except OSError:  # the folder has just been removed, or nothing can be written
+        return time.time()
+    finally:
+        with contextlib.suppress(OSError):
+            probe.unlink()
 
 
 def _create(file: Path, text: str) -> bool:
