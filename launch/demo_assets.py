@@ -4,7 +4,7 @@
   text/                calibration.jsonl and heldout.jsonl: the Python reference, with no paragraph in both
   papers/              the same two files with prose of another kind: what lm-eval's READMEs (MIT) say of benchmarks
   instructions.jsonl   questions about the standard library, answered by its docstrings
-  tasks/               three lm-eval tasks on text that is in none of the training and calibration files
+  tasks/               two lm-eval tasks on text that is in none of the training and calibration files
   assets.json          the versions that all of it was made from
 
 A second run finds everything in place and changes nothing.

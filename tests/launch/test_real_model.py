@@ -6,7 +6,7 @@ from ranks import ROOT
 from sweeps import finish, results
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.thorough]  # tiny models go the same way in test_sweep.py
 
 SETTINGS = {
     "models": "[llama]",

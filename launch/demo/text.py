@@ -1,0 +1,225 @@
+"""English text that installed packages contain: Python's reference, READMEs of lm-eval's tasks (MIT), and docstrings of
+the standard library, which are read with ``ast``, so that nothing is executed.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import importlib.util
+import json
+import re
+import sys
+import sysconfig
+import warnings
+import zlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from hfprune_dist.errors import UserError
+from hfprune_dist.store.atomic_files import write_text
+
+# About 900 tokens of SmolLM2: long enough for a window of 512 to begin anywhere.
+DOCUMENT_CHARACTERS = 3600
+# Every third topic, in order of length, is held out: a third of the long and a third of the short ones.
+HELD_OUT_EVERY = 3
+# Two paragraphs that share this many words in a row count as the same text.
+SHINGLE_WORDS = 12
+# Paragraphs of the reference, and of a README, that are English sentences without markup.
+SENTENCE = re.compile(r"[A-Z][^|=<>{}\\]*[.]")
+DESCRIPTION = re.compile(r"[A-Z][^|=<>{}\\`*#@\[\]_]*[.]")
+DESCRIPTION_WORDS = 25
+FREQUENT_WORDS = {"a", "and", "for", "in", "is", "of", "that", "the", "to", "with"}
+
+# Modules that are not for readers (private data), or not part of every installation (test suites, graphics).
+SKIPPED = {"test", "idlelib", "lib2to3", "tkinter", "turtledemo", "pydoc_data", "encodings", "turtle", "distutils"}
+# One in this many modules is reserved for tasks and gives no instruction pairs.
+TASK_SHARE = 4
+RESPONSE_WORDS = range(15, 121)
+MARKUP = re.compile(r">>>|::|\.\. |[|`@{}\\]|--")
+
+
+# Prose, divided into text to calibrate on and text to compare models on.
+
+
+class Prose(NamedTuple):
+    """Documents of a few pages each; no paragraph occurs in both lists."""
+
+    calibration: list[str]
+    held_out: list[str]
+
+
+def reference_prose() -> Prose:
+    """Cut this Python's reference into documents.
+
+    Raises:
+        UserError: if this Python is installed without it.
+    """
+    try:
+        topics: dict[str, str] = importlib.import_module("pydoc_data.topics").topics
+    except ModuleNotFoundError:
+        raise UserError("this Python lacks pydoc_data, the demo's text; use a full CPython installation") from None
+    return _split(own_paragraphs(topics))
+
+
+def paper_prose() -> Prose:
+    """Cut what lm-eval's READMEs say of benchmarks, much of it from abstracts of papers, into documents."""
+    spec = importlib.util.find_spec("lm_eval")  # which is not imported
+    assert spec is not None and spec.submodule_search_locations
+    files = Path(spec.submodule_search_locations[0], "tasks").rglob("README.md")
+    readmes = {file.parent.as_posix(): file.read_text(encoding="utf-8") for file in files}
+    described = ([line for block in blocks if (line := _description(block))] for blocks in own_paragraphs(readmes))
+    return _split([paragraphs for paragraphs in described if paragraphs])
+
+
+def _description(block: str) -> str:
+    """Return a README's paragraph on one line; empty if it isn't English prose."""
+    line = re.sub(r"^(\**Abstract\**:\**|>) *", "", one_line(block)).strip('`"> ')
+    words = line.split()
+    if len(words) < DESCRIPTION_WORDS or "://" in line or not DESCRIPTION.fullmatch(line):
+        return ""
+    return line if sum(word in FREQUENT_WORDS for word in words) * 6 >= len(words) else ""
+
+
+def own_paragraphs(topics: Mapping[str, str]) -> list[list[str]]:
+    """Return the paragraphs of each topic, longest topic first, without those that share text with an earlier topic:
+    topics quote each other at length.
+    """
+    owned: list[list[str]] = []
+    earlier: set[str] = set()
+    for _, text in sorted(topics.items(), key=lambda item: (-len(item[1]), item[0])):
+        blocks = [block.rstrip() for block in re.split(r"\n\s*\n", text) if block.strip()]
+        owned.append([block for block in blocks if earlier.isdisjoint(shingles(block))])
+        earlier.update(*map(shingles, owned[-1]))
+    return owned
+
+
+def shingles(text: str) -> set[str]:
+    """Return all runs of ``SHINGLE_WORDS`` words; none for a heading or other short line."""
+    words = text.split()
+    return {" ".join(words[end - SHINGLE_WORDS : end]) for end in range(SHINGLE_WORDS, len(words) + 1)}
+
+
+def _split(topics: Sequence[list[str]]) -> Prose:
+    held_out = topics[HELD_OUT_EVERY - 1 :: HELD_OUT_EVERY]
+    return Prose(_pack(topic for n, topic in enumerate(topics, 1) if n % HELD_OUT_EVERY), _pack(held_out))
+
+
+def _pack(topics: Iterable[list[str]]) -> list[str]:
+    """Join paragraphs into documents of at least ``DOCUMENT_CHARACTERS``; a shorter remainder joins the last one."""
+    documents: list[list[str]] = [[]]
+    for paragraph in (paragraph for topic in topics for paragraph in topic):
+        if sum(map(len, documents[-1])) >= DOCUMENT_CHARACTERS:
+            documents.append([])
+        documents[-1].append(paragraph)
+    if len(documents) > 1 and sum(map(len, documents[-1])) < DOCUMENT_CHARACTERS:
+        documents[-2] += documents.pop()
+    return ["\n\n".join(paragraphs) for paragraphs in documents]
+
+
+def passages(documents: Iterable[str], min_words: int) -> Iterator[str]:
+    """Yield the paragraphs of running text, without headings, code, tables and grammar, each on one line."""
+    for document in documents:
+        for block in document.split("\n\n"):
+            line = one_line(block)
+            if SENTENCE.fullmatch(line) and len(line.split()) >= min_words:
+                yield line
+
+
+def one_line(text: str) -> str:
+    """Return the text with every run of white space replaced by one space."""
+    return " ".join(text.split())
+
+
+# Docstrings.
+
+
+class Documented(NamedTuple):
+    """A public function, class or method of the standard library and its docstring.
+
+    Attributes:
+        module: top-level module, e.g. ``json``.
+        name: dotted name, e.g. ``json.decoder.JSONDecoder.decode``.
+        signature: beginning of its definition, e.g. ``def decode(s, _w)``.
+        paragraphs: the docstring's paragraphs, each on one line.
+    """
+
+    module: str
+    name: str
+    signature: str
+    paragraphs: tuple[str, ...]
+
+    @property
+    def is_for_tasks(self) -> bool:
+        return _checksum(self.module) % TASK_SHARE == 0
+
+
+def standard_library() -> list[Documented]:
+    """Return everything public and documented in the standard library, in order of file and line."""
+    root, found = Path(sysconfig.get_path("stdlib")), list[Documented]()
+    for module in sorted(name for name in sys.stdlib_module_names - SKIPPED if not name.startswith("_")):
+        for file in [root / f"{module}.py", *sorted((root / module).rglob("*.py"))]:
+            parts = [part for part in file.relative_to(root).with_suffix("").parts if part != "__init__"]
+            if file.is_file() and "test" not in parts and not any(part.startswith("_") for part in parts):
+                with warnings.catch_warnings(action="ignore"):  # old escape sequences in string literals
+                    tree = ast.parse(file.read_bytes())
+                found += _definitions(tree, ".".join(parts), module)
+    return found
+
+
+def _definitions(node: ast.Module | ast.ClassDef, prefix: str, module: str) -> Iterator[Documented]:
+    for child in node.body:
+        if not isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) or child.name.startswith("_"):
+            continue
+        name, signature = f"{prefix}.{child.name}", f"class {child.name}"
+        if not isinstance(child, ast.ClassDef):
+            arguments = [*child.args.posonlyargs, *child.args.args, *child.args.kwonlyargs]
+            shown = [argument.arg for argument in arguments if argument.arg not in ("self", "cls")]
+            signature = f"def {child.name}({', '.join(shown)})"
+        if docstring := ast.get_docstring(child):
+            paragraphs = [one_line(block) for block in re.split(r"\n\s*\n", docstring) if block.strip()]
+            yield Documented(module, name, signature, tuple(paragraphs))
+        if isinstance(child, ast.ClassDef):
+            yield from _definitions(child, name, module)
+
+
+def instruction_pairs(library: Iterable[Documented]) -> list[dict[str, str]]:
+    """Return a question about each definition, answered by the beginning of its docstring; no answer occurs twice.
+
+    The order mixes modules, so that the first few hundred pairs are a fair sample.
+    """
+    pairs: dict[str, dict[str, str]] = {}
+    for item in library:
+        for beginning in (item.paragraphs[:1], item.paragraphs[:2]):  # two if the first is only a line
+            response = " ".join(beginning)
+            if all(map(_is_sentence, beginning)) and len(response.split()) in RESPONSE_WORDS and not item.is_for_tasks:
+                instruction = f"What does `{item.name}` do in Python?"
+                pairs.setdefault(response.casefold(), {"instruction": instruction, "response": response})
+                break
+    return sorted(pairs.values(), key=lambda pair: (_checksum(pair["instruction"]), pair["instruction"]))
+
+
+def summaries(library: Sequence[Documented], words: range) -> list[tuple[str, str]]:
+    """Return (signature, one-line summary) of what is reserved for tasks; no summary occurs twice or is trained on."""
+    trained_on = "\n".join(" ".join(item.paragraphs).casefold() for item in library if not item.is_for_tasks)
+    chosen: dict[str, tuple[str, str]] = {}
+    for item in library:
+        summary = item.paragraphs[0]
+        fits = item.is_for_tasks and _is_sentence(summary) and len(summary.split()) in words
+        if fits and summary.casefold() not in trained_on:
+            chosen.setdefault(summary.casefold(), (item.signature, summary))
+    return list(chosen.values())
+
+
+def _is_sentence(paragraph: str) -> bool:
+    return paragraph[0].isupper() and paragraph.endswith(".") and not MARKUP.search(paragraph)
+
+
+def _checksum(text: str) -> int:
+    return zlib.crc32(text.encode())  # unlike hash(), the same in every process
+
+
+def write_jsonl(file: Path, records: Iterable[object]) -> None:
+    """Write one JSON object per line."""
+    write_text(file, "".join(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n" for record in records))
