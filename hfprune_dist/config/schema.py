@@ -73,7 +73,7 @@ class EvaluationConfig(Section):
     limit: Positive | None = None
     """Use only this many documents of each task, the first ones (for tests: such scores can't be published)."""
     batch_size: Positive = 8
-    """Requests per forward pass of one rank."""
+    """Requests per forward pass of one rank; questions, where all choices of one share the forward of its context."""
     dtype: Dtype = "bfloat16"
     """Compute dtype."""
     fidelity: FidelityConfig = FidelityConfig()

@@ -7,7 +7,7 @@ import itertools
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -33,14 +33,8 @@ class Workload:
         return torch.randint(vocabulary, shape, generator=torch.Generator().manual_seed(SEED)).to(device)
 
 
-@dataclass(frozen=True)
-class Seconds:
-    """Duration of one generation, in seconds.
-
-    Attributes:
-        first: time from the prompts to the first new token of each.
-        others: time for all further tokens.
-    """
+class Seconds(NamedTuple):
+    """Duration of one generation, in seconds: until the ``first`` new token of each prompt, and for the ``others``."""
 
     first: float
     others: float
@@ -92,6 +86,6 @@ def peak_bytes(action: Callable[[], object], device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device) - before
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         action()
-    events = (it for it in profiler.profiler.kineto_results.events() if it.name() == "[memory]")
-    changes = sorted((it.start_ns(), it.nbytes()) for it in events)
+    events = profiler.profiler.kineto_results.events()
+    changes = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
     return max(itertools.accumulate(change for _, change in changes), default=0)

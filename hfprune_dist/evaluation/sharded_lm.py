@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import copy
 import math
-import traceback
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
@@ -186,11 +185,8 @@ class ShardedLM(HFLM):  # type: ignore[misc]
             for index in range(self._world.rank, len(batches), self._world.size):
                 mine[first + index] = answer(first + index, batches[index])
         except _UNSUITABLE as error:
-            # Of a bare assertion, all that is known is its line.
-            reason = explain(error) if str(error) else f"{traceback.extract_tb(error.__traceback__)[-1].line} fails"
-            raise UserError(
-                f"task {task!r} can't be evaluated: {method}, by a model that reads {self.max_length} tokens: {reason}"
-            ) from error
+            reader = f"{method}, by a model that reads {self.max_length} tokens"
+            raise UserError(f"task {task!r} can't be evaluated: {reader}: {explain(error)}") from error
         self._frozen.join_idle_forwards()
         return {number: found for theirs in self._world.all_gather(mine) for number, found in theirs.items()}
 
@@ -277,12 +273,10 @@ def cut_questions(
         size = min(batch_size, math.ceil(len(groups) / WANTED_BATCHES))
         batches: list[list[Group]] = []
         for group in sorted(groups, reverse=True):
-            together = [*batches[-1], group] if batches else [group]
+            together = [*batches.pop(), group] if batches else [group]
             is_similar = group[0] >= together[0][0] * 7 // 8
-            if batches and is_similar and len(together) <= size and _padded(_sequences(together)) <= most_tokens:
-                batches[-1].append(group)
-            else:
-                batches.append([group])
+            fits = is_similar and len(together) <= size and _padded(_sequences(together)) <= most_tokens
+            batches += [together] if fits or len(together) == 1 else [together[:-1], [group]]
         # The last token of a context is read with each continuation, of which it predicts the first token.
         found += [(batch[-1][0] - 1 if groups is sharing else 0, _sequences(batch)) for batch in batches]
     return sorted(found, key=lambda batch: -_padded(batch[1]))

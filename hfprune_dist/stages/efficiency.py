@@ -58,7 +58,7 @@ def run(context: Context[EfficiencyParameters]) -> None:
         **{role: _costs(open_checkpoint(context.input_path(role)), params) for role in (DENSE, MODEL)},
         "runs": [_described(*pair) for pair in zip(workloads, measured, strict=True)],
     }
-    seconds = [{role: [asdict(it) for it in times] for role, (_, times) in found.items()} for found in measured]
+    seconds = [{role: [one._asdict() for one in times] for role, (_, times) in found.items()} for found in measured]
     draft = context.open_draft()
     world.on_rank0(lambda: write_json(draft / RESULTS, {**metrics, "seconds": seconds}))
     context.commit(draft, metrics)
@@ -100,8 +100,8 @@ def _described(workload: Workload, measured: Measured) -> dict[str, Any]:
     for role, (peak, times) in found.items():
         described[role] = {
             "peak_memory_bytes": peak,
-            "time_to_first_token_s": _spread([it.first for it in times]),
-            "decode_tokens_per_s": _spread([decoded / it.others for it in times]),
+            "time_to_first_token_s": _spread([one.first for one in times]),
+            "decode_tokens_per_s": _spread([decoded / one.others for one in times]),
         }
     pairs = list(zip(found[DENSE][1], found[MODEL][1], strict=True))
     described["first_token_speed"] = _spread([one.first / other.first for one, other in pairs])

@@ -11,7 +11,7 @@ from hfprune_launch.demo.text import Documented, passages, summaries, write_json
 from hfprune_dist.store.atomic_files import write_text
 
 # Sizes: an evaluation of a 135M model should take seconds on two cores, so sequences are about 17 tokens long.
-DOCUMENTS = 60
+DOCUMENTS = 50
 CHOICES = 4
 CONTEXT_WORDS = 9
 CONTINUATION_WORDS = 5

@@ -132,7 +132,6 @@ def test_results(uninterrupted):
     assert metrics["tasks"]["tiny_rolling"]["word_perplexity"] > 1
     assert metrics["tasks"]["tiny_rolling"]["word_perplexity_stderr"] is None
     assert metrics["fidelity"]["tokens"] == 5 * 48 and metrics["fidelity"]["kl"] > 0.1
-    assert metrics["sharding"] == "replicate"
     results = read_json(artifact / "results.json")
     samples = {"effective": DOCUMENTS, "original": DOCUMENTS}
     assert results["tasks"]["tiny_choice"]["n-samples"] == {"tiny_choice": samples}
@@ -176,13 +175,10 @@ def test_a_killed_stage_goes_on_at_the_task_that_it_was_at(inputs, uninterrupted
 
 
 def test_the_dense_model_is_its_own_reference(inputs, tmp_path, monkeypatch):
-    store = Store(tmp_path)
     monkeypatch.setattr(evaluate, "FrozenModel", lambda *args: pytest.fail("loaded"))
-    metrics = run_alone(store, make_stage(store, inputs, [], model="dense"))
-    assert metrics["fidelity"]["kl"] == 0.0
-    assert metrics["fidelity"]["top1_agreement"] == 1.0
-    assert metrics["fidelity"]["perplexity"] > 1
-    assert metrics["tasks"] == {}
+    metrics = run_alone(Store(tmp_path), make_stage(Store(tmp_path), inputs, [], model="dense"))
+    fidelity = metrics["fidelity"]
+    assert (fidelity["kl"], fidelity["top1_agreement"]) == (0.0, 1.0) and fidelity["perplexity"] > 1
 
 
 def test_every_text_is_compared_as_if_alone_by_a_model_that_is_loaded_once(inputs, tmp_path, monkeypatch):
@@ -242,26 +238,6 @@ def test_stock_lm_eval_gives_the_same_scores(inputs, tmp_path, monkeypatch):
     for key in ("acc", "acc_stderr", "acc_norm"):
         assert metrics["tiny_choice"][key] == pytest.approx(stock["tiny_choice"][f"{key},none"])
     assert metrics["tiny_generate"]["exact_match[first-word]"] == stock["tiny_generate"]["exact_match,first-word"]
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"dataset_kwargs": {"data_files": {"test": "nowhere.jsonl"}}}, "tiny_broken.*can't be loaded.*nowhere.jsonl"),
-        ({"doc_to_choice": ["b", "long " * 200]}, "tiny_broken.*can't be evaluated.*loglikelihood.*512 tokens"),
-    ],
-)
-def test_a_broken_task_is_named(inputs, tmp_path, change, message):
-    broken = tmp_path / "inputs"
-    broken.mkdir()
-    for name in ("dense", "model", "held-out.jsonl"):
-        (broken / name).symlink_to(inputs / name)
-    document = {"text": "a", "label": 0, "choices": ["b", "c"]}
-    (broken / "tasks").mkdir()
-    write_task(broken / "tasks", "tiny_broken", [document], **{**CHOICE, **change})
-    store = Store(tmp_path / "store")
-    with pytest.raises(UserError, match=message):
-        run_alone(store, make_stage(store, broken, ["tiny_broken"]))
 
 
 @pytest.mark.parametrize(
