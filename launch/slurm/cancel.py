@@ -36,16 +36,15 @@ def cancel_jobs(
         attempts = ledger.open_jobs()
         submitting = _submitting(ledger, attempts)
         observer.look(attempts)
-        names = {attempt.intent.job_name for attempt in attempts}
-        listed = [observer.jobs[name] for name in names & observer.jobs.keys()]
-        found = [job for job in listed if job.is_live and job.state != "COMPLETING"]
+        jobs = {attempt.intent.job_name: observer.jobs.get(attempt.intent.job_name) for attempt in attempts}
+        found = [job for job in jobs.values() if job is not None and job.is_live and job.state != "COMPLETING"]
         # Pending jobs come first: they would start when the jobs that they wait for are gone.
         found.sort(key=lambda job: (not job.is_waiting, int(job.job_id)))
         slurm.cancel([job.job_id for job in found])
         cancelled |= {job.job_id for job in found}
-        for name in names - observer.jobs.keys() - asked:
+        for name in {name for name, job in jobs.items() if job is None} - asked:
             slurm.cancel_named(name)  # squeue may have missed it
-        asked |= names
+        asked |= jobs.keys()
         if not found and not submitting:
             break
         sleep(LOOK_AGAIN_S)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from time import sleep
@@ -32,7 +31,7 @@ from hfprune_dist.store.atomic_files import require_own
 from hfprune_dist.store.attempts import Ledger
 from hfprune_dist.store.stage import Stage
 
-EVENT_COLORS = {"done": "green", "ended": "red", "waiting": "yellow", "cancelled": "yellow"}
+EVENT_COLORS = {"done": "green", "ended": "red", "waiting": "yellow"}
 # Seconds after which what still keeps the sweep waiting is told again.
 REMIND_S = 3600.0
 STATUS_INTERVAL_S = 5.0
@@ -67,7 +66,8 @@ def run_on_slurm(
     tell(f"{len(todo)} of {every} to run on Slurm; logs in {store.root / 'attempts'}")
     snapshot = take_snapshot(PROJECT, code.resolve(), PROJECT.code_version(), tell)
     ended: list[Event] = []
-    with _Screen(console, sweep).shown() as screen:
+    screen = _Screen(console, sweep)
+    with screen.live:
 
         def on_event(event: Event) -> None:
             screen.tell(event)
@@ -102,30 +102,29 @@ def show_status(console: Console, sweep: Sweep, keep_on: bool) -> None:
     """Show the state of every stage; with ``keep_on``, live for as long as a stage is queued or running."""
     ledger = Ledger(sweep.store)
     observer = Observer(ledger, SlurmCommands(retry_delays_s=()))
-    told: list[str] = []
+    screen = _Screen(console, sweep)
+
+    def is_committed(stage_id: str) -> bool:
+        return sweep.store.handle(stage_id).is_committed()
 
     def jobs() -> Mapping[str, JobInfo] | None:
         """Return the jobs by name; None if this machine has no Slurm, or Slurm does not answer at once."""
-        missing = (stage_id for stage_id in sweep.plan.stages if not sweep.store.handle(stage_id).is_committed())
-        attempts = [attempt for stage_id in missing if (attempt := ledger.open_job(stage_id)) is not None]
-        if not attempts:
-            return {}
+        open_jobs = (ledger.open_job(stage_id) for stage_id in sweep.plan.stages if not is_committed(stage_id))
+        attempts = [attempt for attempt in open_jobs if attempt is not None]
         try:
-            observer.look(attempts)
+            if attempts:
+                observer.look(attempts)
         except SlurmUnavailableError as error:
-            if not told:
-                told.append(f"Slurm does not answer ({error}): submitted jobs may wait or run")
-                say(console, told[0])
+            message = f"Slurm does not answer ({error}): submitted jobs may wait or run"
+            screen.tell(Event("waiting", None, None, message))
             return None
-        told.clear()
         return observer.jobs
 
-    with _Screen(console, sweep).shown() as screen:
-        looks_at_rest = 0
+    looks_at_rest = 0
+    with screen.live:
         while keep_on and looks_at_rest < LOOKS_AT_REST:
-            goes_on = screen.refresh(jobs())
-            looks_at_rest = 0 if goes_on else looks_at_rest + 1
-            if not sweep.plan.lacking(lambda stage_id: sweep.store.handle(stage_id).is_committed()):
+            looks_at_rest = 0 if screen.refresh(jobs()) else looks_at_rest + 1
+            if not sweep.plan.lacking(is_committed):
                 break
             sleep(STATUS_INTERVAL_S)
     console.print(status_table(stage_statuses(sweep.plan, sweep.store, jobs())))
@@ -136,10 +135,9 @@ def cancel_sweep(console: Console, sweep: Sweep) -> bool:
     slurm = SlurmCommands()
     slurm.require()
     job_ids, going_on = cancel_jobs(sweep.store, slurm)
-    lines = [f"cancelled {counted(len(job_ids), 'job')}: {' '.join(job_ids)}" if job_ids else "no jobs to cancel"]
-    lines += [f"not cancelled yet: {what}; run the same command again" for what in going_on]
-    for line in lines:
-        say(console, line)
+    say(console, f"cancelled {counted(len(job_ids), 'job')}: {' '.join(job_ids)}" if job_ids else "no jobs to cancel")
+    for what in going_on:
+        say(console, f"not cancelled yet: {what}; run the same command again")
     return bool(going_on)
 
 
@@ -185,20 +183,14 @@ class _Screen:
     """
 
     def __init__(self, console: Console, sweep: Sweep, clock: Callable[[], float] = time.monotonic) -> None:
+        self.live = Live(
+            console=console, transient=True, auto_refresh=False
+        )  # shows nothing where there is no terminal
         self._console = console
         self._sweep = sweep
-        self._live: Live | None = None
         self._clock = clock
         self._told_at: dict[str, float] = {}
         self._lines = ProgressLines(console)
-
-    @contextmanager
-    def shown(self) -> Iterator[_Screen]:
-        if not self._console.is_terminal:
-            yield self
-            return
-        with Live(console=self._console, transient=True, auto_refresh=False) as self._live:
-            yield self
 
     def refresh(self, jobs: Mapping[str, JobInfo] | None) -> bool:
         """Update the shown state; return whether a stage is queued or running, or may be."""
@@ -206,8 +198,7 @@ class _Screen:
         for status in statuses:
             if status.state == "running":
                 self._lines.tell(status.stage, status.progress, status.left)
-        if self._live is not None:
-            self._live.update(status_table(statuses), refresh=True)
+        self.live.update(status_table(statuses), refresh=True)
         return jobs is None or any(status.state not in AT_REST for status in statuses)
 
     def tell(self, event: Event) -> None:
@@ -215,7 +206,7 @@ class _Screen:
         stage it is about.
         """
         now = self._clock()
-        if event.what in ("waiting", "cancelled"):
+        if event.what == "waiting":
             if now - self._told_at.get(event.message, -math.inf) < REMIND_S:
                 return
             self._told_at[event.message] = now

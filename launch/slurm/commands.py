@@ -67,8 +67,8 @@ class SlurmUnavailableError(Exception):
 
 
 class NotNowError(Exception):
-    """Slurm takes a job later: the user has as many as the cluster allows, or one on which it depends has just ended
-    and been forgotten.
+    """A job can't be submitted now: the user has as many as the cluster allows, one on which it depends has just ended
+    and been forgotten, or it is not wanted any more.
     """
 
 

@@ -12,29 +12,13 @@ from enum import Enum, auto
 from typing import NamedTuple
 
 from hfprune_launch.slurm.causes import LAUNCH_FAILED, RETRIES
-from hfprune_launch.slurm.commands import DEPENDENCY, NEVER
+from hfprune_launch.slurm.commands import DEPENDENCY, FORGOTTEN, NEVER, JobInfo
 
 # Seconds after a job's completion by which its artifact has to be visible here (file systems lag).
 LAG_S = 60.0
 # Reasons that occur in every queue, of interest only if the wait is long.
 ORDINARY = ("None", "Priority", "Resources", "BeginTime", "Prolog", "Cleaning")
 LONG_WAIT_S = 300.0
-
-
-class Sight(Enum):
-    """What is seen of the job of a stage's open attempt."""
-
-    NO_ATTEMPT = auto()
-    INTENDED = auto()
-    """An intent; its launcher is about to submit it, or has died. Slurm lists no job of its name."""
-    WAITS = auto()
-    RUNS = auto()
-    COMPLETED = auto()
-    ENDED = auto()
-    FORGOTTEN = auto()
-    """Slurm says that there is no such job (any more)."""
-    UNKNOWN = auto()
-    """Slurm does not list it, and does not answer about it."""
 
 
 @dataclass(frozen=True)
@@ -45,8 +29,11 @@ class StageState:
         needs: ids of the stages that it needs.
         is_wanted: whether its artifact is missing, and results that are asked for need it.
         is_done: whether it has a verified artifact.
-        reason: why its job waits, in Slurm's words.
-        lasts: seconds for which this has been seen of the job.
+        has_attempt: whether it has an open attempt: queued, running, over, or about to be submitted by a launcher that
+            may have died.
+        has_id: whether the id of its job is recorded.
+        job: what Slurm says of its job; None if it says nothing, or does not answer.
+        lasts: seconds for which Slurm has said so.
         ends: causes of the attempts that ended while this command followed them.
     """
 
@@ -54,15 +41,11 @@ class StageState:
     needs: tuple[str, ...]
     is_wanted: bool
     is_done: bool
-    sight: Sight = Sight.NO_ATTEMPT
-    reason: str = ""
+    has_attempt: bool = False
+    has_id: bool = False
+    job: JobInfo | None = None
     lasts: float = 0.0
     ends: tuple[str, ...] = ()
-
-    @property
-    def can_not_start(self) -> bool:
-        """Whether Slurm will never start its job."""
-        return self.sight is Sight.WAITS and LAUNCH_FAILED.search(self.reason) is not None
 
 
 class Do(Enum):
@@ -89,28 +72,36 @@ def about_jobs(states: Mapping[str, StageState]) -> list[Action]:
 
 
 def _about(state: StageState) -> Action | None:
-    match state.sight:
-        case Sight.WAITS if state.can_not_start:
-            return Action(Do.CANCEL, state.stage_id)
-        case Sight.WAITS if _is_worth_telling(state):
-            return Action(Do.TELL, state.stage_id, f"it can't start: {state.reason}")
-        case Sight.COMPLETED if not state.is_done and state.lasts < LAG_S:
-            return None
-        case Sight.COMPLETED | Sight.ENDED:
-            return Action(Do.CLOSE, state.stage_id)
-        case Sight.FORGOTTEN | Sight.UNKNOWN if state.is_done:
-            return Action(Do.CLOSE, state.stage_id)
-        case Sight.FORGOTTEN | Sight.INTENDED:
-            return Action(Do.SETTLE, state.stage_id)
-        case Sight.UNKNOWN:
-            return Action(Do.TELL, state.stage_id, "Slurm does not list it, and does not answer about it")
-    return None
+    def do(what: Do, message: str = "") -> Action:
+        return Action(what, state.stage_id, message)
+
+    job = state.job
+    if not state.has_attempt:
+        return None
+    if job is None and not state.has_id:
+        return do(Do.SETTLE)
+    if job is None:
+        return do(Do.CLOSE) if state.is_done else do(Do.TELL, "Slurm does not list it, and does not answer about it")
+    if _can_not_start(job):
+        return do(Do.CANCEL)
+    if job.is_live:
+        return do(Do.TELL, f"it can't start: {job.reason}") if job.is_waiting and _is_stuck(job, state.lasts) else None
+    if state.is_done:
+        return do(Do.CLOSE)
+    if job.state == "COMPLETED" and state.lasts < LAG_S:
+        return None
+    return do(Do.SETTLE if job.state == FORGOTTEN else Do.CLOSE)
 
 
-def _is_worth_telling(state: StageState) -> bool:
-    if state.reason in (DEPENDENCY, NEVER):
+def _can_not_start(job: JobInfo) -> bool:
+    """Return whether Slurm will never start a job."""
+    return job.is_waiting and LAUNCH_FAILED.search(job.reason) is not None
+
+
+def _is_stuck(job: JobInfo, waited_s: float) -> bool:
+    if job.reason in (DEPENDENCY, NEVER):
         return False
-    return state.reason not in ORDINARY or state.lasts >= LONG_WAIT_S
+    return job.reason not in ORDINARY or waited_s >= LONG_WAIT_S
 
 
 def to_submit(states: Mapping[str, StageState]) -> list[str]:
@@ -120,10 +111,12 @@ def to_submit(states: Mapping[str, StageState]) -> list[str]:
         states: of all stages, in plan order.
     """
     found: list[str] = []
-    has_job = {it.stage_id for it in states.values() if it.sight in (Sight.WAITS, Sight.RUNS) and not it.can_not_start}
+    has_job = {
+        state.stage_id for state in states.values() if (job := state.job) and job.is_live and not _can_not_start(job)
+    }
     for state in states.values():
         has_needs = all(states[need].is_done or need in has_job for need in state.needs)
-        if state.sight is Sight.NO_ATTEMPT and state.is_wanted and not state.is_done and has_needs and _may_try(state):
+        if state.is_wanted and not (state.is_done or state.has_attempt) and has_needs and _may_try(state):
             found.append(state.stage_id)
             has_job.add(state.stage_id)
     return found

@@ -76,23 +76,19 @@ def rank_environment(slurm: Mapping[str, str]) -> dict[str, str]:
     a node, an address needs no resolving. The port is derived from the job's id, so that all ranks know it.
 
     Raises:
-        NodeError: if this is not a task of srun, or its launch node can't be found.
+        NodeError: if the launch node can't be found.
     """
-    try:
-        rank, size, local_rank = slurm["SLURM_PROCID"], slurm["SLURM_NTASKS"], slurm["SLURM_LOCALID"]
-        job_id, local_size = slurm["SLURM_JOB_ID"], slurm.get("SLURM_STEP_TASKS_PER_NODE", "1")
-    except KeyError as error:
-        raise NodeError(f"{error.args[0]} is not set: stages are started by srun inside a job") from None
+    local_size = slurm.get("SLURM_STEP_TASKS_PER_NODE", "1")
     address = slurm.get("SLURM_LAUNCH_NODE_IPADDR") or slurm.get("SLURM_SRUN_COMM_HOST")
     if not address:
         raise NodeError("SLURM_LAUNCH_NODE_IPADDR is not set: the ranks can't find each other")
     return {
-        "RANK": rank,
-        "WORLD_SIZE": size,
-        "LOCAL_RANK": local_rank,
+        "RANK": slurm["SLURM_PROCID"],
+        "WORLD_SIZE": slurm["SLURM_NTASKS"],
+        "LOCAL_RANK": slurm["SLURM_LOCALID"],
         "LOCAL_WORLD_SIZE": re.findall(r"\d+", local_size)[0],
         "MASTER_ADDR": address,
-        "MASTER_PORT": str(FIRST_PORT + int(job_id) % PORTS),
+        "MASTER_PORT": str(FIRST_PORT + int(slurm["SLURM_JOB_ID"]) % PORTS),
         GLOO_INTERFACE: slurm.get(GLOO_INTERFACE) or _interface_towards(address),
     }
 
@@ -114,7 +110,7 @@ def _interface_towards(address: str) -> str:
 
 
 def require_usable_node(store: Store, environment: Mapping[str, str]) -> None:
-    """Check that the node can write to the store, runs the sweep's code and sees its GPUs.
+    """Check that the node sees the store and its GPUs, and runs the sweep's code.
 
     Raises:
         NodeError: if it does not; names the node and what it lacks.
@@ -122,8 +118,6 @@ def require_usable_node(store: Store, environment: Mapping[str, str]) -> None:
     node, code = environment.get("SLURMD_NODENAME", socket.gethostname()), environment["HFPRUNE_CODE"]
     if not store.root.is_dir():
         raise NodeError(f"node {node} does not see {store.root}; --out must lie on a file system that all nodes share")
-    if not os.access(store.root, os.W_OK):
-        raise NodeError(f"node {node} can't write to {store.root}")
     if not Path(__file__).is_relative_to(code):
         raise NodeError(f"node {node} runs {__file__}, not the sweep's snapshot {code}; check the profile's setup")
     if re.search("[1-9]", environment.get("SLURM_GPUS_ON_NODE", "")):
@@ -166,10 +160,8 @@ class _Rank:
         return 0
 
     def _admit(self, world: World) -> Admission:
-        """Return whether the stage has to run here: rank 0 asks until there is an answer, which all ranks learn."""
-        answer = "wait"
-        while answer == "wait":
-            answer = world.broadcast(self._start.ask() if self._start else "")
+        """Return whether the stage has to run here: rank 0 asks, and all ranks learn the answer."""
+        answer = world.broadcast(self._start.ask() if self._start else "")
         if answer == "held":
             raise ClaimLostError(f"another process has been running {self._handle.id} for all the time this job waited")
         return Admission(answer == "run", self._claim)
@@ -184,14 +176,13 @@ class _Rank:
         start.end("interrupted")
         job_id, slurm = os.environ["SLURM_JOB_ID"], SlurmCommands()
         try:
-            fields = slurm.fields(job_id)
-            state = fields.get("JobState")
-            if state == "CANCELLED":
+            job = slurm.fields(job_id)
+            if job.get("JobState") == "CANCELLED":
                 start.end("cancelled")
                 return False
-            is_preempted = fields.get("PreemptTime", "None") not in ("", "None", "Unknown", "N/A")
-            if state != "RUNNING":
+            if job.get("JobState") != "RUNNING":
                 return True  # Slurm itself puts it back
+            is_preempted = job.get("PreemptTime") not in (None, "", "None", "Unknown", "N/A")
             if not is_preempted and start.gets_no_further():
                 self._report(
                     Cause.INPUT,
@@ -246,7 +237,6 @@ class Start:
         self.ledger, self.attempt = Ledger.around(folder)
         self.claim: Claim | None = None
         self._handle = self.ledger.store.handle(self.attempt.intent.stage_id)
-        self._asked_since = time.monotonic()
         self._run = Run(
             job_id=os.environ["SLURM_JOB_ID"],
             restart=int(os.environ.get("SLURM_RESTART_COUNT", "0")),
@@ -256,15 +246,14 @@ class Start:
         self.attempt.record_run(self._run)
 
     def ask(self) -> str:
-        """Return ``run``, ``done`` (nothing to do), ``wait`` (ask again) or ``held`` (another process runs it)."""
-        if self._handle.is_done():
-            return "done"
-        claim = self.ledger.claim(self._handle.id, self._run.job_id)
-        if isinstance(claim, Holder):
-            if time.monotonic() - self._asked_since > CLAIM_PATIENCE_S:
+        """Return ``run``, ``done`` (nothing to do) or ``held`` (another process goes on to run it)."""
+        patience_ends = time.monotonic() + CLAIM_PATIENCE_S
+        while isinstance(claim := self.ledger.claim(self._handle.id, self._run.job_id), Holder):
+            if self._handle.is_done():
+                return "done"
+            if time.monotonic() > patience_ends:
                 return "held"
             sleep(CLAIM_POLL_S)
-            return "wait"
         self.claim = claim
         if self._handle.is_done():
             self._handle.discard_work()

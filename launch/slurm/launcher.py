@@ -21,7 +21,7 @@ from hfprune_launch.slurm.commands import (
     SlurmUnavailableError,
     SubmissionRefusedError,
 )
-from hfprune_launch.slurm.decide import Action, Do, Sight, StageState, about_jobs, job_to_wait_for, to_submit
+from hfprune_launch.slurm.decide import Action, Do, StageState, about_jobs, job_to_wait_for, to_submit
 from hfprune_launch.slurm.observe import Observer
 from hfprune_launch.slurm.profile import Profile
 from hfprune_launch.slurm.script import Request, default_threads, write_submission
@@ -43,6 +43,7 @@ LOOK_S = 10.0
 STORE_PATIENCE_S = 600.0
 # A full or read-only disk, which stays so until somebody does something about it.
 LASTING = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+CANCELLED = "another command has cancelled this, so nothing more is submitted; run the same command again to go on"
 
 
 @dataclass(frozen=True)
@@ -70,10 +71,6 @@ class NewJobs:
     max_running: int | None
     cancellation: Cancellation
     snapshot: Path
-
-
-class _CancelledError(Exception):
-    """Another command has cancelled the sweep since this launcher was started."""
 
 
 class Launcher:
@@ -160,7 +157,7 @@ class Launcher:
         return [
             self._plan.stages[state.stage_id]
             for state in self._states().values()
-            if state.is_wanted and state.sight is Sight.NO_ATTEMPT
+            if state.is_wanted and not state.has_attempt
         ]
 
     # Observe.
@@ -264,9 +261,6 @@ class Launcher:
                     self._submit(self._plan.stages[stage_id], queue)
             except NotNowError as error:
                 self._tell(Event("waiting", None, None, str(error)))
-            except _CancelledError:
-                message = "by another command, so nothing more is submitted; run the same command again to go on"
-                self._tell(Event("cancelled", None, None, message))
 
     def _queue(self) -> list[str]:
         """Return the ids of the store's jobs that wait or run, in the order of their submission, if they are limited.
@@ -285,7 +279,7 @@ class Launcher:
 
     def _require_wanted(self) -> None:
         if self._new_jobs.cancellation.is_requested():
-            raise _CancelledError
+            raise NotNowError(CANCELLED)
 
     def _submit(self, stage: Stage, queue: list[str]) -> None:
         """Submit a stage, unless another launcher has done so or is doing so.
@@ -348,7 +342,7 @@ class Launcher:
         except SubmissionRefusedError as error:
             self._end(stage, attempt, End(*no_node_suits(str(error), avoided), time.time()))
             return None
-        except (NotNowError, _CancelledError):
+        except NotNowError:
             attempt.withdraw()
             raise
         attempt.record_job(job_id)

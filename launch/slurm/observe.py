@@ -7,12 +7,13 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 
 from hfprune_launch.slurm.commands import FORGOTTEN, JobInfo, SlurmCommands, SlurmUnavailableError
-from hfprune_launch.slurm.decide import Sight, StageState
+from hfprune_launch.slurm.decide import StageState
 from hfprune_launch.stage.stage_file import find_stage_file
 
 from hfprune_dist.planning.plan import Plan
 from hfprune_dist.store.artifacts import Store
 from hfprune_dist.store.attempts import DONE, Attempt, Ledger
+from hfprune_dist.store.stage import Stage
 
 
 class Observer:
@@ -70,36 +71,27 @@ class Observer:
         """
         wanted = set(plan.lacking(self.is_done))
         return {
-            stage.id: self._state(stage.id, stage.needs, stage.id in wanted, attempts_before.get(stage.id, 0))
+            stage.id: self._state(stage, stage.id in wanted, attempts_before.get(stage.id, 0))
             for stage in plan.stages.values()
         }
 
-    def _state(self, stage_id: str, needs: Iterable[str], is_wanted: bool, before: int) -> StageState:
-        attempt = self._ledger.open_job(stage_id)
-        if attempt is None:
-            attempts = self._ledger.jobs_of(stage_id) if is_wanted else []
-            ended = (it.end for it in attempts if it.intent.number > before)
-            # One that was done and is wanted again has been found damaged, which is no failure of its own.
-            ends = tuple(end.cause for end in ended if end is not None and end.cause != DONE)
-            return StageState(stage_id, tuple(needs), is_wanted, self.is_done(stage_id), ends=ends)
-        job = self.jobs.get(attempt.intent.job_name)
+    def _state(self, stage: Stage, is_wanted: bool, before: int) -> StageState:
+        attempt = self._ledger.open_job(stage.id)
+        job = self.jobs.get(attempt.intent.job_name) if attempt is not None else None
+        earlier = self._ledger.jobs_of(stage.id) if attempt is None and is_wanted else []
+        ends = [end.cause for it in earlier if it.intent.number > before and (end := it.end) is not None]
         return StageState(
-            stage_id,
-            tuple(needs),
+            stage.id,
+            tuple(stage.needs),
             is_wanted,
-            self.is_done(stage_id),
-            sight=_sight(attempt, job),
-            reason=job.reason if job is not None else "",
+            self.is_done(stage.id),
+            has_attempt=attempt is not None,
+            has_id=attempt is not None and attempt.job_id is not None,
+            job=job,
             lasts=self._clock() - self._since[job] if job is not None else 0.0,
+            # One that was done and is wanted again has been found damaged, which is no failure of its own.
+            ends=tuple(cause for cause in ends if cause != DONE),
         )
-
-
-def _sight(attempt: Attempt, job: JobInfo | None) -> Sight:
-    if job is None:
-        return Sight.INTENDED if attempt.job_id is None else Sight.UNKNOWN
-    if job.is_live:
-        return Sight.WAITS if job.is_waiting else Sight.RUNS
-    return {"COMPLETED": Sight.COMPLETED, FORGOTTEN: Sight.FORGOTTEN}.get(job.state, Sight.ENDED)
 
 
 def inputs_of_live_jobs(store: Store) -> Mapping[str, list[str]]:

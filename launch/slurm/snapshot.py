@@ -30,32 +30,25 @@ def take_snapshot(
         code: provenance (commit, digest of the uncommitted changes), kept with the copy.
         tell: called with a message on what was set aside.
     """
-    while True:
-        draft = folder / f".draft-{uuid.uuid4().hex[:8]}"
-        try:
-            _copy_packages(project, draft)
-            # The copy is digested, since the originals may be edited at this moment.
-            snapshot = folder / _digest(draft)
-            if _is_intact(snapshot):
-                return snapshot
+    draft = folder / f".draft-{uuid.uuid4().hex[:8]}"
+    try:
+        for package, original in project.packages.items():
+            for file in _modules(original):
+                copy = draft / package / file.relative_to(original)
+                copy.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(file, copy)
+        # The copy is digested, since the originals may be edited at this moment.
+        snapshot = folder / _digest(draft)
+        while not _is_intact(snapshot):
             if aside := _set_aside(snapshot):
                 tell(f"the code in {snapshot} was damaged: set aside as {aside}, copied again")
-            write_json(draft / "provenance.json", dict(code))
-            if _publish(draft, snapshot):
-                return snapshot
-        finally:
-            shutil.rmtree(draft, ignore_errors=True)
+            _publish(draft, snapshot, code)
+        return snapshot
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
 
 
-def _copy_packages(project: Project, target: Path) -> None:
-    for package, folder in project.packages.items():
-        for source in _sources(folder):
-            copy = target / package / source.relative_to(folder)
-            copy.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(source, copy)
-
-
-def _sources(folder: Path) -> list[Path]:
+def _modules(folder: Path) -> list[Path]:
     """Return the Python files below a folder, without the hidden files of editors."""
     return sorted(file for file in folder.rglob("*.py") if file.is_file() and not file.name.startswith("."))
 
@@ -63,7 +56,7 @@ def _sources(folder: Path) -> list[Path]:
 def _digest(folder: Path) -> str:
     """Return a digest of the importable files of a copy, without what running jobs leave there (caches, core dumps)."""
     hashes = FileHashes(None)
-    return digest_of({str(file.relative_to(folder)): hashes.of_file(file) for file in _sources(folder)})[:16]
+    return digest_of({str(file.relative_to(folder)): hashes.of_file(file) for file in _modules(folder)})[:16]
 
 
 def _is_intact(snapshot: Path) -> bool:
@@ -83,8 +76,9 @@ def _set_aside(snapshot: Path) -> Path | None:
     return aside
 
 
-def _publish(draft: Path, snapshot: Path) -> bool:
-    """Give a complete copy its name once all of it is on disk; False if another sweep was faster."""
+def _publish(draft: Path, snapshot: Path, code: Mapping[str, Any]) -> None:
+    """Give a complete copy its name once all of it is on disk, unless another sweep was faster."""
+    write_json(draft / "provenance.json", dict(code))
     for path in [*draft.rglob("*"), draft]:
         fsync_path(path)
     try:
@@ -92,6 +86,4 @@ def _publish(draft: Path, snapshot: Path) -> bool:
     except OSError as error:
         if error.errno not in _SOMETHING_IS_THERE:
             raise
-        return False
     fsync_path(snapshot.parent)
-    return True

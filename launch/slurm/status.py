@@ -19,7 +19,7 @@ from hfprune_dist.planning.plan import Plan
 from hfprune_dist.results.formats import duration
 from hfprune_dist.store.artifacts import STAGE_FILE, Store
 from hfprune_dist.store.atomic_files import listed, modified_at
-from hfprune_dist.store.attempts import Attempt, Ledger
+from hfprune_dist.store.attempts import Ledger
 from hfprune_dist.store.heartbeat import in_one_line
 from hfprune_dist.store.stage import Stage
 
@@ -73,29 +73,30 @@ def stage_statuses(plan: Plan, store: Store, jobs: Mapping[str, JobInfo] | None)
 
 def _status(stage: Stage, ledger: Ledger, jobs: Mapping[str, JobInfo] | None, now: float) -> StageStatus:
     handle, attempts = ledger.store.handle(stage.id), ledger.jobs_of(stage.id)
-    last = attempts[-1] if attempts else None
-    is_open = last is not None and last.end is None
-    job = jobs.get(last.intent.job_name) if last is not None and is_open and jobs else None
+    attempt = ledger.open_job(stage.id)
+    job = jobs.get(attempt.intent.job_name) if attempt is not None and jobs else None
     state, detail = _state(stage, ledger, job)
-    if is_open and job is None and state in ("missing", "waiting", "died"):
+    if attempt is not None and job is None and state in ("missing", "waiting", "died"):
         state, detail = "submitted", ""
     elif job is not None and job.is_live and state != "done":
         state, detail = ("queued", job.reason) if job.is_waiting else (job.state.lower(), "")
-    heartbeat, runs = handle.heartbeat(), last.runs() if last is not None and is_open else []
-    began = runs[-1].started if runs else None if is_open else modified_at(handle.work / STAGE_FILE)
-    shown = heartbeat if state == "running" else None
+    progress = left = ""
     if state == "running":
-        signs = [*([began] if began is not None else []), *([heartbeat.updated] if heartbeat is not None else [])]
+        runs, beat = attempt.runs() if attempt is not None else [], handle.heartbeat()
+        began = runs[-1].started if runs else None if attempt is not None else modified_at(handle.work / STAGE_FILE)
+        signs = [at for at in (began, beat.updated if beat is not None else None) if at is not None]
         if (minutes := int((now - max(signs, default=now)) / 60)) >= STALE_MINUTES:
             detail = f"{detail}; stale for {minutes} min".removeprefix("; ")
+        progress = str(beat or "")
+        # A heartbeat from before the start belongs to an earlier one.
+        left = "" if beat is None or beat.updated < (began or 0.0) else time_left(beat)
     return StageStatus(
         stage=stage,
         state=state,
         detail=detail,
-        progress="" if shown is None else str(shown),
-        # A heartbeat from before the start belongs to an earlier one.
-        left="" if shown is None or shown.updated < (began or 0.0) else time_left(shown),
-        job=(last.job_id or "") if last is not None else "",
+        progress=progress,
+        left=left,
+        job=(attempts[-1].job_id or "") if attempts else "",
         nodes=job.nodes if job is not None else "",
         attempts=len(attempts),
     )
@@ -149,19 +150,11 @@ def row_logs(plan: Plan, store: Store, local_logs: Path, name: str, lines: int) 
     ledger, parts = Ledger(store), []
     for stage_id in _stages_of(plan, name):
         stage, jobs = plan.stages[stage_id], ledger.jobs_of(stage_id)
-        local = sorted(listed(local_logs, f"{stage.kind}-{stage.fingerprint}.*.log"), key=_written)
-        shown = (
-            log_tail(_newest_logs(jobs, local), lines) or f"  no log ({' '.join(_state(stage, ledger, None)).strip()})"
-        )
+        here = sorted(listed(local_logs, f"{stage.kind}-{stage.fingerprint}.*.log"), key=_written)
+        newest = max(here[-1:], jobs[-1].logs() if jobs else [], key=lambda logs: max(map(_written, logs), default=0.0))
+        shown = log_tail(newest, lines) or f"  no log ({' '.join(_state(stage, ledger, None)).strip()})"
         parts.append(f"{stage.kind} {stage.label} ({stage_id})\n{shown}")
     return "\n".join(parts)
-
-
-def _newest_logs(jobs: list[Attempt], local: list[Path]) -> list[Path]:
-    """Return the logs of the last job, or the last log on this machine if it was written after the job's submission."""
-    if not jobs or (local and _written(local[-1]) > jobs[-1].intent.created):
-        return local[-1:]
-    return jobs[-1].logs()
 
 
 def _written(log: Path) -> float:

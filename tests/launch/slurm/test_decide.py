@@ -4,13 +4,23 @@ from dataclasses import replace
 
 import pytest
 from hfprune_launch.slurm.causes import RETRIES, Cause
-from hfprune_launch.slurm.decide import LAG_S, Do, Sight, StageState, about_jobs, job_to_wait_for, to_submit
+from hfprune_launch.slurm.commands import FORGOTTEN, JobInfo
+from hfprune_launch.slurm.decide import LAG_S, Do, StageState, about_jobs, job_to_wait_for, to_submit
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 HELD = "launch failed requeued held"
 REASONS = ["None", "Priority", "Dependency", "DependencyNeverSatisfied", "PartitionDown", "JobHeldUser", HELD]
 CLOSES = {Do.CLOSE, Do.SETTLE}
+STATES = ["PENDING", "RUNNING", "COMPLETING", "COMPLETED", "FAILED", "CANCELLED", FORGOTTEN]
+
+
+def job(state, reason="None"):
+    return JobInfo("7", state, reason, "", "name")
+
+
+def lives(state):
+    return state.job is not None and state.job.is_live
 
 
 @st.composite
@@ -25,8 +35,11 @@ def sweeps(draw):
             needs,
             is_wanted=not is_done and draw(st.booleans()),
             is_done=is_done,
-            sight=draw(st.sampled_from(Sight)),
-            reason=draw(st.sampled_from(REASONS)),
+            has_attempt=(has_attempt := draw(st.booleans())),
+            has_id=has_attempt and draw(st.booleans()),
+            job=draw(st.none() | st.builds(job, st.sampled_from(STATES), st.sampled_from(REASONS)))
+            if has_attempt
+            else None,
             lasts=draw(st.sampled_from([0.0, 59.0, 61.0, 200.0, 9000.0])),
             ends=tuple(draw(st.lists(st.sampled_from(Cause), max_size=4))),
         )
@@ -41,16 +54,16 @@ def test_no_two_jobs_of_a_stage_and_none_of_a_finished_one(states):
     cancelled = {action.stage_id for action in actions if action.do is Do.CANCEL}
     for stage_id in submitted:
         state = states[stage_id]
-        assert state.sight is Sight.NO_ATTEMPT and state.is_wanted and not state.is_done
+        assert state.is_wanted and not state.is_done and not state.has_attempt
         assert all(state.ends.count(cause) <= RETRIES.get(cause, 0) for cause in state.ends)
         for need in state.needs:  # which Slurm is told of, as the new job depends on it
-            runs = states[need].sight in (Sight.WAITS, Sight.RUNS) and need not in cancelled
+            runs = lives(states[need]) and need not in cancelled
             assert states[need].is_done or runs or need in submitted[: submitted.index(stage_id)]
     for action in actions:
         state = states[action.stage_id]
-        assert state.sight is not Sight.NO_ATTEMPT
-        assert not (action.do in CLOSES and state.sight in (Sight.WAITS, Sight.RUNS)), "it lives"
-        assert action.do is not Do.CANCEL or state.sight is Sight.WAITS
+        assert state.has_attempt
+        assert not (action.do in CLOSES and lives(state))
+        assert action.do is not Do.CANCEL or state.job.is_waiting
 
 
 STATE = StageState("a", (), is_wanted=True, is_done=False)
@@ -60,27 +73,25 @@ DONE = {"is_wanted": False, "is_done": True}
 @pytest.mark.parametrize(
     ("seen", "does"),
     [
-        ({}, None),
-        ({"sight": Sight.RUNS, "reason": HELD}, None),
-        ({"sight": Sight.COMPLETED}, None),
-        ({"sight": Sight.COMPLETED, "lasts": LAG_S}, Do.CLOSE),
-        ({"sight": Sight.COMPLETED, **DONE}, Do.CLOSE),
-        ({"sight": Sight.ENDED}, Do.CLOSE),
-        ({"sight": Sight.UNKNOWN}, Do.TELL),
-        ({"sight": Sight.UNKNOWN, **DONE}, Do.CLOSE),
-        ({"sight": Sight.FORGOTTEN}, Do.SETTLE),
-        ({"sight": Sight.FORGOTTEN, **DONE}, Do.CLOSE),
-        ({"sight": Sight.INTENDED}, Do.SETTLE),
-        ({"sight": Sight.WAITS, "reason": "Priority"}, None),
-        ({"sight": Sight.WAITS, "reason": "Priority", "lasts": 300.0}, Do.TELL),
-        ({"sight": Sight.WAITS, "reason": "PartitionDown"}, Do.TELL),
-        ({"sight": Sight.WAITS, "reason": "Dependency", "lasts": 1e6}, None),
-        ({"sight": Sight.WAITS, "reason": "DependencyNeverSatisfied"}, None),
-        ({"sight": Sight.WAITS, "reason": HELD}, Do.CANCEL),
+        ({"job": job("RUNNING", HELD)}, None),
+        ({"job": job("COMPLETED")}, None),
+        ({"job": job("COMPLETED"), "lasts": LAG_S}, Do.CLOSE),
+        ({"job": job("COMPLETED"), **DONE}, Do.CLOSE),
+        ({"job": job("FAILED")}, Do.CLOSE),
+        ({"job": job(FORGOTTEN)}, Do.SETTLE),
+        ({"job": job(FORGOTTEN), **DONE}, Do.CLOSE),
+        ({"job": None}, Do.TELL),
+        ({"job": None, **DONE}, Do.CLOSE),
+        ({"job": None, "has_id": False}, Do.SETTLE),
+        ({"job": job("PENDING", "Priority")}, None),
+        ({"job": job("PENDING", "Priority"), "lasts": 300.0}, Do.TELL),
+        ({"job": job("PENDING", "PartitionDown")}, Do.TELL),
+        ({"job": job("PENDING", "Dependency"), "lasts": 1e6}, None),
+        ({"job": job("PENDING", HELD)}, Do.CANCEL),
     ],
 )
 def test_what_is_done_about_a_job(seen, does):
-    actions = about_jobs({"a": replace(STATE, **seen)})
+    actions = about_jobs({"a": replace(STATE, has_attempt=True, **{"has_id": True, **seen})})
     assert [action.do for action in actions] == [does] * (does is not None)
 
 
