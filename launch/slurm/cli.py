@@ -116,7 +116,7 @@ def show_status(console: Console, sweep: Sweep, keep_on: bool) -> None:
                 observer.look(attempts)
         except SlurmUnavailableError as error:
             message = f"Slurm does not answer ({error}): submitted jobs may wait or run"
-            screen.tell(Event("waiting", None, None, message))
+            screen.tell(Event("waiting", message=message))
             return None
         return observer.jobs
 
@@ -183,9 +183,7 @@ class _Screen:
     """
 
     def __init__(self, console: Console, sweep: Sweep, clock: Callable[[], float] = time.monotonic) -> None:
-        self.live = Live(
-            console=console, transient=True, auto_refresh=False
-        )  # shows nothing where there is no terminal
+        self.live = Live(console=console, transient=True, auto_refresh=False)  # nothing where there is no terminal
         self._console = console
         self._sweep = sweep
         self._clock = clock

@@ -140,18 +140,16 @@ class SlurmCommands:
             result = _run(["sbatch", "--parsable", str(script)])
             if said := SUBMITTED.findall(result.stdout):
                 return str(said[-1])
+            is_unsure = result.returncode != 0 and _is_transient(result) and not _is_full(result.stderr)
+            if is_unsure and delay is not None:
+                self._sleep(delay)
+            if arrived := self.find(job_name):
+                return arrived
             if result.returncode == 0:
-                if arrived := self.find(job_name):
-                    return arrived
                 raise SlurmUnavailableError("sbatch took a job without saying its id, and squeue does not list it yet")
-            if _is_full(result.stderr) or not _is_transient(result):
-                if arrived := self.find(job_name):
-                    return arrived
+            if not is_unsure:
                 raise _refusal(script, result.stderr)
             if delay is not None:
-                self._sleep(delay)
-                if arrived := self.find(job_name):
-                    return arrived
                 self.cancel_named(job_name)
         raise SlurmUnavailableError(f"sbatch: {_last_line(result.stderr)}")
 

@@ -51,7 +51,7 @@ class Event:
     """A message for the user: what happened, to which stage, and in which job."""
 
     what: str
-    stage: Stage | None
+    stage: Stage | None = None
     job_id: str | None = None
     message: str = ""
 
@@ -134,23 +134,20 @@ class Launcher:
             try:
                 if waited >= wait or any(map(self._has_recorded_its_end, following)):
                     before, waited = {attempt.folder for attempt in following}, 0.0
-                    try:
-                        self.step()
-                    except SlurmUnavailableError as error:
-                        self._tell(
-                            Event("waiting", None, None, f"Slurm does not answer ({error}); jobs go on meanwhile")
-                        )
+                    self.step()
                     following = self._open()
                     goes_on = bool(following) or self._may_submit()
                     is_new = {attempt.folder for attempt in following} != before
                     wait = SHORTEST_WAIT_S if is_new else min(LONGEST_WAIT_S, wait * 1.5)
                 show()
                 answered_at = self._clock()
+            except SlurmUnavailableError as error:
+                self._tell(Event("waiting", message=f"Slurm does not answer ({error}); jobs go on meanwhile"))
             except (OSError, UserError) as error:
                 if not _may_pass(error) or self._clock() - answered_at >= STORE_PATIENCE_S:
                     raise
                 message = f"the store can't be read or written ({error}); jobs go on, and it is tried again"
-                self._tell(Event("waiting", None, None, message))
+                self._tell(Event("waiting", message=message))
 
     def unsubmitted(self) -> list[Stage]:
         """Return missing stages without a job: refused, claimed by another launcher, or without room in the queue."""
@@ -260,7 +257,7 @@ class Launcher:
                 for stage_id in missing:
                     self._submit(self._plan.stages[stage_id], queue)
             except NotNowError as error:
-                self._tell(Event("waiting", None, None, str(error)))
+                self._tell(Event("waiting", message=str(error)))
 
     def _queue(self) -> list[str]:
         """Return the ids of the store's jobs that wait or run, in the order of their submission, if they are limited.

@@ -186,7 +186,7 @@ def load_profile(name: str, shipped: Path) -> Profile:
     whole = parse(ProfileFile, raw, str(file))
     common = whole.model_dump(exclude={"stages", "max_running"})
     resources = {
-        kind: parse(Resources, _laid_over(_shared(common, kind), _own(whole, kind)), f"{file}: stages.{kind}")
+        kind: parse(Resources, _settings(common, whole.stages, kind), f"{file}: stages.{kind}")
         for kind in STAGE_VERSIONS
     }
     told = [key for key in ("gpu_type", "gpu_memory_gib") if any(getattr(it, key) for it in resources.values())]
@@ -195,21 +195,15 @@ def load_profile(name: str, shipped: Path) -> Profile:
     return Profile(file.stem, resources, whole.max_running)
 
 
-def _shared(common: Mapping[str, Any], kind: str) -> Mapping[str, Any]:
-    """Return the settings of all stages, adapted to a kind: one that runs on a single rank takes at most one GPU."""
-    if not KINDS[kind].on_one_rank:
-        return common
-    return {**common, "nodes": 1, "tasks_per_node": 1, "gpus_per_node": min(1, common["gpus_per_node"])}
+def _settings(common: Mapping[str, Any], stages: Mapping[Any, Mapping[str, Any]], kind: str) -> dict[str, Any]:
+    """Return the settings of all stages, overridden by a kind's own.
 
-
-def _own(whole: ProfileFile, kind: str) -> Mapping[str, Any]:
-    """Return the settings that differ for a kind; LoRAPrune, being a recovery, has those of recovery by default."""
-    own: Mapping[str, Mapping[str, Any]] = whole.stages  # type: ignore[assignment]
-    return own.get(kind, own.get("recover", {}) if KINDS[kind].trains_on_pairs else {})
-
-
-def _laid_over(common: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings of all stages, overridden by a kind's own."""
+    A kind that runs on a single rank takes at most one GPU of those of all stages; LoRAPrune, being a recovery, has the
+    settings of recovery unless it has its own.
+    """
+    if KINDS[kind].on_one_rank:
+        common = {**common, "nodes": 1, "tasks_per_node": 1, "gpus_per_node": min(1, common["gpus_per_node"])}
+    own = stages.get(kind, stages.get("recover", {}) if KINDS[kind].trains_on_pairs else {})
     merged = {**common, **own}
     for key in ("environment", "sbatch"):
         if isinstance(own.get(key), dict):

@@ -98,6 +98,21 @@ def test_the_controller_restarts(disturbed, config, finished, without):
     assert causes(out) == ["done"] and runs(out, CONTROL) == ["done"]
 
 
+@pytest.mark.beside("disturbed")
+def test_a_prolog_fails(disturbed, config, finished, without):
+    """Slurm holds the job indefinitely, and drains the node."""
+    broken = disturbed.folder / "prolog.fails.n1"
+    broken.touch()
+    try:
+        out = without(DENSE)
+        output = done(disturbed, out, finished, disturbed.submit(config, out, **FORKED_RANKS))
+        assert "could not be started and would have waited for ever: launch failed requeued held" in output
+        assert causes(out) == ["bad node", "done"]
+    finally:
+        broken.unlink()
+        disturbed.slurm("scontrol", "update", "nodename=n1", "state=resume")
+
+
 def test_the_disk_is_full(cluster, config, finished, without, tmp_path_factory):
     if os.geteuid() != 0:
         pytest.skip("needs root to mount a small disk")

@@ -19,6 +19,9 @@ def job(state, reason="None"):
     return JobInfo("7", state, reason, "", "name")
 
 
+JOBS = st.none() | st.builds(job, st.sampled_from(STATES), st.sampled_from(REASONS))
+
+
 def lives(state):
     return state.job is not None and state.job.is_live
 
@@ -29,17 +32,15 @@ def sweeps(draw):
     states = {}
     for number in range(draw(st.integers(1, 5))):
         needs = tuple(draw(st.sets(st.sampled_from(sorted(states))))) if states else ()
-        is_done = draw(st.booleans())
+        is_done, has_attempt = draw(st.booleans()), draw(st.booleans())
         states[str(number)] = StageState(
             str(number),
             needs,
             is_wanted=not is_done and draw(st.booleans()),
             is_done=is_done,
-            has_attempt=(has_attempt := draw(st.booleans())),
+            has_attempt=has_attempt,
             has_id=has_attempt and draw(st.booleans()),
-            job=draw(st.none() | st.builds(job, st.sampled_from(STATES), st.sampled_from(REASONS)))
-            if has_attempt
-            else None,
+            job=draw(JOBS) if has_attempt else None,
             lasts=draw(st.sampled_from([0.0, 59.0, 61.0, 200.0, 9000.0])),
             ends=tuple(draw(st.lists(st.sampled_from(Cause), max_size=4))),
         )

@@ -1,98 +1,187 @@
-"""The status that --status derives from files and squeue."""
+"""The states of stages, from claims, heartbeats, failures, and what Slurm says of jobs; and logs of rows."""
 
+import io
 import json
+import os
 import time
 from dataclasses import asdict, replace
 
 import pytest
+from hfprune_launch.slurm import cli
 from hfprune_launch.slurm.commands import JobInfo
-from hfprune_launch.slurm.status import stage_statuses
+from hfprune_launch.slurm.status import row_logs, stage_statuses, status_table
+from hfprune_launch.sweep_folder import Sweep
 from made_stages import stage_of
+from rich.console import Console
 
-from hfprune_dist.planning.plan import Plan
+from hfprune_dist.planning.plan import Cell, Plan
 from hfprune_dist.store.artifacts import Store
-from hfprune_dist.store.atomic_files import write_json
 from hfprune_dist.store.attempts import Ledger, Run
 from hfprune_dist.store.claims import Holder
-from hfprune_dist.store.heartbeat import Failure
+from hfprune_dist.store.heartbeat import Failure, Heartbeat, Progress
 from hfprune_dist.store.stage import Input
 
 STAGE = stage_of("importance", "a", {}, {"model": Input("digest", "/somewhere")})
-MINUTE = 60
+NEXT = stage_of("prune", "a 0.2", {}, {"importance": STAGE.as_input()})
+CELL = Cell("a 0.2", "a", 0.2, "m", "entropy", "none", (STAGE.id,), NEXT.id)
+PLAN = Plan({STAGE.id: STAGE, NEXT.id: NEXT}, (CELL,), (STAGE.id,))
+DEAD = 2**22 + 1  # no process has this id
+WORDS_OF_SLURM = ("job", "nodes", "attempts", "lurm")
 
 
 @pytest.fixture
-def status(tmp_path):
-    """Return the status of a stage whose job started, and last gave a sign of life, the given minutes ago."""
-    store = Store(tmp_path / "store")
+def store(tmp_path):
+    return Store(tmp_path / "store")
+
+
+def shown(store):
+    console = Console(file=io.StringIO(), width=200)
+    console.print(status_table(stage_statuses(PLAN, store, {})))
+    text = console.file.getvalue()
+    assert not any(word in text for word in WORDS_OF_SLURM)
+    return [" ".join(line.split()) for line in text.splitlines()[1:]]
+
+
+def hold(store, **changes):
+    """Leave a claim on the first stage by a process that differs from this one in the given fields."""
     store.work(STAGE.id).mkdir(parents=True)
-
-    def at(started=None, beat=None, state="RUNNING", earlier=(), name=None):
-        attempt = Ledger(store).begin(STAGE, ranks=1, time_minutes=60)
-        attempt.record_job("5")
-        now = time.time()
-        if started is not None:
-            for restart, minutes in enumerate((*earlier, started)):
-                attempt.record_run(Run("5", restart, "n1", now - minutes * MINUTE))
-        if beat is not None:
-            record = {"phase": "calibration", "done": 3, "total": 9, "updated": now - beat * MINUTE}
-            write_json(store.work(STAGE.id) / "progress.json", record)
-        name = name or attempt.intent.job_name
-        jobs = {name: JobInfo("5", state, "None", "n1", name)}
-        (line,) = stage_statuses(Plan({STAGE.id: STAGE}, (), (STAGE.id,)), store, jobs)
-        return line
-
-    return at
+    holder = replace(Holder.me(), **changes)
+    (store.work(STAGE.id) / "claim.1").write_text(json.dumps({**asdict(holder), "token": "x"}))
 
 
-def test_a_job_whose_id_was_never_recorded_is_found_by_its_name(tmp_path):
-    store = Store(tmp_path / "store")
-    attempt = Ledger(store).begin(STAGE, ranks=1, time_minutes=60)
-    store.handle(STAGE.id).work.mkdir(parents=True)
-    dead = {**asdict(replace(Holder.me(), pid=2**22 + 1)), "token": "x"}
-    (store.work(STAGE.id) / "claim.1").write_text(json.dumps(dead))
-    name = attempt.intent.job_name
-    jobs = {name: JobInfo("5", "PENDING", "Priority", "", name)}
-    (line,) = stage_statuses(Plan({STAGE.id: STAGE}, (), (STAGE.id,)), store, jobs)
-    assert (line.state, line.detail) == ("queued", "Priority")
+def test_a_stage_that_runs_shows_how_far_it_is_and_who_runs_it(store):
+    handle = store.handle(STAGE.id)
+    claim = handle.claim()
+    assert shown(store)[0] == f"importance a running process {os.getpid()}"
+    now = time.time()
+    beat = Heartbeat("calibration", 5, 9, now, now - 60, 2)
+    (handle.work / "progress.json").write_text(json.dumps(asdict(beat)))
+    assert shown(store) == [
+        f"importance a running calibration 5/9 80s process {os.getpid()}",
+        f"prune a 0.2 waiting no run yet for {STAGE.id}",
+    ]
+    claim.release()
+    assert shown(store)[0] == "importance a missing no run yet"
+
+
+def test_a_stage_whose_process_died_is_told_from_one_that_runs(store):
+    hold(store, pid=DEAD)
+    assert shown(store)[0].startswith(f"importance a died process {DEAD} ended without giving a reason")
+    store.handle(STAGE.id).report_failure(Failure("input", "a bad text\nand more", 0, 0.0, 1))
+    assert shown(store)[0] == "importance a failed input: a bad text"
+
+
+def test_a_stage_that_hangs_on_another_machine_shows(store):
+    hold(store, host="elsewhere", pid=7)
+    assert shown(store)[0] == "importance a running process 7 on elsewhere"
+    (store.work(STAGE.id) / "stage.json").touch()
+    os.utime(store.work(STAGE.id) / "stage.json", (time.time() - 432,) * 2)
+    assert shown(store)[0].endswith("; stale for 7 min")
+    Progress(store.work(STAGE.id)).update("calibration", 1, 9)
+    assert "stale" not in shown(store)[0]
+
+
+def in_job(store, state, reason="None", name=None):
+    """Return the status of the first stage, which has a job in this state."""
+    attempt = Ledger(store).open_job(STAGE.id) or Ledger(store).begin(STAGE, ranks=1, time_minutes=60)
+    name = name or attempt.intent.job_name
+    return stage_statuses(PLAN, store, {name: JobInfo("5", state, reason, "n1", name)})[0]
+
+
+def test_a_job_whose_id_was_never_recorded_is_found_by_its_name(store):
+    hold(store, pid=DEAD)
+    status = in_job(store, "PENDING", "Priority")
+    assert (status.state, status.detail) == ("queued", "Priority")
+    status = in_job(store, "RUNNING", name="a job of another cluster")
+    assert (status.state, status.nodes) == ("submitted", "")
 
 
 @pytest.mark.parametrize(
-    ("times", "detail"),
+    ("starts", "beat", "detail"),
     [
-        ({"started": 60, "beat": 7.2}, "stale for 7 min"),
-        ({"started": 8.1}, "stale for 8 min"),
-        ({"started": 1, "beat": 600}, ""),  # that was an earlier start
-        ({"started": 60, "beat": 7.2, "earlier": (-30,)}, "stale for 7 min"),  # on a node whose clock is ahead
-        ({"started": 60, "beat": 1}, ""),
-        ({}, ""),
+        ([60], 7.2, "stale for 7 min"),
+        ([1], 600, ""),  # that was an earlier start
+        ([-30, 60], 7.2, "stale for 7 min"),  # on a node whose clock is ahead
+        ([60], 1, ""),
+        ([], None, ""),
     ],
 )
-def test_a_rank_that_hangs_shows(status, times, detail):
-    line = status(**times)
-    assert (line.state, line.detail) == ("running", detail)
-    waiting = status(**times, state="PENDING")
-    assert waiting.state == "queued" and "stale" not in waiting.detail
+def test_a_job_that_hangs_shows(store, starts, beat, detail):
+    """Starts and the last heartbeat are so many minutes ago."""
+    attempt, now = Ledger(store).begin(STAGE, ranks=1, time_minutes=60), time.time()
+    for restart, minutes in enumerate(starts):
+        attempt.record_run(Run("5", restart, "n1", now - minutes * 60))
+    if beat is not None:
+        store.work(STAGE.id).mkdir(parents=True)
+        record = Heartbeat("calibration", 3, 9, now - beat * 60)
+        (store.work(STAGE.id) / "progress.json").write_text(json.dumps(asdict(record)))
+    status = in_job(store, "RUNNING")
+    assert (status.state, status.detail) == ("running", detail)
+    assert in_job(store, "PENDING").state == "queued"
 
 
-def test_what_was_submitted_is_not_called_missing_where_slurm_does_not_answer(tmp_path):
-    """Nor dead, if a launcher died at it before. What has failed, or was never submitted, is shown as it is."""
-    store = Store(tmp_path)
-    waits, begun, failed, never = (
-        stage_of("importance", name, {"seed": number}, {}) for number, name in enumerate("abcd")
+def test_what_was_submitted_is_not_called_missing_where_slurm_does_not_answer(store):
+    """Nor dead, if a launcher died at it before. What has failed is shown as it is."""
+    Ledger(store).begin(STAGE, ranks=1, time_minutes=60).record_job("5")
+    for jobs in (None, {}):
+        assert [status.state for status in stage_statuses(PLAN, store, jobs)] == ["submitted", "waiting"]
+    hold(store, pid=DEAD)
+    assert stage_statuses(PLAN, store, None)[0].state == "submitted"
+    store.handle(STAGE.id).report_failure(Failure("input", "a bad text", 0, 0.0, 1))
+    assert stage_statuses(PLAN, store, None)[0].state == "failed"
+
+
+def test_logs_of_a_stage_without_any_say_why(store, tmp_path):
+    def logs():
+        return row_logs(PLAN, store, tmp_path / "logs", STAGE.fingerprint, 40).splitlines()[1:]
+
+    assert logs() == ["  no log (missing)"]
+    hold(store)
+    assert logs() == [f"  no log (running process {os.getpid()})"]
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs" / f"importance-{STAGE.fingerprint}.1.log").write_text("now importance a\n")
+    assert logs()[-1] == "    now importance a"
+
+
+def test_logs_are_those_of_the_last_start_on_either_side(store, tmp_path):
+    def shown_log():
+        return row_logs(PLAN, store, tmp_path / "logs", STAGE.fingerprint, 40).splitlines()[-1].strip()
+
+    attempt = Ledger(store).begin(STAGE, ranks=1, time_minutes=1)
+    (attempt.folder / "7_0_log.out").write_text("in a job\n")
+    assert shown_log() == "in a job"
+    (tmp_path / "logs").mkdir()
+    local = tmp_path / "logs" / f"importance-{STAGE.fingerprint}.1.log"
+    local.write_text("here\n")
+    os.utime(local, (attempt.intent.created + 60,) * 2)
+    assert shown_log() == "here"
+    os.utime(local, (attempt.intent.created - 60,) * 2)
+    assert shown_log() == "in a job"
+
+
+def test_who_follows_does_not_leave_between_two_stages(store, tmp_path, monkeypatch):
+    """After a commit, the launcher holds no claim until the first stage's ranks have ended."""
+    held = []
+
+    def commit(stage):
+        draft = store.handle(stage.id).open_draft()
+        (draft / "result").write_text("x")
+        store.handle(stage.id).commit(stage, draft, {"metrics": {}})
+
+    moments = iter(
+        [
+            lambda: commit(STAGE),
+            lambda: None,
+            lambda: held.append(store.handle(NEXT.id).claim()),
+            lambda: held[0].release(),  # by Ctrl-C
+        ]
     )
-    for number, stage in enumerate((waits, begun, failed)):
-        Ledger(store).begin(stage, ranks=1, time_minutes=60).record_job(str(number))
-        store.work(stage.id).mkdir(parents=True)
-    dead = {**asdict(replace(Holder.me(), pid=2**22 + 1)), "token": "x"}
-    (store.work(begun.id) / "claim.1").write_text(json.dumps(dead))
-    store.handle(failed.id).report_failure(Failure("input", "a bad text", 0, 0.0, 1))
-    plan = Plan({stage.id: stage for stage in (waits, begun, failed, never)}, (), (waits.id, begun.id, never.id))
-    assert [line.state for line in stage_statuses(plan, store, None)] == ["submitted", "submitted", "failed", "missing"]
-    assert [line.state for line in stage_statuses(plan, store, {})] == ["submitted", "submitted", "failed", "missing"]
-
-
-def test_a_job_of_another_cluster_is_not_shown(status):
-    """Another cluster, or one set up anew, gives the same ids to other jobs."""
-    line = status(name="something-else")
-    assert (line.state, line.nodes) == ("submitted", "")
+    looks = []
+    monkeypatch.setattr(cli, "sleep", lambda _: looks.append(next(moments, lambda: None)()))
+    claim = store.handle(STAGE.id).claim()
+    cli.show_status(Console(file=io.StringIO()), Sweep(PLAN, store, tmp_path), keep_on=True)
+    assert len(held) == 1 and len(looks) == 4 + cli.LOOKS_AT_REST
+    claim.release()
+    commit(NEXT)
+    cli.show_status(Console(file=io.StringIO()), Sweep(PLAN, store, tmp_path), keep_on=True)
+    assert len(looks) == 4 + cli.LOOKS_AT_REST, "nothing is to come"
