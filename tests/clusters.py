@@ -123,7 +123,7 @@ class Cluster:
     def kill_node(self, node: str) -> None:
         """Imitate the death of a machine: kill its slurmd, its slurmstepds and all of their processes."""
         daemon = psutil.Process(self.pid(node))
-        steps = [it for it in psutil.process_iter(["name"]) if it.info["name"].startswith("slurmstepd")]
+        steps = [each for each in psutil.process_iter(["name"]) if each.info["name"].startswith("slurmstepd")]
         own = [step for step in steps if self._place(step) == (self.environment["SLURM_CONF"], node)]
         victims = [daemon, *own, *(child for step in own for child in step.children(recursive=True))]
         for process in victims:
@@ -209,7 +209,9 @@ def label_of(out: Path, folder: Path) -> str:
 def attempt_folders(out: Path, stage: str = "") -> list[Path]:
     """Return the folders of all attempts in jobs, in order of creation; ``stage`` is the start of ``kind label``."""
     intents = {file.parent: read(file) for file in (out / "store" / "attempts").glob("*/*/*/intent.json")}
-    jobs = sorted((it for it in intents if intents[it]["job_name"]), key=lambda folder: intents[folder]["created"])
+    jobs = sorted(
+        (folder for folder in intents if intents[folder]["job_name"]), key=lambda folder: intents[folder]["created"]
+    )
     return [folder for folder in jobs if label_of(out, folder).startswith(stage)]
 
 

@@ -178,7 +178,9 @@ class FakeLauncher(Launcher):
 def plan_of(*stages: Stage) -> Plan:
     """Return a plan without rows in which the stages are wanted that no other one needs."""
     needed = {need for stage in stages for need in stage.needs}
-    return Plan({stage.id: stage for stage in stages}, (), tuple(it.id for it in stages if it.id not in needed))
+    return Plan(
+        {stage.id: stage for stage in stages}, (), tuple(stage.id for stage in stages if stage.id not in needed)
+    )
 
 
 def complete(store: Store, stage: Stage) -> None:

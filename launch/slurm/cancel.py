@@ -53,7 +53,7 @@ def cancel_jobs(
 
 def _submitting(ledger: Ledger, attempts: list[Attempt]) -> list[str]:
     """Return the launchers that may be submitting jobs at this moment: they hold claims, and have recorded no id."""
-    handles = (ledger.store.handle(it.intent.stage_id) for it in attempts if it.job_id is None)
+    handles = (ledger.store.handle(attempt.intent.stage_id) for attempt in attempts if attempt.job_id is None)
     claims = [handle.open_claim() for handle in handles]
     holders = {claim.holder for claim in claims if claim is not None and claim.lives and claim.holder.job is None}
     return sorted(f"{holder} submits a job" for holder in holders)

@@ -120,7 +120,7 @@ def _cause(ledger: Ledger, stage: Stage, attempt: Attempt, job: JobInfo | None) 
     if how == "duplicate":
         return Cause.NOT_RUN, f"{name} left the stage to another process that has claimed it"
     found = ledger.store.handle(stage.id).failures()
-    said = [it for it in found if it.attempt == attempt.intent.number and not it.is_consequence]
+    said = [each for each in found if each.attempt == attempt.intent.number and not each.is_consequence]
     if said and said[0].cause != Cause.CODE:
         return said[0].cause, said[0].message
     code, problem = attempt.exit_record() or (0, "")

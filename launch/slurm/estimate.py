@@ -125,5 +125,5 @@ def _advice(planned: Planned, resources: Resources, sharding: Sharding) -> str:
         return "runtime.sharding zero3"
     # A single rank gathers nothing, so fewer nodes may hold a stage that more nodes can't.
     counts = (*range(resources.nodes + 1, MOST_NODES + 1), *range(1, resources.nodes))
-    holding = next((it for it in counts if params.allows(it * per_node) and holds(1, it * per_node)), None)
+    holding = next((nodes for nodes in counts if params.allows(nodes * per_node) and holds(1, nodes * per_node)), None)
     return "" if holding is None else f"nodes {holding}, {params.batch_setting} 1"

@@ -105,8 +105,8 @@ def _interface_towards(address: str) -> str:
             own = probe.getsockname()[0]
     except OSError as error:
         raise NodeError(f"node {socket.gethostname()} has no route to the first rank at {address}: {error}") from None
-    has_own = (name for name, its in psutil.net_if_addrs().items() if any(it.address == own for it in its))
-    return next(has_own, "")
+    interfaces = psutil.net_if_addrs().items()
+    return next((name for name, found in interfaces if own in [address.address for address in found]), "")
 
 
 def require_usable_node(store: Store, environment: Mapping[str, str]) -> None:

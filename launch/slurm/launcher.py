@@ -270,9 +270,11 @@ class Launcher:
             return []
         jobs = self._slurm.jobs()  # asked anew, as another launcher may have submitted since this round began
         attempts = sorted(self._ledger.open_jobs(), key=lambda attempt: attempt.intent.created)
-        named = {attempt.intent.job_name: attempt for attempt in attempts}
-        live = [it for name, it in named.items() if it.intent.stage_id in self._plan.stages or _is_live(jobs.get(name))]
-        return [attempt.job_id or "" for attempt in live]
+        return [
+            attempt.job_id or ""
+            for attempt in attempts
+            if attempt.intent.stage_id in self._plan.stages or _is_live(jobs.get(attempt.intent.job_name))
+        ]
 
     def _require_wanted(self) -> None:
         if self._new_jobs.cancellation.is_requested():

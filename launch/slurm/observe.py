@@ -79,7 +79,7 @@ class Observer:
         attempt = self._ledger.open_job(stage.id)
         job = self.jobs.get(attempt.intent.job_name) if attempt is not None else None
         earlier = self._ledger.jobs_of(stage.id) if attempt is None and is_wanted else []
-        ends = [end.cause for it in earlier if it.intent.number > before and (end := it.end) is not None]
+        ends = [end.cause for each in earlier if each.intent.number > before and (end := each.end) is not None]
         return StageState(
             stage.id,
             tuple(stage.needs),
@@ -97,7 +97,7 @@ class Observer:
 def inputs_of_live_jobs(store: Store) -> Mapping[str, list[str]]:
     """Id of each stage whose job may wait or run -> ids of the stages whose artifacts it reads, which must stay."""
     ledger = Ledger(store)
-    attempts = [it for it in ledger.open_jobs() if not store.handle(it.intent.stage_id).is_committed()]
+    attempts = [each for each in ledger.open_jobs() if not store.handle(each.intent.stage_id).is_committed()]
     observer = Observer(ledger, SlurmCommands(retry_delays_s=()))
     with suppress(SlurmUnavailableError):
         if attempts:

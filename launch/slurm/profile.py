@@ -189,8 +189,8 @@ def load_profile(name: str, shipped: Path) -> Profile:
         kind: parse(Resources, _settings(common, whole.stages, kind), f"{file}: stages.{kind}")
         for kind in STAGE_VERSIONS
     }
-    told = [key for key in ("gpu_type", "gpu_memory_gib") if any(getattr(it, key) for it in resources.values())]
-    if told and not any(it.gpus for it in resources.values()):
+    told = [key for key in ("gpu_type", "gpu_memory_gib") if any(getattr(asked, key) for asked in resources.values())]
+    if told and not any(asked.gpus for asked in resources.values()):
         raise UserError(f"{file}: {told[0]} tells of GPUs, but no kind of stage asks for any; set gpus_per_node")
     return Profile(file.stem, resources, whole.max_running)
 

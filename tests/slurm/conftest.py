@@ -173,7 +173,9 @@ def _scenario(item: pytest.Function, request: pytest.FixtureRequest) -> Callable
     """Return a test's function with its arguments, all of which last for this folder's tests."""
     given = item.callspec.params if hasattr(item, "callspec") else {}
     names = inspect.signature(item.function).parameters
-    return partial(item.function, **{it: given[it] if it in given else request.getfixturevalue(it) for it in names})
+    return partial(
+        item.function, **{name: given[name] if name in given else request.getfixturevalue(name) for name in names}
+    )
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -191,5 +193,5 @@ def pytest_runtest_makereport(item):
     outcome = yield
     report = outcome.get_result()
     if report.failed:
-        clusters = {name: it for name, it in item.funcargs.items() if isinstance(it, Cluster)}
-        report.sections += [(f"controller of {name}", it.controller_log()) for name, it in clusters.items()]
+        clusters = {name: given for name, given in item.funcargs.items() if isinstance(given, Cluster)}
+        report.sections += [(f"controller of {name}", one.controller_log()) for name, one in clusters.items()]

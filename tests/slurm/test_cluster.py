@@ -23,7 +23,7 @@ def listening():
             # A program that has re-executed itself has the name behind Debian's links, such as slurmd-wlm.
             program = process.name().removesuffix("-wlm")
             if program in PROGRAMS:
-                sockets = [it.laddr for it in process.net_connections("inet") if it.status == psutil.CONN_LISTEN]
+                sockets = [each.laddr for each in process.net_connections("inet") if each.status == psutil.CONN_LISTEN]
                 found |= {tuple(address): program for address in sockets}
         except psutil.Error:
             continue

@@ -41,7 +41,7 @@ def test_jobs_were_multi_node_ran_once_and_never_more_at_once_than_allowed(on_cl
         assert manifest["world_size"] == nodes
     starts = [read(next(folder.glob("run.*.json"))) for folder in attempt_folders(out)]
     running = 0
-    for _, change in sorted([(it["started"], 1) for it in starts] + [(it["ended"], -1) for it in starts]):
+    for _, change in sorted([(run["started"], 1) for run in starts] + [(run["ended"], -1) for run in starts]):
         running += change
         assert running <= 2
     (snapshot,) = (out / "code").iterdir()

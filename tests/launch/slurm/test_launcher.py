@@ -154,7 +154,9 @@ def test_where_the_controller_does_not_answer_nothing_is_over(fake, store):
     fake.fail_next("scontrol", *[DOWN] * 50)
     for _ in range(3):
         launcher.step_after(200)
-    assert causes(store, SCORES) == [None] and any("does not answer about it" in it for it in launcher.said("waiting"))
+    assert causes(store, SCORES) == [None] and any(
+        "does not answer about it" in message for message in launcher.said("waiting")
+    )
 
 
 def test_a_new_cluster_may_give_an_id_again(fake, store, ledger):
@@ -282,7 +284,7 @@ def test_jobs_of_commands_with_other_plans_count_for_max_running(fake, store):
 def test_launchers_that_start_together_take_different_slots(fake, store, monkeypatch):
     """The limit is for all of them, whether their plans differ or not."""
     first, *others = [FakeLauncher(store, plan, max_running=1) for plan in plans_of_two("a", "b", "a")]
-    threads, submit = [threading.Thread(target=it.step) for it in others], SlurmCommands.submit
+    threads, submit = [threading.Thread(target=other.step) for other in others], SlurmCommands.submit
 
     def submits(self, script, job_name):
         if threading.current_thread() is threading.main_thread() and not threads[0].ident:
