@@ -5,11 +5,9 @@ import shutil
 import pytest
 import yaml
 from shapes import silence
-from sweeps import artifacts, finish, make_inputs, results
+from sweeps import finish, make_inputs, results
 from tiny import save_tiny
 from transformers import AutoModelForCausalLM
-
-from hfprune_dist.store.atomic_files import read_json
 
 pytestmark = pytest.mark.slow
 
@@ -83,15 +81,3 @@ def test_what_was_recovered_is_a_mistral_that_plain_transformers_loads(finished)
     assert sum(it.numel() for it in model.parameters()) == int(row["parameters"])
     heads = model.config.num_hidden_layers, model.config.num_attention_heads, model.config.num_key_value_heads
     assert heads == (3, 2 * SHARED, SHARED)
-
-
-def test_a_lost_prune_ends_with_the_same_bits_on_more_ranks(command, finished, tmp_path):
-    config, arguments = command
-    out = tmp_path / "out"
-    shutil.copytree(finished, out)
-    for folder in [*out.glob("store/prune/*"), *out.glob("store/distill/*"), *out.glob("store/recover/*")]:
-        if "plain" in read_json(folder / "manifest.json")["stage"]["label"]:
-            shutil.rmtree(folder)
-    result = finish(config, out, *arguments)
-    assert "3 of 13 stages to run, 2 ranks each" in result.stdout
-    assert artifacts(out, "prune") == artifacts(finished, "prune")
