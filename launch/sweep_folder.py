@@ -149,7 +149,7 @@ def require_folder(out: Path) -> None:
         str(out).encode()
     except UnicodeEncodeError:
         raise UserError(f"--out {str(out)!r}: its name isn't UTF-8; choose another folder") from None
-    nearest = next(it for it in (out.absolute(), *out.absolute().parents) if os.path.lexists(it))
+    nearest = next(place for place in (out.absolute(), *out.absolute().parents) if os.path.lexists(place))
     if not nearest.is_dir():
         raise UserError(f"--out {out}: can't be written to, {nearest} is not a folder; choose another --out")
     if not os.access(nearest, os.W_OK | os.X_OK):

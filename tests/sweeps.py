@@ -111,7 +111,7 @@ def in_process(main: Callable[[Sequence[str]], int], *arguments: object) -> tupl
     shown, said = io.StringIO(), io.StringIO()
     with redirect_stdout(shown), redirect_stderr(said):
         try:
-            code = main([str(it) for it in arguments])
+            code = main([str(argument) for argument in arguments])
         except SystemExit as end:
             code = int(end.code or 0)
     return code, shown.getvalue(), said.getvalue()

@@ -29,7 +29,7 @@ def made(config, tmp_path_factory):
     chosen = ["--config", config, "--out", out, "--models", "alpha", "--ratios"]
     for ratio in (0.15, 0.2):
         store, plan = Store(out / "store"), planned(config, models=["alpha"], ratios=[ratio])[1]
-        for stage in (it for it in plan.stages.values() if not store.handle(it.id).is_committed()):
+        for stage in (stage for stage in plan.stages.values() if not store.handle(stage.id).is_committed()):
             draft = store.handle(stage.id).open_draft()
             for name in ("config.json", "model.safetensors") if stage.kind in ("prune", "recover") else ("scores",):
                 (draft / name).write_text("{}" + "x" * 998)
@@ -55,7 +55,7 @@ def run(*arguments, command=clean):
 
 
 def files(out):
-    return {str(it.relative_to(out)): it.read_bytes() for it in out.rglob("*") if it.is_file()}
+    return {str(file.relative_to(out)): file.read_bytes() for file in out.rglob("*") if file.is_file()}
 
 
 def removed(before, out):
@@ -105,7 +105,9 @@ def test_intermediate_checkpoints_go_and_tables_stay(config, out):
     # A new row still has its scores; deleting a recovered checkpoint means that its pruned one is made again.
     assert to_run(run(*chosen, "0.1", "--dry-run", command=sweep)) == ["prune", "recover", "evaluate"]
     (recovered,) = [
-        it for it in (out / "store" / "recover").iterdir() if "alpha 0.2" in (it / "manifest.json").read_text()
+        folder
+        for folder in (out / "store" / "recover").iterdir()
+        if "alpha 0.2" in (folder / "manifest.json").read_text()
     ]
     shutil.rmtree(recovered)
     plan = run(*chosen, "0.2", "--dry-run", command=sweep)
@@ -132,12 +134,12 @@ def test_what_a_job_in_the_queue_needs_stays_until_the_job_is_over(out, monkeypa
         fake.fail_next("squeue", "slurm_load_jobs error: Unable to contact slurm controller")
     shown = run(out, "--intermediates")
     stays = [forgotten] if answer != "gone" else []
-    assert [it for it in pruned(store) if (store.root / it / "model.safetensors").exists()] == stays
+    assert [stage_id for stage_id in pruned(store) if (store.root / stage_id / "model.safetensors").exists()] == stays
     assert draft.exists() == store.work(stage.id).exists() == (f"the jobs of {stage.id} may" in shown) == bool(stays)
 
 
 def pruned(store):
-    return [f"prune/{it.name}" for it in (store.root / "prune").iterdir()]
+    return [f"prune/{folder.name}" for folder in (store.root / "prune").iterdir()]
 
 
 def test_drafts_progress_and_what_was_set_aside_go(out):
@@ -153,7 +155,7 @@ def test_drafts_progress_and_what_was_set_aside_go(out):
     (store / "work" / "prune" / needed).mkdir(parents=True)
     assert "20 bytes removed" in run(out)
     mine = store / "prune" / "notes" / "file"
-    assert {it for it in store.rglob("*") if it.is_file()} == {mine, *(it for it in before if it.is_file())}
+    assert {file for file in store.rglob("*") if file.is_file()} == {mine, *(file for file in before if file.is_file())}
     assert (store / "work" / "prune" / needed).is_dir(), "of a row that is there"
 
 

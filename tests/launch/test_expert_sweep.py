@@ -39,17 +39,17 @@ def finished(config, tmp_path_factory):
 def test_the_default_methods_come_to_a_row_that_plain_transformers_loads(config, finished):
     out, _ = finished
     dense, control, row, of_experts = results(out)
-    assert [it["method"] for it in (dense, control, row, of_experts)] == ["", "", "hfprune", "hfprune-experts"]
+    assert [each["method"] for each in (dense, control, row, of_experts)] == ["", "", "hfprune", "hfprune-experts"]
     checkpoint = open_checkpoint(out / "checkpoints" / "moe-0.2-hfprune-lora")
     model = AutoModelForCausalLM.from_pretrained(checkpoint.path, dtype=torch.float32)
     assert type(model).__name__ == "Glm4MoeForCausalLM"
-    assert int(row["parameters"]) == checkpoint.parameters == sum(it.numel() for it in model.state_dict().values())
+    assert int(row["parameters"]) == checkpoint.parameters == sum(map(torch.numel, model.state_dict().values()))
     reached = 1 - checkpoint.parameters / int(dense["parameters"])
     assert 0.2 <= reached == pytest.approx(float(row["ratio_reached"]))
     assert int(row["moe_intermediate_size"]) == model.config.moe_intermediate_size == 8
     assert token_costs(checkpoint).active_parameters < checkpoint.parameters
     assert float(dense["kl"]) < 1e-6 < float(row["kl"])
-    assert [int(it["n_routed_experts"]) for it in (dense, control, row, of_experts)] == [6, 6, 6, 3]
+    assert [int(each["n_routed_experts"]) for each in (dense, control, row, of_experts)] == [6, 6, 6, 3]
 
 
 def test_whole_experts_come_to_a_row_too(finished):
@@ -58,7 +58,7 @@ def test_whole_experts_come_to_a_row_too(finished):
     checkpoint = open_checkpoint(out / "checkpoints" / "moe-0.2-hfprune-experts-lora")
     model = AutoModelForCausalLM.from_pretrained(checkpoint.path, dtype=torch.float32)
     assert checkpoint.config["n_routed_experts"] == model.model.layers[1].mlp.gate.weight.shape[0] == 3
-    assert int(row["parameters"]) == checkpoint.parameters == sum(it.numel() for it in model.state_dict().values())
+    assert int(row["parameters"]) == checkpoint.parameters == sum(map(torch.numel, model.state_dict().values()))
     assert float(row["ratio_reached"]) >= 0.2 and float(row["kl"]) > 1e-6
 
 
@@ -68,5 +68,5 @@ def test_a_second_run_starts_no_stage_and_a_dry_run_tells_what_is_left_out(confi
     assert "11 reuse, 0 run" in again.stdout, again.stdout
     starts = "checkpoint of", "moe 0.2 hfprune"
     headers, *shown = [line.split() for line in again.stdout.splitlines() if line.startswith(starts)]
-    assert headers[2] == "experts" and [it[it.index("lora") + 1] for it in shown] == ["6", "3"]
+    assert headers[2] == "experts" and [line[line.index("lora") + 1] for line in shown] == ["6", "3"]
     assert "method 'surgeon-plain': left out, since the model is a mixture of experts" in again.stdout

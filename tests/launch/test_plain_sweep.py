@@ -78,6 +78,6 @@ def test_what_was_recovered_is_a_mistral_that_plain_transformers_loads(finished)
     row = row_of(finished, "plain")
     model = AutoModelForCausalLM.from_pretrained(finished / row["checkpoint"])
     assert model.config.model_type == "mistral"
-    assert sum(it.numel() for it in model.parameters()) == int(row["parameters"])
+    assert sum(weight.numel() for weight in model.parameters()) == int(row["parameters"])
     heads = model.config.num_hidden_layers, model.config.num_attention_heads, model.config.num_key_value_heads
     assert heads == (3, 2 * SHARED, SHARED)

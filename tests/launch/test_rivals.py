@@ -53,8 +53,11 @@ def folders_of(out, kind):
 def test_rivals_share_a_calibration_pass_and_remove_as_much(finished):
     """One rival needs another pass, in its student."""
     out = finished
-    passes = [read_json(it / "manifest.json") for it in folders_of(out, "importance")]
-    assert sorted(it["stage"]["params"]["criteria"] == ["coupled_taylor_distilled"] for it in passes) == [False, True]
+    passes = [read_json(folder / "manifest.json") for folder in folders_of(out, "importance")]
+    assert sorted(manifest["stage"]["params"]["criteria"] == ["coupled_taylor_distilled"] for manifest in passes) == [
+        False,
+        True,
+    ]
     rows = {row["method"]: row for row in results(out)}
     assert set(rows) == {"", "hfprune", *RIVALS}
     biases = 2 * 9 * 32 / int(rows[""]["parameters"])  # which flap adds
@@ -82,7 +85,10 @@ def test_what_the_student_lacks_goes_first_and_numbers_are_the_dense_models(fini
     scores = {}
     for folder in folders_of(out, "importance"):
         scores |= load_file(folder / "importance.safetensors")
-    pruned = {read_json(it / "manifest.json")["stage"]["params"]["criterion"]: it for it in folders_of(out, "prune")}
+    pruned = {
+        read_json(folder / "manifest.json")["stage"]["params"]["criterion"]: folder
+        for folder in folders_of(out, "prune")
+    }
     kept = read_kept(pruned["coupled_taylor_distilled"])
     for layer in range(9):
         first, second = (scores[f"layers.{layer}.{name}"] for name in ("coupled_taylor", "coupled_taylor_distilled"))
@@ -96,7 +102,7 @@ def test_a_dry_run_shows_the_shapes_of_all(config, tmp_path):
     code, shown, said = in_process(sweep_command.main, *where, *arguments(1), "--dry-run")
     assert code == 0, said
     for name in RIVALS:
-        (line,) = [it.split() for it in shown.splitlines() if it.startswith(f"alpha 0.2 {name} ")]
+        (line,) = [line.split() for line in shown.splitlines() if line.startswith(f"alpha 0.2 {name} ")]
         if name == "flap":
             assert "scores decide, layer by layer" in " ".join(line)
             continue
@@ -121,13 +127,13 @@ def recovered(config, finished, tmp_path_factory):
 
 
 def row_of(out, method):
-    (row,) = [it for it in results(out) if it["method"] == method]
+    (row,) = [row for row in results(out) if row["method"] == method]
     return row
 
 
 def before_and_after(finished, recovered, method):
     """The weights of a method's checkpoint without recovery and with it."""
-    places = {it: it / row_of(it, method)["checkpoint"] for it in (finished, recovered)}
+    places = {out: out / row_of(out, method)["checkpoint"] for out in (finished, recovered)}
     return [load_file(folder / "model.safetensors") for folder in places.values()]
 
 
@@ -137,7 +143,7 @@ def test_flap_is_recovered_and_its_biases_stay(finished, recovered):
     before, after = before_and_after(finished, recovered, "flap")
     biases = {name for name in before if name.endswith(("o_proj.bias", "down_proj.bias"))}
     assert len(biases) == 2 * 9 and all(torch.equal(before[name], after[name]) for name in biases)
-    assert not torch.equal(*(it["model.layers.0.mlp.down_proj.weight"] for it in (before, after)))
+    assert not torch.equal(*(weights["model.layers.0.mlp.down_proj.weight"] for weights in (before, after)))
 
 
 def test_recovery_trains_both_factors_and_keeps_the_shape(finished, recovered):
@@ -158,7 +164,7 @@ def test_loraprune_is_a_row_whose_recovery_is_its_own(recovered):
     dense, row = (row_of(recovered, name) for name in ("lorap", "loraprune"))
     assert (dense["recovery"], row["recovery"], row["criterion"]) == ("lora", "own", "")
     assert float(row["ratio_reached"]) == pytest.approx(0.2, abs=2e-3) and float(row["kl"]) > 0
-    control = next(it for it in results(recovered) if it["recovery"] == "lora" and not it["method"])
+    control = next(row for row in results(recovered) if row["recovery"] == "lora" and not row["method"])
     assert row["training_flops"] == control["training_flops"], "both train the dense model"
     folder = recovered / "checkpoints" / "alpha-0.2-loraprune"
     model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)

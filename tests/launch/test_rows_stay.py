@@ -215,7 +215,7 @@ def test_of_two_commands_that_change_the_record_at_once_neither_undoes_the_other
     assert run("--out", out, *own)[0] == 0
     other.join()
     gone = {"alpha 0.1 + lora"} | ({"beta dense"} if command == "forget" else set())
-    assert [cell.label for cell in recorded_sweep(out).plan.cells] == [it for it in before if it not in gone]
+    assert [cell.label for cell in recorded_sweep(out).plan.cells] == [label for label in before if label not in gone]
 
 
 @pytest.mark.parametrize("damage", ["text", "lost model", "lost stage"])

@@ -64,7 +64,11 @@ def short_of(finished, tmp_path):
 def id_of(out, stage):
     """Return the id of a stage, which is named by its kind and label."""
     stages = json.loads((out / "sweep.json").read_text())["stages"]
-    return next(f"{it['kind']}/{it['fingerprint']}" for it in stages if f"{it['kind']} {it['label']}" == stage)
+    return next(
+        f"{record['kind']}/{record['fingerprint']}"
+        for record in stages
+        if f"{record['kind']} {record['label']}" == stage
+    )
 
 
 def assert_same_as(finished_out, out):
@@ -99,9 +103,9 @@ def test_its_report_shows_the_numbers_of_its_table(finished):
     rows = results(out)
     with opened(out / "report.html") as shown:
         figures = shown.drawn()
-        assert {it["section"] for it in figures} >= {"quality", "tasks", "layers", "losses"}
+        assert {figure["section"] for figure in figures} >= {"quality", "tasks", "layers", "losses"}
         for title, column in (("KL", "kl"), ("tiny_choice", "tiny_choice/acc_norm")):
-            (figure,) = (it for it in figures if it["title"] == f"alpha: {title}")
+            (figure,) = (found for found in figures if found["title"] == f"alpha: {title}")
             drawn = {value for trace in figure["traces"] for value in trace["y"]}
             assert drawn == {float(row[column]) for row in rows}
         page = shown.page
@@ -126,7 +130,9 @@ def test_checkpoints_load_by_their_names_and_have_a_card_and_no_path_of_this_mac
         assert {"README.md", "config.json", "model.safetensors", "tokenizer.json"} <= {file.name for file in files}
         assert not [file for file in files for place in places if place in file.read_bytes()]
         card = ModelCard.load(folder / "README.md")
-        assert next(it.metric_value for it in card.data.eval_results if it.metric_type == "kl") == float(row["kl"])
+        assert next(result.metric_value for result in card.data.eval_results if result.metric_type == "kl") == float(
+            row["kl"]
+        )
 
 
 def name_of(row):
@@ -174,14 +180,14 @@ def test_a_model_of_any_shape_is_recovered_and_evaluated(config, tmp_path):
     settings += ["calibration.path=null", f"calibration.mixture=[{first}, {second}]"]
     settings += ["evaluation.fidelity.path=null", f"evaluation.fidelity.texts={{own: {second}, other: {first}}}"]
     chosen = ["--models", "alpha", "--ratios", "0.3", "--methods", "surgeon-any-shape"]
-    result = sweep(config, tmp_path, *chosen, *itertools.chain(*(("--set", it) for it in settings)))
+    result = sweep(config, tmp_path, *chosen, *itertools.chain(*(("--set", setting) for setting in settings)))
     assert result.returncode == 0, result.stderr[-2000:]
     pruned = next(row for row in results(tmp_path) if row["ratio"] == "0.3")
     assert pruned["status"] == "done" and float(pruned["kl"]) > 0
     assert float(pruned["fidelity/other/kl"]) > 0 and "| KL other |" in (tmp_path / "results.md").read_text()
     assert float(pruned["ratio_reached"]) == pytest.approx(0.3, abs=0.002)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoints" / name_of(pruned), trust_remote_code=True)
-    assert sum(it.numel() for it in model.parameters()) == int(pruned["parameters"])
+    assert sum(weight.numel() for weight in model.parameters()) == int(pruned["parameters"])
 
 
 def test_all_three_reports_agree_and_keep_the_configuration(finished, config):
@@ -316,8 +322,8 @@ def test_a_rank_that_fails_ends_the_stage_with_its_message(config, tmp_path):
     assert "Permission denied; check the permissions" in result.stdout and "Traceback" not in result.stdout
     (log,) = (tmp_path / "out" / "logs").glob("importance-*.1.log")
     assert re.search("error: .*Permission denied; check the permissions", log.read_text())
-    commands = [" ".join(it.info["cmdline"] or ()) for it in psutil.process_iter(["cmdline"])]
-    assert not [it for it in commands if str(tmp_path / "out") in it], "left running"
+    commands = [" ".join(process.info["cmdline"] or ()) for process in psutil.process_iter(["cmdline"])]
+    assert not [line for line in commands if str(tmp_path / "out") in line], "left running"
 
 
 def test_a_cancelled_launcher_leaves_nothing_half_written(finished, config, short_of):

@@ -15,7 +15,7 @@ KEY, SECTION = "runtime.ranks=2", "runtime={ranks: 3}"
 
 @pytest.mark.parametrize("written", [[KEY], [SECTION], [KEY, SECTION], [SECTION, KEY]])
 def test_a_flag_of_its_own_wins_over_assignments_in_whichever_way_they_are_written(written):
-    given = [it for assignment in written for it in ("--set", assignment)]
+    given = [word for assignment in written for word in ("--set", assignment)]
     assert configured(*given, "--ranks", "5").runtime.ranks == 5
 
 

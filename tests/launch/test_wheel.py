@@ -112,5 +112,5 @@ def test_a_wheel_takes_up_a_sweep(installed, tmp_path):
 def evaluation_of_pruned(out):
     """Return the artifact that has a pruned model's results."""
     found = (out / "store" / "evaluate").iterdir()
-    (folder,) = [it for it in found if read_json(it / "manifest.json")["stage"]["label"] == "alpha 0.2"]
+    (folder,) = [folder for folder in found if read_json(folder / "manifest.json")["stage"]["label"] == "alpha 0.2"]
     return folder
