@@ -43,11 +43,10 @@ def run_to_tables(prepared: Prepared) -> int:
         UserError: if stages can't run as asked for; nothing has been written.
     """
     out = prepared.sweep.out
-    try:
-        if (code := run_missing(prepared)) is None:
-            _report(prepared)
-    finally:
-        write_page(out, prepared.request.console)
+    code = run_missing(prepared)
+    if code is None:
+        _report(prepared)
+    write_page(out, prepared.request.console)
     if code is not None:
         return code
     written = [name for name in (*RESULTS, REPORT) if (out / name).exists()]
@@ -70,11 +69,11 @@ def run_missing(prepared: Prepared) -> int | None:
         _with_earlier(prepared).write_record()
     sweep.store.hashes.save()  # of input files; every stage that reads one compares its hash with the plan
     _clean_up(prepared)
-    if run_stages is not None:
-        code = run_stages(partial(write_page, out, prepared.request.console))
-        sweep.store.hashes.save()
-        return code
-    return None
+    if run_stages is None:
+        return None
+    code = run_stages(partial(write_page, out, prepared.request.console))
+    sweep.store.hashes.save()
+    return code
 
 
 def _runner(prepared: Prepared) -> Callable[[Callable[[], None]], int | None]:
