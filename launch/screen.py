@@ -25,8 +25,7 @@ from hfprune_dist.store.artifacts import Verdict
 from hfprune_dist.store.heartbeat import Failure, Heartbeat
 from hfprune_dist.store.stage import Stage
 
-# Characters of a terminal that has room for standard errors of KL, and of one that is too narrow for any table.
-ROOMY, NARROW = 100, 60
+ROOMY = 100  # characters of a terminal that has room for standard errors of KL
 # Seconds between two lines about one stage, and before the first.
 LINE_INTERVAL_S = 30.0
 ALL_COLUMNS = "all columns: results.md, or launch/report.py with --wide"
@@ -216,7 +215,7 @@ def show_table(console: Console, table: Table, wide: bool = False) -> None:
     Args:
         wide: show it as wide as it is, and let the terminal break its lines.
     """
-    if wide := wide or console.width < NARROW:
+    if wide:
         table.width = console.measure(table, options=console.options.update(max_width=10**6)).maximum
     console.print(table, soft_wrap=wide)
 

