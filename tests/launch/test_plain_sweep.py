@@ -43,6 +43,8 @@ def command(tmp_path_factory):
         methods,
         "--set",
         "distillation.dtype=float32",
+        "--set",
+        "evaluation.tasks=[]",
     ]
 
 
@@ -69,7 +71,6 @@ def test_both_methods_share_one_calibration_pass_and_have_their_rows(finished):
     one_step = SHARED * int(plain["num_hidden_layers"]) * 3 * 32 / int(results(finished)[0]["parameters"])
     assert int(plain["intermediate_size"]) % SHARED == 0
     assert 0.25 <= float(plain["ratio_reached"]) < 0.25 + one_step, "rounded down to what devices share"
-    assert all(0 <= float(row["tiny_choice/acc"]) <= 1 for row in (plain, published))
     table = (finished / "results.md").read_text()
     assert "plain" in table and "layers" in table and "KV heads" in table
 
