@@ -198,7 +198,8 @@ def without_deepspeed(monkeypatch: Any) -> None:
                 loaded[checkpoint.path, dtype] = load_causal_lm(checkpoint.path, dtype).requires_grad_(False).eval()
             model = copy.deepcopy(loaded[checkpoint.path, dtype])
         family = checkpoint.family
-        family.body_of(model).register_forward_pre_hook(lambda *_: world.together(FORWARD) and None)  # keeps its inputs
+        body = family.body_of(model)
+        body.register_forward_pre_hook(lambda *_: world.together(FORWARD) and None)  # keeps its inputs
         head = family.head_of(model)
 
         @contextlib.contextmanager
@@ -207,7 +208,9 @@ def without_deepspeed(monkeypatch: Any) -> None:
             yield head.weight.data, None if head.bias is None else head.bias.data
 
         return SimpleNamespace(
+            world=world,
             module=model,
+            final_hidden=lambda ids_T: body(input_ids=ids_T[None], use_cache=False).last_hidden_state[0],
             head=gathered,
             before_backward=lambda: lambda: world.together(BACKWARD),
             release=lambda: None,
