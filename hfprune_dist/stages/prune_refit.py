@@ -33,7 +33,7 @@ from hfprune_dist.structures.units import Units
 Context = AnyContext[PruneParameters]
 
 # Iterations of Gauss-Newton steps on the windows that aren't held out, and then on all (``Reconstruction.improve``).
-ITERATIONS, QUICK_ITERATIONS = (4, 6), (2, 0)
+ITERATIONS, QUICK_ITERATIONS = (4, 6), (3, 0)
 
 # Name of a tensor of the checkpoint -> function that reads what is written in its place.
 Replacements = Mapping[str, Callable[[], Tensor]]
