@@ -192,4 +192,6 @@ def _customize() -> None:
 
 
 if __name__ == "__main__":
+    # Forks import no second one, to which our warm process would look like the product's.
+    sys.modules["fork_server"] = sys.modules["__main__"]
     serve(sys.argv[1], int(sys.argv[2]))
