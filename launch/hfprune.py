@@ -22,7 +22,7 @@ COMMANDS = {
     "report": "write and show the tables of a sweep again",
     "compare": "compare methods over sweeps that differ in their seed",
     "clean": "remove what no row of a sweep refers to any more",
-    "bench": "measure what the calibration pass costs",
+    "bench": "measure this machine, and a sweep's stages in a unit of time",
     "demo-assets": "make the demo's models, texts and tasks",
     "schema": "print the JSON schema of a YAML file, for editors",
 }

@@ -95,6 +95,7 @@ class Prepared:
         return mixed + [
             remark
             for model in self.models
+            if model.has_known_shape
             for name, method in self.methods.items()
             for remark in remarks_on_method(model.checkpoint, method, place_of(model.name, name))
         ]
@@ -105,7 +106,9 @@ class Prepared:
         shapes = {}
         for cell in self.sweep.plan.cells:
             model = models[cell.model]
-            if cell.ratio is None or cell.method is None:
+            if not model.has_known_shape:
+                shapes[cell.label] = {"note": "unknown until the model is downloaded"}
+            elif cell.ratio is None or cell.method is None:
                 shapes[cell.label] = sizes_of(model.checkpoint)
             else:
                 method, where = self.methods[cell.method], place_of(cell.model, cell.method)
@@ -151,18 +154,28 @@ def prepare(request: Request, *, download: bool) -> Prepared:
         runtime, resources = config.runtime, profile.resources["efficiency"]
         device = resources.device(default_threads(resources, runtime.threads_per_rank))
         refuse_unusable_path(out)
-    plan = build_plan(config, models, methods, store.hashes, device)
+    unknown = {model.checkpoint.path: model.name for model in models if not model.has_known_shape}
+    try:
+        plan = build_plan(config, models, methods, store.hashes, device)
+    except UserError as error:
+        if not unknown:
+            raise
+        names = ", ".join(unknown.values())
+        raise UserError(f"{error}\na Llama stands in for {names}, unknown until downloaded") from None
     require_apart(out, plan)
-    if record := recorded_sweep(out):
+    if (record := recorded_sweep(out)) and not unknown:
         refuse_other_checkpoints(plan, record.plan, out)
     for remark in remarks_on_texts(config, methods):
         request.tell(f"note: {remark}")
     for model in models:
         if not model.is_here:
             told = "it is downloaded when the sweep runs; only its config.json and its tensors' shapes were looked up"
+            if not model.has_known_shape:
+                told = "neither here nor can the hub be asked for its shape; ids of its stages will change"
             request.tell(f"note: model {model.name!r}: {told}")
     verdicts = {stage_id: store.handle(stage_id).verify() for stage_id in plan.stages}
     todo = plan.lacking(lambda stage_id: verdicts[stage_id].state == "done")
+    sized = [stage_id for stage_id in todo if plan.dense_folder(plan.stages[stage_id]) not in unknown]
     return Prepared(
         request=request,
         sweep=Sweep(plan, store, out),
@@ -172,6 +185,6 @@ def prepare(request: Request, *, download: bool) -> Prepared:
         methods=methods,
         verdicts=verdicts,
         todo=todo,
-        estimates=estimate_stages(plan, todo, profile, runtime) if profile is not None else [],
+        estimates=estimate_stages(plan, sized, profile, runtime) if profile is not None else [],
         cancellation=cancellation,
     )

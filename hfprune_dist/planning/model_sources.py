@@ -1,12 +1,14 @@
 """Finding checkpoints by the names that a user gives, and the hashes that identify their content.
 
 A dry run plans with stand-ins for models of the hub that aren't downloaded: files that have the shapes of the weights.
+Where the hub can't be asked for these, they have those of another model: enough to plan with, and never shown.
 """
 
 from __future__ import annotations
 
 import atexit
 import json
+import math
 import os
 import shutil
 import struct
@@ -19,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from hfprune_dist.checkpoints.checkpoint import LICENCE_PATTERNS, TOKENIZER_FILES, Checkpoint, open_checkpoint
-from hfprune_dist.checkpoints.weight_files import INDEX_FILE
+from hfprune_dist.checkpoints.weight_files import INDEX_FILE, SINGLE_FILE
 from hfprune_dist.config.load import absolute_path, is_hub_id, parse
 from hfprune_dist.config.schema import ModelAlias, SweepConfig
 from hfprune_dist.config.yaml_text import read_yaml
@@ -34,6 +36,32 @@ DOWNLOADED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "README.
 DOWNLOADED += LICENCE_PATTERNS
 TWICE = ["consolidated*.safetensors"]
 TIMEOUT_S = 10.0
+# A shape of which every method can make something, Llama-3.1-8B's, and its tensors outside of layers and in each.
+ASSUMED = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 4096,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "vocab_size": 128256,
+    "max_position_embeddings": 131072,
+    "rms_norm_eps": 1e-5,
+    "tie_word_embeddings": False,
+}
+AROUND = {"model.embed_tokens": [128256, 4096], "model.norm": [4096], "lm_head": [128256, 4096]}
+LAYER = {
+    "input_layernorm": [4096],
+    "self_attn.q_proj": [4096, 4096],
+    "self_attn.k_proj": [1024, 4096],
+    "self_attn.v_proj": [1024, 4096],
+    "self_attn.o_proj": [4096, 4096],
+    "post_attention_layernorm": [4096],
+    "mlp.gate_proj": [14336, 4096],
+    "mlp.up_proj": [14336, 4096],
+    "mlp.down_proj": [4096, 14336],
+}
 # Of a file of weights: tensor -> dtype, shape and data_offsets.
 Header = Mapping[str, Mapping[str, Any]]
 
@@ -48,6 +76,7 @@ class ModelSource:
         spelling: its name in a configuration's ``models``, valid in any folder: alias, hub id or absolute path.
         content: how ``identity`` is computed from its files.
         is_here: whether all of it is on this machine; otherwise ``checkpoint`` is a stand-in.
+        has_known_shape: whether the shape of ``checkpoint`` is the model's own.
     """
 
     name: str
@@ -56,6 +85,7 @@ class ModelSource:
     spelling: str
     content: Content
     is_here: bool = True
+    has_known_shape: bool = True
 
 
 def resolve_models(config: SweepConfig, shipped: Path, hashes: FileHashes, download: bool) -> list[ModelSource]:
@@ -63,7 +93,7 @@ def resolve_models(config: SweepConfig, shipped: Path, hashes: FileHashes, downl
 
     Args:
         shipped: folder with the alias files that come with the project.
-        download: fetch hub models that are not in the local cache; otherwise the hub is asked for their shapes alone.
+        download: fetch hub models that are not in the local cache; otherwise stand-ins take their places.
 
     Raises:
         UserError: for an unknown alias or a damaged checkpoint.
@@ -137,26 +167,41 @@ def _local(name: str, folder: Path, hashes: FileHashes, spelling: str) -> ModelS
 def _hub_model(name: str, hub_id: str, revision: str, spelling: str, *, download: bool) -> ModelSource:
     """A model in the hub's cache, or a stand-in for it."""
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import LocalEntryNotFoundError, NotASafetensorsRepoError
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, NotASafetensorsRepoError
 
     refusals: tuple[type[Exception], ...] = (NotASafetensorsRepoError, *hub_errors())
     wanted: dict[str, Any] = {"revision": revision, "allow_patterns": DOWNLOADED, "ignore_patterns": TWICE}
+    is_here = is_known = True
     try:
         try:
-            folder, is_here = Path(snapshot_download(hub_id, **wanted, local_files_only=not download)), True
+            folder = Path(snapshot_download(hub_id, **wanted, local_files_only=not download))
         except LocalEntryNotFoundError:
             if download:
                 raise
             folder, is_here = _stand_in(hub_id, revision), False
     except refusals as error:
-        raise UserError(
-            f"model {name!r}: {hub_id}@{revision} can't be downloaded: {error}; check the network; for a gated model, "
-            "accept its licence on its page and run `hf auth login`"
-        ) from None
+        is_denied = isinstance(error, GatedRepoError) or not isinstance(
+            error, (HfHubHTTPError, NotASafetensorsRepoError)
+        )
+        if download or not is_denied:
+            raise UserError(
+                f"model {name!r}: {hub_id}@{revision} can't be downloaded: {error}; check the network; for a gated "
+                "model, accept its licence on its page and run `hf auth login`"
+            ) from None
+        folder, is_here, is_known = _folder("unknown", ASSUMED, {SINGLE_FILE: _assumed_header()}), False, False
     checkpoint = open_checkpoint(folder)
     # The last part of a snapshot's folder is the commit that the revision stood for.
     identity = digest_of([hub_id, checkpoint.path.name])
-    return ModelSource(name, checkpoint, identity, spelling, "commit", is_here)
+    return ModelSource(name, checkpoint, identity, spelling, "commit", is_here, is_known)
+
+
+def _assumed_header() -> Header:
+    layers = {f"model.layers.{layer}.{name}": shape for layer in range(32) for name, shape in LAYER.items()}
+    header, end = {}, 0
+    for name, shape in {**AROUND, **layers}.items():
+        begin, end = end, end + 2 * math.prod(shape)
+        header[f"{name}.weight"] = {"dtype": "BF16", "shape": shape, "data_offsets": [begin, end]}
+    return header
 
 
 def _stand_in(hub_id: str, revision: str) -> Path:

@@ -106,7 +106,7 @@ def _named_in(file: Path, folder: Path) -> Iterator[Path]:
     names: list[str] = []
     with contextlib.suppress(yaml.YAMLError, ValueError, OSError):
         tokens = yaml.scan(file.read_text(encoding="utf-8"))
-        names += [token.value for token in tokens if isinstance(token, yaml.ScalarToken)]
+        names += [token.value for token in tokens if isinstance(token, yaml.ScalarToken) and token.value]
     around = {folder.resolve(), *folder.resolve().parents}
     for place in (above / name for name in names for above in (file.parent, folder)):
         if os.path.isfile(place):  # noqa: PTH113  of a text that may be no path at all

@@ -37,6 +37,7 @@ class Trackers:
         for writer in self._writers:
             for key, value in told.items():
                 writer.add_scalar(key, value, step)
+            writer.flush()  # a rank may be killed at any time
         for run in self._runs:
             run.log(told, step=step)
 

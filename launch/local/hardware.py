@@ -56,6 +56,6 @@ def note_on_bfloat16(stages: Iterable[Stage]) -> str:
     is_slow = not count_gpus() and "sse2" in flags and "avx512bw" not in flags
     if not is_slow or all(stage.params.compute_dtype != "bfloat16" for stage in stages):
         return ""
-    sections = "importance", "distillation", "recovery", "evaluation"
+    sections = "importance", "distillation", "recovery", "evaluation", "efficiency"
     settings = " ".join(f"--set {section}.dtype=float32" for section in sections)
     return f"this CPU has no instructions for bfloat16; float32 is several times as fast on it: {settings}"

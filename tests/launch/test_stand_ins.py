@@ -1,4 +1,4 @@
-"""Dry runs of models of the hub that aren't in its cache: planned with what the hub tells."""
+"""Dry runs of models of the hub that aren't in its cache: planned with what the hub tells, or as unknown."""
 
 import os
 import subprocess
@@ -11,6 +11,8 @@ from ranks import ROOT
 from sweeps import in_process
 from tiny import save_tiny
 
+PAPER = ROOT / "configs" / "sweeps" / "paper.yaml"
+
 
 def dry_run(folder, *arguments, **environment):
     """Run in a process of its own, as the hub's client reads the environment when it is imported."""
@@ -20,6 +22,16 @@ def dry_run(folder, *arguments, **environment):
     return subprocess.run(
         list(map(str, command)), capture_output=True, text=True, check=False, env={**usual, **own, **environment}
     )
+
+
+def test_what_can_not_be_looked_up_is_planned_without_its_shape(tmp_path):
+    shown = dry_run(tmp_path, "--config", PAPER, "--profile", "example-gpu", HF_HUB_OFFLINE="1")
+    assert shown.returncode == 0, shown.stderr
+    cells, stages = 24, shown.stdout.count("#SBATCH --job-name")
+    assert f"{cells} cells, {stages} stages: 0 reuse, {stages} run" in shown.stdout
+    assert shown.stdout.count("unknown until the model is downloaded") == cells
+    assert "width" in shown.stdout and "14336" not in shown.stdout
+    assert not list(tmp_path.glob("*")), "nothing is left"
 
 
 def test_what_the_hub_tells_of_a_model_is_planned_with(tmp_path):
