@@ -70,7 +70,7 @@ class Run:
         nodes: in Slurm's notation.
         ended: unix time; None while it runs, or if it was killed.
         how: done, failed, interrupted, cancelled or duplicate.
-        progress: the last heartbeat when it ended, without times.
+        progress: the last heartbeat when it started, later when it ended, without times.
     """
 
     job_id: str

@@ -23,11 +23,11 @@ class Cause(StrEnum):
     DONE = "done"
     """The artifact is there and verified."""
     INTERRUPTED = "interrupted"
-    """By preemption, or once all was saved; it goes on from there."""
+    """By preemption, once all was saved, or by the time limit while it got further; it goes on from there."""
     BAD_NODE = "bad node"
     """A node died, or can't run the stage."""
     KILLED = "killed"
-    """A rank died without a message, waited in vain for another one, or met the time limit before it had saved."""
+    """A rank died without a message, waited in vain for another one, or met the time limit and got no further."""
     LOST_INPUT = "lost input"
     """An artifact that the stage reads is damaged; it is made again."""
     NOT_RUN = "not run"
@@ -128,7 +128,8 @@ def _cause(ledger: Ledger, stage: Stage, attempt: Attempt, job: JobInfo | None) 
         return Cause.INPUT, f"{name}: {problem} (exit code {code}); correct it\n{tail}"
     if state == "TIMEOUT" or "DUE TO TIME LIMIT" in text:
         reached = f"{name} reached its time limit of {attempt.intent.time_minutes} minutes before it had saved"
-        return Cause.KILLED, f"{reached}; raise time_minutes or signal_seconds in the profile"
+        cause = Cause.INTERRUPTED if _got_further(ledger, stage) else Cause.KILLED
+        return cause, f"{reached}; raise time_minutes or signal_seconds in the profile"
     if state in STATES:
         return STATES[state][0], f"{name}: {STATES[state][1]}\n{tail}".rstrip()
     for words, cause, meaning in WORDS:
@@ -144,6 +145,13 @@ def _cause(ledger: Ledger, stage: Stage, attempt: Attempt, job: JobInfo | None) 
         where = "its nodes may not see that folder; --out must lie on a file system that all nodes share"
         return Cause.KILLED, f"{name} has left no log in {attempt.folder}: {where}"
     return Cause.KILLED, f"{name} ({state}): a rank died without a message\nits log ends with:\n{tail}"
+
+
+def _got_further(ledger: Ledger, stage: Stage) -> bool:
+    """Return whether a stage is further than its jobs were whenever one of them started or ended by itself."""
+    beat = ledger.store.handle(stage.id).heartbeat()
+    earlier = [run.progress for attempt in ledger.jobs_of(stage.id) for run in attempt.runs() if run.progress]
+    return beat is not None and all(at["phase"] != beat.phase or at["done"] < beat.done for at in earlier)
 
 
 def no_node_suits(problem: str, avoided: Sequence[str]) -> tuple[str, str]:

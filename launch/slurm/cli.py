@@ -35,6 +35,8 @@ EVENT_COLORS = {"done": "green", "ended": "red", "waiting": "yellow"}
 # Seconds after which what still keeps the sweep waiting is told again.
 REMIND_S = 3600.0
 STATUS_INTERVAL_S = 5.0
+# Seconds between two questions of --status to Slurm about the same jobs.
+SLURM_INTERVAL_S = 60.0
 # Between two stages, a sweep on this machine holds no claim for some seconds, while the ranks of the first one end.
 LOOKS_AT_REST = 3
 # States of stages on which nothing is at work.
@@ -103,17 +105,21 @@ def show_status(console: Console, sweep: Sweep, keep_on: bool) -> None:
     ledger = Ledger(sweep.store)
     observer = Observer(ledger, SlurmCommands(retry_delays_s=()))
     screen = _Screen(console, sweep)
+    looked_at = -math.inf
 
     def is_committed(stage_id: str) -> bool:
         return sweep.store.handle(stage_id).is_committed()
 
     def jobs() -> Mapping[str, JobInfo] | None:
         """Return the jobs by name; None if this machine has no Slurm, or Slurm does not answer at once."""
+        nonlocal looked_at
         open_jobs = (ledger.open_job(stage_id) for stage_id in sweep.plan.stages if not is_committed(stage_id))
         attempts = [attempt for attempt in open_jobs if attempt is not None]
         try:
-            if attempts:
+            are_known = all(attempt.intent.job_name in observer.jobs for attempt in attempts)
+            if not are_known or (attempts and time.monotonic() - looked_at >= SLURM_INTERVAL_S):
                 observer.look(attempts)
+                looked_at = time.monotonic()
         except SlurmUnavailableError as error:
             message = f"Slurm does not answer ({error}): submitted jobs may wait or run"
             screen.tell(Event("waiting", message=message))

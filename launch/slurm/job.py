@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from time import sleep
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import psutil
 from hfprune_launch.slurm.causes import START, Cause
@@ -242,6 +242,7 @@ class Start:
             restart=int(os.environ.get("SLURM_RESTART_COUNT", "0")),
             nodes=os.environ.get("SLURM_JOB_NODELIST", ""),
             started=time.time(),
+            progress=self._progress(),
         )
         self.attempt.record_run(self._run)
 
@@ -264,16 +265,18 @@ class Start:
 
     def end(self, how: str) -> None:
         """Record how this start of the job ended, and release the stage."""
-        beat = self._handle.heartbeat()
-        progress = None if beat is None else {"phase": beat.phase, "done": beat.done}
-        self.attempt.record_run(replace(self._run, ended=time.time(), how=how, progress=progress))
+        self.attempt.record_run(replace(self._run, ended=time.time(), how=how, progress=self._progress()))
         if self.claim is not None:
             self._handle.discard_drafts(self.claim)
             self.claim.release()
 
+    def _progress(self) -> dict[str, Any] | None:
+        beat = self._handle.heartbeat()
+        return None if beat is None else {"phase": beat.phase, "done": beat.done}
+
     def gets_no_further(self) -> bool:
-        """Return whether the job's last starts ended where earlier ones had been."""
-        progress = [run.progress for run in self.attempt.runs()]
+        """Return whether the job's last starts, but for those that were killed, ended where earlier ones had been."""
+        progress = [run.progress for run in self.attempt.runs() if run.ended is not None]
         is_new = [at is not None and at not in progress[:number] for number, at in enumerate(progress)]
         return len(is_new) >= FRUITLESS_STARTS and not any(is_new[-FRUITLESS_STARTS:])
 

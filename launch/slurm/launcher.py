@@ -142,6 +142,7 @@ class Launcher:
                 show()
                 answered_at = self._clock()
             except SlurmUnavailableError as error:
+                answered_at, wait = self._clock(), min(LONGEST_WAIT_S, wait * 1.5)
                 self._tell(Event("waiting", message=f"Slurm does not answer ({error}); jobs go on meanwhile"))
             except (OSError, UserError) as error:
                 if not _may_pass(error) or self._clock() - answered_at >= STORE_PATIENCE_S:

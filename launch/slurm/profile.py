@@ -83,6 +83,13 @@ class Resources(Section):
     srun_args: list[str] = Field(default_factory=list)
     """Further arguments of srun."""
 
+    @field_validator("sbatch", mode="before")
+    @classmethod
+    def _with_dashes(cls, given: Any) -> Any:
+        return (
+            {str(name).replace("_", "-"): value for name, value in given.items()} if isinstance(given, dict) else given
+        )
+
     @field_validator("partition", "account", "qos", "constraint", "exclude", "sbatch")
     @classmethod
     def _in_one_line(cls, given: Any) -> Any:

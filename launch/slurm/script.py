@@ -135,7 +135,8 @@ def _setup(request: Request) -> list[str]:
         f'echo "{START} ${{SLURM_RESTART_COUNT:-0}}" >&2',
         f"hfprune_folder={shlex.quote(str(folder))}",
         'hfprune_record="$hfprune_folder/exit.$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}"',
-        'hfprune_end() { echo "$@" >"$hfprune_record.new" && mv "$hfprune_record.new" "$hfprune_record"; exit "$1"; }',
+        "hfprune_end() { trap - EXIT",
+        'echo "$@" >"$hfprune_record.new" && mv "$hfprune_record.new" "$hfprune_record"; exit "$1"; }',
         # With it, srun would need slurmdbd; the job's own cluster is that of its nodes.
         "unset SLURM_CLUSTERS",
         f"export OMP_NUM_THREADS={request.threads}",
@@ -151,16 +152,17 @@ def _setup(request: Request) -> list[str]:
 
 def environment_script(request: Request) -> str:
     """Return the profile's setup and environment as shell lines; the first line of setup that fails ends the job and is
-    named in its record.
+    named in its record; one that exits ends it too.
 
     As with ``set -e``, conditions may fail; unlike with it, so may commands inside functions and sourced files: the
     batch script sources these lines, so that their own commands have a depth of two.
     """
-    failed = "hfprune_end $hfprune_code setup in the profile failed in its line $((LINENO - 1))"
+    failed = "hfprune_end $hfprune_code setup in the profile failed in its line $((LINENO - 2))"
     checked = [
         f"trap 'hfprune_code=$?; if [ ${{#BASH_SOURCE[@]}} = 2 ]; then {failed}; fi' ERR",
+        "trap 'hfprune_end 1 a line of setup in the profile ended the job' EXIT",
         *request.resources.setup,
-        "trap - ERR",
+        "trap - ERR EXIT",
     ]
     environment = [f"export {name}={shlex.quote(value)}" for name, value in request.resources.environment.items()]
     return "".join(f"{line}\n" for line in [*checked, *environment])

@@ -85,6 +85,14 @@ def test_by_the_log_where_nothing_else_says_it(ledger, attempt, line, expected):
     assert end.cause == expected and (line in end.message or "raise time_minutes" in end.message)
 
 
+def test_a_time_limit_counts_against_a_stage_only_where_it_got_no_further(ledger, attempt):
+    Progress(ledger.store.work(STAGE.id)).update("layers", 3, 9)
+    for earlier, expected in ((None, "interrupted"), (2, "interrupted"), (3, "killed")):
+        progress = None if earlier is None else {"phase": "layers", "done": earlier}
+        attempt.record_run(Run("7", 0, "n1", time.time() - 10, progress=progress))
+        assert ended(ledger, attempt, "TIMEOUT").cause == expected
+
+
 def test_what_failed_before_the_ranks_is_told_by_the_batch_script(ledger, attempt):
     (attempt.folder / "exit.7.0").write_text("127 setup in the profile failed in its line 2\n")
     end = ended(ledger, attempt, "FAILED")

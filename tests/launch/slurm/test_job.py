@@ -150,6 +150,17 @@ def test_a_job_leaves_its_nodes_where_another_process_has_the_stage(rank, store,
     assert start.ask() == "run"
 
 
+def test_starts_that_were_killed_say_nothing_of_how_far_a_job_gets(rank, store, attempt):
+    store.work(STAGE.id).mkdir(parents=True)
+    Progress(store.work(STAGE.id)).update("layers", 3, 9)
+    start = Start(attempt.folder)
+    assert attempt.runs()[0].progress == {"phase": "layers", "done": 3}, "from where a start goes on"
+    start.end("interrupted")
+    for number in (1, 2, 3):
+        attempt.record_run(Run("12345", number, "n1", 1.0))
+    assert not start.gets_no_further()
+
+
 RUNNING = "JobState=RUNNING PreemptTime=None"
 
 

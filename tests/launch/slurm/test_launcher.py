@@ -338,6 +338,20 @@ def test_a_store_that_can_not_be_read_for_minutes_is_waited_for(fake, store, mon
     assert any(os.strerror(errno.EIO) in message for message in launcher.said("waiting"))
 
 
+def test_slurm_that_does_not_answer_is_asked_ever_less_often_and_does_not_use_up_patience_with_the_store(fake, store):
+    launcher = started(store, ALONE, delays=())
+    fake.fail_next("squeue", *[DOWN] * 30)
+
+    def show():
+        if not fake.faults["squeue"] and failing:
+            raise OSError(errno.EIO, failing.pop(), "somewhere")
+        fake.end("101", "CANCELLED")
+
+    failing = ["first", "second"]
+    launcher.run(show)
+    assert causes(store, SCORES) == ["cancelled"] and not failing and 1200 < launcher.clock.now < 2400
+
+
 @pytest.mark.parametrize(("number", "after"), [(errno.ENOSPC, 1), (errno.EROFS, 1), (errno.EIO, 600)])
 def test_a_full_disk_ends_a_follower_at_once_and_other_errors_in_the_end(fake, store, number, after):
     launcher = started(store)
@@ -435,8 +449,9 @@ def test_status_says_at_once_that_slurm_does_not_answer(fake, store, tmp_path, c
     shown = capsys.readouterr().out
     assert "Slurm does not answer" in shown and shown.count(" submitted  ") == 3 and "missing" not in shown
     assert len(fake.calls("squeue")) == before + 1
-    rounds = iter(range(3))
+    rounds = iter(range(9))
     monkeypatch.setattr(cli, "sleep", lambda _: next(rounds))
     with pytest.raises(StopIteration):
         show_status(Console(width=200), Sweep(PLAN, store, tmp_path), keep_on=True)
     assert capsys.readouterr().out.count("Slurm does not answer") == 1, "it goes on, and says so once"
+    assert len(fake.calls("squeue")) == before + 6, "once Slurm has answered, it is not asked again within a minute"

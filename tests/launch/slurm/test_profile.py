@@ -32,17 +32,17 @@ def test_a_kind_of_stage_overrides_single_settings(tmp_path):
 
 def test_environment_and_sbatch_are_merged_key_by_key_and_lists_replaced(tmp_path):
     common = (
-        "environment: {NCCL_DEBUG: WARN, A: '1'}\nsbatch: {reservation: week4, exclusive: true}\n"
+        "environment: {NCCL_DEBUG: WARN, A: '1'}\nsbatch: {reservation: week4, mail_user: me}\n"
         "setup: [module load cuda]\nsrun_args: [--cpu-bind=none]\n"
     )
     own = "stages: {recover: {environment: {A: '2', B: '3'}, sbatch: {reservation: null, nice: 5}, setup: [true]}}\n"
     profile = load_profile(write(tmp_path, common + own.replace("[true]", "['echo b']")), SHIPPED)
     recover, prune = profile.resources["recover"], profile.resources["prune"]
     assert recover.environment == {"NCCL_DEBUG": "WARN", "A": "2", "B": "3"}
-    assert recover.sbatch == {"exclusive": True, "nice": 5}
+    assert recover.sbatch == {"mail-user": "me", "nice": 5}
     assert recover.setup == ["echo b"] and recover.srun_args == prune.srun_args == ["--cpu-bind=none"]
     assert prune.environment == {"NCCL_DEBUG": "WARN", "A": "1"} and prune.setup == ["module load cuda"]
-    assert prune.sbatch == {"reservation": "week4", "exclusive": True}
+    assert prune.sbatch == {"reservation": "week4", "mail-user": "me"}
     assert profile.resources["loraprune"] == recover, "which it is, where nothing is said of it"
 
 
@@ -56,7 +56,7 @@ def test_environment_and_sbatch_are_merged_key_by_key_and_lists_replaced(tmp_pat
         ("time_minutes: 5\nsignal_seconds: 6000", ["signal_seconds 6000 is more than time_minutes 5"]),
         ("gpus_per_node: 8\ntasks_per_node: 16", ["tasks_per_node 16 is more than gpus_per_node 8"]),
         ("stages: {recover: {sbatch: {mem: 3}}}", ["stages.recover", "mem is not to be given there; a key"]),
-        ("sbatch: {mem_per_gpu: 7}", ["mem_per_gpu"]),
+        ("sbatch: {Mem: 7}", ["Mem"]),
         ('sbatch: {comment: "two\\nlines"}', ["sbatch: 'two\\nlines' has a character"]),
         ("stages: {recover: {sbatch: {cluster: other}}}", ["stages.recover", "SLURM_CLUSTERS"]),
     ],

@@ -97,6 +97,12 @@ def test_a_setup_line_that_fails_ends_the_job_and_is_named(run, line, code):
     assert result.records == [f"{code} setup in the profile failed in its line 2"] and "never" not in result.said
 
 
+def test_a_setup_line_that_exits_ends_the_job_and_is_recorded(run):
+    result = run(setup=["true", "false || exit 3"])
+    assert result.ranks is None and result.code == 1
+    assert result.records == ["1 a line of setup in the profile ended the job"]
+
+
 def test_what_may_fail_in_a_setup(run, tmp_path):
     sourced = tmp_path / "profile.sh"
     sourced.write_text("false\nls /no/such/file\nexport FROM_FILE=1\n")
