@@ -8,8 +8,13 @@ def seen_units(model, kinds):
     return [
         SeenUnits(units.kind, layer, output, units.channels_per_unit, rows_of(units, model, layer))
         for units in kinds
-        for layer, output in enumerate(units.outputs_of(model))
+        for layer, output in enumerate(outputs_of(units, model))
     ]
+
+
+def outputs_of(units, model):
+    """Return the output projections of a model's layers."""
+    return [model.get_submodule(units.tensor(layer, units.output)) for layer in range(units.num_layers)]
 
 
 def rows_of(units, model, layer):

@@ -180,10 +180,11 @@ def _hub_model(name: str, hub_id: str, revision: str, spelling: str, *, download
                 raise
             folder, is_here = _stand_in(hub_id, revision), False
     except refusals as error:
-        is_denied = isinstance(error, GatedRepoError) or not isinstance(
-            error, (HfHubHTTPError, NotASafetensorsRepoError)
+        # Otherwise the hub is out of reach, or keeps the model from whoever has no licence.
+        has_no_such = isinstance(error, (HfHubHTTPError, NotASafetensorsRepoError)) and not isinstance(
+            error, GatedRepoError
         )
-        if download or not is_denied:
+        if download or has_no_such:
             raise UserError(
                 f"model {name!r}: {hub_id}@{revision} can't be downloaded: {error}; check the network; for a gated "
                 "model, accept its licence on its page and run `hf auth login`"

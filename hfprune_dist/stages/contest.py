@@ -34,8 +34,10 @@ class Contest:
     removals: int
 
     @classmethod
-    def of(cls, params: PruneParameters, checkpoint: Checkpoint, kinds: Sequence[Scored], target: Target) -> Contest:
-        """The contest in which all layers stay."""
+    def among_all_layers(
+        cls, params: PruneParameters, checkpoint: Checkpoint, kinds: Sequence[Scored], target: Target
+    ) -> Contest:
+        """The contest as long as all layers stay."""
         per_unit = checkpoint.parameter_counts.units
         ladders = []
         for scored, scores in zip(kinds, _comparable(params, checkpoint, kinds), strict=True):

@@ -71,11 +71,11 @@ def decide_shape(
     if params.allocation == "plain":
         found, metrics = _Search(context, checkpoint, kinds, target).plain_shape()
     elif params.allocation == "searched":
-        contest = Contest.of(params, checkpoint, kinds, target)
+        contest = Contest.among_all_layers(params, checkpoint, kinds, target)
         found, metrics = _Search(context, checkpoint, kinds, target).any_shape(contest)
     elif target.competes:
         exchange = EXCHANGE if params.allocation == "global" else 1.0
-        found = Contest.of(params, checkpoint, kinds, target).decided_by_scores(exchange)
+        found = Contest.among_all_layers(params, checkpoint, kinds, target).decided_by_scores(exchange)
     else:
         found = shape_for(target)
     return kept_of(kinds, found), metrics

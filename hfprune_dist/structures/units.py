@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from hfprune_dist.structures import KV_GROUPS, NEURONS
 
 if TYPE_CHECKING:
-    from torch import nn
+    pass
 
 # Key of config.json for sizes that differ between layers: field -> its value in each layer. It overrides the top level.
 LAYER_SIZES = "layer_sizes"
@@ -165,10 +165,6 @@ class Units:
             name = self.tensor(layer, owned.tensor)
             if name in tensors:
                 yield name, owned
-
-    def outputs_of(self, model: nn.Module) -> list[nn.Module]:
-        """Return the output projections of a model's layers."""
-        return [model.get_submodule(self.tensor(layer, self.output)) for layer in range(self.num_layers)]
 
     def shape_of(self, owned: Owned, layer: int, hidden: int) -> list[int]:
         """Return the shape of a tensor that a layer's units own parts of; not for whole experts.

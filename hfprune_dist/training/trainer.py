@@ -13,6 +13,7 @@ import math
 import os
 import warnings
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -112,28 +113,28 @@ def fine_tune(task: FineTuning, attempt: Attempt) -> Snapshot:
     if start.step == task.total_steps:
         return start
     training = Training(task, start, world, place_training(task, runtime.sharding, world))
-    losses, trackers = list(start.losses), Trackers(runtime.report_to if world.is_first else (), attempt.run_folder)
-    for step in range(start.step + 1, task.total_steps + 1):
-        values = training.step(step - 1)
-        for key, value in values.items():
-            if not math.isfinite(value):
-                raise UserError(
-                    f"{section}: {key} is {value} at step {step}; lower {section}.learning_rate, or raise "
-                    f"{section}.warmup_steps; at step 1, check the checkpoint's weights"
-                )
-        values = {"epoch": round(step / task.schedule.steps_per_epoch, 4), **values}
-        losses.append({"step": step, **values})
-        trackers.report(values, step)
-        attempt.progress.update(section, step, task.total_steps)
-        if world.is_first:
-            print(f"{section}: step {step}/{task.total_steps}, loss {values['loss']:.4f}", flush=True)
-        interrupted = attempt.interruption.agreed(world)
-        if step % runtime.save_every_steps == 0 or step == task.total_steps or interrupted:
-            tensors = training.state()
-            world.on_rank0(lambda step=step, tensors=tensors: Snapshot(step, tensors, losses).save(file))  # type: ignore[misc]
-        if interrupted:
-            raise Interrupted
-    trackers.close()
+    losses = list(start.losses)
+    with closing(Trackers(runtime.report_to if world.is_first else (), attempt.run_folder)) as trackers:
+        for step in range(start.step + 1, task.total_steps + 1):
+            values = training.step(step - 1)
+            for key, value in values.items():
+                if not math.isfinite(value):
+                    raise UserError(
+                        f"{section}: {key} is {value} at step {step}; lower {section}.learning_rate, or raise "
+                        f"{section}.warmup_steps; at step 1, check the checkpoint's weights"
+                    )
+            values = {"epoch": round(step / task.schedule.steps_per_epoch, 4), **values}
+            losses.append({"step": step, **values})
+            trackers.report(values, step)
+            attempt.progress.update(section, step, task.total_steps)
+            if world.is_first:
+                print(f"{section}: step {step}/{task.total_steps}, loss {values['loss']:.4f}", flush=True)
+            interrupted = attempt.interruption.agreed(world)
+            if step % runtime.save_every_steps == 0 or step == task.total_steps or interrupted:
+                tensors = training.state()
+                world.on_rank0(lambda step=step, tensors=tensors: Snapshot(step, tensors, losses).save(file))  # type: ignore[misc]
+            if interrupted:
+                raise Interrupted
     return Snapshot.read(file)
 
 

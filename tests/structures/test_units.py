@@ -3,6 +3,7 @@
 import pytest
 import torch
 from tiny import FAMILY, VARIANTS, tiny_model
+from unit_outputs import outputs_of
 
 from hfprune_dist.structures.units import LAYER_SIZES
 
@@ -33,7 +34,7 @@ def test_what_a_unit_owns_is_what_a_smaller_model_lacks(variant, kind):
             assert shapes[name][axis] == 4 * per_unit and shape[axis] == 2 * per_unit
         else:
             assert shapes[name] == shape, name
-    projections = units.outputs_of(larger)
+    projections = outputs_of(units, larger)
     assert all(it.in_features == 4 * units.channels_per_unit for it in projections)
     names = [units.tensor(1, it) for it in units.weights]
     assert larger.get_parameter(names[-1]) is projections[1].weight
