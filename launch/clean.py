@@ -142,8 +142,8 @@ def _refuse_while_needed(store: Store) -> None:
 def _running(store: Store) -> list[str]:
     """Return the ids of the stages claimed by a process that is alive."""
     handles = (handle for kind in STAGE_VERSIONS for handle in _handles(store, store.root / "work" / kind))
-    claims = ((handle.id, handle.open_claim()) for handle in handles)
-    return [stage_id for stage_id, claim in claims if claim is not None and claim.lives]
+    holders = ((handle.id, handle.holder()) for handle in handles)
+    return [stage_id for stage_id, holder in holders if holder is not None and holder.lives]
 
 
 def _unused(store: Store, kept: Collection[str], about_to_run: Collection[str]) -> Iterator[Leftover]:

@@ -143,10 +143,10 @@ def _clean_up(prepared: Prepared) -> None:
             handle.discard_leftovers()
             ledger.close_done(stage_id)
         elif verdict.state == "corrupt" and stage_id in prepared.todo:
-            aside = handle.set_aside()
-            if aside is not None:  # nobody else was faster
-                told = f"corrupt artifact {stage_id} ({verdict.reason}): set aside as {aside}, made again"
-                prepared.request.tell(told)
+            with handle.claimed_briefly() as claim:
+                if claim is not None and (aside := handle.set_aside(claim)) is not None:  # nobody else was faster
+                    told = f"corrupt artifact {stage_id} ({verdict.reason}): set aside as {aside}, made again"
+                    prepared.request.tell(told)
 
 
 def _with_earlier(prepared: Prepared) -> Sweep:

@@ -164,7 +164,7 @@ def test_submitit_is_known_to_launch_only():
 
 def test_a_stage_in_a_store_is_reached_by_its_handle_alone():
     """Outside the store, no code looks up a stage's folders or claims by its id."""
-    by_id, of_a_work_folder = {"path", "work"}, {"try_claim", "open_claim"}
+    by_id, of_a_work_folder = {"path", "work"}, {"try_claim", "holder_of"}
     for package in PACKAGES:
         for module, file in modules(package).items():
             if room_of(module) == "hfprune_dist.store":

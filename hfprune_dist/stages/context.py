@@ -125,13 +125,13 @@ class Context(Generic[P]):
         def check() -> None:
             for stage_id in self.stage.needs:
                 need = self.store.handle(stage_id)
-                while (verdict := need.verify(thorough=self.attempt > 1)).state == "corrupt":
-                    if (aside := need.set_aside()) is not None:
-                        raise LostInputError(
-                            f"{stage_id}: {verdict.reason}; set aside as {aside}; run the sweep again to make it anew"
-                        )
-                if verdict.state == "missing":
-                    raise LostInputError(f"{stage_id}: {verdict.reason}; run the sweep again")
+                verdict = need.verify(thorough=self.attempt > 1)
+                if verdict.state == "corrupt":
+                    with need.claimed_briefly() as claim:
+                        if claim is not None:  # otherwise it is being made anew
+                            need.set_aside(claim)
+                if verdict.state != "done":
+                    raise LostInputError(f"{stage_id}: {verdict.reason}; run the sweep again to make it anew")
             self.require_untouched_inputs("since the sweep was planned")
 
         self.world.on_rank0(check)

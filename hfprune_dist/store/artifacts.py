@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import shutil
 import uuid
-from collections.abc import Collection, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -24,13 +24,12 @@ from hfprune_dist.errors import UserError
 from hfprune_dist.store.atomic_files import (
     fsync_path,
     listed,
-    read_json,
     read_object,
     read_record,
     usual_mode,
     write_json,
 )
-from hfprune_dist.store.claims import CLAIM_FILES, Claim, Holder, OpenClaim, open_claim, try_claim
+from hfprune_dist.store.claims import CLAIM_FILES, Claim, Holder, holder_of, try_claim
 from hfprune_dist.store.hashing import FileHashes, for_each_file
 from hfprune_dist.store.heartbeat import FAILURES, PROGRESS, Failure, Heartbeat
 from hfprune_dist.store.stage import Stage
@@ -50,10 +49,6 @@ class Verdict:
 
     state: Literal["done", "missing", "corrupt"]
     reason: str
-
-
-# The verdict on an artifact of which ``StageHandle.empty`` left only the manifest.
-NOTHING_LEFT = Verdict("missing", "its files were removed to make room")
 
 
 class Store:
@@ -126,7 +121,7 @@ class StageHandle:
         if manifest is None or not manifest["files"]:
             return Verdict("corrupt", f"{MANIFEST} is missing or damaged")
         if manifest.get(EMPTIED):
-            return NOTHING_LEFT
+            return Verdict("missing", "its files were removed to make room")
         listing = {self.artifact / name: entry for name, entry in manifest["files"].items()}
 
         sizes = {file: entry["bytes"] for file, entry in listing.items()}
@@ -153,38 +148,26 @@ class StageHandle:
                 raise
             return "missing"  # set aside by another process in the meantime
 
-    def set_aside(self) -> Path | None:
-        """Move its corrupt artifact, or one without files, to the quarantine, so that another can take its place.
+    def set_aside(self, claim: Claim) -> Path | None:
+        """Move its corrupt artifact to the quarantine, so that another can take its place.
 
-        Other processes may find the same damage at the same time and remake the artifact; a remade one is kept.
+        Args:
+            claim: the claim on it; under another, the artifact may have been remade meanwhile.
 
         Returns:
-            its new path; None if there is no such artifact (any more).
+            its new path; None if it isn't corrupt (any more).
 
         Raises:
             OSError, UserError: if part of it can't be read at present, which says nothing about it.
+            ClaimLostError: if another process has claimed the stage since.
         """
-        judged = _inode(self.artifact)
-        if judged is None:
+        if self.verify(thorough=True).state != "corrupt":
             return None
-        verdict = self.verify(thorough=True)
-        if verdict.state != "corrupt" and verdict != NOTHING_LEFT:
-            return None
-        with contextlib.suppress(ValueError, IsADirectoryError):
-            read_json(self.artifact / MANIFEST)  # which looks damaged to ``verify`` if the disk doesn't answer
         target = self.store.root / "quarantine" / f"{self.id.replace('/', '-')}-{uuid.uuid4().hex[:6]}"
         target.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            self.artifact.rename(target)
-        except FileNotFoundError:
-            return None
-        if _inode(target) == judged:
-            return target
-        try:  # put back what was made while its predecessor was verified; a third may be there by now
-            target.rename(self.artifact)
-        except OSError:
-            shutil.rmtree(target, ignore_errors=True)
-        return None
+        claim.require_held()
+        self.artifact.rename(target)
+        return target
 
     def open_draft(self, claim: Claim | None = None) -> Path:
         """Create the folder in which its artifact is written; drafts left by dead attempts are removed.
@@ -236,24 +219,24 @@ class StageHandle:
             _seal(stage, draft, record)
             if claim is not None:
                 claim.require_held()
-            self._publish(draft)
+            self._publish(draft, claim)
         except (OSError, UserError):
             if claim is not None:
                 claim.require_held()  # a successor has removed the draft
             raise
         fsync_path(self.artifact.parent)
 
-    def _publish(self, draft: Path) -> None:
+    def _publish(self, draft: Path, claim: Claim | None) -> None:
         """Give a finished draft its final name, unless a valid artifact has it already."""
-        aside = None if self.is_done() else self.set_aside()
-        if aside is not None and (read_object(aside / MANIFEST) or {}).get(EMPTIED):
-            shutil.rmtree(aside, ignore_errors=True)
         try:
             draft.rename(self.artifact)
         except OSError:
-            if not self.is_done():
-                raise
-            shutil.rmtree(draft, ignore_errors=True)
+            if self.is_done():
+                shutil.rmtree(draft, ignore_errors=True)
+                return
+            if claim is None or self.set_aside(claim) is None:  # files were removed to make room
+                self.discard()
+            draft.rename(self.artifact)
 
     def empty(self) -> None:
         """Remove the files of its artifact, except for the manifest; they are made again when they are needed.
@@ -275,13 +258,28 @@ class StageHandle:
 
     # Its work folder, in which it runs.
 
-    def claim(self, job: str | None = None, ended_jobs: Collection[str] = ()) -> Claim | Holder:
+    def claim(self, job: str | None = None) -> Claim | Holder:
         """Claim the right to run it, or return the holder; creates the work folder. See ``try_claim``."""
-        return try_claim(self.work, job, ended_jobs)
+        return try_claim(self.work, job)
 
-    def open_claim(self) -> OpenClaim | None:
-        """The claim under which it runs, or ran when its launcher died; None if there is none. Claims nothing."""
-        return open_claim(self.work)
+    @contextlib.contextmanager
+    def claimed_briefly(self, job: str | None = None) -> Iterator[Claim | None]:
+        """Hold the right to run it for a moment; None if another process has it."""
+        claim = self.claim(job)
+        try:
+            yield claim if isinstance(claim, Claim) else None
+        finally:
+            if isinstance(claim, Claim):
+                claim.release()
+
+    def release_claim_of(self, job: str) -> None:
+        """Free the stage if a job holds it that is over."""
+        with self.claimed_briefly(job):
+            pass
+
+    def holder(self) -> Holder | None:
+        """The process that runs it, or died doing so; None if nobody has claimed it, or its claim was released."""
+        return holder_of(self.work)
 
     def heartbeat(self) -> Heartbeat | None:
         """The latest report of its progress; None if none can be read."""
@@ -317,13 +315,10 @@ class StageHandle:
 
     def discard_leftovers(self) -> None:
         """Remove the work folder left by a process that died just after committing, if the stage is done."""
-        if not self.work.is_dir() or isinstance(claim := self.claim(), Holder):
-            return  # a process that has just committed is about to do the same
-        try:
-            if self.is_done():
-                self.discard_work()
-        finally:
-            claim.release()
+        if self.work.is_dir():
+            with self.claimed_briefly() as claim:  # a process that has just committed is about to do the same
+                if claim is not None and self.is_done():
+                    self.discard_work()
 
 
 def _seal(stage: Stage, draft: Path, record: dict[str, Any]) -> None:
@@ -358,11 +353,3 @@ def _remove_path(path: Path) -> None:
     else:
         with contextlib.suppress(OSError):
             path.unlink()
-
-
-def _inode(folder: Path) -> int | None:
-    """Inode number of a folder, which tells it from another that takes its name; None if there is no such folder."""
-    try:
-        return folder.stat().st_ino
-    except FileNotFoundError:
-        return None

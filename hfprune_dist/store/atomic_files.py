@@ -81,24 +81,25 @@ def read_json(file: Path) -> Any:
     """The JSON value in ``file``, or None if there is no such file."""
     try:
         return json.loads(unless_stale(lambda: file.read_text(encoding="utf-8")))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
 
 
 def read_object(file: Path) -> dict[str, Any] | None:
-    """The JSON object in a file that others may write or remove meanwhile; None if none can be read."""
+    """The JSON object in a file; None if there is no such file, or if it is damaged or holds something else.
+
+    Raises:
+        OSError: if the file system does not answer, which says nothing about the file.
+    """
     try:
         value = read_json(file)
-    except (OSError, ValueError):
+    except ValueError:
         return None
     return value if isinstance(value, dict) else None
 
 
 def read_record(kind: type[T], file: Path) -> T | None:
-    """Read a dataclass of this kind from a JSON file; None if the file holds none.
-
-    A file that has vanished, is damaged or holds something else is treated like one that was never written.
-    """
+    """Read a dataclass of this kind from a JSON file; None if the file, as ``read_object`` reads it, holds none."""
     return as_record(kind, read_object(file))
 
 

@@ -21,19 +21,16 @@ import re
 import shutil
 import time
 import uuid
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 from hfprune_dist.errors import UserError
 from hfprune_dist.store.artifacts import Store
-from hfprune_dist.store.atomic_files import as_record, listed, locked, read_json, unless_stale, write_json
-from hfprune_dist.store.claims import Claim, Holder, OpenClaim
+from hfprune_dist.store.atomic_files import listed, locked, read_object, read_record, unless_stale, write_json
 from hfprune_dist.store.stage import Stage
-
-Record = TypeVar("Record")
 
 INTENT, SCRIPT, JOB, END, LOCK = "intent.json", "job.sh", "job.json", "end.json", ".lock"
 # The cause of an attempt that made the artifact.
@@ -89,14 +86,12 @@ class End:
     Attributes:
         message: for the user.
         at: unix time, as far as the stage's heartbeat tells it; a launcher may learn of it days later.
-        is_over: whether it is certain that its job is over, so that its claim is void.
         bad_nodes: nodes that the next attempt should avoid.
     """
 
     cause: str
     message: str
     at: float
-    is_over: bool = True
     bad_nodes: list[str] = field(default_factory=list)
 
 
@@ -110,12 +105,12 @@ class Attempt:
     @property
     def job_id(self) -> str | None:
         """The job's id, as recorded by the launcher, or by the job itself if the launcher died before that."""
-        job = _read(self.folder / JOB, dict[str, str]) or {}
+        job = read_object(self.folder / JOB) or {}
         return job.get("job_id") or next((run.job_id for run in self.runs()), None)
 
     @property
     def end(self) -> End | None:
-        return _read(self.folder / END, End)
+        return read_record(End, self.folder / END)
 
     def record_job(self, job_id: str) -> None:
         write_json(self.folder / JOB, {"job_id": job_id})
@@ -133,7 +128,7 @@ class Attempt:
 
         If there are two jobs (a submission whose answer was lost), the one that started first comes first.
         """
-        runs = [run for file in listed(self.folder, "run.*.json") if (run := _read(file, Run)) is not None]
+        runs = [run for file in listed(self.folder, "run.*.json") if (run := read_record(Run, file)) is not None]
         began = {run.job_id: run.started for run in sorted(runs, key=lambda run: -run.started)}
         return sorted(runs, key=lambda run: (began[run.job_id], run.job_id, run.restart))
 
@@ -171,7 +166,7 @@ class Ledger:
         Raises:
             UserError: if its intent is lost.
         """
-        intent = _read(folder / INTENT, Intent)
+        intent = read_record(Intent, folder / INTENT)
         if intent is None:
             raise UserError(f"{folder}: no record of an attempt; jobs are submitted by a sweep")
         return cls(Store(folder.parents[3])), Attempt(folder, intent)
@@ -183,7 +178,7 @@ class Ledger:
 
     def attempts_at(self, stage_id: str) -> list[Attempt]:
         """Return the attempts at a stage, first to last, without those whose intents are missing."""
-        intents = ((path, _read(path / INTENT, Intent)) for _, path in sorted(_numbered(self._root / stage_id)))
+        intents = ((path, read_record(Intent, path / INTENT)) for _, path in sorted(_numbered(self._root / stage_id)))
         return [Attempt(path, intent) for path, intent in intents if intent is not None]
 
     def jobs_of(self, stage_id: str) -> list[Attempt]:
@@ -225,26 +220,6 @@ class Ledger:
         if (attempt := self.open_job(stage_id)) is not None:
             manifest = self.store.handle(stage_id).manifest() or {}
             attempt.close(End(DONE, "", manifest.get("finished", time.time())))
-
-    def claim(self, stage_id: str, job: str | None = None) -> Claim | Holder:
-        """As ``StageHandle.claim``; claims of jobs that are known to be over count as free."""
-        return self.store.handle(stage_id).claim(job, self._ended_jobs(stage_id))
-
-    def open_claim(self, stage_id: str) -> OpenClaim | None:
-        """As ``StageHandle.open_claim``, but None if held by a job that is over: its end is recorded elsewhere."""
-        claim = self.store.handle(stage_id).open_claim()
-        if claim is None or claim.holder.job is None:
-            return claim
-        return claim if claim.lives and claim.holder.job not in self._ended_jobs(stage_id) else None
-
-    def _ended_jobs(self, stage_id: str) -> Collection[str]:
-        """Return the jobs of a stage that are over.
-
-        Ids that an open attempt has as well are left out: a cluster that was set up anew reuses ids.
-        """
-        attempts = [(attempt.job_id, attempt.end) for attempt in self.jobs_of(stage_id)]
-        over = {job_id for job_id, end in attempts if job_id is not None and end is not None and end.is_over}
-        return over - {job_id for job_id, end in attempts if job_id is not None and end is None}
 
 
 @dataclass(frozen=True)
@@ -319,18 +294,6 @@ def end_of_log(log: Path, most: int) -> str:
         return unless_stale(read).decode("utf-8", errors="replace")
     except FileNotFoundError:
         return ""
-
-
-def _read(file: Path, kind: type[Record]) -> Record | None:
-    """Read a record; None if there is none or it is damaged.
-
-    Raises:
-        OSError: if the file system does not answer, which says nothing about the record.
-    """
-    try:
-        return as_record(kind, read_json(file))
-    except (ValueError, IsADirectoryError, NotADirectoryError):
-        return None
 
 
 def _numbered(folder: Path) -> list[tuple[int, Path]]:

@@ -15,13 +15,12 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Collection
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from hfprune_dist.errors import naming
-from hfprune_dist.store.atomic_files import as_record, listed, modified_at, read_json, write_json
+from hfprune_dist.store.atomic_files import as_record, listed, modified_at, read_json, read_object, write_json
 
 CLAIM_FILES = "claim.*"
 CANCELLED = "cancelled"  # in a store: a token, another for each cancellation of all that runs
@@ -36,17 +35,19 @@ class ClaimLostError(Exception):
 
 @dataclass(frozen=True)
 class Holder:
-    """A process, and its job in a batch system, if any.
+    """A process that claimed a stage, and its job in a batch system, if any.
 
     Attributes:
         started: boot and PID namespace, and clock ticks since that boot at which the process started, which together
             with ``pid`` identify it: ids are reused, and clocks adjusted. None where there is no Linux to say so.
+        lives: False for one that died at work.
     """
 
     host: str
     pid: int
     started: str | None
     job: str | None = None
+    lives: bool = True
 
     @classmethod
     def me(cls, job: str | None = None) -> Holder:
@@ -56,64 +57,40 @@ class Holder:
         place = "" if self.host == socket.gethostname() else f" on {self.host}"
         return f"process {self.pid}{place}" if self.job is None else f"job {self.job}{place}"
 
-    def is_running(self) -> bool | None:
-        """Whether the process is running; None if it can't be seen from here and only its claim's renewals can tell:
-        it is on another machine, in another container, from before a reboot, or hidden as another user's.
-        """
-        if self.host != socket.gethostname() or self.started is None or self.started.rpartition("/")[0] != _system():
-            return None
-        if (found := _start_of(self.pid)) is None:
-            try:
-                os.kill(self.pid, 0)
-            except PermissionError:
-                return None
-            except OSError:
-                pass
-        return found == self.started
-
 
 class Claim:
     """The right to run one stage, held until ``release``, or until another process takes the holder for dead.
 
     Args:
         folder: the stage's work folder.
-        token: random; tells this claim from one of the same generation in a folder that was removed and recreated.
+        token: random; a rank that its launcher tells the token can check the claim.
     """
 
-    def __init__(self, folder: Path, generation: int, token: str) -> None:
+    def __init__(self, folder: Path, token: str) -> None:
         self.token = token
-        self._generation = generation
         self._folder = folder
-        self._file = folder / f"claim.{generation}"
-
-    @property
-    def ticket(self) -> str:
-        """Text from which another process of the holder's can restore the claim to check it; see ``from_ticket``."""
-        return f"{self._generation}.{self.token}"
-
-    @classmethod
-    def from_ticket(cls, folder: Path, ticket: str) -> Claim:
-        generation, _, token = ticket.partition(".")
-        return cls(folder, int(generation), token)
 
     def is_held(self) -> bool:
         """Whether the claim is still in force: not released or succeeded by another, and the stage not finished."""
-        if _newest_generation(self._folder) != self._generation:
-            return False
-        record = _read(self._file)
+        return self._is_mine(_newest(self._folder)[1])
+
+    def _is_mine(self, record: dict[str, Any]) -> bool:
         return record.get("token") == self.token and not record.get("released")
 
-    def require_held(self) -> None:
-        """Check the claim; to be called before anything that must not collide with the work of a successor.
+    def require_held(self) -> Path:
+        """Check the claim, and return its file; to be called before anything that must not collide with the work of a
+        successor.
 
         Raises:
             ClaimLostError: if the claim is no longer held.
         """
-        if not self.is_held():
+        file, record = _newest(self._folder)
+        if not self._is_mine(record):
             raise ClaimLostError(
                 f"{self._folder}: another process has taken over this stage; this one had given no sign of life for "
                 f"{RENEWAL_LIMIT_S / 60:.0f} minutes or more (was it suspended?) and leaves the stage to it"
             )
+        return file
 
     def renew(self) -> None:
         """Show processes on other hosts that this one is alive.
@@ -121,13 +98,13 @@ class Claim:
         Raises:
             ClaimLostError: if the claim is no longer held.
         """
-        self.require_held()
-        os.utime(self._file)
+        os.utime(self.require_held())
 
     def release(self) -> None:
         """Give up the claim; its file stays, so that generations only grow while the folder exists."""
-        if self.is_held():
-            write_json(self._file, {**_read(self._file), "released": True})
+        file, record = _newest(self._folder)
+        if self._is_mine(record):
+            write_json(file, {**record, "released": True})
 
 
 def keep_renewed(claim: Claim) -> threading.Event:
@@ -146,71 +123,58 @@ def keep_renewed(claim: Claim) -> threading.Event:
     return enough
 
 
-def try_claim(folder: Path, job: str | None = None, ended_jobs: Collection[str] = ()) -> Claim | Holder:
+def try_claim(folder: Path, job: str | None = None) -> Claim | Holder:
     """Claim ``folder`` (created if needed), or return its holder.
 
     Args:
         job: the batch job that claims; a requeued job succeeds itself.
-        ended_jobs: jobs known to have ended: their claims are void, however recently they were renewed.
     """
     while True:
         folder.mkdir(parents=True, exist_ok=True)  # removed by a holder that finishes
-        generation = _newest_generation(folder)
-        newest = _open_claim(folder, generation)
-        if newest is not None and newest.lives and newest.holder.job not in ({job, *ended_jobs} - {None}):
-            return newest.holder
-        claim = Claim(folder, generation + 1, uuid.uuid4().hex[:12])
-        file = folder / f"claim.{generation + 1}"
-        if _create(file, json.dumps({**asdict(Holder.me(job)), "token": claim.token}, allow_nan=False)):
+        newest, record = _newest(folder)
+        holder = _holder(newest, record)
+        if holder is not None and holder.lives and (job is None or holder.job != job):
+            return holder
+        claim = Claim(folder, uuid.uuid4().hex[:12])
+        me = {**asdict(Holder.me(job)), "token": claim.token}
+        if _create(newest.with_suffix(f".{_generation(newest) + 1}"), json.dumps(me)):
             return claim
 
 
-@dataclass(frozen=True)
-class OpenClaim:
-    """A claim that its holder has not released; if the holder is not alive, it died at work."""
-
-    holder: Holder
-    lives: bool
+def holder_of(folder: Path) -> Holder | None:
+    """Who holds the claim on ``folder``, or died holding it; None if it was released, or if there is none."""
+    return _holder(*_newest(folder))
 
 
-def open_claim(folder: Path) -> OpenClaim | None:
-    """The newest claim on ``folder``, without claiming it; None if it was released, or if there is none."""
-    return _open_claim(folder, _newest_generation(folder))
-
-
-def _open_claim(folder: Path, generation: int) -> OpenClaim | None:
-    file = folder / f"claim.{generation}"
-    record = _read(file)
-    holder = as_record(Holder, record)
-    if holder is None or record.get("released"):
-        return None
-    return OpenClaim(holder, _lives(holder, file))
-
-
-def _read(file: Path) -> dict[str, Any]:
-    """Content of a claim; empty if it is gone or damaged.
+def _newest(folder: Path) -> tuple[Path, dict[str, Any]]:
+    """The claim of the highest generation, ``claim.0`` if there is none, and its content; empty if it is gone or
+    damaged.
 
     Raises:
         OSError: if it can't be read, in which case its holder may well be alive.
     """
-    try:
-        record = read_json(file)
-    except ValueError:
-        return {}
-    return record if isinstance(record, dict) else {}
+    files = [file for file in listed(folder, CLAIM_FILES) if file.suffix[1:].isdecimal()]
+    file = max(files, key=_generation, default=folder / "claim.0")
+    return file, read_object(file) or {}
 
 
-def _newest_generation(folder: Path) -> int:
-    """The highest generation; 0 if there is no claim."""
-    numbers = [file.suffix[1:] for file in listed(folder, CLAIM_FILES)]
-    return max((int(number) for number in numbers if number.isdecimal()), default=0)
+def _generation(file: Path) -> int:
+    return int(file.suffix[1:])
+
+
+def _holder(file: Path, record: dict[str, Any]) -> Holder | None:
+    holder = as_record(Holder, record)
+    return None if holder is None or record.get("released") else replace(holder, lives=_lives(holder, file))
 
 
 def _lives(holder: Holder, file: Path) -> bool:
-    """Whether a holder is running or, where that can't be seen, has renewed its claim within the limit."""
-    running = holder.is_running()
-    if running is not None:
-        return running
+    """Whether a holder is running or, where that can't be seen, has renewed its claim within the limit.
+
+    Not seen are processes on another machine, in another container, from before a reboot, and those that are hidden.
+    """
+    is_here = holder.host == socket.gethostname() and holder.started is not None
+    if is_here and str(holder.started).rpartition("/")[0] == _system() and not _is_hidden(holder.pid):
+        return _start_of(holder.pid) == holder.started
     renewed_at = modified_at(file)
     if renewed_at is None:
         return False
@@ -239,7 +203,7 @@ def _create(file: Path, text: str) -> bool:
 
     Returns False if another process was faster, or has just removed the folder.
     """
-    draft = file.with_name(f".{file.name}.{socket.gethostname()}.{uuid.uuid4().hex}")
+    draft = file.with_name(f".{file.name}.{uuid.uuid4().hex}")
     try:
         with naming(file):
             draft.write_text(text, encoding="utf-8")
@@ -302,3 +266,12 @@ def _start_of(pid: int) -> str | None:
     except OSError:
         return None
     return None if fields[0] in ("Z", "X") else f"{_system()}/{fields[19]}"
+
+
+def _is_hidden(pid: int) -> bool:
+    """Whether another user's process has this id, which systems may hide from /proc."""
+    try:
+        os.kill(pid, 0)
+    except OSError as error:
+        return isinstance(error, PermissionError) and _start_of(pid) is None
+    return False

@@ -66,7 +66,7 @@ class Progress:
     def __init__(
         self,
         work: Path | None,
-        guard: Callable[[], None] | None = None,
+        guard: Callable[[], object] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._work = work

@@ -106,7 +106,7 @@ class LocalBackend:
         log.write_text(f"{now} {stage.kind} {stage.label} ({stage.id}) on {counted(ranks, 'rank')}\n", encoding="utf-8")
         # Ranks of this machine share its cores, and write their logs at once.
         environment = {**os.environ, "OMP_NUM_THREADS": str(threads_of_a_rank(self._provenance.runtime, ranks))}
-        arguments = [str(self._store.root.resolve()), stage.id, "--claim", claim.ticket]
+        arguments = [str(self._store.root.resolve()), stage.id, "--claim", claim.token]
         self._warm.start(RUN, arguments, ranks, environment, log)
 
     def _watch(self, handle: StageHandle, claim: Claim, on_heartbeat: OnHeartbeat) -> Mapping[int, int]:

@@ -20,9 +20,9 @@ def running_without_job(plan: Plan, store: Store) -> dict[Holder, Stage]:
     """Return the launchers that run stages themselves, not in jobs of a batch system, each with its stage."""
     running, ledger = {}, Ledger(store)
     for stage in plan.stages.values():
-        claim = store.handle(stage.id).open_claim()
-        if claim and claim.lives and claim.holder.job is None and ledger.open_job(stage.id) is None:
-            running[claim.holder] = stage
+        holder = store.handle(stage.id).holder()
+        if holder and holder.lives and holder.job is None and ledger.open_job(stage.id) is None:
+            running[holder] = stage
     return running
 
 

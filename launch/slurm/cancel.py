@@ -54,6 +54,6 @@ def cancel_jobs(
 def _submitting(ledger: Ledger, attempts: list[Attempt]) -> list[str]:
     """Return the launchers that may be submitting jobs at this moment: they hold claims, and have recorded no id."""
     handles = (ledger.store.handle(attempt.intent.stage_id) for attempt in attempts if attempt.job_id is None)
-    claims = [handle.open_claim() for handle in handles]
-    holders = {claim.holder for claim in claims if claim is not None and claim.lives and claim.holder.job is None}
-    return sorted(f"{holder} submits a job" for holder in holders)
+    holders = {handle.holder() for handle in handles}
+    launchers = {holder for holder in holders if holder is not None and holder.lives and holder.job is None}
+    return sorted(f"{launcher} submits a job" for launcher in launchers)

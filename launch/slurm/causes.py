@@ -100,7 +100,6 @@ def explain_end(ledger: Ledger, stage: Stage, attempt: Attempt, job: JobInfo | N
         cause=cause,
         message=message,
         at=time.time() if heartbeat is None else heartbeat.updated,
-        is_over=attempt.job_id is not None,
         bad_nodes=_only_node(attempt, job) if cause == Cause.BAD_NODE else [],
     )
 

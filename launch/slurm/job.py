@@ -249,7 +249,7 @@ class Start:
     def ask(self) -> str:
         """Return ``run``, ``done`` (nothing to do) or ``held`` (another process goes on to run it)."""
         patience_ends = time.monotonic() + CLAIM_PATIENCE_S
-        while isinstance(claim := self.ledger.claim(self._handle.id, self._run.job_id), Holder):
+        while isinstance(claim := self._handle.claim(self._run.job_id), Holder):
             if self._handle.is_done():
                 return "done"
             if time.monotonic() > patience_ends:

@@ -214,7 +214,7 @@ class Launcher:
 
     def _settle(self, stage: Stage, attempt: Attempt, job: JobInfo | None) -> None:
         """Close an attempt whose job Slurm doesn't know, unless the stage's claim shows that somebody is at it."""
-        claim = self._ledger.claim(stage.id)
+        claim = self._store.handle(stage.id).claim()
         if isinstance(claim, Holder):
             return  # its job lives, or its launcher is submitting it
         try:
@@ -232,8 +232,10 @@ class Launcher:
 
     def _end(self, stage: Stage, attempt: Attempt, end: End) -> None:
         """Record how an attempt ended, for the next launcher and the report."""
-        attempt.close(end)
         handle = self._store.handle(stage.id)
+        if attempt.job_id is not None:
+            handle.release_claim_of(attempt.job_id)
+        attempt.close(end)
         if end.cause == Cause.DONE:
             handle.discard_work()  # for a job that died between its commit and its end
             self._tell(Event("done", stage, attempt.job_id))
@@ -294,7 +296,7 @@ class Launcher:
         after_any = job_to_wait_for(self._new_jobs.max_running, queue)
         if len(after_ok) < len(pending) or after_any == "":
             return  # what it has to wait for was refused, or has no known id
-        claim = self._ledger.claim(stage.id)
+        claim = self._store.handle(stage.id).claim()
         if isinstance(claim, Holder):
             return
         submitted = keep_renewed(claim)  # a controller that doesn't answer may take longer than a claim lasts
@@ -304,7 +306,7 @@ class Launcher:
                 handle.discard_work()
             elif self._ledger.open_job(stage.id) is None:
                 if verdict.state == "corrupt":
-                    handle.set_aside()
+                    handle.set_aside(claim)
                 if job_id := self._submit_claimed(stage, after_ok, after_any):
                     queue.append(job_id)
         finally:

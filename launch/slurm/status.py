@@ -104,18 +104,18 @@ def _status(stage: Stage, ledger: Ledger, jobs: Mapping[str, JobInfo] | None, no
 
 def _state(stage: Stage, ledger: Ledger, job: JobInfo | None) -> tuple[str, str]:
     """Return the state of a stage according to its files, and who runs it, why it failed, or what it waits for."""
-    store, claim = ledger.store, ledger.open_claim(stage.id)
-    handle = store.handle(stage.id)
-    if job is not None and claim is not None and claim.holder.job is not None:
-        claim = None  # Slurm itself knows the state of its job
+    store, handle = ledger.store, ledger.store.handle(stage.id)
+    holder = handle.holder()
+    if job is not None and holder is not None and holder.job is not None:
+        holder = None  # Slurm itself knows the state of its job
     if handle.is_committed():
         return "done", ""
-    if claim is not None and claim.lives:
-        return "running", str(claim.holder)
+    if holder is not None and holder.lives:
+        return "running", str(holder)
     if (failure := handle.failure()) is not None:
         return "failed", f"{failure.cause}: {in_one_line(failure.message)}"
-    if claim is not None:
-        return "died", f"{claim.holder} ended without giving a reason; run the same command again"
+    if holder is not None:
+        return "died", f"{holder} ended without giving a reason; run the same command again"
     missing = [need for need in stage.needs if not store.handle(need).is_committed()]
     return ("waiting", f"for {missing[0]}") if missing else ("missing", "")
 

@@ -48,12 +48,12 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("store", type=Path, help="the sweep's store, e.g. runs/demo/store")
     parser.add_argument("stage", help="id of the stage, e.g. prune/0123456789abcdef0123")
-    parser.add_argument("--claim", metavar="TICKET", help="of the launcher's claim on the stage; given by launchers")
+    parser.add_argument("--claim", metavar="TOKEN", help="of the launcher's claim on the stage; given by launchers")
     arguments = parser.parse_args(argv)
     prepare_environment()
     handle, rank = Store(arguments.store).handle(arguments.stage), int(os.environ["RANK"])
     content = find_stage_file(handle)
-    claim = Claim.from_ticket(handle.work, arguments.claim) if arguments.claim else None
+    claim = Claim(handle.work, arguments.claim) if arguments.claim else None
     try:
         run_stage(handle, Interruption(), should_run=lambda world: Admission(True, claim))
     except ClaimLostError as lost:

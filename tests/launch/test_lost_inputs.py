@@ -29,7 +29,8 @@ class Reading:
     def run(self, stage, _):
         for need in map(self._store.handle, stage.needs):
             if need.verify(thorough=True).state == "corrupt":
-                need.set_aside()
+                with need.claimed_briefly() as claim:
+                    need.set_aside(claim)
                 return Failure("lost input", f"{need.id}: set aside", 0, 0.0)
         make_artifact(self._store, stage)
         if self.damages_again:

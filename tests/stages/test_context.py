@@ -130,7 +130,9 @@ def test_who_lost_its_claim_commits_nothing_and_leaves_its_successor_alone(store
 
 def test_damage_is_set_aside(store, text):
     (store.path(NEED.id) / "scores").write_text("scorez")
-    with pytest.raises(LostInputError, match=rf"{NEED.id}: scores: content changed.*; set aside as .*quarantine"):
+    with pytest.raises(
+        LostInputError, match=rf"{NEED.id}: scores: content changed.*; run the sweep again to make it anew"
+    ):
         begin(store, text).check_inputs()
     assert store.handle(NEED.id).verify().state == "missing"
     with pytest.raises(LostInputError, match=rf"{NEED.id}: not made yet; run the sweep again"):

@@ -6,6 +6,7 @@ import pytest
 from made_stages import stage_of
 
 from hfprune_dist.store.artifacts import MANIFEST, Store
+from hfprune_dist.store.claims import Claim
 from hfprune_dist.store.stage import Input
 
 STAGE = stage_of("prune", "a label", {"ratio": 0.2}, {"model": Input("digest", "/somewhere")})
@@ -56,7 +57,8 @@ def test_damage_is_found_and_set_aside(store, damage):
         file.write_text("weight" if damage == "truncated" else "Weights")
     verdict = store.handle(STAGE.id).verify()
     assert verdict.state == "corrupt"
-    aside = store.handle(STAGE.id).set_aside()
+    with store.handle(STAGE.id).claimed_briefly() as claim:
+        aside = store.handle(STAGE.id).set_aside(claim)
     assert aside.is_dir() and store.handle(STAGE.id).verify().state == "missing"
     make(store)
     assert store.handle(STAGE.id).verify().state == "done"
@@ -100,7 +102,7 @@ def test_what_can_not_be_read_now_is_not_set_aside(store, monkeypatch, reader):
     with monkeypatch.context() as patch:
         patch.setattr(Path, reader, refuse)
         with pytest.raises(OSError, match="Input/output"):
-            store.handle(STAGE.id).set_aside()
+            store.handle(STAGE.id).set_aside(Claim(store.work(STAGE.id), "token"))
     assert store.handle(STAGE.id).verify().state == "done"
 
 

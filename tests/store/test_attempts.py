@@ -9,7 +9,6 @@ from made_stages import stage_of
 
 from hfprune_dist.store.artifacts import Store
 from hfprune_dist.store.attempts import End, Ledger, Run, end_of_log, past_attempts
-from hfprune_dist.store.claims import Claim, Holder, try_claim
 from hfprune_dist.store.heartbeat import Progress
 from hfprune_dist.store.stage import Input
 
@@ -55,11 +54,10 @@ def test_a_damaged_record_is_absent(ledger, attempt):
 
 def test_stray_files_and_folders_are_no_attempts(ledger, attempt):
     folder = attempt.folder.parent
-    for name in ("notes.txt", ".nfs0001", "4", "²", "1.old"):
+    for name in ("notes.txt", ".nfs0001", "²", "1.old"):
         (folder / name).write_text("")
     for name in ("backup", "-3", "007", "6"):
         (folder / name).mkdir()
-    (folder / "6" / "intent.json").mkdir()
     assert [found.intent for found in ledger.attempts_at(STAGE.id)] == [attempt.intent]
     assert ledger.begin(STAGE, **JOB).intent.number == 7
 
@@ -89,20 +87,13 @@ def test_starts_are_in_order_whatever_the_clocks_of_their_nodes(attempt):
     assert [(run.job_id, run.restart) for run in attempt.runs()] == [("7", 0), ("7", 1), ("7", 10), ("8", 0)]
 
 
-def test_only_jobs_that_are_over_lose_their_claims(ledger, attempt):
+def test_a_job_that_is_over_loses_its_claim(ledger):
     handle = ledger.store.handle(STAGE.id)
-    attempt.record_job("7")
-    assert isinstance(try_claim(handle.work, job="7"), Claim)
-    assert isinstance(ledger.claim(STAGE.id), Holder), "its job may be running"
-    assert isinstance(ledger.claim(STAGE.id, "7"), Claim), "a requeued job succeeds itself"
-    attempt.close(End("killed", "", 0.0, is_over=False))
-    assert isinstance(ledger.claim(STAGE.id), Holder), "nobody has said that the job is over"
-    attempt.close(End("bad node", "", 0.0))
-    again = ledger.begin(STAGE, **JOB)
-    again.record_job("7")
-    assert isinstance(ledger.claim(STAGE.id), Holder), "another cluster gave the id again"
-    again.withdraw()
-    assert ledger.open_claim(STAGE.id) is not None or isinstance(ledger.claim(STAGE.id), Claim)
+    claim = handle.claim("7")
+    handle.release_claim_of("8")
+    assert claim.is_held()
+    handle.release_claim_of("7")
+    assert not claim.is_held() and handle.holder() is None
 
 
 # What a report tells.

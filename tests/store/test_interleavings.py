@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from made_stages import stage_of
 
 from hfprune_dist.store import claims
-from hfprune_dist.store.artifacts import StageHandle, Store
+from hfprune_dist.store.artifacts import Store
 from hfprune_dist.store.claims import Claim, ClaimLostError, Holder, try_claim
 from hfprune_dist.store.stage import Input
 
@@ -45,16 +45,14 @@ def corrupt(store):
 
 def find_and_mend(scratch, makes):
     """Do what a sweep does that finds damage: set it aside, and make what is missing."""
-    store = Store(scratch / "store")
-    if store.handle(STAGE.id).verify(thorough=True).state == "corrupt":
-        aside = store.handle(STAGE.id).set_aside()
-        if makes and store.handle(STAGE.id).verify().state == "missing":
-            made = store.root / STAGE.kind / f".draft-{id(store)}"  # each claim has a draft of its own
-            made.mkdir(parents=True)
-            (made / "model.bin").write_text("weights")
-            store.handle(STAGE.id).commit(STAGE, made, {"metrics": {}})
+    handle = Store(scratch / "store").handle(STAGE.id)
+    with handle.claimed_briefly() as claim:
+        aside = handle.set_aside(claim) if claim is not None else None
+        if claim is not None and makes and handle.verify().state == "missing":
+            draft = handle.open_draft(claim)
+            (draft / "model.bin").write_text("weights")
+            handle.commit(STAGE, draft, {"metrics": {}}, claim)
         return aside
-    return None
 
 
 @often
@@ -70,26 +68,6 @@ def test_damage_is_set_aside_once_and_what_was_made_anew_stays(scratch, order, m
     assert state in ("done", "missing"), "no damage is left, and nothing that was made anew is damaged"
     assert state == "done" or not all(makers)
     assert {path.name for path in (store.root / STAGE.kind).iterdir()} <= {STAGE.fingerprint}
-
-
-def test_who_comes_late_leaves_what_was_made_anew_alone(scratch, monkeypatch):
-    """Both find it corrupt; one sets it aside and makes it anew, and only then does the other take it."""
-    store = fresh(scratch)
-    corrupt(store)
-    late, verify = store.handle(STAGE.id), StageHandle.verify
-
-    def made_anew_meanwhile(self, *arguments, **options):
-        verdict = verify(self, *arguments, **options)
-        if self is late and verdict.state == "corrupt":
-            assert store.handle(STAGE.id).set_aside() is not None
-            make(store)
-        return verdict
-
-    monkeypatch.setattr(StageHandle, "verify", made_anew_meanwhile)
-    assert late.set_aside() is None
-    assert store.handle(STAGE.id).verify(thorough=True).state == "done"
-    assert len(list((store.root / "quarantine").iterdir())) == 1
-    assert store.handle(STAGE.id).set_aside() is None and store.handle(STAGE.id).verify().state == "done"
 
 
 @often

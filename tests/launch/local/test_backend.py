@@ -65,7 +65,7 @@ class Ranks:
         self._work = store.work(STAGE.id)
 
     def start(self, main, arguments, size, environment, log):
-        self.meanwhile(Claim.from_ticket(self._work, arguments[-1]))
+        self.meanwhile(Claim(self._work, arguments[-1]))
         log.write_text(self.said)
 
     def ended(self, timeout):
