@@ -83,8 +83,6 @@ def _explain(schema: type[BaseModel], raw: Mapping[str, Any], problem: Mapping[s
     message = re.sub("^(Input|String|List) should ", "must ", problem["msg"])
     message = re.sub("a valid dictionary( or instance of .*)?", "a section", message)
     message = message.replace("a valid integer", "a whole number")
-    if (valid := _fields_at(schema, location)) and not isinstance(problem["input"], Mapping):
-        message += f" of the keys {', '.join(sorted(valid))}"
     return f"{key}: {message} (got {as_written(problem['input'])})"
 
 
@@ -172,33 +170,24 @@ def _set_dotted(target: dict[str, Any], key: str, value: Any) -> None:
     target |= _merge(target, {leaf: value})
 
 
-def with_absolute_paths(raw: dict[str, Any], base: Path) -> dict[str, Any]:
-    """A configuration whose relative paths, which are relative to ``base``, are absolute: in the keys that are paths,
-    models with a slash, unless they have the form of a hub id and are no folder, and methods that are named by a file.
+def with_absolute_paths(value: Any, base: Path, key: str = "") -> Any:
+    """A configuration, or the value of a key in it, whose relative paths, which are relative to ``base``, are absolute:
+    in the keys that are paths, models with a slash, unless they have the form of a hub id and are no folder, and
+    methods that are named by a file.
     """
+    if isinstance(value, dict):
+        return {name: with_absolute_paths(part, base, name) for name, part in value.items()}
+    if isinstance(value, list):
+        return [with_absolute_paths(part, base, key) for part in value]
+    return absolute_path(value, base) if isinstance(value, str) and _is_path(key, value, base) else value
 
-    def resolved(value: Any) -> Any:
-        if isinstance(value, list):
-            return [resolved(part) for part in value]
-        if not isinstance(value, dict):
-            return value
-        return {
-            key: absolute_path(part, base) if key in PATHS and isinstance(part, str) and part else resolved(part)
-            for key, part in value.items()
-        }
 
-    def is_named_by_path(key: str, name: Any) -> bool:
-        if not isinstance(name, str):
-            return False
-        if key == "methods":
-            return name.endswith((".yaml", ".yml"))
-        return "/" in name and (not is_hub_id(name) or Path(absolute_path(name, base)).is_dir())
-
-    content: dict[str, Any] = resolved(raw)
-    for key in ("methods", "models"):
-        if isinstance(names := raw.get(key), list):
-            content[key] = [absolute_path(name, base) if is_named_by_path(key, name) else name for name in names]
-    return content
+def _is_path(key: str, text: str, base: Path) -> bool:
+    if key == "methods":
+        return text.endswith((".yaml", ".yml"))
+    if key == "models":
+        return "/" in text and (not is_hub_id(text) or Path(absolute_path(text, base)).is_dir())
+    return key in PATHS and text != ""
 
 
 def is_hub_id(model: str) -> bool:

@@ -2,39 +2,31 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, TypeVar, get_args
+from typing import Annotated, Literal
 
 from pydantic import AfterValidator, ConfigDict, Field
 
 from hfprune_dist.config.section import NonNegative, NumberOrShare, Positive, PositiveOrAuto, Section, explained_by
 from hfprune_dist.methods import CRITERIA, CriterionName, MethodCriterion
-from hfprune_dist.structures import EXPERTS, KV_GROUPS, NEURONS, TOGETHER, Structure, UnitKind
+from hfprune_dist.structures import EXPERTS, KV_GROUPS, NEURONS, TOGETHER, Structure
 
 Allocation = Literal["uniform", "plain", "local", "global", "standardized", "searched", "low_rank"]
 Refit = Literal["none", "bias", "dense", "layerwise", "block"]
 Effort = Literal["quick", "thorough"]
 
-StructureT = TypeVar("StructureT", UnitKind, Structure)
+
+def _in_order(structures: list[Structure]) -> list[Structure]:
+    if len(set(structures)) < len(structures) or (
+        structures != [EXPERTS] and not {NEURONS} <= {*structures} <= {*TOGETHER}
+    ):
+        raise ValueError(
+            f"must be {EXPERTS} alone, or {NEURONS}, beside which there may be {' and '.join(TOGETHER[1:])}"
+        )
+    return [kind for kind in TOGETHER if kind in structures] or structures
 
 
-def _in_order(structures: list[StructureT]) -> list[StructureT]:
-    if NEURONS not in structures and EXPERTS not in structures:
-        beside = ", ".join(TOGETHER[1:])
-        raise ValueError(f"{NEURONS} must be among them; beside it there may be {beside}; or {EXPERTS}, alone")
-    if len(set(structures)) < len(structures):
-        raise ValueError(f"{', '.join(structures)}: name each once")
-    return [kind for kind in get_args(Structure) if kind in structures]
-
-
-def _goes_together(structures: list[Structure]) -> list[Structure]:
-    if EXPERTS in structures and len(structures) > 1:
-        raise ValueError(f"{', '.join(structures)}: {EXPERTS} go alone; leave them out, or all else")
-    return structures
-
-
-# What is pruned, in a fixed order whatever order it is given in; and what is scored, possibly for several methods.
-Structures = Annotated[list[Structure], AfterValidator(_in_order), AfterValidator(_goes_together)]
-UnitKinds = Annotated[list[UnitKind], AfterValidator(_in_order)]
+# What is pruned, in a fixed order whatever order it is given in.
+Structures = Annotated[list[Structure], AfterValidator(_in_order)]
 
 
 class Method(Section):
@@ -105,24 +97,14 @@ class Method(Section):
     distribution (see ``DistillationConfig``). This needs no labels and no further text, but it is training."""
 
     @property
-    def split(self) -> int:
-        """The number of devices that numbers of units are divisible by: ``tensor_parallel`` where it has an effect."""
-        return self.tensor_parallel if KV_GROUPS in self.structures else 1
-
-    @property
     def without_effect(self) -> set[str]:
         """Names of settings that have no effect, given the others."""
         protects = self.allocation in ("local", "global", "standardized", "searched")
         idle = set() if protects else {"floor", "protect_first", "protect_last"}
         idle |= {"floor"} if self.allocation == "local" else set()
         idle |= set() if KV_GROUPS in self.structures else {"tensor_parallel"}
-        return idle
-
-    def of_one_cut(self) -> dict[str, Any]:
-        """The settings that affect a single prune stage; the others affect which stages there are."""
-        of_others = {"prunes_in", "adapts", "distill"}
         measures_or_fits = self.allocation in ("plain", "searched") or self.refit not in ("none", "bias")
-        return self.model_dump(exclude=self.without_effect | of_others | (set() if measures_or_fits else {"effort"}))
+        return idle if measures_or_fits else idle | {"effort"}
 
     @property
     def scored_before(self) -> frozenset[CriterionName]:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 from pydantic import Field, model_validator
 
@@ -24,13 +23,8 @@ class MixedText(TextSource):
     """The text's share of the windows is its weight divided by the sum of all weights."""
 
 
-@dataclass(frozen=True)
-class TextShare:
-    """A text and the number of calibration windows cut from it.
-
-    Attributes:
-        role: the text's role among the inputs of a stage, if it is a file.
-    """
+class TextShare(NamedTuple):
+    """A text, its role among the inputs of a stage if it is a file, and the number of windows that are cut from it."""
 
     role: str
     text: TextSource
@@ -53,7 +47,7 @@ class CalibrationConfig(TextSource):
     """Micro-batches per shard. Sums are reduced over ranks and saved after each shard, from which a run can resume."""
     add_bos_token: bool | None = None
     """Begin every window with the tokenizer's BOS token; null: as in evaluation.add_bos_token."""
-    mixture: list[MixedText] | None = None
+    mixture: Annotated[list[MixedText], Field(min_length=2)] | None = None
     """Several texts instead of one: a list of texts, each with the usual keys (path, or dataset, name, ...) and a
     ``weight``, e.g. [{path: code.jsonl, weight: 1}, {dataset: allenai/c4, name: en, weight: 3}]. They are interleaved,
     so that any part of the windows, such as those that refits hold out, has about these shares of the texts. A model
@@ -64,8 +58,6 @@ class CalibrationConfig(TextSource):
         if self.mixture is None:
             return self
         _refuse_beside(self, CalibrationConfig, "mixture")
-        if len(self.mixture) < 2:
-            raise ValueError("mixture needs two texts or more; a single one is calibration's own path or dataset")
         for number, (text, share) in enumerate(zip(self.mixture, self.shares(), strict=True)):
             if not share.windows:
                 raise ValueError(
@@ -115,18 +107,15 @@ class FidelityConfig(HeldOutText):
     independent: with far fewer documents than windows they are too small."""
     sequence_length: Length = 1024
     """Tokens per window, the beginning-of-sequence token included."""
-    texts: dict[TextName, HeldOutText] | None = None
+    texts: Annotated[dict[TextName, HeldOutText], Field(min_length=1)] | None = None
     """Several texts instead of one, under names of your choice, each with the keys of a text (path, or dataset, ...),
     e.g. {own: {path: own.jsonl}, news: {path: news.jsonl}}. Tables show perplexity, KL and agreement on the first text;
     results.md also shows KL on each of the others. results.csv has all."""
 
     @model_validator(mode="after")
     def _is_one_text_or_several(self) -> FidelityConfig:
-        if self.texts is None:
-            return self
-        _refuse_beside(self, FidelityConfig, "texts")
-        if not self.texts:
-            raise ValueError("texts has none; name one, or set texts to null")
+        if self.texts is not None:
+            _refuse_beside(self, FidelityConfig, "texts")
         return self
 
     def each(self) -> dict[str, FidelityConfig]:

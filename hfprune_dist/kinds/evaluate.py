@@ -13,7 +13,6 @@ from hfprune_dist.config.section import Dtype
 from hfprune_dist.config.texts import FIRST, reference_role
 from hfprune_dist.core.memory_limits import LOGITS_BYTES
 from hfprune_dist.kinds.memory import ITEMSIZE, Need, Planned, Sizes, StageParameters, logits_bytes, whole_forward
-from hfprune_dist.kinds.reference import ReferenceParameters
 
 # Tokens of a request without examples, and of an example: few tasks have longer ones.
 REQUEST_TOKENS, EXAMPLE_TOKENS = 1024, 512
@@ -41,9 +40,7 @@ class EvaluateParameters(StageParameters):
 
     def need(self, planned: Planned, rows: int | None = None) -> Need:
         """Its texts, if there are several, differ in nothing that counts here."""
-        reference = planned.source(reference_role(FIRST))
-        assert isinstance(reference, ReferenceParameters) and reference.text is not None
-        return self.forwards(planned.dense, reference.text.sequence_length, rows)
+        return self.forwards(planned.dense, planned.source(reference_role(FIRST)).text.sequence_length, rows)
 
     def forwards(self, checkpoint: Checkpoint, window: int, rows: int | None = None) -> Need:
         """The memory of requests of tasks, and of windows of text, one by one. Requests may have all positions of the

@@ -6,13 +6,11 @@ pass choose a student.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import ClassVar, Self
+from typing import Any, ClassVar
 
 from pydantic import Field
 
 from hfprune_dist.checkpoints.checkpoint import Checkpoint
-from hfprune_dist.config.method import UnitKinds
 from hfprune_dist.config.schema import SweepConfig
 from hfprune_dist.config.section import Dtype, Section
 from hfprune_dist.config.texts import CalibrationConfig
@@ -21,7 +19,7 @@ from hfprune_dist.core.memory_limits import ACCELERATOR_BYTES, OWN_TERMS_BYTES
 from hfprune_dist.kinds.memory import FLOAT32, FLOAT64, HEAD_BYTES, ITEMSIZE, Need, Planned, Sizes, StageParameters
 from hfprune_dist.methods import CRITERIA, CriterionName
 from hfprune_dist.methods.sdmprune import LACKS, PUBLISHED
-from hfprune_dist.structures import KV_GROUPS, NEURONS
+from hfprune_dist.structures import KV_GROUPS, NEURONS, UnitKind
 
 # core.memory_efficient: the portions, in float32, that a gated MLP's backward holds.
 GATED_PORTIONS = 7
@@ -61,31 +59,16 @@ class ImportanceParameters(StageParameters):
     dtype: Dtype
     add_bos_token: bool
     seed: int
-    structures: UnitKinds = Field(default=[NEURONS])
+    structures: list[UnitKind] = Field(default=[NEURONS])
     student: StudentParameters | None = None
 
     @classmethod
-    def from_config(
-        cls,
-        config: SweepConfig,
-        criteria: Iterable[CriterionName],
-        structures: Sequence[str],
-        student: StudentParameters | None = None,
-    ) -> ImportanceParameters:
-        """The pass that computes these scores."""
-        return cls(
-            # The stage has one setting for BOS, wherever the configuration sets it.
-            calibration=config.calibration.model_copy(update={"add_bos_token": None}),
-            criteria=[],
-            dtype=config.importance.dtype,
-            add_bos_token=config.calibrates_with_bos,
-            seed=config.seed,
-            student=student,
-        ).scoring(criteria, structures)
-
-    def scoring(self, criteria: Iterable[str], structures: Sequence[str]) -> Self:
-        """The same pass, for these criteria and these kinds of units."""
-        return self.model_copy(update={"criteria": sorted(criteria), "structures": list(structures)})
+    def from_config(cls, config: SweepConfig, **scoring: Any) -> ImportanceParameters:
+        """The pass that computes these scores: ``criteria``, ``structures`` and, if there is one, the ``student``."""
+        # The stage has one setting for BOS, wherever the configuration sets it.
+        calibration = config.calibration.model_copy(update={"add_bos_token": None})
+        dtype, add_bos_token = config.importance.dtype, config.calibrates_with_bos
+        return cls(calibration=calibration, dtype=dtype, add_bos_token=add_bos_token, seed=config.seed, **scoring)
 
     def need(self, planned: Planned, rows: int | None = None) -> Need:
         return self.pass_over(planned.dense, checkpointing=planned.checkpointing, rows=rows)
@@ -131,10 +114,3 @@ class ImportanceParameters(StageParameters):
     def allows(self, rows: int) -> bool:
         """A shard belongs to one rank, so its ``shard_size`` micro-batches run one at a time."""
         return rows <= max(1, self.calibration.samples // self.calibration.shard_size)
-
-
-def calibration_of(planned: Planned, *roles: str) -> CalibrationConfig:
-    """The settings of the calibration windows of a pass that is an input, or an input of an input."""
-    params = planned.source(*roles)
-    assert isinstance(params, ImportanceParameters)
-    return params.calibration

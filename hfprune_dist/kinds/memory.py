@@ -11,7 +11,8 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from itertools import product
+from typing import Any, ClassVar, NamedTuple
 
 from hfprune_dist.checkpoints.checkpoint import Checkpoint
 from hfprune_dist.config.parameters import Parameters
@@ -98,10 +99,9 @@ def place(need: Need, gpus: Gpus, sharding: Sharding) -> Placement:
     both = [True] if gpus.ranks == 1 or need.gathered is None else [True, False]
     wholes = {"replicate": [True], "zero3": [False]}.get(sharding, both)
     ways = []
-    for whole in wholes:
-        for again in (False,) if need.again is None else (False, True):
-            needed = need.on_each_gpu(gpus.ranks, whole=whole, checkpointing=again)
-            ways.append(Placement(whole, again, needed <= gpus.memory, needed))
+    for whole, again in product(wholes, [False] if need.again is None else [False, True]):
+        needed = need.on_each_gpu(gpus.ranks, whole=whole, checkpointing=again)
+        ways.append(Placement(whole, again, needed <= gpus.memory, needed))
     return next((way for way in ways if way.fits), min(ways, key=lambda way: way.needed))
 
 
@@ -152,14 +152,9 @@ class Sizes:
         )
 
     @property
-    def head(self) -> int:
-        """Parameters of the head."""
-        return self.vocabulary * self.hidden
-
-    @property
     def gathered(self) -> int:
         """Parameters that ranks gather at a time: those of a layer's experts together, however many they are."""
-        return min(self.parameters, max(LIVE_PARAMETERS, self.layer) + self.head)
+        return min(self.parameters, max(LIVE_PARAMETERS, self.layer) + self.vocabulary * self.hidden)
 
     @property
     def forward(self) -> int:
@@ -215,8 +210,8 @@ class Planned:
     dense: Checkpoint
     checkpointing: bool
 
-    def source(self, *roles: str) -> Parameters:
-        """The settings of the stage that makes an input or, with several roles, an input of that input."""
+    def source(self, *roles: str) -> Any:
+        """The settings, of its kind, of the stage that makes an input or, with several roles, an input of that one."""
         stage = self.stage
         for role in roles:
             stage = self.stages[stage.inputs[role].location]

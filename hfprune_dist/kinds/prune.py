@@ -13,7 +13,6 @@ from hfprune_dist.config.method import Allocation, Effort, Method, Refit, Struct
 from hfprune_dist.config.schema import SweepConfig
 from hfprune_dist.config.section import Dtype
 from hfprune_dist.core.memory_limits import KEPT_BYTES
-from hfprune_dist.kinds.importance import calibration_of
 from hfprune_dist.kinds.memory import FLOAT32, FLOAT64, ITEMSIZE, Need, Planned, Sizes, StageParameters, layer_by_layer
 from hfprune_dist.methods import MethodCriterion
 from hfprune_dist.structures import KV_GROUPS, NEURONS
@@ -25,10 +24,8 @@ NORM_TOKENS = 2**15
 class PruneParameters(StageParameters):
     """Settings of one cut: those of a ``Method`` that it depends on.
 
-    ``ratio``: removed parameters / all of the dense model's. ``floor``, ``protect_first`` and
-    ``protect_last`` are None if the allocation doesn't use them, ``dtype`` and ``micro_batch_size`` (windows per rank's
-    forward pass) if no model runs, ``effort`` if nothing is measured or fitted. ``tensor_parallel`` divides
-    ``multiple_of`` and the layers' numbers of KV groups; it is 1 if none are pruned.
+    ``ratio``: removed parameters / all of the dense model's. ``dtype`` and ``micro_batch_size`` (windows per rank's
+    forward pass) are None if no model runs. ``tensor_parallel`` divides ``multiple_of`` and numbers of KV groups.
     """
 
     remedy: ClassVar[str] = (
@@ -40,14 +37,14 @@ class PruneParameters(StageParameters):
     allocation: Allocation
     refit: Refit
     multiple_of: int
-    floor: float | None = None
-    protect_first: int | None = None
-    protect_last: int | None = None
+    floor: float = 0.0
+    protect_first: int = 0
+    protect_last: int = 0
     dtype: Dtype | None = None
     micro_batch_size: int | None = None
     structures: Structures = Field(default=[NEURONS])
     tensor_parallel: int = 1
-    effort: Effort | None = None
+    effort: Effort = "thorough"
 
     @property
     def is_thorough(self) -> bool:
@@ -69,7 +66,7 @@ class PruneParameters(StageParameters):
         runs_model = method.refit != "none" or method.allocation in ("plain", "searched", "low_rank")
         return cls(
             ratio=ratio,
-            **method.of_one_cut(),
+            **method.model_dump(include={*cls.model_fields}),
             dtype=config.importance.dtype if runs_model else None,
             micro_batch_size=config.calibration.micro_batch_size if runs_model else None,
         )
@@ -83,7 +80,7 @@ class PruneParameters(StageParameters):
         """Of windows layer by layer through the dense model, and for layerwise and block through the pruned one."""
         if self.refit == "none" and self.allocation != "low_rank":
             return None
-        calibration, (dtype, windows) = calibration_of(planned, "importance"), self.forward_pass()
+        calibration, (dtype, windows) = planned.source("importance").calibration, self.forward_pass()
         model, itemsize = Sizes.from_checkpoint(planned.dense), ITEMSIZE[dtype]
         samples, tokens = calibration.samples * (1 + self.sees_copies), calibration.sequence_length
         rows, hidden = min(rows or windows, samples), model.hidden

@@ -11,7 +11,6 @@ from hfprune_dist.config.schema import EvaluationConfig
 from hfprune_dist.config.section import Dtype
 from hfprune_dist.config.texts import FidelityConfig
 from hfprune_dist.config.training import DistillationConfig
-from hfprune_dist.kinds.importance import calibration_of
 from hfprune_dist.kinds.memory import ITEMSIZE, Need, Planned, Sizes, StageParameters, layer_by_layer
 
 
@@ -40,7 +39,7 @@ class ReferenceParameters(StageParameters):
 
     def need(self, planned: Planned, rows: int | None = None) -> Need:
         if self.text is None:
-            calibration = calibration_of(planned, "importance")
+            calibration = planned.source("importance").calibration
             samples, tokens = calibration.samples, calibration.sequence_length
         else:
             samples, tokens = self.text.windows, self.text.sequence_length

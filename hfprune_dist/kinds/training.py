@@ -8,12 +8,11 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from hfprune_dist.config.method import Allocation, Method, UnitKinds
+from hfprune_dist.config.method import Allocation, Method
 from hfprune_dist.config.schema import SweepConfig
 from hfprune_dist.config.training import DistillationConfig, LoraTraining, RecoveryConfig
-from hfprune_dist.kinds.importance import calibration_of
 from hfprune_dist.kinds.memory import FLOAT32, HEAD_BYTES, ITEMSIZE, Need, Planned, Sizes, StageParameters
-from hfprune_dist.structures import kinds_among
+from hfprune_dist.structures import UnitKind, kinds_among
 
 
 class DistillParameters(StageParameters):
@@ -26,7 +25,7 @@ class DistillParameters(StageParameters):
     seed: int
 
     def need(self, planned: Planned, rows: int | None = None) -> Need:
-        tokens = calibration_of(planned, "reference", "importance").sequence_length
+        tokens = planned.source("reference", "importance").calibration.sequence_length
         rows = rows or self.distillation.micro_batch_size
         return training_need(self.distillation, Sizes.from_checkpoint(planned.dense), rows, tokens, distills=True)
 
@@ -59,10 +58,10 @@ class LoraPruneParameters(RecoverParameters):
 
     masks: ClassVar[bool] = True
     allocation: ClassVar[Allocation] = "local"
-    floor: ClassVar[None] = None
+    floor: ClassVar[float] = 0.0
 
     ratio: float
-    structures: UnitKinds
+    structures: list[UnitKind]
     multiple_of: int
     tensor_parallel: int
     protect_first: int
@@ -71,17 +70,9 @@ class LoraPruneParameters(RecoverParameters):
     @classmethod
     def from_method(cls, config: SweepConfig, method: Method, ratio: float) -> LoraPruneParameters:
         """The training of a method with numbers, as ``with_numbers`` returns it."""
-        assert isinstance(method.multiple_of, int), "planned with numbers"
-        return cls(
-            recovery=config.recovery,
-            seed=config.seed,
-            ratio=ratio,
-            structures=kinds_among(method.structures),
-            multiple_of=method.multiple_of,
-            tensor_parallel=method.split,
-            protect_first=int(method.protect_first),
-            protect_last=int(method.protect_last),
-        )
+        bounds = method.model_dump(include={"multiple_of", "tensor_parallel", "protect_first", "protect_last"})
+        structures = kinds_among(method.structures)
+        return cls(recovery=config.recovery, seed=config.seed, ratio=ratio, structures=structures, **bounds)
 
 
 def training_need(

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from hfprune_dist.config.method import Method
 from hfprune_dist.config.parameters import Parameters
@@ -23,14 +24,14 @@ from hfprune_dist.kinds.prune import PruneParameters
 from hfprune_dist.kinds.reference import ReferenceParameters
 from hfprune_dist.kinds.training import DistillParameters, LoraPruneParameters, RecoverParameters
 from hfprune_dist.methods import CRITERIA
-from hfprune_dist.planning.methods import can_do, refuse_criteria, refuse_model, suited
+from hfprune_dist.planning.methods import can_do, refuse_criteria, suited
 from hfprune_dist.planning.model_sources import ModelSource
 from hfprune_dist.planning.plan import NONE, OWN, Cell, Plan, label_of
 from hfprune_dist.planning.ratios import check_ratios, place_of, with_numbers
 from hfprune_dist.planning.user_files import own_tasks
 from hfprune_dist.store.hashing import FileHashes
-from hfprune_dist.store.stage import Input, Stage
-from hfprune_dist.structures import NEURONS, kinds_among
+from hfprune_dist.store.stage import CUTTING, Input, Stage
+from hfprune_dist.structures import NEURONS, UnitKind, kinds_among
 
 
 def build_plan(
@@ -57,8 +58,7 @@ def build_plan(
         )
     planner = _Planner(config, methods, hashes, device)
     for model in models:  # before any text is read
-        for name, method in planner.methods_for(model).items():
-            check_ratios(model.checkpoint, config.ratios, method, place_of(model.name, name))
+        planner.check(model)
     cells = [cell for model in models for cell in planner.rows(model)]
     _refuse_same_rows(cells)
     return Plan(planner.stages, tuple(cells), tuple(planner.asked))
@@ -84,30 +84,33 @@ def _first_criteria(method: Method) -> set[str]:
     return {CRITERIA[name].student_of or name for name in method.scored_before}
 
 
-def _scores(importance: Stage, criteria: Iterable[str], structures: Sequence[str]) -> Input:
+def _scores(importance: Stage, criteria: Iterable[str], structures: Sequence[UnitKind] = (NEURONS,)) -> Input:
     """The artifact of a calibration pass, identified as if the pass had computed only these scores: others that share
     the pass change neither these scores nor the windows.
     """
-    assert isinstance(importance.params, ImportanceParameters)
-    alone = replace(importance, params=importance.params.scoring(criteria, structures))
+    scoring = {"criteria": sorted(criteria), "structures": list(structures)}
+    alone = replace(importance, params=importance.params.model_copy(update=scoring))
     return replace(importance.as_input(), identity=alone.id)
 
 
 @dataclass(frozen=True)
 class _Variant:
-    """A checkpoint before recovery: the dense one, or one that a method pruned at a ratio.
+    """A checkpoint: the dense model, or what a chain of stages, in order, makes of it; the last one writes it."""
 
-    ``cut`` has the same shape: if the checkpoint was distilled, ``cut`` is what it was before distillation.
-    """
-
-    label: str
     model: str
     dense: Input
-    checkpoint: Input
-    cut: Input
     ratio: float | None = None
     method: str | None = None
-    producers: tuple[str, ...] = ()
+    chain: tuple[Stage, ...] = ()
+
+    @property
+    def checkpoint(self) -> Input:
+        return self.chain[-1].as_input() if self.chain else self.dense
+
+    @property
+    def cut(self) -> Input:
+        """The checkpoint that has the same shape, before anything was trained."""
+        return next((stage.as_input() for stage in self.chain if stage.kind in CUTTING), self.dense)
 
 
 class _Planner:
@@ -127,40 +130,10 @@ class _Planner:
         self.stages: dict[str, Stage] = {}
         self.asked: list[str] = []
 
-    def methods_for(self, model: ModelSource) -> dict[str, Method]:
-        """The methods that apply to a model, as they suit it: all but adaptive ones that can do nothing there.
-
-        Raises:
-            UserError: if none is left.
-        """
-        checkpoint = model.checkpoint
-        left = {name: suited(own, checkpoint) for name, own in self._methods.items() if can_do(own, checkpoint)}
-        if not left:
-            name, method = next(iter(self._methods.items()))
-            refuse_model(method, checkpoint, place_of(model.name, name))
-        return left
-
-    def rows(self, model: ModelSource) -> list[Cell]:
-        """The rows of a model: the dense one, and for each ratio those of the methods."""
-        self._check_positions(model)
-        methods = self.methods_for(model) if self._config.ratios else {}
-        dense = Input(model.identity, str(model.checkpoint.path), content=model.content)
-        importance = self._importance_for_all(model, dense, methods)  # first, since most of the sweep waits for it
-        cells = self._finish(_Variant(label_of(model.name, None, None, NONE), model.name, dense, dense, dense))
-        for ratio in self._config.ratios:
-            for name, method in methods.items():
-                label = label_of(model.name, ratio, name if len(self._methods) > 1 else None, NONE)
-                variant = _Variant(label, model.name, dense, dense, dense, ratio, name)
-                numbered = with_numbers(method, model.checkpoint)
-                if method.prunes_in == "recovery":
-                    cells.append(self._pruned_in_recovery(variant, numbered, ratio))
-                else:
-                    assert importance is not None
-                    cells += self._finish(self._pruned(variant, numbered, ratio, importance))
-        return cells
-
-    def _check_positions(self, model: ModelSource) -> None:
-        """Refuse generations that are longer than the number of a model's positions."""
+    def check(self, model: ModelSource) -> None:
+        """Refuse ratios and methods that the model doesn't take, and generations longer than its positions."""
+        for name, method in self._methods_for(model).items():
+            check_ratios(model.checkpoint, self._config.ratios, method, place_of(model.name, name))
         efficiency, positions = self._config.efficiency, model.checkpoint.max_positions
         longest = max(efficiency.prompt_tokens) + efficiency.new_tokens
         if efficiency.enabled and positions is not None and longest > positions:
@@ -168,6 +141,30 @@ class _Planner:
                 f"efficiency: the longest of prompt_tokens and new_tokens are {longest} together, more than the "
                 f"{positions} positions of model {model.name!r} (max_position_embeddings); choose fewer"
             )
+
+    def _methods_for(self, model: ModelSource) -> dict[str, Method]:
+        """The methods that apply to a model, as they suit it: all but adaptive ones that can do nothing there; if that
+        leaves none, all of them, which the model then refuses.
+        """
+        checkpoint = model.checkpoint
+        left = {name: method for name, method in self._methods.items() if can_do(method, checkpoint)}
+        return {name: suited(method, checkpoint) for name, method in (left or self._methods).items()}
+
+    def rows(self, model: ModelSource) -> list[Cell]:
+        """The rows of a model: the dense one, and for each ratio those of the methods."""
+        methods = self._methods_for(model) if self._config.ratios else {}
+        dense = Input(model.identity, str(model.checkpoint.path), content=model.content)
+        importance = self._importance_for_all(model, dense, methods)  # first, since most of the sweep waits for it
+        cells = self._finish(_Variant(model.name, dense))
+        for ratio in self._config.ratios:
+            for name, method in methods.items():
+                variant, numbered = _Variant(model.name, dense, ratio, name), with_numbers(method, model.checkpoint)
+                if method.prunes_in == "recovery":
+                    cells.append(self._pruned_in_recovery(variant, numbered, ratio))
+                else:
+                    assert importance is not None
+                    cells += self._finish(self._pruned(variant, numbered, ratio, importance))
+        return cells
 
     def _importance_for_all(self, model: ModelSource, dense: Input, methods: Mapping[str, Method]) -> Stage | None:
         """One pass for all methods that need scores and for further criteria; None if there are neither."""
@@ -178,55 +175,48 @@ class _Planner:
         criteria = needed.union(self._config.importance.criteria)
         if not scoring and not criteria:
             return None
-        importance = self._importance(model.name, {"model": dense}, criteria, kinds_among(pruned))
+        kinds = kinds_among(pruned)
+        importance = self._importance(model.name, {"model": dense}, criteria=sorted(criteria), structures=kinds)
         self.asked += [importance.id] if criteria > needed else []
         return importance
 
-    def _importance(
-        self,
-        label: str,
-        inputs: dict[str, Input],
-        criteria: Iterable[str],
-        structures: Sequence[str],
-        student: StudentParameters | None = None,
-    ) -> Stage:
+    def _importance(self, label: str, inputs: dict[str, Input], **scoring: Any) -> Stage:
         for share in self._config.calibration.shares():
             inputs = inputs | self._text(share.role, share.text)
-        params = ImportanceParameters.from_config(self._config, criteria, structures, student)
-        return self._stage("importance", label, params, inputs)
+        return self._stage("importance", label, ImportanceParameters.from_config(self._config, **scoring), inputs)
 
     def _pruned(self, variant: _Variant, method: Method, ratio: float, importance: Stage) -> _Variant:
         """The dense model that a method with numbers prunes: student, cut and distillation."""
-        chain, dense = [importance], variant.dense
-        structures = kinds_among(method.structures)
+        chain, dense, label, structures = (
+            [importance],
+            variant.dense,
+            self._label(variant),
+            kinds_among(method.structures),
+        )
         if method.student_chosen_by is not None:
-            scores = {"model": dense, "student": _scores(importance, _first_criteria(method), [NEURONS])}
+            inputs = {"model": dense, "student": _scores(importance, _first_criteria(method))}
+            scoring = {"criteria": sorted(method.scored_before), "structures": structures}
             student = StudentParameters.at_ratio(ratio)
-            label = f"{variant.label} student"
-            chain.append(self._importance(label, scores, method.scored_before, structures, student))
-        params: Parameters = PruneParameters.from_method(self._config, method, ratio)
+            chain.append(self._importance(f"{label} student", inputs, student=student, **scoring))
         inputs = {"model": dense, "importance": _scores(chain[-1], method.scored_before, structures)}
-        cut = self._stage("prune", variant.label, params, inputs)
+        cut = self._stage("prune", label, PruneParameters.from_method(self._config, method, ratio), inputs)
         chain.append(cut)
         if method.distill:
-            params = ReferenceParameters.of_calibration(self._config.distillation)
-            inputs = {"model": dense, "importance": _scores(importance, [], [NEURONS])}
-            reference = self._stage("reference", f"{importance.label} calibration", params, inputs)
             settings = self._config.distillation
-            params = DistillParameters(distillation=settings, passes=method.distill, seed=self._config.seed)
+            inputs = {"model": dense, "importance": _scores(importance, [])}
+            params = ReferenceParameters.of_calibration(settings)
+            reference = self._stage("reference", f"{importance.label} calibration", params, inputs)
+            trained = DistillParameters(distillation=settings, passes=method.distill, seed=self._config.seed)
             inputs = {"model": cut.as_input(), "reference": reference.as_input()}
-            chain += [reference, self._stage("distill", variant.label, params, inputs)]
-        producers = tuple(stage.id for stage in chain)
-        return replace(variant, checkpoint=chain[-1].as_input(), cut=cut.as_input(), producers=producers)
+            chain += [reference, self._stage("distill", label, trained, inputs)]
+        return replace(variant, chain=tuple(chain))
 
     def _pruned_in_recovery(self, variant: _Variant, method: Method, ratio: float) -> Cell:
         """The training that prunes and recovers at the same time, and its evaluation."""
         inputs = {"model": variant.dense, **self._text("instructions", self._config.recovery)}
-        made = self._stage(
-            "loraprune", variant.label, LoraPruneParameters.from_method(self._config, method, ratio), inputs
-        )
-        pruned = replace(variant, checkpoint=made.as_input(), cut=made.as_input(), producers=(made.id,))
-        return self._row(pruned, OWN)
+        params = LoraPruneParameters.from_method(self._config, method, ratio)
+        trained = self._stage("loraprune", self._label(variant), params, inputs)
+        return self._row(replace(variant, chain=(trained,)), OWN)
 
     def _finish(self, variant: _Variant) -> list[Cell]:
         """Recovery and evaluation of one checkpoint; the dense model is also evaluated as it is."""
@@ -235,16 +225,17 @@ class _Planner:
         if recovery.method != NONE:
             inputs = {"model": variant.checkpoint, **self._text("instructions", recovery)}
             params = RecoverParameters(recovery=recovery, seed=self._config.seed)
-            recover = self._stage("recover", variant.label, params, inputs)
-            producers = (*variant.producers, recover.id)
-            cells.append(
-                self._row(replace(variant, checkpoint=recover.as_input(), producers=producers), recovery.method)
-            )
+            trained = self._stage("recover", self._label(variant), params, inputs)
+            cells.append(self._row(replace(variant, chain=(*variant.chain, trained)), recovery.method))
         return cells
+
+    def _label(self, variant: _Variant, recovery: str = NONE) -> str:
+        method = variant.method if len(self._methods) > 1 else None
+        return label_of(variant.model, variant.ratio, method, recovery)
 
     def _row(self, variant: _Variant, recovery: str) -> Cell:
         """The row of a checkpoint, with the stages that measure it."""
-        label = variant.label if recovery in (NONE, OWN) else f"{variant.label} + {recovery}"
+        label = self._label(variant, recovery)
         inputs = {"model": variant.checkpoint, "dense": variant.dense}
         inputs |= self._references_of_held_out(variant) | self._own_tasks
         evaluate = self._stage("evaluate", label, EvaluateParameters.from_config(self._config.evaluation), inputs)
@@ -252,7 +243,7 @@ class _Planner:
         if self._config.efficiency.enabled:  # of the shape, which recovery and distillation don't change
             params = EfficiencyParameters.from_config(self._config.efficiency, self._device)
             inputs = {"model": variant.cut, "dense": variant.dense}
-            measured = self._stage("efficiency", variant.label, params, inputs).id
+            measured = self._stage("efficiency", self._label(variant), params, inputs).id
         return Cell(
             label=label,
             model=variant.model,
@@ -260,7 +251,7 @@ class _Planner:
             method=variant.method,
             criterion=None if variant.method is None else self._methods[variant.method].criterion,
             recovery=recovery,
-            producers=variant.producers,
+            producers=tuple(stage.id for stage in variant.chain),
             evaluate=evaluate.id,
             efficiency=measured,
         )

@@ -36,15 +36,15 @@ def scoring(*kinds: str) -> list[str]:
 
 @dataclass(frozen=True)
 class Rule:
-    """What methods with the settings ``given`` take; ``because`` says why, and may be empty."""
+    """What methods with the settings ``given`` take, and why."""
 
     given: Values
     takes: Values
-    because: str = ""
+    because: str
 
 
 RULES = (
-    Rule({"prunes_in": ["calibration"]}, {"criterion": [*CRITERIA, *SCORED_WHILE_PRUNED]}),
+    Rule({"prunes_in": ["calibration"]}, {"criterion": [*CRITERIA, *SCORED_WHILE_PRUNED]}, "it scores units"),
     Rule(
         {"prunes_in": ["recovery"]},
         {"criterion": [None], "allocation": ["local"], "refit": ["none"], "distill": [0]},
@@ -61,7 +61,11 @@ RULES = (
         },
         "experts go as a whole, the same number in every layer, and the others stay as they are",
     ),
-    Rule({"structures": OF_NEURONS}, {"criterion": [None, *scoring(NEURONS), *SCORED_WHILE_PRUNED]}),
+    Rule(
+        {"structures": OF_NEURONS},
+        {"criterion": [None, *scoring(NEURONS), *SCORED_WHILE_PRUNED]},
+        "others have no scores for neurons",
+    ),
     Rule(
         {"criterion": [name for name in scoring(NEURONS) if name not in scoring(KV_GROUPS)]},
         {"structures": [ALONE, WITH_LAYERS[0]]},
@@ -173,8 +177,8 @@ def refuse_method(method: Method, where: str) -> None:
     for rule in RULES:
         if all(getattr(method, name) in values for name, values in rule.given.items()):
             for told in _broken(rule.takes, method):
-                given = ", ".join(_setting(name, getattr(method, name)) for name in rule.given)
-                raise UserError(f"{where}: with {given}, {told}" + (f"; {rule.because}" if rule.because else ""))
+                given = ", ".join(f"{name}: {_shown(getattr(method, name))}" for name in rule.given)
+                raise UserError(f"{where}: with {given}, {told}; {rule.because}")
 
 
 def refuse_model(method: Method, checkpoint: Checkpoint, where: str) -> None:
@@ -212,26 +216,18 @@ def suited(method: Method, checkpoint: Checkpoint) -> Method:
 
 
 def refuse_criteria(criteria: Iterable[str], checkpoint: Checkpoint, structures: Iterable[str]) -> None:
-    """Refuse further criteria that score a student, which only a method can choose, or none of the structures that are
-    scored in a model.
+    """Refuse further criteria that score nothing that is pruned in a model, or a student, which only a method chooses.
 
     Raises:
         UserError: naming the first one, and what is possible.
     """
-    of_experts = checkpoint.family.experts
-    kinds = {EXPERT_NEURONS if of_experts and name == NEURONS else name for name in structures}
-    possible = scoring(*(kinds - {KV_GROUPS}))
+    kinds = {EXPERT_NEURONS if checkpoint.family.experts and name == NEURONS else name for name in structures}
+    possible = [name for name in scoring(*(kinds - {KV_GROUPS})) if CRITERIA[name].student_of is None]
     for name in criteria:
-        if chosen_by := CRITERIA[name].student_of:
-            raise UserError(
-                f"importance.criteria: {name} scores a student that a method chooses by {chosen_by}; prune by it "
-                "instead, as the method sdmprune does"
-            )
         if name not in possible:
-            what = "is a mixture of experts" if of_experts else "has no experts"
             raise UserError(
-                f"importance.criteria: {checkpoint.path}: {checkpoint.family.model_type} {what}, with which "
-                f"{_not_possible('criterion', name, possible)}"
+                f"importance.criteria: {name} scores nothing that is pruned in {checkpoint.path}, or a student that "
+                f"only a method chooses; valid: {', '.join(possible)}"
             )
 
 
@@ -240,21 +236,9 @@ def _broken(takes: Values, method: Method) -> Iterator[str]:
     for name, values in takes.items():
         value = getattr(method, name)
         if value not in values and name not in method.without_effect:
-            yield _not_possible(name, value, values)
-
-
-def _not_possible(name: str, value: object, values: Sequence[object]) -> str:
-    *others, last = map(_shown, values)
-    listed = f"{', '.join(others)} and {last} are" if others else f"{last} is"
-    return f"{_setting(name, value)} isn't possible; {listed}"
-
-
-def _setting(name: str, value: object) -> str:
-    return f"{name}: {_shown(value)}"
+            yield f"{name}: {_shown(value)} isn't possible; valid: {', '.join(map(_shown, values))}"
 
 
 def _shown(value: object) -> str:
     """A value as it is written in YAML."""
-    if value is None:
-        return "null"
-    return f"[{', '.join(value)}]" if isinstance(value, list) else f"{value}"
+    return "null" if value is None else str(value).replace("'", "")

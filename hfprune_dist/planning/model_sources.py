@@ -13,10 +13,10 @@ import os
 import shutil
 import struct
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
-from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,6 @@ TWICE = ["consolidated*.safetensors"]
 TIMEOUT_S = 10.0
 # A shape of which every method can make something, Llama-3.1-8B's, and its tensors outside of layers and in each.
 ASSUMED = {
-    "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
     "hidden_size": 4096,
     "num_attention_heads": 32,
@@ -46,8 +45,6 @@ ASSUMED = {
     "intermediate_size": 14336,
     "num_hidden_layers": 32,
     "vocab_size": 128256,
-    "max_position_embeddings": 131072,
-    "rms_norm_eps": 1e-5,
     "tie_word_embeddings": False,
 }
 AROUND = {"model.embed_tokens": [128256, 4096], "model.norm": [4096], "lm_head": [128256, 4096]}
@@ -101,19 +98,10 @@ def resolve_models(config: SweepConfig, shipped: Path, hashes: FileHashes, downl
     aliases: dict[str, ModelAlias | Path] = {**shipped_aliases(shipped), **config.aliases}
     from_hub = partial(_hub_model, download=download)
     sources = [_resolve(name, aliases, hashes, from_hub) for name in config.models]
-    _refuse_twice(sources)
+    for name, count in Counter(source.name for source in sources).items():
+        if count > 1:
+            raise UserError(f"--models: two models are called {name!r}; give one of them an alias, or leave it out")
     return sources
-
-
-def _refuse_twice(sources: Sequence[ModelSource]) -> None:
-    for one, other in combinations(sources, 2):
-        if one.checkpoint.path.resolve() == other.checkpoint.path.resolve():
-            raise UserError(
-                f"--models: {one.spelling!r} and {other.spelling!r} are the same checkpoint; name it once "
-                f"({one.checkpoint.path})"
-            )
-        if one.name == other.name:
-            raise UserError(f"--models: two models are called {one.name!r}; give one of them an alias")
 
 
 def shipped_aliases(folder: Path) -> dict[str, Path]:
@@ -121,21 +109,12 @@ def shipped_aliases(folder: Path) -> dict[str, Path]:
     return {file.stem: file for file in sorted(folder.glob("*.yaml"))}
 
 
-def read_alias(file: Path) -> ModelAlias:
-    """Read an alias file, which has a hub_id or a path.
-
-    Raises:
-        UserError: for a file that can't be read as one.
-    """
-    return parse(ModelAlias, read_yaml(file, "alias", "the keys of an alias"), str(file))
-
-
 def _resolve(
     name: str, aliases: Mapping[str, ModelAlias | Path], hashes: FileHashes, from_hub: Callable[..., ModelSource]
 ) -> ModelSource:
     alias = aliases.get(name)
     if isinstance(alias, Path):
-        alias = read_alias(alias)
+        alias = parse(ModelAlias, read_yaml(alias, "alias", "the keys of an alias"), str(alias))
     if alias is not None and alias.path is not None:
         return _local(name, Path(alias.path), hashes, name)
     if alias is not None:

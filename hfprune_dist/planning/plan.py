@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from hfprune_dist.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from hfprune_dist.errors import UserError
 from hfprune_dist.store.stage import Input, Stage
 
@@ -55,7 +54,6 @@ class Plan:
     stages: Mapping[str, Stage]
     cells: tuple[Cell, ...]
     asked: tuple[str, ...] = ()
-    _opened: dict[Path, Checkpoint] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def lacking(self, is_done: Callable[[str], bool], wanted: Iterable[str] | None = None) -> list[str]:
         """Ids of the stages that must run, in order. Stages that only serve existing results may lack their artifacts.
@@ -82,17 +80,6 @@ class Plan:
         """The folder of the user's checkpoint that a stage's model is, or was made from."""
         source = stage.inputs["model"]
         return self.dense_folder(self.stages[source.location]) if source.is_stage else Path(source.location)
-
-    def dense_checkpoint(self, stage: Stage) -> Checkpoint:
-        """The checkpoint in that folder, opened once for all stages.
-
-        Raises:
-            UserError: as ``open_checkpoint`` does.
-        """
-        folder = self.dense_folder(stage)
-        if folder not in self._opened:
-            self._opened[folder] = open_checkpoint(folder)
-        return self._opened[folder]
 
     def to_json(self) -> dict[str, Any]:
         stages = [stage.to_json() for stage in self.stages.values()]

@@ -20,6 +20,8 @@ from hfprune_dist.structures.low_rank import rank_field
 MULTIPLES, LARGEST_STEP = (256, 128, 64, 32), 0.0125
 # From width WIDE on, every multiple is at least LEAST.
 WIDE, LEAST = 1024, 32
+# What settings without effect become, so that they move no fingerprint.
+NEUTRAL = {"floor": 0.0, "protect_first": 0, "protect_last": 0, "tensor_parallel": 1, "effort": "thorough"}
 
 
 def place_of(model: str, method: str) -> str:
@@ -28,14 +30,15 @@ def place_of(model: str, method: str) -> str:
 
 
 def with_numbers(method: Method, checkpoint: Checkpoint) -> Method:
-    """The method as it suits the model, with numbers for ``multiple_of`` and the protected layers; if KV groups may go,
-    ``tensor_parallel`` divides ``multiple_of``.
+    """The method as it suits the model, with numbers for ``multiple_of``, which ``tensor_parallel`` divides, and for
+    the protected layers; settings without effect are ``NEUTRAL``.
     """
     method, layers = suited(method, checkpoint), checkpoint.num_layers
     shares = {"protect_first": method.protect_first, "protect_last": method.protect_last}
     numbers = {name: round(share * layers) if isinstance(share, float) else share for name, share in shares.items()}
+    method = method.model_copy(update=numbers | {name: NEUTRAL[name] for name in method.without_effect})
     multiple_of = _what_auto_is(method, checkpoint) if method.multiple_of == "auto" else method.multiple_of
-    return method.model_copy(update=numbers | {"multiple_of": math.lcm(multiple_of, method.split)})
+    return method.model_copy(update={"multiple_of": math.lcm(multiple_of, method.tensor_parallel)})
 
 
 def _what_auto_is(method: Method, checkpoint: Checkpoint) -> int:

@@ -46,10 +46,9 @@ class Line:
 
 
 class Nearest(NamedTuple):
-    """The shape of a line that comes nearest to the ratio, its ratio, and whether that is near enough."""
+    """The shape of a line that comes nearest to the ratio, and whether that is near enough."""
 
     shape: Shape
-    ratio: float
     fits: bool
 
 
@@ -69,7 +68,7 @@ def nearest(target: Target, line: Line) -> Nearest | None:
     around = sizes[max(above - 1, 0) : above + (not line.at_least or not above)]
     shape = min(map(line.shape, around), key=lambda shape: abs(counts.after(shape) - wanted))
     beyond = wanted - counts.after(shape)
-    return Nearest(shape, counts.ratio(shape), (-0.5 if line.at_least else -line.slack) <= beyond <= line.slack)
+    return Nearest(shape, (-0.5 if line.at_least else -line.slack) <= beyond <= line.slack)
 
 
 def shapes_for(target: Target) -> list[Shape]:
@@ -81,13 +80,15 @@ def shapes_for(target: Target) -> list[Shape]:
         UserError: if no shape comes to the ratio.
     """
     if target.competes:
-        target.require_budget()
+        largest = target.counts.ratio(target.smallest()) if target.splits_groups else 0.0
+        if target.ratio > largest:
+            raise target.out_of_reach(largest)
         return []
     found = [near for line in _lines(target) if (near := nearest(target, line)) is not None]
     fitting = [near.shape for near in found if near.fits]
     if not fitting:
-        ratios = [near.ratio for near in found]
-        raise target.out_of_reach(min(ratios, key=lambda ratio: abs(ratio - target.ratio), default=None))
+        ratios = (target.counts.ratio(near.shape) for near in found)
+        raise target.out_of_reach(min(ratios, key=lambda ratio: abs(ratio - target.ratio), default=0.0))
     return spread(fitting, MOST_SHAPES) if target.allocation == "plain" else fitting[:1]
 
 
@@ -146,11 +147,11 @@ def _rows_of_groups(target: Target) -> list[tuple[int, ...]]:
     if target.groups.is_uniform and len(counts) == target.dense.num_layers:
         rows = [(count,) * len(counts) for count in target.plain_groups()]
     else:
-        target.require_divisible()
         most = target.groups.most
         rows = [
             tuple(max(split, round(kept / most * count / split) * split) for count in counts)
             for kept in range(split, most + 1, split)
+            if target.splits_groups
         ]
     neurons = sum(target.neurons.counts[layer] for layer in target.pruned_layers)
     units = target.counts.units
@@ -166,7 +167,7 @@ def numbers_of_groups(target: Target) -> list[int]:
     most = target.groups.most
     if KV_GROUPS not in target.structures:
         return [most]
-    return spread([count for count in target.plain_groups()[::-1] if 4 * count >= most] or [most], MOST_GROUP_COUNTS)
+    return spread([count for count in target.plain_groups()[::-1] if 4 * count >= most], MOST_GROUP_COUNTS)
 
 
 def _plain_lines(target: Target) -> list[Line]:

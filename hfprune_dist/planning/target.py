@@ -6,10 +6,10 @@ Llama-3.2-1B is 31 % of its neurons).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from math import gcd
+from typing import Any
 
 from hfprune_dist.checkpoints.checkpoint import Checkpoint
 from hfprune_dist.checkpoints.layer_settings import undroppable_layers
@@ -26,6 +26,8 @@ from hfprune_dist.structures.units import Units
 COMPETING = ("global", "standardized", "searched")
 # Numbers of layers are tried in steps of one layer for every LAYERS_OF_A_STEP layers of the model.
 LAYERS_OF_A_STEP = 15
+UNITS = NEURONS, KV_GROUPS
+BOUNDS = "floor", "multiple_of", "tensor_parallel", "protect_first", "protect_last"
 
 
 @dataclass(frozen=True)
@@ -57,22 +59,8 @@ class Target:
         cls, dense: Checkpoint, settings: Method | PruneParameters | LoraPruneParameters, ratio: float, where: str
     ) -> Target:
         """The target of a method with numbers (``with_numbers``), or of a stage that prunes."""
-        allocation, structures = settings.allocation, tuple(settings.structures)
-        protects = allocation in (*COMPETING, "local")
-        first, last = settings.protect_first or 0, settings.protect_last or 0
-        assert isinstance(settings.multiple_of, int) and isinstance(first, int) and isinstance(last, int)
-        return cls(
-            dense,
-            ratio,
-            where,
-            structures,
-            allocation,
-            settings.multiple_of,
-            settings.tensor_parallel if KV_GROUPS in structures else 1,
-            (settings.floor or 0.0) if allocation in COMPETING else 0.0,
-            first if protects else 0,
-            last if protects else 0,
-        )
+        bounds: dict[str, Any] = {name: getattr(settings, name) for name in BOUNDS}
+        return cls(dense, ratio, where, tuple(settings.structures), settings.allocation, **bounds)
 
     @property
     def counts(self) -> ParameterCounts:
@@ -140,68 +128,29 @@ class Target:
         return tuple(min(pair) if layer in self.pruned_layers else pair[1] for layer, pair in pairs)
 
     def plain_groups(self) -> list[int]:
-        """The numbers of KV groups that all layers of a plain checkpoint may have, ascending.
+        """The numbers of KV groups that all layers of a plain checkpoint may have, ascending."""
+        return [count for count in plain_group_counts(self.dense) if count % self.tensor_parallel == 0]
 
-        Raises:
-            UserError: if ``tensor_parallel`` divides none.
+    @property
+    def splits_groups(self) -> bool:
+        """Whether ``tensor_parallel`` divides the number of KV groups of every layer, if groups may go."""
+        return KV_GROUPS not in self.structures or gcd(*self.groups.counts) % self.tensor_parallel == 0
+
+    def smallest(self) -> Shape:
+        """What is left where layers compete when everything that may go is gone, of layers the smallest ones, since
+        measurements decide which go.
         """
-        plain = plain_group_counts(self.dense)
-        divisible = [count for count in plain if count % self.tensor_parallel == 0]
-        self._require_split(bool(divisible), plain[-1])
-        return divisible
+        smallest_first = sorted(self.droppable, key=self.counts.layers.__getitem__)
+        gone = smallest_first[: self.dense.num_layers - self.fewest_layers]
+        layers = tuple(layer for layer in range(self.dense.num_layers) if layer not in gone)
+        return Shape(layers, {kind: tuple(self.fewest(kind)[layer] for layer in layers) for kind in UNITS})
 
-    def require_divisible(self) -> None:
-        """Check that ``tensor_parallel`` divides the number of KV groups of every layer."""
-        divisor = gcd(*self.groups.counts)
-        self._require_split(KV_GROUPS not in self.structures or divisor % self.tensor_parallel == 0, divisor)
-
-    def _require_split(self, possible: bool, largest: int) -> None:
-        if not possible:
-            raise UserError(
-                f"{self.where}: prune.tensor_parallel {self.tensor_parallel} divides no number of KV groups that its "
-                f"{self.groups.most} can be pruned to; the largest that works is {largest}"
-            )
-
-    def require_budget(self) -> None:
-        """Check that scores or a search can remove what the ratio asks for.
-
-        Raises:
-            UserError: if bounds allow less, or rounding leaves nothing to remove.
-        """
-        self.require_divisible()
-        largest = self._largest_ratio()
-        if self.ratio > largest:
-            raise self.out_of_reach(largest or None)
-        steps = (count - (count - 1) // self.multiple_of * self.multiple_of for count in self.neurons.counts)
-        smallest = min(steps) * self.counts.units[NEURONS]
-        if 2 * self.removals < smallest:
-            raise self.out_of_reach(smallest / self.counts.total)
-
-    def _largest_ratio(self) -> float:
-        """The ratio at which everything that may go is gone. Measurements decide which layers go; where layers differ,
-        this counts on those whose removal leaves the most behind.
-        """
-        fewest: dict[str, tuple[int, ...]] = {kind: self.fewest(kind) for kind in (NEURONS, KV_GROUPS)}
-
-        def without(gone: Sequence[int]) -> float:
-            layers = tuple(layer for layer in range(self.dense.num_layers) if layer not in gone)
-            units = {kind: tuple(counts[layer] for layer in layers) for kind, counts in fewest.items()}
-            return self.counts.ratio(Shape(layers, units))
-
-        least_first = sorted(self.droppable, key=lambda layer: without([layer]))
-        return without(least_first[: self.dense.num_layers - self.fewest_layers])
-
-    def out_of_reach(self, nearest: float | None) -> UserError:
-        """The error for a ratio that no shape comes to.
-
-        Args:
-            nearest: the ratio of the shape that comes nearest; None if nothing can go.
-        """
-        bounds = "floor", "multiple_of", "tensor_parallel", "protect_first", "protect_last"
-        set_so = {name: getattr(self, name) for name in bounds if getattr(self, name) != getattr(type(self), name)}
-        told = f" with {', '.join(f'{name} {value}' for name, value in set_so.items())}" if set_so else ""
+    def out_of_reach(self, nearest: float) -> UserError:
+        """The error for a ratio that no shape comes to, with that of the nearest one; 0 if nothing can go."""
+        bounds = [name for name in BOUNDS if getattr(self, name) != getattr(type(self), name)]
+        told = f" with {', '.join(f'{name} {getattr(self, name)}' for name in bounds)}" if bounds else ""
         # Rounded down, so that it can be reached.
-        possible = "nothing can go" if nearest is None else f"the nearest possible is {int(nearest * 1e6) / 1e6:g}"
+        possible = f"the nearest possible is {int(nearest * 1e6) / 1e6:g}" if nearest else "nothing can go"
         return UserError(
             f"{self.where}: ratio {self.ratio:g} can't be reached by pruning {', '.join(self.structures)}{told}; "
             f"{possible}"

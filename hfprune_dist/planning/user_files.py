@@ -10,7 +10,7 @@ from pathlib import Path
 import yaml
 
 from hfprune_dist.checkpoints.checkpoint import Checkpoint, open_checkpoint
-from hfprune_dist.data.text import files_of, identity_of
+from hfprune_dist.data.text import identity_of
 from hfprune_dist.errors import UserError
 from hfprune_dist.store.hashing import FileHashes, digest_of, files_below
 from hfprune_dist.store.stage import Input
@@ -36,9 +36,7 @@ def require_planned(inputs: Iterable[Input], hashes: FileHashes, when: str) -> N
         if source.content == "commit":
             open_checkpoint(location)
         elif source.content and _identity(source.content, location, hashes) != source.identity:
-            newest = max(_files(source.content, location), key=_changed_at, default=location)
-            which = location if newest == location else f"{location} (most recently {newest.name})"
-            raise ChangedInputError(f"{which}: changed {when}; run the sweep again")
+            raise ChangedInputError(f"{location}: changed {when}; run the sweep again")
     with contextlib.suppress(OSError):  # then files are read again the next time
         hashes.save()
 
@@ -67,20 +65,6 @@ def _identity(content: str, location: Path, hashes: FileHashes) -> str:
     inside = hashes.of_folder(location)
     # The order of their paths tells files of one name apart.
     return digest_of([inside, [[file.name, hashes.of_file(file)] for file in outside_files(location)]])
-
-
-def _files(content: str, location: Path) -> list[Path]:
-    if content == "text":
-        return files_of(location)
-    if content == "checkpoint":
-        return [location / name for name in content_files(open_checkpoint(location))]
-    return [*(location / name for name in files_below(location)), *outside_files(location)]
-
-
-def _changed_at(file: Path) -> int:
-    with contextlib.suppress(FileNotFoundError):
-        return file.stat().st_ctime_ns
-    return 0
 
 
 def outside_files(folder: Path) -> list[Path]:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 
 from hfprune_launch.slurm.profile import Profile, Resources
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from hfprune_dist.checkpoints.checkpoint import open_checkpoint
 from hfprune_dist.config.schema import RuntimeConfig, Sharding
 from hfprune_dist.errors import UserError
 from hfprune_dist.kinds.memory import GIB, Gpus, Planned, parameters_of, place
@@ -49,9 +51,9 @@ def estimate_stages(plan: Plan, todo: Sequence[str], profile: Profile, runtime: 
 
     A pruned model counts as if it were dense, except in its own refit.
     """
-    found = []
+    found, opened = [], cache(open_checkpoint)
     for stage in (plan.stages[stage_id] for stage_id in todo):
-        planned = Planned(stage, plan.stages, plan.dense_checkpoint(stage), runtime.activation_checkpointing)
+        planned = Planned(stage, plan.stages, opened(plan.dense_folder(stage)), runtime.activation_checkpointing)
         resources = profile.resources[stage.kind]
         if resources.gpus and (estimate := _estimate(planned, resources, runtime.sharding)) is not None:
             found.append(estimate)

@@ -34,7 +34,7 @@ REFUSED = {
     "lfm2": "not all layers have attention (layer 0 has none)",
     "gemma4_text": "its layers differ in heads",
     "youtu": "its attention keeps one latent vector for all heads",
-    "mixtral": "allocation: low_rank isn't possible; uniform and local are",
+    "mixtral": "allocation: low_rank isn't possible; valid: uniform, local",
     "llava": "is a model of images and text, which must stay plain",
 }
 # One for each kind of norms, MLP, biases and names.

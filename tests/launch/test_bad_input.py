@@ -51,10 +51,10 @@ def refused(main, *arguments, folders=()):
         ("--set=calibration.text_field=txt", "the record has text"),
         ("--set=recovery.batch_size=5", "recovery.batch_size 5"),
         ("--set=runtime.report_to=[tensorbord]", "'tensorboard', 'trackio' or 'wandb'"),
-        ("--set=prune.tensor_parallel=3 --methods=surgeon-plain", "the largest that works is 2"),
+        ("--set=prune.tensor_parallel=3 --methods=surgeon-plain", "tensor_parallel 3; nothing can go"),
         # Names of models and methods.
         ("--models=alhpa", "did you mean 'alpha'?"),
-        ("--models=alpha,{inputs}/alpha", "are the same checkpoint"),
+        ("--models=alpha,{inputs}/alpha", "two models are called 'alpha'"),
         ("--models=someone/nothing", "can't be downloaded"),
         ("--methods=hfprune,{root}/configs/methods/hfprune.yaml", "two methods are called 'hfprune'"),
         # Folders.

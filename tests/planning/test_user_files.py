@@ -55,7 +55,7 @@ def test_a_change_is_refused_and_named_and_changes_the_fingerprint(folder, kind,
     check(stage)
     content = file.read_bytes()
     file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]) if name.endswith("safetensors") else content + b" \n")
-    with pytest.raises(ChangedInputError, match=rf"{file.name}\)?: changed {WHEN}; run the sweep again"):
+    with pytest.raises(ChangedInputError, match=rf"{name.split('/')[0].replace('data', 'tasks')}: changed {WHEN}; run the sweep again"):
         check(stage)
     assert stages_in(folder)[kind].id != stage.id
     file.write_bytes(content)
@@ -71,7 +71,7 @@ def test_a_file_that_was_added_is_a_change(folder, name):
     before = stages_in(folder)["evaluate"]
     (folder / name).parent.mkdir(exist_ok=True)
     (folder / name).write_text("")
-    with pytest.raises(ChangedInputError, match=(folder / name).name):
+    with pytest.raises(ChangedInputError, match=name.split("/")[0]):
         check(before)
     check(stages_in(folder)["evaluate"])
 
