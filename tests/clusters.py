@@ -82,7 +82,7 @@ class Cluster:
         real: bool = False,
         **environment: str,
     ) -> Submitted:
-        """Start a sweep on this cluster; ``real`` has the same meaning as in ``sweeps.sweep``."""
+        """Start a sweep on this cluster; where it is ``real``, no process is a fork of the test's server."""
         started = command(config, out, *ONE_CELL, "--profile", profile, *arguments)
         hold = {"SLOW_WHILE": str(hold_file(out))}
         whole = {**surroundings(), **self.environment, "OMP_NUM_THREADS": "1", **hold, **environment}

@@ -70,11 +70,6 @@ def prepare(folder, variant="llama", *, samples=9, layers=LAYERS, groups=GROUPS,
     return store, stage_of("prune", "tiny", params, inputs)
 
 
-def silence(file, ending, by=0):
-    tensors = {name: it * (by if name.endswith(ending) else 1) for name, it in load_file(file).items()}
-    save_file(tensors, file, {"format": "pt"})
-
-
 def run(store, stage, world, interruption=None):
     store.work(stage.id).mkdir(parents=True, exist_ok=True)
     asked = interruption or Interruption()

@@ -6,40 +6,34 @@ import sys
 import pytest
 from hfprune_launch import demo_assets
 from hfprune_launch.demo import assets, models, tasks
-from hfprune_launch.demo.text import instruction_pairs, paper_prose, reference_prose, shingles, standard_library
+from hfprune_launch.demo.text import shingles
 
 from hfprune_dist.errors import UserError
 
-
-@pytest.fixture(scope="module")
-def prose():
-    return [reference_prose(), paper_prose()]
-
-
-@pytest.fixture(scope="module")
-def pairs():
-    return instruction_pairs(standard_library())
-
-
-@pytest.fixture(scope="module")
-def suite(tmp_path_factory, prose):
-    folder = tmp_path_factory.mktemp("tasks")
-    tasks.write_tasks(folder, prose[0].held_out, standard_library())
-    return folder
-
-
-@pytest.fixture(scope="module")
-def calibration_shingles(prose):
-    documents = [document for each in prose for document in each.calibration]
-    return {shingle for document in documents for block in document.split("\n\n") for shingle in shingles(block)}
+pytestmark = pytest.mark.slow
 
 
 def read_jsonl(file):
     return [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n") if line]
 
 
-def test_calibration_and_held_out_share_no_run_of_words(prose, calibration_shingles):
-    for document in [document for each in prose for document in each.held_out]:
+def documents(assets, part):
+    return [line["text"] for folder in ("text", "papers") for line in read_jsonl(assets / folder / f"{part}.jsonl")]
+
+
+@pytest.fixture(scope="module")
+def pairs(real_assets):
+    return read_jsonl(real_assets / "instructions.jsonl")
+
+
+@pytest.fixture(scope="module")
+def calibration_shingles(real_assets):
+    blocks = (block for document in documents(real_assets, "calibration") for block in document.split("\n\n"))
+    return {shingle for block in blocks for shingle in shingles(block)}
+
+
+def test_calibration_and_held_out_share_no_run_of_words(real_assets, calibration_shingles):
+    for document in documents(real_assets, "heldout"):
         for paragraph in document.split("\n\n"):
             assert calibration_shingles.isdisjoint(shingles(paragraph))
 
@@ -51,25 +45,25 @@ def test_instruction_pairs_are_many_clean_and_distinct(pairs):
 
 @pytest.mark.parametrize("name", ["demo_continuation", "demo_docstring"])
 def test_documents_have_one_right_answer_that_nothing_was_trained_or_calibrated_on(
-    suite, name, pairs, calibration_shingles
+    real_assets, name, pairs, calibration_shingles
 ):
-    documents = read_jsonl(suite / f"{name}.jsonl")
-    assert len(documents) == tasks.DOCUMENTS
-    assert all(len(set(document["choices"])) == tasks.CHOICES for document in documents)
-    labels = [document["label"] for document in documents]
+    questions = read_jsonl(real_assets / "tasks" / f"{name}.jsonl")
+    assert len(questions) == tasks.DOCUMENTS
+    assert all(len(set(question["choices"])) == tasks.CHOICES for question in questions)
+    labels = [question["label"] for question in questions]
     assert all(labels.count(label) > tasks.DOCUMENTS / 10 for label in range(tasks.CHOICES))
     responses = "\n".join(pair["response"].casefold() for pair in pairs)
-    for document in documents:
-        answer = document["choices"][document["label"]]
+    for question in questions:
+        answer = question["choices"][question["label"]]
         assert answer.casefold() not in responses
-        assert calibration_shingles.isdisjoint(shingles(f"{document['context']} {answer}"))
+        assert calibration_shingles.isdisjoint(shingles(f"{question['context']} {answer}"))
 
 
-def test_lm_eval_loads_the_suite_from_another_folder(suite, tmp_path, monkeypatch):
+def test_lm_eval_loads_the_suite_from_another_folder(real_assets, tmp_path, monkeypatch):
     from lm_eval.tasks import TaskManager
 
     monkeypatch.chdir(tmp_path)
-    manager = TaskManager(include_path=str(suite), include_defaults=False)
+    manager = TaskManager(include_path=str(real_assets / "tasks"), include_defaults=False)
     loaded = manager.load(["demo_continuation", "demo_docstring"])["tasks"]
     continuation, docstring = loaded["demo_continuation"], loaded["demo_docstring"]
     first = next(iter(continuation.test_docs()))
@@ -89,7 +83,6 @@ def test_absent_weights_are_a_message_and_exit_code_2(tmp_path, monkeypatch, cap
     assert not (tmp_path / assets.MANIFEST).exists()
 
 
-@pytest.mark.slow
 def test_models_are_whole_equal_and_made_once(real_assets, capsys):
     import torch
     import transformers

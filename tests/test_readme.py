@@ -166,10 +166,3 @@ def test_commands_in_comments_and_help_texts_exist(file, parsers):
     shown = file.read_text().replace("\\\n#", "").replace(" ...", "").replace(" | --cancel", "")
     lines = [re.split(r"   +", line)[0] for line in re.findall(r"python launch/[^`\n]*", shown)]
     assert list(wrong_commands("```bash\n" + "\n".join(lines) + "\n```", ROOT, parsers)) == []
-
-
-@pytest.mark.parametrize("readme", READMES, ids=names)
-def test_python_in_a_readme_runs(readme):
-    for body in blocks_of(readme.read_text(), "python"):
-        with contextlib.redirect_stdout(io.StringIO()):
-            exec(body, {})

@@ -17,10 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from hfprune_dist.checkpoints.checkpoint import open_checkpoint
 from hfprune_dist.checkpoints.text_decoder import beside_decoder
-from hfprune_dist.config.method import Method
-from hfprune_dist.errors import UserError
 from hfprune_dist.models.loading import load_causal_lm, require_own_weights
-from hfprune_dist.planning.ratios import check_ratios
 
 every_model = pytest.mark.parametrize("model_type", SEEING)
 TEXT = [5, 6, 7, 8]
@@ -137,12 +134,6 @@ def test_a_decoder_that_was_saved_without_its_encoder_is_pruned(checkpoint_of, t
     by_them, by_us, wanted = (model(input_ids=torch.tensor([[1, *TEXT]]), use_cache=False).logits for model in models)
     assert_same(by_them, wanted)
     assert_same(by_us, wanted)
-
-
-@pytest.mark.parametrize("changes", [{"allocation": "global"}, {"allocation": "uniform", "refit": "bias"}], ids=str)
-def test_shapes_that_are_not_plain_are_refused_by_name(checkpoint_of, changes):
-    with pytest.raises(UserError, match="is a model of images and text, which must stay plain"):
-        check_ratios(checkpoint_of("llava"), [0.1], Method(criterion="entropy", **changes), "here")
 
 
 def test_a_pruned_mixture_is_the_masked_model_with_an_image(checkpoint_of, tmp_path):

@@ -143,13 +143,6 @@ def test_layers_costs_and_adapters_know_factors(cut_of, tmp_path, model_type):
     assert_same(logits_of(load(tmp_path / "merged", trust_remote_code=True)), logits_of(model))
 
 
-def test_what_has_low_rank_is_not_pruned_again(cut_of):
-    with pytest.raises(
-        UserError, match=r"low rank \(q_proj_rank, k_proj_rank, v_proj_rank, out_proj_rank in config.json"
-    ):
-        check_ratios(cut_of("opt").low, [0.2], METHOD, "m")
-
-
 @pytest.mark.parametrize("model_type", REFUSED)
 def test_other_architectures_are_refused_by_name_while_planning(tmp_path, model_type):
     checkpoint = open_checkpoint(save_model(tmp_path / "model", model_type))

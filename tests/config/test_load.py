@@ -16,8 +16,6 @@ from hfprune_dist.config.yaml_text import to_yaml
 from hfprune_dist.errors import UserError
 from hfprune_dist.methods import CRITERIA, CriterionName
 
-CONFIGS = Path(__file__).parents[2] / "configs"
-
 
 def write(folder, content):
     file = folder / "sweep.yaml"

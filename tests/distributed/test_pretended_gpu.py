@@ -89,9 +89,8 @@ def test_measurements(tmp_path):
         assert all(kl > 0 for kl in kls)
 
 
-@pytest.mark.parametrize("variant", ["llama-tied-biases", "qwen3"])
-def test_refits_of_norms(tmp_path, variant):
-    checkpoint, make_stream = checkpoint_in(tmp_path / "model", variant), stream_in(tmp_path, variant)
+def test_refits_of_norms(tmp_path):
+    checkpoint, make_stream = checkpoint_in(tmp_path / "model", "qwen3"), stream_in(tmp_path, "qwen3")
     with pretended_gpu():
         dense, stream = dense_states(make_stream()), make_stream()
         pruned = PrunedLayers(checkpoint, some_kept([0, 2]), {}, stream.reader)

@@ -13,7 +13,7 @@ pytestmark = pytest.mark.slow
 
 SUBJECTS = ["commit", "claims", "slurm", "sweep"]
 # States per subject.
-DRAWN = 5
+DRAWN = 3
 # Subjects that must end badly, because one fsync is left out.
 BROKEN = ["commit!b.bin"]
 

@@ -13,8 +13,7 @@ from hfprune_dist.checkpoints.token_costs import token_costs
 pytestmark = pytest.mark.slow
 
 METHODS = ("--methods", "hfprune,surgeon-plain,hfprune-experts")
-COMMON = ("--models", "moe", "--ratios", "0.2", "--ranks", "2")
-ARGUMENTS = (*COMMON, *METHODS)
+ARGUMENTS = ("--models", "moe", "--ratios", "0.2", "--ranks", "1", *METHODS)
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""configs/sweeps/own-model.yaml as it is, with user files in the places that it names, and no network."""
+"""configs/sweeps/own-model.yaml, with user files in the places that it names, a distillation, and no network."""
 
 import json
 import re
@@ -9,6 +9,7 @@ import yaml
 from ranks import ROOT
 from sweeps import finish, results
 from tiny import save_tiny, write_documents, write_pairs
+from transformers import AutoModelForCausalLM
 
 pytestmark = pytest.mark.slow
 
@@ -57,10 +58,14 @@ def test_the_example_runs_to_its_table_without_a_network(tmp_path):
     (tmp_path / "guard" / "sitecustomize.py").write_text(NO_NETWORK)
     asked = tmp_path / "asked"
     guarded = {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(tmp_path / "guard"), "ASKED": str(asked)}
-    finish(config, tmp_path / "out", "--set", "prune.effort=quick", environment=guarded)
+    settings = ["prune.effort=quick", "prune.distill=1", "distillation.dtype=float32", "recovery.dtype=float32"]
+    finish(config, tmp_path / "out", *(word for it in settings for word in ("--set", it)), environment=guarded)
     assert asked.with_name("guarded").exists()
     assert not asked.exists(), asked.read_text()
     dense, control, pruned = results(tmp_path / "out")
     assert float(dense["kl"]) == 0 < float(control["kl"]) and float(pruned["kl"]) > 0
     assert 0.15 < float(pruned["ratio_reached"]) < 0.25 and pruned["method"] == "surgeon-plain"
     assert all(0 <= float(row["own_questions/acc"]) <= 1 for row in (dense, control, pruned))
+    assert len(list((tmp_path / "out" / "store" / "distill").iterdir())) == 1
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / pruned["checkpoint"])
+    assert sum(weight.numel() for weight in model.parameters()) == int(pruned["parameters"])

@@ -1,4 +1,6 @@
-"""Rivals next to one of our methods: the same windows, one calibration pass, the same parameters removed, one table."""
+"""Rivals next to one of our methods: the same windows, one calibration pass, the same parameters removed, one table;
+and, if every test is asked for, recovery of what has biases or factors, and of what is pruned meanwhile.
+"""
 
 import shutil
 
@@ -137,6 +139,7 @@ def before_and_after(finished, recovered, method):
     return [load_file(folder / "model.safetensors") for folder in places.values()]
 
 
+@pytest.mark.thorough
 def test_flap_is_recovered_and_its_biases_stay(finished, recovered):
     row, pruned = row_of(recovered, "flap"), row_of(finished, "flap")
     assert row["parameters"] == pruned["parameters"] and row["kl"] != pruned["kl"]
@@ -146,6 +149,7 @@ def test_flap_is_recovered_and_its_biases_stay(finished, recovered):
     assert not torch.equal(*(weights["model.layers.0.mlp.down_proj.weight"] for weights in (before, after)))
 
 
+@pytest.mark.thorough
 def test_recovery_trains_both_factors_and_keeps_the_shape(finished, recovered):
     folders = [out / row_of(out, "lorap")["checkpoint"] for out in (finished, recovered)]
     checkpoints = [open_checkpoint(folder) for folder in folders]
@@ -160,6 +164,7 @@ def test_recovery_trains_both_factors_and_keeps_the_shape(finished, recovered):
         assert torch.equal(remote(ids).logits, load_causal_lm(folders[1], torch.float32)(ids).logits)
 
 
+@pytest.mark.thorough
 def test_loraprune_is_a_row_whose_recovery_is_its_own(recovered):
     dense, row = (row_of(recovered, name) for name in ("lorap", "loraprune"))
     assert (dense["recovery"], row["recovery"], row["criterion"]) == ("lora", "own", "")

@@ -83,6 +83,7 @@ def test_a_wheel_has_all_configurations_profiles_and_code(installed, tmp_path):
     assert ours.name == theirs.name
 
 
+@pytest.mark.thorough
 def test_a_wheel_takes_up_a_sweep(installed, tmp_path):
     """A sweep begun in a clone lacks the pruned model's results; ranks of the wheel come to the
     same ones, and nothing stays in the system's temporary folder.

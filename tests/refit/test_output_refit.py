@@ -4,7 +4,6 @@ import math
 
 import pytest
 import torch
-from families import EXPERTS
 from faults.kill import deaths_during
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -66,7 +65,7 @@ def test_projections_make_their_dense_outputs_of_what_stays(tmp_path, variant):
 @pytest.mark.parametrize(
     ("model_type", "samples", "tokens"),
     [
-        *((name, 24, 12) for name in EXPERTS),
+        *((name, 24, 12) for name in ("qwen3_moe", "deepseek_v3", "gpt_oss")),
         ("mixtral", 1, 1),
         ("qwen2_moe", 16, 1),
         ("olmoe", 16, 1),

@@ -1,8 +1,10 @@
-"""A whole sweep on the cluster: the same results as on this machine, also with killed ranks, and the commands that
-inspect it.
+"""A sweep on the cluster, a rank of which is killed in each stage: the same results as on this machine; and commands
+that inspect it. If every test is asked for, also a whole sweep of processes that are no forks.
 """
 
+import re
 import signal
+from pathlib import Path
 
 import pytest
 from clusters import (
@@ -15,13 +17,17 @@ from clusters import (
     causes,
     done,
     job_names,
+    label_of,
     read,
     table,
 )
 from sweeps import artifacts
 
 pytestmark = [pytest.mark.slurm, pytest.mark.beside]
-of_the_whole_sweep = pytest.mark.beside("whole sweep")
+
+
+def of_the_whole_sweep(test):
+    return pytest.mark.beside("whole sweep")(pytest.mark.thorough(test))
 
 
 @of_the_whole_sweep
@@ -33,20 +39,14 @@ def test_the_bits_are_those_of_the_local_backend(on_cluster, finished):
 
 
 @of_the_whole_sweep
-def test_jobs_were_multi_node_ran_once_and_never_more_at_once_than_allowed(on_cluster):
+def test_jobs_ran_once_and_never_more_at_once_than_allowed(on_cluster):
     out, _ = on_cluster()
     assert set(causes(out)) == {"done"} and len(attempt_folders(out)) == 8
-    for stage, nodes in (("importance", 2), ("recover", 2), ("evaluate", 1)):
-        manifest = read(next((out / "store" / stage).glob("*/manifest.json")))
-        assert manifest["world_size"] == nodes
     starts = [read(next(folder.glob("run.*.json"))) for folder in attempt_folders(out)]
     running = 0
     for _, change in sorted([(run["started"], 1) for run in starts] + [(run["ended"], -1) for run in starts]):
         running += change
         assert running <= 2
-    (snapshot,) = (out / "code").iterdir()
-    assert read(snapshot / "provenance.json")["git_commit"]
-    assert f"--chdir={snapshot}" in (attempt_folders(out)[0] / "job.sh").read_text()
 
 
 @of_the_whole_sweep
@@ -69,12 +69,16 @@ def test_a_rank_is_killed_in_each_stage(cluster, config, finished, without):
     done(cluster, out, finished, submitted)
     for stage in stages:
         assert causes(out, stage) == ["killed", "done"]
+        folders = [folder for folder in (out / "store" / stage.split()[0]).iterdir() if label_of(out, folder) == stage]
+        assert read(folders[0] / "manifest.json")["world_size"] == (1 if stage == DENSE else 2)
+    snapshot = Path(re.search("--chdir=(.*)", (attempt_folders(out)[0] / "job.sh").read_text())[1])
+    assert snapshot.parent == out / "code" and read(snapshot / "provenance.json")["git_commit"]
 
 
 def test_status_logs_and_cancel(cluster, config, without):
     out = without("recover alpha dense", "evaluate alpha dense + lora")
-    slowly = {**SLOWLY, **FORKED_RANKS, "SLOW_S": "6"}  # each of the commands below takes seconds
-    submitted = cluster.submit(config, out, "--no-follow", **slowly)
+    slowly = {**SLOWLY, "SLOW_S": "6"}  # each of the commands below takes seconds
+    submitted = cluster.submit(config, out, "--no-follow", real=True, **slowly)  # its ranks are interpreters
     code, output = submitted.end()
     assert code == 0 and "--status shows them" in output
     job_id = submitted.job_at_work("recover alpha dense", beats=2)

@@ -13,9 +13,8 @@ from hfprune_dist.data.text import identity_of
 from hfprune_dist.errors import LostInputError
 from hfprune_dist.planning.user_files import ChangedInputError
 from hfprune_dist.stages.context import Context
-from hfprune_dist.store import claims
 from hfprune_dist.store.artifacts import Store
-from hfprune_dist.store.claims import ClaimLostError, try_claim
+from hfprune_dist.store.claims import try_claim
 from hfprune_dist.store.hashing import FileHashes
 from hfprune_dist.store.heartbeat import Progress
 from hfprune_dist.store.stage import Input
@@ -64,13 +63,6 @@ def progress_of(context):
     return sorted(path.name for path in context.work.iterdir() if path.name in ("partial.safetensors", "snapshots"))
 
 
-def take_over(context, monkeypatch):
-    """Take the claim over, as another process does that takes this one for dead."""
-    with monkeypatch.context() as patch:
-        patch.setattr(claims, "_lives", lambda *_: False)
-        return try_claim(context.work)
-
-
 def test_a_stage_on_the_planned_files_commits(store, text):
     context = claimed(store, text)
     context.check_inputs()
@@ -105,27 +97,6 @@ def test_nothing_is_committed_that_may_have_been_made_of_another_file(store, tex
     assert store.handle(context.stage.id).verify().state == "missing" and progress_of(context) == []
     text.write_text("planned")
     claimed(store, text).check_inputs()
-
-
-def test_who_lost_its_claim_commits_nothing_and_leaves_its_successor_alone(store, text, monkeypatch):
-    context = claimed(store, text)
-    context.check_inputs()
-    draft = context.open_draft()
-    (draft / "weights").write_text("late")
-    successor = take_over(context, monkeypatch)
-    his = store.handle(context.stage.id).open_draft(successor)
-    assert not draft.exists()
-    draft.mkdir()  # as if the successor had come first
-    (draft / "weights").write_text("late")
-    with pytest.raises(ClaimLostError, match=r"another process has taken over this stage"):
-        context.commit(draft, {})
-    with pytest.raises(ClaimLostError):
-        context.open_draft()
-    text.write_text("Planned")
-    with pytest.raises(ClaimLostError):
-        context.check_inputs()
-    assert his.is_dir() and progress_of(context) == ["partial.safetensors", "snapshots"]
-    assert store.handle(context.stage.id).verify().state == "missing" and successor.is_held()
 
 
 def test_damage_is_set_aside(store, text):

@@ -5,7 +5,7 @@ import shutil
 import pytest
 import torch
 from made_stages import stage_of
-from ranks import SoloWorld, run_stage
+from ranks import SoloWorld, killing, run_stage
 from tiny import save_tiny
 from trained import losses_of, weights_of
 from transformers import AutoModelForCausalLM
@@ -108,10 +108,11 @@ def test_plain_transformers_loads_a_closer_model(source, uninterrupted):
 
 
 @pytest.mark.slow
-def test_another_number_of_ranks_comes_close(source, uninterrupted, tmp_path):
+def test_another_number_of_ranks_comes_close_and_so_it_does_after_a_kill(source, uninterrupted, tmp_path):
     """Three ranks have more places than a step has windows: the places left over must not count."""
     store, stage = lay_out(source, tmp_path)
-    finish(store, stage, ranks=3)
+    assert run_stage(store, stage, 3, environment=killing(0, 4, "/snapshot."), **RUNTIME).returncode != 0
+    assert "step 1/" not in finish(store, stage, ranks=3)
     assert losses_of(store, stage) == pytest.approx(losses_of(*uninterrupted), rel=1e-3)
     # Adam would hide a gradient that is too large by a factor, such as the number of ranks.
     norms = losses_of(store, stage, "grad_norm")

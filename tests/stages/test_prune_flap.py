@@ -101,8 +101,9 @@ def standardized_by_hand(scores, criterion):
     return sorted(units)
 
 
-@pytest.mark.parametrize("criterion", ["fluctuation", "activation_l1"])
-@pytest.mark.parametrize(("ratio", "floor", "protect_first"), [(0.3, 0.25, 0), (0.2, 0.0, 1)])
+@pytest.mark.parametrize(
+    ("criterion", "ratio", "floor", "protect_first"), [("fluctuation", 0.3, 0.25, 0), ("activation_l1", 0.2, 0.0, 1)]
+)
 def test_units_of_all_layers_and_kinds_go_in_one_order_until_enough_parameters_are_gone(
     tmp_path, criterion, ratio, floor, protect_first
 ):

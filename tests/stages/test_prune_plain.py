@@ -60,7 +60,6 @@ def shape_in(folder):
     [
         ("llama-tied-biases", "layerwise"),
         ("qwen2", "block"),
-        ("mistral", "dense"),
     ],
 )
 @pytest.mark.usefixtures("all_compete")
@@ -219,20 +218,13 @@ def test_no_window_judges_finalists_that_was_seen_before(tmp_path, used, samples
 # Bits.
 
 
-@pytest.mark.parametrize(
-    ("variant", "samples", "several", "method"),
-    [
-        ("llama-tied-biases", 1, 2, {"refit": "layerwise"}),
-        ("qwen3", 4, 3, {"refit": "dense", "dtype": "bfloat16"}),
-    ],
-)
 @pytest.mark.usefixtures("all_compete")
-def test_any_number_of_ranks_finds_and_writes_the_same(tmp_path, variant, samples, several, method):
-    """This also holds for fewer micro-batches than ranks."""
+def test_any_number_of_ranks_finds_and_writes_the_same(tmp_path):
+    """Of three ranks, one has no micro-batch."""
     outcomes = []
-    for ranks in (1, several):
+    for ranks in (1, 3):
         (folder := tmp_path / str(ranks)).mkdir()
-        store, stage = prepare(folder, variant, samples=samples, layers=3, **method)
+        store, stage = prepare(folder, "qwen3", samples=4, layers=3, refit="dense", dtype="bfloat16")
         ended = on_ranks(ranks, lambda world, store=store, stage=stage: run(store, stage, world))
         assert ended == [0] * ranks
         outcomes.append(outcome(store, stage))

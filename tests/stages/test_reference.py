@@ -8,7 +8,7 @@ from made_stages import stage_of
 from safetensors.torch import load_file, save_file
 from tiny import save_tiny, tiny_model, write_documents
 from transformers import AutoModelForCausalLM
-from worlds import Ranks, run_in_threads
+from worlds import Death, Ranks, run_in_threads
 
 from hfprune_dist.errors import UserError
 from hfprune_dist.store.artifacts import Store
@@ -55,14 +55,17 @@ def test_held_out_text_is_seen_as_the_whole_model_sees_it(source, tmp_path):
 
 
 @pytest.mark.parametrize(("windows", "size"), [(1, 4), (5, 2)])
-def test_ranks_keep_step_whatever_the_number_of_windows(source, tmp_path_factory, windows, size):
+def test_ranks_keep_step_whatever_the_number_of_windows_also_after_a_death(source, tmp_path_factory, windows, size):
     """Some ranks have no micro-batch of their own, and the last one is not full."""
     stage = held_out(source)
     params = {**stage.params.to_json(), "micro_batch_size": 2, "text": TEXT | {"windows": windows}}
     stage = stage_of(stage.kind, stage.label, params, stage.inputs)
     stores = [Store(tmp_path_factory.mktemp(str(ranks))) for ranks in (1, size)]
-    for store, ranks in zip(stores, (Ranks(1), Ranks(size)), strict=True):
-        run_in_threads(store, stage, ranks)
+    run_in_threads(stores[0], stage, Ranks(1))
+    with pytest.raises(Death):
+        run_in_threads(stores[1], stage, Ranks(size, deaths={size - 1: 3}))
+    assert not stores[1].path(stage.id).exists()
+    run_in_threads(stores[1], stage, Ranks(size))
     assert files_of(stores[0], stage) == files_of(stores[1], stage)
 
 

@@ -23,12 +23,6 @@ FOR_EVER_S = 600.0
 BE_LIGHT = "from hfprune_launch.local import warm; warm.IMPORTED = [{}]; warm.be_warm_process()"
 
 
-class LightProcess(OwnProcess):
-    """A warm process that imports little."""
-
-    PROGRAM = ("-c", BE_LIGHT.format("'torch'"))
-
-
 class ThreadedProcess(OwnProcess):
     THREAD = f"import threading, time; threading.Thread(target=time.sleep, args=({FOR_EVER_S},), daemon=True).start()"
     PROGRAM = ("-c", f"{THREAD}; {BE_LIGHT.format('')}")
@@ -152,15 +146,24 @@ def test_ranks_end_with_the_warm_process_and_the_next_ones_start(process, log, e
     assert process.ended(300) == {0: 0, 1: 0}
 
 
+# A launcher whose warm process imports little, and its ranks.
 LAUNCHER = """
 import os, signal, sys
 from pathlib import Path
-from launch.local.test_warm import LightProcess
+from hfprune_launch.local.warm import WarmProcess
 signal.signal(signal.SIGHUP, signal.SIG_DFL)  # which nohup may have changed
-process = LightProcess()
-process.start("launch.local.test_warm:join_and_tell", ["0", "pass"], 2, dict(os.environ), Path(sys.argv[1]))
+WarmProcess.PROGRAM = ("-c", sys.argv[2])
+process = WarmProcess()
+process.start("light:main", [], 2, dict(os.environ), Path(sys.argv[1]))
 print(process._process.pid, flush=True)
 process.ended(600)
+"""
+RANK = f"""
+import json, os, time
+def main(_):
+    told = {{"processes": [os.getppid(), os.getpid()]}}
+    os.write(1, f"told: {{json.dumps(told)}}\\n".encode())
+    time.sleep({FOR_EVER_S})
 """
 
 
@@ -169,10 +172,11 @@ process.ended(600)
     [(signal.SIGKILL, "imports"), (signal.SIGHUP, "ranks")],
     ids=["killed during imports", "closed terminal"],
 )
-def test_nothing_outlives_the_launcher(log, number, moment):
+def test_nothing_outlives_the_launcher(log, tmp_path, number, moment):
+    (tmp_path / "light.py").write_text(RANK)
     launcher = subprocess.Popen(
-        [sys.executable, "-P", "-c", LAUNCHER, str(log)],
-        env={**os.environ, "PYTHONPATH": PATH},
+        [sys.executable, "-P", "-c", LAUNCHER, str(log), BE_LIGHT.format("'torch'")],
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
         stdout=subprocess.PIPE,
         text=True,
     )

@@ -47,7 +47,7 @@ def sweeps(draw):
     return states
 
 
-@settings(max_examples=150)
+@settings(max_examples=60)
 @given(sweeps())
 def test_no_two_jobs_of_a_stage_and_none_of_a_finished_one(states):
     actions, submitted = about_jobs(states), to_submit(states)

@@ -106,7 +106,7 @@ def _quickly():
         yield
 
 
-@settings(max_examples=40)
+@settings(max_examples=25)
 @given(st.lists(EVENTS, min_size=10, max_size=25))
 def test_never_two_live_jobs_of_a_stage_and_no_live_job_given_up(events):
     with tempfile.TemporaryDirectory() as folder:
