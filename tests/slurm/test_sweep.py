@@ -72,7 +72,7 @@ def test_a_rank_is_killed_in_each_stage(cluster, config, finished, without):
         folders = [folder for folder in (out / "store" / stage.split()[0]).iterdir() if label_of(out, folder) == stage]
         assert read(folders[0] / "manifest.json")["world_size"] == (1 if stage == DENSE else 2)
     snapshot = Path(re.search("--chdir=(.*)", (attempt_folders(out)[0] / "job.sh").read_text())[1])
-    assert snapshot.parent == out / "code" and read(snapshot / "provenance.json")["git_commit"]
+    assert snapshot.parent == (out / "code").resolve() and read(snapshot / "provenance.json")["git_commit"]
 
 
 def test_status_logs_and_cancel(cluster, config, without):
