@@ -174,52 +174,26 @@ def test_lora_training(tmp_path, model_type, dropout):
     assert need.shared == pytest.approx(18 * trained, rel=0.15)
 
 
-LARGE = {"vocabulary": 32000, "routed": 0}
-SIZES = {
-    "7B": Sizes(
-        4096,
-        32,
-        attention=16384,
-        heads=4096,
-        neurons=11008,
-        mlp_channels=(11008,),
-        parameters=6.7e9,
-        layer=2e8,
-        **LARGE,
-    ),
-    "70B": Sizes(
-        8192, 80, attention=18432, heads=8192, neurons=28672, mlp_channels=(28672,), parameters=69e9, layer=9e8, **LARGE
-    ),
-}
+def sizes_of(hidden, layers, neurons, parameters):
+    """The sizes of a large model whose layers are alike."""
+    sizes = {"attention": 4 * hidden, "heads": hidden, "neurons": neurons, "routed": 0, "mlp_channels": (neurons,)}
+    return Sizes(hidden, layers, vocabulary=32000, parameters=parameters, layer=parameters // layers, **sizes)
 
 
-@pytest.mark.parametrize("name", SIZES)
-def test_more_at_a_time_takes_more_and_more_ranks_take_no_more(monkeypatch, name):
-    monkeypatch.setattr(Sizes, "from_checkpoint", lambda model: SIZES[model])
-    passes = [scoring([criterion], ["neurons"], 64, 1, 1024) for criterion in ("entropy", "surgeon", "coupled_taylor")]
-    trainings = [(RecoveryConfig(), False), (RecoveryConfig(dropout=0.0), True)]
-    needs = [lambda rows, it=it: it.pass_over(name, checkpointing=False, rows=rows) for it in passes]
-    needs += [
-        lambda rows, settings=settings, distills=distills: training_need(
-            settings, SIZES[name], rows, 1024, distills=distills
-        )
-        for settings, distills in trainings
-    ]
-    for need in needs:
-        of_ranks = [need(1).on_each_gpu(ranks, whole=False) for ranks in (2, 8, 64)]
+def test_what_is_too_large_for_a_gpu_is_sharded_and_more_ranks_take_less(monkeypatch):
+    monkeypatch.setattr(Sizes, "from_checkpoint", lambda sizes: sizes_of(*sizes))
+    small, large = (4096, 32, 11008, 6.7e9), (8192, 80, 28672, 69e9)
+    for model, whole in ((small, True), (large, False)):
+        need = scoring(["entropy"], ["neurons"], 64, 1, 1024).pass_over(model, checkpointing=False)
+        assert [place(need, Gpus(ranks, 80 * GIB), "auto").fits for ranks in (1, 8)] == [whole, True]
+        of_ranks = [need.on_each_gpu(ranks, whole=False) for ranks in (2, 8, 64)]
         assert of_ranks == sorted(of_ranks, reverse=True)
-        assert need(64).on_each_gpu(8, whole=False) > of_ranks[1]
-    sharded = [place(needs[0](1), Gpus(ranks, 80 * GIB), "auto") for ranks in (1, 8)]
-    assert [it.fits for it in sharded] == ([False, True] if name == "70B" else [True, True])
 
 
 @pytest.mark.parametrize(("hidden", "times"), [(4096, 1), (5120, 1.6), (4097, 2 * 4096 / 4097)])
-def test_hidden_states_wait_in_powers_of_two(monkeypatch, hidden, times):
-    model = replace(SIZES["7B"], hidden=hidden)
-    monkeypatch.setattr(Sizes, "from_checkpoint", lambda _checkpoint: model)
+def test_hidden_states_wait_in_powers_of_two(hidden, times):
+    model = sizes_of(hidden, 32, 11008, 6.7e9)
     assert layer_by_layer(model, 2, 1024, 2, host=100.0).host == pytest.approx(100 * times)
-    need = scoring(["surgeon"], ["neurons"], 64, 2, 1024).pass_over("7B", checkpointing=False)
-    assert need.host == pytest.approx(64 * 1024 * hidden * 2 * times)
 
 
 def test_an_evaluation_has_room_for_long_requests(tmp_path):

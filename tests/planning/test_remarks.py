@@ -24,7 +24,6 @@ def remarks(settings):
         ({"calibration.path": "/a.jsonl", "evaluation.fidelity.path": "/b.jsonl"}, []),
         ({"calibration.path": "/texts", "evaluation.fidelity.path": "/texts/a.jsonl"}, [("", "")]),
         ({"evaluation.fidelity.split": "train"}, [("", "")]),
-        ({"evaluation.fidelity.split": "train", "calibration.name": "de"}, []),
         (
             {
                 "calibration.mixture": [{"path": "/a.jsonl"}, {"path": "/b.jsonl"}],
@@ -37,4 +36,4 @@ def remarks(settings):
 )
 def test_a_comparison_on_text_that_models_are_pruned_on_is_told(settings, same):
     told = [f"evaluation.fidelity{one} and calibration{other} read the same text" for one, other in same]
-    assert [it.partition(":")[0] for it in remarks(settings)] == told
+    assert [remark.partition(":")[0] for remark in remarks(settings)] == told
