@@ -26,7 +26,7 @@ def stages(tmp_path_factory):
     distilled = folder / "distilled.yaml"
     distilled.write_text(yaml.safe_dump({"criterion": "entropy", "distill": 1}))
     methods = [str(distilled), str(own)]
-    plans = [planned(file, methods=methods, efficiency__enabled=True, **it)[1] for it in ({}, of_texts)]
+    plans = [planned(file, methods=methods, efficiency__enabled=True, **texts)[1] for texts in ({}, of_texts)]
     return [stage for plan in plans for stage in plan.stages.values()]
 
 
@@ -52,7 +52,7 @@ def test_a_record_of_another_version_is_one_message(stages, change):
         record = through_json(stage)
         if change == "less":
             fields = parameters_of(stage.kind).model_fields
-            del record["params"][next(name for name, it in fields.items() if it.is_required())]
+            del record["params"][next(name for name, field in fields.items() if field.is_required())]
         else:
             record["params"] |= {"unknown": 1} if change == "more" else {max(record["params"]): {"a": 1}}
         with pytest.raises(UserError, match=rf"{stage.id} was planned by another version of the code; run sweep\.py"):
@@ -62,7 +62,7 @@ def test_a_record_of_another_version_is_one_message(stages, change):
 def test_of_a_file_no_data_set_is_recorded():
     record = {"criteria": ["entropy"], "dtype": "float32", "add_bos_token": True, "seed": 0}
     texts = CalibrationConfig(path="/a/text.jsonl"), CalibrationConfig(path="/b.jsonl", dataset=None, split="test")
-    local, other = (parameters_of("importance")(**record, calibration=it).to_json()["calibration"] for it in texts)
+    local, other = (parameters_of("importance")(**record, calibration=text).to_json()["calibration"] for text in texts)
     assert local == other and "dataset" not in local
     hub = parameters_of("importance")(**record, calibration=CalibrationConfig()).to_json()["calibration"]
     assert hub["revision"] is None and hub["dataset"] == "allenai/c4" and hub["path"] is None

@@ -116,6 +116,11 @@ def test_a_file_of_ones_own_is_found_beside_the_configuration(tmp_path):
     assert list(methods) == ["hfprune", "mine"] and methods["mine"].refit == "layerwise"
 
 
+def test_an_unknown_name_lists_the_valid_ones():
+    with pytest.raises(UserError, match=r"'surgon-plain'; did you mean 'surgeon-plain'[?]; valid: .*hfprune"):
+        resolved(methods=["surgon-plain"])
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -134,10 +139,3 @@ def test_a_bad_file_is_one_message(tmp_path, content, message):
         file.write_text(content)
     with pytest.raises(UserError, match=f"(?s)mine.yaml.*{message}"):
         resolved(methods=[str(file)])
-
-
-def test_an_unknown_name_lists_the_valid_ones():
-    with pytest.raises(
-        UserError, match=r"unknown method 'surgon-plain'.*did you mean 'surgeon-plain'.*valid: .*hfprune"
-    ):
-        resolved(methods=["surgon-plain"])

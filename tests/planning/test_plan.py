@@ -216,15 +216,6 @@ def test_one_pass_scores_all_kinds_and_each_method_depends_on_its_own(world, tmp
     assert [cut["structures"] for cut in cuts] == [["neurons"], ["neurons", "kv_groups"]] * 2
 
 
-def test_a_plain_shape_is_planned_with_what_it_is_measured_with(world, tmp_path):
-    structures = ["neurons", "kv_groups", "layers"]
-    method = {"criterion": "surgeon", "structures": structures, "allocation": "plain", "multiple_of": "auto"}
-    plain = methods_file(tmp_path, "plain", **method, floor=0.5)
-    (cut,) = stages_of(plan_of(world, methods=[plain], models=["a"], ratios=[0.1]), "prune")
-    run = {"ratio": 0.1, "refit": "none", "dtype": "bfloat16", "micro_batch_size": 1}
-    assert cut.params.to_json().items() >= (method | run | {"multiple_of": 1, "floor": 0.0}).items()
-
-
 def test_an_unreachable_ratio_is_refused(world):
     with pytest.raises(UserError, match=r"model 'a'.*nearest possible is 0\.278"):
         plan_of(world, ratios=[0.5])

@@ -21,7 +21,6 @@ def remarks(settings):
     ("settings", "same"),
     [
         ({"calibration.path": "/a.jsonl", "evaluation.fidelity.path": "/x/../a.jsonl"}, [("", "")]),
-        ({"calibration.path": "/a.jsonl", "evaluation.fidelity.path": "/b.jsonl"}, []),
         ({"calibration.path": "/texts", "evaluation.fidelity.path": "/texts/a.jsonl"}, [("", "")]),
         ({"evaluation.fidelity.split": "train"}, [("", "")]),
         (

@@ -91,7 +91,7 @@ def test_layers_that_are_not_protected_are_alike_and_come_as_close_as_widths_can
     each = list(zip(*(shape.units[kind] for kind in BOTH), strict=True))
     pruned = target.pruned_layers
     ((width, groups),) = {each[layer] for layer in pruned}
-    assert {it for layer, it in enumerate(each) if layer not in pruned} <= {dense}
+    assert {size for layer, size in enumerate(each) if layer not in pruned} <= {dense}
     assert width == dense[0] or width % target.multiple_of == 0 < width < dense[0]
     assert groups % target.tensor_parallel == 0 if "kv_groups" in target.structures else groups == dense[1]
     units = target.counts.units
@@ -101,7 +101,7 @@ def test_layers_that_are_not_protected_are_alike_and_come_as_close_as_widths_can
 
     assert target.counts.total - target.counts.after(shape) == removed(width, groups)
     widths = {*range(target.multiple_of, dense[0], target.multiple_of), dense[0]}
-    closest = min(abs(removed(it, groups) - target.removals) for it in widths if removed(it, groups))
+    closest = min(abs(gone - target.removals) for other in widths if (gone := removed(other, groups)))
     assert abs(removed(width, groups) - target.removals) == pytest.approx(closest, abs=1e-3)
     share = 1 - target.removals / removed(0, 0)
     for other in plain_group_counts(target.dense) if len(pruned) == len(each) and len(target.structures) == 2 else []:
@@ -118,7 +118,7 @@ def test_plain_shapes_come_as_close_to_the_ratio_as_widths_can(drawn, random):
     variant, changes, target = drawn
     shapes = shapes_or_nothing(target)
     dense = changes["num_hidden_layers"], changes["num_key_value_heads"], changes["intermediate_size"]
-    found = [(len(it.layers), it.units["kv_groups"][0], it.units["neurons"][0]) for it in shapes]
+    found = [(len(one.layers), one.units["kv_groups"][0], one.units["neurons"][0]) for one in shapes]
     assert 0 < len(found) <= MOST_SHAPES and found == sorted(set(found), reverse=True) and dense not in found
     for shape, (layers, groups, width) in zip(shapes, found, strict=True):
         assert width % target.multiple_of == 0 and width <= dense[2] and is_plain(target.dense, shape)
@@ -181,15 +181,12 @@ def smol(ratio, allocation="uniform", structures=NEURONS, **options):
 def test_shapes_of_smollm2():
     assert {*shape_for(smol(0.2)).units["neurons"]} == {1017}
     shapes = shapes_for(smol(0.5, "plain", ALL))
-    found = [(len(it.layers), it.units["kv_groups"][0], it.units["neurons"][0]) for it in shapes]
+    found = [(len(one.layers), one.units["kv_groups"][0], one.units["neurons"][0]) for one in shapes]
     assert found[0] == (30, 3, 239) and {(30, 2, 409), (28, 3, 292), (28, 2, 463)} < {*found} and len(found) == 18
     many = SMOLLM2 | {"num_attention_heads": 32, "num_key_value_heads": 8, "hidden_size": 512, "num_hidden_layers": 22}
     target = Target(blank(**many), 0.5, "m", ALL, "plain")
     assert len(shapes_for(target)) == MOST_SHAPES
-    assert {it.units["kv_groups"][0] for it in shapes_for(target)} == {8, 6, 4, 2}
-    marked = blank("qwen3", **SMOLLM2, head_dim=64)
-    marked.config["no_rope_layer_interval"] = 2
-    assert {len(it.layers) for it in shapes_for(Target(marked, 0.4, "m", ALL, "plain"))} == {30}
+    assert {shape.units["kv_groups"][0] for shape in shapes_for(target)} == {8, 6, 4, 2}
 
 
 @pytest.mark.parametrize(
@@ -263,7 +260,8 @@ def test_experts_are_as_wide_as_the_ratio_lets_them_be(config, ratio, multiple_o
     (shape,) = shapes_or_nothing(Target(checkpoint, ratio, "m", structures, "local", multiple_of))
     assert checkpoint.parameter_counts.ratio(shape) >= ratio and is_plain(checkpoint, shape)
     experts = checkpoint.structures[EXPERT_NEURONS]
-    widths = {kind: {it // checkpoint.structures[kind].copies for it in row if it} for kind, row in shape.units.items()}
+    copies = {kind: checkpoint.structures[kind].copies for kind in shape.units}
+    widths = {kind: {count // copies[kind] for count in row if count} for kind, row in shape.units.items()}
     (width,) = widths[EXPERT_NEURONS]
     # Experts no wider than a step lose nothing; what the other MLPs lose may be enough.
     assert (width % step == 0 and width < experts.width) or width == experts.width <= step
@@ -273,7 +271,7 @@ def test_experts_are_as_wide_as_the_ratio_lets_them_be(config, ratio, multiple_o
     if structures == BOTH:
         possible = plain_group_counts(checkpoint)
         wanted = possible[-1] * width / experts.width
-        assert widths["kv_groups"] == {min(possible, key=lambda it: (abs(it - wanted), it))}
+        assert widths["kv_groups"] == {min(possible, key=lambda count: (abs(count - wanted), count))}
         return
     left = checkpoint_of({**pruned_config(checkpoint, shape), "num_experts": config["num_experts"]})
     assert left.parameters == checkpoint.parameter_counts.after(shape)
@@ -303,20 +301,20 @@ def suffices(config, number):
 @given(grouped_mixtures(), st.floats(0.01, 0.95), st.sampled_from([1, 2, 4]))
 def test_as_many_experts_stay_as_the_ratio_and_the_router_let(config, ratio, multiple_of):
     checkpoint, every = checkpoint_of(config), config["num_experts"]
-    possible = [it for it in range(1, every) if it % multiple_of == 0 and suffices(config, it)]
+    possible = [number for number in range(multiple_of, every, multiple_of) if suffices(config, number)]
     there = checkpoint.structures[EXPERTS].counts
 
-    def of(number):
+    def shape_with(number):
         return Shape(tuple(range(len(there))), {EXPERTS: tuple(number if count else 0 for count in there)})
 
-    enough = [it for it in possible if checkpoint.parameter_counts.ratio(of(it)) >= ratio]
+    enough = [number for number in possible if checkpoint.parameter_counts.ratio(shape_with(number)) >= ratio]
     target = Target(checkpoint, ratio, "m", (EXPERTS,), "uniform", multiple_of)
     if not enough:
         with pytest.raises(UserError, match=r"by pruning experts.*; (the nearest possible|nothing can go)"):
             shapes_for(target)
         return
     shape = shape_for(target)
-    assert shape == of(max(enough)) and is_plain(checkpoint, shape)
+    assert shape == shape_with(max(enough)) and is_plain(checkpoint, shape)
     left = checkpoint_of(pruned_config(checkpoint, shape))
     assert left.parameters == checkpoint.parameter_counts.after(shape)
     routers = (1 + ("n_group" in config) / 64) * (every - max(enough)) * len(left.family.experts.layers)

@@ -1,7 +1,5 @@
 """The user's files are as planned when a stage begins and when it commits; files of tasks outside their folder."""
 
-import time
-
 import pytest
 import yaml
 from made_stages import stage_of
@@ -10,7 +8,6 @@ from sweeps import make_inputs, planned
 from hfprune_dist.errors import UserError
 from hfprune_dist.evaluation.lm_eval_tasks import TaskLoader
 from hfprune_dist.planning.user_files import ChangedInputError, outside_files, require_planned
-from hfprune_dist.store import hashing as identity
 from hfprune_dist.store.hashing import FileHashes
 from hfprune_dist.store.stage import Input
 
@@ -40,8 +37,8 @@ def stages_in(folder):
     return {stage.kind: stage for stage in reversed(planned(folder / "tiny.yaml", models=["alpha"])[1].stages.values())}
 
 
-def check(stage, hashes=None):
-    require_planned(stage.inputs.values(), FileHashes(hashes), WHEN)
+def check(stage):
+    require_planned(stage.inputs.values(), FileHashes(None), WHEN)
 
 
 @pytest.mark.parametrize(("kind", "name"), [(kind, name) for kind, names in READS.items() for name in names])
@@ -72,20 +69,6 @@ def test_a_file_that_was_added_is_a_change(folder, name):
     with pytest.raises(ChangedInputError, match=name.split("/")[0]):
         check(before)
     check(stages_in(folder)["evaluate"])
-
-
-def test_what_was_read_before_is_not_read_again(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(identity, "STABLE_NS", 0)
-    stages = stages_in(folder)
-    time.sleep(0.02)
-    reads, compute = [], identity._sha256_of
-    monkeypatch.setattr(identity, "_sha256_of", lambda file: reads.append(file.name) or compute(file))
-    check(stages["importance"], tmp_path / "hashes")
-    assert reads.count("model.safetensors") == 1
-    reads.clear()
-    check(stages["recover"], tmp_path / "hashes")
-    check(stages["recover"], tmp_path / "hashes")
-    assert reads == ["pairs.jsonl"]
 
 
 def test_a_commit_of_the_hub_only_has_to_be_there(folder):
