@@ -94,7 +94,7 @@ class Session:
 
         Returns:
             the rows of ``results.json``: ``checkpoint`` is a folder, relative to ``out``; a row whose ``status`` is
-            ``missing`` has a ``cause``.
+            ``failed`` or ``missing`` has a ``cause``.
 
         Raises:
             UserError: for bad input.

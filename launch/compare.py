@@ -25,8 +25,9 @@ from hfprune_launch.sweep_folder import CONFIG_FILE, read_sweep, require_folder
 from hfprune_dist.config.load import load_config
 from hfprune_dist.config.section import as_written
 from hfprune_dist.errors import UserError, did_you_mean
-from hfprune_dist.results.comparison import columns_of_methods, compare_methods, methods_table, note_on_methods
-from hfprune_dist.results.markdown import escaped
+from hfprune_dist.results.comparison import compare_methods, methods_table
+from hfprune_dist.results.markdown import escaped, markdown
+from hfprune_dist.results.rows import DONE
 from hfprune_dist.results.table import not_comparable
 from hfprune_dist.store.atomic_files import write_json, write_text
 
@@ -72,16 +73,18 @@ def _compare(folders: Sequence[Path], out: Path, named: str | None) -> None:
         for row in found
     ]
     # Rows that the table leaves out, and those whose scores are of other held-out text than their model's first one.
-    warnings = [f"missing: {row['label']}: {row['cause']}" for row in rows if row["status"] == "missing"]
-    warnings += not_comparable([row for row in rows if row["status"] == "done"])
+    warnings = [f"missing: {row['label']}: {row['cause']}" for row in rows if row["status"] != DONE]
+    warnings += not_comparable([row for row in rows if row["status"] == DONE])
     out.mkdir(parents=True, exist_ok=True)
     record = {"methods": methods, "sweeps": [str(place) for place in folders]}
     write_json(out / "comparison.json", record, sort_keys=False)
-    parts = [f"# Methods\n\n{methods_table(methods, reference)}", *(f"{escaped(warning)}\n" for warning in warnings)]
+    shown, told = methods_table(methods, reference, wide=True)
+    parts = [f"# Methods\n\n{markdown(methods, shown)}", *(f"{escaped(text)}\n" for text in (told, *warnings))]
     write_text(out / "comparison.md", "\n".join(parts))
     console = make_console()
-    show_table(console, table_of(methods, columns_of_methods(methods, reference, wide=False)))
-    for text in [note_on_methods(methods, reference, wide=False), *warnings]:
+    shown, told = methods_table(methods, reference, wide=False)
+    show_table(console, table_of(methods, shown))
+    for text in (told, *warnings):
         say(console, text)
     say(console, f"written: {out / 'comparison.md'}, comparison.json")
 

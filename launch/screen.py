@@ -19,16 +19,17 @@ from hfprune_dist.planning.plan import Plan
 from hfprune_dist.results.checkpoints import Update
 from hfprune_dist.results.formats import counted, duration
 from hfprune_dist.results.markdown import Column, cells
-from hfprune_dist.results.rows import Row
+from hfprune_dist.results.rows import FAILED, MISSING, Row
 from hfprune_dist.results.table import causes, columns, notes
 from hfprune_dist.store.artifacts import Verdict
 from hfprune_dist.store.heartbeat import Failure, Heartbeat
 from hfprune_dist.store.stage import Stage
 
-ROOMY = 100  # characters of a terminal that has room for standard errors of KL
+PIPED = 80  # characters of a table where there is no terminal
+SPARE = ("size", "time", "speed")  # columns that are left out, one after the other, where names would break over lines
 # Seconds between two lines about one stage, and before the first.
 LINE_INTERVAL_S = 30.0
-ALL_COLUMNS = "all columns: results.md, or launch/report.py with --wide"
+ALL_COLUMNS = "all columns: results.md, or report.py --wide"
 T = TypeVar("T")
 
 
@@ -40,7 +41,7 @@ class _PipedConsole(Console):
 
 
 def make_console() -> Console:
-    """Return a console as wide as the terminal; a pipe or file has no width, so tables keep their full width there."""
+    """Return a console as wide as the terminal; a pipe or file has no width."""
     # Rich would show the ``:100:`` of ``train.py:100: error`` as a picture.
     return _PipedConsole(width=None if sys.stdout.isatty() else 400, emoji=False)
 
@@ -188,14 +189,26 @@ def show_results(console: Console, rows: Sequence[Row], wide: bool = False) -> N
     Args:
         wide: show all columns, however wide it gets, instead of a few that fit the terminal.
     """
-    table = table_of(rows, columns(rows, wide, with_errors=wide or console.width >= ROOMY))
+    shown = columns(rows, wide)
+    for spare in () if wide else SPARE:
+        if _whole_width(console, table_of(rows, shown)) > _width(console):
+            shown = [column for column in shown if column.header != spare]
+    table = table_of(rows, shown)
     for line, row in zip(table.rows, rows, strict=True):
-        line.style = "red" if row["status"] == "missing" else None
+        line.style = {FAILED: "red", MISSING: "bright_black"}.get(row["status"])
     show_table(console, table, wide)
-    for note in [*notes(rows), *(notes(rows, wide=True) if wide else [ALL_COLUMNS])]:
-        console.print(note, highlight=False, markup=False)
+    for note in notes(rows, wide=True) if wide else [f"{notes(rows)[0]}; {ALL_COLUMNS}"]:
+        console.print(note, highlight=False, markup=False, width=_width(console))
     for cause in causes(rows):
         say(console, cause)
+
+
+def _width(console: Console) -> int:
+    return console.width if console.is_terminal else PIPED
+
+
+def _whole_width(console: Console, table: Table) -> int:
+    return console.measure(table, options=console.options.update(max_width=10**6)).maximum
 
 
 def table_of(rows: Sequence[T], shown: Sequence[Column[T]]) -> Table:
@@ -210,14 +223,14 @@ def table_of(rows: Sequence[T], shown: Sequence[Column[T]]) -> Table:
 
 
 def show_table(console: Console, table: Table, wide: bool = False) -> None:
-    """Show a table within the terminal's width.
+    """Show a table within the terminal's width, or within 80 characters where there is none.
 
     Args:
         wide: show it as wide as it is, and let the terminal break its lines.
     """
     if wide:
-        table.width = console.measure(table, options=console.options.update(max_width=10**6)).maximum
-    console.print(table, soft_wrap=wide)
+        table.width = _whole_width(console, table)
+    console.print(table, soft_wrap=wide, width=None if wide else _width(console))
 
 
 def show_checkpoints(console: Console, update: Update) -> None:

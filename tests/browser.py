@@ -11,12 +11,6 @@ import pytest
 
 # Anything slower than this hangs; the limit is generous because other tests share a slow machine.
 PATIENCE_MS = 600_000
-DRAWN = """() => [...document.querySelectorAll(".plot")].map((plot) => ({
-    section: plot.closest("section").id,
-    title: plot.closest("figure").querySelector("figcaption")?.textContent,
-    traces: (plot.data || []).map((trace) => ({...trace})),
-    marks: plot.querySelectorAll(".main-svg").length,
-}))"""
 
 
 @dataclass
@@ -26,20 +20,6 @@ class Opened:
     page: object
     errors: list[str] = field(default_factory=list)
     requests: list[str] = field(default_factory=list)
-
-    def drawn(self):
-        """Return all figures, once each has been in view."""
-        height = self.page.evaluate("document.documentElement.scrollHeight")
-        for place in range(0, height, 700):
-            self.page.evaluate(f"scrollTo(0, {place})")
-            self.page.evaluate("new Promise((done) => requestAnimationFrame(() => setTimeout(done)))")
-        self.page.wait_for_selector(".plot:not(:has(svg))", state="detached")  # without eval, which the page forbids
-        return self.page.evaluate(DRAWN)
-
-    def overflow(self, width):
-        """Return by how many pixels the page is wider than a window of this width."""
-        self.page.set_viewport_size({"width": width, "height": 900})
-        return self.page.evaluate("document.documentElement.scrollWidth - innerWidth")
 
 
 @contextmanager

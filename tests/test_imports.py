@@ -200,7 +200,7 @@ def test_the_login_node_never_waits_for_torch():
 import importlib, sys
 for name in {names}:
     importlib.import_module(name)
-    if large := {{'torch', 'transformers', 'deepspeed', 'plotly'}} & set(sys.modules):
+    if large := {{'torch', 'transformers', 'deepspeed'}} & set(sys.modules):
         sys.exit(f"{{name}} imports {{large}}")
 """
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)

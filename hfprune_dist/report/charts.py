@@ -1,45 +1,70 @@
-"""The charts of a report, in the format of plotly.js: plain JSON, so that nothing needs to be imported to make one.
-
-To add one, write a function that returns a ``Chart`` and add it to ``charts``; something that rows measure goes into
-``results/metrics.py`` and ``MEASURES``.
+"""The charts of a report: lines over two axes, drawn as SVG in the page's colours, with nothing to load. To add one,
+write a function that returns a ``Chart`` and add it to ``charts``.
 """
 
 from __future__ import annotations
 
-import html
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import product
+from dataclasses import dataclass, replace
+from html import escape
 from pathlib import Path
-from typing import Any
 
 from hfprune_dist.checkpoints.pruned_config import KEPT, read_kept_numbers
 from hfprune_dist.config.texts import OTHER_TEXTS
 from hfprune_dist.planning.plan import NONE, OWN, Cell, Plan
-from hfprune_dist.results.metrics import METRICS, headline
+from hfprune_dist.results.formats import count
+from hfprune_dist.results.metrics import METRICS, Score, headline
 from hfprune_dist.results.rows import Row
 from hfprune_dist.results.table import other_texts
 from hfprune_dist.store.artifacts import Store
 from hfprune_dist.store.stage import CUTTING
 
-Trace = dict[str, Any]
+QUALITY = "quality"  # id of the chart that comes before the table
 # Of Okabe and Ito, which can be distinguished with all common kinds of colour blindness, without their yellow and
 # black, which vanish on one of the two backgrounds.
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 GREY = "#888888"
-# Of plotly.js.
-DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
+DASHES = ("", "8 4", "2 4", "8 4 2 4", "14 5", "14 5 2 5")
+WIDTH, HEIGHT = 440, 270
+LEFT, RIGHT, TOP, BOTTOM = 52, 12, 10, 40  # margins, for the axes' labels
+# x, y, and the standard error of y, if it is known.
+Point = tuple[float, float, float | None]
 
 
 @dataclass(frozen=True)
-class Figure:
-    """One panel of a chart; its layout's fonts, colours and margins are set by the page."""
+class Line:
+    """One line and its entry in the legend.
+
+    Attributes:
+        dash: SVG's pattern; empty: solid.
+        are_marked: whether points have marks, errors, and tooltips.
+        is_across: whether the line goes from one side to the other at its only y.
+    """
+
+    name: str
+    color: str
+    dash: str
+    points: Sequence[Point]
+    are_marked: bool = False
+    is_across: bool = False
+
+
+def _short(number: float) -> str:
+    return f"{number:.3g}"
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One plot; numbers on its axes are formatted by ``x_form`` and ``y_form``."""
 
     title: str
-    data: Sequence[Trace]
-    layout: dict[str, Any]
+    x_title: str
+    lines: Sequence[Line]
+    from_zero: bool = True
+    x_form: Callable[[float], str] = _short
+    y_form: Callable[[float], str] = _short
 
 
 @dataclass(frozen=True)
@@ -49,29 +74,25 @@ class Chart:
     id: str
     title: str
     about: str
-    figures: Sequence[Figure]
+    panels: Sequence[Panel]
 
 
 def charts(rows: Sequence[Row], plan: Plan, store: Store) -> list[Chart]:
     """All charts that there is data for, in the order of the page."""
     found = [*_quality(rows), _layers(rows, plan, store), _losses(rows, plan, store)]
-    return [chart for chart in found if chart.figures]
+    return [chart for chart in found if chart.panels]
 
 
-def _line(rows: Sequence[Row], method: str | None, name: str, xs: Sequence[Any], ys: Sequence[Any], dash: str) -> Trace:
-    """A line in its method's colour."""
+def _color(rows: Sequence[Row], method: str | None) -> str:
     methods = list(dict.fromkeys(row["method"] for row in rows if row["method"]))
-    color = PALETTE[methods.index(method) % len(PALETTE)] if method else GREY
-    escaped = html.escape(name, quote=False)  # plotly.js interprets some HTML
-    hover = "%{fullData.name}<br>%{x}, %{y}"
-    trace: Trace = {"type": "scatter", "mode": "lines", "name": escaped, "hovertemplate": hover, "x": xs, "y": ys}
-    return trace | {"line": {"color": color, "dash": dash, "width": 2}, "marker": {"size": 8, "color": color}}
+    return PALETTE[methods.index(method) % len(PALETTE)] if method else GREY
 
 
-def _dash(cell: Cell, rows: Sequence[Row]) -> str:
-    """The dash pattern of a row's ratio; they repeat."""
+def _of_cell(rows: Sequence[Row], cell: Cell, points: Sequence[Point]) -> Line:
+    """A line in its method's colour and with its ratio's dashes, which repeat."""
     ratios = sorted({row["ratio"] for row in rows})
-    return DASHES[ratios.index(cell.ratio or 0.0) % len(DASHES)]
+    dash = DASHES[ratios.index(cell.ratio or 0.0) % len(DASHES)]
+    return Line(f"{cell.method or 'dense'} {cell.ratio or 0:g}", _color(rows, cell.method), dash, points)
 
 
 def _finished(plan: Plan, store: Store, *kinds: str) -> Iterator[tuple[Cell, str, Path]]:
@@ -85,71 +106,57 @@ def _finished(plan: Plan, store: Store, *kinds: str) -> Iterator[tuple[Cell, str
 
 # What rows measure.
 
-PERCENT: dict[str, Any] = {"tickformat": ".3~p"}
-MEASURES: dict[str, dict[str, Any]] = {
-    "average": PERCENT,
-    "kl": {"rangemode": "tozero"},
-    "top1_agreement": PERCENT,
-    "perplexity": {"type": "log"},
-}
-# A value and its standard error, from a row.
-Measure = Callable[[Row], tuple[float | None, float | None]]
-
 
 def _quality(rows: Sequence[Row]) -> list[Chart]:
-    """Quality, distance from the dense model and scores of tasks, against size."""
-    of_rows: dict[str, tuple[Measure, dict[str, Any]]] = {
-        METRICS[key].header: (_of_row(key), axis) for key, axis in MEASURES.items()
-    }
-    of_rows |= {f"KL on {text}": (_on_text(text), MEASURES["kl"]) for text in other_texts(rows)}
-    tasks = dict.fromkeys(task for row in rows for task in row["tasks"])
-    of_tasks: dict[str, tuple[Measure, dict[str, Any]]] = {task: (_of_task(task), PERCENT) for task in tasks}
-    told = "; ".join(f"{METRICS[key].header}: {METRICS[key].told}" for key in MEASURES)
-    about = "Solid lines are with recovery, dotted ones without; grey: the dense model. "
+    """Distance from the dense model and scores of tasks, against size."""
+    shown = [METRICS[key] for key in ("kl", "average", "top1_agreement")]
+    kl, average, agreement = (
+        {metric.header: [(metric.value(row), metric.error(row)) for row in rows]} for metric in shown
+    )
+    others: dict[str, list[Score]] = {}
+    for text in other_texts(rows):
+        there = [row[OTHER_TEXTS].get(text, {}) for row in rows]
+        others[f"KL on {text}"] = [(found.get("kl"), found.get("kl_stderr")) for found in there]
+    for task in dict.fromkeys(task for row in rows for task in row["tasks"]):
+        others[task] = [headline(row["tasks"].get(task, {})) for row in rows]
+    told = [f"{metric.header}: {metric.told}" for metric in shown]
+    about = f"{'; '.join(told[:2])}. Solid lines are with recovery, dotted ones without; grey: the dense model."
     return [
-        Chart("quality", "Quality against size", about + told, _panels(rows, of_rows)),
-        Chart("tasks", "Tasks against size", about, _panels(rows, of_tasks)),
+        Chart(QUALITY, "Quality against size", about, _against_size(rows, kl | average)),
+        Chart("tasks", "Tasks and the rest against size", f"{told[2]}.", _against_size(rows, agreement | others)),
     ]
 
 
-def _of_row(key: str) -> Measure:
-    return lambda row: (METRICS[key].value(row), METRICS[key].error(row))
+def _against_size(rows: Sequence[Row], measured: Mapping[str, Sequence[Score]]) -> list[Panel]:
+    """A panel for each model and measure that pruned rows have, along their numbers of parameters.
 
-
-def _on_text(text: str) -> Measure:
-    return lambda row: _of_row("kl")(row[OTHER_TEXTS].get(text, {}))
-
-
-def _of_task(task: str) -> Measure:
-    return lambda row: headline(row["tasks"].get(task, {}))
-
-
-def _panels(rows: Sequence[Row], measures: Mapping[str, tuple[Measure, dict[str, Any]]]) -> list[Figure]:
-    """A figure for each model and measure of which rows have a value, along their numbers of parameters."""
-    figures = []
-    models = dict.fromkeys(row["model"] for row in rows)
-    for model, (title, (measure, axis)) in product(models, measures.items()):
-        sized = [row for row in rows if row["model"] == model and row["parameters"]]
-        known = sorted((row for row in sized if measure(row)[0] is not None), key=lambda row: int(row["parameters"]))
-        lines: dict[tuple[str | None, str], list[Row]] = {}
-        for row in known:
-            lines.setdefault((row["method"], row["recovery"]), []).append(row)
-        ends = [known[0]["parameters"], known[-1]["parameters"]] if known else []
-        traces = []
-        for (method, recovery), on_line in lines.items():
-            name = (method or "dense") + ("" if recovery in (NONE, OWN) else f" + {recovery}")
-            ys, errors = zip(*map(measure, on_line), strict=True)
-            dash = "dot" if recovery == NONE else "solid"
-            trace = _line(rows, method, name, [row["parameters"] for row in on_line], ys, dash)
-            if method is None:  # the dense model's only point, as a line across
-                trace |= {"x": ends, "y": [ys[0], ys[0]]}
-            else:
-                bars = {"type": "data", "array": errors, "thickness": 1.2, "width": 4}
-                trace |= {"mode": "lines+markers", "error_y": bars}
-            traces.append(trace)
-        layout = {"xaxis": {"title": {"text": "parameters"}, "tickformat": ".4~s"}, "yaxis": axis}
-        figures += [Figure(f"{model}: {title}", traces, layout)] if traces else []
-    return figures
+    Args:
+        measured: title -> the measure of each row.
+    """
+    panels = []
+    for model in dict.fromkeys(row["model"] for row in rows):
+        for title, scores in measured.items():
+            lines: dict[tuple[str | None, str], list[Point]] = {}
+            for row, (value, error) in zip(rows, scores, strict=True):
+                if row["model"] == model and row["parameters"] and value is not None:
+                    line = lines.setdefault((row["method"], row["recovery"]), [])
+                    line.append((row["parameters"], value, error))
+            drawn = [
+                Line(
+                    (method or "dense") + ("" if recovery in (NONE, OWN) else f" + {recovery}"),
+                    _color(rows, method),
+                    "2 4" if recovery == NONE else "",
+                    sorted(points),
+                    are_marked=method is not None,
+                    is_across=method is None,
+                )
+                for (method, recovery), points in lines.items()
+            ]
+            if any(line.are_marked for line in drawn):
+                is_kl = title.startswith(METRICS["kl"].header)
+                form = _short if is_kl else lambda share: f"{100 * share:.3g}%"
+                panels.append(Panel(f"{model}: {title}", "parameters", drawn, is_kl, count, form))
+    return panels
 
 
 # What checkpoints keep.
@@ -164,21 +171,18 @@ UNITS = {
 
 
 def _layers(rows: Sequence[Row], plan: Plan, store: Store) -> Chart:
-    traces: dict[tuple[str, str], list[Trace]] = {}
+    lines: dict[str, list[Line]] = {}
     for cell, _, artifact in _finished(plan, store, *CUTTING):
         if not (artifact / KEPT).is_file():  # removed to make room
             continue
         layers, units = read_kept_numbers(artifact)
         for kind, kept in units.items():
             counts = {layer: len(numbers) for layer, numbers in zip(layers, kept, strict=True)}
-            ys = [counts.get(layer, 0) for layer in range(1 + max(layers))]
-            name = f"{cell.method} {cell.ratio:g}"
-            trace = _line(rows, cell.method, name, [*range(len(ys))], ys, _dash(cell, rows))
-            trace["line"]["shape"] = "hvh"
-            traces.setdefault((cell.model, kind), []).append(trace)
-    layout = {"xaxis": {"title": {"text": "layer"}}, "yaxis": {"rangemode": "tozero"}}
-    figures = [Figure(f"{model}: {UNITS[kind]} kept", data, layout) for (model, kind), data in traces.items()]
-    return Chart("layers", "Widths and heads by layer", "What each layer of the dense model keeps.", figures)
+            sides = [(layer, side) for layer in range(1 + max(layers)) for side in (-0.5, 0.5)]
+            steps = [(layer + side, counts.get(layer, 0), None) for layer, side in sides]
+            lines.setdefault(f"{cell.model}: {UNITS[kind]} kept", []).append(_of_cell(rows, cell, steps))
+    panels = [Panel(title, "layer", drawn) for title, drawn in lines.items()]
+    return Chart("layers", "Widths and heads by layer", "What each layer of the dense model keeps.", panels)
 
 
 # What training recorded.
@@ -188,15 +192,14 @@ MOST_POINTS = 200
 
 
 def _losses(rows: Sequence[Row], plan: Plan, store: Store) -> Chart:
-    traces: dict[tuple[str, str], list[Trace]] = {}
+    lines: dict[str, list[Line]] = {}
     for cell, kind, artifact in _finished(plan, store, *TRAINING):
         if losses := training_losses(artifact / "loss.jsonl"):
-            name = f"{cell.method or 'dense'} {cell.ratio or 0:g}"
-            trace = _line(rows, cell.method, name, list(losses), list(losses.values()), _dash(cell, rows))
-            traces.setdefault((cell.model, kind), []).append(trace)
-    layout = {"xaxis": {"title": {"text": "step"}}, "yaxis": {}}
-    figures = [Figure(f"{model}: loss of {TRAINING[kind]}", data, layout) for (model, kind), data in traces.items()]
-    return Chart("losses", "Training", "Training loss by optimizer step.", figures)
+            line = _of_cell(rows, cell, [(step, loss, None) for step, loss in losses.items()])
+            line = replace(line, are_marked=len(losses) == 1)
+            lines.setdefault(f"{cell.model}: loss of {TRAINING[kind]}", []).append(line)
+    panels = [Panel(title, "step", drawn, from_zero=False) for title, drawn in lines.items()]
+    return Chart("losses", "Training", "Training loss by optimizer step.", panels)
 
 
 def training_losses(file: Path) -> Mapping[int, float]:
@@ -208,3 +211,60 @@ def training_losses(file: Path) -> Mapping[int, float]:
     losses = [(line["step"], line["loss"]) for line in records if math.isfinite(line.get("loss") or math.nan)]
     stride = -(-len(losses) // MOST_POINTS) or 1
     return dict([*losses[::stride], *losses[-1:]])
+
+
+# Drawing.
+
+
+def figure(panel: Panel) -> str:
+    """HTML of a panel: its title, the plot and a legend."""
+    xs = [x for line in panel.lines if not line.is_across for x, _, _ in line.points]
+    ys = [y + side * (error or 0) for line in panel.lines for _, y, error in line.points for side in (-1, 1)]
+    left, right = _padded(xs)
+    low, high = (0.0, _padded(ys)[1]) if panel.from_zero else _padded(ys)
+
+    def place(x: float, y: float) -> tuple[str, str]:
+        across, up = (x - left) / (right - left), (y - low) / (high - low)
+        return f"{LEFT + across * (WIDTH - LEFT - RIGHT):.1f}", f"{HEIGHT - BOTTOM - up * (HEIGHT - TOP - BOTTOM):.1f}"
+
+    labels = [(place(tick, low)[0], str(HEIGHT - BOTTOM + 16), panel.x_form(tick)) for tick in ticks(left, right)]
+    labels.append((str((LEFT + WIDTH - RIGHT) / 2), str(HEIGHT - 6), panel.x_title))
+    parts = [f'<text x="{x}" y="{y}" text-anchor=middle>{text}</text>' for x, y, text in labels]
+    for height, text in ((place(left, tick)[1], panel.y_form(tick)) for tick in ticks(low, high)):
+        parts.append(f'<path class=grid d="M{LEFT} {height}H{WIDTH - RIGHT}"/>')
+        parts.append(f'<text x="{LEFT - 6}" y="{height}" dy=".35em" text-anchor=end>{text}</text>')
+    keys = []
+    for line in panel.lines:
+        name, stroke = escape(line.name), f'stroke="{line.color}" stroke-dasharray="{line.dash}"'
+        key = f'<path {stroke} d="M0 4H26"/>' if line.is_across or len(line.points) > 1 else ""
+        key += f'<circle fill="{line.color}" r=3.5 cx=13 cy=4 />' if line.are_marked else ""
+        keys.append(f'<span><svg class=key viewBox="0 0 26 8">{key}</svg>{name}</span>')
+        ends = [(end, line.points[0][1]) for end in (left, right)] if line.is_across else line.points
+        path = " ".join(",".join(place(x, y)) for x, y, *_ in ends)
+        parts.append(f'<polyline {stroke} points="{path}"><title>{name}</title></polyline>')
+        for x, y, error in line.points if line.are_marked else ():
+            (across, up), told = place(x, y), f"{name}: {panel.x_form(x)}, {panel.y_form(y)}"
+            if error is not None:
+                told += f"±{panel.y_form(error)}"
+                parts.append(
+                    f'<path stroke="{line.color}" d="M{across} {place(x, y - error)[1]}V{place(x, y + error)[1]}"/>'
+                )
+            parts.append(f'<circle fill="{line.color}" r=4 cx="{across}" cy="{up}"><title>{told}</title></circle>')
+    plot = f'<svg class=plot viewBox="0 0 {WIDTH} {HEIGHT}" role=img>{"".join(parts)}</svg>'
+    return (
+        f"<figure><figcaption>{escape(panel.title)}</figcaption>{plot}<div class=legend>{''.join(keys)}</div></figure>"
+    )
+
+
+def _padded(values: Sequence[float]) -> tuple[float, float]:
+    """The range of the values with some room at its ends, or around them if they are all the same."""
+    room = 0.06 * (max(values) - min(values)) or 0.1 * abs(max(values)) or 1.0
+    return min(values) - room, max(values) + room
+
+
+def ticks(low: float, high: float) -> list[float]:
+    """Two to six round numbers between two others."""
+    rough = (high - low) / 5
+    unit = 10.0 ** math.floor(math.log10(rough))
+    step = next(unit * factor for factor in (1, 2, 5, 10) if unit * factor >= rough)
+    return [step * number for number in range(math.ceil(low / step), math.floor(high / step) + 1)]

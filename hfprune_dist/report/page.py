@@ -1,8 +1,7 @@
-"""The page: one file with its styles, its script, plotly.js and all data; it makes no network requests."""
+"""The page: one file with its styles, its script and all charts and numbers; it makes no network requests."""
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
@@ -12,18 +11,18 @@ from pathlib import Path
 from urllib.parse import quote
 
 from hfprune_dist.planning.plan import Plan
-from hfprune_dist.report.charts import Chart, charts
+from hfprune_dist.report.charts import QUALITY, Chart, charts, figure
 from hfprune_dist.results.formats import counted
 from hfprune_dist.results.metrics import METRICS, OF_TEXT
-from hfprune_dist.results.rows import Row
-from hfprune_dist.results.table import causes, flat_row
+from hfprune_dist.results.rows import DONE, MISSING, Row
+from hfprune_dist.results.table import findings, flat_row, not_comparable
 from hfprune_dist.store.artifacts import Store
 from hfprune_dist.store.attempts import PastAttempt, past_attempts
 from hfprune_dist.store.heartbeat import in_one_line
 from hfprune_dist.store.stage import Stage
 
 # Makes the browser refuse everything that would need the network.
-POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:"
+POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data:"
 LONGEST_MESSAGE = 500
 # Stage and attempt, those of a stage first to last.
 Attempts = Sequence[tuple[Stage, PastAttempt]]
@@ -42,30 +41,25 @@ def page(out: Path, plan: Plan, rows: Sequence[Row], written: float) -> str:
     attempts = [
         (stage, attempt) for stage in plan.stages.values() for attempt in past_attempts(store, stage.id, out / "logs")
     ]
-    name, drawn = escape(out.resolve().name), charts(rows, plan, store)
-    told = "; ".join(f"{METRICS[key].header}: {METRICS[key].told}" for key in ("kl", "top1_agreement"))
-    switch = "<label><input type=checkbox id=all-columns> all columns</label>"
-    how = f"<p>A click on a header sorts. {escape(told)}; ±: one standard error. {switch}</p>"
+    drawn = [(chart.id, chart.title, _body(chart)) for chart in charts(rows, plan, store)]
     sections = [
-        ("rows-section", "Rows", how + _rows_table(rows, out)),
-        *((chart.id, chart.title, _body(chart)) for chart in drawn),
+        *(section for section in drawn if section[0] == QUALITY),
+        ("rows-section", "Rows", _rows_table(rows, out)),
+        *(section for section in drawn if section[0] != QUALITY),
         ("failures-section", "Failures", _failures(attempts, out)),
         ("provenance-section", "Where results come from", _provenance(rows, config)),
     ]
-    places = " ".join(f'<a href="#{id}">{escape(title)}</a>' for id, title, _ in sections)
+    name, links = escape(out.resolve().name), (f'<a href="#{id}">{escape(title)}</a>' for id, title, _ in sections)
     return "\n".join(
         [
             '<!doctype html><html lang="en"><head><meta charset="utf-8">',
             f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">',
             '<meta name="viewport" content="width=device-width, initial-scale=1">',
-            f'<link rel="icon" href="data:,"><title>{name}: report</title>',
-            f"<style>{_own('page.css')}</style></head><body>",
-            f"<header><h1>{name}</h1><p>Written {_time(written)}.</p>",
-            f"<nav>{places}</nav></header><main>{_summary(rows, plan, store, attempts)}",
-            "<noscript><p class=note>Charts need JavaScript; the table has their numbers.</p></noscript>",
+            f'<link rel="icon" href="data:,"><title>{name}: report</title><style>{_own("page.css")}</style>',
+            f"</head><body><header><h1>{name}</h1><p>Written {_time(written)}.</p><nav>{' '.join(links)}</nav>",
+            f"</header><main>{_summary(rows, plan, store, attempts)}",
             *(f'<section id="{id}"><h2>{escape(title)}</h2>{body}</section>' for id, title, body in sections),
-            f'</main><script type="application/json" id=figures>{_json(drawn)}</script>',
-            f"<script>{_plotly()}</script><script>{_own('page.js')}</script></body></html>",
+            f"</main><script>{_own('page.js')}</script></body></html>",
         ]
     )
 
@@ -74,65 +68,42 @@ def _own(name: str) -> str:
     return (files("hfprune_dist.report") / name).read_text(encoding="utf-8")
 
 
-def _plotly() -> str:
-    """Source of plotly.js; imported only when a page is written, so that nothing else waits for the import."""
-    from plotly.offline import get_plotlyjs
-
-    return str(get_plotlyjs())
-
-
-def _json(drawn: Sequence[Chart]) -> str:
-    """JSON of all figures, in the order of the page's panels, escaped so that no text in it can end the script."""
-    figures = [{"data": figure.data, "layout": figure.layout} for chart in drawn for figure in chart.figures]
-    text = json.dumps(figures, allow_nan=False, separators=(",", ":"))
-    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
-
-
 def _body(chart: Chart) -> str:
-    panels = (
-        f"<figure><figcaption>{escape(figure.title)}</figcaption><div class=plot></div></figure>"
-        for figure in chart.figures
-    )
-    return f"<p>{escape(chart.about)}</p><div class=panels>{''.join(panels)}</div>"
+    return f"<p>{escape(chart.about)}</p><div class=panels>{''.join(map(figure, chart.panels))}</div>"
 
 
 def _rows_table(rows: Sequence[Row], out: Path) -> str:
     """HTML of the table of rows: everything in results.csv, with a few columns shown at first."""
     flat = [flat_row(row) for row in rows]
     known = [metric for metric in METRICS.values() if metric.is_known(flat)]
-    metrics = {metric.key: metric for metric in known if metric.in_few or metric.key in OF_TEXT}
+    metrics = {metric.key: metric for metric in known if metric.brief is not None or metric.key in OF_TEXT}
     few = ["label", *metrics, "checkpoint", "status"]
-    more = list(dict.fromkeys(column for row in flat for column in row if column not in few))
-
-    def header(column: str) -> str:
-        name = escape(metrics[column].header if column in metrics else column)
-        return f'<th scope="col"><button type=button title="{escape(column)}">{name}</button></th>'
+    shown = [*few, *dict.fromkeys(column for row in flat for column in row if column not in few)]
 
     def cell(column: str, row: Row) -> str:
-        """HTML of a cell formatted for people; ``data-v`` is the value from results.csv."""
+        """HTML of a cell; ``data-v`` is the value from results.csv where people are shown something else."""
         value = row.get(column)
-        text = escape(metrics[column].shown(row) if column in metrics else str(value or "-"))
-        if column == "label":
+        raw = text = escape("" if value is None else str(value))
+        if column in metrics:
+            text = escape(metrics[column].shown(row))
+        elif column == "label":
             text = f"<span>{text}</span>"
-        elif column == "status" and value == "missing":
-            text = f"missing: {escape(row['cause'])}"
+        elif column == "status" and value != DONE:
+            text = escape(row["cause"])
         elif column == "checkpoint" and value and (out / value).is_dir():
             text = f'<a href="{_link(out / value, out)}">{escape(Path(value).name)}</a>'
-        return f'<td data-v="{escape("" if value is None else str(value))}">{text}</td>'
+        return f"<td>{text}</td>" if text == raw else f'<td data-v="{raw}">{text}</td>'
 
-    lines = [
-        f"<tr class={row['status']}>"
-        + "".join(cell(column, row) for column in few)
-        + "".join(f"<td>{'' if (value := row.get(column)) is None else escape(str(value))}</td>" for column in more)
-        + "</tr>"
-        for row in flat
-    ]
+    titles = ((escape(metrics[column].header if column in metrics else column), escape(column)) for column in shown)
+    heads = (f'<th scope="col"><button type=button title="{key}">{title}</button></th>' for title, key in titles)
+    lines = (f"<tr class={row['status']}>{''.join(cell(column, row) for column in shown)}</tr>\n" for row in flat)
+    told = "; ".join(f"{metric.header}: {metric.told}" for metric in metrics.values() if metric.meaning)
     # Cells are hidden by position: marking each one would take megabytes.
-    beyond = f":is(th,td):nth-child(n+{len(few) + 1}){{display:none}}"
-    body = "\n".join(lines)
+    hidden = f"#rows-section:not(:has(#all-columns:checked)) :is(th,td):nth-child(n+{len(few) + 1}){{display:none}}"
     return (
-        f"<style>#rows:not(.all) {beyond}</style><div class=wide><table id=rows><thead>"
-        f"<tr>{''.join(map(header, [*few, *more]))}</tr></thead><tbody>\n{body}\n</tbody></table></div>"
+        "<p>A click on a header sorts. <label><input type=checkbox id=all-columns> all columns</label></p>"
+        f"<style>{hidden}</style><div class=wide><table id=rows><thead><tr>{''.join(heads)}</tr></thead>"
+        f"<tbody>{''.join(lines)}</tbody></table></div><p>{escape(told)}; ±: standard error.</p>"
     )
 
 
@@ -146,20 +117,31 @@ def _time(moment: float) -> str:
 
 
 def _summary(rows: Sequence[Row], plan: Plan, store: Store, attempts: Attempts) -> str:
-    """HTML of the sweep's progress: finished rows and stages, what runs, what is missing, what can't be compared."""
-    done = sum(row["status"] == "done" for row in rows)
-    made = {stage_id: manifest for stage_id in plan.stages if (manifest := store.handle(stage_id).manifest())}
-    hours = sum(manifest.get("wall_time_s") or 0.0 for manifest in made.values()) / 3600
-    lacking = plan.lacking(made.__contains__)
-    stages = f"{len(made)} of {counted(len(made) + len(lacking), 'stage')} made, in {hours:.1f} hours"
+    """HTML of what was found, and of the sweep's progress: what is finished, runs, failed, or can't be compared."""
+    made = [manifest for stage_id in plan.stages if (manifest := store.handle(stage_id).manifest())]
+    hours = sum(manifest.get("wall_time_s") or 0.0 for manifest in made) / 3600
     running = [
         f"begun, without an end: {stage.kind} {stage.label} {attempt.message}"
         for stage, attempt in attempts
         if attempt.state == "open"
     ]
-    lines = "".join(f"<li>{escape(line)}</li>" for line in [*running, *causes(rows)])
-    told = f"<p><b>{done} of {counted(len(rows), 'row')}</b> with a result; {stages}.</p>"
-    return told + (f"<div class=note><ul>{lines}</ul></div>" if lines else "")
+    lacking = [(row["status"] == MISSING, f"{row['label']}: {row['cause']}") for row in rows if row["cause"]]
+    notes = {
+        "failed": [line for is_waiting, line in lacking if not is_waiting],
+        "missing": [*running, *(line for is_waiting, line in lacking if is_waiting), *not_comparable(rows)],
+    }
+    done = f"<b>{sum(row['status'] == DONE for row in rows)} of {counted(len(rows), 'row')}</b> with a result"
+    return "\n".join(
+        [
+            *(f"<p class=finding>{escape(sentence)}</p>" for sentence in findings(rows)),
+            f"<p>{done}; {counted(len(made), 'stage')} of {len(plan.stages)} made, in {hours:.1f} hours.</p>",
+            *(
+                f"<p class='note {kind}'>{'<br>'.join(map(escape, lines))}</p>"
+                for kind, lines in notes.items()
+                if lines
+            ),
+        ]
+    )
 
 
 def _table(id: str, head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:

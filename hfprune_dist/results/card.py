@@ -6,7 +6,7 @@ The format: https://huggingface.co/docs/hub/model-cards; the metadata is written
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,15 +16,15 @@ import yaml
 from hfprune_dist.checkpoints.checkpoint import is_licence
 from hfprune_dist.config.texts import OTHER_TEXTS
 from hfprune_dist.config.yaml_text import to_yaml
-from hfprune_dist.planning.plan import OWN, Cell, Plan
+from hfprune_dist.planning.plan import NONE, OWN, Cell, Plan
 from hfprune_dist.results.checkpoints import Contents, File, checkpoint_names
 from hfprune_dist.results.markdown import code, code_block, escaped, table
 from hfprune_dist.results.metrics import METRICS, OF_TEXT
-from hfprune_dist.results.rows import DenseModel, Row, collect_rows
+from hfprune_dist.results.rows import DONE, DenseModel, Row, collect_rows
 from hfprune_dist.results.table import columns, notes
-from hfprune_dist.store.artifacts import Manifest, Store
+from hfprune_dist.store.artifacts import Store
 from hfprune_dist.store.atomic_files import read_object
-from hfprune_dist.store.stage import RECOVERING, Input, Stage, kind_of
+from hfprune_dist.store.stage import Input
 
 if TYPE_CHECKING:  # takes a while to import; commands should answer at once
     from huggingface_hub import EvalResult
@@ -45,14 +45,15 @@ def contents_of_checkpoints(plan: Plan, store: Store, dense: Mapping[str, DenseM
     contents: dict[str, Contents | None] = {}
     for name, cell in checkpoint_names(plan.cells).items():
         made = store.handle(cell.producers[-1])
-        manifest = made.manifest()
         contents[name] = None
-        if manifest is not None and made.is_committed():
-            subject = Subject.from_cell(name, cell, rows, plan, store, dense[cell.model])
-            texts = {CARD: model_card(subject), **({RECIPE: text} if (text := recipe(subject)[0]) else {})}
-            facts = manifest["files"].items()
+        if (manifest := made.manifest()) is not None and made.is_committed():
+            card = Card(name, cell, rows, plan, store, dense[cell.model])
+            recipe, _ = card.recipe()
+            texts = {CARD: card.text(), **({RECIPE: recipe} if recipe else {})}
             files = {
-                file: File(fact["bytes"], fact["sha256"], fact["mtime_ns"]) for file, fact in facts if file not in texts
+                file: File(facts["bytes"], facts["sha256"], facts["mtime_ns"])
+                for file, facts in manifest["files"].items()
+                if file not in texts
             }
             contents[name] = Contents(made.id, made.artifact, files, texts)
     return contents
@@ -77,94 +78,176 @@ class BaseModel:
     @classmethod
     def from_input(cls, name: str, source: Input) -> BaseModel:
         """Describe a checkpoint that stages read; of one that has been removed since, only the name is certain."""
+        from huggingface_hub import metadata_load
+
         folder = Path(source.location)
+        try:
+            metadata = metadata_load(folder / CARD) or {}
+        except (OSError, ValueError, yaml.YAMLError):  # no readable card
+            metadata = {}
+        stated = {"license": (read_object(folder / "config.json") or {}).get("license"), **metadata}
+        known = {key: stated.get(key) for key in _CARRIED_OVER}
+        carried = {key: value for key, value in known.items() if value and all(isinstance(part, str) for part in value)}
         cached = folder.parent.parent.name  # models--org--name/snapshots/commit
         if source.content == "commit" and cached.startswith("models--"):
-            hub_id = cached.removeprefix("models--").replace("--", "/")
-            return cls(name, hub_id, folder.name, _carried_over(folder))
-        return cls(name, None, None, _carried_over(folder))
-
-    @property
-    def licence(self) -> str | None:
-        """Name of the licence, or its identifier where no name is given; None if it isn't known."""
-        return self.carried.get("license_name") or self.carried.get("license")
+            return cls(name, cached.removeprefix("models--").replace("--", "/"), folder.name, carried)
+        return cls(name, None, None, carried)
 
     def shown(self) -> str:
         """Its name in Markdown, as exactly as it is known."""
         return f"`{self.hub_id}`, commit `{self.revision}`" if self.hub_id else f"{code(self.name)}, a local checkpoint"
 
 
-def _carried_over(folder: Path) -> dict[str, Any]:
-    """Licence and language from the card; the licence from config.json if the card has none."""
-    from huggingface_hub import metadata_load
+class Card:
+    """The card of the checkpoint of a row, which is in the folder ``name``."""
 
-    try:
-        metadata = metadata_load(folder / CARD) or {}
-    except (OSError, ValueError, yaml.YAMLError):  # no readable card
-        metadata = {}
-    stated = {"license": (read_object(folder / "config.json") or {}).get("license"), **metadata}
-    known = {key: stated.get(key) for key in _CARRIED_OVER}
-    return {key: value for key, value in known.items() if value and all(isinstance(part, str) for part in value)}
-
-
-@dataclass(frozen=True)
-class Subject:
-    """A row's checkpoint, how it was made and how it was measured.
-
-    Attributes:
-        name: name of its folder.
-        dense_row: the dense model's row that was measured in the same way, if there is one.
-        stages: all stages behind the row, in order.
-        manifest: manifest of the artifact that is the checkpoint.
-        config: configuration of the run that evaluated it, else of the one that made it; empty if it wasn't recorded.
-    """
-
-    name: str
-    cell: Cell
-    row: Row
-    dense_row: Row | None
-    dense: DenseModel
-    stages: Sequence[Stage]
-    manifest: Manifest
-    config: Mapping[str, Any]
-    base: BaseModel
-
-    @classmethod
-    def from_cell(
-        cls, name: str, cell: Cell, rows: Mapping[Cell, Row], plan: Plan, store: Store, dense: DenseModel
-    ) -> Subject:
-        row, manifest = rows[cell], store.handle(cell.producers[-1]).manifest() or {}
+    def __init__(
+        self, name: str, cell: Cell, rows: Mapping[Cell, Row], plan: Plan, store: Store, dense: DenseModel
+    ) -> None:
+        self.name, self.cell, self.row, self.dense = name, cell, rows[cell], dense
+        self.manifest = store.handle(cell.producers[-1]).manifest() or {}
+        self.stages = [plan.stages[stage_id] for stage_id in plan.upstream(cell)]
+        # Of the run that evaluated it, else of the one that made it.
+        self.config = (store.handle(cell.evaluate).manifest() or self.manifest).get("config", {})
+        self.base = BaseModel.from_input(cell.model, plan.stages[cell.evaluate].inputs["dense"])
+        # The dense model's row, if it was measured in the same way.
         alike = (found for other, found in rows.items() if not other.producers and other.model == cell.model)
-        dense_row = next((found for found in alike if found["measured_as"] == row["measured_as"]), None)
-        stages = [plan.stages[stage_id] for stage_id in plan.upstream(cell)]
-        config = (store.handle(cell.evaluate).manifest() or manifest).get("config", {})
-        base = BaseModel.from_input(cell.model, plan.stages[cell.evaluate].inputs["dense"])
-        return cls(name, cell, row, dense_row, dense, stages, manifest, config, base)
+        self.dense_row = next((found for found in alike if found["measured_as"] == self.row["measured_as"]), None)
 
-    @property
-    def is_trained(self) -> bool:
-        """Whether the row was recovered."""
-        return kind_of(self.cell.producers[-1]) in RECOVERING
+    def recipe(self) -> tuple[str, list[str]]:
+        """The configuration of a sweep that makes the checkpoint again, with the same fingerprints.
 
+        Returns:
+            its text, and the names of the files and folders that have to be beside it; empty if it wasn't recorded.
+        """
+        if not self.config.get("methods"):
+            return "", []
+        cell, base, folder = self.cell, self.base, self.stages[-1].inputs["dense"].location
+        alias = {"path": folder} if base.hub_id is None else {"hub_id": base.hub_id, "revision": base.revision}
+        named = {Path(method).stem: method for method in self.config["methods"]}
+        config = {key: value for key, value in self.config.items() if key != "runtime"} | {
+            "models": [cell.model],
+            "aliases": {cell.model: alias},
+            "ratios": [] if cell.ratio is None else [cell.ratio],
+            "methods": [named.get(str(cell.method), self.config["methods"][0])],
+        }
+        names: dict[str, str] = {}
+        return to_yaml(_with_names(config, names)), [*names.values()]
 
-def recipe(subject: Subject) -> tuple[str, list[str]]:
-    """The configuration of a sweep that makes a checkpoint again, with the same fingerprints.
+    def text(self) -> str:
+        """The full text of the card."""
+        from huggingface_hub import ModelCardData
 
-    Returns:
-        its text, and the names of the files and folders that have to be beside it; empty if it wasn't recorded.
-    """
-    cell, recorded = subject.cell, subject.config
-    if not recorded.get("methods"):
-        return "", []
-    config = {key: value for key, value in recorded.items() if key != "runtime"}
-    base, folder = subject.base, subject.stages[-1].inputs["dense"].location
-    alias = {"path": folder} if base.hub_id is None else {"hub_id": base.hub_id, "revision": base.revision}
-    config |= {"models": [cell.model], "aliases": {cell.model: alias}}
-    config["ratios"] = [] if cell.ratio is None else [cell.ratio]
-    named = {Path(method).stem: method for method in config["methods"]}
-    config["methods"] = [named.get(str(cell.method), config["methods"][0])]
-    names: dict[str, str] = {}
-    return to_yaml(_with_names(config, names)), [*names.values()]
+        method = self.cell.method
+        data = ModelCardData(
+            model_name=self.name,
+            base_model=self.base.hub_id,
+            library_name="transformers",
+            pipeline_tag="image-text-to-text" if self.dense.has_vision else "text-generation",
+            tags=["hfprune", *(["pruned", "model-compression", method] if method else [])],
+            datasets=sorted({text["dataset"] for _, text, _ in self._texts() if text.get("dataset")}) or None,
+            eval_results=list(eval_results(self.row)) or None,
+            **self.base.carried,
+        )
+        parts = [
+            f"---\n{data.to_yaml()}\n---\n\n# {escaped(self.name)}",
+            self._summary(),
+            table(["", ""], [[name, text] for name, text in self._facts().items() if text]),
+            "## Scores",
+            self._scores(),
+            self._how_to_load(),
+            self._how_it_was_made(),
+        ]
+        return "\n\n".join(parts) + "\n"
+
+    def _summary(self) -> str:
+        cell, base = self.cell, self.base
+        model = f"[{escaped(base.hub_id)}](https://huggingface.co/{base.hub_id})" if base.hub_id else code(base.name)
+        if cell.ratio is None:
+            return f"{model} with the fine-tuning that its pruned versions get: the control that they are held against."
+        trained = ", while it was fine-tuned" if cell.recovery == OWN else ", then fine-tuned"
+        after = "" if cell.recovery == NONE else f"{trained} with LoRA to recover"
+        ratio = self.row["ratio_reached"] or cell.ratio
+        return (
+            f"{model} with {100 * ratio:.3g}% of its parameters pruned by the method {code(str(cell.method))}{after}."
+        )
+
+    def _facts(self) -> dict[str, str | None]:
+        """Heading of each line of the table -> its text; None if it isn't known or there is nothing to say."""
+        base, cell = self.base, self.cell
+        texts = [code(name) for name in sorted(self.manifest["files"]) if is_licence(name)]
+        unknown = f"see {', '.join(texts)}" if texts else "not known: see the base model before you share this one"
+        licence = base.carried.get("license_name") or base.carried.get("license")
+        read: dict[str, dict[str, None]] = {"calibration": {}, "recovery": {}}
+        for section, settings, source in self._texts():
+            read[section][_text(settings, source)] = None
+        return {
+            "base model": f"{base.shown()}, {self.dense.parameters:,} parameters",
+            "licence of the base model": escaped(licence) if licence else unknown,
+            "method": cell.method and code(cell.method),
+            "ratio asked": f"{cell.ratio:g} of all parameters" if cell.ratio is not None else None,
+            "calibrated on": ", ".join(read["calibration"]),
+            "LoRA trained on": ", ".join(read["recovery"]),
+        }
+
+    def _texts(self) -> Iterator[tuple[str, Mapping[str, Any], Input | None]]:
+        """Section, settings and file of each text on which the checkpoint was calibrated or trained."""
+        for stage in self.stages:
+            for section, role in (("calibration", "calibration"), ("recovery", "instructions")):
+                if settings := stage.params.to_json().get(section):
+                    texts = settings.get("mixture")
+                    for place, text in enumerate(texts or [settings], 1):
+                        yield section, text, stage.inputs.get(f"{role} {place}" if texts else role)
+
+    def _scores(self) -> str:
+        """What the tables of the sweep say of the row, beside the dense model's if that was measured alike."""
+        rows = [self.row, *([self.dense_row] if self.dense_row else [])]
+        measured = [column for column in columns(rows, wide=True) if not column.is_text]
+        lines = [[escaped(column.header), *(escaped(column.show(row)) for row in rows)] for column in measured]
+        told = "\n".join(f"- {escaped(note)}" for note in notes(rows, wide=True))
+        unmeasured = "" if self.row["status"] == DONE else "Not evaluated yet.\n\n"
+        return f"{unmeasured}{table(['', 'this model', 'dense'][: 1 + len(rows)], lines)}\n\n{told}"
+
+    def _how_to_load(self) -> str:
+        files, trust = self.manifest["files"], ", trust_remote_code=True"
+        needs_code = NEEDS_CODE in files
+        auto = "AutoModelForImageTextToText" if self.dense.has_vision else "AutoModelForCausalLM"
+        lines = [
+            f"from transformers import {auto}, AutoTokenizer",
+            "",
+            f'model = {auto}.from_pretrained("{self.name}"{trust if needs_code else ""})  # this folder, or its hub id',
+            f'tokenizer = AutoTokenizer.from_pretrained("{self.name}")',
+        ]
+        text = "## How to load it\n\n" + code_block("python", "\n".join(lines))
+        if needs_code:
+            text += (
+                "\n\nNo class of transformers has its shape (layers of different sizes, matrices of low rank, biases): "
+            )
+            text += f"`trust_remote_code` loads the class in `{NEEDS_CODE}`."
+        if self.cell.recovery != NONE and any(name.startswith(f"{ADAPTER}/") for name in files):
+            base = f"the base model, {self.base.shown()}"
+            if self.cell.recovery == OWN:
+                base += ", before units were cut"
+            elif self.cell.ratio is not None:
+                base = "the pruned model before it, which the recipe below makes with `--set recovery.method=none`"
+            text += "\n\nWhat the fine-tuning added is part of these weights. `adapter/` holds it as an adapter too, "
+            text += f'of {base}: `PeftModel.from_pretrained(base, "{self.name}/{ADAPTER}")`.'
+        return text
+
+    def _how_it_was_made(self) -> str:
+        """The section with versions and the command."""
+        made: Mapping[str, Any] = self.manifest.get("provenance", {})
+        commit = f" at commit `{made['git_commit']}`" if made.get("git_commit") else ""
+        commit += " with changes" if made.get("dirty_diff_sha256") else ""
+        packages = {"Python": made.get("python"), **made.get("packages", {})}
+        used = ", ".join(f"{name} {version}" for name, version in packages.items() if version)
+        text = f"## How it was made\n\nWith hfprune_dist {made.get('hfprune_dist', '')}{commit} ({used})"
+        recipe, beside = self.recipe()
+        if not recipe:
+            return f"{text}, by settings that were not recorded."
+        also = f" It reads, beside itself, {', '.join(map(code, beside))}." if beside else ""
+        command = code_block("bash", f"python launch/sweep.py --config {RECIPE}")
+        return f"{text}, by\n\n{command}\n\n`{RECIPE}` has all settings.{also}"
 
 
 def _with_names(value: Any, names: dict[str, str]) -> Any:
@@ -180,73 +263,6 @@ def _with_names(value: Any, names: dict[str, str]) -> Any:
     return names.setdefault(value, name if name not in taken else f"{len(names)}-{name}")
 
 
-def model_card(subject: Subject) -> str:
-    """The full text of the card."""
-    from huggingface_hub import ModelCardData
-
-    cell, base, texts = subject.cell, subject.base, list(_texts(subject))
-    data = ModelCardData(
-        model_name=subject.name,
-        base_model=base.hub_id,
-        library_name="transformers",
-        pipeline_tag="image-text-to-text" if subject.dense.has_vision else "text-generation",
-        tags=["hfprune", *(["pruned", "model-compression", cell.method] if cell.method else [])],
-        datasets=sorted({text["dataset"] for _, text, _ in texts if text.get("dataset")}) or None,
-        eval_results=list(eval_results(subject.row)) or None,
-        **base.carried,
-    )
-    parts = [
-        f"---\n{data.to_yaml()}\n---\n\n# {escaped(subject.name)}",
-        _summary(subject),
-        table(["", ""], [[name, text] for name, text in _facts(subject).items() if text]),
-        "## Scores",
-        _scores(subject),
-        _how_to_load(subject),
-        _how_it_was_made(subject),
-    ]
-    return "\n\n".join(parts) + "\n"
-
-
-def _summary(subject: Subject) -> str:
-    cell, base = subject.cell, subject.base
-    model = f"[{escaped(base.hub_id)}](https://huggingface.co/{base.hub_id})" if base.hub_id else code(base.name)
-    if cell.ratio is None:
-        return f"{model} with the fine-tuning that its pruned versions get: the control that they are held against."
-    after = ", then fine-tuned with LoRA to recover" if subject.is_trained else ""
-    after = ", while it was fine-tuned with LoRA to recover" if cell.recovery == OWN else after
-    ratio = subject.row["ratio_reached"] or cell.ratio
-    return f"{model} with {100 * ratio:.3g}% of its parameters pruned by the method {code(str(cell.method))}{after}."
-
-
-def _facts(subject: Subject) -> dict[str, str | None]:
-    """Heading of each line of the table -> its text; None if it isn't known or there is nothing to say."""
-    base, cell, texts = subject.base, subject.cell, list(_texts(subject))
-    licences = [code(name) for name in sorted(subject.manifest["files"]) if is_licence(name)]
-    unknown = f"see {', '.join(licences)}" if licences else "not known: see the base model before you share this one"
-    calibration, recovery = (
-        ", ".join(dict.fromkeys(_text(settings, source) for key, settings, source in texts if key == section))
-        for section in ("calibration", "recovery")
-    )
-    return {
-        "base model": f"{base.shown()}, {subject.dense.parameters:,} parameters",
-        "licence of the base model": escaped(base.licence) if base.licence else unknown,
-        "method": cell.method and code(cell.method),
-        "ratio asked": f"{cell.ratio:g} of all parameters" if cell.ratio is not None else None,
-        "calibrated on": calibration,
-        "LoRA trained on": recovery,
-    }
-
-
-def _texts(subject: Subject) -> Iterator[tuple[str, Mapping[str, Any], Input | None]]:
-    """Section, settings and file of each text on which the checkpoint was calibrated or trained."""
-    for stage in subject.stages:
-        for section, role in (("calibration", "calibration"), ("recovery", "instructions")):
-            if settings := stage.params.to_json().get(section):
-                texts = settings.get("mixture")
-                for place, text in enumerate(texts or [settings], 1):
-                    yield section, text, stage.inputs.get(f"{role} {place}" if texts else role)
-
-
 def _text(settings: Mapping[str, Any], source: Input | None) -> str:
     """A text for people, in Markdown: a data set on the hub, or the name of a file."""
     if source is not None:
@@ -256,26 +272,18 @@ def _text(settings: Mapping[str, Any], source: Input | None) -> str:
     return code("/".join(str(part) for part in parts if part)) + revision
 
 
-def _scores(subject: Subject) -> str:
-    """What the tables of the sweep say of the row, beside the dense model's if that was measured in the same way."""
-    rows = [subject.row, *([subject.dense_row] if subject.dense_row else [])]
-    measured = [column for column in columns(rows, wide=True) if not column.is_text]
-    lines = [[escaped(column.header), *(escaped(column.show(row)) for row in rows)] for column in measured]
-    told = [f"- {escaped(note)}" for note in [*notes(rows), *notes(rows, wide=True)]]
-    unmeasured = "Not evaluated yet.\n\n" if subject.row["status"] == "missing" else ""
-    return unmeasured + table(["", "this model", "dense"][: 1 + len(rows)], lines) + "\n\n" + "\n".join(told)
-
-
 def eval_results(row: Row) -> Iterator[EvalResult]:
     """All scores of a row in the hub's format."""
     from huggingface_hub import EvalResult
 
-    texts = [("held-out", name, found) for name, found in {None: row, **row[OTHER_TEXTS]}.items()]
+    texts = [
+        ("held-out", name, {key: found.get(key) for key in OF_TEXT})
+        for name, found in {None: row, **row[OTHER_TEXTS]}.items()
+    ]
     tasks = [(task, None, found) for task, found in row["tasks"].items()]
     for dataset, config, found in (*texts, *tasks):
-        keys = OF_TEXT if dataset == "held-out" else [key for key in found if not key.endswith("_stderr")]
-        for key in keys:
-            if found.get(key) is not None:
+        for key, value in found.items():
+            if value is not None and not key.endswith("_stderr"):
                 yield EvalResult(
                     task_type="text-generation",
                     dataset_type=dataset,
@@ -283,45 +291,5 @@ def eval_results(row: Row) -> Iterator[EvalResult]:
                     dataset_config=config,
                     metric_type=key,
                     metric_name=METRICS[key].told if key in METRICS else key,
-                    metric_value=found[key],
+                    metric_value=value,
                 )
-
-
-def _how_to_load(subject: Subject) -> str:
-    trust = ", trust_remote_code=True" if NEEDS_CODE in subject.manifest["files"] else ""
-    auto = "AutoModelForImageTextToText" if subject.dense.has_vision else "AutoModelForCausalLM"
-    lines = [
-        f"from transformers import {auto}, AutoTokenizer",
-        "",
-        f'model = {auto}.from_pretrained("{subject.name}"{trust})  # this folder, or its id on the hub',
-        f'tokenizer = AutoTokenizer.from_pretrained("{subject.name}")',
-    ]
-    text = "## How to load it\n\n" + code_block("python", "\n".join(lines))
-    if trust:
-        text += "\n\nNo class of transformers has its shape (layers of different sizes, matrices of low rank, biases): "
-        text += f"`trust_remote_code` loads the class in `{NEEDS_CODE}`."
-    if subject.is_trained and any(name.startswith(f"{ADAPTER}/") for name in subject.manifest["files"]):
-        base = f"the base model, {subject.base.shown()}"
-        if subject.cell.recovery == OWN:
-            base += ", before units were cut"
-        elif subject.cell.ratio is not None:
-            base = "the pruned model before it, which the recipe below makes with `--set recovery.method=none`"
-        text += "\n\nWhat the fine-tuning added is part of these weights. `adapter/` holds it as an adapter too, "
-        text += f'of {base}: `PeftModel.from_pretrained(base, "{subject.name}/{ADAPTER}")`.'
-    return text
-
-
-def _how_it_was_made(subject: Subject) -> str:
-    """The section with versions and the command."""
-    found: Mapping[str, Any] = subject.manifest.get("provenance", {})
-    commit = f" at commit `{found['git_commit']}`" if found.get("git_commit") else ""
-    commit += " with changes" if found.get("dirty_diff_sha256") else ""
-    packages = {"Python": found.get("python"), **found.get("packages", {})}
-    used = ", ".join(f"{name} {version}" for name, version in packages.items() if version)
-    text = f"## How it was made\n\nWith hfprune_dist {found.get('hfprune_dist', '')}{commit} ({used})"
-    text_of_recipe, beside = recipe(subject)
-    if not text_of_recipe:
-        return f"{text}, by settings that were not recorded."
-    also = f" It reads, beside itself, {', '.join(map(code, beside))}." if beside else ""
-    command = code_block("bash", f"python launch/sweep.py --config {RECIPE}")
-    return f"{text}, by\n\n{command}\n\n`{RECIPE}` has all settings.{also}"

@@ -7,9 +7,10 @@ import statistics
 from collections.abc import Iterable, Sequence
 
 from hfprune_dist.planning.plan import NONE
-from hfprune_dist.results.markdown import Column, escaped, markdown
+from hfprune_dist.results.markdown import Column
 from hfprune_dist.results.metrics import METRICS, Metric
-from hfprune_dist.results.rows import Row
+from hfprune_dist.results.rows import DONE, Row
+from hfprune_dist.results.table import names
 
 FEW = (METRICS["kl"], METRICS["top1_agreement"])
 QUALITY = (*FEW, METRICS["perplexity"], METRICS["average"])
@@ -28,15 +29,15 @@ def compare_methods(sweeps: Sequence[Sequence[Row]], reference: str) -> list[Row
     """
     groups: dict[tuple[str, float, str, str], list[tuple[Row, Row | None]]] = {}
     for rows in sweeps:
-        done = [row for row in rows if row["status"] == "done"]
+        done = [row for row in rows if row["status"] == DONE]
         references = {_place(row): row for row in done if row["method"] == reference}
         for row in done:
             key = (row["model"], row["ratio"], row["method"] or "dense", row["recovery"])
             groups.setdefault(key, []).append((row, references.get(_place(row))))
     models = list(dict.fromkeys(model for model, *_ in groups))
     in_order = sorted(groups, key=lambda key: (models.index(key[0]), key[1]))
-    names = ("model", "ratio", "method", "recovery")
-    return [{**dict(zip(names, key, strict=True)), **_compared(groups[key])} for key in in_order]
+    fields = ("model", "ratio", "method", "recovery")
+    return [{**dict(zip(fields, key, strict=True)), **_compared(groups[key])} for key in in_order]
 
 
 def _place(row: Row) -> tuple[str, float, bool, str]:
@@ -67,39 +68,14 @@ def _spread(values: Iterable[float | None]) -> tuple[float | None, float | None]
     return statistics.fmean(known), statistics.stdev(known) if len(known) > 1 else None
 
 
-def _metrics(rows: Sequence[Row], reference: str, wide: bool) -> list[Metric]:
+def methods_table(rows: Sequence[Row], reference: str, wide: bool) -> tuple[list[Column[Row]], str]:
+    """The columns of a table of methods, all of them or a few, and what is to be said below it."""
     share = Metric(SHARE, f"KL / {reference}", "", METRICS["kl"].form)
-    costs = [METRICS["wall_time_s"], METRICS["peak_memory_bytes"]]
     shown = [METRICS["kl"], *([share] if any(row["method"] == reference for row in rows) else []), *FEW[1:]]
-    return [*shown, *(metric for metric in QUALITY[2:] if metric.is_known(rows)), *costs] if wide else shown
-
-
-def columns_of_methods(rows: Sequence[Row], reference: str, wide: bool) -> list[Column[Row]]:
-    """The columns of a table of methods.
-
-    Args:
-        wide: all of them; otherwise a few, which fit a terminal 80 characters wide if names have the usual lengths.
-    """
-    recovery: list[Column[Row]] = [Column("recovery", lambda row: row["recovery"], is_text=True)]
-    return [
-        Column("model", lambda row: row["model"], is_text=True),
-        Column("ratio", lambda row: f"{row['ratio']:g}" if row["ratio"] else "dense", is_text=True),
-        Column("method", lambda row: row["method"], is_text=True),
-        *(recovery if len({row["recovery"] for row in rows}) > 1 else []),
-        *(Column[Row](metric.header, metric.shown) for metric in _metrics(rows, reference, wide)),
-        Column("seeds", lambda row: str(row["sweeps"])),
-    ]
-
-
-def note_on_methods(rows: Sequence[Row], reference: str, wide: bool) -> str:
-    """A sentence for below the table, on what these columns say."""
-    told = [f"{metric.header}: {metric.told}" for metric in _metrics(rows, reference, wide) if metric.meaning]
-    if any(row["sweeps"] > 1 for row in rows):
-        told.append("±: standard deviation over seeds")
-    return "; ".join(told)
-
-
-def methods_table(rows: Sequence[Row], reference: str) -> str:
-    """Markdown table of methods, with a note below."""
-    table = markdown(rows, columns_of_methods(rows, reference, wide=True))
-    return f"{table}\n{escaped(note_on_methods(rows, reference, wide=True))}\n"
+    if wide:
+        costs = (METRICS["wall_time_s"], METRICS["peak_memory_bytes"])
+        shown += [*(metric for metric in QUALITY[2:] if metric.is_known(rows)), *costs]
+    told = [f"{metric.header}: {metric.told}" for metric in shown if metric.meaning]
+    told += ["±: standard deviation over seeds"] if any(row["sweeps"] > 1 for row in rows) else []
+    measured = [Column[Row](metric.header, metric.shown) for metric in shown]
+    return [*names(rows), *measured, Column("seeds", lambda row: str(row["sweeps"]))], "; ".join(told)

@@ -58,8 +58,9 @@ def cells(rows: Sequence[T], columns: Sequence[Column[T]]) -> list[list[str]]:
 
 def markdown(rows: Sequence[T], columns: Sequence[Column[T]]) -> str:
     """A table in Markdown."""
+    body = [[*map(escaped, line)] for line in cells(rows, columns)]
     sides = ["---" if column.is_text else "---:" for column in columns]
-    return table_of_texts([column.header for column in columns], cells(rows, columns), sides) + "\n"
+    return table([escaped(column.header) for column in columns], body, sides) + "\n"
 
 
 def table(head: Sequence[str], body: Sequence[Sequence[str]], sides: Sequence[str] | None = None) -> str:
@@ -70,11 +71,6 @@ def table(head: Sequence[str], body: Sequence[Sequence[str]], sides: Sequence[st
     """
     first, *others = ["| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in (head, *body)]
     return "\n".join([first, f"|{'|'.join(sides or ['---'] * len(head))}|", *others])
-
-
-def table_of_texts(head: Sequence[str], body: Sequence[Sequence[str]], sides: Sequence[str] | None = None) -> str:
-    """A table from cells that hold texts, as ``table`` makes it."""
-    return table([*map(escaped, head)], [[*map(escaped, line)] for line in body], sides)
 
 
 def on_one_line(text: str) -> str:

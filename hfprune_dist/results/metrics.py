@@ -26,7 +26,7 @@ class Metric:
         meaning: what it is, for below a table; empty if the header says it.
         form: formats a value.
         better: which direction is better, if one is.
-        in_few: whether tables of a few columns have it.
+        brief: what is said of it below a table of a few columns; None: such a table doesn't have it.
     """
 
     key: str
@@ -34,7 +34,7 @@ class Metric:
     meaning: str
     form: Callable[[float | None], str]
     better: Literal["", "lower", "higher"] = ""
-    in_few: bool = False
+    brief: str | None = None
 
     @property
     def told(self) -> str:
@@ -48,60 +48,43 @@ class Metric:
         """The standard error; None if there is none."""
         return row.get(f"{self.key}_stderr")
 
-    def shown(self, row: Row, *, with_errors: bool = True) -> str:
+    def shown(self, row: Row) -> str:
         """The value, and its standard error if it has one."""
-        return with_error(self.value(row), self.error(row) if with_errors else None, self.form)
+        return with_error(self.value(row), self.error(row), self.form)
 
     def is_known(self, rows: Sequence[Row]) -> bool:
         """Whether any row has a value."""
         return any(self.value(row) is not None for row in rows)
 
 
-def _digits(digits: int) -> Callable[[float | None], str]:
-    return partial(number, form=f"z.{digits}f")
+def _form(form: str) -> Callable[[float | None], str]:
+    return partial(number, form=form)
 
 
-def _significant(digits: int) -> Callable[[float | None], str]:
-    return partial(number, form=f".{digits}g")
-
-
+_KL = "mean divergence of the next token's distribution from the dense model's, nats per token"
+_SPEED = "tokens per second after the first, as a multiple of the dense model's in turn"
+_OWN = "of a row's own stages"
 METRICS = {
     metric.key: metric
     for metric in (
-        Metric("ratio_reached", "reached", "removed / all parameters", _digits(4)),
-        Metric("parameters", "params", "", count, in_few=True),
-        Metric("share_kept", "kept%", "parameters in % of the dense model's", percent, in_few=True),
-        Metric(
-            "kl",
-            "KL",
-            "mean divergence of the next token's distribution from the dense model's, nats per token",
-            _digits(3),
-            "lower",
-            in_few=True,
-        ),
-        Metric("top1_agreement", "agree", "share of tokens with its most likely next token", _digits(3), "higher"),
-        Metric("perplexity", "ppl", "perplexity per token", _digits(2), "lower"),
-        Metric("average", "avg", "mean of the tasks' scores in %", percent, "higher", in_few=True),
-        Metric("weight_bytes", "size", "of the weights on disk", byte_count, in_few=True),
-        Metric(
-            "decode_speed",
-            "speed",
-            "tokens per second after the first, as a multiple of the dense model's in turn",
-            _digits(2),
-            "higher",
-            in_few=True,
-        ),
+        Metric("ratio_reached", "reached", "removed / all parameters", _form("z.4f")),
+        Metric("parameters", "params", "", count),
+        Metric("share_kept", "kept%", "parameters in % of the dense model's", percent, brief=""),
+        Metric("kl", "KL", _KL, _form("z.3f"), "lower", "from the dense model, in nats per token, lower is better"),
+        Metric("top1_agreement", "agree", "share of tokens with its most likely next token", _form("z.3f"), "higher"),
+        Metric("perplexity", "ppl", "perplexity per token", _form("z.2f"), "lower"),
+        Metric("average", "avg", "mean of the tasks' scores in %", percent, "higher", "mean of the tasks' scores in %"),
+        Metric("weight_bytes", "size", "of the weights on disk", byte_count, brief=""),
+        Metric("decode_speed", "speed", _SPEED, _form("z.2f"), "higher", "of decoding, dense = 1"),
         Metric("decode_tokens_per_s", "tokens/s", "of all sequences together", count, "higher"),
-        Metric("time_to_first_token_s", "first token", "from the prompts to it, in seconds", _significant(3), "lower"),
-        Metric(
-            "generation_memory_bytes", "generating", "most memory at once, of weights and torch's tensors", byte_count
-        ),
+        Metric("time_to_first_token_s", "first token", "from the prompts to it, in seconds", _form(".3g"), "lower"),
+        Metric("generation_memory_bytes", "generating", "most memory at once, weights included", byte_count),
         Metric("flops_per_token", "FLOPs/token", "computed from shapes", count),
         Metric("cache_bytes_per_token", "cache/token", "keys and values of one token", byte_count),
         Metric("training_tokens", "tokens", "read by distillation and recovery as they train", count),
         Metric("training_flops", "FLOPs", "of these, computed from shapes", count),
-        Metric("device_hours", "device-h", "of making a row's checkpoint, time x ranks, in hours", _significant(2)),
-        Metric("own_time_s", "time", "of a row's own stages", duration, in_few=True),
+        Metric("device_hours", "device-h", "of making a row's checkpoint, time x ranks, in hours", _form(".2g")),
+        Metric("own_time_s", "time", _OWN, duration, brief=_OWN),
         Metric("wall_time_s", "total", "of all stages behind a row, those that it shares included", duration),
         Metric("peak_memory_bytes", "memory", "the most that one rank took", byte_count),
     )

@@ -21,6 +21,8 @@ from hfprune_dist.structures.experts import EXPERT_COUNT_KEYS, SHARED_WIDTHS
 from hfprune_dist.structures.units import plural_of
 
 Row = dict[str, Any]
+# Values of a row's status: it has its result; a stage behind it failed or was damaged; or it hasn't been made yet.
+DONE, FAILED, MISSING = "done", "failed", "missing"
 
 # Header -> fields of config.json, of which a model has at most one.
 SIZES = {
@@ -61,7 +63,7 @@ class DenseModel:
 
 
 def collect_rows(plan: Plan, store: Store, dense: Mapping[str, DenseModel]) -> list[Row]:
-    """One row per cell, in plan order; ``status`` is done or missing, and ``cause`` says what is missing, and why.
+    """One row per cell, in plan order; ``cause`` says what it lacks, and why.
 
     ``checkpoint`` is a folder, relative to the sweep's: the one with the row's name if it has the row's checkpoint,
     else the artifact's; None for the dense model, and if it isn't there yet.
@@ -102,10 +104,10 @@ class _Rows:
         # The row is complete even without its speed.
         needed = [stage_id for stage_id in cell.results if stage_id != cell.efficiency]
         missing = plan.lacking(lambda stage_id: manifests[stage_id] is not None, needed)
-        cause = self._cause(missing[0]) if missing else None
+        status, cause = self._cause(missing[0]) if missing else (DONE, None)
         if cell.efficiency and manifests[cell.efficiency] is None:
             del manifests[cell.efficiency]
-            cause = cause or f"no speed: {self._cause(cell.efficiency)}"
+            cause = cause or f"no speed: {self._cause(cell.efficiency)[1]}"
         metrics: Mapping[str, Any] = evaluation["metrics"] if evaluation else {}
         tasks = metrics.get("tasks", {})
         mean, error = average(tasks)
@@ -128,7 +130,7 @@ class _Rows:
             "checkpoint": self._checkpoint(cell),
             "provenance": _provenance(evaluation) if evaluation else None,
             "measured_as": measured_as(plan.stages[cell.evaluate]),
-            "status": "missing" if missing else "done",
+            "status": status,
             "cause": cause,
         }
 
@@ -139,16 +141,16 @@ class _Rows:
         is_named = made_checkpoint(self._checkpoints / name) == made
         return f"{CHECKPOINTS}/{name}" if is_named else f"{self._store.root.name}/{made}"
 
-    def _cause(self, stage_id: str) -> str:
-        """Why a stage has no artifact, in one line; for a stage that waits for another, the other's reason."""
+    def _cause(self, stage_id: str) -> tuple[str, str]:
+        """Status and cause of a row whose stage has no artifact; if that waits for another one, the other's."""
         stage, handle = self._plan.stages[stage_id], self._store.handle(stage_id)
         failure = handle.failure()
         if failure is not None:
-            return f"{stage.kind} failed ({failure.cause}): {in_one_line(failure.message)}"
+            return FAILED, f"{stage.kind} failed ({failure.cause}): {in_one_line(failure.message)}"
         if handle.manifest() is None and (verdict := handle.verify()).state == "corrupt":
-            return f"{handle.artifact}: {verdict.reason}; run the sweep again, which makes it anew"
+            return FAILED, f"{handle.artifact}: {verdict.reason}; run the sweep again, which makes it anew"
         waiting_for = next((need for need in stage.needs if not self._store.handle(need).is_committed()), None)
-        return self._cause(waiting_for) if waiting_for else f"{stage.kind} has not run yet"
+        return self._cause(waiting_for) if waiting_for else (MISSING, f"{stage.kind} has not run yet")
 
     def _costs(self, cell: Cell, manifests: Mapping[str, Manifest | None]) -> Row:
         """Seconds of each stage behind a row, and in total; the highest peak of a rank; and what making the row's
@@ -157,16 +159,14 @@ class _Rows:
         seconds = {stage_id: found.get("wall_time_s") if found else None for stage_id, found in manifests.items()}
         peaks = [found.get("peak_memory_bytes") if found else None for found in manifests.values()]
         making = [made for stage_id in cell.producers if (made := self._manifests[stage_id])]
-        is_known = len(making) == len(cell.producers)
-        trained = [
-            (made["metrics"].get("training_tokens", 0), made["metrics"].get("flops_per_token", 0)) for made in making
-        ]
+        spent = {"training_tokens": 0, "training_flops": 0, "device_hours": 0.0}
+        for made in making:
+            tokens = made["metrics"].get("training_tokens", 0)
+            spent["training_tokens"] += tokens
+            spent["training_flops"] += tokens * made["metrics"].get("flops_per_token", 0)
+            spent["device_hours"] += made["world_size"] * made["wall_time_s"] / 3600
         return {
-            "training_tokens": sum(tokens for tokens, _ in trained) if is_known else None,
-            "training_flops": sum(tokens * flops for tokens, flops in trained) if is_known else None,
-            "device_hours": (
-                sum(made["world_size"] * made["wall_time_s"] for made in making) / 3600 if is_known else None
-            ),
+            **(spent if len(making) == len(cell.producers) else dict.fromkeys(spent)),
             "stages": seconds,
             "own_time_s": sum_or_none(time for stage_id, time in seconds.items() if stage_id not in self._shared),
             "wall_time_s": sum_or_none(seconds.values()),

@@ -1,20 +1,21 @@
-"""The table of results: its columns, the notes below it, and the files results.csv, results.md and results.json."""
+"""The table of results: its columns, what is said above and below it, and results.csv, results.md and results.json."""
 
 from __future__ import annotations
 
 import csv
 import io
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from hfprune_dist.config.texts import OTHER_TEXTS
-from hfprune_dist.planning.plan import OWN
+from hfprune_dist.planning.plan import NONE, OWN
 from hfprune_dist.results.formats import counted, number, percent, with_error
 from hfprune_dist.results.markdown import Column, escaped, markdown
 from hfprune_dist.results.metrics import METRICS, Metric, headline, headline_metric
-from hfprune_dist.results.rows import BY_LAYER, SIZES, Row
+from hfprune_dist.results.rows import BY_LAYER, DONE, SIZES, Row
 from hfprune_dist.store.atomic_files import write_json, write_text
 from hfprune_dist.structures.units import plural_of
 
@@ -30,28 +31,31 @@ def metrics_shown(rows: Sequence[Row], wide: bool) -> list[Metric]:
     """The metrics that tables of these rows have: a few or all, as far as any row has them. The column of KL also says
     that a result is missing.
     """
-    wanted = [metric for metric in METRICS.values() if wide or metric.in_few]
+    wanted = [metric for metric in METRICS.values() if wide or metric.brief is not None]
     return [metric for metric in wanted if metric.key == "kl" or metric.is_known(rows)]
 
 
-def columns(rows: Sequence[Row], wide: bool = False, with_errors: bool = True) -> Columns:
-    """The columns of a table of results.
-
-    Args:
-        wide: everything but the numbers behind a task's headline; otherwise a few columns, which fit a terminal 80
-            characters wide if names have the usual lengths.
-        with_errors: also show standard errors.
-    """
+def names(rows: Sequence[Row]) -> Columns:
+    """The columns that say what a row is of."""
     found: Columns = [
         Column("model", lambda row: row["model"], is_text=True),
         Column("ratio", lambda row: f"{row['ratio']:g}" if row["ratio"] else "dense", is_text=True),
         Column("method", lambda row: row["method"] or "-", is_text=True),
+        Column("recovery", lambda row: row["recovery"], is_text=True),
     ]
-    if len({row["recovery"] for row in rows}) > 1:
-        found.append(Column("recovery", lambda row: row["recovery"], is_text=True))
+    return found if len({row["recovery"] for row in rows}) > 1 else found[:-1]
+
+
+def columns(rows: Sequence[Row], wide: bool = False) -> Columns:
+    """The columns of a table of results.
+
+    Args:
+        wide: everything but the numbers behind a task's headline; otherwise a few columns, which take 80 characters if
+            names have the usual lengths.
+    """
+    found = names(rows)
     for metric in metrics_shown(rows, wide):
-        shown = partial(metric.shown, with_errors=with_errors or metric.key != "kl")
-        found.append(Column(metric.header, partial(_kl, shown) if metric.key == "kl" else shown))
+        found.append(Column(metric.header, _kl if metric.key == "kl" else metric.shown))
         if wide and metric.key == "share_kept":
             found += sizes(rows)
         if wide and metric.key == "perplexity":
@@ -61,8 +65,8 @@ def columns(rows: Sequence[Row], wide: bool = False, with_errors: bool = True) -
     return found
 
 
-def _kl(shown: Any, row: Row) -> str:
-    return "missing" if row["status"] == "missing" else str(shown(row))
+def _kl(row: Row) -> str:
+    return METRICS["kl"].shown(row) if row["status"] == DONE else str(row["status"])
 
 
 def _kl_on(text: str, row: Row) -> str:
@@ -95,24 +99,52 @@ def _size(fields: Sequence[str], row: Row) -> str:
     return number(values[0], "d") if len(set(values)) == 1 else f"{min(values)}-{max(values)}"
 
 
-# Notes.
+# What is said above the table.
+
+
+def findings(rows: Sequence[Row]) -> list[str]:
+    """A sentence for each model: which row is closest to the dense model at each ratio, and how much of it that keeps.
+
+    Closest is the one with the lowest KL, which tells methods apart where the tasks' few questions can't.
+    """
+    found = []
+    for model in dict.fromkeys(row["model"] for row in rows):
+        done = [row for row in rows if row["model"] == model and row["status"] == DONE and row["kl"] is not None]
+        dense = next((row for row in done if not row["ratio"] and row["recovery"] == NONE), None)
+        alike = [row for row in done if row["ratio"] and dense and row["measured_as"] == dense["measured_as"]]
+        ratios = sorted({row["ratio"] for row in alike})
+        best = [min((row for row in alike if row["ratio"] == ratio), key=lambda row: row["kl"]) for ratio in ratios]
+        if dense and best:
+            found.append(f"{model}: {'; '.join(_kept(row, dense) for row in best)}.")
+    return found
+
+
+def _kept(row: Row, dense: Row) -> str:
+    """How much a row keeps of the dense model: of its average score, else of its most likely tokens."""
+    share, error, of_what = row["top1_agreement"], row["top1_agreement_stderr"], "most likely next tokens"
+    if row["average"] is not None and dense["average"]:
+        share, error, of_what = row["average"] / dense["average"], None, "average score"
+        if row["average_stderr"] is not None and dense["average_stderr"] is not None:  # as if they were independent
+            error = math.hypot(row["average_stderr"], share * dense["average_stderr"]) / dense["average"]
+    name = row["method"] + (f" + {row['recovery']}" if row["recovery"] not in (NONE, OWN) else "")
+    kept = with_error(share, error, lambda value: number(None if value is None else 100 * value, ".0f"))
+    kl = METRICS["kl"].shown(row)
+    return f"with {100 * row['ratio']:g} % removed, {name} keeps {kept} % of the dense model's {of_what} (KL {kl})"
+
+
+# What is said below it.
 
 
 def notes(rows: Sequence[Row], wide: bool = False) -> list[str]:
-    """What is to be said below the table with these columns: what they mean, and how they were measured.
-
-    Args:
-        wide: only what notes on the table of a few columns don't say.
-    """
-    few, everything = metrics_shown(rows, wide=False), metrics_shown(rows, wide=True)
-    if wide:
-        told = [f"{metric.header}: {metric.told}" for metric in everything if metric not in few]
-        return ["; ".join([*told, "width: of MLPs; a task without a share of right answers: its perplexity"])]
+    """What the columns of such a table mean; with all columns also how they were measured."""
+    shown = metrics_shown(rows, wide)
+    if not wide:
+        told = [f"{metric.header}: {metric.brief}" for metric in shown if metric.brief]
+        return ["; ".join([*told, "±: standard error"])]
     how = {"kl": _held_out(rows), "average": _tasks_told(rows), "decode_speed": _measured_on(rows)}
     lines = ["recovery own: units go while LoRA trains"] if any(row["recovery"] == OWN for row in rows) else []
-    lines += [f"{metric.header}: {metric.told}{how[metric.key]}" for metric in few if metric.key in how]
-    others = [metric for metric in few if metric.meaning and metric.key not in how]
-    return [*lines, "; ".join(f"{metric.header}: {metric.told}" for metric in others)]
+    lines += [f"{metric.header}: {metric.told}{how.get(metric.key, '')}" for metric in shown if metric.meaning]
+    return [*lines, "width: of MLPs; ±: standard error; a task without a share of right answers: its perplexity"]
 
 
 def _held_out(rows: Sequence[Row]) -> str:
@@ -121,14 +153,14 @@ def _held_out(rows: Sequence[Row]) -> str:
     if not sizes:
         return ""
     first = "the sweep's first held-out text" if other_texts(rows) else "held-out text"
-    return f"; on {first} (n = {' or '.join(dict.fromkeys(sizes))}); ±: standard error over windows"
+    return f"; on {first} (n = {' or '.join(dict.fromkeys(sizes))})"
 
 
 def _tasks_told(rows: Sequence[Row]) -> str:
     metrics = {task: headline_metric(scores) for row in rows for task, scores in row["tasks"].items()}
     tasks = [f"{task} {metric}" for task, metric in metrics.items() if metric is not None]
     bias = ", but for crows_pairs lower is" if any(task.startswith("crows_pairs") for task in metrics) else ""
-    return f"{bias}; ±: standard error; {', '.join(tasks)}"
+    return f"{bias}; {', '.join(tasks)}"
 
 
 def _measured_on(rows: Sequence[Row]) -> str:
@@ -185,10 +217,10 @@ def _medians(run: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
 
 
 def report(rows: Sequence[Row]) -> str:
-    """Markdown: a table of a few columns, then a table of all columns, each with notes."""
+    """Markdown: what was found, a table of a few columns, and one of all columns, each with notes."""
     few, everything = (markdown(rows, columns(rows, wide)) for wide in (False, True))
-    below_few, below_all = _listed([*notes(rows), *causes(rows)]), _listed(notes(rows, wide=True))
-    return f"{few}\n{below_few}\n## All columns\n\n{everything}\n{below_all}"
+    above, below = _listed(findings(rows)), _listed([*notes(rows), *causes(rows)])
+    return f"{above}\n{few}\n{below}\n## All columns\n\n{everything}\n{_listed(notes(rows, wide=True))}"
 
 
 def _listed(paragraphs: Sequence[str]) -> str:

@@ -47,7 +47,7 @@ def test_a_stage_that_fails_is_an_exception(config, tmp_path, monkeypatch, cause
         with pytest.raises(error, match="importance failed: importance of alpha broke"):
             ask()
     (dense, *_) = session.compare()
-    assert dense["status"] == "missing" and "broke" in dense["cause"]
+    assert dense["status"] == "failed" and "broke" in dense["cause"]
 
 
 def test_scores_are_those_of_dense_models_and_of_no_student(config, tmp_path, monkeypatch):

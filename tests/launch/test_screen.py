@@ -10,7 +10,7 @@ from hfprune_launch import screen
 from hfprune_launch.screen import ProgressLines, make_console, show_results, stage_screen
 from made_stages import stage_of
 from rich.console import Console
-from rows import missing, row_of
+from rows import efficiency, missing, row_of
 
 from hfprune_dist.store.heartbeat import Heartbeat
 from hfprune_dist.store.stage import Input
@@ -42,10 +42,15 @@ def width_of(line):
     return sum(1 + (unicodedata.east_asian_width(letter) in "WF") for letter in line)
 
 
-def test_a_usual_sweep_fits_80_columns_with_its_names_whole(on_terminal):
-    model = "llama-3.2-1b"
-    rows = [row | {"model": model} for row in USUAL]
-    lines = on_terminal(show_results, rows)
+@pytest.mark.parametrize("is_piped", [False, True])
+def test_a_table_fits_80_columns_with_its_names_whole_and_has_three_lines_of_notes(on_terminal, capsys, is_piped):
+    model, timed = "llama-3.2-1b", {"decode_speed": 1.2, "efficiency": efficiency(1.2, 3.0, 0.1)}
+    rows = [row | {"model": model} | timed for row in USUAL]
+    if is_piped:
+        show_results(make_console(), rows)
+        lines = capsys.readouterr().out.splitlines()
+    else:
+        lines = on_terminal(show_results, rows)
     assert max(map(width_of, lines)) <= 80
     assert [line.split()[:4] for line in lines[:4]] == [
         ["model", "ratio", "method", "recovery"],
@@ -53,7 +58,8 @@ def test_a_usual_sweep_fits_80_columns_with_its_names_whole(on_terminal):
         [model, "0.2", "surgeon-plain", "lora"],
         [model, "0.2", "hfprune", "lora"],
     ]
-    assert any("lower is better" in line for line in lines) and lines[-1].startswith("all columns: ")
+    assert "size" not in lines[0] and "time" in lines[0], "a column that has no room is left out"
+    assert len(lines) <= 4 + 3 and "lower is better" in lines[4] and "report.py --wide" in lines[-1]
 
 
 @pytest.mark.parametrize("name", ["模型" * 20, "a/b[x]-" * 9])

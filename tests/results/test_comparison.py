@@ -4,11 +4,7 @@ import json
 
 import pytest
 
-from hfprune_dist.results.comparison import (
-    columns_of_methods,
-    compare_methods,
-    methods_table,
-)
+from hfprune_dist.results.comparison import compare_methods, methods_table
 from hfprune_dist.results.markdown import cells
 
 
@@ -21,8 +17,8 @@ def row(method, kl, ratio=0.2, status="done", measured_as="0123456789ab"):
 
 def shown(comparisons, reference):
     """Return a map from header to cell for each row."""
-    columns = columns_of_methods(comparisons, reference, wide=True)
-    return [dict(zip([it.header for it in columns], row, strict=True)) for row in cells(comparisons, columns)]
+    columns, _ = methods_table(comparisons, reference, wide=True)
+    return [dict(zip([column.header for column in columns], row, strict=True)) for row in cells(comparisons, columns)]
 
 
 def test_methods_are_set_against_the_reference_of_their_own_sweep():
@@ -34,9 +30,8 @@ def test_methods_are_set_against_the_reference_of_their_own_sweep():
     assert (ours["sweeps"], ours["wall_time_s"], ours["peak_memory_bytes"]) == (2, 15.0, 2**30)
     expected = {"ratio": "0.2", "KL": "0.550±0.071", "avg": "51.2±0.0", "seeds": "2"}
     assert shown(found, "hfprune")[1].items() >= expected.items()
-    text = methods_table(found, "hfprune")
-    assert "standard deviation over seeds" in text and "KL / hfprune" in text
-    assert "KL / x" not in methods_table(compare_methods(sweeps, "x"), "x")
+    assert "standard deviation over seeds" in methods_table(found, "hfprune", wide=True)[1]
+    assert "KL / hfprune" in shown(found, "hfprune")[0] and "KL / x" not in shown(compare_methods(sweeps, "x"), "x")[0]
 
 
 def test_a_seed_without_the_reference_has_no_share():

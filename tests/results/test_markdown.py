@@ -1,11 +1,13 @@
 """Texts in Markdown, as a parser renders them."""
 
+from operator import itemgetter
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
-from hfprune_dist.results.markdown import code, code_block, escaped, on_one_line, table, table_of_texts
+from hfprune_dist.results.markdown import Column, code, code_block, escaped, markdown, on_one_line, table
 
 ODD = st.text(alphabet="ab1 _*`<>[](){}!|\\~&;#$-+.\n", min_size=1).filter(str.strip)
 PARSER = MarkdownIt("commonmark").enable(["table", "strikethrough"])
@@ -40,7 +42,9 @@ def test_code_reads_as_it_is(text):
 @given(st.lists(ODD, min_size=2, max_size=4))
 def test_cells_read_as_they_are(texts):
     expected = [on_one_line(text) for text in texts]
-    assert cells(table_of_texts(texts, [texts])) == expected * 2
+    assert (
+        cells(markdown([texts], [Column(text, itemgetter(place)) for place, text in enumerate(texts)])) == expected * 2
+    )
     assert cells(table([""] * len(texts), [[*map(code, texts)]])) == [""] * len(texts) + expected
 
 

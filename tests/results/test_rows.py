@@ -136,7 +136,8 @@ def test_a_missing_cell_is_missing_and_says_why(store):
     assert pruned["kl"] is None and pruned["average"] is None and pruned["wall_time_s"] is None
     store.work(EVALUATE.id).mkdir(parents=True)
     store.handle(EVALUATE.id).report_failure(Failure("input", "first line\nlast line", 0, 0.0))
-    assert collect_rows(PLAN, store, DENSE)[1]["cause"] == "evaluate failed (input): first line"
+    _, pruned = collect_rows(PLAN, store, DENSE)
+    assert (pruned["status"], pruned["cause"]) == ("failed", "evaluate failed (input): first line")
 
 
 def test_a_row_stands_without_its_speed(store):

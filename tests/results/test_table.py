@@ -4,15 +4,15 @@ from rows import efficiency, missing, row_of
 
 from hfprune_dist.results.markdown import cells
 from hfprune_dist.results.metrics import METRICS
-from hfprune_dist.results.table import causes, columns, notes
+from hfprune_dist.results.table import causes, columns, findings, notes
 
 DENSE = row_of(ratio=0.0, recovery="none", kl=0.0, kl_stderr=0.0)
 
 
-def shown(rows, wide=False, **settings):
+def shown(rows, wide=False):
     """Map each header to what it shows for each row."""
-    found = columns(rows, wide, **settings)
-    return dict(zip([it.header for it in found], zip(*cells(rows, found), strict=True), strict=True))
+    found = columns(rows, wide)
+    return dict(zip([column.header for column in found], zip(*cells(rows, found), strict=True), strict=True))
 
 
 def test_few_columns_say_what_a_row_is_worth_and_costs():
@@ -21,7 +21,6 @@ def test_few_columns_say_what_a_row_is_worth_and_costs():
         "ratio": ("dense", "0.2"),
         "method": ("-", "surgeon-plain"),
         "recovery": ("none", "lora"),
-        "params": ("134.5M", "134.5M"),
         "kept%": ("100.0", "80.0"),
         "KL": ("0.000±0.000", "0.263±0.012"),
         "avg": ("68.3±4.2", "68.3±4.2"),
@@ -34,14 +33,13 @@ def test_what_is_alike_or_unknown_in_all_rows_has_no_column():
     rows = [row_of(kl_stderr=None, average=None), row_of(method="hfprune", kl_stderr=None, average=None)]
     few = shown(rows)
     assert "recovery" not in few and "avg" not in few and few["KL"] == ("0.263", "0.263")
-    few = shown([row_of(average=None), row_of()], with_errors=False)
-    assert few["avg"] == ("-", "68.3±4.2") and few["KL"] == ("0.263", "0.263")
+    assert shown([row_of(average=None), row_of()])["avg"] == ("-", "68.3±4.2")
     assert shown([missing(row_of())])["KL"] == ("missing",)
 
 
 def test_every_metric_has_one_column_and_one_note_that_tells_its_direction():
     row = dict.fromkeys(METRICS, 1.0) | row_of(efficiency=efficiency(1.0, 1.0, 1.0))
-    found, told = shown([row], wide=True), "; ".join([*notes([row]), *notes([row], wide=True)])
+    found, told = shown([row], wide=True), "\n".join(notes([row], wide=True))
     for metric in METRICS.values():
         assert metric.header in found and not {"-"} & {*found[metric.header]}
         assert not metric.meaning or f"{metric.header}: {metric.told}" in told
@@ -50,17 +48,27 @@ def test_every_metric_has_one_column_and_one_note_that_tells_its_direction():
 
 def test_notes_tell_how_rows_were_measured():
     rows = [DENSE, row_of(), row_of(model="qwen", tokens=4096, windows=16), missing(row_of(ratio=0.5))]
-    fidelity, average, others = notes(rows)
-    assert fidelity.endswith(
-        "(n = 24 windows, 6,144 tokens or 16 windows, 4,096 tokens); ±: standard error over windows"
-    )
-    assert average.endswith("demo_docstring acc_norm") and "crows_pairs" not in average
-    assert others.startswith("kept%: ") and "time: of a row's own stages" in others
-    _, average, *_ = notes([row_of(tasks={"crows_pairs_english": {"pct_stereotype": 0.6}})])
-    assert "for crows_pairs lower is" in average
-    timed = [row_of(decode_speed=1.2, efficiency=efficiency(1.2, 3.0, 0.1)) for _ in range(2)]
-    assert notes(timed)[2].endswith("(batch 4, 32 in, 16 out; a processor, 2 threads)")
-    assert notes([row_of(), row_of(method="loraprune", recovery="own")])[0].startswith("recovery own: ")
+    told = "\n".join(notes(rows, wide=True))
+    assert "(n = 24 windows, 6,144 tokens or 16 windows, 4,096 tokens)" in told and "crows_pairs" not in told
+    assert "demo_docstring acc_norm\n" in told and "time: of a row's own stages" in told
+    rows = [row_of(decode_speed=1.2, efficiency=efficiency(1.2, 3.0, 0.1)) for _ in range(2)]
+    rows += [row_of(method="loraprune", recovery="own", tasks={"crows_pairs_english": {"pct_stereotype": 0.6}})]
+    told = "\n".join(notes(rows, wide=True))
+    assert "for crows_pairs lower is" in told and told.startswith("recovery own: ")
+    assert "(batch 4, 32 in, 16 out; a processor, 2 threads)" in told
+
+
+def test_the_finding_is_the_closest_row_at_each_ratio_and_what_it_keeps_of_the_dense_model():
+    worse = [row_of(method="hfprune", kl=4.0), row_of(ratio=0.5, method="hfprune", kl=3.0, average=0.3)]
+    others = [row_of(ratio=0.5, kl=1.0, average=0.41), row_of(ratio=0.5, kl=0.1, measured_as="b"), missing(row_of())]
+    assert findings([DENSE, *worse, row_of(), *others]) == [
+        "llama: with 20 % removed, surgeon-plain + lora keeps 100±9 % of the dense model's average score "
+        "(KL 0.263±0.012); with 50 % removed, surgeon-plain + lora keeps 60±7 % of the dense model's average score "
+        "(KL 1.000±0.012)."
+    ]
+    (told,) = findings([DENSE, row_of(average=None, average_stderr=None, recovery="none")])
+    assert "surgeon-plain keeps 76±2 % of the dense model's most likely next tokens" in told
+    assert findings([DENSE]) == findings([row_of()]) == findings([missing(DENSE), row_of()]) == []
 
 
 def test_what_is_missing_or_not_comparable_is_named():
