@@ -160,7 +160,7 @@ def test_speed_is_of_the_device_on_which_the_sweep_ran(config, tmp_path, monkeyp
     out, asked = tmp_path / "out", ["--set", "efficiency.enabled=true"]
     monkeypatch.setattr(prepare, "device_here", lambda _: "this machine")
     shown = done(config, out, *asked, efficiency__enabled=True, device="this machine")
-    assert "speed" in shown and "1.50" in shown and "batch 4, 32 in, 16 out" in shown
+    assert "speed" in shown and "1.50" in shown and "batch 4, 32 in, 16 out" in (out / "results.md").read_text()
     measured = {row["decode_speed"] for row in csv.DictReader((out / "results.csv").open())}
     assert measured == {"1.5"} and planned_actions(config, out, *asked)["run"] == set()
 
