@@ -1,18 +1,14 @@
 """Replays every state in which a crash may leave a run, and repeats the same command there.
 
-cd tests
-python -m faults.campaign                      all states of all subjects (an hour)
-python -m faults.campaign --draw 8             this many of each
-python -m faults.campaign commit slurm     of some subjects
-python -m faults.campaign 'commit!b.bin'       as if the program did not fsync paths with this text: must fail
+python tests/faults/campaign.py REPORT DRAW SUBJECT...
 
-Prints a line per subject, and how states ended badly. Exit code 1 if any did. The model of a crash is in faults.crash,
-the subjects are in faults.subjects.
+REPORT is a JSON file with a report on each subject, DRAW how many states of each are replayed (0: all, an hour). After
+a SUBJECT, !TEXT stands for a program that does not fsync paths with this text, which must end badly. The model of a
+crash is in faults.crash, the subjects are in faults.subjects.
 """
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import itertools
 import json
@@ -22,7 +18,6 @@ import random
 import shutil
 import sys
 import tempfile
-import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -35,34 +30,17 @@ from faults.crash import Recorder, Recording, State, states_of
 from faults.subjects import Subject, subjects
 
 LINES_OF_TRACEBACK = 12
-SHOWN = 5  # failures of each subject
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("subjects", nargs="*", metavar="SUBJECT[!TEXT]")
-    parser.add_argument("--draw", type=int, help="states per subject; default: all")
-    parser.add_argument("--json", type=Path)
-    arguments = parser.parse_args()
+def main(file: str, draw: str, *names: str) -> None:
     import_everything()  # once, instead of in every fork
     known = {subject.name: subject for subject in subjects()}
     reports = {}
-    for name in arguments.subjects or known:
+    for name in names:
         subject, _, unsynced = name.partition("!")
         with tempfile.TemporaryDirectory(prefix="hfprune-crash-") as folder:
-            began = time.monotonic()
-            report = Campaign(known[subject], Path(folder), unsynced).run(arguments.draw)
-        reports[name] = report
-        print(
-            f"{name}: {report['run']} of {report['states']} states, {len(report['failures'])} ended badly, "
-            f"{time.monotonic() - began:.0f} s",
-            flush=True,
-        )
-        for failure in report["failures"][:SHOWN]:
-            print("  " + failure.replace("\n", "\n  "), flush=True)
-    if arguments.json:
-        arguments.json.write_text(json.dumps(reports))
-    return int(any(report["failures"] for report in reports.values()))
+            reports[name] = Campaign(known[subject], Path(folder), unsynced).run(int(draw))
+    Path(file).write_text(json.dumps(reports, indent=1))
 
 
 class Campaign:
@@ -74,21 +52,20 @@ class Campaign:
         self._unsynced = unsynced
         self._count = itertools.count()
 
-    def run(self, draw: int | None) -> dict:
-        """Run, crash, and run again."""
+    def run(self, draw: int) -> dict:
+        """Run, crash, and run again in so many drawn states, or in all if ``draw`` is 0."""
         choose = random.Random(0)
         self._subject.prepared = in_fork(lambda: self._subject.prepare(self._folder))
         root = self._next_root()
         shutil.copytree(self._folder / "store", root)
         whole = self._record(root)
         if isinstance(whole, str):
-            return {"states": 0, "run": 0, "failures": [f"without a crash: {whole}"]}
+            return {"run": 0, "failures": [f"without a crash: {whole}"]}
         recording, result = whole
         states = states_of(recording)
-        ended = [
-            self._ended_badly(state, result) for state in choose.sample(states, min(draw or len(states), len(states)))
-        ]
-        return {"states": len(states), "run": len(ended), "failures": [told for told in ended if told]}
+        drawn = choose.sample(states, min(draw or len(states), len(states)))
+        ended = [self._ended_badly(state, result) for state in drawn]
+        return {"run": len(ended), "failures": [told for told in ended if told]}
 
     def _next_root(self) -> Path:
         folder = self._folder / f"run-{next(self._count)}"
@@ -157,4 +134,4 @@ def in_fork(action: Callable[[], Any]) -> Any:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main(*sys.argv[1:])

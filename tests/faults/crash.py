@@ -20,12 +20,13 @@ from __future__ import annotations
 import functools
 import hashlib
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from stat import S_ISDIR, S_ISLNK
 from typing import Any
 
-PATCHED = ("fsync", "fdatasync", "rename", "replace", "link", "unlink", "remove", "mkdir", "rmdir")
+PATCHED = ("fsync", "rename", "replace", "link", "unlink", "mkdir", "rmdir")
 FOLDER = -1
 # Content of a symbolic link, followed by its target.
 LEADS_TO = b"\0leads to "
@@ -63,8 +64,8 @@ class Recording:
 class Recorder:
     """Records what this process does below a folder, beginning with what is already there.
 
-    Python's own calls are seen as they are made. What libraries in other languages write is found at the next call, as
-    new files and new contents. That is early enough, because only calls make anything durable.
+    Before and after each call that makes something durable or visible, the folder is compared with what it was: before,
+    to find what was written since, in whatever order; afterwards, to find what the call did at once.
 
     Args:
         unsynced: fsyncs of paths that contain this text are not recorded, as if the program had none; if empty, all
@@ -75,22 +76,22 @@ class Recorder:
         self.root = root.resolve()
         self._unsynced = unsynced
         self._names: dict[str, int] = {}
+        self._numbers: dict[int, int] = {}  # inode -> number of the file
         self._latest: dict[int, tuple[bytes, int]] = {}
         self._safe: dict[int, bytes] = {}
         self._marks: list[Any] = []
-        self._seen: dict[int, tuple[int, ...]] = {}
         self._synced = 0
-        self.recording = Recording([], [])
         self._originals = {name: getattr(os, name) for name in PATCHED}
+        self.recording = Recording([], [])
         self._look()
         self._safe = {file: content for file, (content, _) in self._latest.items()}
         self.recording = Recording([], [])
-        self._renamed()
+        self._renamed(self._names)
 
     def arm(self) -> None:
         """Start to record."""
         for name in PATCHED:
-            setattr(os, name, getattr(self, f"_{name}"))
+            setattr(os, name, self._recorded(name))
 
     def disarm(self) -> None:
         for name, original in self._originals.items():
@@ -103,117 +104,71 @@ class Recorder:
         self._marks.append(value)
         self._moment()
 
-    def _renamed(self) -> None:
-        """Names have changed."""
-        self.recording.versions.append(dict(self._names))
-        self._moment()
+    def _recorded(self, name: str) -> Callable[..., None]:
+        def call(target: Any, *arguments: Any, **options: Any) -> None:
+            self._look()
+            self._originals[name](target, *arguments, **options)
+            if name == "fsync":
+                self._flushed(
+                    Path(f"/proc/self/fd/{target if isinstance(target, int) else target.fileno()}").readlink()
+                )
+            else:
+                self._look(at_once=True)
 
-    def _moment(self, file: int | None = None) -> None:
-        versions = range(self._synced, len(self.recording.versions))
-        told = dict(self._latest), dict(self._safe), tuple(self._marks)
-        self.recording.moments.append(Moment(file, versions, *told))
+        return call
 
-    def _fsync(self, target: Any) -> None:
-        self._originals["fsync"](target)
-        path = Path(f"/proc/self/fd/{target if isinstance(target, int) else target.fileno()}").readlink()
+    def _flushed(self, path: Path) -> None:
         if not path.is_relative_to(self.root) or (self._unsynced and self._unsynced in str(path)):
             return
-        self._look()
         if path.is_dir():
             self._synced = len(self.recording.versions) - 1
         elif (name := str(path.relative_to(self.root))) in self._names:  # otherwise it was removed meanwhile
             self._safe[self._names[name]] = self._latest[self._names[name]][0]
 
-    _fdatasync = _fsync
+    def _renamed(self, names: dict[str, int]) -> None:
+        """Names have changed."""
+        self._names = names
+        self.recording.versions.append(names)
+        self._moment()
 
-    def _rename(self, source, target, *, src_dir_fd=None, dst_dir_fd=None) -> None:
-        self._look()
-        self._originals["rename"](source, target, src_dir_fd=src_dir_fd, dst_dir_fd=dst_dir_fd)
-        old, new = self._inside(source, src_dir_fd), self._inside(target, dst_dir_fd)
-        if old is None and new is None:
-            return
-        assert old is not None and new is not None, f"moved out of, or into, what is recorded: {source}, {target}"
-        if self._names[old] == self._names.get(new, FOLDER) != FOLDER:
-            return  # two names of one file: a rename does nothing
-        for name in [name for name in self._names if name == old or name.startswith(old + "/")]:
-            self._names[new + name[len(old) :]] = self._names.pop(name)
-        self._renamed()
+    def _moment(self, file: int | None = None) -> None:
+        versions = range(self._synced, len(self.recording.versions))
+        self.recording.moments.append(Moment(file, versions, dict(self._latest), dict(self._safe), tuple(self._marks)))
 
-    _replace = _rename
+    def _look(self, at_once: bool = False) -> None:
+        """Record what is new, changed or gone: new names one after another, or all changes of names at once."""
+        names, numbers, written = dict[str, int](), dict[int, int](), []
+        for path in _below(str(self.root)):
+            name, stat = path[len(str(self.root)) + 1 :], os.lstat(path)
+            if S_ISDIR(stat.st_mode):
+                names[name] = FOLDER
+                continue
+            file = numbers.get(stat.st_ino, self._numbers.get(stat.st_ino, len(self._latest)))
+            names[name] = numbers[stat.st_ino] = file
+            if file not in self._latest:
+                self._latest[file], self._safe[file] = (b"", 0), b""
+            if S_ISLNK(stat.st_mode):
+                self._safe[file] = LEADS_TO + os.fsencode(Path(path).readlink())
+                self._latest[file] = self._safe[file], 0
+            elif self._latest[file][1] != stat.st_mtime_ns or len(self._latest[file][0]) != stat.st_size:
+                written.append((file, path, stat.st_mtime_ns))
+        self._numbers = numbers
+        if not at_once:
+            for name in sorted(names.keys() - self._names.keys()):
+                self._renamed({**self._names, name: names[name]})
+        if names != self._names:
+            self._renamed(names)
+        for file, path, mtime_ns in written:
+            self._latest[file] = Path(path).read_bytes(), mtime_ns
+            self._moment(file)
 
-    def _link(self, source, target, **options) -> None:
-        self._look()
-        self._originals["link"](source, target, **options)
-        old, new = self._inside(source), self._inside(target)
-        if new is not None:
-            assert old is not None, f"linked from outside: {source}"
-            self._names[new] = self._names[old]
-            self._renamed()
 
-    def _unlink(self, path, *, dir_fd=None) -> None:
-        self._gone("unlink", path, dir_fd)
-
-    _remove = _unlink
-
-    def _rmdir(self, path, *, dir_fd=None) -> None:
-        self._gone("rmdir", path, dir_fd)
-
-    def _gone(self, call, path, dir_fd) -> None:
-        self._look()
-        self._originals[call](path, dir_fd=dir_fd)
-        name = self._inside(path, dir_fd)
-        if name is not None:
-            del self._names[name]
-            self._renamed()
-
-    def _mkdir(self, path, *arguments, dir_fd=None, **options) -> None:
-        self._look()
-        self._originals["mkdir"](path, *arguments, dir_fd=dir_fd, **options)
-        name = self._inside(path, dir_fd)
-        if name is not None:
-            self._names[name] = FOLDER
-            self._renamed()
-
-    def _inside(self, path, dir_fd=None) -> str | None:
-        """Return the path relative to the root, or None if it is elsewhere."""
-        base = Path.cwd() if dir_fd is None else Path(f"/proc/self/fd/{dir_fd}").readlink()
-        whole = Path(os.path.normpath(base / os.fsdecode(path)))
-        whole = whole.parent.resolve() / whole.name
-        return str(whole.relative_to(self.root)) if whole.is_relative_to(self.root) and whole != self.root else None
-
-    def _look(self) -> None:
-        """Record files and folders that are new, changed or gone without an observed call."""
-        found = set()
-        for folder, names, files in os.walk(self.root):
-            base = "" if folder == str(self.root) else folder[len(str(self.root)) + 1 :] + "/"
-            for name in [base + name for name in names]:
-                found.add(name)
-                if (self.root / name).is_symlink():
-                    self._look_at(name)
-                elif name not in self._names:
-                    self._names[name] = FOLDER
-                    self._renamed()
-            for name in [base + name for name in files]:
-                found.add(name)
-                self._look_at(name)
-        for name in sorted(self._names.keys() - found, reverse=True):
-            del self._names[name]
-            self._renamed()
-
-    def _look_at(self, name: str) -> None:
-        path, is_new = self.root / name, name not in self._names
-        file = self._names.setdefault(name, len(self._latest))
-        if is_new:
-            content = LEADS_TO + os.fsencode(path.readlink()) if path.is_symlink() else b""
-            self._latest[file], self._safe[file] = (content, 0), content
-            self._renamed()
-        if not path.is_symlink():
-            stat = path.stat()
-            state = (stat.st_ino, stat.st_size, stat.st_mtime_ns)
-            if self._seen.get(file) != state:
-                self._seen[file] = state
-                self._latest[file] = path.read_bytes(), stat.st_mtime_ns
-                self._moment(file)
+def _below(folder: str) -> Iterator[str]:
+    """Yield all paths below a folder, each after those that contain it."""
+    for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
+        yield entry.path
+        if entry.is_dir(follow_symlinks=False):
+            yield from _below(entry.path)
 
 
 @dataclass(frozen=True)

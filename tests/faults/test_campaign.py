@@ -21,9 +21,9 @@ BROKEN = ["commit!b.bin"]
 @pytest.fixture(scope="module")
 def reports(request, tmp_path_factory):
     file = tmp_path_factory.mktemp("campaign") / "reports.json"
-    draw = [] if request.config.option.all else ["--draw", str(DRAWN)]
+    draw = 0 if request.config.option.all else DRAWN
     subprocess.run(
-        forked([sys.executable, FAULTS / "campaign.py", *SUBJECTS, *BROKEN, *draw, "--json", file]),
+        forked([sys.executable, FAULTS / "campaign.py", file, str(draw), *SUBJECTS, *BROKEN]),
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "tests")},
         stdout=subprocess.DEVNULL,
         check=False,
