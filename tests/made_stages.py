@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from hfprune_dist.config.parameters import Parameters, parameters_of
 from hfprune_dist.config.schema import EvaluationConfig
 from hfprune_dist.config.texts import CalibrationConfig, FidelityConfig
 from hfprune_dist.config.training import DistillationConfig, RecoveryConfig
+from hfprune_dist.store.artifacts import Store
 from hfprune_dist.store.stage import Input, Stage
 
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -44,6 +47,20 @@ TEXTS = {
     "loraprune": ("recovery", RecoveryConfig),
     "reference": ("text", FidelityConfig),
 }
+
+
+@contextmanager
+def being_made(store: Store, stage: Stage, **record: Any) -> Iterator[Path]:
+    """Commit an artifact whose files are written to the folder that is yielded, as if its stage had run."""
+    handle = store.handle(stage.id)
+    had_work = handle.work.exists()
+    with handle.claimed_briefly() as claim:
+        assert claim is not None, handle.holder()
+        draft = handle.open_draft(claim)
+        yield draft
+        handle.commit(stage, draft, {"metrics": {}, **record}, claim)
+    if not had_work:
+        handle.discard_work()
 
 
 def stage_of(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from made_stages import being_made
+
 from hfprune_dist.results.rows import Row
 from hfprune_dist.store.artifacts import Store
 from hfprune_dist.store.stage import Stage
@@ -71,13 +73,12 @@ def efficiency(factor: float, tokens_per_s: float, seconds: float) -> dict[str, 
 
 def make_artifact(store: Store, stage: Stage) -> None:
     """Write an artifact from which a row can be collected, as if its stage had run."""
-    draft = store.handle(stage.id).open_draft()
-    (draft / "content").write_text(stage.id)
     metrics = {"fidelity": {"perplexity": 9.0, "kl": 0.5, "top1_agreement": 0.5}, "tasks": {}}
     shape = {"ratio_reached": 0.1, "parameters": 5, "intermediate_size": 7, "intermediate_sizes": None}
     measured = metrics | shape | efficiency(1.5, tokens_per_s=30.0, seconds=0.1)
     costs = {"world_size": 1, "wall_time_s": 1.0, "peak_memory_bytes": 1}
-    store.handle(stage.id).commit(stage, draft, {"metrics": measured, **costs})
+    with being_made(store, stage, metrics=measured, **costs) as draft:
+        (draft / "content").write_text(stage.id)
 
 
 def missing(row: Row) -> Row:

@@ -28,7 +28,8 @@ def make_stage(folder, variant="llama", dtype="float32", criteria=("entropy", "s
 
 def run(store, stage, world):
     store.work(stage.id).mkdir(parents=True, exist_ok=True)
-    importance.run(Context(stage, store, world, RuntimeConfig(), Progress(None), {}, {}, 1))
+    claim = store.handle(stage.id).claim("test") if world.is_first else None
+    importance.run(Context(stage, store, world, RuntimeConfig(), Progress(None), {}, {}, 1, claim))
 
 
 def files_of(store, stage):

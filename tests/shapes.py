@@ -1,7 +1,7 @@
 """The prune stage of methods that search for a shape, over tiny models with random scores."""
 
 import torch
-from made_stages import stage_of
+from made_stages import being_made, stage_of
 from safetensors.torch import load_file, save_file
 from tiny import save_tiny
 from transformers import AutoModelForCausalLM
@@ -31,7 +31,6 @@ def prepare(folder, variant="llama", *, samples=9, layers=LAYERS, groups=GROUPS,
     """
     folder.mkdir(exist_ok=True)
     store = Store(folder / "store")
-    draft = store.handle(IMPORTANCE.id).open_draft()
     generator = torch.Generator().manual_seed(0)
     biases = {name: settings.pop(name) for name in ("attention_bias", "shard_size") if name in settings}
     criterion = settings.get("criterion", "entropy")
@@ -48,10 +47,10 @@ def prepare(folder, variant="llama", *, samples=9, layers=LAYERS, groups=GROUPS,
         for layer in range(checkpoint.num_layers)
         for units in kinds
     }
-    save_file(scores, draft / "importance.safetensors")
     windows_ST = torch.randint(3, min(264, checkpoint.config["vocab_size"]), (samples, 12), generator=generator)
-    save_file({"input_ids": windows_ST}, draft / "windows.safetensors")
-    store.handle(IMPORTANCE.id).commit(IMPORTANCE, draft, {"metrics": {}})
+    with being_made(store, IMPORTANCE) as draft:
+        save_file(scores, draft / "importance.safetensors")
+        save_file({"input_ids": windows_ST}, draft / "windows.safetensors")
     defaults = {
         "ratio": 0.2,
         "criterion": "entropy",
@@ -73,7 +72,8 @@ def prepare(folder, variant="llama", *, samples=9, layers=LAYERS, groups=GROUPS,
 def run(store, stage, world, interruption=None):
     store.work(stage.id).mkdir(parents=True, exist_ok=True)
     asked = interruption or Interruption()
-    prune.run(Context(stage, store, world, RuntimeConfig(), Progress(None), {}, {}, 1, interruption=asked))
+    claim = store.handle(stage.id).claim("test") if world.is_first else None
+    prune.run(Context(stage, store, world, RuntimeConfig(), Progress(None), {}, {}, 1, claim, asked))
 
 
 def outcome(store, stage):

@@ -233,6 +233,7 @@ def run_in_threads(store: Store, stage: Stage, ranks: Ranks) -> None:
             config={},
             code={},
             attempt=1,
+            claim=store.handle(stage.id).claim("test") if world.is_first else None,
         )
         importlib.import_module(f"hfprune_dist.stages.{stage.kind}").run(context)
 

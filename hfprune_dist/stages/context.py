@@ -41,7 +41,7 @@ class Context(Generic[P]):
         config: the resolved configuration of the sweep, kept in the manifest.
         code: provenance of the code (version, commit, dirty diff), kept in the manifest.
         attempt: number of this attempt, from 1.
-        claim: the claim under which the stage runs, on rank 0; None if nobody claimed it.
+        claim: the claim under which the stage runs; None on all ranks but the first.
         interruption: tells whether this attempt has been asked to end early.
         began: when this attempt began, in seconds of a clock that nobody sets.
         work: folder for the stage's progress; it outlives a crash, and the next attempt resumes from it.
@@ -67,6 +67,11 @@ class Context(Generic[P]):
     @cached_property
     def handle(self) -> StageHandle:
         return self.store.handle(self.stage.id)
+
+    @property
+    def _claim(self) -> Claim:
+        assert self.claim is not None, "rank 0 alone opens drafts and commits"
+        return self.claim
 
     @property
     def work(self) -> Path:
@@ -145,16 +150,15 @@ class Context(Generic[P]):
             ChangedInputError: naming the file. Progress of this stage, which may come from either content, is deleted.
         """
         try:
-            require_planned(self.stage.inputs.values(), self.store.make_hashes(), when)
+            require_planned(self.stage.inputs.values(), Store(self.store.root).hashes, when)
         except ChangedInputError:
-            if self.claim is not None:
-                self.claim.require_held()
+            self._claim.require_held()
             self.handle.discard_progress()
             raise
 
     def open_draft(self) -> Path:
         """A folder in which all ranks may write files of the artifact."""
-        return self.world.on_rank0(lambda: self.handle.open_draft(self.claim))
+        return self.world.on_rank0(lambda: self.handle.open_draft(self._claim))
 
     def commit(self, draft: Path, metrics: dict[str, Any]) -> None:
         """Publish the draft as this stage's artifact, once all ranks have written their files.
@@ -181,7 +185,7 @@ class Context(Generic[P]):
 
         def publish() -> None:
             self.require_untouched_inputs()
-            self.handle.commit(self.stage, draft, record, self.claim)
+            self.handle.commit(self.stage, draft, record, self._claim)
             self.handle.discard_work()
 
         self.world.on_rank0(publish)

@@ -56,11 +56,7 @@ class Store:
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        self.hashes = self.make_hashes()
-
-    def make_hashes(self) -> FileHashes:
-        """Hashes of files, recalled if any process has read the files before with this store."""
-        return FileHashes(self.root / "hashes")
+        self.hashes = FileHashes(root / "hashes")  # recalled if any process has read the files before
 
     def path(self, stage_id: str) -> Path:
         return self.root / stage_id
@@ -169,74 +165,60 @@ class StageHandle:
         self.artifact.rename(target)
         return target
 
-    def open_draft(self, claim: Claim | None = None) -> Path:
-        """Create the folder in which its artifact is written; drafts left by dead attempts are removed.
-
-        Args:
-            claim: the claim under which the stage runs. Drafts written under earlier claims are removed; without a
-                claim, only drafts written without one.
+    def open_draft(self, claim: Claim) -> Path:
+        """Create the folder in which its artifact is written; drafts left by earlier holders of the claim are removed.
 
         Raises:
             ClaimLostError: if another process has claimed the stage since.
         """
         # Listed before the claim is checked: a process that loses the claim can thus never list its successor's draft.
-        found = self._drafts()
-        if claim is not None:
-            claim.require_held()
+        found = listed(self.artifact.parent, f".draft-{self.artifact.name}-*")
+        claim.require_held()
         for draft in found:
-            if claim is not None or draft.name.count("-") == 2:  # its name has no token of a claim
-                _remove(draft)
-        draft = self._draft(claim)
+            self._remove(draft)
+        draft = self._draft(claim.token)
         draft.mkdir(parents=True)
         return draft
 
-    def _draft(self, claim: Claim | None = None) -> Path:
-        """A new path ``.draft-<fingerprint>[-<token of a claim>]-<random>``."""
-        owner = "" if claim is None else f"{claim.token}-"
-        return self.artifact.with_name(f".draft-{self.artifact.name}-{owner}{uuid.uuid4().hex[:8]}")
+    def _draft(self, owner: str) -> Path:
+        return self.artifact.with_name(f".draft-{self.artifact.name}-{owner}")
 
-    def _drafts(self, owner: str = "") -> list[Path]:
-        return listed(self.artifact.parent, f".draft-{self.artifact.name}-{owner}*")
+    def discard_draft(self, claim: Claim) -> None:
+        """Remove the draft of its artifact that was written under a claim."""
+        self._remove(self._draft(claim.token))
 
-    def discard_drafts(self, claim: Claim) -> None:
-        """Remove the drafts of its artifact that were written under a claim."""
-        for draft in self._drafts(f"{claim.token}-"):
-            _remove(draft)
+    def _remove(self, folder: Path) -> None:
+        """Rename a folder and remove it: a process about to commit it, or to read it, must not find a part of it."""
+        doomed = self._draft(uuid.uuid4().hex[:8])
+        with contextlib.suppress(FileNotFoundError):
+            folder.rename(doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
 
-    def commit(self, stage: Stage, draft: Path, record: dict[str, Any], claim: Claim | None = None) -> None:
+    def commit(self, stage: Stage, draft: Path, record: dict[str, Any], claim: Claim) -> None:
         """Turn a draft into its artifact: fsync, manifest last, one rename.
 
         If another attempt committed first, its artifact is verified and the draft is dropped; if that artifact is
         corrupt, it is set aside and the draft takes its place.
-
-        Args:
-            claim: the claim under which the stage ran.
 
         Raises:
             ClaimLostError: if another process has claimed the stage since.
         """
         try:
             _seal(stage, draft, record)
-            if claim is not None:
-                claim.require_held()
-            self._publish(draft, claim)
+            claim.require_held()
+            try:
+                draft.rename(self.artifact)
+            except OSError:
+                if self.is_done():
+                    shutil.rmtree(draft, ignore_errors=True)
+                else:
+                    if self.set_aside(claim) is None:  # its files were removed to make room
+                        self.discard()
+                    draft.rename(self.artifact)
         except (OSError, UserError):
-            if claim is not None:
-                claim.require_held()  # a successor has removed the draft
+            claim.require_held()  # a successor has removed the draft
             raise
         fsync_path(self.artifact.parent)
-
-    def _publish(self, draft: Path, claim: Claim | None) -> None:
-        """Give a finished draft its final name, unless a valid artifact has it already."""
-        try:
-            draft.rename(self.artifact)
-        except OSError:
-            if self.is_done():
-                shutil.rmtree(draft, ignore_errors=True)
-                return
-            if claim is None or self.set_aside(claim) is None:  # files were removed to make room
-                self.discard()
-            draft.rename(self.artifact)
 
     def empty(self) -> None:
         """Remove the files of its artifact, except for the manifest; they are made again when they are needed.
@@ -254,7 +236,7 @@ class StageHandle:
 
     def discard(self) -> None:
         """Remove its artifact; a process that dies meanwhile leaves a draft behind."""
-        _remove(self.artifact, self._draft())
+        self._remove(self.artifact)
 
     # Its work folder, in which it runs.
 
@@ -337,14 +319,6 @@ def _sealed(mode: int, file: Path) -> dict[str, Any]:
     fsync_path(file)
     stat = file.stat()
     return {"bytes": stat.st_size, "sha256": FileHashes(None).of_file(file), "mtime_ns": stat.st_mtime_ns}
-
-
-def _remove(folder: Path, doomed: Path | None = None) -> None:
-    """Rename a folder and remove it: a process about to commit it, or to read it, must not find a part of it."""
-    doomed = doomed or folder.with_name(f"{'-'.join(folder.name.split('-')[:2])}-{uuid.uuid4().hex[:8]}")
-    with contextlib.suppress(FileNotFoundError):
-        folder.rename(doomed)
-    shutil.rmtree(doomed, ignore_errors=True)
 
 
 def _remove_path(path: Path) -> None:

@@ -125,7 +125,7 @@ class LocalBackend:
                             claim.require_held()
         except BaseException:
             self.close()
-            handle.discard_drafts(claim)
+            handle.discard_draft(claim)
             raise
         return codes
 
@@ -138,7 +138,7 @@ class LocalBackend:
         recorded = next((failure for failure in handle.failures() if failure.attempt == attempt), None)
         full = unwritable(self._store.root)  # which may have no room for a rank to record its own reason
         left = recorded or (Failure("input", full, -1, time.time()) if full else None)
-        handle.discard_drafts(claim)  # makes room for what is written below
+        handle.discard_draft(claim)  # makes room for what is written below
         claim.require_held()
         failure = explain_death(left, codes, log, attempt)
         if failure is not recorded:

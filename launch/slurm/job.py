@@ -206,7 +206,7 @@ class _Rank:
         """Leave the reason for the launcher, and return the exit code."""
         mended = from_os_error(error)
         if self._claim is not None:
-            self._handle.discard_drafts(self._claim)  # on a full disk, this makes room for the reason
+            self._handle.discard_draft(self._claim)  # on a full disk, this makes room for the reason
         try:
             leave_reason(self._handle, mended, self._rank, self._number, self._claim)
             self._end("failed" if self._claim is None or self._claim.is_held() else "duplicate")
@@ -267,7 +267,7 @@ class Start:
         """Record how this start of the job ended, and release the stage."""
         self.attempt.record_run(replace(self._run, ended=time.time(), how=how, progress=self._progress()))
         if self.claim is not None:
-            self._handle.discard_drafts(self.claim)
+            self._handle.discard_draft(self.claim)
             self.claim.release()
 
     def _progress(self) -> dict[str, Any] | None:

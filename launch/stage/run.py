@@ -25,7 +25,7 @@ from hfprune_dist.config.schema import RuntimeConfig
 from hfprune_dist.distributed.interruption import Interruption
 from hfprune_dist.errors import UserError, from_os_error
 from hfprune_dist.store.artifacts import STAGE_FILE, StageHandle, Store
-from hfprune_dist.store.claims import Claim, ClaimLostError
+from hfprune_dist.store.claims import Claim, ClaimLostError, Holder
 from hfprune_dist.store.heartbeat import Failure, Progress
 from hfprune_dist.store.stage import Stage, kind_of
 
@@ -55,6 +55,8 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     content = find_stage_file(handle)
     claim = Claim(handle.work, arguments.claim) if arguments.claim else None
     try:
+        if rank == 0 and claim is None:
+            claim = _claimed_by_hand(handle)
         run_stage(handle, Interruption(), should_run=lambda world: Admission(True, claim))
     except ClaimLostError as lost:
         print(f"error: {lost}", file=sys.stderr)
@@ -70,6 +72,13 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
         sys.excepthook(type(error), error, error.__traceback__)
         leave_process(1)
     leave_process(0)
+
+
+def _claimed_by_hand(handle: StageHandle) -> Claim:
+    claim = handle.claim()
+    if isinstance(claim, Holder):
+        raise UserError(f"{handle.id}: {claim} runs it")
+    return claim
 
 
 def die_with_parent(parent: int | None = None) -> None:

@@ -18,7 +18,7 @@ from hfprune_launch.local import backend
 from hfprune_launch.slurm import commands as slurm_cli
 from hfprune_launch.slurm.job import Start
 from hfprune_launch.stage import run as stage_script
-from made_stages import stage_of
+from made_stages import being_made, stage_of
 from sweeps import make_inputs, results, without_costs
 
 from hfprune_dist.store.artifacts import Store
@@ -101,11 +101,10 @@ class Commit(Subject):
         if verdict.state == "missing":
             store.work(self.STAGE.id).mkdir(parents=True, exist_ok=True)
             (store.work(self.STAGE.id) / "half").write_text("done")
-            draft = store.handle(self.STAGE.id).open_draft()
-            (draft / "below" / "deep").mkdir(parents=True)
-            for name in ("a.bin", "below/b.bin", "below/deep/c.bin"):
-                (draft / name).write_text(name * 100)
-            store.handle(self.STAGE.id).commit(self.STAGE, draft, {"metrics": {}})
+            with being_made(store, self.STAGE) as draft:
+                (draft / "below" / "deep").mkdir(parents=True)
+                for name in ("a.bin", "below/b.bin", "below/deep/c.bin"):
+                    (draft / name).write_text(name * 100)
         store.handle(self.STAGE.id).discard_work()
         assert store.handle(self.STAGE.id).verify(thorough=True).state == "done"
         return {

@@ -11,7 +11,7 @@ from fake_slurm import Controller, Job
 from hfprune_launch import clean, report, sweep
 from hfprune_launch.stage.stage_file import Provenance, write_stage_file
 from hfprune_launch.sweep_folder import read_sweep
-from made_stages import stage_of
+from made_stages import being_made, stage_of
 from sweeps import in_process, planned
 
 from hfprune_dist.config.schema import RuntimeConfig
@@ -30,13 +30,10 @@ def made(config, tmp_path_factory):
     for ratio in (0.15, 0.2):
         store, plan = Store(out / "store"), planned(config, models=["alpha"], ratios=[ratio])[1]
         for stage in (stage for stage in plan.stages.values() if not store.handle(stage.id).is_committed()):
-            draft = store.handle(stage.id).open_draft()
-            for name in ("config.json", "model.safetensors") if stage.kind in ("prune", "recover") else ("scores",):
-                (draft / name).write_text("{}" + "x" * 998)
-            metrics = {"fidelity": {}, "tasks": {}, "ratio_reached": ratio, "parameters": 5}
-            store.handle(stage.id).commit(
-                stage, draft, {"metrics": metrics, "wall_time_s": 1.0, "world_size": 1, "peak_memory_bytes": 1}
-            )
+            record = {"metrics": {"fidelity": {}, "tasks": {}, "ratio_reached": ratio, "parameters": 5}}
+            with being_made(store, stage, **record, wall_time_s=1.0, world_size=1, peak_memory_bytes=1) as draft:
+                for name in ("config.json", "model.safetensors") if stage.kind in ("prune", "recover") else ("scores",):
+                    (draft / name).write_text("{}" + "x" * 998)
         assert in_process(sweep.main, *chosen, ratio)[0] == 0
     assert in_process(sweep.main, "--out", out, "--forget", "alpha 0.15 + lora")[0] == 0
     return out
@@ -127,7 +124,8 @@ def test_what_a_job_in_the_queue_needs_stays_until_the_job_is_over(out, monkeypa
     attempt = Ledger(store).begin(stage, ranks=1, time_minutes=1)
     attempt.record_job("101")
     write_stage_file(store.handle(stage.id), stage, Provenance(RuntimeConfig(), {}, {}), 1)
-    draft = store.handle(stage.id).open_draft()
+    with store.handle(stage.id).claimed_briefly() as claim:
+        draft = store.handle(stage.id).open_draft(claim)
     state = "CANCELLED" if answer == "gone" else "PENDING"
     fake.jobs["101"] = Job(attempt.intent.job_name, state)
     if answer == "silent":

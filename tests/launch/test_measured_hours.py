@@ -4,7 +4,7 @@ import io
 
 from hfprune_launch.measured_hours import measured_hours, show_hours
 from hfprune_launch.slurm.status import stage_statuses
-from made_stages import stage_of
+from made_stages import being_made, stage_of
 from rich.console import Console
 
 from hfprune_dist.planning.plan import Plan
@@ -23,8 +23,9 @@ def test_what_stages_of_the_kind_and_model_took(tmp_path):
     store, hours = Store(tmp_path / "store"), {"importance": 2, "prune": 1, "recover": 6}
     for ratio, times in ((0.1, 1), (0.2, 3)):
         for stage in scores_and_cut("a", ratio):
-            record = {"metrics": {"parameters": 1}, "wall_time_s": 3600 * times * hours[stage.kind]}
-            store.handle(stage.id).commit(stage, store.handle(stage.id).open_draft(), record)
+            seconds = 3600 * times * hours[stage.kind]
+            with being_made(store, stage, metrics={"parameters": 1}, wall_time_s=seconds):
+                pass
     stages = [*scores_and_cut("a", 0.3), *scores_and_cut("b", 0.3)]
     plan = Plan({stage.id: stage for stage in stages}, (), tuple(stage.id for stage in stages))
     known = [*map(measured_hours(plan, store), stages)]

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 from huggingface_hub import ModelCard
+from made_stages import being_made
 from sweeps import make_inputs, planned
 
 from hfprune_dist.results.card import BaseModel, Card, contents_of_checkpoints
@@ -39,15 +40,14 @@ def fill(store, plan, but=(), config=None):
     for stage in plan.stages.values():
         if stage.kind in but:
             continue
-        draft = store.handle(stage.id).open_draft()
-        (draft / "adapter").mkdir()
-        (draft / "adapter" / "adapter_config.json").write_text('{"base_model_name_or_path": null, "r": 4}')
-        for name in ("config.json", "model.safetensors"):
-            (draft / name).write_text("content")
         fidelity = SCORES["fidelity"] | ({"kl": 0.0} if stage.label == "alpha dense" else {})
         metrics = {**SHAPE, **SCORES, "fidelity": fidelity}
         record = {"provenance": PROVENANCE, "config": config or {}, "world_size": 1, "wall_time_s": 1.0}
-        store.handle(stage.id).commit(stage, draft, {"metrics": metrics, **record})
+        with being_made(store, stage, metrics=metrics, **record) as draft:
+            (draft / "adapter").mkdir()
+            (draft / "adapter" / "adapter_config.json").write_text('{"base_model_name_or_path": null, "r": 4}')
+            for name in ("config.json", "model.safetensors"):
+                (draft / name).write_text("content")
 
 
 def contents(config, out, but=(), **overrides):

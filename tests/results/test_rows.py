@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 from headers import CONFIG, checkpoint_of, tensors_of
-from made_stages import stage_of
+from made_stages import being_made, stage_of
 from rows import efficiency
 
 from hfprune_dist.planning.plan import Cell, Plan
@@ -45,12 +45,11 @@ SCORES = {
 
 
 def commit(store, stage, files=None, record=None, **metrics):
-    draft = store.handle(stage.id).open_draft()
-    for name, content in (files or {}).items():
-        (draft / name).parent.mkdir(exist_ok=True)
-        (draft / name).write_text(content)
     costs = {"world_size": 1, "wall_time_s": 2.0, "peak_memory_bytes": 100 + len(stage.kind)}
-    store.handle(stage.id).commit(stage, draft, {"metrics": metrics, **costs, **(record or {})})
+    with being_made(store, stage, metrics=metrics, **costs, **(record or {})) as draft:
+        for name, content in (files or {}).items():
+            (draft / name).parent.mkdir(exist_ok=True)
+            (draft / name).write_text(content)
 
 
 def table(rows):

@@ -5,7 +5,7 @@ import time
 from dataclasses import replace
 
 import pytest
-from made_stages import stage_of
+from made_stages import being_made, stage_of
 from ranks import SoloWorld
 
 from hfprune_dist.config.schema import RuntimeConfig
@@ -32,9 +32,8 @@ def text(tmp_path):
 @pytest.fixture
 def store(tmp_path):
     store = Store(tmp_path / "store")
-    draft = store.handle(NEED.id).open_draft()
-    (draft / "scores").write_text("scores")
-    store.handle(NEED.id).commit(NEED, draft, {"metrics": {}})
+    with being_made(store, NEED) as draft:
+        (draft / "scores").write_text("scores")
     return store
 
 
@@ -122,7 +121,7 @@ def test_what_looks_as_committed_is_read_only_after_a_failed_attempt(store, text
 
 
 def test_a_clock_that_is_set_lengthens_no_stage(store, text, monkeypatch):
-    context, wrong = begin(store, text), time.time() + 3600
+    context, wrong = claimed(store, text), time.time() + 3600
     monkeypatch.setattr(time, "time", lambda: wrong)
     draft = context.open_draft()
     (draft / "model.bin").write_text("weights")

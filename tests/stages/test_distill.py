@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 import torch
-from made_stages import stage_of
+from made_stages import being_made, stage_of
 from ranks import SoloWorld, killing, run_stage
 from tiny import save_tiny
 from trained import losses_of, weights_of
@@ -35,20 +35,18 @@ def source(tmp_path_factory):
     dense = open_checkpoint(save_tiny(folder / "dense"))
     store = Store(folder / "store")
     make_reference(store, dense, torch.float32)
-    draft = store.handle(PRUNE.id).open_draft()
     kept = Kept.of_all_layers({"neurons": [torch.arange(0, 48, 2), torch.arange(30)]})
-    for file in dense.weight_files:
-        write_weight_file(dense, file, kept, draft)
-    write_companions(dense, draft, pruned_config(dense, kept.shape))
-    store.handle(PRUNE.id).commit(PRUNE, draft, {"metrics": {}})
+    with being_made(store, PRUNE) as draft:
+        for file in dense.weight_files:
+            write_weight_file(dense, file, kept, draft)
+        write_companions(dense, draft, pruned_config(dense, kept.shape))
     return folder
 
 
 def make_reference(store, dense, dtype):
-    draft = store.handle(REFERENCE.id).open_draft()
     stream = LayerStream(dense, windows(), dtype, MICRO_BATCH, SoloWorld())
-    write_dense_states(stream, draft, SoloWorld(), lambda layers: None)
-    store.handle(REFERENCE.id).commit(REFERENCE, draft, {"metrics": {}})
+    with being_made(store, REFERENCE) as draft:
+        write_dense_states(stream, draft, SoloWorld(), lambda layers: None)
 
 
 def lay_out(source, folder, passes=6, **settings):

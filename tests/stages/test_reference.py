@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 import torch
-from made_stages import stage_of
+from made_stages import being_made, stage_of
 from safetensors.torch import load_file, save_file
 from tiny import save_tiny, tiny_model, write_documents
 from transformers import AutoModelForCausalLM
@@ -74,9 +74,8 @@ def test_calibration_windows_are_rows_to_learn_from(tmp_path):
     save_tiny(tmp_path / "dense")
     windows_ST = torch.randint(3, 264, (6, 24), generator=torch.Generator().manual_seed(0))
     store = Store(tmp_path / "store")
-    draft = store.handle(IMPORTANCE.id).open_draft()
-    save_file({"input_ids": windows_ST}, draft / "windows.safetensors")
-    store.handle(IMPORTANCE.id).commit(IMPORTANCE, draft, {"metrics": {}})
+    with being_made(store, IMPORTANCE) as draft:
+        save_file({"input_ids": windows_ST}, draft / "windows.safetensors")
     inputs = {"model": Input("dense", str(tmp_path / "dense")), "importance": IMPORTANCE.as_input()}
     states = run_alone(store, stage_of("reference", "tiny", {"dtype": "float32", "micro_batch_size": 4}, inputs))
     with torch.no_grad():

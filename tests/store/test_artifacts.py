@@ -3,7 +3,7 @@ import os
 from pathlib import Path
 
 import pytest
-from made_stages import stage_of
+from made_stages import being_made, stage_of
 
 from hfprune_dist.store.artifacts import MANIFEST, Store
 from hfprune_dist.store.claims import Claim
@@ -13,11 +13,10 @@ STAGE = stage_of("prune", "a label", {"ratio": 0.2}, {"model": Input("digest", "
 
 
 def make(store, content="weights"):
-    draft = store.handle(STAGE.id).open_draft()
-    (draft / "model.bin").write_text(content)
-    (draft / "sub").mkdir()
-    (draft / "sub" / "more.txt").write_text("more")
-    store.handle(STAGE.id).commit(STAGE, draft, {"metrics": {"parameters": 3}})
+    with being_made(store, STAGE, metrics={"parameters": 3}) as draft:
+        (draft / "model.bin").write_text(content)
+        (draft / "sub").mkdir()
+        (draft / "sub" / "more.txt").write_text("more")
 
 
 @pytest.fixture
@@ -37,10 +36,9 @@ def test_a_committed_artifact_verifies_and_carries_its_manifest(store):
 
 def test_colleagues_may_read_what_the_umask_allows(store):
     """Some libraries make their files readable by their owner only."""
-    draft = store.handle(STAGE.id).open_draft()
-    (draft / "scores.bin").touch(mode=0o600)
     before = os.umask(0o027)
-    store.handle(STAGE.id).commit(STAGE, draft, {"metrics": {}})
+    with being_made(store, STAGE) as draft:
+        (draft / "scores.bin").touch(mode=0o600)
     os.umask(before)
     assert (store.path(STAGE.id) / "scores.bin").stat().st_mode & 0o777 == 0o640
 
@@ -65,15 +63,10 @@ def test_damage_is_found_and_set_aside(store, damage):
 
 
 def test_the_loser_of_a_race_keeps_the_winners_artifact(store):
-    draft = store.handle(STAGE.id).open_draft()
-    (draft / "model.bin").write_text("loser")
-    rival = store.root / "prune" / ".draft-rival"
-    rival.mkdir()
-    (rival / "model.bin").write_text("winner")
-    Store(store.root).handle(STAGE.id).commit(STAGE, rival, {"metrics": {}})
-    store.handle(STAGE.id).commit(STAGE, draft, {"metrics": {}})
+    make(store, "winner")
+    make(store, "loser")
     assert (store.path(STAGE.id) / "model.bin").read_text() == "winner"
-    assert not draft.exists()
+    assert [path.name for path in (store.root / STAGE.kind).iterdir()] == [STAGE.fingerprint]
 
 
 def test_without_its_committed_time_a_file_is_read(store):

@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 
 import pytest
-from made_stages import stage_of
+from made_stages import being_made, stage_of
 
 from hfprune_dist.store.artifacts import Store
 from hfprune_dist.store.attempts import End, Ledger, Run, end_of_log, past_attempts
@@ -123,9 +123,8 @@ def test_every_job_has_its_end(ledger):
 
 def test_an_attempt_whose_end_no_launcher_saw_is_closed_by_whoever_sees_its_artifact(ledger, attempt):
     attempt.record_run(Run("7", 0, "n1", 100.0))
-    draft = ledger.store.handle(STAGE.id).open_draft()
-    (draft / "result").touch()
-    ledger.store.handle(STAGE.id).commit(STAGE, draft, {"metrics": {}, "finished": 160.0})
+    with being_made(ledger.store, STAGE, finished=160.0) as draft:
+        (draft / "result").touch()
     for _ in range(2):
         ledger.close_done(STAGE.id)
         assert (attempt.end.cause, attempt.end.at) == ("done", 160.0)
@@ -150,9 +149,8 @@ def test_attempts_on_this_machine_are_told_too(ledger):
     ]
     assert found[2].message == "last sign of life: layers 3/4"
     assert [(past.number, len(past.logs)) for past in found] == [(1, 1), (2, 1), (3, 1)]
-    ledger.store.handle(STAGE.id).commit(
-        STAGE, handle.open_draft(), {"metrics": {}, "attempts": 3, "finished": 9.0, "wall_time_s": 1.0}
-    )
+    with being_made(ledger.store, STAGE, attempts=3, finished=9.0, wall_time_s=1.0):
+        pass
     assert past_attempts(ledger.store, STAGE.id, logs)[2].state == "done", "its launcher was killed before it said so"
     assert ledger.jobs_of(STAGE.id) == [] and not ledger.has_jobs() and ledger.open_jobs() == []
 

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 from faults.kill import die_in_fork
-from made_stages import stage_of
+from made_stages import being_made, stage_of
 
 from hfprune_dist.store.artifacts import StageHandle, Store
 from hfprune_dist.store.stage import Input
@@ -13,10 +13,9 @@ STAGE = stage_of("prune", "a label", {"ratio": 0.2}, {"model": Input("digest", "
 
 
 def commit(store):
-    draft = store.handle(STAGE.id).open_draft()
-    for name in ("a.bin", "b.bin"):
-        (draft / name).write_text(name * 100)
-    store.handle(STAGE.id).commit(STAGE, draft, {"metrics": {}})
+    with being_made(store, STAGE) as draft:
+        for name in ("a.bin", "b.bin"):
+            (draft / name).write_text(name * 100)
     store.handle(STAGE.id).discard_work()
 
 

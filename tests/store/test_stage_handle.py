@@ -1,7 +1,7 @@
 """What is left of a stage's work, before it runs and until its artifact is committed."""
 
 import pytest
-from made_stages import stage_of
+from made_stages import being_made, stage_of
 
 from hfprune_dist.store.artifacts import Store
 from hfprune_dist.store.claims import Claim, Holder
@@ -19,14 +19,9 @@ def handle(tmp_path):
     return handle
 
 
-def commit(handle):
-    draft = handle.open_draft()
-    (draft / "result").write_text("x")
-    handle.commit(STAGE, draft, {"metrics": {}})
-
-
 def test_work_of_a_stage_that_is_done_is_forgotten(handle):
-    commit(handle)
+    with being_made(handle.store, STAGE) as draft:
+        (draft / "result").touch()
     for _ in range(2):
         handle.discard_leftovers()
         assert not handle.work.exists(), "nothing is made to be forgotten"
@@ -37,7 +32,7 @@ def test_work_of_a_stage_that_is_not_done_or_claimed_stays(handle):
     assert (handle.work / "refit").is_file()
     claim = handle.claim()
     assert isinstance(claim, Claim) and isinstance(handle.claim(), Holder)
-    commit(handle)
+    handle.commit(STAGE, handle.open_draft(claim), {"metrics": {}}, claim)
     handle.discard_leftovers()
     assert (handle.work / "refit").is_file()
 

@@ -188,8 +188,8 @@ def test_a_full_disk_is_told_even_where_a_draft_filled_it(backend, ranks, store,
     full = [True]
     usage = shutil.disk_usage(os.curdir)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=0 if full[0] else 10**9))
-    discard = StageHandle.discard_drafts
-    monkeypatch.setattr(StageHandle, "discard_drafts", lambda *a: full.__setitem__(0, False) or discard(*a))
+    discard = StageHandle.discard_draft
+    monkeypatch.setattr(StageHandle, "discard_draft", lambda *a: full.__setitem__(0, False) or discard(*a))
     ranks.meanwhile = lambda claim: store.handle(STAGE.id).open_draft(claim)
     told = run(backend)
     assert told.cause == "input" and "No space left on device" in told.message

@@ -163,14 +163,15 @@ def test_who_follows_does_not_leave_between_two_stages(store, tmp_path, monkeypa
     """After a commit, the launcher holds no claim until the first stage's ranks have ended."""
     held = []
 
-    def commit(stage):
-        draft = store.handle(stage.id).open_draft()
-        (draft / "result").write_text("x")
-        store.handle(stage.id).commit(stage, draft, {"metrics": {}})
+    def commit(stage, claim):
+        handle = store.handle(stage.id)
+        draft = handle.open_draft(claim)
+        (draft / "result").touch()
+        handle.commit(stage, draft, {"metrics": {}}, claim)
 
     moments = iter(
         [
-            lambda: commit(STAGE),
+            lambda: commit(STAGE, claim),
             lambda: None,
             lambda: held.append(store.handle(NEXT.id).claim()),
             lambda: held[0].release(),  # by Ctrl-C
@@ -182,6 +183,6 @@ def test_who_follows_does_not_leave_between_two_stages(store, tmp_path, monkeypa
     cli.show_status(Console(file=io.StringIO()), Sweep(PLAN, store, tmp_path), keep_on=True)
     assert len(held) == 1 and len(looks) == 4 + cli.LOOKS_AT_REST
     claim.release()
-    commit(NEXT)
+    commit(NEXT, store.handle(NEXT.id).claim())
     cli.show_status(Console(file=io.StringIO()), Sweep(PLAN, store, tmp_path), keep_on=True)
     assert len(looks) == 4 + cli.LOOKS_AT_REST, "nothing is to come"
