@@ -120,7 +120,7 @@ def _cancel(out: Path, console: Console) -> int:
         say(console, f"note: launchers can't be told ({error}), and may go on")
     for line in wait_until_cancelled(plan, store):
         say(console, line)
-    has_jobs = Ledger(store).has_jobs()  # after the waits: a launcher may have been submitting its first
+    has_jobs = bool(Ledger(store).open_jobs())  # after the waits: a launcher may have been submitting its first
     jobs_go_on = has_jobs and cancel_sweep(console, sweep)
     if not has_jobs and not is_any_running:
         say(console, "no stage runs; a launcher that is about to start one ends instead")

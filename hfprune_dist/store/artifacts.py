@@ -119,9 +119,7 @@ class StageHandle:
         if manifest.get(EMPTIED):
             return Verdict("missing", "its files were removed to make room")
         listing = {self.artifact / name: entry for name, entry in manifest["files"].items()}
-
-        sizes = {file: entry["bytes"] for file, entry in listing.items()}
-        problems = for_each_file(sizes, lambda file: self._check_file(file, listing[file], thorough))
+        problems = for_each_file(listing, lambda file: self._check_file(file, listing[file], thorough))
         found = (f"{file.relative_to(self.artifact)}: {problem}" for file, problem in problems.items() if problem)
         reason = next(found, "")
         return Verdict("corrupt", reason) if reason else Verdict("done", "verified")
@@ -213,6 +211,7 @@ class StageHandle:
                     shutil.rmtree(draft, ignore_errors=True)
                 else:
                     if self.set_aside(claim) is None:  # its files were removed to make room
+                        claim.require_held()
                         self.discard()
                     draft.rename(self.artifact)
         except (OSError, UserError):
@@ -306,7 +305,7 @@ class StageHandle:
 def _seal(stage: Stage, draft: Path, record: dict[str, Any]) -> None:
     """Flush all files of a draft and write its manifest."""
     files = sorted(file for file in draft.rglob("*") if file.is_file())
-    sealed = for_each_file({file: file.stat().st_size for file in files}, partial(_sealed, usual_mode()))
+    sealed = for_each_file(files, partial(_sealed, usual_mode()))
     listing = {str(file.relative_to(draft)): entry for file, entry in sealed.items()}
     write_json(draft / MANIFEST, {"format": 1, "stage": stage.to_json(), "files": listing, **record})
     for folder in {file.parent for file in files} | {draft}:

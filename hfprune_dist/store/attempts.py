@@ -29,7 +29,7 @@ from typing import Any, Literal
 
 from hfprune_dist.errors import UserError
 from hfprune_dist.store.artifacts import Store
-from hfprune_dist.store.atomic_files import listed, locked, read_object, read_record, unless_stale, write_json
+from hfprune_dist.store.atomic_files import listed, locked, read_object, read_record, write_json
 from hfprune_dist.store.stage import Stage
 
 INTENT, SCRIPT, JOB, END, LOCK = "intent.json", "job.sh", "job.json", "end.json", ".lock"
@@ -196,10 +196,6 @@ class Ledger:
         attempts = (attempt for folder in stages for attempt in self.jobs_of(str(folder.relative_to(self._root))))
         return [attempt for attempt in attempts if attempt.end is None]
 
-    def has_jobs(self) -> bool:
-        """Whether a job was ever submitted for this store."""
-        return any(self._root.glob(f"*/*/*/{SCRIPT}"))
-
     def begin(self, stage: Stage, *, ranks: int, **job: Any) -> Attempt:
         """Record the next attempt; the caller must hold the stage's claim.
 
@@ -281,17 +277,11 @@ def local_log(folder: Path, intent: Intent) -> Path:
 
 
 def end_of_log(log: Path, most: int) -> str:
-    """Return the last ``most`` bytes of a log, whose first line may be cut off; empty if there is no log (any more), as
-    its owner may remove it at any moment.
-    """
-
-    def read() -> bytes:
+    """Return the last ``most`` bytes of a log, whose first line may be cut off; empty if there is no log (any more)."""
+    try:
         with log.open("rb") as stream:
             stream.seek(max(0, stream.seek(0, os.SEEK_END) - most))
-            return stream.read()
-
-    try:
-        return unless_stale(read).decode("utf-8", errors="replace")
+            return stream.read().decode("utf-8", errors="replace")
     except FileNotFoundError:
         return ""
 

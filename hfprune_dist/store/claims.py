@@ -72,10 +72,9 @@ class Claim:
 
     def is_held(self) -> bool:
         """Whether the claim is still in force: not released or succeeded by another, and the stage not finished."""
-        return self._is_mine(_newest(self._folder)[1])
-
-    def _is_mine(self, record: dict[str, Any]) -> bool:
-        return record.get("token") == self.token and not record.get("released")
+        with contextlib.suppress(ClaimLostError):
+            return bool(self.require_held())
+        return False
 
     def require_held(self) -> Path:
         """Check the claim, and return its file; to be called before anything that must not collide with the work of a
@@ -85,7 +84,7 @@ class Claim:
             ClaimLostError: if the claim is no longer held.
         """
         file, record = _newest(self._folder)
-        if not self._is_mine(record):
+        if record.get("token") != self.token or record.get("released"):
             raise ClaimLostError(
                 f"{self._folder}: another process has taken over this stage; this one had given no sign of life for "
                 f"{RENEWAL_LIMIT_S / 60:.0f} minutes or more (was it suspended?) and leaves the stage to it"
@@ -102,9 +101,9 @@ class Claim:
 
     def release(self) -> None:
         """Give up the claim; its file stays, so that generations only grow while the folder exists."""
-        file, record = _newest(self._folder)
-        if self._is_mine(record):
-            write_json(file, {**record, "released": True})
+        with contextlib.suppress(ClaimLostError):
+            file = self.require_held()
+            write_json(file, {**(read_object(file) or {}), "released": True})
 
 
 def keep_renewed(claim: Claim) -> threading.Event:
@@ -172,9 +171,10 @@ def _lives(holder: Holder, file: Path) -> bool:
 
     Not seen are processes on another machine, in another container, from before a reboot, and those that are hidden.
     """
-    is_here = holder.host == socket.gethostname() and holder.started is not None
-    if is_here and str(holder.started).rpartition("/")[0] == _system() and not _is_hidden(holder.pid):
-        return _start_of(holder.pid) == holder.started
+    if holder.host == socket.gethostname() and (holder.started or "").rpartition("/")[0] == _system():
+        started = _start_of(holder.pid)
+        if started is not None or not _is_hidden(holder.pid):
+            return started == holder.started
     renewed_at = modified_at(file)
     if renewed_at is None:
         return False
@@ -272,6 +272,8 @@ def _is_hidden(pid: int) -> bool:
     """Whether another user's process has this id, which systems may hide from /proc."""
     try:
         os.kill(pid, 0)
-    except OSError as error:
-        return isinstance(error, PermissionError) and _start_of(pid) is None
+    except PermissionError:
+        return True
+    except OSError:
+        pass
     return False

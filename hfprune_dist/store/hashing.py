@@ -5,13 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
 from hfprune_dist.errors import UserError
-from hfprune_dist.store.atomic_files import read_object, unless_stale, write_json
+from hfprune_dist.store.atomic_files import read_object, write_json
 from hfprune_dist.store.machine import usable_cores
 
 # Bytes per read.
@@ -50,15 +50,14 @@ class FileHashes:
             UserError: if the file can't be read.
         """
         try:
-            return unless_stale(lambda: self._digest(file))
+            return self._digest(file)
         except OSError as error:
             raise UserError(f"{file}: {error.strerror or error}") from None
 
     def of_files(self, folder: Path, names: Iterable[str]) -> str:
         """One digest for the named files of a folder, names included."""
-        files = {name: folder / name for name in names}
-        digests = for_each_file({file: _size_of(file) for file in files.values()}, self.of_file)
-        return digest_of({name: digests[file] for name, file in files.items()})
+        digests = for_each_file((folder / name for name in names), self.of_file)
+        return digest_of({str(file.relative_to(folder)): digest for file, digest in digests.items()})
 
     def of_folder(self, folder: Path) -> str:
         """One digest for all files below a folder, as ``files_below`` lists them."""
@@ -93,28 +92,25 @@ def _sha256_of(file: Path) -> str:
     return sha256.hexdigest()
 
 
-def for_each_file(sizes: Mapping[Path, int], work: Callable[[Path], T]) -> dict[Path, T]:
+def for_each_file(files: Iterable[Path], work: Callable[[Path], T]) -> dict[Path, T]:
     """Return the result of ``work`` for each file; large files are processed in parallel threads, up to one per core.
-
-    Args:
-        sizes: file -> its size in bytes, as far as known.
 
     Raises:
         Exception: the one that ``work`` raised for a file.
     """
-    pool = ThreadPoolExecutor(usable_cores())
+    files, pool = list(files), ThreadPoolExecutor(usable_cores())
     try:
-        large = {file: pool.submit(work, file) for file, size in sizes.items() if size >= LARGE_BYTES}
-        return {file: large[file].result() if file in large else work(file) for file in sizes}
+        large = {file: pool.submit(work, file) for file in files if _is_large(file)}
+        return {file: large[file].result() if file in large else work(file) for file in files}
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-def _size_of(file: Path) -> int:
+def _is_large(file: Path) -> bool:
     try:
-        return file.stat().st_size
-    except OSError:  # reported when the file is read
-        return 0
+        return file.stat().st_size >= LARGE_BYTES
+    except OSError:  # told by the work on it
+        return False
 
 
 def files_below(folder: Path) -> list[str]:
@@ -128,7 +124,7 @@ def files_below(folder: Path) -> list[str]:
     if not folder.is_dir():
         raise UserError(f"{folder}: {'a file, not a folder' if folder.exists() else 'no such folder'}")
     try:
-        return unless_stale(lambda: sorted(str(file.relative_to(folder)) for file in _walk(folder) if file.is_file()))
+        return sorted(str(file.relative_to(folder)) for file in _walk(folder) if file.is_file())
     except OSError as error:
         raise UserError(f"{error.filename or folder}: {error.strerror or error}") from None
 

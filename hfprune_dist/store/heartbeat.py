@@ -60,25 +60,18 @@ class Progress:
     Args:
         work: the stage's work folder; None writes nothing (all ranks but one).
         guard: called before each heartbeat; an exception that it raises ends the stage.
-        clock: returns seconds since any moment; unlike the time of day, it can't be set.
     """
 
-    def __init__(
-        self,
-        work: Path | None,
-        guard: Callable[[], object] | None = None,
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
+    def __init__(self, work: Path | None, guard: Callable[[], object] | None = None) -> None:
         self._work = work
         self._guard = guard
-        self._clock = clock
         self._written_at = -math.inf
         # The first report on the current phase: its name, units done, and seconds of the clock.
         self._first: tuple[str, int, float] | None = None
 
     def update(self, phase: str, done: int, total: int) -> None:
         """Report that ``done`` of ``total`` units of a phase are done; its pace is measured from the first call."""
-        now = self._clock()
+        now = time.monotonic()  # which, unlike the time of day, nobody sets
         if self._first is None or self._first[0] != phase or done < self._first[1]:
             self._first = phase, done, now
         if self._work is None or (now - self._written_at < WRITE_INTERVAL_S and done < total):

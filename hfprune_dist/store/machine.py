@@ -16,11 +16,9 @@ DEVICES = Path("/dev")
 CPU_INFO = Path("/proc/cpuinfo")
 # What names a GPU in CUDA_VISIBLE_DEVICES; other words name none: NoDevFiles of older Slurm, void, none.
 DEVICE = re.compile(r"\s*(\d|GPU-|MIG-)")
-# Where control groups are mounted, and the file that names this process's own group in each hierarchy.
+# Where control groups (of version 2) are mounted, and the file that names this process's own group.
 GROUPS = Path("/sys/fs/cgroup")
 MEMBERSHIP = Path("/proc/self/cgroup")
-# The files with a group's limit of memory and with what is used, of either version of control groups.
-MEMORY_FILES = (("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes"))
 
 
 def count_gpus() -> int:
@@ -59,27 +57,21 @@ def threads_allowed(environment: Mapping[str, str]) -> int | None:
 def usable_cores() -> int:
     """Return the number of cores that this process may keep busy, at least 1."""
     own = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, math.ceil(min(own, *map(_core_limit, _groups("cpu")))))
+    return max(1, math.ceil(min(own, *map(_core_limit, _groups()))))
 
 
 def available_memory() -> float:
     """Return the bytes of main memory that this process and the others of its control group may still take."""
-    return min(float(psutil.virtual_memory().available), *map(_free_bytes, _groups("memory")))
+    return min(float(psutil.virtual_memory().available), *map(_free_bytes, _groups()))
 
 
-def _groups(controller: str) -> list[Path]:
-    """Return the folders of a controller's own group and of all groups around it, each of which sets limits.
+def _groups() -> list[Path]:
+    """Return the folders of this process's control group and of all groups around it, each of which sets limits.
 
     A container may be told the path outside, where it sees no folder: then the root is its own group.
     """
-    found = [GROUPS]
-    for line in _text(MEMBERSHIP).splitlines():
-        _, controllers, path = line.split(":", 2)
-        if not controllers or controller in controllers.split(","):
-            mount = GROUPS / controller if controllers else GROUPS  # version 2 names no controllers
-            own = mount / path.lstrip("/")
-            found += [folder for folder in (own, *own.parents) if folder.is_relative_to(mount)]
-    return found
+    own = GROUPS / _text(MEMBERSHIP).strip().rpartition("::")[2].lstrip("/")
+    return [folder for folder in (own, *own.parents) if folder.is_relative_to(GROUPS)]
 
 
 def _core_limit(folder: Path) -> float:
@@ -90,12 +82,10 @@ def _core_limit(folder: Path) -> float:
 
 def _free_bytes(folder: Path) -> float:
     """Return what a group has left of its memory, cached files included, which the kernel drops if it needs room."""
+    limit, used = (_text(folder / name).strip() for name in ("memory.max", "memory.current"))
     cached = re.findall(r"^(?:in)?active_file (\d+)$", _text(folder / "memory.stat"), re.MULTILINE)
-    for limit, used in MEMORY_FILES:
-        numbers = _text(folder / limit).strip(), _text(folder / used).strip()
-        if all(number.isdigit() for number in numbers):
-            return max(0.0, float(int(numbers[0]) - int(numbers[1]) + sum(map(int, cached))))
-    return math.inf
+    is_limited = limit.isdigit() and used.isdigit()
+    return max(0.0, float(int(limit) - int(used) + sum(map(int, cached)))) if is_limited else math.inf
 
 
 def _text(file: Path) -> str:

@@ -15,8 +15,7 @@ OPERATIONS = ("fsync", "rename", "replace", "link", "unlink", "mkdir", "rmdir")
 def arm(kill_at, match, operations=OPERATIONS, condition=lambda: True):
     """From now on, count operations on paths that contain ``match`` and die before the ``kill_at``-th."""
     count = countdown(kill_at)
-    for name in operations:
-        before(name, match, lambda: condition() and count())
+    before(match, lambda: condition() and count(), operations)
 
 
 def arm_reductions(kill_at):
@@ -47,12 +46,10 @@ def refuse(match, condition):
     """From now on, no file may be replaced whose path contains ``match``, as long as a condition holds."""
 
     def deny():
-        if not condition():
-            return
-        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), match)
+        if condition():
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), match)
 
-    for name in ("rename", "replace"):
-        before(name, match, deny)
+    before(match, deny)
 
 
 def slow_down(match, seconds, while_exists, condition):
@@ -62,27 +59,28 @@ def slow_down(match, seconds, while_exists, condition):
     """
 
     def sleep():
-        if not condition():
-            return
-        time.sleep(seconds)
-        while while_exists and Path(while_exists).exists():
+        if condition():
             time.sleep(seconds)
+            while while_exists and Path(while_exists).exists():
+                time.sleep(seconds)
 
-    for name in ("rename", "replace"):
-        before(name, match, sleep)
+    before(match, sleep)
 
 
-def before(name, match, action):
-    """Wrap a function of ``os``: do something before each call with a path that contains ``match``."""
-    original = getattr(os, name)
+def before(match, action, operations=("rename", "replace")):
+    """Wrap functions of ``os``: do something before each call with a path that contains ``match``."""
 
-    def wrapper(target, *args, **kwargs):
-        path = str(Path(f"/proc/self/fd/{target}").readlink()) if name == "fsync" else str(target)
-        if match in path:
-            action()
-        return original(target, *args, **kwargs)
+    def wrapped(name, original):
+        def wrapper(target, *args, **kwargs):
+            path = str(Path(f"/proc/self/fd/{target}").readlink()) if name == "fsync" else str(target)
+            if match in path:
+                action()
+            return original(target, *args, **kwargs)
 
-    setattr(os, name, wrapper)
+        return wrapper
+
+    for name in operations:
+        setattr(os, name, wrapped(name, getattr(os, name)))
 
 
 def die_in_fork(action, kill_at, store, operations=OPERATIONS):
@@ -117,8 +115,7 @@ def deaths_during(action, folder, copies, operations=OPERATIONS):
             states.append(shutil.copytree(folder, copies / str(len(states)), symlinks=True))
 
     try:
-        for name in operations:
-            before(name, str(folder), copy)
+        before(str(folder), copy, operations)
         action()
     finally:
         for name, original in originals.items():

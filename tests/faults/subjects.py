@@ -24,7 +24,6 @@ from sweeps import make_inputs, results, without_costs
 from hfprune_dist.store.artifacts import Store
 from hfprune_dist.store.atomic_files import read_json
 from hfprune_dist.store.attempts import Ledger
-from hfprune_dist.store.claims import Claim, try_claim
 from hfprune_dist.store.hashing import FileHashes
 from hfprune_dist.store.stage import Input, Stage
 
@@ -110,23 +109,6 @@ class Commit(Subject):
         return {
             "files": {name: entry["sha256"] for name, entry in store.handle(self.STAGE.id).manifest()["files"].items()}
         }
-
-
-class Claims(Subject):
-    """A claim that is taken, renewed, given back, taken again, and never given back."""
-
-    def run(self, root: Path, mark: Mark, marks: list) -> dict:
-        for _ in range(3):
-            claim = try_claim(root / "work" / "prune" / "1")
-            assert isinstance(claim, Claim), f"held by the dead: {claim}"
-            assert not isinstance(try_claim(root / "work" / "prune" / "1"), Claim), "two hold it"
-            claim.renew()
-            claim.release()
-        assert isinstance(try_claim(root / "work" / "prune" / "1"), Claim)
-        return {}
-
-    def leftovers(self, root: Path) -> list[str]:
-        return []  # they go with the work folder
 
 
 # Whole sweeps.
@@ -231,4 +213,4 @@ class SlurmSweep(Subject):
 
 def subjects() -> list[Subject]:
     """Return all subjects; the last one takes longest."""
-    return [Commit("commit"), Claims("claims"), SlurmSweep("slurm"), WholeSweep("sweep")]
+    return [Commit("commit"), SlurmSweep("slurm"), WholeSweep("sweep")]

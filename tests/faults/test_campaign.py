@@ -11,7 +11,7 @@ from ranks import FAULTS, ROOT
 
 pytestmark = pytest.mark.slow
 
-SUBJECTS = ["commit", "claims", "slurm", "sweep"]
+SUBJECTS = ["commit", "slurm", "sweep"]
 # States per subject.
 DRAWN = 3
 # Subjects that must end badly, because one fsync is left out.

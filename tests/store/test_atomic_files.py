@@ -23,18 +23,6 @@ from hfprune_dist.store.atomic_files import (
 )
 
 
-@pytest.fixture
-def flushed(monkeypatch):
-    """Paths in the order in which they are flushed, each with its content at that time; None for folders."""
-    seen = []
-
-    def flush(path):
-        seen.append((path, path.read_text() if path.is_file() else None))
-
-    monkeypatch.setattr(atomic_files, "fsync_path", flush)
-    return seen
-
-
 @pytest.mark.parametrize("value", [float("nan"), {1, 2}])
 def test_what_can_not_be_written_leaves_the_file_as_it_was(tmp_path, value):
     file = tmp_path / "state.json"
@@ -49,54 +37,38 @@ def test_what_can_not_be_written_leaves_the_file_as_it_was(tmp_path, value):
     assert read_json(file) == {"b": "é", "a": 1}
 
 
-def test_a_published_file_is_on_disk_before_it_has_its_name_and_its_name_afterwards(tmp_path, flushed):
-    file, draft = tmp_path / "weights", tmp_path / ".draft"
+def test_a_published_file_is_on_disk_before_it_has_its_name_and_its_name_afterwards(tmp_path, monkeypatch):
+    file, draft, flushed = tmp_path / "weights", tmp_path / ".draft", []
+    monkeypatch.setattr(atomic_files, "fsync_path", lambda path: flushed.append((path, draft.exists())))
     file.write_text("old")
     draft.touch(mode=0o600)
-    draft.write_text("new")
     before = os.umask(0o027)
     publish(draft, file)
     assert os.umask(before) == 0o027
-    assert flushed == [(draft, "new"), (tmp_path, None)] and file.read_text() == "new"
-    assert file.stat().st_mode & 0o777 == 0o640 and not draft.exists()
+    assert flushed == [(draft, True), (tmp_path, False)] and file.read_text() == ""
+    assert file.stat().st_mode & 0o777 == 0o640
 
 
-READERS = {"file": (Path, "read_text", read_json), "folder": (Path, "iterdir", lambda file: listed(file.parent, "*"))}
-
-
-@pytest.fixture(params=READERS)
-def stale(request, tmp_path, monkeypatch):
-    """Return a function that lets NFS say so many times that what a reader has opened is stale, and then reads."""
+@pytest.mark.parametrize("reader", ["read_text", "iterdir"])
+def test_what_is_stale_is_read_again(tmp_path, monkeypatch, reader):
+    """NFS says so of a file or folder that another host has replaced since it was opened."""
     (tmp_path / "state.json").write_text("3")
-    owner, name, read = READERS[request.param]
-    original = getattr(owner, name)
+    original, answers = getattr(Path, reader), []
 
-    def reading(times, number=errno.ESTALE):
-        answers = [number] * times
+    def answer(path, **how):
+        if answers:
+            raise OSError(answers.pop(), "refused")
+        return original(path, **how)
 
-        def answer(path, **how):
-            if answers:
-                raise OSError(answers.pop(), "refused")
-            return original(path, **how)
+    def read():
+        return read_json(tmp_path / "state.json"), listed(tmp_path, "*")
 
-        monkeypatch.setattr(owner, name, answer)
-        return read(tmp_path / "state.json"), len(answers)
-
-    return reading
-
-
-def test_what_is_stale_is_read_again(stale):
-    found, _ = stale(0)
-    assert stale(1) == stale(READING_ATTEMPTS - 1) == (found, 0)
-
-
-def test_what_stays_stale_or_fails_in_another_way_is_an_error(stale):
-    with pytest.raises(OSError, match="refused") as caught:
-        stale(READING_ATTEMPTS)
-    assert caught.value.errno == errno.ESTALE
-    with pytest.raises(OSError, match="refused") as caught:
-        stale(1, errno.EIO)
-    assert caught.value.errno == errno.EIO
+    monkeypatch.setattr(Path, reader, answer)
+    answers += [errno.ESTALE] * (READING_ATTEMPTS - 1)
+    assert read() == (3, [tmp_path / "state.json"]) and not answers
+    for answers[:] in ([errno.ESTALE] * READING_ATTEMPTS, [errno.EIO]):
+        with pytest.raises(OSError, match="refused"):
+            read()
 
 
 # What a store needs of its file system.

@@ -27,19 +27,11 @@ def reads(monkeypatch):
     return seen
 
 
-@pytest.mark.parametrize(
-    ("name", "counts"),
-    [
-        *((name, True) for name in ("_default_template_yaml", "sub/_helper.py")),
-        *((name, False) for name in ("__pycache__/_utils.pyc", "sub/.x.swp")),
-    ],
-)
-def test_all_files_of_tasks_count_but_what_tools_leave_behind(tmp_path, name, counts):
-    (tmp_path / "task.yaml").write_text("task")
-    before = FileHashes(None).of_folder(tmp_path)
-    (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-    (tmp_path / name).write_text("x")
-    assert (FileHashes(None).of_folder(tmp_path) != before) == counts
+def test_all_files_of_tasks_count_but_what_tools_leave_behind(tmp_path):
+    for name in ("_default_template_yaml", "sub/_helper.py", "__pycache__/_utils.pyc", "sub/.x.swp"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    assert files_below(tmp_path) == ["_default_template_yaml", "sub/_helper.py"]
 
 
 def test_links_are_followed_but_never_in_circles(tmp_path):
@@ -66,6 +58,9 @@ def test_a_file_is_read_once_by_all_processes_together(tmp_path, reads):
     assert first.of_file(file) == expected and reads == ["weights"]
     first.save()
     assert FileHashes(cache).of_file(file) == expected and reads == ["weights"]
+    (remembered,) = cache.iterdir()
+    remembered.write_text("{")
+    assert FileHashes(cache).of_file(file) == expected and len(reads) == 2
 
 
 @pytest.mark.parametrize("change", ["size", "content under the old times", "another file under the old times"])
@@ -93,19 +88,6 @@ def test_a_file_that_has_just_changed_is_not_remembered_for_others(tmp_path):
     hashes.of_file(file)
     hashes.save()
     assert not cache.exists()
-
-
-@pytest.mark.parametrize("entry", ["{", '{"sha256": "x"}'])
-def test_a_damaged_memory_is_none(tmp_path, reads, entry):
-    file, cache = tmp_path / "weights", tmp_path / "hashes"
-    file.write_text("weights")
-    settle(file)
-    hashes = FileHashes(cache)
-    expected = hashes.of_file(file)
-    hashes.save()
-    (remembered,) = cache.iterdir()
-    remembered.write_text(entry)
-    assert FileHashes(cache).of_file(file) == expected and len(reads) == 2
 
 
 def test_large_files_have_the_digest_that_they_have_one_after_another(tmp_path, monkeypatch):

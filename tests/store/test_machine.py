@@ -1,4 +1,4 @@
-"""Cores and memory that a process may use, by its affinity and by (faked) control groups of both versions."""
+"""Cores and memory that a process may use, by its affinity and by (faked) control groups."""
 
 import math
 import os
@@ -14,7 +14,7 @@ from hfprune_dist.store import machine
 from hfprune_dist.store.machine import available_memory, usable_cores
 
 GIB = 2**30
-CACHED = f"anon 5\ninactive_file {GIB}\nactive_file {2 * GIB}\ntotal_inactive_file 7\n"
+CACHED = f"anon 5\ninactive_file {GIB}\nactive_file {2 * GIB}\n"
 # The membership of a process, files below the root, and the cores and memory that they leave, of 4 cores and 4 GiB.
 CASES = {
     "no groups": ("", {}, 4, 4 * GIB),
@@ -37,18 +37,6 @@ CASES = {
         {"cpu.max": "50000 100000\n", "memory.max": f"{GIB}\n", "memory.current": f"{2 * GIB}\n"},
         1,
         0,
-    ),
-    "version 1": (
-        "5:memory:/slurm/job_7\n4:cpuset:/slurm\n1:name=systemd:/\n0::/\n",
-        {
-            "memory/slurm/job_7/memory.limit_in_bytes": f"{8 * GIB}\n",
-            "memory/slurm/job_7/memory.usage_in_bytes": f"{8 * GIB}\n",
-            "memory/slurm/job_7/memory.stat": CACHED,
-            "memory/memory.limit_in_bytes": "9223372036854771712\n",
-            "memory/memory.usage_in_bytes": "1\n",
-        },
-        4,
-        3 * GIB,
     ),
 }
 
