@@ -21,14 +21,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from hfprune_dist.errors import UserError
-from hfprune_dist.store.atomic_files import (
-    fsync_path,
-    listed,
-    read_object,
-    read_record,
-    usual_mode,
-    write_json,
-)
+from hfprune_dist.store.atomic_files import fsync_path, listed, read_object, read_record, usual_mode, write_json
 from hfprune_dist.store.claims import CLAIM_FILES, Claim, Holder, holder_of, try_claim
 from hfprune_dist.store.hashing import FileHashes, for_each_file
 from hfprune_dist.store.heartbeat import FAILURES, PROGRESS, Failure, Heartbeat
@@ -143,13 +136,8 @@ class StageHandle:
             return "missing"  # set aside by another process in the meantime
 
     def set_aside(self, claim: Claim) -> Path | None:
-        """Move its corrupt artifact to the quarantine, so that another can take its place.
-
-        Args:
-            claim: the claim on it; under another, the artifact may have been remade meanwhile.
-
-        Returns:
-            its new path; None if it isn't corrupt (any more).
+        """Move its corrupt artifact to the quarantine, so that another can take its place, and return its new path;
+        None if it isn't corrupt (any more).
 
         Raises:
             OSError, UserError: if part of it can't be read at present, which says nothing about it.
@@ -204,16 +192,14 @@ class StageHandle:
         try:
             _seal(stage, draft, record)
             claim.require_held()
+            if self.artifact.exists() and not self.is_done() and self.set_aside(claim) is None:
+                self.discard()  # its files had been removed to make room
             try:
                 draft.rename(self.artifact)
             except OSError:
-                if self.is_done():
-                    shutil.rmtree(draft, ignore_errors=True)
-                else:
-                    if self.set_aside(claim) is None:  # its files were removed to make room
-                        claim.require_held()
-                        self.discard()
-                    draft.rename(self.artifact)
+                if not self.is_done():
+                    raise
+                shutil.rmtree(draft, ignore_errors=True)
         except (OSError, UserError):
             claim.require_held()  # a successor has removed the draft
             raise

@@ -198,19 +198,15 @@ def require_usable(root: Path) -> None:
     Raises:
         UserError: if not; the message names the folder and the reason.
     """
+    lacks = "can't be written to"
     try:
         root.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".probe-", dir=root) as probe:
             (Path(probe) / "file").touch()
-            try:
-                os.link(Path(probe) / "file", Path(probe) / "link")
-            except OSError as error:
-                raise UserError(
-                    f"{root}: no hard links on this file system ({error.strerror or error}), so stages can't be "
-                    "claimed there; choose another --out"
-                ) from None
+            lacks = "no hard links, by which stages are claimed, on this file system"
+            os.link(Path(probe) / "file", Path(probe) / "link")
     except OSError as error:
-        raise UserError(f"{root}: can't be written to ({error.strerror or error}); choose another --out") from None
+        raise UserError(f"{root}: {lacks} ({error.strerror or error}); choose another --out") from None
 
 
 def unwritable(root: Path) -> str:

@@ -232,19 +232,11 @@ class Cancellation:
         self._earlier = read_json(self._file)
 
     def is_requested(self) -> bool:
-        """Whether a cancellation has been requested since.
-
-        Raises:
-            OSError: if the store can't be read.
-        """
+        """Whether a cancellation has been requested since."""
         return bool(read_json(self._file) != self._earlier)
 
     def request(self) -> None:
-        """Ask all launchers that work on the store at present to end what they run, and to start nothing more.
-
-        Raises:
-            OSError: if the store can't be written to.
-        """
+        """Ask all launchers that work on the store at present to end what they run, and to start nothing more."""
         self._file.parent.mkdir(parents=True, exist_ok=True)
         write_json(self._file, uuid.uuid4().hex)
 

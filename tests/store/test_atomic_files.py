@@ -89,7 +89,7 @@ def test_a_file_system_without_hard_links_is_named(tmp_path, monkeypatch):
         raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
 
     monkeypatch.setattr(os, "link", link)
-    with pytest.raises(UserError, match=r"no hard links on this file system \(Operation not supported\)"):
+    with pytest.raises(UserError, match=r"no hard links.*\(Operation not supported\)"):
         require_usable(tmp_path)
     assert list(tmp_path.iterdir()) == []
 
