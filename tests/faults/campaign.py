@@ -103,15 +103,8 @@ class Campaign:
             return f"{state}: {ended}"
         result, left = ended
         if result != expected:
-            return f"{state}: ended with {_first_difference(result, expected)}"
+            return f"{state}: ended with {result}, not {expected}"
         return f"{state}: left behind {left}" if left else None
-
-
-def _first_difference(found: Any, expected: Any, where: str = "result") -> str:
-    if isinstance(found, dict) and isinstance(expected, dict):
-        names = sorted(name for name in {*found, *expected} if found.get(name) != expected.get(name))
-        return _first_difference(found.get(names[0]), expected.get(names[0]), f"{where}.{names[0]}")
-    return f"{where} {str(found)[:200]}, not {str(expected)[:200]}"
 
 
 def in_fork(action: Callable[[], Any]) -> Any:

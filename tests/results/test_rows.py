@@ -46,7 +46,7 @@ SCORES = {
 
 def commit(store, stage, files=None, record=None, **metrics):
     costs = {"world_size": 1, "wall_time_s": 2.0, "peak_memory_bytes": 100 + len(stage.kind)}
-    with being_made(store, stage, metrics=metrics, **costs, **(record or {})) as draft:
+    with being_made(store, stage, metrics=metrics, **costs | (record or {})) as draft:
         for name, content in (files or {}).items():
             (draft / name).parent.mkdir(exist_ok=True)
             (draft / name).write_text(content)
