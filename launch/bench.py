@@ -118,11 +118,11 @@ def do_nothing(_arguments: Sequence[str]) -> None:
 
 def stage_seconds(sweep: Sweep) -> Iterator[tuple[str, float]]:
     """Yield (kind of stage, seconds) for every stage that has run, all attempts and the start of ranks included."""
-    from hfprune_dist.store.attempts import past_attempts
+    from hfprune_dist.store.attempts import Ledger
 
     for stage in sweep.plan.stages.values():
-        attempts = past_attempts(sweep.store, stage.id, sweep.out / "logs")
-        times = [attempt.ended - attempt.started for attempt in attempts if attempt.started and attempt.ended]
+        ends = Ledger(sweep.store).ends(stage.id)
+        times = [end.at - attempt.intent.created for attempt, end in ends if end is not None]
         if times:
             yield stage.kind, sum(times)
 

@@ -3,7 +3,6 @@
 import json
 import random
 from pathlib import Path
-from unittest import mock
 
 from made_stages import stage_of
 from rows import efficiency
@@ -12,7 +11,7 @@ from hfprune_dist.planning.plan import Cell, Plan, label_of
 from hfprune_dist.report import page
 from hfprune_dist.results.rows import DenseModel, Row, collect_rows
 from hfprune_dist.store.artifacts import Store
-from hfprune_dist.store.attempts import PastAttempt
+from hfprune_dist.store.attempts import End, Ledger, local_log
 from hfprune_dist.store.stage import Input, Stage
 
 LAYERS, WIDTH, STEPS = 4, 48, 12
@@ -45,9 +44,16 @@ class DrawnSweep:
     def rows(self) -> list[Row]:
         return collect_rows(self.plan, Store(self.out / "store"), self.dense)
 
-    def page(self, attempts=None, rows=None) -> str:
-        with mock.patch.object(page, "past_attempts", lambda store, stage_id, logs: (attempts or {}).get(stage_id, ())):
-            return page.page(self.out, self.plan, rows or self.rows(), self._now)
+    def page(self, rows=None) -> str:
+        return page.page(self.out, self.plan, rows or self.rows(), self._now)
+
+    def fail(self, message: str) -> None:
+        """Record a failed attempt at each stage, with its log."""
+        (self.out / "logs").mkdir()
+        for stage in self._stages.values():
+            attempt = Ledger(Store(self.out / "store")).begin(stage, ranks=1)
+            attempt.close(End("input", message, BEGIN + 9))
+            local_log(self.out / "logs", attempt.intent).touch()
 
     def _add_model(self, model):
         dense = Input(f"digest of {model}", f"/{model}")
@@ -108,8 +114,3 @@ class DrawnSweep:
     def _kept(self, width):
         neurons = [sorted(self._random.sample(range(WIDTH), width)) for _ in range(LAYERS)]
         return {"layers": list(range(LAYERS)), "neurons": neurons}
-
-
-def made(number: int, ended: float | None, **facts) -> PastAttempt:
-    """Return an attempt that made its artifact, unless ``facts`` say otherwise."""
-    return PastAttempt(**{"number": number, "state": "done", "started": BEGIN, "ended": ended, **facts})

@@ -17,15 +17,16 @@ from hfprune_dist.results.metrics import METRICS, OF_TEXT
 from hfprune_dist.results.rows import DONE, MISSING, Row
 from hfprune_dist.results.table import findings, flat_row, not_comparable
 from hfprune_dist.store.artifacts import Store
-from hfprune_dist.store.attempts import PastAttempt, past_attempts
+from hfprune_dist.store.attempts import DONE as SUCCESS
+from hfprune_dist.store.attempts import Attempt, End, Ledger, local_log
 from hfprune_dist.store.heartbeat import in_one_line
 from hfprune_dist.store.stage import Stage
 
 # Makes the browser refuse everything that would need the network.
 POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data:"
 LONGEST_MESSAGE = 500
-# Stage and attempt, those of a stage first to last.
-Attempts = Sequence[tuple[Stage, PastAttempt]]
+# Stage, attempt and its end, those of a stage first to last.
+Attempts = Sequence[tuple[Stage, Attempt, End | None]]
 
 
 def page(out: Path, plan: Plan, rows: Sequence[Row], written: float) -> str:
@@ -38,9 +39,7 @@ def page(out: Path, plan: Plan, rows: Sequence[Row], written: float) -> str:
     """
     store, file = Store(out / "store"), out / "config.yaml"
     config = file.read_text(encoding="utf-8", errors="replace") if file.is_file() else ""
-    attempts = [
-        (stage, attempt) for stage in plan.stages.values() for attempt in past_attempts(store, stage.id, out / "logs")
-    ]
+    attempts = [(stage, *attempt) for stage in plan.stages.values() for attempt in Ledger(store).ends(stage.id)]
     drawn = [(chart.id, chart.title, _body(chart)) for chart in charts(rows, plan, store)]
     sections = [
         *(section for section in drawn if section[0] == QUALITY),
@@ -121,9 +120,9 @@ def _summary(rows: Sequence[Row], plan: Plan, store: Store, attempts: Attempts) 
     made = [manifest for stage_id in plan.stages if (manifest := store.handle(stage_id).manifest())]
     hours = sum(manifest.get("wall_time_s") or 0.0 for manifest in made) / 3600
     running = [
-        f"begun, without an end: {stage.kind} {stage.label} {attempt.message}"
-        for stage, attempt in attempts
-        if attempt.state == "open"
+        f"begun, without an end: {stage.kind} {stage.label} {store.handle(stage.id).heartbeat() or ''}"
+        for stage, _, end in attempts
+        if end is None
     ]
     lacking = [(row["status"] == MISSING, f"{row['label']}: {row['cause']}") for row in rows if row["cause"]]
     notes = {
@@ -154,13 +153,15 @@ def _table(id: str, head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
 def _failures(attempts: Attempts, out: Path) -> str:
     """HTML table of all attempts that ended without an artifact."""
     lines = []
-    for stage, attempt in attempts:
-        if attempt.state == "failed":
-            logs = [f'<a href="{_link(log, out)}">{escape(log.name)}</a>' for log in attempt.logs]
-            ended = "-" if attempt.ended is None else _time(attempt.ended)
-            message = in_one_line(attempt.message)[:LONGEST_MESSAGE]
-            texts = (f"{stage.kind} {stage.label}", str(attempt.number), ended, attempt.cause, message)
-            lines.append([*map(escape, texts), " ".join([escape(attempt.where), *logs])])
+    for stage, attempt, end in attempts:
+        if end is not None and end.cause != SUCCESS:
+            job = f"job {attempt.job_id or 'unknown'}" if attempt.intent.job_name else ""
+            nodes = "".join(f" on {run.nodes}" for run in attempt.runs()[-1:])
+            found = [log for log in (*attempt.logs(), local_log(out / "logs", attempt.intent)) if log.exists()]
+            logs = [f'<a href="{_link(log, out)}">{escape(log.name)}</a>' for log in found]
+            message = in_one_line(end.message)[:LONGEST_MESSAGE]
+            texts = (f"{stage.kind} {stage.label}", str(attempt.intent.number), _time(end.at), end.cause, message)
+            lines.append([*map(escape, texts), " ".join([escape(job + nodes), *logs])])
     head = ("stage", "attempt", "ended", "cause", "message", "log")
     return _table("failures", head, lines) if lines else "<p>No attempt has failed.</p>"
 

@@ -21,11 +21,10 @@ import re
 import shutil
 import time
 import uuid
-from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from hfprune_dist.errors import UserError
 from hfprune_dist.store.artifacts import Store
@@ -211,64 +210,24 @@ class Ledger:
         write_json(attempt.folder / INTENT, asdict(intent))
         return attempt
 
+    def ends(self, stage_id: str) -> list[tuple[Attempt, End | None]]:
+        """Return the attempts at a stage, first to last, each with its end, also if nobody was there to record it; None
+        if the last one has none: it is queued, is running, or was cut off.
+        """
+        attempts, manifest = self.attempts_at(stage_id), self.store.handle(stage_id).manifest() or {}
+        ends = [attempt.end for attempt in attempts]
+        for number, attempt in enumerate(attempts):
+            if ends[number] is None and manifest.get("attempts") == attempt.intent.number:
+                ends[number] = End(DONE, "", manifest["finished"])
+            elif ends[number] is None and attempt is not attempts[-1]:
+                ends[number] = End("cut off", "see its log", attempts[number + 1].intent.created)
+        return list(zip(attempts, ends, strict=True))
+
     def close_done(self, stage_id: str) -> None:
         """Record the end of an attempt that no launcher saw make its artifact, which has been verified."""
         if (attempt := self.open_job(stage_id)) is not None:
             manifest = self.store.handle(stage_id).manifest() or {}
             attempt.close(End(DONE, "", manifest.get("finished", time.time())))
-
-
-@dataclass(frozen=True)
-class PastAttempt:
-    """One attempt as a report shows it.
-
-    Attributes:
-        state: ``open`` if no end is known: the attempt is queued, is running, or was cut off.
-        started, ended: unix time; None if it wasn't recorded, or hasn't come yet.
-        cause: why it ended, in a word or two.
-        where: job and nodes; empty on this machine.
-    """
-
-    number: int
-    state: Literal["done", "failed", "open"]
-    started: float | None
-    ended: float | None
-    cause: str = ""
-    message: str = ""
-    where: str = ""
-    logs: Sequence[Path] = ()
-
-
-def past_attempts(store: Store, stage_id: str, logs: Path) -> list[PastAttempt]:
-    """Return the attempts at a stage as a report shows them.
-
-    Args:
-        logs: folder of the logs of stages that ran on this machine.
-    """
-    handle, attempts = store.handle(stage_id), Ledger(store).attempts_at(stage_id)
-    manifest, beat = handle.manifest() or {}, handle.heartbeat()
-    past = []
-    for attempt in attempts:
-        intent, end, runs = attempt.intent, attempt.end, attempt.runs()
-        if intent.job_name:
-            started, own_logs = runs[0].started if runs else None, attempt.logs()
-            requeued = f", requeued {len(runs) - 1} times" if len(runs) > 1 else ""
-            where = f"job {attempt.job_id or 'unknown'}{f' on {runs[-1].nodes}' if runs else ''}{requeued}"
-        else:
-            log = local_log(logs, intent)
-            started, own_logs, where = intent.created, [log] if log.exists() else [], ""
-        told = PastAttempt(intent.number, "open", started, None, "no end known", "", where, own_logs)
-        if end is None and manifest.get("attempts") == intent.number:
-            end = End(DONE, "", manifest["finished"])
-        if end is not None:
-            state: Literal["done", "failed"] = "done" if end.cause == DONE else "failed"
-            told = replace(told, state=state, ended=end.at, cause=end.cause, message=end.message)
-        elif attempt is not attempts[-1]:
-            told = replace(told, state="failed", cause="cut off", message="see its log")
-        elif beat is not None:
-            told = replace(told, ended=beat.updated, message=f"last sign of life: {beat}")
-        past.append(told)
-    return past
 
 
 def local_log(folder: Path, intent: Intent) -> Path:

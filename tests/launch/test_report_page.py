@@ -24,7 +24,7 @@ def test_one_that_cannot_be_written_ends_nothing(drawn, monkeypatch):
     said = io.StringIO()
     (drawn.out / REPORT).mkdir()
     write_page(drawn.out, Console(file=said))
-    monkeypatch.setattr(page, "past_attempts", lambda *_: {}["broken"])
+    monkeypatch.setattr(page, "Ledger", lambda *_: {}["broken"])
     write_page(drawn.out, Console(file=said))
     first, second = said.getvalue().splitlines()
     assert "can't be written" in first and "can't be written" in second and "broken" in second

@@ -6,7 +6,7 @@ import math
 from collections import Counter
 from html.parser import HTMLParser
 
-from drawn_sweep import BEGIN, DrawnSweep, made
+from drawn_sweep import DrawnSweep
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -107,8 +107,8 @@ def test_names_are_text_whatever_is_in_them(tmp_path):
     odd, others = ODD[:2], ODD[2:]
     sweep = DrawnSweep(tmp_path / "<odd> & 'name'", odd, others, missing={f"{odd[0]} 0.2 {others[0]}"}, tasks=odd)
     (sweep.out / "config.yaml").write_text(f"models: {ODD}\n")
-    attempts = {id: [made(1, BEGIN + 9, state="failed", message=ODD[0])] for id in sweep.plan.stages}
-    text = sweep.page(attempts)
+    sweep.fail(ODD[0])
+    text = sweep.page()
     parsed, plain = Parsed(text), Parsed(DrawnSweep(tmp_path / "plain").page())
     assert parsed.tags["script"] == plain.tags["script"] == 1 and "alert(1)</script>" not in text
     assert {row["label"] for row in parsed.rows} == {cell.label for cell in sweep.plan.cells}
@@ -135,11 +135,11 @@ def test_the_finding_comes_first_then_what_failed_or_is_missing(tmp_path):
 
 def test_links_are_relative_and_nothing_else_is_asked_for(tmp_path):
     sweep = DrawnSweep(tmp_path / "a b")
-    log = sweep.out / "logs" / "prune 1.log"
-    failed = {"state": "failed", "logs": (log,)}
-    text = sweep.page({id: [made(1, BEGIN + 1, **failed)] for id in sweep.plan.stages})
+    sweep.fail("no such text")
+    text = sweep.page()
     addresses = Parsed(text).addresses
-    assert "logs/prune%201.log" in addresses and "default-src 'none'" in text
+    logs = {f"logs/{stage_id.replace('/', '-')}.1.log" for stage_id in sweep.plan.stages}
+    assert logs <= set(addresses) and "default-src 'none'" in text
     assert {f"store/{cell.producers[-1]}" for cell in sweep.plan.cells if cell.producers} <= set(addresses)
     assert all(address.startswith(("#", "data:", "store/", "logs/")) for address in addresses)
 

@@ -1,4 +1,4 @@
-"""The ledger of attempts, of which some records may be damaged or strange, and what a report tells of it."""
+"""The ledger of attempts, of which some records may be damaged or strange."""
 
 import errno
 import os
@@ -8,8 +8,7 @@ import pytest
 from made_stages import being_made, stage_of
 
 from hfprune_dist.store.artifacts import Store
-from hfprune_dist.store.attempts import End, Ledger, Run, end_of_log, past_attempts
-from hfprune_dist.store.heartbeat import Progress
+from hfprune_dist.store.attempts import End, Ledger, Run, end_of_log
 from hfprune_dist.store.stage import Input
 
 STAGE = stage_of("prune", "a 0.2", {"ratio": 0.2}, {"model": Input("digest", "/somewhere")})
@@ -96,31 +95,6 @@ def test_a_job_that_is_over_loses_its_claim(ledger):
     assert not claim.is_held() and handle.holder() is None
 
 
-# What a report tells.
-
-
-def told(ledger):
-    found = past_attempts(ledger.store, STAGE.id, ledger.store.root / "logs")
-    return [(past.number, past.state, past.started, past.ended, past.cause, past.where) for past in found]
-
-
-def test_every_job_has_its_end(ledger):
-    assert told(ledger) == []
-    attempt = ledger.begin(STAGE, **JOB)
-    assert told(ledger) == [(1, "open", None, None, "no end known", "job unknown")]
-    attempt.record_run(Run("7", 0, "n1", 400.0))
-    attempt.record_run(Run("7", 1, "n2", 200.0))
-    assert told(ledger) == [(1, "open", 400.0, None, "no end known", "job 7 on n2, requeued 1 times")]
-    attempt.close(End("bad node", "n2 is down", 390.0))
-    second = ledger.begin(STAGE, **JOB)
-    second.record_run(Run("8", 0, "n3", 300.0, 400.0, "done"))
-    second.close(End("done", "", 401.0))
-    assert told(ledger) == [
-        (1, "failed", 400.0, 390.0, "bad node", "job 7 on n2, requeued 1 times"),
-        (2, "done", 300.0, 401.0, "done", "job 8 on n3"),
-    ]
-
-
 def test_an_attempt_whose_end_no_launcher_saw_is_closed_by_whoever_sees_its_artifact(ledger, attempt):
     attempt.record_run(Run("7", 0, "n1", 100.0))
     with being_made(ledger.store, STAGE, finished=160.0) as draft:
@@ -131,28 +105,16 @@ def test_an_attempt_whose_end_no_launcher_saw_is_closed_by_whoever_sees_its_arti
     assert ledger.open_jobs() == []
 
 
-def test_attempts_on_this_machine_are_told_too(ledger):
-    handle, logs = ledger.store.handle(STAGE.id), ledger.store.root / "logs"
-    logs.mkdir()
+def test_each_attempt_but_the_last_has_an_end_recorded_or_not(ledger):
     for number in (1, 2, 3):
         attempt = ledger.begin(STAGE, ranks=2)
-        (logs / f"prune-{STAGE.fingerprint}.{number}.log").touch()
         if number == 1:
-            attempt.close(End("input", "no such file", attempt.intent.created + 1))
-    handle.work.mkdir(parents=True)
-    Progress(handle.work).update("layers", 3, 4)
-    found = past_attempts(ledger.store, STAGE.id, logs)
-    assert [(past.state, past.cause) for past in found] == [
-        ("failed", "input"),
-        ("failed", "cut off"),
-        ("open", "no end known"),
-    ]
-    assert found[2].message == "last sign of life: layers 3/4"
-    assert [(past.number, len(past.logs)) for past in found] == [(1, 1), (2, 1), (3, 1)]
+            attempt.close(End("input", "no such file", 1.0))
+    assert [end and end.cause for _, end in ledger.ends(STAGE.id)] == ["input", "cut off", None]
     with being_made(ledger.store, STAGE, attempts=3, finished=9.0, wall_time_s=1.0):
         pass
-    assert past_attempts(ledger.store, STAGE.id, logs)[2].state == "done", "its launcher was killed before it said so"
-    assert ledger.jobs_of(STAGE.id) == [] and ledger.open_jobs() == []
+    assert ledger.ends(STAGE.id)[2][1] == End("done", "", 9.0), "its launcher was killed before it said so"
+    assert ledger.jobs_of(STAGE.id) == ledger.open_jobs() == []
 
 
 def test_of_a_long_log_only_the_end_is_read(tmp_path):
