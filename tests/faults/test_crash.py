@@ -75,18 +75,3 @@ def test_what_was_removed_may_be_back_and_links_stay_one_file(tmp_path, recorded
         (folder / "old").unlink()
 
     assert recorded(change) == [{"old": "text"}, {"new": "text", "old": "text"}, {"new": "text"}]
-
-
-def test_what_left_the_machine_stays_whatever_is_lost(tmp_path):
-    recorder = Recorder(tmp_path)
-    recorder.arm()
-    (tmp_path / "intent").mkdir()
-    recorder.mark("sent")
-    recorder.disarm()
-    states = states_of(recorder.recording)
-    assert [(sorted(state.names), state.marks) for state in states] == [
-        ([], []),
-        (["intent"], []),
-        ([], ["sent"]),
-        (["intent"], ["sent"]),
-    ]

@@ -4,7 +4,6 @@ import contextlib
 import json
 import shutil
 from dataclasses import asdict, replace
-from pathlib import Path
 
 import pytest
 from faults.interleave import interleave
@@ -118,20 +117,3 @@ def test_who_was_taken_for_dead_never_harms_its_successor(scratch, order):
     content = (store.path(STAGE.id) / "model.bin").read_text()
     assert content == "second" or ends[0] == "done"
     assert [path.name for path in (store.root / STAGE.kind).iterdir()] == [STAGE.fingerprint]
-
-
-def test_a_draft_belongs_to_its_claim(scratch):
-    store = fresh(scratch)
-    work = store.work(STAGE.id)
-    first = try_claim(work)
-    stale = store.handle(STAGE.id).open_draft(first)
-    first.release()
-    second = try_claim(work)
-    draft = store.handle(STAGE.id).open_draft(second)
-    assert not stale.exists()
-    with pytest.raises(ClaimLostError):
-        store.handle(STAGE.id).open_draft(first)
-    store.handle(STAGE.id).discard_draft(first)
-    assert draft.is_dir() and isinstance(draft, Path)
-    store.handle(STAGE.id).discard_draft(second)
-    assert not draft.exists()

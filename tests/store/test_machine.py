@@ -9,7 +9,7 @@ from hfprune_launch.local.hardware import threads_of_a_rank
 from worlds import Ranks
 
 from hfprune_dist.config.schema import RuntimeConfig
-from hfprune_dist.distributed import frozen_model, world
+from hfprune_dist.distributed import frozen_model
 from hfprune_dist.store import machine
 from hfprune_dist.store.machine import available_memory, usable_cores
 
@@ -65,9 +65,3 @@ def test_ranks_take_the_cores_and_the_memory_that_they_may_use(monkeypatch):
     monkeypatch.setattr(machine, "_free_bytes", lambda _: 3.0)
     assert [threads_of_a_rank(RuntimeConfig(), ranks) for ranks in (1, 2, 3, 7)] == [4, 2, 1, 1]
     assert Ranks(3).run(frozen_model.free_bytes) == [1.0, 1.0, 1.0]
-    threads = []
-    monkeypatch.setattr(world.torch, "set_num_threads", threads.append)
-    monkeypatch.setattr(world.dist, "init_process_group", lambda *_, **__: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        world.join_world({"LOCAL_RANK": "0"}, 1)
-    assert threads == [4]
