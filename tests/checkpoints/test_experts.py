@@ -36,11 +36,11 @@ FUSED = ("mixtral", "glm4_moe", "gpt_oss", "phimoe", "lfm2_moe", "kimi_linear")
 
 @pytest.fixture(scope="module")
 def checkpoint_of(tmp_path_factory):
-    """A family's checkpoint, shared by all tests of one kind of unit; with more experts where experts go."""
+    """A family's checkpoint, shared by all tests; with as many experts as let some go."""
 
     @functools.cache
-    def made(name, structure=NEURONS):
-        changes = MIXTURES.get(name, {}) | (with_experts(name, 8) if structure == WHOLE else {})
+    def made(name):
+        changes = MIXTURES[name] | with_experts(name, 8) if name in MIXTURES else {}
         checkpoint = open_checkpoint(save_model(tmp_path_factory.mktemp(name) / "model", name, **changes))
         require_own_weights(checkpoint)
         return checkpoint
@@ -99,7 +99,7 @@ def assert_pruned_is_masked(checkpoint, kept, folder):
 @pytest.mark.parametrize("structure", [NEURONS, WHOLE])
 def test_a_pruned_checkpoint_is_the_masked_model(checkpoint_of, tmp_path, model_type, structure):
     """With KV groups, next to neurons, where they can go."""
-    checkpoint = checkpoint_of(model_type, structure)
+    checkpoint = checkpoint_of(model_type)
     groups = structure == NEURONS and not checkpoint.family.whole_groups
     kept = some_kept(checkpoint, SHARES[structure][0], structure, groups=groups)
     assert_pruned_is_masked(checkpoint, kept, tmp_path / "pruned")
@@ -108,7 +108,7 @@ def test_a_pruned_checkpoint_is_the_masked_model(checkpoint_of, tmp_path, model_
 @pytest.mark.parametrize("model_type", FUSED)
 @pytest.mark.parametrize("structure", [NEURONS, WHOLE])
 def test_files_may_have_what_modules_have(checkpoint_of, tmp_path, model_type, structure):
-    checkpoint = as_modules_have_it(checkpoint_of(model_type, structure), tmp_path / "fused")
+    checkpoint = as_modules_have_it(checkpoint_of(model_type), tmp_path / "fused")
     kept = some_kept(checkpoint, SHARES[structure][0], structure)
     assert_pruned_is_masked(checkpoint, kept, tmp_path / "pruned")
 
@@ -116,7 +116,7 @@ def test_files_may_have_what_modules_have(checkpoint_of, tmp_path, model_type, s
 @pytest.mark.parametrize("structures", [(WHOLE, NEURONS), (NEURONS, WHOLE)])
 def test_experts_go_before_or_after_neurons(checkpoint_of, tmp_path, structures):
     first, second = structures
-    checkpoint = checkpoint_of("deepseek_v3", WHOLE)
+    checkpoint = checkpoint_of("deepseek_v3")
     write(checkpoint, some_kept(checkpoint, SHARES[first][0], first), tmp_path / "once")
     once = open_checkpoint(tmp_path / "once")
     assert_pruned_is_masked(once, some_kept(once, SHARES[second][0], second), tmp_path / "twice")
@@ -178,7 +178,7 @@ def test_tensors_that_files_call_otherwise_are_not_made_up(checkpoint_of, tmp_pa
     """Experts of one architecture under the names of another, which loading would leave at random."""
     shutil.copytree(checkpoint_of("olmoe").path, tmp_path / "model")
     config = json.loads((tmp_path / "model" / "config.json").read_text())
-    told = {"model_type": "mixtral", "architectures": ["MixtralForCausalLM"], "num_local_experts": 4}
+    told = {"model_type": "mixtral", "architectures": ["MixtralForCausalLM"], "num_local_experts": 8}
     (tmp_path / "model" / "config.json").write_text(json.dumps(config | told))
     with pytest.raises(UserError, match=r"experts.* is missing .* or called otherwise than mixtral"):
         load_causal_lm(tmp_path / "model", torch.float32)

@@ -1,17 +1,13 @@
 """Input that commands refuse: one message, exit code 2, nothing written. In-process, for speed."""
 
-import re
 import shutil
 import subprocess
 import sys
 
 import pytest
 from hfprune_launch import compare, report, sweep
-from hfprune_launch.local.hardware import fitting_runtime
 from ranks import ROOT
 from sweeps import in_process
-
-from hfprune_dist.config.load import load_config
 
 
 @pytest.fixture(autouse=True)
@@ -114,34 +110,7 @@ def test_a_data_set_that_can_not_be_read_is_refused_before_the_first_stage(confi
     assert in_process(sweep.main, *given, "--dry-run")[0] == 0, "which needs no network"
 
 
-def test_no_more_ranks_run_than_there_are_gpus(config, tmp_path, monkeypatch):
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
-    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-    where = ["--config", config, "--out", tmp_path / "out", "--dry-run"]
-    code, shown, said = in_process(sweep.main, *where)
-    assert (code, said) == (0, "")
-    assert "runtime.ranks 2 is more than this machine's 1 GPU; stages run with 1 rank" in shown
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
-    runtime = load_config([config], {}).runtime
-    assert fitting_runtime(runtime) == (runtime, "")
-
-
 # What is not refused.
-
-
-def test_a_dry_run_shows_what_checkpoints_will_be(config, tmp_path):
-    methods = "hfprune,flap,surgeon-plain"
-    where = ["--config", config, "--out", tmp_path / "out", "--dry-run", "--models", "alpha", "--ratios", "0.2"]
-    code, shown, said = in_process(sweep.main, *where, "--methods", methods, "--set", "recovery.method=none")
-    assert (code, said) == (0, "")
-    lines = [" ".join(line.split()) for line in shown.splitlines()]
-    place = lines.index("checkpoint of width KV heads layers ratio")
-    dense, uniform, by_score, plain = lines[place + 1 : place + 5]
-    assert dense == "alpha dense 48 2 2 0.0000"
-    assert re.fullmatch(r"alpha 0.2 hfprune \d+ 2 2 0.(19|20)\d\d", uniform)
-    assert by_score == "alpha 0.2 flap - - - - scores decide, layer by layer"
-    measured = "the closest of 2 shapes, by measurement"
-    assert re.fullmatch(rf"alpha 0.2 surgeon-plain \d+-\d+ 1-2 2 0.20\d\d {measured}", plain)
 
 
 # Surroundings in which commands can't run.
