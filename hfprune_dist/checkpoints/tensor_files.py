@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from hfprune_dist.errors import naming
-from hfprune_dist.store.atomic_files import publish, set_aside
+from hfprune_dist.store.atomic_files import publish
 
 # The only entry of a header's metadata: safetensors writes several entries in an order that changes each time.
 ABOUT = "about"
@@ -62,18 +62,18 @@ def _about(file: Path) -> dict[str, Any]:
 
 
 def load_usable(file: Path) -> dict[str, Tensor] | None:
-    """The tensors in a file that an earlier attempt left intact; None if there is none. A damaged one is set aside."""
+    """The tensors in a file that an earlier attempt left intact; None if there is none, or a damaged one."""
     if not file.is_file():
         return None
     try:
         return load_tensors(file)[0]
     except DamagedFileError as error:
-        set_aside(file, str(error))
+        print(f"{file}: {error}; what it held is computed again", flush=True)
         return None
 
 
 def is_usable(file: Path) -> bool:
-    """Whether an earlier attempt left this file intact; a damaged one is set aside."""
+    """Whether an earlier attempt left this file intact."""
     return load_usable(file) is not None
 
 

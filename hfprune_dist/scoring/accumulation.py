@@ -21,7 +21,7 @@ from hfprune_dist.checkpoints.tensor_files import SavedLayers, load_usable, save
 from hfprune_dist.core.memory_limits import OWN_TERMS_BYTES
 from hfprune_dist.distributed.world import World
 from hfprune_dist.errors import UserError
-from hfprune_dist.store.atomic_files import listed, set_aside
+from hfprune_dist.store.atomic_files import listed
 
 # Name of the folder with layers' matrices: one folder in it for each state of the pass.
 MATRICES = "matrices"
@@ -176,7 +176,6 @@ class Accumulation:
         self.next_shard = int(saved.pop("next_shard"))
         is_intact = all(self._saved().is_done(layer) for layer in self._owned)
         if not all(self._world.all_gather(is_intact)):
-            self._world.on_rank0(lambda: set_aside(self._file, "goes with matrices that can't be read"))
             self.next_shard = 0
             return
         self.sums = saved

@@ -180,15 +180,6 @@ def usual_mode() -> int:
     return 0o666 & ~mask
 
 
-def set_aside(file: Path, reason: str) -> None:
-    """Rename a file that can't be used, which frees its name for a new one, and print a message."""
-    number = 1
-    while (aside := file.with_name(f"{file.name}.damaged-{number}")).exists():
-        number += 1
-    file.rename(aside)
-    print(f"{file}: {reason}; set aside as {aside.name}, and what it held is computed again", flush=True)
-
-
 # What a store needs of its file system.
 
 
