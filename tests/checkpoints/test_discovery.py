@@ -29,7 +29,7 @@ LAYER = {
 
 
 def shapes_of(layer=LAYER, **outside):
-    shapes = {f"model.layers.{number}.{name}.weight": it for number in range(2) for name, it in layer.items()}
+    shapes = {f"model.layers.{number}.{name}.weight": shape for number in range(2) for name, shape in layer.items()}
     named = {name.replace("__", "."): shape for name, shape in outside.items()}
     return {"model.embed_tokens.weight": [20, 8], "model.norm.weight": [8], **shapes, **named}
 

@@ -26,7 +26,7 @@ def test_every_mlp_has_its_neurons(config):
     expected = (config["intermediate_size"],) * first + (0,) * (layers - first) if first else None
     assert (structures[NEURONS].counts if NEURONS in structures else None) == expected
     check_shapes(checkpoint.path, checkpoint.tensors, structures, 64)
-    owned = [name for kind, it in structures.items() if kind != EXPERTS for name in owned_of(it, checkpoint)]
+    owned = [name for kind, units in structures.items() if kind != EXPERTS for name in owned_of(units, checkpoint)]
     mlps = {name for name in checkpoint.tensors if "_proj" in name}
     assert len(owned) == len({*owned}) and {*owned} == mlps
 
@@ -67,12 +67,12 @@ def test_config_json_must_agree_with_itself_and_the_files(config, why):
 @given(mixtures(), st.data())
 def test_a_tensor_that_is_missing_of_another_shape_or_there_besides_is_named(config, data):
     checkpoint, shapes = checkpoint_of(config), tensors_of(config)
-    name = data.draw(st.sampled_from(sorted(it for it in shapes if "experts" in it or ".gate." in it)))
+    name = data.draw(st.sampled_from(sorted(tensor for tensor in shapes if "experts" in tensor or ".gate." in tensor)))
     info = checkpoint.tensors[name]
     wrong = {**checkpoint.tensors, name: type(info)(**{**vars(info), "shape": (99, *info.shape[1:-1], 63)})}
     with pytest.raises(UserError, match=name.replace(".", r"\.") + " has shape"):
         check_shapes(checkpoint.path, wrong, checkpoint.structures, 64)
-    other = {it: shape for it, shape in shapes.items() if it != name}
+    other = {tensor: shape for tensor, shape in shapes.items() if tensor != name}
     last = f"model.layers.{config['num_hidden_layers'] - 1}.mlp.norm.weight"
     for changed in (other, shapes | {last: [64]}):
         with pytest.raises(UserError, match="is not supported"):

@@ -56,7 +56,7 @@ def logits_of(model):
 def routing_of(model):
     """Return the sorted experts of each token, in every layer that has some [tokens, chosen]."""
     chosen = []
-    for experts in (it for it in model.modules() if hasattr(it, "_apply_gate")):
+    for experts in (module for module in model.modules() if hasattr(module, "_apply_gate")):
         experts.register_forward_pre_hook(lambda _, inputs: chosen.append(inputs[1].sort().values))
     logits_of(model)
     return chosen
@@ -90,7 +90,7 @@ def assert_pruned_is_masked(checkpoint, kept, folder):
     routing = as_numbered(checkpoint, kept, routing_of(loaded))
     assert len(routing) == len(checkpoint.family.experts.layers)
     assert all(torch.equal(*pair) for pair in zip(routing, routing_of(dense), strict=True))
-    parameters = {it.data_ptr(): it.numel() for it in loaded.state_dict().values()}
+    parameters = {weight.data_ptr(): weight.numel() for weight in loaded.state_dict().values()}
     assert smaller.parameters == checkpoint.parameter_counts.after(kept.shape) == sum(parameters.values())
     return smaller
 
@@ -142,11 +142,11 @@ def test_scores_and_single_layers_are_those_of_the_whole_model(checkpoint_of, mo
     checkpoint, model = checkpoint_of(model_type), dense_of(checkpoint_of(model_type))
     with torch.no_grad():
         through_layers(checkpoint, dense_of(checkpoint), WINDOWS)
-    units = {it.kind: it for it in checkpoint.pruned_kinds([NEURONS])}
+    units = {own.kind: own for own in checkpoint.pruned_kinds([NEURONS])}
     others = {
-        (kind, layer): it.tensor(layer, it.output)
-        for kind, it in units.items()
-        for layer, count in enumerate(it.counts)
+        (kind, layer): own.tensor(layer, own.output)
+        for kind, own in units.items()
+        for layer, count in enumerate(own.counts)
         if kind != KIND and count
     }
     expected = definition(model, WINDOWS[:1], "entropy", others=others)
@@ -169,7 +169,7 @@ def test_a_refit_lowers_the_error(checkpoint_of, tmp_path, model_type):
     write(checkpoint, kept, tmp_path / "cut")
     write(checkpoint, kept, tmp_path / "fitted", fitted.replacements(kept.layers))
     models = dense_of(checkpoint), load(tmp_path / "cut"), load(tmp_path / "fitted")
-    dense, cut, better = (logits_of(it).log_softmax(-1) for it in models)
+    dense, cut, better = (logits_of(model).log_softmax(-1) for model in models)
     lost = [(dense.exp() * (dense - other)).sum() for other in (cut, better)]
     assert lost[1] < lost[0]
 

@@ -58,7 +58,7 @@ def test_a_plain_checkpoint_is_the_masked_model(checkpoint_of, tmp_path, model_t
     require_own_weights(smaller)
     assert not list(tmp_path.glob("*.py")) and type(loaded).__module__.startswith("transformers.")
     assert_same(logits_of(loaded), logits_of(masked(checkpoint, kept)))
-    distinct = {it.data_ptr(): it.numel() for it in loaded.state_dict().values()}
+    distinct = {weight.data_ptr(): weight.numel() for weight in loaded.state_dict().values()}
     assert smaller.parameters == checkpoint.parameter_counts.after(kept.shape) == sum(distinct.values())
 
 
@@ -84,7 +84,7 @@ def test_the_body_alone_loads_with_the_same_code(checkpoint_of, tmp_path, model_
     loaded = load(tmp_path, trust_remote_code=True)
     body = AutoModel.from_pretrained(tmp_path, trust_remote_code=True).eval()
     with torch.no_grad():
-        outputs = [it(input_ids=WINDOWS).last_hidden_state for it in (body, loaded.base_model)]
+        outputs = [model(input_ids=WINDOWS).last_hidden_state for model in (body, loaded.base_model)]
     assert torch.equal(*outputs)
 
 
@@ -144,7 +144,7 @@ def test_lora_trains_and_merges(checkpoint_of, tmp_path, model_type):
 def test_distillation_compares_the_logits_that_count(checkpoint_of, model_type):
     checkpoint = checkpoint_of(model_type)
     dense, model = dense_of(checkpoint), masked(checkpoint, some_kept(checkpoint, range(3), (15,) * 3))
-    log_p, log_q = (logits_of(it).log_softmax(-1) for it in (dense, model))
+    log_p, log_q = (logits_of(model).log_softmax(-1) for model in (dense, model))
     head = DistillingHead(model, checkpoint.family, after_head(checkpoint))
     dense_BTC = checkpoint.family.body_of(dense)(input_ids=WINDOWS, use_cache=False).last_hidden_state
     head.expect(dense_BTC, len(WINDOWS))
@@ -230,7 +230,7 @@ def test_two_ranks_have_the_bits_of_one(checkpoint_of, tmp_path):
 
     def sums_of(name, world, *windows):
         scorer = scorer_of(checkpoints[name], world)
-        sums = [scorer.score([range(it, it + 1)]) for it in windows]
+        sums = [scorer.score([range(window, window + 1)]) for window in windows]
         scorer.release()
         return sums
 
@@ -245,4 +245,4 @@ def test_two_ranks_have_the_bits_of_one(checkpoint_of, tmp_path):
     for name in checkpoints:
         for rank, expected in enumerate(sums_of(name, SoloWorld(), 0, 1)):
             (sums,) = found[rank][name]
-            assert all(torch.equal(sums[kind], it) for kind, it in expected.items()), (rank, name)
+            assert all(torch.equal(sums[kind], own) for kind, own in expected.items()), (rank, name)

@@ -79,7 +79,10 @@ def renamed(source, folder, names, config):
         (folder / file.name).write_bytes(file.read_bytes())
     tensors = load_file(source / "model.safetensors")
     for ours, theirs in names.items():
-        tensors = {theirs + it.removeprefix(ours) if it.startswith(ours) else it: tensors[it] for it in tensors}
+        tensors = {
+            theirs + tensor.removeprefix(ours) if tensor.startswith(ours) else tensor: tensors[tensor]
+            for tensor in tensors
+        }
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     (folder / "config.json").write_text(json.dumps(config))
     return open_checkpoint(folder)
@@ -114,8 +117,8 @@ def test_other_layouts_of_files_are_read_and_kept(checkpoint_of, tmp_path, model
     write(other, kept, tmp_path / "pruned")
     assert_same(logits_of(load(tmp_path / "pruned"), model_type), logits_of(masked(checkpoint, kept), model_type))
     assert ("text_config" in open_checkpoint(tmp_path / "pruned").whole) == ("text_config" in other.whole)
-    assert {it.split(".")[0] for it in load_file(tmp_path / "pruned" / "model.safetensors")} == {
-        it.split(".")[0] for it in load_file(other.path / "model.safetensors")
+    assert {tensor.split(".")[0] for tensor in load_file(tmp_path / "pruned" / "model.safetensors")} == {
+        tensor.split(".")[0] for tensor in load_file(other.path / "model.safetensors")
     }
 
 

@@ -100,7 +100,7 @@ def has_experts(config, layer):
 def test_a_layer_alone_has_experts_where_it_had_them(settings):
     config = {"num_hidden_layers": 6, **settings}
     alone = [{**config, **of_layers(config, [layer])} for layer in range(6)]
-    assert [has_experts(it, 0) for it in alone] == [has_experts(config, layer) for layer in range(6)]
+    assert [has_experts(settings, 0) for settings in alone] == [has_experts(config, layer) for layer in range(6)]
     assert {has_experts(config, layer) for layer in range(6)} == {False, True}
 
 

@@ -75,7 +75,9 @@ def read_by(model, names):
     def observe(name, _module, inputs):
         read[name] = inputs[0].double().reshape(len(WINDOWS), -1, inputs[0].shape[-1]).square().sum(1).mean(0).sqrt()
 
-    handles = [model.get_submodule(it).register_forward_pre_hook(functools.partial(observe, it)) for it in {*names}]
+    handles = [
+        model.get_submodule(name).register_forward_pre_hook(functools.partial(observe, name)) for name in {*names}
+    ]
     logits_of(model)
     for handle in handles:
         handle.remove()
@@ -96,14 +98,14 @@ def defined(dense, ranks, width):
     model, units, kept = dense_of(dense), dense.units, []
     attention = [f"{dense.family.attention}.{name}" for name in dense.family.attention_projections]
     for layer in range(3):
-        query, output = (units.tensor(layer, it) for it in (attention[0], attention[3]))
-        names = [units.tensor(layer, it) for it in units.weights]
-        row, down = (names[it].removesuffix(".weight") for it in (0, -1))
+        query, output = (units.tensor(layer, part) for part in (attention[0], attention[3]))
+        names = [units.tensor(layer, part) for part in units.weights]
+        row, down = (names[place].removesuffix(".weight") for place in (0, -1))
         of_query, of_output, of_row, of_down = read_by(model, [query, output, row, down])
         rows = [model.get_parameter(name).data.double() for name in names[:-1]]
-        matrices = [it for whole in rows for it in whole.chunk(2 if len(whole) > len(of_down) else 1)]
+        matrices = [matrix for whole in rows for matrix in whole.chunk(2 if len(whole) > len(of_down) else 1)]
         columns = model.get_submodule(down).weight.data
-        scores = sum((it * of_row).norm(dim=1) for it in matrices) + columns.double().norm(dim=0) * of_down
+        scores = sum((matrix * of_row).norm(dim=1) for matrix in matrices) + columns.double().norm(dim=0) * of_down
         kept.append(scores.argsort()[len(scores) - width :].sort().values)
         columns[:, torch.ones(len(scores), dtype=torch.bool).index_fill_(0, kept[-1], False)] = 0
         for name, rank in ranks.items():
@@ -120,11 +122,11 @@ def test_what_is_written_loads_with_its_code_and_without_and_computes_what_lorap
     before, after = cut.dense.family, cut.low.family
     assert (before.whole_groups, before.no_sequence) == (after.whole_groups, after.no_sequence)
     expected, kept = defined(cut.dense, cut.ranks, cut.low.units.most)
-    assert [it.tolist() for it in cut.kept.units["neurons"]] == [it.tolist() for it in kept]
+    assert [row.tolist() for row in cut.kept.units["neurons"]] == [row.tolist() for row in kept]
     ours, theirs = load_causal_lm(cut.low.path, torch.float32), load(cut.low.path, trust_remote_code=True)
     assert torch.equal(logits_of(ours), logits_of(theirs))
     assert (logits_of(ours) - logits_of(expected)).abs().max() <= 1e-3 * logits_of(expected).abs().max()
-    distinct = {it.data_ptr(): it.numel() for it in ours.state_dict().values()}
+    distinct = {weight.data_ptr(): weight.numel() for weight in ours.state_dict().values()}
     assert cut.low.parameters == cut.dense.parameter_counts.after(cut.kept.shape) == sum(distinct.values())
 
 
@@ -137,7 +139,9 @@ def test_layers_costs_and_adapters_know_factors(cut_of, tmp_path, model_type):
     assert before.multiplied - after.multiplied == cut.dense.parameters - cut.low.parameters
     assert before.cached_channels == after.cached_channels
     model = trained_and_merged(cut.low, tmp_path, WINDOWS)
-    trained = {name.partition(".lora_B")[0] for name, it in model.named_parameters() if ".lora_B" in name and it.any()}
+    trained = {
+        name.partition(".lora_B")[0] for name, weight in model.named_parameters() if ".lora_B" in name and weight.any()
+    }
     factors = [f"{name}.{place}" for name in cut.ranks for place in (0, 1)]
     assert all(f"base_model.model.{cut.low.units.tensor(2, name)}" in trained for name in factors)
     assert_same(logits_of(load(tmp_path / "merged", trust_remote_code=True)), logits_of(model))

@@ -23,7 +23,7 @@ def test_earlier_names_say_the_same_and_change_nothing(tmp_path, model_type):
     after = load(folder)
     assert after.config.to_dict() == before.config.to_dict()
     with torch.no_grad():
-        assert torch.equal(*(it(input_ids=WINDOWS, use_cache=False).logits for it in (before, after)))
+        assert torch.equal(*(model(input_ids=WINDOWS, use_cache=False).logits for model in (before, after)))
 
     written = json.loads((folder / "config.json").read_text())
     written = written.get("text_config", written)

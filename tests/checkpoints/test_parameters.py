@@ -16,7 +16,7 @@ from hfprune_dist.structures.kept import Kept
 
 
 def count(model):
-    return sum(parameter.numel() for parameter in {id(it): it for it in model.parameters()}.values())
+    return sum(parameter.numel() for parameter in {id(weight): weight for weight in model.parameters()}.values())
 
 
 def prune(checkpoint, folder):

@@ -25,7 +25,7 @@ drawn = settings(max_examples=12)
 
 
 def count(model):
-    return sum(parameter.numel() for parameter in {id(it): it for it in model.parameters()}.values())
+    return sum(parameter.numel() for parameter in {id(weight): weight for weight in model.parameters()}.values())
 
 
 @torch.no_grad()
@@ -71,7 +71,7 @@ def test_any_shape_computes_what_the_masked_model_does_and_is_pruned_again(data)
     model = data.draw(models())
     kept = data.draw(kept_of(model, uniform=False))
     with TemporaryDirectory() as name:
-        dense, pruned, again = (Path(name) / it for it in ("dense", "pruned", "again"))
+        dense, pruned, again = (Path(name) / folder for folder in ("dense", "pruned", "again"))
         checkpoint = open_checkpoint(save_tiny(dense, **model))
         write(checkpoint, kept, pruned)
         smaller = open_checkpoint(pruned)

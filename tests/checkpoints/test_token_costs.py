@@ -51,12 +51,18 @@ def test_a_step_of_lora_training_costs_twice_a_forward_for_every_token(tmp_path)
 @pytest.mark.parametrize(("widths", "groups"), [((20, 20), (2, 2)), ((9, 30), (1, 3))])
 def test_pruned_shapes_plain_and_layer_by_layer(tmp_path, widths, groups):
     dense = open_checkpoint(save_tiny(tmp_path / "dense", "llama", hidden_size=36, **SHAPE))
-    units = {"neurons": [torch.arange(it) for it in widths], "kv_groups": [torch.arange(it) for it in groups]}
+    units = {
+        "neurons": [torch.arange(count) for count in widths],
+        "kv_groups": [torch.arange(count) for count in groups],
+    }
     check(dense, 1, 5)
     write(dense, Kept((0, 2), units), tmp_path / "pruned")
     costs, model = check(open_checkpoint(tmp_path / "pruned"), 2, 7)
-    tables = {id(it.weight): it.weight.numel() for it in (model.get_input_embeddings(), model.get_output_embeddings())}
-    assert costs.parameters == costs.active_parameters == sum(it.numel() for it in model.parameters())
+    tables = {
+        id(module.weight): module.weight.numel()
+        for module in (model.get_input_embeddings(), model.get_output_embeddings())
+    }
+    assert costs.parameters == costs.active_parameters == sum(parameter.numel() for parameter in model.parameters())
     assert costs.parameters_without_embeddings == costs.parameters - sum(tables.values())
 
 
