@@ -29,6 +29,7 @@ FORKED_RANKS = {EXECUTABLE: str(ROOT / "tests" / "forked_rank.sh")}
 # A stage's first ranks are interpreters, as a test of each kind of end has them; those that go on are forks.
 FORKED_SUCCESSORS = {**FORKED_RANKS, "INTERPRETER": sys.executable, "INTERPRETED_STARTS": "1"}
 CONTROL = "recover alpha dense"
+CONTROLS_SCORES = "evaluate alpha dense + lora"
 DENSE = "evaluate alpha dense"
 PRUNE = "prune alpha 0.2"
 # Anything slower than this hangs: tests that run in parallel, and those of other workers, share a slow machine.
@@ -156,6 +157,10 @@ class Submitted:
         """Wait for the launcher to end and return its exit code and output."""
         output, _ = self._launcher.communicate(timeout=PATIENCE_S)
         return self._launcher.returncode, output
+
+    def kill(self) -> None:
+        self._launcher.kill()
+        self._launcher.wait()
 
     def job_at_work(self, stage: str, beats: int = 1) -> str:
         """Wait until a stage has made some progress and return its job."""

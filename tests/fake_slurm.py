@@ -168,8 +168,8 @@ class FakeLauncher(Launcher):
         self.clock.sleep(seconds)
         self.step()
 
-    def run(self, show=lambda: None) -> None:
-        self.follow(show, self.clock.sleep)
+    def go_on(self, show=lambda: None, follow=True) -> None:
+        self.run(show, follow, self.clock.sleep)
 
     def said(self, what: str) -> list[str]:
         """Return the messages of one kind, each once."""

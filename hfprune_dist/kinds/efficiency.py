@@ -42,10 +42,10 @@ class EfficiencyParameters(StageParameters):
             packages=package_versions(("torch", "transformers")),
         )
 
-    def need(self, planned: Planned, rows: int | None = None) -> Need:
+    def need(self, planned: Planned) -> Need:
         """Of two models in turn on rank 0, however many others wait; a pruned one caches no more than the dense one."""
         model, itemsize = Sizes.from_checkpoint(planned.dense), ITEMSIZE[self.dtype]
-        rows = rows or max(self.batch_sizes)
+        rows = max(self.batch_sizes)
         of_a_token = token_costs(planned.dense).cached_channels + model.forward
         return Need(
             weights=2 * model.parameters * itemsize,

@@ -38,11 +38,11 @@ class EvaluateParameters(StageParameters):
     def from_config(cls, evaluation: EvaluationConfig) -> EvaluateParameters:
         return cls(**evaluation.model_dump(exclude={"include_path", "fidelity"}))
 
-    def need(self, planned: Planned, rows: int | None = None) -> Need:
+    def need(self, planned: Planned) -> Need:
         """Its texts, if there are several, differ in nothing that counts here."""
-        return self.forwards(planned.dense, planned.source(reference_role(FIRST)).text.sequence_length, rows)
+        return self.forwards(planned.dense, planned.source(reference_role(FIRST)).text.sequence_length)
 
-    def forwards(self, checkpoint: Checkpoint, window: int, rows: int | None = None) -> Need:
+    def forwards(self, checkpoint: Checkpoint, window: int) -> Need:
         """The memory of requests of tasks, and of windows of text, one by one. Requests may have all positions of the
         model, examples included; then fewer run at a time (``LOGITS_BYTES``), but at least one.
         """
@@ -50,5 +50,5 @@ class EvaluateParameters(StageParameters):
         longest = REQUEST_TOKENS + EXAMPLE_TOKENS * (USUAL_EXAMPLES if self.num_fewshot is None else self.num_fewshot)
         positions = checkpoint.max_positions or longest
         at_once = max(LOGITS_BYTES // (model.vocabulary * logits_bytes(itemsize)), min(longest, positions))
-        requests = min((rows or self.batch_size) * positions, at_once) if self.tasks else 0
+        requests = min(self.batch_size * positions, at_once) if self.tasks else 0
         return whole_forward(model, max(requests, window), itemsize)

@@ -70,10 +70,10 @@ class ImportanceParameters(StageParameters):
         dtype, add_bos_token = config.importance.dtype, config.calibrates_with_bos
         return cls(calibration=calibration, dtype=dtype, add_bos_token=add_bos_token, seed=config.seed, **scoring)
 
-    def need(self, planned: Planned, rows: int | None = None) -> Need:
-        return self.pass_over(planned.dense, checkpointing=planned.checkpointing, rows=rows)
+    def need(self, planned: Planned) -> Need:
+        return self.pass_over(planned.dense, checkpointing=planned.checkpointing)
 
-    def pass_over(self, checkpoint: Checkpoint, *, checkpointing: bool, rows: int | None = None) -> Need:
+    def pass_over(self, checkpoint: Checkpoint, *, checkpointing: bool) -> Need:
         """The memory of a forward, and a backward for each loss; if Gram matrices are summed, of the pass for these."""
         model, itemsize = Sizes.from_checkpoint(checkpoint), ITEMSIZE[self.dtype]
         criteria = [CRITERIA[name] for name in self.criteria]
@@ -84,7 +84,7 @@ class ImportanceParameters(StageParameters):
         gradients = "weight_gradients" in observed
         reads = gradients or "weights" in observed  # what linear layers read stays, too
         samples, length = self.calibration.samples, self.calibration.sequence_length
-        tokens = min(rows or self.calibration.micro_batch_size, samples) * length
+        tokens = min(self.calibration.micro_batch_size, samples) * length
         hidden, neurons = model.hidden * itemsize, model.neurons * itemsize
 
         of_a_layer = (2 + 2 * reads) * hidden + (model.attention + model.routed) * itemsize
@@ -110,7 +110,3 @@ class ImportanceParameters(StageParameters):
             unreduced=everything if everything <= OWN_TERMS_BYTES else 0.0,
             host=curvature * samples * length * hidden * model.pinned(tokens),
         )
-
-    def allows(self, rows: int) -> bool:
-        """A shard belongs to one rank, so its ``shard_size`` micro-batches run one at a time."""
-        return rows <= max(1, self.calibration.samples // self.calibration.shard_size)

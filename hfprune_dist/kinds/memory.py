@@ -224,24 +224,14 @@ class StageParameters(Parameters, ABC):
     Attributes:
         tokenizes: whether it reads text with the tokenizer of its model.
         batch_setting: the setting for how many sequences run at a time.
-        remedy: what helps where no number of nodes is enough.
     """
 
     tokenizes: ClassVar[bool] = False
     batch_setting: ClassVar[str] = "calibration.micro_batch_size"
-    remedy: ClassVar[str] = "no number of nodes is enough: GPUs with more memory, or shorter sequences"
 
     @abstractmethod
-    def need(self, planned: Planned, rows: int | None = None) -> Need | None:
-        """The memory that the stage needs; None if it runs no model.
-
-        Args:
-            rows: sequences at a time, if not as set.
-        """
-
-    def allows(self, rows: int) -> bool:
-        """Whether the micro-batches of all ranks can have so many sequences together."""
-        return True
+    def need(self, planned: Planned) -> Need | None:
+        """The memory that the stage needs; None if it runs no model."""
 
 
 def parameters_of(stage: Stage) -> StageParameters:

@@ -76,14 +76,14 @@ class PruneParameters(StageParameters):
         assert self.dtype is not None and self.micro_batch_size is not None, "planned as one for which none runs"
         return self.dtype, self.micro_batch_size
 
-    def need(self, planned: Planned, rows: int | None = None) -> Need | None:
+    def need(self, planned: Planned) -> Need | None:
         """Of windows layer by layer through the dense model, and for layerwise and block through the pruned one."""
         if self.refit == "none" and self.allocation != "low_rank":
             return None
         calibration, (dtype, windows) = planned.source("importance").calibration, self.forward_pass()
         model, itemsize = Sizes.from_checkpoint(planned.dense), ITEMSIZE[dtype]
         samples, tokens = calibration.samples * (1 + self.sees_copies), calibration.sequence_length
-        rows, hidden = min(rows or windows, samples), model.hidden
+        rows, hidden = min(windows, samples), model.hidden
         pursues, steps = self.refit in ("layerwise", "block"), self.refit == "block"
         temporary = 0.0
         if self.allocation == "low_rank":  # inputs of a layer; the eigenvectors of the largest matrix, with the factors

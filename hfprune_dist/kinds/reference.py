@@ -37,7 +37,7 @@ class ReferenceParameters(StageParameters):
         """The reference that an evaluation needs on one of its texts."""
         return cls(dtype=evaluation.dtype, micro_batch_size=1, add_bos_token=evaluation.add_bos_token, text=text)
 
-    def need(self, planned: Planned, rows: int | None = None) -> Need:
+    def need(self, planned: Planned) -> Need:
         if self.text is None:
             calibration = planned.source("importance").calibration
             samples, tokens = calibration.samples, calibration.sequence_length
@@ -45,4 +45,4 @@ class ReferenceParameters(StageParameters):
             samples, tokens = self.text.windows, self.text.sequence_length
         model, itemsize = Sizes.from_checkpoint(planned.dense), ITEMSIZE[self.dtype]
         host = samples * tokens * model.hidden * itemsize
-        return layer_by_layer(model, min(rows or self.micro_batch_size, samples), tokens, itemsize, host=host)
+        return layer_by_layer(model, min(self.micro_batch_size, samples), tokens, itemsize, host=host)

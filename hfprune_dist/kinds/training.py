@@ -24,13 +24,10 @@ class DistillParameters(StageParameters):
     passes: int
     seed: int
 
-    def need(self, planned: Planned, rows: int | None = None) -> Need:
+    def need(self, planned: Planned) -> Need:
         tokens = planned.source("reference", "importance").calibration.sequence_length
-        rows = rows or self.distillation.micro_batch_size
+        rows = self.distillation.micro_batch_size
         return training_need(self.distillation, Sizes.from_checkpoint(planned.dense), rows, tokens, distills=True)
-
-    def allows(self, rows: int) -> bool:
-        return rows <= self.distillation.batch_size
 
 
 class RecoverParameters(StageParameters):
@@ -43,14 +40,10 @@ class RecoverParameters(StageParameters):
     recovery: RecoveryConfig
     seed: int
 
-    def need(self, planned: Planned, rows: int | None = None) -> Need:
-        tokens, rows = self.recovery.sequence_length, rows or self.recovery.micro_batch_size
+    def need(self, planned: Planned) -> Need:
+        tokens, rows = self.recovery.sequence_length, self.recovery.micro_batch_size
         model = Sizes.from_checkpoint(planned.dense)
         return training_need(self.recovery, model, rows, tokens, distills=False, masks=self.masks)
-
-    def allows(self, rows: int) -> bool:
-        """Ranks share the rows of an optimizer step evenly."""
-        return self.recovery.batch_size % rows == 0
 
 
 class LoraPruneParameters(RecoverParameters):

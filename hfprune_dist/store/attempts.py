@@ -5,6 +5,7 @@
     job.sh             what is submitted
     environment.sh     the profile's setup and environment, which it sources and only its owner can read
     job.json           the id that Slurm gave; if a launcher dies before writing it, the job is found by its name
+                       (these three lie with the first stage of a job that runs several)
     run.<id>.<n>.json  the n-th start of the job (it may be requeued): nodes, times of start and end, progress
     exit.<id>.<n>      with what exit code that start ended, as the batch script says unless it was killed
     end.json           how the attempt ended, and why
@@ -22,13 +23,14 @@ import shutil
 import time
 import uuid
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from hfprune_dist.errors import UserError
 from hfprune_dist.store.artifacts import Store
 from hfprune_dist.store.atomic_files import listed, locked, read_object, read_record, write_json
+from hfprune_dist.store.hashing import digest_of
 from hfprune_dist.store.stage import Stage
 
 INTENT, SCRIPT, JOB, END, LOCK = "intent.json", "job.sh", "job.json", "end.json", ".lock"
@@ -44,8 +46,8 @@ class Intent:
         number: 1 for the first attempt at the stage.
         created: unix time.
         job_name: unique, so that the job can be found by its name; empty on this machine.
+        leader: <kind>/<fingerprint>/<number> of the attempt at the job's first stage; empty if it is this one.
         time_minutes: time limit of the job.
-        avoided: nodes at fault in earlier attempts, which the job must not use.
     """
 
     stage_id: str
@@ -53,8 +55,8 @@ class Intent:
     created: float
     ranks: int
     job_name: str = ""
+    leader: str = ""
     time_minutes: int = 0
-    avoided: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -85,13 +87,11 @@ class End:
     Attributes:
         message: for the user.
         at: unix time, as far as the stage's heartbeat tells it; a launcher may learn of it days later.
-        bad_nodes: nodes that the next attempt should avoid.
     """
 
     cause: str
     message: str
     at: float
-    bad_nodes: list[str] = field(default_factory=list)
 
 
 class Attempt:
@@ -100,19 +100,25 @@ class Attempt:
     def __init__(self, folder: Path, intent: Intent) -> None:
         self.folder = folder
         self.intent = intent
+        self._leader = folder.parents[2] / intent.leader if intent.leader else folder
 
     @property
     def job_id(self) -> str | None:
         """The job's id, as recorded by the launcher, or by the job itself if the launcher died before that."""
-        job = read_object(self.folder / JOB) or {}
-        return job.get("job_id") or next((run.job_id for run in self.runs()), None)
+        job = read_object(self._leader / JOB) or {}
+        runs = (run for folder in (self._leader, self.folder) for run in _runs(folder))
+        return job.get("job_id") or next((run.job_id for run in runs), None)
+
+    @property
+    def script(self) -> Path:
+        return self._leader / SCRIPT
 
     @property
     def end(self) -> End | None:
         return read_record(End, self.folder / END)
 
     def record_job(self, job_id: str) -> None:
-        write_json(self.folder / JOB, {"job_id": job_id})
+        write_json(self._leader / JOB, {"job_id": job_id})
 
     def close(self, end: End) -> None:
         """Record the end; if two launchers see the same end, both write the same."""
@@ -127,7 +133,7 @@ class Attempt:
 
         If there are two jobs (a submission whose answer was lost), the one that started first comes first.
         """
-        runs = [run for file in listed(self.folder, "run.*.json") if (run := read_record(Run, file)) is not None]
+        runs = _runs(self.folder)
         began = {run.job_id: run.started for run in sorted(runs, key=lambda run: -run.started)}
         return sorted(runs, key=lambda run: (began[run.job_id], run.job_id, run.restart))
 
@@ -157,6 +163,7 @@ class Ledger:
     def __init__(self, store: Store) -> None:
         self.store = store
         self._root = store.root / "attempts"
+        self._mark = digest_of(str(store.root.resolve()))[:6]  # in the names of its jobs
 
     @classmethod
     def around(cls, folder: Path) -> tuple[Ledger, Attempt]:
@@ -195,16 +202,25 @@ class Ledger:
         attempts = (attempt for folder in stages for attempt in self.jobs_of(str(folder.relative_to(self._root))))
         return [attempt for attempt in attempts if attempt.end is None]
 
-    def begin(self, stage: Stage, *, ranks: int, **job: Any) -> Attempt:
+    def has_named(self, job_name: str) -> bool:
+        """Whether a job with this name was submitted for this store."""
+        return f"-{self._mark}-" in job_name
+
+    def begin(self, stage: Stage, ranks: int, *, time_minutes: int = 0, leader: Attempt | None = None) -> Attempt:
         """Record the next attempt; the caller must hold the stage's claim.
 
         Args:
-            job: fields of ``Intent``, for an attempt in a job, which gets a unique name.
+            time_minutes: time limit of its job, which gets a unique name; 0 on this machine.
+            leader: the attempt at the first stage of its job, if that is another one.
         """
         folder = self._root / stage.id
         number = 1 + max((number for number, _ in _numbered(folder)), default=0)
-        name = f"hfprune-{stage.kind}-{stage.fingerprint[:8]}-{number}-{uuid.uuid4().hex[:8]}" if job else ""
-        intent = Intent(stage.id, number, time.time(), ranks, name, **job)
+        name, first = "", ""
+        if leader is not None:
+            name, first = leader.intent.job_name, str(leader.folder.relative_to(self._root))
+        elif time_minutes:
+            name = f"hfprune-{stage.kind}-{stage.fingerprint[:8]}-{number}-{self._mark}-{uuid.uuid4().hex[:8]}"
+        intent = Intent(stage.id, number, time.time(), ranks, name, first, time_minutes)
         attempt = Attempt(folder / str(number), intent)
         attempt.folder.mkdir(parents=True)
         write_json(attempt.folder / INTENT, asdict(intent))
@@ -243,6 +259,10 @@ def end_of_log(log: Path, most: int) -> str:
             return stream.read().decode("utf-8", errors="replace")
     except FileNotFoundError:
         return ""
+
+
+def _runs(folder: Path) -> list[Run]:
+    return [run for file in listed(folder, "run.*.json") if (run := read_record(Run, file)) is not None]
 
 
 def _numbered(folder: Path) -> list[tuple[int, Path]]:

@@ -54,8 +54,7 @@ LOG_TAIL_LINES = 12
 LOG_TAIL_BYTES = 64 * 1024
 # What the batch script and every rank write first, followed by the number of times the job had been requeued.
 START = "hfprune: start"
-# A node could not launch the job, once or more often than the cluster allows ("launch failure limit exceeded requeued
-# held"), or could not read the user's environment: Slurm holds it for ever, even after the node has been repaired.
+# A node could not launch the job, or read the user's environment: Slurm holds it for ever, even once that is repaired.
 LAUNCH_FAILED = re.compile(r"requeued.held|JobHoldMaxRequeue", re.IGNORECASE)
 MEMORY = "it ran out of memory; give the stage more nodes or memory"
 # States of Slurm's that need no further explanation.
@@ -71,14 +70,6 @@ STATES = {
 WORDS = (
     (r"oom[-_ ]kill|Out Of Memory|exceeded (job |step )?memory limit", Cause.OUT_OF_MEMORY, MEMORY),
     (
-        r"prolog.*(failed|did not exit normally|error)|couldn't chdir to|could not open (stdout|stderr) file"
-        r"|stale file handle|execve\(\):.*no such file|task launch for .* failed on node|DUE TO NODE FAILURE"
-        r"|invalid job credential|munge decode failed|uncorrectable ECC|has fallen off the bus"
-        r"|no CUDA-capable device|CUDA-capable device\(s\) is/are busy|CUDA driver version is insufficient",
-        Cause.BAD_NODE,
-        "a node could not run it; if that persists, tell the cluster's administrators",
-    ),
-    (
         r"invalid mpi type|mpi plugin|plugin name for mpi/|unable to satisfy cpu bind|cpu binding outside"
         r"|are mutually exclusive|srun: ((error: )?unable to create step|fatal|unrecognized option|invalid option)",
         Cause.INPUT,
@@ -88,11 +79,7 @@ WORDS = (
 
 
 def explain_end(ledger: Ledger, stage: Stage, attempt: Attempt, job: JobInfo | None) -> End:
-    """Return how an attempt whose job is over ended; only a verified artifact counts as success.
-
-    Args:
-        job: what Slurm says of it; None if it has forgotten the job.
-    """
+    """Return how an attempt ended, given what Slurm says of its job; only a verified artifact counts as success."""
     handle = ledger.store.handle(stage.id)
     heartbeat = handle.heartbeat()
     cause, message = (Cause.DONE, "") if handle.is_done() else _cause(ledger, stage, attempt, job)
@@ -100,7 +87,6 @@ def explain_end(ledger: Ledger, stage: Stage, attempt: Attempt, job: JobInfo | N
         cause=cause,
         message=message,
         at=time.time() if heartbeat is None else heartbeat.updated,
-        bad_nodes=_only_node(attempt, job) if cause == Cause.BAD_NODE else [],
     )
 
 
@@ -110,12 +96,15 @@ def _cause(ledger: Ledger, stage: Stage, attempt: Attempt, job: JobInfo | None) 
         return Cause.NOT_RUN, "the launcher died while it submitted"
     name, runs, tail = f"job {attempt.job_id}", attempt.runs(), log_tail(attempt.logs())
     state, reason = (job.state, job.reason) if job is not None else (FORGOTTEN, "")
+    nodes = f" on {job.nodes}" if job is not None and job.nodes else ""
     how = runs[-1].how if runs else None
     text = "\n".join(_end_of_last_start(log) for log in attempt.logs())
     if how == "cancelled" or state == "CANCELLED":
         return _cancelled(ledger, stage, name, reason, has_started=bool(runs))
     if (state, reason) == ("FAILED", "BadConstraints"):
-        return no_node_suits(f"{name} (BadConstraints)", attempt.intent.avoided)
+        return Cause.INPUT, f"{name} (BadConstraints): no node suits; check the profile"
+    if attempt.intent.leader and not (runs or attempt.logs() or attempt.exit_record()):
+        return Cause.NOT_RUN, f"{name} ended before it came to this stage"
     if how == "duplicate":
         return Cause.NOT_RUN, f"{name} left the stage to another process that has claimed it"
     found = ledger.store.handle(stage.id).failures()
@@ -130,7 +119,7 @@ def _cause(ledger: Ledger, stage: Stage, attempt: Attempt, job: JobInfo | None) 
         cause = Cause.INTERRUPTED if _got_further(ledger, stage) else Cause.KILLED
         return cause, f"{reached}; raise time_minutes or signal_seconds in the profile"
     if state in STATES:
-        return STATES[state][0], f"{name}: {STATES[state][1]}\n{tail}".rstrip()
+        return STATES[state][0], f"{name}{nodes}: {STATES[state][1]}\n{tail}".rstrip()
     for words, cause, meaning in WORDS:
         if line := re.search(f"^.*({words}).*$", text, re.IGNORECASE | re.MULTILINE):
             return cause, f"{name}: {meaning}: {line[0].strip()}\nits log ends with:\n{tail}"
@@ -153,13 +142,6 @@ def _got_further(ledger: Ledger, stage: Stage) -> bool:
     return beat is not None and all(at["phase"] != beat.phase or at["done"] < beat.done for at in earlier)
 
 
-def no_node_suits(problem: str, avoided: Sequence[str]) -> tuple[str, str]:
-    """Return why Slurm refuses to run a job, which may be because of the nodes that it avoids."""
-    if avoided:
-        return Cause.NOT_RUN, f"{problem}: Slurm can't do without {', '.join(avoided)}, where it has failed"
-    return Cause.INPUT, f"{problem}; check the profile"
-
-
 def _cancelled(ledger: Ledger, stage: Stage, name: str, reason: str, has_started: bool) -> tuple[str, str]:
     """Tell who cancelled a job: we, as it would have waited for ever; Slurm, as one that it needs did not succeed; or
     somebody.
@@ -174,21 +156,6 @@ def _cancelled(ledger: Ledger, stage: Stage, name: str, reason: str, has_started
     if lacks or (reason == NEVER and stage.needs):
         return Cause.NOT_RUN, f"{name} was dropped, as a job on which it depends did not succeed"
     return Cause.CANCELLED, f"{name} was cancelled; run the same command again to go on"
-
-
-def _only_node(attempt: Attempt, job: JobInfo | None) -> list[str]:
-    """Return the node of a job's last start; none of several, as nothing says which of them is at fault."""
-    runs = attempt.runs()
-    nodes = job.nodes if job is not None and job.nodes else runs[-1].nodes if runs else ""
-    return [nodes] if nodes and not {"[", ","} & set(nodes) else []
-
-
-def nodes_to_avoid(attempts: Sequence[Attempt]) -> list[str]:
-    """Return the nodes at fault in a stage's last attempts, which the next one avoids."""
-    last = attempts[-1] if attempts else None
-    if last is None or (end := last.end) is None or end.cause != Cause.BAD_NODE:
-        return []
-    return sorted({*last.intent.avoided, *end.bad_nodes})
 
 
 def _end_of_last_start(log: Path) -> str:

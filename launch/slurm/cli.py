@@ -11,10 +11,10 @@ from time import sleep
 
 from hfprune_launch.project import PROJECT
 from hfprune_launch.screen import ProgressLines, say
-from hfprune_launch.slurm.cancel import cancel_jobs
 from hfprune_launch.slurm.commands import JobInfo, SlurmCommands, SlurmUnavailableError
+from hfprune_launch.slurm.decide import StageState, to_submit
 from hfprune_launch.slurm.launcher import Event, Launcher, NewJobs
-from hfprune_launch.slurm.observe import Observer
+from hfprune_launch.slurm.observe import Observer, served_by
 from hfprune_launch.slurm.profile import Profile
 from hfprune_launch.slurm.script import Request, batch_script, default_threads
 from hfprune_launch.slurm.snapshot import take_snapshot
@@ -26,15 +26,17 @@ from rich.markup import escape
 
 from hfprune_dist.config.schema import RuntimeConfig
 from hfprune_dist.results.formats import counted
-from hfprune_dist.store.artifacts import Verdict
+from hfprune_dist.store.artifacts import Store, Verdict
 from hfprune_dist.store.atomic_files import require_own
-from hfprune_dist.store.attempts import Ledger
-from hfprune_dist.store.stage import Stage
+from hfprune_dist.store.attempts import Attempt, Ledger
+from hfprune_dist.store.stage import kind_of
 
 EVENT_COLORS = {"done": "green", "ended": "red", "waiting": "yellow"}
 # Seconds after which what still keeps the sweep waiting is told again.
 REMIND_S = 3600.0
 STATUS_INTERVAL_S = 5.0
+# Seconds between two looks for jobs to cancel, and for which jobs and launchers that submit one are waited for.
+LOOK_AGAIN_S, PATIENCE_S = 2.0, 60.0
 # Seconds between two questions of --status to Slurm about the same jobs.
 SLURM_INTERVAL_S = 60.0
 # Between two stages, a sweep on this machine holds no claim for some seconds, while the ranks of the first one end.
@@ -52,46 +54,34 @@ def run_on_slurm(
     follow: bool,
     on_end: Callable[[], None],
 ) -> int | None:
-    """Submit missing stages and adopt running jobs.
+    """Submit missing stages and adopt running jobs; return the exit code when leaving at once, None after staying.
 
     Args:
         new_jobs: returns the settings for new jobs, given the copy of the code that they run.
         follow: False leaves at once; otherwise the call stays until nothing more can be done.
         on_end: called after a round in which stages' jobs have ended.
-
-    Returns:
-        the exit code when leaving at once; None after staying.
     """
     store, code, tell = sweep.store, sweep.out / "code", partial(say, console)
     require_own(sweep.out, code, store.root, store.root / "attempts", store.root / "work")
     every = counted(len(sweep.plan.stages), "stage")
     tell(f"{len(todo)} of {every} to run on Slurm; logs in {store.root / 'attempts'}")
     snapshot = take_snapshot(PROJECT, code.resolve(), PROJECT.code_version(), tell)
-    ended: list[Event] = []
     screen = _Screen(console, sweep)
-    with screen.live:
+    launcher = Launcher(store, sweep.plan, new_jobs(snapshot), SlurmCommands(), screen.tell)
 
-        def on_event(event: Event) -> None:
-            screen.tell(event)
-            if event.what in ("done", "ended"):
-                ended.append(event)
+    def after_round() -> None:
+        screen.refresh(launcher.observer.jobs)
+        if screen.has_ends():
+            on_end()
 
-        def after_round() -> None:
-            screen.refresh(launcher.jobs)
-            if ended:
-                ended.clear()
-                on_end()
-
-        launcher = Launcher(store, sweep.plan, new_jobs(snapshot), SlurmCommands(), on_event)
-        try:
-            launcher.step()
-            after_round()
-            if follow:
-                launcher.follow(after_round)
-                return None
-        except KeyboardInterrupt:
-            tell("submitted jobs go on; --status shows them, --cancel ends them")
-            raise
+    try:
+        with screen.live:
+            launcher.run(after_round, follow)
+    except KeyboardInterrupt:
+        tell("submitted jobs go on; --status shows them, --cancel ends them")
+        raise
+    if follow:
+        return None
     if left := launcher.unsubmitted():
         names = ", ".join(f"{stage.kind} {stage.label}" for stage in left)
         tell(f"not submitted: {names}; run the same command again")
@@ -147,54 +137,96 @@ def cancel_sweep(console: Console, sweep: Sweep) -> bool:
     return bool(going_on)
 
 
+def cancel_jobs(
+    store: Store, slurm: SlurmCommands, pause: Callable[[float], object] = sleep
+) -> tuple[list[str], list[str]]:
+    """Cancel the jobs of all open attempts, and look again until there are none: a launcher may be submitting one at
+    this moment, or a job may just have put itself back into the queue.
+
+    Returns:
+        the ids of the cancelled jobs, and what still runs, or may be submitted, after some time.
+    """
+    ledger = Ledger(store)
+    observer = Observer(ledger, slurm)
+    cancelled: set[str] = set()
+    asked: set[str] = set()
+    for _ in range(int(PATIENCE_S / LOOK_AGAIN_S)):
+        attempts = ledger.open_jobs()
+        submitting = _submitting(ledger, attempts)
+        observer.look(attempts)
+        jobs = {attempt.intent.job_name: observer.jobs.get(attempt.intent.job_name) for attempt in attempts}
+        found = [job for job in jobs.values() if job is not None and job.is_live and job.state != "COMPLETING"]
+        # Pending jobs come first: they would start when the jobs that they wait for are gone.
+        found.sort(key=lambda job: (not job.is_waiting, int(job.job_id)))
+        slurm.cancel([job.job_id for job in found])
+        cancelled |= {job.job_id for job in found}
+        for name in {name for name, job in jobs.items() if job is None} - asked:
+            slurm.cancel_named(name)  # squeue may have missed it
+        asked |= jobs.keys()
+        if not found and not submitting:
+            break
+        pause(LOOK_AGAIN_S)
+    return sorted(cancelled, key=int), [*submitting, *(f"job {job.job_id}" for job in found)]
+
+
+def _submitting(ledger: Ledger, attempts: list[Attempt]) -> list[str]:
+    """Return the launchers that may be submitting jobs at this moment: they hold claims, and have recorded no id."""
+    handles = (ledger.store.handle(attempt.intent.stage_id) for attempt in attempts if attempt.job_id is None)
+    holders = {handle.holder() for handle in handles}
+    launchers = {holder for holder in holders if holder is not None and holder.lives and holder.job is None}
+    return sorted(f"{launcher} submits a job" for launcher in launchers)
+
+
 def show_jobs(
     console: Console, sweep: Sweep, profile: Profile, runtime: RuntimeConfig, verdicts: Mapping[str, Verdict]
 ) -> None:
     """Show what would be submitted: every batch script, and the GPU-hours that all may take at most."""
-    todo = sweep.plan.lacking(lambda stage_id: verdicts[stage_id].state == "done")
-    missing = [sweep.plan.stages[stage_id] for stage_id in todo]
-    for stage in missing:
-        say(console, f"\n# {stage.kind} {stage.label}")
-        say(console, batch_script(_planned(sweep, stage, profile, runtime, verdicts)))
-    resources = [profile.resources[stage.kind] for stage in missing]
-    gpu_hours = sum(each.gpus * each.time_minutes for each in resources) / 60
-    core_hours = sum(each.cores * each.time_minutes for each in resources) / 60
+    stages, serves = sweep.plan.stages, served_by(sweep.plan)
+    done = {stage_id for stage_id in stages if verdicts[stage_id].state == "done"}
+    todo = sweep.plan.lacking(done.__contains__)
+    states = {
+        stage.id: StageState(stage.id, tuple(stage.needs), serves[stage.id], stage.id in todo, stage.id in done)
+        for stage in stages.values()
+    }
+    jobs = to_submit(states, profile.allocation)
+    first, gpu_hours, core_hours = {stage_id: chain[0] for chain in jobs for stage_id in chain}, 0.0, 0.0
+    for chain in jobs:
+        needs = {first[need] for stage_id in chain for need in stages[stage_id].needs if need in first} - {chain[0]}
+        resources = profile.of_job([kind_of(stage_id) for stage_id in chain])
+        gpu_hours += resources.gpus * resources.time_minutes / 60
+        core_hours += resources.cores * resources.time_minutes / 60
+        # <...> stands for what is known only when it is submitted.
+        request = Request(
+            resources=resources,
+            folders=[sweep.store.root.resolve() / "attempts" / stage_id / "<n>" for stage_id in chain],
+            job_name=f"hfprune-{chain[0].replace('/', '-')[:-12]}-<n>-<token>",
+            snapshot=sweep.out.resolve() / "code" / "<digest>",
+            threads=default_threads(resources, runtime.threads_per_rank),
+            dependencies=[f"afterok:<job of {need}>" for need in sorted(needs)],
+        )
+        say(console, "\n# " + ", then ".join(f"{stages[each].kind} {stages[each].label}" for each in chain))
+        say(console, batch_script(request))
     console.print(
-        f"{counted(len(missing), 'job')}; at most {gpu_hours:,.1f} GPU-hours and {core_hours:,.1f} core-hours, if each "
-        "used up its time limit once"
-    )
-
-
-def _planned(
-    sweep: Sweep, stage: Stage, profile: Profile, runtime: RuntimeConfig, verdicts: Mapping[str, Verdict]
-) -> Request:
-    """Return the request that would be submitted, with <...> for what is known only then."""
-    resources = profile.resources[stage.kind]
-    return Request(
-        stage=stage,
-        resources=resources,
-        folder=sweep.store.root.resolve() / "attempts" / stage.id / "<n>",
-        job_name=f"hfprune-{stage.kind}-{stage.fingerprint[:8]}-<n>-<token>",
-        snapshot=sweep.out.resolve() / "code" / "<digest>",
-        threads=default_threads(resources, runtime.threads_per_rank),
-        after_ok=[f"<job of {need}>" for need in stage.needs if verdicts[need].state != "done"],
+        f"{counted(len(todo), 'stage')} in {counted(len(jobs), 'job')}; at most {gpu_hours:,.1f} GPU-hours and "
+        f"{core_hours:,.1f} core-hours, if each job used up its time limit once"
     )
 
 
 class _Screen:
-    """A live table on a terminal, occasional lines of progress elsewhere, and always one line per event.
+    """A live table on a terminal, occasional lines of progress elsewhere, and always one line per event."""
 
-    Args:
-        clock: seconds of a monotonic clock.
-    """
-
-    def __init__(self, console: Console, sweep: Sweep, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, console: Console, sweep: Sweep) -> None:
         self.live = Live(console=console, transient=True, auto_refresh=False)  # nothing where there is no terminal
         self._console = console
         self._sweep = sweep
-        self._clock = clock
         self._told_at: dict[str, float] = {}
         self._lines = ProgressLines(console)
+        self._has_ends = False
+
+    def has_ends(self) -> bool:
+        """Return whether a stage's attempt has ended since the last call."""
+        found, self._has_ends = self._has_ends, False
+        return found
 
     def refresh(self, jobs: Mapping[str, JobInfo] | None) -> bool:
         """Update the shown state; return whether a stage is queued or running, or may be."""
@@ -209,8 +241,9 @@ class _Screen:
         """Print an event; a message about waiting, of which every round tells, only once in ``REMIND_S``, whichever
         stage it is about.
         """
-        now = self._clock()
+        self._has_ends |= event.what in ("done", "ended")
         if event.what == "waiting":
+            now = time.monotonic()
             if now - self._told_at.get(event.message, -math.inf) < REMIND_S:
                 return
             self._told_at[event.message] = now

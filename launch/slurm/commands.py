@@ -19,7 +19,7 @@ from pathlib import Path
 from hfprune_dist.errors import UserError
 
 COMMAND_TIMEOUT_S = 90.0
-RETRY_DELAYS_S = (1.0, 2.0, 4.0, 8.0, 15.0, 30.0)
+DELAYS_S = (1.0, 2.0, 4.0, 8.0, 15.0, 30.0)
 TRANSIENT = re.compile(  # whole phrases of Slurm's, since a refusal repeats names such as a partition's
     r"timed out|unable to contact slurm controller|temporarily un(available|able)|zero bytes were|rate limit exceeded"
     r"|connection (refused|reset)|(message|communication) \w+ failure|missing socket|controller .*not responding"
@@ -57,8 +57,7 @@ DEPENDENCY, NEVER = "Dependency", "DependencyNeverSatisfied"
 # The state of a job of which the controller says that there is none.
 FORGOTTEN = "forgotten by Slurm"
 BELOW_THE_LIMIT = (
-    "the rest is submitted when jobs have ended; if none of yours is queued, the limit allows none, or other users' "
-    "jobs reach it: then name another account, qos or partition in the profile"
+    "the rest is submitted when jobs have ended; if none of yours is queued, name another account, qos or partition"
 )
 
 
@@ -78,13 +77,7 @@ class SubmissionRefusedError(UserError):
 
 @dataclass(frozen=True)
 class JobInfo:
-    """Slurm's information on a job.
-
-    Attributes:
-        state: as squeue names it, e.g. RUNNING or NODE_FAIL; or ``FORGOTTEN``.
-        reason: why it waits or ended; "None" if there is no reason.
-        nodes: its nodes in Slurm's notation, e.g. n[1-2]; empty while it waits.
-    """
+    """Slurm's information on a job: its state, or ``FORGOTTEN``; why it waits or ended, or "None"; nodes as n[1-2]."""
 
     job_id: str
     state: str
@@ -102,16 +95,9 @@ class JobInfo:
 
 
 class SlurmCommands:
-    """Runs Slurm's commands.
+    """Runs Slurm's commands, again after each of the delays while there is no answer (SlurmUnavailableError)."""
 
-    Args:
-        sleep: waits between retries.
-        retry_delays_s: seconds to wait before each retry of a command that got no answer.
-    """
-
-    def __init__(
-        self, sleep: Callable[[float], None] = time.sleep, retry_delays_s: Sequence[float] = RETRY_DELAYS_S
-    ) -> None:
+    def __init__(self, sleep: Callable[[float], None] = time.sleep, retry_delays_s: Sequence[float] = DELAYS_S) -> None:
         self._sleep = sleep
         self._delays = retry_delays_s
 
@@ -124,64 +110,37 @@ class SlurmCommands:
                 "leave out --profile (slurm/cluster.sh brings up a cluster for tests)"
             )
 
-    def submit(self, script: Path, job_name: str) -> str:
-        """Submit a batch script and return the job's id, which is looked for by name if Slurm doesn't say it.
-
-        A submission that failed may have arrived all the same. Before another try, the job is looked for by name, as
-        late as possible, since a busy controller may accept it after sbatch has given up; in case squeue overlooks
-        the job, it is also cancelled by name.
+    def submit(self, script: Path) -> str:
+        """Submit a batch script and return the job's id.
 
         Raises:
             SubmissionRefusedError: with Slurm's message, if the job would be refused again.
             NotNowError: if it would be accepted later.
-            SlurmUnavailableError: if Slurm did not answer; the job may have arrived.
+            SlurmUnavailableError: if Slurm did not say whether it took the job, which may be found by its name later.
         """
-        for delay in (*self._delays, None):
-            result = _run(["sbatch", "--parsable", str(script)])
-            if said := SUBMITTED.findall(result.stdout):
-                return str(said[-1])
-            is_unsure = result.returncode != 0 and _is_transient(result) and not _is_full(result.stderr)
-            if is_unsure and delay is not None:
-                self._sleep(delay)
-            if arrived := self.find(job_name):
-                return arrived
-            if result.returncode == 0:
-                raise SlurmUnavailableError("sbatch took a job without saying its id, and squeue does not list it yet")
-            if not is_unsure:
-                raise _refusal(script, result.stderr)
-            if delay is not None:
-                self.cancel_named(job_name)
-        raise SlurmUnavailableError(f"sbatch: {_last_line(result.stderr)}")
-
-    def find(self, job_name: str) -> str | None:
-        """Return the id of the job that squeue lists under a name; of a live one if there are several."""
-        found = self.jobs().get(job_name)
-        return None if found is None else found.job_id
+        result = _run(["sbatch", "--parsable", str(script)])
+        if said := SUBMITTED.findall(result.stdout):
+            return str(said[-1])
+        if _is_full(result.stderr):
+            limit = "; ".join(result.stderr.strip().splitlines())  # the first line names it
+            raise NotNowError(f"{limit}; {BELOW_THE_LIMIT}")
+        if result.returncode == 0 or _is_transient(result):
+            raise SlurmUnavailableError(f"sbatch: {_last_line(result.stderr)}")
+        if DEPENDENCY_PROBLEM.search(result.stderr):
+            raise NotNowError(f"{_last_line(result.stderr)}; tried again")
+        raise SubmissionRefusedError(f"sbatch refused {script}: {result.stderr.strip()}")
 
     def jobs(self) -> dict[str, JobInfo]:
         """Return all jobs of this user that squeue lists, by name: of those with one name a live one. A job that it
         does not list need not be over.
-
-        Raises:
-            SlurmUnavailableError: if Slurm did not answer, or never completely.
         """
         command = ["squeue", "--me", "--states=all", f"--format={SQUEUE_FIELDS}"]
         text = self._query(command, is_whole=_is_whole_listing)
         infos = [JobInfo(*fields) for fields in SQUEUE_JOB.findall(text)]
         return {info.name: info for info in sorted(infos, key=lambda info: info.is_live)}
 
-    def job(self, job_id: str) -> JobInfo | None:
-        """Return what the controller itself says about a job of any user; None if it says that there is none.
-
-        Raises:
-            SlurmUnavailableError: if Slurm did not answer.
-        """
-        fields = self.fields(job_id)
-        names = ("JobState", "Reason", "NodeList", "JobName")
-        return JobInfo(job_id, *(fields.get(name, "") for name in names)) if fields else None
-
     def fields(self, job_id: str) -> dict[str, str]:
-        """Return the fields of a job as ``scontrol show job`` names them; none if there is no such job."""
+        """Return what the controller itself says of a job, by Slurm's names; nothing if it says that there is none."""
         command = ["scontrol", "show", "job", "--oneliner", job_id]
         text = self._query(command, INVALID_JOB_ID, is_whole=lambda text: "JobState=" in text)
         found = re.findall(r"(?:^| )(\w+)=(\S*)", text)
@@ -260,16 +219,6 @@ def _is_whole_listing(text: str) -> bool:
         return False
     rest = SQUEUE_JOB.sub("", text)
     return not re.search(r"^\d", rest, re.MULTILINE)
-
-
-def _refusal(script: Path, message: str) -> Exception:
-    """Return the error that says why sbatch refused a job."""
-    if _is_full(message):
-        said = "; ".join(message.strip().splitlines())  # the first line names the limit
-        return NotNowError(f"{said}; {BELOW_THE_LIMIT}")
-    if DEPENDENCY_PROBLEM.search(message):
-        return NotNowError(f"{_last_line(message)}; tried again")
-    return SubmissionRefusedError(f"sbatch refused {script}: {message.strip()}")
 
 
 def _is_transient(result: subprocess.CompletedProcess[str]) -> bool:

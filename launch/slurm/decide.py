@@ -1,24 +1,24 @@
 """What a launcher does next, from what the store and Slurm say: pure functions.
 
 However they are called, no stage ever has two live jobs, no finished stage is submitted, and every open attempt ends.
+A job runs a chain of stages, one after another.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
-from typing import NamedTuple
+from itertools import groupby, pairwise
 
 from hfprune_launch.slurm.causes import LAUNCH_FAILED, RETRIES
 from hfprune_launch.slurm.commands import DEPENDENCY, FORGOTTEN, NEVER, JobInfo
 
 # Seconds after a job's completion by which its artifact has to be visible here (file systems lag).
 LAG_S = 60.0
-# Reasons that occur in every queue, of interest only if the wait is long.
-ORDINARY = ("None", "Priority", "Resources", "BeginTime", "Prolog", "Cleaning")
-LONG_WAIT_S = 300.0
+# Reasons that occur in every queue, and why a job waits for others of ours.
+ORDINARY = ("None", "Priority", "Resources", "BeginTime", "Prolog", "Cleaning", DEPENDENCY, NEVER)
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,7 @@ class StageState:
 
     Attributes:
         needs: ids of the stages that it needs.
+        serves: the rows that need it; of a pass through a dense model, the model. Stages of a job have the same.
         is_wanted: whether its artifact is missing, and results that are asked for need it.
         is_done: whether it has a verified artifact.
         has_attempt: whether it has an open attempt: queued, running, over, or about to be submitted by a launcher that
@@ -39,6 +40,7 @@ class StageState:
 
     stage_id: str
     needs: tuple[str, ...]
+    serves: frozenset[str]
     is_wanted: bool
     is_done: bool
     has_attempt: bool = False
@@ -56,74 +58,82 @@ class Do(Enum):
     CANCEL = auto()
     """Cancel a job that would wait for ever."""
     TELL = auto()
+    """Say why a job does not go on."""
 
 
-class Action(NamedTuple):
-    """What to do about a stage's job, and for ``TELL`` what to say."""
-
-    do: Do
-    stage_id: str
-    message: str = ""
-
-
-def about_jobs(states: Mapping[str, StageState]) -> list[Action]:
-    """Return what to do about the jobs of open attempts."""
-    return [action for state in states.values() if (action := _about(state)) is not None]
-
-
-def _about(state: StageState) -> Action | None:
-    def do(what: Do, message: str = "") -> Action:
-        return Action(what, state.stage_id, message)
-
+def about_job(state: StageState) -> tuple[Do, str] | None:
+    """Return what to do about the job of an open attempt, and what to say."""
     job = state.job
     if not state.has_attempt:
         return None
     if job is None and not state.has_id:
-        return do(Do.SETTLE)
+        return Do.SETTLE, ""
     if job is None:
-        return do(Do.CLOSE) if state.is_done else do(Do.TELL, "Slurm does not list it, and does not answer about it")
+        return (Do.CLOSE, "") if state.is_done else (Do.TELL, "Slurm does not list it, and does not answer about it")
     if _can_not_start(job):
-        return do(Do.CANCEL)
+        return Do.CANCEL, ""
+    if state.is_done and not job.is_waiting:
+        return Do.CLOSE, ""  # its job may go on with other stages
     if job.is_live:
-        return do(Do.TELL, f"it can't start: {job.reason}") if job.is_waiting and _is_stuck(job, state.lasts) else None
-    if state.is_done:
-        return do(Do.CLOSE)
+        is_stuck = job.is_waiting and job.reason not in ORDINARY
+        return (Do.TELL, f"it can't start: {job.reason}") if is_stuck else None
     if job.state == "COMPLETED" and state.lasts < LAG_S:
         return None
-    return do(Do.SETTLE if job.state == FORGOTTEN else Do.CLOSE)
+    return (Do.SETTLE if job.state == FORGOTTEN else Do.CLOSE), ""
 
 
 def _can_not_start(job: JobInfo) -> bool:
-    """Return whether Slurm will never start a job."""
     return job.is_waiting and LAUNCH_FAILED.search(job.reason) is not None
 
 
-def _is_stuck(job: JobInfo, waited_s: float) -> bool:
-    if job.reason in (DEPENDENCY, NEVER):
-        return False
-    return job.reason not in ORDINARY or waited_s >= LONG_WAIT_S
-
-
-def to_submit(states: Mapping[str, StageState]) -> list[str]:
-    """Return the stages to submit, each after those that it needs, which are done or have jobs.
+def to_submit(states: Mapping[str, StageState], resources: Callable[[str], object]) -> list[list[str]]:
+    """Return the jobs to submit, each after those that make what it needs: chains of stages of the same rows that want
+    the same resources, in plan order.
 
     Args:
         states: of all stages, in plan order.
+        resources: returns what a stage asks for.
     """
+    groups: dict[frozenset[str], list[str]] = {}
+    for stage_id in _submittable(states):
+        groups.setdefault(states[stage_id].serves, []).append(stage_id)
+    waiting: dict[str, set[str]] = {}
+    for stage_id in (stage_id for group in groups.values() for stage_id in group):
+        for need in states[stage_id].needs:
+            waiting.setdefault(need, set()).add(stage_id)
+
+    def parts(chain: list[str]) -> list[list[str]]:
+        """Part a chain behind each stage for which another job waits; passes through a dense model stay together."""
+        for number, (stage_id, following) in enumerate(pairwise(chain), 1):
+            if states[following].needs and not waiting.get(stage_id, set()) <= {*chain}:
+                return parts(chain[:number]) + parts(chain[number:])
+        return [chain]
+
+    alike = [list(chain) for group in groups.values() for _, chain in groupby(group, resources)]
+    left = [part for chain in alike for part in parts(chain)]
+    ordered: list[list[str]] = []
+    while left:
+        missing = {stage_id for chain in left for stage_id in chain}
+        first = [chain for chain in left if not any(missing & {*states[each].needs} - {*chain} for each in chain)]
+        assert first, f"jobs that wait for each other: {left}"
+        ordered += first
+        left = [chain for chain in left if chain not in first]
+    return ordered
+
+
+def _submittable(states: Mapping[str, StageState]) -> list[str]:
+    """Return the stages that need a job, if what they need is done or has one."""
     found: list[str] = []
     has_job = {
         state.stage_id for state in states.values() if (job := state.job) and job.is_live and not _can_not_start(job)
     }
     for state in states.values():
         has_needs = all(states[need].is_done or need in has_job for need in state.needs)
-        if state.is_wanted and not (state.is_done or state.has_attempt) and has_needs and _may_try(state):
+        may_try = all(count <= RETRIES.get(cause, 0) for cause, count in Counter(state.ends).items())
+        if state.is_wanted and not (state.is_done or state.has_attempt) and has_needs and may_try:
             found.append(state.stage_id)
             has_job.add(state.stage_id)
     return found
-
-
-def _may_try(state: StageState) -> bool:
-    return all(count <= RETRIES.get(cause, 0) for cause, count in Counter(state.ends).items())
 
 
 def job_to_wait_for(max_running: int | None, live: Sequence[str]) -> str | None:

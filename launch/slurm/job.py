@@ -12,6 +12,7 @@ import socket
 import sys
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from time import sleep
@@ -56,17 +57,13 @@ class NodeError(UserError):
 
 
 def main(folder: Path) -> None:
-    """Run this rank of the stage, then end the process; a requeued job resumes from the stage's work folder.
-
-    Args:
-        folder: the attempt's folder in the store.
-    """
+    """Run this rank of the stage of an attempt, then end the process."""
     print(f"{START} {os.environ.get('SLURM_RESTART_COUNT', '0')}", file=sys.stderr, flush=True)
     interruption = Interruption()
     # USR2 announces the time limit and preemption, TERM scancel and preemption.
     interruption.listen(signal.SIGUSR2, signal.SIGTERM)
     die_with_parent()
-    leave_process(_Rank(folder, interruption).run())
+    leave_process(run_rank(folder, interruption))
 
 
 def rank_environment(slurm: Mapping[str, str]) -> dict[str, str]:
@@ -74,9 +71,6 @@ def rank_environment(slurm: Mapping[str, str]) -> dict[str, str]:
 
     Ranks meet at the address of the node that launched the step, where srun has put the first rank; unlike the name of
     a node, an address needs no resolving. The port is derived from the job's id, so that all ranks know it.
-
-    Raises:
-        NodeError: if the launch node can't be found.
     """
     local_size = slurm.get("SLURM_STEP_TASKS_PER_NODE", "1")
     address = slurm.get("SLURM_LAUNCH_NODE_IPADDR") or slurm.get("SLURM_SRUN_COMM_HOST")
@@ -110,16 +104,10 @@ def _interface_towards(address: str) -> str:
 
 
 def require_usable_node(store: Store, environment: Mapping[str, str]) -> None:
-    """Check that the node sees the store and its GPUs, and runs the sweep's code.
-
-    Raises:
-        NodeError: if it does not; names the node and what it lacks.
-    """
-    node, code = environment.get("SLURMD_NODENAME", socket.gethostname()), environment["HFPRUNE_CODE"]
+    """Raise NodeError if the node does not see the store, or its GPUs."""
+    node = environment.get("SLURMD_NODENAME", socket.gethostname())
     if not store.root.is_dir():
         raise NodeError(f"node {node} does not see {store.root}; --out must lie on a file system that all nodes share")
-    if not Path(__file__).is_relative_to(code):
-        raise NodeError(f"node {node} runs {__file__}, not the sweep's snapshot {code}; check the profile's setup")
     if re.search("[1-9]", environment.get("SLURM_GPUS_ON_NODE", "")):
         import torch
 
@@ -127,116 +115,59 @@ def require_usable_node(store: Store, environment: Mapping[str, str]) -> None:
             raise NodeError(f"node {node} was allocated with GPUs, but torch finds none; check its driver")
 
 
-class _Rank:
-    """One rank, from its start to its end."""
+def run_rank(folder: Path, interruption: Interruption) -> int:
+    """Run this rank of the stage and return its exit code."""
+    # <store>/attempts/<kind>/<fingerprint>/<number>
+    handle = Store(folder.parents[3]).handle("/".join(folder.parts[-3:-1]))
+    rank, start = int(os.environ.get("SLURM_PROCID", "0")), None
 
-    def __init__(self, folder: Path, interruption: Interruption) -> None:
-        self._number = int(folder.name)
-        # <store>/attempts/<kind>/<fingerprint>/<number>
-        self._handle = Store(folder.parents[3]).handle("/".join(folder.parts[-3:-1]))
-        self._folder = folder
-        self._interruption = interruption
-        self._rank = int(os.environ.get("SLURM_PROCID", "0"))
-        self._start: Start | None = None  # on rank 0
-
-    def run(self) -> int:
-        """Run this rank and return its exit code."""
-        try:
-            os.environ.update(rank_environment(os.environ))
-            prepare_environment()
-            if self._rank == 0 and self._handle.store.root.is_dir():
-                self._start = Start(self._folder)
-            require_usable_node(self._handle.store, os.environ)
-            run_stage(self._handle, self._interruption, self._admit)
-        except Interrupted:
-            return 0 if self._start is None or self._requeue(self._start) else 1
-        except ClaimLostError as duplicate:
-            print(duplicate, file=sys.stderr)
-            self._end("duplicate")
-            return CLAIM_LOST_EXIT_CODE
-        except Exception as error:
-            return self._fail(error)
-        self._end("done")
-        return 0
-
-    def _admit(self, world: World) -> Admission:
+    def admit(world: World) -> Admission:
         """Return whether the stage has to run here: rank 0 asks, and all ranks learn the answer."""
-        answer = world.broadcast(self._start.ask() if self._start else "")
+        answer = world.broadcast(start.ask() if start else "")
         if answer == "held":
-            raise ClaimLostError(f"another process has been running {self._handle.id} for all the time this job waited")
-        return Admission(answer == "run", self._claim)
+            raise ClaimLostError(f"another process has been running {handle.id} for all the time this job waited")
+        return Admission(answer == "run", start.claim if start else None)
 
-    def _requeue(self, start: Start) -> bool:
-        """On rank 0, once all ranks have saved their work: put the job back into the queue, unless Slurm does.
-
-        Returns:
-            False if the job is to end, because the user has cancelled it, its last starts got no further than those
-            before, or Slurm did not answer.
-        """
-        start.end("interrupted")
-        job_id, slurm = os.environ["SLURM_JOB_ID"], SlurmCommands()
-        try:
-            job = slurm.fields(job_id)
-            if job.get("JobState") == "CANCELLED":
-                start.end("cancelled")
-                return False
-            if job.get("JobState") != "RUNNING":
-                return True  # Slurm itself puts it back
-            is_preempted = job.get("PreemptTime") not in (None, "", "None", "Unknown", "N/A")
-            if not is_preempted and start.gets_no_further():
-                self._report(
-                    Cause.INPUT,
-                    f"job {job_id} was interrupted, and its last {FRUITLESS_STARTS} starts of "
-                    f"{start.attempt.intent.time_minutes} minutes got no further than those before; raise time_minutes "
-                    "or signal_seconds in the profile, or lower runtime.save_every_steps",
-                )
-                return False
-            print(f"signal {self._interruption.signal}: work is saved, requeueing job {job_id}", flush=True)
-            slurm.requeue(job_id)
-            return True
-        except SlurmUnavailableError as error:
-            self._report(Cause.INTERRUPTED, f"job {job_id} saved its work but could not requeue itself: {error}")
-            return False
-
-    def _report(self, cause: Cause, message: str) -> None:
-        print(message, flush=True)
-        self._handle.report_failure(Failure(cause, message, 0, time.time(), self._number))
-
-    def _fail(self, error: Exception) -> int:
-        """Leave the reason for the launcher, and return the exit code."""
-        mended = from_os_error(error)
-        if self._claim is not None:
-            self._handle.discard_draft(self._claim)  # on a full disk, this makes room for the reason
-        try:
-            leave_reason(self._handle, mended, self._rank, self._number, self._claim)
-            self._end("failed" if self._claim is None or self._claim.is_held() else "duplicate")
-        except OSError as full:
-            print(f"the failure could not be recorded: {full}", file=sys.stderr)
+    how, code = "done", 0
+    try:
+        os.environ.update(rank_environment(os.environ))
+        prepare_environment()
+        if rank == 0 and handle.store.root.is_dir():
+            start = Start(folder)
+        require_usable_node(handle.store, os.environ)
+        run_stage(handle, interruption, admit)
+    except Interrupted:
+        if start is None:
+            return 0  # other ranks' failure would end the first before it has put the job back into the queue
+        start.requeue()
+        return 1  # so that the batch script doesn't go on with the next stage
+    except ClaimLostError as duplicate:
+        print(duplicate, file=sys.stderr)
+        how, code = "duplicate", CLAIM_LOST_EXIT_CODE
+    except Exception as error:
+        mended, claim = from_os_error(error), start.claim if start else None
+        if claim is not None:
+            handle.discard_draft(claim)  # on a full disk, this makes room for the reason
+        how, code = "failed", UserError.EXIT_CODE if isinstance(mended, UserError) else 1
+        with suppress(OSError):  # the disk may be full all the same
+            leave_reason(handle, mended, rank, int(folder.name), claim)
+            how = "failed" if claim is None or claim.is_held() else "duplicate"
         if not isinstance(mended, UserError):
             sys.excepthook(type(error), error, error.__traceback__)
         print(f"error: {mended}", file=sys.stderr)
-        return UserError.EXIT_CODE if isinstance(mended, UserError) else 1
-
-    @property
-    def _claim(self) -> Claim | None:
-        return self._start.claim if self._start is not None else None
-
-    def _end(self, how: str) -> None:
-        if self._start is not None:
-            self._start.end(how)
+    if start is not None:
+        with suppress(OSError):
+            start.end(how)
+    return code
 
 
 class Start:
-    """On rank 0: decides whether the stage has to run here, and keeps the record of this start of the job.
-
-    Attributes:
-        claim: claim on the stage; None until it is known that the stage has to run here.
-    """
+    """On rank 0: decides whether the stage has to run here, which it claims then, and records this start of the job."""
 
     def __init__(self, folder: Path) -> None:
-        self.ledger, self.attempt = Ledger.around(folder)
+        ledger, self.attempt = Ledger.around(folder)
         self.claim: Claim | None = None
-        self._handle = self.ledger.store.handle(self.attempt.intent.stage_id)
+        self._handle = ledger.store.handle(self.attempt.intent.stage_id)
         self._run = Run(
             job_id=os.environ["SLURM_JOB_ID"],
             restart=int(os.environ.get("SLURM_RESTART_COUNT", "0")),
@@ -269,6 +200,34 @@ class Start:
         if self.claim is not None:
             self._handle.discard_draft(self.claim)
             self.claim.release()
+
+    def requeue(self) -> None:
+        """End this start, whose ranks have saved their work, and put the job back into the queue, unless Slurm itself
+        does, the user has cancelled it, or its last starts got no further than those before.
+        """
+        self.end("interrupted")
+        job_id, slurm = self._run.job_id, SlurmCommands()
+        try:
+            job = slurm.fields(job_id)
+            if job.get("JobState") == "CANCELLED":
+                self.end("cancelled")
+            if job.get("JobState") != "RUNNING":
+                return  # or Slurm itself puts it back
+            is_preempted = job.get("PreemptTime") not in (None, "", "None", "Unknown", "N/A")
+            if is_preempted or not self.gets_no_further():
+                slurm.requeue(job_id)
+                return
+            cause, message = (
+                Cause.INPUT,
+                (
+                    f"job {job_id} was interrupted, and its last {FRUITLESS_STARTS} starts of "
+                    f"{self.attempt.intent.time_minutes} minutes got no further than those before; raise time_minutes "
+                    "or signal_seconds in the profile, or lower runtime.save_every_steps"
+                ),
+            )
+        except SlurmUnavailableError as error:
+            cause, message = Cause.INTERRUPTED, f"job {job_id} saved its work but could not requeue itself: {error}"
+        self._handle.report_failure(Failure(cause, message, 0, time.time(), self.attempt.intent.number))
 
     def _progress(self) -> dict[str, Any] | None:
         beat = self._handle.heartbeat()

@@ -7,13 +7,16 @@ Slurm. So it may be closed at any time: the jobs go on, and the next launcher co
 from __future__ import annotations
 
 import errno
+import math
 import time
-from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from collections.abc import Callable
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
+from functools import partial
+from itertools import takewhile
 from pathlib import Path
 
-from hfprune_launch.slurm.causes import Cause, explain_end, no_node_suits, nodes_to_avoid
+from hfprune_launch.slurm.causes import Cause, explain_end
 from hfprune_launch.slurm.commands import (
     JobInfo,
     NotNowError,
@@ -21,7 +24,7 @@ from hfprune_launch.slurm.commands import (
     SlurmUnavailableError,
     SubmissionRefusedError,
 )
-from hfprune_launch.slurm.decide import Action, Do, StageState, about_jobs, job_to_wait_for, to_submit
+from hfprune_launch.slurm.decide import Do, StageState, about_job, job_to_wait_for, to_submit
 from hfprune_launch.slurm.observe import Observer
 from hfprune_launch.slurm.profile import Profile
 from hfprune_launch.slurm.script import Request, default_threads, write_submission
@@ -31,16 +34,15 @@ from hfprune_dist.errors import UserError
 from hfprune_dist.planning.plan import Plan
 from hfprune_dist.store.artifacts import Store
 from hfprune_dist.store.atomic_files import fsync_folders
-from hfprune_dist.store.attempts import SCRIPT, Attempt, End, Ledger
+from hfprune_dist.store.attempts import Attempt, End, Ledger
 from hfprune_dist.store.claims import Cancellation, Holder, keep_renewed
 from hfprune_dist.store.heartbeat import Failure
 from hfprune_dist.store.stage import Stage
 
 # Seconds between two squeues, and between two looks at what jobs have recorded.
-SHORTEST_WAIT_S, LONGEST_WAIT_S = 1.0, 60.0
-LOOK_S = 10.0
-# For how long the store's file system may fail before a launcher gives up.
-STORE_PATIENCE_S = 600.0
+ASK_S, LOOK_S = 60.0, 5.0
+# For how long the store's file system may fail before a launcher gives up, or Slurm if it doesn't follow.
+PATIENCE_S = 600.0
 # A full or read-only disk, which stays so until somebody does something about it.
 LASTING = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 CANCELLED = "another command has cancelled this, so nothing more is submitted; run the same command again to go on"
@@ -58,13 +60,7 @@ class Event:
 
 @dataclass(frozen=True)
 class NewJobs:
-    """Settings for new jobs.
-
-    Attributes:
-        max_running: the most jobs of the store that run at once; None for no limit.
-        cancellation: tells whether jobs are still wanted.
-        snapshot: folder of the code that jobs run.
-    """
+    """Settings for new jobs; ``snapshot``: folder of the code that they run."""
 
     provenance: Provenance
     profile: Profile
@@ -74,12 +70,7 @@ class NewJobs:
 
 
 class Launcher:
-    """Runs a sweep to its end, or as far as it can get.
-
-    Args:
-        tell: called with every event; with one about waiting, in every round.
-        clock: seconds of a monotonic clock.
-    """
+    """Runs a sweep to its end, or as far as it can get; tells of every event, of waiting in every round."""
 
     def __init__(
         self,
@@ -98,65 +89,65 @@ class Launcher:
         self._tell = tell
         self._clock = clock
         self._ledger = Ledger(store)
-        self._observer = Observer(self._ledger, slurm, clock)
+        self.observer = Observer(self._ledger, slurm, clock)
         # Number of the last attempt at each stage that ended before this command began: a new command tries anew.
         self._before: dict[str, int] | None = None
-
-    @property
-    def jobs(self) -> Mapping[str, JobInfo]:
-        """The jobs that the last round saw, by name."""
-        return self._observer.jobs
 
     def step(self) -> None:
         """Do one round: look at the jobs, do what is to be done about them, then submit what is missing.
 
         The first round takes over what earlier launchers left.
         """
-        self._look()
-        for action in about_jobs(self._states()):
-            self._act(action)
+        attempts = self._open()
+        self.observer.look(attempts)
+        for attempt in attempts:
+            job = self.observer.jobs.get(attempt.intent.job_name)
+            if job is not None and attempt.job_id is None:
+                self._adopt(attempt, job.job_id)
+        for stage_id, state in self._states().items():
+            if (found := about_job(state)) is not None:
+                self._act(stage_id, *found)
         if self._before is None:
-            self._before = {stage_id: self._last_ended(stage_id) for stage_id in self._plan.stages}
+            ended = [each for stage_id in self._plan.stages for each in self._ledger.jobs_of(stage_id) if each.end]
+            self._before = {attempt.intent.stage_id: attempt.intent.number for attempt in ended}
         self._submit_missing()
 
-    def follow(self, show: Callable[[], object], sleep: Callable[[float], None] = time.sleep) -> None:
+    def run(self, show: Callable[[], object], follow: bool, sleep: Callable[[float], None] = time.sleep) -> None:
         """Do rounds until every stage is done or has failed for good.
 
         Args:
             show: called after every look at what jobs have recorded.
+            follow: False leaves after the first round that is whole.
         """
-        waited, wait, answered_at = 0.0, SHORTEST_WAIT_S, self._clock()
-        following: list[Attempt] = []
-        goes_on = True
-        while goes_on:
-            sleep(min(wait, LOOK_S))
-            waited += min(wait, LOOK_S)
+        began_at = answered_at = self._clock()
+        asked_at, following, is_over = -math.inf, list[Attempt](), False
+        while True:
             try:
-                if waited >= wait or any(map(self._has_recorded_its_end, following)):
-                    before, waited = {attempt.folder for attempt in following}, 0.0
+                if self._clock() - asked_at >= ASK_S or any(map(self._has_recorded_its_end, following)):
+                    asked_at = self._clock()
                     self.step()
                     following = self._open()
-                    goes_on = bool(following) or self._may_submit()
-                    is_new = {attempt.folder for attempt in following} != before
-                    wait = SHORTEST_WAIT_S if is_new else min(LONGEST_WAIT_S, wait * 1.5)
+                    is_over = not (follow and (following or self._may_submit()))
                 show()
+                if is_over:
+                    return
                 answered_at = self._clock()
             except SlurmUnavailableError as error:
-                answered_at, wait = self._clock(), min(LONGEST_WAIT_S, wait * 1.5)
+                answered_at = self._clock()
+                if not follow and answered_at - began_at >= PATIENCE_S:
+                    raise
                 self._tell(Event("waiting", message=f"Slurm does not answer ({error}); jobs go on meanwhile"))
             except (OSError, UserError) as error:
-                if not _may_pass(error) or self._clock() - answered_at >= STORE_PATIENCE_S:
+                if not _may_pass(error) or self._clock() - answered_at >= PATIENCE_S:
                     raise
                 message = f"the store can't be read or written ({error}); jobs go on, and it is tried again"
                 self._tell(Event("waiting", message=message))
+            sleep(LOOK_S)
 
     def unsubmitted(self) -> list[Stage]:
         """Return missing stages without a job: refused, claimed by another launcher, or without room in the queue."""
-        return [
-            self._plan.stages[state.stage_id]
-            for state in self._states().values()
-            if state.is_wanted and not state.has_attempt
-        ]
+        states = self._states().values()
+        return [self._plan.stages[each.stage_id] for each in states if each.is_wanted and not each.has_attempt]
 
     # Observe.
 
@@ -165,44 +156,32 @@ class Launcher:
         return [attempt for attempt in attempts if attempt is not None]
 
     def _states(self) -> dict[str, StageState]:
-        return self._observer.states(self._plan, self._before or {})
-
-    def _last_ended(self, stage_id: str) -> int:
-        ended = (attempt.intent.number for attempt in self._ledger.jobs_of(stage_id) if attempt.end is not None)
-        return max(ended, default=0)
+        return self.observer.states(self._plan, self._before or {})
 
     def _has_recorded_its_end(self, attempt: Attempt) -> bool:
         """Return whether the store says that a job which ran is over, before Slurm is asked."""
-        job = self._observer.jobs.get(attempt.intent.job_name)
+        job = self.observer.jobs.get(attempt.intent.job_name)
         if job is None or not job.is_live or job.is_waiting:
             return False
         return attempt.exit_record() is not None or self._store.handle(attempt.intent.stage_id).is_committed()
 
     def _may_submit(self) -> bool:
         """Return whether a stage could not be submitted that can be later."""
-        return not self._new_jobs.cancellation.is_requested() and bool(to_submit(self._states()))
+        new = self._new_jobs
+        return not new.cancellation.is_requested() and bool(to_submit(self._states(), new.profile.allocation))
 
     # Act on jobs.
-
-    def _look(self) -> None:
-        """Ask Slurm about the jobs of open attempts, and record the ids of those that were found by their names."""
-        attempts = self._open()
-        self._observer.look(attempts)
-        for attempt in attempts:
-            job = self._observer.jobs.get(attempt.intent.job_name)
-            if job is not None and attempt.job_id is None:
-                self._adopt(attempt, job.job_id)
 
     def _adopt(self, attempt: Attempt, job_id: str) -> None:
         attempt.record_job(job_id)
         self._tell(Event("adopted", self._plan.stages[attempt.intent.stage_id], job_id))
 
-    def _act(self, action: Action) -> None:
-        stage, attempt = self._plan.stages[action.stage_id], self._ledger.open_job(action.stage_id)
+    def _act(self, stage_id: str, do: Do, message: str) -> None:
+        stage, attempt = self._plan.stages[stage_id], self._ledger.open_job(stage_id)
         if attempt is None:
             return  # another launcher was faster
-        job = self._observer.jobs.get(attempt.intent.job_name)
-        match action.do:
+        job = self.observer.jobs.get(attempt.intent.job_name)
+        match do:
             case Do.CANCEL if job is not None:
                 self._slurm.cancel([job.job_id])
             case Do.CLOSE:
@@ -210,7 +189,7 @@ class Launcher:
             case Do.SETTLE:
                 self._settle(stage, attempt, job)
             case Do.TELL:
-                self._tell(Event("waiting", stage, attempt.job_id, action.message))
+                self._tell(Event("waiting", stage, attempt.job_id, message))
 
     def _settle(self, stage: Stage, attempt: Attempt, job: JobInfo | None) -> None:
         """Close an attempt whose job Slurm doesn't know, unless the stage's claim shows that somebody is at it."""
@@ -221,10 +200,10 @@ class Launcher:
             if job is None:
                 if attempt.job_id is not None:
                     return  # another launcher has just found it
-                if (found := self._slurm.find(attempt.intent.job_name)) is not None:
-                    self._adopt(attempt, found)
+                if (found := self._slurm.jobs().get(attempt.intent.job_name)) is not None:
+                    self._adopt(attempt, found.job_id)
                     return
-                if (attempt.folder / SCRIPT).exists():  # otherwise its launcher died before sbatch
+                if attempt.script.exists():  # otherwise its launcher died before sbatch
                     self._slurm.cancel_named(attempt.intent.job_name)  # squeue may have missed it
             self._end(stage, attempt, explain_end(self._ledger, stage, attempt, job))
         finally:
@@ -245,7 +224,7 @@ class Launcher:
         handle.clear_failures()
         if end.cause != Cause.NOT_RUN:  # which says nothing about the stage
             handle.report_failure(Failure(end.cause, end.message, -1, end.at, attempt.intent.number))
-        self._observer.forget_artifacts()
+        self.observer.forget_artifacts()
         self._tell(Event("ended", stage, attempt.job_id, f"{end.cause}: {end.message}"))
 
     # Submit.
@@ -254,106 +233,103 @@ class Launcher:
         """Submit every missing stage whose inputs exist or are being made, in plan order; nothing once cancelled."""
         # Under a limit, other launchers must not submit between our look at the queue and our last submission.
         with nullcontext() if self._new_jobs.max_running is None else self._ledger.locked():
-            missing = to_submit(self._states())
+            missing = to_submit(self._states(), self._new_jobs.profile.allocation)
             try:
                 queue = self._queue() if missing else []
-                for stage_id in missing:
-                    self._submit(self._plan.stages[stage_id], queue)
+                for chain in missing:
+                    self._require_wanted()
+                    self._submit([self._plan.stages[stage_id] for stage_id in chain], queue)
             except NotNowError as error:
                 self._tell(Event("waiting", message=str(error)))
 
     def _queue(self) -> list[str]:
-        """Return the ids of the store's jobs that wait or run, in the order of their submission, if they are limited.
-
-        Those of other sweeps count if Slurm lists them, as it would refuse a job that waits for one it doesn't know. An
-        id that isn't known (yet) is empty.
-        """
-        self._require_wanted()
+        """Return the ids of the store's jobs that wait or run, in the order of their submission, if limited."""
         if self._new_jobs.max_running is None:
             return []
         jobs = self._slurm.jobs()  # asked anew, as another launcher may have submitted since this round began
-        attempts = sorted(self._ledger.open_jobs(), key=lambda attempt: attempt.intent.created)
-        return [
-            attempt.job_id or ""
-            for attempt in attempts
-            if attempt.intent.stage_id in self._plan.stages or _is_live(jobs.get(attempt.intent.job_name))
-        ]
+        ours = [job.job_id for name, job in jobs.items() if job.is_live and self._ledger.has_named(name)]
+        return sorted(ours, key=int)
 
     def _require_wanted(self) -> None:
         if self._new_jobs.cancellation.is_requested():
             raise NotNowError(CANCELLED)
 
-    def _submit(self, stage: Stage, queue: list[str]) -> None:
-        """Submit a stage, unless another launcher has done so or is doing so.
+    def _submit(self, chain: list[Stage], queue: list[str]) -> None:
+        """Submit a job that runs stages one after another, up to the first that another launcher has or submits.
 
         Args:
             queue: as ``_queue`` returns it; the new job is added.
         """
-        handle = self._store.handle(stage.id)
-        pending = [need for need in stage.needs if not self._observer.is_done(need)]
-        needed = [self._ledger.open_job(need) for need in pending]
-        after_ok = [job_id for attempt in needed if attempt is not None and (job_id := attempt.job_id) is not None]
-        after_any = job_to_wait_for(self._new_jobs.max_running, queue)
-        if len(after_ok) < len(pending) or after_any == "":
+        needs = {need for stage in chain for need in stage.needs} - {stage.id for stage in chain}
+        needed = [self._ledger.open_job(need) for need in sorted(needs) if not self.observer.is_done(need)]
+        jobs = [None if attempt is None else attempt.job_id for attempt in needed]
+        if None in jobs:
             return  # what it has to wait for was refused, or has no known id
-        claim = self._store.handle(stage.id).claim()
-        if isinstance(claim, Holder):
-            return
-        submitted = keep_renewed(claim)  # a controller that doesn't answer may take longer than a claim lasts
-        try:
-            verdict = handle.verify()
-            if verdict.state == "done":
-                handle.discard_work()
-            elif self._ledger.open_job(stage.id) is None:
-                if verdict.state == "corrupt":
-                    handle.set_aside(claim)
-                if job_id := self._submit_claimed(stage, after_ok, after_any):
-                    queue.append(job_id)
-        finally:
-            submitted.set()
-            claim.release()
+        dependencies = sorted({f"afterok:{job_id}" for job_id in jobs})
+        if (before := job_to_wait_for(self._new_jobs.max_running, queue)) is not None:
+            dependencies.append(f"afterany:{before}")
+        with ExitStack() as claims:
+            claimed = list(takewhile(partial(self._claim, claims), chain))
+            if claimed and (job_id := self._submit_claimed(claimed, dependencies)):
+                queue.append(job_id)
 
-    def _submit_claimed(self, stage: Stage, after_ok: list[str], after_any: str | None) -> str | None:
+    def _claim(self, claims: ExitStack, stage: Stage) -> bool:
+        """Claim a stage until ``claims`` is closed; return whether it still has to be submitted."""
+        handle = self._store.handle(stage.id)
+        claim = handle.claim()
+        if isinstance(claim, Holder):
+            return False
+        claims.callback(claim.release)
+        claims.callback(keep_renewed(claim).set)  # a controller that doesn't answer may take longer than a claim lasts
+        verdict = handle.verify()
+        if verdict.state == "done":
+            handle.discard_work()
+        elif self._ledger.open_job(stage.id) is None:
+            if verdict.state == "corrupt":
+                handle.set_aside(claim)
+            return True
+        return False
+
+    def _submit_claimed(self, chain: list[Stage], dependencies: list[str]) -> str | None:
         """Record the intent, submit, record the job and return its id; None if Slurm refuses it.
 
         Later rounds repair a death between any two of these steps.
         """
-        new, resources = self._new_jobs, self._new_jobs.profile.resources[stage.kind]
-        avoided = nodes_to_avoid(self._ledger.jobs_of(stage.id))
-        attempt = self._ledger.begin(stage, ranks=resources.ranks, time_minutes=resources.time_minutes, avoided=avoided)
-        write_stage_file(self._store.handle(stage.id), stage, new.provenance, attempt.intent.number)
+        new, resources = self._new_jobs, self._new_jobs.profile.of_job([stage.kind for stage in chain])
+        attempts: list[Attempt] = []
+        for stage in chain:
+            leader = attempts[0] if attempts else None
+            attempt = self._ledger.begin(stage, resources.ranks, time_minutes=resources.time_minutes, leader=leader)
+            write_stage_file(self._store.handle(stage.id), stage, new.provenance, attempt.intent.number)
+            attempts.append(attempt)
         request = Request(
-            stage=stage,
             resources=resources,
-            folder=attempt.folder,
-            job_name=attempt.intent.job_name,
+            folders=[attempt.folder for attempt in attempts],
+            job_name=attempts[0].intent.job_name,
             snapshot=new.snapshot,
             threads=default_threads(resources, new.provenance.runtime.threads_per_rank),
-            after_ok=after_ok,
-            after_any=after_any,
-            exclude=avoided,
+            dependencies=dependencies,
         )
         script = write_submission(request)
         # A job may outlive this machine: what it reads, and what tells the next launcher of it, must do so as well.
-        for folder in (attempt.folder, self._store.handle(stage.id).work):
+        for folder in (*request.folders, *(self._store.handle(stage.id).work for stage in chain)):
             fsync_folders(folder, self._store.root)
         try:
             # Only now: whoever cancels later finds the intent, and waits for what becomes of it.
             self._require_wanted()
-            job_id = self._slurm.submit(script, attempt.intent.job_name)
+            job_id = self._slurm.submit(script)
         except SubmissionRefusedError as error:
-            self._end(stage, attempt, End(*no_node_suits(str(error), avoided), time.time()))
+            for stage, attempt in zip(chain, attempts, strict=True):
+                self._end(stage, attempt, End(Cause.INPUT, f"{error}; check the profile", time.time()))
             return None
         except NotNowError:
-            attempt.withdraw()
+            for attempt in reversed(attempts):
+                attempt.withdraw()
             raise
-        attempt.record_job(job_id)
-        self._tell(Event("submitted", stage, job_id))
+        attempts[0].record_job(job_id)
+        for stage in chain:
+            self._tell(Event("submitted", stage, job_id))
         return job_id
-
-
-def _is_live(job: JobInfo | None) -> bool:
-    return job is not None and job.is_live
 
 
 def _may_pass(error: Exception) -> bool:

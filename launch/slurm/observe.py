@@ -15,14 +15,14 @@ from hfprune_dist.store.artifacts import Store
 from hfprune_dist.store.attempts import DONE, Attempt, Ledger
 from hfprune_dist.store.stage import Stage
 
+# Kinds of passes through a dense model, which its rows share.
+PASSES = ("importance", "reference")
+
 
 class Observer:
     """Looks at Slurm and at the store.
 
     What it remembers can be seen again: since when a job has been in its state, and which artifacts it has verified.
-
-    Args:
-        clock: seconds of a monotonic clock.
 
     Attributes:
         jobs: what the last look found out about jobs, by name; nothing of those about which Slurm did not answer.
@@ -37,20 +37,17 @@ class Observer:
         self.jobs: dict[str, JobInfo] = {}
 
     def look(self, attempts: Iterable[Attempt]) -> None:
-        """Ask Slurm about the jobs of open attempts; the controller itself about those that squeue does not list.
-
-        Raises:
-            SlurmUnavailableError: if squeue did not answer.
-        """
+        """Ask Slurm about the jobs of open attempts; the controller itself about those that squeue does not list."""
         asked = [(attempt.intent.job_name, attempt.job_id) for attempt in attempts]
         self.jobs = self._slurm.jobs()
         with suppress(SlurmUnavailableError):
             for name, job_id in asked:
                 if job_id is not None and name not in self.jobs:
-                    job = self._slurm.job(job_id)
-                    # Ids are reused if a cluster was set up anew, names are not.
-                    is_ours = job is not None and job.name == name
-                    self.jobs[name] = job if job and is_ours else JobInfo(job_id, FORGOTTEN, "", "", name)
+                    says = self._slurm.fields(job_id)
+                    if says.get("JobName") != name:  # ids are reused if a cluster was set up anew, names are not
+                        says = {"JobState": FORGOTTEN}
+                    state, reason, nodes = (says.get(key, "") for key in ("JobState", "Reason", "NodeList"))
+                    self.jobs[name] = JobInfo(job_id, state, reason, nodes, name)
         self._since = {job: self._since.get(job, self._clock()) for job in self.jobs.values()}
 
     def is_done(self, stage_id: str) -> bool:
@@ -69,13 +66,13 @@ class Observer:
         Args:
             attempts_before: number of the last attempt at a stage that this command didn't see end.
         """
-        wanted = set(plan.lacking(self.is_done))
+        wanted, serves = set(plan.lacking(self.is_done)), served_by(plan)
         return {
-            stage.id: self._state(stage, stage.id in wanted, attempts_before.get(stage.id, 0))
+            stage.id: self._state(stage, serves[stage.id], stage.id in wanted, attempts_before.get(stage.id, 0))
             for stage in plan.stages.values()
         }
 
-    def _state(self, stage: Stage, is_wanted: bool, before: int) -> StageState:
+    def _state(self, stage: Stage, serves: frozenset[str], is_wanted: bool, before: int) -> StageState:
         attempt = self._ledger.open_job(stage.id)
         job = self.jobs.get(attempt.intent.job_name) if attempt is not None else None
         earlier = self._ledger.jobs_of(stage.id) if attempt is None and is_wanted else []
@@ -83,6 +80,7 @@ class Observer:
         return StageState(
             stage.id,
             tuple(stage.needs),
+            serves,
             is_wanted,
             self.is_done(stage.id),
             has_attempt=attempt is not None,
@@ -92,6 +90,16 @@ class Observer:
             # One that was done and is wanted again has been found damaged, which is no failure of its own.
             ends=tuple(cause for cause in ends if cause != DONE),
         )
+
+
+def served_by(plan: Plan) -> dict[str, frozenset[str]]:
+    """Return ``StageState.serves`` of each stage; of one that no row needs, itself."""
+    found: dict[str, set[str]] = {stage_id: set() for stage_id in plan.stages}
+    for cell in plan.cells:
+        for stage_id in plan.lacking(lambda _: False, cell.results):
+            stage = plan.stages[stage_id]
+            found[stage_id].add(cell.model if stage.kind in PASSES and not stage.needs else cell.label)
+    return {stage_id: frozenset(serves or {stage_id}) for stage_id, serves in found.items()}
 
 
 def inputs_of_live_jobs(store: Store) -> Mapping[str, list[str]]:
@@ -104,11 +112,9 @@ def inputs_of_live_jobs(store: Store) -> Mapping[str, list[str]]:
             observer.look(attempts)
     ended = {name for name, job in observer.jobs.items() if not job.is_live}
     submitted = {attempt.intent.stage_id for attempt in attempts if attempt.intent.job_name not in ended}
-    return {stage_id: _read_by(store, stage_id) for stage_id in sorted(submitted)}
-
-
-def _read_by(store: Store, stage_id: str) -> list[str]:
-    """Ids of the stages that a submitted one reads; none if its file is lost, without which its job can't run."""
-    content = find_stage_file(store.handle(stage_id))
-    inputs = {} if content is None else content.stage.get("inputs", {})
-    return [source["location"] for source in inputs.values() if source.get("is_stage")]
+    found: dict[str, list[str]] = {}
+    for stage_id in sorted(submitted):
+        content = find_stage_file(store.handle(stage_id))  # if it is lost, the job can't run
+        inputs = {} if content is None else content.stage.get("inputs", {})
+        found[stage_id] = [source["location"] for source in inputs.values() if source.get("is_stage")]
+    return found

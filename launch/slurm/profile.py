@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -15,7 +15,7 @@ from hfprune_dist.config.parameters import KINDS
 from hfprune_dist.config.section import Positive, Section
 from hfprune_dist.config.yaml_text import read_yaml
 from hfprune_dist.errors import UserError, did_you_mean
-from hfprune_dist.store.stage import STAGE_VERSIONS
+from hfprune_dist.store.stage import STAGE_VERSIONS, kind_of
 
 StageName = Literal["importance", "reference", "prune", "distill", "recover", "evaluate", "efficiency", "loraprune"]
 OptionName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9-]+$")]
@@ -24,19 +24,10 @@ UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 # Options of sbatch that a sweep sets, some of them from other keys, or that would keep sbatch from saying a job's id at
 # once. Which cluster is asked is for SLURM_CLUSTERS to say, as all of Slurm's commands have to find the jobs there.
 OWN_OPTIONS = {
-    *(
-        "nodes",
-        "ntasks",
-        "ntasks-per-node",
-        "tasks-per-node",
-        "cpus-per-task",
-        "gpus-per-node",
-        "mem",
-        "time",
-        "signal",
-    ),
+    *("nodes", "ntasks", "ntasks-per-node", "tasks-per-node", "cpus-per-task", "gpus-per-node", "mem", "time"),
     *("partition", "account", "qos", "constraint", "exclude", "cluster", "clusters", "dependency", "chdir", "job-name"),
     *("kill-on-invalid-dep", "requeue", "no-requeue", "array", "output", "error", "open-mode", "wait", "test-only"),
+    "signal",
 }
 
 
@@ -129,12 +120,6 @@ class Resources(Section):
         return self.nodes * self.gpus_per_node
 
     @property
-    def gpus_per_node_option(self) -> str | None:
-        """What sbatch's --gpus-per-node is given; None if no GPUs are asked for."""
-        typed = "" if self.gpu_type is None else f"{self.gpu_type}:"
-        return f"{typed}{self.gpus_per_node}" if self.gpus_per_node else None
-
-    @property
     def memory_bytes(self) -> float | None:
         """Main memory per node in bytes; None if it is the cluster's default, or all of it."""
         found = re.match(r"(\d+)([KMGT]?)", self.memory or "", re.IGNORECASE)
@@ -147,14 +132,10 @@ class Resources(Section):
         return self.ranks * self.cpus_per_task
 
     def device(self, threads: int) -> str:
-        """Describe the device of a rank, as far as the profile specifies it.
-
-        Args:
-            threads: CPU threads of a rank.
-        """
+        """Describe the device of a rank with so many threads, as far as the profile specifies it."""
         asked = {"partition": self.partition, "constraint": self.constraint, "gres": self.sbatch.get("gres")}
-        typed = {"gpu_type": self.gpu_type if self.gpus else None}
-        told = [f"{name} {value}" for name, value in {**asked, **typed}.items() if value is not None]
+        asked["gpu_type"] = self.gpu_type if self.gpus else None
+        told = [f"{name} {value}" for name, value in asked.items() if value is not None]
         return ", ".join([*told, "a GPU" if self.gpus else f"threads: {threads}"])
 
 
@@ -170,16 +151,21 @@ class ProfileFile(Resources):
 
 @dataclass(frozen=True)
 class Profile:
-    """A checked profile.
-
-    Attributes:
-        resources: kind of stage -> the resources of its jobs.
-        max_running: the most jobs that run at once, None for no limit.
-    """
+    """A checked profile, with the resources of each kind of stage."""
 
     name: str
     resources: Mapping[str, Resources]
     max_running: int | None
+
+    def allocation(self, stage_id: str) -> Mapping[str, Any]:
+        """Return what a stage wants of a job, which may run others that want the same: all but its time limit."""
+        return self.resources[kind_of(stage_id)].model_dump(exclude={"time_minutes", "signal_seconds"})
+
+    def of_job(self, kinds: Sequence[str]) -> Resources:
+        """Return the resources of a job that runs stages of these kinds: they differ in their time limits alone."""
+        resources = [self.resources[kind] for kind in kinds]
+        limits = {key: max(getattr(each, key) for each in resources) for key in ("time_minutes", "signal_seconds")}
+        return resources[0].model_copy(update=limits)
 
 
 def load_profile(name: str, shipped: Path) -> Profile:

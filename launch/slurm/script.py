@@ -1,10 +1,14 @@
-"""Batch scripts, made from a stage and a profile; every script is written here, including those of dry runs."""
+"""Batch scripts, made from a chain of stages and a profile; every script is written here, including those of dry runs.
+
+A script runs its stages one after another, up to the first that fails; one that was requeued goes on where it was.
+"""
 
 from __future__ import annotations
 
 import os
 import re
 import shlex
+import signal
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,12 +21,13 @@ from hfprune_dist.errors import UserError
 from hfprune_dist.store.atomic_files import write_text
 from hfprune_dist.store.attempts import SCRIPT
 from hfprune_dist.store.machine import threads_allowed
-from hfprune_dist.store.stage import Stage
 
 # The profile's setup and environment, which may hold secrets: sourced by the batch script, readable by its owner alone.
 ENVIRONMENT = "environment.sh"
 # Characters to which Slurm (ids in the names of logs), batch scripts or PYTHONPATH give a meaning of their own.
 UNUSABLE = re.compile(r"[%\\:\x00-\x1f\x7f-\x9f\ud800-\udfff]")
+# What srun exits with if SIGUSR2 ends a rank.
+UNHEARD = 128 + signal.SIGUSR2
 
 
 @dataclass(frozen=True)
@@ -30,36 +35,20 @@ class Request:
     """One job to submit.
 
     Attributes:
-        folder: the attempt's folder, which receives script and logs.
-        after_ok: ids of jobs that must have succeeded before it starts.
-        after_any: id of a job that must have ended, in any way, before it starts (``--max-running``).
-        exclude: nodes that failed earlier attempts.
+        folders: of the attempts at its stages, in order; the first receives the script, each the logs of its stage.
         threads: CPU threads of each rank.
     """
 
-    stage: Stage
     resources: Resources
-    folder: Path
+    folders: Sequence[Path]
     job_name: str
     snapshot: Path
     threads: int
-    after_ok: Sequence[str] = ()
-    after_any: str | None = None
-    exclude: Sequence[str] = ()
-
-    @property
-    def dependency(self) -> str | None:
-        after_ok = ["afterok:" + ":".join(self.after_ok)] if self.after_ok else []
-        after_any = [f"afterany:{self.after_any}"] if self.after_any else []
-        return ",".join(after_ok + after_any) or None
+    dependencies: Sequence[str] = ()
 
 
 def refuse_unusable_path(out: Path) -> None:
-    """Check that jobs can keep their logs and code below a folder.
-
-    Raises:
-        UserError: for characters to which Slurm or Python give a special meaning.
-    """
+    """Raise UserError if jobs can't keep their logs and code below a folder."""
     for path in (out.absolute(), out.resolve()):
         if found := UNUSABLE.search(str(path)):
             raise UserError(
@@ -71,7 +60,8 @@ def refuse_unusable_path(out: Path) -> None:
 def batch_script(request: Request) -> str:
     """Return the batch script, as submitit writes it."""
     resources = request.resources
-    executor = _TextExecutor(request.folder)
+    gpus = f"{resources.gpu_type or ''}:{resources.gpus_per_node}".removeprefix(":")
+    executor = _TextExecutor(request.folders[0])
     executor.update_parameters(
         job_name=request.job_name,
         partition=resources.partition,
@@ -79,73 +69,64 @@ def batch_script(request: Request) -> str:
         qos=resources.qos,
         nodes=resources.nodes,
         ntasks_per_node=resources.tasks_per_node,
-        gpus_per_node=resources.gpus_per_node_option,
+        gpus_per_node=gpus if resources.gpus else None,
         cpus_per_task=resources.cpus_per_task,
         time=resources.time_minutes,
         constraint=resources.constraint,
-        exclude=",".join([*([resources.exclude] if resources.exclude else []), *request.exclude]) or None,
-        dependency=request.dependency,
+        exclude=resources.exclude,
+        dependency=",".join(request.dependencies) or None,
         signal_delay_s=resources.signal_seconds,
         wckey=None,
-        additional_parameters={**_common_options(request), **resources.sbatch},
+        additional_parameters={
+            "requeue": True,  # by Slurm, if it is preempted or its node dies
+            "kill-on-invalid-dep": "yes",  # without it, a job whose dependency failed waits for ever
+            "chdir": str(request.snapshot),
+            "propagate": "NONE",  # the limits (ulimit) of the launcher's shell are not meant for the nodes
+            **({"mem": resources.memory} if resources.memory else {}),
+            **resources.sbatch,
+        },
         setup=_setup(request),
-        srun_args=_srun_arguments(resources),
-        teardown=["hfprune_end $?"],
+        use_srun=False,
     )
-    return executor.text()
+    text: str = executor._make_submission_file_text(_run_stages(resources, executor.python), "")
+    return text
 
 
 def write_submission(request: Request) -> Path:
     """Write the batch script and what it sources into the attempt's folder; return the script."""
-    write_text(request.folder / ENVIRONMENT, environment_script(request), mode=0o600)
-    write_text(request.folder / SCRIPT, batch_script(request))
-    return request.folder / SCRIPT
+    folder = request.folders[0]
+    write_text(folder / ENVIRONMENT, environment_script(request), mode=0o600)
+    write_text(folder / SCRIPT, batch_script(request))
+    return folder / SCRIPT
 
 
 class _TextExecutor(SlurmExecutor):  # type: ignore[misc]
-    """submitit's executor, used only to write scripts: works without Slurm, and submits nothing itself."""
+    """submitit's executor, used only to write scripts, also where there is no Slurm."""
 
     @classmethod
     def affinity(cls) -> int:
         return 2
 
-    def text(self) -> str:
-        command = f"{self.python} -u -m hfprune_launch.slurm.job {shlex.quote(str(self.folder))}"
-        text: str = self._make_submission_file_text(command, "")
-        return text
-
-
-def _common_options(request: Request) -> dict[str, str | bool]:
-    options: dict[str, str | bool] = {
-        # Lets Slurm requeue a job that is preempted or whose node dies.
-        "requeue": True,
-        # Without this, a job whose dependency failed waits for ever.
-        "kill-on-invalid-dep": "yes",
-        "chdir": str(request.snapshot),
-        # The limits (ulimit) of the launcher's shell are not meant for the nodes.
-        "propagate": "NONE",
-    }
-    return options if request.resources.memory is None else {**options, "mem": request.resources.memory}
-
 
 def _setup(request: Request) -> list[str]:
     """Return the shell lines before srun, among them the profile's setup and environment."""
-    snapshot, folder = shlex.quote(str(request.snapshot)), request.folder.resolve()
+    snapshot, *folders = (shlex.quote(str(path)) for path in (request.snapshot, *map(Path.resolve, request.folders)))
     return [
         f'echo "{START} ${{SLURM_RESTART_COUNT:-0}}" >&2',
-        f"hfprune_folder={shlex.quote(str(folder))}",
-        'hfprune_record="$hfprune_folder/exit.$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}"',
-        "hfprune_end() { trap - EXIT",
-        'echo "$@" >"$hfprune_record.new" && mv "$hfprune_record.new" "$hfprune_record"; exit "$1"; }',
+        f"hfprune_stages=({' '.join(folders)})",
+        "# What this job has finished before it was requeued.",
+        'while grep -qsx 0 "$hfprune_stages/exit.$SLURM_JOB_ID".*; do hfprune_stages=("${hfprune_stages[@]:1}"); done',
+        'hfprune_record() { local file="$hfprune_stages/exit.$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}"',
+        'echo "$@" >"$file.new" && mv "$file.new" "$file"; }',
+        'hfprune_end() { trap - EXIT; hfprune_record "$@"; exit "$1"; }',
         # With it, srun would need slurmdbd; the job's own cluster is that of its nodes.
         "unset SLURM_CLUSTERS",
         f"export OMP_NUM_THREADS={request.threads}",
         # Python doesn't notice bytecode that a full disk has cut off, and nobody else should run what a job writes.
         "export PYTHONDONTWRITEBYTECODE=1",
-        f'. "$hfprune_folder/{ENVIRONMENT}"',
+        f". {folders[0]}/{ENVIRONMENT}",
         "[ $? = 0 ] || hfprune_end 1 setup in the profile can not be read",
-        f"export HFPRUNE_CODE={snapshot}",
-        '[ -d "$HFPRUNE_CODE" ] || hfprune_end 1 "the copy of the code in $HFPRUNE_CODE is gone"',
+        f"[ -d {snapshot} ] || hfprune_end 1 the copy of the code in {snapshot} is gone",
         f"export PYTHONPATH={snapshot}${{PYTHONPATH:+:$PYTHONPATH}}",
     ]
 
@@ -168,11 +149,32 @@ def environment_script(request: Request) -> str:
     return "".join(f"{line}\n" for line in [*checked, *environment])
 
 
-def _srun_arguments(resources: Resources) -> list[str]:
+def _run_stages(resources: Resources, python: str) -> str:
+    """Return the shell lines that run the stages that are left."""
     # srun doesn't inherit cpus-per-task from sbatch; a rank that dies must end the others; a requeue must not empty the
     # logs; ranks need all that the setup has exported, whatever environment the job was submitted with.
     required = ["--kill-on-bad-exit=1", f"--cpus-per-task={resources.cpus_per_task}", "--open-mode=append"]
-    return [*required, "--export=ALL", *resources.srun_args]
+    arguments = shlex.join(["--unbuffered", *required, "--export=ALL", *resources.srun_args])
+    signal_at = 60 * (resources.time_minutes - 1) - resources.signal_seconds  # Slurm may be a minute early
+    return f"""\
+while [ "$hfprune_stages" ]; do
+    hfprune_logs="$hfprune_stages/$SLURM_JOB_ID"
+    echo "{START} ${{SLURM_RESTART_COUNT:-0}}" >>"${{hfprune_logs}}_srun_log.err"
+    srun --output "${{hfprune_logs}}_%t_log.out" --error "${{hfprune_logs}}_%t_log.err" {arguments} \\
+        {python} -u -m hfprune_launch.slurm.job "$hfprune_stages" 2>>"${{hfprune_logs}}_srun_log.err"
+    hfprune_code=$?
+    if [ $hfprune_code = 0 ]; then
+        hfprune_record 0
+        hfprune_stages=("${{hfprune_stages[@]:1}}") hfprune_got_further=1
+    elif [ $hfprune_code != {UNHEARD} ] || [ ! "$hfprune_got_further" ]; then
+        hfprune_end $hfprune_code
+    fi
+    # The signal before the time limit has come, or may have come, while no rank listened.
+    if [ "$hfprune_stages" ] && {{ [ $hfprune_code = {UNHEARD} ] || [ $SECONDS -ge {signal_at} ]; }}; then
+        scontrol requeue "$SLURM_JOB_ID"
+        exit 1
+    fi
+done"""
 
 
 def default_threads(resources: Resources, threads_per_rank: int | None) -> int:

@@ -6,6 +6,7 @@ import errno
 import shutil
 import uuid
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +25,10 @@ def take_snapshot(
     """Copy the project's packages to ``<folder>/<digest of their content>``, or reuse an intact copy that is there.
 
     A copy whose content no longer matches its name (emptied by a full disk, purged by a cleaner of old files) is set
-    aside, since every job that runs it would fail.
+    aside, since every job that runs it would fail, which is told.
 
     Args:
         code: provenance (commit, digest of the uncommitted changes), kept with the copy.
-        tell: called with a message on what was set aside.
     """
     draft = folder / f".draft-{uuid.uuid4().hex[:8]}"
     try:
@@ -40,7 +40,9 @@ def take_snapshot(
         # The copy is digested, since the originals may be edited at this moment.
         snapshot = folder / _digest(draft)
         while not _is_intact(snapshot):
-            if aside := _set_aside(snapshot):
+            aside = snapshot.with_name(f"damaged-{snapshot.name}-{uuid.uuid4().hex[:8]}")
+            with suppress(FileNotFoundError):  # jobs that run in it keep using it
+                snapshot.rename(aside)
                 tell(f"the code in {snapshot} was damaged: set aside as {aside}, copied again")
             _publish(draft, snapshot, code)
         return snapshot
@@ -64,16 +66,6 @@ def _is_intact(snapshot: Path) -> bool:
         return snapshot.is_dir() and _digest(snapshot) == snapshot.name
     except UserError:  # a file that can't be read
         return False
-
-
-def _set_aside(snapshot: Path) -> Path | None:
-    """Rename a damaged copy, which jobs that run in it keep using; None if it isn't there (any more)."""
-    aside = snapshot.with_name(f"damaged-{snapshot.name}-{uuid.uuid4().hex[:8]}")
-    try:
-        snapshot.rename(aside)
-    except FileNotFoundError:
-        return None
-    return aside
 
 
 def _publish(draft: Path, snapshot: Path, code: Mapping[str, Any]) -> None:

@@ -79,7 +79,9 @@ def _status(stage: Stage, ledger: Ledger, jobs: Mapping[str, JobInfo] | None, no
     if attempt is not None and job is None and state in ("missing", "waiting", "died"):
         state, detail = "submitted", ""
     elif job is not None and job.is_live and state != "done":
-        state, detail = ("queued", job.reason) if job.is_waiting else (job.state.lower(), "")
+        is_next = job.state == "RUNNING" and attempt is not None and not attempt.runs()  # of those that its job runs
+        state = "queued" if job.is_waiting or is_next else job.state.lower()
+        detail = job.reason if job.is_waiting else ""
     progress = left = ""
     if state == "running":
         runs, beat = attempt.runs() if attempt is not None else [], handle.heartbeat()
@@ -139,13 +141,10 @@ def status_table(statuses: list[StageStatus]) -> Table:
 
 
 def row_logs(plan: Plan, store: Store, local_logs: Path, name: str, lines: int) -> str:
-    """Return the last lines of the newest log of every stage behind a row of the table.
+    """Return the last lines of the newest log of every stage behind a row of the table, or of one stage.
 
     Args:
         name: the row's label, as the tables show it, or the id or fingerprint of a stage.
-
-    Raises:
-        UserError: for a name of no row or stage.
     """
     ledger, parts = Ledger(store), []
     for stage_id in _stages_of(plan, name):

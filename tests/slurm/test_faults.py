@@ -10,6 +10,7 @@ import time
 import pytest
 from clusters import (
     CONTROL,
+    CONTROLS_SCORES,
     DENSE,
     FORKED_RANKS,
     FORKED_SUCCESSORS,
@@ -33,22 +34,32 @@ def test_the_time_limit_is_hit_in_mid_recovery(cluster, config, finished, withou
     profile = cluster.profile("short", time_minutes=2, signal_seconds=70, sbatch=first_in_queue)
     # So slow that all steps, where they are slow, take longer than the time limit.
     slowly = {**SLOWLY, **FORKED_RANKS, "SLOW_S": "16", "SLOW_STARTS": "1"}
-    out = without(CONTROL)
+    out = without(CONTROL, CONTROLS_SCORES)
     done(cluster, out, finished, cluster.submit(config, out, profile=profile, **slowly))
-    assert causes(out) == ["done"], "one job, requeued by itself"
+    assert causes(out) == ["done", "done"] and len(job_names(out)) == 1, "one job, requeued by itself"
     *ended_early, last = runs(out, CONTROL)
     assert set(ended_early) == {"interrupted"} and last == "done"
 
 
 def test_scancel(cluster, config, finished, without):
-    out = without(CONTROL)
+    out = without(CONTROL, CONTROLS_SCORES)
     submitted = cluster.submit(config, out, **SLOWLY, **FORKED_SUCCESSORS)
     cluster.slurm("scancel", submitted.job_at_work(CONTROL, beats=2))
     code, output = submitted.end()
     assert code == 1 and "cancelled" in output
     assert ["cancelled" in row["cause"] for row in results(out) if row["status"] != "done"] == [True]
     done(cluster, out, finished, cluster.submit(config, out, **FORKED_RANKS))
-    assert causes(out) == ["cancelled", "done"] and runs(out, CONTROL) == ["interrupted", "done"]
+    assert causes(out, CONTROL) == ["cancelled", "done"] and runs(out, CONTROL) == ["interrupted", "done"]
+    assert causes(out, CONTROLS_SCORES) == ["not run", "done"]
+
+
+def test_a_launcher_dies_while_its_job_is_in_mid_chain(cluster, config, finished, without):
+    out = without(CONTROL, CONTROLS_SCORES)
+    submitted = cluster.submit(config, out, real=True, **SLOWLY, **FORKED_RANKS)
+    submitted.job_at_work(CONTROL, beats=2)
+    submitted.kill()
+    output = done(cluster, out, finished, cluster.submit(config, out, **FORKED_RANKS))
+    assert "submitted" not in output and causes(out) == ["done", "done"] and len(job_names(out)) == 1
 
 
 def test_two_sweeps_at_once(cluster, config, finished, without):

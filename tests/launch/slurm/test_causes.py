@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 from fake_slurm import complete
-from hfprune_launch.slurm.causes import RETRIES, START, explain_end, nodes_to_avoid
+from hfprune_launch.slurm.causes import RETRIES, START, explain_end
 from hfprune_launch.slurm.commands import NEVER, JobInfo
 from made_stages import stage_of
 
@@ -40,8 +40,8 @@ def job(state, attempt, nodes="n1", reason="None"):
     return JobInfo("7", state, reason, nodes, attempt.intent.job_name)
 
 
-def started(attempt, nodes="n1"):
-    attempt.record_run(Run("7", 0, nodes, time.time() - 10))
+def started(attempt):
+    attempt.record_run(Run("7", 0, "n1", time.time() - 10))
 
 
 def ended(ledger, attempt, state=None, **changes):
@@ -73,7 +73,6 @@ def test_by_state_of_the_job(ledger, attempt, state, reason, expected):
     [
         ("slurmstepd: error: *** JOB 7 ON n1 CANCELLED AT 2026-01-01T00:00:00 DUE TO TIME LIMIT ***", "killed"),
         ("slurmstepd: error: Detected 1 oom_kill event in StepId=7.0", "out of memory"),
-        ("srun: error: task 1 launch failed: Prolog error: prolog did not exit normally", "bad node"),
         ("srun: error: Unable to create step for job 7: Memory required by task is not available", "input"),
         ("srun: error: n1: task 0: Segmentation fault (core dumped)", "killed"),
     ],
@@ -117,10 +116,10 @@ def test_a_disk_that_nobody_can_write_to_is_what_it_is(ledger, attempt, monkeypa
 def test_the_log_of_an_earlier_start_says_nothing_of_the_last_end(ledger, attempt):
     started(attempt)
     log = attempt.folder / "7_0_log.err"
-    log.write_text(f"{START} 0\nuncorrectable ECC\n{START} 1\nended\n")
+    log.write_text(f"{START} 0\noom_kill\n{START} 1\nended\n")
     assert ended(ledger, attempt, "FAILED").cause == "killed"
-    log.write_text(f"{START} 0\nended\n{START} 1\nuncorrectable ECC\n")
-    assert ended(ledger, attempt, "FAILED").cause == "bad node"
+    log.write_text(f"{START} 0\nended\n{START} 1\noom_kill\n")
+    assert ended(ledger, attempt, "FAILED").cause == "out of memory"
 
 
 @pytest.mark.parametrize(
@@ -170,7 +169,7 @@ def test_what_explains_most_comes_first(ledger, attempt):
     added = [
         ("FAILED", "killed", lambda: fail(ledger, "code", "Timed out waiting 4000ms for recv operation")),
         ("FAILED", "code", lambda: fail(ledger, "code", "ValueError: we are wrong", rank=1)),
-        ("FAILED", "bad node", lambda: add("CUDA error: uncorrectable ECC error encountered")),
+        ("FAILED", "out of memory", lambda: add("Detected 1 oom_kill event")),
         ("PREEMPTED", "interrupted", lambda: None),
         ("FAILED", "input", lambda: fail(ledger, "input", "no such text", rank=2)),
         (
@@ -184,7 +183,6 @@ def test_what_explains_most_comes_first(ledger, attempt):
     for state, expected, more in added:
         more()
         assert ended(ledger, attempt, state).cause == expected
-    assert ended(ledger, attempt, "NODE_FAIL").bad_nodes == []
 
 
 def test_the_end_is_the_last_sign_of_life(ledger, attempt, monkeypatch):
@@ -197,9 +195,10 @@ def test_the_end_is_the_last_sign_of_life(ledger, attempt, monkeypatch):
     assert ended(ledger, attempt).at == 1_704_067_210.0
 
 
-def test_the_only_node_of_the_last_start_is_avoided(ledger, attempt):
-    started(attempt, nodes="n[1-2]")
-    assert ended(ledger, attempt, "NODE_FAIL", nodes="n[1-2]").bad_nodes == [], "it may be either"
-    attempt.record_run(Run("7", 1, "n4", time.time()))
-    attempt.close(ended(ledger, attempt, "NODE_FAIL", nodes=""))
-    assert nodes_to_avoid(ledger.attempts_at(STAGE.id)) == ["n4"]
+def test_a_stage_that_its_job_did_not_come_to_was_not_run(ledger, attempt):
+    second = ledger.begin(NEED, 1, time_minutes=30, leader=attempt)
+    assert second.job_id == "7" and second.intent.job_name == attempt.intent.job_name
+    for state in ("FAILED", "NODE_FAIL", "TIMEOUT", "OUT_OF_MEMORY", None):
+        assert explain_end(ledger, NEED, second, job(state, second) if state else None).cause == "not run"
+    second.record_run(Run("7", 0, "n1", time.time()))
+    assert explain_end(ledger, NEED, second, job("FAILED", second)).cause == "killed"

@@ -3,7 +3,7 @@ import os
 import pytest
 from fake_slurm import HEADER, Controller, Job
 from hfprune_launch.slurm.commands import (
-    RETRY_DELAYS_S,
+    DELAYS_S,
     NotNowError,
     SlurmCommands,
     SlurmUnavailableError,
@@ -11,7 +11,6 @@ from hfprune_launch.slurm.commands import (
     command_environment,
 )
 
-BUSY = "sbatch: error: Batch job submission failed: Socket timed out on send/recv operation"
 DOWN = "slurm_load_jobs error: Unable to contact slurm controller (connect failure)"
 
 
@@ -49,24 +48,19 @@ def slurm(slept):
     return SlurmCommands(sleep=slept.append)
 
 
-def test_a_submission_that_arrived_in_spite_of_an_error_is_not_repeated(fake, slurm, script):
-    fake.fail_next("sbatch", f"arrived:{BUSY}")
-    assert slurm.submit(script, "a-name") == "101"
-    assert len(fake.jobs) == 1 and len(fake.calls("sbatch")) == 1
-
-
 def test_a_refusal_says_why_and_is_not_repeated(fake, slurm, script, slept):
     """Names that a refusal repeats may sound like a busy controller."""
     fake.fail_next("sbatch", "sbatch: error: invalid partition specified: zero_bytes")
     with pytest.raises(SubmissionRefusedError, match="invalid partition specified: zero_bytes"):
-        slurm.submit(script, "a-name")
+        slurm.submit(script)
     assert slept == []
 
 
-def test_what_slurm_says_while_it_does_not_answer_is_no_refusal(fake, slurm, script, slept):
-    fake.fail_next("sbatch", "sbatch: error: Batch job submission failed: Slurm backup controller in standby mode")
-    assert slurm.submit(script, "a-name") == "101"
-    assert slept == list(RETRY_DELAYS_S[:1])
+@pytest.mark.parametrize("said", ["Slurm backup controller in standby mode", "Socket timed out on send/recv operation"])
+def test_what_slurm_says_while_it_does_not_answer_is_no_refusal(fake, slurm, script, said):
+    fake.fail_next("sbatch", f"sbatch: error: Batch job submission failed: {said}")
+    with pytest.raises(SlurmUnavailableError, match=said):
+        slurm.submit(script)
 
 
 POLICY = (
@@ -85,21 +79,21 @@ POLICY = (
 def test_a_job_that_slurm_takes_later_is_no_refusal(fake, slurm, script, refusal, message):
     fake.fail_next("sbatch", refusal)
     with pytest.raises(NotNowError, match=message):
-        slurm.submit(script, "a-name")
+        slurm.submit(script)
 
 
 def test_a_job_beyond_other_limits_is_refused(fake, slurm, script):
     """Slurm gives the same explanation for all of them."""
     fake.fail_next("sbatch", f"sbatch: error: QOSMaxWallDurationPerJobLimit {POLICY}")
     with pytest.raises(SubmissionRefusedError, match="QOSMaxWallDurationPerJobLimit"):
-        slurm.submit(script, "a-name")
+        slurm.submit(script)
 
 
 def test_a_controller_that_stays_away(fake, slurm, script, slept):
     fake.fail_next("squeue", *[DOWN] * 20)
     with pytest.raises(SlurmUnavailableError, match="Unable to contact"):
         slurm.jobs()
-    assert slept == list(RETRY_DELAYS_S)
+    assert slept == list(DELAYS_S)
 
 
 def test_jobs_are_parsed(fake, slurm):
@@ -111,17 +105,8 @@ def test_jobs_are_parsed(fake, slurm):
 
 def test_the_id_is_found_among_a_sites_notes(fake, slurm, script):
     fake.answer = "your 12 core-hours are used up\nID;hfprune\nNote: 3 of your jobs wait\n"
-    assert slurm.submit(script, "a-name") == "101"
+    assert slurm.submit(script) == "101"
     assert fake.calls("squeue") == []
-
-
-def test_a_job_whose_id_is_not_said_is_found_by_name_or_not_submitted_again(fake, slurm, script):
-    fake.answer = "Note: no id today\n"
-    assert slurm.submit(script, "a-name") == "101"
-    fake.listings = [HEADER]
-    with pytest.raises(SlurmUnavailableError, match="without saying its id"):
-        slurm.submit(script, "another-name")
-    assert len(fake.calls("sbatch")) == 2
 
 
 @pytest.mark.parametrize("answer", ["", f"{HEADER}7|RUNNING|None|n1|na", f"{HEADER}12", HEADER[:20]])
@@ -129,7 +114,7 @@ def test_an_answer_that_is_cut_off_is_none(fake, slurm, slept, answer):
     fake.jobs["7"] = Job("name", "RUNNING", nodes="n1")
     fake.listings = [answer, answer]
     assert list(slurm.jobs()) == ["name"]
-    assert slept == list(RETRY_DELAYS_S[:2])
+    assert slept == list(DELAYS_S[:2])
 
 
 def test_commands_do_not_see_what_a_user_set_for_them(slurm, squeue, monkeypatch):

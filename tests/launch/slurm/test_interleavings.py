@@ -12,14 +12,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from made_stages import stage_of
 
-from hfprune_dist.planning.plan import Plan
+from hfprune_dist.planning.plan import Cell, Plan
 from hfprune_dist.store.artifacts import Store
 from hfprune_dist.store.attempts import Ledger
 from hfprune_dist.store.stage import Input
 
 FIRST = stage_of("importance", "a", {}, {"model": Input("digest", "/model")})
 SECOND = stage_of("prune", "b", {}, {"importance": FIRST.as_input()})
-PLAN = Plan({FIRST.id: FIRST, SECOND.id: SECOND}, (), (FIRST.id, SECOND.id))
+THIRD = stage_of("evaluate", "b", {}, {"model": SECOND.as_input()})
+CELL = Cell("b", "a", 0.2, "m", "entropy", "none", (FIRST.id, SECOND.id), THIRD.id)
+PLAN = Plan({stage.id: stage for stage in (FIRST, SECOND, THIRD)}, (CELL,), (FIRST.id,))  # the last two run in one job
 
 
 def faults_of(*kinds):
@@ -34,10 +36,11 @@ FAULTS = st.fixed_dictionaries(
         "scancel": faults_of("error"),
     }
 )
+ENDS = ["run", "FAILED", "NODE_FAIL", "part", "done", "forget"]
 EVENTS = st.one_of(
     st.tuples(st.just("step"), st.integers(0, 1), FAULTS, st.sampled_from([1.0, 10.0, 100.0, 400.0])),
     st.tuples(st.just("restart"), st.integers(0, 1), FAULTS, st.just(0.0)),
-    st.tuples(st.just("job"), st.sampled_from(["run", "FAILED", "NODE_FAIL", "done", "forget"]), st.integers(0, 3)),
+    st.tuples(st.just("job"), st.sampled_from(ENDS), st.integers(0, 3)),
 )
 
 
@@ -81,19 +84,24 @@ class World:
             self.end_job(job_id, what)
 
     def end_job(self, job_id, what):
-        stage = self.stage_of(self.controller.jobs[job_id].name)
-        if what == "done" and self.store.handle(stage.id).verify().state != "done":
+        """End a job; after ``part`` of it, its next stage is done, and it goes on if it has others."""
+        left = [stage for stage in self.stages_of(self.controller.jobs[job_id].name) if not self.is_done(stage)]
+        for stage in {"done": left, "part": left[:1]}.get(what, []):
             complete(self.store, stage)
-        self.controller.end(job_id, "COMPLETED" if what == "done" else what)
+        is_over = what != "part" or len(left) < 2
+        self.controller.end(job_id, "RUNNING" if not is_over else "COMPLETED" if what in ("done", "part") else what)
 
-    @staticmethod
-    def stage_of(job_name):
-        return next(stage for stage in PLAN.stages.values() if f"-{stage.kind}-" in job_name)
+    def is_done(self, stage):
+        return self.store.handle(stage.id).verify().state == "done"
+
+    def stages_of(self, job_name):
+        attempts = [attempt for stage_id in PLAN.stages for attempt in Ledger(self.store).attempts_at(stage_id)]
+        return [PLAN.stages[each.intent.stage_id] for each in attempts if each.intent.job_name == job_name]
 
     def check(self):
         live = [self.controller.jobs[job_id].name for job_id in self.controller.live()]
-        kinds = [self.stage_of(name).kind for name in live]
-        assert len(set(kinds)) == len(kinds), f"two live jobs for one stage: {live}"
+        stages = [stage.id for name in live for stage in self.stages_of(name)]
+        assert len(set(stages)) == len(stages), f"two live jobs for one stage: {live}"
         for stage in PLAN.stages.values():
             for attempt in Ledger(self.store).attempts_at(stage.id):
                 over = attempt.end is not None and self.store.handle(stage.id).verify().state != "done"

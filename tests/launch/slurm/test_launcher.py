@@ -10,8 +10,7 @@ from pathlib import Path
 import pytest
 from fake_slurm import HEADER, Controller, FakeLauncher, Job, complete, plan_of
 from hfprune_launch.slurm import cli
-from hfprune_launch.slurm.cancel import cancel_jobs
-from hfprune_launch.slurm.cli import show_status
+from hfprune_launch.slurm.cli import cancel_jobs, show_status
 from hfprune_launch.slurm.commands import SlurmCommands
 from hfprune_launch.sweep_folder import Sweep
 from made_stages import stage_of
@@ -52,8 +51,8 @@ def script_of(store, stage, number=1):
     return (store.root / "attempts" / stage.id / str(number) / "job.sh").read_text()
 
 
-def waits_of(store, stage):
-    return re.findall("--dependency=(.*)", script_of(store, stage))
+def waits_of(store, stage, number=1):
+    return re.findall("--dependency=(.*)", script_of(store, stage, number))
 
 
 def causes(store, stage):
@@ -197,37 +196,20 @@ def test_a_cancelled_job_waits_for_the_user(fake, store, ledger):
     fake.set_state("101", "CANCELLED")
     fake.set_state("102", "CANCELLED", nodes="", reason="DependencyNeverSatisfied")
     fake.set_state("103", "CANCELLED", nodes="", reason="Dependency")
-    launcher.run()
+    launcher.go_on()
     assert [causes(store, stage) for stage in PLAN.stages.values()] == [["cancelled"], ["not run"], ["cancelled"]]
     assert len(fake.calls("sbatch")) == 3
     started(store)
     assert len(fake.calls("sbatch")) == 6
 
 
-def test_dependents_follow_a_retry_that_avoids_the_node(fake, store, ledger):
+def test_dependents_follow_a_retry(fake, store):
     launcher = started(store)
-    ledger.open_job(SCORES.id).record_run(Run("101", 0, "n3", time.time()))
     fake.set_state("101", "NODE_FAIL", "n3")
     fake.set_state("102", "CANCELLED", nodes="", reason="DependencyNeverSatisfied")
     launcher.step()
-    assert "#SBATCH --exclude=n3\n" in script_of(store, SCORES, 2)
-    assert "--dependency=afterok:104\n" in script_of(store, PRUNES[0], 2)
-
-
-@pytest.mark.parametrize("how", ["refused", "never started"])
-def test_a_node_at_fault_that_slurm_does_not_do_without_is_not_avoided(fake, store, how):
-    """The partition has no other, or the node is gone from Slurm's configuration."""
-    launcher = started(store, ALONE)
-    fake.set_state("101", "NODE_FAIL", "n3")
-    if how == "refused":
-        fake.fail_next("sbatch", "sbatch: error: Invalid node name specified")
-    launcher.step()
-    if how == "never started":
-        fake.set_state("102", "FAILED", nodes="", reason="BadConstraints")
-    launcher.step()
-    assert "--exclude" not in script_of(store, SCORES, 3)
-    assert causes(store, SCORES) == ["bad node", "not run", None]
-    assert any("can't do without n3" in event.message for event in launcher.told)
+    assert causes(store, SCORES) == ["bad node", None] and "on n3" in launcher.said("ended")[0]
+    assert waits_of(store, PRUNES[0], 2) == ["afterok:104"]
 
 
 def test_a_job_that_could_not_be_launched_is_tried_again(fake, store):
@@ -286,12 +268,12 @@ def test_launchers_that_start_together_take_different_slots(fake, store, monkeyp
     first, *others = [FakeLauncher(store, plan, max_running=1) for plan in plans_of_two("a", "b", "a")]
     threads, submit = [threading.Thread(target=other.step) for other in others], SlurmCommands.submit
 
-    def submits(self, script, job_name):
+    def submits(self, script):
         if threading.current_thread() is threading.main_thread() and not threads[0].ident:
             for thread in threads:
                 thread.start()
             threads[0].join(1.0)  # in vain, as it has to wait
-        return submit(self, script, job_name)
+        return submit(self, script)
 
     monkeypatch.setattr(SlurmCommands, "submit", submits)
     first.step()
@@ -317,7 +299,7 @@ def test_an_end_that_a_job_has_recorded_is_noticed_before_slurm_is_asked(fake, s
             fake.end("101", "CANCELLED")
             ended_at.append(launcher.clock.now)
 
-    launcher.run(show)
+    launcher.go_on(show)
     assert causes(store, SCORES) == ["cancelled"] and launcher.clock.now - ended_at[0] <= 10
 
 
@@ -333,12 +315,12 @@ def test_a_store_that_can_not_be_read_for_minutes_is_waited_for(fake, store, mon
     for job_id in fake.live():
         fake.end(job_id, "CANCELLED")
     monkeypatch.setattr(Path, "iterdir", fails_for_minutes)
-    launcher.run()
+    launcher.go_on()
     assert causes(store, SCORES) == ["cancelled"] and launcher.clock.now >= 400
     assert any(os.strerror(errno.EIO) in message for message in launcher.said("waiting"))
 
 
-def test_slurm_that_does_not_answer_is_asked_ever_less_often_and_does_not_use_up_patience_with_the_store(fake, store):
+def test_slurm_that_does_not_answer_does_not_use_up_patience_with_the_store(fake, store):
     launcher = started(store, ALONE, delays=())
     fake.fail_next("squeue", *[DOWN] * 30)
 
@@ -348,11 +330,20 @@ def test_slurm_that_does_not_answer_is_asked_ever_less_often_and_does_not_use_up
         fake.end("101", "CANCELLED")
 
     failing = ["first", "second"]
-    launcher.run(show)
+    launcher.go_on(show)
     assert causes(store, SCORES) == ["cancelled"] and not failing and 1200 < launcher.clock.now < 2400
 
 
-@pytest.mark.parametrize(("number", "after"), [(errno.ENOSPC, 1), (errno.EROFS, 1), (errno.EIO, 600)])
+@pytest.mark.parametrize("fault", ["error", "lost", "silent"])
+def test_a_job_of_which_sbatch_says_nothing_is_looked_for_and_submitted_once(fake, store, fault):
+    launcher = FakeLauncher(store, ALONE)
+    fake.faults = {"sbatch": [fault]}
+    launcher.go_on(follow=False)
+    assert len(fake.live()) == 1 and launcher.unsubmitted() == []
+    assert causes(store, SCORES) == (["not run", None] if fault == "error" else [None])
+
+
+@pytest.mark.parametrize(("number", "after"), [(errno.ENOSPC, 0), (errno.EROFS, 0), (errno.EIO, 600)])
 def test_a_full_disk_ends_a_follower_at_once_and_other_errors_in_the_end(fake, store, number, after):
     launcher = started(store)
 
@@ -360,7 +351,7 @@ def test_a_full_disk_ends_a_follower_at_once_and_other_errors_in_the_end(fake, s
         raise OSError(number, os.strerror(number), "somewhere")
 
     with pytest.raises(OSError, match=os.strerror(number)):
-        launcher.run(show)
+        launcher.go_on(show)
     assert after <= launcher.clock.now < after + 20
 
 
@@ -378,7 +369,7 @@ def test_a_launcher_that_waits_for_room_submits_nothing_after_it_was_cancelled(f
     launcher = started(store, plan)
     fake.jobs["999"] = Job("mine", "RUNNING")
     assert cancel(store)[0] == ["101"] and fake.live() == ["999"]
-    launcher.run()
+    launcher.go_on()
     assert fake.submitted == 1 and sum("has cancelled" in message for message in launcher.said("waiting")) == 1
     started(store, plan)
     assert len(fake.live()) == 3, "the cancellation concerns the launchers before it"
@@ -432,10 +423,9 @@ def test_dry_run_prints_what_would_be_submitted_where_there_is_no_slurm(tmp_path
     result = sweep(config, tmp_path / "out", "--profile", "example-gpu", *more, environment=environment)
     assert result.returncode == 0, result.stderr
     assert not (tmp_path / "out").exists()
-    assert result.stdout.count("#!/bin/bash") == 22 and "#SBATCH --gpus-per-node=8" in result.stdout
-    assert "srun --unbuffered" in result.stdout and "--kill-on-bad-exit=1" in result.stdout
+    assert result.stdout.count("#!/bin/bash") == 10 and "22 stages in 10 jobs; at most" in result.stdout
+    assert "#SBATCH --gpus-per-node=8" in result.stdout and "--kill-on-bad-exit=1" in result.stdout
     assert "#SBATCH --dependency='afterok:<job of importance/" in result.stdout
-    assert "at most 960.0 GPU-hours" in result.stdout
     result = sweep(config, tmp_path / "out", "--profile", "local-cluster", environment=environment)
     assert result.returncode == 2 and "no sbatch on this machine" in result.stderr and "Traceback" not in result.stderr
     assert not (tmp_path / "out").exists()

@@ -19,23 +19,19 @@ from hfprune_launch.slurm.script import (
 )
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from made_stages import stage_of
 
 from hfprune_dist.errors import UserError
-from hfprune_dist.store.stage import Input
 
-STAGE = stage_of("importance", "a", {}, {"model": Input("digest", "/somewhere")})
 SRUN = """#!/bin/bash
-printf '%s\\n' "$@" >{folder}/arguments
+echo "srun ${{@: -1}}" >>{folder}/commands
 env -0 >{folder}/environment
 """
 
 
-def request(folder, **resources):
+def request(folder, stages=("attempt",), **resources):
     return Request(
-        stage=STAGE,
         resources=Resources(**resources),
-        folder=folder / "attempt",
+        folders=[folder / stage for stage in stages],
         job_name="hfprune-test",
         snapshot=folder / "code",
         threads=3,
@@ -46,18 +42,18 @@ def request(folder, **resources):
 def run(tmp_path):
     """Run a batch script as Slurm does; ``ranks`` is the environment in which srun was called, None if it was not."""
 
-    def start(leaked=None, /, srun="", has_code=True, **resources):
+    def start(leaked=None, /, srun="", has_code=True, stages=("attempt",), **resources):
         folder = tmp_path / "job"
-        (folder / "bin").mkdir(parents=True)
-        (folder / "attempt").mkdir()
-        if has_code:
-            (folder / "code").mkdir()
+        for name in ("bin", *stages, *["code"] * has_code):
+            (folder / name).mkdir(parents=True, exist_ok=True)
         (folder / "bin" / "srun").write_text(SRUN.format(folder=shlex.quote(str(folder))) + srun)
-        (folder / "bin" / "srun").chmod(0o755)
+        (folder / "bin" / "scontrol").write_text(f"#!/bin/bash\necho scontrol $* >>{folder}/commands\n")
+        for name in ("srun", "scontrol"):
+            (folder / "bin" / name).chmod(0o755)
         script = folder / "slurm_script"
-        asked = request(folder, **resources)
+        asked = request(folder, stages, **resources)
         script.write_text(batch_script(asked))
-        (folder / "attempt" / ENVIRONMENT).write_text(environment_script(asked))
+        (folder / stages[0] / ENVIRONMENT).write_text(environment_script(asked))
         result = subprocess.run(
             ["bash", str(script)],
             env={"PATH": f"{folder / 'bin'}:{os.environ['PATH']}", "SLURM_JOB_ID": "5", **(leaked or {})},
@@ -69,8 +65,11 @@ def run(tmp_path):
         ranks = None
         if (folder / "environment").exists():
             ranks = dict(item.split("=", 1) for item in (folder / "environment").read_text().split("\0") if item)
-        records = [file.read_text().strip() for file in (folder / "attempt").glob("exit.*")]
-        return SimpleNamespace(code=result.returncode, said=result.stderr, ranks=ranks, records=records)
+        records = {str(file.relative_to(folder)): file.read_text().strip() for file in folder.glob("*/exit.*")}
+        commands = (folder / "commands").read_text().replace(f"{folder}/", "").split("\n")[:-1] if ranks else []
+        return SimpleNamespace(
+            code=result.returncode, said=result.stderr, ranks=ranks, records=records, commands=commands
+        )
 
     return start
 
@@ -94,13 +93,14 @@ def test_a_profile_may_set_what_srun_takes(run):
 def test_a_setup_line_that_fails_ends_the_job_and_is_named(run, line, code):
     result = run(setup=["true", line, "echo never >&2"])
     assert result.ranks is None and result.code == code
-    assert result.records == [f"{code} setup in the profile failed in its line 2"] and "never" not in result.said
+    (record,) = result.records.values()
+    assert record == f"{code} setup in the profile failed in its line 2" and "never" not in result.said
 
 
 def test_a_setup_line_that_exits_ends_the_job_and_is_recorded(run):
     result = run(setup=["true", "false || exit 3"])
     assert result.ranks is None and result.code == 1
-    assert result.records == ["1 a line of setup in the profile ended the job"]
+    assert result.records == {"attempt/exit.5.0": "1 a line of setup in the profile ended the job"}
 
 
 def test_what_may_fail_in_a_setup(run, tmp_path):
@@ -121,28 +121,54 @@ def test_what_may_fail_in_a_setup(run, tmp_path):
     )
     assert result.code == 0, result.said
     assert {"FROM_FILE", "FROM_FUNCTION", "MANY"} <= result.ranks.keys() and "NEVER" not in result.ranks
-    assert result.records == ["0"]
+    assert result.records == {"attempt/exit.5.0": "0"}
 
 
 def test_a_copy_of_the_code_that_was_removed_is_what_it_is(run):
     result = run(has_code=False)
-    assert result.ranks is None and "the copy of the code in" in result.records[0] and "gone" in result.records[0]
+    assert result.ranks is None and "the copy of the code in" in result.records["attempt/exit.5.0"]
 
 
-def test_the_exit_code_of_the_ranks_is_recorded(run):
-    result = run(srun="exit 137")
-    assert result.code == 137 and result.records == ["137"]
+FAILS_AT_B = 'case "${@: -1}" in */b) exit 137 ;; esac'
+
+
+def test_a_chain_ends_at_the_first_stage_that_fails_and_goes_on_there(run):
+    result = run(srun=FAILS_AT_B, stages="abc")
+    assert result.code == 137 and result.commands == ["srun a", "srun b"]
+    assert result.records == {"a/exit.5.0": "0", "b/exit.5.0": "137"}
+    result = run({"SLURM_RESTART_COUNT": "1"}, stages="abc")
+    assert result.code == 0 and result.commands[2:] == ["srun b", "srun c"]
+    assert result.records["b/exit.5.1"] == result.records["c/exit.5.1"] == "0" and "a/exit.5.1" not in result.records
+    result = run({"SLURM_RESTART_COUNT": "2"}, stages="abc")
+    assert result.code == 0 and len(result.commands) == 4, "nothing is left to do"
+    result = run({"SLURM_RESTART_COUNT": "3"}, stages="abcd", setup=["exit 3"])
+    assert result.records["d/exit.5.3"].startswith("1 "), "told of the stage that is next"
+
+
+def test_a_chain_begins_no_stage_after_the_signal_before_its_time_limit(run):
+    result = run(srun="sleep 1", stages="ab", time_minutes=1, signal_seconds=60)
+    assert result.code == 1 and result.commands == ["srun a", "scontrol requeue 5"]
+    result = run({"SLURM_RESTART_COUNT": "1"}, stages="ab", time_minutes=1, signal_seconds=60)
+    assert result.code == 0 and result.commands[2:] == ["srun b"]
+
+
+def test_a_chain_whose_next_ranks_do_not_hear_the_signal_yet_goes_on_with_them(run):
+    """But not for ever, if they need more time than there is."""
+    fails = FAILS_AT_B.replace("137", "140")
+    result = run(srun=fails, stages="abc")
+    assert result.code == 1 and result.commands == ["srun a", "srun b", "scontrol requeue 5"]
+    result = run({"SLURM_RESTART_COUNT": "1"}, srun=fails, stages="abc")
+    assert result.code == 140 and result.commands[3:] == ["srun b"] and result.records["b/exit.5.1"] == "140"
 
 
 def test_values_of_a_profile_are_for_its_owner_alone(run, tmp_path):
     asked = request(tmp_path, setup=["export FIRST=secret-1"], environment={"HF_TOKEN": "secret-2"})
-    asked.folder.mkdir()
+    (folder,) = asked.folders
+    folder.mkdir()
     script = write_submission(asked)
     assert "secret" not in script.read_text()
-    assert [file.name for file in asked.folder.iterdir() if "secret" in file.read_text(errors="replace")] == [
-        ENVIRONMENT
-    ]
-    assert (asked.folder / ENVIRONMENT).stat().st_mode & 0o777 == 0o600
+    assert [file.name for file in folder.iterdir() if "secret" in file.read_text(errors="replace")] == [ENVIRONMENT]
+    assert (folder / ENVIRONMENT).stat().st_mode & 0o777 == 0o600
     ranks = run(setup=asked.resources.setup, environment=asked.resources.environment).ranks
     assert (ranks["FIRST"], ranks["HF_TOKEN"]) == ("secret-1", "secret-2")
 
@@ -165,11 +191,9 @@ def test_paths_reach_the_ranks_as_they_are_or_are_refused(tmp_path_factory, name
         assert any(character in "%\\:" or unicodedata.category(character) == "Cc" for character in name)
         return
     script = batch_script(request(folder))
-    (srun,) = [line for line in script.splitlines() if line.startswith("srun ")]
-    words = shlex.split(srun)
-    assert words[words.index("--output") + 1] == str(folder / "attempt" / "%j_%t_log.out")
-    assert words[-1] == str(folder / "attempt")
-    assert f"export HFPRUNE_CODE={shlex.quote(str(folder / 'code'))}\n" in script
+    (stages,) = [line for line in script.splitlines() if line.startswith("hfprune_stages=")]
+    assert shlex.split(stages[len("hfprune_stages=(") : -1]) == [str(folder / "attempt")]
+    assert f"export PYTHONPATH={shlex.quote(str(folder / 'code'))}$" in script
 
 
 @pytest.mark.parametrize("name", ["50%", "two\nlines"])
