@@ -58,7 +58,8 @@ def test_the_example_runs_to_its_table_without_a_network(tmp_path):
     (tmp_path / "guard" / "sitecustomize.py").write_text(NO_NETWORK)
     asked = tmp_path / "asked"
     guarded = {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(tmp_path / "guard"), "ASKED": str(asked)}
-    settings = ["prune.effort=quick", "prune.distill=1", "distillation.dtype=float32", "recovery.dtype=float32"]
+    sections = ("importance", "distillation", "recovery", "evaluation")
+    settings = ["prune.effort=quick", "prune.distill=1", *(f"{section}.dtype=float32" for section in sections)]
     finish(config, tmp_path / "out", *(word for it in settings for word in ("--set", it)), environment=guarded)
     assert asked.with_name("guarded").exists()
     assert not asked.exists(), asked.read_text()

@@ -22,6 +22,7 @@ from hfprune_dist.store.stage import Input
 
 STEPS = 5
 RECOVERY = {"sequence_length": 320, "batch_size": 4, "max_steps": STEPS, "learning_rate": 1e-2, "rank": 4, "alpha": 8}
+RECOVERY |= {"dtype": "float32"}
 RUNTIME = {"collective_timeout_minutes": 1, "save_every_steps": 1}
 SIZES = {"num_hidden_layers": 4, "num_attention_heads": 8, "num_key_value_heads": 4}
 

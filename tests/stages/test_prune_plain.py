@@ -224,7 +224,7 @@ def test_any_number_of_ranks_finds_and_writes_the_same(tmp_path):
     outcomes = []
     for ranks in (1, 3):
         (folder := tmp_path / str(ranks)).mkdir()
-        store, stage = prepare(folder, "qwen3", samples=4, layers=3, refit="dense", dtype="bfloat16")
+        store, stage = prepare(folder, "qwen3", samples=4, layers=3, refit="dense")
         ended = on_ranks(ranks, lambda world, store=store, stage=stage: run(store, stage, world))
         assert ended == [0] * ranks
         outcomes.append(outcome(store, stage))
