@@ -10,7 +10,6 @@ crash is in faults.crash, the subjects are in faults.subjects.
 from __future__ import annotations
 
 import contextlib
-import itertools
 import json
 import os
 import pickle
@@ -50,7 +49,6 @@ class Campaign:
         self._subject = subject
         self._folder = folder
         self._unsynced = unsynced
-        self._count = itertools.count()
 
     def run(self, draw: int) -> dict:
         """Run, crash, and run again in so many drawn states, or in all if ``draw`` is 0; with an fsync left out, until
@@ -73,9 +71,7 @@ class Campaign:
         return {"run": len(ended), "failures": [told for told in ended if told]}
 
     def _next_root(self) -> Path:
-        folder = self._folder / f"run-{next(self._count)}"
-        folder.mkdir()
-        return folder / "store"
+        return Path(tempfile.mkdtemp(dir=self._folder)) / "store"
 
     def _record(self, root: Path) -> tuple[Recording, dict] | str:
         """Run the command, record what it does, and return its result, too; if it fails, return how."""

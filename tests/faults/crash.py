@@ -83,7 +83,7 @@ class Recorder:
         self._synced = 0
         self._originals = {name: getattr(os, name) for name in PATCHED}
         self.recording = Recording([], [])
-        self._look()
+        self._look(at_once=True)
         self._safe = {file: content for file, (content, _) in self._latest.items()}
         self.recording = Recording([], [])
         self._renamed(self._names)

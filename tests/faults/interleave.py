@@ -1,6 +1,7 @@
 """Several actors in one process, of which one at a time advances to its next file-system operation, in drawn order."""
 
 import io
+import itertools
 import os
 import threading
 from contextlib import contextmanager
@@ -50,7 +51,7 @@ def interleave(actions, choices):
     with _pausing():
         for actor in actors:
             actor.start()
-        for turn in _turns(choices):
+        for turn in itertools.chain(choices, itertools.count()):
             alive = [actor for actor in actors if not actor.ended]
             if not alive:
                 break
@@ -59,13 +60,6 @@ def interleave(actions, choices):
         if actor.error is not None:
             raise actor.error
     return [actor.result for actor in actors]
-
-
-def _turns(choices):
-    yield from choices
-    turn = 0
-    while True:
-        yield (turn := turn + 1)
 
 
 @contextmanager

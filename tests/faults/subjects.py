@@ -131,14 +131,11 @@ class WholeSweep(Subject):
         weights = sorted(root.glob("store/*/*/*.safetensors"))
         files = {str(file.relative_to(root)): FileHashes(None).of_file(file) for file in weights}
         named = sorted(str(path.relative_to(root)) for path in root.glob("checkpoints/*/*") if path.exists())
-        rows = [self._without_costs(row, root) for row in results(root)]
+        rows = [without_costs(row) | {"checkpoint": row["checkpoint"].replace(str(root), "")} for row in results(root)]
         return {"files": files, "rows": rows, "checkpoints": named}
 
     def leftovers(self, root: Path) -> list[str]:
         return sorted({*super().leftovers(root)} - BOOKKEEPING)
-
-    def _without_costs(self, row: dict[str, str], root: Path) -> dict[str, str]:
-        return {**without_costs(row), "checkpoint": row["checkpoint"].replace(str(root), "")}
 
 
 # Slurm.

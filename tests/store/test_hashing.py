@@ -82,12 +82,11 @@ def test_whatever_changes_is_read_again(tmp_path, reads, change):
 
 def test_a_file_that_has_just_changed_is_not_remembered_for_others(tmp_path):
     """It may change again within the same tick of the file system's clock, and look unchanged."""
-    file, cache = tmp_path / "weights", tmp_path / "hashes"
-    file.write_text("weights")
-    hashes = FileHashes(cache)
-    hashes.of_file(file)
+    (tmp_path / "weights").write_text("weights")
+    hashes = FileHashes(tmp_path / "hashes")
+    hashes.of_file(tmp_path / "weights")
     hashes.save()
-    assert not cache.exists()
+    assert not (tmp_path / "hashes").exists()
 
 
 def test_large_files_have_the_digest_that_they_have_one_after_another(tmp_path, monkeypatch):
