@@ -28,9 +28,6 @@ from hfprune_dist.store.stage import kind_of
 from hfprune_dist.structures import EXPERT_NEURONS, EXPERTS, NEURONS, SHARED_NEURONS
 from hfprune_dist.structures.score_names import SCORES, criteria_in, scores_of_layers
 
-# Kinds of units that a layer's MLPs consist of.
-MLPS = (NEURONS, EXPERT_NEURONS, SHARED_NEURONS)
-
 
 class Session:
     """A sweep in a folder. Each method runs the stages that its result needs and the folder lacks, and shows progress.
@@ -44,23 +41,23 @@ class Session:
             ``ratios=[0.2], calibration={"samples": 64}``.
 
     Raises:
-        UserError: if ``out`` is empty, a path is not valid, or the configuration can't be read.
+        UserError: for bad input, also by the methods.
+        RuntimeError: by the methods, if a stage fails.
     """
 
     def __init__(self, out: str | Path, config: str | Path | None = None, **settings: Any) -> None:
-        at, files = folder(str(out)).absolute(), [] if config is None else [_absolute(place(str(config)))]
-        overrides = from_command_line(json.loads(json.dumps(settings, default=_plain)))
-        self._request = Request(at, make_console(), files, overrides)
+        files = [] if config is None else [place(str(config))]
+        # A file that isn't there may be one of the project's own, which is found by its name.
+        files = [file.absolute() if file.exists() else file for file in files]
+        plain = json.dumps(settings, default=lambda value: value.tolist() if hasattr(value, "tolist") else str(value))
+        overrides = from_command_line(json.loads(plain))
+        self._request = Request(folder(str(out)).absolute(), make_console(), files, overrides)
 
     def score(self) -> dict[str, dict[str, list[NDArray[np.float64]]]]:
         """Score the neurons of the dense models.
 
         Returns:
             model -> criterion -> one float64 array [intermediate_size] per layer; neurons with higher scores are kept.
-
-        Raises:
-            UserError: for bad input.
-            RuntimeError: if a stage fails.
         """
         prepared = prepare(self._request, download=True)
         stages = prepared.sweep.plan.stages.values()
@@ -75,10 +72,6 @@ class Session:
         Returns:
             (model, ratio, method) -> a folder that ``AutoModelForCausalLM.from_pretrained`` loads, with
             ``trust_remote_code`` if layers differ in shape.
-
-        Raises:
-            UserError: for bad input.
-            RuntimeError: if a stage fails.
         """
         prepared = prepare(self._request, download=True)
         made: dict[tuple[str, float, str], str] = {}
@@ -95,21 +88,14 @@ class Session:
         Returns:
             the rows of ``results.json``: ``checkpoint`` is a folder, relative to ``out``; a row whose ``status`` is
             ``failed`` or ``missing`` has a ``cause``.
-
-        Raises:
-            UserError: for bad input.
         """
-        prepared = prepare(self._request, download=True)
-        prepared.require_runnable()
-        run_to_tables(prepared)
+        run_to_tables(prepare(self._request, download=True))
         return read_sweep(self._request.out).rows()
 
     def _make(self, prepared: Prepared, stage_ids: Iterable[str]) -> None:
         sweep = prepared.sweep
         todo = sweep.plan.lacking(lambda stage_id: prepared.verdicts[stage_id].state == "done", [*stage_ids])
-        chosen = replace(prepared, todo=todo)
-        chosen.require_runnable()
-        run_missing(chosen)
+        run_missing(replace(prepared, todo=todo))
         for handle in map(sweep.store.handle, todo):
             if (failure := handle.failure()) is not None:
                 error = UserError if failure.cause == UserError.CAUSE else RuntimeError
@@ -122,17 +108,8 @@ def read_scores(importance: Path) -> dict[str, list[NDArray[np.float64]]]:
     """
     stored, scores = load_file(importance / SCORES), {}
     for name in sorted(criteria_in(stored)):
-        of_kinds = [found for kind in MLPS if (found := scores_of_layers(stored, name, kind))]
+        of_mlps = (NEURONS, EXPERT_NEURONS, SHARED_NEURONS)
+        of_kinds = [found for kind in of_mlps if (found := scores_of_layers(stored, name, kind))]
         of_kinds = of_kinds or [scores_of_layers(stored, name, EXPERTS)]
         scores[name] = [np.concatenate(layer) for layer in zip(*of_kinds, strict=True)]
     return scores
-
-
-def _plain(value: Any) -> Any:
-    """Return a value that JSON lacks as one that it has: numbers and arrays of numpy, and paths as text."""
-    return value.tolist() if isinstance(value, np.ndarray | np.generic) else str(value)
-
-
-def _absolute(file: Path) -> Path:
-    """Return a file's absolute path; a name that may be that of one of the project's own configurations stays."""
-    return file.absolute() if file.exists() else file

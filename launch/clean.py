@@ -22,14 +22,15 @@ from __future__ import annotations
 import os
 import re
 import shutil
-import sys
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 if __name__ == "__main__":
-    import installed  # noqa: F401
+    from start import start
+
+    start(__file__)
 
 from hfprune_launch.command import command, folder, make_parser
 from hfprune_launch.screen import make_console, say
@@ -52,98 +53,66 @@ FINGERPRINT = re.compile(r"[0-9a-f]{20}")
 
 @dataclass(frozen=True)
 class Leftover:
-    """A folder that can be removed.
-
-    Attributes:
-        reason: why nothing needs it.
-        remove: removes its files as far as possible; another user's stay.
-        files: each file that goes, with its size in bytes.
-    """
+    """A folder that can be removed."""
 
     path: Path
-    reason: str
-    remove: Callable[[], None]
-    files: Mapping[Path, int]
+    reason: str  # why nothing needs it
+    remove: Callable[[], None] | None = None  # removes files as far as possible, by default all; another user's stay
+    stays: str = ""  # the name of a file that isn't removed
 
-    @classmethod
-    def found(cls, path: Path, reason: str, remove: Callable[[], None] | None = None) -> Leftover:
-        """A leftover, with all of its files; by default, the whole folder goes."""
-        files = [Path(where, name) for where, _, names in os.walk(path) for name in names]
-        sizes = {file: file.lstat().st_size for file in files if os.path.lexists(file)}
-        return cls(path, reason, remove or partial(shutil.rmtree, path, ignore_errors=True), sizes)
-
-    @property
-    def size_bytes(self) -> int:
-        return sum(self.files.values())
-
-    def is_gone(self) -> bool:
-        return not any(map(os.path.lexists, self.files))
+    def file_sizes(self) -> list[int]:
+        """Return the size of each file that is to be removed, in bytes."""
+        files = [Path(where, name) for where, _, names in os.walk(self.path) for name in names if name != self.stays]
+        return [file.lstat().st_size for file in files if os.path.lexists(file)]
 
 
 @command
 def main(argv: Sequence[str] | None = None) -> int:
-    """Parse the command line and clean up."""
+    """Remove what nothing refers to, and list it."""
     parser = make_parser(__doc__)
     parser.add_argument("out", type=folder, help="folder of a sweep, e.g. runs/demo")
-    parser.add_argument(
-        "--intermediates",
-        action="store_true",
-        help="also remove the files of pruned and distilled checkpoints that finished rows were trained from",
-    )
+    also = "also remove the files of pruned and distilled checkpoints that finished rows were trained from"
+    parser.add_argument("--intermediates", action="store_true", help=also)
     parser.add_argument("--dry-run", action="store_true", help="show what would be removed; removes nothing")
     arguments = parser.parse_args(argv)
-    _clean(arguments.out, arguments.intermediates, arguments.dry_run)
-    return 0
-
-
-def _clean(out: Path, intermediates: bool, dry_run: bool) -> None:
-    """Remove what nothing refers to, and list it.
-
-    Raises:
-        UserError: if the folder is not a sweep's, or one of its stages is running, or begins meanwhile; once all else
-            is removed, for what can't be, such as another user's.
-    """
-    sweep = read_sweep(out)
+    sweep, dry_run = read_sweep(arguments.out), arguments.dry_run
     store = sweep.store
     _refuse_while_needed(store)
     jobs = inputs_of_live_jobs(store)
     used = {*jobs, *(need for needs in jobs.values() for need in needs)}
     found = list(_unused(store, {*sweep.plan.stages, *used}, about_to_run=jobs))
-    if intermediates:
+    if arguments.intermediates:
         found += _intermediates(sweep, used)
+    sizes = [sum(leftover.file_sizes()) for leftover in found]
     _refuse_while_needed(store)  # they were looked for, and measured, over minutes
-    if not dry_run:
-        for leftover in found:
-            leftover.remove()
-    gone = [leftover for leftover in found if dry_run or leftover.is_gone()]
+    for leftover in found if not dry_run else ():
+        (leftover.remove or partial(shutil.rmtree, leftover.path, ignore_errors=True))()
+    staying = [] if dry_run else [leftover for leftover in found if leftover.file_sizes()]
     remarks = [] if dry_run else sweep.write_checkpoints().remarks
     # Shown once all is done, as a reader such as head may end the command.
-    console = make_console()
+    console, total = make_console(), 0
     if jobs:
         say(console, f"note: the jobs of {', '.join(jobs)} may still wait or run, so what they need stays")
-    for leftover in gone:
-        say(console, f"{leftover.size_bytes:>15,} bytes  {leftover.path}: {leftover.reason}")
-    total = sum(leftover.size_bytes for leftover in gone)
+    for leftover, size in zip(found, sizes, strict=True):
+        if leftover not in staying:
+            total += size
+            say(console, f"{size:>15,} bytes  {leftover.path}: {leftover.reason}")
     say(console, f"{total:>15,} bytes {'would be removed' if dry_run else 'removed'}")
     for remark in remarks:
         say(console, f"note: {remark}")
-    if staying := [str(leftover.path) for leftover in found if leftover not in gone]:
-        raise UserError(f"{', '.join(staying)}: part of it can't be removed; is it another user's, or in use?")
+    if staying:
+        paths = ", ".join(str(leftover.path) for leftover in staying)
+        raise UserError(f"{paths}: part of it can't be removed; is it another user's, or in use?")
+    return 0
 
 
 def _refuse_while_needed(store: Store) -> None:
     if store.root.is_symlink():
         raise UserError(f"{store.root} is a link, so other sweeps may use what is there; nothing is removed")
-    if stages := _running(store):
-        running_now = f"{', '.join(stages)} {'is' if len(stages) == 1 else 'are'} running"
-        raise UserError(f"{store.root}: {running_now}; let the sweep end, or cancel it")
-
-
-def _running(store: Store) -> list[str]:
-    """Return the ids of the stages claimed by a process that is alive."""
     handles = (handle for kind in STAGE_VERSIONS for handle in _handles(store, store.root / "work" / kind))
     holders = ((handle.id, handle.holder()) for handle in handles)
-    return [stage_id for stage_id, holder in holders if holder is not None and holder.lives]
+    if running := [stage_id for stage_id, holder in holders if holder is not None and holder.lives]:
+        raise UserError(f"{store.root}: in use by a process that runs {', '.join(running)}; let it end, or cancel it")
 
 
 def _unused(store: Store, kept: Collection[str], about_to_run: Collection[str]) -> Iterator[Leftover]:
@@ -159,18 +128,18 @@ def _unused(store: Store, kept: Collection[str], about_to_run: Collection[str]) 
     for kind in STAGE_VERSIONS:
         for draft in listed(store.root / kind, ".draft-*"):
             if not draft.name.startswith(begun):
-                yield Leftover.found(draft, "a draft of a stage that ended early")
+                yield Leftover(draft, "a draft of a stage that ended early")
         for handle in _handles(store, store.root / kind):
             if handle.id not in kept:
-                yield Leftover.found(handle.artifact, "an artifact of no row of the tables", handle.discard)
+                yield Leftover(handle.artifact, "an artifact of no row of the tables", handle.discard)
         for handle in _handles(store, store.root / "work" / kind):
             if handle.id not in kept:
-                yield Leftover.found(handle.work, "progress of a stage of no row of the tables")
+                yield Leftover(handle.work, "progress of a stage of no row of the tables")
     for path in listed(store.root / "quarantine", "*"):
-        yield Leftover.found(path, "an artifact that failed verification")
+        yield Leftover(path, "an artifact that failed verification")
     for name, what in {} if about_to_run else SHARED.items():
         if (store.root / name).is_dir():
-            yield Leftover.found(store.root / name, what)
+            yield Leftover(store.root / name, what)
 
 
 def _handles(store: Store, folder: Path) -> list[StageHandle]:
@@ -190,12 +159,6 @@ def _intermediates(sweep: Sweep, used: set[str]) -> Iterator[Leftover]:
     kept = {*used, *plan.asked, *(result for cell in plan.cells for result in cell.results)}
     kept |= {need for stage_id in missing for need in plan.stages[stage_id].needs}
     for handle in (store.handle(stage_id) for stage_id in plan.stages if stage_id not in kept):
-        if CONFIG in (handle.manifest() or {}).get("files", {}):
-            leftover = Leftover.found(handle.artifact, "an intermediate checkpoint of finished rows", handle.empty)
-            files = {file: size for file, size in leftover.files.items() if file.name != MANIFEST}
-            if files:
-                yield replace(leftover, files=files)
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+        leftover = Leftover(handle.artifact, "an intermediate checkpoint of finished rows", handle.empty, MANIFEST)
+        if CONFIG in (handle.manifest() or {}).get("files", {}) and leftover.file_sizes():
+            yield leftover

@@ -7,10 +7,9 @@ import io
 import os
 import re
 import sys
-from argparse import Action, ArgumentParser, Namespace, RawDescriptionHelpFormatter
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 from hfprune_dist.errors import UserError, explained
 
@@ -26,7 +25,6 @@ def command(body: Callable[[Sequence[str] | None], int]) -> Callable[..., int]:
         _require_streams()
         try:
             with explained():
-                _require_current_folder()
                 code = body(argv)
                 sys.stdout.flush()
                 return code
@@ -41,15 +39,13 @@ def command(body: Callable[[Sequence[str] | None], int]) -> Callable[..., int]:
 
 
 def make_parser(doc: str | None) -> ArgumentParser:
-    """Return the parser of a command, whose help is the docstring of its module."""
-    return ArgumentParser(description=as_called(doc or ""), formatter_class=RawDescriptionHelpFormatter)
-
-
-def as_called(examples: str) -> str:
-    """Return examples of commands as sub-commands of ``hfprune`` if the command was started as one of these."""
-    if not sys.argv[0].startswith("hfprune "):
-        return examples
-    return re.sub(r"python launch/(\w+)\.py", lambda found: f"hfprune {found[1].replace('_', '-')}", examples)
+    """Return the parser of a command, whose help is the docstring of its module: started as a sub-command of
+    ``hfprune``, it has such examples.
+    """
+    text = doc or ""
+    if sys.argv[0].startswith("hfprune "):
+        text = re.sub(r"python launch/(\w+)\.py", lambda found: f"hfprune {found[1].replace('_', '-')}", text)
+    return ArgumentParser(description=text, formatter_class=RawDescriptionHelpFormatter)
 
 
 def _require_streams() -> None:
@@ -59,26 +55,9 @@ def _require_streams() -> None:
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is None:
-            # Open until the process ends.
-            setattr(sys, name, Path(os.devnull).open("w", encoding="utf-8"))  # noqa: SIM115
+            setattr(sys, name, Path(os.devnull).open("w", encoding="utf-8"))  # noqa: SIM115  until the process ends
         elif isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
             stream.reconfigure(errors="backslashreplace")
-
-
-def _require_current_folder() -> None:
-    try:
-        Path.cwd()
-    except FileNotFoundError:
-        raise UserError("the current folder has been deleted; change to another one") from None
-
-
-class ListAction(Action):
-    """Adds up the items of a comma-separated flag that is given several times, as ``--ratios 0.1 --ratios 0.2``."""
-
-    def __call__(self, _parser: object, namespace: Namespace, values: Any, _option: object = None) -> None:
-        """Append to the items given so far."""
-        given = getattr(namespace, self.dest)
-        setattr(namespace, self.dest, values if given is None else f"{given},{values}")
 
 
 def folder(argument: str) -> Path:
@@ -93,12 +72,5 @@ def folder(argument: str) -> Path:
 
 
 def place(argument: str) -> Path:
-    """Argument type for files and folders: shells leave the ``~`` in ``--out=~/runs`` as it is.
-
-    Raises:
-        UserError: for the home of a user who doesn't exist.
-    """
-    try:
-        return Path(argument).expanduser()
-    except RuntimeError as error:
-        raise UserError(f"{argument!r}: not a valid path ({error})") from None
+    """Argument type for files and folders: shells leave the ``~`` in ``--out=~/runs`` as it is."""
+    return Path(os.path.expanduser(argument))  # noqa: PTH111  a user who doesn't exist has no home, and stays

@@ -10,13 +10,14 @@ perplexity and the average of tasks, and time and memory.
 from __future__ import annotations
 
 import re
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 if __name__ == "__main__":
-    import installed  # noqa: F401
+    from start import start
+
+    start(__file__)
 
 from hfprune_launch.command import command, folder, make_parser
 from hfprune_launch.screen import make_console, say, show_table, table_of
@@ -38,22 +39,13 @@ MAY_DIFFER = r"(models|aliases|ratios|methods|importance\.criteria|runtime|effic
 
 @command
 def main(argv: Sequence[str] | None = None) -> int:
-    """Parse the command line, compare, write and show."""
+    """Compare the finished cells of several sweeps, write and show."""
     parser = make_parser(__doc__)
     parser.add_argument("sweeps", metavar="SWEEP", type=folder, nargs="+", help="folders of sweeps")
     parser.add_argument("--out", type=folder, required=True, help="folder for comparison.md and comparison.json")
     parser.add_argument("--reference", help="the method whose KL the others are divided by; default: hfprune")
     arguments = parser.parse_args(argv)
-    _compare(arguments.sweeps, arguments.out, arguments.reference)
-    return 0
-
-
-def _compare(folders: Sequence[Path], out: Path, named: str | None) -> None:
-    """Compare the finished cells of several sweeps, with the method ``named`` as the reference.
-
-    Raises:
-        UserError: if sweeps can't be compared, none has a finished cell, or none has the method ``named``.
-    """
+    folders, out, named = arguments.sweeps, arguments.out, arguments.reference
     given = ", ".join(map(str, folders))
     if len({place.resolve() for place in folders}) < len(folders):
         raise UserError(f"{given}: one folder is given twice; give each sweep once")
@@ -67,17 +59,13 @@ def _compare(folders: Sequence[Path], out: Path, named: str | None) -> None:
     names = sorted({row["method"] for row in methods})
     if named is not None and named not in names:
         raise UserError(f"--reference: no method {named!r}{did_you_mean(named, names)}; valid: {', '.join(names)}")
-    rows = [
-        {**row, "label": f"{place}: {row['label']}"}
-        for place, found in zip(folders, sweeps, strict=True)
-        for row in found
-    ]
+    named_rows = zip(folders, sweeps, strict=True)
+    rows = [{**row, "label": f"{place}: {row['label']}"} for place, found in named_rows for row in found]
     # Rows that the table leaves out, and those whose scores are of other held-out text than their model's first one.
     warnings = [f"missing: {row['label']}: {row['cause']}" for row in rows if row["status"] != DONE]
     warnings += not_comparable([row for row in rows if row["status"] == DONE])
     out.mkdir(parents=True, exist_ok=True)
-    record = {"methods": methods, "sweeps": [str(place) for place in folders]}
-    write_json(out / "comparison.json", record, sort_keys=False)
+    write_json(out / "comparison.json", {"methods": methods, "sweeps": [*map(str, folders)]}, sort_keys=False)
     shown, told = methods_table(methods, reference, wide=True)
     parts = [f"# Methods\n\n{markdown(methods, shown)}", *(f"{escaped(text)}\n" for text in (told, *warnings))]
     write_text(out / "comparison.md", "\n".join(parts))
@@ -87,6 +75,7 @@ def _compare(folders: Sequence[Path], out: Path, named: str | None) -> None:
     for text in (told, *warnings):
         say(console, text)
     say(console, f"written: {out / 'comparison.md'}, comparison.json")
+    return 0
 
 
 def _refuse_other_settings(sweeps: Sequence[Path]) -> None:
@@ -94,23 +83,17 @@ def _refuse_other_settings(sweeps: Sequence[Path]) -> None:
     differ in the seed.
     """
     known: dict[int, Path] = {}
-    first = _settings(sweeps[0])
+    first: dict[str, Any] = {}
     for out in sweeps:
-        settings = _settings(out)
+        settings = dict(_flat(load_config([out / CONFIG_FILE], {}).model_dump()))
         if (other := known.setdefault(settings.pop("seed"), out)) != out:
             raise UserError(f"{out}: its seed is that of {other}; compare sweeps that differ in it (--set seed=1)")
-        for key, value in settings.items():
-            if value != first[key]:
-                raise UserError(
-                    f"{out} differs from {sweeps[0]} in more than the seed: {key} is {as_written(value)}, not "
-                    f"{as_written(first[key])}; run both with one configuration"
-                )
-
-
-def _settings(out: Path) -> dict[str, Any]:
-    """Key -> value of all settings of a folder's last run that rows with one label should share, and its seed."""
-    found = _flat(load_config([out / CONFIG_FILE], {}).model_dump())
-    return {key: value for key, value in found if not re.match(MAY_DIFFER, key)}
+        first = first or settings
+        for key in settings:
+            if not re.match(MAY_DIFFER, key) and settings[key] != first.get(key):
+                values = f"{key} is {as_written(settings[key])}, not {as_written(first.get(key))}"
+                more = f"{out} differs from {sweeps[0]} in more than the seed: {values}"
+                raise UserError(f"{more}; run both with one configuration")
 
 
 def _flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -120,7 +103,3 @@ def _flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
             yield from _flat(value, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", value
-
-
-if __name__ == "__main__":
-    sys.exit(main())

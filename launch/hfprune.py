@@ -10,7 +10,9 @@ import sys
 from collections.abc import Sequence
 
 if __name__ == "__main__":
-    import installed  # noqa: F401
+    from start import start
+
+    start(__file__)
 
 from hfprune_launch.command import command, make_parser
 
@@ -46,11 +48,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         given = parsed.command
         named = f"no command {given!r}{did_you_mean(given, COMMANDS)}" if given else "no command"
         parser.error(f"{named}; valid: {', '.join(COMMANDS)}")
-    _show_version()
-    return 0
-
-
-def _show_version() -> None:
     from hfprune_launch.project import PROJECT
 
     code = PROJECT.code_version()
@@ -58,7 +55,4 @@ def _show_version() -> None:
     print(f"commit: {code['git_commit'] or 'unknown'}{', with changes' if code['dirty_diff_sha256'] else ''}")
     print(f"configurations: {PROJECT.configs}")
     print(f"Slurm profiles: {PROJECT.profiles}")
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    return 0

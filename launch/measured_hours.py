@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections import defaultdict
+from collections.abc import Callable
 from statistics import fmean
-
-from rich.console import Console
 
 from hfprune_dist.planning.plan import Plan
 from hfprune_dist.store.artifacts import Store
@@ -25,24 +23,7 @@ def measured_hours(plan: Plan, store: Store) -> Callable[[Stage], float | None]:
         for folder in listed(store.root / kind, "[!.]*"):
             manifest = store.handle(f"{kind}/{folder.name}").manifest()
             if manifest is not None and manifest.get("wall_time_s") is not None:
-                took[kind, _model_in(manifest["stage"]["label"])].append(manifest["wall_time_s"] / 3600)
-
-    def hours(stage: Stage) -> float | None:
-        of_kind = took.get((stage.kind, _model_in(stage.label)))
-        return fmean(of_kind) if of_kind else None
-
-    return hours
-
-
-def _model_in(label: str) -> str:
-    """Return the first word of a label, such as ``llama 0.2 hfprune``."""
-    return label.partition(" ")[0]
-
-
-def show_hours(console: Console, plan: Plan, store: Store, todo: Sequence[str]) -> None:
-    """Print how long the stages in ``todo`` may take, as far as stages like them have been run."""
-    hours_of = measured_hours(plan, store)
-    stages = Counter((stage.kind, hours_of(stage)) for stage in (plan.stages[stage_id] for stage_id in todo))
-    if stages:
-        told = [f"{kind} {n} x {NO_RUN if hours is None else f'{hours:.2g} h'}" for (kind, hours), n in stages.items()]
-        console.print(f"\nby finished stages of the same kind and model: {', '.join(told)}", soft_wrap=True)
+                took[kind, manifest["stage"]["label"].split()[0]].append(manifest["wall_time_s"] / 3600)
+    # A label begins with the model, as in "llama 0.2 hfprune".
+    average = {kind_and_model: fmean(hours) for kind_and_model, hours in took.items()}
+    return lambda stage: average.get((stage.kind, stage.label.split()[0]))

@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from hfprune_launch.local.hardware import ranks_here
-from hfprune_launch.slurm.profile import Profile
+from hfprune_launch.prepare import Prepared
+from hfprune_launch.slurm.commands import SlurmCommands
+from hfprune_launch.slurm.estimate import refuse_what_cannot_fit
 
 from hfprune_dist.checkpoints.checkpoint import open_checkpoint
 from hfprune_dist.config.schema import SweepConfig
@@ -17,56 +19,36 @@ from hfprune_dist.config.section import TextSource
 from hfprune_dist.data.text import Beginning, read_beginning, require_data_set
 from hfprune_dist.errors import UserError
 from hfprune_dist.kinds.memory import parameters_of
-from hfprune_dist.planning.plan import Plan
 from hfprune_dist.store.machine import count_gpus
 from hfprune_dist.store.stage import RECOVERING
 
 
 class Text(NamedTuple):
-    """A text that stages will read.
+    """A text that stages will read."""
 
-    Attributes:
-        section: section of the configuration that describes it.
-        where: name of the text in the stages' messages.
-        beginning: its first texts; None if they come from the hub.
-        sequence_length: tokens per window, or per row of pairs.
-        windows: number of windows that are cut from the text; 0 if it is pairs to train on.
-        add_bos_token: whether windows begin with BOS.
-    """
-
-    section: str
-    where: str
-    beginning: Beginning | None
-    sequence_length: int
-    windows: int = 0
-    add_bos_token: bool = False
+    section: str  # of the configuration, which describes it
+    where: str  # its name in the stages' messages
+    beginning: Beginning | None  # its first texts; None if they come from the hub
+    sequence_length: int  # tokens per window, or per row of pairs
+    windows: int  # number of windows that are cut from it; 0 if it is pairs to train on
+    add_bos_token: bool
 
 
-def check_stages(
-    config: SweepConfig,
-    plan: Plan,
-    todo: Sequence[str],
-    profile: Profile | None,
-    *,
-    absent: Collection[Path] = (),
-    looks_only: bool = False,
-) -> None:
-    """Before any missing stage runs, check what the stages will read for every model, and that ranks can share it.
+def require_runnable(prepared: Prepared, *, looks_only: bool = False) -> None:
+    """Check that the missing stages can run, and what they will read for every model.
 
     Args:
-        todo: ids of the stages.
-        profile: profile of the cluster on which they run; None for this machine.
-        absent: folders that stand for models of the hub which aren't downloaded, in a dry run.
-        looks_only: whether it is one, which asks for no data sets.
+        looks_only: whether it is for a dry run, which needs no Slurm and asks for no data sets.
 
     Raises:
-        UserError: for GPUs that torch can't use, a tracker that isn't installed, a text or data set that can't be read,
-            a text that is too short, a batch that ranks can't share, an unknown task, or a model with unsuitable
-            tokenizer, chat template, weights or positions.
+        UserError: for input that a stage would otherwise refuse only after hours of other stages' work.
     """
-    stages = [plan.stages[stage_id] for stage_id in todo]
+    config, plan, profile = prepared.config, prepared.sweep.plan, prepared.request.profile
+    stages, evaluation = [plan.stages[stage_id] for stage_id in prepared.todo], config.evaluation
     kinds = {stage.kind for stage in stages}
-    evaluation = config.evaluation
+    refuse_what_cannot_fit(prepared.estimates)
+    if stages and profile is not None and not looks_only:
+        SlurmCommands().require()
     if stages and profile is None and count_gpus():
         from hfprune_dist.distributed.world import require_usable_gpus  # torch takes seconds to import
 
@@ -80,41 +62,41 @@ def check_stages(
         ranks = profile.resources[kind].ranks if profile else ranks_here(config.runtime)
         config.recovery.require_shared_evenly(ranks)
     texts = list(_texts(config, kinds, looks_only))
-    if evaluation.tasks and "evaluate" in kinds:
+    has_tasks = bool(evaluation.tasks) and "evaluate" in kinds
+    if has_tasks:
         from hfprune_dist.evaluation.lm_eval_tasks import check_tasks  # lm-eval takes seconds to import
 
         include_path = Path(evaluation.include_path) if evaluation.include_path else None
         check_tasks(evaluation.tasks, include_path, data=not looks_only)
-    needs_chat = bool(evaluation.tasks) and evaluation.apply_chat_template and "evaluate" in kinds
-    # Tokenizers of dense models are those of the models pruned from them, too.
+    # Tokenizers of dense models are those of the models pruned from them, too. A dry run may lack a model of the hub.
+    absent = {model.checkpoint.path for model in prepared.models if not model.is_here}
     folders = dict.fromkeys(plan.dense_folder(stage) for stage in stages if parameters_of(stage).tokenizes)
     for folder in (folder for folder in folders if folder not in absent):
-        _check_model(folder, texts, needs_chat)
+        _check_model(folder, texts, has_tasks and evaluation.apply_chat_template)
 
 
 def _texts(config: SweepConfig, kinds: Collection[str], looks_only: bool) -> Iterator[Text]:
     """The texts that stages of these kinds will read, among those that are checked here."""
-
-    def begin(
-        where: str, source: TextSource, fields: Sequence[str], records: int | None = None
-    ) -> tuple[str, Beginning | None]:
-        """Return the name of a text in messages, and its first records; a data set of the hub has to be there."""
-        if source.path is not None:
-            return f"{where} {source.path}", read_beginning(Path(source.path), fields, where, records)
-        if not looks_only:
-            require_data_set(source.model_dump())
-        return where, None
-
     calibration, evaluation, recovery = config.calibration, config.evaluation, config.recovery
+
+    def text(section: str, source: TextSource, length: int, windows: int = 0, add_bos_token: bool = False) -> Text:
+        where, beginning = section.rpartition(".")[2], None
+        if source.path is not None:
+            where = f"{where} {source.path}"
+            fields, records = ([source.text_field], None) if windows else (recovery.pair_fields, recovery.samples)
+            beginning = read_beginning(Path(source.path), fields, where, records)
+        elif not looks_only:
+            require_data_set(source.model_dump())
+        return Text(section, where, beginning, length, windows, add_bos_token)
+
     for share in calibration.shares() if "importance" in kinds else ():
-        place = begin("calibration", share.text, [share.text.text_field])
-        yield Text("calibration", *place, calibration.sequence_length, share.windows, config.calibrates_with_bos)
-    for text in evaluation.fidelity.each().values() if "reference" in kinds else ():
-        place = begin("fidelity", text, [text.text_field])
-        yield Text("evaluation.fidelity", *place, text.sequence_length, text.windows, evaluation.add_bos_token)
+        bos = config.calibrates_with_bos
+        yield text("calibration", share.text, calibration.sequence_length, share.windows, bos)
+    for held_out in evaluation.fidelity.each().values() if "reference" in kinds else ():
+        bos = evaluation.add_bos_token
+        yield text("evaluation.fidelity", held_out, held_out.sequence_length, held_out.windows, bos)
     if RECOVERING & {*kinds}:
-        place = begin("recovery", recovery, recovery.pair_fields, recovery.samples)
-        yield Text("recovery", *place, recovery.sequence_length)
+        yield text("recovery", recovery, recovery.sequence_length)
 
 
 def _check_model(folder: Path, texts: Sequence[Text], needs_chat: bool) -> None:

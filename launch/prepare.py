@@ -7,12 +7,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hfprune_launch.command import as_called
-from hfprune_launch.local.hardware import device_here, fitting_runtime
-from hfprune_launch.preflight import check_stages
+from hfprune_launch.local.hardware import device_here, ranks_here
 from hfprune_launch.project import PROJECT
 from hfprune_launch.screen import say
-from hfprune_launch.slurm.estimate import Estimate, estimate_stages, refuse_what_cannot_fit
+from hfprune_launch.slurm.estimate import Estimate, estimate_stages
 from hfprune_launch.slurm.profile import Profile
 from hfprune_launch.slurm.script import default_threads, refuse_unusable_path
 from hfprune_launch.sweep_folder import Sweep, configuration, recorded_sweep, require_apart, require_folder
@@ -25,36 +23,26 @@ from hfprune_dist.planning.build_plan import build_plan
 from hfprune_dist.planning.methods import resolve_methods
 from hfprune_dist.planning.model_sources import ModelSource, resolve_models
 from hfprune_dist.planning.plan import refuse_other_checkpoints
-from hfprune_dist.planning.ratios import place_of
-from hfprune_dist.planning.remarks import planned_sizes, remarks_on_method, remarks_on_texts, sizes_of
+from hfprune_dist.planning.remarks import remarks_on_texts
 from hfprune_dist.store.artifacts import Store, Verdict
 from hfprune_dist.store.claims import Cancellation
 
-NO_MODELS = """no models are named: give --models, or models in a --config file; for example
-  python launch/sweep.py --models llama,qwen --ratios 0.2,0.5 --config configs/demo.yaml
-  python launch/sweep.py --models /data/my-llama --ratios 0.2 --set calibration.path=text.jsonl
-  python launch/sweep.py --models Qwen/Qwen2.5-0.5B --dry-run
-all flags: python launch/sweep.py --help"""
+NO_MODELS = (
+    "no models are named: give --models, or models in a --config file; for example --models Qwen/Qwen2.5-0.5B --ratios "
+    "0.2 --dry-run; --help explains all flags"
+)
 
 
 @dataclass(frozen=True)
 class Request:
-    """What a command line or a session in Python asks for.
+    """What a command line or a session in Python asks for."""
 
-    Attributes:
-        out: folder of the sweep.
-        files: YAML files of settings; without any, those of the folder's last run.
-        overrides: dotted key -> value of settings that win over files.
-        profile: profile of the cluster on which stages run; None for this machine.
-        follow: whether to stay until all jobs have ended.
-    """
-
-    out: Path
+    out: Path  # the sweep's folder
     console: Console
-    files: Sequence[Path] = ()
-    overrides: Mapping[str, Any] = field(default_factory=dict)
-    profile: Profile | None = None
-    follow: bool = True
+    files: Sequence[Path] = ()  # YAML; without any, the settings are those of the folder's last run
+    overrides: Mapping[str, Any] = field(default_factory=dict)  # dotted key -> value; these win over files
+    profile: Profile | None = None  # of the cluster on which stages run; None for this machine
+    follow: bool = True  # whether to stay until all jobs have ended
 
     def tell(self, text: str) -> None:
         """Print a line as it is; nothing if it is empty."""
@@ -64,67 +52,17 @@ class Request:
 
 @dataclass(frozen=True)
 class Prepared:
-    """A sweep before its first stage; nothing has been written.
-
-    Attributes:
-        config: the configuration as given.
-        here: the configuration with the runtime that fits where stages run.
-        methods: methods, by name.
-        verdicts: verdicts on artifacts, by stage id.
-        todo: ids of the stages that must run, in order.
-        estimates: estimates of what they need of a cluster's GPUs.
-        cancellation: tells whether the sweep has been cancelled since its planning began.
-    """
+    """A sweep before its first stage; nothing has been written."""
 
     request: Request
     sweep: Sweep
     config: SweepConfig
-    here: SweepConfig
     models: Sequence[ModelSource]
-    methods: Mapping[str, Method]
-    verdicts: Mapping[str, Verdict]
-    todo: Sequence[str]
-    estimates: Sequence[Estimate]
-    cancellation: Cancellation
-
-    def remarks(self) -> list[str]:
-        """Return sentences on the effect of settings: how texts are mixed, and what each method does to each model."""
-        texts = self.config.calibration.shares()
-        shares = [f"{share.windows} of {share.text.path or share.text.dataset}" for share in texts]
-        mixed = [f"calibration windows: {', '.join(shares)}"] if len(shares) > 1 else []
-        return mixed + [
-            remark
-            for model in self.models
-            if model.has_known_shape
-            for name, method in self.methods.items()
-            for remark in remarks_on_method(model.checkpoint, method, place_of(model.name, name))
-        ]
-
-    def shapes(self) -> dict[str, dict[str, str]]:
-        """Label of a cell -> sizes of its checkpoint as far as the plan decides them, in the order of the table."""
-        models = {model.name: model for model in self.models}
-        shapes = {}
-        for cell in self.sweep.plan.cells:
-            model = models[cell.model]
-            if not model.has_known_shape:
-                shapes[cell.label] = {"note": "unknown until the model is downloaded"}
-            elif cell.ratio is None or cell.method is None:
-                shapes[cell.label] = sizes_of(model.checkpoint)
-            else:
-                method, where = self.methods[cell.method], place_of(cell.model, cell.method)
-                shapes[cell.label] = planned_sizes(model.checkpoint, cell.ratio, method, where)
-        return shapes
-
-    def require_runnable(self, looks_only: bool = False) -> None:
-        """Raise UserError for input that a stage would otherwise refuse only after hours of other stages' work.
-
-        Args:
-            looks_only: whether it is for a dry run, which asks for no data sets.
-        """
-        refuse_what_cannot_fit(self.estimates)
-        absent = [model.checkpoint.path for model in self.models if not model.is_here]
-        plan, profile = self.sweep.plan, self.request.profile
-        check_stages(self.here, plan, self.todo, profile, absent=absent, looks_only=looks_only)
+    methods: Mapping[str, Method]  # by name
+    verdicts: Mapping[str, Verdict]  # on artifacts, by stage id
+    todo: Sequence[str]  # ids of the stages that must run, in order
+    estimates: Sequence[Estimate]  # of what they need of a cluster's GPUs
+    cancellation: Cancellation  # of the sweep since its planning began
 
 
 def prepare(request: Request, *, download: bool) -> Prepared:
@@ -142,16 +80,19 @@ def prepare(request: Request, *, download: bool) -> Prepared:
     cancellation = Cancellation(store.root)
     config, remark = configuration(out, request.files, request.overrides)
     request.tell(remark)
+    runtime = config.runtime
     if not config.models:
-        raise UserError(as_called(NO_MODELS))
+        raise UserError(NO_MODELS)
     models = resolve_models(config, PROJECT.configs / "models", store.hashes, download)
     methods = resolve_methods(config, PROJECT.configs / "methods")
     if profile is None:
-        runtime, remark = fitting_runtime(config.runtime)
-        request.tell(remark)
-        device = device_here(config.runtime)
+        device, ranks = device_here(runtime), ranks_here(runtime)
+        if ranks < (runtime.ranks or 1):
+            request.tell(
+                f"note: runtime.ranks {runtime.ranks} is more than this machine's GPUs; stages run with {ranks}"
+            )
     else:
-        runtime, resources = config.runtime, profile.resources["efficiency"]
+        resources = profile.resources["efficiency"]
         device = resources.device(default_threads(resources, runtime.threads_per_rank))
         refuse_unusable_path(out)
     unknown = {model.checkpoint.path: model.name for model in models if not model.has_known_shape}
@@ -169,10 +110,9 @@ def prepare(request: Request, *, download: bool) -> Prepared:
         request.tell(f"note: {remark}")
     for model in models:
         if not model.is_here:
+            unasked = "neither here nor can the hub be asked for its shape; ids of its stages will change"
             told = "it is downloaded when the sweep runs; only its config.json and its tensors' shapes were looked up"
-            if not model.has_known_shape:
-                told = "neither here nor can the hub be asked for its shape; ids of its stages will change"
-            request.tell(f"note: model {model.name!r}: {told}")
+            request.tell(f"note: model {model.name!r}: {told if model.has_known_shape else unasked}")
     verdicts = {stage_id: store.handle(stage_id).verify() for stage_id in plan.stages}
     todo = plan.lacking(lambda stage_id: verdicts[stage_id].state == "done")
     sized = [stage_id for stage_id in todo if plan.dense_folder(plan.stages[stage_id]) not in unknown]
@@ -180,7 +120,6 @@ def prepare(request: Request, *, download: bool) -> Prepared:
         request=request,
         sweep=Sweep(plan, store, out),
         config=config,
-        here=config.model_copy(update={"runtime": runtime}),
         models=models,
         methods=methods,
         verdicts=verdicts,

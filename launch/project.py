@@ -11,42 +11,30 @@ import hfprune_dist
 from hfprune_dist.store.atomic_files import read_json
 from hfprune_dist.store.provenance import code_version
 
-# In a wheel, and in the folder launch of a source distribution; written by build_steps.py.
-BUILD_FILE = "build.json"
+BUILD_FILE = "build.json"  # in a wheel; written by build_steps.py
 
 
 @dataclass(frozen=True)
 class Project:
-    """The folders of the project.
+    """The folders of the project."""
 
-    Attributes:
-        clone: top folder of the clone; None for an installed wheel, which has no git repository.
-        packages: package name -> folder of its modules.
-        configs: folder of configurations, methods and model aliases (``configs``).
-        profiles: folder of Slurm profiles (``slurm/profiles``).
-    """
-
-    clone: Path | None
-    packages: Mapping[str, Path]
-    configs: Path
-    profiles: Path
+    packages: Mapping[str, Path]  # package name -> folder of its modules
+    configs: Path  # of configurations, methods and model aliases (``configs``)
+    profiles: Path  # of Slurm profiles (``slurm/profiles``)
 
     @classmethod
     def around(cls, launch: Path) -> Project:
         """Return the project that the folder of the package ``hfprune_launch`` belongs to."""
-        top = launch.parent
-        packages = {"hfprune_dist": top / "hfprune_dist", "hfprune_launch": launch}
-        if (launch / "configs").is_dir():
-            return cls(None, packages, launch / "configs", launch / "profiles")
-        return cls(top, packages, top / "configs", top / "slurm" / "profiles")
+        packages = {"hfprune_dist": launch.parent / "hfprune_dist", "hfprune_launch": launch}
+        if (launch / "configs").is_dir():  # a wheel's
+            return cls(packages, launch / "configs", launch / "profiles")
+        return cls(packages, launch.parent / "configs", launch.parent / "slurm" / "profiles")
 
     def code_version(self) -> dict[str, Any]:
         """Return version and commit of the code: the current ones in a clone, those of its build in a wheel."""
-        version = {"hfprune_dist": hfprune_dist.__version__}
-        if self.clone is not None:
-            return version | code_version(self.clone)
-        built = read_json(self.packages["hfprune_launch"] / BUILD_FILE)
-        return version | (built or {"git_commit": None, "dirty_diff_sha256": None})
+        launch = self.packages["hfprune_launch"]
+        built = read_json(launch / BUILD_FILE) or code_version(launch.parent)
+        return {"hfprune_dist": hfprune_dist.__version__, **built}
 
 
 PROJECT = Project.around(Path(__file__).resolve().parent)

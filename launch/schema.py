@@ -11,11 +11,12 @@ The YAML language server (in VS Code, the YAML extension) uses the schema named 
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Sequence
 
 if __name__ == "__main__":
-    import installed  # noqa: F401
+    from start import start
+
+    start(__file__)
 
 from hfprune_launch.command import command, make_parser
 from hfprune_launch.slurm.profile import ProfileFile
@@ -41,7 +42,3 @@ def main(argv: Sequence[str] | None = None) -> int:
     dialect = {"$schema": "https://json-schema.org/draft/2020-12/schema"}
     print(json.dumps(dialect | KINDS[arguments.kind].model_json_schema(), indent=1))
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,28 +1,25 @@
-"""Screen output of the commands: the plan, progress while stages run, and the table of results."""
+"""Screen output of the commands: progress while stages run, and the table of results."""
 
 from __future__ import annotations
 
 import sys
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Sequence
 from typing import TypeVar
 
-from rich.console import Console, JustifyMethod
+from rich.console import Console
+from rich.live import Live
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Column as RichColumn
 from rich.table import Table
+from rich.text import Text
 
-from hfprune_dist.planning.plan import Plan
 from hfprune_dist.results.checkpoints import Update
-from hfprune_dist.results.formats import counted, duration
+from hfprune_dist.results.formats import duration
 from hfprune_dist.results.markdown import Column, cells
 from hfprune_dist.results.rows import FAILED, MISSING, Row
 from hfprune_dist.results.table import causes, columns, notes
-from hfprune_dist.store.artifacts import Verdict
-from hfprune_dist.store.heartbeat import Failure, Heartbeat
+from hfprune_dist.store.heartbeat import Heartbeat
 from hfprune_dist.store.stage import Stage
 
 PIPED = 80  # characters of a table where there is no terminal
@@ -51,37 +48,14 @@ def say(console: Console, text: str) -> None:
     console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
-def plain_table(*headers: str) -> Table:
-    """Return a table in which text breaks over lines where it doesn't fit, rather than being cut off."""
-    return Table(*(RichColumn(header, overflow="fold") for header in headers), box=None, pad_edge=False)
+def plain_table(*headers: str, numbers: Collection[str] = ()) -> Table:
+    """Return a table in which text breaks over lines where it doesn't fit, rather than being cut off.
 
-
-def show_plan(console: Console, plan: Plan, verdicts: Mapping[str, Verdict], todo: Sequence[str]) -> None:
-    """Show one line per stage: reuse, run or not needed, and the reason."""
-    actions = {stage_id: "reuse" if verdict.state == "done" else "not needed" for stage_id, verdict in verdicts.items()}
-    actions |= dict.fromkeys(todo, "run")
-    lines = plain_table("stage", "for", "id", "action", "reason")
-    for stage in plan.stages.values():
-        reason = escape(verdicts[stage.id].reason)
-        lines.add_row(stage.kind, escape(stage.label), stage.fingerprint, actions[stage.id], reason)
-    console.print(lines)
-    counts = Counter(actions.values())
-    unneeded = f", {counts['not needed']} not needed" if counts["not needed"] else ""
-    size = f"{counted(len(plan.cells), 'cell')}, {counted(len(plan.stages), 'stage')}"
-    console.print(f"{size}: {counts['reuse']} reuse, {counts['run']} run{unneeded}")
-
-
-def show_shapes(console: Console, shapes: Mapping[str, Mapping[str, str]]) -> None:
-    """Show the sizes of each cell's checkpoint; "-" stands for sizes that only a stage can determine."""
-    names = ["width", "KV heads", "layers", "ratio"]
-    if any("experts" in sizes for sizes in shapes.values()):
-        names.insert(0, "experts")
-    lines = plain_table("checkpoint of", *names, "")
-    for column in lines.columns[1:-1]:
-        column.justify = "right"
-    for label, sizes in shapes.items():
-        lines.add_row(escape(label), *(sizes.get(name, "-") for name in names), sizes.get("note", ""))
-    console.print(lines)
+    Args:
+        numbers: the headers of columns of numbers.
+    """
+    columns = (RichColumn(name, overflow="fold", justify="right" if name in numbers else "left") for name in headers)
+    return Table(*columns, box=None, pad_edge=False)
 
 
 def time_left(heartbeat: Heartbeat | None) -> str:
@@ -91,96 +65,49 @@ def time_left(heartbeat: Heartbeat | None) -> str:
 
 
 class ProgressLines:
-    """Where there is no terminal to show more, as under nohup or in a pipe: an occasional line for each running stage.
+    """Where there is no terminal to show more, as under nohup: an occasional line for each running stage."""
 
-    Args:
-        clock: seconds of a monotonic clock.
-    """
-
-    def __init__(self, console: Console, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, console: Console) -> None:
         self._console = console
-        self._clock = clock
         self._told_at: dict[str, float] = {}
 
-    def tell(self, stage: Stage, progress: str, left: str) -> None:
-        """Print how far a stage is, if a line is due; to be called on every sign of progress of a running stage.
+    def tell(self, stage: Stage, progress: str, left: str) -> str:
+        """Print how far a stage is, if a line is due, and return the line; to be called on every sign of progress.
 
         Args:
             progress: e.g. "calibration 3/9"; empty while the stage starts.
             left: the time left; empty if it isn't known.
         """
-        now = self._clock()
-        if self._console.is_terminal or now - self._told_at.setdefault(stage.id, now) < LINE_INTERVAL_S:
-            return
-        self._told_at[stage.id] = now
-        remaining = f", {left} left" if left else ""
-        say(self._console, f"{stage.kind} {stage.label}: {progress or 'starting'}{remaining}")
+        line = f"{stage.kind} {stage.label}: {progress or 'starting'}{left and f', {left} left'}"
+        now = time.monotonic()
+        if not self._console.is_terminal and now - self._told_at.setdefault(stage.id, now) >= LINE_INTERVAL_S:
+            self._told_at[stage.id] = now
+            say(self._console, line)
+        return line
 
 
 class StageScreen:
-    """Progress of a sweep: a live bar on a terminal, occasional lines elsewhere, and always one per finished stage."""
+    """The stages of a sweep on this machine: a line for each that has ended, and below them the one at work."""
 
-    def __init__(self, console: Console, progress: Progress, total: int) -> None:
+    def __init__(self, console: Console, total: int) -> None:
+        self.live = Live(console=console, transient=True, auto_refresh=False)
+        self.total = total
         self._console = console
-        self._progress = progress
-        self._total = total
         self._lines = ProgressLines(console)
-        self._finished = 0
-        self._bar: TaskID | None = None
-        self._began = time.monotonic()
-
-    def expect(self, more: int) -> None:
-        """Count further stages, which turned out to be missing."""
-        self._total += more
-
-    def begin(self, stage: Stage) -> None:
-        name = f"{stage.kind} {escape(stage.label)}"
-        self._began = time.monotonic()
-        self._bar = self._progress.add_task(name, total=None, phase="starting", left="")
+        self._ended = 0
 
     def beat(self, stage: Stage, heartbeat: Heartbeat | None) -> None:
         """Show the latest heartbeat of a running stage."""
-        left = time_left(heartbeat)
-        self._lines.tell(stage, "" if heartbeat is None else str(heartbeat), left)
-        if heartbeat is not None and self._bar is not None:
-            phase, remaining = escape(heartbeat.phase), f"{left} left" if left else ""
-            self._progress.update(
-                self._bar, completed=heartbeat.done, total=heartbeat.total, phase=phase, left=remaining
-            )
+        line = self._lines.tell(stage, str(heartbeat or ""), time_left(heartbeat))
+        if self._console.is_terminal:
+            self.live.update(Text(line), refresh=True)
 
-    def end(self, stage: Stage, failure: Failure | None) -> None:
-        if self._bar is not None:
-            self._progress.remove_task(self._bar)
-            self._bar = None
-        mark = "[green]done[/]" if failure is None else "[red]failed[/]"
-        self._line(f"{mark} {stage.kind} {escape(stage.label)} ({time.monotonic() - self._began:.1f} s)")
-        if failure is not None:
-            self._console.print(f"  {escape(failure.message)}", highlight=False, soft_wrap=True)
-
-    def skip(self, stage: Stage, waiting_for: Stage) -> None:
-        self._line(
-            f"[yellow]skipped[/] {stage.kind} {escape(stage.label)}: {waiting_for.kind} {escape(waiting_for.label)} "
-            "is missing"
-        )
-
-    def _line(self, text: str) -> None:
-        self._finished += 1
-        self._console.print(f"[{self._finished}/{self._total}] {text}", highlight=False)
-
-
-@contextmanager
-def stage_screen(console: Console, total: int) -> Iterator[StageScreen]:
-    """Show progress for as long as stages run."""
-    parts = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[phase]}"),
-        TextColumn("{task.fields[left]}"),
-        TimeElapsedColumn(),
-    )
-    with Progress(*parts, console=console, transient=True, disable=not console.is_terminal) as progress:
-        yield StageScreen(console, progress, total)
+    def end(self, stage: Stage, outcome: str, told: str) -> None:
+        """Tell that a stage is done, failed or skipped."""
+        self._ended += 1
+        color = {"done": "green", "failed": "red"}.get(outcome, "yellow")
+        line = f"[{self._ended}/{self.total}] [{color}]{outcome}[/] {stage.kind} {escape(f'{stage.label}{told}')}"
+        self._console.print(line, highlight=False, soft_wrap=True)
 
 
 def show_results(console: Console, rows: Sequence[Row], wide: bool = False) -> None:
@@ -215,8 +142,8 @@ def table_of(rows: Sequence[T], shown: Sequence[Column[T]]) -> Table:
     """Return a table whose names break over lines where they don't fit."""
     lines = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
     for column in shown:
-        side: JustifyMethod = "left" if column.is_text else "right"
-        lines.add_column(escape(column.header), justify=side, no_wrap=not column.is_text, overflow="fold")
+        header, is_number = escape(column.header), not column.is_text
+        lines.add_column(header, justify="right" if is_number else "left", no_wrap=is_number, overflow="fold")
     for texts in cells(rows, shown):
         lines.add_row(*map(escape, texts))
     return lines

@@ -5,13 +5,12 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from hfprune_launch.project import PROJECT
-from hfprune_launch.screen import say
+from hfprune_launch.screen import say, show_checkpoints, show_results
 from rich.console import Console
 
 from hfprune_dist.config.load import load_config
@@ -19,7 +18,7 @@ from hfprune_dist.config.schema import SweepConfig
 from hfprune_dist.config.yaml_text import to_yaml
 from hfprune_dist.errors import UserError, did_you_mean
 from hfprune_dist.planning.model_sources import ModelSource
-from hfprune_dist.planning.plan import Plan, without_rows
+from hfprune_dist.planning.plan import Plan, with_earlier_rows, without_rows
 from hfprune_dist.report.page import page
 from hfprune_dist.results.card import contents_of_checkpoints
 from hfprune_dist.results.checkpoints import Update, update_checkpoints
@@ -58,12 +57,15 @@ class Sweep:
         except OSError as error:  # the results are complete all the same
             return Update({}, [f"named checkpoints can't be written ({error}); those in {self.store.root} are whole"])
 
-    def write_results(self) -> tuple[list[Row], Update]:
-        """Write the named checkpoints, and the tables, whose rows name them."""
+    def write_results(self, console: Console, wide: bool = False) -> None:
+        """Write the named checkpoints, the tables, whose rows name them, and the report; then show them."""
         update = self.write_checkpoints()
         rows = self.rows()
         write_reports(rows, self.out)
-        return rows, update
+        write_page(self.out, console)
+        # Shown once all is written, as a reader such as head may end the command.
+        show_results(console, rows, wide)
+        show_checkpoints(console, update)
 
     def write_record(self) -> None:
         """Write the plan as that of all rows of the folder."""
@@ -115,9 +117,17 @@ def write_page(out: Path, console: Console) -> None:
         say(console, f"note: {out / REPORT} can't be written ({type(error).__name__}: {error})")
 
 
-def record_locked(out: Path) -> AbstractContextManager[None]:
-    """Keep other commands from changing a folder's record; what they would change has to be read after this."""
-    return locked(out / LOCK)
+def record_run(today: Sweep, config: SweepConfig, models: Sequence[ModelSource]) -> None:
+    """Write a run's configuration, in which models are named so that they can be found from any folder, and add its
+    rows to the folder's record; they replace those of earlier runs that are for the same cells.
+    """
+    out, plan = today.out, today.plan
+    write_text(out / CONFIG_FILE, to_yaml(config.model_dump() | {"models": [model.spelling for model in models]}))
+    dense = {model.name: DenseModel.from_checkpoint(model.checkpoint) for model in models}
+    with locked(out / LOCK):  # what other commands would change meanwhile
+        if (earlier := recorded_sweep(out)) is not None:
+            plan, dense = with_earlier_rows(plan, earlier.plan), {**earlier.dense, **dense}
+        replace(today, plan=plan, dense=dense).write_record()
 
 
 def forget_rows(out: Path, labels: Sequence[str]) -> Sweep:
@@ -127,14 +137,14 @@ def forget_rows(out: Path, labels: Sequence[str]) -> Sweep:
         UserError: if there is no such row.
     """
     read_sweep(out)  # nothing is written where no sweep has run
-    with record_locked(out):
+    with locked(out / LOCK):
         sweep = read_sweep(out)
         known = [cell.label for cell in sweep.plan.cells]
         for label in labels:
             if label not in known:
                 hint = did_you_mean(label, known)
                 raise UserError(f"--forget: no row {label!r} in {out}{hint}; rows: {', '.join(known) or 'none'}")
-        left = Sweep(without_rows(sweep.plan, labels), sweep.store, out, sweep.dense)
+        left = replace(sweep, plan=without_rows(sweep.plan, labels))
         left.write_record()
     return left
 
@@ -143,17 +153,11 @@ def require_folder(out: Path) -> None:
     """Check that a folder can be created and written to, as far as that can be seen without writing anything.
 
     Raises:
-        UserError: if a file is in its way, it can't be written to, or its name isn't UTF-8.
+        UserError: if it can't.
     """
-    try:
-        str(out).encode()
-    except UnicodeEncodeError:
-        raise UserError(f"--out {str(out)!r}: its name isn't UTF-8; choose another folder") from None
     nearest = next(place for place in (out.absolute(), *out.absolute().parents) if os.path.lexists(place))
-    if not nearest.is_dir():
-        raise UserError(f"--out {out}: can't be written to, {nearest} is not a folder; choose another --out")
-    if not os.access(nearest, os.W_OK | os.X_OK):
-        raise UserError(f"--out {out}: {nearest} can't be written to; choose another --out")
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
+        raise UserError(f"--out {out}: {nearest} is not a folder that can be written to; choose another --out")
 
 
 def require_apart(out: Path, plan: Plan) -> None:
@@ -167,12 +171,6 @@ def require_apart(out: Path, plan: Plan) -> None:
         read = Path(source.location).resolve()
         if place == read or (source.content != "text" and read in place.parents):
             raise UserError(f"--out {out}: the sweep reads what is in {read}; choose a folder outside of it")
-
-
-def write_config(out: Path, config: SweepConfig, models: Sequence[ModelSource]) -> None:
-    """Write the resolved configuration, in which models are named so that they can be found from any folder."""
-    names = [model.spelling for model in models]
-    write_text(out / CONFIG_FILE, to_yaml(config.model_dump() | {"models": names}))
 
 
 def configuration(out: Path, files: Sequence[Path], overrides: Mapping[str, Any]) -> tuple[SweepConfig, str]:

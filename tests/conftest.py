@@ -10,7 +10,7 @@ from pathlib import Path
 import fork_server
 import pytest
 from gpu_marks import lacking
-from hfprune_launch.demo.assets import build
+from hfprune_launch.demo_assets import build
 from hypothesis import settings
 from xdist.scheduler import LoadScopeScheduling
 

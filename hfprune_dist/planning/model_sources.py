@@ -38,6 +38,7 @@ TWICE = ["consolidated*.safetensors"]
 TIMEOUT_S = 10.0
 # A shape of which every method can make something, Llama-3.1-8B's, and its tensors outside of layers and in each.
 ASSUMED = {
+    "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
     "hidden_size": 4096,
     "num_attention_heads": 32,

@@ -32,12 +32,6 @@ language: en
 ---
 {notice}"""
 QWEN_BIASED = ("q_proj", "k_proj", "v_proj")
-# Keys of a Llama config that a Qwen2 config has as well; the rest of a Qwen2 config stays at its defaults.
-SHARED_KEYS = (
-    *("bos_token_id", "dtype", "eos_token_id", "head_dim", "hidden_act", "hidden_size", "initializer_range"),
-    *("intermediate_size", "max_position_embeddings", "num_attention_heads", "num_hidden_layers"),
-    *("num_key_value_heads", "pad_token_id", "rms_norm_eps", "rope_parameters", "tie_word_embeddings", "vocab_size"),
-)
 
 
 def shipped_weights() -> Path:
@@ -77,10 +71,8 @@ def write_llama(weights: Path, folder: Path) -> None:
     with mock.patch.multiple(gguf, **once):
         model = AutoModelForCausalLM.from_pretrained(**source, quantization_config=GgufConfig(dequantize=True))
         tokenizer = AutoTokenizer.from_pretrained(**source, model_max_length=model.config.max_position_embeddings)
-    # Without these two the saved folder would still call itself quantized.
-    model.hf_quantizer = None
-    if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config
+    model.hf_quantizer = None  # otherwise the saved folder would still call itself quantized
+    vars(model.config).pop("quantization_config", None)
     model.config.rms_norm_eps = float(f"{model.config.rms_norm_eps:.6g}")  # GGUF keeps 1e-5 as a float32
     model.to(torch.bfloat16).save_pretrained(folder)
     write_config(json.loads((folder / "config.json").read_text(encoding="utf-8")), folder)
@@ -102,7 +94,8 @@ def write_qwen(llama: Path, folder: Path) -> None:
     from hfprune_dist.checkpoints.pruned_config import write_config
 
     config = json.loads((llama / "config.json").read_text(encoding="utf-8"))
-    shared = {key: config[key] for key in SHARED_KEYS}
+    both = Qwen2Config().to_dict().keys() & config.keys() - {"architectures", "model_type", "transformers_version"}
+    shared = {key: config[key] for key in (*both, "head_dim")}
     qwen = Qwen2Config(**shared, use_sliding_window=False, architectures=["Qwen2ForCausalLM"])
     write_config(json.loads(qwen.to_json_string()), folder)
     tensors = load_file(llama / SINGLE_FILE)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from hfprune_launch.demo.text import Documented, passages, summaries, write_jsonl
+from hfprune_launch.demo.text import Documented, one_line, summaries, write_jsonl
 
 from hfprune_dist.store.atomic_files import write_text
 
@@ -17,6 +18,8 @@ CONTEXT_WORDS = 9
 CONTINUATION_WORDS = 5
 SUMMARY_WORDS = range(4, 9)
 SEED = 0
+# Running text of the reference, without headings, code, tables and grammar.
+SENTENCE = re.compile(r"[A-Z][^|=<>{}\\]*[.]")
 
 # lm-eval resolves paths in `data_files` against the current folder, but a `!function` against the folder of the YAML
 # file. With the latter, the tasks work wherever they lie, and their content, and so their digest, contains no path.
@@ -53,7 +56,8 @@ metadata: {{version: 1.0}}
 def write_tasks(folder: Path, held_out: Sequence[str], library: Sequence[Documented]) -> None:
     """Write two tasks: which words continue a held-out passage, and which summary belongs to a definition."""
     end = CONTEXT_WORDS + CONTINUATION_WORDS
-    words = [passage.split() for passage in passages(held_out, min_words=end)]
+    lines = (one_line(block) for document in held_out for block in document.split("\n\n"))
+    words = [line.split() for line in lines if SENTENCE.fullmatch(line) and len(line.split()) >= end]
     continuations = [(" ".join(line[:CONTEXT_WORDS]), " ".join(line[CONTEXT_WORDS:end])) for line in words]
     docstrings = [(f'{signature}:\n    """', summary) for signature, summary in summaries(library, SUMMARY_WORDS)]
     # A passage continues after a space; a docstring follows its quotes directly.

@@ -26,8 +26,7 @@ DOCUMENT_CHARACTERS = 3600
 HELD_OUT_EVERY = 3
 # Two paragraphs that share this many words in a row count as the same text.
 SHINGLE_WORDS = 12
-# Paragraphs of the reference, and of a README, that are English sentences without markup.
-SENTENCE = re.compile(r"[A-Z][^|=<>{}\\]*[.]")
+# A README's paragraphs that are English sentences without markup.
 DESCRIPTION = re.compile(r"[A-Z][^|=<>{}\\`*#@\[\]_]*[.]")
 DESCRIPTION_WORDS = 25
 FREQUENT_WORDS = {"a", "and", "for", "in", "is", "of", "that", "the", "to", "with"}
@@ -40,18 +39,11 @@ RESPONSE_WORDS = range(15, 121)
 MARKUP = re.compile(r">>>|::|\.\. |[|`@{}\\]|--")
 
 
-# Prose, divided into text to calibrate on and text to compare models on.
+# Prose: documents of a few pages each, to calibrate on and to compare models on; no paragraph is in both.
 
 
-class Prose(NamedTuple):
-    """Documents of a few pages each; no paragraph occurs in both lists."""
-
-    calibration: list[str]
-    held_out: list[str]
-
-
-def reference_prose() -> Prose:
-    """Cut this Python's reference into documents.
+def reference_prose() -> dict[str, list[str]]:
+    """Cut this Python's reference into documents: ``calibration`` and ``heldout``.
 
     Raises:
         UserError: if this Python is installed without it.
@@ -60,37 +52,35 @@ def reference_prose() -> Prose:
         topics: dict[str, str] = importlib.import_module("pydoc_data.topics").topics
     except ModuleNotFoundError:
         raise UserError("this Python lacks pydoc_data, the demo's text; use a full CPython installation") from None
-    return _split(own_paragraphs(topics))
+    return _divided(_own_paragraphs(topics))
 
 
-def paper_prose() -> Prose:
+def paper_prose() -> dict[str, list[str]]:
     """Cut what lm-eval's READMEs say of benchmarks, much of it from abstracts of papers, into documents."""
     spec = importlib.util.find_spec("lm_eval")  # which is not imported
     assert spec is not None and spec.submodule_search_locations
     files = Path(spec.submodule_search_locations[0], "tasks").rglob("README.md")
     readmes = {file.parent.as_posix(): file.read_text(encoding="utf-8") for file in files}
-    described = ([line for block in blocks if (line := _description(block))] for blocks in own_paragraphs(readmes))
-    return _split([paragraphs for paragraphs in described if paragraphs])
+    described = ([line for block in blocks if (line := _description(block))] for blocks in _own_paragraphs(readmes))
+    return _divided([paragraphs for paragraphs in described if paragraphs])
 
 
 def _description(block: str) -> str:
     """Return a README's paragraph on one line; empty if it isn't English prose."""
     line = re.sub(r"^(\**Abstract\**:\**|>) *", "", one_line(block)).strip('`"> ')
     words = line.split()
-    if len(words) < DESCRIPTION_WORDS or "://" in line or not DESCRIPTION.fullmatch(line):
-        return ""
-    return line if sum(word in FREQUENT_WORDS for word in words) * 6 >= len(words) else ""
+    is_prose = len(words) >= DESCRIPTION_WORDS and "://" not in line and DESCRIPTION.fullmatch(line)
+    return line if is_prose and sum(word in FREQUENT_WORDS for word in words) * 6 >= len(words) else ""
 
 
-def own_paragraphs(topics: Mapping[str, str]) -> list[list[str]]:
+def _own_paragraphs(topics: Mapping[str, str]) -> list[list[str]]:
     """Return the paragraphs of each topic, longest topic first, without those that share text with an earlier topic:
     topics quote each other at length.
     """
     owned: list[list[str]] = []
     earlier: set[str] = set()
     for _, text in sorted(topics.items(), key=lambda item: (-len(item[1]), item[0])):
-        blocks = [block.rstrip() for block in re.split(r"\n\s*\n", text) if block.strip()]
-        owned.append([block for block in blocks if earlier.isdisjoint(shingles(block))])
+        owned.append([block for block in paragraphs(text) if earlier.isdisjoint(shingles(block))])
         earlier.update(*map(shingles, owned[-1]))
     return owned
 
@@ -101,30 +91,26 @@ def shingles(text: str) -> set[str]:
     return {" ".join(words[end - SHINGLE_WORDS : end]) for end in range(SHINGLE_WORDS, len(words) + 1)}
 
 
-def _split(topics: Sequence[list[str]]) -> Prose:
-    held_out = topics[HELD_OUT_EVERY - 1 :: HELD_OUT_EVERY]
-    return Prose(_pack(topic for n, topic in enumerate(topics, 1) if n % HELD_OUT_EVERY), _pack(held_out))
+def _divided(topics: Sequence[list[str]]) -> dict[str, list[str]]:
+    """Join the paragraphs of topics into documents of at least ``DOCUMENT_CHARACTERS``; a shorter remainder joins the
+    last one.
+    """
+    parts: dict[str, list[list[str]]] = {"calibration": [[]], "heldout": [[]]}
+    for number, topic in enumerate(topics, 1):
+        documents = parts["calibration" if number % HELD_OUT_EVERY else "heldout"]
+        for paragraph in topic:
+            if sum(map(len, documents[-1])) >= DOCUMENT_CHARACTERS:
+                documents.append([])
+            documents[-1].append(paragraph)
+    for documents in parts.values():
+        if len(documents) > 1 and sum(map(len, documents[-1])) < DOCUMENT_CHARACTERS:
+            documents[-2] += documents.pop()
+    return {name: ["\n\n".join(document) for document in documents] for name, documents in parts.items()}
 
 
-def _pack(topics: Iterable[list[str]]) -> list[str]:
-    """Join paragraphs into documents of at least ``DOCUMENT_CHARACTERS``; a shorter remainder joins the last one."""
-    documents: list[list[str]] = [[]]
-    for paragraph in (paragraph for topic in topics for paragraph in topic):
-        if sum(map(len, documents[-1])) >= DOCUMENT_CHARACTERS:
-            documents.append([])
-        documents[-1].append(paragraph)
-    if len(documents) > 1 and sum(map(len, documents[-1])) < DOCUMENT_CHARACTERS:
-        documents[-2] += documents.pop()
-    return ["\n\n".join(paragraphs) for paragraphs in documents]
-
-
-def passages(documents: Iterable[str], min_words: int) -> Iterator[str]:
-    """Yield the paragraphs of running text, without headings, code, tables and grammar, each on one line."""
-    for document in documents:
-        for block in document.split("\n\n"):
-            line = one_line(block)
-            if SENTENCE.fullmatch(line) and len(line.split()) >= min_words:
-                yield line
+def paragraphs(text: str) -> list[str]:
+    """Return what blank lines separate."""
+    return [block.rstrip() for block in re.split(r"\n\s*\n", text) if block.strip()]
 
 
 def one_line(text: str) -> str:
@@ -136,23 +122,12 @@ def one_line(text: str) -> str:
 
 
 class Documented(NamedTuple):
-    """A public function, class or method of the standard library and its docstring.
+    """A public function, class or method of the standard library, and its docstring's paragraphs, each on one line."""
 
-    Attributes:
-        module: top-level module, e.g. ``json``.
-        name: dotted name, e.g. ``json.decoder.JSONDecoder.decode``.
-        signature: beginning of its definition, e.g. ``def decode(s, _w)``.
-        paragraphs: the docstring's paragraphs, each on one line.
-    """
-
-    module: str
-    name: str
-    signature: str
-    paragraphs: tuple[str, ...]
-
-    @property
-    def is_for_tasks(self) -> bool:
-        return _checksum(self.module) % TASK_SHARE == 0
+    name: str  # json.decoder.JSONDecoder.decode
+    signature: str  # def decode(s, _w)
+    paragraphs: list[str]
+    is_for_tasks: bool
 
 
 def standard_library() -> list[Documented]:
@@ -164,11 +139,11 @@ def standard_library() -> list[Documented]:
             if file.is_file() and "test" not in parts and not any(part.startswith("_") for part in parts):
                 with warnings.catch_warnings(action="ignore"):  # old escape sequences in string literals
                     tree = ast.parse(file.read_bytes())
-                found += _definitions(tree, ".".join(parts), module)
+                found += _definitions(tree, ".".join(parts), _checksum(module) % TASK_SHARE == 0)
     return found
 
 
-def _definitions(node: ast.Module | ast.ClassDef, prefix: str, module: str) -> Iterator[Documented]:
+def _definitions(node: ast.Module | ast.ClassDef, prefix: str, is_for_tasks: bool) -> Iterator[Documented]:
     for child in node.body:
         if not isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) or child.name.startswith("_"):
             continue
@@ -178,10 +153,9 @@ def _definitions(node: ast.Module | ast.ClassDef, prefix: str, module: str) -> I
             shown = [argument.arg for argument in arguments if argument.arg not in ("self", "cls")]
             signature = f"def {child.name}({', '.join(shown)})"
         if docstring := ast.get_docstring(child):
-            paragraphs = [one_line(block) for block in re.split(r"\n\s*\n", docstring) if block.strip()]
-            yield Documented(module, name, signature, tuple(paragraphs))
+            yield Documented(name, signature, [*map(one_line, paragraphs(docstring))], is_for_tasks)
         if isinstance(child, ast.ClassDef):
-            yield from _definitions(child, name, module)
+            yield from _definitions(child, name, is_for_tasks)
 
 
 def instruction_pairs(library: Iterable[Documented]) -> list[dict[str, str]]:
@@ -190,10 +164,10 @@ def instruction_pairs(library: Iterable[Documented]) -> list[dict[str, str]]:
     The order mixes modules, so that the first few hundred pairs are a fair sample.
     """
     pairs: dict[str, dict[str, str]] = {}
-    for item in library:
+    for item in (item for item in library if not item.is_for_tasks):
         for beginning in (item.paragraphs[:1], item.paragraphs[:2]):  # two if the first is only a line
             response = " ".join(beginning)
-            if all(map(_is_sentence, beginning)) and len(response.split()) in RESPONSE_WORDS and not item.is_for_tasks:
+            if all(map(_is_sentence, beginning)) and len(response.split()) in RESPONSE_WORDS:
                 instruction = f"What does `{item.name}` do in Python?"
                 pairs.setdefault(response.casefold(), {"instruction": instruction, "response": response})
                 break
@@ -204,10 +178,9 @@ def summaries(library: Sequence[Documented], words: range) -> list[tuple[str, st
     """Return (signature, one-line summary) of what is reserved for tasks; no summary occurs twice or is trained on."""
     trained_on = "\n".join(" ".join(item.paragraphs).casefold() for item in library if not item.is_for_tasks)
     chosen: dict[str, tuple[str, str]] = {}
-    for item in library:
+    for item in (item for item in library if item.is_for_tasks):
         summary = item.paragraphs[0]
-        fits = item.is_for_tasks and _is_sentence(summary) and len(summary.split()) in words
-        if fits and summary.casefold() not in trained_on:
+        if _is_sentence(summary) and len(summary.split()) in words and summary.casefold() not in trained_on:
             chosen.setdefault(summary.casefold(), (item.signature, summary))
     return list(chosen.values())
 

@@ -70,18 +70,27 @@ class LocalBackend:
             self._require_wanted()
             if handle.is_done():  # another sweep was faster
                 return None
-            attempt = Ledger(self._store).begin(stage, ranks=self._ranks_of(stage))
+            ranks = 1 if KINDS[stage.kind].on_one_rank else self.ranks
+            attempt = Ledger(self._store).begin(stage, ranks=ranks)
             write_stage_file(handle, stage, self._provenance, attempt.intent.number)
-            return self._run(stage, attempt, claim, on_heartbeat)
+            return self._run(stage, ranks, attempt, claim, on_heartbeat)
         finally:
             claim.release()
 
-    def _run(self, stage: Stage, attempt: Attempt, claim: Claim, on_heartbeat: OnHeartbeat) -> Failure | None:
+    def _run(
+        self, stage: Stage, ranks: int, attempt: Attempt, claim: Claim, on_heartbeat: OnHeartbeat
+    ) -> Failure | None:
         """Run a stage on all ranks, record how it ended, and return why it failed."""
         handle, log = self._store.handle(stage.id), local_log(self._logs, attempt.intent)
+        # Ranks of this machine share its cores, and write their logs at once.
+        environment = {**os.environ, "OMP_NUM_THREADS": str(threads_of_a_rank(self._provenance.runtime, ranks))}
+        arguments = [str(self._store.root.resolve()), stage.id, "--claim", claim.token]
+        head = f"{time.strftime('%Y-%m-%d %H:%M:%S%z')} {stage.kind} {stage.label} ({stage.id}) on "
         failure: Failure | None = Failure("interrupted", "the launcher was interrupted", -1, time.time())
         try:
-            self._start(stage, claim, log)
+            log.parent.mkdir(parents=True, exist_ok=True)
+            log.write_text(f"{head}{counted(ranks, 'rank')}\n", encoding="utf-8")
+            self._warm.start(RUN, arguments, ranks, environment, log)
             codes = self._watch(handle, claim, on_heartbeat)
             failure = None if handle.is_done() else self._failure(handle, claim, codes, log, attempt.intent.number)
         except ClaimLostError as lost:
@@ -95,19 +104,6 @@ class LocalBackend:
     def _require_wanted(self) -> None:
         if self._cancellation.is_requested():
             raise KeyboardInterrupt("cancelled by another command; run the same command again to go on")
-
-    def _ranks_of(self, stage: Stage) -> int:
-        return 1 if KINDS[stage.kind].on_one_rank else self.ranks
-
-    def _start(self, stage: Stage, claim: Claim, log: Path) -> None:
-        ranks = self._ranks_of(stage)
-        now = time.strftime("%Y-%m-%d %H:%M:%S%z")
-        log.parent.mkdir(parents=True, exist_ok=True)
-        log.write_text(f"{now} {stage.kind} {stage.label} ({stage.id}) on {counted(ranks, 'rank')}\n", encoding="utf-8")
-        # Ranks of this machine share its cores, and write their logs at once.
-        environment = {**os.environ, "OMP_NUM_THREADS": str(threads_of_a_rank(self._provenance.runtime, ranks))}
-        arguments = [str(self._store.root.resolve()), stage.id, "--claim", claim.token]
-        self._warm.start(RUN, arguments, ranks, environment, log)
 
     def _watch(self, handle: StageHandle, claim: Claim, on_heartbeat: OnHeartbeat) -> Mapping[int, int]:
         """Wait until all ranks have ended and return their exit codes; end them if this is interrupted, cancelled or
@@ -158,21 +154,17 @@ def explain_death(left: Failure | None, codes: Mapping[int, int], log: Path, att
     if left is not None and left.cause != "code":
         return left
     signals = {rank: signal.Signals(-code) for rank, code in sorted(codes.items()) if code < 0}
-    deaths = ", ".join(f"rank {rank} by {number.name}" for rank, number in signals.items())
     is_from_outside = bool(set(signals.values()) - set(CRASHES))  # the surviving ranks then fail too, in a collective
-    if left is not None and not left.is_consequence and codes and not is_from_outside:
-        return left
-    if left is not None and codes and not signals:
-        return replace(left, message=f"a rank was lost or hangs, and rank {left.rank} waited for it:\n{left.message}")
-    if is_from_outside:
-        cause, message = "killed", f"a rank died without a message: {deaths}, from outside"
-    elif not codes:
-        cause, message = "killed", "a rank died without a message: the process that started all ranks died"
-    elif signals:
-        cause, message = "code", f"a rank crashed: {deaths}"
-    else:
-        ends = ", ".join(f"rank {rank} with exit code {code}" for rank, code in codes.items() if code)
-        cause, message = "killed", f"a rank died without a message: {ends or 'all ended as if they had succeeded'}"
+    if left is not None and codes and not is_from_outside:
+        if not left.is_consequence:
+            return left
+        if not signals:
+            waited = f"a rank was lost or hangs, and rank {left.rank} waited for it"
+            return replace(left, message=f"{waited}:\n{left.message}")
+    ends = [f"rank {rank} by {number.name}{', from outside' * is_from_outside}" for rank, number in signals.items()]
+    ends = ends or [f"rank {rank} with exit code {code}" for rank, code in codes.items() if code]
+    how = ", ".join(ends) or ("all ended as if they had succeeded" if codes else "all, and what started them")
+    cause, message = "code" if signals and not is_from_outside else "killed", f"a rank died without a message: {how}"
     lines = [line for line in end_of_log(log, LOG_END_BYTES).splitlines() if line.strip()]
     ending = "\n  ".join([f"\n{log} ends with:", *lines[-LOG_TAIL_LINES:]])
     return Failure(cause, message + ending, -1, time.time(), attempt)

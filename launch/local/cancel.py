@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
 
 from hfprune_dist.planning.plan import Plan
 from hfprune_dist.store.artifacts import Store
@@ -26,19 +25,18 @@ def running_without_job(plan: Plan, store: Store) -> dict[Holder, Stage]:
     return running
 
 
-def wait_until_cancelled(plan: Plan, store: Store) -> Iterator[str]:
-    """Wait for launchers to leave their stages once a cancellation has been requested; yield a message about each."""
-    deadline = time.monotonic() + WAIT_S
-    before: dict[Holder, Stage] = {}
-    while (running := running_without_job(plan, store)) | before:
-        for holder in before.keys() - running.keys():
-            stage = before[holder]
-            ended = f"{stage.kind} {stage.label}: {holder} has stopped work on it"
-            yield f"cancelled: {ended}; what was saved stays, and the same command continues"
-        before = running
-        if time.monotonic() >= deadline:
-            break
+def wait_until_cancelled(plan: Plan, store: Store) -> list[str]:
+    """Wait for launchers to leave their stages once a cancellation has been requested; return a message about each."""
+    deadline, seen, running = time.monotonic() + WAIT_S, dict[Holder, Stage](), running_without_job(plan, store)
+    while running and time.monotonic() < deadline:
+        seen |= running
         time.sleep(POLL_S)
-    for holder, stage in before.items():
-        still = f"{stage.kind} {stage.label}: {holder} is still at work on it"
-        yield f"not cancelled yet: {still}; on its machine, kill {holder.pid} ends it"
+        running = running_without_job(plan, store)
+    told = []
+    for holder, stage in (seen | running).items():
+        what = f"{stage.kind} {stage.label}: {holder}"
+        if holder in running:
+            told.append(f"not cancelled yet: {what} is still at work on it; on its machine, kill {holder.pid} ends it")
+        else:
+            told.append(f"cancelled: {what} has stopped work on it; what was saved stays, the same command continues")
+    return told

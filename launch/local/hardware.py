@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 
 from hfprune_dist.config.schema import RuntimeConfig
-from hfprune_dist.results.formats import counted
 from hfprune_dist.store.machine import count_gpus, cpu_info, cpu_model, threads_allowed, usable_cores
 from hfprune_dist.store.stage import Stage
 
@@ -30,23 +30,10 @@ def threads_of_a_rank(runtime: RuntimeConfig, ranks: int) -> int:
     return runtime.threads_per_rank or threads_allowed(os.environ) or max(1, usable_cores() // ranks)
 
 
-def fitting_runtime(runtime: RuntimeConfig) -> tuple[RuntimeConfig, str]:
-    """Return a runtime with at most one rank per GPU, if this machine has GPUs, and a note if there had to be fewer, as
-    with a file that was written for another machine.
-    """
-    gpus = count_gpus()
-    if not gpus or runtime.ranks is None or runtime.ranks <= gpus:
-        return runtime, ""
-    told = (
-        f"note: runtime.ranks {runtime.ranks} is more than this machine's {counted(gpus, 'GPU')}; stages run with "
-        f"{counted(gpus, 'rank')}"
-    )
-    return runtime.model_copy(update={"ranks": gpus}), told
-
-
 def ranks_here(runtime: RuntimeConfig) -> int:
-    """Return the number of ranks of a stage on this machine, given the runtime that fits it."""
-    return runtime.ranks or count_gpus() or 1
+    """Return the number of ranks of a stage on this machine: at most one for each GPU, if there are any."""
+    gpus = count_gpus()
+    return min(runtime.ranks or gpus or 1, gpus or sys.maxsize)
 
 
 def note_on_bfloat16(stages: Iterable[Stage]) -> str:

@@ -2,21 +2,19 @@
 
 A launcher keeps one such warm process, and asks it for the ranks of one stage after another:
 
-    launcher <- socket, a line of JSON each way -> warm process -> rank 0, rank 1, ...
+    launcher <- a request, exit codes -> warm process -> rank 0, rank 1, ...
 
 Before the forks nothing is computed, no GPU is touched and no thread is started. Linux ends every process with the one
-that started it; elsewhere the warm process ends its ranks once the launcher's end of the socket is closed. Where a fork
-is not safe it becomes a new interpreter: on macOS, and if a library can't be imported, has started a thread or looked
-for GPUs. None of them imports from the current folder.
+that started it; elsewhere the warm process ends its ranks once the launcher has closed the connection. Where a fork is
+not safe it becomes a new interpreter: on macOS, and if a library can't be imported, has started a thread or looked for
+GPUs. None of them imports from the current folder.
 """
 
 from __future__ import annotations
 
 import contextlib
 import importlib
-import json
 import os
-import select
 import signal
 import socket
 import subprocess
@@ -25,6 +23,8 @@ import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import ClassVar, NoReturn
 
@@ -56,7 +56,7 @@ class WarmProcess:
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[bytes] | None = None
-        self._connection: socket.socket | None = None
+        self._connection: Connection | None = None
 
     def start(self, main: str, arguments: Sequence[str], size: int, environment: Mapping[str, str], log: Path) -> None:
         """Start ranks that call a function, once those before them have ended.
@@ -67,14 +67,13 @@ class WarmProcess:
             environment: of each rank, together with what torch.distributed needs (RANK, WORLD_SIZE, ...).
             log: the output of all ranks is appended to it.
         """
-        if self._connection is not None and _is_readable(self._connection, 0):
+        if self._connection is not None and self._connection.poll():
             self.close()  # it says nothing when nothing runs: it was killed
         if self._connection is None:
             self._begin()
         assert self._connection is not None
-        request = [main, list(arguments), size, dict(environment), str(Path.cwd()), str(log.resolve())]
         with contextlib.suppress(OSError):  # it has just been killed, as ``ended`` will find
-            self._connection.sendall(json.dumps(request).encode() + b"\n")
+            self._connection.send((main, list(arguments), size, dict(environment), Path.cwd(), log.resolve()))
 
     def ended(self, timeout: float) -> dict[int, int] | None:
         """Wait for the end of all ranks, up to some seconds.
@@ -84,15 +83,16 @@ class WarmProcess:
             empty if the process was killed and they with it. None if they go on.
         """
         assert self._connection is not None, "no ranks were started"
-        if not _is_readable(self._connection, timeout):
+        if not self._connection.poll(timeout):
             return None
-        answer = _received(self._connection)
-        if not answer:
+        try:
+            return dict(self._connection.recv())
+        except (EOFError, OSError):
             self.close()
-        return dict(json.loads(answer or "[]"))
+            return {}
 
     def _begin(self) -> None:
-        self._connection, theirs = socket.socketpair()
+        self._connection, theirs = Pipe()
         with theirs:
             self._process = subprocess.Popen(
                 [sys.executable, "-P", *self.PROGRAM, str(theirs.fileno()), str(os.getpid())],
@@ -109,11 +109,12 @@ class WarmProcess:
         if self._connection is None:
             return
         with contextlib.suppress(OSError):  # it has just ended
-            self._connection.shutdown(socket.SHUT_WR)
+            self._connection.send(None)
         if self._process is not None and sys.platform == "linux":
             self._process.kill()  # while it imports, it doesn't listen
-        while _is_readable(self._connection, GRACE_S) and _received(self._connection):
-            pass  # until it and its forks, which hold the other end too, are gone
+        with contextlib.suppress(EOFError, OSError):
+            while self._connection.poll(GRACE_S):  # until it and its forks, which hold the other end too, are gone
+                self._connection.recv()
         self._connection.close()
         if self._process is not None:
             self._process.kill()
@@ -121,39 +122,25 @@ class WarmProcess:
         self._process = self._connection = None
 
 
-def _is_readable(connection: socket.socket, timeout: float) -> bool:
-    return bool(select.select([connection], [], [], timeout)[0])
-
-
-def _received(connection: socket.socket) -> bytes:
-    """What a warm process has said, which is short and comes as a whole; nothing if it is gone."""
-    try:
-        return connection.recv(1 << 16)
-    except ConnectionError:
-        return b""
-
-
 # In the warm process.
 
 
-def serve(launcher: socket.socket) -> None:
-    """Run the ranks of one request after another, until the launcher's end is closed."""
+def serve(launcher: Connection) -> None:
+    """Run the ranks of one request after another, until the launcher sends nothing more or is gone."""
     is_safe: bool | None = None
-    for line in launcher.makefile("r"):
-        main, arguments, size, environment, folder, log = json.loads(line)
-        with Path(log).open("ab") as stream:  # of the first ranks, also for what libraries say when they are imported
-            os.dup2(stream.fileno(), 1)
-            os.dup2(stream.fileno(), 2)
-        if is_safe is None:
-            is_safe = sys.platform == "linux" and _has_imported_safely()
-
-        be_rank = partial(_be_rank, main, arguments, folder, is_safe)
-        codes = run_ranks(be_rank, size, environment, launcher)
-        with contextlib.suppress(OSError):  # the launcher was killed
-            launcher.sendall(json.dumps(list(codes.items())).encode())
+    with contextlib.suppress(EOFError, OSError):  # the launcher was killed
+        while request := launcher.recv():
+            main, arguments, size, environment, folder, log = request
+            with log.open("ab") as stream:  # of the first ranks, also for what libraries say when they are imported
+                os.dup2(stream.fileno(), 1)
+                os.dup2(stream.fileno(), 2)
+            if is_safe is None:
+                is_safe = sys.platform == "linux" and _has_imported_safely()
+            be_rank = partial(_be_rank, main, arguments, folder, is_safe)
+            launcher.send(run_ranks(be_rank, size, environment, launcher))
 
 
-def _be_rank(main: str, arguments: list[str], folder: str, is_safe: bool) -> None:
+def _be_rank(main: str, arguments: list[str], folder: Path, is_safe: bool) -> None:
     os.chdir(folder)
     module, _, name = main.partition(":")
     if is_safe and not sys.modules["torch"].cuda._is_in_bad_fork():
@@ -179,7 +166,7 @@ def _has_imported_safely() -> bool:
 
 
 def run_ranks(
-    main: Callable[[], None], size: int, environment: Mapping[str, str], launcher: socket.socket | None = None
+    main: Callable[[], None], size: int, environment: Mapping[str, str], launcher: Connection | None = None
 ) -> dict[int, int]:
     """Call a function on ranks that are forks of this process, and wait for all of them.
 
@@ -206,7 +193,9 @@ def run_ranks(
     codes: dict[int, int] = {}
     last_signal, deadline = 0, 0.0  # to those that run on although another has failed
     while running:
-        if select.select([launcher] if launcher else [], [], [], POLL_S)[0]:
+        if launcher is None:
+            time.sleep(POLL_S)
+        elif launcher.poll(POLL_S):
             launcher = None
             _signal(running, signal.SIGKILL)
         for rank, pid in list(running.items()):
@@ -251,8 +240,8 @@ def _fork(main: Callable[[], None], environment: Mapping[str, str]) -> int:
 
 
 def be_warm_process() -> NoReturn:
-    """Be a launcher's warm process: arguments are its end of a socket, and the launcher's process id."""
-    launcher = socket.socket(fileno=int(sys.argv[1]))
+    """Be a launcher's warm process: arguments are its end of a connection, and the launcher's process id."""
+    launcher = Connection(int(sys.argv[1]))
     die_with_parent(int(sys.argv[2]))
     prepare_environment()
     serve(launcher)

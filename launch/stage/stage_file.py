@@ -14,44 +14,32 @@ from hfprune_dist.store.stage import Stage
 
 @dataclass(frozen=True)
 class Provenance:
-    """Settings and origin of a sweep's stages, passed on to their ranks.
-
-    Attributes:
-        config: the sweep's resolved configuration, kept in every manifest.
-        code: provenance of the code, kept in every manifest.
-    """
+    """Settings and origin of a sweep's stages, passed on to their ranks."""
 
     runtime: RuntimeConfig
-    config: Mapping[str, Any]
-    code: Mapping[str, Any]
+    config: Mapping[str, Any]  # the sweep's, as in every manifest
+    code: Mapping[str, Any]  # provenance of the code, as in every manifest
 
 
 @dataclass(frozen=True)
 class StageFile:
-    """The content of a ``stage.json``.
-
-    Attributes:
-        stage: the stage, as returned by ``Stage.to_json``.
-        runtime: settings, as accepted by ``RuntimeConfig``.
-        config, code: see ``Provenance``.
-        attempt: number of the attempt, 1 for the first.
+    """The content of a ``stage.json``: a stage (``Stage.to_json``), the number of its attempt (1 for the first), its
+    settings (as accepted by ``RuntimeConfig``), and ``config`` and ``code`` of its provenance.
     """
 
     stage: dict[str, Any]
+    attempt: int
     runtime: dict[str, Any]
     config: dict[str, Any]
     code: dict[str, Any]
-    attempt: int
 
 
 def write_stage_file(handle: StageHandle, stage: Stage, provenance: Provenance, attempt: int) -> None:
     """Write what the ranks need to know, and remove the failures of earlier attempts."""
     handle.work.mkdir(parents=True, exist_ok=True)
     handle.clear_failures()
-    content = StageFile(
-        stage.to_json(), provenance.runtime.model_dump(), dict(provenance.config), dict(provenance.code), attempt
-    )
-    write_json(handle.work / STAGE_FILE, asdict(content))
+    runtime, config, code = provenance.runtime.model_dump(), dict(provenance.config), dict(provenance.code)
+    write_json(handle.work / STAGE_FILE, asdict(StageFile(stage.to_json(), attempt, runtime, config, code)))
 
 
 def find_stage_file(handle: StageHandle) -> StageFile | None:

@@ -1,11 +1,8 @@
 """Hours are those of finished stages of the same kind and model in the store; of others nothing is said."""
 
-import io
-
-from hfprune_launch.measured_hours import measured_hours, show_hours
+from hfprune_launch.measured_hours import measured_hours
 from hfprune_launch.slurm.status import stage_statuses
 from made_stages import being_made, stage_of
-from rich.console import Console
 
 from hfprune_dist.planning.plan import Plan
 from hfprune_dist.store.artifacts import Store
@@ -30,9 +27,5 @@ def test_what_stages_of_the_kind_and_model_took(tmp_path):
     plan = Plan({stage.id: stage for stage in stages}, (), tuple(stage.id for stage in stages))
     known = [*map(measured_hours(plan, store), stages)]
     assert known[1:] == [2, 12, None, None, None] and known[0] > 0, "whatever the ratio, of the same model"
-    console = Console(file=io.StringIO(), width=200)
-    show_hours(console, plan, store, [stage.id for stage in stages[1:]])
-    told = "prune 1 x 2 h, recover 1 x 12 h, importance 1 x no run yet, prune 1 x no run yet, recover 1 x no run yet"
-    assert told in console.file.getvalue()
     left = [line.left for line in stage_statuses(plan, store, {})]
     assert left == ["", "~2.0h", "~12h", "no run yet", "no run yet", "no run yet"]

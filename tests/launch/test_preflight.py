@@ -80,12 +80,6 @@ DOCUMENT = tiny_text(40, 0)
 LINE = json.dumps({"text": DOCUMENT, "instruction": "ask", "response": "tell"})
 
 
-@pytest.mark.parametrize("key", [CALIBRATION, HELD_OUT, PAIRS])
-def test_unreadable_text(inputs, refusal, key):
-    (inputs / "cut.jsonl").write_text(f"{LINE}\n{LINE[:-9]}")
-    assert_parts(refusal("--set", f"{key}={inputs / 'cut.jsonl'}"), "cut.jsonl:2", "JSONDecodeError", "cut short")
-
-
 @pytest.mark.parametrize("key", [CALIBRATION, HELD_OUT])
 def test_no_document_is_long_enough(inputs, refusal, key):
     (inputs / "short.jsonl").write_text("\n".join([json.dumps({"text": ""}), json.dumps({"text": "short"})]))
@@ -164,7 +158,6 @@ Q = "model.layers.1.self_attn.q_proj.weight"
 MODELS = {
     "mllama": (configured(model_type="mllama", vision_config={}, text_config={}), ["mllama", "images", "llama"]),
     "activation": (configured(hidden_act="sillu"), ["config.json", "sillu"]),
-    "positions": (configured(max_position_embeddings=16), ["calibration.sequence_length 32", "16"]),
     "float8": (in_float8, [Q, "F8_E4M3", "quantized"]),
     "pickle": (as_pickle, ["pytorch_model.bin", "save_pretrained"]),
     "tokenizer cut": (lambda model: (model / "tokenizer.json").write_text('{"version"'), ["tokenizer can't be loaded"]),

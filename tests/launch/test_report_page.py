@@ -20,18 +20,10 @@ def drawn(tmp_path):
     return sweep
 
 
-def test_one_that_cannot_be_written_ends_nothing(drawn, monkeypatch):
-    said = io.StringIO()
-    (drawn.out / REPORT).mkdir()
-    write_page(drawn.out, Console(file=said))
-    monkeypatch.setattr(page, "Ledger", lambda *_: {}["broken"])
-    write_page(drawn.out, Console(file=said))
-    first, second = said.getvalue().splitlines()
-    assert "can't be written" in first and "can't be written" in second and "broken" in second
-
-
-def test_report_writes_it_and_nothing_lies_where_no_sweep_has_run(drawn, tmp_path):
+def test_it_is_written_by_report_and_ends_nothing_if_it_can_not_be(drawn, monkeypatch):
     code, shown, _ = in_process(report.main, drawn.out)
     assert code == 0 and "m 0.5" in (drawn.out / REPORT).read_text() and "can't" not in shown
-    write_page(tmp_path / "other", Console())
-    assert not (tmp_path / "other").exists()
+    said = io.StringIO()
+    monkeypatch.setattr(page, "Ledger", lambda *_: {}["broken"])
+    write_page(drawn.out, Console(file=said))
+    assert "can't be written (KeyError: 'broken')" in said.getvalue()

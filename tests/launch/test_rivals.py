@@ -7,14 +7,12 @@ import shutil
 import pytest
 import torch
 from hfprune_launch import sweep as sweep_command
-from masking import read_kept
 from safetensors.torch import load_file
 from sweeps import finish, in_process, make_inputs, results
 from tiny import save_tiny
 from transformers import AutoModelForCausalLM
 
 from hfprune_dist.checkpoints.checkpoint import open_checkpoint
-from hfprune_dist.methods.sdmprune import student_keeps
 from hfprune_dist.models.loading import load_causal_lm
 from hfprune_dist.store.atomic_files import read_json
 
@@ -80,23 +78,6 @@ def test_wanda_sp_loads_everywhere_and_the_others_where_layers_may_differ(finish
             assert torch.equal(model(ids).logits, load_causal_lm(folder, torch.float32)(ids).logits)
     assert sorted(plain.values()) == [False, False, False, True, True, True]
     assert [not plain[name] for name, has_biases in biased.items() if has_biases] == [True], "flap's alone"
-
-
-def test_what_the_student_lacks_goes_first_and_numbers_are_the_dense_models(finished):
-    out = finished
-    scores = {}
-    for folder in folders_of(out, "importance"):
-        scores |= load_file(folder / "importance.safetensors")
-    pruned = {
-        read_json(folder / "manifest.json")["stage"]["params"]["criterion"]: folder
-        for folder in folders_of(out, "prune")
-    }
-    kept = read_kept(pruned["coupled_taylor_distilled"])
-    for layer in range(9):
-        first, second = (scores[f"layers.{layer}.{name}"] for name in ("coupled_taylor", "coupled_taylor_distilled"))
-        numbers = kept.of_layer(layer, "neurons")
-        assert not second[~student_keeps(first, 0.025)].any()
-        assert second[numbers].min() >= second[~torch.isin(torch.arange(len(second)), numbers)].max()
 
 
 def test_a_dry_run_shows_the_shapes_of_all(config, tmp_path):

@@ -10,7 +10,7 @@ from functools import partial
 
 import pytest
 import yaml
-from hfprune_launch import compare, prepare, report, sweep, sweep_folder
+from hfprune_launch import compare, report, sweep, sweep_folder
 from hfprune_launch import run as sweep_run
 from hfprune_launch.sweep_folder import Sweep, recorded_sweep
 from rows import make_artifact
@@ -155,20 +155,6 @@ def test_rows_of_another_checkpoint_with_the_same_name_are_refused(config, tmp_p
     assert int(dense["parameters"]) == open_checkpoint(namesake).parameters
 
 
-def test_speed_is_of_the_device_on_which_the_sweep_ran(config, tmp_path, monkeypatch):
-    """On another device a run would measure again, and do nothing else."""
-    out, asked = tmp_path / "out", ["--set", "efficiency.enabled=true"]
-    monkeypatch.setattr(prepare, "device_here", lambda _: "this machine")
-    shown = done(config, out, *asked, efficiency__enabled=True, device="this machine")
-    assert "speed" in shown and "1.50" in shown and "batch 4, 32 in, 16 out" in (out / "results.md").read_text()
-    measured = {row["decode_speed"] for row in csv.DictReader((out / "results.csv").open())}
-    assert measured == {"1.5"} and planned_actions(config, out, *asked)["run"] == set()
-
-    monkeypatch.setattr(prepare, "device_here", lambda _: "another machine")
-    assert planned_actions(config, out, *asked)["run"] == {"efficiency"}
-    assert planned_actions(config, out)["run"] == set(), "which nobody asks for"
-
-
 def test_a_row_is_removed_on_purpose(config, tmp_path):
     out = tmp_path / "out"
     done(config, out)
@@ -245,16 +231,6 @@ def test_without_a_config_the_folder_has_its_own(config, tmp_path, monkeypatch):
         code, shown, _ = run("--out", out, *instead)
         assert code == 0 and "alpha" in shown and "llama" not in shown, instead
     assert "configuration:" not in run("--config", config, "--out", out, "--status")[1]
-
-
-def test_a_comparison_shows_a_few_columns_and_writes_all(config, tmp_path):
-    out, both = tmp_path / "out", tmp_path / "both"
-    done(config, out, "--models", "alpha", models=["alpha"])
-    code, shown, said = run(out, "--out", both, command=compare)
-    head = shown.splitlines()[0].split()
-    assert code == 0, said
-    assert "memory" not in head and "agree" in head
-    assert "| memory |" in (both / "comparison.md").read_text()
 
 
 def seed_of(config, out, seed=0, device="", **overrides):

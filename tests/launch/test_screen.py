@@ -7,7 +7,7 @@ import unicodedata
 
 import pytest
 from hfprune_launch import screen
-from hfprune_launch.screen import ProgressLines, make_console, show_results, stage_screen
+from hfprune_launch.screen import ProgressLines, StageScreen, make_console, show_results
 from made_stages import stage_of
 from rich.console import Console
 from rows import efficiency, missing, row_of
@@ -71,10 +71,11 @@ def test_no_line_is_longer_than_the_terminal(on_terminal, name):
     assert sum(line.startswith("missing: ") for line in lines) == 1
 
 
-def test_progress_without_a_terminal_is_a_line_now_and_then():
+def test_progress_without_a_terminal_is_a_line_now_and_then(monkeypatch):
     stages = [stage_of(kind, "a [0.2]", {}, {"model": Input("digest", "/x")}) for kind in ("importance", "prune")]
     now, console = [0.0], Console(file=io.StringIO(), width=400)
-    lines = ProgressLines(console, lambda: now[0])
+    monkeypatch.setattr(screen.time, "monotonic", lambda: now[0])
+    lines = ProgressLines(console)
     for second in range(100):
         now[0] = float(second)
         lines.tell(stages[0], f"calibration {second}/100" if second > 30 else "", "2 min" if second > 60 else "")
@@ -93,11 +94,10 @@ def test_a_sweep_shows_the_stage_at_work_and_when_it_ends(is_terminal, monkeypat
     monkeypatch.setattr(screen, "LINE_INTERVAL_S", 0.0)
     stage = stage_of("importance", "a", {}, {"model": Input("digest", "/x")})
     console = Console(file=io.StringIO(), width=120, force_terminal=is_terminal, color_system=None)
-    with stage_screen(console, 2) as shown:
-        shown.begin(stage)
+    shown = StageScreen(console, 2)
+    with shown.live:
         shown.beat(stage, Heartbeat("calibration", 5, 9, 100.0, 40.0, 2))
-        shown._progress.refresh()
-        shown.end(stage, None)
+        shown.end(stage, "failed", " (0.0 s)\n  torch[cuda] is lost")
     text = console.file.getvalue()
-    assert ("importance a: calibration 5/9, 80s left\n" in text) != is_terminal
-    assert ("5/9" in text and "80s left" in text) and "[1/2] done importance a (0.0 s)" in text
+    assert "importance a: calibration 5/9, 80s left\n" in text and ("\x1b[2K" in text) == is_terminal
+    assert "[1/2] failed importance a (0.0 s)\n  torch[cuda] is lost\n" in text

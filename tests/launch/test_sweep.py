@@ -197,19 +197,14 @@ def test_a_model_of_any_shape_is_calibrated_on_two_texts_and_compared_on_two(con
     assert sum(weight.numel() for weight in model.parameters()) == int(pruned["parameters"])
 
 
-def test_all_three_reports_agree_and_keep_the_configuration(finished, config):
+def test_its_files_keep_the_configuration_and_where_all_comes_from(finished, config):
     out, result = finished
     rows = json.loads((out / "results.json").read_text())["rows"]
-    assert [row["kl"] for row in rows] == [float(row["kl"]) for row in results(out)]
-    assert (out / "results.md").read_text().count("\n| alpha |") == 2 * 3, "a table of few columns and one of all"
-    assert "alpha" in result.stdout and "avg: mean of the tasks" in " ".join(result.stdout.split())
+    assert all(row["kl_stderr"] > 0 and row["windows"] == 4 for row in rows if row["kl"])
+    assert all(row["provenance"]["seed"] == 0 and 0 < row["own_time_s"] <= row["wall_time_s"] for row in rows)
     checkpoints = [out / "checkpoints" / name_of(row) for row in rows if row["checkpoint"]]
     assert len(checkpoints) == 2 and all(f"  {folder}\n" in result.stdout for folder in checkpoints)
-    assert all(row["kl_stderr"] > 0 and row["windows"] == 4 for row in rows if row["kl"])
-    assert all(0 < row["own_time_s"] <= row["wall_time_s"] for row in rows)
-    assert all(row["provenance"]["seed"] == 0 and row["provenance"]["packages"]["torch"] for row in rows)
     resolved = yaml.safe_load((out / "config.yaml").read_text())
-    assert resolved["recovery"]["learning_rate"] == 4e-4
     manifest = json.loads(next((out / "store" / "prune").glob("*/manifest.json")).read_text())
     assert manifest["config"].items() >= resolved.items() and manifest["provenance"]["packages"]["torch"]
 

@@ -45,13 +45,10 @@ def test_gpus_are_counted_as_cuda_does(monkeypatch, visible, gpus):
     assert hardware.count_gpus() == gpus
 
 
-def test_ranks_are_told_with_the_gpus_there_are(monkeypatch):
-    for visible, gpus, ranks in (("0", "1 GPU", "1 rank"), ("0,1", "2 GPUs", "2 ranks")):
-        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-        runtime = RuntimeConfig(ranks=3)
-        fitting, note = hardware.fitting_runtime(runtime)
-        assert note.endswith(f"this machine's {gpus}; stages run with {ranks}")
-        assert hardware.ranks_here(fitting) == int(ranks[0])
+@pytest.mark.parametrize(("visible", "asked", "ranks"), [("0", 3, 1), ("0,1", None, 2), ("", 3, 3), ("", None, 1)])
+def test_each_rank_has_a_gpu_where_there_are_any(monkeypatch, visible, asked, ranks):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert hardware.ranks_here(RuntimeConfig(ranks=asked)) == ranks
 
 
 def test_threads_are_those_of_the_outermost_level():

@@ -188,21 +188,6 @@ def test_nothing_outlives_the_launcher(log, tmp_path, number, moment):
     assert all_gone(processes)
 
 
-def test_memory_stays_the_same_over_many_stages(process, log):
-    def used():
-        start(process, log)
-        warm_process = at_work(log)[0]
-        assert process.ended(60) == {0: 0, 1: 0}
-        return warm_process.memory_info().rss, warm_process.num_fds()
-
-    before = used()
-    for _ in range(8):
-        start(process, log, main="builtins:len", ranks=1)
-        assert process.ended(60) == {0: 0}
-    after = used()
-    assert after[0] < before[0] + 2**20 and after[1] == before[1]
-
-
 @pytest.mark.parametrize("kind", [ThreadedProcess, BrokenProcess])
 def test_where_a_library_does_what_forks_do_not_survive_ranks_are_new_interpreters(kind, log, tmp_path, monkeypatch):
     (tmp_path / "rank.py").write_text("import os, sys\ndef main(_):\n    print(os.environ['RANK'], *sys.orig_argv)\n")
