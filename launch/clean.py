@@ -42,7 +42,6 @@ from hfprune_dist.store.artifacts import MANIFEST, StageHandle, Store
 from hfprune_dist.store.atomic_files import listed
 from hfprune_dist.store.stage import STAGE_VERSIONS
 
-CONFIG = "config.json"  # which every checkpoint has
 # Folders of files that stages share; a stage makes such a file anew if it is missing.
 SHARED = {
     "rows": "packed training rows, which a recovery packs again",
@@ -160,5 +159,5 @@ def _intermediates(sweep: Sweep, used: set[str]) -> Iterator[Leftover]:
     kept |= {need for stage_id in missing for need in plan.stages[stage_id].needs}
     for handle in (store.handle(stage_id) for stage_id in plan.stages if stage_id not in kept):
         leftover = Leftover(handle.artifact, "an intermediate checkpoint of finished rows", handle.empty, MANIFEST)
-        if CONFIG in (handle.manifest() or {}).get("files", {}) and leftover.file_sizes():
+        if "config.json" in (handle.manifest() or {}).get("files", {}) and leftover.file_sizes():
             yield leftover

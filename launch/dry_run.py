@@ -22,11 +22,7 @@ SIZES = ("experts", "width", "KV heads", "layers", "ratio")
 
 
 def show_dry_run(prepared: Prepared) -> None:
-    """Show the plan, its checkpoints, and every job that would be submitted; writes nothing, downloads no weights.
-
-    Raises:
-        UserError: if the stages can't run as asked for.
-    """
+    """Show the plan, its checkpoints, and every job that would be submitted; raise UserError if they can't run."""
     request, sweep = prepared.request, prepared.sweep
     _show_stages(request.console, prepared)
     _show_shapes(request.console, prepared)

@@ -45,9 +45,8 @@ class Request:
     follow: bool = True  # whether to stay until all jobs have ended
 
     def tell(self, text: str) -> None:
-        """Print a line as it is; nothing if it is empty."""
-        if text:
-            say(self.console, text)
+        """Print a line as it is."""
+        say(self.console, text)
 
 
 @dataclass(frozen=True)
@@ -79,7 +78,8 @@ def prepare(request: Request, *, download: bool) -> Prepared:
     store = Store(out / "store")
     cancellation = Cancellation(store.root)
     config, remark = configuration(out, request.files, request.overrides)
-    request.tell(remark)
+    if remark:
+        request.tell(remark)
     runtime = config.runtime
     if not config.models:
         raise UserError(NO_MODELS)

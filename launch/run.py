@@ -125,6 +125,5 @@ def _exit_code(sweep: Sweep) -> int:
     """Return 0 if nothing is missing, 2 if the user can fix the cause, else 1."""
     missing = sweep.plan.lacking(lambda stage_id: sweep.store.handle(stage_id).is_committed())
     failures = [sweep.store.handle(stage_id).failure() for stage_id in missing]
-    if any(failure is not None and failure.cause == "input" for failure in failures):
-        return UserError.EXIT_CODE
-    return 1 if missing else 0
+    is_input = any(failure is not None and failure.cause == UserError.CAUSE for failure in failures)
+    return UserError.EXIT_CODE if is_input else int(bool(missing))

@@ -84,7 +84,7 @@ class LocalBackend:
         handle, log = self._store.handle(stage.id), local_log(self._logs, attempt.intent)
         # Ranks of this machine share its cores, and write their logs at once.
         environment = {**os.environ, "OMP_NUM_THREADS": str(threads_of_a_rank(self._provenance.runtime, ranks))}
-        arguments = [str(self._store.root.resolve()), stage.id, "--claim", claim.token]
+        arguments = [str(self._store.root.resolve()), stage.id, claim.token]
         head = f"{time.strftime('%Y-%m-%d %H:%M:%S%z')} {stage.kind} {stage.label} ({stage.id}) on "
         failure: Failure | None = Failure("interrupted", "the launcher was interrupted", -1, time.time())
         try:

@@ -32,11 +32,10 @@ def wait_until_cancelled(plan: Plan, store: Store) -> list[str]:
         seen |= running
         time.sleep(POLL_S)
         running = running_without_job(plan, store)
-    told = []
-    for holder, stage in (seen | running).items():
-        what = f"{stage.kind} {stage.label}: {holder}"
-        if holder in running:
-            told.append(f"not cancelled yet: {what} is still at work on it; on its machine, kill {holder.pid} ends it")
-        else:
-            told.append(f"cancelled: {what} has stopped work on it; what was saved stays, the same command continues")
-    return told
+    what = {holder: f"{stage.kind} {stage.label}: {holder}" for holder, stage in (seen | running).items()}
+    return [
+        f"not cancelled yet: {name} is still at work on it; on its machine, kill {holder.pid} ends it"
+        if holder in running
+        else f"cancelled: {name} has stopped work on it; what was saved stays, and the same command continues"
+        for holder, name in what.items()
+    ]

@@ -5,7 +5,6 @@ To run one by hand, on a single rank:  python launch/stage/run.py runs/demo/stor
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import ctypes
 import gc
@@ -45,15 +44,11 @@ class Admission:
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
     """Run the stage. If it fails, a file with the cause is left in its work folder before the process ends."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("store", type=Path, help="the sweep's store, e.g. runs/demo/store")
-    parser.add_argument("stage", help="id of the stage, e.g. prune/0123456789abcdef0123")
-    parser.add_argument("--claim", metavar="TOKEN", help="of the launcher's claim on the stage; given by launchers")
-    arguments = parser.parse_args(argv)
+    store, stage_id, *token = sys.argv[1:] if argv is None else argv  # the token is that of the launcher's claim
     prepare_environment()
-    handle, rank = Store(arguments.store).handle(arguments.stage), int(os.environ["RANK"])
+    handle, rank = Store(Path(store)).handle(stage_id), int(os.environ["RANK"])
     content = find_stage_file(handle)
-    claim = Claim(handle.work, arguments.claim) if arguments.claim else None
+    claim = Claim(handle.work, *token) if token else None
     try:
         if rank == 0 and claim is None:
             claim = _claimed_by_hand(handle)
