@@ -15,7 +15,7 @@ NO_RUN = "no run yet"
 
 
 def measured_hours(plan: Plan, store: Store) -> Callable[[Stage], float | None]:
-    """Return what tells how long finished stages of a stage's kind and model took on average; None if there are none."""
+    """Return what tells how long finished stages of a kind and model took on average; None if there are none."""
     took: dict[tuple[str, str], list[float]] = defaultdict(list)
     for kind in {stage.kind for stage in plan.stages.values()}:
         for folder in listed(store.root / kind, "[!.]*"):
