@@ -1,9 +1,6 @@
 """Layer-by-layer refits: exact maths against whole layers in float64, gaps, ranks, resuming, and what is run."""
 
-from dataclasses import replace
-
 import pytest
-import tiny
 import torch
 from ranks import SoloWorld
 from refitting import (
@@ -21,12 +18,9 @@ from refitting import (
     weights_in,
     windows_of,
 )
-from transformers import Olmo2Config, Olmo2ForCausalLM
 from worlds import Ranks
 
-from hfprune_dist.checkpoints import checkpoint as checkpoints
 from hfprune_dist.distributed.interruption import Interrupted
-from hfprune_dist.errors import UserError
 from hfprune_dist.models.single_layer import part_of, run
 from hfprune_dist.refit.sequential_refit import SequentialRefit
 
@@ -144,24 +138,3 @@ def test_an_interrupted_refit_goes_on_at_its_layer(tmp_path, monkeypatch, method
         refit(method, checkpoint, kept, tmp_path / "refit", **options)
         assert fitted == [1, 2, 4]
     assert weights_in(tmp_path / "refit") == weights_in(tmp_path / "whole")
-
-
-def test_norms_behind_the_attention_are_refused_before_anything_is_fitted(tmp_path, monkeypatch):
-    names = {"attention_norm": "post_feedforward_layernorm", "attention_norm_after": None}
-    names |= {"mlp_norm": "post_attention_layernorm", "mlp_norm_after": None, "whole_groups": ""}
-    original = checkpoints.discover
-
-    def discover(*arguments, **options):
-        family, stated = original(*arguments, **options)
-        return replace(family, **names), stated
-
-    monkeypatch.setattr(checkpoints, "discover", discover)
-    monkeypatch.setitem(tiny.VARIANTS, "olmo2", (Olmo2Config, Olmo2ForCausalLM, {"tie_word_embeddings": False}))
-    checkpoint = checkpoint_in(tmp_path / "model", "olmo2")
-    with pytest.raises(
-        UserError, match=r"in layer 0, the inputs of post_feedforward_layernorm plus the outputs of self"
-    ):
-        refit(
-            "layerwise", checkpoint, some_kept((0, 1)), tmp_path / "refit", world=SoloWorld(), windows_ST=windows_of(4)
-        )
-    assert not (tmp_path / "refit").exists()
