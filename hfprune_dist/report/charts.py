@@ -35,10 +35,9 @@ Point = tuple[float, float, float | None]
 
 @dataclass(frozen=True)
 class Line:
-    """One line and its entry in the legend.
+    """One line and its entry in the legend; ``dash`` is SVG's pattern.
 
     Attributes:
-        dash: SVG's pattern; empty: solid.
         are_marked: whether points have marks, errors, and tooltips.
         is_across: whether the line goes from one side to the other at its only y.
     """
@@ -109,21 +108,19 @@ def _finished(plan: Plan, store: Store, *kinds: str) -> Iterator[tuple[Cell, str
 
 def _quality(rows: Sequence[Row]) -> list[Chart]:
     """Distance from the dense model and scores of tasks, against size."""
-    shown = [METRICS[key] for key in ("kl", "average", "top1_agreement")]
-    kl, average, agreement = (
-        {metric.header: [(metric.value(row), metric.error(row)) for row in rows]} for metric in shown
-    )
-    others: dict[str, list[Score]] = {}
+    kl, average, agreement = (METRICS[key] for key in ("kl", "average", "top1_agreement"))
+    first = {metric.header: [metric.score(row) for row in rows] for metric in (kl, average)}
+    others = {agreement.header: [agreement.score(row) for row in rows]}
     for text in other_texts(rows):
-        there = [row[OTHER_TEXTS].get(text, {}) for row in rows]
-        others[f"KL on {text}"] = [(found.get("kl"), found.get("kl_stderr")) for found in there]
+        others[f"KL on {text}"] = [kl.score(row[OTHER_TEXTS].get(text, {})) for row in rows]
     for task in dict.fromkeys(task for row in rows for task in row["tasks"]):
         others[task] = [headline(row["tasks"].get(task, {})) for row in rows]
-    told = [f"{metric.header}: {metric.told}" for metric in shown]
-    about = f"{'; '.join(told[:2])}. Solid lines are with recovery, dotted ones without; grey: the dense model."
+    about = (
+        f"{kl.header}: {kl.told}; {average.header}: {average.told}. Solid lines are with recovery, dotted ones without."
+    )
     return [
-        Chart(QUALITY, "Quality against size", about, _against_size(rows, kl | average)),
-        Chart("tasks", "Tasks and the rest against size", f"{told[2]}.", _against_size(rows, agreement | others)),
+        Chart(QUALITY, "Quality against size", about, _against_size(rows, first)),
+        Chart("tasks", "Tasks and the rest against size", f"agree: {agreement.told}.", _against_size(rows, others)),
     ]
 
 
@@ -161,14 +158,6 @@ def _against_size(rows: Sequence[Row], measured: Mapping[str, Sequence[Score]]) 
 
 # What checkpoints keep.
 
-UNITS = {
-    "neurons": "neurons",
-    "expert_neurons": "neurons of experts",
-    "shared_neurons": "neurons of shared experts",
-    "experts": "experts",
-    "kv_groups": "key-value heads",
-}
-
 
 def _layers(rows: Sequence[Row], plan: Plan, store: Store) -> Chart:
     lines: dict[str, list[Line]] = {}
@@ -180,14 +169,14 @@ def _layers(rows: Sequence[Row], plan: Plan, store: Store) -> Chart:
             counts = {layer: len(numbers) for layer, numbers in zip(layers, kept, strict=True)}
             sides = [(layer, side) for layer in range(1 + max(layers)) for side in (-0.5, 0.5)]
             steps = [(layer + side, counts.get(layer, 0), None) for layer, side in sides]
-            lines.setdefault(f"{cell.model}: {UNITS[kind]} kept", []).append(_of_cell(rows, cell, steps))
+            lines.setdefault(f"{cell.model}: {kind.replace('_', ' ')}", []).append(_of_cell(rows, cell, steps))
     panels = [Panel(title, "layer", drawn) for title, drawn in lines.items()]
-    return Chart("layers", "Widths and heads by layer", "What each layer of the dense model keeps.", panels)
+    return Chart("layers", "Widths and heads by layer", "How many units of each layer are kept.", panels)
 
 
 # What training recorded.
 
-TRAINING = {"distill": "distillation", "recover": "recovery", "loraprune": "recovery that prunes"}
+TRAINING = ("distill", "recover", "loraprune")  # kinds of stages
 MOST_POINTS = 200
 
 
@@ -197,7 +186,7 @@ def _losses(rows: Sequence[Row], plan: Plan, store: Store) -> Chart:
         if losses := training_losses(artifact / "loss.jsonl"):
             line = _of_cell(rows, cell, [(step, loss, None) for step, loss in losses.items()])
             line = replace(line, are_marked=len(losses) == 1)
-            lines.setdefault(f"{cell.model}: loss of {TRAINING[kind]}", []).append(line)
+            lines.setdefault(f"{cell.model}: loss, {kind}", []).append(line)
     panels = [Panel(title, "step", drawn, from_zero=False) for title, drawn in lines.items()]
     return Chart("losses", "Training", "Training loss by optimizer step.", panels)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from html import escape
 from importlib.resources import files
@@ -143,16 +143,9 @@ def _summary(rows: Sequence[Row], plan: Plan, store: Store, attempts: Attempts) 
     )
 
 
-def _table(id: str, head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
-    """HTML of a table; ``lines`` are cells in HTML."""
-    heads = "".join(f'<th scope="col">{name}</th>' for name in head)
-    body = "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in line)}</tr>" for line in lines)
-    return f"<div class=wide><table id={id}><thead><tr>{heads}</tr></thead><tbody>{body}</tbody></table></div>"
-
-
 def _failures(attempts: Attempts, out: Path) -> str:
     """HTML table of all attempts that ended without an artifact."""
-    lines = []
+    lines = ""
     for stage, attempt, end in attempts:
         if end is not None and end.cause != SUCCESS:
             job = f"job {attempt.job_id or 'unknown'}" if attempt.intent.job_name else ""
@@ -161,9 +154,11 @@ def _failures(attempts: Attempts, out: Path) -> str:
             logs = [f'<a href="{_link(log, out)}">{escape(log.name)}</a>' for log in found]
             message = in_one_line(end.message)[:LONGEST_MESSAGE]
             texts = (f"{stage.kind} {stage.label}", str(attempt.intent.number), _time(end.at), end.cause, message)
-            lines.append([*map(escape, texts), " ".join([escape(job + nodes), *logs])])
-    head = ("stage", "attempt", "ended", "cause", "message", "log")
-    return _table("failures", head, lines) if lines else "<p>No attempt has failed.</p>"
+            cells = (*map(escape, texts), " ".join([escape(job + nodes), *logs]))
+            lines += f"<tr>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>"
+    head = "".join(f"<th>{name}</th>" for name in ("stage", "attempt", "ended", "cause", "message", "log"))
+    table = f"<div class=wide><table id=failures><thead><tr>{head}</tr></thead><tbody>{lines}</tbody></table></div>"
+    return table if lines else "<p>No attempt has failed.</p>"
 
 
 def _provenance(rows: Sequence[Row], config: str) -> str:
@@ -171,6 +166,6 @@ def _provenance(rows: Sequence[Row], config: str) -> str:
     origins = [{**found, **found.get("packages", {})} for row in rows if (found := row["provenance"])]
     names = dict.fromkeys(name for origin in origins for name in origin if name not in ("date", "packages"))
     distinct = {name: dict.fromkeys(str(origin.get(name) or "-") for origin in origins) for name in names}
-    lines = [[escape(name), "<br>".join(map(escape, values))] for name, values in distinct.items()]
+    told = "\n".join(f"{name}: {', '.join(values)}" for name, values in distinct.items())
     details = f"<details><summary>configuration of the last run</summary><pre>{escape(config)}</pre></details>"
-    return _table("provenance", ("", "of the evaluations"), lines) + (details if config else "")
+    return f"<pre>{escape(told)}</pre>" + (details if config else "")

@@ -50,11 +50,7 @@ def contents_of_checkpoints(plan: Plan, store: Store, dense: Mapping[str, DenseM
             card = Card(name, cell, rows, plan, store, dense[cell.model])
             recipe, _ = card.recipe()
             texts = {CARD: card.text(), **({RECIPE: recipe} if recipe else {})}
-            files = {
-                file: File(facts["bytes"], facts["sha256"], facts["mtime_ns"])
-                for file, facts in manifest["files"].items()
-                if file not in texts
-            }
+            files = {file: File(**facts) for file, facts in manifest["files"].items() if file not in texts}
             contents[name] = Contents(made.id, made.artifact, files, texts)
     return contents
 

@@ -36,14 +36,15 @@ def checkpoint_names(cells: Sequence[Cell]) -> dict[str, Cell]:
     A name, such as ``llama-0.2-hfprune-lora``, has the characters that file systems and the hub allow. Rows whose names
     would be the same, differ only in case, or are too long get 6 hex digits that depend only on the row.
     """
-    named = [cell for cell in cells if cell.producers]
-    plain = [_plain_name(cell) for cell in named]
-    taken = Counter(name.casefold() for name in plain)
-    unique = (
-        name if taken[name.casefold()] == 1 and len(name) <= LONGEST_NAME else _with_digits(name, cell)
-        for name, cell in zip(plain, named, strict=True)
-    )
-    return dict(zip(unique, named, strict=True))
+    named = [(cell, _plain_name(cell)) for cell in cells if cell.producers]
+    taken = Counter(name.casefold() for _, name in named)
+    names = {}
+    for cell, name in named:
+        if taken[name.casefold()] > 1 or len(name) > LONGEST_NAME:
+            digits = digest_of([cell.model, cell.ratio, cell.method, cell.recovery])[:6]
+            name = f"{name[: LONGEST_NAME - 7].rstrip('-.')}-{digits}"
+        names[name] = cell
+    return names
 
 
 def _plain_name(cell: Cell) -> str:
@@ -54,18 +55,9 @@ def _plain_name(cell: Cell) -> str:
     return re.sub(r"-*(?:\.{2,}-*)+|-{2,}", "-", name).strip("-.")
 
 
-def _with_digits(name: str, cell: Cell) -> str:
-    digits = digest_of([cell.model, cell.ratio, cell.method, cell.recovery])[:6]
-    return f"{name[: LONGEST_NAME - 7].rstrip('-.')}-{digits}"
-
-
 @dataclass(frozen=True)
 class File:
-    """A file as it was, or will be, written.
-
-    Attributes:
-        mtime_ns: time at which an artifact's file was made: one that was damaged and made again is another one.
-    """
+    """A file as it was, or will be, written; ``mtime_ns`` is when an artifact's was made, as it may be made again."""
 
     bytes: int
     sha256: str
@@ -83,13 +75,11 @@ class File:
 
 @dataclass(frozen=True)
 class Contents:
-    """What a row's folder should hold.
+    """What a row's folder should hold: the files of an artifact, and further texts, each by its name.
 
     Attributes:
         checkpoint: id of the stage whose artifact is the checkpoint.
         artifact: its folder in the store.
-        files: name of a file in it -> the file.
-        texts: name of a further file -> its text.
     """
 
     checkpoint: str
@@ -141,19 +131,20 @@ def update_checkpoints(out: Path, wanted: Mapping[str, Contents | None]) -> Upda
         for name, contents in wanted.items():
             if contents is not None:
                 remarks += _write(root / name, contents)
-    known = {name: contents.checkpoint for name, contents in wanted.items() if contents}
-    there = {name: root / name for name, made in known.items() if made_checkpoint(root / name) == made}
-    return Update(there, remarks)
+    made = [
+        name for name, contents in wanted.items() if contents and made_checkpoint(root / name) == contents.checkpoint
+    ]
+    return Update({name: root / name for name in made}, remarks)
 
 
 def _remove(folder: Path) -> list[str]:
     """Remove a folder that was written here; tell if that holds files of the user."""
     made = read_record(Made, folder / MADE)
-    if made is None:
-        return []
-    if theirs := _file_of_the_user(folder, made):
+    theirs = made and _file_of_the_user(folder, made)
+    if theirs:
         return [f"{folder}: its row is gone, but it stays, since {theirs} in it is yours"]
-    shutil.rmtree(folder.rename(folder.with_name(OLD + folder.name)))
+    if made:
+        shutil.rmtree(folder.rename(folder.with_name(OLD + folder.name)))
     return []
 
 

@@ -20,12 +20,10 @@ SHARE = "kl_share"
 def compare_methods(sweeps: Sequence[Sequence[Row]], reference: str) -> list[Row]:
     """One row for the finished rows of several sweeps with the same model, ratio, method and recovery.
 
-    Models come in order of first appearance, each with its ratios from low to high, and their methods in order of first
-    appearance. A row has the mean of each metric of ``QUALITY``, and under ``<key>_stderr`` its standard deviation over
-    sweeps: None for a single sweep, and both None if it isn't a number in some sweep. ``kl_share`` is KL divided by the
-    reference method's KL in the same sweep, which must not be 0. Where pruning and recovery are one training, the
-    reference is the recovered one. ``wall_time_s`` is a mean over rows for which it is known, and ``peak_memory_bytes``
-    the highest peak.
+    A row has the mean of each metric of ``QUALITY``, and under ``<key>_stderr`` its standard deviation, which is None
+    for a single sweep; both are None if it isn't a number in some sweep. ``kl_share`` is KL divided by the reference
+    method's KL in the same sweep, which must not be 0; where pruning and recovery are one training, by that of the
+    recovered one. ``wall_time_s`` is a mean over rows for which it is known, ``peak_memory_bytes`` the highest peak.
     """
     groups: dict[tuple[str, float, str, str], list[tuple[Row, Row | None]]] = {}
     for rows in sweeps:
@@ -50,7 +48,9 @@ def _compared(members: Sequence[tuple[Row, Row | None]]) -> Row:
     pairs = [(row["kl"], reference["kl"] if reference else None) for row, reference in members]
     shares = [kl / other if kl is not None and other else None for kl, other in pairs]
     times = [row["wall_time_s"] for row in rows if row["wall_time_s"] is not None]
-    measured = {metric.key: _spread(metric.value(row) for row in rows) for metric in QUALITY} | {SHARE: _spread(shares)}
+    measured = {metric.key: _spread(row.get(metric.key) for row in rows) for metric in QUALITY} | {
+        SHARE: _spread(shares)
+    }
     return {
         **{key: mean for key, (mean, _) in measured.items()},
         **{f"{key}_stderr": deviation for key, (_, deviation) in measured.items()},

@@ -14,6 +14,8 @@ from typing import Any, Literal
 from hfprune_dist.results.formats import byte_count, count, duration, number, percent, with_error
 
 Row = Mapping[str, Any]
+# A value, and its standard error; None if it isn't known.
+Score = tuple[float | None, float | None]
 
 
 @dataclass(frozen=True)
@@ -41,20 +43,17 @@ class Metric:
         """The meaning, and which direction is better."""
         return self.meaning + (f", {self.better} is better" if self.better else "")
 
-    def value(self, row: Row) -> Any:
-        return row.get(self.key)
-
-    def error(self, row: Row) -> Any:
-        """The standard error; None if there is none."""
-        return row.get(f"{self.key}_stderr")
+    def score(self, row: Row) -> Score:
+        """The value, and its standard error; None if it isn't known."""
+        return row.get(self.key), row.get(f"{self.key}_stderr")
 
     def shown(self, row: Row) -> str:
         """The value, and its standard error if it has one."""
-        return with_error(self.value(row), self.error(row), self.form)
+        return with_error(*self.score(row), self.form)
 
     def is_known(self, rows: Sequence[Row]) -> bool:
         """Whether any row has a value."""
-        return any(self.value(row) is not None for row in rows)
+        return any(row.get(self.key) is not None for row in rows)
 
 
 def _form(form: str) -> Callable[[float | None], str]:
@@ -95,8 +94,6 @@ OF_TEXT = ("kl", "top1_agreement", "perplexity")
 # A task's headline is the first of these that it reports; all are shares of right answers. Perplexities are not, and
 # can't be averaged with them: a task that reports nothing else has no headline.
 HEADLINES = ("acc_norm", "acc", "pct_stereotype", "exact_match", "em", "f1", "pass@1")
-# A value, and its standard error; None if it isn't known.
-Score = tuple[float | None, float | None]
 
 
 def headline_metric(scores: Mapping[str, Any]) -> str | None:

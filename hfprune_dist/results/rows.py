@@ -16,7 +16,7 @@ from hfprune_dist.results.metrics import OF_TEXT, average
 from hfprune_dist.store.artifacts import Manifest, Store
 from hfprune_dist.store.hashing import digest_of
 from hfprune_dist.store.heartbeat import in_one_line
-from hfprune_dist.store.stage import CUTTING, Stage, kind_of
+from hfprune_dist.store.stage import CUTTING, kind_of
 from hfprune_dist.structures.experts import EXPERT_COUNT_KEYS, SHARED_WIDTHS
 from hfprune_dist.structures.units import plural_of
 
@@ -41,12 +41,8 @@ BY_LAYER = tuple(map(plural_of, SIZE_FIELDS))
 
 @dataclass(frozen=True)
 class DenseModel:
-    """Facts in a dense row that no stage measures.
-
-    Attributes:
-        sizes: field of config.json -> its value, of those in ``SIZES``.
-        weight_bytes: size of the files with its weights.
-        has_vision: whether it is a model of images and text.
+    """Facts in a dense row that no stage measures; ``sizes`` are the fields of config.json in ``SIZES``, and
+    ``has_vision`` says whether it is a model of images and text.
     """
 
     parameters: int
@@ -74,14 +70,6 @@ def collect_rows(plan: Plan, store: Store, dense: Mapping[str, DenseModel]) -> l
     """
     rows = _Rows(plan, store, dense)
     return [rows.row(cell) for cell in plan.cells]
-
-
-def measured_as(evaluation: Stage) -> str:
-    """Digest of everything that an evaluation's scores depend on besides the evaluated model: rows in which it is the
-    same can be compared.
-    """
-    inputs = {role: source.identity for role, source in evaluation.inputs.items() if role != "model"}
-    return digest_of([evaluation.params.to_json(), inputs])[:12]
 
 
 class _Rows:
@@ -129,10 +117,16 @@ class _Rows:
             **self._costs(cell, manifests),
             "checkpoint": self._checkpoint(cell),
             "provenance": _provenance(evaluation) if evaluation else None,
-            "measured_as": measured_as(plan.stages[cell.evaluate]),
+            "measured_as": self._measured_as(cell),
             "status": status,
             "cause": cause,
         }
+
+    def _measured_as(self, cell: Cell) -> str:
+        """Digest of all that scores depend on besides the model: rows in which it is the same can be compared."""
+        evaluation = self._plan.stages[cell.evaluate]
+        inputs = {role: source.identity for role, source in evaluation.inputs.items() if role != "model"}
+        return digest_of([evaluation.params.to_json(), inputs])[:12]
 
     def _checkpoint(self, cell: Cell) -> str | None:
         if not cell.producers or self._manifests[cell.producers[-1]] is None:

@@ -127,8 +127,7 @@ def _kept(row: Row, dense: Row) -> str:
         if row["average_stderr"] is not None and dense["average_stderr"] is not None:  # as if they were independent
             error = math.hypot(row["average_stderr"], share * dense["average_stderr"]) / dense["average"]
     name = row["method"] + (f" + {row['recovery']}" if row["recovery"] not in (NONE, OWN) else "")
-    kept = with_error(share, error, lambda value: number(None if value is None else 100 * value, ".0f"))
-    kl = METRICS["kl"].shown(row)
+    kept, kl = with_error(share, error, percent), METRICS["kl"].shown(row)
     return f"with {100 * row['ratio']:g} % removed, {name} keeps {kept} % of the dense model's {of_what} (KL {kl})"
 
 

@@ -4,6 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import yaml
 from huggingface_hub import ModelCard
 from made_stages import being_made
 from sweeps import make_inputs, planned
@@ -22,13 +23,8 @@ SCORES = {
 SHAPE = {"ratio_reached": 0.1987, "parameters": 80, "intermediate_size": None, "intermediate_sizes": [7, 9]}
 DENSE = {name: DenseModel(100, {"intermediate_size": 48}) for name in ("alpha", "beta")}
 PRUNED = "alpha-0.2-surgeon-uniform-block-lora"
-PROVENANCE = {
-    "hfprune_dist": "0.1.0",
-    "git_commit": "0123abc",
-    "dirty_diff_sha256": "f",
-    "python": "3.12.1",
-    "packages": {"torch": "2.9"},
-}
+PROVENANCE = {"hfprune_dist": "0.1.0", "git_commit": "0123abc", "dirty_diff_sha256": "f", "python": "3.12.1"}
+PROVENANCE |= {"packages": {"torch": "2.9"}}
 
 
 @pytest.fixture(scope="module")
@@ -36,10 +32,8 @@ def config(tmp_path_factory):
     return make_inputs(tmp_path_factory.mktemp("inputs"))
 
 
-def fill(store, plan, but=(), config=None):
+def fill(store, plan, config=None):
     for stage in plan.stages.values():
-        if stage.kind in but:
-            continue
         fidelity = SCORES["fidelity"] | ({"kl": 0.0} if stage.label == "alpha dense" else {})
         metrics = {**SHAPE, **SCORES, "fidelity": fidelity}
         record = {"provenance": PROVENANCE, "config": config or {}, "world_size": 1, "wall_time_s": 1.0}
@@ -50,17 +44,12 @@ def fill(store, plan, but=(), config=None):
                 (draft / name).write_text("content")
 
 
-def contents(config, out, but=(), **overrides):
-    """Map the name of each checkpoint of a sweep to what its folder should hold."""
-    made_by, plan = planned(config, **overrides)
+def cards_of(config, out):
+    """Map the name of each checkpoint of a sweep to its card."""
+    made_by, plan = planned(config)
     store = Store(out / "store")
-    fill(store, plan, but, made_by.model_dump(mode="json"))
-    return {name: it for name, it in contents_of_checkpoints(plan, store, DENSE).items() if it is not None}
-
-
-def texts(config, out, file="README.md", **settings):
-    """Map the name of each checkpoint of a sweep to a text in its folder."""
-    return {name: it.texts[file] for name, it in contents(config, out, **settings).items()}
+    fill(store, plan, made_by.model_dump(mode="json"))
+    return {name: made.texts["README.md"] for name, made in contents_of_checkpoints(plan, store, DENSE).items() if made}
 
 
 @pytest.fixture(scope="module")
@@ -80,32 +69,22 @@ def card_of(config, tmp_path_factory):
 
 
 def test_the_hub_reads_what_was_measured(config, tmp_path):
-    cards = texts(config, tmp_path)
+    cards = cards_of(config, tmp_path)
     data = ModelCard(cards[PRUNED]).data
-    assert (data.library_name, data.pipeline_tag, data.model_name) == (
-        "transformers",
-        "text-generation",
-        PRUNED,
-    )
-    assert (
-        data.tags == ["hfprune", "pruned", "model-compression", "surgeon-uniform-block"]
-        and data.base_model is None
-        and data.license is None
-    )
-    found = {(it.dataset_config or it.dataset_type, it.metric_type): it.metric_value for it in data.eval_results}
-    assert found == {
-        ("held-out", "kl"): 0.25,
-        ("held-out", "top1_agreement"): 0.75,
-        ("held-out", "perplexity"): 12.5,
-        ("news", "kl"): 1.5,
-        ("tiny_choice", "acc"): 0.5,
-        ("tiny_choice", "acc_norm"): 0.6,
+    assert (data.library_name, data.pipeline_tag, data.model_name) == ("transformers", "text-generation", PRUNED)
+    assert data.tags == ["hfprune", "pruned", "model-compression", "surgeon-uniform-block"]
+    assert data.base_model is None and data.license is None
+    results = {
+        (score.dataset_config or score.dataset_type, score.metric_type): score.metric_value
+        for score in data.eval_results
     }
+    fidelity = {("held-out", "kl"): 0.25, ("held-out", "top1_agreement"): 0.75, ("held-out", "perplexity"): 12.5}
+    assert results == {**fidelity, ("news", "kl"): 1.5, ("tiny_choice", "acc"): 0.5, ("tiny_choice", "acc_norm"): 0.6}
     assert ModelCard(cards["alpha-dense-lora"]).data.tags == ["hfprune"], "nothing of it was pruned"
 
 
 def test_people_read_how_it_was_made(config, tmp_path):
-    cards = texts(config, tmp_path)
+    cards = cards_of(config, tmp_path)
     card = cards[PRUNED]
     for shown in (
         "| ratio asked | 0.2 of all parameters |",
@@ -158,35 +137,23 @@ def test_its_recipe_plans_the_same_stages(config, tmp_path, own_method):
         for source in ("alpha", "beta", "calibration.jsonl", "heldout.jsonl", "pairs.jsonl", "tasks"):
             (elsewhere / source).symlink_to(config.parent / source)
         _, again = planned(elsewhere / "recipe.yaml")
-        (row,) = [
-            it
-            for it in again.cells
-            if it.label == cell.label.replace(" hfprune", "").replace(f" {Path(method).stem}", "")
-        ]
+        label = cell.label.replace(" hfprune", "").replace(f" {Path(method).stem}", "")
+        (row,) = [cell for cell in again.cells if cell.label == label]
         assert (row.producers[-1], row.evaluate) == (cell.producers[-1], cell.evaluate)
-        assert {it.model for it in again.cells} == {cell.model}
+        assert {row.model for row in again.cells} == {cell.model}
 
 
 def test_a_base_of_the_hub_is_named_with_its_licence(tmp_path):
     snapshot = tmp_path / "models--some-org--a-model" / "snapshots" / "0123"
     snapshot.mkdir(parents=True)
-    card = (
-        "---\nlicense: other\nlicense_name: a-licence\nlicense_link: LICENSE\nlanguage: [en]\ntags: [x]\n---\n# Hello\n"
-    )
-    (snapshot / "README.md").write_text(card)
+    stated = {"license": "other", "license_name": "a-licence", "license_link": "LICENSE", "language": ["en"]}
+    (snapshot / "README.md").write_text(f"---\n{yaml.safe_dump(stated | {'tags': ['x']})}\n---\n# Hello\n")
     base = BaseModel.from_input("m", Input("digest", str(snapshot), content="commit"))
-    assert (base.hub_id, base.revision) == ("some-org/a-model", "0123")
-    assert base.carried == {
-        "license": "other",
-        "license_name": "a-licence",
-        "license_link": "LICENSE",
-        "language": ["en"],
-    }
+    assert base == BaseModel("m", "some-org/a-model", "0123", stated)
     (snapshot / "README.md").write_text("---\nlanguage: [en, no]\n---\n")
     norwegian = BaseModel.from_input("m", Input("digest", str(snapshot), content="commit"))
     assert norwegian.carried == {}, "YAML takes no for false"
     (snapshot / "README.md").write_text("---\n: [\n---\n")
     (snapshot / "config.json").write_text('{"license": "mit"}')
-    assert BaseModel.from_input("m", Input("digest", str(snapshot), content="checkpoint")) == BaseModel(
-        "m", None, None, {"license": "mit"}
-    )
+    local = BaseModel.from_input("m", Input("digest", str(snapshot), content="checkpoint"))
+    assert local == BaseModel("m", None, None, {"license": "mit"})

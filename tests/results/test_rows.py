@@ -55,7 +55,7 @@ def commit(store, stage, files=None, record=None, **metrics):
 def table(rows):
     """Map each header to what it shows for each row."""
     shown = columns(rows, wide=True)
-    return dict(zip([it.header for it in shown], zip(*cells(rows, shown), strict=True), strict=True))
+    return dict(zip([column.header for column in shown], zip(*cells(rows, shown), strict=True), strict=True))
 
 
 @pytest.fixture
@@ -114,14 +114,11 @@ def test_a_row_names_the_folder_of_its_checkpoint(store):
     assert pruned["status"] == "missing" and pruned["checkpoint"] is None
 
 
-@pytest.mark.parametrize(("number", "shared"), [(EXPERT_COUNT_KEYS[0], SHARED_WIDTHS[0])])
-def test_sizes_of_experts_have_columns(store, number, shared):
+def test_sizes_of_experts_have_columns(store):
+    (number, *_), (shared, *_) = EXPERT_COUNT_KEYS, SHARED_WIDTHS
     config = CONFIG | {"num_hidden_layers": 2, "intermediate_size": 24, "num_experts_per_tok": 1, number: 4, shared: 40}
-    shapes = tensors_of(
-        config
-        | {"num_experts": 4, "moe_intermediate_size": 24, "first_k_dense_replace": 0}
-        | {"shared_expert_intermediate_size": 40}
-    )
+    named = {"num_experts": 4, "moe_intermediate_size": 24, "shared_expert_intermediate_size": 40}
+    shapes = tensors_of(config | named | {"first_k_dense_replace": 0})
     dense = {"m": DenseModel.from_checkpoint(checkpoint_of(config, shapes))}
     store.handle(PRUNE.id).discard()
     commit(store, PRUNE, **{number: 3, shared: 39})
@@ -189,5 +186,5 @@ def test_rows_share_times_and_say_how_they_were_measured(store):
     commit(store, other, **half)
     plan = Plan({**PLAN.stages, other.id: other}, (*PLAN.cells, replace(PLAN.cells[1], ratio=0.3, evaluate=other.id)))
     dense, pruned, few = collect_rows(plan, store, DENSE)
-    assert [(it["own_time_s"], it["wall_time_s"]) for it in (dense, pruned, few)] == [(2, 2), (2, 6), (2, 6)]
+    assert [(row["own_time_s"], row["wall_time_s"]) for row in (dense, pruned, few)] == [(2, 2), (2, 6), (2, 6)]
     assert dense["measured_as"] == pruned["measured_as"] != few["measured_as"]

@@ -62,12 +62,12 @@ def test_the_finding_is_the_closest_row_at_each_ratio_and_what_it_keeps_of_the_d
     worse = [row_of(method="hfprune", kl=4.0), row_of(ratio=0.5, method="hfprune", kl=3.0, average=0.3)]
     others = [row_of(ratio=0.5, kl=1.0, average=0.41), row_of(ratio=0.5, kl=0.1, measured_as="b"), missing(row_of())]
     assert findings([DENSE, *worse, row_of(), *others]) == [
-        "llama: with 20 % removed, surgeon-plain + lora keeps 100±9 % of the dense model's average score "
-        "(KL 0.263±0.012); with 50 % removed, surgeon-plain + lora keeps 60±7 % of the dense model's average score "
+        "llama: with 20 % removed, surgeon-plain + lora keeps 100.0±8.8 % of the dense model's average score "
+        "(KL 0.263±0.012); with 50 % removed, surgeon-plain + lora keeps 60.0±7.2 % of the dense model's average score "
         "(KL 1.000±0.012)."
     ]
     (told,) = findings([DENSE, row_of(average=None, average_stderr=None, recovery="none")])
-    assert "surgeon-plain keeps 76±2 % of the dense model's most likely next tokens" in told
+    assert "surgeon-plain keeps 76.2±1.5 % of the dense model's most likely next tokens" in told
     assert findings([DENSE]) == findings([row_of()]) == findings([missing(DENSE), row_of()]) == []
 
 
