@@ -61,7 +61,7 @@ def test_the_quickstart_installs_once(quickstart, project, fails, installer):
     result, calls = quickstart(FAILS=fails)
     assert result.returncode == 0, result.stderr
     assert f"-m venv {project}/.venv" in calls
-    assert [it for it in calls if it.startswith(f"-m {installer} install") and it.endswith(f"-e {project}[demo]")]
+    assert any(call.startswith(f"-m {installer} install") and call.endswith(f"-e {project}[demo]") for call in calls)
     assert quickstart()[1] == ["launch/demo_assets.py", "launch/sweep.py --config configs/demo.yaml"]
 
 

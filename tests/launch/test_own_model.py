@@ -60,7 +60,9 @@ def test_the_example_runs_to_its_table_without_a_network(tmp_path):
     guarded = {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(tmp_path / "guard"), "ASKED": str(asked)}
     sections = ("importance", "distillation", "recovery", "evaluation")
     settings = ["prune.effort=quick", "prune.distill=1", *(f"{section}.dtype=float32" for section in sections)]
-    finish(config, tmp_path / "out", *(word for it in settings for word in ("--set", it)), environment=guarded)
+    finish(
+        config, tmp_path / "out", *(word for setting in settings for word in ("--set", setting)), environment=guarded
+    )
     assert asked.with_name("guarded").exists()
     assert not asked.exists(), asked.read_text()
     dense, control, pruned = results(tmp_path / "out")

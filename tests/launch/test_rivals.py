@@ -67,19 +67,6 @@ def test_rivals_share_a_calibration_pass_and_remove_as_much(finished):
         assert float(rows[name]["kl"]) > 0
 
 
-def test_wanda_sp_loads_everywhere_and_the_others_where_layers_may_differ(finished):
-    plain, biased = {}, {}
-    for folder in folders_of(finished, "prune"):
-        model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32)
-        plain[folder.name] = not getattr(model.config, "layer_sizes", None)
-        biased[folder.name] = any(name.endswith("o_proj.bias") for name, _ in model.named_parameters())
-        ids = torch.arange(12)[None] + 3
-        with torch.no_grad():
-            assert torch.equal(model(ids).logits, load_causal_lm(folder, torch.float32)(ids).logits)
-    assert sorted(plain.values()) == [False, False, False, True, True, True]
-    assert [not plain[name] for name, has_biases in biased.items() if has_biases] == [True], "flap's alone"
-
-
 def test_a_dry_run_shows_the_shapes_of_all(config, tmp_path):
     where = ["--config", config, "--out", tmp_path / "out"]
     code, shown, said = in_process(sweep_command.main, *where, *arguments(1), "--dry-run")
