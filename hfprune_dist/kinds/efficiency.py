@@ -22,7 +22,6 @@ class EfficiencyParameters(StageParameters):
     """
 
     batch_setting: ClassVar[str] = "efficiency.batch_sizes"
-    remedy: ClassVar[str] = "fewer efficiency.batch_sizes or tokens, or efficiency.enabled false"
 
     batch_sizes: list[int]
     prompt_tokens: list[int]

@@ -5,8 +5,6 @@ Inputs: ``model``, the dense model, and ``importance``, its scores and the windo
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 from pydantic import Field
 
 from hfprune_dist.config.method import Allocation, Effort, Method, Refit, Structures
@@ -27,10 +25,6 @@ class PruneParameters(StageParameters):
     ``ratio``: removed parameters / all of the dense model's. ``dtype`` and ``micro_batch_size`` (windows per rank's
     forward pass) are None if no model runs. ``tensor_parallel`` divides ``multiple_of`` and numbers of KV groups.
     """
-
-    remedy: ClassVar[str] = (
-        "every rank has a layer's Gram matrices: GPUs with more memory, or a method with another refit, or none"
-    )
 
     ratio: float
     criterion: MethodCriterion
