@@ -1,4 +1,4 @@
-"""Python interface for notebooks: score, prune and compare models.
+"""Python interface for notebooks: score, prune and compare models; ``prune`` makes one smaller checkpoint.
 
 Stages run in separate processes, one rank per GPU, so they take no memory in the notebook's own process. The store and
 the results are those of ``launch/sweep.py``; each reuses what the other has made.
@@ -7,26 +7,26 @@ the results are those of ``launch/sweep.py``; each reuses what the other has mad
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from hfprune_launch.command import folder, place
-from hfprune_launch.prepare import Prepared, Request, prepare
-from hfprune_launch.run import run_missing, run_to_tables
+from hfprune_launch.prepare import Request, prepare
+from hfprune_launch.prune import prune
+from hfprune_launch.run import make, run_to_tables
 from hfprune_launch.screen import make_console
 from hfprune_launch.sweep_folder import read_sweep
 from numpy.typing import NDArray
 from safetensors.numpy import load_file
 
 from hfprune_dist.config.load import from_command_line
-from hfprune_dist.errors import UserError
 from hfprune_dist.results.rows import Row
 from hfprune_dist.store.stage import kind_of
 from hfprune_dist.structures import EXPERT_NEURONS, EXPERTS, NEURONS, SHARED_NEURONS
 from hfprune_dist.structures.score_names import SCORES, criteria_in, scores_of_layers
+
+__all__ = ["Session", "prune", "read_scores"]
 
 
 class Session:
@@ -62,7 +62,7 @@ class Session:
         prepared = prepare(self._request, download=True)
         stages = prepared.sweep.plan.stages.values()
         passes = [stage for stage in stages if stage.kind == "importance" and not stage.needs]
-        self._make(prepared, [stage.id for stage in passes])
+        make(prepared, [stage.id for stage in passes])
         store = prepared.sweep.store
         return {stage.label: read_scores(store.handle(stage.id).artifact) for stage in passes}
 
@@ -79,7 +79,7 @@ class Session:
             if cell.ratio is not None and cell.method is not None:
                 before_recovery = [stage_id for stage_id in cell.producers if kind_of(stage_id) != "recover"]
                 made[cell.model, cell.ratio, cell.method] = before_recovery[-1]
-        self._make(prepared, made.values())
+        make(prepared, made.values())
         return {key: prepared.sweep.store.handle(stage_id).artifact for key, stage_id in made.items()}
 
     def compare(self) -> list[Row]:
@@ -91,15 +91,6 @@ class Session:
         """
         run_to_tables(prepare(self._request, download=True))
         return read_sweep(self._request.out).rows()
-
-    def _make(self, prepared: Prepared, stage_ids: Iterable[str]) -> None:
-        sweep = prepared.sweep
-        todo = sweep.plan.lacking(lambda stage_id: prepared.verdicts[stage_id].state == "done", [*stage_ids])
-        run_missing(replace(prepared, todo=todo))
-        for handle in map(sweep.store.handle, todo):
-            if (failure := handle.failure()) is not None:
-                error = UserError if failure.cause == UserError.CAUSE else RuntimeError
-                raise error(f"{sweep.plan.stages[handle.id].kind} failed: {failure.message}")
 
 
 def read_scores(importance: Path) -> dict[str, list[NDArray[np.float64]]]:

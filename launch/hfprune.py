@@ -21,6 +21,7 @@ from hfprune_dist.errors import did_you_mean
 # Each is a module of this package with a function ``main``; a dash stands for an underscore.
 COMMANDS = {
     "sweep": "prune, recover and evaluate models; the same command resumes",
+    "prune": "prune one model: a checkpoint in, a smaller one out",
     "report": "write and show the tables of a sweep again",
     "compare": "compare methods over sweeps that differ in their seed",
     "clean": "remove what no row of a sweep refers to any more",

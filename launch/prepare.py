@@ -24,8 +24,10 @@ from hfprune_dist.planning.methods import resolve_methods
 from hfprune_dist.planning.model_sources import ModelSource, resolve_models
 from hfprune_dist.planning.plan import refuse_other_checkpoints
 from hfprune_dist.planning.remarks import remarks_on_texts
+from hfprune_dist.results.formats import counted
 from hfprune_dist.store.artifacts import Store, Verdict
 from hfprune_dist.store.claims import Cancellation
+from hfprune_dist.store.machine import count_gpus, usable_cores
 
 NO_MODELS = (
     "no models are named: give --models, or models in a --config file; for example --models Qwen/Qwen2.5-0.5B --ratios "
@@ -91,6 +93,8 @@ def prepare(request: Request, *, download: bool) -> Prepared:
             request.tell(
                 f"note: runtime.ranks {runtime.ranks} is more than this machine's GPUs; stages run with {ranks}"
             )
+        elif not count_gpus() and ranks > usable_cores():
+            request.tell(f"note: {ranks} ranks share {counted(usable_cores(), 'core')}; as many as cores are as fast")
     else:
         resources = profile.resources["efficiency"]
         device = resources.device(default_threads(resources, runtime.threads_per_rank))

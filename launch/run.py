@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import time
 from collections import Counter, deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import closing
+from dataclasses import replace
 from functools import partial
 
 from hfprune_launch.local.backend import LocalBackend
@@ -41,6 +42,26 @@ def run_to_tables(prepared: Prepared) -> int:
     written = [name for name in (*RESULTS, REPORT) if (out / name).exists()]
     request.tell(f"written: {out / written[0]}, {', '.join(written[1:])}")
     return _exit_code(prepared.sweep)
+
+
+class StageFailedError(RuntimeError):
+    """A stage has failed for another reason than bad input."""
+
+
+def make(prepared: Prepared, stage_ids: Iterable[str]) -> None:
+    """Run what is missing of some stages and of those that they need.
+
+    Raises:
+        UserError: for bad input, also if a stage finds it.
+        StageFailedError: if a stage fails.
+    """
+    plan, store = prepared.sweep.plan, prepared.sweep.store
+    todo = plan.lacking(lambda stage_id: prepared.verdicts[stage_id].state == "done", stage_ids)
+    run_missing(replace(prepared, todo=todo))
+    for stage_id in todo:
+        if (failure := store.handle(stage_id).failure()) is not None:
+            error = UserError if failure.cause == UserError.CAUSE else StageFailedError
+            raise error(f"{plan.stages[stage_id].kind} failed: {failure.message}")
 
 
 def run_missing(prepared: Prepared) -> int | None:

@@ -15,7 +15,7 @@ ROOMS = {
     *("config", "store", "data", "core", "checkpoints", "kinds", "planning", "models", "distributed"),
     *("methods", "scoring", "refit", "training", "evaluation", "report", "results", "stages", "structures"),
 }
-COMMANDS = ["hfprune", "sweep", "report", "compare", "bench", "clean", "demo_assets", "schema"]
+COMMANDS = ["hfprune", "sweep", "prune", "report", "compare", "bench", "clean", "demo_assets", "schema"]
 SHARED = [
     "command",
     "dry_run",
@@ -38,7 +38,7 @@ TORCH_FREE = [
     "hfprune_dist.core.criterion",
     *(
         f"hfprune_launch.{name}"
-        for name in ("hfprune", "sweep", "report", "compare", "clean", "schema", "local.backend")
+        for name in ("hfprune", "sweep", "prune", "report", "compare", "clean", "schema", "local.backend")
     ),
 ]
 # Libraries that take a rank some tenths of a second each to import -> kinds of stages that import them in any case.

@@ -108,7 +108,8 @@ class Card:
         self.base = BaseModel.from_input(cell.model, plan.stages[cell.evaluate].inputs["dense"])
         # The dense model's row, if it was measured in the same way.
         alike = (found for other, found in rows.items() if not other.producers and other.model == cell.model)
-        self.dense_row = next((found for found in alike if found["measured_as"] == self.row["measured_as"]), None)
+        measured = (found for found in alike if found["status"] == "done")
+        self.dense_row = next((found for found in measured if found["measured_as"] == self.row["measured_as"]), None)
 
     def recipe(self) -> tuple[str, list[str]]:
         """The configuration of a sweep that makes the checkpoint again, with the same fingerprints.

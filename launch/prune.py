@@ -1,0 +1,160 @@
+"""Prune one model: a checkpoint in, a smaller one out. OUT has weights, tokenizer, config.json and a card, and needs
+nothing else. The same command goes on where it was interrupted; another ratio uses the scores that are there.
+
+examples:
+  python launch/prune.py runs/demo-assets/llama smaller --ratio 0.3 --text notes.txt
+  python launch/prune.py Qwen/Qwen2.5-0.5B smaller --ratio 0.2 --recover --set calibration.samples=128
+
+Work is kept in $XDG_CACHE_HOME/hfprune, else ~/.cache/hfprune: a sweep's folder for each model, free to be removed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+if __name__ == "__main__":
+    from start import start
+
+    start(__file__)
+
+from hfprune_launch.command import command, folder, make_parser, place
+from hfprune_launch.prepare import Request, prepare
+from hfprune_launch.project import PROJECT
+from hfprune_launch.run import StageFailedError, make
+from hfprune_launch.screen import make_console
+from hfprune_launch.sweep_folder import Sweep, read_sweep, require_folder
+
+from hfprune_dist.config.load import load_config, parse_assignments
+from hfprune_dist.data.text import read_beginning
+from hfprune_dist.errors import UserError
+from hfprune_dist.planning.model_sources import resolve_models
+from hfprune_dist.planning.plan import Cell
+from hfprune_dist.results.card import NEEDS_CODE
+from hfprune_dist.results.checkpoints import CHECKPOINTS, made_checkpoint
+from hfprune_dist.results.metrics import METRICS
+from hfprune_dist.store.atomic_files import fsync_path, write_text
+from hfprune_dist.store.hashing import FileHashes, digest_of
+
+METHOD = "surgeon-plain"
+HELD_OUT = 0.1  # share of a text, at its end
+
+
+@command
+def main(argv: Sequence[str] | None = None) -> int:
+    """Do what the command line asks for."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # which raises KeyboardInterrupt
+    parser = make_parser(__doc__)
+    parser.add_argument("model", metavar="MODEL", help="a checkpoint's folder, an alias (configs/models), or a hub id")
+    parser.add_argument("out", metavar="OUT", help="folder for the smaller checkpoint; empty, or not there")
+    parser.add_argument("--ratio", type=float, required=True, help="removed / all parameters of the model, in (0, 1)")
+    parser.add_argument("--text", metavar="FILE", help="text to prune on; its end is held out to compare; default: C4")
+    parser.add_argument("--method", default=METHOD, help=f"one of configs/methods, or a YAML file; default: {METHOD}")
+    told = "train with LoRA afterwards: on pairs in a file, or on the default data set"
+    parser.add_argument("--recover", metavar="FILE", nargs="?", const=True, default=False, help=told)
+    parser.add_argument("--config", metavar="FILE", type=place, action="append", default=[], help="YAML settings")
+    parser.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help="set any key of a sweep")
+    arguments = vars(parser.parse_args(argv))
+    try:
+        prune(settings=parse_assignments(arguments.pop("set")), **arguments)
+    except StageFailedError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def prune(
+    model: str | Path,
+    out: str | Path,
+    ratio: float,
+    *,
+    text: str | Path | None = None,
+    method: str = METHOD,
+    recover: bool | str | Path = False,
+    config: Sequence[str | Path] = (),
+    settings: dict[str, Any] | None = None,
+) -> Path:
+    """Prune a model, write it to a folder of its own, whose path is returned, and tell what became of it.
+
+    Args:
+        out: empty, or not there.
+        text: on which the model is pruned and, at its end, compared; by default, C4.
+        recover: whether to train with LoRA afterwards; or a file of pairs to train on.
+        config, settings: files, and keys such as ``calibration.samples``, of a sweep (``config/schema.py``).
+
+    Raises:
+        UserError: for bad input.
+        StageFailedError: if a stage fails.
+    """
+    out = folder(str(out)).resolve()
+    require_folder(out)
+    held = made_checkpoint(out)
+    if held is None and out.is_dir() and any(out.iterdir()):
+        raise UserError(f"{out}: not empty, and not written by this command; choose another folder")
+    files = [PROJECT.configs / "prune.yaml", *(place(str(file)) for file in config)]
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").absolute() / "hfprune"
+    overrides = {**(settings or {}), "models": [str(model)], "ratios": [ratio], "methods": [method]}
+    if recover:
+        overrides |= {"recovery.method": "lora"} | ({} if recover is True else {"recovery.path": str(recover)})
+    if text is not None:
+        overrides |= _parts_of(
+            place(str(text)), load_config(files, overrides, PROJECT.configs).calibration.text_field, cache
+        )
+    configured = load_config(files, overrides, PROJECT.configs)
+    (source,) = resolve_models(configured, PROJECT.configs / "models", FileHashes(None), download=True)
+    request = Request(cache / f"{source.name}-{source.identity[:10]}", make_console(), files, overrides)
+    prepared = prepare(request, download=True)
+    (cell,) = (cell for cell in prepared.sweep.plan.cells if cell.ratio is not None)
+    if held not in (None, cell.producers[-1]):
+        raise UserError(f"{out}: holds a checkpoint of other settings; choose another folder, or remove it")
+    if held is not None:
+        request.tell(f"{out} is there already, made with these settings")
+    else:
+        make(prepared, [cell.producers[-1], cell.evaluate])
+        request.tell(_write(read_sweep(request.out), cell, out))
+    code = ", trust_remote_code=True" if (out / NEEDS_CODE).exists() else ""
+    request.tell(f'to load it: AutoModelForCausalLM.from_pretrained("{out}"{code})')
+    return out
+
+
+def _parts_of(text: Path, field: str, cache: Path) -> dict[str, str]:
+    """A text as settings: most of it to prune on, its end to compare on, each in a file in the cache. Of a long text,
+    its beginning counts.
+    """
+    documents = [document for (document,) in read_beginning(text, [field], "--text").texts]
+    left, parts = int((1 - HELD_OUT) * sum(map(len, documents))), {"calibration": "", "evaluation.fidelity": ""}
+    for document in documents:
+        for section, piece in zip(parts, (document[: max(left, 0)], document[max(left, 0) :]), strict=True):
+            parts[section] += json.dumps({"text": piece}) + "\n" if piece else ""
+        left -= len(document)
+    at = cache / "texts" / digest_of(documents)[:10]
+    files = {section: at / section / f"{text.stem}.jsonl" for section in parts}  # cards name the file
+    for section, file in files.items():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_text(file, parts[section])
+    fields = {f"{section}.text_field": "text" for section in files}
+    return {f"{section}.path": str(file) for section, file in files.items()} | fields
+
+
+def _write(sweep: Sweep, cell: Cell, out: Path) -> str:
+    """Copy a row's checkpoint, with its card, to a folder that is whole once it has its name; say what it is."""
+    update = sweep.write_checkpoints()
+    row = next(row for one, row in zip(sweep.plan.cells, sweep.rows(), strict=True) if one.results == cell.results)
+    if not row["checkpoint"].startswith(CHECKPOINTS):
+        raise UserError("; ".join(update.remarks))
+    new = out.with_name(f".{out.name}.new")
+    shutil.rmtree(new, ignore_errors=True)
+    shutil.copytree(sweep.out / row["checkpoint"], new)
+    for path in (*new.rglob("*"), new):
+        fsync_path(path)
+    new.replace(out)
+    fsync_path(out.parent)
+    parameters, share, kl = (METRICS[key].shown(row) for key in ("parameters", "share_kept", "kl"))
+    measured = f"KL {kl} nats per token on {row['windows']} held-out windows"
+    return f"{out}: {parameters} parameters, {share} % of the dense model's; {measured}"

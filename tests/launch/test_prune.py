@@ -1,0 +1,104 @@
+"""One model in, one model out: whole and at home anywhere, made once, and never over anything else."""
+
+import shutil
+import subprocess
+import sys
+
+import pytest
+import yaml
+from fork_server import forked
+from hfprune_launch import api, prune
+from ranks import ROOT, surroundings
+from sweeps import in_process
+from tiny import save_tiny, tiny_text, write_documents
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+SMALL = {
+    "calibration": {"samples": 8, "sequence_length": 32, "shard_size": 1},
+    "importance": {"dtype": "float32"},
+    "evaluation": {"dtype": "float32", "fidelity": {"windows": 4, "sequence_length": 32}},
+    "runtime": {"ranks": 1},
+}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A model, a text, settings for both, and the cache."""
+    folder = tmp_path_factory.mktemp("prune")
+    save_tiny(folder / "alpha")
+    (folder / "notes.txt").write_text(tiny_text(600, seed=0))
+    (folder / "small.yaml").write_text(yaml.safe_dump(SMALL))
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def cache(place, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(place / "cache"))
+    return place / "cache" / "hfprune"
+
+
+def arguments(place, out, ratio=0.2, *others):
+    given = ["--ratio", ratio, "--text", place / "notes.txt", "--method", "hfprune", "--config", place / "small.yaml"]
+    return [place / "alpha", out, *map(str, given), *others]
+
+
+def pruned(place, out, ratio):
+    command = [sys.executable, ROOT / "launch" / "prune.py", *arguments(place, out, ratio)]
+    environment = surroundings() | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run(forked(command), env=environment, capture_output=True, text=True, timeout=600, check=False)
+
+
+@pytest.mark.slow
+def test_a_checkpoint_is_whole_and_made_once(place, cache, tmp_path):
+    out = place / "made" / "smaller"
+    first = pruned(place, out, 0.2)
+    assert first.returncode == 0, first.stdout + first.stderr
+    *_, told, loads = first.stdout.splitlines()
+    assert told.startswith(f"{out}: ") and " % of the dense model's; KL " in told and " on 4 held-out" in told
+    assert f'from_pretrained("{out}")' in loads and "[4/4] done evaluate alpha 0.2" in first.stdout
+    other = pruned(place, place / "half", 0.25)
+    assert other.returncode == 0 and "[2/2] done evaluate alpha 0.25" in other.stdout, "scores are there already"
+
+    again = in_process(prune.main, *arguments(place, out))
+    assert again[0] == 0 and "is there already, made with these settings" in again[1]
+    code, _, said = in_process(prune.main, *arguments(place, out, 0.25))
+    assert code == 2 and f"{out}: holds a checkpoint of other settings" in said
+    given = {"text": place / "notes.txt", "method": "hfprune", "config": [place / "small.yaml"]}
+    assert api.prune(place / "alpha", tmp_path / "python", 0.2, **given) == tmp_path / "python"
+
+    moved = shutil.copytree(out, tmp_path / "elsewhere")
+    files = {str(file.relative_to(out)): file for file in out.rglob("*")}
+    assert {"README.md", "config.json", "model.safetensors", "tokenizer.json", "recipe.yaml"} <= files.keys()
+    assert not any(file.is_symlink() for file in files.values())
+    assert files["model.safetensors"].stat().st_nlink == 1, "not the store's own file"
+    for folder in (cache, out, place / "half"):
+        shutil.rmtree(folder)
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(moved), AutoTokenizer.from_pretrained(moved)
+    dense = AutoModelForCausalLM.from_pretrained(place / "alpha")
+    assert model.num_parameters() == pytest.approx(0.8 * dense.num_parameters(), rel=0.01)
+    assert model.generate(**tokenizer("ban der", return_tensors="pt"), max_new_tokens=2).shape[0] == 1
+
+
+@pytest.mark.parametrize(
+    ("others", "expected"),
+    [
+        (["--ratio=1.5"], "ratios.0: must be less than 1 (got 1.5)"),
+        (["--ratio=0.9"], "ratio 0.9 can't be reached by pruning neurons; the nearest possible is"),
+        (["--method=surgon-plain"], "did you mean 'surgeon-plain'?"),
+        (["--text=nowhere.txt"], "nowhere.txt: No such file"),
+        (["--recover=nowhere.jsonl"], "nowhere.jsonl: No such file"),
+        (["--set=seed"], "write it as key=value"),
+    ],
+)
+def test_bad_input_is_one_message_and_writes_no_checkpoint(place, cache, tmp_path, others, expected):
+    code, _, said = in_process(prune.main, *arguments(place, tmp_path / "out", 0.2, *others))
+    assert code == 2 and expected in said and "Traceback" not in said
+    assert not list(tmp_path.iterdir()) and not list(cache.glob("alpha-*"))
+
+
+def test_what_is_in_the_way_stays(place, tmp_path):
+    write_documents(tmp_path / "mine.jsonl")
+    for out, expected in ((tmp_path, "not empty, and not written"), (tmp_path / "mine.jsonl", "is not a folder")):
+        code, _, said = in_process(prune.main, *arguments(place, out))
+        assert code == 2 and expected in said
+    assert [file.name for file in tmp_path.iterdir()] == ["mine.jsonl"]
