@@ -25,7 +25,7 @@ from hfprune_dist.config.schema import RuntimeConfig
 from hfprune_dist.distributed.interruption import Interrupted
 from hfprune_dist.distributed.world import World
 from hfprune_dist.store.artifacts import Store
-from hfprune_dist.store.atomic_files import read_json, write_json
+from hfprune_dist.store.atomic_files import write_json
 from hfprune_dist.store.stage import Stage
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -162,12 +162,6 @@ def killing(rank: int | str, kill_at: int, match: str) -> dict[str, str]:
 def killing_in_reduction(rank: int, kill_at: int) -> dict[str, str]:
     """Return an environment in which one rank dies before its ``kill_at``-th all-reduce."""
     return {"PYTHONPATH": str(FAULTS), "KILL_RANK": str(rank), "KILL_AT": str(kill_at)}
-
-
-def failure_of(store: Store, stage: Stage) -> dict[str, object]:
-    """Return the failure file that a stage left."""
-    (file,) = store.work(stage.id).glob("failure.*.json")
-    return dict(read_json(file))
 
 
 def assert_close_files(found: Mapping[str, bytes], expected: Mapping[str, bytes]) -> None:

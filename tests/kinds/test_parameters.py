@@ -11,8 +11,6 @@ from hfprune_dist.config.texts import CalibrationConfig
 from hfprune_dist.errors import UserError
 from hfprune_dist.store.stage import Stage
 
-CUT = {"ratio": 0.2, "criterion": "entropy", "allocation": "uniform", "refit": "none", "multiple_of": 1}
-
 
 @pytest.fixture(scope="module")
 def stages(tmp_path_factory):

@@ -10,7 +10,6 @@ from hfprune_launch import run as sweep_run
 from hfprune_launch import sweep
 from safetensors.torch import load_file, save_file
 from sweeps import make_inputs
-from tiny import tiny_text
 
 CALIBRATION, HELD_OUT, PAIRS = "calibration.path", "evaluation.fidelity.path", "recovery.path"
 
@@ -75,9 +74,6 @@ def test_good_inputs_reach_the_first_stage(inputs, tmp_path, refusal):
 
 
 # Texts.
-
-DOCUMENT = tiny_text(40, 0)
-LINE = json.dumps({"text": DOCUMENT, "instruction": "ask", "response": "tell"})
 
 
 @pytest.mark.parametrize("key", [CALIBRATION, HELD_OUT])
