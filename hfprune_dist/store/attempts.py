@@ -27,7 +27,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from hfprune_dist.errors import UserError
 from hfprune_dist.store.artifacts import Store
 from hfprune_dist.store.atomic_files import listed, locked, read_object, read_record, write_json
 from hfprune_dist.store.hashing import digest_of
@@ -164,18 +163,6 @@ class Ledger:
         self.store = store
         self._root = store.root / "attempts"
         self._mark = digest_of(str(store.root.resolve()))[:6]  # in the names of its jobs
-
-    @classmethod
-    def around(cls, folder: Path) -> tuple[Ledger, Attempt]:
-        """Return the ledger that an attempt's folder is in, and the attempt.
-
-        Raises:
-            UserError: if its intent is lost.
-        """
-        intent = read_record(Intent, folder / INTENT)
-        if intent is None:
-            raise UserError(f"{folder}: no record of an attempt; jobs are submitted by a sweep")
-        return cls(Store(folder.parents[3])), Attempt(folder, intent)
 
     def locked(self) -> AbstractContextManager[None]:
         """Keep other launchers that do the same from submitting; what they submit has to be read after this."""

@@ -12,6 +12,7 @@ import errno
 import json
 import os
 import socket
+import tempfile
 import threading
 import time
 import uuid
@@ -187,15 +188,10 @@ def _lives(holder: Holder, file: Path) -> bool:
 
 def _clock_of(folder: Path) -> float:
     """Current time by the clock that dates files on a file system; on NFS the server's, which dates all renewals."""
-    probe = folder / f".clock.{uuid.uuid4().hex}"
-    try:
-        probe.touch()
-        return probe.stat().st_mtime
-    except OSError:  # the folder has just been removed, or nothing can be written
-        return time.time()
-    finally:
-        with contextlib.suppress(OSError):
-            probe.unlink()
+    with contextlib.suppress(OSError), tempfile.TemporaryFile(dir=folder) as probe:
+        os.utime(probe.fileno())
+        return os.fstat(probe.fileno()).st_mtime
+    return time.time()  # the folder has just been removed, or nothing can be written
 
 
 def _create(file: Path, text: str) -> bool:

@@ -33,7 +33,7 @@ from hfprune_launch.stage.run import (
 
 from hfprune_dist.distributed.interruption import Interrupted, Interruption
 from hfprune_dist.errors import UserError, from_os_error
-from hfprune_dist.store.artifacts import Store
+from hfprune_dist.store.artifacts import StageHandle, Store
 from hfprune_dist.store.attempts import Ledger, Run
 from hfprune_dist.store.claims import Claim, ClaimLostError, Holder, keep_renewed
 from hfprune_dist.store.heartbeat import Failure
@@ -133,7 +133,7 @@ def run_rank(folder: Path, interruption: Interruption) -> int:
         os.environ.update(rank_environment(os.environ))
         prepare_environment()
         if rank == 0 and handle.store.root.is_dir():
-            start = Start(folder)
+            start = Start(handle, int(folder.name))
         require_usable_node(handle.store, os.environ)
         run_stage(handle, interruption, admit)
     except Interrupted:
@@ -164,10 +164,13 @@ def run_rank(folder: Path, interruption: Interruption) -> int:
 class Start:
     """On rank 0: decides whether the stage has to run here, which it claims then, and records this start of the job."""
 
-    def __init__(self, folder: Path) -> None:
-        ledger, self.attempt = Ledger.around(folder)
+    def __init__(self, handle: StageHandle, number: int) -> None:
+        attempts = {attempt.intent.number: attempt for attempt in Ledger(handle.store).attempts_at(handle.id)}
+        if number not in attempts:
+            raise UserError(f"{handle.id}: no record of attempt {number}; jobs are submitted by a sweep")
+        self.attempt = attempts[number]
         self.claim: Claim | None = None
-        self._handle = ledger.store.handle(self.attempt.intent.stage_id)
+        self._handle = handle
         self._run = Run(
             job_id=os.environ["SLURM_JOB_ID"],
             restart=int(os.environ.get("SLURM_RESTART_COUNT", "0")),

@@ -193,7 +193,7 @@ class SlurmSweep(Subject):
         attempt = next((each for each in Ledger(store).jobs_of(stage.id) if each.intent.job_name == name), None)
         if attempt is None:
             return False
-        reception = Start(attempt.folder)
+        reception = Start(store.handle(stage.id), attempt.intent.number)
         answer = reception.ask()
         assert answer in ("run", "done"), answer
         if answer == "run":

@@ -144,7 +144,7 @@ def test_a_job_leaves_its_nodes_where_another_process_has_the_stage(rank, store,
     clock = [0.0]
     monkeypatch.setattr(job.time, "monotonic", lambda: clock[0])
     monkeypatch.setattr(job, "sleep", lambda seconds: clock.__setitem__(0, clock[0] + seconds))
-    start, claim = Start(attempt.folder), store.handle(STAGE.id).claim()
+    start, claim = Start(store.handle(STAGE.id), attempt.intent.number), store.handle(STAGE.id).claim()
     assert start.ask() == "held" and 20 < clock[0] <= 40
     claim.release()
     assert start.ask() == "run"
@@ -153,7 +153,7 @@ def test_a_job_leaves_its_nodes_where_another_process_has_the_stage(rank, store,
 def test_starts_that_were_killed_say_nothing_of_how_far_a_job_gets(rank, store, attempt):
     store.work(STAGE.id).mkdir(parents=True)
     Progress(store.work(STAGE.id)).update("layers", 3, 9)
-    start = Start(attempt.folder)
+    start = Start(store.handle(STAGE.id), attempt.intent.number)
     assert attempt.runs()[0].progress == {"phase": "layers", "done": 3}, "from where a start goes on"
     start.end("interrupted")
     for number in (1, 2, 3):
