@@ -250,7 +250,9 @@ class StageHandle:
 
     def heartbeat(self) -> Heartbeat | None:
         """The latest report of its progress; None if none can be read."""
-        return read_record(Heartbeat, self.work / PROGRESS)
+        with contextlib.suppress(OSError):  # it is read all the time, and nothing depends on it
+            return read_record(Heartbeat, self.work / PROGRESS)
+        return None
 
     def failures(self) -> list[Failure]:
         """What the ranks and the launcher recorded of why it failed, the best explanation first."""
