@@ -1,12 +1,7 @@
 """The store: one folder per finished result, written whole or not at all, verified before it is trusted.
 
-<store>/<kind>/<fingerprint>/           an artifact; manifest.json is written last
-<store>/<kind>/.draft-<fingerprint>-*/  an artifact being written, under the claim in its name
-<store>/work/<kind>/<fingerprint>/      progress inside a stage, kept until its artifact is committed
-<store>/quarantine/                     artifacts that failed verification, set aside
-<store>/hashes/                         sha256 of files seen before
-<store>/rows/                           packed training rows, shared by recoveries that need the same ones
-<store>/layers/                         checked-*.json: models whose layers, computed alone, were found right
+README.md shows the store's folders. An artifact that is being written lies beside its place, in a folder
+``.draft-<fingerprint>-<token of the claim>``.
 """
 
 from __future__ import annotations
