@@ -16,7 +16,8 @@ from hfprune_launch.slurm.estimate import refuse_what_cannot_fit
 from hfprune_dist.checkpoints.checkpoint import open_checkpoint
 from hfprune_dist.config.schema import SweepConfig
 from hfprune_dist.config.section import TextSource
-from hfprune_dist.data.text import Beginning, read_beginning, require_data_set
+from hfprune_dist.data.examples import read_examples
+from hfprune_dist.data.text import Beginning, read_beginning, read_texts, require_data_set
 from hfprune_dist.errors import UserError
 from hfprune_dist.kinds.memory import parameters_of
 from hfprune_dist.store.machine import count_gpus
@@ -28,7 +29,7 @@ class Text(NamedTuple):
 
     section: str  # of the configuration, which describes it
     where: str  # its name in the stages' messages
-    beginning: Beginning | None  # its first texts; None if they come from the hub
+    beginning: Beginning[Any] | None  # its first texts; None if they come from the hub
     sequence_length: int  # tokens per window, or per row of pairs
     windows: int  # number of windows that are cut from it; 0 if it is pairs to train on
     add_bos_token: bool
@@ -80,13 +81,15 @@ def _texts(config: SweepConfig, kinds: Collection[str], looks_only: bool) -> Ite
     calibration, evaluation, recovery = config.calibration, config.evaluation, config.recovery
 
     def text(section: str, source: TextSource, length: int, windows: int = 0, add_bos_token: bool = False) -> Text:
-        where, beginning = section.rpartition(".")[2], None
-        if source.path is not None:
-            where = f"{where} {source.path}"
-            fields, records = ([source.text_field], None) if windows else (recovery.pair_fields, recovery.samples)
-            beginning = read_beginning(Path(source.path), fields, where, records)
+        name, beginning = section.rpartition(".")[2], None
+        path = None if source.path is None else Path(source.path)
+        if path is not None and windows:
+            beginning = read_beginning(read_texts({}, path, source.text_field, 0, name))
+        elif path is not None:
+            beginning = read_beginning(read_examples(source.model_dump(), path, 0), recovery.samples)
         elif not looks_only:
             require_data_set(source.model_dump())
+        where = name if path is None else f"{name} {path}"
         return Text(section, where, beginning, length, windows, add_bos_token)
 
     for share in calibration.shares() if "importance" in kinds else ():
@@ -102,7 +105,7 @@ def _texts(config: SweepConfig, kinds: Collection[str], looks_only: bool) -> Ite
 def _check_model(folder: Path, texts: Sequence[Text], needs_chat: bool) -> None:
     """Check a model's tokenizer and weights, and that each text holds a window, or a pair to train on."""
     # These import torch and transformers, which takes seconds.
-    from hfprune_dist.data.instructions import check_pairs
+    from hfprune_dist.data.instructions import check_examples
     from hfprune_dist.data.tokenizer import load_tokenizer, require_chat, require_embedded, require_eos
     from hfprune_dist.data.windows import Sampling, check_length
     from hfprune_dist.models.loading import require_own_weights
@@ -124,7 +127,7 @@ def _check_model(folder: Path, texts: Sequence[Text], needs_chat: bool) -> None:
         if not text.windows:
             require_eos(tokenizer, folder)
             if text.beginning is not None:
-                check_pairs(text.beginning, tokenizer, text.sequence_length, text.where)
+                check_examples(text.beginning, tokenizer, text.sequence_length, text.where)
         elif text.beginning is not None:
             sampling = Sampling(text.windows, text.sequence_length, seed=0, add_bos_token=text.add_bos_token)
             check_length(text.beginning, tokenizer, sampling, text.where)

@@ -53,7 +53,12 @@ class DistillationConfig(LoraTraining):
 
 
 class RecoveryConfig(TextSource, LoraTraining):
-    """Fine-tuning after pruning. The defaults are the paper's recipe; rows are packed instruction pairs."""
+    """Fine-tuning after pruning. The defaults are the paper's recipe; rows are packed from several records each.
+
+    A record with a field ``messages`` is a chat: a list of objects with ``role`` and ``content``, of any number of
+    turns, formatted by the tokenizer's chat template, with loss on the assistant's turns only. All other records are
+    pairs of an instruction and its response in Alpaca's template, which also takes a field ``input``, if there is one.
+    """
 
     method: Literal["none", "lora"] = "lora"
     """lora: LoRA on all attention and MLP projections (of mixtures of experts on attention's alone), merged afterwards.
@@ -64,12 +69,12 @@ class RecoveryConfig(TextSource, LoraTraining):
     response_field: str = "response"
     """Field that holds the response; the loss is computed on its tokens only."""
     text_field: str = "response"
-    """Without effect: pairs are read from instruction_field and response_field."""
+    """Without effect."""
     samples: Positive | None = None
-    """Use only this many instruction pairs: the first of a file, or of a data set once ``seed`` has shuffled it; null
+    """Use only this many records: the first of a file, or of a data set once ``seed`` has shuffled it; null
     uses all of them."""
     sequence_length: Length = 1024
-    """Pairs are packed into rows of this many tokens; attention does not cross pairs."""
+    """Records are packed into rows of this many tokens, and longer ones cut; attention does not cross them."""
     epochs: Annotated[float, Field(gt=0, lt=2**31)] = 2.0
     """Passes over the packed rows."""
     max_steps: Positive | None = None
@@ -85,11 +90,6 @@ class RecoveryConfig(TextSource, LoraTraining):
         if self.instruction_field == self.response_field:
             raise ValueError(f"instruction_field and response_field are both {self.response_field!r}")
         return self
-
-    @property
-    def pair_fields(self) -> list[str]:
-        """The fields that are read from each record."""
-        return [self.instruction_field, self.response_field]
 
     def require_shared_evenly(self, world_size: int) -> None:
         """Check that this many ranks can share the rows of an optimizer step evenly.

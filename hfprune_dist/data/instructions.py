@@ -1,14 +1,16 @@
-"""Instruction pairs -> tokens -> packed rows.
+"""Examples -> tokens -> packed rows.
 
-A pair is ``[BOS] prompt response EOS``, with loss only on response and EOS. Several pairs share a row; the positions of
-each restart at 0, from which transformers builds an attention mask that keeps each pair to itself.
+A pair is ``[BOS] prompt response EOS``, with loss only on response and EOS; a chat is what the tokenizer's chat
+template makes of it, with loss only on the assistant's turns. Several share a row; the positions of each restart at 0,
+from which transformers builds an attention mask that keeps each to itself.
 """
 
 from __future__ import annotations
 
 import bisect
 import json
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,128 +22,169 @@ from safetensors import safe_open
 from torch import Tensor
 
 from hfprune_dist.checkpoints.tensor_files import read_texts, save_tensors
+from hfprune_dist.data.examples import Example
 from hfprune_dist.data.schedule import IGNORED
 from hfprune_dist.data.text import Beginning
 from hfprune_dist.data.tokenizer import bos_id, plain_ids
 from hfprune_dist.errors import UserError
 
-# Alpaca's template for instructions without an input.
-PROMPT = (
-    "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
-    "### Instruction:\n{instruction}\n\n### Response:\n"
-)
-# The most pairs that are tokenized before a sweep begins, to check that one can be trained on: a second's work.
-PAIRS_TO_TRY = 4096
+# Examples that are tokenized at once; and the most before a sweep begins, to check that one can be trained on.
+EXAMPLES_AT_ONCE, EXAMPLES_TO_TRY = 2000, 4096
 # The tensors of a packed row.
 ROW = ("input_ids", "position_ids", "labels")
-PACKING_BUFFER = 8192  # pairs that are packed together: enough to fill rows well, few enough to keep them mixed
+PACKING_BUFFER = 8192  # examples that are packed together: enough to fill rows well, few enough to keep them mixed
+# What a chat template has around what the assistant says, if it tells.
+_GENERATION = re.compile(r"{%-?\s*generation\b")
 
 
 @dataclass(frozen=True)
-class Pair:
-    """The tokens of one instruction and its response; the first ``prompt_length`` of them carry no loss."""
+class Encoded:
+    """The tokens of an example, and which of them are trained on, bool."""
 
     input_ids_T: NDArray[np.int32]
-    prompt_length: int
+    trained_T: NDArray[np.bool_]
 
 
-def prompt_for(instruction: str) -> str:
-    """The prompt for an instruction, which the response follows."""
-    return PROMPT.format_map({"instruction": instruction})
-
-
-def encode_pairs(tokenizer: Any, texts: Iterable[tuple[str, str]], sequence_length: int) -> list[Pair | None]:
-    """Tokenize prompts and responses, cut to ``sequence_length``; None for a pair without a response token left.
+def encode(tokenizer: Any, examples: Sequence[Example], sequence_length: int) -> list[Encoded | None]:
+    """Tokenize examples (at least one), cut to ``sequence_length``; None for one without a token left to train on.
 
     Prompt and response are tokenized as one text, as a reader of the template would: the response begins with the first
     token that holds one of its characters.
+
+    Raises:
+        UserError: naming the example, if it is a chat that the tokenizer has no template for, or refuses.
     """
     bos, eos = bos_id(tokenizer, add_bos_token=True), tokenizer.eos_token_id
-    answered = [(prompt, prompt + response if response.strip() else "") for prompt, response in texts]
-    if not answered:
-        return []
-    prompts, wholes = (plain_ids(tokenizer, list(column)) for column in zip(*answered, strict=True))
-    return [_pair(prompt, whole, bos, eos, sequence_length) for prompt, whole in zip(prompts, wholes, strict=True)]
+    prompts = plain_ids(tokenizer, [example.prompt for example in examples])
+    wholes = plain_ids(tokenizer, [example.prompt + example.response for example in examples])
+    encoded: list[Encoded | None] = []
+    for example, prompt, whole in zip(examples, prompts, wholes, strict=True):
+        ids = [*([] if bos is None else [bos]), *whole, eos]
+        untrained = len(ids) - 1 - len(whole) + _in_common(prompt, whole)
+        trained = [bool(example.response.strip()) and place >= untrained for place in range(len(ids))]
+        if example.messages:
+            ids, trained = _encode_chat(tokenizer, example)
+        trained_T = np.asarray(trained[:sequence_length], dtype=np.bool_)
+        kept = Encoded(np.asarray(ids[:sequence_length], dtype=np.int32), trained_T)
+        encoded.append(kept if trained_T[1:].any() else None)
+    return encoded
 
 
-def _pair(prompt: list[int], whole: list[int], bos: int | None, eos: int, sequence_length: int) -> Pair | None:
-    begin = [] if bos is None else [bos]
-    common = next((place for place, ids in enumerate(zip(prompt, whole, strict=False)) if ids[0] != ids[1]), None)
-    prompt_length = len(begin) + (min(len(prompt), len(whole)) if common is None else common)
-    input_ids = [*begin, *whole, eos][:sequence_length]
-    if not whole or prompt_length >= len(input_ids):
-        return None
-    return Pair(np.asarray(input_ids, dtype=np.int32), prompt_length)
+def _encode_chat(tokenizer: Any, example: Example) -> tuple[list[int], list[bool]]:
+    """The assistant's tokens are those between the template's marks; without marks, those that a turn adds to what the
+    template makes of the messages before it.
+    """
+    if not tokenizer.chat_template:
+        raise UserError(
+            f"{example.where}: a chat, and the tokenizer of {tokenizer.name_or_path} has no chat template; put one "
+            "beside it (chat_template.jinja, for example that of the model's instruct version), or give pairs"
+        )
+
+    def ids_of(count: int, *, next_turn: bool = False) -> list[int]:
+        messages = list(example.messages[:count])
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=next_turn)
+        return plain_ids(tokenizer, text)
+
+    try:
+        if _GENERATION.search(tokenizer.get_chat_template()):
+            options = {"return_dict": True, "return_assistant_tokens_mask": True}
+            marked = tokenizer.apply_chat_template(list(example.messages), **options)
+            return list(marked["input_ids"]), [bool(mark) for mark in marked["assistant_masks"]]
+        whole = ids_of(len(example.messages))
+        trained = [False] * len(whole)
+        for number, message in enumerate(example.messages):
+            if message["role"] == "assistant":
+                begin = _in_common(ids_of(number, next_turn=True), whole) if number else 0
+                end = _in_common(ids_of(number + 1), whole)
+                trained[begin:end] = [True] * (end - begin)
+    except Exception as error:  # a template is a program: anything can happen
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise UserError(f"{example.where}: the tokenizer's chat template can't render this chat: {reason}") from None
+    return whole, trained
 
 
-def check_pairs(beginning: Beginning, tokenizer: Any, sequence_length: int, where: str) -> None:
-    """Check instructions and responses as ``require_trainable`` does, if there are at most ``PAIRS_TO_TRY``."""
-    if beginning.is_all and len(beginning.texts) <= PAIRS_TO_TRY:
-        pairs = [(prompt_for(instruction), response) for instruction, response in beginning.texts]
-        require_trainable(encode_pairs(tokenizer, pairs, sequence_length), sequence_length, where)
+def _in_common(one: Sequence[int], other: Sequence[int]) -> int:
+    """Number of tokens with which both begin."""
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((place for place, (ours, theirs) in pairs if ours != theirs), min(len(one), len(other)))
 
 
-def require_trainable(encoded: Sequence[Pair | None], sequence_length: int, where: str) -> None:
-    """Refuse pairs of which none can be trained on."""
+def check_examples(beginning: Beginning[Example], tokenizer: Any, sequence_length: int, where: str) -> None:
+    """Check as ``require_trainable`` does, if there are at most ``EXAMPLES_TO_TRY``; and that chats can be rendered, as
+    far as some show it.
+    """
+    examples = sorted(beginning.records[:EXAMPLES_TO_TRY], key=lambda example: not example.messages)
+    encoded: list[Encoded | None] = []
+    for first in range(0, len(examples), 64):
+        encoded += encode(tokenizer, examples[first : first + 64], sequence_length)
+        if any(encoded):
+            return
+    if beginning.is_all and len(encoded) == len(beginning.records):
+        require_trainable(encoded, sequence_length, where)
+
+
+def require_trainable(encoded: Sequence[Encoded | None], sequence_length: int, where: str) -> None:
+    """Refuse examples of which none can be trained on."""
     if not any(encoded):
         raise UserError(
-            f"{where}: none of {len(encoded)} pairs has a response token within recovery.sequence_length "
+            f"{where}: none of {len(encoded)} records has a response token within recovery.sequence_length "
             f"{sequence_length}: responses are empty, or begin later, behind the template and the instruction; give "
-            "other pairs, or raise it"
+            "others, or raise it"
         )
 
 
 def assign_rows(lengths: Sequence[int], sequence_length: int, seed: int) -> list[list[int]]:
-    """The numbers of the pairs that share each row, given their ``lengths``: best-fit-decreasing inside buffers of
-    shuffled pairs.
+    """The numbers of the examples that share each row, given their ``lengths``: best-fit-decreasing inside buffers of
+    shuffled ones.
     """
     order = torch.randperm(len(lengths), generator=torch.Generator().manual_seed(seed)).tolist()
     rows: list[list[int]] = []
     for start in range(0, len(order), PACKING_BUFFER):
         spaces: list[tuple[int, int]] = []  # (free tokens, row), ascending
-        for pair in sorted(order[start : start + PACKING_BUFFER], key=lambda pair: -lengths[pair]):
-            place = bisect.bisect_left(spaces, (lengths[pair], 0))
+        for number in sorted(order[start : start + PACKING_BUFFER], key=lambda number: -lengths[number]):
+            place = bisect.bisect_left(spaces, (lengths[number], 0))
             free, row = spaces.pop(place) if place < len(spaces) else (sequence_length, len(rows))
             if row == len(rows):
                 rows.append([])
-            rows[row].append(pair)
-            bisect.insort(spaces, (free - lengths[pair], row))
+            rows[row].append(number)
+            bisect.insort(spaces, (free - lengths[number], row))
     return rows
 
 
 def save_rows(
-    file: Path, encoded: Sequence[Pair | None], sequence_length: int, pad: int, seed: int, *, shares: bool = True
+    file: Path, encoded: Sequence[Encoded | None], sequence_length: int, pad: int, seed: int, *, shares: bool = True
 ) -> None:
-    """Pack the usable pairs (at least one) into rows and write them; the file appears whole or not at all.
+    """Pack the usable examples (at least one) into rows and write them; the file appears whole or not at all.
 
     Labels are not shifted. Padding is a sequence of its own at the row's end, without loss.
 
     Args:
-        pad: the token after a row's pairs.
-        seed: of the order of the pairs.
-        shares: whether pairs may share a row; otherwise each has a row to itself.
+        pad: the token after a row's examples.
+        seed: of the order of the examples.
+        shares: whether examples may share a row; otherwise each has a row to itself.
     """
-    pairs = [pair for pair in encoded if pair is not None]
-    lengths = [len(pair.input_ids_T) for pair in pairs]
-    rows = assign_rows(lengths, sequence_length, seed) if shares else [[pair] for pair in range(len(pairs))]
+    usable = [example for example in encoded if example is not None]
+    lengths = [len(example.input_ids_T) for example in usable]
+    rows = assign_rows(lengths, sequence_length, seed) if shares else [[number] for number in range(len(usable))]
     input_ids_RT = np.full((len(rows), sequence_length), pad, dtype=np.int32)
     labels_RT = np.full_like(input_ids_RT, IGNORED)
     position_ids_RT = np.empty_like(input_ids_RT)
     for row, members in enumerate(rows):
         start = 0
-        for pair in (pairs[member] for member in members):
-            end = start + len(pair.input_ids_T)
-            input_ids_RT[row, start:end] = pair.input_ids_T
-            labels_RT[row, start + pair.prompt_length : end] = pair.input_ids_T[pair.prompt_length :]
+        for example in (usable[member] for member in members):
+            end = start + len(example.input_ids_T)
+            input_ids_RT[row, start:end] = example.input_ids_T
+            labels_RT[row, start:end] = np.where(example.trained_T, example.input_ids_T, IGNORED)
+            labels_RT[row, start] = IGNORED  # which nothing before it predicts
             position_ids_RT[row, start:end] = np.arange(end - start)
             start = end
         position_ids_RT[row, start:] = np.arange(sequence_length - start)
     counts = {
-        "pairs": len(pairs),
-        "dropped_pairs": len(encoded) - len(pairs),
+        "pairs": len(usable),
+        "dropped_pairs": len(encoded) - len(usable),
         "rows": len(rows),
         "tokens": sum(lengths),
-        "trained_tokens": sum(lengths) - sum(pair.prompt_length for pair in pairs),
+        "trained_tokens": int((labels_RT != IGNORED).sum()),
     }
     arrays = zip(ROW, (input_ids_RT, position_ids_RT, labels_RT), strict=True)
     save_tensors({name: torch.from_numpy(array) for name, array in arrays}, file, {"counts": json.dumps(counts)})
@@ -151,7 +194,7 @@ class PackedRows:
     """The rows that ``save_rows`` wrote: number -> the tensors of ``ROW``, int64 [sequence_length].
 
     Attributes:
-        counts: numbers of pairs that are trained on, of those without a response token inside sequence_length, of
+        counts: numbers of examples that are trained on, of those without a response token inside sequence_length, of
             rows, of tokens without padding, and of those with a loss.
     """
 

@@ -1,4 +1,4 @@
-"""Texts from local files or a hub data set, each record with its place for messages.
+"""Records from local files or a hub data set, each with its place for messages.
 
 The datasets library reads the hub, but not local files: it guesses the types of columns, so that the text ``1`` of a
 table becomes a number and ``NA`` nothing, knows no line numbers, and takes each rank seconds to import.
@@ -13,12 +13,12 @@ import io
 import json
 import lzma
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from hfprune_dist.checkpoints.weight_files import refuse_pointer
 from hfprune_dist.errors import UserError, hub_errors
@@ -35,6 +35,7 @@ _SEPARATORS = {".csv": ",", ".tsv": "\t"}
 _ENDINGS = (".jsonl", ".ndjson", ".json", *_SEPARATORS, ".parquet", ".txt")
 _LONGEST_FIELD = 2**31 - 1  # in a csv file; the csv module's default, 131,072 characters, is less than a document
 
+T = TypeVar("T")
 Placed = tuple[str, Mapping[str, Any]]
 
 
@@ -54,12 +55,10 @@ _OPENERS: dict[str, Callable[[Path], Any]] = {
 
 
 @dataclass(frozen=True)
-class Beginning:
-    """The first texts of a local source, those in the wanted fields of each record; and whether they are all of it, or
-    all of the records that were asked for.
-    """
+class Beginning(Generic[T]):
+    """The first records of a local source; and whether they are all of it, or all that were asked for."""
 
-    texts: list[tuple[str, ...]]
+    records: list[T]
     is_all: bool
 
 
@@ -92,41 +91,52 @@ def _format_of(file: Path) -> tuple[str, str]:
     return ending if ending in _ENDINGS else "", compression
 
 
-def read_texts(
+def read_records(
     source: Mapping[str, Any], path: Path | None, fields: Sequence[str], seed: int, where: str
-) -> Iterator[tuple[str, ...]]:
-    """Yield the texts in some fields of each record.
+) -> Iterator[Placed]:
+    """Yield records, with their places for messages.
 
     Args:
         source: settings of a hub data set (``dataset``, ``name``, ``split``, ``revision``).
-        path: local file or folder that holds the text; None reads the hub data set as a stream, shuffled with ``seed``.
-        fields: plain text has a single field, the first of these.
-        where: what the text is for, for messages.
+        path: local file or folder that holds the records; None reads the hub data set as a stream, shuffled with
+            ``seed``.
+        fields: those that are wanted. Plain text has a single field, the only one of these.
+        where: what the records are for, for messages.
 
     Raises:
-        UserError: if the text can't be read, has no records, or a record has no text in one of the fields.
+        UserError: if they can't be read, or there are none.
     """
     is_empty = True
     for place, record in _stream(source, seed) if path is None else _read_files(path, fields):
         is_empty = False
-        yield tuple(_text_in(record, field, f"{where} {place}") for field in fields)
+        yield f"{where} {place}", record
     if is_empty:
         raise UserError(f"{where} {path or source['dataset']}: it has no records")
 
 
-def read_beginning(path: Path, fields: Sequence[str], where: str, records: int | None = None) -> Beginning:
-    """Read a local source as ``read_texts`` does, but stop after ``CHECKED_CHARACTERS`` or so many records."""
-    texts: list[tuple[str, ...]] = []
+def read_texts(source: Mapping[str, Any], path: Path | None, field: str, seed: int, where: str) -> Iterator[str]:
+    """Yield the text in a field of each record; arguments are those of ``read_records``.
+
+    Raises:
+        UserError: also if a record has no text in the field.
+    """
+    return (text_in(record, field, place) for place, record in read_records(source, path, [field], seed, where))
+
+
+def read_beginning(items: Iterable[T], records: int | None = None) -> Beginning[T]:
+    """The first of some texts or examples: so many records, or as many as have ``CHECKED_CHARACTERS``."""
+    first: list[T] = []
     characters = 0
-    for text in islice(read_texts({}, path, fields, 0, where), records):
-        texts.append(text)
-        characters += sum(map(len, text))
+    for item in islice(items, records):
+        first.append(item)
+        characters += len(item if isinstance(item, str) else str(item))
         if characters > CHECKED_CHARACTERS:
-            return Beginning(texts, is_all=False)
-    return Beginning(texts, is_all=True)
+            return Beginning(first, is_all=False)
+    return Beginning(first, is_all=True)
 
 
-def _text_in(record: Mapping[str, Any], field: str, where: str) -> str:
+def text_in(record: Mapping[str, Any], field: str, where: str) -> str:
+    """The text in a field of a record, which has to be there."""
     value = record.get(field)
     if not isinstance(value, str):
         there = f"field {field!r} holds {value!r:.40}" if field in record else f"the record has {', '.join(record)}"
@@ -154,8 +164,9 @@ def _read_files(path: Path, fields: Sequence[str]) -> Iterator[Placed]:
                 else:
                     text = stream.read()
                     if "\0" in text or len(fields) > 1:
-                        lacks = f"is no plain text, or has no fields {' and '.join(fields)}"
-                        raise UserError(f"{file}: {lacks}; {SUPPORTED}")
+                        raise UserError(
+                            f"{file}: is no plain text, or has no fields ({', '.join(fields)}); {SUPPORTED}"
+                        )
                     yield str(file), {fields[0]: text}
 
 
@@ -187,14 +198,13 @@ def _read_table(file: Path, stream: io.TextIOWrapper, separator: str) -> Iterato
 
 
 def _read_parquet(file: Path, fields: Sequence[str]) -> Iterator[Placed]:
-    """Yield the rows of a Parquet file, of which only the columns that are wanted are read."""
+    """Yield the rows of a Parquet file, of which only the columns that are wanted are read, if there are any."""
     from pyarrow import parquet
 
     with parquet.ParquetFile(file) as table:
         names = table.schema_arrow.names
-        if not {*fields} <= {*names}:
-            raise UserError(f"{file}: no text in field {fields[0]!r} or {fields[-1]!r}; the record has {names}")
-        batches = table.iter_batches(batch_size=1024, columns=list(fields))
+        wanted = [name for name in names if name in fields]
+        batches = table.iter_batches(batch_size=1024, columns=wanted or names)
         for number, record in enumerate((row for batch in batches for row in batch.to_pylist()), start=1):
             yield f"{file}, row {number}", record
 

@@ -46,7 +46,7 @@ def read_windows(
     """
 
     def texts() -> Iterator[str]:
-        return (text for (text,) in read_texts(source, path, [source["text_field"]], sampling.seed, where))
+        return read_texts(source, path, source["text_field"], sampling.seed, where)
 
     order = None if path is None else places_in_random_order(sum(1 for _ in texts()), sampling.seed)
     return sample_windows(texts(), tokenizer, sampling, f"{where} {path or source['dataset']}", order)
@@ -142,12 +142,12 @@ def load_windows(folder: Path) -> Tensor:
     return windows_ST
 
 
-def check_length(beginning: Beginning, tokenizer: Any, sampling: Sampling, where: str) -> None:
+def check_length(beginning: Beginning[str], tokenizer: Any, sampling: Sampling, where: str) -> None:
     """Refuse a source from which ``read_windows`` could cut no window, as far as can be told from
     ``TOKENIZED_CHARACTERS`` of its longest documents.
     """
     longest, tokenized = 0, 0
-    for (text,) in sorted(beginning.texts, key=lambda text: -len(text[0])):
+    for text in sorted(beginning.records, key=lambda text: -len(text)):
         longest = max(longest, len(plain_ids(tokenizer, text[:TOKENIZED_CHARACTERS])))
         tokenized += len(text)
         if longest >= sampling.body(tokenizer) or tokenized > TOKENIZED_CHARACTERS:

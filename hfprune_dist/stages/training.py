@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -17,16 +17,16 @@ from hfprune_dist.checkpoints.token_costs import training_cost
 from hfprune_dist.checkpoints.write_pruned import write_companions
 from hfprune_dist.config.section import TextSource
 from hfprune_dist.config.training import LoraTraining, rows_trained
+from hfprune_dist.data.examples import read_examples
 from hfprune_dist.data.instructions import (
+    EXAMPLES_AT_ONCE,
+    Encoded,
     PackedRows,
-    Pair,
-    encode_pairs,
-    prompt_for,
+    encode,
     require_trainable,
     save_rows,
 )
 from hfprune_dist.data.schedule import Schedule
-from hfprune_dist.data.text import read_texts
 from hfprune_dist.data.tokenizer import load_tokenizer, require_eos
 from hfprune_dist.distributed.world import World
 from hfprune_dist.kinds.training import RecoverParameters
@@ -44,7 +44,6 @@ from hfprune_dist.training.trainer import Attempt, FineTuning, fine_tune
 TRACKING = "tracking"  # next to the store: a folder of its own for what each training tells trackers
 LONGEST_TITLE = 96
 ADAPTER_FOLDER, LOSSES = "adapter", "loss.jsonl"
-PAIRS_AT_ONCE = 2000
 # The settings that decide what is in the packed rows.
 ROW_SETTINGS = {*TextSource.model_fields, "instruction_field", "response_field", "samples", "sequence_length"}
 
@@ -149,7 +148,7 @@ def train_on_instructions(
 
 
 def prepare_rows(context: Context[RecoverParameters], checkpoint: Checkpoint) -> Path:
-    """Tokenize and pack pairs once for all stages of a store that have the same rows; on rank 0.
+    """Tokenize and pack examples once for all stages of a store that have the same rows; on rank 0.
 
     A file that is damaged is set aside and made again.
     """
@@ -167,7 +166,7 @@ def prepare_rows(context: Context[RecoverParameters], checkpoint: Checkpoint) ->
 
 
 def _name_of_rows(context: Context[RecoverParameters], checkpoint: Checkpoint) -> str:
-    """File name of the packed rows, made from what they depend on: pairs, how they are cut, the tokenizer's files."""
+    """File name of the packed rows, made from what they depend on: data, how it is cut, the tokenizer's files."""
     content = {
         "version": STAGE_VERSIONS["recover"],
         "settings": context.params.recovery.model_dump(include=ROW_SETTINGS, exclude={"path"}),
@@ -180,22 +179,18 @@ def _name_of_rows(context: Context[RecoverParameters], checkpoint: Checkpoint) -
     return f"{digest_of(content)[:20]}.safetensors"
 
 
-def _encode(context: Context[RecoverParameters], tokenizer: Any) -> list[Pair | None]:
-    """Tokenize all pairs.
+def _encode(context: Context[RecoverParameters], tokenizer: Any) -> list[Encoded | None]:
+    """Tokenize all examples.
 
     Raises:
         UserError: if none of them can be trained on.
     """
-    settings = context.params.recovery
-    path = context.own_file("instructions")
-    texts = read_texts(settings.model_dump(), path, settings.pair_fields, context.params.seed, "recovery")
-    pairs: Iterator[tuple[str, str]] = (
-        (prompt_for(asked), answer) for asked, answer in islice(texts, settings.samples)
-    )
-    encoded: list[Pair | None] = []
-    while some := list(islice(pairs, PAIRS_AT_ONCE)):
-        encoded += encode_pairs(tokenizer, some, settings.sequence_length)
+    settings, path = context.params.recovery, context.own_file("instructions")
+    examples = islice(read_examples(settings.model_dump(), path, context.params.seed), settings.samples)
+    encoded: list[Encoded | None] = []
+    while some := list(islice(examples, EXAMPLES_AT_ONCE)):
+        encoded += encode(tokenizer, some, settings.sequence_length)
         done = len(encoded)
-        context.progress.update("tokenizing pairs", done, settings.samples or done + len(some))
+        context.progress.update("tokenizing", done, settings.samples or done + len(some))
     require_trainable(encoded, settings.sequence_length, f"recovery {path or settings.dataset}")
     return encoded

@@ -1,18 +1,17 @@
-"""The template of instructions, the boundaries of the loss, and packing."""
+"""The templates of instructions and chats, the boundaries of the loss, and packing."""
 
 from __future__ import annotations
 
+import json
 import random
 
+import pytest
 from tiny import tiny_tokenizer
 
-from hfprune_dist.data.instructions import (
-    PackedRows,
-    assign_rows,
-    encode_pairs,
-    save_rows,
-)
+from hfprune_dist.data.examples import Example, read_examples
+from hfprune_dist.data.instructions import PackedRows, assign_rows, encode, save_rows
 from hfprune_dist.data.schedule import IGNORED
+from hfprune_dist.errors import UserError
 
 BOS, EOS = 1, 2
 
@@ -22,32 +21,34 @@ def tokenize(texts: list[str]) -> list[list[int]]:
     return [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
 
 
-def encode(texts, sequence_length=64, bos=BOS, tokenize=tokenize):
+def encode_pairs(texts, sequence_length=64, bos=BOS, tokenize=tokenize):
     """Encode pairs as with a tokenizer of these special tokens."""
 
     def tokenizer(texts, **_options):
         return {"input_ids": tokenize(texts)}
 
     tokenizer.bos_token_id, tokenizer.eos_token_id = bos, EOS
-    return encode_pairs(tokenizer, texts, sequence_length)
+    return encode(tokenizer, [Example("here", prompt, response) for prompt, response in texts], sequence_length)
 
 
 def test_pair_is_bos_prompt_response_eos():
-    (pair,) = encode([("ask\n", "tell")])
+    (pair,) = encode_pairs([("ask\n", "tell")])
     assert pair.input_ids_T.tolist() == [BOS, *tokenize(["ask\ntell"])[0], EOS]
-    assert pair.input_ids_T[pair.prompt_length :].tolist() == [*tokenize(["tell"])[0], EOS]
+    assert pair.input_ids_T[pair.trained_T].tolist() == [*tokenize(["tell"])[0], EOS]
 
 
 def test_a_token_that_straddles_the_boundary_is_trained():
     def merging(texts):
         return [[ord(letter) for letter in text.replace("\n\n", "\r")] for text in texts]
 
-    (pair,) = encode([("ask\n", "\ntell")], 64, None, merging)
-    assert pair.prompt_length == 3
+    (pair,) = encode_pairs([("ask\n", "\ntell")], 64, None, merging)
+    assert pair.trained_T.tolist() == [False] * 3 + [True] * 6
 
 
 def test_long_pairs_are_cut_and_pairs_without_response_dropped():
-    cut, no_room, empty = encode([("ask\n", "x" * 100), ("y" * 100, "tell"), ("ask\n", " \n")], sequence_length=16)
+    cut, no_room, empty = encode_pairs(
+        [("ask\n", "x" * 100), ("y" * 100, "tell"), ("ask\n", " \n")], sequence_length=16
+    )
     assert len(cut.input_ids_T) == 16
     assert cut.input_ids_T[-1] != EOS
     assert no_room is None
@@ -66,7 +67,7 @@ def test_packing_places_every_pair_once_and_fills_rows_well():
 
 
 def test_rows_restart_positions_and_train_responses_only(tmp_path):
-    encoded = [*encode([("ab", "c"), ("d", "ef")]), None]
+    encoded = [*encode_pairs([("ab", "c"), ("d", "ef")]), None]
     a, b, c, d, e, f = (ids[0] for ids in tokenize(list("abcdef")))
     one, other = [BOS, a, b, c, EOS], [BOS, d, e, f, EOS]
     for shares, expected in ((True, [one + other]), (False, [one, other])):
@@ -86,3 +87,60 @@ def test_rows_restart_positions_and_train_responses_only(tmp_path):
         starts = [0, 1, 2, 3, 4]
         padding = range(12 - 5 * (1 + shares))
         assert all(it["position_ids"].tolist() == [*starts * (1 + shares), *padding] for it in found)
+
+
+TURN = "<{{ m.role }}>{{ m.content }}"
+PLAIN = "{% for m in messages %}" + TURN + ";{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+MARKED = (
+    "{% for m in messages %}{% if m.role == 'assistant' %}<assistant>{% generation %}{{ m.content }};"
+    "{% endgeneration %}{% else %}" + TURN + ";{% endif %}{% endfor %}"
+)
+TURNS = [("system", "s"), ("user", "ab"), ("assistant", "cd"), ("user", "e"), ("assistant", "f")]
+MESSAGES = [{"role": role, "content": content} for role, content in TURNS]
+
+
+def examples_in(folder, *records, **fields):
+    file = folder / "data.jsonl"
+    file.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return list(read_examples({"instruction_field": "instruction", "response_field": "response", **fields}, file, 0))
+
+
+@pytest.mark.parametrize("template", [PLAIN, MARKED], ids=["by what turns add", "by the template's marks"])
+def test_the_assistants_turns_of_a_chat_are_trained(tmp_path, template):
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = template
+    examples = examples_in(tmp_path, {"messages": MESSAGES}, {"messages": MESSAGES[:2]})
+    chat, unanswered = encode(tokenizer, examples, 256)
+    text = "<system>s;<user>ab;<assistant>cd;<user>e;<assistant>f;"
+    assert chat.input_ids_T.tolist() == tokenize([text])[0]
+    assert chat.input_ids_T[chat.trained_T].tolist() == [*tokenize(["cd;"])[0], *tokenize(["f;"])[0]]
+    assert unanswered is None
+    first_turn = len(tokenize(["<system>s;<user>ab;<assistant>cd;"])[0])
+    (cut,) = encode(tokenizer, examples[:1], first_turn + 1)
+    assert cut.input_ids_T[cut.trained_T].tolist() == tokenize(["cd;"])[0]
+
+
+def test_an_input_goes_into_alpacas_template(tmp_path):
+    pair = {"instruction": "ask", "response": "tell"}
+    plain, empty, about = examples_in(tmp_path, pair, {**pair, "input": ""}, {**pair, "input": "that"})
+    assert plain.prompt == empty.prompt and "Input" not in plain.prompt
+    assert about.prompt.endswith("### Instruction:\nask\n\n### Input:\nthat\n\n### Response:\n")
+    (own,) = examples_in(
+        tmp_path, {"input": "ask", "output": "tell"}, instruction_field="input", response_field="output"
+    )
+    assert (own.prompt, own.response) == (plain.prompt, plain.response)
+
+
+@pytest.mark.parametrize(
+    ("record", "parts"),
+    [
+        ({"prompt": "ask"}, ["data.jsonl:1", "neither a chat", "instruction_field", "the record has prompt"]),
+        ({"messages": "ask"}, ["data.jsonl:1", "'messages' holds 'ask'", "role"]),
+        ({"messages": [{"role": "user"}]}, ["data.jsonl:1, message 1", "no text in field 'content'"]),
+        ({"messages": MESSAGES}, ["data.jsonl:1", "no chat template", "chat_template.jinja"]),
+    ],
+)
+def test_other_records_are_refused(tmp_path, record, parts):
+    with pytest.raises(UserError) as caught:
+        encode(tiny_tokenizer(), examples_in(tmp_path, record), 64)
+    assert all(part in str(caught.value) for part in parts), caught.value

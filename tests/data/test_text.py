@@ -74,7 +74,7 @@ def every_format(documents):
 
 
 def texts_of(path):
-    return [text for (text,) in read_texts({}, path, ["text"], 0, "here")]
+    return list(read_texts({}, path, "text", 0, "here"))
 
 
 @settings(max_examples=6)
@@ -120,8 +120,8 @@ def test_the_identity_is_that_of_contents_and_of_how_they_are_read(tmp_path):
 def test_the_check_reads_the_beginning_of_a_large_file(tmp_path, monkeypatch):
     monkeypatch.setattr("hfprune_dist.data.text.CHECKED_CHARACTERS", 100)
     (tmp_path / "large.jsonl").write_text(json_lines(["x" * 30] * 10) + "{damaged")
-    beginning = read_beginning(tmp_path / "large.jsonl", ["text"], "here")
-    assert (len(beginning.texts), beginning.is_all) == (4, False)
+    beginning = read_beginning(read_texts({}, tmp_path / "large.jsonl", "text", 0, "here"))
+    assert (len(beginning.records), beginning.is_all) == (4, False)
     with pytest.raises(UserError, match=r"large.jsonl:11: it can't be read"):
         texts_of(tmp_path / "large.jsonl")
 
@@ -169,7 +169,7 @@ def test_a_stream_that_breaks_off_is_an_error_of_the_user(monkeypatch, error):
 
     library = SimpleNamespace(load_dataset=lambda *_, **__: SimpleNamespace(shuffle=shuffle))
     monkeypatch.setitem(sys.modules, "datasets", library)
-    texts = read_texts(SOURCE, None, ["text"], 0, "calibration")
-    assert next(texts) == ("the first",)
+    texts = read_texts(SOURCE, None, "text", 0, "calibration")
+    assert next(texts) == "the first"
     with pytest.raises(UserError, match=r"'org/texts' .*: the connection was reset; give a local file with path"):
         next(texts)

@@ -5,7 +5,8 @@ from hypothesis import strategies as st
 from tiny import tiny_tokenizer, write_documents
 
 from hfprune_dist.config.texts import apportioned
-from hfprune_dist.data.instructions import check_pairs, encode_pairs, prompt_for, require_trainable
+from hfprune_dist.data.examples import Example, prompt_for
+from hfprune_dist.data.instructions import check_examples, encode, require_trainable
 from hfprune_dist.data.text import Beginning
 from hfprune_dist.data.windows import (
     Sampling,
@@ -44,31 +45,31 @@ def message_of(function, *arguments):
 @given(st.lists(st.text(max_size=30), max_size=5), st.integers(8, 40), st.booleans(), st.integers(1, 4))
 def test_the_check_and_the_stage_agree_on_windows(documents, length, add_bos, samples):
     sampling = Sampling(samples, length, 0, add_bos)
-    whole = Beginning([(text,) for text in documents], is_all=True)
+    whole = Beginning(documents, is_all=True)
     refusal = message_of(check_length, whole, TOKENIZER, sampling, "here")
     assert refusal == message_of(sample_windows, documents, TOKENIZER, sampling, "here")
-    check_length(Beginning(whole.texts, is_all=False), TOKENIZER, sampling, "here")  # the rest may be longer
+    check_length(Beginning(whole.records, is_all=False), TOKENIZER, sampling, "here")  # the rest may be longer
 
 
 @settings(max_examples=40)
 @given(
-    st.lists(st.tuples(st.text(max_size=9), st.sampled_from(["", " \n", "tell", "x" * 90])), max_size=5),
+    st.lists(st.tuples(st.text(max_size=9), st.sampled_from(["", " \n", "tell", "x" * 90])), min_size=1, max_size=5),
     st.integers(150, 200),
 )
 def test_the_check_and_the_stage_agree_on_pairs(pairs, length):
-    whole = Beginning(list(pairs), is_all=True)
-    encoded = encode_pairs(TOKENIZER, [(prompt_for(ask), tell) for ask, tell in pairs], length)
+    whole = Beginning([Example("here", prompt_for(ask), tell) for ask, tell in pairs], is_all=True)
+    encoded = encode(TOKENIZER, whole.records, length)
     expected = message_of(require_trainable, encoded, length, "here")
-    assert message_of(check_pairs, whole, TOKENIZER, length, "here") == expected
+    assert message_of(check_examples, whole, TOKENIZER, length, "here") == expected
     assert (expected is None) == any(encoded)
-    check_pairs(Beginning(whole.texts, is_all=False), TOKENIZER, length, "here")
+    check_examples(Beginning(whole.records, is_all=False), TOKENIZER, length, "here")
 
 
 def test_the_search_for_long_documents_ends(monkeypatch):
     monkeypatch.setattr("hfprune_dist.data.windows.TOKENIZED_CHARACTERS", 1000)
     for texts in (["x" * 10**7], ["x" * 99] * 10**4):
         tokenizer = LetterTokenizer()
-        beginning = Beginning([(text,) for text in texts], is_all=True)
+        beginning = Beginning(texts, is_all=True)
         check_length(beginning, tokenizer, Sampling(200, 100, 0), "here")
         assert tokenizer.characters < 1200
 

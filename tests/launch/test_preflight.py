@@ -112,8 +112,8 @@ def pairs(**fields):
 @pytest.mark.parametrize(
     ("content", "arguments", "expected"),
     [
-        (pairs(response=" \n"), [], ["none of 3 pairs", "response token"]),
-        (pairs(instruction="x" * 400), [], ["none of 3 pairs", "recovery.sequence_length 320"]),
+        (pairs(response=" \n"), [], ["none of 3 records", "response token"]),
+        (pairs(instruction="x" * 400), [], ["none of 3 records", "recovery.sequence_length 320"]),
         (pairs(), ["recovery.response_field=instruction"], ["response_field", "instruction_field"]),
     ],
 )
