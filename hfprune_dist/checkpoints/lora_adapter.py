@@ -23,7 +23,8 @@ from hfprune_dist.structures.low_rank import linear_modules
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
-_PEFT_PREFIX = "base_model.model."
+PEFT_PREFIX = "base_model.model."  # of names in a ``PeftModel``
+PEFT_NAME = "default"  # of the only adapter
 _A, _B = ".lora_A.weight", ".lora_B.weight"
 
 
@@ -77,8 +78,7 @@ def read_adapter(folder: Path) -> Adapter:
     tensors = load_file(folder / ADAPTER_WEIGHTS)
     modules = [name.removesuffix(_A) for name in tensors if name.endswith(_A)]
     factors = {
-        f"{module.removeprefix(_PEFT_PREFIX)}.weight": (tensors[module + _A], tensors[module + _B])
-        for module in modules
+        f"{module.removeprefix(PEFT_PREFIX)}.weight": (tensors[module + _A], tensors[module + _B]) for module in modules
     }
     return Adapter(config["lora_alpha"] / config["r"], factors)
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cached_property
 from typing import Any, Literal
 
@@ -107,19 +107,28 @@ class FrozenModel:
         Args:
             cache: of the tokens before these ones, whose positions begin at ``first_position``; the batch extends it.
         """
-        head, device, use_cache = self._family.head_of(self.module), self.world.device, self.cache_expands
-        handle = head.register_forward_pre_hook(
-            lambda _head, inputs: inputs[0].flatten(0, 1)[places_N.to(device)][None]
-        )
-        options: dict[str, Any] = {"use_cache": use_cache}
+        device = self.world.device
+        options: dict[str, Any] = {"use_cache": self.cache_expands}
         if cache is not None and self._takes_positions:  # some models count from 0 whatever the cache holds
             positions_T = torch.arange(first_position, first_position + input_ids_BT.shape[1], device=device)
             options["position_ids"] = positions_T.expand(input_ids_BT.shape)
+        with self.head_at(places_N):
+            outputs = self.module(input_ids=input_ids_BT.to(device), cache=cache, **options)
+        return outputs.logits[0], outputs.get("cache")
+
+    @contextmanager
+    def head_at(self, places_N: Tensor) -> Iterator[None]:
+        """Within the context, the head reads only some places of a batch that is flattened to [B * T]: logits are
+        [1, N, vocabulary].
+        """
+        places_N = places_N.to(self.world.device)
+        hook = self._family.head_of(self.module).register_forward_pre_hook(
+            lambda _head, inputs: inputs[0].flatten(0, 1)[places_N][None]
+        )
         try:
-            outputs = self.module(input_ids=input_ids_BT.to(device), past_key_values=cache, **options)
+            yield
         finally:
-            handle.remove()
-        return outputs.logits[0], outputs.get("past_key_values")
+            hook.remove()
 
     @cached_property
     def cache_expands(self) -> bool:
@@ -128,7 +137,7 @@ class FrozenModel:
         """
         token_BT = torch.zeros((1, 1), dtype=torch.int64, device=self.world.device)
         with torch.no_grad():
-            cache = self.module(input_ids=token_BT, use_cache=True).get("past_key_values")
+            cache = self.module(input_ids=token_BT, use_cache=True).get("cache")
         layers = cache.layers if type(cache) is DynamicCache else [None]
         return all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers)
 
@@ -147,8 +156,12 @@ class FrozenModel:
     def head(self) -> Iterator[tuple[Tensor, Tensor | None]]:
         """Yield the whole weight [vocabulary, hidden_size] and bias of the head, for use within the context."""
         head = self._family.head_of(self.module)
-        with self._zero3.gathered(head) if self._zero3 else nullcontext():
+        with self.gathered([head]):
             yield head.weight.data, None if head.bias is None else head.bias.data
+
+    def gathered(self, linears: Sequence[Any]) -> AbstractContextManager[None]:
+        """A context in which linear layers have their whole weights and biases; collective if sharded."""
+        return self._zero3.gathered(linears) if self._zero3 else nullcontext()
 
     def before_backward(self) -> Callable[[], None]:
         """Call after a forward; returns a function to call before each backward of that forward."""

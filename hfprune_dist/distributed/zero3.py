@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -19,23 +19,6 @@ from hfprune_dist.checkpoints.read_tensors import open_weights, read_module_tens
 from hfprune_dist.checkpoints.stored_names import module_tensors
 from hfprune_dist.distributed.world import World
 from hfprune_dist.models.loading import load_causal_lm, stays_float32
-
-
-def zero3_config(dtype: torch.dtype, micro_batch_size: int, **zero: Any) -> dict[str, Any]:
-    """DeepSpeed configuration: parameters sharded, gathered layer by layer when used.
-
-    Blocks of experts are hooked like all other modules: otherwise some would be gathered as a whole, and gradients of
-    their parts would be added up in another order.
-
-    Args:
-        zero: further settings of ZeRO.
-    """
-    sharded = {"stage": 3, "overlap_comm": True, "contiguous_gradients": False, "leaf_module": {"classes": []}}
-    return {
-        "train_micro_batch_size_per_gpu": micro_batch_size,
-        "zero_optimization": sharded | zero,
-        "bf16": {"enabled": dtype == torch.bfloat16},
-    }
 
 
 def init_deepspeed(world: World) -> None:
@@ -62,14 +45,21 @@ def load_frozen(
 ) -> nn.Module:
     """Load a checkpoint, sharded over the world; none of its parameters needs a gradient.
 
-    Run the returned module itself: its hooks gather and release parameters, in forward and backward.
-    ``torch.nn.functional.linear`` stays torch's: DeepSpeed's rounds before it adds a bias. A forward without gradients
-    keeps no weight in any case, and for backward there is ``models.memory_efficient_backward``.
+    Run the returned module itself: its hooks gather and release parameters, in forward and backward. Blocks of experts
+    are hooked like all other modules: otherwise some would be gathered as a whole, and gradients of their parts would
+    be added up in another order. ``torch.nn.functional.linear`` stays torch's: DeepSpeed's rounds before it adds a
+    bias. A forward without gradients keeps no weight in any case, and for backward there is
+    ``models.memory_efficient_backward``.
 
     Args:
         body_of: returns the part of the module whose forwards will be run in place of the module's.
     """
-    config = zero3_config(dtype, micro_batch_size, memory_efficient_linear=False)
+    sharded = {"stage": 3, "overlap_comm": True, "contiguous_gradients": False, "leaf_module": {"classes": []}}
+    config = {
+        "train_micro_batch_size_per_gpu": micro_batch_size,
+        "zero_optimization": sharded | {"memory_efficient_linear": False},
+        "bf16": {"enabled": dtype == torch.bfloat16},
+    }
     init_deepspeed(world)
     keep_alive = HfDeepSpeedConfig(config)  # from_pretrained shards while such an object exists
     model = load_causal_lm(checkpoint, dtype)
@@ -104,9 +94,10 @@ def keep_float32(module: nn.Module, checkpoint: Checkpoint, device: torch.device
                 module.get_submodule(owner).register_buffer(part, whole, persistent=False)
 
 
-def gathered(linear: nn.Linear) -> AbstractContextManager[None]:
-    """A context in which a sharded linear layer has its whole weight and bias."""
-    gathering: AbstractContextManager[None] = deepspeed.zero.GatheredParameters(list(linear.parameters(recurse=False)))
+def gathered(linears: Sequence[nn.Linear]) -> AbstractContextManager[None]:
+    """A context in which sharded linear layers have their whole weights and biases."""
+    parameters = [parameter for linear in linears for parameter in linear.parameters(recurse=False)]
+    gathering: AbstractContextManager[None] = deepspeed.zero.GatheredParameters(parameters)
     return gathering
 
 
@@ -126,15 +117,3 @@ def before_backward(model: nn.Module) -> Callable[[], None]:
             setattr(module, name, count)
 
     return restore_counts
-
-
-def keep_gathered(model: nn.Module) -> None:
-    """Gather a model's parameters now and after each training step, instead of for each of its modules.
-
-    DeepSpeed's hooks take longer than small layers themselves, and would have nothing to do. All
-    parameters must be below the configuration's ``stage3_param_persistence_threshold``.
-    """
-    first: Any = next(model.parameters())
-    offload = first._z3_optimizer.parameter_offload
-    offload.destroy()
-    first.all_gather(offload.persistent_parameters)

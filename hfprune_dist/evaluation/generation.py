@@ -61,8 +61,8 @@ def time_generation(model: nn.Module, prompts_BT: Tensor, new_tokens: int) -> Se
 
 def _step(model: nn.Module, input_ids_BT: Tensor, cache: Any, **positions: Tensor) -> tuple[Tensor, Any]:
     """The most likely next tokens [B, 1], and the cache extended by the input."""
-    outputs = model(input_ids=input_ids_BT, past_key_values=cache, use_cache=True, logits_to_keep=1, **positions)
-    return outputs.logits[:, -1].argmax(dim=-1, keepdim=True), outputs.past_key_values
+    outputs = model(input_ids=input_ids_BT, cache=cache, use_cache=True, logits_to_keep=1, **positions)
+    return outputs.logits[:, -1].argmax(dim=-1, keepdim=True), outputs.cache
 
 
 def _now(device: torch.device) -> float:

@@ -208,9 +208,10 @@ class ShardedLM(HFLM):  # type: ignore[misc]
             _, cache = self._frozen.logits_at(torch.tensor(starts), torch.tensor([], dtype=torch.int64))
         answers: dict[int, list[tuple[float, bool]]] = {}
         by_length = sorted(range(len(sequences)), key=lambda row: -len(sequences[row]))
-        for some in cut_where_it_pays([len(sequences[row]) for row in by_length]):
+        slices = cut_where_it_pays([len(sequences[row]) for row in by_length])
+        for some in slices:
             rows = by_length[some]
-            own = copy.deepcopy(cache)
+            own = cache if some is slices[-1] else copy.deepcopy(cache)  # which is extended
             if own is not None:
                 chosen = [start_of[sequences[row][:shared]] for row in rows]
                 own.batch_select_indices(torch.tensor(chosen, device=self.device))

@@ -81,8 +81,8 @@ def training_need(
     tokens, itemsize, hidden, neurons = rows * tokens, ITEMSIZE[settings.dtype], model.hidden, model.neurons
     of_mlp = 0 if model.routed else neurons  # which LoRA adapts
     sides = 4 * hidden + model.attention + 3 * (hidden + of_mlp) * (of_mlp > 0)
-    # In float32: the weight, its gradient and two moments; in the compute dtype: the weight.
-    lora = model.num_layers * settings.rank * sides * (4 * FLOAT32 + itemsize)
+    # In float32: weight, gradient, two moments and what a step computes; in the compute dtype: weight and gradient.
+    lora = model.num_layers * settings.rank * sides * (5 * FLOAT32 + 2 * itemsize)
     # Norms in float32; attention, what the MLP multiplies, experts' outputs, and what linear layers read; with dropout,
     # a copy of that and a mask for each of them.
     kept = model.attention + masks * model.heads + 3 * neurons + model.routed + 2 * hidden
@@ -95,8 +95,7 @@ def training_need(
     return Need(
         weights=model.parameters * itemsize,
         activations=tokens * model.num_layers * layer,
-        temporary=head,
+        temporary=head + lora,  # which is there all the time, and whole on each rank
         gathered=model.gathered * itemsize,
         again=tokens * (model.num_layers * hidden * itemsize + layer),
-        shared=lora,
     )

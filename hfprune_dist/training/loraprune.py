@@ -2,60 +2,50 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
-import deepspeed
 import torch
-from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad, safe_get_local_grad
 from torch import Tensor, nn
 
+from hfprune_dist.checkpoints.lora_adapter import PEFT_NAME, PEFT_PREFIX
 from hfprune_dist.core.selection import top_units
-from hfprune_dist.distributed.world import World
+from hfprune_dist.distributed.frozen_model import FrozenModel
 from hfprune_dist.methods.loraprune import DECAY, Factors, gone_after, masks_after, unit_scores
 from hfprune_dist.structures.kept import Kept, Shape
 from hfprune_dist.structures.units import Owned, Units
-
-PEFT_NAME = "default"  # peft's name for the only adapter
+from hfprune_dist.training.optimizer import LoraOptimizer
 
 
 def scores_of_units(
-    model: nn.Module, layers: Mapping[int, list[Units]], world: World, *, whole: bool, largest_norm: float
+    frozen: FrozenModel, layers: Mapping[int, list[Units]], optimizer: LoraOptimizer
 ) -> dict[tuple[str, int], Tensor]:
-    """Score units by the gradients that a model's engine holds after a backward. Collective.
+    """Score units by the gradients with which LoRA's next step will be done. Collective.
 
     Args:
-        model: without peft's wrapper; its projections are LoRA layers.
+        frozen: the model; its projections are LoRA layers. If it is sharded, all ranks gather layer by layer.
         layers: layer -> kinds of its units to score.
-        whole: whether frozen weights are whole on every rank; otherwise all ranks gather layer by layer.
-        largest_norm: the norm that gradients are clipped to, as the optimizer will clip them afterwards.
 
     Returns:
         Kind and layer -> scores, float64 [units] on the CPU, those of rank 0 on all ranks.
     """
-    gradients = [safe_get_local_grad(parameter).double() for parameter in model.parameters() if parameter.requires_grad]
-    squares = torch.stack([gradient.square().sum() for gradient in gradients]).sum()
-    world.all_reduce(squares)
-    clipped = min(1.0, largest_norm / (math.sqrt(squares) + 1e-6))  # the share of every gradient that is left
+    weights, gradients, kept_share = optimizer.weights(), optimizer.gradients(), optimizer.kept_share()
     scores: dict[tuple[str, int], Tensor] = {}
     for layer, kinds in layers.items():
-        projections: list[tuple[Units, Owned, Any]] = [
-            (units, owned, model.get_submodule(units.tensor(layer, owned.tensor.removesuffix(".weight"))))
-            for units in kinds
-            for owned in units.owned
-            if owned.tensor.endswith(".weight")  # biases have no adapters
-        ]
-        weights = [lora.base_layer.weight for *_, lora in projections]
-        with deepspeed.zero.GatheredParameters(weights, enabled=not whole):
-            for units, owned, lora in projections:
-                a, b = lora.lora_A[PEFT_NAME].weight, lora.lora_B[PEFT_NAME].weight
-                grad_a_RI, grad_b_OR = (clipped * safe_get_full_grad(factor).float() for factor in (a, b))
-                a_RI, b_OR = safe_get_full_fp32_param(a), safe_get_full_fp32_param(b)
-                factors = Factors(a_RI, b_OR, grad_a_RI, grad_b_OR, lora.scaling[PEFT_NAME])
+        projections: list[tuple[Units, Owned, str, Any]] = []
+        for units in kinds:
+            for owned in units.owned:
+                if owned.tensor.endswith(".weight"):  # biases have no adapters
+                    name = units.tensor(layer, owned.tensor.removesuffix(".weight"))
+                    projections.append((units, owned, name, frozen.module.get_submodule(name)))
+        with frozen.gathered([lora.base_layer for *_, lora in projections]):
+            for units, owned, name, lora in projections:
+                a, b = (f"{PEFT_PREFIX}{name}.lora_{factor}.{PEFT_NAME}.weight" for factor in "AB")
+                slopes = kept_share * gradients[a], kept_share * gradients[b]
+                factors = Factors(weights[a], weights[b], *slopes, lora.scaling[PEFT_NAME])
                 part_U = unit_scores(lora.base_layer.weight, factors, owned.axis, owned.per_unit, owned.parts)
                 scores[units.kind, layer] = scores.get((units.kind, layer), torch.zeros_like(part_U)) + part_U
-    return world.broadcast({key: scores_U.cpu() for key, scores_U in scores.items()})  # only now the host waits
+    return frozen.world.broadcast({key: scores_U.cpu() for key, scores_U in scores.items()})  # now the host waits
 
 
 # A kind of units and a layer.

@@ -1,4 +1,4 @@
-"""LoRA training on all ranks, with peft and DeepSpeed ZeRO-3.
+"""LoRA training on all ranks.
 
 Frozen weights are whole on each rank if they fit, and sharded otherwise; what is learnt differs by rounding only.
 
@@ -10,45 +10,40 @@ from __future__ import annotations
 
 import gc
 import math
-import os
-import warnings
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import deepspeed
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
-from transformers.integrations import HfDeepSpeedConfig
 from transformers.utils import logging
 
 from hfprune_dist.checkpoints.checkpoint import Checkpoint
-from hfprune_dist.checkpoints.lora_adapter import lora_targets
+from hfprune_dist.checkpoints.lora_adapter import PEFT_NAME, PEFT_PREFIX, lora_targets
 from hfprune_dist.checkpoints.tensor_files import is_usable
 from hfprune_dist.config.schema import RuntimeConfig, Sharding
 from hfprune_dist.config.training import LoraTraining
 from hfprune_dist.data.schedule import IGNORED, RowReader, Schedule
-from hfprune_dist.distributed.frozen_model import placement_here
+from hfprune_dist.distributed.frozen_model import DecidedSharding, FrozenModel, placement_here
 from hfprune_dist.distributed.interruption import Interrupted, Interruption
 from hfprune_dist.distributed.world import World
-from hfprune_dist.distributed.zero3 import init_deepspeed, keep_float32, keep_gathered, limit_timeouts, zero3_config
 from hfprune_dist.errors import UserError
 from hfprune_dist.kinds.memory import Placement, Sizes
 from hfprune_dist.kinds.training import training_need
 from hfprune_dist.models.after_head import DistillingHead, after_head
-from hfprune_dist.models.loading import load_causal_lm
+from hfprune_dist.models.memory_efficient_backward import keep_no_gathered_weights
 from hfprune_dist.store.hashing import digest_of
 from hfprune_dist.store.heartbeat import Progress
 from hfprune_dist.structures.kept import Shape
 from hfprune_dist.training.loraprune import UnitMasks, scores_of_units
-from hfprune_dist.training.snapshot import LossLine, Snapshot, gathered_state, restore_state
+from hfprune_dist.training.optimizer import LoraOptimizer
+from hfprune_dist.training.snapshot import LossLine, Snapshot
 from hfprune_dist.training.teacher_states import DENSE
 from hfprune_dist.training.trackers import Trackers
-
-MAX_GRAD_NORM = 1.0  # the default of transformers' Trainer, which the published recipe doesn't change
 
 
 @dataclass(frozen=True)
@@ -131,8 +126,7 @@ def fine_tune(task: FineTuning, attempt: Attempt) -> Snapshot:
                 print(f"{section}: step {step}/{task.total_steps}, loss {values['loss']:.4f}", flush=True)
             interrupted = attempt.interruption.agreed(world)
             if step % runtime.save_every_steps == 0 or step == task.total_steps or interrupted:
-                tensors = training.state()
-                world.on_rank0(lambda step=step, tensors=tensors: Snapshot(step, tensors, losses).save(file))  # type: ignore[misc]
+                world.on_rank0(lambda step=step: Snapshot(step, training.state(), losses).save(file))  # type: ignore[misc]
             if interrupted:
                 raise Interrupted
     return Snapshot.read(file)
@@ -148,48 +142,24 @@ class Training:
 
     def __init__(self, task: FineTuning, start: Snapshot, world: World, placement: Placement) -> None:
         logging.set_verbosity_error()
-        # DeepSpeed decorates an optimizer that isn't used here with torch.compile, which takes seconds to import.
-        os.environ["TORCHDYNAMO_DISABLE"] = "1"
-        # DeepSpeed calls collectives by their old names, and torch warns at each call.
-        warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
         self._task, self._world = task, world
         self._dtype: torch.dtype = getattr(torch, task.settings.dtype)
-        self._whole = placement.whole
-        init_deepspeed(world)
-        model = self._load(start, placement)
-        base: Any = model.get_base_model()
+        sharding: DecidedSharding = "replicate" if placement.whole else "zero3"
+        self._frozen = FrozenModel(task.checkpoint, self._dtype, task.settings.micro_batch_size, sharding, world)
+        model: Any = self._frozen.module
+        if not placement.whole:
+            keep_no_gathered_weights(model)
+        self._optimizer = LoraOptimizer(add_lora(model, task), task.settings.weight_decay, start)
         self._masks = self._head = None
         if task.masked_to is not None:
-            self._masks, self._scored = UnitMasks(task.checkpoint.structures, task.masked_to, start.tensors), base
-            self._masks.attach(base, world.device, self._dtype)
+            self._masks = UnitMasks(task.checkpoint.structures, task.masked_to, start.tensors)
+            self._masks.attach(model, world.device, self._dtype)
         if task.distills:
-            self._head = DistillingHead(base, task.checkpoint.family, after_head(task.checkpoint))
-        # Names and parameters of the LoRA layers, in an order that is the same on all ranks.
-        self._trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-        self._optimizer = torch.optim.AdamW(
-            [parameter for _, parameter in self._trained], weight_decay=task.settings.weight_decay
-        )
-        self._engine, *_ = deepspeed.initialize(model=model, optimizer=self._optimizer, config=self._config())
-        limit_timeouts()
-        if start.step:
-            restore_state(self._trained, start, world.rank)
-        if placement.whole:
-            keep_gathered(self._engine)
-        self._engine.train()
-        gc.freeze()  # or Python walks all modules and parameters again and again: a seventh of the time on CPU
-
-    def _load(self, start: Snapshot, placement: Placement) -> Any:
-        """The model with LoRA layers, with frozen weights where they are to lie."""
-        # from_pretrained shards a model while such an object exists.
-        sharding = None if placement.whole else HfDeepSpeedConfig(self._config())
-        model = load_trainable_model(self._task, start)
-        if sharding is None:
-            _keep_whole(model.to(self._world.device))
-        else:
-            keep_float32(model.get_submodule("base_model.model"), self._task.checkpoint, self._world.device)
+            self._head = DistillingHead(model, task.checkpoint.family, after_head(task.checkpoint))
         if placement.checkpointing:
             model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
-        return model
+        model.train()
+        gc.freeze()  # or Python walks all modules and parameters again and again: a seventh of the time on CPU
 
     @property
     def _slots(self) -> int:
@@ -197,48 +167,25 @@ class Training:
         at_once = self._task.settings.micro_batch_size * self._world.size
         return -(-self._task.schedule.largest_step // at_once) * at_once
 
-    def _config(self) -> dict[str, Any]:
-        """Parameters, gradients and optimizer states sharded; gradients reduced and added up in float32.
-
-        If frozen weights are whole, DeepSpeed doesn't manage them, and LoRA's stay gathered between optimizer steps.
-        Otherwise, parameters are released right after use. To find those that backward uses again soon, DeepSpeed would
-        walk over up to a billion parameters ahead for every module: 20 s in the second step, with LoRA's many modules.
-        """
-        zero = {"stage3_max_reuse_distance": 0}
-        if self._whole:
-            zero["stage3_param_persistence_threshold"] = 2**62  # more elements than any parameter has
-        at_once = self._task.settings.micro_batch_size
-        return {
-            **zero3_config(self._dtype, at_once, **zero),
-            "gradient_accumulation_steps": self._slots // (at_once * self._world.size),
-            "gradient_clipping": MAX_GRAD_NORM,
-            "communication_data_type": "fp32",
-            "data_types": {"grad_accum_dtype": "fp32"},
-            "zero_allow_untested_optimizer": True,
-        }
-
     def step(self, step: int) -> LossLine:
         """Do one optimizer step, counted from 0, and return its mean loss per token and what else is told of it."""
         task, world, rate = self._task, self._world, self._task.learning_rate(step)
-        for group in self._optimizer.param_groups:
-            group["lr"] = rate
         batches = list(self._micro_batches(step))
         tokens = torch.tensor(sum(batch.tokens for batch in batches))
         world.all_reduce(tokens)  # of all ranks
         loss = torch.zeros((), device=world.device)
         for batch in batches:
             torch.manual_seed(batch.seed)  # dropout depends on a row's place alone
-            term = self._loss(batch, int(tokens))
+            term = self._loss(batch) / int(tokens)
             loss += term.detach()
-            # DeepSpeed takes the mean of the ranks' gradients.
-            self._engine.backward(term * world.size, scale_wrt_gas=False)
-            if batch is batches[-1] and self._masks is not None:  # all ranks' gradients are added up
-                layers = self._masks.kinds_by_layer
-                scores = scores_of_units(self._scored, layers, world, whole=self._whole, largest_norm=MAX_GRAD_NORM)
-                self._masks.update(scores, step + 1, task.total_steps)
-            self._engine.step()
+            term.backward()
+            self._optimizer.add_gradients()
+        self._optimizer.sum_over_ranks(world)
+        if self._masks is not None:
+            scores = scores_of_units(self._frozen, self._masks.kinds_by_layer, self._optimizer)
+            self._masks.update(scores, step + 1, task.total_steps)
         world.all_reduce(loss)
-        return {"loss": float(loss), "learning_rate": rate, "grad_norm": float(self._engine.get_global_grad_norm())}
+        return {"loss": float(loss), "learning_rate": rate, "grad_norm": self._optimizer.step(rate)}
 
     def _micro_batches(self, step: int) -> Iterator[_MicroBatch]:
         """The micro-batches of an optimizer step on this rank; free places have a row without loss."""
@@ -253,28 +200,38 @@ class Training:
             for row in rows[counted:]:
                 row["labels"].fill_(IGNORED)
             tensors = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
-            labels = int(tensors["labels"][:, 1:].ne(IGNORED).sum())
-            tokens = counted * tensors["input_ids"].shape[1] if task.distills else labels
+            tokens = counted * tensors["input_ids"].shape[1]
+            if not task.distills:
+                with_loss_BT = tensors["labels"] != IGNORED
+                tokens = int(with_loss_BT[:, 1:].sum())
+                # Nothing depends on what comes after the last token with a loss.
+                end = int(with_loss_BT.any(dim=0).nonzero().max()) + 1 if tokens else 2
+                tensors = {name: tensor[:, :end] for name, tensor in tensors.items()}
             yield _MicroBatch(tensors, counted, tokens, int(digest_of([task.seed, step, first])[:15], 16))
 
-    def _loss(self, batch: _MicroBatch, tokens: int) -> Tensor:
-        """A micro-batch's part of the mean loss over all ``tokens`` of an optimizer step."""
+    def _loss(self, batch: _MicroBatch) -> Tensor:
+        """The sum of a micro-batch's losses."""
         tensors = {
             name: tensor.to(self._world.device, self._dtype if tensor.is_floating_point() else None)
             for name, tensor in batch.tensors.items()
         }
-        if self._head is None:
-            loss: Tensor = self._engine(**tensors, num_items_in_batch=tokens).loss
-            return loss
-        del tensors["labels"]  # so that the model computes no loss of its own
-        self._head.expect(tensors.pop(DENSE), batch.counted)
-        divergence: Tensor = self._engine(**tensors).logits
-        return divergence / tokens
+        labels_BT = tensors.pop("labels")
+        # With a cache, transformers doesn't look for packed pairs.
+        forward = partial(self._frozen.module, use_cache=False)
+        if self._head is not None:
+            self._head.expect(tensors.pop(DENSE), batch.counted)
+            divergence: Tensor = forward(**tensors).logits
+            return divergence
+        targets_N = nn.functional.pad(labels_BT[:, 1:], (0, 1), value=IGNORED).flatten()
+        places_N = (targets_N != IGNORED).nonzero().flatten()
+        with self._frozen.head_at(places_N):
+            logits_NV = forward(**tensors).logits[0].float()
+        return nn.functional.cross_entropy(logits_NV, targets_N[places_N], reduction="sum")
 
     def state(self) -> dict[str, Tensor]:
-        """A snapshot's tensors, complete on rank 0; collective."""
+        """A snapshot's tensors, on the CPU."""
         masks = {} if self._masks is None else self._masks.state()
-        return masks | gathered_state(self._trained, self._world)
+        return masks | self._optimizer.state()
 
 
 @dataclass(frozen=True)
@@ -295,15 +252,8 @@ def place_training(task: FineTuning, sharding: Sharding, world: World) -> Placem
     return placement_here(need, sharding, world)
 
 
-def load_trainable_model(task: FineTuning, start: Snapshot | None = None) -> Any:
-    """Load the model with LoRA layers, which get a snapshot's weights if there is one."""
-    model = load_causal_lm(task.checkpoint.path, getattr(torch, task.settings.dtype))
-    # With a cache, transformers doesn't look for packed pairs. The body may have a configuration of its own.
-    configs: list[Any] = [model.config, task.checkpoint.family.body_of(model).config]
-    for config in configs:
-        config.use_cache = False
-        # Where a configuration asks for it, experts' load balance would enter the loss, once for every micro-batch.
-        config.output_router_logits = False
+def add_lora(model: nn.Module, task: FineTuning) -> dict[str, nn.Parameter]:
+    """Add LoRA layers to a frozen model; return their parameters by their names in a ``PeftModel``."""
     torch.manual_seed(task.seed)
     adapter = LoraConfig(
         task_type="CAUSAL_LM",
@@ -312,19 +262,6 @@ def load_trainable_model(task: FineTuning, start: Snapshot | None = None) -> Any
         lora_dropout=task.settings.dropout,
         target_modules=lora_targets(task.checkpoint.family, task.checkpoint.ranks),
     )
-    adapted = get_peft_model(model, adapter, autocast_adapter_dtype=False)
-    if start is not None:
-        adapted.load_state_dict(start.weights, strict=False)
-    return adapted
-
-
-def _keep_whole(model: nn.Module) -> None:
-    """Turn a model's frozen parameters into buffers, so that DeepSpeed shards nothing but LoRA's weights.
-
-    The model must be on its device already: moving buffers would untie a head that shares the embedding's weight.
-    """
-    for module in model.modules():
-        for name, parameter in list(module.named_parameters(recurse=False)):
-            if not parameter.requires_grad:
-                delattr(module, name)
-                module.register_buffer(name, parameter.data, persistent=False)
+    inject_adapter_in_model(adapter, model, PEFT_NAME)
+    trained = ((name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad)
+    return {f"{PEFT_PREFIX}{name}": parameter for name, parameter in trained}

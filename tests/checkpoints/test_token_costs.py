@@ -22,8 +22,8 @@ def counted_flops(model, input_ids_BT, cache=None):
     """Return torch's count for one forward pass, and the cache after it; the counter ignores fused attention."""
     model.set_attn_implementation("eager")
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        outputs = model(input_ids=input_ids_BT, past_key_values=cache, use_cache=True)
-    return counter.get_total_flops(), outputs.past_key_values
+        outputs = model(input_ids=input_ids_BT, cache=cache, use_cache=True)
+    return counter.get_total_flops(), outputs.cache
 
 
 def check(checkpoint, batch_size, tokens):

@@ -23,8 +23,8 @@ from hfprune_dist.structures.kept import Shape
 from hfprune_dist.structures.units import Block, neurons
 from hfprune_dist.training import trainer
 from hfprune_dist.training.loraprune import UnitMasks
+from hfprune_dist.training.optimizer import MAX_GRAD_NORM
 from hfprune_dist.training.snapshot import Snapshot
-from hfprune_dist.training.trainer import MAX_GRAD_NORM
 
 STEPS = 4
 SMALL = {"num_hidden_layers": 3, "intermediate_size": 12}
