@@ -8,7 +8,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from hfprune_launch.local.hardware import ranks_here
 from hfprune_launch.prepare import Prepared
 from hfprune_launch.slurm.commands import SlurmCommands
 from hfprune_launch.slurm.estimate import refuse_what_cannot_fit
@@ -59,9 +58,6 @@ def require_runnable(prepared: Prepared, *, looks_only: bool = False) -> None:
             raise UserError(
                 f"runtime.report_to: {tracker} is not installed; `pip install {tracker}`, or leave it out of the list"
             )
-    for kind in RECOVERING & kinds:
-        ranks = profile.resources[kind].ranks if profile else ranks_here(config.runtime)
-        config.recovery.require_shared_evenly(ranks)
     texts = list(_texts(config, kinds, looks_only))
     has_tasks = bool(evaluation.tasks) and "evaluate" in kinds
     if has_tasks:

@@ -46,11 +46,11 @@ KINDS = {
     "importance": StageKind("importance.ImportanceParameters", 8, reproducible=True),
     "reference": StageKind("reference.ReferenceParameters", 2, reproducible=True),
     "prune": StageKind("prune.PruneParameters", 5, reproducible=True, cuts=True),
-    "distill": StageKind("training.DistillParameters", 2),
-    "recover": StageKind("training.RecoverParameters", 2, trains_on_pairs=True),
+    "distill": StageKind("training.DistillParameters", 3),
+    "recover": StageKind("training.RecoverParameters", 3, trains_on_pairs=True),
     "evaluate": StageKind("evaluate.EvaluateParameters", 5),
     "efficiency": StageKind("efficiency.EfficiencyParameters", 2, on_one_rank=True),
-    "loraprune": StageKind("training.LoraPruneParameters", 2, cuts=True, trains_on_pairs=True),
+    "loraprune": StageKind("training.LoraPruneParameters", 3, cuts=True, trains_on_pairs=True),
 }
 
 

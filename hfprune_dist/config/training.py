@@ -5,10 +5,9 @@ from __future__ import annotations
 from math import ceil
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from hfprune_dist.config.section import Dtype, Length, Name, NonNegative, Positive, Section, TextSource
-from hfprune_dist.errors import UserError
 
 # Its limit is beyond any sensible value: AdamW's first step is ten times the rate, which float32 must hold.
 LearningRate = Annotated[float, Field(gt=0, lt=1e37)]
@@ -22,8 +21,8 @@ class LoraTraining(Section):
     batch_size: Positive = 128
     """Rows per optimizer step, over all ranks together."""
     micro_batch_size: Positive = 1
-    """Rows per forward pass of one rank; on GPUs, 4 are faster where they fit. A recovery's batch_size must be a
-    multiple of this times the number of ranks."""
+    """Rows per forward pass of one rank; on GPUs, 4 are faster where they fit. If a step's rows are no multiple of this
+    times the number of ranks, some ranks are idle for a part of it."""
     learning_rate: LearningRate = 4e-4
     """Peak learning rate; it decays to zero along a cosine."""
     warmup_steps: NonNegative = 0
@@ -42,8 +41,8 @@ class LoraTraining(Section):
 
 class DistillationConfig(LoraTraining):
     """Training of methods that ``distill``. The rows are the calibration windows; the loss is KL(dense || pruned) at
-    every token. The dense model's final hidden states are kept on disk: tokens x hidden_size numbers in ``dtype``. If a
-    step has fewer rows than there are ranks, some ranks are idle. Warm-up takes at most a quarter of all steps.
+    every token. The dense model's final hidden states are kept on disk: tokens x hidden_size numbers in ``dtype``.
+    Warm-up takes at most a quarter of all steps.
     """
 
     batch_size: Positive = 16
@@ -84,26 +83,6 @@ class RecoveryConfig(TextSource, LoraTraining):
         """Number of optimizer steps: ``max_steps``, or the fewest that are at least ``epochs``."""
         exact = self.epochs * steps_per_epoch
         return self.max_steps or ceil(exact - 1e-9 * exact)  # the float 1.1 times 10 is more than 11
-
-    @model_validator(mode="after")
-    def _has_two_fields(self) -> RecoveryConfig:
-        if self.instruction_field == self.response_field:
-            raise ValueError(f"instruction_field and response_field are both {self.response_field!r}")
-        return self
-
-    def require_shared_evenly(self, world_size: int) -> None:
-        """Check that this many ranks can share the rows of an optimizer step evenly.
-
-        Raises:
-            UserError: if they can't.
-        """
-        at_once = self.micro_batch_size * world_size
-        if self.batch_size % at_once:
-            above = self.batch_size // at_once * at_once + at_once
-            raise UserError(
-                f"recovery.batch_size {self.batch_size} isn't a multiple of recovery.micro_batch_size "
-                f"{self.micro_batch_size} times {world_size} ranks; set batch_size to {above}, or one of the others"
-            )
 
 
 def steps_per_epoch(rows: int, batch_size: int) -> int:

@@ -128,7 +128,6 @@ def train_on_instructions(
         masked_to: the units that are to be left of the model at the end; None for all.
     """
     settings = context.params.recovery
-    settings.require_shared_evenly(context.world.size)
     file = context.world.on_rank0(lambda: prepare_rows(context, checkpoint))
     rows = PackedRows(file)
     schedule = Schedule(rows.counts["rows"], settings.batch_size, context.params.seed)

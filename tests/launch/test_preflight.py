@@ -114,7 +114,6 @@ def pairs(**fields):
     [
         (pairs(response=" \n"), [], ["none of 3 records", "response token"]),
         (pairs(instruction="x" * 400), [], ["none of 3 records", "recovery.sequence_length 320"]),
-        (pairs(), ["recovery.response_field=instruction"], ["response_field", "instruction_field"]),
     ],
 )
 def test_pairs_without_anything_to_train_on(inputs, refusal, content, arguments, expected):
