@@ -49,7 +49,7 @@ class Need:
         temporary: the largest values that are there only for a while.
         gathered: what ranks gather at a time where they share the weights; None if they never do.
         again: the activations if layers run again in backward; None if that is not for the placement to decide.
-        shared: sums and optimizer states, of which each rank has its part.
+        shared: sums, of which each rank has its part.
         unreduced: own terms of such sums, which each of several ranks has until they are reduced.
         host: pinned main memory for hidden states that wait there, of all ranks.
     """
