@@ -13,7 +13,6 @@ import math
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +26,7 @@ from hfprune_dist.checkpoints.lora_adapter import PEFT_NAME, PEFT_PREFIX, lora_t
 from hfprune_dist.checkpoints.tensor_files import is_usable
 from hfprune_dist.config.schema import RuntimeConfig, Sharding
 from hfprune_dist.config.training import LoraTraining
+from hfprune_dist.core.losses import summed_divergence
 from hfprune_dist.data.schedule import IGNORED, RowReader, Schedule
 from hfprune_dist.distributed.frozen_model import DecidedSharding, FrozenModel, placement_here
 from hfprune_dist.distributed.interruption import Interrupted, Interruption
@@ -34,7 +34,7 @@ from hfprune_dist.distributed.world import World
 from hfprune_dist.errors import UserError
 from hfprune_dist.kinds.memory import Placement, Sizes
 from hfprune_dist.kinds.training import training_need
-from hfprune_dist.models.after_head import DistillingHead, after_head
+from hfprune_dist.models.after_head import after_head
 from hfprune_dist.models.memory_efficient_backward import keep_no_gathered_weights
 from hfprune_dist.store.hashing import digest_of
 from hfprune_dist.store.heartbeat import Progress
@@ -145,17 +145,17 @@ class Training:
         self._task, self._world = task, world
         self._dtype: torch.dtype = getattr(torch, task.settings.dtype)
         sharding: DecidedSharding = "replicate" if placement.whole else "zero3"
-        self._frozen = FrozenModel(task.checkpoint, self._dtype, task.settings.micro_batch_size, sharding, world)
+        rows = task.settings.micro_batch_size
+        self._frozen = FrozenModel(task.checkpoint, self._dtype, rows, sharding, world, has_backward=task.distills)
         model: Any = self._frozen.module
         if not placement.whole:
             keep_no_gathered_weights(model)
         self._optimizer = LoraOptimizer(add_lora(model, task), task.settings.weight_decay, start)
-        self._masks = self._head = None
+        self._after = after_head(task.checkpoint)
+        self._masks = None
         if task.masked_to is not None:
             self._masks = UnitMasks(task.checkpoint.structures, task.masked_to, start.tensors)
             self._masks.attach(model, world.device, self._dtype)
-        if task.distills:
-            self._head = DistillingHead(model, task.checkpoint.family, after_head(task.checkpoint))
         if placement.checkpointing:
             model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
         model.train()
@@ -215,17 +215,17 @@ class Training:
             name: tensor.to(self._world.device, self._dtype if tensor.is_floating_point() else None)
             for name, tensor in batch.tensors.items()
         }
-        labels_BT = tensors.pop("labels")
-        # With a cache, transformers doesn't look for packed pairs.
-        forward = partial(self._frozen.module, use_cache=False)
-        if self._head is not None:
-            self._head.expect(tensors.pop(DENSE), batch.counted)
-            divergence: Tensor = forward(**tensors).logits
-            return divergence
+        labels_BT, model = tensors.pop("labels"), self._frozen.module
+        if self._task.distills:
+            dense_BTC, body = tensors.pop(DENSE), self._task.checkpoint.family.body_of(model)
+            both = body(**tensors, use_cache=False).last_hidden_state, dense_BTC
+            hidden_NC, dense_NC = (states_BTC[: batch.counted].flatten(0, 1) for states_BTC in both)
+            with self._frozen.head() as (weight_VC, bias_V):
+                return summed_divergence(hidden_NC, dense_NC, weight_VC, bias_V, self._after)
         targets_N = nn.functional.pad(labels_BT[:, 1:], (0, 1), value=IGNORED).flatten()
         places_N = (targets_N != IGNORED).nonzero().flatten()
-        with self._frozen.head_at(places_N):
-            logits_NV = forward(**tensors).logits[0].float()
+        with self._frozen.head_at(places_N):  # with a cache, transformers would not look for packed examples
+            logits_NV = model(**tensors, use_cache=False).logits[0].float()
         return nn.functional.cross_entropy(logits_NV, targets_N[places_N], reduction="sum")
 
     def state(self) -> dict[str, Tensor]:

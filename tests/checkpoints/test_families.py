@@ -18,8 +18,9 @@ from transformers import AutoModel
 
 from hfprune_dist.checkpoints.checkpoint import open_checkpoint
 from hfprune_dist.checkpoints.pruned_config import is_plain
+from hfprune_dist.core.losses import summed_divergence
 from hfprune_dist.methods import CRITERIA
-from hfprune_dist.models.after_head import DistillingHead, after_head
+from hfprune_dist.models.after_head import after_head
 from hfprune_dist.models.loading import load_causal_lm, require_own_weights
 from hfprune_dist.scoring.shard_scorer import ShardScorer
 from hfprune_dist.structures.kept import Kept
@@ -145,11 +146,11 @@ def test_distillation_compares_the_logits_that_count(checkpoint_of, model_type):
     checkpoint = checkpoint_of(model_type)
     dense, model = dense_of(checkpoint), masked(checkpoint, some_kept(checkpoint, range(3), (15,) * 3))
     log_p, log_q = (logits_of(model).log_softmax(-1) for model in (dense, model))
-    head = DistillingHead(model, checkpoint.family, after_head(checkpoint))
-    dense_BTC = checkpoint.family.body_of(dense)(input_ids=WINDOWS, use_cache=False).last_hidden_state
-    head.expect(dense_BTC, len(WINDOWS))
-    expected = (log_p.exp() * (log_p - log_q)).sum()
-    torch.testing.assert_close(logits_of(model), expected, rtol=1e-4, atol=0.0)
+    bodies = (checkpoint.family.body_of(either) for either in (model, dense))
+    states = (body(input_ids=WINDOWS, use_cache=False).last_hidden_state.flatten(0, 1) for body in bodies)
+    head = checkpoint.family.head_of(model)
+    divergence = summed_divergence(*states, head.weight, head.bias, after_head(checkpoint))
+    torch.testing.assert_close(divergence, (log_p.exp() * (log_p - log_q)).sum(), rtol=1e-4, atol=0.0)
 
 
 # One for each arrangement of norms, and for each kind of MLP.
