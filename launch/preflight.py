@@ -77,7 +77,8 @@ def _texts(config: SweepConfig, kinds: Collection[str], looks_only: bool) -> Ite
     calibration, evaluation, recovery = config.calibration, config.evaluation, config.recovery
 
     def text(section: str, source: TextSource, length: int, windows: int = 0, add_bos_token: bool = False) -> Text:
-        name, beginning = section.rpartition(".")[2], None
+        name = section.rpartition(".")[2]
+        beginning: Beginning[Any] | None = None
         path = None if source.path is None else Path(source.path)
         if path is not None and windows:
             beginning = read_beginning(read_texts({}, path, source.text_field, 0, name))
