@@ -54,8 +54,7 @@ def test_damage_is_found_and_set_aside(store, damage):
         file.write_text(file.read_text()[:50])
     else:
         file.write_text("weight" if damage == "truncated" else "Weights")
-    verdict = store.handle(STAGE.id).verify()
-    assert verdict.state == "corrupt"
+    assert store.handle(STAGE.id).verify().state == "corrupt"
     with store.handle(STAGE.id).claimed_briefly() as claim:
         aside = store.handle(STAGE.id).set_aside(claim)
     assert aside.is_dir() and store.handle(STAGE.id).verify().state == "missing"

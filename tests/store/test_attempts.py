@@ -46,9 +46,8 @@ def test_a_damaged_record_is_absent(ledger, attempt):
     damage(attempt.folder / "end.json")
     assert reread(ledger).end is None and ledger.open_job(STAGE.id) is not None
     damage(attempt.folder / "intent.json")
-    assert ledger.attempts_at(STAGE.id) == [] and ledger.begin(STAGE, **JOB).intent.number == 2, (
-        "no number is given again"
-    )
+    assert ledger.attempts_at(STAGE.id) == []
+    assert ledger.begin(STAGE, **JOB).intent.number == 2, "no number is given again"
 
 
 def test_stray_files_and_folders_are_no_attempts(ledger, attempt):

@@ -22,8 +22,8 @@ REUSED = replace(Holder.me(), started=f"{Holder.me().started.rpartition('/')[0]}
 DEAD = replace(Holder.me(), pid=2**22 + 1)
 
 
-def write(folder, holder, generation=1):
-    file = folder / f"claim.{generation}"
+def write(folder, holder):
+    file = folder / "claim.1"
     file.write_text(json.dumps(asdict(holder)))
     return file
 

@@ -31,13 +31,9 @@ def fresh(scratch):
     return Store(scratch / "store")
 
 
-def make(store, content="weights"):
-    with being_made(store, STAGE) as draft:
-        (draft / "model.bin").write_text(content)
-
-
 def corrupt(store):
-    make(store)
+    with being_made(store, STAGE) as draft:
+        (draft / "model.bin").write_text("weights")
     (store.path(STAGE.id) / "model.bin").write_text("Weights")
 
 
