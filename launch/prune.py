@@ -32,7 +32,7 @@ from hfprune_launch.screen import make_console
 from hfprune_launch.sweep_folder import Sweep, read_sweep, require_folder
 
 from hfprune_dist.config.load import load_config, parse_assignments
-from hfprune_dist.data.text import read_beginning
+from hfprune_dist.data.text import read_beginning, read_texts
 from hfprune_dist.errors import UserError
 from hfprune_dist.planning.model_sources import resolve_models
 from hfprune_dist.planning.plan import Cell
@@ -127,7 +127,7 @@ def _parts_of(text: Path, field: str, cache: Path) -> dict[str, str]:
     """A text as settings: most of it to prune on, its end to compare on, each in a file in the cache. Of a long text,
     its beginning counts.
     """
-    documents = [document for (document,) in read_beginning(text, [field], "--text").texts]
+    documents = read_beginning(read_texts({}, text, field, 0, "--text")).records
     left, parts = int((1 - HELD_OUT) * sum(map(len, documents))), {"calibration": "", "evaluation.fidelity": ""}
     for document in documents:
         for section, piece in zip(parts, (document[: max(left, 0)], document[max(left, 0) :]), strict=True):

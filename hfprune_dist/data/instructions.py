@@ -28,8 +28,8 @@ from hfprune_dist.data.text import Beginning
 from hfprune_dist.data.tokenizer import bos_id, plain_ids
 from hfprune_dist.errors import UserError
 
-# Examples that are tokenized at once; and the most before a sweep begins, to check that one can be trained on.
-EXAMPLES_AT_ONCE, EXAMPLES_TO_TRY = 2000, 4096
+# Examples that are tokenized at once, and the first ones that are before a sweep begins.
+EXAMPLES_AT_ONCE, EXAMPLES_TO_TRY = 2000, 1024
 # The tensors of a packed row.
 ROW = ("input_ids", "position_ids", "labels")
 PACKING_BUFFER = 8192  # examples that are packed together: enough to fill rows well, few enough to keep them mixed
@@ -110,15 +110,8 @@ def _in_common(one: Sequence[int], other: Sequence[int]) -> int:
 
 
 def check_examples(beginning: Beginning[Example], tokenizer: Any, sequence_length: int, where: str) -> None:
-    """Check as ``require_trainable`` does, if there are at most ``EXAMPLES_TO_TRY``; and that chats can be rendered, as
-    far as some show it.
-    """
-    examples = sorted(beginning.records[:EXAMPLES_TO_TRY], key=lambda example: not example.messages)
-    encoded: list[Encoded | None] = []
-    for first in range(0, len(examples), 64):
-        encoded += encode(tokenizer, examples[first : first + 64], sequence_length)
-        if any(encoded):
-            return
+    """Check the first examples: that chats can be rendered and, if there are no others, that one can be trained on."""
+    encoded = encode(tokenizer, beginning.records[:EXAMPLES_TO_TRY], sequence_length)
     if beginning.is_all and len(encoded) == len(beginning.records):
         require_trainable(encoded, sequence_length, where)
 

@@ -109,7 +109,8 @@ class FrozenModel:
         """
         device = self.world.device
         options: dict[str, Any] = {"use_cache": self.cache_expands}
-        if cache is not None and self._takes_positions:  # some models count from 0 whatever the cache holds
+        if cache is not None and "position_ids" in inspect.signature(self.module.forward).parameters:
+            # Some models count from 0 whatever the cache holds.
             positions_T = torch.arange(first_position, first_position + input_ids_BT.shape[1], device=device)
             options["position_ids"] = positions_T.expand(input_ids_BT.shape)
         with self.head_at(places_N):
@@ -140,10 +141,6 @@ class FrozenModel:
             cache = self.module(input_ids=token_BT, use_cache=True).get("cache")
         layers = cache.layers if type(cache) is DynamicCache else [None]
         return all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers)
-
-    @cached_property
-    def _takes_positions(self) -> bool:
-        return "position_ids" in inspect.signature(self.module.forward).parameters
 
     def release(self) -> None:
         """Free the memory of the weights, since DeepSpeed holds on to a model for ever; it can't be used any more."""

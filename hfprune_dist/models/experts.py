@@ -64,20 +64,19 @@ def see_experts(model: nn.Module, family: Family) -> list[ExpertProjections | No
     Raises:
         UserError: if experts compute something unknown.
     """
-    return [_see(layer) for layer in family.layers_of(model)]
-
-
-def _see(layer: nn.Module) -> ExpertProjections | None:
-    experts: Any = next((module for module in layer.modules() if hasattr(module, "_apply_gate")), None)
-    if experts is None:
-        return None
-    _require_known(experts)
-    projections = ExpertProjections(experts)
-    experts.add_module(_PROJECTIONS, projections)
-    experts.config._experts_implementation = _IMPLEMENTATION
-    if hasattr(experts.down_proj, "ds_shape"):  # sharded
-        experts.register_forward_pre_hook(_in_graph, prepend=True)
-    return projections
+    found: list[ExpertProjections | None] = []
+    for layer in family.layers_of(model):
+        projections = None
+        experts: Any = next((module for module in layer.modules() if hasattr(module, "_apply_gate")), None)
+        if experts is not None:
+            _require_known(experts)
+            projections = ExpertProjections(experts)
+            experts.add_module(_PROJECTIONS, projections)
+            experts.config._experts_implementation = _IMPLEMENTATION
+            if hasattr(experts.down_proj, "ds_shape"):  # sharded
+                experts.register_forward_pre_hook(_in_graph, prepend=True)
+        found.append(projections)
+    return found
 
 
 def _require_known(experts: Any) -> None:
