@@ -28,7 +28,7 @@ from hfprune_dist.config.schema import RuntimeConfig
 from hfprune_dist.results.formats import counted
 from hfprune_dist.store.artifacts import Store, Verdict
 from hfprune_dist.store.atomic_files import require_own
-from hfprune_dist.store.attempts import Attempt, Ledger
+from hfprune_dist.store.attempts import Ledger
 from hfprune_dist.store.stage import kind_of
 
 EVENT_COLORS = {"done": "green", "ended": "red", "waiting": "yellow"}
@@ -71,7 +71,8 @@ def run_on_slurm(
 
     def after_round() -> None:
         screen.refresh(launcher.observer.jobs)
-        if screen.has_ends():
+        if screen.has_ends:
+            screen.has_ends = False
             on_end()
 
     try:
@@ -152,7 +153,9 @@ def cancel_jobs(
     asked: set[str] = set()
     for _ in range(int(PATIENCE_S / LOOK_AGAIN_S)):
         attempts = ledger.open_jobs()
-        submitting = _submitting(ledger, attempts)
+        # Launchers that may be submitting jobs at this moment hold claims, and have recorded no id.
+        holders = {store.handle(each.intent.stage_id).holder() for each in attempts if each.job_id is None}
+        submitting = sorted(f"{each} submits a job" for each in holders if each and each.lives and not each.job)
         observer.look(attempts)
         jobs = {attempt.intent.job_name: observer.jobs.get(attempt.intent.job_name) for attempt in attempts}
         found = [job for job in jobs.values() if job is not None and job.is_live and job.state != "COMPLETING"]
@@ -167,14 +170,6 @@ def cancel_jobs(
             break
         pause(LOOK_AGAIN_S)
     return sorted(cancelled, key=int), [*submitting, *(f"job {job.job_id}" for job in found)]
-
-
-def _submitting(ledger: Ledger, attempts: list[Attempt]) -> list[str]:
-    """Return the launchers that may be submitting jobs at this moment: they hold claims, and have recorded no id."""
-    handles = (ledger.store.handle(attempt.intent.stage_id) for attempt in attempts if attempt.job_id is None)
-    holders = {handle.holder() for handle in handles}
-    launchers = {holder for holder in holders if holder is not None and holder.lives and holder.job is None}
-    return sorted(f"{launcher} submits a job" for launcher in launchers)
 
 
 def show_jobs(
@@ -221,12 +216,7 @@ class _Screen:
         self._sweep = sweep
         self._told_at: dict[str, float] = {}
         self._lines = ProgressLines(console)
-        self._has_ends = False
-
-    def has_ends(self) -> bool:
-        """Return whether a stage's attempt has ended since the last call."""
-        found, self._has_ends = self._has_ends, False
-        return found
+        self.has_ends = False  # whether a stage's attempt has ended
 
     def refresh(self, jobs: Mapping[str, JobInfo] | None) -> bool:
         """Update the shown state; return whether a stage is queued or running, or may be."""
@@ -241,7 +231,7 @@ class _Screen:
         """Print an event; a message about waiting, of which every round tells, only once in ``REMIND_S``, whichever
         stage it is about.
         """
-        self._has_ends |= event.what in ("done", "ended")
+        self.has_ends |= event.what in ("done", "ended")
         if event.what == "waiting":
             now = time.monotonic()
             if now - self._told_at.get(event.message, -math.inf) < REMIND_S:

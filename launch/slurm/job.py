@@ -220,13 +220,11 @@ class Start:
             if is_preempted or not self.gets_no_further():
                 slurm.requeue(job_id)
                 return
-            cause, message = (
-                Cause.INPUT,
-                (
-                    f"job {job_id} was interrupted, and its last {FRUITLESS_STARTS} starts of "
-                    f"{self.attempt.intent.time_minutes} minutes got no further than those before; raise time_minutes "
-                    "or signal_seconds in the profile, or lower runtime.save_every_steps"
-                ),
+            cause = Cause.INPUT
+            message = (
+                f"job {job_id} was interrupted, and its last {FRUITLESS_STARTS} starts of "
+                f"{self.attempt.intent.time_minutes} minutes got no further than those before; raise time_minutes "
+                "or signal_seconds in the profile, or lower runtime.save_every_steps"
             )
         except SlurmUnavailableError as error:
             cause, message = Cause.INTERRUPTED, f"job {job_id} saved its work but could not requeue itself: {error}"

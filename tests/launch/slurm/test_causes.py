@@ -19,7 +19,6 @@ from hfprune_dist.store.stage import Input
 NEED = stage_of("importance", "a", {}, {"model": Input("digest", "/somewhere")})
 STAGE = stage_of("prune", "a 0.2", {"ratio": 0.2}, {"importance": NEED.as_input()})
 JOB = {"ranks": 1, "time_minutes": 30}
-LOST = "RuntimeError: [gloo/transport/tcp/pair.cc] Connection closed by peer [127.0.0.1]"
 
 
 @pytest.fixture
@@ -122,24 +121,14 @@ def test_the_log_of_an_earlier_start_says_nothing_of_the_last_end(ledger, attemp
     assert ended(ledger, attempt, "FAILED").cause == "out of memory"
 
 
-@pytest.mark.parametrize(
-    ("failure", "message", "expected"),
-    [
-        ("input", "no document has 31 tokens", "input"),
-        ("code", "ValueError: we are wrong", "code"),
-        ("code", LOST, "killed"),  # which explains nothing
-    ],
-)
-def test_by_what_a_rank_of_this_attempt_said(ledger, attempt, failure, message, expected):
+def test_what_a_rank_of_an_earlier_attempt_said_explains_nothing(ledger, attempt):
     started(attempt)
-    fail(ledger, failure, message)
-    end = ended(ledger, attempt, "FAILED")
-    assert end.cause == expected and (message in end.message or expected == "killed")
-    attempt.close(end)
+    fail(ledger, "input", "no document has 31 tokens")
+    assert "31 tokens" in ended(ledger, attempt, "FAILED").message
     again = ledger.begin(STAGE, **JOB)
     again.record_job("7")
     started(again)
-    assert ended(ledger, again, "FAILED").cause == "killed", "that was the attempt before"
+    assert ended(ledger, again, "FAILED").cause == "killed"
 
 
 @pytest.mark.parametrize(
@@ -187,8 +176,6 @@ def test_what_explains_most_comes_first(ledger, attempt):
 
 def test_the_end_is_the_last_sign_of_life(ledger, attempt, monkeypatch):
     started(attempt)
-    monkeypatch.setattr(time, "time", lambda: 1_704_067_300.0)
-    assert ended(ledger, attempt).at == 1_704_067_300.0
     monkeypatch.setattr(time, "time", lambda: 1_704_067_210.0)
     Progress(ledger.store.work(STAGE.id)).update("calibration", 3, 9)
     monkeypatch.setattr(time, "time", lambda: 1_704_067_400.0)

@@ -135,11 +135,8 @@ def test_what_is_done_about_a_job(seen, does):
     ("seen", "is_submitted"),
     [
         ({}, True),
-        ({"is_wanted": False}, False),
         ({"ends": (Cause.KILLED,) * 2}, True),
         ({"ends": (Cause.KILLED,) * 3}, False),
-        ({"ends": (Cause.BAD_NODE,) * 6}, False),
-        ({"ends": (Cause.CANCELLED,)}, False),
         ({"ends": (Cause.INTERRUPTED,) * 50 + (Cause.KILLED,)}, True),
     ],
 )

@@ -6,7 +6,7 @@ from functools import partial
 import pytest
 from fake_slurm import Controller
 from hfprune_launch.slurm import job
-from hfprune_launch.slurm.job import NodeError, Start, rank_environment, require_usable_node
+from hfprune_launch.slurm.job import NodeError, Start, rank_environment
 from made_stages import stage_of
 from ranks import SoloWorld
 
@@ -54,13 +54,6 @@ def test_what_is_missing_is_named(change, message):
         rank_environment(environment)
 
 
-def test_a_node_and_what_it_lacks_are_named(tmp_path):
-    node = {"SLURMD_NODENAME": "n7"}
-    with pytest.raises(NodeError, match=r"node n7 does not see .*file system that all nodes share"):
-        require_usable_node(Store(tmp_path / "elsewhere"), node)
-    require_usable_node(Store(tmp_path), node)
-
-
 STAGE = stage_of("prune", "a 0.2", {"ratio": 0.2}, {"model": Input("digest", "/somewhere")})
 
 
@@ -77,7 +70,7 @@ def attempt(store):
 @pytest.fixture
 def rank(store, attempt, monkeypatch):
     """Rank 0 of a job."""
-    for key, value in {**TASK, "SLURM_PROCID": "0"}.items():
+    for key, value in {**TASK, "SLURM_PROCID": "0", "SLURMD_NODENAME": "n7"}.items():
         monkeypatch.setenv(key, value)
     monkeypatch.setattr(job, "prepare_environment", lambda: None)
     monkeypatch.setattr(os, "environ", dict(os.environ))
@@ -100,7 +93,7 @@ def test_rank_0_says_what_its_node_lacks_where_it_can_record_nothing(rank, store
     shutil.rmtree(store.root)
     assert end_of(rank, monkeypatch, lambda claim: None) == 2
     said = capfd.readouterr().err
-    assert "error: node" in said and f"does not see {store.root}" in said and "Traceback" not in said
+    assert "error: node n7 does not see" in said and "that all nodes share" in said and "Traceback" not in said
     assert not store.root.exists()
 
 
@@ -113,7 +106,8 @@ def test_a_rank_says_which_attempt_failed(rank, store, attempt, monkeypatch):
     assert attempt.runs()[-1].how == "failed"
 
 
-def test_a_job_that_was_taken_for_dead_leaves_the_stage_to_its_successor(rank, store, attempt, monkeypatch):
+@pytest.mark.parametrize("error", [None, FileNotFoundError("partial.safetensors")])
+def test_a_job_that_was_taken_for_dead_leaves_the_stage_to_its_successor(rank, store, attempt, monkeypatch, error):
     successors = []
 
     def suspended(claim):
@@ -121,23 +115,14 @@ def test_a_job_that_was_taken_for_dead_leaves_the_stage_to_its_successor(rank, s
             patch.setattr(claims, "_lives", lambda *_: False)
             successors.append(try_claim(store.work(STAGE.id)))
         successors.append(store.handle(STAGE.id).open_draft(successors[0]))
-        claim.require_held()
-
-    assert end_of(rank, monkeypatch, suspended) == 75
-    assert attempt.runs()[-1].how == "duplicate" and store.handle(STAGE.id).failure() is None
-    assert successors[0].is_held() and successors[1].is_dir()
-
-
-def test_an_error_that_comes_of_a_lost_claim_is_nobodys_failure(rank, store, attempt, monkeypatch):
-    """A successor finishes the stage and removes the work folder while the job still uses it."""
-
-    def finished_by_another(claim):
-        shutil.rmtree(store.work(STAGE.id))
-        raise FileNotFoundError("partial.safetensors")
+        if error is None:
+            claim.require_held()
+        raise error
 
     monkeypatch.setattr(sys, "excepthook", lambda *_: None)
-    assert end_of(rank, monkeypatch, finished_by_another) == 1
-    assert not store.work(STAGE.id).exists() and attempt.runs()[-1].how == "duplicate"
+    assert end_of(rank, monkeypatch, suspended) == (75 if error is None else 1)
+    assert attempt.runs()[-1].how == "duplicate" and store.handle(STAGE.id).failure() is None
+    assert successors[0].is_held() and successors[1].is_dir()
 
 
 def test_a_job_leaves_its_nodes_where_another_process_has_the_stage(rank, store, attempt, monkeypatch):

@@ -50,15 +50,12 @@ def test_environment_and_sbatch_are_merged_key_by_key_and_lists_replaced(tmp_pat
     ("text", "expected"),
     [
         ("partitoin: gpu", ["unknown key 'partitoin'", "did you mean 'partition'", "time_minutes"]),
-        ("stages: {recover: {node: 2}}", ["stages.recover", "unknown key 'node'", "did you mean 'nodes'"]),
         ("stages: {training: {nodes: 2}}", ["stages.training", "importance"]),
         ("memory: 200B", ["memory", "pattern"]),  # nor would sbatch take it
         ("time_minutes: 5\nsignal_seconds: 6000", ["signal_seconds 6000 is more than time_minutes 5"]),
         ("gpus_per_node: 8\ntasks_per_node: 16", ["tasks_per_node 16 is more than gpus_per_node 8"]),
         ("stages: {recover: {sbatch: {mem: 3}}}", ["stages.recover", "mem is not to be given there; a key"]),
-        ("sbatch: {Mem: 7}", ["Mem"]),
         ('sbatch: {comment: "two\\nlines"}', ["sbatch: 'two\\nlines' has a character"]),
-        ("stages: {recover: {sbatch: {cluster: other}}}", ["stages.recover", "SLURM_CLUSTERS"]),
     ],
 )
 def test_mistakes_are_explained(tmp_path, text, expected):
@@ -81,16 +78,19 @@ def test_memory_is_read_as_slurm_reads_it(memory, size):
 
 
 def test_efficiency_is_measured_by_one_rank_on_what_is_asked_for(tmp_path):
-    common = "partition: gpu\nnodes: 2\ntasks_per_node: 8\ngpus_per_node: 8\nconstraint: a100\n"
+    common = "partition: gpu\nnodes: 2\ntasks_per_node: 8\ngpus_per_node: 8\nconstraint: a100\ngpu_type: a100\n"
     efficiency = load_profile(write(tmp_path, common), SHIPPED).resources["efficiency"]
     assert (efficiency.ranks, efficiency.gpus) == (1, 1)
-    assert efficiency.device(3) == "partition gpu, constraint a100, a GPU"
-    typed = load_profile(write(tmp_path, common + "gpu_type: a100\n"), SHIPPED).resources["efficiency"]
-    assert typed.device(3) == "partition gpu, constraint a100, gpu_type a100, a GPU"
-    own = "stages: {efficiency: {constraint: h100, sbatch: {gres: 'gpu:h100:1'}}}\n"
-    other = load_profile(write(tmp_path, common + own), SHIPPED).resources["efficiency"]
-    assert other.device(3) == "partition gpu, constraint h100, gres gpu:h100:1, a GPU"
+    assert efficiency.device(3) == "partition gpu, constraint a100, gpu_type a100, a GPU"
     without = load_profile(write(tmp_path, "cpus_per_task: 4\n"), SHIPPED).resources["efficiency"]
     assert without.gpus == 0 and without.device(3) == "threads: 3"
     with pytest.raises(UserError, match="gpu_type tells of GPUs, but no kind of stage asks for any; set gpus_per_node"):
         load_profile(write(tmp_path, "gpu_type: a100\ngpu_memory_gib: 80\n"), SHIPPED)
+
+
+def test_stages_of_a_job_differ_in_their_time_limits_alone(tmp_path):
+    text = "time_minutes: 5\nstages: {recover: {time_minutes: 9, signal_seconds: 60}, evaluate: {nodes: 2}}\n"
+    profile = load_profile(write(tmp_path, text), SHIPPED)
+    assert profile.allocation("prune/1") == profile.allocation("recover/2") != profile.allocation("evaluate/3")
+    job = profile.of_job(["prune", "recover"])
+    assert (job.time_minutes, job.signal_seconds) == (9, 120)

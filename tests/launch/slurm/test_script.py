@@ -114,7 +114,6 @@ def test_what_may_fail_in_a_setup(run, tmp_path):
             "if false; then",
             "  export NEVER=1",
             "fi",
-            "false || true",
             "[ -n '' ] && echo",
             "export MANY='several\nlines'",
         ]
