@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from fake_slurm import Controller, FakeLauncher, plan_of
+from fake_slurm import Controller, FakeLauncher
 from hfprune_launch import sweep
 from hfprune_launch.local import backend
 from hfprune_launch.slurm import commands as slurm_cli
@@ -21,9 +21,10 @@ from hfprune_launch.stage import run as stage_script
 from made_stages import being_made, stage_of
 from sweeps import make_inputs, results, without_costs
 
+from hfprune_dist.planning.plan import Cell, Plan
 from hfprune_dist.store.artifacts import Store
 from hfprune_dist.store.atomic_files import read_json
-from hfprune_dist.store.attempts import Ledger
+from hfprune_dist.store.attempts import Attempt, Ledger
 from hfprune_dist.store.hashing import FileHashes
 from hfprune_dist.store.stage import Input, Stage
 
@@ -146,7 +147,9 @@ class SlurmSweep(Subject):
 
     SCORES = stage_of("importance", "a", {}, {"model": Input("digest", "/model")})
     PRUNE = stage_of("prune", "a 0.2", {"ratio": 0.2}, {"importance": SCORES.as_input()})
-    PLAN = plan_of(SCORES, PRUNE)
+    EVALUATE = stage_of("evaluate", "a 0.2", {}, {"model": PRUNE.as_input()})
+    ROW = Cell("a 0.2", "a", 0.2, "m", "entropy", "none", (SCORES.id, PRUNE.id), EVALUATE.id)
+    PLAN = Plan({stage.id: stage for stage in (SCORES, PRUNE, EVALUATE)}, (ROW,))  # one job runs the last two
     ROUNDS = 12
 
     def run(self, root: Path, mark: Mark, marks: list) -> dict:
@@ -160,7 +163,7 @@ class SlurmSweep(Subject):
             backend = FakeLauncher(store, self.PLAN)
             backend.step()
             for _ in range(self.ROUNDS):
-                self._refuse_twins(fake)
+                self._refuse_twins(fake, store)
                 self._run_jobs(fake, store, restart=len(marks) > 0)
                 backend.step()
         assert not backend.unsubmitted(), f"stuck: {backend.unsubmitted()}"
@@ -176,23 +179,28 @@ class SlurmSweep(Subject):
 
         slurm_cli._run = marking
 
-    def _refuse_twins(self, fake: Controller) -> None:
-        live = [fake.jobs[job_id].name.split("-")[1] for job_id in fake.live()]
+    def _refuse_twins(self, fake: Controller, store: Store) -> None:
+        names = [fake.jobs[job_id].name for job_id in fake.live()]
+        live = [attempt.intent.stage_id for name in names for attempt in self._attempts(store, name)]
         assert len(live) == len(set(live)), f"two jobs of one stage live: {fake.jobs}"
+
+    def _attempts(self, store: Store, job_name: str) -> list[Attempt]:
+        found = (attempt for stage_id in self.PLAN.stages for attempt in Ledger(store).jobs_of(stage_id))
+        return [attempt for attempt in found if attempt.intent.job_name == job_name]
 
     def _run_jobs(self, fake: Controller, store: Store, restart: bool) -> None:
         for job_id, job in fake.jobs.items():
-            stage = next(stage for stage in self.PLAN.stages.values() if f"-{stage.kind}-" in job.name)
-            if job.state == "PENDING" and all(store.handle(need).verify().state == "done" for need in stage.needs):
-                succeeds = self._run_job(store, stage, job_id, job.name, restart)
+            attempts = self._attempts(store, job.name)
+            stages = [self.PLAN.stages[attempt.intent.stage_id] for attempt in attempts]
+            needs = {need for stage in stages for need in stage.needs} - {stage.id for stage in stages}
+            if job.state == "PENDING" and all(store.handle(need).verify().state == "done" for need in needs):
+                pairs = zip(stages, attempts, strict=True)
+                succeeds = bool(attempts) and all(self._run_stage(store, *pair, job_id, restart) for pair in pairs)
                 fake.set_state(job_id, "COMPLETED" if succeeds else "FAILED")
 
-    def _run_job(self, store: Store, stage: Stage, job_id: str, name: str, restart: bool) -> bool:
+    def _run_stage(self, store: Store, stage: Stage, attempt: Attempt, job_id: str, restart: bool) -> bool:
         """Do what the first rank of a job does."""
         os.environ |= {"SLURM_JOB_ID": job_id, "SLURM_RESTART_COUNT": str(int(restart))}
-        attempt = next((each for each in Ledger(store).jobs_of(stage.id) if each.intent.job_name == name), None)
-        if attempt is None:
-            return False
         reception = Start(store.handle(stage.id), attempt.intent.number)
         answer = reception.ask()
         assert answer in ("run", "done"), answer
