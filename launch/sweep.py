@@ -44,7 +44,7 @@ from hfprune_launch.slurm.status import row_logs
 from hfprune_launch.sweep_folder import configuration, forget_rows, read_sweep
 from rich.console import Console
 
-from hfprune_dist.config.load import parse_assignments, parse_list, parse_ratios
+from hfprune_dist.config.load import parse_assignments
 from hfprune_dist.config.yaml_text import to_yaml
 from hfprune_dist.errors import UserError
 from hfprune_dist.store.attempts import Ledger
@@ -109,12 +109,9 @@ def _cancel(out: Path, console: Console) -> int:
 def overrides_of(arguments: argparse.Namespace) -> dict[str, Any]:
     """Return the flags that are settings as dotted keys; a dedicated flag wins over --set."""
     overrides = parse_assignments(arguments.set)
-    if arguments.models is not None:
-        overrides["models"] = parse_list("--models", ",".join(arguments.models))
-    if arguments.ratios is not None:
-        overrides["ratios"] = parse_ratios(",".join(arguments.ratios))
-    if arguments.methods is not None:
-        overrides["methods"] = parse_list("--methods", ",".join(arguments.methods))
+    for name in ("models", "ratios", "methods"):
+        if (given := getattr(arguments, name)) is not None:
+            overrides[name] = [item for items in given for item in items]
     if arguments.ranks is not None:
         overrides["runtime.ranks"] = arguments.ranks
     return overrides
@@ -139,16 +136,28 @@ def _profile_of(arguments: argparse.Namespace) -> Profile | None:
     return replace(profile, max_running=limit or profile.max_running)
 
 
+def names(text: str) -> list[str]:
+    """Argument type for names with commas between them."""
+    return [name.strip() for name in text.split(",")]
+
+
+def numbers(text: str) -> list[float]:
+    """Argument type for numbers with commas between them."""
+    return [float(number) for number in text.split(",")]
+
+
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = make_parser(__doc__)
 
     def several(flag: str, metavar: str, meaning: str, **more: Any) -> None:
         parser.add_argument(flag, metavar=metavar, action="append", help=meaning, **more)
 
-    several("--models", "A,B", "aliases (configs/models), checkpoint folders, or hub ids (org/name, org/name@revision)")
-    several("--ratios", "R,R", "removed / all parameters of the model, each in (0, 1); default: 0.2,0.3")
+    models = "aliases (configs/models), checkpoint folders, or hub ids (org/name, org/name@revision)"
+    several("--models", "A,B", models, type=names)
+    ratios = "removed / all parameters of the model, each in (0, 1); default: 0.2,0.3"
+    several("--ratios", "R,R", ratios, type=numbers)
     methods = "hfprune,surgeon-plain, which are the published one and ours"
-    several("--methods", "A,B", f"pruning methods (configs/methods) or YAML files; default: {methods}")
+    several("--methods", "A,B", f"pruning methods (configs/methods) or YAML files; default: {methods}", type=names)
     files = "YAML configuration; may be repeated, later files win key by key"
     several("--config", "FILE", files, type=place, default=[])
     values = "set any key, e.g. --set calibration.samples=64 (value in YAML); wins over files"

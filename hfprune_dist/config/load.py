@@ -129,22 +129,6 @@ def parse_assignments(assignments: Iterable[str]) -> dict[str, Any]:
     return merged
 
 
-def parse_list(flag: str, text: str) -> list[str]:
-    """Split a comma-separated flag; an empty list or item is refused."""
-    items = [item.strip() for item in text.split(",")]
-    if not all(items):
-        raise UserError(f"{flag} {text!r}: give one or more values separated by commas, without empty ones")
-    return items
-
-
-def parse_ratios(text: str) -> list[float]:
-    """Read ``--ratios 0.2,0.5``."""
-    try:
-        return [float(item) for item in parse_list("--ratios", text)]
-    except ValueError:
-        raise UserError(f"--ratios {text!r}: give numbers between 0 and 1, e.g. --ratios 0.2,0.5") from None
-
-
 def _merge(base: Mapping[str, Any], update: Mapping[str, Any]) -> dict[str, Any]:
     """Sections key by key; a text's path or data set replaces the one, with its keys, that it had before."""
     replaced: tuple[str, ...] = ()

@@ -35,6 +35,8 @@ def refused(main, *arguments, folders=()):
     [
         # Flags, alone and together.
         ("--ratios=20", "ratios.0: must be less than 1"),
+        ("--ratios=", "invalid numbers value: ''"),
+        ("--models=", "models.0: must have at least 1 character"),
         ("--ratios=0.9", "nearest possible is 0.278"),
         ("--config=nowhere.yaml", "nowhere.yaml: No such file"),
         ("--max-running=3", "--profile"),
