@@ -44,7 +44,6 @@ def refused(main, *arguments, folders=()):
         ("calibration.samples=3", "write --set calibration.samples=3"),
         # Settings.
         ("--set=calibration.path=nowhere.jsonl", "nowhere.jsonl: No such file"),
-        ("--set=recovery.batch_size=5", "recovery.batch_size 5"),
         ("--set=prune.tensor_parallel=3 --methods=surgeon-plain", "tensor_parallel 3; nothing can go"),
         # Names of models and methods.
         ("--models=alhpa", "did you mean 'alpha'?"),
