@@ -19,7 +19,7 @@ from hfprune_dist.distributed.interruption import Interruption
 from hfprune_dist.distributed.world import World
 from hfprune_dist.distributed.zero3 import init_deepspeed
 from hfprune_dist.training.snapshot import Snapshot
-from hfprune_dist.training.trainer import Attempt, FineTuning, fine_tune
+from hfprune_dist.training.trainer import FineTuning, fine_tune
 
 ROWS, TOKENS, STEPS = 8, 24, 3
 
@@ -51,7 +51,7 @@ def train(folder: Path, ranks: int, task: FineTuning) -> tuple[Snapshot, list[in
         with counting_gathers() as gathered:
             noting = SimpleNamespace(update=lambda *_: counts.append(gathered.bytes))
             runtime = RuntimeConfig(collective_timeout_minutes=5, save_every_steps=1)
-            fine_tune(task, Attempt(world, runtime, noting, Interruption(), folder / "snapshot", folder / "run"))
+            fine_tune(task, world, runtime, noting, Interruption(), folder / "snapshot", folder / "run")
         if world.is_first:
             file.write_text(json.dumps(counts))
 

@@ -2,7 +2,7 @@
 
 A tensor's name tells what it is, and its shape confirms it. Names can't tell how the parts work together; that is
 checked when the model runs: each layer against the whole model (``distributed.layer_check``), and the head
-against the model's logits (``models.after_head``).
+against the model's logits (``models.loading.after_head``).
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ from hfprune_dist.distributed.frozen_model import FrozenModel, choose_sharding
 from hfprune_dist.distributed.world import World
 from hfprune_dist.errors import UserError
 from hfprune_dist.kinds.memory import Sizes, whole_forward
-from hfprune_dist.models.after_head import after_head
+from hfprune_dist.models.loading import after_head
 from hfprune_dist.models.single_layer import LayerReader, read_by, run
 from hfprune_dist.store.atomic_files import write_json
 
@@ -71,13 +71,10 @@ def _compare_in_forward(
     reached_BTC, name = reader.embed({0: window_T[None]})[0], "embeddings"
 
     def compare(ours_BTC: Tensor, model_BTC: Tensor) -> None:
-        ours_NC, theirs_NC = (
-            states_BTC.detach().flatten(0, 1).to(device).double() for states_BTC in (ours_BTC, model_BTC)
-        )
+        ours_NC, theirs_NC = (states_BTC.detach().flatten(0, 1).to(device) for states_BTC in (ours_BTC, model_BTC))
         finite_N = theirs_NC.isfinite().all(dim=1)  # other checks report what isn't
         what = f"{family.model_type}: computed alone, {name} depart from the whole model's"
-        error = relative_error(ours_NC[finite_N], theirs_NC[finite_N])
-        refuse_departure(error, TOLERANCES[dtype], what, "it is not supported")
+        refuse_departure(ours_NC[finite_N], theirs_NC[finite_N], dtype, what)
 
     def before(_layer: nn.Module, inputs: tuple[Tensor, ...], options: Mapping[str, Any]) -> None:
         compare(reached_BTC, read_by(inputs, options))
@@ -118,25 +115,25 @@ def check_logits(checkpoint: Checkpoint, model: FrozenModel, window_T: Tensor) -
         ours_NV = after_head(checkpoint)(nn.functional.linear(hidden_NC, weight_VC, bias_V)).float()
     if logits_NV.isfinite().all():  # otherwise the pass itself reports where that begins
         what = f"{checkpoint.path}: logits of {checkpoint.family.model_type} depart from what its head makes"
-        refuse_departure(relative_error(ours_NV, logits_NV), TOLERANCES[hidden_NC.dtype], what, "it is not supported")
+        refuse_departure(ours_NV, logits_NV, hidden_NC.dtype, what)
 
 
-def relative_error(ours_NC: Tensor, theirs_NC: Tensor) -> float:
-    """Root mean square over the rows of |ours - theirs| / |theirs|; 0 without rows."""
-    if not len(theirs_NC):
-        return 0.0
-    ratios_N = (ours_NC - theirs_NC).norm(dim=1) / theirs_NC.norm(dim=1).clamp(min=1e-30)
-    return float(ratios_N.square().mean().sqrt())
-
-
-def refuse_departure(error: float, tolerance: float, what: str, remedy: str) -> None:
+def refuse_departure(
+    ours_NC: Tensor, theirs_NC: Tensor, dtype: torch.dtype, what: str, remedy: str = "it is not supported"
+) -> None:
     """End a pass that doesn't compute what the model does.
 
+    Args:
+        dtype: that both were computed in.
+
     Raises:
-        UserError: if ``error`` is larger than ``tolerance``, or NaN.
+        UserError: if the relative error, as a root mean square over the rows, is more than rounding explains, or NaN.
     """
-    if not error <= tolerance:
+    norms_N = theirs_NC.double().norm(dim=1).clamp(min=1e-30)
+    ratios_N = (ours_NC.double() - theirs_NC.double()).norm(dim=1) / norms_N
+    error = float(ratios_N.square().mean().sqrt()) if len(ratios_N) else 0.0
+    if not error <= TOLERANCES[dtype]:
         raise UserError(
-            f"{what} by {error:.2g} of their size (rounding explains {tolerance:g}). The architecture does more than "
-            f"hfprune_dist/checkpoints/families.py knows, so results would be wrong; {remedy}"
+            f"{what} by {error:.2g} of their size (rounding explains {TOLERANCES[dtype]:g}). The architecture does "
+            f"more than hfprune_dist/checkpoints/families.py knows, so results would be wrong; {remedy}"
         )

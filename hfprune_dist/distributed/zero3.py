@@ -28,14 +28,6 @@ def init_deepspeed(world: World) -> None:
     deepspeed.init_distributed(dist_backend="nccl" if world.device.type == "cuda" else "gloo")
 
 
-def limit_timeouts() -> None:
-    """Give all process groups the timeout that the ranks joined with: DeepSpeed makes some of half an hour."""
-    joined: Any = dist.distributed_c10d._get_default_group()
-    timeout = joined._get_backend(torch.device("cpu")).options._timeout
-    for group in dist.distributed_c10d._world.pg_map:
-        dist.distributed_c10d._set_pg_timeout(timeout, group)
-
-
 def load_frozen(
     checkpoint: Path,
     dtype: torch.dtype,
@@ -67,7 +59,11 @@ def load_frozen(
     model.requires_grad_(False)
     model.config.use_cache = False
     engine, *_ = deepspeed.initialize(model=model, config=config)
-    limit_timeouts()
+    # All process groups get the timeout that the ranks joined with: DeepSpeed makes some of half an hour.
+    joined: Any = dist.distributed_c10d._get_default_group()
+    timeout = joined._get_backend(torch.device("cpu")).options._timeout
+    for group in dist.distributed_c10d._world.pg_map:
+        dist.distributed_c10d._set_pg_timeout(timeout, group)
     module: nn.Module = engine.module
     if dtype != torch.float32:
         keep_float32(module, open_checkpoint(checkpoint), world.device)

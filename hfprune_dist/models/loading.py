@@ -1,4 +1,6 @@
-"""Loading checkpoints, including those with layers of different sizes, without running code from the checkpoint."""
+"""Loading checkpoints, including those with layers of different sizes, without running code from the checkpoint; and
+what their architectures do to logits.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +17,7 @@ from transformers.utils import logging
 
 from hfprune_dist.checkpoints import modeling_pruned
 from hfprune_dist.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from hfprune_dist.core.head import AfterHead
 from hfprune_dist.errors import UserError
 
 # transformers changes process-wide defaults while it makes a model: threads that make models at the same time would
@@ -22,6 +25,10 @@ from hfprune_dist.errors import UserError
 ONE_AT_A_TIME = threading.Lock()
 # Tensors that modules make in float32 in a model of any dtype, without its class saying so (hunyuan_v1_moe).
 _FLOAT32 = ("gate.wg.weight",)
+# Keys by which some architectures change their head's logits -> the neutral value.
+_NEUTRAL = {"logits_scaling": 1.0, "logit_scale": 1.0, "lm_head_multiplier": 1.0, "final_logit_softcapping": None}
+# Architectures that multiply by ``logits_scaling``; others divide by it.
+_MULTIPLYING = ("hyperclovax",)
 
 
 def load_causal_lm(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
@@ -147,3 +154,13 @@ def require_own_weights(checkpoint: Checkpoint) -> None:
         raise UserError(
             f"{checkpoint.path}: transformers would leave out the tensor {name}, which config.json gives no place"
         )
+
+
+def after_head(checkpoint: Checkpoint) -> AfterHead:
+    """What a checkpoint's architecture does to its logits, as far as its config.json tells."""
+    config: Any = AutoConfig.from_pretrained(checkpoint.path).get_text_config()
+    stated: dict[str, Any] = {key: getattr(config, key, None) or neutral for key, neutral in _NEUTRAL.items()}
+    scaling = stated["logits_scaling"]
+    scale = stated["logit_scale"] * stated["lm_head_multiplier"]
+    scale *= scaling if checkpoint.family.model_type in _MULTIPLYING else 1 / scaling
+    return AfterHead(scale, stated["final_logit_softcapping"])

@@ -26,8 +26,7 @@ from hfprune_dist.core.gauss_newton import Biases
 from hfprune_dist.core.head import AfterHead
 from hfprune_dist.core.selection import entries_of
 from hfprune_dist.errors import UserError
-from hfprune_dist.models.after_head import after_head
-from hfprune_dist.models.loading import ONE_AT_A_TIME, attention_of, auto_class, name_outputs, stays_float32
+from hfprune_dist.models.loading import ONE_AT_A_TIME, after_head, attention_of, auto_class, name_outputs, stays_float32
 from hfprune_dist.models.memory_efficient_backward import SILU
 from hfprune_dist.structures.units import Units
 

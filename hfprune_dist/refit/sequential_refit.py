@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from hfprune_dist.core.gauss_newton import MlpWeights
-from hfprune_dist.distributed.layer_check import TOLERANCES, refuse_departure, relative_error
+from hfprune_dist.distributed.layer_check import refuse_departure
 from hfprune_dist.distributed.layer_stream import AfterLayer, LayerStream
 from hfprune_dist.distributed.main_memory import States, to_device, to_host
 from hfprune_dist.distributed.sums import explaining
@@ -120,8 +120,8 @@ class SequentialRefit:
                 f"in layer {number}, the inputs of {units.block.reader} plus the outputs of {units.output} depart from "
                 "the hidden states that follow"
             )
-            error = relative_error(found_NC.double(), streams[place + 1].flatten(0, 1).double())
-            refuse_departure(error, TOLERANCES[after.dtype], what, "a method whose refit is dense or none works")
+            remedy = "a method whose refit is dense or none works"
+            refuse_departure(found_NC, streams[place + 1].flatten(0, 1), after.dtype, what, remedy)
 
     def _fit(self, number: int, layer: nn.Module, dense_layers: Iterator[nn.Module], dropped_after: int) -> None:
         """Fit a layer's blocks, and take the windows of both models past it; rank 0 writes.

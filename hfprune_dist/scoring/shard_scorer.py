@@ -22,8 +22,8 @@ from hfprune_dist.distributed.frozen_model import DecidedSharding, FrozenModel
 from hfprune_dist.distributed.layer_check import check_logits
 from hfprune_dist.distributed.world import World
 from hfprune_dist.errors import UserError
-from hfprune_dist.models.after_head import after_head
 from hfprune_dist.models.experts import see_experts
+from hfprune_dist.models.loading import after_head
 from hfprune_dist.models.memory_efficient_backward import (
     checkpoint_activations,
     keep_no_gathered_weights,

@@ -39,7 +39,7 @@ from hfprune_dist.store.stage import STAGE_VERSIONS
 from hfprune_dist.structures.kept import Kept, Shape
 from hfprune_dist.training.loraprune import UnitMasks
 from hfprune_dist.training.snapshot import Snapshot
-from hfprune_dist.training.trainer import Attempt, FineTuning, fine_tune
+from hfprune_dist.training.trainer import FineTuning, fine_tune
 
 TRACKING = "tracking"  # next to the store: a folder of its own for what each training tells trackers
 LONGEST_TITLE = 96
@@ -57,15 +57,9 @@ def train(context: Context[Any], task: FineTuning, metrics: Mapping[str, Any]) -
     """
     title = re.sub("[^A-Za-z0-9._]+", "-", f"{context.stage.label} {context.stage.kind}")[:LONGEST_TITLE]
     root = context.store.root
-    attempt = Attempt(
-        world=context.world,
-        runtime=context.runtime,
-        progress=context.progress,
-        interruption=context.interruption,
-        snapshot=context.work / "snapshot.safetensors",
-        run_folder=root.parent / TRACKING / f"{title}-{digest_of([context.stage.id, str(root.resolve())])[:8]}",
-    )
-    trained = fine_tune(task, attempt)
+    run_folder = root.parent / TRACKING / f"{title}-{digest_of([context.stage.id, str(root.resolve())])[:8]}"
+    surroundings = context.world, context.runtime, context.progress, context.interruption
+    trained = fine_tune(task, *surroundings, context.work / "snapshot.safetensors", run_folder)
     losses = [line["loss"] for line in trained.losses]
     metrics = {**metrics, "steps": len(losses), "first_loss": losses[0], "final_loss": losses[-1]}
     kept, checkpoint = None, task.checkpoint

@@ -34,7 +34,7 @@ from hfprune_dist.distributed.world import World
 from hfprune_dist.errors import UserError
 from hfprune_dist.kinds.memory import Placement, Sizes
 from hfprune_dist.kinds.training import training_need
-from hfprune_dist.models.after_head import after_head
+from hfprune_dist.models.loading import after_head
 from hfprune_dist.models.memory_efficient_backward import keep_no_gathered_weights
 from hfprune_dist.store.hashing import digest_of
 from hfprune_dist.store.heartbeat import Progress
@@ -79,37 +79,32 @@ class FineTuning:
         return peak * 0.5 * (1.0 + math.cos(math.pi * (step - warmup) / max(1, self.total_steps - warmup)))
 
 
-@dataclass(frozen=True)
-class Attempt:
-    """One attempt at a training, on one rank.
-
-    Attributes:
-        snapshot: file of the newest snapshot, from which the next attempt resumes.
-        run_folder: where trackers that write files put them; its name is that of the run.
-    """
-
-    world: World
-    runtime: RuntimeConfig
-    progress: Progress
-    interruption: Interruption
-    snapshot: Path
-    run_folder: Path
-
-
-def fine_tune(task: FineTuning, attempt: Attempt) -> Snapshot:
+def fine_tune(
+    task: FineTuning,
+    world: World,
+    runtime: RuntimeConfig,
+    progress: Progress,
+    interruption: Interruption,
+    file: Path,
+    run_folder: Path,
+) -> Snapshot:
     """Train from the snapshot of an earlier attempt, if any, to the last step, and return that step's snapshot.
+
+    Args:
+        file: of the newest snapshot.
+        run_folder: where trackers that write files put them; its name is that of the run.
 
     Raises:
         UserError: if the loss or the gradient is no longer finite.
         Interrupted: after a step and its snapshot, if any rank was asked to end early.
     """
-    world, runtime, file, section = attempt.world, attempt.runtime, attempt.snapshot, task.section
+    section = task.section
     start = Snapshot.read(file) if world.on_rank0(lambda: is_usable(file)) else Snapshot()
     if start.step == task.total_steps:
         return start
     training = Training(task, start, world, place_training(task, runtime.sharding, world))
     losses = list(start.losses)
-    with closing(Trackers(runtime.report_to if world.is_first else (), attempt.run_folder)) as trackers:
+    with closing(Trackers(runtime.report_to if world.is_first else (), run_folder)) as trackers:
         for step in range(start.step + 1, task.total_steps + 1):
             values = training.step(step - 1)
             for key, value in values.items():
@@ -121,10 +116,10 @@ def fine_tune(task: FineTuning, attempt: Attempt) -> Snapshot:
             values = {"epoch": round(step / task.schedule.steps_per_epoch, 4), **values}
             losses.append({"step": step, **values})
             trackers.report(values, step)
-            attempt.progress.update(section, step, task.total_steps)
+            progress.update(section, step, task.total_steps)
             if world.is_first:
                 print(f"{section}: step {step}/{task.total_steps}, loss {values['loss']:.4f}", flush=True)
-            interrupted = attempt.interruption.agreed(world)
+            interrupted = interruption.agreed(world)
             if step % runtime.save_every_steps == 0 or step == task.total_steps or interrupted:
                 world.on_rank0(lambda step=step: Snapshot(step, training.state(), losses).save(file))  # type: ignore[misc]
             if interrupted:
@@ -161,12 +156,6 @@ class Training:
         model.train()
         gc.freeze()  # or Python walks all modules and parameters again and again: a seventh of the time on CPU
 
-    @property
-    def _slots(self) -> int:
-        """Places for rows in each optimizer step, equally many on all ranks; a step may leave some free."""
-        at_once = self._task.settings.micro_batch_size * self._world.size
-        return -(-self._task.schedule.largest_step // at_once) * at_once
-
     def step(self, step: int) -> LossLine:
         """Do one optimizer step, counted from 0, and return its mean loss per token and what else is told of it."""
         task, world, rate = self._task, self._world, self._task.learning_rate(step)
@@ -188,10 +177,13 @@ class Training:
         return {"loss": float(loss), "learning_rate": rate, "grad_norm": self._optimizer.step(rate)}
 
     def _micro_batches(self, step: int) -> Iterator[_MicroBatch]:
-        """The micro-batches of an optimizer step on this rank; free places have a row without loss."""
+        """The micro-batches of an optimizer step on this rank, equally many on each; free places have a row without
+        loss.
+        """
         task, at_once = self._task, self._task.settings.micro_batch_size
-        numbers = task.schedule.rows_of(step)
-        for first in range(self._world.rank * at_once, self._slots, self._world.size * at_once):
+        numbers, of_all = task.schedule.rows_of(step), at_once * self._world.size
+        for turn in range(-(-task.schedule.largest_step // of_all)):
+            first = turn * of_all + self._world.rank * at_once
             rows = [
                 task.rows(numbers[slot] if slot < len(numbers) else numbers[0])
                 for slot in range(first, first + at_once)

@@ -20,8 +20,7 @@ from hfprune_dist.checkpoints.checkpoint import open_checkpoint
 from hfprune_dist.checkpoints.pruned_config import is_plain
 from hfprune_dist.core.losses import summed_divergence
 from hfprune_dist.methods import CRITERIA
-from hfprune_dist.models.after_head import after_head
-from hfprune_dist.models.loading import load_causal_lm, require_own_weights
+from hfprune_dist.models.loading import after_head, load_causal_lm, require_own_weights
 from hfprune_dist.scoring.shard_scorer import ShardScorer
 from hfprune_dist.structures.kept import Kept
 from hfprune_dist.structures.score_names import score_name
