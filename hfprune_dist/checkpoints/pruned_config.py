@@ -77,7 +77,11 @@ def pruned_config(checkpoint: Checkpoint, shape: Shape, biased: Iterable[str] = 
         name = checkpoint.family.pruned_class
         classes = {AUTO_CLASS: name, "AutoModel": checkpoint.family.pruned_body}
         auto_map = {auto: f"{MODELING_FILE.stem}.{ours}" for auto, ours in classes.items()}
-        stated |= _heads_for_vllm({field: changed[field] for field in groups.fields if field in changed})
+        if heads := {field: changed[field] for field in groups.fields if field in changed}:
+            # Where vLLM, which makes caches and attention itself, reads how many heads each layer has.
+            rows = enumerate(zip(*heads.values(), strict=True))
+            own = {str(number): dict(zip(heads, row, strict=True)) for number, row in rows}
+            stated |= {PER_LAYER: own, _READ_GLOBALLY: True}
         changed |= {rank_field(projection): list(ranks) for projection, ranks in shape.ranks.items()}
         return stated | {LAYER_SIZES: changed, "architectures": [name], "auto_map": auto_map}
     stated |= {field: max(row) for field, row in changed.items()}
@@ -85,14 +89,6 @@ def pruned_config(checkpoint: Checkpoint, shape: Shape, biased: Iterable[str] = 
         return stated
     kept = {key: value for key, value in stated.items() if key not in _NOT_OF_THE_TWIN}
     return _DEFAULTS_OF_LLAMA | kept | _TWIN_OF_LLAMA | {"transformers_version": _TRANSFORMERS}
-
-
-def _heads_for_vllm(heads: Mapping[str, list[int]]) -> dict[str, Any]:
-    """Where vLLM, which makes caches and attention itself, reads how many heads each layer has."""
-    if not heads:
-        return {}
-    layers = (dict(zip(heads, row, strict=True)) for row in zip(*heads.values(), strict=True))
-    return {PER_LAYER: {str(number): layer for number, layer in enumerate(layers)}, _READ_GLOBALLY: True}
 
 
 def parameters_of_biases(dense: Checkpoint, config: Mapping[str, Any]) -> int:

@@ -29,7 +29,6 @@ class TokenCosts:
     """
 
     parameters: int
-    parameters_without_embeddings: int
     active_parameters: int
     multiplied: int
     query_channels: int
@@ -52,11 +51,10 @@ def token_costs(checkpoint: Checkpoint) -> TokenCosts:
     shapes = {name: info.shape for name, info in checkpoint.tensors.items()}
     of_layers = by_layer(checkpoint.config, shapes, checkpoint.family.layers)
     table = checkpoint.tensors[checkpoint.family.embedding_tensor].numel
-    tables = table if checkpoint.config.get("tie_word_embeddings") else 2 * table
     idle, parameters = _idle(checkpoint), checkpoint.parameters
     in_layers = sum(math.prod(shape) for there in of_layers for shape in there.values())
     channels = zip(*(_channels_of(checkpoint, there) for there in of_layers), strict=True)
-    return TokenCosts(parameters, parameters - tables, parameters - idle, in_layers - idle + table, *map(sum, channels))
+    return TokenCosts(parameters, parameters - idle, in_layers - idle + table, *map(sum, channels))
 
 
 def training_cost(checkpoint: Checkpoint, rows: int, tokens: int) -> dict[str, int]:

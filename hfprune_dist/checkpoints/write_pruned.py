@@ -142,17 +142,13 @@ def write_weight_file(
             new += f".{FACTORS[-1]}" if module in ranks else ""
             made, shape = partial(read, name), info.shape
             if cut is not None:
-                made, shape = partial(_cut, cut, made), cut.shape(shape)
+                made, shape = partial(lambda cut, whole: cut.apply(whole()), cut, made), cut.shape(shape)
             written.append(Written(f"{new}.{part}" if module else named, info, shape, given.get(name, made)))
             bias = f"{module}.bias"
             if part == "weight" and bias in given and bias not in checkpoint.tensors:
                 written.append(Written(f"{new}.bias", info, shape[:1], given[bias]))
         if written:
             _write(written, target / file, stored)
-
-
-def _cut(cut: Cut, read: Callable[[], Tensor]) -> Tensor:
-    return cut.apply(read())
 
 
 def _write(written: Sequence[Written], file: Path, stored: StoredNames) -> None:
@@ -185,7 +181,9 @@ def write_companions(checkpoint: Checkpoint, target: Path, config: Mapping[str, 
             (target / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(checkpoint.path / name, target / name)
     if config["model_type"] != checkpoint.config["model_type"]:
-        _write_tokenizer(checkpoint, target)
+        # For some architectures, transformers makes a tokenizer by rules of its own and takes only the vocabulary from
+        # tokenizer.json; for others, it takes that as it is, and a text would get other ids.
+        AutoTokenizer.from_pretrained(checkpoint.path, trust_remote_code=False).save_pretrained(target)
     stated = {key: value for key, value in checkpoint.config_file(config).items() if needs_ours or key != "auto_map"}
     write_config(stated, target)
     if needs_ours:
@@ -196,12 +194,3 @@ def write_companions(checkpoint: Checkpoint, target: Path, config: Mapping[str, 
         total = sum(info.bytes for info in infos.values())
         weight_map = {name: info.file for name, info in infos.items()}
         write_json(target / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": weight_map})
-
-
-def _write_tokenizer(checkpoint: Checkpoint, target: Path) -> None:
-    """Replace the tokenizer's files with those that transformers saves after loading them.
-
-    For some architectures, transformers makes a tokenizer by rules of its own and takes only the vocabulary from
-    tokenizer.json; for others, it takes tokenizer.json as it is. Without this, a text would get other ids.
-    """
-    AutoTokenizer.from_pretrained(checkpoint.path, trust_remote_code=False).save_pretrained(target)

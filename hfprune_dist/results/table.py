@@ -218,8 +218,8 @@ def _medians(run: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
 def report(rows: Sequence[Row]) -> str:
     """Markdown: what was found, a table of a few columns, and one of all columns, each with notes."""
     few, everything = (markdown(rows, columns(rows, wide)) for wide in (False, True))
-    above, below = _listed(findings(rows)), _listed([*notes(rows), *causes(rows)])
-    return f"{above}\n{few}\n{below}\n## All columns\n\n{everything}\n{_listed(notes(rows, wide=True))}"
+    above, below = (f"{escaped(found)}\n\n" for found in findings(rows)), _listed([*notes(rows), *causes(rows)])
+    return f"{''.join(above)}{few}\n{below}\n## All columns\n\n{everything}\n{_listed(notes(rows, wide=True))}"
 
 
 def _listed(paragraphs: Sequence[str]) -> str:

@@ -83,7 +83,6 @@ def _costs(checkpoint: Checkpoint, params: EfficiencyParameters) -> dict[str, in
     costs = token_costs(checkpoint)
     return {
         "parameters": costs.parameters,
-        "parameters_without_embeddings": costs.parameters_without_embeddings,
         "active_parameters": costs.active_parameters,
         # Without the headers of their files, which a table's size includes.
         "weight_bytes_on_disk": sum(tensor.bytes for tensor in checkpoint.tensors.values()),
