@@ -203,22 +203,24 @@ class Training:
 
     def _loss(self, batch: _MicroBatch) -> Tensor:
         """The sum of a micro-batch's losses."""
+        device, model = self._world.device, self._frozen.module
         tensors = {
-            name: tensor.to(self._world.device, self._dtype if tensor.is_floating_point() else None)
+            name: tensor.to(device, self._dtype if tensor.is_floating_point() else None)
             for name, tensor in batch.tensors.items()
+            if name != "labels"
         }
-        labels_BT, model = tensors.pop("labels"), self._frozen.module
         if self._task.distills:
             dense_BTC, body = tensors.pop(DENSE), self._task.checkpoint.family.body_of(model)
             both = body(**tensors, use_cache=False).last_hidden_state, dense_BTC
             hidden_NC, dense_NC = (states_BTC[: batch.counted].flatten(0, 1) for states_BTC in both)
             with self._frozen.head() as (weight_VC, bias_V):
                 return summed_divergence(hidden_NC, dense_NC, weight_VC, bias_V, self._after)
-        targets_N = nn.functional.pad(labels_BT[:, 1:], (0, 1), value=IGNORED).flatten()
+        # On the host, which would have to wait for a GPU to find them.
+        targets_N = nn.functional.pad(batch.tensors["labels"][:, 1:], (0, 1), value=IGNORED).flatten()
         places_N = (targets_N != IGNORED).nonzero().flatten()
         with self._frozen.head_at(places_N):  # with a cache, transformers would not look for packed examples
             logits_NV = model(**tensors, use_cache=False).logits[0].float()
-        return nn.functional.cross_entropy(logits_NV, targets_N[places_N], reduction="sum")
+        return nn.functional.cross_entropy(logits_NV, targets_N[places_N].to(device), reduction="sum")
 
     def state(self) -> dict[str, Tensor]:
         """A snapshot's tensors, on the CPU."""
