@@ -128,18 +128,19 @@ def _parts_of(text: Path, field: str, cache: Path) -> dict[str, str]:
     its beginning counts.
     """
     documents = read_beginning(read_texts({}, text, field, 0, "--text")).records
-    left, parts = int((1 - HELD_OUT) * sum(map(len, documents))), {"calibration": "", "evaluation.fidelity": ""}
+    left, kept, held_out = int((1 - HELD_OUT) * sum(map(len, documents))), list[str](), list[str]()
     for document in documents:
-        for section, piece in zip(parts, (document[: max(left, 0)], document[max(left, 0) :]), strict=True):
-            parts[section] += json.dumps({"text": piece}) + "\n" if piece else ""
+        cut = max(left, 0)
+        kept.append(document[:cut])
+        held_out.append(document[cut:])
         left -= len(document)
-    at = cache / "texts" / digest_of(documents)[:10]
-    files = {section: at / section / f"{text.stem}.jsonl" for section in parts}  # cards name the file
-    for section, file in files.items():
+    at, overrides = cache / "texts" / digest_of(documents)[:10], dict[str, str]()
+    for section, part in (("calibration", kept), ("evaluation.fidelity", held_out)):
+        file = at / section / f"{text.stem}.jsonl"  # which cards name
         file.parent.mkdir(parents=True, exist_ok=True)
-        write_text(file, parts[section])
-    fields = {f"{section}.text_field": "text" for section in files}
-    return {f"{section}.path": str(file) for section, file in files.items()} | fields
+        write_text(file, "".join(json.dumps({"text": piece}) + "\n" for piece in part if piece))
+        overrides |= {f"{section}.path": str(file), f"{section}.text_field": "text"}
+    return overrides
 
 
 def _write(sweep: Sweep, cell: Cell, out: Path) -> str:
