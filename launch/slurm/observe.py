@@ -15,8 +15,7 @@ from hfprune_dist.store.artifacts import Store
 from hfprune_dist.store.attempts import DONE, Attempt, Ledger
 from hfprune_dist.store.stage import Stage
 
-# Kinds of passes through a dense model, which its rows share.
-PASSES = ("importance", "reference")
+PASSES = ("importance", "reference")  # kinds of passes through a dense model, which its rows share
 
 
 class Observer:

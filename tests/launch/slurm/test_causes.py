@@ -57,7 +57,6 @@ def fail(ledger, cause, message, rank=0):
     [
         ("NODE_FAIL", "None", "bad node"),
         ("CANCELLED", "None", "cancelled"),
-        ("FAILED", "None", "killed"),
         ("FAILED", "BadConstraints", "input"),
         (None, "None", "killed"),
     ],
@@ -172,14 +171,6 @@ def test_what_explains_most_comes_first(ledger, attempt):
     for state, expected, more in added:
         more()
         assert ended(ledger, attempt, state).cause == expected
-
-
-def test_the_end_is_the_last_sign_of_life(ledger, attempt, monkeypatch):
-    started(attempt)
-    monkeypatch.setattr(time, "time", lambda: 1_704_067_210.0)
-    Progress(ledger.store.work(STAGE.id)).update("calibration", 3, 9)
-    monkeypatch.setattr(time, "time", lambda: 1_704_067_400.0)
-    assert ended(ledger, attempt).at == 1_704_067_210.0
 
 
 def test_a_stage_that_its_job_did_not_come_to_was_not_run(ledger, attempt):

@@ -133,16 +133,6 @@ def test_an_intent_that_came_to_nothing_is_submitted_again(fake, store, ledger, 
     assert fake.calls("scancel") == [f"scancel --jobname={attempt.intent.job_name}"] * has_script
 
 
-def test_what_was_finished_while_no_launcher_was_there_has_an_end(fake, store, ledger):
-    started(store)
-    complete(store, SCORES)
-    fake.forget("101")
-    called = len(fake.called)
-    started(store)
-    assert causes(store, SCORES) == ["done"] and causes(store, PRUNES[0]) == [None]
-    assert {call.split()[0] for call in fake.called[called:]} <= {"squeue", "scontrol"}
-
-
 # What is seen of jobs.
 
 
@@ -167,17 +157,6 @@ def test_a_job_that_slurm_has_forgotten_is_over_unless_the_store_shows_that_it_l
     claim.release()
     launcher.step_after(100)
     assert causes(store, SCORES) == ["not run", None]
-
-
-def test_where_the_controller_does_not_answer_nothing_is_over(fake, store):
-    launcher = started(store)
-    fake.forget("101", "102", "103")
-    fake.fail_next("scontrol", *[DOWN] * 50)
-    for _ in range(3):
-        launcher.step_after(200)
-    assert causes(store, SCORES) == [None] and any(
-        "does not answer about it" in message for message in launcher.said("waiting")
-    )
 
 
 def test_a_new_cluster_may_give_an_id_again(fake, store, ledger):
