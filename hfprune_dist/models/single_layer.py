@@ -113,8 +113,8 @@ class LayerReader:
     def _with_weights(self, number: int, weights: Mapping[str, Tensor]) -> nn.Module:
         family = self._checkpoint.family
         body = self._empty(number)
-        body.set_submodule(_within(family.body, family.norm), nn.Identity())
-        body.set_submodule(_within(family.body, family.embedding), nn.Identity())
+        for outside in (family.norm, family.embedding):
+            body.set_submodule(outside.removeprefix(f"{family.body}."), nn.Identity())
         body.load_state_dict({**self._beside(), **weights}, strict=False, assign=True)
         missing = [name for name, parameter in body.named_parameters() if parameter.is_meta]
         assert not missing, f"layer {number}: the checkpoint lacks {missing}"
@@ -152,7 +152,7 @@ class LayerReader:
     def final_norm(self) -> nn.Module:
         """The norm between the last layer and the head."""
         family = self._checkpoint.family
-        return self._alone(0, _within(family.body, family.norm), family.norm)
+        return self._alone(0, family.norm.removeprefix(f"{family.body}."), family.norm)
 
     def norm_in_layer(self, number: int, name: str) -> nn.Module:
         """A norm of a layer, by its name within it."""
@@ -173,8 +173,8 @@ class LayerReader:
 
     def _read_within(self, names: Iterable[str]) -> dict[str, Tensor]:
         """Tensors by their names within the decoder, on the CPU."""
-        body = self._checkpoint.family.body
-        return {_within(body, name): read_tensor(self._checkpoint, name).to(self.dtype) for name in names}
+        prefix = f"{self._checkpoint.family.body}."
+        return {name.removeprefix(prefix): read_tensor(self._checkpoint, name).to(self.dtype) for name in names}
 
     def _read(self, name: str) -> Tensor:
         return read_tensor(self._checkpoint, name).to(self.device, self.dtype)
@@ -207,11 +207,6 @@ def _compute_buffers(model: Any, module: nn.Module) -> None:
             name, empty.fill_(torch.nan) if empty.is_floating_point() else empty, persistent=in_files
         )
     model._init_weights(module)
-
-
-def _within(body: str, name: str) -> str:
-    """A module's name within the decoder."""
-    return name.removeprefix(f"{body}.")
 
 
 @torch.no_grad()
