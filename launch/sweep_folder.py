@@ -35,16 +35,12 @@ LOCK = ".lock"
 
 @dataclass(frozen=True)
 class Sweep:
-    """A sweep's plan, with its store and folder.
-
-    Attributes:
-        dense: model name -> facts of the dense checkpoint; rows can't be collected without them.
-    """
+    """A sweep's plan, with its store and folder."""
 
     plan: Plan
     store: Store
     out: Path
-    dense: Mapping[str, DenseModel] = field(default_factory=dict)
+    dense: Mapping[str, DenseModel] = field(default_factory=dict)  # by model; rows can't be collected without them
 
     def rows(self) -> list[Row]:
         """The rows that the store has for the plan by now."""
@@ -74,10 +70,8 @@ class Sweep:
 
 
 def recorded_sweep(out: Path) -> Sweep | None:
-    """The sweep left by the last run in a folder, with the rows of earlier runs; None if there was no run.
-
-    Raises:
-        UserError: if its record is damaged.
+    """The sweep left by the last run in a folder, with the rows of earlier runs; None if there was no run. A damaged
+    record is a UserError.
     """
     try:
         record = read_json(out / SWEEP_FILE)
@@ -95,11 +89,7 @@ def recorded_sweep(out: Path) -> Sweep | None:
 
 
 def read_sweep(out: Path) -> Sweep:
-    """The sweep left by the last run in a folder.
-
-    Raises:
-        UserError: if the folder is not a sweep's.
-    """
+    """The sweep left by the last run in a folder; raise UserError if the folder is not a sweep's."""
     sweep = recorded_sweep(out)
     if sweep is None:
         raise UserError(f"{out}: no {SWEEP_FILE}; give the folder of a sweep that has been started")
@@ -131,11 +121,7 @@ def record_run(today: Sweep, config: SweepConfig, models: Sequence[ModelSource])
 
 
 def forget_rows(out: Path, labels: Sequence[str]) -> Sweep:
-    """Remove rows from a folder's record; the store stays as it is. Return what is left.
-
-    Raises:
-        UserError: if there is no such row.
-    """
+    """Remove rows from a folder's record, and return what is left; raise UserError if there is no such row."""
     read_sweep(out)  # nothing is written where no sweep has run
     with locked(out / LOCK):
         sweep = read_sweep(out)
@@ -150,11 +136,7 @@ def forget_rows(out: Path, labels: Sequence[str]) -> Sweep:
 
 
 def require_folder(out: Path) -> None:
-    """Check that a folder can be created and written to, as far as that can be seen without writing anything.
-
-    Raises:
-        UserError: if it can't.
-    """
+    """Raise UserError if a folder can't be created or written to, as far as that is seen without writing anything."""
     nearest = next(place for place in (out.absolute(), *out.absolute().parents) if os.path.lexists(place))
     if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
         raise UserError(f"--out {out}: {nearest} is not a folder that can be written to; choose another --out")

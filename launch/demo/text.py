@@ -43,11 +43,7 @@ MARKUP = re.compile(r">>>|::|\.\. |[|`@{}\\]|--")
 
 
 def reference_prose() -> dict[str, list[str]]:
-    """Cut this Python's reference into documents: ``calibration`` and ``heldout``.
-
-    Raises:
-        UserError: if this Python is installed without it.
-    """
+    """Cut this Python's reference into documents, ``calibration`` and ``heldout``; some Pythons lack it."""
     try:
         topics: dict[str, str] = importlib.import_module("pydoc_data.topics").topics
     except ModuleNotFoundError:

@@ -193,11 +193,11 @@ def run_ranks(
     codes: dict[int, int] = {}
     last_signal, deadline = 0, 0.0  # to those that run on although another has failed
     while running:
+        number = 0
         if launcher is None:
             time.sleep(POLL_S)
         elif launcher.poll(POLL_S):
-            launcher = None
-            _signal(running, signal.SIGKILL)
+            launcher, number = None, signal.SIGKILL
         for rank, pid in list(running.items()):
             ended, status = os.waitpid(pid, os.WNOHANG)
             if ended:
@@ -205,16 +205,12 @@ def run_ranks(
                 code = os.waitstatus_to_exitcode(status)
                 codes |= {rank: code} if not last_signal or -code != last_signal else {}
         if any(codes.values()) and time.monotonic() > deadline:
-            last_signal = signal.SIGKILL if last_signal else signal.SIGTERM
+            last_signal = number = signal.SIGKILL if last_signal else signal.SIGTERM
             deadline = time.monotonic() + GRACE_S
-            _signal(running, last_signal)
+        for pid in running.values() if number else ():
+            os.kill(pid, number)  # it has not been waited for, so that the id is still its own
     del store
     return codes
-
-
-def _signal(running: Mapping[int, int], number: int) -> None:
-    for pid in running.values():
-        os.kill(pid, number)  # it has not been waited for, so that the id is still its own
 
 
 def _fork(main: Callable[[], None], environment: Mapping[str, str]) -> int:
