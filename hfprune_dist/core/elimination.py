@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from hfprune_dist.core.gram import UnresolvedError, damped_inverse
+from hfprune_dist.core.portions import wide_dtype
 from hfprune_dist.core.selection import entries_of
 
 # Number of channels, in whole units, removed between two updates of the costs; and number of such updates that are
@@ -63,40 +64,52 @@ def elimination_scores(
 def eliminate(
     gram_DD: Tensor, curvature_CC: Tensor, weight_CD: Tensor, fisher_U: Tensor, block: int | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Remove all units, always the cheapest next; return their order, and the cost of each removal when it happens."""
+    """Remove all units, always the cheapest next; return their order, and the cost of each removal when it happens.
+
+    All is computed in the weight's ``wide_dtype``. What a removal subtracts from a diagonal entry of G^-1 is never more
+    than that entry, so float32 keeps its digits.
+    """
     units, device = len(fisher_U), gram_DD.device
     channels = len(gram_DD) // units
     block = block or max(1, BLOCK // channels)
     if not gram_DD.diagonal().any():  # a silent layer, in which no removal costs anything
         return torch.arange(units, device=device), torch.zeros(units, dtype=gram_DD.dtype, device=device)
+    weight_CD = weight_CD.to(device, wide_dtype(weight_CD.dtype), copy=True)
+    gram_DD, curvature_CC = gram_DD.to(weight_CD), curvature_CC.to(weight_CD)
     inverse = _Shrinking(damped_inverse(gram_DD, RIDGE), channels)
-    weight_CD = weight_CD.to(gram_DD)
-    curvature = _Shrinking(weight_CD.T @ (curvature_CC @ weight_CD), channels)
-    del weight_CD
-    correction_Ucc = _correction(curvature.blocks_Ucc, _diagonal_blocks(gram_DD, channels), fisher_U.to(gram_DD))
+    curved_Ucc = _product_blocks(weight_CD.T, curvature_CC @ weight_CD, channels)  # the units' blocks of W^T F W
+    correction_Ucc = _correction(curved_Ucc, _diagonal_blocks(gram_DD, channels), fisher_U.to(weight_CD))
     left_U = torch.arange(units, device=device)
     gone_U = torch.zeros_like(left_U, dtype=torch.bool)
     order, costs = [], []
     for start in range(0, units, block):
         candidates = (~gone_U).nonzero().flatten()
-        blocks_Ucc = inverse.blocks_Ucc[candidates], curvature.blocks_Ucc[candidates]
-        cost_U = _costs(*blocks_Ucc, correction_Ucc[candidates])
+        cost_U = _costs(*(it[candidates] for it in (inverse.blocks_Ucc, curved_Ucc, correction_Ucc)))
         cheapest = cost_U.sort(stable=True).indices[:block]
         gone = candidates[cheapest]
         order.append(left_U[gone])
         costs.append(cost_U[cheapest])
-        _remove(entries_of(gone, channels), inverse, curvature)
         gone_U[gone] = True
+        gone_B = entries_of(gone, channels)
+        absorbed_BD = inverse.without(gone_B)
+        # The columns that stay become W - W[:, gone] absorbed, W^T F W accordingly.
+        columns_CB = weight_CD.index_select(1, gone_B)
+        curved_BD = (curvature_CC @ columns_CB).T @ weight_CD
+        half_BD = curved_BD - 0.5 * curved_BD[:, gone_B] @ absorbed_BD
+        curved_Ucc -= _product_blocks(torch.cat([absorbed_BD, half_BD]).T, torch.cat([half_BD, absorbed_BD]), channels)
+        weight_CD.addmm_(columns_CB, absorbed_BD, alpha=-1)
         if (start // block + 1) % WAITING == 0:
             stay_S = (~gone_U).nonzero().flatten()
             inverse.keep(stay_S)
-            curvature.keep(stay_S)
-            left_U, correction_Ucc, gone_U = left_U[stay_S], correction_Ucc[stay_S], gone_U[stay_S]
-    return torch.cat(order), torch.cat(costs)
+            weight_CD = weight_CD.index_select(1, entries_of(stay_S, channels))
+            left_U, curved_Ucc, correction_Ucc, gone_U = (
+                it[stay_S] for it in (left_U, curved_Ucc, correction_Ucc, gone_U)
+            )
+    return torch.cat(order), torch.cat(costs).to(fisher_U)
 
 
 class _Shrinking:
-    """A symmetric matrix over the remaining channels, from which products are subtracted a few at a time.
+    """The inverse of G over the remaining channels, from which products are subtracted a few at a time.
 
     Subtracting a product from the whole matrix costs a pass over it, so products are collected first; meanwhile the
     units' blocks on the diagonal are kept up to date, and rows are corrected when they are read.
@@ -108,17 +121,18 @@ class _Shrinking:
         self._matrix_DD = matrix_DD
         self._waiting: list[tuple[Tensor, Tensor]] = []
 
-    def rows(self, indices: Tensor) -> Tensor:
-        """Return some rows in their current state, [len(indices), size]."""
-        rows_BD = self._matrix_DD.index_select(0, indices)
+    def without(self, gone_B: Tensor) -> Tensor:
+        """Make it the inverse of G without some channels; return how the others take over their work [gone, size]."""
+        rows_BD = self._matrix_DD.index_select(0, gone_B)
         for left_DR, right_RD in self._waiting:
-            rows_BD.addmm_(left_DR.index_select(0, indices), right_RD, alpha=-1)
-        return rows_BD
-
-    def subtract(self, left_DR: Tensor, right_RD: Tensor) -> None:
-        """Subtract a product that is symmetric."""
-        self.blocks_Ucc -= _product_blocks(left_DR, right_RD, self._channels)
-        self._waiting.append((left_DR, right_RD))
+            rows_BD.addmm_(left_DR.index_select(0, gone_B), right_RD, alpha=-1)
+        # Block elimination: P - P[:, gone] P[gone, gone]^-1 P[gone, :] is the inverse of G without those removed.
+        absorbed_BD, problem = torch.linalg.solve_ex(rows_BD[:, gone_B], rows_BD)
+        if problem:
+            raise UnresolvedError
+        self.blocks_Ucc -= _product_blocks(absorbed_BD.T, rows_BD, self._channels)
+        self._waiting.append((absorbed_BD.T, rows_BD))
+        return absorbed_BD
 
     def keep(self, stay_S: Tensor) -> None:
         """Drop the units that don't stay, and apply the collected products."""
@@ -129,20 +143,6 @@ class _Shrinking:
         self._matrix_DD = self._matrix_DD.index_select(1, channels).addmm_(left_SR, right_RS, alpha=-1)
         self.blocks_Ucc = self.blocks_Ucc[stay_S]
         self._waiting = []
-
-
-def _remove(gone: Tensor, inverse: _Shrinking, curvature: _Shrinking) -> None:
-    """Update G^-1 and W^T F W for the removal of some channels, whose work the others take over."""
-    # Block elimination: P - P[:, gone] P[gone, gone]^-1 P[gone, :] is the inverse of G without those removed.
-    rows_BD = inverse.rows(gone)
-    absorbed_BD, problem = torch.linalg.solve_ex(rows_BD[:, gone], rows_BD)
-    if problem:
-        raise UnresolvedError
-    inverse.subtract(absorbed_BD.T, rows_BD)
-    # The columns that stay become W - W[:, gone] absorbed, W^T F W accordingly.
-    curved_BD = curvature.rows(gone)
-    half_BD = curved_BD - 0.5 * curved_BD[:, gone] @ absorbed_BD
-    curvature.subtract(torch.cat([absorbed_BD, half_BD]).T, torch.cat([half_BD, absorbed_BD]))
 
 
 def _costs(inverse_Ucc: Tensor, curvature_Ucc: Tensor, correction_Ucc: Tensor) -> Tensor:

@@ -22,6 +22,8 @@ from hfprune_dist.models.single_layer import LayerReader, put_weights, run, weig
 from hfprune_dist.refit.cheap_fits import Scored, cheap_fits
 from hfprune_dist.structures.kept import Kept, Shape
 
+# Tokens of several shapes that pass a layer together.
+AT_ONCE = 2**10
 # What a layer keeps: the number of units of each kind; None if it goes.
 Size = tuple[int, ...] | None
 
@@ -81,7 +83,8 @@ def measure_shapes(
         fitted_on: windows before the first layer, on which output projections are fitted; None to keep their weights.
         stream: the windows before the first layer on which shapes are compared.
     """
-    sizes = [_sizes(shape, kinds, stream.num_layers) for shape in shapes]
+    sizes, device = [_sizes(shape, kinds, stream.num_layers) for shape in shapes], stream.world.device
+    at_once = max(1, AT_ONCE // stream.windows_ST.shape[1])
     # Shapes share their states up to the first layer in which they differ: sizes of the layers so far -> states.
     branches: dict[tuple[Size, ...], States] = {(): stream.states}
     for number, layer in stream.reader.layers(range(stream.num_layers)):
@@ -91,12 +94,14 @@ def measure_shapes(
         advanced = {so_far: branches[so_far[:-1]] for so_far in following if so_far[-1] is None}
         for size in there:
             put_weights(layer, fits[size])
-            for so_far in following:
-                if so_far[-1] == size:
-                    advanced[so_far] = {
-                        index: to_host(run(layer, to_device(hidden_BTC, stream.world.device)))
-                        for index, hidden_BTC in branches[so_far[:-1]].items()
-                    }
+            alike = [so_far for so_far in following if so_far[-1] == size]
+            for start in range(0, len(alike), at_once):
+                some = alike[start : start + at_once]
+                advanced |= {so_far: {} for so_far in some}
+                for index, hidden_BTC in stream.states.items():
+                    entering = torch.cat([to_device(branches[it[:-1]][index], device) for it in some])
+                    for so_far, reached_BTC in zip(some, run(layer, entering).split(len(hidden_BTC)), strict=True):
+                        advanced[so_far][index] = to_host(reached_BTC)
         branches = advanced
         del layer, fits
         after_each(number + 1)

@@ -37,6 +37,8 @@ from hfprune_dist.structures.units import Units
 # Share of what earlier blocks have lost that a block makes up for. That loss is hardly a function of what this block
 # reads, so making up for all of it would fit the calibration windows rather than the model.
 SHARE_MADE_UP = 0.5
+# Tokens on which each layer is checked to be its residual stream plus its blocks.
+TOKENS_CHECKED = 16
 
 
 class SequentialRefit:
@@ -103,14 +105,14 @@ class SequentialRefit:
 
     @torch.no_grad()
     def _require_residual(self, number: int, layer: nn.Module) -> None:
-        """Check, on rank 0's first window, that a layer adds its blocks' outputs to its residual stream as expected.
+        """Check, on rank 0's first tokens, that a layer adds its blocks' outputs to its residual stream as expected.
 
         Raises:
             UserError: if a block does not, e.g. because a norm follows its output projection.
         """
         if 0 not in self._dense.states:
             return
-        hidden_BTC = to_device(self._dense.states[0][:1], self._world.device)
+        hidden_BTC = to_device(self._dense.states[0], self._world.device)[:1, :TOKENS_CHECKED]
         kinds, after = [*self._attention, self._mlp], run(layer, hidden_BTC)
         streams = [*(before_block(layer, units, hidden_BTC) for units in kinds), after]
         for place, units in enumerate(kinds):
