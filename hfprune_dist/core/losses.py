@@ -143,13 +143,14 @@ def summed_divergence(
         return hidden_NC.sum(dtype=wide_dtype(hidden_NC.dtype))
     with torch.no_grad():
         ((loss_N, gradient_NC),) = head_gradients(
-            hidden_NC, weight_VC, bias_V, [_divergence_of_rows], teacher_NC=dense_NC, after=after
+            hidden_NC, weight_VC, bias_V, [divergence_of_rows], teacher_NC=dense_NC, after=after
         )
     divergence: Tensor = _WithGradient.apply(hidden_NC, loss_N.sum(), gradient_NC)  # type: ignore[no-untyped-call]
     return divergence
 
 
-def _divergence_of_rows(rows: Rows) -> tuple[Tensor, Tensor]:
+def divergence_of_rows(rows: Rows) -> tuple[Tensor, Tensor]:
+    """Return the divergence from the dense model at some tokens, and its gradient at the logits."""
     assert rows.teacher_NV is not None
     return distillation_gradient(rows.logits_NV, rows.teacher_NV)
 

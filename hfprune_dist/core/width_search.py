@@ -25,8 +25,6 @@ Measure = Callable[[Sequence[Counts]], Sequence[float]]
 
 # Number of times that shapes around a centre are measured; the steps away from it halve each time.
 ROUNDS = 2
-# Number of calls of ``Measure`` in a search: one per round, and one at the centre after the last round.
-MEASUREMENTS = ROUNDS + 1
 # Sets of removed layers, ascending -> KL divergence from the dense model, nats per token, of the models without them.
 MeasureWithout = Callable[[Sequence[tuple[int, ...]]], Sequence[float]]
 
@@ -129,7 +127,7 @@ class ReweightedShapes:
 
 def search_shapes(reweighted: ReweightedShapes, also: Mapping[str, Counts], measure: Measure) -> Found:
     """Search among shapes from reweighted scores; as measured, never worse than unchanged scores or than further shapes
-    by name (``also``). Measures ``MEASUREMENTS`` times.
+    by name (``also``).
     """
     measured: dict[Counts, float] = {}
     names = {counts: name for name, counts in also.items()}

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections import ChainMap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from operator import getitem
 
 import torch
 from torch import Tensor, nn
@@ -72,11 +74,7 @@ def cheap_fits(
                 name = f"{units.output}.weight"
                 weights[count][name] = fitted_CK.to(weights[count][name])
         of_kinds.append(weights)
-    merged: dict[tuple[int, ...], dict[str, Tensor]] = {size: {} for size in sizes}
-    for size, of_size in merged.items():
-        for count, of_kind in zip(size, of_kinds, strict=True):
-            of_size.update(of_kind[count])
-    return merged
+    return {size: dict(ChainMap(*map(getitem, of_kinds, size))) for size in sizes}
 
 
 def _fitted(

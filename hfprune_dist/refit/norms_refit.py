@@ -19,8 +19,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from hfprune_dist.core.head import Rows, head_gradients
-from hfprune_dist.core.losses import distillation_gradient
+from hfprune_dist.core.head import head_gradients
+from hfprune_dist.core.losses import divergence_of_rows
 from hfprune_dist.core.quasi_newton import QuasiNewton
 from hfprune_dist.distributed.layer_stream import AfterLayer, LayerStream
 from hfprune_dist.distributed.main_memory import States, to_device, to_host
@@ -107,7 +107,7 @@ class NormGradients:
             dense_NC = to_device(self._dense[index], self._device).flatten(0, 1)
             head, hidden_NC = self._head, normed_BTC.flatten(0, 1)
             ((kl_N, slope_NC),) = head_gradients(
-                hidden_NC, head.weight_VC, head.bias_V, [_divergence], dense_NC, after=head.after
+                hidden_NC, head.weight_VC, head.bias_V, [divergence_of_rows], dense_NC, after=head.after
             )
             kl.add_(kl_N.sum(dtype=torch.float64))
             return slope_NC.view_as(normed_BTC)
@@ -166,12 +166,6 @@ class NormGradients:
     def _count(self) -> None:
         self._done += 1
         self._after_each(self._done)
-
-
-def _divergence(rows: Rows) -> tuple[Tensor, Tensor]:
-    """The divergence from the dense model at some tokens, and its gradient at the logits."""
-    assert rows.teacher_NV is not None
-    return distillation_gradient(rows.logits_NV, rows.teacher_NV)
 
 
 def fit_norms(gradients: NormGradients) -> tuple[Tensor, list[float]]:

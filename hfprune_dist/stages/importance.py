@@ -8,12 +8,12 @@ as many threads each, and a resumed stage continues at a shard.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from hfprune_dist.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from hfprune_dist.checkpoints.read_tensors import scored_layer
@@ -31,7 +31,7 @@ from hfprune_dist.data.windows import (
 from hfprune_dist.distributed.frozen_model import choose_sharding
 from hfprune_dist.distributed.interruption import Interrupted
 from hfprune_dist.distributed.layer_stream import LayerStream
-from hfprune_dist.distributed.sums import Grams, explaining, windows_held_out
+from hfprune_dist.distributed.sums import explaining, windows_held_out
 from hfprune_dist.errors import UserError, naming
 from hfprune_dist.kinds.importance import ImportanceParameters
 from hfprune_dist.methods import CRITERIA
@@ -41,7 +41,6 @@ from hfprune_dist.scoring.shard_scorer import GivenStudent, ShardScorer, cut_int
 from hfprune_dist.stages.context import Context as AnyContext
 from hfprune_dist.structures import NEURONS
 from hfprune_dist.structures.score_names import SCORES, score_name, scores_of_layers
-from hfprune_dist.structures.units import Units
 
 Context = AnyContext[ImportanceParameters]
 
@@ -163,60 +162,45 @@ def _score_layers(
     """
     world, kinds = context.world, checkpoint.pruned_kinds(context.params.structures)
     windows, tokens, seed = len(windows_ST), windows_ST.numel(), context.params.seed
+
+    def mean_of(number: int, terms: int, name: str) -> Tensor:
+        return totals.matrix(name, number).div_(terms)
+
     scores: dict[str, Tensor] = {}
     waiting: list[tuple[str, ScoredLayer]] = []
     has_gradients = any(criterion.observes == "weight_gradients" for criterion in criteria)
-    passed: Iterable[Mapping[str, Sequence[Grams]]] = [{}] * checkpoint.num_layers
+    layers: Iterable[tuple[int, nn.Module | None]] = enumerate([None] * checkpoint.num_layers)
     needs_moments = any(criterion.needs_moments for criterion in criteria)
     if needs_moments and inputs_of(kinds[0].kind) not in totals.matrices:
-        passed = _grams_of_layers(context, checkpoint, windows_ST, kinds)
-    for number, grams in enumerate(passed):
+        dtype, size = context.params.dtype, context.params.calibration.micro_batch_size
+        context.check_layers(checkpoint, windows_ST, dtype)
+        stream = LayerStream(checkpoint, windows_ST, getattr(torch, dtype), size, world)
+        layers = stream.reader.layers(range(checkpoint.num_layers))
+    for number, layer in layers:
         turn = number % world.size
+        grams = {} if layer is None else stream.grams(number, layer, kinds, turn)
+        del layer
         if turn == world.rank:
-            gradients = partial(_mean_of, totals, number, windows) if has_gradients else None
+            gradients = partial(mean_of, number, windows) if has_gradients else None
             for units in kinds:
                 kind, moments = units.kind, None
                 if needs_moments:
                     gram_DD = grams[kind][0].whole() if grams else totals.matrix(inputs_of(kind), number)
-                    moments = gram_DD.div_(tokens), _mean_of(totals, number, tokens, kind)
+                    moments = gram_DD.div_(tokens), mean_of(number, tokens, kind)
                 made = scored_layer(checkpoint, units, number, seed, tokens, moments=moments, read_gradient=gradients)
                 waiting.append((kind, made))
         del grams
         if turn == world.size - 1 or number == checkpoint.num_layers - 1:  # ranks score a layer each at the same time
             while waiting:
-                kind, layer = waiting.pop()
+                kind, scored = waiting.pop()
                 for criterion in criteria:
                     if kind in criterion.units:
-                        name = score_name(layer.number, criterion.name, kind)
-                        scores[name] = _score(name, layer, criterion, totals)
+                        name = score_name(scored.number, criterion.name, kind)
+                        scores[name] = _score(name, scored, criterion, totals)
             world.barrier()
+        context.progress.update("scores", number + 1, checkpoint.num_layers)
         context.interruption.stop_if_agreed(world)
     return {name: scores_U for share in world.all_gather(scores) for name, scores_U in share.items()}
-
-
-def _grams_of_layers(
-    context: Context,
-    checkpoint: Checkpoint,
-    windows_ST: Tensor,
-    kinds: Sequence[Units],
-) -> Iterator[Mapping[str, Sequence[Grams]]]:
-    """Yield, layer by layer, the Gram matrices of what its units' outputs are read from, by kind, whole on the rank
-    whose turn the layer is. Collective.
-    """
-    params = context.params
-    context.check_layers(checkpoint, windows_ST, params.dtype)
-    size = params.calibration.micro_batch_size
-    stream = LayerStream(checkpoint, windows_ST, getattr(torch, params.dtype), size, context.world)
-    for number, layer in stream.reader.layers(range(checkpoint.num_layers)):
-        grams = stream.grams(number, layer, kinds, number % context.world.size)
-        del layer
-        yield grams
-        context.progress.update("moments", number + 1, checkpoint.num_layers)
-
-
-def _mean_of(totals: Accumulation, number: int, terms: int, name: str) -> Tensor:
-    """The mean of one of a layer's matrices over windows or tokens: float64, on the device."""
-    return totals.matrix(name, number).div_(terms)
 
 
 def _score(name: str, layer: ScoredLayer, criterion: Criterion, totals: Accumulation) -> Tensor:

@@ -16,7 +16,6 @@ from hfprune_dist.refit.refitted_layers import RefittedLayers
 from hfprune_dist.stages.prune_refit import (
     Context,
     Replacements,
-    pruned_kinds,
     refitted,
     refitted_norms,
     require_norms,
@@ -31,7 +30,7 @@ from hfprune_dist.structures.score_names import SCORES, scores_of_layers
 def run(context: Context) -> None:
     """Write a Hugging Face folder, and ``kept.json``: the units that stayed."""
     checkpoint, params, world = open_checkpoint(context.input_path("model")), context.params, context.world
-    kinds = pruned_kinds(context, checkpoint)
+    kinds = checkpoint.pruned_kinds(params.structures)
     if params.refits_norms:
         require_norms(checkpoint)
     if params.dtype is not None:

@@ -28,20 +28,14 @@ from hfprune_dist.refit.refitted_layers import RefittedLayers
 from hfprune_dist.refit.sequential_refit import SequentialRefit
 from hfprune_dist.stages.context import Context as AnyContext
 from hfprune_dist.structures.kept import Kept
-from hfprune_dist.structures.units import Units
 
 Context = AnyContext[PruneParameters]
 
 # Iterations of Gauss-Newton steps on the windows that aren't held out, and then on all (``Reconstruction.improve``).
-ITERATIONS, QUICK_ITERATIONS = (4, 6), (3, 0)
+ITERATIONS, QUICK_ITERATIONS = (4, 6), (1, 0)
 
 # Name of a tensor of the checkpoint -> function that reads what is written in its place.
 Replacements = Mapping[str, Callable[[], Tensor]]
-
-
-def pruned_kinds(context: Context, checkpoint: Checkpoint) -> list[Units]:
-    """The kinds of units that the stage prunes, the MLP's first."""
-    return checkpoint.pruned_kinds(context.params.structures)
 
 
 def refitted(context: Context, checkpoint: Checkpoint, kept: Kept) -> Replacements:
@@ -50,7 +44,10 @@ def refitted(context: Context, checkpoint: Checkpoint, kept: Kept) -> Replacemen
         return {}
     windows_ST = context.calibration_windows()
     if context.params.refit == "bias":  # those that make up for what goes
-        found, kinds = RefittedLayers(checkpoint, context.work / "biases"), pruned_kinds(context, checkpoint)
+        found, kinds = (
+            RefittedLayers(checkpoint, context.work / "biases"),
+            checkpoint.pruned_kinds(context.params.structures),
+        )
         after_each = context.reporting("biases", checkpoint.num_layers)
         find_biases(kept, kinds, stream_of(context, checkpoint, windows_ST), found, after_each)
         return found.replacements(kept.layers)
@@ -79,7 +76,10 @@ def refit_layers(
         phase: its name in progress reports.
         whole_mlp: whether all weights of an MLP are refitted, not only its output projection.
     """
-    fitted, kinds = RefittedLayers(checkpoint, context.work / folder), pruned_kinds(context, checkpoint)
+    fitted, kinds = (
+        RefittedLayers(checkpoint, context.work / folder),
+        checkpoint.pruned_kinds(context.params.structures),
+    )
     stream, after_each = stream_of(context, checkpoint, windows_ST), context.reporting(phase, checkpoint.num_layers)
     if context.params.refit == "dense":
         refit_on_dense(kept, kinds, stream, fitted, after_each)
@@ -175,13 +175,13 @@ def refitted_norms(
     )
     pruned = PrunedLayers(checkpoint, kept, replacements, stream.reader)
     after_each = context.reporting("norms", 2 * quasi_newton.PASSES * len(kept.layers))
-    gradients, weights = NormGradients(pruned, stream, dense, after_each), dict[str, Tensor]()
+    gradients, weights = NormGradients(pruned, stream, dense, after_each), dict[str, Callable[[], Tensor]]()
     factors_RC, kls = fit_norms(gradients)
     for (norm_name, norm), factors_C in zip(_norms(checkpoint, gradients.norms).items(), factors_RC, strict=True):
         for of_norm, weight_C in with_factors(norm, factors_C).items():
             tensor = f"{norm_name}.{of_norm}"
-            weights[tensor] = as_stored(checkpoint, tensor, weight_C, otherwise="set prune.effort to quick")
-    return _in_memory(weights), {"norms_kl": [kl if math.isfinite(kl) else None for kl in kls]}
+            weights[tensor] = partial(as_stored, checkpoint, tensor, weight_C, otherwise="set prune.effort to quick")
+    return weights, {"norms_kl": [kl if math.isfinite(kl) else None for kl in kls]}
 
 
 def _norms(checkpoint: Checkpoint, of_layers: list[tuple[int, str]]) -> Mapping[str, nn.Module]:
@@ -189,12 +189,3 @@ def _norms(checkpoint: Checkpoint, of_layers: list[tuple[int, str]]) -> Mapping[
     reader, family = LayerReader(checkpoint, torch.float32, torch.device("cpu")), checkpoint.family
     norms = {f"{family.layers}.{number}.{name}": reader.norm_in_layer(number, name) for number, name in of_layers}
     return norms | {family.norm: reader.final_norm()}
-
-
-def _in_memory(tensors: Mapping[str, Tensor]) -> Replacements:
-    """Tensors that are already there, as replacements of those of the same names."""
-    return {name: partial(_given, tensor) for name, tensor in tensors.items()}
-
-
-def _given(tensor: Tensor) -> Tensor:
-    return tensor

@@ -12,7 +12,6 @@ continues with as many layers as it has.
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import cache, partial
@@ -23,7 +22,7 @@ from torch import Tensor
 
 from hfprune_dist.checkpoints.checkpoint import Checkpoint
 from hfprune_dist.core.allocation import EXCHANGE
-from hfprune_dist.core.width_search import MEASUREMENTS, START, Counts, drop_order, search_shapes
+from hfprune_dist.core.width_search import START, Counts, drop_order, search_shapes
 from hfprune_dist.planning.shapes import name_of_plain, numbers_of_groups, shape_for, shapes_for, with_layers
 from hfprune_dist.planning.target import Target
 from hfprune_dist.refit.cheap_fits import Scored, kept_of
@@ -35,7 +34,7 @@ from hfprune_dist.refit.measurement import (
     run_layers,
 )
 from hfprune_dist.stages.contest import Contest, possible
-from hfprune_dist.stages.prune_refit import Context, dense_states, pruned_kinds, refit_layers, stream_of
+from hfprune_dist.stages.prune_refit import Context, dense_states, refit_layers, stream_of
 from hfprune_dist.structures import KV_GROUPS, LAYERS, NEURONS
 from hfprune_dist.structures.kept import Kept, Shape
 
@@ -65,7 +64,7 @@ def decide_shape(
         scores: kind -> scores of each layer's units.
     """
     params = context.params
-    kinds = [Scored(units, scores[units.kind]) for units in pruned_kinds(context, checkpoint)]
+    kinds = [Scored(units, scores[units.kind]) for units in checkpoint.pruned_kinds(params.structures)]
     target = Target.from_settings(checkpoint, params, params.ratio, context.stage.label)
     metrics: dict[str, Any] = {}
     if params.allocation == "plain":
@@ -95,7 +94,6 @@ class _Search:
         self._target = target
         self._refits = context.params.refit != "none"
         self._step = target.step_of_layers * (1 if context.params.is_thorough else 2)
-        self._passes: Counter[str] = Counter()
         windows_ST, (_, size) = context.calibration_windows(), context.params.forward_pass()
         batches = windows_ST.split(size)
         apart = max(1, len(batches) // JUDGED_EVERY)
@@ -117,6 +115,9 @@ class _Search:
         Finalists are that which prunes only MLPs, and the best others.
         """
         num_layers, planned = self._checkpoint.num_layers, shapes_for(self._target)
+        if not self._context.params.is_thorough:  # fewer KV groups than half of them cost too much
+            most = self._target.groups.most
+            planned = [it for it in planned if 2 * it.units[KV_GROUPS][0] > most] or planned
         planned = [it for it in planned if (num_layers - len(it.layers)) % self._step == 0] or planned
         order = self._layers_in_order(num_layers - min(len(shape.layers) for shape in planned))
         shapes, as_planned = [], []
@@ -143,7 +144,7 @@ class _Search:
         order = self._layers_in_order(self._target.most_layers_gone())
         steps = range(0, len(order) + 1, self._step)
         contests = possible([contest.without(order[:gone]) for gone in steps]) or [contest.without(order)]
-        measure = partial(self._kl, phase="search", passes=MEASUREMENTS + (len(contests) > 1))
+        measure = partial(self._kl, phase="search")
         kls: dict[str, float] = {}
         known: dict[Counts, float] = {}
         metrics: dict[str, Any] = {"layers_in_order_of_dropping": order} if order else {}
@@ -174,31 +175,24 @@ class _Search:
                 found[name] = tuple(count for it in self._kinds for count in shape.units[it.units.kind])
         return {name: counts for name, counts in found.items() if contest.allows(counts)}
 
-    def _kl(self, shapes: Sequence[Shape], phase: str, passes: int = 1, *, order_alone: bool = False) -> list[float]:
+    def _kl(self, shapes: Sequence[Shape], phase: str, *, order_alone: bool = False) -> list[float]:
         """The divergence of each shape from the dense model, after a cheap refit if the stage refits at all.
 
         Args:
-            phase: its name in progress reports, of this pass and others, ``passes`` in all.
+            phase: its name in progress reports.
             order_alone: whether it only orders layers, for which few windows without a refit will do.
         """
-        context, checkpoint, is_thorough = self._context, self._checkpoint, self._context.params.is_thorough
-        after_each = context.reporting(phase, passes * checkpoint.num_layers)
-        before = self._passes[phase] * checkpoint.num_layers
-        self._passes[phase] += 1
+        context, checkpoint = self._context, self._checkpoint
         compared_ST, fitted_on = self._compared_ST, None
         if order_alone:
-            compared_ST = compared_ST[:WINDOWS_OF_ORDER, : None if is_thorough else QUICK_TOKENS]
+            compared_ST = compared_ST[:WINDOWS_OF_ORDER, : None if context.params.is_thorough else QUICK_TOKENS]
         elif self._refits:
             fitted_on = stream_of(context, checkpoint, self._fitted_ST)
-        return measure_shapes(
-            shapes,
-            self._kinds,
-            fitted_on,
+        stream, after_each = (
             stream_of(context, checkpoint, compared_ST, 1),
-            self._dense(),
-            lambda done: after_each(before + done),
-            every=EVERY,
+            context.reporting(phase, checkpoint.num_layers),
         )
+        return measure_shapes(shapes, self._kinds, fitted_on, stream, self._dense(), after_each, every=EVERY)
 
     def _layers_in_order(self, count: int) -> list[int]:
         """The ``count`` droppable layers that the model misses least, in the order in which they go."""
@@ -209,7 +203,7 @@ class _Search:
             return Shape(layers, {kind: tuple(row[layer] for layer in layers) for kind, row in counts.items()})
 
         def measure(sets: Sequence[tuple[int, ...]]) -> Sequence[float]:
-            return self._kl([without(gone) for gone in sets], "layers", count, order_alone=True)
+            return self._kl([without(gone) for gone in sets], "layers", order_alone=True)
 
         return drop_order(self._target.droppable, count, measure, CONTENDERS if self._context.params.is_thorough else 0)
 

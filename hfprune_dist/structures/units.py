@@ -10,12 +10,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from hfprune_dist.structures import KV_GROUPS, NEURONS
-
-if TYPE_CHECKING:
-    pass
 
 # Key of config.json for sizes that differ between layers: field -> its value in each layer. It overrides the top level.
 LAYER_SIZES = "layer_sizes"
