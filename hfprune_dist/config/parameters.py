@@ -43,9 +43,9 @@ class StageKind:
 
 
 KINDS = {
-    "importance": StageKind("importance.ImportanceParameters", 8, reproducible=True),
+    "importance": StageKind("importance.ImportanceParameters", 9, reproducible=True),
     "reference": StageKind("reference.ReferenceParameters", 2, reproducible=True),
-    "prune": StageKind("prune.PruneParameters", 5, reproducible=True, cuts=True),
+    "prune": StageKind("prune.PruneParameters", 6, reproducible=True, cuts=True),
     "distill": StageKind("training.DistillParameters", 3),
     "recover": StageKind("training.RecoverParameters", 3, trains_on_pairs=True),
     "evaluate": StageKind("evaluate.EvaluateParameters", 5),

@@ -8,6 +8,7 @@ W' = (E[y h_S^T] + ridge' W_S) (G[S, S] + ridge' I)^-1. No bias or other paramet
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -102,13 +103,11 @@ def best_ridge(fitted: LeastSquares, held_out: LeastSquares, ridges: Sequence[fl
     """
     best: Ridge | None = None
     for ridge in ridges:
-        try:
+        with suppress(UnresolvedError):
             weight_CK = fitted.weight(ridge)
-        except UnresolvedError:
-            continue
-        error = held_out.error(weight_CK)
-        if best is None or error < best.error:
-            best = Ridge(ridge, error, weight_CK)
+            error = held_out.error(weight_CK)
+            if best is None or error < best.error:
+                best = Ridge(ridge, error, weight_CK)
     if best is None:
         raise UnresolvedError
     return best

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -14,24 +13,10 @@ from hfprune_dist.core.memory_limits import KEPT_BYTES
 from hfprune_dist.distributed.main_memory import to_device
 from hfprune_dist.distributed.sums import is_held_out, unusable_activations
 from hfprune_dist.distributed.world import World
+from hfprune_dist.refit.output_refit import Problems, Solution
 
 # Shares of the step that are tried on held-out windows.
 STEP_LENGTHS = (0.0, 1.0, 0.5)
-
-
-@dataclass(frozen=True)
-class Start:
-    """Where a step begins.
-
-    Attributes:
-        weights: of the MLP.
-        hidden_KK: the sum of h h^T [kept, kept] over the tokens that the step is fitted on, where h are activations;
-            those from before an earlier step will do: the sum sets the damping and preconditions the iterations, for
-            which it need not be exact.
-    """
-
-    weights: MlpWeights
-    hidden_KK: Tensor
 
 
 class Reconstruction:
@@ -66,14 +51,18 @@ class Reconstruction:
         self._micro_batches = micro_batches
         self._world = world
 
-    def improve(self, fitted: Start, whole: Start, iterations: int, again: int) -> MlpWeights:
+    def improve(
+        self, rows_KC: tuple[Tensor, ...], solution: Solution, problems: Problems, iterations: int, again: int
+    ) -> MlpWeights:
         """The weights after a step, if it is better on held-out windows, and after another on all windows.
 
         The held-out windows, which the first step hasn't seen, also decide how far both steps go.
 
         Args:
-            fitted: where the first step begins, on the windows that are not held out.
-            whole: the same for all windows; its weights are the result if no step is better.
+            rows_KC: weights of gate and up, or only of up.
+            solution: the down projection by least squares; the result has that for all windows if no step is better.
+            problems: what it solves, with the sums of h h^T over the tokens of each step. They set the damping and
+                precondition the iterations, for which those from before an earlier step will do.
             iterations: of conjugate gradients in the first step; each costs about as much as four forwards of the MLP.
             again: of those in the step that follows on all windows; 0 for the first step alone, from both beginnings.
 
@@ -81,28 +70,30 @@ class Reconstruction:
             UserError: if outputs or targets are NaN or infinite.
             UnresolvedError: if inputs or activations are mostly rounding errors.
         """
+        # Held-out windows judge a step, so the first one begins at weights that haven't seen them.
+        fitted, whole = (MlpWeights(rows_KC, down_CK) for down_CK in solution)
         known = [index for index in self._inputs if not is_held_out(index, self._micro_batches)]
-        step = self._step(fitted, known, iterations)
-        errors = [self._held_out_error(fitted.weights.plus(step, length)) for length in STEP_LENGTHS]
+        step = self._step(fitted, problems.fitted.gram_KK, known, iterations)
+        errors = [self._held_out_error(fitted.plus(step, length)) for length in STEP_LENGTHS]
         if not all(map(math.isfinite, errors)):
             raise unusable_activations(self._number, "values are NaN or infinite")
         length = STEP_LENGTHS[errors.index(min(errors))]
         if not length:
-            return whole.weights
+            return whole
         if not again:
-            return whole.weights.plus(step, length)
-        moved = replace(whole, weights=fitted.weights.plus(step, length))
-        return moved.weights.plus(self._step(moved, list(self._inputs), again), length)
+            return whole.plus(step, length)
+        moved = fitted.plus(step, length)
+        return moved.plus(self._step(moved, problems.whole().gram_KK, list(self._inputs), again), length)
 
-    def _step(self, start: Start, indices: Sequence[int], iterations: int) -> MlpWeights:
+    def _step(self, start: MlpWeights, hidden_KK: Tensor, indices: Sequence[int], iterations: int) -> MlpWeights:
         """A Gauss-Newton step, on some micro-batches of this rank and those of the other ranks."""
-        around = self._around(start.weights, indices)
-        shapes = [it.shape for it in start.weights.tensors()]
-        hidden_size, kept = start.weights.down_CK.shape
-        curvature_shapes = [*([kept] for _ in start.weights.rows_KC), [hidden_size, hidden_size]]
+        around = self._around(start, indices)
+        shapes = [it.shape for it in start.tensors()]
+        hidden_size, kept = start.down_CK.shape
+        curvature_shapes = [*([kept] for _ in start.rows_KC), [hidden_size, hidden_size]]
         *rows_K, inputs_CC = self._sum(curvature_shapes, map(Linearized.curvature, around()))
         (tokens,) = self._sum([[]], ((torch.tensor(len(self._inputs[index])),) for index in indices))
-        curvature = GaussNewtonSums(tuple(rows_K), inputs_CC, start.hidden_KK, int(tokens))
+        curvature = GaussNewtonSums(tuple(rows_K), inputs_CC, hidden_KK, int(tokens))
 
         def product(change: MlpWeights) -> MlpWeights:
             rounded = change.to(self._dtype)

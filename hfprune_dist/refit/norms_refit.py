@@ -27,13 +27,10 @@ from hfprune_dist.distributed.main_memory import States, to_device, to_host
 from hfprune_dist.errors import UserError
 from hfprune_dist.models.norm_factors import multiplying, norms_of_layers
 from hfprune_dist.models.single_layer import part_of, run, run_with_graph
-from hfprune_dist.refit.measurement import PrunedLayers
+from hfprune_dist.refit.measurement import AT_ONCE, PrunedLayers
 
 # Factors are few: more tokens than these would only take time.
 TOKENS = 2**15
-# Micro-batches have at most so many tokens, or one window, whatever calibration has: this refit sees few tokens, which
-# would make few larger ones, and ranks without any would wait for the others.
-AT_ONCE = 2**10
 # A channel that hardly any token uses has hardly any curvature; each gets this share of its norm's mean.
 RIDGE = 0.1
 

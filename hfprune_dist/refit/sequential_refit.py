@@ -8,7 +8,6 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from hfprune_dist.core.gauss_newton import MlpWeights
 from hfprune_dist.distributed.layer_check import refuse_departure
 from hfprune_dist.distributed.layer_stream import AfterLayer, LayerStream
 from hfprune_dist.distributed.main_memory import States, to_device, to_host
@@ -28,7 +27,7 @@ from hfprune_dist.models.single_layer import (
     through_mlp,
     weights_kept,
 )
-from hfprune_dist.refit.gauss_newton_ranks import Reconstruction, Start
+from hfprune_dist.refit.gauss_newton_ranks import Reconstruction
 from hfprune_dist.refit.output_refit import Problems, Solution, TargetSums, solve_together
 from hfprune_dist.refit.refitted_layers import RefittedLayers
 from hfprune_dist.structures.kept import Kept
@@ -220,7 +219,7 @@ class SequentialRefit:
     def _moved(
         self, number: int, layer: nn.Module, solution: Solution, problems: Problems, targets: Mapping[int, Tensor]
     ) -> dict[str, Tensor]:
-        """Gate, up and down after Gauss-Newton steps, the first from a least-squares down on the same windows."""
+        """Gate, up and down after Gauss-Newton steps."""
         norm, rows = norm_before(layer, self._mlp), row_matrices(layer, self._mlp)
         reconstruction = Reconstruction(
             number,
@@ -232,11 +231,8 @@ class SequentialRefit:
             world=self._world,
         )
         rows_KC = tuple(weight.float() for weight in rows)
-        # Held-out windows judge a step, so the first one begins at weights that haven't seen them.
-        fitted = Start(MlpWeights(rows_KC, solution.fitted_CK), problems.fitted.gram_KK)
-        whole = Start(MlpWeights(rows_KC, solution.whole_CK), problems.whole().gram_KK)
         assert self._iterations is not None
         with explaining(number):
-            moved = reconstruction.improve(fitted, whole, *self._iterations)
+            moved = reconstruction.improve(rows_KC, solution, problems, *self._iterations)
         whole_rows = moved.rows_KC if self._mlp.row_parts[0] == 1 else [torch.cat(moved.rows_KC)]  # gate and up are one
         return dict(zip(self._mlp.weights, [*whole_rows, moved.down_CK], strict=True))

@@ -152,10 +152,7 @@ class ShardScorer:
             UserError: if activations or gradients of a layer are NaN or infinite.
         """
         if missing := max(0, forwards - len(micro_batches)):
-            self._score([micro_batches[0]] * missing, counts=False)
-        return self._score(micro_batches, counts=counts)
-
-    def _score(self, micro_batches: Shard, *, counts: bool) -> dict[str, Tensor]:
+            self.score([micro_batches[0]] * missing, counts=False)
         sums = UnitSums(
             self._seen_units,
             self._criteria,
