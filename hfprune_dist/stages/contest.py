@@ -113,13 +113,3 @@ def _comparable(params: PruneParameters, checkpoint: Checkpoint, kinds: Sequence
     per_unit = checkpoint.parameter_counts.units
     sizes = [per_unit[scored.units.kind] / per_unit[NEURONS] for scored in kinds]
     return [[scores_U * size for scores_U in scores] for size, scores in zip(sizes, of_kinds, strict=True)]
-
-
-def possible(contests: Sequence[Contest]) -> list[Contest]:
-    """The contests whose units can make up the ratio; if dropped layers always exceed it, the one with most layers.
-
-    Args:
-        contests: those with most layers first.
-    """
-    enough = [contest for contest in contests if contest.removals <= contest.removable]
-    return [contest for contest in enough if contest.removals >= 0] or enough[:1]

@@ -33,7 +33,7 @@ from hfprune_dist.refit.measurement import (
     measure_shapes,
     run_layers,
 )
-from hfprune_dist.stages.contest import Contest, possible
+from hfprune_dist.stages.contest import Contest
 from hfprune_dist.stages.prune_refit import Context, dense_states, refit_layers, stream_of
 from hfprune_dist.structures import KV_GROUPS, LAYERS, NEURONS
 from hfprune_dist.structures.kept import Kept, Shape
@@ -143,7 +143,10 @@ class _Search:
         """
         order = self._layers_in_order(self._target.most_layers_gone())
         steps = range(0, len(order) + 1, self._step)
-        contests = possible([contest.without(order[:gone]) for gone in steps]) or [contest.without(order)]
+        contests = [contest.without(order[:gone]) for gone in steps]
+        # Those whose units can make up the ratio; if the layers that are gone always exceed it, the one with most.
+        enough = [it for it in contests if it.removals <= it.removable]
+        contests = [it for it in enough if it.removals >= 0] or enough[:1] or [contest.without(order)]
         measure = partial(self._kl, phase="search")
         kls: dict[str, float] = {}
         known: dict[Counts, float] = {}
