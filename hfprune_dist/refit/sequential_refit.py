@@ -135,17 +135,23 @@ class SequentialRefit:
         self._require_residual(number, dense)
         self._dense.advance(partial(before_block, dense, self._mlp))
         for units in self._attention:
-            solution, _ = self._solved(number, layer, units, dense)
+            read: States = {}
+            solution, _ = self._solved(number, layer, units, dense, read=read)
             fitted = {f"{units.output}.weight": solution.whole_CK}
             # As rank 0 will save it; every rank has the same bits to round.
             like = output_of(layer, units).weight
             put_weights(layer, {name: it.to(like) for name, it in self._fitted.rounded(number, fitted).items()})
             tensors |= fitted
+            for index, residual_BTC in self._stream.standing():
+                output_NC = output_of(layer, units)(to_device(read.pop(index), self._world.device))
+                update_BTC = residual_update(layer, units, output_NC).view_as(residual_BTC)
+                self._stream.states[index] = to_host(residual_BTC + update_BTC)
+        if not self._attention:
+            self._stream.advance(partial(before_block, layer, self._mlp))
         self._dense.advance(partial(through_mlp, dense, self._mlp))
         dropped = [next(dense_layers) for _ in range(dropped_after)]
         for gone in dropped:
             self._dense.advance(partial(run, gone))
-        self._stream.advance(partial(before_block, layer, self._mlp))
         targets: States | None = None if self._iterations is None else {}
         solution, problems = self._solved(number, layer, self._mlp, dense, dropped, targets)
         if targets is None:
@@ -164,6 +170,7 @@ class SequentialRefit:
         dense: nn.Module,
         dropped: Sequence[nn.Module] = (),
         targets: States | None = None,
+        read: States | None = None,
     ) -> tuple[Solution, Problems]:
         """Fit an output projection by least squares, so that a block brings the residual stream to that of the dense
         model.
@@ -171,16 +178,19 @@ class SequentialRefit:
         Args:
             dense: the dense model's layer that has this block.
             dropped: layers between the block and where the dense model's windows are.
-            targets: is given the targets of every micro-batch of this rank.
+            targets, read: are given the targets, and what the projection reads, of every micro-batch of this rank.
         """
         sums = TargetSums(number, output_of(layer, units).weight.data, self._stream.micro_batches, self._world)
         for index, residual_BTC in self._stream.standing():
             wanted_BTC = to_device(self._dense.states[index], self._world.device)
             target_NC = self._target(layer, units, dense, dropped, residual_BTC, wanted_BTC)
-            sums.add(index, self._read(layer, units, residual_BTC), target_NC)
+            read_NK = self._read(layer, units, residual_BTC)
+            sums.add(index, read_NK, target_NC)
+            if read is not None:
+                read[index] = to_host(read_NK)
             if targets is not None:
                 targets[index] = to_host(target_NC)
-            del residual_BTC, wanted_BTC, target_NC  # before the next ones are made
+            del residual_BTC, wanted_BTC, target_NC, read_NK  # before the next ones are made
         problems = sums.of_all_ranks()
         with explaining(number):
             return solve_together(problems, self._world), problems
