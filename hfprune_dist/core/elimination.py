@@ -127,6 +127,7 @@ class _Shrinking:
         for left_DR, right_RD in self._waiting:
             rows_BD.addmm_(left_DR.index_select(0, gone_B), right_RD, alpha=-1)
         # Block elimination: P - P[:, gone] P[gone, gone]^-1 P[gone, :] is the inverse of G without those removed.
+        absorbed_BD: Tensor
         absorbed_BD, problem = torch.linalg.solve_ex(rows_BD[:, gone_B], rows_BD)
         if problem:
             raise UnresolvedError

@@ -83,7 +83,10 @@ def measure_shapes(
         fitted_on: windows before the first layer, on which output projections are fitted; None to keep their weights.
         stream: the windows before the first layer on which shapes are compared.
     """
-    sizes, device = [_sizes(shape, kinds, stream.num_layers) for shape in shapes], stream.world.device
+    device, sizes = stream.world.device, list[tuple[Size, ...]]()
+    for shape in shapes:
+        staying = dict(zip(shape.layers, zip(*(shape.units[it.units.kind] for it in kinds), strict=True), strict=True))
+        sizes.append(tuple(staying.get(layer) for layer in range(stream.num_layers)))
     at_once = max(1, AT_ONCE // stream.windows_ST.shape[1])
     # Shapes share their states up to the first layer in which they differ: sizes of the layers so far -> states.
     branches: dict[tuple[Size, ...], States] = {(): stream.states}
@@ -107,12 +110,6 @@ def measure_shapes(
         after_each(number + 1)
     found = dict(zip(branches, mean_divergences(stream, dense, list(branches.values()), every=every), strict=True))
     return [found[it] for it in sizes]
-
-
-def _sizes(shape: Shape, kinds: Sequence[Scored], num_layers: int) -> tuple[Size, ...]:
-    of_kinds = zip(*(shape.units[it.units.kind] for it in kinds), strict=True)
-    staying = dict(zip(shape.layers, of_kinds, strict=True))
-    return tuple(staying.get(layer) for layer in range(num_layers))
 
 
 def mean_divergences(stream: LayerStream, dense: States, models: Sequence[States], *, every: int = 1) -> list[float]:

@@ -11,6 +11,7 @@ time, and the hidden states of its windows before each layer, in main memory.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -78,7 +79,7 @@ class NormGradients:
         self._head = stream.reader.head()
         self._device = stream.world.device
         self._after_each = after_each
-        self._done = 0
+        self._done = itertools.count(1)
         self.shape = len(self.norms) + 1, self._head.weight_VC.shape[1]
 
     def at(self, factors_RC: Tensor) -> Derivatives:
@@ -96,7 +97,7 @@ class NormGradients:
                     outputs[index] = to_host(run(layer, to_device(hidden_BTC, self._device)))
             entering.append(outputs)
             del layer, norms
-            self._count()
+            self._after_each(next(self._done))
         kl = torch.zeros((), dtype=torch.float64, device=self._device)
         sums_2RC = torch.zeros(2, *self.shape, dtype=torch.float64, device=self._device)
 
@@ -119,7 +120,7 @@ class NormGradients:
 
             slopes = self._back(compute, norms, entering.pop(), at_output, factors_RC, sums_2RC)
             del layer, compute, norms
-            self._count()
+            self._after_each(next(self._done))
         for total in (kl, sums_2RC):
             self._stream.world.all_reduce(total)
         tokens = self._stream.windows_ST.numel()
@@ -159,10 +160,6 @@ class NormGradients:
             slopes[index] = to_host(gradient_BTC)
             del input_BTC, output_BTC, reached, gradient_BTC, at_norms, seen
         return slopes
-
-    def _count(self) -> None:
-        self._done += 1
-        self._after_each(self._done)
 
 
 def fit_norms(gradients: NormGradients) -> tuple[Tensor, list[float]]:

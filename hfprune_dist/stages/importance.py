@@ -72,19 +72,18 @@ def run(context: Context) -> None:
 
 def _prepare_windows(context: Context) -> None:
     """Cut the windows into the work folder, unless an earlier attempt has."""
-    if not is_usable(context.work / WINDOWS):
-        save_windows(_cut_windows(context), context.work)
-
-
-def _cut_windows(context: Context) -> Tensor:
+    if is_usable(context.work / WINDOWS):
+        return
     settings = context.params.calibration
     sampling = Sampling(settings.samples, settings.sequence_length, context.params.seed, context.params.add_bos_token)
     tokenizer = load_tokenizer(context.input_path("model"))
     sources = [(it.text.model_dump(), context.own_file(it.role), it.windows) for it in settings.shares()]
     if settings.mixture is None:
-        return read_windows(*sources[0][:2], tokenizer, sampling, "calibration")
-    apart = windows_held_out(settings.samples, settings.micro_batch_size)
-    return read_mixture(sources, tokenizer, sampling, apart, "calibration")
+        windows_ST = read_windows(*sources[0][:2], tokenizer, sampling, "calibration")
+    else:
+        apart = windows_held_out(settings.samples, settings.micro_batch_size)
+        windows_ST = read_mixture(sources, tokenizer, sampling, apart, "calibration")
+    save_windows(windows_ST, context.work)
 
 
 # The pass.
