@@ -105,7 +105,7 @@ def eliminate(
             left_U, curved_Ucc, correction_Ucc, gone_U = (
                 it[stay_S] for it in (left_U, curved_Ucc, correction_Ucc, gone_U)
             )
-    return torch.cat(order), torch.cat(costs).to(fisher_U)
+    return torch.cat(order), torch.cat(costs).double()
 
 
 class _Shrinking:
