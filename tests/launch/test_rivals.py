@@ -146,7 +146,7 @@ def test_loraprune_is_a_row_whose_recovery_is_its_own(recovered):
     card = (folder / "README.md").read_text()
     assert "pruned by the method `loraprune`, while it was fine-tuned with LoRA to recover." in card
     assert "adapter too, of the base model, `alpha`, a local checkpoint, before units were cut" in card
-    assert "calibrated on" not in card and "loss of recovery that prunes" in (recovered / "report.html").read_text()
+    assert "calibrated on" not in card
 
 
 def test_loraprune_alone_needs_no_calibration_and_recovery_none_is_refused(config, tmp_path):
