@@ -56,7 +56,7 @@ def sweeps(draw):
     }
 
 
-@settings(max_examples=300)
+@settings(max_examples=150)
 @given(sweeps(), st.lists(st.sampled_from(["one node", "two nodes"]), min_size=7, max_size=7))
 def test_no_two_jobs_of_a_stage_and_none_of_a_finished_one(states, resources):
     jobs = to_submit(states, lambda stage_id: resources[int(stage_id)])
