@@ -84,7 +84,9 @@ def eliminate(
     order, costs = [], []
     for start in range(0, units, block):
         candidates = (~gone_U).nonzero().flatten()
-        cost_U = _costs(*(it[candidates] for it in (inverse.blocks_Ucc, curved_Ucc, correction_Ucc)))
+        inverse_Ucc, weighed_Ucc = inverse.blocks_Ucc[candidates], curved_Ucc[candidates]
+        corrected_U = _traces(inverse_Ucc, weighed_Ucc + correction_Ucc[candidates])
+        cost_U = 0.5 * torch.maximum(corrected_U, _traces(inverse_Ucc, LEAST_SHARE * weighed_Ucc))
         cheapest = cost_U.sort(stable=True).indices[:block]
         gone = candidates[cheapest]
         order.append(left_U[gone])
@@ -144,12 +146,6 @@ class _Shrinking:
         self._matrix_DD = self._matrix_DD.index_select(1, channels).addmm_(left_SR, right_RS, alpha=-1)
         self.blocks_Ucc = self.blocks_Ucc[stay_S]
         self._waiting = []
-
-
-def _costs(inverse_Ucc: Tensor, curvature_Ucc: Tensor, correction_Ucc: Tensor) -> Tensor:
-    """Return the cost of removing each unit, of which the correction leaves ``LEAST_SHARE`` at least."""
-    corrected_U = _traces(inverse_Ucc, curvature_Ucc + correction_Ucc)
-    return 0.5 * torch.maximum(corrected_U, _traces(inverse_Ucc, LEAST_SHARE * curvature_Ucc))
 
 
 # Blocks of one channel are plain numbers: the only case in most models, and much cheaper without matrix products.

@@ -228,10 +228,8 @@ class _Search:
             always: shapes that become finalists if they are not far from the best.
         """
         closest = min(kls.values())
-        if not self._refits:
-            return min(kls, key=kls.__getitem__), {}
-        if not self._context.params.is_thorough:
-            near = [name for name in kls if kls[name] <= max(closest, NEAR * closest)]
+        if not self._refits or not self._context.params.is_thorough:
+            near = [name for name in kls if kls[name] <= max(closest, NEAR * closest if self._refits else closest)]
             return min(near, key=lambda name: (len(shapes[name].layers), kls[name])), {}
         farthest = max(closest, WORST_FINALIST * closest)  # rounding can make a divergence of zero negative
         competing = [name for name in sorted(kls, key=kls.__getitem__) if kls[name] <= farthest]
