@@ -54,7 +54,7 @@ FINALISTS = 2
 # reversed the order of a small model's shapes where that factor was 1.06 or 1.14, not where it was 1.30, 1.42 or 1.51.
 WORST_FINALIST = 1.25
 # If quick, the shape with the fewest layers is taken among those with up to this many times the least divergence. On a
-# model of 30 layers that lost half, 26 and 22 were at 1.02 and 1.04 after cheap refits, and at 0.86 and 0.82 after others.
+# model of 30 layers that lost half, 26 and 22 came to 1.02 and 1.04 after cheap refits, to 0.86 and 0.82 after others.
 NEAR = 1.05
 
 
