@@ -115,8 +115,8 @@ def attention_of(checkpoint: Checkpoint) -> str:
     kind = getattr(transformers, name, None)
     if kind is None:
         raise UserError(
-            f"{checkpoint.path / 'config.json'}: transformers has no {name}, which architectures names; install a "
-            "version that has it (pip install -U transformers)"
+            f"{checkpoint.path / 'config.json'}: transformers has no {name}, which architectures names; a newer "
+            "version may have it (pip install -U transformers), and code that comes with a checkpoint is not run"
         )
     return "sdpa" if kind._supports_sdpa else "eager"
 

@@ -281,4 +281,6 @@ class _Planner:
         if source.path is None:
             return {}
         file = Path(source.path)
+        if not file.exists():
+            raise UserError(f"{file}: No such file or folder; the settings name it as `path` of a text")
         return {role: Input(identity_of(file, self._hashes), str(file), content="text")}

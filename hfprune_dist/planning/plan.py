@@ -73,8 +73,8 @@ class Plan:
 
     def upstream(self, cell: Cell) -> list[str]:
         """Ids of all stages whose cost a row carries, in order; the evaluation is the last."""
-        evaluate = self.stages[cell.evaluate]
-        return [*dict.fromkeys([*cell.producers, *evaluate.needs, *cell.results])]
+        needs = (need for stage_id in cell.results for need in self.stages[stage_id].needs)
+        return [*dict.fromkeys([*cell.producers, *needs, *cell.results])]
 
     def dense_folder(self, stage: Stage) -> Path:
         """The folder of the user's checkpoint that a stage's model is, or was made from."""
