@@ -2,7 +2,8 @@
 nothing else. The same command goes on where it was interrupted; another ratio uses the scores that are there.
 
 examples:
-  python launch/prune.py runs/demo-assets/llama smaller --ratio 0.3 --text notes.txt
+  python launch/prune.py runs/demo-assets/llama smaller --ratio 0.3 --config configs/demo.yaml
+  python launch/prune.py Qwen/Qwen2.5-0.5B smaller --ratio 0.3 --text notes.txt
   python launch/prune.py Qwen/Qwen2.5-0.5B smaller --ratio 0.2 --recover --set calibration.samples=128
 
 Work is kept in $XDG_CACHE_HOME/hfprune, else ~/.cache/hfprune: a sweep's folder for each model, free to be removed.
@@ -36,7 +37,7 @@ from hfprune_dist.data.text import read_beginning, read_texts
 from hfprune_dist.errors import UserError
 from hfprune_dist.planning.model_sources import resolve_models
 from hfprune_dist.planning.plan import Cell
-from hfprune_dist.results.card import NEEDS_CODE
+from hfprune_dist.results.card import CARD, NEEDS_CODE, Card
 from hfprune_dist.results.checkpoints import CHECKPOINTS, made_checkpoint
 from hfprune_dist.results.metrics import METRICS
 from hfprune_dist.store.atomic_files import fsync_path, write_text
@@ -123,9 +124,9 @@ def prune(
     return out
 
 
-def _parts_of(text: Path, field: str, cache: Path) -> dict[str, str]:
-    """A text as settings: most of it to prune on, its end to compare on, each in a file in the cache. Of a long text,
-    its beginning counts.
+def _parts_of(text: Path, field: str, cache: Path) -> dict[str, str | None]:
+    """A text as settings, in place of others: most of it to prune on, its end to compare on, each in a file in the
+    cache. Of a long text, its beginning counts.
     """
     documents = read_beginning(read_texts({}, text, field, 0, "--text")).records
     left, kept, held_out = int((1 - HELD_OUT) * sum(map(len, documents))), list[str](), list[str]()
@@ -134,9 +135,10 @@ def _parts_of(text: Path, field: str, cache: Path) -> dict[str, str]:
         kept.append(document[:cut])
         held_out.append(document[cut:])
         left -= len(document)
-    at, overrides = cache / "texts" / digest_of(documents)[:10], dict[str, str]()
-    for section, part in (("calibration", kept), ("evaluation.fidelity", held_out)):
-        file = at / section / f"{text.stem}.jsonl"  # which cards name
+    at = cache / "texts" / digest_of(documents)[:10]
+    overrides: dict[str, str | None] = {"calibration.mixture": None, "evaluation.fidelity.texts": None}
+    for section, part, end in (("calibration", kept, ""), ("evaluation.fidelity", held_out, "-end")):
+        file = at / f"{text.stem}{end}.jsonl"  # which cards name
         file.parent.mkdir(parents=True, exist_ok=True)
         write_text(file, "".join(json.dumps({"text": piece}) + "\n" for piece in part if piece))
         overrides |= {f"{section}.path": str(file), f"{section}.text_field": "text"}
@@ -146,12 +148,14 @@ def _parts_of(text: Path, field: str, cache: Path) -> dict[str, str]:
 def _write(sweep: Sweep, cell: Cell, out: Path) -> str:
     """Copy a row's checkpoint, with its card, to a folder that is whole once it has its name; say what it is."""
     update = sweep.write_checkpoints()
-    row = next(row for one, row in zip(sweep.plan.cells, sweep.rows(), strict=True) if one.results == cell.results)
+    rows = dict(zip(sweep.plan.cells, sweep.rows(), strict=True))
+    cell, row = next((one, row) for one, row in rows.items() if one.results == cell.results)
     if not row["checkpoint"].startswith(CHECKPOINTS):
         raise UserError("; ".join(update.remarks))
     new = out.with_name(f".{out.name}.new")
     shutil.rmtree(new, ignore_errors=True)
     shutil.copytree(sweep.out / row["checkpoint"], new)
+    write_text(new / CARD, Card(out.name, cell, rows, sweep.plan, sweep.store, sweep.dense[cell.model]).text())
     for path in (*new.rglob("*"), new):
         fsync_path(path)
     new.replace(out)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import csv
 import io
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import chdir, redirect_stderr, redirect_stdout
 from pathlib import Path
+from typing import Any
 
 import yaml
 from fork_server import forked
@@ -135,6 +137,15 @@ def without_costs(row: dict[str, str]) -> dict[str, str]:
     """Return what two undisturbed sweeps have in common: everything but times and memory."""
     costs = ("own_time_s", "wall_time_s", "peak_memory_bytes")
     return {name: value for name, value in row.items() if name not in costs and not name.endswith("device_hours")}
+
+
+def loaded_by_its_card(checkpoint: Path) -> dict[str, Any]:
+    """Run the lines by which a checkpoint's card loads it, where its folder lies; return what they define."""
+    (lines,) = re.findall(r"```python\n(.*?)```", (checkpoint / "README.md").read_text(), re.DOTALL)
+    defined: dict[str, Any] = {}
+    with chdir(checkpoint.parent):
+        exec(lines, defined)
+    return defined
 
 
 def artifacts(out: Path, kind: str) -> dict[str, bytes]:

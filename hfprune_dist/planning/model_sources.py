@@ -165,8 +165,9 @@ def _hub_model(name: str, hub_id: str, revision: str, spelling: str, *, download
             error, GatedRepoError
         )
         if download or has_no_such:
+            told = " ".join(str(error).split()).rstrip(".")
             raise UserError(
-                f"model {name!r}: {hub_id}@{revision} can't be downloaded: {error}; check the network; for a gated "
+                f"model {name!r}: {hub_id}@{revision} can't be downloaded: {told}; check the network; for a gated "
                 "model, accept its licence on its page and run `hf auth login`"
             ) from None
         folder, is_here, is_known = _folder("unknown", ASSUMED, {SINGLE_FILE: _assumed_header()}), False, False

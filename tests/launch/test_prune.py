@@ -9,12 +9,12 @@ import yaml
 from fork_server import forked
 from hfprune_launch import api, prune
 from ranks import ROOT, surroundings
-from sweeps import in_process
+from sweeps import in_process, loaded_by_its_card
 from tiny import save_tiny, tiny_text, write_documents
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 SMALL = {
-    "calibration": {"samples": 8, "sequence_length": 32, "shard_size": 1},
+    "calibration": {"samples": 8, "sequence_length": 32, "shard_size": 1, "mixture": [{"path": "a"}, {"path": "b"}]},
     "importance": {"dtype": "float32"},
     "evaluation": {"dtype": "float32", "fidelity": {"windows": 4, "sequence_length": 32}},
     "runtime": {"ranks": 1},
@@ -66,14 +66,14 @@ def test_a_checkpoint_is_whole_and_made_once(place, cache, tmp_path):
     given = {"text": place / "notes.txt", "method": "hfprune", "config": [place / "small.yaml"]}
     assert api.prune(place / "alpha", tmp_path / "python", 0.2, **given) == tmp_path / "python"
 
-    moved = shutil.copytree(out, tmp_path / "elsewhere")
+    moved = shutil.copytree(out, tmp_path / "elsewhere" / "smaller")
     files = {str(file.relative_to(out)): file for file in out.rglob("*")}
     assert {"README.md", "config.json", "model.safetensors", "tokenizer.json", "recipe.yaml"} <= files.keys()
     assert not any(file.is_symlink() for file in files.values())
     assert files["model.safetensors"].stat().st_nlink == 1, "not the store's own file"
     for folder in (cache, out, place / "half"):
         shutil.rmtree(folder)
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(moved), AutoTokenizer.from_pretrained(moved)
+    model, tokenizer = map(loaded_by_its_card(moved).get, ("model", "tokenizer"))
     dense = AutoModelForCausalLM.from_pretrained(place / "alpha")
     assert model.num_parameters() == pytest.approx(0.8 * dense.num_parameters(), rel=0.01)
     assert model.generate(**tokenizer("ban der", return_tensors="pt"), max_new_tokens=2).shape[0] == 1

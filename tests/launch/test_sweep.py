@@ -16,7 +16,7 @@ from browser import opened
 from fork_server import forked
 from huggingface_hub import ModelCard
 from ranks import FAULTS, ROOT, killing
-from sweeps import artifacts, command, finish, results, sweep
+from sweeps import artifacts, command, finish, loaded_by_its_card, results, sweep
 from transformers import AutoModelForCausalLM
 
 from hfprune_dist.results.checkpoints import MADE
@@ -149,8 +149,8 @@ def name_of(row):
     return "-".join(filter(None, parts))
 
 
-def test_a_checkpoint_that_was_copied_elsewhere_needs_no_sweep(finished, tmp_path, monkeypatch):
-    """Its adapter is one of the model that the card names, and gives the merged model with it."""
+def test_checkpoints_that_were_copied_elsewhere_load_by_their_cards_and_need_no_sweep(finished, tmp_path):
+    """An adapter is one of the model that the card names, and gives the merged model with it."""
     from peft import PeftModel
 
     name = "alpha-0.2-surgeon-uniform-block-lora"
@@ -158,11 +158,14 @@ def test_a_checkpoint_that_was_copied_elsewhere_needs_no_sweep(finished, tmp_pat
     made = sweep_folder / "store" / json.loads((sweep_folder / "checkpoints" / name / MADE).read_text())["checkpoint"]
     before = json.loads((made / "manifest.json").read_text())["stage"]["inputs"]["model"]["location"]
     base = shutil.copytree(sweep_folder / "store" / before, tmp_path / "b")
-    shutil.copytree(sweep_folder / "checkpoints" / name, tmp_path / "elsewhere", symlinks=True)
+    elsewhere = shutil.copytree(sweep_folder / "checkpoints", tmp_path / "elsewhere", symlinks=True)
     shutil.rmtree(sweep_folder)
-    monkeypatch.chdir(tmp_path)
-    merged = AutoModelForCausalLM.from_pretrained("elsewhere")(tokens).logits
-    adapted = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), "elsewhere/adapter")(tokens).logits
+    named = [folder for folder in elsewhere.iterdir() if folder.is_dir()]
+    loaded = {folder.name: loaded_by_its_card(folder)["model"] for folder in named}
+    assert len(loaded) == 2
+    merged = loaded[name](tokens).logits
+    adapted = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), elsewhere / name / "adapter")
+    adapted = adapted(tokens).logits
     assert torch.allclose(adapted, merged, atol=1e-3)
 
 
@@ -193,7 +196,9 @@ def test_a_model_of_any_shape_is_calibrated_on_two_texts_and_compared_on_two(con
     assert pruned["status"] == "done" and float(pruned["kl"]) > 0
     assert float(pruned["fidelity/other/kl"]) > 0 and "| KL other |" in (tmp_path / "results.md").read_text()
     assert float(pruned["ratio_reached"]) == pytest.approx(0.3, abs=0.002)
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoints" / name_of(pruned), trust_remote_code=True)
+    elsewhere = shutil.copytree(tmp_path / "checkpoints" / name_of(pruned), tmp_path / "elsewhere" / name_of(pruned))
+    shutil.rmtree(tmp_path / "store")
+    model = loaded_by_its_card(elsewhere)["model"]
     assert sum(weight.numel() for weight in model.parameters()) == int(pruned["parameters"])
 
 
