@@ -1,15 +1,19 @@
-"""What READMEs and examples show exists: links, commands, configurations."""
+"""What READMEs and examples show exists, links and configurations too; every command runs, from a fresh clone."""
 
 import argparse
 import contextlib
 import importlib
 import io
+import os
 import re
 import shlex
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import yaml
 from hfprune_launch.project import PROJECT
 from hfprune_launch.slurm.profile import load_profile
 from hfprune_launch.sweep import overrides_of
@@ -166,3 +170,106 @@ def test_commands_in_comments_and_help_texts_exist(file, parsers):
     shown = file.read_text().replace("\\\n#", "").replace(" ...", "").replace(" | --cancel", "")
     lines = [re.split(r"   +", line)[0] for line in re.findall(r"python launch/[^`\n]*", shown)]
     assert list(wrong_commands("```bash\n" + "\n".join(lines) + "\n```", ROOT, parsers)) == []
+
+
+# A stranger's session: each command of all READMEs, in a clone without a cache, with tiny files in the demo's places.
+# A command that isn't named here runs as it is.
+LEFT_OUT = {
+    r"bash (launch/quickstart|tests/run)\.sh": "installs from PyPI; quickstart: test_scripts.py",
+    r"python launch/demo_assets\.py": "takes minutes: test_demo_assets.py",
+    r"pip ": "needs PyPI; the wheel: launch/test_wheel.py",
+    r"hf ": "needs the hub",
+    r"slurm/cluster\.sh|.*--profile local-cluster": "needs root: slurm",
+    r".*paper\.yaml --status": "follows a submission: slurm",
+    r"python launch/compare\.py": "needs hours of sweeps: results/test_comparison.py",
+}
+DRY = r"sweep\b.*(paper\.yaml|runs/rivals|fidelity\.yaml|Qwen/)"  # needs hours, GPUs, a cluster or the hub
+LITTLE = ["calibration.samples=4", "calibration.sequence_length=64", "prune.effort=quick"]
+LITTLE += ["evaluation.fidelity.windows=2", "evaluation.fidelity.sequence_length=64"]
+
+
+def shown_commands():
+    """Return each line of all READMEs' shell blocks once, in a reader's order; loops as their first round."""
+    readers_order = sorted(READMES, key=lambda readme: (readme.parent != ROOT, readme.parent != ROOT / "launch"))
+    bodies = [body for readme in readers_order for body in blocks_of(readme.read_text(), "bash")]
+    joined = "".join(bodies).replace("\\\n", " ").replace("$seed", "0")
+    lines = [re.split(r"(?:^|\s+)#", line.strip())[0] for line in joined.splitlines()]
+    loop = re.compile(r"for \w+ in .*; do|done|")
+    return [" ".join(line.split()) for line in dict.fromkeys(lines) if not loop.fullmatch(line)]
+
+
+def is_left_out(command):
+    return any(re.match(pattern, command) for pattern in LEFT_OUT)
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory):
+    """A clone as git has it, with an environment of its own, and what its READMEs say that the reader brings."""
+    from sweeps import TASK  # torch takes seconds to import
+    from tiny import save_tiny, tiny_text, write_documents, write_pairs
+
+    clone = tmp_path_factory.mktemp("stranger") / "clone"
+    listed = subprocess.check_output(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, text=True).splitlines()
+    for name in filter(lambda name: (ROOT / name).is_file(), listed):
+        (clone / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, clone / name)
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", clone / ".venv"], check=True)
+    (packages,) = (clone / ".venv" / "lib").glob("python*/site-packages")
+    (packages / "hfprune_launch").symlink_to(clone / "launch")
+    (packages / "clone.pth").write_text(f"{clone}\n{Path(yaml.__file__).parents[1]}\n")
+    program = clone / ".venv" / "bin" / "hfprune"
+    program.write_text(
+        f"#!{program.with_name('python')}\nfrom hfprune_launch.hfprune import main\n\nraise SystemExit(main())"
+    )
+    program.chmod(0o755)
+
+    assets = clone / "runs" / "demo-assets"
+    for name, variant in (("llama", "llama"), ("qwen", "qwen2")):
+        save_tiny(assets / name, variant, num_hidden_layers=4, intermediate_size=192, max_position_embeddings=1024)
+    for seed, part in enumerate(("text/calibration", "text/heldout", "papers/calibration", "papers/heldout")):
+        (assets / part).parent.mkdir(exist_ok=True)
+        write_documents((assets / part).with_suffix(".jsonl"), count=40, words=100, seed=seed)
+    write_pairs(assets / "instructions.jsonl")
+    (assets / "tasks").mkdir()
+    data = assets / "tasks" / "choice.jsonl"
+    data.write_text('{"question": "ban der", "choices": ["kin", "gos t"], "answer": 1}\n' * 4)
+    for name in ("demo_continuation", "demo_docstring"):
+        (assets / "tasks" / f"{name}.yaml").write_text(TASK.format(data=data).replace("tiny_choice", name))
+    for file in ("notes.txt", "TEXT.jsonl", "OTHER.jsonl"):
+        (clone / file).write_text(f'{{"text": "{tiny_text(600, seed=0)}"}}\n')
+    for readme in READMES:
+        for body in blocks_of(readme.read_text(), "yaml"):
+            name = re.match(r"# ([\w-]+\.yaml)|", body)[1] or "my.yaml"
+            (clone / name).write_text(body)
+    for config in (clone / "my.yaml", clone / "configs" / "demo.yaml"):  # tokens are bytes here
+        config.write_text(config.read_text().replace("sequence_length: 128", "sequence_length: 320"))
+    return clone
+
+
+def run_as_shown(clone, command, language="bash"):
+    usual = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HFPRUNE_", "PYTHON"))}
+    bare = {"HF_HUB_OFFLINE": "1", "HF_HOME": f"{clone}/../hub", "XDG_CACHE_HOME": f"{clone}/../cache"}
+    bare |= {"PATH": f"{clone}/.venv/bin:{usual['PATH']}", "OMP_NUM_THREADS": "1", "COLUMNS": "100"}
+    ended = subprocess.run([language, "-c", command], cwd=clone, env=usual | bare, capture_output=True, text=True)
+    assert ended.returncode == 0, f"{command}\n{ended.stdout[-2000:]}{ended.stderr[-2000:]}"
+
+
+def test_sweeps_that_readmes_show_can_be_planned_from_a_fresh_clone(clone):
+    left_out = [pattern for pattern in LEFT_OUT if not any(re.match(pattern, command) for command in shown_commands())]
+    assert left_out == [], "shown no longer"
+    run_as_shown(clone, "cp slurm/profiles/example-gpu.yaml mine.yaml")
+    for command in shown_commands():
+        if re.search(DRY, command) and not is_left_out(command):
+            run_as_shown(clone, f"{command.removesuffix('--dry-run')} --dry-run")
+
+
+@pytest.mark.slow
+@pytest.mark.thorough
+def test_every_command_that_a_readme_shows_runs_in_a_fresh_clone(clone):
+    for command in shown_commands():
+        little = [word for key in LITTLE for word in ("--set", key)] if "prune.py" in command else []
+        if not is_left_out(command) and not re.search(DRY, command):
+            run_as_shown(clone, " ".join([command, *little]))
+    for readme in READMES:
+        for body in blocks_of(readme.read_text(), "py"):
+            run_as_shown(clone, body, "python")
