@@ -28,14 +28,20 @@ from hfprune_dist.structures.low_rank import linear_modules
 from hfprune_dist.structures.units import LAYER_SIZES, OUTPUT_BIASES, Units
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
-TOKENIZER_PATTERNS = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt")
+TOKENIZER_PATTERNS = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "chat_template*",
+)
 # Small files that make a checkpoint complete; they are part of its identity and travel with every pruned copy. The last
 # ones say how images become tokens.
 COMPANION_PATTERNS = (
     "config.json",
     "generation_config.json",
     *TOKENIZER_PATTERNS,
-    "chat_template*",
     "modeling_pruned.py",
     "*processor_config.json",
 )

@@ -138,4 +138,6 @@ def test_stages_of_a_store_share_rows_of_the_same_pairs_length_and_tokenizer(tmp
     file = tmp_path / "source" / "model" / "tokenizer_config.json"
     file.write_text(file.read_text() + " ")
     files.add(prepare_rows(store, make_stage(tmp_path / "source")))
-    assert len(files - {first}) == 4 and len(made) == 5
+    (tmp_path / "source" / "model" / "chat_template.jinja").write_text("{{ messages }}")
+    files.add(prepare_rows(store, make_stage(tmp_path / "source")))
+    assert len(files - {first}) == 5 and len(made) == 6
