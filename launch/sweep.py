@@ -139,7 +139,10 @@ def names(text: str) -> list[str]:
 
 def numbers(text: str) -> list[float]:
     """Argument type for numbers with commas between them."""
-    return [float(number) for number in text.split(",")]
+    try:
+        return [float(number) for number in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}: give numbers between 0 and 1, e.g. --ratios 0.2,0.5") from None
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -82,7 +82,7 @@ def _explain(schema: type[BaseModel], raw: Mapping[str, Any], problem: Mapping[s
         return f"{key}: {message}" if key else message
     message = re.sub("^(Input|String|List) should ", "must ", problem["msg"])
     message = re.sub("a valid dictionary( or instance of .*)?", "a section", message)
-    message = message.replace("a valid integer", "a whole number")
+    message = message.replace("a valid integer", "a whole number").replace(" after validation", "")
     return f"{key}: {message} (got {as_written(problem['input'])})"
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from math import ceil
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from hfprune_dist.config.section import Dtype, Length, Name, NonNegative, Positive, Section, TextSource
 
@@ -78,6 +78,12 @@ class RecoveryConfig(TextSource, LoraTraining):
     """Passes over the packed rows."""
     max_steps: Positive | None = None
     """Number of optimizer steps after which training stops; overrides epochs."""
+
+    @model_validator(mode="after")
+    def _has_two_fields(self) -> RecoveryConfig:
+        if self.instruction_field == self.response_field:
+            raise ValueError(f"instruction_field and response_field are both {self.response_field!r}")
+        return self
 
     def steps(self, steps_per_epoch: int) -> int:
         """Number of optimizer steps: ``max_steps``, or the fewest that are at least ``epochs``."""

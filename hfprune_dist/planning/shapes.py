@@ -83,6 +83,9 @@ def shapes_for(target: Target) -> list[Shape]:
         largest = target.counts.ratio(target.smallest()) if target.splits_groups else 0.0
         if target.ratio > largest:
             raise target.out_of_reach(largest)
+        least = target.least_removals()
+        if 2 * target.removals < least:
+            raise target.out_of_reach(least / target.counts.total)
         return []
     found = [near for line in _lines(target) if (near := nearest(target, line)) is not None]
     fitting = [near.shape for near in found if near.fits]

@@ -127,6 +127,19 @@ class Target:
         pairs = enumerate(zip(fewest, counts, strict=True))
         return tuple(min(pair) if layer in self.pruned_layers else pair[1] for layer, pair in pairs)
 
+    def least_removals(self) -> int:
+        """The fewest parameters that can go where layers compete; 0 if only whole layers can."""
+        steps = {KV_GROUPS: self.tensor_parallel, NEURONS: self.multiple_of}
+        return min(
+            (
+                self.counts.units[kind] * (count - (count - 1) // steps[kind] * steps[kind])
+                for kind in UNITS
+                for count, fewest in zip(self.dense.structures[kind].counts, self.fewest(kind), strict=True)
+                if fewest < count
+            ),
+            default=0,
+        )
+
     def plain_groups(self) -> list[int]:
         """The numbers of KV groups that all layers of a plain checkpoint may have, ascending."""
         return [count for count in plain_group_counts(self.dense) if count % self.tensor_parallel == 0]
@@ -151,6 +164,11 @@ class Target:
         told = f" with {', '.join(f'{name} {getattr(self, name)}' for name in bounds)}" if bounds else ""
         # Rounded down, so that it can be reached.
         possible = f"the nearest possible is {int(nearest * 1e6) / 1e6:g}" if nearest else "nothing can go"
+        if not nearest and not self.splits_groups and not (self.allocation == "plain" and self.plain_groups()):
+            possible = (
+                f"tensor_parallel {self.tensor_parallel} doesn't divide the number of KV groups of every layer; the "
+                f"largest that does is {gcd(*self.groups.counts)}"
+            )
         return UserError(
             f"{self.where}: ratio {self.ratio:g} can't be reached by pruning {', '.join(self.structures)}{told}; "
             f"{possible}"

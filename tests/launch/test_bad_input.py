@@ -35,7 +35,7 @@ def refused(main, *arguments, folders=()):
     [
         # Flags, alone and together.
         ("--ratios=20", "ratios.0: must be less than 1"),
-        ("--ratios=", "invalid numbers value: ''"),
+        ("--ratios=0.2,", "'0.2,': give numbers between 0 and 1"),
         ("--models=", "models.0: must have at least 1 character"),
         ("--ratios=0.9", "nearest possible is 0.278"),
         ("--config=nowhere.yaml", "nowhere.yaml: No such file"),
@@ -44,7 +44,11 @@ def refused(main, *arguments, folders=()):
         ("calibration.samples=3", "write --set calibration.samples=3"),
         # Settings.
         ("--set=calibration.path=nowhere.jsonl", "nowhere.jsonl: No such file"),
-        ("--set=prune.tensor_parallel=3 --methods=surgeon-plain", "tensor_parallel 3; nothing can go"),
+        (
+            "--set=prune.tensor_parallel=3 --methods=surgeon-plain",
+            "tensor_parallel 3; tensor_parallel 3 doesn't divide",
+        ),
+        ("--set=recovery.response_field=instruction", "instruction_field and response_field are both 'instruction'"),
         # Names of models and methods.
         ("--models=alhpa", "did you mean 'alpha'?"),
         ("--models=alpha,{inputs}/alpha", "two models are called 'alpha'"),

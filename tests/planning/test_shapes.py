@@ -144,7 +144,9 @@ def test_what_a_message_calls_possible_is_possible(drawn):
     try:
         shapes_for(target)
     except UserError as error:
-        told = re.search(r"nearest possible is ([\d.e-]+)$|; (nothing can go)$", str(error))
+        told = re.search(
+            r"nearest possible is ([\d.e-]+)$|; (nothing can go|the largest that does is \d+)$", str(error)
+        )
         if told[1]:
             shapes_for(replace(target, ratio=float(told[1])))
         else:
@@ -195,11 +197,18 @@ def test_shapes_of_smollm2():
         (smol(0.7), "0.7 can't be reached by pruning neurons; the nearest possible is 0.5915[0-9]*"),
         (smol(0.9, "plain", ALL), "pruning neurons, kv_groups, layers; the nearest possible is 0.7452[0-9]*"),
         (smol(0.01, "plain", ALL, tensor_parallel=2), "with tensor_parallel 2; the nearest possible is 0.065772"),
-        (smol(0.2, "plain", ALL, tensor_parallel=4), "with tensor_parallel 4; nothing can go"),
-        (smol(0.2, "local", BOTH, tensor_parallel=2, protect_first=1), "with tensor_parallel 2, .*; nothing can go"),
+        (
+            smol(0.2, "plain", ALL, tensor_parallel=4),
+            "with tensor_parallel 4; .* doesn't divide .*; the largest that does is 3",
+        ),
+        (
+            smol(0.2, "local", BOTH, tensor_parallel=2, protect_first=1),
+            "with tensor_parallel 2, .*; the largest that does is 3",
+        ),
         (smol(0.2, multiple_of=2048), "with multiple_of 2048; nothing can go"),
         (smol(0.2, "local", BOTH, protect_first=2**31, protect_last=3), "protect_first 2147483648, .*; nothing can go"),
         (smol(0.9, "searched", ALL, floor=0.5), "layers with floor 0.5; the nearest possible is 0.548188"),
+        (smol(1e-6, "global"), "neurons; the nearest possible is 1.2e-05"),
     ],
 )
 def test_what_can_not_be_is_one_message(target, told):
