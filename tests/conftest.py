@@ -29,7 +29,6 @@ LONG = [
     "checkpoints/test_experts.py",
     "scoring",
     "training",
-    "structures/test_pairs.py",
 ]
 # How long an example takes depends only on the machine; what is drawn depends only on the test.
 settings.register_profile("repeatable", parent=settings.default, deadline=None, derandomize=True)

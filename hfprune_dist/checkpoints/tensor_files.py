@@ -96,11 +96,11 @@ class SavedLayers:
         self._layers = tuple(layers)
 
     def done(self) -> set[int]:
-        """Layers that have a file; damaged ones are set aside."""
+        """Layers that have a file; damaged ones are made again."""
         return {number for number in self._layers if self.is_done(number)}
 
     def is_done(self, number: int) -> bool:
-        """Whether a layer has an intact file; a damaged one is set aside."""
+        """Whether a layer has an intact file; a damaged one is made again."""
         return is_usable(self._file(number))
 
     def write(self, number: int, tensors: Mapping[str, Tensor]) -> None:

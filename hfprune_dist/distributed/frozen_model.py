@@ -49,8 +49,8 @@ class FrozenModel:
     """A causal language model whose weights get no gradients, placed on the ranks of a world.
 
     Args:
-        has_backward: whether backwards to activations follow forwards of its body, with the same bits wherever the
-            weights are; otherwise there are only forwards, of its body or of ``module``.
+        has_backward: whether backwards to activations must have the same bits wherever the weights are; they may follow
+            forwards of its body alone.
 
     Attributes:
         module: the Hugging Face model. If it is sharded, each of its forwards is a collective of all ranks.

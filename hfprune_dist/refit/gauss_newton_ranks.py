@@ -64,7 +64,8 @@ class Reconstruction:
             problems: what it solves, with the sums of h h^T over the tokens of each step. They set the damping and
                 precondition the iterations, for which those from before an earlier step will do.
             iterations: of conjugate gradients in the first step; each costs about as much as four forwards of the MLP.
-            again: of those in the step that follows on all windows; 0 for the first step alone, from both beginnings.
+            again: of those in the step that follows on all windows; 0: the first step is added to the weights
+                fitted on all windows, and no other follows.
 
         Raises:
             UserError: if outputs or targets are NaN or infinite.

@@ -120,7 +120,8 @@ def _summary(rows: Sequence[Row], plan: Plan, store: Store, attempts: Attempts) 
     made = [manifest for stage_id in plan.stages if (manifest := store.handle(stage_id).manifest())]
     hours = sum(manifest.get("wall_time_s") or 0.0 for manifest in made) / 3600
     running = [
-        f"begun, without an end: {stage.kind} {stage.label} {store.handle(stage.id).heartbeat() or ''}"
+        f"begun, without an end: {stage.kind} {stage.label}, last sign of life: "
+        f"{store.handle(stage.id).heartbeat() or 'none'}"
         for stage, _, end in attempts
         if end is None
     ]

@@ -123,8 +123,8 @@ class Context(Generic[P]):
 
         Raises:
             LostInputError: naming an artifact that is missing or corrupt (then set aside); the sweep makes it again.
-            ChangedInputError: naming a file of the user's that is not what the sweep was planned with. Progress that
-                earlier attempts have made with it is deleted.
+            ChangedInputError: naming a file or folder of the user's that is not what the sweep was planned with.
+                Progress that earlier attempts have made with it is deleted.
         """
 
         def check() -> None:
@@ -147,7 +147,8 @@ class Context(Generic[P]):
         Call it before keeping anything that others, or a later attempt, will take for the result of the planned files.
 
         Raises:
-            ChangedInputError: naming the file. Progress of this stage, which may come from either content, is deleted.
+            ChangedInputError: naming the file or folder. Progress of this stage, which may come from either content,
+                is deleted.
         """
         try:
             require_planned(self.stage.inputs.values(), Store(self.store.root).hashes, when)

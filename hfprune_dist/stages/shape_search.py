@@ -118,7 +118,7 @@ class _Search:
         Finalists are that which prunes only MLPs, and the best others.
         """
         num_layers, planned = self._checkpoint.num_layers, shapes_for(self._target)
-        if not self._context.params.is_thorough:  # fewer KV groups than half of them cost too much
+        if not self._context.params.is_thorough:  # half of the KV groups or fewer cost too much
             most = self._target.groups.most
             planned = [it for it in planned if 2 * it.units[KV_GROUPS][0] > most] or planned
         planned = [it for it in planned if (num_layers - len(it.layers)) % self._step == 0] or planned

@@ -143,7 +143,7 @@ def train_on_instructions(
 def prepare_rows(context: Context[RecoverParameters], checkpoint: Checkpoint) -> Path:
     """Tokenize and pack examples once for all stages of a store that have the same rows; on rank 0.
 
-    A file that is damaged is set aside and made again.
+    A file that is damaged is made again.
     """
     file = context.store.root / "rows" / _name_of_rows(context, checkpoint)
     if not is_usable(file):
