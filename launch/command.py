@@ -25,6 +25,7 @@ def command(body: Callable[[Sequence[str] | None], int]) -> Callable[..., int]:
         _require_streams()
         try:
             with explained():
+                _require_current_folder()
                 code = body(argv)
                 sys.stdout.flush()
                 return code
@@ -60,6 +61,13 @@ def _require_streams() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
+def _require_current_folder() -> None:
+    try:
+        Path.cwd()
+    except FileNotFoundError:
+        raise UserError("the current folder has been deleted; change to another one") from None
+
+
 def folder(argument: str) -> Path:
     """Argument type for folders.
 
@@ -73,4 +81,7 @@ def folder(argument: str) -> Path:
 
 def place(argument: str) -> Path:
     """Argument type for files and folders: shells leave the ``~`` in ``--out=~/runs`` as it is."""
-    return Path(os.path.expanduser(argument))  # noqa: PTH111  a user who doesn't exist has no home, and stays
+    expanded = os.path.expanduser(argument)  # noqa: PTH111  pathlib drops the ./ of a file ./~name
+    if expanded.startswith("~"):
+        raise UserError(f"{argument}: no such user; for a file of that name, write ./{argument}")
+    return Path(expanded)

@@ -107,6 +107,7 @@ class StageScreen:
         self._ended += 1
         color = {"done": "green", "failed": "red"}.get(outcome, "yellow")
         line = f"[{self._ended}/{self.total}] [{color}]{outcome}[/] {stage.kind} {escape(f'{stage.label}{told}')}"
+        self.live.update("", refresh=True)
         self._console.print(line, highlight=False, soft_wrap=True)
 
 

@@ -139,7 +139,7 @@ def require_folder(out: Path) -> None:
     """Raise UserError if a folder can't be created or written to, as far as that is seen without writing anything."""
     nearest = next(place for place in (out.absolute(), *out.absolute().parents) if os.path.lexists(place))
     if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
-        raise UserError(f"--out {out}: {nearest} is not a folder that can be written to; choose another --out")
+        raise UserError(f"{out}: {nearest} is not a folder that can be written to; choose another folder")
 
 
 def require_apart(out: Path, plan: Plan) -> None:

@@ -187,8 +187,10 @@ class StageHandle:
         try:
             _seal(stage, draft, record)
             claim.require_held()
-            if self.artifact.exists() and not self.is_done() and self.set_aside(claim) is None:
-                self.discard()  # its files had been removed to make room
+            if self.artifact.exists() and not self.is_done():
+                aside = self.set_aside(claim)
+                if aside is None and not self.is_committed():  # its files had been removed to make room
+                    self.discard()
             try:
                 draft.rename(self.artifact)
             except OSError:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from hfprune_dist.errors import UserError
-from hfprune_dist.store.atomic_files import read_object, write_json
+from hfprune_dist.store.atomic_files import read_object, unless_stale, write_json
 from hfprune_dist.store.machine import usable_cores
 
 # Bytes per read.
@@ -50,7 +50,7 @@ class FileHashes:
             UserError: if the file can't be read.
         """
         try:
-            return self._digest(file)
+            return unless_stale(lambda: self._digest(file))
         except OSError as error:
             raise UserError(f"{file}: {error.strerror or error}") from None
 
@@ -124,7 +124,7 @@ def files_below(folder: Path) -> list[str]:
     if not folder.is_dir():
         raise UserError(f"{folder}: {'a file, not a folder' if folder.exists() else 'no such folder'}")
     try:
-        return sorted(str(file.relative_to(folder)) for file in _walk(folder) if file.is_file())
+        return unless_stale(lambda: sorted(str(file.relative_to(folder)) for file in _walk(folder) if file.is_file()))
     except OSError as error:
         raise UserError(f"{error.filename or folder}: {error.strerror or error}") from None
 

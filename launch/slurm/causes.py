@@ -70,6 +70,12 @@ STATES = {
 WORDS = (
     (r"oom[-_ ]kill|Out Of Memory|exceeded (job |step )?memory limit", Cause.OUT_OF_MEMORY, MEMORY),
     (
+        r"prolog.*(fail|error)|couldn't chdir to|stale file handle|invalid job credential|munge decode failed"
+        r"|uncorrectable ECC|fallen off the bus|no CUDA-capable device|CUDA driver version is insufficient",
+        Cause.BAD_NODE,
+        "a node could not run it; if that persists, tell the cluster's administrators",
+    ),
+    (
         r"invalid mpi type|mpi plugin|plugin name for mpi/|unable to satisfy cpu bind|cpu binding outside"
         r"|are mutually exclusive|srun: ((error: )?unable to create step|fatal|unrecognized option|invalid option)",
         Cause.INPUT,

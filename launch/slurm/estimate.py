@@ -14,7 +14,8 @@ from rich.table import Table
 from hfprune_dist.checkpoints.checkpoint import open_checkpoint
 from hfprune_dist.config.schema import RuntimeConfig, Sharding
 from hfprune_dist.errors import UserError
-from hfprune_dist.kinds.memory import GIB, Gpus, Planned, parameters_of, place
+from hfprune_dist.kinds.memory import GIB, Gpus, Need, Planned, StageParameters, parameters_of, place
+from hfprune_dist.kinds.prune import PruneParameters
 from hfprune_dist.planning.plan import Plan
 from hfprune_dist.store.stage import Stage
 
@@ -74,14 +75,14 @@ def _estimate(planned: Planned, resources: Resources, sharding: Sharding) -> Est
     params = parameters_of(stage)
     if (need := params.need(planned)) is None:
         return None
-    placed = place(need, Gpus(resources.ranks, (gib or 0.0) * GIB), sharding)
+    gpus = Gpus(resources.ranks, (gib or 0.0) * GIB)
+    placed = place(need, gpus, sharding)
     host, host_available = need.host / resources.nodes, resources.memory_bytes
     problems = []
     if gib is not None and not placed.fits:
-        shared = "" if need.gathered is None else "more nodes with runtime.sharding zero3, "
         problems.append(
             f"{stage.kind} {stage.label}: about {placed.needed / GIB:,.1f} GiB on each GPU, which has {gib:,.1f} GiB "
-            f"(gpu_memory_gib); lower {params.batch_setting}, or take {shared}GPUs with more memory"
+            f"(gpu_memory_gib); {_what_helps(params, need, gpus)}GPUs with more memory"
         )
     if host_available is not None and host > host_available:
         problems.append(
@@ -89,3 +90,14 @@ def _estimate(planned: Planned, resources: Resources, sharding: Sharding) -> Est
             f"{host_available / GIB:,.1f} GiB (memory); more nodes, or fewer calibration windows"
         )
     return Estimate(stage, placed.needed, host, None if gib is None else placed.fits, problems)
+
+
+def _what_helps(params: StageParameters, need: Need, gpus: Gpus) -> str:
+    section, name = params.batch_setting.split(".")
+    batch = getattr(getattr(params, section, params), name)
+    told = "" if batch in (1, [1]) else f"lower {params.batch_setting}, "
+    told += "choose methods with a smaller refit, " if isinstance(params, PruneParameters) else ""
+    if need.gathered is not None:
+        more = "" if place(need, gpus, "zero3").fits else "take more nodes with "
+        told += f"{more}runtime.sharding zero3, "
+    return f"{told}or take " if told else "take "

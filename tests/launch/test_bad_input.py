@@ -56,6 +56,8 @@ def refused(main, *arguments, folders=()):
         ("--methods=hfprune,{root}/configs/methods/hfprune.yaml", "two methods are called 'hfprune'"),
         # Folders.
         ("--out={inputs}/alpha", "the sweep reads what is in"),
+        ("--out=~nobody-of-this-name/x", "no such user"),
+        ("--out=/etc/passwd/x", "/etc/passwd is not a folder"),
     ],
 )
 def test_a_sweep_that_can_not_be_is_refused(config, tmp_path, monkeypatch, arguments, told):
@@ -79,6 +81,13 @@ def test_a_sweep_that_can_not_be_is_refused(config, tmp_path, monkeypatch, argum
 def test_other_commands_refuse_too(tmp_path, monkeypatch, command, arguments, told):
     monkeypatch.chdir(tmp_path)
     assert told in refused(command.main, *arguments, folders=(tmp_path,))
+
+
+def test_a_current_folder_that_is_gone_is_told(tmp_path, monkeypatch):
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    assert "the current folder has been deleted" in refused(report.main, "runs")
 
 
 def test_a_tracker_that_is_not_installed_is_refused_where_something_is_trained(config, tmp_path, monkeypatch):

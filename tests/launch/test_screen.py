@@ -99,5 +99,6 @@ def test_a_sweep_shows_the_stage_at_work_and_when_it_ends(is_terminal, monkeypat
         shown.beat(stage, Heartbeat("calibration", 5, 9, 100.0, 40.0, 2))
         shown.end(stage, "failed", " (0.0 s)\n  torch[cuda] is lost")
     text = console.file.getvalue()
-    assert "importance a: calibration 5/9, 80s left\n" in text and ("\x1b[2K" in text) == is_terminal
+    assert "importance a: calibration 5/9, 80s left" in text and ("\x1b[2K" in text) == is_terminal
+    assert "calibration" not in text.partition("failed")[2], "no stage is at work any more"
     assert "[1/2] failed importance a (0.0 s)\n  torch[cuda] is lost\n" in text

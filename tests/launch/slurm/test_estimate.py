@@ -42,6 +42,9 @@ def test_a_plan_that_cannot_fit_is_refused_with_what_would_help(inputs, tmp_path
         match=r"importance alpha: about .* GiB on each GPU, which has 0.5 GiB.*lower calibration",
     ):
         refuse_what_cannot_fit([each for each in small if each.stage.kind == "importance"])
+    alone = estimates(inputs, tmp_path, GPUS + "gpu_memory_gib: 0.001\n", calibration__micro_batch_size=1)
+    (problem,) = next(each for each in alone if each.stage.kind == "importance").problems
+    assert "lower" not in problem and problem.endswith("GPUs with more memory")
 
 
 def test_hidden_states_of_all_ranks_of_a_node_must_fit_its_main_memory(inputs, tmp_path):
