@@ -38,7 +38,7 @@ class UserError(Exception):
 
     EXIT_CODE = 2
     CAUSE = "input"
-    """Cause that a failed stage records; see ``store.heartbeat.Failure``."""
+    """Cause that a failed stage records; see ``store.attempts.End``."""
 
 
 class LostInputError(UserError):

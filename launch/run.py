@@ -55,11 +55,11 @@ def make(prepared: Prepared, stage_ids: Iterable[str]) -> None:
         UserError: for bad input, also if a stage finds it.
         StageFailedError: if a stage fails.
     """
-    plan, store = prepared.sweep.plan, prepared.sweep.store
+    plan, ledger = prepared.sweep.plan, Ledger(prepared.sweep.store)
     todo = plan.lacking(lambda stage_id: prepared.verdicts[stage_id].state == "done", stage_ids)
     run_missing(replace(prepared, todo=todo))
     for stage_id in todo:
-        if (failure := store.handle(stage_id).failure()) is not None:
+        if (failure := ledger.failure(stage_id)) is not None:
             error = UserError if failure.cause == UserError.CAUSE else StageFailedError
             raise error(f"{plan.stages[stage_id].kind} failed: {failure.message}")
 
@@ -145,6 +145,6 @@ def _clean_up(prepared: Prepared) -> None:
 def _exit_code(sweep: Sweep) -> int:
     """Return 0 if nothing is missing, 2 if the user can fix the cause, else 1."""
     missing = sweep.plan.lacking(lambda stage_id: sweep.store.handle(stage_id).is_committed())
-    failures = [sweep.store.handle(stage_id).failure() for stage_id in missing]
+    failures = [Ledger(sweep.store).failure(stage_id) for stage_id in missing]
     is_input = any(failure is not None and failure.cause == UserError.CAUSE for failure in failures)
     return UserError.EXIT_CODE if is_input else int(bool(missing))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +14,7 @@ from hfprune_dist.config.schema import EvaluationConfig
 from hfprune_dist.config.texts import CalibrationConfig, FidelityConfig
 from hfprune_dist.config.training import DistillationConfig, RecoveryConfig
 from hfprune_dist.store.artifacts import Store
+from hfprune_dist.store.attempts import End, Ledger, report_failure
 from hfprune_dist.store.stage import Input, Stage
 
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -61,6 +63,14 @@ def being_made(store: Store, stage: Stage, **record: Any) -> Iterator[Path]:
         handle.commit(stage, draft, {"metrics": {}, **record}, claim)
     if not had_work:
         handle.discard_work()
+
+
+def failed(store: Store, stage: Stage, cause: str, message: str, rank: int = 0) -> End:
+    """Record why a rank of the last attempt at a stage failed, or of a first one."""
+    attempts = Ledger(store).attempts_at(stage.id) or [Ledger(store).begin(stage, ranks=1)]
+    end = End(cause, message, time.time(), rank)
+    report_failure(attempts[-1].folder, end)
+    return end
 
 
 def stage_of(

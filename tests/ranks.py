@@ -74,7 +74,7 @@ class SoloWorld(World):
 
 
 def write_stage_file(store: Store, stage: Stage, **runtime: object) -> None:
-    work = store.work(stage.id)
+    work = store.handle(stage.id).work
     work.mkdir(parents=True, exist_ok=True)
     record = {
         "stage": stage.to_json(),

@@ -27,10 +27,10 @@ def make_stage(folder, variant="llama", dtype="float32", criteria=("entropy", "s
 
 
 def run(store, stage, world):
-    store.work(stage.id).mkdir(parents=True, exist_ok=True)
+    store.handle(stage.id).work.mkdir(parents=True, exist_ok=True)
     claim = store.handle(stage.id).claim("test") if world.is_first else None
     importance.run(Context(stage, store, world, RuntimeConfig(), Progress(None), {}, {}, 1, claim))
 
 
 def files_of(store, stage):
-    return {file.name: file.read_bytes() for file in store.path(stage.id).glob("*.safetensors")}
+    return {file.name: file.read_bytes() for file in store.handle(stage.id).artifact.glob("*.safetensors")}

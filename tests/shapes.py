@@ -70,7 +70,7 @@ def prepare(folder, variant="llama", *, samples=9, layers=LAYERS, groups=GROUPS,
 
 
 def run(store, stage, world, interruption=None):
-    store.work(stage.id).mkdir(parents=True, exist_ok=True)
+    store.handle(stage.id).work.mkdir(parents=True, exist_ok=True)
     asked = interruption or Interruption()
     claim = store.handle(stage.id).claim("test") if world.is_first else None
     prune.run(Context(stage, store, world, RuntimeConfig(), Progress(None), {}, {}, 1, claim, asked))
@@ -78,7 +78,7 @@ def run(store, stage, world, interruption=None):
 
 def outcome(store, stage):
     """Return everything that must have the same bits."""
-    folder = store.path(stage.id)
+    folder = store.handle(stage.id).artifact
     names = ("model.safetensors", "kept.json", "config.json")
     files = {name: (folder / name).read_bytes() for name in names if (folder / name).exists()}
     return files, store.handle(stage.id).manifest()["metrics"]
@@ -89,15 +89,15 @@ def metrics_of(store, stage):
 
 
 def kept_of(store, stage):
-    return read_json(store.path(stage.id) / "kept.json")
+    return read_json(store.handle(stage.id).artifact / "kept.json")
 
 
 def windows_of(store):
-    return load_file(store.path(IMPORTANCE.id) / "windows.safetensors")["input_ids"]
+    return load_file(store.handle(IMPORTANCE.id).artifact / "windows.safetensors")["input_ids"]
 
 
 def scores_of(store):
-    return load_file(store.path(IMPORTANCE.id) / "importance.safetensors")
+    return load_file(store.handle(IMPORTANCE.id).artifact / "importance.safetensors")
 
 
 def load(folder):

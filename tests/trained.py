@@ -10,7 +10,7 @@ from hfprune_dist.checkpoints.checkpoint import open_checkpoint
 
 def lines_of(store, stage):
     """Return the lines of ``loss.jsonl``, one for each step."""
-    return [json.loads(line) for line in (store.path(stage.id) / "loss.jsonl").read_text().splitlines()]
+    return [json.loads(line) for line in (store.handle(stage.id).artifact / "loss.jsonl").read_text().splitlines()]
 
 
 def losses_of(store, stage, key="loss"):

@@ -19,7 +19,6 @@ from hfprune_dist.results.table import findings, flat_row, not_comparable
 from hfprune_dist.store.artifacts import Store
 from hfprune_dist.store.attempts import DONE as SUCCESS
 from hfprune_dist.store.attempts import Attempt, End, Ledger, local_log
-from hfprune_dist.store.heartbeat import in_one_line
 from hfprune_dist.store.stage import Stage
 
 # Makes the browser refuse everything that would need the network.
@@ -153,7 +152,7 @@ def _failures(attempts: Attempts, out: Path) -> str:
             nodes = "".join(f" on {run.nodes}" for run in attempt.runs()[-1:])
             found = [log for log in (*attempt.logs(), local_log(out / "logs", attempt.intent)) if log.exists()]
             logs = [f'<a href="{_link(log, out)}">{escape(log.name)}</a>' for log in found]
-            message = in_one_line(end.message)[:LONGEST_MESSAGE]
+            message = end.in_one_line[:LONGEST_MESSAGE]
             texts = (f"{stage.kind} {stage.label}", str(attempt.intent.number), _time(end.at), end.cause, message)
             cells = (*map(escape, texts), " ".join([escape(job + nodes), *logs]))
             lines += f"<tr>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>"

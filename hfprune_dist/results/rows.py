@@ -14,8 +14,8 @@ from hfprune_dist.planning.plan import Cell, Plan
 from hfprune_dist.results.checkpoints import CHECKPOINTS, checkpoint_names, made_checkpoint
 from hfprune_dist.results.metrics import OF_TEXT, average
 from hfprune_dist.store.artifacts import Manifest, Store
+from hfprune_dist.store.attempts import Ledger
 from hfprune_dist.store.hashing import digest_of
-from hfprune_dist.store.heartbeat import in_one_line
 from hfprune_dist.store.stage import CUTTING, kind_of
 from hfprune_dist.structures.experts import EXPERT_COUNT_KEYS, SHARED_WIDTHS
 from hfprune_dist.structures.units import plural_of
@@ -138,9 +138,8 @@ class _Rows:
     def _cause(self, stage_id: str) -> tuple[str, str]:
         """Status and cause of a row whose stage has no artifact; if that waits for another one, the other's."""
         stage, handle = self._plan.stages[stage_id], self._store.handle(stage_id)
-        failure = handle.failure()
-        if failure is not None:
-            return FAILED, f"{stage.kind} failed ({failure.cause}): {in_one_line(failure.message)}"
+        if (failure := Ledger(self._store).failure(stage_id)) is not None:
+            return FAILED, f"{stage.kind} failed ({failure.cause}): {failure.in_one_line}"
         if handle.manifest() is None and (verdict := handle.verify()).state == "corrupt":
             return FAILED, f"{handle.artifact}: {verdict.reason}; run the sweep again, which makes it anew"
         waiting_for = next((need for need in stage.needs if not self._store.handle(need).is_committed()), None)

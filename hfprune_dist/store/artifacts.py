@@ -10,7 +10,7 @@ import contextlib
 import shutil
 import uuid
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -19,7 +19,7 @@ from hfprune_dist.errors import UserError
 from hfprune_dist.store.atomic_files import fsync_path, listed, read_object, read_record, usual_mode, write_json
 from hfprune_dist.store.claims import CLAIM_FILES, Claim, Holder, holder_of, try_claim
 from hfprune_dist.store.hashing import FileHashes, for_each_file
-from hfprune_dist.store.heartbeat import FAILURES, PROGRESS, Failure, Heartbeat
+from hfprune_dist.store.heartbeat import PROGRESS, Heartbeat
 from hfprune_dist.store.stage import Stage
 
 MANIFEST = "manifest.json"
@@ -28,7 +28,7 @@ Manifest = Mapping[str, Any]
 EMPTIED = "emptied"
 STAGE_FILE = "stage.json"  # in a work folder: written by ``launch/stage/stage_file.py`` for the ranks
 # Files of launchers in a work folder; everything else there is progress inside the stage.
-OF_LAUNCHERS = (CLAIM_FILES, f".{CLAIM_FILES}", STAGE_FILE, PROGRESS, FAILURES)
+OF_LAUNCHERS = (CLAIM_FILES, f".{CLAIM_FILES}", STAGE_FILE, PROGRESS)
 
 
 @dataclass(frozen=True)
@@ -46,12 +46,6 @@ class Store:
         self.root = root
         self.hashes = FileHashes(root / "hashes")  # recalled if any process has read the files before
 
-    def path(self, stage_id: str) -> Path:
-        return self.root / stage_id
-
-    def work(self, stage_id: str) -> Path:
-        return self.root / "work" / stage_id
-
     def handle(self, stage_id: str) -> StageHandle:
         """The handle of a stage, by which it is asked about and run."""
         return StageHandle(self, stage_id)
@@ -68,13 +62,15 @@ class StageHandle:
     Attributes:
         artifact: the folder of its artifact.
         work: the folder of its progress, which survives a crash and is removed once the artifact is committed.
+        attempts: the folder of the attempts at it, by their numbers.
     """
 
     def __init__(self, store: Store, id: str) -> None:
         self.store = store
         self.id = id
-        self.artifact = store.path(id)
-        self.work = store.work(id)
+        self.artifact = store.root / id
+        self.work = store.root / "work" / id
+        self.attempts = store.root / "attempts" / id
 
     # Its artifact.
 
@@ -250,24 +246,6 @@ class StageHandle:
         with contextlib.suppress(OSError):  # it is read all the time, and nothing depends on it
             return read_record(Heartbeat, self.work / PROGRESS)
         return None
-
-    def failures(self) -> list[Failure]:
-        """What the ranks and the launcher recorded of why it failed, the best explanation first."""
-        found = (read_record(Failure, file) for file in listed(self.work, FAILURES))
-        return sorted((failure for failure in found if failure is not None), key=lambda failure: failure.order)
-
-    def failure(self) -> Failure | None:
-        """The best explanation of why it failed; None if no failure was recorded."""
-        return next(iter(self.failures()), None)
-
-    def report_failure(self, failure: Failure) -> None:
-        """Record a failure where launchers and the report find it."""
-        write_json(self.work / f"failure.{failure.rank}.json", asdict(failure))
-
-    def clear_failures(self) -> None:
-        """Remove the failures and the heartbeat of earlier attempts."""
-        for file in [*listed(self.work, FAILURES), self.work / PROGRESS]:
-            file.unlink(missing_ok=True)
 
     def discard_progress(self) -> None:
         """Make the next attempt start over; claims and files exchanged by launchers and ranks are kept."""

@@ -8,6 +8,7 @@
                        (these three lie with the first stage of a job that runs several)
     run.<id>.<n>.json  the n-th start of the job (it may be requeued): nodes, times of start and end, progress
     exit.<id>.<n>      with what exit code that start ended, as the batch script says unless it was killed
+    failure.<rank>.json  why a rank failed, as it says itself
     end.json           how the attempt ended, and why
     *_log.out, *.err   output of a job's ranks
 
@@ -21,20 +22,31 @@ import os
 import re
 import shutil
 import time
+import traceback
 import uuid
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from hfprune_dist.errors import UserError
 from hfprune_dist.store.artifacts import Store
 from hfprune_dist.store.atomic_files import listed, locked, read_object, read_record, write_json
 from hfprune_dist.store.hashing import digest_of
 from hfprune_dist.store.stage import Stage
 
 INTENT, SCRIPT, JOB, END, LOCK = "intent.json", "job.sh", "job.json", "end.json", ".lock"
-# The cause of an attempt that made the artifact.
-DONE = "done"
+FAILURES = "failure.*.json"
+# The cause of an attempt that made the artifact, and those of attempts whose ends say nothing about the stage.
+DONE, INTERRUPTED, NOT_RUN = "done", "interrupted", "not run"
+OUT_OF_MEMORY = "out of memory"
+# Error messages of the other ranks of a stage when one of them has died or hangs.
+LOST_RANK = re.compile(
+    r"closed by peer|connection (reset|refused)|broken pipe|remote process exited|recvvalue failed|gloo.*timeout"
+    r"|\bsocket\b|timed out waiting|wait timeout|network error|distnetworkerror|failed to (recv|send|connect)"
+    r"|seconds waiting for clients|failed to pass monitoredBarrier|caught collective operation timeout",
+    re.IGNORECASE,
+)
 
 
 @dataclass(frozen=True)
@@ -81,16 +93,55 @@ class Run:
 
 @dataclass(frozen=True)
 class End:
-    """The end of an attempt.
+    """The end of an attempt, as its launcher found it to be, or of one of its ranks that failed, as that says itself.
 
     Attributes:
+        cause: done; input (the user can fix it), lost input (an artifact must be made again), code (we must fix it),
+            out of memory, or killed (from outside); a backend may give others, e.g. bad node.
         message: for the user.
         at: unix time, as far as the stage's heartbeat tells it; a launcher may learn of it days later.
+        rank: the rank that failed; -1 for an attempt.
     """
 
     cause: str
     message: str
     at: float
+    rank: int = -1
+
+    @classmethod
+    def of_rank(cls, rank: int, error: BaseException) -> End:
+        """The end of a rank by an error."""
+        if isinstance(error, UserError):
+            return cls(error.CAUSE, str(error), time.time(), rank)
+        message = "".join(traceback.format_exception(error)[-3:]).strip()
+        return cls(OUT_OF_MEMORY if _is_out_of_memory(error) else "code", message, time.time(), rank)
+
+    @property
+    def is_consequence(self) -> bool:
+        """Whether the rank failed only because it waited for another one, which died or hangs."""
+        return self.cause == "code" and LOST_RANK.search(self.message) is not None
+
+    @property
+    def order(self) -> tuple[bool, bool, bool, float, int]:
+        """Sorts ends of ranks, the best explanation first: bad input explains more than any error of ours, and errors
+        that only report the loss of another rank explain least. Time decides only among equals: clocks of hosts differ.
+        """
+        ours = self.cause in ("code", "killed")
+        return not self.cause.endswith("input"), ours, self.is_consequence, self.at, self.rank
+
+    @property
+    def in_one_line(self) -> str:
+        """The essence of the message: the last line of a traceback, otherwise the first; the rest is from a log, which
+        a colon announces.
+        """
+        lines = self.message.strip().splitlines() or [""]
+        return lines[-1 if lines[0].startswith(("Traceback", 'File "')) else 0].strip().removesuffix(":")
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says so: torch's for GPUs has a class of its own, that of its allocator for CPUs none."""
+    named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    return named or re.search("can(no|')t allocate memory|_STATUS_ALLOC_FAILED", str(error)) is not None
 
 
 class Attempt:
@@ -122,6 +173,16 @@ class Attempt:
     def close(self, end: End) -> None:
         """Record the end; if two launchers see the same end, both write the same."""
         write_json(self.folder / END, asdict(end))
+
+    def failures(self) -> list[End]:
+        """Why its ranks failed at the last start, as far as they could say so, the best explanation first."""
+        found = (read_record(End, file) for file in listed(self.folder, FAILURES))
+        return sorted((end for end in found if end is not None), key=lambda end: end.order)
+
+    def forget_failures(self) -> None:
+        """Begin another start."""
+        for file in listed(self.folder, FAILURES):
+            file.unlink(missing_ok=True)
 
     def withdraw(self) -> None:
         """Forget an attempt that Slurm did not accept."""
@@ -213,6 +274,16 @@ class Ledger:
         write_json(attempt.folder / INTENT, asdict(intent))
         return attempt
 
+    def failure(self, stage_id: str) -> End | None:
+        """Return why the last attempt at a stage failed: its end, or what its ranks say while none is recorded; None if
+        it has not failed.
+        """
+        for attempt in self.attempts_at(stage_id)[-1:]:
+            end = attempt.end or next(iter(attempt.failures()), None)
+            if end is not None and end.cause not in (DONE, INTERRUPTED, NOT_RUN):
+                return end
+        return None
+
     def ends(self, stage_id: str) -> list[tuple[Attempt, End | None]]:
         """Return the attempts at a stage, first to last, each with its end, also if nobody was there to record it; None
         if the last one has none: it is queued, is running, or was cut off.
@@ -231,6 +302,11 @@ class Ledger:
         if (attempt := self.open_job(stage_id)) is not None:
             manifest = self.store.handle(stage_id).manifest() or {}
             attempt.close(End(DONE, "", manifest.get("finished", time.time())))
+
+
+def report_failure(folder: Path, end: End) -> None:
+    """Record why a rank failed, in the folder of its attempt."""
+    write_json(folder / f"failure.{end.rank}.json", asdict(end))
 
 
 def local_log(folder: Path, intent: Intent) -> Path:

@@ -7,7 +7,6 @@ import os
 import signal
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from pathlib import Path
 
 from hfprune_launch.local.hardware import ranks_here, threads_of_a_rank
@@ -18,9 +17,9 @@ from hfprune_dist.config.parameters import KINDS
 from hfprune_dist.results.formats import counted
 from hfprune_dist.store.artifacts import StageHandle, Store
 from hfprune_dist.store.atomic_files import unwritable
-from hfprune_dist.store.attempts import DONE, Attempt, End, Ledger, end_of_log, local_log
+from hfprune_dist.store.attempts import DONE, INTERRUPTED, NOT_RUN, Attempt, End, Ledger, end_of_log, local_log
 from hfprune_dist.store.claims import Cancellation, Claim, ClaimLostError, Holder, keep_renewed
-from hfprune_dist.store.heartbeat import Failure, Heartbeat
+from hfprune_dist.store.heartbeat import Heartbeat
 from hfprune_dist.store.stage import Stage
 
 RUN = "hfprune_launch.stage.run:main"
@@ -55,7 +54,7 @@ class LocalBackend:
         """End the process that starts ranks."""
         self._warm.close()
 
-    def run(self, stage: Stage, on_heartbeat: OnHeartbeat) -> Failure | None:
+    def run(self, stage: Stage, on_heartbeat: OnHeartbeat) -> End | None:
         """Claim a stage, run it on all ranks, and return why it failed; None if there is a verified artifact.
 
         Raises:
@@ -77,29 +76,27 @@ class LocalBackend:
         finally:
             claim.release()
 
-    def _run(
-        self, stage: Stage, ranks: int, attempt: Attempt, claim: Claim, on_heartbeat: OnHeartbeat
-    ) -> Failure | None:
+    def _run(self, stage: Stage, ranks: int, attempt: Attempt, claim: Claim, on_heartbeat: OnHeartbeat) -> End | None:
         """Run a stage on all ranks, record how it ended, and return why it failed."""
         handle, log = self._store.handle(stage.id), local_log(self._logs, attempt.intent)
         # Ranks of this machine share its cores, and write their logs at once.
         environment = {**os.environ, "OMP_NUM_THREADS": str(threads_of_a_rank(self._provenance.runtime, ranks))}
         arguments = [str(self._store.root.resolve()), stage.id, claim.token]
         head = f"{time.strftime('%Y-%m-%d %H:%M:%S%z')} {stage.kind} {stage.label} ({stage.id}) on "
-        failure: Failure | None = Failure("interrupted", "the launcher was interrupted", -1, time.time())
+        cause, message = INTERRUPTED, "the launcher was interrupted"
         try:
             log.parent.mkdir(parents=True, exist_ok=True)
             log.write_text(f"{head}{counted(ranks, 'rank')}\n", encoding="utf-8")
             self._warm.start(RUN, arguments, ranks, environment, log)
             codes = self._watch(handle, claim, on_heartbeat)
-            failure = None if handle.is_done() else self._failure(handle, claim, codes, log, attempt.intent.number)
+            cause, message = (DONE, "") if handle.is_done() else self._failure(handle, claim, attempt, codes, log)
         except ClaimLostError as lost:
-            failure = None if handle.is_done() else Failure("duplicate", str(lost), -1, time.time())
+            cause, message = (DONE, "") if handle.is_done() else (NOT_RUN, str(lost))
         finally:
-            end = End(DONE, "", time.time()) if failure is None else End(failure.cause, failure.message, time.time())
+            end = End(cause, message, time.time())
             with contextlib.suppress(OSError):  # a full disk has no room for it
                 attempt.close(end)
-        return failure
+        return None if cause == DONE else end
 
     def _require_wanted(self) -> None:
         if self._cancellation.is_requested():
@@ -125,46 +122,42 @@ class LocalBackend:
             raise
         return codes
 
-    def _failure(self, handle: StageHandle, claim: Claim, codes: Mapping[int, int], log: Path, attempt: int) -> Failure:
-        """Return why the ranks left no artifact.
+    def _failure(
+        self, handle: StageHandle, claim: Claim, attempt: Attempt, codes: Mapping[int, int], log: Path
+    ) -> tuple[str, str]:
+        """Return why the ranks left no artifact: cause and message.
 
         Raises:
-            ClaimLostError: if another process has since claimed the stage and uses its work folder.
+            ClaimLostError: if another process has claimed the stage since.
         """
-        recorded = next((failure for failure in handle.failures() if failure.attempt == attempt), None)
         full = unwritable(self._store.root)  # which may have no room for a rank to record its own reason
-        left = recorded or (Failure("input", full, -1, time.time()) if full else None)
-        handle.discard_draft(claim)  # makes room for what is written below
+        handle.discard_draft(claim)  # makes room for the end
         claim.require_held()
-        failure = explain_death(left, codes, log, attempt)
-        if failure is not recorded:
-            handle.clear_failures()
-            handle.report_failure(failure)
-        return failure
+        left = next(iter(attempt.failures()), End("input", full, time.time()) if full else None)
+        return explain_death(left, codes, log)
 
 
-def explain_death(left: Failure | None, codes: Mapping[int, int], log: Path, attempt: int) -> Failure:
-    """Return why an attempt failed, from what its ranks recorded and from how their processes ended.
+def explain_death(left: End | None, codes: Mapping[int, int], log: Path) -> tuple[str, str]:
+    """Return why an attempt failed, cause and message, from what its ranks recorded and how their processes ended.
 
     Args:
-        left: the most informative failure that the ranks left; None if they left none.
+        left: the most informative end that the ranks recorded; None if they recorded none.
         codes: rank -> exit code, negative for a signal; empty if the process that started the ranks died with them.
         log: log of all ranks.
     """
     if left is not None and left.cause != "code":
-        return left
+        return left.cause, left.message
     signals = {rank: signal.Signals(-code) for rank, code in sorted(codes.items()) if code < 0}
     is_from_outside = bool(set(signals.values()) - set(CRASHES))  # the surviving ranks then fail too, in a collective
     if left is not None and codes and not is_from_outside:
         if not left.is_consequence:
-            return left
+            return left.cause, left.message
         if not signals:
-            waited = f"a rank was lost or hangs, and rank {left.rank} waited for it"
-            return replace(left, message=f"{waited}:\n{left.message}")
+            return left.cause, f"a rank was lost or hangs, and rank {left.rank} waited for it:\n{left.message}"
     ends = [f"rank {rank} by {number.name}{', from outside' * is_from_outside}" for rank, number in signals.items()]
     ends = ends or [f"rank {rank} with exit code {code}" for rank, code in codes.items() if code]
     how = ", ".join(ends) or ("all ended as if they had succeeded" if codes else "all, and what started them")
     cause, message = "code" if signals and not is_from_outside else "killed", f"a rank died without a message: {how}"
     lines = [line for line in end_of_log(log, LOG_END_BYTES).splitlines() if line.strip()]
     ending = "\n  ".join([f"\n{log} ends with:", *lines[-LOG_TAIL_LINES:]])
-    return Failure(cause, message + ending, -1, time.time(), attempt)
+    return cause, message + ending

@@ -113,8 +113,7 @@ def _cause(ledger: Ledger, stage: Stage, attempt: Attempt, job: JobInfo | None) 
         return Cause.NOT_RUN, f"{name} ended before it came to this stage"
     if how == "duplicate":
         return Cause.NOT_RUN, f"{name} left the stage to another process that has claimed it"
-    found = ledger.store.handle(stage.id).failures()
-    said = [each for each in found if each.attempt == attempt.intent.number and not each.is_consequence]
+    said = [each for each in attempt.failures() if not each.is_consequence]
     if said and said[0].cause != Cause.CODE:
         return said[0].cause, said[0].message
     code, problem = attempt.exit_record() or (0, "")

@@ -26,7 +26,6 @@ from hfprune_launch.stage.run import (
     Admission,
     die_with_parent,
     leave_process,
-    leave_reason,
     prepare_environment,
     run_stage,
 )
@@ -34,9 +33,8 @@ from hfprune_launch.stage.run import (
 from hfprune_dist.distributed.interruption import Interrupted, Interruption
 from hfprune_dist.errors import UserError, from_os_error
 from hfprune_dist.store.artifacts import StageHandle, Store
-from hfprune_dist.store.attempts import Ledger, Run
+from hfprune_dist.store.attempts import End, Ledger, Run, report_failure
 from hfprune_dist.store.claims import Claim, ClaimLostError, Holder, keep_renewed
-from hfprune_dist.store.heartbeat import Failure
 
 if TYPE_CHECKING:
     from hfprune_dist.distributed.world import World
@@ -150,7 +148,7 @@ def run_rank(folder: Path, interruption: Interruption) -> int:
             handle.discard_draft(claim)  # on a full disk, this makes room for the reason
         how, code = "failed", UserError.EXIT_CODE if isinstance(mended, UserError) else 1
         with suppress(OSError):  # the disk may be full all the same
-            leave_reason(handle, mended, rank, int(folder.name), claim)
+            report_failure(folder, End.of_rank(rank, mended))
             how = "failed" if claim is None or claim.is_held() else "duplicate"
         if not isinstance(mended, UserError):
             sys.excepthook(type(error), error, error.__traceback__)
@@ -193,7 +191,7 @@ class Start:
         if self._handle.is_done():
             self._handle.discard_work()
             return "done"
-        self._handle.clear_failures()
+        self.attempt.forget_failures()
         keep_renewed(claim)
         return "run"
 
@@ -228,7 +226,7 @@ class Start:
             )
         except SlurmUnavailableError as error:
             cause, message = Cause.INTERRUPTED, f"job {job_id} saved its work but could not requeue itself: {error}"
-        self._handle.report_failure(Failure(cause, message, 0, time.time(), self.attempt.intent.number))
+        report_failure(self.attempt.folder, End(cause, message, time.time(), rank=0))
 
     def _progress(self) -> dict[str, Any] | None:
         beat = self._handle.heartbeat()

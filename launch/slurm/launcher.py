@@ -36,7 +36,6 @@ from hfprune_dist.store.artifacts import Store
 from hfprune_dist.store.atomic_files import fsync_folders
 from hfprune_dist.store.attempts import Attempt, End, Ledger
 from hfprune_dist.store.claims import Cancellation, Holder, keep_renewed
-from hfprune_dist.store.heartbeat import Failure
 from hfprune_dist.store.stage import Stage
 
 # Seconds between two squeues, and between two looks at what jobs have recorded.
@@ -219,11 +218,6 @@ class Launcher:
             handle.discard_work()  # for a job that died between its commit and its end
             self._tell(Event("done", stage, attempt.job_id))
             return
-        # Leave the cause for the report, instead of what the ranks said as they died.
-        handle.work.mkdir(parents=True, exist_ok=True)
-        handle.clear_failures()
-        if end.cause != Cause.NOT_RUN:  # which says nothing about the stage
-            handle.report_failure(Failure(end.cause, end.message, -1, end.at, attempt.intent.number))
         self.observer.forget_artifacts()
         self._tell(Event("ended", stage, attempt.job_id, f"{end.cause}: {end.message}"))
 

@@ -20,7 +20,6 @@ from hfprune_dist.results.formats import duration
 from hfprune_dist.store.artifacts import STAGE_FILE, Store
 from hfprune_dist.store.atomic_files import listed, modified_at
 from hfprune_dist.store.attempts import Ledger
-from hfprune_dist.store.heartbeat import in_one_line
 from hfprune_dist.store.stage import Stage
 
 # States of stages that have yet to begin.
@@ -114,8 +113,8 @@ def _state(stage: Stage, ledger: Ledger, job: JobInfo | None) -> tuple[str, str]
         return "done", ""
     if holder is not None and holder.lives:
         return "running", str(holder)
-    if (failure := handle.failure()) is not None:
-        return "failed", f"{failure.cause}: {in_one_line(failure.message)}"
+    if (failure := ledger.failure(stage.id)) is not None:
+        return "failed", f"{failure.cause}: {failure.in_one_line}"
     if holder is not None:
         return "died", f"{holder} ended without giving a reason; run the same command again"
     missing = [need for need in stage.needs if not store.handle(need).is_committed()]

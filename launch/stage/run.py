@@ -24,8 +24,9 @@ from hfprune_dist.config.schema import RuntimeConfig
 from hfprune_dist.distributed.interruption import Interruption
 from hfprune_dist.errors import UserError, from_os_error
 from hfprune_dist.store.artifacts import STAGE_FILE, StageHandle, Store
+from hfprune_dist.store.attempts import End, report_failure
 from hfprune_dist.store.claims import Claim, ClaimLostError, Holder
-from hfprune_dist.store.heartbeat import Failure, Progress
+from hfprune_dist.store.heartbeat import Progress
 from hfprune_dist.store.stage import Stage, kind_of
 
 if TYPE_CHECKING:  # torch takes seconds to import; a rank that can't run should say so at once
@@ -43,7 +44,7 @@ class Admission:
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
-    """Run the stage. If it fails, a file with the cause is left in its work folder before the process ends."""
+    """Run the stage. If it fails, the cause is left in the attempt's folder before the process ends."""
     store, stage_id, *token = sys.argv[1:] if argv is None else argv  # the token is that of the launcher's claim
     prepare_environment()
     handle, rank = Store(Path(store)).handle(stage_id), int(os.environ["RANK"])
@@ -59,7 +60,8 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     except Exception as error:
         mended = from_os_error(error)
         with contextlib.suppress(OSError):  # a full disk has no room for the reason; the launcher detects that
-            leave_reason(handle, mended, rank, None if content is None else content.attempt, claim)
+            if content is not None:
+                report_failure(handle.attempts / str(content.attempt), End.of_rank(rank, mended))
         # The other ranks may wait in a collective for this one: end without waiting for them, or for threads of work.
         if isinstance(mended, UserError):
             print(f"error: {mended}", file=sys.stderr)
@@ -87,12 +89,6 @@ def die_with_parent(parent: int | None = None) -> None:
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
     if os.getppid() != parent:
         os._exit(1)
-
-
-def leave_reason(handle: StageHandle, error: Exception, rank: int, attempt: int | None, claim: Claim | None) -> None:
-    """Tell the launcher why a rank failed, unless its work folder belongs to another attempt by now."""
-    if claim is None or claim.is_held():
-        handle.report_failure(Failure.from_error(error, rank, attempt))
 
 
 def leave_process(code: int) -> NoReturn:

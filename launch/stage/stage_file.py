@@ -9,6 +9,7 @@ from typing import Any
 from hfprune_dist.config.schema import RuntimeConfig
 from hfprune_dist.store.artifacts import STAGE_FILE, StageHandle
 from hfprune_dist.store.atomic_files import read_record, write_json
+from hfprune_dist.store.heartbeat import PROGRESS
 from hfprune_dist.store.stage import Stage
 
 
@@ -35,9 +36,9 @@ class StageFile:
 
 
 def write_stage_file(handle: StageHandle, stage: Stage, provenance: Provenance, attempt: int) -> None:
-    """Write what the ranks need to know, and remove the failures of earlier attempts."""
+    """Write what the ranks need to know, and remove the heartbeat of earlier attempts."""
     handle.work.mkdir(parents=True, exist_ok=True)
-    handle.clear_failures()
+    (handle.work / PROGRESS).unlink(missing_ok=True)
     runtime, config, code = provenance.runtime.model_dump(), dict(provenance.config), dict(provenance.code)
     write_json(handle.work / STAGE_FILE, asdict(StageFile(stage.to_json(), attempt, runtime, config, code)))
 

@@ -99,8 +99,8 @@ class Commit(Subject):
         verdict = store.handle(self.STAGE.id).verify(thorough=True)
         assert verdict.state != "corrupt", verdict.reason
         if verdict.state == "missing":
-            store.work(self.STAGE.id).mkdir(parents=True, exist_ok=True)
-            (store.work(self.STAGE.id) / "half").write_text("done")
+            store.handle(self.STAGE.id).work.mkdir(parents=True, exist_ok=True)
+            (store.handle(self.STAGE.id).work / "half").write_text("done")
             with being_made(store, self.STAGE) as draft:
                 (draft / "below" / "deep").mkdir(parents=True)
                 for name in ("a.bin", "below/b.bin", "below/deep/c.bin"):
@@ -205,7 +205,7 @@ class SlurmSweep(Subject):
         answer = reception.ask()
         assert answer in ("run", "done"), answer
         if answer == "run":
-            if read_json(store.work(stage.id) / "stage.json") is None:
+            if read_json(store.handle(stage.id).work / "stage.json") is None:
                 reception.end("failed")
                 return False
             draft = store.handle(stage.id).open_draft(reception.claim)

@@ -8,9 +8,9 @@ from hfprune_launch import api
 from hfprune_launch import run as sweep_run
 from hfprune_launch.api import Session
 from hfprune_launch.sweep_folder import configuration
+from made_stages import failed
 
 from hfprune_dist.errors import UserError
-from hfprune_dist.store.heartbeat import Failure
 
 
 def settings_of(session):
@@ -31,11 +31,7 @@ class Failing:
         pass
 
     def run(self, stage, _):
-        failure = Failure(self.cause, f"{stage.kind} of {stage.label} broke", 0, 0.0)
-        handle = self._store.handle(stage.id)
-        handle.work.mkdir(parents=True, exist_ok=True)
-        handle.report_failure(failure)
-        return failure
+        return failed(self._store, stage, self.cause, f"{stage.kind} of {stage.label} broke")
 
 
 @pytest.mark.parametrize(("cause", "error"), [("code", RuntimeError), ("input", UserError)])

@@ -130,7 +130,12 @@ def test_what_a_job_in_the_queue_needs_stays_until_the_job_is_over(out, monkeypa
     shown = run(out, "--intermediates")
     stays = [forgotten] if answer != "gone" else []
     assert [stage_id for stage_id in pruned(store) if (store.root / stage_id / "model.safetensors").exists()] == stays
-    assert draft.exists() == store.work(stage.id).exists() == (f"the jobs of {stage.id} may" in shown) == bool(stays)
+    assert (
+        draft.exists()
+        == store.handle(stage.id).work.exists()
+        == (f"the jobs of {stage.id} may" in shown)
+        == bool(stays)
+    )
 
 
 def pruned(store):

@@ -9,7 +9,7 @@ from rows import make_artifact
 from sweeps import in_process, planned
 
 from hfprune_dist.store.artifacts import Store
-from hfprune_dist.store.heartbeat import Failure
+from hfprune_dist.store.attempts import End
 
 ONE_CELL = {"models": ["alpha"], "ratios": [0.2]}
 
@@ -31,7 +31,7 @@ class Reading:
             if need.verify(thorough=True).state == "corrupt":
                 with need.claimed_briefly() as claim:
                     need.set_aside(claim)
-                return Failure("lost input", f"{need.id}: set aside", 0, 0.0)
+                return End("lost input", f"{need.id}: set aside", 0.0)
         make_artifact(self._store, stage)
         if self.damages_again:
             damage(self._store, stage)
@@ -40,7 +40,7 @@ class Reading:
 
 def damage(store, stage):
     """Change a file behind its size and times."""
-    file = store.path(stage.id) / "content"
+    file = store.handle(stage.id).artifact / "content"
     times = file.stat()
     file.write_text(stage.id[::-1])
     os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))

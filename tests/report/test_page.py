@@ -14,7 +14,7 @@ from hfprune_dist.report import charts
 from hfprune_dist.results.metrics import headline
 from hfprune_dist.results.table import write_reports
 from hfprune_dist.store.artifacts import Store
-from hfprune_dist.store.heartbeat import Failure
+from hfprune_dist.store.attempts import End, Ledger
 
 ODD = ["<script>alert(1)</script>", "a\"b'c&amp;<b>", "%{x} ${y} </script><!--", "--method=x y"]
 
@@ -92,10 +92,9 @@ def test_names_are_text_whatever_is_in_them(tmp_path):
 
 def test_the_finding_comes_first_then_what_failed_or_is_missing(tmp_path):
     sweep = DrawnSweep(tmp_path, missing={"m 0.5 other", "m 0.5 hfprune"})
-    failed = next(cell for cell in sweep.plan.cells if cell.label == "m 0.5 hfprune")
-    store = Store(tmp_path / "store")
-    store.work(failed.evaluate).mkdir(parents=True)
-    store.handle(failed.evaluate).report_failure(Failure("input", "no such task", 0, 0.0))
+    (cell,) = (cell for cell in sweep.plan.cells if cell.label == "m 0.5 hfprune")
+    attempt = Ledger(Store(tmp_path / "store")).begin(sweep.plan.stages[cell.evaluate], ranks=1)
+    attempt.close(End("input", "no such task", 1.0))
     rows = [dict(row, measured_as="a") for row in sweep.rows()]
     rows[-1]["measured_as"] = "b"
     text = sweep.page(rows=rows)

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 from headers import CONFIG, checkpoint_of, tensors_of
-from made_stages import being_made, stage_of
+from made_stages import being_made, failed, stage_of
 from rows import efficiency
 
 from hfprune_dist.planning.plan import Cell, Plan
@@ -16,7 +16,6 @@ from hfprune_dist.results.markdown import cells
 from hfprune_dist.results.rows import DenseModel, collect_rows
 from hfprune_dist.results.table import columns, flat_row, write_reports
 from hfprune_dist.store.artifacts import Store
-from hfprune_dist.store.heartbeat import Failure
 from hfprune_dist.store.stage import Input
 from hfprune_dist.structures.experts import EXPERT_COUNT_KEYS, SHARED_WIDTHS
 
@@ -104,7 +103,7 @@ def test_a_finished_cell_shows_what_was_measured(store):
 
 def test_a_row_names_the_folder_of_its_checkpoint(store):
     """Nobody can load a checkpoint that isn't there; a row without its evaluation names its checkpoint all the same."""
-    contents = Contents(PRUNE.id, store.path(PRUNE.id), {}, {"README.md": "a card"})
+    contents = Contents(PRUNE.id, store.handle(PRUNE.id).artifact, {}, {"README.md": "a card"})
     update_checkpoints(store.root.parent, {"m-0.2-hfprune": contents})
     assert collect_rows(PLAN, store, DENSE)[1]["checkpoint"] == "checkpoints/m-0.2-hfprune"
     update_checkpoints(store.root.parent, {"m-0.2-hfprune": replace(contents, checkpoint="prune/another")})
@@ -130,8 +129,7 @@ def test_a_missing_cell_is_missing_and_says_why(store):
     _, pruned = collect_rows(PLAN, store, DENSE)
     assert pruned["status"] == "missing" and pruned["cause"] == "evaluate has not run yet"
     assert pruned["kl"] is None and pruned["average"] is None and pruned["wall_time_s"] is None
-    store.work(EVALUATE.id).mkdir(parents=True)
-    store.handle(EVALUATE.id).report_failure(Failure("input", "first line\nlast line", 0, 0.0))
+    failed(store, EVALUATE, "input", "first line\nlast line")
     _, pruned = collect_rows(PLAN, store, DENSE)
     assert (pruned["status"], pruned["cause"]) == ("failed", "evaluate failed (input): first line")
 
@@ -141,8 +139,7 @@ def test_a_row_stands_without_its_speed(store):
     measured = stage_of("efficiency", "m 0.2", {}, {"model": PRUNE.as_input(), "dense": MODEL})
     cells = (PLAN.cells[0], replace(PLAN.cells[1], efficiency=measured.id))
     plan = Plan({**PLAN.stages, measured.id: measured}, cells)
-    store.work(measured.id).mkdir(parents=True)
-    store.handle(measured.id).report_failure(Failure("code", "out of memory\nat last", 0, 0.0))
+    failed(store, measured, "code", "out of memory\nat last")
     _, row = collect_rows(plan, store, DENSE)
     assert (row["status"], row["kl"], row["own_time_s"]) == ("done", 0.25, 6.0) and "decode_speed" not in row
     assert row["cause"] == "no speed: efficiency failed (code): out of memory"
@@ -160,7 +157,7 @@ def test_a_result_stands_when_a_pass_behind_it_is_made_again(store):
     _, row = collect_rows(PLAN, store, DENSE)
     assert (row["status"], row["cause"], row["kl"], row["parameters"]) == ("done", None, 0.25, 79)
     assert row["wall_time_s"] is row["peak_memory_bytes"] is row["device_hours"] is None
-    shutil.rmtree(store.path(PRUNE.id))
+    shutil.rmtree(store.handle(PRUNE.id).artifact)
     assert collect_rows(PLAN, store, DENSE)[1]["status"] == "missing", "without a checkpoint there is no row"
 
 

@@ -45,7 +45,7 @@ def stage_of(folder, model_type, criteria=EVERY, dtype="float32", calibration=No
 
 
 def files_of(store, stage):
-    return {file.name: file.read_bytes() for file in store.path(stage.id).glob("*.safetensors")}
+    return {file.name: file.read_bytes() for file in store.handle(stage.id).artifact.glob("*.safetensors")}
 
 
 def weights_of(model, layer, output):
@@ -68,8 +68,8 @@ def weights_of(model, layer, output):
 def test_scores_of_all_units_are_as_defined(tmp_path, model_type, threads):
     store, stage = Store(tmp_path / "store"), stage_of(tmp_path, model_type)
     run_in_threads(store, stage, Ranks(1))
-    scores = load_file(store.path(stage.id) / SCORES)
-    windows = load_file(store.path(stage.id) / "windows.safetensors")["input_ids"]
+    scores = load_file(store.handle(stage.id).artifact / SCORES)
+    windows = load_file(store.handle(stage.id).artifact / "windows.safetensors")["input_ids"]
     checkpoint, model = open_checkpoint(tmp_path / "model"), make_model(model_type, vocab_size=VOCABULARY)
     places = {
         (units.kind, layer): units.tensor(layer, units.output)
@@ -117,8 +117,8 @@ def test_kv_groups_are_scored_beside_experts(tmp_path, model_type, threads):
         folder.mkdir()
         stage, store = stage_of(folder, model_type, names, structures=structures, **heads), Store(folder / "store")
         run_in_threads(store, stage, Ranks(1))
-        scores[beside] = load_file(store.path(stage.id) / SCORES)
-        windows = load_file(store.path(stage.id) / "windows.safetensors")["input_ids"]
+        scores[beside] = load_file(store.handle(stage.id).artifact / SCORES)
+        windows = load_file(store.handle(stage.id).artifact / "windows.safetensors")["input_ids"]
     assert all(torch.equal(scores[True][name], it) for name, it in scores[False].items()), "the same bits"
     model = make_model(model_type, vocab_size=VOCABULARY, **heads)
     for module in model.modules():  # whose own kernels know no float64

@@ -54,7 +54,7 @@ def test_what_layers_lack_is_as_if_it_were_masked_on_any_number_of_ranks(tmp_pat
     stores = [Store(tmp_path / f"on {ranks}") for ranks in (1, 2)]
     for ranks, store in enumerate(stores, start=1):
         run_in_threads(store, stage, Ranks(ranks))
-    folders = [store.path(stage.id) for store in stores]
+    folders = [store.handle(stage.id).artifact for store in stores]
     assert (folders[0] / SCORES).read_bytes() == (folders[1] / SCORES).read_bytes()
 
     scores, windows = load_file(folders[0] / SCORES), load_file(folders[0] / "windows.safetensors")["input_ids"]

@@ -99,7 +99,7 @@ def test_nothing_is_committed_that_may_have_been_made_of_another_file(store, tex
 
 
 def test_damage_is_set_aside(store, text):
-    (store.path(NEED.id) / "scores").write_text("scorez")
+    (store.handle(NEED.id).artifact / "scores").write_text("scorez")
     with pytest.raises(
         LostInputError, match=rf"{NEED.id}: scores: content changed.*; run the sweep again to make it anew"
     ):
@@ -110,7 +110,7 @@ def test_damage_is_set_aside(store, text):
 
 
 def test_what_looks_as_committed_is_read_only_after_a_failed_attempt(store, text):
-    file = store.path(NEED.id) / "scores"
+    file = store.handle(NEED.id).artifact / "scores"
     stat = file.stat()
     file.write_text(file.read_text()[::-1])
     os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))

@@ -92,7 +92,8 @@ def test_plain_transformers_loads_a_closer_model(source, uninterrupted):
     store, stage = uninterrupted
     dense = AutoModelForCausalLM.from_pretrained(source / "dense")
     pruned, distilled = (
-        AutoModelForCausalLM.from_pretrained(store.path(it.id), trust_remote_code=True) for it in (PRUNE, stage)
+        AutoModelForCausalLM.from_pretrained(store.handle(it.id).artifact, trust_remote_code=True)
+        for it in (PRUNE, stage)
     )
     assert [layer.mlp.gate_proj.out_features for layer in distilled.model.layers] == [24, 30]
     before, after = divergence(dense, pruned), divergence(dense, distilled)
@@ -115,8 +116,8 @@ def test_another_number_of_ranks_comes_close_and_so_it_does_after_a_kill(source,
     # Adam would hide a gradient that is too large by a factor, such as the number of ranks.
     norms = losses_of(store, stage, "grad_norm")
     assert norms == pytest.approx(losses_of(*uninterrupted, "grad_norm"), rel=0.02)
-    expected = weights_of(uninterrupted[0].path(stage.id))
-    for name, tensor in weights_of(store.path(stage.id)).items():
+    expected = weights_of(uninterrupted[0].handle(stage.id).artifact)
+    for name, tensor in weights_of(store.handle(stage.id).artifact).items():
         torch.testing.assert_close(tensor, expected[name], rtol=0.02, atol=2e-3)
 
 
@@ -125,6 +126,6 @@ def test_short_distillations_learn_too(source, tmp_path):
     """If all steps were warm-up, the only one would have a learning rate of 0."""
     store, stage = lay_out(source, tmp_path, passes=1, batch_size=WINDOWS, warmup_steps=4)
     finish(store, stage, ranks=1)
-    before, after = weights_of(store.path(PRUNE.id)), weights_of(store.path(stage.id))
+    before, after = weights_of(store.handle(PRUNE.id).artifact), weights_of(store.handle(stage.id).artifact)
     changed = [name for name, tensor in after.items() if not torch.equal(tensor, before[name])]
     assert len(changed) == 2 * 7, "every projection of both layers"

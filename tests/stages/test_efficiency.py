@@ -50,7 +50,7 @@ def test_both_models_are_measured_under_every_workload_on_the_first_rank(source,
     assert metrics["dense"]["parameters"] - metrics["model"]["parameters"] == gone
     assert metrics["dense"]["flops_per_token"] - metrics["model"]["flops_per_token"] == 2 * gone
     assert metrics["dense"]["weight_bytes_on_disk"] - metrics["model"]["weight_bytes_on_disk"] == 4 * gone
-    details = json.loads((store.path(stage.id) / RESULTS).read_text())
+    details = json.loads((store.handle(stage.id).artifact / RESULTS).read_text())
     for run, seconds in zip(metrics["runs"], details["seconds"], strict=True):
         assert run["dense"]["peak_memory_bytes"] > run["model"]["peak_memory_bytes"] > 0
         pairs = list(zip(seconds["dense"], seconds["model"], strict=True))

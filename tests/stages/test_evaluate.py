@@ -121,7 +121,7 @@ def uninterrupted(inputs, tmp_path_factory):
     """Everything evaluated on one rank."""
     store = Store(tmp_path_factory.mktemp("uninterrupted"))
     stage = make_stage(store, inputs, ALL_TASKS)
-    return run_alone(store, stage), store.path(stage.id)
+    return run_alone(store, stage), store.handle(stage.id).artifact
 
 
 def test_results(uninterrupted):
@@ -163,7 +163,7 @@ def test_sharded_ranks_have_the_scores_of_one(inputs, uninterrupted, tmp_path):
 def test_a_killed_stage_goes_on_at_the_task_that_it_was_at(inputs, uninterrupted, tmp_path):
     store = Store(tmp_path)
     stage = make_stage(store, inputs, ["tiny_lonely", "tiny_choice"])
-    work = store.work(stage.id)
+    work = store.handle(stage.id).work
     killed = run_stage(store, stage, ranks=2, environment=killing(0, 1, "/tasks/.tiny_choice"))
     assert killed.returncode != 0 and not (work / "tasks/tiny_choice.json").exists()
     finished = read_json(work / "tasks/tiny_lonely.json")
@@ -194,7 +194,7 @@ def test_every_text_is_compared_as_if_alone_by_a_model_that_is_loaded_once(input
     metrics = run_alone(store, stage)
     assert metrics["other_texts"] == {"news": alone["fidelity"]} and "other_texts" not in alone
     assert metrics["fidelity"] != alone["fidelity"] and len(loads) == 2
-    news = read_json(store.path(stage.id) / "results.json")["other_texts"]["news"]
+    news = read_json(store.handle(stage.id).artifact / "results.json")["other_texts"]["news"]
     assert all(len(values) == 5 for values in news.pop("by_window").values())
     assert news == metrics["other_texts"]["news"]
 
@@ -205,7 +205,7 @@ def test_fidelity_is_what_full_logits_say(inputs, tmp_path):
     store = Store(tmp_path)
     stage = make_stage(store, inputs, [])
     metrics = run_alone(store, stage)["fidelity"]
-    windows_ST = load_windows(store.path(stage.inputs["reference"].location))
+    windows_ST = load_windows(store.handle(stage.inputs["reference"].location).artifact)
     assert windows_ST[:, 0].tolist() == [1] * 5  # BOS
     log_p, log_q = (
         AutoModelForCausalLM.from_pretrained(inputs / name)(windows_ST).logits.double().log_softmax(-1)
@@ -216,7 +216,7 @@ def test_fidelity_is_what_full_logits_say(inputs, tmp_path):
     assert metrics["kl"] == pytest.approx((log_p.exp() * (log_p - log_q)).sum(-1).mean().item(), rel=1e-4)
     assert metrics["top1_agreement"] == pytest.approx((log_p.argmax(-1) == log_q.argmax(-1)).double().mean().item())
     kl_S = (log_p.exp() * (log_p - log_q)).sum(-1).mean(-1)
-    kept = read_json(store.path(stage.id) / "results.json")["fidelity"]["by_window"]
+    kept = read_json(store.handle(stage.id).artifact / "results.json")["fidelity"]["by_window"]
     assert kept["kl"] == pytest.approx(kl_S.tolist(), rel=1e-4) and len(kept["perplexity"]) == metrics["windows"] == 5
     assert metrics["kl_stderr"] == pytest.approx(kl_S.std().item() / 5**0.5, rel=1e-3)
 

@@ -57,7 +57,7 @@ def make_stage(
 
 
 def scores_of(store, stage):
-    return load_file(store.path(stage.id) / "importance.safetensors")
+    return load_file(store.handle(stage.id).artifact / "importance.safetensors")
 
 
 def run_in(folder, stage, ranks, **options):
@@ -76,7 +76,7 @@ def on_one_rank(tmp_path_factory):
 
 def test_anyone_can_recompute_the_scores_from_the_windows(on_one_rank):
     _, stage, store = on_one_rank
-    windows = load_file(store.path(stage.id) / "windows.safetensors")["input_ids"]
+    windows = load_file(store.handle(stage.id).artifact / "windows.safetensors")["input_ids"]
     assert windows.shape == (11, 32) and windows.dtype == torch.int64
     assert (windows[:, 0] == 1).all(), "every window begins with BOS, as in evaluation"
     expected = definition(tiny_model("llama"), windows)
@@ -96,7 +96,9 @@ def test_ranks_that_are_no_forks_give_the_same_bits(on_one_rank):
     two = run_in(folder / "two", stage, 2, fresh=True, sharding="zero3")
     assert two.handle(stage.id).manifest()["world_size"] == 2
     for name in ("importance.safetensors", "windows.safetensors"):
-        assert (two.path(stage.id) / name).read_bytes() == (one.path(stage.id) / name).read_bytes()
+        assert (two.handle(stage.id).artifact / name).read_bytes() == (
+            one.handle(stage.id).artifact / name
+        ).read_bytes()
 
 
 def test_all_criteria_at_once_on_any_number_of_ranks(tmp_path):
@@ -108,7 +110,7 @@ def test_all_criteria_at_once_on_any_number_of_ranks(tmp_path):
     one = run_in(tmp_path / "one", stage, 1)
     two = Store(tmp_path / "two")
     assert run_stage(two, stage, 2, environment=killing(rank=0, kill_at=5, match="partial.draft")).returncode != 0
-    assert load_file(two.work(stage.id) / "partial.safetensors")["next_shard"] == 4
+    assert load_file(two.handle(stage.id).work / "partial.safetensors")["next_shard"] == 4
     run_in(two.root, stage, 2)
     scores = scores_of(one, stage)
     assert set(scores) == {
@@ -123,7 +125,7 @@ def test_all_criteria_at_once_on_any_number_of_ranks(tmp_path):
     assert metrics[0] == metrics[1] and 0 < metrics[0]["mean_entropy_nats"] < metrics[0]["mean_cross_entropy_nats"]
 
     model = tiny_model("llama", **SHARDED)
-    windows = load_file(one.path(stage.id) / "windows.safetensors")["input_ids"]
+    windows = load_file(one.handle(stage.id).artifact / "windows.safetensors")["input_ids"]
     for name in (*GRADIENT_CRITERIA, "activation_l1", "fluctuation"):
         expected = definition(model, windows, name, seed=3)
         ours = torch.stack([scores[f"layers.{layer}.{name}"] for layer in range(2)])
@@ -179,7 +181,10 @@ def test_a_second_pass_scores_in_the_student_that_the_first_one_chose(tmp_path, 
     ours, distilled = (
         torch.stack(scores_of_layers(scores, name, "neurons")) for scores, name in zip(found[0], names, strict=True)
     )
-    model, windows = tiny_model("llama"), load_file(store.path(second.id) / "windows.safetensors")["input_ids"]
+    model, windows = (
+        tiny_model("llama"),
+        load_file(store.handle(second.id).artifact / "windows.safetensors")["input_ids"],
+    )
     expected = coupled_taylor(model, windows)
     assert (ours - expected).norm() < 1e-4 * expected.norm()
     keeps = torch.stack([student_keeps(scores_U, STUDENT["lacks"]) for scores_U in ours])

@@ -50,7 +50,7 @@ def lay_out(source, root, *, steps=STEPS, **changes):
 def finish(store, stage, ranks):
     ended = run_stage(store, stage, ranks, **RUNTIME)
     assert ended.returncode == 0, ended.output[-2000:]
-    return store.path(stage.id)
+    return store.handle(stage.id).artifact
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +87,7 @@ def test_what_is_left_is_the_plan_s_shape_of_the_trained_model(source, uninterru
 def test_a_killed_stage_goes_on_to_the_same_bits(source, uninterrupted, tmp_path):
     store, stage = lay_out(source, tmp_path)
     killed = run_stage(store, stage, 2, environment=killing(0, 6, "/snapshot."), **RUNTIME)
-    assert killed.returncode != 0 and not store.path(stage.id).exists()
+    assert killed.returncode != 0 and not store.handle(stage.id).artifact.exists()
     artifact, expected = finish(store, stage, 2), uninterrupted[-1]
     assert (artifact / "kept.json").read_text() == (expected / "kept.json").read_text()
     assert (artifact / "loss.jsonl").read_text() == (expected / "loss.jsonl").read_text()

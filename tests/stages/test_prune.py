@@ -73,8 +73,8 @@ def test_a_block_goes_on_with_the_same_bits_after_one_of_its_ranks_died_in_the_s
     assert run_stage(reference, stage, 2).returncode == 0
     store, stage = prepare(tmp_path / "killed", refit="block", samples=24)
     killed = run_stage(store, stage, 2, environment=killing_in_reduction(1, REDUCTIONS + REDUCTIONS // 2))
-    assert killed.returncode != 0 and not store.path(stage.id).exists()
-    assert len(list(store.work(stage.id).glob("refit/layer-*.safetensors"))) == 1
+    assert killed.returncode != 0 and not store.handle(stage.id).artifact.exists()
+    assert len(list(store.handle(stage.id).work.glob("refit/layer-*.safetensors"))) == 1
     resumed = run_stage(store, stage, 2)
     assert resumed.returncode == 0, resumed.output[-2000:]
     assert outcome(store, stage) == outcome(reference, stage)
@@ -149,7 +149,7 @@ def test_refitted_norms_bring_the_distribution_closer_and_nothing_else_changes(t
         monkeypatch.setattr(PruneParameters, "refits_norms", refits)
         store, stage = prepare(tmp_path / str(refits), ratio=0.25, refit="layerwise")
         shapes.run(store, stage, SoloWorld())
-        tensors.append(load_file(store.path(stage.id) / "model.safetensors"))
+        tensors.append(load_file(store.handle(stage.id).artifact / "model.safetensors"))
         metrics = metrics_of(store, stage)
     changed = {name for name, it in tensors[0].items() if not torch.equal(it, tensors[1][name])}
     assert changed == {f"{it}.weight" for it in NORMS}
@@ -177,7 +177,7 @@ def test_without_protected_layers_all_are_alike_in_a_plain_checkpoint(tmp_path, 
     checkpoint = open_checkpoint(tmp_path / "model")
     step = LAYERS * checkpoint.parameters_per_unit / checkpoint.parameters
     assert abs(metrics["ratio_reached"] - 0.2) <= 0.51 * step
-    folder = store.path(stage.id)
+    folder = store.handle(stage.id).artifact
     assert open_checkpoint(folder).is_plain and open_checkpoint(folder).config["model_type"] == written
     plain = load(folder)
     assert sum(it.numel() for it in plain.parameters()) == metrics["parameters"]
@@ -191,7 +191,7 @@ def test_without_protected_layers_all_are_alike_in_a_plain_checkpoint(tmp_path, 
 def test_protected_layers_stay_whole_and_the_others_lose_more(tmp_path):
     store, stage = local(tmp_path, "qwen2", refit="block", protect_first=1, protect_last=1)
     shapes.run(store, stage, SoloWorld())
-    metrics, kept, folder = metrics_of(store, stage), kept_of(store, stage), store.path(stage.id)
+    metrics, kept, folder = metrics_of(store, stage), kept_of(store, stage), store.handle(stage.id).artifact
     assert [len(row) for row in kept["kv_groups"]] == [GROUPS, 2, 2, GROUPS]
     first, *middle, last = (len(row) for row in kept["neurons"])
     assert first == last == NEURONS and len(set(middle)) == 1 and middle[0] < NEURONS

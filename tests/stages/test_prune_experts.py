@@ -37,7 +37,7 @@ def test_what_scores_highest_stays(tmp_path, model_type, refit, structures):
     store, stage = shapes.prepare(tmp_path / "cut", model=folder, samples=16, **settings)
     shapes.run(store, stage, SoloWorld())
     scores, kept, metrics = scores_of(store), kept_of(store, stage), metrics_of(store, stage)
-    model = AutoModelForCausalLM.from_pretrained(store.path(stage.id))
+    model = AutoModelForCausalLM.from_pretrained(store.handle(stage.id).artifact)
     assert metrics["parameters"] == sum(it.numel() for it in model.state_dict().values())
     assert metrics["ratio_reached"] >= RATIO
     for units in open_checkpoint(folder).pruned_kinds(structures):

@@ -63,7 +63,7 @@ def with_means_in_place(dense, kept, means):
 def test_removed_channels_are_their_means_on_any_text(tmp_path, variant):
     store, stage = prepare(tmp_path, variant)
     shapes.run(store, stage, SoloWorld())
-    folder, metrics = store.path(stage.id), metrics_of(store, stage)
+    folder, metrics = store.handle(stage.id).artifact, metrics_of(store, stage)
     means, dense = dense_means(tmp_path / "model", windows_of(store))
     expected = logits(with_means_in_place(dense, read_kept(folder), means))
     ours = load_causal_lm(folder, torch.float32)

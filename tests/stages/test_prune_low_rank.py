@@ -32,7 +32,7 @@ def logits_of(model, ids=IDS):
 def test_what_is_written_loads_everywhere_with_its_code_and_computes_products(tmp_path, variant, ratio, cut):
     store, stage = prepare(tmp_path, variant, ratio=ratio)
     shapes.run(store, stage, SoloWorld())
-    folder, metrics = store.path(stage.id), metrics_of(store, stage)
+    folder, metrics = store.handle(stage.id).artifact, metrics_of(store, stage)
     assert set(metrics["attention_ranks"]) == set(cut)
     checkpoint, dense = open_checkpoint(folder), open_checkpoint(tmp_path / "model")
     require_own_weights(checkpoint)

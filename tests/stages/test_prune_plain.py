@@ -66,7 +66,7 @@ def shape_in(folder):
 def test_the_finalist_that_is_closest_on_windows_apart_is_written(tmp_path, variant, refit):
     store, stage = prepare(tmp_path, variant, refit=refit)
     run(store, stage, SoloWorld())
-    metrics, folder = metrics_of(store, stage), store.path(stage.id)
+    metrics, folder = metrics_of(store, stage), store.handle(stage.id).artifact
     measured, finalists = metrics["search_kl"], metrics["finalists_kl"]
     best = min(finalists, key=finalists.get)
     assert shape_in(folder) == numbers_of(best)
@@ -112,7 +112,7 @@ def test_the_closest_is_tried_with_fewer_layers_while_that_helps(tmp_path, monke
     kls = [finalists[name] for name in tried]
     assert all(later < earlier for earlier, later in itertools.pairwise(kls[:-1])), "it goes on where that helped"
     assert set(finalists) == expected_finalists(measured, finalists, layers=6)
-    assert shape_in(store.path(stage.id)) == numbers_of(min(finalists, key=finalists.get))
+    assert shape_in(store.handle(stage.id).artifact) == numbers_of(min(finalists, key=finalists.get))
 
 
 def test_a_quick_stage_writes_the_fewest_layers_that_are_near_and_does_little_more_than_it_must(tmp_path, monkeypatch):
@@ -134,7 +134,7 @@ def test_a_quick_stage_writes_the_fewest_layers_that_are_near_and_does_little_mo
     metrics = metrics_of(store, stage)
     measured = metrics["search_kl"]
     near = [name for name, kl in measured.items() if kl <= shape_search.NEAR * min(measured.values())]
-    fewest, groups, _ = found = shape_in(store.path(stage.id))
+    fewest, groups, _ = found = shape_in(store.handle(stage.id).artifact)
     assert found in map(numbers_of, near) and fewest == min(numbers_of(name)[0] for name in near)
     assert all(2 * numbers_of(name)[1] > GROUPS for name in measured) and 2 * groups > GROUPS
     assert "finalists_kl" not in metrics

@@ -55,8 +55,10 @@ def test_neurons_and_groups_of_all_layers_compete_and_the_checkpoint_loads(tmp_p
         assert any(len(row) < most for row in kept[kind])
         for layer, row in enumerate(kept[kind]):
             assert row == sorted(scores[f"layers.{layer}.{name}"].topk(len(row)).indices.tolist())
-    ours = load_causal_lm(store.path(stage.id), torch.float32)
-    plain = AutoModelForCausalLM.from_pretrained(store.path(stage.id), trust_remote_code=True, dtype=torch.float32)
+    ours = load_causal_lm(store.handle(stage.id).artifact, torch.float32)
+    plain = AutoModelForCausalLM.from_pretrained(
+        store.handle(stage.id).artifact, trust_remote_code=True, dtype=torch.float32
+    )
     assert sum(it.numel() for it in plain.parameters()) == metrics["parameters"]
     ids = torch.arange(12)[None] + 3
     with torch.no_grad():
@@ -73,7 +75,7 @@ def test_a_search_writes_what_measures_closest(tmp_path, structures, ratio):
     assert abs(metrics["ratio_reached"] - ratio) <= 0.51 * neuron_in(tmp_path)
     exchanged = any("exchange" in name for name in metrics["search_kl"])
     assert exchanged is ("kv_groups" in structures)
-    dense, written = (load_causal_lm(it, torch.float32) for it in (tmp_path / "model", store.path(stage.id)))
+    dense, written = (load_causal_lm(it, torch.float32) for it in (tmp_path / "model", store.handle(stage.id).artifact))
     windows_ST = windows_of(store)[COMPARED if "layers" in structures else slice(8, 9)]
     best = min(metrics["search_kl"].values())
     assert divergence(dense, written, windows_ST, EVERY) == pytest.approx(best, rel=1e-3)
@@ -103,7 +105,7 @@ def test_the_number_of_layers_is_that_of_the_closest_finalist(tmp_path, monkeypa
     metrics = metrics_of(store, stage)
     measured, compared = metrics["search_kl"], metrics["finalists_kl"]
     best = min(compared, key=compared.get)
-    dense, written = (load_causal_lm(it, torch.float32) for it in (tmp_path / "model", store.path(stage.id)))
+    dense, written = (load_causal_lm(it, torch.float32) for it in (tmp_path / "model", store.handle(stage.id).artifact))
     assert written.config.num_hidden_layers == layers_of(best) and len(measured) > 1
     closest = sorted(measured, key=measured.get)
     assert {*closest[: shape_search.FINALISTS]} <= {*compared} <= {*measured}

@@ -62,7 +62,7 @@ def uninterrupted(tmp_path_factory, source):
 @pytest.mark.slow
 def test_the_artifact_is_a_plain_checkpoint_and_computes_what_its_adapter_does(uninterrupted, source):
     store, stage = uninterrupted
-    before, after = open_checkpoint(source / "model"), open_checkpoint(store.path(stage.id))
+    before, after = open_checkpoint(source / "model"), open_checkpoint(store.handle(stage.id).artifact)
     assert after.tensors == before.tensors
     assert sorted(file.name for file in after.path.glob("*.safetensors")) == before.weight_files
     assert AutoModelForCausalLM.from_pretrained(after.path, dtype="auto").dtype == torch.bfloat16
@@ -107,7 +107,7 @@ def test_a_killed_stage_goes_on_to_the_same_bits_and_on_another_world_size_close
     assert name.startswith("tiny-recover-") and not (uninterrupted[0].root.parent / "tracking").exists()
     expected = losses_of(*uninterrupted)
     assert losses_of(store, stage) == expected
-    assert_same_weights(store.path(stage.id), uninterrupted[0].path(stage.id))
+    assert_same_weights(store.handle(stage.id).artifact, uninterrupted[0].handle(stage.id).artifact)
 
     assert "step 1/" not in finish(alone, stage, ranks=1)
     assert losses_of(alone, stage) == pytest.approx(expected, rel=1e-3)
@@ -117,11 +117,11 @@ def test_a_killed_stage_goes_on_to_the_same_bits_and_on_another_world_size_close
 def test_diverged_training_is_the_users_to_mend(tmp_path, source):
     store, stage = Store(tmp_path), make_stage(source, learning_rate=1e30)
     assert "at step 2; lower recovery.learning_rate" in finish(store, stage, ranks=1, code=UserError.EXIT_CODE)
-    assert not store.path(stage.id).exists()
+    assert not store.handle(stage.id).artifact.exists()
 
 
 def prepare_rows(store, stage):
-    store.work(stage.id).mkdir(parents=True, exist_ok=True)
+    store.handle(stage.id).work.mkdir(parents=True, exist_ok=True)
     context = Context(stage, store, SoloWorld(), RuntimeConfig(), Progress(None), {}, {}, 1)
     return training.prepare_rows(context, open_checkpoint(context.input_path("model")))
 

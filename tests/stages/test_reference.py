@@ -36,11 +36,11 @@ def held_out(source, dtype="float32", text="held-out.jsonl"):
 
 def run_alone(store, stage):
     run_in_threads(store, stage, Ranks(1))
-    return DenseStates(store.path(stage.id))
+    return DenseStates(store.handle(stage.id).artifact)
 
 
 def files_of(store, stage):
-    return {file.name: file.read_bytes() for file in store.path(stage.id).glob("*.safetensors")}
+    return {file.name: file.read_bytes() for file in store.handle(stage.id).artifact.glob("*.safetensors")}
 
 
 def test_held_out_text_is_seen_as_the_whole_model_sees_it(source, tmp_path):
@@ -64,7 +64,7 @@ def test_ranks_keep_step_whatever_the_number_of_windows_also_after_a_death(sourc
     run_in_threads(stores[0], stage, Ranks(1))
     with pytest.raises(Death):
         run_in_threads(stores[1], stage, Ranks(size, deaths={size - 1: 3}))
-    assert not stores[1].path(stage.id).exists()
+    assert not stores[1].handle(stage.id).artifact.exists()
     run_in_threads(stores[1], stage, Ranks(size))
     assert files_of(stores[0], stage) == files_of(stores[1], stage)
 

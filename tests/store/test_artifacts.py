@@ -7,7 +7,7 @@ from made_stages import being_made, stage_of
 
 from hfprune_dist.store.artifacts import MANIFEST, Store
 from hfprune_dist.store.claims import Claim, Holder
-from hfprune_dist.store.heartbeat import Failure, Progress
+from hfprune_dist.store.heartbeat import Progress
 from hfprune_dist.store.stage import Input
 
 STAGE = stage_of("prune", "a label", {"ratio": 0.2}, {"model": Input("digest", "/somewhere")})
@@ -41,13 +41,13 @@ def test_colleagues_may_read_what_the_umask_allows(store):
     with being_made(store, STAGE) as draft:
         (draft / "scores.bin").touch(mode=0o600)
     os.umask(before)
-    assert (store.path(STAGE.id) / "scores.bin").stat().st_mode & 0o777 == 0o640
+    assert (store.handle(STAGE.id).artifact / "scores.bin").stat().st_mode & 0o777 == 0o640
 
 
 @pytest.mark.parametrize("damage", ["missing", "truncated", "flipped", "manifest", "no manifest"])
 def test_damage_is_found_and_set_aside(store, damage):
     make(store)
-    file = store.path(STAGE.id) / ("manifest.json" if "manifest" in damage else "model.bin")
+    file = store.handle(STAGE.id).artifact / ("manifest.json" if "manifest" in damage else "model.bin")
     if damage in ("missing", "no manifest"):
         file.unlink()
     elif damage == "manifest":
@@ -65,14 +65,14 @@ def test_damage_is_found_and_set_aside(store, damage):
 def test_the_loser_of_a_race_keeps_the_winners_artifact(store):
     make(store, "winner")
     make(store, "loser")
-    assert (store.path(STAGE.id) / "model.bin").read_text() == "winner"
+    assert (store.handle(STAGE.id).artifact / "model.bin").read_text() == "winner"
     assert [path.name for path in (store.root / STAGE.kind).iterdir()] == [STAGE.fingerprint]
 
 
 def test_without_its_committed_time_a_file_is_read(store):
     """As in a copied store. Damage behind an unchanged time is found by reading every file."""
     make(store)
-    file = store.path(STAGE.id) / "model.bin"
+    file = store.handle(STAGE.id).artifact / "model.bin"
     committed = file.stat().st_mtime_ns
     os.utime(file, (1, 1))
     assert store.handle(STAGE.id).verify().state == "done"
@@ -95,7 +95,7 @@ def test_what_can_not_be_read_now_is_not_set_aside(store, monkeypatch, reader):
     with monkeypatch.context() as patch:
         patch.setattr(Path, reader, refuse)
         with pytest.raises(OSError, match="Input/output"):
-            store.handle(STAGE.id).set_aside(Claim(store.work(STAGE.id), "token"))
+            store.handle(STAGE.id).set_aside(Claim(store.handle(STAGE.id).work, "token"))
     assert store.handle(STAGE.id).verify().state == "done"
 
 
@@ -107,7 +107,7 @@ def test_what_is_emptied_may_be_in_use(store, monkeypatch):
             patch.setattr(os, function, unless_named(("model.bin", "sub"), getattr(os, function)))
         store.handle(STAGE.id).empty()
     assert not store.handle(STAGE.id).is_committed()
-    assert {path.name for path in store.path(STAGE.id).iterdir()} == {MANIFEST, "model.bin", "sub"}
+    assert {path.name for path in store.handle(STAGE.id).artifact.iterdir()} == {MANIFEST, "model.bin", "sub"}
     make(store)
     assert store.handle(STAGE.id).verify().state == "done"
 
@@ -156,7 +156,6 @@ def test_work_of_a_stage_that_is_not_done_or_claimed_stays(handle):
 def test_progress_is_discarded_without_what_launchers_leave(handle):
     claim = handle.claim()
     Progress(handle.work).update("layers", 1, 9)
-    handle.report_failure(Failure("killed", "", -1, 0.0, 1))
     handle.discard_progress()
     assert not (handle.work / "refit").exists() and claim.is_held()
-    assert handle.heartbeat().done == 1 and handle.failure().cause == "killed"
+    assert handle.heartbeat().done == 1

@@ -1,18 +1,23 @@
-"""The ledger of attempts, of which some records may be damaged or strange."""
+"""The ledger of attempts, of which some records may be damaged or strange; why they failed."""
 
 import errno
 import os
+import time
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from made_stages import being_made, stage_of
 
+from hfprune_dist.errors import UserError
 from hfprune_dist.store.artifacts import Store
-from hfprune_dist.store.attempts import End, Ledger, Run, end_of_log
+from hfprune_dist.store.attempts import End, Ledger, Run, end_of_log, report_failure
 from hfprune_dist.store.stage import Input
 
 STAGE = stage_of("prune", "a 0.2", {"ratio": 0.2}, {"model": Input("digest", "/somewhere")})
 JOB = {"ranks": 1, "time_minutes": 30}
+LOST = "RuntimeError: [../gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:49152"
 
 
 @pytest.fixture
@@ -119,3 +124,64 @@ def test_each_attempt_but_the_last_has_an_end_recorded_or_not(ledger):
 def test_of_a_long_log_only_the_end_is_read(tmp_path):
     (tmp_path / "log").write_bytes("caf\u00e9\nlast".encode())
     assert end_of_log(tmp_path / "log", 6) == "\ufffd\nlast" and end_of_log(tmp_path / "none", 6) == ""
+
+
+RECORDS = [
+    ("input", "no such text"),
+    ("lost input", "set aside"),
+    ("bad node", "no GPU"),
+    ("code", "wrong"),
+    ("code", LOST),
+]
+
+
+@settings(max_examples=60)
+@given(
+    kinds=st.lists(st.integers(0, 4), min_size=1, max_size=5),
+    skews=st.lists(st.floats(-500, 500), min_size=5, max_size=5),
+)
+def test_the_best_explanation_does_not_depend_on_clocks(tmp_path_factory, kinds, skews):
+    """Each rank's host has a clock of its own."""
+    ledger = Ledger(Store(tmp_path_factory.mktemp("store")))
+    folder = ledger.begin(STAGE, ranks=5).folder
+    for rank, (kind, skew) in enumerate(zip(kinds, skews, strict=False)):
+        report_failure(folder, End(*RECORDS[kind], time.time() + skew, rank))
+    found, best = ledger.failure(STAGE.id), min(kinds)
+    assert (found.cause, found.message) in (RECORDS[:2] if best <= 1 else [RECORDS[best]])
+
+
+@pytest.mark.parametrize(
+    ("message", "line"),
+    [
+        ("a rank died: rank 0 by SIGKILL, from outside\nits log ends with:\n  ====", "a rank died: rank 0 by SIGKILL"),
+        ('File "a.py", line 1, in f\n    x()\nValueError: no', "ValueError: no"),
+        ('Traceback (most recent call last):\n  File "a.py"\nOSError: full', "OSError: full"),
+        ("", ""),
+    ],
+)
+def test_a_failure_in_one_line(message, line):
+    told = End("code", message, 1.0).in_one_line
+    assert told.startswith(line) and "\n" not in told
+
+
+def test_an_exception_is_told_by_its_last_line():
+    assert (End.of_rank(7, UserError("bad")).cause, End.of_rank(7, UserError("bad")).rank) == ("input", 7)
+    try:
+        int("x")
+    except ValueError as error:
+        end = End.of_rank(0, error)
+    assert end.cause == "code" and end.in_one_line.startswith("ValueError: invalid literal")
+    assert End.of_rank(0, MemoryError("can't allocate memory")).cause == "out of memory"
+
+
+def test_a_stage_has_failed_as_its_last_attempt_did(ledger, attempt):
+    """By its end, or by what its ranks say while none is recorded; not if it was interrupted, or did not run."""
+    report_failure(attempt.folder, End("code", LOST, 2.0, 0))
+    (attempt.folder / "failure.1.json").write_text("{")
+    assert ledger.failure(STAGE.id).message == LOST
+    for cause in ("killed", "interrupted", "not run", "done"):
+        attempt.close(End(cause, "", 3.0))
+        assert ledger.failure(STAGE.id) == (attempt.end if cause == "killed" else None)
+    attempt.close(End("killed", "", 3.0))
+    ledger.begin(STAGE, **JOB)
+    assert ledger.failure(STAGE.id) is None

@@ -34,7 +34,7 @@ def fresh(scratch):
 def corrupt(store):
     with being_made(store, STAGE) as draft:
         (draft / "model.bin").write_text("weights")
-    (store.path(STAGE.id) / "model.bin").write_text("Weights")
+    (store.handle(STAGE.id).artifact / "model.bin").write_text("Weights")
 
 
 def find_and_mend(scratch, makes):
@@ -68,7 +68,7 @@ def test_damage_is_set_aside_once_and_what_was_made_anew_stays(scratch, order, m
 @given(order=ORDERS, count=st.integers(2, 3), left=st.sampled_from(["nothing", "dead", "released", "garbled"]))
 def test_of_those_who_claim_one_wins(scratch, order, count, left):
     store = fresh(scratch)
-    folder = store.work(STAGE.id)
+    folder = store.handle(STAGE.id).work
     folder.mkdir(parents=True)
     record = {**asdict(replace(Holder.me(), pid=2**22 + 1)), "released": left == "released"}
     if left != "nothing":
@@ -98,7 +98,7 @@ def commit_unless_lost(scratch, claim, content):
 @given(order=ORDERS)
 def test_who_was_taken_for_dead_never_harms_its_successor(scratch, order):
     store = fresh(scratch)
-    work = store.work(STAGE.id)
+    work = store.handle(STAGE.id).work
     first = try_claim(work)
 
     def succeed():
@@ -110,6 +110,6 @@ def test_who_was_taken_for_dead_never_harms_its_successor(scratch, order):
     ends = interleave([lambda: commit_unless_lost(scratch, first, "first"), succeed], order)
     assert ends[1] == "done"
     assert store.handle(STAGE.id).verify(thorough=True).state == "done"
-    content = (store.path(STAGE.id) / "model.bin").read_text()
+    content = (store.handle(STAGE.id).artifact / "model.bin").read_text()
     assert content == "second" or ends[0] == "done"
     assert [path.name for path in (store.root / STAGE.kind).iterdir()] == [STAGE.fingerprint]

@@ -23,7 +23,7 @@ def test_at_every_point_of_a_commit(tmp_path):
     states = []
     for kill_at in itertools.count(1):
         store = Store(tmp_path / str(kill_at))
-        store.work(STAGE.id).mkdir(parents=True)
+        store.handle(STAGE.id).work.mkdir(parents=True)
         died = die_in_fork(lambda store=store: commit(store), kill_at, store.root)
         states.append(store.handle(STAGE.id).verify().state)
         assert states[-1] in ("missing", "done"), f"operation {kill_at} left a corrupt artifact"
@@ -49,7 +49,7 @@ def test_at_every_point_of_a_removal(tmp_path, remove):
         states.append(store.handle(STAGE.id).verify().state)
         if kill_at % 2:
             remove(store.handle(STAGE.id))
-            found = {path.name for path in store.path(STAGE.id).glob("*")}
+            found = {path.name for path in store.handle(STAGE.id).artifact.glob("*")}
             assert found == (set() if remove == StageHandle.discard else {"manifest.json"})
         if states[-1] != "done":
             commit(store)

@@ -2,7 +2,6 @@
 
 import os
 import shutil
-from dataclasses import replace
 
 import pytest
 from hfprune_launch.local import backend as local
@@ -13,8 +12,8 @@ from made_stages import stage_of
 from hfprune_dist.config.schema import RuntimeConfig
 from hfprune_dist.store import claims
 from hfprune_dist.store.artifacts import StageHandle, Store
+from hfprune_dist.store.attempts import End, Ledger, report_failure
 from hfprune_dist.store.claims import Cancellation, Claim, try_claim
-from hfprune_dist.store.heartbeat import Failure
 from hfprune_dist.store.stage import Input
 
 STAGE = stage_of("prune", "a 0.2", {"ratio": 0.2}, {"model": Input("digest", "/somewhere")})
@@ -22,8 +21,8 @@ CLOSED = "RuntimeError: [../third_party/gloo/gloo/transport/tcp/pair.cc:534] Con
 TIMEOUT = "RuntimeError: [/gloo/transport/tcp/unbound_buffer.cc:81] Timed out waiting 1800000ms for recv operation"
 
 
-def code(message, rank=0):
-    return Failure("code", message, rank, 1.0, 3)
+def code(message):
+    return End("code", message, 1.0, 0)
 
 
 @pytest.mark.parametrize(
@@ -35,17 +34,17 @@ def code(message, rank=0):
         (code(CLOSED), {1: -11, 0: 1}, "code", ["a rank died without a message: rank 1 by SIGSEGV\n", "the end"]),
         (code(TIMEOUT), {0: 1}, "code", ["a rank was lost or hangs", "rank 0 waited for it", "Timed out"]),
         (code("ValueError: ours"), {0: 1, 1: -6}, "code", ["ValueError: ours"]),
-        (Failure("input", "bad text", 0, 1.0, 3), {0: 2, 1: -9}, "input", ["bad text"]),
+        (End("input", "bad text", 1.0, 0), {0: 2, 1: -9}, "input", ["bad text"]),
         (None, {0: 3, 1: 0}, "killed", ["rank 0 with exit code 3"]),
     ],
 )
 def test_how_ranks_died(tmp_path, left, codes, cause, expected):
     log = tmp_path / "prune.3.log"
     log.write_text("the end\n")
-    failure = explain_death(left, codes, log, 3)
-    assert failure.cause == cause and failure.attempt == 3
+    found, message = explain_death(left, codes, log)
+    assert found == cause
     for part in expected:
-        assert part in failure.message
+        assert part in message
 
 
 @pytest.fixture
@@ -61,7 +60,7 @@ class Ranks:
         self.said = "the end\n"
         self.codes = {0: 1}  # None if they go on
         self.were_ended = False
-        self._work = store.work(STAGE.id)
+        self._work = store.handle(STAGE.id).work
 
     def start(self, main, arguments, size, environment, log):
         self.meanwhile(Claim(self._work, arguments[-1]))
@@ -120,32 +119,18 @@ def test_a_launcher_that_waits_for_anothers_stage_is_cancelled_with_it(backend, 
 def test_the_failure_that_is_told_is_the_one_on_record(backend, ranks, store, left, codes):
     def meanwhile(claim):
         if left is not None:
-            store.handle(STAGE.id).report_failure(replace(left, attempt=1))
+            report_failure(Ledger(store).attempts_at(STAGE.id)[-1].folder, left)
 
     ranks.meanwhile, ranks.codes = meanwhile, codes
-    told = run(backend)
-    assert told == store.handle(STAGE.id).failure() and told.attempt == 1
-
-
-def test_a_failure_of_another_attempt_says_nothing(backend, ranks, store):
-    """A rank of the previous attempt dies late, on a host whose clock is ahead."""
-    late = Failure("input", "of the attempt before", 0, 1e10, 1)
-    assert run(backend).cause == "killed"
-    ranks.meanwhile = lambda claim: store.handle(STAGE.id).report_failure(late)
-    assert run(backend).cause == "killed"
-    own = replace(late, message="mine", at=0.0, attempt=3)
-    ranks.meanwhile = lambda claim: store.handle(STAGE.id).report_failure(own)
-    told = run(backend)
-    assert (told.cause, told.message) == ("input", "mine")
+    assert run(backend) == Ledger(store).failure(STAGE.id)
 
 
 def take_over(store):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(claims, "_lives", lambda *_: False)
-        claim = try_claim(store.work(STAGE.id))
+        claim = try_claim(store.handle(STAGE.id).work)
     assert isinstance(claim, Claim)
     draft = store.handle(STAGE.id).open_draft(claim)
-    store.handle(STAGE.id).report_failure(Failure("code", "the successor's", 0, 0.0, 2))
     return claim, draft
 
 
@@ -153,17 +138,17 @@ def test_who_lost_its_claim_says_so_and_leaves_its_successor_alone(backend, rank
     successors = []
     ranks.meanwhile = lambda claim: successors.append(take_over(store))
     told = run(backend)
-    assert told.cause == "duplicate" and "another process has taken over this stage" in told.message
+    assert told.cause == "not run" and "another process has taken over this stage" in told.message
     ((claim, draft),) = successors
     assert claim.is_held() and draft.is_dir()
-    assert store.handle(STAGE.id).failure().message == "the successor's"
+    assert Ledger(store).failure(STAGE.id) is None
 
 
 def test_ranks_end_when_their_launcher_has_lost_its_claim(backend, ranks, store, monkeypatch):
     monkeypatch.setattr(local, "CANCELLATION_POLL_S", 0.0)
     ranks.codes = None
     ranks.meanwhile = lambda claim: take_over(store)
-    assert run(backend).cause == "duplicate"
+    assert run(backend).cause == "not run"
     assert ranks.were_ended
 
 

@@ -9,11 +9,11 @@ import pytest
 from fake_slurm import complete
 from hfprune_launch.slurm.causes import RETRIES, START, explain_end
 from hfprune_launch.slurm.commands import NEVER, JobInfo
-from made_stages import stage_of
+from made_stages import failed, stage_of
 
 from hfprune_dist.store.artifacts import Store
 from hfprune_dist.store.attempts import Ledger, Run
-from hfprune_dist.store.heartbeat import Failure, Progress
+from hfprune_dist.store.heartbeat import Progress
 from hfprune_dist.store.stage import Input
 
 NEED = stage_of("importance", "a", {}, {"model": Input("digest", "/somewhere")})
@@ -24,7 +24,7 @@ JOB = {"ranks": 1, "time_minutes": 30}
 @pytest.fixture
 def ledger(tmp_path):
     ledger = Ledger(Store(tmp_path / "store"))
-    ledger.store.work(STAGE.id).mkdir(parents=True)
+    ledger.store.handle(STAGE.id).work.mkdir(parents=True)
     return ledger
 
 
@@ -45,11 +45,6 @@ def started(attempt):
 
 def ended(ledger, attempt, state=None, **changes):
     return explain_end(ledger, STAGE, attempt, job(state, attempt, **changes) if state else None)
-
-
-def fail(ledger, cause, message, rank=0):
-    failure = Failure(cause, message, rank, time.time(), 1)
-    ledger.store.handle(STAGE.id).report_failure(failure)
 
 
 @pytest.mark.parametrize(
@@ -84,7 +79,7 @@ def test_by_the_log_where_nothing_else_says_it(ledger, attempt, line, expected):
 
 
 def test_a_time_limit_counts_against_a_stage_only_where_it_got_no_further(ledger, attempt):
-    Progress(ledger.store.work(STAGE.id)).update("layers", 3, 9)
+    Progress(ledger.store.handle(STAGE.id).work).update("layers", 3, 9)
     for earlier, expected in ((None, "interrupted"), (2, "interrupted"), (3, "killed")):
         progress = None if earlier is None else {"phase": "layers", "done": earlier}
         attempt.record_run(Run("7", 0, "n1", time.time() - 10, progress=progress))
@@ -123,7 +118,7 @@ def test_the_log_of_an_earlier_start_says_nothing_of_the_last_end(ledger, attemp
 
 def test_what_a_rank_of_an_earlier_attempt_said_explains_nothing(ledger, attempt):
     started(attempt)
-    fail(ledger, "input", "no document has 31 tokens")
+    failed(ledger.store, STAGE, "input", "no document has 31 tokens")
     assert "31 tokens" in ended(ledger, attempt, "FAILED").message
     again = ledger.begin(STAGE, **JOB)
     again.record_job("7")
@@ -156,11 +151,15 @@ def test_what_explains_most_comes_first(ledger, attempt):
 
     started(attempt)
     added = [
-        ("FAILED", "killed", lambda: fail(ledger, "code", "Timed out waiting 4000ms for recv operation")),
-        ("FAILED", "code", lambda: fail(ledger, "code", "ValueError: we are wrong", rank=1)),
+        (
+            "FAILED",
+            "killed",
+            lambda: failed(ledger.store, STAGE, "code", "Timed out waiting 4000ms for recv operation"),
+        ),
+        ("FAILED", "code", lambda: failed(ledger.store, STAGE, "code", "ValueError: we are wrong", rank=1)),
         ("FAILED", "out of memory", lambda: add("Detected 1 oom_kill event")),
         ("PREEMPTED", "interrupted", lambda: None),
-        ("FAILED", "input", lambda: fail(ledger, "input", "no such text", rank=2)),
+        ("FAILED", "input", lambda: failed(ledger.store, STAGE, "input", "no such text", rank=2)),
         (
             "FAILED",
             "not run",

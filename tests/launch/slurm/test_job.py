@@ -97,12 +97,12 @@ def test_rank_0_says_what_its_node_lacks_where_it_can_record_nothing(rank, store
     assert not store.root.exists()
 
 
-def test_a_rank_says_which_attempt_failed(rank, store, attempt, monkeypatch):
+def test_a_rank_says_why_its_attempt_failed(rank, store, attempt, monkeypatch):
     def fail(claim):
         raise UserError("no such text")
 
     assert end_of(rank, monkeypatch, fail) == 2
-    assert store.handle(STAGE.id).failure().attempt == attempt.intent.number == 1
+    assert Ledger(store).failure(STAGE.id).in_one_line == "no such text"
     assert attempt.runs()[-1].how == "failed"
 
 
@@ -113,7 +113,7 @@ def test_a_job_that_was_taken_for_dead_leaves_the_stage_to_its_successor(rank, s
     def suspended(claim):
         with monkeypatch.context() as patch:
             patch.setattr(claims, "_lives", lambda *_: False)
-            successors.append(try_claim(store.work(STAGE.id)))
+            successors.append(try_claim(store.handle(STAGE.id).work))
         successors.append(store.handle(STAGE.id).open_draft(successors[0]))
         if error is None:
             claim.require_held()
@@ -121,7 +121,7 @@ def test_a_job_that_was_taken_for_dead_leaves_the_stage_to_its_successor(rank, s
 
     monkeypatch.setattr(sys, "excepthook", lambda *_: None)
     assert end_of(rank, monkeypatch, suspended) == (75 if error is None else 1)
-    assert attempt.runs()[-1].how == "duplicate" and store.handle(STAGE.id).failure() is None
+    assert attempt.runs()[-1].how == "duplicate"
     assert successors[0].is_held() and successors[1].is_dir()
 
 
@@ -136,8 +136,8 @@ def test_a_job_leaves_its_nodes_where_another_process_has_the_stage(rank, store,
 
 
 def test_starts_that_were_killed_say_nothing_of_how_far_a_job_gets(rank, store, attempt):
-    store.work(STAGE.id).mkdir(parents=True)
-    Progress(store.work(STAGE.id)).update("layers", 3, 9)
+    store.handle(STAGE.id).work.mkdir(parents=True)
+    Progress(store.handle(STAGE.id).work).update("layers", 3, 9)
     start = Start(store.handle(STAGE.id), attempt.intent.number)
     assert attempt.runs()[0].progress == {"phase": "layers", "done": 3}, "from where a start goes on"
     start.end("interrupted")
@@ -172,11 +172,11 @@ def test_an_interrupted_job_puts_itself_back_into_the_queue_where_that_helps(
 
     def interrupted(claim):
         if done is not None:
-            Progress(store.work(STAGE.id)).update("layers", done, 9)
+            Progress(store.handle(STAGE.id).work).update("layers", done, 9)
         raise Interrupted
 
     assert end_of(rank, monkeypatch, interrupted) == 1, "or its script would go on with the next stage"
     assert fake.calls("scontrol requeue") == ["scontrol requeue 12345"] * (queued and "RUNNING" in says)
     assert attempt.runs()[-1].how == how
-    found = store.handle(STAGE.id).failure()
+    found = Ledger(store).failure(STAGE.id)
     assert (found and found.cause) == failure

@@ -13,7 +13,7 @@ from hfprune_launch.slurm import cli
 from hfprune_launch.slurm.cli import cancel_jobs, show_status
 from hfprune_launch.slurm.commands import SlurmCommands
 from hfprune_launch.sweep_folder import Sweep
-from made_stages import stage_of
+from made_stages import failed, stage_of
 from rich.console import Console
 from sweeps import make_inputs, sweep
 
@@ -21,7 +21,6 @@ from hfprune_dist.planning.plan import Cell, Plan
 from hfprune_dist.store.artifacts import Store
 from hfprune_dist.store.attempts import Ledger, Run
 from hfprune_dist.store.claims import Cancellation, try_claim
-from hfprune_dist.store.heartbeat import Failure
 from hfprune_dist.store.stage import Input
 
 SCORES = stage_of("importance", "a", {}, {"model": Input("digest", "/model")})
@@ -90,7 +89,7 @@ def test_a_job_runs_a_chain_up_to_the_stage_that_another_launcher_has(fake, stor
     scores = stage_of("evaluate", "a 0.2", {}, {"model": PRUNES[0].as_input()})
     cell = Cell("a 0.2", "a", 0.2, "m", "entropy", "none", (SCORES.id, PRUNES[0].id), scores.id)
     plan = Plan({stage.id: stage for stage in (SCORES, PRUNES[0], scores)}, (cell,))
-    claim = try_claim(store.work(scores.id))
+    claim = try_claim(store.handle(scores.id).work)
     launcher = started(store, plan)
     assert causes(store, PRUNES[0]) == [None] and causes(store, scores) == []
     claim.release()
@@ -124,7 +123,7 @@ def test_an_intent_that_came_to_nothing_is_submitted_again(fake, store, ledger, 
     attempt = ledger.begin(SCORES, **JOB)
     if has_script:
         (attempt.folder / "job.sh").write_text("#!/bin/bash\n")
-    claim = try_claim(store.work(SCORES.id))
+    claim = try_claim(store.handle(SCORES.id).work)
     started(store)
     assert causes(store, SCORES) == [None] and fake.calls("sbatch") == [], "its launcher may be submitting it"
     claim.release()
@@ -150,7 +149,7 @@ def test_a_job_that_squeue_does_not_list_is_not_dead(fake, store, answers):
 def test_a_job_that_slurm_has_forgotten_is_over_unless_the_store_shows_that_it_lives(fake, store):
     launcher = started(store, ALONE)
     fake.forget("101")
-    claim = try_claim(store.work(SCORES.id), job="101")
+    claim = try_claim(store.handle(SCORES.id).work, job="101")
     for _ in range(3):
         launcher.step_after(100)
         assert causes(store, SCORES) == [None], "it holds its claim"
@@ -202,7 +201,6 @@ def test_a_job_that_could_not_be_launched_is_tried_again_within_bounds(fake, sto
         assert fake.calls("scancel")[-1] == f"scancel {job_id}" and fake.jobs[job_id].state == "CANCELLED"
         launcher.step_after(1)
     assert causes(store, SCORES) == ["bad node"] * 6
-    assert [failure.cause for failure in store.handle(SCORES.id).failures()] == ["bad node"], "for the report"
     started(store, ALONE)
     assert causes(store, SCORES) == ["bad node"] * 6 + [None], "the same command tries again"
 
@@ -217,7 +215,7 @@ def test_all_that_a_lost_input_was_made_from_is_made_again(fake, store):
     launcher.step()
     for stage in chain[:2]:
         store.handle(stage.id).discard()
-    store.handle(third.id).report_failure(Failure("lost input", "set aside", 0, 0.0, 1))
+    failed(store, third, "lost input", "set aside")
     fake.end("103", "FAILED")
     launcher.step()
     assert [fake.jobs[job_id].name.split("-")[1] for job_id in fake.live()] == [stage.kind for stage in chain]

@@ -11,14 +11,14 @@ from hfprune_launch.slurm import cli
 from hfprune_launch.slurm.commands import JobInfo
 from hfprune_launch.slurm.status import row_logs, stage_statuses, status_table
 from hfprune_launch.sweep_folder import Sweep
-from made_stages import stage_of
+from made_stages import failed, stage_of
 from rich.console import Console
 
 from hfprune_dist.planning.plan import Cell, Plan
 from hfprune_dist.store.artifacts import Store
 from hfprune_dist.store.attempts import Ledger, Run
 from hfprune_dist.store.claims import Holder
-from hfprune_dist.store.heartbeat import Failure, Heartbeat, Progress
+from hfprune_dist.store.heartbeat import Heartbeat, Progress
 from hfprune_dist.store.stage import Input
 
 STAGE = stage_of("importance", "a", {}, {"model": Input("digest", "/somewhere")})
@@ -44,9 +44,9 @@ def shown(store):
 
 def hold(store, **changes):
     """Leave a claim on the first stage by a process that differs from this one in the given fields."""
-    store.work(STAGE.id).mkdir(parents=True)
+    store.handle(STAGE.id).work.mkdir(parents=True)
     holder = replace(Holder.me(), **changes)
-    (store.work(STAGE.id) / "claim.1").write_text(json.dumps({**asdict(holder), "token": "x"}))
+    (store.handle(STAGE.id).work / "claim.1").write_text(json.dumps({**asdict(holder), "token": "x"}))
 
 
 def test_a_stage_that_runs_shows_how_far_it_is_and_who_runs_it(store):
@@ -67,17 +67,17 @@ def test_a_stage_that_runs_shows_how_far_it_is_and_who_runs_it(store):
 def test_a_stage_whose_process_died_is_told_from_one_that_runs(store):
     hold(store, pid=DEAD)
     assert shown(store)[0].startswith(f"importance a died process {DEAD} ended without giving a reason")
-    store.handle(STAGE.id).report_failure(Failure("input", "a bad text\nand more", 0, 0.0, 1))
+    failed(store, STAGE, "input", "a bad text\nand more")
     assert shown(store)[0] == "importance a failed input: a bad text"
 
 
 def test_a_stage_that_hangs_on_another_machine_shows(store):
     hold(store, host="elsewhere", pid=7)
     assert shown(store)[0] == "importance a running process 7 on elsewhere"
-    (store.work(STAGE.id) / "stage.json").touch()
-    os.utime(store.work(STAGE.id) / "stage.json", (time.time() - 432,) * 2)
+    (store.handle(STAGE.id).work / "stage.json").touch()
+    os.utime(store.handle(STAGE.id).work / "stage.json", (time.time() - 432,) * 2)
     assert shown(store)[0].endswith("; stale for 7 min")
-    Progress(store.work(STAGE.id)).update("calibration", 1, 9)
+    Progress(store.handle(STAGE.id).work).update("calibration", 1, 9)
     assert "stale" not in shown(store)[0]
 
 
@@ -112,9 +112,9 @@ def test_a_job_that_hangs_shows(store, starts, beat, detail):
     for restart, minutes in enumerate(starts):
         attempt.record_run(Run("5", restart, "n1", now - minutes * 60))
     if beat is not None:
-        store.work(STAGE.id).mkdir(parents=True)
+        store.handle(STAGE.id).work.mkdir(parents=True)
         record = Heartbeat("calibration", 3, 9, now - beat * 60)
-        (store.work(STAGE.id) / "progress.json").write_text(json.dumps(asdict(record)))
+        (store.handle(STAGE.id).work / "progress.json").write_text(json.dumps(asdict(record)))
     status = in_job(store, "RUNNING")
     assert (status.state, status.detail) == ("running" if starts else "queued", detail), "before, others of its job run"
     assert in_job(store, "PENDING").state == "queued"
@@ -127,7 +127,7 @@ def test_what_was_submitted_is_not_called_missing_where_slurm_does_not_answer(st
         assert [status.state for status in stage_statuses(PLAN, store, jobs)] == ["submitted", "waiting"]
     hold(store, pid=DEAD)
     assert stage_statuses(PLAN, store, None)[0].state == "submitted"
-    store.handle(STAGE.id).report_failure(Failure("input", "a bad text", 0, 0.0, 1))
+    failed(store, STAGE, "input", "a bad text")
     assert stage_statuses(PLAN, store, None)[0].state == "failed"
 
 

@@ -4,9 +4,14 @@ import os
 import subprocess
 import sys
 
-from hfprune_dist.store.artifacts import Store
+from hfprune_launch.stage.stage_file import Provenance, write_stage_file
+from made_stages import stage_of
 
-STAGE = "prune/0123456789abcdef0123"
+from hfprune_dist.config.schema import RuntimeConfig
+from hfprune_dist.store.artifacts import Store
+from hfprune_dist.store.attempts import Ledger
+
+STAGE = stage_of("prune", "a 0.2")
 # As when another rank is lost while rank 0 tokenizes a text, which takes hours.
 LOST = f"""
 import sys, time
@@ -18,14 +23,16 @@ def lose_another(*_, **__):
     raise RuntimeError("connection closed by peer")
 
 run.run_stage = lose_another
-sys.argv = ["run.py", sys.argv[1], {STAGE!r}]
+sys.argv = ["run.py", sys.argv[1], {STAGE.id!r}]
 run.main()
 """
 
 
 def test_a_rank_that_fails_ends_at_once_whatever_its_threads_do(tmp_path):
-    handle = Store(tmp_path).handle(STAGE)
-    handle.work.mkdir(parents=True)
+    store = Store(tmp_path)
+    attempt = Ledger(store).begin(STAGE, ranks=4)
+    provenance = Provenance(RuntimeConfig(), {}, {})
+    write_stage_file(store.handle(STAGE.id), STAGE, provenance, attempt.intent.number)
     environment = {**os.environ, "RANK": "3"}
     ended = subprocess.run(
         [sys.executable, "-c", LOST, str(tmp_path)],
@@ -37,5 +44,5 @@ def test_a_rank_that_fails_ends_at_once_whatever_its_threads_do(tmp_path):
     )
     assert ended.returncode == 1
     assert ended.stderr.startswith("Traceback") and ended.stderr.endswith("RuntimeError: connection closed by peer\n")
-    (failure,) = handle.failures()
+    (failure,) = attempt.failures()
     assert (failure.cause, failure.rank) == ("code", 3)
