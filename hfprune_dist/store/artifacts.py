@@ -224,18 +224,13 @@ class StageHandle:
 
     @contextlib.contextmanager
     def claimed_briefly(self, job: str | None = None) -> Iterator[Claim | None]:
-        """Hold the right to run it for a moment; None if another process has it."""
+        """Hold the right to run it for a moment; None if another process has it; ``job`` is one that is over."""
         claim = self.claim(job)
         try:
             yield claim if isinstance(claim, Claim) else None
         finally:
             if isinstance(claim, Claim):
                 claim.release()
-
-    def release_claim_of(self, job: str) -> None:
-        """Free the stage if a job holds it that is over."""
-        with self.claimed_briefly(job):
-            pass
 
     def holder(self) -> Holder | None:
         """The process that runs it, or died doing so; None if nobody has claimed it, or its claim was released."""

@@ -39,7 +39,6 @@ INTENT, SCRIPT, JOB, END, LOCK = "intent.json", "job.sh", "job.json", "end.json"
 FAILURES = "failure.*.json"
 # The cause of an attempt that made the artifact, and those of attempts whose ends say nothing about the stage.
 DONE, INTERRUPTED, NOT_RUN = "done", "interrupted", "not run"
-OUT_OF_MEMORY = "out of memory"
 # Error messages of the other ranks of a stage when one of them has died or hangs.
 LOST_RANK = re.compile(
     r"closed by peer|connection (reset|refused)|broken pipe|remote process exited|recvvalue failed|gloo.*timeout"
@@ -113,8 +112,11 @@ class End:
         """The end of a rank by an error."""
         if isinstance(error, UserError):
             return cls(error.CAUSE, str(error), time.time(), rank)
+        # Torch's error for GPUs has a class of its own, that of its allocator for CPUs none.
+        has_name = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+        lacks_memory = has_name or re.search("can(no|')t allocate memory|_STATUS_ALLOC_FAILED", str(error))
         message = "".join(traceback.format_exception(error)[-3:]).strip()
-        return cls(OUT_OF_MEMORY if _is_out_of_memory(error) else "code", message, time.time(), rank)
+        return cls("out of memory" if lacks_memory else "code", message, time.time(), rank)
 
     @property
     def is_consequence(self) -> bool:
@@ -136,12 +138,6 @@ class End:
         """
         lines = self.message.strip().splitlines() or [""]
         return lines[-1 if lines[0].startswith(("Traceback", 'File "')) else 0].strip().removesuffix(":")
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says so: torch's for GPUs has a class of its own, that of its allocator for CPUs none."""
-    named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
-    return named or re.search("can(no|')t allocate memory|_STATUS_ALLOC_FAILED", str(error)) is not None
 
 
 class Attempt:
@@ -178,11 +174,6 @@ class Attempt:
         """Why its ranks failed at the last start, as far as they could say so, the best explanation first."""
         found = (read_record(End, file) for file in listed(self.folder, FAILURES))
         return sorted((end for end in found if end is not None), key=lambda end: end.order)
-
-    def forget_failures(self) -> None:
-        """Begin another start."""
-        for file in listed(self.folder, FAILURES):
-            file.unlink(missing_ok=True)
 
     def withdraw(self) -> None:
         """Forget an attempt that Slurm did not accept."""

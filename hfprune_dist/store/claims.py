@@ -92,14 +92,6 @@ class Claim:
             )
         return file
 
-    def renew(self) -> None:
-        """Show processes on other hosts that this one is alive.
-
-        Raises:
-            ClaimLostError: if the claim is no longer held.
-        """
-        os.utime(self.require_held())
-
     def release(self) -> None:
         """Give up the claim; its file stays, so that generations only grow while the folder exists."""
         with contextlib.suppress(ClaimLostError):
@@ -117,7 +109,7 @@ def keep_renewed(claim: Claim) -> threading.Event:
         with contextlib.suppress(ClaimLostError):
             while not enough.wait(RENEW_S):
                 with contextlib.suppress(OSError):
-                    claim.renew()
+                    os.utime(claim.require_held())  # by which processes on other hosts see that this one is alive
 
     threading.Thread(target=renew, daemon=True).start()
     return enough

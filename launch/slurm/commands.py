@@ -121,7 +121,7 @@ class SlurmCommands:
         result = _run(["sbatch", "--parsable", str(script)])
         if said := SUBMITTED.findall(result.stdout):
             return str(said[-1])
-        if _is_full(result.stderr):
+        if TOO_MANY_JOBS.search(" ".join(NAMED_LIMIT.findall(result.stderr)) or result.stderr):
             limit = "; ".join(result.stderr.strip().splitlines())  # the first line names it
             raise NotNowError(f"{limit}; {BELOW_THE_LIMIT}")
         if result.returncode == 0 or _is_transient(result):
@@ -224,12 +224,6 @@ def _is_whole_listing(text: str) -> bool:
 def _is_transient(result: subprocess.CompletedProcess[str]) -> bool:
     # A command may be hit by a signal that is meant for the job inside which it is called.
     return result.returncode < 0 or TRANSIENT.search(result.stderr) is not None
-
-
-def _is_full(message: str) -> bool:
-    """Return whether a job is refused only because the user has reached the limit on jobs."""
-    named = NAMED_LIMIT.findall(message)
-    return bool(TOO_MANY_JOBS.search(" ".join(named) if named else message))
 
 
 def _last_line(text: str) -> str:

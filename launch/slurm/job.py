@@ -33,7 +33,8 @@ from hfprune_launch.stage.run import (
 from hfprune_dist.distributed.interruption import Interrupted, Interruption
 from hfprune_dist.errors import UserError, from_os_error
 from hfprune_dist.store.artifacts import StageHandle, Store
-from hfprune_dist.store.attempts import End, Ledger, Run, report_failure
+from hfprune_dist.store.atomic_files import listed
+from hfprune_dist.store.attempts import FAILURES, End, Ledger, Run, report_failure
 from hfprune_dist.store.claims import Claim, ClaimLostError, Holder, keep_renewed
 
 if TYPE_CHECKING:
@@ -191,7 +192,8 @@ class Start:
         if self._handle.is_done():
             self._handle.discard_work()
             return "done"
-        self.attempt.forget_failures()
+        for file in listed(self.attempt.folder, FAILURES):  # of earlier starts
+            file.unlink(missing_ok=True)
         keep_renewed(claim)
         return "run"
 

@@ -212,7 +212,8 @@ class Launcher:
         """Record how an attempt ended, for the next launcher and the report."""
         handle = self._store.handle(stage.id)
         if attempt.job_id is not None:
-            handle.release_claim_of(attempt.job_id)
+            with handle.claimed_briefly(attempt.job_id):  # frees the stage if the job held it
+                pass
         attempt.close(end)
         if end.cause == Cause.DONE:
             handle.discard_work()  # for a job that died between its commit and its end

@@ -52,7 +52,9 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     claim = Claim(handle.work, *token) if token else None
     try:
         if rank == 0 and claim is None:
-            claim = _claimed_by_hand(handle)
+            if isinstance(claimed := handle.claim(), Holder):
+                raise UserError(f"{handle.id}: {claimed} runs it")
+            claim = claimed
         run_stage(handle, Interruption(), should_run=lambda world: Admission(True, claim))
     except ClaimLostError as lost:
         print(f"error: {lost}", file=sys.stderr)
@@ -69,13 +71,6 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
         sys.excepthook(type(error), error, error.__traceback__)
         leave_process(1)
     leave_process(0)
-
-
-def _claimed_by_hand(handle: StageHandle) -> Claim:
-    claim = handle.claim()
-    if isinstance(claim, Holder):
-        raise UserError(f"{handle.id}: {claim} runs it")
-    return claim
 
 
 def die_with_parent(parent: int | None = None) -> None:

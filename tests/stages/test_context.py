@@ -46,7 +46,7 @@ def begin(store, text, claim=None):
     stage = stage_of("prune", "a", {}, inputs)
     context = Context(stage, store, SoloWorld(), RuntimeConfig(), Progress(None), {}, {}, 1, claim)
     context.work.mkdir(parents=True, exist_ok=True)
-    for name in ("stage.json", "progress.json", "failure.0.json", "partial.safetensors"):
+    for name in ("stage.json", "progress.json", "partial.safetensors"):
         (context.work / name).write_text("{}")
     (context.work / "snapshots").mkdir(exist_ok=True)
     (context.work / "snapshots" / "step-1").write_text("")
@@ -80,9 +80,7 @@ def test_a_file_that_changed_after_planning_is_refused_and_so_is_what_was_made_o
     ):
         context.check_inputs()
     assert progress_of(context) == []
-    assert {"claim.1", "stage.json", "failure.0.json", "progress.json"} <= {
-        path.name for path in context.work.iterdir()
-    }
+    assert {"claim.1", "stage.json", "progress.json"} <= {path.name for path in context.work.iterdir()}
 
 
 def test_nothing_is_committed_that_may_have_been_made_of_another_file(store, text):

@@ -93,10 +93,11 @@ def test_starts_are_in_order_whatever_the_clocks_of_their_nodes(attempt):
 def test_a_job_that_is_over_loses_its_claim(ledger):
     handle = ledger.store.handle(STAGE.id)
     claim = handle.claim("7")
-    handle.release_claim_of("8")
-    assert claim.is_held()
-    handle.release_claim_of("7")
-    assert not claim.is_held() and handle.holder() is None
+    with handle.claimed_briefly("8") as other:
+        assert other is None and claim.is_held()
+    with handle.claimed_briefly("7"):
+        assert not claim.is_held()
+    assert handle.holder() is None
 
 
 def test_an_attempt_whose_end_no_launcher_saw_is_closed_by_whoever_sees_its_artifact(ledger, attempt):

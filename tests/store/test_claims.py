@@ -110,7 +110,7 @@ def test_who_was_taken_for_dead_notices(tmp_path, monkeypatch):
         successor = try_claim(tmp_path)
     assert not lost.is_held() and successor.is_held()
     with pytest.raises(ClaimLostError, match="another process has taken over"):
-        lost.renew()
+        lost.require_held()
     lost.release()
     assert successor.is_held(), "what is lost can't be released"
 
