@@ -89,7 +89,14 @@ class LocalBackend:
             log.write_text(f"{head}{counted(ranks, 'rank')}\n", encoding="utf-8")
             self._warm.start(RUN, arguments, ranks, environment, log)
             codes = self._watch(handle, claim, on_heartbeat)
-            cause, message = (DONE, "") if handle.is_done() else self._failure(handle, claim, attempt, codes, log)
+            full = unwritable(self._store.root)  # which may have no room for a rank to record its own reason
+            handle.discard_draft(claim)  # makes room for the end
+            if handle.is_done():
+                cause, message = DONE, ""
+            else:
+                claim.require_held()
+                left = next(iter(attempt.failures()), End("input", full, time.time()) if full else None)
+                cause, message = explain_death(left, codes, log)
         except ClaimLostError as lost:
             cause, message = (DONE, "") if handle.is_done() else (NOT_RUN, str(lost))
         finally:
@@ -121,20 +128,6 @@ class LocalBackend:
             handle.discard_draft(claim)
             raise
         return codes
-
-    def _failure(
-        self, handle: StageHandle, claim: Claim, attempt: Attempt, codes: Mapping[int, int], log: Path
-    ) -> tuple[str, str]:
-        """Return why the ranks left no artifact: cause and message.
-
-        Raises:
-            ClaimLostError: if another process has claimed the stage since.
-        """
-        full = unwritable(self._store.root)  # which may have no room for a rank to record its own reason
-        handle.discard_draft(claim)  # makes room for the end
-        claim.require_held()
-        left = next(iter(attempt.failures()), End("input", full, time.time()) if full else None)
-        return explain_death(left, codes, log)
 
 
 def explain_death(left: End | None, codes: Mapping[int, int], log: Path) -> tuple[str, str]:
