@@ -184,8 +184,8 @@ LEFT_OUT = {
     r"python launch/compare\.py": "needs hours of sweeps: results/test_comparison.py",
 }
 DRY = r"sweep\b.*(paper\.yaml|runs/rivals|fidelity\.yaml|Qwen/)"  # needs hours, GPUs, a cluster or the hub
-LITTLE = ["calibration.samples=4", "calibration.sequence_length=64", "prune.effort=quick"]
-LITTLE += ["evaluation.fidelity.windows=2", "evaluation.fidelity.sequence_length=64"]
+LITTLE = " --set prune.effort=quick --set calibration.samples=4 --set calibration.sequence_length=64"  # for prune
+LITTLE += " --set evaluation.fidelity.windows=2 --set evaluation.fidelity.sequence_length=64"
 
 
 def shown_commands():
@@ -194,8 +194,8 @@ def shown_commands():
     bodies = [body for readme in readers_order for body in blocks_of(readme.read_text(), "bash")]
     joined = "".join(bodies).replace("\\\n", " ").replace("$seed", "0")
     lines = [re.split(r"(?:^|\s+)#", line.strip())[0] for line in joined.splitlines()]
-    loop = re.compile(r"for \w+ in .*; do|done|")
-    return [" ".join(line.split()) for line in dict.fromkeys(lines) if not loop.fullmatch(line)]
+    commands = [" ".join(line.split()) for line in lines if not re.fullmatch(r"for \w+ in .*; do|done|", line)]
+    return list(dict.fromkeys(commands))
 
 
 def is_left_out(command):
@@ -218,9 +218,8 @@ def clone(tmp_path_factory):
     (packages / "hfprune_launch").symlink_to(clone / "launch")
     (packages / "clone.pth").write_text(f"{clone}\n{Path(yaml.__file__).parents[1]}\n")
     program = clone / ".venv" / "bin" / "hfprune"
-    program.write_text(
-        f"#!{program.with_name('python')}\nfrom hfprune_launch.hfprune import main\n\nraise SystemExit(main())"
-    )
+    starts = "from hfprune_launch.hfprune import main\n\nraise SystemExit(main())"
+    program.write_text(f"#!{program.with_name('python')}\n{starts}\n")
     program.chmod(0o755)
 
     assets = clone / "runs" / "demo-assets"
@@ -267,9 +266,9 @@ def test_sweeps_that_readmes_show_can_be_planned_from_a_fresh_clone(clone):
 @pytest.mark.thorough
 def test_every_command_that_a_readme_shows_runs_in_a_fresh_clone(clone):
     for command in shown_commands():
-        little = [word for key in LITTLE for word in ("--set", key)] if "prune.py" in command else []
+        little = LITTLE if re.search(r"(launch/|hfprune )prune", command) else ""
         if not is_left_out(command) and not re.search(DRY, command):
-            run_as_shown(clone, " ".join([command, *little]))
+            run_as_shown(clone, command + little)
     for readme in READMES:
         for body in blocks_of(readme.read_text(), "py"):
             run_as_shown(clone, body, "python")

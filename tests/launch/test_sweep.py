@@ -160,8 +160,7 @@ def test_checkpoints_that_were_copied_elsewhere_load_by_their_cards_and_need_no_
     base = shutil.copytree(sweep_folder / "store" / before, tmp_path / "b")
     elsewhere = shutil.copytree(sweep_folder / "checkpoints", tmp_path / "elsewhere", symlinks=True)
     shutil.rmtree(sweep_folder)
-    named = [folder for folder in elsewhere.iterdir() if folder.is_dir()]
-    loaded = {folder.name: loaded_by_its_card(folder)["model"] for folder in named}
+    loaded = {folder.name: loaded_by_its_card(folder)["model"] for folder in elsewhere.glob("alpha-*")}
     assert len(loaded) == 2
     merged = loaded[name](tokens).logits
     adapted = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), elsewhere / name / "adapter")
