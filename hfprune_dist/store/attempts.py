@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import time
 import traceback
 import uuid
@@ -175,10 +174,6 @@ class Attempt:
         found = (read_record(End, file) for file in listed(self.folder, FAILURES))
         return sorted((end for end in found if end is not None), key=lambda end: end.order)
 
-    def withdraw(self) -> None:
-        """Forget an attempt that Slurm did not accept."""
-        shutil.rmtree(self.folder, ignore_errors=True)
-
     def runs(self) -> list[Run]:
         """Return all starts of the job, in order: by their numbers, as each node has its own clock.
 
@@ -214,7 +209,7 @@ class Ledger:
     def __init__(self, store: Store) -> None:
         self.store = store
         self._root = store.root / "attempts"
-        self._mark = digest_of(str(store.root.resolve()))[:6]  # in the names of its jobs
+        self.mark = digest_of(str(store.root.resolve()))[:6]  # in the names of its jobs, between dashes
 
     def locked(self) -> AbstractContextManager[None]:
         """Keep other launchers that do the same from submitting; what they submit has to be read after this."""
@@ -241,10 +236,6 @@ class Ledger:
         attempts = (attempt for folder in stages for attempt in self.jobs_of(str(folder.relative_to(self._root))))
         return [attempt for attempt in attempts if attempt.end is None]
 
-    def has_named(self, job_name: str) -> bool:
-        """Whether a job with this name was submitted for this store."""
-        return f"-{self._mark}-" in job_name
-
     def begin(self, stage: Stage, ranks: int, *, time_minutes: int = 0, leader: Attempt | None = None) -> Attempt:
         """Record the next attempt; the caller must hold the stage's claim.
 
@@ -258,7 +249,7 @@ class Ledger:
         if leader is not None:
             name, first = leader.intent.job_name, str(leader.folder.relative_to(self._root))
         elif time_minutes:
-            name = f"hfprune-{stage.kind}-{stage.fingerprint[:8]}-{number}-{self._mark}-{uuid.uuid4().hex[:8]}"
+            name = f"hfprune-{stage.kind}-{stage.fingerprint[:8]}-{number}-{self.mark}-{uuid.uuid4().hex[:8]}"
         intent = Intent(stage.id, number, time.time(), ranks, name, first, time_minutes)
         attempt = Attempt(folder / str(number), intent)
         attempt.folder.mkdir(parents=True)

@@ -14,8 +14,6 @@ from hfprune_dist.errors import UserError
 from hfprune_dist.store.atomic_files import read_object, unless_stale, write_json
 from hfprune_dist.store.machine import usable_cores
 
-# Bytes per read.
-CHUNK_BYTES = 16 * 1024 * 1024
 # A file changed less than this long before it was read could change again without its times showing it.
 STABLE_NS = 2_000_000_000
 
@@ -85,11 +83,8 @@ class FileHashes:
 
 
 def _sha256_of(file: Path) -> str:
-    sha256 = hashlib.sha256()
-    with file.open("rb", buffering=0) as stream:
-        while chunk := stream.read(CHUNK_BYTES):
-            sha256.update(chunk)
-    return sha256.hexdigest()
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def for_each_file(files: Iterable[Path], work: Callable[[Path], T]) -> dict[Path, T]:

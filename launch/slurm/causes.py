@@ -89,11 +89,7 @@ def explain_end(ledger: Ledger, stage: Stage, attempt: Attempt, job: JobInfo | N
     handle = ledger.store.handle(stage.id)
     heartbeat = handle.heartbeat()
     cause, message = (Cause.DONE, "") if handle.is_done() else _cause(ledger, stage, attempt, job)
-    return End(
-        cause=cause,
-        message=message,
-        at=time.time() if heartbeat is None else heartbeat.updated,
-    )
+    return End(cause, message, time.time() if heartbeat is None else heartbeat.updated)
 
 
 def _cause(ledger: Ledger, stage: Stage, attempt: Attempt, job: JobInfo | None) -> tuple[str, str]:
@@ -104,7 +100,7 @@ def _cause(ledger: Ledger, stage: Stage, attempt: Attempt, job: JobInfo | None) 
     state, reason = (job.state, job.reason) if job is not None else (FORGOTTEN, "")
     nodes = f" on {job.nodes}" if job is not None and job.nodes else ""
     how = runs[-1].how if runs else None
-    text = "\n".join(_end_of_last_start(log) for log in attempt.logs())
+    text = "\n".join(end_of_log(log, LOG_TAIL_BYTES).rpartition(START)[2] for log in attempt.logs())  # the last start's
     if how == "cancelled" or state == "CANCELLED":
         return _cancelled(ledger, stage, name, reason, has_started=bool(runs))
     if (state, reason) == ("FAILED", "BadConstraints"):
@@ -161,10 +157,6 @@ def _cancelled(ledger: Ledger, stage: Stage, name: str, reason: str, has_started
     if lacks or (reason == NEVER and stage.needs):
         return Cause.NOT_RUN, f"{name} was dropped, as a job on which it depends did not succeed"
     return Cause.CANCELLED, f"{name} was cancelled; run the same command again to go on"
-
-
-def _end_of_last_start(log: Path) -> str:
-    return end_of_log(log, LOG_TAIL_BYTES).rpartition(START)[2]
 
 
 def log_tail(logs: Sequence[Path], lines: int = LOG_TAIL_LINES) -> str:

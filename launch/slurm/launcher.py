@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import math
+import shutil
 import time
 from collections.abc import Callable
 from contextlib import ExitStack, nullcontext
@@ -219,7 +220,7 @@ class Launcher:
             handle.discard_work()  # for a job that died between its commit and its end
             self._tell(Event("done", stage, attempt.job_id))
             return
-        self.observer.forget_artifacts()
+        self.observer.verified.clear()  # the stage may have found an artifact damaged
         self._tell(Event("ended", stage, attempt.job_id, f"{end.cause}: {end.message}"))
 
     # Submit.
@@ -242,7 +243,7 @@ class Launcher:
         if self._new_jobs.max_running is None:
             return []
         jobs = self._slurm.jobs()  # asked anew, as another launcher may have submitted since this round began
-        ours = [job.job_id for name, job in jobs.items() if job.is_live and self._ledger.has_named(name)]
+        ours = [job.job_id for name, job in jobs.items() if job.is_live and f"-{self._ledger.mark}-" in name]
         return sorted(ours, key=int)
 
     def _require_wanted(self) -> None:
@@ -319,7 +320,7 @@ class Launcher:
             return None
         except NotNowError:
             for attempt in reversed(attempts):
-                attempt.withdraw()
+                shutil.rmtree(attempt.folder, ignore_errors=True)  # as if it had never been
             raise
         attempts[0].record_job(job_id)
         for stage in chain:

@@ -24,6 +24,7 @@ class Observer:
     What it remembers can be seen again: since when a job has been in its state, and which artifacts it has verified.
 
     Attributes:
+        verified: ids of stages whose artifacts are not verified again.
         jobs: what the last look found out about jobs, by name; nothing of those about which Slurm did not answer.
     """
 
@@ -32,7 +33,7 @@ class Observer:
         self._slurm = slurm
         self._clock = clock
         self._since: dict[JobInfo, float] = {}
-        self._verified: set[str] = set()
+        self.verified: set[str] = set()
         self.jobs: dict[str, JobInfo] = {}
 
     def look(self, attempts: Iterable[Attempt]) -> None:
@@ -51,13 +52,9 @@ class Observer:
 
     def is_done(self, stage_id: str) -> bool:
         """Return whether a stage has a verified artifact; verifies each only once."""
-        if stage_id not in self._verified and self._ledger.store.handle(stage_id).is_done():
-            self._verified.add(stage_id)
-        return stage_id in self._verified
-
-    def forget_artifacts(self) -> None:
-        """Verify all artifacts again: a stage may have found one of them damaged."""
-        self._verified.clear()
+        if stage_id not in self.verified and self._ledger.store.handle(stage_id).is_done():
+            self.verified.add(stage_id)
+        return stage_id in self.verified
 
     def states(self, plan: Plan, attempts_before: Mapping[str, int]) -> dict[str, StageState]:
         """Return the state of every stage, as the last look and the store show it, in plan order.

@@ -91,7 +91,6 @@ def test_a_file_that_has_just_changed_is_not_remembered_for_others(tmp_path):
 
 def test_large_files_have_the_digest_that_they_have_one_after_another(tmp_path, monkeypatch):
     monkeypatch.setattr(identity, "LARGE_BYTES", 1)
-    monkeypatch.setattr(identity, "CHUNK_BYTES", 4)
     one_by_one = {}
     for number, size in enumerate((9, 17, 0, 30)):
         (tmp_path / f"{number}.safetensors").write_bytes(bytes(range(size)))
