@@ -128,31 +128,40 @@ class Context(Generic[P]):
         """
 
         def check() -> None:
-            for stage_id in self.stage.needs:
-                need = self.store.handle(stage_id)
-                verdict = need.verify(thorough=self.attempt > 1)
-                if verdict.state == "corrupt":
-                    with need.claimed_briefly() as claim:
-                        if claim is not None:  # otherwise it is being made anew
-                            need.set_aside(claim)
-                if verdict.state != "done":
-                    raise LostInputError(f"{stage_id}: {verdict.reason}; run the sweep again to make it anew")
+            self.require_artifacts(thorough=self.attempt > 1)
             self.require_untouched_inputs("since the sweep was planned")
 
         self.world.on_rank0(check)
 
+    def require_artifacts(self, *, thorough: bool = False, lost: tuple[str, ...] = ("corrupt", "missing")) -> None:
+        """Check the artifacts that this stage reads, on this rank.
+
+        Raises:
+            LostInputError: as ``check_inputs``, if one is ``lost``.
+        """
+        for stage_id in self.stage.needs:
+            need = self.store.handle(stage_id)
+            verdict = need.verify(thorough)
+            if verdict.state == "corrupt":
+                with need.claimed_briefly() as claim:
+                    if claim is not None:  # otherwise it is being made anew
+                        need.set_aside(claim)
+            if verdict.state in lost:
+                raise LostInputError(f"{stage_id}: {verdict.reason}; run the sweep again to make it anew")
+
     def require_untouched_inputs(self, when: str = "while a stage read it") -> None:
-        """Check that the user's files are as planned still; on rank 0.
+        """Check that the user's files are as planned still, and artifacts not damaged; on rank 0.
 
         Call it before keeping anything that others, or a later attempt, will take for the result of the planned files.
 
         Raises:
-            ChangedInputError: naming the file or folder. Progress of this stage, which may come from either content,
-                is deleted.
+            ChangedInputError, LostInputError: naming the file or folder. Progress of this stage, which may come from
+                either content, is deleted.
         """
         try:
+            self.require_artifacts(lost=("corrupt",))  # who read one that is gone has noticed
             require_planned(self.stage.inputs.values(), Store(self.store.root).hashes, when)
-        except ChangedInputError:
+        except (ChangedInputError, LostInputError):
             self._claim.require_held()
             self.handle.discard_progress()
             raise
@@ -165,7 +174,7 @@ class Context(Generic[P]):
         """Publish the draft as this stage's artifact, once all ranks have written their files.
 
         Raises:
-            ChangedInputError: if one of the user's files has changed in the meantime.
+            LostInputError, ChangedInputError: if what it reads has changed in the meantime.
             ClaimLostError: if another process has claimed the stage in the meantime.
         """
         peak = self.world.peak_memory()

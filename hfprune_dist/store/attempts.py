@@ -23,6 +23,7 @@ import re
 import time
 import traceback
 import uuid
+from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -57,6 +58,7 @@ class Intent:
         job_name: unique, so that the job can be found by its name; empty on this machine.
         leader: <kind>/<fingerprint>/<number> of the attempt at the job's first stage; empty if it is this one.
         time_minutes: time limit of the job.
+        needs: ids of the stages without which the job doesn't start.
     """
 
     stage_id: str
@@ -66,6 +68,7 @@ class Intent:
     job_name: str = ""
     leader: str = ""
     time_minutes: int = 0
+    needs: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -236,12 +239,21 @@ class Ledger:
         attempts = (attempt for folder in stages for attempt in self.jobs_of(str(folder.relative_to(self._root))))
         return [attempt for attempt in attempts if attempt.end is None]
 
-    def begin(self, stage: Stage, ranks: int, *, time_minutes: int = 0, leader: Attempt | None = None) -> Attempt:
+    def begin(
+        self,
+        stage: Stage,
+        ranks: int,
+        *,
+        time_minutes: int = 0,
+        leader: Attempt | None = None,
+        needs: Iterable[str] = (),
+    ) -> Attempt:
         """Record the next attempt; the caller must hold the stage's claim.
 
         Args:
             time_minutes: time limit of its job, which gets a unique name; 0 on this machine.
             leader: the attempt at the first stage of its job, if that is another one.
+            needs: ids of the stages without which the job doesn't start.
         """
         folder = self._root / stage.id
         number = 1 + max((number for number, _ in _numbered(folder)), default=0)
@@ -250,7 +262,7 @@ class Ledger:
             name, first = leader.intent.job_name, str(leader.folder.relative_to(self._root))
         elif time_minutes:
             name = f"hfprune-{stage.kind}-{stage.fingerprint[:8]}-{number}-{self.mark}-{uuid.uuid4().hex[:8]}"
-        intent = Intent(stage.id, number, time.time(), ranks, name, first, time_minutes)
+        intent = Intent(stage.id, number, time.time(), ranks, name, first, time_minutes, tuple(needs))
         attempt = Attempt(folder / str(number), intent)
         attempt.folder.mkdir(parents=True)
         write_json(attempt.folder / INTENT, asdict(intent))

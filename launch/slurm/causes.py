@@ -29,7 +29,7 @@ class Cause(StrEnum):
     KILLED = "killed"
     """A rank died without a message, waited in vain for another one, or met the time limit and got no further."""
     LOST_INPUT = "lost input"
-    """An artifact that the stage reads is damaged; it is made again."""
+    """An artifact that the stage reads, or has made, is damaged or gone; it is made again."""
     NOT_RUN = "not run"
     """The job never began the stage: its launcher died while it submitted, a job that it needs did not succeed, or
     another process had the stage."""
@@ -102,11 +102,13 @@ def _cause(ledger: Ledger, stage: Stage, attempt: Attempt, job: JobInfo | None) 
     how = runs[-1].how if runs else None
     text = "\n".join(end_of_log(log, LOG_TAIL_BYTES).rpartition(START)[2] for log in attempt.logs())  # the last start's
     if how == "cancelled" or state == "CANCELLED":
-        return _cancelled(ledger, stage, name, reason, has_started=bool(runs))
+        return _cancelled(ledger, attempt, reason, has_started=bool(runs))
     if (state, reason) == ("FAILED", "BadConstraints"):
         return Cause.INPUT, f"{name} (BadConstraints): no node suits; check the profile"
     if attempt.intent.leader and not (runs or attempt.logs() or attempt.exit_record()):
         return Cause.NOT_RUN, f"{name} ended before it came to this stage"
+    if how == "done":
+        return Cause.LOST_INPUT, f"{name} made its artifact, which has been damaged or removed since"
     if how == "duplicate":
         return Cause.NOT_RUN, f"{name} left the stage to another process that has claimed it"
     said = [each for each in attempt.failures() if not each.is_consequence]
@@ -143,18 +145,19 @@ def _got_further(ledger: Ledger, stage: Stage) -> bool:
     return beat is not None and all(at["phase"] != beat.phase or at["done"] < beat.done for at in earlier)
 
 
-def _cancelled(ledger: Ledger, stage: Stage, name: str, reason: str, has_started: bool) -> tuple[str, str]:
+def _cancelled(ledger: Ledger, attempt: Attempt, reason: str, has_started: bool) -> tuple[str, str]:
     """Tell who cancelled a job: we, as it would have waited for ever; Slurm, as one that it needs did not succeed; or
     somebody.
 
     A job that Slurm drops as soon as it is submitted can have any reason; one that somebody cancelled while it waited
     for others, or was held, keeps the reason for which it waited.
     """
+    name, needs = f"job {attempt.job_id}", attempt.intent.needs
     if LAUNCH_FAILED.search(reason):
         return Cause.BAD_NODE, f"{name} could not be started and would have waited for ever: {reason}"
     waited = has_started or reason == DEPENDENCY or reason.startswith("JobHeld")
-    lacks = not waited and any(not ledger.store.handle(need).is_done() for need in stage.needs)
-    if lacks or (reason == NEVER and stage.needs):
+    lacks = not waited and any(not ledger.store.handle(need).is_done() for need in needs)
+    if lacks or (reason == NEVER and needs):
         return Cause.NOT_RUN, f"{name} was dropped, as a job on which it depends did not succeed"
     return Cause.CANCELLED, f"{name} was cancelled; run the same command again to go on"
 

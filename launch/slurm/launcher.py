@@ -266,7 +266,7 @@ class Launcher:
             dependencies.append(f"afterany:{before}")
         with ExitStack() as claims:
             claimed = list(takewhile(partial(self._claim, claims), chain))
-            if claimed and (job_id := self._submit_claimed(claimed, dependencies)):
+            if claimed and (job_id := self._submit_claimed(claimed, sorted(needs), dependencies)):
                 queue.append(job_id)
 
     def _claim(self, claims: ExitStack, stage: Stage) -> bool:
@@ -286,7 +286,7 @@ class Launcher:
             return True
         return False
 
-    def _submit_claimed(self, chain: list[Stage], dependencies: list[str]) -> str | None:
+    def _submit_claimed(self, chain: list[Stage], needs: list[str], dependencies: list[str]) -> str | None:
         """Record the intent, submit, record the job and return its id; None if Slurm refuses it.
 
         Later rounds repair a death between any two of these steps.
@@ -295,7 +295,8 @@ class Launcher:
         attempts: list[Attempt] = []
         for stage in chain:
             leader = attempts[0] if attempts else None
-            attempt = self._ledger.begin(stage, resources.ranks, time_minutes=resources.time_minutes, leader=leader)
+            limit = resources.time_minutes
+            attempt = self._ledger.begin(stage, resources.ranks, time_minutes=limit, leader=leader, needs=needs)
             write_stage_file(self._store.handle(stage.id), stage, new.provenance, attempt.intent.number)
             attempts.append(attempt)
         request = Request(

@@ -28,6 +28,8 @@ ENVIRONMENT = "environment.sh"
 UNUSABLE = re.compile(r"[%\\:\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 # What srun exits with if SIGUSR2 ends a rank.
 UNHEARD = 128 + signal.SIGUSR2
+# What srun says if the controller, which may restart between two stages, does not answer.
+NO_CONTROLLER = "Unable to (confirm allocation|create step).*(contact slurm controller|timed out|onnection refused)"
 
 
 @dataclass(frozen=True)
@@ -166,6 +168,8 @@ while [ "$hfprune_stages" ]; do
     if [ $hfprune_code = 0 ]; then
         hfprune_record 0
         hfprune_stages=("${{hfprune_stages[@]:1}}") hfprune_got_further=1
+    elif tail -n 2 "${{hfprune_logs}}_srun_log.err" | grep -qE "{NO_CONTROLLER}" && ((++hfprune_tries <= 60)); then
+        sleep 10
     elif [ $hfprune_code != {UNHEARD} ] || [ ! "$hfprune_got_further" ]; then
         hfprune_end $hfprune_code
     fi

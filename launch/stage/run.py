@@ -146,7 +146,11 @@ def run_stage(handle: StageHandle, interruption: Interruption, should_run: Calla
         context.check_inputs()
         with quick_imports():
             module = importlib.import_module(f"hfprune_dist.stages.{context.stage.kind}")
-        module.run(context)
+        try:
+            module.run(context)
+        except OSError:
+            context.require_artifacts()  # one that is gone is made again
+            raise
     leave_world()
 
 

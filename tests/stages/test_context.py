@@ -96,6 +96,17 @@ def test_nothing_is_committed_that_may_have_been_made_of_another_file(store, tex
     claimed(store, text).check_inputs()
 
 
+def test_nothing_is_committed_that_may_have_been_made_of_a_damaged_artifact(store, text):
+    context = claimed(store, text)
+    context.check_inputs()
+    draft = context.open_draft()
+    (store.handle(NEED.id).artifact / "scores").write_text("scorez")
+    with pytest.raises(LostInputError, match="scores: content changed"):
+        context.commit(draft, {})
+    assert store.handle(context.stage.id).verify().state == "missing" and progress_of(context) == []
+    context.commit(draft, {})  # one that is gone has been read, or its reader would have failed
+
+
 def test_damage_is_set_aside(store, text):
     (store.handle(NEED.id).artifact / "scores").write_text("scorez")
     with pytest.raises(

@@ -18,7 +18,7 @@ from hfprune_dist.store.stage import Input
 
 NEED = stage_of("importance", "a", {}, {"model": Input("digest", "/somewhere")})
 STAGE = stage_of("prune", "a 0.2", {"ratio": 0.2}, {"importance": NEED.as_input()})
-JOB = {"ranks": 1, "time_minutes": 30}
+JOB = {"ranks": 1, "time_minutes": 30, "needs": [NEED.id]}
 
 
 @pytest.fixture
@@ -76,6 +76,21 @@ def test_by_the_log_where_nothing_else_says_it(ledger, attempt, line, expected):
     (attempt.folder / "7_0_log.err").write_text(f"something\n{line}\n" + "more\n" * 5)
     end = ended(ledger, attempt)
     assert end.cause == expected and (line in end.message or "raise time_minutes" in end.message)
+
+
+def test_an_artifact_that_is_lost_again_is_no_death_of_a_rank(ledger, attempt):
+    attempt.record_run(Run("7", 0, "n1", time.time() - 10, how="done"))
+    end = ended(ledger, attempt, "COMPLETED")
+    assert end.cause == "lost input" and "damaged or removed since" in end.message
+
+
+def test_stages_of_a_job_that_was_dropped_need_not_lack_anything_themselves(ledger, attempt):
+    first = stage_of("recover", "a dense", {}, {"model": Input("digest", "/somewhere")})
+    leader = ledger.begin(first, **JOB)
+    leader.record_job("7")
+    assert explain_end(ledger, first, leader, job("CANCELLED", leader, reason=NEVER)).cause == "not run"
+    complete(ledger.store, NEED)
+    assert explain_end(ledger, first, leader, job("CANCELLED", leader, reason="Resources")).cause == "cancelled"
 
 
 def test_a_time_limit_counts_against_a_stage_only_where_it_got_no_further(ledger, attempt):

@@ -144,6 +144,22 @@ def test_a_chain_ends_at_the_first_stage_that_fails_and_goes_on_there(run):
     assert result.records["d/exit.5.3"].startswith("1 "), "told of the stage that is next"
 
 
+# Its second call has no answer; nobody sleeps.
+UNANSWERED = """
+printf "#!/bin/sh\n" >"${0%srun}sleep"; chmod +x "${0%srun}sleep"
+[ $(wc -l <"${0%bin/srun}commands") != 2 ] && exit
+echo "srun: error: Unable to confirm allocation for job 5: Unable to contact slurm controller (connect failure)" >&2
+echo "srun: Check SLURM_JOB_ID environment variable. Expired or invalid job 5" >&2
+exit 1
+"""
+
+
+def test_a_chain_waits_for_a_controller_that_restarts_between_two_stages(run):
+    result = run(srun=UNANSWERED, stages="ab")
+    assert result.code == 0 and result.commands == ["srun a", "srun b", "srun b"]
+    assert result.records == {"a/exit.5.0": "0", "b/exit.5.0": "0"}
+
+
 def test_a_chain_begins_no_stage_after_the_signal_before_its_time_limit(run):
     result = run(srun="sleep 1", stages="ab", time_minutes=1, signal_seconds=60)
     assert result.code == 1 and result.commands == ["srun a", "scontrol requeue 5"]
