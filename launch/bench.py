@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from hfprune_launch.screen import make_console, plain_table, say
     from hfprune_launch.sweep_folder import read_sweep, recorded_sweep
 
-    from hfprune_dist.store.attempts import Ledger
+    from hfprune_dist.store.attempts import CUT_OFF, Ledger
 
     sweep, console = read_sweep(given) if given else recorded_sweep(DEMO), make_console()
     if not (ASSETS / "llama").is_dir():
@@ -54,7 +54,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     times: dict[str, list[float]] = {kind: [] for kind in (*KINDS, "all")}  # all attempts and starts of ranks included
     for stage in sweep.plan.stages.values():
         ends = Ledger(sweep.store).ends(stage.id)
-        took = [end.at - attempt.intent.created for attempt, end in ends if end is not None]
+        took = [
+            end.at - next((run.started for run in attempt.runs()), attempt.intent.created)
+            for attempt, end in ends
+            if end is not None and end.cause != CUT_OFF
+        ]
         for name in (stage.kind, "all") if took else ():
             times[name].append(sum(took))
     numbers = "number", "seconds", "u", "longest, u"

@@ -37,7 +37,7 @@ from hfprune_dist.data.text import read_beginning, read_texts
 from hfprune_dist.errors import UserError
 from hfprune_dist.planning.model_sources import resolve_models
 from hfprune_dist.planning.plan import Cell
-from hfprune_dist.results.card import CARD, NEEDS_CODE, Card
+from hfprune_dist.results.card import CARD, NEEDS_CODE, RECIPE, Card
 from hfprune_dist.results.checkpoints import CHECKPOINTS, made_checkpoint
 from hfprune_dist.results.metrics import METRICS
 from hfprune_dist.store.atomic_files import fsync_path, write_text
@@ -121,6 +121,9 @@ def prune(
         request.tell(_write(read_sweep(request.out), cell, out))
     code = ", trust_remote_code=True" if (out / NEEDS_CODE).exists() else ""
     request.tell(f'to load it: AutoModelForCausalLM.from_pretrained("{out}"{code})')
+    if text is not None:
+        parts = Path(overrides["calibration.path"]).parent
+        request.tell(f"to make it again with its {RECIPE}, copy beside that the parts of the text in {parts}")
     return out
 
 

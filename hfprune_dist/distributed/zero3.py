@@ -47,6 +47,8 @@ def load_frozen(
         body_of: returns the part of the module whose forwards will be run in place of the module's.
     """
     sharded = {"stage": 3, "overlap_comm": True, "contiguous_gradients": False, "leaf_module": {"classes": []}}
+    # For each module, DeepSpeed would walk up to a billion parameters ahead: with LoRA's many, 20 s in the second step.
+    sharded["stage3_max_reuse_distance"] = 0
     config = {
         "train_micro_batch_size_per_gpu": micro_batch_size,
         "zero_optimization": sharded | {"memory_efficient_linear": False},

@@ -39,6 +39,8 @@ INTENT, SCRIPT, JOB, END, LOCK = "intent.json", "job.sh", "job.json", "end.json"
 FAILURES = "failure.*.json"
 # The cause of an attempt that made the artifact, and those of attempts whose ends say nothing about the stage.
 DONE, INTERRUPTED, NOT_RUN = "done", "interrupted", "not run"
+# That of attempts whose ends nobody recorded, once there is a later one.
+CUT_OFF = "cut off"
 # Error messages of the other ranks of a stage when one of them has died or hangs.
 LOST_RANK = re.compile(
     r"closed by peer|connection (reset|refused)|broken pipe|remote process exited|recvvalue failed|gloo.*timeout"
@@ -288,7 +290,7 @@ class Ledger:
             if ends[number] is None and manifest.get("attempts") == attempt.intent.number:
                 ends[number] = End(DONE, "", manifest["finished"])
             elif ends[number] is None and attempt is not attempts[-1]:
-                ends[number] = End("cut off", "see its log", attempts[number + 1].intent.created)
+                ends[number] = End(CUT_OFF, "at the latest then; see its log", attempts[number + 1].intent.created)
         return list(zip(attempts, ends, strict=True))
 
     def close_done(self, stage_id: str) -> None:

@@ -10,7 +10,7 @@ from tiny import save_tiny
 
 from hfprune_dist.planning.plan import Plan
 from hfprune_dist.store.artifacts import Store
-from hfprune_dist.store.attempts import DONE, End, Ledger
+from hfprune_dist.store.attempts import DONE, End, Ledger, Run
 
 
 def test_stages_in_units_with_all_their_attempts(tmp_path, monkeypatch):
@@ -19,13 +19,15 @@ def test_stages_in_units_with_all_their_attempts(tmp_path, monkeypatch):
     stages = [stage_of("prune", "a"), stage_of("prune", "b", {"ratio": 0.3}), stage_of("recover", "c")]
     plan = Plan({stage.id: stage for stage in stages}, (), tuple(stage.id for stage in stages))
     sweep = Sweep(plan, Store(tmp_path / "out" / "store"), tmp_path / "out")
+    Ledger(sweep.store).begin(stages[0], ranks=2)  # without an end: cut off
     for stage, causes in zip(stages, [["killed", DONE], [DONE], []], strict=True):
         for cause in causes:
             attempt = Ledger(sweep.store).begin(stage, ranks=2)
+            attempt.record_run(Run("7", 0, "n1", attempt.intent.created + 100))  # after it had waited in a queue
             attempt.close(End(cause, "", attempt.intent.created + 1000))
     sweep.write_record()
     code, shown, said = in_process(bench.main, sweep.out)
     assert code == 0, said
     lines = {name: numbers.split() for name, numbers in re.findall(r"^(\S.*?)  +(\d.*)$", shown, re.MULTILINE)}
     assert re.search(r"u = [\d.e-]+ s", shown) and lines.keys() == {"prune", "all"}
-    assert lines["prune"][:2] == ["2", "3000.0"] == lines["all"][:2]
+    assert lines["prune"][:2] == ["2", "2700.0"] == lines["all"][:2]

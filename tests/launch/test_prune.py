@@ -3,6 +3,7 @@
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import yaml
@@ -53,9 +54,10 @@ def test_a_checkpoint_is_whole_and_made_once(place, cache, tmp_path):
     out = place / "made" / "smaller"
     first = pruned(place, out, 0.2)
     assert first.returncode == 0, first.stdout + first.stderr
-    *_, told, loads = first.stdout.splitlines()
+    *_, told, loads, recipe = first.stdout.splitlines()
     assert told.startswith(f"{out}: ") and " % of the dense model's; KL " in told and " on 4 held-out" in told
     assert f'from_pretrained("{out}")' in loads and "[4/4] done evaluate alpha 0.2" in first.stdout
+    assert {file.name for file in Path(recipe.split()[-1]).iterdir()} == {"notes.jsonl", "notes-end.jsonl"}
     other = pruned(place, place / "half", 0.25)
     assert other.returncode == 0 and "[2/2] done evaluate alpha 0.25" in other.stdout, "scores are there already"
 
