@@ -62,6 +62,8 @@ def make(prepared: Prepared, stage_ids: Iterable[str]) -> None:
         if (failure := ledger.failure(stage_id)) is not None:
             error = UserError if failure.cause == UserError.CAUSE else StageFailedError
             raise error(f"{plan.stages[stage_id].kind} failed: {failure.message}")
+        if not ledger.store.handle(stage_id).is_committed():  # such as by a lost claim, which says nothing about it
+            raise StageFailedError(f"{plan.stages[stage_id].kind} left no artifact; run the same command again")
 
 
 def run_missing(prepared: Prepared) -> int | None:

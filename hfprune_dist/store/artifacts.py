@@ -161,8 +161,9 @@ class StageHandle:
         return self.artifact.with_name(f".draft-{self.artifact.name}-{owner}")
 
     def discard_draft(self, claim: Claim) -> None:
-        """Remove the draft of its artifact that was written under a claim."""
-        self._remove(self._draft(claim.token))
+        """Remove the draft of its artifact that was written under a claim, if there is one and it can be removed."""
+        with contextlib.suppress(OSError):  # a read-only file system says so even where there is no draft
+            self._remove(self._draft(claim.token))
 
     def _remove(self, folder: Path) -> None:
         """Rename a folder and remove it: a process about to commit it, or to read it, must not find a part of it."""

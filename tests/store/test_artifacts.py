@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from made_stages import being_made, stage_of
 
-from hfprune_dist.store.artifacts import MANIFEST, Store
+from hfprune_dist.store.artifacts import MANIFEST, StageHandle, Store
 from hfprune_dist.store.claims import Claim, Holder
 from hfprune_dist.store.heartbeat import Progress
 from hfprune_dist.store.stage import Input
@@ -62,8 +62,11 @@ def test_damage_is_found_and_set_aside(store, damage):
     assert store.handle(STAGE.id).verify().state == "done"
 
 
-def test_the_loser_of_a_race_keeps_the_winners_artifact(store):
+@pytest.mark.parametrize("seen", [[], [False]], ids=["", "not valid at first"])
+def test_the_loser_of_a_race_keeps_the_winners_artifact(store, monkeypatch, seen):
     make(store, "winner")
+    is_done = StageHandle.is_done
+    monkeypatch.setattr(StageHandle, "is_done", lambda handle: seen.pop() if seen else is_done(handle))
     make(store, "loser")
     assert (store.handle(STAGE.id).artifact / "model.bin").read_text() == "winner"
     assert [path.name for path in (store.root / STAGE.kind).iterdir()] == [STAGE.fingerprint]
