@@ -48,9 +48,9 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     store, stage_id, *token = sys.argv[1:] if argv is None else argv  # the token is that of the launcher's claim
     prepare_environment()
     handle, rank = Store(Path(store)).handle(stage_id), int(os.environ["RANK"])
-    content = find_stage_file(handle)
-    claim = Claim(handle.work, *token) if token else None
+    content, claim = None, Claim(handle.work, *token) if token else None
     try:
+        content = find_stage_file(handle)
         if rank == 0 and claim is None:
             if isinstance(claimed := handle.claim(), Holder):
                 raise UserError(f"{handle.id}: {claimed} runs it")
